@@ -1,0 +1,72 @@
+"""The exception tree.
+
+Every class is also a builtin exception, so that a caller who knows nothing of
+fi_ffi still catches what it would expect (`ValueError` for a bad argument,
+`RuntimeError` for a kernel that failed).
+"""
+
+from __future__ import annotations
+
+
+class FiFfiError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ArgumentError(FiFfiError, ValueError):
+    """An argument has the right type and a value that cannot be used.
+
+    Raised before anything is launched or written.  The four fields are what
+    the message is made of.
+    """
+
+    def __init__(self, op: str, argument: str, *, got: object, expected: object) -> None:
+        self.op, self.argument, self.got, self.expected = op, argument, got, expected
+        super().__init__(f"{op}: argument `{argument}`: got {got}, expected {expected}")
+
+
+class ArgumentTypeError(ArgumentError, TypeError):
+    """An argument is of a type that cannot be used at all."""
+
+
+class AbiError(FiFfiError, RuntimeError):
+    """A binary does not have the interface that was declared for it."""
+
+
+class KernelError(FiFfiError, RuntimeError):
+    """A kernel entry reported an error of its own.
+
+    `kind` is the kernel's own name for the class of error ("RuntimeError",
+    "ValueError", ...), `message` its text, `backtrace` the C++ frames, most
+    recent first, and `op` the entry that was called.
+    """
+
+    def __init__(self, op: str, kind: str, message: str, backtrace: str = "") -> None:
+        self.op, self.kind, self.message, self.backtrace = op, kind, message, backtrace
+        text = f"{op}: {kind}: {message}"
+        if backtrace.strip():
+            text += f"\nC++ backtrace, most recent frame first:\n{backtrace.rstrip()}"
+        super().__init__(text)
+
+
+class LoaderError(FiFfiError, RuntimeError):
+    """A library or a kernel file could not be found, fetched or loaded."""
+
+
+class KernelNotFoundError(LoaderError, LookupError):
+    """No configured source of kernels has the module or the entry asked for."""
+
+
+class ArtifactError(LoaderError, ValueError):
+    """A file is not what it claims to be: wrong hash, malformed, or unsafe."""
+
+
+class FetchError(LoaderError, OSError):
+    """A pinned file could not be fetched."""
+
+
+class BuildError(FiFfiError, RuntimeError):
+    """`fi-ffi build` could not make the kernels; `log` is the path of its log, if any."""
+
+    def __init__(self, message: str, log: str | None = None) -> None:
+        self.log = log
+        super().__init__(message if log is None else f"{message}\nFull log: {log}")
