@@ -1,0 +1,91 @@
+"""FlashInfer's prebuilt CUDA kernels for programs with device pointers and a stream.
+
+    import fi_ffi
+    x = fi_ffi.TensorDesc(ptr, (tokens, hidden), "bfloat16", device="cuda:0")
+    fi_ffi.rmsnorm(out, x, weight, eps=1e-6, stream=stream)
+
+Tensors are `TensorDesc`s or anything with a tensor protocol; on `device="cpu"`
+the same calls run numpy reference kernels.
+"""
+
+from __future__ import annotations
+
+import os
+
+from fi_ffi.abi.device import Device
+from fi_ffi.abi.dtypes import DTYPES, DType
+from fi_ffi.abi.interop import as_desc
+from fi_ffi.abi.signature import Signature, parse_signature
+from fi_ffi.abi.streams import stream
+from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.errors import (
+    AbiError,
+    ArgumentError,
+    ArgumentTypeError,
+    ArtifactError,
+    BuildError,
+    FetchError,
+    FiFfiError,
+    KernelError,
+    KernelNotFoundError,
+    LoaderError,
+)
+from fi_ffi.loader.runtime import file_signatures
+from fi_ffi.ops import OPS, forget_entries
+
+__version__ = "0.1.0"
+
+rmsnorm = OPS["rmsnorm"]
+qk_rmsnorm = OPS["qk_rmsnorm"]
+gemma_rmsnorm = OPS["gemma_rmsnorm"]
+fused_add_rmsnorm = OPS["fused_add_rmsnorm"]
+gemma_fused_add_rmsnorm = OPS["gemma_fused_add_rmsnorm"]
+rmsnorm_quant = OPS["rmsnorm_quant"]
+fused_add_rmsnorm_quant = OPS["fused_add_rmsnorm_quant"]
+layernorm = OPS["layernorm"]
+
+
+def use_kernels(location: str | os.PathLike[str]) -> None:
+    """Take kernels from `location` from now on: a directory in the jit-cache layout
+    (`<module>/<module>.so`, or what `flashinfer_jit_cache` is installed in), or a
+    `flashinfer_jit_cache` wheel.  Otherwise `FI_FFI_KERNELS` names it.
+
+    Raises `KernelNotFoundError` where there is nothing, `ArtifactError` where the
+    file is not such a wheel.
+    """
+    from fi_ffi.loader import runtime
+
+    runtime.use_source(location)
+    forget_entries()
+
+
+__all__ = [
+    "DTYPES",
+    "AbiError",
+    "ArgumentError",
+    "ArgumentTypeError",
+    "ArtifactError",
+    "BuildError",
+    "DType",
+    "Device",
+    "FetchError",
+    "FiFfiError",
+    "KernelError",
+    "KernelNotFoundError",
+    "LoaderError",
+    "Signature",
+    "TensorDesc",
+    "as_desc",
+    "file_signatures",
+    "fused_add_rmsnorm",
+    "fused_add_rmsnorm_quant",
+    "gemma_fused_add_rmsnorm",
+    "gemma_rmsnorm",
+    "layernorm",
+    "parse_signature",
+    "qk_rmsnorm",
+    "rmsnorm",
+    "rmsnorm_quant",
+    "stream",
+    "use_kernels",
+]

@@ -44,7 +44,7 @@ class KernelError(FiFfiError, RuntimeError):
         self.op, self.kind, self.message, self.backtrace = op, kind, message, backtrace
         text = f"{op}: {kind}: {message}"
         if backtrace.strip():
-            text += f"\nC++ backtrace, most recent frame first:\n{backtrace.rstrip()}"
+            text += f"\nbacktrace, most recent frame first:\n{backtrace.rstrip()}"
         super().__init__(text)
 
 

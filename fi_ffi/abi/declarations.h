@@ -1,0 +1,115 @@
+/* Every C declaration fi_ffi relies on, once.  tools/generate_cffi.py turns this
+ * into _cffi.py (cffi's out-of-line ABI mode: no compiler, no parsing at import);
+ * tests/abi/test_declarations.py compares each struct, field by field, with
+ * tvm/ffi/c_api.h, tvm/ffi/extra/c_env_api.h and dlpack.h of the pinned
+ * apache-tvm-ffi wheel. */
+
+/* dlpack/dlpack.h (enums are written as the integers they are stored in) */
+typedef struct { uint32_t major; uint32_t minor; } DLPackVersion;
+typedef struct { int32_t device_type; int32_t device_id; } DLDevice;
+typedef struct { uint8_t code; uint8_t bits; uint16_t lanes; } DLDataType;
+typedef struct {
+  void *data;
+  DLDevice device;
+  int32_t ndim;
+  DLDataType dtype;
+  int64_t *shape;
+  int64_t *strides;
+  uint64_t byte_offset;
+} DLTensor;
+typedef struct DLManagedTensor {
+  DLTensor dl_tensor;
+  void *manager_ctx;
+  void (*deleter)(struct DLManagedTensor *self);
+} DLManagedTensor;
+typedef struct DLManagedTensorVersioned {
+  DLPackVersion version;
+  void *manager_ctx;
+  void (*deleter)(struct DLManagedTensorVersioned *self);
+  uint64_t flags;
+  DLTensor dl_tensor;
+} DLManagedTensorVersioned;
+
+/* tvm/ffi/c_api.h */
+typedef struct { uint32_t major; uint32_t minor; uint32_t patch; } TVMFFIVersion;
+typedef void *TVMFFIObjectHandle;
+typedef struct {
+  uint64_t combined_ref_count;
+  int32_t type_index;
+  uint32_t __padding;
+  union {
+    void (*deleter)(void *self, int flags);
+    int64_t __ensure_align;
+  };
+} TVMFFIObject;
+typedef struct {
+  int32_t type_index;
+  union { uint32_t zero_padding; uint32_t small_str_len; };
+  union {
+    int64_t v_int64;
+    double v_float64;
+    void *v_ptr;
+    const char *v_c_str;
+    TVMFFIObject *v_obj;
+    DLDataType v_dtype;
+    DLDevice v_device;
+    char v_bytes[8];
+    uint64_t v_uint64;
+  };
+} TVMFFIAny;
+typedef struct { const char *data; size_t size; } TVMFFIByteArray;
+typedef struct { const int64_t *data; size_t size; } TVMFFIShapeCell;
+typedef struct {
+  TVMFFIByteArray kind;
+  TVMFFIByteArray message;
+  TVMFFIByteArray backtrace;
+  void (*update_backtrace)(TVMFFIObjectHandle self, const TVMFFIByteArray *backtrace,
+                           int32_t update_mode);
+  TVMFFIObjectHandle cause_chain;
+  TVMFFIObjectHandle extra_context;
+} TVMFFIErrorCell;
+typedef int (*TVMFFISafeCallType)(void *handle, const TVMFFIAny *args, int32_t num_args,
+                                  TVMFFIAny *result);
+typedef struct { TVMFFISafeCallType safe_call; void *cpp_call; } TVMFFIFunctionCell;
+
+/* An owned object is its header followed by its cell; these pairs are ours, so
+ * that no code adds sizes to pointers. */
+typedef struct { TVMFFIObject header; TVMFFIByteArray cell; } FiFfiBytesObject;
+typedef struct { TVMFFIObject header; TVMFFIErrorCell cell; } FiFfiErrorObject;
+typedef struct { TVMFFIObject header; TVMFFIFunctionCell cell; } FiFfiFunctionObject;
+typedef struct { TVMFFIObject header; TVMFFIShapeCell cell; } FiFfiShapeObject;
+typedef struct { TVMFFIObject header; DLTensor cell; } FiFfiTensorObject;
+
+void TVMFFIGetVersion(TVMFFIVersion *out_version);
+int TVMFFIObjectIncRef(TVMFFIObjectHandle obj);
+int TVMFFIObjectDecRef(TVMFFIObjectHandle obj);
+int TVMFFIFunctionCreate(void *self, TVMFFISafeCallType safe_call, void (*deleter)(void *self),
+                         TVMFFIObjectHandle *out);
+int TVMFFIFunctionGetGlobal(const TVMFFIByteArray *name, TVMFFIObjectHandle *out);
+int TVMFFIFunctionSetGlobal(const TVMFFIByteArray *name, TVMFFIObjectHandle f,
+                            int allow_override);
+int TVMFFIFunctionCall(TVMFFIObjectHandle func, TVMFFIAny *args, int32_t num_args,
+                       TVMFFIAny *result);
+void TVMFFIErrorMoveFromRaised(TVMFFIObjectHandle *result);
+void TVMFFIErrorSetRaised(TVMFFIObjectHandle error);
+int TVMFFIErrorCreate(const TVMFFIByteArray *kind, const TVMFFIByteArray *message,
+                      const TVMFFIByteArray *backtrace, TVMFFIObjectHandle *out);
+int TVMFFITensorFromDLPack(DLManagedTensor *from, int32_t require_alignment,
+                           int32_t require_contiguous, TVMFFIObjectHandle *out);
+int TVMFFIStringFromByteArray(const TVMFFIByteArray *input, TVMFFIAny *out);
+int TVMFFITypeKeyToIndex(const TVMFFIByteArray *type_key, int32_t *out_tindex);
+
+/* tvm/ffi/extra/c_env_api.h */
+typedef void *TVMFFIStreamHandle;
+int TVMFFIEnvSetStream(int32_t device_type, int32_t device_id, TVMFFIStreamHandle stream,
+                       TVMFFIStreamHandle *opt_out_original_stream);
+TVMFFIStreamHandle TVMFFIEnvGetStream(int32_t device_type, int32_t device_id);
+
+/* dlfcn.h: what cffi's own dlopen does not offer (symbols by name, RTLD_NOLOAD) */
+void *dlopen(const char *filename, int flags);
+void *dlsym(void *handle, const char *symbol);
+char *dlerror(void);
+
+/* Python's own C API: the address inside a capsule.  Called without the GIL,
+ * which is safe for this function while it succeeds: see interop.py. */
+void *PyCapsule_GetPointer(void *capsule, const char *name);

@@ -1,0 +1,139 @@
+"""Entries: anything with TVM-FFI's calling convention, called one way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fi_ffi.abi import library, types
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.failure import check, set_raised
+from fi_ffi.abi.objects import Array, Function, Module
+from fi_ffi.abi.signature import Signature, signature_from_mismatch
+from fi_ffi.abi.values import desc_from_dl_tensor, pack, unpack
+from fi_ffi.errors import AbiError, KernelError, LoaderError
+
+
+class Entry:
+    """A function pointer with the calling convention, and the handle it wants first.
+
+    An exported symbol has a null handle; a function object is its own, and
+    `owner` keeps it alive.
+    """
+
+    __slots__ = ("address", "handle", "name", "owner")
+
+    def __init__(self, name: str, address: Any, handle: Any = ffi.NULL, owner: object = None):
+        self.name = name
+        self.address = ffi.cast("TVMFFISafeCallType", address)
+        self.handle = handle
+        self.owner = owner
+
+    @classmethod
+    def of(cls, function: Function, name: str) -> Entry:
+        return cls(name, function.safe_call, function.handle, function)
+
+    def __call__(self, *args: object) -> Any:
+        """Call with Python values; returns a Python value or an owned object."""
+        keep: list[object] = []
+        packed = ffi.new("TVMFFIAny[]", max(len(args), 1))
+        for i, value in enumerate(args):
+            pack(packed[i], value, keep, self.name, str(i))
+        result = ffi.new("TVMFFIAny *")
+        check(self.address(self.handle, packed, len(args), result), self.name)
+        return unpack(result, owned=True)
+
+
+# More arguments than any function takes.  Calling with none would do as well for
+# a function that has parameters, but would run one that has none.
+_PROBE_ARGUMENTS = 512
+_PROBE = ffi.new("TVMFFIAny[]", _PROBE_ARGUMENTS)
+
+
+def probe(entry: Entry) -> Signature:
+    """The entry's own signature, read from the refusal of a call it cannot accept.
+
+    No CUDA work is done and no memory touched: a typed function counts its
+    arguments before anything else.  Raises `AbiError` for a function that accepts
+    any number of them and so has no signature to tell.
+    """
+    result = ffi.new("TVMFFIAny *")
+    try:
+        check(entry.address(entry.handle, _PROBE, _PROBE_ARGUMENTS, result), entry.name)
+    except KernelError as refusal:
+        return signature_from_mismatch(refusal.message)
+    unpack(result, owned=True)
+    raise AbiError(f"{entry.name} takes any arguments: it has no signature of its own")
+
+
+def global_function(name: str) -> Entry:
+    """A function from libtvm_ffi's global table, such as `ffi.ArraySize`."""
+    array, _buffer = library.byte_array(name.encode())
+    slot = ffi.new("TVMFFIObjectHandle *")
+    check(library.lib.TVMFFIFunctionGetGlobal(array, slot), name)
+    if slot[0] == ffi.NULL:
+        raise LoaderError(f"libtvm_ffi has no global function {name!r}")
+    return Entry.of(Function(slot[0]), name)
+
+
+def make_array(values: Sequence[object]) -> Array:
+    """An owned Array of `values`."""
+    array: Array = global_function("ffi.Array")(*values)
+    return array
+
+
+def array_values(array: Array) -> list[Any]:
+    """The elements of an Array, as Python values or owned objects."""
+    size, item = global_function("ffi.ArraySize"), global_function("ffi.ArrayGetItem")
+    return [item(array, i) for i in range(size(array))]
+
+
+def module_function(module: Module, name: str) -> Entry:
+    """The function called `name` of a Module object; `LoaderError` where there is none."""
+    function = global_function("ffi.ModuleGetFunction")(module, name, False)
+    if not isinstance(function, Function):
+        raise LoaderError(f"the module object has no function {name!r}")
+    return Entry.of(function, name)
+
+
+# Functions given to libtvm_ffi stay for the life of the process: it may call them
+# until it is unloaded, and a destructor that calls back into Python could run
+# after the interpreter is gone.
+_IMMORTAL: list[object] = []
+
+
+def register(name: str, signature: Signature, function: Callable[..., Any]) -> Entry:
+    """Make a Python function a TVM-FFI function, in the global table under `name`.
+
+    It refuses a wrong number of arguments in the same words as a compiled one, so
+    `probe` tells its signature; an exception becomes a TVM-FFI error.
+    """
+
+    def call(self: Any, args: Any, count: int, result: Any) -> int:
+        try:
+            if count != len(signature.params):
+                raise TypeError(
+                    f"Mismatched number of arguments when calling: `{signature}`. "
+                    f"Expected {len(signature.params)} but got {count} arguments"
+                )
+            value = function(*(_argument(args[i]) for i in range(count)))
+            pack(result, value, [], name, "result")
+        except BaseException as error:
+            set_raised(error)
+            return -1
+        return 0
+
+    callback = ffi.callback("int(void *, const TVMFFIAny *, int32_t, TVMFFIAny *)", call, error=-1)
+    _IMMORTAL.append(callback)
+    slot = ffi.new("TVMFFIObjectHandle *")
+    check(library.lib.TVMFFIFunctionCreate(ffi.NULL, callback, ffi.NULL, slot), name)
+    made = Function(slot[0])
+    array, _buffer = library.byte_array(name.encode())
+    check(library.lib.TVMFFIFunctionSetGlobal(array, made.handle, 1), name)
+    return Entry.of(made, name)
+
+
+def _argument(slot: Any) -> Any:
+    if slot.type_index == types.TENSOR:  # seen as the view it is of
+        return desc_from_dl_tensor(ffi.cast("FiFfiTensorObject *", slot.v_ptr).cell)
+    return unpack(slot, owned=False)

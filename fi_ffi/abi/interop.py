@@ -1,0 +1,149 @@
+"""Descriptors of other libraries' tensors, without importing those libraries.
+
+A tensor is anything that is a `TensorDesc`, a numpy array, or an object with
+`__dlpack__`, `__cuda_array_interface__` or `__array_interface__`.  Nothing is
+copied and nothing synchronised: ordering is what `stream=` is for.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.device import Device, device_from_code, parse_device
+from fi_ffi.abi.dtypes import DTYPES, DType, dtype_from_code
+from fi_ffi.abi.library import c_library
+from fi_ffi.abi.tensor import TensorDesc, make_desc, make_layout
+from fi_ffi.errors import ArgumentError, ArgumentTypeError
+
+_CAPSULES = {b"dltensor": "DLManagedTensor *", b"dltensor_versioned": "DLManagedTensorVersioned *"}
+_READ_ONLY = 1  # DLPACK_FLAG_BITMASK_READ_ONLY
+_NO_SYNC = -1  # DLPack: the consumer orders its work itself
+_TENSOR = "a TensorDesc, or an object with __dlpack__ or a (CUDA) array interface"
+
+# numpy's array-interface kinds; 'V' (no kind) is not among them.
+_TYPESTR = {"f": "float", "i": "int", "u": "uint", "b": "bool"}
+
+
+def as_desc(value: object, op: str = "as_desc", argument: str = "value") -> TensorDesc:
+    """The descriptor of any tensor; the object itself is kept alive with it.
+
+    Raises `ArgumentTypeError` for what is no tensor, `ArgumentError` for one that
+    cannot be described (an unknown dtype, an unsupported device).
+    """
+    if isinstance(value, TensorDesc):
+        return value
+    # Looked up on the type: numpy, torch and cupy do the same for protocols.
+    kind = type(value)
+    try:
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and isinstance(value, numpy.ndarray):
+            return _from_array_interface(value, value.__array_interface__, op, argument, "cpu")
+        if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__"):
+            return _from_dlpack(value, op, argument)
+        if hasattr(kind, "__cuda_array_interface__"):
+            interface = value.__cuda_array_interface__  # type: ignore[attr-defined]
+            device = _cuda_device_of(interface["data"][0])
+            return _from_array_interface(value, interface, op, argument, device)
+        if hasattr(kind, "__array_interface__"):
+            interface = value.__array_interface__  # type: ignore[attr-defined]
+            return _from_array_interface(value, interface, op, argument, "cpu")
+    except (ArgumentError, MemoryError):
+        raise
+    except Exception as error:  # the exporter refused: say whose words these are
+        got = f"a {kind.__module__}.{kind.__qualname__} that refused: {error}"
+        raise ArgumentError(op, argument, got=got, expected="an exportable tensor") from error
+    got = f"{kind.__module__}.{kind.__qualname__} {value!r:.60}"
+    raise ArgumentTypeError(op, argument, got=got, expected=_TENSOR)
+
+
+def _from_array_interface(
+    value: Any, interface: dict[str, Any], op: str, argument: str, device: object
+) -> TensorDesc:
+    ptr, readonly = interface["data"]
+    dtype = _array_dtype(value, interface["typestr"], op, argument)
+    strides = interface.get("strides")
+    if strides is not None:
+        if any(step % dtype.itemsize for step in strides):
+            got = f"strides of {tuple(strides)} bytes"
+            expected = f"multiples of {dtype}'s {dtype.itemsize} bytes"
+            raise ArgumentError(op, argument, got=got, expected=expected)
+        strides = tuple(step // dtype.itemsize for step in strides)
+    layout = make_layout(interface["shape"], dtype, strides, device, bool(readonly))
+    return make_desc(ptr or 0, layout, value)
+
+
+def _array_dtype(value: Any, typestr: str, op: str, argument: str) -> DType:
+    name = _TYPESTR.get(typestr[1], "") if len(typestr) > 2 and typestr[0] != ">" else ""
+    if name:
+        name = name if name == "bool" else f"{name}{8 * int(typestr[2:])}"
+    else:
+        # ml_dtypes' types have no kind of their own here; the dtype's name tells them.
+        name = str(getattr(getattr(value, "dtype", None), "name", ""))
+    if name not in DTYPES:
+        got = f"dtype {getattr(value, 'dtype', typestr)}"
+        raise ArgumentError(op, argument, got=got, expected=f"one of {list(DTYPES)}")
+    return DTYPES[name]
+
+
+def _from_dlpack(value: Any, op: str, argument: str) -> TensorDesc:
+    type_code, index = value.__dlpack_device__()
+    device = device_from_code(int(type_code), int(index))
+    if device is None:
+        got = f"DLPack device type {int(type_code)}"
+        raise ArgumentError(op, argument, got=got, expected="a CPU or CUDA tensor")
+    stream = {"stream": _NO_SYNC} if device.is_cuda else {}
+    try:
+        capsule = value.__dlpack__(max_version=(1, 0), **stream)
+    except TypeError:  # an exporter from before DLPack 1.0
+        capsule = value.__dlpack__(**stream)
+    tensor, readonly = _open_capsule(capsule)
+    dtype = dtype_from_code(tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes)
+    if dtype is None:
+        got = f"DLPack dtype {tensor.dtype.code}:{tensor.dtype.bits}:{tensor.dtype.lanes}"
+        raise ArgumentError(op, argument, got=got, expected=f"one of {list(DTYPES)}")
+    shape = tuple(tensor.shape[0 : tensor.ndim]) if tensor.ndim else ()
+    strides = None
+    if tensor.ndim and tensor.strides != ffi.NULL:
+        strides = tuple(tensor.strides[0 : tensor.ndim])
+    address = int(ffi.cast("uintptr_t", tensor.data)) + tensor.byte_offset
+    layout = make_layout(shape, dtype, strides, device, readonly)
+    # The capsule stays unconsumed: it and the tensor live as long as the descriptor,
+    # and its own destructor gives the export back.
+    return make_desc(address, layout, (value, capsule))
+
+
+def _open_capsule(capsule: object) -> tuple[Any, bool]:
+    """The `DLTensor` inside a DLPack capsule, and whether it is read-only.
+
+    `PyCapsule_GetPointer` is Python's own C function, called without the GIL.
+    That is safe while it succeeds (it compares the name and returns a field) and
+    not when it fails (it would set an exception), so the name is checked first:
+    a capsule's repr is the one place where Python code can read it.
+    """
+    parts = repr(capsule).split('"') if type(capsule).__name__ == "PyCapsule" else []
+    name = parts[1].encode() if len(parts) == 3 else b""
+    if name not in _CAPSULES:
+        raise TypeError(f"__dlpack__ returned {capsule!r}, not a fresh DLPack capsule")
+    pointer = c_library().PyCapsule_GetPointer(ffi.cast("void *", id(capsule)), name)
+    managed = ffi.cast(_CAPSULES[name], pointer)
+    if name == b"dltensor":
+        return managed.dl_tensor, False
+    if managed.version.major != 1:
+        raise TypeError(f"DLPack version {managed.version.major}, not 1")
+    return managed.dl_tensor, bool(managed.flags & _READ_ONLY)
+
+
+def _cuda_device_of(ptr: int | None) -> Device:
+    """The device an address belongs to: the CUDA array interface does not say."""
+    if not ptr:
+        return parse_device("cuda:0")
+    from cuda.bindings import driver
+
+    attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    driver.cuInit(0)
+    error, ordinal = driver.cuPointerGetAttribute(attribute, ptr)
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise ValueError(f"the CUDA driver does not know address {ptr:#x} ({error.name})")
+    return parse_device(f"cuda:{ordinal}")

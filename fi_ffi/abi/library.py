@@ -1,0 +1,106 @@
+"""libtvm_ffi and the C library, as this process has them.
+
+The loader finds and opens the files; this module is where the rest of the ABI
+room calls them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.errors import AbiError, LoaderError
+
+# Linux dlfcn.h, the same on x86_64 and aarch64.
+RTLD_NOW, RTLD_LOCAL, RTLD_GLOBAL = 0x2, 0x0, 0x100
+
+# What the structures in declarations.h must measure for any of this to be safe.
+_SIZES = {
+    "TVMFFIAny": 16,
+    "TVMFFIObject": 24,
+    "TVMFFIByteArray": 16,
+    "TVMFFIErrorCell": 72,
+    "TVMFFIFunctionCell": 16,
+    "DLTensor": 48,
+    "DLManagedTensor": 64,
+}
+for _name, _size in _SIZES.items():
+    if ffi.sizeof(_name) != _size:
+        raise AbiError(f"{_name} is {ffi.sizeof(_name)} bytes on this platform, not {_size}")
+
+
+class _Unattached:
+    def __getattr__(self, name: str) -> Any:
+        raise LoaderError(f"{name} was called before libtvm_ffi was loaded")
+
+
+lib: Any = _Unattached()
+_c: Any = None
+
+
+def c_library() -> Any:
+    """The running process as a library: libc's dlopen and dlsym, Python's own C API."""
+    global _c
+    if _c is None:
+        _c = ffi.dlopen(None)
+    return _c
+
+
+def attach(path: str) -> tuple[int, int, int]:
+    """Load libtvm_ffi from `path`, globally, for the whole process; returns its version.
+
+    Kernels do not name libtvm_ffi among the libraries they need: they find it
+    because it was loaded with RTLD_GLOBAL before them.
+    """
+    global lib
+    try:
+        loaded = ffi.dlopen(path, RTLD_NOW | RTLD_GLOBAL)
+        version = ffi.new("TVMFFIVersion *")
+        loaded.TVMFFIGetVersion(version)
+    except (OSError, AttributeError) as error:
+        raise LoaderError(f"{path} does not load as libtvm_ffi: {error}") from error
+    lib = loaded
+    return version.major, version.minor, version.patch
+
+
+def is_attached() -> bool:
+    return not isinstance(lib, _Unattached)
+
+
+def open_module(path: str) -> Any:
+    """dlopen a kernel module, its symbols local to it; it is never closed.
+
+    Raises `LoaderError` with the dynamic linker's own words.
+    """
+    c = c_library()
+    handle = c.dlopen(path.encode(), RTLD_NOW | RTLD_LOCAL)
+    if handle == ffi.NULL:
+        raise LoaderError(f"{path} does not load: {_dlerror()}")
+    return handle
+
+
+def find_symbol(module: Any, name: str) -> Any | None:
+    """The address of an exported symbol, or None."""
+    c = c_library()
+    c.dlerror()
+    address = c.dlsym(module, name.encode())
+    return None if address == ffi.NULL else address
+
+
+def _dlerror() -> str:
+    text = c_library().dlerror()
+    return "no reason given" if text == ffi.NULL else ffi.string(text).decode(errors="replace")
+
+
+def byte_array(text: bytes) -> tuple[Any, Any]:
+    """A `TVMFFIByteArray *` over a copy of `text`, and the buffer that must outlive it."""
+    buffer = ffi.new("char[]", text or b"\0")
+    array = ffi.new("TVMFFIByteArray *", {"data": buffer, "size": len(text)})
+    return array, buffer
+
+
+def read_bytes(array: Any) -> bytes:
+    """The bytes a `TVMFFIByteArray` names."""
+    if array.size == 0 or array.data == ffi.NULL:
+        return b""
+    return bytes(ffi.buffer(array.data, array.size))

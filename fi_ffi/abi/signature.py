@@ -1,0 +1,93 @@
+"""A TVM-FFI function's signature, as the function itself prints it.
+
+A typed function that is called with a wrong number of arguments refuses before
+it looks at any of them, and its error spells out every parameter:
+
+    Mismatched number of arguments when calling:
+    `rmsnorm(0: DLTensor*, 1: DLTensor*, 2: DLTensor*, 3: float, 4: bool) -> void`.
+    Expected 5 but got 0 arguments
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from fi_ffi.errors import AbiError
+
+_MISMATCH = re.compile(
+    r"Mismatched number of arguments when calling: `(?P<text>.*)`\. "
+    r"Expected (?P<count>\d+) but got \d+ arguments",
+    re.DOTALL,
+)
+_OPEN, _CLOSE = "(<[{", ")>]}"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Name, parameter types in order, and result type, in TVM-FFI's own spelling."""
+
+    name: str
+    params: tuple[str, ...]
+    result: str = "void"
+
+    def __str__(self) -> str:
+        params = ", ".join(f"{i}: {param}" for i, param in enumerate(self.params))
+        return f"{self.name}({params}) -> {self.result}"
+
+    def same_types(self, other: Signature) -> bool:
+        """Equal but for the name (one entry may be exported under several)."""
+        return (self.params, self.result) == (other.params, other.result)
+
+
+def parse_signature(text: str) -> Signature:
+    """Parse `name(0: T0, 1: T1, ...) -> R`; `AbiError` where it is anything else."""
+    name, paren, rest = text.partition("(")
+    parts = _split_top(rest) if paren else None
+    if parts is None:
+        raise AbiError(f"not a TVM-FFI signature: {text!r:.300}")
+    inner, tail = parts
+    params = []
+    for index, part in enumerate(inner):
+        number, colon, param = part.partition(":")
+        if not colon or number.strip() != str(index) or not param.strip():
+            raise AbiError(f"parameter {index} is {part!r:.80} in TVM-FFI signature {text!r:.300}")
+        params.append(param.strip())
+    arrow, result = tail.strip()[:2], tail.strip()[2:].strip()
+    if arrow != "->" or not result:
+        raise AbiError(f"a TVM-FFI signature without a result type: {text!r:.300}")
+    return Signature(name.strip(), tuple(params), result)
+
+
+def signature_from_mismatch(message: str) -> Signature:
+    """The signature inside the refusal of a call with a wrong number of arguments."""
+    found = _MISMATCH.search(message)
+    if found is None:
+        raise AbiError(f"the function's refusal tells no signature: {message!r:.300}")
+    signature = parse_signature(found["text"])
+    if len(signature.params) != int(found["count"]):
+        raise AbiError(f"{len(signature.params)} parameters in the refusal {message!r:.300}")
+    return signature
+
+
+def _split_top(text: str) -> tuple[list[str], str] | None:
+    """Split at the commas of this nesting level up to its closing parenthesis."""
+    parts: list[str] = []
+    depth, start, previous = 0, 0, ""
+    for position, char in enumerate(text):
+        if char in _OPEN:
+            depth += 1
+        elif char == ">" and previous == "-":  # the arrow of a function type
+            pass
+        elif char in _CLOSE and depth:
+            depth -= 1
+        elif char == ")" and not depth:
+            last = text[start:position]
+            if last.strip() or parts:
+                parts.append(last)
+            return parts, text[position + 1 :]
+        elif char == "," and not depth:
+            parts.append(text[start:position])
+            start = position + 1
+        previous = char
+    return None

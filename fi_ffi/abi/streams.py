@@ -1,0 +1,151 @@
+"""CUDA streams: whatever names one, and which one this thread launches on.
+
+libtvm_ffi keeps a current stream per thread and device; kernels launch on it.
+It is only ever changed here, and always put back.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+from types import TracebackType
+
+from fi_ffi.abi import library
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.device import Device
+from fi_ffi.abi.failure import check
+from fi_ffi.errors import ArgumentError, ArgumentTypeError
+
+_STREAM = "an int handle, or a cuda.core, cuda-python, cupy or torch stream"
+
+
+def stream_handle(stream: object, op: str = "stream") -> int:
+    """The `cudaStream_t` of a stream, as an int (0 is the legacy default stream).
+
+    Accepts an int, anything with the `__cuda_stream__` protocol (cuda.core), a
+    cuda-python `CUstream` or `cudaStream_t`, and a torch or cupy stream.
+    """
+    handle: object = stream
+    kind = type(stream)
+    if kind is not int:
+        if hasattr(kind, "__cuda_stream__"):
+            protocol = stream.__cuda_stream__()  # type: ignore[attr-defined]
+            handle = protocol[1] if isinstance(protocol, tuple) and len(protocol) == 2 else None
+        elif hasattr(stream, "cuda_stream"):  # torch
+            handle = stream.cuda_stream
+        elif isinstance(getattr(stream, "ptr", None), int):  # cupy
+            handle = stream.ptr  # type: ignore[attr-defined]
+        elif kind.__module__.partition(".")[0] == "cuda" and hasattr(kind, "__int__"):
+            handle = int(stream)  # type: ignore[call-overload]
+        elif hasattr(kind, "__index__") and kind is not bool:
+            handle = operator.index(stream)  # type: ignore[arg-type]
+    if type(handle) is not int:
+        got = f"{kind.__module__}.{kind.__qualname__} {stream!r:.60}"
+        raise ArgumentTypeError(op, "stream", got=got, expected=_STREAM)
+    if not 0 <= handle < 2**64:
+        raise ArgumentError(op, "stream", got=handle, expected="a handle from 0 to 2**64 - 1")
+    return handle
+
+
+def swap(device: Device, handle: int) -> int:
+    """Make `handle` this thread's stream on `device`; returns the one it replaces."""
+    before = ffi.new("TVMFFIStreamHandle *")
+    pointer = ffi.cast("void *", handle)
+    check(library.lib.TVMFFIEnvSetStream(device.type_code, device.index, pointer, before), "stream")
+    return int(ffi.cast("uintptr_t", before[0]))
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.scopes: list[stream] = []
+
+
+_thread = _Thread()
+
+
+class stream:  # a context manager reads as a verb
+    """`with fi_ffi.stream(s):` launches every call inside it, on this thread, on `s`.
+
+    Scopes nest; leaving one puts back what was current before.  A scope belongs to
+    the device of the first tensors used in it: a stream has one device.
+
+    Raises `ArgumentTypeError` for what is no stream.
+    """
+
+    __slots__ = ("_before", "_source", "device", "handle")
+
+    def __init__(self, stream: object) -> None:
+        self.handle = stream_handle(stream)
+        self.device: Device | None = None
+        self._before = 0
+        self._source = stream  # keeps a stream object alive while it is current
+
+    def __enter__(self) -> stream:
+        if self in _thread.scopes:
+            raise ArgumentError("stream", "self", got="a scope already open", expected="a new one")
+        _thread.scopes.append(self)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        scopes = _thread.scopes
+        if not scopes or scopes[-1] is not self:
+            got = "a scope that is not this thread's innermost"
+            expected = "scopes closed in the reverse order of opening, on their own thread"
+            raise ArgumentError("stream", "self", got=got, expected=expected)
+        scopes.pop()
+        device, self.device = self.device, None
+        if device is not None:
+            swap(device, self._before)
+
+    def check_device(self, device: Device, op: str) -> None:
+        """Raise unless the scope is not yet in use, or in use on `device`."""
+        if self.device is not None and self.device is not device:
+            got, expected = f"a scope in use on {self.device}", f"a stream of {device}"
+            raise ArgumentError(op, "stream", got=got, expected=expected)
+
+    def bind(self, device: Device) -> None:
+        """Make this scope's stream current on `device`, once."""
+        if self.device is None:
+            self._before = swap(device, self.handle)
+            self.device = device
+
+
+def current_scope() -> stream | None:
+    """The innermost scope open on this thread."""
+    scopes = _thread.scopes
+    return scopes[-1] if scopes else None
+
+
+class launching:
+    """The stream of one call: `stream`, or else the open scope's, current on `device`.
+
+    Made before anything is looked up, so that a missing stream is told first.
+    """
+
+    __slots__ = ("_before", "_device", "_handle", "_scope")
+
+    def __init__(self, stream: object, device: Device, op: str) -> None:
+        self._device, self._scope = device, None
+        if stream is None:
+            self._scope = current_scope()
+            if self._scope is None:
+                expected = f"{_STREAM}, or an open fi_ffi.stream(...) scope"
+                raise ArgumentError(op, "stream", got=None, expected=expected)
+            self._scope.check_device(device, op)
+        else:
+            self._handle = stream_handle(stream, op)
+
+    def __enter__(self) -> None:
+        if self._scope is None:
+            self._before = swap(self._device, self._handle)
+        else:
+            self._scope.bind(self._device)
+
+    def __exit__(self, *_: object) -> None:
+        if self._scope is None:
+            swap(self._device, self._before)

@@ -1,0 +1,158 @@
+"""Single values into and out of a `TVMFFIAny`.
+
+Kernel calls have their own packed frames (frame.py); this is the general way,
+for function objects, arrays, and what kernels return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fi_ffi.abi import library, types
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.device import Device, device_from_code
+from fi_ffi.abi.dtypes import DType, dtype_from_code
+from fi_ffi.abi.objects import OBJECT_TYPES, Object, write_dl_tensor
+from fi_ffi.abi.tensor import TensorDesc, make_desc, make_layout
+from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError
+
+_PACKABLE = "None, bool, int, float, str, bytes, a DType, Device, TensorDesc or owned Object"
+
+
+def pack(slot: Any, value: object, keep: list[object], op: str, argument: str) -> None:
+    """Write `value` into a zeroed `TVMFFIAny`; `keep` must outlive the call."""
+    packer = _PACKERS.get(type(value))
+    if packer is None:
+        if isinstance(value, Object):
+            # The header's own index, not the wrapper's: subclasses of Object in C++.
+            header = ffi.cast("TVMFFIObject *", value.handle)
+            slot.type_index, slot.v_ptr = header.type_index, value.handle
+            return
+        got = f"{type(value).__name__} {value!r:.60}"
+        raise ArgumentTypeError(op, argument, got=got, expected=_PACKABLE)
+    try:
+        packer(slot, value, keep)
+    except OverflowError:
+        raise ArgumentError(op, argument, got=value, expected="an int64") from None
+
+
+def _pack_none(slot: Any, value: None, keep: list[object]) -> None:
+    slot.type_index = types.NONE
+
+
+def _pack_bool(slot: Any, value: bool, keep: list[object]) -> None:
+    slot.type_index, slot.v_int64 = types.BOOL, value
+
+
+def _pack_int(slot: Any, value: int, keep: list[object]) -> None:
+    slot.type_index, slot.v_int64 = types.INT, value
+
+
+def _pack_float(slot: Any, value: float, keep: list[object]) -> None:
+    slot.type_index, slot.v_float64 = types.FLOAT, value
+
+
+def _pack_str(slot: Any, value: str, keep: list[object]) -> None:
+    _pack_bytes(slot, value.encode(), keep)  # a byte array may hold NUL, a C string may not
+    if b"\0" not in (encoded := value.encode()):
+        text = ffi.new("char[]", encoded)
+        keep.append(text)
+        slot.type_index, slot.v_c_str = types.RAW_STR, text
+
+
+def _pack_bytes(slot: Any, value: bytes, keep: list[object]) -> None:
+    array, buffer = library.byte_array(value)
+    keep += (array, buffer)
+    slot.type_index, slot.v_ptr = types.BYTE_ARRAY_PTR, array
+
+
+def _pack_dtype(slot: Any, value: DType, keep: list[object]) -> None:
+    slot.type_index = types.DATA_TYPE
+    slot.v_dtype.code, slot.v_dtype.bits, slot.v_dtype.lanes = value.code, value.bits, value.lanes
+
+
+def _pack_device(slot: Any, value: Device, keep: list[object]) -> None:
+    slot.type_index = types.DEVICE
+    slot.v_device.device_type, slot.v_device.device_id = value.type_code, value.index
+
+
+def _pack_desc(slot: Any, value: TensorDesc, keep: list[object]) -> None:
+    tensor = ffi.new("DLTensor *")
+    write_dl_tensor(tensor, value)
+    keep += (tensor, value)
+    slot.type_index, slot.v_ptr = types.DL_TENSOR_PTR, tensor
+
+
+_PACKERS: dict[type, Callable[[Any, Any, list[object]], None]] = {
+    type(None): _pack_none,
+    bool: _pack_bool,
+    int: _pack_int,
+    float: _pack_float,
+    str: _pack_str,
+    bytes: _pack_bytes,
+    DType: _pack_dtype,
+    Device: _pack_device,
+    TensorDesc: _pack_desc,
+}
+
+
+def unpack(slot: Any, *, owned: bool) -> Any:
+    """The Python value of a `TVMFFIAny`.
+
+    `owned` says that the slot holds a reference (a call's result): it is taken
+    over, and must not be used from the slot again.  Otherwise (an argument of a
+    callback) objects are borrowed and get a reference of their own.
+    """
+    index = slot.type_index
+    reader = _READERS.get(index)
+    if reader is not None:
+        return reader(slot)
+    if index < types.OBJECT_BEGIN:
+        raise AbiError(f"a TVM-FFI value of type index {index} has no Python form")
+    if not owned:
+        library.lib.TVMFFIObjectIncRef(slot.v_ptr)
+    value = OBJECT_TYPES.get(index, Object)(slot.v_ptr)
+    if index == types.STR:
+        with value:
+            return str(value)
+    if index == types.BYTES:
+        with value:
+            return library.read_bytes(ffi.cast("FiFfiBytesObject *", value.handle).cell)
+    return value
+
+
+def desc_from_dl_tensor(tensor: Any) -> TensorDesc:
+    """The descriptor of a `DLTensor` that somebody else keeps alive."""
+    dtype = dtype_from_code(tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes)
+    device = device_from_code(tensor.device.device_type, tensor.device.device_id)
+    if dtype is None or device is None:
+        raise AbiError("a DLTensor of a dtype or device that fi_ffi does not know")
+    shape = tuple(tensor.shape[0 : tensor.ndim]) if tensor.ndim else ()
+    strides = tuple(tensor.strides[0 : tensor.ndim]) if tensor.ndim and tensor.strides else None
+    address = int(ffi.cast("uintptr_t", tensor.data)) + tensor.byte_offset
+    return make_desc(address, make_layout(shape, dtype, strides, device, False))
+
+
+def _read_dtype(slot: Any) -> Any:
+    return dtype_from_code(slot.v_dtype.code, slot.v_dtype.bits, slot.v_dtype.lanes)
+
+
+_READERS: dict[int, Callable[[Any], Any]] = {
+    types.NONE: lambda slot: None,
+    types.INT: lambda slot: slot.v_int64,
+    types.BOOL: lambda slot: slot.v_int64 != 0,
+    types.FLOAT: lambda slot: slot.v_float64,
+    types.OPAQUE_PTR: lambda slot: int(ffi.cast("uintptr_t", slot.v_ptr)),
+    types.DATA_TYPE: _read_dtype,
+    types.DEVICE: lambda slot: device_from_code(slot.v_device.device_type, slot.v_device.device_id),
+    types.DL_TENSOR_PTR: lambda slot: desc_from_dl_tensor(ffi.cast("DLTensor *", slot.v_ptr)),
+    types.RAW_STR: lambda slot: ffi.string(slot.v_c_str).decode(errors="replace"),
+    types.BYTE_ARRAY_PTR: lambda slot: library.read_bytes(
+        ffi.cast("TVMFFIByteArray *", slot.v_ptr)
+    ),
+    types.SMALL_STR: lambda slot: bytes(ffi.buffer(slot.v_bytes, slot.small_str_len)).decode(
+        errors="replace"
+    ),
+    types.SMALL_BYTES: lambda slot: bytes(ffi.buffer(slot.v_bytes, slot.small_str_len)),
+}

@@ -1,0 +1,45 @@
+"""numpy arrays over descriptors' memory, and rounding to a tensor's dtype."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.errors import ArgumentError
+
+Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+
+
+def as_array(desc: TensorDesc) -> Array:
+    """A writable array over a CPU descriptor's memory, which it does not keep alive."""
+    if desc.device.type != "cpu":
+        raise ArgumentError("reference", "device", got=desc.device, expected="cpu")
+    dtype = desc.dtype.numpy
+    if desc.layout.numel == 0:
+        return np.empty(desc.shape, dtype)
+    buffer = ffi.buffer(ffi.cast("char *", desc.ptr), desc.layout.span_bytes)
+    strides = [stride * dtype.itemsize for stride in desc.strides]
+    array: Array = np.ndarray(desc.shape, dtype, buffer, strides=strides)
+    return array
+
+
+def over_arrays(kernel: Callable[..., None]) -> Callable[..., None]:
+    """`kernel` with its descriptors turned into arrays first."""
+
+    @functools.wraps(kernel)
+    def call(*args: object) -> None:
+        # Infinities and NaN are results like any other, as they are on a GPU.
+        with np.errstate(all="ignore"):
+            kernel(*(as_array(arg) if isinstance(arg, TensorDesc) else arg for arg in args))
+
+    return call
+
+
+def store(out: Array, value: Array) -> None:
+    """Write float32 values, rounded to nearest even in `out`'s dtype."""
+    out[...] = value.astype(out.dtype)
