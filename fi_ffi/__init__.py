@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 
-from fi_ffi.abi.device import Device
+from fi_ffi.abi.device import Device, parse_device
 from fi_ffi.abi.dtypes import DTYPES, DType
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.signature import Signature, parse_signature
@@ -82,6 +82,7 @@ __all__ = [
     "gemma_fused_add_rmsnorm",
     "gemma_rmsnorm",
     "layernorm",
+    "parse_device",
     "parse_signature",
     "qk_rmsnorm",
     "rmsnorm",

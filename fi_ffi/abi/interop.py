@@ -75,10 +75,9 @@ def _from_array_interface(
 
 
 def _array_dtype(value: Any, typestr: str, op: str, argument: str) -> DType:
-    name = _TYPESTR.get(typestr[1], "") if len(typestr) > 2 and typestr[0] != ">" else ""
-    if name:
-        name = name if name == "bool" else f"{name}{8 * int(typestr[2:])}"
-    else:
+    kind = _TYPESTR.get(typestr[1], "") if len(typestr) > 2 and typestr[0] != ">" else ""
+    name = kind if kind in ("", "bool") else f"{kind}{8 * int(typestr[2:])}"
+    if name not in DTYPES:
         # ml_dtypes' types have no kind of their own here; the dtype's name tells them.
         name = str(getattr(getattr(value, "dtype", None), "name", ""))
     if name not in DTYPES:
@@ -93,11 +92,7 @@ def _from_dlpack(value: Any, op: str, argument: str) -> TensorDesc:
     if device is None:
         got = f"DLPack device type {int(type_code)}"
         raise ArgumentError(op, argument, got=got, expected="a CPU or CUDA tensor")
-    stream = {"stream": _NO_SYNC} if device.is_cuda else {}
-    try:
-        capsule = value.__dlpack__(max_version=(1, 0), **stream)
-    except TypeError:  # an exporter from before DLPack 1.0
-        capsule = value.__dlpack__(**stream)
+    capsule = _export(value, {"stream": _NO_SYNC} if device.is_cuda else {})
     tensor, readonly = _open_capsule(capsule)
     dtype = dtype_from_code(tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes)
     if dtype is None:
@@ -112,6 +107,16 @@ def _from_dlpack(value: Any, op: str, argument: str) -> TensorDesc:
     # The capsule stays unconsumed: it and the tensor live as long as the descriptor,
     # and its own destructor gives the export back.
     return make_desc(address, layout, (value, capsule))
+
+
+def _export(value: Any, no_sync: dict[str, int]) -> object:
+    """A DLPack capsule, as new a one as the exporter can make."""
+    try:
+        return value.__dlpack__(max_version=(1, 0), **no_sync)
+    except Exception:
+        # From before DLPack 1.0, or one that cannot leave ordering to us (jax takes -1
+        # for a stream): its own default then, which is to order itself.
+        return value.__dlpack__()
 
 
 def _open_capsule(capsule: object) -> tuple[Any, bool]:

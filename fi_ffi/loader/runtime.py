@@ -26,6 +26,7 @@ _source: KernelSource | None = None
 _modules: dict[str, tuple[Any, Path]] = {}
 _entries: dict[tuple[str, str], Entry] = {}
 _tvm_ffi: tvm_ffi.Found | None = None
+_tvm_ffi_version: tuple[int, int, int] = (0, 0, 0)
 _cudart: str | None = None
 
 
@@ -57,14 +58,20 @@ def source() -> KernelSource:
 
 def ensure_tvm_ffi() -> tvm_ffi.Found:
     """Load libtvm_ffi, globally, once."""
-    global _tvm_ffi
+    global _tvm_ffi, _tvm_ffi_version
     if _tvm_ffi is None:
         with _lock:
             if _tvm_ffi is None:
                 found = tvm_ffi.find()
-                library.attach(found.path)
+                _tvm_ffi_version = library.attach(found.path)
                 _tvm_ffi = found
     return _tvm_ffi
+
+
+def tvm_ffi_version() -> tuple[int, int, int]:
+    """The version libtvm_ffi gives of itself; its header's, which may lead the package's."""
+    ensure_tvm_ffi()
+    return _tvm_ffi_version
 
 
 def ensure_cudart() -> str:

@@ -13,6 +13,7 @@ _SOURCE = "csrc/flashinfer_norm_binding.cu"
 _T = {"T": ("float16", "bfloat16")}
 _T_QUANT = _T | {"O": ("float8_e4m3fn", "float8_e5m2")}
 
+_OUT = {"writes": True, "reads": False}
 _EPS = Scalar("eps", float, 1e-6, "added to the mean square before the root", low=0.0)
 _PDL = Scalar(
     "enable_pdl", bool, False,
@@ -32,7 +33,7 @@ ROWS = (
     _row(
         "rmsnorm",
         "RMS-normalise rows: `out = input / sqrt(mean(input**2) + eps) * weight`.",
-        Tensor("out", "n h", "T", "may be `input` itself", writes=True),
+        Tensor("out", "n h", "T", "may be `input` itself", **_OUT),
         Tensor("input", "n h", "T", "rows to normalise"),
         _WEIGHT,
         _EPS,
@@ -41,7 +42,7 @@ ROWS = (
     _row(
         "qk_rmsnorm",
         "RMS-normalise the last axis of a 3-D tensor, one warp for each (token, head).",
-        Tensor("out", "n k h", "T", "may be `input` itself", writes=True),
+        Tensor("out", "n k h", "T", "may be `input` itself", **_OUT),
         Tensor("input", "n k h", "T", "(tokens, heads, head_dim)"),
         _WEIGHT,
         _EPS,
@@ -51,7 +52,7 @@ ROWS = (
     _row(
         "gemma_rmsnorm",
         "RMS-normalise rows, Gemma's way: `out = input / rms(input) * (1 + weight)`.",
-        Tensor("out", "n h", "T", "may be `input` itself", writes=True),
+        Tensor("out", "n h", "T", "may be `input` itself", **_OUT),
         Tensor("input", "n h", "T", "rows to normalise"),
         _WEIGHT,
         _EPS,
@@ -78,7 +79,7 @@ ROWS = (
     _row(
         "rmsnorm_quant",
         "RMS-normalise rows and quantise: `out = fp8(input / rms(input) * weight / scale)`.",
-        Tensor("out", "n h", "O", "quantised rows", writes=True),
+        Tensor("out", "n h", "O", "quantised rows", **_OUT),
         Tensor("input", "n h", "T", "rows to normalise"),
         _WEIGHT,
         _SCALE,
@@ -89,7 +90,7 @@ ROWS = (
     _row(
         "fused_add_rmsnorm_quant",
         "`residual += input`, then `out = fp8(residual / rms(residual) * weight / scale)`.",
-        Tensor("out", "n h", "O", "quantised rows", writes=True),
+        Tensor("out", "n h", "O", "quantised rows", **_OUT),
         Tensor("input", "n h", "T", "added to the residual"),
         _RESIDUAL,
         _WEIGHT,
@@ -101,7 +102,7 @@ ROWS = (
     _row(
         "layernorm",
         "Layer-normalise rows: `out = (input - mean) / sqrt(variance + eps) * gamma + beta`.",
-        Tensor("out", "n h", "T", "normalised rows", writes=True, as_object=True, contiguous=True),
+        Tensor("out", "n h", "T", "normalised rows", as_object=True, contiguous=True, **_OUT),
         Tensor("input", "n h", "T", "rows to normalise", as_object=True, contiguous=True),
         Tensor("gamma", "h", "float32", "scale of each column", as_object=True),
         Tensor("beta", "h", "float32", "shift of each column", as_object=True),

@@ -25,6 +25,8 @@ class Tensor:
     dtype: str
     doc: str
     writes: bool = False
+    # Read before it is written: an in-place argument.
+    reads: bool = True
     # The entry takes a Tensor object, not a view (`ffi.Tensor` in its signature).
     as_object: bool = False
     # Every element adjacent; otherwise only those of the last axis need be.

@@ -1,0 +1,49 @@
+"""The `fi-ffi` command.
+
+Each subcommand is a module of its own, imported when it is the one that runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+from fi_ffi import __version__
+from fi_ffi.errors import FiFfiError
+
+_COMMANDS = {
+    "build": "Build kernel modules from FlashInfer's sources into a wheel.",
+    "demo": "Run the ops on what this machine has, and check every result.",
+    "doctor": "Look at everything a call needs, and say what to do about it.",
+    "inspect": "Show a kernel file's functions, architectures and needs.",
+}
+
+
+class _Group(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*_COMMANDS]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"fi_ffi.cli.{cmd_name}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # From the table: `--help` should not import every subcommand.
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except FiFfiError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fi-ffi")
+def main() -> None:
+    """FlashInfer's CUDA kernels without torch and without a compiler."""

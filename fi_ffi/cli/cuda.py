@@ -1,0 +1,144 @@
+"""Just enough CUDA for the commands and the tests, through cuda-python.
+
+Imported only where a GPU is asked about: `import cuda.bindings` is slow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from cuda.bindings import driver, runtime
+
+from fi_ffi.abi.dtypes import parse_dtype
+from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.errors import FiFfiError
+from fi_ffi.reference.arrays import Array
+
+POISON = 0xFF  # every byte of fresh memory: NaN in each floating-point dtype
+
+
+class CudaError(FiFfiError, RuntimeError):
+    """A call of the CUDA runtime or driver failed."""
+
+
+def check(result: tuple[Any, ...]) -> Any:
+    """cuda-python's (error, values...) as a value; raises `CudaError`."""
+    error, *values = result
+    if int(error) != 0:
+        raise CudaError(f"{type(error).__name__}.{error.name}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A device: its name, compute capability and memory in bytes."""
+
+    index: int
+    name: str
+    capability: tuple[int, int]
+    memory: int
+
+
+def driver_version() -> tuple[int, int] | None:
+    """The CUDA version the driver supports, or None where there is no driver."""
+    try:
+        (error,) = driver.cuInit(0)
+        if error == driver.CUresult.CUDA_ERROR_NO_DEVICE:
+            return _version(check(driver.cuDriverGetVersion()))
+        check((error,))
+        return _version(check(driver.cuDriverGetVersion()))
+    except (RuntimeError, ImportError):
+        return None
+
+
+def _version(number: int) -> tuple[int, int]:
+    return number // 1000, number % 1000 // 10
+
+
+def gpus() -> list[Gpu]:
+    """The GPUs this process sees; none where there is no driver."""
+    if driver_version() is None:
+        return []
+    found = []
+    error, count = driver.cuDeviceGetCount()
+    for index in range(count if int(error) == 0 else 0):
+        properties = check(runtime.cudaGetDeviceProperties(index))
+        name = properties.name.decode(errors="replace").rstrip("\0")
+        capability = (properties.major, properties.minor)
+        found.append(Gpu(index, name, capability, properties.totalGlobalMem))
+    return found
+
+
+class DeviceArray:
+    """A GPU copy of a host array, with room of the same poison on both sides.
+
+    `guard` bytes before and after belong to nobody; `intact()` tells whether they
+    were written to.
+    """
+
+    def __init__(self, host: Array, *, guard: int = 256, device: int = 0) -> None:
+        check(runtime.cudaSetDevice(device))
+        self.host, self.guard, self.device = host, guard, device
+        # The bytes between the first and the last element, gaps between rows included.
+        self.nbytes = sum((n - 1) * s for n, s in zip(host.shape, host.strides, strict=True))
+        self.nbytes += host.itemsize if host.size else 0
+        self._base = check(runtime.cudaMalloc(self.nbytes + 2 * guard))
+        check(runtime.cudaMemset(self._base, POISON, self.nbytes + 2 * guard))
+        self._copy_to(host)
+
+    @property
+    def ptr(self) -> int:
+        return int(self._base) + self.guard
+
+    def desc(self) -> TensorDesc:
+        """The descriptor, with the host array's shape and strides."""
+        strides = [step // self.host.itemsize for step in self.host.strides]
+        dtype = parse_dtype(self.host.dtype)
+        return TensorDesc(
+            self.ptr, self.host.shape, dtype, strides=strides, device=f"cuda:{self.device}"
+        )
+
+    def _copy_to(self, host: Array) -> None:
+        rows = np.full(self.nbytes, POISON, np.uint8)
+        target: Array = np.ndarray(host.shape, host.dtype, rows.data, strides=host.strides)
+        target[...] = host
+        kind = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        check(runtime.cudaMemcpy(self.ptr, rows.ctypes.data, self.nbytes, kind))
+
+    def _bytes(self, start: int, count: int) -> Array:
+        got = np.empty(count, np.uint8)
+        kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        check(runtime.cudaMemcpy(got.ctypes.data, start, count, kind))
+        return got
+
+    def get(self) -> Array:
+        """The array as it is on the GPU now; synchronises with the whole device."""
+        check(runtime.cudaDeviceSynchronize())
+        buffer = self._bytes(self.ptr, self.nbytes)
+        got: Array = np.ndarray(
+            self.host.shape, self.host.dtype, buffer.data, strides=self.host.strides
+        )
+        return got
+
+    def intact(self) -> bool:
+        """Whether nothing outside the elements was written: guards and gaps."""
+        check(runtime.cudaDeviceSynchronize())
+        size = self.nbytes + 2 * self.guard
+        whole = self._bytes(int(self._base), size)
+        mask = np.ones(size, bool)
+        inside = np.ndarray(
+            (*self.host.shape, self.host.itemsize),
+            bool,
+            mask.data,
+            offset=self.guard,
+            strides=(*self.host.strides, 1),
+        )
+        inside[...] = False
+        return bool((whole[mask] == POISON).all())
+
+    def free(self) -> None:
+        base, self._base = self._base, 0
+        if base:
+            check(runtime.cudaFree(base))

@@ -1,0 +1,175 @@
+"""`fi-ffi doctor`: every part a call needs, how it is here, and what to do about it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import click
+
+import fi_ffi
+from fi_ffi.cli import output
+from fi_ffi.errors import FiFfiError, KernelNotFoundError
+from fi_ffi.loader import cache, lock, runtime
+from fi_ffi.loader.fatbin import architectures, runs_on
+from fi_ffi.ops import ROWS
+
+_MIN_DRIVER = (13, 0)  # the kernels are compiled with CUDA 13
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at.  `advice` says what to do where `status` is not "ok"."""
+
+    check: str
+    status: str
+    found: str
+    advice: str = ""
+
+
+@click.command()
+@click.option("--kernels", help="Directory or wheel of kernels (default: FI_FFI_KERNELS).")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def doctor(kernels: str | None, as_json: bool) -> None:
+    """Look at the driver, GPUs, CUDA runtime, libtvm_ffi, cache and kernels.
+
+    Exits with 1 where something is broken; a missing GPU or missing kernels are
+    warnings, because the reference kernels run without them.
+    """
+    findings = [finding for check in _CHECKS for finding in _guarded(check, kernels)]
+    if as_json:
+        output.print_json([asdict(finding) for finding in findings])
+    else:
+        rows = [(f.check, f.status, f.found) for f in findings]
+        output.print_table(f"fi_ffi {fi_ffi.__version__}", ("check", "", "found"), rows)
+        todo = [(f.check, f.advice) for f in findings if f.advice]
+        if todo:
+            output.print_table("what to do", ("check", "advice"), todo)
+    if any(finding.status == "fail" for finding in findings):
+        sys.exit(1)
+
+
+def _guarded(check: Callable[[str | None], Iterator[Finding]], kernels: str | None) -> list[Finding]:
+    """The findings of one check; what it trips over is a finding too."""
+    findings = []
+    try:
+        for finding in check(kernels):
+            findings.append(finding)
+    except Exception as error:
+        name = check.__name__.strip("_").replace("_", " ")
+        advice = "" if isinstance(error, FiFfiError) else f"unexpected {type(error).__name__}"
+        findings.append(Finding(name, "fail", str(error), advice))
+    return findings
+
+
+def _python(kernels: str | None) -> Iterator[Finding]:
+    name = lock.this_platform()
+    found = f"Python {platform.python_version()} on {name}"
+    pinned = [*lock.tvm_ffi_pin().files]
+    if name in pinned:
+        yield Finding("python", "ok", found)
+    else:
+        yield Finding("python", "fail", found, f"fi_ffi has libraries for {' and '.join(pinned)}")
+
+
+def _gpus(kernels: str | None) -> Iterator[Finding]:
+    from fi_ffi.cli import cuda
+
+    version = cuda.driver_version()
+    if version is None:
+        advice = "install NVIDIA's driver; without one the reference kernels run, on the CPU"
+        yield Finding("driver", "warn", "no CUDA driver", advice)
+        return
+    text = "CUDA {}.{}".format(*version)
+    if version >= _MIN_DRIVER:
+        yield Finding("driver", "ok", text)
+    else:
+        advice = "update it: the kernels need CUDA {}.{} or later".format(*_MIN_DRIVER)
+        yield Finding("driver", "fail", text, advice)
+    found = cuda.gpus()
+    for gpu in found:
+        memory = f"{gpu.memory / 2**30:.0f} GiB"
+        yield Finding(f"cuda:{gpu.index}", "ok", f"{gpu.name}, {_sm(gpu.capability)}, {memory}")
+    if not found:
+        hint = os.environ.get("CUDA_VISIBLE_DEVICES")
+        advice = f"CUDA_VISIBLE_DEVICES is {hint!r}" if hint is not None else ""
+        yield Finding("gpus", "warn", "the driver shows no GPU", advice)
+
+
+def _sm(capability: tuple[int, int]) -> str:
+    return "sm_{}{}".format(*capability)
+
+
+def _cudart(kernels: str | None) -> Iterator[Finding]:
+    yield Finding("cudart", "ok", runtime.ensure_cudart())
+
+
+def _libtvm_ffi(kernels: str | None) -> Iterator[Finding]:
+    found = runtime.ensure_tvm_ffi()
+    version = ".".join(map(str, runtime.tvm_ffi_version()))
+    yield Finding("libtvm_ffi", "ok", f"{version}, {found.origin}: {found.path}")
+
+
+def _cache(kernels: str | None) -> Iterator[Finding]:
+    root = cache.cache_root()
+    size = sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) if root.is_dir() else 0
+    found = f"{root} ({size / 2**20:.1f} MiB)"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        advice = "set FI_FFI_CACHE_DIR to a directory that can be written"
+        yield Finding("cache", "warn", f"{found}: {error.strerror}", advice)
+        return
+    yield Finding("cache", "ok", found)
+
+
+def _kernels(kernels: str | None) -> Iterator[Finding]:
+    try:
+        source = runtime.use_source(kernels) if kernels else runtime.source()
+    except KernelNotFoundError as error:
+        yield Finding("kernels", "warn", "none", str(error))
+        return
+    modules = source.modules()
+    release = source.release or "of unknown release"
+    yield Finding("kernels", "ok", f"FlashInfer {release}, {len(modules)} modules: {source.location}")
+    for module in sorted({row.module for row in ROWS} & set(modules)):
+        yield _device_code(module)
+        yield from _attestation(module)
+
+
+def _device_code(module: str) -> Finding:
+    from fi_ffi.cli import cuda
+
+    codes = architectures(runtime.source().path(module))
+    names = ", ".join(code.name for code in codes)
+    for gpu in cuda.gpus():
+        verdict = runs_on(codes, gpu.capability)
+        if not verdict.ok:
+            arch = "{}.{}".format(*gpu.capability)
+            advice = f"`fi-ffi build --arch {arch} {module}` makes it for cuda:{gpu.index}"
+            return Finding(f"{module} code", "fail", verdict.reason, advice)
+    return Finding(f"{module} code", "ok", names)
+
+
+def _attestation(module: str) -> Iterator[Finding]:
+    attested = []
+    for row in ROWS:
+        if row.module != module:
+            continue
+        try:
+            runtime.kernel_entry(module, row.signature, row.releases)
+            attested.append(row.name)
+        except FiFfiError as error:
+            advice = f"use kernels of FlashInfer {row.releases} for this op"
+            yield Finding(f"{module}: {row.name}", "fail", str(error), advice)
+    if attested:
+        yield Finding(f"{module} entries", "ok", f"attested: {', '.join(attested)}")
+
+
+_CHECKS = (_python, _gpus, _cudart, _libtvm_ffi, _cache, _kernels)

@@ -1,0 +1,74 @@
+"""`fi-ffi inspect`: what a kernel file says of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fi_ffi.abi.signature import Signature
+from fi_ffi.cli import output
+from fi_ffi.errors import FiFfiError
+from fi_ffi.loader.elf import inspect_elf
+from fi_ffi.loader.fatbin import architectures
+from fi_ffi.loader.runtime import file_signatures
+
+
+@click.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--no-load", is_flag=True, help="Only read the file: no signatures.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def inspect(file: Path, no_load: bool, as_json: bool) -> None:
+    """Show FILE's exported functions with their real signatures, the GPU architectures
+    it was compiled for, and the libraries it needs.
+
+    Signatures are asked of the functions themselves, which loads FILE into this
+    process; no GPU is needed.
+    """
+    info = inspect_elf(file)
+    signatures, problem = ({}, "not loaded") if no_load else _signatures(file)
+    document: dict[str, Any] = {
+        "file": str(file),
+        "size": file.stat().st_size,
+        "machine": info.machine,
+        "architectures": [code.name for code in architectures(file)],
+        "needed": list(info.needed),
+        "runpath": info.runpath,
+        "requires": list(info.requires),
+        "functions": {name: signatures.get(name) for name in info.functions},
+        "signatures_missing_because": problem,
+    }
+    if as_json:
+        output.print_json(document)
+    else:
+        _print(document)
+
+
+def _signatures(file: Path) -> tuple[dict[str, str], str | None]:
+    try:
+        found = file_signatures(file)
+    except FiFfiError as error:
+        return {}, str(error)
+    return {
+        name: _types(signature) if isinstance(signature, Signature) else signature
+        for name, signature in found.items()
+    }, None
+
+
+def _types(signature: Signature) -> str:
+    return f"({', '.join(signature.params)}) -> {signature.result}"
+
+
+def _print(document: dict[str, Any]) -> None:
+    facts = [
+        ("machine", document["machine"]),
+        ("architectures", ", ".join(document["architectures"]) or "no device code"),
+        ("needs", ", ".join(document["needed"])),
+        ("size", f"{document['size']:,} bytes"),
+    ]
+    if document["signatures_missing_because"]:
+        facts.append(("signatures", f"none: {document['signatures_missing_because']}"))
+    output.print_table(document["file"], ("", ""), facts)
+    rows = [(name, signature or "") for name, signature in document["functions"].items()]
+    output.print_table(f"{len(rows)} functions", ("name", "signature"), rows)

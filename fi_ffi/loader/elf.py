@@ -1,0 +1,278 @@
+"""What an ELF file says about itself, read without loading it.
+
+pyelftools supplies the structures.  It believes the lengths and counts it
+reads, so it is given a stream that ends where the file ends and that gives up
+after more reads than a well-formed file needs; the symbol table, where a loop
+of one Python object per symbol would take most of the time, is read here.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fi_ffi.errors import ArtifactError, LoaderError
+
+Source = str | os.PathLike[str] | bytes
+"""A path, or the bytes of the file itself."""
+
+FUNCTION_PREFIX = "__tvm_ffi_"
+"""What an exported TVM-FFI function's symbol begins with; its name is the rest."""
+
+RUNTIME_PREFIX = "TVMFFI"
+"""What every C symbol of libtvm_ffi begins with."""
+
+# tvm-ffi exports these companions of a function under the same prefix: what they
+# return describes the function, and they are not operations of the module.
+_COMPANIONS = ("_metadata_", "_doc_")
+
+# e_machine to the name that wheels and `uname -m` use.
+_MACHINES = {"EM_X86_64": "x86_64", "EM_AARCH64": "aarch64"}
+
+_TEXT_TAGS = {"DT_NEEDED", "DT_SONAME", "DT_RUNPATH", "DT_RPATH"}
+
+_SYMBOL = struct.Struct("<IBBHQQ")  # Elf64_Sym: name, info, other, shndx, value, size
+_BINDINGS = {1, 2}  # STB_GLOBAL, STB_WEAK: what dlsym finds
+_STT_FUNC = 2
+_VISIBLE = {0, 3}  # STV_DEFAULT, STV_PROTECTED
+
+# A kernel module needs some 900 reads, and tables of some 20 kB.
+_MAX_READS = 50_000
+_MAX_READ = 1 << 20
+_MAX_TABLE = 16 << 20
+_MAX_NAME = 1024
+
+
+@dataclass(frozen=True)
+class ElfInfo:
+    """A shared library's interface to the rest of the process."""
+
+    machine: str
+    """"x86_64" or "aarch64"."""
+    needed: tuple[str, ...]
+    """DT_NEEDED, in the order the loader takes them."""
+    soname: str | None
+    runpath: str | None
+    """DT_RUNPATH, or DT_RPATH where there is no DT_RUNPATH."""
+    functions: tuple[str, ...]
+    """Exported TVM-FFI functions, without `FUNCTION_PREFIX`, sorted."""
+    requires: tuple[str, ...]
+    """libtvm_ffi symbols that must be there already when this file is loaded, sorted."""
+    versions: tuple[str, ...]
+    """Symbol versions asked of other libraries ("GLIBC_2.14", "GLIBCXX_3.4.21"), sorted."""
+
+
+class Window:
+    """A stretch of a file, read piece by piece and never past its end."""
+
+    def __init__(self, read: Callable[[int, int], bytes], start: int, size: int) -> None:
+        self._read, self._start, self.size = read, start, size
+
+    def at(self, offset: int, count: int) -> bytes:
+        """Up to `count` bytes from `offset`; fewer at the end."""
+        count = min(count, self.size - offset)
+        return self._read(self._start + offset, count) if offset >= 0 < count else b""
+
+    def part(self, offset: int, size: int) -> Window:
+        """The stretch of `size` bytes from `offset`; ValueError if it is not all inside."""
+        if not 0 <= offset <= offset + size <= self.size:
+            raise ValueError(f"{size} bytes at offset {offset} of {self.size}")
+        return Window(self._read, self._start + offset, size)
+
+
+class _Stream:
+    """The file object that pyelftools wants, over a window."""
+
+    def __init__(self, window: Window) -> None:
+        self._window, self._position, self._reads_left = window, 0, _MAX_READS
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._window.size}
+        self._position = base[whence] + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, count: int = _MAX_READ) -> bytes:
+        self._reads_left -= 1
+        if self._reads_left < 0:
+            raise ValueError("its tables refer to one another without end")
+        data = self._window.at(self._position, min(count, _MAX_READ))
+        self._position += len(data)
+        return data
+
+
+def inspect_elf(path: Source) -> ElfInfo:
+    """Read the interface of the shared library at `path`.
+
+    Raises ArtifactError where the file is not a well-formed 64-bit
+    little-endian shared library for a known machine, and LoaderError where it
+    cannot be opened.
+    """
+    with _open_elf(path) as (elf, window):
+        machine = _MACHINES.get(elf["e_machine"])
+        if machine is None:
+            raise ValueError(
+                f"made for machine {elf['e_machine']}, not for {' or '.join(_MACHINES.values())}"
+            )
+        tags = _dynamic_tags(elf)
+        functions, requires = _symbols(elf, window)
+        return ElfInfo(
+            machine=machine,
+            needed=tuple(tags.get("DT_NEEDED", ())),
+            soname=_first(tags, "DT_SONAME"),
+            runpath=_first(tags, "DT_RUNPATH") or _first(tags, "DT_RPATH"),
+            functions=functions,
+            requires=requires,
+            versions=_versions(elf),
+        )
+
+
+@contextmanager
+def open_section(source: Source, name: str) -> Iterator[Window | None]:
+    """The content of one section, None where there is no such section.
+
+    A ValueError raised inside the `with` block becomes an ArtifactError that
+    names `source`: the block too only judges what the file says.
+    """
+    with _open_elf(source) as (elf, window):
+        section = elf.get_section_by_name(name)
+        yield None if section is None else _content(section, window)
+
+
+def describe(source: Source) -> str:
+    """`source` as an error message names it."""
+    return f"<{len(source)} bytes>" if isinstance(source, bytes) else os.fspath(source)
+
+
+@contextmanager
+def malformed(source: Source) -> Iterator[None]:
+    """Turn whatever a parser raises over `source` into an ArtifactError.
+
+    A parser that meets nonsense fails in any way at all (KeyError, struct.error,
+    AssertionError, ...), and each of them means the same here.
+    """
+    try:
+        yield
+    except LoaderError:
+        raise
+    except (Exception, MemoryError) as error:
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise ArtifactError(f"{describe(source)}: malformed: {reason}") from error
+
+
+@contextmanager
+def _open_elf(source: Source) -> Iterator[tuple[Any, Window]]:
+    with _opened(source) as window, malformed(source):
+        ident = window.at(0, 6)
+        if ident[:4] != b"\x7fELF":
+            begins = f"begins with bytes {ident[:4].hex(' ')}" if ident else "it is empty"
+            raise ArtifactError(f"{describe(source)}: not an ELF file: {begins}")
+        if ident[4:] != b"\x02\x01":
+            raise ValueError("not 64-bit little-endian ELF")
+        # Here because importing pyelftools costs more than reading a file with it.
+        from elftools.elf.elffile import ELFFile
+
+        yield ELFFile(_Stream(window)), window
+
+
+@contextmanager
+def _opened(source: Source) -> Iterator[Window]:
+    if isinstance(source, bytes):
+        yield Window(lambda offset, count: source[offset : offset + count], 0, len(source))
+        return
+    try:
+        # O_NONBLOCK: opening a FIFO for reading would otherwise wait for a writer.
+        fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        raise LoaderError(f"{describe(source)}: cannot be opened: {error}") from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise ArtifactError(f"{describe(source)}: not a regular file")
+        yield Window(lambda offset, count: os.pread(fd, count, offset), 0, status.st_size)
+    finally:
+        os.close(fd)
+
+
+def _content(section: Any, window: Window) -> Window:
+    return window.part(section["sh_offset"], section["sh_size"])
+
+
+def _table(section: Any, window: Window) -> bytes:
+    content = _content(section, window)
+    if content.size > _MAX_TABLE:
+        raise ValueError(f"section {section.name} has {content.size} bytes")
+    return content.at(0, content.size)
+
+
+def _dynamic_tags(elf: Any) -> dict[str, list[str]]:
+    dynamic = elf.get_section_by_name(".dynamic")
+    if elf["e_type"] != "ET_DYN" or dynamic is None:
+        raise ValueError(f"not a shared library (type {elf['e_type']})")
+    tags: dict[str, list[str]] = {}
+    for tag in dynamic.iter_tags():
+        kind = tag.entry.d_tag
+        if kind in _TEXT_TAGS:
+            # pyelftools resolves the text into an attribute named after the tag.
+            tags.setdefault(kind, []).append(getattr(tag, kind.removeprefix("DT_").lower()))
+    return tags
+
+
+def _first(tags: dict[str, list[str]], tag: str) -> str | None:
+    return tags[tag][0] if tag in tags else None
+
+
+def _symbols(elf: Any, window: Window) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The TVM-FFI functions defined here and the libtvm_ffi symbols left undefined."""
+    section = elf.get_section_by_name(".dynsym")
+    if section is None:
+        raise ValueError("it has no dynamic symbol table")
+    names = _table(section.stringtable, window)
+    # Only names that begin with a prefix are looked at.  A name may start in the
+    # middle of another (linkers merge tails), so any occurrence counts.
+    wanted = {
+        match.start()
+        for match in re.finditer(f"{FUNCTION_PREFIX}|{RUNTIME_PREFIX}".encode(), names)
+    }
+    functions: set[str] = set()
+    requires: set[str] = set()
+    table = _table(section, window)
+    if len(table) % _SYMBOL.size:
+        raise ValueError(f"the dynamic symbol table has {len(table)} bytes")
+    for at, info, other, section_index, _value, _size in _SYMBOL.iter_unpack(table):
+        if at not in wanted:
+            continue
+        name = _name(names, at)
+        if section_index == 0 and name.startswith(RUNTIME_PREFIX):
+            requires.add(name)
+        elif section_index and name.startswith(FUNCTION_PREFIX) and _callable(info, other):
+            functions.add(name.removeprefix(FUNCTION_PREFIX))
+    operations = sorted(name for name in functions if not name.startswith(_COMPANIONS))
+    return tuple(operations), tuple(sorted(requires))
+
+
+def _name(names: bytes, at: int) -> str:
+    end = names.find(b"\0", at, at + _MAX_NAME)
+    if end < 0:
+        raise ValueError(f"a symbol name of more than {_MAX_NAME} bytes")
+    return names[at:end].decode("ascii", "backslashreplace")
+
+
+def _callable(info: int, other: int) -> bool:
+    return info & 0xF == _STT_FUNC and info >> 4 in _BINDINGS and other & 3 in _VISIBLE
+
+
+def _versions(elf: Any) -> tuple[str, ...]:
+    section = elf.get_section_by_name(".gnu.version_r")
+    if section is None:
+        return ()
+    return tuple(sorted({aux.name for _need, auxes in section.iter_versions() for aux in auxes}))

@@ -1,0 +1,79 @@
+"""Ops in float64, written from their definition and not from the kernels.
+
+What results are compared with: the reference kernels' in the tests, a GPU's in
+the tests and in `fi-ffi demo`.  Each gives, for every tensor it writes, the value
+and the magnitude its rounding errors scale with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fi_ffi.reference.arrays import Array
+
+Inputs = dict[str, Any]
+Exact = dict[str, tuple[Array, Array]]
+
+_FP8_LIMIT = 448.0
+
+
+def _rms_rows(x: Array, weight: Array, eps: float) -> Array:
+    root = np.hypot(np.linalg.norm(x, axis=-1, keepdims=True) / x.shape[-1] ** 0.5, eps**0.5)
+    rows: Array = x / root * weight
+    return rows
+
+
+def _of_own_size(**values: Array) -> Exact:
+    return {name: (value, np.abs(value)) for name, value in values.items()}
+
+
+def rmsnorm(a: Inputs) -> Exact:
+    return _of_own_size(out=_rms_rows(a["input"], a["weight"], a["eps"]))
+
+
+def gemma_rmsnorm(a: Inputs) -> Exact:
+    return _of_own_size(out=_rms_rows(a["input"], 1 + a["weight"], a["eps"]))
+
+
+def fused_add_rmsnorm(a: Inputs) -> Exact:
+    total = a["input"] + a["residual"]
+    return _of_own_size(residual=total, input=_rms_rows(total, a["weight"], a["eps"]))
+
+
+def gemma_fused_add_rmsnorm(a: Inputs) -> Exact:
+    return fused_add_rmsnorm(a | {"weight": 1 + a["weight"]})
+
+
+def rmsnorm_quant(a: Inputs) -> Exact:
+    rows = _rms_rows(a["input"], a["weight"], a["eps"]) / a["scale"]
+    return _of_own_size(out=np.clip(rows, -_FP8_LIMIT, _FP8_LIMIT))
+
+
+def fused_add_rmsnorm_quant(a: Inputs) -> Exact:
+    total = a["input"] + a["residual"]
+    rows = _rms_rows(total, a["weight"], a["eps"]) / a["scale"]
+    return _of_own_size(residual=total, out=np.clip(rows, -_FP8_LIMIT, _FP8_LIMIT))
+
+
+def layernorm(a: Inputs) -> Exact:
+    x = a["input"]
+    mean = x.mean(axis=-1, keepdims=True)
+    deviation = np.sqrt(((x - mean) ** 2).mean(axis=-1, keepdims=True) + a["eps"])
+    value = (x - mean) / deviation * a["gamma"] + a["beta"]
+    terms = (np.abs(x) + np.abs(mean)) / deviation * np.abs(a["gamma"]) + np.abs(a["beta"])
+    return {"out": (value, terms)}
+
+
+EXACT: dict[str, Callable[[Inputs], Exact]] = {
+    "rmsnorm": rmsnorm,
+    "qk_rmsnorm": rmsnorm,
+    "gemma_rmsnorm": gemma_rmsnorm,
+    "fused_add_rmsnorm": fused_add_rmsnorm,
+    "gemma_fused_add_rmsnorm": gemma_fused_add_rmsnorm,
+    "rmsnorm_quant": rmsnorm_quant,
+    "fused_add_rmsnorm_quant": fused_add_rmsnorm_quant,
+    "layernorm": layernorm,
+}
