@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import zlib
 
 import ml_dtypes
 import numpy as np
 import pytest
+from calls import CALLS, HIDDEN, padded
 
 import fi_ffi
 from fi_ffi.ops import OPS
 from fi_ffi.ops.cases import Case, make_case
 from fi_ffi.ops.op import Op
-
-HIDDEN = (8, 24, 64, 127, 128, 1001, 2048, 4096, 7168, 16384)
-
-CALLS = [
-    pytest.param(op, dict(zip(op.row.dtypes, dtypes, strict=True)), id=f"{name}-{'-'.join(dtypes)}")
-    for name, op in OPS.items()
-    for dtypes in itertools.product(*op.row.dtypes.values())
-]
-
-
-def padded(array: np.ndarray, pad: int) -> np.ndarray:
-    """The same values, with `pad` elements between rows of the last axis."""
-    wide = np.full((*array.shape[:-1], array.shape[-1] + pad), np.nan, array.dtype)
-    wide[..., : array.shape[-1]] = array
-    return wide[..., : array.shape[-1]]
-
 
 def run(op: Op, case: Case, to_gpu, stream: int, *, pad: int = 0, **more: object) -> float:
     """Call on the GPU; returns the worst error as a fraction of its bound."""

@@ -1,0 +1,148 @@
+"""The commands, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fi_ffi.cli import main
+from fi_ffi.loader.wheel import Wheel
+from fi_ffi.ops import OPS
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    """The command's standard output; the environment names no kernels."""
+    result = CliRunner().invoke(main, [str(a) for a in arguments], env={"FI_FFI_KERNELS": None})
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def module_of(wheel: Path, name: str) -> Path:
+    return Wheel(wheel).extract(f"flashinfer_jit_cache/jit_cache/{name}/{name}.so")
+
+
+def test_help_names_every_command():
+    text = run("--help")
+    for name in ("build", "demo", "doctor", "inspect"):
+        assert name in text
+        assert "--json" in run(name, "--help")
+
+
+def test_demo_runs_every_op_on_the_cpu():
+    document = json.loads(run("demo", "--device", "cpu", "--json"))
+    assert document["device"] == "cpu"
+    assert [result["op"] for result in document["results"]] == list(OPS)
+    for result in document["results"]:
+        assert result["status"] == "ok"
+        assert result["provider"] == "reference"
+        assert 0 < result["error_of_bound"] <= 1
+        assert result["max_error"] > 0
+        assert result["microseconds"] > 0
+
+
+def test_demo_prints_a_table():
+    text = run("demo", "--device", "cpu", "--tokens", "3", "--hidden", "64")
+    assert "3x64" in text
+    for name in OPS:
+        assert name in text
+    assert "fail" not in text.replace("above 1 fails", "")
+
+
+def test_demo_says_what_is_wrong_with_its_kernels(tmp_path):
+    missing = tmp_path / "no.whl"
+    assert f"Error: {missing}: there is no such file" in run("demo", "--kernels", missing, code=1)
+
+
+@pytest.fixture
+def findings_of():
+    def doctor(*arguments: object, code: int = 0) -> dict[str, dict[str, str]]:
+        found = json.loads(run("doctor", "--json", *arguments, code=code))
+        assert all(f["status"] in ("ok", "warn", "fail") for f in found)
+        assert all(f["advice"] for f in found if f["status"] == "fail")
+        return {finding["check"]: finding for finding in found}
+
+    return doctor
+
+
+def test_doctor_without_kernels(findings_of):
+    found = findings_of()
+    assert found["python"]["status"] == "ok"
+    assert "libcudart.so.13" in found["cudart"]["found"]
+    assert "libtvm_ffi.so" in found["libtvm_ffi"]["found"]
+    assert found["kernels"]["status"] == "warn"
+    assert "fi-ffi build" in found["kernels"]["advice"]
+
+
+def test_doctor_attests_kernels(findings_of, built_wheel):
+    found = findings_of("--kernels", built_wheel)
+    assert "0.6.13" in found["kernels"]["found"]
+    assert found["norm code"]["found"] == "sm_90a"
+    assert found["norm entries"]["status"] == "ok"
+    assert all(name in found["norm entries"]["found"] for name in OPS)
+
+
+def test_doctor_fails_on_a_broken_wheel(findings_of, built_wheel, tmp_path):
+    broken = tmp_path / built_wheel.name
+    broken.write_bytes(built_wheel.read_bytes()[:-100])
+    result = CliRunner().invoke(main, ["doctor", "--json", "--kernels", str(broken)])
+    assert result.exit_code == 1
+    found = {finding["check"]: finding for finding in json.loads(result.output)}
+    assert found["kernels"]["status"] == "fail"
+    assert str(broken) in found["kernels"]["found"]
+
+
+def test_doctor_prints_a_table():
+    text = run("doctor")
+    assert "libtvm_ffi" in text
+    assert "what to do" in text
+
+
+def test_inspect_tells_signatures_and_architectures(built_wheel):
+    file = module_of(built_wheel, "norm")
+    document = json.loads(run("inspect", file, "--json"))
+    assert document["architectures"] == ["sm_90a"]
+    assert "libcudart.so.13" in document["needed"]
+    assert "libtvm_ffi.so" not in document["needed"]
+    assert document["functions"]["rmsnorm"] == (
+        "(DLTensor*, DLTensor*, DLTensor*, float, bool) -> void"
+    )
+    assert all(document["functions"].values())
+    for row in (op.row for op in OPS.values()):
+        types = ", ".join(row.signature.params)
+        assert document["functions"][row.symbol] == f"({types}) -> void"
+    text = run("inspect", file)
+    assert "sm_90a" in text
+    assert "fused_add_rmsnorm_quant" in text
+
+
+def test_inspect_tells_a_jetson_kernel(built_wheel_sm87):
+    document = json.loads(run("inspect", module_of(built_wheel_sm87, "page"), "--json"))
+    assert document["architectures"] == ["sm_87"]
+    assert "append_paged_kv_cache" in document["functions"]
+
+
+def test_inspect_refuses_what_is_no_library(tmp_path):
+    text = tmp_path / "text.so"
+    text.write_text("not a library")
+    assert "Error:" in run("inspect", text, code=1)
+
+
+def test_inspect_without_loading(built_wheel):
+    program = (
+        "import sys; from click.testing import CliRunner; from fi_ffi.cli import main\n"
+        "result = CliRunner().invoke(main, sys.argv[1:]); print(result.output)\n"
+        "assert 'norm.so' not in open('/proc/self/maps').read()\n"
+        "sys.exit(result.exit_code)"
+    )
+    file = module_of(built_wheel, "norm")
+    command = [sys.executable, "-c", program, "inspect", "--no-load", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert set(document["functions"].values()) == {None}
+    assert document["signatures_missing_because"] == "not loaded"

@@ -1,0 +1,253 @@
+"""Bad input to every argument of every op: a typed error, and nothing written.
+
+The cases come from the rows, so a new row is covered when it is added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from calls import CALLS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fi_ffi
+from fi_ffi.ops import OPS
+from fi_ffi.ops.cases import Case, make_case
+from fi_ffi.ops.row import Row, Scalar, Tensor
+
+SIZES = {"n": 4, "k": 2, "h": 16}
+Descs = dict[str, fi_ffi.TensorDesc]
+
+
+def a_case(row: Row, dtypes: dict[str, str]) -> Case:
+    return make_case(row, SIZES, dtypes, np.random.default_rng())
+
+
+def described(case: Case) -> Descs:
+    return {name: fi_ffi.as_desc(array) for name, array in case.arrays.items()}
+
+
+def changed(desc: fi_ffi.TensorDesc, **fields: object) -> fi_ffi.TensorDesc:
+    values = {"shape": desc.shape, "dtype": desc.dtype, "device": desc.device} | fields
+    return fi_ffi.TensorDesc(
+        values.pop("ptr", desc.ptr), values.pop("shape"), values.pop("dtype"), **values
+    )
+
+
+def _another_dtype(desc: fi_ffi.TensorDesc) -> str:
+    return "int32" if desc.dtype.name == "float64" else "float64"
+
+
+def _longer(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return tuple(n + (i == axis) for i, n in enumerate(shape))
+
+
+WRONG: dict[str, Callable[[fi_ffi.TensorDesc], object]] = {
+    "rank": lambda d: changed(d, shape=(*d.shape, 1)),
+    "dtype": lambda d: changed(d, dtype=_another_dtype(d)),
+    "device": lambda d: changed(d, device="cuda_managed:0"),
+    "null": lambda d: changed(d, ptr=0),
+    "last stride": lambda d: changed(d, strides=[2 * s for s in d.strides]),
+    "misaligned": lambda d: changed(d, ptr=d.ptr + 1),
+    "size": lambda d: changed(d, shape=_longer(d.shape, len(d.shape) - 1)),
+    "None": lambda d: None,
+    "text": lambda d: "tensor",
+    "number": lambda d: 7,
+    "list": lambda d: [1.0, 2.0],
+}
+
+
+def call_refused(op, case: Case, values: dict, argument: str | None) -> fi_ffi.ArgumentError:
+    before = {name: array.tobytes() for name, array in case.arrays.items()}
+    with pytest.raises(fi_ffi.ArgumentError) as caught:
+        op(**values)
+    error = caught.value
+    assert error.op == op.row.name
+    if argument is not None:
+        assert error.argument == argument
+    assert str(error.expected) and str(error.got)
+    assert f"`{error.argument}`" in str(error)
+    assert op.row.name in str(error)
+    assert {name: array.tobytes() for name, array in case.arrays.items()} == before
+    return error
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize(("op", "dtypes"), CALLS)
+def test_each_tensor(op, dtypes, wrong):
+    for arg in op.row.tensors:
+        case = a_case(op.row, dtypes)
+        values = described(case)
+        values[arg.name] = WRONG[wrong](values[arg.name])
+        if wrong in ("last stride", "size") and arg.axis_names == ("1",) and wrong != "size":
+            continue  # one element: any stride leads to it
+        # A size or a device that differs may be told of the tensor it differs from.
+        anywhere = wrong in ("size", "device")
+        call_refused(op, case, values, None if anywhere else arg.name)
+
+
+@pytest.mark.parametrize(("op", "dtypes"), CALLS)
+def test_wrong_device_and_read_only(op, dtypes):
+    for arg in op.row.tensors:
+        case = a_case(op.row, dtypes)
+        values = described(case)
+        values[arg.name] = changed(values[arg.name], device="cuda:0")
+        call_refused(op, case, values, None)
+        if arg.writes:
+            case.arrays[arg.name].flags.writeable = False
+            call_refused(op, case, dict(case.arrays), arg.name)
+
+
+@pytest.mark.parametrize(("op", "dtypes"), CALLS)
+def test_rows_that_overlap_or_go_backwards(op, dtypes):
+    for arg in op.row.tensors:
+        if len(arg.axis_names) == 1:
+            continue
+        for first in (0, 8, -64):
+            if first == 0 and not arg.writes and not arg.contiguous:
+                continue  # one row read many times is fine
+            case = a_case(op.row, dtypes)
+            values = described(case)
+            strides = (first, *values[arg.name].strides[1:])
+            if first == 8 and not (arg.writes or arg.contiguous):
+                continue
+            values[arg.name] = changed(values[arg.name], strides=strides)
+            call_refused(op, case, values, arg.name)
+
+
+@pytest.mark.parametrize(("op", "dtypes"), CALLS)
+def test_strides_between_vectors(op, dtypes):
+    for arg in op.row.tensors:
+        if "n" not in arg.axis_names or arg.contiguous:
+            continue
+        case = a_case(op.row, dtypes)
+        values = described(case)
+        strides = (values[arg.name].strides[0] * 2 + 1, *values[arg.name].strides[1:])
+        values[arg.name] = changed(values[arg.name], strides=strides)
+        error = call_refused(op, case, values, arg.name)
+        assert "8 elements" in str(error)
+
+
+@pytest.mark.parametrize(("op", "dtypes"), CALLS)
+def test_offsets_past_what_the_kernel_counts(op, dtypes):
+    for arg in op.row.tensors:
+        if "n" not in arg.axis_names or arg.contiguous:
+            continue
+        case = a_case(op.row, dtypes)
+        values = described(case)
+        strides = (op.row.offset_limit // 2, *values[arg.name].strides[1:])
+        values[arg.name] = changed(values[arg.name], strides=strides)
+        error = call_refused(op, case, values, arg.name)
+        assert str(op.row.offset_limit) in str(error)
+
+
+def test_a_contiguous_op_counts_its_elements_too():
+    shape = (2**21, 1024)
+    x = fi_ffi.TensorDesc(16, shape, "bfloat16", device="cpu")
+    column = fi_ffi.TensorDesc(16, shape[1:], "float32", device="cpu")
+    fewer = fi_ffi.TensorDesc(16, (shape[0] + 1, 1024), "bfloat16", device="cpu")
+    with pytest.raises(fi_ffi.ArgumentError, match="offsets below 2147483648"):
+        fi_ffi.layernorm(fewer, fewer, column, column)
+    assert x.layout.numel == OPS["layernorm"].row.offset_limit
+
+
+SCALARS = [
+    pytest.param(op, arg, id=f"{name}-{arg.name}")
+    for name, op in OPS.items()
+    for arg in op.row.args
+    if isinstance(arg, Scalar)
+]
+
+
+@pytest.mark.parametrize("value", ["1", None, 1j, [1.0], math.nan, math.inf, -1.0, -math.inf, "é"])
+@pytest.mark.parametrize(("op", "arg"), SCALARS)
+def test_each_scalar(op, arg, value):
+    case = a_case(op.row, {variable: names[0] for variable, names in op.row.dtypes.items()})
+    call_refused(op, case, described(case) | {arg.name: value}, arg.name)
+
+
+@pytest.mark.parametrize("value", [True, np.bool_(True)])
+def test_a_bool_is_no_float(value):
+    op = OPS["rmsnorm"]
+    case = a_case(op.row, {"T": "float16"})
+    call_refused(op, case, described(case) | {"eps": value}, "eps")
+
+
+@pytest.mark.parametrize("value", [1, np.float32(1), np.float64(1), np.int64(1)])
+def test_numbers_of_other_types_are_floats(value):
+    op = OPS["rmsnorm"]
+    case = make_case(op.row, SIZES, {"T": "float16"}, np.random.default_rng(), eps=1.0)
+    op(**case.arrays, eps=value)
+    assert case.error("out", case.arrays["out"])[1] <= 1
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=list(OPS))
+def test_a_missing_stream_is_told_before_kernels_are_looked_for(op):
+    values = {
+        arg.name: fi_ffi.TensorDesc(
+            1 << 20, [1 if a == "1" else SIZES[a] for a in arg.axis_names], _dtype(op.row, arg)
+        )
+        for arg in op.row.tensors
+    }
+    with pytest.raises(fi_ffi.ArgumentError, match="stream") as caught:
+        op(**values)
+    assert (caught.value.op, caught.value.argument) == (op.row.name, "stream")
+    with pytest.raises(fi_ffi.ArgumentTypeError, match="stream"):
+        op(**values, stream="default")
+    with pytest.raises(fi_ffi.ArgumentError, match="stream"):
+        op(**values, stream=-1)
+
+
+def _dtype(row: Row, arg: Tensor) -> str:
+    return row.dtypes.get(arg.dtype, (arg.dtype,))[0]
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=list(OPS))
+def test_unknown_and_missing_arguments(op):
+    case = a_case(op.row, {variable: names[0] for variable, names in op.row.dtypes.items()})
+    with pytest.raises(TypeError, match=op.row.name):
+        op(**case.arrays, temperature=1)
+    with pytest.raises(TypeError, match=op.row.name):
+        op()
+
+
+ANYTHING = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=5),
+    st.binary(max_size=5),
+    st.lists(st.integers(), max_size=3),
+    st.builds(
+        lambda ptr, shape, dtype, device: fi_ffi.TensorDesc(ptr, shape, dtype, device=device),
+        st.one_of(st.just(0), st.integers(1, 2**40)),
+        st.lists(st.integers(0, 2**12), max_size=4),
+        st.sampled_from(list(fi_ffi.DTYPES)),
+        st.sampled_from(["cuda:0", "cuda:7", "cuda_host"]),
+    ),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_anything_anywhere(data):
+    """Any argument replaced by anything: a typed error, or a scalar that was fine."""
+    op = data.draw(st.sampled_from(list(OPS.values())))
+    case = a_case(op.row, {variable: names[0] for variable, names in op.row.dtypes.items()})
+    arg = data.draw(st.sampled_from(op.row.args))
+    value = data.draw(ANYTHING)
+    before = {name: array.tobytes() for name, array in case.arrays.items()}
+    try:
+        op(**(described(case) | {arg.name: value}))
+    except fi_ffi.ArgumentError as error:
+        assert error.op == op.row.name
+        after = {name: array.tobytes() for name, array in case.arrays.items()}
+        assert after == before
+    else:
+        assert isinstance(arg, Scalar), f"{arg.name}={value!r} was accepted"
+        assert type(value) in (arg.type, int)

@@ -1,0 +1,70 @@
+"""What is derived from rows: signatures, docstrings, Python parameters, public names."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+
+import fi_ffi
+from fi_ffi import reference
+from fi_ffi.ops import OPS, ROWS
+from fi_ffi.ops.row import Row, Scalar, Tensor
+from fi_ffi.reference.exact import EXACT
+
+ROW_IDS = [row.name for row in ROWS]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=ROW_IDS)
+def test_every_row_is_public_and_has_a_reference_and_a_formula(row):
+    assert getattr(fi_ffi, row.name) is OPS[row.name]
+    assert row.name in fi_ffi.__all__
+    assert row.symbol in reference.kernels()[row.module]
+    assert row.name in EXACT
+
+
+@pytest.mark.parametrize("row", ROWS, ids=ROW_IDS)
+def test_python_signature_is_the_abis_order_and_then_the_stream(row):
+    parameters = inspect.signature(OPS[row.name]).parameters
+    assert list(parameters) == [arg.name for arg in row.args] + ["stream"]
+    assert parameters["stream"].kind is inspect.Parameter.KEYWORD_ONLY
+    for arg in row.args:
+        default = arg.default if isinstance(arg, Scalar) else inspect.Parameter.empty
+        assert parameters[arg.name].default == default
+
+
+@pytest.mark.parametrize("row", ROWS, ids=ROW_IDS)
+def test_docstring_tells_everything(row):
+    doc = OPS[row.name].__doc__ or ""
+    for arg in row.args:
+        assert re.search(rf"^    {arg.name} \([^:]+\): .", doc, re.MULTILINE), arg.name
+    for wanted in (row.source, row.module, row.releases, "Raises", *row.dtypes):
+        assert wanted in doc
+    for names in row.dtypes.values():
+        assert all(name in doc for name in names)
+    assert max(map(len, doc.splitlines())) <= 100
+
+
+def test_a_new_row_is_a_function_at_once():
+    """A row of its own, for an entry that has a reference already."""
+    from fi_ffi.ops.op import Op
+
+    row = Row(
+        "mine", "norm", "rmsnorm", "here", "Mine.",
+        (
+            Tensor("y", "n h", "T", "result", writes=True, reads=False),
+            Tensor("x", "n h", "T", "argument"),
+            Tensor("w", "h", "T", "scale"),
+            Scalar("epsilon", float, 0.0, "epsilon"),
+            Scalar("pdl", bool, False, "unused"),
+        ),
+        {"T": ("float16",)}, ">=0",
+    )  # fmt: skip
+    import numpy as np
+
+    y, x, w = (np.ones(s, np.float16) for s in ((2, 8), (2, 8), (8,)))
+    Op(row)(y=y, x=2 * x, w=3 * w)
+    assert (y == 3).all()
+    with pytest.raises(fi_ffi.ArgumentError, match="mine: argument `w`"):
+        Op(row)(y, x, w[:4])
