@@ -31,18 +31,10 @@ from fi_ffi.errors import (
     LoaderError,
 )
 from fi_ffi.loader.runtime import file_signatures
-from fi_ffi.ops import OPS, forget_entries
+from fi_ffi.ops.functions import *  # noqa: F403
+from fi_ffi.ops.functions import OPS
 
 __version__ = "0.1.0"
-
-rmsnorm = OPS["rmsnorm"]
-qk_rmsnorm = OPS["qk_rmsnorm"]
-gemma_rmsnorm = OPS["gemma_rmsnorm"]
-fused_add_rmsnorm = OPS["fused_add_rmsnorm"]
-gemma_fused_add_rmsnorm = OPS["gemma_fused_add_rmsnorm"]
-rmsnorm_quant = OPS["rmsnorm_quant"]
-fused_add_rmsnorm_quant = OPS["fused_add_rmsnorm_quant"]
-layernorm = OPS["layernorm"]
 
 
 def use_kernels(location: str | os.PathLike[str]) -> None:
@@ -56,7 +48,8 @@ def use_kernels(location: str | os.PathLike[str]) -> None:
     from fi_ffi.loader import runtime
 
     runtime.use_source(location)
-    forget_entries()
+    for op in OPS.values():
+        op.forget()
 
 
 __all__ = [
@@ -77,16 +70,9 @@ __all__ = [
     "TensorDesc",
     "as_desc",
     "file_signatures",
-    "fused_add_rmsnorm",
-    "fused_add_rmsnorm_quant",
-    "gemma_fused_add_rmsnorm",
-    "gemma_rmsnorm",
-    "layernorm",
     "parse_device",
     "parse_signature",
-    "qk_rmsnorm",
-    "rmsnorm",
-    "rmsnorm_quant",
     "stream",
     "use_kernels",
+    *OPS,
 ]

@@ -53,7 +53,10 @@ def parse_device(device: object, *, op: str = "TensorDesc", argument: str = "dev
     Raises `ArgumentTypeError` for anything else.
     """
     if isinstance(device, Device):
-        return device
+        known = _DEVICES.get((device.type, device.index))
+        if known is not None:
+            return known
+        device = f"{device.type}:{device.index}"  # made by hand: not checked yet
     if isinstance(device, str):
         known = _DEVICES.get(device)
         if known is not None:

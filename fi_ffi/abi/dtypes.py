@@ -75,12 +75,10 @@ def parse_dtype(dtype: object, *, op: str = "TensorDesc", argument: str = "dtype
 
     Raises `ArgumentTypeError` for anything else, listing the known names.
     """
-    if isinstance(dtype, DType):
-        return dtype
     # numpy dtypes have a name, numpy scalar types a __name__, torch's print as torch.float16.
     name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
     found = DTYPES.get(str(name).rpartition(".")[2])
-    if found is None:
+    if found is None or getattr(dtype, "byteorder", "=") == ">":
         raise ArgumentTypeError(op, argument, got=repr(dtype), expected=f"one of {list(DTYPES)}")
     return found
 

@@ -46,7 +46,11 @@ def error_from(handle: Any, op: str, depth: int = 0) -> KernelError:
 def set_raised(error: BaseException) -> None:
     """Leave a Python exception behind as this thread's TVM-FFI error."""
     frames = "".join(reversed(traceback.format_tb(error.__traceback__)))
-    parts = (type(error).__name__, str(error), frames)
+    try:
+        message = str(error)
+    except Exception as broken:  # an exception's own __str__ may raise
+        message = f"(its message cannot be told: {type(broken).__name__})"
+    parts = (type(error).__name__, message, frames)
     arrays = [library.byte_array(part.encode("utf-8", errors="replace")) for part in parts]
     slot = ffi.new("TVMFFIObjectHandle *")
     if library.lib.TVMFFIErrorCreate(arrays[0][0], arrays[1][0], arrays[2][0], slot) == 0:

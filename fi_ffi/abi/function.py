@@ -10,8 +10,9 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.failure import check, set_raised
 from fi_ffi.abi.objects import Array, Function, Module
 from fi_ffi.abi.signature import Signature, signature_from_mismatch
+from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.abi.values import desc_from_dl_tensor, pack, unpack
-from fi_ffi.errors import AbiError, KernelError, LoaderError
+from fi_ffi.errors import AbiError, ArgumentTypeError, KernelError, LoaderError
 
 
 class Entry:
@@ -117,7 +118,7 @@ def register(name: str, signature: Signature, function: Callable[..., Any]) -> E
                     f"Expected {len(signature.params)} but got {count} arguments"
                 )
             value = function(*(_argument(args[i]) for i in range(count)))
-            pack(result, value, [], name, "result")
+            _return(result, value, name)
         except BaseException as error:
             set_raised(error)
             return -1
@@ -131,6 +132,16 @@ def register(name: str, signature: Signature, function: Callable[..., Any]) -> E
     array, _buffer = library.byte_array(name.encode())
     check(library.lib.TVMFFIFunctionSetGlobal(array, made.handle, 1), name)
     return Entry.of(made, name)
+
+
+def _return(result: Any, value: object, name: str) -> None:
+    """Write a callback's result: unlike an argument it must own what it names."""
+    if isinstance(value, TensorDesc):
+        expected = "a Tensor object: a view would outlive what it is a view of"
+        raise ArgumentTypeError(name, "result", got=value, expected=expected)
+    view, keep = ffi.new("TVMFFIAny *"), list[object]()
+    pack(view[0], value, keep, name, "result")
+    check(library.lib.TVMFFIAnyViewToOwnedAny(view, result), name)
 
 
 def _argument(slot: Any) -> Any:

@@ -8,7 +8,7 @@ copied and nothing synchronised: ordering is what `stream=` is for.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import Device, device_from_code, parse_device
@@ -16,6 +16,32 @@ from fi_ffi.abi.dtypes import DTYPES, DType, dtype_from_code
 from fi_ffi.abi.library import c_library
 from fi_ffi.abi.tensor import TensorDesc, make_desc, make_layout
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
+
+
+class SupportsDLPack(Protocol):
+    """An exporter of DLPack capsules."""
+
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+    def __dlpack__(self, *, stream: Any = None) -> object: ...
+
+
+class SupportsCudaArrayInterface(Protocol):
+    """Numba's protocol for arrays on a GPU."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+
+class SupportsArrayInterface(Protocol):
+    """numpy's protocol for arrays on the host."""
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]: ...
+
+
+TensorLike: TypeAlias = (
+    TensorDesc | SupportsDLPack | SupportsCudaArrayInterface | SupportsArrayInterface
+)
 
 _CAPSULES = {b"dltensor": "DLManagedTensor *", b"dltensor_versioned": "DLManagedTensorVersioned *"}
 _READ_ONLY = 1  # DLPACK_FLAG_BITMASK_READ_ONLY
@@ -71,13 +97,14 @@ def _from_array_interface(
             raise ArgumentError(op, argument, got=got, expected=expected)
         strides = tuple(step // dtype.itemsize for step in strides)
     layout = make_layout(interface["shape"], dtype, strides, device, bool(readonly))
-    return make_desc(ptr or 0, layout, value)
+    # The interface too: what it was made from may be held by nothing else (numpy's scalars).
+    return make_desc(ptr or 0, layout, (value, interface))
 
 
 def _array_dtype(value: Any, typestr: str, op: str, argument: str) -> DType:
     kind = _TYPESTR.get(typestr[1], "") if len(typestr) > 2 and typestr[0] != ">" else ""
     name = kind if kind in ("", "bool") else f"{kind}{8 * int(typestr[2:])}"
-    if name not in DTYPES:
+    if name not in DTYPES and typestr[0] != ">":
         # ml_dtypes' types have no kind of their own here; the dtype's name tells them.
         name = str(getattr(getattr(value, "dtype", None), "name", ""))
     if name not in DTYPES:

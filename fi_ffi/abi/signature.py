@@ -65,7 +65,7 @@ def signature_from_mismatch(message: str) -> Signature:
     if found is None:
         raise AbiError(f"the function's refusal tells no signature: {message!r:.300}")
     signature = parse_signature(found["text"])
-    if len(signature.params) != int(found["count"]):
+    if str(len(signature.params)) != found["count"]:
         raise AbiError(f"{len(signature.params)} parameters in the refusal {message!r:.300}")
     return signature
 

@@ -6,9 +6,11 @@ It is only ever changed here, and always put back.
 
 from __future__ import annotations
 
+import numbers
 import operator
 import threading
 from types import TracebackType
+from typing import Any
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
@@ -25,26 +27,35 @@ def stream_handle(stream: object, op: str = "stream") -> int:
     Accepts an int, anything with the `__cuda_stream__` protocol (cuda.core), a
     cuda-python `CUstream` or `cudaStream_t`, and a torch or cupy stream.
     """
-    handle: object = stream
     kind = type(stream)
-    if kind is not int:
-        if hasattr(kind, "__cuda_stream__"):
-            protocol = stream.__cuda_stream__()  # type: ignore[attr-defined]
-            handle = protocol[1] if isinstance(protocol, tuple) and len(protocol) == 2 else None
-        elif hasattr(stream, "cuda_stream"):  # torch
-            handle = stream.cuda_stream
-        elif isinstance(getattr(stream, "ptr", None), int):  # cupy
-            handle = stream.ptr  # type: ignore[attr-defined]
-        elif kind.__module__.partition(".")[0] == "cuda" and hasattr(kind, "__int__"):
-            handle = int(stream)  # type: ignore[call-overload]
-        elif hasattr(kind, "__index__") and kind is not bool:
-            handle = operator.index(stream)  # type: ignore[arg-type]
+    try:
+        handle = stream if kind is int else _handle_of(stream)
+    except Exception as error:  # a stream that was destroyed, say: in its own words
+        got = f"a {kind.__module__}.{kind.__qualname__} that refused: {error}"
+        raise ArgumentError(op, "stream", got=got, expected=_STREAM) from error
     if type(handle) is not int:
         got = f"{kind.__module__}.{kind.__qualname__} {stream!r:.60}"
         raise ArgumentTypeError(op, "stream", got=got, expected=_STREAM)
     if not 0 <= handle < 2**64:
         raise ArgumentError(op, "stream", got=handle, expected="a handle from 0 to 2**64 - 1")
     return handle
+
+
+def _handle_of(stream: Any) -> object:
+    kind = type(stream)
+    if hasattr(kind, "__cuda_stream__"):
+        protocol = stream.__cuda_stream__()
+        return protocol[1] if isinstance(protocol, tuple) and len(protocol) == 2 else None
+    if hasattr(stream, "cuda_stream"):  # torch
+        return stream.cuda_stream
+    if isinstance(getattr(stream, "ptr", None), int):  # cupy
+        return stream.ptr
+    if kind.__module__.partition(".")[0] == "cuda" and hasattr(kind, "__int__"):
+        return int(stream)
+    # numpy's integers; its arrays have __index__ as well, and most refuse it.
+    if isinstance(stream, numbers.Integral) and kind is not bool:
+        return operator.index(stream)
+    return None
 
 
 def swap(device: Device, handle: int) -> int:
@@ -72,16 +83,17 @@ class stream:  # a context manager reads as a verb
     Raises `ArgumentTypeError` for what is no stream.
     """
 
-    __slots__ = ("_before", "_source", "device", "handle")
+    __slots__ = ("_before", "_open", "_source", "device", "handle")
 
     def __init__(self, stream: object) -> None:
         self.handle = stream_handle(stream)
         self.device: Device | None = None
         self._before = 0
+        self._open = threading.Lock()  # held while open: `device` and `_before` are one thread's
         self._source = stream  # keeps a stream object alive while it is current
 
     def __enter__(self) -> stream:
-        if self in _thread.scopes:
+        if not self._open.acquire(blocking=False):
             raise ArgumentError("stream", "self", got="a scope already open", expected="a new one")
         _thread.scopes.append(self)
         return self
@@ -99,8 +111,11 @@ class stream:  # a context manager reads as a verb
             raise ArgumentError("stream", "self", got=got, expected=expected)
         scopes.pop()
         device, self.device = self.device, None
-        if device is not None:
-            swap(device, self._before)
+        try:
+            if device is not None:
+                swap(device, self._before)
+        finally:
+            self._open.release()
 
     def check_device(self, device: Device, op: str) -> None:
         """Raise unless the scope is not yet in use, or in use on `device`."""

@@ -77,12 +77,18 @@ def c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def _index(value: object) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)  # type: ignore[arg-type]
+
+
 def _integers(values: object, argument: str, low: int) -> tuple[int, ...]:
     expected = f"integers from {low} to {_INT64_MAX}, {_MAX_RANK} at most"
     try:
         if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
             raise TypeError
-        numbers = tuple(operator.index(value) for value in values)
+        numbers = tuple(_index(value) for value in values)
     except TypeError:
         raise ArgumentTypeError(
             "TensorDesc", argument, got=repr(values), expected=expected
@@ -114,8 +120,14 @@ def make_layout(
         if max(reach, count, *map(abs, strides_), 0) * dtype_.itemsize > _INT64_MAX:
             got = f"{dtype_}{list(shape_)} with strides {strides_}"
             raise ArgumentError("TensorDesc", "shape", got=got, expected="a size within int64")
-        found = _LAYOUTS.setdefault(key, Layout(shape_, strides_, dtype_, device_, readonly))
+        found = _remember(key, Layout(shape_, strides_, dtype_, device_, readonly))
     return found
+
+
+def _remember(key: object, layout: Layout) -> Layout:
+    if len(_LAYOUTS) >= _CACHE_LIMIT:
+        _LAYOUTS.clear()
+    return _LAYOUTS.setdefault(key, layout)
 
 
 def _cached_layout(
@@ -133,11 +145,7 @@ def _cached_layout(
         pass
     except TypeError:  # an unhashable dtype or device: make_layout names it
         return make_layout(shape, dtype, strides, device, readonly)
-    found = make_layout(shape, dtype, strides, device, readonly)
-    if len(_LAYOUTS) >= _CACHE_LIMIT:
-        _LAYOUTS.clear()
-    _LAYOUTS[key] = found
-    return found
+    return _remember(key, make_layout(shape, dtype, strides, device, readonly))
 
 
 class TensorDesc:
@@ -224,10 +232,12 @@ def make_desc(ptr: object, layout: Layout, owner: object = None) -> TensorDesc:
 
 def _address(ptr: object) -> int:
     """An address from an int-like object; cuda-python's CUdeviceptr has `__int__` only."""
-    if isinstance(ptr, (bool, float, str, bytes)):
-        raise ArgumentTypeError("TensorDesc", "ptr", got=repr(ptr), expected="an int address")
+    kind = type(ptr)
     try:
-        return operator.index(ptr) if hasattr(ptr, "__index__") else int(ptr)  # type: ignore[call-overload]
-    except (TypeError, ValueError):
-        got = f"{type(ptr).__name__} {ptr!r}"
+        # Not of any type: a float has __int__ too, and would lose its fraction.
+        if kind.__module__.partition(".")[0] == "cuda" and hasattr(kind, "__int__"):
+            return int(ptr)  # type: ignore[call-overload,no-any-return]
+        return _index(ptr)
+    except TypeError:
+        got = f"{kind.__name__} {ptr!r:.60}"
         raise ArgumentTypeError("TensorDesc", "ptr", got=got, expected="an int address") from None

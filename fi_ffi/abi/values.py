@@ -13,7 +13,8 @@ from fi_ffi.abi import library, types
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import Device, device_from_code
 from fi_ffi.abi.dtypes import DType, dtype_from_code
-from fi_ffi.abi.objects import OBJECT_TYPES, Object, write_dl_tensor
+from fi_ffi.abi.failure import check
+from fi_ffi.abi.objects import OBJECT_TYPES, Object, String, write_dl_tensor
 from fi_ffi.abi.tensor import TensorDesc, make_desc, make_layout
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError
 
@@ -35,6 +36,9 @@ def pack(slot: Any, value: object, keep: list[object], op: str, argument: str) -
         packer(slot, value, keep)
     except OverflowError:
         raise ArgumentError(op, argument, got=value, expected="an int64") from None
+    except UnicodeEncodeError:
+        got = f"{value!r:.60}, with a lone surrogate"
+        raise ArgumentError(op, argument, got=got, expected="text that UTF-8 has") from None
 
 
 def _pack_none(slot: Any, value: None, keep: list[object]) -> None:
@@ -54,11 +58,17 @@ def _pack_float(slot: Any, value: float, keep: list[object]) -> None:
 
 
 def _pack_str(slot: Any, value: str, keep: list[object]) -> None:
-    _pack_bytes(slot, value.encode(), keep)  # a byte array may hold NUL, a C string may not
-    if b"\0" not in (encoded := value.encode()):
+    encoded = value.encode()
+    if b"\0" not in encoded:
         text = ffi.new("char[]", encoded)
         keep.append(text)
         slot.type_index, slot.v_c_str = types.RAW_STR, text
+        return
+    # A C string would end at the NUL; the library's own strings know their length.
+    array, _buffer = library.byte_array(encoded)
+    check(library.lib.TVMFFIStringFromByteArray(array, ffi.addressof(slot)), "str")
+    if slot.type_index == types.STR:
+        keep.append(String(slot.v_ptr))
 
 
 def _pack_bytes(slot: Any, value: bytes, keep: list[object]) -> None:
@@ -134,8 +144,19 @@ def desc_from_dl_tensor(tensor: Any) -> TensorDesc:
     return make_desc(address, make_layout(shape, dtype, strides, device, False))
 
 
-def _read_dtype(slot: Any) -> Any:
-    return dtype_from_code(slot.v_dtype.code, slot.v_dtype.bits, slot.v_dtype.lanes)
+def _read_dtype(slot: Any) -> DType:
+    code, bits, lanes = slot.v_dtype.code, slot.v_dtype.bits, slot.v_dtype.lanes
+    dtype = dtype_from_code(code, bits, lanes)
+    if dtype is None:
+        raise AbiError(f"a value that is a dtype fi_ffi does not know: {code}:{bits}:{lanes}")
+    return dtype
+
+
+def _read_device(slot: Any) -> Device:
+    device = device_from_code(slot.v_device.device_type, slot.v_device.device_id)
+    if device is None:
+        raise AbiError(f"a value that is a device of type {slot.v_device.device_type}")
+    return device
 
 
 _READERS: dict[int, Callable[[Any], Any]] = {
@@ -145,7 +166,7 @@ _READERS: dict[int, Callable[[Any], Any]] = {
     types.FLOAT: lambda slot: slot.v_float64,
     types.OPAQUE_PTR: lambda slot: int(ffi.cast("uintptr_t", slot.v_ptr)),
     types.DATA_TYPE: _read_dtype,
-    types.DEVICE: lambda slot: device_from_code(slot.v_device.device_type, slot.v_device.device_id),
+    types.DEVICE: _read_device,
     types.DL_TENSOR_PTR: lambda slot: desc_from_dl_tensor(ffi.cast("DLTensor *", slot.v_ptr)),
     types.RAW_STR: lambda slot: ffi.string(slot.v_c_str).decode(errors="replace"),
     types.BYTE_ARRAY_PTR: lambda slot: library.read_bytes(

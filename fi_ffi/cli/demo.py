@@ -14,10 +14,10 @@ import numpy as np
 
 import fi_ffi
 from fi_ffi.cli import output
+from fi_ffi.cli.cases import Case, default_dtypes, make_case
 from fi_ffi.errors import FiFfiError, LoaderError
 from fi_ffi.loader import runtime as loaded
-from fi_ffi.ops import OPS
-from fi_ffi.ops.cases import Case, default_dtypes, make_case
+from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.op import Op
 from fi_ffi.reference.arrays import Array
 
@@ -47,9 +47,7 @@ class Result:
 @click.option("--tokens", default=32, show_default=True, type=click.IntRange(1, 1 << 20))
 @click.option("--hidden", default=4096, show_default=True, type=click.IntRange(8, 1 << 16))
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
-def demo(
-    kernels: str | None, device: str | None, tokens: int, hidden: int, as_json: bool
-) -> None:
+def demo(kernels: str | None, device: str | None, tokens: int, hidden: int, as_json: bool) -> None:
     """Run every op on what this machine has and check it against float64.
 
     On a machine with a GPU and kernels these run; on any other, the numpy reference

@@ -16,7 +16,7 @@ from fi_ffi.cli import output
 from fi_ffi.errors import FiFfiError, KernelNotFoundError
 from fi_ffi.loader import cache, lock, runtime
 from fi_ffi.loader.fatbin import architectures, runs_on
-from fi_ffi.ops import ROWS
+from fi_ffi.ops.table import ROWS
 
 _MIN_DRIVER = (13, 0)  # the kernels are compiled with CUDA 13
 
@@ -53,7 +53,9 @@ def doctor(kernels: str | None, as_json: bool) -> None:
         sys.exit(1)
 
 
-def _guarded(check: Callable[[str | None], Iterator[Finding]], kernels: str | None) -> list[Finding]:
+def _guarded(
+    check: Callable[[str | None], Iterator[Finding]], kernels: str | None
+) -> list[Finding]:
     """The findings of one check; what it trips over is a finding too."""
     findings = []
     try:
@@ -137,7 +139,9 @@ def _kernels(kernels: str | None) -> Iterator[Finding]:
         return
     modules = source.modules()
     release = source.release or "of unknown release"
-    yield Finding("kernels", "ok", f"FlashInfer {release}, {len(modules)} modules: {source.location}")
+    yield Finding(
+        "kernels", "ok", f"FlashInfer {release}, {len(modules)} modules: {source.location}"
+    )
     for module in sorted({row.module for row in ROWS} & set(modules)):
         yield _device_code(module)
         yield from _attestation(module)

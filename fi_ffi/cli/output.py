@@ -22,7 +22,10 @@ def console() -> Console:
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], numbers: Sequence[str] = ()
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    numbers: Sequence[str] = (),
 ) -> None:
     """A table; the columns in `numbers` are aligned right, `ok`/`warn`/`fail` are coloured."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)

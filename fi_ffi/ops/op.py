@@ -74,7 +74,7 @@ class Op:
 
         return inspect.signature(self._bind)
 
-    def __call__(self, *args: object, **kwargs: object) -> None:
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
         values, stream = self._bind(*args, **kwargs)
         descs = []
         for i, arg in self._tensors:

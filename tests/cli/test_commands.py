@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from fi_ffi.cli import main
 from fi_ffi.loader.wheel import Wheel
-from fi_ffi.ops import OPS
+from fi_ffi.ops.functions import OPS
 
 
 def run(*arguments: object, code: int = 0) -> str:

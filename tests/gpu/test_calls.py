@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.ops import OPS
-from fi_ffi.ops.cases import make_case
+from fi_ffi.cli.cases import make_case
+from fi_ffi.ops.functions import OPS
 
 
 @pytest.fixture

@@ -7,12 +7,14 @@ import zlib
 import ml_dtypes
 import numpy as np
 import pytest
-from calls import CALLS, HIDDEN, padded
 
 import fi_ffi
-from fi_ffi.ops import OPS
-from fi_ffi.ops.cases import Case, make_case
+from fi_ffi.cli.cases import Case, make_case
+from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.op import Op
+
+from calls import CALLS, HIDDEN, padded
+
 
 def run(op: Op, case: Case, to_gpu, stream: int, *, pad: int = 0, **more: object) -> float:
     """Call on the GPU; returns the worst error as a fraction of its bound."""

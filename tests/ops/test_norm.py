@@ -6,11 +6,12 @@ import os
 
 import numpy as np
 import pytest
-from calls import CALLS, HIDDEN, padded
 
 import fi_ffi
-from fi_ffi.ops import OPS
-from fi_ffi.ops.cases import make_case
+from fi_ffi.cli.cases import make_case
+from fi_ffi.ops.functions import OPS
+
+from calls import CALLS, HIDDEN, padded
 
 
 @pytest.fixture

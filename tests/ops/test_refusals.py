@@ -10,14 +10,15 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from calls import CALLS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fi_ffi
-from fi_ffi.ops import OPS
-from fi_ffi.ops.cases import Case, make_case
+from fi_ffi.cli.cases import Case, make_case
+from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.row import Row, Scalar, Tensor
+
+from calls import CALLS
 
 SIZES = {"n": 4, "k": 2, "h": 16}
 Descs = dict[str, fi_ffi.TensorDesc]

@@ -9,8 +9,9 @@ import pytest
 
 import fi_ffi
 from fi_ffi import reference
-from fi_ffi.ops import OPS, ROWS
+from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.row import Row, Scalar, Tensor
+from fi_ffi.ops.table import ROWS
 from fi_ffi.reference.exact import EXACT
 
 ROW_IDS = [row.name for row in ROWS]

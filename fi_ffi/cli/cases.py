@@ -39,7 +39,9 @@ class Case:
             return 0.0, 0.0
         difference = np.abs(got.astype(np.float64) - value)
         difference = np.where(np.isfinite(difference), difference, np.inf)
-        return float(difference.max()), float((difference / bound(value, magnitude, got.dtype)).max())
+        return float(difference.max()), float(
+            (difference / bound(value, magnitude, got.dtype)).max()
+        )
 
 
 def bound(value: Array, magnitude: Array, dtype: np.dtype[Any]) -> Array:

@@ -1,0 +1,7 @@
+"""The op table: the rows of every family."""
+
+from __future__ import annotations
+
+from fi_ffi.ops import norm
+
+ROWS = (*norm.ROWS,)

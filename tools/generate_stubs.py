@@ -1,0 +1,53 @@
+"""Write fi_ffi/ops/functions.pyi from the op table; `--check` only compares."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from fi_ffi.ops.docs import docstring  # noqa: E402
+from fi_ffi.ops.row import Row, Scalar, Tensor  # noqa: E402
+from fi_ffi.ops.table import ROWS  # noqa: E402
+
+TARGET = ROOT / "fi_ffi" / "ops" / "functions.pyi"
+HEADER = '''"""Generated from the op table by tools/generate_stubs.py."""
+
+from fi_ffi.abi.interop import TensorLike
+from fi_ffi.ops.op import Op
+
+OPS: dict[str, Op]
+'''
+
+
+def _parameter(arg: Tensor | Scalar) -> str:
+    if isinstance(arg, Tensor):
+        return f"{arg.name}: TensorLike"
+    return f"{arg.name}: {arg.type.__name__} = {arg.default!r}"
+
+
+def _stub(row: Row) -> str:
+    parameters = ["self", *map(_parameter, row.args), "*", "stream: object = None"]
+    lines = [f"\nclass _{row.name}(Op):", "    def __call__("]
+    lines += [f"        {parameter}," for parameter in parameters]
+    doc = textwrap.indent(docstring(row), " " * 8).strip()
+    lines += ["    ) -> None:", f'        """{doc}', '        """', f"\n{row.name}: _{row.name}\n"]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    text = HEADER + "".join(map(_stub, ROWS))
+    if "--check" in sys.argv[1:]:
+        if not TARGET.exists() or TARGET.read_text() != text:
+            print(f"{TARGET.name} is stale: run python tools/generate_stubs.py")
+            return 1
+        return 0
+    TARGET.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
