@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from fi_ffi.ops import OPS
+from fi_ffi.ops.functions import OPS
 
 # From one vector of 8 to the largest in use; 24, 127 and 1001 are not powers of two.
 HIDDEN = (8, 24, 64, 127, 128, 1001, 2048, 4096, 7168, 16384)
