@@ -1,0 +1,1 @@
+"""TVM-FFI's C interface, packed by hand over cffi."""

@@ -1,0 +1,252 @@
+"""`fi-ffi build`: a wheel of kernels from FlashInfer's sources."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.progress import Progress as Bar
+
+from fi_ffi.cli.output import print_json
+from fi_ffi.loader.building.build import Available, available
+from fi_ffi.loader.building.build import build as build_wheel
+from fi_ffi.loader.building.env import DEFAULT_TORCH
+from fi_ffi.loader.building.names import (
+    DEFAULT_ARCH,
+    DEFAULT_RELEASE,
+    FAMILIES,
+    OPTIONS,
+    parse_arch,
+    with_options,
+)
+from fi_ffi.loader.building.workshop import Progress
+
+_LINE_EVERY_S = 10.0  # between lines of progress where there is no terminal
+_INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _remaining(progress: Progress) -> str:
+    return "" if progress.remaining is None else f"about {_clock(progress.remaining)} left"
+
+
+class _Lines:
+    """Progress as plain lines on standard error."""
+
+    def __init__(self) -> None:
+        self._last = float("-inf")
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.stage != "compile":
+            click.echo(progress.message, err=True)
+            return
+        now = time.monotonic()
+        if now - self._last < _LINE_EVERY_S and progress.done < progress.total:
+            return
+        self._last, left = now, _remaining(progress)
+        click.echo(
+            f"compiling {progress.message}: {progress.done}/{progress.total} in "
+            f"{_clock(progress.elapsed)}" + (f", {left}" if left else ""),
+            err=True,
+        )
+
+
+class _Bars:
+    """Progress as a bar, with the messages above it."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+        self._task: TaskID | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.stage != "compile":
+            self._bar.console.print(progress.message, markup=False, soft_wrap=True)
+            return
+        if self._task is None:
+            self._task = self._bar.add_task("compiling", total=progress.total, remaining="")
+        self._bar.update(
+            self._task,
+            completed=progress.done,
+            total=progress.total,
+            remaining=_remaining(progress),
+        )
+
+
+@contextmanager
+def _reporter(quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
+    """What shows the progress: a bar on a terminal, else lines, or nothing."""
+    console = Console(stderr=True, highlight=False)
+    if quiet:
+        yield None
+    elif not console.is_terminal:
+        yield _Lines()
+    else:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[remaining]}"),
+        )
+        with Bar(*columns, console=console) as bar:
+            yield _Bars(bar)
+
+
+def _families_json() -> list[dict[str, Any]]:
+    return [
+        {
+            "name": family.name,
+            "doc": family.doc,
+            "options": {
+                name: {"default": OPTIONS[name].default, "values": OPTIONS[name].expected}
+                for name in family.options
+            },
+        }
+        for family in FAMILIES.values()
+    ]
+
+
+def _print_json(entries: list[Available], release: str, arch: tuple[str, ...]) -> None:
+    document = {
+        "release": release,
+        "arch": list(arch),
+        "families": _families_json(),
+        "modules": [
+            {"name": entry.name, "sources": entry.sources}
+            for entry in entries
+            if entry.kind == "module"
+        ],
+        "unavailable": {entry.name: entry.note for entry in entries if entry.kind == "unavailable"},
+    }
+    print_json(document)
+
+
+def _print_list(entries: list[Available], release: str, arch: tuple[str, ...]) -> None:
+    click.echo(f"FlashInfer {release} for {' '.join(arch)}")
+    click.echo("Families, to be followed by options as in `single_decode:dtype=bf16`:")
+    for family in FAMILIES.values():
+        click.echo(f"  {family.name:<16}{family.doc}; {', '.join(family.options)}")
+    click.echo("Options:")
+    for name, option in OPTIONS.items():
+        values = f"{option.expected} (default {option.default})"
+        click.echo(f"  {name}={values}" + (f": {option.doc}" if option.values else ""))
+    click.echo("Modules, with the number of files to compile:")
+    for entry in entries:
+        if entry.kind == "module":
+            click.echo(f"  {entry.sources:>4}  {entry.name}")
+    for entry in entries:
+        if entry.kind == "unavailable":
+            click.echo(f"  not here: {entry.name}: {entry.note}")
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM unwinds as an interruption does, so that the compilers are ended too."""
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Say on Ctrl-C that nothing is lost, and give shells the exit status they expect."""
+    previous = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("Stopped. The same command goes on from here.", err=True)
+        sys.exit(_INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--release", default=DEFAULT_RELEASE, show_default=True, help="FlashInfer release.")
+@click.option(
+    "--arch",
+    multiple=True,
+    default=DEFAULT_ARCH,
+    show_default=True,
+    help="GPU architecture such as 9.0a or 8.7; repeat it, or give a list, for several.",
+)
+@click.option("--dtype", multiple=True, help="For families: f16 or bf16.")
+@click.option("--head-dim", multiple=True, help="For families: 64, 128, 256 or 192x128.")
+@click.option("--backend", multiple=True, help="For prefill and MLA families: fa2 or fa3.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Compilers at once.")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=".",
+    show_default=True,
+    help="Folder that the wheel is written to.",
+)
+@click.option(
+    "--build-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for what is compiled; by default one in the cache.",
+)
+@click.option(
+    "--torch",
+    "torch_requirement",
+    default=DEFAULT_TORCH,
+    show_default=True,
+    metavar="REQUIREMENT",
+    help="The torch that FlashInfer's generators are run with.",
+)
+@click.option("--list", "list_only", is_flag=True, help="List what can be built.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
+def build(
+    names: tuple[str, ...],
+    arch: tuple[str, ...],
+    list_only: bool,
+    as_json: bool,
+    quiet: bool,
+    dtype: tuple[str, ...],
+    head_dim: tuple[str, ...],
+    backend: tuple[str, ...],
+    jobs: int | None,
+    output: Path,
+    **settings: Any,
+) -> None:
+    """Build kernel modules from FlashInfer's sources into a wheel.
+
+    A NAME is a module's exact name, such as `norm`, or a family, such as
+    `batch_prefill` or `batch_prefill:backend=fa3,dtype=bf16`. What an earlier run
+    finished is not built again.
+    """
+    settings["arch"] = parse_arch(arch)
+    if list_only:
+        with _interruptible(), _reporter(quiet) as report:
+            entries = available(report=report, **settings)
+        show = _print_json if as_json else _print_list
+        show(entries, settings["release"], settings["arch"])
+        return
+    if not names:
+        raise click.UsageError("name what to build, or use --list")
+    modules = with_options(names, {"dtype": dtype, "head_dim": head_dim, "backend": backend})
+    with _interruptible(), _reporter(quiet) as report:
+        wheel = build_wheel(modules, output=output, jobs=jobs, report=report, **settings)
+    if as_json:
+        built = {"wheel": str(wheel), "release": settings["release"], "arch": settings["arch"]}
+        print_json({**built, "modules": modules})
+    else:
+        click.echo(wheel)

@@ -1,0 +1,1 @@
+"""Files: what is pinned, fetched, verified, cached, found, loaded and built."""

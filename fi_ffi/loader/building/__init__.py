@@ -1,0 +1,1 @@
+"""Making kernel wheels from FlashInfer's sources; `build.py` has the way in."""

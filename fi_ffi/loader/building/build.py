@@ -1,0 +1,194 @@
+"""Builds kernel wheels from FlashInfer's sources on the package index.
+
+    build(["norm", "page", "single_decode:head_dim=128"], arch="8.7")
+
+makes a wheel in the layout of `flashinfer-jit-cache` with FlashInfer's own generators,
+which run in a throw-away environment.  What is finished stays in the build folder:
+a build that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from fi_ffi.errors import ArgumentError, BuildError
+from fi_ffi.loader.building import env
+from fi_ffi.loader.building.names import (
+    DEFAULT_ARCH,
+    DEFAULT_RELEASE,
+    FAMILIES,
+    parse_arch,
+    parse_requests,
+)
+from fi_ffi.loader.building.ninja import (
+    MissingHeader,
+    count_steps,
+    default_jobs,
+    run_ninja,
+    write_index,
+)
+from fi_ffi.loader.building.wheel_writer import KernelWheel, write_wheel
+from fi_ffi.loader.building.workshop import Progress, Report, Workshop, open_workshop
+
+_DRIVER = Path(__file__).with_name("driver.py")
+
+
+@dataclass(frozen=True)
+class Available:
+    """Something that can be asked for: `kind` is "family", "module" or "unavailable".
+
+    `sources` is the number of files that are compiled (0 where it depends on options);
+    `note` says what a family makes, or why a generator cannot be used here.
+    """
+
+    name: str
+    kind: str
+    sources: int = 0
+    note: str = ""
+
+
+def _ask(workshop: Workshop, question: dict[str, object]) -> Any:
+    """Run the driver in the environment; its answer."""
+    path = workshop.folder / "answer.json"
+    command = [str(workshop.environment.python), "-I", "-W", "ignore", str(_DRIVER), str(path)]
+    done = subprocess.run(
+        command,
+        env={**os.environ, **workshop.variables()},
+        input=json.dumps(question),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    with workshop.log.open("a") as log:
+        log.write(f"$ {' '.join(command)}\n{done.stdout}")
+    if done.returncode:
+        cause = done.stdout.strip().rpartition("\n")[2]
+        raise BuildError(f"FlashInfer's generators could not be run: {cause}", str(workshop.log))
+    return json.loads(path.read_text())
+
+
+def _refuse(failed: dict[str, str], names: Sequence[str], workshop: Workshop) -> None:
+    """Raise ArgumentError for the first of the requests that the driver could not resolve."""
+    for text, reason in failed.items():
+        if reason != "unknown":
+            raise ArgumentError("build", "modules", got=repr(text), expected=reason)
+        close = get_close_matches(text, [*names, *FAMILIES], n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        what = f"FlashInfer {workshop.release} for {' '.join(workshop.architectures)}"
+        expected = f"a family or one of the {len(names)} modules of {what}{hint}"
+        raise ArgumentError("build", "modules", got=repr(text), expected=expected)
+
+
+def _compile(workshop: Workshop, answer: Any, jobs: int) -> None:
+    """Compile and link the modules of `answer`, fetching CUDA headers as they are missed."""
+    index = write_index(
+        Path(answer["folder"]), [Path(module["ninja"]) for module in answer["modules"]]
+    )
+    libraries = [module["library"] for module in answer["modules"]]
+    ninja = workshop.environment.ninja()
+    command = [ninja, "-f", str(index), "-j", str(jobs), *libraries]
+    begun = 0.0
+
+    def step(done: int, total: int) -> None:
+        elapsed = time.monotonic() - begun
+        remaining = elapsed / done * (total - done) if done else None
+        name = f"{len(libraries)} modules" if len(libraries) > 1 else answer["modules"][0]["name"]
+        workshop.report(Progress("compile", name, done, total, elapsed, remaining))
+
+    fetched: set[str] = set()
+    while True:
+        begun = time.monotonic()
+        if total := count_steps(command, index.parent, workshop.variables()):
+            step(0, total)
+        try:
+            run_ninja(command, index.parent, workshop.variables(), workshop.log, step)
+        except MissingHeader as error:
+            if error.extra in fetched:  # fetched, and it did not have the header
+                raise
+            fetched.add(error.extra)
+            env.install_headers(workshop.environment, error.extra, workshop.toolkit, workshop.say)
+        else:
+            return
+
+
+def _package(workshop: Workshop, answer: Any, output: Path) -> Path:
+    wheel = KernelWheel(
+        release=answer["release"],
+        cuda=workshop.toolkit.release,
+        architectures=tuple(answer["architectures"]),
+        # Not manylinux: nobody checked what the compiler's own libraries ask of the machine.
+        platform=f"linux_{platform.machine()}",
+        modules={module["name"]: Path(module["library"]) for module in answer["modules"]},
+        git_version=answer["git_version"],
+        licenses=workshop.environment.licenses(),
+    )
+    verb = "replacing" if (output / wheel.filename).exists() else "writing"
+    workshop.report(Progress("package", f"{verb} {output / wheel.filename}"))
+    return write_wheel(wheel, output)
+
+
+def build(
+    modules: Sequence[str],
+    *,
+    release: str = DEFAULT_RELEASE,
+    arch: str | Iterable[str] = DEFAULT_ARCH,
+    output: Path | str = ".",
+    build_dir: Path | None = None,
+    jobs: int | None = None,
+    torch_requirement: str = env.DEFAULT_TORCH,
+    report: Report | None = None,
+) -> Path:
+    """Build `modules` of FlashInfer `release` for the GPUs of `arch`; the wheel's path.
+
+    `modules` are exact names, or families with options (see `available`); `arch` is in
+    the form of FLASHINFER_CUDA_ARCH_LIST, such as "8.7" or ("9.0a",); `jobs` compilers
+    run at once.  `report` is told of every step, on the calling thread.  ArgumentError
+    for a name, release or architecture that cannot be; BuildError, with the path of a
+    log, when a tool is missing or fails.
+    """
+    if jobs is not None and jobs < 1:
+        raise ArgumentError("build", "jobs", got=jobs, expected="at least 1")
+    architectures = parse_arch(arch)
+    requests = parse_requests(modules, architectures)
+    with open_workshop(release, architectures, build_dir, torch_requirement, report) as workshop:
+        workshop.log.unlink(missing_ok=True)
+        workshop.say("asking FlashInfer's generators for the sources")
+        answer = _ask(
+            workshop,
+            {"action": "generate", "requests": [request.as_json() for request in requests]},
+        )
+        _refuse(answer["failed"], answer["names"], workshop)
+        _compile(workshop, answer, jobs or default_jobs())
+        return _package(workshop, answer, Path(output))
+
+
+def available(
+    *,
+    release: str = DEFAULT_RELEASE,
+    arch: str | Iterable[str] = DEFAULT_ARCH,
+    build_dir: Path | None = None,
+    torch_requirement: str = env.DEFAULT_TORCH,
+    report: Report | None = None,
+) -> list[Available]:
+    """What `build` can make for `arch`: the families, then FlashInfer's own list of modules."""
+    architectures = parse_arch(arch)
+    with open_workshop(release, architectures, build_dir, torch_requirement, report) as workshop:
+        workshop.say("asking FlashInfer's generators what they can make")
+        answer = _ask(workshop, {"action": "list"})
+    families = [Available(family.name, "family", note=family.doc) for family in FAMILIES.values()]
+    modules = [Available(entry["name"], "module", entry["sources"]) for entry in answer["modules"]]
+    missing = [
+        Available(name, "unavailable", note=reason)
+        for name, reason in answer["unavailable"].items()
+    ]
+    return [*families, *modules, *missing]

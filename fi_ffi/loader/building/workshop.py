@@ -1,0 +1,132 @@
+"""What a build needs before it can start: environment, toolkit, and a folder of its own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from fi_ffi.errors import BuildError
+from fi_ffi.loader.building import env
+from fi_ffi.loader.building import toolkit as cuda
+from fi_ffi.loader.building.names import parse_release
+from fi_ffi.loader.cache import cache_root
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a build stands.
+
+    `stage` is "prepare", "compile" or "package"; `done` of `total` compiler and
+    linker runs are finished; times are in seconds, `remaining` None while unknown.
+    """
+
+    stage: str
+    message: str
+    done: int = 0
+    total: int = 0
+    elapsed: float = 0.0
+    remaining: float | None = None
+
+
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """All that a build needs but the modules' names."""
+
+    release: str
+    architectures: tuple[str, ...]
+    folder: Path
+    environment: env.Environment
+    toolkit: cuda.Toolkit
+    cxx: str
+    link_folder: Path
+    report: Report
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "build.log"
+
+    def say(self, message: str) -> None:
+        self.report(Progress("prepare", message))
+
+    def variables(self) -> dict[str, str]:
+        headers = env.header_folders(self.environment, self.toolkit)
+        return {
+            **cuda.compiler_environment(self.toolkit, self.cxx, headers, self.link_folder),
+            "FLASHINFER_CUDA_ARCH_LIST": " ".join(self.architectures),
+            "FLASHINFER_WORKSPACE_BASE": str(self.folder),
+        }
+
+
+def _ignore(progress: Progress) -> None:
+    del progress
+
+
+def _choose_toolkit(environment: env.Environment, say: env.Say) -> cuda.Toolkit:
+    """A toolkit of this machine if one is of the right major, else the package index's."""
+    found = cuda.find_toolkits()
+    for toolkit in found:
+        if toolkit.major == cuda.CUDA_MAJOR:
+            return toolkit
+    for toolkit in found:
+        say(f"{toolkit.nvcc} is of CUDA {toolkit.release}, not of CUDA {cuda.CUDA_MAJOR}: not used")
+    return env.install_toolkit(environment, say)
+
+
+@contextmanager
+def _locked(folder: Path, say: env.Say) -> Iterator[None]:
+    """One build at a time in `folder`: a second waits, and finds what the first made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"waiting for another build in {folder}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def open_workshop(
+    release: str,
+    architectures: tuple[str, ...],
+    build_dir: Path | None,
+    torch: str,
+    report: Report | None,
+) -> Iterator[Workshop]:
+    """Prepare the environment, the toolkit and the build folder, and hold the latter."""
+    release = parse_release(release)
+    if sys.platform != "linux":
+        raise BuildError("kernels can be built on Linux only")
+    report = report or _ignore
+    root = cache_root().absolute() / "build"
+
+    def say(message: str) -> None:
+        report(Progress("prepare", message))
+
+    cxx = cuda.find_cxx()
+    environment = env.prepare_environment(root, release, torch, say)
+    toolkit = _choose_toolkit(environment, say)
+    cuda.check_architectures(toolkit, architectures)
+    say(f"using {toolkit.nvcc} of CUDA {toolkit.release}")
+    folder = (build_dir or root / "-".join([release, *architectures])).absolute()
+    with _locked(folder, say):
+        cudart = cuda.find_cudart(toolkit.home) or cuda.find_cudart(
+            env.install_cudart(environment, toolkit, say)
+        )
+        if cudart is None:
+            raise BuildError(f"no libcudart.so.{cuda.CUDA_MAJOR} for {toolkit.home}")
+        link_folder = cuda.make_link_folder(toolkit, cxx, cudart, folder / "link")
+        yield Workshop(
+            release, architectures, folder, environment, toolkit, cxx, link_folder, report
+        )

@@ -1,0 +1,50 @@
+"""Fixtures that more than one room's tests use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fi_ffi.errors import BuildError
+from fi_ffi.loader.building.build import build
+from fi_ffi.loader.building.toolkit import CUDA_MAJOR, find_cxx, find_toolkits
+
+# A wheel that has at least the modules of `built_wheel`, used instead of building one.
+KERNELS = "FI_FFI_TEST_KERNELS"
+
+
+def why_not_build() -> str | None:
+    """Why kernels cannot be compiled on this machine, or None if they can be."""
+    if not any(toolkit.major == CUDA_MAJOR for toolkit in find_toolkits()):
+        return f"no nvcc of CUDA {CUDA_MAJOR} on this machine"
+    try:
+        find_cxx()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def _build(folder: Path, arch: str, *modules: str) -> Path:
+    reason = why_not_build()
+    if reason is not None:
+        pytest.skip(f"{reason}, so no kernels can be built; {KERNELS} may name a wheel of them")
+    # In the usual build folder, where an earlier run has left what it compiled.
+    return build(modules, arch=arch, output=folder)
+
+
+@pytest.fixture(scope="session")
+def built_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel with norm, page and the f16, head_dim 128 single_decode, for sm_90a."""
+    given = os.environ.get(KERNELS)
+    if given:
+        return Path(given)
+    folder = tmp_path_factory.mktemp("sm90a")
+    return _build(folder, "9.0a", "norm", "page", "single_decode")
+
+
+@pytest.fixture(scope="session")
+def built_wheel_sm87(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel with page, for sm_87."""
+    return _build(tmp_path_factory.mktemp("sm87"), "8.7", "page")

@@ -1,0 +1,307 @@
+"""`fi_ffi.loader.building`: what it refuses, how it explains a failure, and a real build."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fi_ffi.errors import ArgumentError, BuildError
+from fi_ffi.loader.building import ninja
+from fi_ffi.loader.building import toolkit as build_toolkit
+from fi_ffi.loader.building.build import available, build
+from fi_ffi.loader.building.names import (
+    FAMILIES,
+    parse_arch,
+    parse_release,
+    parse_request,
+    parse_requests,
+    with_options,
+)
+from fi_ffi.loader.building.toolkit import Toolkit
+from fi_ffi.loader.building.workshop import Progress
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("9.0a", ("9.0a",)),
+        ("9.0", ("9.0a",)),
+        ("9.0a 8.7", ("8.7", "9.0a")),
+        (["10.0a", "8.7,9.0a", "8.7"], ("8.7", "9.0a", "10.0a")),
+        (["12.0f"], ("12.0f",)),
+    ],
+)
+def test_architectures(given: str | list[str], expected: tuple[str, ...]) -> None:
+    assert parse_arch(given) == expected
+
+
+@pytest.mark.parametrize("given", ["", "sm_90", "90", "9.0b", "7.0", "9", "9.0a;rm", []])
+def test_architectures_refused(given: str | list[str]) -> None:
+    with pytest.raises(ArgumentError, match="argument `arch`"):
+        parse_arch(given)
+
+
+def test_releases() -> None:
+    assert parse_release("0.7.2.post1") == "0.7.2.post1"
+    for text in ("", "latest", "0.6.13+cu130", "../0.6.13", "0"):
+        with pytest.raises(ArgumentError, match="argument `release`"):
+            parse_release(text)
+
+
+def test_exact_names_are_left_to_flashinfer() -> None:
+    assert parse_request("norm").as_json() == {"text": "norm", "exact": True}
+
+
+def test_options_are_read_out_of_an_exact_name() -> None:
+    name = (
+        "single_prefill_with_kv_cache_dtype_q_bf16_dtype_kv_bf16_dtype_o_bf16_head_dim_qk_192_"
+        "head_dim_vo_128_posenc_0_use_swa_True_use_logits_cap_False_f16qk_False_sm90"
+    )
+    request = parse_request(name)
+    assert request.exact
+    assert request.family is FAMILIES["single_prefill"]
+    assert request.options == {
+        "dtype": "bf16",
+        "kv_dtype": "bf16",
+        "head_dim": "192x128",
+        "use_sliding_window": "1",
+        "use_logits_soft_cap": "0",
+        "backend": "fa3",
+    }
+    assert with_options([name, "batch_mla"], {"dtype": ["bf16"]}) == [name, "batch_mla:dtype=bf16"]
+
+
+def test_family_defaults_and_options() -> None:
+    plain = parse_request("single_decode").as_json()["arguments"]
+    assert isinstance(plain, dict)
+    assert (plain["dtype_q"], plain["dtype_kv"], plain["head_dim_vo"]) == (
+        "torch.float16", "torch.float16", 128,
+    )  # fmt: skip
+    text = "batch_prefill:dtype=bf16,kv_dtype=e4m3,head_dim=192x128,use_sliding_window=1"
+    chosen = parse_request(text).as_json()["arguments"]
+    assert isinstance(chosen, dict)
+    assert (chosen["dtype_q"], chosen["dtype_kv"]) == ("torch.bfloat16", "torch.float8_e4m3fn")
+    assert (chosen["head_dim_qk"], chosen["head_dim_vo"]) == (192, 128)
+    assert chosen["use_sliding_window"] is True
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "single_decode:backend=fa2",
+        "single_decode:dtype=f32",
+        "single_decode:head_dim=0",
+        "single_decode:head_dim",
+        "single_decode:dtype=f16,dtype=bf16",
+        "norm:dtype=f16",
+        "../norm",
+        "",
+    ],
+)
+def test_names_refused(text: str) -> None:
+    with pytest.raises(ArgumentError, match="argument `modules"):
+        parse_request(text)
+
+
+def test_unknown_family_option_names_the_known_ones() -> None:
+    with pytest.raises(ArgumentError, match=r"dtype=…, kv_dtype=…, head_dim=…"):
+        parse_request("batch_decode:dtyp=f16")
+
+
+def test_fa3_needs_its_architecture() -> None:
+    assert len(parse_requests(["batch_prefill:backend=fa3"], ("8.0", "9.0a"))) == 1
+    with pytest.raises(ArgumentError, match=r"9\.0a, which 'batch_prefill:backend=fa3' needs"):
+        parse_requests(["batch_prefill:backend=fa3"], ("8.7",))
+
+
+def test_no_names_or_a_bare_string_is_refused() -> None:
+    for names in ([], "norm"):
+        with pytest.raises(ArgumentError, match="a sequence of at least one name"):
+            parse_requests(names, ("9.0a",))
+
+
+def test_options_are_spread_over_the_families_that_take_them() -> None:
+    names = ["norm", "single_decode", "batch_prefill:dtype=f16"]
+    spread = with_options(names, {"dtype": ["f16", "bf16"], "backend": ["fa2", "fa3"]})
+    assert spread == [
+        "norm",
+        "single_decode:dtype=f16",
+        "single_decode:dtype=bf16",
+        "batch_prefill:dtype=f16,backend=fa2",
+        "batch_prefill:dtype=f16,backend=fa3",
+    ]
+    assert with_options(["norm", "page"], {"dtype": []}) == ["norm", "page"]
+    with pytest.raises(ArgumentError, match="argument `backend`"):
+        with_options(["norm"], {"backend": ["fa2"]})
+
+
+def test_every_family_has_known_options() -> None:
+    for name, family in FAMILIES.items():
+        assert parse_request(name).family is family
+        assert with_options([name], {option: ["x"] for option in family.options}) != [name]
+
+
+def test_jobs_are_checked_before_anything_is_done() -> None:
+    with pytest.raises(ArgumentError, match="argument `jobs`: got 0"):
+        build(["norm"], jobs=0)
+
+
+def test_no_compiler_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(BuildError, match=r"no C\+\+ compiler: c\+\+ or g\+\+"):
+        build_toolkit.find_cxx()
+    monkeypatch.setenv("CXX", "icpx -std=c++17")
+    with pytest.raises(BuildError, match="icpx"):
+        build_toolkit.find_cxx()
+
+
+def _script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def _fake_nvcc(home: Path, release: str) -> Path:
+    return _script(
+        home / "bin" / "nvcc",
+        'case "$1" in\n'
+        f'--version) echo "Cuda compilation tools, release {release}, V{release}.1";;\n'
+        f'-dryrun) echo "#$ TOP={home}/bin/.." >&2;;\n'
+        "--list-gpu-arch) echo compute_87; echo compute_90;;\n"
+        "esac",
+    )
+
+
+def test_toolkits_are_found_behind_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = _fake_nvcc(tmp_path / "real", "13.0")
+    _script(tmp_path / "bin" / "nvcc", f'exec {real} "$@"')
+    _fake_nvcc(tmp_path / "old", "12.6")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "old"))
+    monkeypatch.setenv("CUDA_PATH", str(tmp_path / "absent"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    found = build_toolkit.find_toolkits()
+    assert found[:2] == [Toolkit(tmp_path / "old", "12.6"), Toolkit(tmp_path / "real", "13.0")]
+    assert found[0].major == 12
+
+
+def test_an_architecture_that_nvcc_does_not_know(tmp_path: Path) -> None:
+    _fake_nvcc(tmp_path, "13.0")
+    toolkit = Toolkit(tmp_path, "13.0")
+    build_toolkit.check_architectures(toolkit, ["8.7", "9.0a"])
+    with pytest.raises(ArgumentError, match=r"one of 8\.7, 9\.0 \(CUDA 13\.0"):
+        build_toolkit.check_architectures(toolkit, ["12.0f"])
+
+
+@pytest.mark.parametrize(
+    ("line", "extra"),
+    [
+        ("a.h:25:10: fatal error: cublasLt.h: No such file or directory", "cublas"),
+        ("a.h:25:10: fatal error: curand_kernel.h: No such file or directory", "curand"),
+        ("a.h:25:10: fatal error: nvtx3/nvToolsExt.h: No such file or directory", "nvtx"),
+        ("a.h:25:10: fatal error: my.h: No such file or directory", None),
+        ("error: expected ;", None),
+    ],
+)
+def test_missing_cuda_headers_are_recognised(line: str, extra: str | None) -> None:
+    assert build_toolkit.header_extra(f"x\n{line}\ny") == extra
+
+
+def _ninja(tmp_path: Path, text: str, log: Path) -> list[tuple[int, int]]:
+    steps: list[tuple[int, int]] = []
+    script = _script(tmp_path / "ninja", text)
+    ninja.run_ninja([str(script)], tmp_path, {}, log, lambda *step: steps.append(step))
+    return steps
+
+
+def test_ninja_progress(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    steps = _ninja(tmp_path, "echo '[1/2] nvcc a.cu'; echo noise; echo '[2/2] c++ a.o'", log)
+    assert steps == [(1, 2), (2, 2)]
+    assert "noise" in log.read_text()
+
+
+def test_a_failure_shows_the_compilers_words(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    text = (
+        "echo '[1/2] nvcc -Werror good.cu'\n"
+        "echo 'FAILED: [code=2] /x/bad.cuda.o '\n"
+        "echo 'a.cu(3): error: identifier \"foo\" is undefined'\n"
+        "echo 'ninja: build stopped: subcommand failed.'; exit 1"
+    )
+    with pytest.raises(BuildError) as caught:
+        _ninja(tmp_path, text, log)
+    assert caught.value.log == str(log)
+    assert 'compiling bad.cuda.o failed:\na.cu(3): error: identifier "foo"' in str(caught.value)
+    assert "good.cu" not in str(caught.value)
+    assert "good.cu" in log.read_text()
+
+
+def test_memory_running_out_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="use fewer --jobs"):
+        _ninja(tmp_path, "echo 'FAILED: a.o'; echo Killed; exit 1", tmp_path / "log")
+
+
+def test_an_interruption_ends_ninja(tmp_path: Path) -> None:
+    script = _script(tmp_path / "ninja", f"echo $$ > {tmp_path}/pid; echo '[1/2] a'; exec sleep 60")
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        ninja.run_ninja([str(script)], tmp_path, {}, tmp_path / "log", interrupt)
+    assert time.monotonic() - begun < 10
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_the_index_keeps_all_modules(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "build.ninja").write_text("")
+    index = ninja.write_index(tmp_path, [tmp_path / "b" / "build.ninja"])
+    assert index.read_text().count("subninja") == 2
+    stamp = index.stat().st_mtime_ns
+    ninja.write_index(tmp_path, [])
+    assert index.stat().st_mtime_ns == stamp
+
+
+def test_a_real_wheel(built_wheel: Path) -> None:
+    with zipfile.ZipFile(built_wheel) as archive:
+        names = archive.namelist()
+        for module in ("norm", "page"):
+            member = f"flashinfer_jit_cache/jit_cache/{module}/{module}.so"
+            assert archive.read(member)[:4] == b"\x7fELF"
+        assert any("single_decode" in name for name in names)
+
+
+def test_a_second_build_compiles_nothing(built_wheel_sm87: Path, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    again = build(["page"], arch="8.7", output=tmp_path, report=seen.append)
+    assert again.read_bytes() == built_wheel_sm87.read_bytes()
+    assert [progress.stage for progress in seen if progress.stage == "compile"] == []
+
+
+def test_an_unknown_module_suggests_known_ones(built_wheel_sm87: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="did you mean norm"):
+        build(["norn"], arch="8.7", output=tmp_path)
+
+
+def test_a_name_that_only_looks_like_a_familys(built_wheel_sm87: Path, tmp_path: Path) -> None:
+    name = "batch_mla_attention_dtype_q_f16_dtype_kv_f16_dtype_o_f16_dtype_idx_i64"
+    with pytest.raises(ArgumentError, match="did you mean batch_mla_attention_dtype_q_f16"):
+        build(["page", name], arch="8.7", output=tmp_path)
+
+
+def test_what_is_available(built_wheel_sm87: Path) -> None:
+    entries = {entry.name: entry for entry in available(arch="8.7")}
+    assert entries["page"].kind == "module"
+    assert entries["page"].sources == 2
+    assert {name for name, entry in entries.items() if entry.kind == "family"} == set(FAMILIES)

@@ -1,0 +1,105 @@
+"""The wheel writer: layout, RECORD, equal bytes for equal input, and nothing left behind."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.utils import parse_wheel_filename
+
+from fi_ffi.loader.building.wheel_writer import KernelWheel, write_wheel
+
+
+@pytest.fixture
+def wheel(tmp_path: Path) -> KernelWheel:
+    modules = {}
+    for name in ("page", "norm"):
+        modules[name] = tmp_path / f"{name}.so"
+        modules[name].write_bytes(b"\x7fELF " + name.encode() * 1000)
+    licence = tmp_path / "LICENSE"
+    licence.write_text("the licence")
+    return KernelWheel(
+        "0.6.13", "13.0", ("sm90a",), "linux_x86_64", modules, "abc", {"LICENSE": licence}
+    )
+
+
+def test_name_tells_release_cuda_gpu_and_platform(wheel: KernelWheel) -> None:
+    assert wheel.filename == "flashinfer_jit_cache-0.6.13+cu130.sm90a-cp39-abi3-linux_x86_64.whl"
+    name, version, _, tags = parse_wheel_filename(wheel.filename)
+    assert (name, str(version)) == ("flashinfer-jit-cache", "0.6.13+cu130.sm90a")
+    assert {tag.platform for tag in tags} == {"linux_x86_64"}
+
+
+def test_members(wheel: KernelWheel, tmp_path: Path) -> None:
+    path = write_wheel(wheel, tmp_path / "new" / "folder")
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        assert archive.namelist() == [
+            "flashinfer_jit_cache/__init__.py",
+            "flashinfer_jit_cache/_build_meta.py",
+            "flashinfer_jit_cache/jit_cache/norm/norm.so",
+            "flashinfer_jit_cache/jit_cache/page/page.so",
+            "flashinfer_jit_cache-0.6.13+cu130.sm90a.dist-info/METADATA",
+            "flashinfer_jit_cache-0.6.13+cu130.sm90a.dist-info/WHEEL",
+            "flashinfer_jit_cache-0.6.13+cu130.sm90a.dist-info/licenses/LICENSE",
+            "flashinfer_jit_cache-0.6.13+cu130.sm90a.dist-info/RECORD",
+        ]
+
+
+def test_record_has_every_member_with_its_hash_and_size(wheel: KernelWheel, tmp_path: Path) -> None:
+    with zipfile.ZipFile(write_wheel(wheel, tmp_path)) as archive:
+        own = f"{wheel.dist_info}/RECORD"
+        rows = list(csv.reader(io.StringIO(archive.read(own).decode())))
+        assert [row[0] for row in rows] == archive.namelist()
+        assert rows[-1] == [own, "", ""]
+        for name, digest, size in rows[:-1]:
+            content = archive.read(name)
+            expected = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=")
+            assert digest == f"sha256={expected.decode()}"
+            assert int(size) == len(content)
+
+
+def test_equal_input_gives_equal_bytes(wheel: KernelWheel, tmp_path: Path) -> None:
+    first = write_wheel(wheel, tmp_path / "a").read_bytes()
+    for path in wheel.modules.values():
+        path.touch()
+    assert write_wheel(wheel, tmp_path / "b").read_bytes() == first
+
+
+def test_failure_leaves_the_older_wheel_and_no_rubbish(wheel: KernelWheel, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    path = write_wheel(wheel, output)
+    before = path.read_bytes()
+    wheel.modules["page"].unlink()
+    with pytest.raises(FileNotFoundError):
+        write_wheel(wheel, output)
+    assert path.read_bytes() == before
+    assert list(output.iterdir()) == [path]
+
+
+def test_pip_installs_it_and_flashinfer_would_accept_it(wheel: KernelWheel, tmp_path: Path) -> None:
+    path, target = write_wheel(wheel, tmp_path), tmp_path / "target"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode:
+        pytest.skip("this environment has no pip")
+    subprocess.run([*pip, "--target", str(target), str(path)], check=True)
+    # The questions of flashinfer/jit/env.py: up to 0.7.0, and from 0.7.0.post1 on.
+    script = (
+        "import flashinfer_jit_cache as cache, pathlib;"
+        "assert cache.__version__.startswith('0.6.13+');"
+        "folder = pathlib.Path(cache.get_jit_cache_dir());"
+        "assert (folder / 'norm' / 'norm.so').is_file();"
+        "(provider,) = cache.get_jit_cache_providers();"
+        "assert provider.version == cache.__version__;"
+        "assert pathlib.Path(provider.jit_cache_dir) == folder;"
+        "assert set(provider.cuda_architectures) == {'sm90a'};"
+        "assert set(provider.modules) == {'norm', 'page'}"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=target)
