@@ -20,6 +20,7 @@ from fi_ffi.abi.streams import stream
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import (
     AbiError,
+    ArchitectureError,
     ArgumentError,
     ArgumentTypeError,
     ArtifactError,
@@ -45,16 +46,18 @@ def use_kernels(location: str | os.PathLike[str]) -> None:
     Raises `KernelNotFoundError` where there is nothing, `ArtifactError` where the
     file is not such a wheel.
     """
-    from fi_ffi.loader import runtime
+    from fi_ffi.loader import runtime, search
 
     runtime.use_source(location)
     for op in OPS.values():
         op.forget()
+        op.settle(search.release())
 
 
 __all__ = [
     "DTYPES",
     "AbiError",
+    "ArchitectureError",
     "ArgumentError",
     "ArgumentTypeError",
     "ArtifactError",

@@ -56,6 +56,10 @@ class KernelNotFoundError(LoaderError, LookupError):
     """No configured source of kernels has the module or the entry asked for."""
 
 
+class ArchitectureError(LoaderError):
+    """A kernel file has no code that the device can run."""
+
+
 class ArtifactError(LoaderError, ValueError):
     """A file is not what it claims to be: wrong hash, malformed, or unsafe."""
 

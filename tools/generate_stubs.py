@@ -26,7 +26,8 @@ OPS: dict[str, Op]
 def _parameter(arg: Tensor | Scalar) -> str:
     if isinstance(arg, Tensor):
         return f"{arg.name}: TensorLike"
-    return f"{arg.name}: {arg.type.__name__} = {arg.default!r}"
+    default = "" if arg.default is None else f" = {arg.default!r}"
+    return f"{arg.name}: {arg.type.__name__}{default}"
 
 
 def _stub(row: Row) -> str:
@@ -39,7 +40,7 @@ def _stub(row: Row) -> str:
 
 
 def main() -> int:
-    text = HEADER + "".join(map(_stub, ROWS))
+    text = HEADER + "".join(map(_stub, {row.name: row for row in reversed(ROWS)}.values()))
     if "--check" in sys.argv[1:]:
         if not TARGET.exists() or TARGET.read_text() != text:
             print(f"{TARGET.name} is stale: run python tools/generate_stubs.py")

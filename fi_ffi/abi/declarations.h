@@ -111,6 +111,11 @@ void *dlopen(const char *filename, int flags);
 void *dlsym(void *handle, const char *symbol);
 char *dlerror(void);
 
+/* cuda_runtime_api.h: what is asked of a machine before a kernel is loaded for it */
+int cudaDriverGetVersion(int *driverVersion);
+int cudaGetDeviceCount(int *count);
+int cudaDeviceGetAttribute(int *value, int attr, int device);
+
 /* Python's own C API: the address inside a capsule.  Called without the GIL,
  * which is safe for this function while it succeeds: see interop.py. */
 void *PyCapsule_GetPointer(void *capsule, const char *name);

@@ -6,6 +6,7 @@ room calls them.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from fi_ffi.abi._cffi import ffi
@@ -73,7 +74,7 @@ def open_module(path: str) -> Any:
     Raises `LoaderError` with the dynamic linker's own words.
     """
     c = c_library()
-    handle = c.dlopen(path.encode(), RTLD_NOW | RTLD_LOCAL)
+    handle = c.dlopen(os.fsencode(path), RTLD_NOW | RTLD_LOCAL)
     if handle == ffi.NULL:
         raise LoaderError(f"{path} does not load: {_dlerror()}")
     return handle

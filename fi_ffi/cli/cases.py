@@ -65,9 +65,9 @@ def make_case(
     **scalars: Any,
 ) -> Case:
     """Fresh random inputs; a tensor that is only written starts as NaN."""
-    exact = EXACT[row.name]
+    exact = EXACT[row.formula]
     arrays: dict[str, Array] = {}
-    values = {arg.name: arg.default for arg in row.args if isinstance(arg, Scalar)} | scalars
+    values = {arg.name: _value(arg, rng) for arg in row.args if isinstance(arg, Scalar)} | scalars
     for arg in row.tensors:
         shape = [int(name) if name.isdigit() else sizes[name] for name in arg.axis_names]
         dtype = DTYPES[dtypes.get(arg.dtype, arg.dtype)].numpy
@@ -75,8 +75,14 @@ def make_case(
             arrays[arg.name] = np.full(shape, np.nan, dtype)
         else:
             arrays[arg.name] = _random(arg, shape, rng).astype(dtype)
-    inputs = {name: array.astype(np.float64) for name, array in arrays.items()}
+    inputs: dict[str, Any] = {name: array.astype(np.float64) for name, array in arrays.items()}
+    inputs["largest"] = {name: float(ml_dtypes.finfo(a.dtype).max) for name, a in arrays.items()}
     return Case(row, arrays, values, exact(inputs | values))
+
+
+def _value(arg: Scalar, rng: np.random.Generator) -> Any:
+    """The default, or something positive where there is none."""
+    return arg.type(np.exp(rng.uniform(-4, 1))) if arg.default is None else arg.default
 
 
 def _random(arg: Tensor, shape: list[int], rng: np.random.Generator) -> Array:

@@ -13,9 +13,9 @@ import click
 
 import fi_ffi
 from fi_ffi.cli import output
-from fi_ffi.errors import FiFfiError, KernelNotFoundError
-from fi_ffi.loader import cache, lock, runtime
-from fi_ffi.loader.fatbin import architectures, runs_on
+from fi_ffi.errors import FiFfiError, LoaderError
+from fi_ffi.loader import cache, lock, machine, runtime, search, sources
+from fi_ffi.ops.providers import fits
 from fi_ffi.ops.table import ROWS
 
 _MIN_DRIVER = (13, 0)  # the kernels are compiled with CUDA 13
@@ -107,7 +107,7 @@ def _sm(capability: tuple[int, int]) -> str:
 
 
 def _cudart(kernels: str | None) -> Iterator[Finding]:
-    yield Finding("cudart", "ok", runtime.ensure_cudart())
+    yield Finding("cudart", "ok", machine.load_cudart()[1])
 
 
 def _libtvm_ffi(kernels: str | None) -> Iterator[Finding]:
@@ -132,42 +132,49 @@ def _cache(kernels: str | None) -> Iterator[Finding]:
 
 
 def _kernels(kernels: str | None) -> Iterator[Finding]:
-    try:
-        source = runtime.use_source(kernels) if kernels else runtime.source()
-    except KernelNotFoundError as error:
-        yield Finding("kernels", "warn", "none", str(error))
+    if kernels:
+        runtime.use_source(kernels)
+    found = False
+    for place in search.places():
+        name = f"kernels: {place.kind}"
+        if place.source is None:
+            yield Finding(name, "none", place.note)
+            continue
+        how = "for modules that those before lack" if found else "asked first"
+        version = place.source.version or "of unknown release"
+        yield Finding(name, "ok", f"FlashInfer {version}, {how}: {place.source.location}")
+        found = True
+    if not found:
+        advice = f"`fi-ffi build norm` makes a wheel; {sources.KERNELS} or --kernels names it"
+        yield Finding("kernels", "warn", "none", advice)
         return
-    modules = source.modules()
-    release = source.release or "of unknown release"
-    yield Finding(
-        "kernels", "ok", f"FlashInfer {release}, {len(modules)} modules: {source.location}"
-    )
-    for module in sorted({row.module for row in ROWS} & set(modules)):
-        yield _device_code(module)
-        yield from _attestation(module)
+    for module in sorted({row.module for row in ROWS}):
+        yield from _module(module)
 
 
-def _device_code(module: str) -> Finding:
-    from fi_ffi.cli import cuda
+def _module(module: str) -> Iterator[Finding]:
+    """Where a module comes from, and what each GPU can do with it."""
+    devices: list[int | None] = [*range(machine.device_count())]
+    for device in devices or [None]:
+        where = module if device is None else f"{module} on cuda:{device}"
+        try:
+            source, file, facts = search.find_module(module, device)
+        except LoaderError as error:
+            yield Finding(where, "warn", "none", str(error))
+            continue
+        codes = ", ".join(code.name for code in facts.codes)
+        yield Finding(where, "ok", f"{codes}, {source.version}: {file.path}")
+        yield from _attestation(module, device)
 
-    codes = architectures(runtime.source().path(module))
-    names = ", ".join(code.name for code in codes)
-    for gpu in cuda.gpus():
-        verdict = runs_on(codes, gpu.capability)
-        if not verdict.ok:
-            arch = "{}.{}".format(*gpu.capability)
-            advice = f"`fi-ffi build --arch {arch} {module}` makes it for cuda:{gpu.index}"
-            return Finding(f"{module} code", "fail", verdict.reason, advice)
-    return Finding(f"{module} code", "ok", names)
 
-
-def _attestation(module: str) -> Iterator[Finding]:
+def _attestation(module: str, device: int | None) -> Iterator[Finding]:
     attested = []
+    release = search.release()
     for row in ROWS:
-        if row.module != module:
+        if row.module != module or (release and not fits(row, release)):
             continue
         try:
-            runtime.kernel_entry(module, row.signature, row.releases)
+            runtime.kernel_entry(module, row.signature, row.releases, device)
             attested.append(row.name)
         except FiFfiError as error:
             advice = f"use kernels of FlashInfer {row.releases} for this op"

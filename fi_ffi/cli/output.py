@@ -12,7 +12,7 @@ from rich.table import Table
 
 _PLAIN_WIDTH = 200  # columns, where the output is not a terminal that has a width
 
-STATUS_STYLE = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+STATUS_STYLE = {"none": "dim", "ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
 def console() -> Console:

@@ -7,12 +7,14 @@ part of it was established.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
+from fi_ffi.errors import ArtifactError
 from fi_ffi.loader.elf import Source, Window, malformed, open_section
 
 SECTION = ".nv_fatbin"
@@ -21,6 +23,7 @@ MAGIC = 0xBA55ED50
 _CONTAINER = struct.Struct("<IHHQ")  # magic, version, header size, size of all entries
 _ENTRY = struct.Struct("<HHIQIIHHIIIQ")  # as far as the flags; the rest varies by kind
 _VERSION = 1
+Suffix = Literal["", "a", "f"]
 _KINDS: dict[int, Literal["ptx", "sass"]] = {1: "ptx", 2: "sass"}
 _ARCH_SPECIFIC = 1 << 20
 _FAMILY_SPECIFIC = 1 << 21
@@ -38,7 +41,7 @@ class CudaCode:
     """"sass" is machine code, "ptx" is compiled by the driver when it is loaded."""
     sm: int
     """Ten times the compute capability: 90 for 9.0."""
-    suffix: Literal["", "a", "f"] = ""
+    suffix: Suffix = ""
     """"a": for this architecture only; "f": for its family; "": for later ones too."""
 
     @property
@@ -54,6 +57,14 @@ class CudaCode:
         if self.suffix == "f" or self.kind == "sass":
             return capability[0] == made_for[0] and capability[1] >= made_for[1]
         return capability >= made_for
+
+
+def sass_named(name: str) -> CudaCode:
+    """The machine code that a name such as "sm90a" (or "sm_90a") stands for."""
+    match = re.fullmatch(r"sm_?(\d{2,3})([af]?)", name)
+    if match is None:
+        raise ArtifactError(f"{name!r} names no architecture; one looks like sm90a")
+    return CudaCode("sass", int(match[1]), cast(Suffix, match[2]))
 
 
 @dataclass(frozen=True)
@@ -137,7 +148,7 @@ def _checked_sm(sm: int) -> int:
     return sm
 
 
-def _suffix(flags: int) -> Literal["", "a", "f"]:
+def _suffix(flags: int) -> Suffix:
     if flags & _ARCH_SPECIFIC and flags & _FAMILY_SPECIFIC:
         raise ValueError(f"a fatbin entry has contradictory flags {flags:#x}")
     return "a" if flags & _ARCH_SPECIFIC else "f" if flags & _FAMILY_SPECIFIC else ""

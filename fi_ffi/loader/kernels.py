@@ -1,4 +1,4 @@
-"""Sources of kernels: a directory or a wheel in the jit-cache layout.
+"""Sources of kernels: directories and wheels in the jit-cache layout.
 
 The layout is FlashInfer's: `<module>/<module>.so`, in a wheel (and where one is
 installed) below `flashinfer_jit_cache/jit_cache/`.
@@ -6,53 +6,77 @@ installed) below `flashinfer_jit_cache/jit_cache/`.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from fi_ffi.errors import ArtifactError, KernelNotFoundError
-from fi_ffi.loader.wheel import Wheel
+from fi_ffi.loader import cache
+from fi_ffi.loader.wheel import Recorded, Wheel
 
 LAYOUT = "flashinfer_jit_cache/jit_cache"
 _VERSION = re.compile(r"""^__version__\s*=\s*["']([^"']+)["']""", re.MULTILINE)
+_MEMBER = re.compile(r"(?:.*/)?jit_cache/([^/]+)/\1\.so")
+
+
+@dataclass(frozen=True)
+class ModuleFile:
+    """A module's .so on disk, and the hash of its content."""
+
+    module: str
+    path: Path
+    sha256: str
 
 
 class KernelSource(Protocol):
-    """Where modules come from.  `release` is FlashInfer's, or None where nothing tells."""
+    """Where modules come from.
 
-    location: Path
-    release: str | None
+    `version` is the whole version of the artifact ("0.6.13+cu130"), or None where
+    nothing tells it.
+    """
+
+    @property
+    def location(self) -> str: ...
+
+    @property
+    def version(self) -> str | None: ...
 
     def modules(self) -> list[str]:
         """The names of the modules it has, sorted."""
 
-    def path(self, module: str) -> Path:
-        """A module's .so, verified as far as the source allows."""
+    def file(self, module: str) -> ModuleFile:
+        """A module's file, verified as far as the source allows; only for one it has."""
+
+
+def release_of(source: KernelSource) -> str | None:
+    """FlashInfer's release: the version without the local part that names CUDA and SMs."""
+    return source.version.partition("+")[0] if source.version else None
 
 
 class KernelDirectory:
     """Modules lying in a directory: the jit_cache itself, or what it is installed in."""
 
-    def __init__(self, location: Path) -> None:
-        self.location = location
+    def __init__(self, location: Path, version: str | None = None) -> None:
+        self.location = str(location)
         candidates = (location, location / "jit_cache", location / LAYOUT)
-        self._root = next((root for root in candidates if _modules_in(root)), location)
-        self.release = self._release()
+        self.root = next((root for root in candidates if _modules_in(root)), location)
+        self.version = version or self._written_version()
 
     def modules(self) -> list[str]:
-        return _modules_in(self._root)
+        return _modules_in(self.root)
 
-    def path(self, module: str) -> Path:
-        path = self._root / module / f"{module}.so"
-        if module not in self.modules():
-            raise _no_module(self, module)
-        return path
+    def file(self, module: str) -> ModuleFile:
+        path = self.root / module / f"{module}.so"
+        with path.open("rb") as file:
+            return ModuleFile(module, path, cache.hash_of(file))
 
-    def _release(self) -> str | None:
+    def _written_version(self) -> str | None:
         for name in ("_build_meta.py", "__init__.py"):
             try:
-                found = _VERSION.search((self._root.parent / name).read_text(errors="replace"))
+                found = _VERSION.search((self.root.parent / name).read_text(errors="replace"))
             except OSError:
                 continue
             if found:
@@ -60,27 +84,45 @@ class KernelDirectory:
         return None
 
 
+class WheelReader(Protocol):
+    """What a wheel must offer, be it on disk or on a server."""
+
+    @property
+    def members(self) -> dict[str, int]: ...
+
+    @property
+    def record(self) -> dict[str, Recorded]: ...
+
+    @property
+    def version(self) -> str: ...
+
+    def extract(self, member: str) -> Path: ...
+
+
 class KernelWheel:
     """A `flashinfer_jit_cache` wheel; members go into the cache, checked against RECORD."""
 
-    def __init__(self, location: Path) -> None:
+    def __init__(self, location: str, wheel: WheelReader) -> None:
         self.location = location
-        self._wheel = Wheel(location)
-        self.release: str | None = self._wheel.version
+        self._wheel = wheel
+
+    @property
+    def version(self) -> str | None:
+        return self._wheel.version
+
+    @functools.cached_property
+    def _members(self) -> dict[str, str]:
+        """The members that are modules, by the module's name."""
+        matches = ((_MEMBER.fullmatch(member), member) for member in self._wheel.members)
+        return {match[1]: member for match, member in matches if match}
 
     def modules(self) -> list[str]:
-        found = []
-        for member in self._wheel.members:
-            if member.startswith(LAYOUT + "/") and member.count("/") == 3:
-                module = member.split("/")[2]
-                if member.endswith(f"/{module}.so"):
-                    found.append(module)
-        return sorted(found)
+        return sorted(self._members)
 
-    def path(self, module: str) -> Path:
-        if module not in self.modules():
-            raise _no_module(self, module)
-        return self._wheel.extract(f"{LAYOUT}/{module}/{module}.so")
+    def file(self, module: str) -> ModuleFile:
+        member = self._members[module]
+        path = self._wheel.extract(member)
+        return ModuleFile(module, path, self._wheel.record[member].sha256)
 
 
 def open_source(location: str | os.PathLike[str]) -> KernelSource:
@@ -89,7 +131,7 @@ def open_source(location: str | os.PathLike[str]) -> KernelSource:
     if path.is_dir():
         return KernelDirectory(path)
     if path.is_file() and path.suffix == ".whl":
-        return KernelWheel(path)
+        return KernelWheel(str(path), Wheel(path))
     if path.exists():
         raise ArtifactError(f"{path} is neither a directory nor a .whl file")
     raise KernelNotFoundError(f"{path}: there is no such file or directory")
@@ -101,12 +143,3 @@ def _modules_in(root: Path) -> list[str]:
     except OSError:
         return []
     return [name for name in names if (root / name / f"{name}.so").is_file()]
-
-
-def _no_module(source: KernelSource, module: str) -> KernelNotFoundError:
-    names = source.modules()
-    listed = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-    return KernelNotFoundError(
-        f"{source.location} has no module {module!r}; it has: {listed or 'none'}. "
-        f"`fi-ffi build {module}` makes one from FlashInfer's sources."
-    )

@@ -8,52 +8,46 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fi_ffi.abi import library
 from fi_ffi.abi.function import Entry, probe
-from fi_ffi.abi.signature import Signature
-from fi_ffi.errors import AbiError, KernelNotFoundError, LoaderError
-from fi_ffi.loader import tvm_ffi
+from fi_ffi.abi.signature import Signature, parse_signature
+from fi_ffi.errors import AbiError, KernelNotFoundError
+from fi_ffi.loader import machine, search, tvm_ffi
 from fi_ffi.loader.elf import FUNCTION_PREFIX, inspect_elf
-from fi_ffi.loader.kernels import KernelSource, open_source
+from fi_ffi.loader.facts import Facts, check_needed, paranoid, remember
+from fi_ffi.loader.kernels import KernelSource, ModuleFile
 
-ENVIRONMENT = "FI_FFI_KERNELS"
+
+@dataclass(frozen=True)
+class Loaded:
+    """A module in this process: where it came from, and its dlopen handle."""
+
+    source: KernelSource
+    file: ModuleFile
+    facts: Facts
+    handle: Any
+
 
 _lock = threading.RLock()
-_source: KernelSource | None = None
-_modules: dict[str, tuple[Any, Path]] = {}
-_entries: dict[tuple[str, str], Entry] = {}
+_modules: dict[tuple[str, int | None], Loaded] = {}
+_entries: dict[tuple[str, str, int | None], Entry] = {}
 _tvm_ffi: tvm_ffi.Found | None = None
 _tvm_ffi_version: tuple[int, int, int] = (0, 0, 0)
-_cudart: str | None = None
 
 
-def use_source(location: str | os.PathLike[str]) -> KernelSource:
-    """Take kernels from `location` from now on; loaded modules stay as they are mapped."""
-    global _source
-    source = open_source(location)
+def use_source(location: str | os.PathLike[str] | None) -> None:
+    """Take kernels from `location` alone from now on, or (None) look for them again.
+
+    Modules that are loaded stay mapped; they are looked up anew.
+    """
     with _lock:
-        _source = source
+        search.use_source(location)
         _modules.clear()
         _entries.clear()
-    return source
-
-
-def source() -> KernelSource:
-    """The source in use: the one chosen, or that of `FI_FFI_KERNELS`."""
-    global _source
-    with _lock:
-        if _source is None:
-            location = os.environ.get(ENVIRONMENT)
-            if not location:
-                raise KernelNotFoundError(
-                    f"no kernels: set {ENVIRONMENT} or call fi_ffi.use_kernels(...) with a "
-                    "directory or a flashinfer_jit_cache wheel; `fi-ffi build norm` makes one"
-                )
-            _source = open_source(location)
-        return _source
 
 
 def ensure_tvm_ffi() -> tvm_ffi.Found:
@@ -74,57 +68,53 @@ def tvm_ffi_version() -> tuple[int, int, int]:
     return _tvm_ffi_version
 
 
-def ensure_cudart() -> str:
-    """Load the CUDA runtime the kernels need; returns where it was found."""
-    global _cudart
-    if _cudart is None:
-        from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
-
-        with _lock:
-            try:
-                loaded = load_nvidia_dynamic_lib("cudart")
-            except DynamicLibNotFoundError as error:
-                raise LoaderError(
-                    "libcudart.so.13 was not found: `pip install 'nvidia-cuda-runtime>=13,<14'`, "
-                    f"or set CUDA_HOME to a CUDA 13 toolkit ({error})"
-                ) from error
-            _cudart = str(loaded.abs_path or "already in this process")
-    return _cudart
-
-
-def open_module(module: str) -> tuple[Any, Path]:
-    """The handle and file of a module of the source in use."""
+def load(module: str, device: int | None = None) -> Loaded:
+    """A module in this process, found and opened once."""
     with _lock:
-        if module not in _modules:
-            path = source().path(module)
+        key = (module, device)
+        if key not in _modules:
+            source, file, facts = search.find_module(module, device)
+            check_needed(file, facts, machine.CUDART)
             ensure_tvm_ffi()
-            ensure_cudart()
-            _modules[module] = (library.open_module(str(path)), path)
-        return _modules[module]
+            machine.load_cudart()
+            _modules[key] = Loaded(source, file, facts, library.open_module(str(file.path)))
+        return _modules[key]
 
 
-def kernel_entry(module: str, declared: Signature, releases: str) -> Entry:
+def kernel_entry(
+    module: str, declared: Signature, releases: str, device: int | None = None
+) -> Entry:
     """An entry of a module, attested: the binary's own signature is the declared one.
 
     Raises `AbiError` with both signatures where they differ, and calls nothing.
     """
-    key = (module, str(declared))
+    key = (module, str(declared), device)
     entry = _entries.get(key)
     if entry is None:
         with _lock:
-            handle, path = open_module(module)
-            entry = _exported(handle, path, declared.name)
+            loaded = load(module, device)
+            entry = _exported(loaded.handle, loaded.file.path, declared.name)
             entry.name = f"{module}.{declared.name}"
-            found = probe(entry)
+            found = _signature(loaded, entry, declared.name)
             if not found.same_types(declared):
                 raise AbiError(
                     f"{entry.name}: the binary does not have the declared interface\n"
                     f"  declared (FlashInfer {releases}): {declared}\n"
-                    f"  binary (FlashInfer {source().release or 'of unknown release'}): {found}\n"
-                    f"  file: {path}"
+                    f"  binary (FlashInfer {loaded.source.version or 'of unknown release'}): "
+                    f"{found}\n  file: {loaded.file.path}"
                 )
             _entries[key] = entry
     return entry
+
+
+def _signature(loaded: Loaded, entry: Entry, symbol: str) -> Signature:
+    known = loaded.facts.signatures.get(symbol)
+    if known is not None and not paranoid():
+        return parse_signature(known)
+    found = probe(entry)
+    loaded.facts.signatures[symbol] = str(found)
+    remember(loaded.file, loaded.facts)
+    return found
 
 
 def _exported(handle: Any, path: Path, symbol: str) -> Entry:
@@ -145,7 +135,7 @@ def file_signatures(path: str | os.PathLike[str]) -> dict[str, Signature | str]:
     functions = inspect_elf(where).functions
     with _lock:
         ensure_tvm_ffi()
-        ensure_cudart()
+        machine.load_cudart()
         handle = library.open_module(str(where))
     found: dict[str, Signature | str] = {}
     for name in functions:

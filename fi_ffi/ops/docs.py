@@ -12,7 +12,8 @@ _WIDTH = 96
 def _argument(arg: Tensor | Scalar) -> str:
     if isinstance(arg, Scalar):
         low = "" if arg.low is None else f", {arg.low} or more"
-        return f"{arg.name} ({arg.type.__name__} = {arg.default!r}{low}): {arg.doc}."
+        default = "" if arg.default is None else f" = {arg.default!r}"
+        return f"{arg.name} ({arg.type.__name__}{default}{low}): {arg.doc}."
     how = ["contiguous"] if arg.contiguous else []
     how += ["written"] if arg.writes else []
     shape = ", ".join(arg.axis_names)

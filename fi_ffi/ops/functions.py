@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 from fi_ffi.ops.op import Op
 from fi_ffi.ops.table import ROWS
 
-OPS: dict[str, Op] = {row.name: Op(row) for row in ROWS}
+# An op's rows stand next to each other, that of the default release first.
+OPS: dict[str, Op] = {
+    name: Op(*rows) for name, rows in itertools.groupby(ROWS, lambda row: row.name)
+}
 globals().update(OPS)
 __all__ = ["OPS", *OPS]

@@ -7,6 +7,8 @@ they compute offsets in.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fi_ffi.ops.row import Row, Scalar, Tensor
 
 _SOURCE = "csrc/flashinfer_norm_binding.cu"
@@ -21,12 +23,29 @@ _PDL = Scalar(
 )  # fmt: skip
 _WEIGHT = Tensor("weight", "h", "T", "scale of each column")
 _SCALE = Tensor("scale", "1", "float32", "the output is divided by it, then clamped to ±448")
+_FULL_SCALE = replace(_SCALE, doc="the output is divided by it, then clamped to O's range")
+_SCALE_NUMBER = Scalar("scale", float, None, _SCALE.doc)
 _RESIDUAL = Tensor("residual", "n h", "T", "gets `input + residual`, rounded to T", writes=True)
 
 
 def _row(name: str, doc: str, *args: Tensor | Scalar, symbol: str = "", **more: object) -> Row:
-    fields = {"dtypes": _T, "releases": ">=0.6.13,<0.6.14"} | more
+    fields = {"dtypes": _T, "releases": ">=0.6.3"} | more
     return Row(name, "norm", symbol or name, _SOURCE, doc, args, **fields)  # type: ignore[arg-type]
+
+
+def _quant_rows(name: str, doc: str, *tensors: Tensor) -> tuple[Row, ...]:
+    """The rows of a quantising op: `scale` became a tensor in 0.6.7, and 0.6.16 no longer
+    clamps float8_e5m2 to the range of float8_e4m3fn."""
+
+    def row(releases: str, scale: Tensor | Scalar, variant: str = "") -> Row:
+        more = {"dtypes": _T_QUANT, "releases": releases, "variant": variant}
+        return _row(name, doc, *tensors, scale, _EPS, _PDL, **more)
+
+    return (
+        row(">=0.6.7,<0.6.16", _SCALE),
+        row(">=0.6.3,<0.6.7", _SCALE_NUMBER),
+        row(">=0.6.16", _FULL_SCALE, "_full_range"),
+    )
 
 
 ROWS = (
@@ -76,28 +95,20 @@ ROWS = (
         _EPS,
         _PDL,
     ),
-    _row(
+    *_quant_rows(
         "rmsnorm_quant",
         "RMS-normalise rows and quantise: `out = fp8(input / rms(input) * weight / scale)`.",
         Tensor("out", "n h", "O", "quantised rows", **_OUT),
         Tensor("input", "n h", "T", "rows to normalise"),
         _WEIGHT,
-        _SCALE,
-        _EPS,
-        _PDL,
-        dtypes=_T_QUANT,
     ),
-    _row(
+    *_quant_rows(
         "fused_add_rmsnorm_quant",
         "`residual += input`, then `out = fp8(residual / rms(residual) * weight / scale)`.",
         Tensor("out", "n h", "O", "quantised rows", **_OUT),
         Tensor("input", "n h", "T", "added to the residual"),
         _RESIDUAL,
         _WEIGHT,
-        _SCALE,
-        _EPS,
-        _PDL,
-        dtypes=_T_QUANT,
     ),
     _row(
         "layernorm",

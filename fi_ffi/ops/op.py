@@ -1,168 +1,72 @@
-"""From a row to a function: describe, validate, pack, set the stream, call.
-
-This is the one way a typed call takes, on every device.
-"""
+"""Ops: the typed functions, made from rows."""
 
 from __future__ import annotations
 
-import contextlib
-import numbers
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fi_ffi.abi.frame import Frame, Slot, TensorSlot
-from fi_ffi.abi.function import Entry
-from fi_ffi.abi.interop import as_desc
-from fi_ffi.abi.streams import launching
-from fi_ffi.abi.tensor import Layout, TensorDesc
-from fi_ffi.errors import ArgumentError, ArgumentTypeError
-from fi_ffi.ops.check import check_layouts
 from fi_ffi.ops.docs import docstring
-from fi_ffi.ops.providers import entry_for
-from fi_ffi.ops.row import Row, Scalar, Tensor
+from fi_ffi.ops.form import Form, parameters
+from fi_ffi.ops.providers import fits, release_in_use
+from fi_ffi.ops.row import Row
 
 if TYPE_CHECKING:
     import inspect
 
-_CACHE_LIMIT = 1024
-_INT64 = 2**63
-_NO_STREAM = contextlib.nullcontext()
-
-
-class _Plan:
-    """What a combination of layouts needs, worked out once: checked, and frames to fill."""
-
-    __slots__ = ("alignments", "device", "entry", "frames", "is_empty", "slots")
-
-    def __init__(self, row: Row, layouts: tuple[Layout, ...]) -> None:
-        self.alignments = check_layouts(row, layouts)
-        self.device = layouts[0].device
-        written = (lay for arg, lay in zip(row.tensors, layouts, strict=True) if arg.writes)
-        self.is_empty = not any(layout.numel for layout in written)
-        of_tensor = iter(layouts)
-        self.slots: list[Slot] = [
-            TensorSlot(next(of_tensor), arg.as_object) if isinstance(arg, Tensor) else arg.type
-            for arg in row.args
-        ]
-        self.entry: Entry | None = None
-        # Free frames: list.pop and append are atomic, so concurrent calls get their own.
-        self.frames: list[Frame] = []
-
 
 class Op:
-    """A typed kernel function, made from its row; call it like one.
+    """A typed kernel function; call it like one.
+
+    An op whose arguments changed between FlashInfer's releases has a row for each
+    form of it.  The one in force is that of the release the kernels are of, and that
+    of the lock's default release until there are any.
 
     `stream=` is required for CUDA tensors unless a `fi_ffi.stream(...)` scope is
     open; CPU tensors need none.
     """
 
-    def __init__(self, row: Row) -> None:
-        self.row = row
-        self.__name__ = self.__qualname__ = row.name
-        self.__doc__ = docstring(row)
-        self._bind = _binder(row)
-        self._tensors = [(i, arg) for i, arg in enumerate(row.args) if isinstance(arg, Tensor)]
-        self._scalars = [(i, arg) for i, arg in enumerate(row.args) if isinstance(arg, Scalar)]
-        self._plans: dict[tuple[Layout, ...], _Plan] = {}
+    def __init__(self, *rows: Row) -> None:
+        self.rows = rows
+        self.__name__ = self.__qualname__ = rows[0].name
+        self._forms = [Form(row) for row in rows]
+        self._form = self._forms[0]
+        self._settled = False
 
-    def __repr__(self) -> str:
-        return f"<fi_ffi op {self.__name__}({_parameters(self.row)})>"
+    @property
+    def row(self) -> Row:
+        """The row in force."""
+        return self._form.row
+
+    @property
+    def __doc__(self) -> str:  # type: ignore[override]
+        return docstring(self.row)
 
     @property
     def __signature__(self) -> inspect.Signature:
         import inspect
 
-        return inspect.signature(self._bind)
+        return inspect.signature(self._form.bind)
+
+    def __repr__(self) -> str:
+        return f"<fi_ffi op {self.__name__}({parameters(self.row)})>"
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        values, stream = self._bind(*args, **kwargs)
-        descs = []
-        for i, arg in self._tensors:
-            value = values[i]
-            desc = value if type(value) is TensorDesc else as_desc(value, self.row.name, arg.name)
-            descs.append(desc)
-            values[i] = desc.ptr
-        for i, scalar in self._scalars:
-            values[i] = _scalar(self.row.name, scalar, values[i])
-        plan = self._plan(tuple([desc.layout for desc in descs]))
-        if plan.is_empty:
-            return
-        for (_, arg), desc, alignment in zip(self._tensors, descs, plan.alignments, strict=True):
-            if desc.ptr % alignment or not desc.ptr:
-                raise _bad_address(self.row.name, arg, desc, alignment)
-        self._launch(plan, values, stream)
+        form = self._form
+        values, stream = form.bind(*args, **kwargs)
+        if not self._settled and form.is_on_cuda(values):
+            self.settle(release_in_use())
+            if self._form is not form:
+                form = self._form
+                values, stream = form.bind(*args, **kwargs)
+        form(values, stream)
 
-    def _plan(self, layouts: tuple[Layout, ...]) -> _Plan:
-        plan = self._plans.get(layouts)
-        if plan is None:
-            plan = _Plan(self.row, layouts)
-            if len(self._plans) >= _CACHE_LIMIT:
-                self._plans.clear()
-            self._plans[layouts] = plan
-        return plan
-
-    def _launch(self, plan: _Plan, values: list[Any], stream: object) -> None:
-        device = plan.device
-        on_stream = launching(stream, device, self.row.name) if device.is_cuda else _NO_STREAM
-        if plan.entry is None:
-            plan.entry = entry_for(self.row, device)
-        try:
-            frame = plan.frames.pop()
-        except IndexError:
-            frame = Frame(plan.slots)
-        try:
-            with on_stream:
-                frame.call(plan.entry, values)
-        finally:
-            plan.frames.append(frame)
+    def settle(self, release: str | None) -> None:
+        """Put the row of this release in force; the first one if none is of it."""
+        fitting = [form for form in self._forms if release and fits(form.row, release)]
+        self._form = (fitting or self._forms)[0]
+        self._settled = release is not None
 
     def forget(self) -> None:
         """Drop what was learnt from earlier calls, after the source of kernels changed."""
-        self._plans.clear()
-
-
-def _scalar(op: str, arg: Scalar, value: Any) -> Any:
-    """`value` as the scalar's own type; a bool is no number, and an int is a float."""
-    if type(value) is not arg.type:
-        wanted = {int: numbers.Integral, float: numbers.Real, bool: bool}[arg.type]
-        if not isinstance(value, wanted) or (isinstance(value, bool) and arg.type is not bool):
-            got = f"{type(value).__name__} {value!r:.60}"
-            raise ArgumentTypeError(op, arg.name, got=got, expected=arg.abi_type)
-        try:
-            value = arg.type(value)  # type: ignore[call-overload,arg-type]
-        except OverflowError:
-            raise ArgumentError(op, arg.name, got=value, expected="a finite number") from None
-    if arg.type is int and not -_INT64 <= value < _INT64:
-        raise ArgumentError(op, arg.name, got=value, expected="an int64")
-    if arg.type is float and not abs(value) < float("inf"):
-        raise ArgumentError(op, arg.name, got=value, expected="a finite number")
-    if arg.low is not None and value < arg.low:
-        raise ArgumentError(op, arg.name, got=value, expected=f"{arg.low} or more")
-    return value
-
-
-def _bad_address(op: str, arg: Tensor, desc: TensorDesc, alignment: int) -> ArgumentError:
-    expected = f"an address that is a multiple of {alignment} bytes, and not null"
-    return ArgumentError(op, arg.name, got=f"{desc.ptr:#x} for {desc.layout}", expected=expected)
-
-
-def _parameters(row: Row) -> str:
-    """The op's Python parameters: the ABI's order, then the stream by keyword."""
-    parts = [
-        arg.name if isinstance(arg, Tensor) else f"{arg.name}={arg.default!r}" for arg in row.args
-    ]
-    return ", ".join([*parts, "*", "stream=None"])
-
-
-def _binder(row: Row) -> Callable[..., tuple[list[Any], object]]:
-    """A function with the op's own parameters that returns them as a list.
-
-    Compiled, as dataclasses' `__init__` is: the interpreter then binds names and
-    defaults, and its own TypeError names the op for a missing or unknown one.
-    """
-    names = ", ".join(arg.name for arg in row.args)
-    source = f"def {row.name}({_parameters(row)}):\n    return [{names}], stream\n"
-    namespace: dict[str, Any] = {}
-    exec(source, namespace)
-    binder: Callable[..., tuple[list[Any], object]] = namespace[row.name]
-    return binder
+        self._settled = False
+        for form in self._forms:
+            form.forget()

@@ -1,18 +1,45 @@
-"""Which entry serves an op on a device: a kernel, or the reference on the CPU."""
+"""Which entry serves a row on a device: a kernel, or the reference on the CPU."""
 
 from __future__ import annotations
 
+import functools
+
 from fi_ffi.abi.device import Device
 from fi_ffi.abi.function import Entry
-from fi_ffi.loader import runtime
+from fi_ffi.errors import KernelNotFoundError, LoaderError
+from fi_ffi.loader import runtime, search
 from fi_ffi.ops.row import Row
 
 
+@functools.cache
+def fits(row: Row, release: str) -> bool:
+    """Whether the row's interface is that of a FlashInfer release."""
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(row.releases).contains(release, prereleases=True)
+
+
+def release_in_use() -> str | None:
+    """The release of the kernels there are, or None where none are found."""
+    try:
+        return search.release()
+    except LoaderError:
+        return None
+
+
 def entry_for(row: Row, device: Device) -> Entry:
-    """The entry, loaded and attested: its own signature is the row's."""
+    """The entry, loaded and attested: its own signature is the row's.
+
+    Raises `KernelNotFoundError` for an op that the release in use does not have.
+    """
     if device.is_cuda:
-        return runtime.kernel_entry(row.module, row.signature, row.releases)
+        release = search.release()
+        if release is not None and not fits(row, release):
+            raise KernelNotFoundError(
+                f"{row.name} is in FlashInfer {row.releases}; the kernels in use are of {release}"
+            )
+        return runtime.kernel_entry(row.module, row.signature, row.releases, device.index)
     # Here, not above: numpy takes longer to import than all of fi_ffi.
     from fi_ffi import reference
 
-    return reference.entry(row.module, row.signature)
+    return reference.entry(row.module, row.signature, row.reference)

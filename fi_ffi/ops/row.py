@@ -43,11 +43,14 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Scalar:
-    """A scalar argument, passed by value.  `low` is the least value allowed."""
+    """A scalar argument, passed by value.
+
+    `default` is None where the caller must give it; `low` is the least value allowed.
+    """
 
     name: str
     type: type[int] | type[float] | type[bool]
-    default: int | float | bool
+    default: int | float | bool | None
     doc: str
     low: float | None = None
 
@@ -56,7 +59,7 @@ class Scalar:
         return self.type.__name__
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One op: a kernel entry with one way of calling it."""
 
@@ -69,6 +72,9 @@ class Row:
     dtypes: dict[str, tuple[str, ...]]
     # FlashInfer releases that have exactly this interface, as a version specifier.
     releases: str
+    # Set where the kernel computes something else than in the op's first row; names
+    # a reference and a formula of its own.
+    variant: str = ""
     # Rows are loaded this many bytes at a time, along this axis: addresses and
     # strides must be multiples of gcd(vector_bytes / itemsize, size) elements,
     # where the itemsize is that of the `dtypes` variable named first.
@@ -81,6 +87,16 @@ class Row:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(arg for arg in self.args if isinstance(arg, Tensor))
+
+    @property
+    def reference(self) -> str:
+        """The name of the reference kernel."""
+        return self.symbol + self.variant
+
+    @property
+    def formula(self) -> str:
+        """The name of the formula in float64."""
+        return self.name + self.variant
 
     @property
     def signature(self) -> Signature:

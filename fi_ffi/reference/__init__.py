@@ -20,7 +20,7 @@ from fi_ffi.reference.arrays import over_arrays
 
 _KERNELS: dict[str, dict[str, Callable[..., None]]] = {"norm": norm.KERNELS}
 _lock = threading.Lock()
-_entries: dict[tuple[str, str], Entry] = {}
+_entries: dict[tuple[str, str, str], Entry] = {}
 
 
 def kernels() -> dict[str, list[str]]:
@@ -28,17 +28,17 @@ def kernels() -> dict[str, list[str]]:
     return {module: sorted(entries) for module, entries in _KERNELS.items()}
 
 
-def entry(module: str, signature: Signature) -> Entry:
-    """The numpy kernel for an entry, as a TVM-FFI function with that signature."""
-    key = (module, signature.name)
+def entry(module: str, signature: Signature, kernel: str) -> Entry:
+    """The numpy `kernel` of a module, as a TVM-FFI function with that signature."""
+    key = (module, kernel, str(signature))
     with _lock:
         if key not in _entries:
-            function: Any = _KERNELS.get(module, {}).get(signature.name)
+            function: Any = _KERNELS.get(module, {}).get(kernel)
             if function is None:
                 raise KernelNotFoundError(
-                    f"{module}.{signature.name} has no reference kernel: it runs on CUDA only"
+                    f"{module}.{kernel} has no reference kernel: it runs on CUDA only"
                 )
             runtime.ensure_tvm_ffi()
-            name = f"fi_ffi.reference.{module}.{signature.name}"
+            name = f"fi_ffi.reference.{module}.{kernel}"
             _entries[key] = register(name, signature, over_arrays(function))
         return _entries[key]

@@ -1,5 +1,7 @@
 """Ops in float64, written from their definition and not from the kernels.
 
+`largest` in the inputs has the largest value of each tensor's dtype, where it has one.
+
 What results are compared with: the reference kernels' in the tests, a GPU's in
 the tests and in `fi-ffi demo`.  Each gives, for every tensor it writes, the value
 and the magnitude its rounding errors scale with.
@@ -17,7 +19,7 @@ from fi_ffi.reference.arrays import Array
 Inputs = dict[str, Any]
 Exact = dict[str, tuple[Array, Array]]
 
-_FP8_LIMIT = 448.0
+_E4M3_LIMIT = 448.0
 
 
 def _rms_rows(x: Array, weight: Array, eps: float) -> Array:
@@ -47,15 +49,23 @@ def gemma_fused_add_rmsnorm(a: Inputs) -> Exact:
     return fused_add_rmsnorm(a | {"weight": 1 + a["weight"]})
 
 
-def rmsnorm_quant(a: Inputs) -> Exact:
+def rmsnorm_quant(a: Inputs, limit: float = _E4M3_LIMIT) -> Exact:
     rows = _rms_rows(a["input"], a["weight"], a["eps"]) / a["scale"]
-    return _of_own_size(out=np.clip(rows, -_FP8_LIMIT, _FP8_LIMIT))
+    return _of_own_size(out=np.clip(rows, -limit, limit))
 
 
-def fused_add_rmsnorm_quant(a: Inputs) -> Exact:
+def rmsnorm_quant_full_range(a: Inputs) -> Exact:
+    return rmsnorm_quant(a, a["largest"]["out"])
+
+
+def fused_add_rmsnorm_quant(a: Inputs, limit: float = _E4M3_LIMIT) -> Exact:
     total = a["input"] + a["residual"]
     rows = _rms_rows(total, a["weight"], a["eps"]) / a["scale"]
-    return _of_own_size(residual=total, out=np.clip(rows, -_FP8_LIMIT, _FP8_LIMIT))
+    return _of_own_size(residual=total, out=np.clip(rows, -limit, limit))
+
+
+def fused_add_rmsnorm_quant_full_range(a: Inputs) -> Exact:
+    return fused_add_rmsnorm_quant(a, a["largest"]["out"])
 
 
 def layernorm(a: Inputs) -> Exact:
@@ -74,6 +84,8 @@ EXACT: dict[str, Callable[[Inputs], Exact]] = {
     "fused_add_rmsnorm": fused_add_rmsnorm,
     "gemma_fused_add_rmsnorm": gemma_fused_add_rmsnorm,
     "rmsnorm_quant": rmsnorm_quant,
+    "rmsnorm_quant_full_range": rmsnorm_quant_full_range,
     "fused_add_rmsnorm_quant": fused_add_rmsnorm_quant,
+    "fused_add_rmsnorm_quant_full_range": fused_add_rmsnorm_quant_full_range,
     "layernorm": layernorm,
 }

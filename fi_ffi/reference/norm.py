@@ -7,12 +7,14 @@ sum rounded to the residual's dtype and normalise it unrounded.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from fi_ffi.reference.arrays import Array, store
 
-_FP8_LIMIT = np.float32(448.0)  # of float8_e4m3fn; the kernels clamp float8_e5m2 to it too
+_E4M3_LIMIT = 448.0  # up to FlashInfer 0.6.15 the kernels clamp float8_e5m2 to it too
 
 
 def _normalised(x: Array, weight: Array, eps: float, weight_bias: float = 0.0) -> Array:
@@ -27,11 +29,15 @@ def _float32(x: Array) -> Array:
     return x.astype(np.float32)
 
 
-def _quantised(x: Array, scale: Array) -> Array:
+def _store_quantised(out: Array, x: Array, scale: Array | float, limit: float) -> None:
+    # A tensor of one element, or (up to FlashInfer 0.6.6) a number.
+    scaled = x * (np.float32(1) / np.float32(np.ravel(scale)[0]))
     # fmin and fmax, like the kernel's: a NaN becomes the limit.
-    scaled = x * (np.float32(1) / _float32(scale)[0])
-    result: Array = np.fmax(-_FP8_LIMIT, np.fmin(scaled, _FP8_LIMIT))
-    return result
+    store(out, np.fmax(np.float32(-limit), np.fmin(scaled, np.float32(limit))))
+
+
+def _largest(out: Array) -> float:
+    return float(ml_dtypes.finfo(out.dtype).max)
 
 
 def rmsnorm(out: Array, input: Array, weight: Array, eps: float, enable_pdl: bool) -> None:
@@ -61,9 +67,15 @@ def gemma_fused_add_rmsnorm(
 
 
 def rmsnorm_quant(
+    out: Array, input: Array, weight: Array, scale: Array | float, eps: float, enable_pdl: bool
+) -> None:
+    _store_quantised(out, _normalised(_float32(input), weight, eps), scale, _E4M3_LIMIT)
+
+
+def rmsnorm_quant_full_range(
     out: Array, input: Array, weight: Array, scale: Array, eps: float, enable_pdl: bool
 ) -> None:
-    store(out, _quantised(_normalised(_float32(input), weight, eps), scale))
+    _store_quantised(out, _normalised(_float32(input), weight, eps), scale, _largest(out))
 
 
 def fused_add_rmsnorm_quant(
@@ -71,13 +83,19 @@ def fused_add_rmsnorm_quant(
     input: Array,
     residual: Array,
     weight: Array,
-    scale: Array,
+    scale: Array | float,
     eps: float,
     enable_pdl: bool,
+    *,
+    limit: float = _E4M3_LIMIT,
 ) -> None:
     x = _float32(input) + _float32(residual)
     store(residual, x)
-    store(out, _quantised(_normalised(x, weight, eps), scale))
+    _store_quantised(out, _normalised(x, weight, eps), scale, limit)
+
+
+def fused_add_rmsnorm_quant_full_range(out: Array, *args: Any) -> None:
+    fused_add_rmsnorm_quant(out, *args, limit=_largest(out))
 
 
 def layernorm(out: Array, input: Array, gamma: Array, beta: Array, eps: float) -> None:
@@ -95,7 +113,9 @@ KERNELS: dict[str, Callable[..., None]] = {
         fused_add_rmsnorm,
         gemma_fused_add_rmsnorm,
         rmsnorm_quant,
+        rmsnorm_quant_full_range,
         fused_add_rmsnorm_quant,
+        fused_add_rmsnorm_quant_full_range,
         layernorm,
     )
 }

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from fi_ffi.cli import main
+from fi_ffi.loader import runtime
 from fi_ffi.loader.wheel import Wheel
 from fi_ffi.ops.functions import OPS
 
@@ -62,26 +63,31 @@ def test_demo_says_what_is_wrong_with_its_kernels(tmp_path):
 def findings_of():
     def doctor(*arguments: object, code: int = 0) -> dict[str, dict[str, str]]:
         found = json.loads(run("doctor", "--json", *arguments, code=code))
-        assert all(f["status"] in ("ok", "warn", "fail") for f in found)
+        assert all(f["status"] in ("ok", "warn", "fail", "none") for f in found)
         assert all(f["advice"] for f in found if f["status"] == "fail")
         return {finding["check"]: finding for finding in found}
 
     return doctor
 
 
-def test_doctor_without_kernels(findings_of):
+def test_doctor_without_kernels(findings_of, monkeypatch, tmp_path):
+    monkeypatch.setenv("FI_FFI_SOURCES", "local")
+    monkeypatch.setenv("FI_FFI_WHEELS", str(tmp_path))
+    runtime.use_source(None)
     found = findings_of()
     assert found["python"]["status"] == "ok"
     assert "libcudart.so.13" in found["cudart"]["found"]
     assert "libtvm_ffi.so" in found["libtvm_ffi"]["found"]
+    assert found["kernels: local"]["status"] == "none"
+    assert str(tmp_path) in found["kernels: local"]["found"]
     assert found["kernels"]["status"] == "warn"
     assert "fi-ffi build" in found["kernels"]["advice"]
 
 
 def test_doctor_attests_kernels(findings_of, built_wheel):
     found = findings_of("--kernels", built_wheel)
-    assert "0.6.13" in found["kernels"]["found"]
-    assert found["norm code"]["found"] == "sm_90a"
+    assert "0.6.13" in found["kernels: explicit"]["found"]
+    assert found["norm"]["found"].startswith("sm_90a, 0.6.13")
     assert found["norm entries"]["status"] == "ok"
     assert all(name in found["norm entries"]["found"] for name in OPS)
 

@@ -1,0 +1,87 @@
+"""What is known of a kernel file by the hash of its content.
+
+Reading an ELF takes pyelftools, and a function's own account of its signature takes
+an exception with a C++ backtrace; together they cost more than all the rest of a
+start.  Neither can change while the content does not, so the cache keeps them.
+FI_FFI_PARANOID=1 asks the file again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fi_ffi.errors import AbiError, LoaderError
+from fi_ffi.loader import cache
+from fi_ffi.loader.fatbin import CudaCode
+from fi_ffi.loader.kernels import ModuleFile
+
+_FORMAT = 1  # of the stored facts; another one is not read
+
+
+@dataclass
+class Facts:
+    """A kernel file's own account of itself.
+
+    `signatures` holds those that were asked for so far, as the functions print them.
+    """
+
+    needed: list[str]
+    functions: list[str]
+    codes: list[CudaCode]
+    signatures: dict[str, str] = field(default_factory=dict)
+
+
+def _path(sha256: str) -> Path:
+    return cache.cache_root() / "facts" / sha256[:2] / f"{sha256}.json"
+
+
+def paranoid() -> bool:
+    return os.environ.get("FI_FFI_PARANOID") == "1"
+
+
+def facts_of(file: ModuleFile) -> Facts:
+    """The facts of a file, remembered or read from it now."""
+    if not paranoid():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return _from_json(json.loads(_path(file.sha256).read_text()))
+    # Only here: importing pyelftools takes longer than reading a file with it.
+    from fi_ffi.loader.elf import inspect_elf
+    from fi_ffi.loader.fatbin import architectures
+
+    info = inspect_elf(file.path)
+    found = Facts(list(info.needed), list(info.functions), list(architectures(file.path)))
+    remember(file, found)
+    return found
+
+
+def remember(file: ModuleFile, facts: Facts) -> None:
+    """Keep the facts; a cache that cannot be written is no reason to fail."""
+    path = _path(file.sha256)
+    with contextlib.suppress(OSError, LoaderError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as out:
+            json.dump({"format": _FORMAT} | asdict(facts), out)
+        os.replace(out.name, path)
+
+
+def _from_json(data: dict[str, Any]) -> Facts:
+    if data.pop("format") != _FORMAT:
+        raise ValueError("another format")
+    data["codes"] = [CudaCode(**code) for code in data["codes"]]
+    return Facts(**data)
+
+
+def check_needed(file: ModuleFile, facts: Facts, cudart: str) -> None:
+    """Refuse a file made for another CUDA than the one this process has."""
+    others = [name for name in facts.needed if name.startswith("libcudart.so.") and name != cudart]
+    if others:
+        raise AbiError(
+            f"{file.path} needs {others[0]}, and fi_ffi runs on {cudart}: it was compiled with "
+            "another CUDA. Use a wheel of the cu13x series"
+        )

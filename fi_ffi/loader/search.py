@@ -1,0 +1,111 @@
+"""Looking for a module: place by place, until one has it and the device can run it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+
+from fi_ffi.errors import ArchitectureError, KernelNotFoundError, LoaderError
+from fi_ffi.loader import machine
+from fi_ffi.loader.facts import Facts, facts_of
+from fi_ffi.loader.fatbin import runs_on
+from fi_ffi.loader.kernels import KernelSource, ModuleFile, release_of
+from fi_ffi.loader.sources import Candidate, candidates
+
+_lock = threading.RLock()
+_explicit: str | None = None
+_places: list[Candidate] = []  # those looked at so far, in order
+_more: Iterator[Candidate] | None = None
+
+
+def use_source(location: str | os.PathLike[str] | None) -> None:
+    """Take kernels from `location` alone from now on, or (None) look for them again."""
+    global _explicit, _more
+    with _lock:
+        before = _explicit
+        _explicit = None if location is None else os.fspath(location)
+        try:
+            found = list(candidates(_explicit)) if location is not None else []
+        except LoaderError:
+            _explicit = before
+            raise
+        _places[:] = found
+        _more = None if location is None else iter(())
+
+
+def places() -> Iterator[Candidate]:
+    """Every place that is asked for kernels, in order; each is looked at once."""
+    global _more
+    done = 0
+    while True:
+        with _lock:
+            if done == len(_places):
+                if _more is None:
+                    _more = candidates(_explicit)
+                following = next(_more, None)
+                if following is None:
+                    return
+                _places.append(following)
+            place = _places[done]
+        done += 1
+        yield place
+
+
+def sources() -> Iterator[KernelSource]:
+    """The places that have kernels."""
+    return (place.source for place in places() if place.source is not None)
+
+
+def release() -> str | None:
+    """FlashInfer's release of the kernels in use, or None where nothing tells."""
+    first = next(sources(), None)
+    return None if first is None else release_of(first)
+
+
+def find_module(module: str, device: int | None = None) -> tuple[KernelSource, ModuleFile, Facts]:
+    """The first source's file of a module that the device, if one is given, can run.
+
+    Raises `ArchitectureError` where only the device code was wrong, and otherwise
+    `KernelNotFoundError` with what every place had to say.
+    """
+    said, wrong_code = [], False
+    for place in places():
+        if place.source is None:
+            said.append(f"{place.kind}: {place.note}")
+            continue
+        try:
+            if module not in place.source.modules():
+                said.append(f"{place.kind}: {_without(place.source, module)}")
+                continue
+            file = place.source.file(module)
+        except LoaderError as error:
+            said.append(f"{place.kind}: {error}")
+            continue
+        facts = facts_of(file)
+        verdict = runs_on(facts.codes, machine.capability(device)) if device is not None else None
+        if verdict is None or verdict.ok:
+            return place.source, file, facts
+        wrong_code = True
+        said.append(f"{place.kind}: {place.source.location}: {module} {verdict.reason}")
+    kind = ArchitectureError if wrong_code else KernelNotFoundError
+    where = "" if device is None else f" for cuda:{device}"
+    text = "\n".join(f"  {line}" for line in said)
+    raise kind(f"no kernels of module {module!r}{where}:\n{text}\n{_build_line(module, device)}")
+
+
+def _without(source: KernelSource, module: str) -> str:
+    names = source.modules()
+    listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"{source.location} has no such module; it has {listed or 'none'}"
+
+
+def _build_line(module: str, device: int | None) -> str:
+    from fi_ffi.loader.building.names import DEFAULT_ARCH, DEFAULT_RELEASE
+
+    arch = DEFAULT_ARCH[0]
+    if device is not None:
+        major, minor = machine.capability(device)
+        arch = f"{major}.{minor}" + ("a" if major >= 9 else "")
+    made = f"fi-ffi build --release {release() or DEFAULT_RELEASE} --arch {arch} {module}"
+    return f"`{made}` makes it from FlashInfer's sources; FI_FFI_KERNELS names the wheel."

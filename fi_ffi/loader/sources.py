@@ -1,0 +1,214 @@
+"""Where kernels are looked for, in order, and why a place has none.
+
+    explicit    what `use_kernels` or FI_FFI_KERNELS names; then nothing else is asked
+    installed   a flashinfer-jit-cache distribution, monolithic or one provider per SM
+    jit         FlashInfer's own cache of compiled modules, of the same release
+    local       wheels in FI_FFI_WHEELS, or in `wheels/` of the fi_ffi cache
+    remote      the pinned wheel: from the cache what was fetched before, else over HTTP
+
+FI_FFI_SOURCES names those to ask, in its own order; FI_FFI_RELEASE and FI_FFI_CUDA
+("cu130") force what is otherwise taken from the machine.  Nothing is ever compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fi_ffi.errors import ArgumentError, FiFfiError, LoaderError
+from fi_ffi.loader import cache, machine
+from fi_ffi.loader.fatbin import sass_named
+from fi_ffi.loader.kernels import (
+    KernelDirectory,
+    KernelSource,
+    KernelWheel,
+    ModuleFile,
+    open_source,
+    release_of,
+)
+from fi_ffi.loader.lock import KernelFile, the_lock, this_platform
+from fi_ffi.loader.wheel import Wheel
+
+KERNELS, SOURCES, WHEELS = "FI_FFI_KERNELS", "FI_FFI_SOURCES", "FI_FFI_WHEELS"
+RELEASE, CUDA = "FI_FFI_RELEASE", "FI_FFI_CUDA"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A place that was looked at: a source, or the reason why it is none."""
+
+    kind: str
+    source: KernelSource | None
+    note: str = ""
+
+
+def _installed(release: str | None) -> Iterator[Candidate]:
+    # By file name: asking every distribution for its name would read all their metadata.
+    found = [
+        importlib.metadata.Distribution.at(path)
+        for folder in dict.fromkeys(sys.path)
+        for path in sorted(Path(folder or ".").glob("flashinfer_jit_cache*.dist-info"))
+    ]
+    for distribution in found:
+        for root in _module_roots(distribution):
+            yield _of_release("installed", KernelDirectory(root, distribution.version), release)
+    if not found:
+        yield Candidate("installed", None, "no flashinfer-jit-cache distribution is installed")
+
+
+def _module_roots(distribution: importlib.metadata.Distribution) -> list[Path]:
+    """The jit_cache folders of a distribution; a shim of the provider layout has none."""
+    roots = {}
+    for file in distribution.files or ():
+        if file.name.endswith(".so") and file.parent.parent.name == "jit_cache":
+            roots[str(file.parent.parent)] = Path(str(distribution.locate_file(file))).parent.parent
+    return list(roots.values())
+
+
+def _jit(release: str | None) -> Iterator[Candidate]:
+    base = Path(os.environ.get("FLASHINFER_WORKSPACE_BASE") or Path.home())
+    root = base / ".cache" / "flashinfer"
+    folders = sorted(root.glob("*/*/cached_ops")) if root.is_dir() else []
+    for folder in folders:
+        source = KernelDirectory(folder, folder.parent.parent.name)
+        if source.modules():
+            yield _of_release("jit", source, release)
+    if not folders:
+        yield Candidate("jit", None, f"FlashInfer has compiled nothing in {root}")
+
+
+def _local(release: str | None) -> Iterator[Candidate]:
+    named = os.environ.get(WHEELS)
+    folders = named.split(os.pathsep) if named else [str(cache.cache_root() / "wheels")]
+    wheels = [
+        w for folder in folders for w in sorted(Path(folder).glob("flashinfer_jit_cache*.whl"))
+    ]
+    for wheel in wheels:
+        yield _of_release("local", KernelWheel(str(wheel), Wheel(wheel)), release)
+    if not wheels:
+        yield Candidate("local", None, f"no flashinfer_jit_cache wheel in {' or '.join(folders)}")
+
+
+def _remote(release: str | None) -> Iterator[Candidate]:
+    try:
+        yield Candidate("remote", PinnedKernels(pinned(release or the_lock().default_release)))
+    except LoaderError as error:
+        yield Candidate("remote", None, str(error))
+
+
+def _of_release(kind: str, source: KernelSource, release: str | None) -> Candidate:
+    found = release_of(source)
+    if release is not None and found is not None and found != release:
+        return Candidate(kind, None, f"{source.location} is of {found}, wanted is {release}")
+    return Candidate(kind, source)
+
+
+_KINDS: dict[str, Callable[[str | None], Iterator[Candidate]]] = {
+    "installed": _installed,
+    "jit": _jit,
+    "local": _local,
+    "remote": _remote,
+}
+
+
+def kinds_asked() -> list[str]:
+    """The kinds of places that are asked, in their order."""
+    named = os.environ.get(SOURCES)
+    if named is None:
+        return list(_KINDS)
+    kinds = [kind.strip() for kind in named.split(",") if kind.strip()]
+    unknown = [kind for kind in kinds if kind not in _KINDS]
+    if unknown:
+        raise ArgumentError("sources", SOURCES, got=unknown, expected=f"some of {list(_KINDS)}")
+    return kinds
+
+
+def candidates(explicit: str | os.PathLike[str] | None = None) -> Iterator[Candidate]:
+    """Every place that is asked for kernels, in order, one after the other as it is needed.
+
+    The first source found settles the release, unless FI_FFI_RELEASE does; places
+    with kernels of another release are passed over, and say so.
+    """
+    chosen = explicit or os.environ.get(KERNELS)
+    if chosen:
+        yield Candidate("explicit", open_source(chosen))
+        return
+    release = os.environ.get(RELEASE)
+    for kind in kinds_asked():
+        try:
+            for candidate in _KINDS[kind](release):
+                if candidate.source is not None:
+                    release = release or release_of(candidate.source)
+                yield candidate
+        except (FiFfiError, OSError) as error:  # a broken wheel is a reason, not an end
+            yield Candidate(kind, None, str(error))
+
+
+def pinned(release: str) -> KernelFile:
+    """The pinned wheel of a release for this machine; `LoaderError` names what there is.
+
+    The machine tells the platform, the CUDA version of its driver and the SM of its
+    first GPU; without a driver any will do, to be read and not run.
+    """
+    lock = the_lock()
+    here = [f for f in lock.kernels if (f.release, f.platform) == (release, this_platform())]
+    fitting = [f for f in here if _runs_here(f)]
+    if fitting:
+        return max(fitting, key=lambda file: _cuda_version(file.cuda))
+    listed = here or lock.kernels
+    names = sorted({" ".join(filter(None, (f.release, f.cuda, f.platform, f.sm))) for f in listed})
+    raise LoaderError(
+        f"{lock.path.name} pins no kernels of FlashInfer {release} that this machine "
+        f"({this_platform()}, {_machine()}) can run; it has {', '.join(names) or 'none'}"
+    )
+
+
+def _cuda_version(tag: str) -> tuple[int, int]:
+    """`cu134` is CUDA 13.4."""
+    return int(tag[2:-1]), int(tag[-1:])
+
+
+def _runs_here(file: KernelFile) -> bool:
+    forced, version = os.environ.get(CUDA), _cuda_version(file.cuda)
+    driver = machine.driver_version()
+    if forced:
+        return file.cuda == forced
+    # Within a major version a driver runs what a later minor's compiler made.
+    if version[0] != (driver or version)[0]:
+        return False
+    if file.sm is None or not machine.device_count():
+        return True
+    return sass_named(file.sm).runs_on(machine.capability(0))
+
+
+def _machine() -> str:
+    driver = machine.driver_version()
+    if driver is None:
+        return "no CUDA driver"
+    sms = [f"sm_{a}{b}" for a, b in map(machine.capability, range(machine.device_count()))]
+    return f"CUDA {driver[0]}.{driver[1]}, {' '.join(sms) or 'no GPU'}"
+
+
+class PinnedKernels:
+    """The pinned wheel as a source; nothing is fetched before a module is asked for."""
+
+    def __init__(self, pin: KernelFile) -> None:
+        self.pin, self.location = pin, pin.url
+        self.version: str | None = f"{pin.release}+{pin.cuda}"
+
+    @functools.cached_property
+    def _wheel(self) -> KernelWheel:
+        from fi_ffi.loader.remote import RemoteWheel
+
+        return KernelWheel(self.location, RemoteWheel.of(self.pin))
+
+    def modules(self) -> list[str]:
+        return self._wheel.modules()
+
+    def file(self, module: str) -> ModuleFile:
+        return self._wheel.file(module)

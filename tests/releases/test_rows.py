@@ -1,0 +1,115 @@
+"""The declared rows against the binding sources of each supported FlashInfer release."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from bindings import abi_type, exported
+
+from fi_ffi.loader.lock import the_lock
+from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.providers import fits
+from fi_ffi.ops.table import ROWS
+
+# Every release the lock pins kernels of, and the newest one.
+RELEASES = sorted({file.release for file in the_lock().kernels} | {"0.7.2.post1"})
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory):
+    """The text of a file of a flashinfer-python release, from the package index."""
+    folder = tmp_path_factory.mktemp("flashinfer-python")
+
+    def read(release: str, source: str) -> str:
+        wheel = folder / f"flashinfer_python-{release}-py3-none-any.whl"
+        if not wheel.exists():
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+            command += ["--only-binary=:all:", "--dest", str(folder)]
+            subprocess.run([*command, f"flashinfer-python=={release}"], check=True, timeout=300)
+        with zipfile.ZipFile(wheel) as archive:
+            return archive.read(f"flashinfer/data/{source}").decode()
+
+    return read
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_rows_are_what_the_release_declares(release, sources):
+    for op in OPS.values():
+        rows = [row for row in op.rows if fits(row, release)]
+        assert len(rows) == 1, f"{op.__name__}: {len(rows)} rows for {release}"
+        declared = exported(sources(release, rows[0].source))
+        assert rows[0].signature.same_types(declared[rows[0].symbol]), release
+        names = [arg.name for arg in rows[0].args]
+        assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_kernels_clamp_as_the_row_says(release, sources):
+    """The one thing that changed in what an op computes and not in its arguments."""
+    text = sources(release, "include/flashinfer/norm.cuh")
+    fixed = "fminf(output_vec[j], 448.0f)" in text
+    (row,) = [row for row in OPS["rmsnorm_quant"].rows if fits(row, release)]
+    assert fixed == (row.variant == "")
+
+
+def test_first_rows_are_of_the_default_release():
+    for op in OPS.values():
+        assert fits(op.rows[0], the_lock().default_release)
+
+
+def test_no_release_fits_two_rows_of_an_op():
+    releases = [*RELEASES, "0.6.6", "0.6.7", "0.6.15", "0.6.15.post1", "0.6.16", "0.6.18.post1"]
+    for op in OPS.values():
+        for release in releases:
+            assert sum(fits(row, release) for row in op.rows) == 1, (op, release)
+    assert len(ROWS) == sum(len(op.rows) for op in OPS.values())
+
+
+def test_settling_on_a_release_changes_what_the_op_takes():
+    import numpy as np
+
+    op = OPS["rmsnorm_quant"]
+    out = np.zeros((2, 8), op.row.dtypes and __import__("ml_dtypes").float8_e4m3fn)
+    x, weight = np.ones((2, 8), np.float16), np.ones(8, np.float16)
+    try:
+        op.settle("0.6.3")
+        op(out, x, weight, 0.5)
+        assert (out.astype(float) == 2).all()
+        assert "scale (float)" in op.__doc__
+        with pytest.raises(TypeError):
+            op(out, x, weight, np.ones(1, np.float32))
+        op.settle("0.6.18")
+        op(out, x, weight, np.array([0.25], np.float32))
+        assert (out.astype(float) == 4).all()
+    finally:
+        op.settle(None)
+    assert fits(op.row, the_lock().default_release)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("TensorView", "DLTensor*"),
+        ("ffi::Tensor", "ffi.Tensor"),
+        ("const Optional<ffi::Tensor>&", "Optional<ffi.Tensor>"),
+        ("Array<int64_t>", "Array<int>"),
+        ("Optional<Array<int64_t>>", "Optional<Array<int>>"),
+        ("double", "float"),
+    ],
+)
+def test_types_as_tvm_ffi_prints_them(text, expected):
+    assert abi_type(text) == expected
+
+
+def test_the_parser_reads_a_real_binding_as_the_binary_does(sources, built_wheel):
+    from fi_ffi.loader.kernels import open_source
+    from fi_ffi.loader.runtime import file_signatures
+
+    default = the_lock().default_release
+    declared = exported(sources(default, "csrc/flashinfer_norm_binding.cu"))
+    binary = file_signatures(Path(open_source(built_wheel).file("norm").path))
+    assert declared == binary
