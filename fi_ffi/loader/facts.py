@@ -70,8 +70,8 @@ def remember(file: ModuleFile, facts: Facts) -> None:
         os.replace(out.name, path)
 
 
-def _from_json(data: dict[str, Any]) -> Facts:
-    if data.pop("format") != _FORMAT:
+def _from_json(data: Any) -> Facts:
+    if not isinstance(data, dict) or data.pop("format") != _FORMAT:
         raise ValueError("another format")
     data["codes"] = [CudaCode(**code) for code in data["codes"]]
     return Facts(**data)

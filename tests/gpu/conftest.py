@@ -56,3 +56,12 @@ def stream() -> Iterator[int]:
     yield int(made)
     check(runtime.cudaStreamSynchronize(made))
     check(runtime.cudaStreamDestroy(made))
+
+
+@pytest.fixture
+def sm87_wheel() -> Path:
+    """Kernels for a Jetson: what `fi-ffi build --arch 8.7 page` makes."""
+    found = sorted(Path(os.environ["FI_FFI_KERNELS"]).parent.glob("*sm87*.whl"))
+    if not found:
+        pytest.skip("no *sm87*.whl beside FI_FFI_KERNELS: fi-ffi build --arch 8.7 page makes one")
+    return found[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 
@@ -247,3 +249,41 @@ bad = {"torch", "tvm_ffi", "flashinfer"} & set(sys.modules)
 assert not bad, bad
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_kernels_for_another_gpu_are_refused_by_name(case, to_gpu, stream, sm87_wheel, tmp_path):
+    """A Jetson's kernels on this GPU: said before anything is loaded or launched."""
+    from fi_ffi.loader import machine
+    from fi_ffi.loader.kernels import open_source
+
+    arrays = [to_gpu(array) for array in case.arrays.values()]
+    descs = [array.desc() for array in arrays]
+    before = arrays[0].get().tobytes()
+    folder = tmp_path / "norm"
+    folder.mkdir()
+    shutil.copy(open_source(sm87_wheel).file("page").path, folder / "norm.so")
+    try:
+        fi_ffi.use_kernels(tmp_path)
+        major, minor = machine.capability(0)
+        with pytest.raises(fi_ffi.ArchitectureError) as caught:
+            fi_ffi.rmsnorm(*descs, stream=stream)
+        assert f"has sm_87 only; the device is sm_{major}{minor}" in str(caught.value)
+        assert f"--arch {major}.{minor}" in str(caught.value)
+        assert str(folder) not in open("/proc/self/maps").read()
+    finally:
+        fi_ffi.use_kernels(os.environ["FI_FFI_KERNELS"])
+    assert arrays[0].get().tobytes() == before
+    fi_ffi.rmsnorm(*descs, stream=stream)
+    assert case.error("out", arrays[0].get())[1] <= 1
+
+
+def test_the_machine_is_what_cuda_python_says(stream):
+    from fi_ffi.cli import cuda
+    from fi_ffi.loader import machine
+
+    found = cuda.gpus()
+    assert machine.device_count() == len(found)
+    assert [machine.capability(gpu.index) for gpu in found] == [gpu.capability for gpu in found]
+    assert machine.driver_version() == cuda.driver_version()
+    with pytest.raises(fi_ffi.LoaderError, match="there is no cuda:99"):
+        machine.capability(99)
