@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -240,6 +241,7 @@ def test_the_offset_limit_is_where_the_kernel_wraps(last, wraps, to_gpu, stream)
 def test_imports_nothing_it_must_not():
     program = """
 import sys
+from pathlib import Path
 from fi_ffi.cli.cuda import DeviceArray
 import numpy as np, fi_ffi
 x = DeviceArray(np.ones((4, 64), np.float16)); w = DeviceArray(np.ones(64, np.float16))
@@ -269,7 +271,7 @@ def test_kernels_for_another_gpu_are_refused_by_name(case, to_gpu, stream, sm87_
             fi_ffi.rmsnorm(*descs, stream=stream)
         assert f"has sm_87 only; the device is sm_{major}{minor}" in str(caught.value)
         assert f"--arch {major}.{minor}" in str(caught.value)
-        assert str(folder) not in open("/proc/self/maps").read()
+        assert str(folder) not in Path("/proc/self/maps").read_text()
     finally:
         fi_ffi.use_kernels(os.environ["FI_FFI_KERNELS"])
     assert arrays[0].get().tobytes() == before
