@@ -21,7 +21,14 @@ class ArgumentError(FiFfiError, ValueError):
 
     def __init__(self, op: str, argument: str, *, got: object, expected: object) -> None:
         self.op, self.argument, self.got, self.expected = op, argument, got, expected
-        super().__init__(f"{op}: argument `{argument}`: got {got}, expected {expected}")
+        super().__init__(f"{op}: argument `{argument}`: got {_text(got)}, expected {expected}")
+
+
+def _text(value: object) -> str:
+    try:
+        return str(value)
+    except ValueError:  # an int of more digits than Python prints
+        return f"a {type(value).__name__} too large to print"
 
 
 class ArgumentTypeError(ArgumentError, TypeError):

@@ -110,6 +110,13 @@ TVMFFIStreamHandle TVMFFIEnvGetStream(int32_t device_type, int32_t device_id);
 void *dlopen(const char *filename, int flags);
 void *dlsym(void *handle, const char *symbol);
 char *dlerror(void);
+typedef struct {
+  const char *dli_fname;
+  void *dli_fbase;
+  const char *dli_sname;
+  void *dli_saddr;
+} FiFfiDlInfo;
+int dladdr(const void *addr, FiFfiDlInfo *info);
 
 /* cuda_runtime_api.h: what is asked of a machine before a kernel is loaded for it */
 int cudaDriverGetVersion(int *driverVersion);

@@ -38,9 +38,22 @@ def error_from(handle: Any, op: str, depth: int = 0) -> KernelError:
         for part in (cell.kind, cell.message, cell.backtrace)
     )
     error = KernelError(op, kind, message, backtrace)
-    if cell.cause_chain != ffi.NULL and depth < _MAX_CAUSES:
+    if depth < _MAX_CAUSES and _has_cause(handle):
         error.__cause__ = error_from(cell.cause_chain, op, depth + 1)
     return error
+
+
+def _has_cause(handle: Any) -> bool:
+    """Whether an Error has a cause that can be read.
+
+    An error is laid out by whoever made it.  Up to 0.1.7 TVM-FFI's headers had no
+    cause after the backtrace, and a kernel compiled with them puts something else
+    there.  Only what libtvm_ffi itself made is known to have one; its deleter tells.
+    """
+    made = ffi.cast("FiFfiErrorObject *", handle)
+    if not library.is_of_libtvm_ffi(made.header.deleter):
+        return False
+    return bool(made.cell.cause_chain != ffi.NULL)
 
 
 def set_raised(error: BaseException) -> None:

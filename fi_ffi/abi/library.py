@@ -30,6 +30,11 @@ for _name, _size in _SIZES.items():
         raise AbiError(f"{_name} is {ffi.sizeof(_name)} bytes on this platform, not {_size}")
 
 
+# By its own account, which is its headers'.  TVMFFIErrorCell was shorter before 0.1.8;
+# within 0.1 the interface has only grown since.
+_OLDEST, _TOO_NEW = (0, 1, 8), (0, 2, 0)
+
+
 class _Unattached:
     def __getattr__(self, name: str) -> Any:
         raise LoaderError(f"{name} was called before libtvm_ffi was loaded")
@@ -60,8 +65,12 @@ def attach(path: str) -> tuple[int, int, int]:
         loaded.TVMFFIGetVersion(version)
     except (OSError, AttributeError) as error:
         raise LoaderError(f"{path} does not load as libtvm_ffi: {error}") from error
+    found = version.major, version.minor, version.patch
+    if not _OLDEST <= found < _TOO_NEW:
+        told = ".".join(map(str, found))
+        raise LoaderError(f"{path} is libtvm_ffi {told}, and fi_ffi works with 0.1.8 to 0.1.x")
     lib = loaded
-    return version.major, version.minor, version.patch
+    return found
 
 
 def is_attached() -> bool:
@@ -86,6 +95,15 @@ def find_symbol(module: Any, name: str) -> Any | None:
     c.dlerror()
     address = c.dlsym(module, name.encode())
     return None if address == ffi.NULL else address
+
+
+def is_of_libtvm_ffi(address: Any) -> bool:
+    """Whether an address of code lies in libtvm_ffi."""
+    found, own = ffi.new("FiFfiDlInfo *"), ffi.new("FiFfiDlInfo *")
+    c = c_library()
+    anchor = ffi.cast("void *", ffi.addressof(lib, "TVMFFIGetVersion"))
+    told = c.dladdr(ffi.cast("void *", address), found) and c.dladdr(anchor, own)
+    return bool(told) and found.dli_fbase == own.dli_fbase
 
 
 def _dlerror() -> str:
