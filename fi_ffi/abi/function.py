@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,9 +55,9 @@ _PROBE = ffi.new("TVMFFIAny[]", _PROBE_ARGUMENTS)
 def probe(entry: Entry) -> Signature:
     """The entry's own signature, read from the refusal of a call it cannot accept.
 
-    No CUDA work is done and no memory touched: a typed function counts its
-    arguments before anything else.  Raises `AbiError` for a function that accepts
-    any number of them and so has no signature to tell.
+    No CUDA work is done and no memory touched: a typed function, as all of FlashInfer's
+    are, counts its arguments before anything else.  A packed one, which accepts any
+    number of them, is run by this, and has no signature to tell: `AbiError`.
     """
     result = ffi.new("TVMFFIAny *")
     try:
@@ -67,11 +68,17 @@ def probe(entry: Entry) -> Signature:
     raise AbiError(f"{entry.name} takes any arguments: it has no signature of its own")
 
 
+# libtvm_ffi leaves the locking of its global table to its callers, and a cffi call
+# runs without the GIL.
+_table = threading.Lock()
+
+
 def global_function(name: str) -> Entry:
     """A function from libtvm_ffi's global table, such as `ffi.ArraySize`."""
     array, _buffer = library.byte_array(name.encode())
     slot = ffi.new("TVMFFIObjectHandle *")
-    check(library.lib.TVMFFIFunctionGetGlobal(array, slot), name)
+    with _table:
+        check(library.lib.TVMFFIFunctionGetGlobal(array, slot), name)
     if slot[0] == ffi.NULL:
         raise LoaderError(f"libtvm_ffi has no global function {name!r}")
     return Entry.of(Function(slot[0]), name)
@@ -130,7 +137,8 @@ def register(name: str, signature: Signature, function: Callable[..., Any]) -> E
     check(library.lib.TVMFFIFunctionCreate(ffi.NULL, callback, ffi.NULL, slot), name)
     made = Function(slot[0])
     array, _buffer = library.byte_array(name.encode())
-    check(library.lib.TVMFFIFunctionSetGlobal(array, made.handle, 1), name)
+    with _table:
+        check(library.lib.TVMFFIFunctionSetGlobal(array, made.handle, 1), name)
     return Entry.of(made, name)
 
 

@@ -78,7 +78,7 @@ def c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _index(value: object) -> int:
-    if isinstance(value, bool):
+    if type(value).__name__ in ("bool", "bool_"):  # numpy's as well, which may have __index__
         raise TypeError
     return operator.index(value)  # type: ignore[arg-type]
 

@@ -92,18 +92,24 @@ def kernel_entry(
     entry = _entries.get(key)
     if entry is None:
         with _lock:
-            loaded = load(module, device)
-            entry = _exported(loaded.handle, loaded.file.path, declared.name)
-            entry.name = f"{module}.{declared.name}"
-            found = _signature(loaded, entry, declared.name)
-            if not found.same_types(declared):
-                raise AbiError(
-                    f"{entry.name}: the binary does not have the declared interface\n"
-                    f"  declared (FlashInfer {releases}): {declared}\n"
-                    f"  binary (FlashInfer {loaded.source.version or 'of unknown release'}): "
-                    f"{found}\n  file: {loaded.file.path}"
-                )
+            # Another thread may have been quicker.
+            entry = _entries.get(key) or _attested(module, declared, releases, device)
             _entries[key] = entry
+    return entry
+
+
+def _attested(module: str, declared: Signature, releases: str, device: int | None) -> Entry:
+    loaded = load(module, device)
+    entry = _exported(loaded.handle, loaded.file.path, declared.name)
+    entry.name = f"{module}.{declared.name}"
+    found = _signature(loaded, entry, declared.name)
+    if not found.same_types(declared):
+        raise AbiError(
+            f"{entry.name}: the binary does not have the declared interface\n"
+            f"  declared (FlashInfer {releases}): {declared}\n"
+            f"  binary (FlashInfer {loaded.source.version or 'of unknown release'}): {found}\n"
+            f"  file: {loaded.file.path}"
+        )
     return entry
 
 

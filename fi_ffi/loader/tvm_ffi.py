@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fi_ffi.errors import LoaderError
-from fi_ffi.loader.fetch import fetch_member
 from fi_ffi.loader.lock import tvm_ffi_pin
 
-_MAPPED = re.compile(r"\s(/\S.*/libtvm_ffi\.so)$", re.MULTILINE)
+_SONAME = "libtvm_ffi.so"
+_MAPPED = re.compile(r"\s(/\S.*/libtvm_ffi\.so)( \(deleted\))?$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ def find() -> Found:
     found = in_process() or installed()
     if found:
         return found
+    # Only here: fetching brings HTTP with it, and most processes fetch nothing.
+    from fi_ffi.loader.fetch import fetch_member
+
     pin = tvm_ffi_pin().file_for_this_machine()
     return Found(str(fetch_member(pin)), f"pinned {pin.project} {pin.version}")
 
@@ -43,13 +46,16 @@ def in_process() -> Found | None:
         maps = Path("/proc/self/maps").read_text(errors="replace")
     except OSError:
         return None
-    paths = sorted(set(_MAPPED.findall(maps)))
-    if len(paths) > 1:
+    mapped = sorted(set(_MAPPED.findall(maps)))
+    if len(mapped) > 1:
         raise LoaderError(
-            f"two copies of libtvm_ffi are in this process: {' and '.join(paths)}. Their objects "
-            "cannot be mixed: import the one that came second in a process of its own"
+            f"two copies of libtvm_ffi are in this process: {' and '.join(map(''.join, mapped))}. "
+            "Their objects cannot be mixed: import the one that came second in a process of its own"
         )
-    return Found(paths[0], "already in this process") if paths else None
+    for path, deleted in mapped:
+        # Of a file that was replaced since, only the soname leads to the copy in use.
+        return Found(_SONAME if deleted else path, "already in this process")
+    return None
 
 
 def installed() -> Found | None:

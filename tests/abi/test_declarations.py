@@ -1,0 +1,181 @@
+"""declarations.h against the headers of the pinned apache-tvm-ffi wheel."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import cffi
+import pytest
+from cuda.pathfinder import load_nvidia_dynamic_lib
+
+from fi_ffi.abi import device, dtypes, library, types
+from fi_ffi.abi._cffi import ffi
+
+ROOT = Path(__file__).resolve().parents[2]
+HEADERS = ("dlpack/dlpack.h", "tvm/ffi/c_api.h", "tvm/ffi/extra/c_env_api.h")
+# Of declarations.h but not of these headers: our own pairs, libc's and Python's.
+OWN_STRUCTS = re.compile("FiFfi")
+FUNCTIONS = sorted(name for name in dir(ffi.dlopen(None)) if name.startswith("TVMFFI"))
+CUDA_FUNCTIONS = sorted(name for name in dir(ffi.dlopen(None)) if name.startswith("cuda"))
+
+
+def as_c(header: str) -> str:
+    """A header as a C compiler would see it: no comments, directives or C++ branches."""
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", "", header, flags=re.DOTALL).replace("\\\n", " ")
+    lines: list[str] = []
+    branches: list[bool] = []
+    for line in text.splitlines():
+        directive = line.strip()
+        if directive.startswith("#if"):
+            branches.append(directive != "#ifdef __cplusplus")
+        elif directive.startswith("#else"):
+            branches[-1] = not branches[-1]
+        elif directive.startswith("#endif"):
+            branches.pop()
+        elif not directive.startswith("#") and all(branches):
+            lines.append(line)
+    return re.sub(r"\b(TVM_FFI_DLL|TVM_FFI_ATTRIBUTE_PURE)\b", "", "\n".join(lines))
+
+
+@pytest.fixture(scope="module")
+def header_text(pinned_wheel: Path) -> str:
+    with zipfile.ZipFile(pinned_wheel) as archive:
+        parts = [as_c(archive.read(f"tvm_ffi/include/{name}").decode()) for name in HEADERS]
+    return "\n".join(parts)
+
+
+@pytest.fixture(scope="module")
+def theirs(header_text: str) -> cffi.FFI:
+    parsed = cffi.FFI()
+    parsed.cdef(header_text)
+    return parsed
+
+
+def unqualified(kind: Any) -> str:
+    """A type's name; one parser says `struct X` where the other says `X`."""
+    return str(kind.cname).replace("struct ", "")
+
+
+def describe(kind: Any) -> Any:
+    """A C type in words that do not depend on who declared it; enums are their integers."""
+    if kind.kind == "enum":
+        return ("primitive", 4)
+    if kind.kind == "primitive":
+        return ("primitive", ffi.sizeof(kind.cname)) if "int" in kind.cname else kind.cname
+    if kind.kind in ("struct", "union"):
+        return {name: (field.offset, describe(field.type)) for name, field in kind.fields}
+    if kind.kind == "array":
+        return (describe(kind.item), kind.length)
+    return unqualified(kind)
+
+
+STRUCTS = [name for name in ffi.list_types()[0] if not OWN_STRUCTS.match(name)]
+STRUCTS = [name for name in STRUCTS if ffi.typeof(name).kind == "struct"]
+
+
+def test_every_upstream_struct_is_declared() -> None:
+    assert {"TVMFFIAny", "TVMFFIObject", "DLTensor", "DLManagedTensorVersioned"} <= {*STRUCTS}
+
+
+@pytest.mark.parametrize("name", STRUCTS)
+def test_struct(name: str, theirs: cffi.FFI) -> None:
+    assert ffi.sizeof(name) == theirs.sizeof(name)
+    assert ffi.alignof(name) == theirs.alignof(name)
+    fields = [field for field, _ in ffi.typeof(name).fields if field]
+    for field in fields:
+        assert ffi.offsetof(name, field) == theirs.offsetof(name, field), field
+    assert describe(ffi.typeof(name)) == describe(theirs.typeof(name))
+
+
+def test_object_pairs_put_the_cell_right_after_the_header() -> None:
+    pairs = [name for name in ffi.list_types()[0] if re.fullmatch("FiFfi.*Object", name)]
+    assert len(pairs) == 5
+    for name in pairs:
+        assert ffi.offsetof(name, "cell") == ffi.sizeof("TVMFFIObject"), name
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function(name: str, theirs: cffi.FFI, tvm_ffi_loaded: str) -> None:
+    ours = getattr(library.lib, name)  # fails unless the library exports it
+    upstream = getattr(theirs.dlopen(tvm_ffi_loaded), name)
+    assert unqualified(ffi.typeof(ours)) == unqualified(theirs.typeof(upstream))
+
+
+@pytest.mark.parametrize("name", CUDA_FUNCTIONS)
+def test_cuda_function(name: str) -> None:
+    """By text: those headers are C++ that cffi does not read."""
+    header = importlib.metadata.distribution("nvidia-cuda-runtime").locate_file(
+        "nvidia/cu13/include/cuda_runtime_api.h"
+    )
+    upstream = re.search(
+        rf"cudaError_t CUDARTAPI {name}\(([^)]*)\);", Path(str(header)).read_text()
+    )
+    assert upstream is not None
+    parameters = [re.sub(r"\benum \w+", "int", part) for part in upstream[1].split(",")]
+    types = [re.sub(r"\w+$", "", part.strip()).replace(" ", "") for part in parameters]
+    declared = ffi.typeof(getattr(ffi.dlopen(load_nvidia_dynamic_lib("cudart").abs_path), name))
+    assert [arg.cname.replace(" ", "") for arg in declared.args] == types
+    assert declared.result.cname == "int"  # an enum
+
+
+def enum_values(theirs: cffi.FFI, name: str, prefix: str) -> dict[str, int]:
+    pairs = theirs.typeof(name).relements
+    return {key.removeprefix(prefix).lower(): value for key, value in pairs.items()}
+
+
+def test_type_indices(theirs: cffi.FFI) -> None:
+    upstream = enum_values(theirs, "TVMFFITypeIndex", "kTVMFFI")
+    upstream["object_begin"] = upstream.pop("staticobjectbegin")
+    ours = {name: value for name, value in vars(types).items() if name.isupper()}
+    assert len(ours) > 20
+    for name, value in ours.items():
+        key = name.lower() if name == "OBJECT_BEGIN" else name.lower().replace("_", "")
+        assert value == upstream[key], name
+
+
+def test_dtype_codes(theirs: cffi.FFI) -> None:
+    codes = enum_values(theirs, "DLDataTypeCode", "kDL")
+    for name, dtype in dtypes.DTYPES.items():
+        # float8 and float4 have a code for each format, the others one for each kind.
+        kind = name.removesuffix("_x2")
+        assert dtype.code == codes[kind if kind in codes else kind.rstrip("0123456789")], name
+
+
+def test_device_codes(theirs: cffi.FFI) -> None:
+    codes = enum_values(theirs, "DLDeviceType", "kDL")
+    assert {name.replace("_", ""): code for name, code in device.DEVICE_TYPES.items()}.items() <= (
+        codes.items()
+    )
+
+
+def test_dlpack_constants(pinned_wheel: Path) -> None:
+    from fi_ffi.abi import interop
+
+    with zipfile.ZipFile(pinned_wheel) as archive:
+        header = archive.read("tvm_ffi/include/dlpack/dlpack.h").decode()
+    assert re.search(r"#define DLPACK_FLAG_BITMASK_READ_ONLY \(1UL << 0UL\)", header)
+    assert interop._READ_ONLY == 1 << 0
+    assert re.search(r"#define DLPACK_MAJOR_VERSION 1\b", header)
+
+
+def test_dlopen_flags() -> None:
+    import os
+
+    assert library.RTLD_NOW == os.RTLD_NOW
+    assert library.RTLD_LOCAL == os.RTLD_LOCAL
+    assert library.RTLD_GLOBAL == os.RTLD_GLOBAL
+
+
+def test_generated_module_is_fresh(tmp_path: Path) -> None:
+    tool = ROOT / "tools" / "generate_cffi.py"
+    for folder in (ROOT, tmp_path):  # wherever it is run from
+        done = subprocess.run(
+            [sys.executable, str(tool), "--check"], cwd=folder, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr

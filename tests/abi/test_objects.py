@@ -1,0 +1,272 @@
+"""Reference-counted objects: every reference released exactly once."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fi_ffi.abi import library, types
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.frame import Frame, TensorSlot
+from fi_ffi.abi.function import (
+    Entry,
+    array_values,
+    global_function,
+    make_array,
+    module_function,
+)
+from fi_ffi.abi.objects import Array, Error, Function, Module, Object, String, Tensor
+from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.errors import ArgumentError, FiFfiError, KernelError, LoaderError
+
+
+def make_error(kind: bytes = b"ValueError", message: bytes = b"not so") -> Error:
+    parts = [library.byte_array(part) for part in (kind, message, b"")]
+    slot = ffi.new("TVMFFIObjectHandle *")
+    assert library.lib.TVMFFIErrorCreate(*(array for array, _ in parts), slot) == 0
+    return Error(slot[0])
+
+
+def make_string() -> String:
+    made = String.create("long enough for the heap")
+    assert made is not None
+    return made
+
+
+def make_function() -> Function:
+    slot = ffi.new("TVMFFIObjectHandle *")
+    array, _buffer = library.byte_array(b"ffi.ArraySize")
+    assert library.lib.TVMFFIFunctionGetGlobal(array, slot) == 0
+    return Function(slot[0])
+
+
+def make_tensor() -> Tensor:
+    return Tensor.from_desc(TensorDesc(0x1000, (2, 3), "float16"))
+
+
+MAKERS: list[Callable[[], Object]] = [
+    lambda: make_array([1, "two"]),
+    make_error,
+    make_string,
+    make_function,
+    make_tensor,
+]
+
+
+@pytest.fixture(params=MAKERS, ids=["array", "error", "string", "function", "tensor"])
+def owned(request: pytest.FixtureRequest) -> Object:
+    return request.param()  # type: ignore[no-any-return]
+
+
+def test_release_is_once(owned: Object) -> None:
+    handle = owned.handle
+    # A second reference, of which this test is the owner, so that the count stays readable.
+    assert library.lib.TVMFFIObjectIncRef(handle) == 0
+    other = Object(handle)
+    before = other.use_count
+    owned.release()
+    assert other.use_count == before - 1
+    owned.release()
+    del owned
+    gc.collect()
+    assert other.use_count == before - 1
+
+
+def test_use_after_release(owned: Object, echo: Entry) -> None:
+    name = type(owned).__name__
+    owned.release()
+    for use in (lambda: owned.handle, lambda: owned.use_count, lambda: echo(owned)):
+        with pytest.raises(FiFfiError, match=f"this {name} was released"):
+            use()
+
+
+def test_a_context_manager_releases(owned: Object) -> None:
+    with owned as same:
+        assert same is owned
+        assert owned.use_count >= 1
+    with pytest.raises(FiFfiError):
+        _ = owned.handle
+
+
+def test_types_survive_the_way_through(owned: Object, echo: Entry) -> None:
+    found = echo(owned)
+    if isinstance(owned, String):
+        assert found == str(owned)  # strings are values, copied out
+    else:
+        assert type(found) is type(owned)
+        assert found.handle == owned.handle
+
+
+def test_counts_come_back(owned: Object, echo: Entry, callback: Callable[..., Entry]) -> None:
+    """On every path: result kept, result dropped, callback, failure before and in the call."""
+    before = owned.use_count
+    kept = echo(owned)
+    assert owned.use_count == before + (not isinstance(owned, String))
+    del kept
+    assert owned.use_count == before
+
+    callback(lambda value: None)(owned)
+    assert owned.use_count == before
+    if not isinstance(owned, Tensor):  # a callback sees a tensor as a view
+        assert type(callback(lambda value: value)(owned)) in (type(owned), str)
+    assert owned.use_count == before
+
+    def fail(value: object) -> None:
+        raise ValueError(value)
+
+    with pytest.raises(KernelError):
+        callback(fail)(owned)
+    gc.collect()  # the traceback held the argument
+    assert owned.use_count == before
+
+    with pytest.raises(ArgumentError):
+        echo(owned, 2**64)
+    with pytest.raises(KernelError, match="Mismatched number"):
+        callback(lambda value: None)(owned, owned)
+    with make_array([owned, owned]) as array:
+        assert owned.use_count == before + 2
+        elements = array_values(array)
+        assert owned.use_count == before + 2 + 2 * (not isinstance(owned, String))
+        del elements
+    assert owned.use_count == before
+
+
+def test_the_library_counts_the_same(owned: Object, testing_library: object) -> None:
+    count = global_function("testing.object_use_count")
+    assert count(owned) == owned.use_count
+
+
+def test_a_callback_may_keep_its_argument(callback: Callable[..., Entry]) -> None:
+    kept: list[Array] = []
+    array = make_array([1, 2])
+    callback(kept.append)(array)
+    assert array.use_count == 2
+    array.release()
+    assert array_values(kept[0]) == [1, 2]
+
+
+def test_functions_call_through_the_library(
+    callback: Callable[..., Entry], testing_library: object
+) -> None:
+    """C++ calls a Python function it was given, and hands its result or its error on."""
+    apply = global_function("testing.apply")
+    add = callback(lambda a, b: a + b, 2)
+    before = add.owner.use_count
+    assert apply(add.owner, 2, 3) == 5
+    with pytest.raises(KernelError, match="ZeroDivisionError"):
+        apply(callback(lambda a: a // 0).owner, 2)
+    with pytest.raises(KernelError, match="Mismatched number of arguments"):
+        apply(add.owner, 2)
+    assert add.owner.use_count == before
+
+
+def test_strings() -> None:
+    assert String.create("1234567") is None  # kept inline, no object
+    for text in ("12345678", "a\0b and more", "naïve, and longer", "x" * 2**20):
+        made = String.create(text)
+        assert made is not None
+        assert str(made) == text
+
+
+def test_errors_as_values(echo: Entry) -> None:
+    error = echo(make_error(b"IndexError", b"past the end"))
+    exception = error.exception("plan")
+    assert (exception.op, exception.kind, exception.message) == (
+        "plan",
+        "IndexError",
+        "past the end",
+    )
+
+
+def test_the_empty_array() -> None:
+    with make_array([]) as array:
+        assert array_values(array) == []
+
+
+def test_an_unknown_global_function() -> None:
+    with pytest.raises(LoaderError, match="no.such"):
+        global_function("no.such")
+
+
+def test_modules(testing_library: Path) -> None:
+    load = global_function("ffi.ModuleLoadFromFile")
+    with load(str(testing_library)) as module:
+        assert isinstance(module, Module)
+        before = module.use_count
+        add = module_function(module, "testing_dll_test_add_with_docstring")
+        assert add(2, 3) == 5
+        assert module_function(module, "testing_dll_schema_id_int")(7) == 7
+        with pytest.raises(LoaderError, match="no_such"):
+            module_function(module, "no_such")
+        del add
+        gc.collect()
+        assert module.use_count == before
+    with pytest.raises(KernelError, match="no-such.so"):
+        load("no-such.so")
+
+
+def test_a_function_keeps_its_module(testing_library: Path) -> None:
+    module = global_function("ffi.ModuleLoadFromFile")(str(testing_library))
+    add = module_function(module, "testing_dll_test_add_with_docstring")
+    module.release()
+    assert add(20, 3) == 23
+
+
+def read_back(array: Array, callback: Callable[..., Entry]) -> TensorDesc:
+    seen: list[Any] = []
+    callback(seen.append)(array_values(array)[0])
+    return seen[0]
+
+
+def test_a_tensor_kept_by_a_callee(testing_library: object, callback: Callable[..., Entry]) -> None:
+    """C++ keeps the object past our release: its shape and strides must still be there."""
+    keep = global_function("testing.make_array_with_tensor")
+    kept = []
+    for size in range(100):
+        desc = TensorDesc(0x1000 + size, (size, 3), "bfloat16", strides=(5, 1))
+        with Tensor.from_desc(desc) as tensor:
+            kept.append((keep(tensor), desc))
+    gc.collect()
+    for array, desc in kept:
+        found = read_back(array, callback)
+        assert repr(found) == repr(desc)
+
+
+def test_a_tensor_of_a_frame_kept_by_a_callee(
+    testing_library: object, callback: Callable[..., Entry]
+) -> None:
+    entry = global_function("testing.make_array_with_tensor")
+    layout = TensorDesc(0, (4, 3), "float32", device="cpu").layout
+    frame = Frame([TensorSlot(layout, as_object=True)])
+    kept = [(frame.call(entry, [ptr]), ptr) for ptr in (0x1000, 0x2000, 0x3000)]
+    del frame
+    gc.collect()
+    for array, ptr in kept:
+        found = read_back(array, callback)
+        assert repr(found) == f"TensorDesc({ptr:#x}, {layout})"
+
+
+def test_a_tensor_that_nobody_kept_is_freed() -> None:
+    from fi_ffi.abi import objects
+
+    before = len(objects._KEPT_BY_CALLEES)
+    for _ in range(10):
+        make_tensor().release()
+        make_tensor()
+    gc.collect()
+    assert len(objects._KEPT_BY_CALLEES) == before
+
+
+def test_type_indices_of_the_wrappers() -> None:
+    assert {cls.type_index for cls in (Function, Array, Module, String, Error, Tensor)} == {
+        types.FUNCTION,
+        types.ARRAY,
+        types.MODULE,
+        types.STR,
+        types.ERROR,
+        types.TENSOR,
+    }

@@ -1,0 +1,278 @@
+"""Streams by any name, and which one this thread launches on.
+
+libtvm_ffi's own table says what is current: no GPU is needed to read it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda.bindings import driver, runtime
+
+from fi_ffi.abi import library
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.device import Device, parse_device
+from fi_ffi.abi.streams import current_scope, launching, stream, stream_handle
+from fi_ffi.errors import ArgumentError, ArgumentTypeError
+
+CUDA0, CUDA1 = parse_device("cuda:0"), parse_device("cuda:1")
+
+
+def current(device: Device = CUDA0) -> int:
+    handle = library.lib.TVMFFIEnvGetStream(device.type_code, device.index)
+    return int(ffi.cast("uintptr_t", handle))
+
+
+@pytest.fixture(autouse=True)
+def _left_as_found() -> Iterator[None]:
+    before = current(CUDA0), current(CUDA1)
+    yield
+    assert (current(CUDA0), current(CUDA1)) == before
+    assert current_scope() is None
+
+
+class Protocol:
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def __cuda_stream__(self) -> Any:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+class ProtocolProperty:
+    """An early form of the protocol, as some libraries still have it."""
+
+    __cuda_stream__ = property(lambda self: lambda: (0, 5))
+
+
+class LikeTorch:
+    cuda_stream = property(lambda self: 5)
+
+
+class LikeCupy:
+    ptr = 5
+
+
+HANDLES = {
+    "int": 5,
+    "numpy int": np.int64(5),
+    "numpy unsigned": np.uint64(5),
+    "__cuda_stream__": Protocol((0, 5)),
+    "__cuda_stream__ property": ProtocolProperty(),
+    "torch": LikeTorch(),
+    "cupy": LikeCupy(),
+    "driver": driver.CUstream(5),
+    "runtime": runtime.cudaStream_t(5),
+}
+
+
+@pytest.mark.parametrize("name", HANDLES)
+def test_handle(name: str) -> None:
+    handle = stream_handle(HANDLES[name])
+    assert type(handle) is int
+    assert handle == 5
+
+
+def test_special_handles() -> None:
+    assert stream_handle(0) == 0
+    assert stream_handle(2) == 2  # cudaStreamPerThread
+    assert stream_handle(2**64 - 1) == 2**64 - 1
+    assert stream_handle(driver.CUstream(0)) == 0
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, True, False, np.True_, 1.0, np.float32(1), "5", b"5", (0, 5), object(), [], np.zeros(2)]
+    + [driver.CUdevice, LikeTorch, type("NoneInIt", (), {"cuda_stream": None})()]
+    + [Protocol(answer) for answer in (None, 5, (0,), (0, 5, 6), (0, "5"), (0, True), [0, 5])],
+)
+def test_no_stream(value: object) -> None:
+    with pytest.raises(ArgumentTypeError) as caught:
+        stream_handle(value, "rmsnorm")
+    assert (caught.value.op, caught.value.argument) == ("rmsnorm", "stream")
+
+
+@pytest.mark.parametrize("value", [-1, 2**64, 2**70, np.int8(-1), Protocol((0, -1))])
+def test_handle_out_of_range(value: object) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        stream_handle(value, "rmsnorm")
+    assert (caught.value.op, caught.value.argument) == ("rmsnorm", "stream")
+
+
+def test_a_protocol_that_raises() -> None:
+    with pytest.raises(ArgumentError, match="destroyed") as caught:
+        stream_handle(Protocol(RuntimeError("the stream was destroyed")), "rmsnorm")
+    assert caught.value.argument == "stream"
+
+
+def test_a_scope_is_current_from_its_first_use() -> None:
+    with stream(0x10) as scope:
+        assert current_scope() is scope
+        assert current() == 0
+        with launching(None, CUDA0, "rmsnorm"):
+            assert current() == 0x10
+        assert current() == 0x10  # until the scope closes: setting it again would cost
+    assert current() == 0
+
+
+def test_scopes_nest() -> None:
+    with stream(0x10):
+        with launching(None, CUDA0, "a"):
+            assert current() == 0x10
+        with stream(0x20):
+            with launching(None, CUDA0, "b"):
+                assert current() == 0x20
+            with launching(0x30, CUDA0, "c"):
+                assert current() == 0x30
+            assert current() == 0x20
+        assert current() == 0x10
+        with launching(None, CUDA0, "d"):
+            assert current() == 0x10
+
+
+def test_the_inner_scope_is_used_first() -> None:
+    with stream(0x10):
+        with stream(0x20), launching(None, CUDA0, "a"):
+            assert current() == 0x20
+        with launching(None, CUDA0, "b"):
+            assert current() == 0x10
+
+
+def test_what_was_current_before_comes_back() -> None:
+    with launching(0x99, CUDA0, "outside"):
+        with stream(0x10), launching(None, CUDA0, "a"):
+            assert current() == 0x10
+        assert current() == 0x99
+
+
+def test_scopes_of_two_devices() -> None:
+    with stream(0x10), launching(None, CUDA0, "a"), stream(0x20), launching(None, CUDA1, "b"):
+        assert (current(CUDA0), current(CUDA1)) == (0x10, 0x20)
+
+
+def test_a_scope_belongs_to_one_device() -> None:
+    with stream(0x10):
+        with launching(None, CUDA0, "a"):
+            pass
+        with pytest.raises(ArgumentError, match=r"rmsnorm: .*cuda:0.*cuda:1"):
+            launching(None, CUDA1, "rmsnorm")
+        with launching(0x20, CUDA1, "an explicit stream is not the scope's"):
+            assert (current(CUDA0), current(CUDA1)) == (0x10, 0x20)
+
+
+def test_a_scope_may_be_opened_again() -> None:
+    scope = stream(0x10)
+    for device in (CUDA0, CUDA1):
+        with scope, launching(None, device, "a"):
+            assert current(device) == 0x10
+        assert current(device) == 0
+
+
+def test_a_scope_is_not_open_twice() -> None:
+    with stream(0x10) as scope, pytest.raises(ArgumentError, match="already open"), scope:
+        pass
+
+
+def test_exceptions_leave_nothing_behind() -> None:
+    with pytest.raises(ZeroDivisionError), stream(0x10), launching(None, CUDA0, "a"):
+        raise ZeroDivisionError
+    assert current() == 0
+    with pytest.raises(KeyboardInterrupt), launching(0x20, CUDA0, "a"):
+        raise KeyboardInterrupt
+
+
+def test_scopes_close_in_order() -> None:
+    outer, inner = stream(0x10), stream(0x20)
+    outer.__enter__()
+    inner.__enter__()
+    with launching(None, CUDA0, "a"):
+        pass
+    with pytest.raises(ArgumentError, match="innermost"):
+        outer.__exit__(None, None, None)
+    assert current() == 0x20  # the refusal changed nothing
+    inner.__exit__(None, None, None)
+    outer.__exit__(None, None, None)
+    with pytest.raises(ArgumentError, match="innermost"):
+        outer.__exit__(None, None, None)
+
+
+def on_a_thread(function: Any) -> Any:
+    result: list[Any] = []
+
+    def run() -> None:
+        try:
+            result.append(function())
+        except BaseException as error:
+            result.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    return result[0]
+
+
+def test_threads_have_their_own() -> None:
+    def other() -> tuple[Any, int, int]:
+        scope = current_scope()
+        with stream(0x20), launching(None, CUDA0, "b"):
+            inside = current()
+        return scope, inside, current()
+
+    with stream(0x10), launching(None, CUDA0, "a"):
+        assert on_a_thread(other) == (None, 0x20, 0)
+        assert current() == 0x10
+
+
+def test_an_open_scope_is_of_its_thread() -> None:
+    """Opened on a second thread it would seem in use there, and set nothing."""
+    with stream(0x10) as scope, launching(None, CUDA0, "a"):
+        with pytest.raises(ArgumentError, match="already open"):
+            on_a_thread(scope.__enter__)
+        with pytest.raises(ArgumentError, match="innermost"):
+            on_a_thread(lambda: scope.__exit__(None, None, None))
+        assert current() == 0x10
+
+    def again() -> int:
+        with scope, launching(None, CUDA0, "b"):
+            return current()
+
+    assert on_a_thread(again) == 0x10  # closed, it may go to another thread
+
+
+def test_no_stream_at_all() -> None:
+    with pytest.raises(ArgumentError, match=r"rmsnorm: argument `stream`: got None"):
+        launching(None, CUDA0, "rmsnorm")
+
+
+def test_making_a_launch_changes_nothing() -> None:
+    launching(0x10, CUDA0, "never entered")
+    assert current() == 0
+
+
+def test_a_scope_keeps_its_stream_object_alive() -> None:
+    import weakref
+
+    source = LikeTorch()
+    alive = weakref.ref(source)
+    scope = stream(source)
+    del source
+    with scope:
+        assert alive() is not None
+
+
+def test_deep_nesting() -> None:
+    with ExitStack() as stack:
+        for number in range(1, 201):
+            stack.enter_context(stream(number))
+            stack.enter_context(launching(None, CUDA0, "a"))
+            assert current() == number
+    assert current() == 0

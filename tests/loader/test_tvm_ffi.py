@@ -1,0 +1,231 @@
+"""libtvm_ffi: which copy is used, and that there is only one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from packaging.specifiers import SpecifierSet
+
+from fi_ffi.loader import lock, runtime, tvm_ffi
+
+PIN = lock.tvm_ffi_pin()
+OLDEST = next(s.version for s in SpecifierSet(PIN.accepted) if s.operator == ">=")
+TOO_OLD = "0.1.7"
+
+FIND = """
+    import sys
+    from fi_ffi.loader import tvm_ffi
+
+    found = tvm_ffi.find()
+    assert "tvm_ffi" not in sys.modules
+    print(found.origin, found.path, sep="\\n")
+"""
+
+
+def find(child: Callable[..., str], *path: Path, **environment: str) -> list[str]:
+    return child(FIND, *path, **environment).splitlines()
+
+
+def test_what_is_loaded_is_used(tvm_ffi_loaded: str) -> None:
+    found = tvm_ffi.find()
+    assert (found.path, found.origin) == (tvm_ffi_loaded, "already in this process")
+    assert runtime.ensure_tvm_ffi().path == tvm_ffi_loaded
+    assert runtime.tvm_ffi_version() > (0, 1, 0)
+
+
+def test_an_installed_copy(child: Callable[..., str], install: Callable[[str], Path]) -> None:
+    folder = install(f"apache-tvm-ffi=={OLDEST}")
+    assert find(child, folder) == [f"installed {OLDEST}", str(folder / PIN.member)]
+
+
+def test_an_installed_copy_that_is_not_accepted(
+    child: Callable[..., str], install: Callable[[str], Path]
+) -> None:
+    origin, path = find(child, install(f"apache-tvm-ffi=={TOO_OLD}"))
+    assert origin == f"pinned apache-tvm-ffi {PIN.version}"
+    assert PIN.file_for_this_machine().member_sha256 in path
+
+
+def test_an_installed_copy_without_its_library(
+    child: Callable[..., str], install: Callable[[str], Path], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(install(f"apache-tvm-ffi=={OLDEST}"), broken)
+    (broken / PIN.member).unlink()
+    assert find(child, broken)[0].startswith("pinned")
+
+
+def test_the_tvm_ffi_packages_own_copy_is_shared(
+    child: Callable[..., str], install: Callable[[str], Path]
+) -> None:
+    """Whichever is imported first, there is one library, and it serves both."""
+    folder = install(f"apache-tvm-ffi=={PIN.version}")
+    for first in (
+        "import tvm_ffi; runtime.ensure_tvm_ffi()",
+        "runtime.ensure_tvm_ffi(); import tvm_ffi",
+    ):
+        code = f"""
+            from fi_ffi.loader import runtime
+            from fi_ffi.loader.tvm_ffi import in_process
+            {first}
+            from fi_ffi.abi.function import global_function, register
+            from fi_ffi.abi.signature import Signature
+            register("of.fi_ffi", Signature("f", ("int",), "int"), lambda x: x + 1)
+            assert tvm_ffi.get_global_func("of.fi_ffi")(2) == 3
+            tvm_ffi.register_global_func("of.tvm_ffi", lambda x: x + 2)
+            assert global_function("of.tvm_ffi")(2) == 4
+            print(in_process().path)
+        """
+        requirements = install("typing_extensions")
+        assert child(code, folder, requirements) == str(folder / PIN.member)
+
+
+def test_a_copy_in_the_process_that_is_too_old(
+    child: Callable[..., str], install: Callable[[str], Path]
+) -> None:
+    """Its errors are laid out otherwise, and reading one would crash."""
+    path = install(f"apache-tvm-ffi=={TOO_OLD}") / PIN.member
+    code = f"""
+        from fi_ffi.abi._cffi import ffi
+        from fi_ffi.errors import LoaderError
+        from fi_ffi.loader import runtime
+
+        old = ffi.dlopen({str(path)!r})
+        for _ in range(2):
+            try:
+                runtime.ensure_tvm_ffi()
+            except LoaderError as error:
+                print(error)
+    """
+    for said in child(code).splitlines():
+        assert str(path) in said
+        assert f"libtvm_ffi {TOO_OLD}" in said
+
+
+def test_two_copies_are_refused(
+    child: Callable[..., str], tvm_ffi_loaded: str, tmp_path: Path
+) -> None:
+    copies = [tmp_path / name / "libtvm_ffi.so" for name in ("one", "the other")]
+    for copy in copies:
+        copy.parent.mkdir()
+        shutil.copy(tvm_ffi_loaded, copy)
+    # Mapped, not loaded: two that are loaded may abort before anything can be said.
+    code = f"""
+        import mmap
+        from fi_ffi.errors import LoaderError
+        from fi_ffi.loader import runtime
+
+        files = [open(path, "rb") for path in {list(map(str, copies))!r}]
+        maps = [mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) for file in files]
+        try:
+            runtime.ensure_tvm_ffi()
+        except LoaderError as error:
+            print(error)
+    """
+    said = child(code)
+    assert "two copies" in said
+    assert all(str(copy) in said for copy in copies)
+
+
+def test_a_copy_whose_file_was_replaced(
+    child: Callable[..., str], tvm_ffi_loaded: str, tmp_path: Path
+) -> None:
+    """As an upgrade in place does; the new file would be a second copy."""
+    copy = tmp_path / "here" / "libtvm_ffi.so"
+    copy.parent.mkdir()
+    shutil.copy(tvm_ffi_loaded, copy)
+    code = f"""
+        import os, shutil
+        from fi_ffi.abi._cffi import ffi
+        first = ffi.dlopen({str(copy)!r})
+        shutil.copy({str(copy)!r}, {str(copy.with_suffix(".new"))!r})
+        os.replace({str(copy.with_suffix(".new"))!r}, {str(copy)!r})
+
+        from fi_ffi.abi import library
+        from fi_ffi.loader import runtime
+        print(runtime.ensure_tvm_ffi().origin)
+        text = open("/proc/self/maps").read().splitlines()
+        print(len({{line.split()[4] for line in text if "libtvm_ffi.so" in line}}))
+        same = [ffi.cast("intptr_t", lib.TVMFFIGetVersion) for lib in (first, library.lib)]
+        assert same[0] == same[1]
+    """
+    assert child(code) == "already in this process\n1"
+
+
+SERVE = """
+    import numpy as np
+    from packaging.specifiers import SpecifierSet
+
+    import fi_ffi
+    from fi_ffi.errors import KernelError
+    from fi_ffi.loader import runtime
+    from fi_ffi.ops.table import ROWS
+
+    x = np.random.default_rng().standard_normal((4, 256)).astype(np.float16)
+    out, weight = np.zeros_like(x), np.ones(256, np.float16)
+    fi_ffi.rmsnorm(out, x, weight)
+    wide = x.astype(np.float64)
+    expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6)
+    assert np.abs(out - expected).max() < 5e-3
+
+    fi_ffi.use_kernels({wheel!r})
+    rows = [row for row in ROWS if row.module == "norm" and "0.6.13" in SpecifierSet(row.releases)]
+    assert len(rows) > 5
+    entries = {{row.name: runtime.kernel_entry("norm", row.signature, "") for row in rows}}
+    tensors = [fi_ffi.as_desc(a) for a in (out, x, weight)]
+    try:
+        entries["rmsnorm"](*tensors, 1e-6, False)
+    except KernelError as error:
+        assert "must be a CUDA tensor" in error.message, error
+        assert error.__cause__ is None
+    else:
+        raise AssertionError("a CUDA kernel took host memory")
+    print(runtime.ensure_tvm_ffi().origin)
+"""
+
+
+@pytest.mark.parametrize("version", [OLDEST, PIN.version])
+def test_both_ends_of_the_accepted_range_serve_kernels(
+    version: str, child: Callable[..., str], install: Callable[[str], Path], built_wheel: Path
+) -> None:
+    folder = install(f"apache-tvm-ffi=={version}")
+    code = SERVE.format(wheel=str(built_wheel))
+    assert child(code, folder) == f"installed {version}"
+
+
+def test_a_file_that_is_no_library(child: Callable[..., str], tmp_path: Path) -> None:
+    """An installed library that does not load is told by its path."""
+    info = tmp_path / "broken" / f"apache_tvm_ffi-{OLDEST}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: apache-tvm-ffi\nVersion: {OLDEST}\n"
+    )
+    library = tmp_path / "broken" / PIN.member
+    library.parent.mkdir(parents=True)
+    library.write_text("not a library")
+    code = """
+        from fi_ffi.errors import LoaderError
+        from fi_ffi.loader import runtime
+        try:
+            runtime.ensure_tvm_ffi()
+        except LoaderError as error:
+            print(error)
+    """
+    said = child(code, tmp_path / "broken")
+    assert str(library) in said
+    assert "does not load as libtvm_ffi" in said
+
+
+def test_importing_the_loader_loads_nothing() -> None:
+    code = (
+        "import fi_ffi, fi_ffi.loader.runtime as r, fi_ffi.loader.tvm_ffi as t;"
+        "assert t.in_process() is None"
+    )
+    environment = {**os.environ, "FI_FFI_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=60)

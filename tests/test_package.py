@@ -1,0 +1,166 @@
+"""What holds for the package as a whole: its rooms, its size, what it never imports."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fi_ffi
+
+PACKAGE = Path(fi_ffi.__file__).parent
+GENERATED = {PACKAGE / "abi" / "_cffi.py"}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path not in GENERATED)
+
+# Who may import whom; each room may import itself.  `reference` runs what ops describe and
+# is looked up by them lazily, inside functions.
+ROOMS = {
+    "errors": set(),
+    "abi": {"errors"},
+    "loader": {"errors", "abi"},
+    "reference": {"errors", "abi", "loader"},
+    "ops": {"errors", "abi", "loader"},
+    "fi_ffi": {"errors", "abi", "loader", "ops"},
+    "cli": {"errors", "abi", "loader", "ops", "fi_ffi", "reference"},
+    "__main__": {"cli"},
+}
+LAZILY = {"ops": {"reference"}}
+# They would bring a second copy of what is loaded here, or seconds of import time.
+NEVER = {"torch", "tvm_ffi", "tvm", "flashinfer", "flashinfer_jit_cache", "ctypes", "cupy", "jax"}
+
+
+def room_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "fi_ffi" if first == "__init__" else first
+
+
+def imported_rooms(name: str) -> str:
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "fi_ffi"
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """The modules a file imports, and whether only when a function runs."""
+    tree = ast.parse(path.read_text())
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, id(node) in inside
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            # `from fi_ffi import reference` is of the module fi_ffi.reference.
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", id(node) in inside
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(MODULES) > 30
+    assert {room_of(path) for path in MODULES} <= {*ROOMS}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_follow_the_arrows(path: Path) -> None:
+    room = room_of(path)
+    for name, lazily in imports(path):
+        assert name.split(".")[0] not in NEVER, f"{path} imports {name}"
+        if name.split(".")[0] != "fi_ffi":
+            continue
+        allowed = ROOMS[room] | {room} | (LAZILY.get(room, set()) if lazily else set())
+        assert imported_rooms(name) in allowed, f"{room} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_are_short_and_say_what_they_are(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 300
+    assert ast.get_docstring(ast.parse(text))
+
+
+@pytest.mark.parametrize("name", fi_ffi.__all__)
+def test_public_names(name: str) -> None:
+    value = getattr(fi_ffi, name)
+    if not isinstance(value, (dict, str)):
+        assert (value.__doc__ or "").strip(), f"{name} has no docstring"
+
+
+def test_every_error_is_public() -> None:
+    assert len({*fi_ffi.__all__}) == len(fi_ffi.__all__)
+    errors = {name for name, value in vars(fi_ffi.errors).items() if isinstance(value, type)}
+    assert errors <= {*fi_ffi.__all__}
+
+
+def test_errors_are_builtin_exceptions_too() -> None:
+    errors = [e for e in vars(fi_ffi).values() if isinstance(e, type) and issubclass(e, Exception)]
+    assert len(errors) >= 10
+    for error in errors:
+        assert issubclass(error, fi_ffi.FiFfiError)
+        if error is not fi_ffi.FiFfiError:
+            assert any(base.__module__ == "builtins" and base is not Exception
+                       for base in error.__mro__ if issubclass(base, Exception))  # fmt: skip
+
+
+RUN = """
+    import sys
+
+    import numpy as np
+
+    import fi_ffi
+
+    assert "numpy" in sys.modules  # by this script; fi_ffi itself is checked below
+    rng = np.random.default_rng()
+    x, residual = (rng.standard_normal((4, 64)).astype(np.float16) for _ in range(2))
+    weight, out = np.ones(64, np.float16), np.zeros((4, 64), np.float16)
+    fi_ffi.rmsnorm(out, x, weight)
+    fi_ffi.fused_add_rmsnorm(x, residual, weight)
+    assert out.any()
+
+    from fi_ffi.abi.signature import Signature
+    from fi_ffi.loader import runtime
+
+    declared = Signature("rmsnorm", ("DLTensor*", "DLTensor*", "DLTensor*", "float", "bool"))
+    runtime.kernel_entry("norm", declared, "==0.6.13")
+    print(*sorted({name.split(".")[0] for name in sys.modules} & NEVER - {"ctypes"}))
+"""
+
+
+def child(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_what_is_never_imported_is_not(built_wheel: Path) -> None:
+    """Neither directly nor through a dependency, by ops, kernels and their attestation."""
+    code = f"NEVER = {sorted(NEVER)!r}\nNEVER = set(NEVER)\n" + textwrap.dedent(RUN)
+    assert child(code, FI_FFI_KERNELS=str(built_wheel)) == ""
+
+
+def test_importing_takes_little() -> None:
+    """numpy, cuda-python and the network's modules wait until something needs them."""
+    late = {"numpy", "ml_dtypes", "cuda", "elftools", "requests", "rich", "click"}
+    code = f"import sys, fi_ffi; print(*sorted({sorted(late)!r} & sys.modules.keys()))"
+    code = code.replace(str(sorted(late)), f"set({sorted(late)!r})")
+    assert child(code) == ""
+
+
+def test_the_version_is_the_distributions() -> None:
+    text = (PACKAGE.parent / "pyproject.toml").read_text()
+    assert f'version = "{fi_ffi.__version__}"' in text
