@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
@@ -15,6 +14,7 @@ import fi_ffi
 from fi_ffi.cli import output
 from fi_ffi.errors import FiFfiError, LoaderError
 from fi_ffi.loader import cache, lock, machine, runtime, search, sources
+from fi_ffi.loader.caching import contents, temporaries
 from fi_ffi.ops.providers import fits
 from fi_ffi.ops.table import ROWS
 
@@ -118,11 +118,10 @@ def _libtvm_ffi(kernels: str | None) -> Iterator[Finding]:
 
 def _cache(kernels: str | None) -> Iterator[Finding]:
     root = cache.cache_root()
-    size = sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) if root.is_dir() else 0
-    found = f"{root} ({size / 2**20:.1f} MiB)"
+    found = f"{root} ({contents.total(root) / 2**20:.1f} MiB)"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
+        temporaries.make_root(root)
+        with temporaries.temporary(root):
             pass
     except OSError as error:
         advice = "set FI_FFI_CACHE_DIR to a directory that can be written"

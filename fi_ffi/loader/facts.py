@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fi_ffi.errors import AbiError, LoaderError
 from fi_ffi.loader import cache
+from fi_ffi.loader.caching import temporaries
 from fi_ffi.loader.fatbin import CudaCode
 from fi_ffi.loader.kernels import ModuleFile
 
@@ -41,13 +41,9 @@ def _path(sha256: str) -> Path:
     return cache.cache_root() / "facts" / sha256[:2] / f"{sha256}.json"
 
 
-def paranoid() -> bool:
-    return os.environ.get("FI_FFI_PARANOID") == "1"
-
-
 def facts_of(file: ModuleFile) -> Facts:
     """The facts of a file, remembered or read from it now."""
-    if not paranoid():
+    if not cache.is_paranoid():
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return _from_json(json.loads(_path(file.sha256).read_text()))
     # Only here: importing pyelftools takes longer than reading a file with it.
@@ -63,11 +59,14 @@ def facts_of(file: ModuleFile) -> Facts:
 def remember(file: ModuleFile, facts: Facts) -> None:
     """Keep the facts; a cache that cannot be written is no reason to fail."""
     path = _path(file.sha256)
-    with contextlib.suppress(OSError, LoaderError):
+    text = json.dumps({"format": _FORMAT} | asdict(facts))
+    with (
+        contextlib.suppress(OSError, LoaderError),
+        temporaries.temporary(cache.cache_root()) as new,
+    ):
+        os.write(new.fd, text.encode())
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as out:
-            json.dump({"format": _FORMAT} | asdict(facts), out)
-        os.replace(out.name, path)
+        os.rename(new.path, path)
 
 
 def _from_json(data: Any) -> Facts:

@@ -16,9 +16,9 @@ from fi_ffi.abi import library
 from fi_ffi.abi.function import Entry, probe
 from fi_ffi.abi.signature import Signature, parse_signature
 from fi_ffi.errors import AbiError, KernelNotFoundError
-from fi_ffi.loader import machine, search, tvm_ffi
+from fi_ffi.loader import cache, machine, search, tvm_ffi
 from fi_ffi.loader.elf import FUNCTION_PREFIX, inspect_elf
-from fi_ffi.loader.facts import Facts, check_needed, paranoid, remember
+from fi_ffi.loader.facts import Facts, check_needed, remember
 from fi_ffi.loader.kernels import KernelSource, ModuleFile
 
 
@@ -115,7 +115,7 @@ def _attested(module: str, declared: Signature, releases: str, device: int | Non
 
 def _signature(loaded: Loaded, entry: Entry, symbol: str) -> Signature:
     known = loaded.facts.signatures.get(symbol)
-    if known is not None and not paranoid():
+    if known is not None and not cache.is_paranoid():
         return parse_signature(known)
     found = probe(entry)
     loaded.facts.signatures[symbol] = str(found)

@@ -38,8 +38,8 @@ def _quant_rows(name: str, doc: str, *tensors: Tensor) -> tuple[Row, ...]:
     clamps float8_e5m2 to the range of float8_e4m3fn."""
 
     def row(releases: str, scale: Tensor | Scalar, variant: str = "") -> Row:
-        more = {"dtypes": _T_QUANT, "releases": releases, "variant": variant}
-        return _row(name, doc, *tensors, scale, _EPS, _PDL, **more)
+        args = (*tensors, scale, _EPS, _PDL)
+        return _row(name, doc, *args, dtypes=_T_QUANT, releases=releases, variant=variant)
 
     return (
         row(">=0.6.7,<0.6.16", _SCALE),

@@ -1,0 +1,1 @@
+"""The parts of the cache; `fi_ffi.loader.cache` is the way in."""

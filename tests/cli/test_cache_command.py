@@ -1,0 +1,257 @@
+"""`fi-ffi cache`: what it prints, what it removes, and its exit status."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from filelock import FileLock
+from forking import in_child
+
+from fi_ffi.cli import main
+from fi_ffi.loader import cache
+from fi_ffi.loader.caching import stamps, temporaries
+
+DAY = 86400
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, ["cache", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def document(*arguments: object, code: int = 0) -> Any:
+    return json.loads(run(*arguments, "--json", code=code).stdout)
+
+
+def names(items: list[dict[str, Any]]) -> list[str]:
+    return [item["name"] for item in items]
+
+
+def store(content: bytes, name: str, days: float = 0) -> Path:
+    """A cached file that was last used some days ago."""
+    path = cache.store([content], hashlib.sha256(content).hexdigest(), name, "a test")
+    then = time.time() - days * DAY
+    os.utime(stamps.stamp_path(path), (then, then))
+    return path
+
+
+def build_folder(root: Path, name: str, days: float = 0) -> Path:
+    folder = root / "build" / name
+    folder.mkdir(parents=True)
+    if name.startswith("env-"):
+        locks = folder.with_name(name + ".json.lock")
+        folder.with_name(name + ".json").write_text("{}")
+    else:
+        locks = folder / ".lock"
+    locks.touch()
+    (folder / "object.o").write_bytes(b"o" * 1000)
+    for path in (folder / "object.o", locks):
+        then = time.time() - days * DAY
+        os.utime(path, (then, then))
+    return folder
+
+
+def leave_a_temporary(root: Path) -> None:
+    def victim() -> None:
+        with temporaries.temporary(root) as new:
+            os.write(new.fd, b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(victim) == -signal.SIGKILL
+
+
+def test_help() -> None:
+    for name in ("list", "prune", "verify"):
+        assert name in run("--help").output
+        assert "--json" in run(name, "--help").output
+
+
+def test_an_empty_cache(root: Path) -> None:
+    assert document("list") == {
+        "root": str(root),
+        "objects": [],
+        "builds": [],
+        "downloads": [],
+        "leftovers": [],
+        "total": 0,
+    }
+    assert f"0 files in {root}" in run("list").output
+    assert document("prune", "--all")["freed"] == 0
+    assert document("verify")["verified"] == 0
+    assert not root.exists()
+
+
+def test_list(root: Path) -> None:
+    path = store(b"norm" * 1000, "norm.so", days=3)
+    store(b"page", "page.so")
+    build_folder(root, "0.6.13-9.0a")
+    leave_a_temporary(root)
+    found = document("list")
+    assert names(found["objects"]) == ["norm.so", "page.so"]
+    norm = found["objects"][0]
+    assert (norm["size"], norm["sha256"], norm["path"]) == (4000, path.parent.name, str(path))
+    used = time.strftime("%Y-%m-%d", time.gmtime(time.time() - 3 * DAY))
+    assert norm["last_use"].startswith(used)
+    assert names(found["builds"]) == ["0.6.13-9.0a"]
+    assert found["builds"][0]["size"] == 1000
+    assert [item["size"] for item in found["leftovers"]] == [4]
+    files = [p for p in root.rglob("*") if p.is_file()]
+    assert found["total"] == sum(p.stat().st_size for p in files) > 5004
+    text = run("list").output
+    for part in ("norm.so", "4,000", path.parent.name[:12], "0.6.13-9.0a", "1 leftovers"):
+        assert part in text
+    assert f"total: {found['total']:,} bytes" in text
+
+
+def test_plain_prune_removes_only_what_killed_processes_left(root: Path) -> None:
+    path = store(b"norm", "norm.so", days=400)
+    gone = store(b"gone", "gone.so")
+    gone.unlink()
+    leave_a_temporary(root)
+    found = document("prune")
+    assert [item["kind"] for item in found["removed"]] == ["leftover"] * 2
+    assert path.exists()
+    assert not gone.parent.exists()
+    assert list((root / "tmp").iterdir()) == []
+
+
+def test_prune_by_age(root: Path) -> None:
+    old, new = store(b"old", "old.so", days=31), store(b"new", "new.so", days=29)
+    build_folder(root, "old-build", days=31)
+    build_folder(root, "env-old", days=31)
+    build_folder(root, "new-build", days=29)
+    shown = document("prune", "--older-than", 30, "--dry-run")
+    assert old.exists()
+    found = document("prune", "--older-than", 30)
+    assert shown == found | {"dry_run": True}
+    assert names(found["removed"]) == ["old.so", "env-old", "old-build"]
+    assert found["freed"] == 2003
+    assert not old.parent.parent.exists()
+    assert new.exists()
+    assert sorted(p.name for p in (root / "build").iterdir()) == ["env-old.json.lock", "new-build"]
+
+
+def test_a_use_makes_a_file_young(root: Path) -> None:
+    path = store(b"old", "old.so", days=31)
+    assert cache.find(path.parent.name, "old.so") == path
+    assert document("prune", "--older-than", 30)["removed"] == []
+    assert document("prune", "--older-than", 0)["freed"] == 3
+
+
+def test_prune_builds(root: Path) -> None:
+    path = store(b"norm", "norm.so")
+    build_folder(root, "0.6.13-9.0a")
+    (root / "build" / "not-a-build").mkdir()
+    assert names(document("prune", "--builds")["removed"]) == ["0.6.13-9.0a"]
+    assert path.exists()
+    assert [p.name for p in (root / "build").iterdir()] == ["not-a-build"]
+
+
+def test_a_running_build_is_left_alone(root: Path) -> None:
+    running = build_folder(root, "0.6.13-9.0a")
+    build_folder(root, "env-0.6.13", days=40)
+    with FileLock(running / ".lock"):
+        found = document("prune", "--all", code=1)
+        assert {item["reason"] for item in found["kept"]} == {"a build is running"}
+        # An environment has no lock of its own while compilers run.
+        assert names(document("prune", "--older-than", 30, code=1)["kept"]) == ["env-0.6.13"]
+        result = run("prune", "--builds", code=1)
+        assert "kept build 0.6.13-9.0a: a build is running" in result.stderr
+    assert running.exists()
+    assert len(document("prune", "--builds")["removed"]) == 2
+
+
+def test_prune_all_leaves_what_is_not_the_caches(root: Path) -> None:
+    store(b"norm", "norm.so")
+    build_folder(root, "0.6.13-9.0a")
+    facts, index = root / "facts" / "ab" / "ab.json", root / "indexes" / "ab.json"
+    for path in (facts, index):
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    kept = [root / "wheels" / "a.whl", root / "objects" / "README", root / "notes.txt"]
+    for path in kept:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    text = run("prune", "--all", "--dry-run").output
+    assert "would remove object norm.so (4 bytes)" in text
+    assert "1,008 bytes would be freed" in text
+    assert facts.exists()
+    assert "1,008 bytes freed" in run("prune", "--all").output
+    assert sorted(p for p in root.rglob("*") if p.is_file()) == sorted(kept)
+
+
+def test_unfinished_downloads(root: Path) -> None:
+    folder = root / "downloads"
+    folder.mkdir(parents=True)
+    for name in ("a.part", "a.json", "a.lock", "b.part", "b.json"):
+        (folder / name).write_bytes(b"12345")
+    assert names(document("list")["downloads"]) == ["a.part", "b.part"]
+    assert "b.part" in run("list").output
+    assert document("prune")["removed"] == []
+    with FileLock(folder / "a.lock"):
+        found = document("prune", "--all", code=1)
+    assert names(found["removed"]) == ["b.part"]
+    assert [(item["name"], item["reason"]) for item in found["kept"]] == [
+        ("a.part", "it is being fetched")
+    ]
+    assert names(document("prune", "--older-than", 0)["removed"]) == ["a.part"]
+    assert {path.suffix for path in folder.iterdir()} <= {".lock"}
+
+
+def test_a_mapped_file_outlives_its_removal() -> None:
+    path = store(b"norm" * 5000, "norm.so")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        run("prune", "--all")
+        assert not path.exists()
+        assert mapped[:] == b"norm" * 5000
+        assert store(b"norm" * 5000, "norm.so") == path
+
+
+def test_exclusive_options() -> None:
+    assert "exclude each other" in run("prune", "--all", "--builds", code=2).output
+
+
+def test_verify_and_repair() -> None:
+    good, bad = store(b"good", "good.so"), store(b"bad!", "bad.so")
+    linked = store(b"link", "linked.so")
+    linked.unlink()
+    linked.symlink_to(good)
+    assert "3 files hashed" in run("verify", code=1).output
+    before = bad.stat()
+    bad.chmod(0o644)
+    bad.write_bytes(b"BAD!")
+    os.utime(bad, ns=(before.st_atime_ns, before.st_mtime_ns))
+    found = document("verify", code=1)
+    assert (found["verified"], names(found["bad"])) == (3, ["bad.so", "linked.so"])
+    assert found["bad"][0]["problem"].startswith("damaged")
+    assert found["bad"][1]["problem"].startswith("refused")
+    assert "still there; --repair removes it" in run("verify", code=1).output
+    assert "2 bad" in run("verify", "--repair").output
+    assert document("verify") == {"root": str(cache.cache_root()), "verified": 1, "bad": []}
+    assert good.exists()
+    assert not bad.exists()
+    assert not linked.is_symlink()
+
+
+def test_verify_and_prune_refuse_a_cache_of_everybodys(root: Path) -> None:
+    store(b"good", "good.so")
+    root.chmod(0o777)
+    for command in (["verify"], ["prune", "--all"]):
+        assert "can be written by every user" in run(*command, code=1).output
+    assert document("list")["objects"]

@@ -1,0 +1,191 @@
+"""Many processes on a cold cache, and processes killed while they extract.
+
+A short version runs always; FI_FFI_STRESS=1 runs 32 processes and 200 kills and
+prints what happened (`pytest -s`).
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import hashlib
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from forking import fork, in_child, wait
+
+from fi_ffi.loader import cache
+from fi_ffi.loader.caching import contents, temporaries, upkeep
+from fi_ffi.loader.wheel import Wheel
+
+FULL = os.environ.get("FI_FFI_STRESS") == "1"
+PROCESSES = 32 if FULL else 8
+KILLS = 200 if FULL else 20
+MEMBER_SIZE = 6 << 20
+MEMBER = "flashinfer_jit_cache/jit_cache/big/big.so"
+
+# Extracts a member and says where it is; every time that the source is really read,
+# a line is added to the log.
+EXTRACT = """
+import os, sys
+from pathlib import Path
+from fi_ffi.loader import cache
+from fi_ffi.loader.wheel import Wheel
+
+wheel, member, log = sys.argv[1:]
+store = cache.store
+
+def logged(chunks):
+    with open(log, "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    yield from chunks
+
+cache.store = lambda chunks, *rest, **more: store(logged(chunks), *rest, **more)
+print("ready", flush=True)
+sys.stdin.read()
+path = Wheel(Path(wheel)).extract(member)
+print(path.stat().st_ino, cache.hash_of(path.open("rb")), flush=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("FI_FFI_PARANOID", raising=False)
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def big_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel with a member of some MB that is work to decompress."""
+    path = tmp_path_factory.mktemp("big") / "flashinfer_jit_cache-1+cu130-py3-none-any.whl"
+    noise = random.Random(7)
+    content = b"".join(noise.randbytes(32) * 4 for _ in range(MEMBER_SIZE // 128))
+    digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+    record = "flashinfer_jit_cache-1+cu130.dist-info/RECORD"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(MEMBER, content)
+        archive.writestr(record, f"{MEMBER},sha256={digest},{len(content)}\n{record},,\n")
+    return path
+
+
+def _say(text: str) -> None:
+    if FULL:
+        print(f"\n{text}")
+
+
+def _norm(wheel: Path) -> str:
+    return next(name for name in Wheel(wheel).members if name.endswith("/norm.so"))
+
+
+@pytest.mark.parametrize("which", ["norm", "big"])
+def test_processes_on_a_cold_cache_extract_once(
+    which: str, root: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    wheel: Path = request.getfixturevalue("built_wheel" if which == "norm" else "big_wheel")
+    member = _norm(wheel) if which == "norm" else MEMBER
+    recorded = Wheel(wheel).record[member]
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", EXTRACT, str(wheel), member, str(log)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    children = [subprocess.Popen(command, **pipes) for _ in range(PROCESSES)]  # type: ignore[call-overload]
+    for child in children:
+        assert child.stdout.readline() == "ready\n"
+    start = time.perf_counter()
+    for child in children:
+        child.stdin.close()
+    answers = [child.stdout.readline().split() for child in children]
+    seconds = time.perf_counter() - start
+    assert [child.wait() for child in children] == [0] * PROCESSES
+    for child in children:
+        child.stdout.close()
+    inode = cache.object_path(recorded.sha256, member.rpartition("/")[2]).stat().st_ino
+    assert answers == [[str(inode), recorded.sha256]] * PROCESSES
+    extractions = len(log.read_text().split())
+    assert extractions == 1
+    assert os.listdir(root / "tmp") == []
+    _say(
+        f"{PROCESSES} processes, {recorded.size:,} bytes: {extractions} extraction, {seconds:.2f} s"
+    )
+
+
+def test_kills_leave_what_the_next_start_repairs(big_wheel: Path, root: Path) -> None:
+    recorded = Wheel(big_wheel).record[MEMBER]
+    path = cache.object_path(recorded.sha256, "big.so")
+    chance = random.Random(time.time_ns())
+
+    def extract() -> None:
+        assert Wheel(big_wheel).extract(MEMBER) == path
+
+    def start() -> None:
+        """A start: the right bytes, whatever was left."""
+        extract()
+        with path.open("rb") as file:
+            assert cache.hash_of(file) == recorded.sha256
+
+    took = statistics.median(_seconds(extract, path) for _ in range(5))
+    begun, met = time.perf_counter(), collections.Counter[str]()
+    for number in range(KILLS):
+        # Every other victim has company, which then has to take over.
+        others = [fork(start)] if number % 2 else []
+        victim = fork(extract)
+        time.sleep(chance.uniform(0, 1.1 * took * (1 + len(others))))
+        os.kill(victim, signal.SIGKILL)
+        met[_state(wait(victim), victim, root, path)] += 1
+        assert [wait(other) for other in others] == [0] * len(others)
+        assert in_child(start) == 0
+        _forget(path)
+    seconds = time.perf_counter() - begun
+    _say(
+        f"{KILLS} kills in {seconds:.1f} s, extraction takes {took * 1e3:.0f} ms; met: {dict(met)}"
+    )
+    left = os.listdir(root / "tmp")
+    assert met["while writing"] >= KILLS / 20
+    assert len(left) >= met["while writing"]
+    _say(f"{len(left)} temporaries left of {sum(i.size for i in contents.leftovers(root)):,} bytes")
+    _check_cleaning(left, root, start)
+
+
+def _seconds(extract: object, path: Path) -> float:
+    begun = time.perf_counter()
+    assert in_child(extract) == 0  # type: ignore[arg-type]
+    seconds = time.perf_counter() - begun
+    _forget(path)
+    return seconds
+
+
+def _forget(path: Path) -> None:
+    """Make the cache cold again, its folders and stamp as they were left."""
+    path.unlink()
+
+
+def _state(code: int, victim: int, root: Path, path: Path) -> str:
+    """What the victim was at when it was killed."""
+    if code == 0:
+        return "after the end"
+    assert code == -signal.SIGKILL
+    mine = [name for name in os.listdir(root / "tmp") if name.split(".")[1] == str(victim)]
+    if mine and not path.exists():
+        return "while writing"
+    return "after naming" if path.exists() else "before writing"
+
+
+def _check_cleaning(left: list[str], root: Path, start: object) -> None:
+    """A start removes half of them, old enough; a prune the others at once."""
+    old = time.time() - temporaries.ORPHAN_AGE - 1
+    half = left[: len(left) // 2]
+    for name in half:
+        os.utime(root / "tmp" / name, (old, old))
+    assert in_child(start) == 0  # type: ignore[arg-type]
+    assert set(os.listdir(root / "tmp")) == set(left) - set(half)
+    upkeep.prune(contents.leftovers(root), root)
+    assert os.listdir(root / "tmp") == []
+    assert [verdict.problem for verdict in upkeep.verify(root)] == [""]
