@@ -7,23 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from fi_ffi.errors import BuildError
 from fi_ffi.loader.building.build import build
-from fi_ffi.loader.building.toolkit import CUDA_MAJOR, find_cxx, find_toolkits
+
+from compiler import why_not_build
 
 # A wheel that has at least the modules of `built_wheel`, used instead of building one.
 KERNELS = "FI_FFI_TEST_KERNELS"
-
-
-def why_not_build() -> str | None:
-    """Why kernels cannot be compiled on this machine, or None if they can be."""
-    if not any(toolkit.major == CUDA_MAJOR for toolkit in find_toolkits()):
-        return f"no nvcc of CUDA {CUDA_MAJOR} on this machine"
-    try:
-        find_cxx()
-    except BuildError as error:
-        return str(error)
-    return None
 
 
 def _build(folder: Path, arch: str, *modules: str) -> Path:

@@ -14,9 +14,11 @@ from fi_ffi.errors import FiFfiError
 
 _COMMANDS = {
     "build": "Build kernel modules from FlashInfer's sources into a wheel.",
+    "cache": "List, prune and verify the cache.",
     "demo": "Run the ops on what this machine has, and check every result.",
     "doctor": "Look at everything a call needs, and say what to do about it.",
     "inspect": "Show a kernel file's functions, architectures and needs.",
+    "list": "List kernel modules and what they serve.",
 }
 
 

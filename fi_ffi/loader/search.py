@@ -76,7 +76,7 @@ def find_module(module: str, device: int | None = None) -> tuple[KernelSource, M
             continue
         try:
             if module not in place.source.modules():
-                said.append(f"{place.kind}: {_without(place.source, module)}")
+                said.append(f"{place.kind}: {_lack(place.source, module)}")
                 continue
             file = place.source.file(module)
         except LoaderError as error:
@@ -91,21 +91,22 @@ def find_module(module: str, device: int | None = None) -> tuple[KernelSource, M
     kind = ArchitectureError if wrong_code else KernelNotFoundError
     where = "" if device is None else f" for cuda:{device}"
     text = "\n".join(f"  {line}" for line in said)
-    raise kind(f"no kernels of module {module!r}{where}:\n{text}\n{_build_line(module, device)}")
+    raise kind(f"no kernels of module {module!r}{where}:\n{text}\n{_advice(module, device)}")
 
 
-def _without(source: KernelSource, module: str) -> str:
-    names = source.modules()
-    listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return f"{source.location} has no such module; it has {listed or 'none'}"
+def _lack(source: KernelSource, module: str) -> str:
+    # Only here: a start that finds its modules needs no catalogue.
+    from fi_ffi.loader.catalogue import without
+
+    return without(source, module)
 
 
-def _build_line(module: str, device: int | None) -> str:
-    from fi_ffi.loader.building.names import DEFAULT_ARCH, DEFAULT_RELEASE
+def _advice(module: str, device: int | None) -> str:
+    from fi_ffi.loader.catalogue import build_advice
 
-    arch = DEFAULT_ARCH[0]
+    arch = None
     if device is not None:
         major, minor = machine.capability(device)
+        # From SM90 on FlashInfer's kernels use what only the very architecture has.
         arch = f"{major}.{minor}" + ("a" if major >= 9 else "")
-    made = f"fi-ffi build --release {release() or DEFAULT_RELEASE} --arch {arch} {module}"
-    return f"`{made}` makes it from FlashInfer's sources; FI_FFI_KERNELS names the wheel."
+    return f"{build_advice(module, release(), arch)} FI_FFI_KERNELS names a wheel."

@@ -14,7 +14,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -165,11 +165,29 @@ def build(
         workshop.say("asking FlashInfer's generators for the sources")
         answer = _ask(
             workshop,
-            {"action": "generate", "requests": [request.as_json() for request in requests]},
+            {"action": "generate", "requests": [request.as_json(release) for request in requests]},
         )
         _refuse(answer["failed"], answer["names"], workshop)
         _compile(workshop, answer, jobs or default_jobs())
         return _package(workshop, answer, Path(output))
+
+
+def generated_names(
+    requests: Sequence[Mapping[str, object]],
+    *,
+    release: str = DEFAULT_RELEASE,
+    arch: str | Iterable[str] = DEFAULT_ARCH,
+    build_dir: Path | None = None,
+    torch_requirement: str = env.DEFAULT_TORCH,
+) -> tuple[dict[str, str], dict[str, str]]:
+    """What FlashInfer's generators call modules, and why they refuse others, by `text`.
+
+    A request has a `text` of its own, a `generator` ("module:function") and its `arguments`.
+    """
+    architectures = parse_arch(arch)
+    with open_workshop(release, architectures, build_dir, torch_requirement, None) as workshop:
+        answer = _ask(workshop, {"action": "names", "requests": list(requests)})
+    return answer["names"], answer["failed"]
 
 
 def available(

@@ -124,6 +124,19 @@ def _complete(everything: dict[str, Any], skipped: list[_Skipped]) -> None:
             print(f"{entry.generator}: {error}")
 
 
+def _names(requests: list[dict[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
+    """What the modules asked for are called, and reasons for those that cannot be."""
+    names: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    for request in requests:
+        try:
+            found = _generate(request)
+            names[request["text"]] = found if isinstance(found, str) else found.name
+        except Exception as error:
+            failed[request["text"]] = _reason(error)
+    return names, failed
+
+
 def _resolve(requests: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """Specs by request, reasons for those that failed, and all names of the list if consulted."""
     specs: dict[str, Any] = {}
@@ -175,7 +188,10 @@ def _about() -> dict[str, Any]:
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
-    """`list` names every module that can be built; `generate` writes the files to build some."""
+    """`list` names every module that can be built; `generate` writes the files to build some.
+
+    `names` says what modules are called, also by functions that only name them.
+    """
     _load_bare_package("flashinfer")
     result = _about()
     if question["action"] == "list":
@@ -183,6 +199,9 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
         modules = [{"name": name, "sources": len(everything[name].sources)} for name in everything]
         result["modules"] = sorted(modules, key=lambda module: str(module["name"]))
         result["unavailable"] = {entry.generator: entry.reason for entry in skipped}
+        return result
+    if question["action"] == "names":
+        result["names"], result["failed"] = _names(question["requests"])
         return result
     specs, failed, names = _resolve(question["requests"])
     result["failed"], result["names"] = failed, names

@@ -13,17 +13,11 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from fi_ffi.errors import ArgumentError
+from fi_ffi.loader.uris import DTYPES, ModuleName, Row, Value, family_row, is_dtype, parse
 
 DEFAULT_RELEASE = "0.6.13"
 DEFAULT_ARCH = ("9.0a",)
 
-# The short names that FlashInfer's module names use, and torch's names for the same types.
-_DTYPES = {
-    "f16": "torch.float16",
-    "bf16": "torch.bfloat16",
-    "e4m3": "torch.float8_e4m3fn",
-    "e5m2": "torch.float8_e5m2",
-}
 _FLAGS = {"0": False, "1": True}
 
 
@@ -46,7 +40,8 @@ class Option:
 
 OPTIONS = {
     "dtype": Option(("f16", "bf16"), "f16", "type of query and output"),
-    "kv_dtype": Option((*_DTYPES, "same"), "same", "type of key and value; same: as dtype"),
+    "kv_dtype": Option(("f16", "bf16", "e4m3", "e5m2", "same"), "same",
+                       "type of key and value; same: as dtype"),
     "head_dim": Option(
         None, "128", "a size such as 128, or one for query and key and one for value: 192x128",
         r"[1-9]\d{0,3}(x[1-9]\d{0,3})?",
@@ -61,26 +56,20 @@ OPTIONS = {
 class Family:
     """Modules that one of FlashInfer's generators makes from a few options."""
 
-    name: str
-    generator: str  # "module:function" inside flashinfer
+    name: str  # also in the table of module names, which has the generator
     options: tuple[str, ...]
     doc: str
 
 
 _ATTENTION = ("dtype", "kv_dtype", "head_dim", "use_sliding_window", "use_logits_soft_cap")
-_MODULES = "flashinfer.jit.attention:"
 FAMILIES = {
     family.name: family
     for family in (
-        Family("single_decode", _MODULES + "gen_single_decode_module", _ATTENTION,
-               "decode attention of one request"),
-        Family("batch_decode", _MODULES + "gen_batch_decode_module", _ATTENTION,
-               "decode attention over a paged KV cache"),
-        Family("single_prefill", _MODULES + "gen_single_prefill_module",
-               (*_ATTENTION, "backend"), "prefill attention of one request"),
-        Family("batch_prefill", _MODULES + "gen_batch_prefill_module",
-               (*_ATTENTION, "backend"), "prefill attention, ragged and paged"),
-        Family("batch_mla", _MODULES + "gen_batch_mla_module", ("dtype", "backend"),
+        Family("single_decode", _ATTENTION, "decode attention of one request"),
+        Family("batch_decode", _ATTENTION, "decode attention over a paged KV cache"),
+        Family("single_prefill", (*_ATTENTION, "backend"), "prefill attention of one request"),
+        Family("batch_prefill", (*_ATTENTION, "backend"), "prefill attention, ragged and paged"),
+        Family("batch_mla", ("dtype", "backend"),
                "multi-head latent attention over a paged cache"),
     )
 }  # fmt: skip
@@ -90,74 +79,85 @@ FAMILIES = {
 class Request:
     """One thing to build: a family with options, or a module's name if it is `exact`.
 
-    An exact name that looks like one of a family's has the options read out of it,
-    for modules that FlashInfer can make and does not list.
+    An exact name that follows the rules of a family is taken apart (`module`), for
+    modules that FlashInfer can make and does not list.
     """
 
     text: str
     family: Family | None = None
     options: Mapping[str, str] = field(default_factory=dict)
     exact: bool = False
+    module: ModuleName | None = field(default=None, compare=False)
 
-    def as_json(self) -> dict[str, object]:
+    @property
+    def backend(self) -> str:
+        return self.options.get("backend") or (self.module.backend if self.module else "")
+
+    def as_json(self, release: str = DEFAULT_RELEASE) -> dict[str, object]:
         """What the driver in the build environment is told."""
         question: dict[str, object] = {"text": self.text, "exact": self.exact}
-        if self.family is not None:
-            question["generator"] = self.family.generator
-            question["arguments"] = _arguments(self.options)
+        module = self.module and (parse(self.text, release) or self.module)
+        if module is not None:
+            row, params = module.row, module.params
+        elif self.family is not None:
+            row = family_row(self.family.name, release)
+            params = row.complete(_params(self.options, set(row.kinds)))
+        else:
+            return question
+        if generator := row.generator_for(params):
+            question["generator"] = generator
+            question["arguments"] = _driver_arguments(row, params)
         return question
 
 
-# Where FlashInfer's module names have the options of a family.
-_IN_NAMES = {
-    "dtype": r"_dtype_q_([a-z0-9]+)_",
-    "kv_dtype": r"_dtype_kv_([a-z0-9]+)_",
-    "head_dim": r"_head_dim_qk_(\d+)_head_dim_vo_(\d+)_",
-    "use_sliding_window": r"_use_swa_(True|False)_",
-    "use_logits_soft_cap": r"_use_logits_cap_(True|False)",
-    "backend": r"_(sm90)$",
-}
-_VALUES_IN_NAMES = {"True": "1", "False": "0", "sm90": "fa3"}
+def _driver_arguments(row: Row, params: Mapping[str, Value]) -> dict[str, Value]:
+    """What a generator takes: dtypes as torch calls them, and what the name leaves open.
+
+    The driver passes on those that the generator names in its signature.
+    """
+    found: dict[str, Value] = dict(row.arguments)
+    for name, value in params.items():
+        short = is_dtype(row.kinds[name]) and value is not None
+        found[name] = f"torch.{DTYPES[str(value)]}" if short else value
+    return found
 
 
 def _exact(name: str) -> Request:
     """A request for one module, with the family that its name points to, if it does."""
-    for family in FAMILIES.values():
-        if not name.startswith(f"{family.name}_"):
-            continue
-        found = {option: re.search(_IN_NAMES[option], name) for option in family.options}
-        texts = {option: "x".join(match.groups()) for option, match in found.items() if match}
-        options = {option: _VALUES_IN_NAMES.get(text, text) for option, text in texts.items()}
-        if all(OPTIONS[option].accepts(value) for option, value in options.items()):
-            return Request(name, family, options, exact=True)
-    return Request(name, exact=True)
+    module = parse(name)
+    family = FAMILIES.get(module.family) if module else None
+    options = _options(module.params) if module and family else {}
+    known = {key: value for key, value in options.items() if key in getattr(family, "options", ())}
+    return Request(name, family, known, exact=True, module=module)
 
 
-def _arguments(options: Mapping[str, str]) -> dict[str, object]:
-    """A value for every parameter that a generator of FAMILIES may have.
+def _options(params: Mapping[str, Value]) -> dict[str, str]:
+    """The options that say what the parameters of a module do."""
+    found = {
+        "dtype": params.get("dtype_q"),
+        "kv_dtype": params.get("dtype_kv"),
+        "head_dim": f"{params.get('head_dim_qk')}x{params.get('head_dim_vo')}",
+        "backend": params.get("backend"),
+        **{key: str(int(bool(params.get(key)))) for key in OPTIONS if key.startswith("use_")},
+    }
+    return {key: str(value) for key, value in found.items()}
 
-    The driver passes on those that the generator names in its signature, so the
-    parameters' order and their changes between releases are FlashInfer's business.
-    """
+
+def _params(options: Mapping[str, str], wanted: set[str]) -> dict[str, Value]:
+    """The parameters that options say something of; the table has the rest."""
     value = {name: options.get(name, option.default) for name, option in OPTIONS.items()}
-    dtype = _DTYPES[value["dtype"]]
     head_dim_qk, _, head_dim_vo = value["head_dim"].partition("x")
-    return {
+    kv_dtype = value["dtype"] if value["kv_dtype"] == "same" else value["kv_dtype"]
+    found: dict[str, Value] = {
         "backend": value["backend"],
-        "dtype_q": dtype,
-        "dtype_kv": dtype if value["kv_dtype"] == "same" else _DTYPES[value["kv_dtype"]],
-        "dtype_o": dtype,
-        "dtype_idx": "torch.int32",
+        "dtype_q": value["dtype"],
+        "dtype_kv": kv_dtype,
         "head_dim_qk": int(head_dim_qk),
         "head_dim_vo": int(head_dim_vo or head_dim_qk),
-        "head_dim_ckv": 512,  # the sizes of DeepSeek's MLA, the only ones FlashInfer has
-        "head_dim_kpe": 64,
-        "pos_encoding_mode": 0,
         "use_sliding_window": _FLAGS[value["use_sliding_window"]],
         "use_logits_soft_cap": _FLAGS[value["use_logits_soft_cap"]],
-        "use_fp16_qk_reduction": False,
-        "use_profiler": False,
     }
+    return {name: given for name, given in found.items() if name in wanted}
 
 
 def _error(argument: str, got: object, expected: object) -> ArgumentError:
@@ -190,7 +190,7 @@ def parse_requests(names: Sequence[str], architectures: Sequence[str]) -> tuple[
         raise _error("modules", repr(names), "a sequence of at least one name")
     requests = tuple(parse_request(name) for name in dict.fromkeys(names))
     for request in requests:
-        if request.options.get("backend") == "fa3" and "9.0a" not in architectures:
+        if request.backend == "fa3" and "9.0a" not in architectures:
             raise _error("arch", " ".join(architectures), f"9.0a, which {request.text!r} needs")
     return requests
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fi_ffi.errors import ArgumentError, BuildError
+from fi_ffi.loader.machine import CUDA_MAJOR
 
-CUDA_MAJOR = 13  # the major of nvidia-cuda-runtime, which gives libcudart to the loaded kernels
 INDEX_CUDA = "13.0"  # the toolkit taken from the package index
 
 # Start of a header's name -> the extra of the `cuda-toolkit` distribution that has it.

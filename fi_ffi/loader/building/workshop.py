@@ -15,6 +15,7 @@ from fi_ffi.loader.building import env
 from fi_ffi.loader.building import toolkit as cuda
 from fi_ffi.loader.building.names import parse_release
 from fi_ffi.loader.cache import cache_root
+from fi_ffi.loader.machine import CUDA_MAJOR
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,10 @@ def _choose_toolkit(environment: env.Environment, say: env.Say) -> cuda.Toolkit:
     """A toolkit of this machine if one is of the right major, else the package index's."""
     found = cuda.find_toolkits()
     for toolkit in found:
-        if toolkit.major == cuda.CUDA_MAJOR:
+        if toolkit.major == CUDA_MAJOR:
             return toolkit
     for toolkit in found:
-        say(f"{toolkit.nvcc} is of CUDA {toolkit.release}, not of CUDA {cuda.CUDA_MAJOR}: not used")
+        say(f"{toolkit.nvcc} is of CUDA {toolkit.release}, not of CUDA {CUDA_MAJOR}: not used")
     return env.install_toolkit(environment, say)
 
 
@@ -125,7 +126,7 @@ def open_workshop(
             env.install_cudart(environment, toolkit, say)
         )
         if cudart is None:
-            raise BuildError(f"no libcudart.so.{cuda.CUDA_MAJOR} for {toolkit.home}")
+            raise BuildError(f"no libcudart.so.{CUDA_MAJOR} for {toolkit.home}")
         link_folder = cuda.make_link_folder(toolkit, cxx, cudart, folder / "link")
         yield Workshop(
             release, architectures, folder, environment, toolkit, cxx, link_folder, report

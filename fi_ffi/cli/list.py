@@ -1,0 +1,166 @@
+"""`fi-ffi list`: the modules of an artifact, and what they serve.
+
+The builtin `list` is hidden here by the command, which has its name for its name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fi_ffi.cli import output
+from fi_ffi.errors import FiFfiError, KernelNotFoundError
+from fi_ffi.loader import search
+from fi_ffi.loader.catalogue import Catalogue, Module
+from fi_ffi.loader.kernels import KernelSource, open_source
+from fi_ffi.loader.uris import ModuleName
+
+# Parameters with a column of their own.
+_OWN = ("backend", "head_dim")
+
+
+@click.command()
+@click.option(
+    "--kernels",
+    type=click.Path(exists=True, path_type=Path),
+    help="A directory or wheel of kernels; by default the first place that has any.",
+)
+@click.option("--family", help="Only modules of this family, such as batch_prefill or norm.")
+@click.option("--entries", is_flag=True, help="Open every module: its functions and GPUs too.")
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
+def list(kernels: Path | None, family: str | None, entries: bool, as_json: bool) -> None:
+    """List the kernel modules at hand: family, dtypes, head sizes, backend, the ops they serve.
+
+    All of it is in the modules' names, so nothing is extracted or fetched for it but
+    with --entries.
+    """
+    catalogue = Catalogue.of(_source(kernels))
+    modules = [module for module in catalogue if family in (None, module.family)]
+    if family is not None and not modules:
+        raise click.ClickException(_no_family(catalogue, family))
+    listed = [_described(catalogue, module, entries) for module in modules]
+    if as_json:
+        document = {"kernels": catalogue.source.location, "version": catalogue.source.version}
+        output.print_json({**document, "modules": listed})
+    else:
+        _print(catalogue, listed)
+
+
+def _source(kernels: Path | None) -> KernelSource:
+    """What to list: the place given, or the first of those in use that has modules."""
+    if kernels is not None:
+        return open_source(kernels)
+    said = []
+    for place in search.places():
+        note = place.note or "no modules"
+        if place.source is not None:
+            try:
+                if place.source.modules():
+                    return place.source
+            except FiFfiError as error:
+                note = str(error)
+        said.append(f"  {place.kind}: {note}")
+    raise KernelNotFoundError(
+        "no kernels in any of the places they come from:\n" + "\n".join(said) + "\n"
+        "FI_FFI_KERNELS or --kernels names a directory or a flashinfer_jit_cache wheel; "
+        "`fi-ffi build norm` makes one."
+    )
+
+
+def _no_family(catalogue: Catalogue, family: str) -> str:
+    families = sorted({module.family for module in catalogue})
+    shown = ", ".join(families) or "none"
+    return f"{catalogue.source.location} has no modules of {family}; it has {shown}"
+
+
+def _described(catalogue: Catalogue, module: Module, entries: bool) -> dict[str, Any]:
+    parsed = module.parsed
+    found: dict[str, Any] = {
+        "module": module.name,
+        "family": module.family,
+        "dtypes": parsed.dtypes if parsed else {},
+        "head_dims": parsed.head_dims if parsed else (),
+        "backend": parsed.backend if parsed else "",
+        "options": _options(parsed) if parsed else {},
+        "ops": _ops(module),
+        "size": module.size,
+    }
+    if entries:
+        try:
+            found["entries"] = catalogue.entries(module.name)
+            found["architectures"] = [code.name for code in catalogue.architectures(module.name)]
+        except FiFfiError as error:  # one bad file hides no others
+            found["error"] = str(error)
+    return found
+
+
+def _options(parsed: ModuleName) -> dict[str, Any]:
+    """Parameters that are neither dtypes nor sizes of heads, where they are not as usual."""
+    return {
+        name: value
+        for name, value in parsed.params.items()
+        if name not in parsed.dtypes
+        and not name.startswith(_OWN)
+        and parsed.row.default(name, parsed.params) != value
+    }
+
+
+def _ops(module: Module) -> tuple[str, ...]:
+    """The ops of the table whose rows name the module or its family."""
+    from fi_ffi.ops.table import ROWS
+
+    return (*dict.fromkeys(r.name for r in ROWS if r.module in (module.name, module.family)),)
+
+
+def _print(catalogue: Catalogue, listed: Sequence[dict[str, Any]]) -> None:
+    """A line for each module.  Not a table of `output`: names must stay whole, to be copied."""
+    version = catalogue.source.version or "of unknown release"
+    click.echo(f"{len(listed)} modules of {catalogue.source.location}, FlashInfer {version}")
+    family_of = operator.itemgetter("family")
+    for family, group in itertools.groupby(sorted(listed, key=family_of), family_of):
+        modules = (*group,)
+        ops = f"; ops: {', '.join(modules[0]['ops'])}" if modules[0]["ops"] else ""
+        click.echo(f"{family}: {len(modules)}{ops}")
+        rows = [_cells(entry) for entry in modules]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for entry, cells in zip(modules, rows, strict=True):
+            pairs = zip(cells, widths, strict=True)
+            line = "  ".join(cell.ljust(width) for cell, width in pairs if width)
+            click.echo(f"  {line.rstrip()}")
+            for line in _details(entry):
+                click.echo(f"      {line}")
+
+
+def _cells(entry: dict[str, Any]) -> Sequence[str]:
+    return (
+        _short_dtypes(entry["dtypes"]),
+        "x".join(map(str, dict.fromkeys(entry["head_dims"]))),
+        entry["backend"],
+        ",".join(f"{name}={value}" for name, value in entry["options"].items()),
+        "" if entry["size"] is None else f"{entry['size']:>11,}",
+        entry["module"],
+    )
+
+
+def _details(entry: dict[str, Any]) -> Sequence[str]:
+    facts = {
+        "entries": entry.get("entries"),
+        "compiled for": entry.get("architectures"),
+        "unreadable": entry.get("error") and (entry["error"],),
+    }
+    return [f"{name}: {', '.join(found)}" for name, found in facts.items() if found]
+
+
+def _short_dtypes(dtypes: dict[str, str]) -> str:
+    """`f16` where all tensors have one dtype; indices are int32 but where it is said."""
+    found = {name.replace("dtype", "").strip("_"): value for name, value in dtypes.items()}
+    if found.get("idx") == "i32":
+        del found["idx"]
+    if len(set(found.values())) == 1:
+        return next(iter(found.values()))
+    return ",".join(f"{name}={value}" for name, value in found.items())

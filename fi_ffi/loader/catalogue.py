@@ -1,0 +1,213 @@
+"""What an artifact has, read out of its modules' names; and what is nearest to what it lacks.
+
+Nothing is extracted or fetched for it: only `entries` and `architectures` open a module.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from fi_ffi.errors import ArgumentError, KernelNotFoundError
+from fi_ffi.loader.facts import facts_of
+from fi_ffi.loader.fatbin import CudaCode
+from fi_ffi.loader.kernels import KernelDirectory, KernelSource, release_of
+from fi_ffi.loader.uris import ModuleName, Value, parse, uri
+from fi_ffi.loader.wheel import Wheel
+
+_NEAREST = 3  # as many as an error names
+# Where a name ends with the one architecture it is for: `_sm90`, `_90`, `_sm103a`.
+_FOR_SM = re.compile(r"_(?:sm)?(\d{1,2})(\d)([af]?)")
+_HEAD_DIM = "head_dim"
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module of an artifact; `size` in bytes, None where only fetching it would tell."""
+
+    name: str
+    parsed: ModuleName | None
+    size: int | None
+
+    @property
+    def family(self) -> str:
+        """The name itself where it follows no rule."""
+        return self.parsed.family if self.parsed else self.name
+
+
+class Catalogue:
+    """The modules of a source, by name, sorted."""
+
+    def __init__(self, source: KernelSource, modules: Mapping[str, Module]) -> None:
+        self.source, self.modules, self.release = source, modules, release_of(source)
+
+    @classmethod
+    def of(cls, source: KernelSource) -> Catalogue:
+        release, names, sizes = release_of(source), source.modules(), _sizes(source)
+        return cls(source, {n: Module(n, _read(n, release), sizes.get(n)) for n in names})
+
+    def __iter__(self) -> Iterator[Module]:
+        return iter(self.modules.values())
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.modules
+
+    def family(self, name: str) -> list[Module]:
+        return [module for module in self if module.family == name]
+
+    def entries(self, name: str) -> tuple[str, ...]:
+        """The functions a module exports; fetches or extracts it."""
+        return tuple(facts_of(self.source.file(self._known(name))).functions)
+
+    def architectures(self, name: str) -> tuple[CudaCode, ...]:
+        """What a module's device code was compiled for; fetches or extracts it."""
+        return tuple(facts_of(self.source.file(self._known(name))).codes)
+
+    def nearest(self, name: str, count: int = _NEAREST) -> list[Module]:
+        """The modules most like `name`, the nearest first.
+
+        Of the same family those with the fewest other parameters, and among them
+        those with the closest head sizes; for a name of no known family, those
+        that are spelled alike.
+        """
+        wanted = _read(name, self.release)
+        related = self.family(wanted.family) if wanted else []
+        if not related and not (wanted and wanted.params):
+            return [self.modules[close] for close in get_close_matches(name, self.modules, count)]
+        params = wanted.params if wanted else {}
+        return sorted(related, key=lambda module: _distance(params, module))[:count]
+
+    def missing(self, name: str, arch: str | None = None) -> KernelNotFoundError:
+        """The error for a module that is not here; `arch` is the device's, such as "9.0a"."""
+        return KernelNotFoundError(explain_missing(self.source, name, self.release, arch))
+
+    def _known(self, name: str) -> str:
+        if name not in self.modules:
+            raise self.missing(name)
+        return name
+
+
+def explain_missing(
+    source: KernelSource, module: str, release: str | None = None, arch: str | None = None
+) -> str:
+    """Why a source has no `module`: what is nearest, and the build line that would make it."""
+    return f"{without(source, module)}\n{build_advice(module, release or release_of(source), arch)}"
+
+
+def without(source: KernelSource, module: str) -> str:
+    """That a source lacks `module`, and the nearest it has."""
+    catalogue = Catalogue.of(source)
+    wanted, near = _read(module, catalogue.release), catalogue.nearest(module)
+    text = f"{source.location} has no module {module}; "
+    if near:
+        lines = [f"\n    {found.name}{_difference(wanted, found.parsed)}" for found in near]
+        return text + "the nearest it has:" + "".join(lines)
+    families = sorted({found.family for found in catalogue})
+    more = f" and {len(families) - 12} more" if len(families) > 12 else ""
+    return f"{text}it has {', '.join(families[:12]) or 'none at all'}{more}"
+
+
+def build_advice(module: str, release: str | None = None, arch: str | None = None) -> str:
+    """How to get a module made: the `fi-ffi build` line, or why there can be none."""
+    # Only here: it is the build's choice, and a name alone leads to nothing else of it.
+    from fi_ffi.loader.building.names import DEFAULT_ARCH, DEFAULT_RELEASE
+
+    release = release or DEFAULT_RELEASE
+    found, any_release = parse(module, release), parse(module)
+    given, arch = arch, _arch_in(module) or arch or DEFAULT_ARCH[0]
+    if found is None and any_release is not None:
+        return _other_release(any_release, release)
+    build = f"fi-ffi build --release {release} --arch {arch}"
+    if found is None:
+        return (
+            f"FlashInfer {release} has no module of this name; `{build} --list` shows those it has."
+        )
+    if found.params and found.row.generator is None:
+        return (
+            f"FlashInfer {release} makes it on a machine with a GPU only; fi-ffi cannot build it."
+        )
+    if found.backend == "fa3" and given and not given.startswith("9.0"):
+        fa2 = uri(found.family, release=release, **{**_shared(found), "backend": "fa2"})
+        line = f"fi-ffi build --release {release} --arch {given} {fa2}"
+        return f"fa3 is for SM90 GPUs only; `{line}` makes its fa2 counterpart for {given}."
+    return f"`{build} {module}` makes it from FlashInfer's sources."
+
+
+def _read(name: str, release: str | None) -> ModuleName | None:
+    """By the release's rules; by another's where they do not know the name."""
+    return (parse(name, release) if release else None) or parse(name)
+
+
+def _other_release(found: ModuleName, release: str) -> str:
+    """What to say of a name that another release has."""
+    text = f"FlashInfer {release} has no such module: the name is of a release {found.releases}"
+    try:
+        same = uri(found.family, release=release, **_shared(found))
+    except ArgumentError:
+        return text + "."
+    return f"{text}, and {release} calls it {same}."
+
+
+def _shared(found: ModuleName) -> dict[str, Value]:
+    """The parameters without those that only some releases have; these are to be as usual."""
+    return {
+        k: v for k, v in found.params.items() if k not in ("paged_kv_stride_mode", "module_surface")
+    }
+
+
+def _arch_in(name: str) -> str | None:
+    found = _FOR_SM.fullmatch(name[name.rfind("_") :]) if "_" in name else None
+    if found is None or not 75 <= int(found[1] + found[2]) <= 130:
+        return None
+    # From SM90 on FlashInfer's kernels use what only the very architecture has.
+    suffix = found[3] or ("a" if int(found[1]) >= 9 else "")
+    return f"{found[1]}.{found[2]}{suffix}"
+
+
+def _distance(wanted: Mapping[str, Value], module: Module) -> tuple[int, int, str]:
+    params = module.parsed.params if module.parsed else {}
+    gaps = (
+        abs(int(value or 0) - int(params.get(key) or 0))
+        for key, value in wanted.items()
+        if key.startswith(_HEAD_DIM)
+    )
+    return len(_differing(wanted, params)), sum(gaps), module.name
+
+
+def _differing(one: Mapping[str, Value], other: Mapping[str, Value]) -> dict[str, tuple[str, str]]:
+    """What is not the same in both; the head sizes count as one thing."""
+    ours, theirs = _facts(one), _facts(other)
+    keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    return {key: (ours.get(key, "unset"), theirs.get(key, "unset")) for key in keys}
+
+
+def _facts(params: Mapping[str, Value]) -> dict[str, str]:
+    dims = "x".join(str(value) for key, value in params.items() if key.startswith(_HEAD_DIM))
+    others = {key: str(value) for key, value in params.items() if not key.startswith(_HEAD_DIM)}
+    return others | ({_HEAD_DIM: dims} if dims else {})
+
+
+def _difference(wanted: ModuleName | None, found: ModuleName | None) -> str:
+    if wanted is None or found is None or wanted.family != found.family:
+        return ""
+    others = _differing(wanted.params, found.params)
+    said = "; ".join(f"{key} {has}, not {asked}" for key, (asked, has) in others.items())
+    return f" ({said})" if said else ""
+
+
+def _sizes(source: KernelSource) -> dict[str, int]:
+    """The sizes that can be told without fetching anything."""
+    if isinstance(source, KernelDirectory):
+        root = source.root
+        return {name: (root / name / f"{name}.so").stat().st_size for name in source.modules()}
+    path = Path(source.location)
+    if path.suffix != ".whl" or not path.is_file():
+        return {}
+    members = Wheel(path).members
+    return {Path(member).stem: size for member, size in members.items() if member.endswith(".so")}
