@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fi_ffi
+
 HERE = Path(__file__).parent
 
 
@@ -19,6 +21,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels() -> None:
+    """Every op takes the form of the kernels' release, before a case is made for it."""
+    if os.environ.get("FI_FFI_RUN_GPU_TESTS") == "1":
+        fi_ffi.use_kernels(os.environ["FI_FFI_KERNELS"])
 
 
 @pytest.fixture
