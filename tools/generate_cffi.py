@@ -7,11 +7,12 @@ import tempfile
 from pathlib import Path
 
 import cffi
+from generated import write_or_check
 
 ABI = Path(__file__).resolve().parent.parent / "fi_ffi" / "abi"
 
 
-def generated() -> str:
+def text() -> str:
     ffi = cffi.FFI()
     ffi.cdef((ABI / "declarations.h").read_text())
     ffi.set_source("fi_ffi.abi._cffi", None)
@@ -21,16 +22,5 @@ def generated() -> str:
         return path.read_text()
 
 
-def main() -> int:
-    target, text = ABI / "_cffi.py", generated()
-    if "--check" in sys.argv[1:]:
-        if target.read_text() != text:
-            print("fi_ffi/abi/_cffi.py is stale: run python tools/generate_cffi.py")
-            return 1
-        return 0
-    target.write_text(text)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(ABI / "_cffi.py", text(), __file__))

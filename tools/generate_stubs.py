@@ -9,6 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from generated import write_or_check  # noqa: E402
+
 from fi_ffi.ops.docs import docstring  # noqa: E402
 from fi_ffi.ops.row import Row, Scalar, Tensor  # noqa: E402
 from fi_ffi.ops.table import ROWS  # noqa: E402
@@ -39,16 +41,11 @@ def _stub(row: Row) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    text = HEADER + "".join(map(_stub, {row.name: row for row in reversed(ROWS)}.values()))
-    if "--check" in sys.argv[1:]:
-        if not TARGET.exists() or TARGET.read_text() != text:
-            print(f"{TARGET.name} is stale: run python tools/generate_stubs.py")
-            return 1
-        return 0
-    TARGET.write_text(text)
-    return 0
+def text() -> str:
+    # The first row of an op is that of the default release.
+    first = {row.name: row for row in reversed(ROWS)}
+    return HEADER + "".join(_stub(first[name]) for name in dict.fromkeys(r.name for r in ROWS))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(TARGET, text(), __file__))

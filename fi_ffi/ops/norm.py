@@ -48,15 +48,26 @@ def _quant_rows(name: str, doc: str, *tensors: Tensor) -> tuple[Row, ...]:
     )
 
 
+_NORM = (
+    Tensor("out", "n h", "T", "may be `input` itself", **_OUT),
+    Tensor("input", "n h", "T", "rows to normalise"),
+    _WEIGHT,
+    _EPS,
+    _PDL,
+)
+_FUSED_ADD = (
+    Tensor("input", "n h", "T", "gets the normalised rows", writes=True),
+    _RESIDUAL,
+    _WEIGHT,
+    _EPS,
+    _PDL,
+)
+
 ROWS = (
     _row(
         "rmsnorm",
         "RMS-normalise rows: `out = input / sqrt(mean(input**2) + eps) * weight`.",
-        Tensor("out", "n h", "T", "may be `input` itself", **_OUT),
-        Tensor("input", "n h", "T", "rows to normalise"),
-        _WEIGHT,
-        _EPS,
-        _PDL,
+        *_NORM,
     ),
     _row(
         "qk_rmsnorm",
@@ -71,29 +82,17 @@ ROWS = (
     _row(
         "gemma_rmsnorm",
         "RMS-normalise rows, Gemma's way: `out = input / rms(input) * (1 + weight)`.",
-        Tensor("out", "n h", "T", "may be `input` itself", **_OUT),
-        Tensor("input", "n h", "T", "rows to normalise"),
-        _WEIGHT,
-        _EPS,
-        _PDL,
+        *_NORM,
     ),
     _row(
         "fused_add_rmsnorm",
         "In place: `residual += input`, then `input = residual / rms(residual) * weight`.",
-        Tensor("input", "n h", "T", "gets the normalised rows", writes=True),
-        _RESIDUAL,
-        _WEIGHT,
-        _EPS,
-        _PDL,
+        *_FUSED_ADD,
     ),
     _row(
         "gemma_fused_add_rmsnorm",
         "In place: `residual += input`, then `input = residual / rms(residual) * (1 + weight)`.",
-        Tensor("input", "n h", "T", "gets the normalised rows", writes=True),
-        _RESIDUAL,
-        _WEIGHT,
-        _EPS,
-        _PDL,
+        *_FUSED_ADD,
     ),
     *_quant_rows(
         "rmsnorm_quant",

@@ -75,7 +75,8 @@ def test_no_rows(op, dtypes, rng, stream):
     empty = [
         fi_ffi.TensorDesc(0 if not a.size else 4096, a.shape, a.dtype) for a in case.arrays.values()
     ]
-    op(*empty, stream=stream)  # nothing is launched: the other addresses are not even memory
+    # Nothing is launched: the other addresses are not even memory.
+    op(*empty, **case.scalars, stream=stream)
 
 
 @pytest.mark.parametrize(("op", "dtypes"), CALLS)
