@@ -19,6 +19,7 @@ _COMMANDS = {
     "doctor": "Look at everything a call needs, and say what to do about it.",
     "inspect": "Show a kernel file's functions, architectures and needs.",
     "list": "List kernel modules and what they serve.",
+    "lock": "Keep wheels.lock: add files, verify them, pin their RECORDs.",
 }
 
 

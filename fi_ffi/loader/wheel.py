@@ -1,54 +1,86 @@
-"""Wheels: members taken out one at a time, each checked against RECORD."""
+"""Wheels: members taken out one at a time, each checked against RECORD.
+
+The checks are the same for a wheel on disk and one on a server (`remote.py`); what
+differs is where the bytes come from.
+"""
 
 from __future__ import annotations
 
-import base64
-import binascii
-import csv
-import io
+import hashlib
+import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import BinaryIO, Literal, Protocol, cast
 
-from fi_ffi.errors import ArtifactError
+from fi_ffi.errors import ArtifactError, FiFfiError
 from fi_ffi.loader import cache
+from fi_ffi.loader.record import Recorded, parse_record
+
+# "record-pinned": RECORD has the sha256 that the lock has for it, and so every member.
+# "file-verified": the whole file had its pinned sha256.
+# "record-unpinned": members are as this file's own RECORD says, and nothing vouches for it.
+Trust = Literal["record-pinned", "file-verified", "record-unpinned"]
+
+__all__ = ["Recorded", "Trust", "Wheel", "WheelReader", "parse_record", "safe_name", "verify_file"]
 
 _CHUNK = 1 << 20
-_MAX_RECORD = 64 << 20  # bytes; the largest published wheel's RECORD is well under 1 MB
-_MAX_MEMBER = 4 << 30
-_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
+# Bytes of a zip's directory and of RECORD, for which the largest published wheel needs
+# well under 1 MB each; and of a member: no kernel module comes near it.
+MAX_INDEX = 4 << 20
+MAX_MEMBER = 4 << 30
+_FIXED_HEADER = 30  # bytes before a member's name, in its local header
+_SLACK = 1024  # bytes of extra fields that a local header may have more than the directory
+_FILE_NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._+-]{1,200}")
+_BROKEN = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    OSError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    OverflowError,
+    LookupError,
+)
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """What RECORD says of a member: sha256 (hex) and size in bytes."""
+class ReadableZip(Protocol):
+    """What zipfile asks of a file."""
 
-    sha256: str
-    size: int
+    def read(self, size: int = ...) -> bytes: ...
+
+    def seek(self, offset: int, whence: int = ..., /) -> int: ...
+
+    def tell(self) -> int: ...
 
 
-class Wheel:
-    """A wheel file on disk, read member by member.
+class WheelReader:
+    """A wheel, read member by member.
 
-    Raises `ArtifactError`, naming the file, for anything malformed.
+    `members` has the size of each file in it, `record` what RECORD says of them, and
+    `trust` says what vouches for RECORD.  Raises `ArtifactError`, naming the wheel,
+    for anything malformed.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with zipfile.ZipFile(path) as archive:
-                self.members = {info.filename: info.file_size for info in archive.infolist()}
-                records = [n for n in self.members if n.endswith(".dist-info/RECORD")]
-                if len(records) != 1:
-                    raise ArtifactError(f"{path}: {len(records)} RECORD files, expected one")
-                if self.members[records[0]] > _MAX_RECORD:
-                    raise ArtifactError(f"{path}: RECORD of {self.members[records[0]]} bytes")
-                self.record = parse_record(archive.read(records[0]), str(path))
-        except _BROKEN as error:
-            raise ArtifactError(f"{path} is not a readable wheel: {error}") from error
-        self.dist_info = records[0].rpartition("/")[0]
+    trust: Trust
+    members: dict[str, int]
+    record: dict[str, Recorded]
+    record_sha256: str
+    dist_info: str
+
+    def __init__(self, origin: str, record_sha256: str | None = None) -> None:
+        self._origin, self._pinned_record = origin, record_sha256
+        self._infos: dict[str, zipfile.ZipInfo] = {}
+        self._extents: dict[str, tuple[int, int]] = {}
+
+    def _open(self, extent: tuple[int, int] | None) -> AbstractContextManager[ReadableZip]:
+        """The file; `extent` is the part that will be read next to the zip's directory."""
+        raise NotImplementedError
 
     @property
     def version(self) -> str:
@@ -57,60 +89,157 @@ class Wheel:
 
     def extract(self, member: str) -> Path:
         """The member's file in the cache, its content as RECORD has it."""
-        recorded = self.record.get(member)
-        if member not in self.members or recorded is None:
-            raise ArtifactError(f"{self.path} has no recorded member {member}")
-        if self.members[member] != recorded.size or recorded.size > _MAX_MEMBER:
-            sizes = f"{self.members[member]} bytes, {recorded.size} in RECORD"
-            raise ArtifactError(f"{self.path}: {member} is of {sizes}")
-        name = member.rpartition("/")[2]
+        recorded, name = self._recorded(member), safe_name(member, self._origin)
         found = cache.find(recorded.sha256, name)
         if found is not None:
             return found
-        origin = f"{self.path}: {member}"
-        return cache.store(self._chunks(member, recorded.size), recorded.sha256, name, origin)
+        origin, chunks = f"{self._origin}: {member}", self._chunks(member, recorded.size)
+        return cache.store(chunks, recorded.sha256, name, origin, size=recorded.size)
+
+    def _load(self) -> None:
+        """Read the directory and RECORD."""
+        try:
+            with self._open(None) as file, self._archive(file) as archive:
+                infos = archive.infolist()
+                ends = archive.start_dir
+        except FiFfiError:
+            raise
+        except _BROKEN as error:
+            raise ArtifactError(f"{self._origin} is not a readable wheel: {error}") from error
+        self._infos = {info.filename: info for info in infos}
+        if len(self._infos) != len(infos):
+            raise ArtifactError(f"{self._origin}: two members have the same name")
+        self.members = {name: info.file_size for name, info in self._infos.items()}
+        record = self._record_member()
+        self._extents = _extents(infos, ends)
+        self.dist_info = record.rpartition("/")[0]
+        content = b"".join(self._chunks(record, self.members[record]))
+        self.record_sha256 = hashlib.sha256(content).hexdigest()
+        if self._pinned_record not in (None, self.record_sha256):
+            hashes = f"{self.record_sha256}, pinned is {self._pinned_record}"
+            raise ArtifactError(f"{self._origin}: the sha256 of RECORD is {hashes}")
+        self.record = parse_record(content, self._origin)
+
+    def _record_member(self) -> str:
+        records = [name for name in self.members if name.endswith(".dist-info/RECORD")]
+        if len(records) != 1 or records[0].count("/") != 1:
+            raise ArtifactError(f"{self._origin}: {len(records)} RECORD files, expected one")
+        if self.members[records[0]] > MAX_INDEX:
+            raise ArtifactError(f"{self._origin}: RECORD of {self.members[records[0]]} bytes")
+        return records[0]
+
+    def _recorded(self, member: str) -> Recorded:
+        recorded, size = self.record.get(member), self.members.get(member)
+        if size is None or recorded is None:
+            raise ArtifactError(f"{self._origin} has no recorded member {member}")
+        if size != recorded.size or size > MAX_MEMBER:
+            sizes = f"{size} bytes, {recorded.size} in RECORD, at most {MAX_MEMBER}"
+            raise ArtifactError(f"{self._origin}: {member} is of {sizes}")
+        return recorded
+
+    def _archive(self, file: ReadableZip) -> zipfile.ZipFile:
+        return zipfile.ZipFile(cast(BinaryIO, _Bounded(file)))
 
     def _chunks(self, member: str, size: int) -> Iterator[bytes]:
+        """The content, which must be of `size` bytes."""
+        self._refuse_bombs(self._infos[member])
         try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(member) as file:
+            with (
+                self._open(self._extents[member]) as source,
+                self._archive(source) as archive,
+                archive.open(member) as file,
+            ):
                 left = size
                 while chunk := file.read(min(_CHUNK, left + 1)):
                     left -= len(chunk)
                     if left < 0:
-                        raise ArtifactError(f"{self.path}: {member} is longer than recorded")
+                        raise ArtifactError(f"{self._origin}: {member} is longer than recorded")
                     yield chunk
+                if left:
+                    raise ArtifactError(f"{self._origin}: {member} is shorter than recorded")
+        except FiFfiError:
+            raise
         except _BROKEN as error:
-            raise ArtifactError(f"{self.path}: {member} cannot be read: {error}") from error
+            raise ArtifactError(f"{self._origin}: {member} cannot be read: {error}") from error
+
+    def _refuse_bombs(self, info: zipfile.ZipInfo) -> None:
+        # The other methods' decompressors put out what they like at once.
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ArtifactError(
+                f"{self._origin}: {info.filename} is compressed by method {info.compress_type}"
+            )
+        if info.compress_size > info.file_size + info.file_size // 64 + _SLACK:
+            sizes = f"{info.compress_size} bytes for a content of {info.file_size}"
+            raise ArtifactError(f"{self._origin}: {info.filename} takes {sizes}")
 
 
-def parse_record(text: bytes, origin: str) -> dict[str, Recorded]:
-    """The members that RECORD lists with a sha256 and a size."""
+class Wheel(WheelReader):
+    """A wheel file on disk."""
+
+    def __init__(
+        self, path: Path, *, record_sha256: str | None = None, sha256: str | None = None
+    ) -> None:
+        """With `sha256`, the whole file is read and must have it."""
+        super().__init__(str(path), record_sha256)
+        self.path = path
+        self.trust = "record-pinned" if record_sha256 else "record-unpinned"
+        if sha256 is not None:
+            verify_file(path, sha256)
+            self.trust = "file-verified"
+        self._load()
+
+    def _open(self, extent: tuple[int, int] | None) -> AbstractContextManager[ReadableZip]:
+        return self.path.open("rb")
+
+
+class _Bounded:
+    """A file of which no more than a directory's worth is read at once."""
+
+    def __init__(self, file: ReadableZip) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1) -> bytes:
+        limit = MAX_INDEX + 1 if size is None or size < 0 else size
+        data = self._file.read(limit) if limit <= MAX_INDEX + 1 else b""
+        if limit > MAX_INDEX + 1 or len(data) > MAX_INDEX:
+            raise zipfile.BadZipFile(f"its directory is larger than {MAX_INDEX} bytes")
+        return data
+
+
+def safe_name(member: str, origin: str) -> str:
+    """The last part of a member's path, if it can be a file's name in the cache."""
+    name = member.rpartition("/")[2]
+    if not _FILE_NAME.fullmatch(name):
+        raise ArtifactError(f"{origin}: {member!r:.200} has no name that a file may have here")
+    return name
+
+
+def verify_file(path: Path, sha256: str) -> None:
+    """`ArtifactError` unless the file has that sha256."""
     try:
-        rows = list(csv.reader(io.StringIO(text.decode("utf-8"))))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ArtifactError(f"{origin}: RECORD is malformed: {error}") from error
-    record = {}
-    for row in rows:
-        if len(row) != 3:
-            raise ArtifactError(f"{origin}: a line of RECORD has {len(row)} fields: {row!r:.100}")
-        name, digest, size = row
-        if digest and size:
-            record[name] = Recorded(_hex(digest, origin, name), _size(size, origin, name))
-    return record
+        with path.open("rb") as file:
+            found = cache.hash_of(file)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    if found != sha256:
+        raise ArtifactError(f"{path}: sha256 is {found}, pinned is {sha256}")
 
 
-def _hex(digest: str, origin: str, name: str) -> str:
-    algorithm, _, value = digest.partition("=")
-    try:
-        raw = base64.b64decode(value + "=" * (-len(value) % 4), altchars=b"-_", validate=True)
-    except (binascii.Error, ValueError):
-        raw = b""
-    if algorithm != "sha256" or len(raw) != 32:
-        raise ArtifactError(f"{origin}: RECORD has no sha256 for {name}: {digest!r:.80}")
-    return raw.hex()
+def _extents(infos: list[zipfile.ZipInfo], end: int) -> dict[str, tuple[int, int]]:
+    """Where each member lies, from its local header to what follows it.
 
-
-def _size(size: str, origin: str, name: str) -> int:
-    if not (size.isascii() and size.isdigit() and len(size) < 19):
-        raise ArtifactError(f"{origin}: RECORD has a size of {size!r:.40} for {name}")
-    return int(size)
+    The length of a local header is not in the directory, where the next member begins is.
+    """
+    starts = sorted({info.header_offset for info in infos})
+    following = dict(zip(starts, [*starts[1:], end], strict=True))
+    extents = {}
+    for info in infos:
+        start = info.header_offset
+        header = _FIXED_HEADER + len(info.filename.encode()) + len(info.extra) + _SLACK
+        stop = min(following[start], start + header + info.compress_size)
+        extents[info.filename] = (start, max(start, stop))
+    return extents

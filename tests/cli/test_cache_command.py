@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from filelock import FileLock
-from forking import in_child
 
 from fi_ffi.cli import main
 from fi_ffi.loader import cache
 from fi_ffi.loader.caching import stamps, temporaries
+
+from forking import in_child
 
 DAY = 86400
 

@@ -8,12 +8,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from bindings import abi_type, exported
 
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.providers import fits
 from fi_ffi.ops.table import ROWS
+
+from bindings import abi_type, exported
 
 # Every release the lock pins kernels of, and the newest one.
 RELEASES = sorted({file.release for file in the_lock().kernels} | {"0.7.2.post1"})

@@ -20,11 +20,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from forking import fork, in_child, wait
 
 from fi_ffi.loader import cache
 from fi_ffi.loader.caching import contents, temporaries, upkeep
 from fi_ffi.loader.wheel import Wheel
+
+from forking import fork, in_child, wait
 
 FULL = os.environ.get("FI_FFI_STRESS") == "1"
 PROCESSES = 32 if FULL else 8

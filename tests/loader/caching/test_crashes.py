@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forking import fork, in_child, wait
 
 from fi_ffi.errors import LoaderError
 from fi_ffi.loader import cache
 from fi_ffi.loader.caching import contents, locking, temporaries, upkeep
+
+from forking import fork, in_child, wait
 
 
 def test_a_full_disk(sample: Any, small_disk: Path) -> None:

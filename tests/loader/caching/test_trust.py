@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forking import in_child
 
 from fi_ffi.errors import ArtifactError, LoaderError
 from fi_ffi.loader.caching import trust
+
+from forking import in_child
 
 OTHER = 54321
 

@@ -1,0 +1,210 @@
+"""A wheel on a server, of which only what is needed is fetched.
+
+The zip's directory, RECORD and each member take one range request each; directory
+and RECORD of a pinned wheel stay in the cache.  Where the server has no ranges, or
+where nothing else could vouch for RECORD, the whole file is fetched.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import urllib.request
+from pathlib import Path
+from typing import Literal
+from urllib.parse import unquote, urlsplit
+
+from fi_ffi.errors import ArtifactError
+from fi_ffi.loader import cache
+from fi_ffi.loader.download import Reporter, fetch_file
+from fi_ffi.loader.http import Client
+from fi_ffi.loader.indexes import Index, load_index, store_index
+from fi_ffi.loader.lock import KernelFile
+from fi_ffi.loader.ranges import (
+    Changed,
+    LocalPieces,
+    NoRanges,
+    Pieces,
+    PiecewiseFile,
+    RemotePieces,
+)
+from fi_ffi.loader.urls import is_file_url, redact, refuse_offline
+from fi_ffi.loader.wheel import WheelReader, verify_file
+
+# "record": RECORD as pinned, or as it comes where it is not.  "full": where RECORD is
+# not pinned, the whole file must have its pinned sha256.
+Verify = Literal["record", "full"]
+
+# The end of a zip that has no comment: its end record, and zip64's two before it.
+_TAIL = 22 + 20 + 56
+_END = b"PK\x05\x06"
+_LONGEST_TAIL = _TAIL + 0xFFFF
+
+_log = logging.getLogger(__name__)
+
+
+class RemoteWheel(WheelReader):
+    """A wheel at an https or file address, read member by member.
+
+    `client` counts requests and bytes.  Raises `FetchError` for what the network or
+    the server does, `ArtifactError` for what the bytes are.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        sha256: str | None = None,
+        size: int | None = None,
+        record_sha256: str | None = None,
+        verify: Verify = "record",
+        client: Client | None = None,
+        report: Reporter | None = None,
+    ) -> None:
+        super().__init__(redact(url), record_sha256)
+        self.url, self.client = url, client or Client()
+        self.name = unquote(urlsplit(url).path.rpartition("/")[2])
+        self._sha256, self._size, self._report = sha256, size, report
+        self._must_verify = verify == "full" and record_sha256 is None
+        self._lock = threading.RLock()
+        self._index: Index | None = None
+        self._loading = self._stored = False
+        self._pieces: Pieces = RemotePieces(url, self.client, size)
+        if self._must_verify and sha256 is None:
+            raise ArtifactError(f"{self._origin}: there is no sha256 to verify the file against")
+        self._open_index()
+
+    @classmethod
+    def of(
+        cls, pin: KernelFile, *, verify: Verify = "record", report: Reporter | None = None
+    ) -> RemoteWheel:
+        """The wheel of an entry of the lock."""
+        return cls(
+            pin.url,
+            sha256=pin.sha256,
+            size=pin.size,
+            record_sha256=pin.record_sha256,
+            verify=verify,
+            report=report,
+        )
+
+    def extract(self, member: str) -> Path:
+        with self._lock:
+            try:
+                return super().extract(member)
+            except (NoRanges, Changed, ArtifactError) as error:
+                self._recover(error)
+                return super().extract(member)
+
+    def _open(self, extent: tuple[int, int] | None) -> PiecewiseFile:
+        assert self._index is not None
+        if extent is not None and not self._loading and isinstance(self._pieces, RemotePieces):
+            refuse_offline(f"a member of {self.name}")
+        index = self._index
+        return PiecewiseFile(
+            self._pieces, index.kept, index.size, expected=extent, keep=self._loading
+        )
+
+    def _load(self) -> None:
+        self._loading = True
+        try:
+            super()._load()
+        finally:
+            self._loading = False
+
+    def _open_index(self) -> None:
+        if not self._take_stored():
+            try:
+                self._fetch_index()
+            except (NoRanges, Changed) as error:
+                self._recover(error)
+
+    def _take_stored(self) -> bool:
+        """Use the directory and RECORD that the cache has, if they will do."""
+        if self._sha256 is None or is_file_url(self.url):
+            return False
+        stored = load_index(self._sha256)
+        if stored is None or (self._must_verify and not stored.verified):
+            return False
+        self._index, self._stored = stored, True
+        whole = cache.find(self._sha256, self.name)
+        if whole is not None:
+            self._pieces = LocalPieces(whole)
+        try:
+            self._load()
+        except ArtifactError:  # damaged, or of a time when something else was pinned
+            return False
+        self._trust_as(stored.verified)
+        return True
+
+    def _fetch_index(self) -> None:
+        """Read directory and RECORD from the file itself, and keep them."""
+        self._stored = False
+        verified = self._choose_file()
+        if isinstance(self._pieces, RemotePieces):
+            refuse_offline(f"the directory of {self.name}")
+        self._index = Index(self._pieces.size(), verified, {})
+        self._keep_tail(self._index)
+        self._load()
+        self._trust_as(verified)
+        if self._sha256 and not is_file_url(self.url):
+            store_index(self._sha256, self._index)
+
+    def _keep_tail(self, index: Index) -> None:
+        # Before zipfile looks for it: it takes any failure to read there for no zip file.
+        for length in (_TAIL, _LONGEST_TAIL):
+            start = max(0, index.size - length)
+            index.kept[start] = b"".join(self._pieces.stream(start, index.size))
+            if index.kept[start][-22:-18] == _END and index.kept[start][-2:] == b"\0\0":
+                return
+
+    def _choose_file(self) -> bool:
+        """Where to read from; whether that file has its pinned sha256."""
+        if is_file_url(self.url):
+            path = Path(urllib.request.url2pathname(urlsplit(self.url).path))
+            if not path.is_file():
+                raise ArtifactError(f"{path}: there is no such file")
+            if self._must_verify and self._sha256:
+                verify_file(path, self._sha256)
+            self._pieces = LocalPieces(path)
+            return self._must_verify
+        whole = cache.find(self._sha256, self.name) if self._sha256 else None
+        if whole is not None:
+            self._pieces = LocalPieces(whole)
+            return True
+        if self._must_verify:
+            self._fetch_whole()
+            return True
+        self._pieces = RemotePieces(self.url, self.client, self._size)
+        return False
+
+    def _fetch_whole(self) -> None:
+        assert self._sha256 is not None
+        whole = fetch_file(
+            self.url,
+            self.name,
+            sha256=self._sha256,
+            size=self._size,
+            client=self.client,
+            report=self._report,
+        )
+        self._pieces = LocalPieces(whole.path)
+
+    def _recover(self, error: NoRanges | Changed | ArtifactError) -> None:
+        """Start over, once: where the file changed, or has to be fetched whole."""
+        if isinstance(error, NoRanges) and self._sha256 is not None:
+            _log.info("%s: no ranges there, the whole file is fetched", self._origin)
+            self._fetch_whole()
+        elif isinstance(error, NoRanges) or (isinstance(error, ArtifactError) and not self._stored):
+            raise error
+        # What was stored may be of another file than the server now has.
+        self._fetch_index()
+
+    def _trust_as(self, verified: bool) -> None:
+        if self._pinned_record:
+            self.trust = "record-pinned"
+        elif verified:
+            self.trust = "file-verified"
+        else:
+            self.trust = "record-unpinned"
+            _log.info("%s: nothing pins RECORD, members are as it says", self._origin)
