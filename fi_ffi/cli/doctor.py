@@ -162,7 +162,8 @@ def _module(module: str) -> Iterator[Finding]:
             yield Finding(where, "warn", "none", str(error))
             continue
         codes = ", ".join(code.name for code in facts.codes)
-        yield Finding(where, "ok", f"{codes}, {source.version}: {file.path}")
+        found = f"{codes}, {source.version}, {source.trust}: {file.path}"
+        yield Finding(where, "ok", found)
         yield from _attestation(module, device)
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from fi_ffi.errors import ArtifactError, KernelNotFoundError
 from fi_ffi.loader import cache
-from fi_ffi.loader.wheel import Recorded, Wheel
+from fi_ffi.loader.wheel import Wheel, WheelReader
 
 LAYOUT = "flashinfer_jit_cache/jit_cache"
 _VERSION = re.compile(r"""^__version__\s*=\s*["']([^"']+)["']""", re.MULTILINE)
@@ -44,6 +44,10 @@ class KernelSource(Protocol):
     @property
     def version(self) -> str | None: ...
 
+    @property
+    def trust(self) -> str:
+        """What vouches for its files: docs/wheels-lock.md."""
+
     def modules(self) -> list[str]:
         """The names of the modules it has, sorted."""
 
@@ -58,6 +62,8 @@ def release_of(source: KernelSource) -> str | None:
 
 class KernelDirectory:
     """Modules lying in a directory: the jit_cache itself, or what it is installed in."""
+
+    trust = "unverified"
 
     def __init__(self, location: Path, version: str | None = None) -> None:
         self.location = str(location)
@@ -84,21 +90,6 @@ class KernelDirectory:
         return None
 
 
-class WheelReader(Protocol):
-    """What a wheel must offer, be it on disk or on a server."""
-
-    @property
-    def members(self) -> dict[str, int]: ...
-
-    @property
-    def record(self) -> dict[str, Recorded]: ...
-
-    @property
-    def version(self) -> str: ...
-
-    def extract(self, member: str) -> Path: ...
-
-
 class KernelWheel:
     """A `flashinfer_jit_cache` wheel; members go into the cache, checked against RECORD."""
 
@@ -109,6 +100,10 @@ class KernelWheel:
     @property
     def version(self) -> str | None:
         return self._wheel.version
+
+    @property
+    def trust(self) -> str:
+        return self._wheel.trust
 
     @functools.cached_property
     def _members(self) -> dict[str, str]:

@@ -207,6 +207,10 @@ class PinnedKernels:
 
         return KernelWheel(self.location, RemoteWheel.of(self.pin))
 
+    @property
+    def trust(self) -> str:
+        return self._wheel.trust
+
     def modules(self) -> list[str]:
         return self._wheel.modules()
 

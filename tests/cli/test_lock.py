@@ -150,6 +150,16 @@ def test_add_an_address(run: Callable[..., Any], path: Path, web: Server) -> Non
     assert "404" in run("add", web.url("/none.whl"), code=1)
 
 
+def test_a_bar_where_there_is_a_terminal(
+    run: Callable[..., Any], web: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    web.bandwidth = 500_000
+    text = run("add", web.url(PATH), json_too=False)
+    assert "kB" in text
+    assert "/s" in text
+
+
 def test_adding_again(run: Callable[..., Any], path: Path, tmp_path: Path) -> None:
     """An entry that others vouched for gets what only the file tells."""
     text = LOCK.replace("first.whl", NAME).replace("0" * 64, sha256(WHEEL))

@@ -9,9 +9,8 @@ import struct
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import quote
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,8 +18,7 @@ from hypothesis import strategies as st
 
 from fi_ffi.errors import ArtifactError, FetchError, LoaderError
 from fi_ffi.loader.http import Client
-from fi_ffi.loader.lock import KernelFile, lock_path
-from fi_ffi.loader.lockfile import add
+from fi_ffi.loader.lock import KernelFile
 from fi_ffi.loader.remote import RemoteWheel
 from fi_ffi.loader.retries import Policy
 
@@ -38,8 +36,6 @@ from loader.server import (
     status,
     tree,
 )
-
-Child = Callable[..., str]  # the fixture that runs code in a new process
 
 MEMBERS = kernel_members()
 WHEEL = make_wheel(MEMBERS)
@@ -485,28 +481,3 @@ LINES = st.one_of(
 def test_any_record(fuzzed: tuple[Server, Path], text: bytes) -> None:
     members = {NORM: b"y", "a.so": b"x", "../../x.so": b"x", "/x.so": b"x"}
     read_all(*fuzzed, make_wheel(members, record_text=text))
-
-
-def test_norm_of_a_built_wheel(root: Path, tmp_path: Path, built_wheel: Path, child: Child) -> None:
-    """From a lock and an empty cache to an attested entry, over HTTP."""
-    content, path = built_wheel.read_bytes(), f"/{quote(built_wheel.name)}"
-    with Server({path: File(content)}) as web:
-        lock = tmp_path / "test.lock"
-        lock.write_bytes(lock_path().read_bytes())
-        built = tmp_path / built_wheel.name
-        built.write_bytes(content)
-        add(lock, str(built), {"release": "0.6.99"}, url=web.url(path))
-        code = """
-            import fi_ffi
-            from fi_ffi.loader import runtime, search
-            row = fi_ffi.rmsnorm.row
-            print(runtime.kernel_entry(row.module, row.signature, row.releases).name)
-            print(search.release())
-        """
-        chosen = {"FI_FFI_LOCK": str(lock), "FI_FFI_SOURCES": "remote", "FI_FFI_RELEASE": "0.6.99"}
-        assert child(code, **chosen).split() == ["norm.rmsnorm", "0.6.99"]
-        member = "flashinfer_jit_cache/jit_cache/norm/norm.so"
-        assert web.sent <= 1.05 * size_of(content, member) + overhead(content)
-        before = len(web.seen)
-        child(code, **chosen, FI_FFI_OFFLINE="1")
-        assert len(web.seen) == before
