@@ -6,11 +6,13 @@ Each subcommand is a module of its own, imported when it is the one that runs.
 from __future__ import annotations
 
 import importlib
+import os
 
 import click
 
 from fi_ffi import __version__
 from fi_ffi.errors import FiFfiError
+from fi_ffi.loader import cache
 
 _COMMANDS = {
     "build": "Build kernel modules from FlashInfer's sources into a wheel.",
@@ -48,5 +50,8 @@ class _Group(click.Group):
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="fi-ffi")
-def main() -> None:
+@click.option("--paranoid", is_flag=True, help="Hash cached files again, and ask them again.")
+def main(paranoid: bool) -> None:
     """FlashInfer's CUDA kernels without torch and without a compiler."""
+    if paranoid:
+        os.environ[cache.PARANOID] = "1"

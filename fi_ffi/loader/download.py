@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -112,22 +111,13 @@ def _alone(key: str) -> Iterator[Path]:
 
 def _adopt(part: Path, sha256: str, name: str) -> Path:
     """Move a finished, verified file among the cache's objects."""
-    path = cache.object_path(sha256, name)
     try:
-        for folder in reversed(path.parents[:3]):
-            temporaries.make_folder(folder)
-        with part.open("ab") as file:  # which makes it, if the server's file is empty
-            os.fsync(file.fileno())
-        part.chmod(0o444)
-        part.replace(path)
+        part.touch()  # there is none yet where the server's file is empty
+        return cache.adopt(part, sha256, name)
     except OSError as error:
-        raise LoaderError(f"{path} cannot be written: {error}") from error
+        raise LoaderError(f"{part} cannot be written: {error}") from error
     finally:
         part.with_suffix(".json").unlink(missing_ok=True)
-    found = cache.find(sha256, name)
-    if found is None:
-        raise LoaderError(f"{path} was changed or removed by another process")
-    return found
 
 
 class _Transfer:

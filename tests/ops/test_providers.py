@@ -1,0 +1,64 @@
+"""Which entry serves a row: one of another release is told apart before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import fi_ffi
+from fi_ffi.abi.device import parse_device
+from fi_ffi.loader import runtime
+from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.op import Op
+from fi_ffi.ops.providers import entry_for, fits
+
+ROW = OPS["rmsnorm"].row
+
+
+@pytest.fixture(autouse=True)
+def kernels(built_wheel):
+    fi_ffi.use_kernels(built_wheel)
+    yield
+    runtime.use_source(None)
+    for op in OPS.values():
+        op.forget()
+        op.settle(None)
+
+
+def test_an_op_the_release_lacks_says_which_have_it():
+    gone = replace(ROW, name="gone", releases=">=0.6.1,<0.6.13")
+    with pytest.raises(fi_ffi.KernelNotFoundError) as caught:
+        entry_for(gone, parse_device("cuda:0"))
+    assert "gone is in FlashInfer >=0.6.1,<0.6.13" in str(caught.value)
+    assert "the kernels in use are of 0.6.13" in str(caught.value)
+
+
+def test_a_gpu_that_is_not_there_is_told(built_wheel):
+    from fi_ffi.loader import machine
+
+    index = machine.device_count()
+    with pytest.raises(fi_ffi.LoaderError, match=f"there is no cuda:{index}"):
+        entry_for(ROW, parse_device(f"cuda:{index}"))
+    desc = fi_ffi.TensorDesc(4096, (1, 8), "float16", device=f"cuda:{index}")
+    weight = fi_ffi.TensorDesc(4096, (8,), "float16", device=f"cuda:{index}")
+    with pytest.raises(fi_ffi.LoaderError, match="there is no cuda"):
+        fi_ffi.rmsnorm(desc, desc, weight, stream=0)
+
+
+def test_the_reference_needs_no_kernels(tmp_path: Path):
+    runtime.use_source(tmp_path)  # where there are none
+    assert entry_for(ROW, parse_device("cpu")).name.startswith("fi_ffi.reference.norm")
+
+
+def test_an_op_takes_the_form_of_its_kernels():
+    old, new = replace(ROW, releases="<0.6"), replace(ROW, releases=">=0.6", doc="New.")
+    op = Op(old, new)
+    assert op.row is old
+    op.settle("0.6.13")
+    assert op.row is new
+    assert op.__doc__.startswith("New.")
+    op.settle("0.5.1")
+    assert op.row is old
+    assert fits(new, "0.7.2.post1")
