@@ -75,7 +75,10 @@ class Number:
     """An integer of at least `low`, written without leading zeros."""
 
     low: int = 1
-    pattern: str = r"0|[1-9][0-9]{0,8}"
+
+    @property
+    def pattern(self) -> str:
+        return r"[1-9][0-9]{0,8}" if self.low else r"0|[1-9][0-9]{0,8}"
 
     @property
     def expected(self) -> str:
