@@ -73,10 +73,6 @@ def attach(path: str) -> tuple[int, int, int]:
     return found
 
 
-def is_attached() -> bool:
-    return not isinstance(lib, _Unattached)
-
-
 def open_module(path: str) -> Any:
     """dlopen a kernel module, its symbols local to it; it is never closed.
 

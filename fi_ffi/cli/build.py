@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import click
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -23,6 +21,7 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 
 from fi_ffi.cli.output import print_json
+from fi_ffi.cli.progress import Pace, shown
 from fi_ffi.loader.building.build import Available, available
 from fi_ffi.loader.building.build import build as build_wheel
 from fi_ffi.loader.building.env import DEFAULT_TORCH
@@ -36,7 +35,6 @@ from fi_ffi.loader.building.names import (
 )
 from fi_ffi.loader.building.workshop import Progress
 
-_LINE_EVERY_S = 10.0  # between lines of progress where there is no terminal
 _INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
 
 
@@ -54,16 +52,15 @@ class _Lines:
     """Progress as plain lines on standard error."""
 
     def __init__(self) -> None:
-        self._last = float("-inf")
+        self._pace = Pace()
 
     def __call__(self, progress: Progress) -> None:
         if progress.stage != "compile":
             click.echo(progress.message, err=True)
             return
-        now = time.monotonic()
-        if now - self._last < _LINE_EVERY_S and progress.done < progress.total:
+        if not self._pace.due(progress.done >= progress.total):
             return
-        self._last, left = now, _remaining(progress)
+        left = _remaining(progress)
         click.echo(
             f"compiling {progress.message}: {progress.done}/{progress.total} in "
             f"{_clock(progress.elapsed)}" + (f", {left}" if left else ""),
@@ -92,24 +89,15 @@ class _Bars:
         )
 
 
-@contextmanager
-def _reporter(quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
-    """What shows the progress: a bar on a terminal, else lines, or nothing."""
-    console = Console(stderr=True, highlight=False)
-    if quiet:
-        yield None
-    elif not console.is_terminal:
-        yield _Lines()
-    else:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[remaining]}"),
-        )
-        with Bar(*columns, console=console) as bar:
-            yield _Bars(bar)
+def _reporter(quiet: bool) -> AbstractContextManager[Callable[[Progress], None] | None]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[remaining]}"),
+    )
+    return shown(quiet, _Lines, _Bars, *columns)
 
 
 def _families_json() -> list[dict[str, Any]]:

@@ -1,10 +1,11 @@
-"""How downloads show their progress: a bar on a terminal, else lines, on standard error."""
+"""How commands show their progress: a bar on a terminal, else lines, on standard error."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
 
 import click
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
@@ -23,15 +25,50 @@ from fi_ffi.loader.download import Report, Reporter
 _LINE_EVERY_S = 10.0  # between lines where there is no terminal
 
 
-class _Lines:
+class Pace:
+    """When the next line of progress is due."""
+
     def __init__(self) -> None:
         self._last = float("-inf")
 
-    def __call__(self, report: Report) -> None:
+    def due(self, last: bool) -> bool:
+        """Whether a line is due now; the last one always is."""
         now = time.monotonic()
-        if now - self._last < _LINE_EVERY_S and report.done != report.total:
-            return
+        if now - self._last < _LINE_EVERY_S and not last:
+            return False
         self._last = now
+        return True
+
+
+_Shown = TypeVar("_Shown")
+
+
+@contextmanager
+def shown(
+    quiet: bool,
+    lines: Callable[[], _Shown],
+    bar: Callable[[Progress], _Shown],
+    *columns: ProgressColumn,
+    transient: bool = False,
+) -> Iterator[_Shown | None]:
+    """What shows progress on standard error: `bar` on a terminal, else `lines`, or nothing."""
+    console = Console(stderr=True, highlight=False)
+    if quiet:
+        yield None
+    elif not console.is_terminal:
+        yield lines()
+    else:
+        with Progress(*columns, console=console, transient=transient) as progress:
+            yield bar(progress)
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self._pace = Pace()
+
+    def __call__(self, report: Report) -> None:
+        if not self._pace.due(report.done == report.total):
+            return
         total = f" of {report.total / 1e6:,.1f}" if report.total is not None else ""
         left = f", {report.remaining:.0f} s left" if report.remaining is not None else ""
         text = f"{report.done / 1e6:,.1f}{total} MB, {report.rate / 1e6:,.1f} MB/s{left}"
@@ -50,21 +87,13 @@ class _Bar:
         self._bar.update(task, completed=report.done, total=report.total)
 
 
-@contextmanager
-def reporter(quiet: bool = False) -> Iterator[Reporter | None]:
+def reporter(quiet: bool = False) -> AbstractContextManager[Reporter | None]:
     """What to pass as `report=` to whatever downloads."""
-    console = Console(stderr=True, highlight=False)
-    if quiet:
-        yield None
-    elif not console.is_terminal:
-        yield _Lines()
-    else:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console, transient=True) as bar:
-            yield _Bar(bar)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    return shown(quiet, _Lines, _Bar, *columns, transient=True)
