@@ -13,12 +13,12 @@ FI_FFI_SOURCES names those to ask, in its own order; FI_FFI_RELEASE and FI_FFI_C
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fi_ffi.errors import ArgumentError, FiFfiError, LoaderError
 from fi_ffi.loader import cache, machine
@@ -34,6 +34,9 @@ from fi_ffi.loader.kernels import (
 from fi_ffi.loader.lock import KernelFile, the_lock, this_platform
 from fi_ffi.loader.wheel import Wheel
 
+if TYPE_CHECKING:
+    import importlib.metadata
+
 KERNELS, SOURCES, WHEELS = "FI_FFI_KERNELS", "FI_FFI_SOURCES", "FI_FFI_WHEELS"
 RELEASE, CUDA = "FI_FFI_RELEASE", "FI_FFI_CUDA"
 
@@ -48,6 +51,9 @@ class Candidate:
 
 
 def _installed(release: str | None) -> Iterator[Candidate]:
+    # Only here: it brings the email package, and most processes name their kernels.
+    import importlib.metadata
+
     # By file name: asking every distribution for its name would read all their metadata.
     found = [
         importlib.metadata.Distribution.at(path)

@@ -8,7 +8,6 @@ the pinned one, from the cache or the package index.
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +59,9 @@ def in_process() -> Found | None:
 
 def installed() -> Found | None:
     """The installed distribution's copy, located through its metadata alone."""
+    # Only here: it brings the email package with it, and a copy may be here already.
+    import importlib.metadata
+
     pin = tvm_ffi_pin()
     try:
         distribution = importlib.metadata.distribution("apache-tvm-ffi")
