@@ -75,8 +75,8 @@ def _choose_device() -> tuple[str, str]:
         return "cpu", "no GPU here: numpy reference kernels"
     try:
         search.find_module("norm", 0)
-    except LoaderError as error:
-        return "cpu", f"a GPU ({found[0].name}), but {error}"
+    except LoaderError:
+        return "cpu", f"no kernels for {found[0].name} here: `fi-ffi doctor` tells why"
     return "cuda:0", found[0].name
 
 

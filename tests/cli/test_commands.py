@@ -138,6 +138,11 @@ def test_inspect_refuses_what_is_no_library(tmp_path):
     assert "Error:" in run("inspect", text, code=1)
 
 
+def test_inspect_of_a_wheel_names_the_command_for_it(built_wheel):
+    text = run("inspect", built_wheel, code=1)
+    assert f"fi-ffi list --kernels {built_wheel} --entries" in text.replace("\n", " ")
+
+
 def test_inspect_without_loading(built_wheel):
     program = (
         "import sys; from click.testing import CliRunner; from fi_ffi.cli import main\n"
