@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import importlib.metadata
 
 KERNELS, SOURCES, WHEELS = "FI_FFI_KERNELS", "FI_FFI_SOURCES", "FI_FFI_WHEELS"
-RELEASE, CUDA = "FI_FFI_RELEASE", "FI_FFI_CUDA"
+RELEASE, CUDA, VERIFY = "FI_FFI_RELEASE", "FI_FFI_CUDA", "FI_FFI_VERIFY"
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,9 @@ class PinnedKernels:
     def _wheel(self) -> KernelWheel:
         from fi_ffi.loader.remote import RemoteWheel
 
-        return KernelWheel(self.location, RemoteWheel.of(self.pin))
+        whole = os.environ.get(VERIFY) == "full"
+        wheel = RemoteWheel.of(self.pin, verify="full" if whole else "record")
+        return KernelWheel(self.location, wheel)
 
     @property
     def trust(self) -> str:

@@ -33,7 +33,7 @@ def web(built_wheel) -> Iterator[Server]:
 
 
 @pytest.fixture
-def start(built_wheel, web, tmp_path, monkeypatch) -> Callable[..., subprocess.CompletedProcess]:
+def start(request, built_wheel, web, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     """A process that knows kernels from the lock alone, with a cache of its own."""
     with zipfile.ZipFile(built_wheel) as archive:
         name = next(n for n in archive.namelist() if n.endswith("/RECORD"))
@@ -46,9 +46,10 @@ def start(built_wheel, web, tmp_path, monkeypatch) -> Callable[..., subprocess.C
         "file": built_wheel.name,
         "url": web.url(next(iter(web.files))),
         "sha256": hashlib.sha256(built_wheel.read_bytes()).hexdigest(),
-        "record-sha256": hashlib.sha256(record).hexdigest(),
         "provenance": "verified here",
     }
+    if getattr(request, "param", True):
+        pins["record-sha256"] = hashlib.sha256(record).hexdigest()
     text = lock.lock_path().read_text().partition("[[kernels.files]]")[0] + "[[kernels.files]]\n"
     (tmp_path / "wheels.lock").write_text(text + "".join(f'{k} = "{v}"\n' for k, v in pins.items()))
     library = runtime.ensure_tvm_ffi().path
@@ -85,6 +86,14 @@ def test_a_first_start_fetches_the_module_and_no_more(start, web, built_wheel):
     assert again.returncode == 0, again.stderr
     assert again.stdout == done.stdout
     assert len(web.seen) == before
+
+
+@pytest.mark.parametrize("start", [False], indirect=True, ids=["RECORD not pinned"])
+@pytest.mark.parametrize("verify", ["record", "full"])
+def test_the_whole_file_only_where_it_is_asked_for(start, verify, web, built_wheel):
+    done = start(FI_FFI_VERIFY=verify)
+    assert done.returncode == 0, done.stderr
+    assert (web.sent >= built_wheel.stat().st_size) == (verify == "full")
 
 
 def test_offline_says_what_is_missing(start, web):
