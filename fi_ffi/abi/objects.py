@@ -63,7 +63,7 @@ class Function(Object):
 
 
 class Array(Object):
-    """A sequence of values; read through libtvm_ffi, whose layout of it has changed."""
+    """A sequence of values, read through the functions that libtvm_ffi has for it."""
 
     __slots__ = ()
     type_index = types.ARRAY
