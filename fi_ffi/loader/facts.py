@@ -9,19 +9,16 @@ FI_FFI_PARANOID=1 asks the file again.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from fi_ffi.errors import AbiError, LoaderError
+from fi_ffi.errors import AbiError
 from fi_ffi.loader import cache
-from fi_ffi.loader.caching import temporaries
+from fi_ffi.loader.caching import notes
 from fi_ffi.loader.fatbin import CudaCode
 from fi_ffi.loader.kernels import ModuleFile
 
-_FORMAT = 1  # of the stored facts; another one is not read
+_FORMAT = 2  # of the stored facts; another one is not read
 
 
 @dataclass
@@ -44,8 +41,9 @@ def _path(sha256: str) -> Path:
 def facts_of(file: ModuleFile) -> Facts:
     """The facts of a file, remembered or read from it now."""
     if not cache.is_paranoid():
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return _from_json(json.loads(_path(file.sha256).read_text()))
+        with contextlib.suppress(TypeError, KeyError):
+            data = notes.read(cache.cache_root(), _path(file.sha256), _FORMAT)
+            return Facts(**data | {"codes": [CudaCode(**code) for code in data["codes"]]})
     # Only here: importing pyelftools takes longer than reading a file with it.
     from fi_ffi.loader.elf import inspect_elf
     from fi_ffi.loader.fatbin import architectures
@@ -58,22 +56,7 @@ def facts_of(file: ModuleFile) -> Facts:
 
 def remember(file: ModuleFile, facts: Facts) -> None:
     """Keep the facts; a cache that cannot be written is no reason to fail."""
-    path = _path(file.sha256)
-    text = json.dumps({"format": _FORMAT} | asdict(facts))
-    with (
-        contextlib.suppress(OSError, LoaderError),
-        temporaries.temporary(cache.cache_root()) as new,
-    ):
-        os.write(new.fd, text.encode())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(new.path, path)
-
-
-def _from_json(data: Any) -> Facts:
-    if not isinstance(data, dict) or data.pop("format") != _FORMAT:
-        raise ValueError("another format")
-    data["codes"] = [CudaCode(**code) for code in data["codes"]]
-    return Facts(**data)
+    notes.write(cache.cache_root(), _path(file.sha256), _FORMAT, asdict(facts))
 
 
 def check_needed(file: ModuleFile, facts: Facts, cudart: str) -> None:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fi_ffi.errors import LoaderError
 from fi_ffi.loader import cache
-from fi_ffi.loader.caching import temporaries, trust
+from fi_ffi.loader.caching import notes
 
-_FORMAT = 1
-_MAX_FILE = 32 << 20  # bytes; twice what may be kept of a wheel
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -35,29 +31,15 @@ def _path(sha256: str) -> Path:
 
 def load_index(sha256: str) -> Index | None:
     """What was kept; None where there is nothing, or nothing that can be read."""
-    path = _path(sha256)
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        if not trust.folders_exist(cache.cache_root(), path.parent):
-            return None
-        status = os.lstat(path)
-        trust.check_object(path, status)
-        if status.st_size > _MAX_FILE:
-            return None
-        data = json.loads(path.read_bytes())
-        if data["format"] == _FORMAT:
-            kept = {int(at): base64.b64decode(piece) for at, piece in data["kept"].items()}
-            return Index(int(data["size"]), bool(data["verified"]), kept)
+    data = notes.read(cache.cache_root(), _path(sha256), _FORMAT)
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+        kept = {int(at): base64.b64decode(piece) for at, piece in data["kept"].items()}
+        return Index(int(data["size"]), bool(data["verified"]), kept)
     return None
 
 
 def store_index(sha256: str, index: Index) -> None:
     """Keep it; where the cache cannot be written it is fetched again next time."""
     kept = {str(at): base64.b64encode(piece).decode() for at, piece in index.kept.items()}
-    data = {"format": _FORMAT, "size": index.size, "verified": index.verified, "kept": kept}
-    root, path = cache.cache_root(), _path(sha256)
-    with contextlib.suppress(OSError, LoaderError), temporaries.temporary(root) as new:
-        temporaries.make_folder(path.parent)
-        with open(new.fd, "w", closefd=False) as file:
-            json.dump(data, file)
-        os.fsync(new.fd)
-        os.replace(new.path, path)
+    data = {"size": index.size, "verified": index.verified, "kept": kept}
+    notes.write(cache.cache_root(), _path(sha256), _FORMAT, data)

@@ -56,9 +56,10 @@ class Form:
         self._plans: dict[tuple[Layout, ...], _Plan] = {}
 
     def is_on_cuda(self, values: list[Any]) -> bool:
-        """Whether the first tensor is on a GPU, before the others are looked at."""
+        """Whether the first tensor is on a GPU; it is left described in `values`."""
         i, arg = self._tensors[0]
-        return as_desc(values[i], self.row.name, arg.name).device.is_cuda
+        desc = values[i] = as_desc(values[i], self.row.name, arg.name)
+        return desc.device.is_cuda
 
     def __call__(self, values: list[Any], stream: object) -> None:
         """Check everything, and launch unless there is nothing to write."""

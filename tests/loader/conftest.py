@@ -54,3 +54,11 @@ def install(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return done[requirement]
 
     return run
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own, and the network allowed."""
+    monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("FI_FFI_OFFLINE", raising=False)
+    return tmp_path / "cache"

@@ -21,7 +21,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from fi_ffi.errors import LoaderError
 from fi_ffi.loader.retries import Policy
+from fi_ffi.loader.wheel import WheelReader
 
 # Patient enough for a busy machine, and quick.
 QUICK = Policy(tries=3, first_wait=0.01, longest_wait=1.0, connect_timeout=2, read_timeout=0.3)
@@ -305,3 +307,11 @@ def tree(root: Path) -> list[str]:
     return sorted(
         str(path.relative_to(root)) for path in files if path.suffix not in (".stamp", ".lock")
     )
+
+
+def extract_all(wheel: WheelReader) -> None:
+    """Members as RECORD has them, or errors of ours."""
+    for member in wheel.members:
+        with contextlib.suppress(LoaderError):
+            found = wheel.extract(member)
+            assert sha256(found.read_bytes()) == wheel.record[member].sha256

@@ -32,13 +32,6 @@ PART, NOTES = f"downloads/{SHA256}.part", f"downloads/{SHA256}.json"
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("FI_FFI_OFFLINE", raising=False)
-    return tmp_path / "cache"
-
-
-@pytest.fixture
 def web(root: Path) -> Iterator[Server]:
     with Server({"/file": File(CONTENT, etag='"one"')}) as server:
         yield server

@@ -61,14 +61,15 @@ def test_facts_are_the_files(norm):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"format": 0}', '{"format": 1, "codes": 7}', "null", "\0"]
+    "text",
+    ["", "{", "[]", "{}", '{"format": 0}', '{"format": 2, "data": {"codes": 7}}', "null", "\0"],
 )
 def test_damaged_facts_are_read_anew(norm, text):
     before = facts.facts_of(norm)
     path = facts._path(norm.sha256)
     path.write_text(text)
     assert facts.facts_of(norm) == before
-    assert json.loads(path.read_text())["functions"] == before.functions
+    assert json.loads(path.read_text())["data"]["functions"] == before.functions
 
 
 def test_a_cache_that_cannot_be_written_does_not_matter(norm, tmp_path, monkeypatch):

@@ -42,14 +42,6 @@ def fetched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache."""
-    monkeypatch.delenv("FI_FFI_OFFLINE", raising=False)
-    monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
 def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that pip is set up to take files from, and from nowhere else."""
     folder = tmp_path / "mirror"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import io
 import random
 import struct
@@ -43,13 +43,6 @@ PATH = "/kernels-1.2.3%2Bcu130-cp39-abi3-linux_x86_64.whl"
 NAME = "kernels-1.2.3+cu130-cp39-abi3-linux_x86_64.whl"
 RECORD = sha256(faults.record(MEMBERS))
 OTHER = "flashinfer_jit_cache/jit_cache/module_3/module_3.so"
-
-
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("FI_FFI_OFFLINE", raising=False)
-    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -324,7 +317,9 @@ def test_offline(web: Server, root: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(web.seen) == requests
 
 
-@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b"\xff", b'{"format": 1, "size": 3}'])
+@pytest.mark.parametrize(
+    "damage", [b"", b"{}", b"[1]", b"\xff", b'{"format": 2, "data": {"size": 3}}']
+)
 def test_a_damaged_index_is_fetched_again(web: Server, root: Path, damage: bytes) -> None:
     pins = {"sha256": sha256(WHEEL), "record_sha256": RECORD}
     open_wheel(web, **pins)
@@ -418,16 +413,8 @@ def read_all(web: Server, folder: Path, content: bytes) -> None:
     """Members as RECORD has them, or errors of ours; nothing outside the cache."""
     web.files[PATH] = File(content)
     begun = time.monotonic()
-    try:
-        wheel = open_wheel(web)
-        for member in wheel.members:
-            try:
-                found = wheel.extract(member)
-            except LoaderError:
-                continue
-            assert hashlib.sha256(found.read_bytes()).hexdigest() == wheel.record[member].sha256
-    except LoaderError:
-        pass
+    with contextlib.suppress(LoaderError):
+        faults.extract_all(open_wheel(web))
     assert time.monotonic() - begun < 5
     assert [path.name for path in folder.iterdir() if path.name != "cache"] == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import hashlib
 import io
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 
 from fi_ffi.errors import ArtifactError, LoaderError
 from fi_ffi.loader.wheel import Wheel, parse_record
+
+from loader.server import extract_all
 
 INFO = "kernels-1.2.3+cu130.dist-info"
 MEMBER = "kernels/jit_cache/norm/norm.so"
@@ -356,16 +359,8 @@ def test_mutated_wheels(
 
 
 def read_all(path: Path) -> None:
-    try:
-        wheel = Wheel(path)
-    except ArtifactError:
-        return
-    for member in wheel.members:
-        try:
-            found = wheel.extract(member)
-        except LoaderError:
-            continue
-        assert hashlib.sha256(found.read_bytes()).hexdigest() == wheel.record[member].sha256
+    with contextlib.suppress(ArtifactError):
+        extract_all(Wheel(path))
 
 
 def test_many_mutations_of_the_structure(tmp_path: Path) -> None:
