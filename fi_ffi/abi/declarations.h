@@ -122,6 +122,8 @@ int dladdr(const void *addr, FiFfiDlInfo *info);
 int cudaDriverGetVersion(int *driverVersion);
 int cudaGetDeviceCount(int *count);
 int cudaDeviceGetAttribute(int *value, int attr, int device);
+int cudaGetDevice(int *device);
+int cudaSetDevice(int device);
 
 /* Python's own C API: the address inside a capsule.  Called without the GIL,
  * which is safe for this function while it succeeds: see interop.py. */

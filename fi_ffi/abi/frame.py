@@ -32,7 +32,14 @@ class TensorSlot:
         self.layout, self.as_object = layout, as_object
 
 
-Slot = TensorSlot | type[int] | type[bool] | type[float]
+class ArraySlot:
+    """An Array object, given by the address of its handle."""
+
+    __slots__ = ()
+
+
+# None: an optional argument that is not there; its value is 0.
+Slot = TensorSlot | ArraySlot | type[int] | type[bool] | type[float] | None
 
 
 class Frame:
@@ -57,6 +64,9 @@ class Frame:
         for i, slot in enumerate(slots):
             if isinstance(slot, TensorSlot):
                 self._writers.append(self._add_tensor(i, slot, tensors))
+            elif slot is None or isinstance(slot, ArraySlot):
+                self._args[i].type_index = types.NONE if slot is None else types.ARRAY
+                self._writers.append((self._words["q"], 2 * i + 1))
             else:
                 self._args[i].type_index, code = _SCALARS[slot]
                 self._writers.append((self._words[code], 2 * i + 1))
@@ -72,7 +82,7 @@ class Frame:
         return self._words["Q"], i * _DL_WORDS
 
     def call(self, entry: Entry, values: Sequence[Any]) -> Any:
-        """Write `values` (addresses for tensors) and call; returns the entry's result.
+        """Write `values` (addresses for tensors and objects) and call; the entry's result.
 
         The values are trusted: types and ranges were checked before.
         """

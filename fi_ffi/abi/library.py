@@ -79,6 +79,7 @@ def open_module(path: str) -> Any:
     Raises `LoaderError` with the dynamic linker's own words.
     """
     c = c_library()
+    c.dlerror()  # looks the function up, which would forget the error later on
     handle = c.dlopen(os.fsencode(path), RTLD_NOW | RTLD_LOCAL)
     if handle == ffi.NULL:
         raise LoaderError(f"{path} does not load: {_dlerror()}")

@@ -15,7 +15,7 @@ CUDA_MAJOR = 13  # of the runtime that fi_ffi loads, and so of the kernels it ca
 CUDART = f"libcudart.so.{CUDA_MAJOR}"
 
 # cudaDeviceAttr of driver_types.h
-_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+_MULTIPROCESSORS, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 16, 75, 76
 
 
 @functools.cache
@@ -52,11 +52,31 @@ def device_count() -> int:
     return _ask("cudaGetDeviceCount") or 0
 
 
+def make_current(device: int) -> int | None:
+    """Make a device this thread's current one; the one it replaces, or None where it was."""
+    runtime, current = load_cudart()[0], ffi.new("int *")
+    code = runtime.cudaGetDevice(current)
+    if code == 0 and current[0] == device:
+        return None
+    code = code or runtime.cudaSetDevice(device)
+    if code:
+        raise LoaderError(f"cuda:{device} cannot be used: CUDA error {code}")
+    return int(current[0])
+
+
+def multiprocessors(device: int) -> int:
+    """How many streaming multiprocessors a device has."""
+    return _attribute(device, _MULTIPROCESSORS)
+
+
 @functools.cache
+def _attribute(device: int, attribute: int) -> int:
+    value = _ask("cudaDeviceGetAttribute", attribute, device)
+    if value is None:
+        raise LoaderError(f"there is no cuda:{device}: this process sees {device_count()} GPUs")
+    return value
+
+
 def capability(device: int) -> tuple[int, int]:
     """A device's compute capability; `LoaderError` where there is no such device."""
-    major = _ask("cudaDeviceGetAttribute", _CAPABILITY_MAJOR, device)
-    minor = _ask("cudaDeviceGetAttribute", _CAPABILITY_MINOR, device)
-    if major is None or minor is None:
-        raise LoaderError(f"there is no cuda:{device}: this process sees {device_count()} GPUs")
-    return major, minor
+    return _attribute(device, _CAPABILITY_MAJOR), _attribute(device, _CAPABILITY_MINOR)

@@ -7,7 +7,7 @@ the result in its op's cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from fi_ffi.abi.dtypes import DType
 from fi_ffi.abi.tensor import Layout
@@ -16,46 +16,86 @@ from fi_ffi.ops.row import Row, Tensor
 
 _DEVICE_TYPES = ("cpu", "cuda")
 
+Given = Sequence[Layout | None]
 
-def check_layouts(row: Row, layouts: Sequence[Layout]) -> tuple[int, ...]:
+
+class Checked:
+    """What the checks found: sizes by axis name, and the alignment of each address in bytes."""
+
+    __slots__ = ("alignments", "sizes")
+
+    def __init__(self, sizes: dict[str, int], alignments: tuple[int, ...]) -> None:
+        self.sizes, self.alignments = sizes, alignments
+
+
+def check_layouts(
+    row: Row, layouts: Given, kv_layout: str = "NHD", known: Mapping[str, int] | None = None
+) -> Checked:
     """Raise `ArgumentError` unless `layouts` fit the row's tensors.
 
-    Returns the alignment in bytes that each tensor's address must have.
+    `known` are sizes that are settled before (by a plan); an optional tensor that is
+    not there has None for a layout.
     """
-    sizes, dtypes = _sizes(row, layouts), _dtypes(row, layouts)
+    sizes = _sizes(row, layouts, kv_layout, dict(known or ()))
+    dtypes = _dtypes(row, layouts)
     _check_device(row, layouts)
-    vector = _vector(row, sizes, dtypes)
     alignments = []
     for tensor, layout in zip(row.tensors, layouts, strict=True):
+        if layout is None:
+            alignments.append(1)
+            continue
         if tensor.writes and layout.readonly:
             raise ArgumentError(row.name, tensor.name, got="read-only memory", expected="writable")
-        step = vector if row.vector_axis in tensor.axis_names else 1
+        step = _step(row, tensor, layout, sizes, dtypes)
         _check_strides(row, tensor, layout, step)
         alignments.append(step * layout.dtype.itemsize)
-    return tuple(alignments)
+    _check_same_strides(row, layouts)
+    return Checked(sizes, tuple(alignments))
 
 
-def _sizes(row: Row, layouts: Sequence[Layout]) -> dict[str, int]:
-    sizes: dict[str, int] = {}
+def _present(row: Row, layouts: Given) -> Iterator[tuple[Tensor, Layout]]:
     for tensor, layout in zip(row.tensors, layouts, strict=True):
-        names = tensor.axis_names
+        if layout is not None:
+            yield tensor, layout
+
+
+def _sizes(row: Row, layouts: Given, kv_layout: str, sizes: dict[str, int]) -> dict[str, int]:
+    for tensor, layout in _present(row, layouts):
+        names = tensor.axes_in(kv_layout)
+        axes = " ".join(names)
+
+        def refuse(expected: str, tensor: Tensor = tensor, got: Layout = layout) -> ArgumentError:
+            return ArgumentError(row.name, tensor.name, got=got, expected=expected)
+
         if len(layout.shape) != len(names):
-            expected = f"rank {len(names)} ({tensor.axes})"
-            raise ArgumentError(row.name, tensor.name, got=layout, expected=expected)
+            raise refuse(f"rank {len(names)} ({axes})")
         for name, size in zip(names, layout.shape, strict=True):
-            bound = int(name) if name.isdigit() else sizes.setdefault(name, size)
+            base, plus, more = name.partition("+")
+            if name.isdigit():
+                bound = int(name)
+            elif plus:
+                bound = sizes.setdefault(base, size - int(more)) + int(more)
+            else:
+                bound = sizes.setdefault(name, size)
             if size != bound:
-                expected = f"{name} = {bound} of ({tensor.axes})"
-                raise ArgumentError(row.name, tensor.name, got=layout, expected=expected)
-            if size < row.min_sizes.get(name, 0):
-                expected = f"{name} of at least {row.min_sizes[name]}"
-                raise ArgumentError(row.name, tensor.name, got=layout, expected=expected)
+                raise refuse(f"{name} = {bound} of ({axes})")
+            if size < row.min_sizes.get(name, 1 if plus else 0):
+                raise refuse(f"{name} of at least {row.min_sizes.get(name, 1)}")
+            if size not in row.sizes_in.get(name, (size,)):
+                raise refuse(f"{name} of {' or '.join(map(str, row.sizes_in[name]))}")
+            for divisor, multiple in row.divides:
+                if name in (divisor, multiple) and divisor in sizes and multiple in sizes:
+                    if not sizes[divisor] or sizes[multiple] % sizes[divisor]:
+                        raise refuse(
+                            f"{multiple} = {sizes[multiple]} to be a multiple of "
+                            f"{divisor} = {sizes[divisor]}"
+                        )
     return sizes
 
 
-def _dtypes(row: Row, layouts: Sequence[Layout]) -> dict[str, DType]:
+def _dtypes(row: Row, layouts: Given) -> dict[str, DType]:
     bound: dict[str, DType] = {}
-    for tensor, layout in zip(row.tensors, layouts, strict=True):
+    for tensor, layout in _present(row, layouts):
         allowed = row.dtypes.get(tensor.dtype, (tensor.dtype,))
         if layout.dtype.name not in allowed:
             expected = " or ".join(allowed)
@@ -67,21 +107,38 @@ def _dtypes(row: Row, layouts: Sequence[Layout]) -> dict[str, DType]:
     return bound
 
 
-def _check_device(row: Row, layouts: Sequence[Layout]) -> None:
-    first = layouts[0].device
-    for tensor, layout in zip(row.tensors, layouts, strict=True):
-        if layout.device.type not in _DEVICE_TYPES:
+def _check_device(row: Row, layouts: Given) -> None:
+    first: tuple[str, Layout] | None = None
+    for tensor, layout in _present(row, layouts):
+        device = layout.device
+        if tensor.host:
+            if device.type != "cpu":
+                expected = "an array on the host: it is read before anything is launched"
+                raise ArgumentError(row.name, tensor.name, got=device, expected=expected)
+            continue
+        if device.type not in _DEVICE_TYPES:
             expected = " or ".join(_DEVICE_TYPES)
-            raise ArgumentError(row.name, tensor.name, got=layout.device, expected=expected)
-        if layout.device is not first:
-            expected = f"{first}, the device of `{row.tensors[0].name}`"
-            raise ArgumentError(row.name, tensor.name, got=layout.device, expected=expected)
+            raise ArgumentError(row.name, tensor.name, got=device, expected=expected)
+        if first is None:
+            first = tensor.name, layout
+        elif device is not first[1].device:
+            expected = f"{first[1].device}, the device of `{first[0]}`"
+            raise ArgumentError(row.name, tensor.name, got=device, expected=expected)
 
 
-def _vector(row: Row, sizes: dict[str, int], dtypes: dict[str, DType]) -> int:
-    """Elements the kernel loads at a time along the row's vector axis."""
-    element = dtypes[next(iter(row.dtypes))]
-    return math.gcd(row.vector_bytes // element.itemsize, sizes[row.vector_axis])
+def _step(
+    row: Row, tensor: Tensor, layout: Layout, sizes: dict[str, int], dtypes: dict[str, DType]
+) -> int:
+    """Elements the kernel loads at a time from this tensor."""
+    vector = row.vector
+    axis = next((name for name in tensor.axis_names if name in vector.axes), None)
+    if axis is None:
+        return 1
+    element = layout.dtype if vector.dtype is None else dtypes[vector.dtype]
+    wide = vector.bytes // element.itemsize
+    if vector.threads:
+        wide = max(wide, sizes[axis] // vector.threads)
+    return math.gcd(wide, sizes[axis])
 
 
 def _check_strides(row: Row, tensor: Tensor, layout: Layout, step: int) -> None:
@@ -103,11 +160,21 @@ def _check_strides(row: Row, tensor: Tensor, layout: Layout, step: int) -> None:
         raise refuse("strides of 0 or more")
     if any(stride % step for stride, _ in outer):
         raise refuse(f"strides in multiples of the {step} elements loaded at a time")
-    if layout.span_bytes // layout.dtype.itemsize > row.offset_limit:
-        raise refuse(f"offsets below {row.offset_limit} elements, as far as the kernel counts")
+    limit = tensor.offset_limit or row.offset_limit
+    if layout.span_bytes // layout.dtype.itemsize > limit:
+        raise refuse(f"offsets below {limit} elements, as far as the kernel counts")
     if tensor.writes:
         reach = shape[-1] - 1
         for stride, size in sorted(outer):
             if stride <= reach:
                 raise refuse("elements that do not overlap, because they are written")
             reach += stride * (size - 1)
+
+
+def _check_same_strides(row: Row, layouts: Given) -> None:
+    wanted = [pair for pair in _present(row, layouts) if pair[0].name in row.same_strides]
+    for tensor, layout in wanted[1:]:
+        first, other = wanted[0]
+        if layout.strides != other.strides:
+            got, expected = f"strides {layout.strides}", f"{other.strides}, those of `{first.name}`"
+            raise ArgumentError(row.name, tensor.name, got=got, expected=expected)

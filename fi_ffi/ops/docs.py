@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import textwrap
 
-from fi_ffi.ops.row import Row, Scalar, Tensor
+from fi_ffi.ops.row import Arg, KvLayout, PlanInfo, Row, Scalar, Tensor
 
 _WIDTH = 96
 
 
-def _argument(arg: Tensor | Scalar) -> str:
+def _argument(arg: Arg) -> str:
+    if isinstance(arg, PlanInfo):
+        return f"{arg.name}: what the plan returned."
+    if isinstance(arg, KvLayout):
+        return f"{arg.name} (str = {arg.default!r}): {arg.doc}."
     if isinstance(arg, Scalar):
         low = "" if arg.low is None else f", {arg.low} or more"
         default = "" if arg.default is None else f" = {arg.default!r}"
         return f"{arg.name} ({arg.type.__name__}{default}{low}): {arg.doc}."
     how = ["contiguous"] if arg.contiguous else []
     how += ["written"] if arg.writes else []
+    how += ["or None"] if arg.optional else []
+    how += ["on the host"] if arg.host else []
     shape = ", ".join(arg.axis_names)
     return f"{arg.name} ({'; '.join([f'[{shape}] {arg.dtype}', *how])}): {arg.doc}."
 
@@ -27,12 +33,15 @@ def _indented(text: str) -> str:
 def docstring(row: Row) -> str:
     """Shapes, dtypes, errors and the upstream source of an op."""
     dtypes = "; ".join(f"{name} is {' or '.join(types)}" for name, types in row.dtypes.items())
-    first = next(iter(row.dtypes))
+    vector = row.vector
+    whose = f"the itemsize of {vector.dtype}" if vector.dtype else "its own itemsize"
+    nothing = f"{row.nothing_axis} = 0" if row.nothing_axis else "no rows"
     paragraphs = (
-        f"{dtypes}. All tensors are on one device. The last axis has stride 1. Rows are loaded "
-        f"gcd({row.vector_bytes} bytes / itemsize of {first}, {row.vector_axis}) elements at a "
-        "time: addresses and the other strides are multiples of that. Offsets stay below "
-        f"{row.offset_limit} elements. With no rows, nothing is launched.",
+        f"{dtypes}. All tensors are on one device. The last axis has stride 1. Tensors with "
+        f"{' or '.join(vector.axes)} are loaded gcd({vector.bytes} bytes / {whose}, "
+        f"{' or '.join(vector.axes)}) elements at a time: addresses and the other strides are "
+        f"multiples of that. Offsets stay below {row.offset_limit} elements. With {nothing}, "
+        "nothing is launched.",
         "Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` "
         "where the kernel file has another interface, `KernelError` with the kernel's own words.",
         f"Kernel: `{row.symbol}` of module `{row.module}`, FlashInfer {row.releases}, "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fi_ffi.ops.row import Row, Scalar, Tensor
+from fi_ffi.ops.row import Row, Scalar, Tensor, Vector
 
 _SOURCE = "csrc/flashinfer_norm_binding.cu"
 _T = {"T": ("float16", "bfloat16")}
@@ -118,7 +118,7 @@ ROWS = (
         Tensor("beta", "h", "float32", "shift of each column", as_object=True),
         _EPS,
         dtypes={"T": ("bfloat16",)},
-        vector_bytes=4,  # pairs of bfloat16, and so pairs of float32
+        vector=Vector(("h",), bytes=4, dtype="T"),  # pairs of bfloat16, and so pairs of float32
         offset_limit=2**31,
     ),
 )

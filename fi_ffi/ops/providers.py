@@ -27,8 +27,10 @@ def release_in_use() -> str | None:
         return None
 
 
-def entry_for(row: Row, device: Device) -> Entry:
-    """The entry, loaded and attested: its own signature is the row's.
+def entry_for(row: Row, device: Device, module: str | None = None) -> Entry:
+    """The row's entry, loaded and attested: its own signature is the row's.
+
+    `module` is one of the row's family; without it, the row's own.
 
     Raises `KernelNotFoundError` for an op that the release in use does not have.
     """
@@ -38,7 +40,7 @@ def entry_for(row: Row, device: Device) -> Entry:
             raise KernelNotFoundError(
                 f"{row.name} is in FlashInfer {row.releases}; the kernels in use are of {release}"
             )
-        return runtime.kernel_entry(row.module, row.signature, row.releases, device.index)
+        return runtime.kernel_entry(module or row.module, row.signature, row.releases, device.index)
     # Here, not above: numpy takes longer to import than all of fi_ffi.
     from fi_ffi import reference
 

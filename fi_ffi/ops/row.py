@@ -16,8 +16,8 @@ class Tensor:
     """A tensor argument.
 
     `axes` names its axes ("n h"); the same name is the same size everywhere in
-    the row, and a number is that size.  `dtype` is a variable of the row's
-    `dtypes`, or a dtype's name.
+    the row, a number is that size, and "b+1" is one more than b.  `dtype` is a
+    variable of the row's `dtypes`, or a dtype's name.
     """
 
     name: str
@@ -31,14 +31,31 @@ class Tensor:
     as_object: bool = False
     # Every element adjacent; otherwise only those of the last axis need be.
     contiguous: bool = False
+    # None where there is none.
+    optional: bool = False
+    # On the host, whatever device the others are on.
+    host: bool = False
+    # Axes in the order that the call's `kv_layout` says; `axes` gives that of NHD.
+    kv: bool = False
+    # The kernel computes element offsets in an integer that holds less than this;
+    # None: as the row says.
+    offset_limit: int | None = None
 
     @property
     def axis_names(self) -> tuple[str, ...]:
         return tuple(self.axes.split())
 
+    def axes_in(self, kv_layout: str) -> tuple[str, ...]:
+        """The axes in the order that a tensor of this layout has them."""
+        names = self.axis_names
+        if not self.kv or kv_layout == "NHD":
+            return names
+        return (*names[:-3], names[-2], names[-3], names[-1])
+
     @property
     def abi_type(self) -> str:
-        return "ffi.Tensor" if self.as_object else "DLTensor*"
+        kind = "ffi.Tensor" if self.as_object else "DLTensor*"
+        return f"Optional<{kind}>" if self.optional else kind
 
 
 @dataclass(frozen=True)
@@ -59,6 +76,52 @@ class Scalar:
         return self.type.__name__
 
 
+# FlashInfer's codes for the order of a cache's axes (`TensorLayout` in flashinfer/utils.py).
+KV_LAYOUTS = {"NHD": 0, "HND": 1}
+
+
+@dataclass(frozen=True)
+class KvLayout:
+    """The order of the axes of keys and values, given as "NHD" or "HND".
+
+    Where a kernel takes its strides from the tensors (`strided`), HND tensors are handed
+    over as NHD views of the same memory, so that one code path of it serves both.
+    """
+
+    strided: bool = True
+    name: str = "kv_layout"
+    abi_type: str = "int"
+    default: str = "NHD"
+    doc: str = '"NHD" (tokens, heads, head_dim) or "HND" (heads, tokens, head_dim)'
+
+
+@dataclass(frozen=True)
+class PlanInfo:
+    """What a plan returned, handed on to its run."""
+
+    name: str = "plan_info_vec"
+    abi_type: str = "Array<int>"
+
+
+Arg = Tensor | Scalar | KvLayout | PlanInfo
+
+
+@dataclass(frozen=True)
+class Vector:
+    """How wide a kernel loads: along the axes named, `bytes` at a time.
+
+    Addresses and strides must be multiples of gcd(bytes / itemsize, size) elements,
+    where the itemsize is that of `dtype` (a variable of the row) or, with None, the
+    tensor's own.
+    """
+
+    axes: tuple[str, ...]
+    bytes: int = 16
+    dtype: str | None = None
+    # At least this part of the axis: as many threads share a row as there are in a warp.
+    threads: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class Row:
     """One op: a kernel entry with one way of calling it."""
@@ -68,21 +131,26 @@ class Row:
     symbol: str
     source: str
     doc: str
-    args: tuple[Tensor | Scalar, ...]
+    args: tuple[Arg, ...]
     dtypes: dict[str, tuple[str, ...]]
     # FlashInfer releases that have exactly this interface, as a version specifier.
     releases: str
     # Set where the kernel computes something else than in the op's first row; names
     # a reference and a formula of its own.
     variant: str = ""
-    # Rows are loaded this many bytes at a time, along this axis: addresses and
-    # strides must be multiples of gcd(vector_bytes / itemsize, size) elements,
-    # where the itemsize is that of the `dtypes` variable named first.
-    vector_axis: str = "h"
-    vector_bytes: int = 16
+    vector: Vector = Vector(("h",), dtype="T")
     # The kernel computes element offsets in an integer that holds less than this.
     offset_limit: int = 2**32
     min_sizes: dict[str, int] = field(default_factory=lambda: {"h": 1})
+    # Sizes that the kernel was compiled for.
+    sizes_in: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    # Pairs of axes: the second size is a multiple of the first.
+    divides: tuple[tuple[str, str], ...] = ()
+    # Tensors that must have the same strides: the kernel reads those of the first.
+    same_strides: tuple[str, ...] = ()
+    # Nothing is done where this axis has no elements; "": where no written tensor has any.
+    nothing_axis: str = ""
+    result: str = "void"
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -101,4 +169,4 @@ class Row:
     @property
     def signature(self) -> Signature:
         """What the binary must say of itself."""
-        return Signature(self.symbol, tuple(arg.abi_type for arg in self.args))
+        return Signature(self.symbol, tuple(arg.abi_type for arg in self.args), self.result)

@@ -1,0 +1,68 @@
+"""Appending to a paged KV cache: entries of FlashInfer's `page` module.
+
+The kernels (`include/flashinfer/page.cuh`) take indices as int32 unasked, keep strides
+in 32 bits and add up offsets in 64.
+"""
+
+from __future__ import annotations
+
+from fi_ffi.ops.row import KvLayout, Row, Tensor, Vector
+
+_SOURCE = "csrc/flashinfer_page_binding.cu"
+_T = {"T": ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")}
+_INDEX = {"dtype": "int32", "contiguous": True}
+_CACHE = {"dtype": "T", "writes": True, "offset_limit": 2**63}
+
+_WHERE = (
+    Tensor("batch_indices", "nnz", doc="the request of each new token", **_INDEX),  # type: ignore[arg-type]
+    Tensor("positions", "nnz", doc="its place in the request, from 0", **_INDEX),  # type: ignore[arg-type]
+)
+_PAGES = (
+    Tensor("kv_indices", "num_indices", doc="the pages of all requests, in order", **_INDEX),  # type: ignore[arg-type]
+    Tensor("kv_indptr", "b+1", doc="where each request's pages start in `kv_indices`", **_INDEX),  # type: ignore[arg-type]
+    Tensor("kv_last_page_len", "b", doc="tokens in each request's last page", **_INDEX),  # type: ignore[arg-type]
+)
+
+
+def _row(name: str, doc: str, *args: Tensor | KvLayout, **fields: object) -> Row:
+    return Row(
+        name, "page", name, _SOURCE, doc, args,
+        dtypes=_T, releases=">=0.6.3", nothing_axis="nnz", **fields,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+ROWS = (
+    _row(
+        "append_paged_kv_cache",
+        "Write new tokens' keys and values to their places in a paged cache.",
+        Tensor("append_key", "nnz num_kv_heads head_dim", "T", "keys of the new tokens"),
+        Tensor("append_value", "nnz num_kv_heads head_dim", "T", "values of the new tokens"),
+        *_WHERE,
+        Tensor("paged_k_cache", "num_pages page_size num_kv_heads head_dim",
+               doc="keys; in one tensor with the values: see `split_paged_kv_cache`",
+               kv=True, **_CACHE),  # type: ignore[arg-type]
+        Tensor("paged_v_cache", "num_pages page_size num_kv_heads head_dim",
+               doc="values", kv=True, **_CACHE),  # type: ignore[arg-type]
+        *_PAGES,
+        KvLayout(strided=False),
+        vector=Vector(("head_dim",), threads=32),
+        min_sizes={"page_size": 1, "num_kv_heads": 1},
+        sizes_in={"head_dim": (64, 128, 256, 512)},
+        same_strides=("paged_k_cache", "paged_v_cache"),
+    ),
+    _row(
+        "append_paged_mla_kv_cache",
+        "Write new tokens' compressed keys and values to their places in a paged MLA cache.",
+        Tensor("append_ckv", "nnz head_dim_ckv", "T", "compressed keys and values"),
+        Tensor("append_kpe", "nnz head_dim_kpe", "T", "keys' part with the position encoding"),
+        *_WHERE,
+        Tensor("ckv_cache", "num_pages page_size head_dim_ckv", doc="cache of `append_ckv`",
+               **_CACHE),  # type: ignore[arg-type]
+        Tensor("kpe_cache", "num_pages page_size head_dim_kpe", doc="cache of `append_kpe`",
+               **_CACHE),  # type: ignore[arg-type]
+        *_PAGES,
+        vector=Vector(("head_dim_ckv", "head_dim_kpe"), bytes=4),
+        min_sizes={"page_size": 1},
+        sizes_in={"head_dim_ckv": (512,), "head_dim_kpe": (64,)},
+    ),
+)  # fmt: skip

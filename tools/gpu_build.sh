@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Build the kernels of the GPU tests on a machine that has a CUDA toolkit and torch but
+# no network, from the wheels in .wheels/ (flashinfer-python and apache-tvm-ffi among them).
+#
+#   tools/gpu_build.sh [core | options]
+#
+# The wheel is written to $OUT, in pieces of 15 MB: `cat kernels.part.* > NAME`, where
+# NAME is in kernels.name.  Run it again where a time limit ended it: it goes on.
+set -eu
+cd "$(dirname "$0")/.."
+out=${OUT:-.out}
+mkdir -p "$out"
+export FI_FFI_CACHE_DIR=${FI_FFI_CACHE_DIR:-/tmp/fi-ffi-build}
+site=$FI_FFI_CACHE_DIR/site
+export PYTHONPATH=$PWD:$site PIP_NO_INDEX=1 PIP_FIND_LINKS=$PWD/.wheels
+[ -d "$site" ] || python3 -m pip install -q --no-deps --no-compile --target "$site" .wheels/*.whl
+release=$(python3 -c 'from fi_ffi.loader.lock import the_lock; print(the_lock().default_release)')
+environment=$FI_FFI_CACHE_DIR/build/env-$release
+if [ ! -e "$environment/created" ]; then
+  # This machine's torch and generators' needs serve the build environment too.
+  python3 -m venv "$environment"
+  python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+    >"$(ls -d "$environment"/lib/python3*/site-packages)/machine.pth"
+  touch "$environment/created"
+fi
+mapfile -t names < <(python3 tools/gpu_kernels.py "$@")
+wheel=$(python3 -c 'from fi_ffi.cli import main; main()' build --torch torch \
+  --jobs "$(nproc)" --output "$FI_FFI_CACHE_DIR/wheels" "${names[@]}")
+basename "$wheel" >"$out/kernels.name"
+split -b 15000000 "$wheel" "$out/kernels.part."

@@ -1,0 +1,68 @@
+"""The kernel modules that the GPU tests are run with, by name, one a line.
+
+    python tools/gpu_kernels.py [core | options]
+
+`core` is what most tests need; `options` has a module for every option that FlashInfer
+compiles in: sliding windows, soft caps, position encodings, fp8, head sizes that differ.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.uris import uri
+
+_HEAD_DIMS = (64, 128, 256)
+_OPTIONS = (
+    {"use_sliding_window": True},
+    {"use_logits_soft_cap": True},
+    {"pos_encoding_mode": 1},
+    {"pos_encoding_mode": 2},
+    {"dtype_kv": "e4m3"},
+)
+
+
+def _core() -> Iterator[tuple[str, dict[str, object]]]:
+    for head_dim in _HEAD_DIMS:
+        for family in ("single_decode", "batch_decode", "batch_prefill"):
+            yield family, {"dtype_q": "f16", "head_dim_qk": head_dim}
+        yield "batch_prefill", {"dtype_q": "f16", "head_dim_qk": head_dim, "backend": "fa3"}
+    for backend in ("fa2", "fa3"):
+        yield "single_prefill", {"dtype_q": "f16", "head_dim_qk": 128, "backend": backend}
+        yield "batch_prefill", {"dtype_q": "bf16", "head_dim_qk": 128, "backend": backend}
+        yield "batch_mla", {"dtype_q": "bf16", "backend": backend}
+        for window in (False, True):
+            options = {"dtype_q": "bf16", "head_dim_qk": 64, "use_sliding_window": window}
+            yield "batch_prefill_with_attention_sink", options | {"backend": backend}
+    yield "single_decode", {"dtype_q": "bf16", "head_dim_qk": 128}
+    yield "batch_decode", {"dtype_q": "bf16", "head_dim_qk": 128}
+
+
+def _options() -> Iterator[tuple[str, dict[str, object]]]:
+    for option in _OPTIONS:
+        for family in ("single_decode", "batch_decode", "single_prefill", "batch_prefill"):
+            yield family, {"dtype_q": "f16", "head_dim_qk": 128} | option
+    for option in _OPTIONS[:2]:
+        yield "batch_prefill", {"dtype_q": "f16", "head_dim_qk": 128, "backend": "fa3"} | option
+    fp8 = {"dtype_q": "e4m3", "dtype_o": "f16", "head_dim_qk": 128, "backend": "fa3"}
+    yield "batch_prefill", fp8
+    yield "single_prefill", fp8
+    for backend in ("fa2", "fa3"):
+        apart = {"dtype_q": "bf16", "head_dim_qk": 192, "head_dim_vo": 128, "backend": backend}
+        yield "batch_prefill", apart
+
+
+def main() -> None:
+    release = the_lock().default_release
+    parts = sys.argv[1:] or ["core", "options"]
+    if "core" in parts:
+        print("norm", "page", sep="\n")
+    for part in parts:
+        for family, parameters in {"core": _core, "options": _options}[part]():
+            print(uri(family, release=release, **parameters))
+
+
+if __name__ == "__main__":
+    main()
