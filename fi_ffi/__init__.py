@@ -11,6 +11,7 @@ the same calls run numpy reference kernels.
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.device import Device, parse_device
 from fi_ffi.abi.dtypes import DTYPES, DType
@@ -34,8 +35,40 @@ from fi_ffi.errors import (
 from fi_ffi.loader.runtime import file_signatures
 from fi_ffi.ops.functions import *  # noqa: F403
 from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.paged import batch_indices_positions, seq_lens, split_paged_kv_cache
+
+if TYPE_CHECKING:
+    from fi_ffi.ops.attention import *  # noqa: F403
 
 __version__ = "0.1.0"
+
+# What `__getattr__` imports when it is first asked for: fi_ffi.ops.attention's `__all__`.
+_ATTENTION = (
+    "BatchDecodePlan",
+    "BatchMlaPlan",
+    "BatchPrefillPlan",
+    "Workspace",
+    "WorkspaceSize",
+    "alibi_slopes",
+    "pack_custom_mask",
+    "single_decode",
+    "single_decode_workspace_size",
+    "single_prefill",
+    "single_prefill_workspace_size",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ATTENTION:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fi_ffi.ops import attention
+
+    globals().update({known: getattr(attention, known) for known in attention.__all__})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ATTENTION})
 
 
 def use_kernels(location: str | os.PathLike[str]) -> None:
@@ -47,8 +80,10 @@ def use_kernels(location: str | os.PathLike[str]) -> None:
     file is not such a wheel.
     """
     from fi_ffi.loader import runtime, search
+    from fi_ffi.ops import attention
 
     runtime.use_source(location)
+    attention.forget()
     for op in OPS.values():
         op.forget()
         op.settle(search.release())
@@ -72,10 +107,14 @@ __all__ = [
     "Signature",
     "TensorDesc",
     "as_desc",
+    "batch_indices_positions",
     "file_signatures",
     "parse_device",
     "parse_signature",
+    "seq_lens",
+    "split_paged_kv_cache",
     "stream",
     "use_kernels",
     *OPS,
+    *_ATTENTION,
 ]

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
+import fi_ffi
+from fi_ffi.cli.cases import Case
 from fi_ffi.ops.functions import OPS
 
 # From one vector of 8 to the largest in use; 24, 127 and 1001 are not powers of two.
 HIDDEN = (8, 24, 64, 127, 128, 1001, 2048, 4096, 7168, 16384)
 
 # Every op, in every combination of its dtypes.
-CALLS = [
+EVERY_CALL = [
     pytest.param(op, dict(zip(op.row.dtypes, dtypes, strict=True)), id=f"{name}-{'-'.join(dtypes)}")
     for name, op in OPS.items()
     for dtypes in itertools.product(*op.row.dtypes.values())
 ]
+# Those of the norm family, and of the page family.
+CALLS, CALLS_PAGE = (
+    [call for call in EVERY_CALL if call.values[0].row.module == module]
+    for module in ("norm", "page")
+)
 
 
 def padded(array: np.ndarray, pad: int) -> np.ndarray:
@@ -25,3 +33,92 @@ def padded(array: np.ndarray, pad: int) -> np.ndarray:
     wide = np.full((*array.shape[:-1], array.shape[-1] + pad), np.nan, array.dtype)
     wide[..., : array.shape[-1]] = array
     return wide[..., : array.shape[-1]]
+
+
+class HostArray:
+    """What `fi_ffi.cli.cuda.DeviceArray` is on a GPU, on the host: poison around the elements."""
+
+    POISON = 0xFF
+
+    def __init__(self, host: np.ndarray, *, guard: int = 256) -> None:
+        reach = sum((n - 1) * s for n, s in zip(host.shape, host.strides, strict=True))
+        self.whole = np.full(2 * guard + reach + host.itemsize, self.POISON, np.uint8)
+        self.array = self._view(host.shape, host.dtype, host.strides, guard)
+        self.array[...] = host
+        self.guard = guard
+
+    def _view(self, shape, dtype, strides, offset) -> np.ndarray:
+        return np.ndarray(shape, dtype, self.whole.data, offset, strides)
+
+    def desc(self) -> fi_ffi.TensorDesc:
+        return fi_ffi.as_desc(self.array)
+
+    def get(self) -> np.ndarray:
+        return self.array.copy()
+
+    def intact(self) -> bool:
+        outside = np.ones(len(self.whole), bool)
+        shape, strides = (*self.array.shape, self.array.itemsize), (*self.array.strides, 1)
+        np.ndarray(shape, bool, outside.data, self.guard, strides)[...] = False
+        return bool((self.whole[outside] == self.POISON).all())
+
+
+CACHES = ("paged_k_cache", "paged_v_cache")
+
+
+def check_append(case: Case, place: Callable, stream: object, together: bool = False) -> None:
+    """An append on memory that `place` makes of host arrays: every byte is what it must be.
+
+    With `together`, keys and values lie in one tensor.
+    """
+    after = case.arrays | {name: value for name, (value, _) in case.expected.items()}
+    inputs = dict(case.arrays)
+    if together:
+        for tensors in (inputs, after):
+            tensors["both"] = np.stack([tensors.pop(name) for name in CACHES], axis=1)
+    placed = {name: place(array) for name, array in inputs.items()}
+    descs = {name: array.desc() for name, array in placed.items()}
+    if together:
+        descs |= zip(CACHES, fi_ffi.split_paged_kv_cache(descs.pop("both")), strict=True)
+    OPS[case.row.name](**descs, **case.scalars, stream=stream)
+    for name, array in placed.items():
+        got = array.get()
+        assert array.intact(), f"{name}: bytes outside it were written"
+        wrong = np.argwhere(bits(got) != bits(after[name]))
+        assert not len(wrong), f"{name}: {len(wrong)} elements are wrong, the first at {wrong[0]}"
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).view(f"u{array.itemsize}")
+
+
+def edges(page_size: int) -> tuple[Sequence[int], Sequence[int]]:
+    """New tokens of each request, and those it has: none, none new, a last page that becomes
+    full or gets its first token, more pages than one."""
+    p = page_size
+    requests = ((0, 0), (0, p + 1), (p, 0), (1, p - 1), (1, 0), (1, p), (p + 1, p), (2 * p, 3 * p))
+    new, before = zip(*requests, strict=True)
+    return new, before
+
+
+def at_the_end_of_uint32() -> dict[str, np.ndarray]:
+    """Tables with as many tokens as the kernel counts in pages of 1023, the first, the last
+    and the last that a position reaches in their pages 0, 1 and 2."""
+    count = 2**32 // 1023
+    indices = np.zeros(count, np.int32)
+    indices[(2**31 - 1) // 1023], indices[-1] = 2, 1
+    return {
+        "batch_indices": np.array([0, 1, 0], np.int32),
+        "positions": np.array([0, 1022, 2**31 - 1], np.int32),
+        "kv_indices": indices,
+        "kv_indptr": np.array([0, count - 1, count], np.int32),
+        "kv_last_page_len": np.array([1023, 1023], np.int32),
+    }
+
+
+# The most heads that a thread block of the kernel has room for.
+MOST_HEADS = [
+    ("float16", 64, 128), ("float16", 128, 64), ("bfloat16", 256, 32), ("float16", 512, 32),
+    ("float8_e4m3fn", 64, 256), ("float8_e5m2", 128, 128), ("float8_e4m3fn", 256, 64),
+    ("float8_e5m2", 512, 32),
+]  # fmt: skip

@@ -12,11 +12,13 @@ sys.path.insert(0, str(ROOT))
 from generated import write_or_check  # noqa: E402
 
 from fi_ffi.ops.docs import docstring  # noqa: E402
-from fi_ffi.ops.row import Row, Scalar, Tensor  # noqa: E402
+from fi_ffi.ops.row import KV_LAYOUTS, Arg, KvLayout, Row, Scalar, Tensor  # noqa: E402
 from fi_ffi.ops.table import ROWS  # noqa: E402
 
 TARGET = ROOT / "fi_ffi" / "ops" / "functions.pyi"
 HEADER = '''"""Generated from the op table by tools/generate_stubs.py."""
+
+from typing import Literal
 
 from fi_ffi.abi.interop import TensorLike
 from fi_ffi.ops.op import Op
@@ -25,9 +27,13 @@ OPS: dict[str, Op]
 '''
 
 
-def _parameter(arg: Tensor | Scalar) -> str:
+def _parameter(arg: Arg) -> str:
     if isinstance(arg, Tensor):
-        return f"{arg.name}: TensorLike"
+        return f"{arg.name}: TensorLike" + (" | None = None" if arg.optional else "")
+    if isinstance(arg, KvLayout):
+        return f"{arg.name}: Literal{list(KV_LAYOUTS)} = {arg.default!r}"
+    if not isinstance(arg, Scalar):
+        raise TypeError(f"{arg.name}: a plan's result is no argument of a function of its own")
     default = "" if arg.default is None else f" = {arg.default!r}"
     return f"{arg.name}: {arg.type.__name__}{default}"
 

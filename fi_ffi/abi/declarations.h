@@ -29,6 +29,9 @@ typedef struct DLManagedTensorVersioned {
   uint64_t flags;
   DLTensor dl_tensor;
 } DLManagedTensorVersioned;
+typedef int (*DLPackManagedTensorAllocator)(
+    DLTensor *prototype, DLManagedTensorVersioned **out, void *error_ctx,
+    void (*SetError)(void *error_ctx, const char *kind, const char *message));
 
 /* tvm/ffi/c_api.h */
 typedef struct { uint32_t major; uint32_t minor; uint32_t patch; } TVMFFIVersion;
@@ -105,6 +108,14 @@ typedef void *TVMFFIStreamHandle;
 int TVMFFIEnvSetStream(int32_t device_type, int32_t device_id, TVMFFIStreamHandle stream,
                        TVMFFIStreamHandle *opt_out_original_stream);
 TVMFFIStreamHandle TVMFFIEnvGetStream(int32_t device_type, int32_t device_id);
+int TVMFFIEnvSetDLPackManagedTensorAllocator(
+    DLPackManagedTensorAllocator allocator, int write_to_global_context,
+    DLPackManagedTensorAllocator *opt_out_original_allocator);
+int TVMFFIEnvTensorAlloc(DLTensor *prototype, TVMFFIObjectHandle *out);
+
+/* stdlib.h: memory that outlives the interpreter */
+void *aligned_alloc(size_t alignment, size_t size);
+void free(void *ptr);
 
 /* dlfcn.h: what cffi's own dlopen does not offer (symbols by name, RTLD_NOLOAD) */
 void *dlopen(const char *filename, int flags);
@@ -124,6 +135,16 @@ int cudaGetDeviceCount(int *count);
 int cudaDeviceGetAttribute(int *value, int attr, int device);
 int cudaGetDevice(int *device);
 int cudaSetDevice(int device);
+
+/* what a plan does around its kernel's own work: stage arrays, guard the staging memory */
+int cudaMemcpyAsync(void *dst, const void *src, size_t count, int kind, void *stream);
+int cudaEventCreateWithFlags(void **event, unsigned int flags);
+int cudaEventRecord(void *event, void *stream);
+int cudaEventQuery(void *event);
+int cudaEventSynchronize(void *event);
+int cudaEventDestroy(void *event);
+int cudaStreamWaitEvent(void *stream, void *event, unsigned int flags);
+int cudaStreamIsCapturing(void *stream, int *status);
 
 /* Python's own C API: the address inside a capsule.  Called without the GIL,
  * which is safe for this function while it succeeds: see interop.py. */

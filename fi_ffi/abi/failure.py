@@ -56,14 +56,18 @@ def _has_cause(handle: Any) -> bool:
     return bool(made.cell.cause_chain != ffi.NULL)
 
 
+def message_of(error: BaseException) -> str:
+    """An exception's message; its own `__str__` may raise."""
+    try:
+        return str(error)
+    except Exception as broken:
+        return f"(its message cannot be told: {type(broken).__name__})"
+
+
 def set_raised(error: BaseException) -> None:
     """Leave a Python exception behind as this thread's TVM-FFI error."""
     frames = "".join(reversed(traceback.format_tb(error.__traceback__)))
-    try:
-        message = str(error)
-    except Exception as broken:  # an exception's own __str__ may raise
-        message = f"(its message cannot be told: {type(broken).__name__})"
-    parts = (type(error).__name__, message, frames)
+    parts = (type(error).__name__, message_of(error), frames)
     arrays = [library.byte_array(part.encode("utf-8", errors="replace")) for part in parts]
     slot = ffi.new("TVMFFIObjectHandle *")
     if library.lib.TVMFFIErrorCreate(arrays[0][0], arrays[1][0], arrays[2][0], slot) == 0:

@@ -24,6 +24,7 @@ _SIZES = {
     "TVMFFIFunctionCell": 16,
     "DLTensor": 48,
     "DLManagedTensor": 64,
+    "DLManagedTensorVersioned": 80,
 }
 for _name, _size in _SIZES.items():
     if ffi.sizeof(_name) != _size:

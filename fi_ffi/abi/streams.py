@@ -155,6 +155,11 @@ class launching:
         else:
             self._handle = stream_handle(stream, op)
 
+    @property
+    def handle(self) -> int:
+        """The stream's handle."""
+        return self._handle if self._scope is None else self._scope.handle
+
     def __enter__(self) -> None:
         if self._scope is None:
             self._before = swap(self._device, self._handle)

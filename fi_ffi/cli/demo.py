@@ -15,13 +15,23 @@ import numpy as np
 import fi_ffi
 from fi_ffi.cli import output
 from fi_ffi.cli.cases import Case, default_dtypes, make_case
-from fi_ffi.errors import FiFfiError, LoaderError
+from fi_ffi.errors import FiFfiError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import search
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.op import Op
 from fi_ffi.reference.arrays import Array
 
 _TIMED_CALLS = 20
+# Sizes that no option gives, by axis.
+_SIZES = {
+    "k": 8,
+    "b": 4,
+    "page_size": 16,
+    "num_kv_heads": 8,
+    "head_dim": 128,
+    "head_dim_ckv": 512,
+    "head_dim_kpe": 64,
+}
 
 
 @dataclass(frozen=True)
@@ -56,12 +66,13 @@ def demo(kernels: str | None, device: str | None, tokens: int, hidden: int, as_j
     if kernels:
         fi_ffi.use_kernels(kernels)
     where, reason = (device, "as asked") if device else _choose_device()
-    results = [_run(op, where, {"n": tokens, "h": hidden, "k": 8}) for op in OPS.values()]
+    results, missing = _run_all(where, _SIZES | {"n": tokens, "nnz": tokens, "h": hidden})
     if as_json:
         rows = [asdict(result) | {"status": result.status} for result in results]
-        output.print_json({"device": where, "reason": reason, "results": rows})
+        document = {"device": where, "reason": reason, "results": rows, "missing": missing}
+        output.print_json(document)
     else:
-        _print(results, where, reason)
+        _print(results, missing, where, reason)
     if any(result.status != "ok" for result in results):
         raise FiFfiError("a result is further from float64 than its dtype allows")
 
@@ -78,6 +89,19 @@ def _choose_device() -> tuple[str, str]:
     except LoaderError:
         return "cpu", f"no kernels for {found[0].name} here: `fi-ffi doctor` tells why"
     return "cuda:0", found[0].name
+
+
+def _run_all(device: str, sizes: dict[str, int]) -> tuple[list[Result], list[str]]:
+    """Every op's run, and the ops that the kernels here lack."""
+    results, missing = [], []
+    for name, op in OPS.items():
+        try:
+            results.append(_run(op, device, sizes))
+        except KernelNotFoundError:
+            if not results:
+                raise
+            missing.append(name)
+    return results, missing
 
 
 def _run(op: Op, device: str, sizes: dict[str, int]) -> Result:
@@ -147,7 +171,7 @@ def _on_gpu(case: Case, device: str) -> Iterator[_Use]:
             array.free()
 
 
-def _print(results: list[Result], device: str, reason: str) -> None:
+def _print(results: list[Result], missing: list[str], device: str, reason: str) -> None:
     rows = [
         (
             result.op,
@@ -165,6 +189,8 @@ def _print(results: list[Result], device: str, reason: str) -> None:
     output.print_table(f"fi_ffi on {device} ({reason})", columns, rows, numbers=columns[4:7])
     output.console().print(
         "max error: against float64. of bound: 1 is half a step of the dtype (2^-16 of the\n"
-        "magnitude added for float32 arithmetic); above 1 fails.",
+        "magnitude added for float32 arithmetic), 0 the same bits; above 1 fails.",
         style="dim",
     )
+    if missing:
+        output.console().print(f"Not in the kernels here: {', '.join(missing)}.")

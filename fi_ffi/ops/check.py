@@ -15,6 +15,7 @@ from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.row import Row, Tensor
 
 _DEVICE_TYPES = ("cpu", "cuda")
+_BLOCK_THREADS = 1024  # the most that CUDA allows, on every GPU
 
 Given = Sequence[Layout | None]
 
@@ -39,6 +40,8 @@ def check_layouts(
     sizes = _sizes(row, layouts, kv_layout, dict(known or ()))
     dtypes = _dtypes(row, layouts)
     _check_device(row, layouts)
+    _check_products(row, layouts, sizes)
+    _check_block(row, layouts, sizes, dtypes)
     alignments = []
     for tensor, layout in zip(row.tensors, layouts, strict=True):
         if layout is None:
@@ -84,13 +87,50 @@ def _sizes(row: Row, layouts: Given, kv_layout: str, sizes: dict[str, int]) -> d
             if size not in row.sizes_in.get(name, (size,)):
                 raise refuse(f"{name} of {' or '.join(map(str, row.sizes_in[name]))}")
             for divisor, multiple in row.divides:
-                if name in (divisor, multiple) and divisor in sizes and multiple in sizes:
-                    if not sizes[divisor] or sizes[multiple] % sizes[divisor]:
-                        raise refuse(
-                            f"{multiple} = {sizes[multiple]} to be a multiple of "
-                            f"{divisor} = {sizes[divisor]}"
-                        )
+                if name not in (divisor, multiple) or not {divisor, multiple} <= sizes.keys():
+                    continue
+                if not sizes[divisor] or sizes[multiple] % sizes[divisor]:
+                    raise refuse(
+                        f"{multiple} = {sizes[multiple]} to be a multiple of "
+                        f"{divisor} = {sizes[divisor]}"
+                    )
     return sizes
+
+
+def _check_products(row: Row, layouts: Given, sizes: dict[str, int]) -> None:
+    def refuse(axis: str, expected: str) -> ArgumentError:
+        tensor, layout = next(
+            (tensor, layout)
+            for tensor, layout in _present(row, layouts)
+            if axis in (name.partition("+")[0] for name in tensor.axis_names)
+        )
+        return ArgumentError(row.name, tensor.name, got=layout, expected=expected)
+
+    if row.nothing_axis and sizes[row.nothing_axis]:
+        for axis in row.needed:
+            if not sizes[axis]:
+                told = f"{axis} of at least 1, for {row.nothing_axis} = {sizes[row.nothing_axis]}"
+                raise refuse(axis, told)
+    for axes, limit in row.max_products.items():
+        product = math.prod(sizes[axis] for axis in axes)
+        if product > limit:
+            told = f"{' * '.join(axes)} = {product} of at most {limit}, as far as the kernel counts"
+            raise refuse(axes[0], told)
+
+
+def _check_block(row: Row, layouts: Given, sizes: dict[str, int], dtypes: dict[str, DType]) -> None:
+    if not row.block:
+        return
+    for tensor, layout in _present(row, layouts):
+        axis = _vector_axis(row, tensor)
+        if axis is None or not set(row.block) <= set(tensor.axis_names):
+            continue
+        threads = -(-sizes[axis] // _vector_width(row, layout, dtypes))
+        threads = min(threads, row.vector.threads or threads)
+        most = _BLOCK_THREADS // threads
+        if math.prod(sizes[name] for name in row.block) > most:
+            expected = f"{' * '.join(row.block)} of at most {most}: one thread block covers them"
+            raise ArgumentError(row.name, tensor.name, got=layout, expected=expected)
 
 
 def _dtypes(row: Row, layouts: Given) -> dict[str, DType]:
@@ -126,19 +166,22 @@ def _check_device(row: Row, layouts: Given) -> None:
             raise ArgumentError(row.name, tensor.name, got=device, expected=expected)
 
 
+def _vector_axis(row: Row, tensor: Tensor) -> str | None:
+    return next((name for name in tensor.axis_names if name in row.vector.axes), None)
+
+
+def _vector_width(row: Row, layout: Layout, dtypes: dict[str, DType]) -> int:
+    vector = row.vector
+    element = layout.dtype if vector.dtype is None else dtypes[vector.dtype]
+    return vector.bytes // element.itemsize
+
+
 def _step(
     row: Row, tensor: Tensor, layout: Layout, sizes: dict[str, int], dtypes: dict[str, DType]
 ) -> int:
     """Elements the kernel loads at a time from this tensor."""
-    vector = row.vector
-    axis = next((name for name in tensor.axis_names if name in vector.axes), None)
-    if axis is None:
-        return 1
-    element = layout.dtype if vector.dtype is None else dtypes[vector.dtype]
-    wide = vector.bytes // element.itemsize
-    if vector.threads:
-        wide = max(wide, sizes[axis] // vector.threads)
-    return math.gcd(wide, sizes[axis])
+    axis = _vector_axis(row, tensor)
+    return 1 if axis is None else math.gcd(_vector_width(row, layout, dtypes), sizes[axis])
 
 
 def _check_strides(row: Row, tensor: Tensor, layout: Layout, step: int) -> None:
@@ -160,6 +203,8 @@ def _check_strides(row: Row, tensor: Tensor, layout: Layout, step: int) -> None:
         raise refuse("strides of 0 or more")
     if any(stride % step for stride, _ in outer):
         raise refuse(f"strides in multiples of the {step} elements loaded at a time")
+    if any(stride >= tensor.stride_limit for stride, _ in outer):
+        raise refuse(f"strides below {tensor.stride_limit} elements, as far as the kernel counts")
     limit = tensor.offset_limit or row.offset_limit
     if layout.span_bytes // layout.dtype.itemsize > limit:
         raise refuse(f"offsets below {limit} elements, as far as the kernel counts")

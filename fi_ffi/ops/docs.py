@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from fi_ffi.ops.row import Arg, KvLayout, PlanInfo, Row, Scalar, Tensor
+from fi_ffi.ops.row import Arg, KvLayout, PlanInfo, Row, Scalar
 
 _WIDTH = 96
 
@@ -21,6 +21,7 @@ def _argument(arg: Arg) -> str:
     how = ["contiguous"] if arg.contiguous else []
     how += ["written"] if arg.writes else []
     how += ["or None"] if arg.optional else []
+    how += ["here in NHD"] if arg.kv else []
     how += ["on the host"] if arg.host else []
     shape = ", ".join(arg.axis_names)
     return f"{arg.name} ({'; '.join([f'[{shape}] {arg.dtype}', *how])}): {arg.doc}."
@@ -28,6 +29,27 @@ def _argument(arg: Arg) -> str:
 
 def _indented(text: str) -> str:
     return textwrap.fill(text, _WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 8)
+
+
+def _limits(row: Row) -> str:
+    """What sizes may be, a sentence each."""
+    vector, most = row.vector, 2**63
+    said = [f"{axis} is {' or '.join(map(str, sizes))}." for axis, sizes in row.sizes_in.items()]
+    if row.block:
+        said.append(
+            f"{' * '.join(row.block)} * the threads that share {' or '.join(vector.axes)} (one for "
+            f"each {vector.bytes} bytes, {vector.threads} at most) is at most 1024."
+        )
+    for limit in sorted({tensor.stride_limit for tensor in row.tensors} - {most}):
+        names = " and ".join(arg.name for arg in row.tensors if arg.stride_limit == limit)
+        said.append(f"Strides of {names} stay below {limit} elements.")
+    if row.same_strides:
+        said.append(f"{' and '.join(row.same_strides)} have the same strides.")
+    for axes, limit in row.max_products.items():
+        said.append(f"{' * '.join(axes)} is at most {limit}.")
+    if row.offset_limit < most:
+        said.append(f"Offsets stay below {row.offset_limit} elements.")
+    return " ".join(said)
 
 
 def docstring(row: Row) -> str:
@@ -40,8 +62,7 @@ def docstring(row: Row) -> str:
         f"{dtypes}. All tensors are on one device. The last axis has stride 1. Tensors with "
         f"{' or '.join(vector.axes)} are loaded gcd({vector.bytes} bytes / {whose}, "
         f"{' or '.join(vector.axes)}) elements at a time: addresses and the other strides are "
-        f"multiples of that. Offsets stay below {row.offset_limit} elements. With {nothing}, "
-        "nothing is launched.",
+        f"multiples of that. {_limits(row)} With {nothing}, nothing is launched.",
         "Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` "
         "where the kernel file has another interface, `KernelError` with the kernel's own words.",
         f"Kernel: `{row.symbol}` of module `{row.module}`, FlashInfer {row.releases}, "

@@ -18,6 +18,7 @@ from fi_ffi.abi.streams import launching
 from fi_ffi.abi.tensor import Layout, TensorDesc, make_layout
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.loader import machine
+from fi_ffi.ops import cuda
 from fi_ffi.ops.check import Checked, Given, check_layouts
 from fi_ffi.ops.providers import entry_for
 from fi_ffi.ops.row import KV_LAYOUTS, Arg, KvLayout, Row, Scalar, Tensor
@@ -44,7 +45,9 @@ class _Settled:
             self.is_empty = not self.checked.sizes[row.nothing_axis]
         else:
             written = [lay for arg, lay in zip(row.tensors, layouts, strict=True) if arg.writes]
-            self.is_empty = bool(written) and not any(lay is not None and lay.numel for lay in written)
+            self.is_empty = bool(written) and not any(
+                lay is not None and lay.numel for lay in written
+            )
         strided = any(isinstance(arg, KvLayout) and arg.strided for arg in row.args)
         as_nhd = kv_layout == "HND" and strided
         of_tensor = iter(layouts)
@@ -114,12 +117,13 @@ class Form:
                 descs.append(None)
                 values[i] = 0
                 continue
-            desc = value if type(value) is TensorDesc else as_desc(value, self.row.name, arg.name)
-            descs.append(desc)
-            values[i] = desc.ptr
+            if type(value) is not TensorDesc:
+                value = as_desc(value, self.row.name, arg.name)
+            descs.append(value)
+            values[i] = value.ptr
         for i, scalar in self._scalars:
             values[i] = _scalar(self.row.name, scalar, values[i])
-        settled = self._settle([desc and desc.layout for desc in descs], values)
+        settled = self._settle([None if desc is None else desc.layout for desc in descs], values)
         if settled.is_empty:
             return None
         alignments = settled.checked.alignments
@@ -159,7 +163,10 @@ class Form:
         before = machine.make_current(device.index) if device.is_cuda else None
         try:
             with on_stream:
-                return frame.call(settled.entry, values)
+                if not self.row.allocates:
+                    return frame.call(settled.entry, values)
+                with cuda.kernel_memory().installed():
+                    return frame.call(settled.entry, values)
         finally:
             settled.frames.append(frame)
             if before is not None:

@@ -1,5 +1,7 @@
 """Generated from the op table by tools/generate_stubs.py."""
 
+from typing import Literal
+
 from fi_ffi.abi.interop import TensorLike
 from fi_ffi.ops.op import Op
 
@@ -27,9 +29,10 @@ class _rmsnorm(Op):
                 previous kernel drains.
             stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
 
-        T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. Rows are
-        loaded gcd(16 bytes / itemsize of T, h) elements at a time: addresses and the other strides are
-        multiples of that. Offsets stay below 4294967296 elements. With no rows, nothing is launched.
+        T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. Tensors
+        with h are loaded gcd(16 bytes / the itemsize of T, h) elements at a time: addresses and the
+        other strides are multiples of that. Offsets stay below 4294967296 elements. With no rows,
+        nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -61,9 +64,10 @@ class _qk_rmsnorm(Op):
                 previous kernel drains.
             stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
 
-        T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. Rows are
-        loaded gcd(16 bytes / itemsize of T, h) elements at a time: addresses and the other strides are
-        multiples of that. Offsets stay below 4294967296 elements. With no rows, nothing is launched.
+        T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. Tensors
+        with h are loaded gcd(16 bytes / the itemsize of T, h) elements at a time: addresses and the
+        other strides are multiples of that. Offsets stay below 4294967296 elements. With no rows,
+        nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -95,9 +99,10 @@ class _gemma_rmsnorm(Op):
                 previous kernel drains.
             stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
 
-        T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. Rows are
-        loaded gcd(16 bytes / itemsize of T, h) elements at a time: addresses and the other strides are
-        multiples of that. Offsets stay below 4294967296 elements. With no rows, nothing is launched.
+        T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. Tensors
+        with h are loaded gcd(16 bytes / the itemsize of T, h) elements at a time: addresses and the
+        other strides are multiples of that. Offsets stay below 4294967296 elements. With no rows,
+        nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -129,9 +134,10 @@ class _fused_add_rmsnorm(Op):
                 previous kernel drains.
             stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
 
-        T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. Rows are
-        loaded gcd(16 bytes / itemsize of T, h) elements at a time: addresses and the other strides are
-        multiples of that. Offsets stay below 4294967296 elements. With no rows, nothing is launched.
+        T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. Tensors
+        with h are loaded gcd(16 bytes / the itemsize of T, h) elements at a time: addresses and the
+        other strides are multiples of that. Offsets stay below 4294967296 elements. With no rows,
+        nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -164,9 +170,10 @@ class _gemma_fused_add_rmsnorm(Op):
                 previous kernel drains.
             stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
 
-        T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. Rows are
-        loaded gcd(16 bytes / itemsize of T, h) elements at a time: addresses and the other strides are
-        multiples of that. Offsets stay below 4294967296 elements. With no rows, nothing is launched.
+        T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. Tensors
+        with h are loaded gcd(16 bytes / the itemsize of T, h) elements at a time: addresses and the
+        other strides are multiples of that. Offsets stay below 4294967296 elements. With no rows,
+        nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -202,9 +209,9 @@ class _rmsnorm_quant(Op):
             stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
 
         T is float16 or bfloat16; O is float8_e4m3fn or float8_e5m2. All tensors are on one device. The
-        last axis has stride 1. Rows are loaded gcd(16 bytes / itemsize of T, h) elements at a time:
-        addresses and the other strides are multiples of that. Offsets stay below 4294967296 elements.
-        With no rows, nothing is launched.
+        last axis has stride 1. Tensors with h are loaded gcd(16 bytes / the itemsize of T, h) elements
+        at a time: addresses and the other strides are multiples of that. Offsets stay below 4294967296
+        elements. With no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -242,9 +249,9 @@ class _fused_add_rmsnorm_quant(Op):
             stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
 
         T is float16 or bfloat16; O is float8_e4m3fn or float8_e5m2. All tensors are on one device. The
-        last axis has stride 1. Rows are loaded gcd(16 bytes / itemsize of T, h) elements at a time:
-        addresses and the other strides are multiples of that. Offsets stay below 4294967296 elements.
-        With no rows, nothing is launched.
+        last axis has stride 1. Tensors with h are loaded gcd(16 bytes / the itemsize of T, h) elements
+        at a time: addresses and the other strides are multiples of that. Offsets stay below 4294967296
+        elements. With no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -276,9 +283,10 @@ class _layernorm(Op):
             eps (float = 1e-06, 0.0 or more): added to the mean square before the root.
             stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
 
-        T is bfloat16. All tensors are on one device. The last axis has stride 1. Rows are loaded gcd(4
-        bytes / itemsize of T, h) elements at a time: addresses and the other strides are multiples of
-        that. Offsets stay below 2147483648 elements. With no rows, nothing is launched.
+        T is bfloat16. All tensors are on one device. The last axis has stride 1. Tensors with h are
+        loaded gcd(4 bytes / the itemsize of T, h) elements at a time: addresses and the other strides
+        are multiples of that. Offsets stay below 2147483648 elements. With no rows, nothing is
+        launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -287,3 +295,98 @@ class _layernorm(Op):
         """
 
 layernorm: _layernorm
+
+class _append_paged_kv_cache(Op):
+    def __call__(
+        self,
+        append_key: TensorLike,
+        append_value: TensorLike,
+        batch_indices: TensorLike,
+        positions: TensorLike,
+        paged_k_cache: TensorLike,
+        paged_v_cache: TensorLike,
+        kv_indices: TensorLike,
+        kv_indptr: TensorLike,
+        kv_last_page_len: TensorLike,
+        kv_layout: Literal['NHD', 'HND'] = 'NHD',
+        *,
+        stream: object = None,
+    ) -> None:
+        """Write new tokens' keys and values to their places in a paged cache.
+
+        Args:
+            append_key ([nnz, num_kv_heads, head_dim] T): keys of the new tokens.
+            append_value ([nnz, num_kv_heads, head_dim] T): values of the new tokens.
+            batch_indices ([nnz] int32; contiguous): the request of each new token.
+            positions ([nnz] int32; contiguous): its place in the request, from 0.
+            paged_k_cache ([num_pages, page_size, num_kv_heads, head_dim] T; written; here in NHD):
+                keys; in one tensor with the values: see `split_paged_kv_cache`.
+            paged_v_cache ([num_pages, page_size, num_kv_heads, head_dim] T; written; here in NHD):
+                values.
+            kv_indices ([num_indices] int32; contiguous): the pages of all requests, in order.
+            kv_indptr ([b+1] int32; contiguous): where each request's pages start in `kv_indices`.
+            kv_last_page_len ([b] int32; contiguous): tokens in each request's last page.
+            kv_layout (str = 'NHD'): "NHD" (tokens, heads, head_dim) or "HND" (heads, tokens, head_dim).
+            stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
+
+        T is float16 or bfloat16 or float8_e4m3fn or float8_e5m2. All tensors are on one device. The
+        last axis has stride 1. Tensors with head_dim are loaded gcd(16 bytes / its own itemsize,
+        head_dim) elements at a time: addresses and the other strides are multiples of that. head_dim is
+        64 or 128 or 256 or 512. num_kv_heads * the threads that share head_dim (one for each 16 bytes,
+        32 at most) is at most 1024. Strides of paged_k_cache and paged_v_cache stay below 4294967296
+        elements. paged_k_cache and paged_v_cache have the same strides. nnz is at most 2147482624.
+        num_indices * page_size is at most 4294967296. With nnz = 0, nothing is launched.
+
+        Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
+        kernel file has another interface, `KernelError` with the kernel's own words.
+
+        Kernel: `append_paged_kv_cache` of module `page`, FlashInfer >=0.6.3,
+        `csrc/flashinfer_page_binding.cu`.
+        """
+
+append_paged_kv_cache: _append_paged_kv_cache
+
+class _append_paged_mla_kv_cache(Op):
+    def __call__(
+        self,
+        append_ckv: TensorLike,
+        append_kpe: TensorLike,
+        batch_indices: TensorLike,
+        positions: TensorLike,
+        ckv_cache: TensorLike,
+        kpe_cache: TensorLike,
+        kv_indices: TensorLike,
+        kv_indptr: TensorLike,
+        kv_last_page_len: TensorLike,
+        *,
+        stream: object = None,
+    ) -> None:
+        """Write new tokens' compressed keys and values to their places in a paged MLA cache.
+
+        Args:
+            append_ckv ([nnz, head_dim_ckv] T): compressed keys and values.
+            append_kpe ([nnz, head_dim_kpe] T): keys' part with the position encoding.
+            batch_indices ([nnz] int32; contiguous): the request of each new token.
+            positions ([nnz] int32; contiguous): its place in the request, from 0.
+            ckv_cache ([num_pages, page_size, head_dim_ckv] T; written): cache of `append_ckv`.
+            kpe_cache ([num_pages, page_size, head_dim_kpe] T; written): cache of `append_kpe`.
+            kv_indices ([num_indices] int32; contiguous): the pages of all requests, in order.
+            kv_indptr ([b+1] int32; contiguous): where each request's pages start in `kv_indices`.
+            kv_last_page_len ([b] int32; contiguous): tokens in each request's last page.
+            stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
+
+        T is float16 or bfloat16 or float8_e4m3fn or float8_e5m2. All tensors are on one device. The
+        last axis has stride 1. Tensors with head_dim_ckv or head_dim_kpe are loaded gcd(16 bytes / its
+        own itemsize, head_dim_ckv or head_dim_kpe) elements at a time: addresses and the other strides
+        are multiples of that. head_dim_ckv is 512. head_dim_kpe is 64. Strides of ckv_cache and
+        kpe_cache stay below 4294967296 elements. nnz is at most 2147482624. num_indices * page_size is
+        at most 4294967296. With nnz = 0, nothing is launched.
+
+        Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
+        kernel file has another interface, `KernelError` with the kernel's own words.
+
+        Kernel: `append_paged_mla_kv_cache` of module `page`, FlashInfer >=0.6.3,
+        `csrc/flashinfer_page_binding.cu`.
+        """
+
+append_paged_mla_kv_cache: _append_paged_mla_kv_cache

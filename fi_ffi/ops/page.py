@@ -1,7 +1,7 @@
 """Appending to a paged KV cache: entries of FlashInfer's `page` module.
 
-The kernels (`include/flashinfer/page.cuh`) take indices as int32 unasked, keep strides
-in 32 bits and add up offsets in 64.
+The kernels (`include/flashinfer/page.cuh`) take indices as int32 unasked, keep the caches'
+strides in 32 bits, and count tokens of a request's pages in 32 bits and elements in 64.
 """
 
 from __future__ import annotations
@@ -9,9 +9,14 @@ from __future__ import annotations
 from fi_ffi.ops.row import KvLayout, Row, Tensor, Vector
 
 _SOURCE = "csrc/flashinfer_page_binding.cu"
-_T = {"T": ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")}
+_T: dict[str, tuple[str, ...]] = {"T": ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")}
 _INDEX = {"dtype": "int32", "contiguous": True}
-_CACHE = {"dtype": "T", "writes": True, "offset_limit": 2**63}
+_CACHE = {"dtype": "T", "writes": True, "stride_limit": 2**32}
+_MOST = {
+    # The launcher adds the number of multiprocessors to it, in an int.
+    ("nnz",): 2**31 - 2**10,
+    ("num_indices", "page_size"): 2**32,
+}
 
 _WHERE = (
     Tensor("batch_indices", "nnz", doc="the request of each new token", **_INDEX),  # type: ignore[arg-type]
@@ -27,7 +32,8 @@ _PAGES = (
 def _row(name: str, doc: str, *args: Tensor | KvLayout, **fields: object) -> Row:
     return Row(
         name, "page", name, _SOURCE, doc, args,
-        dtypes=_T, releases=">=0.6.3", nothing_axis="nnz", **fields,  # type: ignore[arg-type]
+        dtypes=_T, releases=">=0.6.3", offset_limit=2**63, max_products=_MOST, nothing_axis="nnz",
+        needed=("num_pages", "num_indices", "b"), **fields,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -46,6 +52,7 @@ ROWS = (
         *_PAGES,
         KvLayout(strided=False),
         vector=Vector(("head_dim",), threads=32),
+        block=("num_kv_heads",),
         min_sizes={"page_size": 1, "num_kv_heads": 1},
         sizes_in={"head_dim": (64, 128, 256, 512)},
         same_strides=("paged_k_cache", "paged_v_cache"),
@@ -61,7 +68,8 @@ ROWS = (
         Tensor("kpe_cache", "num_pages page_size head_dim_kpe", doc="cache of `append_kpe`",
                **_CACHE),  # type: ignore[arg-type]
         *_PAGES,
-        vector=Vector(("head_dim_ckv", "head_dim_kpe"), bytes=4),
+        # 16 bytes since 0.6.16, and two elements before.
+        vector=Vector(("head_dim_ckv", "head_dim_kpe")),
         min_sizes={"page_size": 1},
         sizes_in={"head_dim_ckv": (512,), "head_dim_kpe": (64,)},
     ),

@@ -44,4 +44,19 @@ def entry_for(row: Row, device: Device, module: str | None = None) -> Entry:
     # Here, not above: numpy takes longer to import than all of fi_ffi.
     from fi_ffi import reference
 
-    return reference.entry(row.module, row.signature, row.reference)
+    return reference.entry(row.module, row.signature, row.reference, _compiled(module))
+
+
+# What the arithmetic of a module depends on and its entries are not told.
+_IN_NAMES = ("pos_encoding_mode", "use_sliding_window", "use_logits_soft_cap")
+
+
+@functools.cache
+def _compiled(module: str | None) -> tuple[tuple[str, object], ...]:
+    """What a module of a family was compiled for, which its name tells."""
+    from fi_ffi.loader import uris  # not above: a start needs no module names
+
+    parsed = None if module is None else uris.parse(module)
+    if parsed is None:
+        return ()
+    return tuple((name, parsed.params[name]) for name in _IN_NAMES if name in parsed.params)

@@ -40,6 +40,8 @@ class Tensor:
     # The kernel computes element offsets in an integer that holds less than this;
     # None: as the row says.
     offset_limit: int | None = None
+    # The kernel keeps each stride in an integer that holds less than this.
+    stride_limit: int = 2**63
 
     @property
     def axis_names(self) -> tuple[str, ...]:
@@ -118,7 +120,7 @@ class Vector:
     axes: tuple[str, ...]
     bytes: int = 16
     dtype: str | None = None
-    # At least this part of the axis: as many threads share a row as there are in a warp.
+    # At most so many threads share the axis, each with several vectors if need be; 0: any number.
     threads: int = 0
 
 
@@ -144,13 +146,21 @@ class Row:
     min_sizes: dict[str, int] = field(default_factory=lambda: {"h": 1})
     # Sizes that the kernel was compiled for.
     sizes_in: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    # The most that the product of these axes' sizes may be.
+    max_products: dict[tuple[str, ...], int] = field(default_factory=dict)
+    # Axes that one thread block covers, besides the vector's.
+    block: tuple[str, ...] = ()
     # Pairs of axes: the second size is a multiple of the first.
     divides: tuple[tuple[str, str], ...] = ()
     # Tensors that must have the same strides: the kernel reads those of the first.
     same_strides: tuple[str, ...] = ()
     # Nothing is done where this axis has no elements; "": where no written tensor has any.
     nothing_axis: str = ""
+    # Axes that have elements where there is anything to do.
+    needed: tuple[str, ...] = ()
     result: str = "void"
+    # The kernel makes tensors itself: its calls are given memory for them.
+    allocates: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

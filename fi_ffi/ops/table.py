@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fi_ffi.ops import norm
+from fi_ffi.ops import norm, page
 
-ROWS = (*norm.ROWS,)
+ROWS = (*norm.ROWS, *page.ROWS)

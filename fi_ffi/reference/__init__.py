@@ -15,12 +15,19 @@ from fi_ffi.abi.function import Entry, register
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import KernelNotFoundError
 from fi_ffi.loader import runtime
-from fi_ffi.reference import norm
+from fi_ffi.reference import attention, norm, page
 from fi_ffi.reference.arrays import over_arrays
 
-_KERNELS: dict[str, dict[str, Callable[..., None]]] = {"norm": norm.KERNELS}
+# What a module was compiled for, where its kernels depend on it: names and values.
+Compiled = tuple[tuple[str, object], ...]
+
+_KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
+    "norm": norm.KERNELS,
+    "page": page.KERNELS,
+    **attention.KERNELS,
+}
 _lock = threading.Lock()
-_entries: dict[tuple[str, str, str], Entry] = {}
+_entries: dict[tuple[str, str, str, Compiled], Entry] = {}
 
 
 def kernels() -> dict[str, list[str]]:
@@ -28,9 +35,12 @@ def kernels() -> dict[str, list[str]]:
     return {module: sorted(entries) for module, entries in _KERNELS.items()}
 
 
-def entry(module: str, signature: Signature, kernel: str) -> Entry:
-    """The numpy `kernel` of a module, as a TVM-FFI function with that signature."""
-    key = (module, kernel, str(signature))
+def entry(module: str, signature: Signature, kernel: str, compiled: Compiled = ()) -> Entry:
+    """The numpy `kernel` of a module, as a TVM-FFI function with that signature.
+
+    `compiled` is for the attention families: `attention.reference_kernel`.
+    """
+    key = (module, kernel, str(signature), compiled)
     with _lock:
         if key not in _entries:
             function: Any = _KERNELS.get(module, {}).get(kernel)
@@ -38,7 +48,10 @@ def entry(module: str, signature: Signature, kernel: str) -> Entry:
                 raise KernelNotFoundError(
                     f"{module}.{kernel} has no reference kernel: it runs on CUDA only"
                 )
+            if module in attention.KERNELS:
+                function = attention.reference_kernel(module, kernel, **dict(compiled))
             runtime.ensure_tvm_ffi()
-            name = f"fi_ffi.reference.{module}.{kernel}"
+            words = (module, kernel, *(f"{word}_{value}" for word, value in compiled))
+            name = ".".join(("fi_ffi.reference", *words))
             _entries[key] = register(name, signature, over_arrays(function))
         return _entries[key]

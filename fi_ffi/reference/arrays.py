@@ -28,14 +28,14 @@ def as_array(desc: TensorDesc) -> Array:
     return array
 
 
-def over_arrays(kernel: Callable[..., None]) -> Callable[..., None]:
+def over_arrays(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """`kernel` with its descriptors turned into arrays first."""
 
     @functools.wraps(kernel)
-    def call(*args: object) -> None:
+    def call(*args: object) -> Any:
         # Infinities and NaN are results like any other, as they are on a GPU.
         with np.errstate(all="ignore"):
-            kernel(*(as_array(arg) if isinstance(arg, TensorDesc) else arg for arg in args))
+            return kernel(*(as_array(arg) if isinstance(arg, TensorDesc) else arg for arg in args))
 
     return call
 

@@ -1,5 +1,8 @@
 """Ops in float64, written from their definition and not from the kernels.
 
+Those that only move what they are given (`MOVES`) take it as it is, and give the
+tensors they write as they must be afterwards, bit for bit.
+
 `largest` in the inputs has the largest value of each tensor's dtype, where it has one.
 
 What results are compared with: the reference kernels' in the tests, a GPU's in
@@ -88,4 +91,36 @@ EXACT: dict[str, Callable[[Inputs], Exact]] = {
     "fused_add_rmsnorm_quant": fused_add_rmsnorm_quant,
     "fused_add_rmsnorm_quant_full_range": fused_add_rmsnorm_quant_full_range,
     "layernorm": layernorm,
+}
+
+
+def _append(a: Inputs, new: Array, cache: Array, layout: str = "NHD") -> Array:
+    """The cache with the new tokens in it, one after another."""
+    after: Array = cache.copy()
+    tokens = after if layout == "NHD" else after.transpose(0, 2, 1, 3)
+    size = tokens.shape[1]
+    for token, request, position in zip(new, a["batch_indices"], a["positions"], strict=True):
+        first, end = a["kv_indptr"][request : request + 2]
+        page = a["kv_indices"][first:end][position // size]
+        tokens[page, position % size] = token
+    return after
+
+
+def append_paged_kv_cache(a: Inputs) -> dict[str, Array]:
+    return {
+        cache: _append(a, a[new], a[cache], a["kv_layout"])
+        for new, cache in (("append_key", "paged_k_cache"), ("append_value", "paged_v_cache"))
+    }
+
+
+def append_paged_mla_kv_cache(a: Inputs) -> dict[str, Array]:
+    return {
+        cache: _append(a, a[new], a[cache])
+        for new, cache in (("append_ckv", "ckv_cache"), ("append_kpe", "kpe_cache"))
+    }
+
+
+MOVES: dict[str, Callable[[Inputs], dict[str, Array]]] = {
+    "append_paged_kv_cache": append_paged_kv_cache,
+    "append_paged_mla_kv_cache": append_paged_mla_kv_cache,
 }

@@ -113,12 +113,15 @@ def test_cuda_function(name: str) -> None:
     header = importlib.metadata.distribution("nvidia-cuda-runtime").locate_file(
         "nvidia/cu13/include/cuda_runtime_api.h"
     )
-    upstream = re.search(
-        rf"cudaError_t CUDARTAPI {name}\(([^)]*)\);", Path(str(header)).read_text()
-    )
+    text = Path(str(header)).read_text().replace(" __dv(0)", "")
+    upstream = re.search(rf"cudaError_t CUDARTAPI {name}\(([^)]*)\);", text)
     assert upstream is not None
-    parameters = [re.sub(r"\benum \w+", "int", part) for part in upstream[1].split(",")]
-    types = [re.sub(r"\w+$", "", part.strip()).replace(" ", "") for part in parameters]
+    # Handles are pointers, to what is not said.
+    told = re.sub(r"\bcuda(Stream|Event)_t\b", "void *", upstream[1])
+    parameters = [re.sub(r"\benum \w+", "int", part) for part in told.split(",")]
+    # cffi tells no `const`.
+    named = [part.replace("const ", "").strip() for part in parameters]
+    types = [re.sub(r"\w+$", "", part).replace(" ", "") for part in named]
     declared = ffi.typeof(getattr(ffi.dlopen(load_nvidia_dynamic_lib("cudart").abs_path), name))
     assert [arg.cname.replace(" ", "") for arg in declared.args] == types
     assert declared.result.cname == "int"  # an enum

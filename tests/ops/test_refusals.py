@@ -14,18 +14,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fi_ffi
-from fi_ffi.cli.cases import Case, make_case
+from fi_ffi.cli.cases import Case, default_dtypes, make_case
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.row import Row, Scalar, Tensor
+from fi_ffi.ops.row import KV_LAYOUTS, KvLayout, Row, Scalar, Tensor
 
-from calls import CALLS
+from calls import EVERY_CALL
 
-SIZES = {"n": 4, "k": 2, "h": 16}
+SIZES = {
+    "n": 4, "k": 2, "h": 16,
+    "nnz": 6, "b": 3, "page_size": 4, "num_kv_heads": 2, "head_dim": 64,
+    "head_dim_ckv": 512, "head_dim_kpe": 64,
+}  # fmt: skip
 Descs = dict[str, fi_ffi.TensorDesc]
 
 
-def a_case(row: Row, dtypes: dict[str, str]) -> Case:
-    return make_case(row, SIZES, dtypes, np.random.default_rng())
+def a_case(row: Row, dtypes: dict[str, str], **more: int | str) -> Case:
+    """A call, with other sizes or another layout than usual."""
+    sizes = {name: size for name, size in more.items() if name in SIZES}
+    others = {name: value for name, value in more.items() if name not in SIZES}
+    return make_case(row, SIZES | sizes, dtypes, np.random.default_rng(), **others)
 
 
 def described(case: Case) -> Descs:
@@ -77,10 +84,19 @@ def call_refused(op, case: Case, values: dict, argument: str | None) -> fi_ffi.A
     return error
 
 
+def is_bound(row: Row, axis: str) -> bool:
+    """Whether something else of the row says what this axis' size must be."""
+    base = axis.partition("+")[0]
+    having = [arg for arg in row.tensors if base in (n.partition("+")[0] for n in arg.axis_names)]
+    return axis.isdigit() or axis in row.sizes_in or len(having) > 1
+
+
 @pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize(("op", "dtypes"), CALLS)
+@pytest.mark.parametrize(("op", "dtypes"), EVERY_CALL)
 def test_each_tensor(op, dtypes, wrong):
     for arg in op.row.tensors:
+        if wrong == "size" and not is_bound(op.row, arg.axis_names[-1]):
+            continue
         case = a_case(op.row, dtypes)
         values = described(case)
         values[arg.name] = WRONG[wrong](values[arg.name])
@@ -89,7 +105,7 @@ def test_each_tensor(op, dtypes, wrong):
         call_refused(op, case, values, None if anywhere else arg.name)
 
 
-@pytest.mark.parametrize(("op", "dtypes"), CALLS)
+@pytest.mark.parametrize(("op", "dtypes"), EVERY_CALL)
 def test_wrong_device_and_read_only(op, dtypes):
     for arg in op.row.tensors:
         case = a_case(op.row, dtypes)
@@ -101,7 +117,7 @@ def test_wrong_device_and_read_only(op, dtypes):
             call_refused(op, case, dict(case.arrays), arg.name)
 
 
-@pytest.mark.parametrize(("op", "dtypes"), CALLS)
+@pytest.mark.parametrize(("op", "dtypes"), EVERY_CALL)
 def test_rows_that_overlap_or_go_backwards(op, dtypes):
     for arg in op.row.tensors:
         if len(arg.axis_names) == 1:
@@ -119,7 +135,7 @@ def test_rows_that_overlap_or_go_backwards(op, dtypes):
 def with_first_stride(op, dtypes, first) -> Iterator[fi_ffi.ArgumentError]:
     """The refusals of each tensor whose rows may lie apart, at a stride got from its own."""
     for arg in op.row.tensors:
-        if "n" in arg.axis_names and not arg.contiguous:
+        if len(arg.axis_names) > 1 and not arg.contiguous:
             case = a_case(op.row, dtypes)
             values = described(case)
             own = values[arg.name].strides
@@ -127,16 +143,89 @@ def with_first_stride(op, dtypes, first) -> Iterator[fi_ffi.ArgumentError]:
             yield call_refused(op, case, values, arg.name)
 
 
-@pytest.mark.parametrize(("op", "dtypes"), CALLS)
+@pytest.mark.parametrize(("op", "dtypes"), EVERY_CALL)
 def test_strides_between_vectors(op, dtypes):
+    itemsize = 2 if op.row.vector.dtype else fi_ffi.DTYPES[dtypes["T"]].itemsize
     for error in with_first_stride(op, dtypes, lambda own: 2 * own + 1):
-        assert "8 elements" in str(error)
+        assert f"{16 // itemsize} elements" in str(error)
 
 
-@pytest.mark.parametrize(("op", "dtypes"), CALLS)
+@pytest.mark.parametrize(
+    ("op", "dtypes"), [call for call in EVERY_CALL if call.values[0].row.offset_limit < 2**63]
+)
 def test_offsets_past_what_the_kernel_counts(op, dtypes):
     for error in with_first_stride(op, dtypes, lambda own: op.row.offset_limit // 2):
         assert str(op.row.offset_limit) in str(error)
+
+
+@pytest.mark.parametrize(("op", "dtypes"), EVERY_CALL)
+def test_strides_past_what_the_kernel_keeps(op, dtypes):
+    for arg in op.row.tensors:
+        if arg.stride_limit < 2**63:
+            case = a_case(op.row, dtypes)
+            values = described(case)
+            strides = (arg.stride_limit, *values[arg.name].strides[1:])
+            values[arg.name] = changed(values[arg.name], strides=strides)
+            error = call_refused(op, case, values, arg.name)
+            assert f"strides below {arg.stride_limit}" in str(error)
+
+
+@pytest.mark.parametrize(("op", "dtypes"), EVERY_CALL)
+def test_strides_that_differ(op, dtypes):
+    for name in op.row.same_strides[1:]:
+        case = a_case(op.row, dtypes)
+        values = described(case)
+        own = values[name].strides
+        values[name] = changed(values[name], strides=(2 * own[0], *own[1:]))
+        assert op.row.same_strides[0] in str(call_refused(op, case, values, name))
+
+
+@pytest.mark.parametrize(("op", "dtypes"), EVERY_CALL)
+def test_sizes_the_kernel_was_not_compiled_for(op, dtypes):
+    for axis, sizes in op.row.sizes_in.items():
+        case = a_case(op.row, dtypes, **{axis: 2 * max(sizes)})
+        error = call_refused(op, case, described(case), None)
+        assert f"{axis} of {' or '.join(map(str, sizes))}" in str(error)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=list(OPS))
+def test_sizes_that_are_too_small(op):
+    # Empty tensors need no memory; nothing is looked at before the sizes.
+    for axis in op.row.min_sizes:
+        sizes = {name: 0 for arg in op.row.tensors for name in arg.axis_names} | SIZES | {axis: 0}
+        values = {}
+        for arg in op.row.tensors:
+            named = [a.partition("+") for a in arg.axis_names]
+            shape = [int(a) if a.isdigit() else sizes[a] + int(b or 0) for a, _, b in named]
+            values[arg.name] = fi_ffi.TensorDesc(16, shape, _dtype(op.row, arg), device="cpu")
+        others = {arg.name: 1.0 for arg in op.row.args if getattr(arg, "default", 0) is None}
+        with pytest.raises(fi_ffi.ArgumentError, match=f"{axis} of at least"):
+            op(**values, **others)
+
+
+LAYOUT_CALLS = [
+    call for call in EVERY_CALL if any(isinstance(arg, KvLayout) for arg in call.values[0].row.args)
+]
+
+
+@pytest.mark.parametrize(("op", "dtypes"), LAYOUT_CALLS)
+def test_tensors_of_the_other_layout(op, dtypes):
+    for layout, other in (("NHD", "HND"), ("HND", "NHD")):
+        of_it, not_of_it = (a_case(op.row, dtypes, kv_layout=name) for name in (layout, other))
+        for arg in op.row.tensors:
+            if arg.kv:
+                values = described(of_it) | of_it.scalars
+                values[arg.name] = fi_ffi.as_desc(not_of_it.arrays[arg.name])
+                call_refused(op, of_it, values, None)
+        call_refused(op, not_of_it, described(not_of_it) | of_it.scalars, None)
+
+
+@pytest.mark.parametrize("value", ["nhd", "", None, 0, 1, b"NHD", ["NHD"], np.str_("NHD")])
+@pytest.mark.parametrize(("op", "dtypes"), LAYOUT_CALLS)
+def test_each_layout(op, dtypes, value):
+    case = a_case(op.row, dtypes)
+    (arg,) = (arg for arg in op.row.args if isinstance(arg, KvLayout))
+    call_refused(op, case, described(case) | {arg.name: value}, arg.name)
 
 
 def test_a_contiguous_op_counts_its_elements_too():
@@ -160,7 +249,7 @@ SCALARS = [
 @pytest.mark.parametrize("value", ["1", None, 1j, [1.0], math.nan, math.inf, -1.0, -math.inf, "é"])
 @pytest.mark.parametrize(("op", "arg"), SCALARS)
 def test_each_scalar(op, arg, value):
-    case = a_case(op.row, {variable: names[0] for variable, names in op.row.dtypes.items()})
+    case = a_case(op.row, default_dtypes(op.row))
     call_refused(op, case, described(case) | {arg.name: value}, arg.name)
 
 
@@ -181,10 +270,9 @@ def test_numbers_of_other_types_are_floats(value):
 
 @pytest.mark.parametrize("op", OPS.values(), ids=list(OPS))
 def test_a_missing_stream_is_told_before_kernels_are_looked_for(op):
+    shapes = a_case(op.row, default_dtypes(op.row)).arrays
     values = {
-        arg.name: fi_ffi.TensorDesc(
-            1 << 20, [1 if a == "1" else SIZES[a] for a in arg.axis_names], _dtype(op.row, arg)
-        )
+        arg.name: fi_ffi.TensorDesc(1 << 20, shapes[arg.name].shape, _dtype(op.row, arg))
         for arg in op.row.tensors
     }
     with pytest.raises(fi_ffi.ArgumentError, match="stream") as caught:
@@ -202,7 +290,7 @@ def _dtype(row: Row, arg: Tensor) -> str:
 
 @pytest.mark.parametrize("op", OPS.values(), ids=list(OPS))
 def test_unknown_and_missing_arguments(op):
-    case = a_case(op.row, {variable: names[0] for variable, names in op.row.dtypes.items()})
+    case = a_case(op.row, default_dtypes(op.row))
     with pytest.raises(TypeError, match=op.row.name):
         op(**case.arrays, temperature=1)
     with pytest.raises(TypeError, match=op.row.name):
@@ -232,7 +320,7 @@ ANYTHING = st.one_of(
 def test_anything_anywhere(data):
     """Any argument replaced by anything: a typed error, or a scalar that was fine."""
     op = data.draw(st.sampled_from(list(OPS.values())))
-    case = a_case(op.row, {variable: names[0] for variable, names in op.row.dtypes.items()})
+    case = a_case(op.row, default_dtypes(op.row))
     arg = data.draw(st.sampled_from(op.row.args))
     value = data.draw(ANYTHING)
     before = {name: array.tobytes() for name, array in case.arrays.items()}
@@ -243,5 +331,5 @@ def test_anything_anywhere(data):
         after = {name: array.tobytes() for name, array in case.arrays.items()}
         assert after == before
     else:
-        assert isinstance(arg, Scalar), f"{arg.name}={value!r} was accepted"
-        assert type(value) in (arg.type, int)
+        assert not isinstance(arg, Tensor), f"{arg.name}={value!r} was accepted"
+        assert value in KV_LAYOUTS if isinstance(arg, KvLayout) else type(value) in (arg.type, int)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import zipfile
+import re
 from pathlib import Path
 
 import pytest
@@ -12,29 +10,10 @@ import pytest
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.providers import fits
+from fi_ffi.ops.row import KV_LAYOUTS
 from fi_ffi.ops.table import ROWS
 
-from bindings import abi_type, exported
-
-# Every release the lock pins kernels of, and the newest one.
-RELEASES = sorted({file.release for file in the_lock().kernels} | {"0.7.2.post1"})
-
-
-@pytest.fixture(scope="session")
-def sources(tmp_path_factory):
-    """The text of a file of a flashinfer-python release, from the package index."""
-    folder = tmp_path_factory.mktemp("flashinfer-python")
-
-    def read(release: str, source: str) -> str:
-        wheel = folder / f"flashinfer_python-{release}-py3-none-any.whl"
-        if not wheel.exists():
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-            command += ["--only-binary=:all:", "--dest", str(folder)]
-            subprocess.run([*command, f"flashinfer-python=={release}"], check=True, timeout=300)
-        with zipfile.ZipFile(wheel) as archive:
-            return archive.read(f"flashinfer/data/{source}").decode()
-
-    return read
+from bindings import RELEASES, abi_type, exported
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -55,6 +34,42 @@ def test_kernels_clamp_as_the_row_says(release, sources):
     fixed = "fminf(output_vec[j], 448.0f)" in text
     (row,) = [row for row in OPS["rmsnorm_quant"].rows if fits(row, release)]
     assert fixed == (row.variant == "")
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_pages_are_what_the_rows_say(release, sources):
+    """What page.cuh compiles for, loads at a time, launches and counts in."""
+    text = " ".join(sources(release, "include/flashinfer/page.cuh").split())
+    utils = sources(release, "include/flashinfer/utils.cuh")
+    append = text[text.index("cudaError_t AppendPagedKVCache(") :]
+    dispatch = utils[utils.index("#define DISPATCH_HEAD_DIM(") :].partition("#define DISPATCH_I")[0]
+    rows = {
+        name: next(row for row in OPS[name].rows if fits(row, release))
+        for name in ("append_paged_kv_cache", "append_paged_mla_kv_cache")
+    }
+    kv, mla = rows.values()
+
+    sizes = tuple(int(size) for size in re.findall(r"case (\d+):", dispatch))
+    assert sizes == kv.sizes_in["head_dim"]
+    width = f"std::max({kv.vector.bytes} / sizeof(DType), HEAD_DIM / {kv.vector.threads})"
+    threads = "uint32_t bdx = HEAD_DIM / vec_size; uint32_t bdy = num_heads;"
+    assert f"vec_size = {width}; {threads}" in append
+    assert kv.block == ("num_kv_heads",)
+    assert f"HEAD_CKV_DIM = {mla.sizes_in['head_dim_ckv'][0]};" in append
+    assert f"HEAD_KPE_DIM = {mla.sizes_in['head_dim_kpe'][0]};" in append
+    # Two elements, or 16 bytes: the row asks for 16 bytes of both.
+    later = "std::max(uint32_t(16 / sizeof(DType)), uint32_t(HEAD_CKV_DIM / 128));"
+    assert ("vec_size = 2;" in append) != (f"vec_size = {later}" in append)
+    assert mla.vector.bytes == 16
+
+    strides = re.findall(r"(\w+) stride_(?:page|n|h|page_ckv|page_kpe|n_ckv|n_kpe);", text)
+    assert set(strides) == {"uint32_t"} and len(strides) == 7
+    limits = {arg.stride_limit for row in rows.values() for arg in row.tensors if arg.writes}
+    assert limits == {2**32}
+    assert "void divmod(uint32_t n," in sources(release, "include/flashinfer/fastdiv.cuh")
+    codes = re.findall(r"k(NHD|HND) = (\d)U", sources(release, "include/flashinfer/layout.cuh"))
+    assert {name: int(code) for name, code in codes} == KV_LAYOUTS
+    assert "k/v strides must be identical" in sources(release, "csrc/page.cu")
 
 
 def test_first_rows_are_of_the_default_release():

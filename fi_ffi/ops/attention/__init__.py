@@ -1,0 +1,31 @@
+"""Attention: plans for batches, and calls for single requests."""
+
+from __future__ import annotations
+
+from fi_ffi.ops.attention.decode import BatchDecodePlan
+from fi_ffi.ops.attention.masks import alibi_slopes, pack_custom_mask
+from fi_ffi.ops.attention.mla import BatchMlaPlan
+from fi_ffi.ops.attention.plan import WorkspaceSize
+from fi_ffi.ops.attention.plan import forget as forget
+from fi_ffi.ops.attention.prefill import BatchPrefillPlan
+from fi_ffi.ops.attention.single import (
+    single_decode,
+    single_decode_workspace_size,
+    single_prefill,
+    single_prefill_workspace_size,
+)
+from fi_ffi.ops.attention.workspace import Workspace
+
+__all__ = [
+    "BatchDecodePlan",
+    "BatchMlaPlan",
+    "BatchPrefillPlan",
+    "Workspace",
+    "WorkspaceSize",
+    "alibi_slopes",
+    "pack_custom_mask",
+    "single_decode",
+    "single_decode_workspace_size",
+    "single_prefill",
+    "single_prefill_workspace_size",
+]

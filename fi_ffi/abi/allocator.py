@@ -1,0 +1,163 @@
+"""Memory for tensors that kernels make themselves.
+
+A kernel asks libtvm_ffi for a tensor (`TVMFFIEnvTensorAlloc`), and libtvm_ffi asks the
+allocator set on the calling thread, or else the one set for the process.  Ours is set on
+the thread, around a call that needs it, and never for the process: other libraries' calls
+keep theirs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from fi_ffi.abi import library
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.device import Device, device_from_code
+from fi_ffi.abi.failure import check, message_of
+from fi_ffi.abi.tensor import c_strides
+
+_DLPACK_MAJOR = 1
+_HEADER = ffi.sizeof("DLManagedTensorVersioned")
+_WORD = ffi.sizeof("int64_t")
+_ALIGNMENT = 256  # of device memory as well
+
+
+class Source(NamedTuple):
+    """Memory of one kind of device: both functions work on, or after, a stream's work."""
+
+    take: Callable[[int, Device, int], int]  # bytes, device, stream: an address
+    give_back: Callable[[int, Device, int], None]  # address, device, stream
+
+
+def _take_host(count: int, device: Device | None = None, stream: int = 0) -> int:
+    size = -(-max(count, 1) // _ALIGNMENT) * _ALIGNMENT
+    block = library.c_library().aligned_alloc(_ALIGNMENT, size)
+    if block == ffi.NULL:
+        raise MemoryError(f"{count} bytes of host memory")
+    return int(ffi.cast("uintptr_t", block))
+
+
+def _free_host(address: int, device: Device | None = None, stream: int = 0) -> None:
+    library.c_library().free(ffi.cast("void *", address))
+
+
+# libc's, not Python's: a tensor may be read after the interpreter has gone.
+HOST = Source(_take_host, _free_host)
+
+
+class _Block(NamedTuple):
+    """What one tensor's deleter gives back."""
+
+    source: Source
+    address: int
+    device: Device
+    stream: int
+
+
+class Allocator:
+    """Gives kernels' tensors memory, by type of device.
+
+    Memory is taken for, and given back after, the work of the stream that is current on
+    the thread and device that ask for it.  That stream must not be destroyed before the
+    tensor is released.
+    """
+
+    def __init__(self, sources: Mapping[str, Source]) -> None:
+        self._sources = dict(sources)
+        # By the address of the structure that libtvm_ffi was given.  One operation on a
+        # dict needs no lock, and a deleter, which may run anywhere, could not wait for one.
+        self._blocks: dict[int, _Block] = {}
+        self._is_closed = False
+        self._callback = ffi.callback("DLPackManagedTensorAllocator", self._allocate, error=-1)
+        # What give_back raises goes to sys.unraisablehook, as from a `__del__`.
+        self._deleter = ffi.callback("void(DLManagedTensorVersioned *)", self._delete)
+        _ALLOCATORS.append(self)
+
+    @property
+    def count(self) -> int:
+        """Tensors that were allocated and not yet freed."""
+        return len(self._blocks)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Allocate for kernels called on this thread inside the block."""
+        before = ffi.new("DLPackManagedTensorAllocator *")
+        swap = library.lib.TVMFFIEnvSetDLPackManagedTensorAllocator
+        check(swap(self._callback, 0, before), "allocator")
+        try:
+            yield
+        finally:
+            check(swap(before[0], 0, ffi.NULL), "allocator")
+
+    def close(self) -> None:
+        """Never call Python again for the tensors there are: they stay allocated."""
+        self._is_closed = True
+        for address in list(self._blocks):
+            ffi.cast("DLManagedTensorVersioned *", address).deleter = ffi.NULL
+
+    def _allocate(self, prototype: Any, out: Any, error_context: Any, set_error: Any) -> int:
+        try:
+            out[0] = self._make(prototype)
+        except BaseException as error:  # none may reach the C++ that called
+            words = (type(error).__name__, message_of(error))
+            kind, message = (ffi.new("char[]", word.encode(errors="replace")) for word in words)
+            set_error(error_context, kind, message)
+            return -1
+        return 0
+
+    def _make(self, prototype: Any) -> Any:
+        if self._is_closed:
+            raise RuntimeError("no tensor is allocated while the interpreter exits")
+        code = prototype.device.device_type
+        device = device_from_code(code, prototype.device.device_id)
+        source = self._sources.get(device.type) if device is not None else None
+        if device is None or source is None:
+            raise ValueError(f"no tensor is allocated on {device or f'device type {code}'}")
+        shape = tuple(prototype.shape[0 : prototype.ndim]) if prototype.ndim else ()
+        if min(shape, default=0) < 0:
+            raise ValueError(f"a tensor of shape {shape} was asked for")
+        # One that packs several elements in a byte ends with a whole one.
+        count = (math.prod(shape) * prototype.dtype.bits * prototype.dtype.lanes + 7) // 8
+        stream = library.lib.TVMFFIEnvGetStream(code, device.index)
+        handle = int(ffi.cast("uintptr_t", stream))
+        header = _take_host(_HEADER + 2 * _WORD * len(shape))
+        try:
+            address = source.take(count, device, handle)
+        except BaseException:
+            _free_host(header)
+            raise
+        self._blocks[header] = _Block(source, address, device, handle)
+        return self._fill(header, address, shape, prototype)
+
+    def _fill(self, header: int, address: int, shape: tuple[int, ...], prototype: Any) -> Any:
+        managed = ffi.cast("DLManagedTensorVersioned *", header)
+        managed.version.major, managed.version.minor = _DLPACK_MAJOR, 0
+        managed.manager_ctx, managed.flags, managed.deleter = ffi.NULL, 0, self._deleter
+        tensor, rank = managed.dl_tensor, len(shape)
+        tensor.data, tensor.byte_offset = ffi.cast("void *", address), 0
+        tensor.device, tensor.dtype, tensor.ndim = prototype.device, prototype.dtype, rank
+        tensor.shape = ffi.cast("int64_t *", header + _HEADER)
+        tensor.strides = tensor.shape + rank
+        tensor.shape[0:rank], tensor.strides[0:rank] = shape, c_strides(shape)
+        return managed
+
+    def _delete(self, managed: Any) -> None:
+        header = int(ffi.cast("uintptr_t", managed))
+        block = self._blocks.pop(header)
+        _free_host(header)
+        block.source.give_back(block.address, block.device, block.stream)
+
+
+# For the life of the process: tensors hold their deleters.
+_ALLOCATORS: list[Allocator] = []
+
+
+@atexit.register
+def _close_all() -> None:
+    """libtvm_ffi releases what is left when there is no interpreter to call any more."""
+    for allocator in _ALLOCATORS:
+        allocator.close()

@@ -1,0 +1,70 @@
+"""A batch of requests: its index arrays, read and checked."""
+
+from __future__ import annotations
+
+from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.errors import ArgumentError
+from fi_ffi.ops.attention.indices import INT32_MAX, Indptr, PagedLengths, mask_bytes
+
+_PAGED = ("paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
+
+
+class Batch:
+    """Where each request's queries and keys are: ragged keys, or pages of a cache."""
+
+    __slots__ = ("kv", "kv_lens", "mask_indptr", "pages", "qo")
+
+    def __init__(
+        self,
+        op: str,
+        page_size: int | None,
+        qo_indptr: object,
+        kv_indptr: object,
+        paged: tuple[object, ...],
+    ) -> None:
+        self.qo = Indptr(op, "qo_indptr", qo_indptr)
+        count = len(self.qo.counts)
+        self.pages: PagedLengths | None = None
+        if page_size is None:
+            if kv_indptr is None:
+                expected = "an array; a paged cache comes with page_size"
+                raise ArgumentError(op, "kv_indptr", got=None, expected=expected)
+            for name, array in zip(_PAGED, paged, strict=True):
+                if array is not None:
+                    raise ArgumentError(op, name, got="an array", expected="None without page_size")
+            self.kv = Indptr(op, "kv_indptr", kv_indptr, count + 1)
+            self.kv_lens = self.kv.counts
+        else:
+            if kv_indptr is not None:
+                raise ArgumentError(op, "kv_indptr", got="an array", expected="None with page_size")
+            for name, array in zip(_PAGED[::2], paged[::2], strict=True):
+                if array is None:
+                    raise ArgumentError(op, name, got=None, expected="an array with page_size")
+            self.pages = PagedLengths(op, _PAGED, paged, count, page_size)
+            self.kv, self.kv_lens = self.pages.indptr, self.pages.kv_lens
+        self.mask_indptr = mask_bytes(self.qo.counts, self.kv_lens)
+
+    def check_mask(self, op: str) -> None:
+        """Raise where a mask would be too large for its indptr."""
+        if self.mask_indptr[-1] > INT32_MAX:
+            got, expected = f"a mask of {self.mask_indptr[-1]} bytes", f"{INT32_MAX} bytes at most"
+            raise ArgumentError(op, "use_custom_mask", got=got, expected=expected)
+
+    @property
+    def size(self) -> int:
+        return len(self.qo.counts)
+
+    @property
+    def rows(self) -> int:
+        """Queries in all."""
+        return self.qo.total
+
+    @property
+    def num_indices(self) -> int:
+        """Pages in all; 0 for ragged keys."""
+        return self.pages.indptr.total if self.pages else 0
+
+    @property
+    def page_indices(self) -> TensorDesc | None:
+        """The host array of pages, where there is one."""
+        return self.pages.indices.desc if self.pages and self.pages.indices else None

@@ -1,0 +1,95 @@
+"""Host arrays for what queries see: packed masks, and ALiBi's slopes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.ops.attention.options import integer
+
+if TYPE_CHECKING:
+    import numpy
+    import numpy.typing
+
+    Masks = numpy.typing.ArrayLike | Sequence[numpy.typing.ArrayLike]
+    Bytes = numpy.ndarray[Any, numpy.dtype[numpy.uint8]]
+    Slopes = numpy.ndarray[Any, numpy.dtype[numpy.float32]]
+
+
+def pack_custom_mask(masks: Masks) -> Bytes:
+    """`custom_mask` of boolean host arrays [qo_len, kv_len]: True where a query sees a key.
+
+    A sequence has one for each request of a batch; `single_prefill` takes one alone.  Bit
+    `i * kv_len + j` is for query i and key j, the lowest of a byte first; each request's
+    bits begin a byte, and those that are left of its last byte are 0.
+
+    Raises `ArgumentTypeError` for what is no boolean host array, `ArgumentError` for one
+    of another rank, or for no masks at all.
+    """
+    import numpy as np
+
+    found = _one(masks)
+    each = [found] if found is not None and found.ndim == 2 else list(_sequence(masks, found))
+    if not each:
+        raise _refused("no masks", "one for each request")
+    packed = [np.packbits(_checked(mask, i), bitorder="little") for i, mask in enumerate(each)]
+    return np.concatenate(packed)
+
+
+def alibi_slopes(num_heads: int) -> Slopes:
+    """ALiBi's slope of each head, float32: Press et al. 2021, section 3.
+
+    For n heads, a power of two, they are 2^(-8/n), and its powers up to the n-th.  For
+    other numbers: those of the power of two below, then the odd ones (the first, the third,
+    ...) of twice that power.
+    """
+    import numpy as np
+
+    heads = integer("alibi_slopes", "num_heads", num_heads, 1)
+    below = 1 << (heads.bit_length() - 1)
+    first = np.arange(1, below + 1) / below
+    between = np.arange(1, 2 * (heads - below), 2) / (2 * below)
+    return np.exp2(-8.0 * np.concatenate([first, between])).astype(np.float32)
+
+
+def _one(value: object) -> numpy.ndarray[Any, Any] | None:
+    """A value that is one array, as numpy's; None for a list or tuple."""
+    import numpy as np
+
+    if isinstance(value, (list, tuple)):
+        return None
+    try:
+        array = np.asarray(value)
+    except Exception as error:  # the exporter's own: a GPU's array, for one
+        got = f"a {type(value).__qualname__} that refused: {error}"
+        raise _wrong_type(got) from error
+    if array.dtype != np.bool_:
+        raise _wrong_type(f"{type(value).__qualname__} of {array.dtype}")
+    return array
+
+
+def _sequence(masks: Any, found: numpy.ndarray[Any, Any] | None) -> Sequence[object]:
+    """A batch's masks: a list of them, or an array of rank 3."""
+    if found is not None and found.ndim != 3:
+        raise _refused(f"bool of shape {found.shape}", "shape [qo_len, kv_len]")
+    return list(masks if found is None else found)
+
+
+def _checked(mask: object, request: int) -> numpy.ndarray[Any, Any]:
+    array = _one(mask)
+    if array is None:
+        raise _wrong_type(f"{type(mask).__name__} for request {request}")
+    if array.ndim != 2:
+        got = f"bool of shape {array.shape} for request {request}"
+        raise _refused(got, "shape [qo_len, kv_len]")
+    return array
+
+
+def _wrong_type(got: str) -> ArgumentTypeError:
+    expected = "a boolean host array for each request"
+    return ArgumentTypeError("pack_custom_mask", "masks", got=got, expected=expected)
+
+
+def _refused(got: str, expected: str) -> ArgumentError:
+    return ArgumentError("pack_custom_mask", "masks", got=got, expected=expected)

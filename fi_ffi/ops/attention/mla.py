@@ -1,0 +1,244 @@
+"""`BatchMlaPlan`: multi-head latent attention (DeepSeek's) over a paged cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.errors import ArgumentError
+from fi_ffi.ops.attention import sizes
+from fi_ffi.ops.attention.arrays import Arrays, index_room
+from fi_ffi.ops.attention.indices import HostArray, Indptr, check_keys, page_indices
+from fi_ffi.ops.attention.options import CAUSAL, NON_CAUSAL, choose_backend, in_use
+from fi_ffi.ops.attention.plan import SIZE_ONLY, Plan, WorkspaceSize, form_of
+from fi_ffi.ops.attention.rows import BATCH_MLA, NEED_KEYS
+from fi_ffi.ops.attention.run import Values, softmax_scale
+from fi_ffi.ops.attention.spec import MlaOptions
+from fi_ffi.ops.attention.workspace import Workspace
+
+
+class _Batch:
+    """Where each request's queries and pages are, and how many tokens it has."""
+
+    __slots__ = ("indices", "kv", "kv_len", "max_page", "qo")
+
+    def __init__(self, op: str, page_size: int, qo: Any, kv: Any, indices: Any, kv_len: Any):
+        self.qo = Indptr(op, "qo_indptr", qo)
+        count = len(self.qo.counts)
+        self.kv = Indptr(op, "kv_indptr", kv, count + 1)
+        self.kv_len = HostArray(op, "kv_len_arr", kv_len, count)
+        pairs = zip(self.kv_len.values, self.kv.counts, strict=True)
+        for i, (length, pages) in enumerate(pairs):
+            if not max(pages - 1, 0) * page_size <= length <= pages * page_size:
+                got = f"{length} for request {i} with {pages} pages of {page_size}"
+                expected = "tokens that fill its pages"
+                raise ArgumentError(op, "kv_len_arr", got=got, expected=expected)
+        self.indices = page_indices(op, "kv_indices", indices, self.kv.total)
+        self.max_page = max(self.indices.values, default=-1) if self.indices else -1
+
+
+class BatchMlaPlan(Plan):
+    """A batch of requests for multi-head latent attention, planned once, run for every layer.
+
+    Each head's query has a part that was multiplied into the space of the compressed keys
+    and values (`q_nope`, head_dim_ckv = 512) and a part with the position encoding
+    (`q_pe`, head_dim_kpe = 64); keys and values are the compressed cache itself.
+
+    Args:
+        qo_indptr: [b+1] int32 on the host: where each request's queries start.
+        kv_indptr: [b+1] int32 on the host: where each request's pages start.
+        kv_indices: [kv_indptr[-1] or more] int32 on the host: pages; None where each run
+            is given them on the device.
+        kv_len_arr: [b] int32 on the host: tokens of each request.
+        num_heads, page_size: sizes.
+        q_data_type, kv_data_type: float16 or bfloat16, the same.
+        causal: query i of a request sees keys up to `kv_len - qo_len + i`.
+        backend: "auto" (fa3 on SM90, as FlashInfer has it), "fa2" or "fa3".
+        enable_cuda_graph, max_total_num_rows, max_num_indices, device, workspace, stream:
+            as in `BatchPrefillPlan`; `replan` also refuses a batch whose queries would
+            make another number of blocks work together.
+
+    Raises as `BatchPrefillPlan` does.
+    Upstream: flashinfer/mla/_core.py, csrc/batch_mla_plan.cu, csrc/batch_mla_sm90_plan.cu.
+    """
+
+    op = "BatchMlaPlan"
+
+    def __init__(
+        self,
+        qo_indptr: TensorLike,
+        kv_indptr: TensorLike,
+        kv_indices: TensorLike | None,
+        kv_len_arr: TensorLike,
+        *,
+        device: object = None,
+        workspace: Workspace | None = None,
+        stream: object = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(device, workspace)
+        self.options = chosen = MlaOptions.of(options)
+        kernel = chosen.kernel
+        self.backend, self.backend_reason = choose_backend(
+            self.op, chosen.backend, kernel, self.device
+        )
+        self.module = kernel.module(self.backend)
+        self.geometry = chosen.geometry(self.machine)
+        known = {name: getattr(chosen, name) for name in ("num_heads", "page_size")}
+        known |= {"head_dim_ckv": chosen.head_dim_ckv, "head_dim_kpe": chosen.head_dim_kpe}
+        rows = in_use(BATCH_MLA[self.backend], self.device)
+        self._needs_keys = rows[1] in NEED_KEYS
+        self._forms = [form_of(row, kernel, self.backend, known) for row in rows]
+        self._templates = [Values(self.op, row, self.backend, {}) for row in rows]
+        batch = self._read(qo_indptr, kv_indptr, kv_indices, kv_len_arr)
+        self._max_rows = chosen.max_total_num_rows or batch.qo.total
+        self._max_indices = chosen.max_num_indices or batch.kv.total
+        self.needs, self._placed = self._need(batch)
+        if not self.is_size_only:
+            self._schedule(batch, stream)
+
+    @classmethod
+    def workspace_size(
+        cls,
+        qo_indptr: TensorLike,
+        kv_indptr: TensorLike,
+        kv_indices: TensorLike | None,
+        kv_len_arr: TensorLike,
+        **arguments: Any,
+    ) -> WorkspaceSize:
+        """Bytes of the float and int workspaces that a plan of these arguments needs."""
+        only: Any = SIZE_ONLY
+        plan = cls(qo_indptr, kv_indptr, kv_indices, kv_len_arr, workspace=only, **arguments)
+        return WorkspaceSize(plan.needs.float_bytes, plan._placed.end)
+
+    def replan(
+        self,
+        qo_indptr: TensorLike,
+        kv_indptr: TensorLike,
+        kv_indices: TensorLike | None,
+        kv_len_arr: TensorLike,
+        *,
+        stream: object = None,
+    ) -> None:
+        """Plan another batch with the same options; as `BatchPrefillPlan.replan`."""
+        batch = self._read(qo_indptr, kv_indptr, kv_indices, kv_len_arr)
+        if self.options.enable_cuda_graph:
+            self._check_replan(batch)
+        self.needs, self._placed = self._need(batch)
+        self._schedule(batch, stream)
+
+    def run(
+        self,
+        q_nope: TensorLike,
+        q_pe: TensorLike,
+        ckv_cache: TensorLike,
+        kpe_cache: TensorLike,
+        o: TensorLike,
+        lse: TensorLike | None = None,
+        *,
+        kv_indices: TensorLike | None = None,
+        sm_scale: float | None = None,
+        return_lse_base_on_e: bool = False,
+        stream: object = None,
+    ) -> None:
+        """Attention into `o`, on `stream`.
+
+        Args:
+            q_nope: [qo_indptr[-1], num_heads, 512]; q_pe: [qo_indptr[-1], num_heads, 64].
+            ckv_cache: [num_pages, page_size, 512]; kpe_cache: [num_pages, page_size, 64].
+            o: [rows of q_nope, num_heads, 512], written.
+            lse: [rows of q_nope, num_heads] float32, written: log2 of the sum of
+                exponentials, or their natural logarithm with `return_lse_base_on_e`.
+            kv_indices: the pages on the device, where the plan was given none.
+            sm_scale: logits are multiplied by it; by default 1 / sqrt(128 + 64), of the
+                heads before absorption.
+        """
+        workspace = self.check_current()
+        values, chosen = self._templates[1].fresh(), self.options
+        q_nope = as_desc(q_nope, self.op, "q_nope")
+        if not q_nope.shape or q_nope.shape[0] != self._rows_now:
+            raise self.refuse("q_nope", q_nope.layout, f"{self._rows_now} rows, as planned")
+        values.put(
+            float_workspace_buffer=workspace.float_buffer,
+            int_workspace_buffer=self._descs["int_workspace_buffer"],
+            plan_info_vec=self.info_address, q_nope=q_nope, q_pe=q_pe, ckv_cache=ckv_cache,
+            kpe_cache=kpe_cache, o=o, maybe_lse=lse,
+            mask_mode_code=CAUSAL if chosen.causal else NON_CAUSAL,
+            num_heads=chosen.num_heads, page_size=chosen.page_size,
+            sm_scale=softmax_scale(self.op, sm_scale, 128 + chosen.head_dim_kpe),
+            return_lse_base_on_e=return_lse_base_on_e,
+        )  # fmt: skip
+        self.put_pages(values, kv_indices, "ckv_cache", "NHD")
+        self.launch(self._forms[1], values, stream)
+
+    def _read(self, qo: Any, kv: Any, indices: Any, kv_len: Any) -> _Batch:
+        batch = _Batch(self.op, self.options.page_size, qo, kv, indices, kv_len)
+        if self.options.causal:
+            self._check_tiles(batch)
+            check_keys(self.op, batch.qo.counts, batch.kv_len.values, "with causal=True")
+        if self._needs_keys:
+            for i, (queries, keys) in enumerate(
+                zip(batch.qo.counts, batch.kv_len.values, strict=True)
+            ):
+                if queries and not keys:
+                    expected = "a token or more: MLA's kernels before 0.6.11 fail without"
+                    raise self.refuse("kv_len_arr", f"0 for request {i}", expected)
+        return batch
+
+    def _check_tiles(self, batch: _Batch) -> None:
+        """The kernels mask a tile of rows by where it ends, rounded down to whole queries:
+        where it ends inside of one, that query loses its last key."""
+        heads, lens = self.options.num_heads, batch.qo.counts
+        tile = 64 * sizes.mla_cluster(self.geometry, lens)
+        if tile % heads and max(lens) * heads > tile:
+            got = f"{max(lens)} queries of {heads} heads in a request"
+            expected = f"{tile // heads} at most with causal=True, or heads that divide {tile}"
+            if max(lens) == 1:
+                expected = "causal=False, which is the same for one query a request"
+            raise self.refuse("qo_indptr", got, expected)
+
+    def _check_replan(self, batch: _Batch) -> None:
+        self.check_batch_size("qo_indptr", len(batch.qo.counts), self._batch_size)
+        self.check_room("pages", "kv_indices", batch.max_page + 1)
+        self.check_room("page indices", "kv_indptr", batch.kv.total)
+        if (batch.indices is None) != ("indices" not in self._descs):
+            expected = "an array or None, as in the plan that was captured"
+            raise self.refuse("kv_indices", "the other", expected)
+        cluster = sizes.mla_cluster(self.geometry, batch.qo.counts)
+        if cluster != self._cluster:
+            got = f"queries for which {cluster} blocks work together"
+            raise self.refuse("qo_indptr", got, f"{self._cluster}, as in the launch captured")
+
+    def _need(self, batch: _Batch) -> tuple[sizes.Need, Arrays]:
+        graph = self.options.enable_cuda_graph
+        if graph and batch.qo.total > self._max_rows:
+            expected = f"{self._max_rows} at most"
+            raise self.refuse("qo_indptr", f"{batch.qo.total} queries", expected)
+        if graph and batch.kv.total > self._max_indices:
+            expected = f"{self._max_indices} at most"
+            raise self.refuse("kv_indptr", f"{batch.kv.total} pages", expected)
+        works = sizes.mla_works(self.geometry, batch.qo.counts)
+        if works > sizes.MLA_MAX_WORKS:
+            got = f"queries for up to {works} work items"
+            expected = f"{sizes.MLA_MAX_WORKS} at most: the planner has room for no more"
+            raise self.refuse("qo_indptr", got, expected)
+        need = sizes.mla(self.geometry, batch.qo.counts)
+        placed = self.arrays(need, len(batch.qo.counts))
+        if batch.indices is not None:
+            placed.place("indices", index_room(self._max_indices if graph else batch.kv.total))
+        return need, placed
+
+    def _schedule(self, batch: _Batch, stream: object) -> None:
+        chosen, values = self.options, self._templates[0].fresh()
+        values.put(
+            qo_indptr=batch.qo.desc, kv_indptr=batch.kv.desc, kv_len=batch.kv_len.desc,
+            num_heads=chosen.num_heads, head_dim_o=chosen.head_dim_ckv, causal=chosen.causal,
+        )  # fmt: skip
+        arrays = {} if batch.indices is None else {"indices": batch.indices.desc}
+        form = self._forms[0]
+        self.schedule(form, values.values[3:], arrays, self.needs, self._placed, stream)
+        self._batch_size = len(batch.qo.counts)
+        self._num_indices, self._max_page = batch.kv.total, batch.max_page
+        self._cluster = sizes.mla_cluster(self.geometry, batch.qo.counts)
+        graph = chosen.enable_cuda_graph
+        self._rows_now = self._max_rows if graph else batch.qo.total

@@ -1,0 +1,279 @@
+"""What the plan classes share: a schedule made on the host, kept in a workspace, run many times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.device import Device, parse_device
+from fi_ffi.abi.function import array_values
+from fi_ffi.abi.interop import as_desc
+from fi_ffi.abi.objects import Array
+from fi_ffi.abi.streams import launching
+from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.loader import machine
+from fi_ffi.ops import cuda
+from fi_ffi.ops.attention.arrays import Arrays
+from fi_ffi.ops.attention.options import Kernel
+from fi_ffi.ops.attention.run import Values, call
+from fi_ffi.ops.attention.sizes import Need, aligned
+from fi_ffi.ops.attention.workspace import Workspace
+from fi_ffi.ops.form import Form
+from fi_ffi.ops.row import Row
+
+_FORMS: dict[tuple[object, ...], Form] = {}
+# What the CPU's reference keeps of a request, which has no formula of its own.
+_REFERENCE_BYTES = 64
+
+
+class WorkspaceSize(NamedTuple):
+    """Bytes that a plan needs of each workspace."""
+
+    float_bytes: int
+    int_bytes: int
+
+
+class _SizeOnly:
+    """Stands for a workspace where only its size is asked for."""
+
+
+SIZE_ONLY = _SizeOnly()
+
+
+def forget() -> None:
+    """Drop what was learnt, after the source of kernels changed."""
+    _FORMS.clear()
+
+
+def form_of(row: Row, kernel: Kernel, backend: str, known: Mapping[str, int]) -> Form:
+    """The form of a row in a kernel's module, for the dtypes it was compiled for; shared by
+    all plans alike, with what it has learnt."""
+    module = kernel.module(backend)
+    key = (row, module, *known.items())
+    form = _FORMS.get(key)
+    if form is None:
+        dtypes = {name: (dtype,) for name, dtype in kernel.dtypes.items() if name in row.dtypes}
+        compiled = replace(row, dtypes=dict[str, tuple[str, ...]](dtypes))
+        form = _FORMS.setdefault(key, Form(compiled, module, known))
+    return form
+
+
+def _first(desc: TensorDesc, count: int) -> TensorDesc:
+    """The first bytes of a buffer."""
+    return TensorDesc(desc.ptr, (count,), "uint8", device=desc.device)
+
+
+class Plan:
+    """A schedule for a batch; made by the classes derived from this one."""
+
+    op: str
+    options: Any
+    backend: str
+    backend_reason: str
+    module: str
+
+    def __init__(self, device: object, workspace: object) -> None:
+        if not (workspace is None or isinstance(workspace, (Workspace, _SizeOnly))):
+            got = type(workspace).__name__
+            raise ArgumentTypeError(self.op, "workspace", got=got, expected="a Workspace or None")
+        self.is_size_only = isinstance(workspace, _SizeOnly)
+        self.workspace = workspace if isinstance(workspace, Workspace) else None
+        if self.workspace is not None and device is None:
+            device = self.workspace.device
+        self.device: Device = parse_device("cuda:0" if device is None else device, op=self.op)
+        if self.device.type not in ("cpu", "cuda"):
+            raise ArgumentError(self.op, "device", got=self.device, expected="cpu or cuda")
+        if self.workspace is not None and self.workspace.device is not self.device:
+            got, expected = f"one on {self.workspace.device}", f"one on {self.device}"
+            raise ArgumentError(self.op, "workspace", got=got, expected=expected)
+        self._generation = -1
+        self._info: Array | None = None
+        self._captured: list[int] | None = None
+        self._owns_workspace = workspace is None
+        # Pages of the batch in all, and the last of them in the cache, where it is known.
+        self._num_indices, self._max_page = 0, -1
+        self._descs: dict[str, TensorDesc] = {}
+        # With CUDA graphs: the least room that runs were given for what grows with lengths.
+        self.room: dict[str, int] = {}
+
+    def arrays(self, need: Need, batch_size: int) -> Arrays:
+        """Room for index arrays after what the kernel needs of the int workspace."""
+        least = 0 if self.device.is_cuda else _REFERENCE_BYTES * (batch_size + 4)
+        return Arrays(max(need.int_bytes, least))
+
+    @property
+    def machine(self) -> tuple[int, int]:
+        """Multiprocessors and compute capability (major); the CPU's reference has no need."""
+        if not self.device.is_cuda:
+            return 1, 9
+        index = self.device.index
+        return machine.multiprocessors(index), machine.capability(index)[0]
+
+    def stream(self, stream: object) -> int:
+        """The handle of the stream to work on; 0 on the CPU."""
+        return launching(stream, self.device, self.op).handle if self.device.is_cuda else 0
+
+    def refuse(self, argument: str, got: object, expected: object) -> ArgumentError:
+        return ArgumentError(self.op, argument, got=got, expected=expected)
+
+    def schedule(
+        self,
+        form: Form,
+        values: Sequence[Any],
+        arrays: Mapping[str, TensorDesc],
+        need: Need,
+        placed: Arrays,
+        stream: object,
+    ) -> None:
+        """Have the kernel plan, and send the index arrays after.
+
+        Nothing that another plan uses is written before the kernel's planner has agreed.
+        """
+        handle = self.stream(stream)
+        if self.device.is_cuda and cuda.is_capturing(handle):
+            raise self.refuse("stream", "one that is capturing a graph", "plan before the capture")
+        workspace = self._workspace(need.float_bytes, placed.end)
+        with workspace.lock, cuda.current(self.device):
+            stage = workspace.stage()
+            if self.options.enable_cuda_graph and need.split is False:
+                # Up to 0.7.0, fa2's planner leaves the indices of the blocks that only pad
+                # the grid as they are; as 0, they repeat what the first block does.
+                ffi.memmove(
+                    cuda.pointer(stage.desc.ptr), bytes(placed.kernel_bytes), placed.kernel_bytes
+                )
+            placed.write(stage.desc, arrays)
+            if self.device.is_cuda:
+                workspace.take(handle)
+            kernels = [
+                _first(desc, placed.kernel_bytes) for desc in (workspace.int_buffer, stage.desc)
+            ]
+            given = [workspace.float_buffer, *kernels, *values]
+            info = call(self.op, form, given, handle if self.device.is_cuda else None)
+            if self.options.enable_cuda_graph:
+                # Until it is found the same, neither the old plan nor the new one holds.
+                workspace.generation += 1
+                self.check_launch(array_values(info), stage.desc)
+            self._send(workspace, stage.desc, placed, handle)
+            workspace.used(stage, handle)
+            workspace.generation += 1
+            self._generation = workspace.generation
+            self._info = info
+        self._descs = placed.descs(workspace.int_buffer)
+        self._descs["int_workspace_buffer"] = kernels[0]
+
+    def _workspace(self, float_bytes: int, int_bytes: int) -> Workspace:
+        workspace = self.workspace
+        if workspace is None or (
+            self._owns_workspace
+            and not self._captured
+            and (workspace.float_bytes < float_bytes or workspace.int_bytes < int_bytes)
+        ):
+            # Room to grow: the next batch is seldom of exactly this size.
+            sizes = [aligned(count + count // 4, 2**16) for count in (float_bytes, int_bytes)]
+            try:
+                workspace = self.workspace = Workspace.allocate(self.device, *sizes)
+            except (ArgumentError, MemoryError) as error:
+                expected = f"{float_bytes} and {int_bytes} bytes, which could not be allocated"
+                raise self.refuse("workspace", None, expected) from error
+        workspace.require(self.op, float_bytes, int_bytes)
+        return workspace
+
+    def _send(self, workspace: Workspace, stage: TensorDesc, placed: Arrays, handle: int) -> None:
+        start, count = placed.kernel_bytes, placed.end - placed.kernel_bytes
+        target, source = workspace.int_buffer.ptr + start, stage.ptr + start
+        if not count:
+            return
+        if self.device.is_cuda:
+            cuda.copy_to_device(target, source, count, handle)
+        else:
+            ffi.memmove(cuda.pointer(target), cuda.pointer(source), count)
+
+    def check_launch(self, launch: list[int], stage: TensorDesc) -> None:
+        """With CUDA graphs: raise where a run would be launched otherwise than before.
+
+        A plan class that could know earlier has refused already; this holds what it knows
+        against what the planner says (`launch`) and has written (`stage`).
+        """
+        if self._captured is not None and launch != self._captured:
+            raise self.refuse("self", f"launch {launch}", f"the captured {self._captured}")
+        self._captured = launch
+
+    def put_pages(self, values: Values, indices: Any, cache: str, layout: str) -> None:
+        """Set the pages of a paged run, and check what was planned against the cache."""
+        desc = as_desc(values.get(cache), self.op, cache)
+        page_size, least = self.options.page_size, self._max_page + 1
+        axis = 2 if layout == "HND" else 1
+        if len(desc.shape) > axis and desc.shape[axis] != page_size:
+            expected = f"page_size = {page_size} at axis {axis} ({layout}), as planned"
+            raise self.refuse(cache, desc.layout, expected)
+        if desc.shape and desc.shape[0] < least:
+            expected = f"{least} pages or more: the plan has page {self._max_page}"
+            raise self.refuse(cache, desc.layout, expected)
+        values.room["pages"] = desc.shape[0] if desc.shape else 0
+        pages = self._descs.get("indices")
+        name = "paged_kv_indices" if values.has("paged_kv_indices") else "kv_indices"
+        if (indices is None) == (pages is None):
+            expected = "an array on the device" if pages is None else "None: the plan has them"
+            got = "None" if indices is None else "an array"
+            raise self.refuse(name, got, expected)
+        if pages is None:
+            pages = as_desc(indices, self.op, name)
+            have = values.room["page indices"] = pages.shape[0] if len(pages.shape) == 1 else 0
+            if have < self._num_indices:
+                expected = f"the pages of all requests, {self._num_indices} as planned, or more"
+                raise self.refuse(name, pages.layout, expected)
+        values.put(
+            kv_indices=pages,
+            paged_kv_indices=pages,
+            paged_kv_indptr=self._descs.get("kv_indptr"),
+            paged_kv_last_page_len=self._descs.get("last_page_len"),
+        )
+
+    def check_room(self, of: str, argument: str, need: int) -> None:
+        """With CUDA graphs: refuse a batch that needs more than a captured run was given."""
+        have = self.room.get(of)
+        if have is not None and need > have:
+            expected = f"at most the {have} that runs were given, and captured with"
+            raise self.refuse(argument, f"{need} {of}", expected)
+
+    def check_batch_size(self, argument: str, batch_size: int, before: int) -> None:
+        """With CUDA graphs: the number of requests is part of the launch."""
+        if batch_size != before:
+            expected = f"{before}, the number of requests that the launch is for"
+            raise self.refuse(argument, f"{batch_size} requests", expected)
+
+    @property
+    def plan_info(self) -> list[int]:
+        """What the kernel's planner returned, in the order of its `ToVector`."""
+        self.check_current()
+        return array_values(self._info) if self._info is not None else []
+
+    @property
+    def info_address(self) -> int:
+        assert self._info is not None
+        return int(ffi.cast("uintptr_t", self._info.handle))
+
+    def check_current(self) -> Workspace:
+        """Raise unless the workspace still holds this plan."""
+        workspace = self.workspace
+        if workspace is None or workspace.generation != self._generation:
+            got = "a stale plan: its workspace holds another, or a replan failed"
+            raise self.refuse("self", got, "replan(...) first, or a workspace for each plan")
+        return workspace
+
+    def launch(self, form: Form, values: Values, stream: object) -> None:
+        """Run, ordered after the plan, and before the next one made in this workspace."""
+        workspace = self.check_current()
+        if not self.device.is_cuda:
+            call(self.op, form, values.values, None)
+        else:
+            handle = self.stream(stream)
+            event = workspace.join(handle)
+            call(self.op, form, values.values, handle)
+            if event is not None:
+                event.record(handle)
+        for of, have in values.room.items():
+            self.room[of] = min(self.room.get(of, have), have)

@@ -1,0 +1,289 @@
+"""`single_prefill` and `single_decode`: attention of one request, without a plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.errors import ArgumentError
+from fi_ffi.loader import machine
+from fi_ffi.ops.attention.options import (
+    CAUSAL,
+    CUSTOM,
+    NON_CAUSAL,
+    POS_ENCODING_MODES,
+    Kernel,
+    check_encoding,
+    choice,
+    choose_backend,
+    flag,
+    in_use,
+    integer,
+    soft_cap,
+)
+from fi_ffi.ops.attention.plan import form_of
+from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP8, SINGLE_DECODE, SINGLE_PREFILL
+from fi_ffi.ops.attention.run import Values, call, softmax_scale
+from fi_ffi.ops.row import KV_LAYOUTS
+
+# Most blocks of 128 threads that fit on a multiprocessor by the registers they need at the
+# least: those of the output and the logits, for so many rows of queries.
+_PREFILL_BLOCKS = {128: 4, 64: 8, 16: 16}
+_DECODE_BLOCKS = 16
+_LEAST_CHUNK = 256  # keys: requests are not split finer
+
+
+def _multiprocessors(desc: TensorDesc) -> int:
+    return machine.multiprocessors(desc.device.index) if desc.device.is_cuda else 1
+
+
+def _describe(op: str, **tensors: object) -> list[TensorDesc]:
+    """The call's tensors, on one device: it is asked about them before the row is."""
+    descs = [as_desc(tensor, op, name) for name, tensor in tensors.items()]
+    first = next(iter(tensors))
+    for name, desc in zip(tensors, descs, strict=True):
+        if desc.device is not descs[0].device:
+            expected = f"{descs[0].device}, the device of `{first}`"
+            raise ArgumentError(op, name, got=desc.device, expected=expected)
+    return descs
+
+
+def _sizes(
+    op: str, q: TensorDesc, k: TensorDesc, v: TensorDesc, kv_layout: str, rank: int
+) -> tuple[int, int]:
+    """Keys, and heads of them; the rest is checked by the row."""
+    choice(op, "kv_layout", kv_layout, tuple(KV_LAYOUTS))
+    for name, desc, wanted in (("q", q, rank), ("k", k, 3), ("v", v, 3)):
+        if len(desc.shape) != wanted or not desc.shape[-1]:
+            expected = f"rank {wanted}, and heads of at least 1 element"
+            raise ArgumentError(op, name, got=desc.layout, expected=expected)
+    tokens, heads = (0, 1) if kv_layout == "NHD" else (1, 0)
+    return k.shape[tokens], k.shape[heads]
+
+
+def _partial_bytes(blocks: int, tiles: int, kv_len: int, rows: int, head_dim: int) -> int:
+    """What the pieces of a split request take: output and log-sum-exp of each."""
+    chunks = min(blocks // max(tiles, 1), -(-kv_len // _LEAST_CHUNK))
+    return 0 if chunks <= 1 else chunks * rows * (2 * head_dim + 4)
+
+
+def _check_tmp(op: str, tmp: TensorDesc, need: int) -> None:
+    if tmp.layout.span_bytes < need:
+        expected = f"{need} bytes or more, as {op}_workspace_size tells"
+        raise ArgumentError(op, "tmp", got=f"{tmp.layout.span_bytes} bytes", expected=expected)
+
+
+def single_decode_workspace_size(
+    kv_len: int, num_qo_heads: int, num_kv_heads: int, head_dim: int, device: int = 0
+) -> int:
+    """Bytes that `tmp` of `single_decode` needs at most, on `cuda:device`."""
+    op, heads = "single_decode_workspace_size", (num_qo_heads, num_kv_heads)
+    _check_sizes(op, *heads, kv_len=kv_len, head_dim=head_dim, device=device)
+    return _decode_bytes(kv_len, *heads, head_dim, machine.multiprocessors(device))
+
+
+def _decode_bytes(kv_len: int, qo_heads: int, kv_heads: int, head_dim: int, sms: int) -> int:
+    if kv_len <= _LEAST_CHUNK:
+        return 0
+    return _partial_bytes(_DECODE_BLOCKS * sms, kv_heads, kv_len, qo_heads, head_dim)
+
+
+def single_prefill_workspace_size(
+    qo_len: int,
+    kv_len: int,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim_vo: int,
+    device: int = 0,
+) -> int:
+    """Bytes that `tmp` of `single_prefill` needs at most, on `cuda:device`."""
+    op, heads = "single_prefill_workspace_size", (num_qo_heads, num_kv_heads)
+    sizes = {"qo_len": qo_len, "kv_len": kv_len, "head_dim_vo": head_dim_vo}
+    _check_sizes(op, *heads, **sizes, device=device)
+    sms = machine.multiprocessors(device)
+    return _prefill_bytes(qo_len, kv_len, *heads, head_dim_vo, sms)
+
+
+def _check_sizes(op: str, num_qo_heads: int, num_kv_heads: int, **others: int) -> None:
+    for name, value in others.items():
+        integer(op, name, value, 0)
+    integer(op, "num_kv_heads", num_kv_heads, 1)
+    if integer(op, "num_qo_heads", num_qo_heads, 1) % num_kv_heads:
+        expected = f"a multiple of num_kv_heads = {num_kv_heads}"
+        raise ArgumentError(op, "num_qo_heads", got=num_qo_heads, expected=expected)
+
+
+def _prefill_bytes(
+    qo_len: int, kv_len: int, qo_heads: int, kv_heads: int, head_dim: int, sms: int
+) -> int:
+    packed = qo_len * (qo_heads // kv_heads)
+    tile = 128 if packed > 64 and head_dim < 256 else 64 if packed > 16 else 16
+    blocks = _PREFILL_BLOCKS[tile] * sms
+    return _partial_bytes(
+        blocks, kv_heads * -(-packed // tile), kv_len, qo_len * qo_heads, head_dim
+    )
+
+
+def single_decode(
+    q: TensorLike,
+    k: TensorLike,
+    v: TensorLike,
+    tmp: TensorLike,
+    o: TensorLike,
+    lse: TensorLike | None = None,
+    *,
+    kv_layout: str = "NHD",
+    pos_encoding_mode: str = "NONE",
+    window_left: int = -1,
+    logits_soft_cap: float = 0.0,
+    sm_scale: float | None = None,
+    rope_scale: float | None = None,
+    rope_theta: float | None = None,
+    alibi_slopes: TensorLike | None = None,
+    q_scale: float | None = None,
+    k_scale: float | None = None,
+    stream: object = None,
+) -> None:
+    """Attention of one query over the keys of one request.
+
+    Args:
+        q: [num_qo_heads, head_dim]; o: the same, written; all tensors contiguous.
+        k, v: [kv_len, num_kv_heads, head_dim], or with "HND" the first axes exchanged.
+            num_qo_heads is 1, 2, 3, 4 or 8 times num_kv_heads.
+        tmp: uint8 for partial results: `single_decode_workspace_size` tells how many.
+        lse: [num_qo_heads] float32, written: log2 of the sum of exponentials.
+        others: as in `BatchDecodePlan` and its `run`.
+
+    Raises `ArgumentError` and `ArgumentTypeError` before anything is launched.
+    Upstream: flashinfer/decode.py, csrc/single_decode.cu.
+    """
+    op = "single_decode"
+    q, k, v, tmp, out = _describe(op, q=q, k=k, v=v, tmp=tmp, o=o)
+    kv_len, kv_heads = _sizes(op, q, k, v, kv_layout, 2)
+    group, rest = divmod(q.shape[0], max(kv_heads, 1))
+    if rest or group not in DECODE_GROUPS:
+        known = ", ".join(map(str, DECODE_GROUPS))
+        expected = f"{known} heads for each of k's {kv_heads}; single_prefill has any multiple"
+        raise ArgumentError(op, "q", got=q.layout, expected=expected)
+    kernel = _kernel("single_decode", op, (q, k, out), (q.shape[1],) * 2, pos_encoding_mode,
+                     window_left, logits_soft_cap)  # fmt: skip
+    need = _decode_bytes(kv_len, q.shape[0], kv_heads, q.shape[1], _multiprocessors(q))
+    _check_tmp(op, tmp, need)
+    (row,) = in_use((SINGLE_DECODE,), q.device)
+    values = Values(op, row, "these kernels", {})
+    scale = softmax_scale(op, sm_scale, q.shape[1])
+    scale = values.scale("k", k_scale, values.scale("q", q_scale, scale))
+    values.positions(pos_encoding_mode, rope_scale, rope_theta, alibi_slopes)
+    values.put(
+        q=q, k=k, v=v, tmp=tmp, o=out, maybe_lse=lse, kv_layout=kv_layout,
+        window_left=window_left, logits_soft_cap=logits_soft_cap, sm_scale=scale,
+    )  # fmt: skip
+    call(op, form_of(row, kernel, "", {}), values.values, stream)
+
+
+def single_prefill(
+    q: TensorLike,
+    k: TensorLike,
+    v: TensorLike,
+    tmp: TensorLike,
+    o: TensorLike,
+    lse: TensorLike | None = None,
+    *,
+    kv_layout: str = "NHD",
+    causal: bool = False,
+    custom_mask: TensorLike | None = None,
+    pos_encoding_mode: str = "NONE",
+    window_left: int = -1,
+    logits_soft_cap: float = 0.0,
+    use_fp16_qk_reduction: bool = False,
+    backend: str = "auto",
+    sm_scale: float | None = None,
+    rope_scale: float | None = None,
+    rope_theta: float | None = None,
+    alibi_slopes: TensorLike | None = None,
+    q_scale: Any = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    stream: object = None,
+) -> None:
+    """Attention of many queries of one request.
+
+    Args:
+        q: [qo_len, num_qo_heads, head_dim_qk]; o: [qo_len, num_qo_heads, head_dim_vo],
+            written.
+        k: [kv_len, num_kv_heads, head_dim_qk], or with "HND" the first axes exchanged; v:
+            the same with head_dim_vo.
+        tmp: uint8 for partial results: `single_prefill_workspace_size` tells how many.
+        lse: [qo_len, num_qo_heads] float32, written: log2 of the sum of exponentials.
+        causal: query i sees keys up to `kv_len - qo_len + i`; kv_len is qo_len or more.
+        custom_mask: [(qo_len * kv_len + 7) // 8] uint8, bit `i * kv_len + j` (the lowest of
+            a byte first) for query i and key j: see `pack_custom_mask`; fa2.
+        backend: "auto" (as FlashInfer chooses), "fa2" or "fa3".
+        others: as in `BatchPrefillPlan` and its `ragged_run`.
+
+    Raises `ArgumentError` and `ArgumentTypeError` before anything is launched.
+    Upstream: flashinfer/prefill.py, csrc/single_prefill.cu, csrc/single_prefill_sm90.cu.
+    """
+    op = "single_prefill"
+    q, k, v, tmp, out = _describe(op, q=q, k=k, v=v, tmp=tmp, o=o)
+    kv_len, kv_heads = _sizes(op, q, k, v, kv_layout, 3)
+    qo_len, qo_heads, head_dim = q.shape
+    head_dim_vo = v.shape[-1]
+    kernel = _kernel("single_prefill", op, (q, k, out), (head_dim, head_dim_vo), pos_encoding_mode,
+                     window_left, logits_soft_cap, use_fp16_qk_reduction)  # fmt: skip
+    chosen, _ = choose_backend(op, backend, kernel, q.device, custom_mask is not None)
+    if flag(op, "causal", causal) and kv_len < qo_len:
+        expected = f"{qo_len} keys or more for {qo_len} causal queries"
+        raise ArgumentError(op, "k", got=k.layout, expected=expected)
+    if pos_encoding_mode == "ROPE_LLAMA" and 0 < kv_len < qo_len:
+        expected = f"{qo_len} keys or more (or none) with pos_encoding_mode='ROPE_LLAMA'"
+        raise ArgumentError(op, "k", got=k.layout, expected=expected)
+    rows, kind = SINGLE_PREFILL, chosen + ("_fp8" if kernel.q_data_type in FP8 else "")
+    (row,) = in_use((rows[kind],), q.device)
+    if chosen == "fa2" and kv_heads and not qo_heads % kv_heads:
+        sms = _multiprocessors(q)
+        _check_tmp(op, tmp, _prefill_bytes(qo_len, kv_len, qo_heads, kv_heads, head_dim_vo, sms))
+    values = Values(op, row, chosen, rows)
+    scale = softmax_scale(op, sm_scale, head_dim)
+    for of, value in (("q", q_scale), ("k", k_scale), ("v", v_scale)):
+        scale = values.scale(of, value, scale)
+    values.positions(pos_encoding_mode, rope_scale, rope_theta, alibi_slopes)
+    mask = _mask(op, custom_mask, causal, qo_len, kv_len)
+    values.put(
+        q=q, k=k, v=v, tmp=tmp, o=out, maybe_lse=lse, kv_layout=kv_layout, window_left=window_left,
+        maybe_custom_mask=mask, mask_mode_code=CUSTOM if mask else CAUSAL if causal else NON_CAUSAL,
+        logits_soft_cap=float(logits_soft_cap), sm_scale=scale,
+    )  # fmt: skip
+    call(op, form_of(row, kernel, chosen, {}), values.values, stream)
+
+
+def _mask(op: str, mask: Any, causal: bool, qo_len: int, kv_len: int) -> TensorDesc | None:
+    if mask is None:
+        return None
+    desc, need = as_desc(mask, op, "custom_mask"), (qo_len * kv_len + 7) // 8
+    if causal:
+        raise ArgumentError(op, "causal", got=True, expected="False with custom_mask")
+    if desc.shape != (need,):
+        expected = f"{need} bytes: see pack_custom_mask"
+        raise ArgumentError(op, "custom_mask", got=desc.layout, expected=expected)
+    return desc
+
+
+def _kernel(
+    family: str, op: str, dtypes: tuple[TensorDesc, ...], dims: tuple[int, int], mode: str,
+    window_left: int, logits_soft_cap: float, use_fp16_qk_reduction: bool = False,
+) -> Kernel:  # fmt: skip
+    """What the tensors and options ask of a module; names what no module has."""
+    choice(op, "pos_encoding_mode", mode, tuple(POS_ENCODING_MODES))
+    integer(op, "window_left", window_left, -1)
+    flag(op, "use_fp16_qk_reduction", use_fp16_qk_reduction)
+    cap = soft_cap(op, logits_soft_cap)
+    check_encoding(op, mode, cap)
+    q, kv, o = (desc.dtype.name for desc in dtypes)
+    of_q = F16 if family == "single_decode" else F16 + FP8
+    of_o = (q,) if q in F16 else F16
+    for name, dtype, allowed in (("q", q, of_q), ("k", kv, F16 + FP8), ("o", o, of_o)):
+        if dtype not in allowed:
+            raise ArgumentError(op, name, got=dtype, expected=" or ".join(allowed))
+    return Kernel(family, q, kv, o, *dims, mode, window_left >= 0, cap > 0, use_fp16_qk_reduction)

@@ -1,0 +1,160 @@
+"""How much workspace a plan takes: what the planners of scheduler.cuh set aside.
+
+Where a planner sizes by how it splits requests, which takes it a search, these are the
+most that any split can take.  With CUDA graphs the planners size for the worst
+themselves, and these are exact; so they are for fa3 and MLA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_ALIGNMENT = 16
+# Most blocks of 128 threads, the fewest a decode kernel has, that fit on a multiprocessor.
+_DECODE_BLOCKS_PER_SM = 16
+# Work items that MLA's planner has room for, whatever it is given (`max_total_num_works`).
+MLA_MAX_WORKS = 16384
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a plan's size depends on beside the lengths."""
+
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim_vo: int
+    page_size: int
+    multiprocessors: int
+    major: int
+    enable_cuda_graph: bool = False
+    window_left: int = -1
+    fixed_split_size: int = -1
+    disable_split_kv: bool = False
+
+    @property
+    def group_size(self) -> int:
+        return self.num_qo_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of the float and of the int workspace; `split` says whether requests are split
+    (None: the planner's search decides)."""
+
+    float_bytes: int
+    int_bytes: int
+    split: bool | None = None
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def aligned(count: int, alignment: int = _ALIGNMENT) -> int:
+    return _ceil(count, alignment) * alignment
+
+
+def _ints(*counts: int) -> int:
+    """Bytes of int32 arrays, each starting at a multiple of 16."""
+    total = 0
+    for count in counts:
+        total = aligned(total) + 4 * count
+    return total
+
+
+def _cta_tile_q(packed_qo_len: int, geometry: Geometry) -> int:
+    """`FA2DetermineCtaTileQ`; the planner is handed head_dim_vo."""
+    if packed_qo_len > 64 and geometry.head_dim_vo < 256:
+        return 128
+    return 16 if packed_qo_len <= 16 and geometry.major >= 8 else 64
+
+
+def prefill_fa2(g: Geometry, qo_lens: Sequence[int], kv_pages: Sequence[int], rows: int) -> Need:
+    """`PrefillPlan`: `rows` are the queries that there is room for."""
+    batch_size = len(qo_lens)
+    most_split = 2 * g.multiprocessors // g.num_kv_heads
+    if g.enable_cuda_graph:
+        longest = (rows - batch_size + 1) & 0xFFFFFFFF
+        cta_tile_q = _cta_tile_q(longest * g.group_size, g)
+        tiles = [_ceil(n * g.group_size, cta_tile_q) for n in qo_lens]
+        bound = _ceil(rows * g.group_size, cta_tile_q) + batch_size - 1
+        padded = max(most_split, bound)
+    else:
+        cta_tile_q = _cta_tile_q(sum(qo_lens) * g.group_size // batch_size, g)
+        tiles = [_ceil(n * g.group_size, cta_tile_q) for n in qo_lens]
+        padded = max(most_split, sum(tiles))
+    split: bool | None = g.enable_cuda_graph or (None if sum(tiles) <= most_split else False)
+    if g.disable_split_kv:
+        split = False
+    elif g.fixed_split_size > 0:
+        chunks = [_ceil(max(n, 1), g.fixed_split_size) for n in _seen(g, kv_pages, cta_tile_q)]
+        split = max(chunks) > 1
+        if not g.enable_cuda_graph:
+            padded = sum(a * b for a, b in zip(tiles, chunks, strict=True))
+    if split is False and not g.enable_cuda_graph:
+        padded = sum(tiles)
+    int_bytes = _ints(padded, padded, padded, batch_size + 1) + 4
+    int_bytes = aligned(int_bytes) + 4 if g.enable_cuda_graph else int_bytes
+    if split is False:
+        # Since 0.7.1 also a mask of the blocks that have work.
+        mask = aligned(int_bytes) - int_bytes + padded if g.enable_cuda_graph else 0
+        return Need(0, int_bytes + mask, split)
+    int_bytes = aligned(int_bytes) + 4 * (rows + 1)
+    int_bytes = aligned(int_bytes) + padded
+    partial = 4 * g.num_qo_heads * padded * cta_tile_q
+    return Need(aligned(partial * g.head_dim_vo) + partial, int_bytes, split)
+
+
+def _seen(g: Geometry, kv_pages: Sequence[int], cta_tile_q: int) -> list[int]:
+    """Pages of each request that any of its queries sees."""
+    if g.window_left < 0:
+        return list(kv_pages)
+    window = _ceil(g.window_left + cta_tile_q, g.page_size)
+    return [min(window, n) for n in kv_pages]
+
+
+def prefill_fa3(g: Geometry, qo_lens: Sequence[int], kv_pages: Sequence[int], rows: int) -> Need:
+    """`PrefillSM90Plan`, which never splits."""
+    cta_tile_q = 192 if g.head_dim_vo == 64 else 128
+    most = _ceil(rows, cta_tile_q) + len(qo_lens) - 1
+    works = most if g.enable_cuda_graph else sum(_ceil(n, cta_tile_q) for n in qo_lens)
+    works *= 1 if most > 4096 else g.num_qo_heads
+    return Need(0, _ints(*[works] * 6, g.multiprocessors + 1, works), False)
+
+
+def decode(g: Geometry, kv_pages: Sequence[int]) -> Need:
+    """`DecodePlan`, whose grid is as many blocks as the GPU holds: here, as it could hold."""
+    batch_size = len(kv_pages)
+    grid = _DECODE_BLOCKS_PER_SM * g.multiprocessors // g.num_kv_heads
+    padded = max(grid, batch_size)
+    if not g.enable_cuda_graph:
+        least = max(128 // g.page_size, 1)
+        pieces = sum(_ceil(max(n, 1), least) for n in kv_pages)
+        padded = max(min(grid + batch_size, pieces), batch_size)
+    int_bytes = aligned(_ints(padded, padded, padded + 1) + 4) + padded
+    partial = 4 * g.num_qo_heads * padded
+    return Need(aligned(partial * g.head_dim_vo) + partial, int_bytes)
+
+
+def mla_cluster(g: Geometry, qo_lens: Sequence[int]) -> int:
+    """Blocks that work together: it settles the grid."""
+    return 2 if sum(qo_lens) * g.num_qo_heads // len(qo_lens) > 64 else 1
+
+
+def mla(g: Geometry, qo_lens: Sequence[int]) -> Need:
+    """`MLAPlan`; `head_dim_vo` is head_dim_ckv."""
+    size, sm = mla_cluster(g, qo_lens), g.multiprocessors
+    works = MLA_MAX_WORKS
+    rows = 2 * (sm // size) * size * 64
+    return Need(
+        aligned(rows * 2 * g.head_dim_vo) + rows * 4,
+        _ints(*[works] * 3, *[sm] * 5, *[works] * 6),
+    )
+
+
+def mla_works(g: Geometry, qo_lens: Sequence[int]) -> int:
+    """The most work items that `MLAPlan` can make of these requests: it does not look."""
+    size = mla_cluster(g, qo_lens)
+    tiles = sum(_ceil(n * g.num_qo_heads, size * 64) for n in qo_lens)
+    return tiles + g.multiprocessors // size

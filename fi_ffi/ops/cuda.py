@@ -1,0 +1,169 @@
+"""What plans and allocating kernels need of CUDA: memory (through cuda-python), copies, events.
+
+Kernels are launched elsewhere; nothing here knows of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.allocator import HOST, Allocator, Source
+from fi_ffi.abi.device import Device, parse_device
+from fi_ffi.abi.dtypes import DTYPES
+from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.errors import KernelError, LoaderError
+from fi_ffi.loader import machine
+
+_HOST_TO_DEVICE = 1  # cudaMemcpyHostToDevice
+_NO_TIMING = 2  # cudaEventDisableTiming
+_CPU = parse_device("cpu")
+_NOT_READY = 600  # cudaErrorNotReady
+
+
+def check(code: int, what: str) -> None:
+    """Raise `KernelError` for an error code of the CUDA runtime."""
+    if code:
+        raise KernelError(what, "RuntimeError", f"CUDA error {code}")
+
+
+@contextmanager
+def current(device: Device) -> Iterator[None]:
+    """Make a CUDA device this thread's current one inside the block."""
+    before = machine.make_current(device.index) if device.is_cuda else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            machine.make_current(before)
+
+
+def pointer(address: int) -> Any:
+    return ffi.cast("void *", address)
+
+
+def copy_to_device(target: int, source: int, count: int, stream: int) -> None:
+    """Queue a copy from page-locked host memory."""
+    runtime = machine.load_cudart()[0]
+    code = runtime.cudaMemcpyAsync(
+        pointer(target), pointer(source), count, _HOST_TO_DEVICE, pointer(stream)
+    )
+    check(code, "cudaMemcpyAsync")
+
+
+def is_capturing(stream: int) -> bool:
+    """Whether a stream is recording a graph."""
+    status = ffi.new("int *")
+    check(machine.load_cudart()[0].cudaStreamIsCapturing(pointer(stream), status), "stream")
+    return bool(status[0] != 0)
+
+
+class Event:
+    """A CUDA event without timing; one that was never recorded is done."""
+
+    __slots__ = ("__weakref__", "_handle")
+
+    def __init__(self) -> None:
+        runtime, handle = machine.load_cudart()[0], ffi.new("void **")
+        check(runtime.cudaEventCreateWithFlags(handle, _NO_TIMING), "cudaEventCreate")
+        self._handle = handle[0]
+        weakref.finalize(self, runtime.cudaEventDestroy, self._handle)
+
+    def record(self, stream: int) -> None:
+        """Let the event be done when the stream's work so far is."""
+        check(machine.load_cudart()[0].cudaEventRecord(self._handle, pointer(stream)), "event")
+
+    def is_done(self) -> bool:
+        code = machine.load_cudart()[0].cudaEventQuery(self._handle)
+        if code != _NOT_READY:
+            check(code, "cudaEventQuery")
+        return bool(code == 0)
+
+    def wait(self) -> None:
+        """Block this thread until it is done."""
+        check(machine.load_cudart()[0].cudaEventSynchronize(self._handle), "cudaEventSynchronize")
+
+    def hold(self, stream: int) -> None:
+        """Let a stream's further work wait until it is done."""
+        code = machine.load_cudart()[0].cudaStreamWaitEvent(pointer(stream), self._handle, 0)
+        check(code, "cudaStreamWaitEvent")
+
+
+class Memory:
+    """Bytes that are freed with this object."""
+
+    __slots__ = ("__weakref__", "desc")
+
+    def __init__(self, desc: TensorDesc, free: Callable[..., object], *arguments: object) -> None:
+        self.desc = desc
+        weakref.finalize(self, free, *arguments)
+
+
+def _runtime() -> Any:
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise LoaderError(
+            "cuda-python allocates workspaces and is not installed: "
+            "`pip install 'cuda-python>=13,<14'`, or pass buffers of your own"
+        ) from error
+    return runtime
+
+
+def _bytes(address: int, count: int, device: Device) -> TensorDesc:
+    return TensorDesc(address, (count,), DTYPES["uint8"], device=device)
+
+
+def allocate(count: int, device: Device) -> Memory:
+    """Device memory from cuda-python; host memory where the device is the CPU."""
+    if not device.is_cuda:
+        return _host(count)
+    runtime = _runtime()
+    with current(device):
+        error, address = runtime.cudaMalloc(max(count, 1))
+    check(int(error), f"cudaMalloc of {count} bytes on {device}")
+    return Memory(_bytes(int(address), count, device), runtime.cudaFree, int(address))
+
+
+def allocate_page_locked(count: int, device: Device) -> Memory:
+    """Page-locked host memory from cuda-python; plain memory where the device is the CPU."""
+    if not device.is_cuda:
+        return _host(count)
+    runtime = _runtime()
+    with current(device):
+        error, address = runtime.cudaHostAlloc(max(count, 1), 0)
+    check(int(error), f"cudaHostAlloc of {count} bytes")
+    return Memory(_bytes(int(address), count, _CPU), runtime.cudaFreeHost, int(address))
+
+
+def _host(count: int) -> Memory:
+    # 256 bytes more, so that it starts where device memory does.
+    buffer = ffi.new("char[]", count + 256)
+    address = -(-int(ffi.cast("uintptr_t", buffer)) // 256) * 256
+    return Memory(_bytes(address, count, _CPU), lambda _: None, buffer)
+
+
+@functools.cache
+def kernel_memory() -> Allocator:
+    """Memory for kernels that allocate: cuda-python's pool on a GPU, the host's on the CPU."""
+    return Allocator({"cpu": HOST, "cuda": Source(_take_in_order, _free_in_order)})
+
+
+def _take_in_order(count: int, device: Device, stream: int) -> int:
+    """Memory from the device's pool, for work that is queued on the stream after this."""
+    with current(device):
+        error, address = _runtime().cudaMallocAsync(max(count, 1), stream)
+    if int(error):
+        raise MemoryError(f"cudaMallocAsync of {count} bytes on {device}: CUDA error {int(error)}")
+    return int(address)
+
+
+def _free_in_order(address: int, device: Device, stream: int) -> None:
+    """Back to the pool when the stream has done what was queued on it before this."""
+    with current(device):
+        (error,) = _runtime().cudaFreeAsync(address, stream)
+    check(int(error), f"cudaFreeAsync on {device}")

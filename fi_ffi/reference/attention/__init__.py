@@ -1,0 +1,60 @@
+"""FlashInfer's attention entries in numpy.
+
+Their names are those of `fi_ffi.ops.attention.rows`: the symbol, and what tells its
+interfaces apart.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from fi_ffi.reference.attention import batch, mla, plan, single, variant
+from fi_ffi.reference.attention.variant import Compiled
+
+_Kernels = dict[str, Callable[..., Any]]
+
+
+def _batch(suffix: str, kind: int, parse: Callable[..., variant.Variant]) -> _Kernels:
+    return {
+        f"plan{suffix}": functools.partial(plan.prefill, kind),
+        f"ragged_run{suffix}": functools.partial(batch.ragged_run, kind, parse),
+        f"paged_run{suffix}": functools.partial(batch.paged_run, kind, parse),
+    }
+
+
+# They take what was compiled in as `compiled`: `reference_kernel`.
+KERNELS: dict[str, _Kernels] = {
+    "single_decode": {"run": single.decode},
+    "single_prefill": {
+        "run": functools.partial(single.prefill, variant.fa2_single),
+        "run_fa3": functools.partial(single.prefill, variant.fa3_single),
+        "run_fa3_fp8": functools.partial(single.prefill, variant.fa3_fp8),
+    },
+    "batch_decode": {"plan": plan.decode, "run": batch.decode_run},
+    "batch_prefill": {
+        **_batch("", plan.FA2, variant.fa2),
+        **_batch("_fa3", plan.FA3, variant.fa3),
+        **_batch("_fa3_fp8", plan.FA3, variant.fa3_fp8),
+    },
+    "batch_prefill_with_attention_sink": {
+        **_batch("_sink", plan.FA2, variant.sink_fa2),
+        **_batch("_sink_fa3", plan.FA3, variant.sink_fa3),
+    },
+    "batch_mla": {
+        "plan": plan.mla,
+        "run": mla.run,
+        "plan_fa3": plan.mla,
+        "run_fa3": mla.run,
+    },
+}
+
+
+def reference_kernel(family: str, name: str, **compiled: Any) -> Callable[..., Any]:
+    """A family's kernel as a module has it that was compiled for `compiled`.
+
+    Those are `pos_encoding_mode` (0 none, 1 RoPE as Llama has it, 2 ALiBi),
+    `use_sliding_window` and `use_logits_soft_cap`: as a module's name says them.
+    """
+    return functools.partial(KERNELS[family][name], compiled=Compiled(**compiled))

@@ -1,0 +1,139 @@
+"""Planning: the lengths of a batch, checked and kept in the int workspace for its runs.
+
+The kernels keep a schedule there, and what a run finds in its plan it is not given
+otherwise: fa3 and MLA take their lengths from it.  fa2's and decode's runs are given theirs
+again; here they must be the planned ones.  Of a workspace 12 bytes a request and 8 more
+are used, at its start.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fi_ffi.abi.function import array_values, make_array
+from fi_ffi.abi.objects import Array as Object
+from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.attention.variant import Compiled
+
+# Which planner: a plan is for runs of its own kind, as vectors of different lengths are.
+FA2, FA3, DECODE, MLA = range(4)
+_NAMES = ("fa2 prefill", "fa3 prefill", "decode", "MLA")
+
+
+class Lengths(NamedTuple):
+    """What was planned for.  `kv_indptr` counts pages, or the tokens of ragged keys."""
+
+    window_left: int
+    causal: bool
+    qo_indptr: Array
+    kv_indptr: Array
+    kv_len: Array
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.kv_len)
+
+    def must_have(self, name: str, planned: Array, given: Array) -> None:
+        """Refuse a run's indptr that is not the planned one (it may have room behind)."""
+        if not np.array_equal(planned, given[: len(planned)]):
+            raise ValueError(f"{name} is not what was planned: plan again for other lengths")
+
+
+def save(kind: int, lengths: Lengths, int_workspace: Array, staging: Array) -> Object:
+    """Write lengths into the workspaces; what is returned says where they are."""
+    for name, indptr in (("qo_indptr", lengths.qo_indptr), ("kv_indptr", lengths.kv_indptr)):
+        steps = np.diff(indptr.astype(np.int64))
+        if len(indptr) and (indptr[0] < 0 or (steps < 0).any()):
+            raise ValueError(f"{name} should start at 0 and not decrease")
+    if (lengths.kv_len < 0).any():
+        raise ValueError("lengths of keys should be non-negative")
+    stored = [np.ascontiguousarray(array, np.int32) for array in lengths[2:]]
+    starts = np.cumsum([0, *(array.nbytes for array in stored)]).tolist()
+    for name, workspace in (
+        ("int_workspace_buffer", int_workspace),
+        ("page_locked_int_workspace_buffer", staging),
+    ):
+        if len(workspace) < starts[-1]:
+            raise ValueError(f"{name} has {len(workspace)} bytes; this batch takes {starts[-1]}")
+        for start, array in zip(starts, stored, strict=False):
+            workspace[start : start + array.nbytes] = array.view(np.uint8)
+    head = (kind, lengths.batch_size, lengths.window_left, int(lengths.causal))
+    return make_array((*head, *starts[:-1]))
+
+
+def load(kind: int, int_workspace: Array, plan_info: Object) -> Lengths:
+    """The lengths that a plan has left in the workspace."""
+    info = array_values(plan_info)
+    if len(info) != 7 or info[0] != kind:
+        what = _NAMES[info[0]] if len(info) == 7 and 0 <= info[0] < len(_NAMES) else "another"
+        raise ValueError(f"plan_info_vec is of {what}, not a plan of {_NAMES[kind]}")
+    _, batch_size, window_left, causal, *offsets = info
+    counts = (batch_size + 1, batch_size + 1, batch_size)
+    arrays = [
+        np.frombuffer(int_workspace[start : start + 4 * count].tobytes(), np.int32)
+        for start, count in zip(offsets, counts, strict=True)
+    ]
+    return Lengths(window_left, bool(causal), *arrays)
+
+
+def prefill(
+    kind: int, float_workspace: Array, int_workspace: Array, staging: Array, qo_indptr: Array,
+    kv_indptr: Array, kv_len: Array, total_num_rows: int, batch_size: int, num_qo_heads: int,
+    num_kv_heads: int, page_size: int, enable_cuda_graph: bool, head_dim_qk: int,
+    head_dim_vo: int, causal: bool, window_left: int, *split: Any, compiled: Compiled,
+) -> Object:  # fmt: skip
+    """`plan` of batch prefill; the schedule depends on nothing that was compiled in."""
+    _check_heads(num_qo_heads, num_kv_heads)
+    _check_sizes(
+        batch_size, qo_indptr=(qo_indptr, 1), kv_indptr=(kv_indptr, 1), kv_len_arr=(kv_len, 0)
+    )
+    lengths = Lengths(
+        window_left, causal, qo_indptr[: batch_size + 1], kv_indptr[: batch_size + 1],
+        kv_len[:batch_size],
+    )  # fmt: skip
+    if total_num_rows < lengths.qo_indptr[-1]:
+        raise ValueError(f"total_num_rows is {total_num_rows}; qo_indptr ends at {qo_indptr[-1]}")
+    return save(kind, lengths, int_workspace, staging)
+
+
+def decode(
+    float_workspace: Array, int_workspace: Array, staging: Array, indptr: Array, batch_size: int,
+    num_qo_heads: int, num_kv_heads: int, page_size: int, enable_cuda_graph: bool,
+    window_left: int, logits_soft_cap: float, head_dim_qk: int, head_dim_vo: int,
+    empty_q_data: Array, empty_kv_data: Array, *, compiled: Compiled,
+) -> Object:  # fmt: skip
+    """`plan` of batch decode."""
+    _check_heads(num_qo_heads, num_kv_heads)
+    _check_sizes(batch_size, indptr=(indptr, 1))
+    of_one = np.arange(batch_size + 1)
+    unknown = np.zeros(batch_size)
+    lengths = Lengths(window_left, False, of_one, indptr[: batch_size + 1], unknown)
+    return save(DECODE, lengths, int_workspace, staging)
+
+
+def mla(
+    float_workspace: Array, int_workspace: Array, staging: Array, qo_indptr: Array,
+    kv_indptr: Array, kv_len: Array, num_heads: int, head_dim_o: int, causal: bool, *,
+    compiled: Compiled,
+) -> Object:  # fmt: skip
+    """`plan` of MLA."""
+    batch_size = len(kv_len)
+    _check_sizes(batch_size, qo_indptr=(qo_indptr, 1), kv_indptr=(kv_indptr, 1))
+    end = batch_size + 1
+    lengths = Lengths(-1, causal, qo_indptr[:end], kv_indptr[:end], kv_len)
+    return save(MLA, lengths, int_workspace, staging)
+
+
+def _check_heads(num_qo_heads: int, num_kv_heads: int) -> None:
+    if num_qo_heads % num_kv_heads:
+        raise ValueError(
+            f"num_qo_heads {num_qo_heads} should be divisible by num_kv_heads {num_kv_heads}"
+        )
+
+
+def _check_sizes(batch_size: int, **arrays: tuple[Array, int]) -> None:
+    for name, (array, more) in arrays.items():
+        if len(array) < batch_size + more:
+            raise ValueError(f"{name} has {len(array)} elements for {batch_size} requests")

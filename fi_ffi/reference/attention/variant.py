@@ -1,0 +1,230 @@
+"""From an entry's arguments to what attention of each of its requests is computed with.
+
+There is a function for each list of arguments that `flashinfer/jit/attention/modules.py`
+appends to the entries' own.  What a module was compiled for is no argument of its entries,
+and decides which of their arguments they read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.attention import masks
+from fi_ffi.reference.attention.core import Rope, attend
+
+_PLAIN, _ROPE_LLAMA, _ALIBI = range(3)
+# The kernels' infinity, negative, up to release 0.6.18.  A row that sees no key has this as
+# its logarithm, and up to log2 of the keys that were hidden from it more.
+NO_KEY = np.float32(-5e4)
+
+MaskOf = Callable[[int, int, int], Array]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a module was compiled for, by the words of its name."""
+
+    pos_encoding_mode: int = _PLAIN
+    use_sliding_window: bool = False
+    use_logits_soft_cap: bool = False
+
+
+class Call(NamedTuple):
+    """What all runs are given."""
+
+    compiled: Compiled
+    mask_mode: int
+    window_left: int
+    num_qo_heads: int
+    num_kv_heads: int
+    # Whether it has the tokens of each request in pages: multi-item scoring needs it.
+    paged: bool = False
+
+    def only(self, *mask_modes: int) -> None:
+        if self.mask_mode not in mask_modes:
+            known = 0 <= self.mask_mode < len(masks.NAMES)
+            name = f" ({masks.NAMES[self.mask_mode]})" if known else ""
+            raise ValueError(f"mask_mode_code {self.mask_mode}{name} is not one this entry has")
+
+    def each(self, scales: Array | None, scalar: float) -> Array:
+        """Scales of keys or values, by the queries' head."""
+        if scales is None:
+            return np.full(self.num_qo_heads, scalar, np.float32)
+        return np.repeat(scales, self.num_qo_heads // self.num_kv_heads)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Attention with all its options set."""
+
+    sm_scale: Array | float
+    causal: bool
+    window_left: int = -1
+    logits_soft_cap: float = 0.0
+    alibi_slopes: Array | None = None
+    rope: Rope | None = None
+    sink: Array | None = None
+    v_scale: Array | None = None
+    mask_of: MaskOf | None = None
+    # fa3 writes a request without keys without a look at the sink.
+    sink_needs_keys: bool = False
+
+    def __call__(self, request: int, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        """The output and logarithms of one request."""
+        qo_len, kv_len = len(q), len(k)
+        if self.rope is not None and 0 < kv_len < qo_len:
+            # The kernels compute positions in uint32: these would be about 2^32.
+            raise ValueError(f"RoPE of {qo_len} queries, and {kv_len} keys: not fewer")
+        out, lse = attend(
+            q, k, v,
+            sm_scale=self.sm_scale,
+            causal=self.causal,
+            window_left=self.window_left,
+            logits_soft_cap=self.logits_soft_cap,
+            mask=self.mask_of(request, qo_len, kv_len) if self.mask_of else None,
+            alibi_slopes=self.alibi_slopes,
+            rope=self.rope,
+            sink=None if self.sink_needs_keys and not kv_len else self.sink,
+        )  # fmt: skip
+        if self.v_scale is not None:
+            out = out * self.v_scale[:, None]
+        return out, np.where(lse == -np.inf, NO_KEY, lse)
+
+
+def cuda_cores(
+    call: Call, slopes: Array | None, logits_soft_cap: float, sm_scale: float,
+    rope_rcp_scale: float, rope_rcp_theta: float, rounds: bool = False,
+) -> Variant:  # fmt: skip
+    """The decode kernels, and what fa2's have in common with them."""
+    compiled = call.compiled
+    if compiled.pos_encoding_mode == _ALIBI and slopes is None:
+        raise ValueError("a module compiled for ALiBi needs maybe_alibi_slopes")
+    turns = compiled.pos_encoding_mode == _ROPE_LLAMA
+    return Variant(
+        sm_scale,
+        call.mask_mode == masks.CAUSAL,
+        call.window_left if compiled.use_sliding_window else -1,
+        logits_soft_cap if compiled.use_logits_soft_cap else 0.0,
+        slopes if compiled.pos_encoding_mode == _ALIBI else None,
+        Rope(rope_rcp_scale, rope_rcp_theta, rounds) if turns else None,
+    )
+
+
+def fa2(
+    call: Call, mask: Array | None, mask_indptr: Array | None, slopes: Array | None,
+    prefix_len: Array | None, token_positions: Array | None, max_item_len: Array | None,
+    k_block_scales: Array | None, v_block_scales: Array | None, logits_soft_cap: float,
+    sm_scale: float, rope_rcp_scale: float, rope_rcp_theta: float, token_positions_len: int,
+) -> Variant:  # fmt: skip
+    """Batch prefill with fa2."""
+    call.only(masks.NONE, masks.CAUSAL, masks.CUSTOM, *([masks.MULTI_ITEM] if call.paged else ()))
+    if call.window_left >= 0 and not call.compiled.use_sliding_window:
+        # They would leave out the tiles that are outside, and show all of the others.
+        raise ValueError(f"window_left {call.window_left} of a module without sliding windows")
+    mask_of: MaskOf | None = None
+    if call.mask_mode == masks.CUSTOM:
+        mask_of = _custom(mask, mask_indptr)
+    elif call.mask_mode == masks.MULTI_ITEM:
+        mask_of = _multi_item(prefix_len, token_positions, max_item_len, token_positions_len)
+    common = cuda_cores(
+        call, slopes, logits_soft_cap, sm_scale, rope_rcp_scale, rope_rcp_theta, rounds=True
+    )
+    return replace(common, mask_of=mask_of)
+
+
+def fa2_single(call: Call, mask: Array | None, slopes: Array | None, *more: float) -> Variant:
+    """Single prefill with fa2; `more` are two block scales and four numbers."""
+    # Its kernel has no tiles that it leaves out for a window, so it has no window at all.
+    call = call if call.compiled.use_sliding_window else call._replace(window_left=-1)
+    start = np.zeros(1, np.int32)
+    return fa2(call, mask, start, slopes, None, None, None, *more, 0)  # type: ignore[arg-type,call-arg]
+
+
+def fa3(
+    call: Call, prefix_len: Array | None, token_positions: Array | None,
+    max_item_len: Array | None, v_scales: Array | None, logits_soft_cap: float, sm_scale: float,
+    v_scale: float, token_positions_len: int,
+) -> Variant:  # fmt: skip
+    """Batch prefill with fa3."""
+    call.only(masks.NONE, masks.CAUSAL, *([masks.MULTI_ITEM] if call.paged else ()))
+    mask_of = None
+    if call.mask_mode == masks.MULTI_ITEM:
+        mask_of = _multi_item(prefix_len, token_positions, max_item_len, token_positions_len)
+    return Variant(
+        sm_scale,
+        call.mask_mode == masks.CAUSAL,
+        _hopper_window(call),
+        logits_soft_cap if call.compiled.use_logits_soft_cap else 0.0,
+        v_scale=call.each(v_scales, v_scale),
+        mask_of=mask_of,
+    )
+
+
+def fa3_single(call: Call, v_scales: Array | None, logits_soft_cap: float, sm_scale: float,
+               v_scale: float) -> Variant:  # fmt: skip
+    """Single prefill with fa3."""
+    return fa3(call, None, None, None, v_scales, logits_soft_cap, sm_scale, v_scale, 0)
+
+
+def fa3_fp8(
+    call: Call, q_scales: Array | None, k_scales: Array | None, v_scales: Array | None,
+    sm_scale: float, q_scale: float, k_scale: float, v_scale: float,
+) -> Variant:  # fmt: skip
+    """Prefill with fa3 and fp8 queries, keys and values, single and batch."""
+    call.only(masks.NONE, masks.CAUSAL)
+    if _hopper_window(call) >= 0:
+        # Its main loop ends at the first tile that a window hides a part of.
+        raise ValueError("fa3 has no sliding windows for fp8 queries")
+    of_q = np.full(call.num_qo_heads, q_scale, np.float32) if q_scales is None else q_scales
+    scale = of_q * call.each(k_scales, k_scale) * np.float32(sm_scale)
+    causal = call.mask_mode == masks.CAUSAL
+    return Variant(scale, causal, v_scale=call.each(v_scales, v_scale))
+
+
+def sink_fa2(call: Call, sink: Array, sm_scale: float) -> Variant:
+    """fa2 with attention sinks: it has the window, whatever it was compiled for."""
+    call.only(masks.NONE, masks.CAUSAL)
+    return Variant(sm_scale, call.mask_mode == masks.CAUSAL, call.window_left, sink=sink)
+
+
+def sink_fa3(call: Call, sink: Array, sm_scale: float) -> Variant:
+    """fa3 with attention sinks."""
+    call.only(masks.NONE, masks.CAUSAL)
+    causal, window = call.mask_mode == masks.CAUSAL, _hopper_window(call)
+    return Variant(sm_scale, causal, window, sink=sink, sink_needs_keys=True)
+
+
+def _hopper_window(call: Call) -> int:
+    if not call.compiled.use_sliding_window:
+        return -1
+    if call.window_left < 0:
+        # -1 would hide a query's own key and all before it.
+        raise ValueError(f"window_left {call.window_left} of an fa3 module with sliding windows")
+    return call.window_left
+
+
+def _custom(mask: Array | None, mask_indptr: Array | None) -> MaskOf:
+    if mask is None or mask_indptr is None:
+        raise ValueError("mask_mode_code 2 (custom) needs maybe_custom_mask, and its indptr")
+    return lambda request, qo_len, kv_len: masks.custom(
+        mask, int(mask_indptr[request]), qo_len, kv_len
+    )
+
+
+def _multi_item(
+    prefix_len: Array | None, token_positions: Array | None, max_item_len: Array | None, length: int
+) -> MaskOf:
+    if prefix_len is None or token_positions is None or max_item_len is None:
+        raise ValueError(
+            "mask_mode_code 3 (multi-item scoring) needs maybe_prefix_len_ptr, "
+            "maybe_token_pos_in_items_ptr and maybe_max_item_len_ptr"
+        )
+    return lambda request, qo_len, kv_len: masks.multi_item(
+        qo_len, kv_len, int(prefix_len[request]),
+        token_positions[request * length : (request + 1) * length], int(max_item_len[request]),
+    )  # fmt: skip

@@ -1,0 +1,179 @@
+"""Attention in float64, written from its definition and not from the kernels.
+
+What attention's results are compared with, on the CPU and on a GPU: of one request at a
+time, one head after the other.  Beside each value stands what its rounding errors scale
+with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from fi_ffi.reference.arrays import Array
+
+
+@dataclass(frozen=True)
+class Options:
+    """What softmax(sm_scale * q @ k) @ v is varied by; each is off by default.
+
+    `sm_scale`, `v_scale` and `sink` are numbers or one for each query head.  `mask` says
+    which keys each query sees, [qo_len, kv_len], beside the other conditions.
+    `alibi_slopes`: logits + slope * (key - query), both counted from the request's start,
+    whatever `kv_len - qo_len` is.  `rope`: scale and theta.  `items`: the length of the
+    prefix, and for each token after it how many of its own item it sees, itself the last.
+    """
+
+    sm_scale: float | Array
+    causal: bool = False
+    window_left: int = -1
+    logits_soft_cap: float = 0.0
+    mask: Array | None = None
+    alibi_slopes: Array | None = None
+    rope: tuple[float, float] | None = None
+    sink: float | Array | None = None
+    v_scale: float | Array = 1.0
+    items: tuple[int, Array] | None = None
+
+
+class Exact(NamedTuple):
+    """Results, and what their errors scale with.
+
+    `out` and `magnitude`, the sum of p * |v|, are [qo_len, heads, head_dim_vo].
+    `lse2`, log2 of the sum of exponentials, and `spread`, the largest of the sums of
+    |q * k| times sm_scale among the keys seen, are [qo_len, heads].  An error of a part in
+    N in each product is one of at most `spread / N` in logits, so in `lse2` (by log2(e))
+    and, twice, in `out` against `magnitude`.  Rows that see no key are 0 and -inf.
+    """
+
+    out: Array
+    magnitude: Array
+    lse2: Array
+    spread: Array
+
+
+def exact(q: Array, k: Array, v: Array, options: Options) -> Exact:
+    """Attention of one request: q [qo_len, heads, d], k [kv_len, kv_heads, d], and v."""
+    (qo_len, heads, _), kv_len = q.shape, len(k)
+    seen = _seen(qo_len, kv_len, options)
+    q64, k64, v64 = (x.astype(np.float64) for x in (q, k, v))
+    if options.rope is not None:
+        q64 = _rotated(q64, [kv_len - qo_len + i for i in range(qo_len)], *options.rope)
+        k64 = _rotated(k64, list(range(kv_len)), *options.rope)
+    per_group = heads // k.shape[1]
+    columns = [
+        _one_head(q64[:, h], k64[:, h // per_group], v64[:, h // per_group], seen, options, h)
+        for h in range(heads)
+    ]
+    return Exact(*(np.stack(parts, axis=1) for parts in zip(*columns, strict=True)))
+
+
+def _of_head(value: float | Array, head: int) -> float:
+    return float(np.ravel(value)[head]) if np.ndim(value) else float(value)
+
+
+def _seen(qo_len: int, kv_len: int, options: Options) -> Array:
+    i, j = np.meshgrid(np.arange(qo_len), np.arange(kv_len), indexing="ij")
+    place = kv_len - qo_len + i
+    conditions = [np.full(i.shape, True)]
+    if options.causal:
+        conditions.append(j <= place)
+    if options.window_left >= 0:
+        conditions.append(place - j <= options.window_left)
+    if options.mask is not None:
+        conditions.append(options.mask.astype(bool))
+    if options.items is not None:
+        prefix, counts = options.items
+        own = np.array([0] * prefix + [int(n) for n in counts] + [0])[np.maximum(place, 0)]
+        in_item = (place >= prefix) & (j >= prefix) & (place - j >= own)
+        conditions += [j <= place, ~in_item]
+    seen: Array = np.logical_and.reduce(conditions)
+    return seen
+
+
+def _rotated(x: Array, places: Sequence[int], scale: float, theta: float) -> Array:
+    """Each pair (element, element half a head on) as a complex number, turned."""
+    half = x.shape[-1] // 2
+    pairs = x[..., :half] + 1j * x[..., half:]
+    rates = np.array([theta ** (-i / half) / scale for i in range(half)])
+    turned = pairs * np.exp(1j * np.outer(places, rates))[:, None, :]
+    return np.concatenate((turned.real, turned.imag), axis=-1)
+
+
+def _one_head(
+    q: Array, k: Array, v: Array, seen: Array, options: Options, head: int
+) -> tuple[Array, Array, Array, Array]:
+    scale = _of_head(options.sm_scale, head)
+    logits = q @ k.T * scale
+    terms = np.abs(q) @ np.abs(k).T * abs(scale)
+    if options.alibi_slopes is not None:
+        steps = np.subtract.outer(-np.arange(len(q)), -np.arange(len(k)))
+        bias = float(options.alibi_slopes[head]) * steps
+        logits, terms = logits + bias, terms + np.abs(bias)
+        if options.logits_soft_cap > 0:  # FlashInfer scales these twice
+            logits, terms = logits * scale, terms * abs(scale)
+    if options.logits_soft_cap > 0:
+        logits = options.logits_soft_cap * np.tanh(logits / options.logits_soft_cap)
+    logits[~seen] = -np.inf
+    tops = logits.max(axis=1, initial=-np.inf)
+    extra = np.full(len(q), -np.inf)
+    if options.sink is not None:
+        extra[:] = _of_head(options.sink, head)
+        tops = np.maximum(tops, extra)
+    tops[tops == -np.inf] = 0
+    powers = np.exp(logits - tops[:, None])
+    sums = powers.sum(axis=1) + np.exp(extra - tops)
+    shares = powers / np.where(sums > 0, sums, 1)[:, None]
+    with np.errstate(divide="ignore"):
+        lse2 = (tops + np.log(sums)) / np.log(2)
+    v_scale = _of_head(options.v_scale, head)
+    out, magnitude = shares @ v * v_scale, shares @ np.abs(v) * abs(v_scale)
+    return out, magnitude, lse2, np.where(seen, terms, 0).max(axis=1, initial=0.0)
+
+
+def from_pages(
+    cache: Array,
+    indptr: Array,
+    indices: Array,
+    last_page_len: Array,
+    request: int,
+    layout: str = "NHD",
+) -> Array:
+    """A request's tokens side by side, [kv_len, kv_heads, d], out of a paged cache.
+
+    A cache without heads, [pages, page_size, d], is MLA's, and gives [kv_len, 1, d].
+    """
+    parts = []
+    start, stop = int(indptr[request]), int(indptr[request + 1])
+    for at in range(start, stop):
+        page = cache[int(indices[at])]
+        if page.ndim == 2:
+            page = page[:, None, :]
+        elif layout == "HND":
+            page = np.moveaxis(page, 0, 1)
+        parts.append(page[: int(last_page_len[request])] if at == stop - 1 else page)
+    if parts:
+        return np.concatenate(parts)
+    heads = 1 if cache.ndim == 3 else cache.shape[1 if layout == "HND" else 2]
+    return np.empty((0, heads, cache.shape[-1]), cache.dtype)
+
+
+def exact_batch(
+    q: Array,
+    qo_indptr: Array,
+    keys: Callable[[int], tuple[Array, Array]],
+    options: Options | Callable[[int], Options],
+) -> Exact:
+    """All requests' results below each other; `keys` gives a request's k and v.
+
+    `options` is for all of them, or gives a request's own (its mask).
+    """
+    results = []
+    for request in range(len(qo_indptr) - 1):
+        own = options(request) if callable(options) else options
+        rows = q[int(qo_indptr[request]) : int(qo_indptr[request + 1])]
+        results.append(exact(rows, *keys(request), own))
+    return Exact(*(np.concatenate(parts) for parts in zip(*results, strict=True)))

@@ -1,0 +1,346 @@
+"""Tensors that kernels allocate: as kernels ask for them, through libtvm_ffi."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fi_ffi.abi import library, streams, types
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.allocator import _ALLOCATORS, HOST, Allocator, Source
+from fi_ffi.abi.device import Device
+from fi_ffi.abi.dtypes import DTYPES
+from fi_ffi.abi.failure import check
+from fi_ffi.abi.objects import Tensor
+from fi_ffi.errors import KernelError
+
+from allocating import CUDA, alloc, desc_of
+
+
+class Ledger:
+    """A source that writes down what is taken and given back."""
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[int, Device, int]] = []
+        self.given: list[tuple[int, Device, int]] = []
+
+    @property
+    def source(self) -> Source:
+        return Source(self.take, self.give_back)
+
+    def take(self, count: int, device: Device, stream: int) -> int:
+        self.taken.append((count, device, stream))
+        return 0x10000 * len(self.taken)
+
+    def give_back(self, address: int, device: Device, stream: int) -> None:
+        self.given.append((address, device, stream))
+
+
+@pytest.fixture
+def host() -> Iterator[Allocator]:
+    made = Allocator({"cpu": HOST})
+    yield made
+    gc.collect()
+    assert made.count == 0, "a tensor was not freed"
+    _ALLOCATORS.remove(made)
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    return Ledger()
+
+
+def fails_outside() -> None:
+    with pytest.raises(KernelError):
+        alloc()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (4, 0, 2), (7,), (3, 5, 2), (1, 1, 1, 1, 9)])
+def test_a_tensor_is_what_was_asked_for(
+    host: Allocator, dtype: str, shape: tuple[int, ...]
+) -> None:
+    with host.installed():
+        tensor = alloc(shape, dtype)
+    desc = desc_of(tensor)
+    assert (desc.shape, desc.dtype.name, desc.device.type) == (shape, dtype, "cpu")
+    assert desc.layout.is_contiguous
+    assert desc.ptr % 256 == 0 and desc.ptr
+    assert host.count == 1
+    header = ffi.cast("TVMFFIObject *", tensor.handle)
+    assert header.type_index == types.TENSOR and tensor.use_count == 1
+
+
+def test_memory_holds_what_is_written(host: Allocator) -> None:
+    rng = np.random.default_rng()
+    with host.installed():
+        tensors = [alloc((n, 1000), "float64") for n in range(1, 20)]
+    written = []
+    for tensor in tensors:
+        desc = desc_of(tensor)
+        memory = ffi.buffer(ffi.cast("char *", desc.ptr), desc.layout.span_bytes)
+        array = np.frombuffer(memory, np.float64).reshape(desc.shape)
+        array[:] = rng.standard_normal(desc.shape)
+        written.append((array, array.copy()))
+    for array, copy in written:
+        assert (array == copy).all(), "two tensors overlap"
+    del array, written
+
+
+def test_freed_with_the_last_reference(host: Allocator) -> None:
+    with host.installed():
+        first, second = alloc(), alloc()
+    assert host.count == 2
+    check(library.lib.TVMFFIObjectIncRef(first.handle), "IncRef")
+    other = Tensor(first.handle)
+    first.release()
+    assert host.count == 2
+    other.release()
+    assert host.count == 1
+    second.release()
+    assert host.count == 0
+
+
+def test_a_great_many_do_not_pile_up(host: Allocator) -> None:
+    """256 GiB, were they not freed."""
+    with host.installed():
+        for _ in range(4096):
+            alloc((2**26,), "uint8").release()
+            assert host.count == 0
+
+
+def test_only_inside_the_scope(host: Allocator) -> None:
+    fails_outside()
+    with host.installed():
+        alloc()
+    fails_outside()
+    with pytest.raises(ZeroDivisionError), host.installed():
+        _ = 1 // 0
+    fails_outside()
+
+
+def test_scopes_nest(host: Allocator, ledger: Ledger) -> None:
+    inner = Allocator({"cpu": ledger.source})
+    with host.installed():
+        with inner.installed():
+            made = alloc()
+            assert (host.count, inner.count) == (0, 1)
+            with host.installed():
+                again = alloc()
+                assert (host.count, inner.count) == (1, 1)
+            beneath = alloc()
+            assert (host.count, inner.count) == (1, 2)
+        after = alloc()
+        assert (host.count, inner.count) == (2, 2)
+    fails_outside()
+    for tensor in (made, again, beneath, after):
+        tensor.release()
+    assert (host.count, inner.count) == (0, 0)
+    assert len(ledger.taken) == len(ledger.given) == 2
+
+
+def test_the_process_s_allocator_is_left_alone(host: Allocator, ledger: Ledger) -> None:
+    """One that another library has set for every thread serves again after the scope."""
+    theirs = Allocator({"cpu": ledger.source})
+    swap = library.lib.TVMFFIEnvSetDLPackManagedTensorAllocator
+    before = ffi.new("DLPackManagedTensorAllocator *")
+    check(swap(theirs._callback, 1, before), "allocator")
+    try:
+        check(swap(ffi.NULL, 0, ffi.NULL), "allocator")
+        with host.installed():
+            alloc().release()
+            assert not ledger.taken
+        alloc().release()
+        assert len(ledger.taken) == len(ledger.given) == 1
+    finally:
+        check(swap(ffi.NULL, 1, ffi.NULL), "allocator")
+        check(swap(before[0], 0, ffi.NULL), "allocator")
+    fails_outside()
+
+
+def test_an_allocator_belongs_to_its_thread(host: Allocator) -> None:
+    seen: list[BaseException | None] = []
+
+    def elsewhere() -> None:
+        try:
+            alloc()
+            seen.append(None)
+        except KernelError as error:
+            seen.append(error)
+
+    with host.installed():
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        alloc()
+    assert isinstance(seen[0], KernelError)
+
+
+def test_threads_allocate_and_free_for_each_other(host: Allocator) -> None:
+    """Every tensor is freed by another thread than allocated it, all at once."""
+    count, each = 8, 200
+    made: list[list[Tensor]] = [[] for _ in range(count)]
+    barrier, failed = threading.Barrier(count), []
+
+    def work(i: int) -> None:
+        try:
+            barrier.wait(60)
+            with host.installed():
+                made[i] = [alloc((i + 1, n + 1), "uint8") for n in range(each)]
+            barrier.wait(60)
+            for n, tensor in enumerate(made[(i + 1) % count]):
+                assert desc_of(tensor).shape == ((i + 1) % count + 1, n + 1)
+                tensor.release()
+        except BaseException as error:
+            failed.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert host.count == 0
+
+
+def test_a_failing_source_is_told_in_its_words(host: Allocator) -> None:
+    def fail(count: int, device: Device, stream: int) -> int:
+        raise MemoryError(f"no {count} bytes of naïve memory on {device}")
+
+    failing = Allocator({"cpu": Source(fail, HOST.give_back)})
+    with failing.installed():
+        for _ in range(3):
+            with pytest.raises(KernelError, match="no 60 bytes of naïve memory on cpu") as caught:
+                alloc((3, 5))
+            assert (caught.value.op, caught.value.kind) == ("alloc_tensor", "MemoryError")
+        with host.installed():  # and the next call is fine
+            alloc()
+    assert failing.count == 0
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise ValueError
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt("stop"), SystemExit(3), Mute()], ids=repr)
+def test_no_exception_reaches_the_caller_as_such(error: BaseException) -> None:
+    def fail(*_: object) -> int:
+        raise error
+
+    failing = Allocator({"cpu": Source(fail, HOST.give_back)})
+    with failing.installed(), pytest.raises(KernelError) as caught:
+        alloc()
+    assert caught.value.kind == type(error).__name__
+    assert str(caught.value.message)
+
+
+def test_more_than_there_is(host: Allocator) -> None:
+    with host.installed():
+        for shape in ((2**40, 2**17), (2**62,), (2**40, 2**40)):
+            with pytest.raises(KernelError):
+                alloc(shape, "float32")
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"device_type": CUDA.type_code}, "no tensor is allocated on cuda:0"),
+        ({"device_type": 99}, "no tensor is allocated on device type 99"),
+        ({"shape": (3, -1)}, r"a tensor of shape \(3, -1\) was asked for"),
+    ],
+)
+def test_what_cannot_be_had_is_told(host: Allocator, asked: dict[str, Any], words: str) -> None:
+    with host.installed(), pytest.raises(KernelError, match=words):
+        alloc(**asked)
+
+
+def test_memory_is_of_the_stream_that_is_current(ledger: Ledger) -> None:
+    """Taken and given back on it, whatever is current when the tensor dies."""
+    made = Allocator({"cuda": ledger.source})
+    before = streams.swap(CUDA, 0x1230)
+    with made.installed():
+        tensor = alloc((7, 3), "float16", CUDA.type_code)
+        streams.swap(CUDA, 0x4560)
+        other = alloc((1,), "float16", CUDA.type_code)
+    streams.swap(CUDA, before)
+    assert ledger.taken == [(42, CUDA, 0x1230), (2, CUDA, 0x4560)]
+    assert desc_of(tensor).ptr == 0x10000 and desc_of(tensor).device is CUDA
+    other.release()
+    tensor.release()
+    assert ledger.given == [(0x20000, CUDA, 0x4560), (0x10000, CUDA, 0x1230)]
+
+
+def test_packed_elements_take_whole_bytes(ledger: Ledger) -> None:
+    made = Allocator({"cpu": ledger.source})
+    with made.installed():
+        alloc((3, 5), "float4_e2m1fn_x2").release()
+        alloc((), "bool").release()
+        alloc((0, 9), "float64").release()
+    assert [count for count, *_ in ledger.taken] == [15, 1, 0]
+
+
+def test_a_source_that_cannot_take_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told where Python tells of a failing `__del__`; the caller's release succeeds."""
+    told: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    failing = Allocator({"cpu": Source(lambda *_: 0x1000, fail)})
+    with failing.installed():
+        alloc().release()
+    assert failing.count == 0
+    assert [str(entry.exc_value) for entry in told] == ["the device is gone"]
+
+
+AT_EXIT = """
+import sys
+import cffi
+from fi_ffi.abi import library
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.allocator import HOST, Allocator, Source
+from fi_ffi.abi.failure import check
+from fi_ffi.loader import runtime
+
+def give_back(address, device, stream):
+    print("given back", flush=True)
+
+runtime.ensure_tvm_ffi()
+made = Allocator({"cpu": Source(HOST.take, give_back)})
+handles = []
+for _ in range(2):
+    dims, prototype = ffi.new("int64_t[]", [4]), ffi.new("DLTensor *")
+    prototype.device.device_type, prototype.dtype.bits, prototype.dtype.lanes = 1, 8, 1
+    prototype.ndim, prototype.shape = 1, dims
+    slot = ffi.new("TVMFFIObjectHandle *")
+    with made.installed():
+        check(library.lib.TVMFFIEnvTensorAlloc(prototype, slot), "alloc_tensor")
+    handles.append(slot[0])
+library.lib.TVMFFIObjectDecRef(handles.pop())
+own = cffi.FFI()
+own.cdef("int __cxa_atexit(void *function, void *argument, void *library);")
+release = ffi.cast("uintptr_t", ffi.addressof(library.lib, "TVMFFIObjectDecRef"))
+handle = ffi.cast("uintptr_t", handles.pop())
+assert own.dlopen(None).__cxa_atexit(
+    own.cast("void *", int(release)), own.cast("void *", int(handle)), own.NULL) == 0
+print("leaving", flush=True)
+"""
+
+
+def test_a_tensor_released_after_the_interpreter() -> None:
+    """C code frees it from an exit handler: nothing of Python may run then."""
+    done = subprocess.run(
+        [sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split("\n") == ["given back", "leaving", ""]

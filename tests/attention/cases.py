@@ -1,0 +1,284 @@
+"""Queries and keys on a machine, plans of batches over them, and what must come out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import fi_ffi
+from fi_ffi.ops.attention.spec import DecodeOptions, MlaOptions, PrefillOptions
+from fi_ffi.reference.exact_attention import Exact, exact, from_pages
+
+from attention import judge
+from attention.arrays import bytes_of, first, random
+from attention.batches import SPARE, Batch, paged, ragged
+from attention.machines import Cpu, intact
+from attention.options import as_arguments, draw_extras, exact_options
+from attention.samples import row_blocks, sample, some_heads
+from attention.specs import Spec
+from calls import padded
+
+# What shows in a result that saw it, and does not where it was multiplied by 0.
+LARGE = {"float16": 1e3, "bfloat16": 1e3, "float8_e4m3fn": 400.0, "float8_e5m2": 1e3}
+PLANS = {
+    "batch_prefill": (fi_ffi.BatchPrefillPlan, PrefillOptions),
+    "batch_decode": (fi_ffi.BatchDecodePlan, DecodeOptions),
+    "batch_mla": (fi_ffi.BatchMlaPlan, MlaOptions),
+}
+
+
+@dataclass
+class Result:
+    """What a run writes."""
+
+    o: Any
+    lse: Any
+
+
+class Case:
+    """Fresh queries and a cache (or ragged keys), and plans over them.
+
+    `rows` is how many queries there are, `room` how many pages or ragged keys.
+    """
+
+    def __init__(
+        self, spec: Spec, machine: Cpu, rng: np.random.Generator, rows: int, room: int
+    ) -> None:
+        self.spec, self.machine, self.rng, self.rows, self.room = spec, machine, rng, rows, room
+        self._placed: dict[str, Any] = {}
+        self._extra: dict[int, dict[str, Any]] = {}
+        plan_class, options = PLANS[spec.family]
+        self.plan_class: Any = plan_class
+        chosen = options(**spec.options())
+        self.backend = "cuda cores"
+        if spec.family != "batch_decode":
+            op = chosen.op
+            self.backend = machine.backend(op, spec.backend, chosen.kernel, spec.mask)
+        self.module = chosen.kernel.module("" if "decode" in spec.family else self.backend)
+        machine.need(self.module)
+        self.tensors = self._inputs()
+
+    def _inputs(self) -> dict[str, Any]:
+        spec, rng = self.spec, self.rng
+        q = random(rng, (self.rows, spec.heads, spec.dim), spec.dtype, spec.pad)
+        tokens = [self.room, spec.page_size] if spec.page_size else [self.room]
+        at = len(tokens) - (spec.layout == "HND")
+        shape = [*tokens[:at], spec.kv_heads, *tokens[at:], spec.dim]
+        if spec.together:
+            both = random(rng, [shape[0], 2, *shape[1:]], spec.kv, spec.pad)
+            return {"q": q, "both": both, "k": both[:, 0], "v": both[:, 1]}
+        k = random(rng, shape, spec.kv, spec.pad)
+        v = random(rng, [*shape[:-1], spec.value_dim], spec.kv, spec.pad)
+        if spec.page_size and spec.value_dim != spec.dim:
+            v = padded(v, spec.dim + spec.pad - spec.value_dim)  # pages have the same strides
+        return {"q": q, "k": k, "v": v}
+
+    def batch(self, qo: list[int], kv: list[int]) -> Batch:
+        spec = self.spec
+        if spec.page_size:
+            return paged(qo, kv, spec.page_size, self.room, self.rng)
+        return ragged(qo, kv)
+
+    def caches(self) -> list[str]:
+        return ["k", "v"]
+
+    def poison(self, batch: Batch) -> None:
+        """Make what belongs to no request show in the results of those that see it.
+
+        Pages of no request become NaN.  Tokens after a request's last are loaded with it
+        by some kernels, and multiplied by 0: they become large.  So do other pages with
+        multi-item scoring, whose fa2 kernels load page 0 in place of some (prefill.cuh:
+        `prefetch_skip_step`).
+        """
+        assert not self._placed
+        large = LARGE[self.spec.kv]
+        for name in self.caches():
+            cache = self.tensors[name]
+            if batch.indices is None:
+                axis = 1 if self.spec.layout == "HND" else 0
+                np.moveaxis(cache, axis, 0)[batch.kv_indptr[-1] :] = large
+                continue
+            tokens_first = np.swapaxes(cache, 1, 2) if self.spec.layout == "HND" else cache
+            used = batch.indices[: batch.kv_indptr[-1]]
+            others = np.setdiff1d(np.arange(len(cache)), used)
+            tokens_first[others] = large if self.spec.items else np.nan
+            assert batch.last_page_len is not None
+            for end, last in zip(batch.kv_indptr[1:], batch.last_page_len, strict=True):
+                if last:
+                    tokens_first[batch.indices[end - 1], last:] = large
+
+    # What a plan and a run are given.
+
+    def arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The index arrays, for a plan or a replan."""
+        indices = None if self.spec.indices_at_run else batch.indices
+        if self.spec.family == "batch_decode":
+            return (batch.kv_indptr, indices, batch.last_page_len), {}
+        if batch.indices is None:
+            return (batch.qo_indptr,), {"kv_indptr": batch.kv_indptr}
+        names = ("paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
+        arrays = (batch.kv_indptr, indices, batch.last_page_len)
+        return (batch.qo_indptr,), dict(zip(names, arrays, strict=True))
+
+    def plan(self, batch: Batch, stream: Any = None, **more: Any) -> Any:
+        args, arrays = self.arguments(batch)
+        options = self.spec.options() | more
+        stream = self.machine.stream if stream is None else stream
+        where = {"device": self.machine.device, "stream": stream}
+        plan = self.plan_class(*args, **arrays, **where, **options)
+        assert (plan.module, plan.backend) == (self.module, self.backend)
+        return plan
+
+    def workspace_size(self, batch: Batch, **more: Any) -> Any:
+        args, arrays = self.arguments(batch)
+        options = self.spec.options() | more
+        return self.plan_class.workspace_size(
+            *args, **arrays, device=self.machine.device, **options
+        )
+
+    def replan(self, plan: Any, batch: Batch, stream: Any = None) -> None:
+        args, arrays = self.arguments(batch)
+        plan.replan(*args, **arrays, stream=self.machine.stream if stream is None else stream)
+
+    def placed(self, name: str) -> Any:
+        if name not in self._placed:
+            self._placed[name] = self.machine.place(self.tensors[name])
+        return self._placed[name]
+
+    def outputs(self, rows: int | None = None) -> Result:
+        """Fresh outputs for so many queries, or all of them, NaN in every byte."""
+        spec, rows = self.spec, self.rows if rows is None else rows
+        dtype = fi_ffi.DTYPES[spec.o].numpy
+        o: Any = np.full((rows, spec.heads, spec.value_dim), np.nan, dtype)
+        if spec.pad_o:
+            o = padded(o, 16)
+        lse = np.full((rows, spec.heads), np.nan, np.float32)
+        place = self.machine.place
+        return Result(place(o), place(lse) if spec.lse else None)
+
+    def run(self, plan: Any, batch: Batch, into: Result | None = None, stream: Any = None,
+            **changes: Any) -> Result:  # fmt: skip
+        into = into or self.outputs()
+        o = into.o.desc()
+        tensors = self.inputs(o.shape[0])
+        lse = None if into.lse is None else into.lse.desc()
+        options = self.run_options(batch) | changes
+        stream = self.machine.stream if stream is None else stream
+        paged = self.spec.page_size or self.spec.family != "batch_prefill"
+        runs = plan.run if hasattr(plan, "run") else plan.paged_run if paged else plan.ragged_run
+        runs(*tensors, o, lse, stream=stream, **options)
+        return into
+
+    def inputs(self, rows: int) -> list[Any]:
+        """The descriptors of the first queries and of the caches."""
+        q = first(self.placed("q").desc(), rows)
+        if self.spec.together:
+            return [q, *fi_ffi.split_paged_kv_cache(self.placed("both").desc())]
+        return [q, *(self.placed(name).desc() for name in self.caches())]
+
+    def extras(self, batch: Batch) -> dict[str, Any]:
+        """The random values of a run's options, by their names; made once for a batch."""
+        if id(batch) not in self._extra:
+            self._extra[id(batch)] = {"batch": batch, **draw_extras(self.spec, batch, self.rng)}
+        return self._extra[id(batch)]
+
+    def run_options(self, batch: Batch) -> dict[str, Any]:
+        made = as_arguments(self.spec, self.extras(batch), self.machine)
+        if self.spec.indices_at_run:
+            made["paged_kv_indices"] = self.machine.place(batch.indices).desc()
+        return made
+
+    # What must come out.
+
+    def keys(self, batch: Batch, request: int) -> tuple[Any, Any]:
+        """A request's keys and values, [tokens, heads, size]."""
+        found = []
+        for name in self.caches():
+            cache = self.tensors[name]
+            if batch.indices is None:
+                rows = slice(batch.kv_indptr[request], batch.kv_indptr[request + 1])
+                found.append(np.swapaxes(cache, 0, 1)[rows] if self.spec.layout == "HND"
+                             else cache[rows])  # fmt: skip
+            else:
+                tables = batch.kv_indptr, batch.indices, batch.last_page_len
+                found.append(from_pages(cache, *tables, request, self.spec.layout))
+        return found[0], found[1]
+
+    def rounding(self) -> judge.Rounding:
+        spec = self.spec
+        rope = spec.mode == "ROPE_LLAMA"
+        if not self.machine.is_gpu:
+            return judge.reference(spec.dtype, rope=rope, prefill="decode" not in spec.family)
+        split = spec.plan.get("fixed_split_size")
+        least = None if split is None else split * (spec.page_size or 1)
+        return judge.rounding(spec.family, self.backend, spec.dtype, spec.kv, spec.o,
+                              soft_cap=spec.cap > 0, rope=rope, least_piece=least)  # fmt: skip
+
+    def exact_rows(self, batch: Batch, request: int) -> Iterator[tuple[slice, slice, Exact]]:
+        """Rows of a request, which heads, and what they must be: all, or a sample."""
+        spec, qo, kv = self.spec, batch.qo[request], batch.kv[request]
+        k, v = (x.astype(np.float64) for x in self.keys(batch, request))
+        start = int(batch.qo_indptr[request])
+        q = self.queries(slice(start, start + qo))
+        heads = slice(0, spec.heads)
+        if spec.family == "batch_mla":
+            heads = some_heads(spec.heads, self.rng)
+        extras = self.extras(batch)
+        for a, b in row_blocks(qo, kv, spec.whole_requests, self.rng):
+            # Causal rows are the last ones of what they see.
+            end = kv - qo + b if (spec.causal or spec.items) and kv >= qo else kv
+            no_sink = self.backend == "fa3" and not kv
+            options = exact_options(spec, extras, request, (a, b), end, no_sink)
+            expected = exact(q[a:b, heads], k[:end], v[:end], options)
+            yield slice(start + a, start + b), heads, expected
+
+    def queries(self, rows: slice) -> Any:
+        return self.tensors["q"][rows]
+
+    def check(self, batch: Batch, result: Result) -> float:
+        """The largest error as a fraction of its bound; fails above 1, and for anything that
+        was written or left as it should not have been."""
+        o = result.o.get()
+        lse = None if result.lse is None else result.lse.get()
+        for name, array in (("o", o), ("lse", lse)):
+            if array is None:
+                continue
+            whole = array.astype(np.float32)
+            unwritten = np.isnan(whole).any(axis=tuple(range(1, whole.ndim)))
+            expected = np.arange(len(whole)) >= batch.rows
+            wrong = np.flatnonzero(unwritten != expected)
+            assert not len(wrong), (
+                f"{name}: row {wrong[0]} of {batch.rows} is "
+                f"{'NaN' if unwritten[wrong[0]] else 'written'}; {batch.qo=} {batch.kv=}"
+            )
+        assert intact([result.o, *([] if lse is None else [result.lse])]), "bytes beside o or lse"
+        found = 0.0
+        for request in sample(batch, self.rng):
+            for rows, heads, expected in self.exact_rows(batch, request):
+                part = None if lse is None else lse[rows, heads]
+                error = judge.worst(expected, o[rows, heads], part, self.rounding(),
+                                    batch.kv[request], base_e=self.spec.base_e)  # fmt: skip
+                assert error <= 1, (
+                    f"request {request} ({batch.qo[request]} queries, {batch.kv[request]} keys), "
+                    f"rows {rows.start} to {rows.stop}: {error:.3g} of its bound; {self.spec}"
+                )
+                found = max(found, error)
+        return found
+
+    def check_inputs(self) -> None:
+        """Nothing that is only read was written."""
+        for name, placed in self._placed.items():
+            before = self.tensors[name]
+            if before.nbytes < 1 << 22:
+                same = bytes_of(placed.get()) == bytes_of(before)
+                assert same and placed.intact(), f"{name} was written to"
+
+
+def room_for(spec: Spec, kv: list[int]) -> int:
+    """Pages or ragged keys, with some that belong to nobody."""
+    if spec.page_size:
+        return SPARE + sum(-(-n // spec.page_size) for n in kv) + 2
+    return sum(kv) + SPARE

@@ -1,0 +1,240 @@
+"""What is tested, by name; every entry runs on the CPU with few keys, and on a GPU."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+from attention.specs import Spec
+
+Table = dict[str, Spec]
+BACKENDS = ("fa2", "fa3")
+# The kernels there are for every backend: tools/gpu_kernels.py.
+KINDS = [{"dim": dim} for dim in (64, 128, 256)] + [{"dtype": "bfloat16"}]
+# Ragged, and pages of each size in one layout and the other, apart and together.
+RAGGED = [{"layout": "NHD"}, {"layout": "HND"}]
+PAGED = [
+    {"page_size": 1}, {"page_size": 1, "layout": "HND"},
+    {"page_size": 3, "together": True}, {"page_size": 3, "layout": "HND"},
+    {"page_size": 16, "together": True, "layout": "HND"}, {"page_size": 16},
+    {"page_size": 64, "layout": "HND"}, {"page_size": 64, "together": True},
+]  # fmt: skip
+PAGES_16 = {"page_size": 16}
+
+
+def name(**fields: Any) -> str:
+    """An id out of what was chosen."""
+    return "-".join(f"{key}={value}" if key not in ("backend", "layout") else str(value)
+                    for key, value in fields.items())  # fmt: skip
+
+
+def table(*alternatives: Any, **same: Any) -> Table:
+    """Every combination of the alternatives, each a list of fields."""
+    made: Table = {}
+    for choice in product(*alternatives):
+        fields = {key: value for part in choice for key, value in part.items()}
+        made[name(**fields)] = Spec(**same | fields)
+    return made
+
+
+def each(key: str, *values: Any) -> list[dict[str, Any]]:
+    return [{key: value} for value in values]
+
+
+def under(prefix: str, entries: Table) -> Table:
+    return {f"{prefix} {name}": spec for name, spec in entries.items()}
+
+
+FA2, FA3 = [{"backend": "fa2"}], [{"backend": "fa3"}]
+BOTH = FA2 + FA3
+CAUSAL = each("causal", False, True)
+RAGGED_OR_PAGED: list[dict[str, Any]] = [{}, PAGES_16]
+
+PREFILL: Table = {
+    **table(KINDS, BOTH, RAGGED + PAGED, CAUSAL),
+    **under("group", table(
+        BOTH, RAGGED_OR_PAGED,
+        [{"heads": 2, "kv_heads": 2}, {"heads": 8, "kv_heads": 2}, {"heads": 8, "kv_heads": 1},
+         {"heads": 10, "kv_heads": 2}], causal=True,
+    )),
+    **under("many", table(BOTH, RAGGED_OR_PAGED, each("batch", 1, 64, 512), queries=20, keys=200)),
+    # More works than fa3's planner makes for each head.
+    "many requests, fa3": Spec(backend="fa3", batch=4200, queries=1, keys=20, heads=2, **PAGES_16),
+    **under("long", table(BOTH, RAGGED_OR_PAGED, [
+        {"lengths": ((1, 32768), (3, 5))}, {"lengths": ((17, 32768),)},
+        {"lengths": ((300, 20000), (0, 3), (1, 1))}, {"lengths": ((4096, 4096), (130, 131))},
+    ], causal=True, heads=2, kv_heads=1)),
+    "long, all keys fa2": Spec(lengths=((200, 30000),), heads=2, kv_heads=1, **PAGES_16),
+    "long, all keys fa3": Spec(lengths=((200, 30000),), heads=2, kv_heads=1, backend="fa3"),
+    **under("auto", table(RAGGED_OR_PAGED, CAUSAL, backend="auto")),
+    **under("rows apart", table(BOTH, RAGGED + PAGED[4:], pad=16, causal=True)),
+    **under("rows apart", table(FA3, RAGGED_OR_PAGED, pad=16, pad_o=True)),
+    **under("without lse", table(BOTH, RAGGED_OR_PAGED, CAUSAL, lse=False)),
+    **under("pages at the run", table(BOTH, PAGED[4:], indices_at_run=True)),
+    **under("pdl", table(BOTH, RAGGED_OR_PAGED, causal=True, pdl=True)),
+    **under("scale", table(BOTH, RAGGED_OR_PAGED, each("sm_scale", 0.02, 0.25))),
+    **under("scales", table(BOTH, RAGGED_OR_PAGED, scales="qk numbers")),
+    **under("scales", table(FA3, RAGGED_OR_PAGED, each("scales", "v numbers", "qkv numbers",
+                                                        "v heads"))),
+    **under("split", table(FA2, PAGED[4:], each("plan", {"fixed_split_size": 3},
+                                                {"disable_split_kv": True}),
+                           causal=True, queries=90, keys=3000)),
+    **under("mask", table(FA2, RAGGED_OR_PAGED, mask=True)),
+    "mask, auto": Spec(mask=True, backend="auto", **PAGES_16),
+    **under("no queries", table(BOTH, RAGGED_OR_PAGED, lengths=((0, 70), (0, 0), (0, 1)))),
+    **under("items", table(BOTH, PAGED[2:6], items=True, no_keys=False, queries=300, keys=700)),
+    **under("items, few queries", table(BOTH, items=True, no_keys=False, keys=1500, **PAGES_16)),
+}  # fmt: skip
+
+FP8 = {"dtype": "float8_e4m3fn", "o_dtype": "float16"}
+SINK = {"dtype": "bfloat16", "dim": 64, "sink": True}
+WIDE = {"dtype": "bfloat16", "dim": 192, "dim_vo": 128}
+WINDOWS = each("window_left", 0, 17, 140)
+ROPES = each("rope", None, (2.0, 5e5))
+
+PREFILL_OPTIONS: Table = {
+    **under("window", table(BOTH, WINDOWS, RAGGED_OR_PAGED, CAUSAL)),
+    "window, long fa2": Spec(lengths=((2000, 9000), (1, 30000)), window_left=700, causal=True,
+                             heads=2, kv_heads=1, **PAGES_16),
+    "window, long fa3": Spec(lengths=((2000, 9000), (1, 30000)), window_left=700, causal=True,
+                             heads=2, kv_heads=1, backend="fa3"),
+    "window, mask": Spec(window_left=40, mask=True),
+    **under("cap", table(BOTH, each("cap", 1.0, 30.0), RAGGED_OR_PAGED, CAUSAL)),
+    **under("rope", table(ROPES, RAGGED_OR_PAGED, CAUSAL, mode="ROPE_LLAMA")),
+    **under("alibi", table(RAGGED_OR_PAGED, CAUSAL, mode="ALIBI")),
+    **under("fp8 keys", table(PAGED[2:6] + [{}], CAUSAL, kv_dtype="float8_e4m3fn")),
+    "fp8 keys, scales": Spec(kv_dtype="float8_e4m3fn", scales="qk numbers", **PAGES_16),
+    **under("fp8", table(RAGGED_OR_PAGED, CAUSAL, each("scales", "", "qkv numbers", "qkv heads"),
+                         backend="fa3", heads=8, **FP8)),
+    "fp8, auto": Spec(backend="auto", **FP8),
+    **under("head sizes apart", table(BOTH, RAGGED, CAUSAL, **WIDE)),
+    # fa3 has no paged keys with these: "auto" takes fa2 then.
+    **under("head sizes apart", table(each("backend", "fa2", "auto"), PAGED[5:7], CAUSAL, **WIDE)),
+    **under("sink", table(BOTH, each("window_left", -1, 30), RAGGED_OR_PAGED, CAUSAL, **SINK)),
+    "sink, long fa2": Spec(lengths=((40, 9000),), causal=True, **SINK, **PAGES_16),
+    "sink, auto": Spec(backend="auto", **SINK),
+}  # fmt: skip
+
+_DECODE = {"family": "batch_decode"}
+GROUPS = [{"heads": 2 * g, "kv_heads": 2} for g in (1, 2, 3, 4, 8)]
+DECODE: Table = {
+    **table(KINDS, PAGED, **_DECODE),
+    **under("group", table(GROUPS, each("dim", 64, 128), keys=500, **_DECODE, **PAGES_16)),
+    **under("many", table(each("batch", 1, 64, 512), each("page_size", 1, 16), **_DECODE)),
+    **under("long", table([{"lengths": ((1, 32768),)}, {"lengths": ((1, 32768), (1, 1), (1, 9999))},
+                           {"lengths": ((1, 0), (1, 20000), (1, 0))}],
+                          each("page_size", 1, 16), **_DECODE)),
+    "no keys at all": Spec(lengths=((1, 0), (1, 0)), **_DECODE, **PAGES_16),
+    "rows apart": Spec(pad=16, **_DECODE, **PAGES_16),
+    "rows apart HND": Spec(pad=16, layout="HND", **_DECODE, **PAGES_16),
+    "without lse": Spec(lse=False, **_DECODE, **PAGES_16),
+    "pages at the run": Spec(indices_at_run=True, **_DECODE, **PAGES_16),
+    "pdl": Spec(pdl=True, **_DECODE, **PAGES_16),
+    "scale": Spec(sm_scale=0.25, **_DECODE, **PAGES_16),
+    "scales": Spec(scales="qk numbers", **_DECODE, **PAGES_16),
+    **under("window", table(WINDOWS, GROUPS[::2], **_DECODE, **PAGES_16)),
+    "window, long": Spec(lengths=((1, 30000), (1, 8)), window_left=900, **_DECODE, **PAGES_16),
+    **under("cap", table(each("cap", 1.0, 30.0), **_DECODE, **PAGES_16)),
+    **under("rope", table(ROPES, GROUPS[::2], mode="ROPE_LLAMA", **_DECODE, **PAGES_16)),
+    **under("alibi", table(GROUPS[::2], mode="ALIBI", **_DECODE, **PAGES_16)),
+    **under("fp8 keys", table(GROUPS, PAGED[3:5], kv_dtype="float8_e4m3fn", **_DECODE)),
+}  # fmt: skip
+
+_MLA = {"family": "batch_mla", "dtype": "bfloat16", "dim": 512}
+_MLA_16 = _MLA | {"heads": 16, "page_size": 16, "queries": 3}
+_ONE_QUERY = {"queries": 1, "keys": 900}
+MLA: Table = {
+    **table(BOTH, each("heads", 16, 32, 128), each("page_size", 1, 16, 64), **_MLA, **_ONE_QUERY),
+    **under("queries", table(BOTH, each("heads", 16, 32, 128), CAUSAL, queries=9, page_size=16,
+                             **_MLA)),
+    **under("many", table(BOTH, each("batch", 1, 64), CAUSAL, queries=3, heads=16, page_size=16,
+                          **_MLA)),
+    **under("long", table(BOTH, [{"lengths": ((1, 20000), (2, 70))}], CAUSAL, heads=16,
+                          page_size=64, **_MLA)),
+    **under("base e", table(BOTH, base_e=True, **_MLA_16)),
+    **under("without lse", table(BOTH, lse=False, **_MLA_16)),
+    **under("rows apart", table(BOTH, pad=16, pad_o=True, **_MLA_16)),
+    **under("pages at the run", table(BOTH, indices_at_run=True, **_MLA_16)),
+    **under("scale", table(BOTH, sm_scale=0.1, **_MLA_16)),
+    **under("no queries", table(BOTH, lengths=((0, 70), (0, 0)), **_MLA_16)),
+    "auto": Spec(backend="auto", **_MLA_16),
+}  # fmt: skip
+
+_ONE = {"family": "single_prefill"}
+_SIZES = [{"lengths": (pair,)} for pair in ((1, 1), (1, 70), (33, 200), (130, 513), (77, 2000))]
+SINGLE_PREFILL: Table = {
+    **table(BOTH, _SIZES, RAGGED, CAUSAL, **_ONE),
+    **under("long", table(BOTH, [{"lengths": ((4, 32768),)}, {"lengths": ((40, 6000),)}], CAUSAL,
+                          heads=2, kv_heads=1, **_ONE)),
+    "auto": Spec(lengths=((50, 300),), backend="auto", **_ONE),
+    **under("rows apart", table(BOTH, RAGGED, lengths=((33, 90),), pad=16, **_ONE)),
+    **under("without lse", table(BOTH, lengths=((33, 90),), lse=False, **_ONE)),
+    **under("group of 5", table(BOTH, lengths=((50, 300),), heads=10, kv_heads=2, **_ONE)),
+    **under("scales", table(BOTH, lengths=((33, 300),), scales="qk numbers", **_ONE)),
+    **under("mask", table(FA2, RAGGED, _SIZES[2:4], mask=True, **_ONE)),
+    **under("window", table(WINDOWS, CAUSAL, lengths=((50, 300),), **_ONE)),
+    **under("cap", table(each("cap", 1.0, 30.0), CAUSAL, lengths=((50, 300),), **_ONE)),
+    **under("rope", table(ROPES, CAUSAL, lengths=((50, 300),), mode="ROPE_LLAMA", **_ONE)),
+    **under("alibi", table(CAUSAL, lengths=((50, 300),), mode="ALIBI", **_ONE)),
+    **under("fp8 keys", table(RAGGED, CAUSAL, lengths=((50, 300),), kv_dtype="float8_e4m3fn",
+                              **_ONE)),
+    **under("fp8", table(RAGGED, CAUSAL, each("scales", "", "qkv numbers", "qkv heads"),
+                         lengths=((150, 300),), backend="fa3", **FP8, **_ONE)),
+}  # fmt: skip
+
+_LONE = {"family": "single_decode"}
+_KEYS = [{"lengths": ((1, n),)} for n in (1, 17, 256, 257, 5000, 32768)]
+SINGLE_DECODE: Table = {
+    **table(KINDS, _KEYS, RAGGED, **_LONE),
+    **under("group", table(GROUPS, lengths=((1, 700),), **_LONE)),
+    "without lse": Spec(lengths=((1, 700),), lse=False, **_LONE),
+    "scales": Spec(lengths=((1, 70),), scales="qk numbers", **_LONE),
+    **under("window", table(WINDOWS, RAGGED, lengths=((1, 700),), **_LONE)),
+    **under("cap", table(each("cap", 1.0, 30.0), lengths=((1, 700),), **_LONE)),
+    **under("rope", table(ROPES, RAGGED, lengths=((1, 400),), mode="ROPE_LLAMA", **_LONE)),
+    **under("alibi", table(GROUPS[::2], lengths=((1, 700),), mode="ALIBI", **_LONE)),
+    **under("fp8 keys", table(RAGGED, _KEYS[1:5], kv_dtype="float8_e4m3fn", **_LONE)),
+}  # fmt: skip
+
+# Plans over time: small batches, so that many can be compared.
+_SMALL = {"dim": 64, "batch": 6, "queries": 5, "keys": 150, "page_size": 16}
+SERVED: Table = {
+    "prefill fa2": Spec(backend="fa2", causal=True, **_SMALL),
+    "prefill fa3": Spec(backend="fa3", causal=True, **_SMALL),
+    "decode": Spec(family="batch_decode", **_SMALL | {"queries": 1}),
+    **{f"mla {backend}": Spec(**_SMALL | _MLA | {"backend": backend, "heads": 16, "queries": 1})
+       for backend in BACKENDS},
+}  # fmt: skip
+# Longer ones, for captured graphs: requests are split.
+GRAPHS: Table = {
+    name: Spec(**vars(spec) | {"keys": 900, "dim": 512 if "mla" in name else 128})
+    for name, spec in SERVED.items()
+} | {
+    "mla fa2, 5 queries": Spec(**vars(SERVED["mla fa2"]) | {"queries": 5, "causal": True}),
+    "mla fa3, 5 queries": Spec(**vars(SERVED["mla fa3"]) | {"queries": 5, "causal": True}),
+    "prefill fa2, long": Spec(causal=True, **_SMALL | {"queries": 90, "keys": 3000, "dim": 128}),
+    "prefill fa3, long": Spec(causal=True, backend="fa3",
+                              **_SMALL | {"queries": 300, "keys": 3000, "dim": 128}),
+}  # fmt: skip
+# As many rows in a tile of queries, alone and in a batch: up to 16, and more than 64.
+FIXED_SPLIT: Table = {
+    "1 query": Spec(batch=5, queries=1, keys=900, page_size=16, causal=True),
+    "40 queries": Spec(batch=5, queries=40, keys=900, page_size=16, causal=True),
+}
+# What the kernels' sources say they do wrong: fi_ffi is to refuse it, or has a way around it.
+REFUSED_OR_RIGHT: Table = {
+    # mla.cuh and mla_hopper.cuh round down how many keys a tile of rows sees, by
+    # (the tile's end) / num_heads: wrong where tiles end inside of a query.
+    **table(
+        BOTH,
+        [{"heads": 128, "lengths": ((1, 65), (0, 5))},
+         {"heads": 48, "lengths": ((4, 66), (4, 130))}],
+        causal=True, page_size=16, **_MLA,
+    ),
+    # scheduler.cuh makes pieces of the keys from a window's start for a window and a tile of
+    # queries; without a causal mask all later keys are seen as well.
+    **under("window, all later keys", table(
+        FA2, RAGGED_OR_PAGED, [{"lengths": ((300, 3000),)}, {"lengths": ((500, 500), (3, 9))}],
+        window_left=17,
+    )),
+}  # fmt: skip

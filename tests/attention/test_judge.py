@@ -1,0 +1,164 @@
+"""The checks of these tests can fail: with the GPU's bounds, for what is a little wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fi_ffi
+from fi_ffi.reference.exact_attention import Exact, Options, exact
+
+from attention import judge
+from attention.arrays import random
+from attention.bodies import make
+from attention.specs import Spec
+
+# family, backend, dtype of q, k and v, dtype of o
+KERNELS = [
+    ("batch_prefill", "fa2", "float16", "float16"),
+    ("batch_prefill", "fa2", "bfloat16", "bfloat16"),
+    ("batch_prefill", "fa3", "float16", "float16"),
+    ("batch_prefill", "fa3", "bfloat16", "bfloat16"),
+    ("batch_prefill", "fa3", "float8_e4m3fn", "float16"),
+    ("single_prefill", "fa2", "bfloat16", "bfloat16"),
+    ("batch_decode", "", "float16", "float16"),
+    ("batch_mla", "fa2", "bfloat16", "bfloat16"),
+    ("batch_mla", "fa3", "bfloat16", "bfloat16"),
+]
+QUERIES, HEADS, KV_HEADS, DIM = 17, 4, 2, 128
+RIGHT = Options(DIM**-0.5, causal=True)
+
+
+def fraction(kernel: Any, right: Exact, got: Exact, keys: int, with_lse: bool = True) -> float:
+    """How far `got` is from what is right, as such a kernel would write it."""
+    family, backend, dtype, o = kernel
+    how = judge.rounding(family, backend, dtype, dtype, o)
+    out = got.out.astype(fi_ffi.DTYPES[o].numpy)
+    return judge.worst(right, out, got.lse2.astype(np.float32) if with_lse else None, how, keys)
+
+
+@pytest.fixture(params=[20, 60, 300])
+def keys(request) -> int:
+    return request.param
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=" ".join)
+class TestBounds:
+    @pytest.fixture
+    def tensors(self, kernel, keys, rng) -> list[Any]:
+        shapes = ((QUERIES, HEADS), (keys, KV_HEADS), (keys, KV_HEADS))
+        return [random(rng, (*shape, DIM), kernel[2]).astype(np.float64) for shape in shapes]
+
+    def test_what_is_right(self, kernel, keys, tensors):
+        right = exact(*tensors, RIGHT)
+        assert fraction(kernel, right, right, keys) <= 1
+
+    @pytest.mark.parametrize("factor", [0.95, 1.05])
+    def test_a_wrong_scale(self, kernel, keys, tensors, factor):
+        wrong = exact(*tensors, replace(RIGHT, sm_scale=DIM**-0.5 * factor))
+        assert fraction(kernel, exact(*tensors, RIGHT), wrong, keys) > 1
+
+    @pytest.mark.parametrize("which", ["first", "last", "any"])
+    def test_a_key_left_out(self, kernel, keys, tensors, which, rng):
+        seen = np.ones((QUERIES, keys), bool)
+        seen[:, {"first": 0, "last": keys - QUERIES, "any": rng.integers(keys)}[which]] = False
+        wrong = exact(*tensors, replace(RIGHT, mask=seen))
+        assert fraction(kernel, exact(*tensors, RIGHT), wrong, keys) > 1
+
+    @pytest.mark.parametrize("shift", [-1, 1])
+    def test_causal_off_by_one(self, kernel, keys, tensors, shift):
+        places = keys - QUERIES + shift + np.arange(QUERIES)
+        seen = np.arange(keys) <= places[:, None]
+        wrong = exact(*tensors, Options(DIM**-0.5, mask=seen))
+        assert fraction(kernel, exact(*tensors, RIGHT), wrong, keys) > 1
+
+    def test_a_window_off_by_one(self, kernel, keys, tensors):
+        right = exact(*tensors, replace(RIGHT, window_left=9))
+        wrong = exact(*tensors, replace(RIGHT, window_left=10))
+        assert fraction(kernel, right, wrong, keys) > 1
+
+    def test_values_of_another_head(self, kernel, keys, tensors):
+        q, k, v = tensors
+        wrong = exact(q, k, v[:, ::-1], RIGHT)
+        assert fraction(kernel, exact(*tensors, RIGHT), wrong, keys, with_lse=False) > 1
+
+    def test_nan(self, kernel, keys, tensors):
+        right = exact(*tensors, RIGHT)
+        for name in ("out", "lse2"):
+            wrong = getattr(right, name).copy()
+            wrong[3, 1] = np.nan
+            assert fraction(kernel, right, right._replace(**{name: wrong}), keys) == np.inf
+
+    def test_rows_that_see_no_key(self, kernel, keys, tensors):
+        seen = np.ones((QUERIES, keys), bool)
+        seen[5] = False
+        right = exact(*tensors, replace(RIGHT, mask=seen))
+        written = right.lse2.copy()
+        for value in (-np.inf, -5e4):
+            written[5] = value
+            assert fraction(kernel, right, right._replace(lse2=written), keys) <= 1
+        written[5] = 0
+        assert fraction(kernel, right, right._replace(lse2=written), keys) == np.inf
+
+
+PAGED = Spec(page_size=16, causal=True, keys=60)
+
+
+@pytest.mark.parametrize("spec", [PAGED, replace(PAGED, page_size=0)], ids=["paged", "ragged"])
+def test_a_run_with_another_scale(spec, machine, rng):
+    case, batch = make(spec, machine, rng)
+    plan = case.plan(batch)
+    case.check(batch, case.run(plan, batch))
+    with pytest.raises(AssertionError, match="of its bound"):
+        case.check(batch, case.run(plan, batch, sm_scale=1.05 * spec.dim**-0.5))
+
+
+def test_a_plan_for_another_length(machine, rng):
+    case, batch = make(replace(PAGED, lengths=((3, 40), (2, 17))), machine, rng)
+    assert batch.last_page_len is not None
+    last = batch.last_page_len.copy()
+    last[0] += 1
+    other = replace(batch, last_page_len=last)
+    with pytest.raises(AssertionError, match="request 0"):
+        case.check(batch, case.run(case.plan(other), other))
+
+
+def test_a_page_of_nobody(machine, rng):
+    case, batch = make(replace(PAGED, lengths=((3, 40), (2, 17))), machine, rng)
+    assert batch.indices is not None
+    wrong = batch.indices.copy()
+    wrong[1] = 0
+    other = replace(batch, indices=wrong)
+    with pytest.raises(AssertionError, match="row 0 of 5 is NaN"):
+        case.check(batch, case.run(case.plan(other), other))
+
+
+def test_rows_not_written_and_bytes_beside(machine, rng):
+    case, batch = make(PAGED, machine, rng)
+    plan = case.plan(batch)
+    out = case.run(plan, batch)
+    out.o.array[2] = np.nan
+    with pytest.raises(AssertionError, match="row 2 of"):
+        case.check(batch, out)
+    for array in ("o", "lse"):
+        out = case.run(plan, batch)
+        getattr(out, array).whole[-1] = 0
+        with pytest.raises(AssertionError, match="bytes beside"):
+            case.check(batch, out)
+    case.placed("q").array[0, 0, 0] += 1
+    with pytest.raises(AssertionError, match="q was written to"):
+        case.check_inputs()
+
+
+def test_rows_past_the_last_query(machine, rng):
+    """With CUDA graphs there are more rows than queries: they stay as they are."""
+    case, batch = make(PAGED, machine, rng)
+    case.rows += 2
+    out = case.outputs()
+    out.o.array[: batch.rows] = out.lse.array[: batch.rows] = 0
+    out.o.array[-1] = 0
+    with pytest.raises(AssertionError, match=r"row \d+ of \d+ is written"):
+        case.check(batch, out)

@@ -1,0 +1,57 @@
+"""Fresh inputs, and how attention's results are judged here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fi_ffi.reference.exact_attention import Exact
+
+FLOAT32 = 2.0**-19
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int.from_bytes(os.urandom(8), "little")
+    print(f"seed {seed}")  # shown with a failure
+    return np.random.default_rng(seed)
+
+
+def _worst(error: np.ndarray, allowed: np.ndarray) -> float:
+    if not error.size:
+        return 0.0
+    with np.errstate(invalid="ignore"):
+        return float(np.where(error == 0, 0, error / allowed).max())
+
+
+@pytest.fixture
+def error() -> Callable[..., float]:
+    """The largest error as a fraction of what is allowed; above 1 is wrong, as is NaN.
+
+    Allowed are half a step of the output's dtype, and what float32 arithmetic makes of
+    the terms: of each product, and of the sums.  `inexact` is the part that an input was
+    rounded by on its way, where it was.
+    """
+
+    def error(
+        exact: Exact, out: np.ndarray, lse: np.ndarray | None = None, inexact: float = 0.0,
+        no_key: float = -np.inf,
+    ) -> float:  # fmt: skip
+        info = ml_dtypes.finfo(out.dtype)
+        step = np.maximum(np.abs(exact.out) * float(info.eps), float(info.smallest_subnormal))
+        logits = (FLOAT32 + inexact) * (1 + exact.spread)
+        allowed = 0.5005 * step + 2 * logits[..., None] * exact.magnitude
+        worst = _worst(np.abs(out.astype(np.float64) - exact.out), allowed)
+        if lse is None:
+            return worst
+        lse2 = np.where(exact.lse2 == -np.inf, no_key, exact.lse2)
+        same = lse2 == lse
+        of_lse = np.where(same, 0, np.abs(np.where(same, 0, lse2) - np.where(same, 0, lse)))
+        allowed = 2 * logits + FLOAT32 * np.abs(np.where(same, 0, lse2))
+        return float(np.maximum(worst, _worst(of_lse, allowed)))  # Python's max drops a NaN
+
+    return error

@@ -1,0 +1,268 @@
+"""Attention in float32 against its definition in float64, and against torch's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fi_ffi.reference.attention import caches, masks
+from fi_ffi.reference.attention.core import Rope, attend
+from fi_ffi.reference.exact_attention import Exact, Options, exact, exact_batch, from_pages
+
+# queries, keys, heads, key heads, and the sizes of a head of q and k, and of v
+SHAPES = [
+    (1, 77, 8, 8, 64, 64),
+    (33, 33, 8, 2, 128, 128),
+    (5, 200, 8, 1, 256, 256),
+    (17, 40, 4, 4, 192, 128),
+    (130, 300, 8, 2, 64, 64),
+    (1, 1, 1, 1, 64, 64),
+    (3, 0, 4, 2, 64, 64),
+    (0, 7, 4, 1, 64, 64),
+]
+MORE_QUERIES = (40, 7, 8, 2, 64, 64)
+OPTIONS = {
+    "plain": (),
+    "causal": ("causal",),
+    "window": ("window",),
+    "soft cap": ("cap",),
+    "mask": ("mask",),
+    "alibi": ("alibi",),
+    "rope": ("rope",),
+    "sink": ("sink",),
+    "scales": ("scales",),
+    "items": ("items",),
+    "causal window cap": ("causal", "window", "cap"),
+    "mask window alibi": ("mask", "window", "alibi"),
+    "alibi cap": ("alibi", "cap"),
+    "causal rope window cap": ("causal", "rope", "window", "cap"),
+    "causal window sink": ("causal", "window", "sink"),
+    "causal scales sink": ("causal", "scales", "sink"),
+    "mask rope": ("mask", "rope"),
+}
+
+
+def inputs(shape: tuple[int, ...], rng: np.random.Generator, scale: float = 1.0) -> list[Any]:
+    qo_len, kv_len, heads, kv_heads, dim_qk, dim_vo = shape
+    sizes = (qo_len, heads, dim_qk), (kv_len, kv_heads, dim_qk), (kv_len, kv_heads, dim_vo)
+    return [(rng.standard_normal(size) * scale).astype(np.float32) for size in sizes]
+
+
+def options(
+    names: tuple[str, ...], shape: tuple[int, ...], rng: np.random.Generator
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same options for `attend` and for `Options`."""
+    qo_len, kv_len, heads, _, dim, _ = shape
+    ours: dict[str, Any] = {"sm_scale": dim**-0.5}
+    theirs: dict[str, Any] = {"sm_scale": dim**-0.5}
+    for name in names:
+        if name == "scales":
+            ours["sm_scale"] = theirs["sm_scale"] = rng.uniform(0.05, 0.3, heads)
+        elif name == "rope":
+            ours["rope"], theirs["rope"] = Rope(1 / 2, 1e-4, False), (2.0, 1e4)
+        elif name == "items":
+            prefix, last = int(rng.integers(0, max(kv_len - qo_len, 0) + 1)), 0
+            counts = [last := 0 if rng.random() < 0.2 else last + 1 for _ in range(kv_len - prefix)]
+            positions = np.array([*counts, 0], np.uint16)
+            theirs["items"] = prefix, positions
+            ours["mask"] = masks.multi_item(qo_len, kv_len, prefix, positions, 65535)
+        else:
+            value: Any = {
+                "causal": True,
+                "window": 11,
+                "cap": 2.5,
+                "mask": rng.random((qo_len, kv_len)) < 0.3,
+                "alibi": rng.uniform(0.01, 0.5, heads).astype(np.float32),
+                "sink": rng.normal(0, 2, heads).astype(np.float32),
+            }[name]
+            names_of = {"window": "window_left", "cap": "logits_soft_cap", "alibi": "alibi_slopes"}
+            ours[names_of.get(name, name)] = theirs[names_of.get(name, name)] = value
+    return ours, theirs
+
+
+@pytest.mark.parametrize("names", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_float64(shape, names, rng, error):
+    arrays = inputs(shape, rng)
+    ours, theirs = options(names, shape, rng)
+    out, lse = attend(*arrays, **ours)
+    expected = exact(*arrays, Options(**theirs))
+    assert out.dtype == lse.dtype == np.float32
+    assert out.shape == expected.out.shape and lse.shape == expected.lse2.shape
+    assert error(expected, out, lse) <= 1
+    blind = expected.lse2 == -np.inf
+    assert (lse[blind] == -np.inf).all() and (out[blind] == 0).all()
+    assert not expected.out[blind].any() and not expected.magnitude[blind].any()
+
+
+@pytest.mark.parametrize(
+    "names", [(), ("causal",), ("window", "cap"), ("mask",), ("sink",)], ids=str
+)
+def test_more_queries_than_keys(names, rng, error):
+    arrays = inputs(MORE_QUERIES, rng)
+    ours, theirs = options(names, MORE_QUERIES, rng)
+    out, lse = attend(*arrays, **ours)
+    expected = exact(*arrays, Options(**theirs))
+    assert error(expected, out, lse) <= 1
+    assert (lse[:33] == -np.inf).all() == (names == ("causal",))
+
+
+@pytest.mark.parametrize(
+    "name", ["causal", "window", "cap", "mask", "alibi", "rope", "sink", "items", "scales"]
+)
+def test_each_option_is_seen(name, rng, error):
+    """Without the option, results are far from what they are with it."""
+    shape = (33, 60, 8, 2, 64, 64)
+    arrays = inputs(shape, rng)
+    ours, _ = options((), shape, rng)
+    _, theirs = options((name,), shape, rng)
+    expected = exact(*arrays, Options(**theirs))
+    out, lse = attend(*arrays, **ours)
+    assert not error(expected, out) <= 100
+    assert not error(expected, expected.out.astype(np.float32), lse) <= 100
+
+
+@pytest.mark.parametrize("what", ["out", "lse"])
+def test_small_errors_are_seen(what, rng, error):
+    arrays = inputs((20, 50, 4, 2, 128, 128), rng)
+    expected = exact(*arrays, Options(0.1))
+    out, lse = attend(*arrays, sm_scale=0.1)
+    (out if what == "out" else lse)[7, 2] *= 1 + 2.0**-8
+    assert error(expected, out, lse) > 1
+    (out if what == "out" else lse)[7, 2] = np.nan
+    assert not error(expected, out, lse) <= 1
+
+
+def test_large_logits(rng, error):
+    arrays = inputs((9, 60, 4, 4, 64, 64), rng, scale=30)
+    out, lse = attend(*arrays, sm_scale=1.0)
+    assert np.abs(lse).max() > 1e3
+    assert error(exact(*arrays, Options(1.0)), out, lse) <= 1
+
+
+def test_head_order(rng):
+    """Query head h reads key head h // (heads / kv_heads): one after the other by hand."""
+    q, k, v = inputs((3, 10, 6, 2, 64, 64), rng)
+    together, _ = attend(q, k, v, sm_scale=0.2)
+    for h in range(6):
+        alone, _ = attend(q[:, [h]], k[:, [h // 3]], v[:, [h // 3]], sm_scale=0.2)
+        np.testing.assert_allclose(alone[:, 0], together[:, h], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_rope_rounds_where_the_kernel_does(dtype, rng, error):
+    shape = (20, 90, 4, 2, 128, 128)
+    q, k, v = (x.astype(dtype) for x in inputs(shape, rng))
+    expected = exact(q, k, v, Options(0.1, causal=True, rope=(1.0, 1e4)))
+    ours = {"sm_scale": 0.1, "causal": True}
+    out, lse = attend(q, k, v, **ours, rope=Rope(1.0, 1e-4, False))
+    assert error(expected, out, lse) <= 1
+    rounded, lse = attend(q, k, v, **ours, rope=Rope(1.0, 1e-4, True))
+    assert error(expected, rounded, lse) > 1
+    assert error(expected, rounded, lse, float(ml_dtypes.finfo(dtype).eps)) <= 1
+
+
+def test_rope_leaves_relative_positions(rng):
+    """Turned by their positions, q @ k depends on the distance alone."""
+    q, k, v = inputs((1, 1, 2, 2, 64, 64), rng)
+    turned = attend(q, k, v, sm_scale=1.0, rope=Rope(1.0, 1e-4, False))[1]
+    np.testing.assert_allclose(turned, attend(q, k, v, sm_scale=1.0)[1], atol=1e-4)
+
+
+def test_alibi_counts_from_the_start(rng):
+    """Every row is shifted by slope * (kv_len - qo_len): seen in the logarithms only."""
+    q, k, v = inputs((4, 30, 2, 2, 64, 64), rng)
+    slopes = np.array([0.25, 0.5], np.float32)
+    out, lse = attend(q, k, v, sm_scale=0.1, alibi_slopes=slopes)
+    relative = (np.arange(30) - (26 + np.arange(4))[:, None])[None] * slopes[:, None, None]
+    logits = np.einsum("ihd,jhd->hij", q, k) * 0.1 + relative
+    sums = np.exp(logits).sum(-1)
+    by_hand = np.einsum("hij,jhd->ihd", np.exp(logits) / sums[..., None], v)
+    np.testing.assert_allclose(out, by_hand, atol=1e-5)
+    np.testing.assert_allclose(lse, (np.log2(sums) + 26 * slopes[:, None] * np.log2(np.e)).T, 1e-5)
+
+
+def test_packed_masks(rng):
+    """Bit i * kv_len + j, the lowest of a byte first, after the request's start."""
+    mask = rng.random((5, 13)) < 0.5
+    packed = np.zeros(3 + 9, np.uint8)
+    for i in range(5):
+        for j in range(13):
+            packed[3 + (i * 13 + j) // 8] |= int(mask[i, j]) << ((i * 13 + j) % 8)
+    assert (masks.custom(packed, 3, 5, 13) == mask).all()
+    with pytest.raises(ValueError, match=r"12 bytes; .* 5 x 13 bits is at bytes 4 to 13"):
+        masks.custom(packed, 4, 5, 13)
+
+
+def test_multi_item_by_hand():
+    """A prefix of 2, then two items of a delimiter and two tokens each."""
+    positions = np.array([0, 1, 2, 0, 1, 2], np.uint16)
+    seen = masks.multi_item(8, 8, 2, positions, 2)
+    assert ["".join(".x"[bit] for bit in row.astype(int)) for row in seen] == [
+        "x.......",
+        "xx......",
+        "xx......",
+        "xx.x....",
+        "xx.xx...",
+        "xx......",
+        "xx....x.",
+        "xx....xx",
+    ]
+    assert (masks.multi_item(3, 8, 2, positions, 2) == seen[5:]).all()
+    with pytest.raises(ValueError, match="2 into its item, of 1 at most"):
+        masks.multi_item(8, 8, 2, positions, 1)
+    with pytest.raises(ValueError, match="token_pos_in_items_len is 5"):
+        masks.multi_item(8, 8, 2, positions[:5], 2)
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_pages(layout, rng):
+    cache = rng.standard_normal((9, 4, 3, 8))
+    order = rng.permutation(9).astype(np.int32)
+    indptr, last = np.array([0, 3, 3, 9]), np.array([1, 0, 4])
+    stored = cache.swapaxes(1, 2).copy() if layout == "HND" else cache
+    view = caches.tokens_first(stored, ["NHD", "HND"].index(layout))
+    lengths = caches.lengths(indptr, last, 4)
+    assert lengths.tolist() == [9, 0, 24]
+    for request in range(3):
+        ours = caches.gathered(view, order, indptr[request], lengths[request])
+        theirs = from_pages(stored, indptr, order, last, request, layout)
+        by_hand = [cache[order[indptr[request] + n // 4], n % 4] for n in range(lengths[request])]
+        assert (ours == np.reshape(by_hand, ours.shape)).all() and (theirs == ours).all()
+    with pytest.raises(ValueError, match="page 9 of a cache that has 9"):
+        caches.gathered(view, np.array([9]), 0, 1)
+
+
+def test_a_batch_is_its_requests(rng):
+    q, k, v = inputs((9, 20, 4, 2, 64, 64), rng)
+    parts = [(k[:12], v[:12]), (k[:0], v[:0]), (k[12:], v[12:])]
+    both = exact_batch(q, [0, 4, 5, 9], parts.__getitem__, lambda b: Options(0.1 + b))
+    alone = [
+        exact(q[a:b], *parts[n], Options(0.1 + n))
+        for n, (a, b) in enumerate([(0, 4), (4, 5), (5, 9)])
+    ]
+    for name, array in both._asdict().items():
+        assert (array == np.concatenate([getattr(one, name) for one in alone])).all()
+
+
+@pytest.mark.parametrize("names", [(), ("causal",), ("mask",)], ids=str)
+@pytest.mark.parametrize("shape", [(20, 20, 8, 8, 64, 64), (33, 33, 8, 2, 128, 128)], ids=str)
+def test_against_torch(shape, names, rng, error):
+    torch = pytest.importorskip("torch")
+    arrays = inputs(shape, rng)
+    ours, _ = options(names, shape, rng)
+    if "mask" in ours:
+        ours["mask"] |= np.eye(shape[0], dtype=bool)  # torch has no rows that see nothing
+    out, _ = attend(*arrays, **ours)
+    q, k, v = (torch.from_numpy(x.astype(np.float64).swapaxes(0, 1)[None].copy()) for x in arrays)
+    mask = torch.from_numpy(ours["mask"]) if "mask" in ours else None
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, mask, is_causal="causal" in names, scale=ours["sm_scale"], enable_gqa=True
+    )
+    result = theirs[0].numpy().swapaxes(0, 1)
+    scale = exact(*arrays, Options(**options((), shape, rng)[1]))
+    expected = Exact(result, np.maximum(scale.magnitude, np.abs(result)), scale.lse2, scale.spread)
+    assert error(expected, out) <= 1

@@ -1,0 +1,27 @@
+"""The sources of FlashInfer's releases."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory):
+    """The text of a file of a flashinfer-python release, from the package index."""
+    folder = tmp_path_factory.mktemp("flashinfer-python")
+
+    def read(release: str, source: str) -> str:
+        wheel = folder / f"flashinfer_python-{release}-py3-none-any.whl"
+        if not wheel.exists():
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+            command += ["--only-binary=:all:", "--dest", str(folder)]
+            subprocess.run([*command, f"flashinfer-python=={release}"], check=True, timeout=300)
+        name = source if source.endswith(".py") else f"data/{source}"
+        with zipfile.ZipFile(wheel) as archive:
+            return archive.read(f"flashinfer/{name}").decode()
+
+    return read

@@ -1,0 +1,238 @@
+"""Plans and calls with each release's forms of the rows, on the CPU.
+
+The reference has the first form of each entry; here it is called through the form of another
+release: what that has more must be given its neutral value, and what it lacks left out.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+
+import numpy as np
+import pytest
+
+import fi_ffi
+from fi_ffi import reference
+from fi_ffi.abi.device import parse_device
+from fi_ffi.abi.function import register
+from fi_ffi.loader.runtime import ensure_tvm_ffi
+from fi_ffi.ops import form
+from fi_ffi.ops.attention import decode, mla, options, plan, prefill, single
+from fi_ffi.ops.attention.rows import BATCH_MLA, FORMS, ROWS, of_release
+
+# One of each form that an entry has.
+RELEASES = ["0.6.3", "0.6.12", "0.6.13", "0.6.14", "0.6.16", "0.6.18"]
+NEUTRAL = {"uniform_q_len": 0, "ckv_scale": 1.0, "kpe_scale": 1.0, "maybe_ckv_scale_arr": None}
+HEADS, KV_HEADS, DIM, PAGE = 4, 2, 64, 4
+QO, KV = [3, 1, 5], [9, 4, 13]
+BOUND = 2.0**-9  # of the sum of |weight * value|: float16's rounding, and as much again
+
+_numbers = count()
+
+
+def first_form(row):
+    """The first form, whatever dtypes a plan has left of it."""
+    key = (row.module, row.symbol, row.variant)
+    return next(known for known in ROWS if (known.module, known.symbol, known.variant) == key)
+
+
+@pytest.fixture
+def seen():
+    """The names of what was called, and how many arguments of it the reference lacks."""
+    return []
+
+
+@pytest.fixture
+def kernels_of(monkeypatch, seen):
+    """Makes rows take the forms of a release, on the CPU as well, served by the reference."""
+
+    def entry_for(row, device, module=None):
+        first = first_form(row)
+        inner = reference.entry(row.module, first.signature, row.reference, ())
+        names = [arg.name for arg in row.args]
+
+        def run(*values):
+            given = dict(zip(names, values, strict=True))
+            more = {name: given.pop(name) for name in names if name in NEUTRAL}
+            first_names = [arg.name for arg in first.args]
+            assert more == {name: NEUTRAL[name] for name in more}
+            seen.append((row.name, row.releases, *more))
+            return inner(*(given.pop(name, None) for name in first_names))
+
+        name = f"fi_ffi.tests.release.{next(_numbers)}"
+        return register(name, row.signature, run)
+
+    def use(release):
+        ensure_tvm_ffi()
+        plan.forget()
+        monkeypatch.setattr(form, "entry_for", entry_for)
+        for user in (prefill, decode, mla, single):
+            chosen = lambda rows, device: tuple(of_release(row, release) for row in rows)  # noqa: E731
+            monkeypatch.setattr(user, "in_use", chosen)
+
+    yield use
+    plan.forget()
+
+
+def exact(q, k, v, causal, scale=DIM**-0.5):
+    """One request in float64, and what bounds its rounding."""
+    q, k, v = (np.swapaxes(x.astype(np.float64), 0, 1) for x in (q, k, v))
+    k, v = (np.repeat(x, len(q) // len(x), 0) for x in (k, v))
+    logits = q @ np.swapaxes(k, 1, 2) * scale
+    if causal:
+        last_seen = np.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
+        logits = np.where(np.arange(k.shape[1]) <= last_seen, logits, -np.inf)
+    weights = np.exp(logits - logits.max(2, keepdims=True))
+    weights /= weights.sum(2, keepdims=True)
+    return np.swapaxes(weights @ v, 0, 1), np.swapaxes(weights @ np.abs(v), 0, 1)
+
+
+def assert_right(out, q, k, v, causal, scale=DIM**-0.5):
+    expected, magnitude = exact(q, k, v, causal, scale)
+    assert (np.abs(out - expected) <= BOUND * magnitude).all()  # false for NaN as well
+
+
+def drawn(*shape):
+    return np.random.default_rng().standard_normal(shape, np.float32).astype(np.float16)
+
+
+def starts(counts):
+    return np.cumsum([0, *counts]).astype(np.int32)
+
+
+class Paged:
+    """Requests' tokens in random pages, of any number of arrays."""
+
+    def __init__(self, *tokens):
+        pages = [-(-length // PAGE) for length in KV]
+        self.indptr = starts(pages)
+        self.indices = np.random.default_rng().permutation(sum(pages)).astype(np.int32)
+        self.last = np.array([(length - 1) % PAGE + 1 for length in KV], np.int32)
+        self.caches = [np.full((sum(pages), PAGE, *t.shape[1:]), np.nan, t.dtype) for t in tokens]
+        where = starts(KV)
+        for cache, rows in zip(self.caches, tokens, strict=True):
+            for i, length in enumerate(KV):
+                for token in range(length):
+                    page = self.indices[self.indptr[i] + token // PAGE]
+                    cache[page, token % PAGE] = rows[where[i] + token]
+
+
+@pytest.mark.parametrize("backend", ["fa2", "fa3"])
+@pytest.mark.parametrize("release", RELEASES)
+def test_batch_prefill(release, backend, kernels_of, seen):
+    kernels_of(release)
+    qo, kv = starts(QO), starts(KV)
+    q, k, v = (
+        drawn(sum(QO), HEADS, DIM),
+        drawn(sum(KV), KV_HEADS, DIM),
+        drawn(sum(KV), KV_HEADS, DIM),
+    )
+    sizes = {"num_qo_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim_qk": DIM}
+    more = {**sizes, "causal": True, "backend": backend, "device": "cpu"}
+    paged = Paged(k, v)
+    for is_paged in (False, True):
+        out = np.full_like(q, np.nan)
+        if is_paged:
+            made = fi_ffi.BatchPrefillPlan(
+                qo, paged_kv_indptr=paged.indptr, paged_kv_indices=paged.indices,
+                paged_kv_last_page_len=paged.last, page_size=PAGE, **more,
+            )  # fmt: skip
+            made.paged_run(q, *paged.caches, out)
+        else:
+            made = fi_ffi.BatchPrefillPlan(qo, kv_indptr=kv, **more)
+            made.ragged_run(q, k, v, out)
+        for i in range(len(QO)):
+            rows, keys = slice(*qo[i : i + 2]), slice(*kv[i : i + 2])
+            assert_right(out[rows], q[rows], k[keys], v[keys], True)
+    planned = [more for name, _, *more in seen if name == "batch_prefill.plan"]
+    later = release in ("0.6.16", "0.6.18") and backend == "fa2"
+    assert planned == [["uniform_q_len"] if later else []] * 2
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_batch_decode(release, kernels_of):
+    kernels_of(release)
+    q, k, v = (
+        drawn(len(KV), HEADS, DIM),
+        drawn(sum(KV), KV_HEADS, DIM),
+        drawn(sum(KV), KV_HEADS, DIM),
+    )
+    paged, out, kv = Paged(k, v), np.full_like(q, np.nan), starts(KV)
+    made = fi_ffi.BatchDecodePlan(
+        paged.indptr, paged.indices, paged.last, page_size=PAGE, num_qo_heads=HEADS,
+        num_kv_heads=KV_HEADS, head_dim=DIM, device="cpu",
+    )  # fmt: skip
+    made.run(q, *paged.caches, out)
+    for i in range(len(KV)):
+        keys = slice(*kv[i : i + 2])
+        assert_right(out[i : i + 1], q[i : i + 1], k[keys], v[keys], False)
+
+
+@pytest.mark.parametrize("backend", ["fa2", "fa3"])
+@pytest.mark.parametrize("release", RELEASES)
+def test_batch_mla(release, backend, kernels_of, seen):
+    kernels_of(release)
+    q_nope, q_pe = drawn(sum(QO), 16, 512) / np.float16(8), drawn(sum(QO), 16, 64)
+    ckv, kpe = drawn(sum(KV), 512), drawn(sum(KV), 64)
+    paged, out, kv, qo = Paged(ckv, kpe), np.full_like(q_nope, np.nan), starts(KV), starts(QO)
+    made = fi_ffi.BatchMlaPlan(
+        qo, paged.indptr, paged.indices, np.array(KV, np.int32), num_heads=16, page_size=PAGE,
+        q_data_type="float16", causal=True, device="cpu", backend=backend,
+    )  # fmt: skip
+    made.run(q_nope, q_pe, *paged.caches, out)
+    for i in range(len(QO)):
+        rows, keys = slice(*qo[i : i + 2]), slice(*kv[i : i + 2])
+        q = np.concatenate([q_nope[rows], q_pe[rows]], 2)
+        k = np.concatenate([ckv[keys], kpe[keys]], 1)[:, None]
+        assert_right(out[rows], q, k, ckv[keys, None], True, 192**-0.5)
+    assert {"batch_mla.plan", "batch_mla.run"} == {name for name, *_ in seen}
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_single_requests(release, kernels_of):
+    kernels_of(release)
+    q, (k, v) = drawn(7, HEADS, DIM), drawn(2, 30, KV_HEADS, DIM)
+    for backend in ("fa2", "fa3"):
+        out = np.full_like(q, np.nan)
+        tmp = np.zeros(2**16, np.uint8)
+        fi_ffi.single_prefill(q, k, v, tmp, out, causal=True, backend=backend)
+        assert_right(out, q, k, v, True)
+    out = np.full_like(q[0], np.nan)
+    fi_ffi.single_decode(q[0], k, v, tmp, out)
+    assert_right(out[None], q[:1], k, v, False)
+
+
+def mla_plan(kv_len):
+    kv_len = np.array(kv_len, np.int32)
+    pages = -(-kv_len // PAGE)
+    fi_ffi.BatchMlaPlan(
+        starts([1] * len(kv_len)), starts(pages), np.arange(pages.sum(), dtype=np.int32), kv_len,
+        num_heads=16, page_size=PAGE, device="cpu",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_mla_of_requests_without_keys(release, kernels_of):
+    kernels_of(release)
+    mla_plan([5, 1])
+    if release == "0.6.3":
+        with pytest.raises(fi_ffi.ArgumentError, match="0 for request 1.*before 0.6.11"):
+            mla_plan([5, 0])
+    else:
+        mla_plan([5, 0])
+
+
+def test_mla_of_0_7_is_out_of_reach(kernels_of):
+    kernels_of("0.7.2.post1")
+    with pytest.raises(fi_ffi.KernelNotFoundError, match=">=0.6.3,<0.7.0.*0.7.2.post1"):
+        mla_plan([5, 1])
+
+
+def test_a_gpu_s_rows_are_of_the_kernels_release(monkeypatch):
+    rows = BATCH_MLA["fa2"]
+    for release in RELEASES:
+        monkeypatch.setattr(options, "release_in_use", lambda release=release: release)
+        found = options.in_use(rows, parse_device("cuda:0"))
+        assert found == tuple(of_release(row, release) for row in rows)
+        assert options.in_use(rows, parse_device("cpu")) == rows
+    assert len({of_release(rows[1], release) for release in RELEASES}) == len(FORMS[rows[1]])
