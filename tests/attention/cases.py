@@ -56,7 +56,8 @@ class Case:
         self.backend = "cuda cores"
         if spec.family != "batch_decode":
             op = chosen.op
-            self.backend = machine.backend(op, spec.backend, chosen.kernel, spec.mask)
+            is_paged = bool(spec.page_size)
+            self.backend = machine.backend(op, spec.backend, chosen.kernel, spec.mask, is_paged)
         self.module = chosen.kernel.module("" if "decode" in spec.family else self.backend)
         machine.need(self.module)
         self.tensors = self._inputs()

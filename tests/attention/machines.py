@@ -46,9 +46,12 @@ class Cpu:
     def need(self, module: str) -> None:
         """Skip the test where the kernels in use lack a module."""
 
-    def backend(self, op: str, asked: str, kernel: Kernel, custom_mask: bool) -> str:
+    def backend(
+        self, op: str, asked: str, kernel: Kernel, custom_mask: bool, is_paged: bool = False
+    ) -> str:
         """The backend that is served when `asked` is."""
-        return choose_backend(op, asked, kernel, fi_ffi.parse_device(self.device), custom_mask)[0]
+        device = fi_ffi.parse_device(self.device)
+        return choose_backend(op, asked, kernel, device, custom_mask, is_paged)[0]
 
     def rounds(self, count: int) -> int:
         """How often to do what a GPU test does `count` times."""
@@ -96,10 +99,12 @@ class Gpu(Cpu):
         self.synchronize()  # the copy may still run, and streams here wait for no other
         return placed
 
-    def backend(self, op: str, asked: str, kernel: Kernel, custom_mask: bool) -> str:
+    def backend(
+        self, op: str, asked: str, kernel: Kernel, custom_mask: bool, is_paged: bool = False
+    ) -> str:
         if asked == "fa3" and of_loader.capability(0) != (9, 0):
             pytest.skip("fa3 is for SM90 GPUs")
-        return super().backend(op, asked, kernel, custom_mask)
+        return super().backend(op, asked, kernel, custom_mask, is_paged)
 
     def need(self, module: str) -> None:
         sources = list(search.sources())

@@ -190,7 +190,7 @@ def fa3_lacks(kernel: Kernel, use_custom_mask: bool, is_paged: bool = False) -> 
     if dims not in known and kernel.family != "batch_mla":
         sizes = ", ".join("/".join(map(str, pair)) for pair in known)
         return f"fa3 has head_dim_qk/head_dim_vo {sizes}, not {dims[0]}/{dims[1]}"
-    if is_paged and dims[0] != dims[1]:
+    if is_paged and dims[0] != dims[1] and kernel.family != "batch_mla":
         return "fa3 has no paged keys with a head_dim_qk other than head_dim_vo"
     return ""
 
