@@ -109,9 +109,7 @@ class BatchDecodePlan(Plan):
             self.check_batch_size("indptr", len(batch.kv_lens), self._batch_size)
             self.check_room("pages", "indices", batch.max_page + 1)
             self.check_room("page indices", "indptr", batch.indptr.total)
-            if (batch.indices is None) != ("indices" not in self._descs):
-                expected = "an array or None, as in the plan that was captured"
-                raise self.refuse("indices", "the other", expected)
+            self.check_has_indices("indices", batch.indices is not None)
         self.needs, self._placed = self._need(batch)
         self._schedule(batch, stream)
 
@@ -141,16 +139,13 @@ class BatchDecodePlan(Plan):
             lse: [b, num_qo_heads] float32, written: log2 of the sum of exponentials.
             others: as in `BatchPrefillPlan.paged_run`.
         """
-        workspace = self.check_current()
         values = self._templates[1].fresh()
+        self.put_workspace(values)
         choice(self.op, "kv_layout", kv_layout, tuple(KV_LAYOUTS))
         q = as_desc(q, self.op, "q")
         if not q.shape or q.shape[0] != self._batch_size:
             raise self.refuse("q", q.layout, f"{self._batch_size} rows, as planned")
         values.put(
-            float_workspace_buffer=workspace.float_buffer,
-            int_workspace_buffer=self._descs["int_workspace_buffer"],
-            plan_info_vec=self.info_address,
             q=q, paged_k_cache=paged_k_cache, paged_v_cache=paged_v_cache, o=o, maybe_lse=lse,
             kv_layout=kv_layout, window_left=self.options.window_left, enable_pdl=enable_pdl,
             logits_soft_cap=self.options.logits_soft_cap,

@@ -153,15 +153,13 @@ class BatchMlaPlan(Plan):
             sm_scale: logits are multiplied by it; by default 1 / sqrt(128 + 64), of the
                 heads before absorption.
         """
-        workspace = self.check_current()
         values, chosen = self._templates[1].fresh(), self.options
+        self.put_workspace(values)
         q_nope = as_desc(q_nope, self.op, "q_nope")
         if not q_nope.shape or q_nope.shape[0] != self._rows_now:
             raise self.refuse("q_nope", q_nope.layout, f"{self._rows_now} rows, as planned")
         values.put(
-            float_workspace_buffer=workspace.float_buffer,
-            int_workspace_buffer=self._descs["int_workspace_buffer"],
-            plan_info_vec=self.info_address, q_nope=q_nope, q_pe=q_pe, ckv_cache=ckv_cache,
+            q_nope=q_nope, q_pe=q_pe, ckv_cache=ckv_cache,
             kpe_cache=kpe_cache, o=o, maybe_lse=lse,
             mask_mode_code=CAUSAL if chosen.causal else NON_CAUSAL,
             num_heads=chosen.num_heads, page_size=chosen.page_size,
@@ -201,9 +199,7 @@ class BatchMlaPlan(Plan):
         self.check_batch_size("qo_indptr", len(batch.qo.counts), self._batch_size)
         self.check_room("pages", "kv_indices", batch.max_page + 1)
         self.check_room("page indices", "kv_indptr", batch.kv.total)
-        if (batch.indices is None) != ("indices" not in self._descs):
-            expected = "an array or None, as in the plan that was captured"
-            raise self.refuse("kv_indices", "the other", expected)
+        self.check_has_indices("kv_indices", batch.indices is not None)
         cluster = sizes.mla_cluster(self.geometry, batch.qo.counts)
         if cluster != self._cluster:
             got = f"queries for which {cluster} blocks work together"

@@ -245,6 +245,20 @@ class Plan:
             expected = f"{before}, the number of requests that the launch is for"
             raise self.refuse(argument, f"{batch_size} requests", expected)
 
+    def check_has_indices(self, argument: str, has_indices: bool) -> None:
+        """With CUDA graphs: who brings the pages, plan or run, is part of what was captured."""
+        if has_indices != ("indices" in self._descs):
+            expected = "an array or None, as in the plan that was captured"
+            raise self.refuse(argument, "the other", expected)
+
+    def put_workspace(self, values: Values) -> None:
+        """Set what every run is given first; raise where it no longer holds this plan."""
+        values.put(
+            float_workspace_buffer=self.check_current().float_buffer,
+            int_workspace_buffer=self._descs["int_workspace_buffer"],
+            plan_info_vec=self.info_address,
+        )
+
     @property
     def plan_info(self) -> list[int]:
         """What the kernel's planner returned, in the order of its `ToVector`."""

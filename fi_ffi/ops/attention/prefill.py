@@ -164,9 +164,7 @@ class BatchPrefillPlan(PrefillRuns):
             self.check_room("keys", "kv_indptr", batch.kv.total)
         if self.options.use_custom_mask:
             self.check_room("mask bytes", "qo_indptr", batch.mask_indptr[-1])
-        if (batch.page_indices is None) != ("indices" not in self._descs):
-            expected = "an array or None, as in the plan that was captured"
-            raise self.refuse("paged_kv_indices", "the other", expected)
+        self.check_has_indices("paged_kv_indices", batch.page_indices is not None)
         split = self._need(batch)[0].split
         if split != self.needs.split:
             got = f"requests {'split' if split else 'not split'}"

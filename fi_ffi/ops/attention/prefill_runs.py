@@ -107,17 +107,15 @@ class PrefillRuns(Plan):
     def _values(
         self, kind: int, q: Any, o: Any, lse: Any, kv_layout: str, options: dict[str, Any]
     ) -> Values:
-        workspace = self.check_current()
         chosen = self.options
         values = self._templates[kind].fresh()
+        self.put_workspace(values)
         choice(self.op, "kv_layout", kv_layout, tuple(KV_LAYOUTS))
         q = as_desc(q, self.op, "q")
         if not q.shape or q.shape[0] != self._rows_now:
             raise self.refuse("q", q.layout, f"{self._rows_now} rows, as planned")
         values.put(
-            float_workspace_buffer=workspace.float_buffer,
-            int_workspace_buffer=self._descs["int_workspace_buffer"],
-            plan_info_vec=self.info_address, q=q, o=o, maybe_lse=lse, kv_layout=kv_layout,
+            q=q, o=o, maybe_lse=lse, kv_layout=kv_layout,
             qo_indptr=self._descs["qo_indptr"], mask_mode_code=chosen.mask_mode,
             window_left=chosen.window_left, logits_soft_cap=chosen.logits_soft_cap,
         )  # fmt: skip
