@@ -10,6 +10,7 @@ the same calls run numpy reference kernels.
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from fi_ffi.errors import (
     BuildError,
     FetchError,
     FiFfiError,
+    HangError,
     KernelError,
     KernelNotFoundError,
     LoaderError,
@@ -36,13 +38,16 @@ from fi_ffi.loader.runtime import file_signatures
 from fi_ffi.ops.functions import *  # noqa: F403
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.paged import batch_indices_positions, seq_lens, split_paged_kv_cache
+from fi_ffi.ops.ragged import checkpoint_cu_starts, cu_seqlens, gdn_prefill_workspace_size
 
 if TYPE_CHECKING:
     from fi_ffi.ops.attention import *  # noqa: F403
+    from fi_ffi.ops.prepare import prepare as prepare
+    from fi_ffi.ops.watchdog import watchdog as watchdog
 
 __version__ = "0.1.0"
 
-# What `__getattr__` imports when it is first asked for: fi_ffi.ops.attention's `__all__`.
+# What is imported when it is first asked for, and from where.
 _ATTENTION = (
     "BatchDecodePlan",
     "BatchMlaPlan",
@@ -56,19 +61,21 @@ _ATTENTION = (
     "single_prefill",
     "single_prefill_workspace_size",
 )
+_LATER = dict.fromkeys(_ATTENTION, "attention") | {"watchdog": "watchdog", "prepare": "prepare"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ATTENTION:
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fi_ffi.ops import attention
-
-    globals().update({known: getattr(attention, known) for known in attention.__all__})
+    module = importlib.import_module(f"fi_ffi.ops.{_LATER[name]}")
+    for known, where in _LATER.items():
+        if where == _LATER[name]:
+            globals()[known] = getattr(module, known)
     return globals()[name]
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ATTENTION})
+    return sorted({*globals(), *_LATER})
 
 
 def use_kernels(location: str | os.PathLike[str]) -> None:
@@ -101,6 +108,7 @@ __all__ = [
     "Device",
     "FetchError",
     "FiFfiError",
+    "HangError",
     "KernelError",
     "KernelNotFoundError",
     "LoaderError",
@@ -108,7 +116,10 @@ __all__ = [
     "TensorDesc",
     "as_desc",
     "batch_indices_positions",
+    "checkpoint_cu_starts",
+    "cu_seqlens",
     "file_signatures",
+    "gdn_prefill_workspace_size",
     "parse_device",
     "parse_signature",
     "seq_lens",
@@ -116,5 +127,5 @@ __all__ = [
     "stream",
     "use_kernels",
     *OPS,
-    *_ATTENTION,
+    *_LATER,
 ]

@@ -55,6 +55,17 @@ class KernelError(FiFfiError, RuntimeError):
         super().__init__(text)
 
 
+class HangError(FiFfiError, TimeoutError):
+    """A call did not finish within the time of a `fi_ffi.watchdog`.
+
+    `op` is the one that was called, `report` what is known of the call.
+    """
+
+    def __init__(self, op: str, report: str) -> None:
+        self.op, self.report = op, report
+        super().__init__(report)
+
+
 class LoaderError(FiFfiError, RuntimeError):
     """A library or a kernel file could not be found, fetched or loaded."""
 

@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 from generated import write_or_check  # noqa: E402
 
 from fi_ffi.ops.docs import docstring  # noqa: E402
-from fi_ffi.ops.row import KV_LAYOUTS, Arg, KvLayout, Row, Scalar, Tensor  # noqa: E402
+from fi_ffi.ops.row import KV_LAYOUTS, Arg, KvLayout, Row, Scalar, Tensor, default_of  # noqa: E402
 from fi_ffi.ops.table import ROWS  # noqa: E402
 
 TARGET = ROOT / "fi_ffi" / "ops" / "functions.pyi"
@@ -29,7 +29,7 @@ OPS: dict[str, Op]
 
 def _parameter(arg: Arg) -> str:
     if isinstance(arg, Tensor):
-        return f"{arg.name}: TensorLike" + (" | None = None" if arg.optional else "")
+        return f"{arg.name}: TensorLike" + (" | None = None" if default_of(arg) else "")
     if isinstance(arg, KvLayout):
         return f"{arg.name}: Literal{list(KV_LAYOUTS)} = {arg.default!r}"
     if not isinstance(arg, Scalar):

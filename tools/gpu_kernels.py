@@ -1,9 +1,10 @@
 """The kernel modules that the GPU tests are run with, by name, one a line.
 
-    python tools/gpu_kernels.py [core | options]
+    python tools/gpu_kernels.py [core | options | gdn]
 
 `core` is what most tests need; `options` has a module for every option that FlashInfer
-compiles in: sliding windows, soft caps, position encodings, fp8, head sizes that differ.
+compiles in: sliding windows, soft caps, position encodings, fp8, head sizes that differ;
+`gdn` is the gated delta rule's prefill, which alone takes a quarter of an hour to build.
 """
 
 from __future__ import annotations
@@ -54,13 +55,17 @@ def _options() -> Iterator[tuple[str, dict[str, object]]]:
         yield "batch_prefill", apart
 
 
+_PLAIN = {"core": ("norm", "page"), "gdn": ("gdn_prefill_sm90",)}
+_FAMILIES = {"core": _core, "options": _options}
+
+
 def main() -> None:
     release = the_lock().default_release
     parts = sys.argv[1:] or ["core", "options"]
-    if "core" in parts:
-        print("norm", "page", sep="\n")
     for part in parts:
-        for family, parameters in {"core": _core, "options": _options}[part]():
+        for name in _PLAIN.get(part, ()):
+            print(name)
+        for family, parameters in _FAMILIES.get(part, tuple)():
             print(uri(family, release=release, **parameters))
 
 

@@ -146,6 +146,15 @@ int cudaEventDestroy(void *event);
 int cudaStreamWaitEvent(void *stream, void *event, unsigned int flags);
 int cudaStreamIsCapturing(void *stream, int *status);
 
+/* what a watchdog needs: host memory that streams write to, and which stream a handle is */
+int cudaHostAlloc(void **pHost, size_t size, unsigned int flags);
+int cudaStreamGetId(void *hStream, unsigned long long *streamId);
+int cudaThreadExchangeStreamCaptureMode(int *mode);
+
+/* cuda.h, of libcuda.so.1: a CUdeviceptr is an integer, a cuuint32_t 32 bits of one */
+int cuStreamWriteValue32_v2(void *stream, unsigned long long addr, uint32_t value,
+                            unsigned int flags);
+
 /* Python's own C API: the address inside a capsule.  Called without the GIL,
  * which is safe for this function while it succeeds: see interop.py. */
 void *PyCapsule_GetPointer(void *capsule, const char *name);

@@ -8,7 +8,8 @@ arrays, which is several times quicker than assigning through cffi.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fi_ffi.abi import types
@@ -20,7 +21,16 @@ from fi_ffi.abi.tensor import Layout, make_desc
 from fi_ffi.abi.values import unpack
 
 _DL_WORDS = ffi.sizeof("DLTensor") // 8  # `data` is a DLTensor's first word
-_SCALARS = {int: (types.INT, "q"), bool: (types.BOOL, "q"), float: (types.FLOAT, "d")}
+_SCALARS = {int: types.INT, bool: types.BOOL, float: types.FLOAT}
+
+
+def word_of(slot: int, is_tensor: bool) -> int:
+    """Where a slot's value is: in `Frame.pointers` a tensor's, in `ints` or `floats` a number's."""
+    return slot * _DL_WORDS if is_tensor else 2 * slot + 1
+
+
+def _unbound() -> int:
+    raise RuntimeError("a frame that was bound to no entry")
 
 
 class TensorSlot:
@@ -45,7 +55,10 @@ Slot = TensorSlot | ArraySlot | type[int] | type[bool] | type[float] | None
 class Frame:
     """Packed arguments for one call at a time; not to be shared while in use."""
 
-    __slots__ = ("_args", "_count", "_keep", "_objects", "_result", "_words", "_writers")
+    __slots__ = (
+        "_args", "_count", "_keep", "_objects", "_result", "_writers",
+        "before", "floats", "ints", "invoke", "pointers",
+    )  # fmt: skip
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self._count = len(slots)
@@ -53,11 +66,14 @@ class Frame:
         self._result = ffi.new("TVMFFIAny *")
         tensors = ffi.new("DLTensor[]", max(self._count, 1))
         self._keep: list[object] = [tensors, [s for s in slots if isinstance(s, TensorSlot)]]
-        self._words: dict[str, Any] = {
-            "Q": memoryview(ffi.buffer(tensors)).cast("B").cast("Q"),
-            "q": memoryview(ffi.buffer(self._args)).cast("B").cast("q"),
-            "d": memoryview(ffi.buffer(self._args)).cast("B").cast("d"),
-        }
+        # The words that a call writes: see `word_of`.
+        self.pointers = memoryview(ffi.buffer(tensors)).cast("B").cast("Q")
+        self.ints = memoryview(ffi.buffer(self._args)).cast("B").cast("q")
+        self.floats = memoryview(ffi.buffer(self._args)).cast("B").cast("d")
+        # The stream that a call found current, to be put back.
+        self.before = ffi.new("TVMFFIStreamHandle *")
+        # The call itself, of the entry that the frame was bound to: its error code.
+        self.invoke: Callable[[], int] = _unbound
         self._objects: list[tuple[int, Layout]] = []
         # One (view, word) per slot: where its value goes on each call.
         self._writers: list[tuple[Any, int]] = []
@@ -66,10 +82,11 @@ class Frame:
                 self._writers.append(self._add_tensor(i, slot, tensors))
             elif slot is None or isinstance(slot, ArraySlot):
                 self._args[i].type_index = types.NONE if slot is None else types.ARRAY
-                self._writers.append((self._words["q"], 2 * i + 1))
+                self._writers.append((self.ints, word_of(i, False)))
             else:
-                self._args[i].type_index, code = _SCALARS[slot]
-                self._writers.append((self._words[code], 2 * i + 1))
+                self._args[i].type_index = _SCALARS[slot]
+                words = self.floats if slot is float else self.ints
+                self._writers.append((words, word_of(i, False)))
 
     def _add_tensor(self, i: int, slot: TensorSlot, tensors: Any) -> tuple[Any, int]:
         write_dl_tensor(tensors[i], make_desc(0, slot.layout))
@@ -79,15 +96,27 @@ class Frame:
         else:
             self._args[i].type_index = types.DL_TENSOR_PTR
             self._args[i].v_ptr = tensors + i
-        return self._words["Q"], i * _DL_WORDS
+        return self.pointers, word_of(i, True)
+
+    def bind(self, entry: Entry) -> Frame:
+        """Let `invoke` call an entry, whose result is void."""
+        pointer = ffi.cast("TVMFFIAny *", self._args)
+        self.invoke = functools.partial(
+            entry.address, entry.handle, pointer, self._count, self._result
+        )
+        return self
+
+    def write(self, values: Sequence[Any]) -> None:
+        """Write addresses (of tensors and objects) and numbers, of every slot."""
+        for (view, word), value in zip(self._writers, values, strict=True):
+            view[word] = value
 
     def call(self, entry: Entry, values: Sequence[Any]) -> Any:
         """Write `values` (addresses for tensors and objects) and call; the entry's result.
 
         The values are trusted: types and ranges were checked before.
         """
-        for (view, word), value in zip(self._writers, values, strict=True):
-            view[word] = value
+        self.write(values)
         if self._objects:
             return self._call_with_objects(entry, values)
         return self._call(entry)

@@ -71,7 +71,7 @@ class _Thread(threading.local):
         self.scopes: list[stream] = []
 
 
-_thread = _Thread()
+thread = _Thread()
 
 
 class stream:  # a context manager reads as a verb
@@ -95,7 +95,7 @@ class stream:  # a context manager reads as a verb
     def __enter__(self) -> stream:
         if not self._open.acquire(blocking=False):
             raise ArgumentError("stream", "self", got="a scope already open", expected="a new one")
-        _thread.scopes.append(self)
+        thread.scopes.append(self)
         return self
 
     def __exit__(
@@ -104,7 +104,7 @@ class stream:  # a context manager reads as a verb
         exc: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        scopes = _thread.scopes
+        scopes = thread.scopes
         if not scopes or scopes[-1] is not self:
             got = "a scope that is not this thread's innermost"
             expected = "scopes closed in the reverse order of opening, on their own thread"
@@ -132,8 +132,18 @@ class stream:  # a context manager reads as a verb
 
 def current_scope() -> stream | None:
     """The innermost scope open on this thread."""
-    scopes = _thread.scopes
+    scopes = thread.scopes
     return scopes[-1] if scopes else None
+
+
+def open_scope(device: Device, op: str) -> stream:
+    """The innermost scope open on this thread; raises where none is, or it is another device's."""
+    scope = current_scope()
+    if scope is None:
+        expected = f"{_STREAM}, or an open fi_ffi.stream(...) scope"
+        raise ArgumentError(op, "stream", got=None, expected=expected)
+    scope.check_device(device, op)
+    return scope
 
 
 class launching:
@@ -147,11 +157,7 @@ class launching:
     def __init__(self, stream: object, device: Device, op: str) -> None:
         self._device, self._scope = device, None
         if stream is None:
-            self._scope = current_scope()
-            if self._scope is None:
-                expected = f"{_STREAM}, or an open fi_ffi.stream(...) scope"
-                raise ArgumentError(op, "stream", got=None, expected=expected)
-            self._scope.check_device(device, op)
+            self._scope = open_scope(device, op)
         else:
             self._handle = stream_handle(stream, op)
 

@@ -60,6 +60,11 @@ class Layout:
         self.c_shape: Any = ffi.new("int64_t[]", shape)
         self.c_strides: Any = ffi.new("int64_t[]", strides)
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """All that makes it what it is; the same for what was interned twice."""
+        return self.shape, self.strides, self.dtype, self.device, self.readonly
+
     def __repr__(self) -> str:
         strides = "" if self.is_contiguous else f", strides={self.strides}"
         return f"{self.dtype}{list(self.shape)}{strides} on {self.device}"

@@ -31,6 +31,10 @@ _SIZES = {
     "head_dim": 128,
     "head_dim_ckv": 512,
     "head_dim_kpe": 64,
+    "num_q_heads": 4,
+    "num_v_heads": 8,
+    "head_size": 128,
+    "workspace_size": 2**16,
 }
 
 
@@ -66,7 +70,9 @@ def demo(kernels: str | None, device: str | None, tokens: int, hidden: int, as_j
     if kernels:
         fi_ffi.use_kernels(kernels)
     where, reason = (device, "as asked") if device else _choose_device()
-    results, missing = _run_all(where, _SIZES | {"n": tokens, "nnz": tokens, "h": hidden})
+    sizes = {"n": tokens, "nnz": tokens, "h": hidden}
+    sizes |= {"total_seq_len": tokens, "num_seqs": min(tokens, 4)}
+    results, missing = _run_all(where, _SIZES | sizes)
     if as_json:
         rows = [asdict(result) | {"status": result.status} for result in results]
         document = {"device": where, "reason": reason, "results": rows, "missing": missing}
@@ -126,7 +132,7 @@ _Use = tuple[Callable[[Op], None], Callable[[str], Array], Callable[[Op], float]
 @contextmanager
 def _on_cpu(case: Case, device: str) -> Iterator[_Use]:
     def call(op: Op) -> None:
-        op(*case.arrays.values(), **case.scalars)
+        op(**case.arrays, **case.scalars)
 
     def timed(op: Op) -> float:
         seconds = []
@@ -147,11 +153,11 @@ def _on_gpu(case: Case, device: str) -> Iterator[_Use]:
 
     index = fi_ffi.parse_device(device).index
     arrays = {name: cuda.DeviceArray(a, device=index) for name, a in case.arrays.items()}
-    descs = [array.desc() for array in arrays.values()]
+    descs = {name: array.desc() for name, array in arrays.items()}
     stream: Any = cuda.check(runtime.cudaStreamCreate())
 
     def call(op: Op) -> None:
-        op(*descs, **case.scalars, stream=stream)
+        op(**descs, **case.scalars, stream=stream)
 
     def timed(op: Op) -> float:
         start, end = (cuda.check(runtime.cudaEventCreate()) for _ in range(2))

@@ -6,6 +6,7 @@ the result in its op's cache.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -40,6 +41,7 @@ def check_layouts(
     sizes = _sizes(row, layouts, kv_layout, dict(known or ()))
     dtypes = _dtypes(row, layouts)
     _check_device(row, layouts)
+    _check_relations(row, layouts, sizes)
     _check_products(row, layouts, sizes)
     _check_block(row, layouts, sizes, dtypes)
     alignments = []
@@ -51,7 +53,7 @@ def check_layouts(
             raise ArgumentError(row.name, tensor.name, got="read-only memory", expected="writable")
         step = _step(row, tensor, layout, sizes, dtypes)
         _check_strides(row, tensor, layout, step)
-        alignments.append(step * layout.dtype.itemsize)
+        alignments.append(math.lcm(step * layout.dtype.itemsize, tensor.alignment))
     _check_same_strides(row, layouts)
     return Checked(sizes, tuple(alignments))
 
@@ -97,15 +99,31 @@ def _sizes(row: Row, layouts: Given, kv_layout: str, sizes: dict[str, int]) -> d
     return sizes
 
 
-def _check_products(row: Row, layouts: Given, sizes: dict[str, int]) -> None:
-    def refuse(axis: str, expected: str) -> ArgumentError:
-        tensor, layout = next(
-            (tensor, layout)
-            for tensor, layout in _present(row, layouts)
-            if axis in (name.partition("+")[0] for name in tensor.axis_names)
-        )
-        return ArgumentError(row.name, tensor.name, got=layout, expected=expected)
+def _refusal(row: Row, layouts: Given, axis: str, expected: str) -> ArgumentError:
+    """An error of the first tensor that has an axis."""
+    tensor, layout = next(
+        (tensor, layout)
+        for tensor, layout in _present(row, layouts)
+        if axis in (name.partition("+")[0] for name in tensor.axis_names)
+    )
+    return ArgumentError(row.name, tensor.name, got=layout, expected=expected)
 
+
+def _check_relations(row: Row, layouts: Given, sizes: dict[str, int]) -> None:
+    """Sizes that follow from other tensors' sizes."""
+    for axis, (extreme, *of) in row.extremes.items():
+        bound = extreme(*(sizes[name] for name in of))
+        if sizes[axis] != bound:
+            told = " and ".join(f"{name} = {sizes[name]}" for name in of)
+            expected = f"{axis} = {bound}, the {extreme.__name__} of {told}"
+            raise _refusal(row, layouts, axis, expected)
+    for more, less in row.not_less:
+        if sizes[more] < sizes[less]:
+            raise _refusal(row, layouts, more, f"{more} of at least {less} = {sizes[less]}")
+
+
+def _check_products(row: Row, layouts: Given, sizes: dict[str, int]) -> None:
+    refuse = functools.partial(_refusal, row, layouts)
     if row.nothing_axis and sizes[row.nothing_axis]:
         for axis in row.needed:
             if not sizes[axis]:

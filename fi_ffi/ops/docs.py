@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from fi_ffi.ops.row import Arg, KvLayout, PlanInfo, Row, Scalar
+from fi_ffi.ops.row import Arg, KvLayout, PlanInfo, Row, Scalar, default_of
 
 _WIDTH = 96
 
@@ -16,13 +16,15 @@ def _argument(arg: Arg) -> str:
         return f"{arg.name} (str = {arg.default!r}): {arg.doc}."
     if isinstance(arg, Scalar):
         low = "" if arg.low is None else f", {arg.low} or more"
+        low += f", a multiple of {arg.multiple_of}" if arg.multiple_of > 1 else ""
         default = "" if arg.default is None else f" = {arg.default!r}"
         return f"{arg.name} ({arg.type.__name__}{default}{low}): {arg.doc}."
     how = ["contiguous"] if arg.contiguous else []
     how += ["written"] if arg.writes else []
-    how += ["or None"] if arg.optional else []
+    how += ["or None"] if default_of(arg) else []
     how += ["here in NHD"] if arg.kv else []
     how += ["on the host"] if arg.host else []
+    how += [f"aligned to {arg.alignment} bytes"] if arg.alignment > 1 else []
     shape = ", ".join(arg.axis_names)
     return f"{arg.name} ({'; '.join([f'[{shape}] {arg.dtype}', *how])}): {arg.doc}."
 
@@ -45,10 +47,28 @@ def _limits(row: Row) -> str:
         said.append(f"Strides of {names} stay below {limit} elements.")
     if row.same_strides:
         said.append(f"{' and '.join(row.same_strides)} have the same strides.")
+    for axis, (extreme, *of) in row.extremes.items():
+        said.append(f"{axis} is the {extreme.__name__} of {' and '.join(of)}.")
+    said += [f"{multiple} is a multiple of {divisor}." for divisor, multiple in row.divides]
+    said += [f"{more} is at least {less}." for more, less in row.not_less]
     for axes, limit in row.max_products.items():
         said.append(f"{' * '.join(axes)} is at most {limit}.")
     if row.offset_limit < most:
         said.append(f"Offsets stay below {row.offset_limit} elements.")
+    for limit in sorted({arg.offset_limit for arg in row.tensors if arg.offset_limit}):
+        names = " and ".join(arg.name for arg in row.tensors if arg.offset_limit == limit)
+        said.append(f"Of {names} there are at most {limit} elements.")
+    return " ".join(said)
+
+
+def _memory(row: Row) -> str:
+    """What may be the same memory, and what goes together."""
+    said = []
+    if row.together:
+        said.append(f"{', '.join(row.together)} are given together.")
+    if row.apart:
+        pairs = " or ".join(" and ".join(pair) for pair in row.in_place)
+        said.append(f"What is written shares no memory with other tensors; {pairs} may be one.")
     return " ".join(said)
 
 
@@ -58,17 +78,24 @@ def docstring(row: Row) -> str:
     vector = row.vector
     whose = f"the itemsize of {vector.dtype}" if vector.dtype else "its own itemsize"
     nothing = f"{row.nothing_axis} = 0" if row.nothing_axis else "no rows"
+    able = " or ".join(f"{major}.x" for major in row.capabilities)
     paragraphs = (
         f"{dtypes}. All tensors are on one device. The last axis has stride 1. Tensors with "
         f"{' or '.join(vector.axes)} are loaded gcd({vector.bytes} bytes / {whose}, "
         f"{' or '.join(vector.axes)}) elements at a time: addresses and the other strides are "
-        f"multiples of that. {_limits(row)} With {nothing}, nothing is launched.",
+        f"multiples of that. {_limits(row)} {_memory(row)} With {nothing}, nothing is launched.",
         "Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` "
-        "where the kernel file has another interface, `KernelError` with the kernel's own words.",
+        "where the kernel file has another interface, `KernelError` with the kernel's own words"
+        + (
+            f", `ArchitectureError` on GPUs other than of compute capability {able}."
+            if able
+            else "."
+        ),
         f"Kernel: `{row.symbol}` of module `{row.module}`, FlashInfer {row.releases}, "
         f"`{row.source}`.",
     )
     stream = "stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope."
     arguments = "\n".join(map(_indented, [*map(_argument, row.args), stream]))
-    blocks = [row.doc, f"Args:\n{arguments}"]
-    return "\n\n".join(blocks + [textwrap.fill(text, _WIDTH) for text in paragraphs])
+    blocks = [textwrap.fill(row.doc, _WIDTH), f"Args:\n{arguments}"]
+    texts = [textwrap.fill(" ".join(text.split()), _WIDTH) for text in paragraphs]
+    return "\n\n".join(blocks + texts)

@@ -390,3 +390,78 @@ class _append_paged_mla_kv_cache(Op):
         """
 
 append_paged_mla_kv_cache: _append_paged_mla_kv_cache
+
+class _gdn_prefill(Op):
+    def __call__(
+        self,
+        output: TensorLike,
+        output_state: TensorLike,
+        q: TensorLike,
+        k: TensorLike,
+        v: TensorLike,
+        cu_seqlens: TensorLike,
+        input_state: TensorLike | None = None,
+        alpha: TensorLike | None = None,
+        beta: TensorLike | None = None,
+        scale: float = 0.0,
+        workspace_buffer: TensorLike | None = None,
+        state_checkpoints: TensorLike | None = None,
+        checkpoint_cu_starts: TensorLike | None = None,
+        checkpoint_every_n_tokens: int = 0,
+        *,
+        stream: object = None,
+    ) -> None:
+        """The gated delta rule over ragged sequences, a state for each head: for every token `state *=
+        alpha`, `state += beta * outer(v - state @ k, k)`, `output = scale * state @ q`. Heads are those
+        of q (GQA: q's are a multiple of k's and v's) or of v (GVA: v's are a multiple of q's and k's),
+        whichever are more.
+
+        Args:
+            output ([total_seq_len, num_sab_heads, head_size] T; contiguous; written): what the tokens
+                read.
+            output_state ([num_seqs, num_sab_heads, head_size, head_size] float32; contiguous; written):
+                the state after each sequence, as [value, key]; may be `input_state` itself.
+            q ([total_seq_len, num_q_heads, head_size] T; contiguous): queries, of length 1 as a rule;
+                all sequences' tokens one after another.
+            k ([total_seq_len, num_k_heads, head_size] T; contiguous): keys, of length 1.
+            v ([total_seq_len, num_v_heads, head_size] T; contiguous): values.
+            cu_seqlens ([num_seqs+1] int64; contiguous): where each sequence starts, and the end: from
+                0, and rising, for the kernel never ends on a sequence without tokens; see
+                `fi_ffi.cu_seqlens`.
+            input_state ([num_seqs, num_sab_heads, head_size, head_size] float32; contiguous; or None):
+                the state before each sequence, as [value, key]; zero where there is none.
+            alpha ([total_seq_len, num_sab_heads] float32; contiguous; or None): how much of the state
+                is kept before a token, 0 to 1 (not its logarithm); 1.
+            beta ([total_seq_len, num_sab_heads] float32; contiguous; or None): how much of a token is
+                written, 0 to 1; 1.
+            scale (float = 0.0, 0.0 or more): of the output; 0.0 means 1 / sqrt(head_size).
+            workspace_buffer ([workspace_size] uint8; contiguous; written; or None; aligned to 128
+                bytes): scratch of `gdn_prefill_workspace_size()` bytes that no other stream uses;
+                without it each stream has its own of fi_ffi's.
+            state_checkpoints ([total_checkpoints, num_sab_heads, head_size, head_size] float32;
+                contiguous; written; or None): states on the way, as [value, key].
+            checkpoint_cu_starts ([num_seqs+1] int64; contiguous; or None): where each sequence's
+                checkpoints start: see `fi_ffi.checkpoint_cu_starts`.
+            checkpoint_every_n_tokens (int = 0, 0 or more, a multiple of 64): tokens between
+                checkpoints; 0 for none.
+            stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
+
+        T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. Tensors
+        with head_size are loaded gcd(16 bytes / its own itemsize, head_size) elements at a time:
+        addresses and the other strides are multiples of that. head_size is 128. num_sab_heads is the
+        max of num_q_heads and num_v_heads. num_k_heads is the min of num_q_heads and num_v_heads.
+        num_sab_heads is a multiple of num_k_heads. total_seq_len is at least num_seqs. num_seqs *
+        num_sab_heads is at most 2147483647. total_seq_len is at most 2147483647. Of output_state and
+        input_state there are at most 2147483648 elements. state_checkpoints, checkpoint_cu_starts,
+        checkpoint_every_n_tokens are given together. What is written shares no memory with other
+        tensors; output_state and input_state may be one. With num_seqs = 0, nothing is launched.
+
+        Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
+        kernel file has another interface, `KernelError` with the kernel's own words,
+        `ArchitectureError` on GPUs other than of compute capability 9.x.
+
+        Kernel: `gdn_prefill` of module `gdn_prefill_sm90`, FlashInfer >=0.6.8,<0.6.14,
+        `csrc/gdn_prefill_launcher.cu`.
+        """
+
+gdn_prefill: _gdn_prefill

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.ops.docs import docstring
-from fi_ffi.ops.form import Form, parameters
+from fi_ffi.ops.form import Form
+from fi_ffi.ops.launch import Preparing
+from fi_ffi.ops.prepared import Prepared
 from fi_ffi.ops.providers import fits, release_in_use
+from fi_ffi.ops.quick import parameters
 from fi_ffi.ops.row import Row
 
 if TYPE_CHECKING:
@@ -28,8 +32,9 @@ class Op:
         self.rows = rows
         self.__name__ = self.__qualname__ = rows[0].name
         self._forms = [Form(row) for row in rows]
-        self._form = self._forms[0]
-        self._settled = False
+        self._form, self._is_settled = self._forms[0], False
+        # Of its own, so that calling it can be calling the function compiled from its row.
+        self.__class__ = type(f"_{rows[0].name}", (Op,), {"__doc__": Op.__dict__["__doc__"]})
 
     @property
     def row(self) -> Row:
@@ -49,24 +54,38 @@ class Op:
     def __repr__(self) -> str:
         return f"<fi_ffi op {self.__name__}({parameters(self.row)})>"
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        form = self._form
-        values, stream = form.bind(*args, **kwargs)
-        if not self._settled and form.is_on_cuda(values):
-            self.settle(release_in_use())
-            if self._form is not form:
-                form = self._form
-                values, stream = form.bind(*args, **kwargs)
-        form(values, stream)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A call while it is open which row is in force; afterwards `Form.quick` is called."""
+        return self._in_force(args, kwargs).quick(self, *args, **kwargs)
+
+    def prepare(self, *args: Any, stream: object = None, **kwargs: Any) -> Prepared:
+        """A call with these arguments that is packed once, to be launched many times.
+
+        It is launched on `stream`, or without one on that of the scope that is open then.
+        Raises what the call itself would.
+        """
+        form = self._in_force(args, kwargs)
+        made: Prepared = form(form.bind(*args, **kwargs)[0], Preparing(stream))
+        return made
+
+    def _in_force(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Form:
+        """The form for a call with these arguments, which may settle what is in force."""
+        if not self._is_settled:
+            values, _ = self._form.bind(*args, **kwargs)
+            if self._form.is_on_cuda(values):
+                self.settle(release_in_use())
+        return self._form
 
     def settle(self, release: str | None) -> None:
         """Put the row of this release in force; the first one if none is of it."""
         fitting = [form for form in self._forms if release and fits(form.row, release)]
         self._form = (fitting or self._forms)[0]
-        self._settled = release is not None
+        self._is_settled = release is not None
+        type(self).__call__ = self._form.quick if release is not None else Op.__call__  # type: ignore[method-assign]
 
     def forget(self) -> None:
         """Drop what was learnt from earlier calls, after the source of kernels changed."""
-        self._settled = False
+        type(self).__call__ = Op.__call__  # type: ignore[method-assign]
+        self._is_settled = False
         for form in self._forms:
             form.forget()

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import TensorDesc, make_desc, make_layout
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.ops import host
+from fi_ffi.ops.host import INT32_MAX
 
 if TYPE_CHECKING:
     import numpy
     import numpy.typing
 
-    Integers = numpy.ndarray[Any, numpy.dtype[numpy.int64]]
-    Indices = numpy.ndarray[Any, numpy.dtype[numpy.int32]]
+    from fi_ffi.ops.host import Integers
 
-_INT32_MAX = 2**31 - 1
+    Indices = numpy.ndarray[Any, numpy.dtype[numpy.int32]]
 
 
 def batch_indices_positions(
@@ -34,11 +35,11 @@ def batch_indices_positions(
     import numpy as np
 
     op = "batch_indices_positions"
-    indptr = _indptr(op, "append_indptr", append_indptr)
-    lengths = _integers(op, "seq_lens", seq_lens)
+    indptr = host.indptr(op, "append_indptr", append_indptr)
+    lengths = host.integers(op, "seq_lens", seq_lens)
     new = np.diff(indptr)
     _same_requests(op, "seq_lens", lengths, new)
-    _all_at(op, "seq_lens", lengths, lengths >= new, "no fewer tokens than are appended")
+    host.all_at(op, "seq_lens", lengths, lengths >= new, "no fewer tokens than are appended")
     batch_indices = np.repeat(np.arange(len(new), dtype=np.int32), new)
     # The i-th token of all is the (i - indptr)-th new one of its request.
     positions = np.arange(indptr[-1]) + np.repeat(lengths - new - indptr[:-1], new)
@@ -56,14 +57,18 @@ def seq_lens(
     import numpy as np
 
     op = "seq_lens"
-    pages = np.diff(_indptr(op, "kv_indptr", kv_indptr))
-    last = _integers(op, "kv_last_page_len", kv_last_page_len)
+    pages = np.diff(host.indptr(op, "kv_indptr", kv_indptr))
+    last = host.integers(op, "kv_last_page_len", kv_last_page_len)
     size = _page_size(op, page_size)
     _same_requests(op, "kv_last_page_len", last, pages)
     fits = (last >= (pages > 0)) & (last <= size)
-    _all_at(op, "kv_last_page_len", last, fits, f"1 to {size} tokens, or 0 where there is no page")
+    host.all_at(
+        op, "kv_last_page_len", last, fits, f"1 to {size} tokens, or 0 where there is no page"
+    )
     held = np.where(pages > 0, (pages - 1) * size + last, 0)
-    _all_at(op, "kv_indptr", held, held <= _INT32_MAX, f"{_INT32_MAX} tokens of a request at most")
+    host.all_at(
+        op, "kv_indptr", held, held <= INT32_MAX, f"{INT32_MAX} tokens of a request at most"
+    )
     return held.astype(np.int32)
 
 
@@ -90,50 +95,13 @@ def split_paged_kv_cache(paged_kv_cache: TensorLike) -> tuple[TensorDesc, Tensor
     return make_desc(whole.ptr, half, whole), make_desc(whole.ptr + apart, half, whole)
 
 
-def _integers(op: str, argument: str, value: object) -> Integers:
-    """A one-dimensional array of integers from 0 to what int32 holds."""
-    import numpy as np
-
-    expected = "a one-dimensional host array of integers"
-    if isinstance(value, (list, tuple)):
-        wrong = [v for v in value if not isinstance(v, numbers.Integral) or isinstance(v, bool)]
-        if wrong:
-            got = f"{type(wrong[0]).__name__} {wrong[0]!r:.60}"
-            raise ArgumentTypeError(op, argument, got=got, expected=expected)
-        # Of Python's own integers: numpy makes floats of an empty list, and of large ones.
-        array = np.array([int(v) for v in value], dtype=object)
-    else:
-        try:
-            array = np.asarray(value)
-        except Exception as error:  # the exporter's own: a GPU's array, for one
-            got = f"a {type(value).__qualname__} that refused: {error}"
-            raise ArgumentTypeError(op, argument, got=got, expected=expected) from error
-        if array.dtype.kind not in "iu":
-            got = f"{type(value).__qualname__} of {array.dtype}"
-            raise ArgumentTypeError(op, argument, got=got, expected=expected)
-    if array.ndim != 1:
-        raise ArgumentError(op, argument, got=f"shape {array.shape}", expected=expected)
-    fits = (array >= 0) & (array <= _INT32_MAX)
-    _all_at(op, argument, array, fits.astype(bool), f"0 to {_INT32_MAX}")
-    return array.astype(np.int64)
-
-
-def _indptr(op: str, argument: str, value: object) -> Integers:
-    indptr = _integers(op, argument, value)
-    if not indptr.size or indptr[0] != 0:
-        got = f"a first element of {indptr[0]}" if indptr.size else "no element"
-        raise ArgumentError(op, argument, got=got, expected="0 and an end for each request")
-    _all_at(op, argument, indptr[1:], indptr[1:] >= indptr[:-1], "elements that do not decrease", 1)
-    return indptr
-
-
 def _page_size(op: str, value: object) -> int:
-    expected = f"an integer from 1 to {_INT32_MAX}"
+    expected = f"an integer from 1 to {INT32_MAX}"
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         got = f"{type(value).__name__} {value!r:.60}"
         raise ArgumentTypeError(op, "page_size", got=got, expected=expected)
     size = int(value)
-    if not 1 <= size <= _INT32_MAX:
+    if not 1 <= size <= INT32_MAX:
         raise ArgumentError(op, "page_size", got=size, expected=expected)
     return size
 
@@ -142,11 +110,3 @@ def _same_requests(op: str, argument: str, array: Integers, of_indptr: Integers)
     if len(array) != len(of_indptr):
         expected = f"{len(of_indptr)}, one for each request of the indptr"
         raise ArgumentError(op, argument, got=f"{len(array)} elements", expected=expected)
-
-
-def _all_at(op: str, argument: str, array: Any, right: Any, expected: str, offset: int = 0) -> None:
-    """Raise for the first element that is not `right`."""
-    if not right.all():
-        at = int(right.argmin())
-        got = f"{array[at]} at {at + offset}"
-        raise ArgumentError(op, argument, got=got, expected=expected)

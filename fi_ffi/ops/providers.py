@@ -6,8 +6,8 @@ import functools
 
 from fi_ffi.abi.device import Device
 from fi_ffi.abi.function import Entry
-from fi_ffi.errors import KernelNotFoundError, LoaderError
-from fi_ffi.loader import runtime, search
+from fi_ffi.errors import ArchitectureError, KernelNotFoundError, LoaderError
+from fi_ffi.loader import machine, runtime, search
 from fi_ffi.ops.row import Row
 
 
@@ -32,9 +32,11 @@ def entry_for(row: Row, device: Device, module: str | None = None) -> Entry:
 
     `module` is one of the row's family; without it, the row's own.
 
-    Raises `KernelNotFoundError` for an op that the release in use does not have.
+    Raises `KernelNotFoundError` for an op that the release in use does not have, and
+    `ArchitectureError` on a GPU that its kernel was not written for.
     """
     if device.is_cuda:
+        _check_capability(row, device)
         release = search.release()
         if release is not None and not fits(row, release):
             raise KernelNotFoundError(
@@ -45,6 +47,17 @@ def entry_for(row: Row, device: Device, module: str | None = None) -> Entry:
     from fi_ffi import reference
 
     return reference.entry(row.module, row.signature, row.reference, _compiled(module))
+
+
+def _check_capability(row: Row, device: Device) -> None:
+    if row.capabilities:
+        major, minor = machine.capability(device.index)
+        if major not in row.capabilities:
+            able = " or ".join(f"{known}.x" for known in row.capabilities)
+            raise ArchitectureError(
+                f"{row.name} is written for GPUs of compute capability {able}; "
+                f"{device} has {major}.{minor}"
+            )
 
 
 # What the arithmetic of a module depends on and its entries are not told.

@@ -6,6 +6,7 @@ signature, the docstring, the declared signature and the catalogue are derived.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fi_ffi.abi.signature import Signature
@@ -42,6 +43,11 @@ class Tensor:
     offset_limit: int | None = None
     # The kernel keeps each stride in an integer that holds less than this.
     stride_limit: int = 2**63
+    # The address is a multiple of so many bytes, whatever the kernel loads at a time.
+    alignment: int = 1
+    # Scratch memory: so many bytes for each multiprocessor.  Where the caller gives none,
+    # each stream has its own of fi_ffi's.
+    bytes_per_multiprocessor: int = 0
 
     @property
     def axis_names(self) -> tuple[str, ...]:
@@ -72,6 +78,7 @@ class Scalar:
     default: int | float | bool | None
     doc: str
     low: float | None = None
+    multiple_of: int = 1
 
     @property
     def abi_type(self) -> str:
@@ -108,6 +115,14 @@ class PlanInfo:
 Arg = Tensor | Scalar | KvLayout | PlanInfo
 
 
+def default_of(arg: Arg) -> str | None:
+    """The Python default of an argument as it is written; None where it must be given."""
+    if isinstance(arg, Tensor):
+        return "None" if arg.optional or arg.bytes_per_multiprocessor else None
+    default = getattr(arg, "default", None)
+    return None if default is None else repr(default)
+
+
 @dataclass(frozen=True)
 class Vector:
     """How wide a kernel loads: along the axes named, `bytes` at a time.
@@ -140,6 +155,8 @@ class Row:
     # Set where the kernel computes something else than in the op's first row; names
     # a reference and a formula of its own.
     variant: str = ""
+    # The dtype that intermediate results are rounded to (a variable), if not float32.
+    rounding: str = ""
     vector: Vector = Vector(("h",), dtype="T")
     # The kernel computes element offsets in an integer that holds less than this.
     offset_limit: int = 2**32
@@ -152,6 +169,12 @@ class Row:
     block: tuple[str, ...] = ()
     # Pairs of axes: the second size is a multiple of the first.
     divides: tuple[tuple[str, str], ...] = ()
+    # Axes whose size is the least or the greatest of others'.
+    extremes: dict[str, tuple[Callable[[int, int], int], str, str]] = field(default_factory=dict)
+    # Pairs of axes: the first size is not less than the second.
+    not_less: tuple[tuple[str, str], ...] = ()
+    # Arguments that are given together, or not at all (None, 0 or False).
+    together: tuple[str, ...] = ()
     # Tensors that must have the same strides: the kernel reads those of the first.
     same_strides: tuple[str, ...] = ()
     # Nothing is done where this axis has no elements; "": where no written tensor has any.
@@ -161,6 +184,12 @@ class Row:
     result: str = "void"
     # The kernel makes tensors itself: its calls are given memory for them.
     allocates: bool = False
+    # What is written shares no memory with any other tensor, but for the pairs in `in_place`,
+    # which may be the same memory.
+    apart: bool = False
+    in_place: tuple[tuple[str, str], ...] = ()
+    # Major compute capabilities that the kernel was written for; any, where there is none.
+    capabilities: tuple[int, ...] = ()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

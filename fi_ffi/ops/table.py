@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fi_ffi.ops import norm, page
+from fi_ffi.ops import gdn, norm, page
 
-ROWS = (*norm.ROWS, *page.ROWS)
+ROWS = (*norm.ROWS, *page.ROWS, *gdn.ROWS)

@@ -15,7 +15,7 @@ from fi_ffi.abi.function import Entry, register
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import KernelNotFoundError
 from fi_ffi.loader import runtime
-from fi_ffi.reference import attention, norm, page
+from fi_ffi.reference import attention, gdn, norm, page
 from fi_ffi.reference.arrays import over_arrays
 
 # What a module was compiled for, where its kernels depend on it: names and values.
@@ -24,6 +24,7 @@ Compiled = tuple[tuple[str, object], ...]
 _KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
     "norm": norm.KERNELS,
     "page": page.KERNELS,
+    "gdn_prefill_sm90": gdn.KERNELS,
     **attention.KERNELS,
 }
 _lock = threading.Lock()

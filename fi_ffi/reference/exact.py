@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.exact_gdn import gdn_prefill
 
 Inputs = dict[str, Any]
 Exact = dict[str, tuple[Array, Array]]
@@ -91,6 +92,7 @@ EXACT: dict[str, Callable[[Inputs], Exact]] = {
     "fused_add_rmsnorm_quant": fused_add_rmsnorm_quant,
     "fused_add_rmsnorm_quant_full_range": fused_add_rmsnorm_quant_full_range,
     "layernorm": layernorm,
+    "gdn_prefill": gdn_prefill,
 }
 
 

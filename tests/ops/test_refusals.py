@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import fi_ffi
 from fi_ffi.cli.cases import Case, default_dtypes, make_case
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.row import KV_LAYOUTS, KvLayout, Row, Scalar, Tensor
+from fi_ffi.ops.row import KV_LAYOUTS, KvLayout, Row, Scalar, Tensor, default_of
 
 from calls import EVERY_CALL
 
@@ -24,8 +24,9 @@ SIZES = {
     "n": 4, "k": 2, "h": 16,
     "nnz": 6, "b": 3, "page_size": 4, "num_kv_heads": 2, "head_dim": 64,
     "head_dim_ckv": 512, "head_dim_kpe": 64,
+    "total_seq_len": 6, "num_seqs": 2, "num_q_heads": 2, "num_k_heads": 2, "num_v_heads": 4,
+    "num_sab_heads": 4, "head_size": 128, "workspace_size": 128,
 }  # fmt: skip
-Descs = dict[str, fi_ffi.TensorDesc]
 
 
 def a_case(row: Row, dtypes: dict[str, str], **more: int | str) -> Case:
@@ -35,8 +36,9 @@ def a_case(row: Row, dtypes: dict[str, str], **more: int | str) -> Case:
     return make_case(row, SIZES | sizes, dtypes, np.random.default_rng(), **others)
 
 
-def described(case: Case) -> Descs:
-    return {name: fi_ffi.as_desc(array) for name, array in case.arrays.items()}
+def described(case: Case) -> dict:
+    """The call's arguments, tensors as descriptors."""
+    return {name: fi_ffi.as_desc(array) for name, array in case.arrays.items()} | case.scalars
 
 
 def changed(desc: fi_ffi.TensorDesc, **fields: object) -> fi_ffi.TensorDesc:
@@ -97,11 +99,15 @@ def test_each_tensor(op, dtypes, wrong):
     for arg in op.row.tensors:
         if wrong == "size" and not is_bound(op.row, arg.axis_names[-1]):
             continue
+        if wrong == "None" and default_of(arg) is not None and arg.name not in op.row.together:
+            continue
         case = a_case(op.row, dtypes)
         values = described(case)
         values[arg.name] = WRONG[wrong](values[arg.name])
         # A size or a device that differs may be told of the tensor it differs from.
         anywhere = wrong in ("size", "device")
+        # What cannot be described at all is told of before the form is known.
+        anywhere = anywhere or (wrong == "None" and arg.name in op.row.together)
         call_refused(op, case, values, None if anywhere else arg.name)
 
 
@@ -114,7 +120,7 @@ def test_wrong_device_and_read_only(op, dtypes):
         call_refused(op, case, values, None)
         if arg.writes:
             case.arrays[arg.name].flags.writeable = False
-            call_refused(op, case, dict(case.arrays), arg.name)
+            call_refused(op, case, case.arrays | case.scalars, arg.name)
 
 
 @pytest.mark.parametrize(("op", "dtypes"), EVERY_CALL)
@@ -214,7 +220,7 @@ def test_tensors_of_the_other_layout(op, dtypes):
         of_it, not_of_it = (a_case(op.row, dtypes, kv_layout=name) for name in (layout, other))
         for arg in op.row.tensors:
             if arg.kv:
-                values = described(of_it) | of_it.scalars
+                values = described(of_it)
                 values[arg.name] = fi_ffi.as_desc(not_of_it.arrays[arg.name])
                 call_refused(op, of_it, values, None)
         call_refused(op, not_of_it, described(not_of_it) | of_it.scalars, None)
@@ -270,9 +276,9 @@ def test_numbers_of_other_types_are_floats(value):
 
 @pytest.mark.parametrize("op", OPS.values(), ids=list(OPS))
 def test_a_missing_stream_is_told_before_kernels_are_looked_for(op):
-    shapes = a_case(op.row, default_dtypes(op.row)).arrays
-    values = {
-        arg.name: fi_ffi.TensorDesc(1 << 20, shapes[arg.name].shape, _dtype(op.row, arg))
+    case = a_case(op.row, default_dtypes(op.row))
+    values = case.scalars | {
+        arg.name: fi_ffi.TensorDesc(1 << 20, case.arrays[arg.name].shape, _dtype(op.row, arg))
         for arg in op.row.tensors
     }
     with pytest.raises(fi_ffi.ArgumentError, match="stream") as caught:
@@ -331,5 +337,7 @@ def test_anything_anywhere(data):
         after = {name: array.tobytes() for name, array in case.arrays.items()}
         assert after == before
     else:
+        if value is None and default_of(arg) == "None":
+            return
         assert not isinstance(arg, Tensor), f"{arg.name}={value!r} was accepted"
         assert value in KV_LAYOUTS if isinstance(arg, KvLayout) else type(value) in (arg.type, int)

@@ -20,6 +20,10 @@ from bindings import RELEASES, abi_type, exported
 def test_rows_are_what_the_release_declares(release, sources):
     for op in OPS.values():
         rows = [row for row in op.rows if fits(row, release)]
+        if not rows:
+            with pytest.raises(KeyError):
+                sources(release, op.row.source)
+            continue
         assert len(rows) == 1, f"{op.__name__}: {len(rows)} rows for {release}"
         declared = exported(sources(release, rows[0].source))
         assert rows[0].signature.same_types(declared[rows[0].symbol]), release
@@ -81,7 +85,7 @@ def test_no_release_fits_two_rows_of_an_op():
     releases = [*RELEASES, "0.6.6", "0.6.7", "0.6.15", "0.6.15.post1", "0.6.16", "0.6.18.post1"]
     for op in OPS.values():
         for release in releases:
-            assert sum(fits(row, release) for row in op.rows) == 1, (op, release)
+            assert sum(fits(row, release) for row in op.rows) <= 1, (op, release)
     assert len(ROWS) == sum(len(op.rows) for op in OPS.values())
 
 

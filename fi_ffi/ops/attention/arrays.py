@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import parse_device
-from fi_ffi.abi.tensor import TensorDesc, make_desc, make_layout
+from fi_ffi.abi.tensor import TensorDesc, make_desc
 from fi_ffi.ops import cuda
+from fi_ffi.ops.attention.indices import ints_layout
 from fi_ffi.ops.attention.sizes import aligned
 
-_CPU = parse_device("cpu")
 # Room comes in steps, so that a run's descriptors seldom change.
 _INDEX_STEP, _KERNEL_STEP = 1024, 4096
 
@@ -36,7 +35,7 @@ class Arrays:
 
     def descs(self, buffer: TensorDesc) -> dict[str, TensorDesc]:
         return {
-            name: TensorDesc(buffer.ptr + start, (room,), "int32", device=buffer.device)
+            name: make_desc(buffer.ptr + start, ints_layout(room, buffer.device))
             for name, (start, room) in self._placed.items()
         }
 
@@ -44,8 +43,7 @@ class Arrays:
 def host_ints(values: Sequence[int]) -> TensorDesc:
     """An int32 array on the host, from Python's integers."""
     memory = ffi.new("int32_t[]", list(values))
-    layout = make_layout((len(values),), "int32", None, _CPU, False)
-    return make_desc(int(ffi.cast("uintptr_t", memory)), layout, owner=memory)
+    return make_desc(int(ffi.cast("uintptr_t", memory)), ints_layout(len(values)), owner=memory)
 
 
 def index_room(count: int) -> int:

@@ -12,7 +12,7 @@ _PAGED = ("paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
 class Batch:
     """Where each request's queries and keys are: ragged keys, or pages of a cache."""
 
-    __slots__ = ("kv", "kv_lens", "mask_indptr", "pages", "qo")
+    __slots__ = ("_mask_indptr", "kv", "pages", "qo")
 
     def __init__(
         self,
@@ -33,7 +33,6 @@ class Batch:
                 if array is not None:
                     raise ArgumentError(op, name, got="an array", expected="None without page_size")
             self.kv = Indptr(op, "kv_indptr", kv_indptr, count + 1)
-            self.kv_lens = self.kv.counts
         else:
             if kv_indptr is not None:
                 raise ArgumentError(op, "kv_indptr", got="an array", expected="None with page_size")
@@ -41,8 +40,20 @@ class Batch:
                 if array is None:
                     raise ArgumentError(op, name, got=None, expected="an array with page_size")
             self.pages = PagedLengths(op, _PAGED, paged, count, page_size)
-            self.kv, self.kv_lens = self.pages.indptr, self.pages.kv_lens
-        self.mask_indptr = mask_bytes(self.qo.counts, self.kv_lens)
+            self.kv = self.pages.indptr
+        self._mask_indptr: list[int] | None = None
+
+    @property
+    def kv_lens(self) -> list[int]:
+        """Keys of each request."""
+        return self.kv.counts if self.pages is None else self.pages.kv_lens
+
+    @property
+    def mask_indptr(self) -> list[int]:
+        """Where each request's mask would start, in bytes."""
+        if self._mask_indptr is None:
+            self._mask_indptr = mask_bytes(self.qo.counts, self.kv_lens)
+        return self._mask_indptr
 
     def check_mask(self, op: str) -> None:
         """Raise where a mask would be too large for its indptr."""

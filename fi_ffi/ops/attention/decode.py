@@ -21,6 +21,8 @@ from fi_ffi.ops.row import KV_LAYOUTS
 _NAMES = ("indptr", "indices", "last_page_len")
 # Of `DecodePlanInfo::ToVector` (scheduler.cuh).
 _PADDED_BATCH_SIZE, _KV_CHUNK_SIZE_OFFSET = 0, 7
+# The tensors of a run, as the binding calls them.
+_TENSORS = ("q", "paged_k_cache", "paged_v_cache", "o", "maybe_lse")
 # What the binding wants for its dtype alone, and does not even read that of.
 _NOTHING = TensorDesc(0, (0,), "uint8", device="cpu")
 
@@ -106,7 +108,7 @@ class BatchDecodePlan(Plan):
         """Plan another batch with the same options; as `BatchPrefillPlan.replan`."""
         batch = self._read((indptr, indices, last_page_len))
         if self.options.enable_cuda_graph:
-            self.check_batch_size("indptr", len(batch.kv_lens), self._batch_size)
+            self.check_batch_size("indptr", len(batch.indptr.counts), self._batch_size)
             self.check_room("pages", "indices", batch.max_page + 1)
             self.check_room("page indices", "indptr", batch.indptr.total)
             self.check_has_indices("indices", batch.indices is not None)
@@ -139,6 +141,13 @@ class BatchDecodePlan(Plan):
             lse: [b, num_qo_heads] float32, written: log2 of the sum of exponentials.
             others: as in `BatchPrefillPlan.paged_run`.
         """
+        options = (
+            kv_layout, paged_kv_indices, sm_scale, rope_scale, rope_theta, alibi_slopes, q_scale,
+            k_scale, enable_pdl,
+        )  # fmt: skip
+        tensors = (q, paged_k_cache, paged_v_cache, o, lse)
+        if self.repeat(options, tensors, stream):
+            return None
         values = self._templates[1].fresh()
         self.put_workspace(values)
         choice(self.op, "kv_layout", kv_layout, tuple(KV_LAYOUTS))
@@ -155,13 +164,14 @@ class BatchDecodePlan(Plan):
         values.put(sm_scale=values.scale("k", k_scale, scale))
         values.positions(self.options.pos_encoding_mode, rope_scale, rope_theta, alibi_slopes)
         self.put_pages(values, paged_kv_indices, "paged_k_cache", kv_layout)
-        self.launch(self._forms[1], values, stream)
+        made: None = self.launch(self._forms[1], values, stream, _TENSORS, options, tensors)
+        return made
 
     def _read(self, arrays: Sequence[object]) -> PagedLengths:
         return PagedLengths(self.op, _NAMES, arrays, None, self.options.page_size)
 
     def _need(self, batch: PagedLengths) -> tuple[sizes.Need, Arrays]:
-        graph, count = self.options.enable_cuda_graph, len(batch.kv_lens)
+        graph, count = self.options.enable_cuda_graph, len(batch.indptr.counts)
         if graph and batch.indptr.total > self._max_indices:
             got, expected = f"{batch.indptr.total} pages", f"{self._max_indices} at most"
             raise self.refuse("indptr", got, expected)
@@ -176,7 +186,7 @@ class BatchDecodePlan(Plan):
     def _schedule(self, batch: PagedLengths, stream: object) -> None:
         chosen, values = self.options, self._templates[0].fresh()
         values.put(
-            indptr=batch.indptr.desc, batch_size=len(batch.kv_lens),
+            indptr=batch.indptr.desc, batch_size=len(batch.indptr.counts),
             num_qo_heads=chosen.num_qo_heads, num_kv_heads=chosen.num_kv_heads,
             page_size=chosen.page_size, enable_cuda_graph=chosen.enable_cuda_graph,
             window_left=chosen.window_left, logits_soft_cap=chosen.logits_soft_cap,
@@ -189,7 +199,7 @@ class BatchDecodePlan(Plan):
         self._batch = batch
         form = self._forms[0]
         self.schedule(form, values.values[3:], arrays, self.needs, self._placed, stream)
-        self._batch_size = len(batch.kv_lens)
+        self._batch_size = len(batch.indptr.counts)
         self._num_indices, self._max_page = batch.indptr.total, batch.max_page
 
     def check_launch(self, launch: list[int], stage: TensorDesc) -> None:

@@ -16,6 +16,9 @@ from fi_ffi.ops.attention.run import Values, softmax_scale
 from fi_ffi.ops.attention.spec import MlaOptions
 from fi_ffi.ops.attention.workspace import Workspace
 
+# The tensors of a run, as the binding calls them.
+_TENSORS = ("q_nope", "q_pe", "ckv_cache", "kpe_cache", "o", "maybe_lse")
+
 
 class _Batch:
     """Where each request's queries and pages are, and how many tokens it has."""
@@ -27,14 +30,13 @@ class _Batch:
         count = len(self.qo.counts)
         self.kv = Indptr(op, "kv_indptr", kv, count + 1)
         self.kv_len = HostArray(op, "kv_len_arr", kv_len, count)
-        pairs = zip(self.kv_len.values, self.kv.counts, strict=True)
+        pairs = zip(self.kv_len.view.tolist(), self.kv.counts, strict=True)
         for i, (length, pages) in enumerate(pairs):
             if not max(pages - 1, 0) * page_size <= length <= pages * page_size:
                 got = f"{length} for request {i} with {pages} pages of {page_size}"
                 expected = "tokens that fill its pages"
                 raise ArgumentError(op, "kv_len_arr", got=got, expected=expected)
-        self.indices = page_indices(op, "kv_indices", indices, self.kv.total)
-        self.max_page = max(self.indices.values, default=-1) if self.indices else -1
+        self.indices, self.max_page = page_indices(op, "kv_indices", indices, self.kv.total)
 
 
 class BatchMlaPlan(Plan):
@@ -153,6 +155,10 @@ class BatchMlaPlan(Plan):
             sm_scale: logits are multiplied by it; by default 1 / sqrt(128 + 64), of the
                 heads before absorption.
         """
+        options = (kv_indices, sm_scale, return_lse_base_on_e)
+        tensors = (q_nope, q_pe, ckv_cache, kpe_cache, o, lse)
+        if self.repeat(options, tensors, stream):
+            return None
         values, chosen = self._templates[1].fresh(), self.options
         self.put_workspace(values)
         q_nope = as_desc(q_nope, self.op, "q_nope")
@@ -167,16 +173,17 @@ class BatchMlaPlan(Plan):
             return_lse_base_on_e=return_lse_base_on_e,
         )  # fmt: skip
         self.put_pages(values, kv_indices, "ckv_cache", "NHD")
-        self.launch(self._forms[1], values, stream)
+        made: None = self.launch(self._forms[1], values, stream, _TENSORS, options, tensors)
+        return made
 
     def _read(self, qo: Any, kv: Any, indices: Any, kv_len: Any) -> _Batch:
         batch = _Batch(self.op, self.options.page_size, qo, kv, indices, kv_len)
         if self.options.causal:
             self._check_tiles(batch)
-            check_keys(self.op, batch.qo.counts, batch.kv_len.values, "with causal=True")
+            check_keys(self.op, batch.qo.counts, batch.kv_len.view.tolist(), "with causal=True")
         if self._needs_keys:
             for i, (queries, keys) in enumerate(
-                zip(batch.qo.counts, batch.kv_len.values, strict=True)
+                zip(batch.qo.counts, batch.kv_len.view.tolist(), strict=True)
             ):
                 if queries and not keys:
                     expected = "a token or more: MLA's kernels before 0.6.11 fail without"

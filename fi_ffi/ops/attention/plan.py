@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -9,16 +10,16 @@ from typing import Any, NamedTuple
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import Device, parse_device
 from fi_ffi.abi.function import array_values
-from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.objects import Array
-from fi_ffi.abi.streams import launching
-from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.abi.tensor import Layout, TensorDesc, make_desc, make_layout
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.loader import machine
-from fi_ffi.ops import cuda
+from fi_ffi.ops import cuda, watching
 from fi_ffi.ops.attention.arrays import Arrays
 from fi_ffi.ops.attention.options import Kernel
-from fi_ffi.ops.attention.run import Values, call
+from fi_ffi.ops.attention.ready import Ready
+from fi_ffi.ops.attention.run import call
+from fi_ffi.ops.attention.runs import Runs
 from fi_ffi.ops.attention.sizes import Need, aligned
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.form import Form
@@ -63,10 +64,15 @@ def form_of(row: Row, kernel: Kernel, backend: str, known: Mapping[str, int]) ->
 
 def _first(desc: TensorDesc, count: int) -> TensorDesc:
     """The first bytes of a buffer."""
-    return TensorDesc(desc.ptr, (count,), "uint8", device=desc.device)
+    return make_desc(desc.ptr, _bytes_layout(count, desc.device))
 
 
-class Plan:
+@functools.lru_cache(maxsize=1024)
+def _bytes_layout(count: int, device: Device) -> Layout:
+    return make_layout((count,), "uint8", None, device, False)
+
+
+class Plan(Runs):
     """A schedule for a batch; made by the classes derived from this one."""
 
     op: str
@@ -91,6 +97,8 @@ class Plan:
             raise ArgumentError(self.op, "workspace", got=got, expected=expected)
         self._generation = -1
         self._info: Array | None = None
+        # Runs that this plan has made, by what they depend on.
+        self._ready: dict[tuple[object, ...], Ready] = {}
         self._captured: list[int] | None = None
         self._owns_workspace = workspace is None
         # Pages of the batch in all, and the last of them in the cache, where it is known.
@@ -111,13 +119,6 @@ class Plan:
             return 1, 9
         index = self.device.index
         return machine.multiprocessors(index), machine.capability(index)[0]
-
-    def stream(self, stream: object) -> int:
-        """The handle of the stream to work on; 0 on the CPU."""
-        return launching(stream, self.device, self.op).handle if self.device.is_cuda else 0
-
-    def refuse(self, argument: str, got: object, expected: object) -> ArgumentError:
-        return ArgumentError(self.op, argument, got=got, expected=expected)
 
     def schedule(
         self,
@@ -151,7 +152,8 @@ class Plan:
                 _first(desc, placed.kernel_bytes) for desc in (workspace.int_buffer, stage.desc)
             ]
             given = [workspace.float_buffer, *kernels, *values]
-            info = call(self.op, form, given, handle if self.device.is_cuda else None)
+            with watching.running(self):
+                info = call(self.op, form, given, handle if self.device.is_cuda else None)
             if self.options.enable_cuda_graph:
                 # Until it is found the same, neither the old plan nor the new one holds.
                 workspace.generation += 1
@@ -161,6 +163,7 @@ class Plan:
             workspace.generation += 1
             self._generation = workspace.generation
             self._info = info
+            self._ready = {}
         self._descs = placed.descs(workspace.int_buffer)
         self._descs["int_workspace_buffer"] = kernels[0]
 
@@ -201,37 +204,6 @@ class Plan:
             raise self.refuse("self", f"launch {launch}", f"the captured {self._captured}")
         self._captured = launch
 
-    def put_pages(self, values: Values, indices: Any, cache: str, layout: str) -> None:
-        """Set the pages of a paged run, and check what was planned against the cache."""
-        desc = as_desc(values.get(cache), self.op, cache)
-        page_size, least = self.options.page_size, self._max_page + 1
-        axis = 2 if layout == "HND" else 1
-        if len(desc.shape) > axis and desc.shape[axis] != page_size:
-            expected = f"page_size = {page_size} at axis {axis} ({layout}), as planned"
-            raise self.refuse(cache, desc.layout, expected)
-        if desc.shape and desc.shape[0] < least:
-            expected = f"{least} pages or more: the plan has page {self._max_page}"
-            raise self.refuse(cache, desc.layout, expected)
-        values.room["pages"] = desc.shape[0] if desc.shape else 0
-        pages = self._descs.get("indices")
-        name = "paged_kv_indices" if values.has("paged_kv_indices") else "kv_indices"
-        if (indices is None) == (pages is None):
-            expected = "an array on the device" if pages is None else "None: the plan has them"
-            got = "None" if indices is None else "an array"
-            raise self.refuse(name, got, expected)
-        if pages is None:
-            pages = as_desc(indices, self.op, name)
-            have = values.room["page indices"] = pages.shape[0] if len(pages.shape) == 1 else 0
-            if have < self._num_indices:
-                expected = f"the pages of all requests, {self._num_indices} as planned, or more"
-                raise self.refuse(name, pages.layout, expected)
-        values.put(
-            kv_indices=pages,
-            paged_kv_indices=pages,
-            paged_kv_indptr=self._descs.get("kv_indptr"),
-            paged_kv_last_page_len=self._descs.get("last_page_len"),
-        )
-
     def check_room(self, of: str, argument: str, need: int) -> None:
         """With CUDA graphs: refuse a batch that needs more than a captured run was given."""
         have = self.room.get(of)
@@ -250,44 +222,3 @@ class Plan:
         if has_indices != ("indices" in self._descs):
             expected = "an array or None, as in the plan that was captured"
             raise self.refuse(argument, "the other", expected)
-
-    def put_workspace(self, values: Values) -> None:
-        """Set what every run is given first; raise where it no longer holds this plan."""
-        values.put(
-            float_workspace_buffer=self.check_current().float_buffer,
-            int_workspace_buffer=self._descs["int_workspace_buffer"],
-            plan_info_vec=self.info_address,
-        )
-
-    @property
-    def plan_info(self) -> list[int]:
-        """What the kernel's planner returned, in the order of its `ToVector`."""
-        self.check_current()
-        return array_values(self._info) if self._info is not None else []
-
-    @property
-    def info_address(self) -> int:
-        assert self._info is not None
-        return int(ffi.cast("uintptr_t", self._info.handle))
-
-    def check_current(self) -> Workspace:
-        """Raise unless the workspace still holds this plan."""
-        workspace = self.workspace
-        if workspace is None or workspace.generation != self._generation:
-            got = "a stale plan: its workspace holds another, or a replan failed"
-            raise self.refuse("self", got, "replan(...) first, or a workspace for each plan")
-        return workspace
-
-    def launch(self, form: Form, values: Values, stream: object) -> None:
-        """Run, ordered after the plan, and before the next one made in this workspace."""
-        workspace = self.check_current()
-        if not self.device.is_cuda:
-            call(self.op, form, values.values, None)
-        else:
-            handle = self.stream(stream)
-            event = workspace.join(handle)
-            call(self.op, form, values.values, handle)
-            if event is not None:
-                event.record(handle)
-        for of, have in values.room.items():
-            self.room[of] = min(self.room.get(of, have), have)

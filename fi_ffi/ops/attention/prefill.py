@@ -211,7 +211,7 @@ class BatchPrefillPlan(PrefillRuns):
         chosen = self.options
         graph, pages = chosen.enable_cuda_graph, batch.pages
         values = self._templates[0].fresh()
-        kv_lens = host_ints(batch.kv_lens)
+        kv_lens = host_ints(batch.kv_lens) if values.has("kv_len_arr") else None
         values.put(
             qo_indptr=batch.qo.desc, kv_indptr=batch.kv.desc, kv_len_arr=kv_lens,
             total_num_rows=self._max_rows if graph else batch.rows, batch_size=batch.size,
@@ -233,6 +233,6 @@ class BatchPrefillPlan(PrefillRuns):
         self._batch_size = batch.size
         self._rows_now = self._max_rows if graph else batch.rows
         self._kv_total = batch.kv.total
-        self._mask_bytes = batch.mask_indptr[-1]
+        self._mask_bytes = batch.mask_indptr[-1] if chosen.use_custom_mask else 0
         self._num_indices = batch.num_indices
         self._max_page = pages.max_page if pages is not None else -1

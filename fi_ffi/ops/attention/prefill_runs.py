@@ -13,6 +13,9 @@ from fi_ffi.ops.form import Form
 from fi_ffi.ops.row import KV_LAYOUTS
 
 _RAGGED, _PAGED = 1, 2
+# The tensors of a run, as the bindings call them.
+_RAGGED_TENSORS = ("q", "k", "v", "o", "maybe_lse")
+_PAGED_TENSORS = ("q", "paged_k_cache", "paged_v_cache", "o", "maybe_lse")
 
 
 class PrefillRuns(Plan):
@@ -49,6 +52,10 @@ class PrefillRuns(Plan):
             lse: [rows of q, num_qo_heads] float32, written: log2 of the sum of exponentials.
             options: see `paged_run`.
         """
+        key = (_RAGGED, kv_layout, *options, *options.values())
+        tensors = (q, k, v, o, lse)
+        if self.repeat(key, tensors, stream):
+            return None
         if self.options.page_size not in (None, 1):
             expected = "paged_run, which this was planned for (page_size)"
             raise self.refuse("self", "ragged_run", expected)
@@ -62,7 +69,9 @@ class PrefillRuns(Plan):
             keys = f"{self._kv_total} keys at axis {axis} ({kv_layout})"
             raise self.refuse("k", desc.layout, f"{keys}, as planned, or more")
         values.room["keys"] = have
-        self.launch(self._forms[_RAGGED], values, stream)
+        form = self._forms[_RAGGED]
+        made: None = self.launch(form, values, stream, _RAGGED_TENSORS, key, tensors)
+        return made
 
     def paged_run(
         self,
@@ -99,10 +108,16 @@ class PrefillRuns(Plan):
         """
         if self.options.page_size is None:
             raise self.refuse("self", "paged_run", "ragged_run, which this was planned for")
+        key = (_PAGED, kv_layout, paged_kv_indices, *options, *options.values())
+        tensors = (q, paged_k_cache, paged_v_cache, o, lse)
+        if self.repeat(key, tensors, stream):
+            return None
         values = self._values(_PAGED, q, o, lse, kv_layout, options)
         values.put(paged_k_cache=paged_k_cache, paged_v_cache=paged_v_cache)
         self.put_pages(values, paged_kv_indices, "paged_k_cache", kv_layout)
-        self.launch(self._forms[_PAGED], values, stream)
+        form = self._forms[_PAGED]
+        made: None = self.launch(form, values, stream, _PAGED_TENSORS, key, tensors)
+        return made
 
     def _values(
         self, kind: int, q: Any, o: Any, lse: Any, kv_layout: str, options: dict[str, Any]

@@ -34,14 +34,33 @@ _NEUTRAL = {
 }  # fmt: skip
 
 
+def option_of(name: str) -> str:
+    """What callers know an entry's argument as."""
+    return _OPTIONS.get(name, name)
+
+
 def call(op: str, form: Form, values: list[Any], stream: object) -> Any:
     """Call an entry; its row's refusals name what the caller called, as the caller knows it."""
-    try:
+    with as_called(op):
         return form(values, stream)
-    except ArgumentError as error:
-        argument = _OPTIONS.get(error.argument, error.argument)
-        named = type(error)(op, argument, got=error.got, expected=error.expected)
-        raise named from error.__cause__
+
+
+class as_called:  # a context manager
+    """Refusals of a row inside the block name the op and the argument as the caller does."""
+
+    __slots__ = ("_op",)
+
+    def __init__(self, op: str) -> None:
+        self._op = op
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, tb: object) -> None:
+        if isinstance(error, ArgumentError):
+            argument, got, expected = option_of(error.argument), error.got, error.expected
+            named = type(error)(self._op, argument, got=got, expected=expected)
+            raise named from error.__cause__
 
 
 class Values:

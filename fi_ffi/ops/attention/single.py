@@ -179,7 +179,8 @@ def single_decode(
         q=q, k=k, v=v, tmp=tmp, o=out, maybe_lse=lse, kv_layout=kv_layout,
         window_left=window_left, logits_soft_cap=logits_soft_cap, sm_scale=scale,
     )  # fmt: skip
-    call(op, form_of(row, kernel, "", {}), values.values, stream)
+    made: None = call(op, form_of(row, kernel, "", {}), values.values, stream)
+    return made  # of a call that is prepared; else None
 
 
 def single_prefill(
@@ -255,7 +256,8 @@ def single_prefill(
         maybe_custom_mask=mask, mask_mode_code=CUSTOM if mask else CAUSAL if causal else NON_CAUSAL,
         logits_soft_cap=float(logits_soft_cap), sm_scale=scale,
     )  # fmt: skip
-    call(op, form_of(row, kernel, chosen, {}), values.values, stream)
+    made: None = call(op, form_of(row, kernel, chosen, {}), values.values, stream)
+    return made
 
 
 def _mask(op: str, mask: Any, causal: bool, qo_len: int, kv_len: int) -> TensorDesc | None:

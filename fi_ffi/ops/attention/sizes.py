@@ -77,12 +77,12 @@ def prefill_fa2(g: Geometry, qo_lens: Sequence[int], kv_pages: Sequence[int], ro
     if g.enable_cuda_graph:
         longest = (rows - batch_size + 1) & 0xFFFFFFFF
         cta_tile_q = _cta_tile_q(longest * g.group_size, g)
-        tiles = [_ceil(n * g.group_size, cta_tile_q) for n in qo_lens]
+        tiles = _tiles(qo_lens, g.group_size, cta_tile_q)
         bound = _ceil(rows * g.group_size, cta_tile_q) + batch_size - 1
         padded = max(most_split, bound)
     else:
         cta_tile_q = _cta_tile_q(sum(qo_lens) * g.group_size // batch_size, g)
-        tiles = [_ceil(n * g.group_size, cta_tile_q) for n in qo_lens]
+        tiles = _tiles(qo_lens, g.group_size, cta_tile_q)
         padded = max(most_split, sum(tiles))
     split: bool | None = g.enable_cuda_graph or (None if sum(tiles) <= most_split else False)
     if g.disable_split_kv:
@@ -106,6 +106,11 @@ def prefill_fa2(g: Geometry, qo_lens: Sequence[int], kv_pages: Sequence[int], ro
     return Need(aligned(partial * g.head_dim_vo) + partial, int_bytes, split)
 
 
+def _tiles(qo_lens: Sequence[int], group_size: int, cta_tile_q: int) -> list[int]:
+    """Tiles of each request's queries; written out, for it is of every plan."""
+    return [-(-n * group_size // cta_tile_q) for n in qo_lens]
+
+
 def _seen(g: Geometry, kv_pages: Sequence[int], cta_tile_q: int) -> list[int]:
     """Pages of each request that any of its queries sees."""
     if g.window_left < 0:
@@ -118,7 +123,7 @@ def prefill_fa3(g: Geometry, qo_lens: Sequence[int], kv_pages: Sequence[int], ro
     """`PrefillSM90Plan`, which never splits."""
     cta_tile_q = 192 if g.head_dim_vo == 64 else 128
     most = _ceil(rows, cta_tile_q) + len(qo_lens) - 1
-    works = most if g.enable_cuda_graph else sum(_ceil(n, cta_tile_q) for n in qo_lens)
+    works = most if g.enable_cuda_graph else sum(_tiles(qo_lens, 1, cta_tile_q))
     works *= 1 if most > 4096 else g.num_qo_heads
     return Need(0, _ints(*[works] * 6, g.multiprocessors + 1, works), False)
 
@@ -130,7 +135,8 @@ def decode(g: Geometry, kv_pages: Sequence[int]) -> Need:
     padded = max(grid, batch_size)
     if not g.enable_cuda_graph:
         least = max(128 // g.page_size, 1)
-        pieces = sum(_ceil(max(n, 1), least) for n in kv_pages)
+        # One piece of a request without pages, too.
+        pieces = sum([-(-n // least) for n in kv_pages]) + kv_pages.count(0)
         padded = max(min(grid + batch_size, pieces), batch_size)
     int_bytes = aligned(_ints(padded, padded, padded + 1) + 4) + padded
     partial = 4 * g.num_qo_heads * padded

@@ -72,7 +72,7 @@ class Workspace:
         # Counts the plans made on it: a plan that is not of the last generation is stale.
         self.generation = 0
         # Where the last plan was copied, and when each other stream that ran it was done.
-        self._stream: int | None = None
+        self.stream: int | None = None
         self._elsewhere: dict[int, cuda.Event] = {}
 
     @classmethod
@@ -112,23 +112,23 @@ class Workspace:
 
     def take(self, stream: int) -> None:
         """Let `stream` wait for all that used this workspace on other streams."""
-        if self._stream is not None and self._stream != stream:
+        if self.stream is not None and self.stream != stream:
             with cuda.current(self.device):
                 event = cuda.Event()
-            event.record(self._stream)
+            event.record(self.stream)
             event.hold(stream)
         for other, event in self._elsewhere.items():
             if other != stream:
                 event.hold(stream)
         self._elsewhere.clear()
-        self._stream = stream
+        self.stream = stream
 
     def join(self, stream: int) -> cuda.Event | None:
         """For a run on `stream`: let it wait for the plan; the event to record after it.
 
         None on the plan's own stream, and in a capture: who replays a graph orders it.
         """
-        if stream == self._stream or cuda.is_capturing(stream):
+        if stream == self.stream or cuda.is_capturing(stream):
             return None
         event = self._elsewhere.get(stream)
         if event is None:

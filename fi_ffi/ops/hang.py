@@ -1,0 +1,102 @@
+"""Reports of calls that do not finish; made of what was kept of them, without asking CUDA."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from fi_ffi.abi.frame import ArraySlot, TensorSlot
+from fi_ffi.ops.row import KV_LAYOUTS, KvLayout
+from fi_ffi.ops.watching import Call
+
+_MOST_BLOCKED = 5  # calls that are blocked behind it, told one by one
+
+
+class Hang(NamedTuple):
+    """A call that is late: for how long nothing has moved, and what was called after it."""
+
+    call: Call
+    waited: float
+    behind: list[Call]
+
+
+def report(hang: Hang, seconds: float) -> str:
+    """All that is known of a late call, a line each."""
+    return "\n".join(_lines(hang, seconds))
+
+
+def _lines(hang: Hang, seconds: float) -> Iterator[str]:
+    call = hang.call
+    what = "finished, and its stream has not moved" if call.has_returned else "returned"
+    yield f"fi_ffi.watchdog({seconds:g}): {call.op} has not {what} for {hang.waited:.2f} s"
+    yield f"  called: {_caller(call)}, {time.monotonic() - call.started:.2f} s ago"
+    yield f"  entry: {call.entry.name}, on {_place(call)}"
+    if call.has_returned:
+        yield "  host: the call has returned, its work is queued"
+    else:
+        yield "  host: the call has not returned"
+    for arg, slot, value in zip(call.row.args, call.args, call.values, strict=True):
+        yield f"  {arg.name}: {_value(arg, slot, value)}"
+    if call.plan is not None:
+        try:
+            yield f"  plan: {_plan(call)}"
+        except Exception as error:  # made by its thread still, or of other values than expected
+            yield f"  plan: a {type(call.plan).__name__} that cannot be told: {error!r}"
+    if call.stream is not None:
+        yield from _behind(hang.behind)
+
+
+def _caller(call: Call) -> str:
+    where = f"{call.file}:{call.line} in {call.function}" if call.file else "unknown code"
+    return f"{where}, thread {call.thread.name!r}"
+
+
+def _place(call: Call) -> str:
+    if call.stream is None:
+        return str(call.device)
+    return f"{call.device}, stream {call.stream:#x}"
+
+
+def _value(arg: Any, slot: Any, value: Any) -> str:
+    if slot is None:
+        return "None"
+    if isinstance(slot, TensorSlot):
+        return f"{slot.layout} at {value:#x}"
+    if isinstance(slot, ArraySlot):
+        return f"an array object at {value:#x}"
+    if isinstance(arg, KvLayout):
+        return next(name for name, code in KV_LAYOUTS.items() if code == value)
+    return repr(value)
+
+
+def _plan(call: Call) -> str:
+    """The plan in short: its backend, module and batch, and the options that are not defaults."""
+    plan = call.plan
+    parts = [f"backend {plan.backend!r}", f"module {plan.module}"]
+    count = getattr(plan, "_batch_size", None)
+    if count is not None:
+        parts.append(f"{count} requests")
+    for field in dataclasses.fields(plan.options):
+        value = getattr(plan.options, field.name)
+        if value != field.default:
+            parts.append(f"{field.name}={value!r}")
+    if plan._generation != call.plan_generation:
+        parts.append("planned since")
+    return f"{type(plan).__name__}.{call.method}: {', '.join(parts)}"
+
+
+def _behind(calls: list[Call]) -> Iterator[str]:
+    if not calls:
+        yield "  behind it: no later call"
+        return
+    counts = Counter(call.op for call in calls)
+    told = ", ".join(f"{count} {op}" for op, count in counts.most_common())
+    yield f"  behind it: {len(calls)} later call{'s' if len(calls) > 1 else ''} ({told})"
+    blocked = [call for call in calls if not call.has_returned]
+    for call in blocked[:_MOST_BLOCKED]:
+        yield f"    not returned: {call.op}, {_caller(call)}"
+    if len(blocked) > _MOST_BLOCKED:
+        yield f"    and {len(blocked) - _MOST_BLOCKED} more that have not returned"

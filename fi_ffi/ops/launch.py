@@ -1,0 +1,82 @@
+"""The end of a call whose like was checked before: a written frame is called on a stream."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from fi_ffi.abi import library, streams
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.device import Device
+from fi_ffi.abi.failure import take_raised
+from fi_ffi.abi.frame import Frame
+from fi_ffi.loader import machine
+
+_MOST_HANDLES = 4096
+_pointers: dict[int, Any] = {}
+
+
+class Preparing:
+    """Given for a stream: the call is prepared for that stream (or scopes) instead of made."""
+
+    __slots__ = ("stream",)
+
+    def __init__(self, stream: object) -> None:
+        self.stream = stream
+
+
+class Place:
+    """Where an op's calls are made: the device, and what has to be set for them."""
+
+    __slots__ = ("device", "is_cuda", "must_be_current", "op", "set_stream")
+
+    def __init__(self, device: Device, op: str) -> None:
+        self.device, self.is_cuda, self.op = device, device.is_cuda, op
+        # With one GPU only, it is the current one.
+        self.must_be_current = device.is_cuda and machine.device_count() > 1
+        self.set_stream: Callable[..., int] = functools.partial(
+            library.lib.TVMFFIEnvSetStream, device.type_code, device.index
+        )
+
+
+def launch(frame: Frame, place: Place, stream: object) -> None:
+    """Call a bound frame on `stream`, or on the open scope's; raises the entry's error."""
+    if place.must_be_current:
+        before = machine.make_current(place.device.index)
+        if before is not None:
+            try:
+                launch_here(frame, place, stream)
+            finally:
+                machine.make_current(before)
+            return
+    launch_here(frame, place, stream)
+
+
+def launch_here(frame: Frame, place: Place, stream: object) -> None:
+    """`launch` with the device current."""
+    if stream is None or not place.is_cuda:
+        if place.is_cuda:
+            scopes = streams.thread.scopes
+            if not scopes or scopes[-1].device is not place.device:
+                streams.open_scope(place.device, place.op).bind(place.device)
+        if frame.invoke():
+            raise take_raised(place.op)
+        return
+    pointer = _pointers.get(stream) if type(stream) is int else None
+    if pointer is None:
+        pointer = _pointer(streams.stream_handle(stream, place.op))
+    set_stream, before = place.set_stream, frame.before
+    set_stream(pointer, before)
+    try:
+        if frame.invoke():
+            raise take_raised(place.op)
+    finally:
+        set_stream(before[0], ffi.NULL)
+
+
+def _pointer(handle: int) -> Any:
+    """A stream's handle as C has it."""
+    if len(_pointers) >= _MOST_HANDLES:
+        _pointers.clear()
+    return _pointers.setdefault(handle, ffi.cast("void *", handle))

@@ -1,0 +1,180 @@
+"""The quick way of a call: straight-line Python, compiled from the op's row.
+
+Layouts that were called with before have been checked; what is left to check of a call are
+addresses and numbers.  Whatever is new or wrong is left to the full way (`Form`), which has
+the words for it: nothing is refused here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fi_ffi.abi.frame import word_of
+from fi_ffi.ops import watching
+from fi_ffi.ops.launch import launch
+from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor, default_of
+from fi_ffi.ops.settled import Settled
+
+_INT64 = 2**63
+
+
+def has_quick_way(row: Row) -> bool:
+    """Whether its calls are of addresses and numbers, and no more."""
+    plain = all(
+        isinstance(arg, (Scalar, KvLayout))
+        or (isinstance(arg, Tensor) and not arg.as_object and not arg.bytes_per_multiprocessor)
+        for arg in row.args
+    )
+    return plain and not (row.together or row.apart or row.allocates) and row.result == "void"
+
+
+def parameters(row: Row) -> str:
+    """An op's Python parameters: the ABI's order, then the stream by keyword."""
+    defaults = [(arg.name, default_of(arg)) for arg in row.args]
+    parts = [name if default is None else f"{name}={default}" for name, default in defaults]
+    return ", ".join([*parts, "*", "stream=None"])
+
+
+def compile_quick(
+    row: Row,
+    settled: Mapping[tuple[object, ...], Settled],
+    full: Callable[[Any, list[Any], object], object],
+) -> Callable[..., Any]:
+    """A method with the op's parameters; `full(self, values, stream)` does what it does not."""
+    namespace: dict[str, Any] = {
+        "_settled": settled, "_full": full, "_launch": launch, "_watching": watching,
+        "_inf": math.inf,
+    }  # fmt: skip
+    exec(_source(row), namespace)
+    made: Callable[..., Any] = namespace[row.name]
+    return made
+
+
+def _source(row: Row) -> str:
+    names = ", ".join(arg.name for arg in row.args)
+    full = f"return _full(self, [{names}], stream)"
+    lines = [f"def {row.name}(self, {parameters(row)}):"]
+    if not has_quick_way(row):
+        return "\n".join([*lines, f"    {full}"])
+    addresses, wrong, writes = _parts(row)
+    lines += [
+        "    try:",
+        f"        settled = _settled[{_key(row)}]",
+        "        frame = settled.frames.pop()",
+        "    except (AttributeError, KeyError, IndexError, TypeError):",
+        f"        {full}",
+        *(f"    {line}" for line in addresses),
+        "    m = settled.masks",
+        f"    if {' or '.join(wrong)} or _watching.inboxes:",
+        "        settled.frames.append(frame)",
+        f"        {full}",
+        "    words = frame.pointers",
+        *(f"    {line}" for line in writes),
+        "    try:",
+        "        _launch(frame, settled.place, stream)",
+        "    finally:",
+        "        settled.frames.append(frame)",
+    ]
+    return "\n".join(lines)
+
+
+class _Keep:
+    def __repr__(self) -> str:
+        return "(as it is)"
+
+
+KEEP: Any = _Keep()  # an argument of an update that stays as it is
+
+
+def compile_update(row: Row) -> Callable[..., None]:
+    """The `update` of the row's prepared calls."""
+    namespace = {"_KEEP": KEEP, "_inf": math.inf}
+    exec(_update_source(row), namespace)
+    made: Callable[..., None] = namespace["update"]
+    return made
+
+
+def _update_source(row: Row) -> str:
+    changes = ", ".join(f"{arg.name!r}: {arg.name}" for arg in row.args)
+    change = f"return self.change(frame, {{{changes}}})"
+    wrong, writes, n = [], [], 0
+    for i, arg in enumerate(row.args):
+        given, tests = f"{arg.name} is not _KEEP", ["True"]
+        if isinstance(arg, Tensor):
+            tests = [f"type({arg.name}) is not int", f"{arg.name} & m[{n}]"]
+            tests.append(f"not 0 < {arg.name} < {_INT64}")
+            if arg.optional:  # None, as it was prepared, has no slot for an address
+                tests.append(f"not values[{i}]")
+            write = f"frame.pointers[{word_of(i, True)}] = values[{i}] = {arg.name}"
+            writes += [f"if {given}:", f"    {write}", f"    self.owners[{n}] = None"]
+            n += 1
+        elif isinstance(arg, Scalar):
+            tests, words = _wrong_numbers(arg), "floats" if arg.type is float else "ints"
+            write = f"frame.{words}[{word_of(i, False)}] = values[{i}] = {arg.name}"
+            writes += [f"if {given}:", f"    {write}"]
+        wrong.append(f"({given} and ({' or '.join(tests)}))")
+    body = [
+        "m, values = self.masks, self.values",
+        f"if {' or '.join(wrong)}:",
+        f"    {change}",
+        *writes,
+    ]
+    if not has_quick_way(row):
+        body = [change]
+    lines = [
+        f"def update(self, {', '.join(f'{arg.name}=_KEEP' for arg in row.args)}):",
+        "    try:",
+        "        frame = self.take()",
+        "    except IndexError:",
+        "        raise self.in_use() from None",
+        "    try:",
+        *(f"        {line}" for line in body),
+        "    finally:",
+        "        self.give(frame)",
+    ]
+    return "\n".join(lines)
+
+
+def _key(row: Row) -> str:
+    """What the checks depend on, as `Form` keys it."""
+    parts = [arg.name for arg in row.args if isinstance(arg, KvLayout)] or ["'NHD'"]
+    for arg in row.tensors:
+        layout = f"{arg.name}.layout"
+        parts.append(f"(None if {arg.name} is None else {layout})" if arg.optional else layout)
+    return ", ".join(parts)
+
+
+def _parts(row: Row) -> tuple[list[str], list[str], list[str]]:
+    """Lines that get the addresses, tests of what is wrong, and lines that write the frame."""
+    addresses: list[str] = []
+    masked: list[str] = []
+    wrong: list[str] = []
+    writes: list[str] = []
+    for i, arg in enumerate(row.args):
+        name = arg.name
+        if isinstance(arg, Tensor):
+            p, there = f"p{len(addresses)}", f"{name} is not None"
+            masked.append(f"{p} & m[{len(addresses)}]")
+            addresses.append(f"{p} = {name}.ptr" + (f" if {there} else 0" if arg.optional else ""))
+            wrong.append(f"({there} and not {p})" if arg.optional else f"not {p}")
+            writes.append(f"words[{word_of(i, True)}] = {p}")
+        elif isinstance(arg, Scalar):
+            wrong += _wrong_numbers(arg)
+            words = "floats" if arg.type is float else "ints"
+            writes.append(f"frame.{words}[{word_of(i, False)}] = {name}")
+    return addresses, [" | ".join(masked), *wrong], writes
+
+
+def _wrong_numbers(arg: Scalar) -> list[str]:
+    """When a number cannot be written as it is."""
+    name, wrong = arg.name, [f"type({arg.name}) is not {arg.type.__name__}"]
+    if arg.type is float:
+        low = "-_inf <" if arg.low is None else f"{float(arg.low)!r} <="
+        wrong.append(f"not {low} {name} < _inf")
+    elif arg.type is int:
+        wrong.append(f"not {-_INT64 if arg.low is None else int(arg.low)} <= {name} < {_INT64}")
+    if arg.multiple_of > 1:
+        wrong.append(f"{name} % {arg.multiple_of}")
+    return wrong

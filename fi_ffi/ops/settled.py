@@ -1,0 +1,110 @@
+"""What a combination of layouts needs, worked out once: checks, frames, and the call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from fi_ffi.abi.device import Device
+from fi_ffi.abi.frame import ArraySlot, Frame, Slot, TensorSlot
+from fi_ffi.abi.function import Entry
+from fi_ffi.abi.streams import launching
+from fi_ffi.abi.tensor import Layout, make_layout
+from fi_ffi.ops import cuda, watching
+from fi_ffi.ops.check import Checked, Given
+from fi_ffi.ops.launch import Place
+from fi_ffi.ops.row import Arg, KvLayout, Row, Scalar, Tensor
+
+
+class Settled:
+    """A row's call with tensors of these layouts, which fit it."""
+
+    __slots__ = ("checked", "device", "entry", "frames", "is_empty", "masks", "place", "slots")
+
+    def __init__(self, row: Row, checked: Checked, layouts: Given, kv_layout: str) -> None:
+        self.checked = checked
+        self.device = next(
+            layout.device
+            for arg, layout in zip(row.tensors, layouts, strict=True)
+            if layout is not None and not arg.host
+        )
+        if row.nothing_axis:
+            self.is_empty = not self.checked.sizes[row.nothing_axis]
+        else:
+            written = [lay for arg, lay in zip(row.tensors, layouts, strict=True) if arg.writes]
+            self.is_empty = bool(written) and not any(
+                lay is not None and lay.numel for lay in written
+            )
+        strided = any(isinstance(arg, KvLayout) and arg.strided for arg in row.args)
+        as_nhd = kv_layout == "HND" and strided
+        of_tensor = iter(layouts)
+        self.slots = [_slot(arg, of_tensor, as_nhd) for arg in row.args]
+        # Bits that an address must not have; alignments are powers of 2.
+        self.masks = tuple(alignment - 1 for alignment in checked.alignments)
+        # Set at the first launch: where it is, and free frames bound to its entry.  list.pop and
+        # append are atomic, so concurrent calls get their own.
+        self.entry: Entry | None = None
+        self.place: Place | None = None
+        self.frames: list[Frame] = []
+
+    def start(self, entry: Entry, op: str) -> None:
+        """Settle what is called, and where."""
+        self.place, self.entry = Place(self.device, op), entry
+
+    def frame(self) -> Frame:
+        """A frame of this call's own, until it is put back."""
+        try:
+            return self.frames.pop()
+        except IndexError:
+            assert self.entry is not None
+            return Frame(self.slots).bind(self.entry)
+
+
+def on(stream: object, device: Device, op: str) -> launching | None:
+    """The stream of one call; None on the CPU, which has none."""
+    return launching(stream, device, op) if device.is_cuda else None
+
+
+def launch_fully(
+    row: Row, settled: Settled, frame: Frame, values: Sequence[Any], on_stream: launching | None
+) -> Any:
+    """Write a frame and call: watched, with memory for kernels that allocate, with a result."""
+    call: Callable[..., Any] = frame.call
+    if on_stream is None:
+        if watching.inboxes:
+            call = watching.watched(call, row, settled.device, None, settled.slots)
+        return _call(call, row, settled, values)
+    # Some launchers, and all of the CUDA runtime, use the device that is current.
+    with cuda.current(settled.device), on_stream:
+        if watching.inboxes:
+            handle = on_stream.handle
+            call = watching.watched(call, row, settled.device, handle, settled.slots)
+        return _call(call, row, settled, values)
+
+
+def _call(call: Callable[..., Any], row: Row, settled: Settled, values: Sequence[Any]) -> Any:
+    if not row.allocates:
+        return call(settled.entry, values)
+    with cuda.kernel_memory().installed():
+        return call(settled.entry, values)
+
+
+def _slot(arg: Arg, of_tensor: Iterator[Layout | None], as_nhd: bool) -> Slot:
+    if isinstance(arg, Tensor):
+        layout = next(of_tensor)
+        if layout is None:
+            return None
+        return TensorSlot(_nhd(layout) if as_nhd and arg.kv else layout, arg.as_object)
+    if isinstance(arg, Scalar):
+        return arg.type
+    return int if isinstance(arg, KvLayout) else ArraySlot()
+
+
+def _nhd(layout: Layout) -> Layout:
+    """The same memory with the axes of heads and tokens exchanged."""
+
+    def exchanged(numbers: tuple[int, ...]) -> tuple[int, ...]:
+        return (*numbers[:-3], numbers[-2], numbers[-3], numbers[-1])
+
+    shape, strides = exchanged(layout.shape), exchanged(layout.strides)
+    return make_layout(shape, layout.dtype, strides, layout.device, layout.readonly)

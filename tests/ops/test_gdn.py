@@ -1,0 +1,240 @@
+"""The gated delta rule on the CPU: the reference against another formula, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fi_ffi
+from fi_ffi.abi.device import parse_device
+from fi_ffi.cli.cases import Case, bound, make_case
+from fi_ffi.loader import machine
+from fi_ffi.ops import memory
+from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.providers import entry_for
+
+OP = OPS["gdn_prefill"]
+CHECKPOINTS = ("state_checkpoints", "checkpoint_cu_starts")
+HEADS = [(1, 1), (2, 2), (4, 2), (6, 2), (2, 4), (1, 3)]
+
+
+def case(tokens=130, seqs=3, q_heads=2, v_heads=4, dtype="float16", **more) -> Case:
+    sizes = {"total_seq_len": tokens, "num_seqs": seqs, "num_q_heads": q_heads}
+    sizes |= {"num_v_heads": v_heads, "head_size": 128, "workspace_size": 128}
+    return make_case(OP.row, sizes, {"T": dtype}, np.random.default_rng(), **more)
+
+
+def check(made: Case) -> None:
+    """Run it: the reference is in float64 too, so that only the last rounding is left."""
+    OP(**made.arrays, **made.scalars)
+    for name, (value, magnitude) in made.expected.items():
+        got = made.arrays[name].astype(np.float64)
+        allowed = bound(value, magnitude, made.arrays[name].dtype, slack=1e-7)
+        assert (np.abs(got - value) <= allowed).all(), name
+
+
+@pytest.mark.parametrize("dtype", OP.row.dtypes["T"])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_heads_and_checkpoints(heads, dtype):
+    for every in (64, 128, 192):
+        check(case(300, 3, *heads, dtype, checkpoint_every_n_tokens=every))
+
+
+OPTIONAL = ("input_state", "alpha", "beta", "workspace_buffer")
+
+
+@pytest.mark.parametrize("without", [(), *[(name,) for name in OPTIONAL], OPTIONAL], ids=str)
+@pytest.mark.parametrize("scale", [0.0, 0.3])
+def test_options(without, scale):
+    check(case(without=(*without, *CHECKPOINTS), scale=scale))
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 129, 257])
+def test_lengths(length):
+    check(case(length + 5, tables={"cu_seqlens": np.array([0, 4, length + 4, length + 5])}))
+
+
+def test_gates_of_nothing():
+    made = case(70, 1)
+    for gate in ("alpha", "beta"):
+        made.arrays[gate][::3] = 0
+    made = case(70, 1, tables={name: made.arrays[name] for name in ("alpha", "beta")})
+    check(made)
+
+
+def test_the_state_in_place():
+    apart = case(200, 2, without=CHECKPOINTS)
+    OP(**apart.arrays, **apart.scalars)
+    state, output = apart.arrays["input_state"].copy(), np.full_like(apart.arrays["output"], np.nan)
+    once = apart.arrays | {"input_state": state, "output_state": state, "output": output}
+    OP(**once, **apart.scalars)
+    assert state.tobytes() == apart.arrays["output_state"].tobytes()
+    assert output.tobytes() == apart.arrays["output"].tobytes()
+
+
+def test_a_state_carried_on():
+    """Two calls with the state handed on are one call."""
+    whole = case(200, 1, without=CHECKPOINTS)
+    OP(**whole.arrays, **whole.scalars)
+    state = whole.arrays["input_state"].copy()
+    got = np.full_like(whole.arrays["output"], np.nan)
+    for span in (slice(0, 77), slice(77, 200)):
+        part = {name: whole.arrays[name][span] for name in ("q", "k", "v", "alpha", "beta")}
+        part |= {"cu_seqlens": fi_ffi.cu_seqlens([span.stop - span.start]), "output": got[span]}
+        OP(**part, output_state=state, input_state=state)
+    assert np.allclose(state, whole.arrays["output_state"], rtol=1e-5, atol=1e-6)
+    assert np.allclose(got.astype(float), whole.arrays["output"].astype(float), rtol=1e-3)
+
+
+def refused(made: Case, argument: str, expected: str, **over) -> None:
+    before = {name: array.tobytes() for name, array in made.arrays.items()}
+    with pytest.raises(fi_ffi.ArgumentError, match=expected) as caught:
+        OP(**made.arrays | made.scalars | over)
+    assert (caught.value.op, caught.value.argument) == ("gdn_prefill", argument)
+    assert {name: array.tobytes() for name, array in made.arrays.items()} == before
+
+
+@pytest.mark.parametrize(
+    ("q_heads", "k_heads", "v_heads", "argument", "expected"),
+    [
+        (4, 4, 2, "k", "num_k_heads = 2, the min of num_q_heads = 4 and num_v_heads = 2"),
+        (2, 4, 4, "k", "num_k_heads = 2, the min of"),
+        (3, 2, 2, "k", "a multiple of num_k_heads = 2"),
+        (2, 2, 3, "k", "a multiple of num_k_heads = 2"),
+    ],
+)
+def test_heads_that_do_not_fit(q_heads, k_heads, v_heads, argument, expected):
+    more = max(q_heads, v_heads)
+    arrays = {
+        name: np.ones((9, heads, 128), np.float16)
+        for name, heads in {"output": more, "q": q_heads, "k": k_heads, "v": v_heads}.items()
+    }
+    state = np.ones((1, more, 128, 128), np.float32)
+    with pytest.raises(fi_ffi.ArgumentError, match=expected) as caught:
+        OP(**arrays, output_state=state, cu_seqlens=np.array([0, 9]))
+    assert caught.value.argument == argument
+
+
+def test_too_few_heads_of_the_output():
+    made = case(q_heads=2, v_heads=4)
+    few = {name: made.arrays[name][:, :2].copy() for name in ("output", "alpha", "beta")}
+    few |= {name: made.arrays[name][:, :2].copy() for name in ("output_state", "input_state")}
+    few["state_checkpoints"] = made.arrays["state_checkpoints"][:, :2].copy()
+    refused(made, "output", "num_sab_heads = 4, the max of", **few)
+
+
+def test_fewer_tokens_than_sequences():
+    made = case(5, 3, without=(*CHECKPOINTS, "alpha", "beta"))
+    few = {name: made.arrays[name][:2].copy() for name in ("output", "q", "k", "v")}
+    refused(made, "output", "total_seq_len of at least num_seqs = 3", **few)
+
+
+@pytest.mark.parametrize("name", [*CHECKPOINTS, "checkpoint_every_n_tokens"])
+def test_checkpoints_go_together(name):
+    made = case()
+    absent = 0 if name == "checkpoint_every_n_tokens" else None
+    refused(made, name, "they go together", **{name: absent})
+    only = dict.fromkeys({*CHECKPOINTS, "checkpoint_every_n_tokens"} - {name})
+    only |= {"checkpoint_every_n_tokens": 64 * (name == "checkpoint_every_n_tokens")}
+    other = "state_checkpoints" if name != "state_checkpoints" else "checkpoint_cu_starts"
+    refused(made, other, "they go together", **only)
+
+
+@pytest.mark.parametrize("every", [1, 63, 65, 100])
+def test_checkpoints_between_tiles(every):
+    refused(case(), "checkpoint_every_n_tokens", "multiple of 64", checkpoint_every_n_tokens=every)
+
+
+def test_memory_that_overlaps():
+    made = case(without=CHECKPOINTS)
+    room = np.zeros((4, 4, 128, 128), np.float32)
+    refused(
+        made, "input_state", "the very same memory", output_state=room[:3], input_state=room[1:]
+    )
+    wide = np.zeros((131, 4, 128), np.float16)
+    refused(made, "v", "memory apart", output=wide[:130], v=wide[1:])
+    refused(made, "v", "memory apart", output=wide[:130], v=wide[:130])
+    # What is only read may be the same.
+    OP(**made.arrays | {"alpha": made.arrays["beta"]})
+
+
+def test_a_workspace_that_is_too_small():
+    made = case()
+    small = np.zeros(127, np.uint8)
+    refused(
+        made,
+        "workspace_buffer",
+        "128 bytes or more, as gdn_prefill_workspace",
+        workspace_buffer=small,
+    )
+
+
+def test_workspaces_of_fi_ffis_own():
+    """One for each device and stream, kept."""
+    cpu, (arg,) = parse_device("cpu"), [a for a in OP.row.tensors if a.bytes_per_multiprocessor]
+    first, again = (memory.scratch_for(OP.row, arg, cpu, None, None) for _ in range(2))
+    assert first is again
+    assert first.shape == (fi_ffi.gdn_prefill_workspace_size("cpu"),) == (128,)
+    assert first.ptr % arg.alignment == 0
+
+
+@pytest.mark.parametrize("major", [8, 10, 12])
+def test_gpus_that_are_not_sm90(monkeypatch, major):
+    """No such GPU is here: the machine is said to have one."""
+    monkeypatch.setattr(machine, "capability", lambda _: (major, 0))
+    with pytest.raises(fi_ffi.ArchitectureError, match=rf"capability 9\.x; cuda:0 has {major}\.0"):
+        entry_for(OP.row, parse_device("cuda:0"))
+
+
+@pytest.mark.parametrize("starts", [[0, 5, 5, 130], [0, 5, 4, 130], [1, 5, 6, 130], [0, 5, 9, 131]])
+def test_sequences_that_the_reference_refuses(starts):
+    made = case(without=CHECKPOINTS)
+    with pytest.raises(fi_ffi.KernelError, match="cu_seqlens goes|would never end"):
+        OP(**made.arrays | {"cu_seqlens": np.array(starts)})
+
+
+def test_nothing_to_do():
+    made = case(5, 1, without=(*CHECKPOINTS, "input_state"))
+    none = np.zeros((0, 4, 128, 128), np.float32)
+    OP(**made.arrays | {"cu_seqlens": np.zeros(1, np.int64), "output_state": none})
+    assert np.isnan(made.arrays["output"].astype(float)).all()
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(1, 1000), max_size=20), tiles=st.integers(1, 6))
+def test_starts(lengths, tiles):
+    starts = fi_ffi.cu_seqlens(lengths)
+    assert starts.dtype == np.int64 and starts[0] == 0 and np.diff(starts).tolist() == lengths
+    kept = fi_ffi.checkpoint_cu_starts(starts, 64 * tiles)
+    for count, length in zip(np.diff(kept), lengths, strict=True):
+        # One after every so many tiles, the last of which need not be full.
+        assert count == sum((tile + 1) % tiles == 0 for tile in range((length + 63) // 64))
+    assert kept.dtype == np.int64 and kept[0] == 0
+
+
+@pytest.mark.parametrize(
+    "lengths", [[1, 0], [0], [-1], [2**31], [2**30] * 2, 3, "1", [1.0], [True]]
+)
+def test_lengths_that_are_refused(lengths):
+    with pytest.raises(fi_ffi.ArgumentError, match="cu_seqlens: argument `seq_lens`"):
+        fi_ffi.cu_seqlens(lengths)
+
+
+@pytest.mark.parametrize("starts", [[], [1, 2], [0, 2, 2], [0, 2, 1], [[0, 1]], None])
+def test_starts_that_are_refused(starts):
+    with pytest.raises(fi_ffi.ArgumentError, match="argument `cu_seqlens`"):
+        fi_ffi.checkpoint_cu_starts(starts, 64)
+
+
+@pytest.mark.parametrize("every", [0, -64, 63, 65, 64.0, True, None, "64"])
+def test_intervals_that_are_refused(every):
+    with pytest.raises(fi_ffi.ArgumentError, match="argument `checkpoint_every_n_tokens`"):
+        fi_ffi.checkpoint_cu_starts([0, 5], every)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", None, 3.5])
+def test_devices_that_are_refused(device):
+    with pytest.raises(fi_ffi.FiFfiError):
+        fi_ffi.gdn_prefill_workspace_size(device)

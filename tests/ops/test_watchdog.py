@@ -1,0 +1,835 @@
+"""Watchdogs without a GPU: calls that block on the host, and streams written for by hand."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import re
+import signal
+import threading
+import time
+from collections import defaultdict, deque
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fi_ffi
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.device import parse_device
+from fi_ffi.abi.frame import TensorSlot
+from fi_ffi.loader import machine
+from fi_ffi.ops import marks, watching
+from fi_ffi.ops import watchdog as module
+from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.op import Op
+from fi_ffi.ops.providers import entry_for
+from fi_ffi.ops.row import Row, Scalar, Tensor
+from fi_ffi.reference import norm
+
+from forking import in_child
+from plan_calls import Case
+
+LIMIT = 0.25
+LONG = 30.0  # a limit that no test is to reach
+CUDA, CPU = parse_device("cuda:0"), parse_device("cpu")
+# A row of its own, whose kernel does what the test says.
+ROW = Row(
+    "mine", "norm", "mine", "here", "Mine.",
+    (
+        Tensor("y", "n h", "T", "result", writes=True, reads=False),
+        Tensor("x", "n h", "T", "argument"),
+        Tensor("w", "h", "T", "not there", optional=True),
+        Scalar("factor", float, 1.5, "factor"),
+    ),
+    {"T": ("float16",)}, ">=0",
+)  # fmt: skip
+
+
+def threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("fi_ffi.watchdog")]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left():
+    yield
+    assert watching.inboxes == ()
+    assert threads() == []
+
+
+class Mine:
+    """An op whose kernel does `work` first, and its arguments."""
+
+    def __init__(self) -> None:
+        self.work = lambda: None
+        self.op = Op(ROW)
+        rng = np.random.default_rng()
+        self.x = rng.standard_normal((4, 24)).astype(np.float16)[:, :16]
+        self.y = np.full((4, 16), np.nan, np.float16)
+
+    def kernel(self, y, x, w, factor):
+        self.work()
+        y[...] = x * factor
+
+    def __call__(self) -> None:
+        self.op(self.y, self.x, factor=2.0)  # the line that reports name
+
+    def check(self) -> None:
+        assert (self.y == self.x * np.float16(2)).all()
+
+
+THE_LINE = next(
+    i
+    for i, line in enumerate(Path(__file__).read_text().splitlines(), 1)
+    if line.endswith("  # the line that reports name")
+)
+
+
+@pytest.fixture
+def mine(monkeypatch):
+    from fi_ffi import reference
+
+    made = Mine()
+    monkeypatch.setitem(norm.KERNELS, "mine", made.kernel)
+    # What was registered for another test's kernel is not this one's.
+    for key in [key for key in reference._entries if key[1] == "mine"]:
+        del reference._entries[key]
+    return made
+
+
+class Gpu:
+    """Where a GPU would be: it has memory, streams, and does its work when it is told to."""
+
+    def __init__(self) -> None:
+        self.pages: list = []
+        self.queues: dict[int, deque[tuple[int, int]]] = defaultdict(deque)
+        self.board = marks.Board(self.allocate, self.write)
+        self.array = np.zeros((4, 16), np.float16)
+
+    def allocate(self, count: int) -> int:
+        self.pages.append(ffi.new("char[]", b"\xa5" * (count - 1)))
+        return int(ffi.cast("uintptr_t", self.pages[-1]))
+
+    def write(self, stream: int, address: int, number: int) -> None:
+        self.queues[stream].append((address, number))
+
+    def launch(self, name: str = "rmsnorm", stream: int = 7, returns: bool = True) -> watching.Call:
+        """What `Form._launch` does with a watchdog open, but for the kernel."""
+        row = OPS[name].row
+        layout = fi_ffi.as_desc(self.array).layout
+        args = [TensorSlot(layout, False) if isinstance(a, Tensor) else a.type for a in row.args]
+        values = [4096 + 256 * i for i in range(len(row.args))]
+        call = watching.Call(row, entry_for(row, CPU), CUDA, stream, args, values)
+        watching.tell(call)
+        call.slot = self.board.slot((0, stream))
+        if returns:
+            call.slot, call.number = self.board.mark(call.slot, (0, stream), stream)
+        return call
+
+    def work(self, count: int = 1, stream: int = 7) -> None:
+        """Do the next so many calls' work: their marks appear in memory."""
+        for _ in range(count):
+            address, number = self.queues[stream].popleft()
+            ffi.cast("uint32_t *", address)[0] = number
+
+
+@pytest.fixture
+def gpu():
+    return Gpu()
+
+
+class Hangs:
+    """The block of a watchdog whose end is to raise `HangError`."""
+
+    def __init__(self, **options) -> None:
+        self.dog = fi_ffi.watchdog(LIMIT, **options)
+
+    def __enter__(self) -> Hangs:
+        self.dog.__enter__()
+        return self
+
+    def __exit__(self, *raised) -> None:
+        if raised[0] is not None:
+            self.dog.__exit__(*raised)
+            return
+        with pytest.raises(fi_ffi.HangError) as caught:
+            self.dog.__exit__(None, None, None)
+        self.error = caught.value
+
+
+def silent(report: str) -> None:
+    """An `on_hang` that leaves the test's output alone."""
+
+
+def until(condition, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.002)
+
+
+def later(seconds: float, action) -> threading.Timer:
+    timer = threading.Timer(seconds, action)
+    timer.start()
+    return timer
+
+
+# ---------------------------------------------------------------- calls on the host
+
+
+def test_a_blocked_call_is_reported_while_the_main_thread_is_stuck(mine):
+    gate = threading.Event()
+    mine.work = lambda: gate.wait(20)
+    taken = []
+
+    def on_hang(report):
+        assert threading.current_thread() is not threading.main_thread()
+        taken.append(report)
+        gate.set()  # nothing else lets the main thread go on
+
+    start = time.monotonic()
+    with fi_ffi.watchdog(LIMIT, on_hang=on_hang) as dog:
+        mine()
+        waited = time.monotonic() - start
+    mine.check()
+    assert LIMIT < waited < 10
+    assert dog.reports == taken
+    (report,) = taken
+    lines = report.splitlines()
+    assert re.fullmatch(r"fi_ffi.watchdog\(0.25\): mine has not returned for \d.\d\d s", lines[0])
+    assert lines[1].startswith(f"  called: {__file__}:{THE_LINE} in __call__, thread 'MainThread'")
+    assert lines[2:] == [
+        "  entry: fi_ffi.reference.norm.mine, on cpu",
+        "  host: the call has not returned",
+        f"  y: float16[4, 16] on cpu at {mine.y.ctypes.data:#x}",
+        f"  x: float16[4, 16], strides=(24, 1) on cpu at {mine.x.ctypes.data:#x}",
+        "  w: None",
+        "  factor: 2.0",
+    ]
+
+
+def test_stderr_has_the_report_where_nobody_takes_it(mine, capsys):
+    mine.work = lambda: time.sleep(3 * LIMIT)
+    with fi_ffi.watchdog(LIMIT) as dog:
+        mine()
+    assert len(dog.reports) == 1, "once for a stuck call"
+    assert capsys.readouterr().err == dog.reports[0] + "\n"
+
+
+def test_a_call_in_time_is_not_reported(mine, capsys):
+    mine.work = lambda: time.sleep(0.02)
+    with fi_ffi.watchdog(LONG) as dog:
+        for _ in range(5):
+            mine()
+    mine.check()
+    assert dog.reports == []
+    assert capsys.readouterr().err == ""
+
+
+def test_worker_threads_are_watched_and_waited_for(mine):
+    started, gate = threading.Event(), threading.Event()
+    mine.work = lambda: (started.set(), gate.wait(20))
+    worker = threading.Thread(target=mine, name="the worker")
+    try:
+        with Hangs(on_hang=silent) as block:
+            worker.start()
+            started.wait(20)
+    finally:
+        gate.set()
+        worker.join()
+    assert block.error.op == "mine"
+    assert isinstance(block.error, TimeoutError)
+    for report in (str(block.error), block.error.report, *block.dog.reports):
+        assert "mine has not returned" in report
+        assert f":{THE_LINE} in __call__, thread 'the worker'" in report
+    assert len(block.dog.reports) == 1
+
+
+def test_exit_waits_for_a_worker(mine):
+    started, gate = threading.Event(), threading.Event()
+    mine.work = lambda: (started.set(), gate.wait(20))
+    worker = threading.Thread(target=mine)
+    with fi_ffi.watchdog(LONG):
+        worker.start()
+        started.wait(20)
+        later(0.3, gate.set)
+    assert gate.is_set(), "exit did not wait"
+    worker.join()
+
+
+def test_a_plans_calls_are_reported_with_the_plan(monkeypatch):
+    from fi_ffi.reference.attention import plan as kernels
+
+    case = Case("decode", logits_soft_cap=8.0)
+    plan = case.plan()
+    load, taken = kernels.load, []
+
+    def slow(*args):
+        until(lambda: taken)
+        return load(*args)
+
+    monkeypatch.setattr(kernels, "load", slow)
+    with fi_ffi.watchdog(LIMIT, on_hang=taken.append):
+        case.run(plan)
+    case.check(logits_soft_cap=8.0)
+    (report,) = taken
+    assert report.startswith("fi_ffi.watchdog(0.25): BatchDecodePlan has not returned")
+    assert "plan_calls.py:" in report.splitlines()[1]
+    told = re.search("plan: (.*)", report)[1]
+    assert told.startswith("BatchDecodePlan.run: backend 'cuda cores', module batch_decode_with_kv")
+    for part in ("4 requests", "num_qo_heads=4", "page_size=4", "logits_soft_cap=8.0"):
+        assert part in told
+    assert "window_left" not in told, "the default"
+    assert re.search("  plan_info_vec: an array object at 0x", report)
+    assert re.search(r"  paged_k_cache: float16\[12, 4, 2, 64\] on cpu at 0x", report)
+
+
+def test_single_requests_and_compiled_callers(monkeypatch):
+    """The op has the caller's name for it; a function compiled from a row is no caller."""
+    from fi_ffi.reference.attention import single
+
+    taken, variant = [], single.cuda_cores
+
+    def slow(*args):
+        until(lambda: taken)
+        return variant(*args)
+
+    monkeypatch.setattr(single, "cuda_cores", slow)
+    q, kv, tmp = np.zeros((4, 64), np.float16), np.zeros((5, 2, 64), np.float16), np.zeros(64, "u1")
+    namespace = {"fi_ffi": fi_ffi}
+    exec("def compiled(*args): fi_ffi.single_decode(*args)", namespace)
+    with fi_ffi.watchdog(LIMIT, on_hang=taken.append):
+        namespace["compiled"](q, kv, kv, tmp, np.full_like(q, np.nan))
+    lines = taken[0].splitlines()
+    assert "): single_decode has not returned" in lines[0]
+    assert lines[1].startswith(f"  called: {__file__}:")
+    assert " in test_single_requests_and_compiled_callers, " in lines[1]
+    assert lines[2].endswith("on cpu") and "entry: fi_ffi.reference.single_decode" in lines[2]
+
+
+def test_planning_is_watched_as_well(monkeypatch):
+    from fi_ffi.reference.attention import plan as kernels
+
+    case, taken, save = Case("decode"), [], kernels.save
+
+    def slow(*args):
+        until(lambda: taken)
+        return save(*args)
+
+    monkeypatch.setattr(kernels, "save", slow)
+    with fi_ffi.watchdog(LIMIT, on_hang=taken.append):
+        case.plan()
+    assert "BatchDecodePlan has not returned" in taken[0]
+    assert "plan: BatchDecodePlan.__init__: backend" in taken[0]
+
+
+def test_a_call_after_a_refused_run_is_not_the_plans(mine):
+    case, taken = Case("decode"), []
+    plan = case.plan()
+    mine.work = lambda: until(lambda: taken)
+    with fi_ffi.watchdog(LIMIT, on_hang=taken.append):
+        with pytest.raises(fi_ffi.ArgumentError):
+            case.run(plan, lse=np.zeros((1, 1), np.float64))
+        mine()
+    assert "plan:" not in taken[0]
+    assert "): mine has not" in taken[0]
+
+
+def test_a_call_that_fails_is_over(mine):
+    def fail():
+        raise ValueError("no")
+
+    mine.work = fail
+    with fi_ffi.watchdog(LONG) as dog, pytest.raises(fi_ffi.KernelError):
+        mine()
+    assert dog.reports == []
+
+
+# ---------------------------------------------------------------- streams
+
+
+def test_a_stuck_stream(gpu, capsys):
+    """The first call of it is told of, once, and what waits behind it counted."""
+    with Hangs() as block:
+        gpu.launch("layernorm")
+        gpu.work()
+        blocked = gpu.launch("gemma_rmsnorm", returns=False)  # by the next, which is late first
+        time.sleep(LIMIT / 2)
+        gpu.launch()
+        for name in ("rmsnorm", "rmsnorm", "layernorm"):
+            gpu.launch(name)
+        gpu.launch(stream=8)
+        gpu.work(stream=8)
+        until(lambda: block.dog.reports)
+        time.sleep(2 * LIMIT)
+    (report,) = block.dog.reports
+    assert capsys.readouterr().err == report + "\n"
+    for text in (report, block.error.report):
+        lines = text.splitlines()
+        assert lines[0].startswith("fi_ffi.watchdog(0.25): rmsnorm has not finished, and its str")
+        assert "  entry: fi_ffi.reference.norm.rmsnorm, on cuda:0, stream 0x7" in lines
+        assert "  host: the call has returned, its work is queued" in lines
+        assert "  input: float16[4, 16] on cpu at 0x1100" in lines
+        assert "  behind it: 4 later calls (2 rmsnorm, 1 gemma_rmsnorm, 1 layernorm)" in lines
+        assert lines[-1].startswith("    not returned: gemma_rmsnorm, ")
+        assert "thread 'MainThread'" in lines[-1]
+    assert block.error.op == "rmsnorm"
+    assert not blocked.is_over
+
+
+def test_a_chain_that_keeps_moving_is_fine(gpu):
+    with fi_ffi.watchdog(1.0) as dog:
+        for _ in range(16):
+            gpu.launch()
+        for _ in range(15):
+            time.sleep(0.1)
+            gpu.work()
+        later(0.1, gpu.work)
+    assert dog.reports == []
+    assert not gpu.queues[7]
+
+
+def test_a_call_that_does_not_return_though_its_stream_moves(gpu):
+    with fi_ffi.watchdog(LIMIT, on_hang=silent) as dog:
+        gpu.launch()
+        blocked = gpu.launch("layernorm", returns=False)
+        while not dog.reports:
+            gpu.launch()
+            gpu.work()
+            time.sleep(LIMIT / 10)
+        gpu.work()
+        blocked.is_ended = True
+    (report,) = dog.reports
+    assert "): layernorm has not returned" in report
+
+
+def test_another_call_of_the_stream_can_get_stuck_later(gpu):
+    with fi_ffi.watchdog(LIMIT, on_hang=silent) as dog:
+        gpu.launch()
+        gpu.launch("layernorm")
+        until(lambda: len(dog.reports) == 1)
+        gpu.work()
+        until(lambda: len(dog.reports) == 2)
+        gpu.work()
+    first, second = dog.reports
+    assert "): rmsnorm has not" in first and "behind it: 1 later call (1 layernorm)" in first
+    assert "): layernorm has not" in second and "behind it: no later call" in second
+
+
+def test_two_streams_are_judged_apart(gpu):
+    with Hangs(on_hang=silent) as block:
+        gpu.launch(stream=1)
+        gpu.launch("layernorm", stream=2)
+        until(lambda: len(block.dog.reports) == 2)
+        gpu.work(stream=1)
+    assert block.error.op == "layernorm"
+    streams = {re.search("stream (0x.)", report)[1] for report in block.dog.reports}
+    assert streams == {"0x1", "0x2"}
+
+
+def test_exit_waits_for_the_stream(gpu):
+    with fi_ffi.watchdog(LONG) as dog:
+        gpu.launch()
+        gpu.launch()
+        later(0.2, lambda: gpu.work(2))
+        start = time.monotonic()
+    assert 0.15 < time.monotonic() - start < 10
+    assert dog.reports == []
+
+
+def test_exit_raises_when_the_time_is_over(gpu, capsys):
+    """The report comes first, and nothing of it needs the launching thread."""
+    start = time.monotonic()
+    with Hangs() as block:
+        gpu.launch()
+    assert LIMIT < time.monotonic() - start < 10
+    assert len(block.dog.reports) == 1
+    assert "rmsnorm has not finished" in capsys.readouterr().err
+    start = time.monotonic()
+    with fi_ffi.watchdog(LIMIT):  # what others recorded is not waited for
+        pass
+    assert time.monotonic() - start < LIMIT
+
+
+def test_an_exception_is_not_masked_nor_anything_waited_for(gpu):
+    def block():
+        with fi_ffi.watchdog(LONG):
+            gpu.launch()
+            _ = 1 / 0
+
+    start = time.monotonic()
+    with pytest.raises(ZeroDivisionError):
+        block()
+    assert time.monotonic() - start < 5
+
+
+def test_nested_watchdogs_wait_for_their_own_calls(gpu):
+    with fi_ffi.watchdog(LONG) as outer:
+        gpu.launch("layernorm", stream=1)
+        start = time.monotonic()
+        with Hangs(on_hang=silent) as inner:
+            gpu.launch(stream=2)
+        assert inner.error.op == "rmsnorm"
+        with fi_ffi.watchdog(LONG):
+            pass
+        assert time.monotonic() - start < 10
+        later(0.2, lambda: (gpu.work(stream=1), gpu.work(stream=2)))
+    assert not gpu.queues[1]
+    assert not gpu.queues[2], "the outer one has the inner one's calls too"
+    assert (outer.reports, len(inner.dog.reports)) == ([], 1)
+
+
+def test_watchdogs_of_several_threads(gpu):
+    """Each is told of all calls, and each judges by its own limit."""
+    opened, launched = threading.Barrier(3), threading.Barrier(3)
+    dogs = []
+
+    def watch(seconds):
+        with fi_ffi.watchdog(seconds, on_hang=silent) as dog:
+            dogs.append(dog)
+            opened.wait()
+            launched.wait()
+            if seconds == LIMIT:
+                until(lambda: dog.reports)
+                gpu.work()
+
+    workers = [threading.Thread(target=watch, args=(s,)) for s in (LIMIT, LONG)]
+    for worker in workers:
+        worker.start()
+    opened.wait()
+    assert len(threads()) == 2
+    gpu.launch()
+    launched.wait()
+    for worker in workers:
+        worker.join(20)
+    assert {dog.seconds: len(dog.reports) for dog in dogs} == {LIMIT: 1, LONG: 0}
+
+
+def test_many_threads_launch_and_watch(gpu, mine):
+    """Numbers reach each stream's queue in their order; nothing is lost, nothing is late."""
+    stop, failures = threading.Event(), []
+
+    def launch(stream):
+        for _ in range(300):
+            gpu.launch(stream=stream)
+
+    def watch():
+        for _ in range(15):
+            with fi_ffi.watchdog(LONG):
+                mine()
+
+    def run(work, *args):
+        try:
+            work(*args)
+        except BaseException as error:
+            failures.append(error)
+
+    def finish():
+        while not stop.is_set() or any(gpu.queues.values()):
+            for stream in (1, 2):
+                gpu.work(len(gpu.queues[stream]), stream)
+            time.sleep(0.001)
+
+    finisher = threading.Thread(target=finish)
+    finisher.start()
+    with fi_ffi.watchdog(LONG) as dog:
+        jobs = [(launch, 1), (launch, 1), (launch, 2), (watch,), (watch,)]
+        workers = [threading.Thread(target=run, args=job) for job in jobs]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(60)
+    stop.set()
+    finisher.join(20)
+    assert failures == [] and dog.reports == []
+    assert [gpu.board.slot((0, s)).value for s in (1, 2)] == [600, 300]
+
+
+# ---------------------------------------------------------------- slots
+
+
+def test_numbers_wrap_around(gpu):
+    slot = gpu.board.slot((0, 7))
+    slot.issued = 2**32 - 3
+    ffi.cast("uint32_t *", slot.address)[0] = slot.issued
+    with fi_ffi.watchdog(LONG):
+        calls = [gpu.launch() for _ in range(5)]
+        assert [call.number for call in calls] == [2**32 - 2, 2**32 - 1, 0, 1, 2]
+        for done in range(6):
+            assert [call.is_over for call in calls] == [True] * done + [False] * (5 - done)
+            assert [call.left for call in calls[done:]] == list(range(1, 6 - done))
+            if done < 5:
+                gpu.work()
+
+
+def test_numbers_are_queued_in_their_order():
+    gpu = Gpu()
+
+    def write(stream, address, number):
+        time.sleep(0)  # lets other threads go on
+        gpu.write(stream, address, number)
+
+    gpu.board = marks.Board(gpu.allocate, write)
+    slot, key = gpu.board.slot((0, 7)), (0, 7)
+    workers = [
+        threading.Thread(target=lambda: [gpu.board.mark(slot, key, 7) for _ in range(500)])
+        for _ in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [number for _, number in gpu.queues[7]] == list(range(1, 2001))
+
+
+def test_a_signal_handler_that_launches_in_between():
+    """Its number is queued first: the other's is not to be lower."""
+    gpu, signals = Gpu(), [2]
+
+    def write(stream, address, number):
+        if number in signals:
+            signals.clear()
+            gpu.board.mark(gpu.board.slot((0, 7)), (0, 7), 7)
+        gpu.write(stream, address, number)
+
+    gpu.board = marks.Board(gpu.allocate, write)
+    slot = gpu.board.slot((0, 7))
+    for _ in range(3):
+        gpu.board.mark(slot, (0, 7), 7)
+    assert [number for _, number in gpu.queues[7]] == [1, 2, 2, 3]
+
+
+def test_pages_are_added_and_slots_taken_back():
+    gpu = Gpu()
+    slots = [gpu.board.slot((0, stream)) for stream in range(1024)]
+    assert len(gpu.pages) == 1
+    assert len({slot.address for slot in slots}) == 1024
+    assert all(slot.value == 0 for slot in slots), "whatever the memory held"
+    for stream, slot in enumerate(slots):
+        gpu.board.mark(slot, (0, stream), stream)
+    others = [gpu.board.slot((1, stream)) for stream in range(1024)]
+    assert len(gpu.pages) == 2, "every stream of the first page has something to write"
+    assert len({slot.address for slot in slots + others}) == 2048
+    for stream, slot in enumerate(others):
+        gpu.board.mark(slot, (1, stream), 5000 + stream)
+    gpu.work(stream=500)
+    taken = gpu.board.slot((2, 0))
+    assert len(gpu.pages) == 2 and taken is slots[500], "the only one that is not waited for"
+    assert gpu.board.mark(taken, (2, 0), 9999) == (taken, 2)
+    # The stream that had it gets another, and writes its number there.
+    slot, number = gpu.board.mark(slots[500], (0, 500), 500)
+    assert slot is gpu.board.slot((0, 500)) and slot is not taken
+    assert gpu.queues[500] == deque([(slot.address, number)])
+    gpu.work(stream=500)
+    assert (slot.until(number), taken.until(2)) == (0, 1)
+    assert [gpu.board.slot((0, i)) for i in range(500)] == slots[:500]
+
+
+def test_an_error_of_the_write_is_raised(gpu):
+    def write(stream, address, number):
+        raise fi_ffi.KernelError("cuStreamWriteValue32", "RuntimeError", "CUDA error 700")
+
+    gpu.board = marks.Board(gpu.allocate, write)
+    slot = gpu.board.slot((0, 7))
+    with pytest.raises(fi_ffi.KernelError, match="cuStreamWriteValue32.*700"):
+        gpu.board.mark(slot, (0, 7), 7)
+    assert slot.issued == 0
+
+
+def test_without_a_gpu_cuda_errors_are_typed():
+    if machine.device_count():
+        pytest.skip("there is a GPU")
+    with pytest.raises((fi_ffi.KernelError, fi_ffi.LoaderError)):
+        marks._allocate(4096)
+    with pytest.raises((fi_ffi.KernelError, fi_ffi.LoaderError)):
+        marks.stream_key(0, 0)
+    with pytest.raises((fi_ffi.KernelError, fi_ffi.LoaderError)):
+        marks._write(0, 4096, 1)
+
+
+def test_the_drivers_function_is_declared_as_cuda_h_has_it():
+    header = importlib.metadata.distribution("nvidia-cuda-runtime").locate_file(
+        "nvidia/cu13/include/cuda.h"
+    )
+    text = Path(str(header)).read_text()
+    assert re.search(
+        r"define cuStreamWriteValue32 +__CUDA_API_PTSZ\(cuStreamWriteValue32_v2\)", text
+    )
+    told = re.search(r"CUresult CUDAAPI cuStreamWriteValue32\(([^)]*)\)", text)[1]
+    assert told == "CUstream stream, CUdeviceptr addr, cuuint32_t value, unsigned int flags"
+    assert re.search(r"typedef unsigned long long CUdeviceptr_v2;", text)
+    declarations = Path(fi_ffi.__file__).parent / "abi" / "declarations.h"
+    ours = re.search(r"int cuStreamWriteValue32_v2\(([^)]*)\)", declarations.read_text())[1]
+    types = [re.sub(r"\s*\w+$", "", part.strip()) for part in ours.split(",")]
+    assert types == ["void *", "unsigned long long", "uint32_t", "unsigned int"]
+
+
+# ---------------------------------------------------------------- the object
+
+
+@pytest.mark.parametrize("seconds", [0, 0.0, -1, math.inf, -math.inf, math.nan, 10**400])
+def test_seconds_out_of_range(seconds):
+    with pytest.raises(fi_ffi.ArgumentError, match="watchdog: argument `seconds`") as caught:
+        fi_ffi.watchdog(seconds)
+    assert not isinstance(caught.value, TypeError)
+    assert (caught.value.op, caught.value.argument) == ("watchdog", "seconds")
+
+
+@pytest.mark.parametrize("seconds", [True, False, None, "1", 1j, [1.0], np.ones(1)])
+def test_seconds_of_another_type(seconds):
+    with pytest.raises(fi_ffi.ArgumentTypeError, match="watchdog: argument `seconds`"):
+        fi_ffi.watchdog(seconds)
+
+
+@pytest.mark.parametrize("seconds", [1, 2.5, np.float32(2), np.int64(3), Fraction(7, 2), 1e300])
+def test_seconds(seconds):
+    with fi_ffi.watchdog(seconds) as dog:
+        assert dog.seconds == float(seconds)
+
+
+def test_other_arguments():
+    for wrong in ({"on_hang": 3}, {"abort": 1}, {"abort": None}):
+        with pytest.raises(fi_ffi.ArgumentTypeError, match=f"argument `{next(iter(wrong))}`"):
+            fi_ffi.watchdog(1.0, **wrong)
+
+
+def test_an_open_one_is_refused_and_a_closed_one_opens_again(gpu):
+    block = Hangs(on_hang=silent)
+    dog = block.dog
+    with pytest.raises(fi_ffi.ArgumentError, match="got one not open"):
+        dog.__exit__(None, None, None)
+    with block:
+        gpu.launch()
+        with pytest.raises(fi_ffi.ArgumentError, match="watchdog: argument `self`"), dog:
+            pass
+        assert len(threads()) == 1
+    assert len(dog.reports) == 1
+    with dog as same:
+        assert same is dog
+        gpu.launch(stream=9)
+        gpu.work(stream=9)
+    assert dog.reports == []
+
+
+def test_what_on_hang_raises_is_printed_and_watching_goes_on(gpu, capsys):
+    taken = []
+
+    def on_hang(report):
+        taken.append(report)
+        raise SystemExit("mine") if len(taken) == 1 else RuntimeError("yours")
+
+    with fi_ffi.watchdog(LIMIT, on_hang=on_hang):
+        gpu.launch()
+        gpu.launch()
+        until(lambda: len(taken) == 1)
+        gpu.work()
+        until(lambda: len(taken) == 2)
+        gpu.work()
+    err = capsys.readouterr().err
+    assert err.count("the report was not taken") == 2
+    assert "SystemExit: mine" in err and "RuntimeError: yours" in err
+    assert "in on_hang" in err
+
+
+def test_an_on_hang_that_blocks_does_not_block_the_exit(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(module, "_PATIENCE", 0.3)
+    gate = threading.Event()
+    start = time.monotonic()
+    with Hangs(on_hang=lambda _: gate.wait(30)):
+        gpu.launch()
+    assert time.monotonic() - start < 10
+    assert "a report was not taken within 0.3 s" in capsys.readouterr().err
+    gate.set()
+    until(lambda: not threads())
+
+
+def test_a_plan_that_cannot_be_told_is_no_reason_to_be_silent(gpu):
+    class Plan:
+        op = "OddPlan"
+
+    with fi_ffi.watchdog(LIMIT, on_hang=silent) as dog:
+        gpu.launch().plan = Plan()
+        until(lambda: dog.reports)
+        gpu.work()
+    assert "): OddPlan has not finished" in dog.reports[0]
+    assert "  plan: a Plan that cannot be told: AttributeError(" in dog.reports[0]
+
+
+def test_the_hot_path_is_left_alone_where_none_is_open(mine, monkeypatch):
+    monkeypatch.setattr(watching, "Call", None)
+    monkeypatch.setattr(watching, "watched", None)
+    mine()
+    mine.check()
+
+
+# ---------------------------------------------------------------- forks
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_child_has_none_of_its_parents_watchdogs(gpu, mine):
+    mine()
+
+    def run():
+        nonlocal dog
+        assert watching.inboxes == () and threads() == []
+        assert marks.board is not before
+        assert marks.board._slots == {} and marks.board._lock.acquire(blocking=False)
+        mine()
+        taken = []
+        mine.work = lambda: until(lambda: taken)
+        with dog:  # the parent's object; open there, and not here
+            mine.work = lambda: None
+            mine()
+        with fi_ffi.watchdog(LIMIT, on_hang=taken.append) as own:
+            mine.work = lambda: until(lambda: taken)
+            mine()
+        assert len(own.reports) == 1
+        mine.check()
+
+    before, held = marks.board, threading.Event()
+    done = threading.Event()
+
+    def hold():
+        with marks.board._lock, watching.lock:
+            held.set()
+            done.wait(20)
+
+    holder = threading.Thread(target=hold)
+    with fi_ffi.watchdog(LONG) as dog:
+        gpu.launch()
+        holder.start()
+        held.wait(20)
+        assert in_child(run) == 0
+        done.set()
+        holder.join()
+        assert len(threads()) == 1
+        gpu.work()
+    assert dog.reports == []
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_child_forked_in_a_block_leaves_it_at_once(gpu):
+    start = time.monotonic()
+    with fi_ffi.watchdog(LONG) as dog:
+        gpu.launch()
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                dog.__exit__(None, None, None)
+                code = 0 if time.monotonic() - start < 5 else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        gpu.work()
+
+
+def test_a_keyboard_interrupt_ends_the_wait(gpu):
+    start = time.monotonic()
+    timer = later(0.3, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt), fi_ffi.watchdog(LONG):
+        gpu.launch()
+    timer.join()
+    assert time.monotonic() - start < 10

@@ -1,0 +1,117 @@
+"""Watchdogs in processes of their own: how one is ended, and what is written and imported."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import fi_ffi
+from fi_ffi.ops.watchdog import EXIT_STATUS
+
+PROGRAM = """
+import sys
+import fi_ffi
+before = set(sys.modules)
+import threading, time
+import numpy as np
+from fi_ffi.ops.op import Op
+from fi_ffi.ops.row import Row, Scalar, Tensor
+from fi_ffi.reference import norm
+
+ROW = Row("slow", "norm", "slow", "here", "Slow.",
+          (Tensor("y", "h", "T", "result", writes=True), Scalar("seconds", float, None, "time")),
+          {"T": ("float16",)}, ">=0")
+norm.KERNELS["slow"] = lambda y, seconds: time.sleep(seconds)
+OP = Op(ROW)
+
+def slow(seconds):
+    OP(np.zeros(8, np.float16), seconds)
+"""
+
+
+def child(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM + textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": str(Path(fi_ffi.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_abort_ends_the_process_with_everybodys_tracebacks():
+    done = child("""
+        def main():
+            with fi_ffi.watchdog(0.2, abort=True):
+                slow(50.0)
+
+        threading.Thread(target=time.sleep, args=(50.0,), daemon=True).start()
+        try:
+            main()
+        finally:
+            print("never")
+    """)
+    assert (done.returncode, done.stdout) == (EXIT_STATUS, "") and EXIT_STATUS == 124
+    assert done.stderr.startswith("fi_ffi.watchdog(0.2): slow has not returned")
+    assert "  seconds: 50.0" in done.stderr
+    for function in ("main", "slow", "_tell"):
+        assert re.search(rf'File ".*", line \d+ in {function}\n', done.stderr)
+
+
+def test_abort_takes_place_though_on_hang_fails_or_blocks():
+    done = child("""
+        def on_hang(report):
+            print(report.splitlines()[0], flush=True)
+            raise ValueError("mine")
+
+        with fi_ffi.watchdog(0.2, on_hang=on_hang, abort=True):
+            slow(50.0)
+    """)
+    assert done.returncode == 124 and "slow has not returned" in done.stdout
+    assert "ValueError: mine" in done.stderr and "most recent call first" in done.stderr
+    done = child("""
+        from fi_ffi.ops import watchdog
+        watchdog._LAST_PATIENCE = 0.5
+        with fi_ffi.watchdog(0.2, on_hang=lambda report: time.sleep(50.0), abort=True):
+            slow(50.0)
+    """)
+    assert done.returncode == 124
+
+
+def test_a_process_may_exit_with_a_watchdog_open():
+    done = child("""
+        fi_ffi.watchdog(5.0).__enter__()
+        slow(0.01)
+    """)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("stderr", ["None", "Closed()"])
+def test_without_a_stderr_of_python_the_process_has_one(stderr):
+    done = child(f"""
+        class Closed:
+            def write(self, text): raise ValueError("closed")
+            def flush(self): pass
+
+        sys.stderr = {stderr}
+        with fi_ffi.watchdog(0.1):
+            slow(0.3)
+    """)
+    assert done.returncode == 0
+    assert "slow has not returned" in done.stderr
+
+
+def test_importing_fi_ffi_imports_no_watchdog():
+    done = child("""
+        late = {"fi_ffi.ops.watchdog", "fi_ffi.ops.hang", "faulthandler"}
+        print(*sorted(late & before))
+        assert fi_ffi.watchdog is fi_ffi.watchdog
+        assert "fi_ffi.ops.watchdog" in sys.modules and "watchdog" in dir(fi_ffi)
+    """)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
