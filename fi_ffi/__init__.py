@@ -34,7 +34,6 @@ from fi_ffi.errors import (
     KernelNotFoundError,
     LoaderError,
 )
-from fi_ffi.loader.runtime import file_signatures
 from fi_ffi.ops.functions import *  # noqa: F403
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.paged import batch_indices_positions, seq_lens, split_paged_kv_cache
@@ -42,6 +41,7 @@ from fi_ffi.ops.ragged import checkpoint_cu_starts, cu_seqlens, gdn_prefill_work
 
 if TYPE_CHECKING:
     from fi_ffi.ops.attention import *  # noqa: F403
+    from fi_ffi.loader.runtime import file_signatures as file_signatures
     from fi_ffi.ops.prepare import prepare as prepare
     from fi_ffi.ops.watchdog import watchdog as watchdog
 
@@ -61,13 +61,17 @@ _ATTENTION = (
     "single_prefill",
     "single_prefill_workspace_size",
 )
-_LATER = dict.fromkeys(_ATTENTION, "attention") | {"watchdog": "watchdog", "prepare": "prepare"}
+_LATER = dict.fromkeys(_ATTENTION, "fi_ffi.ops.attention") | {
+    "file_signatures": "fi_ffi.loader.runtime",
+    "prepare": "fi_ffi.ops.prepare",
+    "watchdog": "fi_ffi.ops.watchdog",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"fi_ffi.ops.{_LATER[name]}")
+    module = importlib.import_module(_LATER[name])
     for known, where in _LATER.items():
         if where == _LATER[name]:
             globals()[known] = getattr(module, known)
@@ -118,7 +122,6 @@ __all__ = [
     "batch_indices_positions",
     "checkpoint_cu_starts",
     "cu_seqlens",
-    "file_signatures",
     "gdn_prefill_workspace_size",
     "parse_device",
     "parse_signature",

@@ -99,7 +99,7 @@ class Frame:
         return self.pointers, word_of(i, True)
 
     def bind(self, entry: Entry) -> Frame:
-        """Let `invoke` call an entry, whose result is void."""
+        """Let `invoke` call an entry."""
         pointer = ffi.cast("TVMFFIAny *", self._args)
         self.invoke = functools.partial(
             entry.address, entry.handle, pointer, self._count, self._result
@@ -124,6 +124,11 @@ class Frame:
     def _call(self, entry: Entry) -> Any:
         result = self._result
         check(entry.address(entry.handle, self._args, self._count, result), entry.name)
+        return self.take_result()
+
+    def take_result(self) -> Any:
+        """What the last call returned; the caller owns it now."""
+        result = self._result
         if result.type_index == types.NONE:
             return None
         value = unpack(result, owned=True)

@@ -47,13 +47,21 @@ def driver_version() -> tuple[int, int] | None:
     return (number // 1000, number % 1000 // 10) if number else None
 
 
+_device_count = 0
+
+
 def device_count() -> int:
-    """GPUs that this process sees."""
-    return _ask("cudaGetDeviceCount") or 0
+    """GPUs that this process sees; asked once there is one."""
+    global _device_count
+    if not _device_count:
+        _device_count = _ask("cudaGetDeviceCount") or 0
+    return _device_count
 
 
 def make_current(device: int) -> int | None:
     """Make a device this thread's current one; the one it replaces, or None where it was."""
+    if device == 0 and device_count() == 1:  # there is no other
+        return None
     runtime, current = load_cudart()[0], ffi.new("int *")
     code = runtime.cudaGetDevice(current)
     if code == 0 and current[0] == device:

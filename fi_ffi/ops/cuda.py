@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from fi_ffi.abi._cffi import ffi
@@ -31,15 +30,21 @@ def check(code: int, what: str) -> None:
         raise KernelError(what, "RuntimeError", f"CUDA error {code}")
 
 
-@contextmanager
-def current(device: Device) -> Iterator[None]:
+class current:  # a context manager
     """Make a CUDA device this thread's current one inside the block."""
-    before = machine.make_current(device.index) if device.is_cuda else None
-    try:
-        yield
-    finally:
-        if before is not None:
-            machine.make_current(before)
+
+    __slots__ = ("_before", "_device")
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def __enter__(self) -> None:
+        device = self._device
+        self._before = machine.make_current(device.index) if device.is_cuda else None
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            machine.make_current(self._before)
 
 
 def pointer(address: int) -> Any:

@@ -17,7 +17,7 @@ from fi_ffi.ops.launch import Preparing
 from fi_ffi.ops.memory import check_apart, scratch_for
 from fi_ffi.ops.prepared import prepared
 from fi_ffi.ops.providers import entry_for
-from fi_ffi.ops.quick import compile_quick, parameters
+from fi_ffi.ops.quick import compile_again, compile_quick, parameters
 from fi_ffi.ops.row import KV_LAYOUTS, KvLayout, Row, Scalar, Tensor
 from fi_ffi.ops.settled import Settled, launch_fully, on
 from fi_ffi.ops.values import check_address, number
@@ -60,7 +60,12 @@ class Form:
     @functools.cached_property
     def quick(self) -> Callable[..., Any]:
         """A method of ops, with the op's parameters: `compile_quick`."""
-        return compile_quick(self.row, self._settled, lambda _, *call: self(*call))
+        return compile_quick(self.row, self._settled, self)
+
+    @functools.cached_property
+    def again(self) -> Callable[[list[Any], object], Any]:
+        """What calling the form does, quickly where the like of it was called before."""
+        return compile_again(self.row, self._settled, self)
 
     def __call__(self, values: list[Any], stream: object) -> Any:
         """Check everything, and launch unless there is nothing to write."""

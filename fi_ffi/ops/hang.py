@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from fi_ffi.abi.frame import ArraySlot, TensorSlot
+from fi_ffi.ops.recording import Call
 from fi_ffi.ops.row import KV_LAYOUTS, KvLayout
-from fi_ffi.ops.watching import Call
 
 _MOST_BLOCKED = 5  # calls that are blocked behind it, told one by one
 
@@ -85,7 +85,8 @@ def _plan(call: Call) -> str:
             parts.append(f"{field.name}={value!r}")
     if plan._generation != call.plan_generation:
         parts.append("planned since")
-    return f"{type(plan).__name__}.{call.method}: {', '.join(parts)}"
+    method = "a prepared run" if call.method == "__call__" else call.method
+    return f"{type(plan).__name__}, {method}: {', '.join(parts)}"
 
 
 def _behind(calls: list[Call]) -> Iterator[str]:

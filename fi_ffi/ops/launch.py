@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from fi_ffi.abi.device import Device
 from fi_ffi.abi.failure import take_raised
 from fi_ffi.abi.frame import Frame
 from fi_ffi.loader import machine
+from fi_ffi.ops import cuda
 
 _MOST_HANDLES = 4096
 _pointers: dict[int, Any] = {}
@@ -29,50 +31,43 @@ class Preparing:
 class Place:
     """Where an op's calls are made: the device, and what has to be set for them."""
 
-    __slots__ = ("device", "is_cuda", "must_be_current", "op", "set_stream")
+    __slots__ = ("device", "here", "is_cuda", "op", "set_stream")
 
     def __init__(self, device: Device, op: str) -> None:
         self.device, self.is_cuda, self.op = device, device.is_cuda, op
-        # With one GPU only, it is the current one.
-        self.must_be_current = device.is_cuda and machine.device_count() > 1
         self.set_stream: Callable[..., int] = functools.partial(
             library.lib.TVMFFIEnvSetStream, device.type_code, device.index
         )
+        # The same place where its device has to be made current first; with one GPU only,
+        # that is the current one.
+        self.here: Place | None = None
+        if device.is_cuda and machine.device_count() > 1:
+            self.here = copy.copy(self)
 
 
 def launch(frame: Frame, place: Place, stream: object) -> None:
     """Call a bound frame on `stream`, or on the open scope's; raises the entry's error."""
-    if place.must_be_current:
-        before = machine.make_current(place.device.index)
-        if before is not None:
-            try:
-                launch_here(frame, place, stream)
-            finally:
-                machine.make_current(before)
-            return
-    launch_here(frame, place, stream)
-
-
-def launch_here(frame: Frame, place: Place, stream: object) -> None:
-    """`launch` with the device current."""
-    if stream is None or not place.is_cuda:
+    if place.here is not None:
+        with cuda.current(place.device):
+            launch(frame, place.here, stream)
+    elif stream is None or not place.is_cuda:
         if place.is_cuda:
             scopes = streams.thread.scopes
             if not scopes or scopes[-1].device is not place.device:
                 streams.open_scope(place.device, place.op).bind(place.device)
         if frame.invoke():
             raise take_raised(place.op)
-        return
-    pointer = _pointers.get(stream) if type(stream) is int else None
-    if pointer is None:
-        pointer = _pointer(streams.stream_handle(stream, place.op))
-    set_stream, before = place.set_stream, frame.before
-    set_stream(pointer, before)
-    try:
-        if frame.invoke():
-            raise take_raised(place.op)
-    finally:
-        set_stream(before[0], ffi.NULL)
+    else:
+        pointer = _pointers.get(stream) if type(stream) is int else None
+        if pointer is None:
+            pointer = _pointer(streams.stream_handle(stream, place.op))
+        set_stream, before = place.set_stream, frame.before
+        set_stream(pointer, before)
+        try:
+            if frame.invoke():
+                raise take_raised(place.op)
+        finally:
+            set_stream(before[0], ffi.NULL)
 
 
 def _pointer(handle: int) -> Any:

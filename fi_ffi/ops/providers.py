@@ -7,7 +7,7 @@ import functools
 from fi_ffi.abi.device import Device
 from fi_ffi.abi.function import Entry
 from fi_ffi.errors import ArchitectureError, KernelNotFoundError, LoaderError
-from fi_ffi.loader import machine, runtime, search
+from fi_ffi.loader import machine
 from fi_ffi.ops.row import Row
 
 
@@ -21,6 +21,8 @@ def fits(row: Row, release: str) -> bool:
 
 def release_in_use() -> str | None:
     """The release of the kernels there are, or None where none are found."""
+    from fi_ffi.loader import search  # here: the search takes as long to import as all the rest
+
     try:
         return search.release()
     except LoaderError:
@@ -36,6 +38,8 @@ def entry_for(row: Row, device: Device, module: str | None = None) -> Entry:
     `ArchitectureError` on a GPU that its kernel was not written for.
     """
     if device.is_cuda:
+        from fi_ffi.loader import runtime, search
+
         _check_capability(row, device)
         release = search.release()
         if release is not None and not fits(row, release):

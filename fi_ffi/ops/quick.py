@@ -13,21 +13,24 @@ from typing import Any
 
 from fi_ffi.abi.frame import word_of
 from fi_ffi.ops import watching
-from fi_ffi.ops.launch import launch
-from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor, default_of
+from fi_ffi.ops.launch import Preparing, launch
+from fi_ffi.ops.row import KvLayout, PlanInfo, Row, Scalar, Tensor, default_of
 from fi_ffi.ops.settled import Settled
 
 _INT64 = 2**63
+# What tracebacks call the code compiled from a row: part of the package.
+_FILE = __file__.removesuffix(".py") + "/{}"
 
 
 def has_quick_way(row: Row) -> bool:
     """Whether its calls are of addresses and numbers, and no more."""
     plain = all(
-        isinstance(arg, (Scalar, KvLayout))
-        or (isinstance(arg, Tensor) and not arg.as_object and not arg.bytes_per_multiprocessor)
+        isinstance(arg, (Scalar, KvLayout, PlanInfo))
+        or (isinstance(arg, Tensor) and not arg.bytes_per_multiprocessor
+            and (arg.optional or not arg.as_object))
         for arg in row.args
-    )
-    return plain and not (row.together or row.apart or row.allocates) and row.result == "void"
+    )  # fmt: skip
+    return plain and not (row.together or row.apart or row.allocates)
 
 
 def parameters(row: Row) -> str:
@@ -37,47 +40,62 @@ def parameters(row: Row) -> str:
     return ", ".join([*parts, "*", "stream=None"])
 
 
+Settledness = Mapping[tuple[object, ...], Settled]
+
+
 def compile_quick(
-    row: Row,
-    settled: Mapping[tuple[object, ...], Settled],
-    full: Callable[[Any, list[Any], object], object],
+    row: Row, settled: Settledness, full: Callable[[list[Any], object], Any]
 ) -> Callable[..., Any]:
-    """A method with the op's parameters; `full(self, values, stream)` does what it does not."""
+    """A method with the op's parameters; `full(values, stream)` does what it does not."""
+    return _compiled(row, f"def call(self, {parameters(row)}):", settled, full)
+
+
+def compile_again(
+    row: Row, settled: Settledness, full: Callable[[list[Any], object], Any]
+) -> Callable[[list[Any], object], Any]:
+    """The same of `(values, stream)`, the values in the ABI's order."""
+    names = ", ".join(arg.name for arg in row.args)
+    return _compiled(row, f"def call(_values, stream):\n    {names}, = _values", settled, full)
+
+
+def _compiled(
+    row: Row, header: str, settled: Settledness, full: Callable[[list[Any], object], Any]
+) -> Callable[..., Any]:
     namespace: dict[str, Any] = {
         "_settled": settled, "_full": full, "_launch": launch, "_watching": watching,
-        "_inf": math.inf,
+        "_inf": math.inf, "_Preparing": Preparing,
     }  # fmt: skip
-    exec(_source(row), namespace)
-    made: Callable[..., Any] = namespace[row.name]
+    exec(compile(_source(row, header), _FILE.format(row.name), "exec"), namespace)
+    made: Callable[..., Any] = namespace["call"]
     return made
 
 
-def _source(row: Row) -> str:
+def _source(row: Row, header: str) -> str:
     names = ", ".join(arg.name for arg in row.args)
-    full = f"return _full(self, [{names}], stream)"
-    lines = [f"def {row.name}(self, {parameters(row)}):"]
+    full = f"return _full([{names}], stream)"
     if not has_quick_way(row):
-        return "\n".join([*lines, f"    {full}"])
+        return f"{header}\n    {full}"
     addresses, wrong, writes = _parts(row)
-    lines += [
-        "    try:",
-        f"        settled = _settled[{_key(row)}]",
-        "        frame = settled.frames.pop()",
-        "    except (AttributeError, KeyError, IndexError, TypeError):",
-        f"        {full}",
-        *(f"    {line}" for line in addresses),
-        "    m = settled.masks",
-        f"    if {' or '.join(wrong)} or _watching.inboxes:",
-        "        settled.frames.append(frame)",
-        f"        {full}",
-        "    words = frame.pointers",
-        *(f"    {line}" for line in writes),
-        "    try:",
-        "        _launch(frame, settled.place, stream)",
-        "    finally:",
-        "        settled.frames.append(frame)",
+    lines = [
+        "try:",
+        f"    settled = _settled[{_key(row)}]",
+        "    frame = settled.frames.pop()",
+        "except (AttributeError, KeyError, IndexError, TypeError):",
+        f"    {full}",
+        *addresses,
+        "m = settled.masks",
+        f"if {' or '.join(wrong)} or _watching.inboxes or type(stream) is _Preparing:",
+        "    settled.frames.append(frame)",
+        f"    {full}",
+        "words = frame.pointers",
+        *writes,
+        "try:",
+        "    _launch(frame, settled.place, stream)",
+        *(["    return frame.take_result()"] * (row.result != "void")),
+        "finally:",
+        "    settled.frames.append(frame)",
     ]
-    return "\n".join(lines)
+    return "\n".join([header, *(f"    {line}" for line in lines)])
 
 
 class _Keep:
@@ -91,7 +109,7 @@ KEEP: Any = _Keep()  # an argument of an update that stays as it is
 def compile_update(row: Row) -> Callable[..., None]:
     """The `update` of the row's prepared calls."""
     namespace = {"_KEEP": KEEP, "_inf": math.inf}
-    exec(_update_source(row), namespace)
+    exec(compile(_update_source(row), _FILE.format(row.name), "exec"), namespace)
     made: Callable[..., None] = namespace["update"]
     return made
 
@@ -159,11 +177,15 @@ def _parts(row: Row) -> tuple[list[str], list[str], list[str]]:
             masked.append(f"{p} & m[{len(addresses)}]")
             addresses.append(f"{p} = {name}.ptr" + (f" if {there} else 0" if arg.optional else ""))
             wrong.append(f"({there} and not {p})" if arg.optional else f"not {p}")
+            if arg.as_object:
+                wrong.append(there)
             writes.append(f"words[{word_of(i, True)}] = {p}")
         elif isinstance(arg, Scalar):
             wrong += _wrong_numbers(arg)
             words = "floats" if arg.type is float else "ints"
             writes.append(f"frame.{words}[{word_of(i, False)}] = {name}")
+        elif isinstance(arg, PlanInfo):
+            writes.append(f"frame.ints[{word_of(i, False)}] = {name}")
     return addresses, [" | ".join(masked), *wrong], writes
 
 

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from types import TracebackType
 
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, HangError
-from fi_ffi.ops import watching
+from fi_ffi.ops import recording
 from fi_ffi.ops.hang import Hang, report
 from fi_ffi.ops.marks import Slot
-from fi_ffi.ops.watching import Call
+from fi_ffi.ops.recording import Call
 
 EXIT_STATUS = 124  # of a process that was ended; as timeout(1) has it
 _LEAST_PAUSE, _MOST_PAUSE = 0.001, 0.05  # between two looks of the thread
@@ -73,7 +73,7 @@ class watchdog:  # a context manager reads as a verb
 
     def __enter__(self) -> watchdog:
         watch = _Watch(self)
-        with watching.lock:
+        with recording.lock:
             if self._watch is not None and self._watch.is_of_this_process:
                 expected = "a new one, or this one when it is closed"
                 raise ArgumentError("watchdog", "self", got="one already open", expected=expected)
@@ -83,7 +83,7 @@ class watchdog:  # a context manager reads as a verb
             watch.open()
         except BaseException:  # no thread could be started, or a signal came
             self._watch = None
-            watching.close_inbox(watch.inbox)
+            recording.close_inbox(watch.inbox)
             watch.stop.set()
             raise
         return self
@@ -101,7 +101,7 @@ class watchdog:  # a context manager reads as a verb
             return
         hang = None
         try:
-            watching.close_inbox(watch.inbox)
+            recording.close_inbox(watch.inbox)
             if exc_type is None:
                 hang = watch.wait()
         finally:
@@ -129,7 +129,7 @@ class _Watch:
 
     def __init__(self, owner: watchdog) -> None:
         self._owner = owner
-        self._generation = watching.generation
+        self._generation = recording.generation
         self.inbox: deque[Call] = deque()
         self._lock = threading.Lock()
         self._pending: list[Call] = []
@@ -142,11 +142,11 @@ class _Watch:
 
     @property
     def is_of_this_process(self) -> bool:
-        return self._generation == watching.generation
+        return self._generation == recording.generation
 
     def open(self) -> None:
         self._thread.start()
-        watching.open_inbox(self.inbox)
+        recording.open_inbox(self.inbox)
 
     def close(self) -> None:
         """End the thread, which tells first of what is late by now."""

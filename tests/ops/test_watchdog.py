@@ -21,7 +21,7 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import parse_device
 from fi_ffi.abi.frame import TensorSlot
 from fi_ffi.loader import machine
-from fi_ffi.ops import marks, watching
+from fi_ffi.ops import marks, recording, watching
 from fi_ffi.ops import watchdog as module
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.op import Op
@@ -115,14 +115,16 @@ class Gpu:
     def write(self, stream: int, address: int, number: int) -> None:
         self.queues[stream].append((address, number))
 
-    def launch(self, name: str = "rmsnorm", stream: int = 7, returns: bool = True) -> watching.Call:
+    def launch(
+        self, name: str = "rmsnorm", stream: int = 7, returns: bool = True
+    ) -> recording.Call:
         """What `Form._launch` does with a watchdog open, but for the kernel."""
         row = OPS[name].row
         layout = fi_ffi.as_desc(self.array).layout
         args = [TensorSlot(layout, False) if isinstance(a, Tensor) else a.type for a in row.args]
         values = [4096 + 256 * i for i in range(len(row.args))]
-        call = watching.Call(row, entry_for(row, CPU), CUDA, stream, args, values)
-        watching.tell(call)
+        call = recording.Call(row, entry_for(row, CPU), CUDA, stream, args, values)
+        recording.tell(call)
         call.slot = self.board.slot((0, stream))
         if returns:
             call.slot, call.number = self.board.mark(call.slot, (0, stream), stream)
@@ -278,7 +280,9 @@ def test_a_plans_calls_are_reported_with_the_plan(monkeypatch):
     assert report.startswith("fi_ffi.watchdog(0.25): BatchDecodePlan has not returned")
     assert "plan_calls.py:" in report.splitlines()[1]
     told = re.search("plan: (.*)", report)[1]
-    assert told.startswith("BatchDecodePlan.run: backend 'cuda cores', module batch_decode_with_kv")
+    assert told.startswith(
+        "BatchDecodePlan, run: backend 'cuda cores', module batch_decode_with_kv"
+    )
     for part in ("4 requests", "num_qo_heads=4", "page_size=4", "logits_soft_cap=8.0"):
         assert part in told
     assert "window_left" not in told, "the default"
@@ -322,7 +326,7 @@ def test_planning_is_watched_as_well(monkeypatch):
     with fi_ffi.watchdog(LIMIT, on_hang=taken.append):
         case.plan()
     assert "BatchDecodePlan has not returned" in taken[0]
-    assert "plan: BatchDecodePlan.__init__: backend" in taken[0]
+    assert "plan: BatchDecodePlan, __init__: backend" in taken[0]
 
 
 def test_a_call_after_a_refused_run_is_not_the_plans(mine):
@@ -335,6 +339,53 @@ def test_a_call_after_a_refused_run_is_not_the_plans(mine):
         mine()
     assert "plan:" not in taken[0]
     assert "): mine has not" in taken[0]
+
+
+@pytest.fixture
+def told():
+    """The calls that a watchdog would be told of."""
+    inbox = deque()
+    recording.open_inbox(inbox)
+    yield inbox
+    recording.close_inbox(inbox)
+
+
+def test_repeated_and_prepared_calls_are_recorded_too(mine, told):
+    """They take short cuts where no watchdog is open."""
+    recording.close_inbox(told)
+    prepared = mine.op.prepare(mine.y, mine.x, factor=2.0)
+    for call in (mine, mine, prepared, prepared):
+        call()
+    assert len(told) == 0
+    recording.open_inbox(told)
+    mine()
+    prepared()
+    assert [call.op for call in told] == ["mine", "mine"]
+    assert all(call.is_over for call in told)
+    repeated, launched = told
+    assert repeated.line == THE_LINE
+    assert launched.function == "test_repeated_and_prepared_calls_are_recorded_too"
+    assert repeated.values == launched.values
+    recording.close_inbox(told)
+    mine()
+    assert len(told) == 2
+    mine.check()
+
+
+@pytest.mark.parametrize("kind", ["ragged", "paged", "decode", "mla"])
+def test_repeated_and_prepared_runs_are_recorded_too(kind, told):
+    case = Case(kind)
+    method = {"ragged": "ragged_run", "paged": "paged_run"}.get(kind, "run")
+    plan = case.plan()
+    given = {name: case.memory[name] for name in case.run_names}
+    prepared = fi_ffi.prepare(getattr(plan, method), **given)
+    for _ in range(2):
+        case.run(plan)
+        prepared()
+    assert {call.op for call in told} == {case.op}
+    assert [call.method for call in told] == ["__init__", *[method, "__call__"] * 2]
+    assert all(call.plan is plan and call.is_over for call in told)
+    case.check()
 
 
 def test_a_call_that_fails_is_over(mine):
@@ -758,7 +809,7 @@ def test_a_plan_that_cannot_be_told_is_no_reason_to_be_silent(gpu):
 
 
 def test_the_hot_path_is_left_alone_where_none_is_open(mine, monkeypatch):
-    monkeypatch.setattr(watching, "Call", None)
+    monkeypatch.setattr(recording, "Call", None)
     monkeypatch.setattr(watching, "watched", None)
     mine()
     mine.check()
@@ -792,7 +843,7 @@ def test_a_forked_child_has_none_of_its_parents_watchdogs(gpu, mine):
     done = threading.Event()
 
     def hold():
-        with marks.board._lock, watching.lock:
+        with marks.board._lock, recording.lock:
             held.set()
             done.wait(20)
 

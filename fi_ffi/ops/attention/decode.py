@@ -24,7 +24,7 @@ _PADDED_BATCH_SIZE, _KV_CHUNK_SIZE_OFFSET = 0, 7
 # The tensors of a run, as the binding calls them.
 _TENSORS = ("q", "paged_k_cache", "paged_v_cache", "o", "maybe_lse")
 # What the binding wants for its dtype alone, and does not even read that of.
-_NOTHING = TensorDesc(0, (0,), "uint8", device="cpu")
+_NOTHING = TensorDesc(256, (0,), "uint8", device="cpu")
 
 
 class BatchDecodePlan(Plan):

@@ -12,7 +12,7 @@ from fi_ffi.errors import ArgumentError
 from fi_ffi.ops import watching
 from fi_ffi.ops.attention.run import option_of
 from fi_ffi.ops.attention.workspace import Workspace
-from fi_ffi.ops.launch import launch
+from fi_ffi.ops.launch import Preparing, launch
 from fi_ffi.ops.prepared import Prepared
 from fi_ffi.ops.row import Row
 from fi_ffi.ops.settled import Settled
@@ -54,6 +54,8 @@ class Ready:
             # On any other stream it has to wait for the plan.
             if (stream if scope is None else scope.handle) != workspace.stream:
                 return False
+        elif type(stream) is Preparing:
+            return False
         try:
             frame = self._frames.pop()
         except IndexError:

@@ -42,7 +42,7 @@ def option_of(name: str) -> str:
 def call(op: str, form: Form, values: list[Any], stream: object) -> Any:
     """Call an entry; its row's refusals name what the caller called, as the caller knows it."""
     with as_called(op):
-        return form(values, stream)
+        return form.again(values, stream)
 
 
 class as_called:  # a context manager

@@ -1,0 +1,1 @@
+"""What `fi-ffi bench` measures, and how."""

@@ -1,0 +1,166 @@
+"""Calls while a watchdog is open: what each of them is, and whether it is over."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fi_ffi.abi.device import Device
+from fi_ffi.abi.frame import Slot as Arg
+from fi_ffi.abi.function import Entry
+from fi_ffi.ops import cuda, marks, watching
+from fi_ffi.ops.row import Row
+
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
+
+# How often this process was forked off another: watchdogs are of one process.
+generation = 0
+lock = threading.RLock()  # of which watchdogs are open
+
+
+class _Thread(threading.local):
+    plan: Any = None
+
+
+_thread = _Thread()
+
+
+def _is_ours(frame: FrameType) -> bool:
+    # What was compiled from a row is of no file, and no module has its globals.
+    return frame.f_code.co_filename.startswith(_PACKAGE) or "__name__" not in frame.f_globals
+
+
+class Call:
+    """One call of an entry, and how far it has come; written by its own thread only."""
+
+    __slots__ = (
+        "args", "device", "entry", "file", "function", "is_ended", "line", "method", "number",
+        "plan", "plan_generation", "row", "slot", "started", "stream", "thread", "values",
+    )  # fmt: skip
+
+    def __init__(
+        self, row: Row, entry: Entry, device: Device, stream: int | None,
+        args: Sequence[Arg], values: Sequence[Any],
+    ) -> None:  # fmt: skip
+        self.row, self.entry, self.device, self.stream = row, entry, device, stream
+        self.args, self.values = args, tuple(values)
+        self.plan = _thread.plan
+        self.plan_generation = self.plan._generation if self.plan is not None else 0
+        self.thread = threading.current_thread()
+        self._find_caller(sys._getframe(1))
+        # Where its stream marks how far it is, and the number it will have written there when
+        # it has done the call's work; None until that is queued.
+        self.slot: marks.Slot | None = None
+        self.number: int | None = None
+        # It has returned, and there is nothing to wait for.
+        self.is_ended = False
+        self.started = time.monotonic()
+
+    def _find_caller(self, frame: FrameType | None) -> None:
+        """Where in the caller's code the call is, and what of fi_ffi's was called there."""
+        self.method = ""
+        while frame is not None and _is_ours(frame):
+            self.method = frame.f_code.co_name
+            frame = frame.f_back
+        self.file, self.line, self.function = "", 0, ""
+        if frame is not None:
+            self.file, self.line = frame.f_code.co_filename, frame.f_lineno
+            self.function = frame.f_code.co_name
+
+    @property
+    def op(self) -> str:
+        """What was called, as its caller knows it."""
+        if self.plan is not None:
+            return str(self.plan.op)
+        return self.row.name.partition(".")[0]
+
+    @property
+    def has_returned(self) -> bool:
+        return self.is_ended or self.number is not None
+
+    @property
+    def left(self) -> int:
+        """How many marks its stream is short of it; 0 where its work is done or unmarked."""
+        if self.slot is None or self.number is None:
+            return 0
+        return self.slot.until(self.number)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has returned and its stream has done its work."""
+        return self.has_returned and not self.left
+
+
+def tell(call: Call) -> None:
+    for inbox in watching.inboxes:
+        inbox.append(call)
+
+
+def watched(
+    call: Callable[[Entry, Sequence[Any]], Any],
+    row: Row,
+    device: Device,
+    stream: int | None,
+    args: Sequence[Arg],
+) -> Callable[[Entry, Sequence[Any]], Any]:
+    """`call`, told to every open watchdog, and marked where it is queued on a stream.
+
+    `device` is current.  A stream that is capturing is left alone: what a graph does is done
+    when the graph is launched, which is no call of fi_ffi's.
+    """
+
+    def run(entry: Entry, values: Sequence[Any]) -> Any:
+        made = Call(row, entry, device, stream, args, values)
+        tell(made)
+        try:
+            if stream is None or cuda.is_capturing(stream):
+                return call(entry, values)
+            # Before the call: a first slot may need memory, which can be long in coming.
+            board, key = marks.board, marks.stream_key(device.index, stream)
+            made.slot = board.slot(key)
+            result = call(entry, values)
+            made.slot, made.number = board.mark(made.slot, key, stream)
+            return result
+        finally:
+            made.is_ended = made.number is None
+
+    return run
+
+
+@contextlib.contextmanager
+def running(plan: Any) -> Iterator[None]:
+    """Inside the block this thread's calls are a plan's."""
+    before, _thread.plan = _thread.plan, plan
+    try:
+        yield
+    finally:
+        _thread.plan = before
+
+
+def open_inbox(inbox: deque[Call]) -> None:
+    """Put every call of the process into it from now on."""
+    with lock:
+        watching.inboxes = (*watching.inboxes, inbox)
+
+
+def close_inbox(inbox: deque[Call]) -> None:
+    with lock:
+        watching.inboxes = tuple(other for other in watching.inboxes if other is not inbox)
+
+
+def _forget() -> None:
+    """A forked child has none of the parent's watchdogs, nor their threads."""
+    global generation, lock
+    watching.inboxes, lock = (), threading.RLock()
+    generation += 1
+
+
+os.register_at_fork(after_in_child=_forget)
