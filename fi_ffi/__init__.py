@@ -42,6 +42,8 @@ from fi_ffi.ops.ragged import checkpoint_cu_starts, cu_seqlens, gdn_prefill_work
 if TYPE_CHECKING:
     from fi_ffi.ops.attention import *  # noqa: F403
     from fi_ffi.loader.runtime import file_signatures as file_signatures
+    from fi_ffi.ops.graphs import Graph as Graph
+    from fi_ffi.ops.graphs import capture as capture
     from fi_ffi.ops.prepare import prepare as prepare
     from fi_ffi.ops.watchdog import watchdog as watchdog
 
@@ -62,6 +64,8 @@ _ATTENTION = (
     "single_prefill_workspace_size",
 )
 _LATER = dict.fromkeys(_ATTENTION, "fi_ffi.ops.attention") | {
+    "Graph": "fi_ffi.ops.graphs",
+    "capture": "fi_ffi.ops.graphs",
     "file_signatures": "fi_ffi.loader.runtime",
     "prepare": "fi_ffi.ops.prepare",
     "watchdog": "fi_ffi.ops.watchdog",

@@ -151,6 +151,16 @@ int cudaHostAlloc(void **pHost, size_t size, unsigned int flags);
 int cudaStreamGetId(void *hStream, unsigned long long *streamId);
 int cudaThreadExchangeStreamCaptureMode(int *mode);
 
+/* Graphs; what an update's result says of its failure is not read: 24 bytes */
+int cudaStreamBeginCapture(void *stream, int mode);
+int cudaStreamEndCapture(void *stream, void **pGraph);
+int cudaGraphInstantiate(void **pGraphExec, void *graph, unsigned long long flags);
+int cudaGraphExecUpdate(void *hGraphExec, void *hGraph, void *resultInfo);
+int cudaGraphGetNodes(void *graph, void **nodes, size_t *numNodes);
+int cudaGraphLaunch(void *graphExec, void *stream);
+int cudaGraphExecDestroy(void *graphExec);
+int cudaGraphDestroy(void *graph);
+
 /* cuda.h, of libcuda.so.1: a CUdeviceptr is an integer, a cuuint32_t 32 bits of one */
 int cuStreamWriteValue32_v2(void *stream, unsigned long long addr, uint32_t value,
                             unsigned int flags);

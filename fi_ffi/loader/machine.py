@@ -6,6 +6,7 @@ No context is made, and nothing is imported: the kernels need this library anywa
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 from fi_ffi.abi._cffi import ffi
@@ -58,18 +59,33 @@ def device_count() -> int:
     return _device_count
 
 
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.bound: set[int] = set()
+
+
+thread = _Thread()  # `bound`: the devices whose context this thread has been given
+
+
 def make_current(device: int) -> int | None:
-    """Make a device this thread's current one; the one it replaces, or None where it was."""
-    if device == 0 and device_count() == 1:  # there is no other
+    """Make a device this thread's current one; the one it replaces, or None where it was.
+
+    A device that this thread has not used yet is set even where it is current: only that
+    gives the thread its context.  Kernels that encode TMA descriptors need one before they
+    launch: without, the encoding fails, and the kernel is launched with what is left.
+    """
+    bound = thread.bound
+    if device in bound and device == 0 and device_count() == 1:  # there is no other
         return None
     runtime, current = load_cudart()[0], ffi.new("int *")
     code = runtime.cudaGetDevice(current)
-    if code == 0 and current[0] == device:
+    if code == 0 and current[0] == device and device in bound:
         return None
     code = code or runtime.cudaSetDevice(device)
     if code:
         raise LoaderError(f"cuda:{device} cannot be used: CUDA error {code}")
-    return int(current[0])
+    bound.add(device)
+    return None if current[0] == device else int(current[0])
 
 
 def multiprocessors(device: int) -> int:

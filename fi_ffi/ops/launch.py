@@ -31,17 +31,20 @@ class Preparing:
 class Place:
     """Where an op's calls are made: the device, and what has to be set for them."""
 
-    __slots__ = ("device", "here", "is_cuda", "op", "set_stream")
+    __slots__ = ("device", "has_context", "here", "is_cuda", "op", "set_stream")
 
     def __init__(self, device: Device, op: str) -> None:
         self.device, self.is_cuda, self.op = device, device.is_cuda, op
+        self.here: Place | None = None
         self.set_stream: Callable[..., int] = functools.partial(
             library.lib.TVMFFIEnvSetStream, device.type_code, device.index
         )
+        gpus = machine.device_count() if device.is_cuda else 0
+        # Threads need the device's context, which `machine.make_current` gives each once.
+        self.has_context = gpus > 0
         # The same place where its device has to be made current first; with one GPU only,
         # that is the current one.
-        self.here: Place | None = None
-        if device.is_cuda and machine.device_count() > 1:
+        if gpus > 1:
             self.here = copy.copy(self)
 
 
@@ -54,13 +57,17 @@ def launch(frame: Frame, place: Place, stream: object) -> None:
         if place.is_cuda:
             scopes = streams.thread.scopes
             if not scopes or scopes[-1].device is not place.device:
-                streams.open_scope(place.device, place.op).bind(place.device)
+                scope = streams.open_scope(place.device, place.op)
+                _give_context(place)
+                scope.bind(place.device)
         if frame.invoke():
             raise take_raised(place.op)
     else:
         pointer = _pointers.get(stream) if type(stream) is int else None
         if pointer is None:
             pointer = _pointer(streams.stream_handle(stream, place.op))
+        if place.has_context and place.device.index not in machine.thread.bound:
+            _give_context(place)
         set_stream, before = place.set_stream, frame.before
         set_stream(pointer, before)
         try:
@@ -68,6 +75,11 @@ def launch(frame: Frame, place: Place, stream: object) -> None:
                 raise take_raised(place.op)
         finally:
             set_stream(before[0], ffi.NULL)
+
+
+def _give_context(place: Place) -> None:
+    if place.has_context:
+        machine.make_current(place.device.index)
 
 
 def _pointer(handle: int) -> Any:

@@ -67,6 +67,7 @@ def _compiled(
     }  # fmt: skip
     exec(compile(_source(row, header), _FILE.format(row.name), "exec"), namespace)
     made: Callable[..., Any] = namespace["call"]
+    made.__name__ = made.__qualname__ = row.name  # which a TypeError of its arguments tells
     return made
 
 

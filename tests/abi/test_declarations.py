@@ -117,7 +117,9 @@ def test_cuda_function(name: str) -> None:
     upstream = re.search(rf"cudaError_t CUDARTAPI {name}\(([^)]*)\);", text)
     assert upstream is not None
     # Handles are pointers, to what is not said.
-    told = re.sub(r"\bcuda(Stream|Event)_t\b", "void *", upstream[1])
+    told = re.sub(r"\bcuda(Stream|Event|Graph|GraphExec|GraphNode)_t\b", "void *", upstream[1])
+    # A result that is not looked into is just memory.
+    told = told.replace("cudaGraphExecUpdateResultInfo *", "void *")
     parameters = [re.sub(r"\benum \w+", "int", part) for part in told.split(",")]
     # cffi tells no `const`.
     named = [part.replace("const ", "").strip() for part in parameters]

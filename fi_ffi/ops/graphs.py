@@ -1,0 +1,153 @@
+"""CUDA graphs: calls recorded once and launched together, for a host cost of one launch."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from types import TracebackType
+from typing import Any
+
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.device import Device, parse_device
+from fi_ffi.abi.streams import current_scope, stream_handle
+from fi_ffi.abi.streams import stream as stream_scope
+from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.loader import machine
+from fi_ffi.ops import cuda
+
+_RESULT_WORDS = 3  # of a cudaGraphExecUpdateResultInfo
+_THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal: other threads may do as they like
+
+
+class Graph:
+    """What was recorded in a `fi_ffi.capture` block, to be launched any number of times.
+
+    `nodes` counts its kernels and copies.  The memory that the calls were given must stay
+    valid, and holds the arguments of every launch: write new inputs into it, or record the
+    calls again with `fi_ffi.capture(stream, into=graph)`.
+    """
+
+    __slots__ = ("__weakref__", "_finalizer", "_launch", "device", "nodes", "updates")
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.nodes = 0
+        # How often it was recorded again and its nodes changed in place.
+        self.updates = 0
+        self._launch: Any = None
+        self._finalizer: Any = None
+
+    def launch(self, stream: object = None) -> None:
+        """Queue it on `stream`, or on the open scope's.
+
+        Raises `ArgumentError` without a stream or before anything was recorded, and
+        `KernelError` with CUDA's error code.
+        """
+        if self._launch is None:
+            expected = "a capture that has ended"
+            raise ArgumentError("Graph", "self", got="a graph of nothing", expected=expected)
+        if stream is None:
+            scope = current_scope()
+            if scope is None:
+                expected = "a stream, or an open fi_ffi.stream(...) scope"
+                raise ArgumentError("Graph", "stream", got=None, expected=expected)
+            stream = scope.handle
+        handle = stream if type(stream) is int else stream_handle(stream, "Graph")
+        if machine.device_count() > 1:
+            with cuda.current(self.device):
+                code = self._launch(cuda.pointer(handle))
+        else:
+            code = self._launch(cuda.pointer(handle))
+        if code:
+            cuda.check(code, "cudaGraphLaunch")
+
+    def replace(self, graph: Any) -> None:
+        """Take over a recorded cudaGraph_t, which is not needed any more afterwards."""
+        runtime = machine.load_cudart()[0]
+        count = ffi.new("size_t *")
+        cuda.check(runtime.cudaGraphGetNodes(graph, ffi.NULL, count), "cudaGraphGetNodes")
+        if self._launch is not None:
+            result = ffi.new("uint64_t[]", _RESULT_WORDS)
+            if runtime.cudaGraphExecUpdate(self._launch.args[0], graph, result) == 0:
+                self.nodes, self.updates = int(count[0]), self.updates + 1
+                return
+            # Another shape of graph: CUDA cannot change the old one into it.
+            self._finalizer()
+            self._launch = None
+        executable = ffi.new("void **")
+        cuda.check(runtime.cudaGraphInstantiate(executable, graph, 0), "cudaGraphInstantiate")
+        self._launch = functools.partial(runtime.cudaGraphLaunch, executable[0])
+        self._finalizer = weakref.finalize(self, runtime.cudaGraphExecDestroy, executable[0])
+        self.nodes = int(count[0])
+
+
+class capture:  # a context manager reads as a verb
+    """`with fi_ffi.capture(stream) as graph:` records calls instead of making them.
+
+    Inside the block fi_ffi's calls are on `stream` (no `stream=` is needed); other libraries'
+    work on it is recorded too.  `graph.launch()` makes them all.  With `into=graph` they are
+    recorded anew: where the kernels are the same and only addresses and numbers have changed,
+    CUDA changes the graph in place (`graph.updates` counts), and else it is made again.
+
+    Plans are made before the block, with `enable_cuda_graph=True` where they are to be
+    replanned.  A block that ends with an exception leaves `into` as it was.
+
+    Args:
+        stream: the stream to record; not the default stream, which CUDA cannot record.
+        into: a graph to change; a new one without.
+        device: of a new graph's stream.
+
+    Raises `ArgumentError`, `ArgumentTypeError`, and `KernelError` with CUDA's error code.
+    """
+
+    __slots__ = ("_handle", "_scope", "graph")
+
+    def __init__(
+        self, stream: object, *, into: Graph | None = None, device: object = "cuda:0"
+    ) -> None:
+        self._handle = stream_handle(stream, "capture")
+        if self._handle in (0, 1, 2):
+            got, expected = "a default stream", "a stream of its own: CUDA records no other"
+            raise ArgumentError("capture", "stream", got=got, expected=expected)
+        if into is not None and not isinstance(into, Graph):
+            got, expected = type(into).__name__, "a fi_ffi Graph or None"
+            raise ArgumentTypeError("capture", "into", got=got, expected=expected)
+        where = parse_device(device, op="capture")
+        if not where.is_cuda:
+            raise ArgumentError("capture", "device", got=where, expected="cuda")
+        self.graph = Graph(where) if into is None else into
+        self._scope: stream_scope | None = None
+
+    def __enter__(self) -> Graph:
+        with cuda.current(self.graph.device):
+            code = machine.load_cudart()[0].cudaStreamBeginCapture(
+                cuda.pointer(self._handle), _THREAD_LOCAL
+            )
+        cuda.check(code, "cudaStreamBeginCapture")
+        self._scope = stream_scope(self._handle)
+        self._scope.__enter__()
+        return self.graph
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        scope, self._scope = self._scope, None
+        if scope is None:
+            raise ArgumentError("capture", "self", got="one not open", expected="an open one")
+        try:
+            scope.__exit__(exc_type, exc, tb)
+        finally:
+            runtime, graph = machine.load_cudart()[0], ffi.new("void **")
+            with cuda.current(self.graph.device):
+                code = runtime.cudaStreamEndCapture(cuda.pointer(self._handle), graph)
+        try:
+            if exc_type is None:
+                cuda.check(code, "cudaStreamEndCapture")
+                with cuda.current(self.graph.device):
+                    self.graph.replace(graph[0])
+        finally:
+            if graph[0] != ffi.NULL:
+                runtime.cudaGraphDestroy(graph[0])

@@ -1,0 +1,49 @@
+"""Fixtures of tests/stress/test_gdn.py: on the CPU reference always, in small; on a GPU in full."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+import fi_ffi
+
+from gdn_stress.machines import Cpu, Gpu
+from gdn_stress.session import (  # noqa: F401  the hooks are pytest's
+    counted,
+    pytest_runtest_makereport,
+    pytest_terminal_summary,
+    pytest_unconfigure,
+)
+
+ON_GPU = os.environ.get("FI_FFI_RUN_GPU_TESTS") == "1"
+NEEDS_GPU = "needs a GPU: set FI_FFI_RUN_GPU_TESTS=1 and FI_FFI_KERNELS"
+MACHINES = ["gpu"] if ON_GPU else ["cpu", pytest.param("gpu", marks=pytest.mark.skip(NEEDS_GPU))]
+
+
+@pytest.fixture(scope="session")
+def kernels() -> None:
+    """The op takes the form of the kernels' release, before a case is made for it."""
+    if ON_GPU:
+        fi_ffi.use_kernels(os.environ["FI_FFI_KERNELS"])
+
+
+@pytest.fixture(params=MACHINES)
+def machine(
+    request: pytest.FixtureRequest, kernels: None, record_property: Callable[[str, object], None]
+) -> Iterator[Cpu]:
+    made = Gpu() if request.param == "gpu" else Cpu()
+    count = counted(request.param)
+    yield made
+    made.close()
+    record_property("launches", made.launches)
+    count.done(made.launches)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int.from_bytes(os.urandom(8), "little")
+    print(f"seed {seed}")  # shown with a failure
+    return np.random.default_rng(seed)
