@@ -11,6 +11,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PAGED = EXAMPLES / "paged_attention_cuda_python.py"
+GDN = EXAMPLES / "qwen3_next_gdn_cuda_python.py"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -50,3 +51,33 @@ example.main()
     done = run("-c", program)
     assert done.returncode == 1
     assert "AssertionError: request" in done.stderr
+
+
+def test_a_linear_attention_layer_on_the_cpu() -> None:
+    done = run(str(GDN), "--cpu")
+    assert done.returncode == 0, done.stderr
+    assert "request 1: 64 and 11 tokens" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        # A state that is not carried on, and tokens taken the other way round.
+        "alone = example.fi_ffi.gdn_prefill\n"
+        "example.fi_ffi.gdn_prefill = lambda **a: alone(**a | {'input_state': None})",
+        "plain = example.token_by_token\n"
+        "example.prefill.__globals__['token_by_token'] = lambda layer, x: plain(layer, x[::-1])",
+    ],
+)
+def test_the_layers_check_can_fail(fault: str) -> None:
+    program = f"""
+import sys
+sys.path.insert(0, {str(EXAMPLES)!r})
+import qwen3_next_gdn_cuda_python as example
+{fault}
+sys.argv[1:] = ["--cpu"]
+example.main()
+"""
+    done = run("-c", program)
+    assert done.returncode == 1
+    assert "is wrong" in done.stderr

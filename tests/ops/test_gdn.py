@@ -85,7 +85,9 @@ def test_a_state_carried_on():
         part |= {"cu_seqlens": fi_ffi.cu_seqlens([span.stop - span.start]), "output": got[span]}
         OP(**part, output_state=state, input_state=state)
     assert np.allclose(state, whole.arrays["output_state"], rtol=1e-5, atol=1e-6)
-    assert np.allclose(got.astype(float), whole.arrays["output"].astype(float), rtol=1e-3)
+    assert np.allclose(
+        got.astype(float), whole.arrays["output"].astype(float), rtol=2e-3, atol=1e-6
+    )
 
 
 def refused(made: Case, argument: str, expected: str, **over) -> None:
