@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 
-from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.tensor import TensorDesc, make_desc
-from fi_ffi.ops import cuda
 from fi_ffi.ops.attention.indices import ints_layout
 from fi_ffi.ops.attention.sizes import aligned
 
@@ -26,12 +25,20 @@ class Arrays:
         self._placed[name] = self.end, room
         self.end = aligned(self.end + 4 * room)
 
-    def write(self, stage: TensorDesc, values: Mapping[str, TensorDesc]) -> None:
-        for name, desc in values.items():
+    def holds(self, kernel_bytes: int, rooms: Mapping[str, int]) -> bool:
+        """Whether it is what such a batch would be placed in, or has more for the kernel."""
+        return kernel_bytes <= self.kernel_bytes and rooms == {
+            name: room for name, (_, room) in self._placed.items()
+        }
+
+    def write(self, stage: memoryview, values: Mapping[str, memoryview]) -> None:
+        """Write index arrays to their places in host memory, both as int32."""
+        for name, view in values.items():
             start, room = self._placed[name]
-            assert desc.shape[0] <= room, f"{name}: {desc.shape[0]} int32 in room for {room}"
-            target = cuda.pointer(stage.ptr + start)
-            ffi.memmove(target, cuda.pointer(desc.ptr), 4 * desc.shape[0])
+            count = len(view)
+            assert count <= room, f"{name}: {count} int32 in room for {room}"
+            word = start // 4
+            stage[word : word + count] = view
 
     def descs(self, buffer: TensorDesc) -> dict[str, TensorDesc]:
         return {
@@ -40,10 +47,19 @@ class Arrays:
         }
 
 
-def host_ints(values: Sequence[int]) -> TensorDesc:
+def placed_for(kernel_bytes: int, rooms: Mapping[str, int], before: Arrays) -> Arrays:
+    """Places for index arrays of so many int32: those of the batch before, if they hold them."""
+    if before.holds(kernel_bytes, rooms):
+        return before
+    placed = Arrays(kernel_bytes)
+    for name, room in rooms.items():
+        placed.place(name, room)
+    return placed
+
+
+def host_ints(values: Sequence[int]) -> memoryview:
     """An int32 array on the host, from Python's integers."""
-    memory = ffi.new("int32_t[]", list(values))
-    return make_desc(int(ffi.cast("uintptr_t", memory)), ints_layout(len(values)), owner=memory)
+    return memoryview(array("i", values))
 
 
 def index_room(count: int) -> int:

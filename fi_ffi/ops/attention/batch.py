@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.attention.indices import INT32_MAX, Indptr, PagedLengths, mask_bytes
 
@@ -23,7 +22,7 @@ class Batch:
         paged: tuple[object, ...],
     ) -> None:
         self.qo = Indptr(op, "qo_indptr", qo_indptr)
-        count = len(self.qo.counts)
+        count = self.qo.size
         self.pages: PagedLengths | None = None
         if page_size is None:
             if kv_indptr is None:
@@ -63,7 +62,7 @@ class Batch:
 
     @property
     def size(self) -> int:
-        return len(self.qo.counts)
+        return self.qo.size
 
     @property
     def rows(self) -> int:
@@ -76,6 +75,6 @@ class Batch:
         return self.pages.indptr.total if self.pages else 0
 
     @property
-    def page_indices(self) -> TensorDesc | None:
-        """The host array of pages, where there is one."""
-        return self.pages.indices.desc if self.pages and self.pages.indices else None
+    def page_indices(self) -> memoryview | None:
+        """The pages, where they are given."""
+        return self.pages.indices.view if self.pages and self.pages.indices else None

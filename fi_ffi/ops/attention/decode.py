@@ -53,6 +53,9 @@ class BatchDecodePlan(Plan):
     """
 
     op = "BatchDecodePlan"
+    # What a number of requests takes at most, and that number.
+    _most_need: sizes.Need
+    _most_of = 0
     backend = "cuda cores"
     backend_reason = "decode kernels have no other"
 
@@ -80,8 +83,10 @@ class BatchDecodePlan(Plan):
         self._templates = [Values(self.op, row, self.backend, {}) for row in rows]
         batch = self._read((indptr, indices, last_page_len))
         self._max_indices = chosen.max_num_indices or batch.indptr.total
-        self.needs, self._placed = self._need(batch)
-        if not self.is_size_only:
+        self._fill_template()
+        if self.is_size_only:
+            self.needs, self._placed = self._need(batch)
+        else:
             self._schedule(batch, stream)
 
     @classmethod
@@ -108,11 +113,10 @@ class BatchDecodePlan(Plan):
         """Plan another batch with the same options; as `BatchPrefillPlan.replan`."""
         batch = self._read((indptr, indices, last_page_len))
         if self.options.enable_cuda_graph:
-            self.check_batch_size("indptr", len(batch.indptr.counts), self._batch_size)
+            self.check_batch_size("indptr", batch.indptr.size, self._batch_size)
             self.check_room("pages", "indices", batch.max_page + 1)
             self.check_room("page indices", "indptr", batch.indptr.total)
             self.check_has_indices("indices", batch.indices is not None)
-        self.needs, self._placed = self._need(batch)
         self._schedule(batch, stream)
 
     def run(
@@ -171,35 +175,52 @@ class BatchDecodePlan(Plan):
         return PagedLengths(self.op, _NAMES, arrays, None, self.options.page_size)
 
     def _need(self, batch: PagedLengths) -> tuple[sizes.Need, Arrays]:
-        graph, count = self.options.enable_cuda_graph, len(batch.indptr.counts)
+        graph, count = self.options.enable_cuda_graph, batch.indptr.size
         if graph and batch.indptr.total > self._max_indices:
             got, expected = f"{batch.indptr.total} pages", f"{self._max_indices} at most"
             raise self.refuse("indptr", got, expected)
-        need = sizes.decode(self.geometry, batch.indptr.counts)
-        placed = self.arrays(need, count)
-        placed.place("kv_indptr", count + 1)
-        placed.place("last_page_len", count)
+        rooms = {"kv_indptr": count + 1, "last_page_len": count}
         if batch.indices is not None:
-            placed.place("indices", index_room(self._max_indices if graph else batch.indptr.total))
-        return need, placed
+            rooms["indices"] = index_room(self._max_indices if graph else batch.indptr.total)
+        need = None if graph or self.is_size_only else self._most(count)
+        if need is not None:
+            placed = self.place(need, count, rooms)
+            have = self.workspace
+            if self._owns_workspace or (
+                have is not None and have.has(need.float_bytes, placed.end)
+            ):
+                return need, placed
+        need = sizes.decode(self.geometry, count, batch.indptr.counts)
+        return need, self.place(need, count, rooms)
 
-    def _schedule(self, batch: PagedLengths, stream: object) -> None:
-        chosen, values = self.options, self._templates[0].fresh()
-        values.put(
-            indptr=batch.indptr.desc, batch_size=len(batch.indptr.counts),
+    def _most(self, count: int) -> sizes.Need:
+        """What so many requests can take at most."""
+        if self._most_of != count:
+            self._most_need = sizes.decode(self.geometry, count, None)
+            self._most_of = count
+        return self._most_need
+
+    def _fill_template(self) -> None:
+        """Set what is the same for every batch."""
+        chosen = self.options
+        self._templates[0].put(
             num_qo_heads=chosen.num_qo_heads, num_kv_heads=chosen.num_kv_heads,
             page_size=chosen.page_size, enable_cuda_graph=chosen.enable_cuda_graph,
             window_left=chosen.window_left, logits_soft_cap=chosen.logits_soft_cap,
             head_dim_qk=chosen.head_dim, head_dim_vo=chosen.head_dim,
             empty_q_data=_NOTHING, empty_kv_data=_NOTHING,
         )  # fmt: skip
-        arrays = {"kv_indptr": batch.indptr.desc, "last_page_len": batch.last_page_len.desc}
+
+    def _schedule(self, batch: PagedLengths, stream: object) -> None:
+        need, placed = self._need(batch)
+        values = self._templates[0].fresh()
+        values.put(indptr=batch.indptr.desc, batch_size=batch.indptr.size)
+        arrays = {"kv_indptr": batch.indptr.view, "last_page_len": batch.last_page_len.view}
         if batch.indices is not None:
-            arrays["indices"] = batch.indices.desc
+            arrays["indices"] = batch.indices.view
         self._batch = batch
-        form = self._forms[0]
-        self.schedule(form, values.values[3:], arrays, self.needs, self._placed, stream)
-        self._batch_size = len(batch.indptr.counts)
+        self.schedule(self._forms[0], values.values, arrays, need, placed, stream)
+        self._batch_size = batch.indptr.size
         self._num_indices, self._max_page = batch.indptr.total, batch.max_page
 
     def check_launch(self, launch: list[int], stage: TensorDesc) -> None:

@@ -26,7 +26,7 @@ class HostArray:
 
     def __init__(self, op: str, argument: str, array: object, length: int | None = None) -> None:
         view = _view(array)
-        self.desc = _described(op, argument, array) if view is None else _ints(view)
+        self.desc = _described(op, argument, array) if view is None else described_ints(view)
         self.view = _memory(self.desc) if view is None else view
         count = self.desc.layout.shape[0]
         if length is not None and count != length:
@@ -80,7 +80,7 @@ def _described(op: str, argument: str, array: object) -> TensorDesc:
     return make_desc(desc.ptr, ints_layout(desc.shape[0]), owner=desc)
 
 
-def _ints(view: memoryview) -> TensorDesc:
+def described_ints(view: memoryview) -> TensorDesc:
     """A view of int32 as a tensor on the host."""
     address = int(ffi.cast("uintptr_t", ffi.from_buffer(view)))
     return make_desc(address, ints_layout(len(view)), owner=view)
@@ -108,22 +108,31 @@ def read_ints(desc: TensorDesc) -> list[int]:
 class Indptr(HostArray):
     """Where each of b requests starts in a row of things: b + 1 positions, from 0 on."""
 
-    __slots__ = ("counts", "total")
+    __slots__ = ("_counts", "_values", "size", "total")
 
     def __init__(self, op: str, argument: str, array: object, length: int | None = None) -> None:
         super().__init__(op, argument, array, length)
-        values = self.view.tolist()
+        values = self._values = self.view.tolist()
         if len(values) < 2:
             got, expected = f"{len(values)} elements", "one more than there are requests: 2 or more"
             raise ArgumentError(op, argument, got=got, expected=expected)
         if values[0]:
             raise ArgumentError(op, argument, got=f"{values[0]} first", expected="0 first")
-        self.counts = list(map(sub, values[1:], values))
-        if min(self.counts) < 0:
+        if sorted(values) != values:
             at = next(i for i, count in enumerate(self.counts) if count < 0)
             got = f"{values[at + 1]} after {values[at]} (request {at})"
             raise ArgumentError(op, argument, got=got, expected="positions that do not decrease")
-        self.total: int = values[-1]
+        # Requests, and things of all of them.
+        self.size, self.total = len(values) - 1, values[-1]
+
+    @property
+    def counts(self) -> list[int]:
+        """Things of each request."""
+        try:
+            return self._counts
+        except AttributeError:
+            self._counts: list[int] = list(map(sub, self._values[1:], self._values))
+            return self._counts
 
 
 class PagedLengths:
@@ -142,16 +151,15 @@ class PagedLengths:
         length = None if batch_size is None else batch_size + 1
         self._page_size = page_size
         self.indptr = Indptr(op, names[0], arrays[0], length)
-        counts = self.indptr.counts
-        self.last_page_len = HostArray(op, names[2], arrays[2], len(counts))
+        self.last_page_len = HostArray(op, names[2], arrays[2], self.indptr.size)
         lasts = self.last_page_len.view.tolist()
         # At a glance where all is usual, and else one by one.
         if min(lasts) < 1 or max(lasts) > page_size:
-            for i, (count, last) in enumerate(zip(counts, lasts, strict=True)):
+            for i, (count, last) in enumerate(zip(self.indptr.counts, lasts, strict=True)):
                 if not (0 < last <= page_size or (last == 0 and not count)):
                     got = f"{last} for request {i} with {count} pages"
                     raise ArgumentError(op, names[2], got=got, expected=f"from 1 to {page_size}")
-        if max(counts) * page_size > INT32_MAX:
+        if self.indptr.total * page_size > INT32_MAX:
             longest = max(self.kv_lens)
             if longest > INT32_MAX:
                 got = f"{longest} tokens for request {self.kv_lens.index(longest)}"

@@ -95,8 +95,9 @@ class BatchMlaPlan(Plan):
         batch = self._read(qo_indptr, kv_indptr, kv_indices, kv_len_arr)
         self._max_rows = chosen.max_total_num_rows or batch.qo.total
         self._max_indices = chosen.max_num_indices or batch.kv.total
-        self.needs, self._placed = self._need(batch)
-        if not self.is_size_only:
+        if self.is_size_only:
+            self.needs, self._placed = self._need(batch)
+        else:
             self._schedule(batch, stream)
 
     @classmethod
@@ -126,7 +127,6 @@ class BatchMlaPlan(Plan):
         batch = self._read(qo_indptr, kv_indptr, kv_indices, kv_len_arr)
         if self.options.enable_cuda_graph:
             self._check_replan(batch)
-        self.needs, self._placed = self._need(batch)
         self._schedule(batch, stream)
 
     def run(
@@ -226,10 +226,10 @@ class BatchMlaPlan(Plan):
             expected = f"{sizes.MLA_MAX_WORKS} at most: the planner has room for no more"
             raise self.refuse("qo_indptr", got, expected)
         need = sizes.mla(self.geometry, batch.qo.counts)
-        placed = self.arrays(need, len(batch.qo.counts))
+        rooms = {}
         if batch.indices is not None:
-            placed.place("indices", index_room(self._max_indices if graph else batch.kv.total))
-        return need, placed
+            rooms["indices"] = index_room(self._max_indices if graph else batch.kv.total)
+        return need, self.place(need, batch.qo.size, rooms)
 
     def _schedule(self, batch: _Batch, stream: object) -> None:
         chosen, values = self.options, self._templates[0].fresh()
@@ -237,10 +237,10 @@ class BatchMlaPlan(Plan):
             qo_indptr=batch.qo.desc, kv_indptr=batch.kv.desc, kv_len=batch.kv_len.desc,
             num_heads=chosen.num_heads, head_dim_o=chosen.head_dim_ckv, causal=chosen.causal,
         )  # fmt: skip
-        arrays = {} if batch.indices is None else {"indices": batch.indices.desc}
-        form = self._forms[0]
-        self.schedule(form, values.values[3:], arrays, self.needs, self._placed, stream)
-        self._batch_size = len(batch.qo.counts)
+        arrays = {} if batch.indices is None else {"indices": batch.indices.view}
+        need, placed = self._need(batch)
+        self.schedule(self._forms[0], values.values, arrays, need, placed, stream)
+        self._batch_size = batch.qo.size
         self._num_indices, self._max_page = batch.kv.total, batch.max_page
         self._cluster = sizes.mla_cluster(self.geometry, batch.qo.counts)
         graph = chosen.enable_cuda_graph

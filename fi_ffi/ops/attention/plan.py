@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from fi_ffi.abi.tensor import Layout, TensorDesc, make_desc, make_layout
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda, watching
-from fi_ffi.ops.attention.arrays import Arrays
+from fi_ffi.ops.attention.arrays import Arrays, placed_for
 from fi_ffi.ops.attention.options import Kernel
 from fi_ffi.ops.attention.ready import Ready
 from fi_ffi.ops.attention.run import call
@@ -100,17 +100,20 @@ class Plan(Runs):
         # Runs that this plan has made, by what they depend on.
         self._ready: dict[tuple[object, ...], Ready] = {}
         self._captured: list[int] | None = None
+        self._placed = Arrays(0)
         self._owns_workspace = workspace is None
         # Pages of the batch in all, and the last of them in the cache, where it is known.
         self._num_indices, self._max_page = 0, -1
         self._descs: dict[str, TensorDesc] = {}
+        # What these are of.
+        self._described: tuple[object, object] = (None, None)
         # With CUDA graphs: the least room that runs were given for what grows with lengths.
         self.room: dict[str, int] = {}
 
-    def arrays(self, need: Need, batch_size: int) -> Arrays:
-        """Room for index arrays after what the kernel needs of the int workspace."""
+    def place(self, need: Need, batch_size: int, rooms: Mapping[str, int]) -> Arrays:
+        """Places for index arrays after what the kernel needs of the int workspace."""
         least = 0 if self.device.is_cuda else _REFERENCE_BYTES * (batch_size + 4)
-        return Arrays(max(need.int_bytes, least))
+        return placed_for(max(need.int_bytes, least), rooms, self._placed)
 
     @property
     def machine(self) -> tuple[int, int]:
@@ -123,8 +126,8 @@ class Plan(Runs):
     def schedule(
         self,
         form: Form,
-        values: Sequence[Any],
-        arrays: Mapping[str, TensorDesc],
+        values: list[Any],
+        arrays: Mapping[str, memoryview],
         need: Need,
         placed: Arrays,
         stream: object,
@@ -133,27 +136,28 @@ class Plan(Runs):
 
         Nothing that another plan uses is written before the kernel's planner has agreed.
         """
+        is_cuda = self.device.is_cuda
         handle = self.stream(stream)
-        if self.device.is_cuda and cuda.is_capturing(handle):
+        if is_cuda and cuda.is_capturing(handle):
             raise self.refuse("stream", "one that is capturing a graph", "plan before the capture")
         workspace = self._workspace(need.float_bytes, placed.end)
         with workspace.lock, cuda.current(self.device):
             stage = workspace.stage()
+            count = placed.kernel_bytes
             if self.options.enable_cuda_graph and need.split is False:
                 # Up to 0.7.0, fa2's planner leaves the indices of the blocks that only pad
                 # the grid as they are; as 0, they repeat what the first block does.
-                ffi.memmove(
-                    cuda.pointer(stage.desc.ptr), bytes(placed.kernel_bytes), placed.kernel_bytes
-                )
-            placed.write(stage.desc, arrays)
-            if self.device.is_cuda:
+                ffi.memmove(cuda.pointer(stage.desc.ptr), bytes(count), count)
+            placed.write(stage.words, arrays)
+            if is_cuda:
                 workspace.take(handle)
-            kernels = [
-                _first(desc, placed.kernel_bytes) for desc in (workspace.int_buffer, stage.desc)
-            ]
-            given = [workspace.float_buffer, *kernels, *values]
-            with watching.running(self):
-                info = call(self.op, form, given, handle if self.device.is_cuda else None)
+            int_buffer = _first(workspace.int_buffer, count)
+            values[:3] = workspace.float_buffer, int_buffer, _first(stage.desc, count)
+            if watching.inboxes:
+                with watching.running(self):
+                    info = call(self.op, form, values, handle if is_cuda else None)
+            else:
+                info = call(self.op, form, values, handle if is_cuda else None)
             if self.options.enable_cuda_graph:
                 # Until it is found the same, neither the old plan nor the new one holds.
                 workspace.generation += 1
@@ -161,11 +165,13 @@ class Plan(Runs):
             self._send(workspace, stage.desc, placed, handle)
             workspace.used(stage, handle)
             workspace.generation += 1
-            self._generation = workspace.generation
-            self._info = info
-            self._ready = {}
-        self._descs = placed.descs(workspace.int_buffer)
-        self._descs["int_workspace_buffer"] = kernels[0]
+            self._generation, self._info = workspace.generation, info
+            self._ready.clear()
+        if placed is not self._described[0] or workspace is not self._described[1]:
+            self._descs = placed.descs(workspace.int_buffer)
+            self._described = placed, workspace
+        self._descs["int_workspace_buffer"] = int_buffer
+        self.needs, self._placed = need, placed
 
     def _workspace(self, float_bytes: int, int_bytes: int) -> Workspace:
         workspace = self.workspace

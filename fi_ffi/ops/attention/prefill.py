@@ -8,7 +8,7 @@ from fi_ffi.abi.interop import TensorLike
 from fi_ffi.ops.attention import sizes
 from fi_ffi.ops.attention.arrays import Arrays, host_ints, index_room
 from fi_ffi.ops.attention.batch import Batch
-from fi_ffi.ops.attention.indices import check_keys
+from fi_ffi.ops.attention.indices import check_keys, described_ints
 from fi_ffi.ops.attention.options import choose_backend, in_use
 from fi_ffi.ops.attention.plan import SIZE_ONLY, WorkspaceSize, form_of
 from fi_ffi.ops.attention.prefill_runs import PrefillRuns
@@ -108,8 +108,10 @@ class BatchPrefillPlan(PrefillRuns):
         batch = self._read((qo_indptr, kv_indptr, *paged))
         self._max_rows = chosen.max_total_num_rows or batch.rows
         self._max_indices = chosen.max_num_indices or batch.num_indices
-        self.needs, self._placed = self._need(batch)
-        if not self.is_size_only:
+        self._fill_template()
+        if self.is_size_only:
+            self.needs, self._placed = self._need(batch)
+        else:
             self._schedule(batch, stream)
 
     @classmethod
@@ -138,7 +140,6 @@ class BatchPrefillPlan(PrefillRuns):
         batch = self._read((qo_indptr, kv_indptr, *paged))
         if self.options.enable_cuda_graph:
             self._check_replan(batch)
-        self.needs, self._placed = self._need(batch)
         self._schedule(batch, stream)
 
     def _check_backend_options(self) -> None:
@@ -196,43 +197,47 @@ class BatchPrefillPlan(PrefillRuns):
         size = sizes.prefill_fa3 if self.backend == "fa3" else sizes.prefill_fa2
         rows = self._max_rows if graph else batch.rows
         need = size(self.geometry, batch.qo.counts, batch.kv.counts, rows)
-        placed = self.arrays(need, batch.size)
-        placed.place("qo_indptr", batch.size + 1)
-        placed.place("kv_indptr", batch.size + 1)
+        rooms = {"qo_indptr": batch.size + 1, "kv_indptr": batch.size + 1}
         if self.options.use_custom_mask:
-            placed.place("mask_indptr", batch.size + 1)
+            rooms["mask_indptr"] = batch.size + 1
         if batch.pages is not None:
-            placed.place("last_page_len", batch.size)
+            rooms["last_page_len"] = batch.size
         if batch.page_indices is not None:
-            placed.place("indices", index_room(self._max_indices if graph else batch.num_indices))
-        return need, placed
+            rooms["indices"] = index_room(self._max_indices if graph else batch.num_indices)
+        return need, self.place(need, batch.size, rooms)
 
-    def _schedule(self, batch: Batch, stream: object) -> None:
+    def _fill_template(self) -> None:
+        """Set what is the same for every batch."""
         chosen = self.options
-        graph, pages = chosen.enable_cuda_graph, batch.pages
-        values = self._templates[0].fresh()
-        kv_lens = host_ints(batch.kv_lens) if values.has("kv_len_arr") else None
-        values.put(
-            qo_indptr=batch.qo.desc, kv_indptr=batch.kv.desc, kv_len_arr=kv_lens,
-            total_num_rows=self._max_rows if graph else batch.rows, batch_size=batch.size,
+        self._templates[0].put(
             num_qo_heads=chosen.num_qo_heads, num_kv_heads=chosen.num_kv_heads,
-            page_size=chosen.page_size or 1, enable_cuda_graph=graph,
+            page_size=chosen.page_size or 1, enable_cuda_graph=chosen.enable_cuda_graph,
             head_dim_qk=chosen.head_dim_qk, head_dim_vo=chosen.head_dim_vo, causal=chosen.causal,
             window_left=chosen.window_left, fixed_split_size=chosen.fixed_split_size or -1,
             disable_split_kv=self.geometry.disable_split_kv, num_colocated_ctas=0,
         )  # fmt: skip
-        arrays = {"qo_indptr": batch.qo.desc, "kv_indptr": batch.kv.desc}
-        if chosen.use_custom_mask:
+
+    def _schedule(self, batch: Batch, stream: object) -> None:
+        need, placed = self._need(batch)
+        graph, pages = self.options.enable_cuda_graph, batch.pages
+        values = self._templates[0].fresh()
+        rows = self._max_rows if graph else batch.rows
+        values.put(
+            qo_indptr=batch.qo.desc, kv_indptr=batch.kv.desc, total_num_rows=rows,
+            batch_size=batch.size,
+        )  # fmt: skip
+        if values.has("kv_len_arr"):
+            values.put(kv_len_arr=described_ints(host_ints(batch.kv_lens)))
+        arrays = {"qo_indptr": batch.qo.view, "kv_indptr": batch.kv.view}
+        if self.options.use_custom_mask:
             arrays["mask_indptr"] = host_ints(batch.mask_indptr)
         if pages is not None:
-            arrays["last_page_len"] = pages.last_page_len.desc
+            arrays["last_page_len"] = pages.last_page_len.view
         if batch.page_indices is not None:
             arrays["indices"] = batch.page_indices
-        form = self._forms[0]
-        self.schedule(form, values.values[3:], arrays, self.needs, self._placed, stream)
-        self._batch_size = batch.size
-        self._rows_now = self._max_rows if graph else batch.rows
+        self.schedule(self._forms[0], values.values, arrays, need, placed, stream)
+        self._batch_size, self._rows_now = batch.size, rows
         self._kv_total = batch.kv.total
-        self._mask_bytes = batch.mask_indptr[-1] if chosen.use_custom_mask else 0
+        self._mask_bytes = batch.mask_indptr[-1] if self.options.use_custom_mask else 0
         self._num_indices = batch.num_indices
         self._max_page = pages.max_page if pages is not None else -1

@@ -39,6 +39,8 @@ class Runs:
 
     def stream(self, stream: object) -> int:
         """The handle of the stream to work on; 0 on the CPU."""
+        if type(stream) is int and self.device.is_cuda and 0 <= stream < 2**64:
+            return stream
         return launching(stream, self.device, self.op).handle if self.device.is_cuda else 0
 
     def refuse(self, argument: str, got: object, expected: object) -> ArgumentError:

@@ -128,12 +128,16 @@ def prefill_fa3(g: Geometry, qo_lens: Sequence[int], kv_pages: Sequence[int], ro
     return Need(0, _ints(*[works] * 6, g.multiprocessors + 1, works), False)
 
 
-def decode(g: Geometry, kv_pages: Sequence[int]) -> Need:
-    """`DecodePlan`, whose grid is as many blocks as the GPU holds: here, as it could hold."""
-    batch_size = len(kv_pages)
+def decode(g: Geometry, batch_size: int, kv_pages: Sequence[int] | None) -> Need:
+    """`DecodePlan`, whose grid is as many blocks as the GPU holds: here, as it could hold.
+
+    Without `kv_pages`, as much as any requests can take.
+    """
     grid = _DECODE_BLOCKS_PER_SM * g.multiprocessors // g.num_kv_heads
     padded = max(grid, batch_size)
-    if not g.enable_cuda_graph:
+    if kv_pages is None:
+        padded = grid + batch_size
+    elif not g.enable_cuda_graph:
         least = max(128 // g.page_size, 1)
         # One piece of a request without pages, too.
         pieces = sum([-(-n // least) for n in kv_pages]) + kv_pages.count(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import Device, parse_device
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.tensor import TensorDesc, make_desc, make_layout
@@ -21,10 +22,14 @@ _MOST_STAGES = 4
 class _Stage:
     """Page-locked memory for one plan on its way, and when the copy from it is done."""
 
-    __slots__ = ("desc", "done", "memory")
+    __slots__ = ("desc", "done", "memory", "words")
 
     def __init__(self, desc: TensorDesc, memory: cuda.Memory | None, device: Device) -> None:
         self.desc, self.memory = desc, memory
+        count = desc.shape[0] // 4 * 4
+        # The same memory as int32.
+        self.words = memoryview(ffi.buffer(cuda.pointer(desc.ptr), count) if count else b"")
+        self.words = self.words.cast("B").cast("i")
         with cuda.current(device):
             self.done = cuda.Event() if device.is_cuda else None
 
@@ -99,6 +104,10 @@ class Workspace:
     @property
     def int_bytes(self) -> int:
         return self.int_buffer.shape[0]
+
+    def has(self, float_bytes: int, int_bytes: int) -> bool:
+        """Whether there are so many bytes of each."""
+        return float_bytes <= self.float_bytes and int_bytes <= self.int_bytes
 
     def require(self, op: str, float_bytes: int, int_bytes: int) -> None:
         """Raise `ArgumentError` with both figures where it is too small."""
