@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 from fi_ffi.abi.device import Device
 from fi_ffi.abi.function import Entry
@@ -11,12 +12,29 @@ from fi_ffi.loader import machine
 from fi_ffi.ops.row import Row
 
 
+_PLAIN = re.compile(r"\d+\.\d+\.\d+")  # a release without a suffix
+_BOUND = re.compile(r"(>=|<)(\d+(?:\.\d+)*)")
+
+
 @functools.cache
 def fits(row: Row, release: str) -> bool:
     """Whether the row's interface is that of a FlashInfer release."""
+    bounds = [_BOUND.fullmatch(part) for part in row.releases.split(",")]
+    if _PLAIN.fullmatch(release) and all(bounds):
+        found = _numbers(release)
+        return all(
+            found < _numbers(bound[2]) if bound[1] == "<" else found >= _numbers(bound[2])
+            for bound in bounds
+            if bound is not None
+        )
+    # Not above: its import is a good part of a first call.
     from packaging.specifiers import SpecifierSet
 
     return SpecifierSet(row.releases).contains(release, prereleases=True)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
 
 
 def release_in_use() -> str | None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 import fi_ffi
 from fi_ffi.abi.device import parse_device
@@ -13,6 +14,7 @@ from fi_ffi.loader import runtime
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.op import Op
 from fi_ffi.ops.providers import entry_for, fits
+from fi_ffi.ops.table import ROWS
 
 ROW = OPS["rmsnorm"].row
 
@@ -62,3 +64,24 @@ def test_an_op_takes_the_form_of_its_kernels():
     op.settle("0.5.1")
     assert op.row is old
     assert fits(new, "0.7.2.post1")
+
+
+RELEASES = [
+    "0.6.2",
+    "0.6.3",
+    "0.6.8",
+    "0.6.13",
+    "0.6.14",
+    "0.6.100",
+    "0.7.0",
+    "1.0.0",
+    "0.6.13.post1",
+]
+SPECIFIERS = [*{row.releases for row in ROWS}, ">=0.6.4,<0.7", ">=0", "<1"]
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_releases_are_compared_as_packaging_does(release):
+    for specifier in SPECIFIERS:
+        row = replace(ROW, releases=specifier)
+        assert fits(row, release) == SpecifierSet(specifier).contains(release, prereleases=True)

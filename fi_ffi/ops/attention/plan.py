@@ -115,6 +115,13 @@ class Plan(Runs):
         least = 0 if self.device.is_cuda else _REFERENCE_BYTES * (batch_size + 4)
         return placed_for(max(need.int_bytes, least), rooms, self._placed)
 
+    def is_room_for(self, need: Need, placed: Arrays) -> bool:
+        """Whether the workspace has room for what a batch takes at most: it need not be exact."""
+        have = self.workspace
+        if self._owns_workspace or have is None:
+            return True
+        return have.has(need.float_bytes, placed.end)
+
     @property
     def machine(self) -> tuple[int, int]:
         """Multiprocessors and compute capability (major); the CPU's reference has no need."""

@@ -194,9 +194,6 @@ class BatchPrefillPlan(PrefillRuns):
         if graph and batch.num_indices > self._max_indices:
             expected = f"{self._max_indices} at most"
             raise self.refuse("paged_kv_indptr", f"{batch.num_indices} pages", expected)
-        size = sizes.prefill_fa3 if self.backend == "fa3" else sizes.prefill_fa2
-        rows = self._max_rows if graph else batch.rows
-        need = size(self.geometry, batch.qo.counts, batch.kv.counts, rows)
         rooms = {"qo_indptr": batch.size + 1, "kv_indptr": batch.size + 1}
         if self.options.use_custom_mask:
             rooms["mask_indptr"] = batch.size + 1
@@ -204,6 +201,14 @@ class BatchPrefillPlan(PrefillRuns):
             rooms["last_page_len"] = batch.size
         if batch.page_indices is not None:
             rooms["indices"] = index_room(self._max_indices if graph else batch.num_indices)
+        if not (graph or self.is_size_only or self.geometry.fixed_split_size > 0):
+            need = sizes.prefill_most(self.geometry, self.backend, batch.size, batch.rows)
+            placed = self.place(need, batch.size, rooms)
+            if self.is_room_for(need, placed):
+                return need, placed
+        size = sizes.prefill_fa3 if self.backend == "fa3" else sizes.prefill_fa2
+        rows = self._max_rows if graph else batch.rows
+        need = size(self.geometry, batch.qo.counts, batch.kv.counts, rows)
         return need, self.place(need, batch.size, rooms)
 
     def _fill_template(self) -> None:

@@ -94,6 +94,12 @@ def prefill_fa2(g: Geometry, qo_lens: Sequence[int], kv_pages: Sequence[int], ro
             padded = sum(a * b for a, b in zip(tiles, chunks, strict=True))
     if split is False and not g.enable_cuda_graph:
         padded = sum(tiles)
+    return _fa2_need(g, batch_size, rows, padded, cta_tile_q, split)
+
+
+def _fa2_need(
+    g: Geometry, batch_size: int, rows: int, padded: int, cta_tile_q: int, split: bool | None
+) -> Need:
     int_bytes = _ints(padded, padded, padded, batch_size + 1) + 4
     int_bytes = aligned(int_bytes) + 4 if g.enable_cuda_graph else int_bytes
     if split is False:
@@ -104,6 +110,20 @@ def prefill_fa2(g: Geometry, qo_lens: Sequence[int], kv_pages: Sequence[int], ro
     int_bytes = aligned(int_bytes) + padded
     partial = 4 * g.num_qo_heads * padded * cta_tile_q
     return Need(aligned(partial * g.head_dim_vo) + partial, int_bytes, split)
+
+
+def prefill_most(g: Geometry, backend: str, batch_size: int, rows: int) -> Need:
+    """As much as any `batch_size` requests with so many queries can take (no graphs, and no
+    splits of a fixed size): each has one tile that is not full."""
+    if backend == "fa3":
+        tile = _fa3_tile(g)
+        return _fa3_need(g, batch_size, rows, rows // tile + batch_size)
+    cta_tile_q = _cta_tile_q(rows * g.group_size // batch_size, g)
+    tiles = rows * g.group_size // cta_tile_q + batch_size
+    most_split = 2 * g.multiprocessors // g.num_kv_heads
+    split = False if g.disable_split_kv or tiles > most_split + batch_size else None
+    padded = tiles if split is False else max(most_split, tiles)
+    return _fa2_need(g, batch_size, rows, padded, cta_tile_q, split)
 
 
 def _tiles(qo_lens: Sequence[int], group_size: int, cta_tile_q: int) -> list[int]:
@@ -121,10 +141,21 @@ def _seen(g: Geometry, kv_pages: Sequence[int], cta_tile_q: int) -> list[int]:
 
 def prefill_fa3(g: Geometry, qo_lens: Sequence[int], kv_pages: Sequence[int], rows: int) -> Need:
     """`PrefillSM90Plan`, which never splits."""
-    cta_tile_q = 192 if g.head_dim_vo == 64 else 128
-    most = _ceil(rows, cta_tile_q) + len(qo_lens) - 1
-    works = most if g.enable_cuda_graph else sum(_tiles(qo_lens, 1, cta_tile_q))
-    works *= 1 if most > 4096 else g.num_qo_heads
+    batch_size, tile = len(qo_lens), _fa3_tile(g)
+    if g.enable_cuda_graph:
+        tiles = _ceil(rows, tile) + batch_size - 1
+    else:
+        tiles = sum(_tiles(qo_lens, 1, tile))
+    return _fa3_need(g, batch_size, rows, tiles)
+
+
+def _fa3_tile(g: Geometry) -> int:
+    return 192 if g.head_dim_vo == 64 else 128
+
+
+def _fa3_need(g: Geometry, batch_size: int, rows: int, tiles: int) -> Need:
+    most = _ceil(rows, _fa3_tile(g)) + batch_size - 1
+    works = tiles * (1 if most > 4096 else g.num_qo_heads)
     return Need(0, _ints(*[works] * 6, g.multiprocessors + 1, works), False)
 
 
