@@ -11,8 +11,8 @@ events; the ratio is of the medians.  Also compares which backend each chooses.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
-import statistics
 from collections.abc import Callable, Iterator
 
 import flashinfer
@@ -24,8 +24,10 @@ import fi_ffi
 from fi_ffi.abi.device import parse_device
 from fi_ffi.ops.attention.options import POS_ENCODING_MODES, Kernel, choose_backend
 
-HEADS, KV_HEADS, PAGE = 32, 8, 16
-_SLEEP_CYCLES = 20_000_000  # about 10 ms
+from marks.batches import HEADS, KV_HEADS, PAGE
+from marks.gpu import event_time
+from marks.timing import Effort, Side, measure
+
 Pair = tuple[str, Callable[[], object], Callable[[], object]]
 
 
@@ -159,18 +161,6 @@ def compared(
     return name, mine_run, theirs_run
 
 
-def milliseconds(run: Callable[[], object], calls: int) -> float:
-    """Of the GPU alone: the calls are all queued before the first of them starts."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(_SLEEP_CYCLES)
-    start.record()
-    for _ in range(calls):
-        run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / calls
-
-
 def compare_choices() -> tuple[int, int, list[str]]:
     """How many of all that one could ask for fi_ffi's "auto" serves and refuses, and where
     it serves otherwise than FlashInfer's."""
@@ -215,17 +205,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--calls", type=int, default=20)
     arguments = parser.parse_args()
+    effort = Effort(arguments.rounds, arguments.calls, arguments.calls)
+    timer = functools.partial(event_time, torch)
     stream = torch.cuda.Stream()
     torch.cuda.set_stream(stream)
     print(torch.cuda.get_device_name(), f"flashinfer-python {flashinfer.__version__}")
     print("| case | fi_ffi ms | flashinfer ms | ratio |\n|---|---|---|---|")
     for name, mine, theirs in pairs(stream.cuda_stream):
-        times: tuple[list[float], list[float]] = ([], [])
-        for i in range(2 * arguments.rounds + 2):
-            taken = milliseconds((mine, theirs)[i % 2], arguments.calls)
-            if i >= 2:
-                times[i % 2].append(taken)
-        a, b = map(statistics.median, times)
+        sides = [Side("fi_ffi", timer(mine), mine), Side("flashinfer", timer(theirs), theirs)]
+        figures = measure(sides, effort, stream.synchronize).values()
+        a, b = (figure.median / 1e6 for figure in figures)
         print(f"| {name} | {a:.4f} | {b:.4f} | {a / b:.3f} |", flush=True)
     served, refused, differences = compare_choices()
     print(f"backends: {served} combinations served, {len(differences)} by another than FlashInfer")

@@ -40,8 +40,8 @@ from fi_ffi.ops.paged import batch_indices_positions, seq_lens, split_paged_kv_c
 from fi_ffi.ops.ragged import checkpoint_cu_starts, cu_seqlens, gdn_prefill_workspace_size
 
 if TYPE_CHECKING:
-    from fi_ffi.ops.attention import *  # noqa: F403
     from fi_ffi.loader.runtime import file_signatures as file_signatures
+    from fi_ffi.ops.attention import *  # noqa: F403
     from fi_ffi.ops.graphs import Graph as Graph
     from fi_ffi.ops.graphs import capture as capture
     from fi_ffi.ops.prepare import prepare as prepare

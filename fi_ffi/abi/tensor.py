@@ -14,6 +14,7 @@ from fi_ffi.errors import ArgumentError, ArgumentTypeError
 _INT64_MAX = 2**63 - 1
 _MAX_RANK = 64
 _CACHE_LIMIT = 8192
+_INT = {int}
 
 
 class Layout:
@@ -30,6 +31,7 @@ class Layout:
         "device",
         "dtype",
         "is_contiguous",
+        "last_address",
         "numel",
         "readonly",
         "shape",
@@ -53,6 +55,7 @@ class Layout:
         # Bytes from the lowest to past the highest element touched.
         reach = sum(abs(stride) * (size - 1) for size, stride in zip(shape, strides, strict=True))
         self.span_bytes = (reach + 1) * dtype.itemsize if self.numel else 0
+        self.last_address = 2**64 - 1 - self.span_bytes
         self.is_contiguous = self.numel == 0 or all(
             size == 1 or stride == expected
             for size, stride, expected in zip(shape, strides, c_strides(shape), strict=True)
@@ -140,8 +143,9 @@ def _cached_layout(
 ) -> Layout:
     # The arguments as given are the quick key; only exact ints may be one, because
     # 1.0 and True hash like 1 and must meet the checks.
-    plain = type(shape) is tuple and (strides is None or type(strides) is tuple)
-    if not plain or not all(type(number) is int for number in (*shape, *(strides or ()))):  # type: ignore[misc]
+    if type(shape) is not tuple or {*map(type, shape)} != _INT:
+        return make_layout(shape, dtype, strides, device, readonly)
+    if strides is not None and (type(strides) is not tuple or {*map(type, strides)} != _INT):
         return make_layout(shape, dtype, strides, device, readonly)
     key = (shape, dtype, strides, device, readonly)
     try:
@@ -224,7 +228,7 @@ def make_desc(ptr: object, layout: Layout, owner: object = None) -> TensorDesc:
     """A descriptor from a checked layout; `owner` is kept alive with it."""
     if type(ptr) is not int:
         ptr = _address(ptr)
-    if not 0 <= ptr <= 2**64 - 1 - layout.span_bytes:
+    if not 0 <= ptr <= layout.last_address:
         raise ArgumentError(
             "TensorDesc", "ptr", got=hex(ptr), expected=f"an address with room for {layout}"
         )

@@ -20,7 +20,7 @@ from fi_ffi.ops.providers import entry_for
 from fi_ffi.ops.quick import compile_again, compile_quick, parameters
 from fi_ffi.ops.row import KV_LAYOUTS, KvLayout, Row, Scalar, Tensor
 from fi_ffi.ops.settled import Settled, launch_fully, on
-from fi_ffi.ops.values import check_address, number
+from fi_ffi.ops.values import check_address, check_together, number
 
 _CACHE_LIMIT = 1024
 
@@ -104,7 +104,7 @@ class Form:
             values[i] = number(self.row.name, scalar, values[i])
         settled = self._settle([None if desc is None else desc.layout for desc in descs], values)
         if self.row.together:
-            self._check_together(descs, values)
+            check_together(self.row, descs, values)
         if settled.is_empty:
             return settled, descs
         alignments = settled.checked.alignments
@@ -122,15 +122,6 @@ class Form:
         if values[i] is not None:
             values[i] = as_desc(values[i], name, arg.name)
         values[i] = scratch_for(self.row, arg, desc.device, values[i], stream)
-
-    def _check_together(self, descs: list[TensorDesc | None], values: list[Any]) -> None:
-        present = {arg.name for (_, arg), desc in zip(self._tensors, descs, strict=True) if desc}
-        present |= {arg.name for i, arg in self._scalars if values[i]}
-        given = [name for name in self.row.together if name in present]
-        if given and len(given) != len(self.row.together):
-            missing = next(name for name in self.row.together if name not in present)
-            expected = f"a value, as `{given[0]}` has one: they go together"
-            raise ArgumentError(self.row.name, missing, got="none", expected=expected)
 
     def _settle(self, layouts: list[Layout | None], values: list[Any]) -> Settled:
         kv_layout = "NHD"

@@ -31,10 +31,11 @@ class Preparing:
 class Place:
     """Where an op's calls are made: the device, and what has to be set for them."""
 
-    __slots__ = ("device", "has_context", "here", "is_cuda", "op", "set_stream")
+    __slots__ = ("device", "entry", "has_context", "here", "is_cuda", "op", "set_stream")
 
-    def __init__(self, device: Device, op: str) -> None:
-        self.device, self.is_cuda, self.op = device, device.is_cuda, op
+    def __init__(self, device: Device, op: str, entry: str) -> None:
+        self.device, self.is_cuda = device, device.is_cuda
+        self.op, self.entry = op, entry  # names: of what callers call, and of what fails
         self.here: Place | None = None
         self.set_stream: Callable[..., int] = functools.partial(
             library.lib.TVMFFIEnvSetStream, device.type_code, device.index
@@ -61,7 +62,7 @@ def launch(frame: Frame, place: Place, stream: object) -> None:
                 _give_context(place)
                 scope.bind(place.device)
         if frame.invoke():
-            raise take_raised(place.op)
+            raise take_raised(place.entry)
     else:
         pointer = _pointers.get(stream) if type(stream) is int else None
         if pointer is None:
@@ -72,7 +73,7 @@ def launch(frame: Frame, place: Place, stream: object) -> None:
         set_stream(pointer, before)
         try:
             if frame.invoke():
-                raise take_raised(place.op)
+                raise take_raised(place.entry)
         finally:
             set_stream(before[0], ffi.NULL)
 

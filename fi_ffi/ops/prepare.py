@@ -33,7 +33,8 @@ def prepare(function: Callable[..., Any], *args: Any, stream: object = None, **k
         return function.prepare(*args, stream=stream, **kwargs)
     owner = getattr(function, "__self__", None)
     is_run = isinstance(owner, plan.Plan) and getattr(function, "__name__", "") in _RUNS
-    if not is_run and function not in (single.single_decode, single.single_prefill):
+    is_single = function is single.single_decode or function is single.single_prefill
+    if not (is_run or is_single):
         expected = "an op, single_prefill, single_decode, or a run of a plan"
         raise ArgumentTypeError("prepare", "function", got=repr(function), expected=expected)
     made = function(*args, stream=Preparing(stream), **kwargs)

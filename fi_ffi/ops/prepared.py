@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fi_ffi.abi import streams
+from fi_ffi.abi.failure import take_raised
 from fi_ffi.abi.frame import Frame
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.tensor import Layout, TensorDesc, make_desc
@@ -16,7 +19,7 @@ from fi_ffi.ops.memory import check_apart
 from fi_ffi.ops.quick import KEEP, compile_update
 from fi_ffi.ops.row import Row, Scalar, Tensor
 from fi_ffi.ops.settled import Settled, launch_fully, on
-from fi_ffi.ops.values import check_address, number
+from fi_ffi.ops.values import check_address, check_together, number
 
 
 class Prepared:
@@ -31,7 +34,7 @@ class Prepared:
     """
 
     __slots__ = (
-        "_is_plain", "_layouts", "_settled", "give", "masks", "owners",
+        "_is_plain", "_layouts", "_settled", "give", "mask", "masks", "no_owners", "owners",
         "place", "row", "stream", "take", "values",
     )  # fmt: skip
 
@@ -44,13 +47,16 @@ class Prepared:
         self.place, self.masks = settled.place, settled.masks
         self._layouts = [None if desc is None else desc.layout for desc in descs]
         # What keeps each tensor's memory alive.
-        self.owners: list[object] = [*descs]
+        self.owners: tuple[object, ...] = tuple(descs)
+        self.no_owners = (None,) * len(descs)
+        self.mask = functools.reduce(operator.or_, self.masks)
         if stream is not None:
             on(stream, settled.device, row.name)  # which raises for what is no stream
         # The others are put together anew each time.
-        self._is_plain = not (
-            settled.is_empty or row.allocates or any(arg.as_object for arg in row.tensors)
-        )
+        objects = [
+            arg for arg, desc in zip(row.tensors, descs, strict=True) if arg.as_object and desc
+        ]
+        self._is_plain = not (settled.is_empty or row.allocates or objects)
         free = [settled.frame()]
         free[0].write(values)
         # Whoever has taken the frame has the call to itself.
@@ -64,10 +70,19 @@ class Prepared:
         except IndexError:
             raise self.in_use() from None
         try:
+            place = self.place
             if watching.inboxes or not self._is_plain:
                 self._launch_fully(frame)
+            elif self.stream is None and place.here is None and place.is_cuda:
+                # What `launch` does, without another call.
+                scopes = streams.thread.scopes
+                if scopes and scopes[-1].device is place.device:
+                    if frame.invoke():
+                        raise take_raised(place.entry)
+                else:
+                    launch(frame, place, None)
             else:
-                launch(frame, self.place, self.stream)
+                launch(frame, place, self.stream)
         finally:
             self.give(frame)
 
@@ -98,9 +113,13 @@ class Prepared:
             on_stream = on(self.stream, self.place.device, self.row.name)
             launch_fully(self.row, self._settled, frame, self.values, on_stream)
 
+    def disown(self, tensor: int) -> None:
+        """Let go of what kept a tensor's memory alive: its address was changed."""
+        self.owners = (*self.owners[:tensor], None, *self.owners[tensor + 1 :])
+
     def change(self, frame: Frame, changes: dict[str, Any]) -> None:
         """The full way of an update: everything is checked before anything is written."""
-        row, values, owners = self.row, self.values.copy(), self.owners.copy()
+        row, values, owners = self.row, self.values.copy(), [*self.owners]
         descs = self._descs()
         for i, arg in enumerate(row.args):
             value = changes.get(arg.name, KEEP)
@@ -109,7 +128,7 @@ class Prepared:
             if isinstance(arg, Tensor):
                 at = row.tensors.index(arg)
                 given = self._tensor(arg, self._layouts[at], value)
-                descs[at], owners[at], values[i] = given, given, given.ptr
+                descs[at], owners[at], values[i] = given, given, given.ptr if given else 0
             elif isinstance(arg, Scalar):
                 values[i] = number(row.name, arg, value)
             else:
@@ -119,10 +138,12 @@ class Prepared:
         for arg, desc, alignment in checks:
             if desc is not None:
                 check_address(row.name, arg, desc, alignment)
+        if row.together:
+            check_together(row, descs, values)
         if row.apart:
             check_apart(row, descs)
         frame.write(values)
-        self.values, self.owners = values, owners
+        self.values, self.owners = values, tuple(owners)
 
     def _descs(self) -> list[TensorDesc | None]:
         """The tensors as they are."""
@@ -132,18 +153,26 @@ class Prepared:
             for i, layout in zip(tensors, self._layouts, strict=True)
         ]
 
-    def _tensor(self, arg: Tensor, layout: Layout | None, value: Any) -> TensorDesc:
+    def _tensor(self, arg: Tensor, layout: Layout | None, value: Any) -> TensorDesc | None:
         """A new tensor in the place of one like it."""
         op = self.row.name
         if layout is None:
+            if value is None:
+                return None
             expected = "None, as it was prepared; prepare another call"
             raise ArgumentError(op, arg.name, got="a tensor", expected=expected)
         if type(value) is int:
+            if not 0 <= value < 2**64 - layout.span_bytes:
+                expected = f"an address with room for {layout}"
+                raise ArgumentError(op, arg.name, got=hex(value), expected=expected)
             return make_desc(value, layout)
         desc = as_desc(value, op, arg.name)
-        if desc.layout is not layout and desc.layout.key != layout.key:
+        # All but the last of the key, which is whether it may be written.
+        if desc.layout is not layout and desc.layout.key[:-1] != layout.key[:-1]:
             expected = f"{layout}, as it was prepared; prepare another call"
             raise ArgumentError(op, arg.name, got=desc.layout, expected=expected)
+        if arg.writes and desc.layout.readonly:
+            raise ArgumentError(op, arg.name, got="read-only memory", expected="writable")
         return desc
 
 

@@ -11,7 +11,6 @@ from fi_ffi.errors import ArchitectureError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import machine
 from fi_ffi.ops.row import Row
 
-
 _PLAIN = re.compile(r"\d+\.\d+\.\d+")  # a release without a suffix
 _BOUND = re.compile(r"(>=|<)(\d+(?:\.\d+)*)")
 

@@ -127,7 +127,7 @@ def _update_source(row: Row) -> str:
             if arg.optional:  # None, as it was prepared, has no slot for an address
                 tests.append(f"not values[{i}]")
             write = f"frame.pointers[{word_of(i, True)}] = values[{i}] = {arg.name}"
-            writes += [f"if {given}:", f"    {write}", f"    self.owners[{n}] = None"]
+            writes += [f"if {given}:", f"    {write}", f"    self.disown({n})"]
             n += 1
         elif isinstance(arg, Scalar):
             tests, words = _wrong_numbers(arg), "floats" if arg.type is float else "ints"
@@ -142,6 +142,8 @@ def _update_source(row: Row) -> str:
     ]
     if not has_quick_way(row):
         body = [change]
+    elif not any(arg.optional for arg in row.tensors):
+        body = [*_all_addresses(row), *body]
     lines = [
         f"def update(self, {', '.join(f'{arg.name}=_KEEP' for arg in row.args)}):",
         "    try:",
@@ -154,6 +156,25 @@ def _update_source(row: Row) -> str:
         "        self.give(frame)",
     ]
     return "\n".join(lines)
+
+
+def _all_addresses(row: Row) -> list[str]:
+    """The update that is made most: every tensor by its address, and nothing else."""
+    tensors = [(i, arg.name) for i, arg in enumerate(row.args) if isinstance(arg, Tensor)]
+    others = [arg.name for arg in row.args if not isinstance(arg, Tensor)]
+    names = [name for _, name in tensors]
+    # The types first: arrays have an `|` of their own.  Of ints, it is negative where one is; bits
+    # that none may have are enough.
+    tests = [*(f"type({name}) is int" for name in names), *names]
+    tests += [f"not (bits := {' | '.join(names)}) & self.mask", f"0 < bits < {_INT64}"]
+    tests += [f"{name} is _KEEP" for name in others]
+    writes = [f"words[{word_of(i, True)}] = values[{i}] = {name}" for i, name in tensors]
+    return [
+        f"if {' and '.join(tests)}:",
+        "    words, values, self.owners = frame.pointers, self.values, self.no_owners",
+        *(f"    {write}" for write in writes),
+        "    return",
+    ]
 
 
 def _key(row: Row) -> str:
@@ -185,6 +206,8 @@ def _parts(row: Row) -> tuple[list[str], list[str], list[str]]:
             wrong += _wrong_numbers(arg)
             words = "floats" if arg.type is float else "ints"
             writes.append(f"frame.{words}[{word_of(i, False)}] = {name}")
+        elif isinstance(arg, KvLayout):
+            wrong.append(f"type({name}) is not str")  # which another type may be equal to
         elif isinstance(arg, PlanInfo):
             writes.append(f"frame.ints[{word_of(i, False)}] = {name}")
     return addresses, [" | ".join(masked), *wrong], writes

@@ -6,20 +6,22 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fi_ffi.abi.device import Device
-from fi_ffi.abi.frame import ArraySlot, Frame, Slot, TensorSlot
+from fi_ffi.abi.frame import ArraySlot, Frame, Slot, TensorSlot, word_of
 from fi_ffi.abi.function import Entry
 from fi_ffi.abi.streams import launching
 from fi_ffi.abi.tensor import Layout, make_layout
 from fi_ffi.ops import cuda, watching
 from fi_ffi.ops.check import Checked, Given
 from fi_ffi.ops.launch import Place
-from fi_ffi.ops.row import Arg, KvLayout, Row, Scalar, Tensor
+from fi_ffi.ops.row import KV_LAYOUTS, Arg, KvLayout, Row, Scalar, Tensor
 
 
 class Settled:
     """A row's call with tensors of these layouts, which fit it."""
 
-    __slots__ = ("checked", "device", "entry", "frames", "is_empty", "masks", "place", "slots")
+    __slots__ = (
+        "_constants", "checked", "device", "entry", "frames", "is_empty", "masks", "place", "slots",
+    )  # fmt: skip
 
     def __init__(self, row: Row, checked: Checked, layouts: Given, kv_layout: str) -> None:
         self.checked = checked
@@ -39,6 +41,12 @@ class Settled:
         as_nhd = kv_layout == "HND" and strided
         of_tensor = iter(layouts)
         self.slots = [_slot(arg, of_tensor, as_nhd) for arg in row.args]
+        # What no quick call writes: where in a frame, and what.
+        self._constants = [
+            (word_of(i, False), 0 if arg.strided else KV_LAYOUTS[kv_layout])
+            for i, arg in enumerate(row.args)
+            if isinstance(arg, KvLayout)
+        ]
         # Bits that an address must not have; alignments are powers of 2.
         self.masks = tuple(alignment - 1 for alignment in checked.alignments)
         # Set at the first launch: where it is, and free frames bound to its entry.  list.pop and
@@ -49,7 +57,7 @@ class Settled:
 
     def start(self, entry: Entry, op: str) -> None:
         """Settle what is called, and where."""
-        self.place, self.entry = Place(self.device, op), entry
+        self.place, self.entry = Place(self.device, op, entry.name), entry
 
     def frame(self) -> Frame:
         """A frame of this call's own, until it is put back."""
@@ -57,7 +65,10 @@ class Settled:
             return self.frames.pop()
         except IndexError:
             assert self.entry is not None
-            return Frame(self.slots).bind(self.entry)
+            frame = Frame(self.slots).bind(self.entry)
+            for word, value in self._constants:
+                frame.ints[word] = value
+            return frame
 
 
 def on(stream: object, device: Device, op: str) -> launching | None:

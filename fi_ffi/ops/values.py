@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
-from fi_ffi.ops.row import Scalar, Tensor
+from fi_ffi.ops.row import Row, Scalar, Tensor
 
 _INT64 = 2**63
 
@@ -40,3 +41,18 @@ def check_address(op: str, arg: Tensor, desc: TensorDesc, alignment: int) -> Non
         expected = f"an address that is a multiple of {alignment} bytes, and not null"
         got = f"{desc.ptr:#x} for {desc.layout}"
         raise ArgumentError(op, arg.name, got=got, expected=expected)
+
+
+def check_together(row: Row, descs: Sequence[TensorDesc | None], values: Sequence[Any]) -> None:
+    """Raise where only some of the arguments are there that go together."""
+    present = {arg.name for arg, desc in zip(row.tensors, descs, strict=True) if desc}
+    present |= {
+        arg.name
+        for arg, value in zip(row.args, values, strict=True)
+        if isinstance(arg, Scalar) and value
+    }
+    given = [name for name in row.together if name in present]
+    if given and len(given) != len(row.together):
+        missing = next(name for name in row.together if name not in present)
+        expected = f"a value, as `{given[0]}` has one: they go together"
+        raise ArgumentError(row.name, missing, got="none", expected=expected)

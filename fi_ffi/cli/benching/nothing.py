@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import Device
 from fi_ffi.abi.frame import Frame
 from fi_ffi.abi.function import Entry
 from fi_ffi.abi.values import unpack
@@ -17,6 +17,7 @@ from fi_ffi.ops.attention import BatchDecodePlan
 from fi_ffi.ops.attention.run import Values
 from fi_ffi.ops.form import Form
 from fi_ffi.ops.op import Op
+from fi_ffi.ops.row import Row
 from fi_ffi.ops.settled import Settled
 
 # Returns 0 and looks at nothing, as attributes of a mutex have nothing to be freed: in a
@@ -54,6 +55,8 @@ class IdlePlan(BatchDecodePlan):
 
     is_idle = False
     # Of the last run that was packed anew.
+    row: Row
+    settled: Settled
     frame: Frame
 
     def launch(
@@ -63,9 +66,10 @@ class IdlePlan(BatchDecodePlan):
         if self.is_idle:
             # Of its own: plans that are alike share theirs.
             form = Form(form.row, form.module, form.known)
-            settled, _ = form.check(values.values.copy(), None)
-            settled.start(nothing(), self.op)
-            self.frame = next_frame(settled)
+            self.row = form.row
+            self.settled, _ = form.check(values.values.copy(), None)
+            self.settled.start(nothing(), self.op)
+            self.frame = next_frame(self.settled)
         return super().launch(form, values, stream, names, options, tensors)
 
 
@@ -77,21 +81,26 @@ class Given(NamedTuple):
 
 
 @contextmanager
-def noted(frame: Frame, device: Device) -> Iterator[list[Given]]:
-    """What each call of a frame inside the block gives its entry, read back from C."""
+def noted(settled: Settled, frame: Frame) -> Iterator[list[Given]]:
+    """What each call inside the block gives the entry, read back from C.
+
+    `frame` is the one that is called, the quick way or the full one.
+    """
+    entry, device = settled.entry, settled.device
+    assert entry is not None
     invoke: Any = frame.invoke
-    _, packed, count, _ = invoke.args
+    address: Any = entry.address
     calls: list[Given] = []
 
-    def noting() -> int:
+    def noting(handle: Any, packed: Any, count: int, result: Any) -> int:
         stream = library.lib.TVMFFIEnvGetStream(device.type_code, device.index)
         arguments = [unpack(packed[i], owned=False) for i in range(count)]
         calls.append(Given(arguments, int(ffi.cast("uintptr_t", stream))))
-        code: int = invoke()
+        code: int = address(handle, packed, count, result)
         return code
 
-    frame.invoke = noting
+    frame.invoke, entry.address = functools.partial(noting, *invoke.args), noting
     try:
         yield calls
     finally:
-        frame.invoke = invoke
+        frame.invoke, entry.address = invoke, address

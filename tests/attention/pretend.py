@@ -1,0 +1,169 @@
+"""A GPU that is pretended: calls on "cuda:0" take all of a GPU's way, and end in the reference.
+
+Its memory is the host's, and its streams do their work at once; what was asked of the CUDA
+runtime is written down.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fi_ffi
+from fi_ffi.abi import library
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.device import parse_device
+from fi_ffi.abi.tensor import TensorDesc, make_desc, make_layout
+from fi_ffi.loader import machine as of_loader
+from fi_ffi.loader.runtime import ensure_tvm_ffi
+from fi_ffi.ops import cuda, form, op, providers
+from fi_ffi.ops.attention import options
+from fi_ffi.reference import arrays
+
+from attention.machines import Cpu
+from calls import HostArray
+
+CPU = parse_device("cpu")
+
+
+def current_stream(index: int = 0) -> int:
+    """What a kernel on this thread would launch on."""
+    return int(ffi.cast("uintptr_t", library.lib.TVMFFIEnvGetStream(2, index)))
+
+
+def on_host(desc: TensorDesc) -> TensorDesc:
+    layout = desc.layout
+    plain = make_layout(layout.shape, layout.dtype, layout.strides, CPU, layout.readonly)
+    return make_desc(desc.ptr, plain, desc)
+
+
+class Runtime:
+    """The CUDA runtime: it remembers what it is asked."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[object, ...]] = []
+        self.capturing: set[int] = set()
+        self.device, self.devices = 0, 1
+        self._handles = itertools.count(0x1000, 16)
+
+    def _say(self, what: str, *values: Any) -> int:
+        self.log.append((what, *(int(ffi.cast("uintptr_t", value)) for value in values)))
+        return 0
+
+    def cudaGetDeviceCount(self, count: Any) -> int:
+        count[0] = self.devices
+        return 0
+
+    def cudaGetDevice(self, index: Any) -> int:
+        index[0] = self.device
+        return 0
+
+    def cudaSetDevice(self, index: int) -> int:
+        self.device = index
+        return 0
+
+    def cudaEventCreateWithFlags(self, handle: Any, flags: int) -> int:
+        handle[0] = ffi.cast("void *", next(self._handles))
+        return 0
+
+    def cudaEventDestroy(self, handle: Any) -> int:
+        return 0
+
+    def cudaEventRecord(self, event: Any, stream: Any) -> int:
+        return self._say("record", event, stream)
+
+    def cudaEventQuery(self, event: Any) -> int:
+        return 0
+
+    def cudaStreamWaitEvent(self, stream: Any, event: Any, flags: int) -> int:
+        return self._say("wait", event, stream)
+
+    def cudaMemcpyAsync(self, target: Any, source: Any, count: int, kind: int, stream: Any) -> int:
+        ffi.memmove(target, source, count)
+        return self._say("copy", stream)
+
+    def cudaStreamIsCapturing(self, stream: Any, status: Any) -> int:
+        status[0] = int(int(ffi.cast("uintptr_t", stream)) in self.capturing)
+        return 0
+
+
+class PretendArray(HostArray):
+    """An array on the pretended GPU."""
+
+    def __init__(self, host: np.ndarray, device: str) -> None:
+        super().__init__(host)
+        self.device = device
+
+    def desc(self) -> TensorDesc:
+        layout = fi_ffi.as_desc(self.array).layout
+        return TensorDesc(
+            self.array.ctypes.data, layout.shape, layout.dtype, strides=layout.strides,
+            device=self.device,
+        )  # fmt: skip
+
+
+class Pretend(Cpu):
+    """A machine for the tests of attention, and of what ops do with streams."""
+
+    device, stream = "cuda:0", 0x51
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.runtime = Runtime()
+        # The stream that each call of a kernel found.
+        self.seen: list[int] = []
+        self._monkeypatch, self._free = monkeypatch, itertools.count(0x100, 16)
+        ensure_tvm_ffi()
+        real, array_of = providers.entry_for, arrays.as_array
+
+        def entry_for(row: Any, device: Any, module: str | None = None) -> Any:
+            return real(row, CPU, module)
+
+        def as_array(desc: TensorDesc) -> Any:
+            if not desc.device.is_cuda:
+                return array_of(desc)
+            self.seen.append(current_stream(desc.device.index))
+            return array_of(on_host(desc))
+
+        patch = monkeypatch.setattr
+        patch(form, "entry_for", entry_for)
+        patch(arrays, "as_array", as_array)
+        patch(of_loader, "load_cudart", lambda: (self.runtime, "a pretended one"))
+        patch(of_loader, "_device_count", 1)
+        patch(of_loader, "multiprocessors", lambda _: 4)
+        patch(of_loader, "capability", lambda _: (9, 0))
+        patch(cuda, "allocate", self._allocate)
+        patch(cuda, "allocate_page_locked", lambda count, _: cuda._host(count))
+        # Without kernels no release is in use; the first rows are the reference's.
+        patch(op, "release_in_use", lambda: None)
+        patch(options, "release", lambda: "0.6.13")
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was learnt of calls."""
+        from fi_ffi.ops import attention
+
+        attention.forget()
+        for known in fi_ffi.ops.functions.OPS.values():
+            known.forget()
+
+    def _allocate(self, count: int, device: Any) -> cuda.Memory:
+        memory = cuda._host(count)
+        there = TensorDesc(memory.desc.ptr, (count,), "uint8", device=device)
+        return cuda.Memory(there, lambda _: None, memory)
+
+    def with_devices(self, count: int) -> None:
+        """Pretend to be so many GPUs."""
+        self.runtime.devices = count
+        self._monkeypatch.setattr(of_loader, "_device_count", count)
+
+    def place(self, host: np.ndarray) -> Any:
+        return PretendArray(host, self.device) if host.size else super().place(host)
+
+    def streams(self, count: int) -> list[int | None]:
+        return [next(self._free) for _ in range(count)]
+
+    def poison(self, placed: Any, stream: object) -> None:
+        placed.array[...] = np.nan

@@ -1,0 +1,188 @@
+"""Ways of making the same call: in full, the quick way, prepared, and updated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fi_ffi
+from fi_ffi.cli.cases import Case, default_dtypes, make_case
+from fi_ffi.ops.form import Form
+from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.op import Op
+from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor
+
+from calls import EVERY_CALL
+
+SIZES = {
+    "n": 3, "k": 2, "h": 64,
+    "nnz": 5, "b": 3, "page_size": 4, "num_kv_heads": 2, "head_dim": 64,
+    "head_dim_ckv": 512, "head_dim_kpe": 64,
+    "total_seq_len": 70, "num_seqs": 2, "num_q_heads": 2, "num_v_heads": 2, "head_size": 128,
+    "workspace_size": 128,
+}  # fmt: skip
+_CHECKPOINTS = ("state_checkpoints", "checkpoint_cu_starts")
+_ALIGNMENT = 128  # of a scratch argument
+
+
+def _variants(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names, and what `make_case` is told, of the shapes that a row's calls come in."""
+    yield "", {}
+    if any(isinstance(arg, KvLayout) for arg in row.args):
+        yield "HND", {"kv_layout": "HND"}
+    if row.in_place:
+        yield "no checkpoints", {"without": _CHECKPOINTS}
+        yield "no state", {"without": ("input_state", *_CHECKPOINTS)}
+        yield "own scratch", {"without": ("alpha", "beta", "workspace_buffer")}
+        yield "in place", {"in place": True}
+
+
+# Every op, in every combination of dtypes, and in every shape of a call.
+EVERY_WAY = [
+    pytest.param(*call.values, more, id=f"{call.id} {name}".strip())
+    for call in EVERY_CALL
+    for name, more in _variants(call.values[0].row)
+]
+EVERY_OP = [
+    pytest.param(op, default_dtypes(op.row), more, id=f"{name} {variant}".strip())
+    for name, op in OPS.items()
+    for variant, more in _variants(op.row)
+]
+
+
+class Placed:
+    """A call's arrays in memory of their own, poison around each.
+
+    Two placed from one case have the same layouts and the same bits.
+    """
+
+    def __init__(self, case: Case, in_place: bool = False) -> None:
+        self.row, self.scalars = case.row, dict(case.scalars)
+        self.room = {name: _room(array) for name, array in case.arrays.items()}
+        if in_place:
+            for one, other in case.row.in_place:
+                self.room[one] = self.room[other]
+        self.arrays = {name: array for name, (_, array) in self.room.items()}
+
+    @property
+    def descs(self) -> dict[str, fi_ffi.TensorDesc]:
+        return {name: fi_ffi.as_desc(array) for name, array in self.arrays.items()}
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All arguments; an optional tensor that is not there is left out."""
+        return self.descs | self.scalars
+
+    @property
+    def addresses(self) -> dict[str, int]:
+        return {name: array.ctypes.data for name, array in self.arrays.items()}
+
+    def bytes(self) -> dict[str, bytes]:
+        """Everything that the call could have written, and what is around it."""
+        return {name: whole.tobytes() for name, (whole, _) in self.room.items()}
+
+    def differs(self, other: Placed) -> list[str]:
+        """The names of those whose bytes, or the bytes around them, differ."""
+        ours, theirs = self.bytes(), other.bytes()
+        assert ours.keys() == theirs.keys()
+        return [name for name in ours if ours[name] != theirs[name]]
+
+
+def _room(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A copy at an aligned address, and the whole memory that it lies in."""
+    memory = np.full(array.nbytes + 3 * _ALIGNMENT, 0xA5, np.uint8)
+    whole = memory[-memory.ctypes.data % _ALIGNMENT :][: array.nbytes + 2 * _ALIGNMENT]
+    inner = whole[_ALIGNMENT : _ALIGNMENT + array.nbytes]
+    part = inner.view(array.dtype).reshape(array.shape)
+    part[...] = array
+    return whole, part
+
+
+def draw(row: Row, dtypes: dict[str, str], more: dict[str, Any], **scalars: Any) -> Case:
+    """A fresh case, its outputs NaN; numbers that may be anything are drawn too."""
+    rng = np.random.default_rng()
+    more = {name: value for name, value in more.items() if name != "in place"}
+    for arg in row.args:
+        if isinstance(arg, Scalar) and arg.type is float:
+            scalars.setdefault(arg.name, float(np.exp(rng.uniform(-4, 1))))
+    return make_case(row, SIZES, dtypes, rng, **more | scalars)
+
+
+def full(row: Row, placed: Placed) -> None:
+    """The call by a form that knows nothing yet: nothing is quick."""
+    form = Form(row)
+    form(*form.bind(**placed.values))
+
+
+def refusal_of(row: Row, values: dict[str, Any]) -> fi_ffi.ArgumentError | None:
+    """What a form that knows nothing says of a call; None where it is fine."""
+    form = Form(row)
+    try:
+        form.check(*form.bind(**values))
+    except fi_ffi.ArgumentError as error:
+        return error
+    return None
+
+
+def same_error(one: BaseException, other: BaseException) -> bool:
+    """Whether two errors are the same, in the same words."""
+    return type(one) is type(other) and str(one) == str(other)
+
+
+def frame_of(call: Any) -> tuple[bytes, bytes, list[Any], list[int]]:
+    """All that a prepared call's launch depends on, and what it keeps alive."""
+    frame = call.take()
+    words = frame.pointers.tobytes(), frame.ints.tobytes()
+    call.give(frame)
+    return *words, list(call.values), [id(owner) for owner in call.owners]
+
+
+def tensors(row: Row) -> list[Tensor]:
+    return [arg for arg in row.args if isinstance(arg, Tensor)]
+
+
+class Mine:
+    """An op of every kind of argument, whose kernel does `work` first, and its arguments.
+
+    The result is `x * factor`, plus w where there is one.
+    """
+
+    row = Row(
+        "mine_too", "norm", "mine_too", "here", "Mine.",
+        (
+            Tensor("y", "n h", "T", "result", writes=True, reads=False),
+            Tensor("x", "n h", "T", "argument"),
+            Tensor("w", "h", "T", "added to it", optional=True),
+            Scalar("factor", float, 1.5, "factor"),
+            Scalar("count", int, 0, "no matter", low=-8, multiple_of=4),
+            Scalar("flag", bool, False, "no matter"),
+            KvLayout(strided=False),
+        ),
+        {"T": ("float16",)}, ">=0",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.work: Callable[[], object] = lambda: None
+        self.op = Op(self.row)
+        # What each call of the kernel was given beside the tensors.
+        self.given: list[tuple[object, ...]] = []
+        rng = np.random.default_rng()
+        self.x = rng.standard_normal((4, 16)).astype(np.float16)
+        self.w = rng.standard_normal(16).astype(np.float16)
+        self.y = np.full((4, 16), np.nan, np.float16)
+        self.descs = [fi_ffi.as_desc(array) for array in (self.y, self.x)]
+
+    def kernel(self, y: Any, x: Any, w: Any, *others: object) -> None:
+        self.given.append(others)
+        self.work()
+        factor: Any = others[0]
+        y[...] = x * np.float16(factor) + (0 if w is None else w)
+
+    def is_done(self, factor: float, w: Any = 0) -> bool:
+        """Whether the last call was this one; the result is poison again after."""
+        right = bool((self.y == self.x * np.float16(factor) + w).all())
+        self.y[...] = np.nan
+        return right

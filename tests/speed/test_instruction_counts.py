@@ -1,0 +1,234 @@
+"""How many instructions calls take: figures that no machine and no other work on it changes.
+
+Counted are the instructions of Python that a repeated call executes, beyond those of the
+statement that makes it, and the functions in C that are called from them.  They say nothing
+of how long each takes; `fi-ffi bench --cpu` does.
+"""
+
+from __future__ import annotations
+
+import gc
+import linecache
+import sys
+import timeit
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from fi_ffi.cli.benching.calls import EMPTY, PLAN_TYPED, PREPARED, TYPED, own_calls
+from fi_ffi.cli.benching.rounds import Call
+from fi_ffi.loader import machine, runtime
+
+
+class Budget(NamedTuple):
+    """The most instructions, and calls of functions in C, that a call may take."""
+
+    instructions: int
+    in_c: int
+
+
+# Each holds for Python 3.10 to 3.14: 12 % above the most that 3.10, 3.11, 3.12 and 3.13 count.
+# There was no 3.14 to count with; what it is known to add to 3.13, a `NOT_TAKEN` after each
+# conditional jump that falls through, stays below that.
+BUDGETS = {
+    EMPTY: Budget(0, 0),
+    PREPARED: Budget(70, 2),
+    "prepared call, 3 new pointers, in a scope": Budget(272, 4),
+    "prepared call with a stream": Budget(101, 3),
+    "typed call, in a scope": Budget(180, 2),
+    TYPED: Budget(214, 3),
+    "typed call, stream given, 3 TensorDescs made": Budget(628, 9),
+    "one TensorDesc made": Budget(142, 2),
+    PLAN_TYPED: Budget(333, 2),
+    "plan.run, prepared (CPU: no stream)": Budget(483, 2),
+}
+TOOL = 4  # of `sys.monitoring`: none that has a use of its own
+TOP = 12  # lines that a failure shows
+MANY = 1000
+SLACK = 4  # blocks and objects that are the measurement's own
+
+
+@pytest.fixture(scope="module")
+def calls() -> dict[str, Call]:
+    runtime.ensure_tvm_ffi()
+    if machine.device_count() > 1:
+        pytest.skip("with several GPUs calls make theirs current, which the budgets leave out")
+    return {call.name: call for call in own_calls()}
+
+
+@pytest.fixture(autouse=True)
+def nothing_else_traces() -> None:
+    if sys.gettrace() is not None or sys.getprofile() is not None:
+        pytest.skip("a debugger or a coverage tool is tracing")
+
+
+class Line(NamedTuple):
+    """Where an instruction is."""
+
+    file: str
+    function: str
+    number: int
+
+    def __str__(self) -> str:
+        if not Path(self.file).is_file():
+            return f"{self.function}, compiled from its row, line {self.number}"
+        text = linecache.getline(self.file, self.number).strip()
+        return f"{Path(self.file).name}:{self.number} ({self.function}): {text}"
+
+
+Start = Callable[[CodeType], None]
+Stop = Callable[[], object]  # in C, as it is called while everything is counted
+
+
+def traced(call: Call, start: Start, stop: Stop) -> None:
+    """Make a call, with its statement's code given to `start` before."""
+    code, names = compile(call.statement, "<call>", "exec"), {**call.names}
+    with call.scope():
+        exec(code, names)  # puts the scope's stream in place
+        start(code)
+        try:
+            exec(code, names)
+        finally:
+            stop()
+
+
+def instructions(call: Call) -> Counter[Line]:
+    """What one call executes, by line."""
+    found: Counter[Line] = Counter()
+
+    def is_ours(code: CodeType, statement: CodeType) -> bool:
+        return code is statement or code.co_filename == __file__
+
+    def trace(statement: CodeType) -> None:
+        def tell(frame: FrameType, event: str, _: object) -> Any:
+            code = frame.f_code
+            if is_ours(code, statement):
+                return None
+            if event == "call":
+                frame.f_trace_opcodes, frame.f_trace_lines = True, False
+            elif event == "opcode":
+                found[Line(code.co_filename, code.co_name, frame.f_lineno or 0)] += 1
+            return tell
+
+        sys.settrace(tell)
+
+    def monitor(statement: CodeType) -> None:
+        def tell(code: CodeType, offset: int) -> None:
+            if not is_ours(code, statement):
+                number = next(islice(code.co_positions(), offset // 2, None))[0]
+                found[Line(code.co_filename, code.co_name, number or 0)] += 1
+
+        sys.monitoring.register_callback(TOOL, sys.monitoring.events.INSTRUCTION, tell)
+        sys.monitoring.set_events(TOOL, sys.monitoring.events.INSTRUCTION)
+
+    # From 3.12 on `f_trace_opcodes` misses what is not traced yet, 3.13.0 nearly all.
+    if sys.version_info < (3, 12):
+        traced(call, trace, partial(sys.settrace, None))
+        return found
+    sys.monitoring.use_tool_id(TOOL, "tests/speed")
+    try:
+        traced(call, monitor, partial(sys.monitoring.set_events, TOOL, 0))
+    finally:
+        sys.monitoring.free_tool_id(TOOL)
+    return found
+
+
+def functions_in_c(call: Call) -> Counter[str]:
+    """What one call calls of functions written in C, by name."""
+    found: Counter[str] = Counter()
+
+    def profile(_: CodeType) -> None:
+        def tell(frame: FrameType, event: str, function: Any) -> None:
+            if event == "c_call" and frame.f_code.co_filename != __file__:
+                found[function.__qualname__] += 1
+
+        sys.setprofile(tell)
+
+    traced(call, profile, partial(sys.setprofile, None))
+    return found
+
+
+def counted(call: Call) -> tuple[Counter[Line], Counter[str]]:
+    """A repeated call's instructions and functions in C; the former are the same twice."""
+    once, again = instructions(call), instructions(call)
+    assert once == again, f"two calls differ: {(once - again) + (again - once)}"
+    return once, functions_in_c(call)
+
+
+def told(name: str, lines: Counter[Line], functions: Counter[str]) -> str:
+    """What a call took, beside its budget, and where most of it is."""
+    got = Budget(sum(lines.values()), sum(functions.values()))
+    text = [f"{name}: {got}, and the most is {BUDGETS[name]}"]
+    text += [f"  {count:4}  {line}" for line, count in lines.most_common(TOP)]
+    text.append(f"  in C: {', '.join(f'{count} {of}' for of, count in functions.most_common())}")
+    return "\n".join(text)
+
+
+def is_within(budget: Budget, lines: Counter[Line], functions: Counter[str]) -> bool:
+    return sum(lines.values()) <= budget.instructions and sum(functions.values()) <= budget.in_c
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_call_is_within_its_budget(calls: dict[str, Call], name: str) -> None:
+    call, budget = calls[name], BUDGETS[name]
+    assert call.before() is None
+    lines, functions = counted(call)
+    assert call.after() is None
+    text = told(name, lines, functions)
+    print(text)
+    assert is_within(budget, lines, functions), text
+    is_near = sum(lines.values()) >= budget.instructions / 2
+    assert is_near, f"this budget holds nothing any more; lower it: {text}"
+
+
+def test_every_call_has_a_budget(calls: dict[str, Call]) -> None:
+    assert calls.keys() == BUDGETS.keys()
+
+
+def test_the_full_way_is_past_the_budget_and_told(calls: dict[str, Call]) -> None:
+    """What a quick way that is never taken would look like."""
+    # A number that is no plain float is checked anew each time.
+    full = replace(
+        calls[PLAN_TYPED],
+        statement="plan.run(q, k, v, o, k_scale=one)",
+        names={**calls[PLAN_TYPED].names, "one": np.float64(1)},
+    )
+    lines, functions = instructions(full), functions_in_c(full)
+    assert not is_within(BUDGETS[PLAN_TYPED], lines, functions)
+    text = told(PLAN_TYPED, lines, functions)
+    assert "form.py:" in text
+    assert "in C: " in text
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_repeated_calls_leave_nothing_behind(calls: dict[str, Call], name: str) -> None:
+    call = calls[name]
+    timer = timeit.Timer(call.statement, globals={**call.names})
+    growths = []
+    with call.scope():
+        gc.collect()  # before they are warm: it empties what the interpreter keeps for reuse
+        timer.timeit(MANY)
+        for _ in range(4):
+            before = sys.getallocatedblocks(), len(gc.get_objects())
+            timer.timeit(MANY)
+            after = sys.getallocatedblocks(), len(gc.get_objects())
+            growths.append((after[0] - before[0], after[1] - before[1]))
+    # What leaks does so every time; the interpreter's caches settle.
+    blocks, objects = (min(growth[i] for growth in growths) for i in range(2))
+    assert blocks <= SLACK, f"{blocks} blocks of memory more after {MANY} calls"
+    assert objects <= SLACK, f"{objects} objects more after {MANY} calls"
+
+
+def test_what_calls_leave_behind_is_seen() -> None:
+    kept: list[Any] = []
+    call = Call("keeps", "kept.append([])", {"kept": kept}, lambda: None)
+    with pytest.raises(AssertionError, match="more after"):
+        test_repeated_calls_leave_nothing_behind({"keeps": call}, "keeps")
