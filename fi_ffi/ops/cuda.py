@@ -22,6 +22,7 @@ _HOST_TO_DEVICE = 1  # cudaMemcpyHostToDevice
 _NO_TIMING = 2  # cudaEventDisableTiming
 _CPU = parse_device("cpu")
 _NOT_READY = 600  # cudaErrorNotReady
+_RELAXED = 2  # cudaStreamCaptureModeRelaxed
 
 
 def check(code: int, what: str) -> None:
@@ -49,6 +50,23 @@ class current:  # a context manager
 
 def pointer(address: int) -> Any:
     return ffi.cast("void *", address)
+
+
+class relaxed:  # a context manager
+    """Let this thread allocate and free inside the block while any stream records a graph.
+
+    CUDA forbids both during a capture, even on other threads, because they might wait for
+    the device; the recording would be lost.  Nothing here waits for what is recorded.
+    """
+
+    __slots__ = ("_mode",)
+
+    def __enter__(self) -> None:
+        self._mode = ffi.new("int *", _RELAXED)
+        machine.load_cudart()[0].cudaThreadExchangeStreamCaptureMode(self._mode)
+
+    def __exit__(self, *_: object) -> None:
+        machine.load_cudart()[0].cudaThreadExchangeStreamCaptureMode(self._mode)
 
 
 def copy_to_device(target: int, source: int, count: int, stream: int) -> None:
@@ -128,10 +146,10 @@ def allocate(count: int, device: Device) -> Memory:
     if not device.is_cuda:
         return _host(count)
     runtime = _runtime()
-    with current(device):
+    with current(device), relaxed():
         error, address = runtime.cudaMalloc(max(count, 1))
     check(int(error), f"cudaMalloc of {count} bytes on {device}")
-    return Memory(_bytes(int(address), count, device), runtime.cudaFree, int(address))
+    return Memory(_bytes(int(address), count, device), _free, runtime.cudaFree, int(address))
 
 
 def allocate_page_locked(count: int, device: Device) -> Memory:
@@ -139,10 +157,16 @@ def allocate_page_locked(count: int, device: Device) -> Memory:
     if not device.is_cuda:
         return _host(count)
     runtime = _runtime()
-    with current(device):
+    with current(device), relaxed():
         error, address = runtime.cudaHostAlloc(max(count, 1), 0)
     check(int(error), f"cudaHostAlloc of {count} bytes")
-    return Memory(_bytes(int(address), count, _CPU), runtime.cudaFreeHost, int(address))
+    return Memory(_bytes(int(address), count, _CPU), _free, runtime.cudaFreeHost, int(address))
+
+
+def _free(free: Callable[[int], object], address: int) -> None:
+    """Memory may be collected at any time, in a capture too."""
+    with relaxed():
+        free(address)
 
 
 def _host(count: int) -> Memory:

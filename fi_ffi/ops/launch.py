@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,16 @@ from fi_ffi.loader import machine
 from fi_ffi.ops import cuda
 
 _MOST_HANDLES = 4096
-_pointers: dict[int, Any] = {}
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        # Streams' handles as C has them, of those that this thread has launched on; it has
+        # a context for each since.
+        self.pointers: dict[int, Any] = {}
+
+
+_thread = _Thread()
 
 
 class Preparing:
@@ -64,11 +74,9 @@ def launch(frame: Frame, place: Place, stream: object) -> None:
         if frame.invoke():
             raise take_raised(place.entry)
     else:
-        pointer = _pointers.get(stream) if type(stream) is int else None
+        pointer = _thread.pointers.get(stream) if type(stream) is int else None
         if pointer is None:
-            pointer = _pointer(streams.stream_handle(stream, place.op))
-        if place.has_context and place.device.index not in machine.thread.bound:
-            _give_context(place)
+            pointer = _pointer(place, streams.stream_handle(stream, place.op))
         set_stream, before = place.set_stream, frame.before
         set_stream(pointer, before)
         try:
@@ -83,8 +91,10 @@ def _give_context(place: Place) -> None:
         machine.make_current(place.device.index)
 
 
-def _pointer(handle: int) -> Any:
-    """A stream's handle as C has it."""
-    if len(_pointers) >= _MOST_HANDLES:
-        _pointers.clear()
-    return _pointers.setdefault(handle, ffi.cast("void *", handle))
+def _pointer(place: Place, handle: int) -> Any:
+    """A stream's handle as C has it, for a thread that gets the device's context with it."""
+    _give_context(place)
+    pointers = _thread.pointers
+    if len(pointers) >= _MOST_HANDLES:
+        pointers.clear()
+    return pointers.setdefault(handle, ffi.cast("void *", handle))

@@ -19,7 +19,6 @@ from fi_ffi.ops import cuda
 DRIVER = "libcuda.so.1"
 _SLOTS = 1024  # in a page, of 4 bytes each
 _PORTABLE_AND_MAPPED = 1 | 2  # cudaHostAllocPortable | cudaHostAllocMapped
-_RELAXED = 2  # cudaStreamCaptureModeRelaxed
 _MASK = 2**32 - 1
 
 # A device's index, and the stream's id on it: a handle may be another stream's later on,
@@ -145,14 +144,9 @@ def _write(stream: int, address: int, number: int) -> None:
 def _allocate(count: int) -> int:
     """Page-locked memory; a device has it at the address that the host has."""
     runtime, address = machine.load_cudart()[0], ffi.new("void **")
-    # Another thread may be capturing a graph, in a mode in which no thread may allocate.
-    mode = ffi.new("int *", _RELAXED)
-    cuda.check(runtime.cudaThreadExchangeStreamCaptureMode(mode), "stream capture mode")
-    try:
+    with cuda.relaxed():
         code = runtime.cudaHostAlloc(address, count, _PORTABLE_AND_MAPPED)
-        cuda.check(code, f"cudaHostAlloc of {count} bytes")
-    finally:
-        runtime.cudaThreadExchangeStreamCaptureMode(mode)
+    cuda.check(code, f"cudaHostAlloc of {count} bytes")
     return int(ffi.cast("uintptr_t", address[0]))
 
 
