@@ -40,15 +40,15 @@ class Budget(NamedTuple):
 # conditional jump that falls through, stays below that.
 BUDGETS = {
     EMPTY: Budget(0, 0),
-    PREPARED: Budget(70, 2),
-    "prepared call, 3 new pointers, in a scope": Budget(272, 4),
-    "prepared call with a stream": Budget(101, 3),
-    "typed call, in a scope": Budget(180, 2),
+    PREPARED: Budget(64, 2),
+    "prepared call, 3 new pointers, in a scope": Budget(183, 4),
+    "prepared call with a stream": Budget(106, 3),
+    "typed call, in a scope": Budget(182, 2),
     TYPED: Budget(214, 3),
-    "typed call, stream given, 3 TensorDescs made": Budget(628, 9),
-    "one TensorDesc made": Budget(142, 2),
-    PLAN_TYPED: Budget(333, 2),
-    "plan.run, prepared (CPU: no stream)": Budget(483, 2),
+    "typed call, stream given, 3 TensorDescs made": Budget(508, 6),
+    "one TensorDesc made": Budget(98, 1),
+    PLAN_TYPED: Budget(336, 2),
+    "plan.run, prepared (CPU: no stream)": Budget(141, 2),
 }
 TOOL = 4  # of `sys.monitoring`: none that has a use of its own
 TOP = 12  # lines that a failure shows
