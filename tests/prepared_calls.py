@@ -91,6 +91,11 @@ class Placed:
         return [name for name in ours if ours[name] != theirs[name]]
 
 
+def placed(case: Case, more: dict[str, Any], count: int) -> list[Placed]:
+    """The case in so many memories."""
+    return [Placed(case, more.get("in place", False)) for _ in range(count)]
+
+
 def _room(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A copy at an aligned address, and the whole memory that it lies in."""
     memory = np.full(array.nbytes + 3 * _ALIGNMENT, 0xA5, np.uint8)
@@ -186,3 +191,29 @@ class Mine:
         right = bool((self.y == self.x * np.float16(factor) + w).all())
         self.y[...] = np.nan
         return right
+
+
+class Calls:
+    """One call three ways, its kernel `mine`."""
+
+    def __init__(self, mine, device="cuda:0"):
+        self.mine = mine
+        y, x = (fi_ffi.TensorDesc(d.ptr, d.shape, d.dtype, device=device) for d in mine.descs)
+        self.descs = (y, x)
+        self.call = mine.op.prepare(y, x, factor=2.0)
+
+    def typed(self, stream):
+        self.mine.op(*self.descs, factor=2.0, stream=stream)
+
+    def in_full(self, stream):
+        self.mine.op._form([*self.descs, None, 2.0, 0, False, "NHD"], stream)
+
+    def prepared(self, stream):
+        if stream is None:
+            self.call()
+        else:
+            self.mine.op.prepare(*self.descs, factor=2.0, stream=stream)()
+
+    @property
+    def ways(self):
+        return self.typed, self.in_full, self.prepared

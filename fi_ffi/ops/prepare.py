@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fi_ffi.abi.interop import as_desc
-from fi_ffi.abi.tensor import make_desc
 from fi_ffi.errors import ArgumentTypeError
 from fi_ffi.ops.launch import Preparing
 from fi_ffi.ops.op import Op
 from fi_ffi.ops.prepared import Prepared
+
+if TYPE_CHECKING:
+    from fi_ffi.ops.attention.ready import PreparedRun
 
 # Of plans, the methods that launch.
 _RUNS = ("run", "ragged_run", "paged_run")
@@ -27,39 +28,36 @@ def prepare(function: Callable[..., Any], *args: Any, stream: object = None, **k
     Raises what the call would, and `ArgumentTypeError` for another function.
     """
     from fi_ffi.ops.attention import plan, single
-    from fi_ffi.ops.attention.ready import PreparedRun
+    from fi_ffi.ops.attention.ready import prepared_single
 
     if isinstance(function, Op):
         return function.prepare(*args, stream=stream, **kwargs)
+    if function is single.single_decode or function is single.single_prefill:
+        return prepared_single(function(*args, stream=Preparing(stream), **kwargs))
     owner = getattr(function, "__self__", None)
-    is_run = isinstance(owner, plan.Plan) and getattr(function, "__name__", "") in _RUNS
-    is_single = function is single.single_decode or function is single.single_prefill
-    if not (is_run or is_single):
+    if not isinstance(owner, plan.Plan) or getattr(function, "__name__", "") not in _RUNS:
         expected = "an op, single_prefill, single_decode, or a run of a plan"
         raise ArgumentTypeError("prepare", "function", got=repr(function), expected=expected)
-    made = function(*args, stream=Preparing(stream), **kwargs)
-    if isinstance(made, PreparedRun):
-        return made.can_renew(_again(function, args, kwargs, stream))
-    return made
+    made: PreparedRun = function(*args, stream=Preparing(stream), **kwargs)
+    return _renewable(made, function, args, kwargs, stream)
 
 
-def _again(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], stream: object
-) -> Callable[[Mapping[str, object]], Any]:
-    """The same call with other tensors."""
+def _renewable(
+    made: PreparedRun, function: Callable[..., Any], args: tuple[Any, ...],
+    kwargs: dict[str, Any], stream: object,
+) -> PreparedRun:  # fmt: skip
+    """A prepared run that can be made again with the same arguments, but for tensors."""
     import inspect
 
-    bound = inspect.signature(function).bind(*args, **kwargs)
+    signature = inspect.signature(function)
+    arguments = dict(signature.bind(*args, **kwargs).arguments)
+    given = {name: arguments.pop(name) for name in made.names if name in arguments}
 
-    def again(changes: Mapping[str, object]) -> Any:
-        for name, value in changes.items():
-            before = bound.arguments[name]
-            if type(value) is int:
-                value = make_desc(value, as_desc(before, "prepare", name).layout)
-            bound.arguments[name] = value
+    def again(tensors: Mapping[str, object]) -> Any:
+        bound = inspect.BoundArguments(signature, {**arguments, **tensors})
         return function(*bound.args, stream=Preparing(stream), **bound.kwargs)
 
-    return again
+    return made.can_renew(given, again)
 
 
 __all__ = ["Prepared", "prepare"]

@@ -145,6 +145,13 @@ class Prepared:
         frame.write(values)
         self.values, self.owners = values, tuple(owners)
 
+    def layout(self, name: str) -> Layout:
+        """The layout of a tensor that is there."""
+        at = [arg.name for arg in self.row.tensors].index(name)
+        layout = self._layouts[at]
+        assert layout is not None
+        return layout
+
     def _descs(self) -> list[TensorDesc | None]:
         """The tensors as they are."""
         tensors = [i for i, arg in enumerate(self.row.args) if isinstance(arg, Tensor)]

@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 
 from fi_ffi import reference
+from fi_ffi.abi.streams import current_scope
+from fi_ffi.loader import machine
+from fi_ffi.ops.functions import OPS
 from fi_ffi.reference import norm
 
+from attention.pretend import Pretend, current_stream
 from prepared_calls import Mine
 
 
@@ -19,3 +23,25 @@ def mine(monkeypatch):
     for key in [key for key in reference._entries if key[1] == name]:
         del reference._entries[key]
     return made
+
+
+@pytest.fixture(params=["unsettled", "settled"])
+def settled(request):
+    """Whether it is known which row of each op is in force: calls start differently."""
+    for op in OPS.values():
+        op.settle("0.6.13" if request.param == "settled" else None)
+    yield
+    for op in OPS.values():
+        op.forget()
+        op.settle(None)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    made = Pretend(monkeypatch)
+    yield made
+    monkeypatch.undo()
+    made.forget()
+    machine.thread.bound.clear()
+    assert current_scope() is None
+    assert current_stream(0) == current_stream(1) == 0, "a stream was not put back"

@@ -191,6 +191,7 @@ class Plan(Runs):
             sizes = [aligned(count + count // 4, 2**16) for count in (float_bytes, int_bytes)]
             try:
                 workspace = self.workspace = Workspace.allocate(self.device, *sizes)
+                self._ready.clear()  # which are of the one before
             except (ArgumentError, MemoryError) as error:
                 expected = f"{float_bytes} and {int_bytes} bytes, which could not be allocated"
                 raise self.refuse("workspace", None, expected) from error

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from fi_ffi.abi.frame import Frame, word_of
-from fi_ffi.abi.streams import current_scope
-from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.abi.streams import current_scope, thread
+from fi_ffi.abi.tensor import TensorDesc, make_desc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops import watching
-from fi_ffi.ops.attention.run import option_of
+from fi_ffi.ops.attention.run import as_called, option_of
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.launch import Preparing, launch
 from fi_ffi.ops.prepared import Prepared
@@ -21,10 +22,13 @@ _PLAIN = (type(None), str, int, float, bool)
 
 
 def can_repeat(options: Sequence[object], tensors: Sequence[object]) -> bool:
-    """Whether a run depends on nothing but these options, layouts and addresses."""
-    return all(type(option) in _PLAIN for option in options) and all(
-        tensor is None or type(tensor) is TensorDesc for tensor in tensors
-    )
+    """Whether a run depends on nothing but these options, layouts and addresses.
+
+    Runs are found again by options that are equal to these: 0.0 and -0.0 are, and not the same.
+    """
+    return all(
+        type(option) in _PLAIN and (type(option) is bool or option != 0) for option in options
+    ) and all(tensor is None or type(tensor) is TensorDesc for tensor in tensors)
 
 
 class Ready:
@@ -82,41 +86,117 @@ class PreparedRun:
     then.  Otherwise as `fi_ffi.ops.prepared.Prepared`.
     """
 
-    __slots__ = ("_again", "_changed", "_generation", "_made", "_names", "_plan")
+    __slots__ = ("_again", "_given", "_info", "_made", "_names", "_plan")
 
     def __init__(self, plan: Any, made: Prepared, names: Sequence[str]) -> None:
         self._plan, self._made = plan, made
-        self._generation = plan.workspace.generation
+        # What the plan was when this was packed.
+        self._info = plan._info
         # As the run calls its tensors, and as the binding does.
         self._names = {option_of(name): name for name in names}
-        self._changed: dict[str, object] = {}
-        # The run with the same arguments but for tensors: set by `fi_ffi.prepare`.
+        # The tensors now, or their addresses, and the run with others: from `can_renew`.
+        self._given: dict[str, object] = {}
         self._again: Callable[[Mapping[str, object]], PreparedRun] | None = None
 
-    def can_renew(self, again: Callable[[Mapping[str, object]], PreparedRun]) -> PreparedRun:
-        """Let `again(changes)` prepare the run anew."""
-        self._again = again
+    @property
+    def names(self) -> Collection[str]:
+        """What the run calls its tensors."""
+        return self._names.keys()
+
+    def can_renew(
+        self, given: dict[str, object], again: Callable[[Mapping[str, object]], PreparedRun]
+    ) -> PreparedRun:
+        """Let `again(tensors)` prepare the run anew; `given` are those that it has now."""
+        self._given, self._again = given, again
         return self
 
     def __call__(self) -> None:
         """Launch it.  Raises as `Prepared` does, and as the run where it is packed anew."""
-        if self._plan.workspace.generation != self._generation and self._again is not None:
-            renewed = self._again(self._changed)
-            self._made, self._generation = renewed._made, renewed._generation
-        self._plan.launch_prepared(self._made)
+        plan = self._plan
+        if plan._info is not self._info:
+            self._renew()
+        made, workspace = self._made, plan.workspace
+        stream, scopes = made.stream, thread.scopes
+        if stream is None and scopes:
+            stream = scopes[-1].handle
+        # On the plan's own stream there is nothing to wait for.
+        is_in_order = stream == workspace.stream and workspace.generation == plan._generation
+        try:
+            if is_in_order and not watching.inboxes:
+                made()
+            else:
+                plan.launch_prepared(made)
+        except ArgumentError:
+            with as_called(plan.op):
+                raise
+
+    def _renew(self) -> None:
+        if self._again is None:
+            return
+        made, names, info = self._made, self._names, self._plan._info
+        tensors = {
+            name: make_desc(value, made.layout(names[name])) if type(value) is int else value
+            for name, value in self._given.items()
+        }
+        self._made = self._again(tensors)._made
+        self._info = info
 
     def update(self, **tensors: Any) -> None:
         """Change tensors, by the run's names for them: addresses, or tensors of their layout.
 
         Raises `ArgumentError` and `ArgumentTypeError`, and changes nothing then.
         """
-        names = self._names
-        for name in tensors:
-            if name not in names:
-                expected = f"one of {', '.join(names)}; prepare another run for other options"
-                raise ArgumentError(self._plan.op, "update", got=name, expected=expected)
-        self._made.update(**{names[name]: value for name, value in tensors.items()})
-        self._changed.update(tensors)
+        update(self._plan.op, self._made.update, self._names, tensors)
+        self._given.update(tensors)
 
     def __repr__(self) -> str:
         return f"<prepared run of {type(self._plan).__name__}: {self._made!r}>"
+
+
+def update(
+    op: str, change: Callable[..., None], names: Mapping[str, str], tensors: Mapping[str, object]
+) -> None:
+    """Change tensors of a prepared call, named as the op's caller does."""
+    try:
+        changes = {names[name]: value for name, value in tensors.items()}
+    except KeyError as error:
+        expected = f"one of {', '.join(names)}; prepare another call for other options"
+        raise ArgumentError(op, "update", got=error.args[0], expected=expected) from None
+    try:
+        change(**changes)
+    except ArgumentError:
+        with as_called(op):
+            raise
+
+
+@functools.cache
+def _single_class(base: Any) -> type[Prepared]:
+    """The same, but named as `single_prefill` and `single_decode` are."""
+
+    def update_tensors(self: Prepared, **tensors: Any) -> None:
+        """Change tensors, by the function's names for them: addresses, or tensors of their
+        layout.
+
+        Raises `ArgumentError` and `ArgumentTypeError`, and changes nothing then.
+        """
+        names = {option_of(arg.name): arg.name for arg in self.row.tensors}
+        update(_op_of(self), functools.partial(base.update, self), names, tensors)
+
+    def in_use(self: Prepared) -> ArgumentError:
+        error: ArgumentError = base.in_use(self)
+        return ArgumentError(_op_of(self), "self", got=error.got, expected=error.expected)
+
+    update_tensors.__name__ = "update"
+    own = {"__slots__": (), "update": update_tensors, "in_use": in_use}
+    return type(base.__name__, (base,), own)
+
+
+def _op_of(made: Prepared) -> str:
+    return made.row.name.partition(".")[0]
+
+
+def prepared_single(made: Prepared) -> Prepared:
+    """A prepared call of `single_prefill` or `single_decode`, as its caller knows it."""
+    kind: Any = type(made)
+    made.__class__ = _single_class(kind)
+    return made

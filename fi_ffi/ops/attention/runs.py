@@ -21,6 +21,9 @@ from fi_ffi.ops.form import Form
 from fi_ffi.ops.launch import Preparing
 from fi_ffi.ops.prepared import Prepared
 
+# Runs that a plan remembers.
+_MOST_READY = 256
+
 
 class Runs:
     """The part of a plan that runs it; the other part makes it (`Plan`)."""
@@ -124,7 +127,9 @@ class Runs:
         """
         workspace = self.check_current()
         if type(stream) is Preparing:
-            return PreparedRun(self, call(self.op, form, values.values, stream), names)
+            made = call(self.op, form, values.values, stream)
+            self._keep_room(values)
+            return PreparedRun(self, made, names)
         handle = self.stream(stream)
         with as_called(self.op):
             settled, _ = form.check(values.values, handle)
@@ -137,10 +142,16 @@ class Runs:
             if can_repeat(options, tensors):
                 layouts = [None if tensor is None else tensor.layout for tensor in tensors]
                 ready = Ready(workspace, form.row, settled, values.values, names)
+                if len(self._ready) >= _MOST_READY:
+                    self._ready.clear()
                 self._ready[options, tuple(layouts)] = ready
+        self._keep_room(values)
+        return None
+
+    def _keep_room(self, values: Values) -> None:
+        """Note how much a run was given, which a graph that it is captured in stays with."""
         for of, have in values.room.items():
             self.room[of] = min(self.room.get(of, have), have)
-        return None
 
     def launch_prepared(self, made: Prepared) -> None:
         """Launch a prepared run, ordered as any other."""

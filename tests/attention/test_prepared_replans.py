@@ -1,0 +1,235 @@
+"""Prepared runs after their plans were made again, or could not be."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import fi_ffi
+from fi_ffi.ops.attention import plan as of_plan
+
+from attention import serving
+from attention.prepared import (
+    EVERY_FAMILY,
+    MACHINES,
+    SERVICES,
+    Runs,
+    names_of,
+    on_each,
+    run_of,
+    service_of,
+)
+from attention.serving import Service
+from prepared_calls import same_error
+
+
+@pytest.fixture(params=MACHINES)
+def machine(request, monkeypatch):
+    yield from on_each(request.param, monkeypatch)
+
+
+@SERVICES
+@pytest.mark.parametrize("more", [{}, {"enable_cuda_graph": True}], ids=["plain", "graph"])
+def test_runs_after_replans(spec, more, machine, rng):
+    """A prepared run is of the plan as it is, whatever was planned in between."""
+    made = Runs(spec, machine, rng, **more)
+    call = made.prepare()
+    call()
+    for _ in range(6):
+        batch = made.service.batch()
+        rows = made.case.rows if more else batch.rows
+        made.case.replan(made.plan, batch)
+        made.clear()
+        if rows != made.rows:
+            # As the run itself: queries of another number than were planned.
+            with pytest.raises(fi_ffi.ArgumentError, match="as planned") as caught:
+                call()
+            with pytest.raises(fi_ffi.ArgumentError) as in_full:
+                run_of(made.plan)(**made.tensors(), stream=machine.stream,
+                                  **made.case.run_options(batch))  # fmt: skip
+            assert same_error(caught.value, in_full.value)
+            made.rows, made.out = rows, made.case.outputs(rows)
+            made.batch = batch
+            call = made.prepare()
+        made.batch = batch
+        call()
+        out = made.out
+        made.case.check(batch, out)
+        made.clear()
+        call()
+        made.case.check(batch, out)
+
+
+@EVERY_FAMILY
+def test_a_plans_own_workspace_grows_under_a_prepared_run(spec, machine, rng):
+    """The plan then has another workspace, of the same number of plans as the first had."""
+    small = replace(spec, keys=20)
+    case = service_of(replace(spec, keys=80), machine, rng).case
+    few = case.batch([1] * small.batch, [3] * small.batch)
+    many = case.batch([1] * small.batch, [60] * small.batch)
+    plan = case.plan(few)
+    before = weakref.ref(plan.workspace)
+    out = case.outputs(few.rows)
+    tensors = dict(zip(names_of(plan), [*case.inputs(few.rows), out.o.desc(), out.lse.desc()],
+                       strict=True))  # fmt: skip
+    options = case.run_options(few)
+    call = fi_ffi.prepare(run_of(plan), **tensors, stream=machine.stream, **options)
+    call()
+    case.check(few, out)
+    # As if it had been too small.
+    nothing = fi_ffi.TensorDesc(16, (0,), "uint8", device=machine.device)
+    plan.workspace.float_buffer = plan.workspace.int_buffer = nothing
+    case.replan(plan, many)
+    assert before() is None or before() is not plan.workspace
+    for placed in (out.o, out.lse):
+        machine.poison(placed, None)
+    call()
+    case.check(many, out)
+
+
+@EVERY_FAMILY
+def test_updates_hold_through_replans(spec, machine, rng):
+    made = Runs(spec, machine, rng)
+    call = made.prepare()
+    other = made.case.outputs(made.rows)
+    tensors = made.tensors(other)
+    for by in (lambda d: d, lambda d: d.ptr):
+        call.update(o=by(tensors["o"]), lse=by(tensors["lse"]))
+        for _ in range(2):
+            made.case.replan(made.plan, made.batch)
+            made.clear(other)
+            made.clear()
+            call()
+            made.case.check(made.batch, other)
+            assert np.isnan(made.out.o.get().astype(float)).all()
+        back = made.tensors()
+        call.update(o=by(back["o"]))
+        call.update(lse=by(back["lse"]))
+        made.case.replan(made.plan, made.batch)
+        call()
+        made.case.check(made.batch, made.out)
+
+
+@SERVICES
+def test_two_plans_of_one_workspace(spec, machine, rng):
+    """The one that does not hold it is stale, prepared or not, until it is planned again."""
+    service = Service(spec, machine, rng)
+    case = service.case
+    workspace = fi_ffi.Workspace.allocate(machine.device, 1 << 24, 1 << 20)
+    batch = service.batch()
+    plans = [case.plan(batch, workspace=workspace)]
+    outs = [case.outputs(batch.rows) for _ in range(2)]
+
+    def prepare(i):
+        tensors = [*case.inputs(batch.rows), outs[i].o.desc(), outs[i].lse.desc()]
+        return fi_ffi.prepare(run_of(plans[i]), *tensors, stream=machine.stream,
+                              **case.run_options(batch))  # fmt: skip
+
+    def run(i):
+        tensors = [*case.inputs(batch.rows), outs[i].o.desc(), outs[i].lse.desc()]
+        run_of(plans[i])(*tensors, stream=machine.stream, **case.run_options(batch))
+
+    calls = [prepare(0)]
+    calls[0]()
+    run(0)
+    plans.append(case.plan(batch, workspace=workspace))
+    calls.append(prepare(1))
+    for holder in (1, 0, 1):
+        case.replan(plans[holder], batch)
+        for out in outs:
+            for placed in (out.o, out.lse):
+                machine.poison(placed, None)
+        for use in (calls[1 - holder], lambda: run(1 - holder)) * 2:  # noqa: B023
+            with pytest.raises(fi_ffi.ArgumentError, match="a stale plan") as caught:
+                use()
+            assert caught.value.op == plans[0].op
+        with pytest.raises(fi_ffi.ArgumentError, match="a stale plan"):
+            prepare(1 - holder)
+        calls[holder]()
+        case.check(batch, outs[holder])
+        run(holder)
+        case.check(batch, outs[holder])
+        assert np.isnan(outs[1 - holder].o.get().astype(float)).all()
+
+
+@EVERY_FAMILY
+def test_a_replan_that_fails_leaves_what_it_was(spec, machine, rng, monkeypatch):
+    """Runs of the batch before go on as they would in full: prepared, repeated or neither."""
+    made = Runs(spec, machine, rng)
+    call, options = made.prepare(), made.case.run_options(made.batch)
+    run_of(made.plan)(**made.tensors(), stream=machine.stream, **options)
+    args, arrays = made.case.arguments(made.batch)
+    with pytest.raises(fi_ffi.ArgumentError):
+        made.plan.replan(np.zeros(1), *args[1:], **arrays)
+    for go in (call, lambda: run_of(made.plan)(**made.tensors(), stream=machine.stream, **options)):
+        made.clear()
+        go()
+        made.case.check(made.batch, made.out)
+
+
+@EVERY_FAMILY
+def test_a_replan_that_fails_after_the_workspace_grew(spec, machine, rng, monkeypatch):
+    made = Runs(spec, machine, rng, workspace=None)
+    call, options = made.prepare(), made.case.run_options(made.batch)
+
+    def run():
+        run_of(made.plan)(**made.tensors(), stream=machine.stream, **options)
+
+    run()
+    nothing = fi_ffi.TensorDesc(16, (0,), "uint8", device=machine.device)
+    made.plan.workspace.float_buffer = made.plan.workspace.int_buffer = nothing
+
+    def fail(*_):
+        raise RuntimeError("the planner failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(of_plan, "call", fail)
+        with pytest.raises(RuntimeError, match="the planner"):
+            made.case.replan(made.plan, made.batch)
+    for go in (run, call):
+        with pytest.raises(fi_ffi.ArgumentError, match="stale"):
+            go()
+    made.case.replan(made.plan, made.batch)
+    for go in (run, call):
+        made.clear()
+        go()
+        made.case.check(made.batch, made.out)
+
+
+@SERVICES
+def test_room_of_prepared_runs(spec, machine, rng):
+    """With CUDA graphs a replan is refused that needs more than a prepared run was given."""
+    told = []
+    for prepared in (False, True):
+        made = Runs(spec, machine, rng, enable_cuda_graph=True)
+        if prepared:
+            made.prepare()
+        else:
+            run_of(made.plan)(**made.tensors(), stream=machine.stream,
+                              **made.case.run_options(made.batch))  # fmt: skip
+        room = dict(made.plan.room)
+        assert room == {"pages": made.case.room}
+        wrong = serving.refused(made.service, made.batch)
+        for batch in wrong:
+            with pytest.raises(fi_ffi.ArgumentError) as caught:
+                made.case.replan(made.plan, batch)
+            told.append((prepared, caught.value.op, caught.value.argument))
+    half = len(told) // 2
+    assert [t[1:] for t in told[:half]] == [t[1:] for t in told[half:]]
+
+
+@EVERY_FAMILY
+def test_graph_plans_with_prepared_runs(spec, machine, rng):
+    """One prepared run, captured (on the CPU: repeated), serves other lengths after replans."""
+    made = Runs(spec, machine, rng, enable_cuda_graph=True)
+    call = made.prepare()
+    replay = machine.capture(call)
+    for _ in range(4):
+        batch = made.service.batch()
+        made.case.replan(made.plan, batch)
+        made.clear()
+        replay()
+        made.case.check(batch, made.out)

@@ -1,0 +1,162 @@
+"""Runs that are prepared and runs that are repeated: the same bits as runs in full."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import fi_ffi
+from fi_ffi.abi import tensor
+
+from attention.arrays import bytes_of
+from attention.prepared import EVERY_FAMILY, MACHINES, Runs, array_of, on_each, run_of, same
+from prepared_calls import frame_of, same_error
+
+
+@pytest.fixture(params=MACHINES)
+def machine(request, monkeypatch):
+    yield from on_each(request.param, monkeypatch)
+
+
+@EVERY_FAMILY
+def test_the_same_bits(spec, machine, rng):
+    """Prepared, updated to other tensors and back, by tensor and by address."""
+    made = Runs(spec, machine, rng)
+    expected = made.full()
+    call = made.prepare()
+    assert np.isnan(made.out.o.get().astype(float)).all(), "preparing a run is no run"
+    for _ in range(2):
+        call()
+        assert same(made.out, expected)
+        made.clear()
+    other = made.case.outputs(made.rows)
+    for by in (lambda d: d, lambda d: d.ptr):
+        tensors = made.tensors(other)
+        call.update(o=by(tensors["o"]), lse=by(tensors["lse"]))
+        call()
+        assert same(other, expected)
+        assert np.isnan(made.out.o.get().astype(float)).all()
+        made.clear(other)
+        back = made.tensors()
+        call.update(**{name: by(desc) for name, desc in back.items()})
+        call()
+        assert same(made.out, expected)
+        made.clear()
+
+
+@EVERY_FAMILY
+def test_inputs_that_are_updated(spec, machine, rng):
+    """Each input moved to other memory: what lies there is what is read."""
+    made = Runs(spec, machine, rng)
+    call = made.prepare()
+    call()
+    changed = {}
+    for name, desc in list(made.tensors().items())[:-2]:
+        host = np.array(array_of(desc))
+        if name.startswith(("q", "k")):
+            host = host[..., ::-1].copy()
+        elif "v" in name:
+            host = -host
+        changed[name] = machine.place(host)
+        call.update(**{name: changed[name].desc()})
+        call()
+        got = np.array(made.out.o.get())
+        made.clear()
+        tensors = made.tensors() | {n: placed.desc() for n, placed in changed.items()}
+        plan = made.case.plan(made.batch)
+        options = made.case.run_options(made.batch)
+        run_of(plan)(**tensors, stream=machine.stream, **options)
+        assert bytes_of(made.out.o.get()) == bytes_of(got), name
+        made.clear()
+
+
+@EVERY_FAMILY
+def test_runs_that_are_repeated(spec, machine, rng):
+    """Runs with the same layouts: others' tensors, lse or none, options that change."""
+    made = Runs(spec, machine, rng)
+    options = made.case.run_options(made.batch)
+    run, kept = run_of(made.plan), []
+    expected = made.full()
+    for i in range(12):
+        out = made.case.outputs(made.rows)
+        tensors = made.tensors(out)
+        if i % 3 == 2:
+            del tensors["lse"]
+        if i % 4 == 3:
+            tensors["lse"] = None
+        scale = {} if i % 2 else {"sm_scale": 0.125 * (1 + i % 4)}
+        run(**tensors, stream=machine.stream, **options | scale)
+        plan = made.case.plan(made.batch)
+        alone = made.case.outputs(made.rows)
+        there = made.tensors(alone) | {"lse": alone.lse.desc() if tensors.get("lse") else None}
+        run_of(plan)(**there, stream=machine.stream, **options | scale)
+        assert same(out, alone), i
+        assert scale or not tensors.get("lse") or same(out, expected)
+        kept.append(out)
+    assert len(made.plan._ready) > 2
+
+
+@EVERY_FAMILY
+def test_a_repeated_run_is_refused_as_one_in_full(spec, machine, rng):
+    made = Runs(spec, machine, rng)
+    options = made.case.run_options(made.batch)
+    run, good = run_of(made.plan), made.tensors()
+    wrong = []
+    for name, desc in good.items():
+        layout = desc.layout
+        for ptr in (0, 1, desc.ptr + 1, 2**63 + 1):
+            wrong.append({name: tensor.make_desc(ptr, layout)})
+        taller = fi_ffi.TensorDesc(
+            desc.ptr, (desc.shape[0] + 1, *desc.shape[1:]), desc.dtype, device=desc.device
+        )
+        wrong += [{name: taller}, {name: "tensor"}, {name: 7}, {name: np.zeros(3)}]
+        if name != "lse":
+            wrong.append({name: None})
+    wrong += [{"sm_scale": bad} for bad in (0.0, -1.0, "1", np.nan)]
+    if "kv_layout" in options:
+        wrong += [{"kv_layout": bad} for bad in ("nhd", None, 0, ["NHD"])]
+    told = []
+    for again in (False, True):
+        if again:
+            for _ in range(2):
+                run(**good, stream=machine.stream, **options)
+            made.clear()
+        for i, change in enumerate(wrong):
+            with pytest.raises(fi_ffi.ArgumentError) as caught:
+                run(**{**good, **options, **change}, stream=machine.stream)
+            if again:
+                assert same_error(caught.value, told[i]), (caught.value, told[i])
+            else:
+                told.append(caught.value)
+    assert np.isnan(made.out.o.get().astype(float)).all()
+    run(**good, stream=machine.stream, **options)
+    assert same(made.out, made.full())
+
+
+@EVERY_FAMILY
+def test_updates_that_fail_change_nothing(spec, machine, rng):
+    made = Runs(spec, machine, rng)
+    call = made.prepare()
+    before = frame_of(call._made)
+    tensors = made.tensors()
+    for name, desc in tensors.items():
+        others = {n: d.ptr for n, d in tensors.items() if n != name}
+        taller = fi_ffi.TensorDesc(
+            desc.ptr, (desc.shape[0] + 1, *desc.shape[1:]), desc.dtype, device=desc.device
+        )
+        for wrong in (-1, 0, 1, 2**64, "tensor", True, 1.0, None, taller, np.zeros(3)):
+            with pytest.raises(fi_ffi.ArgumentError) as caught:
+                call.update(**others | {name: wrong})
+            error = caught.value
+            assert (error.op, error.argument) == (made.plan.op, name), error
+            assert "maybe_" not in str(error)
+            assert frame_of(call._made) == before
+    for name in ("sm_scale", "kv_layout", "maybe_lse", "temperature", "stream"):
+        with pytest.raises(fi_ffi.ArgumentError, match="prepare another call for other options"):
+            call.update(**{name: 1.0})
+    with pytest.raises(TypeError):
+        call.update(tensors["o"])
+    assert frame_of(call._made) == before
+    made.case.replan(made.plan, made.batch)
+    call()
+    made.case.check(made.batch, made.out)
