@@ -217,3 +217,64 @@ class Calls:
     @property
     def ways(self):
         return self.typed, self.in_full, self.prepared
+
+
+# On a GPU.
+
+
+def settle(stream: int) -> None:
+    """Wait for a stream, and for no other."""
+    from cuda.bindings import runtime
+
+    from fi_ffi.cli.cuda import check
+
+    check(runtime.cudaStreamSynchronize(stream))
+
+
+class OnGpu:
+    """A case on the GPU: its arrays, and what they must become."""
+
+    def __init__(self, case: Case, to_gpu: Callable[..., Any]) -> None:
+        from cuda.bindings import runtime
+
+        from fi_ffi.cli.cuda import check
+
+        self.case = case
+        self.arrays = {name: to_gpu(array) for name, array in case.arrays.items()}
+        # Copies may still run, and streams here wait for no other.
+        check(runtime.cudaDeviceSynchronize())
+
+    @property
+    def descs(self) -> dict[str, fi_ffi.TensorDesc]:
+        return {name: array.desc() for name, array in self.arrays.items()}
+
+    @property
+    def addresses(self) -> dict[str, int]:
+        return {name: array.ptr for name, array in self.arrays.items()}
+
+    def is_right(self) -> bool:
+        """Waits for the device."""
+        return all(
+            self.case.error(name, self.arrays[name].get())[1] <= 1 for name in self.case.expected
+        ) and all(array.intact() for array in self.arrays.values())
+
+    def is_untouched(self) -> bool:
+        """Waits for the device."""
+        return all(
+            array.get().tobytes() == self.case.arrays[name].tobytes()
+            for name, array in self.arrays.items()
+        )
+
+
+def norm_sets(rng: np.random.Generator, to_gpu: Callable[..., Any]) -> Callable[..., list[OnGpu]]:
+    """Makes sets of rmsnorm of one layout; its kernel is loaded."""
+    op = OPS["rmsnorm"]
+
+    def make(count: int, rows: int = 96, hidden: int = 4096) -> list[OnGpu]:
+        sizes, dtypes = {"n": rows, "h": hidden}, {"T": "bfloat16"}
+        return [OnGpu(make_case(op.row, sizes, dtypes, rng), to_gpu) for _ in range(count)]
+
+    first = make(1)[0]
+    op(**first.descs, stream=0)
+    assert first.is_right()
+    return make

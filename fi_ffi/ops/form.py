@@ -71,14 +71,14 @@ class Form:
         """Check everything, and launch unless there is nothing to write."""
         settled, descs = self.check(values, stream)
         if type(stream) is Preparing:
-            self._start(settled)
+            self.start(settled)
             return prepared(self.row, settled, values, descs, stream.stream)
         return None if settled.is_empty else self.launch(settled, values, stream)
 
     def launch(self, settled: Settled, values: list[Any], stream: object) -> Any:
         """Make a call that was checked."""
         on_stream = on(stream, settled.device, self.row.name)  # a missing one is told first
-        self._start(settled)
+        self.start(settled)
         frame = settled.frame()
         try:
             return launch_fully(self.row, settled, frame, values, on_stream)
@@ -142,7 +142,8 @@ class Form:
             self._settled[key] = settled
         return settled
 
-    def _start(self, settled: Settled) -> None:
+    def start(self, settled: Settled) -> None:
+        """Find the entry that serves it, once."""
         if settled.entry is None:
             entry = entry_for(self.row, settled.device, self.module)
             settled.start(entry, self.row.name)

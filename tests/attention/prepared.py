@@ -23,6 +23,8 @@ FAMILIES = {**SERVED, "ragged": _RAGGED}
 EVERY_FAMILY = pytest.mark.parametrize("spec", FAMILIES.values(), ids=FAMILIES)
 SERVICES = pytest.mark.parametrize("spec", SERVED.values(), ids=SERVED)
 MACHINES = ["cpu", "pretended gpu"]
+# Bytes of both workspaces, without and with a GPU.
+ROOM = [(1 << 24, 1 << 20), (1 << 27, 1 << 22)]
 
 
 def on_each(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cpu]:
@@ -88,7 +90,7 @@ class Runs:
             if isinstance(machine, Pretend) and spec.family == "batch_decode":
                 pytest.skip("decode's plan reads what only the kernel's planner writes")
             more = graph_options(self.service)
-        workspace = fi_ffi.Workspace.allocate(machine.device, 1 << 24, 1 << 20)
+        workspace = fi_ffi.Workspace.allocate(machine.device, *ROOM[machine.is_gpu])
         more = {"workspace": workspace} | more
         self.plan = self.case.plan(self.batch, **more)
         self.rows = self.case.rows if "enable_cuda_graph" in more else self.batch.rows
@@ -113,7 +115,7 @@ class Runs:
     def clear(self, out=None):
         out = out or self.out
         for placed in (out.o, out.lse):
-            self.machine.poison(placed, None)
+            self.machine.poison(placed, self.machine.stream)
 
 
 def array_of(desc):

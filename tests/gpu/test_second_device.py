@@ -130,3 +130,80 @@ def test_a_plan_of_another_device(other, to_gpu, stream):
     mine = [to_gpu(array).desc() for array in (q, k)]
     with pytest.raises(fi_ffi.ArgumentError, match="cuda:1"):
         plan.ragged_run(mine[0], mine[1], mine[1], out.desc(), stream=stream)
+
+
+def test_prepared_and_repeated_calls(other, to_gpu, stream, rng):
+    """Calls of both devices in turns; cuda:0 is current before and after each."""
+    copy, there = other
+    hosts = [rng.standard_normal((5, DIM)).astype(np.float16) for _ in range(2)]
+    weight = np.ones(DIM, np.float16)
+
+    def right(x):
+        return x / np.sqrt((x.astype(float) ** 2).mean(axis=1, keepdims=True) + 1e-6)
+
+    def arguments(place):
+        arrays = [(place(np.full_like(x, np.nan)), place(x), place(weight)) for x in hosts]
+        return arrays, [[array.desc() for array in each] for each in arrays]
+
+    here, on_here = arguments(to_gpu)
+    away, on_away = arguments(copy)
+    settle_all()
+    calls = [
+        fi_ffi.rmsnorm.prepare(*on_here[0], stream=stream),
+        fi_ffi.rmsnorm.prepare(*on_away[0], stream=there),
+    ]
+    loose = [fi_ffi.rmsnorm.prepare(*on_here[0]), fi_ffi.rmsnorm.prepare(*on_away[0])]
+    for _ in range(3):  # prepared, by the stream that they were prepared for
+        for call in calls:
+            call()
+            assert current() == 0
+    for call, descs in zip(calls, (on_here, on_away), strict=True):
+        call.update(*(desc.ptr for desc in descs[1]))
+        call()
+        assert current() == 0
+    check_both(here, away, hosts, right)
+
+    for i, (mine, descs, handle) in enumerate(
+        zip(loose, (on_here, on_away), (stream, there), strict=True)
+    ):
+        with fi_ffi.stream(handle):  # in scopes
+            mine()
+            mine.update(*descs[1])
+            mine()
+            fi_ffi.rmsnorm(*descs[0])
+            assert current() == 0
+            with pytest.raises(fi_ffi.ArgumentError, match=f"in use on cuda:{i}"):
+                loose[1 - i]()
+    check_both(here, away, hosts, right)
+
+    for _ in range(3):  # typed, the quick way by now
+        for descs, handle in ((on_here, stream), (on_away, there)):
+            for each in descs:
+                fi_ffi.rmsnorm(*each, stream=handle)
+                assert current() == 0
+    check_both(here, away, hosts, right)
+
+
+def settle_all():
+    from cuda.bindings import runtime
+
+    from fi_ffi.cli.cuda import check
+
+    for index in (1, 0):
+        check(runtime.cudaSetDevice(index))
+        check(runtime.cudaDeviceSynchronize())
+
+
+def check_both(here, away, hosts, right):
+    """Every result on both devices; all of them are poison again after."""
+    from cuda.bindings import runtime
+
+    from fi_ffi.cli.cuda import POISON, check
+
+    settle_all()
+    for index, sets in ((1, away), (0, here)):
+        check(runtime.cudaSetDevice(index))
+        for (out, *_), x in zip(sets, hosts, strict=True):
+            np.testing.assert_allclose(out.get(), right(x), atol=4e-3)
+            check(runtime.cudaMemset(out.ptr, POISON, out.nbytes))
+    settle_all()

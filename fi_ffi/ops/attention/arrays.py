@@ -25,6 +25,10 @@ class Arrays:
         self._placed[name] = self.end, room
         self.end = aligned(self.end + 4 * room)
 
+    def where(self, name: str) -> tuple[int, int]:
+        """Where an array starts, in bytes, and its room in int32."""
+        return self._placed[name]
+
     def holds(self, kernel_bytes: int, rooms: Mapping[str, int]) -> bool:
         """Whether it is what such a batch would be placed in, or has more for the kernel."""
         return kernel_bytes <= self.kernel_bytes and rooms == {

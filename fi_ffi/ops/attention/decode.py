@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.ops.attention import sizes
+from fi_ffi.ops.attention.again import Again, are_last_page_lens, ints, pages, positions
 from fi_ffi.ops.attention.arrays import Arrays, index_room
-from fi_ffi.ops.attention.indices import PagedLengths, read_ints
+from fi_ffi.ops.attention.indices import INT32_MAX, PagedLengths, read_ints
 from fi_ffi.ops.attention.options import choice, in_use
 from fi_ffi.ops.attention.plan import SIZE_ONLY, Plan, WorkspaceSize, form_of
 from fi_ffi.ops.attention.rows import BATCH_DECODE_PLAN, BATCH_DECODE_RUN
@@ -53,6 +54,7 @@ class BatchDecodePlan(Plan):
     """
 
     op = "BatchDecodePlan"
+    index_arrays: Mapping[str, str] = {"indptr": "kv_indptr"}
     # What a number of requests takes at most, and that number.
     _most_need: sizes.Need
     _most_of = 0
@@ -111,6 +113,8 @@ class BatchDecodePlan(Plan):
         stream: object = None,
     ) -> None:
         """Plan another batch with the same options; as `BatchPrefillPlan.replan`."""
+        if self.agains and self._replan((indptr, indices, last_page_len), stream):
+            return
         batch = self._read((indptr, indices, last_page_len))
         if self.options.enable_cuda_graph:
             self.check_batch_size("indptr", batch.indptr.size, self._batch_size)
@@ -171,6 +175,23 @@ class BatchDecodePlan(Plan):
         made: None = self.launch(self._forms[1], values, stream, _TENSORS, options, tensors)
         return made
 
+    def _replan(self, arrays: Sequence[object], stream: object) -> bool:
+        """Plan a batch, if one like it was planned; what is new or wrong is left alone."""
+        view, indices, lasts = map(ints, arrays)
+        starts = positions(view)
+        if not starts or view is None or lasts is None:
+            return False
+        size, total = len(starts) - 1, starts[-1]
+        again, found = self.again_for(size, total), pages(indices, total)
+        page_size = self.options.page_size
+        if again is None or found is None or not are_last_page_lens(lasts, size, page_size):
+            return False
+        views = {"kv_indptr": view, "last_page_len": lasts, "indices": found[0]}
+        if not self.plan_again(again, views, 0, stream):
+            return False
+        self._batch_size, self._num_indices, self._max_page = size, total, found[1]
+        return True
+
     def _read(self, arrays: Sequence[object]) -> PagedLengths:
         return PagedLengths(self.op, _NAMES, arrays, None, self.options.page_size)
 
@@ -219,8 +240,14 @@ class BatchDecodePlan(Plan):
         if batch.indices is not None:
             arrays["indices"] = batch.indices.view
         self._batch = batch
-        self.schedule(self._forms[0], values.values, arrays, need, placed, stream)
-        self._batch_size = batch.indptr.size
+        given = values.values.copy()
+        self.schedule(self._forms[0], given, arrays, need, placed, stream)
+        size = self._batch_size = batch.indptr.size
+        is_most = not self.options.enable_cuda_graph and need == self._most(size)
+        if is_most and batch.indices is not None and self.workspace is not None:
+            limit = min(placed.where("indices")[1], INT32_MAX // self.options.page_size)
+            form, own = self._forms[0], self.workspace
+            self.keep_again(Again(form, values.values, placed, own, size, 0, limit))
         self._num_indices, self._max_page = batch.indptr.total, batch.max_page
 
     def check_launch(self, launch: list[int], stage: TensorDesc) -> None:

@@ -14,7 +14,7 @@ from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.tensor import Layout, TensorDesc, make_desc, make_layout
 from fi_ffi.errors import ArgumentError
 
-_CPU = parse_device("cpu")
+CPU = parse_device("cpu")
 _ON_HOST = ("cpu", "cuda_host")
 INT32_MAX = 2**31 - 1
 
@@ -87,9 +87,15 @@ def described_ints(view: memoryview) -> TensorDesc:
 
 
 @functools.lru_cache(maxsize=4096)
-def ints_layout(count: int, device: Device = _CPU) -> Layout:
+def ints_layout(count: int, device: Device = CPU) -> Layout:
     """So many int32: on the host, page-locked or not, or on a GPU."""
     return make_layout((count,), "int32", None, device, False)
+
+
+@functools.lru_cache(maxsize=1024)
+def bytes_layout(count: int, device: Device) -> Layout:
+    """So many bytes."""
+    return make_layout((count,), "uint8", None, device, False)
 
 
 def _memory(desc: TensorDesc) -> memoryview:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -11,11 +10,13 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import Device, parse_device
 from fi_ffi.abi.function import array_values
 from fi_ffi.abi.objects import Array
-from fi_ffi.abi.tensor import Layout, TensorDesc, make_desc, make_layout
+from fi_ffi.abi.tensor import TensorDesc, make_desc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda, watching
+from fi_ffi.ops.attention.again import Again
 from fi_ffi.ops.attention.arrays import Arrays, placed_for
+from fi_ffi.ops.attention.indices import bytes_layout
 from fi_ffi.ops.attention.options import Kernel
 from fi_ffi.ops.attention.ready import Ready
 from fi_ffi.ops.attention.run import call
@@ -23,11 +24,13 @@ from fi_ffi.ops.attention.runs import Runs
 from fi_ffi.ops.attention.sizes import Need, aligned
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.form import Form
+from fi_ffi.ops.launch import launch
 from fi_ffi.ops.row import Row
 
 _FORMS: dict[tuple[object, ...], Form] = {}
 # What the CPU's reference keeps of a request, which has no formula of its own.
 _REFERENCE_BYTES = 64
+_MOST_AGAIN = 16
 
 
 class WorkspaceSize(NamedTuple):
@@ -64,16 +67,14 @@ def form_of(row: Row, kernel: Kernel, backend: str, known: Mapping[str, int]) ->
 
 def _first(desc: TensorDesc, count: int) -> TensorDesc:
     """The first bytes of a buffer."""
-    return make_desc(desc.ptr, _bytes_layout(count, desc.device))
-
-
-@functools.lru_cache(maxsize=1024)
-def _bytes_layout(count: int, device: Device) -> Layout:
-    return make_layout((count,), "uint8", None, device, False)
+    return make_desc(desc.ptr, bytes_layout(count, desc.device))
 
 
 class Plan(Runs):
     """A schedule for a batch; made by the classes derived from this one."""
+
+    # Index arrays that the planner reads: its row's names, and what they are placed as.
+    index_arrays: Mapping[str, str] = {}
 
     op: str
     options: Any
@@ -101,6 +102,8 @@ class Plan(Runs):
         self._ready: dict[tuple[object, ...], Ready] = {}
         self._captured: list[int] | None = None
         self._placed = Arrays(0)
+        # How batches like those before are planned, by their size and the fewest queries.
+        self.agains: dict[tuple[int, int], Again] = {}
         self._owns_workspace = workspace is None
         # Pages of the batch in all, and the last of them in the cache, where it is known.
         self._num_indices, self._max_page = 0, -1
@@ -179,6 +182,52 @@ class Plan(Runs):
             self._described = placed, workspace
         self._descs["int_workspace_buffer"] = int_buffer
         self.needs, self._placed = need, placed
+
+    def again_for(self, size: int, rows: int) -> Again | None:
+        """How so many requests with so many queries (or pages) were planned."""
+        for again in self.agains.values():
+            if again.size == size and again.least <= rows <= again.limit:
+                return again if again.placed is self._placed else None
+        return None
+
+    def keep_again(self, again: Again) -> None:
+        """Remember how a batch was planned, unless one that has more room is remembered."""
+        key = again.size, again.least
+        before = self.agains.get(key)
+        if before is not None and before.placed is again.placed and before.limit >= again.limit:
+            return
+        if len(self.agains) >= _MOST_AGAIN:
+            self.agains.clear()
+        self.agains[key] = again
+
+    def plan_again(
+        self, again: Again, views: Mapping[str, memoryview], rows: int, stream: object
+    ) -> bool:
+        """Plan a batch like the one before, whose arrays were checked; False where it is not."""
+        workspace, placed = self.workspace, again.placed
+        if workspace is not again.workspace or workspace is None or watching.inboxes:
+            return False
+        handle, is_cuda = self.stream(stream), self.device.is_cuda
+        if is_cuda and cuda.is_capturing(handle):
+            return False
+        with workspace.lock:
+            with cuda.current(self.device):
+                stage = workspace.stage()
+            frame, place = again.frame(stage, self.index_arrays)
+            placed.write(stage.words, views)
+            if is_cuda:
+                workspace.take(handle)
+            if again.rows_word:
+                frame.ints[again.rows_word] = rows
+            launch(frame, place, handle if is_cuda else None)
+            info = frame.take_result()
+            with cuda.current(self.device):
+                self._send(workspace, stage.desc, placed, handle)
+                workspace.used(stage, handle)
+            workspace.generation += 1
+            self._generation, self._info = workspace.generation, info
+            self._ready.clear()
+        return True
 
     def _workspace(self, float_bytes: int, int_bytes: int) -> Workspace:
         workspace = self.workspace

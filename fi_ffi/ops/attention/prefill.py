@@ -11,7 +11,7 @@ from fi_ffi.ops.attention.batch import Batch
 from fi_ffi.ops.attention.indices import check_keys, described_ints
 from fi_ffi.ops.attention.options import choose_backend, in_use
 from fi_ffi.ops.attention.plan import SIZE_ONLY, WorkspaceSize, form_of
-from fi_ffi.ops.attention.prefill_runs import PrefillRuns
+from fi_ffi.ops.attention.prefill_replans import PrefillReplans
 from fi_ffi.ops.attention.rows import BATCH_PREFILL, BATCH_PREFILL_SINK, FP8
 from fi_ffi.ops.attention.run import Values
 from fi_ffi.ops.attention.spec import PrefillOptions
@@ -20,7 +20,7 @@ from fi_ffi.ops.attention.workspace import Workspace
 _KNOWN = ("num_qo_heads", "num_kv_heads", "head_dim_qk", "head_dim_vo")
 
 
-class BatchPrefillPlan(PrefillRuns):
+class BatchPrefillPlan(PrefillReplans):
     """A batch of requests, planned once on the host and run for every layer.
 
     Every request has its own number of queries and of keys.  Keys and values are ragged
@@ -110,7 +110,7 @@ class BatchPrefillPlan(PrefillRuns):
         self._max_indices = chosen.max_num_indices or batch.num_indices
         self._fill_template()
         if self.is_size_only:
-            self.needs, self._placed = self._need(batch)
+            self.needs, self._placed, _ = self._need(batch)
         else:
             self._schedule(batch, stream)
 
@@ -137,6 +137,9 @@ class BatchPrefillPlan(PrefillRuns):
         for, a cache or mask smaller than the batch needs) is refused and changes nothing.
         """
         paged = (paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
+        is_ragged = all(array is None for array in paged)
+        if is_ragged and self.replan_again(qo_indptr, kv_indptr, stream):
+            return
         batch = self._read((qo_indptr, kv_indptr, *paged))
         if self.options.enable_cuda_graph:
             self._check_replan(batch)
@@ -187,7 +190,7 @@ class BatchPrefillPlan(PrefillRuns):
             batch.check_mask(self.op)
         return batch
 
-    def _need(self, batch: Batch) -> tuple[sizes.Need, Arrays]:
+    def _need(self, batch: Batch) -> tuple[sizes.Need, Arrays, bool]:
         graph = self.options.enable_cuda_graph
         if graph and batch.rows > self._max_rows:
             raise self.refuse("qo_indptr", f"{batch.rows} queries", f"{self._max_rows} at most")
@@ -205,11 +208,11 @@ class BatchPrefillPlan(PrefillRuns):
             need = sizes.prefill_most(self.geometry, self.backend, batch.size, batch.rows)
             placed = self.place(need, batch.size, rooms)
             if self.is_room_for(need, placed):
-                return need, placed
+                return need, placed, True
         size = sizes.prefill_fa3 if self.backend == "fa3" else sizes.prefill_fa2
         rows = self._max_rows if graph else batch.rows
         need = size(self.geometry, batch.qo.counts, batch.kv.counts, rows)
-        return need, self.place(need, batch.size, rooms)
+        return need, self.place(need, batch.size, rooms), False
 
     def _fill_template(self) -> None:
         """Set what is the same for every batch."""
@@ -223,7 +226,7 @@ class BatchPrefillPlan(PrefillRuns):
         )  # fmt: skip
 
     def _schedule(self, batch: Batch, stream: object) -> None:
-        need, placed = self._need(batch)
+        need, placed, is_most = self._need(batch)
         graph, pages = self.options.enable_cuda_graph, batch.pages
         values = self._templates[0].fresh()
         rows = self._max_rows if graph else batch.rows
@@ -240,7 +243,10 @@ class BatchPrefillPlan(PrefillRuns):
             arrays["last_page_len"] = pages.last_page_len.view
         if batch.page_indices is not None:
             arrays["indices"] = batch.page_indices
-        self.schedule(self._forms[0], values.values, arrays, need, placed, stream)
+        given = values.values.copy()
+        self.schedule(self._forms[0], given, arrays, need, placed, stream)
+        if is_most:
+            self.remember(batch, placed, values.values)
         self._batch_size, self._rows_now = batch.size, rows
         self._kv_total = batch.kv.total
         self._mask_bytes = batch.mask_indptr[-1] if self.options.use_custom_mask else 0

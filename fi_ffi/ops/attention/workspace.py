@@ -19,7 +19,7 @@ _ALIGNMENT = 16
 _MOST_STAGES = 4
 
 
-class _Stage:
+class Stage:
     """Page-locked memory for one plan on its way, and when the copy from it is done."""
 
     __slots__ = ("desc", "done", "memory", "words")
@@ -69,7 +69,7 @@ class Workspace:
         _check_device("float_workspace_buffer", self.device)
         _check_apart("int_workspace_buffer", self.int_buffer, self.float_buffer)
         self._memories: list[cuda.Memory] = []
-        self._stages: list[_Stage] = []
+        self._stages: list[Stage] = []
         self._given = page_locked_int_workspace_buffer is not None
         if self._given:
             self._divide(page_locked_int_workspace_buffer)
@@ -148,14 +148,14 @@ class Workspace:
                 event = self._elsewhere[stream] = cuda.Event()
         return event
 
-    def stage(self) -> _Stage:
+    def stage(self) -> Stage:
         """Host memory as large as the int workspace that no copy reads any more."""
         for stage in self._stages:
             if stage.is_free():
                 return stage
         if not self._given and len(self._stages) < _MOST_STAGES:
             memory = cuda.allocate_page_locked(self.int_bytes, self.device)
-            self._stages.append(_Stage(memory.desc, memory, self.device))
+            self._stages.append(Stage(memory.desc, memory, self.device))
         else:
             oldest = self._stages.pop(0)
             if oldest.done is not None:
@@ -163,7 +163,7 @@ class Workspace:
             self._stages.append(oldest)
         return self._stages[-1]
 
-    def used(self, stage: _Stage, stream: int) -> None:
+    def used(self, stage: Stage, stream: int) -> None:
         """Copies from a stage were queued: it is free when the stream has done them."""
         if stage.done is not None:
             stage.done.record(stream)
@@ -184,7 +184,7 @@ class Workspace:
         for i in range(parts):
             start = desc.ptr + i * self.int_bytes
             part = TensorDesc(start, (self.int_bytes,), "uint8", device="cpu")
-            self._stages.append(_Stage(part, None, self.device))
+            self._stages.append(Stage(part, None, self.device))
         self._page_locked = desc  # keeps its owner
 
 

@@ -1,0 +1,330 @@
+"""Many threads at once, on the CPU: what docs/threads.md says is safe.
+
+With a GIL they take turns at any bytecode; without one (3.14t) they do run at once.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from itertools import count
+
+import numpy as np
+import pytest
+
+import fi_ffi
+from fi_ffi.abi import tensor
+from fi_ffi.abi.interop import as_desc
+from fi_ffi.ops import attention, form
+from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.op import Op
+
+from plan_calls import KINDS, Case
+from prepared_calls import EVERY_OP, draw, full, placed
+
+THREADS, ROUNDS = 8, 30
+
+
+@pytest.fixture(autouse=True)
+def _often():
+    """Threads take turns as often as can be."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def at_once(work: Callable[[int], None], threads: int = THREADS) -> None:
+    """Do it in each of so many threads, all let go together; raises what one of them raised."""
+    barrier, failed = threading.Barrier(threads), []
+
+    def run(number: int) -> None:
+        barrier.wait(60)
+        try:
+            work(number)
+        except BaseException as error:
+            failed.append(error)
+
+    made = [threading.Thread(target=run, args=(i,)) for i in range(threads)]
+    for thread in made:
+        thread.start()
+    for thread in made:
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
+@pytest.mark.parametrize(("op", "dtypes", "more"), EVERY_OP)
+def test_first_calls(op, dtypes, more):
+    """Nothing is known of the op yet, and every thread finds that out at once."""
+    case = draw(op.row, dtypes, more)
+    expected, *mine = placed(case, more, THREADS + 1)
+    full(op.row, expected)
+    fresh = Op(*op.rows)
+    at_once(lambda i: fresh(**mine[i].values))
+    for made in mine:
+        assert not made.differs(expected)
+
+
+@pytest.mark.parametrize(("op", "dtypes", "more"), EVERY_OP)
+def test_prepared_calls_of_their_own(op, dtypes, more):
+    case, times = draw(op.row, dtypes, more), 5
+    expected, *mine = placed(case, more, THREADS + 1)
+    for _ in range(2 * times):  # of ops in place each call goes on from the one before
+        full(op.row, expected)
+
+    def work(i: int) -> None:
+        call = op.prepare(**mine[i].values)
+        for _ in range(times):
+            call.update(**mine[i].addresses)
+            call()
+            op(**mine[i].values)
+
+    at_once(work)
+    for made in mine:
+        assert not made.differs(expected)
+
+
+def test_many_layouts_while_others_are_forgotten(mine, monkeypatch):
+    """Caches that fill, and are emptied, under calls that are being made."""
+    monkeypatch.setattr(form, "_CACHE_LIMIT", 8)
+    monkeypatch.setattr(tensor, "_CACHE_LIMIT", 16)
+    stop = threading.Event()
+
+    def work(number: int) -> None:
+        if number == 0:
+            for release in ["0.6.13", None, "0.7.0"] * ROUNDS:
+                mine.op.settle(release)
+                mine.op.forget()
+            stop.set()
+            return
+        rng = np.random.default_rng()
+        while not stop.is_set():
+            rows, pad = int(rng.integers(1, 9)), 8 * int(rng.integers(0, 9))
+            x = rng.standard_normal((rows, 16 + pad)).astype(np.float16)[:, :16]
+            y = np.full((rows, 16), np.nan, np.float16)
+            factor = float(rng.integers(1, 9))
+            mine.op(as_desc(y), x, factor=factor)
+            assert (y == x * np.float16(factor)).all()
+            call = mine.op.prepare(y, as_desc(x), factor=1.0)
+            call.update(factor=factor + 1)
+            call()
+            assert (y == x * np.float16(factor + 1)).all()
+
+    at_once(work)
+
+
+def test_a_prepared_call_that_is_shared(mine):
+    """One thread has it at a time; the others are told, and nothing of theirs is launched."""
+    inside, launched, refused = [], count(), count()
+    call = mine.op.prepare(mine.y, mine.x, factor=2.0)
+
+    def work():
+        inside.append(1)
+        assert len(inside) == 1
+        next(launched)
+        inside.pop()
+
+    mine.work = work
+
+    def use(number: int) -> None:
+        for i in range(10 * ROUNDS):
+            try:
+                if i % 3:
+                    call()
+                else:
+                    call.update(factor=float(1 + (number + i) % 4))
+            except fi_ffi.ArgumentError as error:
+                assert error.argument == "self"
+                next(refused)
+
+    at_once(use)
+    assert next(launched) + next(refused) >= THREADS * 10 * ROUNDS * 2 // 3 - THREADS
+    mine.y[...] = np.nan
+    call.update(factor=2.0)
+    call()
+    assert mine.is_done(2)
+
+
+def test_layouts_are_one_object_whoever_asks():
+    """As long as they are kept; never one of other sizes."""
+
+    def work(number: int) -> None:
+        for i in range(20 * ROUNDS):
+            shape = (i % 50 + 1, number % 3 + 1)
+            desc = fi_ffi.TensorDesc(64, shape, "float16", device="cpu")
+            assert desc.shape == shape and desc.strides == (shape[1], 1)
+            assert tuple(desc.layout.c_shape) == shape
+            if i % 97 == 0:
+                tensor._LAYOUTS.clear()
+
+    at_once(work)
+    made = [fi_ffi.TensorDesc(64, (3, 4), "float16", device="cpu") for _ in range(2)]
+    assert made[0].layout is made[1].layout
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plans_of_their_own(kind):
+    """A plan for each thread: planned, replanned, run and run prepared, with others' at work."""
+
+    def work(number: int) -> None:
+        case = Case(kind)
+        plan = case.plan()
+        run = getattr(plan, {"ragged": "ragged_run", "paged": "paged_run"}.get(kind, "run"))
+        call = fi_ffi.prepare(run, **{name: case.memory[name] for name in case.run_names})
+        for i in range(ROUNDS // 5):
+            case.memory["o"][...] = np.nan
+            if i % 2:
+                case.replan(plan)
+            if i % 3:
+                call()
+            else:
+                case.run(plan)
+            case.check()
+
+    at_once(work)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_plan_that_many_threads_run(kind):
+    """Into outputs of their own, while nobody plans."""
+    case = Case(kind)
+    plan = case.plan()
+    case.run(plan)
+    expected = case.memory["o"].tobytes(), case.memory["lse"].tobytes()
+
+    def work(number: int) -> None:
+        o, lse = np.full_like(case.memory["o"], np.nan), np.full_like(case.memory["lse"], np.nan)
+        descs = {name: as_desc(case.memory[name]) for name in case.run_names}
+        descs |= {"o": as_desc(o), "lse": as_desc(lse)}
+        for _ in range(ROUNDS):
+            o[...] = np.nan
+            case.run(plan, **descs)
+            assert (o.tobytes(), lse.tobytes()) == expected
+
+    at_once(work)
+
+
+def test_kernels_that_are_forgotten_under_plans():
+    stop = threading.Event()
+
+    def work(number: int) -> None:
+        if number == 0:
+            for _ in range(20 * ROUNDS):
+                attention.forget()
+            stop.set()
+            return
+        case = Case(KINDS[number % len(KINDS)])
+        while not stop.is_set():
+            case.memory["o"][...] = np.nan
+            case.run(case.plan())
+            case.check()
+
+    at_once(work)
+
+
+def test_watchdogs_that_come_and_go(mine):
+    """Calls on other threads are watched or not, and right in any case."""
+    stop = threading.Event()
+
+    def work(number: int) -> None:
+        if number < 2:
+            for _ in range(ROUNDS // 3):
+                with fi_ffi.watchdog(60):
+                    pass
+            if number == 0:
+                stop.set()
+            return
+        rng = np.random.default_rng()
+        x = rng.standard_normal((4, 16)).astype(np.float16)
+        y = np.full_like(x, np.nan)
+        call = mine.op.prepare(y, x, factor=2.0)
+        while not stop.is_set():
+            call()
+            assert (y == x * np.float16(2)).all()
+            mine.op(as_desc(y), as_desc(x), factor=3.0)
+            assert (y == x * np.float16(3)).all()
+
+    at_once(work)
+
+
+def test_errors_are_their_own_threads(mine):
+    """What a kernel raises is raised where it was called, in those words."""
+    local = threading.local()
+
+    def fail():
+        raise ValueError(f"thread {local.number}")
+
+    mine.work = fail
+
+    def work(number: int) -> None:
+        local.number = number
+        y, x = np.full_like(mine.y, np.nan), mine.x.copy()
+        call = mine.op.prepare(y, x)
+        for i in range(ROUNDS):
+            with pytest.raises(fi_ffi.KernelError) as caught:
+                call() if i % 2 else mine.op(as_desc(y), as_desc(x))
+            assert caught.value.message == f"thread {number}"
+
+    at_once(work)
+
+
+def test_ops_that_are_asked_for_first_by_many():
+    """What is compiled when it is first needed is the same for all."""
+    for op in OPS.values():
+        fresh, made = Op(*op.rows), []
+        at_once(
+            lambda _, fresh=fresh, made=made: made.append((fresh._form.quick, fresh._form.bind))
+        )
+        assert len(made) == THREADS
+        assert all(quick.__name__ == op.row.name for quick, _ in made)
+
+
+GIL = """
+    import ctypes, sys, threading, time
+    import numpy as np
+    import fi_ffi
+    from fi_ffi.abi._cffi import ffi
+    from fi_ffi.abi.function import Entry
+    from fi_ffi.loader.runtime import ensure_tvm_ffi
+    from fi_ffi.ops import form
+
+    ensure_tvm_ffi()
+    libc = ctypes.CDLL(None)
+    semaphore = ctypes.create_string_buffer(64)
+    libc.sem_init(semaphore, 0, 1)
+    # A kernel that waits in C, on the semaphore that it is handed first.
+    wait = ctypes.cast(libc.sem_wait, ctypes.c_void_p).value
+    handle = ffi.cast("void *", ctypes.addressof(semaphore))
+    entry = Entry("wait", ffi.cast("void *", wait), handle)
+    form.entry_for = lambda *_: entry
+    x, w = np.ones((2, 8), np.float16), np.ones(8, np.float16)
+    descs = [fi_ffi.as_desc(array) for array in (x, x, w)]
+    fi_ffi.rmsnorm(*descs)  # in full, and not made to wait
+    call = fi_ffi.rmsnorm.prepare(*descs)
+    ways = {"prepared": call, "quick": lambda: fi_ffi.rmsnorm(*descs),
+            "in full": lambda: fi_ffi.rmsnorm(x, x, w)}
+    for name, way in ways.items():
+        thread = threading.Thread(target=way)
+        thread.start()
+        end, turns = time.monotonic() + 0.2, 0
+        while time.monotonic() < end or turns < 1000:
+            turns += 1
+        assert thread.is_alive(), name
+        libc.sem_post(semaphore)
+        thread.join()
+    print("done")
+"""
+
+
+def test_calls_release_the_gil():
+    """While one thread's call waits in C another goes on; else neither would ever end."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(GIL)], capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "done"
