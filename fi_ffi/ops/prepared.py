@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import operator
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +23,9 @@ from fi_ffi.ops.row import Row, Scalar, Tensor
 from fi_ffi.ops.settled import Settled, launch_fully, on
 from fi_ffi.ops.values import check_address, check_together, number
 
+_reclaiming = threading.Lock()
+_HAS_GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
+
 
 class Prepared:
     """A call that is packed: `call()` launches it, `call.update(...)` changes what it is of.
@@ -34,8 +39,8 @@ class Prepared:
     """
 
     __slots__ = (
-        "_is_plain", "_layouts", "_settled", "give", "mask", "masks", "no_owners", "owners",
-        "place", "row", "stream", "take", "values",
+        "_frame", "_is_plain", "_layouts", "_settled", "give", "mask", "masks", "no_owners",
+        "owners", "place", "row", "stream", "take", "values",
     )  # fmt: skip
 
     def __init__(
@@ -57,8 +62,9 @@ class Prepared:
             arg for arg, desc in zip(row.tensors, descs, strict=True) if arg.as_object and desc
         ]
         self._is_plain = not (settled.is_empty or row.allocates or objects)
-        free = [settled.frame()]
-        free[0].write(values)
+        self._frame = settled.frame()
+        self._frame.write(values)
+        free = [self._frame]
         # Whoever has taken the frame has the call to itself.
         self.take: Callable[[], Frame] = free.pop
         self.give: Callable[[Frame], None] = free.append
@@ -68,7 +74,7 @@ class Prepared:
         try:
             frame = self.take()
         except IndexError:
-            raise self.in_use() from None
+            frame = self.reclaim()
         try:
             place = self.place
             if watching.inboxes or not self._is_plain:
@@ -107,6 +113,21 @@ class Prepared:
         expected = "one call of it at a time: prepare one for each thread"
         got = "a prepared call that is in use, by another thread or by this one"
         return ArgumentError(self.row.name, "self", got=got, expected=expected)
+
+    def reclaim(self) -> Frame:
+        """The frame, where whoever took it is gone; raises where another has hold of it.
+
+        A signal's exception (Ctrl-C) can come between taking it and the block that gives it back.
+        """
+        with _reclaiming:
+            # That of the attribute, and that of the argument: nobody has it.  Without a GIL
+            # these counts are not exact.
+            if _HAS_GIL and sys.getrefcount(self._frame) == 2:
+                self.give(self._frame)
+        try:
+            return self.take()
+        except IndexError:
+            raise self.in_use() from None
 
     def _launch_fully(self, frame: Frame) -> None:
         if not self._settled.is_empty:

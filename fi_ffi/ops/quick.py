@@ -149,7 +149,7 @@ def _update_source(row: Row) -> str:
         "    try:",
         "        frame = self.take()",
         "    except IndexError:",
-        "        raise self.in_use() from None",
+        "        frame = self.reclaim()",
         "    try:",
         *(f"        {line}" for line in body),
         "    finally:",

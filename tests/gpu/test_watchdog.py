@@ -330,9 +330,7 @@ def test_a_stuck_stream_is_reported_and_everything_finishes_later(calls, streams
     assert slot_of(other).issued == slot_of(other).value
 
     source = Path(__file__).read_text().splitlines()
-    line = next(
-        i for i, text in enumerate(source, 1) if text.endswith("  # the line reported")
-    )
+    line = next(i for i, text in enumerate(source, 1) if text.endswith("  # the line reported"))
     for report in (block.dog.reports[0], block.error.report):
         lines = report.splitlines()
         assert re.fullmatch(

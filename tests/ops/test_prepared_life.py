@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import signal
+import sys
 import threading
 import tracemalloc
 import weakref
@@ -154,6 +157,60 @@ def test_two_threads_at_once_are_refused_and_in_turns_served(mine):
         thread.start()
         thread.join()
     assert not failed and mine.is_done(4)
+
+
+with_gil = pytest.mark.skipif(
+    not getattr(sys, "_is_gil_enabled", lambda: True)(), reason="counts of references are not exact"
+)
+
+
+@with_gil
+def test_what_an_interrupt_lost_is_found_again(mine):
+    """Ctrl-C between taking the call and the block that gives it back: nobody has it then."""
+    call = mine.op.prepare(mine.y, mine.x, factor=2.0)
+    for use in (call, lambda: call.update(factor=2.0)):
+        call.take()
+        use()
+        call()
+        assert mine.is_done(2)
+    held = call.take()
+    for _ in range(2):
+        with pytest.raises(fi_ffi.ArgumentError, match="in use"):
+            call()
+    call.give(held)
+    call()
+    assert mine.is_done(2)
+
+
+class Stopped(Exception):
+    """What the signal raises."""
+
+
+@with_gil
+def test_signals_leave_it_usable(mine):
+    """A few hundred, at any place of a launch or an update."""
+
+    def stop(*_):
+        raise Stopped
+
+    call, rng = mine.op.prepare(mine.y, mine.x, factor=2.0), np.random.default_rng()
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        for _ in range(300):
+            with contextlib.suppress(Stopped, fi_ffi.KernelError):
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 3e-4))
+                while True:
+                    call.update(factor=2.0)
+                    call()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            call.update(factor=2.0)
+            call()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    mine.y[...] = np.nan
+    call()
+    assert mine.is_done(2)
 
 
 def test_a_call_inside_of_itself(mine):
