@@ -149,6 +149,29 @@ def test_a_prepared_call_that_is_shared(mine):
     assert mine.is_done(2)
 
 
+def test_a_shared_call_that_was_lost(mine):
+    """It is found again by one of the threads, and by no two."""
+    call, inside = mine.op.prepare(mine.y, mine.x, factor=2.0), []
+
+    def work():
+        inside.append(1)
+        assert len(inside) == 1
+        inside.pop()
+
+    mine.work = work
+
+    def use(number: int) -> None:
+        for i in range(5 * ROUNDS):
+            try:
+                if number == 0 and i % 5 == 0:
+                    call.take()
+                call()
+            except (fi_ffi.ArgumentError, IndexError):
+                pass
+
+    at_once(use)
+
+
 def test_layouts_are_one_object_whoever_asks():
     """As long as they are kept; never one of other sizes."""
 
