@@ -145,7 +145,7 @@ class Workspace:
             if ready is not None:
                 ready.hold(stream)
             with cuda.current(self.device):
-                event = self._elsewhere[stream] = cuda.Event()
+                event = self._elsewhere.setdefault(stream, cuda.Event())
         return event
 
     def stage(self) -> Stage:
