@@ -2,7 +2,7 @@
 # Build the kernels of the GPU tests on a machine that has a CUDA toolkit and torch but
 # no network, from the wheels in .wheels/ (flashinfer-python and apache-tvm-ffi among them).
 #
-#   tools/gpu_build.sh [core | options | gdn]
+#   tools/gpu_build.sh [core | options | gdn | rest | moe]
 #
 # The wheel is written to $OUT, in pieces of 15 MB: `cat kernels.part.* > NAME`, where
 # NAME is in kernels.name.  Run it again where a time limit ended it: it goes on.

@@ -1,10 +1,12 @@
 """The kernel modules that the GPU tests are run with, by name, one a line.
 
-    python tools/gpu_kernels.py [core | options | gdn]
+    python tools/gpu_kernels.py [core | options | gdn | rest | moe]
 
 `core` is what most tests need; `options` has a module for every option that FlashInfer
 compiles in: sliding windows, soft caps, position encodings, fp8, head sizes that differ;
-`gdn` is the gated delta rule's prefill, which alone takes a quarter of an hour to build.
+`gdn` is the gated delta rule's prefill, which alone takes a quarter of an hour to build;
+`rest` is everything else that a decoder needs: activations, RoPE, sampling, GEMMs and so on;
+`moe` is the fused mixture of experts, 182 sources.
 """
 
 from __future__ import annotations
@@ -55,8 +57,36 @@ def _options() -> Iterator[tuple[str, dict[str, object]]]:
         yield "batch_prefill", apart
 
 
-_PLAIN = {"core": ("norm", "page"), "gdn": ("gdn_prefill_sm90",)}
-_FAMILIES = {"core": _core, "options": _options}
+def _rest() -> Iterator[tuple[str, dict[str, object]]]:
+    yield "pod", {"dtype_q": "f16", "head_dim": 128}
+    yield "batch_pod", {"dtype_q": "f16", "head_dim": 128}
+    yield "batch_attention", {"dtype_q": "f16", "head_dim_qk": 128}
+    xqa = {"head_dim": 128, "use_sliding_window": False}
+    yield "xqa", xqa | {"input_dtype": "bf16", "page_size": 16, "head_group_ratio": 4}
+    fp8 = {"input_dtype": "f16", "kv_cache_dtype": "e4m3", "use_sliding_window": True}
+    yield "xqa", xqa | {"page_size": 64, "head_group_ratio": 8} | fp8
+    yield "selective_state_update", _SSU
+    yield "selective_state_update", _SSU | {"ssu_arch": "sm90"}
+
+
+_SSU = {
+    "state_dtype": "f32", "input_dtype": "bf16", "weight_dtype": "bf16", "matrixA_dtype": "f32",
+    "stateIndex_dtype": "i64", "dim": 64, "dstate": 128, "ntokens_mtp": 1,
+    "cu_seqlens_dtype": "i32", "num_accepted_tokens_dtype": "i32",
+}  # fmt: skip
+_PLAIN = {
+    "core": ("norm", "page"),
+    "gdn": ("gdn_prefill_sm90",),
+    "moe": ("fused_moe_90",),
+    "rest": (
+        "silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul", "rope", "sampling", "cascade",
+        "quantization", "topk", "gemm", "gemm_sm90", "fp8_blockscale_gemm_90", "concat_mla",
+        "dsv3_router_gemm", "dsv3_fused_routing", "tinygemm2", "bgmv_moe", "mhc",
+        "fp4_quantization_90", "fp4_kv_dequant", "api_log_stats", "trtllm_utils", "comm",
+        "vllm_comm", "spdlog", "mamba_seq_chunk_cumsum",
+    ),
+}  # fmt: skip
+_FAMILIES = {"core": _core, "options": _options, "rest": _rest}
 
 
 def main() -> None:
