@@ -10,6 +10,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.cli.cases import Case, default_dtypes, make_case
+from fi_ffi.cli.inputs import inputs_of
 from fi_ffi.ops.form import Form
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.op import Op
@@ -17,14 +18,6 @@ from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor
 
 from calls import EVERY_CALL
 
-SIZES = {
-    "n": 3, "k": 2, "h": 64,
-    "nnz": 5, "b": 3, "page_size": 4, "num_kv_heads": 2, "head_dim": 64,
-    "head_dim_ckv": 512, "head_dim_kpe": 64,
-    "total_seq_len": 70, "num_seqs": 2, "num_q_heads": 2, "num_v_heads": 2, "head_size": 128,
-    "workspace_size": 128,
-}  # fmt: skip
-_CHECKPOINTS = ("state_checkpoints", "checkpoint_cu_starts")
 _ALIGNMENT = 128  # of a scratch argument
 
 
@@ -33,11 +26,7 @@ def _variants(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "", {}
     if any(isinstance(arg, KvLayout) for arg in row.args):
         yield "HND", {"kv_layout": "HND"}
-    if row.in_place:
-        yield "no checkpoints", {"without": _CHECKPOINTS}
-        yield "no state", {"without": ("input_state", *_CHECKPOINTS)}
-        yield "own scratch", {"without": ("alpha", "beta", "workspace_buffer")}
-        yield "in place", {"in place": True}
+    yield from (inputs_of(row).variants or {}).items()
 
 
 # Every op, in every combination of dtypes, and in every shape of a call.
@@ -113,7 +102,7 @@ def draw(row: Row, dtypes: dict[str, str], more: dict[str, Any], **scalars: Any)
     for arg in row.args:
         if isinstance(arg, Scalar) and arg.type is float:
             scalars.setdefault(arg.name, float(np.exp(rng.uniform(-4, 1))))
-    return make_case(row, SIZES, dtypes, rng, **more | scalars)
+    return make_case(row, inputs_of(row).small, dtypes, rng, **more | scalars)
 
 
 def full(row: Row, placed: Placed) -> None:

@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 from generated import write_or_check  # noqa: E402
 
 from fi_ffi.ops.docs import docstring  # noqa: E402
-from fi_ffi.ops.row import KV_LAYOUTS, Arg, KvLayout, Row, Scalar, Tensor, default_of  # noqa: E402
+from fi_ffi.ops.row import KV_LAYOUTS, Arg, KvLayout, Row, Scalar, Tensor, Text, default_of  # noqa: E402
 from fi_ffi.ops.table import ROWS  # noqa: E402
 
 TARGET = ROOT / "fi_ffi" / "ops" / "functions.pyi"
@@ -27,11 +27,17 @@ OPS: dict[str, Op]
 '''
 
 
+_RESULTS = {"void": "None"}
+
+
 def _parameter(arg: Arg) -> str:
     if isinstance(arg, Tensor):
         return f"{arg.name}: TensorLike" + (" | None = None" if default_of(arg) else "")
     if isinstance(arg, KvLayout):
         return f"{arg.name}: Literal{list(KV_LAYOUTS)} = {arg.default!r}"
+    if isinstance(arg, Text):
+        default = "" if arg.default is None else f" = {arg.default!r}"
+        return f"{arg.name}: Literal{list(arg.words)}{default}"
     if not isinstance(arg, Scalar):
         raise TypeError(f"{arg.name}: a plan's result is no argument of a function of its own")
     default = "" if arg.default is None else f" = {arg.default!r}"
@@ -43,7 +49,7 @@ def _stub(row: Row) -> str:
     lines = [f"\nclass _{row.name}(Op):", "    def __call__("]
     lines += [f"        {parameter}," for parameter in parameters]
     doc = textwrap.indent(docstring(row), " " * 8).strip()
-    lines += ["    ) -> None:", f'        """{doc}', '        """', f"\n{row.name}: _{row.name}\n"]
+    lines += [f"    ) -> {_RESULTS.get(row.result, row.result)}:", f'        """{doc}', '        """', f"\n{row.name}: _{row.name}\n"]
     return "\n".join(lines)
 
 

@@ -21,12 +21,23 @@ from fi_ffi.abi.tensor import Layout, make_desc
 from fi_ffi.abi.values import unpack
 
 _DL_WORDS = ffi.sizeof("DLTensor") // 8  # `data` is a DLTensor's first word
-_SCALARS = {int: types.INT, bool: types.BOOL, float: types.FLOAT}
+# Text goes by the address of its bytes.
+_SCALARS = {int: types.INT, bool: types.BOOL, float: types.FLOAT, str: types.RAW_STR}
 
 
 def word_of(slot: int, is_tensor: bool) -> int:
     """Where a slot's value is: in `Frame.pointers` a tensor's, in `ints` or `floats` a number's."""
     return slot * _DL_WORDS if is_tensor else 2 * slot + 1
+
+
+@functools.cache
+def _c_text(text: str) -> Any:
+    return ffi.new("char[]", text.encode())
+
+
+def c_text(text: str) -> int:
+    """The address of a text as C has it, which stays: for the few words of arguments."""
+    return int(ffi.cast("uintptr_t", _c_text(text)))
 
 
 def _unbound() -> int:
@@ -49,7 +60,7 @@ class ArraySlot:
 
 
 # None: an optional argument that is not there; its value is 0.
-Slot = TensorSlot | ArraySlot | type[int] | type[bool] | type[float] | None
+Slot = TensorSlot | ArraySlot | type[int] | type[bool] | type[float] | type[str] | None
 
 
 class Frame:

@@ -6,25 +6,28 @@ For the tests and `fi-ffi demo`; nothing on the way of a call imports this.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
 
 from fi_ffi.abi.dtypes import DTYPES
-from fi_ffi.ops.ragged import checkpoint_cu_starts
-from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor
+from fi_ffi.cli.inputs import inputs_of
+from fi_ffi.ops.axes import axis_size
+from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor, Text
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.exact import EXACT, MOVES
+from fi_ffi.reference.formula import Judge
 
 # Of the magnitude, for float32 arithmetic before the last rounding: 128 steps of float32.
 FLOAT32_SLACK = 2.0**-16
 # Of the magnitude, for arithmetic whose intermediate results are rounded: steps of their dtype.
 ROUNDING_STEPS = 0.75
-# Pages of a cache that no request has.
-SPARE_PAGES = 3
+
+
+Expected: TypeAlias = "tuple[Array, Array | None] | Judge"
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,16 @@ class Case:
     arrays: dict[str, Array]
     scalars: dict[str, Any]
     # The value and its magnitude; None where every bit must be the value's.
-    expected: dict[str, tuple[Array, Array | None]]
+    # Or what judges the value: its largest error, and that as a fraction of what is allowed.
+    expected: dict[str, Expected]
 
     def error(self, name: str, got: Array) -> tuple[float, float]:
         """The largest absolute error of a written tensor, and the largest error as a
         fraction of its bound (1 or less is right)."""
-        value, magnitude = self.expected[name]
+        expected = self.expected[name]
+        if not isinstance(expected, tuple):
+            return expected(got)
+        value, magnitude = expected
         if magnitude is None:
             same = value.shape == got.shape and value.tobytes() == got.tobytes()
             return (0.0, 0.0) if same else (np.inf, np.inf)
@@ -91,38 +98,33 @@ def make_case(
     made where there are none.  What an op only moves is random bits, NaN and their payloads
     among them.  Optional tensors are left out where `without` names them.
     """
-    if row.module in RAGGED:
-        tables, sizes, scalars = RAGGED[row.module](row, tables, sizes, scalars, without, rng)
-    elif row.module == "page":
-        if tables is None:
-            tables = random_tables(sizes["nnz"], sizes["b"], sizes["page_size"], rng)
-        sizes = {**_sizes_of(tables), **sizes}
+    make = inputs_of(row).make
+    if make is not None:
+        tables, sizes, scalars = make(row, tables, sizes, scalars, without, rng)
     values = {
-        arg.name: _value(arg, rng) for arg in row.args if isinstance(arg, (Scalar, KvLayout))
+        arg.name: _value(arg, rng) for arg in row.args if isinstance(arg, (Scalar, Text, KvLayout))
     } | scalars
     arrays: dict[str, Array] = {}
     for arg in row.tensors:
         if arg.name in without:
             continue
         axes = arg.axes_in(values.get("kv_layout", "NHD"))
-        shape = [_size(name, sizes) for name in axes]
+        shape = [axis_size(name, sizes) for name in axes]
         dtype = DTYPES[dtypes.get(arg.dtype, arg.dtype)].numpy
         if tables and arg.name in tables:
-            arrays[arg.name] = tables[arg.name].astype(dtype)
+            arrays[arg.name] = _placed(tables[arg.name].astype(dtype), arg)
         elif row.formula in MOVES:
             count = math.prod(shape) * dtype.itemsize
             arrays[arg.name] = rng.integers(0, 256, count, np.uint8).view(dtype).reshape(shape)
         elif not arg.reads:
             poison = 0xFF if dtype.kind in "iu" else np.nan
-            arrays[arg.name] = _aligned(np.full(shape, poison, dtype), arg.alignment)
+            arrays[arg.name] = _placed(np.full(shape, poison, dtype), arg)
         else:
-            arrays[arg.name] = _random(arg, shape, rng).astype(dtype)
+            arrays[arg.name] = _placed(_random(arg, shape, rng).astype(dtype), arg)
     return Case(row, arrays, values, _expected(row, arrays, values))
 
 
-def _expected(
-    row: Row, arrays: dict[str, Array], values: dict[str, Any]
-) -> dict[str, tuple[Array, Array | None]]:
+def _expected(row: Row, arrays: dict[str, Array], values: dict[str, Any]) -> dict[str, Expected]:
     if row.formula in MOVES:
         moved = MOVES[row.formula](arrays | values)
         return {name: (array, None) for name, array in moved.items()}
@@ -130,9 +132,19 @@ def _expected(
     inputs["largest"] = {
         name: float(ml_dtypes.finfo(a.dtype).max)
         for name, a in arrays.items()
-        if a.dtype.kind not in "iu"
+        if a.dtype.kind not in "iub"
     }
     return {**EXACT[row.formula](inputs | values)}
+
+
+def _placed(array: Array, arg: Tensor) -> Array:
+    """The values as the argument wants them to lie: aligned, and transposed in memory."""
+    if arg.zeroed:
+        array[...] = 0
+    if arg.transposed:
+        other: Array = _aligned(array.swapaxes(-1, -2), arg.alignment).swapaxes(-1, -2)
+        return other
+    return _aligned(array, arg.alignment) if arg.alignment > 1 else array
 
 
 def _aligned(array: Array, alignment: int) -> Array:
@@ -144,13 +156,10 @@ def _aligned(array: Array, alignment: int) -> Array:
     return copy
 
 
-def _size(axis: str, sizes: Mapping[str, int]) -> int:
-    base, _, more = axis.partition("+")
-    return int(base) if base.isdigit() else sizes[base] + int(more or 0)
-
-
-def _value(arg: Scalar | KvLayout, rng: np.random.Generator) -> Any:
+def _value(arg: Scalar | Text | KvLayout, rng: np.random.Generator) -> Any:
     """The default, or something positive where there is none."""
+    if isinstance(arg, Text):
+        return str(rng.choice(arg.words))
     if isinstance(arg, Scalar) and arg.default is None:
         return arg.type(np.exp(rng.uniform(-4, 1)))
     return arg.default
@@ -163,88 +172,3 @@ def _random(arg: Tensor, shape: list[int], rng: np.random.Generator) -> Array:
     spread = np.exp(rng.uniform(-2, 2, [*shape[:-1], 1])) if len(shape) > 1 else 1.0
     values: Array = rng.standard_normal(shape) * spread
     return values
-
-
-def random_tables(
-    nnz: int, requests: int, page_size: int, rng: np.random.Generator
-) -> dict[str, Array]:
-    """`page_tables` of `nnz` new tokens dealt out to requests that have some already."""
-    new = np.bincount(rng.integers(0, requests, nnz), minlength=requests)
-    return page_tables(new, rng.integers(0, 2 * page_size + 1, requests), page_size, rng)
-
-
-def page_tables(
-    new: Sequence[int] | Array, before: Sequence[int] | Array, page_size: int,
-    rng: np.random.Generator,
-) -> dict[str, Array]:  # fmt: skip
-    """The index tensors for `new` tokens of each request after those it had `before`.
-
-    Pages lie in no order, and neither do the tokens.
-    """
-    before, length = np.asarray(before), np.asarray(before) + np.asarray(new)
-    indptr = np.concatenate([[0], np.cumsum(-(-length // page_size))])
-    positions = np.concatenate([np.arange(*ends) for ends in zip(before, length, strict=True)])
-    order = rng.permutation(len(positions))
-    tables = {
-        "batch_indices": np.repeat(np.arange(len(length)), length - before)[order],
-        "positions": positions[order],
-        "kv_indices": rng.permutation(indptr[-1] + SPARE_PAGES)[: indptr[-1]],
-        "kv_indptr": indptr,
-        "kv_last_page_len": np.where(length > 0, (length - 1) % page_size + 1, 0),
-    }
-    return {name: table.astype(np.int32) for name, table in tables.items()}
-
-
-def _sizes_of(tables: Mapping[str, Array]) -> dict[str, int]:
-    indices = len(tables["kv_indices"])
-    return {
-        "nnz": len(tables["positions"]),
-        "b": len(tables["kv_last_page_len"]),
-        "num_indices": indices,
-        "num_pages": indices + SPARE_PAGES,
-    }
-
-
-def ragged_sequences(
-    row: Row,
-    tables: Mapping[str, Array] | None,
-    sizes: Mapping[str, int],
-    scalars: dict[str, Any],
-    without: Collection[str],
-    rng: np.random.Generator,
-) -> tuple[dict[str, Array], dict[str, int], dict[str, Any]]:
-    """Inputs of the gated delta rule, its sizes, and its scalars.
-
-    Keys and queries are of length 1, gates from 0 to 1, and the state before has columns of
-    length 1, as what a layer hands on has.
-    """
-    tokens, heads, size = sizes["total_seq_len"], sizes["num_v_heads"], sizes["head_size"]
-    of_q = sizes["num_q_heads"]
-    sizes = {**sizes, "num_sab_heads": max(of_q, heads), "num_k_heads": min(of_q, heads)}
-    made = dict(tables or {})
-    if "cu_seqlens" not in made:
-        inner = rng.choice(np.arange(1, tokens), sizes["num_seqs"] - 1, replace=False)
-        made["cu_seqlens"] = np.array([0, *sorted(inner), tokens])
-    sizes["num_seqs"] = count = len(made["cu_seqlens"]) - 1
-
-    def unit(*shape: int) -> Array:
-        values: Array = rng.standard_normal(shape)
-        values /= np.linalg.norm(values, axis=-1, keepdims=True)
-        return values
-
-    made.setdefault("q", unit(tokens, of_q, size))
-    made.setdefault("k", unit(tokens, sizes["num_k_heads"], size))
-    made.setdefault("input_state", unit(count, sizes["num_sab_heads"], size, size))
-    made.setdefault("alpha", rng.uniform(0.7, 1, (tokens, sizes["num_sab_heads"])))
-    made.setdefault("beta", rng.uniform(0, 1, (tokens, sizes["num_sab_heads"])))
-    every = scalars.get("checkpoint_every_n_tokens", 64 * ("state_checkpoints" not in without))
-    if any(arg.name == "checkpoint_every_n_tokens" for arg in row.args):
-        scalars = scalars | {"checkpoint_every_n_tokens": every}
-    if every:
-        made["checkpoint_cu_starts"] = checkpoint_cu_starts(made["cu_seqlens"], every)
-        sizes["total_checkpoints"] = int(made["checkpoint_cu_starts"][-1])
-    return made, sizes, scalars
-
-
-# Modules whose inputs are not independent of one another.
-RAGGED: dict[str, Callable[..., Any]] = {"gdn_prefill_sm90": ragged_sequences}

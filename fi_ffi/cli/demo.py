@@ -15,6 +15,7 @@ import numpy as np
 import fi_ffi
 from fi_ffi.cli import output
 from fi_ffi.cli.cases import Case, default_dtypes, make_case
+from fi_ffi.cli.inputs import inputs_of
 from fi_ffi.errors import FiFfiError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import search
 from fi_ffi.ops.functions import OPS
@@ -22,20 +23,6 @@ from fi_ffi.ops.op import Op
 from fi_ffi.reference.arrays import Array
 
 _TIMED_CALLS = 20
-# Sizes that no option gives, by axis.
-_SIZES = {
-    "k": 8,
-    "b": 4,
-    "page_size": 16,
-    "num_kv_heads": 8,
-    "head_dim": 128,
-    "head_dim_ckv": 512,
-    "head_dim_kpe": 64,
-    "num_q_heads": 4,
-    "num_v_heads": 8,
-    "head_size": 128,
-    "workspace_size": 2**16,
-}
 
 
 @dataclass(frozen=True)
@@ -72,7 +59,7 @@ def demo(kernels: str | None, device: str | None, tokens: int, hidden: int, as_j
     where, reason = (device, "as asked") if device else _choose_device()
     sizes = {"n": tokens, "nnz": tokens, "h": hidden}
     sizes |= {"total_seq_len": tokens, "num_seqs": min(tokens, 4)}
-    results, missing = _run_all(where, _SIZES | sizes)
+    results, missing = _run_all(where, sizes)
     if as_json:
         rows = [asdict(result) | {"status": result.status} for result in results]
         document = {"device": where, "reason": reason, "results": rows, "missing": missing}
@@ -111,8 +98,9 @@ def _run_all(device: str, sizes: dict[str, int]) -> tuple[list[Result], list[str
 
 
 def _run(op: Op, device: str, sizes: dict[str, int]) -> Result:
+    sizes = {**inputs_of(op.row).usual, **sizes}
     if len(op.row.tensors[0].axis_names) == 3:  # tokens, heads, head_dim
-        sizes = sizes | {"h": 128}
+        sizes |= {"h": 128}
     dtypes = default_dtypes(op.row)
     case = make_case(op.row, sizes, dtypes, np.random.default_rng())
     on = _on_gpu if device.startswith("cuda") else _on_cpu

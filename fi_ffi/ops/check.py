@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from fi_ffi.abi.dtypes import DType
-from fi_ffi.abi.tensor import Layout
+from fi_ffi.abi.tensor import Layout, c_strides
 from fi_ffi.errors import ArgumentError
+from fi_ffi.ops.axes import parse_axis
 from fi_ffi.ops.row import Row, Tensor
 
 _DEVICE_TYPES = ("cpu", "cuda")
@@ -64,39 +65,66 @@ def _present(row: Row, layouts: Given) -> Iterator[tuple[Tensor, Layout]]:
             yield tensor, layout
 
 
+Refuse = Callable[[str], ArgumentError]
+
+
 def _sizes(row: Row, layouts: Given, kv_layout: str, sizes: dict[str, int]) -> dict[str, int]:
+    """Every axis' size by its name."""
+    waiting: list[tuple[str, int, Refuse]] = []
     for tensor, layout in _present(row, layouts):
         names = tensor.axes_in(kv_layout)
-        axes = " ".join(names)
-
-        def refuse(expected: str, tensor: Tensor = tensor, got: Layout = layout) -> ArgumentError:
-            return ArgumentError(row.name, tensor.name, got=got, expected=expected)
-
+        refuse: Refuse = functools.partial(_refused, row, tensor, layout)
         if len(layout.shape) != len(names):
-            raise refuse(f"rank {len(names)} ({axes})")
+            raise refuse(f"rank {len(names)} ({' '.join(names)})")
         for name, size in zip(names, layout.shape, strict=True):
-            base, plus, more = name.partition("+")
-            if name.isdigit():
-                bound = int(name)
-            elif plus:
-                bound = sizes.setdefault(base, size - int(more)) + int(more)
+            if len(parse_axis(name).unknown(sizes)) > 1:
+                waiting.append((name, size, refuse))  # until other tensors tell its parts
             else:
-                bound = sizes.setdefault(name, size)
-            if size != bound:
-                raise refuse(f"{name} = {bound} of ({axes})")
-            if size < row.min_sizes.get(name, 1 if plus else 0):
-                raise refuse(f"{name} of at least {row.min_sizes.get(name, 1)}")
-            if size not in row.sizes_in.get(name, (size,)):
-                raise refuse(f"{name} of {' or '.join(map(str, row.sizes_in[name]))}")
-            for divisor, multiple in row.divides:
-                if name not in (divisor, multiple) or not {divisor, multiple} <= sizes.keys():
-                    continue
-                if not sizes[divisor] or sizes[multiple] % sizes[divisor]:
-                    raise refuse(
-                        f"{multiple} = {sizes[multiple]} to be a multiple of "
-                        f"{divisor} = {sizes[divisor]}"
-                    )
+                _bind(row, name, size, sizes, refuse)
+    for name, size, refuse in waiting:
+        _bind(row, name, size, sizes, refuse)
     return sizes
+
+
+def _refused(row: Row, tensor: Tensor, got: Layout, expected: str) -> ArgumentError:
+    return ArgumentError(row.name, tensor.name, got=got, expected=expected)
+
+
+def _bind(row: Row, text: str, size: int, sizes: dict[str, int], refuse: Refuse) -> None:
+    """Hold an axis' size against what is known, or learn from it."""
+    axis = parse_axis(text)
+    unknown = axis.unknown(sizes)
+    if unknown:
+        found = axis.solve(size, sizes)
+        if found is None:
+            least = axis.size({name: sizes.get(name, 0) for name in axis.names})
+            if size < least:
+                raise refuse(f"{text} of at least {least}")
+            raise refuse(f"{text}, a multiple of {unknown[0][1]}")
+        sizes[unknown[0][0]] = found
+    bound = axis.size(sizes)
+    if size != bound:
+        raise refuse(f"{text} = {bound}")
+    for name in axis.names:
+        _check_size(row, name, sizes, refuse)
+
+
+def _check_size(row: Row, name: str, sizes: dict[str, int], refuse: Refuse) -> None:
+    size = sizes[name]
+    if size < row.min_sizes.get(name, 0):
+        raise refuse(f"{name} of at least {row.min_sizes[name]}")
+    if size not in row.sizes_in.get(name, (size,)):
+        raise refuse(f"{name} of {' or '.join(map(str, row.sizes_in[name]))}")
+    step = row.multiples.get(name, 1)
+    if size % step:
+        raise refuse(f"{name} = {size} to be a multiple of {step}")
+    for divisor, multiple in row.divides:
+        if name not in (divisor, multiple) or not {divisor, multiple} <= sizes.keys():
+            continue
+        if not sizes[divisor] or sizes[multiple] % sizes[divisor]:
+            raise refuse(
+                f"{multiple} = {sizes[multiple]} to be a multiple of {divisor} = {sizes[divisor]}"
+            )
 
 
 def _refusal(row: Row, layouts: Given, axis: str, expected: str) -> ArgumentError:
@@ -104,7 +132,7 @@ def _refusal(row: Row, layouts: Given, axis: str, expected: str) -> ArgumentErro
     tensor, layout = next(
         (tensor, layout)
         for tensor, layout in _present(row, layouts)
-        if axis in (name.partition("+")[0] for name in tensor.axis_names)
+        if any(axis in parse_axis(name).names for name in tensor.axis_names)
     )
     return ArgumentError(row.name, tensor.name, got=layout, expected=expected)
 
@@ -185,7 +213,9 @@ def _check_device(row: Row, layouts: Given) -> None:
 
 
 def _vector_axis(row: Row, tensor: Tensor) -> str | None:
-    return next((name for name in tensor.axis_names if name in row.vector.axes), None)
+    """The one that is loaded several elements at a time, by the name of its size."""
+    named = (parse_axis(text).names for text in tensor.axis_names)
+    return next((name for names in named for name in names if name in row.vector.axes), None)
 
 
 def _vector_width(row: Row, layout: Layout, dtypes: dict[str, DType]) -> int:
@@ -203,18 +233,26 @@ def _step(
 
 
 def _check_strides(row: Row, tensor: Tensor, layout: Layout, step: int) -> None:
-    shape, strides = layout.shape, layout.strides
+    shape, strides, is_contiguous = layout.shape, layout.strides, layout.is_contiguous
+    if tensor.transposed:
+        shape = (*shape[:-2], shape[-1], shape[-2])
+        strides = (*strides[:-2], strides[-1], strides[-2])
+        is_contiguous = all(
+            n == 1 or own == wanted
+            for n, own, wanted in zip(shape, strides, c_strides(shape), strict=True)
+        )
 
     def refuse(expected: str) -> ArgumentError:
-        got = f"{layout.dtype}{list(shape)} with strides {strides}"
+        got = f"{layout.dtype}{list(layout.shape)} with strides {layout.strides}"
         return ArgumentError(row.name, tensor.name, got=got, expected=expected)
 
     if layout.numel == 0:
         return
-    if tensor.contiguous and not layout.is_contiguous:
-        raise refuse("a contiguous tensor")
+    how = ", but for its last two axes, which are transposed" if tensor.transposed else ""
+    if tensor.contiguous and not is_contiguous:
+        raise refuse(f"a contiguous tensor{how}")
     if strides[-1] != 1:
-        raise refuse("a last axis with stride 1")
+        raise refuse(f"a last axis with stride 1{how}")
     # The stride of an axis of one element is never used.
     outer = [(stride, n) for stride, n in zip(strides[:-1], shape, strict=False) if n > 1]
     if any(stride < 0 for stride, _ in outer):

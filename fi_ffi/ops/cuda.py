@@ -141,15 +141,24 @@ def _bytes(address: int, count: int, device: Device) -> TensorDesc:
     return TensorDesc(address, (count,), DTYPES["uint8"], device=device)
 
 
-def allocate(count: int, device: Device) -> Memory:
+_PER_THREAD = 2  # cudaStreamPerThread, which no capture of another stream forbids
+
+
+def allocate(count: int, device: Device, zeroed: bool = False) -> Memory:
     """Device memory from cuda-python; host memory where the device is the CPU."""
     if not device.is_cuda:
         return _host(count)
     runtime = _runtime()
     with current(device), relaxed():
         error, address = runtime.cudaMalloc(max(count, 1))
-    check(int(error), f"cudaMalloc of {count} bytes on {device}")
-    return Memory(_bytes(int(address), count, device), _free, runtime.cudaFree, int(address))
+        check(int(error), f"cudaMalloc of {count} bytes on {device}")
+        memory = Memory(_bytes(int(address), count, device), _free, runtime.cudaFree, int(address))
+        if zeroed:
+            (error,) = runtime.cudaMemsetAsync(int(address), 0, count, _PER_THREAD)
+            check(int(error), "cudaMemsetAsync")
+            (error,) = runtime.cudaStreamSynchronize(_PER_THREAD)
+            check(int(error), "cudaStreamSynchronize")
+    return memory
 
 
 def allocate_page_locked(count: int, device: Device) -> Memory:

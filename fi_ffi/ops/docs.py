@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from fi_ffi.ops.row import Arg, KvLayout, PlanInfo, Row, Scalar, default_of
+from fi_ffi.ops.row import Arg, KvLayout, PlanInfo, Row, Scalar, Text, default_of
 
 _WIDTH = 96
 
@@ -14,8 +14,12 @@ def _argument(arg: Arg) -> str:
         return f"{arg.name}: what the plan returned."
     if isinstance(arg, KvLayout):
         return f"{arg.name} (str = {arg.default!r}): {arg.doc}."
+    if isinstance(arg, Text):
+        default = "" if arg.default is None else f" = {arg.default!r}"
+        return f"{arg.name} (str{default}): {arg.doc}: {' or '.join(map(repr, arg.words))}."
     if isinstance(arg, Scalar):
         low = "" if arg.low is None else f", {arg.low} or more"
+        low += "" if arg.high is None else f", {arg.high} or less"
         low += f", a multiple of {arg.multiple_of}" if arg.multiple_of > 1 else ""
         default = "" if arg.default is None else f" = {arg.default!r}"
         return f"{arg.name} ({arg.type.__name__}{default}{low}): {arg.doc}."
@@ -23,6 +27,7 @@ def _argument(arg: Arg) -> str:
     how += ["written"] if arg.writes else []
     how += ["or None"] if default_of(arg) else []
     how += ["here in NHD"] if arg.kv else []
+    how += ["the last two axes transposed in memory"] if arg.transposed else []
     how += ["on the host"] if arg.host else []
     how += [f"aligned to {arg.alignment} bytes"] if arg.alignment > 1 else []
     shape = ", ".join(arg.axis_names)
@@ -49,6 +54,7 @@ def _limits(row: Row) -> str:
         said.append(f"{' and '.join(row.same_strides)} have the same strides.")
     for axis, (extreme, *of) in row.extremes.items():
         said.append(f"{axis} is the {extreme.__name__} of {' and '.join(of)}.")
+    said += [f"{axis} is a multiple of {step}." for axis, step in row.multiples.items()]
     said += [f"{multiple} is a multiple of {divisor}." for divisor, multiple in row.divides]
     said += [f"{more} is at least {less}." for more, less in row.not_less]
     for axes, limit in row.max_products.items():

@@ -18,9 +18,9 @@ from fi_ffi.ops.memory import check_apart, scratch_for
 from fi_ffi.ops.prepared import prepared
 from fi_ffi.ops.providers import entry_for
 from fi_ffi.ops.quick import compile_again, compile_quick, parameters
-from fi_ffi.ops.row import KV_LAYOUTS, KvLayout, Row, Scalar, Tensor
+from fi_ffi.ops.row import KV_LAYOUTS, KvLayout, Row, Scalar, Tensor, Text
 from fi_ffi.ops.settled import Settled, launch_fully, on
-from fi_ffi.ops.values import check_address, check_together, number
+from fi_ffi.ops.values import check_address, check_together, number, word
 
 _CACHE_LIMIT = 1024
 
@@ -40,9 +40,10 @@ class Form:
         indexed = list(enumerate(row.args))
         self._tensors = [(i, arg) for i, arg in indexed if isinstance(arg, Tensor)]
         self._scalars = [(i, arg) for i, arg in indexed if isinstance(arg, Scalar)]
+        self._texts = [(i, arg) for i, arg in indexed if isinstance(arg, Text)]
         layouts = [(i, arg) for i, arg in indexed if isinstance(arg, KvLayout)]
         self._kv_layout = layouts[0] if layouts else None
-        scratch = [(i, arg) for i, arg in self._tensors if arg.bytes_per_multiprocessor]
+        scratch = [(i, arg) for i, arg in self._tensors if arg.is_scratch]
         self._scratch = scratch[0] if scratch else None
         self._settled: dict[tuple[object, ...], Settled] = {}
 
@@ -102,6 +103,8 @@ class Form:
             values[i] = value.ptr
         for i, scalar in self._scalars:
             values[i] = number(self.row.name, scalar, values[i])
+        for i, text in self._texts:
+            values[i] = word(self.row.name, text, values[i])
         settled = self._settle([None if desc is None else desc.layout for desc in descs], values)
         if self.row.together:
             check_together(self.row, descs, values)
@@ -146,7 +149,7 @@ class Form:
         """Find the entry that serves it, once."""
         if settled.entry is None:
             entry = entry_for(self.row, settled.device, self.module)
-            settled.start(entry, self.row.name)
+            settled.start(entry, self.row.name, self.module)
 
     def forget(self) -> None:
         """Drop what was learnt from earlier calls, after the source of kernels changed."""

@@ -23,7 +23,7 @@ _scratch: dict[tuple[str, Device, int], cuda.Memory] = {}
 def scratch_bytes(arg: Tensor, device: Device) -> int:
     """What a scratch argument needs on a device."""
     count = machine.multiprocessors(device.index) if device.is_cuda else 1
-    return arg.bytes_per_multiprocessor * count
+    return arg.bytes + arg.bytes_per_multiprocessor * count
 
 
 def scratch_for(
@@ -39,13 +39,15 @@ def scratch_for(
         handle = launching(stream, device, row.name).handle
     need = scratch_bytes(arg, device)
     if given is not None:
-        have = given.shape[0] if len(given.shape) == 1 else need
+        # Of what is refused for its rank or dtype, the size says nothing.
+        fits = len(given.shape) == 1 and given.dtype.name == arg.dtype
+        have = given.shape[0] * given.dtype.itemsize if fits else need
         if have < need:
-            expected = f"{need} bytes or more, as {row.name}_workspace_size tells"
+            expected = f"{need} bytes or more"
             raise ArgumentError(row.name, arg.name, got=f"{have} bytes", expected=expected)
         return given
     if is_prepared:  # for any stream: it gets its own
-        memory = cuda.allocate(need, device)
+        memory = cuda.allocate(need, device, arg.zeroed)
         return make_desc(memory.desc.ptr, memory.desc.layout, memory)
     key = (row.name, device, handle)
     with _lock:
@@ -53,7 +55,7 @@ def scratch_for(
             if device.is_cuda and cuda.is_capturing(handle):
                 expected = "memory, or a call on this stream before the capture"
                 raise ArgumentError(row.name, arg.name, got="none", expected=expected)
-            _scratch[key] = cuda.allocate(need, device)
+            _scratch[key] = cuda.allocate(need, device, arg.zeroed)
         return _scratch[key].desc
 
 

@@ -26,7 +26,7 @@ def has_quick_way(row: Row) -> bool:
     """Whether its calls are of addresses and numbers, and no more."""
     plain = all(
         isinstance(arg, (Scalar, KvLayout, PlanInfo))
-        or (isinstance(arg, Tensor) and not arg.bytes_per_multiprocessor
+        or (isinstance(arg, Tensor) and not arg.is_scratch
             and (arg.optional or not arg.as_object))
         for arg in row.args
     )  # fmt: skip
@@ -218,9 +218,11 @@ def _wrong_numbers(arg: Scalar) -> list[str]:
     name, wrong = arg.name, [f"type({arg.name}) is not {arg.type.__name__}"]
     if arg.type is float:
         low = "-_inf <" if arg.low is None else f"{float(arg.low)!r} <="
-        wrong.append(f"not {low} {name} < _inf")
+        high = "< _inf" if arg.high is None else f"<= {float(arg.high)!r}"
+        wrong.append(f"not {low} {name} {high}")
     elif arg.type is int:
-        wrong.append(f"not {-_INT64 if arg.low is None else int(arg.low)} <= {name} < {_INT64}")
+        high = f"< {_INT64}" if arg.high is None else f"<= {int(arg.high)}"
+        wrong.append(f"not {-_INT64 if arg.low is None else int(arg.low)} <= {name} {high}")
     if arg.multiple_of > 1:
         wrong.append(f"{name} % {arg.multiple_of}")
     return wrong

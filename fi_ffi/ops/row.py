@@ -17,8 +17,8 @@ class Tensor:
     """A tensor argument.
 
     `axes` names its axes ("n h"); the same name is the same size everywhere in
-    the row, a number is that size, and "b+1" is one more than b.  `dtype` is a
-    variable of the row's `dtypes`, or a dtype's name.
+    the row, a number is that size, "b+1" is one more than b, and "2*h" and "x+y"
+    are what they say.  `dtype` is a variable of the row's `dtypes`, or a dtype's name.
     """
 
     name: str
@@ -45,9 +45,18 @@ class Tensor:
     stride_limit: int = 2**63
     # The address is a multiple of so many bytes, whatever the kernel loads at a time.
     alignment: int = 1
-    # Scratch memory: so many bytes for each multiprocessor.  Where the caller gives none,
-    # each stream has its own of fi_ffi's.
+    # In memory the last two axes are the other way round: the last but one has stride 1.
+    transposed: bool = False
+    # Scratch memory: so many bytes, and so many for each multiprocessor.  Where the caller
+    # gives none, each stream has its own of fi_ffi's.
+    bytes: int = 0
     bytes_per_multiprocessor: int = 0
+    # Zero before the first call; each call leaves it so.
+    zeroed: bool = False
+
+    @property
+    def is_scratch(self) -> bool:
+        return bool(self.bytes or self.bytes_per_multiprocessor)
 
     @property
     def axis_names(self) -> tuple[str, ...]:
@@ -70,7 +79,8 @@ class Tensor:
 class Scalar:
     """A scalar argument, passed by value.
 
-    `default` is None where the caller must give it; `low` is the least value allowed.
+    `default` is None where the caller must give it; `low` and `high` are the least and the
+    greatest value allowed.
     """
 
     name: str
@@ -78,11 +88,23 @@ class Scalar:
     default: int | float | bool | None
     doc: str
     low: float | None = None
+    high: float | None = None
     multiple_of: int = 1
 
     @property
     def abi_type(self) -> str:
         return self.type.__name__
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text argument, one of a few words."""
+
+    name: str
+    words: tuple[str, ...]
+    default: str | None
+    doc: str
+    abi_type: str = "str"
 
 
 # FlashInfer's codes for the order of a cache's axes (`TensorLayout` in flashinfer/utils.py).
@@ -112,13 +134,13 @@ class PlanInfo:
     abi_type: str = "Array<int>"
 
 
-Arg = Tensor | Scalar | KvLayout | PlanInfo
+Arg = Tensor | Scalar | Text | KvLayout | PlanInfo
 
 
 def default_of(arg: Arg) -> str | None:
     """The Python default of an argument as it is written; None where it must be given."""
     if isinstance(arg, Tensor):
-        return "None" if arg.optional or arg.bytes_per_multiprocessor else None
+        return "None" if arg.optional or arg.is_scratch else None
     default = getattr(arg, "default", None)
     return None if default is None else repr(default)
 
@@ -161,6 +183,8 @@ class Row:
     # The kernel computes element offsets in an integer that holds less than this.
     offset_limit: int = 2**32
     min_sizes: dict[str, int] = field(default_factory=lambda: {"h": 1})
+    # Sizes that are multiples of a number.
+    multiples: dict[str, int] = field(default_factory=dict)
     # Sizes that the kernel was compiled for.
     sizes_in: dict[str, tuple[int, ...]] = field(default_factory=dict)
     # The most that the product of these axes' sizes may be.

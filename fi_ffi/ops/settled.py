@@ -13,14 +13,15 @@ from fi_ffi.abi.tensor import Layout, make_layout
 from fi_ffi.ops import cuda, watching
 from fi_ffi.ops.check import Checked, Given
 from fi_ffi.ops.launch import Place
-from fi_ffi.ops.row import KV_LAYOUTS, Arg, KvLayout, Row, Scalar, Tensor
+from fi_ffi.ops.row import KV_LAYOUTS, Arg, KvLayout, Row, Scalar, Tensor, Text
 
 
 class Settled:
     """A row's call with tensors of these layouts, which fit it."""
 
     __slots__ = (
-        "_constants", "checked", "device", "entry", "frames", "is_empty", "masks", "place", "slots",
+        "_constants", "checked", "device", "entry", "frames", "is_empty", "masks", "module", "place",
+        "slots",
     )  # fmt: skip
 
     def __init__(self, row: Row, checked: Checked, layouts: Given, kv_layout: str) -> None:
@@ -52,12 +53,13 @@ class Settled:
         # Set at the first launch: where it is, and free frames bound to its entry.  list.pop and
         # append are atomic, so concurrent calls get their own.
         self.entry: Entry | None = None
+        self.module = ""
         self.place: Place | None = None
         self.frames: list[Frame] = []
 
-    def start(self, entry: Entry, op: str) -> None:
+    def start(self, entry: Entry, op: str, module: str = "") -> None:
         """Settle what is called, and where."""
-        self.place, self.entry = Place(self.device, op, entry.name), entry
+        self.module, self.place, self.entry = module, Place(self.device, op, entry.name), entry
 
     def frame(self) -> Frame:
         """A frame of this call's own, until it is put back."""
@@ -83,13 +85,12 @@ def launch_fully(
     call: Callable[..., Any] = frame.call
     if on_stream is None:
         if watching.inboxes:
-            call = watching.watched(call, row, settled.device, None, settled.slots)
+            call = watching.watched(call, row, settled, None)
         return _call(call, row, settled, values)
     # Some launchers, and all of the CUDA runtime, use the device that is current.
     with cuda.current(settled.device), on_stream:
         if watching.inboxes:
-            handle = on_stream.handle
-            call = watching.watched(call, row, settled.device, handle, settled.slots)
+            call = watching.watched(call, row, settled, on_stream.handle)
         return _call(call, row, settled, values)
 
 
@@ -108,6 +109,8 @@ def _slot(arg: Arg, of_tensor: Iterator[Layout | None], as_nhd: bool) -> Slot:
         return TensorSlot(_nhd(layout) if as_nhd and arg.kv else layout, arg.as_object)
     if isinstance(arg, Scalar):
         return arg.type
+    if isinstance(arg, Text):
+        return str
     return int if isinstance(arg, KvLayout) else ArraySlot()
 
 

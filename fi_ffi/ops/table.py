@@ -2,6 +2,32 @@
 
 from __future__ import annotations
 
-from fi_ffi.ops import gdn, norm, page
+from fi_ffi.ops import (
+    activation,
+    cascade,
+    concat,
+    gdn,
+    gemm,
+    norm,
+    norm_fused,
+    page,
+    quantization,
+    rope,
+    sampling,
+    topk,
+)
 
-ROWS = (*norm.ROWS, *page.ROWS, *gdn.ROWS)
+ROWS = (
+    *norm.ROWS,
+    *norm_fused.ROWS,
+    *activation.ROWS,
+    *rope.ROWS,
+    *page.ROWS,
+    *concat.ROWS,
+    *gdn.ROWS,
+    *cascade.ROWS,
+    *gemm.ROWS,
+    *quantization.ROWS,
+    *sampling.ROWS,
+    *topk.ROWS,
+)

@@ -6,9 +6,10 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
+from fi_ffi.abi.frame import c_text
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
-from fi_ffi.ops.row import Row, Scalar, Tensor
+from fi_ffi.ops.row import Row, Scalar, Tensor, Text
 
 _INT64 = 2**63
 
@@ -30,9 +31,19 @@ def number(op: str, arg: Scalar, value: Any) -> Any:
         raise ArgumentError(op, arg.name, got=value, expected="a finite number")
     if arg.low is not None and value < arg.low:
         raise ArgumentError(op, arg.name, got=value, expected=f"{arg.low} or more")
+    if arg.high is not None and value > arg.high:
+        raise ArgumentError(op, arg.name, got=value, expected=f"{arg.high} or less")
     if arg.multiple_of > 1 and value % arg.multiple_of:
         raise ArgumentError(op, arg.name, got=value, expected=f"a multiple of {arg.multiple_of}")
     return value
+
+
+def word(op: str, arg: Text, value: object) -> int:
+    """The address of a word, as C has text."""
+    if type(value) is not str or value not in arg.words:
+        got, expected = f"{value!r:.60}", " or ".join(map(repr, arg.words))
+        raise ArgumentError(op, arg.name, got=got, expected=expected)
+    return c_text(value)
 
 
 def check_address(op: str, arg: Tensor, desc: TensorDesc, alignment: int) -> None:

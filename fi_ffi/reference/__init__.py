@@ -15,7 +15,21 @@ from fi_ffi.abi.function import Entry, register
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import KernelNotFoundError
 from fi_ffi.loader import runtime
-from fi_ffi.reference import attention, gdn, norm, page
+from fi_ffi.reference import (
+    activation,
+    attention,
+    cascade,
+    concat,
+    gdn,
+    gemm,
+    norm,
+    norm_fused,
+    page,
+    quantization,
+    rope,
+    sampling,
+    topk,
+)
 from fi_ffi.reference.arrays import over_arrays
 
 # What a module was compiled for, where its kernels depend on it: names and values.
@@ -27,6 +41,11 @@ _KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
     "gdn_prefill_sm90": gdn.KERNELS,
     **attention.KERNELS,
 }
+for _family in (
+    activation, cascade, concat, gemm, norm_fused, quantization, rope, sampling, topk
+):  # fmt: skip
+    for _module, _entries_of in _family.KERNELS.items():
+        _KERNELS.setdefault(_module, {}).update(_entries_of)
 _lock = threading.Lock()
 _entries: dict[tuple[str, str, str, Compiled], Entry] = {}
 

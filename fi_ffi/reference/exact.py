@@ -12,16 +12,22 @@ and the magnitude its rounding errors scale with.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
+from fi_ffi.reference import (
+    exact_activation,
+    exact_cascade,
+    exact_concat,
+    exact_gemm,
+    exact_norm_fused,
+    exact_quantization,
+    exact_rope,
+    exact_sampling,
+    exact_topk,
+)
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.exact_gdn import gdn_prefill
-
-Inputs = dict[str, Any]
-Exact = dict[str, tuple[Array, Array]]
+from fi_ffi.reference.formula import Exact, Formula, Inputs, Move
 
 _E4M3_LIMIT = 448.0
 
@@ -81,7 +87,11 @@ def layernorm(a: Inputs) -> Exact:
     return {"out": (value, terms)}
 
 
-EXACT: dict[str, Callable[[Inputs], Exact]] = {
+_FAMILIES = (
+    exact_activation, exact_cascade, exact_concat, exact_gemm, exact_norm_fused,
+    exact_quantization, exact_rope, exact_sampling, exact_topk,
+)  # fmt: skip
+EXACT: dict[str, Formula] = {
     "rmsnorm": rmsnorm,
     "qk_rmsnorm": rmsnorm,
     "gemma_rmsnorm": gemma_rmsnorm,
@@ -94,6 +104,8 @@ EXACT: dict[str, Callable[[Inputs], Exact]] = {
     "layernorm": layernorm,
     "gdn_prefill": gdn_prefill,
 }
+for _family in _FAMILIES:
+    EXACT.update(_family.EXACT)
 
 
 def _append(a: Inputs, new: Array, cache: Array, layout: str = "NHD") -> Array:
@@ -122,7 +134,9 @@ def append_paged_mla_kv_cache(a: Inputs) -> dict[str, Array]:
     }
 
 
-MOVES: dict[str, Callable[[Inputs], dict[str, Array]]] = {
+MOVES: dict[str, Move] = {
     "append_paged_kv_cache": append_paged_kv_cache,
     "append_paged_mla_kv_cache": append_paged_mla_kv_cache,
 }
+for _family in _FAMILIES:
+    MOVES.update(_family.MOVES)

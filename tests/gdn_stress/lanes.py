@@ -9,7 +9,8 @@ import numpy as np
 
 import fi_ffi
 from fi_ffi.abi.dtypes import DTYPES
-from fi_ffi.cli.cases import Case, ragged_sequences
+from fi_ffi.cli.cases import Case
+from fi_ffi.cli.inputs.gdn import make as ragged_sequences
 from fi_ffi.ops.ragged import gdn_prefill_workspace_size
 
 from attention import machines

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.cli.cases import make_case, page_tables
+from fi_ffi.cli.cases import make_case
+from fi_ffi.cli.inputs.page import page_tables
 from fi_ffi.ops.functions import OPS
 
 from calls import CALLS_PAGE, MOST_HEADS, at_the_end_of_uint32, bits, check_append, edges, padded

@@ -168,7 +168,7 @@ def test_a_workspace_that_is_too_small():
     refused(
         made,
         "workspace_buffer",
-        "128 bytes or more, as gdn_prefill_workspace",
+        "128 bytes or more",
         workspace_buffer=small,
     )
 

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.cli.cases import make_case, page_tables
+from fi_ffi.cli.cases import make_case
+from fi_ffi.cli.inputs.page import page_tables
+from fi_ffi.ops.axes import axis_size
 from fi_ffi.ops.functions import OPS
 
 from calls import (
@@ -196,8 +198,7 @@ def described(row, dtype: str, **sizes: int) -> dict[str, fi_ffi.TensorDesc]:
     sizes = SIZES | {"num_pages": 9, "num_indices": 7} | sizes
 
     def size(axis: str) -> int:
-        base, _, more = axis.partition("+")
-        return sizes[base] + int(more or 0)
+        return axis_size(axis, sizes)
 
     return {
         arg.name: fi_ffi.TensorDesc(

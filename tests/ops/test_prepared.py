@@ -10,6 +10,7 @@ import pytest
 import fi_ffi
 from fi_ffi.abi.tensor import make_desc
 from fi_ffi.cli.cases import Case, make_case
+from fi_ffi.cli.inputs import inputs_of
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.prepared import Prepared
 from fi_ffi.ops.quick import KEEP
@@ -18,7 +19,6 @@ from fi_ffi.ops.row import KvLayout, Scalar
 from prepared_calls import (
     EVERY_OP,
     EVERY_WAY,
-    SIZES,
     Placed,
     draw,
     frame_of,
@@ -199,7 +199,7 @@ def test_nothing_to_do(op, dtypes, more):
     """A call that writes nothing is prepared, launched and updated like any other."""
     if op.row.module == "gdn_prefill_sm90":
         pytest.skip("every sequence has a token: test_gdn.py has no sequence")
-    sizes = SIZES | {"n": 0, "nnz": 0}
+    sizes = {**inputs_of(op.row).small, "n": 0, "nnz": 0}
     case = make_case(op.row, sizes, dtypes, np.random.default_rng(), **more)
     first, other = placed(case, more, 2)
     call = op.prepare(**first.values)

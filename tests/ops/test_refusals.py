@@ -15,25 +15,24 @@ from hypothesis import strategies as st
 
 import fi_ffi
 from fi_ffi.cli.cases import Case, default_dtypes, make_case
+from fi_ffi.cli.inputs import inputs_of
+from fi_ffi.ops.axes import axis_size, parse_axis
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.row import KV_LAYOUTS, KvLayout, Row, Scalar, Tensor, default_of
 
 from calls import EVERY_CALL
 
-SIZES = {
-    "n": 4, "k": 2, "h": 16,
-    "nnz": 6, "b": 3, "page_size": 4, "num_kv_heads": 2, "head_dim": 64,
-    "head_dim_ckv": 512, "head_dim_kpe": 64,
-    "total_seq_len": 6, "num_seqs": 2, "num_q_heads": 2, "num_k_heads": 2, "num_v_heads": 4,
-    "num_sab_heads": 4, "head_size": 128, "workspace_size": 128,
-}  # fmt: skip
-
 
 def a_case(row: Row, dtypes: dict[str, str], **more: int | str) -> Case:
     """A call, with other sizes or another layout than usual."""
-    sizes = {name: size for name, size in more.items() if name in SIZES}
-    others = {name: value for name, value in more.items() if name not in SIZES}
-    return make_case(row, SIZES | sizes, dtypes, np.random.default_rng(), **others)
+    small = inputs_of(row).small
+    sizes = {name: size for name, size in more.items() if name in axes_of(row)}
+    others = {name: value for name, value in more.items() if name not in sizes}
+    return make_case(row, {**small, **sizes}, dtypes, np.random.default_rng(), **others)
+
+
+def axes_of(row: Row) -> set[str]:
+    return {n for arg in row.tensors for axis in arg.axis_names for n in parse_axis(axis).names}
 
 
 def described(case: Case) -> dict:
@@ -88,8 +87,12 @@ def call_refused(op, case: Case, values: dict, argument: str | None) -> fi_ffi.A
 
 def is_bound(row: Row, axis: str) -> bool:
     """Whether something else of the row says what this axis' size must be."""
-    base = axis.partition("+")[0]
-    having = [arg for arg in row.tensors if base in (n.partition("+")[0] for n in arg.axis_names)]
+    bases = set(parse_axis(axis).names)
+    having = [
+        arg
+        for arg in row.tensors
+        if bases & {name for other in arg.axis_names for name in parse_axis(other).names}
+    ]
     return axis.isdigit() or axis in row.sizes_in or len(having) > 1
 
 
@@ -198,11 +201,11 @@ def test_sizes_the_kernel_was_not_compiled_for(op, dtypes):
 def test_sizes_that_are_too_small(op):
     # Empty tensors need no memory; nothing is looked at before the sizes.
     for axis in op.row.min_sizes:
-        sizes = {name: 0 for arg in op.row.tensors for name in arg.axis_names} | SIZES | {axis: 0}
+        least = {name: op.row.min_sizes.get(name, 0) for name in axes_of(op.row)}
+        sizes = {**least, **inputs_of(op.row).small, axis: 0}
         values = {}
         for arg in op.row.tensors:
-            named = [a.partition("+") for a in arg.axis_names]
-            shape = [int(a) if a.isdigit() else sizes[a] + int(b or 0) for a, _, b in named]
+            shape = [axis_size(axis, sizes) for axis in arg.axis_names]
             values[arg.name] = fi_ffi.TensorDesc(16, shape, _dtype(op.row, arg), device="cpu")
         others = {arg.name: 1.0 for arg in op.row.args if getattr(arg, "default", 0) is None}
         with pytest.raises(fi_ffi.ArgumentError, match=f"{axis} of at least"):
@@ -269,7 +272,9 @@ def test_a_bool_is_no_float(value):
 @pytest.mark.parametrize("value", [1, np.float32(1), np.float64(1), np.int64(1)])
 def test_numbers_of_other_types_are_floats(value):
     op = OPS["rmsnorm"]
-    case = make_case(op.row, SIZES, {"T": "float16"}, np.random.default_rng(), eps=1.0)
+    case = make_case(
+        op.row, inputs_of(op.row).small, {"T": "float16"}, np.random.default_rng(), eps=1.0
+    )
     op(**case.arrays, eps=value)
     assert case.error("out", case.arrays["out"])[1] <= 1
 

@@ -1,0 +1,73 @@
+"""Random paged caches: their index tensors, and the sizes that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fi_ffi.cli.inputs.family import Inputs, Made
+from fi_ffi.ops.row import Row
+from fi_ffi.reference.arrays import Array
+
+# Pages of a cache that no request has.
+SPARE_PAGES = 3
+
+
+def make(
+    row: Row, tables: Mapping[str, Array] | None, sizes: Mapping[str, int],
+    scalars: dict[str, Any], without: Collection[str], rng: np.random.Generator,
+) -> Made:  # fmt: skip
+    """The given tables, or random ones."""
+    if tables is None:
+        tables = random_tables(sizes["nnz"], sizes["b"], sizes["page_size"], rng)
+    return tables, {**_sizes_of(tables), **sizes}, scalars
+
+
+def random_tables(
+    nnz: int, requests: int, page_size: int, rng: np.random.Generator
+) -> dict[str, Array]:
+    """`page_tables` of `nnz` new tokens dealt out to requests that have some already."""
+    new = np.bincount(rng.integers(0, requests, nnz), minlength=requests)
+    return page_tables(new, rng.integers(0, 2 * page_size + 1, requests), page_size, rng)
+
+
+def page_tables(
+    new: Sequence[int] | Array, before: Sequence[int] | Array, page_size: int,
+    rng: np.random.Generator,
+) -> dict[str, Array]:  # fmt: skip
+    """The index tensors for `new` tokens of each request after those it had `before`.
+
+    Pages lie in no order, and neither do the tokens.
+    """
+    before, length = np.asarray(before), np.asarray(before) + np.asarray(new)
+    indptr = np.concatenate([[0], np.cumsum(-(-length // page_size))])
+    positions = np.concatenate([np.arange(*ends) for ends in zip(before, length, strict=True)])
+    order = rng.permutation(len(positions))
+    tables = {
+        "batch_indices": np.repeat(np.arange(len(length)), length - before)[order],
+        "positions": positions[order],
+        "kv_indices": rng.permutation(indptr[-1] + SPARE_PAGES)[: indptr[-1]],
+        "kv_indptr": indptr,
+        "kv_last_page_len": np.where(length > 0, (length - 1) % page_size + 1, 0),
+    }
+    return {name: table.astype(np.int32) for name, table in tables.items()}
+
+
+def _sizes_of(tables: Mapping[str, Array]) -> dict[str, int]:
+    indices = len(tables["kv_indices"])
+    return {
+        "nnz": len(tables["positions"]),
+        "b": len(tables["kv_last_page_len"]),
+        "num_indices": indices,
+        "num_pages": indices + SPARE_PAGES,
+    }
+
+
+_FIXED = {"head_dim_ckv": 512, "head_dim_kpe": 64}
+INPUTS = Inputs(
+    small={"nnz": 6, "b": 3, "page_size": 4, "num_kv_heads": 2, "head_dim": 64, **_FIXED},
+    usual={"nnz": 32, "b": 4, "page_size": 16, "num_kv_heads": 8, "head_dim": 128, **_FIXED},
+    make=make,
+)

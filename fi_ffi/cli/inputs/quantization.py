@@ -1,0 +1,8 @@
+"""Random inputs of `fi_ffi.ops.quantization`."""
+
+from __future__ import annotations
+
+from fi_ffi.cli.inputs.family import Inputs
+
+# By module, or by op.
+INPUTS: dict[str, Inputs] = {}

@@ -1,0 +1,18 @@
+"""What a formula is: an op in float64, written from its definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from fi_ffi.reference.arrays import Array
+
+Inputs = dict[str, Any]
+# What judges a result that may be one of many: the largest error, and that as a fraction of
+# what is allowed (1 or less is right).
+Judge: TypeAlias = "Callable[[Array], tuple[float, float]]"
+# For every tensor that is written the value, and the magnitude that its rounding errors scale
+# with (None where every bit must be the value's); or its judge.
+Exact: TypeAlias = "Mapping[str, tuple[Array, Array | None] | Judge]"
+Formula: TypeAlias = "Callable[[Inputs], Exact]"
+Move: TypeAlias = "Callable[[Inputs], dict[str, Array]]"

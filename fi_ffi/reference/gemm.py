@@ -1,0 +1,9 @@
+"""References of `fi_ffi.ops.gemm`, in numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+# By module, and by entry.
+KERNELS: dict[str, dict[str, Callable[..., Any]]] = {}
