@@ -22,12 +22,13 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path not in GENERATED
 # is looked up by them lazily, inside functions.
 ROOMS = {
     "errors": set(),
+    "families": set(),
     "abi": {"errors"},
     "loader": {"errors", "abi"},
-    "reference": {"errors", "abi", "loader"},
-    "ops": {"errors", "abi", "loader"},
+    "reference": {"errors", "families", "abi", "loader"},
+    "ops": {"errors", "families", "abi", "loader"},
     "fi_ffi": {"errors", "abi", "loader", "ops"},
-    "cli": {"errors", "abi", "loader", "ops", "fi_ffi", "reference"},
+    "cli": {"errors", "families", "abi", "loader", "ops", "fi_ffi", "reference"},
     "__main__": {"cli"},
 }
 LAZILY = {"ops": {"reference"}}

@@ -19,7 +19,7 @@ from fi_ffi.ops.axes import axis_size
 from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor, Text
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.exact import EXACT, MOVES
-from fi_ffi.reference.formula import Judge
+from fi_ffi.reference.formula import Judge, as_inputs
 
 # Of the magnitude, for float32 arithmetic before the last rounding: 128 steps of float32.
 FLOAT32_SLACK = 2.0**-16
@@ -128,13 +128,7 @@ def _expected(row: Row, arrays: dict[str, Array], values: dict[str, Any]) -> dic
     if row.formula in MOVES:
         moved = MOVES[row.formula](arrays | values)
         return {name: (array, None) for name, array in moved.items()}
-    inputs: dict[str, Any] = {name: array.astype(np.float64) for name, array in arrays.items()}
-    inputs["largest"] = {
-        name: float(ml_dtypes.finfo(a.dtype).max)
-        for name, a in arrays.items()
-        if a.dtype.kind not in "iub"
-    }
-    return {**EXACT[row.formula](inputs | values)}
+    return {**EXACT[row.formula](as_inputs({**arrays, **values}))}
 
 
 def _placed(array: Array, arg: Tensor) -> Array:

@@ -67,7 +67,9 @@ def entry_for(row: Row, device: Device, module: str | None = None) -> Entry:
     # Here, not above: numpy takes longer to import than all of fi_ffi.
     from fi_ffi import reference
 
-    return reference.entry(row.module, row.signature, row.reference, _compiled(module))
+    names = [arg.name for arg in row.args]
+    compiled = _compiled(module)
+    return reference.entry(row.module, row.signature, row.reference, compiled, row.formula, names)
 
 
 def _check_capability(row: Row, device: Device) -> None:

@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
-from fi_ffi.ops import (
-    activation,
-    cascade,
-    concat,
-    gdn,
-    gemm,
-    norm,
-    norm_fused,
-    page,
-    quantization,
-    rope,
-    sampling,
-    topk,
-)
+import importlib
 
-ROWS = (
-    *norm.ROWS,
-    *norm_fused.ROWS,
-    *activation.ROWS,
-    *rope.ROWS,
-    *page.ROWS,
-    *concat.ROWS,
-    *gdn.ROWS,
-    *cascade.ROWS,
-    *gemm.ROWS,
-    *quantization.ROWS,
-    *sampling.ROWS,
-    *topk.ROWS,
+from fi_ffi.families import FAMILIES
+from fi_ffi.ops.row import Row
+
+ROWS: tuple[Row, ...] = tuple(
+    row for family in FAMILIES for row in importlib.import_module(f"fi_ffi.ops.{family}").ROWS
 )

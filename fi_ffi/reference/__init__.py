@@ -7,71 +7,81 @@ GPU.  They are also what the GPU tests compare with.
 
 from __future__ import annotations
 
+import importlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fi_ffi.abi.function import Entry, register
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import KernelNotFoundError
+from fi_ffi.families import FAMILIES
 from fi_ffi.loader import runtime
-from fi_ffi.reference import (
-    activation,
-    attention,
-    cascade,
-    concat,
-    gdn,
-    gemm,
-    norm,
-    norm_fused,
-    page,
-    quantization,
-    rope,
-    sampling,
-    topk,
-)
-from fi_ffi.reference.arrays import over_arrays
+from fi_ffi.reference import attention
+from fi_ffi.reference.arrays import over_arrays, store
+from fi_ffi.reference.formula import as_inputs
 
 # What a module was compiled for, where its kernels depend on it: names and values.
 Compiled = tuple[tuple[str, object], ...]
 
-_KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
-    "norm": norm.KERNELS,
-    "page": page.KERNELS,
-    "gdn_prefill_sm90": gdn.KERNELS,
-    **attention.KERNELS,
-}
-for _family in (
-    activation, cascade, concat, gemm, norm_fused, quantization, rope, sampling, topk
-):  # fmt: skip
-    for _module, _entries_of in _family.KERNELS.items():
-        _KERNELS.setdefault(_module, {}).update(_entries_of)
+_FAMILIES = tuple(importlib.import_module(f"fi_ffi.reference.{name}") for name in FAMILIES)
 _lock = threading.Lock()
 _entries: dict[tuple[str, str, str, Compiled], Entry] = {}
 
 
 def kernels() -> dict[str, list[str]]:
     """The entries there are, by module."""
-    return {module: sorted(entries) for module, entries in _KERNELS.items()}
+    found: dict[str, set[str]] = {module: {*names} for module, names in attention.KERNELS.items()}
+    for family in _FAMILIES:
+        for module, names in getattr(family, "KERNELS", {}).items():
+            found.setdefault(module, set()).update(names)
+    return {module: sorted(names) for module, names in found.items()}
 
 
-def entry(module: str, signature: Signature, kernel: str, compiled: Compiled = ()) -> Entry:
+def entry(
+    module: str, signature: Signature, kernel: str, compiled: Compiled = (),
+    formula: str = "", names: Sequence[str] = (),
+) -> Entry:  # fmt: skip
     """The numpy `kernel` of a module, as a TVM-FFI function with that signature.
 
-    `compiled` is for the attention families: `attention.reference_kernel`.
+    `compiled` is for the attention families: `attention.reference_kernel`.  Where no reference
+    was written for the kernel its formula serves, which takes its arguments by `names`.
     """
     key = (module, kernel, str(signature), compiled)
     with _lock:
         if key not in _entries:
-            function: Any = _KERNELS.get(module, {}).get(kernel)
+            function = _function(module, kernel, compiled) or from_formula(formula, names)
             if function is None:
                 raise KernelNotFoundError(
                     f"{module}.{kernel} has no reference kernel: it runs on CUDA only"
                 )
-            if module in attention.KERNELS:
-                function = attention.reference_kernel(module, kernel, **dict(compiled))
             runtime.ensure_tvm_ffi()
             words = (module, kernel, *(f"{word}_{value}" for word, value in compiled))
             name = ".".join(("fi_ffi.reference", *words))
             _entries[key] = register(name, signature, over_arrays(function))
         return _entries[key]
+
+
+def _function(module: str, kernel: str, compiled: Compiled) -> Callable[..., Any] | None:
+    if module in attention.KERNELS:
+        if kernel not in attention.KERNELS[module]:
+            return None
+        return attention.reference_kernel(module, kernel, **dict(compiled))
+    found = (getattr(family, "KERNELS", {}).get(module, {}).get(kernel) for family in _FAMILIES)
+    return next(filter(None, found), None)
+
+
+def from_formula(formula: str, names: Sequence[str]) -> Callable[..., Any] | None:
+    """A kernel that computes an op's formula and rounds once; None where there is none."""
+    from fi_ffi.reference.exact import EXACT  # not above: it imports every family again
+
+    exact = EXACT.get(formula)
+    if exact is None:
+        return None
+
+    def kernel(*values: Any) -> None:
+        given = dict(zip(names, values, strict=True))
+        for name, expected in exact(as_inputs(given)).items():
+            store(given[name], expected[0])  # type: ignore[index]
+
+    return kernel

@@ -12,19 +12,12 @@ and the magnitude its rounding errors scale with.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+
 import numpy as np
 
-from fi_ffi.reference import (
-    exact_activation,
-    exact_cascade,
-    exact_concat,
-    exact_gemm,
-    exact_norm_fused,
-    exact_quantization,
-    exact_rope,
-    exact_sampling,
-    exact_topk,
-)
+from fi_ffi.families import FAMILIES
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.exact_gdn import gdn_prefill
 from fi_ffi.reference.formula import Exact, Formula, Inputs, Move
@@ -87,10 +80,6 @@ def layernorm(a: Inputs) -> Exact:
     return {"out": (value, terms)}
 
 
-_FAMILIES = (
-    exact_activation, exact_cascade, exact_concat, exact_gemm, exact_norm_fused,
-    exact_quantization, exact_rope, exact_sampling, exact_topk,
-)  # fmt: skip
 EXACT: dict[str, Formula] = {
     "rmsnorm": rmsnorm,
     "qk_rmsnorm": rmsnorm,
@@ -104,8 +93,6 @@ EXACT: dict[str, Formula] = {
     "layernorm": layernorm,
     "gdn_prefill": gdn_prefill,
 }
-for _family in _FAMILIES:
-    EXACT.update(_family.EXACT)
 
 
 def _append(a: Inputs, new: Array, cache: Array, layout: str = "NHD") -> Array:
@@ -138,5 +125,9 @@ MOVES: dict[str, Move] = {
     "append_paged_kv_cache": append_paged_kv_cache,
     "append_paged_mla_kv_cache": append_paged_mla_kv_cache,
 }
-for _family in _FAMILIES:
-    MOVES.update(_family.MOVES)
+for _family in FAMILIES:
+    for _name in (f"fi_ffi.reference.{_family}", f"fi_ffi.reference.exact_{_family}"):
+        if importlib.util.find_spec(_name):
+            _module = importlib.import_module(_name)
+            EXACT.update(getattr(_module, "EXACT", {}))
+            MOVES.update(getattr(_module, "MOVES", {}))

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+import ml_dtypes
+import numpy as np
+
 from fi_ffi.reference.arrays import Array
 
 Inputs = dict[str, Any]
@@ -16,3 +19,15 @@ Judge: TypeAlias = "Callable[[Array], tuple[float, float]]"
 Exact: TypeAlias = "Mapping[str, tuple[Array, Array | None] | Judge]"
 Formula: TypeAlias = "Callable[[Inputs], Exact]"
 Move: TypeAlias = "Callable[[Inputs], dict[str, Array]]"
+
+
+def as_inputs(given: Mapping[str, Any]) -> Inputs:
+    """Arguments as formulas take them: arrays in float64, and the largest value of their dtypes."""
+    arrays = {name: value for name, value in given.items() if isinstance(value, np.ndarray)}
+    largest = {
+        name: float(ml_dtypes.finfo(array.dtype).max)
+        for name, array in arrays.items()
+        if array.dtype.kind not in "iub"
+    }
+    exact = {name: array.astype(np.float64) for name, array in arrays.items()}
+    return {**given, **exact, "largest": largest}

@@ -7,6 +7,7 @@ sequence without tokens never ends, and one past the end is read past the tensor
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 from itertools import pairwise
 
 import numpy as np
@@ -71,4 +72,7 @@ def gdn_prefill(
         output_state[i] = state
 
 
-KERNELS: dict[str, Callable[..., None]] = {"gdn_prefill": gdn_prefill}
+# By module, and by entry.
+KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
+    "gdn_prefill_sm90": {"gdn_prefill": gdn_prefill},
+}

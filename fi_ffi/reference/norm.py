@@ -105,17 +105,20 @@ def layernorm(out: Array, input: Array, gamma: Array, beta: Array, eps: float) -
     store(out, centred / np.sqrt(variance + np.float32(eps)) * gamma + beta)
 
 
-KERNELS: dict[str, Callable[..., None]] = {
-    kernel.__name__: kernel
-    for kernel in (
-        rmsnorm,
-        gemma_rmsnorm,
-        fused_add_rmsnorm,
-        gemma_fused_add_rmsnorm,
-        rmsnorm_quant,
-        rmsnorm_quant_full_range,
-        fused_add_rmsnorm_quant,
-        fused_add_rmsnorm_quant_full_range,
-        layernorm,
-    )
+# By module, and by entry.
+KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
+    "norm": {
+        kernel.__name__: kernel
+        for kernel in (
+            rmsnorm,
+            gemma_rmsnorm,
+            fused_add_rmsnorm,
+            gemma_fused_add_rmsnorm,
+            rmsnorm_quant,
+            rmsnorm_quant_full_range,
+            fused_add_rmsnorm_quant,
+            fused_add_rmsnorm_quant_full_range,
+            layernorm,
+        )
+    },
 }

@@ -7,6 +7,7 @@ writes to another request's page, or past the cache.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -68,6 +69,9 @@ def append_paged_mla_kv_cache(
     ckv_cache[place], kpe_cache[place] = append_ckv, append_kpe
 
 
-KERNELS: dict[str, Callable[..., None]] = {
-    kernel.__name__: kernel for kernel in (append_paged_kv_cache, append_paged_mla_kv_cache)
+# By module, and by entry.
+KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
+    "page": {
+        kernel.__name__: kernel for kernel in (append_paged_kv_cache, append_paged_mla_kv_cache)
+    },
 }

@@ -18,7 +18,7 @@ from prepared_calls import Mine
 def mine(monkeypatch):
     made = Mine()
     name = made.row.name
-    monkeypatch.setitem(norm.KERNELS, name, made.kernel)
+    monkeypatch.setitem(norm.KERNELS["norm"], name, made.kernel)
     # What was registered for another test's kernel is not this one's.
     for key in [key for key in reference._entries if key[1] == name]:
         del reference._entries[key]

@@ -98,7 +98,7 @@ def test_kernels_that_change_in_between(mine, monkeypatch):
             mine.op(*mine.descs, factor=2.0)
             assert mine.is_done(2)
     with monkeypatch.context() as patch:
-        patch.setitem(norm.KERNELS, mine.row.name, twice)
+        patch.setitem(norm.KERNELS["norm"], mine.row.name, twice)
         entries = dict(reference._entries)
         patch.setattr(reference, "_entries", {})
         mine.op(*mine.descs, factor=2.0)

@@ -195,7 +195,7 @@ def test_several_gpus(gpu, monkeypatch):
 
     mine = Mine()
     mine.op = Op(mine.row)
-    monkeypatch.setitem(norm.KERNELS, mine.row.name, mine.kernel)
+    monkeypatch.setitem(norm.KERNELS["norm"], mine.row.name, mine.kernel)
     monkeypatch.setattr(reference, "_entries", {})
     mine.work = lambda: seen.append((gpu.runtime.device, current_stream(gpu.runtime.device)))
     calls = {index: Calls(mine, f"cuda:{index}") for index in (0, 1)}

@@ -92,7 +92,7 @@ def mine(monkeypatch):
     from fi_ffi import reference
 
     made = Mine()
-    monkeypatch.setitem(norm.KERNELS, "mine", made.kernel)
+    monkeypatch.setitem(norm.KERNELS["norm"], "mine", made.kernel)
     # What was registered for another test's kernel is not this one's.
     for key in [key for key in reference._entries if key[1] == "mine"]:
         del reference._entries[key]

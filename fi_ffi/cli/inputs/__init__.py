@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from fi_ffi.cli.inputs import (
-    activation,
-    cascade,
-    concat,
-    gdn,
-    gemm,
-    norm_fused,
-    page,
-    quantization,
-    rope,
-    sampling,
-    topk,
-)
+import importlib
+import importlib.util
+
 from fi_ffi.cli.inputs.family import Inputs
+from fi_ffi.families import FAMILIES
 from fi_ffi.ops.row import Row
 
-_NORM = Inputs(small={"n": 4, "k": 2, "h": 16}, usual={"n": 32, "k": 8, "h": 4096})
-INPUTS: dict[str, Inputs] = {
-    "norm": _NORM,
-    "page": page.INPUTS,
-    "gdn_prefill_sm90": gdn.INPUTS,
-}
+# Of families that say nothing of their own.
+_PLAIN = Inputs(small={"n": 4, "k": 2, "h": 16}, usual={"n": 32, "k": 8, "h": 4096})
 # By op, where a module's ops differ; by module otherwise.
-for _family in (
-    activation, cascade, concat, gemm, norm_fused, quantization, rope, sampling, topk
-):  # fmt: skip
-    INPUTS.update(_family.INPUTS)
+INPUTS: dict[str, Inputs] = {}
+for _family in FAMILIES:
+    _name = f"fi_ffi.cli.inputs.{_family}"
+    if importlib.util.find_spec(_name):
+        INPUTS.update(importlib.import_module(_name).INPUTS)
 
 
 def inputs_of(row: Row) -> Inputs:
-    return INPUTS.get(row.name) or INPUTS[row.module]
+    return INPUTS.get(row.name) or INPUTS.get(row.module) or _PLAIN

@@ -52,7 +52,7 @@ def make(
 
 _CHECKPOINTS = ("state_checkpoints", "checkpoint_cu_starts")
 _HEADS = {"num_q_heads": 2, "num_v_heads": 4, "head_size": 128}
-INPUTS = Inputs(
+_OWN = Inputs(
     small={"total_seq_len": 70, "num_seqs": 2, "workspace_size": 128, **_HEADS},
     usual={"total_seq_len": 32, "num_seqs": 4, "workspace_size": 2**16, **_HEADS},
     make=make,
@@ -63,3 +63,5 @@ INPUTS = Inputs(
         "in place": {"in place": True},
     },
 )
+# By module, or by op.
+INPUTS = {"gdn_prefill_sm90": _OWN}

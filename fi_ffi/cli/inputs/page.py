@@ -66,8 +66,10 @@ def _sizes_of(tables: Mapping[str, Array]) -> dict[str, int]:
 
 
 _FIXED = {"head_dim_ckv": 512, "head_dim_kpe": 64}
-INPUTS = Inputs(
+_OWN = Inputs(
     small={"nnz": 6, "b": 3, "page_size": 4, "num_kv_heads": 2, "head_dim": 64, **_FIXED},
     usual={"nnz": 32, "b": 4, "page_size": 16, "num_kv_heads": 8, "head_dim": 128, **_FIXED},
     make=make,
 )
+# By module, or by op.
+INPUTS = {"page": _OWN}
