@@ -42,7 +42,8 @@ class HostArray:
 
     def __init__(self, host: np.ndarray, *, guard: int = 256) -> None:
         reach = sum((n - 1) * s for n, s in zip(host.shape, host.strides, strict=True))
-        self.whole = np.full(2 * guard + reach + host.itemsize, self.POISON, np.uint8)
+        room = np.full(3 * guard + reach + host.itemsize, self.POISON, np.uint8)
+        self.whole = room[-room.ctypes.data % guard :]  # as device memory starts
         self.array = self._view(host.shape, host.dtype, host.strides, guard)
         self.array[...] = host
         self.guard = guard

@@ -53,7 +53,7 @@ def make(
 _CHECKPOINTS = ("state_checkpoints", "checkpoint_cu_starts")
 _HEADS = {"num_q_heads": 2, "num_v_heads": 4, "head_size": 128}
 _OWN = Inputs(
-    small={"total_seq_len": 70, "num_seqs": 2, "workspace_size": 128, **_HEADS},
+    small={"total_seq_len": 70, "num_seqs": 2, "workspace_size": 2**16, **_HEADS},
     usual={"total_seq_len": 32, "num_seqs": 4, "workspace_size": 2**16, **_HEADS},
     make=make,
     variants={

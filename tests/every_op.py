@@ -1,0 +1,58 @@
+"""Calls of every op that are made from rows alone: for the CPU and for a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fi_ffi.cli.cases import Case, default_dtypes, make_case
+from fi_ffi.cli.inputs import inputs_of
+from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.op import Op
+
+from calls import EVERY_CALL
+from prepared_calls import EVERY_OP
+
+
+def _calls() -> Iterator[Any]:
+    """Every op in every dtype, small, and as the demo calls it; and in every variant."""
+    for call in EVERY_CALL:
+        op, dtypes = call.values
+        yield pytest.param(op, dtypes, "small", {}, id=call.id)
+    for name, op in OPS.items():
+        yield pytest.param(op, default_dtypes(op.row), "usual", {}, id=f"{name} usual")
+    for variant in EVERY_OP:
+        op, dtypes, more = variant.values
+        if more and "in place" not in more:
+            yield pytest.param(op, dtypes, "small", more, id=variant.id)
+
+
+CALLS = list(_calls())
+
+
+def draw(op: Op, dtypes: Mapping[str, str], sizes: str, more: Mapping[str, Any],
+         rng: np.random.Generator) -> Case:  # fmt: skip
+    return make_case(op.row, getattr(inputs_of(op.row), sizes), dtypes, rng, **more)
+
+
+def check(case: Case, place: Callable[[np.ndarray], Any], stream: object = None) -> float:
+    """Call an op with memory that `place` makes; the worst error as a fraction of its bound.
+
+    What is not written stays as it was, and so does the memory around all of it.
+    """
+    placed = {name: place(array) for name, array in case.arrays.items()}
+    descs = {name: array.desc() for name, array in placed.items()}
+    OPS[case.row.name](**descs, **case.scalars, stream=stream)
+    worst = 0.0
+    for name, array in placed.items():
+        got = array.get()
+        assert array.intact(), f"{name}: bytes outside it were written"
+        if name in case.expected:
+            worst = max(worst, case.error(name, got)[1])
+        elif not next(arg for arg in case.row.tensors if arg.name == name).writes:
+            same = np.ascontiguousarray(got).tobytes()
+            assert same == np.ascontiguousarray(case.arrays[name]).tobytes(), f"{name} was changed"
+    return worst
