@@ -12,7 +12,17 @@ sys.path.insert(0, str(ROOT))
 from generated import write_or_check  # noqa: E402
 
 from fi_ffi.ops.docs import docstring  # noqa: E402
-from fi_ffi.ops.row import KV_LAYOUTS, Arg, KvLayout, Row, Scalar, Tensor, Text, default_of  # noqa: E402
+from fi_ffi.ops.row import (  # noqa: E402
+    KV_LAYOUTS,
+    Arg,
+    KvLayout,
+    Row,
+    Scalar,
+    Tensor,
+    Text,
+    default_of,
+    defaults,
+)
 from fi_ffi.ops.table import ROWS  # noqa: E402
 
 TARGET = ROOT / "fi_ffi" / "ops" / "functions.pyi"
@@ -30,22 +40,31 @@ OPS: dict[str, Op]
 _RESULTS = {"void": "None"}
 
 
-def _parameter(arg: Arg) -> str:
+def _parameter(arg: Arg, written: str | None) -> str:
     if isinstance(arg, Tensor):
-        return f"{arg.name}: TensorLike" + (" | None = None" if default_of(arg) else "")
+        default = "" if written is None else " = ..." if not default_of(arg) else f" = {written}"
+        return f"{arg.name}: TensorLike" + (" | None" if default_of(arg) else "") + default
     if isinstance(arg, KvLayout):
         return f"{arg.name}: Literal{list(KV_LAYOUTS)} = {arg.default!r}"
     if isinstance(arg, Text):
-        default = "" if arg.default is None else f" = {arg.default!r}"
-        return f"{arg.name}: Literal{list(arg.words)}{default}"
+        return f"{arg.name}: Literal{list(arg.words)}{_default(arg, written)}"
     if not isinstance(arg, Scalar):
         raise TypeError(f"{arg.name}: a plan's result is no argument of a function of its own")
-    default = "" if arg.default is None else f" = {arg.default!r}"
-    return f"{arg.name}: {arg.type.__name__}{default}"
+    if arg.size_of:
+        return f"{arg.name}: {arg.type.__name__} | None = None"
+    return f"{arg.name}: {arg.type.__name__}{_default(arg, written)}"
+
+
+def _default(arg: Scalar | Text, written: str | None) -> str:
+    """What follows an annotation; one that must be given may come after one that need not."""
+    if arg.default is not None:
+        return f" = {arg.default!r}"
+    return " = ..." if written else ""
 
 
 def _stub(row: Row) -> str:
-    parameters = ["self", *map(_parameter, row.args), "*", "stream: object = None"]
+    given = map(_parameter, row.given, defaults(row.given))
+    parameters = ["self", *given, "*", "stream: object = None"]
     lines = [f"\nclass _{row.name}(Op):", "    def __call__("]
     lines += [f"        {parameter}," for parameter in parameters]
     doc = textwrap.indent(docstring(row), " " * 8).strip()

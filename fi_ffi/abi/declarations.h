@@ -136,6 +136,9 @@ int cudaDeviceGetAttribute(int *value, int attr, int device);
 int cudaGetDevice(int *device);
 int cudaSetDevice(int device);
 
+/* cublasLt.h: the handle that kernels over cuBLASLt are given */
+int cublasLtCreate(void **lightHandle);
+
 /* what a plan does around its kernel's own work: stage arrays, guard the staging memory */
 int cudaMemcpyAsync(void *dst, const void *src, size_t count, int kind, void *stream);
 int cudaEventCreateWithFlags(void **event, unsigned int flags);
@@ -145,6 +148,7 @@ int cudaEventSynchronize(void *event);
 int cudaEventDestroy(void *event);
 int cudaStreamWaitEvent(void *stream, void *event, unsigned int flags);
 int cudaStreamIsCapturing(void *stream, int *status);
+int cudaStreamGetFlags(void *hStream, unsigned int *flags);
 
 /* what a watchdog needs: host memory that streams write to, and which stream a handle is */
 int cudaHostAlloc(void **pHost, size_t size, unsigned int flags);

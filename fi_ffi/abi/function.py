@@ -116,10 +116,25 @@ def register(name: str, signature: Signature, function: Callable[..., Any]) -> E
     It refuses a wrong number of arguments in the same words as a compiled one, so
     `probe` tells its signature; an exception becomes a TVM-FFI error.
     """
+    made, callback = make_function(name, function, signature)
+    _IMMORTAL.append(callback)
+    array, _buffer = library.byte_array(name.encode())
+    with _table:
+        check(library.lib.TVMFFIFunctionSetGlobal(array, made.handle, 1), name)
+    return Entry.of(made, name)
+
+
+def make_function(
+    name: str, function: Callable[..., Any], signature: Signature | None = None
+) -> tuple[Function, object]:
+    """A Function object that calls a Python one, and what must live as long as it does.
+
+    With a signature it refuses a wrong number of arguments, as `register` has it.
+    """
 
     def call(self: Any, args: Any, count: int, result: Any) -> int:
         try:
-            if count != len(signature.params):
+            if signature is not None and count != len(signature.params):
                 raise TypeError(
                     f"Mismatched number of arguments when calling: `{signature}`. "
                     f"Expected {len(signature.params)} but got {count} arguments"
@@ -132,14 +147,9 @@ def register(name: str, signature: Signature, function: Callable[..., Any]) -> E
         return 0
 
     callback = ffi.callback("int(void *, const TVMFFIAny *, int32_t, TVMFFIAny *)", call, error=-1)
-    _IMMORTAL.append(callback)
     slot = ffi.new("TVMFFIObjectHandle *")
     check(library.lib.TVMFFIFunctionCreate(ffi.NULL, callback, ffi.NULL, slot), name)
-    made = Function(slot[0])
-    array, _buffer = library.byte_array(name.encode())
-    with _table:
-        check(library.lib.TVMFFIFunctionSetGlobal(array, made.handle, 1), name)
-    return Entry.of(made, name)
+    return Function(slot[0]), callback
 
 
 def _return(result: Any, value: object, name: str) -> None:

@@ -43,7 +43,7 @@ class Signature:
 def parse_signature(text: str) -> Signature:
     """Parse `name(0: T0, 1: T1, ...) -> R`; `AbiError` where it is anything else."""
     name, paren, rest = text.partition("(")
-    parts = _split_top(rest) if paren else None
+    parts = split_top(rest) if paren else None
     if parts is None:
         raise AbiError(f"not a TVM-FFI signature: {text!r:.300}")
     inner, tail = parts
@@ -70,7 +70,7 @@ def signature_from_mismatch(message: str) -> Signature:
     return signature
 
 
-def _split_top(text: str) -> tuple[list[str], str] | None:
+def split_top(text: str) -> tuple[list[str], str] | None:
     """Split at the commas of this nesting level up to its closing parenthesis."""
     parts: list[str] = []
     depth, start, previous = 0, 0, ""

@@ -120,6 +120,23 @@ class KernelWheel:
         return ModuleFile(module, path, self._wheel.record[member].sha256)
 
 
+class KernelFile:
+    """One library by itself; it is its own only module, and nothing vouches for it."""
+
+    version: str | None = None
+    trust = "unverified"
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.location = path, str(path)
+
+    def modules(self) -> list[str]:
+        return [self.path.stem]
+
+    def file(self, module: str = "") -> ModuleFile:
+        with self.path.open("rb") as file:
+            return ModuleFile(self.path.stem, self.path, cache.hash_of(file))
+
+
 def open_source(location: str | os.PathLike[str]) -> KernelSource:
     """The source at a path; `KernelNotFoundError` where there is nothing of the kind."""
     path = Path(location).expanduser()

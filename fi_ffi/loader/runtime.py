@@ -16,10 +16,10 @@ from fi_ffi.abi import library
 from fi_ffi.abi.function import Entry, probe
 from fi_ffi.abi.signature import Signature, parse_signature
 from fi_ffi.errors import AbiError, KernelNotFoundError
-from fi_ffi.loader import cache, machine, search, tvm_ffi
+from fi_ffi.loader import cache, libraries, machine, search, tvm_ffi
 from fi_ffi.loader.elf import FUNCTION_PREFIX, inspect_elf
-from fi_ffi.loader.facts import Facts, check_needed, remember
-from fi_ffi.loader.kernels import KernelSource, ModuleFile
+from fi_ffi.loader.facts import Facts, check_needed, facts_of, remember
+from fi_ffi.loader.kernels import KernelFile, KernelSource, ModuleFile
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Loaded:
 
 _lock = threading.RLock()
 _modules: dict[tuple[str, int | None], Loaded] = {}
+_files: dict[tuple[Path, int, int, int], Loaded] = {}
 _entries: dict[tuple[str, str, int | None], Entry] = {}
 _tvm_ffi: tvm_ffi.Found | None = None
 _tvm_ffi_version: tuple[int, int, int] = (0, 0, 0)
@@ -77,6 +78,7 @@ def load(module: str, device: int | None = None) -> Loaded:
             check_needed(file, facts, machine.CUDART)
             ensure_tvm_ffi()
             machine.load_cudart()
+            libraries.prepare(facts.functions, facts.needed)
             _modules[key] = Loaded(source, file, facts, library.open_module(str(file.path)))
         return _modules[key]
 
@@ -100,35 +102,70 @@ def kernel_entry(
 
 def _attested(module: str, declared: Signature, releases: str, device: int | None) -> Entry:
     loaded = load(module, device)
-    entry = _exported(loaded.handle, loaded.file.path, declared.name)
+    entry = exported(loaded.handle, loaded.file.path, declared.name)
     entry.name = f"{module}.{declared.name}"
-    found = _signature(loaded, entry, declared.name)
-    if not found.same_types(declared):
+    found = signature_of(loaded, entry, declared.name)
+    if found is None or not found.same_types(declared):
         raise AbiError(
             f"{entry.name}: the binary does not have the declared interface\n"
             f"  declared (FlashInfer {releases}): {declared}\n"
-            f"  binary (FlashInfer {loaded.source.version or 'of unknown release'}): {found}\n"
+            f"  binary (FlashInfer {loaded.source.version or 'of unknown release'}): "
+            f"{found or 'takes any arguments'}\n"
             f"  file: {loaded.file.path}"
         )
     return entry
 
 
-def _signature(loaded: Loaded, entry: Entry, symbol: str) -> Signature:
+def signature_of(loaded: Loaded, entry: Entry, symbol: str) -> Signature | None:
+    """An entry's own signature, remembered or asked of it now; None where it has none.
+
+    A function without one is run by being asked (see `probe`), the first time.
+    """
     known = loaded.facts.signatures.get(symbol)
+    if known == "":
+        return None
     if known is not None and not cache.is_paranoid():
         return parse_signature(known)
-    found = probe(entry)
-    loaded.facts.signatures[symbol] = str(found)
+    try:
+        found = probe(entry)
+    except AbiError:
+        found = None
+    loaded.facts.signatures[symbol] = "" if found is None else str(found)
     remember(loaded.file, loaded.facts)
     return found
 
 
-def _exported(handle: Any, path: Path, symbol: str) -> Entry:
+def exported(handle: Any, path: Path, symbol: str) -> Entry:
+    """A function that a library exports."""
     address = library.find_symbol(handle, FUNCTION_PREFIX + symbol)
     if address is None:
         names = ", ".join(inspect_elf(path).functions)
         raise KernelNotFoundError(f"{path} exports no {symbol!r}; it exports: {names or 'none'}")
     return Entry(symbol, address, owner=handle)
+
+
+def load_file(path: str | os.PathLike[str]) -> Loaded:
+    """A library at a path in this process, opened once; it may be anybody's."""
+    where = Path(path).expanduser().resolve()
+    try:
+        stat = where.stat()
+    except OSError as error:
+        raise KernelNotFoundError(f"{where}: {error.strerror}") from error
+    if not where.is_file():
+        raise KernelNotFoundError(f"{where} is no file")
+    # What is there now: the same place may hold another file than before.
+    key = (where, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    with _lock:
+        if key not in _files:
+            source = KernelFile(where)
+            file = source.file()
+            facts = facts_of(file)
+            ensure_tvm_ffi()
+            if any(name.startswith("libcudart.so") for name in facts.needed):
+                machine.load_cudart()
+            libraries.prepare(facts.functions, facts.needed)
+            _files[key] = Loaded(source, file, facts, library.open_module(str(where)))
+        return _files[key]
 
 
 def file_signatures(path: str | os.PathLike[str]) -> dict[str, Signature | str]:
@@ -138,15 +175,17 @@ def file_signatures(path: str | os.PathLike[str]) -> dict[str, Signature | str]:
     Loads the file into this process; needs no GPU.
     """
     where = Path(path).resolve()
-    functions = inspect_elf(where).functions
+    info = inspect_elf(where)
+    functions = info.functions
     with _lock:
         ensure_tvm_ffi()
         machine.load_cudart()
+        libraries.prepare(functions, info.needed)
         handle = library.open_module(str(where))
     found: dict[str, Signature | str] = {}
     for name in functions:
         try:
-            found[name] = probe(_exported(handle, where, name))
+            found[name] = probe(exported(handle, where, name))
         except AbiError as error:
             found[name] = str(error)
     return found

@@ -12,6 +12,7 @@ from typing import Any
 
 from fi_ffi.reference.attention import batch, mla, plan, single, variant
 from fi_ffi.reference.attention.variant import Compiled
+from fi_ffi.reference.attention.xqa import xqa_wrapper
 
 _Kernels = dict[str, Callable[..., Any]]
 
@@ -48,6 +49,7 @@ KERNELS: dict[str, _Kernels] = {
         "plan_fa3": plan.mla,
         "run_fa3": mla.run,
     },
+    "xqa": {"xqa_wrapper": xqa_wrapper},
 }
 
 

@@ -21,6 +21,9 @@ SINCE = {
     "ckv_scale": "0.6.14",
     "kpe_scale": "0.6.14",
     "uniform_q_len": "0.6.16",
+    "kSfCacheVLLM": "0.6.7",
+    "vSfCacheVLLM": "0.6.7",
+    "qCuSeqLens": "0.6.16",
     "maybe_ckv_scale_arr": "0.6.18",
 }
 

@@ -1,0 +1,218 @@
+"""The functions that a module's sources export, and the methods of its objects."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from fi_ffi.abi.signature import Signature
+from fi_ffi.errors import BuildError
+from fi_ffi.loader.bindings import cpp
+from fi_ffi.loader.bindings.conditions import IsSwitch
+from fi_ffi.loader.bindings.types import abi_type
+
+EXPORT = "TVM_FFI_DLL_EXPORT_TYPED_FUNC"
+_EXPORT = re.compile(EXPORT + r"\s*\(\s*(\w+)\s*,\s*&?\s*([\w:]+)\s*\)\s*$")
+_USING = re.compile(r"using\s+(\w+)\s*=\s*(.+)$")
+_ENUM = re.compile(r"enum\s+(?:class\s+|struct\s+)?(\w+)\b")
+# Words before a function's result that are none of it.
+_SPECIFIERS = r"(?:(?:static|inline|extern|constexpr|virtual|__host__|TVM_FFI_INLINE)\s+|\"\"\s*)*"
+_FUNCTION = re.compile(_SPECIFIERS + r"(?P<result>[\w:]+(?:\s*<.*>)?[\s&]+)(?P<name>[\w:]+)\s*\(")
+_CLASS = re.compile(r"(?:class|struct)\s+(\w+)\s*(?:final\s*)?:[^:].*\bModuleObj\b")
+# How this code base names what is a macro inside parameters.
+_MACRO = re.compile(r"\b[A-Z]+(?:_[A-Z]+)+\b")
+_METHOD = re.compile(r'name\s*==\s*"(\w+)"')
+_LAMBDA = re.compile(r"\bFromTyped\(\s*(?=\[)")
+
+
+@dataclass(frozen=True)
+class Function:
+    """An exported function, or a method: its signature, and what its parameters are called."""
+
+    signature: Signature
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of a module's, and the macros that the compiler is given for it."""
+
+    path: str
+    text: str
+    defines: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Bindings:
+    """What a module's sources export, by name; `objects` has methods by class and name."""
+
+    exports: dict[str, Function] = field(default_factory=dict)
+    objects: dict[str, dict[str, Function]] = field(default_factory=dict)
+
+
+# The text of what a source includes by a name, given (path of the source, name), or None.
+Include = Callable[[str, str], "str | None"]
+
+
+def read(
+    sources: Iterable[Source],
+    include: Include = lambda path, name: None,
+    is_switch: IsSwitch = lambda name: False,
+) -> Bindings:
+    """What all sources export together.
+
+    `is_switch` says of a macro that it is set on the command line or nowhere.  `BuildError`
+    names what cannot be told: an export that nothing declares, a type of no known name, a
+    condition on a macro of which nothing is known.
+    """
+    found = Bindings()
+    for source in sources:
+        if EXPORT in source.text:
+            try:
+                _Reader(source, include, is_switch).add(found)
+            except BuildError as error:
+                raise BuildError(f"{source.path}: {error}") from error
+    return found
+
+
+class _Reader:
+    """One source, and as much of its headers as is needed."""
+
+    def __init__(self, source: Source, include: Include, is_switch: IsSwitch) -> None:
+        self.include = functools.partial(include, source.path)
+        self.is_switch = is_switch
+        seen = cpp.preprocess(source.text, source.defines, self.include, is_switch)
+        self.text, self.macros, self.headers = seen.text, seen.macros, seen.headers
+        self.scope = list(cpp.statements(self.text))
+        self.known = _aliases(self.scope)
+        self.declared = _functions(self.scope)
+
+    def add(self, found: Bindings) -> None:
+        exports = [(match, s) for s in self.scope if (match := _EXPORT.search(s.text))]
+        if len(exports) != self.text.count(EXPORT):
+            raise BuildError(f"{self.text.count(EXPORT)} exports, of which {len(exports)} are read")
+        for match, statement in exports:
+            name = match[1]
+            if not statement.is_sure:
+                raise BuildError(f"whether {name} is exported depends on an unknown macro")
+            if name in found.exports:
+                raise BuildError(f"{name} is exported twice")
+            found.exports[name] = self.exported(name, match[2].rpartition("::")[2])
+        for statement in self.scope:
+            if match := _CLASS.search(statement.text):
+                found.objects[match[1]] = dict(_methods(self.text, match[1], self.known))
+
+    def exported(self, name: str, function: str) -> Function:
+        """The function that all its declarations agree on."""
+        declared = self.declared.get(function) or self.from_headers(function)
+        if not declared:
+            raise BuildError(f"{name} is exported and not declared")
+        if not all(statement.is_sure for statement in declared):
+            raise BuildError(f"how {name} is declared depends on an unknown macro")
+        functions = {self.declaration(name, statement.text) for statement in declared}
+        if len({function.signature for function in functions}) > 1:
+            raise BuildError(f"{name} is declared in several ways")
+        # A definition may name what a declaration leaves out.
+        return max(functions, key=lambda one: (sum(map(bool, one.names)), one.names))
+
+    def declaration(self, name: str, text: str) -> Function:
+        match = _FUNCTION.match(text)
+        assert match is not None
+        start = match.end() - 1
+        inside = text[start + 1 : cpp.closing(text, start)]
+        for macro in dict.fromkeys(_MACRO.findall(inside)):
+            if macro not in self.macros:
+                self.define(macro)
+        return function_of(name, match["result"], cpp.expand(inside, self.macros), self.known)
+
+    def define(self, macro: str) -> None:
+        """Take a macro's value from the headers, where one has it."""
+        for seen in self.mentioning(macro):
+            if macro in seen.macros:
+                self.macros[macro] = seen.macros[macro]
+
+    def from_headers(self, function: str) -> list[cpp.Statement]:
+        return [
+            statement
+            for seen in self.mentioning(function)
+            for statement in _functions(cpp.statements(seen.text)).get(function, ())
+        ]
+
+    def mentioning(self, word: str) -> Iterator[cpp.Seen]:
+        for header in self.headers:
+            text = self.include(header)
+            if text is not None and re.search(rf"\b{word}\b", text):
+                yield cpp.preprocess(text, self.macros, self.include, self.is_switch)
+
+
+def _functions(scope: Iterable[cpp.Statement]) -> dict[str, list[cpp.Statement]]:
+    """What is declared, by name."""
+    found: dict[str, list[cpp.Statement]] = {}
+    for statement in scope:
+        if function := _FUNCTION.match(statement.text.removeprefix(cpp.DOUBT)):
+            found.setdefault(function["name"].rpartition("::")[2], []).append(statement)
+    return found
+
+
+def _aliases(scope: Iterable[cpp.Statement]) -> dict[str, str]:
+    aliases = {}
+    for statement in scope:
+        if using := _USING.search(statement.text):
+            aliases[using[1]] = using[2]
+        elif statement.body and (enum := _ENUM.search(statement.text)):
+            aliases[enum[1]] = "int"
+    return aliases
+
+
+def function_of(name: str, result: str, parameters: str, known: Mapping[str, str]) -> Function:
+    """A function from the text of its result and of its parameters."""
+    pairs = [_parameter(text) for text in cpp.split(parameters) if text != "void"]
+    types = tuple(abi_type(type_, known) for type_, _ in pairs)
+    return Function(Signature(name, types, abi_type(result, known)), tuple(n for _, n in pairs))
+
+
+_NAMED = re.compile(r"(.*[\s&>*])(\w+)")
+
+
+def _parameter(text: str) -> tuple[str, str]:
+    """The type and the name of a parameter; "" where it has none."""
+    text = re.sub(r"\s*=.*$", "", text).strip()
+    text = re.sub(r"^\[\[.*?\]\]\s*", "", text)
+    named = _NAMED.fullmatch(text)
+    if named is None or named[1].strip() in ("const", "unsigned", "long"):
+        return text, ""
+    return named[1].strip(), named[2]
+
+
+def _methods(
+    text: str, class_name: str, known: Mapping[str, str]
+) -> Iterator[tuple[str, Function]]:
+    """What `GetFunction` of a class makes, by name."""
+    start = text.index("{", text.index("GetFunction(", text.index(f"class {class_name} ")))
+    body = text[start : cpp.closing(text, start)]
+    names = list(_METHOD.finditer(body))
+    for match, after in zip(names, [*names[1:], None], strict=True):
+        part = body[match.end() : after.start() if after else len(body)]
+        made = _LAMBDA.search(part)
+        if made is None:
+            raise BuildError(f"what the method {match[1]} is cannot be told")
+        yield match[1], _lambda(match[1], part[made.end() :], known)
+
+
+_ARROW = re.compile(r"\s*(?:mutable\s*)?(?:->\s*(?P<result>[\w:<>\s]+?)\s*)?\{")
+
+
+def _lambda(name: str, text: str, known: Mapping[str, str]) -> Function:
+    """`[this](int64_t id) -> int64_t { ... }`; without a result it must return nothing."""
+    end = cpp.closing(text, 0)
+    opening = text.index("(", end)
+    close = cpp.closing(text, opening)
+    arrow = _ARROW.match(text, close + 1)
+    if arrow is None:
+        raise BuildError(f"what the method {name} takes cannot be told")
+    inner = text[arrow.end() : cpp.closing(text, arrow.end() - 1)]
+    if arrow["result"] is None and re.search(r"\breturn\b\s*[^;\s]", inner):
+        raise BuildError(f"what the method {name} returns cannot be told")
+    return function_of(name, arrow["result"] or "void", text[opening + 1 : close], known)

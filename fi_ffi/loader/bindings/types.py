@@ -1,0 +1,51 @@
+"""C++ types as TVM-FFI prints them in a function's signature."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from fi_ffi.errors import BuildError
+from fi_ffi.loader.bindings.cpp import split
+
+# What TVM-FFI's own headers make of them; a test compiles a function of each and asks it.
+PRINTED = {
+    "TensorView": "DLTensor*",
+    "Tensor": "ffi.Tensor",
+    "Module": "ffi.Module",
+    "Function": "ffi.Function",
+    "double": "float",
+    "float": "float",
+    "int64_t": "int",
+    "uint64_t": "int",
+    "int32_t": "int",
+    "uint32_t": "int",
+    "int": "int",
+    "size_t": "int",
+    "bool": "bool",
+    "std::string": "std::string",
+    "String": "str",
+    "DLDataType": "DataType",
+    "DLDevice": "Device",
+    "void": "void",
+}
+_GENERIC = re.compile(r"(Optional|Array|Tuple|Variant)<(.*)>")
+_WORDS = re.compile(r"\b(?:const|ffi|tvm|struct|enum)\b(?:\s*::)?|&|^::")
+
+
+def abi_type(text: str, aliases: Mapping[str, str] | None = None) -> str:
+    """`Optional<ffi::TensorView>` is `Optional<DLTensor*>`, `double` is `float`.
+
+    `aliases` has what `using` says, and "int" for enumerations: TVM-FFI has no others.
+    """
+    plain = re.sub(r"\s+", " ", _WORDS.sub(" ", text)).strip().removeprefix("::").strip()
+    generic = _GENERIC.fullmatch(plain)
+    if generic:
+        inner = ", ".join(abi_type(part, aliases) for part in split(generic[2]))
+        return f"{generic[1]}<{inner}>"
+    if plain in PRINTED:
+        return PRINTED[plain]
+    last = plain.rpartition("::")[2]
+    if aliases and last in aliases:
+        return abi_type(aliases[last], {k: v for k, v in aliases.items() if k != last})
+    raise BuildError(f"what TVM-FFI calls the C++ type {text!r} is not known")

@@ -1,0 +1,89 @@
+"""Which modules FlashInfer builds ahead of time in a release, and for which GPUs.
+
+`data/modules.json` has what the generators of some releases list and the architectures in
+their compiler flags (`tools/record_entries.py` makes it).  They were asked for more
+architectures than wheels are published for: `WHEELS` says for which.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fi_ffi.loader.boxes import Box
+from fi_ffi.loader.fatbin import CudaCode, sass_named
+from fi_ffi.loader.uris import ModuleName, parse
+
+_DATA = Path(__file__).with_name("data") / "modules.json"
+# What FlashInfer's release workflow compiles the wheels of a CUDA tag for.  The wheels
+# themselves could not be had where this was written.
+_CU130 = "7.5 8.0 8.9 9.0a 10.0a 10.3a 12.0f"
+WHEELS = {
+    ("cu128", "x86_64"): "7.5 8.0 8.9 9.0a 10.0a 12.0a",
+    ("cu128", "aarch64"): "7.5 8.0 8.9 9.0a 10.0a 12.0a",
+    ("cu129", "x86_64"): _CU130,
+    ("cu129", "aarch64"): _CU130,
+    ("cu130", "x86_64"): _CU130,
+    ("cu130", "aarch64"): "7.5 8.0 8.9 9.0a 10.0a 10.3a 11.0a 12.0f",
+}
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A release's own list: boxes of modules, with the machine code they are compiled to."""
+
+    release: str
+    modules: tuple[tuple[Box, tuple[CudaCode, ...]], ...]
+    # How many modules there are, those with names that follow no rule included.
+    count: int
+
+    def codes(self, module: str) -> tuple[CudaCode, ...] | None:
+        """What a module is compiled for where everything is asked for; None if not listed."""
+        parsed = parse(module, self.release)
+        return None if parsed is None else self._codes(parsed)
+
+    def _codes(self, module: ModuleName) -> tuple[CudaCode, ...] | None:
+        return next((codes for box, codes in self.modules if box.has(module)), None)
+
+    def family(self, name: str) -> list[tuple[Box, tuple[CudaCode, ...]]]:
+        """The boxes of a family."""
+        return [(box, codes) for box, codes in self.modules if box.family == name]
+
+
+def code_named(architecture: str) -> CudaCode:
+    """The machine code for an architecture as FLASHINFER_CUDA_ARCH_LIST has it: 9.0a."""
+    return sass_named("sm" + architecture.replace(".", ""))
+
+
+def in_wheel(codes: tuple[CudaCode, ...], cuda: str, machine: str) -> tuple[CudaCode, ...]:
+    """Those of a module's architectures that the published wheels of a CUDA tag have."""
+    published = {code_named(text) for text in WHEELS.get((cuda, machine), "").split()}
+    return tuple(code for code in codes if code in published)
+
+
+@functools.cache
+def _data() -> Any:
+    return json.loads(_DATA.read_text())
+
+
+def recorded_releases() -> tuple[str, ...]:
+    """The releases whose lists are recorded, in their order."""
+    return tuple(_data()["releases"])
+
+
+@functools.cache
+def listed_in(release: str) -> Listed | None:
+    """The list of a release; None where it was not recorded."""
+    about = _data()["releases"].get(release)
+    if about is None:
+        return None
+    groups = [group for group in _data()["groups"] if release in group["releases"]]
+    return Listed(release, tuple(map(_read, groups)), about["count"])
+
+
+def _read(group: Mapping[str, Any]) -> tuple[Box, tuple[CudaCode, ...]]:
+    return Box.read(group), tuple(map(sass_named, group["compiled_for"].split()))

@@ -1,0 +1,173 @@
+"""`xqa`: decode attention by TensorRT-LLM's kernels, of one query of each request, no plan."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+from fi_ffi.abi.device import Device
+from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.abi.tensor import TensorDesc, make_desc, make_layout
+from fi_ffi.errors import ArgumentError
+from fi_ffi.loader import machine
+from fi_ffi.ops.attention.options import SHORT, choice, in_use, integer, number, release
+from fi_ffi.ops.attention.plan import form_in
+from fi_ffi.ops.attention.rows import XQA
+from fi_ffi.ops.attention.run import Values, call
+from fi_ffi.ops.row import KV_LAYOUTS
+
+_OP = "xqa"
+_HOPPER = 9
+
+
+def xqa(
+    q: TensorLike,
+    k_cache: TensorLike,
+    v_cache: TensorLike,
+    page_table: TensorLike,
+    seq_lens: TensorLike,
+    output: TensorLike,
+    workspace_buffer: TensorLike | None = None,
+    semaphores: TensorLike | None = None,
+    *,
+    sinks: TensorLike | None = None,
+    q_scale: Any = 1.0,
+    kv_scale: Any = 1.0,
+    sliding_win_size: int = 0,
+    kv_layout: str = "NHD",
+    sm_count: int | None = None,
+    enable_pdl: bool = False,
+    rcp_out_scale: float = 1.0,
+    stream: object = None,
+) -> None:
+    """Attention of one query of each request over a paged cache, without a plan.
+
+    Args:
+        q: [batch_size, 1, num_q_heads, head_dim] float16 or bfloat16; output: the same,
+            written, of q's dtype (or float8_e4m3fn, with keys of that dtype); contiguous.
+        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim], or with "HND" the
+            middle axes exchanged, of q's dtype or float8_e4m3fn; with the same strides, which
+            are multiples of head_dim.  Pages have 16, 32, 64 or 128 tokens.
+        page_table: [batch_size, max_pages] int32: each request's pages.
+        seq_lens: [batch_size, 1] uint32: each request's keys, 1 or more.
+        workspace_buffer: uint8, scratch that no other stream uses; semaphores: uint32,
+            [batch_size * num_kv_heads] or more, 0 before the first call and again after each.
+            Without them each stream has its own of fi_ffi's.
+        sinks: [num_kv_heads, num_q_heads / num_kv_heads] float32: a logit more for each head.
+        q_scale, kv_scale: numbers, or [1] float32 on the device; kv_scale is of fp8 caches.
+        sliding_win_size: the last keys that are seen, the newest among them; 0: all.
+        sm_count: multiprocessors to use; all of the device's.
+
+    The module is compiled for the dtypes, the page's and the head's size, the number of query
+    heads that share keys, and whether there is a window.  On SM90 fp8 caches take a kernel that
+    multiplies in fp8.  Speculative decoding (several queries of a request) and 4-bit caches
+    are not here: `fi_ffi.module` reaches them.
+
+    Raises `ArgumentError` and `ArgumentTypeError` before anything is launched,
+    `ArchitectureError` on GPUs before SM90, `KernelNotFoundError` where there is no such module.
+    Upstream: flashinfer/xqa.py, csrc/xqa/xqa_wrapper.cu.
+    """
+    choice(_OP, "kv_layout", kv_layout, tuple(KV_LAYOUTS))
+    q, output = as_desc(q, _OP, "q"), as_desc(output, _OP, "output")
+    given = {"k_cache": k_cache, "v_cache": v_cache}
+    caches = [_cache(name, tensor, kv_layout) for name, tensor in given.items()]
+    table = as_desc(page_table, _OP, "page_table")
+    page_size, kv_heads, head_dim = caches[0].shape[1:]
+    batch, heads = _heads(q, kv_heads)
+    if len(table.shape) != 2:
+        raise ArgumentError(_OP, "page_table", got=table.layout, expected="rank 2 (b max_pages)")
+    device = q.device
+    (row,) = in_use((XQA,), device)
+    window = integer(_OP, "sliding_win_size", sliding_win_size, 0)
+    dtypes = {"Q": q.dtype.name, "KV": caches[0].dtype.name, "O": output.dtype.name}
+    _check_dtypes(q, caches[0], output)
+    values = Values(_OP, row, "xqa", {})
+    most = _multiprocessors(device)
+    count = most if sm_count is None else integer(_OP, "sm_count", sm_count, 1)
+    if count > most:
+        raise ArgumentError(_OP, "sm_count", got=count, expected=f"at most {most}")
+    values.put(
+        run_sm90_fp8_mha=_on_hopper(device) and caches[0].dtype.itemsize == 1,
+        multiProcessorCount=count, nbKHeads=kv_heads, slidingWinSize=window, output=output,
+        rcpOutScale=number(_OP, "rcp_out_scale", rcp_out_scale, 0.0), q=q, attentionSinks=sinks,
+        kCacheVLLM=caches[0], vCacheVLLM=caches[1], kvCachePageList=table,
+        maxSeqLen=table.shape[1] * page_size, seqLen=seq_lens, batchSize=batch, qSeqLen=1,
+        semaphores=semaphores, scratch=workspace_buffer, enable_pdl=enable_pdl,
+        **_scale("q_scale", q_scale, "qScale", "qScaleTensor"),
+        **_scale("kv_scale", kv_scale, "kvCacheScale", "kvScaleTensor"),
+    )  # fmt: skip
+    known = {"num_kv_heads": kv_heads, "group": heads // kv_heads, "head_dim": head_dim}
+    module = _module(dtypes, page_size, head_dim, heads // kv_heads, window > 0)
+    made: None = call(_OP, form_in(row, module, dtypes, known), values.values, stream)
+    return made  # of a call that is prepared; else None
+
+
+def _cache(name: str, tensor: TensorLike, kv_layout: str) -> TensorDesc:
+    """A cache with its tokens before its heads, as the kernels have it."""
+    desc = as_desc(tensor, _OP, name)
+    if len(desc.shape) != 4 or 0 in desc.shape[1:]:
+        expected = "rank 4, and pages, heads and elements of at least 1"
+        raise ArgumentError(_OP, name, got=desc.layout, expected=expected)
+    head_dim = desc.shape[-1]
+    if any(stride % head_dim for stride in desc.strides[:-1]):
+        got, expected = f"strides {desc.strides}", f"strides that are multiples of {head_dim}"
+        raise ArgumentError(_OP, name, got=got, expected=expected)
+    if kv_layout == "NHD":
+        return desc
+
+    def exchanged(of: tuple[int, ...]) -> tuple[int, ...]:
+        return of[0], of[2], of[1], of[3]
+
+    shape, strides = exchanged(desc.shape), exchanged(desc.strides)
+    layout = make_layout(shape, desc.dtype, strides, desc.device, desc.layout.readonly)
+    return make_desc(desc.ptr, layout, desc)
+
+
+def _heads(q: TensorDesc, kv_heads: int) -> tuple[int, int]:
+    """Requests, and heads of their queries."""
+    if len(q.shape) != 4 or q.shape[1] != 1:
+        expected = "rank 4 (batch_size 1 num_q_heads head_dim)"
+        raise ArgumentError(_OP, "q", got=q.layout, expected=expected)
+    if not q.shape[2] or q.shape[2] % kv_heads:
+        expected = f"heads in a multiple of the cache's {kv_heads}"
+        raise ArgumentError(_OP, "q", got=q.layout, expected=expected)
+    return q.shape[0], q.shape[2]
+
+
+def _check_dtypes(q: TensorDesc, k: TensorDesc, output: TensorDesc) -> None:
+    """What modules there are: caches as the query or in fp8, outputs as the query or both fp8."""
+    fp8 = "float8_e4m3fn"
+    own = q.dtype.name
+    if own not in ("float16", "bfloat16"):
+        raise ArgumentError(_OP, "q", got=q.dtype, expected="float16 or bfloat16")
+    if k.dtype.name not in (own, fp8):
+        raise ArgumentError(_OP, "k_cache", got=k.dtype, expected=f"{own}, as q, or {fp8}")
+    allowed = (own, fp8) if k.dtype.name == fp8 else (own,)
+    if output.dtype.name not in allowed:
+        expected = " or ".join(allowed)
+        raise ArgumentError(_OP, "output", got=output.dtype, expected=expected)
+
+
+def _scale(name: str, value: object, plain: str, tensor: str) -> dict[str, object]:
+    """A scale as the entry has it: a number, and the same on the device where it is there."""
+    if isinstance(value, numbers.Real):
+        return {plain: number(_OP, name, value, 0.0), tensor: None}
+    return {plain: 1.0, tensor: as_desc(value, _OP, name)}
+
+
+def _multiprocessors(device: Device) -> int:
+    return machine.multiprocessors(device.index) if device.is_cuda else 1
+
+
+def _on_hopper(device: Device) -> bool:
+    return device.is_cuda and machine.capability(device.index)[0] == _HOPPER
+
+
+def _module(dtypes: dict[str, str], page_size: int, head_dim: int, group: int, window: bool) -> str:
+    from fi_ffi.loader.uris import uri  # as late as can be: it has a large table
+
+    return uri(
+        "xqa", release=release(), input_dtype=SHORT[dtypes["Q"]], output_dtype=SHORT[dtypes["O"]],
+        kv_cache_dtype=SHORT[dtypes["KV"]], page_size=page_size, head_dim=head_dim,
+        head_group_ratio=group, use_sliding_window=window,
+    )  # fmt: skip

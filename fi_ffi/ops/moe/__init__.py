@@ -1,0 +1,20 @@
+"""Mixture of experts: `cutlass_fused_moe`, `FusedMoe`, and what prepares 4-bit weights for them."""
+
+from __future__ import annotations
+
+from fi_ffi.ops.moe.cached import cutlass_fused_moe
+from fi_ffi.ops.moe.cached import forget as forget
+from fi_ffi.ops.moe.deepgemm import set_deepgemm_jit_include_dirs
+from fi_ffi.ops.moe.fused import FusedMoe
+from fi_ffi.ops.moe.weights import (
+    interleave_moe_scales_for_sm90_mixed_gemm,
+    interleave_moe_weights_for_sm90_mixed_gemm,
+)
+
+__all__ = [
+    "FusedMoe",
+    "cutlass_fused_moe",
+    "interleave_moe_scales_for_sm90_mixed_gemm",
+    "interleave_moe_weights_for_sm90_mixed_gemm",
+    "set_deepgemm_jit_include_dirs",
+]

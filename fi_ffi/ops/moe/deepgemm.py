@@ -1,0 +1,117 @@
+"""What the module's fp8 block-scale kernels need of the machine.
+
+They come twice: compiled into the module, and as DeepGEMM's, which the module compiles when it
+is called, with nvcc, once it has been told where DeepGEMM's headers are.  Without that the
+first are used.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fi_ffi.abi.device import parse_device
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, LoaderError
+from fi_ffi.ops import cuda
+from fi_ffi.ops.moe.interface import MODULE, SET_INCLUDE_DIRS
+
+_CACHE, _COMPILER = "TRTLLM_DG_CACHE_DIR", "TRTLLM_DG_NVCC_COMPILER"
+_HEADER = "deep_gemm/fp8_gemm_impl.cuh"
+# The module gives nvcc's command to a shell, and quotes nothing.
+_PLAIN, _WORDS = re.compile(r"[\w./+-]+", re.ASCII), "a path of letters, digits and ./_+- alone"
+
+
+def cache_folder() -> Path:
+    """Where the module makes folders as it is loaded, and keeps what it compiles."""
+    if _CACHE in os.environ:
+        return Path(os.environ[_CACHE])
+    if "HOME" in os.environ:
+        return Path(os.environ["HOME"], ".tensorrt_llm")
+    return Path(tempfile.gettempdir(), "tensorrt_llm")
+
+
+def check_cache_folder(op: str) -> None:
+    """Raise `LoaderError` where the module could not make its folders.
+
+    It makes them while it is loaded, where a failure is an exception that nothing catches: the
+    process would end.
+    """
+    folder = cache_folder()
+    try:
+        if os.environ.get(_CACHE) == "":
+            raise FileNotFoundError(f"{_CACHE} is empty")
+        for name in ("tmp", "cache"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LoaderError(
+            f"{op}: {MODULE} makes {folder} when it is loaded, which fails here ({error}); "
+            f"{_CACHE} may name another folder"
+        ) from error
+
+
+def compiler() -> str | None:
+    """The nvcc that the module would run; None where there is none."""
+    chosen = os.environ.get(_COMPILER)
+    if chosen is None and os.environ.get("CUDA_HOME"):
+        chosen = str(Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc")
+    return shutil.which(chosen or "nvcc")
+
+
+def set_deepgemm_jit_include_dirs(
+    include_dirs: Sequence[str | os.PathLike[str]], device: object = "cuda:0"
+) -> None:
+    """Have fp8 block-scale calls run DeepGEMM's kernels, compiled when they are first needed.
+
+    Otherwise the module's own are run, which need no compiler.  Each new combination of sizes
+    costs seconds of nvcc inside the call; TRTLLM_DG_CACHE_DIR keeps what was compiled.
+
+    Args:
+        include_dirs: where `deep_gemm/` is: flashinfer-python's
+            `flashinfer/data/csrc/nv_internal/tensorrt_llm`.  None of them (`[]`) goes back to
+            the module's own kernels.
+        device: whose module.
+
+    Raises `ArgumentError` where the headers are not there, `LoaderError` where nvcc is not.
+    """
+    op = "set_deepgemm_jit_include_dirs"
+    if isinstance(include_dirs, (str, bytes, os.PathLike)) or not isinstance(
+        include_dirs, Sequence
+    ):
+        got = type(include_dirs).__name__
+        raise ArgumentTypeError(op, "include_dirs", got=got, expected="a sequence of paths")
+    folders = [Path(folder).expanduser().absolute() for folder in include_dirs]
+    for folder in folders:
+        if not _PLAIN.fullmatch(str(folder)):
+            raise ArgumentError(op, "include_dirs", got=folder, expected=_WORDS)
+    if folders and not _PLAIN.fullmatch(str(cache_folder())):
+        raise LoaderError(f"{op}: {_CACHE} or HOME: {cache_folder()} is not {_WORDS}")
+    if folders and not any((folder / _HEADER).is_file() for folder in folders):
+        got, expected = ", ".join(map(str, folders)), f"a folder with {_HEADER}"
+        raise ArgumentError(op, "include_dirs", got=got, expected=expected)
+    if folders and compiler() is None:
+        raise LoaderError(
+            f"{op}: the module runs nvcc, and there is none: {_COMPILER}, CUDA_HOME or PATH name it"
+        )
+    _entry(op, parse_device(device, op=op))([str(folder) for folder in folders])
+
+
+def _entry(op: str, device: Any) -> Any:
+    from fi_ffi.abi.function import make_array
+    from fi_ffi.loader import runtime
+
+    if not device.is_cuda:
+        raise ArgumentError(op, "device", got=device, expected="a CUDA device")
+    check_cache_folder(op)
+    releases = ">=0.6.3"
+    entry = runtime.kernel_entry(MODULE, SET_INCLUDE_DIRS.signature, releases, device.index)
+
+    def call(folders: list[str]) -> None:
+        with cuda.current(device), make_array(folders) as array:
+            entry(array)
+
+    return call

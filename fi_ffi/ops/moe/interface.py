@@ -1,0 +1,162 @@
+"""What the functions of `fused_moe_90` take in each of FlashInfer's releases.
+
+The binding is `csrc/fused_moe/cutlass_backend/flashinfer_cutlass_fused_moe_binding.cu`: `init`
+makes an object whose methods are the kernels.  `tests/releases/test_moe.py` compares every
+interface with the sources; a binary's own signatures are compared when it is loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fi_ffi.abi.signature import Signature
+from fi_ffi.errors import KernelNotFoundError
+
+MODULE = "fused_moe_90"
+
+_TYPES = {
+    "dtype": "DataType",
+    "tensor": "DLTensor*",
+    "tensor?": "Optional<DLTensor*>",
+    "tensors?": "Optional<Array<ffi.Tensor>>",
+    "ints?": "Optional<Array<int>>",
+}
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function or method: its signature, and what its parameters are called."""
+
+    signature: Signature
+    names: tuple[str, ...]
+
+    @classmethod
+    def read(cls, name: str, text: str, result: str = "void") -> Function:
+        """From text such as "tensor output, int tp_size tp_rank"."""
+        pairs = [pair for part in text.split(",") for pair in _named(part)]
+        types = tuple(_TYPES.get(kind, kind) for kind, _ in pairs)
+        return cls(Signature(name, types, result), tuple(name for _, name in pairs))
+
+
+def _named(part: str) -> Iterator[tuple[str, str]]:
+    words = part.split()
+    return ((words[0], name) for name in words[1:])
+
+
+@dataclass(frozen=True, eq=False)
+class Interface:
+    """The interface of some releases."""
+
+    releases: str
+    init: Function
+    methods: dict[str, Function]
+    # Whether GEMM2's tactics are numbered after GEMM1's in `profile_ids`, or from 0.
+    absolute_ids: bool
+
+
+_INIT = """dtype activation_dtype weight_dtype output_dtype, bool use_deepseek_fp8_block_scale
+    use_w4_group_scaling use_mxfp8_act_scaling use_packed_weights"""
+_FUSED_FINALIZE = _INIT + " use_fused_finalize"
+_HUMMING = _FUSED_FINALIZE + " use_wfp4afp8_humming"
+
+_RUN = """tensor output input token_selected_experts, tensor? token_final_scales,
+    tensor fc1_expert_weights, tensor? fc1_expert_biases, tensor fc2_expert_weights,
+    tensor? fc2_expert_biases, tensors? quant_scales, tensor? input_sf swiglu_alpha swiglu_beta
+    swiglu_limit SITU, bool swizzled_input_sf, int tp_size tp_rank ep_size ep_rank cluster_size
+    cluster_rank, bool enable_alltoall min_latency_mode, ints? profile_ids, bool enable_pdl,
+    int base_activation_type, tensor? workspace_buffer"""
+_SITU = "clamped_relu2_limit situ_beta situ_linear_beta"
+
+_PROFILE = """tensor input fc1_expert_weights, tensor? fc1_expert_biases,
+    tensor fc2_expert_weights, tensor? fc2_expert_biases, int top_k tp_size tp_rank ep_size
+    ep_rank cluster_size cluster_rank, bool enable_alltoall min_latency_mode,
+    int gemm_idx profile_id, bool do_preparation enable_pdl, int activation_type"""
+_SIZE = """int num_rows hidden_size inter_size num_experts_total experts_per_token tp_size tp_rank
+    ep_size ep_rank, bool min_latency_mode, int base_activation_type"""
+
+_COUNTS = ("get_gemm1_tactic_count", "get_gemm2_tactic_count")
+_OCCUPANCY = {"get_tactic_occupancy": ("int tactic_id", "int")}
+_WORKSPACE = _OCCUPANCY | {"get_workspace_size": (_SIZE, "int")}
+
+
+def _interface(
+    releases: str,
+    init: str,
+    lacking: str,
+    more: dict[str, tuple[str, str]],
+    absolute_ids: bool = False,
+) -> Interface:
+    """`lacking` names what `_RUN` has and these releases do not."""
+    run = re.sub(r"\bSITU\b", _SITU, _RUN)
+    for name in lacking.split():
+        run = re.sub(rf"\b{name}\b", "", run)
+    given = {"run_moe": (run, "void"), "run_gemm_profile": (_PROFILE, "void")}
+    given |= dict.fromkeys(_COUNTS, ("", "int")) | more
+    methods = {name: Function.read(name, *about) for name, about in given.items()}
+    return Interface(releases, Function.read("init", init, "ffi.Module"), methods, absolute_ids)
+
+
+_NEITHER = f"{_SITU} workspace_buffer"
+
+# The default release's first.
+INTERFACES = (
+    _interface(">=0.6.9,<0.6.15", _INIT, _NEITHER, _OCCUPANCY),
+    _interface(">=0.6.8,<0.6.9", _INIT, _NEITHER, {}),
+    _interface(">=0.6.3,<0.6.8", _INIT, f"{_NEITHER} swizzled_input_sf", {}),
+    _interface(">=0.6.15,<0.6.16", _FUSED_FINALIZE, _NEITHER, _OCCUPANCY, True),
+    _interface(">=0.6.16,!=0.6.17.*,<0.7", _HUMMING, _SITU, _WORKSPACE, True),
+    _interface("==0.6.17.*", _FUSED_FINALIZE, _SITU, _WORKSPACE, True),
+    _interface(">=0.7", _HUMMING, "", _WORKSPACE, True),
+)
+
+# The releases in which 4-bit weights and their scales are laid out as `weights` says.
+W4_RELEASES = ">=0.6.10,!=0.6.16.*,<0.6.18"
+INTERLEAVE = Function.read(
+    "interleave_moe_weights_for_sm90_mixed_gemm", "tensor weight weight_interleaved, int quant_type"
+)
+SET_INCLUDE_DIRS = Function(
+    Signature("set_deepgemm_jit_include_dirs", ("Array<str>",)), ("include_dirs",)
+)
+
+# `ActivationType` of nv_internal/.../cutlass_kernels/include/common.h: a name's number is its
+# place among those that a release has.
+_ACTIVATIONS = {
+    "Gelu": "", "Relu": "", "Silu": "", "Swiglu": "", "Geglu": "", "SwigluBias": "", "Relu2": "",
+    "SwigluStep": ">=0.6.13", "GegluTanh": ">=0.6.14", "Identity": "",
+}  # fmt: skip
+ACTIVATIONS = tuple(_ACTIVATIONS)
+GATED = frozenset({"Swiglu", "Geglu", "SwigluBias", "SwigluStep", "GegluTanh"})
+
+
+@functools.cache
+def is_in(release: str, releases: str) -> bool:
+    """Whether a release is one of some."""
+    from packaging.specifiers import SpecifierSet  # its import is a good part of a first call
+
+    return SpecifierSet(releases).contains(release, prereleases=True)
+
+
+@functools.cache
+def of_release(release: str | None) -> Interface:
+    """The interface of a release; the default release's where nothing tells which it is."""
+    found = (one for one in INTERFACES if release is None or is_in(release, one.releases))
+    interface = next(found, None)
+    if interface is None:
+        known = "; ".join(one.releases for one in INTERFACES)
+        raise KernelNotFoundError(
+            f"{MODULE} of FlashInfer {release} has an interface that is not known here: {known} are"
+        )
+    return interface
+
+
+@functools.cache
+def activation_numbers(release: str | None) -> dict[str, int]:
+    """The activations that a release has, with its numbers for them."""
+    from fi_ffi.loader.lock import the_lock
+
+    of = release or the_lock().default_release
+    had = [name for name, since in _ACTIVATIONS.items() if not since or is_in(of, since)]
+    return {name: number for number, name in enumerate(had)}

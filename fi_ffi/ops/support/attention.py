@@ -1,0 +1,158 @@
+"""What attention can be called where: the modules of its plans and calls, by their options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from fi_ffi.errors import ArgumentError
+from fi_ffi.ops.attention.options import Kernel, backend_for, check_encoding, choice, soft_cap
+from fi_ffi.ops.attention.rows import (
+    BATCH_DECODE_RUN,
+    BATCH_MLA,
+    BATCH_PREFILL,
+    BATCH_PREFILL_SINK,
+    FORMS,
+    FP8,
+    SINGLE_DECODE,
+    SINGLE_PREFILL,
+)
+from fi_ffi.ops.attention.spec import DecodeOptions, MlaOptions, PrefillOptions
+from fi_ffi.ops.row import Row
+from fi_ffi.ops.support.answer import MISSING, REFUSED, Support
+from fi_ffi.ops.support.judge import judge
+from fi_ffi.ops.support.question import Question
+
+# What a plan must be told and no module depends on.
+_PLAN = {"num_qo_heads": 8, "num_kv_heads": 8, "page_size": 16}
+_GIVEN: dict[str, dict[str, Any]] = {
+    "BatchPrefillPlan": {**_PLAN, "head_dim_qk": 128},
+    "BatchDecodePlan": {**_PLAN, "head_dim": 128},
+    "BatchMlaPlan": {"num_heads": 16, "page_size": 16},
+}
+_SINGLE: dict[str, Any] = {
+    "q_data_type": "float16", "kv_data_type": None, "o_data_type": None, "head_dim": 128,
+    "head_dim_vo": None, "pos_encoding_mode": "NONE", "window_left": -1, "logits_soft_cap": 0.0,
+}  # fmt: skip
+_SINGLE_PREFILL = {"use_fp16_qk_reduction": False, "use_custom_mask": False, "backend": "auto"}
+
+
+def answer(op: str, question: Question, options: Mapping[str, Any]) -> Support:
+    """The answer for a plan class or a call with these options."""
+    if op not in _CHOICES:
+        return _of_family(op, question)
+    try:
+        kernel, backend, row = _CHOICES[op](op, question, options)
+
+        def module(release: str) -> str:
+            return kernel.module(backend, release)
+
+        found = judge(op, FORMS[row], question, module)
+    except ArgumentError as error:  # of the options, or of a module that no release has
+        return Support(op, REFUSED, str(error), release=question.release)
+    chosen = options.get("backend", "auto") == "auto" and backend == "fa3"
+    if found.status != MISSING or not chosen:
+        return found
+    other = answer(op, question, {**options, "backend": "fa2"})
+    more = f"; with backend='fa2' it can be called, by {other.module}" if other else ""
+    return replace(found, reason=found.reason + more)
+
+
+def _of_family(op: str, question: Question) -> Support:
+    """The answer for what has no options here: that of any module of its rows' family."""
+    family = op.lower().removesuffix("plan")
+    rows = [row for row in FORMS if row.name.partition(".")[0] == family]
+    if not rows:
+        raise TypeError(f"{op} has no rows to tell what it needs")
+    return judge(op, FORMS[rows[0]], question)
+
+
+_Choice = tuple[Kernel, str, Row]
+
+
+def _kind(backend: str, kernel: Kernel) -> str:
+    return backend + ("_fp8" if kernel.q_data_type in FP8 else "")
+
+
+def _prefill(op: str, question: Question, given: Mapping[str, Any]) -> _Choice:
+    options = PrefillOptions.of({**_GIVEN[op], **given})
+    kernel, is_paged = options.kernel, options.page_size is not None
+    backend, _ = backend_for(
+        op, options.backend, kernel, question.capability, options.use_custom_mask, is_paged
+    )
+    rows = BATCH_PREFILL_SINK if options.use_attention_sink else BATCH_PREFILL
+    return kernel, backend, rows[_kind(backend, kernel)][2 if is_paged else 1]
+
+
+def _decode(op: str, question: Question, given: Mapping[str, Any]) -> _Choice:
+    del question
+    return DecodeOptions.of({**_GIVEN[op], **given}).kernel, "", BATCH_DECODE_RUN
+
+
+def _mla(op: str, question: Question, given: Mapping[str, Any]) -> _Choice:
+    options = MlaOptions.of({**_GIVEN[op], **given})
+    backend, _ = backend_for(op, options.backend, options.kernel, question.capability)
+    return options.kernel, backend, BATCH_MLA[backend][1]
+
+
+def _single_kernel(
+    family: str, op: str, known: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[Kernel, dict[str, Any]]:
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise TypeError(f"{op}.supports() got an unexpected keyword argument {unknown[0]!r}")
+    asked = {**known, **given}
+    q = asked["q_data_type"]
+    o = asked["o_data_type"] or ("float16" if q in FP8 else q)
+    cap = soft_cap(op, asked["logits_soft_cap"])
+    mode = asked["pos_encoding_mode"]
+    check_encoding(op, mode, cap)
+    kernel = Kernel(
+        family, q, asked["kv_data_type"] or q, o, asked["head_dim"],
+        asked["head_dim_vo"] or asked["head_dim"], mode, asked["window_left"] >= 0, cap > 0,
+        bool(asked.get("use_fp16_qk_reduction")),
+    )  # fmt: skip
+    return kernel, asked
+
+
+def _single_prefill(op: str, question: Question, given: Mapping[str, Any]) -> _Choice:
+    kernel, asked = _single_kernel("single_prefill", op, _SINGLE | _SINGLE_PREFILL, given)
+    choice(op, "backend", asked["backend"], ("auto", "fa2", "fa3"))
+    backend, _ = backend_for(
+        op, asked["backend"], kernel, question.capability, asked["use_custom_mask"]
+    )
+    return kernel, backend, SINGLE_PREFILL[_kind(backend, kernel)]
+
+
+def _single_decode(op: str, question: Question, given: Mapping[str, Any]) -> _Choice:
+    del question
+    return _single_kernel("single_decode", op, _SINGLE, given)[0], "", SINGLE_DECODE
+
+
+_CHOICES: dict[str, Callable[[str, Question, Mapping[str, Any]], _Choice]] = {
+    "BatchPrefillPlan": _prefill,
+    "BatchDecodePlan": _decode,
+    "BatchMlaPlan": _mla,
+    "single_prefill": _single_prefill,
+    "single_decode": _single_decode,
+}
+# The options that tables have a line for, by what they are called there.
+_FA = {"fa2": {"backend": "fa2"}, "fa3": {"backend": "fa3"}}
+_FP8_QUERIES = {"fa3, fp8 queries": {"backend": "fa3", "q_data_type": "float8_e4m3fn"}}
+_SINKS = {
+    f"{backend}, attention sinks": {
+        "backend": backend, "use_attention_sink": True, "head_dim_qk": 64,
+        "q_data_type": "bfloat16",
+    }
+    for backend in _FA
+}  # fmt: skip
+# Of what is not here, any module of the family is asked about.
+SAMPLES: dict[str, dict[str, dict[str, Any]]] = {
+    "BatchPrefillPlan": _FA | {"fa2, fp8 keys": {"backend": "fa2", "kv_data_type": "float8_e4m3fn"}}
+    | _FP8_QUERIES | _SINKS,
+    "BatchDecodePlan": {"": {}, "fp8 keys": {"kv_data_type": "float8_e4m3fn"}},
+    "BatchMlaPlan": _FA,
+    "single_prefill": _FA,
+    "single_decode": {"": {}},
+}  # fmt: skip

@@ -1,0 +1,136 @@
+"""`xqa` on CPU tensors, against float64; and every kind of bad input."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from xqa_calls import BF16, F16, FP8, Batch, Spec
+
+import fi_ffi
+from fi_ffi.loader import machine
+
+from calls import HostArray
+
+SPECS = {
+    "plain": Spec(),
+    "one request": Spec(lengths=(5,)),
+    "no request": Spec(lengths=()),
+    "long": Spec(lengths=(3000, 1)),
+    "HND": Spec(layout="HND"),
+    "f16": Spec(q=F16, kv=F16, page_size=128, group=1),
+    "fp8": Spec(q=F16, kv=FP8, page_size=64, group=8, options={"kv_scale": 0.5}),
+    "window": Spec(window=20),
+    "wide heads": Spec(head_dim=256, group=2, page_size=32),
+    "narrow heads": Spec(head_dim=48, group=3),
+    "q_scale": Spec(options={"q_scale": 0.25}),
+    "q_scale tensor": Spec(options={"q_scale": np.array([0.25], np.float32)}),
+    "kv_scale tensor": Spec(kv=FP8, options={"kv_scale": np.array([1.5], np.float32)}),
+    "sinks": Spec(options={"sinks": np.linspace(-2, 3, 8, dtype=np.float32).reshape(2, 4)}),
+}
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng()
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_against_float64(name, rng):
+    if name == "no request":
+        batch = Batch(replace(SPECS[name], lengths=(1,)), rng)
+        batch.arrays = {
+            n: a[:0] if n in ("q", "output", "page_table", "seq_lens") else a
+            for n, a in batch.arrays.items()
+        }
+        fi_ffi.xqa(**batch.arrays)
+        return
+    assert Batch(SPECS[name], rng).check(HostArray) <= 1
+
+
+def test_the_judge_sees_a_wrong_result(rng):
+    batch = Batch(SPECS["plain"], rng)
+    right = batch.expected()
+    assert batch.check(HostArray) <= 1
+    batch.spec, batch.expected = replace(batch.spec, options={"q_scale": 1.3}), lambda: right
+    assert batch.check(HostArray) > 1
+
+
+def _wrong() -> dict[str, tuple[str, object, str]]:
+    f32 = np.float32
+    return {
+        "rank of q": ("q", np.zeros((4, 8, 128), BF16), "rank 4"),
+        "two queries": ("q", np.zeros((4, 2, 8, 128), BF16), "rank 4"),
+        "heads of q": ("q", np.zeros((4, 1, 7, 128), BF16), "a multiple of the cache's 2"),
+        "q in float32": ("q", np.zeros((4, 1, 8, 128), f32), "float16 or bfloat16"),
+        "head size of q": ("q", np.zeros((4, 1, 8, 64), BF16), "head_dim = 128"),
+        "requests of q": ("q", np.zeros((3, 1, 8, 128), BF16), "b = "),
+        "output in float16": ("output", np.zeros((4, 1, 8, 128), F16), "bfloat16"),
+        "rank of keys": ("k_cache", np.zeros((9, 16, 256), BF16), "rank 4"),
+        "no heads": ("k_cache", np.zeros((9, 16, 0, 128), BF16), "at least 1"),
+        "a page of 8": ("k_cache", np.zeros((9, 8, 2, 128), BF16), "page_size"),
+        "values of another size": ("v_cache", np.zeros((9, 16, 4, 128), BF16), "num_pages"),
+        "keys in float32": ("k_cache", np.zeros((9, 16, 2, 128), f32), "as q"),
+        "lengths of int64": ("seq_lens", np.zeros((4, 1), np.int64), "uint32"),
+        "rank of lengths": ("seq_lens", np.zeros(4, np.uint32), "rank 2"),
+        "rank of the table": ("page_table", np.zeros(4, np.int32), "rank 2"),
+        "table of int64": ("page_table", np.zeros((4, 9), np.int64), "int32"),
+        "window": ("sliding_win_size", -1, "from 0"),
+        "window in words": ("sliding_win_size", "all", "int"),
+        "layout": ("kv_layout", "HDN", "NHD"),
+        "scale": ("q_scale", float("nan"), "finite"),
+        "scale of two": ("q_scale", np.ones(2, f32), "1"),
+        "sinks": ("sinks", np.zeros((4, 2), f32), "num_kv_heads = 2"),
+        "sinks in float16": ("sinks", np.zeros((2, 4), F16), "float32"),
+        "multiprocessors": ("sm_count", 0, "from 1"),
+        "too many of them": ("sm_count", 10**6, "at most"),
+        "semaphores": ("semaphores", np.zeros(4, np.int32), "uint32"),
+        "workspace": ("workspace_buffer", np.zeros(100, np.uint8), "bytes or more"),
+        "text": ("q", "queries", "Tensor"),
+        "none": ("k_cache", None, "Tensor"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _wrong())
+def test_refusals(name, rng):
+    argument, value, words = _wrong()[name]
+    batch = Batch(SPECS["plain"], rng)
+    before = batch.arrays["output"].tobytes()
+    with pytest.raises(fi_ffi.ArgumentError) as caught:
+        fi_ffi.xqa(**(batch.arrays | {argument: value}))
+    error = caught.value
+    assert error.op == "xqa"
+    assert words in str(error), error
+    sizes = ("head size of q", "requests of q", "values of another size", "a page of 8")
+    assert error.argument == argument or name in sizes, error
+    assert batch.arrays["output"].tobytes() == before
+
+
+def test_strides_that_are_no_heads(rng):
+    batch = Batch(SPECS["plain"], rng)
+    wide = np.zeros((*batch.keys.shape[:3], 136), BF16)[..., :128]
+    with pytest.raises(fi_ffi.ArgumentError, match="multiples of 128"):
+        fi_ffi.xqa(**(batch.arrays | {"k_cache": wide}))
+    together = np.zeros((len(batch.keys), 2, *batch.keys.shape[1:]), BF16)
+    together[:, 0], together[:, 1] = batch.keys, batch.values
+    arrays = batch.arrays | {"k_cache": together[:, 0], "v_cache": together[:, 1]}
+    fi_ffi.xqa(**arrays)
+    alone = {**batch.arrays, "output": np.full_like(batch.arrays["output"], np.nan)}
+    fi_ffi.xqa(**alone)
+    assert arrays["output"].tobytes() == alone["output"].tobytes()
+    with pytest.raises(fi_ffi.ArgumentError, match="those of `kCacheVLLM`"):
+        fi_ffi.xqa(**(arrays | {"v_cache": batch.values}))
+
+
+def test_a_gpu_that_is_too_old(monkeypatch, rng):
+    monkeypatch.setattr(machine, "capability", lambda index: (8, 7))
+    monkeypatch.setattr(machine, "multiprocessors", lambda index: 16)
+    descs = {
+        name: fi_ffi.TensorDesc(1 << 20, array.shape, array.dtype, device="cuda:0")
+        for name, array in Batch(SPECS["plain"], rng).arrays.items()
+    }
+    scratch = fi_ffi.TensorDesc(1 << 20, (1 << 20,), "uint8")
+    counters = fi_ffi.TensorDesc(1 << 20, (1 << 20,), "uint32")
+    with pytest.raises(fi_ffi.ArchitectureError, match="8.7"):
+        fi_ffi.xqa(**descs, workspace_buffer=scratch, semaphores=counters, stream=0)

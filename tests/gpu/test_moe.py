@@ -1,0 +1,484 @@
+"""`cutlass_fused_moe` on a GPU against float64: every mode, tactic and kind of routing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import fi_ffi
+from fi_ffi.loader import search
+from fi_ffi.ops import cuda
+from fi_ffi.reference import moe_weights
+from fi_ffi.reference.exact_moe import ON_HOPPER, moe
+
+from moe_layers import BF16, F8, F16, GATED, MODES, PLAIN, Made, make, part
+
+IDS = [f"{mode}-{act.name}-{out.name}" for mode, act, out in MODES]
+each_mode = pytest.mark.parametrize(("mode", "act", "out"), MODES, ids=IDS)
+# One of each: what does not depend on the dtypes.
+each_kind = pytest.mark.parametrize(("mode", "act", "out"), MODES[1::2], ids=IDS[1::2])
+SMALL = {"hidden": 256, "inter": 128}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> None:
+    try:
+        search.find_module("fused_moe_90", 0)
+    except fi_ffi.LoaderError as error:
+        pytest.skip(str(error).partition("\n")[0])
+
+
+class Judge:
+    """A layer's results and bounds, worked out once."""
+
+    def __init__(self, made: Made) -> None:
+        lost = max(made.layer.accumulated, ON_HOPPER.get(made.layer.mode, 0.0))
+        self.expected, self.allowed = moe(replace(made.layer, accumulated=lost))
+
+    def __call__(self, got: np.ndarray) -> float:
+        error = np.abs(got.astype(np.float64) - self.expected) / np.maximum(self.allowed, 1e-300)
+        return float(np.where(np.isnan(error), np.inf, error).max(initial=0.0))
+
+
+class OnGpu:
+    """A call's memory on the GPU, poison around all of it."""
+
+    def __init__(self, made: Made, to_gpu) -> None:
+        self.made, self.placed = made, []
+        self.to_gpu = to_gpu
+
+    def __call__(self, array: np.ndarray):
+        if not array.size:
+            return fi_ffi.TensorDesc(0, array.shape, array.dtype)
+        self.placed.append((array, self.to_gpu(array)))
+        return self.placed[-1][1]
+
+    def check(self, output) -> np.ndarray:
+        """The output, after a look at everything else."""
+        got = output.get()
+        for host, array in self.placed:
+            assert array.intact(), "bytes outside a tensor were written"
+            if array is not output:
+                assert array.get().tobytes() == host.tobytes(), "an input was changed"
+        return got
+
+
+def run(made: Made, to_gpu, stream, function=fi_ffi.cutlass_fused_moe, **more) -> np.ndarray:
+    place = OnGpu(made, to_gpu)
+    return place.check(made.call_of(function, place, stream=stream, **more))
+
+
+def check(made: Made, to_gpu, stream, record_property, **more) -> None:
+    fraction = Judge(made)(run(made, to_gpu, stream, **more))
+    record_property("error_of_bound", fraction)
+    assert fraction <= 1
+
+
+@each_mode
+@pytest.mark.parametrize("tokens", [1, 2, 17, 64, 256, 257, 1000])
+def test_tokens(mode, act, out, tokens, rng, to_gpu, stream, record_property):
+    """Up to 256 tokens are sorted in one block, more in several."""
+    made = make(rng, mode, act, out, tokens=tokens, **SMALL)
+    check(made, to_gpu, stream, record_property)
+
+
+@each_mode
+@pytest.mark.parametrize("activation", [*GATED, *PLAIN])
+def test_activations(mode, act, out, activation, rng, to_gpu, stream, record_property):
+    made = make(rng, mode, act, out, activation=activation, biases=True, tokens=40, **SMALL)
+    check(made, to_gpu, stream, record_property)
+
+
+@each_mode
+@pytest.mark.parametrize("top_k", range(1, 9))
+def test_top_k(mode, act, out, top_k, rng, to_gpu, stream, record_property):
+    made = make(rng, mode, act, out, top_k=top_k, experts=11, tokens=33, **SMALL)
+    check(made, to_gpu, stream, record_property)
+
+
+@each_mode
+@pytest.mark.parametrize("sizes", [(128, 128), (384, 256), (256, 640), (512, 1024), (1024, 512)])
+def test_sizes(mode, act, out, sizes, rng, to_gpu, stream, record_property):
+    made = make(rng, mode, act, out, hidden=sizes[0], inter=sizes[1], tokens=70)
+    check(made, to_gpu, stream, record_property)
+
+
+@pytest.mark.parametrize("sizes", [(8, 8), (24, 40), (1032, 8), (72, 136)])
+def test_small_and_odd_sizes_of_16_bits(sizes, rng, to_gpu, stream, record_property):
+    made = make(rng, "half", F16, F16, hidden=sizes[0], inter=sizes[1], tokens=50)
+    check(made, to_gpu, stream, record_property)
+
+
+@pytest.mark.parametrize("sizes", [(16, 16), (48, 80), (1040, 16)])
+def test_small_and_odd_sizes_of_fp8(sizes, rng, to_gpu, stream, record_property):
+    made = make(rng, "fp8", F8, BF16, hidden=sizes[0], inter=sizes[1], tokens=50)
+    check(made, to_gpu, stream, record_property)
+
+
+@each_kind
+def test_a_large_layer(mode, act, out, rng, to_gpu, stream, record_property):
+    made = make(rng, mode, act, out, hidden=2048, inter=1024, experts=16, top_k=4, tokens=300)
+    check(made, to_gpu, stream, record_property)
+
+
+@each_kind
+def test_many_experts(mode, act, out, rng, to_gpu, stream, record_property):
+    made = make(rng, mode, act, out, experts=256, top_k=8, tokens=9, hidden=128, inter=128)
+    check(made, to_gpu, stream, record_property)
+
+
+@each_mode
+def test_options_of_calls(mode, act, out, rng, to_gpu, stream, record_property):
+    for more in ({"final": False}, {"limits": ("alpha", "beta", "limit")}, {"limits": ("limit",)},
+                 {"experts": 1, "top_k": 1}):  # fmt: skip
+        made = make(rng, mode, act, out, **{**SMALL, "tokens": 20, **more})
+        check(made, to_gpu, stream, record_property)
+    made = make(rng, mode, act, out, **SMALL)
+    check(made, to_gpu, stream, record_property, enable_pdl=True)
+
+
+def test_the_step_with_limits(rng, to_gpu, stream, record_property):
+    made = make(rng, "half", F16, F16, activation="SwigluStep", limits=("limit",))
+    check(made, to_gpu, stream, record_property)
+
+
+def test_one_quantisation_scale_for_all_experts(rng, to_gpu, stream, record_property):
+    made = make(rng, "fp8", F8, BF16, per_expert_quant=False)
+    check(made, to_gpu, stream, record_property)
+
+
+@each_kind
+@pytest.mark.parametrize("tokens", [40, 400])
+def test_routings(mode, act, out, tokens, rng, to_gpu, stream, record_property):
+    """All tokens to one expert; and some to experts that nobody has, or of other ranks."""
+    one = np.full((tokens, 1), 3, np.int32)
+    made = make(rng, mode, act, out, tokens=tokens, top_k=1, chosen=one, **SMALL)
+    check(made, to_gpu, stream, record_property)
+    away = rng.choice(np.array([-1, 5, 1000, 2**31 - 1], np.int32), (tokens, 2))
+    away[::3, 0], away[1::3, 1] = 2, 4
+    made = make(rng, mode, act, out, tokens=tokens, chosen=away, **SMALL)
+    got = run(made, to_gpu, stream)
+    assert Judge(made)(got) <= 1
+    assert not got[2::3].any()
+
+
+def of_ranks(made: Made, ranks: int) -> list[Made]:
+    """The experts of each rank, which are all."""
+    count = len(made.layer.w1) // ranks
+
+    def own(array, rank):
+        is_whole = array.ndim and len(array) == len(made.layer.w1)
+        return np.ascontiguousarray(array[rank * count : (rank + 1) * count]) if is_whole else array
+
+    found = []
+    for rank in range(ranks):
+        tensors = {k: own(v, rank) for k, v in made.tensors.items() if k.startswith("fc")}
+        numbers = {
+            k: v if k.startswith("pre") else own(v, rank) for k, v in made.layer.scales.items()
+        }
+        layer = {"w1": own(made.layer.w1, rank), "w2": own(made.layer.w2, rank),
+                 "first_expert": rank * count, "scales": numbers}  # fmt: skip
+        scales = [
+            scale if made.layer.mode == "int4" and i in (2, 3, 4, 5) else own(scale, rank)
+            for i, scale in enumerate(made.scales)
+        ]
+        more = {"ep_size": ranks, "ep_rank": rank}
+        found.append(part(made, tensors=tensors, layer=layer, scales=scales, **more))
+    return found
+
+
+@each_kind
+@pytest.mark.parametrize("tokens", [33, 300])
+def test_ranks_of_experts(mode, act, out, tokens, rng, to_gpu, stream):
+    made = make(rng, mode, act, out, experts=8, top_k=3, tokens=tokens, **SMALL)
+    total = 0
+    for rank in of_ranks(made, 4):
+        got = run(rank, to_gpu, stream)
+        assert Judge(rank)(got) <= 1
+        assert not got[~(made.layer.experts // 2 == rank.more["ep_rank"]).any(axis=1)].any()
+        total = total + got.astype(np.float64)
+    assert Judge(made)(total) <= 1.5  # each rank rounds once more
+
+
+def test_all_to_all_leaves_other_tokens_alone(rng, to_gpu, stream):
+    """Those that have no expert of this rank: written as zeros, or not written."""
+    made = make(rng, "half", F16, F16, experts=8, top_k=2, tokens=50, **SMALL)
+    for rank in of_ranks(made, 4):
+        own = (made.layer.experts // 2 == rank.more["ep_rank"]).any(axis=1)
+        got = run(rank, to_gpu, stream, enable_alltoall=True)
+        judge = Judge(rank)
+        judge.expected, judge.allowed = judge.expected[own], judge.allowed[own]
+        assert judge(got[own]) <= 1
+        bits = got[~own].view(np.uint16)
+        assert np.isin(bits, (0, 0xFFFF)).all()
+
+
+def test_ranks_of_tensors(rng, to_gpu, stream):
+    made = make(rng, "half", BF16, BF16, hidden=256, inter=256, biases=True, tokens=30)
+    total = 0
+    for rank in range(2):
+        own = slice(rank * 128, rank * 128 + 128)
+
+        def halves(array, own=own):
+            both = array[:, :256][:, own], array[:, 256:][:, own]
+            return np.ascontiguousarray(np.concatenate(both, axis=1))
+
+        tensors = {
+            "fc1_expert_weights": halves(made.tensors["fc1_expert_weights"]),
+            "fc2_expert_weights": made.tensors["fc2_expert_weights"][..., own].copy(),
+            "fc1_expert_biases": halves(made.tensors["fc1_expert_biases"]),
+        }  # fmt: skip
+        layer = {"w1": halves(made.layer.w1), "w2": made.layer.w2[..., own],
+                 "bias1": halves(made.layer.bias1), "adds_bias2": rank == 0}  # fmt: skip
+        one = part(made, tensors=tensors, layer=layer, tp_size=2, tp_rank=rank)
+        got = run(one, to_gpu, stream)
+        assert Judge(one)(got) <= 1
+        total = total + got.astype(np.float64)
+    assert Judge(made)(total) <= 1.5
+
+
+def moe_of(mode, act, out, made: Made) -> fi_ffi.FusedMoe:
+    flags = {name: made.more.pop(name) for name in [*made.more] if name.startswith("use_")}
+    weight = made.tensors["fc1_expert_weights"].dtype
+    return fi_ffi.FusedMoe(act, weight, out, device="cuda:0", **flags)
+
+
+@each_mode
+def test_every_tactic(mode, act, out, rng, to_gpu, stream, record_property):
+    """Each gives the same within the bounds, or says that it is not for these sizes."""
+    made = make(rng, mode, act, out, tokens=45, biases=True, **SMALL)
+    layer = moe_of(mode, act, out, made)
+    counts = layer.tactics
+    assert min(counts) > 0
+    judge, worst, refused = Judge(made), 0.0, []
+    pairs = [(i, -1) for i in range(counts.gemm1)] + [(-1, i) for i in range(counts.gemm2)]
+    place = OnGpu(made, to_gpu)
+    placed = {name: place(array) for name, array in made.tensors.items()}
+    scales = [place(scale) for scale in made.scales]
+    descs = {name: array.desc() for name, array in placed.items()}
+    given = [scale if isinstance(scale, fi_ffi.TensorDesc) else scale.desc() for scale in scales]
+    for ids in pairs if layer.mode.has_tactics else pairs[:3]:
+        poison(placed["output"])
+        try:
+            layer(**descs, quant_scales=given or None, **made.more, profile_ids=ids, stream=stream)
+        except fi_ffi.KernelError as error:
+            refused.append((ids, str(error).partition("\n")[0]))
+            continue
+        worst = max(worst, judge(placed["output"].get()))
+        assert worst <= 1, f"tactic {ids}"
+    place.check(placed["output"])
+    record_property("error_of_bound", worst)
+    record_property("tactics", f"{counts}, {len(refused)} refused: {refused[:3]}")
+    assert len(refused) * 2 < len(pairs), refused
+
+
+def poison(array) -> None:
+    from cuda.bindings import runtime
+
+    runtime.cudaMemset(array.ptr, 0xFF, array.nbytes)
+    runtime.cudaDeviceSynchronize()
+
+
+@pytest.mark.parametrize("ids", [(10**6, 0), (0, 10**6)])
+def test_tactics_that_there_are_not(ids, rng, to_gpu, stream):
+    made = make(rng, "half", F16, F16, **SMALL)
+    with pytest.raises(fi_ffi.ArgumentError, match="profile_ids"):
+        made.call(OnGpu(made, to_gpu), stream=stream, profile_ids=ids)
+
+
+@each_kind
+def test_profiles(mode, act, out, rng, to_gpu, stream, record_property):
+    made = make(rng, mode, act, out, tokens=64, experts=8, **SMALL)
+    layer = moe_of(mode, act, out, made)
+    weights = {
+        name: to_gpu(made.tensors[name]).desc()
+        for name in ("input", "fc1_expert_weights", "fc2_expert_weights")
+    }  # fmt: skip
+    before = cuda.kernel_memory().count
+    found = layer.profile(**weights, top_k=2, stream=stream)
+    assert cuda.kernel_memory().count == before, "the profiler's memory was not given back"
+    assert layer.profile(**weights, top_k=2, stream=stream) is found or not layer.mode.has_tactics
+    record_property("profile", str(found.profile_ids))
+    if layer.mode.has_tactics:
+        for times, count, best in zip(found[1:], layer.tactics, found.profile_ids, strict=True):
+            assert len(times) == count and times[best] == min(times) > 0
+    else:
+        assert found.profile_ids == (-1, -1)
+    got = run(made, to_gpu, stream, layer, profile_ids=found.profile_ids)
+    assert Judge(made)(got) <= 1
+
+
+def test_profiles_refuse_while_a_graph_is_recorded(rng, to_gpu, stream):
+    made = make(rng, "half", F16, F16, **SMALL)
+    layer = fi_ffi.FusedMoe(F16)
+    names = ("input", "fc1_expert_weights", "fc2_expert_weights")
+    weights = {name: to_gpu(made.tensors[name]).desc() for name in names}
+    with fi_ffi.capture(stream), pytest.raises(fi_ffi.ArgumentError, match="stream"):
+        layer.profile(**weights, top_k=2, stream=stream)
+
+
+@each_kind
+def test_calls_one_after_another_share_the_pool(mode, act, out, rng, to_gpu, stream):
+    """Of different sizes on one stream: each gives its workspace to the next."""
+    before = cuda.kernel_memory().count
+    mades = [make(rng, mode, act, out, tokens=tokens, **SMALL) for tokens in (200, 3, 60)]
+    places = [OnGpu(made, to_gpu) for made in mades]
+    outputs = [m.call(p, stream=stream) for m, p in zip(mades, places, strict=True)]
+    for made, place, output in zip(mades, places, outputs, strict=True):
+        assert Judge(made)(place.check(output)) <= 1
+    assert cuda.kernel_memory().count == before
+
+
+@each_kind
+def test_two_streams(mode, act, out, rng, to_gpu, stream):
+    from cuda.bindings import runtime
+
+    from fi_ffi.cli.cuda import check as checked
+
+    flags = runtime.cudaStreamNonBlocking
+    other = int(checked(runtime.cudaStreamCreateWithFlags(flags)))
+    mades = [make(rng, mode, act, out, tokens=tokens, **SMALL) for tokens in (90, 70)]
+    places = [OnGpu(made, to_gpu) for made in mades]
+    try:
+        for _ in range(5):
+            outputs = [
+                made.call(place, stream=on)
+                for made, place, on in zip(mades, places, (stream, other), strict=True)
+            ]
+        for made, place, output in zip(mades, places, outputs, strict=True):
+            assert Judge(made)(place.check(output)) <= 1
+    finally:
+        checked(runtime.cudaStreamSynchronize(other))
+        checked(runtime.cudaStreamDestroy(other))
+
+
+@each_kind
+def test_in_a_graph(mode, act, out, rng, to_gpu, stream):
+    """Recorded once, launched on other tokens and another routing in the same memory."""
+    from cuda.bindings import runtime
+
+    from fi_ffi.cli.cuda import check as checked
+
+    made = make(rng, mode, act, out, tokens=50, **SMALL)
+    place = OnGpu(made, to_gpu)
+    made.call(place, stream=stream)  # kernels are loaded before they are recorded
+    place.placed.clear()
+    with fi_ffi.capture(stream) as graph:
+        output = made.call(place)
+    by_name = dict(zip(made.tensors, (array for _, array in place.placed), strict=False))
+    kind = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+    for _ in range(3):
+        again = make(rng, mode, act, out, tokens=50, **SMALL)
+        names = ("input", "token_selected_experts", "token_final_scales")
+        for name in names:
+            host = again.tensors[name]
+            checked(runtime.cudaMemcpy(by_name[name].ptr, host.ctypes.data, host.nbytes, kind))
+        poison(output)
+        graph.launch(stream)
+        checked(runtime.cudaStreamSynchronize(stream))
+        layer = {"x": again.layer.x, "experts": again.layer.experts, "final": again.layer.final}
+        assert Judge(part(made, layer=layer))(output.get()) <= 1
+
+
+def test_the_stream_of_a_scope(rng, to_gpu, stream):
+    made = make(rng, "half", BF16, BF16, **SMALL)
+    place = OnGpu(made, to_gpu)
+    with fi_ffi.stream(stream):
+        output = made.call(place)
+    assert Judge(made)(place.check(output)) <= 1
+
+
+def test_a_call_that_is_logged(rng, to_gpu, stream, tmp_path):
+    made = make(rng, "fp8", F8, F16, **SMALL)
+    with fi_ffi.call_log(3, str(tmp_path / "log")):
+        got = run(made, to_gpu, stream)
+    assert Judge(made)(got) <= 1
+    assert "run_moe" in (tmp_path / "log").read_text()
+
+
+def test_no_tokens(stream):
+    """Nothing is launched: the addresses are not even memory."""
+    made = make(np.random.default_rng(), "half", F16, F16, tokens=0)
+
+    def nowhere(array):
+        return fi_ffi.TensorDesc(4096 if array.size else 0, array.shape, array.dtype)
+
+    made.call(nowhere, stream=stream)
+
+
+@pytest.mark.parametrize("quant_type", ["fp4", "int4"])
+def test_the_order_of_4_bit_weights(quant_type, rng, to_gpu, stream):
+    weight = rng.integers(0, 256, (3, 208, 160), dtype=np.uint8)
+    source, target = to_gpu(weight), to_gpu(np.full_like(weight, 0xFF))
+    fi_ffi.interleave_moe_weights_for_sm90_mixed_gemm(
+        source.desc(), target.desc(), quant_type, stream=stream
+    )
+    got = target.get()
+    assert target.intact() and source.get().tobytes() == weight.tobytes()
+    assert (got == moe_weights.interleave(weight, quant_type)).all()
+
+
+def test_the_workspace_size(rng, to_gpu, stream):
+    layer = fi_ffi.FusedMoe(F16)
+    if not layer.runner.has("get_workspace_size"):
+        with pytest.raises(fi_ffi.KernelNotFoundError):
+            layer.workspace_size(10, 256, 128, 8, 2)
+        return
+    small, large = (layer.workspace_size(tokens, 256, 128, 8, 2) for tokens in (10, 1000))
+    assert 0 < small < large
+
+
+@pytest.fixture
+def deepgemm_headers():
+    """DeepGEMM's headers, of an installed flashinfer-python, and an nvcc."""
+    import importlib.util
+    from pathlib import Path
+
+    from fi_ffi.ops.moe import deepgemm
+
+    spec = importlib.util.find_spec("flashinfer")
+    if spec is None or spec.origin is None or deepgemm.compiler() is None:
+        pytest.skip("needs flashinfer-python's headers and nvcc")
+    return Path(spec.origin).parent / "data" / "csrc" / "nv_internal" / "tensorrt_llm"
+
+
+@pytest.mark.parametrize("tokens", [5, 100])
+def test_deepgemm(tokens, deepgemm_headers, rng, to_gpu, stream, record_property):
+    """The kernels that are compiled in the call; others for few tokens."""
+    fi_ffi.set_deepgemm_jit_include_dirs([deepgemm_headers])
+    try:
+        made = make(rng, "fp8_block_scale", BF16, BF16, tokens=tokens, **SMALL)
+        check(made, to_gpu, stream, record_property)
+    finally:
+        fi_ffi.set_deepgemm_jit_include_dirs([])
+
+
+def test_a_second_gpu(rng):
+    from cuda.bindings import runtime
+
+    from fi_ffi.cli.cuda import DeviceArray, gpus
+    from fi_ffi.cli.cuda import check as checked
+
+    if len(gpus()) < 2:
+        pytest.skip("needs two GPUs")
+    made = make(rng, "half", F16, F16, **SMALL)
+    arrays = []
+
+    def place(array):
+        arrays.append(DeviceArray(array, device=1))
+        return arrays[-1]
+
+    checked(runtime.cudaSetDevice(1))
+    other = int(checked(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
+    made_on = [place(array) for array in made.tensors.values()]
+    checked(runtime.cudaSetDevice(0))
+    placed = iter(made_on)
+    output = made.call(lambda array: next(placed), stream=other)
+    checked(runtime.cudaSetDevice(1))
+    checked(runtime.cudaStreamSynchronize(other))
+    assert Judge(made)(output.get()) <= 1
+    for array in arrays:
+        array.free()
+    checked(runtime.cudaSetDevice(0))

@@ -1,0 +1,66 @@
+"""`xqa` on a GPU against float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from xqa_calls import BF16, F16, FP8, Batch, Spec
+
+import fi_ffi
+
+PLAIN = Spec(q=BF16, kv=BF16, page_size=16, group=4)
+IN_FP8 = Spec(q=F16, kv=FP8, page_size=64, group=8, window=200, lengths=(1, 64, 199, 200, 3000))
+SPECS = {
+    "plain": PLAIN,
+    "one request": replace(PLAIN, lengths=(5,)),
+    "one head": replace(PLAIN, kv_heads=1),
+    "split": replace(PLAIN, lengths=(8000, 1), kv_heads=1),
+    "many": replace(PLAIN, lengths=tuple(range(1, 200)), kv_heads=3),
+    "HND": replace(PLAIN, layout="HND"),
+    "q_scale": replace(PLAIN, options={"q_scale": 0.25}),
+    "q_scale tensor": replace(PLAIN, options={"q_scale": np.array([0.25], np.float32)}),
+    "sinks": replace(PLAIN, options={
+        "sinks": np.linspace(-2, 3, 8, dtype=np.float32).reshape(2, 4)}),
+    "sinks, split": replace(PLAIN, lengths=(8000,), options={
+        "sinks": np.linspace(-2, 3, 8, dtype=np.float32).reshape(2, 4)}),
+    "fp8, window": IN_FP8,
+    "fp8, HND": replace(IN_FP8, layout="HND"),
+    "fp8, scales": replace(IN_FP8, options={"q_scale": 0.5, "kv_scale": 1.5}),
+    "fp8, scale tensors": replace(IN_FP8, options={
+        "q_scale": np.array([0.5], np.float32), "kv_scale": np.array([1.5], np.float32)}),
+}  # fmt: skip
+
+
+def run(spec, rng, to_gpu, stream) -> float:
+    try:
+        return Batch(spec, rng).check(to_gpu, stream)
+    except fi_ffi.KernelNotFoundError as error:
+        pytest.skip(f"{error}".splitlines()[0])
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_against_float64(name, rng, to_gpu, stream, record_property):
+    worst = max(run(SPECS[name], rng, to_gpu, stream) for _ in range(2))
+    record_property("error_of_bound", worst)
+    assert worst <= 1
+
+
+def test_calls_one_after_another_share_semaphores(rng, to_gpu, stream):
+    """Those of different shapes, on one stream: each leaves them zero for the next."""
+    for _ in range(3):
+        for name in ("split", "plain", "many", "split"):
+            assert run(SPECS[name], rng, to_gpu, stream) <= 1
+
+
+def test_scratch_of_the_callers(rng, to_gpu, stream):
+    from fi_ffi.loader import machine
+    from fi_ffi.ops.attention.rows.xqa import SCRATCH_BYTES
+
+    size = SCRATCH_BYTES * machine.multiprocessors(0)
+    options = {
+        "workspace_buffer": np.zeros(size, np.uint8),
+        "semaphores": np.zeros(2**18, np.uint32),
+    }
+    assert run(replace(SPECS["split"], options=options), rng, to_gpu, stream) <= 1

@@ -1,0 +1,300 @@
+"""Finding a library and its functions, and what is asked of a function before it is called."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pydoc
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fi_ffi
+from fi_ffi.abi.signature import Signature
+from fi_ffi.loader.elf import inspect_elf
+from fi_ffi.loader.runtime import file_signatures
+
+
+@pytest.fixture
+def fresh(every, tmp_path):
+    """The library as a file that nobody has seen before: nothing of it is remembered."""
+    path = tmp_path / "fresh.so"
+    path.write_bytes(every.path.read_bytes() + os.urandom(16))
+    return path
+
+
+@pytest.fixture
+def kernels(built_wheel):
+    fi_ffi.use_kernels(built_wheel)
+    yield built_wheel
+    from fi_ffi.loader import runtime
+
+    runtime.use_source(None)
+
+
+def test_by_path(every):
+    for path in (every.path, str(every.path), os.path.relpath(every.path)):
+        found = fi_ffi.module(path)
+        assert found.path == every.path
+        assert (found.name, found.version) == ("every_kind", None)
+        assert found.same_int(3) == 3
+
+
+def test_a_file_name_in_the_working_folder(every, monkeypatch):
+    monkeypatch.chdir(every.path.parent)
+    assert fi_ffi.module("every_kind.so").nothing() == 7
+
+
+def test_entries(every):
+    assert every.entries() == inspect_elf(every.path).functions
+    assert {"same_int", "counter", "packed_count"} <= {*every.entries()}
+    assert {*every.entries()} <= {*dir(every)}
+    assert every.entry("same_int") is every.same_int
+    assert every.same_int.name == "every_kind.same_int"
+
+
+def test_signatures_are_the_binary_s(every):
+    asked = {name: found for name, found in every.signatures().items() if found}
+    assert {*every.entries()} - {*asked} == {"packed_count"}
+    told = file_signatures(every.path)
+    assert asked == {name: found for name, found in told.items() if isinstance(found, Signature)}
+
+
+def test_what_is_printed(every, by_hand):
+    assert repr(every.many).startswith("every_kind.many(0: int, 1: float, 2: bool, 3: Optional<DL")
+    assert repr(every.same_int) == "every_kind.same_int(0: int) -> int"
+    assert repr(by_hand.scale) == "by_hand.scale(*args), unchecked"
+    assert repr(every) == f"<module every_kind, {len(every.entries())} functions, of {every.path}>"
+    text = str(every)
+    assert text.startswith(repr(every))
+    assert all(repr(every.entry(name)) in text for name in every.entries())
+
+
+def test_help(every, testing_library):
+    text = pydoc.plain(pydoc.render_doc(every.same_int))
+    assert "every_kind.same_int(0: int) -> int" in text
+    assert "same_int" in pydoc.plain(pydoc.render_doc(every))
+    documented = fi_ffi.module(testing_library).testing_dll_test_add_with_docstring
+    assert "Add two integers and return the sum." in pydoc.plain(pydoc.render_doc(documented))
+    parameters = inspect.signature(every.many).parameters
+    assert len(parameters) == 12
+    assert [p.annotation for p in parameters.values()][:3] == ["int", "float", "bool"]
+    assert [*inspect.signature(every.packed_count).parameters] == ["args", "stream", "device"]
+
+
+def test_the_testing_library(testing_library):
+    """Of TVM-FFI's own wheel: compiled with metadata, by others."""
+    found = fi_ffi.module(testing_library)
+    assert found.testing_dll_schema_id_int(41) == 41
+    assert found.testing_dll_test_add_with_docstring(2, 3) == 5
+    with pytest.raises(fi_ffi.ArgumentTypeError):
+        found.testing_dll_test_add_with_docstring(2, "3")
+
+
+@pytest.mark.parametrize("name", ["same_imt", "Same_int", "same-int", "", "no such"])
+def test_an_unknown_entry(every, name):
+    with pytest.raises(fi_ffi.KernelNotFoundError, match="it exports: add_all, adder") as caught:
+        every.entry(name)
+    assert isinstance(caught.value, LookupError)
+    assert ("the nearest: same_int" in str(caught.value)) == (name[1:].startswith("ame"))
+
+
+def test_an_unknown_attribute(every):
+    with pytest.raises(AttributeError, match="the nearest: same_int"):
+        _ = every.same_imt
+    assert not hasattr(every, "same_imt")
+    assert not hasattr(every, "__array_interface__")
+
+
+def test_companions_are_no_entries(testing_library):
+    found = fi_ffi.module(testing_library)
+    with pytest.raises(fi_ffi.KernelNotFoundError):
+        found.entry("_metadata_testing_dll_schema_id_int")
+
+
+@pytest.mark.parametrize("name", [3, None, b"norm", object()])
+def test_what_is_no_name(every, name):
+    with pytest.raises(fi_ffi.ArgumentTypeError):
+        fi_ffi.module(name)
+    with pytest.raises(fi_ffi.ArgumentTypeError):
+        every.entry(name)
+
+
+def test_no_name():
+    with pytest.raises(fi_ffi.ArgumentError):
+        fi_ffi.module("")
+
+
+def test_no_file(tmp_path):
+    for missing in (tmp_path / "no.so", tmp_path / "none" / "no.so", "./no.so", "no.so"):
+        with pytest.raises(fi_ffi.KernelNotFoundError, match=r"no\.so"):
+            fi_ffi.module(missing)
+    with pytest.raises(fi_ffi.KernelNotFoundError, match="is no file"):
+        fi_ffi.module(tmp_path)
+
+
+def test_files_that_are_no_libraries(tmp_path, every):
+    text = tmp_path / "text.so"
+    text.write_text("no library at all")
+    cut = tmp_path / "cut.so"
+    cut.write_bytes(every.path.read_bytes()[:5000])
+    for path in (text, cut):
+        with pytest.raises(fi_ffi.LoaderError, match=path.name):
+            fi_ffi.module(path)
+
+
+def test_a_library_of_no_functions():
+    from fi_ffi.loader.machine import load_cudart
+
+    found = fi_ffi.module(Path(load_cudart()[1]))
+    assert found.entries() == ()
+    with pytest.raises(fi_ffi.KernelNotFoundError, match="it exports: none"):
+        found.entry("cudaMalloc")
+
+
+def test_another_file_at_the_same_place(every, by_hand, tmp_path):
+    path = tmp_path / "replaced.so"
+    path.write_bytes(every.path.read_bytes())
+    first = fi_ffi.module(path)
+    path.unlink()
+    path.write_bytes(by_hand.path.read_bytes())
+    second = fi_ffi.module(path)
+    assert {*second.entries()} == {"runs", "scale"}
+    assert second.runs() == 0
+    assert first.same_int(5) == 5
+
+
+def test_functions_of_no_known_kind_are_not_run(by_hand):
+    """Asking them would crash this process."""
+    assert by_hand.entries() == ("runs", "scale")
+    assert by_hand.signatures() == {"runs": None, "scale": None}
+    runs = by_hand.runs()
+    x = np.arange(4, dtype=np.float32)
+    by_hand.scale(x, 2.5)
+    assert x.tolist() == [0, 2.5, 5, 7.5]
+    desc = fi_ffi.as_desc(x)
+    by_hand.entry("scale", checked=False)(desc, 2.0)
+    assert x.tolist() == [0, 5, 10, 15]
+    assert by_hand.runs() == runs + 2
+
+
+def test_unchecked_calls_still_know_tensors_and_values(by_hand):
+    with pytest.raises(fi_ffi.ArgumentTypeError) as caught:
+        by_hand.scale(np.zeros(3, np.float32), {1, 2})
+    assert (caught.value.op, caught.value.argument) == ("by_hand.scale", "1")
+    with pytest.raises(fi_ffi.ArgumentError) as missing:
+        by_hand.scale(fi_ffi.TensorDesc(4096, (3,), "float32"), 1.0)
+    assert missing.value.argument == "stream"
+
+
+def test_a_packed_function_among_typed_ones_is_not_run(fresh):
+    found = fi_ffi.module(fresh)
+    assert found.signatures()["packed_count"] is None
+    str(found)
+    assert found.runs() == 0
+    assert found.packed_count(1, None, "three") == 3
+    assert found.runs() == 1
+
+
+def test_a_packed_function_is_run_for_its_signature_if_that_is_wanted_once(fresh):
+    found = fi_ffi.module(fresh)
+    for _ in range(3):
+        with pytest.raises(fi_ffi.AbiError, match="packed_count takes any arguments"):
+            found.entry("packed_count", checked=True)
+        assert found.runs() == 1
+    assert fi_ffi.module(fresh).packed_count() == 0
+    assert found.runs() == 2
+
+
+def test_stripped_of_its_symbols(every, tmp_path):
+    """Then the words of the refusal are what tells that functions are typed."""
+    path = tmp_path / "stripped.so"
+    done = subprocess.run(["strip", "-o", str(path), str(every.path)], check=False)
+    if done.returncode:
+        pytest.skip("no strip on this machine")
+    found = fi_ffi.module(path)
+    assert found.same_int.signature == Signature("same_int", ("int",), "int")
+    with pytest.raises(fi_ffi.ArgumentTypeError):
+        found.same_int("1")
+
+
+def test_probe_makes_an_unchecked_entry_checked(every):
+    entry = every.entry("same_int", checked=False)
+    assert entry.signature is None
+    with pytest.raises(fi_ffi.KernelError, match="Mismatched type on argument #0"):
+        entry("1")
+    assert entry.probe() == every.same_int.signature
+    with pytest.raises(fi_ffi.ArgumentTypeError):
+        entry("1")
+
+
+REMEMBERS = """
+import sys
+import fi_ffi
+from fi_ffi.loader import runtime
+
+asked = []
+probe = runtime.probe
+runtime.probe = lambda entry: asked.append(entry) or probe(entry)
+every = fi_ffi.module(sys.argv[1])
+assert every.same_int(3) == 3
+assert every.same_int.signature.params == ("int",)
+print(len(asked))
+"""
+
+
+def test_signatures_are_remembered_by_the_file_s_hash(fresh, tmp_path):
+    own = {**os.environ, "FI_FFI_CACHE_DIR": str(tmp_path / "cache")}
+    for environment, expected in [(own, "1"), (own, "0"), ({**own, "FI_FFI_PARANOID": "1"}, "1")]:
+        command = [sys.executable, "-c", REMEMBERS, str(fresh)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
+
+
+def test_flashinfer_s_modules(kernels):
+    norm = fi_ffi.module("norm")
+    assert norm.rmsnorm.signature == fi_ffi.rmsnorm.row.signature
+    assert norm.layernorm.signature.params.count("ffi.Tensor") == 4
+    assert "rmsnorm" in norm.entries()
+    page = fi_ffi.module("page")
+    assert page.append_paged_kv_cache.signature == fi_ffi.append_paged_kv_cache.row.signature
+    assert norm.version == page.version
+    assert norm.version.startswith("0.6.13")
+
+
+def test_flashinfer_s_own_refusals(kernels):
+    """Host tensors reach the kernel, which says itself that it wants them on a GPU."""
+    x, w = np.ones((4, 64), np.float16), np.ones(64, np.float16)
+    out = np.full_like(x, np.nan)
+    with pytest.raises(fi_ffi.KernelError, match="must be a CUDA tensor") as caught:
+        fi_ffi.module("norm").rmsnorm(out, x, w, 1e-6, False)
+    assert caught.value.op == "norm.rmsnorm"
+    assert np.isnan(out).all()
+    with pytest.raises(fi_ffi.ArgumentTypeError, match="`3: float`"):
+        fi_ffi.module("norm").rmsnorm(out, x, w, "1e-6", False)
+    with pytest.raises(fi_ffi.ArgumentTypeError, match=r"got 4 of them, expected 5"):
+        fi_ffi.module("norm").rmsnorm(out, x, w, 1e-6)
+    with pytest.raises(fi_ffi.KernelError, match="CUDA"):
+        fi_ffi.module("norm").layernorm(out, x, w.astype("f4"), w.astype("f4"), 1e-6)
+
+
+def test_an_unknown_module(kernels):
+    with pytest.raises(fi_ffi.KernelNotFoundError) as caught:
+        fi_ffi.module("nrom")
+    assert "norm" in str(caught.value)
+    with pytest.raises(fi_ffi.KernelNotFoundError, match=r"fi-ffi build .* sampling"):
+        fi_ffi.module("sampling")
+    with pytest.raises(fi_ffi.KernelNotFoundError, match="the nearest: rmsnorm"):
+        fi_ffi.module("norm").entry("rmsnrom")
+
+
+def test_a_module_stays_after_the_kernels_are_others(kernels, built_wheel_sm87):
+    norm = fi_ffi.module("norm")
+    fi_ffi.use_kernels(built_wheel_sm87)
+    assert norm.rmsnorm.signature is not None
+    with pytest.raises(fi_ffi.KernelNotFoundError):
+        fi_ffi.module("norm")
+    assert "append_paged_kv_cache" in fi_ffi.module("page").entries()

@@ -1,0 +1,424 @@
+"""Objects that functions return and keep: methods, functions, references."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+import weakref
+
+import numpy as np
+import pytest
+
+import fi_ffi
+from fi_ffi.abi.lent import lent_count
+from fi_ffi.abi.signature import Signature
+from fi_ffi.errors import AbiError, ArgumentError, KernelError, KernelNotFoundError
+from fi_ffi.ops import cuda
+from fi_ffi.ops.modules import FunctionObject, ModuleEntry, ModuleObject
+
+
+@pytest.fixture(autouse=True)
+def balanced(every):
+    """Every test leaves as many objects as it found."""
+    gc.collect()
+    before = every.live_counters(), cuda.kernel_memory().count, lent_count()
+    yield
+    every.keep(None)
+    gc.collect()
+    assert (every.live_counters(), cuda.kernel_memory().count, lent_count()) == before
+
+
+def floats(count=3):
+    return np.random.default_rng().standard_normal(count).astype(np.float32)
+
+
+def test_methods_have_signatures(every):
+    counter = every.counter(10)
+    assert isinstance(counter, ModuleObject)
+    add = counter.method("add")
+    assert isinstance(add, ModuleEntry)
+    assert add.signature == Signature("", ("int",), "int")
+    assert repr(add) == "every_kind.counter().add(0: int) -> int"
+    assert counter.sum.signature.params == ("Array<ffi.Tensor>", "Optional<Array<int>>")
+    assert repr(counter) == "<test_counter of every_kind.counter()>"
+    assert (counter.kind, counter.device) == ("test_counter", None)
+    assert add(5) == 15
+    assert counter.add(-1) == 14
+    assert counter.value() == 14
+
+
+def test_methods_are_looked_up_once(every):
+    counter = every.counter(0)
+    first = counter.add
+    before = every.lookups()
+    assert counter.add is first
+    assert counter.method("add") is first
+    assert every.lookups() == before
+
+
+def test_a_method_that_is_not_there(every):
+    counter = every.counter(0)
+    with pytest.raises(KernelNotFoundError, match="no method 'subtract'"):
+        counter.method("subtract")
+    with pytest.raises(AttributeError, match="no method 'subtract'"):
+        _ = counter.subtract
+    assert not hasattr(counter, "subtract")
+    with pytest.raises(fi_ffi.ArgumentTypeError):
+        counter.method(3)
+
+
+def test_protocols_ask_no_object_for_methods(every):
+    counter = every.counter(0)
+    before = every.lookups()
+    assert not hasattr(counter, "__array_interface__")
+    assert not hasattr(counter, "_private")
+    with pytest.raises(fi_ffi.ArgumentTypeError):
+        every.told_view(counter)
+    assert every.lookups() == before
+
+
+def test_methods_take_and_refuse_as_functions_do(every):
+    counter = every.counter(0)
+    x, y = floats(), floats(5)
+    expected = float(x.astype(np.float64).sum() + y.astype(np.float64).sum())
+    assert counter.sum([x, y], None) == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(fi_ffi.ArgumentTypeError) as caught:
+        counter.sum([x, 3], None)
+    assert caught.value.op == "every_kind.counter().sum"
+    assert caught.value.argument == "0: Array<ffi.Tensor>[1]"
+    with pytest.raises(KernelError) as error:
+        counter.fail("in its own words")
+    assert (error.value.kind, error.value.message) == ("ValueError", "in its own words")
+    assert error.value.op == "every_kind.counter().fail"
+
+
+def test_a_packed_method(every):
+    """Only running it tells that it takes anything."""
+    counter = every.counter(0)
+    count = counter.method("count", checked=False)
+    assert count.signature is None
+    assert counter.value() == 0  # it was not asked
+    assert count(1, "two", [3], floats()) == 4
+    assert count() == 0
+    assert counter.value() == 2
+    assert counter.method("count").signature is None  # it was asked, and ran
+    assert counter.value() == 3
+    assert counter.count() == 0
+    assert counter.value() == 4
+    with pytest.raises(AbiError, match="takes any arguments"):
+        counter.method("count", checked=True)
+    with pytest.raises(AbiError, match="takes any arguments"):
+        count.probe()
+
+
+def test_an_object_lives_as_long_as_its_methods(every):
+    before = every.live_counters()
+    add = every.counter(1).add
+    gc.collect()
+    assert every.live_counters() == before + 1
+    assert add(1) == 2
+    del add
+    assert every.live_counters() == before
+
+
+def test_an_object_that_nobody_refers_to_is_gone_at_once(every):
+    gc.disable()
+    try:
+        before = every.live_counters()
+        counter = every.counter(1)
+        counter.add(1)
+        counter.fail.signature  # noqa: B018
+        assert every.live_counters() == before + 1
+        del counter
+        assert every.live_counters() == before
+    finally:
+        gc.enable()
+
+
+def test_release(every):
+    before = every.live_counters()
+    counter = every.counter(1)
+    add = counter.add
+    counter.release()
+    assert every.live_counters() == before
+    with pytest.raises(ArgumentError, match="released") as caught:
+        add(1)
+    assert (caught.value.op, caught.value.argument) == ("every_kind.counter().add", "self")
+    with pytest.raises(ArgumentError, match="released"):
+        add.probe()
+    with pytest.raises(fi_ffi.FiFfiError, match="released"):
+        counter.method("value")
+    assert repr(counter) == "<released object of every_kind.counter()>"
+    counter.release()
+
+
+def test_as_a_context(every):
+    before = every.live_counters()
+    with every.counter(4) as counter:
+        assert counter.value() == 4
+        assert every.live_counters() == before + 1
+    assert every.live_counters() == before
+
+
+def test_objects_are_arguments_too(every):
+    counter = every.counter(1)
+    assert counter.use_count == 1
+    same = every.same_module(counter)
+    assert same.add(1) == 2
+    assert counter.value() == 2
+    assert counter.use_count == 2
+    same.release()
+    assert counter.use_count == 1
+    every.keep(counter)
+    assert counter.use_count == 2
+    assert every.kept_value().value() == 2
+    every.keep([counter, {"a": counter}])
+    assert counter.use_count == 3
+    every.keep(None)
+    assert counter.use_count == 1
+
+
+def test_arrays_of_objects(every):
+    both = every.two_counters()
+    assert [counter.value() for counter in both] == [1, 2]
+    assert [counter.add(10) for counter in both] == [11, 12]
+    second = both[1]
+    both.release()
+    gc.collect()
+    assert second.value() == 12
+
+
+def test_other_objects(every):
+    hidden = every.hidden()
+    assert every.takes_hidden(hidden) is True
+    assert every.same_object(hidden).use_count == 2
+    assert hidden.use_count == 1
+
+
+def test_functions_that_are_returned(every):
+    add = every.adder(5)
+    assert isinstance(add, FunctionObject)
+    assert add.signature is None
+    assert add(1) == 6
+    with pytest.raises(KernelError, match="Mismatched number of arguments"):
+        add(1, 2)
+    assert add.probe() == Signature("", ("int",), "int")
+    assert add.signature == add.probe()
+    with pytest.raises(fi_ffi.ArgumentTypeError):
+        add(1, 2)
+    with pytest.raises(fi_ffi.ArgumentTypeError):
+        add("1")
+    assert every.apply_typed(add, 2) == 7
+    assert every.apply(add, [3]) == 8
+    assert every.same_function(add)(4) == 9
+
+
+def test_python_functions_as_arguments(every):
+    def twice(value):
+        return 2 * value
+
+    assert every.apply_typed(twice, 21) == 42
+    assert every.apply(lambda *args: len(args), [1, "two", None]) == 3
+    assert every.apply(max, [3, 9, 4]) == 9
+    assert every.is_null(None) is True
+    assert every.is_null(twice) is False
+
+    def fails(value):
+        raise LookupError(f"not {value}")
+
+    with pytest.raises(KernelError, match="not 3") as caught:
+        every.apply_typed(fails, 3)
+    assert caught.value.kind == "LookupError"
+
+
+def test_a_python_function_sees_tensors_and_objects(every):
+    x, counter, seen = floats(), every.counter(3), []
+    every.apply(lambda tensor, made: seen.append((tensor.ptr, tensor.shape)), [x, counter])
+    assert seen == [(x.__array_interface__["data"][0], (3,))]
+    assert counter.use_count == 1
+
+
+def test_a_function_that_a_callee_keeps(every):
+    class Adds:
+        def __init__(self, more):
+            self.more = more
+
+        def __call__(self, value):
+            return value + self.more
+
+    adds = Adds(5)
+    gone = weakref.ref(adds)
+    before = lent_count()
+    every.keep(adds)
+    del adds
+    gc.collect()
+    assert lent_count() == before + 1
+    assert every.kept_value()(1) == 6
+    every.keep(None)
+    assert lent_count() == before
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_tensor_that_a_callee_keeps(every):
+    """Its memory stays as long as the callee refers to it, and no longer."""
+    x = floats(5)
+    gone, told = weakref.ref(x), x.tobytes()
+    every.keep_tensor(x)
+    del x
+    gc.collect()
+    assert lent_count() == 1
+    found = every.kept_value()
+    assert found.tobytes() == told
+    found.release()
+    assert lent_count() == 1
+    every.keep(None)
+    assert lent_count() == 0
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_result_that_is_an_argument(every):
+    x = floats(4)
+    gone = weakref.ref(x)
+    same = every.same_tensor(x)
+    assert same.desc.ptr == x.__array_interface__["data"][0]
+    assert lent_count() == 1
+    del x
+    gc.collect()
+    assert gone() is not None
+    with_array = every.same_tensors([floats(2), same])
+    assert [tensor.shape for tensor in with_array] == [(2,), (4,)]
+    same.release()
+    with_array.release()
+    assert lent_count() == 0
+    assert gone() is None
+
+
+def test_a_descriptor_keeps_its_tensor(every):
+    before = cuda.kernel_memory().count
+    desc = every.make_tensor((7,), "float32", "cpu").desc
+    gc.collect()
+    assert cuda.kernel_memory().count == before + 1
+    every.add_all(desc, [floats(7)], None)
+    del desc
+    gc.collect()
+    assert cuda.kernel_memory().count == before
+
+
+def test_memory_that_an_object_allocates(every):
+    before = cuda.kernel_memory().count
+    counter = every.counter(1)
+    counter.scratch(1000)
+    counter.scratch(2000)
+    assert cuda.kernel_memory().count == before + 1
+    counter.release()
+    gc.collect()
+    assert cuda.kernel_memory().count == before
+
+
+def test_a_thousand_calls_leave_nothing(every):
+    x, y = floats(16), floats(16)
+    keep = every.counter(0)
+    before = every.live_counters(), cuda.kernel_memory().count, keep.use_count
+    for i in range(1000):
+        every.add_all(x, [y, y, y], [1, 2, 3])
+        assert keep.add(1) == i + 1
+        made = every.counter(i)
+        assert made.add(1) == i + 1
+        every.same_any([made, {"key": [x, "text" * i]}, lambda: None, b"bytes"])
+        every.make_tensor((i,), "uint8", "cpu")
+        every.same_tensor(x)
+        every.apply_typed(lambda value: value, 3)
+        every.keep(made)
+        with pytest.raises(fi_ffi.ArgumentError):
+            every.many(1, 1.0, True, x, y, [x, y], "NHD", 1, [1, 2], None)
+        with pytest.raises(KernelError):
+            every.fail("ValueError", "each time")
+    every.keep(None)
+    del made
+    gc.collect()
+    assert (every.live_counters(), cuda.kernel_memory().count, keep.use_count) == before
+    assert lent_count() == 0
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def test_no_memory_grows(every):
+    big = "x" * 100_000
+    x = floats(64)
+
+    def calls(count):
+        for _ in range(count):
+            every.same_std_string(big)
+            every.same_bytes(big.encode())
+            every.same_array([big, x, x])
+            every.counter(1).add(1)
+
+    calls(300)
+    gc.collect()
+    before = resident()
+    calls(1500)
+    gc.collect()
+    assert resident() - before < 20 * 2**20
+
+
+def test_objects_of_threads(every):
+    """Calls of one object's methods, and of objects of their own, on several threads."""
+    shared, failures = every.counter(0), []
+
+    def work():
+        try:
+            for i in range(200):
+                own = every.counter(i)
+                assert own.add(1) == i + 1
+                assert every.same_module(shared).kind == "test_counter"
+                assert list(every.same_numbers([i, i])) == [i, i]
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert shared.use_count == 1
+
+
+AT_EXIT = """
+import sys
+import numpy as np
+import fi_ffi
+
+every = fi_ffi.module(sys.argv[1])
+x = np.arange(8, dtype=np.float32)
+mode = sys.argv[2]
+if mode == "kept tensor":
+    every.keep_tensor(x)
+elif mode == "kept function":
+    every.keep(lambda: None)
+elif mode == "kept object":
+    every.keep(every.counter(1))
+elif mode == "held":
+    held = [every.counter(1), every.counter(2).add, every.make_tensor((3,), "int8", "cpu")]
+    held += [every.same_tensors([x]), every.adder(1), every.same_named({"a": [1]})]
+elif mode == "scratch":
+    held = every.counter(1)
+    held.scratch(100)
+    every.keep(held)
+print("done")
+"""
+
+
+@pytest.mark.parametrize("mode", ["kept tensor", "kept function", "kept object", "held", "scratch"])
+def test_what_is_left_at_exit(every, mode):
+    """libtvm_ffi and the library outlive the interpreter."""
+    command = [sys.executable, "-c", AT_EXIT, str(every.path), mode]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")

@@ -1,0 +1,289 @@
+"""What is refused, before anything is run: by type, by value, by number, by device."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+import fi_ffi
+from fi_ffi import ArgumentError, ArgumentTypeError, KernelError
+
+
+class Odd:
+    """No value of any kind."""
+
+
+ODD = Odd()
+X = np.zeros((2, 3), np.float32)
+WRONG_TYPES = {
+    "same_int": [None, True, 1.0, "1", b"1", X, ODD, [1], np.float32(1), np.True_],
+    "same_float": [None, True, "1", 1j, X, ODD, [1.0]],
+    "same_bool": [None, 0, 1, "True", X, ODD, np.int8(1)],
+    "same_str": [None, 1, b"bytes", ["a"], X, ODD],
+    "same_std_string": [None, 1, b"bytes", ODD],
+    "c_text_length": [None, 1, b"bytes", ODD],
+    "same_bytes": [None, 1, "text", [1], ODD],
+    "same_dtype": [None, 1, "float17", ODD, int, np.dtype(">f4")],
+    "same_device": [None, 0, "gpu:0", "cuda:x", "cuda:-1", ODD],
+    "same_optional": ["1", 1.0, True, X, ODD],
+    "same_numbers": [None, 1, "12", b"12", X, ODD, {1: 2}, {1, 2}, iter([1])],
+    "same_list": [None, 1, "12", ODD],
+    "same_pair": [None, 1, "ab", ODD, {"a": 1}],
+    "same_named": [None, 1, "ab", [("a", [1])], ODD],
+    "same_dict": [None, 1, [1], ODD],
+    "same_either": [None, True, b"bytes", X, ODD, {1: 2}],
+    "same_shape": [None, 1, "12", X, ODD],
+    "same_pointer": [True, "1", 1.0, ODD],
+    "same_tensor": [None, 1, "text", [1.0], ODD],
+    "same_tensors": [None, 1, "text", X, ODD],
+    "told_view": [None, 1, "text", [[1.0]], ODD],
+    "told_optional": [1, "text", ODD],
+    "same_object": [1, "text", X, ODD, [1]],
+    "same_function": [1, "text", X, ODD, Odd, int],
+    "same_module": [None, 1, "text", X, ODD],
+    "takes_hidden": [None, 1, "text", X, ODD],
+    "same_any": [ODD, int, 1j, {1, 2}, object()],
+}
+CASES = [(name, value) for name, values in WRONG_TYPES.items() for value in values]
+
+
+@pytest.mark.parametrize(("name", "value"), CASES, ids=lambda value: f"{value!r:.20}")
+def test_wrong_types(every, name, value):
+    entry = every.entry(name)
+    with pytest.raises(ArgumentTypeError) as caught:
+        entry(value)
+    error = caught.value
+    assert isinstance(error, TypeError)
+    assert error.op == f"every_kind.{name}"
+    assert error.argument == f"0: {entry.signature.params[0]}"
+    assert type(value).__name__ in str(error.got) or repr(value) in str(error.got)
+    assert error.expected
+
+
+WITHIN = [
+    ("same_numbers", [1, "2"], "0: Array<int>[1]"),
+    ("same_numbers", [1, None], "0: Array<int>[1]"),
+    ("same_numbers", [True], "0: Array<int>[0]"),
+    ("same_nested", [1, None, 2.0], "0: Optional<Array<Optional<int>>>[2]"),
+    ("same_pair", (1, 2), "0: Tuple<int, str>[1]"),
+    ("same_named", {"a": [1], 2: []}, "0: Map<str, Array<int>>, key 1"),
+    ("same_named", {"a": [1, None]}, "0: Map<str, Array<int>>['a'][1]"),
+    ("same_tensors", [X, 3], "0: Array<ffi.Tensor>[1]"),
+    ("same_tensors", [None], "0: Array<ffi.Tensor>[0]"),
+    ("same_shape", [1, "2"], "0: ffi.Shape[1]"),
+    ("same_any", [1, [2, ODD]], "0: Any[1][1]"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "argument"), WITHIN, ids=lambda value: f"{value!r:.30}")
+def test_wrong_types_inside_containers(every, name, value, argument):
+    with pytest.raises(ArgumentTypeError) as caught:
+        every.entry(name)(value)
+    assert caught.value.argument == argument
+
+
+WRONG_VALUES = [
+    ("same_int", 2**63),
+    ("same_int", -(2**63) - 1),
+    ("same_int", 10**5000),
+    ("same_int", np.uint64(2**63)),
+    ("same_optional", 2**64),
+    ("same_numbers", [0, 2**63]),
+    ("same_shape", [2**63]),
+    ("same_float", 10**400),
+    ("same_pointer", -1),
+    ("same_pointer", 2**64),
+    ("same_pair", [1]),
+    ("same_pair", [1, "a", 2]),
+    ("same_str", "\ud800"),
+    ("c_text_length", "before \0 after"),
+    ("told_view", np.zeros(3, np.complex64)),
+    ("told_view", np.zeros(3, ">f4")),
+    ("same_either", 2**63),
+    ("same_any", 2**63),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_VALUES, ids=range(len(WRONG_VALUES)))
+def test_wrong_values(every, name, value):
+    with pytest.raises(ArgumentError) as caught:
+        every.entry(name)(value)
+    assert not isinstance(caught.value, ArgumentTypeError)
+    assert caught.value.op == f"every_kind.{name}"
+    assert caught.value.argument.startswith("0: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [("same_int", ()), ("same_int", (1, 2)), ("nothing", (None,)), ("many", (1,) * 9)],
+)
+def test_wrong_numbers_of_arguments(every, name, args):
+    with pytest.raises(ArgumentTypeError, match=f"got {len(args)} of them") as caught:
+        every.entry(name)(*args)
+    assert str(every.entry(name).signature.params[0] if args == () else "") in str(caught.value)
+    assert f"every_kind.{name}(" in str(caught.value)  # the signature
+
+
+def test_keywords_are_no_arguments(every):
+    with pytest.raises(TypeError):
+        every.same_int(value=1)
+
+
+def test_nothing_is_run_and_nothing_kept(every):
+    """A call that is refused at its last argument."""
+    before = every.live_counters()
+    keep = every.counter(0)
+    count = keep.use_count
+    with pytest.raises(ArgumentTypeError):
+        every.many(1, 1.0, True, X, X, [X, X], "NHD", 1, [1, 2], "no bool")
+    with pytest.raises(ArgumentTypeError):
+        every.same_array([keep, ODD])
+    assert keep.use_count == count
+    keep.release()
+    assert every.live_counters() == before
+
+
+RELEASED = [("same_module", "counter"), ("same_object", "hidden"), ("same_any", "hidden"),
+            ("same_array", "hidden"), ("takes_hidden", "hidden")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "made_by"), RELEASED)
+def test_objects_that_were_released(every, name, made_by):
+    value = every.counter(1) if made_by == "counter" else every.hidden()
+    value.release()
+    with pytest.raises(ArgumentError, match="released") as caught:
+        every.entry(name)([value] if name == "same_array" else value)
+    assert caught.value.argument.startswith("0: ")
+
+
+def test_tensors_functions_and_containers_that_were_released(every):
+    made = {
+        "told_view": every.make_tensor((1,), "int8", "cpu"),
+        "same_tensor": every.make_tensor((1,), "int8", "cpu"),
+        "same_function": every.adder(1),
+        "same_numbers": every.same_numbers([1]),
+        "same_named": every.same_named({}),
+    }
+    for name, value in made.items():
+        value.release()
+        with pytest.raises(ArgumentError, match="released"):
+            every.entry(name)(value)
+        assert "released" in repr(value)
+    with pytest.raises(ArgumentError, match="released"):
+        made["same_function"](1)
+    with pytest.raises(fi_ffi.FiFfiError, match="released"):
+        _ = made["told_view"].desc
+    with pytest.raises(fi_ffi.FiFfiError, match="released"):
+        made["told_view"].tobytes()
+
+
+def test_objects_of_another_type(every):
+    """What the type's name tells is checked here; the rest is for the function to say."""
+    for name in ("same_module", "same_function", "same_numbers", "same_named", "same_pair"):
+        with pytest.raises(ArgumentTypeError):
+            every.entry(name)(every.hidden())
+    with pytest.raises(KernelError, match="Mismatched type on argument #0") as caught:
+        every.takes_hidden(every.counter(1))
+    assert caught.value.kind == "TypeError"
+    with pytest.raises(ArgumentTypeError):
+        every.same_tensor(every.hidden())
+
+
+def test_the_function_s_own_errors(every):
+    for kind in ("ValueError", "RuntimeError", "MyOwnKind"):
+        with pytest.raises(KernelError) as caught:
+            every.fail(kind, "what it says")
+        error = caught.value
+        assert (error.op, error.kind, error.message) == ("every_kind.fail", kind, "what it says")
+    with pytest.raises(KernelError, match="from the standard library"):
+        every.fail_std()
+    assert every.nothing() == 7  # and the next call is fine
+
+
+def on(device, ptr=4096, shape=(4,)):
+    return fi_ffi.TensorDesc(ptr, shape, "float32", device=device)
+
+
+def test_a_missing_stream(every):
+    for args in ((on("cuda:0"), None, None), (X[0], [X[0], on("cuda:0")], None)):
+        with pytest.raises(ArgumentError) as caught:
+            every.add_all(*args)
+        assert caught.value.argument == "stream"
+        assert caught.value.op == "every_kind.add_all"
+
+
+@pytest.mark.parametrize("stream", ["0", 1.5, True, object(), -1, 2**64])
+def test_what_is_no_stream(every, stream):
+    with pytest.raises(ArgumentError) as caught:
+        every.told_view(on("cuda:0"), stream=stream)
+    assert caught.value.argument == "stream"
+
+
+def test_two_devices(every):
+    with pytest.raises(ArgumentError) as caught:
+        every.add_all(on("cuda:0"), [on("cpu"), on("cuda:1")], None, stream=0)
+    error = caught.value
+    assert error.argument == "1: Optional<Array<ffi.Tensor>>[1]"
+    assert "cuda:0, the device of `0: DLTensor*`" in str(error)
+    with pytest.raises(ArgumentError) as caught:
+        every.told_view(on("cuda:0"), stream=0, device="cuda:1")
+    assert (caught.value.argument, str(caught.value.got)) == ("device", "cuda:1")
+    with pytest.raises(ArgumentError) as caught:
+        every.told_view(on("cuda:0"), stream=0, device="cpu")
+    assert caught.value.argument == "device"
+
+
+@pytest.mark.parametrize("device", [0, "gpu", "cuda:x", object()])
+def test_what_is_no_device(every, device):
+    with pytest.raises(ArgumentTypeError) as caught:
+        every.nothing(device=device)
+    assert caught.value.argument == "device"
+
+
+def test_managed_memory_is_of_no_one_device(every):
+    with pytest.raises(ArgumentError) as caught:
+        every.told_view(on("cuda_managed:0"), stream=0)
+    assert caught.value.argument == "device"
+
+
+def test_a_scope_of_another_device(every):
+    with fi_ffi.stream(0) as scope:
+        scope.device = fi_ffi.parse_device("cuda:1")  # as its first call would have set it
+        try:
+            with pytest.raises(ArgumentError) as caught:
+                every.told_view(on("cuda:0"))
+        finally:
+            scope.device = None
+    assert caught.value.argument == "stream"
+
+
+def test_a_device_that_is_not_there(every):
+    """Far more GPUs than any machine has: nothing is called."""
+    with pytest.raises(fi_ffi.LoaderError):
+        every.keep(None, device="cuda:1000")
+    with pytest.raises(fi_ffi.LoaderError):
+        every.told_view(on("cuda:1000"), stream=0)
+
+
+def test_refusals_on_many_threads(every):
+    """A refusal names its own call's values."""
+    failures: list[BaseException] = []
+
+    def work(number):
+        try:
+            for i in range(200):
+                with pytest.raises(ArgumentError) as caught:
+                    every.same_int(2**63 + number * 1000 + i)
+                assert caught.value.got == 2**63 + number * 1000 + i
+                assert every.same_int(i) == i
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures

@@ -1,0 +1,241 @@
+"""What `cutlass_fused_moe` and `FusedMoe` refuse: by whose name, before anything is written."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import fi_ffi
+from fi_ffi.abi.tensor import make_desc, make_layout
+
+from moe_layers import F16, F32, a, refused
+
+F64 = np.dtype(np.float64)
+
+
+def other_dtype(array: np.ndarray) -> np.ndarray:
+    return np.zeros(array.shape, F64)
+
+
+TENSORS = (
+    "output", "token_selected_experts", "token_final_scales", "fc2_expert_weights",
+    "fc1_expert_biases", "fc2_expert_biases", "swiglu_alpha", "swiglu_beta", "swiglu_limit",
+)  # fmt: skip
+
+
+def whole(mode="half"):
+    return a(mode, biases=True, limits=("alpha", "beta", "limit"))
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_dtypes(name):
+    made = whole()
+    made.tensors[name] = other_dtype(made.tensors[name])
+    refused(made, name)
+
+
+@pytest.mark.parametrize("name", ["input", "fc1_expert_weights"])
+@pytest.mark.parametrize("dtype", [F64, F32, np.dtype(np.int8), np.dtype(ml_dtypes.float8_e5m2)])
+def test_dtypes_that_tell_the_mode(name, dtype):
+    made = whole()
+    made.tensors[name] = np.zeros(made.tensors[name].shape, dtype)
+    refused(made, name)
+
+
+@pytest.mark.parametrize("name", ["input", "fc1_expert_weights", *TENSORS])
+def test_ranks_and_shapes(name):
+    for change in (lambda x: x[None], lambda x: np.concatenate([x, x[-1:]]), lambda x: x[..., :-1]):
+        made = whole()
+        made.tensors[name] = np.ascontiguousarray(change(made.tensors[name]))
+        with pytest.raises(fi_ffi.ArgumentError) as caught:
+            made.call()
+        related = {"fc2_expert_weights", "token_selected_experts", "input"}
+        assert caught.value.argument == name or name in related, str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["input", "fc1_expert_weights", *TENSORS])
+def test_strides(name):
+    made = whole()
+    array = made.tensors[name]
+    wide = np.zeros((*array.shape[:-1], 2 * array.shape[-1]), array.dtype)
+    made.tensors[name] = wide[..., ::2]
+    assert "contiguous" in str(refused(made, name).expected)
+
+
+@pytest.mark.parametrize("name", ["input", "fc1_expert_weights", *TENSORS])
+def test_addresses(name):
+    made = whole()
+    desc = fi_ffi.as_desc(made.tensors[name])
+    for address in (desc.ptr + 1, 0):
+        made.tensors[name] = make_desc(address, desc.layout)
+        assert "multiple of" in str(refused(made, name).expected)
+
+
+@pytest.mark.parametrize("name", ["input", "fc1_expert_weights", *TENSORS])
+def test_devices(name):
+    made = whole()
+    layout = fi_ffi.as_desc(made.tensors[name]).layout
+    elsewhere = make_layout(layout.shape, layout.dtype, None, "cuda:0", False)
+    made.tensors[name] = make_desc(4096, elsewhere)
+    if name == "input":  # the others are compared with it
+        for other, array in made.tensors.items():
+            if other != "input":
+                desc = fi_ffi.as_desc(array)
+                made.tensors[other] = desc
+        made.tensors["output"] = fi_ffi.as_desc(made.tensors["output"])
+        with pytest.raises(fi_ffi.ArgumentError) as caught:
+            made.call()
+        assert caught.value.argument != "input"
+    else:
+        refused(made, name)
+
+
+@pytest.mark.parametrize("name", ["output", "input", "token_selected_experts",
+                                  "fc1_expert_weights", "fc2_expert_weights"])  # fmt: skip
+@pytest.mark.parametrize("value", [None, 3, "x", object()])
+def test_no_tensors(name, value):
+    made = whole()
+    made.tensors[name] = value
+    refused(made, name, fi_ffi.ArgumentTypeError)
+
+
+@pytest.mark.parametrize("name", ["token_final_scales", "swiglu_beta", "fc1_expert_biases"])
+def test_no_tensors_where_there_may_be_none(name):
+    made = whole()
+    made.tensors[name] = 3
+    refused(made, name, fi_ffi.ArgumentTypeError)
+
+
+@pytest.mark.parametrize("name", ["fc1_expert_biases", "fc2_expert_biases"])
+def test_biases_go_together(name):
+    made = whole()
+    del made.tensors[name]
+    assert "together" in str(refused(made, name).expected)
+
+
+def test_the_output_is_memory_apart():
+    for name in ("input", "fc2_expert_weights", "fc1_expert_biases"):
+        made = whole()
+        size = max(made.tensors["output"].size, made.tensors[name].size)
+        memory = np.zeros(size, F16)
+        for one in ("output", name):
+            array = made.tensors[one]
+            made.tensors[one] = memory[: array.size].reshape(array.shape)
+        assert name in str(refused(made, "output").got)
+
+
+def test_the_output_can_be_written():
+    made = whole()
+    made.tensors["output"].setflags(write=False)
+    assert "read-only" in str(refused(made, "output").got)
+
+
+def test_a_token_has_an_expert_once():
+    made = a("half", tokens=4, experts=5, chosen=np.array([[0, 1], [3, 3], [2, 1], [4, 0]], "i4"))
+    assert "token 1" in str(refused(made, "token_selected_experts").got)
+    away = a("half", tokens=2, experts=3, chosen=np.array([[-1, -1], [7, 7]], "i4"))
+    assert not away.call().any()
+
+
+@pytest.mark.parametrize(("mode", "argument"), [(mode, "fc2_expert_weights") for mode in
+                         ("half", "fp8", "fp8_block_scale", "mxfp4", "int4")])  # fmt: skip
+def test_sizes_are_multiples(mode, argument):
+    step = {"half": 8, "fp8": 16}.get(mode, 128)
+    made = a(mode)
+    pack = 2 if mode in ("mxfp4", "int4") else 1
+    fc1, fc2 = made.tensors["fc1_expert_weights"], made.tensors["fc2_expert_weights"]
+    half = step // 2
+    # Half of a step less: of the intermediate size, then of the hidden one.
+    made.tensors["fc2_expert_weights"] = np.ascontiguousarray(fc2[..., : -(half // pack)])
+    made.tensors["fc1_expert_weights"] = np.ascontiguousarray(fc1[:, : -2 * half])
+    assert "inter_size" in str(refused(made, argument).expected)
+    made.tensors["fc2_expert_weights"] = np.ascontiguousarray(fc2[:, :-half])
+    made.tensors["fc1_expert_weights"] = np.ascontiguousarray(fc1[..., : -(half // pack)])
+    assert "hidden_size" in str(refused(made, argument).expected)
+
+
+def test_without_a_gate_the_first_weights_are_half():
+    made = a("half")
+    refused(made, "fc1_expert_weights", activation_type="Relu2")
+    plain = a("half", activation="Relu2")
+    refused(plain, "fc1_expert_weights", activation_type="Swiglu")
+
+
+def test_no_experts():
+    made = a("half", experts=0, top_k=1, chosen=np.zeros((7, 1), "i4"))
+    refused(made, "fc2_expert_weights")
+
+
+def test_no_expert_of_a_token():
+    made = a("half", chosen=np.zeros((7, 0), "i4"), experts=2)
+    refused(made, "token_selected_experts")
+
+
+def test_more_experts_of_a_token_than_there_are():
+    made = a("half", chosen=np.zeros((7, 3), "i4"), experts=2)
+    refused(made, "token_selected_experts")
+    made.more["ep_size"] = 2
+    made.tensors["token_selected_experts"] = np.tile(np.array([2, 3, 1], "i4"), (7, 1))
+    made.call()
+
+
+@pytest.mark.parametrize("mode", ["fp8", "fp8_block_scale", "mxfp4", "int4"])
+def test_scales_are_counted(mode):
+    made = a(mode)
+    scales = made.scales
+    for wrong in (scales[:-1], [*scales, scales[-1]], []):
+        made.scales = wrong
+        expected = str(refused(made, "quant_scales").expected)
+        assert str(len(scales)) in expected
+    made = a("half")
+    made.scales = scales
+    refused(made, "quant_scales")
+
+
+@pytest.mark.parametrize("mode", ["fp8", "fp8_block_scale", "mxfp4", "int4"])
+def test_each_scale(mode):
+    count = len(a(mode).scales)
+    for i in range(count):
+        for change in ("dtype", "shape", "strides", "address", "device", "kind"):
+            made = a(mode)
+            scale = made.scales[i]
+            if change in ("strides", "address") and not scale.ndim | (change == "address"):
+                continue
+            if not scale.size and change in ("address",):
+                continue
+            made.scales[i] = _changed(scale, change)
+            kind = fi_ffi.ArgumentTypeError if change == "kind" else fi_ffi.ArgumentError
+            with pytest.raises(kind) as caught:
+                made.call()
+            assert caught.value.argument.startswith(f"quant_scales[{i}]"), str(caught.value)
+
+
+def _changed(scale: np.ndarray, change: str):
+    desc = fi_ffi.as_desc(scale)
+    if change == "dtype":
+        return np.zeros(scale.shape, F64)
+    if change == "shape":
+        return np.zeros((*scale.shape, 3), scale.dtype)
+    if change == "strides":
+        wide = np.zeros((*scale.shape[:-1], 2 * scale.shape[-1]), scale.dtype)
+        return wide[..., ::2] if scale.size else np.zeros((1,), scale.dtype)
+    if change == "address":
+        return make_desc(desc.ptr + 1, desc.layout)
+    if change == "device":
+        layout = make_layout(desc.shape, desc.dtype, None, "cuda:0", False)
+        return make_desc(4096, layout)
+    return "scale"
+
+
+@pytest.mark.parametrize("scales", [np.zeros(3, F32), "ab", 3, {}])
+def test_scales_are_a_list(scales):
+    made = a("half")
+    with pytest.raises(fi_ffi.ArgumentTypeError, match="quant_scales"):
+        fi_ffi.cutlass_fused_moe(**made.tensors, quant_scales=scales)
+
+
+def test_int4_has_no_zero_points():
+    made = a("int4")
+    made.scales[4] = np.zeros(made.scales[0].shape, F16)
+    refused(made, "quant_scales[4] (fc1_weight_zeros)")

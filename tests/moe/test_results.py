@@ -1,0 +1,281 @@
+"""`cutlass_fused_moe` on the CPU against float64, in every mode."""
+
+from __future__ import annotations
+
+import os
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import fi_ffi
+from fi_ffi.reference.exact_moe import moe, worst
+
+from moe_layers import BF16, F16, F32, GATED, MODES, PLAIN, Made, desc_of, make, part
+
+IDS = [f"{mode}-{act.name}-{out.name}" for mode, act, out in MODES]
+SMALL = {"hidden": 128, "inter": 128, "experts": 3}
+each_mode = pytest.mark.parametrize(("mode", "act", "out"), MODES, ids=IDS)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int.from_bytes(os.urandom(8), "little")
+    print(f"seed {seed}")  # shown with a failure
+    return np.random.default_rng(seed)
+
+
+@each_mode
+@pytest.mark.parametrize("activation", [*GATED, *PLAIN])
+def test_activations(mode, act, out, activation, rng):
+    for biases in (False, True):
+        made = make(rng, mode, act, out, activation=activation, biases=biases, **SMALL)
+        assert made.worst(made.call()) <= 1
+
+
+def test_the_gate_with_tanh(rng):
+    """Only later releases' kernels have it."""
+    made = make(rng, "half", F16, F16, activation="GegluTanh")
+    assert made.worst(made.call()) <= 1
+
+
+@each_mode
+@pytest.mark.parametrize("tokens", [1, 2, 65, 130])
+def test_tokens(mode, act, out, tokens, rng):
+    made = make(rng, mode, act, out, tokens=tokens, hidden=128, inter=128)
+    assert made.worst(made.call()) <= 1
+
+
+@each_mode
+@pytest.mark.parametrize("top_k", range(1, 9))
+def test_top_k(mode, act, out, top_k, rng):
+    made = make(rng, mode, act, out, top_k=top_k, experts=9, hidden=128, inter=128)
+    assert made.worst(made.call()) <= 1
+
+
+@each_mode
+@pytest.mark.parametrize("sizes", [(128, 256), (256, 128), (512, 640), (384, 1024)])
+def test_sizes(mode, act, out, sizes, rng):
+    """int4's scales lie together in fours, twos or ones, as the columns are multiples of."""
+    made = make(rng, mode, act, out, hidden=sizes[0], inter=sizes[1], tokens=3, experts=2)
+    assert made.worst(made.call()) <= 1
+
+
+@pytest.mark.parametrize("sizes", [(8, 8), (24, 40), (1032, 8)])
+def test_small_and_odd_sizes_of_16_bits(sizes, rng):
+    made = make(rng, "half", BF16, BF16, hidden=sizes[0], inter=sizes[1])
+    assert made.worst(made.call()) <= 1
+
+
+@each_mode
+def test_one_expert_has_all_tokens_and_others_none(mode, act, out, rng):
+    chosen = np.full((9, 1), 3, np.int32)
+    made = make(rng, mode, act, out, tokens=9, top_k=1, chosen=chosen)
+    assert made.worst(made.call()) <= 1
+
+
+@each_mode
+def test_a_single_expert(mode, act, out, rng):
+    made = make(rng, mode, act, out, experts=1, top_k=1)
+    assert made.worst(made.call()) <= 1
+
+
+def test_experts_that_nobody_has_add_nothing(rng):
+    chosen = np.array([[0, -1], [5, 2], [-1, -1], [2**31 - 1, 5]], np.int32)
+    made = make(rng, "half", F16, F16, tokens=4, experts=5, chosen=chosen)
+    got = made.call()
+    assert made.worst(got) <= 1
+    assert not got[2].any() and not got[3].any()
+
+
+@each_mode
+def test_without_final_scales(mode, act, out, rng):
+    made = make(rng, mode, act, out, final=False, top_k=3)
+    assert made.worst(made.call()) <= 1
+
+
+@pytest.mark.parametrize("activation", ["Swiglu", "SwigluBias"])
+@pytest.mark.parametrize(
+    "limits", [("alpha",), ("beta",), ("limit",), ("alpha", "beta", "limit"), ("beta", "limit")]
+)
+@pytest.mark.parametrize(("mode", "act", "out"), MODES[1::3], ids=IDS[1::3])
+def test_alpha_beta_and_limit(mode, act, out, limits, activation, rng):
+    made = make(rng, mode, act, out, activation=activation, limits=limits)
+    assert made.worst(made.call()) <= 1
+    without = make(rng, mode, act, out, activation=activation)
+    layer = part(made, layer={"limits": without.layer.limits})
+    assert layer.worst(made.call()) > 1, "they changed nothing"
+
+
+def test_the_step_with_a_limit_of_each_expert(rng):
+    made = make(rng, "half", F16, F16, activation="SwigluStep", limits=("limit",))
+    assert made.worst(made.call()) <= 1
+
+
+@pytest.mark.parametrize("out", [F16, BF16])
+def test_one_quantisation_scale_for_all_experts(out, rng):
+    made = make(rng, "fp8", np.dtype(ml_dtypes.float8_e4m3fn), out, per_expert_quant=False)
+    assert made.scales[1].ndim == 0
+    assert made.worst(made.call()) <= 1
+
+
+def of_ranks(made: Made, ranks: int) -> list[Made]:
+    """The experts of each rank."""
+    count = len(made.layer.w1) // ranks
+
+    def slice_(array, rank):
+        return np.ascontiguousarray(array[rank * count : (rank + 1) * count])
+
+    found = []
+    for rank in range(ranks):
+        tensors = {
+            name: slice_(array, rank) for name, array in made.tensors.items() if "fc" in name[:2]
+        }
+        layer = {"w1": slice_(made.layer.w1, rank), "w2": slice_(made.layer.w2, rank),
+                 "first_expert": rank * count}  # fmt: skip
+        found.append(part(made, tensors=tensors, layer=layer, ep_size=ranks, ep_rank=rank))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_of_experts_sum_to_the_whole(ranks, rng):
+    made = make(rng, "half", F16, F16, experts=8, top_k=3, tokens=33)
+    total = np.zeros(made.tensors["output"].shape)
+    for rank in of_ranks(made, ranks):
+        got = rank.call()
+        assert rank.worst(got) <= 1
+        total += got
+        away = ~np.isin(made.layer.experts // (8 // ranks), rank.more["ep_rank"]).any(axis=1)
+        assert not got[away].any(), "tokens of other ranks"
+    whole = np.zeros(total.shape, F16) + total.astype(F16)
+    assert worst(whole, made.layer) <= 1.5  # each rank rounds once more
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_of_tensors_sum_to_the_whole(ranks, rng):
+    made = make(rng, "half", F16, F16, hidden=64, inter=128, biases=True)
+    inter = 128 // ranks
+    total = np.zeros(made.tensors["output"].shape)
+    for rank in range(ranks):
+        own = slice(rank * inter, (rank + 1) * inter)
+
+        def halves(array, own=own):
+            both = array[:, :128][:, own], array[:, 128:][:, own]
+            return np.ascontiguousarray(np.concatenate(both, axis=1))
+
+        tensors = {
+            "fc1_expert_weights": halves(made.tensors["fc1_expert_weights"]),
+            "fc2_expert_weights": made.tensors["fc2_expert_weights"][..., own].copy(),
+            "fc1_expert_biases": halves(made.tensors["fc1_expert_biases"]),
+        }  # fmt: skip
+        layer = {
+            "w1": halves(made.layer.w1), "w2": made.layer.w2[..., own],
+            "bias1": halves(made.layer.bias1), "adds_bias2": rank == 0,
+        }  # fmt: skip
+        one = part(made, tensors=tensors, layer=layer, tp_size=ranks, tp_rank=rank)
+        got = one.call()
+        assert one.worst(got) <= 1
+        total += got
+    assert worst(total, made.layer) <= 1.5
+
+
+@each_mode
+def test_no_tokens(mode, act, out, rng):
+    made = make(rng, mode, act, out, tokens=0)
+    made.call()
+
+
+@each_mode
+def test_the_class_does_the_same(mode, act, out, rng):
+    made = make(rng, mode, act, out)
+    weight = made.tensors["fc1_expert_weights"].dtype
+    flags = {name: made.more.pop(name) for name in [*made.more] if name.startswith("use_")}
+    moe_ = fi_ffi.FusedMoe(act, weight, out, device="cpu", **flags)
+    got = made.call_of(moe_).copy()
+    made.more |= flags
+    assert got.tobytes() == made.call().tobytes()
+    assert moe_.tactics == (1, 1) and moe_.workspace_size(4, 256, 256, 8, 2) == 0
+    assert moe_.mode.name == mode and mode in repr(moe_)
+
+
+@pytest.mark.parametrize("profile_ids", [None, (0, 0), (-1, 0), [0, -1]])
+def test_tactics_on_the_cpu(profile_ids, rng):
+    made = make(rng, "half", F16, F16)
+    assert made.worst(made.call(profile_ids=profile_ids)) <= 1
+
+
+def test_profiles_on_the_cpu_choose_nothing(rng):
+    made = make(rng, "half", F16, F16)
+    moe_ = fi_ffi.FusedMoe(F16, device="cpu")
+    found = moe_.profile(
+        made.tensors["input"], made.tensors["fc1_expert_weights"],
+        made.tensors["fc2_expert_weights"], top_k=2,
+    )  # fmt: skip
+    assert found.profile_ids == (-1, -1)
+    assert made.worst(made.call_of(moe_, profile_ids=found.profile_ids)) <= 1
+
+
+@pytest.mark.parametrize("what", ["input", "fc1_expert_weights", "token_final_scales"])
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_what_is_no_number_reaches_its_own_tokens_only(what, number, rng):
+    made = make(rng, "half", BF16, BF16, tokens=12, top_k=2, experts=6)
+    array = made.tensors[what] = made.tensors[what].copy()
+    array.reshape(len(array), -1)[3] = number
+    got = made.call()
+    hit = np.zeros(12, bool)
+    hit[3] = True
+    if what == "fc1_expert_weights":
+        hit = (made.layer.experts == 3).any(axis=1)
+    assert np.isfinite(got[~hit].astype(np.float32)).all()
+    assert not np.isfinite(got[hit].astype(np.float32)).all(axis=1).any()
+
+
+def test_what_is_too_large_for_fp8_becomes_its_largest(rng):
+    made = make(rng, "fp8", np.dtype(ml_dtypes.float8_e4m3fn), F16)
+    made.scales[1] = (made.scales[1] * np.float32(1e6)).astype(F32)
+    made.scales[2] = (made.scales[2] * np.float32(1e-4)).astype(F32)
+    made.layer.scales |= {
+        "quant": made.scales[1].astype(float),
+        "fc2": made.scales[2].astype(float),
+    }
+    got = made.call()
+    assert np.isfinite(got).all() and made.worst(got) <= 1
+
+
+# What must not go unseen: everything 5 % off, one expert's share left out, the halves of the
+# first product exchanged.
+@each_mode
+def test_the_judge_sees_what_is_wrong(mode, act, out, rng):
+    made = make(rng, mode, act, out, tokens=40)
+    got = made.call()
+    value, allowed = moe(made.layer)
+    assert (np.abs(1.05 * value - value) / allowed).max() > 1.2
+    final = made.layer.final.copy()
+    final[5, 1] = 0
+    assert part(made, layer={"final": final}).worst(got) > 3
+    halves = np.roll(made.layer.w1, made.layer.w1.shape[1] // 2, axis=1)
+    assert part(made, layer={"w1": halves}).worst(got) > 3
+
+
+def test_inputs_are_left_alone(rng):
+    for mode, act, out in MODES:
+        made = make(rng, mode, act, out, biases=True)
+        names = [name for name in made.tensors if name != "output"]
+        before = {name: made.tensors[name].tobytes() for name in names}
+        made.call()
+        assert before == {name: made.tensors[name].tobytes() for name in names}
+
+
+def test_tensors_of_other_kinds(rng):
+    made = make(rng, "half", F16, F16)
+    got = made.call().copy()
+    again = made.call(lambda array: Described(array))
+    assert desc_of(again).ptr and got.tobytes() == again.array.tobytes()
+
+
+class Described:
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def desc(self) -> fi_ffi.TensorDesc:
+        return fi_ffi.as_desc(self.array)

@@ -1,0 +1,241 @@
+"""Random layers of experts of every mode: a call's tensors, and the same as float64 numbers.
+
+The numbers are made from the natural weights with ml_dtypes, not with what is tested.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import fi_ffi
+from fi_ffi.reference.exact_moe import Layer, worst
+
+F8, BF16 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.bfloat16)
+F16, F32 = np.dtype(np.float16), np.dtype(np.float32)
+GATED = ("Swiglu", "Geglu", "SwigluBias", "SwigluStep")
+PLAIN = ("Gelu", "Relu", "Silu", "Relu2", "Identity")
+
+# Mode, dtype of activations, dtype of results.
+MODES = [
+    ("half", F16, F16), ("half", BF16, BF16), ("fp8", F8, F16), ("fp8", F8, BF16),
+    ("fp8_block_scale", BF16, BF16), ("mxfp4", F16, F16), ("mxfp4", BF16, BF16),
+    ("int4", F16, F16), ("int4", BF16, BF16),
+]  # fmt: skip
+FLAGS: dict[str, dict[str, bool]] = {
+    "half": {},
+    "fp8": {},
+    "fp8_block_scale": {"use_deepseek_fp8_block_scale": True},
+    "mxfp4": {"use_w4_group_scaling": True},
+    "int4": {"use_w4_group_scaling": True, "use_packed_weights": True},
+}
+MULTIPLE = {"half": 8, "fp8": 16, "fp8_block_scale": 128, "mxfp4": 128, "int4": 128}
+
+
+@dataclass
+class Made:
+    """A call: its tensors and scales, what it is asked for, and the layer as numbers."""
+
+    tensors: dict[str, np.ndarray]
+    scales: list[np.ndarray]
+    more: dict[str, Any]
+    layer: Layer
+
+    def call(self, place=lambda array: array, **more: Any) -> np.ndarray:
+        """Make the call on memory of `place`'s and return the poisoned output it wrote."""
+        return self.call_of(fi_ffi.cutlass_fused_moe, place, **more)
+
+    def call_of(self, function: Any, place=lambda array: array, **more: Any) -> Any:
+        placed = {name: place(array) for name, array in self.tensors.items()}
+        scales = [place(scale) for scale in self.scales] or None
+        descs = {name: desc_of(one) for name, one in placed.items()}
+        given = None if scales is None else [desc_of(scale) for scale in scales]
+        descs.setdefault("token_final_scales", None)
+        function(**descs, quant_scales=given, **{**self.more, **more})
+        return placed["output"]
+
+    def worst(self, got: np.ndarray) -> float:
+        return worst(got, self.layer)
+
+
+def desc_of(one: Any) -> Any:
+    return one.desc() if hasattr(one, "desc") else one
+
+
+def routing(rng, tokens: int, experts: int, top_k: int) -> np.ndarray:
+    """Distinct experts for each token."""
+    order = np.argsort(rng.random((tokens, experts)), axis=1)
+    return np.ascontiguousarray(order[:, :top_k]).astype(np.int32)
+
+
+def _poison(shape, dtype) -> np.ndarray:
+    out = np.empty(shape, dtype)
+    out.view(np.uint8)[...] = 0xFF
+    return out
+
+
+def _number(array: np.ndarray) -> np.ndarray:
+    return np.asarray(array, dtype=np.float64)
+
+
+def make(
+    rng, mode: str, act: np.dtype, out: np.dtype, *, tokens=7, hidden=None, inter=None, experts=5,
+    top_k=2, activation="Swiglu", biases=False, final=True, limits=(), chosen=None,
+    per_expert_quant=True,
+) -> Made:  # fmt: skip
+    """A layer with sizes that are a few times what the mode wants multiples of."""
+    step = MULTIPLE[mode]
+    hidden, inter = hidden or 2 * step + (0 if step == 128 else 32), inter or step * 3
+    rows = 2 * inter if activation in (*GATED, "GegluTanh") else inter
+    weights = _WEIGHTS[mode](rng, act, experts, rows, hidden, inter)
+    ids = routing(rng, tokens, experts, top_k) if chosen is None else chosen
+    x = rng.standard_normal((tokens, hidden)).astype(np.float32)
+    x = x.astype(F8 if mode == "fp8" else act)
+    tensors = {
+        "output": _poison((tokens, hidden), out), "input": x, "token_selected_experts": ids,
+        "token_final_scales": rng.random(ids.shape, np.float32) + np.float32(0.1),
+        "fc1_expert_weights": weights["fc1"], "fc2_expert_weights": weights["fc2"],
+    }  # fmt: skip
+    if not final:
+        del tensors["token_final_scales"]
+    layer = Layer(
+        mode, _number(x), ids, _number(tensors["token_final_scales"]) if final else None,
+        weights["w1"], weights["w2"], out, activation, weights["numbers"],
+    )  # fmt: skip
+    if biases:
+        for i, size in ((1, rows), (2, hidden)):
+            bias = rng.standard_normal((experts, size)).astype(out)
+            tensors[f"fc{i}_expert_biases"] = bias
+            setattr(layer, f"bias{i}", _number(bias))
+    scales = weights["scales"]
+    if mode == "fp8" and not per_expert_quant:
+        scales[1] = np.array(scales[1][0])
+        layer.scales["quant"] = np.repeat(_number(scales[1]), experts)
+    if limits:
+        layer.limits = {}
+        for name, low, high in (("alpha", 0.5, 2.0), ("beta", -1.0, 1.0), ("limit", 0.3, 1.0)):
+            if name in limits:
+                value = rng.uniform(low, high, experts).astype(np.float32)
+                tensors[f"swiglu_{name}"] = value
+                layer.limits[name] = _number(value)
+        if activation == "Swiglu":
+            layer.activation = "SwigluBias"
+    more = {**FLAGS[mode], "activation_type": activation}
+    return Made(tensors, scales, more, layer)
+
+
+def _half(rng, act, experts, rows, hidden, inter) -> dict[str, Any]:
+    fc1 = (rng.standard_normal((experts, rows, hidden)) / np.sqrt(hidden)).astype(act)
+    fc2 = (rng.standard_normal((experts, hidden, inter)) / np.sqrt(inter)).astype(act)
+    return {"fc1": fc1, "fc2": fc2, "w1": _number(fc1), "w2": _number(fc2), "scales": [],
+            "numbers": {}}  # fmt: skip
+
+
+def _fp8(rng, act, experts, rows, hidden, inter) -> dict[str, Any]:
+    fc1 = (8 * rng.standard_normal((experts, rows, hidden))).astype(np.float32).astype(F8)
+    fc2 = (8 * rng.standard_normal((experts, hidden, inter))).astype(np.float32).astype(F8)
+    per = [rng.uniform(0.5, 1.5, experts) for _ in range(3)]
+    sizes = (1 / (8 * np.sqrt(hidden)), 40.0, 1 / (8 * 40 * np.sqrt(inter)))
+    scales = [(one * size).astype(np.float32) for one, size in zip(per, sizes, strict=True)]
+    scales.append(np.array(rng.uniform(0.5, 1.5), np.float32))
+    names = zip(("fc1", "quant", "fc2"), scales[:3], strict=True)
+    return {"fc1": fc1, "fc2": fc2, "w1": _number(fc1), "w2": _number(fc2), "scales": scales,
+            "numbers": {name: _number(scale) for name, scale in names}}  # fmt: skip
+
+
+def _block_scale(rng, act, experts, rows, hidden, inter) -> dict[str, Any]:
+    made: dict[str, Any] = {"scales": [], "numbers": {}}
+    for i, (n, k) in ((1, (rows, hidden)), (2, (hidden, inter))):
+        weight = (50 * rng.standard_normal((experts, n, k))).astype(np.float32).astype(F8)
+        shape = (experts, -(-n // 128), k // 128)
+        scale = (rng.uniform(0.5, 1.5, shape) / (50 * np.sqrt(k))).astype(np.float32)
+        wide = np.kron(_number(scale), np.ones((1, 128, 128)))[:, :n, :k]
+        made[f"fc{i}"], made[f"w{i}"] = weight, _number(weight) * wide
+        made["scales"].append(scale)
+    return made
+
+
+def _packed(codes: np.ndarray) -> np.ndarray:
+    return (codes[..., 0::2] | codes[..., 1::2] << 4).astype(np.uint8)
+
+
+def interleaved(weight: np.ndarray, quant_type: str) -> np.ndarray:
+    found = np.zeros_like(weight)
+    fi_ffi.interleave_moe_weights_for_sm90_mixed_gemm(weight, found, quant_type)
+    return found
+
+
+def _mxfp4(rng, act, experts, rows, hidden, inter) -> dict[str, Any]:
+    made: dict[str, Any] = {"scales": [], "numbers": {}}
+    for i, (n, k) in ((1, (rows, hidden)), (2, (hidden, inter))):
+        codes = rng.integers(0, 16, (experts, n, k), dtype=np.uint8)
+        exponents = rng.integers(121, 125, (experts, n, k // 32), dtype=np.uint8)
+        values = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float64)
+        scale = exponents.view(ml_dtypes.float8_e8m0fnu).astype(np.float64)
+        made[f"w{i}"] = values * np.repeat(scale, 32, axis=-1)
+        made[f"fc{i}"] = interleaved(_packed(codes), "fp4")
+        target = np.zeros((experts, k // 128, 4 * n), np.uint8)
+        fi_ffi.interleave_moe_scales_for_sm90_mixed_gemm(exponents, target)
+        made["scales"].append(target.view(np.int32) if i == 2 else target)
+    return made
+
+
+def _int4(rng, act, experts, rows, hidden, inter) -> dict[str, Any]:
+    made: dict[str, Any] = {"numbers": {}}
+    scales = []
+    for i, (n, k) in ((1, (rows, hidden)), (2, (hidden, inter))):
+        codes = rng.integers(0, 16, (experts, n, k), dtype=np.uint8)
+        values = (codes.astype(np.int16) ^ 8).astype(np.float64) - 8
+        scale = (rng.uniform(0.5, 1.5, (experts, n, k // 128)) / (4 * np.sqrt(k))).astype(BF16)
+        made[f"w{i}"] = values * np.repeat(_number(scale), 128, axis=-1)
+        made[f"fc{i}"] = interleaved(_packed(codes), "int4")
+        groups = k // 128
+        factor = 4 if groups % 4 == 0 else 2 if groups % 2 == 0 else 1
+        target = np.zeros((experts, groups // factor, n * factor), BF16)
+        fi_ffi.interleave_moe_scales_for_sm90_mixed_gemm(scale, target, 128)
+        scales.append(target.view(act) if i == 2 else target)
+    pre = [rng.uniform(20, 60, size).astype(act) for size in (hidden, inter)]
+    nothing = [np.zeros(0, act) for _ in range(2)]
+    alphas = [(rng.uniform(0.5, 1.5, experts) / 40).astype(np.float32) for _ in range(2)]
+    made["scales"] = [*scales, pre[0], pre[1][:, None], *nothing, *alphas]
+    made["numbers"] = {
+        "pre1": _number(pre[0]), "pre2": _number(pre[1]), "fc1": _number(alphas[0]),
+        "fc2": _number(alphas[1]),
+    }  # fmt: skip
+    return made
+
+
+_WEIGHTS = {
+    "half": _half, "fp8": _fp8, "fp8_block_scale": _block_scale, "mxfp4": _mxfp4, "int4": _int4,
+}  # fmt: skip
+
+
+def part(made: Made, **changed: Any) -> Made:
+    """The same call with other tensors, and its layer with other numbers."""
+    tensors = {**made.tensors, **changed.pop("tensors", {})}
+    layer = replace(made.layer, **changed.pop("layer", {}))
+    return Made(tensors, changed.pop("scales", made.scales), {**made.more, **changed}, layer)
+
+
+def a(mode: str, **more: Any) -> Made:
+    """A layer of the first dtypes of a mode."""
+    _, act, out = next(one for one in MODES if one[0] == mode)
+    return make(np.random.default_rng(), mode, act, out, **more)
+
+
+def refused(made: Made, argument: str, kind=fi_ffi.ArgumentError, **more) -> Any:
+    """The error of a call, which wrote nothing."""
+    output = made.tensors["output"]
+    before = output.tobytes() if isinstance(output, np.ndarray) else b""
+    with pytest.raises(kind) as caught:
+        made.call(**more)
+    error = caught.value
+    assert error.op == "cutlass_fused_moe" or error.op == "FusedMoe"
+    assert error.argument == argument, str(error)
+    assert str(error.got) in str(error) and str(error.expected) in str(error)
+    assert not before or output.tobytes() == before
+    return error

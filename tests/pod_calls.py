@@ -1,0 +1,134 @@
+"""Calls of `PodPlan` for the CPU and for a GPU, and the same in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import fi_ffi
+
+PAGE = 16
+
+
+@dataclass(frozen=True)
+class Spec:
+    qo_len: int = 40
+    kv_len: int = 90
+    lengths: tuple[int, ...] = (1, 16, 17, 100)
+    kv_heads: int = 2
+    group: int = 4
+    head_dim: int = 128
+    causal: bool = False
+    mask: bool = False
+    layout: str = "NHD"
+    lse: bool = True
+    scale: float | None = None
+
+
+def attention(q: Any, k: Any, v: Any, visible: Any, scale: float) -> tuple[Any, Any, Any]:
+    """The output, the magnitude of its terms, and log2 of the sums, in float64; NHD."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (np.repeat(x.astype(np.float64), group, axis=1) for x in (k, v))
+    logits = np.einsum("qhd,khd->hqk", q.astype(np.float64), k) * scale
+    logits = np.where(visible, logits, -np.inf)
+    top = logits.max(-1, keepdims=True)
+    weights = np.exp(logits - top)
+    total = weights.sum(-1, keepdims=True)
+    weights /= total
+    out, size = (np.einsum("hqk,khd->qhd", weights, x) for x in (v, np.abs(v)))
+    return out, size, (top + np.log(total))[..., 0].T / np.log(2)
+
+
+class Batch:
+    """Random inputs; outputs are NaN."""
+
+    def __init__(self, spec: Spec, rng: np.random.Generator) -> None:
+        self.spec = spec
+        heads, kv_heads, dim = spec.kv_heads * spec.group, spec.kv_heads, spec.head_dim
+        counts = [-(-n // PAGE) for n in spec.lengths]
+        self.indptr = np.cumsum([0, *counts]).astype(np.int32)
+        pages = sum(counts) + 3
+        self.indices = rng.permutation(pages)[: sum(counts)].astype(np.int32)
+        self.last = np.array([(n - 1) % PAGE + 1 for n in spec.lengths], np.int32)
+
+        def drawn(*shape: int) -> np.ndarray:
+            return rng.standard_normal(shape).astype(np.float16)
+
+        b = len(spec.lengths)
+        self.given = {
+            "q_p": drawn(spec.qo_len, heads, dim), "k_p": drawn(spec.kv_len, kv_heads, dim),
+            "v_p": drawn(spec.kv_len, kv_heads, dim), "q_d": drawn(b, heads, dim),
+            "paged_k_cache_d": drawn(pages, PAGE, kv_heads, dim),
+            "paged_v_cache_d": drawn(pages, PAGE, kv_heads, dim),
+        }  # fmt: skip
+        self.visible = np.ones((spec.qo_len, spec.kv_len), bool)
+        if spec.mask:
+            self.visible = rng.random(self.visible.shape) < 0.5
+            self.visible[:, 0] = True
+        if spec.causal:
+            self.visible = np.tri(spec.qo_len, spec.kv_len, spec.kv_len - spec.qo_len, dtype=bool)
+
+    def plan(self, **options: Any) -> fi_ffi.PodPlan:
+        spec = self.spec
+        return fi_ffi.PodPlan(
+            self.indptr, paged_kv_indices=self.indices, paged_kv_last_page_len=self.last,
+            num_qo_heads=spec.kv_heads * spec.group, num_kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim, page_size=PAGE, **options,
+        )  # fmt: skip
+
+    def arrays(self, tmp_bytes: int) -> dict[str, np.ndarray]:
+        """All tensors of a run, as they lie in memory."""
+        made = dict(self.given)
+        if self.spec.layout == "HND":
+            for name in ("k_p", "v_p", "paged_k_cache_d", "paged_v_cache_d"):
+                made[name] = np.ascontiguousarray(made[name].swapaxes(-3, -2))
+        made |= {f"o_{part}": np.full_like(made[f"q_{part}"], np.nan) for part in "pd"}
+        if self.spec.lse:
+            for part in "pd":
+                shape = made[f"q_{part}"].shape[:2]
+                made[f"lse_{part}"] = np.full(shape, np.nan, np.float32)
+        if self.spec.mask:
+            made["custom_mask_p"] = np.packbits(self.visible, bitorder="little")
+        return made | {"tmp_p": np.zeros(max(tmp_bytes, 16), np.uint8)}
+
+    def expected(self) -> dict[str, tuple[Any, Any, Any]]:
+        scale = self.spec.scale or self.spec.head_dim**-0.5
+        a = self.given
+        found = {"p": attention(a["q_p"], a["k_p"], a["v_p"], self.visible, scale)}
+        each = []
+        for i, length in enumerate(self.spec.lengths):
+            pages = self.indices[self.indptr[i] : self.indptr[i + 1]]
+            k, v = (
+                a[name][pages].reshape(-1, *a[name].shape[2:])[:length]
+                for name in ("paged_k_cache_d", "paged_v_cache_d")
+            )
+            each.append(attention(a["q_d"][i : i + 1], k, v, True, scale))
+        found["d"] = tuple(np.concatenate(parts) for parts in zip(*each, strict=True))
+        return found
+
+    def run(self, plan: Any, place: Callable[..., Any], stream: object, tmp: int) -> float:
+        """Run it; the largest error as a fraction of its bound."""
+        spec = self.spec
+        arrays = self.arrays(tmp)
+        placed = {name: place(array) for name, array in arrays.items()}
+        plan.run(
+            **{name: array.desc() for name, array in placed.items()}, causal_p=spec.causal,
+            kv_layout_p=spec.layout, kv_layout_d=spec.layout, sm_scale_p=spec.scale,
+            sm_scale_d=spec.scale, stream=stream,
+        )  # fmt: skip
+        worst = 0.0
+        for part, (out, size, lse) in self.expected().items():
+            got = placed[f"o_{part}"].get().astype(np.float64)
+            error = np.abs(got - out) / (size * 2.0**-9)
+            worst = max(worst, float(np.nan_to_num(error, nan=np.inf).max()))
+            if spec.lse:
+                error = np.abs(placed[f"lse_{part}"].get() - lse) / 2.0**-10
+                worst = max(worst, float(np.nan_to_num(error, nan=np.inf).max()))
+        for name, array in placed.items():
+            assert array.intact(), f"{name}: bytes outside it were written"
+            if name not in ("o_p", "o_d", "lse_p", "lse_d", "tmp_p"):
+                assert array.get().tobytes() == arrays[name].tobytes(), f"{name} was changed"
+        return worst

@@ -1,0 +1,116 @@
+"""Calls of `xqa` for the CPU and for a GPU, and the same in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+import fi_ffi
+
+F16, BF16, FP8 = np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A module, and a batch for it."""
+
+    q: Any = BF16
+    kv: Any = BF16
+    page_size: int = 16
+    group: int = 4
+    head_dim: int = 128
+    window: int = 0
+    lengths: tuple[int, ...] = (1, 16, 17, 300)
+    kv_heads: int = 2
+    layout: str = "NHD"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Batch:
+    """Random inputs; the output is NaN, and so is the cache where no request has tokens."""
+
+    def __init__(self, spec: Spec, rng: np.random.Generator) -> None:
+        self.spec = spec
+        count = [-(-n // spec.page_size) for n in spec.lengths]
+        pages = rng.permutation(sum(count) + 3)[: sum(count)]
+        most = max(count) + 1
+        table = np.full((len(count), most), pages[0] if len(pages) else 0, np.int32)
+        for request, first in enumerate(np.cumsum([0, *count])[:-1]):
+            table[request, : count[request]] = pages[first : first + count[request]]
+        heads = spec.kv_heads * spec.group
+        cache = sum(count) + 3, spec.page_size, spec.kv_heads, spec.head_dim
+        self.keys, self.values = (self._cache(cache, table, rng) for _ in range(2))
+        q = rng.standard_normal((len(count), 1, heads, spec.head_dim))
+        self.arrays = {
+            "q": q.astype(spec.q),
+            "k_cache": self.keys, "v_cache": self.values, "page_table": table,
+            "seq_lens": np.array(spec.lengths, np.uint32)[:, None],
+            "output": np.full(q.shape, np.nan, spec.q),
+        }  # fmt: skip
+        if spec.layout == "HND":
+            for name in ("k_cache", "v_cache"):
+                self.arrays[name] = np.ascontiguousarray(self.arrays[name].swapaxes(1, 2))
+
+    def _cache(self, shape, table, rng) -> np.ndarray:
+        cache = np.full(shape, np.nan, np.float32)
+        for pages, length in zip(table, self.spec.lengths, strict=True):
+            for position in range(length):
+                page, slot = divmod(position, shape[1])
+                cache[pages[page], slot] = rng.standard_normal(shape[2:])
+            # The rest of a last page is read, and multiplied by 0: anything finite.
+            if length % shape[1]:
+                cache[pages[length // shape[1]], length % shape[1] :] = 3
+        return cache.astype(self.spec.kv)
+
+    def expected(self) -> tuple[np.ndarray, np.ndarray]:
+        """The output in float64, and the magnitude of its terms."""
+        spec, options = self.spec, self.spec.options
+        of_kv = float(np.ravel(options.get("kv_scale", 1.0))[0]) if spec.kv is FP8 else 1.0
+        scale = float(np.ravel(options.get("q_scale", 1.0))[0]) * of_kv / spec.head_dim**0.5
+        out = np.empty(self.arrays["q"].shape)
+        size = np.empty(out.shape)
+        for request, length in enumerate(spec.lengths):
+            position = np.arange(max(length - spec.window, 0) if spec.window else 0, length)
+            page = self.arrays["page_table"][request, position // spec.page_size]
+            k, v = (
+                c[page, position % spec.page_size].astype(np.float64)
+                for c in (self.keys, self.values)
+            )
+            for head in range(out.shape[2]):
+                kv_head = head // spec.group
+                logits = k[:, kv_head] @ self.arrays["q"][request, 0, head].astype(np.float64)
+                logits *= scale
+                extra = []
+                if "sinks" in options:
+                    extra = [float(options["sinks"][kv_head, head % spec.group])]
+                top = max([*logits, *extra])
+                weights = np.exp(logits - top)
+                weights /= weights.sum() + sum(np.exp(e - top) for e in extra)
+                out[request, 0, head] = of_kv * weights @ v[:, kv_head]
+                size[request, 0, head] = of_kv * weights @ np.abs(v[:, kv_head])
+        return out, size
+
+    def check(self, place: Callable[[np.ndarray], Any], stream: object = None) -> float:
+        """Call it; the largest error as a fraction of its bound."""
+        spec = self.spec
+        placed = {name: place(array) for name, array in self.arrays.items()}
+        options = {
+            name: place(value).desc() if isinstance(value, np.ndarray) else value
+            for name, value in spec.options.items()
+        }
+        fi_ffi.xqa(**{name: array.desc() for name, array in placed.items()}, **options,
+                   sliding_win_size=spec.window, kv_layout=spec.layout, stream=stream)  # fmt: skip
+        for name, array in placed.items():
+            assert array.intact(), f"{name}: bytes outside it were written"
+            if name != "output":
+                assert array.get().tobytes() == self.arrays[name].tobytes(), f"{name} was changed"
+        value, size = self.expected()
+        got = placed["output"].get().astype(np.float64)
+        # Probabilities are rounded to the queries' dtype, and on Hopper those of fp8 caches, and
+        # their queries, to fp8.
+        step = 2.0**-3 if spec.kv is FP8 else 2 * float(ml_dtypes.finfo(spec.q).eps)
+        return float(np.nan_to_num(np.abs(got - value) / (size * step), nan=np.inf).max())

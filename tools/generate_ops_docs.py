@@ -1,0 +1,207 @@
+"""Write docs/ops.md from the op table; `--check` only compares."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from generated import write_or_check  # noqa: E402
+
+import fi_ffi  # noqa: E402
+from fi_ffi.families import FAMILIES  # noqa: E402
+from fi_ffi.loader.listed import listed_in  # noqa: E402
+from fi_ffi.loader.lock import the_lock  # noqa: E402
+from fi_ffi.loader.uris import parse  # noqa: E402
+from fi_ffi.ops import attention, moe  # noqa: E402
+from fi_ffi.ops.attention.rows import FORMS  # noqa: E402
+from fi_ffi.ops.functions import OPS  # noqa: E402
+from fi_ffi.ops.moe import interface  # noqa: E402
+from fi_ffi.ops.op import Op  # noqa: E402
+from fi_ffi.ops.row import Arg, Row, Tensor, default_of, defaults  # noqa: E402
+from fi_ffi.ops.support.judge import span_of  # noqa: E402
+from fi_ffi.ops.support.packages import forms_of_packages, packages  # noqa: E402
+
+TARGET = ROOT / "docs" / "ops.md"
+HEADER = """\
+# Every op
+
+Generated from the op table by tools/generate_ops_docs.py. `help(fi_ffi.NAME)` says more of an op:
+what is aligned how, how far offsets reach, what may be the same memory.
+
+A tensor is a `TensorDesc` or anything with a tensor protocol; a shape names its axes, and the
+same name is the same size. T and other capitals are dtypes, which a line below the arguments
+names. Every call takes `stream=` as well; on `device="cpu"` it runs the reference. *SMs* are
+those that FlashInfer {release} compiles the module for, [matrix.md](matrix.md) says more.
+Arguments are those of {release}; where another release has others, the op takes those of the
+kernels in use.
+"""
+
+
+def _first_line(text: str) -> str:
+    return " ".join((text or "").strip().partition("\n\n")[0].split())
+
+
+def _anchor(name: str) -> str:
+    return "".join(c for c in name.lower().replace(" ", "-") if c.isalnum() or c in "-_")
+
+
+def _signature(row: Row) -> str:
+    written = defaults(row.given)
+    parameters = [
+        arg.name if default is None else f"{arg.name}={default}"
+        for arg, default in zip(row.given, written, strict=True)
+    ]
+    return f"{row.name}({', '.join(parameters)}, *, stream=None)"
+
+
+def _kind(arg: Arg) -> str:
+    """An argument's shape and dtype, or its Python type."""
+    if not isinstance(arg, Tensor):
+        kind = getattr(arg, "type", str)
+        words = getattr(arg, "words", ())
+        return " or ".join(map(repr, words)) if words else kind.__name__
+    shape = ", ".join(arg.axis_names)
+    marks = [f"[{shape}] {arg.dtype}"]
+    marks += ["written"] if arg.writes else []
+    marks += ["or None"] if default_of(arg) else []
+    return ", ".join(marks)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _dtypes(row: Row) -> str:
+    return ", ".join(f"{name} is {' or '.join(types)}" for name, types in row.dtypes.items())
+
+
+def _sms(module: str, row: Row) -> str:
+    """What the default release compiles a module, or a family's modules, for."""
+    release = the_lock().default_release
+    listed = listed_in(release)
+    assert listed is not None
+    if parse(module, release) is not None:
+        codes = listed.codes(module) or ()
+    else:
+        codes = tuple({code for _, codes in listed.family(module) for code in codes})
+    able = [c for c in codes if not row.capabilities or c.sm // 10 in row.capabilities]
+    names = [f"{c.sm}{c.suffix}" for c in sorted(able, key=lambda c: (c.sm, c.suffix))]
+    if names:
+        return ", ".join(names)
+    only = " or ".join(f"{major}.x" for major in row.capabilities)
+    return f"{only or 'any'}; not in FlashInfer's own list: `fi-ffi build` makes it"
+
+
+def _op(op: Op, family: str) -> Iterator[str]:
+    row = op.row
+    yield f"### `{row.name}`\n"
+    yield f"{row.doc}\n"
+    yield f"```python\nfi_ffi.{_signature(row)}\n```\n"
+    yield "| argument | | |\n|---|---|---|"
+    for arg in row.given:
+        yield f"| `{arg.name}` | {_escaped(_kind(arg))} | {_escaped(getattr(arg, 'doc', ''))} |"
+    facts = [
+        _dtypes(row),
+        f"entry `{row.symbol}` of module `{row.module}`",
+        f"FlashInfer {span_of(op.rows)}" + (f" in {len(op.rows)} forms" * (len(op.rows) > 1)),
+        f"SMs {_sms(row.module, row)}",
+        f"source `{row.source}`, reference `fi_ffi/reference/{family}.py`",
+    ]
+    yield "\n" + "; ".join(fact for fact in facts if fact) + ".\n"
+
+
+def _attention() -> Iterator[str]:
+    yield "## Family: attention\n"
+    yield "[attention.md](attention.md) has the plans and their options. These are public:\n"
+    for name in attention.__all__:
+        yield f"- `fi_ffi.{name}`: {_first_line(getattr(fi_ffi, name).__doc__)}"
+    yield "\nand these are the kernels' entries that they call, each a row as those above:\n"
+    yield "| entry | kernel | of | FlashInfer | arguments | dtypes | SMs |"
+    yield "|---|---|---|---|---|---|---|"
+    for first, forms in FORMS.items():
+        kernel = first.variant.strip("_").replace("_", ", ") or "fa2"
+        cells = (
+            f"`{first.name}`", kernel, f"`{first.source}`", span_of(forms),
+            str(len(first.args)), _dtypes(first) or "int32", _attention_sms(first),
+        )  # fmt: skip
+        yield f"| {' | '.join(map(_escaped, cells))} |"
+    yield ""
+
+
+def _packages() -> Iterator[str]:
+    """A table for each package that has rows and is not attention."""
+    for package, group in itertools.groupby(forms_of_packages(), key=lambda found: found[0]):
+        module = importlib.import_module(f"fi_ffi.ops.{package}")
+        yield f"## Family: {package}\n\n{_first_line(module.__doc__)} These are public:\n"
+        for name in getattr(module, "__all__", ()):
+            yield f"- `{name}`: {_first_line(getattr(module, name).__doc__)}"
+        yield "\nand these are the entries that they call:\n"
+        yield "| entry | module | of | FlashInfer | arguments | dtypes | SMs |"
+        yield "|---|---|---|---|---|---|---|"
+        for _, name, forms in group:
+            first = forms[0]
+            cells = (
+                f"`{name}`", f"`{first.module}`", f"`{first.source}`", span_of(forms),
+                str(len(first.args)), _dtypes(first), _sms(first.module, first),
+            )  # fmt: skip
+            yield f"| {' | '.join(map(_escaped, cells))} |"
+        yield ""
+
+
+def _moe() -> Iterator[str]:
+    release = the_lock().default_release
+    yield f"## Family: moe\n\n{_first_line(moe.__doc__)} These are public:\n"
+    for name in moe.__all__:
+        yield f"- `fi_ffi.{name}`: {_first_line(getattr(moe, name).__doc__)}"
+    yield f"\nThey call module `{interface.MODULE}`, of which they use, in {release}:\n"
+    made = interface.of_release(release)
+    for function in (made.init, *made.methods.values(), interface.INTERLEAVE):
+        yield f"- `{function.signature.name}({', '.join(function.names)})`"
+    yield ""
+
+
+def _attention_sms(row: Row) -> str:
+    return "90a" if "fa3" in row.variant else _sms(row.module, row)
+
+
+def _by_family() -> dict[str, list[Op]]:
+    names = {f: {row.name for row in importlib.import_module(f"fi_ffi.ops.{f}").ROWS}
+             for f in FAMILIES}  # fmt: skip
+    found = {f: [op for name, op in OPS.items() if name in names[f]] for f in FAMILIES}
+    return {family: ops for family, ops in found.items() if ops}
+
+
+def _contents(families: dict[str, Sequence[Op]]) -> Iterator[str]:
+    for family, ops in families.items():
+        links = ", ".join(f"[`{op.__name__}`](#{_anchor(op.__name__)})" for op in ops)
+        yield f"- **[{family}](#family-{_anchor(family)})**: {links}"
+    for package in packages():
+        public = getattr(importlib.import_module(f"fi_ffi.ops.{package}"), "__all__", ())
+        links = ", ".join(f"`{name}`" for name in public)
+        yield f"- **[{package}](#family-{_anchor(package)})**: {links}"
+    yield "- **[moe](#family-moe)**: " + ", ".join(f"`{name}`" for name in moe.__all__)
+    yield "- **[attention](#family-attention)**: " + ", ".join(
+        f"`{name}`" for name in attention.__all__
+    )
+    yield ""
+
+
+def text() -> str:
+    families = _by_family()
+    lines = [HEADER.format(release=the_lock().default_release), *_contents(families)]
+    for family, ops in families.items():
+        module = importlib.import_module(f"fi_ffi.ops.{family}")
+        lines += [f"## Family: {family}\n", f"{_first_line(module.__doc__)}\n"]
+        for op in ops:
+            lines += _op(op, family)
+    return "\n".join([*lines, *_packages(), *_moe(), *_attention()]).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(write_or_check(TARGET, text(), __file__))
