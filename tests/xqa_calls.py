@@ -48,7 +48,7 @@ class Batch:
         self.arrays = {
             "q": q.astype(spec.q),
             "k_cache": self.keys, "v_cache": self.values, "page_table": table,
-            "seq_lens": np.array(spec.lengths, np.uint32)[:, None],
+            "seq_lens": np.array(spec.lengths, np.uint32).reshape(-1, 1),
             "output": np.full(q.shape, np.nan, spec.q),
         }  # fmt: skip
         if spec.layout == "HND":
@@ -113,4 +113,6 @@ class Batch:
         # Probabilities are rounded to the queries' dtype, and on Hopper those of fp8 caches, and
         # their queries, to fp8.
         step = 2.0**-3 if spec.kv is FP8 else 2 * float(ml_dtypes.finfo(spec.q).eps)
-        return float(np.nan_to_num(np.abs(got - value) / (size * step), nan=np.inf).max())
+        # A value of one key that is 0 is to be 0.
+        error = np.abs(got - value) / np.maximum(size * step, 2.0**-20)
+        return float(np.nan_to_num(error, nan=np.inf).max())

@@ -68,7 +68,9 @@ def _stub(row: Row) -> str:
     lines = [f"\nclass _{row.name}(Op):", "    def __call__("]
     lines += [f"        {parameter}," for parameter in parameters]
     doc = textwrap.indent(docstring(row), " " * 8).strip()
-    lines += [f"    ) -> {_RESULTS.get(row.result, row.result)}:", f'        """{doc}', '        """', f"\n{row.name}: _{row.name}\n"]
+    result = _RESULTS.get(row.result, row.result)
+    lines += [f"    ) -> {result}:", f'        """{doc}', '        """']
+    lines += [f"\n{row.name}: _{row.name}\n"]
     return "\n".join(lines)
 
 

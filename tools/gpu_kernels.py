@@ -12,7 +12,7 @@ compiles in: sliding windows, soft caps, position encodings, fp8, head sizes tha
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.loader.uris import uri
@@ -89,15 +89,17 @@ _PLAIN = {
 _FAMILIES = {"core": _core, "options": _options, "rest": _rest}
 
 
-def main() -> None:
+PARTS = tuple(sorted({*_PLAIN, *_FAMILIES}))
+
+
+def names(parts: Iterable[str]) -> Iterator[str]:
+    """The modules of these parts."""
     release = the_lock().default_release
-    parts = sys.argv[1:] or ["core", "options"]
     for part in parts:
-        for name in _PLAIN.get(part, ()):
-            print(name)
+        yield from _PLAIN.get(part, ())
         for family, parameters in _FAMILIES.get(part, tuple)():
-            print(uri(family, release=release, **parameters))
+            yield uri(family, release=release, **parameters)
 
 
 if __name__ == "__main__":
-    main()
+    print(*names(sys.argv[1:] or ["core", "options"]), sep="\n")

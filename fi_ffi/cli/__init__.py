@@ -23,6 +23,8 @@ _COMMANDS = {
     "inspect": "Show a kernel file's functions, architectures and needs.",
     "list": "List kernel modules and what they serve.",
     "lock": "Keep wheels.lock: add files, verify them, pin their RECORDs.",
+    "replay": "Make a dumped call again and compare its results.",
+    "trace": "Write FlashInfer-Bench definitions of calls.",
 }
 
 

@@ -98,7 +98,9 @@ def make_case(
     made where there are none.  What an op only moves is random bits, NaN and their payloads
     among them.  Optional tensors are left out where `without` names them.
     """
-    make = inputs_of(row).make
+    make, of_dtypes = inputs_of(row).make, inputs_of(row).of_dtypes
+    if of_dtypes is not None:
+        scalars = {**of_dtypes(dtypes), **scalars}
     if make is not None:
         tables, sizes, scalars = make(row, tables, sizes, scalars, without, rng)
     values = {
@@ -121,6 +123,8 @@ def make_case(
             arrays[arg.name] = _placed(np.full(shape, poison, dtype), arg)
         else:
             arrays[arg.name] = _placed(_random(arg, shape, rng).astype(dtype), arg)
+        if arg.parts > 1:
+            arrays[arg.name] = _part(arrays[arg.name], arg.parts)
     return Case(row, arrays, values, _expected(row, arrays, values))
 
 
@@ -141,6 +145,14 @@ def _placed(array: Array, arg: Tensor) -> Array:
     return _aligned(array, arg.alignment) if arg.alignment > 1 else array
 
 
+def _part(array: Array, parts: int) -> Array:
+    """The values as one of so many parts of a tensor, whose others are NaN."""
+    size = array.shape[-1]
+    part: Array = np.full((*array.shape[:-1], size * parts), np.nan, array.dtype)[..., :size]
+    part[...] = array
+    return part
+
+
 def _aligned(array: Array, alignment: int) -> Array:
     """A copy at an address that is a multiple of `alignment`."""
     room = np.empty(array.nbytes + alignment, np.uint8)
@@ -154,7 +166,7 @@ def _value(arg: Scalar | Text | KvLayout, rng: np.random.Generator) -> Any:
     """The default, or something positive where there is none."""
     if isinstance(arg, Text):
         return str(rng.choice(arg.words))
-    if isinstance(arg, Scalar) and arg.default is None:
+    if isinstance(arg, Scalar) and arg.default is None and not arg.size_of:
         return arg.type(np.exp(rng.uniform(-4, 1)))
     return arg.default
 

@@ -99,6 +99,11 @@ def _run_all(device: str, sizes: dict[str, int]) -> tuple[list[Result], list[str
 
 def _run(op: Op, device: str, sizes: dict[str, int]) -> Result:
     sizes = {**inputs_of(op.row).usual, **sizes}
+    for axes, most in op.row.max_products.items():
+        if len(axes) == 1 and axes[0] in sizes:
+            sizes[axes[0]] = min(sizes[axes[0]], most)
+    for axis, step in op.row.multiples.items():
+        sizes[axis] = -(-sizes[axis] // step) * step
     if len(op.row.tensors[0].axis_names) == 3:  # tokens, heads, head_dim
         sizes |= {"h": 128}
     dtypes = default_dtypes(op.row)
@@ -108,7 +113,8 @@ def _run(op: Op, device: str, sizes: dict[str, int]) -> Result:
         call(op)
         errors = [case.error(name, read(name)) for name in case.expected]
         seconds = timed(op)
-    shape = "x".join(str(n) for n in case.arrays[op.row.tensors[0].name].shape)
+    first = next(arg for arg in op.row.tensors if not arg.is_scratch)
+    shape = "x".join(str(n) for n in case.arrays[first.name].shape)
     provider = f"FlashInfer {search.release()}" if on is _on_gpu else "reference"
     worst = max(errors, key=lambda error: error[1])
     return Result(op.row.name, provider, shape, "/".join(dtypes.values()), *worst, seconds * 1e6)

@@ -151,6 +151,21 @@ def _kernels(kernels: str | None) -> Iterator[Finding]:
         yield from _module(module)
 
 
+def _known_cases(kernels: str | None) -> Iterator[Finding]:
+    """What vLLM's users run into, of the first GPU there is and the kernels in use."""
+    if not machine.device_count():
+        return
+    from fi_ffi.ops.support import Question
+    from fi_ffi.ops.support.cases import CASES
+
+    question = Question.of(machine.capability(0))
+    for case in CASES:
+        able = [answer.op for answer in case.answers(question) if answer]
+        found = f"here: {', '.join(dict.fromkeys(able)) or 'nothing'}"
+        advice = "docs/matrix.md has the cause; `fi-ffi list --matrix --json` has the reasons"
+        yield Finding(case.name, "ok" if able else "none", found, "" if able else advice)
+
+
 def _module(module: str) -> Iterator[Finding]:
     """Where a module comes from, and what each GPU can do with it."""
     devices: list[int | None] = [*range(machine.device_count())]
@@ -183,4 +198,4 @@ def _attestation(module: str, device: int | None) -> Iterator[Finding]:
         yield Finding(f"{module} entries", "ok", f"attested: {', '.join(attested)}")
 
 
-_CHECKS = (_python, _gpus, _cudart, _libtvm_ffi, _cache, _kernels)
+_CHECKS = (_python, _gpus, _cudart, _libtvm_ffi, _cache, _kernels, _known_cases)

@@ -32,13 +32,27 @@ _OWN = ("backend", "head_dim")
 )
 @click.option("--family", help="Only modules of this family, such as batch_prefill or norm.")
 @click.option("--entries", is_flag=True, help="Open every module: its functions and GPUs too.")
+@click.option("--matrix", is_flag=True, help="Where each op can be called, by GPU, and why not.")
+@click.option("--release", help="With --matrix: of a release's wheels, such as 0.6.13.")
+@click.option("--cuda", help="With --matrix: of the wheels of a CUDA tag, such as cu130.")
 @click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
-def list(kernels: Path | None, family: str | None, entries: bool, as_json: bool) -> None:
+def list(
+    kernels: Path | None, family: str | None, entries: bool, as_json: bool, matrix: bool,
+    release: str | None, cuda: str | None,
+) -> None:  # fmt: skip
     """List the kernel modules at hand: family, dtypes, head sizes, backend, the ops they serve.
 
     All of it is in the modules' names, so nothing is extracted or fetched for it but
-    with --entries.
+    with --entries.  --matrix is of the kernels in use, or where there are none, or a release
+    or a CUDA tag is named, of what FlashInfer publishes.
     """
+    if matrix:
+        from fi_ffi.cli.matrix import show
+
+        show(None if kernels is None else str(kernels), release, cuda, family, as_json)
+        return
+    if release or cuda:
+        raise click.UsageError("--release and --cuda go with --matrix")
     catalogue = Catalogue.of(_source(kernels))
     modules = [module for module in catalogue if family in (None, module.family)]
     if family is not None and not modules:

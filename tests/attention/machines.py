@@ -72,7 +72,7 @@ class Cpu:
 
     def poison(self, placed: Any, stream: object) -> None:
         """Make every byte of a placed array poison."""
-        placed.array[...] = np.nan
+        placed.array[...] = POISON if placed.array.dtype.kind in "iub" else np.nan
 
     def bytes_for_one(self, size: Callable[..., int], *sizes: int) -> int:
         """What `single_*_workspace_size` tells of this device."""

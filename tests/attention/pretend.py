@@ -149,7 +149,7 @@ class Pretend(Cpu):
         for known in fi_ffi.ops.functions.OPS.values():
             known.forget()
 
-    def _allocate(self, count: int, device: Any) -> cuda.Memory:
+    def _allocate(self, count: int, device: Any, zeroed: bool = False) -> cuda.Memory:
         memory = cuda._host(count)
         there = TensorDesc(memory.desc.ptr, (count,), "uint8", device=device)
         return cuda.Memory(there, lambda _: None, memory)

@@ -3,90 +3,41 @@
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fi_ffi.abi.signature import Signature
+from fi_ffi.loader.bindings import Function, Source, abi_type, read
 from fi_ffi.loader.lock import the_lock
+
+__all__ = ["RELEASES", "abi_type", "added_parameters", "exported", "methods", "parameters"]
 
 # Every release the lock pins kernels of, and the newest one.
 RELEASES = sorted({file.release for file in the_lock().kernels} | {"0.7.2.post1"})
 
-_EXPORT = re.compile(r"TVM_FFI_DLL_EXPORT_TYPED_FUNC\(\s*(\w+)\s*,\s*([\w:]+)\s*\)")
-_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
-
-# A C++ parameter type, as TVM-FFI prints it.
-_TYPES = {
-    "TensorView": "DLTensor*",
-    "Tensor": "ffi.Tensor",
-    "double": "float",
-    "float": "float",
-    "int64_t": "int",
-    "int32_t": "int",
-    "int": "int",
-    "bool": "bool",
-    "std::string": "str",
-    "String": "str",
-    "void": "void",
-}
-_GENERIC = re.compile(r"(Optional|Array|Tuple)<(.*)>")
-
-
-def abi_type(text: str) -> str:
-    """`Optional<ffi::Tensor>` is `Optional<ffi.Tensor>`, `double` is `float`."""
-    text = re.sub(r"\b(const|tvm|ffi)\b(::)?|&", "", text).strip().removeprefix("::")
-    generic = _GENERIC.fullmatch(text)
-    if generic:
-        inner = ", ".join(abi_type(part) for part in _split(generic[2]))
-        return f"{generic[1]}<{inner}>"
-    return _TYPES[text]
-
 
 def exported(source: str, added: Sequence[Added] = ()) -> dict[str, Signature]:
     """Every function that a binding source exports, by the exported name."""
-    return {
-        symbol: Signature(symbol, tuple(abi_type(_without_name(p)) for p in params), result)
-        for symbol, (result, params) in _declared(source, added).items()
-    }
+    return {symbol: function.signature for symbol, function in _read(source, added).items()}
+
+
+def methods(source: str) -> dict[str, Function]:
+    """The methods of the objects that a binding source's functions return, by name."""
+    objects = read([Source("binding", source, {})], is_switch=lambda macro: True).objects
+    return {name: method for found in objects.values() for name, method in found.items()}
 
 
 def parameters(source: str, added: Sequence[Added] = ()) -> dict[str, list[str]]:
     """What the parameters of every exported function are called."""
-    return {
-        symbol: [re.sub(r"\s*=.*", "", param.strip()).rpartition(" ")[2] for param in params]
-        for symbol, (_, params) in _declared(source, added).items()
-    }
+    return {symbol: [*function.names] for symbol, function in _read(source, added).items()}
 
 
-def _declared(source: str, added: Sequence[Added]) -> dict[str, tuple[str, list[str]]]:
-    """The result and the parameters of every exported function."""
+def _read(text: str, added: Sequence[Added]) -> dict[str, Function]:
+    """The functions of a source with these parameters added to what a generator adds them to."""
     more = "".join(f", {parameter.declaration}" for parameter in added)
-    source = _COMMENT.sub(" ", source).replace("ADDITIONAL_FUNC_PARAMS", more)
-    found = {}
-    for symbol, function in _EXPORT.findall(source):
-        name = function.rpartition("::")[2]
-        # A result may have spaces between its template arguments.
-        declaration = re.search(rf"\b(\w[\w:]*(?:<[^;{{}}()]*>)?)\s+{name}\s*\(([^)]*)\)", source)
-        assert declaration, f"{function} is exported and not declared"
-        found[symbol] = abi_type(declaration[1]), _split(declaration[2])
-    return found
-
-
-def _split(text: str) -> list[str]:
-    """Parameters, split at the commas outside of template arguments."""
-    parts, depth = [""], 0
-    for char in text:
-        depth += (char == "<") - (char == ">")
-        if char == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += char
-    return [part for part in parts if part.strip()]
-
-
-def _without_name(parameter: str) -> str:
-    return re.sub(r"\s+\w+\s*(=.*)?$", "", parameter.strip())
+    defines = {"ADDITIONAL_FUNC_PARAMS": more}
+    source = Source("binding", text, defines)
+    return dict(read([source], is_switch=lambda macro: True).exports)
 
 
 # The generator of each attention family in `jit/attention/modules.py`; the first there is.

@@ -19,10 +19,12 @@ class Inputs:
     `small` are sizes by axis of calls with few elements, `usual` those of the demo.  `make(row,
     tables, sizes, scalars, without, rng)` gives tensors by name that are not simply random
     (the given `tables` among them), all sizes, and the numbers.  `variants` are shapes that
-    an op's calls come in, by name: what `make_case` is told.
+    an op's calls come in, by name: what `make_case` is told.  `of_dtypes` gives numbers that
+    follow from the dtypes of the row's variables.
     """
 
     small: Mapping[str, int]
     usual: Mapping[str, int]
     make: Callable[..., Made] | None = None
     variants: Mapping[str, Mapping[str, Any]] | None = None
+    of_dtypes: Callable[[Mapping[str, str]], Mapping[str, Any]] | None = None

@@ -1,8 +1,50 @@
-"""Random inputs of `fi_ffi.ops.norm_fused`."""
+"""Random videos' tokens, and the numbers that say where their patches are."""
 
 from __future__ import annotations
 
-from fi_ffi.cli.inputs.family import Inputs
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from fi_ffi.cli.inputs.family import Inputs, Made
+from fi_ffi.ops.row import Row
+from fi_ffi.reference.arrays import Array
+
+
+def make(
+    row: Row, tables: Mapping[str, Array] | None, sizes: Mapping[str, int],
+    scalars: dict[str, Any], without: Collection[str], rng: np.random.Generator,
+) -> Made:  # fmt: skip
+    """Patches and channels in three directions, no two of which are the same."""
+    pair = sizes["head_dim"] // 2
+    height, width = pair // 3, pair // 3 + 1
+    numbers = {"ppf": 2, "pph": 3, "ppw": 5} | scalars
+    numbers.setdefault("seq_len", numbers["ppf"] * numbers["pph"] * numbers["ppw"])
+    numbers.setdefault("num_frame_channels", 2 * (pair - height - width))
+    numbers.setdefault("num_height_channels", 2 * height)
+    numbers.setdefault("num_width_channels", 2 * width)
+    return tables or {}, sizes, numbers
+
+
+def of_dtypes(dtypes: Mapping[str, str]) -> dict[str, Any]:
+    return {"output_fp8": dtypes["O"] == "float8_e4m3fn"}
+
+
+def _layernorm(*without: str) -> Inputs:
+    variants = {f"no {name}": {"without": (name,)} for name in without}
+    return Inputs({"n": 2, "num_rows": 3}, {"n": 2, "num_rows": 64}, variants=variants)
+
 
 # By module, or by op.
-INPUTS: dict[str, Inputs] = {}
+INPUTS: dict[str, Inputs] = {
+    "fused_qk_rmsnorm_rope": Inputs(
+        small={"n": 7, "num_heads_q": 3, "num_heads_k": 2, "num_heads_v": 1, "head_dim": 64},
+        usual={"n": 60, "num_heads_q": 24, "num_heads_k": 24, "num_heads_v": 24, "head_dim": 128},
+        make=make,
+        of_dtypes=of_dtypes,
+    ),
+    "fused_dit_gate_residual_layernorm_gamma_beta": _layernorm("input_sf_scale"),
+    "fused_dit_residual_layernorm_scale_shift": _layernorm("residual", "input_sf_scale"),
+    "fused_dit_gate_residual_layernorm_scale_shift": _layernorm("input_sf_scale"),
+}

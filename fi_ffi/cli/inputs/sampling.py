@@ -1,8 +1,113 @@
-"""Random inputs of `fi_ffi.ops.sampling`."""
+"""Random inputs of `fi_ffi.ops.sampling`: probabilities, and what filters them."""
 
 from __future__ import annotations
 
-from fi_ffi.cli.inputs.family import Inputs
+from collections.abc import Collection, Mapping
+from typing import Any
 
+import numpy as np
+
+from fi_ffi.cli.inputs.family import Inputs, Made
+from fi_ffi.ops.row import Row
+from fi_ffi.reference.arrays import Array
+
+# What arrays of seeds are below: formulas are given them as float64.
+_MOST = 2**53
+
+
+def probabilities(rng: np.random.Generator, *shape: int, spread: float = 2.0) -> Array:
+    """Rows of float32 that sum to 1, a few of their elements most of it."""
+    powers = np.exp(spread * rng.standard_normal(shape))
+    rows: Array = (powers / powers.sum(axis=-1, keepdims=True)).astype(np.float32)
+    return rows
+
+
+def make(
+    row: Row, tables: Mapping[str, Array] | None, sizes: Mapping[str, int],
+    scalars: dict[str, Any], without: Collection[str], rng: np.random.Generator,
+) -> Made:  # fmt: skip
+    """Probabilities and parameters; each output from a row of its own or from any."""
+    names, n, h = {arg.name for arg in row.args}, sizes["n"], sizes["h"]
+    sizes = {"seeds": 1, "offsets": 1, **sizes}
+    if "r" in sizes:
+        sizes["r"] = max(sizes["r"], n)
+    count = sizes.get("r", n)
+    made = {
+        "probs": probabilities(rng, count, h),
+        "maybe_indices": rng.integers(0, max(count, 1), n),
+        "maybe_top_k_arr": rng.integers(1, h + 1, count),
+        "maybe_top_p_arr": rng.uniform(0.05, 1, count),
+        "maybe_min_p_arr": rng.uniform(0, 1, count),
+        "maybe_temperature_arr": np.exp(rng.uniform(-1, 1, count)),
+        "maybe_seed_arr": rng.integers(0, _MOST, sizes["seeds"]),
+        "maybe_offset_arr": rng.integers(0, _MOST, sizes["offsets"]),
+        "valid": np.zeros(n),
+    }
+    if "draft_probs" in names:
+        made |= _chain(rng, n, sizes["s"], h)
+    numbers = {
+        "seed_val": int(rng.integers(-(2**63), 2**63)), "offset_val": int(rng.integers(0, 2**63)),
+        "philox_seed": int(rng.integers(-(2**63), 2**63)),
+        "philox_offset": int(rng.integers(0, 2**63)),
+        "top_k_val": int(rng.integers(1, h + 1)), "top_p_val": float(rng.uniform(0.05, 1)),
+    }  # fmt: skip
+    scalars = {name: value for name, value in numbers.items() if name in names} | scalars
+    if row.name == "top_k_top_p_sampling_from_probs":
+        scalars["top_k_val"] = float(max(1, int(scalars["top_k_val"])))
+    return {**made, **(tables or {})}, sizes, scalars
+
+
+def _chain(rng: np.random.Generator, n: int, s: int, h: int) -> dict[str, Array]:
+    """Drafts that are often near enough to the target to be taken."""
+    target = probabilities(rng, n, s + 1, h)
+    near = target[:, :s] * np.exp(0.5 * rng.standard_normal((n, s, h)))
+    draft = (near / near.sum(axis=2, keepdims=True)).astype(np.float32)
+    ends = np.cumsum(draft, axis=2)
+    ids = (ends < rng.uniform(0, 1, (n, s, 1)) * ends[:, :, -1:]).sum(axis=2)
+    return {
+        "target_probs": target,
+        "draft_probs": draft,
+        "draft_token_ids": np.minimum(ids, h - 1),
+        "output_accepted_token_num": rng.integers(0, 100, n),
+        "output_emitted_draft_token_num": rng.integers(0, 100, n),
+    }
+
+
+_SEEDS = ("maybe_seed_arr", "maybe_offset_arr")
+_ARRAYS = ("maybe_top_k_arr", "maybe_top_p_arr", "maybe_min_p_arr", "maybe_temperature_arr")
+_SCRATCH = ("workspace_buffer", "workspace", "row_states_buffer")
+_VARIANTS: dict[str, Mapping[str, Any]] = {
+    "numbers": {"without": (*_SEEDS, *_ARRAYS, "maybe_indices")},
+    "own rows": {"without": ("maybe_indices",)},
+}
+_SAMPLERS = Inputs(
+    small={"n": 4, "r": 5, "h": 24},
+    usual={"n": 32, "r": 32, "h": 4096},
+    make=make,
+    variants=_VARIANTS,
+)
+_WHOLE_ROWS = Inputs(
+    small={"n": 4, "h": 24, "workspace_size": 2**20},
+    usual={"n": 32, "h": 4096, "workspace_size": 2**20},
+    make=make,
+    variants={
+        "numbers": {"without": _ARRAYS},
+        "own scratch": {"without": (*_ARRAYS, *_SCRATCH)},
+        "in place": {"in place": True},
+    },
+)
+_CHAIN = Inputs(
+    small={"n": 4, "s": 3, "h": 24},
+    usual={"n": 32, "s": 5, "h": 4096},
+    make=make,
+    variants={"numbers": {"without": _SEEDS}},
+)
 # By module, or by op.
-INPUTS: dict[str, Inputs] = {}
+INPUTS: dict[str, Inputs] = {
+    "sampling": _SAMPLERS,
+    "softmax": _WHOLE_ROWS,
+    "top_p_renorm_probs": _WHOLE_ROWS,
+    "top_k_renorm_probs": _WHOLE_ROWS,
+    "top_k_mask_logits": _WHOLE_ROWS,
+    "chain_speculative_sampling": _CHAIN,
+}

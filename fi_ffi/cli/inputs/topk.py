@@ -1,8 +1,51 @@
-"""Random inputs of `fi_ffi.ops.topk`."""
+"""Random inputs of `fi_ffi.ops.topk`: rows, and the parts of them to choose from."""
 
 from __future__ import annotations
 
-from fi_ffi.cli.inputs.family import Inputs
+from collections.abc import Collection, Mapping
+from typing import Any
 
+import numpy as np
+
+from fi_ffi.cli.inputs.family import Inputs, Made
+from fi_ffi.ops.row import Row
+from fi_ffi.reference.arrays import Array
+
+
+def make(
+    row: Row, tables: Mapping[str, Array] | None, sizes: Mapping[str, int],
+    scalars: dict[str, Any], without: Collection[str], rng: np.random.Generator,
+) -> Made:  # fmt: skip
+    """Rows with ties, of which some parts are shorter than what is chosen."""
+    n, d = sizes["n"], sizes["d"]
+    sizes = {**sizes, "b": sizes.get("b", n), "m": sizes.get("m", d)}
+    lengths = rng.integers(0, d + 1, n)
+    starts = rng.integers(0, d - lengths + 1)
+    made = {
+        "input": np.round(rng.standard_normal((n, d)), 2),
+        "lengths": lengths,
+        "maybe_row_starts": starts,
+        "maybe_page_table_row_starts": starts,
+        "offsets": rng.integers(0, 2**20, n),
+        "maybe_row_to_batch": rng.integers(0, max(sizes["b"], 1), n),
+        "src_page_table": rng.integers(0, 2**20, (sizes["b"], sizes["m"])),
+    }
+    names = {arg.name for arg in row.args}
+    numbers = {"top_k": sizes["top_k"]}
+    scalars = {name: value for name, value in numbers.items() if name in names} | scalars
+    return {**made, **(tables or {})}, sizes, scalars
+
+
+_STARTS = ("maybe_row_starts", "maybe_page_table_row_starts")
+_OPTIONAL = (*_STARTS, "maybe_row_to_batch", "maybe_row_states_buffer", "maybe_output_raw_indices")
+_INPUTS = Inputs(
+    small={"n": 4, "d": 24, "top_k": 5, "workspace_size": 2**20},
+    usual={"n": 32, "d": 4096, "top_k": 64, "workspace_size": 2**20},
+    make=make,
+    variants={
+        "nothing else": {"without": _OPTIONAL},
+        "ties": {"tie_break": 2, "without": _STARTS},
+    },
+)
 # By module, or by op.
-INPUTS: dict[str, Inputs] = {}
+INPUTS: dict[str, Inputs] = {"topk": _INPUTS}

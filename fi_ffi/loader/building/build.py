@@ -21,16 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from fi_ffi.errors import ArgumentError, BuildError
-from fi_ffi.loader.building import env
+from fi_ffi.loader.building import env, toolkit
 from fi_ffi.loader.building.names import (
     DEFAULT_ARCH,
     DEFAULT_RELEASE,
     FAMILIES,
     parse_arch,
+    parse_request,
     parse_requests,
 )
 from fi_ffi.loader.building.ninja import (
     MissingHeader,
+    MissingLibrary,
     count_steps,
     default_jobs,
     run_ninja,
@@ -89,8 +91,18 @@ def _refuse(failed: dict[str, str], names: Sequence[str], workshop: Workshop) ->
         raise ArgumentError("build", "modules", got=repr(text), expected=expected)
 
 
+def _fetch(workshop: Workshop, missing: MissingHeader | MissingLibrary) -> None:
+    """Install what the compiler or the linker did not find."""
+    environment, say = workshop.environment, workshop.say
+    if isinstance(missing, MissingHeader):
+        env.install_headers(environment, missing.extra, workshop.toolkit, say)
+    else:
+        found = env.install_library(environment, missing.name, workshop.toolkit, say)
+        toolkit.add_link(workshop.link_folder, missing.name, found)
+
+
 def _compile(workshop: Workshop, answer: Any, jobs: int) -> None:
-    """Compile and link the modules of `answer`, fetching CUDA headers as they are missed."""
+    """Compile and link the modules of `answer`, fetching parts of CUDA as they are missed."""
     index = write_index(
         Path(answer["folder"]), [Path(module["ninja"]) for module in answer["modules"]]
     )
@@ -112,11 +124,11 @@ def _compile(workshop: Workshop, answer: Any, jobs: int) -> None:
             step(0, total)
         try:
             run_ninja(command, index.parent, workshop.variables(), workshop.log, step)
-        except MissingHeader as error:
-            if error.extra in fetched:  # fetched, and it did not have the header
+        except (MissingHeader, MissingLibrary) as error:
+            if str(error) in fetched:  # fetched, and it did not have what was missed
                 raise
-            fetched.add(error.extra)
-            env.install_headers(workshop.environment, error.extra, workshop.toolkit, workshop.say)
+            fetched.add(str(error))
+            _fetch(workshop, error)
         else:
             return
 
@@ -210,3 +222,27 @@ def available(
         for name, reason in answer["unavailable"].items()
     ]
     return [*families, *modules, *missing]
+
+
+def described(
+    unlisted: Sequence[str] = (),
+    *,
+    release: str = DEFAULT_RELEASE,
+    arch: str | Iterable[str] = DEFAULT_ARCH,
+    build_dir: Path | None = None,
+    torch_requirement: str = env.DEFAULT_TORCH,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """What FlashInfer's own list of modules is compiled from.
+
+    `modules` have a name, `sources` (paths), and `cflags` and `cuda_cflags`, and so have
+    those `unlisted` modules that are asked for by name; `data` is the folder of the sources
+    that none was generated for; `unavailable` has generators that failed, and why.
+    """
+    architectures = parse_arch(arch)
+    requests = [parse_request(name).as_json(release) for name in unlisted]
+    with open_workshop(release, architectures, build_dir, torch_requirement, report) as workshop:
+        # A generator compiles a helper, which includes cuBLAS.
+        env.install_headers(workshop.environment, "cublas", workshop.toolkit, workshop.say)
+        answer: dict[str, Any] = _ask(workshop, {"action": "sources", "requests": requests})
+    return answer

@@ -77,6 +77,25 @@ def _tolerant(name: str, generator: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _without_artifacts() -> None:
+    """Let generators make their specs without the files that they download.
+
+    What they download is compiled in, and does not change which sources a module is of.
+    """
+    importlib.import_module("flashinfer.aot")
+    stand_ins = {
+        "get_artifact": lambda *args, **kwargs: b"absent",
+        "get_cubin": lambda *args, **kwargs: b"absent",  # as earlier releases call it
+        "get_meta_hash": lambda *args: "absent",
+        "ensure_symlink": lambda *args: None,
+        "verify_symlinked_headers": lambda *args: None,
+    }
+    for name, module in sorted(sys.modules.items()):
+        if name.startswith("flashinfer."):
+            for known in stand_ins.keys() & vars(module).keys():
+                setattr(module, known, stand_ins[known])
+
+
 def _everything() -> tuple[dict[str, Any], list[_Skipped]]:
     """FlashInfer's list of what it builds ahead of time, with everything turned on."""
     aot = importlib.import_module("flashinfer.aot")
@@ -174,6 +193,16 @@ def _describe(text: str, spec: Any) -> dict[str, Any]:
     }
 
 
+def _sources(spec: Any) -> dict[str, Any]:
+    """The files that a spec is compiled from, and the flags they are compiled with."""
+    return {
+        "name": spec.name,
+        "sources": [str(path) for path in spec.sources],
+        "cflags": spec.extra_cflags or [],
+        "cuda_cflags": spec.extra_cuda_cflags or [],
+    }
+
+
 def _about() -> dict[str, Any]:
     core = importlib.import_module("flashinfer.jit.core")
     version = importlib.import_module("flashinfer.version")
@@ -190,10 +219,19 @@ def _about() -> dict[str, Any]:
 def answer(question: dict[str, Any]) -> dict[str, Any]:
     """`list` names every module that can be built; `generate` writes the files to build some.
 
-    `names` says what modules are called, also by functions that only name them.
+    `names` says what modules are called, also by functions that only name them; `sources`
+    what all of them are made of, also those that could not be built here, and some others.
     """
     _load_bare_package("flashinfer")
     result = _about()
+    if question["action"] == "sources":
+        _without_artifacts()
+        everything, skipped = _everything()
+        result["modules"] = [_sources(spec) for _, spec in sorted(everything.items())]
+        result["unlisted"] = [_sources(_generate(asked)) for asked in question["requests"]]
+        result["unavailable"] = {entry.generator: entry.reason for entry in skipped}
+        result["data"] = str(importlib.import_module("flashinfer.jit.env").FLASHINFER_DATA)
+        return result
     if question["action"] == "list":
         everything, skipped = _everything()
         modules = [{"name": name, "sources": len(everything[name].sources)} for name in everything]

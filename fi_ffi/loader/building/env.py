@@ -23,7 +23,14 @@ from filelock import FileLock
 from packaging.requirements import Requirement
 
 from fi_ffi.errors import BuildError
-from fi_ffi.loader.building.toolkit import HEADERS, INDEX_CUDA, Toolkit, toolkit_of
+from fi_ffi.loader.building.toolkit import (
+    HEADERS,
+    INDEX_CUDA,
+    LIBRARIES,
+    Toolkit,
+    find_library,
+    toolkit_of,
+)
 
 DEFAULT_TORCH = "torch==2.13.0"
 
@@ -187,8 +194,11 @@ def prepare_environment(root: Path, release: str, torch: str, say: Say) -> Envir
     return environment
 
 
-def _cuda_folder(environment: Environment, extra: str, release: str) -> Path:
-    return environment.root.with_name(f"cuda-{release}-{extra.replace(',', '-')}")
+def _cuda_folder(
+    environment: Environment, extra: str, release: str, *, libraries: bool = True
+) -> Path:
+    ending = "-lib" if libraries and extra in HEADERS.values() else ""
+    return environment.root.with_name(f"cuda-{release}-{extra.replace(',', '-')}{ending}")
 
 
 def _cuda_root(folder: Path) -> Path | None:
@@ -196,16 +206,22 @@ def _cuda_root(folder: Path) -> Path | None:
     return next((root for root in folder.glob("nvidia/*") if (root / "include").is_dir()), None)
 
 
-def _install_cuda(environment: Environment, extra: str, release: str, say: Say) -> Path:
-    """Install an extra of NVIDIA's `cuda-toolkit` to a folder of its own; the root in it."""
-    folder = _cuda_folder(environment, extra, release)
+def _install_cuda(
+    environment: Environment, extra: str, release: str, say: Say, *, libraries: bool = True
+) -> Path:
+    """Install an extra of NVIDIA's `cuda-toolkit` to a folder of its own; the root in it.
+
+    Without its `libraries`, which are large, it is another folder: neither takes from a
+    compiler what it is reading in the other.
+    """
+    folder = _cuda_folder(environment, extra, release, libraries=libraries)
     requirement = f"cuda-toolkit[{extra}]=={release}.*"
 
     def make() -> None:
         say(f"installing {requirement}")
         shutil.rmtree(folder, ignore_errors=True)
         _install(environment, "--target", str(folder), requirement)
-        if extra in HEADERS.values():  # their libraries are large, and nothing links to them
+        if not libraries:
             for unused in folder.glob("nvidia/*/lib"):
                 shutil.rmtree(unused)
 
@@ -232,11 +248,23 @@ def install_cudart(environment: Environment, toolkit: Toolkit, say: Say) -> Path
 
 def install_headers(environment: Environment, extra: str, toolkit: Toolkit, say: Say) -> None:
     """The headers of a CUDA library that the toolkit came without."""
-    _install_cuda(environment, extra, toolkit.release, say)
+    _install_cuda(environment, extra, toolkit.release, say, libraries=False)
+
+
+def install_library(environment: Environment, name: str, toolkit: Toolkit, say: Say) -> Path:
+    """A CUDA library that the toolkit came without, as it is linked with `-l<name>`."""
+    root = _install_cuda(environment, LIBRARIES[name], toolkit.release, say)
+    found = find_library(root, f"lib{name}.so.")
+    if found is None:
+        raise BuildError(f"there is no lib{name}.so in {root}", str(environment.log))
+    return found
 
 
 def header_folders(environment: Environment, toolkit: Toolkit) -> list[Path]:
     """The include folders that `install_headers` has made for this release of CUDA."""
-    folders = (_cuda_folder(environment, extra, toolkit.release) for extra in HEADERS.values())
+    folders = (
+        _cuda_folder(environment, extra, toolkit.release, libraries=False)
+        for extra in HEADERS.values()
+    )
     roots = (_cuda_root(folder) for folder in folders)
     return [root / "include" for root in roots if root is not None]

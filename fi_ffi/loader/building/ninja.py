@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fi_ffi.errors import BuildError
-from fi_ffi.loader.building.toolkit import header_extra
+from fi_ffi.loader.building.toolkit import header_extra, missing_library
 
 _NINJA_STATUS = "[%f/%t] "
 _STATUS = re.compile(r"^\[(\d+)/(\d+)\] ", re.MULTILINE)
@@ -32,6 +32,14 @@ class MissingHeader(BuildError):
     def __init__(self, extra: str, log: str) -> None:
         self.extra = extra
         super().__init__(f"headers of {extra} are missing", log)
+
+
+class MissingLibrary(BuildError):
+    """The linker lacks a library that the package index has."""
+
+    def __init__(self, name: str, log: str) -> None:
+        self.name = name
+        super().__init__(f"lib{name}.so is missing", log)
 
 
 def default_jobs() -> int:
@@ -143,6 +151,8 @@ def run_ninja(
         return
     if extra := header_extra(output):
         raise MissingHeader(extra, str(log))
+    if name := missing_library(output):
+        raise MissingLibrary(name, str(log))
     raise BuildError(_explain(output.splitlines()), str(log))
 
 

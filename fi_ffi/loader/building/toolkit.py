@@ -30,6 +30,16 @@ HEADERS = {
     "nvtx3": "nvtx",
 }
 
+# What is linked with -l -> the extra of `cuda-toolkit` that has it.
+LIBRARIES = {
+    "cublas": "cublas",
+    "cublasLt": "cublas",
+    "curand": "curand",
+    "nvrtc": "nvrtc",
+    "cusparse": "cusparse",
+    "cusolver": "cusolver",
+}
+
 
 @dataclass(frozen=True)
 class Toolkit:
@@ -111,12 +121,25 @@ def header_extra(compiler_output: str) -> str | None:
     return next((extra for start, extra in HEADERS.items() if missing[1].startswith(start)), None)
 
 
-def find_cudart(folder: Path) -> Path | None:
-    """The CUDA runtime library of a toolkit or package in `folder`."""
+def missing_library(linker_output: str) -> str | None:
+    """The CUDA library that a linker did not find, by the name it is linked with."""
+    # GNU ld and gold, lld, mold
+    told = r"(?:cannot find -l|unable to find library -l|library not found: )(\w+)"
+    missing = re.search(told, linker_output)
+    return missing[1] if missing and missing[1] in LIBRARIES else None
+
+
+def find_library(folder: Path, file: str) -> Path | None:
+    """The library whose file's name begins so, in the toolkit or package in `folder`."""
     for pattern in ("lib64", "lib", "targets/*/lib"):
-        for candidate in sorted(folder.glob(f"{pattern}/libcudart.so.{CUDA_MAJOR}*")):
+        for candidate in sorted(folder.glob(f"{pattern}/{file}*")):
             return candidate
     return None
+
+
+def find_cudart(folder: Path) -> Path | None:
+    """The CUDA runtime library of a toolkit or package in `folder`."""
+    return find_library(folder, f"libcudart.so.{CUDA_MAJOR}")
 
 
 def _stub_source(cuda_h: Path) -> str:
@@ -129,12 +152,17 @@ def _stub_source(cuda_h: Path) -> str:
     return "".join(f"int {name}(void) {{ return 999; }}\n" for name in names)
 
 
+def add_link(folder: Path, name: str, library: Path) -> None:
+    """Let `-l<name>` find a library whose file's name ends with its version."""
+    link = folder / f"lib{name}.so"
+    link.unlink(missing_ok=True)
+    link.symlink_to(library)
+
+
 def make_link_folder(toolkit: Toolkit, cxx: str, cudart: Path, folder: Path) -> Path:
     """A folder for LIBRARY_PATH with libcudart.so and a stub of libcuda.so."""
     folder.mkdir(parents=True, exist_ok=True)
-    link = folder / "libcudart.so"
-    link.unlink(missing_ok=True)
-    link.symlink_to(cudart)
+    add_link(folder, "cudart", cudart)
     stub = folder / "libcuda.so"
     if not stub.exists():
         source = folder / "libcuda.cpp"

@@ -20,8 +20,8 @@ _GEMM = (
     " tgv_gemm_bf16 tgv_gemm_fp16 trtllm_gemm trtllm_low_latency_gemm"
 )
 _SM100 = (
-    "fmha_cudnn_gen fmha_cutlass_sm100a fmha_gen mla mxfp8_quantization_sm100 trtllm_comm"
-    " trtllm_mnnvl_comm fused_moe_trtllm_sm100"
+    "fmha_cudnn_gen fmha_cutlass_sm100a fmha_gen mla mxfp8_quantization_sm100"
+    " fused_moe_trtllm_sm100"
 )
 _GEMM_CORE = "flashinfer.jit.gemm.core:"
 _COMM = "flashinfer.jit.comm:"
@@ -49,6 +49,8 @@ PLAIN: tuple[Plain, ...] = (
      "flashinfer.jit.attention.modules:gen_trtllm_fmha_v2_module"),
     ("trtllm_fmha_v2", "0.6.7", "",
      "flashinfer.jit.attention.modules:gen_trtllm_fmha_v2_sm120_module"),
+    ("trtllm_comm", "", "", _COMM + "gen_trtllm_comm_module"),
+    ("trtllm_mnnvl_comm", "", "", _COMM + "gen_trtllm_mnnvl_comm_module"),
     ("mnnvl_moe_alltoall", "", "", _COMM + "gen_moe_alltoall_module"),
     ("tinygemm2", "0.6.5", "", "flashinfer.jit.tinygemm2:gen_tinygemm2_module"),
     ("mamba_seq_chunk_cumsum", "0.6.7", "",

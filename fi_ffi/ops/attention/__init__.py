@@ -7,6 +7,7 @@ from fi_ffi.ops.attention.masks import alibi_slopes, pack_custom_mask
 from fi_ffi.ops.attention.mla import BatchMlaPlan
 from fi_ffi.ops.attention.plan import WorkspaceSize
 from fi_ffi.ops.attention.plan import forget as forget
+from fi_ffi.ops.attention.pod import PodPlan
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.attention.single import (
     single_decode,
@@ -15,11 +16,13 @@ from fi_ffi.ops.attention.single import (
     single_prefill_workspace_size,
 )
 from fi_ffi.ops.attention.workspace import Workspace
+from fi_ffi.ops.attention.xqa import xqa
 
 __all__ = [
     "BatchDecodePlan",
     "BatchMlaPlan",
     "BatchPrefillPlan",
+    "PodPlan",
     "Workspace",
     "WorkspaceSize",
     "alibi_slopes",
@@ -28,4 +31,5 @@ __all__ = [
     "single_decode_workspace_size",
     "single_prefill",
     "single_prefill_workspace_size",
+    "xqa",
 ]

@@ -21,7 +21,7 @@ POS_ENCODING_MODES = {"NONE": 0, "ROPE_LLAMA": 1, "ALIBI": 2}
 NON_CAUSAL, CAUSAL, CUSTOM, MULTI_ITEM_SCORING = range(4)
 BACKENDS = ("auto", "fa2", "fa3")
 
-_SHORT = {
+SHORT = {
     "float16": "f16", "bfloat16": "bf16", "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2",
 }  # fmt: skip
 # csrc/*_sm90_kernel_inst.jinja and the static_asserts of hopper/prefill_sm90.cuh
@@ -49,20 +49,21 @@ class Kernel:
         """By the names that the rows have for them."""
         return {"Q": self.q_data_type, "KV": self.kv_data_type, "O": self.o_data_type}
 
-    def module(self, backend: str) -> str:
-        """The module's name in the release of the kernels in use."""
+    def module(self, backend: str, of: str | None = None) -> str:
+        """The module's name in a release, or in that of the kernels in use."""
         from fi_ffi.loader.uris import uri  # as late as can be: it has a large table
 
+        of = of or release()
         if self.family == "batch_mla":
             return uri(
-                self.family, release=release(), backend=backend, dtype_q=_SHORT[self.q_data_type],
-                dtype_kv=_SHORT[self.kv_data_type], dtype_o=_SHORT[self.o_data_type],
+                self.family, release=of, backend=backend, dtype_q=SHORT[self.q_data_type],
+                dtype_kv=SHORT[self.kv_data_type], dtype_o=SHORT[self.o_data_type],
                 head_dim_ckv=self.head_dim_qk, head_dim_kpe=self.head_dim_vo,
             )  # fmt: skip
         parameters: dict[str, Any] = {
-            "dtype_q": _SHORT[self.q_data_type],
-            "dtype_kv": _SHORT[self.kv_data_type],
-            "dtype_o": _SHORT[self.o_data_type],
+            "dtype_q": SHORT[self.q_data_type],
+            "dtype_kv": SHORT[self.kv_data_type],
+            "dtype_o": SHORT[self.o_data_type],
             "head_dim_qk": self.head_dim_qk,
             "head_dim_vo": self.head_dim_vo,
             "use_sliding_window": self.use_sliding_window,
@@ -74,7 +75,7 @@ class Kernel:
             parameters["use_logits_soft_cap"] = self.use_logits_soft_cap
             if "prefill" in self.family:
                 parameters["use_fp16_qk_reduction"] = self.use_fp16_qk_reduction
-        return uri(self.family, release=release(), **parameters)
+        return uri(self.family, release=of, **parameters)
 
 
 def release() -> str:
@@ -217,17 +218,29 @@ def choose_backend(
     use_custom_mask: bool = False,
     is_paged: bool = False,
 ) -> tuple[str, str]:
-    """The backend, and why: as asked, or with "auto" as FlashInfer's
-    `determine_attention_backend` has it."""
+    """The backend on a device, and why."""
+    capability = machine.capability(device.index) if device.is_cuda else None
+    return backend_for(op, backend, kernel, capability, use_custom_mask, is_paged, str(device))
+
+
+def backend_for(
+    op: str,
+    backend: object,
+    kernel: Kernel,
+    capability: tuple[int, int] | None,
+    use_custom_mask: bool = False,
+    is_paged: bool = False,
+    where: str = "the GPU",
+) -> tuple[str, str]:
+    """The backend on GPUs of a compute capability, and why: as asked, or with "auto" as
+    FlashInfer's `determine_attention_backend` has it.  None is the CPU's reference."""
     asked = choice(op, "backend", backend, BACKENDS)
     lacks = {"fa2": fa2_lacks(kernel), "fa3": fa3_lacks(kernel, use_custom_mask, is_paged)}
-    if device.is_cuda:
-        major, minor = machine.capability(device.index)
-        if (major, minor) != (9, 0):
-            lacks["fa3"] = f"fa3 is for SM90, and {device} is SM{major}{minor}"
+    if capability is not None and capability != (9, 0):
+        lacks["fa3"] = "fa3 is for SM90, and {} is SM{}{}".format(where, *capability)
     chosen, why = asked, "it was asked for"
     if asked == "auto":
-        is_reference = not device.is_cuda and not lacks["fa2"]
+        is_reference = capability is None and not lacks["fa2"]
         chosen = "fa2" if lacks["fa3"] or is_reference else "fa3"
         why = lacks["fa3"] or "SM90, and fa3 has all that was asked for"
         why = "the CPU's reference is the same for both" if is_reference else why

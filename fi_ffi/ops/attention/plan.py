@@ -55,12 +55,16 @@ def forget() -> None:
 def form_of(row: Row, kernel: Kernel, backend: str, known: Mapping[str, int]) -> Form:
     """The form of a row in a kernel's module, for the dtypes it was compiled for; shared by
     all plans alike, with what it has learnt."""
-    module = kernel.module(backend)
+    return form_in(row, kernel.module(backend), kernel.dtypes, known)
+
+
+def form_in(row: Row, module: str, dtypes: Mapping[str, str], known: Mapping[str, int]) -> Form:
+    """The form of a row in a module that was compiled for these dtypes."""
     key = (row, module, *known.items())
     form = _FORMS.get(key)
     if form is None:
-        dtypes = {name: (dtype,) for name, dtype in kernel.dtypes.items() if name in row.dtypes}
-        compiled = replace(row, dtypes=dict[str, tuple[str, ...]](dtypes))
+        own = {name: (dtype,) for name, dtype in dtypes.items() if name in row.dtypes}
+        compiled = replace(row, dtypes=dict[str, tuple[str, ...]](own))
         form = _FORMS.setdefault(key, Form(compiled, module, known))
     return form
 

@@ -25,9 +25,15 @@ _ABI_NAMES = {
 _OPTIONS = {abi_name: name for name, abi_name in _ABI_NAMES.items()} | {
     "rope_rcp_scale": "rope_scale", "rope_rcp_theta": "rope_theta",
     **{f"maybe_scale_{of}": f"{of}_scale" for of in "qkv"},
+    # Of xqa, whose callers know them by FlashInfer's names in Python.
+    "qScaleTensor": "q_scale", "qScale": "q_scale", "kvScaleTensor": "kv_scale",
+    "kvCacheScale": "kv_scale", "attentionSinks": "sinks", "kCacheVLLM": "k_cache",
+    "vCacheVLLM": "v_cache", "kvCachePageList": "page_table", "seqLen": "seq_lens",
+    "slidingWinSize": "sliding_win_size", "rcpOutScale": "rcp_out_scale",
+    "multiProcessorCount": "sm_count", "scratch": "workspace_buffer",
 }  # fmt: skip
 # What an entry is given for an option that is left out.
-_NEUTRAL = {
+NEUTRAL = {
     "logits_soft_cap": 0.0, "rope_rcp_scale": 1.0, "rope_rcp_theta": 1e-4, "enable_pdl": False,
     "token_pos_in_items_len": 0, "scale_q_scalar": 1.0, "scale_k_scalar": 1.0,
     "scale_v_scalar": 1.0, "uniform_q_len": 0, "ckv_scale": 1.0, "kpe_scale": 1.0,
@@ -74,7 +80,7 @@ class Values:
         self.room: dict[str, int] = {}
         self.index = {arg.name: i for i, arg in enumerate(row.args)}
         self.values: list[Any] = [
-            _NEUTRAL.get(arg.name) if isinstance(arg, Scalar) else None for arg in row.args
+            NEUTRAL.get(arg.name) if isinstance(arg, Scalar) else None for arg in row.args
         ]
 
     def fresh(self) -> Values:

@@ -16,6 +16,7 @@ from fi_ffi.errors import ArgumentError
 from fi_ffi.ops import watching
 from fi_ffi.ops.attention.ready import PreparedRun, Ready, can_repeat
 from fi_ffi.ops.attention.run import Values, as_called, call
+from fi_ffi.ops.attention.supporting import Supporting
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.form import Form
 from fi_ffi.ops.launch import Preparing
@@ -25,7 +26,7 @@ from fi_ffi.ops.prepared import Prepared
 _MOST_READY = 256
 
 
-class Runs:
+class Runs(Supporting):
     """The part of a plan that runs it; the other part makes it (`Plan`)."""
 
     op: str

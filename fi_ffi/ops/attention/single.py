@@ -25,6 +25,7 @@ from fi_ffi.ops.attention.options import (
 from fi_ffi.ops.attention.plan import form_of
 from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP8, SINGLE_DECODE, SINGLE_PREFILL
 from fi_ffi.ops.attention.run import Values, call, softmax_scale
+from fi_ffi.ops.attention.supporting import supported
 from fi_ffi.ops.row import KV_LAYOUTS
 
 # Most blocks of 128 threads that fit on a multiprocessor by the registers they need at the
@@ -102,7 +103,7 @@ def single_prefill_workspace_size(
     sizes = {"qo_len": qo_len, "kv_len": kv_len, "head_dim_vo": head_dim_vo}
     _check_sizes(op, *heads, **sizes, device=device)
     sms = machine.multiprocessors(device)
-    return _prefill_bytes(qo_len, kv_len, *heads, head_dim_vo, sms)
+    return prefill_bytes(qo_len, kv_len, *heads, head_dim_vo, sms)
 
 
 def _check_sizes(op: str, num_qo_heads: int, num_kv_heads: int, **others: int) -> None:
@@ -114,9 +115,10 @@ def _check_sizes(op: str, num_qo_heads: int, num_kv_heads: int, **others: int) -
         raise ArgumentError(op, "num_qo_heads", got=num_qo_heads, expected=expected)
 
 
-def _prefill_bytes(
+def prefill_bytes(
     qo_len: int, kv_len: int, qo_heads: int, kv_heads: int, head_dim: int, sms: int
 ) -> int:
+    """What the pieces of a prefill take at most."""
     packed = qo_len * (qo_heads // kv_heads)
     tile = 128 if packed > 64 and head_dim < 256 else 64 if packed > 16 else 16
     blocks = _PREFILL_BLOCKS[tile] * sms
@@ -125,6 +127,7 @@ def _prefill_bytes(
     )
 
 
+@supported
 def single_decode(
     q: TensorLike,
     k: TensorLike,
@@ -183,6 +186,7 @@ def single_decode(
     return made  # of a call that is prepared; else None
 
 
+@supported
 def single_prefill(
     q: TensorLike,
     k: TensorLike,
@@ -244,7 +248,7 @@ def single_prefill(
     (row,) = in_use((rows[kind],), q.device)
     if chosen == "fa2" and kv_heads and not qo_heads % kv_heads:
         sms = _multiprocessors(q)
-        _check_tmp(op, tmp, _prefill_bytes(qo_len, kv_len, qo_heads, kv_heads, head_dim_vo, sms))
+        _check_tmp(op, tmp, prefill_bytes(qo_len, kv_len, qo_heads, kv_heads, head_dim_vo, sms))
     values = Values(op, row, chosen, rows)
     scale = softmax_scale(op, sm_scale, head_dim)
     for of, value in (("q", q_scale), ("k", k_scale), ("v", v_scale)):

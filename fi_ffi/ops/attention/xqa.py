@@ -7,19 +7,22 @@ from typing import Any
 
 from fi_ffi.abi.device import Device
 from fi_ffi.abi.interop import TensorLike, as_desc
-from fi_ffi.abi.tensor import TensorDesc, make_desc, make_layout
+from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.options import SHORT, choice, in_use, integer, number, release
 from fi_ffi.ops.attention.plan import form_in
 from fi_ffi.ops.attention.rows import XQA
 from fi_ffi.ops.attention.run import Values, call
+from fi_ffi.ops.attention.supporting import supported
+from fi_ffi.ops.nhd import as_nhd
 from fi_ffi.ops.row import KV_LAYOUTS
 
 _OP = "xqa"
 _HOPPER = 9
 
 
+@supported
 def xqa(
     q: TensorLike,
     k_cache: TensorLike,
@@ -112,15 +115,7 @@ def _cache(name: str, tensor: TensorLike, kv_layout: str) -> TensorDesc:
     if any(stride % head_dim for stride in desc.strides[:-1]):
         got, expected = f"strides {desc.strides}", f"strides that are multiples of {head_dim}"
         raise ArgumentError(_OP, name, got=got, expected=expected)
-    if kv_layout == "NHD":
-        return desc
-
-    def exchanged(of: tuple[int, ...]) -> tuple[int, ...]:
-        return of[0], of[2], of[1], of[3]
-
-    shape, strides = exchanged(desc.shape), exchanged(desc.strides)
-    layout = make_layout(shape, desc.dtype, strides, desc.device, desc.layout.readonly)
-    return make_desc(desc.ptr, layout, desc)
+    return as_nhd(desc, kv_layout)
 
 
 def _heads(q: TensorDesc, kv_heads: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fi_ffi.reference.attention import batch, mla, plan, single, variant
+from fi_ffi.reference.attention.pod import pod_with_kv_cache_tensor
 from fi_ffi.reference.attention.variant import Compiled
 from fi_ffi.reference.attention.xqa import xqa_wrapper
 
@@ -50,6 +51,7 @@ KERNELS: dict[str, _Kernels] = {
         "run_fa3": mla.run,
     },
     "xqa": {"xqa_wrapper": xqa_wrapper},
+    "pod": {"pod_with_kv_cache_tensor": pod_with_kv_cache_tensor},
 }
 
 

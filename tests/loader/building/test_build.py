@@ -8,13 +8,15 @@ import stat
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from fi_ffi.errors import ArgumentError, BuildError
-from fi_ffi.loader.building import ninja
+from fi_ffi.loader.building import env, ninja
 from fi_ffi.loader.building import toolkit as build_toolkit
-from fi_ffi.loader.building.build import available, build
+from fi_ffi.loader.building.build import _compile, available, build
 from fi_ffi.loader.building.names import (
     FAMILIES,
     parse_arch,
@@ -212,6 +214,78 @@ def test_an_architecture_that_nvcc_does_not_know(tmp_path: Path) -> None:
 )
 def test_missing_cuda_headers_are_recognised(line: str, extra: str | None) -> None:
     assert build_toolkit.header_extra(f"x\n{line}\ny") == extra
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("/usr/bin/ld: cannot find -lnvrtc: No such file or directory", "nvrtc"),
+        ("/usr/bin/ld.gold: error: cannot find -lcublasLt", "cublasLt"),
+        ("ld.lld: error: unable to find library -lcublas", "cublas"),
+        ("mold: fatal: library not found: curand", "curand"),
+        ("/usr/bin/ld: cannot find -lmine", None),
+        ("error: expected ;", None),
+    ],
+)
+def test_missing_cuda_libraries_are_recognised(line: str, name: str | None) -> None:
+    assert build_toolkit.missing_library(f"x\n{line}\ny") == name
+
+
+def test_a_library_is_linked_by_a_name_without_a_version(tmp_path: Path) -> None:
+    library = tmp_path / "home" / "lib" / "libnvrtc.so.13"
+    library.parent.mkdir(parents=True)
+    library.write_text("")
+    (library.parent / "libnvrtc-builtins.so.13.0").write_text("")
+    assert build_toolkit.find_library(tmp_path / "home", "libnvrtc.so.") == library
+    assert build_toolkit.find_library(tmp_path / "home", "libcublas.so.") is None
+    for _ in range(2):  # a link that is there already is replaced
+        build_toolkit.add_link(tmp_path, "nvrtc", library)
+    assert (tmp_path / "libnvrtc.so").resolve() == library
+
+
+def _workshop(tmp_path: Path, ninja_says: str, said: list[str]) -> Any:
+    """As much of a workshop as compiling takes, with a ninja of its own."""
+    script = _script(tmp_path / "ninja", ninja_says)
+    links = tmp_path / "link"
+    links.mkdir()
+    return SimpleNamespace(
+        environment=SimpleNamespace(ninja=lambda: str(script)), toolkit="the toolkit",
+        link_folder=links, log=tmp_path / "log", variables=dict, say=said.append,
+        report=lambda progress: None,
+    )  # fmt: skip
+
+
+def test_libraries_are_fetched_as_they_are_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A linker that wants two, one after the other; each is fetched once."""
+    wanted = ("cublas", "nvrtc")
+    tests = "\n".join(
+        f"[ -e link/lib{name}.so ] || {{ echo 'ld: cannot find -l{name}'; exit 1; }}"
+        for name in wanted
+    )
+    workshop, fetched = _workshop(tmp_path, f"cd {tmp_path}\n{tests}", []), []
+
+    def fetch(environment: object, name: str, toolkit: object, say: object) -> Path:
+        fetched.append(name)
+        assert (environment, toolkit) == (workshop.environment, "the toolkit")
+        return _script(tmp_path / "index" / f"lib{name}.so.13", "")
+
+    monkeypatch.setattr(env, "install_library", fetch)
+    answer = {"folder": str(tmp_path), "modules": []}
+    _compile(workshop, answer, 1)
+    assert fetched == [*wanted]
+    for name in wanted:
+        assert (tmp_path / "link" / f"lib{name}.so").resolve().name == f"lib{name}.so.13"
+
+
+def test_a_library_that_is_missed_again_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workshop = _workshop(tmp_path, "echo 'ld: cannot find -lcublas'; exit 1", [])
+    monkeypatch.setattr(env, "install_library", lambda *_: _script(tmp_path / "lib", ""))
+    with pytest.raises(BuildError, match=r"libcublas\.so is missing"):
+        _compile(workshop, {"folder": str(tmp_path), "modules": []}, 1)
 
 
 def _ninja(tmp_path: Path, text: str, log: Path) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ The names here are of the first form of each row; `of_release` has the others.
 from __future__ import annotations
 
 from fi_ffi.errors import KernelNotFoundError
-from fi_ffi.ops.attention.rows import decode, mla, prefill, xqa
+from fi_ffi.ops.attention.rows import decode, mla, pod, prefill, xqa
 from fi_ffi.ops.attention.rows.arguments import F16 as F16
 from fi_ffi.ops.attention.rows.arguments import FP8 as FP8
 from fi_ffi.ops.attention.rows.decode import DECODE_GROUPS as DECODE_GROUPS
@@ -29,7 +29,7 @@ BATCH_PREFILL_SINK = {kind: tuple(f[0] for f in rows) for kind, rows in prefill.
 # Of each kernel: plan, run.
 BATCH_MLA = {kind: tuple(f[0] for f in rows) for kind, rows in mla.MLA.items()}
 
-XQA = xqa.XQA[0]
+XQA, POD = xqa.XQA[0], pod.POD[0]
 
 # The forms of each row, by the first.
 FORMS = {
@@ -43,6 +43,7 @@ FORMS = {
         *(forms for rows in prefill.BATCH_SINK.values() for forms in rows),
         *(forms for rows in mla.MLA.values() for forms in rows),
         xqa.XQA,
+        pod.POD,
     )
 }
 ROWS = tuple(FORMS)

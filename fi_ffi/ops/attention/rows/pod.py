@@ -6,6 +6,7 @@ Both kinds of cache are handed over as NHD views, whatever their order.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from fi_ffi.ops.attention.rows.arguments import (
     FAR,
@@ -43,13 +44,13 @@ _NUMBERS = (
     number("rope_rcp_theta", "1 / rope_theta"),
 )  # fmt: skip
 _Q, _O = "qo_len num_qo_heads head_dim", "b num_qo_heads head_dim"
-_OUT = {"writes": True, "reads": False, "contiguous": True}
+_OUT: dict[str, Any] = {"writes": True, "reads": False, "contiguous": True}
 _PREFILL = (
     Tensor("q", _Q, "Q", "the request's queries"),
     Tensor("k", "kv_len num_kv_heads head_dim", "KV", "its keys"),
     Tensor("v", "kv_len num_kv_heads head_dim", "KV", "its values"),
     Tensor("tmp", "tmp_size", "uint8", "partial results", writes=True, reads=False, alignment=16),
-    Tensor("o", _Q, "O", "its output", **_OUT),  # type: ignore[arg-type]
+    Tensor("o", _Q, "O", "its output", **_OUT),
     replace(LSE, axes="qo_len num_qo_heads"),
     MASK_MODE,
     _LAYOUT,
@@ -64,7 +65,7 @@ _DECODE = (
     replace(PAGED_V, axes="num_pages page_size num_kv_heads head_dim", kv=False),
     index("qo_indptr", "b+1", "where each request's query is"),
     *PAGES,
-    Tensor("o", _O, "O", "their outputs", **_OUT),  # type: ignore[arg-type]
+    Tensor("o", _O, "O", "their outputs", **_OUT),
     replace(LSE, axes="b num_qo_heads"),
     MASK_MODE,
     _LAYOUT,

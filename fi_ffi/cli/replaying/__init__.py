@@ -1,0 +1,1 @@
+"""What `fi-ffi replay` is made of: dumps read, calls made again, results compared."""

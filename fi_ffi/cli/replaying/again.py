@@ -1,0 +1,143 @@
+"""Dumped calls made again: on a GPU, or by the reference on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.device import Device, parse_device
+from fi_ffi.abi.function import array_values
+from fi_ffi.abi.objects import Array as ArrayObject
+from fi_ffi.abi.tensor import TensorDesc, make_desc
+from fi_ffi.cli.replaying.memory import Placed
+from fi_ffi.cli.replaying.recorded import Recorded
+from fi_ffi.errors import FiFfiError
+from fi_ffi.ops import cuda
+from fi_ffi.ops.attention.workspace import FLOAT_BYTES, INT_BYTES
+from fi_ffi.ops.form import Form
+from fi_ffi.ops.row import PlanInfo, Row, Tensor
+from fi_ffi.reference.arrays import Array
+
+_CPU = parse_device("cpu")
+_DEFAULT_STREAM = 0
+# POD attention has a plan's arguments beside those of a single request.
+_OF_DECODE = "_d"
+# Scratch memory is at least this: what was enough on one device may not be on another.
+_LEAST = {"float_workspace_buffer": FLOAT_BYTES, "tmp": 2**26, "tmp_p": 2**26}
+_OF_PLANS = ("float_workspace_buffer", "int_workspace_buffer")
+_LEAST_ON_CPU = 2**20
+_LEAST_OF_INTS = INT_BYTES  # of the int workspace, and of the host memory before it
+
+
+class CannotReplay(FiFfiError, ValueError):
+    """A dumped call lacks what it would need to be made again."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a call gave this time."""
+
+    # What was written.
+    after: dict[str, Array]
+    result: Any
+
+
+def make_again(recorded: Recorded, device: Device) -> Made:
+    """Make a dumped call again on a device.
+
+    Raises `CannotReplay`, and what the call itself would.
+    """
+    row = _row(recorded)
+    scratch: dict[str, TensorDesc] = {}
+    info = None
+    if any(isinstance(arg, PlanInfo) for arg in row.args):
+        if recorded.plan is None:
+            raise CannotReplay(
+                f"{recorded.path}: it was planned before the log was open, so that nothing is "
+                "known of the plan; open the log before planning"
+            )
+        planning = _Calling(recorded.plan, device, scratch)
+        info = planning.make(None)
+    calling = _Calling(recorded, device, scratch)
+    result = calling.make(info)
+    written = [name for name, of in recorded.tensors.items() if of.writes and not of.is_scratch]
+    after = calling.placed.get(written)
+    return Made(after, array_values(result) if isinstance(result, ArrayObject) else result)
+
+
+def _row(recorded: Recorded) -> Row:
+    if recorded.row is None:
+        raise CannotReplay(
+            f"{recorded.path}: no row describes {recorded.document.get('entry')}, so that it is "
+            "not known what it writes; its tensors can be read from the file"
+        )
+    return recorded.row
+
+
+class _Calling:
+    """One call, its tensors placed; calls of one plan share the scratch memory."""
+
+    def __init__(self, recorded: Recorded, device: Device, scratch: dict[str, TensorDesc]) -> None:
+        self._recorded, self._device, self._scratch = recorded, device, scratch
+        self._row = _row(recorded)
+        self._args = {arg.name: arg for arg in self._row.tensors}
+        if not recorded.tensors.keys() <= self._args.keys():
+            unknown = ", ".join(recorded.tensors.keys() - self._args.keys())
+            raise CannotReplay(f"{recorded.path}: {self._row.name} has no {unknown}")
+        kept = [of for of in recorded.tensors.values() if not of.is_scratch]
+        for of in kept:
+            if of.elements is None:
+                raise CannotReplay(f"{recorded.path}: the elements of {of.name} are not in it")
+        hosts = frozenset(name for name, arg in self._args.items() if arg.host)
+        self.placed = Placed(kept, device, hosts)
+
+    def make(self, info: ArrayObject | None) -> Any:
+        """Make the call; what it returns."""
+        values = [self._value(arg, info) for arg in self._row.args]
+        form = Form(self._row, self._recorded.module or None)
+        return form(values, _DEFAULT_STREAM if self._device.is_cuda else None)
+
+    def _value(self, arg: Any, info: ArrayObject | None) -> Any:
+        if isinstance(arg, PlanInfo):
+            assert info is not None
+            return int(ffi.cast("uintptr_t", info.handle))
+        of = self._recorded.tensors.get(arg.name)
+        if of is None:
+            return self._recorded.values.get(arg.name)
+        if not of.is_scratch:
+            return self.placed.desc(arg.name)
+        # Of its own kind of scratch memory an op brings what this device needs.
+        return None if arg.is_scratch else self._workspace(arg, of.span)
+
+    def _workspace(self, arg: Tensor, count: int) -> TensorDesc:
+        # As its plan calls it, of whose kernel this is a part.
+        name = arg.name.removesuffix(_OF_DECODE)
+        if name not in self._scratch:
+            if self._recorded.plan is not None and name in _OF_PLANS:
+                raise CannotReplay(f"{self._recorded.path}: its plan has no {name}")
+            least = _LEAST.get(name, _LEAST_OF_INTS) if self._device.is_cuda else _LEAST_ON_CPU
+            where = _CPU if arg.host else self._device
+            self._scratch[name] = allocate(max(count, least), where)
+        return self._scratch[name]
+
+
+def allocate(count: int, device: Device) -> TensorDesc:
+    """Zeroed bytes, which live as long as the descriptor."""
+    memory = cuda.allocate(count, device, zeroed=True)
+    if not device.is_cuda:
+        ffi.memmove(cuda.pointer(memory.desc.ptr), bytes(count), count)
+    return make_desc(memory.desc.ptr, memory.desc.layout, owner=memory)
+
+
+def sources(recorded: Recorded, device: Device) -> Mapping[str, str]:
+    """What the kernel is that was called, and what is called now."""
+    if not device.is_cuda:
+        return {"now": "the reference on the CPU"}
+    from fi_ffi.loader import runtime
+
+    loaded = runtime.load(recorded.module, device.index)
+    then = recorded.document.get("sha256")
+    same = "the same file" if then == loaded.file.sha256 else f"another file than {then}"
+    return {"now": f"{recorded.module} of {loaded.source.location}, {same}"}

@@ -1,0 +1,1 @@
+"""What `fi-ffi trace` is made of: FlashInfer-Bench definitions of calls."""

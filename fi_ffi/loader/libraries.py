@@ -1,0 +1,111 @@
+"""What must be there before a kernel module is loaded, beside libtvm_ffi and CUDA's runtime.
+
+CUDA's other libraries: a module names them by file (`libcublas.so.13`), and the dynamic linker
+takes what this process has under that name.  They are brought here first, from wherever they
+are installed, and loaded globally.  And a folder that some modules make while they are loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import tempfile
+from collections.abc import Container, Iterable
+from pathlib import Path
+from typing import Any
+
+from fi_ffi.abi import library
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.errors import LoaderError
+from fi_ffi.loader.machine import CUDA_MAJOR
+
+# As cuda-pathfinder calls them -> the package of the index that has them.
+PACKAGES = {
+    "cublas": "nvidia-cublas",
+    "cublasLt": "nvidia-cublas",
+    "nvrtc": "nvidia-cuda-nvrtc",
+}
+CUBLAS_LT = f"libcublasLt.so.{CUDA_MAJOR}"
+
+_NAME = re.compile(r"lib(\w+)\.so\.\d+")
+
+
+# A function of modules that compile DeepGEMM's kernels, if they are told to.
+_COMPILES = "set_deepgemm_jit_include_dirs"
+
+
+def prepare(functions: Container[str], needed: Iterable[str]) -> None:
+    """Bring what a module needs that exports these functions and needs these libraries.
+
+    Raises `LoaderError` where something is missing.
+    """
+    if _COMPILES in functions:
+        check_cache_folder()
+    for file in needed:
+        match = _NAME.fullmatch(file)
+        if match and match[1] in PACKAGES:
+            load(file)
+
+
+@functools.cache
+def load(file: str) -> tuple[Any, str]:
+    """A library as a cffi library, and where it was found: a copy that this process has, or
+    else what cuda-pathfinder finds in installed packages, conda, CUDA_HOME and the system.
+
+    Raises `LoaderError`, with the package that has it, where it is nowhere.
+    """
+    match = _NAME.fullmatch(file)
+    assert match is not None, file
+    loaded = _in_process(file)
+    if loaded is not None:
+        return loaded, "already in this process"
+    from cuda.pathfinder import load_nvidia_dynamic_lib
+
+    try:
+        path = load_nvidia_dynamic_lib(match[1]).abs_path or file
+    except (RuntimeError, OSError) as error:
+        raise _absent(file, match[1], str(error).partition("\n")[0]) from error
+    loaded = _in_process(file)
+    if loaded is None:
+        raise _absent(file, match[1], f"found {path}, which is another")
+    return loaded, path
+
+
+def _in_process(file: str) -> Any:
+    """A library that is loaded under this name, whose symbols then serve what is loaded next."""
+    mode = os.RTLD_NOW | os.RTLD_GLOBAL
+    # cffi's own dlopen expects a reason for a failure, and here there is none.
+    if library.c_library().dlopen(file.encode(), mode | os.RTLD_NOLOAD) == ffi.NULL:
+        return None
+    return ffi.dlopen(file, mode)
+
+
+def _absent(file: str, name: str, reason: str) -> LoaderError:
+    return LoaderError(
+        f"{file} was not found: `pip install '{PACKAGES[name]}>={CUDA_MAJOR},<{CUDA_MAJOR + 1}'` "
+        f"(or fi-ffi[gemm]), or set CUDA_HOME to a CUDA {CUDA_MAJOR} toolkit ({reason})"
+    )
+
+
+def check_cache_folder() -> None:
+    """Raise `LoaderError` where a module with DeepGEMM's compiler could not make its folders.
+
+    It makes them while it is loaded, compiler or not, and where that fails it throws what
+    nothing catches: the process would end.
+    """
+    chosen, home = os.environ.get("TRTLLM_DG_CACHE_DIR"), os.environ.get("HOME")
+    if chosen is not None:
+        folder = Path(chosen)
+    elif home is not None:
+        folder = Path(home, ".tensorrt_llm")
+    else:
+        folder = Path(tempfile.gettempdir(), "tensorrt_llm")
+    try:
+        for name in ("tmp", "cache"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LoaderError(
+            f"the module makes {folder} when it is loaded, which fails here ({error}); "
+            "TRTLLM_DG_CACHE_DIR may name another folder"
+        ) from error

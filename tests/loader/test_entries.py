@@ -1,0 +1,105 @@
+"""The records of what FlashInfer's modules export and of which it lists."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fi_ffi.loader.boxes import Box, boxes_of
+from fi_ffi.loader.entries import entries_of
+from fi_ffi.loader.fatbin import sass_named
+from fi_ffi.loader.listed import WHEELS, code_named, in_wheel, listed_in, recorded_releases
+from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.uris import parse, uri
+
+DEFAULT = the_lock().default_release
+NAMES = json.loads((Path(__file__).parent / "data" / "uris.json").read_text())
+
+
+def names_of(release: str) -> list[str]:
+    listed = NAMES["listed"].items()
+    return [name for key, names in listed if release in key.split() for name in names]
+
+
+def test_every_module_of_the_list_is_recorded_once():
+    record = entries_of(DEFAULT)
+    listed = [group for group in record if group.is_listed]
+    names = [name for group in listed for box in group.boxes for name in box.names(DEFAULT)]
+    assert len(names) == len(set(names)) == sum(group.count for group in listed) == 956
+    recorded = set(names)
+    # The list for 9.0a was recorded by another tool.
+    assert {*names_of(DEFAULT)} <= recorded
+    assert {*NAMES["listed_for_every_arch"]} - recorded == set()
+
+
+def test_lookups():
+    record = entries_of(DEFAULT)
+    assert entries_of("0.1.0") is None
+    assert record.of("nothing") is None
+    softmax = record.of("sampling").entries["softmax"]
+    assert softmax.names[:2] == ("workspace_buffer", "logits")
+    name = uri("batch_prefill", release=DEFAULT, dtype_q="f16", head_dim_qk=128)
+    fa3 = record.of(f"{name}_sm90")
+    assert [*record.of(name).entries] == [*fa3.entries] == ["paged_run", "plan", "ragged_run"]
+    assert record.of(name) is not fa3
+    assert record.of(name.replace("_128", "_96")) is None
+    moe = record.of("fused_moe_90")
+    assert moe.objects["FusedMoeRunner"]["run_moe"].signature.params[22] == "Optional<Array<int>>"
+    assert not record.of("concat_mla").is_listed
+
+
+def test_no_type_and_no_name_is_left_out():
+    for group in entries_of(DEFAULT):
+        assert group.entries
+        assert group.sources
+        for entry in group.entries.values():
+            assert len(entry.names) == len(entry.signature.params)
+            assert all(entry.signature.params)
+
+
+@pytest.mark.parametrize("release", recorded_releases())
+def test_boxes_are_the_names(release):
+    names = names_of(release)
+    boxes = boxes_of(names, release)
+    again = sorted(name for box in boxes for name in box.names(release))
+    assert again == sorted(name for name in names if parse(name, release))
+    assert len(boxes) < len(names) / 4
+    assert [Box.read(box.write()) for box in boxes] == boxes
+
+
+@given(st.sets(st.sampled_from(names_of(DEFAULT)), min_size=1, max_size=60))
+@settings(max_examples=60, deadline=None)
+def test_boxes_of_any_names_have_these_and_no_others(names):
+    boxes = boxes_of(names, DEFAULT)
+    found = [name for box in boxes for name in box.names(DEFAULT)]
+    assert sorted(found) == sorted(names)
+    for name in names_of(DEFAULT)[::29]:
+        assert any(box.has(parse(name, DEFAULT)) for box in boxes) == (name in names)
+
+
+@pytest.mark.parametrize("release", recorded_releases())
+def test_the_lists_have_what_the_generators_list(release):
+    listed = listed_in(release)
+    for name in names_of(release):
+        if parse(name, release) is None:
+            continue
+        codes = listed.codes(name)
+        assert codes, name
+        assert any(code.runs_on((9, 0)) for code in codes), name
+
+
+def test_codes():
+    listed = listed_in(DEFAULT)
+    assert listed_in("0.6.8") is None
+    assert {code.sm for code in listed.codes("norm")} >= {75, 80, 90, 100, 120, 121}
+    assert listed.codes("gemm_sm90") == (sass_named("sm90a"),)
+    assert listed.codes("concat_mla") is None
+    assert [code.name for code in listed.codes("trtllm_comm")] == ["sm_90a", "sm_100a", "sm_103a"]
+    assert in_wheel(listed.codes("fp4_quantization_110"), "cu130", "x86_64") == ()
+    assert in_wheel(listed.codes("fp4_quantization_110"), "cu130", "aarch64")
+    assert code_named("9.0a") == sass_named("sm90a")
+    assert all(code_named(text) for texts in WHEELS.values() for text in texts.split())
