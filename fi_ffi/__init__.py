@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.device import Device, parse_device
@@ -42,9 +43,15 @@ from fi_ffi.ops.ragged import checkpoint_cu_starts, cu_seqlens, gdn_prefill_work
 if TYPE_CHECKING:
     from fi_ffi.loader.runtime import file_signatures as file_signatures
     from fi_ffi.ops.attention import *  # noqa: F403
+    from fi_ffi.ops.bits import packed_indptr as packed_indptr
+    from fi_ffi.ops.call_log import call_log as call_log
     from fi_ffi.ops.graphs import Graph as Graph
     from fi_ffi.ops.graphs import capture as capture
+    from fi_ffi.ops.matmul import *  # noqa: F403
+    from fi_ffi.ops.modules import module as module
+    from fi_ffi.ops.moe import *  # noqa: F403
     from fi_ffi.ops.prepare import prepare as prepare
+    from fi_ffi.ops.renorm import top_p_renorm_workspace_size as top_p_renorm_workspace_size
     from fi_ffi.ops.watchdog import watchdog as watchdog
 
 __version__ = "0.1.0"
@@ -54,6 +61,7 @@ _ATTENTION = (
     "BatchDecodePlan",
     "BatchMlaPlan",
     "BatchPrefillPlan",
+    "PodPlan",
     "Workspace",
     "WorkspaceSize",
     "alibi_slopes",
@@ -62,12 +70,36 @@ _ATTENTION = (
     "single_decode_workspace_size",
     "single_prefill",
     "single_prefill_workspace_size",
+    "xqa",
 )
-_LATER = dict.fromkeys(_ATTENTION, "fi_ffi.ops.attention") | {
+_MOE = (
+    "FusedMoe",
+    "cutlass_fused_moe",
+    "interleave_moe_scales_for_sm90_mixed_gemm",
+    "interleave_moe_weights_for_sm90_mixed_gemm",
+    "set_deepgemm_jit_include_dirs",
+)
+_LATER = dict.fromkeys(_ATTENTION, "fi_ffi.ops.attention") | dict.fromkeys(_MOE, "fi_ffi.ops.moe")
+_MATMUL = (
+    "bmm_fp8_get_algos",
+    "bmm_fp8_run_with_algo",
+    "fp8_blockscale_gemm_sm90",
+    "fp8_blockscale_gemm_workspace_size",
+    "gemm_fp8_nt_groupwise",
+    "group_gemm_fp8_nt_groupwise",
+    "segment_gemm",
+    "tinygemm_bf16",
+)
+_LATER |= {
+    **dict.fromkeys(_MATMUL, "fi_ffi.ops.matmul"),
     "Graph": "fi_ffi.ops.graphs",
+    "call_log": "fi_ffi.ops.call_log",
     "capture": "fi_ffi.ops.graphs",
     "file_signatures": "fi_ffi.loader.runtime",
+    "module": "fi_ffi.ops.modules",
+    "packed_indptr": "fi_ffi.ops.bits",
     "prepare": "fi_ffi.ops.prepare",
+    "top_p_renorm_workspace_size": "fi_ffi.ops.renorm",
     "watchdog": "fi_ffi.ops.watchdog",
 }
 
@@ -99,10 +131,17 @@ def use_kernels(location: str | os.PathLike[str]) -> None:
 
     runtime.use_source(location)
     attention.forget()
+    if "fi_ffi.ops.moe" in sys.modules:
+        sys.modules["fi_ffi.ops.moe"].forget()
+    if "fi_ffi.ops.matmul" in sys.modules:
+        sys.modules["fi_ffi.ops.matmul"].settle(search.release())
     for op in OPS.values():
         op.forget()
         op.settle(search.release())
 
+
+if os.environ.get("FI_FFI_LOG_LEVEL", "0") not in ("", "0") or os.environ.get("FI_FFI_DUMP_DIR"):
+    importlib.import_module("fi_ffi.ops.call_log").open_by_environment()
 
 __all__ = [
     "DTYPES",

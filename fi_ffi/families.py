@@ -7,6 +7,6 @@ its inputs are not simply random, what makes them in `fi_ffi/cli/inputs/`, all u
 from __future__ import annotations
 
 FAMILIES = (
-    "norm", "norm_fused", "activation", "rope", "page", "concat", "gdn", "cascade", "gemm",
-    "quantization", "sampling", "topk",
+    "norm", "norm_fused", "activation", "rope", "rope_quantize", "page", "concat", "gdn", "cascade",
+    "gemm", "quantization", "block_scaled", "sampling", "topk",
 )  # fmt: skip

@@ -44,7 +44,8 @@ def follow(folder: Path) -> Path:
 
 def run(copy: Path, *arguments: str | Path) -> str:
     """Run Python in the copy; what it printed."""
-    environment = os.environ | {"PYTHONPATH": str(copy)}
+    path = os.pathsep.join(filter(None, (str(copy), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path}
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(
         command, cwd=copy, env=environment, text=True, check=False,

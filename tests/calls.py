@@ -10,21 +10,29 @@ import pytest
 
 import fi_ffi
 from fi_ffi.cli.cases import Case
+from fi_ffi.ops import norm, page
 from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.row import Row
 
 # From one vector of 8 to the largest in use; 24, 127 and 1001 are not powers of two.
 HIDDEN = (8, 24, 64, 127, 128, 1001, 2048, 4096, 7168, 16384)
+
+
+def lacks(row: Row, dtypes: dict[str, str]) -> bool:
+    """Whether the row says that these dtypes do not go together."""
+    return any(lacking.items() <= dtypes.items() for lacking in row.lacks)
+
 
 # Every op, in every combination of its dtypes.
 EVERY_CALL = [
     pytest.param(op, dict(zip(op.row.dtypes, dtypes, strict=True)), id=f"{name}-{'-'.join(dtypes)}")
     for name, op in OPS.items()
     for dtypes in itertools.product(*op.row.dtypes.values())
+    if not lacks(op.row, dict(zip(op.row.dtypes, dtypes, strict=True)))
 ]
 # Those of the norm family, and of the page family.
 CALLS, CALLS_PAGE = (
-    [call for call in EVERY_CALL if call.values[0].row.module == module]
-    for module in ("norm", "page")
+    [call for call in EVERY_CALL if call.values[0].row in family.ROWS] for family in (norm, page)
 )
 
 

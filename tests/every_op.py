@@ -56,3 +56,32 @@ def check(case: Case, place: Callable[[np.ndarray], Any], stream: object = None)
             same = np.ascontiguousarray(got).tobytes()
             assert same == np.ascontiguousarray(case.arrays[name]).tobytes(), f"{name} was changed"
     return worst
+
+
+def check_on(machine: Any, case: Case) -> float:
+    """The same on one of `attention.machines`, where its kernels have the op."""
+    machine.need(case.row.module)
+    return check(case, machine.place, machine.stream)
+
+
+def check_replayed(machine: Any, case: Case) -> float:
+    """Recorded, its results poisoned, and made again, twice."""
+    machine.need(case.row.module)
+    placed = {name: machine.place(array) for name, array in case.arrays.items()}
+    descs = {name: array.desc() for name, array in placed.items()}
+
+    def launch() -> None:
+        OPS[case.row.name](**descs, **case.scalars, stream=machine.stream)
+
+    launch()
+    machine.synchronize()
+    replay = machine.capture(launch)
+    worst = 0.0
+    for _ in range(2):
+        for name in case.expected:
+            machine.poison(placed[name], machine.stream)
+        replay()
+        machine.synchronize()
+        worst = max(worst, *(case.error(name, placed[name].get())[1] for name in case.expected))
+    assert all(array.intact() for array in placed.values())
+    return worst

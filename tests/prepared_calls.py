@@ -18,7 +18,7 @@ from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor
 
 from calls import EVERY_CALL
 
-_ALIGNMENT = 128  # of a scratch argument
+_ALIGNMENT = 256  # of a scratch argument
 
 
 def _variants(row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -50,7 +50,7 @@ class Placed:
 
     def __init__(self, case: Case, in_place: bool = False) -> None:
         self.row, self.scalars = case.row, dict(case.scalars)
-        self.room = {name: _room(array) for name, array in case.arrays.items()}
+        self.room = {name: room_for(array) for name, array in case.arrays.items()}
         if in_place:
             for one, other in case.row.in_place:
                 self.room[one] = self.room[other]
@@ -85,12 +85,14 @@ def placed(case: Case, more: dict[str, Any], count: int) -> list[Placed]:
     return [Placed(case, more.get("in place", False)) for _ in range(count)]
 
 
-def _room(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A copy at an aligned address, and the whole memory that it lies in."""
-    memory = np.full(array.nbytes + 3 * _ALIGNMENT, 0xA5, np.uint8)
-    whole = memory[-memory.ctypes.data % _ALIGNMENT :][: array.nbytes + 2 * _ALIGNMENT]
-    inner = whole[_ALIGNMENT : _ALIGNMENT + array.nbytes]
-    part = inner.view(array.dtype).reshape(array.shape)
+def room_for(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A copy at an aligned address, of the same strides, and the whole memory that it lies in."""
+    steps = zip(array.shape, array.strides, strict=True)
+    reach = array.itemsize + sum((n - 1) * step for n, step in steps) if array.size else 0
+    memory = np.full(reach + 3 * _ALIGNMENT, 0xA5, np.uint8)
+    whole = memory[-memory.ctypes.data % _ALIGNMENT :][: reach + 2 * _ALIGNMENT]
+    strides = array.strides if array.size else None
+    part = np.ndarray(array.shape, array.dtype, whole.data, _ALIGNMENT, strides)
     part[...] = array
     return whole, part
 

@@ -1,7 +1,61 @@
-"""Gated activations: FlashInfer's `silu_and_mul`, `gelu_and_mul` and `gelu_tanh_and_mul`."""
+"""Gated activations: FlashInfer's `silu_and_mul`, `gelu_and_mul` and `gelu_tanh_and_mul`.
+
+The kernel (`include/flashinfer/activation.cuh`) takes both tensors as contiguous unasked, and
+a thread block for each row.  Up to 0.7.1 it loads 16 bytes at a time wherever a half starts,
+and with fewer elements than that it would be launched with no threads.
+"""
 
 from __future__ import annotations
 
-from fi_ffi.ops.row import Row
+from dataclasses import replace
 
-ROWS: tuple[Row, ...] = ()
+from fi_ffi.ops.row import Row, Scalar, Tensor, Vector
+
+_ARGS = (
+    Tensor("out", "n d", "T", "the product; shares no memory with `input`",
+           writes=True, reads=False, contiguous=True),
+    Tensor("input", "n 2*d", "T", "what is activated, and beside it the other factor",
+           contiguous=True),
+    Scalar("enable_pdl", bool, False,
+           "programmatic dependent launch (SM90 and later): "
+           "start while the previous kernel drains"),
+)  # fmt: skip
+
+
+def _rows(name: str, doc: str) -> tuple[Row, Row]:
+    """Those of the kernel that needs whole vectors, and of the one that does not."""
+    row = Row(
+        name,
+        name,  # each is a module of its own
+        name,
+        "jit/activation.py",
+        doc,
+        _ARGS,
+        dtypes={"T": ("float16", "bfloat16")},
+        releases=">=0.6.3,<0.7.2",
+        vector=Vector(("d",), dtype="T"),
+        offset_limit=2**63,
+        min_sizes={"d": 1},
+        multiples={"d": 8},
+        # A grid's, and an int.
+        max_products={("n",): 2**31 - 1, ("d",): 2**30 - 1},
+    )
+    return row, replace(row, releases=">=0.7.2", multiples={})
+
+
+ROWS = (
+    *_rows(
+        "silu_and_mul",
+        "Gate with SiLU: `out = silu(input[:, :d]) * input[:, d:]`, silu(x) = x / (1 + exp(-x)).",
+    ),
+    *_rows(
+        "gelu_and_mul",
+        "Gate with GELU: `out = gelu(input[:, :d]) * input[:, d:]`, "
+        "gelu(x) = x / 2 * (1 + erf(x / sqrt(2))).",
+    ),
+    *_rows(
+        "gelu_tanh_and_mul",
+        "Gate with GELU's approximation by tanh: `out = gelu(input[:, :d]) * input[:, d:]`, "
+        "gelu(x) = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))).",
+    ),
+)

@@ -54,6 +54,8 @@ def check_layouts(
             raise ArgumentError(row.name, tensor.name, got="read-only memory", expected="writable")
         step = _step(row, tensor, layout, sizes, dtypes)
         _check_strides(row, tensor, layout, step)
+        if tensor.parts > 1:
+            _check_part(row, tensor, layout)
         alignments.append(math.lcm(step * layout.dtype.itemsize, tensor.alignment))
     _check_same_strides(row, layouts)
     return Checked(sizes, tuple(alignments))
@@ -190,6 +192,12 @@ def _dtypes(row: Row, layouts: Given) -> dict[str, DType]:
         if layout.dtype is not same:
             expected = f"{same}, the {tensor.dtype} of this call"
             raise ArgumentError(row.name, tensor.name, got=layout.dtype, expected=expected)
+    for lacking in row.lacks:
+        if all(name in bound and bound[name].name == dtype for name, dtype in lacking.items()):
+            tensor = next(tensor for tensor in row.tensors if tensor.dtype in lacking)
+            others = " and ".join(name for name in lacking if name != tensor.dtype)
+            got, expected = bound[tensor.dtype], f"another dtype with such {others}"
+            raise ArgumentError(row.name, tensor.name, got=got, expected=expected)
     return bound
 
 
@@ -270,6 +278,15 @@ def _check_strides(row: Row, tensor: Tensor, layout: Layout, step: int) -> None:
             if stride <= reach:
                 raise refuse("elements that do not overlap, because they are written")
             reach += stride * (size - 1)
+
+
+def _check_part(row: Row, tensor: Tensor, layout: Layout) -> None:
+    strides = c_strides((*layout.shape[:-1], layout.shape[-1] * tensor.parts))
+    both = zip(layout.shape, layout.strides, strides, strict=True)
+    if layout.numel and any(n > 1 and stride != wanted for n, stride, wanted in both):
+        expected = f"{strides}, as one of {tensor.parts} parts of a contiguous tensor has them"
+        got = f"strides {layout.strides}"
+        raise ArgumentError(row.name, tensor.name, got=got, expected=expected)
 
 
 def _check_same_strides(row: Row, layouts: Given) -> None:

@@ -1,7 +1,42 @@
-"""Putting MLA keys together: the entry of FlashInfer's `concat_mla`."""
+"""Concatenating MLA's keys: the entry of FlashInfer's `concat_mla`.
+
+The kernel (`include/flashinfer/concat_mla.cuh`) was written for 128 heads of 128 + 64 elements.
+It counts threads in 32 bits, 256 for a token, and where a head starts too: up to 112 heads from
+a token's first.
+"""
 
 from __future__ import annotations
 
-from fi_ffi.ops.row import Row
+from dataclasses import replace
 
-ROWS: tuple[Row, ...] = ()
+from fi_ffi.ops.row import Row, Tensor, Vector
+
+# 112 strides of heads are below 2^31; a whole number of vectors.
+_STRIDES = {"stride_limit": 2**31 // 112 // 16 * 16}
+_F16 = ("float16", "bfloat16")
+
+_ROW = Row(
+    "concat_mla_k",
+    "concat_mla",
+    "concat_mla_k",
+    "csrc/concat_mla.cu",
+    "Put MLA's keys together: each head's own part, and after it the part that all share.",
+    (
+        Tensor("k", "n num_heads nope_dim+rope_dim", "T", "the keys", writes=True, reads=False,
+               **_STRIDES),  # type: ignore[arg-type]
+        Tensor("k_nope", "n num_heads nope_dim", "T", "the heads' own parts",
+               **_STRIDES),  # type: ignore[arg-type]
+        Tensor("k_rope", "n 1 rope_dim", "T", "the part with the position, which all heads share"),
+    ),
+    dtypes={"T": (*_F16, "float8_e4m3fn", "float8_e5m2")},
+    releases=">=0.6.11",
+    # 4 elements of a head's own part and 2 of the shared one, in each dtype; of float8 this is
+    # more than the kernel asks for.
+    vector=Vector(("nope_dim", "rope_dim"), bytes=8),
+    offset_limit=2**63,
+    min_sizes={},
+    sizes_in={"num_heads": (128,), "nope_dim": (128,), "rope_dim": (64,)},
+    max_products={("n",): 2**24},
+)  # fmt: skip
+
+ROWS = (_ROW, replace(_ROW, releases=">=0.6.3,<0.6.11", dtypes={"T": _F16}))

@@ -23,6 +23,7 @@ _NO_TIMING = 2  # cudaEventDisableTiming
 _CPU = parse_device("cpu")
 _NOT_READY = 600  # cudaErrorNotReady
 _RELAXED = 2  # cudaStreamCaptureModeRelaxed
+_NON_BLOCKING = 1  # cudaStreamNonBlocking
 
 
 def check(code: int, what: str) -> None:
@@ -78,11 +79,24 @@ def copy_to_device(target: int, source: int, count: int, stream: int) -> None:
     check(code, "cudaMemcpyAsync")
 
 
+def clear(address: int, pitch: int, width: int, rows: int, stream: int) -> None:
+    """Queue the setting to zero of `width` bytes in each row, which lie `pitch` bytes apart."""
+    (error,) = _runtime().cudaMemset2DAsync(address, pitch, 0, width, rows, stream)
+    check(int(error), "cudaMemset2DAsync")
+
+
 def is_capturing(stream: int) -> bool:
     """Whether a stream is recording a graph."""
     status = ffi.new("int *")
     check(machine.load_cudart()[0].cudaStreamIsCapturing(pointer(stream), status), "stream")
     return bool(status[0] != 0)
+
+
+def waits_for_default(stream: int) -> bool:
+    """Whether a stream's work and that of the legacy default stream wait for each other."""
+    flags = ffi.new("unsigned int *")
+    check(machine.load_cudart()[0].cudaStreamGetFlags(pointer(stream), flags), "stream")
+    return not flags[0] & _NON_BLOCKING
 
 
 class Event:

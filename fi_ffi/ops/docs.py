@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import textwrap
 
-from fi_ffi.ops.row import Arg, KvLayout, PlanInfo, Row, Scalar, Text, default_of
+from fi_ffi.ops.row import Absent, Arg, KvLayout, PlanInfo, Row, Scalar, Text, default_of
 
 _WIDTH = 96
 
 
 def _argument(arg: Arg) -> str:
+    assert not isinstance(arg, Absent)
     if isinstance(arg, PlanInfo):
         return f"{arg.name}: what the plan returned."
     if isinstance(arg, KvLayout):
@@ -22,6 +23,9 @@ def _argument(arg: Arg) -> str:
         low += "" if arg.high is None else f", {arg.high} or less"
         low += f", a multiple of {arg.multiple_of}" if arg.multiple_of > 1 else ""
         default = "" if arg.default is None else f" = {arg.default!r}"
+        if arg.size_of:
+            default, least = " or None = None", "up to " * arg.or_less
+            low += f", {least}the size of {arg.size_of}"
         return f"{arg.name} ({arg.type.__name__}{default}{low}): {arg.doc}."
     how = ["contiguous"] if arg.contiguous else []
     how += ["written"] if arg.writes else []
@@ -29,6 +33,7 @@ def _argument(arg: Arg) -> str:
     how += ["here in NHD"] if arg.kv else []
     how += ["the last two axes transposed in memory"] if arg.transposed else []
     how += ["on the host"] if arg.host else []
+    how += [f"one of {arg.parts} parts, side by side"] if arg.parts > 1 else []
     how += [f"aligned to {arg.alignment} bytes"] if arg.alignment > 1 else []
     shape = ", ".join(arg.axis_names)
     return f"{arg.name} ({'; '.join([f'[{shape}] {arg.dtype}', *how])}): {arg.doc}."
@@ -59,6 +64,10 @@ def _limits(row: Row) -> str:
     said += [f"{more} is at least {less}." for more, less in row.not_less]
     for axes, limit in row.max_products.items():
         said.append(f"{' * '.join(axes)} is at most {limit}.")
+    said += [f"{rule.argument} is {rule.expected}." for rule in row.rules]
+    for lacking in row.lacks:
+        told = " with ".join(f"{name} of {dtype}" for name, dtype in lacking.items())
+        said.append(f"There is no {told}.")
     if row.offset_limit < most:
         said.append(f"Offsets stay below {row.offset_limit} elements.")
     for limit in sorted({arg.offset_limit for arg in row.tensors if arg.offset_limit}):
@@ -74,22 +83,32 @@ def _memory(row: Row) -> str:
         said.append(f"{', '.join(row.together)} are given together.")
     if row.apart:
         pairs = " or ".join(" and ".join(pair) for pair in row.in_place)
-        said.append(f"What is written shares no memory with other tensors; {pairs} may be one.")
+        but = f"; {pairs} may be one" if pairs else ""
+        said.append(f"What is written shares no memory with other tensors{but}.")
     return " ".join(said)
+
+
+def _width(row: Row) -> str:
+    """How much is loaded at a time."""
+    vector = row.vector
+    if not vector.axes:
+        return ""
+    whose = f"the itemsize of {vector.dtype}" if vector.dtype else "its own itemsize"
+    return (
+        f"Tensors with {' or '.join(vector.axes)} are loaded gcd({vector.bytes} bytes / {whose}, "
+        f"{' or '.join(vector.axes)}) elements at a time: addresses and the other strides are "
+        "multiples of that."
+    )
 
 
 def docstring(row: Row) -> str:
     """Shapes, dtypes, errors and the upstream source of an op."""
     dtypes = "; ".join(f"{name} is {' or '.join(types)}" for name, types in row.dtypes.items())
-    vector = row.vector
-    whose = f"the itemsize of {vector.dtype}" if vector.dtype else "its own itemsize"
     nothing = f"{row.nothing_axis} = 0" if row.nothing_axis else "no rows"
     able = " or ".join(f"{major}.x" for major in row.capabilities)
     paragraphs = (
-        f"{dtypes}. All tensors are on one device. The last axis has stride 1. Tensors with "
-        f"{' or '.join(vector.axes)} are loaded gcd({vector.bytes} bytes / {whose}, "
-        f"{' or '.join(vector.axes)}) elements at a time: addresses and the other strides are "
-        f"multiples of that. {_limits(row)} {_memory(row)} With {nothing}, nothing is launched.",
+        f"{dtypes and f'{dtypes}. '}All tensors are on one device. The last axis has stride 1. "
+        f"{_width(row)} {_limits(row)} {_memory(row)} With {nothing}, nothing is launched.",
         "Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` "
         "where the kernel file has another interface, `KernelError` with the kernel's own words"
         + (
@@ -101,7 +120,7 @@ def docstring(row: Row) -> str:
         f"`{row.source}`.",
     )
     stream = "stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope."
-    arguments = "\n".join(map(_indented, [*map(_argument, row.args), stream]))
+    arguments = "\n".join(map(_indented, [*map(_argument, row.given), stream]))
     blocks = [textwrap.fill(row.doc, _WIDTH), f"Args:\n{arguments}"]
     texts = [textwrap.fill(" ".join(text.split()), _WIDTH) for text in paragraphs]
     return "\n\n".join(blocks + texts)

@@ -7,18 +7,31 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from typing import Any
 
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.tensor import Layout, TensorDesc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.check import check_layouts
+from fi_ffi.ops.handles import own_handle
 from fi_ffi.ops.launch import Preparing
-from fi_ffi.ops.memory import check_apart, scratch_for
+from fi_ffi.ops.memory import scratch_for
 from fi_ffi.ops.prepared import prepared
 from fi_ffi.ops.providers import entry_for
 from fi_ffi.ops.quick import compile_again, compile_quick, parameters
-from fi_ffi.ops.row import KV_LAYOUTS, KvLayout, Row, Scalar, Tensor, Text
+from fi_ffi.ops.relations import check_relations, has_relations
+from fi_ffi.ops.row import (
+    KV_LAYOUTS,
+    REQUIRED,
+    Absent,
+    KvLayout,
+    Row,
+    Scalar,
+    Tensor,
+    Text,
+    default_of,
+)
 from fi_ffi.ops.settled import Settled, launch_fully, on
 from fi_ffi.ops.values import check_address, check_together, number, word
 
@@ -41,11 +54,18 @@ class Form:
         self._tensors = [(i, arg) for i, arg in indexed if isinstance(arg, Tensor)]
         self._scalars = [(i, arg) for i, arg in indexed if isinstance(arg, Scalar)]
         self._texts = [(i, arg) for i, arg in indexed if isinstance(arg, Text)]
+        self._handles = [(i, arg) for i, arg in self._scalars if arg.library]
+        self._absent = [(i, arg.value) for i, arg in indexed if isinstance(arg, Absent)]
+        self._has_relations = has_relations(row)
         layouts = [(i, arg) for i, arg in indexed if isinstance(arg, KvLayout)]
         self._kv_layout = layouts[0] if layouts else None
-        scratch = [(i, arg) for i, arg in self._tensors if arg.is_scratch]
-        self._scratch = scratch[0] if scratch else None
+        self._scratch = [(i, arg) for i, arg in self._tensors if arg.is_scratch]
         self._settled: dict[tuple[object, ...], Settled] = {}
+
+    @functools.cached_property
+    def _first(self) -> tuple[int, Tensor]:
+        """The first tensor that every call is given, and its place."""
+        return next((i, arg) for i, arg in self._tensors if default_of(arg) is None)
 
     @functools.cached_property
     def bind(self) -> Callable[..., tuple[list[Any], object]]:
@@ -54,7 +74,7 @@ class Form:
 
     def is_on_cuda(self, values: list[Any]) -> bool:
         """Whether the first tensor is on a GPU; it is left described in `values`."""
-        i, arg = self._tensors[0]
+        i, arg = self._first
         desc = values[i] = as_desc(values[i], self.row.name, arg.name)
         return desc.device.is_cuda
 
@@ -89,8 +109,8 @@ class Form:
     def check(self, values: list[Any], stream: object) -> tuple[Settled, list[TensorDesc | None]]:
         """Raise unless all arguments fit; in `values` tensors become their addresses."""
         descs: list[TensorDesc | None] = []
-        if self._scratch is not None:
-            self._bring_scratch(*self._scratch, values, stream)
+        for i, arg in self._scratch:
+            self._bring_scratch(i, arg, values, stream)
         for i, arg in self._tensors:
             value = values[i]
             if value is None and arg.optional:
@@ -105,26 +125,45 @@ class Form:
             values[i] = number(self.row.name, scalar, values[i])
         for i, text in self._texts:
             values[i] = word(self.row.name, text, values[i])
+        for i, known in self._absent:
+            values[i] = known
         settled = self._settle([None if desc is None else desc.layout for desc in descs], values)
+        for i, scalar in self._handles:
+            values[i] = values[i] or own_handle(scalar.library, settled.device)
         if self.row.together:
             check_together(self.row, descs, values)
-        if settled.is_empty:
-            return settled, descs
-        alignments = settled.checked.alignments
-        for (_, arg), desc, alignment in zip(self._tensors, descs, alignments, strict=True):
-            if desc is not None:
-                check_address(self.row.name, arg, desc, alignment)
-        if self.row.apart:
-            check_apart(self.row, descs)
+        if not settled.is_empty:
+            alignments = settled.checked.alignments
+            for (_, arg), desc, alignment in zip(self._tensors, descs, alignments, strict=True):
+                if desc is not None:
+                    check_address(self.row.name, arg, desc, alignment)
+        if self._has_relations:
+            check_relations(self.row, settled, descs, values)
         return settled, descs
 
     def _bring_scratch(self, i: int, arg: Tensor, values: list[Any], stream: object) -> None:
         """Memory of the stream's own where the caller gives none, and else enough of it."""
-        (first, other), name = self._tensors[0], self.row.name
+        (first, other), name = self._first, self.row.name
         desc = values[first] = as_desc(values[first], name, other.name)
         if values[i] is not None:
             values[i] = as_desc(values[i], name, arg.name)
-        values[i] = scratch_for(self.row, arg, desc.device, values[i], stream)
+        sizes = self._shapes(values) if arg.bytes_for else {}
+        values[i] = scratch_for(self.row, arg, desc.device, values[i], stream, sizes)
+
+    def _shapes(self, values: list[Any]) -> dict[str, int]:
+        """Sizes as the shapes tell them, which nobody has checked; 0 where they do not."""
+        sizes: dict[str, int] = {}
+        for i, arg in self._tensors:
+            if arg.is_scratch:
+                continue
+            if values[i] is None and arg.optional:
+                shape: tuple[int, ...] = ()
+            else:
+                values[i] = as_desc(values[i], self.row.name, arg.name)
+                shape = values[i].shape
+            for name, size in zip_longest(arg.axis_names, shape[: len(arg.axis_names)]):
+                sizes.setdefault(name, size or 0)
+        return sizes
 
     def _settle(self, layouts: list[Layout | None], values: list[Any]) -> Settled:
         kv_layout = "NHD"
@@ -162,9 +201,9 @@ def _binder(row: Row) -> Callable[..., tuple[list[Any], object]]:
     Compiled, as dataclasses' `__init__` is: the interpreter then binds names and
     defaults, and its own TypeError names the op for a missing or unknown one.
     """
-    names = ", ".join(arg.name for arg in row.args)
+    names = ", ".join("None" if isinstance(arg, Absent) else arg.name for arg in row.args)
     source = f"def {row.name}({parameters(row)}):\n    return [{names}], stream\n"
-    namespace: dict[str, Any] = {}
+    namespace: dict[str, Any] = {repr(REQUIRED): REQUIRED}
     exec(source, namespace)
     binder: Callable[..., tuple[list[Any], object]] = namespace[row.name]
     return binder

@@ -1,7 +1,167 @@
-"""Matrix products: entries of FlashInfer's `gemm` and `gemm_sm90`, and of others like them."""
+"""Matrix products: entries of FlashInfer's `gemm` and `gemm_sm90`, and of others like them.
+
+Here are those that are called as they are; `fi_ffi/ops/matmul` has those that need something
+done around the entry, and docs/gemm.md says which is for what.
+"""
 
 from __future__ import annotations
 
-from fi_ffi.ops.row import Row
+from fi_ffi.ops.row import Row, Rule, Scalar, Tensor, Vector
 
-ROWS: tuple[Row, ...] = ()
+_INT = 2**31 - 1
+_BF16 = ("bfloat16",)
+FP8 = ("float8_e4m3fn", "float8_e5m2")
+F16 = ("float16", "bfloat16")
+_OUT = {"writes": True, "reads": False, "contiguous": True, "alignment": 16}
+_IN = {"contiguous": True, "alignment": 16}
+_PDL = "programmatic dependent launch: start while the previous kernel drains"
+
+# 32 MiB or a little less on Hopper and Blackwell: what NVIDIA recommends, and FlashInfer gives.
+CUBLAS_BYTES = 216 << 10
+HANDLE = Scalar(
+    "cublas_handle", int, 0, "a cublasLtHandle_t or cublasHandle_t; 0 is fi_ffi's own of the "
+    "device", low=0, library="cublasLt",
+)  # fmt: skip
+_MATRICES = (
+    Tensor("A", "b m k", "TA", "left factors", **_IN),  # type: ignore[arg-type]
+    Tensor("B", "b k n", "TB", "right factors, column-major: the transpose of a contiguous "
+           "(b, n, k)", transposed=True, **_IN),  # type: ignore[arg-type]
+)  # fmt: skip
+_SCALES = (
+    Tensor("A_scale", "1", "float32", "A is multiplied by it"),
+    Tensor("B_scale", "1", "float32", "B is multiplied by it"),
+    Tensor("workspace_buffer", "workspace_size", "uint8", writes=True, reads=False,
+           contiguous=True, alignment=256, bytes_per_multiprocessor=CUBLAS_BYTES,
+           doc="scratch of 216 KiB for each multiprocessor (32 MiB will do) that no other stream "
+               "uses; without it each stream has its own of fi_ffi's"),
+)  # fmt: skip
+BMM_ARGS = (*_MATRICES, Tensor("D", "b m n", "T", "the products", **_OUT), *_SCALES)  # type: ignore[arg-type]
+BMM = {
+    "module": "gemm",
+    "source": "csrc/flashinfer_gemm_binding.cu",
+    "dtypes": {"TA": FP8, "TB": FP8, "T": F16},
+    "offset_limit": 2**63,
+    "vector": Vector(()),
+    # What cuBLASLt has fp8 kernels for.
+    "multiples": {"k": 16, "n": 16},
+    "max_products": {("m",): _INT, ("n",): _INT, ("k",): _INT},
+    # Of several matrices the launcher counts the elements of each in an int.
+    "rules": tuple(
+        Rule(
+            matrix,
+            ("b", *axes),
+            lambda b, x, y: b == 1 or x * y <= _INT,
+            f"of {' * '.join(axes)} of at most {_INT} where there are several matrices",
+        )
+        for matrix, axes in (("A", ("m", "k")), ("B", ("k", "n")), ("D", ("m", "n")))
+    ),
+    "min_sizes": {"k": 16},
+    "capabilities": (8, 9, 10, 11, 12),  # of the first, from 8.9 on
+    "lacks": ({"TA": "float8_e5m2", "TB": "float8_e5m2"},),
+    "apart": True,
+}
+
+
+def _bmm(releases: str, *more: Scalar) -> Row:
+    return Row(
+        "bmm_fp8", symbol="bmm_fp8", args=(*BMM_ARGS, *more), releases=releases,
+        doc="Products of fp8 matrices, by cuBLASLt: `D = (A * A_scale) @ (B * B_scale)`.",
+        **BMM,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _tiny(name: str, *bias: Tensor, releases: str) -> Row:
+    plus = " + bias" if bias else ""
+    return Row(
+        name, "tinygemm2", f"{name}_op", "csrc/tinygemm2.cu",
+        f"A product for few rows (best 8 or fewer): `output = input @ weight.T{plus}`, rounded "
+        "once.",
+        (
+            Tensor("input", "n k", "T", "rows", **_IN),  # type: ignore[arg-type]
+            Tensor("weight", "m k", "T", "a row for each column of the output", **_IN),  # type: ignore[arg-type]
+            *bias,
+            Tensor("output", "n m", "T", "the products", **_OUT),  # type: ignore[arg-type]
+            Scalar("use_pdl", bool, False, f"{_PDL}; only after kernels that use it as well, or "
+                   "this one waits for ever"),
+        ),
+        {"T": _BF16}, releases,
+        multiples={"k": 64, "m": 16}, min_sizes={"k": 64, "m": 16},
+        # The output is counted in an int, and blocks of 8 rows by the grid's second axis.
+        max_products={("n", "m"): _INT, ("n",): 8 * 65535, ("m", "k"): _INT, ("n", "k"): _INT},
+        offset_limit=2**63, vector=Vector(()), apart=True, capabilities=(9, 10, 11, 12),
+    )  # fmt: skip
+
+
+_BIAS = Tensor("bias", "m", "T", "added to every row", contiguous=True)
+
+
+def _router(
+    name: str, symbol: str, k: int, experts: int, dtype: str, model: str, releases: str
+) -> Row:
+    return Row(
+        name, "dsv3_router_gemm", symbol, "csrc/dsv3_router_gemm.cu",
+        f"The router's product for 1 to 16 tokens, of {model}'s sizes: `out = mat_a @ mat_b`.",
+        (
+            Tensor("mat_a", f"n {k}", "T", "hidden states", **_IN),  # type: ignore[arg-type]
+            Tensor("mat_b", f"{k} {experts}", "T", "the experts' weights, column-major: the "
+                   f"transpose of a contiguous ({experts}, {k})", transposed=True, **_IN),  # type: ignore[arg-type]
+            Tensor("out", f"n {experts}", dtype, "scores", writes=True, reads=False,
+                   contiguous=True),
+            Scalar("launch_with_pdl", bool, True, _PDL),
+        ),
+        {"T": _BF16}, releases,
+        offset_limit=2**63, vector=Vector(()), apart=True,
+        max_products={("n",): 16}, min_sizes={},
+    )  # fmt: skip
+
+
+def _rounded_up_to_4(rows: int, room: int) -> bool:
+    return room == -(-rows // 4) * 4
+
+
+# fp8_blockscale_gemm_90: an object that `init` makes.
+BLOCKSCALE = {
+    "module": "fp8_blockscale_gemm_90",
+    "source": "csrc/fp8_blockscale_gemm_sm90_binding.cu",
+    "factory": "init",
+    "releases": ">=0.6.3",
+    "offset_limit": 2**63,
+    "vector": Vector(()),
+    "apart": True,
+    "capabilities": (9,),
+}
+
+ROWS = (
+    _bmm(">=0.6.3,<0.7", HANDLE),
+    _bmm(">=0.7"),
+    _tiny("tinygemm2", _BIAS, releases=">=0.6.5"),
+    _tiny("tinygemm2_nobias", releases=">=0.6.9"),
+    _router("mm_M1_16_K7168_N256", "dsv3_router_gemm_op", 7168, 256, "float32", "DeepSeek-V3",
+            ">=0.6.3"),
+    _router("mm_M1_16_K7168_N128", "ml3_router_gemm_op", 7168, 128, "bfloat16",
+            "Mistral Large 3", ">=0.6.3"),
+    _router("mm_M1_16_K6144_N256", "glm_dsa_router_gemm_op", 6144, 256, "float32",
+            "GLM-MoE-DSA", ">=0.6.12"),
+    Row(
+        "fp8_quantize_1x128", symbol="fp8_quantize_1x128",
+        doc="Quantise rows in pieces of 128 columns: `outValueE4M3 = fp8(input * 448 / largest)`, "
+        "and in `outScaleFP8SF` what undoes it, `largest / 448`, as the products take it. "
+        "`largest` is of a piece; of zeros the scale is 1.",
+        args=(
+            Tensor("input", "n 128*k128", "T", "rows", **_IN),  # type: ignore[arg-type]
+            Tensor("outValueE4M3", "n 128*k128", "float8_e4m3fn", "quantised rows", **_OUT),  # type: ignore[arg-type]
+            Tensor("outScaleFP8SF", "k128 n4", "float32", "what the values are multiplied by: a "
+                   "row for each 128 columns, with a number for each row of the input, and room "
+                   "up to a multiple of 4, which is not written", **_OUT),  # type: ignore[arg-type]
+            Scalar("use_ue8m0", bool, False, "the kernels do not look at it"),
+        ),
+        dtypes={"T": _BF16},
+        min_sizes={"k128": 1},
+        max_products={("n",): _INT, ("k128",): _INT // 128},
+        rules=(
+            Rule("outScaleFP8SF", ("n", "n4"), _rounded_up_to_4,
+                 "of n rounded up to a multiple of 4 in its second axis"),
+        ),
+        **BLOCKSCALE,  # type: ignore[arg-type]
+    ),
+)  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -13,7 +14,7 @@ from fi_ffi.abi.streams import current_scope, stream_handle
 from fi_ffi.abi.streams import stream as stream_scope
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.loader import machine
-from fi_ffi.ops import cuda
+from fi_ffi.ops import cuda, watching
 
 _RESULT_WORDS = 3  # of a cudaGraphExecUpdateResultInfo
 _THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal: other threads may do as they like
@@ -27,13 +28,16 @@ class Graph:
     calls again with `fi_ffi.capture(stream, into=graph)`.
     """
 
-    __slots__ = ("__weakref__", "_finalizer", "_launch", "device", "nodes", "updates")
+    __slots__ = (
+        "__weakref__", "_executable", "_finalizer", "_launch", "device", "nodes", "updates",
+    )  # fmt: skip
 
     def __init__(self, device: Device) -> None:
         self.device = device
         self.nodes = 0
         # How often it was recorded again and its nodes changed in place.
         self.updates = 0
+        self._executable: Any = None
         self._launch: Any = None
         self._finalizer: Any = None
 
@@ -68,17 +72,51 @@ class Graph:
         cuda.check(runtime.cudaGraphGetNodes(graph, ffi.NULL, count), "cudaGraphGetNodes")
         if self._launch is not None:
             result = ffi.new("uint64_t[]", _RESULT_WORDS)
-            if runtime.cudaGraphExecUpdate(self._launch.args[0], graph, result) == 0:
+            if runtime.cudaGraphExecUpdate(self._executable, graph, result) == 0:
                 self.nodes, self.updates = int(count[0]), self.updates + 1
+                self._tell("was recorded", None)
                 return
             # Another shape of graph: CUDA cannot change the old one into it.
             self._finalizer()
             self._launch = None
         executable = ffi.new("void **")
         cuda.check(runtime.cudaGraphInstantiate(executable, graph, 0), "cudaGraphInstantiate")
-        self._launch = functools.partial(runtime.cudaGraphLaunch, executable[0])
+        self._executable = executable[0]
         self._finalizer = weakref.finalize(self, runtime.cudaGraphExecDestroy, executable[0])
         self.nodes = int(count[0])
+        self.arm()
+        _graphs.add(self)
+        self._tell("was recorded", None)
+
+    def arm(self) -> None:
+        """Have launches told to the call logs, if any is open, or to nobody."""
+        launch = functools.partial(machine.load_cudart()[0].cudaGraphLaunch, self._executable)
+        self._launch = (
+            functools.partial(_told, weakref.ref(self), launch) if watching.logs else launch
+        )
+
+    def _tell(self, what: str, stream: int | None) -> None:
+        for log in watching.logs:
+            words = f"a graph of {self.nodes} nodes at {id(self):#x}, updated {self.updates} times"
+            log.tell(f"Graph {what}", self.device, stream, words)
+
+
+# Those that can be launched.
+_graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
+
+
+def _told(graph: weakref.ref[Graph], launch: Callable[[Any], int], stream: Any) -> int:
+    """Launch, told to the call logs before."""
+    launched = graph()
+    if launched is not None:
+        launched._tell("is launched", int(ffi.cast("uintptr_t", stream)))
+    return launch(stream)
+
+
+def rearm() -> None:
+    """Arm all graphs anew, after a call log was opened or closed."""
+    for graph in [*_graphs]:
+        graph.arm()
 
 
 class capture:  # a context manager reads as a verb

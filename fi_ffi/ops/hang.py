@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from fi_ffi.abi.frame import ArraySlot, TensorSlot
+from fi_ffi.ops.logging_calls.told import text_at
 from fi_ffi.ops.recording import Call
 from fi_ffi.ops.row import KV_LAYOUTS, KvLayout
 
@@ -32,8 +33,8 @@ def _lines(hang: Hang, seconds: float) -> Iterator[str]:
     call = hang.call
     what = "finished, and its stream has not moved" if call.has_returned else "returned"
     yield f"fi_ffi.watchdog({seconds:g}): {call.op} has not {what} for {hang.waited:.2f} s"
-    yield f"  called: {_caller(call)}, {time.monotonic() - call.started:.2f} s ago"
-    yield f"  entry: {call.entry.name}, on {_place(call)}"
+    yield f"  called: {caller_of(call)}, {time.monotonic() - call.started:.2f} s ago"
+    yield f"  entry: {call.entry.name}, on {place_of(call)}"
     if call.has_returned:
         yield "  host: the call has returned, its work is queued"
     else:
@@ -42,19 +43,23 @@ def _lines(hang: Hang, seconds: float) -> Iterator[str]:
         yield f"  {arg.name}: {_value(arg, slot, value)}"
     if call.plan is not None:
         try:
-            yield f"  plan: {_plan(call)}"
+            yield f"  plan: {plan_of(call)}"
         except Exception as error:  # made by its thread still, or of other values than expected
             yield f"  plan: a {type(call.plan).__name__} that cannot be told: {error!r}"
     if call.stream is not None:
         yield from _behind(hang.behind)
 
 
-def _caller(call: Call) -> str:
-    where = f"{call.file}:{call.line} in {call.function}" if call.file else "unknown code"
-    return f"{where}, thread {call.thread.name!r}"
+def caller_of(call: Call) -> str:
+    return caller_words(call.file, call.line, call.function, call.thread.name)
 
 
-def _place(call: Call) -> str:
+def caller_words(file: str, line: int, function: str, thread: str) -> str:
+    where = f"{file}:{line} in {function}" if file else "unknown code"
+    return f"{where}, thread {thread!r}"
+
+
+def place_of(call: Call) -> str:
     if call.stream is None:
         return str(call.device)
     return f"{call.device}, stream {call.stream:#x}"
@@ -67,12 +72,14 @@ def _value(arg: Any, slot: Any, value: Any) -> str:
         return f"{slot.layout} at {value:#x}"
     if isinstance(slot, ArraySlot):
         return f"an array object at {value:#x}"
+    if slot is str:
+        return repr(text_at(value))
     if isinstance(arg, KvLayout):
         return next(name for name, code in KV_LAYOUTS.items() if code == value)
     return repr(value)
 
 
-def _plan(call: Call) -> str:
+def plan_of(call: Call) -> str:
     """The plan in short: its backend, module and batch, and the options that are not defaults."""
     plan = call.plan
     parts = [f"backend {plan.backend!r}", f"module {plan.module}"]
@@ -98,6 +105,6 @@ def _behind(calls: list[Call]) -> Iterator[str]:
     yield f"  behind it: {len(calls)} later call{'s' if len(calls) > 1 else ''} ({told})"
     blocked = [call for call in calls if not call.has_returned]
     for call in blocked[:_MOST_BLOCKED]:
-        yield f"    not returned: {call.op}, {_caller(call)}"
+        yield f"    not returned: {call.op}, {caller_of(call)}"
     if len(blocked) > _MOST_BLOCKED:
         yield f"    and {len(blocked) - _MOST_BLOCKED} more that have not returned"

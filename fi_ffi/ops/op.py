@@ -15,6 +15,9 @@ from fi_ffi.ops.row import Row
 
 if TYPE_CHECKING:
     import inspect
+    import os
+
+    from fi_ffi.ops.support import Support
 
 
 class Op:
@@ -68,6 +71,27 @@ class Op:
         made: Prepared = form(form.bind(*args, **kwargs)[0], Preparing(stream))
         return made
 
+    def supports(
+        self,
+        sm: int | float | str | tuple[int, int] | None = None,
+        *,
+        release: str | None = None,
+        cuda: str | None = None,
+        dtypes: object = None,
+        kernels: str | os.PathLike[str] | None = None,
+    ) -> Support:
+        """Whether the op can be called on a GPU (`sm=90`; without it, on the first there is).
+
+        The answer is true or false, and has a `reason`, and a `build` command where one would
+        help.  It is of the kernels in use, or of those at `kernels`; where a `release` or a
+        `cuda` tag such as "cu130" is named, or there are no kernels on this machine, of what
+        FlashInfer publishes.  `dtypes` are names, or names by the variables of the docstring.
+        """
+        from fi_ffi.ops.support import Question, judge
+
+        question = Question.of(sm, release, cuda, dtypes, kernels)
+        return judge(self.__name__, self.rows, question)
+
     def _in_force(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Form:
         """The form for a call with these arguments, which may settle what is in force."""
         if not self._is_settled:
@@ -75,6 +99,11 @@ class Op:
             if self._form.is_on_cuda(values):
                 self.settle(release_in_use())
         return self._form
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether kernels have told which row is in force."""
+        return self._is_settled
 
     def settle(self, release: str | None) -> None:
         """Put the row of this release in force; the first one if none is of it."""

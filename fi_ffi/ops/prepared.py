@@ -16,10 +16,11 @@ from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.tensor import Layout, TensorDesc, make_desc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops import watching
+from fi_ffi.ops.handles import own_handle
 from fi_ffi.ops.launch import launch
-from fi_ffi.ops.memory import check_apart
 from fi_ffi.ops.quick import KEEP, compile_update
-from fi_ffi.ops.row import Row, Scalar, Tensor
+from fi_ffi.ops.relations import check_relations, has_relations
+from fi_ffi.ops.row import Absent, Row, Scalar, Tensor
 from fi_ffi.ops.settled import Settled, launch_fully, on
 from fi_ffi.ops.values import check_address, check_together, number
 
@@ -105,6 +106,7 @@ class Prepared:
         text = ", ".join(
             f"{arg.name}={value:#x}" if isinstance(arg, Tensor) else f"{arg.name}={value}"
             for arg, value in given
+            if not isinstance(arg, Absent)
         )
         return f"<prepared {self.row.name}({text}) on {self.place.device}>"
 
@@ -152,6 +154,8 @@ class Prepared:
                 descs[at], owners[at], values[i] = given, given, given.ptr if given else 0
             elif isinstance(arg, Scalar):
                 values[i] = number(row.name, arg, value)
+                if arg.library:
+                    values[i] = values[i] or own_handle(arg.library, self.place.device)
             else:
                 expected = "what it was prepared with; prepare another call"
                 raise ArgumentError(row.name, arg.name, got=value, expected=expected)
@@ -161,8 +165,8 @@ class Prepared:
                 check_address(row.name, arg, desc, alignment)
         if row.together:
             check_together(row, descs, values)
-        if row.apart:
-            check_apart(row, descs)
+        if has_relations(row):
+            check_relations(row, self._settled, descs, values)
         frame.write(values)
         self.values, self.owners = values, tuple(owners)
 

@@ -55,15 +55,15 @@ def entry_for(row: Row, device: Device, module: str | None = None) -> Entry:
     `ArchitectureError` on a GPU that its kernel was not written for.
     """
     if device.is_cuda:
-        from fi_ffi.loader import runtime, search
+        from fi_ffi.loader import runtime
 
-        _check_capability(row, device)
-        release = search.release()
-        if release is not None and not fits(row, release):
-            raise KernelNotFoundError(
-                f"{row.name} is in FlashInfer {row.releases}; the kernels in use are of {release}"
-            )
-        return runtime.kernel_entry(module or row.module, row.signature, row.releases, device.index)
+        check_available(row, device)
+        name = module or row.module
+        if row.factory:
+            from fi_ffi.loader.methods import method_entry
+
+            return method_entry(name, row.factory, row.signature, row.releases, device.index)
+        return runtime.kernel_entry(name, row.signature, row.releases, device.index)
     # Here, not above: numpy takes longer to import than all of fi_ffi.
     from fi_ffi import reference
 
@@ -72,7 +72,10 @@ def entry_for(row: Row, device: Device, module: str | None = None) -> Entry:
     return reference.entry(row.module, row.signature, row.reference, compiled, row.formula, names)
 
 
-def _check_capability(row: Row, device: Device) -> None:
+def check_available(row: Row, device: Device) -> None:
+    """Raise where the row's kernel was not written for a GPU, or is not of the release in use."""
+    from fi_ffi.loader import search
+
     if row.capabilities:
         major, minor = machine.capability(device.index)
         if major not in row.capabilities:
@@ -81,6 +84,11 @@ def _check_capability(row: Row, device: Device) -> None:
                 f"{row.name} is written for GPUs of compute capability {able}; "
                 f"{device} has {major}.{minor}"
             )
+    release = search.release()
+    if release is not None and not fits(row, release):
+        raise KernelNotFoundError(
+            f"{row.name} is in FlashInfer {row.releases}; the kernels in use are of {release}"
+        )
 
 
 # What the arithmetic of a module depends on and its entries are not told.

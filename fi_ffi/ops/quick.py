@@ -14,7 +14,8 @@ from typing import Any
 from fi_ffi.abi.frame import word_of
 from fi_ffi.ops import watching
 from fi_ffi.ops.launch import Preparing, launch
-from fi_ffi.ops.row import KvLayout, PlanInfo, Row, Scalar, Tensor, default_of
+from fi_ffi.ops.relations import depends_on, has_relations
+from fi_ffi.ops.row import REQUIRED, Absent, KvLayout, PlanInfo, Row, Scalar, Tensor, defaults
 from fi_ffi.ops.settled import Settled
 
 _INT64 = 2**63
@@ -25,18 +26,19 @@ _FILE = __file__.removesuffix(".py") + "/{}"
 def has_quick_way(row: Row) -> bool:
     """Whether its calls are of addresses and numbers, and no more."""
     plain = all(
-        isinstance(arg, (Scalar, KvLayout, PlanInfo))
+        isinstance(arg, (KvLayout, PlanInfo, Absent))
+        or (isinstance(arg, Scalar) and not arg.library)
         or (isinstance(arg, Tensor) and not arg.is_scratch
             and (arg.optional or not arg.as_object))
         for arg in row.args
     )  # fmt: skip
-    return plain and not (row.together or row.apart or row.allocates)
+    return plain and not (row.together or row.allocates)
 
 
 def parameters(row: Row) -> str:
     """An op's Python parameters: the ABI's order, then the stream by keyword."""
-    defaults = [(arg.name, default_of(arg)) for arg in row.args]
-    parts = [name if default is None else f"{name}={default}" for name, default in defaults]
+    both = zip(row.given, defaults(row.given), strict=True)
+    parts = [arg.name + ("" if default is None else f"={default}") for arg, default in both]
     return ", ".join([*parts, "*", "stream=None"])
 
 
@@ -63,7 +65,7 @@ def _compiled(
 ) -> Callable[..., Any]:
     namespace: dict[str, Any] = {
         "_settled": settled, "_full": full, "_launch": launch, "_watching": watching,
-        "_inf": math.inf, "_Preparing": Preparing,
+        "_inf": math.inf, "_Preparing": Preparing, repr(REQUIRED): REQUIRED,
     }  # fmt: skip
     exec(compile(_source(row, header), _FILE.format(row.name), "exec"), namespace)
     made: Callable[..., Any] = namespace["call"]
@@ -72,7 +74,7 @@ def _compiled(
 
 
 def _source(row: Row, header: str) -> str:
-    names = ", ".join(arg.name for arg in row.args)
+    names = ", ".join("None" if isinstance(arg, Absent) else arg.name for arg in row.args)
     full = f"return _full([{names}], stream)"
     if not has_quick_way(row):
         return f"{header}\n    {full}"
@@ -84,6 +86,7 @@ def _source(row: Row, header: str) -> str:
         "except (AttributeError, KeyError, IndexError, TypeError):",
         f"    {full}",
         *addresses,
+        *_sizes(row),
         "m = settled.masks",
         f"if {' or '.join(wrong)} or _watching.inboxes or type(stream) is _Preparing:",
         "    settled.frames.append(frame)",
@@ -116,10 +119,12 @@ def compile_update(row: Row) -> Callable[..., None]:
 
 
 def _update_source(row: Row) -> str:
-    changes = ", ".join(f"{arg.name!r}: {arg.name}" for arg in row.args)
+    changes = ", ".join(f"{arg.name!r}: {arg.name}" for arg in row.given)
     change = f"return self.change(frame, {{{changes}}})"
     wrong, writes, n = [], [], 0
     for i, arg in enumerate(row.args):
+        if isinstance(arg, Absent):
+            continue
         given, tests = f"{arg.name} is not _KEEP", ["True"]
         if isinstance(arg, Tensor):
             tests = [f"type({arg.name}) is not int", f"{arg.name} & m[{n}]"]
@@ -134,6 +139,9 @@ def _update_source(row: Row) -> str:
             write = f"frame.{words}[{word_of(i, False)}] = values[{i}] = {arg.name}"
             writes += [f"if {given}:", f"    {write}"]
         wrong.append(f"({given} and ({' or '.join(tests)}))")
+    related = has_relations(row)
+    if related:
+        wrong.append(f"{_updated_relations(row)} not in self._settled.seen")
     body = [
         "m, values = self.masks, self.values",
         f"if {' or '.join(wrong)}:",
@@ -142,10 +150,15 @@ def _update_source(row: Row) -> str:
     ]
     if not has_quick_way(row):
         body = [change]
-    elif not any(arg.optional for arg in row.tensors):
+    elif not related and not any(arg.optional for arg in row.tensors):
         body = [*_all_addresses(row), *body]
+    return _with_frame(row, body)
+
+
+def _with_frame(row: Row, body: list[str]) -> str:
+    """An `update` that does this while it has the frame to itself."""
     lines = [
-        f"def update(self, {', '.join(f'{arg.name}=_KEEP' for arg in row.args)}):",
+        f"def update(self, {', '.join(f'{arg.name}=_KEEP' for arg in row.given)}):",
         "    try:",
         "        frame = self.take()",
         "    except IndexError:",
@@ -161,7 +174,7 @@ def _update_source(row: Row) -> str:
 def _all_addresses(row: Row) -> list[str]:
     """The update that is made most: every tensor by its address, and nothing else."""
     tensors = [(i, arg.name) for i, arg in enumerate(row.args) if isinstance(arg, Tensor)]
-    others = [arg.name for arg in row.args if not isinstance(arg, Tensor)]
+    others = [arg.name for arg in row.given if not isinstance(arg, Tensor)]
     names = [name for _, name in tensors]
     # The types first: arrays have an `|` of their own.  Of ints, it is negative where one is; bits
     # that none may have are enough.
@@ -210,7 +223,35 @@ def _parts(row: Row) -> tuple[list[str], list[str], list[str]]:
             wrong.append(f"type({name}) is not str")  # which another type may be equal to
         elif isinstance(arg, PlanInfo):
             writes.append(f"frame.ints[{word_of(i, False)}] = {name}")
+    if has_relations(row):
+        tensors = [arg.name for arg in row.tensors]
+        names = {arg.name: arg.name for arg in row.args}
+        names |= {name: f"p{n}" for n, name in enumerate(tensors)}
+        wrong.append(f"{_relations(row, names)} not in settled.seen")
     return addresses, [" | ".join(masked), *wrong], writes
+
+
+def _relations(row: Row, names: Mapping[str, str]) -> str:
+    """What checks between arguments depend on, as `check_relations` keys it; `names` are what
+    has their values."""
+    numbers, tensors = ([names[row.args[i].name] for i in found] for found in depends_on(row))
+    parts = [*numbers, *(f"{tensor} - {tensors[0]}" for tensor in tensors[1:])]
+    return f"({''.join(f'{part}, ' for part in parts)})"
+
+
+def _updated_relations(row: Row) -> str:
+    """The same once an update is made: what is given, and else what there is."""
+    now = "(values[{0}] if {1} is _KEEP else {1})"
+    return _relations(row, {arg.name: now.format(i, arg.name) for i, arg in enumerate(row.args)})
+
+
+def _sizes(row: Row) -> list[str]:
+    """Lines that replace None by the size that it stands for."""
+    return [
+        f"if {arg.name} is None: {arg.name} = settled.checked.sizes[{arg.size_of!r}]"
+        for arg in row.args
+        if isinstance(arg, Scalar) and arg.size_of
+    ]
 
 
 def _wrong_numbers(arg: Scalar) -> list[str]:

@@ -23,7 +23,9 @@ _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 # How often this process was forked off another: watchdogs are of one process.
 generation = 0
-lock = threading.RLock()  # of which watchdogs are open
+lock = threading.RLock()  # of which watchdogs and call logs are open
+# The inbox that stands for the call logs: what is put into it is gone.
+nobody: deque[Call] = deque(maxlen=0)
 
 
 class _Thread(threading.local):
@@ -36,6 +38,17 @@ _thread = _Thread()
 def _is_ours(frame: FrameType) -> bool:
     # What was compiled from a row is of no file, and no module has its globals.
     return frame.f_code.co_filename.startswith(_PACKAGE) or "__name__" not in frame.f_globals
+
+
+def caller(frame: FrameType | None) -> tuple[str, str, int, str]:
+    """What of fi_ffi's was called, and where in the caller's code: file, line and function."""
+    method = ""
+    while frame is not None and _is_ours(frame):
+        method = frame.f_code.co_name
+        frame = frame.f_back
+    if frame is None:
+        return method, "", 0, ""
+    return method, frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
 
 
 class Call:
@@ -55,7 +68,7 @@ class Call:
         self.plan = _thread.plan
         self.plan_generation = self.plan._generation if self.plan is not None else 0
         self.thread = threading.current_thread()
-        self._find_caller(sys._getframe(1))
+        self.method, self.file, self.line, self.function = caller(sys._getframe(1))
         # Where its stream marks how far it is, and the number it will have written there when
         # it has done the call's work; None until that is queued.
         self.slot: marks.Slot | None = None
@@ -63,17 +76,6 @@ class Call:
         # It has returned, and there is nothing to wait for.
         self.is_ended = False
         self.started = time.monotonic()
-
-    def _find_caller(self, frame: FrameType | None) -> None:
-        """Where in the caller's code the call is, and what of fi_ffi's was called there."""
-        self.method = ""
-        while frame is not None and _is_ours(frame):
-            self.method = frame.f_code.co_name
-            frame = frame.f_back
-        self.file, self.line, self.function = "", 0, ""
-        if frame is not None:
-            self.file, self.line = frame.f_code.co_filename, frame.f_lineno
-            self.function = frame.f_code.co_name
 
     @property
     def op(self) -> str:
@@ -97,6 +99,10 @@ class Call:
     def is_over(self) -> bool:
         """Whether it has returned and its stream has done its work."""
         return self.has_returned and not self.left
+
+
+def has_watchdogs() -> bool:
+    return any(inbox is not nobody for inbox in watching.inboxes)
 
 
 def tell(call: Call) -> None:

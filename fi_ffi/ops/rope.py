@@ -1,7 +1,183 @@
-"""Rotary position embeddings: entries of FlashInfer's `rope` module."""
+"""Rotary position embeddings: entries of FlashInfer's `rope` module.
+
+What the rows demand beyond the binding's own checks follows the kernels in
+`include/flashinfer/pos_enc.cuh`: a thread loads 16 bytes of q and k at a time, 16 elements where
+it quantises, and all of its vector is rotated or none of it; half the rotary part is another
+thread's vector unless `interleave` is set.  Blocks stand for heads in the grid's second dimension.
+"""
 
 from __future__ import annotations
 
-from fi_ffi.ops.row import Row
+from dataclasses import replace
 
-ROWS: tuple[Row, ...] = ()
+from fi_ffi.ops.row import IN_PLACE, Absent, KvLayout, Row, Rule, Scalar, Tensor, Vector
+
+SOURCE = "csrc/flashinfer_rope_binding.cu"
+INPUTS: dict[str, tuple[str, ...]] = {"T": ("float16", "bfloat16")}
+INDEX: dict[str, tuple[str, ...]] = {"I": ("int32", "int64")}
+# Head sizes that kernels of their own were compiled for; others of `apply_rope_pos_ids_cos_sin_
+# cache` go to the kernel that quantises, with an output that is as wide as the input.
+_HEAD_DIMS = (64, 128, 256, 512)
+WIDE = 16  # elements that a thread of the quantising kernel has
+MOST_BLOCKS = 2**16 - 1  # of a grid's second dimension
+MOST: dict[tuple[str, ...], int] = {("nnz",): 2**31 - 1}
+MOST_THREADS = 1024
+
+
+def _has_whole_vectors(rotary_dim: int, head_dim: int, interleave: bool) -> bool:
+    """Whether each thread rotates all or nothing, and has its partners in one vector."""
+    vector = max(8, head_dim // 32) if head_dim in _HEAD_DIMS else WIDE
+    return rotary_dim % (vector if interleave else 2 * vector) == 0
+
+
+def chunks(rope_dim: int, no_rope_dim: int) -> int:
+    """The pieces of a head that the quantising kernel has blocks for."""
+    return 1 + -(-no_rope_dim // rope_dim)
+
+
+def _fits_grid(q_heads: int, kv_heads: int, rotary_dim: int, head_dim: int) -> bool:
+    pieces = 1 if head_dim in _HEAD_DIMS else chunks(rotary_dim, head_dim - rotary_dim)
+    return (q_heads + kv_heads) * pieces <= MOST_BLOCKS
+
+
+def _reads_before_it_writes(
+    in_place: bool, interleave: bool, rotary_dim: int, head_dim: int
+) -> bool:
+    """Whether partners are of one warp, which has read both before it writes either."""
+    alone = not in_place or interleave or head_dim in _HEAD_DIMS
+    return alone or 32 % (rotary_dim // WIDE) == 0
+
+
+_WHOLE_VECTORS = Rule(
+    "rotary_dim",
+    ("rotary_dim", "head_dim", "interleave"),
+    _has_whole_vectors,
+    "a multiple of 8 (of 16 where head_dim is 512) with interleave, and of twice that without",
+)
+_HEAD = "nnz num_qo_heads head_dim", "nnz num_kv_heads head_dim"
+_IN = (
+    Tensor("q", _HEAD[0], "T", "queries, also as slices of a fused buffer"),
+    Tensor("k", _HEAD[1], "T", "keys; of no heads where there is nothing to do"),
+    Tensor("q_rope", _HEAD[0], "T", "q with its positions; may be q itself",
+           writes=True, reads=False),
+    Tensor("k_rope", _HEAD[1], "T", "k with its positions; may be k itself",
+           writes=True, reads=False),
+)  # fmt: skip
+_RAGGED = (
+    Tensor("indptr", "b+1", "I", contiguous=True,
+           doc="where each request's tokens start, and the end of the last one's; tokens past "
+               "the end are left out"),
+    Tensor("offsets", "b", "I", "the position of each request's first token", contiguous=True),
+)  # fmt: skip
+POS_IDS = Tensor("pos_ids", "nnz", "I", "the position of each token", contiguous=True)
+INTERLEAVE = Scalar(
+    "interleave", bool, False,
+    "rotate elements 2i and 2i+1 (GPT-J); without it i and i + rotary_dim / 2 (GPT-NeoX, Llama)",
+)  # fmt: skip
+# Less than this is taken for a mistake: the kernels divide by them in float32.
+_LEAST = 1e-6
+_ANGLE = (
+    Scalar("rotary_dim", int, None, "how many of a head's elements are rotated, from the first",
+           low=0, size_of="head_dim", or_less=True),
+    INTERLEAVE,
+    Scalar("rope_scale", float, 1.0, "positions are divided by it", low=_LEAST),
+    Scalar("rope_theta", float, 1e4, "pair i turns by position * theta ** (-2i / rotary_dim)",
+           low=_LEAST),
+)  # fmt: skip
+_ANGLE_31 = (
+    *_ANGLE[:2],
+    Scalar("rope_scale", float, 8.0, "positions of long waves are divided by it", low=_LEAST),
+    replace(_ANGLE[3], default=5e5),
+    Scalar("low_freq_factor", float, 1.0, low=0.0,
+           doc="waves longer than old_context_length / low_freq_factor are scaled in full"),
+    Scalar("high_freq_factor", float, 4.0, low=0.0,
+           doc="waves shorter than old_context_length / high_freq_factor are not scaled"),
+    Scalar("old_context_length", float, 8192.0, low=0.0,
+           doc="the context that the model was trained on first"),
+)  # fmt: skip
+_FACTORS = Rule(
+    "high_freq_factor", ("high_freq_factor", "low_freq_factor"), float.__gt__,
+    "more than low_freq_factor",
+)  # fmt: skip
+_ROPE = "Rotate q and k by their positions, the angles computed in the kernel"
+_ROPE_31 = f"{_ROPE}, as Llama 3.1 scales them"
+
+
+def row(name: str, doc: str, *args: Tensor | Scalar | Absent | KvLayout, **more: object) -> Row:
+    fields: dict[str, object] = {
+        "symbol": name, "dtypes": INPUTS | INDEX, "vector": Vector(("head_dim",), dtype="T"),
+        "min_sizes": {"num_qo_heads": 1}, "max_products": MOST, "nothing_axis": "nnz",
+        "apart": True, "in_place": (("q_rope", "q"), ("k_rope", "k")),
+    } | more  # fmt: skip
+    return Row(
+        name, "rope", source=SOURCE, doc=doc, args=args, releases=">=0.6.3", offset_limit=2**63,
+        **fields,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _ragged(name: str, doc: str, angle: tuple[Scalar, ...], *rules: Rule) -> Row:
+    # One dimension of blocks for b * (num_qo_heads + num_kv_heads).
+    most = MOST | {("b", heads): 2**30 - 1 for heads in ("num_qo_heads", "num_kv_heads")}
+    return row(
+        name, f"{doc}; a request's tokens have positions one after another.",
+        *_IN, *_RAGGED, *angle, sizes_in={"head_dim": _HEAD_DIMS}, max_products=most,
+        needed=("b",), rules=(_WHOLE_VECTORS, *rules),
+    )  # fmt: skip
+
+
+def _positioned(name: str, doc: str, angle: tuple[Scalar, ...], *rules: Rule) -> Row:
+    most = MOST | {(heads,): MOST_BLOCKS // 2 for heads in ("num_qo_heads", "num_kv_heads")}
+    return row(
+        name, f"{doc}; each token has a position of its own.", *_IN, POS_IDS, *angle,
+        sizes_in={"head_dim": _HEAD_DIMS}, max_products=most, rules=(_WHOLE_VECTORS, *rules),
+    )  # fmt: skip
+
+
+def cos_sin_cache(rotary_dim: str) -> Tensor:
+    return Tensor(
+        "cos_sin_cache", f"max_seq_len {rotary_dim}", "float32", contiguous=True, alignment=16,
+        # With int32 positions the kernel counts its elements in 32 bits.
+        offset_limit=2**32,
+        doc="for each position the cosines of all pairs, then their sines; with interleave, up to "
+            "32 bytes past the row of a position are read, and not used",
+    )  # fmt: skip
+
+
+_COS_SIN = row(
+    "apply_rope_pos_ids_cos_sin_cache",
+    "Rotate q and k by their positions, with cosines and sines from a table.",
+    *_IN, cos_sin_cache("rotary_dim"), POS_IDS, INTERLEAVE,
+    min_sizes={"num_qo_heads": 1, "rotary_dim": 1},
+    multiples={"head_dim": 8},
+    not_less=(("head_dim", "rotary_dim"),),
+    max_products=MOST | {("rotary_dim",): WIDE * MOST_THREADS},
+    needed=("max_seq_len",),
+    rules=(
+        Rule(
+            "cos_sin_cache", _WHOLE_VECTORS.of, _has_whole_vectors,
+            "of a rotary_dim that with interleave is a multiple of 16, or of 8 where head_dim is "
+            "64, 128 or 256; and of twice that without",
+        ),
+        Rule(
+            "q",
+            ("num_qo_heads", "num_kv_heads", "rotary_dim", "head_dim"), _fits_grid,
+            "of heads so few that (num_qo_heads + num_kv_heads) * (head_dim / rotary_dim, rounded "
+            f"up) is at most {MOST_BLOCKS}",
+        ),
+        Rule(
+            "q_rope", (IN_PLACE, "interleave", "rotary_dim", "head_dim"), _reads_before_it_writes,
+            "memory apart from q (and k_rope from k) without interleave, unless head_dim is 64, "
+            "128, 256 or 512, or rotary_dim 32, 64, 128, 256 or 512: else a warp may overwrite "
+            "what another has yet to read",
+        ),
+    ),
+)  # fmt: skip
+
+
+ROWS = (
+    _ragged("apply_rope", _ROPE, _ANGLE),
+    _ragged("apply_llama31_rope", _ROPE_31, _ANGLE_31, _FACTORS),
+    _positioned("apply_rope_pos_ids", _ROPE, _ANGLE),
+    _positioned("apply_llama31_rope_pos_ids", _ROPE_31, _ANGLE_31, _FACTORS),
+    _COS_SIN,
+)

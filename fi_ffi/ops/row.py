@@ -6,8 +6,9 @@ signature, the docstring, the declared signature and the catalogue are derived.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fi_ffi.abi.signature import Signature
 
@@ -34,12 +35,13 @@ class Tensor:
     contiguous: bool = False
     # None where there is none.
     optional: bool = False
+    # There is always one for the entry: without elements, where there is none.
+    empty: bool = False
     # On the host, whatever device the others are on.
     host: bool = False
     # Axes in the order that the call's `kv_layout` says; `axes` gives that of NHD.
     kv: bool = False
-    # The kernel computes element offsets in an integer that holds less than this;
-    # None: as the row says.
+    # The same as the row's of this name, which is in force where this is None.
     offset_limit: int | None = None
     # The kernel keeps each stride in an integer that holds less than this.
     stride_limit: int = 2**63
@@ -47,16 +49,19 @@ class Tensor:
     alignment: int = 1
     # In memory the last two axes are the other way round: the last but one has stride 1.
     transposed: bool = False
-    # Scratch memory: so many bytes, and so many for each multiprocessor.  Where the caller
-    # gives none, each stream has its own of fi_ffi's.
+    # It is one of so many parts of a contiguous tensor, which lie beside each other.
+    parts: int = 1
+    # Scratch memory: so many bytes, so many for each multiprocessor, and what the sizes of the
+    # other tensors' axes demand.  Where the caller gives none, each stream has its own of fi_ffi's.
     bytes: int = 0
     bytes_per_multiprocessor: int = 0
+    bytes_for: Any = None  # Callable[[Mapping[str, int]], int]
     # Zero before the first call; each call leaves it so.
     zeroed: bool = False
 
     @property
     def is_scratch(self) -> bool:
-        return bool(self.bytes or self.bytes_per_multiprocessor)
+        return bool(self.bytes or self.bytes_per_multiprocessor or self.bytes_for)
 
     @property
     def axis_names(self) -> tuple[str, ...]:
@@ -72,7 +77,7 @@ class Tensor:
     @property
     def abi_type(self) -> str:
         kind = "ffi.Tensor" if self.as_object else "DLTensor*"
-        return f"Optional<{kind}>" if self.optional else kind
+        return f"Optional<{kind}>" if self.optional and not self.empty else kind
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,9 @@ class Scalar:
     """A scalar argument, passed by value.
 
     `default` is None where the caller must give it; `low` and `high` are the least and the
-    greatest value allowed.
+    greatest value allowed.  With `size_of` it is the size of that axis, which None (then the
+    default) stands for; or less, with `or_less`.  With `library` it is a handle of that library
+    of CUDA; 0 stands for fi_ffi's own of the device.
     """
 
     name: str
@@ -90,6 +97,9 @@ class Scalar:
     low: float | None = None
     high: float | None = None
     multiple_of: int = 1
+    size_of: str = ""
+    or_less: bool = False
+    library: str = ""
 
     @property
     def abi_type(self) -> str:
@@ -104,7 +114,7 @@ class Text:
     words: tuple[str, ...]
     default: str | None
     doc: str
-    abi_type: str = "str"
+    abi_type: str = "std::string"
 
 
 # FlashInfer's codes for the order of a cache's axes (`TensorLayout` in flashinfer/utils.py).
@@ -134,24 +144,70 @@ class PlanInfo:
     abi_type: str = "Array<int>"
 
 
-Arg = Tensor | Scalar | Text | KvLayout | PlanInfo
+@dataclass(frozen=True)
+class Absent:
+    """An argument of the entry that the op has not: a tensor without elements, or a number."""
+
+    name: str
+    abi_type: str = "DLTensor*"
+    value: int = 0
+
+
+Arg = Tensor | Scalar | Text | KvLayout | PlanInfo | Absent
+
+# In a rule: whether a tensor that is written is the very memory of one that is read, and how many
+# multiprocessors the GPU has (without end on the CPU).
+IN_PLACE = "in place"
+MULTIPROCESSORS = "multiprocessors"
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """What must hold between sizes and numbers, where no other field of a row says it.
+
+    `holds` is given the values of axes, scalars and those above that `of` names (a scalar's where
+    an axis has the same name), of a tensor that it names whether that is there, and of a variable
+    of `dtypes` its dtype's name.  An error is of `argument`; `expected` says what must be.
+    """
+
+    argument: str
+    of: tuple[str, ...]
+    holds: Callable[..., bool]
+    expected: str
 
 
 def default_of(arg: Arg) -> str | None:
     """The Python default of an argument as it is written; None where it must be given."""
     if isinstance(arg, Tensor):
         return "None" if arg.optional or arg.is_scratch else None
+    if isinstance(arg, Scalar) and arg.size_of:
+        return "None"
     default = getattr(arg, "default", None)
     return None if default is None else repr(default)
+
+
+class _Required:
+    def __repr__(self) -> str:
+        return "REQUIRED"
+
+
+# The default of a parameter that must be given and comes after one that need not be.
+REQUIRED = _Required()
+
+
+def defaults(args: Sequence[Arg]) -> list[str | None]:
+    """The defaults that a Python function of these parameters has."""
+    written = [default_of(arg) for arg in args]
+    first = next((i for i, default in enumerate(written) if default), len(written))
+    return [default or (repr(REQUIRED) if i > first else None) for i, default in enumerate(written)]
 
 
 @dataclass(frozen=True)
 class Vector:
     """How wide a kernel loads: along the axes named, `bytes` at a time.
 
-    Addresses and strides must be multiples of gcd(bytes / itemsize, size) elements,
-    where the itemsize is that of `dtype` (a variable of the row) or, with None, the
-    tensor's own.
+    Addresses and strides must be multiples of gcd(bytes / itemsize, size) elements, where the
+    itemsize is that of `dtype` (a variable of the row) or, with None, the tensor's own.
     """
 
     axes: tuple[str, ...]
@@ -174,8 +230,9 @@ class Row:
     dtypes: dict[str, tuple[str, ...]]
     # FlashInfer releases that have exactly this interface, as a version specifier.
     releases: str
-    # Set where the kernel computes something else than in the op's first row; names
-    # a reference and a formula of its own.
+    # The entry is a method of the object that this function of the module makes.
+    factory: str = ""
+    # Names another reference and formula, where the kernel computes something else.
     variant: str = ""
     # The dtype that intermediate results are rounded to (a variable), if not float32.
     rounding: str = ""
@@ -214,6 +271,14 @@ class Row:
     in_place: tuple[tuple[str, str], ...] = ()
     # Major compute capabilities that the kernel was written for; any, where there is none.
     capabilities: tuple[int, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    # Dtypes that the kernel does not take together, by variable.
+    lacks: tuple[dict[str, str], ...] = ()
+
+    @property
+    def given(self) -> tuple[Arg, ...]:
+        """The arguments that the op has, in the ABI's order: all but the absent ones."""
+        return tuple(arg for arg in self.args if not isinstance(arg, Absent))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

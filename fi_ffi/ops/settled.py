@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from fi_ffi.abi.device import Device
 from fi_ffi.abi.frame import ArraySlot, Frame, Slot, TensorSlot, word_of
@@ -13,15 +13,16 @@ from fi_ffi.abi.tensor import Layout, make_layout
 from fi_ffi.ops import cuda, watching
 from fi_ffi.ops.check import Checked, Given
 from fi_ffi.ops.launch import Place
-from fi_ffi.ops.row import KV_LAYOUTS, Arg, KvLayout, Row, Scalar, Tensor, Text
+from fi_ffi.ops.nhd import nhd_layout
+from fi_ffi.ops.row import KV_LAYOUTS, Absent, Arg, KvLayout, Row, Scalar, Tensor, Text
 
 
 class Settled:
     """A row's call with tensors of these layouts, which fit it."""
 
     __slots__ = (
-        "_constants", "checked", "device", "entry", "frames", "is_empty", "masks", "module", "place",
-        "slots",
+        "_constants", "checked", "device", "entry", "frames", "is_empty", "masks", "module",
+        "place", "seen", "slots",
     )  # fmt: skip
 
     def __init__(self, row: Row, checked: Checked, layouts: Given, kv_layout: str) -> None:
@@ -41,15 +42,17 @@ class Settled:
         strided = any(isinstance(arg, KvLayout) and arg.strided for arg in row.args)
         as_nhd = kv_layout == "HND" and strided
         of_tensor = iter(layouts)
-        self.slots = [_slot(arg, of_tensor, as_nhd) for arg in row.args]
+        self.slots = [_slot(arg, of_tensor, as_nhd, self.device) for arg in row.args]
         # What no quick call writes: where in a frame, and what.
         self._constants = [
             (word_of(i, False), 0 if arg.strided else KV_LAYOUTS[kv_layout])
             for i, arg in enumerate(row.args)
             if isinstance(arg, KvLayout)
-        ]
+        ] + [(word_of(i, False), arg.value) for i, arg in enumerate(row.args) if _is_number(arg)]
         # Bits that an address must not have; alignments are powers of 2.
         self.masks = tuple(alignment - 1 for alignment in checked.alignments)
+        # What passed `check_relations`.
+        self.seen: set[tuple[Any, ...]] = set()
         # Set at the first launch: where it is, and free frames bound to its entry.  list.pop and
         # append are atomic, so concurrent calls get their own.
         self.entry: Entry | None = None
@@ -101,12 +104,14 @@ def _call(call: Callable[..., Any], row: Row, settled: Settled, values: Sequence
         return call(settled.entry, values)
 
 
-def _slot(arg: Arg, of_tensor: Iterator[Layout | None], as_nhd: bool) -> Slot:
+def _slot(arg: Arg, of_tensor: Iterator[Layout | None], as_nhd: bool, device: Device) -> Slot:
+    if isinstance(arg, Absent):
+        return int if _is_number(arg) else _no_elements(device)
     if isinstance(arg, Tensor):
         layout = next(of_tensor)
         if layout is None:
-            return None
-        return TensorSlot(_nhd(layout) if as_nhd and arg.kv else layout, arg.as_object)
+            return _no_elements(device) if arg.empty else None
+        return TensorSlot(nhd_layout(layout) if as_nhd and arg.kv else layout, arg.as_object)
     if isinstance(arg, Scalar):
         return arg.type
     if isinstance(arg, Text):
@@ -114,11 +119,10 @@ def _slot(arg: Arg, of_tensor: Iterator[Layout | None], as_nhd: bool) -> Slot:
     return int if isinstance(arg, KvLayout) else ArraySlot()
 
 
-def _nhd(layout: Layout) -> Layout:
-    """The same memory with the axes of heads and tokens exchanged."""
+def _is_number(arg: Arg) -> TypeGuard[Absent]:
+    return isinstance(arg, Absent) and arg.abi_type == "int"
 
-    def exchanged(numbers: tuple[int, ...]) -> tuple[int, ...]:
-        return (*numbers[:-3], numbers[-2], numbers[-3], numbers[-1])
 
-    shape, strides = exchanged(layout.shape), exchanged(layout.strides)
-    return make_layout(shape, layout.dtype, strides, layout.device, layout.readonly)
+def _no_elements(device: Device) -> Slot:
+    """A tensor without elements, which has no address."""
+    return TensorSlot(make_layout((0,), "uint8", None, device, False), False)

@@ -15,7 +15,12 @@ _INT64 = 2**63
 
 
 def number(op: str, arg: Scalar, value: Any) -> Any:
-    """`value` as the scalar's own type; a bool is no number, and an int is a float."""
+    """`value` as the scalar's own type; a bool is no number, and an int is a float.
+
+    None stays what it is where it stands for a size.
+    """
+    if value is None and arg.size_of:
+        return None
     if type(value) is not arg.type:
         wanted = {int: numbers.Integral, float: numbers.Real, bool: bool}[arg.type]
         if not isinstance(value, wanted) or (isinstance(value, bool) and arg.type is not bool):

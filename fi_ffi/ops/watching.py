@@ -1,7 +1,7 @@
-"""Whether calls are watched.
+"""Whether calls are watched, and logged.
 
-Where no watchdog is open, a call costs the test of `inboxes` and nothing else; what is kept
-of a call otherwise is in `recording`, imported with the first watchdog.
+Where no watchdog and no call log is open, a call costs the test of `inboxes` and nothing else;
+what is kept of a call otherwise is in `recording`, imported with the first of them.
 """
 
 from __future__ import annotations
@@ -14,28 +14,52 @@ if TYPE_CHECKING:
     from collections import deque
 
     from fi_ffi.abi.device import Device
-    from fi_ffi.abi.frame import Slot
     from fi_ffi.abi.function import Entry
+    from fi_ffi.abi.tensor import TensorDesc
+    from fi_ffi.ops.logging_calls.log import Log
     from fi_ffi.ops.recording import Call
     from fi_ffi.ops.row import Row
+    from fi_ffi.ops.settled import Settled
 
     Launch = Callable[[Entry, Sequence[Any]], Any]
 
-# One for each open watchdog, told of every call before it is made.
+# One for each open watchdog, told of every call before it is made; and `recording.nobody` while
+# a call log is open.
 inboxes: tuple[deque[Call], ...] = ()
+# The call logs that are open.
+logs: tuple[Log, ...] = ()
 _NOTHING = contextlib.nullcontext()
 
 
-def watched(
-    call: Launch, row: Row, device: Device, stream: int | None, args: Sequence[Slot]
-) -> Launch:
-    """`call`, told to every open watchdog, and marked where it is queued on a stream.
+def watched(call: Launch, row: Row, settled: Settled, stream: int | None) -> Launch:
+    """`call`, told to every open watchdog and log, and marked where it is queued on a stream.
 
-    `device` is current.
+    The device is current.
     """
     from fi_ffi.ops import recording
 
-    return recording.watched(call, row, device, stream, args)
+    if recording.has_watchdogs():
+        call = recording.watched(call, row, settled.device, stream, settled.slots)
+    for log in logs:
+        call = log.logged(call, row, settled, stream)
+    return call
+
+
+def called(
+    name: str, call: Callable[[], Any], values: Sequence[Any],
+    tensors: Sequence[tuple[str, TensorDesc]], device: Device | None,
+) -> Any:  # fmt: skip
+    """`call()`, of a function that no row describes, told to the open call logs.
+
+    `tensors` are those among the `values`, by the numbers of these.  `device` is that which it
+    works on; its stream is this thread's current one.
+    """
+    from fi_ffi.ops.logging_calls.memory import current_stream
+
+    stream = None if device is None or not device.is_cuda else current_stream(device)
+    for log in logs:
+        call = log.logged_values(call, name, values, tensors, device, stream)
+    return call()
 
 
 def running(plan: Any) -> contextlib.AbstractContextManager[None]:

@@ -1,8 +1,57 @@
-"""Ops of `fi_ffi.ops.activation` in float64, from their definition: see exact.py."""
+"""Gated activations in float64, from their definition: see exact.py."""
 
 from __future__ import annotations
 
-from fi_ffi.reference.formula import Formula, Move
+import math
 
-EXACT: dict[str, Formula] = {}
+import numpy as np
+
+from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.formula import Exact, Formula, Inputs, Move
+
+# Float32 below its normal numbers is 0 in kernels compiled for fast arithmetic, and so is what
+# they divide by 2^126 or more.
+_FLUSHED = 2.0**-126
+# Of float32 arithmetic 2^-16 of the magnitude is allowed, and PTX's tanh is right to 2^-11.
+_SLACK, _TANH = 2.0**-16, 2.0**-11
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def _halves(a: Inputs) -> tuple[Array, Array]:
+    d = a["input"].shape[1] // 2
+    return a["input"][:, :d], a["input"][:, d:]
+
+
+def _result(x: Array, y: Array, value: Array, terms: Array) -> Exact:
+    """`terms`: the sum of what the value is a sum of, without their signs."""
+    flushed = (1 + np.abs(x)) * (1 + np.abs(y)) * _FLUSHED / _SLACK
+    return {"out": (value, terms + flushed)}
+
+
+def silu_and_mul(a: Inputs) -> Exact:
+    x, y = _halves(a)
+    with np.errstate(over="ignore"):
+        value = x / (1 + np.exp(-x)) * y
+    return _result(x, y, value, np.abs(value))
+
+
+def gelu_and_mul(a: Inputs) -> Exact:
+    x, y = _halves(a)
+    tail = _erf(x / np.sqrt(2))
+    return _result(x, y, x * y * (1 + tail) / 2, np.abs(x * y) * (1 + np.abs(tail)) / 2)
+
+
+def gelu_tanh_and_mul(a: Inputs) -> Exact:
+    x, y = _halves(a)
+    tail = np.tanh(np.sqrt(2 / np.pi) * x * (1 + 0.044715 * x**2))
+    terms = np.abs(x * y) * (1 + np.abs(tail) * (1 + _TANH / _SLACK)) / 2
+    return _result(x, y, x * y * (1 + tail) / 2, terms)
+
+
+EXACT: dict[str, Formula] = {
+    "silu_and_mul": silu_and_mul,
+    "gelu_and_mul": gelu_and_mul,
+    "gelu_tanh_and_mul": gelu_tanh_and_mul,
+}
 MOVES: dict[str, Move] = {}

@@ -1,8 +1,89 @@
-"""Ops of `fi_ffi.ops.cascade` in float64, from their definition: see exact.py."""
+"""Merging attention states in float64, from their definition: see exact.py.
+
+A state over keys with logits l, to base 2, and values x is s = log2(sum(2^l)) and
+v = sum(2^(l - s) x); that of several sets of keys follows from theirs.
+"""
 
 from __future__ import annotations
 
-from fi_ffi.reference.formula import Formula, Move
+import numpy as np
 
-EXACT: dict[str, Formula] = {}
+from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.formula import Exact, Formula, Inputs, Move
+
+# FlashInfer's minus infinity up to 0.7.1: the log-sum-exp of no keys.
+_NOTHING = -5e4
+_SLACK = 2.0**-16
+
+
+def _merged(v: Array, s: Array) -> tuple[Array, Array, Array]:
+    """Of states along axis 1: the output, the sum of its terms without their signs, and s."""
+    if not s.shape[1]:
+        none = np.zeros((len(v), *v.shape[2:]))
+        return none, none, np.full(none.shape[:-1], _NOTHING)
+    lse = np.logaddexp2.reduce(s, axis=1)
+    with np.errstate(invalid="ignore"):  # all at minus infinity: there are no keys
+        weights = np.nan_to_num(np.exp2(s - lse[:, None]))
+    value, terms = (np.einsum("nkhd,nkh->nhd", each, weights) for each in (v, np.abs(v)))
+    return value, terms, lse
+
+
+def _exact(names: tuple[str, str], v: Array, s: Array, rounding: float = 0.0) -> Exact:
+    """`rounding`: what results on the way are rounded to, of their magnitude."""
+    value, terms, lse = _merged(v, s)
+    # A log-sum-exp is right to what the sum of powers is, whatever was added to the logits.
+    of_sum = np.full(lse.shape, 1 + np.log2(max(s.shape[1], 1)))
+    return {names[0]: (value, terms * (1 + rounding / _SLACK)), names[1]: (lse, of_sum)}
+
+
+def merge_state(a: Inputs) -> Exact:
+    v, s = (np.stack([a[f"{name}_a"], a[f"{name}_b"]], axis=1) for name in "vs")
+    return _exact(("v_merged", "s_merged"), v, s)
+
+
+def merge_state_in_place(a: Inputs) -> Exact:
+    v, s = (np.stack([a[name], a[f"{name}_other"]], axis=1) for name in "vs")
+    merged = dict(_exact(("v", "s"), v, s))
+    chosen = a["mask"] != 0 if "mask" in a else np.full(len(v), True)
+    for name, each in merged.items():
+        assert isinstance(each, tuple)
+        where = chosen.reshape(-1, *[1] * (each[0].ndim - 1))
+        value, magnitude = each
+        assert magnitude is not None
+        merged[name] = np.where(where, value, a[name]), np.where(where, magnitude, 0)
+    return merged
+
+
+def _step(largest: float) -> float:
+    """The distance of 1 to the next number, in the dtype that has this largest one."""
+    return float(2 - 2 * np.frexp(largest)[0])
+
+
+def merge_states(a: Inputs) -> Exact:
+    v, s = a["v"], a["s"]
+    # Partial results of several thread rows meet in v's dtype.
+    are_rounded = s.shape[1] >= len(s) and s.shape[1] > 1
+    rounding = are_rounded * _step(a["largest"]["v"]) / 2
+    return _exact(("v_merged", "s_merged"), v, s, rounding)
+
+
+def merge_states_of_empty_ones(a: Inputs) -> Exact:
+    """The same, but that of no sets the log-sum-exp is minus infinity itself."""
+    if a["s"].shape[1]:
+        return merge_states(a)
+
+    def is_nothing(got: Array) -> tuple[float, float]:
+        return 0.0, 0.0 if (got == -np.inf).all() else np.inf
+
+    return {**merge_states(a), "s_merged": is_nothing}
+
+
+EXACT: dict[str, Formula] = {
+    "merge_state": merge_state,
+    "merge_state_of_empty_ones": merge_state,
+    "merge_state_in_place": merge_state_in_place,
+    "merge_state_in_place_of_empty_ones": merge_state_in_place,
+    "merge_states": merge_states,
+    "merge_states_of_empty_ones": merge_states_of_empty_ones,
+}
 MOVES: dict[str, Move] = {}

@@ -1,8 +1,17 @@
-"""Ops of `fi_ffi.ops.concat` in float64, from their definition: see exact.py."""
+"""Concatenating MLA's keys, from its definition: see exact.py."""
 
 from __future__ import annotations
 
-from fi_ffi.reference.formula import Formula, Move
+import numpy as np
+
+from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.formula import Formula, Inputs, Move
+
+
+def concat_mla_k(a: Inputs) -> dict[str, Array]:
+    heads = a["k_nope"].shape[1]
+    return {"k": np.concatenate([a["k_nope"], np.repeat(a["k_rope"], heads, axis=1)], axis=2)}
+
 
 EXACT: dict[str, Formula] = {}
-MOVES: dict[str, Move] = {}
+MOVES: dict[str, Move] = {"concat_mla_k": concat_mla_k}

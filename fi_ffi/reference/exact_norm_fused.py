@@ -1,8 +1,102 @@
-"""Ops of `fi_ffi.ops.norm_fused` in float64, from their definition: see exact.py."""
+"""Fused kernels of diffusion transformers in float64, from their definition: see exact.py."""
 
 from __future__ import annotations
 
-from fi_ffi.reference.formula import Formula, Move
+import math
 
-EXACT: dict[str, Formula] = {}
+import numpy as np
+
+from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.formula import Exact, Formula, Inputs, Move
+
+
+def _speed(a: Inputs, pair: int, channels: int) -> float:
+    """How far a pair turns with one patch."""
+    speed = float(a["base"]) ** (-2 * pair / channels)
+    high = a["high"] if abs(a["high"] - a["low"]) > 1e-6 else a["low"] + 1e-3
+    slow = min(max((pair - a["low"]) / (high - a["low"]), 0.0), 1.0)
+    return float(speed * (1 - slow) + speed / a["factor"] * slow)
+
+
+def _turns(a: Inputs, tokens: int, pairs: int) -> Array:
+    """exp(i * angle) of each token and pair."""
+    axes = ("frame", "height", "width")
+    channels = {axis: a[f"num_{axis}_channels"] for axis in axes}
+    speeds = {axis: [_speed(a, i, n) for i in range(n // 2)] for axis, n in channels.items()}
+    angles = np.zeros((tokens, pairs))
+    for token in range(tokens):
+        patch, column = divmod(token % a["seq_len"], a["ppw"])
+        places = dict(zip(axes, (*divmod(patch, a["pph"]), column), strict=True))
+        angles[token] = [places[axis] * speed for axis in axes for speed in speeds[axis]]
+    turns: Array = np.exp(1j * angles)
+    return turns
+
+
+def _rotated(a: Inputs, x: Array, turns: Array) -> tuple[Array, Array]:
+    """Heads turned pair by pair, and the length of each element's pair."""
+    size = x.shape[-1]
+    order = np.arange(size).reshape(-1, 2) if a["interleave"] else np.arange(size).reshape(2, -1).T
+    pairs = (x[..., order[:, 0]] + 1j * x[..., order[:, 1]]) * turns[:, None]
+    value, length = np.empty_like(x), np.empty_like(x)
+    value[..., order[:, 0]], value[..., order[:, 1]] = pairs.real, pairs.imag
+    length[..., order[:, 0]] = length[..., order[:, 1]] = np.abs(pairs)
+    return value, length
+
+
+def fused_qk_rmsnorm_rope(a: Inputs) -> Exact:
+    heads = [len(a["q_weight"]), len(a["k_weight"])]
+    q, k, v = np.split(a["qkv_in"], np.cumsum(heads), axis=1)
+    turns = _turns(a, len(q), q.shape[-1] // 2)
+    yarn = a["attention_factor"] if a["factor"] != 1 else 1.0
+    limit, scale, of_v = np.inf, 1.0, 1.0
+    if a["output_fp8"]:
+        limit, scale, of_v = 448.0, a["output_quant_scale"], a["v_quant_scale"]
+    exact: dict[str, tuple[Array, Array]] = {}
+    for name, x in (("q", q), ("k", k)):
+        if a["is_qk_norm"]:
+            square = (x**2).sum(axis=(1, 2), keepdims=True) / max(math.prod(x.shape[1:]), 1)
+            x = x / np.sqrt(square + a["eps"]) * a[f"{name}_weight"]
+        value, length = _rotated(a, x, turns)
+        value, length = value * yarn * scale, length * yarn * scale
+        exact[f"{name}_out"] = np.clip(value, -limit, limit), length
+    # A copy, or one product before it is rounded.
+    copy = np.clip(v * of_v, -limit, limit)
+    exact["v_out"] = copy, np.abs(copy) * 2.0**-16
+    return exact
+
+
+def _layernorm(a: Inputs) -> Exact:
+    """Each value beside the sum of its terms without their signs."""
+    gate, of_gate = 1.0, 1.0
+    if "gate" in a:
+        gate, of_gate = a["gate"] + a["gate_bias"], np.abs(a["gate"]) + np.abs(a["gate_bias"])
+    x = a["input"] * a.get("input_sf_scale", 1.0)
+    residual = a.get("residual", np.zeros(1))
+    total, of_total = x * gate + residual, np.abs(x) * of_gate + np.abs(residual)
+    mean = total.mean(axis=-1, keepdims=True)
+    variance = ((total - mean) ** 2).mean(axis=-1, keepdims=True) + a["epsilon"]
+    # The kernel's variance is a difference of two means.
+    lost = 1 + ((total**2).mean(axis=-1, keepdims=True) + mean**2) / variance
+    if "gamma" in a:
+        factor, of_factor, added = a["gamma"], np.abs(a["gamma"]), a["beta"]
+        of_added = np.abs(added)
+    else:
+        factor = 1 + a["scale"] + a["scale_bias"]
+        of_factor = 1 + np.abs(a["scale"]) + np.abs(a["scale_bias"])
+        added = a["shift"] + a["shift_bias"]
+        of_added = np.abs(a["shift"]) + np.abs(a["shift_bias"])
+    value = (total - mean) / np.sqrt(variance) * factor + added
+    terms = (of_total + np.abs(mean)) / np.sqrt(variance) * lost * of_factor + of_added
+    return {"residual_out": (total, of_total), "norm_out": (value, terms)}
+
+
+_LAYERNORMS = (
+    "fused_dit_gate_residual_layernorm_gamma_beta",
+    "fused_dit_residual_layernorm_scale_shift",
+    "fused_dit_gate_residual_layernorm_scale_shift",
+)
+EXACT: dict[str, Formula] = {
+    "fused_qk_rmsnorm_rope": fused_qk_rmsnorm_rope,
+    **dict.fromkeys(_LAYERNORMS, _layernorm),
+}
 MOVES: dict[str, Move] = {}

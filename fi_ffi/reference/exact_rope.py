@@ -1,8 +1,108 @@
-"""Ops of `fi_ffi.ops.rope` in float64, from their definition: see exact.py."""
+"""Ops of `fi_ffi.ops.rope` in float64, from their definition: see exact.py.
+
+A pair of elements is a complex number, and a position turns it by an angle.
+"""
 
 from __future__ import annotations
 
-from fi_ffi.reference.formula import Formula, Move
+import numpy as np
 
-EXACT: dict[str, Formula] = {}
-MOVES: dict[str, Move] = {}
+from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.formula import Exact, Formula, Inputs
+
+# Of an angle: the kernels' `__powf` and `__sincosf` are right to this, and to as much again for
+# each bit of the power's exponent (CUDA's programming guide, of -use_fast_math).
+_ANGLE = 2.0**-21
+# Bounds allow this much of the magnitude: FLOAT32_SLACK in cli/cases.py.
+_SLACK = 2.0**-16
+
+
+def turned(
+    x: Array, turn: Array, interleave: bool, angle_error: Array | float = 0.0
+) -> tuple[Array, Array]:
+    """Heads with their first pairs times `turn` [tokens, pairs], and the magnitude of errors.
+
+    What is not turned is copied: it has no error.
+    """
+    pairs = turn.shape[-1]
+    step = 2 if interleave else 1
+    first = np.arange(pairs) * step
+    second = first + (1 if interleave else pairs)
+    product = (x[..., first] + 1j * x[..., second]) * turn[:, None]
+    value, magnitude = x.copy(), np.zeros_like(x)
+    value[..., first], value[..., second] = product.real, product.imag
+    error = np.broadcast_to(1 + np.asarray(angle_error) / _SLACK, turn.shape)[:, None]
+    size = (np.abs(x[..., first]) + np.abs(x[..., second])) * np.abs(turn)[:, None]
+    magnitude[..., first] = magnitude[..., second] = size * error
+    return value, magnitude
+
+
+def _both(a: Inputs, turn: Array, angle_error: Array | float = 0.0) -> Exact:
+    return {
+        f"{name}_rope": turned(a[name], turn, a["interleave"], angle_error) for name in ("q", "k")
+    }
+
+
+def _rotary_dim(a: Inputs) -> int:
+    given = a["rotary_dim"]
+    return int(a["q"].shape[-1]) if given is None else int(given)
+
+
+def _waves(a: Inputs) -> tuple[Array, Array]:
+    """Each pair's frequency in radians, and how much an error in computing it is worth."""
+    pair = np.arange(_rotary_dim(a) // 2)
+    own = np.exp(-np.log(a["rope_theta"]) * 2 * pair / max(_rotary_dim(a), 1))
+    scaled = own / a["rope_scale"]
+    bits = 1 + np.abs(np.log2(own))
+    if "low_freq_factor" not in a:
+        return scaled, scaled * bits * _ANGLE
+    low, high = a["low_freq_factor"], a["high_freq_factor"]
+    # How many waves of a pair fit into the old context: above `high` a pair stays as it is, below
+    # `low` it is scaled, and in between it changes from the one to the other evenly.
+    waves = a["old_context_length"] * own / (2 * np.pi)
+    between = (waves - low) / (high - low)
+    mixed = (1 - between) * scaled + between * own
+    frequency = np.where(waves > high, own, np.where(waves < low, scaled, mixed))
+    slope = np.where((waves > high) | (waves < low), 0, waves / (high - low))
+    worth = frequency + slope * np.abs(own - scaled)
+    return frequency, worth * bits * _ANGLE
+
+
+def _turned_by(a: Inputs, positions: Array) -> Exact:
+    frequency, error = _waves(a)
+    return _both(
+        a, np.exp(1j * positions[:, None] * frequency), np.abs(positions)[:, None] * error
+    )  # fmt: skip
+
+
+def apply_rope(a: Inputs) -> Exact:
+    positions = np.full(len(a["q"]), np.nan)
+    ends = a["indptr"].astype(int)
+    for start, end, offset in zip(ends, ends[1:], a["offsets"], strict=False):
+        positions[start:end] = offset + np.arange(end - start)
+    return _turned_by(a, positions)
+
+
+def apply_rope_pos_ids(a: Inputs) -> Exact:
+    return _turned_by(a, a["pos_ids"])
+
+
+def table(a: Inputs) -> Array:
+    """What each token's pairs are multiplied by, from the table."""
+    rows = a["cos_sin_cache"][a["pos_ids"].astype(int)]
+    cos, sin = np.split(rows, 2, axis=1)
+    turn: Array = cos + 1j * sin
+    return turn
+
+
+def apply_rope_pos_ids_cos_sin_cache(a: Inputs) -> Exact:
+    return _both(a, table(a))
+
+
+EXACT: dict[str, Formula] = {
+    "apply_rope": apply_rope,
+    "apply_llama31_rope": apply_rope,
+    "apply_rope_pos_ids": apply_rope_pos_ids,
+    "apply_llama31_rope_pos_ids": apply_rope_pos_ids,
+    "apply_rope_pos_ids_cos_sin_cache": apply_rope_pos_ids_cos_sin_cache,
+}

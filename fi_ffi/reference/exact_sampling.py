@@ -1,8 +1,213 @@
-"""Ops of `fi_ffi.ops.sampling` in float64, from their definition: see exact.py."""
+"""Ops of `fi_ffi.ops.sampling`, from their definition: see exact.py.
+
+A sampler's result is judged by what its random words and float32 rounding allow (`reachable.py`).
+Seeds and offsets in arrays, which come as float64, are less than 2^53 here.
+"""
 
 from __future__ import annotations
 
-from fi_ffi.reference.formula import Formula, Move
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
+from typing import Any
 
-EXACT: dict[str, Formula] = {}
+import numpy as np
+
+from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.exact_renorm import RENORM
+from fi_ffi.reference.formula import Exact, Formula, Inputs, Move
+from fi_ffi.reference.philox import uniforms
+from fi_ffi.reference.reachable import NONE, Filter, around, rejected, slack, tokens_judge
+
+_FEW = 16
+# Of what is allowed, 2^-16 of the magnitude: errors of `exp` that grow with its argument, and
+# float32 below its normal numbers, which is 0 to kernels compiled for fast arithmetic.
+_SLACK, _EXP, _ARGUMENT, _FLUSHED = 2.0**-16, 2.0**-20, 2.0**-22, 2.0**-126
+# PTX's logarithm: right to so much around 1, and relatively beyond.
+_LOG = 2.0**-21
+
+
+def softmax(a: Inputs) -> Exact:
+    given = a.get("maybe_temperature_arr", np.full(len(a["logits"]), a["temperature_val"]))
+    given = given.astype(np.float32).astype(np.float64)[:, None]
+    with np.errstate(invalid="ignore"):  # of -inf at 0
+        scaled = np.where(given == 0, a["logits"] * 0, a["logits"] / np.where(given, given, 1))
+    greatest = scaled.max(axis=1, keepdims=True)
+    powers = np.exp(scaled - greatest)
+    value = powers / powers.sum(axis=1, keepdims=True)
+    argument = np.where(powers > 0, np.abs(scaled) + np.abs(greatest), 0)
+    return {"output": (value, (value * (_EXP + _ARGUMENT * argument) + _FLUSHED) / _SLACK)}
+
+
+def _numbers(a: Inputs, i: int) -> Iterator[float]:
+    """The random numbers of an output, one after another."""
+    seed, offset = _word(a, "seed", i), _word(a, "offset", i)
+    for start in count(offset, _FEW):
+        yield from uniforms(seed, np.array([i]), start, _FEW)[0].astype(np.float64)
+
+
+def _word(a: Inputs, name: str, i: int) -> int:
+    array = a.get(f"maybe_{name}_arr")
+    if array is None:
+        return int(a[f"{name}_val"] if f"{name}_val" in a else a[f"philox_{name}"])
+    return int(array[i if len(array) > 1 else 0])
+
+
+Allowed = Callable[[Inputs, Array, int, int], Iterable[int]]
+
+
+def _sampler(allowed: Allowed, source: str = "probs") -> Formula:
+    """A formula from what is allowed: `allowed(a, p, output's number, source's row)`."""
+
+    def formula(a: Inputs) -> Exact:
+        def at(i: int) -> Iterable[int]:
+            of = i if a.get("maybe_indices") is None else int(a["maybe_indices"][i])
+            return allowed(a, a[source][of], i, of)
+
+        made = {"output": tokens_judge(at)}
+        return made | ({"valid": tokens_judge(at, valid=True)} if "valid" in a else {})
+
+    return formula
+
+
+def _drawn(p: Array, chosen: Array, at: float, within: float) -> set[int]:
+    return {token for _, token in around(p, chosen, at, within)} or {NONE}
+
+
+def _from_probs(a: Inputs, p: Array, i: int, _: int) -> Iterable[int]:
+    return _drawn(p, p > 0, next(_numbers(a, i)), slack(p))
+
+
+def _top(a: Inputs, name: str, at: int) -> float:
+    array = a.get(f"maybe_{name}_arr")
+    return float(a[f"{name}_val"] if array is None else array[at])
+
+
+def _top_k(a: Inputs, p: Array, i: int, at: int) -> Iterable[int]:
+    return rejected(p, Filter(p, int(_top(a, "top_k", at)), np.inf), _numbers(a, i))
+
+
+def _top_p(a: Inputs, p: Array, i: int, at: int) -> Iterable[int]:
+    top_p = float(np.float32(_top(a, "top_p", at)))
+    return rejected(p, Filter(p, np.inf, top_p), _numbers(a, i))
+
+
+def _top_k_top_p(a: Inputs, p: Array, i: int, at: int) -> Iterable[int]:
+    k, top_p = int(_top(a, "top_k", at)), float(np.float32(_top(a, "top_p", at)))
+    return rejected(p, Filter(p, k, top_p), _numbers(a, i))
+
+
+def _min_p(a: Inputs, p: Array, i: int, at: int) -> Iterable[int]:
+    greatest = np.float32(max(0.0, np.nanmax(p, initial=0.0)))
+    chosen = p >= float(greatest * np.float32(_top(a, "min_p", at)))
+    mass = float(p[chosen].sum())
+    return _drawn(p, chosen, next(_numbers(a, i)) * mass, 2 * slack(p))
+
+
+def _by_output(allowed: Allowed) -> Allowed:
+    """With an array of parameters that is of the outputs, and not of the rows of probs."""
+    return lambda a, p, i, of: allowed(a, p, i, i)
+
+
+def _from_logits(a: Inputs, logits: Array, i: int, _: int) -> Iterable[int]:
+    size = len(logits)
+    width = int(np.gcd(4, size))
+    vectors = np.arange(0, size, width, dtype=np.uint64) + np.uint64(i * size)
+    drawn = uniforms(_word(a, "seed", i), vectors, _word(a, "offset", i), width)
+    inner = -np.log2(drawn.ravel().astype(np.float64) * (1 - 2.0**-23))
+    score = logits - np.log(inner)
+    if np.isnan(score).any() or not np.isfinite(score).any():
+        return range(size)
+    # Of the outer logarithm's argument, and then its own.  As small as its error, it may be 0.
+    wrong = np.minimum(_LOG / inner, 1)
+    error = _LOG * (4 + np.abs(np.where(np.isfinite(score), score, 0)))
+    with np.errstate(divide="ignore"):
+        most = score - np.log1p(-wrong) + error
+    least = np.where(wrong < 1, score - np.log1p(wrong) - error, -np.inf)
+    may: list[int] = np.flatnonzero(np.isfinite(score) & (most >= least.max())).tolist()
+    return may
+
+
+def _is_taken(drawn: float, drafted: float, wanted: float) -> set[bool]:
+    product = float(np.float32(drawn) * np.float32(drafted))
+    close = abs(product - wanted) <= 2.0**-23 * wanted
+    return {True, False} if close else {product < wanted}
+
+
+def _chain_row(a: Inputs, i: int) -> set[tuple[int, int, int]]:
+    """How many tokens may be emitted and how many accepted, and the token after those emitted."""
+    ids, numbers = a["draft_token_ids"][i].astype(int), _numbers(a, i)
+    length = len(ids)
+    drawn = [next(numbers) for _ in range(length + 2)]
+    found = set()
+
+    def taken(n: int, number: int) -> set[bool]:
+        drafts, targets = a["draft_probs"][i, n], a["target_probs"][i, n]
+        return _is_taken(drawn[number], drafts[ids[n]], targets[ids[n]])
+
+    for emitted in range(length + 1):
+        rest = a["target_probs"][i, emitted]
+        accepted, number = {emitted}, emitted
+        if emitted < length:
+            rest = np.maximum(rest - a["draft_probs"][i, emitted], 0)
+            if False in taken(emitted, number):
+                for n in range(emitted, length):
+                    number += 1
+                    accepted = {so + yes for so in accepted for yes in taken(n, number)}
+                number += 1
+            else:
+                accepted = set()
+        mass = drawn[number] * float(rest.sum())
+        tokens = _drawn(rest, rest > 0, mass, 2 * slack(rest))
+        found |= {(emitted, so, token) for so in accepted for token in tokens}
+        if emitted < length and True not in taken(emitted, emitted):
+            break
+    return found
+
+
+def chain_speculative_sampling(a: Inputs) -> Exact:
+    ids = a["draft_token_ids"].astype(int)
+
+    @functools.cache
+    def at(i: int) -> set[tuple[int, int, int]]:
+        return _chain_row(a, i)
+
+    def rows(i: int) -> set[tuple[int, ...]]:
+        padding = (-1,) * ids.shape[1]
+        return {(*ids[i, :n], token, *padding[n:]) for n, _, token in at(i)}
+
+    def judge(right: Callable[[int], set[Any]], of: Callable[[Any], Any]) -> Any:
+        def judged(got: Array) -> tuple[float, float]:
+            all_right = all(of(one) in right(i) for i, one in enumerate(got))
+            return (0.0, 0.0) if all_right else (np.inf, np.inf)
+
+        return judged
+
+    counts = {"output_accepted_token_num": 1, "output_emitted_draft_token_num": 0}
+    return {"output_token_ids": judge(rows, lambda row: tuple(int(token) for token in row))} | {
+        name: judge(lambda i, n=name, c=c: {int(a[n][i]) + found[c] for found in at(i)}, int)  # type: ignore[misc]
+        for name, c in counts.items()
+    }
+
+
+_ALLOWED: dict[str, Allowed] = {
+    "sampling_from_probs": _from_probs,
+    "top_k_sampling_from_probs": _by_output(_top_k),
+    "top_p_sampling_from_probs": _top_p,
+    "top_k_top_p_sampling_from_probs": _top_k_top_p,
+    "min_p_sampling_from_probs": _by_output(_min_p),
+}
+_FORMULAS: dict[str, Formula] = {
+    **{name: _sampler(allowed) for name, allowed in _ALLOWED.items()},
+    "sampling_from_logits": _sampler(_from_logits, "logits"),
+    "chain_speculative_sampling": chain_speculative_sampling,
+}
+_VARIANTS = ("", "_without_valid", "_of_numbers")
+EXACT: dict[str, Formula] = {
+    "softmax": softmax,
+    **RENORM,
+    **{name + variant: formula for name, formula in _FORMULAS.items() for variant in _VARIANTS},
+    "top_k_sampling_from_probs_by_row": _sampler(_top_k),
+    "min_p_sampling_from_probs_by_row": _sampler(_min_p),
+}
 MOVES: dict[str, Move] = {}

@@ -7,8 +7,8 @@ sequence without tokens never ends, and one past the end is read past the tensor
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 

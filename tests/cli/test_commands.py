@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from fi_ffi.cli import main
+from fi_ffi.cli.cases import default_dtypes, make_case
+from fi_ffi.cli.inputs import inputs_of
 from fi_ffi.loader import runtime
 from fi_ffi.loader.kernels import open_source
 from fi_ffi.loader.wheel import Wheel
@@ -36,6 +39,13 @@ def test_help_names_every_command():
         assert "--json" in run(name, "--help")
 
 
+def is_rounded(op):
+    """Whether what it gives is compared with numbers that have more digits."""
+    rng = np.random.default_rng()
+    case = make_case(op.row, inputs_of(op.row).small, default_dtypes(op.row), rng)
+    return any(isinstance(of, tuple) and of[1] is not None for of in case.expected.values())
+
+
 def test_demo_runs_every_op_on_the_cpu():
     document = json.loads(run("demo", "--device", "cpu", "--json"))
     assert document["device"] == "cpu"
@@ -45,7 +55,8 @@ def test_demo_runs_every_op_on_the_cpu():
         assert result["status"] == "ok"
         assert result["provider"] == "reference"
         assert 0 <= result["error_of_bound"] <= 1
-        assert (result["max_error"] == 0) == (result["op"] in MOVES)
+        assert result["max_error"] != 0 or not is_rounded(OPS[result["op"]])
+        assert result["max_error"] == 0 or result["op"] not in MOVES
         assert result["microseconds"] > 0
 
 

@@ -101,3 +101,43 @@ def test_the_first_place_with_modules_is_listed(monkeypatch, kernels):
         assert "4 modules of" in run().output
     finally:
         search.use_source(None)
+
+
+def test_the_matrix_of_a_release():
+    result = run("--matrix", "--release", "0.6.13")
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[0].strip() == "FlashInfer 0.6.13, the cu130 wheels"
+    assert lines[1].split()[:4] == ["op", "SM75", "SM80", "SM87"]
+    rows = {line.split()[0]: line.split()[1:] for line in lines[2:] if "  " in line}
+    assert rows["rmsnorm"][0] == "built"
+    assert rows["gdn_prefill"][lines[1].split().index("SM100") - 1] == "-"
+    assert "--family OP has the reasons" in lines[-1]
+
+
+def test_the_matrix_of_an_op_has_its_reasons():
+    result = run("--matrix", "--release", "0.6.13", "--family", "gdn_prefill")
+    assert "it is written for GPUs of compute capability 9.x" in result.output
+    assert "gdn_prefill_sm90 is in FlashInfer 0.6.13's cu130 wheels" in result.output
+
+
+def test_the_matrix_of_kernels_as_json(built_wheel):
+    result = run("--matrix", "--kernels", str(built_wheel), "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.output)
+    assert document["kernels"] == str(built_wheel)
+    ops = document["ops"]
+    assert ops["rmsnorm"]["90"]["works"]
+    assert not ops["rmsnorm"]["100"]["works"]
+    assert ops["rmsnorm"]["100"]["build"].endswith("--arch 10.0a norm")
+    assert ops["single_decode"]["90"]["works"]
+    case = document["cases"]["mxfp4-moe"]
+    assert case["cause"]
+    assert case["answers"]["90"][0]["status"] == "missing"
+
+
+def test_the_matrix_refuses_what_is_no_op(kernels):
+    result = run("--matrix", "--release", "0.6.13", "--family", "rmsnrm")
+    assert result.exit_code == 1
+    assert "no op or family 'rmsnrm'; there are rmsnorm, " in result.output
+    assert run("--kernels", kernels, "--release", "0.6.13").exit_code == 2

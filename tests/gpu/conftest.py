@@ -14,6 +14,16 @@ import fi_ffi
 HERE = Path(__file__).parent
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Note which entries are called, where results are kept: for docs/coverage.md."""
+    if os.environ.get("FI_FFI_RUN_GPU_TESTS") == "1" and os.environ.get("OUT"):
+        from calling import Calls
+
+        calls = Calls(Path(os.environ["OUT"]) / "entries-called.json")
+        calls.watch()
+        config.pluginmanager.register(calls)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.environ.get("FI_FFI_RUN_GPU_TESTS") == "1":
         return

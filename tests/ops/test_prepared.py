@@ -25,6 +25,7 @@ from prepared_calls import (
     full,
     placed,
     refusal_of,
+    room_for,
     same_error,
 )
 
@@ -43,7 +44,7 @@ def test_the_same_bits(op, dtypes, more):
     # By place; what is no tensor nor number stays as it is.
     ordered = [
         others[3].values.get(arg.name, KEEP if hasattr(arg, "bytes_per_multiprocessor") else None)
-        for arg in op.row.args
+        for arg in op.row.given
     ]
     ordered = [KEEP if isinstance(value, str) else value for value in ordered]
     changes = [
@@ -112,8 +113,9 @@ def test_updates_are_refused_as_calls_are_and_change_nothing(op, dtypes, more):
     call = op.prepare(**first.values)
     # Others in the same update must not be changed by one that fails.
     others = {} if op.row.apart else other.addresses
-    for arg in op.row.args:
-        if getattr(arg, "bytes_per_multiprocessor", 0) and arg.name not in first.arrays:
+    for arg in op.row.given:
+        joined = {rule.argument for rule in op.row.rules if arg.name in rule.of}
+        if getattr(arg, "is_scratch", False) and arg.name not in first.arrays:
             continue  # memory of the prepared call's own
         for value in candidates(arg):
             now, expected, comparable = frame_of(call), *refusal(op.row, first, arg, value)
@@ -122,11 +124,11 @@ def test_updates_are_refused_as_calls_are_and_change_nothing(op, dtypes, more):
             except fi_ffi.ArgumentError as error:
                 assert frame_of(call) == now, f"{arg.name}={value!r} failed and changed something"
                 assert error.op == op.row.name
-                assert error.argument == arg.name or error.argument in op.row.together
+                assert error.argument in {arg.name, *op.row.together, *joined}
                 assert not comparable or same_error(error, expected), (error, expected)
             else:
                 assert expected is None, f"{arg.name}={value!r} was accepted: {expected}"
-                call.update(**{n: v for n, v in first.values.items() if n != "kv_layout"})
+                call.update(**{n: v for n, v in first.values.items() if type(v) is not str})
     call()
 
 
@@ -191,7 +193,10 @@ def test_random_updates(op, dtypes, more):
 
 
 def shuffled(array, rng):
-    return rng.permutation(array.ravel()).reshape(array.shape)
+    """The values in another order, in memory of the same strides."""
+    _, made = room_for(array)
+    made[...] = rng.permutation(array.ravel()).reshape(array.shape)
+    return made
 
 
 @pytest.mark.parametrize(("op", "dtypes", "more"), EVERY_OP)
@@ -200,7 +205,8 @@ def test_nothing_to_do(op, dtypes, more):
     if op.row.module == "gdn_prefill_sm90":
         pytest.skip("every sequence has a token: test_gdn.py has no sequence")
     sizes = {**inputs_of(op.row).small, "n": 0, "nnz": 0}
-    case = make_case(op.row, sizes, dtypes, np.random.default_rng(), **more)
+    told = {name: value for name, value in more.items() if name != "in place"}
+    case = make_case(op.row, sizes, dtypes, np.random.default_rng(), **told)
     first, other = placed(case, more, 2)
     call = op.prepare(**first.values)
     call()

@@ -17,7 +17,7 @@ from fi_ffi.ops import form, watching
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.op import Op
 from fi_ffi.ops.quick import compile_again, compile_quick, compile_update
-from fi_ffi.ops.row import KvLayout, Scalar, Tensor
+from fi_ffi.ops.row import KvLayout, Scalar, Tensor, Text
 from fi_ffi.reference import norm
 
 from prepared_calls import EVERY_OP, EVERY_WAY, draw, full, placed, tensors
@@ -50,7 +50,7 @@ def test_by_place_and_by_keyword(op, dtypes, more):
     expected, first, second, third = placed(case, more, 4)
     full(op.row, expected)
     op(**first.values)
-    ordered = [third.values.get(arg.name) for arg in op.row.args]
+    ordered = [third.values.get(arg.name) for arg in op.row.given]
     op(**dict(reversed(second.values.items())), stream=None)
     op(*ordered)
     assert not second.differs(expected) and not third.differs(expected)
@@ -207,7 +207,7 @@ def test_pythons_own_errors_name_the_op(mine):
 def test_names_in_compiled_code_do_not_meet(op):
     """Arguments have names that the code compiled from rows uses for nothing else."""
     for row in op.rows:
-        own = {arg.name for arg in row.args}
+        own = {arg.name for arg in row.given}
         made = [compile_quick(row, {}, len), compile_again(row, {}, len), compile_update(row)]
         for function in made:
             code = function.__code__
@@ -280,9 +280,9 @@ def test_many_threads_call_one_op(mine):
 def test_signatures_and_arguments_are_those_of_the_row():
     for op in OPS.values():
         parameters = inspect.signature(op).parameters
-        assert [*parameters] == [*(arg.name for arg in op.row.args), "stream"]
+        assert [*parameters] == [*(arg.name for arg in op.row.given), "stream"]
         quick = inspect.signature(op._form.quick).parameters
         assert [*quick][1:] == [*parameters]
         assert [p.default for p in quick.values()][1:] == [p.default for p in parameters.values()]
-        assert {type(arg) for arg in op.row.args} <= {Tensor, Scalar, KvLayout}
+        assert {type(arg) for arg in op.row.given} <= {Tensor, Scalar, Text, KvLayout}
         assert tensors(op.row) == [*op.row.tensors]

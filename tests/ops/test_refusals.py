@@ -17,6 +17,7 @@ import fi_ffi
 from fi_ffi.cli.cases import Case, default_dtypes, make_case
 from fi_ffi.cli.inputs import inputs_of
 from fi_ffi.ops.axes import axis_size, parse_axis
+from fi_ffi.ops.check import check_layouts
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.row import KV_LAYOUTS, KvLayout, Row, Scalar, Tensor, default_of
 
@@ -96,6 +97,13 @@ def is_bound(row: Row, axis: str) -> bool:
     return axis.isdigit() or axis in row.sizes_in or len(having) > 1
 
 
+def alignment_of(row: Row, arg: Tensor, values: dict) -> int:
+    """What a tensor's address is a multiple of, in bytes."""
+    given = [values.get(tensor.name) for tensor in row.tensors]
+    layouts = [None if desc is None else desc.layout for desc in given]
+    return check_layouts(row, layouts).alignments[row.tensors.index(arg)]
+
+
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize(("op", "dtypes"), EVERY_CALL)
 def test_each_tensor(op, dtypes, wrong):
@@ -106,6 +114,8 @@ def test_each_tensor(op, dtypes, wrong):
             continue
         case = a_case(op.row, dtypes)
         values = described(case)
+        if wrong == "misaligned" and alignment_of(op.row, arg, values) == 1:
+            continue
         values[arg.name] = WRONG[wrong](values[arg.name])
         # A size or a device that differs may be told of the tensor it differs from.
         anywhere = wrong in ("size", "device")
@@ -141,10 +151,10 @@ def test_rows_that_overlap_or_go_backwards(op, dtypes):
             call_refused(op, case, values, arg.name)
 
 
-def with_first_stride(op, dtypes, first) -> Iterator[fi_ffi.ArgumentError]:
-    """The refusals of each tensor whose rows may lie apart, at a stride got from its own."""
-    for arg in op.row.tensors:
-        if len(arg.axis_names) > 1 and not arg.contiguous:
+def with_first_stride(op, dtypes, first, args) -> Iterator[fi_ffi.ArgumentError]:
+    """The refusals of those whose rows may lie apart, at a stride got from their own."""
+    for arg in args:
+        if len(arg.axis_names) > 1 and not arg.contiguous and arg.parts == 1:
             case = a_case(op.row, dtypes)
             values = described(case)
             own = values[arg.name].strides
@@ -154,17 +164,38 @@ def with_first_stride(op, dtypes, first) -> Iterator[fi_ffi.ArgumentError]:
 
 @pytest.mark.parametrize(("op", "dtypes"), EVERY_CALL)
 def test_strides_between_vectors(op, dtypes):
-    itemsize = 2 if op.row.vector.dtype else fi_ffi.DTYPES[dtypes["T"]].itemsize
-    for error in with_first_stride(op, dtypes, lambda own: 2 * own + 1):
-        assert f"{16 // itemsize} elements" in str(error)
+    values = described(a_case(op.row, dtypes))
+    steps = {
+        arg.name: alignment_of(op.row, arg, values) // values[arg.name].dtype.itemsize
+        for arg in op.row.tensors
+    }
+    loaded = [arg for arg in op.row.tensors if steps[arg.name] > 1]
+    for error in with_first_stride(op, dtypes, lambda own: 2 * own + 1, loaded):
+        assert f"{steps[error.argument]} elements" in str(error)
 
 
 @pytest.mark.parametrize(
     ("op", "dtypes"), [call for call in EVERY_CALL if call.values[0].row.offset_limit < 2**63]
 )
 def test_offsets_past_what_the_kernel_counts(op, dtypes):
-    for error in with_first_stride(op, dtypes, lambda own: op.row.offset_limit // 2):
+    for error in with_first_stride(
+        op, dtypes, lambda own: op.row.offset_limit // 2, op.row.tensors
+    ):
         assert str(op.row.offset_limit) in str(error)
+
+
+@pytest.mark.parametrize(("op", "dtypes"), EVERY_CALL)
+def test_strides_of_parts(op, dtypes):
+    """Rows that touch, or lie further from each other than a whole tensor's."""
+    for arg in op.row.tensors:
+        for parts in {1, arg.parts - 1, arg.parts + 1} if arg.parts > 1 else ():
+            case = a_case(op.row, dtypes)
+            values = described(case)
+            desc = values[arg.name]
+            strides = [stride // arg.parts * parts for stride in desc.strides[:-1]]
+            values[arg.name] = changed(desc, strides=(*strides, 1))
+            error = call_refused(op, case, values, arg.name)
+            assert f"one of {arg.parts} parts" in str(error)
 
 
 @pytest.mark.parametrize(("op", "dtypes"), EVERY_CALL)
@@ -207,7 +238,11 @@ def test_sizes_that_are_too_small(op):
         for arg in op.row.tensors:
             shape = [axis_size(axis, sizes) for axis in arg.axis_names]
             values[arg.name] = fi_ffi.TensorDesc(16, shape, _dtype(op.row, arg), device="cpu")
-        others = {arg.name: 1.0 for arg in op.row.args if getattr(arg, "default", 0) is None}
+        others = {
+            arg.name: 1.0
+            for arg in op.row.given
+            if isinstance(arg, Scalar) and default_of(arg) is None
+        }
         with pytest.raises(fi_ffi.ArgumentError, match=f"{axis} of at least"):
             op(**values, **others)
 
@@ -258,6 +293,8 @@ SCALARS = [
 @pytest.mark.parametrize("value", ["1", None, 1j, [1.0], math.nan, math.inf, -1.0, -math.inf, "é"])
 @pytest.mark.parametrize(("op", "arg"), SCALARS)
 def test_each_scalar(op, arg, value):
+    if value is None and default_of(arg) == "None":
+        pytest.skip("it stands for a size")
     case = a_case(op.row, default_dtypes(op.row))
     call_refused(op, case, described(case) | {arg.name: value}, arg.name)
 
@@ -282,9 +319,10 @@ def test_numbers_of_other_types_are_floats(value):
 @pytest.mark.parametrize("op", OPS.values(), ids=list(OPS))
 def test_a_missing_stream_is_told_before_kernels_are_looked_for(op):
     case = a_case(op.row, default_dtypes(op.row))
+    descs = {name: fi_ffi.as_desc(array) for name, array in case.arrays.items()}
     values = case.scalars | {
-        arg.name: fi_ffi.TensorDesc(1 << 20, case.arrays[arg.name].shape, _dtype(op.row, arg))
-        for arg in op.row.tensors
+        name: changed(desc, ptr=i << 24, strides=desc.strides, device="cuda:0")
+        for i, (name, desc) in enumerate(descs.items(), 1)
     }
     with pytest.raises(fi_ffi.ArgumentError, match="stream") as caught:
         op(**values)
@@ -332,7 +370,7 @@ def test_anything_anywhere(data):
     """Any argument replaced by anything: a typed error, or a scalar that was fine."""
     op = data.draw(st.sampled_from(list(OPS.values())))
     case = a_case(op.row, default_dtypes(op.row))
-    arg = data.draw(st.sampled_from(op.row.args))
+    arg = data.draw(st.sampled_from(op.row.given))
     value = data.draw(ANYTHING)
     before = {name: array.tobytes() for name, array in case.arrays.items()}
     try:

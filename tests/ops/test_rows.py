@@ -11,7 +11,7 @@ import fi_ffi
 from fi_ffi import reference
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.op import Op
-from fi_ffi.ops.row import Row, Scalar, Tensor, default_of
+from fi_ffi.ops.row import Row, Scalar, Tensor, defaults
 from fi_ffi.ops.table import ROWS
 from fi_ffi.reference.exact import EXACT, MOVES
 
@@ -30,10 +30,10 @@ def test_every_row_is_public_and_has_a_reference_and_a_formula(row):
 @pytest.mark.parametrize("row", ROWS, ids=ROW_IDS)
 def test_python_signature_is_the_abis_order_and_then_the_stream(row):
     parameters = inspect.signature(Op(row)).parameters
-    assert list(parameters) == [arg.name for arg in row.args] + ["stream"]
+    assert list(parameters) == [arg.name for arg in row.given] + ["stream"]
     assert parameters["stream"].kind is inspect.Parameter.KEYWORD_ONLY
-    for arg in row.args:
-        default, written = parameters[arg.name].default, default_of(arg)
+    for arg, written in zip(row.given, defaults(row.given), strict=True):
+        default = parameters[arg.name].default
         assert (default is inspect.Parameter.empty) == (written is None)
         assert written in (None, repr(default))
 
@@ -41,7 +41,7 @@ def test_python_signature_is_the_abis_order_and_then_the_stream(row):
 @pytest.mark.parametrize("row", ROWS, ids=ROW_IDS)
 def test_docstring_tells_everything(row):
     doc = Op(row).__doc__
-    for arg in row.args:
+    for arg in row.given:
         assert re.search(rf"^    {arg.name} \([^:]+\):\s+\S", doc, re.MULTILINE), arg.name
     for wanted in (row.source, row.module, row.releases, "Raises", *row.dtypes):
         assert wanted in doc

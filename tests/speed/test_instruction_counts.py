@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+import fi_ffi
 from fi_ffi.cli.benching.calls import EMPTY, PLAN_TYPED, PREPARED, TYPED, own_calls
 from fi_ffi.cli.benching.rounds import Call
 from fi_ffi.loader import machine, runtime
@@ -225,6 +226,14 @@ def test_repeated_calls_leave_nothing_behind(calls: dict[str, Call], name: str) 
     blocks, objects = (min(growth[i] for growth in growths) for i in range(2))
     assert blocks <= SLACK, f"{blocks} blocks of memory more after {MANY} calls"
     assert objects <= SLACK, f"{objects} objects more after {MANY} calls"
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_call_log_leaves_nothing_behind(calls: dict[str, Call], name: str) -> None:
+    """With none open a call takes what it took before there was one, to the instruction."""
+    before = counted(calls[name])
+    fi_ffi.call_log(1).close()
+    assert counted(calls[name]) == before
 
 
 def test_what_calls_leave_behind_is_seen() -> None:

@@ -1,0 +1,243 @@
+"""Numbers in blocks with a scale each: 4-bit caches, scales' order, and quantising to 8 and 4 bits.
+
+The quantising kernels (`csrc/nv_internal/tensorrt_llm/kernels/quantization.cuh`) have a body for
+SM100 and later only: elsewhere they would be launched and write nothing.  `nvfp4_kv_dequant`'s
+launch fails untold where a row's scales do not fit a block's shared memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fi_ffi.ops.row import Absent, Row, Rule, Scalar, Tensor, Vector
+
+_INT = 2**31
+_THOP = "csrc/nv_internal/tensorrt_llm/thop"
+_OUT = {"writes": True, "reads": False, "contiguous": True}
+# Scales in 48 kB of shared memory, beside one number.
+_MOST_BLOCKS = 48 * 1024 - 4
+
+# `QuantizationSFLayout` in include/flashinfer/fp4_layout.cuh.
+TILES_OF_128, TILES_OF_8, ROWS_IN_ORDER = range(3)
+
+
+def padded(size: int, step: int) -> int:
+    """The next multiple of a step."""
+    return -(-size // step) * step
+
+
+def _are_tiles(swizzled: int, n: int, rows: int, cols: int) -> bool:
+    return swizzled == n * padded(rows, 128) * padded(cols, 4)
+
+
+def scales_of(n: int, padded_k: int, layout: int) -> int:
+    """How many scales of 32 elements there are in a layout."""
+    if layout == ROWS_IN_ORDER:
+        return n * (padded_k // 32)
+    return padded(n, 128 if layout == TILES_OF_128 else 8) * padded(padded_k // 32, 4)
+
+
+def _is_padded(k: int, padded_k: int, alignment: int) -> bool:
+    return padded_k == padded(k, alignment)
+
+
+def _are_scales(num_scales: int, n: int, padded_k: int, layout: int) -> bool:
+    return num_scales == scales_of(n, padded_k, layout)
+
+
+def _are_scales_of_older(num_scales: int, n: int, padded_k: int, is_swizzled: bool) -> bool:
+    layout = TILES_OF_128 if is_swizzled else ROWS_IN_ORDER
+    return num_scales == scales_of(n, padded_k, layout)
+
+
+def _is_vector(size: int, is_power: bool) -> bool:
+    return size == (32 if is_power else 16)
+
+
+def _are_blocks(half: int, size: int) -> bool:
+    return 2 * half % size == 0
+
+
+def _has_scale(is_there: bool, is_power: bool) -> bool:
+    return is_there or is_power
+
+
+def layout_of(is_swizzled: bool, is_8x4: bool) -> int:
+    return (TILES_OF_8 if is_8x4 else TILES_OF_128) if is_swizzled else ROWS_IN_ORDER
+
+
+def _are_vectors_scales(
+    num_scales: int, n: int, half: int, size: int, is_swizzled: bool, is_8x4: bool
+) -> bool:
+    # As many as of blocks of 32 in a row that is so long.
+    return num_scales == scales_of(n, 2 * half // size * 32, layout_of(is_swizzled, is_8x4))
+
+
+def _row(
+    name: str, module: str, source: str, doc: str, *args: Tensor | Scalar | Absent, **more: object
+) -> Row:
+    fields = {"symbol": name, "vector": Vector(()), "offset_limit": _INT, "min_sizes": {}} | more
+    return Row(name, module, source=source, doc=doc, args=args, **fields)  # type: ignore[arg-type]
+
+
+def _interleave(name: str, doc: str, *args: Tensor, **more: object) -> Row:
+    return _row(
+        name, "fp4_quantization_90", f"{_THOP}/fp4Op.cpp", doc, *args, symbol=f"{name}_sm100",
+        releases=">=0.6.3", capabilities=(9,), **more,
+    )  # fmt: skip
+
+
+_IN_TILES = (
+    "tiles of 128 rows and 4 columns: row i of a tile starts at 16 * (i % 32) + 4 * (i // 32)"
+)
+_LAYOUT = Scalar("sfSwizzleLayout", int, TILES_OF_128, "the scales' order: 0 for tiles of 128 rows "
+                 "and 4 columns, 1 for tiles of 8 and 4, 2 for rows", low=0, high=2)  # fmt: skip
+_QUANTIZE = _row(
+    "mxfp8_quantize",
+    "mxfp8_quantization_sm100",
+    f"{_THOP}/fp8Quantize.cpp",
+    "Quantise to float8_e4m3fn, with a power of 2 for every 32 elements of a row: the least by "
+    "which they are 448 or less.",
+    Tensor("input", "n k", "T", "rows to quantise", contiguous=True, alignment=32),
+    Tensor("valMxFP8", "n padded_k", "float8_e4m3fn", "the elements, over their scale; 0 from k on",
+           alignment=16, **_OUT),
+    Tensor("scaleFP8SF", "num_scales", "uint8", "the scales' exponents, and 127; 0 where there are "
+           "no elements", **_OUT),
+    _LAYOUT,
+    Scalar("alignment", int, 32, "what padded_k is a multiple of", low=32, high=2**20,
+           multiple_of=32),
+    Scalar("enable_pdl", bool, False, "programmatic dependent launch: start while the previous "
+           "kernel drains"),
+    dtypes={"T": ("float16", "bfloat16")},
+    releases=">=0.6.7",
+    offset_limit=2**63,
+    min_sizes={"k": 1},
+    multiples={"k": 32},
+    max_products={("n",): _INT - 128, ("padded_k",): _INT - 128},
+    rules=(
+        Rule("valMxFP8", ("k", "padded_k", "alignment"), _is_padded,
+             "padded_k = k, rounded up to a multiple of alignment"),
+        Rule("scaleFP8SF", ("num_scales", "n", "padded_k", "sfSwizzleLayout"), _are_scales,
+             "a scale for every 32 elements of padded_k, in whole tiles where they are in tiles"),
+    ),
+    capabilities=(10, 11, 12),
+)  # fmt: skip
+_OLDER = (
+    Scalar("isSfSwizzledLayout", bool, True, "whether scales are in tiles of 128 rows and 4 "
+           "columns, or in rows"),
+    Rule("scaleFP8SF", ("num_scales", "n", "padded_k", "isSfSwizzledLayout"), _are_scales_of_older,
+         _QUANTIZE.rules[1].expected),
+)  # fmt: skip
+
+_INVERSED = Scalar("isGlobalScaleInversed", bool, False, "whether to divide by `globalScale`")
+_LAUNCH = Scalar("enable_pdl", bool, False, "programmatic dependent launch")
+
+
+def _fp4(releases: str, *last: Scalar | Absent) -> Row:
+    return _row(
+        "fp4_quantize",
+        "fp4_quantization_100",
+        f"{_THOP}/fp4Quantize.cpp",
+        "Quantise to 4 bits (e2m1), with a scale for every 16 or 32 elements of a row: "
+        "`globalScale * largest / 6` as float8_e4m3fn, or the least power of 2 by which they are 6 "
+        "or less.",
+        Tensor("input", "n 2*half", "T", "rows to quantise", contiguous=True, alignment=32),
+        Tensor("globalScale", "1", "float32", "multiplies the scales, and elements are over their "
+               "scale over it; as a rule 448 * 6 / the largest element", optional=True),
+        Tensor("valueE2M1", "n half", "uint8", "two numbers a byte, the first in its lower half",
+               alignment=8, **_OUT),
+        Tensor("scaleFP8SF", "num_scales", "uint8", "the scales' bytes, or exponents and 127; 0 "
+               "where there are no elements", **_OUT),
+        Scalar("sfVecSize", int, 16, "elements of a scale", low=16, high=32, multiple_of=16),
+        Scalar("sfUseUE8M0", bool, False, "whether scales are powers of 2"),
+        Scalar("isSfSwizzledLayout", bool, True, "whether scales are in tiles, or in rows"),
+        Scalar("isSf8x4Layout", bool, False, "whether tiles are of 8 rows, or of 128"),
+        *last,
+        dtypes={"T": ("float16", "bfloat16")},
+        releases=releases,
+        offset_limit=2**63,
+        min_sizes={"half": 1},
+        multiples={"half": 8},
+        max_products={("n",): _INT - 128, ("half",): _INT // 2 - 128},
+        rules=(
+            Rule("sfVecSize", ("sfVecSize", "sfUseUE8M0"), _is_vector,
+                 "32 with sfUseUE8M0, and 16 without"),
+            Rule("input", ("half", "sfVecSize"), _are_blocks,
+                 "rows of whole blocks of sfVecSize elements"),
+            Rule("globalScale", ("globalScale", "sfUseUE8M0"), _has_scale,
+                 "a globalScale where there is no sfUseUE8M0"),
+            Rule("scaleFP8SF",
+                 ("num_scales", "n", "half", "sfVecSize", "isSfSwizzledLayout", "isSf8x4Layout"),
+                 _are_vectors_scales,
+                 "a scale for every sfVecSize elements, in whole tiles where they are in tiles"),
+        ),
+        capabilities=(10,),
+    )  # fmt: skip
+
+
+ROWS = (
+    _row(
+        "nvfp4_kv_dequant",
+        "fp4_kv_dequant",
+        "csrc/fp4_kv_dequantization.cu",
+        "Numbers of 4 bits to 16, each 16 of a row with a scale: `output = value * scale * "
+        "global_scale`.",
+        Tensor("fp4_data", "n 8*blocks", "uint8", "two e2m1 numbers a byte, the first in its lower "
+               "half", contiguous=True, alignment=2),
+        Tensor("block_scales", "n blocks", "S", "scales as float8_e4m3fn has them, or their bytes",
+               contiguous=True),
+        Tensor("global_scale", "1", "float32", "multiplies all"),
+        Tensor("output", "n 16*blocks", "T", "the numbers", alignment=4, **_OUT),
+        dtypes={"T": ("bfloat16", "float16"), "S": ("uint8", "float8_e4m3fn")},
+        releases=">=0.6.7",
+        min_sizes={"blocks": 1},
+        max_products={("n",): _INT - 1, ("blocks",): _MOST_BLOCKS},
+    ),
+    _interleave(
+        "block_scale_interleave",
+        f"Put scales into {_IN_TILES}; 0 where there are none.",
+        Tensor("blockScale", "n rows cols", "T", "n matrices of scales", contiguous=True),
+        Tensor("interleavedBlockScale", "swizzled", "T", "tile after tile", **_OUT),
+        dtypes={"T": ("uint8", "bfloat16")},
+        rules=(
+            Rule("interleavedBlockScale", ("swizzled", "n", "rows", "cols"), _are_tiles,
+                 "whole tiles of 128 rows and 4 columns of each matrix"),
+        ),
+    ),
+    _interleave(
+        "block_scale_interleave_reverse",
+        "Put scales back into rows that `block_scale_interleave` put into tiles.",
+        Tensor("blockScale", "n rows cols", "uint8", "scales in tiles", contiguous=True),
+        Tensor("reversedBlockScale", "n rows cols", "uint8", "in rows", **_OUT),
+        dtypes={},
+        multiples={"rows": 128, "cols": 4},
+    ),
+    _QUANTIZE,
+    replace(
+        _QUANTIZE,
+        args=(*_QUANTIZE.args[:3], _OLDER[0], *_QUANTIZE.args[4:]),
+        rules=(_QUANTIZE.rules[0], _OLDER[1]),
+        releases=">=0.6.3,<0.6.7",
+    ),
+    _row(
+        "nvfp4_kv_quant",
+        "fp4_kv_quant",
+        "csrc/fp4_kv_quantization.cu",
+        "Numbers of 16 bits to 4, as `nvfp4_kv_dequant` takes them: each 16 of a row with the "
+        "scale `largest / 6 / global_scale`.",
+        Tensor("input", "n 16*blocks", "T", "the numbers", contiguous=True, alignment=4),
+        Tensor("global_scale", "1", "float32", "divides all"),
+        Tensor("fp4_output", "n 8*blocks", "uint8", "two e2m1 numbers a byte, the first in its "
+               "lower half", alignment=4, **_OUT),
+        Tensor("block_scales", "n blocks", "uint8", "bytes of float8_e4m3fn", **_OUT),
+        dtypes={"T": ("bfloat16", "float16")},
+        releases=">=0.6.7",
+        min_sizes={"blocks": 1},
+        max_products={("n",): _INT - 1},
+        capabilities=(10, 11, 12),
+    ),
+    _fp4(">=0.6.11,<0.7.2", _INVERSED, _LAUNCH),
+    _fp4(">=0.6.3,<0.6.11", _LAUNCH),
+    # Without a recipe of another kind.
+    _fp4(">=0.7.2", _INVERSED, _LAUNCH, Absent("nvfp44Over6Code", "int")),
+)  # fmt: skip

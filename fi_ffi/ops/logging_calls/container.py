@@ -1,0 +1,108 @@
+"""Files of tensors: safetensors, written and read as the format is described.
+
+A length in 8 bytes, so many bytes of JSON, then the tensors' bytes.  Nothing in a file is run,
+and nothing is read past its end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fi_ffi.abi.dtypes import DTYPES, DType
+from fi_ffi.errors import ArtifactError
+
+_METADATA = "__metadata__"
+_MOST_HEADER = 2**26
+_LENGTH = struct.Struct("<Q")
+# What the format calls dtypes.  One that it has no name for, of two values a byte, goes as bytes.
+_NAMES = {
+    "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float4_e2m1fn_x2": "U8",
+    "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64",
+    "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64", "bool": "BOOL",
+}  # fmt: skip
+_ITEMSIZES = {_NAMES[dtype.name]: dtype.itemsize for dtype in DTYPES.values()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor's elements, row by row."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    data: bytes | memoryview
+
+
+def write(path: Path, tensors: Mapping[str, Stored], words: Mapping[str, str]) -> None:
+    """Write a file that is there as a whole or not at all; raises `OSError`."""
+    header: dict[str, Any] = {_METADATA: dict(words)}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + len(tensor.data)
+        dtype, shape = _NAMES[tensor.dtype.name], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    # Of one's own: what is in tensors may not be for everybody.
+    partial = path.with_name(f".{path.name}.partial")
+    file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        with open(file, "wb") as out:
+            out.write(_LENGTH.pack(len(text)) + text)
+            for tensor in tensors.values():
+                out.write(tensor.data)
+        partial.rename(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read(path: Path) -> tuple[dict[str, memoryview], dict[str, str]]:
+    """The tensors' bytes by name, and the file's words.
+
+    Raises `ArtifactError` for what is no such file, and `OSError`.
+    """
+    data = memoryview(path.read_bytes())
+    header, body = _header(path, data)
+    words = header.pop(_METADATA, {})
+    if not isinstance(words, dict) or not all(isinstance(word, str) for word in words.values()):
+        raise ArtifactError(f"{path}: its metadata are not words")
+    return {name: body[slice(*_place(path, name, of, body))] for name, of in header.items()}, words
+
+
+def _header(path: Path, data: memoryview) -> tuple[dict[str, Any], memoryview]:
+    if len(data) < _LENGTH.size:
+        raise ArtifactError(f"{path}: {len(data)} bytes are no safetensors file")
+    (count,) = _LENGTH.unpack(data[: _LENGTH.size])
+    if count > min(len(data) - _LENGTH.size, _MOST_HEADER):
+        raise ArtifactError(f"{path}: a header of {count} bytes in a file of {len(data)}")
+    end = _LENGTH.size + count
+    try:
+        header = json.loads(bytes(data[_LENGTH.size : end]))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: its header is no JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise ArtifactError(f"{path}: its header is no object")
+    return header, data[end:]
+
+
+def _place(path: Path, name: str, entry: Any, body: memoryview) -> tuple[int, int]:
+    try:
+        itemsize, shape = _ITEMSIZES[entry["dtype"]], entry["shape"]
+        start, end = entry["data_offsets"]
+        numbers = [start, end, *shape]
+        is_sound = all(type(number) is int and number >= 0 for number in numbers)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path}: {name!r:.100} is not described: {error!r}") from error
+    count = itemsize
+    for size in shape:
+        count *= size
+    if not is_sound or end > len(body) or end - start != count:
+        raise ArtifactError(f"{path}: {name!r:.100} has {count} bytes, and not {start} to {end}")
+    return start, end

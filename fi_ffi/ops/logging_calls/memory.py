@@ -1,0 +1,95 @@
+"""The bytes of tensors, on the host."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+from fi_ffi.abi import library
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.device import Device
+from fi_ffi.abi.tensor import Layout
+from fi_ffi.errors import KernelError
+from fi_ffi.loader import machine
+from fi_ffi.ops import cuda
+
+_DEVICE_TO_HOST = 2  # cudaMemcpyDeviceToHost
+
+
+def read(layout: Layout, address: int, stream: int | None) -> bytes:
+    """A tensor's elements, row by row and next to each other.
+
+    Of one on a GPU, as they are when the stream has done what was queued on it; its device is
+    current.  Raises `KernelError` with CUDA's error code.
+    """
+    if not layout.numel:
+        return b""
+    if layout.is_contiguous:
+        return _span(address, layout.span_bytes, layout.device, stream)
+    steps = zip(layout.strides, layout.shape, strict=True)
+    reach = sum(min(0, stride * (size - 1)) for stride, size in steps) * layout.dtype.itemsize
+    whole = memoryview(_span(address + reach, layout.span_bytes, layout.device, stream))
+    count, starts = _pieces(layout)
+    return b"".join(whole[start - reach : start - reach + count] for start in starts)
+
+
+def _pieces(layout: Layout) -> tuple[int, Iterator[int]]:
+    """The bytes of each run of adjacent elements, and where these start."""
+    item, run = layout.dtype.itemsize, 1
+    outer = list(zip(layout.shape, layout.strides, strict=True))
+    while outer and (outer[-1][0] == 1 or outer[-1][1] == run):
+        run *= outer.pop()[0]
+
+    def starts(axes: list[tuple[int, int]], start: int) -> Iterator[int]:
+        if not axes:
+            yield start * item
+            return
+        (size, stride), *rest = axes
+        for i in range(size):
+            yield from starts(rest, start + i * stride)
+
+    return run * item, starts(outer, 0)
+
+
+def _span(address: int, count: int, device: Device, stream: int | None) -> bytes:
+    if not device.is_cuda:
+        return bytes(ffi.buffer(cuda.pointer(address), count))
+    buffer = bytearray(count)
+    with cuda.relaxed():
+        target = ffi.from_buffer(buffer)
+        code = machine.load_cudart()[0].cudaMemcpyAsync(
+            target, cuda.pointer(address), count, _DEVICE_TO_HOST, cuda.pointer(stream or 0)
+        )
+        try:
+            cuda.check(code, "cudaMemcpyAsync")
+            synchronize(stream or 0)
+        except KernelError:
+            _forget_error()
+            raise
+    return bytes(buffer)
+
+
+def current_stream(device: Device) -> int:
+    """What a kernel on this thread would be launched on."""
+    handle = library.lib.TVMFFIEnvGetStream(device.type_code, device.index)
+    return int(ffi.cast("uintptr_t", handle))
+
+
+def synchronize(stream: int) -> None:
+    """Wait until a stream has done what was queued on it.  Raises `KernelError`."""
+    event = cuda.Event()
+    event.record(stream)
+    event.wait()
+
+
+@functools.cache
+def _last_error() -> Callable[[], int]:
+    handle = library.open_module(machine.load_cudart()[1])
+    address = library.find_symbol(handle, "cudaGetLastError")
+    function: Callable[[], int] = ffi.cast("int (*)(void)", address)
+    return function
+
+
+def _forget_error() -> None:
+    """Launchers ask for the last error, and would take one of ours for theirs."""
+    _last_error()()

@@ -1,0 +1,97 @@
+"""Where a log's lines go: at once, so that they outlive the process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+
+from fi_ffi.errors import ArgumentError, ArgumentTypeError
+
+PROCESS_ID = "%i"  # in a path
+
+
+class Writer:
+    """Writes whole lines, each call's in one piece: to stdout, stderr or the end of a file.
+
+    What was written is the system's before `write` returns: a crash of the process does not
+    lose it (one of the machine may).
+    """
+
+    def __init__(self, dest: str | os.PathLike[str]) -> None:
+        self.dest = _checked(dest)
+        self._lock = threading.RLock()
+        self._file: int | None = None
+        self._said = False
+        self.open()
+
+    @property
+    def path(self) -> str | None:
+        """The file's path; None for stdout and stderr."""
+        if self.dest in ("stdout", "stderr"):
+            return None
+        return self.dest.replace(PROCESS_ID, str(os.getpid()))
+
+    def open(self) -> None:
+        """Open the file, if it is one; a forked child may have another."""
+        self._lock = threading.RLock()  # which another thread had at the fork
+        path = self.path
+        if path is None:
+            return
+        try:
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        except (OSError, ValueError) as error:
+            expected = f"stdout, stderr, or a file that can be written: {error}"
+            raise ArgumentError("call_log", "dest", got=path, expected=expected) from error
+        self.close()
+        self._file = file
+
+    def close(self) -> None:
+        with self._lock:  # so that nothing is written to what has its number next
+            file, self._file = self._file, None
+            if file is not None:
+                os.close(file)
+
+    def write(self, text: str) -> None:
+        """Write lines; where that fails, it is said once on stderr, and nothing is raised."""
+        try:
+            with self._lock:
+                if self._file is not None:
+                    _write_all(self._file, text)
+                elif self.path is None:
+                    _print(text, self.dest)
+        except (OSError, ValueError) as error:
+            if not self._said:
+                self._said = True
+                with contextlib.suppress(OSError, ValueError):
+                    _print(f"fi_ffi.call_log: {self.dest} cannot be written: {error}\n", "stderr")
+
+
+def _checked(dest: object) -> str:
+    expected = "stdout, stderr or a path"
+    try:
+        text = os.fspath(dest)  # type: ignore[call-overload]
+    except TypeError:
+        got = type(dest).__name__
+        raise ArgumentTypeError("call_log", "dest", got=got, expected=expected) from None
+    if not isinstance(text, str) or not text:
+        raise ArgumentTypeError("call_log", "dest", got=repr(text), expected=expected)
+    return text
+
+
+def _write_all(file: int, text: str) -> None:
+    data = text.encode(errors="replace")
+    while data:
+        data = data[os.write(file, data) :]
+
+
+def _print(text: str, dest: str) -> None:
+    """Write to what the program has for stdout or stderr; to the process's own where that is
+    none or broken."""
+    stream = getattr(sys, dest)
+    try:
+        stream.write(text)
+        stream.flush()
+    except Exception:
+        _write_all(1 if dest == "stdout" else 2, text)

@@ -1,0 +1,174 @@
+"""The entries that `fi_ffi.ops.matmul` calls, and what their callers give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fi_ffi.ops.gemm import BLOCKSCALE, BMM, BMM_ARGS, F16, FP8, HANDLE
+from fi_ffi.ops.row import Row, Scalar, Tensor, Text, Vector
+
+INT = 2**31 - 1
+E4M3 = ("float8_e4m3fn",)
+_OUT: dict[str, Any] = {"writes": True, "reads": False, "contiguous": True, "alignment": 16}
+_IN: dict[str, Any] = {"contiguous": True, "alignment": 16}
+_ANY: dict[str, Any] = {"offset_limit": 2**63, "vector": Vector(()), "min_sizes": {}}
+_PLAIN = {"contiguous": True}
+
+# bmm_fp8's choice of an algorithm, and its calls with one of them.
+_ALGO = Tensor("algo_buffer", "algo_bytes", "uint8", "what cuBLASLt keeps of its algorithms, 64 "
+               "bytes of each", contiguous=True, host=True)  # fmt: skip
+_GOT = Tensor("algo_buffer", "algo_bytes", "uint8", _ALGO.doc, contiguous=True, host=True,
+              writes=True, reads=False)  # fmt: skip
+_INDEX = Scalar("algo_idx", int, None, "which of them", low=0)
+
+
+def _algos(symbol: str, releases: str, *more: Tensor | Scalar, result: str = "void") -> Row:
+    fields: dict[str, Any] = BMM
+    return Row(symbol, symbol=symbol, doc="", args=(*BMM_ARGS, *more), releases=releases,
+               result=result, **fields)  # fmt: skip
+
+
+GET_ALGOS = (
+    _algos("bmm_fp8_get_algos", ">=0.6.11,<0.7", HANDLE, _GOT, result="int"),
+    _algos("bmm_fp8_get_algos", ">=0.7", _GOT, result="int"),
+)
+RUN_WITH_ALGO = (
+    _algos("bmm_fp8_run_with_algo", ">=0.6.11,<0.7", HANDLE, _ALGO, _INDEX),
+    _algos("bmm_fp8_run_with_algo", ">=0.7", _ALGO, _INDEX),
+)
+
+
+def _tables(*of_strides: str) -> tuple[Tensor, ...]:
+    """A problem's sizes, the addresses of its matrices, and their strides: of each segment."""
+    names = ("x_ptr", "w_ptr", "y_ptr", *of_strides)
+    return (
+        Tensor("all_problems", "segments 3", "int32", "", **_PLAIN),
+        *(Tensor(name, "segments", "int64", "", **_PLAIN) for name in names),
+    )
+
+
+_COLUMN_MAJOR = Scalar("weight_column_major", bool, None, "")
+_WORKSPACE = {"dtype": "uint8", "doc": "", "contiguous": True, "alignment": 64}
+
+# On tensor cores as those of SM80 are.  It adds to what is in the output.
+SEGMENT_SM80 = Row(
+    "cutlass_segment_gemm", "gemm", "cutlass_segment_gemm", "csrc/flashinfer_gemm_binding.cu", "",
+    (
+        Tensor("workspace_buffer", "workspace_size", **_WORKSPACE),  # type: ignore[arg-type]
+        *_tables("x_ld", "w_ld", "y_ld"),
+        Tensor("empty_x_data", "0", "T", ""),
+        _COLUMN_MAJOR,
+    ),
+    {"T": F16}, ">=0.6.3", **_ANY,
+)  # fmt: skip
+SEGMENT_SM90 = Row(
+    "cutlass_segment_gemm_sm90", "gemm_sm90", "cutlass_segment_gemm_sm90",
+    "csrc/flashinfer_gemm_sm90_binding.cu", "",
+    (
+        Tensor("float_workspace_buffer", "workspace_size", **_WORKSPACE),  # type: ignore[arg-type]
+        Tensor("int_workspace_buffer", "unused", **_WORKSPACE),  # type: ignore[arg-type]
+        *_tables("x_stride", "weight_stride", "y_stride"),
+        Tensor("empty_x_data", "0", "T", ""),
+        Tensor("empty_y_data", "0", "O", ""),
+        _COLUMN_MAJOR,
+    ),
+    {"T": (*F16, *FP8), "O": F16}, ">=0.6.3", capabilities=(9,), **_ANY,
+)  # fmt: skip
+
+
+# A TMA descriptor's strides are of 40 bits, in bytes.
+_SEGMENT: dict[str, Any] = {"alignment": 16, "stride_limit": 2**38}
+
+
+def _segments(out: str, weights: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Row:
+    """What `segment_gemm` is given: no entry, only checks."""
+    # Rows are read and written 16 bytes at a time.
+    step = 16 if inputs is FP8 else 8
+    return Row(
+        "segment_gemm", "gemm_sm90", "", "csrc/flashinfer_gemm_sm90_binding.cu", "",
+        (
+            Tensor("x", "n d_in", "T", "", **_SEGMENT),
+            Tensor("weights", f"num_weights {weights}", "T", "", **_SEGMENT),
+            Tensor("out", "n d_out", out, "", writes=True, reads=False, **_SEGMENT),
+        ),
+        {"T": inputs} | ({} if out == "T" else {out: outputs}), ">=0.6.3",
+        multiples={"d_in": step, "d_out": 8}, min_sizes={"d_in": step, "d_out": 8},
+        max_products={("n",): INT, ("d_in",): INT, ("d_out",): INT},
+        vector=Vector(("d_in", "d_out")), offset_limit=2**63, apart=True,
+    )  # fmt: skip
+
+
+# By whether inputs are fp8, and whether weights are column-major (num_weights, d_out, d_in).
+SEGMENTS = {
+    (False, True): _segments("T", "d_out d_in", F16, F16),
+    (False, False): _segments("T", "d_in d_out", F16, F16),
+    (True, True): _segments("O", "d_out d_in", FP8, F16),
+}
+
+# Of the object that `init` makes; of which a product takes inputs as they are or in fp8.
+RUN_GEMM = Row(
+    "fp8_blockscale_gemm_sm90", symbol="run_gemm", doc="",
+    args=(
+        Tensor("input", "m 128*k128", "TA", "", **_IN),
+        Tensor("weight", "n 128*k128", "TB", "", **_IN),
+        Tensor("output", "m n", "bfloat16", "", **_OUT),
+        Tensor("scales_a", "k128 m4", "float32", "", optional=True, **_IN),
+        Tensor("scales_b", "n128 k128", "float32", "", optional=True, contiguous=True),
+    ),
+    dtypes={"TA": ("bfloat16", *E4M3), "TB": ("bfloat16", *E4M3)},
+    lacks=({"TA": E4M3[0], "TB": "bfloat16"},),
+    multiples={"n": 64}, min_sizes={"k128": 1, "n": 64},
+    # The scales of a row of blocks lie in shared memory, which has room for so many; the output
+    # and the weight's elements are counted in an int.
+    max_products={("k128",): 160, ("m", "n"): INT, ("n", "k128"): INT // 128},
+    **BLOCKSCALE,  # type: ignore[arg-type]
+)  # fmt: skip
+
+_GRANULARITY = tuple(Scalar(f"scale_granularity_{axis}", int, None, "") for axis in "mnk")
+_MODE = (
+    Text("scale_major_mode", ("MN", "K"), None, "", "std::string"),
+    Scalar("mma_sm", int, 1, ""),
+)
+_GROUPWISE: dict[str, Any] = {
+    "module": "gemm_sm100", "doc": "", "releases": ">=0.6.3", "dtypes": {"T": FP8, "O": F16},
+    "multiples": {"k": 128, "n": 8}, "max_products": {("m", "n"): INT, ("m",): INT},
+    "apart": True, "capabilities": (10,), **_ANY, "min_sizes": {"k": 128, "n": 8},
+}  # fmt: skip
+# What FlashInfer gives these kernels: 32 MiB.
+_SCRATCH: dict[str, Any] = {**_WORKSPACE, "writes": True, "reads": False,
+                            "bytes_per_multiprocessor": 216 << 10}  # fmt: skip
+
+GROUPWISE = Row(
+    "gemm_fp8_nt_groupwise", symbol="gemm_fp8_nt_groupwise",
+    source="csrc/gemm_sm100_binding.cu",
+    args=(
+        Tensor("float_workspace_buffer", "workspace_size", **_SCRATCH),
+        Tensor("A", "m k", "T", "", **_IN),
+        Tensor("B", "n k", "T", "", **_IN),
+        Tensor("SFA", "a0 a1", "float32", "", **_IN),
+        Tensor("SFB", "b0 b1", "float32", "", **_IN),
+        Tensor("C", "m n", "O", "", **_OUT),
+        *_GRANULARITY, *_MODE,
+    ),
+    **_GROUPWISE,
+)  # fmt: skip
+GROUP_GROUPWISE = Row(
+    "group_gemm_fp8_nt_groupwise", symbol="group_gemm_fp8_nt_groupwise",
+    source="csrc/group_gemm_sm100_binding.cu",
+    args=(
+        Tensor("int_workspace_buffer", "workspace_size", **_SCRATCH),
+        Tensor("float_workspace_buffer", "float_size", **_SCRATCH),
+        Tensor("A", "m k", "T", "", **_IN),
+        Tensor("B", "groups n k", "T", "", **_IN),
+        Tensor("SFA", "a0 a1", "float32", "", **_IN),
+        Tensor("SFB", "groups b0 b1", "float32", "", **_IN),
+        Tensor("D", "m n", "O", "", **_OUT),
+        Tensor("m_indptr", "groups+1", "int32", "", **_PLAIN),
+        Scalar("n", int, None, ""), Scalar("k", int, None, ""),
+        *_GRANULARITY, *_MODE,
+    ),
+    **_GROUPWISE,
+)  # fmt: skip
+
+ROWS = (*GET_ALGOS, *RUN_WITH_ALGO, SEGMENT_SM80, SEGMENT_SM90, RUN_GEMM, GROUPWISE,
+        GROUP_GROUPWISE)  # fmt: skip

@@ -1,0 +1,161 @@
+"""Filters of whole rows: entries of FlashInfer's `sampling` module, in `csrc/renorm.cu`.
+
+What the rows demand beyond the bindings' own checks follows `include/flashinfer/air_top_p.cuh` and
+`topk.cuh`.  The radix kernels share a row that a block has no room for between blocks, which wait
+for each other, and count on scratch that is zero.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.ops.row import MULTIPROCESSORS, Row, Rule, Scalar, Tensor, Vector
+
+_SOURCE = "csrc/flashinfer_sampling_binding.cu"
+_INT = 2**31 - 1
+_OUT = {"writes": True, "reads": False, "contiguous": True}
+_MAYBE = {"optional": True, "contiguous": True}
+
+# A block for each multiprocessor runs at once; on the GPUs with the least shared memory it has
+# room for so many elements of 4 bytes.
+_ROOM = 15000
+
+
+def rule_of_shared_rows(argument: str, axis: str) -> Rule:
+    return Rule(
+        argument,
+        (axis, MULTIPROCESSORS),
+        lambda size, count: bool(size <= _ROOM * count),
+        f"of rows of {_ROOM} elements for each multiprocessor of the GPU at most: the blocks that "
+        "share one wait for each other",
+    )
+
+
+# A group of blocks has 5140 bytes, and a GPU has room for half as many groups as multiprocessors.
+ROW_STATES = Tensor(
+    "row_states_buffer", "workspace_size", "uint8", writes=True, reads=True, contiguous=True,
+    alignment=4, bytes=2**20, zeroed=True,
+    doc="scratch of 2^20 bytes that no other stream uses, zero before its first call; without it "
+        "each stream has its own of fi_ffi's",
+)  # fmt: skip
+
+
+def _aligned(count: int) -> int:
+    return -(-count // 256) * 256
+
+
+# Of the kernel that counts in buckets: its state for a row, the buckets, and two buffers for what
+# is in the bucket of the last token.
+_BUCKETS, _COUNTER_BYTES, _ITEMSIZE = 2048, 384, 4
+
+
+def top_p_renorm_bytes(sizes: Mapping[str, int]) -> int:
+    """What `workspace` needs: nothing for rows that are searched instead."""
+    n, h = sizes["n"], sizes["h"]
+    if h < _BUCKETS:
+        return 0
+    buffer = _aligned(_ITEMSIZE * _aligned(h // 32) * n)
+    counts = _aligned(8 * _BUCKETS * n) + _aligned(4 * _BUCKETS * n)
+    return _aligned(_COUNTER_BYTES * n) + counts + 2 * buffer
+
+
+def top_p_renorm_workspace_size(batch_size: int, vocab_size: int) -> int:
+    """Bytes that `workspace` of `top_p_renorm_probs` needs for so many rows of so many tokens."""
+    sizes = {"n": batch_size, "h": vocab_size}
+    for argument, size in zip(("batch_size", "vocab_size"), sizes.values(), strict=True):
+        op, expected = "top_p_renorm_workspace_size", "an integer of 0 or more"
+        if not isinstance(size, numbers.Integral) or isinstance(size, bool):
+            raise ArgumentTypeError(op, argument, got=f"{size!r:.60}", expected=expected)
+        if size < 0:
+            raise ArgumentError(op, argument, got=size, expected=expected)
+    return top_p_renorm_bytes(sizes)
+
+
+def _row(name: str, doc: str, args: tuple[Any, ...], releases: str, **more: Any) -> Row:
+    fields = {"max_products": {("h",): _INT, ("n",): _INT}, "apart": True, **more}
+    return Row(name, "sampling", name, _SOURCE, doc, args, releases=releases, **fields)
+
+
+def _in_and_out(source: str, out: str, dtype: str, doc: str) -> tuple[Tensor, Tensor]:
+    return (
+        Tensor(source, "n h", dtype, doc, contiguous=True),
+        Tensor(out, "n h", dtype, f"may be `{source}` itself", **_OUT),
+    )
+
+
+_T: dict[str, tuple[str, ...]] = {"T": ("float32", "float16", "bfloat16")}
+_TOP_K = (
+    Tensor("maybe_top_k_arr", "n", "int32", "`top_k_val` of each row; 0 leaves nothing",
+           **_MAYBE),
+    Scalar("top_k_val", int, _INT, "how many are left, and with them those equal to the last",
+           low=1, high=_INT),
+)  # fmt: skip
+_DETERMINISTIC = Scalar(
+    "is_deterministic", bool, True,
+    "the same result each time: sums of rows in 64-bit integers, which takes longer",
+)  # fmt: skip
+_WORKSPACE = Tensor(
+    "workspace", "workspace_size", "uint8", writes=True, reads=False, contiguous=True,
+    alignment=128, bytes_for=top_p_renorm_bytes,
+    doc="scratch of `top_p_renorm_workspace_size(n, h)` bytes that no other stream uses; without "
+        "it each stream has its own of fi_ffi's",
+)  # fmt: skip
+
+_TOP_P_ROW = _row(
+    "top_p_renorm_probs",
+    "Keep the most probable tokens of each row that sum to `top_p`, and those as probable as the "
+    "last of them, and make them sum to 1.",
+    (
+        *_in_and_out("probs", "renorm_probs", "float32", "rows that sum to 1"),
+        Tensor("maybe_top_p_arr", "n", "float32", "`top_p_val` of each row",
+               **_MAYBE),
+        Scalar("top_p_val", float, 1.0, "what is left sums to so much at least", low=0.0),
+        _DETERMINISTIC,
+        _WORKSPACE,
+    ),
+    ">=0.6.7",
+    dtypes={},
+    vector=Vector(("h",), dtype="float32"),
+    # Rows are counted by a grid's second dimension, elements in an int.
+    max_products={("h",): _INT, ("n",): 2**16 - 1},
+    offset_limit=2**31,
+    in_place=(("renorm_probs", "probs"),),
+)  # fmt: skip
+_TOP_K_ROW = _row(
+    "top_k_renorm_probs",
+    "Keep the `top_k` most probable tokens of each row, and make them sum to 1.",
+    (*_in_and_out("probs", "renorm_probs", "T", "rows of nothing below 0"), *_TOP_K, ROW_STATES),
+    ">=0.6.3,<0.7.1",
+    dtypes=_T,
+    vector=Vector(("h",), dtype="T"),
+    in_place=(("renorm_probs", "probs"),),
+    rules=(rule_of_shared_rows("probs", "h"),),
+)
+
+ROWS = (
+    _TOP_P_ROW,
+    replace(_TOP_P_ROW, args=_TOP_P_ROW.args[:-2], releases=">=0.6.3,<0.6.7"),
+    _TOP_K_ROW,
+    replace(
+        _TOP_K_ROW,
+        args=(*_TOP_K_ROW.args[:-1], replace(_DETERMINISTIC, doc="the same result each time"),
+              ROW_STATES),
+        releases=">=0.7.1",
+        variant="_deterministic",
+    ),
+    _row(
+        "top_k_mask_logits",
+        "Keep the `top_k` greatest logits of each row; the others become -inf.",
+        (*_in_and_out("logits", "mask_logits", "T", "rows of logits, none of them NaN"), *_TOP_K,
+         ROW_STATES),
+        ">=0.6.3",
+        dtypes=_T,
+        vector=Vector(("h",), dtype="T"),
+        in_place=(("mask_logits", "logits"),),
+        rules=(rule_of_shared_rows("logits", "h"),),
+    ),
+)  # fmt: skip

@@ -1,0 +1,115 @@
+"""Filters of whole rows from their definition: see exact.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.formula import Exact, Formula, Inputs
+
+# Of the magnitude, 2^-16 is allowed; float32 below its normal numbers is 0 to the kernels.
+_SLACK = 2.0**-16
+_FLUSHED = 2.0**-126 / _SLACK
+_TINY = 1e-8
+# Smaller rows are searched, larger ones are counted in so many buckets.
+_BUCKETS = 2048
+
+
+def _k_of(a: Inputs, i: int) -> int:
+    """A negative one is a large one to the kernel."""
+    given = a.get("maybe_top_k_arr")
+    return int(a["top_k_val"] if given is None else given[i]) % 2**32
+
+
+def _is_kept(x: Array, k: int) -> Array:
+    """Which have fewer than `k` above them."""
+    above = np.searchsorted(np.sort(-x), -x, side="left")
+    kept: Array = above < k
+    return kept
+
+
+def top_k_renorm_probs(a: Inputs) -> Exact:
+    value = np.zeros_like(a["probs"])
+    for i, p in enumerate(a["probs"]):
+        kept = np.where(_is_kept(p, _k_of(a, i)), p, 0)
+        value[i] = kept / max(kept.sum(), _TINY)
+    return {"renorm_probs": (value, value + _FLUSHED)}
+
+
+def top_k_mask_logits(a: Inputs) -> Exact:
+    """Nothing is rounded: the logits themselves, or -inf."""
+
+    def judge(got: Array) -> tuple[float, float]:
+        for i, x in enumerate(a["logits"]):
+            right = np.where(_is_kept(x, _k_of(a, i)), x, -np.inf)
+            if not np.array_equal(got[i].astype(np.float64), right):
+                return np.inf, np.inf
+        return 0.0, 0.0
+
+    return {"mask_logits": judge}
+
+
+def top_p_slack(size: int, is_deterministic: bool) -> float:
+    """How far a kernel's sums of a row may be off.
+
+    Searched and counted deterministically, a few roundings; otherwise each bucket is a sum of up to
+    all elements one after another, whose errors are as good as random.
+    """
+    few = 256 + size / 512
+    return float(2.0**-24 * (few if size < _BUCKETS or is_deterministic else few + 16 * size**0.5))
+
+
+def top_p_error(p: Array, got: Array, top_p: float, within: float) -> tuple[float, float]:
+    """The error of a row that is to be the greatest of `p` that sum to `top_p`, over their sum.
+
+    What is kept is told by the result.  It must be all from some value on, be enough, and not be
+    enough without the least of it.
+    """
+    total, size = p.sum(), len(p)
+    if not (got >= 0).all():
+        return np.inf, np.inf
+    if not total > _TINY:
+        return _distance(got, p)
+    target = top_p * (total if size >= _BUCKETS else 1)
+    kept = got > 0
+    least = p[kept].min(initial=np.inf)
+    chosen = p >= least
+    mass, without = p[chosen].sum(), p[p > least].sum()
+    is_all = not (p[~chosen] > 2.0**-100).any()
+    slack = within * max(1.0, total)
+    if (mass < target - slack and not is_all) or (without >= target + slack and without > 0):
+        return np.inf, np.inf
+    # A search that ends before it has moved takes the sum of all to be 1.
+    sums = {float(mass), 1.0} if is_all and size < _BUCKETS and top_p < 1 else {float(mass)}
+    return min(
+        (_distance(got, np.where(chosen, p, 0) / one) for one in sums), key=lambda error: error[1]
+    )
+
+
+def _distance(got: Array, value: Array) -> tuple[float, float]:
+    error = np.abs(got - value)
+    allowed = np.abs(value) * (2.0**-24 + _SLACK) + 2 * _FLUSHED * _SLACK
+    return float(error.max(initial=0)), float((error / allowed).max(initial=0))
+
+
+def top_p_renorm_probs(a: Inputs) -> Exact:
+    def judge(got: Array) -> tuple[float, float]:
+        errors = []
+        for i, p in enumerate(a["probs"]):
+            given: Any = a.get("maybe_top_p_arr")
+            top_p = float(np.float32(a["top_p_val"] if given is None else given[i]))
+            within = top_p_slack(len(p), bool(a.get("is_deterministic", True)))
+            errors.append(top_p_error(p, got[i].astype(np.float64), top_p, within))
+        return max(errors, key=lambda error: error[1], default=(0.0, 0.0))
+
+    return {"renorm_probs": judge}
+
+
+RENORM: dict[str, Formula] = {
+    "top_k_renorm_probs": top_k_renorm_probs,
+    "top_k_renorm_probs_deterministic": top_k_renorm_probs,
+    "top_p_renorm_probs": top_p_renorm_probs,
+    "top_k_mask_logits": top_k_mask_logits,
+}

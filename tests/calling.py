@@ -1,0 +1,89 @@
+"""Which entries of kernel modules the GPU tests have called, for docs/coverage.md."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fi_ffi.abi.function import Entry
+from fi_ffi.cli.cuda import gpus
+from fi_ffi.loader import search
+from fi_ffi.loader.entries import entries_of
+from fi_ffi.loader.uris import parse
+from fi_ffi.ops.support.called import key_of
+
+# More arguments than these ask a function for its signature, and call nothing.
+_MOST = 256
+
+
+class Calls:
+    """Notes every entry that returned without an error, of tests that passed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._now: set[str] = set()
+        self._passed: set[str] = set()
+
+    def watch(self) -> None:
+        """Entries made from now on tell of their calls; a call's cost does not matter here."""
+        made, now = Entry.__init__, self._now
+
+        def init(entry: Entry, *args: Any, **kwargs: Any) -> None:
+            made(entry, *args, **kwargs)
+            raw = entry.address
+
+            def address(handle: Any, packed: Any, count: int, result: Any) -> int:
+                code: int = raw(handle, packed, count, result)
+                if code == 0 and count < _MOST:
+                    now.add(entry.name)
+                return code
+
+            entry.address = address
+
+        Entry.__init__ = init  # type: ignore[method-assign]
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+        report = (yield).get_result()
+        if call.when == "call":
+            self._passed |= self._now if report.passed else set()
+            self._now.clear()
+
+    def pytest_sessionfinish(self) -> None:
+        found = gpus()
+        if not found or not self._passed:
+            return
+        release = search.release()
+        before = json.loads(self._path.read_text()) if self._path.exists() else {"entries": {}}
+        entries = {key: {*names} for key, names in before["entries"].items()}
+        for key, symbol in by_family(self._passed, release):
+            entries.setdefault(key, set()).add(symbol)
+        record = {
+            "device": found[0].name,
+            "capability": [*found[0].capability],
+            "release": release or "unknown",
+            "entries": {key: sorted(names) for key, names in sorted(entries.items())},
+        }
+        self._path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def by_family(names: set[str], release: str | None) -> list[tuple[str, str]]:
+    """Families and entries, of the names of entries: `module.symbol`, or a method's own."""
+    record = entries_of(release) if release else None
+    methods = {
+        method: group.families[0]
+        for group in record or ()
+        for kind in group.objects.values()
+        for method in kind
+    }
+    found = set()
+    for name in names:
+        module, _, symbol = name.rpartition(".")
+        if parse(module) is not None:
+            found.add(key_of(module, symbol))
+        elif symbol in methods and not module.startswith(("fi_ffi", "ffi", "reference")):
+            found.add((methods[symbol], symbol))
+    return sorted(found)

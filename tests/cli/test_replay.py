@@ -1,0 +1,499 @@
+"""Dumped calls: what is in their files, and what `fi-ffi replay` makes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import fi_ffi
+from fi_ffi.cli import main
+from fi_ffi.cli.cases import default_dtypes, make_case
+from fi_ffi.cli.inputs import inputs_of
+from fi_ffi.cli.replaying import compare
+from fi_ffi.cli.replaying.recorded import load
+from fi_ffi.errors import ArtifactError
+from fi_ffi.ops import watching
+from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.logging_calls.dump import AFTER, BEFORE
+
+from plan_calls import KINDS, Case
+from prepared_calls import EVERY_OP, Placed, draw, placed
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left():
+    yield
+    assert watching.logs == ()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tmp_path / "dumps"
+
+
+def dumped(folder: Path, call: Callable[[], object], **options: Any) -> list[Path]:
+    """The files of the calls that are made, before each of them."""
+    with fi_ffi.call_log(0, dump=folder, **options):
+        call()
+    return sorted(folder.glob(f"*{BEFORE}"))
+
+
+def replay(path: Path, *options: str) -> Result:
+    return CliRunner().invoke(main, ["replay", str(path), *options])
+
+
+def replayed(path: Path, *options: str) -> dict[str, Any]:
+    """What is printed of a call that replays as it was."""
+    done = replay(path, "--json", *options)
+    assert done.exit_code == 0, done.output
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert found["ok"]
+    return found
+
+
+def header(path: Path) -> tuple[dict[str, Any], bytes]:
+    """A safetensors file, read by what its format says."""
+    data = path.read_bytes()
+    (count,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + count]), data[8 + count :]
+
+
+def rewrite(path: Path, document: dict[str, Any], body: bytes) -> None:
+    text = json.dumps(document).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+def norm(folder: Path, rows: int = 3, dtype: str = "bfloat16") -> tuple[Path, dict[str, Any]]:
+    """A dumped rmsnorm, and its arrays after it."""
+    row = OPS["rmsnorm"].row
+    case = make_case(row, {"n": rows, "h": 64}, {"T": dtype}, np.random.default_rng())
+    (path,) = dumped(folder, lambda: fi_ffi.rmsnorm(**case.arrays, eps=0.25))
+    return path, case.arrays
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_what_is_in_the_files(folder):
+    path, arrays = norm(folder)
+    assert path.name.startswith(f"{os.getpid()}-") and path.name.endswith(f"-rmsnorm{BEFORE}")
+    after = Path(str(path).replace(BEFORE, AFTER))
+    assert {*folder.iterdir()} == {path, after}
+    for file in (path, after):
+        assert file.stat().st_mode & 0o777 == 0o600
+    document, body = header(path)
+    words = document.pop("__metadata__")
+    assert words["format"] == "fi_ffi call 1"
+    assert document.keys() == {"out", "input", "weight"}
+    for name in ("input", "weight"):
+        entry = document[name]
+        assert entry["dtype"] == "BF16" and entry["shape"] == list(arrays[name].shape)
+        assert body[slice(*entry["data_offsets"])] == arrays[name].tobytes()
+    call = json.loads(words["call"])
+    assert call["op"] == "rmsnorm" and call["device"] == "cpu" and call["stream"] is None
+    assert call["row"]["signature"] == str(OPS["rmsnorm"].row.signature)
+    named = {of.pop("name"): of for of in call["arguments"]}
+    assert named["eps"] == {"value": 0.25}
+    assert named["out"] == {
+        "dtype": "bfloat16", "shape": [3, 64], "strides": [64, 1], "device": "cpu",
+        "address": arrays["out"].ctypes.data, "reads": False, "writes": True, "scratch": False,
+    }  # fmt: skip
+    document, body = header(after)
+    assert json.loads(document.pop("__metadata__")["result"]) is None
+    assert document.keys() == {"out"}
+    assert body == arrays["out"].tobytes()
+
+
+@pytest.mark.parametrize("dtype", [*fi_ffi.DTYPES])
+def test_every_dtype_is_kept(folder, dtype):
+    """Bit by bit, rows apart or not."""
+    from fi_ffi.ops.logging_calls import container, memory
+
+    rng = np.random.default_rng()
+    size = fi_ffi.DTYPES[dtype].itemsize
+    whole = rng.integers(0, 256, (3, 4, 6 * size), np.uint8)
+    for strides, part in (
+        ((24, 6, 1), whole),
+        ((24, 6, 1), whole[:2]),
+        ((24, 12, 1), whole[:, ::2]),
+    ):
+        shape = (*part.shape[:2], 6)
+        desc = fi_ffi.TensorDesc(whole.ctypes.data, shape, dtype, strides=strides, device="cpu")
+        got = memory.read(desc.layout, desc.ptr, None)
+        assert got == part.tobytes()
+        path = folder.with_suffix(f".{len(got)}")
+        container.write(path, {"x": container.Stored(desc.dtype, shape, got)}, {"a": "b"})
+        found, words = container.read(path)
+        assert bytes(found["x"]) == got and words == {"a": "b"}
+
+
+def test_axes_in_any_order():
+    from fi_ffi.ops.logging_calls.memory import read
+
+    array = np.random.default_rng().integers(0, 2**15, (3, 4, 5, 6), np.int16)
+    for axes in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2), (0, 2, 1, 3)):
+        for part in (array, array[1:, :, ::2], array[:, 2:3], array[..., 1:2], array[::-1]):
+            view = part.transpose(axes)
+            strides = [step // 2 for step in view.strides]
+            where = view.ctypes.data
+            desc = fi_ffi.TensorDesc(where, view.shape, "int16", strides=strides, device="cpu")
+            assert read(desc.layout, where, None) == view.tobytes()
+
+
+def test_limits(folder):
+    x = np.ones((4, 16), np.float16)
+
+    def calls():
+        for _ in range(3):
+            fi_ffi.rmsnorm(np.zeros_like(x), x, x[0])
+
+    log = folder.parent / "log"
+    with fi_ffi.call_log(1, log, dump=folder, max_dump_calls=2):
+        calls()
+    assert len([*folder.iterdir()]) == 4
+    assert log.read_text().count("not dumped: 2 calls were") == 1
+    # Two tensors of 128 bytes and one of 32 before a call, one of 128 after.
+    each = 2 * 128 + 32 + 128
+    for most, kept in ((each - 129, 0), (each - 1, 1), (each, 2), (2 * each - 1, 3)):
+        other = folder / str(most)
+        dumped(other, calls, max_dump_bytes=most)
+        assert len([*other.iterdir()]) == kept
+
+
+def test_only_the_ops_that_are_named(folder):
+    x = np.ones((4, 16), np.float16)
+    case = Case("decode")
+
+    def calls():
+        fi_ffi.rmsnorm(np.zeros_like(x), x, x[0])
+        fi_ffi.fused_add_rmsnorm(x, x.copy(), x[0].copy())
+        case.run(case.plan())
+
+    paths = dumped(folder, calls, dump_ops="*add_rmsnorm, BatchDecodePlan.*")
+    names = [path.name.split("-")[2] for path in paths]
+    assert names == [f"fused_add_rmsnorm{BEFORE}", f"BatchDecodePlan.run{BEFORE}"]
+    for path in paths:
+        replayed(path, "--bits")
+
+
+def test_a_full_disk_is_told_and_the_call_is_made(folder, monkeypatch):
+    from fi_ffi.ops.logging_calls import container
+
+    def fail(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(container, "write", fail)
+    x, out = np.ones((4, 16), np.float16), np.zeros((4, 16), np.float16)
+    log = folder.parent / "log"
+    with fi_ffi.call_log(1, log, dump=folder):
+        fi_ffi.rmsnorm(out, x, x[0])
+    assert (out > 0.9).all()
+    assert "not dumped: OSError: [Errno 28]" in log.read_text()
+
+
+# ---------------------------------------------------------------- replays
+
+
+@pytest.mark.parametrize(("op", "dtypes", "more"), EVERY_OP)
+def test_every_op(folder, op, dtypes, more):
+    (made,) = placed(draw(op.row, dtypes, more), more, 1)
+    (path,) = dumped(folder, lambda: op(**made.values))
+    found = replayed(path, "--bits")
+    names = [of["name"] for of in found["compared"] if of["to"] == "the dump"]
+    written = {arg.name for arg in op.row.tensors if arg.writes and arg.name in made.arrays}
+    scratch = {arg.name for arg in op.row.tensors if arg.is_scratch}
+    assert {*names} == written - scratch
+    assert compare.has_definition(op.row)
+    assert any(of["to"] == "the definition in float64" for of in found["compared"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plans_and_runs(folder, kind):
+    case = Case(kind)
+    paths = dumped(folder, lambda: case.run(case.plan()))
+    case.check()
+    plan, run = (replayed(path, "--bits") for path in paths)
+    assert [of["name"] for of in plan["compared"]] == ["(result)"]
+    assert {of["name"] for of in run["compared"]} == {"o", "maybe_lse"}
+    assert all(of["is_same"] for of in run["compared"])
+
+
+def test_a_run_that_leaves_rows_as_they_are(folder):
+    """With CUDA graphs there may be more rows than the batch has."""
+    case = Case("paged", enable_cuda_graph=True, max_total_num_rows=32, max_num_indices=20)
+    case.memory["o"][...] = 77
+    _, path = dumped(folder, lambda: case.run(case.plan()))
+    assert (case.memory["o"][9:] == 77).all() and len(case.memory["o"]) == 32
+    replayed(path, "--bits")
+    # An element more that was written is seen.
+    after = Path(str(path).replace(BEFORE, AFTER))
+    document, body = header(after)
+    start, _ = document["o"]["data_offsets"]
+    at = start + 2 * 20 * 4 * 64
+    rewrite(after, document, body[:at] + b"\1\2" + body[at + 2 :])
+    assert replay(path).exit_code == 1
+
+
+def test_single_requests(folder):
+    rng = np.random.default_rng()
+    q, k, v = (rng.standard_normal(shape).astype(np.float16)
+               for shape in ((6, 4, 64), (9, 2, 64), (9, 2, 64)))  # fmt: skip
+    tmp, out = np.zeros(64, np.uint8), np.full((6, 4, 64), np.nan, np.float16)
+    lse = np.full((6, 4), np.nan, np.float32)
+
+    def calls():
+        fi_ffi.single_prefill(q, k, v, tmp, out, lse, causal=True)
+        hnd = (x.transpose(1, 0, 2).copy() for x in (k, v))
+        fi_ffi.single_decode(q[0], *hnd, tmp, out[0], kv_layout="HND", q_scale=0.5)
+        fi_ffi.single_prefill(
+            q, k, v, tmp, out, pos_encoding_mode="ROPE_LLAMA", logits_soft_cap=0.0, window_left=3
+        )
+
+    for path in dumped(folder, calls):
+        assert len(replayed(path, "--bits")["compared"]) in (1, 2)
+
+
+def test_tensors_that_share_memory(folder):
+    """Heads of a fused tensor, in place, and keys and values in one cache."""
+    rng = np.random.default_rng()
+    fused = rng.standard_normal((5, 3, 64)).astype(np.float16)
+    q, k = fused[:, :2], fused[:, 2:]
+    weight = np.ones(64, np.float16)
+    op = OPS["append_paged_kv_cache"]
+    case = make_case(op.row, inputs_of(op.row).small, default_dtypes(op.row), rng)
+    both = np.stack([case.arrays.pop(f"paged_{of}_cache") for of in "kv"], axis=1)
+
+    def calls():
+        fi_ffi.qk_rmsnorm(q, q, weight)
+        fi_ffi.rmsnorm(k[:, 0], k[:, 0], weight)
+        caches = dict(zip(("paged_k_cache", "paged_v_cache"),
+                          fi_ffi.split_paged_kv_cache(both), strict=True))  # fmt: skip
+        op(**case.arrays, **caches)
+
+    paths = dumped(folder, calls)
+    for path in paths:
+        replayed(path, "--bits")
+    recorded = load(paths[2])
+    k_cache, v_cache = (recorded.tensors[f"paged_{of}_cache"] for of in "kv")
+    assert k_cache.address < v_cache.address < k_cache.address + k_cache.span
+
+
+def test_prepared_calls(folder):
+    x, out = np.ones((4, 16), np.float16), np.zeros((4, 16), np.float16)
+    prepared = fi_ffi.rmsnorm.prepare(out, x, x[0])
+    (path,) = dumped(folder, prepared)
+    replayed(path, "--bits")
+
+
+def test_a_call_that_came_to_no_end(folder):
+    path, _ = norm(folder)
+    Path(str(path).replace(BEFORE, AFTER)).unlink()
+    found = replayed(path, "--bits")
+    assert not found["came_to_its_end"]
+    assert [of["to"] for of in found["compared"]] == ["the definition in float64"]
+    assert "did not come to its end" in replay(path).output
+
+
+def test_either_file_or_what_their_names_have_in_common(folder):
+    path, _ = norm(folder)
+    for name in (path, str(path).replace(BEFORE, AFTER), str(path).removesuffix(BEFORE)):
+        assert replay(Path(name)).exit_code == 0
+
+
+def test_results_that_differ(folder):
+    """One step in one element is told with --bits, and a larger error without."""
+    path, arrays = norm(folder, rows=5)
+    after = Path(str(path).replace(BEFORE, AFTER))
+    document, body = header(after)
+    out = np.frombuffer(body, ml_dtypes.bfloat16).reshape(5, 64).copy()
+    assert (out == arrays["out"]).all()
+    largest = np.unravel_index(np.abs(out.astype(np.float32)).argmax(), out.shape)
+    out.view(np.uint16)[largest] += 1
+    rewrite(after, document, out.tobytes())
+    assert replay(path).exit_code == 0
+    done = replay(path, "--bits")
+    assert done.exit_code == 1
+    assert "these differ: out and the dump" in done.output
+    out.view(np.uint16)[largest] += 16
+    rewrite(after, document, out.tobytes())
+    assert replay(path).exit_code == 1
+    out[...] = arrays["out"]
+    out[2, 3] = np.nan
+    rewrite(after, document, out.tobytes())
+    assert replay(path).exit_code == 1
+
+
+def test_a_kernel_that_is_wrong_is_seen(folder, monkeypatch):
+    """By the definition, where the dump has the same error."""
+    from fi_ffi import reference
+    from fi_ffi.reference import norm as kernels
+
+    right = kernels.KERNELS["norm"]["rmsnorm"]
+
+    def wrong(out, input, weight, eps, enable_pdl):
+        right(out, input, weight, eps, enable_pdl)
+        out[1] *= np.asarray(1.05, out.dtype)
+
+    monkeypatch.setitem(kernels.KERNELS["norm"], "rmsnorm", wrong)
+    monkeypatch.setattr(reference, "_entries", {})
+    fi_ffi.rmsnorm.forget()
+    try:
+        path, _ = norm(folder)
+        done = replay(path, "--json")
+        verdicts = {of["to"]: of["status"] for of in json.loads(done.stdout)["compared"]}
+        assert verdicts == {"the dump": "ok", "the definition in float64": "fail"}
+        assert done.exit_code == 1
+    finally:
+        fi_ffi.rmsnorm.forget()
+
+
+# ---------------------------------------------------------------- what cannot be replayed
+
+
+def refused(path: Path, *options: str) -> str:
+    done = replay(path, *options)
+    assert done.exit_code == 2, done.output
+    assert isinstance(done.exception, SystemExit)
+    assert "cannot be replayed: " in done.output
+    return done.output
+
+
+def test_a_run_whose_plan_was_made_before(folder):
+    case = Case("decode")
+    plan = case.plan()
+    (path,) = dumped(folder, lambda: case.run(plan))
+    assert "planned before the log was open" in refused(path)
+
+
+def test_a_function_that_no_row_describes(folder):
+    x = np.ones(4, np.float16)
+    desc = fi_ffi.as_desc(x)
+    (path,) = dumped(
+        folder, lambda: watching.called("some/entry", lambda: None, (desc, 2), [("0", desc)], None)
+    )
+    assert "some_entry" in path.name
+    assert "no row describes some/entry" in refused(path)
+    assert load(path).tensors["0"].elements.tolist() == [1] * 4
+
+
+def test_a_row_that_there_is_no_more(folder):
+    path, _ = norm(folder)
+    document, body = header(path)
+    call = json.loads(document["__metadata__"]["call"])
+    call["row"]["signature"] = call["row"]["signature"].replace("float", "int")
+    document["__metadata__"]["call"] = json.dumps(call)
+    rewrite(path, document, body)
+    assert "has no row rmsnorm" in refused(path)
+
+
+def test_no_such_file_device_or_kernels(folder):
+    path, _ = norm(folder)
+    refused(folder / "nothing")
+    refused(path, "--device", "gpu:0")
+    refused(path, "--kernels", str(folder / "nothing"))
+
+
+def test_arguments_that_the_op_refuses(folder):
+    """What a file says is checked as what a caller says."""
+    path, _ = norm(folder)
+    document, body = header(path)
+    words = document["__metadata__"]
+    words["call"] = words["call"].replace('"value": 0.25', '"value": -1.0')
+    rewrite(path, document, body)
+    assert "eps" in refused(path)
+
+
+def _changed(rng: np.random.Generator, data: bytes) -> bytes:
+    """A file with something wrong."""
+    kind = rng.integers(5)
+    at = int(rng.integers(len(data)))
+    (count,) = struct.unpack("<Q", data[:8])
+    in_header = 8 + int(rng.integers(count))
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        return data[:in_header] + bytes([int(rng.integers(256))]) + data[in_header + 1 :]
+    if kind == 2:
+        return struct.pack("<Q", int(rng.integers(0, 2**63))) + data[8:]
+    if kind == 3:
+        digits = [i for i in range(8, 8 + count) if data[i : i + 1].isdigit()]
+        where = int(rng.choice(digits))
+        return data[:where] + str(rng.integers(10)).encode() + data[where + 1 :]
+    end = in_header + int(rng.integers(1, 40))
+    return data[:in_header] + data[end:]
+
+
+def test_files_that_are_wrong(folder):
+    """They are refused or read; nothing else is raised, and nothing is run."""
+    case = Case("decode")
+    paths = dumped(folder, lambda: case.run(case.plan()))
+    rng = np.random.default_rng()
+    seen = 0
+    for path in (*paths, norm(folder / "norm")[0]):
+        for suffix in (BEFORE, AFTER):
+            file = Path(str(path).replace(BEFORE, suffix))
+            right = file.read_bytes()
+            for _ in range(150):
+                wrong = _changed(rng, right)
+                file.write_bytes(wrong)
+                try:
+                    load(path)
+                except ArtifactError as error:
+                    assert str(folder) in str(error)
+                    seen += 1
+                except BaseException:
+                    print(wrong[:4000])
+                    raise
+            file.write_bytes(right)
+        load(path)
+    assert seen > 300
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["input"].update(data_offsets=[0, 1 << 40]),
+        lambda d: d["input"].update(data_offsets=[-8, 376]),
+        lambda d: d["input"].update(shape=[1 << 62, 4]),
+        lambda d: d["input"].update(shape=[3.0, 64]),
+        lambda d: d["input"].update(dtype="F12"),
+        lambda d: d.update(input=[1, 2]),
+        lambda d: d["__metadata__"].update(format="fi_ffi call 2"),
+        lambda d: d["__metadata__"].update(call="[]"),
+        lambda d: d["__metadata__"].update(call="{"),
+        lambda d: d["__metadata__"].update(call=json.dumps({"arguments": [{"name": "x"}, 3]})),
+        lambda d: d["__metadata__"].pop("call"),
+        lambda d: d.update(__metadata__={"format": 3}),
+    ],
+)
+def test_headers_that_are_wrong(folder, change):
+    path, _ = norm(folder)
+    document, body = header(path)
+    change(document)
+    rewrite(path, document, body)
+    refused(path)
+
+
+def test_placed_arrays_are_as_aligned_as_they_were(folder):
+    """What a kernel loads at a time must be where it was."""
+    from fi_ffi.abi.device import parse_device
+    from fi_ffi.cli.replaying.memory import Placed as Replaced
+
+    case = draw(OPS["rmsnorm"].row, {"T": "float16"}, {})
+    made = Placed(case)
+    (path,) = dumped(folder, lambda: fi_ffi.rmsnorm(**made.values))
+    recorded = load(path)
+    again = Replaced(recorded.tensors.values(), parse_device("cpu"), frozenset())
+    for name, address in made.addresses.items():
+        desc = again.desc(name)
+        assert desc.ptr % 256 == address % 256 and desc.ptr != address
+        assert desc.layout is made.descs[name].layout

@@ -1,0 +1,449 @@
+"""Call logs and dumps on a GPU: real streams, captures, replays, and a crash."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import fi_ffi
+from fi_ffi.cli import main
+from fi_ffi.cli.cases import Case, make_case
+from fi_ffi.cli.inputs import inputs_of
+from fi_ffi.ops import watching
+from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.logging_calls.dump import BEFORE
+from fi_ffi.ops.row import Row
+
+from prepared_calls import settle
+
+HEAD = re.compile(r"\[[^]]*\] #(\d+) (.*)")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left():
+    yield
+    assert watching.logs == () and watching.inboxes == ()
+
+
+def read(text: str) -> list[tuple[str, dict[str, str]]]:
+    """A log's pieces: what each says, and the lines under it by their names."""
+    found: list[tuple[str, dict[str, str]]] = []
+    for line in text.splitlines():
+        match = HEAD.fullmatch(line)
+        if match:
+            found.append((match[2], {}))
+        elif not line.startswith("    "):
+            name, _, value = line[2:].partition(": ")
+            found[-1][1][name] = value
+    return found
+
+
+def expected(array: np.ndarray) -> str:
+    wide = array.astype(np.float64).ravel()
+    finite = wide[np.isfinite(wide)]
+    numbers = f"min {finite.min():.6g}, max {finite.max():.6g}, mean "
+    return numbers + f"X, {np.isnan(wide).sum()} NaN, {np.isinf(wide).sum()} Inf"
+
+
+def check_statistics(said: str, array: np.ndarray) -> None:
+    """All but the mean to the letter; the mean to five digits."""
+    mean = float(re.search(r"mean (\S+),", said)[1])
+    assert re.sub(r"mean \S+,", "mean X,", said) == expected(array)
+    finite = array.astype(np.float64)
+    finite = finite[np.isfinite(finite)]
+    assert abs(mean - finite.mean()) <= 1e-5 * np.abs(finite).mean()
+
+
+def of_norm(rng: np.random.Generator, name: str = "rmsnorm", dtype: str = "bfloat16") -> Case:
+    row = OPS[name].row
+    dtypes = {variable: of[0] for variable, of in row.dtypes.items()} | {"T": dtype}
+    return make_case(row, {"n": 33, "h": 1024}, dtypes, rng)
+
+
+def place(case: Case, to_gpu: Callable[..., Any]) -> dict[str, Any]:
+    from cuda.bindings import runtime
+
+    placed = {name: to_gpu(array) for name, array in case.arrays.items()}
+    runtime.cudaDeviceSynchronize()  # streams here wait for no other
+    return placed
+
+
+def descs(placed: dict[str, Any]) -> dict[str, fi_ffi.TensorDesc]:
+    return {name: array.desc() for name, array in placed.items()}
+
+
+# ---------------------------------------------------------------- logs
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_statistics_are_numpys(rng, to_gpu, stream, tmp_path, dtype):
+    case = of_norm(rng, dtype=dtype)
+    case.arrays["input"][3, 5] = np.nan
+    case.arrays["input"][4, 7] = -np.inf
+    placed = place(case, to_gpu)
+    path = tmp_path / "log"
+    with fi_ffi.call_log(5, path):
+        fi_ffi.rmsnorm(**descs(placed), stream=stream)
+    (name, arguments), (_, before), (returned, _), (_, after) = read(path.read_text())
+    assert name == "rmsnorm" and returned.startswith("returned after")
+    assert arguments["entry"] == f"norm.rmsnorm, on cuda:0, stream {stream:#x}"
+    assert arguments["input"].endswith(f"on cuda:0 at {placed['input'].ptr:#x}")
+    check_statistics(before["input"], case.arrays["input"])
+    check_statistics(before["weight"], case.arrays["weight"])
+    check_statistics(after["out"], placed["out"].get())
+
+
+def test_statistics_of_fp8(rng, to_gpu, stream, tmp_path):
+    case = of_norm(rng, "rmsnorm_quant")
+    placed = place(case, to_gpu)
+    path = tmp_path / "log"
+    with fi_ffi.call_log(5, path):
+        fi_ffi.rmsnorm_quant(**descs(placed), **case.scalars, stream=stream)
+    after = read(path.read_text())[-1][1]
+    check_statistics(after["out"], placed["out"].get())
+    assert case.error("out", placed["out"].get())[1] <= 1
+
+
+def test_statistics_are_in_the_streams_order(rng, to_gpu, stream, tmp_path):
+    """What is queued before the call is in them; it is waited for."""
+    from cuda.bindings import runtime
+
+    from fi_ffi.cli.cuda import check
+
+    case = of_norm(rng)
+    placed = place(case, to_gpu)
+    later = to_gpu(np.full_like(case.arrays["input"], 3))
+    check(runtime.cudaDeviceSynchronize())
+    size = 1 << 28
+    big = [check(runtime.cudaMalloc(size)) for _ in range(2)]
+    kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+    path = tmp_path / "log"
+    with fi_ffi.call_log(5, path):
+        for _ in range(50):
+            check(runtime.cudaMemcpyAsync(big[0], big[1], size, kind, stream))
+        check(runtime.cudaMemcpyAsync(placed["input"].ptr, later.ptr, later.nbytes, kind, stream))
+        fi_ffi.rmsnorm(**descs(placed), stream=stream)
+    for pointer in big:
+        check(runtime.cudaFree(pointer))
+    before = read(path.read_text())[1][1]
+    assert before["input"] == "min 3, max 3, mean 3, 0 NaN, 0 Inf"
+
+
+def test_all_ways_of_calling(rng, to_gpu, stream, tmp_path):
+    case = of_norm(rng)
+    placed = place(case, to_gpu)
+    given = descs(placed)
+    prepared = fi_ffi.rmsnorm.prepare(**given, stream=stream)
+    path = tmp_path / "log"
+    for _ in range(2):
+        fi_ffi.rmsnorm(**given, stream=stream)
+    with fi_ffi.call_log(1, path):
+        fi_ffi.rmsnorm(**given, stream=stream)
+        prepared()
+        with fi_ffi.stream(stream):
+            fi_ffi.rmsnorm(**given)
+        with fi_ffi.watchdog(30.0):
+            fi_ffi.rmsnorm(**given, stream=stream)
+    prepared()
+    assert [name for name, _ in read(path.read_text())] == ["rmsnorm"] * 4
+    settle(stream)
+    assert case.error("out", placed["out"].get())[1] <= 1
+
+
+def test_nothing_is_read_while_a_graph_is_recorded(rng, to_gpu, stream, tmp_path):
+    """It is recorded all the same, and its launches are told."""
+    case = of_norm(rng)
+    placed = place(case, to_gpu)
+    fi_ffi.rmsnorm(**descs(placed), stream=stream)
+    settle(stream)
+    path, folder = tmp_path / "log", tmp_path / "dumps"
+    with fi_ffi.call_log(5, path, dump=folder):
+        with fi_ffi.capture(stream) as graph:
+            fi_ffi.rmsnorm(**descs(placed))
+        placed["out"]._copy_to(case.arrays["out"])
+        graph.launch(stream)
+    assert graph.nodes == 1
+    settle(stream)
+    assert case.error("out", placed["out"].get())[1] <= 1
+    heads = [name for name, _ in read(path.read_text())]
+    assert heads[:2] == ["rmsnorm", "is recorded into a graph, and not run: nothing is read"]
+    assert heads[3:] == ["Graph was recorded", "Graph is launched"]
+    assert [*folder.iterdir()] == []
+    graph.launch(stream)
+    settle(stream)
+
+
+def test_an_address_that_cannot_be_read_leaves_no_error_behind(rng, to_gpu, stream):
+    """Launchers ask CUDA for the last error: the next call must not be given the log's."""
+    from cuda.bindings import runtime
+
+    from fi_ffi.cli.cuda import check
+    from fi_ffi.ops.logging_calls.memory import read as read_memory
+
+    case = of_norm(rng)
+    placed = place(case, to_gpu)
+    gone = check(runtime.cudaMalloc(1 << 28))
+    check(runtime.cudaFree(gone))
+    desc = fi_ffi.TensorDesc(int(gone), (64,), "float32")
+    with pytest.raises(fi_ffi.KernelError, match="CUDA error"):
+        read_memory(desc.layout, desc.ptr, stream)
+    fi_ffi.rmsnorm(**descs(placed), stream=stream)
+    settle(stream)
+    assert case.error("out", placed["out"].get())[1] <= 1
+
+
+CRASH = """
+    import os
+
+    import numpy as np
+    from cuda.bindings import runtime
+
+    import fi_ffi
+    from fi_ffi.cli.cuda import DeviceArray, check
+
+    x = DeviceArray(np.ones((8, 512), np.float16))
+    out = DeviceArray(np.full((8, 512), np.nan, np.float16))
+    weight = DeviceArray(np.ones(512, np.float16))
+    gone = 1 << 20  # where nothing ever is: freed memory may be somebody else's by now
+    stream = int(check(runtime.cudaStreamCreate()))
+    bad = fi_ffi.TensorDesc(int(gone), (8, 512), "float16")
+    fi_ffi.rmsnorm(out.desc(), x.desc(), weight.desc(), eps=0.125, stream=stream)
+    check(runtime.cudaStreamSynchronize(stream))
+    print(f"{int(gone):#x}", flush=True)
+    fi_ffi.rmsnorm(out.desc(), bad, weight.desc(), eps=0.25, stream=stream)
+    (code,) = runtime.cudaStreamSynchronize(stream)
+    print(int(code), flush=True)
+    if int(code):
+        os.abort()
+"""
+
+
+@pytest.mark.parametrize("level", [3, 5])
+def test_a_kernel_that_crashes_leaves_its_arguments(tmp_path, level):
+    path = tmp_path / "%i.log"
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(CRASH)],
+        env={**os.environ, "FI_FFI_LOG_LEVEL": str(level), "FI_FFI_LOG_DEST": str(path),
+             "FI_FFI_DUMP_DIR": str(tmp_path / "dumps")},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGABRT, done.stdout + done.stderr
+    address, code = done.stdout.split()
+    assert code == "700", "an illegal address"
+    (log,) = tmp_path.glob("*.log")
+    pieces = read(log.read_text())
+    starts = [i for i, (name, _) in enumerate(pieces) if name == "rmsnorm"]
+    assert len(starts) == 2
+    first, last = (pieces[i][1] for i in starts)
+    assert first["eps"] == "0.125" and last["eps"] == "0.25"
+    assert last["input"] == f"float16[8, 512] on cuda:0 at {address}"
+    assert "stream 0x" in last["entry"]
+    rest = [name for name, _ in pieces[starts[1] :]]
+    if level == 5:
+        assert "no statistics: KernelError" in pieces[starts[1] + 1][1]["input"]
+        # Each call is waited for, so that it is this one that failed.
+        assert "700" in pieces[-1][1]["out"] or "700" in pieces[-2][1].get("out", "")
+    assert any(name.startswith("not dumped: ") for name in rest), rest
+    dumps = [file for file in (tmp_path / "dumps").iterdir() if file.name.endswith(BEFORE)]
+    assert len(dumps) == 1, "the first call's"
+
+
+# ---------------------------------------------------------------- replays
+
+
+def dumped(folder: Path, call: Callable[[], object]) -> list[Path]:
+    with fi_ffi.call_log(0, dump=folder):
+        call()
+    return sorted(folder.glob(f"*{BEFORE}"))
+
+
+def replayed(path: Path, *options: str) -> dict[str, Any]:
+    done = CliRunner().invoke(main, ["replay", str(path), "--json", *options])
+    assert done.exit_code == 0, done.output
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def check_replays(path: Path) -> None:
+    """Bit by bit on the GPU, within bounds by the reference on the CPU, and with a hash."""
+    found = replayed(path, "--bits")
+    assert "the same file" in found["now"] and found["now"].startswith("cuda:0")
+    of_dump = [of for of in found["compared"] if of["to"] == "the dump"]
+    assert of_dump and all(of["is_same"] for of in of_dump)
+    assert len(found["compared"]) > len(of_dump), "compared with nothing else"
+    replayed(path, "--device", "cpu")
+
+
+def needs(row: Row) -> None:
+    """Skip the test where the kernels in use lack the row's module."""
+    from fi_ffi.loader import search
+
+    if not any(row.module in source.modules() for source in search.sources()):
+        pytest.skip(f"no module {row.module} in FI_FFI_KERNELS")
+
+
+@pytest.mark.parametrize("name", ["rmsnorm", "fused_add_rmsnorm", "rmsnorm_quant", "layernorm"])
+def test_norms_replay(rng, to_gpu, stream, tmp_path, name):
+    dtype = "bfloat16"
+    case = of_norm(rng, name, dtype)
+    placed = place(case, to_gpu)
+    (path,) = dumped(tmp_path, lambda: OPS[name](**descs(placed), **case.scalars, stream=stream))
+    settle(stream)
+    assert all(case.error(out, placed[out].get())[1] <= 1 for out in case.expected)
+    check_replays(path)
+
+
+@pytest.mark.parametrize("name", ["append_paged_kv_cache", "gdn_prefill", "silu_and_mul",
+                                  "merge_states"])  # fmt: skip
+def test_others_replay(rng, to_gpu, stream, tmp_path, name):
+    if name not in OPS:
+        pytest.skip(f"there is no {name}")
+    op = OPS[name]
+    needs(op.row)
+    dtypes = {variable: of[0] for variable, of in op.row.dtypes.items()}
+    case = make_case(op.row, inputs_of(op.row).small, dtypes, rng)
+    placed = place(case, to_gpu)
+    (path,) = dumped(tmp_path, lambda: op(**descs(placed), **case.scalars, stream=stream))
+    settle(stream)
+    check_replays(path)
+
+
+def test_a_strided_call_replays(rng, to_gpu, stream, tmp_path):
+    """Rows apart and in place, as heads of a fused tensor are."""
+    fused = to_gpu(rng.standard_normal((9, 3, 128)).astype(np.float16))
+    weight = to_gpu(np.ones(128, np.float16))
+    from cuda.bindings import runtime
+
+    runtime.cudaDeviceSynchronize()
+    part = fi_ffi.TensorDesc(fused.ptr, (9, 2, 128), "float16", strides=(384, 128, 1))
+    call = lambda: fi_ffi.qk_rmsnorm(part, part, weight.desc(), stream=stream)  # noqa: E731
+    (path,) = dumped(tmp_path, call)
+    check_replays(path)
+
+
+def _paged(rng: np.random.Generator, lengths: tuple[int, ...], size: int) -> dict[str, np.ndarray]:
+    pages = [-(-length // size) for length in lengths]
+    indptr = np.cumsum([0, *pages]).astype(np.int32)
+    return {
+        "indptr": indptr,
+        "indices": rng.permutation(int(indptr[-1]) + 3)[: indptr[-1]].astype(np.int32),
+        "last": np.array([(length - 1) % size + 1 for length in lengths], np.int32),
+    }
+
+
+def planned(make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except fi_ffi.KernelNotFoundError as error:
+        pytest.skip(str(error).splitlines()[0])
+
+
+def test_a_decode_plan_replays(rng, to_gpu, stream, tmp_path):
+    lengths, size, heads, kv_heads, dim = (700, 33, 1, 290), 16, 8, 2, 128
+    tables = _paged(rng, lengths, size)
+    pages = int(tables["indptr"][-1]) + 3
+    q = to_gpu(rng.standard_normal((4, heads, dim)).astype(np.float16))
+    k, v = (to_gpu(rng.standard_normal((pages, size, kv_heads, dim)).astype(np.float16))
+            for _ in range(2))  # fmt: skip
+    o = to_gpu(np.full((4, heads, dim), np.nan, np.float16))
+    lse = to_gpu(np.full((4, heads), np.nan, np.float32))
+    from cuda.bindings import runtime
+
+    runtime.cudaDeviceSynchronize()
+
+    def make() -> Any:
+        return fi_ffi.BatchDecodePlan(
+            tables["indptr"], tables["indices"], tables["last"], num_qo_heads=heads,
+            num_kv_heads=kv_heads, head_dim=dim, page_size=size, stream=stream,
+        )  # fmt: skip
+
+    planned(make)
+
+    def call() -> None:
+        make().run(q.desc(), k.desc(), v.desc(), o.desc(), lse.desc(), stream=stream)
+
+    plan, run = dumped(tmp_path, call)
+    settle(stream)
+    assert np.isfinite(o.get().astype(np.float32)).all()
+    found = replayed(plan)
+    assert [of["name"] for of in found["compared"]] == ["(result)"]
+    check_replays(run)
+
+
+@pytest.mark.parametrize("backend", ["fa2", "fa3"])
+def test_a_prefill_plan_replays(rng, to_gpu, stream, tmp_path, backend):
+    qo, kv, heads, kv_heads, dim = (0, 65, 66, 200), (0, 200, 210, 500), 8, 2, 128
+    q = to_gpu(rng.standard_normal((qo[-1], heads, dim)).astype(np.float16))
+    k, v = (to_gpu(rng.standard_normal((kv[-1], kv_heads, dim)).astype(np.float16))
+            for _ in range(2))  # fmt: skip
+    o = to_gpu(np.full((qo[-1], heads, dim), np.nan, np.float16))
+    lse = to_gpu(np.full((qo[-1], heads), np.nan, np.float32))
+    from cuda.bindings import runtime
+
+    runtime.cudaDeviceSynchronize()
+
+    def make() -> Any:
+        try:
+            return fi_ffi.BatchPrefillPlan(
+                np.int32(qo), kv_indptr=np.int32(kv), num_qo_heads=heads, num_kv_heads=kv_heads,
+                head_dim_qk=dim, causal=True, backend=backend, stream=stream,
+            )  # fmt: skip
+        except fi_ffi.ArgumentError as error:
+            pytest.skip(str(error))
+
+    planned(make)
+
+    def call() -> None:
+        make().ragged_run(q.desc(), k.desc(), v.desc(), o.desc(), lse.desc(), stream=stream)
+
+    _, run = dumped(tmp_path, call)
+    settle(stream)
+    check_replays(run)
+
+
+def test_single_decode_replays(rng, to_gpu, stream, tmp_path):
+    heads, kv_heads, dim, length = 8, 2, 128, 1500
+    q = to_gpu(rng.standard_normal((heads, dim)).astype(np.float16))
+    k, v = (to_gpu(rng.standard_normal((length, kv_heads, dim)).astype(np.float16))
+            for _ in range(2))  # fmt: skip
+    o = to_gpu(np.full((heads, dim), np.nan, np.float16))
+    need = fi_ffi.single_decode_workspace_size(length, heads, kv_heads, dim)
+    tmp = to_gpu(np.zeros(max(need, 16), np.uint8))
+    from cuda.bindings import runtime
+
+    runtime.cudaDeviceSynchronize()
+
+    def call() -> None:
+        fi_ffi.single_decode(q.desc(), k.desc(), v.desc(), tmp.desc(), o.desc(), stream=stream)
+
+    planned(call)
+    (path,) = dumped(tmp_path, call)
+    settle(stream)
+    check_replays(path)
+
+
+def test_traces_of_gpu_calls(rng, to_gpu, stream, tmp_path):
+    case = of_norm(rng)
+    placed = place(case, to_gpu)
+    (path,) = dumped(tmp_path, lambda: fi_ffi.rmsnorm(**descs(placed), stream=stream))
+    done = CliRunner().invoke(main, ["trace", str(path)])
+    assert done.exit_code == 0, done.output
+    definition = json.loads(done.stdout)
+    names: dict[str, Any] = {}
+    exec(definition["reference"], names)
+    out = names["run"](case.arrays["input"], case.arrays["weight"])
+    assert case.error("out", out)[1] <= 1
+    settle(stream)
+    assert case.error("out", placed["out"].get())[1] <= 1

@@ -1,0 +1,228 @@
+"""Matrix products on a GPU: the tests of three files of tests/ops, and what only a GPU has."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import fi_ffi
+from fi_ffi.cli.cases import make_case
+from fi_ffi.loader import libraries
+from fi_ffi.loader import machine as of_loader
+from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.handles import own_handle
+from fi_ffi.reference.exact_gemm import fp8_products
+
+from attention.machines import Gpu
+from ops import test_block_scale_gemm as blocks
+from ops import test_gemm, test_segment_gemm
+from prepared_calls import OnGpu, settle
+
+BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
+# What the references alone compute here, or what is refused before it is known where it is.
+_OF_THE_HOST = ("test_groupwise", "test_groupwise_in_groups")
+
+for _module in (test_gemm, test_segment_gemm, blocks):
+    for _name, _test in inspect.getmembers(_module, inspect.isfunction):
+        if _name.startswith("test_") and _name not in _OF_THE_HOST:
+            globals()[_name] = _test
+
+DTYPES = {"TA": "float8_e4m3fn", "TB": "float8_e4m3fn", "T": "bfloat16"}
+
+
+@pytest.fixture
+def machine(to_gpu, stream):
+    made = Gpu(to_gpu, stream)
+    yield made
+    made.close()
+
+
+def hopper(machine: Gpu, module: str) -> None:
+    machine.need(module)
+    if of_loader.capability(0)[0] != 9:
+        pytest.skip("for Hopper")
+
+
+def test_a_handle_of_the_callers(machine, rng):
+    """0 is fi_ffi's own; another, of either library, is used as it is."""
+    machine.need("gemm")
+    row = OPS["bmm_fp8"].row
+    if "cublas_handle" not in [arg.name for arg in row.args]:
+        pytest.skip("these kernels make their own")
+    case = make_case(row, {"b": 2, "m": 9, "n": 32, "k": 64}, DTYPES, rng)
+    on_gpu = OnGpu(case, machine.place)
+    own = own_handle("cublasLt", fi_ffi.parse_device("cuda:0"))
+    assert own and own == own_handle("cublasLt", fi_ffi.parse_device("cuda:0"))
+    assert libraries.load(libraries.CUBLAS_LT)[1]
+    scalars = {name: value for name, value in case.scalars.items() if name != "cublas_handle"}
+    for handle in (own, 0):
+        machine.poison(on_gpu.arrays["D"], machine.stream)
+        fi_ffi.bmm_fp8(**on_gpu.descs, **scalars, cublas_handle=handle, stream=machine.stream)
+        machine.synchronize()
+        assert on_gpu.is_right()
+
+
+def test_bmm_of_two_e5m2_is_refused_by_cublas_too(machine, rng):
+    """Why the row refuses it: the launcher does, in words."""
+    machine.need("gemm")
+    entry = fi_ffi.module("gemm").bmm_fp8
+    a, b = (machine.place(np.zeros((1, 16, 16), ml_dtypes.float8_e5m2)) for _ in range(2))
+    d, one = machine.place(np.zeros((1, 16, 16), BF16)), machine.place(np.ones(1, np.float32))
+    room = machine.place(np.zeros(1 << 20, np.uint8))
+    own = own_handle("cublasLt", fi_ffi.parse_device("cuda:0"))
+    arguments = [array.desc() for array in (a, b, d, one, one, room)]
+    with pytest.raises(fi_ffi.KernelError, match="e5m2"):
+        entry(*arguments, own, stream=machine.stream)
+
+
+@pytest.mark.parametrize("name", ["bmm_fp8", "tinygemm2_nobias", "fp8_quantize_1x128"])
+def test_prepared(name, machine, rng):
+    """Packed once; launched, and launched with other memory."""
+    op = OPS[name]
+    machine.need(op.row.module)
+    if op.row.capabilities and of_loader.capability(0)[0] not in op.row.capabilities:
+        pytest.skip(f"{name} is not for this GPU")
+    sizes = {
+        "bmm_fp8": {"b": 2, "m": 20, "n": 64, "k": 128}, "fp8_quantize_1x128": {"n": 9, "k128": 4},
+        "tinygemm2_nobias": {"n": 5, "m": 64, "k": 256},
+    }[name]  # fmt: skip
+    dtypes = DTYPES if name == "bmm_fp8" else {"T": "bfloat16"}
+    one, other = (OnGpu(make_case(op.row, sizes, dtypes, rng), machine.place) for _ in range(2))
+    call = op.prepare(**one.descs, **one.case.scalars, stream=machine.stream)
+    call()
+    settle(machine.stream)
+    assert one.is_right() and other.is_untouched()
+    call.update(**other.addresses)
+    call()
+    settle(machine.stream)
+    assert other.is_right()
+
+
+def test_bmm_captured_without_a_call_before(machine, rng):
+    """What is made for the first call is made in a capture as well."""
+    machine.need("gemm")
+    case = make_case(OPS["bmm_fp8"].row, {"b": 3, "m": 24, "n": 48, "k": 96}, DTYPES, rng)
+    on_gpu = OnGpu(case, machine.place)
+
+    def launch() -> None:
+        fi_ffi.bmm_fp8(**on_gpu.descs, **case.scalars, stream=machine.stream)
+
+    replay = machine.capture(launch)
+    replay()
+    machine.synchronize()
+    assert on_gpu.is_right()
+
+
+def test_bmm_on_many_threads(machine, rng):
+    """They share a handle, and each stream has scratch of its own."""
+    machine.need("gemm")
+    streams = machine.streams(4)
+    calls = [
+        OnGpu(make_case(OPS["bmm_fp8"].row, {"b": 2, "m": 64, "n": 256, "k": 1024}, DTYPES, rng,
+                        without=("workspace_buffer",)), machine.place)
+        for _ in streams
+    ]  # fmt: skip
+    errors: list[BaseException] = []
+
+    def work(call: OnGpu, stream: int) -> None:
+        try:
+            for _ in range(50):
+                fi_ffi.bmm_fp8(**call.descs, **call.case.scalars, stream=stream)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [
+        threading.Thread(target=work, args=pair) for pair in zip(calls, streams, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    machine.synchronize()
+    assert not errors
+    assert all(call.is_right() for call in calls)
+
+
+def test_block_scales_on_many_threads(machine, rng):
+    """One object serves them all, one after the other."""
+    hopper(machine, blocks.MODULE)
+    streams = machine.streams(4)
+    calls = [blocks.Blocks(machine, rng, 8 * (i + 1), 128, 512, False, False) for i in range(4)]
+    machine.synchronize()
+    errors: list[BaseException] = []
+
+    def work(made: blocks.Blocks, stream: int) -> None:
+        try:
+            for _ in range(50):
+                made.call(stream=stream)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [
+        threading.Thread(target=work, args=pair) for pair in zip(calls, streams, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    machine.synchronize()
+    assert not errors
+    assert max(made.worst() for made in calls) <= 1
+
+
+@pytest.mark.parametrize("backend", ["sm80", "sm90"])
+def test_a_large_batch_of_segments(backend, machine, rng):
+    test_segment_gemm.need(machine, backend)
+    lengths = [int(n) for n in rng.integers(0, 40, 300)]
+    made = test_segment_gemm.Segments(machine, rng, lengths, BF16, BF16, True, d_in=512, d_out=256,
+                            weights=16)  # fmt: skip
+    made.call(backend=backend)
+    assert made.worst() <= 1
+
+
+def test_what_flashinfer_says_of_scales_is_not_what_its_kernels_read(machine, rng):
+    """The trap that docs/gemm.md names: scales as FlashInfer's documentation has them, [m, k /
+    128] and [n, k / 128], in the kernel's own words; the products are others."""
+    hopper(machine, blocks.MODULE)
+    m, n, k = 64, 128, 512
+    x, w = (rng.standard_normal(shape).astype(E4M3) for shape in ((m, k), (n, k)))
+    of_x, of_w = (np.exp(rng.uniform(-2, 2, (rows, k // 128))) for rows in (m, n))
+    runner = fi_ffi.module(blocks.MODULE).init(device="cuda:0")
+    out = machine.place(np.full((m, n), np.nan, BF16))
+    placed = [machine.place(array) for array in (x, w)]
+    scales = [machine.place(array.astype(np.float32)) for array in (of_x, of_w)]
+    room = machine.place(np.zeros(1 << 22, np.uint8))
+    tensors = [array.desc() for array in (*placed, out, *scales)]
+    runner.get_workspace_size(m, n, k)
+    runner.configure_workspace(room.desc(), stream=machine.stream)
+    runner.run_gemm(*tensors, stream=machine.stream)
+    machine.synchronize()
+    a = x.astype(float) * of_x.repeat(128, 1)
+    b = w.astype(float) * of_w.repeat(128, 1)
+    judge = fp8_products(a @ b.T, abs(a) @ abs(b.T), 128)
+    fraction = judge(out.get())[1]
+    print(f"{fraction:.1f} of what is allowed")
+    assert fraction > 1
+
+
+def test_products_of_other_gpus_are_refused(machine, rng):
+    """Nothing is launched, and nothing written."""
+    if of_loader.capability(0)[0] == 10:
+        pytest.skip("runs on this GPU")
+    out = machine.place(np.full((8, 128), np.nan, BF16))
+    a, b = machine.place(np.ones((8, 128), E4M3)), machine.place(np.ones((128, 128), E4M3))
+    of_a, of_b = (machine.place(np.ones(s, np.float32)) for s in ((1, 8), (1, 1)))
+    tensors = [array.desc() for array in (a, b, of_a, of_b)]
+    told = r"gemm_fp8_nt_groupwise is written .* 10\.x"
+    with pytest.raises(fi_ffi.ArchitectureError, match=told):
+        fi_ffi.gemm_fp8_nt_groupwise(*tensors, "MN", out=out.desc(), stream=machine.stream)
+    of_b, groups = machine.place(np.ones((1, 1, 1), np.float32)), np.array([0, 8], np.int32)
+    b, groups = machine.place(np.ones((1, 128, 128), E4M3)), machine.place(groups)
+    tensors = [array.desc() for array in (a, b, of_a, of_b, groups)]
+    with pytest.raises(fi_ffi.ArchitectureError, match="group_gemm_fp8_nt_groupwise is written"):
+        fi_ffi.group_gemm_fp8_nt_groupwise(*tensors, out=out.desc(), stream=machine.stream)
+    assert np.isnan(out.get().astype(float)).all()

@@ -1,0 +1,126 @@
+"""Sampling on a GPU: the tests of tests/ops, and what only a GPU can show."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sampling_hang
+from sampling_calls import run
+
+import fi_ffi
+from fi_ffi.cli.cases import make_case
+from fi_ffi.loader import search
+from fi_ffi.ops.functions import OPS
+
+from attention.machines import Gpu
+from ops import test_chain_sampling, test_sampling, test_sampling_filters, test_sampling_statistics
+
+TESTS = Path(__file__).parent.parent
+
+for _module in (
+    test_sampling,
+    test_sampling_statistics,
+    test_sampling_filters,
+    test_chain_sampling,
+):
+    for _name, _test in inspect.getmembers(_module, inspect.isfunction):
+        if _name.startswith("test_") and "machine" in inspect.signature(_test).parameters:
+            _of = _module.__name__.rpartition("test_")[2]
+            globals()[f"test_{_of}_{_name.removeprefix('test_')}"] = _test
+
+
+@pytest.fixture
+def machine(to_gpu, stream):
+    made = Gpu(to_gpu, stream)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("name", ["softmax", "top_p_sampling_from_probs", "sampling_from_logits"])
+def test_tokens_are_the_references(name, machine, rng):
+    """Nearly all: rounding decides about the others, and they are judged elsewhere."""
+    sizes = {"n": 500, "r": 500, "h": 4096, "workspace_size": 2**20}
+    case = make_case(OPS[name].row, sizes, {"I": "int32", "S": "int64"}, rng)
+    got = run(machine, name, case.arrays, **case.scalars)["output"]
+    OPS[name](**case.arrays, **case.scalars)
+    if name == "softmax":
+        assert np.abs(got - case.arrays["output"]).max() < 1e-6
+    else:
+        assert (got == case.arrays["output"]).mean() > 0.99
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("name", ["top_k_renorm_probs", "top_k_mask_logits"])
+def test_rows_that_just_fit_a_block(name, dtype, machine, rng, record_property):
+    """The kernel of top_k_renorm_probs asks for all of a block's shared memory for rows that need
+    nearly all, besides what it has for itself: CUDA refuses, and nothing is written."""
+    from cuda.bindings import runtime
+
+    from fi_ffi.cli.cuda import check
+
+    machine.need("sampling")
+    attribute = runtime.cudaDeviceAttr.cudaDevAttrMaxSharedMemoryPerBlockOptin
+    room = (check(runtime.cudaDeviceGetAttribute(attribute, 0)) - 2080) // (
+        4 if dtype == "float32" else 2
+    )
+    refused = []
+    for size in (room - 1024, room - 512, room - 64, room - 8, room, room + 8):
+        size -= size % 8
+        sizes = {"n": 2, "h": size, "workspace_size": 2**20}
+        case = make_case(OPS[name].row, sizes, {"T": dtype}, rng)
+        try:
+            got = run(machine, name, case.arrays, **case.scalars)
+        except fi_ffi.KernelError as error:
+            assert "TopKRenormProb failed" in str(error)
+            refused.append(size)
+            continue
+        assert all(case.error(out, got[out])[1] <= 1 for out in case.expected), size
+    record_property("refused", refused)
+    assert name == "top_k_renorm_probs" or not refused
+    assert all(room - 512 <= size <= room for size in refused)
+    # And the next call is fine.
+    case = make_case(OPS[name].row, {"n": 2, "h": 1000, "workspace_size": 2**20},
+                     {"T": dtype}, rng)  # fmt: skip
+    got = run(machine, name, case.arrays, **case.scalars)
+    assert all(case.error(out, got[out])[1] <= 1 for out in case.expected)
+
+
+@pytest.mark.parametrize("which", ["apart", "close"])
+def test_a_search_that_does_not_end(which, machine):
+    """top_p_renorm_probs of less than 2048 probabilities next to each other, in some releases: a
+    watchdog tells of it, and the GPU serves others as before."""
+    machine.need("sampling")
+    release = tuple(int(part) for part in (search.release() or "0").split(".")[:3])
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, sampling_hang.__file__, which]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    ) as process:  # fmt: skip
+        try:
+            out, err = process.communicate(timeout=sampling_hang.SECONDS + 60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, err = process.communicate()
+    if which == "close" and (0, 6, 8) <= release < (0, 6, 14):
+        assert out.split() == ["launching"], err
+        assert process.returncode == 124, f"{process.returncode}, not by its watchdog: {err}"
+        assert "top_p_renorm_probs has not finished" in err
+    else:
+        assert (process.returncode, out.split()) == (0, ["launching", "finished"]), err
+
+
+def test_every_entry_has_the_rows_signature(machine):
+    """Attested: each is called with more arguments than any function takes."""
+    machine.need("sampling")
+    signatures = fi_ffi.module("sampling")
+    for op in OPS.values():
+        if op.row.module == "sampling":
+            assert op.row.symbol in signatures.entries()
+            assert op.row.signature.same_types(signatures.entry(op.row.symbol).signature)

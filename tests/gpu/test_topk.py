@@ -1,0 +1,57 @@
+"""The greatest of each row on a GPU: the tests of tests/ops/test_topk.py."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+from sampling_calls import run
+
+import fi_ffi
+from fi_ffi.ops.functions import OPS
+
+from attention.machines import Gpu
+from ops import test_topk as on_host
+
+for _name, _test in inspect.getmembers(on_host, inspect.isfunction):
+    if _name.startswith("test_") and "machine" in inspect.signature(_test).parameters:
+        globals()[_name] = _test
+
+
+@pytest.fixture
+def machine(to_gpu, stream):
+    made = Gpu(to_gpu, stream)
+    yield made
+    made.close()
+
+
+def test_whether_a_block_has_room_for_a_row(machine):
+    """The function without parameters: it asks CUDA, and launches nothing."""
+    machine.need("topk")
+    can = fi_ffi.module("topk").can_implement_filtered_topk(device="cuda:0")
+    assert can is True or can is False
+
+
+@pytest.mark.parametrize("d", [4096, 131072])
+def test_shared_rows_and_rows_of_a_block_choose_the_same(d, machine, rng, monkeypatch):
+    """FlashInfer's own switch between the two kernels."""
+    machine.need("topk")
+    rows = rng.permutation(np.arange(20 * d) % 60000).reshape(20, d).astype(np.float32)
+    made = {}
+    for kernel in ("filtered", "multi_cta"):
+        monkeypatch.setenv("FLASHINFER_TOPK_ALGO", kernel)
+        case = on_host.make(on_host.PLAIN, rng, 20, d, 300, tables={"input": rows},
+                            sorted_output=True)  # fmt: skip
+        got = run(machine, on_host.PLAIN, case.arrays, **case.scalars)
+        assert all(case.error(out, got[out])[1] <= 1 for out in case.expected)
+        made[kernel] = got["output_values"]
+    assert (made["filtered"] == made["multi_cta"]).all()
+
+
+def test_every_entry_has_the_rows_signature(machine):
+    machine.need("topk")
+    module = fi_ffi.module("topk")
+    for op in OPS.values():
+        if op.row.module == "topk":
+            assert op.row.signature.same_types(module.entry(op.row.symbol).signature)

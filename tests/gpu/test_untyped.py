@@ -1,0 +1,293 @@
+"""Kernels that have no row, called through `fi_ffi.module` and held to their own formulas."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from untyped_calls import (
+    BF16,
+    SUM,
+    TANH,
+    call,
+    float64,
+    judged,
+    mhc_post,
+    mhc_pre,
+    module,
+    poisoned,
+    rounded,
+    routing,
+    sigmoid,
+    state_update,
+    worst,
+)
+
+import fi_ffi
+from fi_ffi.reference.exact_attention import Options, exact
+
+from attention import judge
+
+ATTENTION = (
+    "batch_attention_with_kv_cache_dtype_q_f16_dtype_kv_f16_dtype_o_f16_dtype_idx_i32_"
+    "head_dim_qk_128_head_dim_vo_128_posenc_0_use_logits_soft_cap_false_use_profiler_false"
+)
+STATE = "selective_state_update_s_f32_i_bf16_w_bf16_a_f32_si_i64_d_64_ds_128_nt_1_cs_i32_na_i32"
+EPS = {"rms": 1e-5, "pre": 3e-3, "sinkhorn": 1e-4}
+
+
+@pytest.mark.parametrize("tokens", [1, 37])
+@pytest.mark.parametrize("hidden", [8, 77, 1280, 4096, 7168])
+def test_mhc_post(tokens, hidden, rng, to_gpu, stream):
+    x = rng.standard_normal((tokens, hidden)).astype(BF16)
+    residual = rng.standard_normal((tokens, 4, hidden)).astype(BF16)
+    post = rng.uniform(-2, 2, (tokens, 4)).astype(np.float32)
+    comb = rng.uniform(-1, 1, (tokens, 4, 4)).astype(np.float32)
+    out = to_gpu(poisoned((tokens, 4, hidden), BF16))
+    given = map(to_gpu, (x, residual, post, comb))
+    call(module("mhc").mhc_post, out, *given, stream=stream)
+    expected, magnitude = mhc_post(x, residual, post, comb)
+    judged(out, expected, rounded(BF16, expected) + SUM * magnitude)
+
+
+@pytest.mark.parametrize("splits", [None, 1, 4, 16], ids=lambda splits: f"splits={splits}")
+@pytest.mark.parametrize("block", [0, 512])
+@pytest.mark.parametrize("repeats", [1, 20])
+def test_mhc_pre(splits, block, repeats, rng, to_gpu, stream):
+    """Without splits the kernel adds up the squares itself."""
+    tokens, hidden = 19, 1544
+    residual = rng.standard_normal((tokens, 4, hidden)).astype(BF16)
+    dots = (2 * rng.standard_normal((splits or 1, tokens, 24))).astype(np.float32)
+    squares = rng.uniform(1, 2, (splits or 1, tokens)).astype(np.float32) * hidden
+    scale = rng.uniform(0.5, 1.5, 3).astype(np.float32)
+    base = rng.standard_normal(24).astype(np.float32)
+    shapes = {(tokens, 4): np.float32, (tokens, 4, 4): np.float32, (tokens, hidden): BF16}
+    outs = [to_gpu(poisoned(shape, dtype)) for shape, dtype in shapes.items()]
+    single = splits in (None, 1)
+    given = [to_gpu(array[0] if single else array) for array in (dots, squares)]
+    rest = [to_gpu(array) for array in (residual, scale, base)]
+    k = 4 * hidden if splits is None else 3 * hidden
+    numbers = (*EPS.values(), 1.5, repeats)
+    if splits is None:
+        entry = module("mhc").mhc_pre_big_fuse_with_prenorm
+        call(entry, *outs, given[0], *rest, *numbers, block, stream=stream)
+        total = np.square(float64(residual)).sum((1, 2))
+    else:
+        entry = module("mhc").mhc_pre_big_fuse
+        call(entry, *outs, *given, *rest, k, *numbers, splits, block, stream=stream)
+        total = float64(squares).sum(0)
+    post, comb, layer, magnitude, logit = mhc_pre(
+        float64(dots).sum(0), total, residual, scale, base, k=k, eps=EPS, post_factor=1.5,
+        repeats=repeats,
+    )  # fmt: skip
+    # Logits are off by some last bits of their terms, exponentials by that; the 40 divisions
+    # of `comb` by some more.
+    off = (2.0**-16 * (1 + logit))[:, None]
+    judged(outs[0], post, off * post)
+    judged(outs[1], comb, 8 * off[..., None] * comb)
+    judged(outs[2], layer, rounded(BF16, layer) + off * magnitude)
+
+
+@pytest.mark.parametrize("dtypes", [("f4", "f4"), ("f2", "f4"), (BF16, "f4"), (BF16, BF16)],
+                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(("experts", "groups", "kept"), [(256, 8, 4), (384, 1, 1), (96, 1, 1)])
+def test_dsv3_routing(dtypes, experts, groups, kept, rng, to_gpu, stream):
+    tokens, top_k, factor = 130, 8, 2.5
+    of_scores, of_bias = map(np.dtype, dtypes)
+    scores = rng.standard_normal((tokens, experts)).astype(of_scores)
+    bias = rng.uniform(-2, 2, experts).astype(of_bias)
+    values = to_gpu(poisoned((tokens, top_k), of_scores))
+    indices = to_gpu(poisoned((tokens, top_k), np.int32))
+    replay = to_gpu(poisoned((tokens + 3, top_k), np.int16))
+    call(module("dsv3_fused_routing").NoAuxTc, to_gpu(scores), to_gpu(bias), groups, kept, top_k,
+         factor, values, indices, False, replay, stream=stream)  # fmt: skip
+    got = indices.get()
+    assert ((got >= 0) & (got < experts)).all()
+    assert (replay.get()[:tokens] == got).all() and (replay.get()[tokens:] == -1).all()
+    # Where tanh.approx does not decide, the experts are these.
+    chosen, gap = routing(scores, bias, groups, kept, top_k)
+    clear = gap > 4 * TANH
+    assert clear.mean() > 0.4
+    mine = np.zeros_like(chosen)
+    np.put_along_axis(mine, got.astype(np.int64), True, axis=1)
+    assert (mine.sum(1) == top_k).all()
+    assert (mine == chosen)[clear].all()
+    share = np.take_along_axis(sigmoid(float64(scores)), got.astype(np.int64), axis=1)
+    total = share.sum(1, keepdims=True)
+    expected = factor * share / total
+    off = factor * TANH / total * (1 + top_k * share / total)
+    judged(values, expected, rounded(of_scores, expected) + off)
+
+
+@pytest.mark.parametrize("index_dtype", [np.int32, np.int64])
+@pytest.mark.parametrize("sequences", [1, 6, 1023, 1024, 3000])
+@pytest.mark.parametrize("with_workspace", [False, True])
+def test_seq_chunk_cumsum(index_dtype, sequences, with_workspace, rng, to_gpu, stream):
+    """Sequences in chunks of 64, a piece for each part of one in a chunk; some have no token."""
+    found = module("mamba_seq_chunk_cumsum")
+    size = found.seq_chunk_cumsum_tile_state_size(sequences)
+    assert (size > 0) == (sequences > 1023)
+    lengths = rng.integers(0, 150, sequences) * rng.integers(0, 3, sequences)
+    lengths[-1] = 1
+    of_token = np.repeat(np.arange(sequences), lengths)
+    starts = np.arange(len(of_token))
+    new = (starts % 64 == 0) | (np.diff(of_token, prepend=-1) != 0)
+    pieces = starts[new]
+    out = to_gpu(poisoned((sequences + 1,), np.int32))
+    state = to_gpu(poisoned((max(size, 1),), np.uint8)) if with_workspace else None
+    call(found.seq_chunk_cumsum, to_gpu(of_token.astype(index_dtype)),
+         to_gpu((pieces // 64).astype(np.int32)), to_gpu((pieces % 64).astype(np.int32)), out,
+         state, 64, len(pieces), sequences, stream=stream)  # fmt: skip
+    counts = np.bincount(of_token[new], minlength=sequences)
+    assert (out.get() == np.concatenate([[0], np.cumsum(counts)])).all()
+    assert out.intact()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "algorithm"), [("", 0), ("", 1), ("", 2), ("_sm90", 0), ("_sm90", 1), ("_sm90", 2),
+                              ("_sm90", 3)],
+)  # fmt: skip
+@pytest.mark.parametrize(("batch", "gated", "softplus"), [(3, True, True), (70, False, False)])
+@pytest.mark.parametrize("steps", [False, True], ids=["one", "steps"])
+def test_selective_state_update(
+    suffix, algorithm, batch, gated, softplus, steps, rng, to_gpu, stream
+):
+    """Weights of a head, not of its elements, are told by strides of 0."""
+    if steps and algorithm > 1:
+        pytest.skip("several steps are the simple kernel's below SM100")
+    entry = module(STATE + suffix).selective_state_update
+    heads, groups, dim, width, slots = 8, 2, 64, 128, batch + 9
+    state = rng.standard_normal((slots, heads, dim, width)).astype(np.float32)
+    x = rng.standard_normal((batch, heads, dim)).astype(BF16)
+    dt = rng.uniform(0.05, 1.0, (batch, heads)).astype(BF16)
+    a = -rng.uniform(0.1, 3, heads).astype(np.float32)
+    b, c = (rng.standard_normal((batch, groups, width)).astype(BF16) for _ in "bc")
+    d, bias = rng.standard_normal(heads).astype(BF16), rng.uniform(0, 0.5, heads).astype(BF16)
+    z = rng.standard_normal((batch, heads, dim)).astype(BF16) if gated else None
+    where = rng.permutation(slots)[:batch].astype(np.int64)
+    padded = batch // 2  # reads and writes no state; its output is not looked at
+    told = where.copy()
+    told[padded] = -1
+    table = to_gpu(state)
+    out = to_gpu(poisoned((batch, 1, heads, dim) if steps else (batch, heads, dim), BF16))
+
+    def wide(array, *more):
+        device = to_gpu(array)
+        desc = device.desc()
+        shape, strides = (*array.shape, *more), (*desc.strides, *[0] * len(more))
+        if array.ndim > 1 and steps:
+            shape, strides = (shape[0], 1, *shape[1:]), (strides[0], *strides)
+        return fi_ffi.TensorDesc(device.ptr, shape, desc.dtype, strides=strides, device="cuda:0")
+
+    args = [table.desc(), wide(x), wide(dt, dim), wide(a, dim, width), wide(b), wide(c),
+            wide(d, dim), wide(z) if gated else None, wide(bias, dim), softplus,
+            to_gpu(told).desc(), None, -1, None, out.desc(), False, None, None, None, None,
+            int(steps), None, None, algorithm]  # fmt: skip
+    if not suffix and algorithm > 1:
+        with pytest.raises(fi_ffi.KernelError, match="Unsupported SSU algorithm"):
+            entry(*args, stream=stream)
+        assert (table.get() == state).all() and np.isnan(float64(out.get())).all()
+        return
+    entry(*args, stream=stream)
+    new, off_new, expected, off = state_update(state[where], x, dt, a, b, c, d, z, bias, softplus)
+    kept = np.arange(batch) != padded
+    got = table.get()
+    assert worst(1.05 * new[kept], new[kept], off_new[kept]) > 1
+    assert worst(got[where[kept]], new[kept], off_new[kept]) <= 1
+    others = np.setdiff1d(np.arange(slots), where[kept])
+    assert (got[others] == state[others]).all()
+    assert table.intact() and out.intact()
+    assert worst(1.05 * expected[kept], expected[kept], off[kept]) > 1
+    assert worst(out.get().reshape(expected.shape)[kept], expected[kept], off[kept]) <= 1
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BF16], ids=str)
+@pytest.mark.parametrize(("wide", "rank"), [(384, 8), (768, 16), (1344, 32), (2048, 64)])
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_bgmv_moe(dtype, wide, rank, tokens, rng, to_gpu, stream):
+    """They add to what is there.
+
+    A pair whose token has no adapter, or that has no token, is left as it is.
+    """
+    found, slices, experts, adapters, top_k = module("bgmv_moe"), 2, 4, 3, 2
+    pairs = tokens * top_k + 1
+    of_pair = np.append(np.repeat(np.arange(tokens), top_k), tokens)  # the last has no token
+    of_expert = rng.integers(0, experts, pairs)
+    adapter = rng.integers(-1, adapters, tokens)
+    adapter[0] = 1
+    used = [i for i in range(pairs - 1) if adapter[of_pair[i]] >= 0]
+    x = rng.standard_normal((tokens, wide)).astype(dtype)
+    down = rng.standard_normal((slices, adapters, experts, rank, wide)).astype(dtype)
+    up = rng.standard_normal((slices, adapters, experts, wide, rank)).astype(dtype)
+    ids = [to_gpu(array.astype(np.int64)) for array in (of_pair, of_expert, adapter)]
+
+    def table(weights):
+        device = to_gpu(weights)
+        step = [side * weights.itemsize for side in (weights[0].size, weights[0, 0, 0].size)]
+        at = np.arange(slices)[:, None] * step[0] + np.arange(experts) * step[1]
+        return to_gpu((device.ptr + at).astype(np.int64)), weights[0, 0].size
+
+    first = poisoned((slices, pairs, rank), dtype)
+    first[:, used] = 0
+    shrunk = to_gpu(first)
+    pointers, stride = table(down)
+    call(found.bgmv_moe_shrink, shrunk, to_gpu(x), pointers, *ids, stride, stream=stream)
+    own = down[:, adapter[of_pair[used]], of_expert[used]]
+    row = float64(x)[of_pair[used]]
+    expected = np.einsum("spkw,pw->spk", float64(own), row)
+    magnitude = np.einsum("spkw,pw->spk", np.abs(float64(own)), np.abs(row))
+    got = shrunk.get()
+    bound = rounded(dtype, expected) + SUM * magnitude
+    assert worst(1.05 * expected, expected, bound) > 1
+    assert worst(got[:, used], expected, bound) <= 1
+    rest = [i for i in range(pairs) if i not in used]
+    assert np.isnan(float64(got[:, rest])).all() and shrunk.intact()
+
+    weights = rng.uniform(0.1, 1, pairs).astype(np.float32)
+    begun = rng.standard_normal((tokens, slices * wide)).astype(np.float32)
+    out = to_gpu(begun)
+    pointers, stride = table(up)
+    call(found.bgmv_moe_expand, out, shrunk, pointers, *ids[:2], to_gpu(weights), ids[2],
+         to_gpu(np.arange(slices) * wide), wide, stride, stream=stream)  # fmt: skip
+    expected, magnitude = float64(begun), np.abs(float64(begun))
+    for pair in used:
+        own, token = float64(up[:, adapter[of_pair[pair]], of_expert[pair]]), of_pair[pair]
+        hidden, weight = float64(got[:, pair]), float(weights[pair])
+        expected[token] += weight * np.einsum("swk,sk->sw", own, hidden).reshape(-1)
+        part = np.einsum("swk,sk->sw", np.abs(own), np.abs(hidden))
+        magnitude[token] += weight * part.reshape(-1)
+    judged(out, expected, SUM * magnitude)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("page", [1, 16])
+def test_batch_attention(causal, layout, page, rng, to_gpu, stream):
+    """Prompts and single tokens in one batch; the longest ones are split."""
+    found, heads, kv_heads, dim = module(ATTENTION), 8, 2, 128
+    queries, keys = [1, 5, 130, 1, 16, 300], [300, 5, 450, 3001, 64, 2000]
+    pages = [-(-n // page) for n in keys]
+    starts, at = np.cumsum([0, *queries]), np.cumsum([0, *pages])
+    order = rng.permutation(at[-1] + 3)[: at[-1]]
+    q = rng.standard_normal((starts[-1], heads, dim)).astype(np.float16)
+    k, v = (rng.standard_normal((at[-1] + 3, page, kv_heads, dim)).astype(np.float16) for _ in "kv")
+    cache = [a if layout == "NHD" else np.ascontiguousarray(a.swapaxes(1, 2)) for a in (k, v)]
+    space = to_gpu(poisoned((96 << 20,), np.uint8)), to_gpu(poisoned((8 << 20,), np.uint8))
+    host = poisoned((8 << 20,), np.uint8)
+    numbers = [np.array(a, np.int32) for a in (starts, at, keys)]
+    plan = call(found.plan, *space, host, *numbers, len(keys), heads, kv_heads, dim, causal,
+                stream=stream)  # fmt: skip
+    out = to_gpu(poisoned(q.shape, np.float16))
+    lse = to_gpu(poisoned(q.shape[:2], np.float32))
+    call(found.run, *space, list(plan), to_gpu(q), *map(to_gpu, cache),
+         to_gpu(order.astype(np.int32)), out, lse, int(causal), int(layout == "HND"), heads,
+         kv_heads, page, 1.0, dim**-0.5, 0.0, None, None, stream=stream)  # fmt: skip
+    got, got_lse = out.get(), lse.get()
+    how = judge.rounding("batch_prefill", "fa2", *["float16"] * 3)
+    for i, n in enumerate(keys):
+        mine, rows = slice(starts[i], starts[i + 1]), order[at[i] : at[i + 1]]
+        own = [a[rows].reshape(-1, kv_heads, dim)[:n] for a in (k, v)]
+        expected = exact(q[mine], *own, Options(sm_scale=dim**-0.5, causal=causal))
+        assert judge.worst(expected, got[mine], got_lse[mine], how, n) <= 1, i
+        longer = expected._replace(out=1.05 * expected.out)
+        assert judge.worst(longer, got[mine], None, how, n) > 1
+    assert out.intact() and lse.intact() and all(array.intact() for array in space)

@@ -1,0 +1,329 @@
+"""fp8 products with scales of blocks, against float64: on the CPU, and (tests/gpu) on a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import fi_ffi
+from fi_ffi.reference.exact_gemm import fp8_products
+
+from attention.machines import Cpu
+
+BF16, E4M3, E5M2 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
+
+
+@pytest.fixture
+def machine() -> Cpu:
+    return Cpu()
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int.from_bytes(os.urandom(8), "little")
+    print(f"seed {seed}")  # shown with a failure
+    return np.random.default_rng(seed)
+
+
+def rounded(values: np.ndarray) -> np.ndarray:
+    return np.clip(values, -448, 448).astype(E4M3).astype(float)
+
+
+def in_fp8(x: np.ndarray, largest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values as fp8 has them with a scale of `largest / 448`, and how much they may be off:
+    where one lies between two of fp8's, a kernel's quick division may make it either."""
+    scale = np.where(largest > 0, largest / 448, 1.0)
+    exact = x.astype(float) / scale
+    low, high = (rounded(exact * (1 + step)) for step in (-(2.0**-20), 2.0**-20))
+    return rounded(exact) * scale, abs(high - low) * scale
+
+
+def quantised(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in fp8, in pieces of 128 columns."""
+    pieces = x.astype(float).reshape(len(x), -1, 128)
+    values, doubt = in_fp8(pieces, abs(pieces).max(-1, keepdims=True))
+    return values.reshape(x.shape), doubt.reshape(x.shape)
+
+
+def clipped_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As the kernels quantise a bfloat16 weight: block by block, and what is seen of each."""
+    n, k = weight.shape
+    values, doubt = np.empty((n, k)), np.empty((n, k))
+    for i in range(0, n, 128):
+        for j in range(0, k, 128):
+            at = np.s_[i : i + 128, j : j + 128]
+            block = weight[at].astype(float)
+            values[at], doubt[at] = in_fp8(block, abs(block[: (k - j) // 32]).max())
+    return values, doubt
+
+
+def spread(scales: np.ndarray, shape: tuple[int, int], rows: int) -> np.ndarray:
+    return scales.repeat(rows, 0).repeat(128, 1)[: shape[0], : shape[1]]
+
+
+class Blocks:
+    """A call of `fp8_blockscale_gemm_sm90`, and what it must give."""
+
+    def __init__(self, machine, rng, m, n, k, input_fp8, weight_fp8, weight=None):
+        self.machine, self.doubt_a, self.doubt_b = machine, np.zeros((m, k)), np.zeros((n, k))
+        x = rng.standard_normal((m, k)).astype(BF16)
+        w = rng.standard_normal((n, k)).astype(BF16) if weight is None else weight
+        room = -(-m // 4) * 4
+        if input_fp8:  # scales that differ from row to row and from piece to piece
+            x = x.astype(E4M3)
+            of_x = np.exp(rng.uniform(-3, 1, (m, k // 128)))
+            self.a = x.astype(float) * of_x.astype(np.float32).repeat(128, 1)
+            scales = np.full((k // 128, room), np.nan, np.float32)
+            scales[:, :m] = of_x.T
+        else:
+            (self.a, self.doubt_a), scales = quantised(x), None
+        if weight_fp8:
+            w = w.astype(E4M3)
+            of_w = np.exp(rng.uniform(-3, 1, (-(-n // 128), k // 128))).astype(np.float32)
+            self.b = w.astype(float) * spread(of_w, (n, k), 128)
+        else:
+            (self.b, self.doubt_b), of_w = clipped_weight(w), None
+        out = np.full((m, n), np.nan, BF16)
+        arrays = {"input": x, "weight": w, "input_scale": scales, "weight_scale": of_w, "out": out}
+        self.arrays = {name: array for name, array in arrays.items() if array is not None}
+        self.placed = {name: machine.place(array) for name, array in self.arrays.items()}
+
+    def call(self, stream=None, **more):
+        descs = {name: array.desc() for name, array in self.placed.items()}
+        stream = self.machine.stream if stream is None else stream
+        fi_ffi.fp8_blockscale_gemm_sm90(**descs, **more, stream=stream)
+
+    def worst(self) -> float:
+        got = self.placed["out"].get()
+        assert all(array.intact() for array in self.placed.values())
+        a, b = abs(self.a), abs(self.b.T)
+        doubt = self.doubt_a @ b + a @ self.doubt_b.T
+        return fp8_products(self.a @ self.b.T, a @ b, 128, doubt)(got)[1]
+
+
+MODULE = "fp8_blockscale_gemm_90"
+COMBINATIONS = [(False, False), (False, True), (True, True)]
+BLOCK_SIZES = [(1, 64, 128), (3, 128, 256), (5, 192, 640), (31, 64, 1024), (32, 320, 512),
+               (64, 128, 4096), (130, 576, 384), (257, 1024, 1280)]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", BLOCK_SIZES, ids=str)
+@pytest.mark.parametrize(("input_fp8", "weight_fp8"), COMBINATIONS)
+def test_block_scales(input_fp8, weight_fp8, size, machine, rng):
+    machine.need(MODULE)
+    made = Blocks(machine, rng, *size, input_fp8, weight_fp8)
+    made.call()
+    assert made.worst() <= 1
+
+
+@pytest.mark.parametrize(("input_fp8", "weight_fp8"), COMBINATIONS)
+def test_the_deepest_product_with_block_scales(input_fp8, weight_fp8, machine, rng):
+    machine.need(MODULE)
+    made = Blocks(machine, rng, 4, 64, 20480, input_fp8, weight_fp8)
+    made.call()
+    assert made.worst() <= 1
+
+
+def test_a_bfloat16_weight_is_clipped(machine, rng):
+    """Of the last block of columns the kernels look at four rows for the largest value."""
+    machine.need(MODULE)
+    weight = rng.uniform(-1, 1, (128, 256)).astype(BF16)
+    weight[100, 200] = 64
+    made = Blocks(machine, rng, 8, 128, 256, False, False, weight)
+    made.call()
+    assert made.worst() <= 1
+    ideal = made.arrays["input"].astype(float) @ weight.T.astype(float)
+    off = abs(made.placed["out"].get().astype(float) - ideal)
+    assert (off[:, 100] > 10 * np.delete(off, 100, 1).max(1)).mean() > 0.5
+
+
+def test_what_is_quantised_first_gives_the_same(machine, rng):
+    """An input that `fp8_quantize_1x128` quantised is as good as one that the product does."""
+    machine.need(MODULE)
+    m, n, k = 9, 128, 512
+    made = Blocks(machine, rng, m, n, k, False, True)
+    made.call()
+    values, scales = np.zeros((m, k), E4M3), np.full((k // 128, 12), np.nan, np.float32)
+    values, scales = machine.place(values), machine.place(scales)
+    fi_ffi.fp8_quantize_1x128(
+        made.placed["input"].desc(), values.desc(), scales.desc(), stream=machine.stream
+    )
+    other = machine.place(np.full((m, n), np.nan, BF16))
+    fi_ffi.fp8_blockscale_gemm_sm90(
+        values.desc(), made.placed["weight"].desc(), scales.desc(),
+        made.placed["weight_scale"].desc(), other.desc(), stream=machine.stream,
+    )  # fmt: skip
+    assert other.get().tobytes() == made.placed["out"].get().tobytes()
+
+
+def test_block_scales_in_every_order_of_sizes(machine, rng):
+    """The object keeps what it was asked before: fewer rows, more, another depth."""
+    machine.need(MODULE)
+    calls = [
+        Blocks(machine, rng, m, n, k, False, weight_fp8)
+        for m, n, k in [(40, 64, 256), (1, 128, 1024), (100, 64, 128), (2, 256, 512)]
+        for weight_fp8 in (True, False)
+    ]
+    for made in calls:
+        made.call()
+    machine.synchronize()
+    assert max(made.worst() for made in calls) <= 1
+
+
+def test_block_scales_on_streams_of_their_own(machine, rng):
+    machine.need(MODULE)
+    streams = machine.streams(3)
+    calls = [Blocks(machine, rng, 16, 128, 512, False, False) for _ in range(9)]
+    machine.synchronize()
+    for i, made in enumerate(calls):
+        made.call(stream=streams[i % 3])
+    machine.synchronize()
+    assert max(made.worst() for made in calls) <= 1
+
+
+def test_block_scales_recorded_and_replayed(machine, rng):
+    machine.need(MODULE)
+    for input_fp8, weight_fp8 in COMBINATIONS:
+        made = Blocks(machine, rng, 12, 128, 256, input_fp8, weight_fp8)
+        made.call()
+        machine.synchronize()
+        replay = machine.capture(made.call)
+        for _ in range(2):
+            machine.poison(made.placed["out"], machine.stream)
+            replay()
+            machine.synchronize()
+            assert made.worst() <= 1
+
+
+def test_block_scales_with_memory_of_the_callers(machine, rng):
+    machine.need(MODULE)
+    made = Blocks(machine, rng, 16, 64, 256, False, False)
+    # For as many rows as any test here has: what the object is laid out for.
+    size = fi_ffi.fp8_blockscale_gemm_workspace_size(512, 64, 256, "bfloat16", "bfloat16")
+    scratch = machine.place(np.zeros(size, np.uint8))
+    made.call(workspace_buffer=scratch.desc())
+    assert made.worst() <= 1 and scratch.intact()
+    if machine.is_gpu:
+        small = machine.place(np.zeros(256, np.uint8))
+        with pytest.raises(fi_ffi.ArgumentError, match=r"workspace_buffer.*bytes or more"):
+            made.call(workspace_buffer=small.desc())
+    with pytest.raises(fi_ffi.ArgumentError, match="`m`"):
+        fi_ffi.fp8_blockscale_gemm_workspace_size(-1, 64, 256)
+
+
+BLOCKS_REFUSED: dict[str, tuple[dict, str, str]] = {
+    "no scales": ({"input_scale": None}, "input_scale", "shape (2, 8), as fp8_quantize"),
+    "scales of rows": ({"input_scale": np.ones((6, 2), np.float32)}, "input_scale", "(2, 8)"),
+    "no room": ({"input_scale": np.ones((2, 6), np.float32)}, "input_scale", "(2, 8)"),
+    "of each row": ({"weight_scale": np.ones((64, 2), np.float32)}, "weight_scale", "(1, 2)"),
+    "scales of bfloat16": ({"weight": np.ones((64, 256), BF16)}, "weight_scale", "None: the"),
+    "fp8 and bfloat16": ({"weight": np.ones((64, 256), BF16), "weight_scale": None}, "input",
+                         "another dtype"),
+    "float16": ({"weight": np.ones((64, 256), np.float16), "weight_scale": None}, "weight",
+                "bfloat16 or float8"),
+    "columns": ({"weight": np.ones((72, 256), E4M3)}, "weight", "multiple of 64"),
+    "depth": ({"weight": np.ones((64, 384), E4M3)}, "weight", "256"),
+    "out": ({"out": np.ones((6, 64), np.float16)}, "out", "bfloat16"),
+    "rank": ({"input": np.ones((1, 6, 256), E4M3)}, "input", "rank 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BLOCKS_REFUSED)
+def test_block_scales_that_are_refused(what):
+    changed, argument, told = BLOCKS_REFUSED[what]
+    arguments = {
+        "input": np.ones((6, 256), E4M3), "weight": np.ones((64, 256), E4M3),
+        "input_scale": np.ones((2, 8), np.float32), "weight_scale": np.ones((1, 2), np.float32),
+        "out": np.full((6, 64), np.nan, BF16),
+    }  # fmt: skip
+    fi_ffi.fp8_blockscale_gemm_sm90(**arguments)
+    assert (arguments["out"] == 256).all()
+    with pytest.raises(fi_ffi.ArgumentError) as caught:
+        fi_ffi.fp8_blockscale_gemm_sm90(**arguments | changed)
+    assert (caught.value.op, caught.value.argument) == ("fp8_blockscale_gemm_sm90", argument)
+    assert told in str(caught.value)
+
+
+def test_products_too_deep_are_refused():
+    k = 20480 + 128
+    arguments = (np.ones((1, k), BF16), np.ones((64, k), BF16))
+    with pytest.raises(fi_ffi.ArgumentError, match="k128 = 161 of at most 160"):
+        fi_ffi.fp8_blockscale_gemm_sm90(*arguments, out=np.zeros((1, 64), BF16))
+
+
+# For GPUs that are not here: the references, and refusals
+
+
+GROUPED = [("MN", 1), ("K", 1), ("MN", 128), ("K", 128)]
+
+
+def block_scales(rng, rows: int, k: int, granularity: int) -> np.ndarray:
+    shape = (-(-rows // granularity), k // 128)
+    return np.exp(rng.uniform(-3, 1, shape)).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize(("mode", "gm"), GROUPED)
+def test_groupwise(mode, gm, dtype, rng):
+    m, n, k = 260, 136, 384
+    a, b = (rng.standard_normal((rows, k)).astype(dtype) for rows in (m, n))
+    of_a, of_b = block_scales(rng, m, k, gm), block_scales(rng, n, k, 128)
+    out = np.full((m, n), np.nan, BF16)
+    scales = (of_a, of_b) if mode == "K" else tuple(map(np.ascontiguousarray, (of_a.T, of_b.T)))
+    fi_ffi.gemm_fp8_nt_groupwise(a, b, *scales, mode, 1, (gm, 128, 128), out)
+    left = a.astype(float) * spread(of_a, a.shape, gm)
+    right = b.astype(float) * spread(of_b, b.shape, 128)
+    judge = fp8_products(left @ right.T, abs(left) @ abs(right.T), 128)
+    assert judge(out)[1] <= 1
+    other = "K" if mode == "MN" else "MN"
+    with pytest.raises(fi_ffi.ArgumentError, match="[ab]_scale"):
+        fi_ffi.gemm_fp8_nt_groupwise(a, b, *scales, other, 1, (gm, 128, 128), out)
+
+
+@pytest.mark.parametrize("mode", ["MN", "K"])
+def test_groupwise_in_groups(mode, rng):
+    starts = np.array([0, 8, 8, 20], np.int32)
+    m, n, k, groups = 20, 128, 256, 3
+    a, b = (rng.standard_normal(shape).astype(E4M3) for shape in ((m, k), (groups, n, k)))
+    of_a = block_scales(rng, m, k, 1)
+    of_b = np.stack([block_scales(rng, n, k, 128) for _ in range(groups)])
+    out = np.full((m, n), np.nan, np.float16)
+    scales = (of_a, of_b)
+    if mode == "MN":
+        scales = np.ascontiguousarray(of_a.T), np.ascontiguousarray(of_b.swapaxes(1, 2))
+    fi_ffi.group_gemm_fp8_nt_groupwise(a, b, *scales, starts, scale_major_mode=mode, out=out)
+    left = a.astype(float) * spread(of_a, a.shape, 1)
+    for i in range(groups):
+        rows = np.s_[starts[i] : starts[i + 1]]
+        right = b[i].astype(float) * spread(of_b[i], (n, k), 128)
+        judge = fp8_products(left[rows] @ right.T, abs(left[rows]) @ abs(right.T), 128)
+        assert judge(out[rows])[1] <= 1
+
+
+GROUPWISE_REFUSED = {
+    "granularity": ({"scale_granularity_mnk": (1, 1, 128)}, "scale_granularity_mnk"),
+    "mode": ({"scale_major_mode": "M"}, "scale_major_mode"),
+    "multiprocessors": ({"mma_sm": 3}, "mma_sm"),
+    "rows": ({"a": np.ones((6, 128), E4M3)}, "a"),
+    "depth": ({"b": np.ones((128, 256), E4M3), "b_scale": np.ones((1, 1), np.float32)}, "b"),
+    "mixed": ({"b": np.ones((128, 128), E5M2)}, "b"),
+    "no out": ({"out": None}, "out"),
+}
+
+
+@pytest.mark.parametrize("what", GROUPWISE_REFUSED)
+def test_groupwise_that_is_refused(what):
+    changed, argument = GROUPWISE_REFUSED[what]
+    arguments = {
+        "a": np.ones((8, 128), E4M3), "b": np.ones((128, 128), E4M3),
+        "a_scale": np.ones((1, 8), np.float32), "b_scale": np.ones((1, 1), np.float32),
+        "scale_major_mode": "MN", "out": np.zeros((8, 128), np.float16),
+    }  # fmt: skip
+    fi_ffi.gemm_fp8_nt_groupwise(**arguments)
+    assert (arguments["out"] == 128).all()
+    with pytest.raises(fi_ffi.ArgumentError) as caught:
+        fi_ffi.gemm_fp8_nt_groupwise(**arguments | changed)
+    assert (caught.value.op, caught.value.argument) == ("gemm_fp8_nt_groupwise", argument)

@@ -1,0 +1,696 @@
+"""Call logs: what they say at each level, where it goes, and what a crash leaves of it."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fi_ffi
+from fi_ffi.ops import recording, watching
+from fi_ffi.ops.call_log import open_by_environment
+from fi_ffi.ops.quick import _source
+
+from forking import in_child
+from plan_calls import KINDS, Case
+from prepared_calls import Mine
+
+HEAD = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}) (\d+)\] #(\d+) (.*)")
+CALLS = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left():
+    yield
+    assert watching.logs == ()
+    assert watching.inboxes == ()
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "calls.log"
+
+
+class Said:
+    """What a log has of one call: what was said in each piece, and its lines."""
+
+    def __init__(self) -> None:
+        self.heads: list[str] = []
+        self.lines: list[list[str]] = []
+
+    @property
+    def name(self) -> str:
+        return self.heads[0]
+
+    @property
+    def values(self) -> dict[str, str]:
+        """The first piece's lines by their names."""
+        return dict(line.split(": ", 1) for line in self.lines[0])
+
+    def under(self, head: str) -> dict[str, str]:
+        return dict(line.split(": ", 1) for line in self.lines[self.heads.index(head)])
+
+
+def read(text: str | Path) -> list[Said]:
+    """A log's calls, in the order in which they began."""
+    found: dict[str, Said] = {}
+    said = Said()
+    for line in (text.read_text() if isinstance(text, Path) else text).splitlines():
+        match = HEAD.fullmatch(line)
+        if match:
+            said = found.setdefault(f"{match[2]} {match[3]}", Said())
+            said.heads.append(match[4])
+            said.lines.append([])
+        else:
+            assert line.startswith("  "), line
+            if not line.startswith("    "):  # of a message
+                said.lines[-1].append(line[2:])
+    return [*found.values()]
+
+
+# ---------------------------------------------------------------- levels
+
+
+def test_names(mine, path):
+    with fi_ffi.call_log(1, path):
+        mine.op(*mine.descs)
+    (said,) = read(path)
+    assert said.heads == ["mine_too"]
+    assert said.lines == [[]]
+
+
+def test_arguments(mine, path):
+    line = sys._getframe().f_lineno + 2
+    with fi_ffi.call_log(3, path):
+        mine.op(*mine.descs, factor=2.0, count=4, flag=True, kv_layout="HND")
+    (said,) = read(path)
+    assert said.values == {
+        "called": f"{__file__}:{line} in test_arguments, thread 'MainThread'",
+        "entry": "fi_ffi.reference.norm.mine_too, on cpu",
+        "y": f"float16[4, 16] on cpu at {mine.y.ctypes.data:#x}",
+        "x": f"float16[4, 16] on cpu at {mine.x.ctypes.data:#x}",
+        "w": "None",
+        "factor": "2.0",
+        "count": "4",
+        "flag": "True",
+        "kv_layout": "'HND'",
+    }
+    assert said.heads[0] == "mine_too"
+    assert re.fullmatch(r"returned after \d+ us", said.heads[1])
+    assert len(said.heads) == 2
+    assert mine.is_done(2.0)
+
+
+def test_strides_and_addresses(mine, path):
+    wide = np.zeros((4, 32), np.float16)
+    with fi_ffi.call_log(3, path):
+        mine.op(mine.y, wide[:, 8:24])
+    assert read(path)[0].values["x"] == (
+        f"float16[4, 16], strides=(32, 1) on cpu at {wide.ctypes.data + 16:#x}"
+    )
+
+
+def _expected(array: np.ndarray) -> str:
+    wide = array.astype(np.float64).ravel()
+    finite = wide[np.isfinite(wide)]
+    counts = f"{np.isnan(wide).sum()} NaN, {np.isinf(wide).sum()} Inf"
+    numbers = f"min {finite.min():.6g}, max {finite.max():.6g}, mean {finite.mean():.6g}"
+    return f"{numbers}, {counts}"
+
+
+def test_statistics(mine, path):
+    mine.x[0, 3] = np.nan
+    mine.x[1, 5] = np.inf
+    mine.x[2, :2] = -np.inf
+    with fi_ffi.call_log(5, path):
+        mine.op(*mine.descs, mine.w, factor=0.5)
+    (said,) = read(path)
+    heads = [head.split(" after ")[0] for head in said.heads]
+    assert heads == ["mine_too", "before:", "returned", "after:"]
+    assert said.under("before:") == {"x": _expected(mine.x), "w": _expected(mine.w)}
+    assert said.under("after:") == {"y": _expected(mine.y)}
+    assert "1 NaN, 3 Inf" in said.under("before:")["x"]
+
+
+def test_statistics_of_rows_apart(mine, path):
+    """Of the elements, and not of what lies between them."""
+    x = np.full((4, 48), np.inf, np.float16)[:, 8:24]
+    x[...] = np.random.default_rng().standard_normal((4, 16))
+    with fi_ffi.call_log(5, path):
+        mine.op(mine.y, x)
+    assert read(path)[0].under("before:")["x"] == _expected(np.array(x))
+
+
+@pytest.mark.parametrize("dtype", [*fi_ffi.DTYPES])
+def test_statistics_of_every_dtype(dtype):
+    from fi_ffi.ops.logging_calls.statistics import statistics
+    from fi_ffi.ops.logging_calls.told import Argument
+
+    rng = np.random.default_rng()
+    array = np.round(rng.uniform(0, 100, (3, 5))).astype(fi_ffi.DTYPES[dtype].numpy)
+    desc = fi_ffi.TensorDesc(array.ctypes.data, (3, 5), dtype, device="cpu")
+    said = statistics(Argument("x", desc.layout, desc.ptr), None)
+    if fi_ffi.DTYPES[dtype].lanes > 1:
+        assert said == "no statistics of float4_e2m1fn_x2: elements share bytes"
+    elif array.dtype.kind in "iub":
+        mean = array.mean(dtype=np.float64)
+        assert said == f"min {int(array.min())}, max {int(array.max())}, mean {mean:.6g}"
+    else:
+        assert said == _expected(array)
+
+
+def test_what_has_no_statistics(monkeypatch):
+    from fi_ffi.ops.logging_calls import statistics as module
+    from fi_ffi.ops.logging_calls.told import Argument
+
+    def of(array: np.ndarray) -> str:
+        desc = fi_ffi.as_desc(array)
+        return module.statistics(Argument("x", desc.layout, desc.ptr), None)
+
+    assert of(np.zeros((0, 4), np.float16)) == "no elements"
+    assert of(np.full((2, 2), np.nan, np.float32)) == "no finite element, 4 NaN, 0 Inf"
+    monkeypatch.setattr(module, "MOST_BYTES", 15)
+    assert of(np.zeros(8, np.float16)) == "no statistics: 16 bytes, more than 15"
+    assert of(np.zeros(7, np.float16)).startswith("min 0,")
+    import ml_dtypes
+
+    array = np.ones(4, ml_dtypes.bfloat16)
+    desc = fi_ffi.as_desc(array)
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    said = module.statistics(Argument("x", desc.layout, desc.ptr), None)
+    assert said == "no statistics of bfloat16: ml_dtypes is not installed"
+    assert of(np.ones(4, np.float16)).startswith("min 1, max 1, mean 1")
+
+
+def test_nothing_at_level_0(mine, path):
+    with fi_ffi.call_log(0, path):
+        mine.op(*mine.descs)
+    assert not path.exists()
+    assert mine.is_done(1.5)
+
+
+def test_the_quick_way_has_no_word_of_logs(mine):
+    """It tests what it tested before there were any."""
+    for row in (mine.row, fi_ffi.rmsnorm.row):
+        source = _source(row, "def call():")
+        assert "log" not in source
+        assert source.count("_watching") == 1
+
+
+# ---------------------------------------------------------------- every way of calling
+
+
+def test_typed_quick_and_prepared_calls(mine, path):
+    prepared = mine.op.prepare(*mine.descs, factor=4.0)
+    for _ in range(3):  # the first settles, and the others are quick
+        mine.op(*mine.descs, factor=2.0)
+    prepared()
+    assert not path.exists()
+    with fi_ffi.call_log(3, path):
+        for _ in range(3):
+            mine.op(*mine.descs, factor=3.0)
+        prepared()
+        prepared.update(factor=5.0)
+        prepared()
+    assert [said.values["factor"] for said in read(path)] == ["3.0", "3.0", "3.0", "4.0", "5.0"]
+    mine.op(*mine.descs, factor=6.0)
+    prepared()
+    assert len(read(path)) == 5
+    assert mine.is_done(5.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plans_and_their_runs(kind, path):
+    case = Case(kind)
+    plan = case.plan()
+    case.run(plan)
+    with fi_ffi.call_log(3, path):
+        case.run(plan)
+        case.replan(plan)
+        case.run(plan)
+        case.run(plan)
+        case.plan()
+    case.check()
+    method = {"ragged": "ragged_run", "paged": "paged_run"}.get(kind, "run")
+    name = type(plan).__name__
+    told = read(path)
+    run, replan = f"{name}.{method}", f"{name}.replan"
+    assert [said.name for said in told] == [run, replan, run, run, name]
+    for said in told:
+        assert said.values["plan"].startswith(f"{name}, ")
+        assert plan.module in said.values["plan"]
+        assert "plan_calls.py:" in said.values["called"]
+    first = "q_nope" if kind == "mla" else "q"
+    where = case.memory[first]
+    assert told[0].values[first].endswith(f"{list(where.shape)} on cpu at {where.ctypes.data:#x}")
+    assert "page_size" in told[4].values or kind in ("ragged", "mla")
+
+
+def test_prepared_runs(path):
+    case = Case("decode")
+    plan = case.plan()
+    call = fi_ffi.prepare(plan.run, **{name: case.memory[name] for name in case.run_names})
+    call()
+    with fi_ffi.call_log(1, path):
+        call()
+    assert [said.name for said in read(path)] == ["BatchDecodePlan.call"]
+    case.check()
+
+
+def test_single_requests(path):
+    q, kv = np.zeros((4, 64), np.float16), np.zeros((5, 2, 64), np.float16)
+    tmp, out = np.zeros(64, np.uint8), np.full_like(q, np.nan)
+    with fi_ffi.call_log(3, path):
+        fi_ffi.single_decode(q, kv, kv, tmp, out)
+        fi_ffi.single_prefill(q[None], kv, kv, tmp, out[None])
+    decode, prefill = read(path)
+    assert (decode.name, prefill.name) == ("single_decode", "single_prefill")
+    assert decode.values["maybe_lse"] == "None"
+    assert prefill.values["mask_mode_code"] == "0"
+
+
+def test_a_function_that_no_row_describes(mine, path):
+    """What calls of `fi_ffi.module` are told by."""
+    from fi_ffi.abi.device import parse_device
+
+    made = []
+
+    def call() -> int:
+        made.append(1)
+        return 7
+
+    y, x = mine.descs
+    args = (y, 3, 0.5, None, "word", parse_device("cuda:1"), [x, y])
+    tensors = [("0: DLTensor*", y), ("6: Array<Tensor>", x), ("6: Array<Tensor>", y)]
+    with fi_ffi.call_log(5, path):
+        assert watching.called("mine.entry", call, args, tensors, parse_device("cpu")) == 7
+    assert watching.called("mine.entry", call, args, tensors, None) == 7
+    assert len(made) == 2
+    (said,) = read(path)
+    assert said.name == "mine.entry"
+    values = said.values
+    assert values.pop("entry") == "mine.entry, on cpu"
+    assert values.pop("called").startswith(f"{__file__}:")
+    assert values.pop("0").endswith(f"at {mine.y.ctypes.data:#x}")
+    assert values.pop("6").endswith(f"at {mine.x.ctypes.data:#x}")
+    assert values.pop("6.1").endswith(f"at {mine.y.ctypes.data:#x}")
+    assert values == {"1": "3", "2": "0.5", "3": "None", "4": "'word'", "5": "Device cuda:1"}
+    assert said.under("before:") == said.under("after:")
+    assert [*said.under("after:")] == ["0", "6", "6.1"]
+
+
+def test_refused_calls_and_calls_of_nothing_are_not_made_and_not_told(mine, path):
+    with fi_ffi.call_log(3, path):
+        with pytest.raises(fi_ffi.ArgumentError):
+            mine.op(*mine.descs, factor="two")
+        mine.op(mine.y[:0], mine.x[:0])
+    assert path.read_text() == ""
+
+
+def test_calls_that_fail(mine, path):
+    def fail():
+        raise ValueError("as it was told to")
+
+    mine.work = fail
+    with fi_ffi.call_log(5, path), pytest.raises(fi_ffi.KernelError):
+        mine.op(*mine.descs)
+    (said,) = read(path)
+    assert said.heads[-1].startswith("raised KernelError: ")
+    assert "ValueError: as it was told to" in said.heads[-1]
+
+
+# ---------------------------------------------------------------- where it goes
+
+
+@pytest.mark.parametrize("dest", ["stdout", "stderr"])
+def test_the_processs_own_streams(mine, dest, capfd):
+    with fi_ffi.call_log(1, dest):
+        mine.op(*mine.descs)
+    streams = capfd.readouterr()._asdict()
+    assert read(streams[dest[3:]])[0].name == "mine_too"
+    assert streams["err" if dest == "stdout" else "out"] == ""
+
+
+def test_stderr_is_the_default(mine, capsys):
+    with fi_ffi.call_log():
+        mine.op(*mine.descs)
+    assert [said.heads for said in read(capsys.readouterr().err)] == [["mine_too"]]
+
+
+def test_a_stream_that_the_program_has_put_there(mine, monkeypatch, capfd):
+    taken = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", taken)
+    with fi_ffi.call_log(1, "stderr"):
+        mine.op(*mine.descs)
+        monkeypatch.setattr(sys, "stderr", None)
+        mine.op(*mine.descs)
+        taken.close()
+        monkeypatch.setattr(sys, "stderr", taken)
+        mine.op(*mine.descs)
+    assert len(read(capfd.readouterr().err)) == 2
+
+
+def test_a_file_is_added_to(mine, path):
+    for _ in range(2):
+        with fi_ffi.call_log(1, str(path)):
+            mine.op(*mine.descs)
+    assert len(read(path)) == 2
+    assert path.stat().st_mode & 0o777 & ~0o644 == 0
+
+
+def test_the_processs_id_in_a_path(mine, tmp_path):
+    with fi_ffi.call_log(1, tmp_path / "%i-calls-%i"):
+        mine.op(*mine.descs)
+    pid = os.getpid()
+    assert [file.name for file in tmp_path.iterdir()] == [f"{pid}-calls-{pid}"]
+
+
+def test_a_file_that_cannot_be_written(mine, tmp_path, capfd):
+    with pytest.raises(fi_ffi.ArgumentError, match="call_log: argument `dest`: got /.*cannot|No"):
+        fi_ffi.call_log(1, tmp_path / "nowhere" / "calls.log")
+    with fi_ffi.call_log(3, "/dev/full"):
+        for _ in range(3):
+            mine.op(*mine.descs)
+    assert mine.is_done(1.5), "calls are made all the same"
+    said = capfd.readouterr().err
+    assert re.fullmatch(r"fi_ffi.call_log: /dev/full cannot be written: .*No space.*\n", said)
+
+
+def test_what_is_written_is_in_the_file_before_the_call_is_made(mine, path):
+    seen = []
+    mine.work = lambda: seen.append(path.read_text())
+    with fi_ffi.call_log(3, path):
+        mine.op(*mine.descs, factor=2.25)
+    assert "  factor: 2.25\n" in seen[0]
+    assert path.read_text().startswith(seen[0])
+
+
+# ---------------------------------------------------------------- opening and closing
+
+
+def test_several_logs(mine, tmp_path):
+    paths = [tmp_path / name for name in ("outer", "inner", "later")]
+    outer = fi_ffi.call_log(1, paths[0])
+    with fi_ffi.call_log(3, paths[1]):
+        mine.op(*mine.descs)
+        later = fi_ffi.call_log(1, paths[2])
+    mine.op(*mine.descs)
+    outer.close()
+    outer.close()
+    mine.op(*mine.descs)
+    later.close()
+    mine.op(*mine.descs)
+    assert [len(read(path)) for path in paths] == [2, 1, 2]
+    assert mine.is_done(1.5)
+
+
+def test_a_watchdog_beside_a_log(mine, path):
+    """Each sees all calls, whichever was opened or closed first."""
+    inner = []
+    mine.work = lambda: inner.append(len(watching.inboxes))
+    log = fi_ffi.call_log(1, path)
+    mine.op(*mine.descs)
+    assert not recording.has_watchdogs()
+    with fi_ffi.watchdog(30):
+        mine.op(*mine.descs)
+        assert recording.has_watchdogs()
+        log.close()
+        mine.op(*mine.descs)
+        with fi_ffi.call_log(1, path):
+            mine.op(*mine.descs)
+    assert inner == [1, 2, 1, 2]
+    assert len(read(path)) == 3
+
+
+def test_what_is_wrong_to_ask_for(tmp_path):
+    def refused(argument: str, *args: Any, **options: Any) -> None:
+        with pytest.raises(fi_ffi.ArgumentError, match=f"call_log: argument `{argument}`"):
+            fi_ffi.call_log(*args, **options)
+
+    for level in (2, -1, 10):
+        refused("level", level)
+    for level in ("3", 3.0, True, None):
+        with pytest.raises(fi_ffi.ArgumentTypeError, match="0 or 1 or 3 or 5"):
+            fi_ffi.call_log(level)
+    for dest in (3, None, "", b"log"):
+        with pytest.raises(fi_ffi.ArgumentTypeError, match="stdout, stderr or a path"):
+            fi_ffi.call_log(1, dest)
+    refused("dump", dump=tmp_path / "file" / "folder") if (tmp_path / "file").touch() else None
+    refused("dump", dump=tmp_path / "file")
+    refused("max_dump_calls", dump=tmp_path, max_dump_calls=-1)
+    refused("max_dump_bytes", dump=tmp_path, max_dump_bytes=1.5)
+    refused("dump_ops", dump=tmp_path, dump_ops=["rmsnorm"])
+    log = fi_ffi.call_log(0)
+    log.close()
+    with pytest.raises(fi_ffi.ArgumentError, match="one that is closed"), log:
+        pass
+
+
+def test_threads(mine, path):
+    """Every call's lines stay together."""
+
+    def work():
+        for _ in range(20):
+            fi_ffi.rmsnorm(*(np.ones(shape, np.float16) for shape in ((2, 8), (2, 8), 8)))
+
+    with fi_ffi.call_log(5, path):
+        threads = [threading.Thread(target=work, name=f"worker {i}") for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    told = read(path)
+    assert len(told) == 80
+    for said in told:
+        assert set(said.under("before:")) == {"input", "weight"}
+        assert set(said.values) == {
+            "called", "entry", "out", "input", "weight", "eps", "enable_pdl",
+        }  # fmt: skip
+
+
+# ---------------------------------------------------------------- processes
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_child_goes_on(mine, tmp_path):
+    own, shared = tmp_path / "%i.log", tmp_path / "all.log"
+    pids = []
+
+    def run():
+        assert watching.inboxes and len(watching.logs) == 2
+        mine.op(*mine.descs)
+        with fi_ffi.watchdog(30):
+            mine.op(*mine.descs)
+
+    with fi_ffi.call_log(1, own), fi_ffi.call_log(1, shared):
+        mine.op(*mine.descs)
+        assert in_child(run) == 0
+        mine.op(*mine.descs)
+    pids = {file.name: len(read(file)) for file in tmp_path.glob("[0-9]*.log")}
+    assert pids.pop(f"{os.getpid()}.log") == 2
+    assert [*pids.values()] == [2]
+    assert len(read(shared)) == 4
+
+
+KILLED = """
+    import os, signal, sys
+
+    import numpy as np
+
+    import fi_ffi
+    from fi_ffi.reference import norm
+
+    def dies(out, input, weight, eps, enable_pdl):
+        if eps == 0.25:
+            DIE
+
+    norm.KERNELS["norm"]["rmsnorm"] = dies
+    x = np.ones((2, 16), np.float16)
+    for eps in (0.125, 0.25, 0.5):
+        fi_ffi.rmsnorm(np.full_like(x, np.nan), x, np.ones(16, np.float16), eps=eps)
+"""
+ENDS = {
+    "SIGKILL": "os.kill(os.getpid(), signal.SIGKILL)",
+    "SIGABRT": "os.abort()",
+    "SIGSEGV": "import ctypes; ctypes.string_at(8)",
+}
+
+
+def child(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": str(CALLS), **environment},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("dest", ["stdout", "stderr", "file"])
+def test_a_crash_leaves_the_calls_arguments(end, dest, path):
+    given = {"FI_FFI_LOG_LEVEL": "5", "FI_FFI_LOG_DEST": str(path) if dest == "file" else dest}
+    done = child(KILLED.replace("DIE", ENDS[end]), **given)
+    assert done.returncode == -getattr(signal, end), done.stderr
+    text = {"stdout": done.stdout, "stderr": done.stderr, "file": ""}[dest]
+    if dest == "file":
+        text = path.read_text()
+    # Handlers of signals write to stderr as well, after all of these.
+    text = "".join(takewhile(lambda line: line.startswith(("[", "  ")), text.splitlines(True)))
+    first, last = read(text)
+    assert first.values["eps"] == "0.125" and first.heads[-1] == "after:"
+    assert last.values["eps"] == "0.25"
+    assert "float16[2, 16] on cpu at 0x" in last.values["input"]
+    assert last.under("before:")["input"] == "min 1, max 1, mean 1, 0 NaN, 0 Inf"
+    assert last.heads == ["rmsnorm", "before:"], "nothing after the call that ended it"
+
+
+def test_the_environment():
+    def opened(**environment: str) -> Any:
+        log = open_by_environment(environment)
+        if log is not None:
+            log.close()
+        return log
+
+    assert opened() is None
+    assert opened(FI_FFI_LOG_LEVEL="0", FI_FFI_LOG_DEST="/nowhere/at/all") is None
+    assert opened(FI_FFI_LOG_LEVEL="") is None
+    assert opened(FI_FFI_LOG_LEVEL="1") is not None
+    for name, wrong in (
+        ("LOG_LEVEL", "2"), ("LOG_LEVEL", "-1"), ("LOG_LEVEL", "high"), ("LOG_DEST", "/nowhere/x"),
+        ("DUMP_MAX_CALLS", "many"), ("DUMP_MAX_BYTES", "-5"),
+    ):  # fmt: skip
+        given = {"FI_FFI_LOG_LEVEL": "1", f"FI_FFI_{name}": wrong}
+        with pytest.raises(fi_ffi.ArgumentError, match="call_log: argument `"):
+            open_by_environment(given)
+
+
+def test_a_wrong_environment_is_told_at_once():
+    done = child("import fi_ffi", FI_FFI_LOG_LEVEL="7")
+    assert done.returncode == 1
+    assert "argument `FI_FFI_LOG_LEVEL`: got 7, expected 0 or 1 or 3 or 5" in done.stderr
+
+
+@pytest.mark.parametrize("level", ["0", "1", "3"])
+def test_what_a_level_imports(level):
+    """numpy is for statistics; without a log, nothing of it is imported."""
+    code = """
+        import sys
+        import fi_ffi
+        from fi_ffi.ops import watching
+        from fi_ffi.abi.device import parse_device
+
+        if watching.inboxes:
+            x = fi_ffi.TensorDesc(4096, (4,), "float16", device="cpu")
+            watching.called("mine", print, (x, 3), [("0", x)], parse_device("cpu"))
+        print("numpy" in sys.modules, "fi_ffi.ops.call_log" in sys.modules)
+    """
+    done = child(code, FI_FFI_LOG_LEVEL=level)
+    assert done.stdout.strip() == f"False {level != '0'}", done.stderr
+    assert done.stderr.count("mine") == (0 if level == "0" else 1 if level == "1" else 2)
+
+
+# ---------------------------------------------------------------- a pretended GPU
+
+
+@pytest.fixture
+def cuda(gpu):
+    """A pretended GPU that is waited for, too."""
+    gpu.runtime.cudaEventSynchronize = lambda event: 0
+    gpu.runtime.cudaThreadExchangeStreamCaptureMode = lambda mode: 0
+    return gpu
+
+
+def on_cuda(mine: Mine) -> list[fi_ffi.TensorDesc]:
+    return [fi_ffi.TensorDesc(d.ptr, d.shape, d.dtype, device="cuda:0") for d in mine.descs]
+
+
+def test_streams(mine, cuda, path):
+    with fi_ffi.call_log(5, path):
+        mine.op(*on_cuda(mine), stream=0x51)
+        with fi_ffi.stream(0x61):
+            mine.op(*on_cuda(mine))
+    first, second = read(path)
+    assert first.values["entry"].endswith(", on cuda:0, stream 0x51")
+    assert second.values["entry"].endswith(", on cuda:0, stream 0x61")
+    assert first.under("after:")["y"] == _expected(mine.y)
+    copies = [entry for entry in cuda.runtime.log if entry[0] == "copy"]
+    assert [stream for _, stream in copies] == [0x51, 0x51, 0x61, 0x61]
+
+
+def test_nothing_is_read_while_a_stream_records_a_graph(mine, cuda, path, tmp_path):
+    cuda.runtime.capturing.add(0x51)
+    with fi_ffi.call_log(5, path, dump=tmp_path / "dumps"):
+        mine.op(*on_cuda(mine), stream=0x51)
+        assert not [entry for entry in cuda.runtime.log if entry[0] == "copy"]
+        mine.op(*on_cuda(mine), stream=0x61)
+    captured, free = read(path)
+    assert captured.heads[1] == "is recorded into a graph, and not run: nothing is read"
+    assert len(captured.heads) == 3 and captured.heads[2].startswith("returned")
+    assert "y" in captured.values
+    assert "before:" in free.heads
+    assert len([*(tmp_path / "dumps").iterdir()]) == 2
+
+
+def test_memory_that_cannot_be_read(mine, cuda, path, monkeypatch, tmp_path):
+    """It is said, the call is made, and CUDA's error is not left to be the kernel's."""
+    from fi_ffi.ops.logging_calls import memory
+
+    forgotten = []
+    monkeypatch.setattr(memory, "_forget_error", lambda: forgotten.append(1))
+    cuda.runtime.cudaMemcpyAsync = lambda *args: 700
+    with fi_ffi.call_log(5, path, dump=tmp_path / "dumps"):
+        mine.op(*on_cuda(mine), stream=0x51)
+    (said,) = read(path)
+    assert "CUDA error 700" in said.under("before:")["x"]
+    assert any(re.match("not dumped: KernelError: .*700", head) for head in said.heads)
+    assert "CUDA error 700" in said.under("after:")["y"]
+    assert len(forgotten) == 3
+    assert mine.is_done(1.5)
+
+
+def test_graphs(cuda, path):
+    """Their launches are told while a log is open, and are CUDA's function and nothing more
+    while none is."""
+    from fi_ffi.ops import graphs
+
+    runtime, launched = cuda.runtime, []
+    runtime.cudaStreamBeginCapture = lambda stream, mode: 0
+    runtime.cudaStreamEndCapture = lambda stream, graph: 0
+    runtime.cudaGraphGetNodes = lambda graph, nodes, count: 0
+    runtime.cudaGraphInstantiate = lambda made, graph, flags: 0
+    runtime.cudaGraphExecUpdate = lambda made, graph, result: 0
+    runtime.cudaGraphExecDestroy = lambda made: 0
+    runtime.cudaGraphLaunch = lambda made, stream: launched.append(stream) or 0
+    with fi_ffi.capture(0x51) as graph:
+        pass
+    launch = graph.launch  # kept from before
+    with fi_ffi.call_log(3, path):
+        launch(0x61)
+        with fi_ffi.capture(0x51, into=graph):
+            pass
+        with fi_ffi.capture(0x51) as other:
+            pass
+        other.launch(0x71)
+    launch(0x61)
+    other.launch(0x71)
+    assert len(launched) == 4
+    assert graph._launch.func is runtime.cudaGraphLaunch
+    told = read(path)
+    assert [said.name for said in told] == [
+        "Graph is launched", "Graph was recorded", "Graph was recorded", "Graph is launched",
+    ]  # fmt: skip
+    assert told[0].values["entry"] == (
+        f"a graph of 0 nodes at {id(graph):#x}, updated 0 times, on cuda:0, stream 0x61"
+    )
+    assert "updated 1 times" in told[1].values["entry"]
+    assert graphs._graphs >= {graph, other}

@@ -1,0 +1,275 @@
+"""`supports`: the answer, its reason and its advice, from rows and artifacts."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import fi_ffi
+from fi_ffi.errors import ArgumentError, KernelNotFoundError
+from fi_ffi.loader import machine, search
+from fi_ffi.loader.entries import entries_of
+from fi_ffi.loader.listed import in_wheel, listed_in
+from fi_ffi.loader.lock import the_lock
+from fi_ffi.ops.attention.rows import ROWS as ATTENTION
+from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.support import Question, called, capability_of, judge, matrix
+from fi_ffi.ops.support.attention import SAMPLES
+from fi_ffi.ops.support.cases import CASES
+from fi_ffi.ops.support.judge import Interface, span_of
+
+DEFAULT = the_lock().default_release
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_called(monkeypatch):
+    """What was called on GPUs is no part of these; nor is what this machine has."""
+    monkeypatch.setattr(called, "runs", lambda: ())
+    monkeypatch.setattr(machine, "device_count", lambda: 0)
+
+
+@pytest.mark.parametrize("sm", [90, "90", "9.0", 9.0, (9, 0), "sm90", "sm_90a", "9.0a"])
+def test_ways_to_say_a_gpu(sm):
+    assert capability_of(sm) == (9, 0)
+
+
+def test_other_gpus():
+    assert [capability_of(sm) for sm in (75, 103, "12.1", "sm_120f")] == [
+        (7, 5), (10, 3), (12, 1), (12, 0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("sm", ["ninety", 9, -90, True, (9,), 1000, [9, 0]])
+def test_what_is_no_gpu(sm):
+    with pytest.raises(ArgumentError, match="argument `sm`"):
+        fi_ffi.rmsnorm.supports(sm=sm)
+
+
+def test_what_is_no_cuda_tag():
+    with pytest.raises(ArgumentError, match="argument `cuda`: got '13.0'"):
+        fi_ffi.rmsnorm.supports(sm=90, cuda="13.0")
+
+
+def test_an_op_that_every_gpu_has():
+    answer = fi_ffi.rmsnorm.supports(sm=90, release=DEFAULT)
+    assert answer
+    assert answer.status == "built"
+    assert answer.reason == (
+        f"norm is in FlashInfer {DEFAULT}'s cu130 wheels; not run here on such a GPU"
+    )
+    assert answer.build is None
+    assert str(answer).startswith("rmsnorm: built for it, not run: norm is in")
+
+
+def test_what_was_called_is_told(monkeypatch):
+    run = called.Run("a GPU", (9, 0), DEFAULT, frozenset({("norm", "rmsnorm")}))
+    monkeypatch.setattr(called, "runs", lambda: (run,))
+    answer = fi_ffi.rmsnorm.supports(sm=90, release=DEFAULT)
+    assert answer.status == "run"
+    assert answer.reason.endswith("; called on a GPU")
+    # The same entry, another op of it; not another entry, GPU or release.
+    assert fi_ffi.qk_rmsnorm.supports(sm=90, release=DEFAULT).status == "run"
+    assert fi_ffi.layernorm.supports(sm=90, release=DEFAULT).status == "built"
+    assert fi_ffi.rmsnorm.supports(sm=100, release=DEFAULT).status == "built"
+    assert fi_ffi.rmsnorm.supports(sm=90, release="0.6.3").status == "built"
+
+
+def test_an_op_of_one_gpu():
+    assert fi_ffi.gdn_prefill.supports(sm=90, release=DEFAULT)
+    answer = fi_ffi.gdn_prefill.supports(sm=100, release=DEFAULT)
+    assert not answer
+    assert answer.status == "refused"
+    assert answer.reason == "it is written for GPUs of compute capability 9.x"
+    assert answer.build is None  # nothing would help
+
+
+def test_an_op_that_a_release_lacks():
+    answer = fi_ffi.gdn_prefill.supports(sm=90, release="0.6.18")
+    assert (bool(answer), answer.status) == (False, "refused")
+    assert answer.reason == "it is in FlashInfer >=0.6.3,<0.6.14, not in 0.6.18"
+
+
+def test_a_release_that_is_not_recorded():
+    answer = fi_ffi.rmsnorm.supports(sm=90, release="0.6.8")
+    assert (bool(answer), answer.status) == (False, "unknown")
+    assert answer.build == "fi-ffi build --release 0.6.8 --arch 9.0a norm"
+
+
+@pytest.mark.parametrize("cuda", ["cu128", "cu129"])
+def test_another_cuda(cuda):
+    answer = fi_ffi.rmsnorm.supports(sm=90, cuda=cuda)
+    assert answer.status == "refused"
+    assert "libcudart.so.12, and fi_ffi runs on libcudart.so.13" in answer.reason
+    assert answer.build == f"fi-ffi build --release {DEFAULT} --arch 9.0a norm"
+
+
+def test_dtypes():
+    ask = fi_ffi.rmsnorm_quant.supports
+    assert ask(sm=90, release=DEFAULT, dtypes={"T": "float16", "O": "float8_e4m3fn"})
+    assert ask(sm=90, release=DEFAULT, dtypes=["bfloat16", np.dtype("float32")])
+    wrong = ask(sm=90, release=DEFAULT, dtypes={"T": "float32"})
+    assert wrong.reason == "T is float16 or bfloat16, not float32"
+    assert "its tensors are " in ask(sm=90, release=DEFAULT, dtypes="int8").reason
+    assert ask(sm=90, release=DEFAULT, dtypes={"X": "int8"}).reason.startswith("it has no dtype")
+
+
+def test_without_a_gpu_it_is_of_any():
+    assert fi_ffi.rmsnorm.supports(release=DEFAULT)
+    assert fi_ffi.gdn_prefill.supports(release=DEFAULT)
+
+
+def test_the_gpu_that_there_is(monkeypatch):
+    monkeypatch.setattr(machine, "device_count", lambda: 1)
+    monkeypatch.setattr(machine, "capability", lambda device: (12, 0))
+    assert not fi_ffi.gdn_prefill.supports(release=DEFAULT)
+
+
+def test_kernels_at_hand(built_wheel):
+    answer = fi_ffi.rmsnorm.supports(sm=90, kernels=built_wheel)
+    assert answer
+    assert "is compiled for sm_90a" in answer.reason
+    other = fi_ffi.rmsnorm.supports(sm=100, kernels=built_wheel)
+    assert (other.status, bool(other)) == ("missing", False)
+    assert "is compiled for sm_90a only" in other.reason
+    assert other.build == f"fi-ffi build --release {DEFAULT} --arch 10.0a norm"
+    lacks = fi_ffi.merge_state.supports(sm=90, kernels=built_wheel)
+    assert lacks.status == "missing"
+    assert lacks.reason.endswith("has no module cascade")
+    assert lacks.build.endswith(" cascade")
+    with pytest.raises(KernelNotFoundError):
+        fi_ffi.rmsnorm.supports(sm=90, kernels="/nowhere")
+
+
+def test_kernels_in_use_come_first(monkeypatch, built_wheel):
+    monkeypatch.setenv("FI_FFI_KERNELS", str(built_wheel))
+    search.use_source(None)
+    try:
+        assert fi_ffi.merge_state.supports(sm=90).status == "missing"
+        # Where a release is named, they are not what is asked about.
+        assert fi_ffi.merge_state.supports(sm=90, release=DEFAULT).status == "built"
+    finally:
+        search.use_source(None)
+
+
+def test_what_building_would_not_help_is_refused(built_wheel):
+    question = Question.of(100, kernels=built_wheel)
+    answer = judge("x", [Interface(">=0.6.3", "gemm_sm90", "run")], question)
+    assert answer.status == "refused"
+    assert answer.reason == "FlashInfer compiles gemm_sm90 for sm_90a only"
+
+
+def test_spans_have_no_seams():
+    spans = [">=0.6.8,<0.6.14", ">=0.6.3,<0.6.8"]
+    assert span_of([Interface(s, "m", "s") for s in spans]) == ">=0.6.3,<0.6.14"
+    spans = [">=0.6.3,<0.6.8", ">=0.6.9"]
+    assert span_of([Interface(s, "m", "s") for s in spans]) == ">=0.6.3,<0.6.8 or >=0.6.9"
+    spans = ["==0.6.17.*", ">=0.7"]
+    assert span_of([Interface(s, "m", "s") for s in spans]) == "==0.6.17.* or >=0.7"
+
+
+def test_attention_by_its_options():
+    ask = fi_ffi.BatchPrefillPlan.supports
+    auto = ask(sm=90, release=DEFAULT)
+    assert auto
+    assert auto.module.endswith("_sm90")
+    assert not ask(sm=100, release=DEFAULT).module.endswith("_sm90")
+    fa3 = ask(sm=89, release=DEFAULT, backend="fa3")
+    assert fa3.status == "refused"
+    assert "fa3 is for SM90, and the GPU is SM89" in fa3.reason
+    odd = ask(sm=90, release=DEFAULT, head_dim_qk=96)
+    assert odd.status == "missing"
+    assert "head_dim_qk_96" in odd.build
+    assert odd.build.startswith(f"fi-ffi build --release {DEFAULT} --arch 9.0a batch_prefill_with")
+    fp8 = ask(sm=90, release=DEFAULT, q_data_type="float8_e4m3fn", window_left=5)
+    assert fp8.status == "refused"
+    with pytest.raises(TypeError, match="unexpected keyword argument 'heads'"):
+        ask(sm=90, release=DEFAULT, heads=3)
+
+
+def test_where_another_backend_would_do_it_is_said():
+    answer = fi_ffi.single_prefill.supports(sm=90, release=DEFAULT)
+    assert answer.status == "missing"  # FlashInfer builds single_prefill ahead for fa2 only
+    assert "with backend='fa2' it can be called" in answer.reason
+    assert fi_ffi.single_prefill.supports(sm=90, release=DEFAULT, backend="fa2")
+    assert fi_ffi.single_prefill.supports(sm=80, release=DEFAULT)
+    with pytest.raises(TypeError, match=r"single_decode.supports\(\) got an unexpected"):
+        fi_ffi.single_decode.supports(sm=90, release=DEFAULT, backend="fa2")
+
+
+def test_mla_ends_with_0_7():
+    assert fi_ffi.BatchMlaPlan.supports(sm=90, release="0.6.18")
+    answer = fi_ffi.BatchMlaPlan.supports(sm=90, release="0.7.2.post1")
+    assert answer.reason == "it is in FlashInfer >=0.6.3,<0.7.0, not in 0.7.2.post1"
+
+
+@pytest.mark.parametrize("name", ["BatchDecodePlan", "BatchMlaPlan", "BatchPrefillPlan"])
+def test_plans_are_still_what_they_were(name):
+    assert isinstance(getattr(fi_ffi, name), type)
+    assert fi_ffi.single_prefill.__name__ == "single_prefill"
+
+
+def test_every_op_and_attention_family_is_in_the_matrix():
+    lines = list(matrix.lines())
+    assert {*OPS} <= {line.op for line in lines}
+    assert {*SAMPLES} <= {line.op for line in lines}
+    asked = {line.ask(Question.of(90, DEFAULT)).module for line in lines}
+    for family in {row.module for row in ATTENTION}:
+        assert any(module.startswith(family) for module in asked), family
+
+
+def test_the_matrix_agrees_with_the_list():
+    """What the table says of a plain module is what the generators listed for the wheels."""
+    found = matrix.matrix(DEFAULT, "cu130", cpu="x86_64")
+    listed = listed_in(DEFAULT)
+    for name, op in OPS.items():
+        codes = listed.codes(op.row.module)
+        for sm, answer in found[name].items():
+            assert answer.reason
+            capability = capability_of(sm)
+            if op.row.capabilities and capability[0] not in op.row.capabilities:
+                assert answer.status == "refused"
+            elif codes is None:
+                assert answer.status == "missing"
+                assert answer.build
+            else:
+                has = any(code.runs_on(capability) for code in in_wheel(codes, "cu130", "x86_64"))
+                assert bool(answer) == has, (name, sm, answer)
+
+
+def test_cases_are_of_entries_that_there_are():
+    record = entries_of(DEFAULT)
+    assert len({case.name for case in CASES}) == len(CASES) == 4
+    for case in CASES:
+        assert len(case.cause) > 100
+        assert len(case.advice) > 50
+        for text in case.entries:
+            module, _, symbol = text.partition(".")
+            assert symbol in record.of(module).entries, text
+        for sm in (90, 100, 120):
+            assert all(answer.reason for answer in case.answers(Question.of(sm, DEFAULT)))
+
+
+def test_cases_say_what_the_list_says():
+    def answers(name: str, sm: int) -> dict[str, str]:
+        (case,) = (case for case in CASES if case.name == name)
+        return {a.op: a.status for a in case.answers(Question.of(sm, DEFAULT))}
+
+    fusion = "trtllm_comm.trtllm_allreduce_fusion"
+    assert answers("all-reduce-fusion", 90)[fusion] == "built"
+    assert answers("all-reduce-fusion", 120)[fusion] == "refused"
+    interleave = "fused_moe_90.interleave_moe_weights_for_sm90_mixed_gemm"
+    assert answers("mxfp4-moe", 90)[interleave] == "built"
+    assert answers("mxfp4-moe", 100)[interleave] == "refused"
+
+
+def test_the_record_of_what_was_called_names_real_entries():
+    data = json.loads(called.DATA.read_text())
+    for run in data["runs"]:
+        record = entries_of(run["release"])
+        for family, symbols in run["entries"].items():
+            groups = record.of_family(family.partition(":")[0]) if record else []
+            methods = {m for g in groups for kind in g.objects.values() for m in kind}
+            names = methods | {name for group in groups for name in group.entries}
+            assert not record or {*symbols} <= names, family

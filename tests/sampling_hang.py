@@ -1,0 +1,42 @@
+"""A process that keeps the greatest probabilities of a row, which some kernels never finish, under
+a watchdog that ends it.
+
+    python sampling_hang.py close|apart
+
+`apart` has a row of the same size whose probabilities differ by more, and finishes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import numpy as np
+
+import fi_ffi
+from fi_ffi.cli.cuda import DeviceArray
+
+SECONDS = 5.0
+# Neighbours among the floats.  Thirds between two of them are rounded to the lower one: the search
+# for what sums to TOP_P stays where it was.
+CLOSE = [float.fromhex(f"0x1.0f8a{end}p-3") for end in ("46", "44", "44", "46", "40")]
+APART = [0.3, 0.25, 0.2, 0.15, 0.1]
+TOP_P = 0.2759037911891937
+
+
+def main(which: str) -> None:
+    fi_ffi.use_kernels(os.environ["FI_FFI_KERNELS"])
+    probs = np.array([CLOSE if which == "close" else APART], np.float32)
+    source, out = DeviceArray(probs), DeviceArray(np.zeros_like(probs))
+    workspace = DeviceArray(np.zeros(1024, np.uint8))
+    print("launching", flush=True)
+    with fi_ffi.watchdog(SECONDS, abort=True):
+        fi_ffi.top_p_renorm_probs(
+            source.desc(), out.desc(), top_p_val=TOP_P, workspace=workspace.desc(), stream=0
+        )
+    print("finished", flush=True)
+    out.get()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

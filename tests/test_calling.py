@@ -1,0 +1,117 @@
+"""The record of entries that GPU tests called: which calls count, and under what names."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.function import Entry, global_function, probe
+from fi_ffi.errors import KernelError
+from fi_ffi.loader import search
+
+import calling
+from pinned import pinned_wheel, testing_library, tvm_ffi_loaded
+
+__all__ = ["pinned_wheel", "testing_library", "tvm_ffi_loaded"]
+
+
+@pytest.fixture
+def calls(tmp_path, monkeypatch):
+    monkeypatch.setattr(Entry, "__init__", Entry.__init__)  # put back afterwards
+    gpu = SimpleNamespace(name="a GPU", capability=(9, 0))
+    monkeypatch.setattr(calling, "gpus", lambda: [gpu])
+    monkeypatch.setattr(search, "release", lambda: "0.6.13")
+    made = calling.Calls(tmp_path / "entries-called.json")
+    made.watch()
+    return made
+
+
+def report(calls: calling.Calls, passed: bool) -> None:
+    """What pytest does after a test."""
+    hook = calls.pytest_runtest_makereport(None, SimpleNamespace(when="call"))
+    next(hook)
+    with pytest.raises(StopIteration):
+        hook.send(SimpleNamespace(get_result=lambda: SimpleNamespace(passed=passed)))
+
+
+def called(calls: calling.Calls) -> dict:
+    calls.pytest_sessionfinish()
+    return json.loads(calls._path.read_text())["entries"] if calls._path.exists() else {}
+
+
+def entry(code: int = 0) -> Entry:
+    @ffi.callback("int(void *, const TVMFFIAny *, int32_t, TVMFFIAny *)")
+    def address(handle, packed, count, result):
+        return code
+
+    made = Entry("rmsnorm", address, owner=address)
+    made.name = "norm.rmsnorm"  # as the loader names it, after it was made
+    return made
+
+
+def invoke(one: Entry, count: int = 5) -> int:
+    arguments, result = ffi.new("TVMFFIAny[]", 8), ffi.new("TVMFFIAny *")
+    return one.address(one.handle, arguments, count, result)
+
+
+def test_a_call_of_a_test_that_passed_counts(calls):
+    assert invoke(entry()) == 0
+    report(calls, passed=True)
+    assert called(calls) == {"norm": ["rmsnorm"]}
+    # What another session called is added to it.
+    other = entry()
+    other.name = "norm.layernorm"
+    invoke(other)
+    report(calls, passed=True)
+    assert called(calls) == {"norm": ["layernorm", "rmsnorm"]}
+
+
+def test_a_call_of_a_test_that_failed_does_not(calls):
+    invoke(entry())
+    report(calls, passed=False)
+    report(calls, passed=True)
+    assert called(calls) == {}
+
+
+def test_a_call_that_failed_does_not(calls):
+    assert invoke(entry(-1)) == -1
+    report(calls, passed=True)
+    assert called(calls) == {}
+
+
+def test_asking_a_function_that_takes_any_arguments_does_not(calls):
+    assert invoke(entry(), 512) == 0
+    report(calls, passed=True)
+    assert called(calls) == {}
+
+
+def test_asking_for_a_signature_does_not(calls, testing_library):
+    one = global_function("testing.add_one")
+    one.name = "norm.rmsnorm"
+    try:
+        probe(one)
+    except KernelError:
+        pass
+    report(calls, passed=True)
+    assert called(calls) == {}
+    assert one(1) == 2
+    report(calls, passed=True)
+    assert called(calls) == {"norm": ["rmsnorm"]}
+
+
+def test_names():
+    names = {
+        "norm.rmsnorm", "fi_ffi.reference.norm.rmsnorm", "ffi.ArraySize", "run_moe",
+        "gemm_sm90.cutlass_segment_gemm_sm90",
+        "batch_mla_attention_dtype_q_f16_dtype_kv_f16_dtype_o_f16_dtype_idx_i32_head_dim_ckv_512_"
+        "head_dim_kpe_64_profiler_False_sm90.run",
+    }  # fmt: skip
+    assert calling.by_family(names, "0.6.13") == [
+        ("batch_mla:fa3", "run"),
+        ("fused_moe", "run_moe"),
+        ("gemm_sm90", "cutlass_segment_gemm_sm90"),
+        ("norm", "rmsnorm"),
+    ]
