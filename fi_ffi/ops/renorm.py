@@ -35,10 +35,10 @@ def rule_of_shared_rows(argument: str, axis: str) -> Rule:
     )
 
 
-# A group of blocks has 5140 bytes, and a GPU has room for half as many groups as multiprocessors.
+# A group of blocks has 5152 bytes at most; there are half as many as multiprocessors, or fewer.
 ROW_STATES = Tensor(
     "row_states_buffer", "workspace_size", "uint8", writes=True, reads=True, contiguous=True,
-    alignment=4, bytes=2**20, zeroed=True,
+    alignment=8, bytes=2**20, zeroed=True,
     doc="scratch of 2^20 bytes that no other stream uses, zero before its first call; without it "
         "each stream has its own of fi_ffi's",
 )  # fmt: skip

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -128,3 +131,22 @@ def test_an_array_of_k_is_of_the_outputs_dtype():
         with pytest.raises(fi_ffi.ArgumentError, match="maybe_top_k_arr"):
             call(probs, output, valid, maybe_top_k_arr=np.ones(3, np.int32))
         call(probs, output, valid, maybe_top_k_arr=np.ones(3, np.int64))
+
+
+def test_the_examples_of_the_page(rng):
+    page = (Path(__file__).parent.parent.parent / "docs" / "sampling.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    logits = rng.standard_normal((4, 1000)).astype(np.float32)
+    known = {
+        "logits": logits, "probs": np.empty_like(logits), "tokens": np.full(4, -1, np.int32),
+        "valid": np.zeros(4, np.bool_), "seed": 5, "offset": 0, "stream": None,
+    }  # fmt: skip
+    exec(first, known)
+    assert known["valid"].all() and known["offset"] == 32
+    ranks = (logits > np.take_along_axis(logits, known["tokens"][:, None], 1)).sum(axis=1)
+    assert (ranks < 50).all()
+    assert (np.count_nonzero(known["probs"], axis=1) == 50).all()
+    x = rng.standard_normal((3, 100)).astype(np.float16)
+    more = {"fi_ffi": fi_ffi, "x": x, "stream": None, "values": np.zeros((3, 7), np.float16)}
+    exec(second, more | {"indices": (indices := np.zeros((3, 7), np.int32))})
+    assert (np.sort(indices) == np.sort(np.argsort(-x, kind="stable")[:, :7])).all()

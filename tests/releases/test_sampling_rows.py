@@ -1,4 +1,4 @@
-"""What the rows of samplers, filters and the greatest take from kernels' sources, in each release."""
+"""What the rows of samplers and filters take from the kernels' sources, in each release."""
 
 from __future__ import annotations
 
@@ -93,8 +93,11 @@ def test_rows_that_blocks_share(release, sources):
     """What a group of blocks has of the scratch, and what a block may choose of its own row."""
     text = sources(release, "include/flashinfer/topk.cuh")
     state = re.search(r"struct RadixRowState \{(.*?)\};", text, re.DOTALL)[1]
-    assert "histogram[3][256];" in state and len(re.findall(r";", state)) == 6
-    group = 4 * (3 * 256 + 5)
+    fields = re.findall(r"^  (.*?)(?: \w+(?:\[\d+\])*);", state, re.MULTILINE)
+    assert "histogram[3][256];" in state and fields[0] == "uint32_t"
+    assert {*fields} <= {"uint32_t", "int", "float", "unsigned long long"}
+    group = 4 * 3 * 256 + 8 * len(fields)
+    assert renorm.ROW_STATES.alignment % (8 if "unsigned long long" in fields else 4) == 0
     found = re.search(r"MAX_DETERMINISTIC_CTAS_PER_GROUP = (\d+);", text)
     group += 2 * 4 * int(found[1]) if found else 0
     # Half as many groups as multiprocessors: enough for 400 of these.

@@ -31,6 +31,10 @@ def make(
     sizes = {"seeds": 1, "offsets": 1, **sizes}
     if "r" in sizes:
         sizes["r"] = max(sizes["r"], n)
+    for arg in row.tensors:
+        if arg.is_scratch:
+            need = max(arg.bytes, arg.bytes_for(sizes) if arg.bytes_for else 0)
+            sizes["workspace_size"] = max(need, sizes["workspace_size"])
     count = sizes.get("r", n)
     made = {
         "probs": probabilities(rng, count, h),
