@@ -20,6 +20,11 @@ ARRAYS = ("maybe_top_k_arr", "maybe_top_p_arr", "maybe_min_p_arr")
 SEEDS = ("maybe_seed_arr", "maybe_offset_arr")
 # The chance that a right distribution is refused.
 _ALPHA = 1e-6
+# Neighbours among the floats.  Thirds between two of them are rounded to the lower one: the search
+# for what sums to TOP_P stays where it was.
+CLOSE = [float.fromhex(f"0x1.0f8a{end}p-3") for end in ("46", "44", "44", "46", "40")]
+APART = [0.3, 0.25, 0.2, 0.15, 0.1]
+TOP_P = 0.2759037911891937
 
 
 def make(
@@ -104,3 +109,26 @@ def surprise(counts: np.ndarray, expected: np.ndarray) -> float:
     z = NormalDist().inv_cdf(1 - _ALPHA)
     allowed: float = freedom * (1 - spread + z * spread**0.5) ** 3
     return chi / allowed
+
+
+def ends(p: np.ndarray, top_p: float) -> bool:
+    """Whether the search for what sums to `top_p` ends, as FlashInfer 0.6.8 to 0.6.13 make it of
+    rows of less than 2048: by thirds, in float32."""
+    p, target = p.astype(np.float32), np.float32(top_p)
+    two, three = np.float32(2), np.float32(3)
+    low, high, seen = np.float32(0), p.max(initial=np.float32(0)), set()
+    while (low, high) not in seen:
+        seen.add((low, high))
+        first, second = (high + two * low) / three, (two * high + low) / three
+        least = min(high, p[p > low].min(initial=high))
+        most = max(low, p[p <= high].max(initial=low))
+        sums = [np.float32(p[p > pivot].sum(dtype=np.float64)) for pivot in (first, second)]
+        if sums[1] >= target:
+            low = second
+        elif sums[0] >= target:
+            low, high = first, min(second, most)
+        else:
+            high = min(first, most)
+        if least == most:
+            return True
+    return False

@@ -12,16 +12,12 @@ import os
 import sys
 
 import numpy as np
+from sampling_calls import APART, CLOSE, TOP_P
 
 import fi_ffi
 from fi_ffi.cli.cuda import DeviceArray
 
 SECONDS = 5.0
-# Neighbours among the floats.  Thirds between two of them are rounded to the lower one: the search
-# for what sums to TOP_P stays where it was.
-CLOSE = [float.fromhex(f"0x1.0f8a{end}p-3") for end in ("46", "44", "44", "46", "40")]
-APART = [0.3, 0.25, 0.2, 0.15, 0.1]
-TOP_P = 0.2759037911891937
 
 
 def main(which: str) -> None:

@@ -2404,7 +2404,7 @@ class _top_k_renorm_probs(Op):
             maybe_top_k_arr ([n] int32; contiguous; or None): `top_k_val` of each row; 0 leaves nothing.
             top_k_val (int = 2147483647, 1 or more, 2147483647 or less): how many are left, and with
                 them those equal to the last.
-            row_states_buffer ([workspace_size] uint8; contiguous; written; or None; aligned to 4
+            row_states_buffer ([workspace_size] uint8; contiguous; written; or None; aligned to 8
                 bytes): scratch of 2^20 bytes that no other stream uses, zero before its first call;
                 without it each stream has its own of fi_ffi's.
             stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
@@ -2444,7 +2444,7 @@ class _top_k_mask_logits(Op):
             maybe_top_k_arr ([n] int32; contiguous; or None): `top_k_val` of each row; 0 leaves nothing.
             top_k_val (int = 2147483647, 1 or more, 2147483647 or less): how many are left, and with
                 them those equal to the last.
-            row_states_buffer ([workspace_size] uint8; contiguous; written; or None; aligned to 4
+            row_states_buffer ([workspace_size] uint8; contiguous; written; or None; aligned to 8
                 bytes): scratch of 2^20 bytes that no other stream uses, zero before its first call;
                 without it each stream has its own of fi_ffi's.
             stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
@@ -2539,7 +2539,7 @@ class _radix_topk(Op):
             input ([n, d] T; contiguous): rows to choose from, none of them NaN.
             output_indices ([n, top_k] int32; contiguous; written): where they are in their rows.
             output_values ([n, top_k] T; contiguous; written): what they are.
-            maybe_row_states_buffer ([workspace_size] uint8; contiguous; written; or None; aligned to 4
+            maybe_row_states_buffer ([workspace_size] uint8; contiguous; written; or None; aligned to 8
                 bytes): scratch of 2^20 bytes that no other stream uses, zero before its first call;
                 without it each stream has its own of fi_ffi's.
             top_k (int or None = None, 0 or more, 2147483647 or less, the size of top_k): how many are
@@ -2599,7 +2599,7 @@ class _radix_topk_page_table_transform(Op):
             maybe_row_to_batch ([n] int32; contiguous; or None): the page table of each row; without it,
                 its own.
             lengths ([n] int32; contiguous): how many elements of each row there are to choose from.
-            maybe_row_states_buffer ([workspace_size] uint8; contiguous; written; or None; aligned to 4
+            maybe_row_states_buffer ([workspace_size] uint8; contiguous; written; or None; aligned to 8
                 bytes): scratch of 2^20 bytes that no other stream uses, zero before its first call;
                 without it each stream has its own of fi_ffi's.
             top_k (int or None = None, 0 or more, 2147483647 or less, the size of top_k): how many are
@@ -2657,7 +2657,7 @@ class _radix_topk_ragged_transform(Op):
             output_indices ([n, top_k] int32; contiguous; written): where they are in their rows.
             offsets ([n] int32; contiguous): what is added to each row's indices.
             lengths ([n] int32; contiguous): how many elements of each row there are to choose from.
-            maybe_row_states_buffer ([workspace_size] uint8; contiguous; written; or None; aligned to 4
+            maybe_row_states_buffer ([workspace_size] uint8; contiguous; written; or None; aligned to 8
                 bytes): scratch of 2^20 bytes that no other stream uses, zero before its first call;
                 without it each stream has its own of fi_ffi's.
             top_k (int or None = None, 0 or more, 2147483647 or less, the size of top_k): how many are
