@@ -7,7 +7,6 @@ import threading
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import Device
 from fi_ffi.errors import KernelError
-from fi_ffi.loader import libraries
 from fi_ffi.ops import cuda
 
 _lock = threading.Lock()
@@ -31,6 +30,8 @@ def own_handle(library: str, device: Device) -> int:
 
 
 def _cublas_lt(device: Device) -> int:
+    from fi_ffi.loader import libraries  # not above: few programs need it
+
     cublas, slot = libraries.load(libraries.CUBLAS_LT)[0], ffi.new("void **")
     with cuda.current(device), cuda.relaxed():
         status = cublas.cublasLtCreate(slot)
