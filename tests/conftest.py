@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -37,3 +38,10 @@ def built_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built_wheel_sm87(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel with page, for sm_87."""
     return _build(tmp_path_factory.mktemp("sm87"), "8.7", "page")
+
+
+def pytest_collection_finish() -> None:
+    """Leave the tests themselves out of collections: with tens of thousands of them, one that a
+    test asks for takes a second."""
+    gc.collect()
+    gc.freeze()
