@@ -182,7 +182,9 @@ def test_scratch_of_each_stream(gpu, monkeypatch):
     handles = {0x51: 0, 0x61: 0}
     for handle in [*handles] * 2:
         op(**values, stream=handle)
-    (memories,) = [{key[2]: m for key, m in memory._scratch.items() if key[1].is_cuda}]
+    memories = {
+        handle: m for (_, _, device, handle), m in memory._scratch.items() if device.is_cuda
+    }
     assert {*handles} <= {*memories} and len({m.desc.ptr for m in memories.values()}) > 1
 
 
