@@ -22,7 +22,7 @@ _TRACE_LARGEST = {largest}
 def _trace_array(x):
     """A tensor's values in float64{or_bits}."""
     if hasattr(x, "detach"):
-        import torch
+        {torch_import}
 
         x = x.detach().cpu().contiguous()
 {convert_torch}
@@ -32,7 +32,7 @@ def _trace_array(x):
 
 def _trace_result(value, dtype, like):
     if hasattr(like, "detach"):
-        import torch
+        {torch_import}
 
         made = torch.from_numpy(np.ascontiguousarray(value))
         kind = getattr(torch, dtype)
@@ -121,6 +121,7 @@ class Reference:
             axes=repr({name: list(axes) for name, axes in self.shapes.items()}),
             sizes=repr(dict(self.sizes)),
             largest=repr(dict(self.largest)),
+            torch_import="import torch",  # in the text alone: this package imports it nowhere
             **(_BITS if self.moves else _WIDE),
         )
         return f"{source}\n{around}"
