@@ -10,6 +10,7 @@ import pytest
 
 from fi_ffi.cli.cases import Case, default_dtypes, make_case
 from fi_ffi.cli.inputs import inputs_of
+from fi_ffi.loader import machine as of_loader
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.op import Op
 
@@ -85,3 +86,10 @@ def check_replayed(machine: Any, case: Case) -> float:
         worst = max(worst, *(case.error(name, placed[name].get())[1] for name in case.expected))
     assert all(array.intact() for array in placed.values())
     return worst
+
+
+def needs(op: Op, machine: Any) -> None:
+    """Skip on a GPU that is none of the kernel's."""
+    able = op.row.capabilities
+    if machine.is_gpu and able and of_loader.capability(0)[0] not in able:
+        pytest.skip(f"{op.row.name} is for GPUs of compute capability {able}")

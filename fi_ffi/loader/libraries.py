@@ -33,6 +33,7 @@ _NAME = re.compile(r"lib(\w+)\.so\.\d+")
 
 # A function of modules that compile DeepGEMM's kernels, if they are told to.
 _COMPILES = "set_deepgemm_jit_include_dirs"
+DEEPGEMM_FOLDER = "TRTLLM_DG_CACHE_DIR"
 
 
 def prepare(functions: Container[str], needed: Iterable[str]) -> None:
@@ -41,7 +42,7 @@ def prepare(functions: Container[str], needed: Iterable[str]) -> None:
     Raises `LoaderError` where something is missing.
     """
     if _COMPILES in functions:
-        check_cache_folder()
+        check_deepgemm_folder()
     for file in needed:
         match = _NAME.fullmatch(file)
         if match and match[1] in PACKAGES:
@@ -88,24 +89,29 @@ def _absent(file: str, name: str, reason: str) -> LoaderError:
     )
 
 
-def check_cache_folder() -> None:
+def deepgemm_folder() -> Path:
+    """Where such a module makes folders as it is loaded, and keeps what it compiles."""
+    if DEEPGEMM_FOLDER in os.environ:
+        return Path(os.environ[DEEPGEMM_FOLDER])
+    if "HOME" in os.environ:
+        return Path(os.environ["HOME"], ".tensorrt_llm")
+    return Path(tempfile.gettempdir(), "tensorrt_llm")
+
+
+def check_deepgemm_folder() -> None:
     """Raise `LoaderError` where a module with DeepGEMM's compiler could not make its folders.
 
     It makes them while it is loaded, compiler or not, and where that fails it throws what
     nothing catches: the process would end.
     """
-    chosen, home = os.environ.get("TRTLLM_DG_CACHE_DIR"), os.environ.get("HOME")
-    if chosen is not None:
-        folder = Path(chosen)
-    elif home is not None:
-        folder = Path(home, ".tensorrt_llm")
-    else:
-        folder = Path(tempfile.gettempdir(), "tensorrt_llm")
+    folder = deepgemm_folder()
     try:
+        if os.environ.get(DEEPGEMM_FOLDER) == "":
+            raise FileNotFoundError(f"{DEEPGEMM_FOLDER} is empty")
         for name in ("tmp", "cache"):
             (folder / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LoaderError(
             f"the module makes {folder} when it is loaded, which fails here ({error}); "
-            "TRTLLM_DG_CACHE_DIR may name another folder"
+            f"{DEEPGEMM_FOLDER} may name another folder"
         ) from error

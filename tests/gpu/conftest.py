@@ -11,6 +11,8 @@ import pytest
 
 import fi_ffi
 
+from attention.machines import Gpu
+
 HERE = Path(__file__).parent
 
 
@@ -75,6 +77,13 @@ def stream() -> Iterator[int]:
     yield int(made)
     check(runtime.cudaStreamSynchronize(made))
     check(runtime.cudaStreamDestroy(made))
+
+
+@pytest.fixture
+def machine(to_gpu, stream) -> Iterator[Gpu]:
+    made = Gpu(to_gpu, stream)
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from attention.bodies import check_one, check_results
-from attention.machines import Gpu
 from attention.tables import (
     DECODE,
     MLA,
@@ -14,13 +13,6 @@ from attention.tables import (
     SINGLE_DECODE,
     SINGLE_PREFILL,
 )
-
-
-@pytest.fixture
-def machine(to_gpu, stream):
-    made = Gpu(to_gpu, stream)
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize("spec", PREFILL.values(), ids=PREFILL)

@@ -5,17 +5,9 @@ from __future__ import annotations
 import pytest
 
 from attention import serving
-from attention.machines import Gpu
 from attention.tables import FIXED_SPLIT, GRAPHS, REFUSED_OR_RIGHT, SERVED
 
 SERVICES = pytest.mark.parametrize("spec", SERVED.values(), ids=SERVED)
-
-
-@pytest.fixture
-def machine(to_gpu, stream):
-    made = Gpu(to_gpu, stream)
-    yield made
-    made.close()
 
 
 @SERVICES

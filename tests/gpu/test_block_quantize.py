@@ -4,18 +4,8 @@ from __future__ import annotations
 
 import inspect
 
-import pytest
-
-from attention.machines import Gpu
 from ops import test_block_quantize as on_host
 
 for _name, _test in inspect.getmembers(on_host, inspect.isfunction):
     if _name.startswith("test_"):
         globals()[_name] = _test
-
-
-@pytest.fixture
-def machine(to_gpu, stream):
-    made = Gpu(to_gpu, stream)
-    yield made
-    made.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -32,13 +34,6 @@ for _module in (test_gemm, test_segment_gemm, blocks):
             globals()[_name] = _test
 
 DTYPES = {"TA": "float8_e4m3fn", "TB": "float8_e4m3fn", "T": "bfloat16"}
-
-
-@pytest.fixture
-def machine(to_gpu, stream):
-    made = Gpu(to_gpu, stream)
-    yield made
-    made.close()
 
 
 def hopper(machine: Gpu, module: str) -> None:
@@ -117,6 +112,28 @@ def test_bmm_captured_without_a_call_before(machine, rng):
     assert on_gpu.is_right()
 
 
+def on_threads(machine, streams: Sequence[int], calls: Sequence[Any], make: Callable) -> None:
+    """Make each call 50 times, all at once, each on a thread and a stream of its own."""
+    errors: list[BaseException] = []
+
+    def work(call: Any, stream: int) -> None:
+        try:
+            for _ in range(50):
+                make(call, stream)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [
+        threading.Thread(target=work, args=pair) for pair in zip(calls, streams, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    machine.synchronize()
+    assert not errors
+
+
 def test_bmm_on_many_threads(machine, rng):
     """They share a handle, and each stream has scratch of its own."""
     machine.need("gemm")
@@ -126,24 +143,11 @@ def test_bmm_on_many_threads(machine, rng):
                         without=("workspace_buffer",)), machine.place)
         for _ in streams
     ]  # fmt: skip
-    errors: list[BaseException] = []
 
-    def work(call: OnGpu, stream: int) -> None:
-        try:
-            for _ in range(50):
-                fi_ffi.bmm_fp8(**call.descs, **call.case.scalars, stream=stream)
-        except BaseException as error:
-            errors.append(error)
+    def make(call: OnGpu, stream: int) -> None:
+        fi_ffi.bmm_fp8(**call.descs, **call.case.scalars, stream=stream)
 
-    threads = [
-        threading.Thread(target=work, args=pair) for pair in zip(calls, streams, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    machine.synchronize()
-    assert not errors
+    on_threads(machine, streams, calls, make)
     assert all(call.is_right() for call in calls)
 
 
@@ -153,24 +157,7 @@ def test_block_scales_on_many_threads(machine, rng):
     streams = machine.streams(4)
     calls = [blocks.Blocks(machine, rng, 8 * (i + 1), 128, 512, False, False) for i in range(4)]
     machine.synchronize()
-    errors: list[BaseException] = []
-
-    def work(made: blocks.Blocks, stream: int) -> None:
-        try:
-            for _ in range(50):
-                made.call(stream=stream)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [
-        threading.Thread(target=work, args=pair) for pair in zip(calls, streams, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    machine.synchronize()
-    assert not errors
+    on_threads(machine, streams, calls, lambda made, stream: made.call(stream=stream))
     assert max(made.worst() for made in calls) <= 1
 
 

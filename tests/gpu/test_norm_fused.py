@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import inspect
 
-import pytest
-
-from attention.machines import Gpu
 from ops import test_norm_fused as on_host
 from prepared_calls import OnGpu
 
 for _name, _test in inspect.getmembers(on_host, inspect.isfunction):
     if _name.startswith("test_"):
         globals()[_name] = _test
-
-
-@pytest.fixture
-def machine(to_gpu, stream):
-    made = Gpu(to_gpu, stream)
-    yield made
-    made.close()
 
 
 def test_a_graph_turns_by_the_last_numbers_of_any_call(machine, rng, to_gpu):

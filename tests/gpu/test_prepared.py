@@ -9,18 +9,10 @@ import fi_ffi
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.ops.functions import OPS
 
-from attention.machines import Gpu
 from calls import EVERY_CALL
 from prepared_calls import OnGpu, draw, frame_of, norm_sets, settle
 
 RMSNORM = OPS["rmsnorm"]
-
-
-@pytest.fixture
-def machine(to_gpu, stream):
-    made = Gpu(to_gpu, stream)
-    yield made
-    made.close()
 
 
 @pytest.fixture

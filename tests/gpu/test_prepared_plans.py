@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
-
 import fi_ffi
 
 from attention import test_prepared_replans as of_replans
 from attention import test_prepared_runs as of_runs
-from attention.machines import Gpu
 from attention.prepared import SERVICES, Runs
-
-
-@pytest.fixture
-def machine(to_gpu, stream):
-    made = Gpu(to_gpu, stream)
-    yield made
-    made.close()
-
 
 test_the_same_bits = of_runs.test_the_same_bits
 test_runs_that_are_repeated = of_runs.test_runs_that_are_repeated

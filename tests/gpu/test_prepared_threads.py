@@ -12,17 +12,9 @@ import pytest
 import fi_ffi
 from fi_ffi.ops.functions import OPS
 
-from attention.machines import Gpu
 from prepared_calls import norm_sets, settle
 
 RMSNORM = OPS["rmsnorm"]
-
-
-@pytest.fixture
-def machine(to_gpu, stream):
-    made = Gpu(to_gpu, stream)
-    yield made
-    made.close()
 
 
 @pytest.fixture

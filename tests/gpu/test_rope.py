@@ -14,20 +14,12 @@ from fi_ffi.cli.inputs import inputs_of
 from fi_ffi.loader.runtime import kernel_entry
 from fi_ffi.ops.functions import OPS
 
-from attention.machines import Gpu
 from ops import test_rope, test_rope_angles, test_rope_quantize
 
 for _module in (test_rope, test_rope_angles, test_rope_quantize):
     for _name, _test in inspect.getmembers(_module, inspect.isfunction):
         if _name.startswith("test_"):
             globals()[f"{_name}_{_module.__name__.rpartition('test_')[2]}"] = _test
-
-
-@pytest.fixture
-def machine(to_gpu, stream):
-    made = Gpu(to_gpu, stream)
-    yield made
-    made.close()
 
 
 def raw(name, machine):

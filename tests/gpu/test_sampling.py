@@ -18,7 +18,6 @@ from fi_ffi.cli.cases import make_case
 from fi_ffi.loader import search
 from fi_ffi.ops.functions import OPS
 
-from attention.machines import Gpu
 from ops import test_chain_sampling, test_sampling, test_sampling_filters, test_sampling_statistics
 
 TESTS = Path(__file__).parent.parent
@@ -33,13 +32,6 @@ for _module in (
         if _name.startswith("test_") and "machine" in inspect.signature(_test).parameters:
             _of = _module.__name__.rpartition("test_")[2]
             globals()[f"test_{_of}_{_name.removeprefix('test_')}"] = _test
-
-
-@pytest.fixture
-def machine(to_gpu, stream):
-    made = Gpu(to_gpu, stream)
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize("name", ["softmax", "top_p_sampling_from_probs", "sampling_from_logits"])

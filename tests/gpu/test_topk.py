@@ -11,19 +11,11 @@ from sampling_calls import run
 import fi_ffi
 from fi_ffi.ops.functions import OPS
 
-from attention.machines import Gpu
 from ops import test_topk as on_host
 
 for _name, _test in inspect.getmembers(on_host, inspect.isfunction):
     if _name.startswith("test_") and "machine" in inspect.signature(_test).parameters:
         globals()[_name] = _test
-
-
-@pytest.fixture
-def machine(to_gpu, stream):
-    made = Gpu(to_gpu, stream)
-    yield made
-    made.close()
 
 
 def test_whether_a_block_has_room_for_a_row(machine):

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import os
+
+import numpy as np
 import pytest
 
 from fi_ffi import reference
 from fi_ffi.abi.streams import current_scope
-from fi_ffi.loader import machine
+from fi_ffi.loader import machine as of_loader
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference import norm
 
+from attention.machines import Cpu
 from attention.pretend import Pretend, current_stream
 from prepared_calls import Mine
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int.from_bytes(os.urandom(8), "little")
+    print(f"seed {seed}")  # shown with a failure
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def machine() -> Cpu:
+    """Where a test runs; of the same name on a GPU, where many of these tests run as well."""
+    return Cpu()
 
 
 @pytest.fixture
@@ -42,6 +59,6 @@ def gpu(monkeypatch):
     yield made
     monkeypatch.undo()
     made.forget()
-    machine.thread.bound.clear()
+    of_loader.thread.bound.clear()
     assert current_scope() is None
     assert current_stream(0) == current_stream(1) == 0, "a stream was not put back"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import ml_dtypes
@@ -15,7 +14,6 @@ from fi_ffi.cli.cases import make_case
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.op import Op
 
-from attention.machines import Cpu
 from calls import EVERY_CALL
 
 NAMES = ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul")
@@ -23,18 +21,6 @@ CALLS = [call for call in EVERY_CALL if call.values[0].row.name in NAMES]
 # One vector, a block that is no warp, the first after 1024 threads with a vector each, and
 # what models have.
 HALVES = (8, 24, 344, 1024, 8184, 8192, 8200, 11008, 14336, 28672)
-
-
-@pytest.fixture
-def machine() -> Cpu:
-    return Cpu()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
 
 
 @pytest.mark.parametrize("d", HALVES)

@@ -2,45 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from every_op import check_on
+from every_op import check_on, needs
 
 import fi_ffi
 from fi_ffi.cli.cases import Case, make_case
-from fi_ffi.loader import machine as of_loader
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.op import Op
 from fi_ffi.ops.providers import fits
 
-from attention.machines import Cpu
-
 DEQUANT, QUANTIZE, FP4, CACHE = (
     OPS[name] for name in ("nvfp4_kv_dequant", "mxfp8_quantize", "fp4_quantize", "nvfp4_kv_quant")
 )
-
-
-@pytest.fixture
-def machine() -> Cpu:
-    return Cpu()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
-
-
-def needs(op: Op, machine: Cpu) -> None:
-    """Skip on a GPU that is none of the kernel's."""
-    able = op.row.capabilities
-    if machine.is_gpu and able and of_loader.capability(0)[0] not in able:
-        pytest.skip(f"{op.row.name} is for GPUs of compute capability {able}")
 
 
 def rows_of(rng, n: int, k: int, dtype: str = "bfloat16", op: Op = QUANTIZE, **more: Any) -> Case:

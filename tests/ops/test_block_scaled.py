@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 import pytest
-from every_op import check_on, check_replayed
+from every_op import check_on, check_replayed, needs
 
 import fi_ffi
 from fi_ffi.abi.device import parse_device
 from fi_ffi.cli.cases import Case, make_case
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.op import Op
 from fi_ffi.ops.providers import entry_for
-
-from attention.machines import Cpu
 
 DEQUANT, TILES, ROWS_AGAIN, QUANTIZE, FP4, CACHE = (
     OPS[name]
@@ -30,25 +26,6 @@ DEQUANT, TILES, ROWS_AGAIN, QUANTIZE, FP4, CACHE = (
         "nvfp4_kv_quant",
     )
 )
-
-
-@pytest.fixture
-def machine() -> Cpu:
-    return Cpu()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
-
-
-def needs(op: Op, machine: Cpu) -> None:
-    """Skip on a GPU that is none of the kernel's."""
-    able = op.row.capabilities
-    if machine.is_gpu and able and of_loader.capability(0)[0] not in able:
-        pytest.skip(f"{op.row.name} is for GPUs of compute capability {able}")
 
 
 def of_bits(rng, n: int, blocks: int, output="bfloat16", scales="uint8", **more: Any) -> Case:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -16,7 +15,6 @@ from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.op import Op
 from fi_ffi.ops.providers import fits
 
-from attention.machines import Cpu
 from calls import HostArray
 
 PAIR, IN_PLACE, MANY = (
@@ -30,18 +28,6 @@ SETS = [
     (1, 1), (2, 1), (1, 2), (5, 2), (2, 2), (2, 5), (3, 16), (3, 17), (1, 64), (1, 65), (2, 300),
     (7, 0), (7, 6), (7, 7),
 ]  # fmt: skip
-
-
-@pytest.fixture
-def machine() -> Cpu:
-    return Cpu()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
 
 
 def case(row, rng, n=5, heads=3, head_dim=128, sets=4, dtype="float16", **more) -> Case:

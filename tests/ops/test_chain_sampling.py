@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 from every_op import check_on
@@ -14,21 +12,7 @@ from fi_ffi.cli.cases import make_case
 from fi_ffi.cli.inputs.sampling import probabilities
 from fi_ffi.ops.functions import OPS
 
-from attention.machines import Cpu
-
 NAME = "chain_speculative_sampling"
-
-
-@pytest.fixture
-def machine() -> Cpu:
-    return Cpu()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
 
 
 def case_of(rng, n=6, s=3, h=64, tables=None, **more):

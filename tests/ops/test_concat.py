@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -14,24 +13,11 @@ from fi_ffi.cli.cases import Case, make_case
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.providers import fits
 
-from attention.machines import Cpu
 from calls import padded
 
 OP = OPS["concat_mla_k"]
 DTYPES = OP.rows[0].dtypes["T"]
 HEADS = {"num_heads": 128, "nope_dim": 128, "rope_dim": 64}
-
-
-@pytest.fixture
-def machine() -> Cpu:
-    return Cpu()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
 
 
 def case(rng, n: int, dtype: str) -> Case:

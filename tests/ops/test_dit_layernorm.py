@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -14,25 +13,11 @@ from fi_ffi.cli.cases import Case, make_case
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.providers import fits
 
-from attention.machines import Cpu
-
 LAYERNORMS = (
     "fused_dit_gate_residual_layernorm_gamma_beta",
     "fused_dit_residual_layernorm_scale_shift",
     "fused_dit_gate_residual_layernorm_scale_shift",
 )
-
-
-@pytest.fixture
-def machine() -> Cpu:
-    return Cpu()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
 
 
 def layernorm(rng, name: str, n: int = 2, num_rows: int = 5, **more: Any) -> Case:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,25 +12,12 @@ from fi_ffi.cli.cases import bound, make_case
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference.exact_gemm import fp8_products
 
-from attention.machines import Cpu
 from calls import EVERY_CALL
 
 BF16, E4M3, E5M2 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 BMM = [call for call in EVERY_CALL if call.values[0].row.name == "bmm_fp8"]
 TINY = [call for call in EVERY_CALL if call.values[0].row.module == "tinygemm2"]
 ROUTERS = [call for call in EVERY_CALL if call.values[0].row.module == "dsv3_router_gemm"]
-
-
-@pytest.fixture
-def machine() -> Cpu:
-    return Cpu()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
 
 
 # The least of each, what is no power of two, and what models have.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 
@@ -12,13 +10,6 @@ from fi_ffi.cli.cases import make_case
 from fi_ffi.ops.functions import OPS
 
 from calls import CALLS, HIDDEN, padded
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
 
 
 def errors(case, arrays) -> float:

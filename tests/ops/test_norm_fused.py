@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -14,24 +13,10 @@ from fi_ffi.cli.cases import Case, make_case
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.providers import fits
 
-from attention.machines import Cpu
-
 OP = OPS["fused_qk_rmsnorm_rope"]
 OUTPUTS = ("bfloat16", "float8_e4m3fn")
 VIDEO = {"ppf": 3, "pph": 4, "ppw": 7}
 YARN = {"factor": 4.0, "low": 3.0, "high": 9.5, "attention_factor": 1.2}
-
-
-@pytest.fixture
-def machine() -> Cpu:
-    return Cpu()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
 
 
 def case(rng, n=100, heads=(4, 3, 2), head_dim=128, output="bfloat16", **numbers: Any) -> Case:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -33,13 +32,6 @@ SIZES = {
     "nnz": 23, "b": 4, "page_size": 5, "num_kv_heads": 2, "head_dim": 64,
     "head_dim_ckv": 512, "head_dim_kpe": 64,
 }  # fmt: skip
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
 
 
 def ints(*values: int) -> np.ndarray:

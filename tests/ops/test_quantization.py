@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 from every_op import check_on, check_replayed
@@ -13,24 +11,10 @@ from fi_ffi.cli.cases import Case, make_case
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.op import Op
 
-from attention.machines import Cpu
-
 WHOLE, SEGMENTS = OPS["packbits"].row, OPS["segment_packbits"].row
 ORDERS = ("big", "little")
 # A byte and its neighbours, a block of 2048 bits, several.
 COUNTS = (1, 7, 8, 9, 63, 2040, 2047, 2048, 2049, 4096, 10_001, 1 << 17)
-
-
-@pytest.fixture
-def machine() -> Cpu:
-    return Cpu()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
 
 
 def whole(rng, n: int, order: str) -> Case:

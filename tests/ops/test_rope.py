@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -23,22 +22,9 @@ from rope_calls import (
 
 from fi_ffi.ops.functions import OPS
 
-from attention.machines import Cpu
 from calls import bits, padded
 
 both = pytest.mark.parametrize("interleave", [False, True], ids=["halves", "interleaved"])
-
-
-@pytest.fixture
-def machine() -> Cpu:
-    return Cpu()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
 
 
 @both

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 
 import numpy as np
 import pytest
@@ -12,21 +11,7 @@ from rope_calls import ANGLES, F16, LLAMA_31, a_case
 
 from fi_ffi.ops.functions import OPS
 
-from attention.machines import Cpu
-
 both = pytest.mark.parametrize("interleave", [False, True], ids=["halves", "interleaved"])
-
-
-@pytest.fixture
-def machine() -> Cpu:
-    return Cpu()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
 
 
 @pytest.mark.parametrize("most", [1, 2**10, 2**17, 2**20])

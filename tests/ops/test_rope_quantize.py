@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import ml_dtypes
@@ -16,7 +15,6 @@ from fi_ffi.cli.cases import make_case
 from fi_ffi.cli.inputs.page import page_tables
 from fi_ffi.ops.functions import OPS
 
-from attention.machines import Cpu
 from calls import bits, edges, padded
 
 APPENDING = QUANTISE[1:]
@@ -28,18 +26,6 @@ SIZES = {
 E4M3 = {"T": "bfloat16", "O": "float8_e4m3fn", "I": "int32"}
 LAYOUTS = {"rope_quantize": [{}], KV: [{}, {"kv_layout": "HND"}], MLA: [{}]}
 both = pytest.mark.parametrize("interleave", [False, True], ids=["halves", "interleaved"])
-
-
-@pytest.fixture
-def machine() -> Cpu:
-    return Cpu()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
 
 
 def a_case(name, dtypes, rng, tables=None, **more):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 from every_op import check_on, check_replayed
@@ -15,23 +13,9 @@ from fi_ffi.cli.inputs.sampling import probabilities
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference.sampling import KERNELS
 
-from attention.machines import Cpu
-
 # One token, odd sizes, whole vectors, a block of the kernel, and vocabularies.
 SIZES = (1, 2, 3, 5, 31, 128, 1000, 1024, 4096, 4099, 32000)
 LARGE = (128256, 128257, 262144, 1048575)
-
-
-@pytest.fixture
-def machine() -> Cpu:
-    return Cpu()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
 
 
 @pytest.mark.parametrize("dtype", ["int32", "int64"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 from every_op import check_on, check_replayed
@@ -14,8 +12,6 @@ from fi_ffi.cli.cases import make_case
 from fi_ffi.cli.inputs.sampling import probabilities
 from fi_ffi.ops.functions import OPS
 
-from attention.machines import Cpu
-
 TOP_K = ("top_k_renorm_probs", "top_k_mask_logits")
 DTYPES = ("float32", "float16", "bfloat16")
 ROWS = (*TOP_K, "top_p_renorm_probs")
@@ -25,18 +21,6 @@ ARRAYS = ("maybe_temperature_arr", "maybe_top_k_arr", "maybe_top_p_arr")
 # On an H100 a block has room for 57592 floats, or twice as many of two bytes.
 SIZES = (1, 2, 3, 31, 100, 128, 1000, 2047, 2048, 2049, 4096, 4099, 32000)
 LARGE = (57344, 57593, 115016, 115185, 128256, 128257, 262144, 1000000)
-
-
-@pytest.fixture
-def machine() -> Cpu:
-    return Cpu()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
 
 
 def make(name, rng, n=5, h=100, dtype="float32", tables=None, **more):

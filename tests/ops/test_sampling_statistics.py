@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 from sampling_calls import SAMPLERS, draws, filtered, run, surprise
 
 from fi_ffi.cli.inputs.sampling import probabilities
-
-from attention.machines import Cpu
 
 FILTERS = [
     ("sampling_from_probs", {}),
@@ -27,18 +23,6 @@ FILTERS = [
     ("sampling_from_logits", {}),
 ]
 IDS = ["-".join([name, *map(str, more.values())]) for name, more in FILTERS]
-
-
-@pytest.fixture
-def machine() -> Cpu:
-    return Cpu()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
 
 
 def count_of(machine) -> int:

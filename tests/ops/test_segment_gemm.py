@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import ml_dtypes
@@ -13,21 +12,7 @@ import fi_ffi
 from fi_ffi.cli.cases import bound
 from fi_ffi.reference.exact_gemm import fp8_products
 
-from attention.machines import Cpu
-
 BF16, E4M3, E5M2 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
-
-
-@pytest.fixture
-def machine() -> Cpu:
-    return Cpu()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
 
 
 def segments_of(kind: str, rng: np.random.Generator) -> list[int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 from every_op import check_on, check_replayed
@@ -12,8 +10,6 @@ from sampling_calls import run
 import fi_ffi
 from fi_ffi.cli.cases import make_case
 from fi_ffi.ops.functions import OPS
-
-from attention.machines import Cpu
 
 PLAIN, PAGES, RAGGED = (
     "radix_topk", "radix_topk_page_table_transform", "radix_topk_ragged_transform",
@@ -28,18 +24,6 @@ LARGE = (
     (16384, 2048), (16385, 2048), (32768, 100), (32769, 2049), (65536, 512), (128256, 2048),
     (131072, 4096), (262144, 1), (1000000, 2048), (1048576, 70000),
 )  # fmt: skip
-
-
-@pytest.fixture
-def machine() -> Cpu:
-    return Cpu()
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
 
 
 def make(name, rng, n=5, d=100, k=10, dtype="float32", tables=None, **more):

@@ -10,48 +10,20 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fi_ffi.abi.device import parse_device
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, LoaderError
+from fi_ffi.loader import libraries
 from fi_ffi.ops import cuda
 from fi_ffi.ops.moe.interface import MODULE, SET_INCLUDE_DIRS
 
-_CACHE, _COMPILER = "TRTLLM_DG_CACHE_DIR", "TRTLLM_DG_NVCC_COMPILER"
+_COMPILER = "TRTLLM_DG_NVCC_COMPILER"
 _HEADER = "deep_gemm/fp8_gemm_impl.cuh"
 # The module gives nvcc's command to a shell, and quotes nothing.
 _PLAIN, _WORDS = re.compile(r"[\w./+-]+", re.ASCII), "a path of letters, digits and ./_+- alone"
-
-
-def cache_folder() -> Path:
-    """Where the module makes folders as it is loaded, and keeps what it compiles."""
-    if _CACHE in os.environ:
-        return Path(os.environ[_CACHE])
-    if "HOME" in os.environ:
-        return Path(os.environ["HOME"], ".tensorrt_llm")
-    return Path(tempfile.gettempdir(), "tensorrt_llm")
-
-
-def check_cache_folder(op: str) -> None:
-    """Raise `LoaderError` where the module could not make its folders.
-
-    It makes them while it is loaded, where a failure is an exception that nothing catches: the
-    process would end.
-    """
-    folder = cache_folder()
-    try:
-        if os.environ.get(_CACHE) == "":
-            raise FileNotFoundError(f"{_CACHE} is empty")
-        for name in ("tmp", "cache"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LoaderError(
-            f"{op}: {MODULE} makes {folder} when it is loaded, which fails here ({error}); "
-            f"{_CACHE} may name another folder"
-        ) from error
 
 
 def compiler() -> str | None:
@@ -88,8 +60,9 @@ def set_deepgemm_jit_include_dirs(
     for folder in folders:
         if not _PLAIN.fullmatch(str(folder)):
             raise ArgumentError(op, "include_dirs", got=folder, expected=_WORDS)
-    if folders and not _PLAIN.fullmatch(str(cache_folder())):
-        raise LoaderError(f"{op}: {_CACHE} or HOME: {cache_folder()} is not {_WORDS}")
+    kept = libraries.deepgemm_folder()
+    if folders and not _PLAIN.fullmatch(str(kept)):
+        raise LoaderError(f"{op}: {libraries.DEEPGEMM_FOLDER} or HOME: {kept} is not {_WORDS}")
     if folders and not any((folder / _HEADER).is_file() for folder in folders):
         got, expected = ", ".join(map(str, folders)), f"a folder with {_HEADER}"
         raise ArgumentError(op, "include_dirs", got=got, expected=expected)
@@ -106,7 +79,6 @@ def _entry(op: str, device: Any) -> Any:
 
     if not device.is_cuda:
         raise ArgumentError(op, "device", got=device, expected="a CUDA device")
-    check_cache_folder(op)
     releases = ">=0.6.3"
     entry = runtime.kernel_entry(MODULE, SET_INCLUDE_DIRS.signature, releases, device.index)
 

@@ -15,7 +15,6 @@ from fi_ffi.abi.tensor import Layout, TensorDesc
 from fi_ffi.errors import AbiError, ArchitectureError, KernelNotFoundError
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda, watching
-from fi_ffi.ops.moe import deepgemm
 from fi_ffi.ops.moe.interface import MODULE, W4_RELEASES, Function, Interface, is_in, of_release
 from fi_ffi.ops.moe.modes import FLAGS, Mode
 
@@ -129,7 +128,6 @@ def make_runner(op: str, mode: Mode, dtypes: Sequence[str], device: Device) -> R
     interface = of_release(release)
     if mode.is_w4:
         check_w4_release(op, release)
-    deepgemm.check_cache_folder(op)
     entry = runtime.kernel_entry(MODULE, interface.init.signature, interface.releases, device.index)
     given: dict[str, Any] = {flag: flag in mode.flags for flag in FLAGS}
     words = ("activation_dtype", "weight_dtype", "output_dtype")
