@@ -23,7 +23,7 @@ PLAIN = ("Gelu", "Relu", "Silu", "Relu2", "Identity")
 # Mode, dtype of activations, dtype of results.
 MODES = [
     ("half", F16, F16), ("half", BF16, BF16), ("fp8", F8, F16), ("fp8", F8, BF16),
-    ("fp8_block_scale", BF16, BF16), ("mxfp4", F16, F16), ("mxfp4", BF16, BF16),
+    ("fp8_block_scale", BF16, BF16), ("mxfp4", BF16, BF16),
     ("int4", F16, F16), ("int4", BF16, BF16),
 ]  # fmt: skip
 FLAGS: dict[str, dict[str, bool]] = {
@@ -34,6 +34,8 @@ FLAGS: dict[str, dict[str, bool]] = {
     "int4": {"use_w4_group_scaling": True, "use_packed_weights": True},
 }
 MULTIPLE = {"half": 8, "fp8": 16, "fp8_block_scale": 128, "mxfp4": 128, "int4": 128}
+# Multiples that 4-bit modes refuse: one step of their kernels.
+TOO_SMALL = {"mxfp4": (128,), "int4": (128, 256, 512)}
 
 
 @dataclass
@@ -72,6 +74,12 @@ def routing(rng, tokens: int, experts: int, top_k: int) -> np.ndarray:
     return np.ascontiguousarray(order[:, :top_k]).astype(np.int32)
 
 
+def next_size(mode: str, size: int) -> int:
+    while size in TOO_SMALL.get(mode, ()):
+        size += MULTIPLE[mode]
+    return size
+
+
 def _poison(shape, dtype) -> np.ndarray:
     out = np.empty(shape, dtype)
     out.view(np.uint8)[...] = 0xFF
@@ -87,9 +95,11 @@ def make(
     top_k=2, activation="Swiglu", biases=False, final=True, limits=(), chosen=None,
     per_expert_quant=True,
 ) -> Made:  # fmt: skip
-    """A layer with sizes that are a few times what the mode wants multiples of."""
+    """A layer with sizes that are a few times what the mode wants multiples of, or those given,
+    or the next that the mode has."""
     step = MULTIPLE[mode]
-    hidden, inter = hidden or 2 * step + (0 if step == 128 else 32), inter or step * 3
+    hidden = next_size(mode, hidden or 2 * step + (0 if step == 128 else 32))
+    inter = next_size(mode, inter or step * 3)
     rows = 2 * inter if activation in (*GATED, "GegluTanh") else inter
     weights = _WEIGHTS[mode](rng, act, experts, rows, hidden, inter)
     ids = routing(rng, tokens, experts, top_k) if chosen is None else chosen

@@ -1756,7 +1756,8 @@ class _segment_packbits(Op):
             stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
 
         All tensors are on one device. The last axis has stride 1. n is at most 2147483647. b is at most
-        2147483647. With b = 0, nothing is launched.
+        2147483647. What is written shares no memory with other tensors. With b = 0, nothing is
+        launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -2349,7 +2350,7 @@ class _top_p_renorm_probs(Op):
         probs: TensorLike,
         renorm_probs: TensorLike,
         maybe_top_p_arr: TensorLike | None = None,
-        top_p_val: float = 1.0,
+        top_p_val: float = 4.0,
         is_deterministic: bool = True,
         workspace: TensorLike | None = None,
         *,
@@ -2362,7 +2363,8 @@ class _top_p_renorm_probs(Op):
             probs ([n, h] float32; contiguous): rows that sum to 1.
             renorm_probs ([n, h] float32; contiguous; written): may be `probs` itself.
             maybe_top_p_arr ([n] float32; contiguous; or None): `top_p_val` of each row.
-            top_p_val (float = 1.0, 0.0 or more): what is left sums to so much at least.
+            top_p_val (float = 4.0, 0.0 or more): what is left sums to so much at least; 4.0 keeps all,
+                while 1.0 may lose the least probable.
             is_deterministic (bool = True): the same result each time: sums of rows in 64-bit integers,
                 which takes longer.
             workspace ([workspace_size] uint8; contiguous; written; or None; aligned to 128 bytes):
@@ -2372,9 +2374,9 @@ class _top_p_renorm_probs(Op):
 
         All tensors are on one device. The last axis has stride 1. Tensors with h are loaded gcd(16
         bytes / the itemsize of float32, h) elements at a time: addresses and the other strides are
-        multiples of that. h is at most 2147483647. n is at most 65535. Offsets stay below 2147483648
-        elements. What is written shares no memory with other tensors; renorm_probs and probs may be
-        one. With no rows, nothing is launched.
+        multiples of that. h is at most 2147483647. n is at most 65535. top_p_val is at most 1.0, or 4.0
+        for all of a row. Offsets stay below 2147483648 elements. What is written shares no memory with
+        other tensors; renorm_probs and probs may be one. With no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 from fi_ffi.ops.row import MULTIPROCESSORS, Row, Rule, Scalar, Tensor, Vector
 
 _SOURCE = "csrc/flashinfer_sampling_binding.cu"
@@ -69,7 +69,7 @@ def top_p_renorm_workspace_size(batch_size: int, vocab_size: int) -> int:
     for argument, size in zip(("batch_size", "vocab_size"), sizes.values(), strict=True):
         op, expected = "top_p_renorm_workspace_size", "an integer of 0 or more"
         if not isinstance(size, numbers.Integral) or isinstance(size, bool):
-            raise ArgumentTypeError(op, argument, got=f"{size!r:.60}", expected=expected)
+            raise ArgumentTypeError(op, argument, got=f"{printed(size)}", expected=expected)
         if size < 0:
             raise ArgumentError(op, argument, got=size, expected=expected)
     return top_p_renorm_bytes(sizes)
@@ -105,6 +105,14 @@ _WORKSPACE = Tensor(
         "it each stream has its own of fi_ffi's",
 )  # fmt: skip
 
+# Sums of buckets that fall short of `top_p` by a rounding count the last twice: 1 loses some of a
+# row, more than 1 any part of it, until it is out of reach.
+_ALL = 4.0
+_WITHIN_REACH = Rule(
+    "top_p_val", ("top_p_val",), lambda top_p: bool(top_p <= 1 or top_p >= _ALL),
+    f"at most 1.0, or {_ALL} for all of a row",
+)  # fmt: skip
+
 _TOP_P_ROW = _row(
     "top_p_renorm_probs",
     "Keep the most probable tokens of each row that sum to `top_p`, and those as probable as the "
@@ -113,7 +121,8 @@ _TOP_P_ROW = _row(
         *_in_and_out("probs", "renorm_probs", "float32", "rows that sum to 1"),
         Tensor("maybe_top_p_arr", "n", "float32", "`top_p_val` of each row",
                **_MAYBE),
-        Scalar("top_p_val", float, 1.0, "what is left sums to so much at least", low=0.0),
+        Scalar("top_p_val", float, _ALL, "what is left sums to so much at least; 4.0 keeps all, "
+               "while 1.0 may lose the least probable", low=0.0),
         _DETERMINISTIC,
         _WORKSPACE,
     ),
@@ -124,6 +133,7 @@ _TOP_P_ROW = _row(
     max_products={("h",): _INT, ("n",): 2**16 - 1},
     offset_limit=2**31,
     in_place=(("renorm_probs", "probs"),),
+    rules=(_WITHIN_REACH,),
 )  # fmt: skip
 _TOP_K_ROW = _row(
     "top_k_renorm_probs",

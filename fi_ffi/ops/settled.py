@@ -35,9 +35,13 @@ class Settled:
         if row.nothing_axis:
             self.is_empty = not self.checked.sizes[row.nothing_axis]
         else:
-            written = [lay for arg, lay in zip(row.tensors, layouts, strict=True) if arg.writes]
+            written = [
+                layout
+                for arg, layout in zip(row.tensors, layouts, strict=True)
+                if arg.writes and not arg.is_scratch
+            ]
             self.is_empty = bool(written) and not any(
-                lay is not None and lay.numel for lay in written
+                layout is not None and layout.numel for layout in written
             )
         strided = any(isinstance(arg, KvLayout) and arg.strided for arg in row.args)
         as_nhd = kv_layout == "HND" and strided

@@ -97,7 +97,7 @@ def deinterleave_scales(scales: Array, rows: int) -> Array:
 
 def e8m0(scales: Array) -> Array:
     """Powers of two, by their exponents' bytes."""
-    return np.where(scales == 0xFF, np.nan, np.exp2(scales.astype(np.float32) - 127))
+    return np.where(scales == 0xFF, np.nan, np.ldexp(np.float32(1), scales.astype(np.int32) - 127))
 
 
 def mxfp4(weight: Array, scales: Array) -> Array:

@@ -9,6 +9,7 @@ import pytest
 import fi_ffi
 from fi_ffi.abi.tensor import make_desc, make_layout
 
+import moe_layers
 from moe_layers import F16, F32, a, refused
 
 F64 = np.dtype(np.float64)
@@ -153,6 +154,25 @@ def test_sizes_are_multiples(mode, argument):
     made.tensors["fc2_expert_weights"] = np.ascontiguousarray(fc2[:, :-half])
     made.tensors["fc1_expert_weights"] = np.ascontiguousarray(fc1[..., : -(half // pack)])
     assert "hidden_size" in str(refused(made, argument).expected)
+
+
+@pytest.mark.parametrize(("mode", "size"), [("mxfp4", 128), ("int4", 128), ("int4", 256),
+                         ("int4", 512)])  # fmt: skip
+@pytest.mark.parametrize("of", ["hidden", "inter"])
+def test_one_step_of_4_bit_weights(mode, size, of, monkeypatch):
+    """Of the sizes that are multiples, those that the kernels get wrong, and no other."""
+    monkeypatch.setattr(moe_layers, "TOO_SMALL", {})
+    made = a(mode, **{"hidden": 1024, "inter": 1024, of: size})
+    error = refused(made, "fc2_expert_weights")
+    assert error.got == size and f"{of}_size" in error.expected and "one step" in error.expected
+    a(mode, **{"hidden": 1024, "inter": 1024, of: {128: 384, 256: 768, 512: 1024}[size]}).call()
+
+
+def test_mxfp4_is_of_bfloat16():
+    made = a("mxfp4")
+    for name in ("input", "output"):
+        made.tensors[name] = np.zeros(made.tensors[name].shape, np.float16)
+    assert "bfloat16" in str(refused(made, "activation_dtype").expected)
 
 
 def test_without_a_gate_the_first_weights_are_half():

@@ -11,6 +11,7 @@ import fi_ffi
 from fi_ffi.cli.cases import make_case
 from fi_ffi.cli.inputs.sampling import probabilities
 from fi_ffi.ops.functions import OPS
+from fi_ffi.reference.exact_renorm import top_p_error
 
 TOP_K = ("top_k_renorm_probs", "top_k_mask_logits")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -197,10 +198,13 @@ def test_top_p(is_deterministic, machine, rng, record_property):
 def test_top_p_of_flat_and_peaked_rows(spread, machine, rng):
     for h in (300, 5000) + (128256,) * machine.is_gpu:
         tables = {"probs": probabilities(rng, 20, h, spread=spread)}
-        for top_p in (1e-4, 0.1, 0.5, 0.9, 0.999, 1.0, 1.5):
+        for top_p in (1e-4, 0.1, 0.5, 0.9, 0.999, 1.0, 4.0):
             case = make("top_p_renorm_probs", rng, 20, h, tables=tables, without=ARRAYS,
                         top_p_val=top_p)  # fmt: skip
             assert check_on(machine, case) <= 1, (h, top_p)
+            if top_p > 1:
+                got = run(machine, "top_p_renorm_probs", case.arrays, **case.scalars)
+                assert ((got["renorm_probs"] > 0) == (case.arrays["probs"] > 0)).all()
 
 
 def test_top_p_of_many_rows(machine, rng):
@@ -273,3 +277,30 @@ def test_streams_have_scratch_of_their_own(name, machine, rng):
     machine.synchronize()
     for case, placed, _, _ in calls:
         assert all(case.error(out, placed[out].get())[1] <= 1 for out in case.expected)
+
+
+@pytest.mark.parametrize("top_p", [1.0000001, 1.5, 3.99, np.inf, np.nan])
+def test_top_p_that_the_kernel_gets_wrong(top_p, rng):
+    case = make("top_p_renorm_probs", rng, 3, 3000, without=ARRAYS)
+    got = case.arrays["renorm_probs"]
+    before = got.tobytes()
+    with pytest.raises(fi_ffi.ArgumentError) as caught:
+        OPS["top_p_renorm_probs"](**case.arrays, **case.scalars | {"top_p_val": top_p})
+    assert caught.value.argument == "top_p_val" and got.tobytes() == before
+
+
+def test_what_may_be_lost_of_all(rng):
+    """At 1.0: of a flat row some of those within a quarter of the least's power of two."""
+    p = np.full(5000, 2.0**-12)
+    p[:100] = 2.0**-13 * rng.uniform(1, 1.25, 100)
+    p = p.astype(np.float32).astype(float)
+    order = np.argsort(p)
+
+    def error(lost, top_p):
+        got = p.copy()
+        got[lost] = 0
+        return top_p_error(p, got / got.sum(), top_p, 2.0**-19)[1]
+
+    assert error(order[:20], 1.0) <= 1 and error([], 1.0) <= 1
+    assert error(order[:20], 0.9999) == np.inf  # enough without, or not enough with
+    assert error(order[:150], 1.0) > 1 and error(order[-3:], 1.0) > 1

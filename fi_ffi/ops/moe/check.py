@@ -78,6 +78,9 @@ def _check_sizes(op: str, mode: Mode, sizes: Sizes) -> None:
         if not size or size % mode.multiple or 2 * size >= _INT32:
             expected = f"a {what} that is a multiple of {mode.multiple} with {mode.about}"
             raise ArgumentError(op, "fc2_expert_weights", got=size, expected=expected)
+        if mode.step and size <= mode.step(size):
+            expected = f"a {what} of more than the {size} columns that the kernel takes in one step"
+            raise ArgumentError(op, "fc2_expert_weights", got=size, expected=expected)
     if not sizes.experts:
         raise ArgumentError(op, "fc2_expert_weights", got="no experts", expected="1 or more")
     if not sizes.top_k:
