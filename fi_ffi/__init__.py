@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fi_ffi.abi.device import Device, parse_device
 from fi_ffi.abi.dtypes import DTYPES, DType
@@ -28,6 +28,7 @@ from fi_ffi.errors import (
     ArgumentTypeError,
     ArtifactError,
     BuildError,
+    DeviceError,
     FetchError,
     FiFfiError,
     HangError,
@@ -104,7 +105,7 @@ _LATER |= {
 }
 
 
-def __getattr__(name: str) -> Any:
+def _later(name: str) -> object:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(_LATER[name])
@@ -112,6 +113,10 @@ def __getattr__(name: str) -> Any:
         if where == _LATER[name]:
             globals()[known] = getattr(module, known)
     return globals()[name]
+
+
+if not TYPE_CHECKING:  # which would take any misspelt name for one of these
+    __getattr__ = _later
 
 
 def __dir__() -> list[str]:
@@ -153,6 +158,7 @@ __all__ = [
     "BuildError",
     "DType",
     "Device",
+    "DeviceError",
     "FetchError",
     "FiFfiError",
     "HangError",

@@ -24,11 +24,30 @@ class ArgumentError(FiFfiError, ValueError):
         super().__init__(f"{op}: argument `{argument}`: got {_text(got)}, expected {expected}")
 
 
+_MOST_TEXT = 1000
+
+
 def _text(value: object) -> str:
     try:
-        return str(value)
-    except ValueError:  # an int of more digits than Python prints
-        return f"a {type(value).__name__} too large to print"
+        text = str(value)
+    except Exception:  # an int of more digits than Python prints, or the value's own error
+        return _unprintable(value)
+    if not text:
+        return repr(text)
+    return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}..."
+
+
+def printed(value: object, most: int = 60) -> str:
+    """The start of a value's repr, for an error: of any value, whatever its repr does."""
+    try:
+        return repr(value)[:most]
+    except Exception:
+        return _unprintable(value)
+
+
+def _unprintable(value: object) -> str:
+    why = "too large to print" if isinstance(value, int) else "that cannot be printed"
+    return f"a {type(value).__name__} {why}"
 
 
 class ArgumentTypeError(ArgumentError, TypeError):
@@ -53,6 +72,18 @@ class KernelError(FiFfiError, RuntimeError):
         if backtrace.strip():
             text += f"\nbacktrace, most recent frame first:\n{backtrace.rstrip()}"
         super().__init__(text)
+
+
+class DeviceError(KernelError):
+    """The GPU stopped on an error of earlier work: this process can use it no more.
+
+    `op` is the call that noticed, which need not be the one at fault; `kind` is CUDA's name of
+    the error, `code` its number.  Every later call fails alike: restart the process.
+    """
+
+    def __init__(self, op: str, kind: str, message: str, code: int) -> None:
+        self.code = code
+        super().__init__(op, kind, message)
 
 
 class HangError(FiFfiError, TimeoutError):

@@ -103,7 +103,7 @@ def draw(row: Row, dtypes: dict[str, str], more: dict[str, Any], **scalars: Any)
     more = {name: value for name, value in more.items() if name != "in place"}
     for arg in row.args:
         if isinstance(arg, Scalar) and arg.type is float:
-            scalars.setdefault(arg.name, float(np.exp(rng.uniform(-4, 1))))
+            scalars.setdefault(arg.name, float(np.exp(rng.uniform(-4, 0))))
     return make_case(row, inputs_of(row).small, dtypes, rng, **more | scalars)
 
 

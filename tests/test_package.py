@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import inspect
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -13,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import fi_ffi
+from fi_ffi.ops.attention import keywords, spec
 
 PACKAGE = Path(fi_ffi.__file__).parent
 GENERATED = {PACKAGE / "abi" / "_cffi.py"}
@@ -165,3 +169,44 @@ def test_importing_takes_little() -> None:
 def test_the_version_is_the_distributions() -> None:
     text = (PACKAGE.parent / "pyproject.toml").read_text()
     assert f'version = "{fi_ffi.__version__}"' in text
+
+
+# What may be anything: `prepare` packs any call, and so returns what that prepares to.  Options
+# of a run are its plan's; those of plans have types, for checkers alone (`keywords`).
+ANYTHING = {"prepare", "PodPlan.__init__"}
+
+
+def public_functions() -> Iterator[tuple[str, object]]:
+    for name in fi_ffi.__all__:
+        value = getattr(fi_ffi, name)
+        if inspect.isclass(value):
+            for inner, function in vars(value).items():
+                if inspect.isfunction(function) and inner in ("__init__", "__call__", "update"):
+                    yield f"{name}.{inner}", function
+        elif inspect.isfunction(value):
+            yield name, value
+
+
+def test_public_functions_say_what_they_take() -> None:
+    loose = {
+        name
+        for name, function in public_functions()
+        if any(re.search(r"\bAny\b", str(told)) for told in function.__annotations__.values())
+    }
+    assert loose == ANYTHING
+    untyped = {
+        f"{name}({parameter})"
+        for name, function in public_functions()
+        for parameter in inspect.signature(function).parameters
+        if parameter != "self" and parameter not in function.__annotations__
+    }
+    assert not untyped
+
+
+@pytest.mark.parametrize("plan", ["Prefill", "Decode", "Mla"])
+def test_keywords_of_plans_are_their_options(plan: str) -> None:
+    told = getattr(keywords, f"{plan}Keywords")
+    options = {field.name: field for field in dataclasses.fields(getattr(spec, f"{plan}Options"))}
+    assert told.__annotations__.keys() == options.keys()
+    needed = {name for name, field in options.items() if field.default is dataclasses.MISSING}
+    assert told.__required_keys__ == needed

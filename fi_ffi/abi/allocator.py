@@ -19,6 +19,7 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import Device, device_from_code
 from fi_ffi.abi.failure import check, message_of
 from fi_ffi.abi.tensor import c_strides
+from fi_ffi.abi.values import dims_of
 
 _DLPACK_MAJOR = 1
 _HEADER = ffi.sizeof("DLManagedTensorVersioned")
@@ -117,7 +118,7 @@ class Allocator:
         source = self._sources.get(device.type) if device is not None else None
         if device is None or source is None:
             raise ValueError(f"no tensor is allocated on {device or f'device type {code}'}")
-        shape = tuple(prototype.shape[0 : prototype.ndim]) if prototype.ndim else ()
+        shape, _ = dims_of(prototype)
         if min(shape, default=0) < 0:
             raise ValueError(f"a tensor of shape {shape} was asked for")
         # One that packs several elements in a byte ends with a whole one.

@@ -136,6 +136,11 @@ int cudaDeviceGetAttribute(int *value, int attr, int device);
 int cudaGetDevice(int *device);
 int cudaSetDevice(int device);
 
+/* what is asked once a call has failed */
+int cudaGetLastError(void);
+const char *cudaGetErrorString(int error);
+int cudaStreamQuery(void *stream);
+
 /* cublasLt.h: the handle that kernels over cuBLASLt are given */
 int cublasLtCreate(void **lightHandle);
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fi_ffi.errors import ArgumentTypeError
+from fi_ffi.errors import ArgumentTypeError, printed
 
 # dlpack.h, DLDeviceType
 DEVICE_TYPES = {"cpu": 1, "cuda": 2, "cuda_host": 3, "cuda_managed": 13}
@@ -42,9 +42,11 @@ def _device(type_name: str, index: int) -> Device:
 
 
 def device_from_code(type_code: int, index: int) -> Device | None:
-    """The device for the fields of a `DLDevice`, or None for a type we do not know."""
+    """The device for the fields of a `DLDevice`, or None where there can be no such device."""
     name = _TYPE_NAMES.get(type_code)
-    return None if name is None else _device(name, index)
+    if name is None or not 0 <= index <= _MAX_INDEX:
+        return None
+    return _DEVICES.get((name, index)) or _device(name, index)
 
 
 def parse_device(device: object, *, op: str = "TensorDesc", argument: str = "device") -> Device:
@@ -70,5 +72,8 @@ def parse_device(device: object, *, op: str = "TensorDesc", argument: str = "dev
                 _DEVICES[device] = found
                 return found
     raise ArgumentTypeError(
-        op, argument, got=repr(device), expected=f"'<type>:<index>' with type in {[*DEVICE_TYPES]}"
+        op,
+        argument,
+        got=printed(device),
+        expected=f"'<type>:<index>' with type in {[*DEVICE_TYPES]}",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fi_ffi.errors import ArgumentTypeError
+from fi_ffi.errors import ArgumentTypeError, printed
 
 if TYPE_CHECKING:
     import numpy
@@ -76,10 +76,11 @@ def parse_dtype(dtype: object, *, op: str = "TensorDesc", argument: str = "dtype
     Raises `ArgumentTypeError` for anything else, listing the known names.
     """
     # numpy dtypes have a name, numpy scalar types a __name__, torch's print as torch.float16.
-    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
-    found = DTYPES.get(str(name).rpartition(".")[2])
+    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or dtype
+    name = name if isinstance(name, str) else printed(name)
+    found = DTYPES.get(name.rpartition(".")[2])
     if found is None or getattr(dtype, "byteorder", "=") == ">":
-        raise ArgumentTypeError(op, argument, got=repr(dtype), expected=f"one of {list(DTYPES)}")
+        raise ArgumentTypeError(op, argument, got=printed(dtype), expected=f"one of {list(DTYPES)}")
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from fi_ffi.abi import types
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.failure import check
+from fi_ffi.abi.failure import check_kernel
 from fi_ffi.abi.function import Entry
 from fi_ffi.abi.objects import Tensor, write_dl_tensor
 from fi_ffi.abi.tensor import Layout, make_desc
@@ -134,7 +134,10 @@ class Frame:
 
     def _call(self, entry: Entry) -> Any:
         result = self._result
-        check(entry.address(entry.handle, self._args, self._count, result), entry.name)
+        code = entry.address(entry.handle, self._args, self._count, result)
+        if code:
+            result.type_index = types.NONE  # whatever it has written there is no result
+            check_kernel(code, entry.name)
         return self.take_result()
 
     def take_result(self) -> Any:
@@ -142,9 +145,11 @@ class Frame:
         result = self._result
         if result.type_index == types.NONE:
             return None
-        value = unpack(result, owned=True)
-        result.type_index, result.v_int64 = types.NONE, 0
-        return value
+        try:
+            return unpack(result, owned=True)
+        finally:
+            # Also of what could not be read: the next call must not take it for its own.
+            result.type_index, result.v_int64 = types.NONE, 0
 
     def _call_with_objects(self, entry: Entry, values: Sequence[Any]) -> Any:
         held: list[Tensor] = []

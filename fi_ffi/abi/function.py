@@ -6,13 +6,13 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fi_ffi.abi import library, types
+from fi_ffi.abi import forks, library, types
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.failure import check, set_raised
+from fi_ffi.abi.failure import check, check_kernel, prepare_untold, raise_untold, set_raised
 from fi_ffi.abi.objects import Array, Function, Module
 from fi_ffi.abi.signature import Signature, signature_from_mismatch
 from fi_ffi.abi.tensor import TensorDesc
-from fi_ffi.abi.values import desc_from_dl_tensor, pack, unpack
+from fi_ffi.abi.values import check_object, desc_from_dl_tensor, pack, unpack
 from fi_ffi.errors import AbiError, ArgumentTypeError, KernelError, LoaderError
 
 
@@ -42,14 +42,14 @@ class Entry:
         for i, value in enumerate(args):
             pack(packed[i], value, keep, self.name, str(i))
         result = ffi.new("TVMFFIAny *")
-        check(self.address(self.handle, packed, len(args), result), self.name)
+        check_kernel(self.address(self.handle, packed, len(args), result), self.name)
         return unpack(result, owned=True)
 
 
 # More arguments than any function takes.  Calling with none would do as well for
 # a function that has parameters, but would run one that has none.
-_PROBE_ARGUMENTS = 512
-_PROBE = ffi.new("TVMFFIAny[]", _PROBE_ARGUMENTS)
+PROBE_ARGUMENTS = 512
+_PROBE = ffi.new("TVMFFIAny[]", PROBE_ARGUMENTS)
 
 
 def probe(entry: Entry) -> Signature:
@@ -61,7 +61,7 @@ def probe(entry: Entry) -> Signature:
     """
     result = ffi.new("TVMFFIAny *")
     try:
-        check(entry.address(entry.handle, _PROBE, _PROBE_ARGUMENTS, result), entry.name)
+        check(entry.address(entry.handle, _PROBE, PROBE_ARGUMENTS, result), entry.name)
     except KernelError as refusal:
         return signature_from_mismatch(refusal.message)
     unpack(result, owned=True)
@@ -71,6 +71,7 @@ def probe(entry: Entry) -> Signature:
 # libtvm_ffi leaves the locking of its global table to its callers, and a cffi call
 # runs without the GIL.
 _table = threading.Lock()
+forks.renew(globals(), "_table", threading.Lock)
 
 
 def global_function(name: str) -> Entry:
@@ -107,6 +108,7 @@ def module_function(module: Module, name: str) -> Entry:
 # Functions given to libtvm_ffi stay for the life of the process: it may call them
 # until it is unloaded, and a destructor that calls back into Python could run
 # after the interpreter is gone.
+_SAFE_CALL = "int(void *, const TVMFFIAny *, int32_t, TVMFFIAny *)"
 _IMMORTAL: list[object] = []
 
 
@@ -146,7 +148,8 @@ def make_function(
             return -1
         return 0
 
-    callback = ffi.callback("int(void *, const TVMFFIAny *, int32_t, TVMFFIAny *)", call, error=-1)
+    prepare_untold()
+    callback = ffi.callback(_SAFE_CALL, call, error=-1, onerror=raise_untold)
     slot = ffi.new("TVMFFIObjectHandle *")
     check(library.lib.TVMFFIFunctionCreate(ffi.NULL, callback, ffi.NULL, slot), name)
     return Function(slot[0]), callback
@@ -164,5 +167,6 @@ def _return(result: Any, value: object, name: str) -> None:
 
 def _argument(slot: Any) -> Any:
     if slot.type_index == types.TENSOR:  # seen as the view it is of
+        check_object(slot, types.TENSOR)
         return desc_from_dl_tensor(ffi.cast("FiFfiTensorObject *", slot.v_ptr).cell)
     return unpack(slot, owned=False)

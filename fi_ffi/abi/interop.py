@@ -7,15 +7,20 @@ copied and nothing synchronised: ordering is what `stream=` is for.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import sys
 from typing import Any, Protocol, TypeAlias
 
+from fi_ffi.abi import device_errors
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import Device, device_from_code, parse_device
 from fi_ffi.abi.dtypes import DTYPES, DType, dtype_from_code
+from fi_ffi.abi.failure import message_of
 from fi_ffi.abi.library import c_library
 from fi_ffi.abi.tensor import TensorDesc, make_desc, make_layout
-from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.abi.values import dims_of
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, DeviceError, printed
 
 
 class SupportsDLPack(Protocol):
@@ -75,12 +80,12 @@ def as_desc(value: object, op: str = "as_desc", argument: str = "value") -> Tens
         if hasattr(kind, "__array_interface__"):
             interface = value.__array_interface__  # type: ignore[attr-defined]
             return _from_array_interface(value, interface, op, argument, "cpu")
-    except (ArgumentError, MemoryError):
+    except (ArgumentError, DeviceError, MemoryError):
         raise
     except Exception as error:  # the exporter refused: say whose words these are
-        got = f"a {kind.__module__}.{kind.__qualname__} that refused: {error}"
+        got = f"a {kind.__module__}.{kind.__qualname__} that refused: {message_of(error)}"
         raise ArgumentError(op, argument, got=got, expected="an exportable tensor") from error
-    got = f"{kind.__module__}.{kind.__qualname__} {value!r:.60}"
+    got = f"{kind.__module__}.{kind.__qualname__} {printed(value)}"
     raise ArgumentTypeError(op, argument, got=got, expected=_TENSOR)
 
 
@@ -117,23 +122,39 @@ def _from_dlpack(value: Any, op: str, argument: str) -> TensorDesc:
     type_code, index = value.__dlpack_device__()
     device = device_from_code(int(type_code), int(index))
     if device is None:
-        got = f"DLPack device type {int(type_code)}"
+        got = f"DLPack device {int(type_code)}:{int(index)}"
         raise ArgumentError(op, argument, got=got, expected="a CPU or CUDA tensor")
     capsule = _export(value, {"stream": _NO_SYNC} if device.is_cuda else {})
     tensor, readonly = _open_capsule(capsule)
+    told = tensor.device
+    if told.device_type != type_code or told.device_id != index:
+        _check_device(device, told.device_type, told.device_id, op, argument)
     dtype = dtype_from_code(tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes)
     if dtype is None:
         got = f"DLPack dtype {tensor.dtype.code}:{tensor.dtype.bits}:{tensor.dtype.lanes}"
         raise ArgumentError(op, argument, got=got, expected=f"one of {list(DTYPES)}")
-    shape = tuple(tensor.shape[0 : tensor.ndim]) if tensor.ndim else ()
-    strides = None
-    if tensor.ndim and tensor.strides != ffi.NULL:
-        strides = tuple(tensor.strides[0 : tensor.ndim])
+    shape, strides = dims_of(tensor)
     address = int(ffi.cast("uintptr_t", tensor.data)) + tensor.byte_offset
     layout = make_layout(shape, dtype, strides, device, readonly)
     # The capsule stays unconsumed: it and the tensor live as long as the descriptor,
     # and its own destructor gives the export back.
     return make_desc(address, layout, (value, capsule))
+
+
+def _check_device(device: Device, type_code: int, index: int, op: str, argument: str) -> None:
+    """Refuse a capsule of another device than its exporter told.
+
+    Exporters differ on which kind of host memory it is, and whether a GPU's is managed.
+    """
+    there = device_from_code(type_code, index)
+    if there is not None:
+        kinds = {device.type, there.type}
+        if kinds <= {"cpu", "cuda_host"}:
+            return
+        if kinds == {"cuda", "cuda_managed"} and device.index == there.index:
+            return
+    got = f"a capsule of device {type_code}:{index}"
+    raise ArgumentError(op, argument, got=got, expected=f"{device}, as its exporter told")
 
 
 def _export(value: Any, no_sync: dict[str, int]) -> object:
@@ -154,10 +175,10 @@ def _open_capsule(capsule: object) -> tuple[Any, bool]:
     not when it fails (it would set an exception), so the name is checked first:
     a capsule's repr is the one place where Python code can read it.
     """
-    parts = repr(capsule).split('"') if type(capsule).__name__ == "PyCapsule" else []
+    parts = repr(capsule).split('"') if type(capsule) is _capsule_type() else []
     name = parts[1].encode() if len(parts) == 3 else b""
     if name not in _CAPSULES:
-        raise TypeError(f"__dlpack__ returned {capsule!r}, not a fresh DLPack capsule")
+        raise TypeError(f"__dlpack__ returned {printed(capsule)}, not a fresh DLPack capsule")
     pointer = c_library().PyCapsule_GetPointer(ffi.cast("void *", id(capsule)), name)
     managed = ffi.cast(_CAPSULES[name], pointer)
     if name == b"dltensor":
@@ -165,6 +186,12 @@ def _open_capsule(capsule: object) -> tuple[Any, bool]:
     if managed.version.major != 1:
         raise TypeError(f"DLPack version {managed.version.major}, not 1")
     return managed.dl_tensor, bool(managed.flags & _READ_ONLY)
+
+
+@functools.cache
+def _capsule_type() -> type:
+    """The type of capsules, which Python names from 3.13 on only; by that of one it has itself."""
+    return type(importlib.import_module("_datetime").datetime_CAPI)
 
 
 def _cuda_device_of(ptr: int | None) -> Device:
@@ -176,6 +203,8 @@ def _cuda_device_of(ptr: int | None) -> Device:
     attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
     driver.cuInit(0)
     error, ordinal = driver.cuPointerGetAttribute(attribute, ptr)
+    if int(error) in device_errors.STICKY:
+        raise device_errors.lost("cuPointerGetAttribute", int(error))
     if error != driver.CUresult.CUDA_SUCCESS:
         raise ValueError(f"the CUDA driver does not know address {ptr:#x} ({error.name})")
     return parse_device(f"cuda:{ordinal}")

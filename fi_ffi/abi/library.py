@@ -31,6 +31,9 @@ for _name, _size in _SIZES.items():
         raise AbiError(f"{_name} is {ffi.sizeof(_name)} bytes on this platform, not {_size}")
 
 
+# More than any process can address: a size that is none.
+MAX_BYTES = 1 << 48
+
 # By its own account, which is its headers'.  TVMFFIErrorCell was shorter before 0.1.8;
 # within 0.1 the interface has only grown since.
 _OLDEST, _TOO_NEW = (0, 1, 8), (0, 2, 0)
@@ -53,19 +56,22 @@ def c_library() -> Any:
     return _c
 
 
-def attach(path: str) -> tuple[int, int, int]:
+def attach(path: str, through: str | None = None) -> tuple[int, int, int]:
     """Load libtvm_ffi from `path`, globally, for the whole process; returns its version.
+
+    `through` is another name of the same file, which it is opened by.
 
     Kernels do not name libtvm_ffi among the libraries they need: they find it
     because it was loaded with RTLD_GLOBAL before them.
     """
     global lib
     try:
-        loaded = ffi.dlopen(path, RTLD_NOW | RTLD_GLOBAL)
+        loaded = ffi.dlopen(through or path, RTLD_NOW | RTLD_GLOBAL)
         version = ffi.new("TVMFFIVersion *")
         loaded.TVMFFIGetVersion(version)
     except (OSError, AttributeError) as error:
-        raise LoaderError(f"{path} does not load as libtvm_ffi: {error}") from error
+        told = str(error).replace(through or path, path)
+        raise LoaderError(f"{path} does not load as libtvm_ffi: {told}") from error
     found = version.major, version.minor, version.patch
     if not _OLDEST <= found < _TOO_NEW:
         told = ".".join(map(str, found))
@@ -74,16 +80,17 @@ def attach(path: str) -> tuple[int, int, int]:
     return found
 
 
-def open_module(path: str) -> Any:
+def open_module(path: str, through: str | None = None) -> Any:
     """dlopen a kernel module, its symbols local to it; it is never closed.
 
-    Raises `LoaderError` with the dynamic linker's own words.
+    `through` is another name of the same file, which it is opened by.  Raises
+    `LoaderError` with the dynamic linker's own words.
     """
     c = c_library()
     c.dlerror()  # looks the function up, which would forget the error later on
-    handle = c.dlopen(os.fsencode(path), RTLD_NOW | RTLD_LOCAL)
+    handle = c.dlopen(os.fsencode(through or path), RTLD_NOW | RTLD_LOCAL)
     if handle == ffi.NULL:
-        raise LoaderError(f"{path} does not load: {_dlerror()}")
+        raise LoaderError(f"{path} does not load: {_dlerror().replace(through or path, path)}")
     return handle
 
 
@@ -116,8 +123,11 @@ def byte_array(text: bytes) -> tuple[Any, Any]:
     return array, buffer
 
 
-def read_bytes(array: Any) -> bytes:
-    """The bytes a `TVMFFIByteArray` names."""
-    if array.size == 0 or array.data == ffi.NULL:
+def read_bytes(array: Any, most: int = MAX_BYTES) -> bytes:
+    """The bytes a `TVMFFIByteArray` names; `AbiError` where they are more than `most`."""
+    size = array.size
+    if size == 0 or array.data == ffi.NULL:
         return b""
-    return bytes(ffi.buffer(array.data, array.size))
+    if size > most:
+        raise AbiError(f"a TVM-FFI byte array of {size} bytes")
+    return bytes(ffi.buffer(array.data, size))

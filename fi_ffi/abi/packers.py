@@ -21,7 +21,7 @@ from fi_ffi.abi.objects import Object, Tensor
 from fi_ffi.abi.spelling import FUNCTION
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.abi.values import desc_from_dl_tensor, pack
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, FiFfiError
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, FiFfiError, printed
 
 Packer = Callable[[Any, Any, Call, str], None]
 
@@ -29,7 +29,7 @@ _MAX_POINTER = 2**64 - 1
 
 
 def refuse(value: object, call: Call, where: str, expected: str) -> NoReturn:
-    got = f"{type(value).__name__} {value!r:.60}"
+    got = f"{type(value).__name__} {printed(value)}"
     raise ArgumentTypeError(call.op, where, got=got, expected=expected)
 
 
@@ -79,7 +79,7 @@ def text(slot: Any, value: Any, call: Call, where: str) -> None:
 def c_text(slot: Any, value: Any, call: Call, where: str) -> None:
     if isinstance(value, str) and "\0" in value:
         expected = "text without a NUL, where C's text ends"
-        raise ArgumentError(call.op, where, got=repr(value), expected=expected)
+        raise ArgumentError(call.op, where, got=printed(value), expected=expected)
     text(slot, value, call, where)
 
 

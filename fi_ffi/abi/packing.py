@@ -17,7 +17,7 @@ from fi_ffi.abi.objects import Object, Tensor
 from fi_ffi.abi.packers import Packer, object_of, refuse
 from fi_ffi.abi.spelling import FUNCTION, Spelled, parse_type
 from fi_ffi.abi.tensor import TensorDesc
-from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 
 _PROTOCOLS = ("__dlpack__", "__cuda_array_interface__", "__array_interface__")
 _SINGLE: dict[str, Packer] = {
@@ -180,7 +180,7 @@ def _mapping(maker: str, index: int, key: Packer, item: Packer, name: str) -> Pa
         packed = ffi.new("TVMFFIAny[]", max(2 * len(value), 1))
         for i, (at, element) in enumerate(value.items()):
             key(packed[2 * i], at, call, f"{where}, key {i}")
-            item(packed[2 * i + 1], element, call, f"{where}[{at!r:.40}]")
+            item(packed[2 * i + 1], element, call, f"{where}[{printed(at, 40)}]")
         return _array(slot, maker, packed, 2 * len(value), call)
 
     return packer

@@ -11,15 +11,14 @@ it looks at any of them, and its error spells out every parameter:
 from __future__ import annotations
 
 import re
+from collections import deque
 from dataclasses import dataclass
 
 from fi_ffi.errors import AbiError
 
-_MISMATCH = re.compile(
-    r"Mismatched number of arguments when calling: `(?P<text>.*)`\. "
-    r"Expected (?P<count>\d+) but got \d+ arguments",
-    re.DOTALL,
-)
+# Two patterns, each found in time linear in the message.
+_BEFORE = "Mismatched number of arguments when calling: `"
+_AFTER = re.compile(r"`\. Expected (?P<count>\d+) but got \d+ arguments")
 _OPEN, _CLOSE = "(<[{", ")>]}"
 
 
@@ -61,10 +60,12 @@ def parse_signature(text: str) -> Signature:
 
 def signature_from_mismatch(message: str) -> Signature:
     """The signature inside the refusal of a call with a wrong number of arguments."""
-    found = _MISMATCH.search(message)
-    if found is None:
+    start = message.find(_BEFORE) + len(_BEFORE)
+    last = deque(_AFTER.finditer(message, start) if start >= len(_BEFORE) else (), maxlen=1)
+    if not last:
         raise AbiError(f"the function's refusal tells no signature: {message!r:.300}")
-    signature = parse_signature(found["text"])
+    found = last[0]
+    signature = parse_signature(message[start : found.start()])
     if str(len(signature.params)) != found["count"]:
         raise AbiError(f"{len(signature.params)} parameters in the refusal {message!r:.300}")
     return signature

@@ -40,10 +40,19 @@ class Spelled:
     args: tuple[Spelled, ...] = ()
 
 
-@functools.cache
+_DEEPEST = 32  # of types inside types
+
+
 def parse_type(text: str) -> Spelled:
     """Read a type; `AbiError` where its brackets do not match."""
+    return _parse(text, 0)
+
+
+@functools.cache
+def _parse(text: str, depth: int) -> Spelled:
     text = text.strip()
+    if depth > _DEEPEST:
+        raise AbiError(f"a TVM-FFI type nested more than {_DEEPEST} deep: {text!r:.200}")
     if text.startswith("("):  # a function's type is its signature
         return Spelled(FUNCTION)
     name, bracket, rest = text.partition("<")
@@ -53,7 +62,7 @@ def parse_type(text: str) -> Spelled:
     parts = split_top(rest.removesuffix(">") + ")") if rest.endswith(">") else None
     if parts is None or parts[1] or not all(part.strip() for part in parts[0]):
         raise AbiError(f"not a TVM-FFI type: {text!r:.200}")
-    args = tuple(parse_type(part) for part in parts[0])
+    args = tuple(_parse(part, depth + 1) for part in parts[0])
     if known == "RValueRef":  # a value that may be moved from; a copy does as well
         return args[0]
     if name == "std::array":  # its second argument is a number

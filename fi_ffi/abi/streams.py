@@ -16,7 +16,7 @@ from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import Device
 from fi_ffi.abi.failure import check
-from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 
 _STREAM = "an int handle, or a cuda.core, cuda-python, cupy or torch stream"
 
@@ -34,7 +34,7 @@ def stream_handle(stream: object, op: str = "stream") -> int:
         got = f"a {kind.__module__}.{kind.__qualname__} that refused: {error}"
         raise ArgumentError(op, "stream", got=got, expected=_STREAM) from error
     if type(handle) is not int:
-        got = f"{kind.__module__}.{kind.__qualname__} {stream!r:.60}"
+        got = f"{kind.__module__}.{kind.__qualname__} {printed(stream)}"
         raise ArgumentTypeError(op, "stream", got=got, expected=_STREAM)
     if not 0 <= handle < 2**64:
         raise ArgumentError(op, "stream", got=handle, expected="a handle from 0 to 2**64 - 1")

@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import Device, parse_device
 from fi_ffi.abi.dtypes import DType, parse_dtype
-from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 
 _INT64_MAX = 2**63 - 1
-_MAX_RANK = 64
+MAX_RANK = 64
 _CACHE_LIMIT = 8192
 _INT = {int}
 
@@ -92,16 +92,16 @@ def _index(value: object) -> int:
 
 
 def _integers(values: object, argument: str, low: int) -> tuple[int, ...]:
-    expected = f"integers from {low} to {_INT64_MAX}, {_MAX_RANK} at most"
+    expected = f"integers from {low} to {_INT64_MAX}, {MAX_RANK} at most"
     try:
         if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
             raise TypeError
         numbers = tuple(_index(value) for value in values)
     except TypeError:
         raise ArgumentTypeError(
-            "TensorDesc", argument, got=repr(values), expected=expected
+            "TensorDesc", argument, got=printed(values), expected=expected
         ) from None
-    if len(numbers) > _MAX_RANK or any(not low <= number <= _INT64_MAX for number in numbers):
+    if len(numbers) > MAX_RANK or any(not low <= number <= _INT64_MAX for number in numbers):
         raise ArgumentError("TensorDesc", argument, got=numbers, expected=expected)
     return numbers
 
@@ -248,5 +248,5 @@ def _address(ptr: object) -> int:
             return int(ptr)  # type: ignore[call-overload,no-any-return]
         return _index(ptr)
     except TypeError:
-        got = f"{kind.__name__} {ptr!r:.60}"
+        got = f"{kind.__name__} {printed(ptr)}"
         raise ArgumentTypeError("TensorDesc", "ptr", got=got, expected="an int address") from None

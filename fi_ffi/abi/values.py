@@ -15,9 +15,10 @@ from fi_ffi.abi.device import Device, device_from_code
 from fi_ffi.abi.dtypes import DType, dtype_from_code
 from fi_ffi.abi.failure import check
 from fi_ffi.abi.objects import OBJECT_TYPES, Object, String, write_dl_tensor
-from fi_ffi.abi.tensor import TensorDesc, make_desc, make_layout
-from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError
+from fi_ffi.abi.tensor import MAX_RANK, TensorDesc, make_desc, make_layout
+from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, printed
 
+_SMALL = 8  # bytes in a `TVMFFIAny` itself
 _PACKABLE = "None, bool, int, float, str, bytes, a DType, Device, TensorDesc or owned Object"
 
 
@@ -30,14 +31,14 @@ def pack(slot: Any, value: object, keep: list[object], op: str, argument: str) -
             header = ffi.cast("TVMFFIObject *", value.handle)
             slot.type_index, slot.v_ptr = header.type_index, value.handle
             return
-        got = f"{type(value).__name__} {value!r:.60}"
+        got = f"{type(value).__name__} {printed(value)}"
         raise ArgumentTypeError(op, argument, got=got, expected=_PACKABLE)
     try:
         packer(slot, value, keep)
     except OverflowError:
         raise ArgumentError(op, argument, got=value, expected="an int64") from None
     except UnicodeEncodeError:
-        got = f"{value!r:.60}, with a lone surrogate"
+        got = f"{printed(value)}, with a lone surrogate"
         raise ArgumentError(op, argument, got=got, expected="text that UTF-8 has") from None
 
 
@@ -120,6 +121,7 @@ def unpack(slot: Any, *, owned: bool) -> Any:
         return reader(slot)
     if index < types.OBJECT_BEGIN:
         raise AbiError(f"a TVM-FFI value of type index {index} has no Python form")
+    check_object(slot, index)
     if not owned:
         library.lib.TVMFFIObjectIncRef(slot.v_ptr)
     value = OBJECT_TYPES.get(index, Object)(slot.v_ptr)
@@ -132,16 +134,53 @@ def unpack(slot: Any, *, owned: bool) -> Any:
     return value
 
 
+def check_object(slot: Any, index: int) -> None:
+    """`AbiError` unless a value of an object's type index has such an object.
+
+    One that is refused is not released: what it is cannot be told.
+    """
+    made = slot.v_obj
+    if made == ffi.NULL:
+        raise AbiError(f"a TVM-FFI value of type index {index} that is a null pointer")
+    if made.type_index != index:
+        raise AbiError(f"a TVM-FFI value of type index {index}, its object of {made.type_index}")
+
+
 def desc_from_dl_tensor(tensor: Any) -> TensorDesc:
-    """The descriptor of a `DLTensor` that somebody else keeps alive."""
+    """The descriptor of a `DLTensor` that somebody else keeps alive; `AbiError` for nonsense."""
     dtype = dtype_from_code(tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes)
     device = device_from_code(tensor.device.device_type, tensor.device.device_id)
     if dtype is None or device is None:
         raise AbiError("a DLTensor of a dtype or device that fi_ffi does not know")
-    shape = tuple(tensor.shape[0 : tensor.ndim]) if tensor.ndim else ()
-    strides = tuple(tensor.strides[0 : tensor.ndim]) if tensor.ndim and tensor.strides else None
+    shape, strides = dims_of(tensor)
     address = int(ffi.cast("uintptr_t", tensor.data)) + tensor.byte_offset
-    return make_desc(address, make_layout(shape, dtype, strides, device, False))
+    try:
+        return make_desc(address, make_layout(shape, dtype, strides, device, False))
+    except ArgumentError as error:
+        raise AbiError(f"a DLTensor that no tensor can be: {error}") from error
+
+
+def dims_of(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Shape and strides of a `DLTensor`, the latter None where it has none."""
+    rank = tensor.ndim
+    if not rank:
+        return (), None
+    # Before anything is read: an array of that length may not be there.
+    if not 0 < rank <= MAX_RANK:
+        raise AbiError(f"a DLTensor of {rank} dimensions")
+    sizes, steps = tensor.shape, tensor.strides
+    if sizes == ffi.NULL:
+        raise AbiError(f"a DLTensor of {rank} dimensions without a shape")
+    return tuple(sizes[0:rank]), tuple(steps[0:rank]) if steps else None
+
+
+def ints_of(cell: Any) -> tuple[int, ...]:
+    """What a `TVMFFIShapeCell` names."""
+    if not cell.size:
+        return ()
+    if cell.data == ffi.NULL or cell.size > library.MAX_BYTES // 8:
+        raise AbiError(f"an ffi.Shape of {cell.size} ints that cannot be")
+    return tuple(cell.data[0 : cell.size])
 
 
 def _read_dtype(slot: Any) -> DType:
@@ -159,6 +198,18 @@ def _read_device(slot: Any) -> Device:
     return device
 
 
+def _read_small(slot: Any) -> bytes:
+    if slot.small_str_len > _SMALL:
+        raise AbiError(f"an inline string of {slot.small_str_len} bytes, where {_SMALL} have room")
+    return bytes(ffi.buffer(slot.v_bytes, slot.small_str_len))
+
+
+def _pointed(slot: Any, kind: str) -> Any:
+    if slot.v_ptr == ffi.NULL:
+        raise AbiError(f"a TVM-FFI value of type index {slot.type_index} that is a null pointer")
+    return ffi.cast(kind, slot.v_ptr)
+
+
 _READERS: dict[int, Callable[[Any], Any]] = {
     types.NONE: lambda slot: None,
     types.INT: lambda slot: slot.v_int64,
@@ -167,13 +218,9 @@ _READERS: dict[int, Callable[[Any], Any]] = {
     types.OPAQUE_PTR: lambda slot: int(ffi.cast("uintptr_t", slot.v_ptr)),
     types.DATA_TYPE: _read_dtype,
     types.DEVICE: _read_device,
-    types.DL_TENSOR_PTR: lambda slot: desc_from_dl_tensor(ffi.cast("DLTensor *", slot.v_ptr)),
-    types.RAW_STR: lambda slot: ffi.string(slot.v_c_str).decode(errors="replace"),
-    types.BYTE_ARRAY_PTR: lambda slot: library.read_bytes(
-        ffi.cast("TVMFFIByteArray *", slot.v_ptr)
-    ),
-    types.SMALL_STR: lambda slot: bytes(ffi.buffer(slot.v_bytes, slot.small_str_len)).decode(
-        errors="replace"
-    ),
-    types.SMALL_BYTES: lambda slot: bytes(ffi.buffer(slot.v_bytes, slot.small_str_len)),
+    types.DL_TENSOR_PTR: lambda slot: desc_from_dl_tensor(_pointed(slot, "DLTensor *")),
+    types.RAW_STR: lambda slot: ffi.string(_pointed(slot, "char *")).decode(errors="replace"),
+    types.BYTE_ARRAY_PTR: lambda slot: library.read_bytes(_pointed(slot, "TVMFFIByteArray *")),
+    types.SMALL_STR: lambda slot: _read_small(slot).decode(errors="replace"),
+    types.SMALL_BYTES: lambda slot: _read_small(slot),
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 
 import click
 
@@ -26,6 +27,9 @@ _COMMANDS = {
     "replay": "Make a dumped call again and compare its results.",
     "trace": "Write FlashInfer-Bench definitions of calls.",
 }
+
+
+INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
 
 
 class _Group(click.Group):
@@ -49,6 +53,9 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except FiFfiError as error:
             raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:  # click's own way is to exit with 1, as if something failed
+            click.echo("Interrupted.", err=True)
+            sys.exit(INTERRUPTED)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
+from fi_ffi.cli import INTERRUPTED
 from fi_ffi.cli.output import print_json
 from fi_ffi.cli.progress import Pace, shown
 from fi_ffi.loader.building.build import Available, available
@@ -34,8 +35,6 @@ from fi_ffi.loader.building.names import (
     with_options,
 )
 from fi_ffi.loader.building.workshop import Progress
-
-_INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
 
 
 def _clock(seconds: float) -> str:
@@ -160,7 +159,7 @@ def _interruptible() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         click.echo("Stopped. The same command goes on from here.", err=True)
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, previous)
 

@@ -5,12 +5,15 @@ Imported only where a GPU is asked about: `import cuda.bindings` is slow.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from cuda.bindings import driver, runtime
 
+from fi_ffi.abi import device_errors
 from fi_ffi.abi.dtypes import parse_dtype
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import FiFfiError
@@ -24,10 +27,16 @@ class CudaError(FiFfiError, RuntimeError):
 
 
 def check(result: tuple[Any, ...]) -> Any:
-    """cuda-python's (error, values...) as a value; raises `CudaError`."""
+    """cuda-python's (error, values...) as a value; raises `CudaError`, and `DeviceError` where
+    the GPU is lost."""
     error, *values = result
-    if int(error) != 0:
-        raise CudaError(f"{type(error).__name__}.{error.name}")
+    code = int(error)
+    if code != 0:
+        runtime.cudaGetLastError()  # or the next who asks takes it for its own
+        name = f"{type(error).__name__}.{error.name}"
+        if code in device_errors.STICKY:
+            raise device_errors.lost("a CUDA call", code, name)
+        raise CudaError(name)
     return values[0] if len(values) == 1 else tuple(values)
 
 
@@ -71,22 +80,41 @@ def gpus() -> list[Gpu]:
     return found
 
 
+@contextmanager
+def on_device(device: int) -> Iterator[None]:
+    """A GPU that is the thread's current one inside the block; the one before is so after it."""
+    before = check(runtime.cudaGetDevice())
+    if before == device:
+        yield
+        return
+    check(runtime.cudaSetDevice(device))
+    try:
+        yield
+    finally:
+        check(runtime.cudaSetDevice(before))
+
+
 class DeviceArray:
     """A GPU copy of a host array, with room of the same poison on both sides.
 
     `guard` bytes before and after belong to nobody; `intact()` tells whether they
-    were written to.
+    were written to.  The thread's current device stays what it is.
     """
 
     def __init__(self, host: Array, *, guard: int = 256, device: int = 0) -> None:
-        check(runtime.cudaSetDevice(device))
         self.host, self.guard, self.device = host, guard, device
+        self._base: Any = 0
         # The bytes between the first and the last element, gaps between rows included.
         self.nbytes = sum((n - 1) * s for n, s in zip(host.shape, host.strides, strict=True))
         self.nbytes += host.itemsize if host.size else 0
-        self._base = check(runtime.cudaMalloc(self.nbytes + 2 * guard))
-        check(runtime.cudaMemset(self._base, POISON, self.nbytes + 2 * guard))
-        self._copy_to(host)
+        with on_device(device):
+            self._base = check(runtime.cudaMalloc(self.nbytes + 2 * guard))
+            try:
+                check(runtime.cudaMemset(self._base, POISON, self.nbytes + 2 * guard))
+                self._copy_to(host)
+            except FiFfiError:
+                self._give_back()
+                raise
 
     @property
     def ptr(self) -> int:
@@ -114,9 +142,10 @@ class DeviceArray:
         return got
 
     def get(self) -> Array:
-        """The array as it is on the GPU now; synchronises with the whole device."""
-        check(runtime.cudaDeviceSynchronize())
-        buffer = self._bytes(self.ptr, self.nbytes)
+        """The array as it is on the GPU now; synchronises with its whole device."""
+        with on_device(self.device):
+            check(runtime.cudaDeviceSynchronize())
+            buffer = self._bytes(self.ptr, self.nbytes)
         got: Array = np.ndarray(
             self.host.shape, self.host.dtype, buffer.data, strides=self.host.strides
         )
@@ -124,9 +153,10 @@ class DeviceArray:
 
     def intact(self) -> bool:
         """Whether nothing outside the elements was written: guards and gaps."""
-        check(runtime.cudaDeviceSynchronize())
         size = self.nbytes + 2 * self.guard
-        whole = self._bytes(int(self._base), size)
+        with on_device(self.device):
+            check(runtime.cudaDeviceSynchronize())
+            whole = self._bytes(int(self._base), size)
         mask = np.ones(size, bool)
         inside = np.ndarray(
             (*self.host.shape, self.host.itemsize),
@@ -139,6 +169,11 @@ class DeviceArray:
         return bool((whole[mask] == POISON).all())
 
     def free(self) -> None:
+        if self._base:
+            with on_device(self.device):
+                check(self._give_back())
+
+    def _give_back(self) -> tuple[Any, ...]:
         base, self._base = self._base, 0
-        if base:
-            check(runtime.cudaFree(base))
+        result: tuple[Any, ...] = runtime.cudaFree(base)
+        return result

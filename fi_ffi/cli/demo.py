@@ -148,18 +148,20 @@ def _on_gpu(case: Case, device: str) -> Iterator[_Use]:
     index = fi_ffi.parse_device(device).index
     arrays = {name: cuda.DeviceArray(a, device=index) for name, a in case.arrays.items()}
     descs = {name: array.desc() for name, array in arrays.items()}
-    stream: Any = cuda.check(runtime.cudaStreamCreate())
+    with cuda.on_device(index):
+        stream: Any = cuda.check(runtime.cudaStreamCreate())
 
     def call(op: Op) -> None:
         op(**descs, **case.scalars, stream=stream)
 
     def timed(op: Op) -> float:
-        start, end = (cuda.check(runtime.cudaEventCreate()) for _ in range(2))
-        cuda.check(runtime.cudaEventRecord(start, stream))
-        for _ in range(_TIMED_CALLS):
-            call(op)
-        cuda.check(runtime.cudaEventRecord(end, stream))
-        cuda.check(runtime.cudaEventSynchronize(end))
+        with cuda.on_device(index):
+            start, end = (cuda.check(runtime.cudaEventCreate()) for _ in range(2))
+            cuda.check(runtime.cudaEventRecord(start, stream))
+            for _ in range(_TIMED_CALLS):
+                call(op)
+            cuda.check(runtime.cudaEventRecord(end, stream))
+            cuda.check(runtime.cudaEventSynchronize(end))
         milliseconds: float = cuda.check(runtime.cudaEventElapsedTime(start, end))
         return milliseconds / 1e3 / _TIMED_CALLS
 

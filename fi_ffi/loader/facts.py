@@ -12,13 +12,13 @@ import contextlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fi_ffi.errors import AbiError
-from fi_ffi.loader import cache
+from fi_ffi.errors import AbiError, ArtifactError
+from fi_ffi.loader import cache, held
 from fi_ffi.loader.caching import notes
 from fi_ffi.loader.fatbin import CudaCode
 from fi_ffi.loader.kernels import ModuleFile
 
-_FORMAT = 2  # of the stored facts; another one is not read
+_FORMAT = 3  # of the stored facts; another one is not read
 
 
 @dataclass
@@ -31,7 +31,18 @@ class Facts:
     needed: list[str]
     functions: list[str]
     codes: list[CudaCode]
+    # Where it has other libraries looked for; $ORIGIN in it is the folder that it lies in.
+    runpath: str | None = None
     signatures: dict[str, str] = field(default_factory=dict)
+
+    def is_sound(self) -> bool:
+        """Whether everything is of its type: they may be read from a damaged file."""
+        words = [*self.needed, *self.functions, *self.signatures, *self.signatures.values()]
+        words.append(self.runpath or "")
+        return all(isinstance(word, str) for word in words) and all(
+            code.kind in ("sass", "ptx") and type(code.sm) is int and code.suffix in ("", "a", "f")
+            for code in self.codes
+        )
 
 
 def _path(sha256: str) -> Path:
@@ -41,15 +52,22 @@ def _path(sha256: str) -> Path:
 def facts_of(file: ModuleFile) -> Facts:
     """The facts of a file, remembered or read from it now."""
     if not cache.is_paranoid():
-        with contextlib.suppress(TypeError, KeyError):
+        with contextlib.suppress(TypeError, KeyError, AttributeError):
             data = notes.read(cache.cache_root(), _path(file.sha256), _FORMAT)
-            return Facts(**data | {"codes": [CudaCode(**code) for code in data["codes"]]})
+            found = Facts(**data | {"codes": [CudaCode(**code) for code in data["codes"]]})
+            if found.is_sound():
+                return found
     # Only here: importing pyelftools takes longer than reading a file with it.
     from fi_ffi.loader.elf import inspect_elf
     from fi_ffi.loader.fatbin import architectures
 
-    info = inspect_elf(file.path)
-    found = Facts(list(info.needed), list(info.functions), list(architectures(file.path)))
+    # Else those of a file that is there for a moment would be remembered for this one.
+    with held.checked(file.path, file.sha256, file.state) as opened:
+        try:
+            info, codes = inspect_elf(opened.name), architectures(opened.name)
+        except ArtifactError as error:
+            raise ArtifactError(str(error).replace(opened.name, str(file.path))) from error
+    found = Facts(list(info.needed), list(info.functions), list(codes), info.runpath)
     remember(file, found)
     return found
 

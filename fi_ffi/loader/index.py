@@ -83,7 +83,7 @@ def resolve(pin: IndexFile) -> str:
     except StopIteration:
         names = ", ".join(_file_name(url) for url in found) or "nothing"
         raise FetchError(f"{pin.file}: {program.kind} found {names} instead") from None
-    except (ValueError, KeyError, TypeError, AttributeError, LookupError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         if isinstance(error, ArtifactError):
             raise
         raise FetchError(

@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from fi_ffi.errors import ArtifactError, KernelNotFoundError
 from fi_ffi.loader import cache
+from fi_ffi.loader.caching import stamps, trust
 from fi_ffi.loader.wheel import Wheel, WheelReader
 
 LAYOUT = "flashinfer_jit_cache/jit_cache"
@@ -29,6 +31,8 @@ class ModuleFile:
     module: str
     path: Path
     sha256: str
+    # What the file was like as it was hashed; None of one in the cache, whose stamp tells.
+    state: tuple[int, int, int, int] | None = None
 
 
 class KernelSource(Protocol):
@@ -75,9 +79,7 @@ class KernelDirectory:
         return _modules_in(self.root)
 
     def file(self, module: str) -> ModuleFile:
-        path = self.root / module / f"{module}.so"
-        with path.open("rb") as file:
-            return ModuleFile(module, path, cache.hash_of(file))
+        return _hashed(module, self.root / module / f"{module}.so")
 
     def _written_version(self) -> str | None:
         for name in ("_build_meta.py", "__init__.py"):
@@ -133,8 +135,42 @@ class KernelFile:
         return [self.path.stem]
 
     def file(self, module: str = "") -> ModuleFile:
-        with self.path.open("rb") as file:
-            return ModuleFile(self.path.stem, self.path, cache.hash_of(file))
+        return _hashed(self.path.stem, self.path)
+
+
+class InstalledKernels(KernelDirectory):
+    """The modules that a distribution has installed, checked against its RECORD."""
+
+    trust = "record-unpinned"
+
+    def __init__(self, location: Path, version: str, hashes: dict[Path, str]) -> None:
+        super().__init__(location, version)
+        self._hashes = hashes
+
+    def file(self, module: str) -> ModuleFile:
+        found = super().file(module)
+        recorded = self._hashes.get(found.path)
+        if recorded != found.sha256:
+            raise ArtifactError(
+                f"{found.path}: sha256 is {found.sha256}, and the RECORD of the distribution "
+                f"has {recorded or 'none'}: reinstall it, or name {self.root} in FI_FFI_KERNELS "
+                "to use it as it is"
+            )
+        return found
+
+
+def _hashed(module: str, path: Path) -> ModuleFile:
+    """A file that nobody else can change, hashed."""
+    try:
+        trust.check_named(path)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
+    with open(fd, "rb") as file:
+        before = os.fstat(fd)
+        if not stat.S_ISREG(before.st_mode):
+            raise ArtifactError(f"{path} is no regular file: remove it")
+        return ModuleFile(module, path, cache.hash_of(file), stamps.facts(before))
 
 
 def open_source(location: str | os.PathLike[str]) -> KernelSource:
@@ -143,6 +179,7 @@ def open_source(location: str | os.PathLike[str]) -> KernelSource:
     if path.is_dir():
         return KernelDirectory(path)
     if path.is_file() and path.suffix == ".whl":
+        trust.check_named(path)
         return KernelWheel(str(path), Wheel(path))
     if path.exists():
         raise ArtifactError(f"{path} is neither a directory nor a .whl file")

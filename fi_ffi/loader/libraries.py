@@ -17,7 +17,8 @@ from typing import Any
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.errors import LoaderError
+from fi_ffi.errors import ArtifactError, LoaderError
+from fi_ffi.loader.caching import trust
 from fi_ffi.loader.machine import CUDA_MAJOR
 
 # As cuda-pathfinder calls them -> the package of the index that has them.
@@ -110,7 +111,9 @@ def check_deepgemm_folder() -> None:
             raise FileNotFoundError(f"{DEEPGEMM_FOLDER} is empty")
         for name in ("tmp", "cache"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+            trust.check_owner(folder / name)
+            trust.check_named(folder / name)
+    except (OSError, ArtifactError) as error:
         raise LoaderError(
             f"the module makes {folder} when it is loaded, which fails here ({error}); "
             f"{DEEPGEMM_FOLDER} may name another folder"

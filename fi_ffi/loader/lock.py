@@ -123,7 +123,7 @@ def read_lock(path: Path) -> Lock:
             _entry(KernelFile, {"url": _url(kernels, entry)} | entry) for entry in kernels["files"]
         ]
         return Lock(path, _tvm_ffi(data["libtvm-ffi"]), kernels["default"], tuple(files))
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise LoaderError(f"{path} is not a readable lock: {error!r}") from error
 
 

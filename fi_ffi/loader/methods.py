@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+from fi_ffi.abi import forks
 from fi_ffi.abi.function import Entry, module_function, probe
 from fi_ffi.abi.objects import Module
 from fi_ffi.abi.signature import Signature
@@ -11,6 +12,7 @@ from fi_ffi.errors import AbiError
 from fi_ffi.loader import runtime
 
 _lock = threading.RLock()
+forks.renew(globals(), "_lock", threading.RLock)
 # By module, factory and device: the factory as it was found, and the one object it made.
 _objects: dict[tuple[str, str, int | None], tuple[Entry, Module]] = {}
 _entries: dict[tuple[str, str, str, int | None], tuple[Module, Entry]] = {}

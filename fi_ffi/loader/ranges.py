@@ -14,6 +14,7 @@ from fi_ffi.errors import ArtifactError, FetchError
 from fi_ffi.loader.http import Client, Response
 from fi_ffi.loader.retries import Attempts, Transient
 from fi_ffi.loader.urls import redact
+from fi_ffi.loader.wheel import State, open_same
 
 _CHUNK = 1 << 20
 _MAX_SKIP = 1 << 16  # bytes; what a zip may have between two things that are read
@@ -41,14 +42,15 @@ class Pieces(Protocol):
 class LocalPieces:
     """A file on disk."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, state: State | None = None) -> None:
+        """With `state`, the file must stay as it was when it was verified."""
+        self._path, self._state = path, state
 
     def size(self) -> int:
         return self._path.stat().st_size
 
     def stream(self, start: int, stop: int) -> Iterator[bytes]:
-        with self._path.open("rb") as file:
+        with open_same(self._path, self._state) as file:
             file.seek(start)
             while start < stop and (chunk := file.read(min(_CHUNK, stop - start))):
                 start += len(chunk)

@@ -30,7 +30,7 @@ def parse_record(text: bytes, origin: str) -> dict[str, Recorded]:
                 )
             name, digest, size = row
             if digest and size:
-                found = Recorded(_hex(digest, origin, name), _size(size, origin, name))
+                found = Recorded(hex_of(digest, origin, name), _size(size, origin, name))
                 if record.setdefault(name, found) != found:
                     raise ArtifactError(f"{origin}: RECORD has two lines for {name!r:.100}")
     except (UnicodeDecodeError, csv.Error) as error:
@@ -38,7 +38,8 @@ def parse_record(text: bytes, origin: str) -> dict[str, Recorded]:
     return record
 
 
-def _hex(digest: str, origin: str, name: str) -> str:
+def hex_of(digest: str, origin: str, name: str = "it") -> str:
+    """The sha256 of a RECORD's field."""
     algorithm, _, value = digest.partition("=")
     try:
         raw = base64.b64decode(value + "=" * (-len(value) % 4), altchars=b"-_", validate=True)

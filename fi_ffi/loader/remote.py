@@ -164,9 +164,10 @@ class RemoteWheel(WheelReader):
             path = Path(urllib.request.url2pathname(urlsplit(self.url).path))
             if not path.is_file():
                 raise ArtifactError(f"{path}: there is no such file")
+            state = None
             if self._must_verify and self._sha256:
-                verify_file(path, self._sha256)
-            self._pieces = LocalPieces(path)
+                state = verify_file(path, self._sha256)
+            self._pieces = LocalPieces(path, state)
             return self._must_verify
         whole = cache.find(self._sha256, self.name) if self._sha256 else None
         if whole is not None:

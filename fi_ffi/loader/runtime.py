@@ -6,17 +6,27 @@ that finds its entry here takes no lock.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fi_ffi.abi import library
+from fi_ffi.abi import forks, library
 from fi_ffi.abi.function import Entry, probe
 from fi_ffi.abi.signature import Signature, parse_signature
 from fi_ffi.errors import AbiError, KernelNotFoundError
-from fi_ffi.loader import cache, libraries, machine, search, tvm_ffi
+from fi_ffi.loader import (
+    cache,
+    cuda_errors,
+    held,
+    libraries,
+    machine,
+    per_device,
+    search,
+    tvm_ffi,
+)
 from fi_ffi.loader.elf import FUNCTION_PREFIX, inspect_elf
 from fi_ffi.loader.facts import Facts, check_needed, facts_of, remember
 from fi_ffi.loader.kernels import KernelFile, KernelSource, ModuleFile
@@ -33,6 +43,7 @@ class Loaded:
 
 
 _lock = threading.RLock()
+forks.renew(globals(), "_lock", threading.RLock)
 _modules: dict[tuple[str, int | None], Loaded] = {}
 _files: dict[tuple[Path, int, int, int], Loaded] = {}
 _entries: dict[tuple[str, str, int | None], Entry] = {}
@@ -58,9 +69,18 @@ def ensure_tvm_ffi() -> tvm_ffi.Found:
         with _lock:
             if _tvm_ffi is None:
                 found = tvm_ffi.find()
-                _tvm_ffi_version = library.attach(found.path)
+                _tvm_ffi_version = _attach(found)
                 _tvm_ffi = found
     return _tvm_ffi
+
+
+def _attach(found: tvm_ffi.Found) -> tuple[int, int, int]:
+    if found.sha256 is None:
+        return library.attach(found.path)
+    with held.checked(Path(found.path), found.sha256, found.state) as opened:
+        version = library.attach(found.path, opened.name)
+        opened.keep()
+    return version
 
 
 def tvm_ffi_version() -> tuple[int, int, int]:
@@ -79,8 +99,18 @@ def load(module: str, device: int | None = None) -> Loaded:
             ensure_tvm_ffi()
             machine.load_cudart()
             libraries.prepare(facts.functions, facts.needed)
-            _modules[key] = Loaded(source, file, facts, library.open_module(str(file.path)))
+            _modules[key] = Loaded(source, file, facts, _opened(file, facts))
         return _modules[key]
+
+
+def _opened(file: ModuleFile, facts: Facts) -> Any:
+    """dlopen the very file that was hashed."""
+    with held.checked(file.path, file.sha256, file.state) as opened:
+        # What looks for others in its own folder has to be opened there; in the cache it is alone.
+        in_place = file.state is not None and "$ORIGIN" in (facts.runpath or "")
+        handle = library.open_module(str(file.path), None if in_place else opened.name)
+        opened.keep(in_place=in_place)
+    return handle
 
 
 def kernel_entry(
@@ -125,7 +155,8 @@ def signature_of(loaded: Loaded, entry: Entry, symbol: str) -> Signature | None:
     if known == "":
         return None
     if known is not None and not cache.is_paranoid():
-        return parse_signature(known)
+        with contextlib.suppress(AbiError):  # a damaged cache's is asked for again
+            return parse_signature(known)
     try:
         found = probe(entry)
     except AbiError:
@@ -141,7 +172,10 @@ def exported(handle: Any, path: Path, symbol: str) -> Entry:
     if address is None:
         names = ", ".join(inspect_elf(path).functions)
         raise KernelNotFoundError(f"{path} exports no {symbol!r}; it exports: {names or 'none'}")
-    return Entry(symbol, address, owner=handle)
+    entry = Entry(symbol, address, owner=handle)
+    call = per_device.guarded(path, handle, entry.address)
+    entry.address = cuda_errors.spared(symbol, call, lambda: machine.load_cudart()[0])
+    return entry
 
 
 def load_file(path: str | os.PathLike[str]) -> Loaded:
@@ -164,7 +198,7 @@ def load_file(path: str | os.PathLike[str]) -> Loaded:
             if any(name.startswith("libcudart.so") for name in facts.needed):
                 machine.load_cudart()
             libraries.prepare(facts.functions, facts.needed)
-            _files[key] = Loaded(source, file, facts, library.open_module(str(where)))
+            _files[key] = Loaded(source, file, facts, _opened(file, facts))
         return _files[key]
 
 
@@ -174,18 +208,11 @@ def file_signatures(path: str | os.PathLike[str]) -> dict[str, Signature | str]:
     One that has none (it takes any arguments) has the reason, a string, instead.
     Loads the file into this process; needs no GPU.
     """
-    where = Path(path).resolve()
-    info = inspect_elf(where)
-    functions = info.functions
-    with _lock:
-        ensure_tvm_ffi()
-        machine.load_cudart()
-        libraries.prepare(functions, info.needed)
-        handle = library.open_module(str(where))
+    loaded = load_file(path)
     found: dict[str, Signature | str] = {}
-    for name in functions:
+    for name in loaded.facts.functions:
         try:
-            found[name] = probe(exported(handle, where, name))
+            found[name] = probe(exported(loaded.handle, loaded.file.path, name))
         except AbiError as error:
             found[name] = str(error)
     return found

@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING
 
 from fi_ffi.errors import ArgumentError, FiFfiError, LoaderError
 from fi_ffi.loader import cache, machine
+from fi_ffi.loader.caching import trust
 from fi_ffi.loader.fatbin import sass_named
 from fi_ffi.loader.kernels import (
+    InstalledKernels,
     KernelDirectory,
     KernelSource,
     KernelWheel,
@@ -32,6 +34,7 @@ from fi_ffi.loader.kernels import (
     release_of,
 )
 from fi_ffi.loader.lock import KernelFile, the_lock, this_platform
+from fi_ffi.loader.record import hex_of
 from fi_ffi.loader.wheel import Wheel
 
 if TYPE_CHECKING:
@@ -62,7 +65,7 @@ def _installed(release: str | None) -> Iterator[Candidate]:
     ]
     for distribution in found:
         for root in _module_roots(distribution):
-            yield _of_release("installed", KernelDirectory(root, distribution.version), release)
+            yield _of_release("installed", _of_distribution(distribution, root), release)
     if not found:
         yield Candidate("installed", None, "no flashinfer-jit-cache distribution is installed")
 
@@ -74,6 +77,17 @@ def _module_roots(distribution: importlib.metadata.Distribution) -> list[Path]:
         if file.name.endswith(".so") and file.parent.parent.name == "jit_cache":
             roots[str(file.parent.parent)] = Path(str(distribution.locate_file(file))).parent.parent
     return list(roots.values())
+
+
+def _of_distribution(distribution: importlib.metadata.Distribution, root: Path) -> KernelDirectory:
+    hashes = {
+        Path(str(distribution.locate_file(file))): hex_of(f"sha256={file.hash.value}", str(file))
+        for file in distribution.files or ()
+        if file.name.endswith(".so") and file.hash is not None and file.hash.mode == "sha256"
+    }
+    if not hashes:  # by an installer that keeps none
+        return KernelDirectory(root, distribution.version)
+    return InstalledKernels(root, distribution.version, hashes)
 
 
 def _jit(release: str | None) -> Iterator[Candidate]:
@@ -91,10 +105,16 @@ def _jit(release: str | None) -> Iterator[Candidate]:
 def _local(release: str | None) -> Iterator[Candidate]:
     named = os.environ.get(WHEELS)
     folders = named.split(os.pathsep) if named else [str(cache.cache_root() / "wheels")]
+    if not named and Path(folders[0]).is_dir():
+        trust.check_root(cache.cache_root())
+        trust.check_owner(Path(folders[0]))
     wheels = [
         w for folder in folders for w in sorted(Path(folder).glob("flashinfer_jit_cache*.whl"))
     ]
     for wheel in wheels:
+        trust.check_named(wheel)
+        if not named:
+            trust.check_owner(wheel)
         yield _of_release("local", KernelWheel(str(wheel), Wheel(wheel)), release)
     if not wheels:
         yield Candidate("local", None, f"no flashinfer_jit_cache wheel in {' or '.join(folders)}")

@@ -12,9 +12,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from fi_ffi.errors import LoaderError
+from fi_ffi.errors import ArtifactError, LoaderError
 from fi_ffi.loader.lock import tvm_ffi_pin
 
+State = tuple[int, int, int, int]
 _SONAME = "libtvm_ffi.so"
 _MAPPED = re.compile(r"\s(/\S.*/libtvm_ffi\.so)( \(deleted\))?$", re.MULTILINE)
 
@@ -25,6 +26,10 @@ class Found:
 
     path: str
     origin: str
+    # What vouches for its content; None where nothing does, as for a copy that is loaded.
+    sha256: str | None = None
+    # What it was like as it was hashed; None of one in the cache, whose stamp tells.
+    state: tuple[int, int, int, int] | None = None
 
 
 def find() -> Found:
@@ -36,7 +41,8 @@ def find() -> Found:
     from fi_ffi.loader.fetch import fetch_member
 
     pin = tvm_ffi_pin().file_for_this_machine()
-    return Found(str(fetch_member(pin)), f"pinned {pin.project} {pin.version}")
+    origin = f"pinned {pin.project} {pin.version}"
+    return Found(str(fetch_member(pin)), origin, pin.member_sha256)
 
 
 def in_process() -> Found | None:
@@ -72,4 +78,26 @@ def installed() -> Found | None:
     if not SpecifierSet(pin.accepted).contains(distribution.version):
         return None
     path = Path(str(distribution.locate_file(pin.member)))
-    return Found(str(path), f"installed {distribution.version}") if path.is_file() else None
+    if not path.is_file():
+        return None
+    origin = f"installed {distribution.version}"
+    sha256, state = _recorded(distribution.read_text("RECORD") or "", pin.member, path)
+    return Found(str(path), origin, sha256, state)
+
+
+def _recorded(record: str, member: str, path: Path) -> tuple[str, State] | tuple[None, None]:
+    """The sha256 that RECORD has for a file, which has it; None where RECORD has none."""
+    line = next((line for line in record.splitlines() if line.startswith(f"{member},")), None)
+    if line is None or line.count(",") != 2 or not line.split(",")[1]:
+        return None, None
+    from fi_ffi.loader.kernels import KernelFile
+    from fi_ffi.loader.record import parse_record
+
+    recorded, found = parse_record(line.encode(), str(path))[member], KernelFile(path).file()
+    if found.sha256 != recorded.sha256:
+        raise ArtifactError(
+            f"{path}: sha256 is {found.sha256}, and the RECORD of apache-tvm-ffi has "
+            f"{recorded.sha256}: reinstall it, or uninstall it and the pinned one is used"
+        )
+    assert found.state is not None
+    return found.sha256, found.state

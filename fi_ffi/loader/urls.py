@@ -9,6 +9,9 @@ from urllib.parse import urljoin, urlsplit
 
 from fi_ffi.errors import FetchError
 
+# What stands before or behind the brackets of an IPv6 address is read in more than one way.
+_HOST = re.compile(r"(.*@)?([^\[\]@]*|\[[^\[\]@]*\](:\d*)?)")
+
 
 def redact(url: str) -> str:
     """The address without what may be secret: user, password and query."""
@@ -43,7 +46,7 @@ def check_url(url: str) -> None:
         scheme, host, _ = parts.scheme.lower(), parts.hostname or "", parts.port
     except ValueError as error:
         raise FetchError(f"{redact(url)}: no address: {error}") from None
-    if not host or re.search(r"[\s\\\x00-\x1f]", url):
+    if not host or re.search(r"[\s\\\x00-\x1f]", url) or not _HOST.fullmatch(parts.netloc):
         raise FetchError(f"{redact(url)}: no address of a file on a server")
     if scheme != "https" and not (scheme == "http" and is_loopback(host)):
         raise FetchError(f"{redact(url)}: only https is used, and http within this machine")

@@ -7,7 +7,9 @@ differs is where the bytes come from.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import stat
 import struct
 import zipfile
 import zlib
@@ -18,11 +20,13 @@ from typing import BinaryIO, Literal, Protocol, cast
 
 from fi_ffi.errors import ArtifactError, FiFfiError
 from fi_ffi.loader import cache
+from fi_ffi.loader.caching import stamps
 from fi_ffi.loader.record import Recorded, parse_record
 
 # "record-pinned": RECORD has the sha256 that the lock has for it, and so every member.
 # "file-verified": the whole file had its pinned sha256.
 # "record-unpinned": members are as this file's own RECORD says, and nothing vouches for it.
+State = tuple[int, int, int, int]
 Trust = Literal["record-pinned", "file-verified", "record-unpinned"]
 
 __all__ = ["Recorded", "Trust", "Wheel", "WheelReader", "parse_record", "safe_name", "verify_file"]
@@ -32,6 +36,8 @@ _CHUNK = 1 << 20
 # well under 1 MB each; and of a member: no kernel module comes near it.
 MAX_INDEX = 4 << 20
 MAX_MEMBER = 4 << 30
+# Of bytes to compressed bytes.  Libraries have less than 20, and deflate can have 1032.
+_MAX_RATIO, _SMALL = 200, 1 << 20
 _FIXED_HEADER = 30  # bytes before a member's name, in its local header
 _SLACK = 1024  # bytes of extra fields that a local header may have more than the directory
 _FILE_NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._+-]{1,200}")
@@ -106,9 +112,8 @@ class WheelReader:
             raise
         except _BROKEN as error:
             raise ArtifactError(f"{self._origin} is not a readable wheel: {error}") from error
+        check_members(infos, self._origin)
         self._infos = {info.filename: info for info in infos}
-        if len(self._infos) != len(infos):
-            raise ArtifactError(f"{self._origin}: two members have the same name")
         self.members = {name: info.file_size for name, info in self._infos.items()}
         record = self._record_member()
         self._extents = _extents(infos, ends)
@@ -171,6 +176,12 @@ class WheelReader:
         if info.compress_size > info.file_size + info.file_size // 64 + _SLACK:
             sizes = f"{info.compress_size} bytes for a content of {info.file_size}"
             raise ArtifactError(f"{self._origin}: {info.filename} takes {sizes}")
+        if info.file_size > max(_SMALL, info.compress_size * _MAX_RATIO):
+            sizes = f"{info.file_size} bytes out of {info.compress_size}"
+            raise ArtifactError(
+                f"{self._origin}: {info.filename} is of {sizes}, which no library is: the "
+                "wheel is not what it claims to be, get it from its publisher again"
+            )
 
 
 class Wheel(WheelReader):
@@ -183,13 +194,14 @@ class Wheel(WheelReader):
         super().__init__(str(path), record_sha256)
         self.path = path
         self.trust = "record-pinned" if record_sha256 else "record-unpinned"
+        self._state: State | None = None
         if sha256 is not None:
-            verify_file(path, sha256)
+            self._state = verify_file(path, sha256)
             self.trust = "file-verified"
         self._load()
 
     def _open(self, extent: tuple[int, int] | None) -> AbstractContextManager[ReadableZip]:
-        return self.path.open("rb")
+        return open_same(self.path, self._state)
 
 
 class _Bounded:
@@ -218,15 +230,47 @@ def safe_name(member: str, origin: str) -> str:
     return name
 
 
-def verify_file(path: Path, sha256: str) -> None:
-    """`ArtifactError` unless the file has that sha256."""
+def verify_file(path: Path, sha256: str) -> State:
+    """`ArtifactError` unless the file has that sha256; what it was like then."""
     try:
         with path.open("rb") as file:
+            state = stamps.facts(os.fstat(file.fileno()))
             found = cache.hash_of(file)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     if found != sha256:
         raise ArtifactError(f"{path}: sha256 is {found}, pinned is {sha256}")
+    return state
+
+
+def open_same(path: Path, state: State | None) -> BinaryIO:
+    """The file, which must be as it was when it was verified, if it was."""
+    file = path.open("rb")
+    if state not in (None, stamps.facts(os.fstat(file.fileno()))):
+        file.close()
+        raise ArtifactError(f"{path} was replaced or written to after it was verified: try again")
+    return file
+
+
+def check_members(infos: list[zipfile.ZipInfo], origin: str) -> None:
+    """`ArtifactError` for names that lead elsewhere, or that two members share, and for links."""
+    seen: set[str] = set()
+    for info in infos:
+        name, folded = info.orig_filename, info.orig_filename.casefold()
+        kind = stat.S_IFMT(info.external_attr >> 16)
+        what = None
+        if folded in seen:
+            what = "shares its name with another member, but for the case perhaps"
+        elif name[:1] == "/" or ".." in name.split("/") or {"\\", ":", "\0"} & {*name}:
+            what = "leads out of the wheel"
+        elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            what = "is no regular file"
+        if what:
+            raise ArtifactError(
+                f"{origin}: the member {name!r:.200} {what}. No proper wheel has that: get it "
+                "from its publisher again"
+            )
+        seen.add(folded)
 
 
 def _extents(infos: list[zipfile.ZipInfo], end: int) -> dict[str, tuple[int, int]]:

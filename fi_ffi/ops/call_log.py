@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from types import TracebackType
 
-from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 from fi_ffi.ops import recording, watching
 from fi_ffi.ops.logging_calls.dump import MOST_BYTES, MOST_CALLS, Dump
 from fi_ffi.ops.logging_calls.log import Log
@@ -95,7 +95,7 @@ class call_log:  # a verb, as `open` is
 def _check_level(level: object) -> None:
     expected = " or ".join(map(str, LEVELS))
     if type(level) is not int:
-        got = f"{type(level).__name__} {level!r:.60}"
+        got = f"{type(level).__name__} {printed(level)}"
         raise ArgumentTypeError("call_log", "level", got=got, expected=expected)
     if level not in LEVELS:
         raise ArgumentError("call_log", "level", got=level, expected=expected)
@@ -103,7 +103,7 @@ def _check_level(level: object) -> None:
 
 def _check_count(name: str, value: object) -> None:
     if type(value) is not int:
-        got = f"{type(value).__name__} {value!r:.60}"
+        got = f"{type(value).__name__} {printed(value)}"
         raise ArgumentTypeError("call_log", name, got=got, expected="int")
     if value < 0:
         raise ArgumentError("call_log", name, got=value, expected="0 or more")
@@ -144,7 +144,7 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
     if not text:
         return default
     if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise ArgumentError("call_log", name, got=repr(text), expected="a number")
+        raise ArgumentError("call_log", name, got=printed(text), expected="a number")
     return int(text)
 
 

@@ -41,7 +41,7 @@ def check_layouts(
     """
     sizes = _sizes(row, layouts, kv_layout, dict(known or ()))
     dtypes = _dtypes(row, layouts)
-    _check_device(row, layouts)
+    check_device(row, layouts)
     _check_relations(row, layouts, sizes)
     _check_products(row, layouts, sizes)
     _check_block(row, layouts, sizes, dtypes)
@@ -201,7 +201,7 @@ def _dtypes(row: Row, layouts: Given) -> dict[str, DType]:
     return bound
 
 
-def _check_device(row: Row, layouts: Given) -> None:
+def check_device(row: Row, layouts: Given) -> None:
     first: tuple[str, Layout] | None = None
     for tensor, layout in _present(row, layouts):
         device = layout.device

@@ -15,8 +15,8 @@ from fi_ffi.abi.allocator import HOST, Allocator, Source
 from fi_ffi.abi.device import Device, parse_device
 from fi_ffi.abi.dtypes import DTYPES
 from fi_ffi.abi.tensor import TensorDesc
-from fi_ffi.errors import KernelError, LoaderError
-from fi_ffi.loader import machine
+from fi_ffi.errors import DeviceError, LoaderError
+from fi_ffi.loader import cuda_errors, machine
 
 _HOST_TO_DEVICE = 1  # cudaMemcpyHostToDevice
 _NO_TIMING = 2  # cudaEventDisableTiming
@@ -27,9 +27,15 @@ _NON_BLOCKING = 1  # cudaStreamNonBlocking
 
 
 def check(code: int, what: str) -> None:
-    """Raise `KernelError` for an error code of the CUDA runtime."""
+    """Raise `KernelError` for an error code of CUDA, or `DeviceError` where the GPU is lost."""
     if code:
-        raise KernelError(what, "RuntimeError", f"CUDA error {code}")
+        raise cuda_errors.failed(machine.load_cudart()[0], code, what)
+
+
+def forget(code: int, what: str) -> None:
+    """Leave nothing of a failure that does not matter; raises `DeviceError` for one that does."""
+    if code:
+        cuda_errors.check_lost(machine.load_cudart()[0], code, what)
 
 
 class current:  # a context manager
@@ -44,9 +50,13 @@ class current:  # a context manager
         device = self._device
         self._before = machine.make_current(device.index) if device.is_cuda else None
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
         if self._before is not None:
-            machine.make_current(self._before)
+            try:
+                machine.make_current(self._before)
+            except DeviceError:
+                if exc_type is None:  # or else the block has told it, with more to say
+                    raise
 
 
 def pointer(address: int) -> Any:
@@ -64,10 +74,22 @@ class relaxed:  # a context manager
 
     def __enter__(self) -> None:
         self._mode = ffi.new("int *", _RELAXED)
-        machine.load_cudart()[0].cudaThreadExchangeStreamCaptureMode(self._mode)
+        self._exchange()
 
     def __exit__(self, *_: object) -> None:
-        machine.load_cudart()[0].cudaThreadExchangeStreamCaptureMode(self._mode)
+        self._exchange()
+
+    def _exchange(self) -> None:
+        runtime = machine.load_cudart()[0]
+        if runtime.cudaThreadExchangeStreamCaptureMode(self._mode):
+            cuda_errors.forget(runtime)
+
+
+def unless_cut_off(give_back: Callable[[Any], object], handle: Any) -> None:
+    """Give something of CUDA's back; a forked child leaves alone what is its parent's."""
+    # The GPU may be lost by then, or the runtime be going: neither is told to anybody.
+    if not machine.is_cut_off() and give_back(handle):
+        cuda_errors.forget(machine.load_cudart()[0])
 
 
 def copy_to_device(target: int, source: int, count: int, stream: int) -> None:
@@ -108,15 +130,18 @@ class Event:
         runtime, handle = machine.load_cudart()[0], ffi.new("void **")
         check(runtime.cudaEventCreateWithFlags(handle, _NO_TIMING), "cudaEventCreate")
         self._handle = handle[0]
-        weakref.finalize(self, runtime.cudaEventDestroy, self._handle)
+        weakref.finalize(self, unless_cut_off, runtime.cudaEventDestroy, self._handle)
 
     def record(self, stream: int) -> None:
         """Let the event be done when the stream's work so far is."""
         check(machine.load_cudart()[0].cudaEventRecord(self._handle, pointer(stream)), "event")
 
     def is_done(self) -> bool:
-        code = machine.load_cudart()[0].cudaEventQuery(self._handle)
-        if code != _NOT_READY:
+        runtime = machine.load_cudart()[0]
+        code = runtime.cudaEventQuery(self._handle)
+        if code == _NOT_READY:
+            runtime.cudaGetLastError()  # which would be this, for the next who asks
+        else:
             check(code, "cudaEventQuery")
         return bool(code == 0)
 
@@ -145,8 +170,8 @@ def _runtime() -> Any:
         from cuda.bindings import runtime
     except ImportError as error:
         raise LoaderError(
-            "cuda-python allocates workspaces and is not installed: "
-            "`pip install 'cuda-python>=13,<14'`, or pass buffers of your own"
+            "cuda-bindings allocates workspaces and is not installed: "
+            "`pip install 'cuda-bindings>=13,<14'`, or pass buffers of your own"
         ) from error
     return runtime
 
@@ -186,10 +211,11 @@ def allocate_page_locked(count: int, device: Device) -> Memory:
     return Memory(_bytes(int(address), count, _CPU), _free, runtime.cudaFreeHost, int(address))
 
 
-def _free(free: Callable[[int], object], address: int) -> None:
+def _free(free: Callable[[int], Any], address: int) -> None:
     """Memory may be collected at any time, in a capture too."""
-    with relaxed():
-        free(address)
+    if not machine.is_cut_off():
+        with relaxed():
+            unless_cut_off(lambda place: int(free(place)[0]), address)
 
 
 def _host(count: int) -> Memory:
@@ -210,12 +236,15 @@ def _take_in_order(count: int, device: Device, stream: int) -> int:
     with current(device):
         error, address = _runtime().cudaMallocAsync(max(count, 1), stream)
     if int(error):
+        forget(int(error), "cudaMallocAsync")
         raise MemoryError(f"cudaMallocAsync of {count} bytes on {device}: CUDA error {int(error)}")
     return int(address)
 
 
 def _free_in_order(address: int, device: Device, stream: int) -> None:
     """Back to the pool when the stream has done what was queued on it before this."""
+    if machine.is_cut_off():
+        return
     with current(device):
         (error,) = _runtime().cudaFreeAsync(address, stream)
     check(int(error), f"cudaFreeAsync on {device}")

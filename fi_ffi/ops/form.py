@@ -12,8 +12,8 @@ from typing import Any
 
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.tensor import Layout, TensorDesc
-from fi_ffi.errors import ArgumentError
-from fi_ffi.ops.check import check_layouts
+from fi_ffi.errors import ArgumentError, LoaderError, printed
+from fi_ffi.ops.check import check_device, check_layouts
 from fi_ffi.ops.handles import own_handle
 from fi_ffi.ops.launch import Preparing
 from fi_ffi.ops.memory import scratch_for
@@ -148,7 +148,18 @@ class Form:
         if values[i] is not None:
             values[i] = as_desc(values[i], name, arg.name)
         sizes = self._shapes(values) if arg.bytes_for else {}
-        values[i] = scratch_for(self.row, arg, desc.device, values[i], stream, sizes)
+        try:
+            values[i] = scratch_for(self.row, arg, desc.device, values[i], stream, sizes)
+        except LoaderError:  # a device that is not there: another tensor may be elsewhere
+            self._check_devices(values)
+            raise
+
+    def _check_devices(self, values: list[Any]) -> None:
+        layouts: list[Layout | None] = []
+        for i, arg in self._tensors:
+            desc = None if values[i] is None else as_desc(values[i], self.row.name, arg.name)
+            layouts.append(None if desc is None else desc.layout)
+        check_device(self.row, layouts)
 
     def _shapes(self, values: list[Any]) -> dict[str, int]:
         """Sizes as the shapes tell them, which nobody has checked; 0 where they do not."""
@@ -171,8 +182,8 @@ class Form:
             i, arg = self._kv_layout
             kv_layout = values[i]
             if type(kv_layout) is not str or kv_layout not in KV_LAYOUTS:
-                expected = " or ".join(map(repr, KV_LAYOUTS))
-                raise ArgumentError(self.row.name, arg.name, got=repr(kv_layout), expected=expected)
+                got, expected = printed(kv_layout), " or ".join(map(repr, KV_LAYOUTS))
+                raise ArgumentError(self.row.name, arg.name, got=got, expected=expected)
             values[i] = 0 if arg.strided else KV_LAYOUTS[kv_layout]
         key = (kv_layout, *layouts)
         settled = self._settled.get(key)

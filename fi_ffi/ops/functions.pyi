@@ -360,11 +360,11 @@ class _fused_qk_rmsnorm_rope(Op):
             num_heads_v (int or None = None, 0 or more, the size of num_heads_v): what the tensors have.
             head_dim (int or None = None, 0 or more, the size of head_dim): what the tensors have.
             eps (float = 1e-06, 0.0 or more): added to the mean square before the root.
-            base (float = 10000.0, 0.0 or more): pair i of c channels turns by base**(-2 * i / c) of a
+            base (float = 10000.0, 1e-06 or more): pair i of c channels turns by base**(-2 * i / c) of a
                 patch.
             interleave (bool = True): pairs are neighbours; or else an element, and that half a head
                 further on.
-            factor (float = 1.0, 0.0 or more): YaRN's, by which slow pairs are slower; 1.0 for none.
+            factor (float = 1.0, 1e-06 or more): YaRN's, by which slow pairs are slower; 1.0 for none.
             low (float = 0.0, 0.0 or more): the pair up to which none is slower.
             high (float = 0.0, 0.0 or more): the pair from which all are.
             attention_factor (float = 1.0, 0.0 or more): what YaRN multiplies queries and keys by.

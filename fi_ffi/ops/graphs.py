@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -72,17 +73,21 @@ class Graph:
         cuda.check(runtime.cudaGraphGetNodes(graph, ffi.NULL, count), "cudaGraphGetNodes")
         if self._launch is not None:
             result = ffi.new("uint64_t[]", _RESULT_WORDS)
-            if runtime.cudaGraphExecUpdate(self._executable, graph, result) == 0:
+            code = runtime.cudaGraphExecUpdate(self._executable, graph, result)
+            if code == 0:
                 self.nodes, self.updates = int(count[0]), self.updates + 1
                 self._tell("was recorded", None)
                 return
+            cuda.forget(code, "cudaGraphExecUpdate")
             # Another shape of graph: CUDA cannot change the old one into it.
             self._finalizer()
             self._launch = None
         executable = ffi.new("void **")
         cuda.check(runtime.cudaGraphInstantiate(executable, graph, 0), "cudaGraphInstantiate")
         self._executable = executable[0]
-        self._finalizer = weakref.finalize(self, runtime.cudaGraphExecDestroy, executable[0])
+        self._finalizer = weakref.finalize(
+            self, cuda.unless_cut_off, runtime.cudaGraphExecDestroy, executable[0]
+        )
         self.nodes = int(count[0])
         self.arm()
         _graphs.add(self)
@@ -90,6 +95,9 @@ class Graph:
 
     def arm(self) -> None:
         """Have launches told to the call logs, if any is open, or to nobody."""
+        if machine.is_cut_off():
+            self._launch = _refused
+            return
         launch = functools.partial(machine.load_cudart()[0].cudaGraphLaunch, self._executable)
         self._launch = (
             functools.partial(_told, weakref.ref(self), launch) if watching.logs else launch
@@ -113,10 +121,18 @@ def _told(graph: weakref.ref[Graph], launch: Callable[[Any], int], stream: Any) 
     return launch(stream)
 
 
+def _refused(stream: Any) -> int:
+    machine.refuse_after_fork()
+    return 0
+
+
 def rearm() -> None:
-    """Arm all graphs anew, after a call log was opened or closed."""
+    """Arm all graphs anew: after a call log was opened or closed, and in a forked child."""
     for graph in [*_graphs]:
         graph.arm()
+
+
+os.register_at_fork(after_in_child=rearm)
 
 
 class capture:  # a context manager reads as a verb
@@ -182,10 +198,12 @@ class capture:  # a context manager reads as a verb
             with cuda.current(self.graph.device):
                 code = runtime.cudaStreamEndCapture(cuda.pointer(self._handle), graph)
         try:
-            if exc_type is None:
+            if exc_type is not None:
+                cuda.forget(code, "cudaStreamEndCapture")
+            else:
                 cuda.check(code, "cudaStreamEndCapture")
                 with cuda.current(self.graph.device):
                     self.graph.replace(graph[0])
         finally:
             if graph[0] != ffi.NULL:
-                runtime.cudaGraphDestroy(graph[0])
+                cuda.unless_cut_off(runtime.cudaGraphDestroy, graph[0])

@@ -7,6 +7,7 @@ import threading
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import Device
 from fi_ffi.errors import KernelError
+from fi_ffi.loader import machine
 from fi_ffi.ops import cuda
 
 _lock = threading.Lock()
@@ -36,7 +37,8 @@ def _cublas_lt(device: Device) -> int:
     with cuda.current(device), cuda.relaxed():
         status = cublas.cublasLtCreate(slot)
     if status:
-        raise KernelError("cublasLtCreate", "RuntimeError", f"cuBLAS status {status} on {device}")
+        words = f"cuBLAS status {status} on {device}"
+        raise machine.examined(KernelError("cublasLtCreate", "RuntimeError", words))
     return int(ffi.cast("uintptr_t", slot[0]))
 
 

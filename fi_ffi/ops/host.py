@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from typing import TYPE_CHECKING, Any
 
-from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 
 if TYPE_CHECKING:
     import numpy
@@ -23,7 +23,7 @@ def integers(op: str, argument: str, value: object) -> Integers:
     if isinstance(value, (list, tuple)):
         wrong = [v for v in value if not isinstance(v, numbers.Integral) or isinstance(v, bool)]
         if wrong:
-            got = f"{type(wrong[0]).__name__} {wrong[0]!r:.60}"
+            got = f"{type(wrong[0]).__name__} {printed(wrong[0])}"
             raise ArgumentTypeError(op, argument, got=got, expected=expected)
         # Of Python's own integers: numpy makes floats of an empty list, and of large ones.
         array = np.array([int(v) for v in value], dtype=object)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from fi_ffi.abi import library, streams
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import Device
-from fi_ffi.abi.failure import take_raised
+from fi_ffi.abi.failure import take_kernel_error, take_raised
 from fi_ffi.abi.frame import Frame
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda
@@ -72,7 +73,7 @@ def launch(frame: Frame, place: Place, stream: object) -> None:
                 _give_context(place)
                 scope.bind(place.device)
         if frame.invoke():
-            raise take_raised(place.entry)
+            raise (take_kernel_error if place.is_cuda else take_raised)(place.entry)
     else:
         pointer = _thread.pointers.get(stream) if type(stream) is int else None
         if pointer is None:
@@ -81,7 +82,7 @@ def launch(frame: Frame, place: Place, stream: object) -> None:
         set_stream(pointer, before)
         try:
             if frame.invoke():
-                raise take_raised(place.entry)
+                raise take_kernel_error(place.entry)
         finally:
             set_stream(before[0], ffi.NULL)
 
@@ -98,3 +99,16 @@ def _pointer(place: Place, handle: int) -> Any:
     if len(pointers) >= _MOST_HANDLES:
         pointers.clear()
     return pointers.setdefault(handle, ffi.cast("void *", handle))
+
+
+def _cut_off() -> None:
+    """In a forked child of a process that had used a GPU: the next call looks at its place
+    again, which refuses it (`machine.refuse_after_fork`)."""
+    if machine.is_cut_off():
+        _thread.pointers.clear()
+        for scope in streams.thread.scopes:
+            scope.device = None
+
+
+# After `machine`'s own, which finds out.
+os.register_at_fork(after_in_child=_cut_off)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 
+from fi_ffi.abi import forks
 from fi_ffi.abi.device import Device
 from fi_ffi.abi.dtypes import DTYPES
 from fi_ffi.abi.streams import launching
@@ -16,6 +17,7 @@ from fi_ffi.ops.launch import Preparing
 from fi_ffi.ops.row import Row, Tensor
 
 _lock = threading.Lock()
+forks.renew(globals(), "_lock", threading.Lock)
 # By op, argument, device and stream.  Kept for the life of the process: a kernel may still use one
 # when its stream's handle is given to another stream.
 _scratch: dict[tuple[str, str, Device, int], cuda.Memory] = {}

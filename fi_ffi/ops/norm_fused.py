@@ -13,6 +13,8 @@ from dataclasses import replace
 from fi_ffi.ops.row import Absent, Row, Rule, Scalar, Tensor, Vector
 
 _SOURCE = "csrc/flashinfer_norm_binding.cu"
+# Less than this is taken for a mistake: the kernel divides by it in float32.
+_LEAST = 1e-6
 _EPS = Scalar("eps", float, 1e-6, "added to the mean square before the root", low=0.0)
 _IN = {"dtype": "T", "contiguous": True}
 _OUT = {"dtype": "O", "contiguous": True, "writes": True, "reads": False}
@@ -154,11 +156,11 @@ ROWS = (
             _size("head_dim"),
             _EPS,
             Scalar("base", float, 10000.0, "pair i of c channels turns by base**(-2 * i / c) of a "
-                   "patch", low=0.0),
+                   "patch", low=_LEAST),
             Scalar("interleave", bool, True, "pairs are neighbours; or else an element, and that "
                    "half a head further on"),
             Scalar("factor", float, 1.0, "YaRN's, by which slow pairs are slower; 1.0 for none",
-                   low=0.0),
+                   low=_LEAST),
             Scalar("low", float, 0.0, "the pair up to which none is slower", low=0.0),
             Scalar("high", float, 0.0, "the pair from which all are", low=0.0),
             Scalar("attention_factor", float, 1.0, "what YaRN multiplies queries and keys by",

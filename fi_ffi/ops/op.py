@@ -57,11 +57,11 @@ class Op:
     def __repr__(self) -> str:
         return f"<fi_ffi op {self.__name__}({parameters(self.row)})>"
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """A call while it is open which row is in force; afterwards `Form.quick` is called."""
         return self._in_force(args, kwargs).quick(self, *args, **kwargs)
 
-    def prepare(self, *args: Any, stream: object = None, **kwargs: Any) -> Prepared:
+    def prepare(self, /, *args: Any, stream: object = None, **kwargs: Any) -> Prepared:
         """A call with these arguments that is packed once, to be launched many times.
 
         It is launched on `stream`, or without one on that of the scope that is open then.

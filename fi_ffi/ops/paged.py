@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import TensorDesc, make_desc, make_layout
-from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 from fi_ffi.ops import host
 from fi_ffi.ops.host import INT32_MAX
 
@@ -98,7 +98,7 @@ def split_paged_kv_cache(paged_kv_cache: TensorLike) -> tuple[TensorDesc, Tensor
 def _page_size(op: str, value: object) -> int:
     expected = f"an integer from 1 to {INT32_MAX}"
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        got = f"{type(value).__name__} {value!r:.60}"
+        got = f"{type(value).__name__} {printed(value)}"
         raise ArgumentTypeError(op, "page_size", got=got, expected=expected)
     size = int(value)
     if not 1 <= size <= INT32_MAX:

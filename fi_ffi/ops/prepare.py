@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fi_ffi.errors import ArgumentTypeError
+from fi_ffi.errors import ArgumentTypeError, printed
 from fi_ffi.ops.launch import Preparing
 from fi_ffi.ops.op import Op
 from fi_ffi.ops.prepared import Prepared
@@ -37,7 +37,7 @@ def prepare(function: Callable[..., Any], *args: Any, stream: object = None, **k
     owner = getattr(function, "__self__", None)
     if not isinstance(owner, plan.Plan) or getattr(function, "__name__", "") not in _RUNS:
         expected = "an op, single_prefill, single_decode, or a run of a plan"
-        raise ArgumentTypeError("prepare", "function", got=repr(function), expected=expected)
+        raise ArgumentTypeError("prepare", "function", got=printed(function), expected=expected)
     made: PreparedRun = function(*args, stream=Preparing(stream), **kwargs)
     return _renewable(made, function, args, kwargs, stream)
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fi_ffi.abi import streams
-from fi_ffi.abi.failure import take_raised
+from fi_ffi.abi.failure import take_kernel_error
 from fi_ffi.abi.frame import Frame
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.tensor import Layout, TensorDesc, make_desc
-from fi_ffi.errors import ArgumentError
+from fi_ffi.errors import ArgumentError, printed
 from fi_ffi.ops import watching
 from fi_ffi.ops.handles import own_handle
 from fi_ffi.ops.launch import launch
@@ -85,7 +85,7 @@ class Prepared:
                 scopes = streams.thread.scopes
                 if scopes and scopes[-1].device is place.device:
                     if frame.invoke():
-                        raise take_raised(place.entry)
+                        raise take_kernel_error(place.entry)
                 else:
                     launch(frame, place, None)
             else:
@@ -93,7 +93,7 @@ class Prepared:
         finally:
             self.give(frame)
 
-    def update(self, *args: Any, **kwargs: Any) -> None:
+    def update(self, /, *args: Any, **kwargs: Any) -> None:
         """Change arguments: by name, or by place in the op's order.
 
         Tensors are given as addresses (the layout stays), or as tensors of the same
@@ -158,7 +158,7 @@ class Prepared:
                     values[i] = values[i] or own_handle(arg.library, self.place.device)
             else:
                 expected = "what it was prepared with; prepare another call"
-                raise ArgumentError(row.name, arg.name, got=value, expected=expected)
+                raise ArgumentError(row.name, arg.name, got=printed(value), expected=expected)
         checks = zip(row.tensors, descs, self._settled.checked.alignments, strict=True)
         for arg, desc, alignment in checks:
             if desc is not None:

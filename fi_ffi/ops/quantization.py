@@ -55,5 +55,7 @@ ROWS = (
                writes=True, reads=False, contiguous=True),
         max_products={("n",): 2**31 - 1, ("b",): 2**31 - 1},
         nothing_axis="b",
+        # Bits that are written over the starts would send other threads' anywhere.
+        apart=True,
     ),
 )  # fmt: skip

@@ -49,7 +49,7 @@ def compile_quick(
     row: Row, settled: Settledness, full: Callable[[list[Any], object], Any]
 ) -> Callable[..., Any]:
     """A method with the op's parameters; `full(values, stream)` does what it does not."""
-    return _compiled(row, f"def call(self, {parameters(row)}):", settled, full)
+    return _compiled(row, f"def call(self, /, {parameters(row)}):", settled, full)
 
 
 def compile_again(
@@ -158,7 +158,7 @@ def _update_source(row: Row) -> str:
 def _with_frame(row: Row, body: list[str]) -> str:
     """An `update` that does this while it has the frame to itself."""
     lines = [
-        f"def update(self, {', '.join(f'{arg.name}=_KEEP' for arg in row.given)}):",
+        f"def update(self, /, {', '.join(f'{arg.name}=_KEEP' for arg in row.given)}):",
         "    try:",
         "        frame = self.take()",
         "    except IndexError:",

@@ -9,7 +9,7 @@ import numbers
 from typing import TYPE_CHECKING
 
 from fi_ffi.abi.device import parse_device
-from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 from fi_ffi.ops import gdn, host
 from fi_ffi.ops.memory import scratch_bytes
 
@@ -56,11 +56,11 @@ def checkpoint_cu_starts(
     every, name = checkpoint_every_n_tokens, "checkpoint_every_n_tokens"
     expected = f"a multiple of {_TILE}, {_TILE} or more"
     if not isinstance(every, numbers.Integral) or isinstance(every, bool):
-        got = f"{type(every).__name__} {every!r:.60}"
+        got = f"{type(every).__name__} {printed(every)}"
         raise ArgumentTypeError(op, name, got=got, expected=expected)
     if every < _TILE or every % _TILE:
         raise ArgumentError(op, name, got=every, expected=expected)
-    counts = -(-lengths // _TILE) // (int(every) // _TILE)
+    counts = -(-lengths // _TILE) // min(int(every) // _TILE, host.INT32_MAX)
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
 
 

@@ -86,7 +86,7 @@ def _check_rules(row: Row, others: Mapping[str, Any], values: Sequence[Any]) -> 
     }
     known = {**others, **numbers}
     for rule in row.rules:
-        of = {name: known[name] for name in rule.of}
+        of = {name: known.get(name) for name in rule.of}
         if not rule.holds(*of.values()):
             got = ", ".join(f"{name} = {value}" for name, value in of.items())
             raise ArgumentError(row.name, rule.argument, got=got, expected=rule.expected)

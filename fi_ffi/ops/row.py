@@ -165,9 +165,9 @@ MULTIPROCESSORS = "multiprocessors"
 class Rule:
     """What must hold between sizes and numbers, where no other field of a row says it.
 
-    `holds` is given the values of axes, scalars and those above that `of` names (a scalar's where
-    an axis has the same name), of a tensor that it names whether that is there, and of a variable
-    of `dtypes` its dtype's name.  An error is of `argument`; `expected` says what must be.
+    `holds` is given what `of` names: axes (None where no tensor there has it), scalars (also where
+    an axis has the same name), those above, of a tensor whether it is there, and of a variable of
+    `dtypes` its dtype's name.  An error is of `argument`; `expected` says what must be.
     """
 
     argument: str

@@ -37,6 +37,11 @@ _DETERMINISTIC = Scalar(
 )
 _OF_ALL = "1"
 _OF_EACH = "seeds", "offsets"
+# The kernel reads the first of anything that is not one for each output.
+_ONE_OR_EACH = tuple(
+    Rule(name, ("n", axis), lambda n, count: count in (None, 1, n), f"1 or n elements of {axis}")
+    for name, axis in zip(("maybe_seed_arr", "maybe_offset_arr"), _OF_EACH, strict=True)
+)
 
 
 def _seeds(seed_axis: str, offset_axis: str) -> tuple[Arg, ...]:
@@ -99,7 +104,8 @@ def _sampler(
     later = _LIMITS | {"variant": "_by_row" if read_by_output else ""}
     return (
         _row(name, doc, (*now, *_seeds(_OF_ALL, _OF_ALL)), ">=0.6.7,<0.7.2", **limits),
-        _row(name, doc, (*now, *_seeds(*_OF_EACH)), ">=0.7.2", **later),
+        _row(name, doc, (*now, *_seeds(*_OF_EACH)), ">=0.7.2",
+             **later | {"rules": (*later["rules"], *_ONE_OR_EACH)}),
         _row(name, doc, (*first, *others, *_seeds(_OF_ALL, _OF_ALL)), ">=0.6.4,<0.6.7",
              **limits, variant="_without_valid"),
         _row(name, doc, (*first, *others, *_NUMBERS), ">=0.6.3,<0.6.4",
@@ -115,7 +121,8 @@ def _seeded(name: str, doc: str, args: tuple[Arg, ...], **more: Any) -> tuple[Ro
                dtypes=more_dtypes, **more)  # fmt: skip
     return (
         now,
-        replace(now, args=(*args, *_seeds(*_OF_EACH)), releases=">=0.7.2"),
+        replace(now, args=(*args, *_seeds(*_OF_EACH)), releases=">=0.7.2",
+                rules=(*now.rules, *_ONE_OR_EACH)),
         replace(now, args=(*args, *_NUMBERS), releases=">=0.6.3,<0.6.4", variant="_of_numbers",
                 dtypes=dtypes),
     )  # fmt: skip

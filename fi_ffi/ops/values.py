@@ -8,7 +8,7 @@ from typing import Any
 
 from fi_ffi.abi.frame import c_text
 from fi_ffi.abi.tensor import TensorDesc
-from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 from fi_ffi.ops.row import Row, Scalar, Tensor, Text
 
 _INT64 = 2**63
@@ -24,7 +24,7 @@ def number(op: str, arg: Scalar, value: Any) -> Any:
     if type(value) is not arg.type:
         wanted = {int: numbers.Integral, float: numbers.Real, bool: bool}[arg.type]
         if not isinstance(value, wanted) or (isinstance(value, bool) and arg.type is not bool):
-            got = f"{type(value).__name__} {value!r:.60}"
+            got = f"{type(value).__name__} {printed(value)}"
             raise ArgumentTypeError(op, arg.name, got=got, expected=arg.abi_type)
         try:
             value = arg.type(value)  # type: ignore[call-overload,arg-type]
@@ -46,7 +46,7 @@ def number(op: str, arg: Scalar, value: Any) -> Any:
 def word(op: str, arg: Text, value: object) -> int:
     """The address of a word, as C has text."""
     if type(value) is not str or value not in arg.words:
-        got, expected = f"{value!r:.60}", " or ".join(map(repr, arg.words))
+        got, expected = f"{printed(value)}", " or ".join(map(repr, arg.words))
         raise ArgumentError(op, arg.name, got=got, expected=expected)
     return c_text(value)
 

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, HangError
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, HangError, printed
 from fi_ffi.ops import recording
 from fi_ffi.ops.hang import Hang, report
 from fi_ffi.ops.marks import Slot
@@ -113,7 +113,7 @@ class watchdog:  # a context manager reads as a verb
 def _seconds(value: object) -> float:
     expected = "a finite number above 0"
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        got = f"{type(value).__name__} {value!r:.60}"
+        got = f"{type(value).__name__} {printed(value)}"
         raise ArgumentTypeError("watchdog", "seconds", got=got, expected=expected)
     try:
         seconds = float(value)

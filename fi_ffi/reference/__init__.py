@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fi_ffi.abi import forks
 from fi_ffi.abi.function import Entry, register
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import KernelNotFoundError
@@ -26,6 +27,7 @@ Compiled = tuple[tuple[str, object], ...]
 
 _FAMILIES = tuple(importlib.import_module(f"fi_ffi.reference.{name}") for name in FAMILIES)
 _lock = threading.Lock()
+forks.renew(globals(), "_lock", threading.Lock)
 _entries: dict[tuple[str, str, str, Compiled], Entry] = {}
 
 

@@ -114,19 +114,21 @@ def test_cuda_function(name: str) -> None:
         "nvidia/cu13/include/cuda_runtime_api.h"
     )
     text = Path(str(header)).read_text().replace(" __dv(0)", "")
-    upstream = re.search(rf"cudaError_t CUDARTAPI {name}\(([^)]*)\);", text)
+    upstream = re.search(rf"(cudaError_t|const char\*) +CUDARTAPI {name}\(([^)]*)\);", text)
     assert upstream is not None
+    result, arguments = upstream[1], "" if upstream[2] == "void" else upstream[2]
     # Handles are pointers, to what is not said.
-    told = re.sub(r"\bcuda(Stream|Event|Graph|GraphExec|GraphNode)_t\b", "void *", upstream[1])
+    told = re.sub(r"\bcuda(Stream|Event|Graph|GraphExec|GraphNode)_t\b", "void *", arguments)
     # A result that is not looked into is just memory.
     told = told.replace("cudaGraphExecUpdateResultInfo *", "void *")
-    parameters = [re.sub(r"\benum \w+", "int", part) for part in told.split(",")]
+    enums = r"\b(enum \w+|cudaError_t)"
+    parameters = [re.sub(enums, "int", part) for part in told.split(",") if part]
     # cffi tells no `const`.
     named = [part.replace("const ", "").strip() for part in parameters]
     types = [re.sub(r"\w+$", "", part).replace(" ", "") for part in named]
     declared = ffi.typeof(getattr(ffi.dlopen(load_nvidia_dynamic_lib("cudart").abs_path), name))
     assert [arg.cname.replace(" ", "") for arg in declared.args] == types
-    assert declared.result.cname == "int"  # an enum
+    assert declared.result.cname == ("char *" if result == "const char*" else "int")  # an enum
 
 
 def enum_values(theirs: cffi.FFI, name: str, prefix: str) -> dict[str, int]:

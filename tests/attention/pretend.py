@@ -57,6 +57,18 @@ class Runtime:
         self.log.append((what, *(int(ffi.cast("uintptr_t", value)) for value in values)))
         return 0
 
+    def cudaGetLastError(self) -> int:
+        return self._say("last error")
+
+    def cudaGetErrorString(self, code: int) -> Any:
+        return ffi.NULL
+
+    def cudaThreadExchangeStreamCaptureMode(self, mode: Any) -> int:
+        return 0
+
+    def cudaStreamQuery(self, stream: Any) -> int:
+        return 0
+
     def cudaGetDeviceCount(self, count: Any) -> int:
         count[0] = self.devices
         return 0

@@ -173,7 +173,11 @@ def test_members_of_odd_names_escape_nothing(
 
         line = f"{member},sha256={base64.urlsafe_b64encode(digest).decode().rstrip('=')},4\n"
         archive.writestr("kernels-1.dist-info/RECORD", line)
-    source = open_source(path)
+    try:
+        source = open_source(path)
+    except ArtifactError as error:
+        assert "leads out of the wheel" in str(error)
+        return
     for module in source.modules():
         try:
             found = source.file(module).path

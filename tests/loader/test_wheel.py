@@ -253,9 +253,9 @@ TRICKS = [
 
 @pytest.mark.parametrize("member", TRICKS)
 def test_names_lead_nowhere_else(path: Path, tmp_path: Path, cache_root: Path, member: str) -> None:
-    """Only the last part of a name is used, below the folder of the content's hash."""
-    wheel = Wheel(make_wheel(path, {member: CONTENT}))
+    """A wheel with one that leads elsewhere is refused; of others only the last part is used."""
     try:
+        wheel = Wheel(make_wheel(path, {member: CONTENT}))
         assert wheel.extract(member).resolve().is_relative_to(cache_root / "objects")
     except LoaderError:
         pass

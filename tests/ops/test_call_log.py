@@ -641,20 +641,16 @@ def test_nothing_is_read_while_a_stream_records_a_graph(mine, cuda, path, tmp_pa
     assert len([*(tmp_path / "dumps").iterdir()]) == 2
 
 
-def test_memory_that_cannot_be_read(mine, cuda, path, monkeypatch, tmp_path):
+def test_memory_that_cannot_be_read(mine, cuda, path, tmp_path):
     """It is said, the call is made, and CUDA's error is not left to be the kernel's."""
-    from fi_ffi.ops.logging_calls import memory
-
-    forgotten = []
-    monkeypatch.setattr(memory, "_forget_error", lambda: forgotten.append(1))
     cuda.runtime.cudaMemcpyAsync = lambda *args: 700
     with fi_ffi.call_log(5, path, dump=tmp_path / "dumps"):
         mine.op(*on_cuda(mine), stream=0x51)
     (said,) = read(path)
     assert "CUDA error 700" in said.under("before:")["x"]
-    assert any(re.match("not dumped: KernelError: .*700", head) for head in said.heads)
+    assert any(re.match("not dumped: DeviceError: .*700", head) for head in said.heads)
     assert "CUDA error 700" in said.under("after:")["y"]
-    assert len(forgotten) == 3
+    assert cuda.runtime.log.count(("last error",)) == 3
     assert mine.is_done(1.5)
 
 

@@ -21,9 +21,9 @@ _MAX_FILE = 32 << 20  # bytes; twice what may be kept of a wheel's directory and
 def read(root: Path, path: Path, form: int) -> Any:
     """What was written to `path`, below the cache's `root`, in this form; None otherwise.
 
-    Raises `ArtifactError` where another user could have written it.
+    None too where another user could have written it.
     """
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         if not trust.folders_exist(root, path.parent):
             return None
         status = os.lstat(path)

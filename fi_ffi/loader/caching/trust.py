@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fi_ffi.errors import ArtifactError
 
+_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _MOVE = "or set FI_FFI_CACHE_DIR to a directory of your own"
 
 
@@ -29,14 +30,15 @@ def folders_exist(root: Path, folder: Path) -> bool:
 
 
 def check_root(root: Path) -> None:
-    """`ArtifactError` where others can replace what lies directly in the cache."""
+    """`ArtifactError` where others can put or replace what lies directly in the cache."""
     status = os.lstat(root)
+    _check_above(root)
     if stat.S_ISLNK(status.st_mode):  # to another disk, say; but then by this user
         _check_owner(root, status, "the link")
         status = os.stat(root)
     _check_owner(root, status, "the cache directory")
-    # With the sticky bit, as /tmp has it, others can add files and not replace ours.
-    if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+    # With the sticky bit too: others could put `wheels` there, or take our names first.
+    if status.st_mode & stat.S_IWOTH:
         raise ArtifactError(
             f"the cache directory {root} can be written by every user "
             f"(mode {_mode(status)}), so nothing in it is loaded: "
@@ -50,9 +52,9 @@ def check_folder(folder: Path) -> None:
     if not stat.S_ISDIR(status.st_mode):
         raise ArtifactError(f"{folder} is {_kind(status)}, not a directory: remove it, {_MOVE}")
     _check_owner(folder, status, "the directory")
-    if status.st_mode & stat.S_IWOTH:
+    if status.st_mode & _OTHERS:
         raise ArtifactError(
-            f"the directory {folder} can be written by every user (mode {_mode(status)}), "
+            f"the directory {folder} can be written by {_who(status)} (mode {_mode(status)}), "
             f"so nothing in it is loaded: remove it, {_MOVE}"
         )
 
@@ -65,10 +67,48 @@ def check_object(path: Path, status: os.stat_result) -> None:
             "remove it, and it is made again"
         )
     _check_owner(path, status, "the file")
-    if status.st_mode & stat.S_IWOTH:
+    if status.st_mode & _OTHERS:
         raise ArtifactError(
-            f"{path} can be written by every user (mode {_mode(status)}) and is not loaded: "
+            f"{path} can be written by {_who(status)} (mode {_mode(status)}) and is not loaded: "
             "remove it, and it is made again"
+        )
+
+
+def check_owner(path: Path) -> None:
+    """`ArtifactError` unless what the path leads to is this user's or root's."""
+    status = os.stat(path)
+    _check_owner(path, status, f"the {_kind(status).partition(' ')[2]}")
+
+
+def check_named(path: Path) -> None:
+    """`ArtifactError` where every user could change a file, or put it where it lies.
+
+    It is of a place that the user, or FlashInfer, has chosen, and so is whose it is.
+    """
+    for place in (path, *path.parents[:2]):
+        status = os.stat(place)
+        _check_place(place, status, f"{path} is not loaded")
+        above = os.stat(place.parent)
+        if above.st_mode & stat.S_IWOTH and status.st_uid not in (0, os.geteuid()):
+            raise ArtifactError(
+                f"{place} was put by user {status.st_uid} where every user can put files, so "
+                f"{path} is not loaded: copy it to a directory of your own"
+            )
+
+
+def _check_above(root: Path) -> None:
+    """`ArtifactError` where every user could put another directory into the cache's place."""
+    for place in {*root.parents, *Path(os.path.realpath(root)).parents}:
+        _check_place(place, os.stat(place), f"nothing in {root} is loaded")
+
+
+def _check_place(place: Path, status: os.stat_result, consequence: str) -> None:
+    # In a directory with the sticky bit, as /tmp has it, others cannot replace what is ours.
+    safe = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+    if status.st_mode & stat.S_IWOTH and not safe:
+        raise ArtifactError(
+            f"{place} can be written by every user (mode {_mode(status)}), so {consequence}: "
+            f"`chmod o-w {place}`, or use a place that only you can write"
         )
 
 
@@ -80,6 +120,10 @@ def _check_owner(path: Path, status: os.stat_result, what: str) -> None:
         f"{what} {path} belongs to user {status.st_uid}{names}, and this process runs as "
         f"user {os.geteuid()}: only its own files and root's are loaded. Remove it, {_MOVE}"
     )
+
+
+def _who(status: os.stat_result) -> str:
+    return "every user" if status.st_mode & stat.S_IWOTH else f"all of group {status.st_gid}"
 
 
 def _mode(status: os.stat_result) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import TensorDesc
@@ -18,6 +18,11 @@ from fi_ffi.ops.attention.run import Values, softmax_scale
 from fi_ffi.ops.attention.spec import DecodeOptions
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.row import KV_LAYOUTS
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fi_ffi.ops.attention.keywords import DecodeKeywords
 
 _NAMES = ("indptr", "indices", "last_page_len")
 # Of `DecodePlanInfo::ToVector` (scheduler.cuh).
@@ -70,7 +75,7 @@ class BatchDecodePlan(Plan):
         device: object = None,
         workspace: Workspace | None = None,
         stream: object = None,
-        **options: Any,
+        **options: Unpack[DecodeKeywords],
     ) -> None:
         super().__init__(device, workspace)
         self.options = chosen = DecodeOptions.of(options)

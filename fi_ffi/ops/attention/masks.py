@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     Bytes = numpy.ndarray[Any, numpy.dtype[numpy.uint8]]
     Slopes = numpy.ndarray[Any, numpy.dtype[numpy.float32]]
 
+# A grid has less than 2**16 heads; a wrong number must not fill the memory.
+_HEAD_BITS = 17
+
 
 def pack_custom_mask(masks: Masks) -> Bytes:
     """`custom_mask` of boolean host arrays [qo_len, kv_len]: True where a query sees a key.
@@ -46,7 +49,7 @@ def alibi_slopes(num_heads: int) -> Slopes:
     """
     import numpy as np
 
-    heads = integer("alibi_slopes", "num_heads", num_heads, 1)
+    heads = integer("alibi_slopes", "num_heads", num_heads, 1, _HEAD_BITS)
     below = 1 << (heads.bit_length() - 1)
     first = np.arange(1, below + 1) / below
     between = np.arange(1, 2 * (heads - below), 2) / (2 * below)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.errors import ArgumentError
@@ -15,6 +15,11 @@ from fi_ffi.ops.attention.rows import BATCH_MLA, NEED_KEYS
 from fi_ffi.ops.attention.run import Values, softmax_scale
 from fi_ffi.ops.attention.spec import MlaOptions
 from fi_ffi.ops.attention.workspace import Workspace
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fi_ffi.ops.attention.keywords import MlaKeywords
 
 # The tensors of a run, as the binding calls them.
 _TENSORS = ("q_nope", "q_pe", "ckv_cache", "kpe_cache", "o", "maybe_lse")
@@ -76,7 +81,7 @@ class BatchMlaPlan(Plan):
         device: object = None,
         workspace: Workspace | None = None,
         stream: object = None,
-        **options: Any,
+        **options: Unpack[MlaKeywords],
     ) -> None:
         super().__init__(device, workspace)
         self.options = chosen = MlaOptions.of(options)

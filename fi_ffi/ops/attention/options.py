@@ -10,7 +10,7 @@ from typing import Any
 
 from fi_ffi.abi.device import Device
 from fi_ffi.abi.dtypes import DType, parse_dtype
-from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.rows import F16, FP8, of_release
 from fi_ffi.ops.providers import release_in_use
@@ -111,7 +111,7 @@ def choice(op: str, argument: str, value: object, allowed: tuple[str, ...]) -> s
     if not isinstance(value, str) or value not in allowed:
         kind = ArgumentError if isinstance(value, str) else ArgumentTypeError
         expected = " or ".join(map(repr, allowed))
-        raise kind(op, argument, got=repr(value), expected=expected)
+        raise kind(op, argument, got=printed(value), expected=expected)
     return value
 
 
@@ -166,7 +166,7 @@ def shown(value: object) -> str:
     """A value that will not do, for an error: of most types the name is enough, and a
     tensor's repr would read it from the device."""
     name = type(value).__name__
-    return f"{name} {value!r:.60}" if isinstance(value, (int, float, str, bytes)) else name
+    return f"{name} {printed(value)}" if isinstance(value, (int, float, str, bytes)) else name
 
 
 def fa3_lacks(kernel: Kernel, use_custom_mask: bool, is_paged: bool = False) -> str:
@@ -249,5 +249,5 @@ def backend_for(
         expected = f"{other!r}: {lacks[chosen]}"
         if lacks[other]:
             expected = f"what a backend has: {lacks['fa2']}; {lacks['fa3']}"
-        raise ArgumentError(op, "backend", got=repr(asked), expected=expected)
+        raise ArgumentError(op, "backend", got=printed(asked), expected=expected)
     return chosen, why

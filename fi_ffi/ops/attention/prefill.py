@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike
 from fi_ffi.ops.attention import sizes
@@ -16,6 +16,11 @@ from fi_ffi.ops.attention.rows import BATCH_PREFILL, BATCH_PREFILL_SINK, FP8
 from fi_ffi.ops.attention.run import Values
 from fi_ffi.ops.attention.spec import PrefillOptions
 from fi_ffi.ops.attention.workspace import Workspace
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fi_ffi.ops.attention.keywords import PrefillKeywords
 
 _KNOWN = ("num_qo_heads", "num_kv_heads", "head_dim_qk", "head_dim_vo")
 
@@ -83,7 +88,7 @@ class BatchPrefillPlan(PrefillReplans):
         device: object = None,
         workspace: Workspace | None = None,
         stream: object = None,
-        **options: Any,
+        **options: Unpack[PrefillKeywords],
     ) -> None:
         super().__init__(device, workspace)
         self.options = chosen = PrefillOptions.of(options)

@@ -151,9 +151,9 @@ class PrefillRuns(Plan):
         token_pos_in_items_len: int | None = None,
         max_item_len_ptr: TensorLike | None = None,
         sink: TensorLike | None = None,
-        q_scale: Any = None,
-        k_scale: Any = None,
-        v_scale: Any = None,
+        q_scale: TensorLike | float | None = None,
+        k_scale: TensorLike | float | None = None,
+        v_scale: TensorLike | float | None = None,
         enable_pdl: bool = False,
     ) -> None:
         """The options of a run."""

@@ -207,9 +207,9 @@ def single_prefill(
     rope_scale: float | None = None,
     rope_theta: float | None = None,
     alibi_slopes: TensorLike | None = None,
-    q_scale: Any = None,
-    k_scale: Any = None,
-    v_scale: Any = None,
+    q_scale: TensorLike | float | None = None,
+    k_scale: TensorLike | float | None = None,
+    v_scale: TensorLike | float | None = None,
     stream: object = None,
 ) -> None:
     """Attention of many queries of one request.
@@ -282,7 +282,7 @@ def _kernel(
 ) -> Kernel:  # fmt: skip
     """What the tensors and options ask of a module; names what no module has."""
     choice(op, "pos_encoding_mode", mode, tuple(POS_ENCODING_MODES))
-    integer(op, "window_left", window_left, -1)
+    window = integer(op, "window_left", window_left, -1)
     flag(op, "use_fp16_qk_reduction", use_fp16_qk_reduction)
     cap = soft_cap(op, logits_soft_cap)
     check_encoding(op, mode, cap)
@@ -292,4 +292,7 @@ def _kernel(
     for name, dtype, allowed in (("q", q, of_q), ("k", kv, F16 + FP8), ("o", o, of_o)):
         if dtype not in allowed:
             raise ArgumentError(op, name, got=dtype, expected=" or ".join(allowed))
-    return Kernel(family, q, kv, o, *dims, mode, window_left >= 0, cap > 0, use_fp16_qk_reduction)
+    if max(dims) >= 2**29:  # more digits than a module's name has
+        argument, got = ("q", dims[0]) if dims[0] > dims[1] else ("v", dims[1])
+        raise ArgumentError(op, argument, got=f"head_dim = {got}", expected="64, 128, 256 or such")
+    return Kernel(family, q, kv, o, *dims, mode, window >= 0, cap > 0, use_fp16_qk_reduction)

@@ -16,7 +16,8 @@ from fi_ffi.ops.attention.options import integer
 FLOAT_BYTES = 128 * 2**20
 INT_BYTES = 8 * 2**20
 _ALIGNMENT = 16
-_MOST_STAGES = 4
+# Stages that are allocated, and parts of a buffer that is given: each has an event.
+_MOST_STAGES, _MOST_PARTS = 4, 64
 
 
 class Stage:
@@ -181,7 +182,7 @@ class Workspace:
             expected = f"{self.int_bytes} bytes or more, as `int_workspace_buffer` has"
             got = f"{desc.shape[0]} bytes"
             raise ArgumentError("Workspace", name, got=got, expected=expected)
-        for i in range(parts):
+        for i in range(min(parts, _MOST_PARTS)):
             start = desc.ptr + i * self.int_bytes
             part = TensorDesc(start, (self.int_bytes,), "uint8", device="cpu")
             self._stages.append(Stage(part, None, self.device))

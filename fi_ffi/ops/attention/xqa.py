@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numbers
-from typing import Any
 
 from fi_ffi.abi.device import Device
 from fi_ffi.abi.interop import TensorLike, as_desc
@@ -20,6 +19,8 @@ from fi_ffi.ops.row import KV_LAYOUTS
 
 _OP = "xqa"
 _HOPPER = 9
+# Of sizes that are part of a module's name, or count its heads.
+_MOST = 2**29
 
 
 @supported
@@ -34,8 +35,8 @@ def xqa(
     semaphores: TensorLike | None = None,
     *,
     sinks: TensorLike | None = None,
-    q_scale: Any = 1.0,
-    kv_scale: Any = 1.0,
+    q_scale: TensorLike | float = 1.0,
+    kv_scale: TensorLike | float = 1.0,
     sliding_win_size: int = 0,
     kv_layout: str = "NHD",
     sm_count: int | None = None,
@@ -108,8 +109,8 @@ def xqa(
 def _cache(name: str, tensor: TensorLike, kv_layout: str) -> TensorDesc:
     """A cache with its tokens before its heads, as the kernels have it."""
     desc = as_desc(tensor, _OP, name)
-    if len(desc.shape) != 4 or 0 in desc.shape[1:]:
-        expected = "rank 4, and pages, heads and elements of at least 1"
+    if len(desc.shape) != 4 or not 0 < min(desc.shape[1:]) <= max(desc.shape[1:]) < _MOST:
+        expected = f"rank 4, and pages, heads and elements of at least 1, and below {_MOST}"
         raise ArgumentError(_OP, name, got=desc.layout, expected=expected)
     head_dim = desc.shape[-1]
     if any(stride % head_dim for stride in desc.strides[:-1]):
@@ -120,8 +121,8 @@ def _cache(name: str, tensor: TensorLike, kv_layout: str) -> TensorDesc:
 
 def _heads(q: TensorDesc, kv_heads: int) -> tuple[int, int]:
     """Requests, and heads of their queries."""
-    if len(q.shape) != 4 or q.shape[1] != 1:
-        expected = "rank 4 (batch_size 1 num_q_heads head_dim)"
+    if len(q.shape) != 4 or q.shape[1] != 1 or q.shape[2] >= _MOST:
+        expected = f"rank 4 (batch_size 1 num_q_heads head_dim), and less than {_MOST} heads"
         raise ArgumentError(_OP, "q", got=q.layout, expected=expected)
     if not q.shape[2] or q.shape[2] % kv_heads:
         expected = f"heads in a multiple of the cache's {kv_heads}"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import Device
 from fi_ffi.abi.tensor import Layout
-from fi_ffi.errors import KernelError
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda
 
@@ -60,12 +58,8 @@ def _span(address: int, count: int, device: Device, stream: int | None) -> bytes
         code = machine.load_cudart()[0].cudaMemcpyAsync(
             target, cuda.pointer(address), count, _DEVICE_TO_HOST, cuda.pointer(stream or 0)
         )
-        try:
-            cuda.check(code, "cudaMemcpyAsync")
-            synchronize(stream or 0)
-        except KernelError:
-            _forget_error()
-            raise
+        cuda.check(code, "cudaMemcpyAsync")
+        synchronize(stream or 0)
     return bytes(buffer)
 
 
@@ -80,16 +74,3 @@ def synchronize(stream: int) -> None:
     event = cuda.Event()
     event.record(stream)
     event.wait()
-
-
-@functools.cache
-def _last_error() -> Callable[[], int]:
-    handle = library.open_module(machine.load_cudart()[1])
-    address = library.find_symbol(handle, "cudaGetLastError")
-    function: Callable[[], int] = ffi.cast("int (*)(void)", address)
-    return function
-
-
-def _forget_error() -> None:
-    """Launchers ask for the last error, and would take one of ours for theirs."""
-    _last_error()()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import TensorDesc
-from fi_ffi.errors import ArgumentError
+from fi_ffi.errors import ArgumentError, printed
 from fi_ffi.ops.matmul.entries import GROUP_GROUPWISE, GROUPWISE, as_called
 
 _NAMES = {
@@ -18,18 +19,19 @@ _GRANULARITIES = ((1, 128, 128), (128, 128, 128))
 
 def _granularity(op: str, value: Sequence[int]) -> tuple[int, int, int]:
     """Rows, columns and depth of the blocks that have a scale each."""
-    for known in _GRANULARITIES:
-        if tuple(value) == known:
-            return known
+    if isinstance(value, (tuple, list)) and all(isinstance(size, Integral) for size in value):
+        for known in _GRANULARITIES:
+            if tuple(value) == known:
+                return known
     expected = " or ".join(map(str, _GRANULARITIES))
     raise ArgumentError(op, "scale_granularity_mnk", got=value, expected=expected)
 
 
 def _modes(op: str, scale_major_mode: str, mma_sm: int) -> None:
-    if scale_major_mode not in ("MN", "K"):
-        got = repr(scale_major_mode)
+    if not isinstance(scale_major_mode, str) or scale_major_mode not in ("MN", "K"):
+        got = printed(scale_major_mode)
         raise ArgumentError(op, "scale_major_mode", got=got, expected="'MN' or 'K'")
-    if mma_sm not in (1, 2):
+    if not isinstance(mma_sm, Integral) or isinstance(mma_sm, bool) or mma_sm not in (1, 2):
         raise ArgumentError(op, "mma_sm", got=mma_sm, expected="1 or 2")
 
 

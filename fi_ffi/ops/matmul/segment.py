@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import TensorDesc, make_desc, make_layout
-from fi_ffi.errors import ArgumentError
+from fi_ffi.errors import ArgumentError, printed
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda
 from fi_ffi.ops.check import check_layouts
@@ -118,8 +118,8 @@ def _checked(
 
 
 def _backend(backend: Any, call: _Call) -> str:
-    if backend not in _BACKENDS:
-        raise _refuse("backend", repr(backend), " or ".join(map(repr, _BACKENDS)))
+    if not isinstance(backend, str) or backend not in _BACKENDS:
+        raise _refuse("backend", printed(backend), " or ".join(map(repr, _BACKENDS)))
     device, is_fp8 = call.x.device, call.x.dtype.name in FP8
     if backend == "auto":
         is_hopper = not device.is_cuda or machine.capability(device.index)[0] == 9
@@ -145,7 +145,8 @@ def _tables(call: _Call) -> numpy.ndarray[Any, Any]:
     problems = table[:2].reshape(-1).view(np.int32)[: 3 * count].reshape(count, 3)
     problems[:, 0], problems[:, 1], problems[:, 2] = lengths, n, k
     for i, (desc, at) in enumerate(((call.x, first), (call.weights, indices), (call.out, first))):
-        table[2 + i] = desc.ptr + at * (desc.strides[0] * desc.dtype.itemsize)
+        offsets = (at * (desc.strides[0] * desc.dtype.itemsize)).astype(np.uint64)
+        table[2 + i] = (np.uint64(desc.ptr) + offsets).view(np.int64)
         table[5 + i] = _row_stride(desc)
     return table
 

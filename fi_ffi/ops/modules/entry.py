@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import Device
-from fi_ffi.abi.failure import check
+from fi_ffi.abi.failure import check_kernel
 from fi_ffi.abi.function import Entry, probe
 from fi_ffi.abi.lent import Call
 from fi_ffi.abi.packing import anything, packer_of
@@ -133,6 +133,13 @@ class ModuleEntry:
             raise ArgumentError(self.name, "self", got="one that was released", expected=expected)
 
     def _pack(self, args: tuple[Any, ...], call: Call) -> Any:
+        try:
+            return self._packed(args, call)
+        except RecursionError as error:
+            got, expected = "values inside values without end", "values that C++ can hold"
+            raise ArgumentError(self.name, "*args", got=got, expected=expected) from error
+
+    def _packed(self, args: tuple[Any, ...], call: Call) -> Any:
         packed = ffi.new("TVMFFIAny[]", max(len(args), 1))
         if self.signature is None:
             for i, value in enumerate(args):
@@ -154,7 +161,7 @@ class ModuleEntry:
         result = ffi.new("TVMFFIAny *")
 
         def invoke() -> None:
-            check(entry.address(entry.handle, packed, len(args), result), self.name)
+            check_kernel(entry.address(entry.handle, packed, len(args), result), self.name)
 
         with cuda.kernel_memory().installed():
             if watching.logs:

@@ -21,7 +21,7 @@ from fi_ffi.loader.runtime import Loaded
 # What a typed function's refusal begins with; its code has the words.
 _REFUSAL = b"Mismatched number of arguments when calling"
 # Its name in that refusal is a static variable, whose symbol is there unless it was stripped.
-_STATIC = re.compile(rb"_ZZ(\d+)(__tvm_ffi_\w+)")
+_STATIC = re.compile(rb"_ZZ(\d{1,5})(__tvm_ffi_\w+)")
 
 
 class Library(Protocol):
@@ -124,9 +124,10 @@ class Export:
         if address is None:
             return ""
         try:
-            return str(Entry(f"{self.name}'s docstring", address)())
-        except KernelError:
+            found = Entry(f"{self.name}'s docstring", address)()
+        except (KernelError, AbiError):
             return ""
+        return found if isinstance(found, str) else ""
 
     def _find(self, device: int | None) -> Entry:
         loaded, first = self.source.loaded(device), self.source.loaded(None)

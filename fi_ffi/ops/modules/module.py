@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from fi_ffi.abi.signature import Signature
-from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, KernelNotFoundError
+from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, KernelNotFoundError, printed
 from fi_ffi.ops.modules.entry import ModuleEntry
 from fi_ffi.ops.modules.libraries import AtPath, Export, Library, Named
 
@@ -61,7 +61,7 @@ class Module:
 
     def _make(self, name: str, checked: bool | None) -> ModuleEntry:
         if not isinstance(name, str):
-            got = f"{type(name).__name__} {name!r:.60}"
+            got = f"{type(name).__name__} {printed(name)}"
             raise ArgumentTypeError(f"{self.name}.entry", "name", got=got, expected="a str")
         export = Export(self._source, name)
         asks = self._source.tells_signatures(name)
@@ -107,7 +107,7 @@ def module(name: str | os.PathLike[str]) -> Module:
     if isinstance(name, os.PathLike):
         return Module(AtPath(Path(name)))
     if not isinstance(name, str):
-        got = f"{type(name).__name__} {name!r:.60}"
+        got = f"{type(name).__name__} {printed(name)}"
         raise ArgumentTypeError("module", "name", got=got, expected="a module's name, or a path")
     if not name:
         raise ArgumentError("module", "name", got="''", expected="a module's name, or a path")

@@ -15,8 +15,8 @@ from fi_ffi.abi.function import Entry
 from fi_ffi.abi.objects import Array, Function, Module, Object, Tensor
 from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.tensor import TensorDesc, make_desc
-from fi_ffi.abi.values import desc_from_dl_tensor
-from fi_ffi.errors import AbiError, ArgumentTypeError, KernelNotFoundError
+from fi_ffi.abi.values import desc_from_dl_tensor, ints_of
+from fi_ffi.errors import AbiError, ArgumentTypeError, KernelNotFoundError, printed
 from fi_ffi.ops.modules.entry import Life, ModuleEntry
 
 _Kind = TypeVar("_Kind", bound=Object)
@@ -38,8 +38,7 @@ def adopted(value: Any, origin: Origin) -> Any:
     index = ffi.cast("TVMFFIObject *", value.handle).type_index
     if index == types.SHAPE:
         with value:
-            cell = ffi.cast("FiFfiShapeObject *", value.handle).cell
-            return tuple(cell.data[0 : cell.size]) if cell.size else ()
+            return ints_of(ffi.cast("FiFfiShapeObject *", value.handle).cell)
     kind = _KINDS.get(index)
     return value if kind is None else _take(kind, value, origin)
 
@@ -96,7 +95,7 @@ class ModuleObject(Module):
 
     def _look_up(self, name: str, checked: bool | None) -> ModuleEntry:
         if not isinstance(name, str):
-            got = f"{type(name).__name__} {name!r:.60}"
+            got = f"{type(name).__name__} {printed(name)}"
             raise ArgumentTypeError(f"{self.origin.name}.method", "name", got=got, expected="a str")
         function = function_of("ffi.ModuleGetFunction")(self, name, False)
         if not isinstance(function, Function):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from dataclasses import dataclass
 
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, KernelNotFoundError
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, KernelNotFoundError, printed
 from fi_ffi.ops.moe.interface import ACTIVATIONS, GATED, MODULE, activation_numbers
 
 _INT32 = 2**31
@@ -63,7 +63,7 @@ def flag(op: str, argument: str, value: object) -> bool:
 
 
 def _shown(value: object) -> str:
-    return f"{type(value).__name__} {value!r:.60}"
+    return f"{type(value).__name__} {printed(value)}"
 
 
 def activation(op: str, value: object) -> str:
@@ -76,7 +76,7 @@ def activation(op: str, value: object) -> str:
     if not isinstance(name, str):
         raise ArgumentTypeError(op, "activation_type", got=_shown(value), expected=expected)
     if name not in ACTIVATIONS:
-        raise ArgumentError(op, "activation_type", got=repr(name), expected=expected)
+        raise ArgumentError(op, "activation_type", got=printed(name), expected=expected)
     return name
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.streams import launching
 from fi_ffi.abi.tensor import TensorDesc
-from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 from fi_ffi.ops import cuda, watching
 from fi_ffi.ops.moe.check import Want, check_apart
 from fi_ffi.ops.moe.interface import INTERLEAVE, MODULE, W4_RELEASES
@@ -37,9 +37,9 @@ def interleave_moe_weights_for_sm90_mixed_gemm(
     another order.  Upstream: flashinfer/fused_moe/core.py, moe_gemm_mixed_utils.cu.
     """
     op = INTERLEAVE.signature.name
-    if quant_type not in _QUANT_TYPES:
+    if not isinstance(quant_type, str) or quant_type not in _QUANT_TYPES:
         kind = ArgumentError if isinstance(quant_type, str) else ArgumentTypeError
-        raise kind(op, "quant_type", got=repr(quant_type), expected="'fp4' or 'int4'")
+        raise kind(op, "quant_type", got=printed(quant_type), expected="'fp4' or 'int4'")
     source = as_desc(weight, op, "weight")
     target = as_desc(weight_interleaved, op, "weight_interleaved")
     if len(source.shape) != 3:

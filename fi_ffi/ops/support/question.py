@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from fi_ffi.errors import ArgumentError, FiFfiError
+from fi_ffi.errors import ArgumentError, FiFfiError, printed
 from fi_ffi.loader import machine
 from fi_ffi.loader.kernels import KernelSource, open_source, release_of
 from fi_ffi.loader.lock import the_lock
@@ -30,7 +30,9 @@ def capability_of(sm: Sm) -> tuple[int, int] | None:
         return sm
     found = _SM.fullmatch(str(sm)) if isinstance(sm, (int, float, str)) else None
     if found is None or isinstance(sm, bool) or not 5 <= int(found[1]) < 20:
-        raise ArgumentError("supports", "sm", got=repr(sm), expected="such as 90, '9.0' or 'sm90a'")
+        raise ArgumentError(
+            "supports", "sm", got=printed(sm), expected="such as 90, '9.0' or 'sm90a'"
+        )
     return int(found[1]), int(found[2])
 
 
@@ -59,7 +61,9 @@ class Question:
     ) -> Question:
         """Without `sm`, the first GPU there is; without a GPU, any."""
         if cuda is not None and not _CUDA.fullmatch(cuda):
-            raise ArgumentError("supports", "cuda", got=repr(cuda), expected="a tag such as cu130")
+            raise ArgumentError(
+                "supports", "cuda", got=printed(cuda), expected="a tag such as cu130"
+            )
         sources: tuple[KernelSource, ...] = ()
         if kernels is not None:
             sources = (open_source(kernels),)

@@ -92,7 +92,9 @@ def test_a_root_that_all_can_write_is_refused(sample: Any) -> None:
     path = sample.store()
     sample.root.chmod(0o777)
     refused(sample, str(sample.root), "0777", f"chmod o-w {sample.root}", "FI_FFI_CACHE_DIR")
-    sample.root.chmod(0o1777)  # as /tmp is
+    sample.root.chmod(0o1777)  # as /tmp is: others could put `wheels` there
+    refused(sample, "1777")
+    sample.root.chmod(0o700)
     assert sample.find() == path
 
 

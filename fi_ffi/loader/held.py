@@ -1,0 +1,95 @@
+"""Libraries held open from their check to their loading.
+
+What was hashed is a file, and what its path leads to a moment later can be another.  So a
+library is read and loaded through a descriptor, of a file that is as it was when it was
+hashed.  The descriptors of what was loaded stay open: the dynamic linker knows a library by
+the name it was loaded under, and would take another file of that name for the same one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from fi_ffi.errors import ArtifactError
+from fi_ffi.loader import cache
+from fi_ffi.loader.caching import stamps, trust
+
+_kept: dict[tuple[int, int], tuple[int, str]] = {}  # of device and inode: descriptor, sha256
+
+
+class Held:
+    """An open file with a known sha256; `name` leads to it, whatever its path leads to."""
+
+    def __init__(self, path: Path, sha256: str, fd: int) -> None:
+        self.path, self.sha256, self.fd = path, sha256, fd
+        self._before = os.fstat(fd)
+        name = f"/proc/self/fd/{fd}"
+        self.name = name if os.path.exists(name) else str(path)
+
+    def keep(self, *, in_place: bool = False) -> None:
+        """Leave it open, as it was loaded; `ArtifactError` if it was written to meanwhile, or
+        replaced where it was opened by its path (`in_place`)."""
+        before, after = self._before, os.fstat(self.fd)
+        _kept[before.st_dev, before.st_ino] = self.fd, self.sha256
+        replaced = in_place and not os.path.samestat(before, os.stat(self.path))
+        # Its change time also tells of another name that it got or lost, which is no harm.
+        written = stamps.facts(before) != stamps.facts(after) and _hash(self.fd) != self.sha256
+        if replaced or written:
+            raise changed(self.path, "while it was loaded, and nothing of it is called")
+
+
+@contextlib.contextmanager
+def checked(
+    path: Path, sha256: str, state: tuple[int, int, int, int] | None = None
+) -> Iterator[Held]:
+    """The file that was found to have this sha256.
+
+    `state` is what it was like then (`stamps.facts`).  Without one the file is in the cache,
+    whose stamp tells, or it is hashed again.  Raises `ArtifactError` for any other file.
+    """
+    fd = _open(path, os.O_NOFOLLOW if state is None else 0)
+    try:
+        status = os.fstat(fd)
+        if state is None:
+            trust.check_object(path, status)
+            sure = not cache.is_paranoid() and stamps.fits(path, sha256, status)
+        else:
+            sure = stamps.facts(status) == state
+        if not sure and _hash(fd) != sha256:
+            raise changed(path, "after it was hashed")
+        known, of = _kept.get((status.st_dev, status.st_ino), (fd, sha256))
+        if of != sha256:
+            raise changed(path, "in place after this process had loaded it; start it again")
+        yield Held(path, sha256, known)
+    finally:
+        if all(fd != known for known, _ in _kept.values()):
+            os.close(fd)
+
+
+def _open(path: Path, flags: int) -> int:
+    try:
+        # O_NONBLOCK: opening a pipe would otherwise wait for a writer.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be opened any more: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ArtifactError(f"{path} is no regular file: remove it")
+    return fd
+
+
+def _hash(fd: int) -> str:
+    os.lseek(fd, 0, os.SEEK_SET)
+    with open(fd, "rb", closefd=False) as file:
+        return cache.hash_of(file)
+
+
+def changed(path: Path, when: str) -> ArtifactError:
+    return ArtifactError(
+        f"{path} was replaced or written to {when}. It is not used: if that was an update, "
+        "try again"
+    )

@@ -1,0 +1,406 @@
+"""Two GPUs in one process: tensors of both in a call, calls of each in turns, and from threads."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from pod_calls import Batch, Spec
+from stress_strength import scaled
+
+import fi_ffi
+from fi_ffi.cli.cases import make_case
+from fi_ffi.loader import machine as of_loader
+from fi_ffi.loader import per_device, search
+from fi_ffi.ops.functions import OPS
+
+from moe_layers import make as make_layer
+
+F16 = np.dtype(np.float16)
+HEADS, KV_HEADS, DIM, PAGE = 8, 2, 128, 16
+
+
+def check(result):
+    from fi_ffi.cli.cuda import check
+
+    return check(result)
+
+
+def current() -> int:
+    from cuda.bindings import runtime
+
+    return int(check(runtime.cudaGetDevice()))
+
+
+def need(module: str) -> None:
+    try:
+        search.find_module(module, 1)
+    except fi_ffi.LoaderError as error:
+        pytest.skip(str(error).partition("\n")[0])
+
+
+class Place:
+    """A GPU, a stream of it, and memory on it; the current device stays what it is."""
+
+    def __init__(self, index: int) -> None:
+        from cuda.bindings import runtime
+
+        from fi_ffi.cli.cuda import on_device
+
+        self.index, self.device, self.made = index, f"cuda:{index}", []
+        with on_device(index):
+            flags = runtime.cudaStreamNonBlocking
+            self.stream = int(check(runtime.cudaStreamCreateWithFlags(flags)))
+
+    def __call__(self, host: np.ndarray) -> Any:
+        from fi_ffi.cli.cuda import DeviceArray
+
+        self.made.append(DeviceArray(host, device=self.index))
+        return self.made[-1]
+
+    def synchronize(self) -> None:
+        from cuda.bindings import runtime
+
+        from fi_ffi.cli.cuda import on_device
+
+        with on_device(self.index):
+            check(runtime.cudaDeviceSynchronize())
+
+    def close(self) -> None:
+        from cuda.bindings import runtime
+
+        from fi_ffi.cli.cuda import on_device
+
+        self.synchronize()
+        for array in self.made:
+            array.free()
+        with on_device(self.index):
+            check(runtime.cudaStreamDestroy(self.stream))
+
+
+@pytest.fixture
+def places():
+    from cuda.bindings import runtime
+
+    from fi_ffi.cli.cuda import gpus
+
+    if len(gpus()) < 2:
+        pytest.skip("needs two GPUs")
+    check(runtime.cudaSetDevice(0))
+    made = [Place(0), Place(1)]
+    yield made
+    check(runtime.cudaSetDevice(0))
+    for place in made:
+        place.close()
+    assert current() == 0
+
+
+@contextlib.contextmanager
+def as_current(index: int):
+    """The caller's own device, which calls leave as it is."""
+    from fi_ffi.cli.cuda import on_device
+
+    with on_device(index):
+        yield
+        assert current() == index
+
+
+# ------------------------------------------------------------- tensors of both in one call
+
+
+def test_arrays_leave_the_current_device(places):
+    for index in (0, 1):
+        with as_current(index):
+            for place in places:
+                array = place(np.arange(8, dtype=np.float32))
+                assert (array.get() == np.arange(8)).all() and array.intact()
+                assert current() == index
+
+
+def norm_arguments(place: Place, rng) -> dict[str, Any]:
+    case = make_case(OPS["rmsnorm"].row, {"n": 5, "h": 512}, {"T": "float16"}, rng)
+    return {"case": case, **{name: place(array) for name, array in case.arrays.items()}}
+
+
+@pytest.mark.parametrize("odd", ["out", "input", "weight"])
+@pytest.mark.parametrize("how", ["typed", "entry", "prepare", "update"])
+def test_a_norm_of_both(how, odd, places, rng):
+    need("norm")
+    mine, theirs = (norm_arguments(place, rng) for place in places)
+    names = ("out", "input", "weight")
+    right = [mine[name].desc() for name in names]
+    mixed = [(theirs if name == odd else mine)[name].desc() for name in names]
+    stream = places[0].stream
+    prepared = fi_ffi.rmsnorm.prepare(*right, stream=stream)
+    entry = fi_ffi.module("norm").rmsnorm
+    actions = {
+        "typed": lambda: fi_ffi.rmsnorm(*mixed, stream=stream),
+        "entry": lambda: entry(*mixed, 1e-6, False, stream=stream),
+        "prepare": lambda: fi_ffi.rmsnorm.prepare(*mixed, stream=stream),
+        "update": lambda: prepared.update(**{odd: theirs[odd].desc()}),
+    }
+    with pytest.raises(fi_ffi.ArgumentError, match="cuda:1") as caught:
+        actions[how]()
+    assert not isinstance(caught.value, fi_ffi.KernelError)
+    for place, given in zip(places, (mine, theirs), strict=True):
+        place.synchronize()
+        assert np.isnan(given["out"].get().astype(np.float32)).all(), "nothing was written"
+    prepared()
+    places[0].synchronize()
+    assert mine["case"].error("out", mine["out"].get())[1] <= 1
+
+
+def decode_plan(place: Place) -> fi_ffi.BatchDecodePlan:
+    indptr, indices = np.array([0, 3], np.int32), np.arange(3, dtype=np.int32)
+    try:
+        return fi_ffi.BatchDecodePlan(
+            indptr, indices, np.array([9], np.int32), num_qo_heads=HEADS, num_kv_heads=KV_HEADS,
+            head_dim=DIM, page_size=PAGE, q_data_type="float16", device=place.device,
+            stream=place.stream,
+        )  # fmt: skip
+    except fi_ffi.KernelNotFoundError as error:
+        pytest.skip(str(error).partition("\n")[0])
+
+
+def cache_of(place: Place, rng) -> tuple[Any, Any, Any, Any]:
+    q = rng.standard_normal((1, HEADS, DIM)).astype(F16)
+    k, v = rng.standard_normal((2, 3, PAGE, KV_HEADS, DIM)).astype(F16)
+    return place(q), place(k), place(v), place(np.full_like(q, np.nan))
+
+
+def decoded(q, k, v) -> np.ndarray:
+    """One request of 41 keys in float64."""
+    keys, values = (a.host.reshape(-1, KV_HEADS, DIM)[:41].astype(float) for a in (k, v))
+    out = np.empty((1, HEADS, DIM))
+    for head in range(HEADS):
+        of = head * KV_HEADS // HEADS
+        logits = keys[:, of] @ q.host[0, head].astype(float) * DIM**-0.5
+        weights = np.exp(logits - logits.max())
+        out[0, head] = weights / weights.sum() @ values[:, of]
+    return out
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2, 3], ids=["q", "k", "v", "out"])
+def test_a_run_of_both(odd, places, rng):
+    plan = decode_plan(places[0])
+    mine, theirs = (cache_of(place, rng) for place in places)
+    mixed = [(theirs if i == odd else mine)[i].desc() for i in range(4)]
+    with pytest.raises(fi_ffi.ArgumentError, match="cuda:[01]"):
+        plan.run(*mixed, stream=places[0].stream)
+    with pytest.raises(fi_ffi.ArgumentError, match="cuda:1"):
+        plan.run(*(array.desc() for array in theirs), stream=places[0].stream)
+    for array in (mine[3], theirs[3]):
+        assert np.isnan(array.get().astype(np.float32)).all()
+    plan.run(*(array.desc() for array in mine), stream=places[0].stream)
+    places[0].synchronize()
+    np.testing.assert_allclose(mine[3].get(), decoded(*mine[:3]), atol=4e-3)
+
+
+def test_a_layer_of_experts_of_both(places, rng):
+    need("fused_moe_90")
+    made = make_layer(rng, "half", F16, F16, hidden=256, inter=128)
+    for odd in range(len(made.tensors)):
+        arrays = iter(range(len(made.tensors)))
+        with pytest.raises(fi_ffi.ArgumentError, match="cuda:1"):
+            made.call(lambda array: places[next(arrays) == odd](array), stream=places[0].stream)  # noqa: B023
+    for place in places:
+        output = made.call(place, stream=place.stream)
+        place.synchronize()
+        assert made.worst(output.get()) <= 1
+
+
+# --------------------------------------------------------------------- calls of each in turns
+
+
+class Work:
+    """Calls of one GPU, each of which is checked by itself."""
+
+    def __init__(self, place: Place, rng) -> None:
+        self.place = place
+        self.norm = norm_arguments(place, rng)
+        names = ("out", "input", "weight")
+        self.descs = [self.norm[name].desc() for name in names]
+        self.prepared = fi_ffi.rmsnorm.prepare(*self.descs, stream=place.stream)
+        self.entry = fi_ffi.module("norm").rmsnorm
+        self.plan = decode_plan(place)
+        self.cache = cache_of(place, rng)
+        self.right = decoded(*self.cache[:3])
+        with fi_ffi.capture(place.stream, device=place.device) as self.graph:
+            fi_ffi.rmsnorm(*self.descs)
+
+    def make(self, what: int) -> None:
+        stream = self.place.stream
+        if what == 5:
+            self.plan.run(*(array.desc() for array in self.cache), stream=stream)
+            self._done()
+            np.testing.assert_allclose(self.cache[3].get(), self.right, atol=4e-3)
+            return
+        if what == 0:
+            fi_ffi.rmsnorm(*self.descs, stream=stream)
+        elif what == 1:
+            self.prepared()
+        elif what == 2:
+            self.entry(*self.descs, 1e-6, False, stream=stream)
+        elif what == 3:
+            self.graph.launch(stream)
+        else:
+            with fi_ffi.stream(stream):
+                fi_ffi.rmsnorm(*self.descs)
+        self._done()
+        out = self.norm["out"]
+        assert self.norm["case"].error("out", out.get())[1] <= 1
+
+    def _done(self) -> None:
+        from cuda.bindings import runtime
+
+        check(runtime.cudaStreamSynchronize(self.place.stream))
+
+    def poison(self) -> None:
+        from cuda.bindings import runtime
+
+        for array in (self.norm["out"], self.cache[3]):
+            check(runtime.cudaMemset(array.ptr, 0xFF, array.nbytes))
+        self.place.synchronize()
+
+
+def test_in_turns_from_one_thread(places, rng):
+    """Whichever device is the caller's, before and after."""
+    need("norm")
+    works = [Work(place, rng) for place in places]
+    for _ in range(scaled(3000, 60)):
+        of, mine, what = (int(rng.integers(n)) for n in (2, 2, 6))
+        works[of].poison()
+        with as_current(mine):
+            works[of].make(what)
+
+
+def test_from_several_threads(places):
+    """Two threads of each GPU, each with work, a stream and a current device of its own."""
+    need("norm")
+    failures: list[str] = []
+    ready = threading.Barrier(4)
+
+    def run(index: int) -> None:
+        from cuda.bindings import runtime
+
+        rng, place = np.random.default_rng(), None
+        try:
+            place = Place(index % 2)
+            mine = int(rng.integers(2))
+            check(runtime.cudaSetDevice(mine))
+            work = Work(place, rng)
+            ready.wait(120)
+            for _ in range(scaled(3000, 60)):
+                work.poison()
+                work.make(int(rng.integers(6)))
+                assert current() == mine
+        except BaseException as error:
+            ready.abort()
+            failures.append(f"thread {index}: {type(error).__name__}: {error}")
+        finally:
+            if place is not None:
+                place.close()
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(600)
+    assert not failures
+
+
+# ------------------------------- kernels with static variables that hold for one GPU
+
+
+def gdn_call(place: Place, rng, dtype: str):
+    sizes = {"total_seq_len": 200, "num_seqs": 3, "num_q_heads": 2, "num_v_heads": 4,
+             "head_size": 128, "workspace_size": 1 << 16}  # fmt: skip
+    without = ("state_checkpoints", "checkpoint_cu_starts")
+    op = OPS["gdn_prefill"]
+    case = make_case(op.row, sizes, {"T": dtype}, rng, without=without)
+    arrays = {name: place(array) for name, array in case.arrays.items()}
+    values = {name: array.desc() for name, array in arrays.items()} | case.scalars
+
+    def launch(stream: int | None) -> None:
+        op(**values, stream=stream)
+
+    def judge() -> None:
+        place.synchronize()
+        for name in case.expected:
+            assert case.error(name, arrays[name].get())[1] <= 1, (place.device, dtype, name)
+
+    return launch, judge
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["called", "recorded"])
+@pytest.mark.parametrize("order", [(0, 1, 0, 1), (1, 0, 1, 0)], ids=["0 first", "1 first"])
+def test_gdn_prefill_on_both(order, recorded, places, rng):
+    """Up to 0.6.13 its launcher allows a kernel its shared memory once in a process."""
+    need("gdn_prefill_sm90")
+    assert of_loader.device_count() > 1
+    for dtype in ("float16", "bfloat16"):
+        for index in order:
+            place = places[index]
+            launch, judge = gdn_call(place, rng, dtype)
+            with fi_ffi.watchdog(10):
+                if recorded:
+                    with fi_ffi.capture(place.stream, device=place.device) as graph:
+                        launch(None)
+                    graph.launch(place.stream)
+                else:
+                    launch(place.stream)
+                place.synchronize()
+            judge()
+            assert current() == 0
+    assert any(path.stem == "gdn_prefill_sm90" for path in per_device._files)
+
+
+def test_gdn_prefill_from_threads(places):
+    need("gdn_prefill_sm90")
+    failures: list[str] = []
+
+    def run(index: int) -> None:
+        rng, place = np.random.default_rng(), Place(index % 2)
+        try:
+            for dtype in ("float16", "bfloat16") * scaled(50, 3):
+                launch, judge = gdn_call(place, rng, dtype)
+                launch(place.stream)
+                judge()
+        except BaseException as error:
+            failures.append(f"thread {index}: {type(error).__name__}: {error}")
+        finally:
+            place.close()
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    assert not failures
+
+
+def test_pod_on_both(places, rng):
+    """Its launcher keeps its counters in memory of the GPU that was used first."""
+    from cuda.bindings import runtime
+
+    from fi_ffi.cli.cuda import on_device
+
+    spec = Spec()
+    heads = spec.kv_heads * spec.group, spec.kv_heads
+    tmp = fi_ffi.single_prefill_workspace_size(spec.qo_len, spec.kv_len, *heads, spec.head_dim)
+    for index in (0, 1, 0, 1):
+        place, batch = places[index], Batch(spec, rng)
+        with on_device(index):
+            waiting = int(check(runtime.cudaStreamCreate()))  # POD needs one that waits
+        try:
+            plan = batch.plan(stream=waiting, device=place.device)
+            assert batch.run(plan, place, waiting, tmp) <= 1
+        except fi_ffi.KernelNotFoundError as error:
+            pytest.skip(str(error).partition("\n")[0])
+        finally:
+            place.synchronize()
+            check(runtime.cudaStreamDestroy(waiting))
+        assert current() == 0

@@ -1,0 +1,332 @@
+"""Failed CUDA calls: nothing is left for others to find, and a lost GPU is told as what it is.
+
+The real runtime serves as far as it goes: without a GPU its calls fail, and leave an error.
+What a GPU would answer is pretended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, ClassVar
+
+import pytest
+
+import fi_ffi
+from fi_ffi.abi import device_errors, failure
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.loader import cuda_errors, machine
+from fi_ffi.ops import cuda, graphs
+from fi_ffi.ops.functions import OPS
+
+INVALID_DEVICE, NOT_READY, ILLEGAL, UPDATE_FAILED = 101, 600, 700, 910
+WORDS = {
+    INVALID_DEVICE: b"invalid device ordinal",
+    NOT_READY: b"device not ready",
+    ILLEGAL: b"an illegal memory access was encountered",
+}
+
+
+class Watched:
+    """The real runtime, and whether a failed call has left an error that nobody asked for.
+
+    Without a driver the runtime gives the same error for ever, asked for or not.
+    """
+
+    def __init__(self, runtime: Any) -> None:
+        self._runtime, self.is_left, self.failures = runtime, False, 0
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._runtime, name)
+
+        def call(*args: object) -> Any:
+            code = function(*args)
+            if name == "cudaGetLastError":
+                self.is_left = False
+            elif name != "cudaGetErrorString" and code:
+                self.is_left, self.failures = True, self.failures + 1
+            return code
+
+        return call
+
+
+@pytest.fixture
+def real(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    """The CUDA runtime, on a machine where all it has to say is that there is no GPU."""
+    try:
+        runtime, path = machine.load_cudart()
+    except fi_ffi.LoaderError as error:
+        pytest.skip(str(error))
+    if runtime.cudaSetDevice(0) == 0:
+        pytest.skip("there is a GPU: see tests/gpu/test_device_errors.py")
+    watched = Watched(runtime)
+    monkeypatch.setattr(machine, "load_cudart", lambda: (watched, path))
+    return watched
+
+
+FAILING = {
+    "make_current": lambda: machine.make_current(0),
+    "device_count": machine.device_count,
+    "capability": lambda: machine.capability(0),
+    "event": cuda.Event,
+    "copy": lambda: cuda.copy_to_device(64, 64, 4, 0),
+    "is_capturing": lambda: cuda.is_capturing(0),
+    "relaxed": lambda: cuda.relaxed().__enter__(),
+    "allocate": lambda: cuda.allocate(64, fi_ffi.parse_device("cuda:0")),
+    "page-locked": lambda: cuda.allocate_page_locked(64, fi_ffi.parse_device("cuda:0")),
+    "capture": lambda: graphs.capture(16).__enter__(),
+    "array": lambda: _array(),
+}
+
+
+def _array() -> None:
+    import numpy as np
+
+    from fi_ffi.cli.cuda import DeviceArray
+
+    DeviceArray(np.zeros(4, np.float32))
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_nothing_is_left_of_a_failed_call(
+    name: str, real: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cuda.bindings import runtime as theirs
+
+    asked: list[int] = []
+    monkeypatch.setattr(theirs, "cudaGetLastError", lambda: asked.append(1))
+    with contextlib.suppress(fi_ffi.FiFfiError):
+        FAILING[name]()
+    assert real.failures or name == "array", "that runtime is cuda-python's"
+    assert not real.is_left
+    assert asked, "cuda-python's runtime has a last error too"
+
+
+def test_a_failed_call_says_what_cuda_says(real: Any) -> None:
+    code = real.cudaSetDevice(0)
+    with pytest.raises(fi_ffi.KernelError) as caught:
+        cuda.check(code, "cudaSetDevice")
+    words = ffi.string(real.cudaGetErrorString(code)).decode()
+    assert str(caught.value) == f"cudaSetDevice: RuntimeError: CUDA error {code} ({words})"
+    assert not isinstance(caught.value, fi_ffi.DeviceError)
+
+
+class Runtime:
+    """A runtime whose calls end in one code, with the last error of a thread."""
+
+    def __init__(self, code: int, left: int = 0) -> None:
+        self.code, self.left = code, left
+        self.queries = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cuda"):
+            raise AttributeError(name)
+        return self._fail
+
+    def _fail(self, *_: object) -> int:
+        self.left = self.code or self.left
+        return self.code
+
+    def cudaGetLastError(self) -> int:
+        code, self.left = self.left, 0
+        return code
+
+    def cudaGetErrorString(self, code: int) -> Any:
+        self._text = ffi.new("char[]", WORDS.get(code, b"something else"))
+        return self._text
+
+    def cudaStreamQuery(self, stream: Any) -> int:
+        assert int(ffi.cast("uintptr_t", stream)) == 2, "no stream that may be recording"
+        self.queries += 1
+        return self._fail()
+
+    def cudaStreamIsCapturing(self, stream: Any, status: Any) -> int:
+        status[0] = 0
+        # Of a stream that is asked about by a caller; of the own, it is not known to tell.
+        return 0 if int(ffi.cast("uintptr_t", stream)) == 2 else self._fail()
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Puts a pretended runtime in place."""
+
+    def install(code: int, left: int = 0, has_context: bool = True) -> Runtime:
+        runtime = Runtime(code, left)
+        monkeypatch.setattr(machine, "load_cudart", lambda: (runtime, "a pretended one"))
+        monkeypatch.setattr(machine, "thread", machine._Thread())
+        monkeypatch.setattr(failure, "examine", machine.examined)
+        if has_context:
+            machine.thread.bound.add(0)
+        return runtime
+
+    return install
+
+
+def is_told(error: fi_ffi.DeviceError, op: str) -> None:
+    assert (error.op, error.kind, error.code) == (op, "cudaErrorIllegalAddress", ILLEGAL)
+    assert isinstance(error, fi_ffi.KernelError)
+    assert not isinstance(error, ValueError), "no argument of this call is at fault"
+    for part in ("new process", "compute-sanitizer", "CUDA_LAUNCH_BLOCKING=1", "fi_ffi.call_log"):
+        assert part in str(error)
+
+
+CALLS = {
+    "cudaEventQuery": lambda: made_event().is_done(),
+    "event": lambda: made_event().record(0),
+    "cudaEventSynchronize": lambda: made_event().wait(),
+    "cudaStreamWaitEvent": lambda: made_event().hold(0),
+    "cudaMemcpyAsync": lambda: cuda.copy_to_device(64, 64, 4, 0),
+    "stream": lambda: cuda.is_capturing(0),
+    "cudaSetDevice": lambda: machine.make_current(1),
+    "cudaStreamBeginCapture": lambda: graphs.capture(16).__enter__(),
+    "cudaDeviceGetAttribute": lambda: machine._ask("cudaDeviceGetAttribute", 1, 0),
+}
+
+
+def made_event() -> cuda.Event:
+    event = object.__new__(cuda.Event)
+    event._handle = ffi.NULL
+    return event
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_a_lost_gpu_is_noticed_by_every_call(op: str, pretended: Any, monkeypatch: Any) -> None:
+    runtime = pretended(ILLEGAL)
+    monkeypatch.setattr(machine, "device_count", lambda: 2)
+    if op == "cudaStreamBeginCapture":  # as `cuda.current` asks first
+        runtime.cudaGetDevice = lambda index: index.__setitem__(0, 0) or 0
+    with pytest.raises(fi_ffi.DeviceError) as caught:
+        CALLS[op]()
+    is_told(caught.value, op)
+    assert runtime.left == 0
+
+
+def test_an_event_that_is_not_done_leaves_nothing(pretended: Any) -> None:
+    runtime = pretended(NOT_READY)
+    assert not made_event().is_done()
+    assert runtime.left == 0, "the next kernel's launcher would take it for its own"
+
+
+def test_what_is_given_back_leaves_nothing(pretended: Any) -> None:
+    runtime = pretended(ILLEGAL)
+    cuda.unless_cut_off(runtime.cudaEventDestroy, ffi.NULL)  # a finalizer: raises to nobody
+    assert runtime.left == 0
+
+
+def kernel_error(message: str) -> fi_ffi.KernelError:
+    return fi_ffi.KernelError("mhc.mhc_post", "RuntimeError", message, "frames")
+
+
+def test_a_stale_error_is_named_and_forgotten(pretended: Any) -> None:
+    runtime = pretended(0, left=INVALID_DEVICE)
+    blamed = kernel_error("mhc_post kernel launch failed with error code invalid device ordinal")
+    found = machine.examined(blamed)
+    assert type(found) is fi_ffi.KernelError and found.message.startswith(blamed.message)
+    assert "cudaErrorInvalidDevice is not an error of a launch" in found.message
+    assert (found.op, found.kind, found.backtrace) == (blamed.op, blamed.kind, "frames")
+    assert runtime.left == 0
+
+
+def test_a_kernel_s_own_error_stays_itself(pretended: Any) -> None:
+    """What its launch left behind is forgotten: the next launcher may ask for it."""
+    runtime = pretended(0, left=1)
+    own = kernel_error("FusedAddRMSNorm failed with error invalid argument")
+    assert machine.examined(own) is own
+    assert (runtime.left, runtime.queries) == (0, 1)
+
+
+@pytest.mark.parametrize("left", [ILLEGAL, 0], ids=["left", "asked for"])
+def test_a_lost_gpu_behind_a_kernel_s_error(left: int, pretended: Any) -> None:
+    runtime = pretended(ILLEGAL, left=left)
+    own = kernel_error("run failed")
+    found = machine.examined(own)
+    assert isinstance(found, fi_ffi.DeviceError)
+    is_told(found, "mhc.mhc_post")
+    assert found.__cause__ is own, "the kernel's words are kept"
+    assert runtime.queries == (0 if left else 1) and runtime.left == 0
+    assert machine.examined(found) is found
+
+
+def test_a_thread_without_a_context_gets_none_by_asking(pretended: Any) -> None:
+    runtime = pretended(ILLEGAL, has_context=False)
+    own = kernel_error("run failed")
+    assert machine.examined(own) is own
+    assert runtime.queries == 0
+
+
+def test_a_device_that_is_not_there(pretended: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What began it: cuda:1 on a machine with one GPU."""
+    runtime = pretended(INVALID_DEVICE)
+    monkeypatch.setattr(machine, "_device_count", 1)
+    machine._attribute.cache_clear()
+    with pytest.raises(fi_ffi.LoaderError, match="there is no cuda:1: this process sees 1 GPU"):
+        machine.capability(1)
+    assert runtime.left == 0
+    with pytest.raises(fi_ffi.LoaderError, match="cuda:1 cannot be used: CUDA error 101"):
+        machine.make_current(1)
+    assert runtime.left == 0
+
+
+class Exporter:
+    """A tensor whose owner's own CUDA call fails."""
+
+    __cuda_array_interface__: ClassVar = {"data": (64, False), "shape": (2,), "typestr": "<f4"}
+
+
+def test_no_argument_is_blamed_for_a_lost_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = pytest.importorskip("cuda.bindings.driver", reason="cuda-python is not installed")
+    error = driver.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+    monkeypatch.setattr(driver, "cuInit", lambda flags: (0,))
+    monkeypatch.setattr(driver, "cuPointerGetAttribute", lambda *_: (error, 0))
+    with pytest.raises(fi_ffi.DeviceError):
+        fi_ffi.as_desc(Exporter(), "rmsnorm", "input")
+
+
+def test_a_kernel_that_fails_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Typed calls, repeated ones, prepared ones and entries: on a GPU, and not on the CPU."""
+    import numpy as np
+
+    seen: list[str] = []
+
+    def examine(error: fi_ffi.KernelError) -> fi_ffi.KernelError:
+        seen.append(error.op)
+        return device_errors.lost(error.op, ILLEGAL)
+
+    monkeypatch.setattr(failure, "examine", examine)
+    x, weight = np.ones((4, 64), np.float16), np.ones(64, np.float16)
+    call = OPS["rmsnorm"].prepare(np.empty_like(x), x, weight)
+    frame = call.take()
+    call.give(frame)
+    frame.invoke = lambda: -1
+    with pytest.raises(fi_ffi.KernelError) as caught:
+        call()
+    assert type(caught.value) is fi_ffi.KernelError and not seen, "the CPU asks no GPU"
+    with pytest.raises(fi_ffi.DeviceError):
+        failure.check_kernel(-1, "norm.rmsnorm")
+    assert seen == ["norm.rmsnorm"]
+
+
+class Left:
+    """A runtime with an error left once."""
+
+    def __init__(self, code: int) -> None:
+        self._code = code
+
+    def cudaGetLastError(self) -> int:
+        code, self._code = self._code, 0
+        return code
+
+
+def test_a_launcher_that_would_end_the_process_is_not_called():
+    called, runtime = [], Left(INVALID_DEVICE)
+
+    def call(*args: Any) -> int:
+        called.append(args)
+        return 0
+
+    assert cuda_errors.spared("rmsnorm", call, lambda: runtime) is call
+    careful = cuda_errors.spared("fused_qk_rmsnorm_rope", call, lambda: runtime)
+    assert careful(None, None, 512, None) == 0 and len(called) == 1, "a probe is no launch"
+    with pytest.raises(fi_ffi.KernelError, match=r"CUDA error 101 was left .* was not called"):
+        failure.check(careful(None, None, 27, None), "fused_qk_rmsnorm_rope")
+    assert len(called) == 1
+    assert careful(None, None, 27, None) == 0 and len(called) == 2, "it is forgotten"

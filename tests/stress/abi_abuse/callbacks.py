@@ -1,0 +1,313 @@
+"""Python functions that kernels call: whatever they raise, return or are given."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from stress.abi_abuse.errors import MB, failure
+from stress.abi_abuse.lab import abuse
+from stress.abi_abuse.returns import OBJECTS, WITHOUT_FORM, counted
+
+from fi_ffi.abi import types
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.failure import take_raised
+from fi_ffi.abi.function import make_array, make_function
+from fi_ffi.abi.objects import Function, String
+from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.errors import KernelError
+
+_keep: list[object] = []
+
+
+def lent(function: Callable[..., Any]) -> Function:
+    made, callback = make_function("lent", function)
+    _keep.append(callback)
+    return made
+
+
+def raising(error: BaseException) -> Function:
+    def function(*_: object) -> None:
+        raise error.with_traceback(None)  # else it has one frame more each time
+
+    return lent(function)
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+class MuteByExit(Exception):
+    def __str__(self) -> str:
+        raise SystemExit(3)
+
+
+class MuteByInterrupt(Exception):
+    def __str__(self) -> str:
+        raise KeyboardInterrupt
+
+
+class Endless(Exception):
+    def __str__(self) -> str:
+        return str(self)
+
+
+class NoText(Exception):
+    def __str__(self) -> str:
+        return 7  # type: ignore[return-value]
+
+
+class Sly(str):
+    def encode(self, *_: object, **__: object) -> bytes:
+        raise OSError("not to be encoded")
+
+
+class SlyWords(Exception):
+    def __str__(self) -> str:
+        return Sly("sly")
+
+
+class Nameless(type):
+    @property
+    def __name__(cls) -> str:  # type: ignore[override]
+        raise AttributeError("no name")
+
+
+class OfNoName(Exception, metaclass=Nameless):
+    pass
+
+
+class NoTrace(Exception):
+    @property
+    def __traceback__(self) -> Any:  # type: ignore[override]
+        raise KeyboardInterrupt("in the middle of it")
+
+
+ERRORS: dict[str, tuple[BaseException, str]] = {
+    "Exception": (Exception("plain"), "plain"),
+    "KeyboardInterrupt": (KeyboardInterrupt("stop"), "stop"),
+    "SystemExit": (SystemExit(3), "3"),
+    "MemoryError": (MemoryError(), ""),
+    "GeneratorExit": (GeneratorExit(), ""),
+    "StopIteration": (StopIteration(1), "1"),
+    "RecursionError": (RecursionError("deep"), "deep"),
+    "Mute": (Mute(), "(its message cannot be told: ValueError)"),
+    "MuteByExit": (MuteByExit(), "(its message cannot be told: SystemExit)"),
+    "MuteByInterrupt": (MuteByInterrupt(), "(its message cannot be told: KeyboardInterrupt)"),
+    "Endless": (Endless(), "(its message cannot be told: RecursionError)"),
+    "NoText": (NoText(), "(its message cannot be told: TypeError)"),
+    "SlyWords": (SlyWords(), "sly"),
+    "OfNoName": (OfNoName("words"), "words"),
+    "UnicodeError": (ValueError("half \udcff"), "half ?"),
+    "Large": (ValueError("x" * MB), "x" * MB),
+}
+KINDS = {"UnicodeError": "ValueError", "Large": "ValueError"}
+
+
+def case_exceptions_of_every_kind() -> None:
+    for way in (abuse.call, abuse.on_thread):
+        for name, (error, message) in ERRORS.items():
+            function = raising(error)
+            before = function.use_count
+            told = failure(way, function)
+            assert (told.kind, told.message) == (KINDS.get(name, name), message), told
+            assert take_raised("again").kind == "UnknownError"
+            assert function.use_count == before
+
+
+def case_an_exception_that_cannot_be_told_at_all() -> None:
+    for way in (abuse.call, abuse.on_thread):
+        told = failure(way, raising(NoTrace()))
+        assert told.kind == "RuntimeError" and "cannot be told" in told.message
+
+
+def case_what_an_exception_refers_to_is_gone() -> None:
+    """Neither the frames nor the arguments of a callback that raised are kept."""
+
+    class Held:
+        pass
+
+    seen: list[weakref.ref[Held]] = []
+
+    def fail(array: Any) -> None:
+        held = Held()
+        seen.append(weakref.ref(held))
+        raise ValueError("of its frame")
+
+    array = make_array([1])
+    function = lent(fail)
+    for way in (abuse.call, abuse.on_thread):
+        failure(way, function, array)
+    gc.collect()
+    assert [ref() for ref in seen] == [None, None]
+    assert array.use_count == 1
+
+
+def case_raising_while_raising() -> None:
+    first, second = raising(ValueError("first")), raising(KeyError("second"))
+    told = failure(abuse.fail_while_failing, first, second)
+    assert (told.kind, told.message) == ("KeyError", "'second'")
+
+    def again() -> None:
+        try:
+            abuse.call(first)
+        except KernelError:
+            abuse.call(second)
+
+    told = failure(abuse.call, lent(again))
+    assert "second" in told.message and "first" not in told.message
+    assert abuse.call_many(first, 1000) == 1000
+
+
+def case_an_error_on_its_way_up() -> None:
+    """Through 100 callbacks: its words whole, and no more than them and 100 names."""
+
+    def lower(depth: int) -> None:
+        if depth:
+            abuse.call(function, depth - 1)
+        abuse.fail_with(b"Kind", b"words " * (MB // 6), b"frame\n" * (MB // 6))
+
+    function = lent(lower)
+    started = time.perf_counter()
+    told = failure(abuse.call, function, 100)
+    assert told.message.endswith("fail_with: Kind: " + "words " * (MB // 6))
+    assert len(told.message) < MB + 100 * 100
+    assert len(told.backtrace) <= 1 << 16
+    assert time.perf_counter() - started < 10
+
+
+def case_recursion() -> None:
+    """Calls of calls, 1000 deep."""
+
+    def lower(depth: int) -> int:
+        return 1 + abuse.call(function, depth - 1) if depth else 0
+
+    function = lent(lower)
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)
+    try:
+        assert abuse.call(function, 1000) == 1000
+    finally:
+        sys.setrecursionlimit(before)
+
+
+def case_recursion_without_end() -> None:
+    """Python's limit is met anywhere inside: in the function, before it, or while it is told."""
+
+    def lower() -> None:
+        abuse.call(function)
+
+    function = lent(lower)
+
+    def from_depth(extra: int) -> KernelError | None:
+        if extra:
+            return from_depth(extra - 1)
+        try:
+            abuse.call(function)
+        except KernelError as error:
+            return error.with_traceback(None)
+        return None
+
+    for extra in range(40):
+        told = from_depth(extra)
+        assert told is not None and len(told.message) < 100_000
+        assert abuse.call(lent(lambda: 7)) == 7
+    assert function.use_count == 1
+
+
+def case_arguments_of_every_kind() -> None:
+    """What a kernel gives a callback is refused as what it returns is."""
+    seen: list[object] = []
+    function = lent(seen.append)
+    for index in WITHOUT_FORM:
+        told = failure(abuse.call_with, function, index, 7, 0x10)
+        assert told.kind == "AbiError", told
+    for index in (types.DL_TENSOR_PTR, types.RAW_STR, types.BYTE_ARRAY_PTR, *OBJECTS):
+        told = failure(abuse.call_with, function, index, 7, 0)
+        assert told.kind == "AbiError" and "null pointer" in told.message
+    for size in (9, 2**32 - 1):
+        assert failure(abuse.call_with, function, types.SMALL_STR, size, 0).kind == "AbiError"
+    assert not seen
+
+
+def case_arguments_of_another_type_than_told() -> None:
+    seen: list[object] = []
+    function = lent(seen.append)
+    array = make_array([1])
+    address = int(ffi.cast("intptr_t", array.handle))
+    for index in OBJECTS:
+        if index != types.ARRAY:
+            told = failure(abuse.call_with, function, index, 7, address)
+            assert told.kind == "AbiError" and "its object of 71" in told.message
+    assert not seen and array.use_count == 1
+
+
+def case_results_of_every_kind() -> None:
+    released = make_array([1])
+    released.release()
+    bad: list[Any] = [object(), 2**64, "\ud800", TensorDesc(0x1000, (2,), "uint8"), released]
+    bad += [[1], {1: 2}, lambda: 1, Mute]
+    for way in (abuse.call, abuse.on_thread):
+        for value in bad:
+            told = failure(way, lent(lambda value=value: value))
+            assert told.kind in ("ArgumentError", "ArgumentTypeError", "FiFfiError"), told
+    text = String.create("a string of the heap")
+    assert text is not None
+    for _ in range(100):
+        assert abuse.on_thread(lent(lambda: text)) == "a string of the heap"
+    assert text.use_count == 1
+
+
+def case_a_function_that_is_released_while_it_runs() -> None:
+    def last() -> str:
+        function.release()
+        gc.collect()
+        return "done"
+
+    function = lent(last)
+    handle = function.handle
+    told = _call(handle, function.safe_call)
+    assert told == types.SMALL_STR
+
+
+def _call(handle: Any, safe_call: Any) -> int:
+    result = ffi.new("TVMFFIAny *")
+    assert safe_call(handle, ffi.NULL, 0, result) == 0
+    return int(result.type_index)
+
+
+def case_objects_come_back_from_other_threads() -> None:
+    def use() -> None:
+        array = make_array(["long enough for the heap", 1])
+        for _ in range(50):
+            found = abuse.on_thread(lent(lambda a: a), array)
+            assert found.handle == array.handle
+            found.release()
+        assert array.use_count == 1
+
+    counted(use)
+
+
+def case_callbacks_leave_nothing() -> None:
+    from stress.abi_abuse.errors import _resident
+    from stress_strength import scaled
+
+    functions = [raising(ValueError("x" * 1000)), raising(NoTrace()), raising(MuteByExit())]
+
+    def fail(times: int) -> None:
+        for _ in range(times):
+            for function in functions:
+                failure(abuse.call, function)
+            failure(abuse.on_thread, functions[0])
+
+    fail(200)
+    gc.collect()
+    before = _resident()
+    fail(scaled(50_000, 1000))
+    gc.collect()
+    assert _resident() - before < 4 << 20

@@ -1,0 +1,124 @@
+"""Cases that may crash, run in a process of their own that is started again after one that did."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import subprocess
+import sys
+import tempfile
+import traceback
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stress.children import environment
+
+from fi_ffi.errors import BuildError
+from fi_ffi.loader import runtime
+from fi_ffi.loader.building.toolkit import find_cxx
+
+from pinned import download_pinned_wheel
+
+_SOURCE = Path(__file__).with_name("abuse.c")
+_folder = tempfile.TemporaryDirectory(prefix="fi-ffi-abuse-")
+_SECONDS = 300
+
+
+@functools.cache
+def abuse_library() -> Path:
+    """abuse.c, compiled against the pinned TVM-FFI's headers."""
+    try:
+        compiler = find_cxx().split()
+    except BuildError as error:
+        pytest.skip(str(error))
+    with zipfile.ZipFile(download_pinned_wheel()) as archive:
+        headers = [name for name in archive.namelist() if name.startswith("tvm_ffi/include/")]
+        archive.extractall(_folder.name, headers)
+    path = Path(_folder.name) / "abuse.so"
+    include = Path(_folder.name) / "tvm_ffi" / "include"
+    command = [*compiler, "-xc", "-O0", "-shared", "-fPIC", "-pthread", f"-I{include}"]
+    subprocess.run([*command, str(_SOURCE), "-o", str(path)], check=True, timeout=120)
+    return path
+
+
+def cases_of(module: str) -> dict[str, Callable[[], None]]:
+    """Its functions called case_..., and what it has made of parameters."""
+    found = importlib.import_module(module)
+    cases = {k[5:]: v for k, v in vars(found).items() if k.startswith("case_")}
+    return cases | getattr(found, "CASES", {})
+
+
+class Results:
+    """What became of each case: None where it passed, else what is wrong."""
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+        self._found: dict[str, str | None] | None = None
+
+    def check(self, name: str) -> None:
+        if self._found is None:
+            self._found = _run(self._module, str(abuse_library()))
+        problem = self._found[name]
+        assert problem is None, problem
+
+
+def _run(module: str, library: str) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    names = [*cases_of(module)]
+    while len(found) < len(names):
+        rest = names[len(found) :]
+        done = subprocess.run(
+            [sys.executable, "-m", "stress.abi_abuse.lab", module, library, *rest],
+            capture_output=True, text=True, env=environment(), timeout=_SECONDS,
+        )  # fmt: skip
+        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+        found |= dict(lines)
+        told = done.stderr[-2000:]
+        if len(found) < len(names):
+            found[names[len(found)]] = f"the process ended with {done.returncode}: {told}"
+        elif done.returncode or done.stderr:
+            # Also of a crash at exit, and of what cffi prints of an exception that escaped.
+            problem = f"at exit {done.returncode}, on stderr: {told}"
+            found[names[-1]] = f"{found[names[-1]] or ''}\n{problem}"
+    return found
+
+
+def main(module: str, library: str, *names: str) -> None:
+    abuse.path = library
+    runtime.ensure_tvm_ffi()
+    cases = cases_of(module)
+    for name in names:
+        problem = None
+        try:
+            cases[name]()
+        except BaseException:
+            problem = traceback.format_exc()[-4000:]
+        print(json.dumps([name, problem]), flush=True)
+
+
+class _Abuse:
+    """abuse.c in this process: an attribute is one of its functions, unchecked and undecorated."""
+
+    path = ""
+
+    def __getattr__(self, name: str) -> Any:
+        from fi_ffi.abi import library
+        from fi_ffi.abi.function import Entry
+
+        address = library.find_symbol(library.open_module(self.path), f"__tvm_ffi_{name}")
+        assert address is not None, name
+        made = Entry(name, address)
+        setattr(self, name, made)
+        return made
+
+
+abuse = _Abuse()
+
+if __name__ == "__main__":
+    from stress.abi_abuse import lab  # the module that the cases import, not this `__main__`
+
+    lab.main(*sys.argv[1:])

@@ -1,0 +1,204 @@
+"""What reads bytes that others wrote: each with seeds, and the one error that it may raise.
+
+tests/stress/corpus/NAME.txt has more seeds, one to a line as Python writes bytes without
+quotes: what tools/fuzz.py found, and texts that were printed by real binaries.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import io
+import json
+import os
+import struct
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fi_ffi.abi.packing import packer_of
+from fi_ffi.abi.signature import Signature, parse_signature, signature_from_mismatch
+from fi_ffi.errors import AbiError, ArtifactError, FiFfiError, LoaderError
+from fi_ffi.loader import lock, lockedit
+from fi_ffi.loader.caching import notes
+from fi_ffi.loader.elf import inspect_elf
+from fi_ffi.loader.fatbin import architectures, sass_named
+from fi_ffi.loader.record import parse_record
+from fi_ffi.loader.wheel import Wheel
+from fi_ffi.ops.logging_calls import container
+from fi_ffi.ops.modules.libraries import AtPath
+
+CORPUS = Path(__file__).parents[1] / "corpus"
+
+
+class InMemory:
+    """Bytes where a path is wanted."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def __str__(self) -> str:
+        return "in memory"
+
+    def open(self, mode: str = "rb") -> io.BytesIO:
+        return io.BytesIO(self._data)
+
+    def read_bytes(self) -> bytes:
+        return self._data
+
+    def read_text(self) -> str:
+        return self._data.decode()
+
+
+def _in_memory(data: bytes) -> Any:
+    return InMemory(data)
+
+
+def _text(data: bytes) -> str:
+    return data.decode(errors="replace")  # as it comes from an Error object
+
+
+def _refusal(data: bytes) -> None:
+    found = signature_from_mismatch(_text(data))
+    assert str(len(found.params)).isdigit()
+
+
+def _signature(data: bytes) -> None:
+    found = parse_signature(_text(data))
+    assert isinstance(found, Signature)
+    again = parse_signature(str(found))
+    assert again.same_types(found)
+
+
+def _fatbin(data: bytes) -> None:
+    for code in architectures(data):
+        assert code.kind in ("ptx", "sass")
+
+
+def _wheel(data: bytes) -> None:
+    wheel = Wheel(_in_memory(data))
+    for member in wheel.record:
+        try:
+            for chunk in wheel._chunks(member, wheel._recorded(member).size):
+                assert len(chunk) <= 1 << 20
+        except ArtifactError:
+            pass
+
+
+def _container(data: bytes) -> None:
+    tensors, words = container.read(_in_memory(data))
+    assert all(isinstance(word, str) for word in words.values())
+    assert sum(map(len, tensors.values())) <= len(data) * max(len(tensors), 1)
+
+
+_folder = tempfile.TemporaryDirectory(prefix="fi-ffi-parsers-")
+
+
+def _note(data: bytes) -> None:
+    root = Path(_folder.name) / "cache"
+    root.mkdir(exist_ok=True, mode=0o700)
+    path = root / "note.json"
+    path.write_bytes(data)
+    notes.read(root, path, 1)
+
+
+def _evidence(data: bytes) -> None:
+    path = Path(_folder.name) / "library.so"
+    path.write_bytes(data or b"\0")
+    made: Any = object.__new__(AtPath)
+    made._loaded = type("Loaded", (), {"file": type("File", (), {"path": path})})
+    has_refusals, names = made._evidence
+    assert isinstance(has_refusals, bool) and all(isinstance(name, str) for name in names)
+
+
+@dataclass(frozen=True)
+class Parser:
+    read: Callable[[bytes], object]
+    error: type[FiFfiError]
+    seeds: Callable[[], list[bytes]]
+
+
+@functools.cache
+def _a_library() -> bytes:
+    """A small ELF file of this machine: libdl's or another's stub."""
+    for folder in ("/lib/x86_64-linux-gnu", "/lib/aarch64-linux-gnu", "/lib64"):
+        for name in ("libdl.so.2", "libutil.so.1", "librt.so.1"):
+            path = os.path.join(folder, name)
+            if os.path.exists(path):
+                return Path(path).read_bytes()
+    return b"\x7fELF\x02\x01\x01"
+
+
+def _fatbins() -> list[bytes]:
+    entry = struct.pack("<HHIQIIHHIIIQ", 2, 0x101, 64, 16, 0, 0, 8, 1, 90, 0, 0, 1 << 20)
+    body = entry.ljust(64, b"\0") + bytes(16)
+    one = struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(body)) + body
+    return [one, one + bytes(8) + one]
+
+
+def _wheels() -> list[bytes]:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/norm.so", b"\x7fELF" * 8)
+        digest = "sha256=hOxeCKkzGnVn_lKyPBfbnlN1lRpWpXEH3R1k-hRIrVo"
+        archive.writestr("a-1.dist-info/RECORD", f"a/norm.so,{digest},32\na-1.dist-info/RECORD,,\n")
+    return [out.getvalue()]
+
+
+def _containers() -> list[bytes]:
+    header = json.dumps(
+        {"__metadata__": {"op": "x"}, "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    ).encode()
+    return [struct.pack("<Q", len(header)) + header + bytes(8)]
+
+
+def _locks() -> list[bytes]:
+    return [lock.lock_path().read_bytes()]
+
+
+def _notes() -> list[bytes]:
+    return [b'{"format": 1, "data": {"a": [1, null]}}', b"[" * 100_000]
+
+
+def _evidences() -> list[bytes]:
+    return [
+        b"_ZZ14__tvm_ffi_rope\0Mismatched number of arguments when calling",
+        b"_ZZ" + b"9" * 9999,
+    ]
+
+
+PARSERS: dict[str, Parser] = {
+    "signature": Parser(_signature, AbiError, list),
+    "refusal": Parser(_refusal, AbiError, list),
+    "type": Parser(lambda data: packer_of(_text(data)), AbiError, list),
+    "elf": Parser(inspect_elf, ArtifactError, lambda: [_a_library()]),
+    "fatbin": Parser(_fatbin, ArtifactError, _fatbins),
+    "architecture": Parser(lambda data: sass_named(_text(data)), ArtifactError, list),
+    "record": Parser(lambda data: parse_record(data, "x"), ArtifactError, list),
+    "lock": Parser(lambda data: lock.read_lock(_in_memory(data)), LoaderError, _locks),
+    "lock-edit": Parser(lambda data: lockedit.load(_in_memory(data)), LoaderError, _locks),
+    "wheel": Parser(_wheel, ArtifactError, _wheels),
+    "note": Parser(_note, LoaderError, _notes),
+    "call-log": Parser(_container, ArtifactError, _containers),
+    "metadata": Parser(_evidence, LoaderError, _evidences),
+}
+
+
+def seeds_of(name: str) -> list[bytes]:
+    """What the parser makes itself, and the corpus."""
+    path = CORPUS / f"{name}.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
+    read = [ast.literal_eval(f"b'''{line}'''") for line in lines if line]
+    return [*PARSERS[name].seeds(), *read]
+
+
+def feed(name: str, data: bytes) -> bool:
+    """Whether the parser took it; anything but its own error goes on."""
+    try:
+        PARSERS[name].read(data)
+    except PARSERS[name].error:
+        return False
+    return True

@@ -1,0 +1,14 @@
+"""Python functions that kernels call: what they raise is told, on any thread; nothing escapes."""
+
+from __future__ import annotations
+
+import pytest
+from stress.abi_abuse.lab import Results, cases_of
+
+MODULE = "stress.abi_abuse.callbacks"
+RESULTS = Results(MODULE)
+
+
+@pytest.mark.parametrize("name", cases_of(MODULE))
+def test_callbacks(name: str) -> None:
+    RESULTS.check(name)

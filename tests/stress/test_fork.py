@@ -1,0 +1,274 @@
+"""Forks: after a GPU was used every way in is refused, with a reason; before, all is well.
+
+The GPU is a pretended one; tests/gpu/test_threads_stress.py has the real one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+
+import numpy as np
+import pytest
+from modules.conftest import compiled
+from stress.children import done
+from stress.test_threads_stress import HERE
+
+import fi_ffi
+from fi_ffi.loader import machine as of_loader
+from fi_ffi.loader import runtime
+from fi_ffi.ops import cuda, graphs
+from fi_ffi.ops.functions import OPS
+
+from forking import in_child
+from ops.conftest import gpu  # noqa: F401
+from plan_calls import KINDS, Case
+
+RMSNORM = OPS["rmsnorm"]
+REASON = "forked from one that had used a GPU"
+
+
+def described(*arrays: np.ndarray, device: str) -> list[fi_ffi.TensorDesc]:
+    return [fi_ffi.TensorDesc(a.ctypes.data, a.shape, "float16", device=device) for a in arrays]
+
+
+class Ways:
+    """Every public way to a kernel, of objects made before the fork."""
+
+    def __init__(self, stream: int = 0x51) -> None:
+        self.stream = stream
+        self.memory = [np.full((2, 8), n, np.float16) for n in (7, 1)] + [np.ones(8, np.float16)]
+        self.descs = described(*self.memory, device="cuda:0")
+        RMSNORM(*self.descs, stream=stream)
+        self.call = RMSNORM.prepare(*self.descs, stream=stream)
+        self.loose = RMSNORM.prepare(*self.descs)
+        self.module = fi_ffi.module(compiled(str(HERE / "counted.c")))
+        self.graph = graphs.Graph(fi_ffi.parse_device("cuda:0"))
+        self.graph._launch = lambda _: 0
+        graphs._graphs.add(self.graph)
+        with fi_ffi.stream(stream):
+            self.loose()
+        self.memory[0][...] = 7
+
+    def in_scope(self) -> None:
+        with fi_ffi.stream(self.stream):
+            self.loose()
+
+    def typed_in_scope(self) -> None:
+        with fi_ffi.stream(self.stream):
+            RMSNORM(*self.descs)
+
+    def watched(self) -> None:
+        with fi_ffi.watchdog(60):
+            RMSNORM(*self.descs, stream=self.stream)
+
+    def logged(self) -> None:
+        with fi_ffi.call_log(3, os.devnull):
+            self.call()
+
+    def captured(self) -> None:
+        with fi_ffi.capture(self.stream):
+            pass
+
+    def all(self) -> dict[str, object]:
+        return {
+            "typed": lambda: RMSNORM(*self.descs, stream=self.stream),
+            "typed in a scope": self.typed_in_scope,
+            "another layout": lambda: RMSNORM(
+                *(described(a[:1], device="cuda:0")[0] for a in self.memory[:2]),
+                self.descs[2], stream=self.stream,
+            ),
+            "another op": lambda: fi_ffi.gemma_rmsnorm(*self.descs, stream=self.stream),
+            "prepared": self.call,
+            "prepared, in a scope": self.in_scope,
+            "prepare": lambda: RMSNORM.prepare(*self.descs, stream=self.stream)(),
+            "module entry": lambda: self.module.entry("scale")(
+                self.descs[2], 1.0, stream=self.stream
+            ),
+            "graph": lambda: self.graph.launch(self.stream),
+            "capture": self.captured,
+            "watchdog": self.watched,
+            "call log": self.logged,
+            "memory": lambda: fi_ffi.Workspace.allocate("cuda:0", 1024, 1024),
+        }  # fmt: skip
+
+
+def refused(way: object) -> str:
+    """What was wrong with a refusal; "" where it is as it should be."""
+    try:
+        way()  # type: ignore[operator]
+    except fi_ffi.LoaderError as error:
+        text = str(error)
+        return "" if REASON in text and "spawn" in text and "forkserver" in text else text
+    except BaseException as error:
+        return repr(error)
+    return "it was let through"
+
+
+def check(ways: dict[str, object]) -> None:
+    wrong = {name: told for name, way in ways.items() if (told := refused(way))}
+    assert not wrong, wrong
+
+
+def test_every_way_in_is_refused(gpu) -> None:  # noqa: F811
+    """And nothing is written, nor is what the parent has freed."""
+    ways = Ways()
+    real = {name: way for name, way in ways.all().items() if name != "memory"}
+    event = cuda.Event()
+    freed: list[object] = []
+    gpu.runtime.cudaEventDestroy = freed.append
+
+    def child() -> None:
+        nonlocal event
+        for _ in range(2):  # what is once refused stays so
+            check(real)
+        assert (ways.memory[0] == 7).all()
+        del event
+        assert not freed
+        assert in_child(lambda: check(real)) == 0  # a child's child
+
+    with fi_ffi.stream(0x61):
+        ways.loose()
+        ways.memory[0][...] = 7
+        assert in_child(child) == 0
+        assert in_child(lambda: check({"open scope": ways.loose})) == 0
+    for way in ("typed", "prepared", "prepared, in a scope", "graph"):
+        ways.all()[way]()  # type: ignore[operator]
+    assert (ways.memory[0] != 7).all()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_plans_are_refused(gpu, kind: str, devices: int) -> None:  # noqa: F811
+    gpu.with_devices(devices)
+    case = Case(kind)
+
+    def descs(names: list[str]) -> dict[str, fi_ffi.TensorDesc]:
+        return {
+            name: fi_ffi.TensorDesc(a.ctypes.data, a.shape, a.dtype.name, device="cuda:0")
+            for name, a in ((name, case.memory[name]) for name in names)
+        }
+
+    with fi_ffi.stream(0x51):
+        plan = case.cls(**case.arrays, **case.options, device="cuda:0")
+        method = {"ragged": "ragged_run", "paged": "paged_run"}.get(kind, "run")
+        run, tensors = getattr(plan, method), descs(case.run_names)
+        run(**tensors)
+        call = fi_ffi.prepare(run, **tensors)
+        call()
+        case.check()
+    loose = {"run": lambda: run(**tensors), "prepared": call,
+             "replan": lambda: plan.replan(**case.arrays)}  # fmt: skip
+    loose["plan"] = lambda: case.cls(**case.arrays, **case.options, device="cuda:0")
+
+    def child() -> None:
+        case.memory["o"][...] = np.nan
+        with fi_ffi.stream(0x51):
+            check(loose)
+        with fi_ffi.stream(0x61):
+            check(loose)
+        assert np.isnan(case.memory["o"]).all()
+
+    assert in_child(child) == 0
+
+
+def on_cpu() -> None:
+    out, x, weight = np.full((2, 8), np.nan, np.float16), np.ones((2, 8), np.float16), np.ones(8)
+    RMSNORM(out, x, weight.astype(np.float16), eps=0.0)
+    assert (out == 1).all()
+    case = Case("decode")
+    case.run(case.plan())
+    case.check()
+
+
+def test_the_cpu_serves_on(gpu) -> None:  # noqa: F811
+    """A child may use what needs no GPU."""
+    RMSNORM(*Ways().descs, stream=0x51)
+    assert in_child(on_cpu) == 0
+
+
+def test_forks_before_use() -> None:
+    """fi_ffi imported, and used on the CPU, before the fork."""
+    assert not of_loader._device_count
+    on_cpu()
+
+    def child() -> None:
+        assert not of_loader.is_cut_off()
+        on_cpu()
+        module = fi_ffi.module(compiled(str(HERE / "counted.c")))
+        x = np.ones(4, np.float32)
+        module.entry("scale")(x, 3.0)
+        assert (x == 3).all()
+
+    for _ in range(3):
+        assert in_child(child) == 0
+
+
+def test_locks_of_other_threads() -> None:
+    """Another thread was loading, or looking an entry up, when this one forked."""
+    from fi_ffi import reference
+    from fi_ffi.abi import function
+    from fi_ffi.loader import methods, search
+    from fi_ffi.ops import memory
+
+    places = [(runtime, "_lock"), (search, "_lock"), (methods, "_lock"), (reference, "_lock"),
+              (function, "_table"), (memory, "_lock")]  # fmt: skip
+    has, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        for module, name in places:
+            getattr(module, name).acquire()
+        has.set()
+        leave.wait(60)
+        for module, name in places:
+            getattr(module, name).release()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    has.wait(60)
+
+    def child() -> None:
+        assert all(getattr(module, name).acquire(timeout=5) for module, name in places)
+
+    try:
+        assert in_child(child) == 0
+    finally:
+        leave.set()
+        thread.join()
+
+
+def test_another_librarys_use_is_told_of(monkeypatch) -> None:
+    """CUDA was used before the fork by somebody else: its error 3 says no more than that."""
+
+    class Runtime:
+        def __getattr__(self, name: str):
+            return lambda *_: 3
+
+    monkeypatch.setattr(of_loader, "load_cudart", lambda: (Runtime(), ""))
+    of_loader._attribute.cache_clear()
+    for ask in (lambda: of_loader.capability(0), lambda: of_loader.make_current(0)):
+        with pytest.raises(fi_ffi.LoaderError, match="forked from a process that had used CUDA"):
+            ask()
+
+
+MULTI = """
+    import multiprocessing, sys
+    import numpy as np
+    import fi_ffi
+    from stress.forked import square
+
+    if __name__ == "__main__":
+        if sys.argv[2] == "used":
+            square(1)
+        context = multiprocessing.get_context(sys.argv[1])
+        with context.Pool(3) as pool:
+            assert pool.map(square, range(1, 20)) == [i * i for i in range(1, 20)]
+        print("done")
+"""
+
+
+@pytest.mark.parametrize("used", ["used", "unused"])
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_multiprocessing(method: str, used: str) -> None:
+    assert done(MULTI, method, used) == (0, "done\n", "")

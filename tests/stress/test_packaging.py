@@ -1,0 +1,244 @@
+"""The package as users get it: built, installed where nothing else is, typed, and removed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from stress.packaged import MINORS, Bare, build, megabytes, members, pythons, run, source_tree
+from stress_strength import LONG
+
+# Megabytes; docs/reliability.md has what was measured.
+MOST_DOWNLOADED, MOST_INSTALLED = 50, 180
+
+Installed = tuple[Bare, dict[str, float]]
+
+FIRST_CALLS = """
+import sys
+import fi_ffi
+assert "numpy" not in sys.modules
+import numpy as np
+x = np.random.default_rng().standard_normal((4, 64)).astype(np.float16)
+weight, out = np.ones(64, np.float16), np.full_like(x, np.nan)
+fi_ffi.rmsnorm(out, x, weight)
+wide = x.astype(np.float64)
+expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6)
+assert np.abs(out - expected).max() < 5e-3
+try:
+    fi_ffi.rmsnorm(out, x, weight[:3])
+except fi_ffi.ArgumentError as error:
+    print(error.op, fi_ffi.__version__, fi_ffi.__file__)
+"""
+
+
+@pytest.fixture(scope="module")
+def backend(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """hatchling in a folder of its own."""
+    folder = tmp_path_factory.mktemp("hatchling")
+    pip = (sys.executable, "-m", "pip", "install", "-q", "--target", folder)
+    run(*pip, "hatchling>=1.26")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdist(backend: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tree = source_tree(tmp_path_factory.mktemp("tree"))
+    return build("sdist", tree, tmp_path_factory.mktemp("sdist"), backend)
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, backend: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that the sdist makes, as pip would have it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder)
+    return build("wheel", folder / sdist.name.removesuffix(".tar.gz"), folder, backend)
+
+
+@pytest.fixture(scope="module")
+def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
+    """This Python with fi_ffi and what pip brings for it; what that downloaded."""
+    made = Bare.make(tmp_path_factory.mktemp("bare"), Path(sys.executable))
+    yield made, made.install(wheel)
+    shutil.rmtree(made.root)
+
+
+def test_the_sdist_has_what_it_takes(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "wheels.lock", "LICENSE", "README.md", "fi_ffi/py.typed"} <= names
+    assert {"tests/stress/test_packaging.py", "docs/threat-model.md", "SECURITY.md"} <= names
+    assert not [name for name in names if "__pycache__" in name or name.endswith((".so", ".whl"))]
+
+
+def test_the_wheel_is_the_same_from_the_sdist(
+    wheel: Path, backend: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    direct = build("wheel", source_tree(tmp_path_factory.mktemp("again")), tmp_path, backend)
+    assert members(direct) == members(wheel)
+    assert direct.name == wheel.name == "fi_ffi-0.1.0-py3-none-any.whl"
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    names = set(members(wheel))
+    kinds = {name.rpartition(".")[2] for name in names if name.startswith("fi_ffi/")}
+    assert kinds == {"py", "pyi", "typed", "h", "json", "lock"}
+    needed = ("py.typed", "wheels.lock", "ops/functions.pyi", "abi/declarations.h")
+    assert {f"fi_ffi/{name}" for name in needed} <= names
+    assert {name.partition("/")[0] for name in names} == {"fi_ffi", "fi_ffi-0.1.0.dist-info"}
+    assert not [name for name in names if "test" in name or "__pycache__" in name]
+    assert wheel.stat().st_size < 1.5e6
+
+
+def test_what_pip_brings(bare: Installed) -> None:
+    made, downloaded = bare
+    installed = made.sizes()
+    print("downloaded, MB:", downloaded, round(sum(downloaded.values()), 1))
+    print("installed, MB:", installed, round(sum(installed.values()), 1))
+    assert sum(downloaded.values()) < MOST_DOWNLOADED
+    installed.pop("pip", None), installed.pop("setuptools", None)
+    assert sum(installed.values()) < MOST_INSTALLED
+    heavy = {
+        "torch",
+        "tvm",
+        "apache-tvm-ffi",
+        "flashinfer-python",
+        "cupy",
+        "jax",
+        "triton",
+        "scipy",
+    }
+    assert not heavy & {name.lower() for name in installed}
+    assert not [n for n in installed if n.startswith("nvidia") and n != "nvidia-cuda-runtime"]
+
+
+def test_first_calls(bare: Installed) -> None:
+    made, _ = bare
+    said = made("-c", FIRST_CALLS).split()
+    assert said[:2] == ["rmsnorm", "0.1.0"]
+    assert Path(said[2]).is_relative_to(made.root)
+    made("-m", "pip", "check")
+    assert "fi-ffi" in run(made.command, "--help", **made.environment)
+
+
+USER = """\
+import fi_ffi
+from fi_ffi import TensorDesc
+
+
+def normalise(out: int, x: int, weight: int, stream: int) -> None:
+    rows = TensorDesc(x, (32, 4096), "float16", device="cuda:0")
+    result = TensorDesc(out, (32, 4096), "float16", device="cuda:0")
+    scale = TensorDesc(weight, (4096,), "float16", device="cuda:0")
+    fi_ffi.rmsnorm(result, rows, scale, eps=1e-6, stream=stream)
+    with fi_ffi.stream(stream):
+        fi_ffi.silu_and_mul(result, rows)
+    prepared = fi_ffi.rmsnorm.prepare(result, rows, scale)
+    with fi_ffi.stream(stream):
+        prepared()
+    plan = fi_ffi.BatchDecodePlan(
+        rows, rows, rows, num_qo_heads=8, num_kv_heads=1, head_dim=128, page_size=16,
+        q_data_type="float16", workspace=None,
+    )
+    plan.run(rows, rows, rows, result)
+    try:
+        fi_ffi.use_kernels("/kernels")
+    except fi_ffi.KernelNotFoundError as error:
+        words: str = str(error)
+        print(words)
+
+
+desc = TensorDesc(0, (1,), "float16")
+"""
+WRONG = {
+    'fi_ffi.rmsnorm(1, 2, "3", epsilon=1e-6)': "call-arg",
+    'fi_ffi.rmsnorm(TensorDesc(0, (1,), "float16"))': "call-arg",
+    'fi_ffi.rmsnorm(desc, desc, desc, eps="small")': "arg-type",
+    'TensorDesc("address", (1,), "float16")': "arg-type",
+    "fi_ffi.BatchDecodePlan(desc, desc, desc, num_qo_heads=8, num_kv_heads=1, head_dim=1, "
+    "page_size=16, windw_left=3)": "call-arg",
+    "fi_ffi.BatchMlaPlan(desc, desc, desc, desc, num_heads=8)": "call-arg",
+    "fi_ffi.single_prefill(desc, desc, desc, desc, k_scale='2')": "arg-type",
+    "fi_ffi.rmsnrm": "attr-defined",
+    "fi_ffi.use_kernels(3)": "arg-type",
+    "x: int = fi_ffi.rmsnorm(desc, desc, desc)": "func-returns-value",
+    'fi_ffi.single_decode_workspace_size("many", 8, 1, 128)': "arg-type",
+    "fi_ffi.parse_device(0).indx": "attr-defined",
+}
+
+
+def checked(made: Bare, text: str) -> str:
+    """What `mypy --strict` says of a program against the installed package."""
+    if importlib.util.find_spec("mypy") is None:
+        pytest.skip("mypy is not installed: pip install '.[lint]'")
+    program = made.root / "program.py"
+    program.write_text(text)
+    command = [sys.executable, "-m", "mypy", "--strict", "--show-error-codes", "--no-incremental"]
+    done = subprocess.run(
+        [*command, "--cache-dir", made.root / "mypy", "--python-executable", made.python, program],
+        cwd=made.root, capture_output=True, text=True,
+    )  # fmt: skip
+    return done.stdout + done.stderr
+
+
+def test_a_users_program_is_checked(bare: Installed) -> None:
+    """Of the right calls nothing is said, and each wrong one is found, at its line."""
+    made, _ = bare
+    said = checked(made, USER + "\n".join(WRONG))
+    start = USER.count("\n") + 1
+    for number, (call, code) in enumerate(WRONG.items(), start):
+        found = [line for line in said.splitlines() if f"program.py:{number}:" in line]
+        assert found, f"{call} is not found wrong:\n{said}"
+        assert code in " ".join(found)
+    right = [line for line in said.splitlines() if "error" in line and "program.py" in line]
+    lines = {int(line.split(":")[1]) for line in right}
+    assert lines == {*range(start, start + len(WRONG))}, said
+    assert "installed, but missing library stubs" not in said
+
+
+def test_uninstalling_leaves_the_cache_alone(bare: Installed) -> None:
+    """All that is left is where `fi-ffi cache` says.  It runs last of those that use `bare`."""
+    made, _ = bare
+    shutil.rmtree(made.root / "cache", ignore_errors=True)
+    before = made.files()
+    made("-c", FIRST_CALLS)
+    told = json.loads(run(made.command, "cache", "list", "--json", **made.environment))
+    cache = Path(told["root"])
+    assert cache == made.root / "cache" / "fi-ffi"
+    made("-m", "pip", "uninstall", "-q", "-y", "fi-ffi")
+    after = made.files()
+    left = after - before
+    assert any("libtvm_ffi" in name for name in left)
+    assert all((made.root / name).is_relative_to(cache) for name in left), left
+    removed = before - after
+    assert {name for name in before if "fi_ffi" in name or "fi-ffi" in name} == removed
+    assert not [path for path in made.site.glob("fi_ffi/**/*") if path.suffix != ".pyc"]
+
+
+@pytest.mark.skipif(not LONG, reason="FI_FFI_STRESS=long: one environment for each Python")
+@pytest.mark.parametrize("minor", MINORS)
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_every_python(kind: str, minor: int, wheel: Path, sdist: Path, tmp_path: Path) -> None:
+    found = pythons()
+    print("found:", ", ".join(f"3.{n} ({path})" for n, path in found.items()))
+    if minor not in found:
+        pytest.skip(f"there is no Python 3.{minor} here")
+    made = Bare.make(tmp_path, found[minor])
+    if kind == "wheel":
+        downloaded = made.install(wheel)
+        print(f"3.{minor}: {sum(downloaded.values()):.1f} MB downloaded: {downloaded}")
+        assert sum(downloaded.values()) < MOST_DOWNLOADED
+    else:
+        made("-m", "pip", "install", "-q", sdist)
+    taken = made.sizes()
+    print(f"3.{minor}: {sum(taken.values()):.1f} MB installed: {taken}")
+    assert made("-c", FIRST_CALLS).startswith("rmsnorm 0.1.0")
+    made("-m", "pip", "check")
+    assert megabytes(wheel.stat().st_size) < 1.5

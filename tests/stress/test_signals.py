@@ -1,0 +1,254 @@
+"""Ctrl-C at any moment: nothing is left half done, no process stays, and the next start works."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from modules.conftest import compiled
+from stress.children import environment, start
+from stress_strength import LONG, scaled
+
+from fi_ffi.loader import cache
+from fi_ffi.loader.caching import upkeep
+from fi_ffi.loader.wheel import Wheel
+
+from compiler import why_not_build
+from loader.server import INFO, NORM, File, Server, kernel_members, make_wheel, record
+
+HERE = Path(__file__).parent
+PATH = "/flashinfer_jit_cache-0.6.13+cu130-cp39-abi3-linux_x86_64.whl"
+# A process that was started in the background ignores it.
+HEARS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def interrupted(child: subprocess.Popen[str]) -> str:
+    """Ctrl-C; it has to end as programs do that it ends.  What it said on stderr."""
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=20)
+    assert child.returncode == -signal.SIGINT, (child.returncode, err)
+    assert err.rstrip().endswith("KeyboardInterrupt"), err
+    return err
+
+
+def check_nothing_is_left(root: Path) -> None:
+    assert not [*root.glob("tmp/*")], "a temporary"
+    assert not [*root.glob("locks/*")], "a lock"
+    assert all(verdict.problem == "" for verdict in upkeep.verify(root))
+
+
+FETCH = (
+    HEARS
+    + """
+import sys
+from fi_ffi.loader.remote import RemoteWheel
+print("ready", flush=True)
+print(RemoteWheel(sys.argv[1]).extract(sys.argv[2]))
+"""
+)
+
+
+def test_during_a_fetch(root: Path) -> None:
+    """From a server that sends a module for minutes."""
+    wheel = make_wheel(kernel_members(4, 400_000))
+    with Server({PATH: File(wheel, etag='"one"')}) as web:
+        for _ in range(scaled(20, 1)):
+            web.bandwidth, web.seen[:] = 150_000, []
+            child = start(FETCH, web.url(PATH), NORM)
+            assert child.stdout.readline() == "ready\n"
+            enough = random.uniform(66_000, 200_000)
+            while web.sent < enough and child.poll() is None:
+                time.sleep(0.005)
+            interrupted(child)
+            check_nothing_is_left(root)
+            assert not [*root.glob("objects/*/*/norm.so")]
+        web.bandwidth = None
+        child = start(FETCH, web.url(PATH), NORM)
+        out, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (0, "")
+    assert Path(out.split()[-1]).read_bytes() == kernel_members(4, 400_000)[NORM]
+
+
+EXTRACT = (
+    HEARS
+    + """
+import sys
+from pathlib import Path
+from fi_ffi.loader.wheel import Wheel
+print("ready", flush=True)
+while True:
+    Wheel(Path(sys.argv[1])).extract(sys.argv[2]).unlink()
+"""
+)
+
+
+def test_during_an_extraction(root: Path, tmp_path: Path) -> None:
+    members = {NORM: random.Random(7).randbytes(64) * 60_000}
+    path = tmp_path / PATH[1:]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+        archive.writestr(f"{INFO}/RECORD", record(members))
+    for _ in range(scaled(100, 3)):
+        child = start(EXTRACT, str(path), NORM)
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(random.uniform(0.1, 0.4))
+        interrupted(child)
+        check_nothing_is_left(root)
+    with Wheel(path).extract(NORM).open("rb") as file:
+        assert cache.hash_of(file) == Wheel(path).record[NORM].sha256
+
+
+def descendants(pid: int) -> set[int]:
+    """The processes that this one started, and those that they did."""
+    parents = {}
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            parents[int(folder.name)] = int(
+                (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            )
+    found, more = set(), {pid}
+    while more:
+        more = {child for child, parent in parents.items() if parent in more} - found
+        found |= more
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state not in "ZX"
+    return False
+
+
+def names(pids: set[int]) -> set[str]:
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            found.add(Path(f"/proc/{pid}/comm").read_text().strip())
+    return found
+
+
+BUILD = (
+    HEARS
+    + """
+import sys
+from fi_ffi.cli import main
+main(sys.argv[1:])
+"""
+)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not LONG, reason="compiles kernels: FI_FFI_STRESS=long")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_during_a_build(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = why_not_build()
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.delenv("FI_FFI_CACHE_DIR")  # the compilers' environment may be there
+    command = ["build", "page", "--build-dir", str(tmp_path / "b"), "--output", str(tmp_path)]
+    child = start(BUILD, *command)
+    started: set[int] = set()
+    while child.poll() is None and "cicc" not in names(started):
+        started = descendants(child.pid)
+        time.sleep(0.02)
+    assert child.poll() is None, child.communicate()
+    started |= descendants(child.pid)
+    child.send_signal(number)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    assert err.rstrip().endswith("Stopped. The same command goes on from here."), err
+    assert "Traceback" not in err
+    end = time.monotonic() + 5
+    while any(map(is_alive, started)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not names({pid for pid in started if is_alive(pid)})
+    assert not [*tmp_path.glob("*.whl")] and not [*tmp_path.glob("b/**/page.so")]
+    child = start(BUILD, *command)
+    _, err = child.communicate(timeout=1200)
+    assert child.returncode == 0, err
+    (wheel,) = tmp_path.glob("*.whl")
+    assert [name for name in Wheel(wheel).members if name.endswith("/page.so")]
+
+
+COMMAND = (
+    HEARS
+    + """
+import sys
+from fi_ffi.cli import main
+print("ready", flush=True)
+main(sys.argv[1:])
+"""
+)
+
+
+def test_during_a_command(root: Path, tmp_path: Path) -> None:
+    """Which waits for a server: the exit status is that of a program that Ctrl-C ended."""
+    with Server({PATH: File(make_wheel(kernel_members(4, 400_000)))}) as web:
+        web.bandwidth = 3000
+        lock = tmp_path / "mine.lock"
+        child = start(COMMAND, "lock", "add", web.url(PATH), "--lock", str(lock), "--quiet")
+        assert child.stdout.readline() == "ready\n"
+        while not web.sent and child.poll() is None:
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=20)
+    assert (child.returncode, err.strip()) == (130, "Interrupted.")
+    check_nothing_is_left(root)
+    assert not lock.exists()
+
+
+CALLS = (HERE / "interrupting.py").read_text()
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("what", ["calls", "plans", "blocks"])
+def test_during_many(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FI_FFI_CACHE_DIR")
+    child = start(CALLS, str(compiled(str(HERE / "counted.c"))), what)
+    for _ in range(scaled(2000, 15)):
+        assert child.stdout.readline() == "go\n", child.communicate()
+        time.sleep(random.uniform(0.0005, 0.02))
+        child.send_signal(signal.SIGINT)
+        while not select.select([child.stdout], [], [], 3)[0]:
+            child.send_signal(signal.SIGINT)  # one that a destructor met is lost
+        assert child.stdout.readline() == "interrupted\n", child.communicate()
+        child.stdin.write("\n")
+        child.stdin.flush()
+    assert child.stdout.readline() == "go\n"
+    time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    child.stdin.close()
+    while not select.select([child.stdout], [], [], 3)[0]:
+        child.send_signal(signal.SIGINT)
+    err = child.stderr.read()
+    assert child.wait(30) == -signal.SIGINT, err
+    assert err.rstrip().endswith("KeyboardInterrupt"), err
+
+
+def test_this_module_is_heard() -> None:
+    """The children do hear the signal: else every test here would wait for nothing."""
+    done = subprocess.run(
+        [sys.executable, "-c", HEARS + "import os; os.kill(os.getpid(), 2)"],
+        env=environment(), capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGINT
+    assert os.path.basename(done.stderr.strip().splitlines()[-1]) == "KeyboardInterrupt"

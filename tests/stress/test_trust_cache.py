@@ -1,0 +1,318 @@
+"""What others could have put, or could change, is not taken: caches, zips, addresses, settings."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import stat
+import struct
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from urllib3.util import parse_url
+
+from fi_ffi.errors import ArtifactError, FetchError, LoaderError
+from fi_ffi.loader import cache, facts, libraries, sources
+from fi_ffi.loader.http import Client
+from fi_ffi.loader.kernels import ModuleFile
+from fi_ffi.loader.urls import check_url, redirected
+from fi_ffi.loader.wheel import Wheel
+
+from loader.server import QUICK, File, Server, make_wheel, record, redirect, sha256
+
+OTHER = 54321
+CONTENT = os.urandom(5000)
+SHA256 = sha256(CONTENT)
+MODULE = "flashinfer_jit_cache/jit_cache/norm/norm.so"
+WHEEL = "flashinfer_jit_cache-0.6.13+cu130-cp39-abi3-linux_x86_64.whl"
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path / "above" / "cache"))
+    monkeypatch.delenv("FI_FFI_WHEELS", raising=False)
+    return tmp_path / "above" / "cache"
+
+
+def stored() -> Path:
+    return cache.store([CONTENT], SHA256, "norm.so", "a test")
+
+
+def another(path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files to another user")
+    os.chown(path, OTHER, -1, follow_symlinks=False)
+
+
+def other_kind(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        path.rename(path.with_name("aside"))
+        make(path)
+
+    return change
+
+
+def device(path: Path) -> None:
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o444, os.makedev(1, 5))  # zeros without end
+    except OSError as error:
+        pytest.skip(f"no device can be made here: {error}")
+
+
+def hard_link(path: Path) -> None:
+    shutil.copy(path.with_name("aside"), path.with_name("theirs"))
+    another(path.with_name("theirs"))
+    os.link(path.with_name("theirs"), path)
+
+
+def linked(path: Path) -> None:
+    path.symlink_to(path.with_name("aside"))
+
+
+FILES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "all can write": (lambda path: path.chmod(0o446), "written by every user.*remove it"),
+    "the group can write": (lambda path: path.chmod(0o464), "written by all of group.*remove it"),
+    "another user's": (another, f"belongs to user {OTHER}.*Remove it"),
+    "a symbolic link": (other_kind(linked), "is a symbolic link.*remove it"),
+    "another's, by a hard link": (other_kind(hard_link), "under 2 names.*Remove it"),
+    "a pipe": (other_kind(os.mkfifo), "is a pipe.*remove it"),
+    "a device": (other_kind(device), "is a device.*remove it"),
+    "a directory": (other_kind(os.mkdir), "is a directory.*remove it"),
+}
+FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "all can write": (lambda path: path.chmod(0o707), "written by every user.*remove it"),
+    "all, with the sticky bit": (lambda path: path.chmod(0o1707), "written by every user"),
+    "the group can write": (lambda path: path.chmod(0o770), "written by all of group.*remove it"),
+    "another user's": (another, f"belongs to user {OTHER}"),
+    "a symbolic link": (other_kind(linked), "is a symbolic link.*remove it"),
+}
+
+
+def refused(match: str) -> None:
+    """Neither found, nor put right behind the user's back."""
+    for use in (lambda: cache.find(SHA256, "norm.so"), stored):
+        with pytest.raises(ArtifactError, match=match):
+            use()
+
+
+@pytest.mark.parametrize("how", FILES)
+def test_files_of_the_cache_that_are_refused(how: str, root: Path) -> None:
+    change, match = FILES[how]
+    change(stored())
+    refused(match)
+
+
+@pytest.mark.parametrize("how", FOLDERS)
+@pytest.mark.parametrize("up", [0, 1, 2])
+def test_folders_of_the_cache_that_are_refused(how: str, up: int, root: Path) -> None:
+    change, match = FOLDERS[how]
+    change(stored().parents[up])
+    refused(match)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o703])
+def test_cache_directories_that_are_refused(mode: int, root: Path) -> None:
+    stored()
+    root.chmod(mode)
+    refused("can be written by every user.*set FI_FFI_CACHE_DIR")
+    root.chmod(0o770)  # a group's: what its members put there is refused as theirs
+    assert cache.find(SHA256, "norm.so")
+    another(root)
+    refused(f"belongs to user {OTHER}")
+
+
+def test_directories_above_the_cache_that_are_refused(root: Path, tmp_path: Path) -> None:
+    stored()
+    root.parent.chmod(0o777)
+    refused("above can be written by every user.*chmod o-w")
+    root.parent.chmod(0o1777)  # as /tmp is: others cannot rename what is ours there
+    assert cache.find(SHA256, "norm.so")
+    tmp_path.chmod(0o777)
+    refused("can be written by every user")
+    tmp_path.chmod(0o700)
+
+
+def test_a_link_to_a_cache_where_all_can_write(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored()
+    link = tmp_path / "link"
+    link.symlink_to(root)
+    monkeypatch.setenv("FI_FFI_CACHE_DIR", str(link))
+    assert cache.find(SHA256, "norm.so")
+    root.parent.chmod(0o777)
+    refused("above can be written by every user")
+
+
+def test_notes_of_others_are_not_believed(root: Path) -> None:
+    """A note that tells a file's signatures is as good as the file."""
+    file = ModuleFile("norm", stored(), SHA256)
+    facts.remember(file, facts.Facts(["libc.so.6"], ["forged"], []))
+    assert facts.facts_of(file).functions == ["forged"]
+    for change in (lambda path: path.chmod(0o666), lambda path: path.parent.chmod(0o777), another):
+        facts.remember(file, facts.Facts(["libc.so.6"], ["forged"], []))
+        change(facts._path(SHA256))
+        with pytest.raises(ArtifactError, match="not an ELF file"):  # the file itself is asked
+            facts.facts_of(file)
+        facts._path(SHA256).parent.chmod(0o755)
+
+
+@pytest.mark.parametrize("what", ["wheels", "wheel", "link", "open"])
+def test_wheels_that_another_user_put_into_the_cache(what: str, root: Path) -> None:
+    """Nobody named them: they are found because they lie there."""
+    wheel = root / "wheels" / WHEEL
+    wheel.parent.mkdir(parents=True)
+    wheel.write_bytes(make_wheel({MODULE: CONTENT}))
+    assert [place.source is not None for place in sources._local(None)] == [True]
+    if what == "link":
+        elsewhere = root.parent / "theirs.whl"
+        wheel.rename(elsewhere)
+        wheel.symlink_to(elsewhere)
+        another(elsewhere)
+    elif what == "open":
+        wheel.chmod(0o666)
+    else:
+        another(wheel if what == "wheel" else wheel.parent)
+    with pytest.raises(ArtifactError, match=r"belongs to user|can be written by every user"):
+        [*sources._local(None)]
+
+
+def test_the_folder_of_compiled_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name in /tmp that anybody could take, where HOME is not set."""
+    monkeypatch.setenv(libraries.DEEPGEMM_FOLDER, str(tmp_path / "compiled"))
+    libraries.check_deepgemm_folder()
+    another(tmp_path / "compiled" / "cache")
+    with pytest.raises(LoaderError, match=f"user {OTHER}.*{libraries.DEEPGEMM_FOLDER} may name"):
+        libraries.check_deepgemm_folder()
+
+
+def write_zip(path: Path, members: list[tuple[zipfile.ZipInfo | str, bytes]]) -> Path:
+    """A wheel whose RECORD vouches for all of its members."""
+    contents = {getattr(info, "filename", info): content for info, content in members}
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        warnings.simplefilter("ignore")  # of names that are there twice
+        for info, content in members:
+            archive.writestr(info, content)
+        archive.writestr("kernels-1.dist-info/RECORD", record(contents))
+    return path
+
+
+def of_kind(kind: int) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(MODULE)
+    info.external_attr = (kind | 0o777) << 16
+    return info
+
+
+ZIPS: dict[str, tuple[list[tuple[zipfile.ZipInfo | str, bytes]], str]] = {
+    "up": ([(f"../{MODULE}", b"a")], "leads out of the wheel"),
+    "up in the middle": ([(f"a/../../{MODULE}", b"a")], "leads out of the wheel"),
+    "absolute": ([(f"/{MODULE}", b"a")], "leads out of the wheel"),
+    "a drive": ([(f"C:/{MODULE}", b"a")], "leads out of the wheel"),
+    "backslashes": ([("..\\jit_cache\\norm\\norm.so", b"a")], "leads out of the wheel"),
+    "twice": ([(MODULE, b"a"), (MODULE, b"b")], "shares its name"),
+    "another case": ([(MODULE, b"a"), (MODULE.replace("norm", "NORM"), b"b")], "shares its name"),
+    "a symbolic link": ([(of_kind(stat.S_IFLNK), b"/etc/passwd")], "is no regular file"),
+    "a device": ([(of_kind(stat.S_IFCHR), b"")], "is no regular file"),
+    "a pipe": ([(of_kind(stat.S_IFIFO), b"")], "is no regular file"),
+}
+
+
+@pytest.mark.parametrize("how", ZIPS)
+def test_wheels_that_are_refused(how: str, tmp_path: Path, root: Path) -> None:
+    members, match = ZIPS[how]
+    path = write_zip(tmp_path / WHEEL, members)
+    with pytest.raises(ArtifactError, match=f"{match}.*get it from its publisher"):
+        Wheel(path)
+    assert not root.exists()
+
+
+def test_a_bomb_that_its_record_vouches_for(tmp_path: Path, root: Path) -> None:
+    path = write_zip(tmp_path / WHEEL, [(MODULE, bytes(64 << 20))])
+    with pytest.raises(ArtifactError, match="no library is.*get it from its publisher"):
+        Wheel(path).extract(MODULE)
+    assert not list(root.rglob("*.so"))
+
+
+@pytest.mark.parametrize("declared", [100, 64 << 20])
+def test_a_bomb_that_does_not_say_so(declared: int, tmp_path: Path, root: Path) -> None:
+    """Sizes of the directory, of the local header and of RECORD that are not the content's."""
+    data = bytearray(write_zip(tmp_path / WHEEL, [(MODULE, bytes(64 << 20))]).read_bytes())
+    real = struct.pack("<I", 64 << 20)
+    assert data.count(real) >= 2
+    data = data.replace(real, struct.pack("<I", declared))
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        assert archive.infolist()[0].file_size == declared
+    (tmp_path / WHEEL).write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"in RECORD|no library is"):
+        Wheel(tmp_path / WHEEL).extract(MODULE)
+    assert not list(root.rglob("*.so"))
+
+
+REFUSED = [
+    "http://example.com/a", "http://127.0.0.1@evil.example/a", "http://localhost@evil.example/a",
+    "http://localhost:80@evil.example/a", "http://localhost.evil.example/a",
+    "http://127.0.0.1.evil.example/a", "http://127.0.0.1%00.evil.example/a",
+    "http://127.0.0.1%2f@evil.example/a", "http://evil.example#@127.0.0.1/a",
+    "http://evil.example?@127.0.0.1/a", "http://evil.example\\@127.0.0.1/a",
+    "http://127.0.0.1\\@evil.example/a", "http://[::1]@evil.example/a", "http://[::2]/a",
+    "http://[::ffff:8.8.8.8]/a", "http://[::127.0.0.1]/a", "http://[fe80::1]/a",
+    "http://[::1]evil.example/a", "http://134744072/a", "http://2130706433/a", "http://0x7f.1/a",
+    "http://0177.0.0.1/a", "http://127.1/a", "http://0/a", "http://0.0.0.0/a",
+    "http://localhost\t.evil.example/a", "http://１２７.0.0.1/a", "http://ⓛocalhost/a", "ftp://127.0.0.1/a",
+    "gopher://localhost/a", "data:,a", "javascript:1", "//localhost/a", "localhost/a", "http:///a",
+    "https:a", "", "http+unix://localhost/a", "s3://bucket/a",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", REFUSED)
+def test_addresses_that_are_refused(url: str) -> None:
+    with pytest.raises(FetchError):
+        check_url(url)
+    client = Client(QUICK)
+    with pytest.raises(FetchError), client.open(url):
+        pass
+    assert client.requests == 0
+
+
+@pytest.mark.parametrize("url", [
+    "https://example.com/a", "https://127.0.0.1@example.com/a", "http://127.0.0.1:8/a",
+    "http://127.8.9.1/a", "http://[::1]:8/a", "http://LOCALHOST/a", "http://u:p@localhost/a",
+    "https://134744072/a",
+])  # fmt: skip
+def test_addresses_that_are_used_lead_where_they_were_checked(url: str) -> None:
+    """What sends the request reads the host as what checks it does."""
+    check_url(url)
+    parsed = parse_url(url)
+    if parsed.scheme == "http":
+        assert parsed.host in ("127.0.0.1", "127.8.9.1", "[::1]", "localhost")
+    else:
+        assert parsed.host in ("example.com", "134744072")
+
+
+@pytest.mark.parametrize("target", [
+    "http://evil.example/a", "http://127.0.0.1@evil.example/a", "//evil.example/a",
+    "ftp://127.0.0.1/a", "file:///etc/passwd",
+])  # fmt: skip
+def test_redirects_that_are_refused(target: str) -> None:
+    with Server({"/file.whl": File(CONTENT)}) as web:
+        web.faults.append(redirect(target))
+        client = Client(QUICK)
+        with pytest.raises(FetchError), client.open(web.url("/file.whl")):
+            pass
+        assert client.requests == 1
+    if not target.startswith("//"):
+        with pytest.raises(FetchError, match="redirects from https"):
+            redirected("https://example.com/a", target)
+
+
+def test_a_link_below_the_cache(root: Path, tmp_path: Path) -> None:
+    """Nothing is written through a link that another user could have put there."""
+    root.mkdir(parents=True, mode=0o700)
+    (root / "tmp").symlink_to(tmp_path)
+    with pytest.raises(ArtifactError, match="is a symbolic link"):
+        stored()
+    assert {*os.listdir(tmp_path)} == {"above"}

@@ -1,0 +1,12 @@
+"""How long the stress tests go on: short in CI, at full length with FI_FFI_STRESS=long."""
+
+from __future__ import annotations
+
+import os
+
+LONG = os.environ.get("FI_FFI_STRESS") == "long"
+
+
+def scaled(full: int, short: int) -> int:
+    """How many times: `full` is what docs/reliability.md states, `short` is CI's."""
+    return full if LONG else short
