@@ -63,7 +63,7 @@ def _parse(text: str, depth: int) -> Spelled:
     if parts is None or parts[1] or not all(part.strip() for part in parts[0]):
         raise AbiError(f"not a TVM-FFI type: {text!r:.200}")
     args = tuple(_parse(part, depth + 1) for part in parts[0])
-    if known == "RValueRef":  # a value that may be moved from; a copy does as well
+    if known == "RValueRef" and args:  # a value that may be moved from; a copy does as well
         return args[0]
     if name == "std::array":  # its second argument is a number
         args = args[:1]

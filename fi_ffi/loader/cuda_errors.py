@@ -70,7 +70,7 @@ def examine(runtime: Any, error: KernelError, has_context: bool) -> KernelError:
         found.__cause__ = error
         return found
     for left, name in LEFTOVERS.items():
-        if name in error.message or words_of(runtime, left) in error.message:
+        if any(words and words in error.message for words in (name, words_of(runtime, left))):
             told = (
                 f"{error.message} ({name} is not an error of a launch: another CUDA call of this "
                 "thread failed before and left it to be found. It is forgotten now; the kernel "

@@ -882,7 +882,9 @@ def test_a_keyboard_interrupt_ends_the_wait(gpu):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         start = time.monotonic()
-        timer = later(0.3, lambda: signal.raise_signal(signal.SIGINT))
+        # To the thread that waits: another's would leave it waiting.
+        waiting = threading.main_thread().ident
+        timer = later(0.3, lambda: signal.pthread_kill(waiting, signal.SIGINT))
         with pytest.raises(KeyboardInterrupt), fi_ffi.watchdog(LONG):
             gpu.launch()
         timer.join()

@@ -195,7 +195,9 @@ def _no_tensor(
     rng: random.Random, desc: fi_ffi.TensorDesc, arg: Tensor | None, row: Row | None
 ) -> Wrong:
     at = rng.randrange(len(odd.NOT_TENSORS))
-    return Wrong(f"no tensor {at}", odd.NOT_TENSORS[at], ALWAYS if arg else MAYBE)
+    # An array of one number is what some arguments are.
+    is_array = isinstance(odd.NOT_TENSORS[at](), np.ndarray)
+    return Wrong(f"no tensor {at}", odd.NOT_TENSORS[at], ALWAYS if arg and not is_array else MAYBE)
 
 
 def _an_array(
