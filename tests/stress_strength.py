@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-LONG = os.environ.get("FI_FFI_STRESS") == "long"
+LONG = bool(os.environ.get("FI_FFI_STRESS"))
 
 
 def scaled(full: int, short: int) -> int:

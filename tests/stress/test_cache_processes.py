@@ -1,6 +1,6 @@
 """Many processes on a cold cache, and processes killed while they extract.
 
-A short version runs always; FI_FFI_STRESS=1 runs 32 processes and 200 kills and
+A short version runs always; FI_FFI_STRESS=long runs 32 processes and 200 kills and
 prints what happened (`pytest -s`).
 """
 
@@ -20,6 +20,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from stress_strength import LONG, scaled
 
 from fi_ffi.loader import cache
 from fi_ffi.loader.caching import contents, temporaries, upkeep
@@ -27,9 +28,8 @@ from fi_ffi.loader.wheel import Wheel
 
 from forking import fork, in_child, wait
 
-FULL = os.environ.get("FI_FFI_STRESS") == "1"
-PROCESSES = 32 if FULL else 8
-KILLS = 200 if FULL else 20
+PROCESSES = scaled(32, 8)
+KILLS = scaled(200, 20)
 MEMBER_SIZE = 6 << 20
 MEMBER = "flashinfer_jit_cache/jit_cache/big/big.so"
 
@@ -79,7 +79,7 @@ def big_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _say(text: str) -> None:
-    if FULL:
+    if LONG:
         print(f"\n{text}")
 
 
