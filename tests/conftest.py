@@ -6,6 +6,7 @@ import gc
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fi_ffi.loader.building.build import build
@@ -14,6 +15,13 @@ from compiler import why_not_build
 
 # A wheel that has at least the modules of `built_wheel`, used instead of building one.
 KERNELS = "FI_FFI_TEST_KERNELS"
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int.from_bytes(os.urandom(8), "little")
+    print(f"seed {seed}")  # shown with a failure
+    return np.random.default_rng(seed)
 
 
 def _build(folder: Path, arch: str, *modules: str) -> Path:

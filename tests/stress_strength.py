@@ -1,9 +1,11 @@
-"""How long the stress tests go on: short in CI, at full length with FI_FFI_STRESS=long."""
+"""How long the stress tests go on: short in CI, at full length with FI_FFI_STRESS=long; and
+whether it is under compute-sanitizer."""
 
 from __future__ import annotations
 
 import os
 
+IS_SANITIZED = os.environ.get("FI_FFI_SANITIZER") == "1"
 LONG = bool(os.environ.get("FI_FFI_STRESS"))
 
 

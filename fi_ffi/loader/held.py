@@ -43,9 +43,7 @@ class Held:
 
 
 @contextlib.contextmanager
-def checked(
-    path: Path, sha256: str, state: tuple[int, int, int, int] | None = None
-) -> Iterator[Held]:
+def checked(path: Path, sha256: str, state: stamps.State | None = None) -> Iterator[Held]:
     """The file that was found to have this sha256.
 
     `state` is what it was like then (`stamps.facts`).  Without one the file is in the cache,

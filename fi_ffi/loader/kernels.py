@@ -32,7 +32,7 @@ class ModuleFile:
     path: Path
     sha256: str
     # What the file was like as it was hashed; None of one in the cache, whose stamp tells.
-    state: tuple[int, int, int, int] | None = None
+    state: stamps.State | None = None
 
 
 class KernelSource(Protocol):

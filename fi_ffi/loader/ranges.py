@@ -11,10 +11,11 @@ from types import TracebackType
 from typing import Protocol
 
 from fi_ffi.errors import ArtifactError, FetchError
+from fi_ffi.loader.caching.stamps import State
 from fi_ffi.loader.http import Client, Response
 from fi_ffi.loader.retries import Attempts, Transient
 from fi_ffi.loader.urls import redact
-from fi_ffi.loader.wheel import State, open_same
+from fi_ffi.loader.wheel import open_same
 
 _CHUNK = 1 << 20
 _MAX_SKIP = 1 << 16  # bytes; what a zip may have between two things that are read

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fi_ffi.errors import ArtifactError, LoaderError
+from fi_ffi.loader.caching.stamps import State
 from fi_ffi.loader.lock import tvm_ffi_pin
 
-State = tuple[int, int, int, int]
 _SONAME = "libtvm_ffi.so"
 _MAPPED = re.compile(r"\s(/\S.*/libtvm_ffi\.so)( \(deleted\))?$", re.MULTILINE)
 
@@ -29,7 +29,7 @@ class Found:
     # What vouches for its content; None where nothing does, as for a copy that is loaded.
     sha256: str | None = None
     # What it was like as it was hashed; None of one in the cache, whose stamp tells.
-    state: tuple[int, int, int, int] | None = None
+    state: State | None = None
 
 
 def find() -> Found:

@@ -26,7 +26,6 @@ from fi_ffi.loader.record import Recorded, parse_record
 # "record-pinned": RECORD has the sha256 that the lock has for it, and so every member.
 # "file-verified": the whole file had its pinned sha256.
 # "record-unpinned": members are as this file's own RECORD says, and nothing vouches for it.
-State = tuple[int, int, int, int]
 Trust = Literal["record-pinned", "file-verified", "record-unpinned"]
 
 __all__ = ["Recorded", "Trust", "Wheel", "WheelReader", "parse_record", "safe_name", "verify_file"]
@@ -194,7 +193,7 @@ class Wheel(WheelReader):
         super().__init__(str(path), record_sha256)
         self.path = path
         self.trust = "record-pinned" if record_sha256 else "record-unpinned"
-        self._state: State | None = None
+        self._state: stamps.State | None = None
         if sha256 is not None:
             self._state = verify_file(path, sha256)
             self.trust = "file-verified"
@@ -230,7 +229,7 @@ def safe_name(member: str, origin: str) -> str:
     return name
 
 
-def verify_file(path: Path, sha256: str) -> State:
+def verify_file(path: Path, sha256: str) -> stamps.State:
     """`ArtifactError` unless the file has that sha256; what it was like then."""
     try:
         with path.open("rb") as file:
@@ -243,7 +242,7 @@ def verify_file(path: Path, sha256: str) -> State:
     return state
 
 
-def open_same(path: Path, state: State | None) -> BinaryIO:
+def open_same(path: Path, state: stamps.State | None) -> BinaryIO:
     """The file, which must be as it was when it was verified, if it was."""
     file = path.open("rb")
     if state not in (None, stamps.facts(os.fstat(file.fileno()))):

@@ -46,7 +46,7 @@ def number(op: str, arg: Scalar, value: Any) -> Any:
 def word(op: str, arg: Text, value: object) -> int:
     """The address of a word, as C has text."""
     if type(value) is not str or value not in arg.words:
-        got, expected = f"{printed(value)}", " or ".join(map(repr, arg.words))
+        got, expected = printed(value), " or ".join(map(repr, arg.words))
         raise ArgumentError(op, arg.name, got=got, expected=expected)
     return c_text(value)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from stress_strength import IS_SANITIZED
 
 import fi_ffi
 from fi_ffi.loader import machine as of_loader
@@ -22,9 +23,8 @@ from attention import machines
 from calls import HostArray
 
 OP = OPS["gdn_prefill"]
-# Set by tools/gpu_sanitize.sh, under which kernels are 10 to 100 times slower and a library's
-# own kernels would be looked at as well.
-IS_SANITIZED = os.environ.get("FI_FFI_SANITIZER") == "1"
+# Under compute-sanitizer kernels are 10 to 100 times slower, and a library's own kernels would be
+# looked at as well.
 # Seconds that a stream may stand still.
 LIMIT = 400.0 if IS_SANITIZED else 20.0
 # Seconds after which a process that a stuck kernel holds is ended, whatever it waits for.

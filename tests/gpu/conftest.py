@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stress_strength import IS_SANITIZED
 
 import fi_ffi
 
@@ -39,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.environ.get("FI_FFI_RUN_GPU_TESTS") == "1":
-        if os.environ.get("FI_FFI_SANITIZER") == "1":
+        if IS_SANITIZED:
             _leave_out(items)
         return
     skip = pytest.mark.skip(reason="needs a GPU: set FI_FFI_RUN_GPU_TESTS=1 and FI_FFI_KERNELS")
@@ -62,13 +63,6 @@ def kernels() -> None:
     """Every op takes the form of the kernels' release, before a case is made for it."""
     if os.environ.get("FI_FFI_RUN_GPU_TESTS") == "1":
         fi_ffi.use_kernels(os.environ["FI_FFI_KERNELS"])
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import fi_ffi
@@ -62,8 +61,3 @@ def every() -> Module:
 def by_hand() -> Module:
     """by_hand.c: functions that tell no signature, and would crash if they were asked."""
     return fi_ffi.module(compiled("by_hand.c"))
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng()

@@ -9,7 +9,6 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fi_ffi.abi.function import Entry
@@ -61,10 +60,3 @@ class Recording:
 @pytest.fixture(scope="session")
 def recording() -> Callable[..., Recording]:
     return functools.cache(Recording)
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(np.random.default_rng().bytes(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-import numpy as np
 import pytest
 
 from fi_ffi import reference
@@ -16,13 +13,6 @@ from fi_ffi.reference import norm
 from attention.machines import Cpu
 from attention.pretend import Pretend, current_stream
 from prepared_calls import Mine
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import ml_dtypes
@@ -12,13 +11,6 @@ import pytest
 from fi_ffi.reference.exact_attention import Exact
 
 FLOAT32 = 2.0**-19
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
 
 
 def _worst(error: np.ndarray, allowed: np.ndarray) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import pytest
 
 import fi_ffi
@@ -40,10 +39,3 @@ def machine(
     made.close()
     record_property("launches", made.launches)
     count.done(made.launches)
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)

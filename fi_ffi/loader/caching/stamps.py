@@ -16,6 +16,7 @@ from pathlib import Path
 from fi_ffi.errors import LoaderError
 from fi_ffi.loader.caching.temporaries import temporary
 
+State = tuple[int, int, int, int]  # what `facts` tells of a file
 USE_GRAIN = 3600.0  # seconds; uses closer together than that are not written down
 
 
@@ -60,7 +61,7 @@ def last_use(path: Path, status: os.stat_result) -> float:
         return status.st_mtime
 
 
-def facts(status: os.stat_result) -> tuple[int, int, int, int]:
+def facts(status: os.stat_result) -> State:
     """What stays the same while the content does."""
     # The change time shows what the others do not: a file written over in place, with
     # its size and its modification time put back.  The device is left out, as network
