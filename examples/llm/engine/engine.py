@@ -1,0 +1,170 @@
+"""Continuous batching: which tokens go into each step, and what comes of them.
+
+A step is queued on the stream before the tokens of the step before it have arrived: a token
+goes from one step to the next on the device, and the host reads it meanwhile.  So the GPU
+does not wait for Python, and that a request has ended is seen one step later.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from .pages import Pages
+from .sampling import Sampling
+from .steps import Steps
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and what comes of it: `tokens` grows until `finished` says why it does not."""
+
+    prompt: list
+    sampling: Sampling
+    tokens: list = field(default_factory=list)  # those drawn, without what ended it
+    finished: str | None = None  # "stop", "length" or "cancelled"
+    reused: int = 0  # tokens of the prompt that were in the cache already
+    slot: int | None = None
+    pages: list = field(default_factory=list)
+    promised: int = 0  # pages set apart that are not yet in `pages`
+    computed: int = 0  # tokens whose keys and values are in the cache, or will be
+    drawn: int = 0  # tokens drawn, with those that the host has not seen
+    numbers: object = None
+
+    @property
+    def length(self):
+        """Tokens that are computed before the next is drawn."""
+        return len(self.prompt) + self.drawn
+
+
+class Engine:
+    """A model that serves requests.
+
+    Args:
+        model: see `load`.
+        num_pages, page_size: of the model's cache.
+        use_graphs: on a GPU, record decoding once for each size of batch.
+    """
+
+    def __init__(self, model, num_pages, page_size, use_graphs=True):
+        self.model, self.config, self.page_size = model, model.config, page_size
+        # The states of linear attention are not in pages: there a prompt is not reused.
+        self.pages = Pages(num_pages, page_size, reuse=not self.config.is_hybrid)
+        self.steps = Steps(model, num_pages, page_size, use_graphs)
+        self.waiting, self.running, self.queued = deque(), [], None
+        self.slots = [*range(model.slots)][::-1]
+
+    def submit(self, prompt, sampling=None):
+        """Queue a prompt (token ids); ValueError where it could never be run."""
+        request = self.request(prompt, sampling)
+        self.waiting.append(request)
+        return request
+
+    def request(self, prompt, sampling=None):
+        """What `submit` queues, checked; any thread may make one."""
+        request = Request([*map(int, prompt)], sampling or Sampling())
+        total, vocab = len(request.prompt) + request.sampling.max_tokens, self.config.vocab
+        if not request.prompt or not all(0 <= token < vocab for token in request.prompt):
+            raise ValueError(f"a prompt is one token or more, each from 0 to {vocab - 1}")
+        room = min(self.config.max_positions, self.pages.total * self.page_size)
+        if total > room:
+            raise ValueError(f"{total} tokens, max_tokens included; there is room for {room}")
+        request.numbers = request.sampling.generator()
+        return request
+
+    def cancel(self, request):
+        """End a request; its pages are free for the next step."""
+        if request.finished is None:
+            self._finish(request, "cancelled")
+
+    def step(self):
+        """Queue a step and take in the one before it.
+
+        Returns the requests that have got a token or have ended; None when nothing is left.
+        """
+        self._admit()
+        work = self._schedule()
+        before, self.queued = self.queued, self.steps.queue(work) if work else None
+        if before is None:
+            return [] if work else None
+        return self._arrived(before)
+
+    def run(self):
+        """Steps until nothing is left to do."""
+        while self.step() is not None:
+            pass
+
+    def generate(self, prompt, sampling=None):
+        """Tokens of one request, each when it is there."""
+        request, told = self.submit(prompt, sampling), 0
+        try:
+            while request.finished is None or told < len(request.tokens):
+                if told == len(request.tokens):
+                    self.step()
+                yield from request.tokens[told:]
+                told = len(request.tokens)
+        finally:
+            self.cancel(request)
+
+    def _admit(self):
+        """Requests in order, while there are slots and all the pages that each may come to need."""
+        while self.waiting and self.slots:
+            request = self.waiting[0]
+            found = self.pages.find(request.prompt)
+            # The last token drawn is never computed.
+            total = len(request.prompt) + request.sampling.max_tokens - 1
+            need = -(-total // self.page_size) - len(found)
+            if not self.pages.promise(need):
+                self.pages.give_back(found)
+                return
+            self.running.append(self.waiting.popleft())
+            request.pages, request.promised, request.slot = found, need, self.slots.pop()
+            request.computed = request.reused = len(found) * self.page_size
+            self.steps.admit(request)
+
+    def _schedule(self):
+        """(request, tokens) of the next step: one token where it decodes, the rest for prompts."""
+        room, work = self.model.max_tokens, []
+        # Who decodes comes first: a long prompt delays nobody by more than a step of its own.
+        for request in sorted(self.running, key=lambda r: r.drawn == 0):
+            count = min(request.length - request.computed, room)
+            if count and request.drawn < request.sampling.max_tokens:
+                self._grow(request, request.computed + count)
+                work.append((request, count))
+                room -= count
+        return work
+
+    def _grow(self, request, tokens):
+        while len(request.pages) * self.page_size < tokens:
+            request.pages.append(self.pages.take())
+            request.promised -= 1
+            self.steps.place(request, len(request.pages) - 1)
+
+    def _arrived(self, step):
+        tokens, changed = self.steps.tokens(step), []
+        for request, start, end in step.filled:
+            if request.finished is None and end // self.page_size > start // self.page_size:
+                self.pages.remember(request.pages, request.prompt + request.tokens, start, end)
+                self.steps.place(request, start // self.page_size)
+        for request, token in zip(step.sampled, tokens, strict=True):
+            if request.finished is not None:  # it ended while this was under way
+                continue
+            changed.append(request)
+            if token in self.config.eos and not request.sampling.ignore_eos:
+                self._finish(request, "stop")
+                continue
+            request.tokens.append(token)
+            if len(request.tokens) == request.sampling.max_tokens:
+                self._finish(request, "length")
+        return changed
+
+    def _finish(self, request, why):
+        request.finished = why
+        if request.slot is None:
+            self.waiting.remove(request)
+            return
+        self.running.remove(request)
+        self.slots.append(request.slot)
+        self.pages.promised -= request.promised
+        self.pages.give_back(request.pages)
+
+    def close(self):
+        self.model.device.close()

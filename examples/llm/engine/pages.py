@@ -1,0 +1,82 @@
+"""Which pages of the cache each request has, and which prompts begin with pages that are there."""
+
+from collections import OrderedDict
+
+SCRAP = 0  # a page that belongs to nobody: what pads a batch writes here
+
+
+class Pages:
+    """Pages in use, free ones, and ones that nobody uses but whose tokens are known.
+
+    A full page is known by the page before it and its own tokens, compared exactly: two
+    prompts share pages only where all tokens up to the end of them are the same.
+    """
+
+    def __init__(self, count, page_size, reuse=True):
+        self.page_size, self.reuse, self.total = page_size, reuse, count - 1
+        self.free = [*range(count - 1, SCRAP, -1)]
+        self.users = [0] * count
+        self.known = {}  # (the page before, tokens) -> page
+        self.key_of = {}  # page -> its key in `known`
+        self.idle = OrderedDict()  # known pages without users, longest idle first
+        self.promised = 0
+
+    def promise(self, count):
+        """Set `count` pages apart for a request to take later; False where there are too few."""
+        if count > len(self.free) + len(self.idle) - self.promised:
+            return False
+        self.promised += count
+        return True
+
+    def take(self):
+        """A page out of those promised."""
+        self.promised -= 1
+        if self.free:
+            page = self.free.pop()
+        else:  # None follows this one: what follows a page has never been idle for less long.
+            page, _ = self.idle.popitem(last=False)
+            del self.known[self.key_of.pop(page)]
+        self.users[page] = 1
+        return page
+
+    def find(self, tokens):
+        """The pages with a prompt's beginning, one user more of each; a token at least is left."""
+        found, size = [], self.page_size
+        for start in range(0, (len(tokens) - 1) // size * size if self.reuse else 0, size):
+            key = (found[-1] if found else None, tuple(tokens[start : start + size]))
+            if key not in self.known:
+                break
+            found.append(self.known[key])
+        for page in found:
+            self.users[page] += 1
+            self.idle.pop(page, None)
+        return found
+
+    def remember(self, pages, tokens, start, end):
+        """The pages that tokens `start` to `end` have filled, for prompts to come.
+
+        Where another request has filled one with the same tokens, `pages` gets that one
+        instead: a known page always follows one that its own users hold.
+        """
+        size = self.page_size
+        for i in range(start // size, end // size if self.reuse else 0):
+            key = (pages[i - 1] if i else None, tuple(tokens[i * size : (i + 1) * size]))
+            same = self.known.setdefault(key, pages[i])
+            if same == pages[i]:
+                self.key_of[same] = key
+                continue
+            self.users[same] += 1
+            self.idle.pop(same, None)
+            self.give_back(pages[i : i + 1])
+            pages[i] = same
+
+    def give_back(self, pages):
+        """One user less, of the last page first: it is to be idle for longer than those before."""
+        for page in reversed(pages):
+            self.users[page] -= 1
+            if self.users[page]:
+                continue
+            if page in self.key_of:
+                self.idle[page] = None
+            else:
+                self.free.append(page)

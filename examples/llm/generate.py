@@ -1,0 +1,71 @@
+"""Text from a checkpoint, token by token.
+
+    python3 examples/llm/generate.py "Once upon a time"            # a tiny random model, made here
+    python3 examples/llm/generate.py --model FOLDER "Once upon a time"
+
+Several prompts are served together.  Without a GPU, or with --cpu, numpy computes.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from engine import Sampling, load
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("prompts", nargs="+")
+    parser.add_argument("--model", help="a folder in the hub's layout; else a tiny one is made")
+    parser.add_argument("--tiny", default="qwen3", choices=("llama", "qwen3", "qwen3_next"))
+    parser.add_argument("--cpu", action="store_true", help="the reference kernels, in numpy")
+    parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--seed", type=int)
+    return parser.parse_args()
+
+
+def main():
+    given = arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        model = given.model
+        if model is None:
+            from engine.checkpoint import make_tiny
+
+            model = make_tiny(folder, given.tiny)
+            print(
+                f"a tiny {given.tiny} of random weights: what it writes means nothing",
+                file=sys.stderr,
+            )
+        engine = load(model, "cpu" if given.cpu else None)
+        tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
+    sampling = Sampling(given.temperature, given.top_k, given.top_p, given.min_p, given.seed,
+                        given.max_tokens)  # fmt: skip
+    requests = [engine.submit(tokenizer.encode(text).ids, sampling) for text in given.prompts]
+    streams = [DecodeStream(skip_special_tokens=True) for _ in requests]
+    told, start = [0] * len(requests), time.perf_counter()
+    texts = [*given.prompts]
+    while engine.step() is not None:
+        for i, request in enumerate(requests):
+            for token in request.tokens[told[i] :]:
+                piece = streams[i].step(tokenizer, token) or ""
+                texts[i] += piece
+                if len(requests) == 1:  # as it comes; several would mix
+                    print(piece if told[i] else given.prompts[0] + piece, end="", flush=True)
+                told[i] += 1
+    if len(requests) > 1:
+        print(*texts, sep="\n---\n", end="")
+    seconds = time.perf_counter() - start
+    print(f"\n{sum(told)} tokens, {sum(told) / seconds:.1f} a second", file=sys.stderr)
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The commands of docs/llm.md, as a reader would type them; pip's line is what CI installs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import requests
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "llm.md").read_text()
+BLOCKS = re.findall(
+    r"<!-- run by: tests/llm/test_commands.py -->\n```sh\n(.*?)```", PAGE, re.DOTALL
+)
+
+
+def command(line: str, *more: str) -> list[str]:
+    words = shlex.split(line.removesuffix(" &"))
+    assert words[0] == "python3"
+    return [sys.executable, *words[1:], *more]
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "qwen3_next"])
+def test_the_first_tokens(kind):
+    install, generate = BLOCKS[0].splitlines()
+    assert install == "python3 -m pip install '.[llm]'"
+    line = command(generate, "--cpu", "--tiny", kind, "--max-tokens", "6")
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, timeout=120, check=True)
+    assert done.stdout.startswith(b"Once upon a time")
+    assert re.search(rb"\d tokens, [\d.]+ a second", done.stderr)
+
+
+def test_several_prompts_and_what_is_wrong():
+    program = [sys.executable, "examples/llm/generate.py", "--cpu"]
+    done = subprocess.run([*program, "one", "two"], cwd=ROOT, capture_output=True, timeout=120)
+    assert done.returncode == 0
+    assert [part[:3] for part in done.stdout.split(b"\n---\n")] == [b"one", b"two"]
+    done = subprocess.run(
+        [*program, "--top-p", "7", "one"], cwd=ROOT, capture_output=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert b"top_p is 7.0" in done.stderr
+
+
+def test_the_server():
+    """Its own lines, on a port that is free."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    serve, curl = BLOCKS[1].replace("8000", port).replace("\\\n", "").splitlines()
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}
+    server = subprocess.Popen(command(serve, "--cpu"), cwd=ROOT, env=env)
+    try:
+        end = time.monotonic() + 60
+        while True:
+            try:
+                requests.get(f"http://127.0.0.1:{port}/v1/models", timeout=5)
+                break
+            except requests.ConnectionError:
+                assert time.monotonic() < end
+                time.sleep(0.1)
+        words = shlex.split(curl)
+        body = words[words.index("-d") + 1]
+        header = dict([words[words.index("-H") + 1].split(": ")])
+        url = f"http://{words[2]}"
+        answer = requests.post(url, data=body, headers=header, timeout=60)
+        assert answer.status_code == 200
+        assert answer.text.endswith("data: [DONE]\n\n")
+    finally:
+        server.terminate()
+        assert server.wait(20) in (0, -15)

@@ -1,0 +1,117 @@
+"""What examples/llm computes, against the same architecture in float64, written independently."""
+
+from __future__ import annotations
+
+import engine.config
+import engine.model
+import numpy as np
+import pytest
+from engine import Sampling
+from llm.serving import KINDS, check_empty, greedy, texts
+
+import fi_ffi
+
+LENGTHS = (1, 5, 40, 17, 100)
+by_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@by_kind
+@pytest.mark.parametrize("max_tokens", [512, 33], ids=["whole", "cut"])
+def test_prompts_and_decoding(serve, kind, max_tokens):
+    """Each request's prompt, whole or in pieces, and six tokens after it."""
+    serving = serve(kind)
+    engine = serving.engine(max_tokens=max_tokens)
+    drawn = Sampling(max_tokens=6, ignore_eos=True)
+    requests = [engine.submit(serving.prompt(n), drawn) for n in LENGTHS]
+    engine.run()
+    for request in requests:
+        assert len(request.tokens) == 6
+        assert request.finished == "length"
+        assert serving.error(request) <= 1
+    check_empty(engine)
+
+
+@by_kind
+def test_long_decoding(serve, kind):
+    """Over pages' ends, and far from the prompt."""
+    serving = serve(kind)
+    engine = serving.engine(page_size=16)
+    request = engine.submit(serving.prompt(13), Sampling(max_tokens=70, ignore_eos=True))
+    engine.run()
+    assert serving.error(request) <= 1
+
+
+@by_kind
+def test_together_as_alone(serve, kind, where):
+    serving = serve(kind)
+    prompts = [serving.prompt(n) for n in LENGTHS]
+    together = serving.engine(max_tokens=512)  # where prompts are not cut
+    got = [together.submit(prompt, greedy()) for prompt in prompts]
+    together.run()
+    for prompt, request in zip(prompts, got, strict=True):
+        alone = serving.engine(max_tokens=512)
+        one = alone.submit(prompt, greedy())
+        alone.run()
+        if where == "cpu":  # a row of a product does not depend on the others
+            assert one.tokens == request.tokens
+            assert (np.array(serving.logits[one]) == np.array(serving.logits[request])).all()
+        # A GPU's matrix products round otherwise in other sizes: each is right, within bounds.
+        assert serving.error(one) <= 1
+    assert all(serving.error(request) <= 1 for request in got)
+
+
+@by_kind
+def test_neighbours_do_not_matter(serve, kind, where):
+    """The same request beside others, in another slot, and with them arriving later."""
+    serving = serve(kind)
+    prompt = serving.prompt(20)
+    mine = Sampling(temperature=1.5, top_k=100, top_p=0.95, min_p=0.001, seed=11, max_tokens=12,
+                    ignore_eos=True)  # fmt: skip
+    other = Sampling(temperature=0.7, seed=5, max_tokens=30, ignore_eos=True)
+    first = texts(serving.engine(), [prompt, serving.prompt(20)], mine, other)[0]
+    engine = serving.engine()
+    moved = texts(engine, [serving.prompt(20), prompt], other, mine)[1]
+    assert first == moved
+    if where == "cpu":  # with the beginning found in the cache, a GPU's products round otherwise
+        again = texts(engine, [serving.prompt(20), prompt], other, mine)[1]
+        assert first == again
+
+
+def test_other_numbers_of_heads(serve):
+    """Five query heads a key head: no decode kernel has them, and prefill's takes over."""
+    serving = serve("qwen3", num_attention_heads=5, num_key_value_heads=1)
+    engine = serving.engine()
+    request = engine.submit(serving.prompt(9), greedy())
+    engine.run()
+    assert serving.error(request) <= 1
+    assert isinstance(engine.steps.decodes[1], fi_ffi.BatchPrefillPlan)
+
+
+FAULTS = {
+    # A token's key is not kept; heads are not normalised; positions are one on; another scale
+    # of frequencies; a state is not carried on; a gate is left out.
+    "append": ("llama", fi_ffi, "append_paged_kv_cache", lambda *given, **more: None),
+    "norm": ("qwen3", fi_ffi, "qk_rmsnorm", lambda *given, **more: None),
+    "theta": ("qwen3", engine.config.Config, "cos_sin_cache", "theta"),
+    "llama3": ("llama", engine.config.Config, "_llama3", lambda self, frequencies: frequencies),
+    "state": ("qwen3_next", engine.model.Model, "clear", "clear"),
+    "gate": ("qwen3_next", engine.model.Model, "gate", lambda *given: None),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_seen(serve, fault, monkeypatch):
+    kind, owner, name, wrong = FAULTS[fault]
+    real = getattr(owner, name)
+    if wrong == "theta":
+        # All positions one on is the same attention: only from the second on.
+        def wrong(self, count):
+            return np.concatenate([real(self, 1), real(self, count + 1)[2:]])
+    elif wrong == "clear":
+        wrong = lambda self, slot: None  # noqa: E731
+    monkeypatch.setattr(owner, name, wrong)
+    serving = serve(kind)
+    engine = serving.engine(max_batch=1)
+    requests = [engine.submit(serving.prompt(80), greedy()) for _ in range(2)]
+    engine.run()
+    assert max(serving.error(request) for request in requests) > 1

@@ -1,0 +1,340 @@
+"""Continuous batching in examples/llm: pages, slots, reuse, cancellation, and drawing tokens."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from engine import Config, Sampling, load
+from engine.pages import Pages
+from engine.sampling import columns_of, keep
+from engine.weights import Weights
+from llm.serving import KINDS, check_empty, greedy, texts
+
+
+def test_more_requests_than_slots_and_pages(serve):
+    serving = serve("llama")
+    engine = serving.engine(num_pages=20, max_batch=3, max_tokens=40)
+    requests = []
+    for n in serving.rng.integers(1, 120, 25):
+        length = int(serving.rng.integers(1, 30))
+        sampling = Sampling(max_tokens=length, ignore_eos=True)
+        requests.append(engine.submit(serving.prompt(int(n)), sampling))
+    most = 0
+    while engine.step() is not None:
+        most = max(most, len(engine.running))
+    assert most == 3
+    assert all(len(request.tokens) == request.sampling.max_tokens for request in requests)
+    for request in serving.rng.choice(requests, 6, replace=False):
+        assert serving.error(request) <= 1
+    check_empty(engine)
+
+
+def test_a_request_too_large_for_what_is_left_waits(serve):
+    engine = serve("llama").engine(num_pages=11, page_size=16)
+    large = engine.submit([1] * 100, greedy(20))  # 8 of 10 pages
+    second = engine.submit([2] * 40, greedy(20))  # 4
+    engine.step()
+    assert large.slot is not None
+    assert second.slot is None
+    engine.run()
+    assert len(second.tokens) == 20
+    check_empty(engine)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_prompts_beginning_is_found_again(serve, kind, where):
+    serving = serve(kind)
+    start = serving.prompt(50)
+    fresh, engine = serving.engine(), serving.engine()
+    ends = [serving.prompt(n) for n in (1, 9, 40)]
+    first = engine.submit(start + ends[0], greedy())
+    engine.run()
+    for end in ends:
+        request = engine.submit(start + end, greedy())
+        engine.run()
+        assert request.reused == 48  # three full pages
+        assert serving.error(request) <= 1
+        if where == "cpu":
+            assert request.tokens == texts(fresh, [start + end], greedy())[0]
+    assert first.reused == 0
+    # The whole of it: one token at least is computed, to draw from.
+    exact = engine.submit(start[:48], greedy())
+    engine.run()
+    assert exact.reused == 32
+    # Text that was generated is in pages too.
+    more = engine.submit(first.prompt + first.tokens + serving.prompt(3), greedy())
+    engine.run()
+    assert more.reused == 48
+    longer = engine.submit(start + ends[2], greedy(30))
+    engine.run()
+    after = engine.submit(longer.prompt + longer.tokens, greedy())
+    engine.run()
+    assert after.reused == (90 + 29) // 16 * 16
+    assert serving.error(after) <= 1
+    check_empty(engine)
+
+
+def test_the_same_prompt_twice_at_once_has_one_set_of_pages(serve):
+    serving = serve("llama")
+    engine = serving.engine(max_batch=2)
+    prompt = serving.prompt(40)
+    requests = [engine.submit(prompt, greedy(n)) for n in (30, 34)]
+    for _ in range(12):
+        engine.step()
+    one, two = (request.pages for request in requests)
+    assert one[:3] == two[:3]
+    assert one[3] != two[3]
+    engine.run()
+    assert all(serving.error(request) <= 1 for request in requests)
+    check_empty(engine)
+
+
+def test_another_beginning_is_not_taken_for_it(serve):
+    serving = serve("qwen3")
+    engine = serving.engine()
+    prompt = serving.prompt(64)
+    texts(engine, [prompt], greedy())
+    for place in (0, 17, 47):
+        other = [*prompt]
+        other[place] = (other[place] + 1) % 256
+        request = engine.submit(other, greedy())
+        engine.run()
+        assert request.reused == place // 16 * 16
+        assert serving.error(request) <= 1
+
+
+def test_linear_attention_reuses_nothing(serve):
+    serving = serve("qwen3_next")
+    engine = serving.engine()
+    prompt = serving.prompt(60)
+    texts(engine, [prompt], greedy())
+    again = engine.submit(prompt, greedy())
+    engine.run()
+    assert again.reused == 0
+    assert serving.error(again) <= 1
+
+
+def test_pages_that_nobody_uses_make_room(serve):
+    """The longest idle first, from the end of a prompt on."""
+    serving = serve("llama")
+    engine = serving.engine(num_pages=11)
+    prompts = [serving.prompt(64) for _ in range(6)]
+    for prompt in prompts:
+        texts(engine, [prompt], greedy(4))
+    for prompt in (prompts[5], prompts[0]):
+        request = engine.submit(prompt, greedy(4))
+        engine.run()
+        assert serving.error(request) <= 1
+        assert (request.reused > 0) == (prompt is prompts[5])
+    check_empty(engine)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cancelled(serve, kind):
+    """While waiting, in its prompt, with a token under way, and after the end."""
+    serving = serve(kind)
+    engine = serving.engine(max_batch=2, max_tokens=16)
+    running = [engine.submit(serving.prompt(n), greedy(20)) for n in (5, 60)]
+    waiting = engine.submit(serving.prompt(5), greedy())
+    engine.cancel(waiting)
+    assert waiting.finished == "cancelled"
+    for _ in range(3):
+        engine.step()
+    for request in running:
+        assert request.slot is not None
+        engine.cancel(request)
+        engine.cancel(request)
+    check_empty(engine)
+    # Their slots and pages serve others, while what was queued still runs.
+    after = [engine.submit(serving.prompt(n), greedy(20)) for n in (30, 3)]
+    engine.run()
+    assert all(serving.error(request) <= 1 for request in after)
+    assert all(len(request.tokens) < 20 for request in running)
+    check_empty(engine)
+
+
+def test_generate(serve):
+    serving = serve("llama")
+    engine = serving.engine()
+    prompt = serving.prompt(10)
+    tokens = [*engine.generate(prompt, greedy(10))]
+    assert tokens == texts(engine, [prompt], greedy(10))[0]
+    stream = engine.generate(prompt, greedy(10))
+    assert [next(stream) for _ in range(3)] == tokens[:3]
+    stream.close()
+    check_empty(engine)
+
+
+def test_the_end_of_text(serve):
+    """The token that ends a text is not part of it; ignore_eos makes it one."""
+    serving = serve("llama")
+    prompt = serving.prompt(10)
+    plain = texts(serving.engine(), [prompt], greedy(12))[0]
+    end = plain[-1]
+    at = plain.index(end)
+    config = json.loads((serving.path / "config.json").read_text()) | {"eos_token_id": [999, end]}
+    (serving.path / "config.json").write_text(json.dumps(config))
+    engine = serving.engine()
+    request = engine.submit(prompt, Sampling(temperature=0, max_tokens=12))
+    engine.run()
+    assert request.tokens == plain[:at]
+    assert request.finished == "stop"
+    assert texts(engine, [prompt], greedy(12))[0] == plain
+    check_empty(engine)
+
+
+def shares(serving, sampling, count=4000):
+    """How often each token is drawn from the same logits, and the logits."""
+    engine = serving.engine(max_batch=50)
+    prompt = serving.prompt(5)
+    drawn = Counter()
+    for seed in range(count):
+        request = engine.submit(prompt, Sampling(**sampling, seed=seed, max_tokens=1))
+    requests = [request]
+    while engine.step() is not None:
+        pass
+    for request, rows in serving.logits.items():
+        drawn[request.tokens[0] if request.tokens else engine.config.eos[0]] += 1
+        logits = rows[0].astype(np.float64)
+    assert requests
+    return drawn, logits
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"temperature": 0.5}, {"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.2},
+     {"top_k": 20, "top_p": 0.8, "min_p": 0.05, "temperature": 1.3}],
+    ids=str,
+)  # fmt: skip
+def test_tokens_are_drawn_by_their_probabilities(serve, sampling):
+    serving = serve("llama", num_hidden_layers=1)
+    count = 1500
+    drawn, logits = shares(serving, sampling, count)
+    p = np.exp((logits - logits.max()) / sampling.get("temperature", 1))
+    p /= p.sum()
+    order = np.argsort(-p)
+    left = np.ones(len(p), bool)
+    left[order[sampling.get("top_k", len(p)) :]] = False
+    q = np.where(left, p, 0) / p[left].sum()
+    before = np.cumsum(q[order]) - q[order]
+    left[order[before >= sampling.get("top_p", 2)]] = False
+    left &= p >= sampling.get("min_p", 0) * p.max()
+    q = np.where(left, p, 0) / p[left].sum()
+    assert all(left[token] for token in drawn)
+    got = np.array([drawn[token] for token in range(len(p))]) / count
+    # Five standard deviations, and five draws where hardly any are expected.
+    assert (np.abs(got - q) <= 5 * np.sqrt(q * (1 - q) / count) + 5 / count).all()
+
+
+def test_temperature_0_takes_the_greatest(serve):
+    serving = serve("qwen3")
+    engine = serving.engine()
+    request = engine.submit(serving.prompt(7), greedy(10))
+    other = engine.submit(serving.prompt(7), Sampling(seed=1, max_tokens=10, ignore_eos=True))
+    engine.run()
+    assert request.tokens == [int(row.argmax()) for row in serving.logits[request][:10]]
+    assert other.tokens != [int(row.argmax()) for row in serving.logits[other][:10]]
+
+
+def test_a_seed_is_repeated_and_none_is_not(serve):
+    engine = serve("llama").engine()
+
+    def text(seed):
+        return texts(engine, [[1, 2, 3]], Sampling(seed=seed, max_tokens=16, ignore_eos=True))[0]
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+    assert text(None) != text(None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [({"temperature": -1}, "temperature"), ({"top_p": 0}, "top_p"), ({"top_p": 1.5}, "top_p"),
+     ({"min_p": 2}, "min_p"), ({"top_k": -1}, "top_k"), ({"max_tokens": 0}, "max_tokens")],
+)  # fmt: skip
+def test_wrong_parameters(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        Sampling(**wrong)
+
+
+def test_requests_that_can_never_be_run(serve):
+    engine = serve("llama").engine(num_pages=5)
+    for prompt, words in (([], "one token"), ([257], "from 0 to 256"), ([-1], "from 0 to 256"),
+                          ([1] * 60, "room for 64")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            engine.submit(prompt, greedy(5))
+    check_empty(engine)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"model_type": "gpt2"}, "gpt2"), ({"attention_bias": True}, "attention_bias"),
+     ({"quantization_config": {"bits": 4}}, "quantization_config"),
+     ({"rope_scaling": {"rope_type": "yarn"}}, "yarn")],
+)  # fmt: skip
+def test_models_that_are_not_here(serve, change, words):
+    path = serve("llama").path
+    raw = json.loads((path / "config.json").read_text()) | change
+    (path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=words):
+        Config.read(path)
+
+
+def test_one_file_and_shards(serve, tmp_path):
+    """The same weights in one file without an index; a missing one is named."""
+    from safetensors.numpy import load_file, save_file
+
+    serving = serve("qwen3")
+    prompt = serving.prompt(9)
+    sharded = texts(serving.engine(), [prompt], greedy())[0]
+    tensors = {}
+    for shard in serving.path.glob("*.safetensors"):
+        tensors |= load_file(shard)
+    one = tmp_path / "one"
+    one.mkdir()
+    save_file(tensors, one / "model.safetensors")
+    (one / "config.json").write_text((serving.path / "config.json").read_text())
+    engine = load(one, serving.where, num_pages=8, max_batch=2, max_tokens=32)
+    serving.engines.append(engine)
+    assert texts(engine, [prompt], greedy())[0] == sharded
+    with pytest.raises(KeyError, match="no tensor model.nothing"):
+        Weights(one)("model.nothing")
+
+
+def test_pages_by_themselves(rng):
+    """Takes and returns at random: no page is ever used by two that do not share its tokens."""
+    pages, held = Pages(40, 4), []
+    for _ in range(3000):
+        if held and rng.random() < 0.5:
+            tokens, mine, promised = held.pop(rng.integers(len(held)))
+            for page, start in zip(mine, range(0, len(tokens), 4), strict=False):
+                sharing = [other for other, theirs, _ in held if page in theirs]
+                assert all(other[: start + 4] == tokens[: start + 4] for other in sharing)
+            pages.promised -= promised
+            pages.give_back(mine)
+            continue
+        tokens = rng.integers(0, 2, rng.integers(1, 30)).tolist()
+        found = pages.find(tokens)
+        assert len(found) * 4 < len(tokens)
+        need = -(-len(tokens) // 4) - len(found)
+        if not pages.promise(need):
+            pages.give_back(found)
+            continue
+        taken = int(rng.integers(0, need + 1))
+        mine = found + [pages.take() for _ in range(taken)]
+        pages.remember(mine, tokens, len(found) * 4, min(len(mine) * 4, len(tokens)))
+        held.append((tokens, mine, need - taken))
+    for _, mine, promised in held:
+        pages.promised -= promised
+        pages.give_back(mine)
+    assert sorted([*pages.free, *pages.idle]) == [*range(1, 40)]
+    assert not any(pages.users)
+
+
+def test_parameters_of_a_slot():
+    columns = columns_of(2, 257)
+    keep(columns, 0, Sampling(temperature=0, top_k=9999), 257)
+    assert [column[0] for column in columns.values()] == [1, 257, 4, 0]
