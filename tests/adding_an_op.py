@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "adding-an-op.md"
 NAME = "mhc"
-_FILE = re.compile(r"`(fi_ffi/[\w/]+\.py)`:\n\n```python\n(.*?)```", re.DOTALL)
+_FILE = re.compile(r"`(fi_ffi/[\w/]+\.py)`:\n\n<!-- [^>]* -->\n```python\n(.*?)```", re.DOTALL)
 _KEPT = ("fi_ffi", "tests", "tools", "wheels.lock", "pyproject.toml", "README.md", "docs")
 
 

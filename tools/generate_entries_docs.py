@@ -40,7 +40,7 @@ compiled in, and changes no signature.
 ```python
 from fi_ffi.loader.entries import entries_of
 
-entries_of("{release}").of("sampling").entries["softmax"].signature   # and .names
+print(entries_of("{release}").of("sampling").entries["softmax"].signature)   # and .names
 ```
 
 ## How it is checked
@@ -87,7 +87,7 @@ def _groups(record: Entries) -> Iterator[str]:
         count = "" if group.is_listed else ", made on demand"
         count = f", {group.count} modules" + count if group.count > 1 else count
         yield f"**{title}**{more}{count}; {', '.join(f'`{source}`' for source in group.sources)}\n"
-        yield "```"
+        yield "```text"
         yield from (_signature(name, entry) for name, entry in group.entries.items())
         for kind, methods in group.objects.items():
             yield from (_signature(f"{kind}.{name}", entry) for name, entry in methods.items())

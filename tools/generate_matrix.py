@@ -31,6 +31,8 @@ for each release, and from what was called on GPUs. The same is printed by `fi-f
 (of the kernels at hand, or of a `--release`; `--json` has all reasons), and asked of an op:
 
 ```python
+import fi_ffi
+
 answer = fi_ffi.rmsnorm.supports(sm=90)          # of the kernels in use
 answer = fi_ffi.gdn_prefill.supports(sm=100, release="0.6.13")
 if not answer:
@@ -61,7 +63,7 @@ def _by_sm(release: str) -> Iterator[str]:
     compiled = WHEELS[CUDA, CPU]
     yield (
         f"The {CPU} wheel is compiled for {compiled}; the aarch64 wheel for 11.0a too. Code for "
-        "8.0 runs on 8.7 (Jetson Orin), and 12.0f on 12.1.\n"
+        "8.0 is not for 8.7 (Jetson Orin: [howto/jetson.md](howto/jetson.md)); 12.0f runs on 12.1.\n"
     )
     yield f"| op | {' | '.join(f'SM{sm}' for sm in SMS)} |\n|---|{'---|' * len(SMS)}"
     for line in lines():

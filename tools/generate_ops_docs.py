@@ -36,7 +36,8 @@ what is aligned how, how far offsets reach, what may be the same memory.
 
 A tensor is a `TensorDesc` or anything with a tensor protocol; a shape names its axes, and the
 same name is the same size. T and other capitals are dtypes, which a line below the arguments
-names. Every call takes `stream=` as well; on `device="cpu"` it runs the reference. *SMs* are
+names. An argument that is `REQUIRED` has to be given, although one before it need not be. Every
+call takes `stream=` as well; on `device="cpu"` it runs the reference. *SMs* are
 those that FlashInfer {release} compiles the module for, [matrix.md](matrix.md) says more.
 Arguments are those of {release}; where another release has others, the op takes those of the
 kernels in use.
@@ -102,7 +103,7 @@ def _op(op: Op, family: str) -> Iterator[str]:
     row = op.row
     yield f"### `{row.name}`\n"
     yield f"{row.doc}\n"
-    yield f"```python\nfi_ffi.{_signature(row)}\n```\n"
+    yield f"<!-- signature -->\n```python\nfi_ffi.{_signature(row)}\n```\n"
     yield "| argument | | |\n|---|---|---|"
     for arg in row.given:
         yield f"| `{arg.name}` | {_escaped(_kind(arg))} | {_escaped(getattr(arg, 'doc', ''))} |"

@@ -1,0 +1,34 @@
+"""The pages whose blocks need a GPU, or whose set-up puts its arrays on one, run on a GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("markdown_it", reason="finds the blocks")
+
+from blocks import PAGES, PageError, blocks_of, shown
+from blocks_page import run_page
+
+PATHS = ("FI_FFI_KERNELS", "FI_FFI_CACHE_DIR")
+
+
+def _is_of_a_gpu(page: Path) -> bool:
+    try:
+        blocks = blocks_of(page)
+    except PageError:  # tests/test_blocks.py tells it
+        return False
+    return any(block.needs == "gpu" or "on_device" in block.setup for block in blocks)
+
+
+@pytest.mark.parametrize("page", [*filter(_is_of_a_gpu, PAGES)], ids=shown)
+def test_blocks(page, tmp_path):
+    # The page is run in another folder, where a path of this one's is not.
+    environment = {name: os.path.abspath(os.environ[name]) for name in PATHS if name in os.environ}
+    became = run_page(page, tmp_path, "--gpu", FI_FFI_BLOCKS_DEVICE="cuda:0", **environment)
+    print(became)
+    missing = [line for line in became.splitlines() if ": skipped: " in line]
+    if missing and ": run\n" not in became:
+        pytest.skip(missing[0])

@@ -1,0 +1,146 @@
+"""Every code block of every page is run, or says why not: docs/testing.md has the marks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from blocks import PAGES, ROOT, PageError, blocks_of, shown
+from blocks_page import run_page
+
+IS_LONG = os.environ.get("FI_FFI_STRESS") == "long"
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """A fresh cache with what every call needs, fetched once for all pages."""
+    folder = tmp_path_factory.mktemp("blocks") / "cache"
+    program = "from fi_ffi.loader import runtime; runtime.ensure_tvm_ffi()"
+    environment = os.environ | {"FI_FFI_CACHE_DIR": str(folder)}
+    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), environment.get("PYTHONPATH", "")))
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=300)
+    return folder
+
+
+def run(page: Path, folder: Path, cache: Path) -> str:
+    own = folder / "cache"
+    if cache.exists():  # not where libtvm_ffi is installed
+        shutil.copytree(cache, own)
+    options = ["--long"] if IS_LONG else []
+    return run_page(page, folder, *options, FI_FFI_CACHE_DIR=str(own))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=shown)
+def test_blocks(page, tmp_path, cache):
+    if blocks_of(page):
+        print(run(page, tmp_path, cache))
+
+
+GOOD = """\
+<!-- setup
+x = 2
+-->
+```python
+print(x + 1)
+```
+
+<!-- output -->
+```text
+3
+```
+
+<!-- raises: KeyError -->
+```python
+{}["a"]
+```
+
+<!-- output -->
+```text
+KeyError: …
+```
+
+<!-- needs: gpu, a word more -->
+```python
+import no_such_module
+```
+
+<!-- not run: needs a machine nobody has -->
+```cpp
+int main() {
+```
+
+<!-- exits: 3 -->
+```sh
+echo $((x = 3)) > made
+exit 3
+```
+
+```python
+assert open("made").read() == "3\\n"
+```
+"""
+
+
+def test_what_is_right_passes(tmp_path, cache):
+    page = tmp_path / "page.md"
+    page.write_text(GOOD)
+    became = [line.split(": ", 2)[2] for line in run(page, tmp_path, cache).splitlines()]
+    assert became == ["run", "compared", "run", "compared", "skipped: needs a GPU", "left out",
+                      "run", "run"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("print(x + 1)", "print(y + 1)", "NameError"),
+        ("print(x + 1)", "print(x + 2)", "the page shows"),
+        ("import no_such_module", "import", "SyntaxError"),
+        ("raises: KeyError", "raises: ValueError", "KeyError: 'a'"),
+        ('{}["a"]', "{}", "did not raise KeyError"),
+        ("exit 3", "exit 4", "exit status 4"),
+        ("echo $((x = 3)) > made", "no-such-command", "exit status 127"),
+        ("exit 3", "if", "syntax error"),
+        ("needs: gpu", "needs: luck", "unknown mark `needs: luck"),
+        ("needs: gpu", "need: gpu", "unknown mark `need: gpu"),
+        ("not run: needs a machine nobody has", "not run: because", "unknown mark `not run: bec"),
+        ("not run: needs a machine nobody has", "run by: tests/test_blocks.py", "unknown mark"),
+        ("<!-- not run: needs a machine nobody has -->", "", "no mark says why"),
+        ("<!-- needs: gpu, a word more -->", "<!-- needs: gpu -->\n\nWords.\n", "is not before"),
+        ("<!-- needs: gpu, a word more -->", "Words <!-- needs: gpu -->.\n", "is not before"),
+        ("<!-- exits: 3 -->", "<!-- run by: tests/no_such.py -->", "does not name"),
+        ("```cpp", "```", "without a language"),
+        ("```cpp", "    indented", "has no language"),
+    ],
+)
+def test_what_is_wrong_fails(old, new, said, tmp_path, cache):
+    page = tmp_path / "page.md"
+    assert old in GOOD
+    page.write_text(GOOD.replace(old, new))
+    with pytest.raises(AssertionError) as failure:
+        run(page, tmp_path, cache)
+    assert said in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("language", "text"), [("json", "{'a': 1}"), ("toml", "a = "), ("python", "fi_ffi.rmsnorm(x)")]
+)
+def test_what_is_compared_can_fail(language, text, tmp_path, cache):
+    page = tmp_path / "page.md"
+    mark = "<!-- signature -->\n" if language == "python" else ""
+    page.write_text(f"{mark}```{language}\n{text}\n```\n")
+    with pytest.raises(AssertionError, match=f"the {language} block is wrong"):
+        run(page, tmp_path, cache)
+
+
+def test_the_pages_are_seen():
+    """What is read here is what stands there: a fence that is lost would be one that passes."""
+    readme = ROOT / "README.md"
+    fences = [line for line in readme.read_text().splitlines() if line.startswith("```")]
+    try:
+        assert len(blocks_of(readme)) == len(fences) // 2
+    except PageError as error:
+        pytest.fail(str(error))

@@ -1,0 +1,126 @@
+"""What the pages name in a span of code is there: commands, their options, functions, extras."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from blocks import PAGES, ROOT, Block, blocks_of, parsed, shown
+
+import fi_ffi
+from fi_ffi.cli import main
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=shown)
+ADDED = "fi_ffi.mhc_post"  # by who follows docs/adding-an-op.md
+
+
+def spans(page: Path) -> list[str]:
+    tokens = parsed(page.read_text())
+    inside = [child for token in tokens for child in token.children or ()]
+    return [child.content for child in inside if child.type == "code_inline"]
+
+
+def commands(page: Path) -> list[str]:
+    """The lines that call fi-ffi: in spans of code, and in blocks that a shell runs."""
+    shell = [line for block in blocks_of(page) for line in _shell_lines(block)]
+    return [line for line in spans(page) + shell if re.match(r"(\w+=\S* )*fi-ffi( |$)", line)]
+
+
+def _shell_lines(block: Block) -> list[str]:
+    if block.language != "sh":
+        return []
+    lines = block.code.replace("\\\n", " ").splitlines()
+    return [part.strip() for line in lines for part in re.split(r"&&|\|\||[|;]", line)]
+
+
+def check_command(line: str) -> None:
+    """Its names and options are those of the click command; `a|b` stands for either."""
+    command: click.Command = main
+    words = shlex.split(line.replace("…", "..."), comments=True)
+    words = words[words.index("fi-ffi") + 1 :]
+    context = click.Context(main)
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        names = words.pop(0).split("|")
+        if names == ["..."]:
+            return
+        found = [command.get_command(context, name) for name in names]
+        assert all(found), f"`{line}`: no command {names}"
+        command = found[0]
+    options = {"--help", "-h"}
+    for parameter in command.params:
+        options |= {*parameter.opts, *parameter.secondary_opts}
+    given = {word.partition("=")[0] for word in words if re.match(r"--?[A-Za-z]", word)}
+    assert given <= options, f"`{line}`: no option {sorted(given - options)}"
+
+
+@each_page
+def test_commands_exist(page):
+    for line in commands(page):
+        check_command(line)
+
+
+@pytest.mark.parametrize("line", ["fi-ffi demos", "fi-ffi cache list|lose", "fi-ffi demo --no"])
+def test_a_command_that_is_not_there_is_noticed(line):
+    with pytest.raises(AssertionError, match="no (command|option)"):
+        check_command(line)
+
+
+def _leaves(command: click.Command, name: str = "fi-ffi") -> Iterator[tuple[str, click.Command]]:
+    if not isinstance(command, click.Group):
+        yield name, command
+        return
+    context = click.Context(command)
+    for part in command.list_commands(context):
+        found = command.get_command(context, part)
+        assert found is not None
+        yield from _leaves(found, f"{name} {part}")
+
+
+def test_every_command_takes_json():
+    without = {
+        name
+        for name, command in _leaves(main)
+        if not any("--json" in parameter.opts for parameter in command.params)
+    }
+    assert without == {"fi-ffi trace"}
+    readme = (ROOT / "README.md").read_text()
+    assert "Each but `trace`, which writes JSON, takes `--json`." in readme
+
+
+def lost(span: str) -> str:
+    """The first part of `fi_ffi.a.b` that is not there; names in capitals stand for others."""
+    dotted = re.match(r"fi_ffi((?:\.[A-Za-z_]\w*)+)", span)
+    if dotted is None or dotted[0] == ADDED or re.search(r"\.[A-Z_]+$", dotted[0]):
+        return ""
+    found, path = fi_ffi, "fi_ffi"
+    for part in dotted[1][1:].split("."):
+        path += f".{part}"
+        try:
+            found = getattr(found, part) if hasattr(found, part) else importlib.import_module(path)
+        except ImportError:
+            return path
+    return ""
+
+
+@each_page
+def test_names_exist(page):
+    assert not [span for span in spans(page) if lost(span)]
+
+
+def test_a_name_that_is_not_there_is_noticed():
+    assert lost("fi_ffi.rmsnorms(x)") == "fi_ffi.rmsnorms"
+    assert not lost("fi_ffi.rmsnorm.prepare(out)")
+
+
+def test_extras_exist():
+    made = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+    extras = set(re.findall(r"^(\w+) = \[", made.partition("\n[")[0], re.MULTILINE))
+    for page in PAGES:
+        text = page.read_text()
+        for names in re.findall(r"(?:fi-ffi|\.)\[([a-z,]+)\](?=['\"`])", text):
+            assert set(names.split(",")) <= extras, f"{shown(page)}: {names}"
