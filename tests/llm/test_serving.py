@@ -92,6 +92,20 @@ def test_the_same_prompt_twice_at_once_has_one_set_of_pages(serve):
     check_empty(engine)
 
 
+def test_more_pages_are_named_than_there_are(serve):
+    """Eight requests that share most of a prompt."""
+    serving = serve("llama")
+    engine = serving.engine(num_pages=24)
+    start = serving.prompt(160)
+    texts(engine, [start], greedy(2))
+    requests = [engine.submit(start + serving.prompt(4), greedy(8)) for _ in range(8)]
+    engine.run()
+    for request in requests:
+        assert request.reused == 160
+        assert serving.error(request) <= 1
+    check_empty(engine)
+
+
 def test_another_beginning_is_not_taken_for_it(serve):
     serving = serve("qwen3")
     engine = serving.engine()

@@ -36,7 +36,10 @@ class Steps:
 
     def __init__(self, model, num_pages, page_size, use_graphs):
         self.model, self.device, self.config = model, model.device, model.config
-        self.num_pages, self.page_size = num_pages, page_size
+        self.page_size = page_size
+        # Requests may share pages, so that together they can name more than there are.
+        longest = -(-self.config.max_positions // page_size)
+        self.max_indices = model.slots * min(num_pages, longest)
         self.use_graphs = use_graphs and self.device.is_gpu
         self.sizes = [n for n in SIZES if n < model.slots] + [model.slots]
         self.mixed, self.decodes, self.graphs = None, {}, {}
@@ -45,7 +48,7 @@ class Steps:
         self.table = np.full((model.slots + 1, num_pages), SCRAP, np.int32)
         self.columns = columns_of(model.slots + 1, self.config.vocab)
         # Two of each: the host writes or reads one while the other's copy may still run.
-        room = 12 * model.max_tokens + 48 * model.slots + 4 * num_pages + 1024
+        room = 12 * model.max_tokens + 48 * model.slots + 4 * self.max_indices + 1024
         self.staging = itertools.cycle([self.device.pinned((room,), "uint8") for _ in "ab"])
         self.arriving = itertools.cycle(
             [self.device.pinned((model.slots, 1), "int32") for _ in "ab"]
@@ -139,11 +142,10 @@ class Steps:
         if not size:
             batch.attend = self._plan_mixed(host)
             return self.model.forward(batch)
-        # A graph has room for all pages there are.
-        pages = fi_ffi.TensorDesc(
-            batch.kv_indices.ptr, (self.num_pages,), "int32", device=self.device.name
-        )
-        batch.kv_indices = pages if self.device.is_gpu else batch.kv_indices
+        if self.use_graphs:  # which have room for all pages that there may be
+            batch.kv_indices = fi_ffi.TensorDesc(
+                batch.kv_indices.ptr, (self.max_indices,), "int32", device=self.device.name
+            )
         batch.attend = self._plan_decode(host, size)
         if size in self.graphs:
             graph, logits = self.graphs[size]
@@ -187,7 +189,7 @@ class Steps:
         if size not in self.decodes:
             options = self._options() | {
                 "head_dim" if has_kernel else "head_dim_qk": self.config.head_dim,
-                "enable_cuda_graph": self.device.is_gpu, "max_num_indices": self.num_pages,
+                "enable_cuda_graph": self.device.is_gpu, "max_num_indices": self.max_indices,
             }  # fmt: skip
             options |= {} if has_kernel else {"backend": "fa2"}  # which splits long requests
             self.decodes[size] = kind(**arrays, **options, stream=self.device.stream)
