@@ -9,7 +9,10 @@ from __future__ import annotations
 
 
 class FiFfiError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    docs/troubleshooting.md has the messages: what each means, and what to do.
+    """
 
 
 class ArgumentError(FiFfiError, ValueError):

@@ -63,7 +63,7 @@ def _by_sm(release: str) -> Iterator[str]:
     compiled = WHEELS[CUDA, CPU]
     yield (
         f"The {CPU} wheel is compiled for {compiled}; the aarch64 wheel for 11.0a too. Code for "
-        "8.0 is not for 8.7 (Jetson Orin: [howto/jetson.md](howto/jetson.md)); 12.0f runs on 12.1.\n"
+        "8.0 is not for 8.7 ([Jetson Orin](howto/jetson.md)); 12.0f runs on 12.1.\n"
     )
     yield f"| op | {' | '.join(f'SM{sm}' for sm in SMS)} |\n|---|{'---|' * len(SMS)}"
     for line in lines():

@@ -14,7 +14,7 @@ from fi_ffi.loader import search
 
 _PACKAGES = (
     "cffi", "cuda-bindings", "numpy", "apache-tvm-ffi", "torch", "flashinfer-python",
-    "cupti-python",
+    "cupti-python", "nvmath-python",
 )  # fmt: skip
 
 

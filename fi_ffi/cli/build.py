@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ from fi_ffi.loader.building.names import (
     with_options,
 )
 from fi_ffi.loader.building.workshop import Progress
+from fi_ffi.loader.cache import cache_root
 
 
 def _clock(seconds: float) -> str:
@@ -164,6 +166,12 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+def _usual_folder(cpu: str | None) -> Path:
+    """Where this machine's loader looks for wheels; another's are not for it."""
+    is_ours = cpu in (None, platform.machine())
+    return cache_root().absolute() / "wheels" if is_ours else Path(".")
+
+
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--release", default=DEFAULT_RELEASE, show_default=True, help="FlashInfer release.")
@@ -177,13 +185,16 @@ def _interruptible() -> Iterator[None]:
 @click.option("--dtype", multiple=True, help="For families: f16 or bf16.")
 @click.option("--head-dim", multiple=True, help="For families: 64, 128, 256 or 192x128.")
 @click.option("--backend", multiple=True, help="For prefill and MLA families: fa2 or fa3.")
+@click.option(
+    "--cpu",
+    type=click.Choice(["x86_64", "aarch64"]),
+    help="Processor that will run the kernels, if not this machine's; the wheel goes to `.`.",
+)
 @click.option("--jobs", type=click.IntRange(min=1), help="Compilers at once.")
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
-    default=".",
-    show_default=True,
-    help="Folder that the wheel is written to.",
+    help="Folder for the wheel; by default `wheels` in the cache, where fi_ffi finds it.",
 )
 @click.option(
     "--build-dir",
@@ -211,7 +222,8 @@ def build(
     head_dim: tuple[str, ...],
     backend: tuple[str, ...],
     jobs: int | None,
-    output: Path,
+    cpu: str | None,
+    output: Path | None,
     **settings: Any,
 ) -> None:
     """Build kernel modules from FlashInfer's sources into a wheel.
@@ -231,7 +243,10 @@ def build(
         raise click.UsageError("name what to build, or use --list")
     modules = with_options(names, {"dtype": dtype, "head_dim": head_dim, "backend": backend})
     with _interruptible(), _reporter(quiet) as report:
-        wheel = build_wheel(modules, output=output, jobs=jobs, report=report, **settings)
+        folder = output or _usual_folder(cpu)
+        wheel = build_wheel(modules, output=folder, jobs=jobs, report=report, cpu=cpu, **settings)
+        if report is not None and folder != output and folder.is_absolute():
+            report(Progress("package", "fi_ffi finds it there"))
     if as_json:
         built = {"wheel": str(wheel), "release": settings["release"], "arch": settings["arch"]}
         print_json({**built, "modules": modules})

@@ -32,14 +32,24 @@ class Finding:
 
 
 @click.command()
+@click.argument("ops", nargs=-1, metavar="[OP]...")
+@click.option("--sm", help="With OP: a GPU that need not be here, such as 87 or 9.0.")
 @click.option("--kernels", help="Directory or wheel of kernels (default: FI_FFI_KERNELS).")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def doctor(kernels: str | None, as_json: bool) -> None:
+def doctor(ops: tuple[str, ...], sm: str | None, kernels: str | None, as_json: bool) -> None:
     """Look at the driver, GPUs, CUDA runtime, libtvm_ffi, cache and kernels.
 
     Exits with 1 where something is broken; a missing GPU or missing kernels are
     warnings, because the reference kernels run without them.
+
+    With OPs: whether each can be called here, yes or no with the reason. Exits with 1
+    unless all can, and with 2 where that cannot be told.
     """
+    if ops:
+        _preflight(ops, sm, kernels, as_json)
+        return
+    if sm is not None:
+        raise click.UsageError("--sm goes with the names of ops")
     findings = [finding for check in _CHECKS for finding in _guarded(check, kernels)]
     if as_json:
         output.print_json([asdict(finding) for finding in findings])
@@ -50,6 +60,23 @@ def doctor(kernels: str | None, as_json: bool) -> None:
         if todo:
             output.print_table("what to do", ("check", "advice"), todo)
     if any(finding.status == "fail" for finding in findings):
+        sys.exit(1)
+
+
+def _preflight(ops: tuple[str, ...], sm: str | None, kernels: str | None, as_json: bool) -> None:
+    from fi_ffi.cli.preflight import preflight, show
+
+    # Of another machine's GPU, this one's driver says nothing.
+    checks = (_python, _libtvm_ffi) if sm else (_python, _gpus, _cudart, _libtvm_ffi)
+    found = [finding for check in checks for finding in _guarded(check, kernels)]
+    unfit = [f"{f.check}: {f.found}. {f.advice}".strip() for f in found if f.status == "fail"]
+    answers = preflight(ops, sm, kernels, unfit)
+    if as_json:
+        output.print_json([asdict(answer) for answer in answers])
+        works = all(answer.works for answer in answers)
+    else:
+        works = show(answers)
+    if not works:
         sys.exit(1)
 
 
@@ -144,7 +171,7 @@ def _kernels(kernels: str | None) -> Iterator[Finding]:
         yield Finding(name, "ok", f"FlashInfer {version}, {how}: {place.source.location}")
         found = True
     if not found:
-        advice = f"`fi-ffi build norm` makes a wheel; {sources.KERNELS} or --kernels names it"
+        advice = f"`fi-ffi build norm` makes them; {sources.KERNELS} or --kernels names others"
         yield Finding("kernels", "warn", "none", advice)
         return
     for module in sorted({row.module for row in ROWS}):

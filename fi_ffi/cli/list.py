@@ -81,8 +81,8 @@ def _source(kernels: Path | None) -> KernelSource:
         said.append(f"  {place.kind}: {note}")
     raise KernelNotFoundError(
         "no kernels in any of the places they come from:\n" + "\n".join(said) + "\n"
-        "FI_FFI_KERNELS or --kernels names a directory or a flashinfer_jit_cache wheel; "
-        "`fi-ffi build norm` makes one."
+        "`fi-ffi build norm` makes some; FI_FFI_KERNELS or --kernels names a directory or a "
+        "flashinfer_jit_cache wheel."
     )
 
 

@@ -9,10 +9,11 @@ FI_FFI_PARANOID=1 asks the file again.
 from __future__ import annotations
 
 import contextlib
+import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fi_ffi.errors import AbiError, ArtifactError
+from fi_ffi.errors import AbiError, ArchitectureError, ArtifactError
 from fi_ffi.loader import cache, held
 from fi_ffi.loader.caching import notes
 from fi_ffi.loader.fatbin import CudaCode
@@ -84,4 +85,13 @@ def check_needed(file: ModuleFile, facts: Facts, cudart: str) -> None:
         raise AbiError(
             f"{file.path} needs {others[0]}, and fi_ffi runs on {cudart}: it was compiled with "
             "another CUDA. Use a wheel of the cu13x series"
+        )
+
+
+def check_processor(path: Path, machine: str) -> None:
+    """Refuse a file whose host code is another processor's."""
+    if machine != platform.machine():
+        raise ArchitectureError(
+            f"{path} is for {machine} processors, and this one is {platform.machine()}: build it "
+            "here, or take the wheel of this platform"
         )

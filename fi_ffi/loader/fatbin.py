@@ -23,6 +23,8 @@ MAGIC = 0xBA55ED50
 _CONTAINER = struct.Struct("<IHHQ")  # magic, version, header size, size of all entries
 _ENTRY = struct.Struct("<HHIQIIHHIIIQ")  # as far as the flags; the rest varies by kind
 _VERSION = 1
+# Of Tegra: machine code of another minor is not promised to run there, nor theirs elsewhere.
+_JETSONS = ((7, 2), (8, 7))
 Suffix = Literal["", "a", "f"]
 _KINDS: dict[int, Literal["ptx", "sass"]] = {1: "ptx", 2: "sass"}
 _ARCH_SPECIFIC = 1 << 20
@@ -52,9 +54,11 @@ class CudaCode:
     def runs_on(self, capability: tuple[int, int]) -> bool:
         """Whether a device of this (major, minor) compute capability can run it."""
         made_for = divmod(self.sm, 10)
-        if self.suffix == "a":
+        is_sass = self.kind == "sass"
+        is_exact = is_sass and (capability in _JETSONS or made_for in _JETSONS)
+        if self.suffix == "a" or is_exact:
             return capability == made_for
-        if self.suffix == "f" or self.kind == "sass":
+        if self.suffix == "f" or is_sass:
             return capability[0] == made_for[0] and capability[1] >= made_for[1]
         return capability >= made_for
 

@@ -85,5 +85,10 @@ def listed_in(release: str) -> Listed | None:
     return Listed(release, tuple(map(_read, groups)), about["count"])
 
 
+# Between these, and not among those that the generators were asked for: Orin is in no wheel.
+_AROUND_ORIN, _ORIN = {sass_named("sm80"), sass_named("sm89")}, sass_named("sm87")
+
+
 def _read(group: Mapping[str, Any]) -> tuple[Box, tuple[CudaCode, ...]]:
-    return Box.read(group), tuple(map(sass_named, group["compiled_for"].split()))
+    codes = tuple(map(sass_named, group["compiled_for"].split()))
+    return Box.read(group), (*codes, _ORIN) if {*codes} >= _AROUND_ORIN else codes

@@ -141,6 +141,8 @@ def _attribute(device: int, attribute: int) -> int:
         runtime = load_cudart()[0]
         hint = _hint(runtime.cudaGetDeviceCount(ffi.new("int *")))
         cuda_errors.forget(runtime)
+        if not count and not hint:
+            hint = ': `fi-ffi doctor` tells why; with device="cpu" numpy kernels run'
         raise LoaderError(f"there is no cuda:{device}: this process sees {count} GPUs{hint}")
     return value
 

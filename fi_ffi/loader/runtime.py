@@ -16,7 +16,7 @@ from typing import Any
 from fi_ffi.abi import forks, library
 from fi_ffi.abi.function import Entry, probe
 from fi_ffi.abi.signature import Signature, parse_signature
-from fi_ffi.errors import AbiError, KernelNotFoundError
+from fi_ffi.errors import AbiError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import (
     cache,
     cuda_errors,
@@ -28,7 +28,7 @@ from fi_ffi.loader import (
     tvm_ffi,
 )
 from fi_ffi.loader.elf import FUNCTION_PREFIX, inspect_elf
-from fi_ffi.loader.facts import Facts, check_needed, facts_of, remember
+from fi_ffi.loader.facts import Facts, check_needed, check_processor, facts_of, remember
 from fi_ffi.loader.kernels import KernelFile, KernelSource, ModuleFile
 
 
@@ -108,7 +108,12 @@ def _opened(file: ModuleFile, facts: Facts) -> Any:
     with held.checked(file.path, file.sha256, file.state) as opened:
         # What looks for others in its own folder has to be opened there; in the cache it is alone.
         in_place = file.state is not None and "$ORIGIN" in (facts.runpath or "")
-        handle = library.open_module(str(file.path), None if in_place else opened.name)
+        try:
+            handle = library.open_module(str(file.path), None if in_place else opened.name)
+        except LoaderError:
+            # The dynamic linker's words for it are that there is no such file.
+            check_processor(file.path, inspect_elf(opened.name).machine)
+            raise
         opened.keep(in_place=in_place)
     return handle
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
 
 KERNELS, SOURCES, WHEELS = "FI_FFI_KERNELS", "FI_FFI_SOURCES", "FI_FFI_WHEELS"
 RELEASE, CUDA, VERIFY = "FI_FFI_RELEASE", "FI_FFI_CUDA", "FI_FFI_VERIFY"
+
+
+# How the names of wheels for other processors end.
+_OTHERS = tuple(f"_{cpu}" for cpu in ("x86_64", "aarch64") if cpu != platform.machine())
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,9 @@ def _local(release: str | None) -> Iterator[Candidate]:
         trust.check_named(wheel)
         if not named:
             trust.check_owner(wheel)
+        if wheel.stem.endswith(_OTHERS):
+            yield Candidate("local", None, f"{wheel} is not for {platform.machine()}")
+            continue
         yield _of_release("local", KernelWheel(str(wheel), Wheel(wheel)), release)
     if not wheels:
         yield Candidate("local", None, f"no flashinfer_jit_cache wheel in {' or '.join(folders)}")

@@ -121,8 +121,8 @@ def test_a_claimed_size_is_not_believed() -> None:
 @pytest.mark.parametrize(
     ("name", "runs", "does_not_run"),
     [
-        ("sm_80", [(8, 0), (8, 6), (8, 7), (8, 9)], [(7, 5), (9, 0)]),
-        ("sm_87", [(8, 7), (8, 9)], [(8, 0), (8, 6), (9, 0)]),
+        ("sm_80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (8, 7), (9, 0)]),
+        ("sm_87", [(8, 7)], [(8, 0), (8, 6), (8, 9), (9, 0)]),
         ("sm_90", [(9, 0)], [(8, 9), (10, 0)]),
         ("sm_90a", [(9, 0)], [(8, 7), (9, 1), (10, 0)]),
         ("sm_100", [(10, 0), (10, 3)], [(9, 0), (11, 0), (12, 0)]),
@@ -166,7 +166,8 @@ def test_agrees_with_a_device(ran: bool, forms: str) -> None:
         ("sm_90a", (8, 7), "has sm_90a only; the device is sm_87"),
         ("sm_80 compute_90a", (12, 1), "has sm_80, compute_90a only; the device is sm_121"),
         ("", (9, 0), "has no device code; the device is sm_90"),
-        ("sm_80 sm_86 compute_80", (8, 7), "has sm_86, which runs as it is; the device is sm_87"),
+        ("sm_80 sm_86 compute_80", (8, 9), "has sm_86, which runs as it is; the device is sm_89"),
+        ("sm_80 sm_86", (8, 7), "has sm_80, sm_86 only; the device is sm_87"),
         (
             "compute_75 compute_80 sm_90a",
             (8, 6),

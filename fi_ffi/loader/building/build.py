@@ -139,7 +139,7 @@ def _package(workshop: Workshop, answer: Any, output: Path) -> Path:
         cuda=workshop.toolkit.release,
         architectures=tuple(answer["architectures"]),
         # Not manylinux: nobody checked what the compiler's own libraries ask of the machine.
-        platform=f"linux_{platform.machine()}",
+        platform=f"linux_{workshop.cpu or platform.machine()}",
         modules={module["name"]: Path(module["library"]) for module in answer["modules"]},
         git_version=answer["git_version"],
         licenses=workshop.environment.licenses(),
@@ -159,12 +159,14 @@ def build(
     jobs: int | None = None,
     torch_requirement: str = env.DEFAULT_TORCH,
     report: Report | None = None,
+    cpu: str | None = None,
 ) -> Path:
     """Build `modules` of FlashInfer `release` for the GPUs of `arch`; the wheel's path.
 
     `modules` are exact names, or families with options (see `available`); `arch` is in
     the form of FLASHINFER_CUDA_ARCH_LIST, such as "8.7" or ("9.0a",); `jobs` compilers
-    run at once.  `report` is told of every step, on the calling thread.  ArgumentError
+    run at once; `cpu` is "x86_64" or "aarch64", by default this machine's.
+    `report` is told of every step, on the calling thread.  ArgumentError
     for a name, release or architecture that cannot be; BuildError, with the path of a
     log, when a tool is missing or fails.
     """
@@ -172,7 +174,8 @@ def build(
         raise ArgumentError("build", "jobs", got=jobs, expected="at least 1")
     architectures = parse_arch(arch)
     requests = parse_requests(modules, architectures)
-    with open_workshop(release, architectures, build_dir, torch_requirement, report) as workshop:
+    opened = open_workshop(release, architectures, build_dir, torch_requirement, report, cpu)
+    with opened as workshop:
         workshop.log.unlink(missing_ok=True)
         workshop.say("asking FlashInfer's generators for the sources")
         answer = _ask(

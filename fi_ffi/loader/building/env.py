@@ -241,9 +241,30 @@ def install_toolkit(environment: Environment, say: Say) -> Toolkit:
     return toolkit
 
 
-def install_cudart(environment: Environment, toolkit: Toolkit, say: Say) -> Path:
-    """A folder with the CUDA runtime library, for a toolkit that came without it."""
-    return _install_cuda(environment, "cudart", toolkit.release, say)
+def install_cudart(
+    environment: Environment, toolkit: Toolkit, say: Say, cpu: str | None = None
+) -> Path:
+    """A folder with the CUDA runtime library, for a toolkit that came without it.
+
+    Of another processor, it is what is linked with and never loaded.
+    """
+    if cpu is None:
+        return _install_cuda(environment, "cudart", toolkit.release, say)
+    folder = environment.root.with_name(f"cuda-{toolkit.release}-cudart-{cpu}")
+    requirement = f"nvidia-cuda-runtime=={toolkit.release}.*"
+    tags = ["--only-binary=:all:", "--no-deps"]
+    if (environment.site_packages / "pip").is_dir():
+        tags += [f"--platform=manylinux{tag}_{cpu}" for tag in ("2014", "_2_17", "_2_28")]
+    else:
+        tags.append(f"--python-platform={cpu}-manylinux_2_28")
+
+    def make() -> None:
+        say(f"installing {requirement} of {cpu}")
+        shutil.rmtree(folder, ignore_errors=True)
+        _install(environment, "--target", str(folder), *tags, requirement)
+
+    _once(folder, folder, {"requirement": requirement, "cpu": cpu}, make)
+    return _cuda_root(folder) or folder
 
 
 def install_headers(environment: Environment, extra: str, toolkit: Toolkit, say: Say) -> None:

@@ -101,15 +101,20 @@ def check_architectures(toolkit: Toolkit, architectures: Iterable[str]) -> None:
             )  # fmt: skip
 
 
-def find_cxx() -> str:
-    """The C++ compiler: CXX, or c++, g++ or clang++ on PATH."""
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+def find_cxx(cpu: str | None = None) -> str:
+    """The C++ compiler: CXX, or c++, g++ or clang++ on PATH; for another processor, its g++."""
+    names, package = ["c++", "g++", "clang++"], "g++"
+    if cpu is not None:
+        names, package = [f"{cpu}-linux-gnu-g++"], f"g++-{cpu.replace('_', '-')}-linux-gnu"
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else names
     for name in candidates:
         if shutil.which(name.split()[0]):
             return name
+    fedora = "gcc-c++" if cpu is None else f"gcc-c++-{cpu}-linux-gnu"
     raise BuildError(
         f"no C++ compiler: {' or '.join(candidates)} cannot be found. Install one "
-        "(Debian and Ubuntu: apt install g++; Fedora: dnf install gcc-c++), or name it in CXX."
+        f"(Debian and Ubuntu: apt install {package}; Fedora: dnf install {fedora}), or name it in "
+        "CXX."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,12 +11,14 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from fi_ffi.errors import BuildError
+from fi_ffi.errors import ArgumentError, BuildError
 from fi_ffi.loader.building import env
 from fi_ffi.loader.building import toolkit as cuda
 from fi_ffi.loader.building.names import parse_release
 from fi_ffi.loader.cache import cache_root
 from fi_ffi.loader.machine import CUDA_MAJOR
+
+_CPUS = ("x86_64", "aarch64")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Workshop:
     cxx: str
     link_folder: Path
     report: Report
+    # The processor that is compiled for, where it is not this machine's.
+    cpu: str | None = None
 
     @property
     def log(self) -> Path:
@@ -63,6 +68,8 @@ class Workshop:
             **cuda.compiler_environment(self.toolkit, self.cxx, headers, self.link_folder),
             "FLASHINFER_CUDA_ARCH_LIST": " ".join(self.architectures),
             "FLASHINFER_WORKSPACE_BASE": str(self.folder),
+            # A compiler for another processor does not look into LIBRARY_PATH.
+            **({"NVCC_CCBIN": self.cxx.split()[0]} if self.cpu else {}),
         }
 
 
@@ -79,6 +86,13 @@ def _choose_toolkit(environment: env.Environment, say: env.Say) -> cuda.Toolkit:
     for toolkit in found:
         say(f"{toolkit.nvcc} is of CUDA {toolkit.release}, not of CUDA {CUDA_MAJOR}: not used")
     return env.install_toolkit(environment, say)
+
+
+def _foreign(cpu: str | None) -> str | None:
+    """A processor that is named, or None where it is this machine's."""
+    if cpu not in (None, *_CPUS):
+        raise ArgumentError("build", "cpu", got=cpu, expected=" or ".join(_CPUS))
+    return None if cpu == platform.machine() else cpu
 
 
 @contextmanager
@@ -104,8 +118,10 @@ def open_workshop(
     build_dir: Path | None,
     torch: str,
     report: Report | None,
+    cpu: str | None = None,
 ) -> Iterator[Workshop]:
     """Prepare the environment, the toolkit and the build folder, and hold the latter."""
+    cpu = _foreign(cpu)
     release = parse_release(release)
     if sys.platform != "linux":
         raise BuildError("kernels can be built on Linux only")
@@ -115,19 +131,21 @@ def open_workshop(
     def say(message: str) -> None:
         report(Progress("prepare", message))
 
-    cxx = cuda.find_cxx()
+    cxx = cuda.find_cxx(cpu)
     environment = env.prepare_environment(root, release, torch, say)
     toolkit = _choose_toolkit(environment, say)
     cuda.check_architectures(toolkit, architectures)
     say(f"using {toolkit.nvcc} of CUDA {toolkit.release}")
-    folder = (build_dir or root / "-".join([release, *architectures])).absolute()
+    parts = [release, *architectures, *filter(None, [cpu])]
+    folder = (build_dir or root / "-".join(parts)).absolute()
     with _locked(folder, say):
-        cudart = cuda.find_cudart(toolkit.home) or cuda.find_cudart(
-            env.install_cudart(environment, toolkit, say)
-        )
+        own = None if cpu else cuda.find_cudart(toolkit.home)
+        cudart = own or cuda.find_cudart(env.install_cudart(environment, toolkit, say, cpu))
         if cudart is None:
             raise BuildError(f"no libcudart.so.{CUDA_MAJOR} for {toolkit.home}")
         link_folder = cuda.make_link_folder(toolkit, cxx, cudart, folder / "link")
+        if cpu:
+            cxx = f"{cxx} -L{link_folder}"
         yield Workshop(
-            release, architectures, folder, environment, toolkit, cxx, link_folder, report
+            release, architectures, folder, environment, toolkit, cxx, link_folder, report, cpu
         )

@@ -110,7 +110,7 @@ class FusedMoe:
 
     @property
     def tactics(self) -> Tactics:
-        """How many there are: `profile_ids` names one of each.  One of each on the CPU."""
+        """How many there are; `profile_ids` names one of each.  One of each on the CPU."""
         if self._tactics is None:
             counts = self.runner.counts() if self.device.is_cuda else (1, 1)
             self._tactics = Tactics(*counts)

@@ -60,6 +60,7 @@ def test_progress_goes_to_stderr_and_the_wheel_to_stdout(calls: list[dict[str, A
         "making ready\n"
         "compiling page: 0/3 in 0:01, about 1:30 left\n"
         "compiling page: 3/3 in 0:04, about 1:30 left\n"
+        "fi_ffi finds it there\n"
     )
     assert _run("page", "--quiet").stderr == ""
 

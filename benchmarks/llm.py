@@ -1,0 +1,264 @@
+"""Tokens a second of examples/llm, beside the same loop in torch and flashinfer-python.
+
+    python3 benchmarks/llm.py [--model llama-3-8b] [--batch 1,64] [--repeats 3] [--output .out]
+    python3 benchmarks/llm.py --host      # what a step costs the host; needs no GPU
+
+Needs a GPU, nvmath-python and what examples/llm needs; for the peer (llm_torch.py) torch,
+flashinfer-python of the kernels' release and the kernel wheel installed, so that both load
+the same files; tools/gpu_llm.sh sets that up.
+
+Random weights in the shapes of Qwen3-0.6B or Llama-3-8B, bfloat16.  Each of b requests has
+another prompt of 128 random tokens and gets 128, at temperature 1.  All sides live in one
+process on the same weights and take turns, a batch each; figures are medians, after a batch
+of each to warm up.  Decoding is timed from when the host has the first token of all requests
+to when it has the last.  First their logits and greedy tokens are compared: where they are
+not the same within rounding there is no figure, and the exit status is 1.
+
+The share of time that the GPU is idle is from 30 steps under torch.profiler, after all that
+is timed; and, as that slows launches, once more from the same busy time and an untouched step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples/llm"))
+
+from engine import Sampling, load_model  # noqa: E402
+
+from marks import Missing, Wrong, llm_host  # noqa: E402
+from marks.about import about  # noqa: E402
+from marks.llm_check import compare  # noqa: E402
+from marks.llm_idle import Idle, idle, profiled  # noqa: E402
+from marks.llm_models import MODELS, RandomWeights, config_of  # noqa: E402
+from marks.llm_sides import Ours, RandomPrompts, Side, Timing, timed  # noqa: E402
+from marks.peers import Peers  # noqa: E402
+
+PAGE, MAX_TOKENS = 16, 8192
+BATCHES = (1, 16, 64, 256)
+FILTERED = 64  # the batch that is also run with top_p and top_k
+MODULES = ("norm", "page", "rope", "silu_and_mul", "sampling")
+
+
+def least_ratio(batch: int) -> float:
+    """What is asked of our tokens a second, in parts of the eager peer's."""
+    return 1.3 if batch == 1 else 1.0
+
+
+@dataclass
+class Row:
+    """A batch, and by side its rounds and how idle the GPU is."""
+
+    batch: int
+    filters: dict[str, float]
+    timings: dict[str, list[Timing]] = field(default_factory=dict)
+    idles: dict[str, Idle] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return ", ".join([str(self.batch), *(f"{k} {v}" for k, v in self.filters.items())])
+
+    def median(self, side: str, figure: str) -> float:
+        return median(getattr(timing, figure) for timing in self.timings[side])
+
+    def ratio(self, side: str) -> float:
+        return self.median("fi_ffi", "decode_rate") / self.median(side, "decode_rate")
+
+    def idle_without_profiler(self, side: str) -> float:
+        return 1 - self.idles[side].busy_ms / self.median(side, "step_ms")
+
+
+class Bench:
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments, self.rng = arguments, np.random.default_rng()
+        self.raw = MODELS[arguments.model]
+        self.most, self.length = max(arguments.batch), arguments.prompt + arguments.tokens
+        self.is_gpu = arguments.device != "cpu"
+        # Before fi_ffi loads anything: there is to be one libtvm_ffi.
+        self.peers = Peers() if self.is_gpu else None
+        self.prompts = RandomPrompts(self.raw["vocab_size"], arguments.prompt, self.rng)
+        pages = 1 + self.most * -(-self.length // PAGE)
+        weights = RandomWeights(self.raw, self.rng)
+        max_tokens = MAX_TOKENS if self.is_gpu else 64
+        self.engine = load_model(
+            config_of(self.raw), weights, arguments.device, pages, PAGE, self.most, max_tokens, True
+        )
+        self.sides: list[Side] = [Ours(self.engine)]
+        self.about: dict[str, Any] = {}
+
+    def sampling(self, tokens: int = 0, **filters: Any) -> Sampling:
+        return Sampling(max_tokens=tokens or self.arguments.tokens, ignore_eos=True, **filters)
+
+    def add_peers(self) -> None:
+        """The peers, on the very kernels that our engine has just used."""
+        assert self.peers is not None
+        timed(self.sides[0], self.prompts(min(16, self.most)), self.sampling(4))
+        steps = self.engine.steps
+        plans = [steps.mixed, *steps.decodes.values()]
+        self.peers.flashinfer(*MODULES, *(plan.module for plan in plans))
+        from marks.llm_peer import peers
+
+        sizes = tuple(self.arguments.batch)
+        self.sides += peers(self.engine, self.most, self.length, self.engine.model.max_tokens, sizes)
+
+    def check(self) -> None:
+        """Every side against ours."""
+        for other in self.sides[1:]:
+            same = {
+                str(batch): compare(self.sides[0], other, self.prompts(batch))
+                for batch in sorted({self.arguments.batch[0], min(16, self.most)})
+            }
+            self.about[f"same as {other.name}"] = same
+            print(f"{other.name}: {same}", flush=True)
+
+    def rows(self) -> list[Row]:
+        rows = [Row(batch, {}) for batch in self.arguments.batch]
+        if FILTERED in self.arguments.batch:
+            rows.append(Row(FILTERED, {"top_p": 0.9, "top_k": 50}))
+        return rows
+
+    def measure(self, row: Row) -> None:
+        """The sides take turns, beginning with another one each time."""
+        sampling = self.sampling(**row.filters)
+        repeats = self.arguments.repeats or (5 if row.batch <= 16 else 3)
+        for side in self.sides:
+            timed(side, self.prompts(row.batch), sampling)
+            row.timings[side.name] = []
+        for turn in range(repeats):
+            first = turn % len(self.sides)
+            for side in self.sides[first:] + self.sides[:first]:
+                timing = timed(side, self.prompts(row.batch), sampling)
+                row.timings[side.name].append(timing)
+
+    def measure_idle(self, row: Row) -> None:
+        assert self.peers is not None
+        torch = self.peers.need("torch")
+        for side in self.sides:
+            prompts = self.prompts(row.batch)
+            row.idles[side.name] = idle(torch, side, prompts, self.sampling(**row.filters))
+
+
+def speeds(rows: list[Row], sides: list[str]) -> str:
+    """Markdown: tokens a second, and ours in parts of each peer's."""
+    names = [f"{side} {what}" for side in sides for what in ("decode", "prefill")]
+    ratios = [f"ours / {side}" for side in sides[1:]]
+    heads = ["batch", *names, *ratios, "mark"]
+    lines = [heads, ["---"] * len(heads)]
+    for row in rows:
+        cells = [
+            f"{row.median(side, figure):,.0f}"
+            for side in sides for figure in ("decode_rate", "prefill_rate")
+        ]  # fmt: skip
+        cells += [f"{row.ratio(side):.2f}" for side in sides[1:]]
+        lines.append([row.name, *cells, mark(row)])
+    return as_table(lines)
+
+
+def mark(row: Row) -> str:
+    if "torch eager" not in row.timings:
+        return "no peer"
+    least = least_ratio(row.batch)
+    met = row.ratio("torch eager") >= least
+    return f"≥ {least:.1f}: {'met' if met else 'NOT met'}"
+
+
+def idleness(rows: list[Row], sides: list[str]) -> str:
+    """Markdown: what the GPU does in a step of decoding."""
+    heads = ["batch", "side", "kernels", "busy ms", "step ms", "idle", "profiled ms", "idle there"]
+    lines = [heads, ["---"] * len(heads)]
+    for row in rows:
+        for side in sides:
+            one = row.idles[side]
+            untouched = row.median(side, "step_ms")
+            lines.append([
+                row.name, side, f"{one.kernels:.0f}", f"{one.busy_ms:.3f}", f"{untouched:.3f}",
+                f"{row.idle_without_profiler(side):.1%}", f"{one.wall_ms:.3f}", f"{one.share:.1%}",
+            ])  # fmt: skip
+    return as_table(lines)
+
+
+def as_table(lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    bench, status = Bench(arguments), 0
+    told = about() | {"model": arguments.model, "prompt": arguments.prompt}
+    told |= {"tokens": arguments.tokens, "max_tokens": bench.engine.model.max_tokens}
+    print(json.dumps(told, indent=2), flush=True)
+    if bench.is_gpu and arguments.peer:
+        try:
+            bench.add_peers()
+            bench.check()
+        except Missing as missing:
+            status = 1
+            print(f"without the peer, for there is not: {missing}")
+        except Wrong as wrong:
+            print(f"FAILED: {wrong}")
+            return 1
+    names, rows = [side.name for side in bench.sides], bench.rows()
+    for row in rows:
+        bench.measure(row)
+        print(speeds([row], names), flush=True)
+    print(f"\nTokens a second, {told['model']}, {told['gpu']}\n\n{speeds(rows, names)}", flush=True)
+    write(arguments, told | bench.about, rows)
+    if bench.is_gpu and arguments.idle:
+        profiled(bench.peers.need("torch"), lambda: None)  # which takes seconds the first time
+        for row in rows:
+            bench.measure_idle(row)
+        print(f"\nThe GPU in a step of decoding\n\n{idleness(rows, names)}", flush=True)
+        write(arguments, told | bench.about, rows)
+    return status
+
+
+def write(arguments: argparse.Namespace, told: dict[str, Any], rows: list[Row]) -> None:
+    """Everything that was measured so far."""
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / f"llm-{arguments.model}.json"
+    path.write_text(json.dumps({"about": told, "rows": [asdict(row) for row in rows]}, indent=1))
+
+
+def host(arguments: argparse.Namespace) -> int:
+    """The table of --host."""
+    lines = [["batch", "ms a step"], ["---", "---"]]
+    lines += [[str(batch), f"{llm_host.step_ms(batch):.3f}"] for batch in arguments.batch]
+    print(f"{about()['cpu']}\n\n{as_table(lines)}")
+    return 0
+
+
+def batches(text: str) -> list[int]:
+    sizes = sorted({int(part) for part in text.split(",")})
+    if sizes[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a batch is 1 request or more")
+    return sizes
+
+
+def parsed(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=MODELS, default="qwen3-0.6b")
+    parser.add_argument("--batch", type=batches, default=list(BATCHES), metavar="N,N")
+    parser.add_argument("--repeats", type=int, help="5, 3 from batch 64 on")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens that each request gets")
+    parser.add_argument("--device", choices=("cuda:0", "cpu"), default="cuda:0")
+    parser.add_argument("--host", action="store_true", help="only what a step costs the host")
+    parser.add_argument("--no-peer", dest="peer", action="store_false")
+    parser.add_argument("--no-idle", dest="idle", action="store_false")
+    parser.add_argument("--output", type=Path, default=os.environ.get("OUT", ".out"))
+    return parser.parse_args(given)
+
+
+if __name__ == "__main__":
+    chosen = parsed()
+    sys.exit(host(chosen) if chosen.host else run(chosen))

@@ -1,0 +1,94 @@
+"""What a step of decoding costs the host in examples/llm, where launches do nothing.
+
+The whole of `Engine.step`: which tokens, pages, the arrays of the step, their upload, the
+plan, what has arrived.  Left out is what is not Python of the engine's or of fi_ffi's plan:
+kernels, copies, the planner in C++, the driver.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from engine import Engine, Sampling, load_model
+from engine.device import Cpu, rows
+
+from fi_ffi.ops.attention import plan
+
+from marks.llm_models import MODELS, RandomWeights, config_of
+from marks.llm_sides import Ours, RandomPrompts, prefill
+
+STEPS, PAGE = 100, 16
+
+
+class NoGraph:
+    def launch(self) -> None:
+        pass
+
+
+class NoSampler:
+    """Tokens that are always 0."""
+
+    def __init__(self, model: Any) -> None:
+        self.tokens = model.scratch("drawn", model.slots, 1, dtype="int32")
+        model.device.zero(self.tokens)
+
+    def __call__(self, logits: Any, given: Any, samplings: Any) -> Any:
+        return rows(self.tokens, 0, logits.shape[0])
+
+
+def engine(batch: int, tokens: int) -> Engine:
+    """An engine that has as many heads as Qwen3-0.6B, and computes nothing."""
+    raw = MODELS["tiny"] | {"num_attention_heads": 16, "num_key_value_heads": 8}
+    weights = RandomWeights(raw, np.random.default_rng())
+    pages = 1 + batch * -(-tokens // PAGE)
+    made = load_model(config_of(raw), weights, "cpu", pages, PAGE, batch, 8192, True)
+    model, steps = made.model, made.steps
+    model.device.is_gpu = steps.use_graphs = True  # plans are made as for graphs
+    logits = model.scratch("logits", batch, made.config.vocab, dtype="float32", most=batch)
+    model.forward = lambda given: rows(logits, 0, given.last.shape[0])
+    steps.graphs = {size: (NoGraph(), rows(logits, 0, size)) for size in steps.sizes}
+    steps.sampler = NoSampler(model)
+    return made
+
+
+@contextmanager
+def no_planner() -> Iterator[None]:
+    """Once a kind of plan was made, planning it again returns what that has returned."""
+    real, made = plan.call, dict[int, Any]()
+
+    def call(op: str, form: Any, values: Any, stream: Any) -> Any:
+        if id(form) not in made:
+            made[id(form)] = real(op, form, values, stream)
+        return made[id(form)]
+
+    plan.call = call
+    try:
+        yield
+    finally:
+        plan.call = real
+
+
+def step_ms(batch: int, prompt: int = 128) -> float:
+    """Milliseconds of a step, the median of many."""
+    side = Ours(engine(batch, prompt + STEPS + 8))
+    prompts = RandomPrompts(side.engine.config.vocab, prompt, np.random.default_rng())
+    times = []
+    with no_planner():
+        sampling = Sampling(max_tokens=STEPS + 8, ignore_eos=True)
+        prefill(side, side.start(prompts(batch), sampling))
+        gc.collect()
+        gc.disable()
+        for _ in range(STEPS):
+            start = perf_counter()
+            side.step()
+            times.append(perf_counter() - start)
+        gc.enable()
+    side.engine.close()
+    assert isinstance(side.engine.model.device, Cpu)
+    return median(times) * 1e3

@@ -1,0 +1,84 @@
+"""How much of the time the GPU computes or copies, as torch.profiler (CUPTI) records it.
+
+CUPTI records every kernel and copy of the process, whoever launched it, those of graphs too.
+It makes launches slower, graphs' most of all, but not kernels: beside the share of the time
+that was recorded, the busy time is therefore held against what a step takes without it.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine import Sampling
+
+from marks.llm_sides import Prompts, Side, finish, prefill
+
+STEPS = 30
+_KINDS = {"kernel", "gpu_memcpy", "gpu_memset"}
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Milliseconds a step: of kernels and copies, and in all."""
+
+    busy_ms: float
+    wall_ms: float
+    kernels: float  # a step
+
+    @property
+    def share(self) -> float:
+        return 1 - self.busy_ms / self.wall_ms
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """How much (start, end) spans cover together."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def of_trace(events: list[dict[str, Any]], steps: int) -> Idle:
+    """From the events of a Chrome trace, whose times are microseconds."""
+    found = [event for event in events if event.get("cat") in _KINDS and event.get("ph") == "X"]
+    if not found:
+        raise RuntimeError("the profiler has recorded no kernel")
+    spans = [(float(event["ts"]), float(event["ts"]) + float(event["dur"])) for event in found]
+    wall = max(end for _, end in spans) - min(start for start, _ in spans)
+    count = sum(event["cat"] == "kernel" for event in found)
+    return Idle(covered(spans) / steps / 1e3, wall / steps / 1e3, count / steps)
+
+
+def profiled(torch: Any, call: Any) -> list[dict[str, Any]]:
+    """What the GPU did in a call, as events of a Chrome trace."""
+    kinds = [torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=kinds) as profile:
+        call()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
+    return events
+
+
+def idle(torch: Any, side: Side, prompts: Prompts, sampling: Sampling) -> Idle:
+    """Of `STEPS` steps of decoding, after all prompts are done."""
+    prefill(side, side.start(prompts, sampling))
+    for _ in range(3):
+        side.step()
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            side.step()
+
+    events = profiled(torch, steps)
+    finish(side)
+    return of_trace(events, STEPS)
