@@ -33,19 +33,20 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples/llm"))
 
-from engine import Sampling, load_model  # noqa: E402
+from engine import Sampling, load_model
 
-from marks import Missing, Wrong, llm_host  # noqa: E402
-from marks.about import about  # noqa: E402
-from marks.llm_check import compare  # noqa: E402
-from marks.llm_idle import Idle, idle, profiled  # noqa: E402
-from marks.llm_models import MODELS, RandomWeights, config_of  # noqa: E402
-from marks.llm_sides import Ours, RandomPrompts, Side, Timing, timed  # noqa: E402
-from marks.peers import Peers  # noqa: E402
+from marks import Missing, Wrong, llm_host
+from marks.about import about
+from marks.llm_check import compare
+from marks.llm_idle import Idle, idle, profiled
+from marks.llm_models import MODELS, RandomWeights, config_of
+from marks.llm_sides import Ours, RandomPrompts, Side, Timing, timed
+from marks.peers import Peers
 
 PAGE, MAX_TOKENS = 16, 8192
 BATCHES = (1, 16, 64, 256)
 FILTERED = 64  # the batch that is also run with top_p and top_k
+_CUDA_CORES = "the peer decodes on them; without, from 4 query heads a key head on, on tensor cores"
 MODULES = ("norm", "page", "rope", "silu_and_mul", "sampling")
 
 
@@ -103,12 +104,13 @@ class Bench:
         assert self.peers is not None
         timed(self.sides[0], self.prompts(min(16, self.most)), self.sampling(4))
         steps = self.engine.steps
-        plans = [steps.mixed, *steps.decodes.values()]
-        self.peers.flashinfer(*MODULES, *(plan.module for plan in plans))
+        used = {plan.module for plan in (steps.mixed, *steps.decodes.values())}
+        # And prefill of fa2, which is FlashInfer's decode on tensor cores.
+        self.peers.flashinfer(*MODULES, *used, *(name.removesuffix("_sm90") for name in used))
         from marks.llm_peer import peers
 
         sizes = tuple(self.arguments.batch)
-        self.sides += peers(self.engine, self.most, self.length, self.engine.model.max_tokens, sizes)
+        self.sides += peers(self.engine, self.length, sizes, self.arguments.cuda_cores)
 
     def check(self) -> None:
         """Every side against ours."""
@@ -194,6 +196,7 @@ def run(arguments: argparse.Namespace) -> int:
     bench, status = Bench(arguments), 0
     told = about() | {"model": arguments.model, "prompt": arguments.prompt}
     told |= {"tokens": arguments.tokens, "max_tokens": bench.engine.model.max_tokens}
+    told |= {"peer on CUDA cores": arguments.cuda_cores}
     print(json.dumps(told, indent=2), flush=True)
     if bench.is_gpu and arguments.peer:
         try:
@@ -211,7 +214,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(speeds([row], names), flush=True)
     print(f"\nTokens a second, {told['model']}, {told['gpu']}\n\n{speeds(rows, names)}", flush=True)
     write(arguments, told | bench.about, rows)
-    if bench.is_gpu and arguments.idle:
+    if bench.is_gpu and arguments.idle and bench.peers.has("torch"):
         profiled(bench.peers.need("torch"), lambda: None)  # which takes seconds the first time
         for row in rows:
             bench.measure_idle(row)
@@ -253,6 +256,7 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128, help="tokens that each request gets")
     parser.add_argument("--device", choices=("cuda:0", "cpu"), default="cuda:0")
     parser.add_argument("--host", action="store_true", help="only what a step costs the host")
+    parser.add_argument("--cuda-cores", action="store_true", help=_CUDA_CORES)
     parser.add_argument("--no-peer", dest="peer", action="store_false")
     parser.add_argument("--no-idle", dest="idle", action="store_false")
     parser.add_argument("--output", type=Path, default=os.environ.get("OUT", ".out"))

@@ -23,8 +23,6 @@ import torch.nn.functional as F
 from engine import Sampling
 from flashinfer import sampling as draws
 
-# From this many query heads a key head on, FlashInfer's decode is quicker on tensor cores.
-TENSOR_CORES_FROM = 4
 WORKSPACE = 256 << 20
 ARRAYS = ("tokens", "positions", "requests", "indptr", "last_page_len", "last", "indices")
 
@@ -53,7 +51,7 @@ class Loop:
 
     def __init__(
         self, config: Any, weights: Weights, page_size: int, max_batch: int, max_length: int,
-        max_tokens: int, graph_sizes: tuple[int, ...] = (),
+        max_tokens: int, use_tensor_cores: bool = False, graph_sizes: tuple[int, ...] = (),
     ) -> None:  # fmt: skip
         self.config, self.weights, self.max_tokens = config, weights, max_tokens
         self.device, self.dtype = weights.embed.device, weights.embed.dtype
@@ -64,7 +62,7 @@ class Loop:
         room = 3 * max_tokens + 4 * max_batch + self.table.size + 64
         self.staging = torch.zeros(room, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         self.prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self.workspace(), "NHD")
-        self.use_tensor_cores = config.heads // config.kv_heads >= TENSOR_CORES_FROM
+        self.use_tensor_cores = use_tensor_cores  # for decode: FlashInfer's prefill kernels
         self.decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             self.workspace(), "NHD", use_tensor_cores=self.use_tensor_cores
         )
@@ -138,7 +136,7 @@ class Loop:
         owners = np.repeat(np.arange(len(work), dtype=np.int32), counts)
         pages = -(-lengths // self.page_size)
         table = self.table[[request.row for request, _, _ in work], : pages.max()]
-        for (request, tokens, _), length in zip(work, lengths.tolist(), strict=True):
+        for (request, _, _), length in zip(work, lengths.tolist(), strict=True):
             request.computed = length
         return {
             "tokens": np.array([token for _, tokens, _ in work for token in tokens], np.int32),

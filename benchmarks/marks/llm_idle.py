@@ -18,7 +18,7 @@ from engine import Sampling
 
 from marks.llm_sides import Prompts, Side, finish, prefill
 
-STEPS = 30
+STEPS = 30  # at most
 _KINDS = {"kernel", "gpu_memcpy", "gpu_memset"}
 
 
@@ -70,15 +70,17 @@ def profiled(torch: Any, call: Any) -> list[dict[str, Any]]:
 
 
 def idle(torch: Any, side: Side, prompts: Prompts, sampling: Sampling) -> Idle:
-    """Of `STEPS` steps of decoding, after all prompts are done."""
+    """Of some steps of decoding, after all prompts are done."""
     prefill(side, side.start(prompts, sampling))
     for _ in range(3):
         side.step()
+    # Before the first of the requests ends.
+    count = max(1, min(STEPS, sampling.max_tokens // 2))
 
     def steps() -> None:
-        for _ in range(STEPS):
+        for _ in range(count):
             side.step()
 
     events = profiled(torch, steps)
     finish(side)
-    return of_trace(events, STEPS)
+    return of_trace(events, count)

@@ -71,10 +71,16 @@ class RandomWeights:
 
 
 def scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Mean and deviation, such that logits have a deviation of about 3 and attention has favourites."""
+    """Mean and deviation: logits get one of about 3, and attention has favourites."""
     if len(shape) == 1:
         return (1.5 if "self_attn" in name else 1.0), 0.1
     if "embed" in name:
         return 0.0, 0.1
-    gain = 3.0 if "lm_head" in name else 1.5 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
+    gain = (
+        3.0
+        if "lm_head" in name
+        else 1.5
+        if name.endswith(("q_proj.weight", "k_proj.weight"))
+        else 1.0
+    )
     return 0.0, gain / shape[1] ** 0.5

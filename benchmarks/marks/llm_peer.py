@@ -10,6 +10,9 @@ import torch
 from engine import Engine, Sampling
 from llm_torch import Loop, Request, Weights
 
+# From this many query heads a key head on, servers have FlashInfer decode on tensor cores.
+TENSOR_CORES_FROM = 4
+
 
 class Peer:
     """A loop as one of the two kinds: they share weights, cache and memory."""
@@ -46,8 +49,8 @@ class Memory:
 def tensor(x: Any) -> torch.Tensor:
     """A contiguous `TensorDesc` on the GPU as a tensor of torch's; bfloat16 goes as int16."""
     if x.dtype.name == "bfloat16":
-        return torch.as_tensor(Memory(x, "<i2"), device="cuda").view(torch.bfloat16)
-    return torch.as_tensor(Memory(x, "<f4"), device="cuda")
+        return torch.as_tensor(Memory(x, "<i2"), device="cuda:0").view(torch.bfloat16)
+    return torch.as_tensor(Memory(x, "<f4"), device="cuda:0")
 
 
 def weights_of(model: Any) -> Weights:
@@ -59,12 +62,14 @@ def weights_of(model: Any) -> Weights:
 
 
 def peers(
-    engine: Engine, max_batch: int, max_length: int, max_tokens: int, sizes: tuple[int, ...]
+    engine: Engine, max_length: int, sizes: tuple[int, ...], use_cuda_cores: bool
 ) -> list[Peer]:
     """Of an engine: the eager loop, and the one that replays graphs of these sizes of batch."""
     torch.cuda.set_stream(torch.cuda.Stream())  # not the one that all others wait for
-    weights = weights_of(engine.model)
+    config, model = engine.config, engine.model
+    is_wide = config.heads // config.kv_heads >= TENSOR_CORES_FROM and not use_cuda_cores
     loop = Loop(
-        engine.config, weights, engine.page_size, max_batch, max_length, max_tokens, sizes
-    )
+        config, weights_of(model), engine.page_size, model.slots, max_length, model.max_tokens,
+        is_wide, sizes,
+    )  # fmt: skip
     return [Peer(loop, "eager"), Peer(loop, "graph")]

@@ -194,7 +194,8 @@ def _usual_folder(cpu: str | None) -> Path:
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the wheel; by default `wheels` in the cache, where fi_ffi finds it.",
+    help="Folder for the wheel; by default `wheels` in the cache, where fi_ffi finds it, "
+    "and where it is added to what was built before.",
 )
 @click.option(
     "--build-dir",
@@ -244,6 +245,8 @@ def build(
     modules = with_options(names, {"dtype": dtype, "head_dim": head_dim, "backend": backend})
     with _interruptible(), _reporter(quiet) as report:
         folder = output or _usual_folder(cpu)
+        # What was built for this machine before stays with it.
+        settings["keep"] = folder.is_absolute() and output is None
         wheel = build_wheel(modules, output=folder, jobs=jobs, report=report, cpu=cpu, **settings)
         if report is not None and folder != output and folder.is_absolute():
             report(Progress("package", "fi_ffi finds it there"))

@@ -174,8 +174,11 @@ def _kernels(kernels: str | None) -> Iterator[Finding]:
         advice = f"`fi-ffi build norm` makes them; {sources.KERNELS} or --kernels names others"
         yield Finding("kernels", "warn", "none", advice)
         return
+    missing: dict[str, list[tuple[str, str]]] = {}
     for module in sorted({row.module for row in ROWS}):
-        yield from _module(module)
+        yield from _module(module, missing)
+    for names in missing.values():  # what is missing for one reason is said once
+        yield Finding(", ".join(name for name, _ in names), "warn", "none", names[0][1])
 
 
 def _known_cases(kernels: str | None) -> Iterator[Finding]:
@@ -193,15 +196,19 @@ def _known_cases(kernels: str | None) -> Iterator[Finding]:
         yield Finding(case.name, "ok" if able else "none", found, "" if able else advice)
 
 
-def _module(module: str) -> Iterator[Finding]:
-    """Where a module comes from, and what each GPU can do with it."""
+def _module(module: str, missing: dict[str, list[tuple[str, str]]]) -> Iterator[Finding]:
+    """Where a module comes from, and what each GPU can do with it.
+
+    Where it is `missing`, that gets its name and the reason, by the reason's words.
+    """
     devices: list[int | None] = [*range(machine.device_count())]
     for device in devices or [None]:
         where = module if device is None else f"{module} on cuda:{device}"
         try:
             source, file, facts = search.find_module(module, device)
         except LoaderError as error:
-            yield Finding(where, "warn", "none", str(error))
+            reason = str(error)
+            missing.setdefault(reason.replace(module, ""), []).append((where, reason))
             continue
         codes = ", ".join(code.name for code in facts.codes)
         found = f"{codes}, {source.version}, {source.trust}: {file.path}"

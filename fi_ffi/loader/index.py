@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -46,9 +47,15 @@ class Installer:
         except OSError as error:
             raise FetchError(f"{what}: {self.kind} cannot be run: {error}") from None
         if done.returncode:
-            words = done.stderr.strip() or done.stdout.strip() or "it gives no reason"
+            words = _once(done.stderr) or _once(done.stdout) or "it gives no reason"
             raise FetchError(f"{what}: {self.kind} could not find or fetch it:\n{words[-2000:]}")
         return done.stdout
+
+
+def _once(text: str) -> str:
+    """The lines, without those that differ from one before in numbers alone (of tries, say)."""
+    lines = {re.sub(r"0x[0-9a-f]+|\d+", "", line): line for line in text.strip().splitlines()}
+    return "\n".join(lines.values())
 
 
 def installer(pin: IndexFile) -> Installer:

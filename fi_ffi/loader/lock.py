@@ -120,7 +120,8 @@ def read_lock(path: Path) -> Lock:
             raise ValueError(f"schema {data['schema']}, not {SCHEMA}")
         kernels = data["kernels"]
         files = [
-            _entry(KernelFile, {"url": _url(kernels, entry)} | entry) for entry in kernels["files"]
+            _entry(KernelFile, {"url": _url(kernels, entry)} | entry)
+            for entry in kernels.get("files", [])
         ]
         return Lock(path, _tvm_ffi(data["libtvm-ffi"]), kernels["default"], tuple(files))
     except (OSError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:

@@ -16,12 +16,13 @@ import functools
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fi_ffi.errors import ArgumentError, FiFfiError, LoaderError
+from fi_ffi.errors import ArgumentError, FetchError, FiFfiError, LoaderError
 from fi_ffi.loader import cache, machine
 from fi_ffi.loader.caching import trust
 from fi_ffi.loader.fatbin import sass_named
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     import importlib.metadata
 
 KERNELS, SOURCES, WHEELS = "FI_FFI_KERNELS", "FI_FFI_SOURCES", "FI_FFI_WHEELS"
+# Seconds for which a server that could not be reached is not asked again.
+UNREACHABLE = 30.0
 RELEASE, CUDA, VERIFY = "FI_FFI_RELEASE", "FI_FFI_CUDA", "FI_FFI_VERIFY"
 
 
@@ -234,13 +237,21 @@ class PinnedKernels:
     def __init__(self, pin: KernelFile) -> None:
         self.pin, self.location = pin, pin.url
         self.version: str | None = f"{pin.release}+{pin.cuda}"
+        # Why it could not be reached, and when: for a while nobody waits for it again.
+        self._refusal, self._refused_at = "", -UNREACHABLE
 
     @functools.cached_property
     def _wheel(self) -> KernelWheel:
         from fi_ffi.loader.remote import RemoteWheel
 
+        if time.monotonic() - self._refused_at < UNREACHABLE:
+            raise FetchError(self._refusal)
         whole = os.environ.get(VERIFY) == "full"
-        wheel = RemoteWheel.of(self.pin, verify="full" if whole else "record")
+        try:
+            wheel = RemoteWheel.of(self.pin, verify="full" if whole else "record")
+        except FetchError as error:
+            self._refusal, self._refused_at = str(error), time.monotonic()
+            raise
         return KernelWheel(self.location, wheel)
 
     @property

@@ -125,3 +125,9 @@ def test_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FI_FFI_OFFLINE", "1")
     with pytest.raises(FetchError, match=PIN.file):
         resolve(dataclasses.replace(PIN, version="0"))
+
+
+def test_tries_are_told_once() -> None:
+    tries = "Retrying (total=4) at 0x7f1a: no route\nRetrying (total=3) at 0x7fcc: no route\n"
+    words = tries + "ERROR: none\n"
+    assert index._once(words) == "Retrying (total=3) at 0x7fcc: no route\nERROR: none"

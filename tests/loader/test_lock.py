@@ -126,3 +126,12 @@ def test_a_platform_that_is_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
     with pytest.raises(LoaderError, match="no libtvm_ffi for linux-riscv64, only .*linux-x86_64"):
         lock.tvm_ffi_pin().file_for_this_machine()
+
+
+def test_a_lock_without_kernels(tmp_path: Path) -> None:
+    """What is left when the last of them is taken out, before a mirror's own come in."""
+    path = tmp_path / "wheels.lock"
+    path.write_text(TEXT.partition("[[kernels.files]]")[0])
+    found = lock.read_lock(path)
+    assert found.kernels == ()
+    assert found.libtvm_ffi == lock.read_lock(lock.lock_path()).libtvm_ffi

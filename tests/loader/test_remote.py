@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fi_ffi.errors import ArtifactError, FetchError, LoaderError
+from fi_ffi.loader import sources
 from fi_ffi.loader.http import Client
 from fi_ffi.loader.lock import KernelFile
 from fi_ffi.loader.remote import RemoteWheel
@@ -468,3 +469,26 @@ LINES = st.one_of(
 def test_any_record(fuzzed: tuple[Server, Path], text: bytes) -> None:
     members = {NORM: b"y", "a.so": b"x", "../../x.so": b"x", "/x.so": b"x"}
     read_all(*fuzzed, make_wheel(members, record_text=text))
+
+
+def test_a_server_that_refused_is_not_waited_for_again_and_again(
+    web: Server, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the next module, nor the one after that; later it is asked anew."""
+    pin = KernelFile(
+        "1.2.3", "cu130", "linux-x86_64", "monolithic", PATH.rpartition("/")[2], web.url(PATH),
+        sha256(WHEEL), "a test", len(WHEEL), record_sha256=RECORD,
+    )  # fmt: skip
+    source = sources.PinnedKernels(pin)
+    web.faults, web.always = [], status(403)
+    with pytest.raises(FetchError) as first:
+        source.modules()
+    asked = len(web.seen)
+    assert asked
+    web.always = faults.good
+    with pytest.raises(FetchError) as second:
+        source.modules()
+    assert (str(second.value), len(web.seen)) == (str(first.value), asked)
+    monkeypatch.setattr(sources, "UNREACHABLE", 0.0)
+    assert "norm" in source.modules()
+    assert len(web.seen) > asked

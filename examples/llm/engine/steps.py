@@ -1,5 +1,6 @@
 """One step on the device: its arrays, the plan of its attention, and the graph that repeats it."""
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ class Steps:
         self.max_indices = model.slots * min(num_pages, longest)
         self.use_graphs = use_graphs and self.device.is_gpu
         self.sizes = [n for n in SIZES if n < model.slots] + [model.slots]
-        self.mixed, self.decodes, self.graphs = None, {}, {}
+        self.mixed, self.decodes, self.graphs, self.placed = None, {}, {}, {}
         self.sampler, self.on_logits = Sampler(model), None
         # By slot, the last one for padding: its pages are the scrap page, its length is 1.
         self.table = np.full((model.slots + 1, num_pages), SCRAP, np.int32)
@@ -71,7 +72,7 @@ class Steps:
         size = next(n for n in self.sizes if n >= len(work)) if is_decode else 0
         sampled = [r for r, count in work if r.computed + count == r.length]
         host = self._host(work, sampled, size)
-        given = self._upload(host)
+        given = self._upload(host, size)
         with self.device.scope():
             logits = self._forward(given, host, size)
             if self.on_logits:
@@ -123,19 +124,34 @@ class Steps:
         host["uniform"] = np.array([uniform(r) for r in sampled] + [-1] * pad, np.float32)
         return host | {name: column[host["sampled"]] for name, column in self.columns.items()}
 
-    def _upload(self, host):
+    def _upload(self, host, size):
         """All arrays in one copy; pages last, so that the others stay where a graph has them."""
-        staging, at, given = next(self.staging), 0, {}
+        staging, pages = next(self.staging), host.pop("kv_indices")
+        placed = self.placed.get(size) or self._place(host)
+        if size:  # where all but the pages are as long each time
+            self.placed[size] = placed
+        starts, given, end = placed
         memory = array(staging)
-        for name in sorted(host, key=lambda name: name == "kv_indices"):
-            values = host[name]
-            memory[at : at + values.nbytes] = values.view(np.uint8)
-            given[name] = fi_ffi.TensorDesc(
-                self.inputs.ptr + at, values.shape, str(values.dtype), device=self.device.name
-            )
+        for name, values in host.items():
+            memory[starts[name] : starts[name] + values.nbytes] = values.view(np.uint8)
+        host["kv_indices"] = pages
+        memory[end : end + pages.nbytes] = pages.view(np.uint8)
+        self.device.upload(
+            rows(self.inputs, 0, end + pages.nbytes), rows(staging, 0, end + pages.nbytes)
+        )
+        return given | {"kv_indices": self._input(end, pages)}
+
+    def _place(self, host):
+        """Where each array starts, the tensors there, and where the last one ends."""
+        starts, given, at = {}, {}, 0
+        for name, values in host.items():
+            starts[name], given[name] = at, self._input(at, values)
             at += -(-values.nbytes // 16) * 16
-        self.device.upload(rows(self.inputs, 0, at), rows(staging, 0, at))
-        return given
+        return starts, given, at
+
+    def _input(self, at, values):
+        kind, device = str(values.dtype), self.device.name
+        return fi_ffi.TensorDesc(self.inputs.ptr + at, values.shape, kind, device=device)
 
     def _forward(self, given, host, size):
         batch = Batch(**{name: given[name] for name in Batch.INPUTS})
@@ -146,7 +162,9 @@ class Steps:
             batch.kv_indices = fi_ffi.TensorDesc(
                 batch.kv_indices.ptr, (self.max_indices,), "int32", device=self.device.name
             )
-        batch.attend = self._plan_decode(host, size)
+        batch.attend = functools.partial(
+            self._plan_decode(host, size), paged_kv_indices=batch.kv_indices
+        )
         if size in self.graphs:
             graph, logits = self.graphs[size]
             graph.launch()
@@ -177,15 +195,19 @@ class Steps:
         return self.mixed.paged_run
 
     def _plan_decode(self, host, size):
-        """One token a request; the plan of each size stays in its place for the graph."""
+        """One token a request; the plan of each size stays in its place for the graph.
+
+        Runs are given the pages: a plan for graphs would copy as many as there may ever be.
+        """
         arrays, kind = {
-            "indptr": host["kv_indptr"], "indices": host["kv_indices"],
+            "indptr": host["kv_indptr"], "indices": None,
             "last_page_len": host["kv_last_page_len"],
         }, fi_ffi.BatchDecodePlan  # fmt: skip
         has_kernel = self.config.heads // self.config.kv_heads in GROUPS
         if not has_kernel:
             kind = fi_ffi.BatchPrefillPlan
             arrays = self._prefill_arrays(host, np.arange(size + 1, dtype=np.int32))
+            arrays["paged_kv_indices"] = None
         if size not in self.decodes:
             options = self._options() | {
                 "head_dim" if has_kernel else "head_dim_qk": self.config.head_dim,

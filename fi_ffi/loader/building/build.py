@@ -15,7 +15,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from fi_ffi.loader.building.ninja import (
 )
 from fi_ffi.loader.building.wheel_writer import KernelWheel, write_wheel
 from fi_ffi.loader.building.workshop import Progress, Report, Workshop, open_workshop
+from fi_ffi.loader.kernels import open_source
 
 _DRIVER = Path(__file__).with_name("driver.py")
 
@@ -133,19 +134,26 @@ def _compile(workshop: Workshop, answer: Any, jobs: int) -> None:
             return
 
 
-def _package(workshop: Workshop, answer: Any, output: Path) -> Path:
+def _package(workshop: Workshop, answer: Any, output: Path, keep: bool) -> Path:
+    made = {module["name"]: Path(module["library"]) for module in answer["modules"]}
     wheel = KernelWheel(
         release=answer["release"],
         cuda=workshop.toolkit.release,
         architectures=tuple(answer["architectures"]),
         # Not manylinux: nobody checked what the compiler's own libraries ask of the machine.
         platform=f"linux_{workshop.cpu or platform.machine()}",
-        modules={module["name"]: Path(module["library"]) for module in answer["modules"]},
+        modules=made,
         git_version=answer["git_version"],
         licenses=workshop.environment.licenses(),
     )
-    verb = "replacing" if (output / wheel.filename).exists() else "writing"
-    workshop.report(Progress("package", f"{verb} {output / wheel.filename}"))
+    path, verb = output / wheel.filename, "writing"
+    if path.exists():
+        verb = "adding to" if keep else "replacing"
+    if keep and path.exists():
+        before = open_source(path)
+        kept = {name: before.file(name).path for name in before.modules() if name not in made}
+        wheel = replace(wheel, modules=made | kept)
+    workshop.report(Progress("package", f"{verb} {path}"))
     return write_wheel(wheel, output)
 
 
@@ -160,12 +168,14 @@ def build(
     torch_requirement: str = env.DEFAULT_TORCH,
     report: Report | None = None,
     cpu: str | None = None,
+    keep: bool = False,
 ) -> Path:
     """Build `modules` of FlashInfer `release` for the GPUs of `arch`; the wheel's path.
 
     `modules` are exact names, or families with options (see `available`); `arch` is in
     the form of FLASHINFER_CUDA_ARCH_LIST, such as "8.7" or ("9.0a",); `jobs` compilers
-    run at once; `cpu` is "x86_64" or "aarch64", by default this machine's.
+    run at once; `cpu` is "x86_64" or "aarch64", by default this machine's; with `keep`,
+    a wheel of the same name in `output` keeps its other modules.
     `report` is told of every step, on the calling thread.  ArgumentError
     for a name, release or architecture that cannot be; BuildError, with the path of a
     log, when a tool is missing or fails.
@@ -184,7 +194,7 @@ def build(
         )
         _refuse(answer["failed"], answer["names"], workshop)
         _compile(workshop, answer, jobs or default_jobs())
-        return _package(workshop, answer, Path(output))
+        return _package(workshop, answer, Path(output), keep)
 
 
 def generated_names(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import stat
 import time
@@ -18,6 +19,7 @@ from fi_ffi.loader.building import env, ninja
 from fi_ffi.loader.building import toolkit as build_toolkit
 from fi_ffi.loader.building.build import _compile, available, build
 from fi_ffi.loader.building.names import (
+    DEFAULT_RELEASE,
     FAMILIES,
     parse_arch,
     parse_release,
@@ -26,6 +28,7 @@ from fi_ffi.loader.building.names import (
     with_options,
 )
 from fi_ffi.loader.building.toolkit import Toolkit
+from fi_ffi.loader.building.wheel_writer import KernelWheel, write_wheel
 from fi_ffi.loader.building.workshop import Progress
 
 
@@ -385,3 +388,28 @@ def test_what_is_available(built_wheel_sm87: Path) -> None:
     assert entries["page"].kind == "module"
     assert entries["page"].sources == 2
     assert {name for name, entry in entries.items() if entry.kind == "family"} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_build_adds_to_the_wheel_that_is_there(
+    built_wheel_sm87: Path, tmp_path: Path, keep: bool
+) -> None:
+    """With what was there bit for bit, and without `keep` in its place."""
+    there = tmp_path / built_wheel_sm87.name
+    with zipfile.ZipFile(built_wheel_sm87) as archive:
+        page = Path(archive.extract("flashinfer_jit_cache/jit_cache/page/page.so", tmp_path))
+        names = {name for name in archive.namelist() if name.endswith(".so")}
+    old = KernelWheel(
+        DEFAULT_RELEASE, "13.0", ("sm87",), f"linux_{platform.machine()}", {"older": page}
+    )
+    assert write_wheel(old, tmp_path) == there
+    seen: list[Progress] = []
+    build(["page"], arch="8.7", output=tmp_path, keep=keep, report=seen.append)
+    with zipfile.ZipFile(there) as archive:
+        got = {name for name in archive.namelist() if name.endswith(".so")}
+        kept = "flashinfer_jit_cache/jit_cache/older/older.so"
+        assert got == names | ({kept} if keep else set())
+        if keep:
+            assert archive.read(kept) == page.read_bytes()
+    verb = "adding to" if keep else "replacing"
+    assert any(progress.message.startswith(verb) for progress in seen)

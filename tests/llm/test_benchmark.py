@@ -1,0 +1,120 @@
+"""benchmarks/llm.py without a GPU: its arguments, weights, checks, and all of it on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from engine import load_model
+from engine.checkpoint import shapes
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The benchmark, and its parts by name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    parts = ("check", "host", "idle", "models", "sides")
+    modules = {name: importlib.import_module(f"marks.llm_{name}") for name in parts}
+    # By another name: `llm` is the folder of these tests.
+    spec = importlib.util.spec_from_file_location("llm_benchmark", BENCHMARKS / "llm.py")
+    main = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, main)  # its dataclasses look themselves up
+    spec.loader.exec_module(main)
+    return SimpleNamespace(main=main, **modules)
+
+
+def test_arguments(bench, capsys):
+    given = bench.main.parsed([])
+    assert given.batch == [1, 16, 64, 256]
+    assert (given.model, given.repeats, given.peer, given.idle) == ("qwen3-0.6b", None, True, True)
+    given = bench.main.parsed(["--batch", "8,1", "--model", "llama-3-8b", "--no-peer"])
+    assert (given.batch, given.model, given.peer) == ([1, 8], "llama-3-8b", False)
+    for wrong in (["--batch", "0,2"], ["--batch", "x"], ["--model", "other"]):
+        with pytest.raises(SystemExit):
+            bench.main.parsed(wrong)
+    assert "a batch is 1 request or more" in capsys.readouterr().err
+
+
+def test_weights(bench, rng):
+    raw = bench.models.MODELS["qwen3-0.6b"] | {"vocab_size": 20_000}
+    weights = bench.models.RandomWeights(raw, rng)
+    names = [name for name, _ in shapes(raw) if ".layers." not in name or ".0." in name]
+    for name in names:
+        shape = weights.shapes[name]
+        values = weights(name)
+        assert (values.shape, values.dtype.name) == (shape, "bfloat16")
+        assert np.array_equal(values.view(np.uint16), weights(name).view(np.uint16))
+        mean, deviation = bench.models.scale(name, shape)
+        sample = values.reshape(-1)[:200_000].astype(np.float64)
+        assert abs(sample.mean() - mean) < 6 * deviation / len(sample) ** 0.5 + 2e-3
+        assert abs(sample.std() - deviation) < deviation * 0.4
+    embed = weights("model.embed_tokens.weight").view(np.uint16)
+    rows = embed[rng.choice(len(embed), 3000, replace=False)]
+    assert len(np.unique(rows, axis=0)) == len(rows)
+
+
+@pytest.mark.parametrize("model", ["qwen3-0.6b", "llama-3-8b"])
+def test_models(bench, model):
+    config = bench.models.config_of(bench.models.MODELS[model])
+    assert config.dtype == "bfloat16"
+    assert config.tied == config.qk_norm == (model == "qwen3-0.6b")
+
+
+def test_covered(bench):
+    assert bench.idle.covered([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
+    spans = [("kernel", 0, 10), ("gpu_memcpy", 5, 10), ("kernel", 35, 5), ("cpu_op", 0, 900)]
+    events = [{"ph": "X", "cat": kind, "ts": ts, "dur": dur} for kind, ts, dur in spans]
+    idle = bench.idle.of_trace([*events, {"ph": "M"}], 2)
+    assert (idle.busy_ms, idle.wall_ms, idle.kernels) == (0.010, 0.020, 1)
+    assert idle.share == 0.5
+    with pytest.raises(RuntimeError, match="no kernel"):
+        bench.idle.of_trace([{"ph": "M"}], 1)
+
+
+def test_the_check_fails_where_sides_differ(bench, rng):
+    raw = bench.models.MODELS["tiny"]
+    weights = bench.models.RandomWeights(raw, rng)
+
+    def other(name):
+        values = weights(name)
+        return values[::-1] if name == "model.layers.1.self_attn.o_proj.weight" else values
+
+    def side(given):
+        config = bench.models.config_of(raw)
+        return bench.sides.Ours(load_model(config, given, "cpu", 20, 16, 2, 64, False))
+
+    one, same, wrong = side(weights), side(weights), side(other)
+    prompts = bench.sides.RandomPrompts(raw["vocab_size"], 9, rng)(2)
+    found = bench.check.compare(one, same, prompts)
+    assert found == {"logits_apart": 0, "same_tokens": 8, "compared": 8}
+    with pytest.raises(bench.main.Wrong, match="of their deviation apart"):
+        bench.check.compare(one, wrong, prompts)
+    assert one.on_logits is None
+
+
+def test_on_the_cpu(bench, tmp_path, capsys):
+    given = ["--device", "cpu", "--model", "tiny", "--batch", "1,3", "--tokens", "4"]
+    given += ["--prompt", "30", "--repeats", "2", "--output", str(tmp_path)]
+    assert bench.main.run(bench.main.parsed(given)) == 0
+    assert "| 3 |" in capsys.readouterr().out
+    written = json.loads((tmp_path / "llm-tiny.json").read_text())
+    assert written["about"]["max_tokens"] == 64  # so that three prompts take two steps
+    for row in written["rows"]:
+        assert len(row["timings"]["fi_ffi"]) == 2
+        for timing in row["timings"]["fi_ffi"]:
+            assert timing["prefill_tokens"] == 30 * row["batch"]
+            assert 0 < timing["decode_tokens"] <= 3 * row["batch"]
+
+
+def test_of_the_host_alone(bench, capsys):
+    assert bench.main.host(bench.main.parsed(["--host", "--batch", "2"])) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert 0.01 < float(table[-1].split("|")[2]) < 50

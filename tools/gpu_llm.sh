@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# examples/llm beside the same loop in torch and flashinfer-python: benchmarks/llm.py.
+#
+#   [FI_FFI_KERNELS='WHEEL...'] [MODELS='qwen3-0.6b llama-3-8b'] tools/gpu_llm.sh [its arguments]
+#
+# Tables and JSON are left under $OUT.  The kernel wheels (those in .kernels/core/ and
+# .kernels/decoder/ where none are named; tar archives of what is in them do as well) are
+# unpacked into one folder, so that fi_ffi and flashinfer-python load the same files.  Each
+# model has a process of its own.  Needs a GPU with 48 GB, torch, flashinfer-python,
+# nvmath-python, what examples/llm needs, and what gpu_environment.sh needs.
+set -u
+cd "$(dirname "$0")/.."
+kernels=${FI_FFI_KERNELS:-$(ls .kernels/{core,decoder}/*.whl 2>/dev/null)}
+. tools/gpu_environment.sh
+modules=$(mktemp -d)
+for file in $kernels; do
+  case $file in
+    *.whl) python3 -m zipfile -e "$file" "$modules" || exit ;;
+    *) tar -xf "$file" -C "$modules" || exit ;;
+  esac
+done
+export PYTHONPATH=$PYTHONPATH:$modules FI_FFI_KERNELS=$modules/flashinfer_jit_cache/jit_cache
+nvidia-smi --query-gpu=name,driver_version,clocks.sm --format=csv,noheader
+status=0
+set -o pipefail
+for model in ${MODELS:-qwen3-0.6b llama-3-8b}; do
+  python3 benchmarks/llm.py --model "$model" --output "$out" "$@" 2>&1 |
+    tee "$out/llm-$model.txt" || status=1
+done
+exit $status
