@@ -15,7 +15,8 @@ to when it has the last.  First their logits and greedy tokens are compared: whe
 not the same within rounding there is no figure, and the exit status is 1.
 
 The share of time that the GPU is idle is from 30 steps under torch.profiler, after all that
-is timed; and, as that slows launches, once more from the same busy time and an untouched step.
+is timed ("idle there"); and, as that slows launches, from the same busy time and what a step
+takes without it ("idle").
 """
 
 from __future__ import annotations

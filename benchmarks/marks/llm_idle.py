@@ -70,12 +70,11 @@ def profiled(torch: Any, call: Any) -> list[dict[str, Any]]:
 
 
 def idle(torch: Any, side: Side, prompts: Prompts, sampling: Sampling) -> Idle:
-    """Of some steps of decoding, after all prompts are done."""
+    """Of some steps in the middle of decoding, when requests are as long as on average."""
     prefill(side, side.start(prompts, sampling))
-    for _ in range(3):
-        side.step()
-    # Before the first of the requests ends.
     count = max(1, min(STEPS, sampling.max_tokens // 2))
+    for _ in range((sampling.max_tokens - count) // 2):
+        side.step()
 
     def steps() -> None:
         for _ in range(count):

@@ -25,7 +25,7 @@ class Side(Protocol):
     # Called with the requests that get a token, and their logits (a numpy array), where set.
     on_logits: Callable[[list[Any], np.ndarray], None] | None
 
-    def start(self, prompts: Prompts, sampling: Sampling) -> list[Any]:
+    def start(self, prompts: Prompts, sampling: Sampling) -> list[Served]:
         """Take these in; nothing is computed yet."""
 
     def step(self) -> bool:
@@ -78,7 +78,7 @@ class Timing:
         return self.decode_s / self.decode_steps * 1e3
 
 
-def prefill(side: Side, requests: list[Any]) -> None:
+def prefill(side: Side, requests: list[Served]) -> None:
     """Steps until every request has a token."""
     while requests:
         side.step()

@@ -108,7 +108,7 @@ class Device:
 class Cpu(Device):
     """numpy and fi_ffi's reference kernels; what is launched has been done on return."""
 
-    name, stream, is_gpu, is_frozen = "cpu", None, False, False
+    name, stream, is_gpu, is_frozen, has_pdl = "cpu", None, False, False, False
 
     def __init__(self, dtype):
         super().__init__()
@@ -181,7 +181,10 @@ class Gpu(Device):
         check(runtime.cudaSetDevice(0))
         self.stream = int(check(runtime.cudaStreamCreate()))
         self.memory, self.host = [], []
-        self.kernels = glue.compiled(dtype, self._compute_capability())
+        capability = self._compute_capability()
+        self.kernels = glue.compiled(dtype, capability)
+        # Kernels that may begin while the one before ends (programmatic dependent launch).
+        self.has_pdl = capability[0] >= 9
         self.blas = cublas.create()
         cublas.set_stream(self.blas, self.stream)
         # Of its own, for cuBLAS may not allocate while a graph is captured.

@@ -89,11 +89,11 @@ __global__ void draw(int* tokens, const float* probs, const float* uniform, cons
   __shared__ float sums[1024];
   __shared__ int places[1024];
   const float* row = probs + blockIdx.x * (long long)vocab;
-  const int me = threadIdx.x, part = (vocab + 1023) / 1024;
-  const int first = min(me * part, vocab), end = min(first + part, vocab);
+  const int me = threadIdx.x, warp = me / 32, lane = me % 32;
   float greatest = -1;
   int place = vocab;
-  for (int i = first; i < end; i++)
+#pragma unroll 8
+  for (int i = me; i < vocab; i += 1024)
     if (row[i] > greatest) { greatest = row[i]; place = i; }
   sums[me] = greatest; places[me] = place;
   for (int half = 512; half; half /= 2) {
@@ -109,27 +109,37 @@ __global__ void draw(int* tokens, const float* probs, const float* uniform, cons
   const float least = sums[0] * min_p[blockIdx.x], u = uniform[blockIdx.x];
   if (me == 0) tokens[blockIdx.x] = places[0];
   if (u < 0) return;
-  __syncthreads();
-  float mine = 0;
-  for (int i = first; i < end; i++) mine += row[i] >= least ? row[i] : 0;
-  sums[me] = mine;
-  for (int step = 1; step < 1024; step *= 2) {
+  // Each warp sums a 32nd of the row, then of the part with the token, until that is one token.
+  float target = -1;
+  int first = 0, end = vocab, part;
+  do {
+    part = (end - first + 31) / 32;
+    const int start = first + warp * part, stop = min(start + part, end);
+    float mine = 0;
+#pragma unroll 8
+    for (int i = start + lane; i < stop; i += 32) mine += row[i] >= least ? row[i] : 0;
+    for (int half = 16; half; half /= 2) mine += __shfl_xor_sync(~0u, mine, half);
     __syncthreads();
-    float before = me >= step ? sums[me - step] : 0;
+    if (lane == 0) sums[warp] = mine;
     __syncthreads();
-    sums[me] += before;
-  }
-  __syncthreads();
-  float target = u * sums[1023], sum = me ? sums[me - 1] : 0;
-  if (sum > target || target >= sums[me]) return;
-  int chosen = -1;
-  for (int i = first; i < end; i++)
-    if (row[i] >= least && row[i] > 0) {
-      chosen = i;
-      sum += row[i];
-      if (sum > target) break;
+    if (target < 0) {
+      float whole = 0;
+      for (int w = 0; w < 32; w++) whole += sums[w];
+      if (!(whole > 0)) return;
+      target = u * whole;
     }
-  if (chosen >= 0) tokens[blockIdx.x] = chosen;
+    int w = 0, chosen = 0;
+    for (; w < 32; w++) {
+      if (!(sums[w] > 0)) continue;
+      chosen = w;
+      if (target < sums[w]) break;
+      target -= sums[w];
+    }
+    if (w == 32) target = 1e30f;  // rounding has led past the end: the last one that is left
+    first += chosen * part;
+    end = min(first + part, end);
+  } while (part > 1);
+  if (me == 0) tokens[blockIdx.x] = first;
 }
 }
 """

@@ -54,6 +54,7 @@ class Model:
         ]
         # The last token drawn for each slot; one slot more is what pads batches.
         self.latest = self._zeros((slots + 1, 1), "int32")
+        self.pdl = {"enable_pdl": device.has_pdl}
         self.add_norm = fi_ffi.fused_add_rmsnorm
         self.rms = fi_ffi.rmsnorm
         if config.is_next:
@@ -104,7 +105,7 @@ class Model:
         residual = self.scratch("residual", n, config.hidden)
         x = self.scratch("x", n, config.hidden)
         device.take(residual, self.embed, batch.tokens)
-        self.rms(x, residual, self.layers[0]["input_norm"], config.eps)
+        self.rms(x, residual, self.layers[0]["input_norm"], config.eps, **self.pdl)
         following = [layer["input_norm"] for layer in self.layers[1:]] + [self.norm]
         linears = 0
         for kind, layer, cache, next_norm in zip(
@@ -115,9 +116,9 @@ class Model:
                 linears += 1
             else:
                 x = self.attention(layer, x, batch, cache)
-            self.add_norm(x, residual, layer["post_norm"], config.eps)
+            self.add_norm(x, residual, layer["post_norm"], config.eps, **self.pdl)
             x = self.mlp(layer, x)
-            self.add_norm(x, residual, next_norm, config.eps)
+            self.add_norm(x, residual, next_norm, config.eps, **self.pdl)
         last = self.scratch("last", batch.last.shape[0], config.hidden, most=self.slots)
         device.take(last, x, batch.last)
         return self.linear("logits", last, self.head, dtype="float32", most=self.slots)
@@ -125,7 +126,7 @@ class Model:
     def mlp(self, layer, x):
         gate_up = self.linear("gate_up", x, layer["gate_up"])
         product = self.scratch("product", x.shape[0], self.config.intermediate)
-        fi_ffi.silu_and_mul(product, gate_up)
+        fi_ffi.silu_and_mul(product, gate_up, **self.pdl)
         return self.linear("x", product, layer["down"])
 
     def attention(self, layer, x, batch, cache):
@@ -137,8 +138,8 @@ class Model:
         k = columns(qkv, heads * dim, kv_heads, dim)
         v = columns(qkv, (heads + kv_heads) * dim, kv_heads, dim)
         if config.qk_norm:
-            fi_ffi.qk_rmsnorm(q, q, layer["q_norm"], config.eps)
-            fi_ffi.qk_rmsnorm(k, k, layer["k_norm"], config.eps)
+            fi_ffi.qk_rmsnorm(q, q, layer["q_norm"], config.eps, **self.pdl)
+            fi_ffi.qk_rmsnorm(k, k, layer["k_norm"], config.eps, **self.pdl)
         fi_ffi.apply_rope_pos_ids_cos_sin_cache(q, k, q, k, self.cos_sin, batch.positions)
         k_cache, v_cache = fi_ffi.split_paged_kv_cache(cache)
         fi_ffi.append_paged_kv_cache(
@@ -146,7 +147,7 @@ class Model:
             batch.kv_indices, batch.kv_indptr, batch.kv_last_page_len,
         )  # fmt: skip
         out = self.scratch("attended", n, heads, dim)
-        batch.attend(q, k_cache, v_cache, out)
+        batch.attend(q, k_cache, v_cache, out, **self.pdl)
         out = view(out, n, heads * dim)
         if config.is_next:
             self.gate(out, columns(qkv, (heads + 2 * kv_heads) * dim, heads * dim), False)
@@ -165,7 +166,7 @@ class Model:
         ba = self.linear("ba", x, layer["ba"])
         q, k, v = self.convolved(layer, qkvz, batch, i)
         for part in (q, k):
-            fi_ffi.qk_rmsnorm(part, part, self.unit, 1e-6 / HEAD)
+            fi_ffi.qk_rmsnorm(part, part, self.unit, 1e-6 / HEAD, **self.pdl)
         heads = config.value_heads
         alpha, beta = (self.scratch(name, n, heads, dtype="float32") for name in ("alpha", "beta"))
         device.launch("decays", (-(-n * heads // 256), 1), 256,
@@ -178,7 +179,7 @@ class Model:
                            workspace_buffer=self.gdn_scratch)  # fmt: skip
         device.give(pool, state, batch.slots)
         flat = view(out, n * heads, HEAD)
-        fi_ffi.rmsnorm(flat, flat, layer["norm"], config.eps)
+        fi_ffi.rmsnorm(flat, flat, layer["norm"], config.eps, **self.pdl)
         out = view(out, n, config.value_size)
         self.gate(out, columns(qkvz, config.conv_size, config.value_size), True)
         return self.linear("x", out, layer["out"])

@@ -77,7 +77,7 @@ class Sampler:
         are not launched.
         """
         n, vocab, probs, device = *logits.shape, logits, self.model.device
-        fi_ffi.softmax(None, logits, probs, given["temperature"])
+        fi_ffi.softmax(None, logits, probs, given["temperature"], **self.model.pdl)
         if any(s.top_k for s in samplings):
             fi_ffi.top_k_renorm_probs(probs, probs, given["top_k"])
         if any(s.top_p < 1 for s in samplings):
