@@ -35,22 +35,32 @@ def check_kernel(code: int, op: str) -> None:
         raise take_kernel_error(op)
 
 
-def take_kernel_error(op: str) -> KernelError:
+def take_kernel_error(op: str) -> KernelError | KeyboardInterrupt:
     """`take_raised`, examined."""
     error = take_raised(op)
-    return error if examine is None else examine(error)
+    if examine is None or isinstance(error, KeyboardInterrupt):
+        return error
+    return examine(error)
 
 
-def take_raised(op: str) -> KernelError:
-    """The error raised on this thread, as an exception; its object is released here."""
+def take_raised(op: str) -> KernelError | KeyboardInterrupt:
+    """The error raised on this thread, as an exception; its object is released here.
+
+    A Ctrl-C that met a function in Python comes out as what it is.
+    """
     slot = ffi.new("TVMFFIObjectHandle *")
     library.lib.TVMFFIErrorMoveFromRaised(slot)
     if slot[0] == ffi.NULL:
         return KernelError(op, "UnknownError", "the call failed and left no error behind")
     try:
-        return error_from(slot[0], op)
+        error = error_from(slot[0], op)
     finally:
         library.lib.TVMFFIObjectDecRef(slot[0])
+    if error.kind != KeyboardInterrupt.__name__:
+        return error
+    interrupt = KeyboardInterrupt(*filter(None, [error.message]))
+    interrupt.__cause__ = error
+    return interrupt
 
 
 def error_from(handle: Any, op: str, depth: int = 0) -> KernelError:
@@ -101,22 +111,25 @@ def set_raised(error: BaseException) -> None:
     """
     try:
         _raise(*_parts_of(error))
-    except BaseException:
-        raise_untold()
+    except BaseException as broken:
+        raise_untold(type(error if isinstance(error, KeyboardInterrupt) else broken))
 
 
-def raise_untold(*_: object) -> None:
+def raise_untold(kind: type[BaseException], *_: object) -> None:
     """Leave behind an error that was made before, where no memory or stack is left for another."""
-    library.lib.TVMFFIErrorSetRaised(_UNTOLD[0])
+    library.lib.TVMFFIErrorSetRaised(_UNTOLD[issubclass(kind, KeyboardInterrupt)])
 
 
 def prepare_untold() -> None:
     """Make what `raise_untold` leaves behind, once; it stays for the life of the process."""
     if not _UNTOLD:
-        words = (b"RuntimeError", b"a callback failed, and what it raised cannot be told", b"")
-        _UNTOLD.append(_created(*words))
+        words = b"a callback failed, and what it raised cannot be told"
+        _UNTOLD.extend(
+            _created(kind, words, b"") for kind in (b"RuntimeError", b"KeyboardInterrupt")
+        )
 
 
+# For an exception of any kind, and for Ctrl-C.
 _UNTOLD: list[Any] = []
 
 

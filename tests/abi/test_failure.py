@@ -38,7 +38,6 @@ class Odd(Exception):
         KeyError("key"),
         OSError(2, "No such file"),
         Odd("of a class of its own"),
-        KeyboardInterrupt("stop"),
         SystemExit(3),
         GeneratorExit(),
         RecursionError("too deep"),
@@ -55,6 +54,28 @@ def test_exceptions_in_callbacks(error: BaseException, callback: Callable[..., E
     assert caught.value.message == str(error)
     assert "raise error" in caught.value.backtrace
     assert isinstance(caught.value, (FiFfiError, RuntimeError))
+
+
+@pytest.mark.parametrize("words", [(), ("stop",)], ids=str)
+def test_ctrl_c_in_a_callback_is_ctrl_c(words: Any, callback: Callable[..., Entry]) -> None:
+    """Nobody who handles a kernel's errors handles it by mistake."""
+    with pytest.raises(KeyboardInterrupt) as caught:
+        callback(raising(KeyboardInterrupt(*words)), 0)()
+    assert caught.value.args == words
+    told = caught.value.__cause__
+    assert isinstance(told, KernelError)
+    assert told.kind == "KeyboardInterrupt"
+    assert "raise error" in told.backtrace
+
+
+def test_ctrl_c_while_an_exception_is_told(callback: Callable[..., Entry]) -> None:
+    class Interrupted(Exception):
+        @property
+        def __traceback__(self) -> Any:  # type: ignore[override]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        callback(raising(Interrupted()), 0)()
 
 
 MESSAGES = {
@@ -243,7 +264,6 @@ def test_nothing_is_printed_by_a_callback_that_fails() -> None:
     code = """
         from fi_ffi.abi.function import register
         from fi_ffi.abi.signature import Signature
-        from fi_ffi.errors import KernelError
         from fi_ffi.loader import runtime
 
         runtime.ensure_tvm_ffi()
@@ -253,8 +273,8 @@ def test_nothing_is_printed_by_a_callback_that_fails() -> None:
 
         try:
             register("fails", Signature("fails", ()), fail)()
-        except KernelError as error:
-            print(error.kind)
+        except KeyboardInterrupt as error:
+            print(error.__cause__.kind)
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60

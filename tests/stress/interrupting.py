@@ -67,9 +67,6 @@ while True:
         work()
     except KeyboardInterrupt:
         told = "interrupted"
-    except fi_ffi.KernelError as error:  # a kernel in Python was: in it, or around it
-        is_mine = error.kind in ("KeyboardInterrupt", "UnknownError")
-        told = "interrupted" if is_mine else repr(error)
     except RuntimeError as error:  # threading.Event's own, between two of its lines
         told = "interrupted" if str(error) == "release unlocked lock" else repr(error)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -27,6 +27,9 @@ def failure(function: Any, *args: Any) -> KernelError:
     except KernelError as error:
         # What the traceback refers to must not outlive the case.
         return error.with_traceback(None)
+    except KeyboardInterrupt as error:
+        assert isinstance(error.__cause__, KernelError)
+        return error.__cause__.with_traceback(None)
     raise AssertionError(f"{args} gave {found!r}")
 
 
