@@ -73,6 +73,26 @@ def test_damaged_facts_are_read_anew(norm, text):
     assert json.loads(path.read_text())["data"]["functions"] == before.functions
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("needed", [7]), ("functions", [None]), ("runpath", 5), ("signatures", {"rmsnorm": 1}),
+     ("codes", [{"kind": "sass", "sm": "90", "suffix": "a"}]),
+     ("codes", [{"kind": "cubin", "sm": 90, "suffix": "a"}]),
+     ("codes", [{"kind": "sass", "sm": 90, "suffix": "z"}])],
+    ids=str,
+)  # fmt: skip
+def test_facts_of_another_type_are_read_anew(norm, field, value):
+    """A file that JSON reads, and that is of this format, may still be damaged."""
+    before = facts.facts_of(norm)
+    path = facts._path(norm.sha256)
+    whole = json.loads(path.read_text())
+    if field == "codes":  # all that a code has, but for what is wrong
+        value = [whole["data"]["codes"][0] | value[0]]
+    path.write_text(json.dumps(whole | {"data": whole["data"] | {field: value}}))
+    assert facts.facts_of(norm) == before
+    assert json.loads(path.read_text()) == whole
+
+
 def test_a_cache_that_cannot_be_written_does_not_matter(norm, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path / "file" / "below"))

@@ -73,6 +73,20 @@ def test_what_is_printed(every, by_hand):
     assert all(repr(every.entry(name)) in text for name in every.entries())
 
 
+@pytest.mark.parametrize("name", ["same_any", "same_array"])
+def test_values_inside_themselves(every, name):
+    """And inside so many others that there is no stack left: both are refused by name."""
+    ring, deep = [], []
+    ring.append(ring)
+    for _ in range(100_000):
+        deep = [deep]
+    for value in (ring, deep):
+        with pytest.raises(fi_ffi.ArgumentError, match=r"without end, expected values that C\+\+"):
+            every.entry(name)(value)
+    one, inner = every.entry(name)([1, [2]])
+    assert (one, [*inner]) == (1, [2])
+
+
 def test_help(every, testing_library):
     text = pydoc.plain(pydoc.render_doc(every.same_int))
     assert "every_kind.same_int(0: int) -> int" in text
