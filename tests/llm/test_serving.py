@@ -287,10 +287,11 @@ def test_requests_that_can_never_be_run(serve):
     ("change", "words"),
     [({"model_type": "gpt2"}, "gpt2"), ({"attention_bias": True}, "attention_bias"),
      ({"quantization_config": {"bits": 4}}, "quantization_config"),
-     ({"rope_scaling": {"rope_type": "yarn"}}, "yarn")],
+     ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"), ({"num_experts": 8}, "num_experts"),
+     ({"linear_key_head_dim": 64}, "linear_key_head_dim is 64; here it is 128")],
 )  # fmt: skip
 def test_models_that_are_not_here(serve, change, words):
-    path = serve("llama").path
+    path = serve("qwen3_next").path
     raw = json.loads((path / "config.json").read_text()) | change
     (path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=words):

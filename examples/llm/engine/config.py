@@ -53,29 +53,14 @@ class Config:
         """Of a folder with config.json; ValueError for what this engine has no code for."""
         raw = json.loads((Path(path) / "config.json").read_text())
         kind, count = raw["model_type"], raw["num_hidden_layers"]
-        if kind not in ("llama", "qwen3", "qwen3_next"):
-            raise ValueError(f"model_type {kind!r}: llama, qwen3 and qwen3_next are what is here")
-        is_next = kind == "qwen3_next"
-        sparse = is_next and raw.get("num_experts", 0)
-        for name in ("attention_bias", "mlp_bias", "quantization_config", "use_sliding_window"):
-            if raw.get(name):
-                raise ValueError(
-                    f"config.json: {name} is {raw[name]!r}; this engine has no code for it"
-                )
-        if sparse and len(raw.get("mlp_only_layers", ())) < count:
-            raise ValueError("config.json: num_experts; layers are dense here")
         scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if scaling.get("rope_type", "default") not in ("default", "llama3"):
-            raise ValueError(f"config.json: rope_type {scaling['rope_type']!r}: default or llama3")
+        cls._check(raw, kind, scaling)
+        is_next = kind == "qwen3_next"
         heads = raw["num_attention_heads"]
         head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
         partial = raw.get("partial_rotary_factor", scaling.get("partial_rotary_factor", 1.0))
         linear = {}
         if is_next:
-            if (raw["linear_key_head_dim"], raw["linear_value_head_dim"]) != (128, 128):
-                raise ValueError("config.json: gdn_prefill has linear heads of 128 elements")
-            if raw["linear_conv_kernel_dim"] != 4:
-                raise ValueError("config.json: linear_conv_kernel_dim: 4 is what is here")
             linear = {
                 "key_heads": raw["linear_num_key_heads"],
                 "value_heads": raw["linear_num_value_heads"],
@@ -101,6 +86,32 @@ class Config:
             eos=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
             **linear,
         )
+
+    @staticmethod
+    def _check(raw, kind, scaling):
+        """ValueError for what there is no code for."""
+
+        def refuse(name, known):
+            raise ValueError(f"config.json: {name} is {raw.get(name)!r}; here it is {known}")
+
+        if kind not in ("llama", "qwen3", "qwen3_next"):
+            refuse("model_type", "llama, qwen3 or qwen3_next")
+        for name in ("attention_bias", "mlp_bias", "quantization_config", "use_sliding_window"):
+            if raw.get(name):
+                refuse(name, "none")
+        if scaling.get("rope_type", scaling.get("type", "default")) not in ("default", "llama3"):
+            refuse("rope_scaling", "of rope_type default or llama3")
+        if kind != "qwen3_next":
+            return
+        dense = len(raw.get("mlp_only_layers", ())) == raw["num_hidden_layers"]
+        if raw.get("num_experts") and not dense:
+            refuse("num_experts", "0: layers are dense")
+        for name, known in (
+            ("linear_key_head_dim", 128), ("linear_value_head_dim", 128),
+            ("linear_conv_kernel_dim", 4),
+        ):  # fmt: skip
+            if raw[name] != known:
+                refuse(name, known)
 
     @staticmethod
     def _types(count, raw):
