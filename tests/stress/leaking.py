@@ -338,7 +338,7 @@ KINDS_OF_WORK: dict[str, Callable[[str], Work]] = {
 def main(kind: str, count: int, library: str) -> None:
     work, more = KINDS_OF_WORK[kind](library)
     # Whatever is made when something is first done, is made by then.
-    for i in range(max(count // 10, 100)):
+    for i in range(max(count // 10, min(count, 1000))):
         work(i)
     print(json.dumps({"kind": kind, **gauges.run(work, count, more)}), flush=True)
 

@@ -24,7 +24,7 @@ COUNTS = {
     "prepared": (1_000_000, 2000),
     "pointers": (1_000_000, 2000),
     "untyped": (1_000_000, 2000),
-    "plans": (100_000, 240),
+    "plans": (100_000, 600),
     "errors": (100_000, 2000),
     "loads": (10_000, 180),
     "scopes": (2_000_000, 2000),  # of which every twentieth opens a watchdog

@@ -39,10 +39,14 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def interrupted(child: subprocess.Popen[str]) -> str:
     """Ctrl-C; it has to end as programs do that it ends.  What it said on stderr."""
-    child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=20)
+    for _ in range(7):
+        child.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that a destructor met is lost
+            _, err = child.communicate(timeout=3)
+            break
     assert child.returncode == -signal.SIGINT, (child.returncode, err)
-    assert err.rstrip().endswith("KeyboardInterrupt"), err
+    # Not always at the end: a ZipFile that it met in the making complains of itself after it.
+    assert "KeyboardInterrupt" in err.splitlines(), err
     return err
 
 

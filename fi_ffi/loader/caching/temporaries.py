@@ -9,6 +9,7 @@ without a write.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import os
@@ -71,6 +72,7 @@ def temporary(root: Path) -> Iterator[Temporary]:
     make_folder(root / "tmp")
     path = new_path(root)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    _ours.add(path)
     fd = os.open(path, flags, 0o600)
     try:
         yield Temporary(path, fd)
@@ -79,6 +81,19 @@ def temporary(root: Path) -> Iterator[Temporary]:
             os.close(fd)
         with contextlib.suppress(OSError):
             path.unlink()
+        _ours.discard(path)
+
+
+def _remove_ours() -> None:
+    """What a Ctrl-C between two of `temporary`'s lines has left."""
+    for path in [*_ours]:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+_ours: set[Path] = set()
+atexit.register(_remove_ours)
+os.register_at_fork(after_in_child=_ours.clear)
 
 
 def leftovers(root: Path, orphan_age: float = ORPHAN_AGE) -> list[Leftover]:
