@@ -37,6 +37,7 @@ from fi_ffi.loader.building.names import (
 )
 from fi_ffi.loader.building.workshop import Progress
 from fi_ffi.loader.cache import cache_root
+from fi_ffi.loader.machine import CPUS
 
 
 def _clock(seconds: float) -> str:
@@ -166,12 +167,6 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _usual_folder(cpu: str | None) -> Path:
-    """Where this machine's loader looks for wheels; another's are not for it."""
-    is_ours = cpu in (None, platform.machine())
-    return cache_root().absolute() / "wheels" if is_ours else Path(".")
-
-
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--release", default=DEFAULT_RELEASE, show_default=True, help="FlashInfer release.")
@@ -187,7 +182,7 @@ def _usual_folder(cpu: str | None) -> Path:
 @click.option("--backend", multiple=True, help="For prefill and MLA families: fa2 or fa3.")
 @click.option(
     "--cpu",
-    type=click.Choice(["x86_64", "aarch64"]),
+    type=click.Choice(CPUS),
     help="Processor that will run the kernels, if not this machine's; the wheel goes to `.`.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Compilers at once.")
@@ -244,11 +239,12 @@ def build(
         raise click.UsageError("name what to build, or use --list")
     modules = with_options(names, {"dtype": dtype, "head_dim": head_dim, "backend": backend})
     with _interruptible(), _reporter(quiet) as report:
-        folder = output or _usual_folder(cpu)
-        # What was built for this machine before stays with it.
-        settings["keep"] = folder.is_absolute() and output is None
-        wheel = build_wheel(modules, output=folder, jobs=jobs, report=report, cpu=cpu, **settings)
-        if report is not None and folder != output and folder.is_absolute():
+        # Where this machine's loader looks; another's wheels are not for it.
+        is_found = output is None and cpu in (None, platform.machine())
+        folder = cache_root().absolute() / "wheels" if is_found else output or Path(".")
+        settings |= {"cpu": cpu, "keep": is_found}
+        wheel = build_wheel(modules, output=folder, jobs=jobs, report=report, **settings)
+        if report is not None and is_found:
             report(Progress("package", "fi_ffi finds it there"))
     if as_json:
         built = {"wheel": str(wheel), "release": settings["release"], "arch": settings["arch"]}

@@ -16,6 +16,7 @@ from fi_ffi.errors import KernelError, LoaderError
 from fi_ffi.loader import cuda_errors
 
 CUDA_MAJOR = 13  # of the runtime that fi_ffi loads, and so of the kernels it can serve
+CPUS = ("x86_64", "aarch64")  # that there are kernels for
 CUDART = f"libcudart.so.{CUDA_MAJOR}"
 
 # cudaDeviceAttr of driver_types.h

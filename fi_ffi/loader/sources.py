@@ -49,7 +49,7 @@ RELEASE, CUDA, VERIFY = "FI_FFI_RELEASE", "FI_FFI_CUDA", "FI_FFI_VERIFY"
 
 
 # How the names of wheels for other processors end.
-_OTHERS = tuple(f"_{cpu}" for cpu in ("x86_64", "aarch64") if cpu != platform.machine())
+_OTHERS = tuple(f"_{cpu}" for cpu in machine.CPUS if cpu != platform.machine())
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from fi_ffi.loader import per_device, search
 from fi_ffi.ops.functions import OPS
 
 from moe_layers import make as make_layer
+from ops.test_threads import at_once
 
 F16 = np.dtype(np.float16)
 HEADS, KV_HEADS, DIM, PAGE = 8, 2, 128, 16
@@ -280,8 +280,6 @@ def test_in_turns_from_one_thread(places, rng):
 def test_from_several_threads(places):
     """Two threads of each GPU, each with work, a stream and a current device of its own."""
     need("norm")
-    failures: list[str] = []
-    ready = threading.Barrier(4)
 
     def run(index: int) -> None:
         from cuda.bindings import runtime
@@ -292,24 +290,15 @@ def test_from_several_threads(places):
             mine = int(rng.integers(2))
             check(runtime.cudaSetDevice(mine))
             work = Work(place, rng)
-            ready.wait(120)
             for _ in range(scaled(3000, 60)):
                 work.poison()
                 work.make(int(rng.integers(6)))
                 assert current() == mine
-        except BaseException as error:
-            ready.abort()
-            failures.append(f"thread {index}: {type(error).__name__}: {error}")
         finally:
             if place is not None:
                 place.close()
 
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(600)
-    assert not failures
+    at_once(run, 4)
 
 
 # ------------------------------- kernels with static variables that hold for one GPU
@@ -360,7 +349,6 @@ def test_gdn_prefill_on_both(order, recorded, places, rng):
 
 def test_gdn_prefill_from_threads(places):
     need("gdn_prefill_sm90")
-    failures: list[str] = []
 
     def run(index: int) -> None:
         rng, place = np.random.default_rng(), Place(index % 2)
@@ -369,17 +357,10 @@ def test_gdn_prefill_from_threads(places):
                 launch, judge = gdn_call(place, rng, dtype)
                 launch(place.stream)
                 judge()
-        except BaseException as error:
-            failures.append(f"thread {index}: {type(error).__name__}: {error}")
         finally:
             place.close()
 
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(300)
-    assert not failures
+    at_once(run, 4)
 
 
 def test_pod_on_both(places, rng):

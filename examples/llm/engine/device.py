@@ -11,6 +11,7 @@ import numpy as np
 import fi_ffi
 
 from . import glue
+from .glue import check
 
 TYPES = {"bfloat16": ml_dtypes.bfloat16}
 
@@ -156,13 +157,6 @@ class Cpu(Device):
 
     def close(self):
         self.memory.clear()
-
-
-def check(result):
-    error, *values = result
-    if int(error):
-        raise RuntimeError(f"{type(error).__name__}: {error.name}")
-    return values[0] if len(values) == 1 else values or None
 
 
 class Gpu(Device):

@@ -146,15 +146,17 @@ __global__ void draw(int* tokens, const float* probs, const float* uniform, cons
 KERNELS = ("take", "give", "resolve", "convolve", "decays", "gated", "draw")
 
 
+def check(result, log=str):
+    """What a call of cuda-python gives besides its error; RuntimeError with what `log` says."""
+    error, *values = result
+    if int(error):
+        raise RuntimeError(f"{type(error).__name__}: {error.name}{log()}")
+    return values[0] if len(values) == 1 else values or None
+
+
 def cubin(dtype, capability):
     """The kernels' machine code for a GPU; NVRTC needs no GPU to compile it."""
     from cuda.bindings import nvrtc
-
-    def check(result, log=None):
-        error, *values = result
-        if int(error):
-            raise RuntimeError(f"NVRTC: {error.name}{log() if log else ''}")
-        return values[0] if values else None
 
     program = check(nvrtc.nvrtcCreateProgram(SOURCE.encode(), b"glue.cu", 0, [], []))
 
@@ -176,12 +178,6 @@ def cubin(dtype, capability):
 def compiled(dtype, capability):
     """The kernels by name, in the current context."""
     from cuda.bindings import driver
-
-    def check(result):
-        error, value = result
-        if int(error):
-            raise RuntimeError(error.name)
-        return value
 
     module = check(driver.cuModuleLoadData(cubin(dtype, capability)))
     return {name: check(driver.cuModuleGetFunction(module, name.encode())) for name in KERNELS}

@@ -100,7 +100,8 @@ class Steps:
         computed = np.array([r.computed for r, _ in work] + [0] * pad)
         is_sampled = np.array([r.computed + c == r.length for r, c in work] + [True] * pad)
         ends = np.cumsum(counts)
-        requests = np.repeat(np.arange(len(slots)), counts)
+        starts = np.concatenate([[0], ends])
+        requests, positions = fi_ffi.batch_indices_positions(starts, computed + counts)
         tokens = []
         for request, count in work:
             known = request.prompt[request.computed : request.computed + count]
@@ -110,7 +111,7 @@ class Steps:
         held = np.arange(pages.max()) < pages[:, None]
         host = {
             "tokens": tokens + [0] * pad,
-            "positions": np.arange(ends[-1]) - (ends - counts - computed)[requests],
+            "positions": positions,
             "requests": requests,
             "last": ends[is_sampled] - 1,
             "slots": slots,
@@ -120,7 +121,7 @@ class Steps:
             "kv_indices": self.table[slots, : pages.max()][held],
         }
         host = {name: np.asarray(values, np.int32) for name, values in host.items()}
-        host["starts"] = np.concatenate([[0], ends]).astype(np.int64)
+        host["starts"] = starts.astype(np.int64)
         host["uniform"] = np.array([uniform(r) for r in sampled] + [-1] * pad, np.float32)
         return host | {name: column[host["sampled"]] for name, column in self.columns.items()}
 

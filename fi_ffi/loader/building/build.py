@@ -146,10 +146,10 @@ def _package(workshop: Workshop, answer: Any, output: Path, keep: bool) -> Path:
         git_version=answer["git_version"],
         licenses=workshop.environment.licenses(),
     )
-    path, verb = output / wheel.filename, "writing"
-    if path.exists():
-        verb = "adding to" if keep else "replacing"
-    if keep and path.exists():
+    path = output / wheel.filename
+    is_added = keep and path.exists()
+    verb = "adding to" if is_added else "replacing" if path.exists() else "writing"
+    if is_added:
         before = open_source(path)
         kept = {name: before.file(name).path for name in before.modules() if name not in made}
         wheel = replace(wheel, modules=made | kept)

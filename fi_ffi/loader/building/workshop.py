@@ -16,9 +16,7 @@ from fi_ffi.loader.building import env
 from fi_ffi.loader.building import toolkit as cuda
 from fi_ffi.loader.building.names import parse_release
 from fi_ffi.loader.cache import cache_root
-from fi_ffi.loader.machine import CUDA_MAJOR
-
-_CPUS = ("x86_64", "aarch64")
+from fi_ffi.loader.machine import CPUS, CUDA_MAJOR
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,8 @@ def _choose_toolkit(environment: env.Environment, say: env.Say) -> cuda.Toolkit:
 
 def _foreign(cpu: str | None) -> str | None:
     """A processor that is named, or None where it is this machine's."""
-    if cpu not in (None, *_CPUS):
-        raise ArgumentError("build", "cpu", got=cpu, expected=" or ".join(_CPUS))
+    if cpu not in (None, *CPUS):
+        raise ArgumentError("build", "cpu", got=cpu, expected=" or ".join(CPUS))
     return None if cpu == platform.machine() else cpu
 
 
