@@ -33,12 +33,9 @@ def on_device(array: np.ndarray) -> Any:
     """The array, on `device`, for as long as the process lives."""
     if device == "cpu":
         return array
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import DeviceArray, check
+    from fi_ffi.cli.cuda import DeviceArray
 
     made = DeviceArray(array)
-    check(runtime.cudaDeviceSynchronize())  # `stream` does not wait for the copy
     _held[made.ptr] = made
     return made.desc()
 
@@ -61,8 +58,15 @@ def wheel_of(*modules: str) -> None:
 
 
 def testing_library() -> None:
-    """libtvm_ffi_testing.so of the pinned apache-tvm-ffi wheel, in this folder."""
+    """libtvm_ffi_testing.so of the installed wheel, or of the pinned one, in this folder."""
+    from fi_ffi.loader import runtime
+
     from pinned import TESTING_MEMBER, download_pinned_wheel
 
+    here = Path(Path(TESTING_MEMBER).name)
+    installed = Path(runtime.ensure_tvm_ffi().path).with_name(here.name)
+    if installed.is_file():
+        here.write_bytes(installed.read_bytes())
+        return
     with zipfile.ZipFile(download_pinned_wheel()) as archive:
-        Path(Path(TESTING_MEMBER).name).write_bytes(archive.read(TESTING_MEMBER))
+        here.write_bytes(archive.read(TESTING_MEMBER))

@@ -134,6 +134,8 @@ class DeviceArray:
         target[...] = host
         kind = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         check(runtime.cudaMemcpy(self.ptr, rows.ctypes.data, self.nbytes, kind))
+        # The copy may still be on its way then, and other streams do not wait for it.
+        check(runtime.cudaStreamSynchronize(runtime.cudaStreamLegacy))
 
     def _bytes(self, start: int, count: int) -> Array:
         got = np.empty(count, np.uint8)

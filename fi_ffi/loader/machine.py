@@ -21,6 +21,7 @@ CUDART = f"libcudart.so.{CUDA_MAJOR}"
 
 # cudaDeviceAttr of driver_types.h
 _MULTIPROCESSORS, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 16, 75, 76
+_SHARED_MEMORY = 97  # cudaDevAttrMaxSharedMemoryPerBlockOptin
 
 _NOT_INITIALIZED = 3  # cudaErrorInitializationError: what a forked child is told
 _START_OTHERWISE = (
@@ -133,6 +134,11 @@ def make_current(device: int) -> int | None:
 def multiprocessors(device: int) -> int:
     """How many streaming multiprocessors a device has."""
     return _attribute(device, _MULTIPROCESSORS)
+
+
+def shared_memory(device: int) -> int:
+    """How many bytes of shared memory a block can have that asks for them."""
+    return _attribute(device, _SHARED_MEMORY)
 
 
 @functools.cache

@@ -86,10 +86,16 @@ class relaxed:  # a context manager
 
 
 def unless_cut_off(give_back: Callable[[Any], object], handle: Any) -> None:
-    """Give something of CUDA's back; a forked child leaves alone what is its parent's."""
-    # The GPU may be lost by then, or the runtime be going: neither is told to anybody.
-    if not machine.is_cut_off() and give_back(handle):
-        cuda_errors.forget(machine.load_cudart()[0])
+    """Give something of CUDA's back; a forked child leaves alone what is its parent's.
+
+    It may be collected at any time, in a capture too.
+    """
+    if machine.is_cut_off():
+        return
+    with relaxed():
+        # The GPU may be lost by then, or the runtime be going: neither is told to anybody.
+        if give_back(handle):
+            cuda_errors.forget(machine.load_cudart()[0])
 
 
 def copy_to_device(target: int, source: int, count: int, stream: int) -> None:
@@ -212,10 +218,7 @@ def allocate_page_locked(count: int, device: Device) -> Memory:
 
 
 def _free(free: Callable[[int], Any], address: int) -> None:
-    """Memory may be collected at any time, in a capture too."""
-    if not machine.is_cut_off():
-        with relaxed():
-            unless_cut_off(lambda place: int(free(place)[0]), address)
+    unless_cut_off(lambda place: int(free(place)[0]), address)
 
 
 def _host(count: int) -> Memory:

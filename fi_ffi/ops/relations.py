@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import machine
 from fi_ffi.ops.memory import check_apart
-from fi_ffi.ops.row import IN_PLACE, MULTIPROCESSORS, Row, Scalar, Tensor
+from fi_ffi.ops.row import IN_PLACE, MULTIPROCESSORS, SHARED_MEMORY, Row, Scalar, Tensor
 
 if TYPE_CHECKING:
     from fi_ffi.ops.settled import Settled
 
 _MOST_SEEN = 1024
+# What a rule asks of the GPU, by its number; on the CPU there is no end of it.
+_OF_THE_GPU: dict[str, Callable[[int], int]] = {
+    MULTIPROCESSORS: lambda device: machine.multiprocessors(device),
+    SHARED_MEMORY: lambda device: machine.shared_memory(device),
+}
 
 
 @functools.cache
@@ -56,9 +61,10 @@ def check_relations(
         arg.dtype: desc.dtype.name for arg, desc in zip(row.tensors, descs, strict=True) if desc
     }
     others: dict[str, Any] = {**dtypes, **there, **sizes, IN_PLACE: is_in_place}
-    if any(MULTIPROCESSORS in rule.of for rule in row.rules):
-        on = settled.device
-        others[MULTIPROCESSORS] = machine.multiprocessors(on.index) if on.is_cuda else sys.maxsize
+    for name, ask in _OF_THE_GPU.items():
+        if any(name in rule.of for rule in row.rules):
+            on = settled.device
+            others[name] = ask(on.index) if on.is_cuda else sys.maxsize
     _check_rules(row, others, values)
     if len(settled.seen) >= _MOST_SEEN:
         settled.seen.clear()

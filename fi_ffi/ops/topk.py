@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from fi_ffi.abi.dtypes import DTYPES
 from fi_ffi.ops.renorm import ROW_STATES, rule_of_shared_rows
-from fi_ffi.ops.row import Arg, Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.row import SHARED_MEMORY, Arg, Row, Rule, Scalar, Tensor, Vector
 
 _SOURCE = "csrc/flashinfer_topk_binding.cu"
 _INT = 2**31 - 1
@@ -119,6 +120,34 @@ _TABLE_FOR_EACH = Rule(
     lambda n, b, given: bool(given or n <= b),
     "a page table for each row, unless there is `maybe_row_to_batch`",
 )
+# Of a block's shared memory, what is not the row's; and what the kernel of whole rows needs.
+_OF_THE_BLOCK, _OF_WHOLE_ROWS = 2080, 128 << 10
+
+
+def _is_in_order(
+    n: int, d: int, k: int, dtype: str, shared: int, deterministic: bool | None,
+    tie_break: int | None, graph_safe: bool | None,
+) -> bool:  # fmt: skip
+    """Whether no block reads an index before another has written it.
+
+    Blocks that share a row put indices in its place, wait for each other, and read them as
+    pages; but a block says that it is done when its first thread is, unless it is
+    deterministic.  `ShouldUseFilteredTopK` tells when a block has a row to itself.
+    """
+    size = DTYPES[dtype].itemsize
+    if deterministic or tie_break or graph_safe or d * size <= shared - _OF_THE_BLOCK:
+        return True
+    limit = 32768 if size == 4 else 16384
+    is_whole = d <= limit or (size == 4 and n > d // 16384)
+    return is_whole and k <= MOST_CHOSEN and shared >= _OF_WHOLE_ROWS
+
+
+_IN_ORDER = Rule(
+    "deterministic",
+    ("n", "d", "top_k", "T", SHARED_MEMORY, "deterministic", "tie_break", "dsa_graph_safe"),
+    _is_in_order,
+    "True for rows that several blocks share: else they race, and entries are wrong",
+)
 _PAGE_STARTS = Tensor("maybe_page_table_row_starts", "n", "int32",
                       "where in the page tables they start; without it, where in the rows",
                       **_MAYBE)  # fmt: skip
@@ -127,7 +156,7 @@ _TABLES = _forms(
     not_less=(("m", "d"),), needed=("b",), nothing_axis="n",
 )  # fmt: skip
 _TABLES = (
-    *(replace(row, rules=(*row.rules, _TABLE_FOR_EACH)) for row in _TABLES),
+    *(replace(row, rules=(*row.rules, _TABLE_FOR_EACH, _IN_ORDER)) for row in _TABLES),
 )  # fmt: skip
 _WITH_PAGE_STARTS = replace(
     _TABLES[0], args=(*_TABLES[0].args, _PAGE_STARTS), releases=">=0.6.17,<0.6.18"

@@ -95,9 +95,7 @@ class Gpu(Cpu):
     def place(self, host: np.ndarray) -> Any:
         if not host.size:
             return Nothing(host, self.device)
-        placed = self._to_gpu(host)
-        self.synchronize()  # the copy may still run, and streams here wait for no other
-        return placed
+        return self._to_gpu(host)
 
     def backend(
         self, op: str, asked: str, kernel: Kernel, custom_mask: bool, is_paged: bool = False

@@ -252,7 +252,7 @@ def test_a_kernel_that_crashes_leaves_its_arguments(tmp_path, level):
     assert "stream 0x" in last["entry"]
     rest = [name for name, _ in pieces[starts[1] :]]
     if level == 5:
-        assert "no statistics: DeviceError" in pieces[starts[1] + 1][1]["input"]
+        assert "no statistics: KernelError" in pieces[starts[1] + 1][1]["input"]
         # Each call is waited for, so that it is this one that failed.
         assert "700" in pieces[-1][1]["out"] or "700" in pieces[-2][1].get("out", "")
     assert any(name.startswith("not dumped: ") for name in rest), rest

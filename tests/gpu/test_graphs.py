@@ -7,6 +7,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.cli.cases import make_case
+from fi_ffi.ops import cuda
 from fi_ffi.ops.functions import OPS
 
 RMSNORM = OPS["rmsnorm"]
@@ -147,3 +148,25 @@ def test_a_plan_in_a_block_is_refused(stream):
         fi_ffi.BatchDecodePlan(
             indptr, np.zeros(1, np.int32), last, **options, q_data_type="float16", stream=stream
         )
+
+
+def test_what_is_let_go_in_a_block_does_not_spoil_it(chain, stream):
+    """The graph of that name before, events, memory: CUDA forbids to free while it records."""
+    case, arrays, after, calls = chain
+    device = fi_ffi.parse_device("cuda:0")
+    with fi_ffi.stream(stream):
+        calls()
+    for _ in range(3):
+        held = [cuda.Event(), cuda.allocate(1000, device), cuda.allocate_page_locked(1000, device)]
+        held.append(fi_ffi.Workspace.allocate("cuda:0", 1 << 20, 1 << 20))
+        held[0].record(stream)
+        settled(stream)
+        with fi_ffi.capture(stream) as graph:  # lets go of the one before, after the first time
+            calls()
+            held.clear()
+            calls()
+        assert graph.nodes == 4
+        poison(arrays["out"], after)
+        graph.launch(stream)
+        settled(stream)
+        assert case.error("out", arrays["out"].get())[1] <= 1

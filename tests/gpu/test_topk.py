@@ -6,6 +6,7 @@ import inspect
 
 import numpy as np
 import pytest
+from every_op import check_on
 from sampling_calls import run
 
 import fi_ffi
@@ -39,6 +40,20 @@ def test_shared_rows_and_rows_of_a_block_choose_the_same(d, machine, rng, monkey
         assert all(case.error(out, got[out])[1] <= 1 for out in case.expected)
         made[kernel] = got["output_values"]
     assert (made["filtered"] == made["multi_cta"]).all()
+
+
+def test_page_tables_of_shared_rows_are_refused_before_anything_is_written(machine, rng):
+    for n, d, k, dtype in ((64, 131072, 2500, "float32"), (8, 131072, 2048, "float32"),
+                           (300, 131072, 64, "bfloat16")):  # fmt: skip
+        case = on_host.make(on_host.PAGES, rng, n, d, k, dtype, deterministic=False)
+        placed = {name: machine.place(array) for name, array in case.arrays.items()}
+        descs = {name: array.desc() for name, array in placed.items()}
+        with pytest.raises(fi_ffi.ArgumentError, match="`deterministic`.*several blocks share"):
+            OPS[on_host.PAGES](**descs, **case.scalars, stream=machine.stream)
+        before = case.arrays["output_page_table"]
+        assert placed["output_page_table"].get().tobytes() == before.tobytes()
+    case = on_host.make(on_host.PAGES, rng, 9, 131072, 2048, deterministic=False)
+    assert check_on(machine, case) <= 1  # a block takes each
 
 
 def test_every_entry_has_the_rows_signature(machine):

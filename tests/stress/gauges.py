@@ -17,7 +17,7 @@ _libc = ctypes.CDLL(None)
 # taken from it in arenas, so that a little comes and goes; one object kept by each call is more
 # than either bound allows.
 FREE_BYTES, BYTES_PER_CALL = 2 << 20, 1.0
-FREE_BLOCKS = 120
+FREE_BLOCKS = 240
 FREE_GPU_BYTES = 4 << 20  # the driver takes memory in pieces of 2 MB
 
 

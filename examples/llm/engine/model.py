@@ -119,6 +119,8 @@ class Model:
             self.add_norm(x, residual, layer["post_norm"], config.eps, **self.pdl)
             x = self.mlp(layer, x)
             self.add_norm(x, residual, next_norm, config.eps, **self.pdl)
+        if not batch.last.shape[0]:  # pieces of prompts only
+            return None
         last = self.scratch("last", batch.last.shape[0], config.hidden, most=self.slots)
         device.take(last, x, batch.last)
         return self.linear("logits", last, self.head, dtype="float32", most=self.slots)

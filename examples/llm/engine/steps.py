@@ -75,17 +75,21 @@ class Steps:
         given = self._upload(host, size)
         with self.device.scope():
             logits = self._forward(given, host, size)
-            if self.on_logits:
-                self.on_logits(sampled, self.device.get(rows(logits, 0, len(sampled))))
-            tokens = self.sampler(logits, given, [r.sampling for r in sampled])
             arriving = rows(next(self.arriving), 0, len(sampled))
-            self.device.download(arriving, rows(tokens, 0, len(sampled)))
+            if sampled:
+                self._sample(logits, given, sampled, arriving)
         filled = [(r, r.computed, r.computed + count) for r, count in work]
         for request, count in work:
             request.computed += count
         for request in sampled:
             request.drawn += 1
         return Step(sampled, arriving, self.device.mark(), filled)
+
+    def _sample(self, logits, given, sampled, arriving):
+        if self.on_logits:
+            self.on_logits(sampled, self.device.get(rows(logits, 0, len(sampled))))
+        tokens = self.sampler(logits, given, [r.sampling for r in sampled])
+        self.device.download(arriving, rows(tokens, 0, len(sampled)))
 
     def tokens(self, step):
         """The tokens drawn, when they are there."""
@@ -159,7 +163,7 @@ class Steps:
         if not size:
             batch.attend = self._plan_mixed(host)
             return self.model.forward(batch)
-        if self.use_graphs:  # which have room for all pages that there may be
+        if self.device.is_gpu:  # whose plans are for graphs, with room for all pages there may be
             batch.kv_indices = fi_ffi.TensorDesc(
                 batch.kv_indices.ptr, (self.max_indices,), "int32", device=self.device.name
             )
