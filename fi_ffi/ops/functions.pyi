@@ -2622,8 +2622,9 @@ class _radix_topk_page_table_transform(Op):
         at most 2147483647. n is at most 2147483647. input is of rows of 15000 elements for each
         multiprocessor of the GPU at most: the blocks that share one wait for each other. top_k is 2048
         at most with `tie_break`. top_k is 2048 at most with `dsa_graph_safe`. src_page_table is a page
-        table for each row, unless there is `maybe_row_to_batch`. What is written shares no memory with
-        other tensors. With n = 0, nothing is launched.
+        table for each row, unless there is `maybe_row_to_batch`. deterministic is True for rows that
+        several blocks share: else they race, and entries are wrong. What is written shares no memory
+        with other tensors. With n = 0, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.

@@ -17,7 +17,7 @@ from fi_ffi.abi.frame import Frame
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda
 
-_MOST_HANDLES = 4096
+_MOST_HANDLES = 64
 
 
 class _Thread(threading.local):

@@ -18,14 +18,10 @@ HERE = Path(__file__).parent
 
 # Under compute-sanitizer, which lets one kernel run after another and each slowly.
 _AT_ONCE = "needs kernels of several streams that run at once"
-_RACE = "FlashInfer's blocks race where they are slow: docs/sampling.md"
 _NOT_SANITIZED = {
     "test_call_log.py::test_a_kernel_that_crashes": "reads what is not there on purpose",
     "test_prepared_threads.py::test_calls_release_the_gil": _AT_ONCE,
     "test_untyped_rest.py::test_bgmv_moe_is_on_the_default_stream": _AT_ONCE,
-    "test_topk.py::test_replayed[radix_topk_page_table_transform": _RACE,
-    "test_topk.py::test_scratch_serves_calls_of_any_kind[radix_topk_page_table_transform": _RACE,
-    "test_topk.py::test_sizes[radix_topk_page_table_transform": _RACE,
 }
 
 

@@ -339,7 +339,7 @@ def test_pages_by_themselves(rng):
             pages.give_back(found)
             continue
         taken = int(rng.integers(0, need + 1))
-        mine = found + [pages.take() for _ in range(taken)]
+        mine = found + pages.take(taken)
         pages.remember(mine, tokens, len(found) * 4, min(len(mine) * 4, len(tokens)))
         held.append((tokens, mine, need - taken))
     for _, mine, promised in held:

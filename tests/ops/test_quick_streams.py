@@ -137,6 +137,7 @@ def test_a_kernel_that_calls_on_another_stream(gpu, mine):
 def test_every_op_on_a_stream(op, dtypes, more, gpu, monkeypatch):
     """The same bits as on the CPU, prepared and typed, on a stream and in a scope."""
     monkeypatch.setattr(machine, "multiprocessors", lambda _: 1)  # as scratch on the CPU is for
+    monkeypatch.setattr(machine, "shared_memory", lambda _: 227 << 10)
     case = draw(op.row, dtypes, more)
     expected, first, second, third, fourth = placed(case, more, 5)
     full(op.row, expected)

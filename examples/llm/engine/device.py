@@ -68,20 +68,21 @@ def array(x):
 
 
 class Device:
-    """What both have: named scratch memory that is as large as was ever asked for."""
+    """What both have: named scratch memory."""
 
     def __init__(self):
         self.named = {}
 
     def scratch(self, name, shape, dtype):
         """Memory of that name, the same each time; what was in it may be anything."""
-        count = int(np.prod(shape)) * fi_ffi.TensorDesc(0, (0,), dtype).dtype.itemsize
         held = self.named.get(name)
-        if held is None or held.shape[0] < count:
+        if held is None:
             if self.is_frozen:
-                raise MemoryError(f"{name} would move: a graph has its address")
-            held = self.named[name] = self.empty((max(count, 1),), "uint8")
-        return fi_ffi.TensorDesc(held.ptr, shape, dtype, device=self.name)
+                raise MemoryError(f"{name} is new, and a graph is recorded")
+            held = self.named[name] = self.empty(shape, dtype)
+        if (held.shape, held.dtype.name) != (tuple(shape), dtype):
+            raise ValueError(f"{name} is {held.shape} {held.dtype.name}, not {shape} {dtype}")
+        return held
 
     def take(self, out, table, index):
         """out[i] = table[index[i]]; rows are contiguous, and multiples of 4 bytes."""

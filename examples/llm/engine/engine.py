@@ -133,10 +133,12 @@ class Engine:
         return work
 
     def _grow(self, request, tokens):
-        while len(request.pages) * self.page_size < tokens:
-            request.pages.append(self.pages.take())
-            request.promised -= 1
-            self.steps.place(request, len(request.pages) - 1)
+        have = len(request.pages)
+        more = -(-tokens // self.page_size) - have
+        if more > 0:
+            request.pages += self.pages.take(more)
+            request.promised -= more
+            self.steps.place(request, have)
 
     def _arrived(self, step):
         tokens, changed = self.steps.tokens(step), []

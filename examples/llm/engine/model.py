@@ -1,5 +1,6 @@
 """The model: FlashInfer's kernels through fi_ffi, cuBLAS between them, one layer after another."""
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +40,7 @@ class Model:
 
     def __init__(self, device, config, weights, num_pages, page_size, slots, max_tokens):
         self.device, self.config, self.slots, self.max_tokens = device, config, slots, max_tokens
+        self.scratch = functools.lru_cache(4096)(self._scratch)  # described once
         self.embed = device.put(weights("model.embed_tokens.weight"))
         self.head = self.embed if config.tied else device.put(weights("lm_head.weight"))
         self.norm = device.put(weights("model.norm.weight"))
@@ -49,9 +51,10 @@ class Model:
         self.cos_sin = device.put(config.cos_sin_cache(config.max_positions))
         page = (2, page_size, config.kv_heads, config.head_dim)
         self.caches = [
-            None if kind == LINEAR else self._zeros((num_pages, *page), config.dtype)
+            None if kind == LINEAR
+            else fi_ffi.split_paged_kv_cache(self._zeros((num_pages, *page), config.dtype))
             for kind in config.layers
-        ]
+        ]  # fmt: skip
         # The last token drawn for each slot; one slot more is what pads batches.
         self.latest = self._zeros((slots + 1, 1), "int32")
         self.pdl = {"enable_pdl": device.has_pdl}
@@ -87,7 +90,7 @@ class Model:
             self.device.zero(rows(self.states, slot, slot + 1))
             self.device.zero(rows(self.convs, slot, slot + 1))
 
-    def scratch(self, name, count, *shape, dtype=None, most=None):
+    def _scratch(self, name, count, *shape, dtype=None, most=None):
         """The first `count` of all rows there may be: what a graph has recorded never moves."""
         shape = (most or self.max_tokens, *shape)
         return rows(self.device.scratch(name, shape, dtype or self.config.dtype), 0, count)
@@ -143,13 +146,12 @@ class Model:
             fi_ffi.qk_rmsnorm(q, q, layer["q_norm"], config.eps, **self.pdl)
             fi_ffi.qk_rmsnorm(k, k, layer["k_norm"], config.eps, **self.pdl)
         fi_ffi.apply_rope_pos_ids_cos_sin_cache(q, k, q, k, self.cos_sin, batch.positions)
-        k_cache, v_cache = fi_ffi.split_paged_kv_cache(cache)
         fi_ffi.append_paged_kv_cache(
-            k, v, batch.requests, batch.positions, k_cache, v_cache,
+            k, v, batch.requests, batch.positions, *cache,
             batch.kv_indices, batch.kv_indptr, batch.kv_last_page_len,
         )  # fmt: skip
         out = self.scratch("attended", n, heads, dim)
-        batch.attend(q, k_cache, v_cache, out, **self.pdl)
+        batch.attend(q, *cache, out, **self.pdl)
         out = view(out, n, heads * dim)
         if config.is_next:
             self.gate(out, columns(qkv, (heads + 2 * kv_heads) * dim, heads * dim), False)

@@ -28,16 +28,17 @@ class Pages:
         self.promised += count
         return True
 
-    def take(self):
-        """A page out of those promised."""
-        self.promised -= 1
-        if self.free:
-            page = self.free.pop()
-        else:  # None follows this one: what follows a page has never been idle for less long.
+    def take(self, count):
+        """Pages out of those promised."""
+        self.promised -= count
+        taken = [self.free.pop() for _ in range(min(count, len(self.free)))]
+        while len(taken) < count:  # None follows these: what follows has never been idle longer.
             page, _ = self.idle.popitem(last=False)
             del self.known[self.key_of.pop(page)]
-        self.users[page] = 1
-        return page
+            taken.append(page)
+        for page in taken:
+            self.users[page] = 1
+        return taken
 
     def find(self, tokens):
         """The pages with a prompt's beginning, one user more of each; a token at least is left."""
