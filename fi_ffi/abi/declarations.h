@@ -157,6 +157,7 @@ int cudaStreamGetFlags(void *hStream, unsigned int *flags);
 
 /* what a watchdog needs: host memory that streams write to, and which stream a handle is */
 int cudaHostAlloc(void **pHost, size_t size, unsigned int flags);
+int cudaStreamGetDevice(void *hStream, int *device); // from 12.8 on
 int cudaStreamGetId(void *hStream, unsigned long long *streamId);
 int cudaThreadExchangeStreamCaptureMode(int *mode);
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numbers
 import operator
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +19,7 @@ from fi_ffi.abi.device import Device
 from fi_ffi.abi.failure import check
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 
+_PER_THREAD = 2  # cudaStreamPerThread: this and those below are of the current device
 _STREAM = "an int handle, or a cuda.core, cuda-python, cupy or torch stream"
 
 
@@ -69,9 +71,32 @@ def swap(device: Device, handle: int) -> int:
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.scopes: list[stream] = []
+        self.checked: set[tuple[int, int]] = set()  # streams with the devices that they are of
 
 
 thread = _Thread()
+_MOST_CHECKED = 64
+
+# Tells the device of a stream; there once the process is known to have several GPUs.
+device_of: Callable[[int], int | None] | None = None
+
+
+def check_stream(handle: int, device: Device, op: str) -> None:
+    """Raise for a stream that is known to be of another GPU than the tensors.
+
+    A kernel that is launched on it would read what is not there, and end the process.
+    """
+    if device_of is None or handle <= _PER_THREAD or not device.is_cuda:
+        return
+    if (handle, device.index) in thread.checked:
+        return
+    found = device_of(handle)
+    if found not in (None, device.index):
+        got, expected = f"a stream of cuda:{found}", f"a stream of {device}"
+        raise ArgumentError(op, "stream", got=got, expected=expected)
+    if len(thread.checked) >= _MOST_CHECKED:
+        thread.checked.clear()
+    thread.checked.add((handle, device.index))
 
 
 class stream:  # a context manager reads as a verb
@@ -143,6 +168,7 @@ def open_scope(device: Device, op: str) -> stream:
         expected = f"{_STREAM}, or an open fi_ffi.stream(...) scope"
         raise ArgumentError(op, "stream", got=None, expected=expected)
     scope.check_device(device, op)
+    check_stream(scope.handle, device, op)
     return scope
 
 
@@ -160,6 +186,7 @@ class launching:
             self._scope = open_scope(device, op)
         else:
             self._handle = stream_handle(stream, op)
+            check_stream(self._handle, device, op)
 
     @property
     def handle(self) -> int:

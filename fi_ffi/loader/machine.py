@@ -10,7 +10,7 @@ import os
 import threading
 from typing import Any
 
-from fi_ffi.abi import failure
+from fi_ffi.abi import failure, streams
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.errors import KernelError, LoaderError
 from fi_ffi.loader import cuda_errors
@@ -96,7 +96,20 @@ def device_count() -> int:
     global _device_count
     if not _device_count:
         _device_count = _ask("cudaGetDeviceCount") or 0
+        if _device_count > 1:
+            streams.device_of = device_of_stream
     return _device_count
+
+
+def device_of_stream(handle: int) -> int | None:
+    """The device of a stream; None where CUDA does not tell (before 12.8)."""
+    runtime, index = load_cudart()[0], ffi.new("int *")
+    try:
+        code = runtime.cudaStreamGetDevice(ffi.cast("void *", handle), index)
+    except AttributeError:
+        return None
+    cuda_errors.check_lost(runtime, code, "cudaStreamGetDevice")
+    return None if code else int(index[0])
 
 
 class _Thread(threading.local):

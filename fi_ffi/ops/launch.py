@@ -63,6 +63,9 @@ class Place:
 def launch(frame: Frame, place: Place, stream: object) -> None:
     """Call a bound frame on `stream`, or on the open scope's; raises the entry's error."""
     if place.here is not None:
+        if stream is not None:
+            stream = stream if type(stream) is int else streams.stream_handle(stream, place.op)
+            streams.check_stream(stream, place.device, place.op)
         with cuda.current(place.device):
             launch(frame, place.here, stream)
     elif stream is None or not place.is_cuda:

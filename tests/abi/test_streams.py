@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from cuda.bindings import driver, runtime
 
-from fi_ffi.abi import library
+from fi_ffi.abi import library, streams
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import Device, parse_device
 from fi_ffi.abi.streams import current_scope, launching, stream, stream_handle
@@ -276,3 +276,50 @@ def test_deep_nesting() -> None:
             stack.enter_context(launching(None, CUDA0, "a"))
             assert current() == number
     assert current() == 0
+
+
+@pytest.fixture
+def two_gpus(monkeypatch) -> Iterator[list[int]]:
+    """Streams below 100 are of cuda:0, others of cuda:1; who asked, in order."""
+    asked: list[int] = []
+
+    def device_of(handle: int) -> int | None:
+        asked.append(handle)
+        return None if handle == 99 else int(handle >= 100)
+
+    monkeypatch.setattr(streams, "device_of", device_of)
+    streams.thread.checked.clear()
+    yield asked
+    streams.thread.checked.clear()
+
+
+def test_a_stream_of_another_gpu_is_refused(two_gpus):
+    for handle, device in ((50, CUDA1), (150, CUDA0)):
+        with pytest.raises(ArgumentError) as caught:
+            launching(handle, device, "an_op")
+        wrong = f"a stream of cuda:{1 - device.index}, expected a stream of {device}"
+        assert f"an_op: argument `stream`: got {wrong}" in str(caught.value)
+        with stream(handle), pytest.raises(ArgumentError, match=f"got {wrong}"):
+            streams.open_scope(device, "an_op")
+    assert len(two_gpus) == 4, "what is wrong is asked for each time"
+
+
+def test_a_stream_is_asked_for_its_gpu_once(two_gpus):
+    for _ in range(3):
+        with launching(50, CUDA0, "an_op"):
+            assert current() == 50
+        with launching(150, CUDA1, "an_op"), stream(50):
+            streams.open_scope(CUDA0, "an_op")
+    assert two_gpus == [50, 150]
+    for handle in range(200, 200 + streams._MOST_CHECKED):
+        launching(handle, CUDA1, "an_op")
+    assert len(streams.thread.checked) <= streams._MOST_CHECKED
+
+
+def test_streams_of_no_gpu_of_their_own_are_not_asked(two_gpus):
+    """The default streams are of the current device, and CUDA may not tell of others."""
+    for handle in (0, 1, 2, 99):
+        for device in (CUDA0, CUDA1):
+            launching(handle, device, "an_op")
+    launching(150, parse_device("cpu"), "an_op")
+    assert two_gpus == [99, 99]

@@ -261,9 +261,13 @@ class Work:
     def poison(self) -> None:
         from cuda.bindings import runtime
 
-        for array in (self.norm["out"], self.cache[3]):
-            check(runtime.cudaMemset(array.ptr, 0xFF, array.nbytes))
-        self.place.synchronize()
+        from fi_ffi.cli.cuda import on_device
+
+        # On its own stream: the whole device cannot be waited for while another thread captures.
+        with on_device(self.place.index):
+            for array in (self.norm["out"], self.cache[3]):
+                check(runtime.cudaMemsetAsync(array.ptr, 0xFF, array.nbytes, self.place.stream))
+        self._done()
 
 
 def test_in_turns_from_one_thread(places, rng):
@@ -299,6 +303,45 @@ def test_from_several_threads(places):
                 place.close()
 
     at_once(run, 4)
+
+
+def test_a_stream_of_the_other_gpu_is_refused(places, rng):
+    """By every way of a call; a kernel launched there would be the end of the process."""
+    need("norm")
+    mine, theirs = places[1], places[0].stream
+    case, *arrays = norm_arguments(mine, rng).values()
+    descs = [array.desc() for array in arrays]
+    prepared = fi_ffi.rmsnorm.prepare(*descs)
+    entry = fi_ffi.module("norm").rmsnorm
+    plan, cache = decode_plan(mine), [array.desc() for array in cache_of(mine, rng)]
+    ways = {
+        "typed": lambda stream: fi_ffi.rmsnorm(*descs, stream=stream),
+        "prepared": lambda stream: fi_ffi.rmsnorm.prepare(*descs, stream=stream)(),
+        "entry": lambda stream: entry(*descs, 1e-6, False, stream=stream),
+        "run": lambda stream: plan.run(*cache, stream=stream),
+    }
+    for _ in range(2):
+        for name, call in ways.items():
+            with pytest.raises(fi_ffi.ArgumentError, match=r"`stream`.*of cuda:0.*of cuda:1"):
+                call(theirs)
+            with fi_ffi.stream(theirs), pytest.raises(fi_ffi.ArgumentError, match="of cuda:0"):
+                (prepared if name == "prepared" else lambda call=call: call(None))()
+            mine.synchronize()
+            assert np.isnan(arrays[0].get().astype(np.float32)).all(), name
+        for call in ways.values():
+            call(mine.stream)
+        mine.synchronize()
+        assert case.error("out", arrays[0].get())[1] <= 1
+        check(_poisoned(arrays[0], mine))
+
+
+def _poisoned(array, place):
+    from cuda.bindings import runtime
+
+    from fi_ffi.cli.cuda import on_device
+
+    with on_device(place.index):
+        return runtime.cudaMemset(array.ptr, 0xFF, array.nbytes)
 
 
 # ------------------------------- kernels with static variables that hold for one GPU

@@ -574,13 +574,14 @@ def test_memory_for_marks_may_be_needed_while_another_stream_captures(calls, str
 def test_two_devices_write_their_marks(calls, stream, rng):
     from cuda.bindings import runtime
 
-    from fi_ffi.cli.cuda import DeviceArray, check, gpus
+    from fi_ffi.cli.cuda import DeviceArray, check, gpus, on_device
 
     if len(gpus()) < 2:
         pytest.skip("needs two GPUs")
     case = make_case(OPS["rmsnorm"].row, {"n": 33, "h": 1024}, {"T": "float16"}, rng)
     arrays = [DeviceArray(array, device=1) for array in case.arrays.values()]
-    theirs = int(check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
+    with on_device(1):
+        theirs = int(check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
     check(runtime.cudaSetDevice(0))
     with fi_ffi.watchdog(10.0) as dog:
         for _ in range(50):
@@ -589,12 +590,11 @@ def test_two_devices_write_their_marks(calls, stream, rng):
         assert check(runtime.cudaGetDevice()) == 0
     assert dog.reports == []
     calls[0].check()
-    check(runtime.cudaSetDevice(1))
     assert case.error("out", arrays[0].get())[1] <= 1
     for array in arrays:
         array.free()
-    check(runtime.cudaStreamDestroy(theirs))
-    check(runtime.cudaSetDevice(0))
+    with on_device(1):
+        check(runtime.cudaStreamDestroy(theirs))
 
 
 def test_time_of_a_call(to_gpu, rng, stream, capsys):
