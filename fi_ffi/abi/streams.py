@@ -91,7 +91,9 @@ def check_stream(handle: int, device: Device, op: str) -> None:
     if (handle, device.index) in thread.checked:
         return
     found = device_of(handle)
-    if found not in (None, device.index):
+    if found is None:
+        return
+    if found != device.index:
         got, expected = f"a stream of cuda:{found}", f"a stream of {device}"
         raise ArgumentError(op, "stream", got=got, expected=expected)
     if len(thread.checked) >= _MOST_CHECKED:

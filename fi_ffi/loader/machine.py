@@ -96,20 +96,22 @@ def device_count() -> int:
     global _device_count
     if not _device_count:
         _device_count = _ask("cudaGetDeviceCount") or 0
-        if _device_count > 1:
+        if _device_count > 1 and hasattr(load_cudart()[0], "cudaStreamGetDevice"):
             streams.device_of = device_of_stream
     return _device_count
 
 
 def device_of_stream(handle: int) -> int | None:
-    """The device of a stream; None where CUDA does not tell (before 12.8)."""
-    runtime, index = load_cudart()[0], ffi.new("int *")
-    try:
-        code = runtime.cudaStreamGetDevice(ffi.cast("void *", handle), index)
-    except AttributeError:
-        return None
-    cuda_errors.check_lost(runtime, code, "cudaStreamGetDevice")
-    return None if code else int(index[0])
+    """The device of a stream; None while it records a graph, which asking would spoil."""
+    runtime, found = load_cudart()[0], ffi.new("int *")
+    stream = ffi.cast("void *", handle)
+    code = runtime.cudaStreamIsCapturing(stream, found)
+    if not code:
+        if found[0]:
+            return None
+        code = runtime.cudaStreamGetDevice(stream, found)
+    cuda_errors.check_lost(runtime, code, "the device of a stream")
+    return None if code else int(found[0])
 
 
 class _Thread(threading.local):

@@ -11,7 +11,7 @@ from typing import Any
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import Device, parse_device
-from fi_ffi.abi.streams import current_scope, stream_handle
+from fi_ffi.abi.streams import check_stream, current_scope, stream_handle
 from fi_ffi.abi.streams import stream as stream_scope
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.loader import machine
@@ -170,6 +170,7 @@ class capture:  # a context manager reads as a verb
         if not where.is_cuda:
             raise ArgumentError("capture", "device", got=where, expected="cuda")
         self.graph = Graph(where) if into is None else into
+        check_stream(self._handle, self.graph.device, "capture")
         self._scope: stream_scope | None = None
 
     def __enter__(self) -> Graph:

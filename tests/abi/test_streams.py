@@ -322,4 +322,4 @@ def test_streams_of_no_gpu_of_their_own_are_not_asked(two_gpus):
         for device in (CUDA0, CUDA1):
             launching(handle, device, "an_op")
     launching(150, parse_device("cpu"), "an_op")
-    assert two_gpus == [99, 99]
+    assert two_gpus == [99, 99]  # and what is not told is not remembered

@@ -335,6 +335,36 @@ def test_a_stream_of_the_other_gpu_is_refused(places, rng):
         check(_poisoned(arrays[0], mine))
 
 
+def test_a_stream_first_seen_while_it_records(places, rng):
+    """By somebody else: asking for its GPU would spoil the graph."""
+    from cuda.bindings import runtime
+
+    need("norm")
+    for place in places:
+        case, *arrays = norm_arguments(place, rng).values()
+        descs = [array.desc() for array in arrays]
+        fi_ffi.rmsnorm(*descs, stream=place.stream)  # kernels are loaded before they are recorded
+        place.synchronize()
+        check(_poisoned(arrays[0], place))
+        with as_current(place.index):
+            stream = int(check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
+            mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+            check(runtime.cudaStreamBeginCapture(stream, mode))
+            for _ in range(3):
+                fi_ffi.rmsnorm(*descs, stream=stream)
+            graph = check(runtime.cudaStreamEndCapture(stream))
+            executable = check(runtime.cudaGraphInstantiate(graph, 0))
+            assert np.isnan(arrays[0].get().astype(np.float32)).all(), "recorded, and not made"
+            check(runtime.cudaGraphLaunch(executable, stream))
+            check(runtime.cudaStreamSynchronize(stream))
+            check(runtime.cudaGraphExecDestroy(executable))
+            check(runtime.cudaGraphDestroy(graph))
+            check(runtime.cudaStreamDestroy(stream))
+        assert case.error("out", arrays[0].get())[1] <= 1
+    with pytest.raises(fi_ffi.ArgumentError, match=r"capture.*`stream`.*of cuda:1.*of cuda:0"):
+        fi_ffi.capture(places[1].stream, device="cuda:0")
+
+
 def _poisoned(array, place):
     from cuda.bindings import runtime
 
