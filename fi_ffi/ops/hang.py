@@ -6,12 +6,9 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from fi_ffi.abi.frame import ArraySlot, TensorSlot
-from fi_ffi.ops.logging_calls.told import text_at
 from fi_ffi.ops.recording import Call
-from fi_ffi.ops.row import KV_LAYOUTS, KvLayout
 
 _MOST_BLOCKED = 5  # calls that are blocked behind it, told one by one
 
@@ -34,13 +31,12 @@ def _lines(hang: Hang, seconds: float) -> Iterator[str]:
     what = "finished, and its stream has not moved" if call.has_returned else "returned"
     yield f"fi_ffi.watchdog({seconds:g}): {call.op} has not {what} for {hang.waited:.2f} s"
     yield f"  called: {caller_of(call)}, {time.monotonic() - call.started:.2f} s ago"
-    yield f"  entry: {call.entry.name}, on {place_of(call)}"
+    yield f"  entry: {call.entry}, on {place_of(call)}"
     if call.has_returned:
         yield "  host: the call has returned, its work is queued"
     else:
         yield "  host: the call has not returned"
-    for arg, slot, value in zip(call.row.args, call.args, call.values, strict=True):
-        yield f"  {arg.name}: {_value(arg, slot, value)}"
+    yield from (f"  {arg.name}: {arg}" for arg in call.arguments())
     if call.plan is not None:
         try:
             yield f"  plan: {plan_of(call)}"
@@ -61,22 +57,8 @@ def caller_words(file: str, line: int, function: str, thread: str) -> str:
 
 def place_of(call: Call) -> str:
     if call.stream is None:
-        return str(call.device)
+        return "the host" if call.device is None else str(call.device)
     return f"{call.device}, stream {call.stream:#x}"
-
-
-def _value(arg: Any, slot: Any, value: Any) -> str:
-    if slot is None:
-        return "None"
-    if isinstance(slot, TensorSlot):
-        return f"{slot.layout} at {value:#x}"
-    if isinstance(slot, ArraySlot):
-        return f"an array object at {value:#x}"
-    if slot is str:
-        return repr(text_at(value))
-    if isinstance(arg, KvLayout):
-        return next(name for name, code in KV_LAYOUTS.items() if code == value)
-    return repr(value)
 
 
 def plan_of(call: Call) -> str:

@@ -14,9 +14,11 @@ from types import FrameType
 from typing import Any
 
 from fi_ffi.abi.device import Device
-from fi_ffi.abi.frame import Slot as Arg
+from fi_ffi.abi.frame import Slot
 from fi_ffi.abi.function import Entry
+from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.ops import cuda, marks, watching
+from fi_ffi.ops.logging_calls.told import Argument, arguments_of, arguments_of_values
 from fi_ffi.ops.row import Row
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
@@ -55,16 +57,16 @@ class Call:
     """One call of an entry, and how far it has come; written by its own thread only."""
 
     __slots__ = (
-        "args", "device", "entry", "file", "function", "is_ended", "line", "method", "number",
-        "plan", "plan_generation", "row", "slot", "started", "stream", "thread", "values",
+        "arguments", "device", "entry", "file", "function", "is_ended", "line", "method", "name",
+        "number", "plan", "plan_generation", "slot", "started", "stream", "thread",
     )  # fmt: skip
 
     def __init__(
-        self, row: Row, entry: Entry, device: Device, stream: int | None,
-        args: Sequence[Arg], values: Sequence[Any],
+        self, name: str, entry: str, device: Device | None, stream: int | None,
+        arguments: Callable[[], list[Argument]],
     ) -> None:  # fmt: skip
-        self.row, self.entry, self.device, self.stream = row, entry, device, stream
-        self.args, self.values = args, tuple(values)
+        self.name, self.entry, self.device, self.stream = name, entry, device, stream
+        self.arguments = arguments
         self.plan = _thread.plan
         self.plan_generation = self.plan._generation if self.plan is not None else 0
         self.thread = threading.current_thread()
@@ -82,7 +84,7 @@ class Call:
         """What was called, as its caller knows it."""
         if self.plan is not None:
             return str(self.plan.op)
-        return self.row.name.partition(".")[0]
+        return self.name
 
     @property
     def has_returned(self) -> bool:
@@ -101,6 +103,15 @@ class Call:
         return self.has_returned and not self.left
 
 
+def of_row(
+    row: Row, entry: Entry, device: Device, stream: int | None, slots: Sequence[Slot],
+    values: Sequence[Any],
+) -> Call:  # fmt: skip
+    """A call of a row's entry, whose arguments are put into words only for a report."""
+    kept, name = tuple(values), row.name.partition(".")[0]
+    return Call(name, entry.name, device, stream, lambda: arguments_of(row, slots, kept))
+
+
 def has_watchdogs() -> bool:
     return any(inbox is not nobody for inbox in watching.inboxes)
 
@@ -115,30 +126,50 @@ def watched(
     row: Row,
     device: Device,
     stream: int | None,
-    args: Sequence[Arg],
+    slots: Sequence[Slot],
 ) -> Callable[[Entry, Sequence[Any]], Any]:
-    """`call`, told to every open watchdog, and marked where it is queued on a stream.
-
-    `device` is current.  A stream that is capturing is left alone: what a graph does is done
-    when the graph is launched, which is no call of fi_ffi's.
-    """
+    """`call` of a row's entry, told to every open watchdog, and marked; `device` is current."""
 
     def run(entry: Entry, values: Sequence[Any]) -> Any:
-        made = Call(row, entry, device, stream, args, values)
-        tell(made)
-        try:
-            if stream is None or cuda.is_capturing(stream):
-                return call(entry, values)
-            # Before the call: a first slot may need memory, which can be long in coming.
-            board, key = marks.board, marks.stream_key(device.index, stream)
-            made.slot = board.slot(key)
-            result = call(entry, values)
-            made.slot, made.number = board.mark(made.slot, key, stream)
-            return result
-        finally:
-            made.is_ended = made.number is None
+        made = of_row(row, entry, device, stream, slots, values)
+        return _marked(lambda: call(entry, values), made)
 
     return run
+
+
+def watched_values(
+    call: Callable[[], Any], name: str, values: Sequence[Any],
+    tensors: Sequence[tuple[str, TensorDesc]], device: Device | None, stream: int | None,
+) -> Callable[[], Any]:  # fmt: skip
+    """`call` of a function that no row describes, likewise."""
+
+    def run() -> Any:
+        # Not later: the values may be gone by then, or somebody else's.
+        arguments = arguments_of_values(values, tensors)
+        return _marked(call, Call(name, name, device, stream, lambda: arguments))
+
+    return run
+
+
+def _marked(call: Callable[[], Any], made: Call) -> Any:
+    """Make a call, told to every open watchdog, and marked where it is queued on a stream.
+
+    A stream that is capturing is left alone: what a graph does is done when the graph is
+    launched, which is no call of fi_ffi's.
+    """
+    tell(made)
+    try:
+        stream, device = made.stream, made.device
+        if stream is None or device is None or cuda.is_capturing(stream):
+            return call()
+        # Before the call: a first slot may need memory, which can be long in coming.
+        board, key = marks.board, marks.stream_key(device.index, stream)
+        made.slot = board.slot(key)
+        result = call()
+        made.slot, made.number = board.mark(made.slot, key, stream)
+        return result
+    finally:
+        made.is_ended = made.number is None
 
 
 @contextlib.contextmanager

@@ -49,14 +49,17 @@ def called(
     name: str, call: Callable[[], Any], values: Sequence[Any],
     tensors: Sequence[tuple[str, TensorDesc]], device: Device | None,
 ) -> Any:  # fmt: skip
-    """`call()`, of a function that no row describes, told to the open call logs.
+    """`call()`, of a function that no row describes, told to every open watchdog and log.
 
     `tensors` are those among the `values`, by the numbers of these.  `device` is that which it
-    works on; its stream is this thread's current one.
+    works on, and current; its stream is this thread's current one.
     """
+    from fi_ffi.ops import recording
     from fi_ffi.ops.logging_calls.memory import current_stream
 
     stream = None if device is None or not device.is_cuda else current_stream(device)
+    if recording.has_watchdogs():
+        call = recording.watched_values(call, name, values, tensors, device, stream)
     for log in logs:
         call = log.logged_values(call, name, values, tensors, device, stream)
     return call()

@@ -9,7 +9,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.loader import search
-from fi_ffi.ops import cuda
+from fi_ffi.ops import cuda, recording
 from fi_ffi.reference import moe_weights
 from fi_ffi.reference.exact_moe import ON_HOPPER, moe
 
@@ -394,10 +394,18 @@ def test_the_stream_of_a_scope(rng, to_gpu, stream):
     assert Judge(made)(place.check(output)) <= 1
 
 
-def test_a_call_that_is_logged(rng, to_gpu, stream, tmp_path):
+def test_a_call_that_is_logged_and_watched(rng, to_gpu, stream, tmp_path):
     made = make(rng, "fp8", F8, F16, **SMALL)
-    with fi_ffi.call_log(3, str(tmp_path / "log")):
-        got = run(made, to_gpu, stream)
+    inbox = recording.deque[recording.Call]()
+    with fi_ffi.call_log(3, str(tmp_path / "log")), fi_ffi.watchdog(60) as dog:
+        recording.open_inbox(inbox)
+        try:
+            got = run(made, to_gpu, stream)
+        finally:
+            recording.close_inbox(inbox)
+    assert dog.reports == []
+    watched = next(call for call in inbox if call.op.endswith("run_moe"))
+    assert watched.number is not None and watched.is_over, "it was marked on its stream"
     assert Judge(made)(got) <= 1
     assert "run_moe" in (tmp_path / "log").read_text()
 

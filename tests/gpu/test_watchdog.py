@@ -354,6 +354,31 @@ def test_a_stuck_stream_is_reported_and_everything_finishes_later(calls, streams
         call.check()
 
 
+def test_a_module_s_call_that_is_stuck(calls, streams, gate):
+    """No row describes it: its arguments are told by their numbers."""
+    rms, _ = calls
+    stuck, _ = streams
+    entry = fi_ffi.module("norm").entry("rmsnorm")
+    entry(*rms.descs, 1e-6, False, stream=stuck)  # kernels are loaded
+    gate.hold(stuck)
+    with Hangs(on_hang=silent) as block:
+        entry(*rms.descs, 1e-6, False, stream=stuck)
+        rms(stuck)
+        until(lambda: block.dog.reports)
+    assert block.error.op == "norm.rmsnorm"
+    lines = block.dog.reports[0].splitlines()
+    assert lines[2] == f"  entry: norm.rmsnorm, on cuda:0, stream {stuck:#x}"
+    for number, array in enumerate(rms.arrays):
+        assert f"  {number}: {array.desc().layout} at {array.ptr:#x}" in lines
+    assert "  3: 1e-06" in lines
+    assert lines[-1].startswith("  behind it: ") and lines[-1].endswith("1 rmsnorm)")
+    gate.open()
+    with fi_ffi.watchdog(LONG) as dog:
+        entry(*rms.descs, 1e-6, False, stream=stuck)
+    assert dog.reports == []
+    rms.check()
+
+
 def test_exit_raises_though_nothing_was_reported_before(calls, stream, gate, capsys):
     gate.hold(stream)
     begin = time.monotonic()

@@ -123,7 +123,7 @@ class Gpu:
         layout = fi_ffi.as_desc(self.array).layout
         args = [TensorSlot(layout, False) if isinstance(a, Tensor) else a.type for a in row.args]
         values = [4096 + 256 * i for i in range(len(row.args))]
-        call = recording.Call(row, entry_for(row, CPU), CUDA, stream, args, values)
+        call = recording.of_row(row, entry_for(row, CPU), CUDA, stream, args, values)
         recording.tell(call)
         call.slot = self.board.slot((0, stream))
         if returns:
@@ -365,7 +365,7 @@ def test_repeated_and_prepared_calls_are_recorded_too(mine, told):
     repeated, launched = told
     assert repeated.line == THE_LINE
     assert launched.function == "test_repeated_and_prepared_calls_are_recorded_too"
-    assert repeated.values == launched.values
+    assert repeated.arguments() == launched.arguments()
     recording.close_inbox(told)
     mine()
     assert len(told) == 2

@@ -17,10 +17,10 @@ from fi_ffi.ops import cuda
 from fi_ffi.ops.hang import caller_of, caller_words, plan_of
 from fi_ffi.ops.logging_calls.dump import Dump
 from fi_ffi.ops.logging_calls.statistics import statistics
-from fi_ffi.ops.logging_calls.told import Told, arguments_of, arguments_of_values
+from fi_ffi.ops.logging_calls.told import Told, arguments_of_values
 from fi_ffi.ops.logging_calls.words import ARGUMENTS, NAMES, STATISTICS, head, lines
 from fi_ffi.ops.logging_calls.writer import Writer
-from fi_ffi.ops.recording import Call, caller
+from fi_ffi.ops.recording import Call, caller, of_row
 from fi_ffi.ops.row import Row
 from fi_ffi.ops.settled import Settled
 
@@ -38,11 +38,10 @@ class Log:
         """`call` of a row's entry, told.  The device is current."""
 
         def run(entry: Entry, values: Sequence[Any]) -> Any:
-            made = Call(row, entry, settled.device, stream, settled.slots, values)
+            made = of_row(row, entry, settled.device, stream, settled.slots, values)
             told = Told(
                 next(_numbers), _name(made), entry.name, settled.device, stream,
-                arguments_of(row, settled.slots, values), row, settled.module, made.plan,
-                caller_of(made), _plan(made),
+                made.arguments(), row, settled.module, made.plan, caller_of(made), _plan(made),
             )  # fmt: skip
             return self._around(told, lambda: call(entry, values))
 

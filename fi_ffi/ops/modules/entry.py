@@ -164,7 +164,7 @@ class ModuleEntry:
             check_kernel(entry.address(entry.handle, packed, len(args), result), self.name)
 
         with cuda.kernel_memory().installed():
-            if watching.logs:
+            if watching.inboxes:
                 watching.called(self.name, invoke, args, call.descs, place)
             else:
                 invoke()

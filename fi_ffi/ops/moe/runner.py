@@ -156,10 +156,10 @@ def launch(
 ) -> None:
     """Call on a stream, with memory for the kernel's own workspace.
 
-    `told` says what open call logs are told of the arguments.
+    `told` says what open watchdogs and call logs are told of the arguments.
     """
     with cuda.current(device), on_stream, cuda.kernel_memory().installed():
-        if watching.logs:
+        if watching.inboxes:
             watching.called(entry.name, lambda: frame.call(entry, values), *told(), device)
         else:
             frame.call(entry, values)

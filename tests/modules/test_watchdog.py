@@ -1,0 +1,59 @@
+"""Calls of `fi_ffi.module`'s functions inside a watchdog."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fi_ffi
+from fi_ffi.ops import recording
+
+LIMIT, LONG = 0.25, 30.0
+THE_LINE = "every.apply_typed(waits, 7)"
+
+
+def test_one_that_blocks_is_reported(every):
+    gate = threading.Event()
+
+    def waits(value):
+        assert gate.wait(20)
+        return value + 1
+
+    with fi_ffi.watchdog(LIMIT, on_hang=lambda report: gate.set()) as dog:
+        assert every.apply_typed(waits, 7) == 8
+    (report,) = dog.reports
+    lines = report.splitlines()
+    assert lines[0].startswith(
+        f"fi_ffi.watchdog(0.25): {every.name}.apply_typed has not returned for 0."
+    )
+    source = Path(__file__).read_text().splitlines()
+    number = next(i for i, line in enumerate(source, 1) if THE_LINE in line and "assert" in line)
+    assert f"  called: {__file__}:{number} in test_one_that_blocks_is_reported" in lines[1]
+    assert lines[2] == f"  entry: {every.name}.apply_typed, on the host"
+    assert lines[4].startswith("  0: function <function ") and lines[5] == "  1: 7"
+
+
+def test_what_each_is_told_of(every):
+    """Tensors by layout and address; and nothing of them is kept alive."""
+    out = np.zeros(6, np.float32)
+    told: list[recording.Call] = []
+    inbox = recording.deque[recording.Call]()
+    with fi_ffi.watchdog(LONG) as dog:
+        recording.open_inbox(inbox)
+        try:
+            every.add_all(out, [np.ones(6, np.float32)], [3])
+            with pytest.raises(fi_ffi.KernelError):
+                every.fail("ValueError", "as it was told to")
+        finally:
+            recording.close_inbox(inbox)
+        told += inbox
+    assert dog.reports == []
+    assert [call.op for call in told] == [f"{every.name}.add_all", f"{every.name}.fail"]
+    assert all(call.is_over for call in told)
+    words = [str(arg) for arg in told[0].arguments()]
+    assert words[0] == f"float32[6] on cpu at {out.ctypes.data:#x}"
+    assert words[2] == "list [3]"
+    assert out.tolist() == [3] * 6
