@@ -1174,7 +1174,8 @@ class _append_paged_kv_cache(Op):
         64 or 128 or 256 or 512. num_kv_heads * the threads that share head_dim (one for each 16 bytes,
         32 at most) is at most 1024. Strides of paged_k_cache and paged_v_cache stay below 4294967296
         elements. paged_k_cache and paged_v_cache have the same strides. nnz is at most 2147482624.
-        num_indices * page_size is at most 4294967296. With nnz = 0, nothing is launched.
+        num_indices * page_size is at most 4294967296. What is written shares no memory with other
+        tensors. With nnz = 0, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -1219,7 +1220,8 @@ class _append_paged_mla_kv_cache(Op):
         own itemsize, head_dim_ckv or head_dim_kpe) elements at a time: addresses and the other strides
         are multiples of that. head_dim_ckv is 512. head_dim_kpe is 64. Strides of ckv_cache and
         kpe_cache stay below 4294967296 elements. nnz is at most 2147482624. num_indices * page_size is
-        at most 4294967296. With nnz = 0, nothing is launched.
+        at most 4294967296. What is written shares no memory with other tensors. With nnz = 0, nothing
+        is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.

@@ -33,7 +33,7 @@ def _row(name: str, doc: str, *args: Tensor | KvLayout, **fields: object) -> Row
     return Row(
         name, "page", name, _SOURCE, doc, args,
         dtypes=_T, releases=">=0.6.3", offset_limit=2**63, max_products=_MOST, nothing_axis="nnz",
-        needed=("num_pages", "num_indices", "b"), **fields,  # type: ignore[arg-type]
+        needed=("num_pages", "num_indices", "b"), apart=True, **fields,  # type: ignore[arg-type]
     )  # fmt: skip
 
 

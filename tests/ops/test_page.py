@@ -186,7 +186,7 @@ def test_the_reference_refuses_wrong_indices(row, wrong, rng):
 
 
 def described(row, dtype: str, **sizes: int) -> dict[str, fi_ffi.TensorDesc]:
-    """Tensors of these sizes at addresses that nothing is at."""
+    """Tensors of these sizes at addresses that nothing is at, far from each other."""
     sizes = SIZES | {"num_pages": 9, "num_indices": 7} | sizes
 
     def size(axis: str) -> int:
@@ -194,11 +194,11 @@ def described(row, dtype: str, **sizes: int) -> dict[str, fi_ffi.TensorDesc]:
 
     return {
         arg.name: fi_ffi.TensorDesc(
-            4096,
+            4096 + (i << 50),
             [size(axis) for axis in arg.axis_names],
             dtype if arg.dtype == "T" else arg.dtype,
         )
-        for arg in row.tensors
+        for i, arg in enumerate(row.tensors)
     }
 
 
@@ -243,3 +243,25 @@ def test_more_elements_than_32_bits_count(row):
         descs = described(row, "float8_e4m3fn", **sizes)
         assert max(desc.layout.numel for desc in descs.values()) > 2**32
         launched(row, **descs)
+
+
+@pytest.mark.parametrize(("op", "dtypes"), CALLS_PAGE)
+def test_a_cache_that_overlaps_anything_is_refused(op, dtypes, rng):
+    """A page of it would be somebody's keys and the step's tables at once."""
+    case = make_case(op.row, SIZES, dtypes, rng)
+    descs = {name: fi_ffi.as_desc(array) for name, array in case.arrays.items()}
+    caches = [arg.name for arg in op.row.tensors if arg.writes]
+    before = {name: array.copy() for name, array in case.arrays.items()}
+    for cache in caches:
+        for name in descs:
+            if name == cache:
+                continue
+            moved = fi_ffi.TensorDesc(
+                descs[cache].ptr, descs[name].shape, descs[name].dtype, device="cpu"
+            )
+            with pytest.raises(fi_ffi.ArgumentError, match="memory that overlaps `"):
+                op(**descs | {name: moved}, **case.scalars)
+    for name, array in case.arrays.items():
+        assert array.tobytes() == before[name].tobytes(), name
+    op(**descs, **case.scalars)
+    assert all(case.error(out, case.arrays[out])[1] <= 1 for out in case.expected)
