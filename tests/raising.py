@@ -18,7 +18,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi import errors
-from fi_ffi.abi import library
+from fi_ffi.abi import library, streams
 from fi_ffi.abi.device import parse_device
 from fi_ffi.abi.signature import parse_signature
 from fi_ffi.loader import (
@@ -100,6 +100,11 @@ def in_use() -> None:
         call()
     finally:
         call.give(frame)
+
+
+def another_gpus_stream(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(streams, "device_of", lambda handle: 1)
+    rmsnorm(desc(4096, (4, 64)), desc(65536, (4, 64)), desc(8192, (64,)), stream=0x5000)
 
 
 def unknown_sources(patch: pytest.MonkeyPatch) -> None:
@@ -351,6 +356,7 @@ RAISED: list[HERE] = [
      lambda: rmsnorm(desc(4096, (4, 64)), desc(0, (4, 64)), desc(8192, (64,)))),
     ("Tensors on different devices", errors.ArgumentError,
      lambda: rmsnorm(desc(4096, (4, 64)), X, desc(8192, (64,)))),
+    ("Tensors on different devices", errors.ArgumentError, another_gpus_stream),
     ("A wrong dtype", errors.ArgumentError, lambda: rmsnorm(x=X.astype(np.float64))),
     ("A wrong dtype", errors.ArgumentError, lambda: fi_ffi.BatchDecodePlan(
         np.array([0, 1]), np.array([0]), np.array([1]), num_qo_heads=1, num_kv_heads=1,

@@ -19,7 +19,8 @@ from fi_ffi.abi.device import Device
 from fi_ffi.abi.failure import check
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 
-_PER_THREAD = 2  # cudaStreamPerThread: this and those below are of the current device
+# cudaStreamPerThread; handles up to it are default streams, of the device that is current.
+PER_THREAD = 2
 _STREAM = "an int handle, or a cuda.core, cuda-python, cupy or torch stream"
 
 
@@ -86,7 +87,7 @@ def check_stream(handle: int, device: Device, op: str) -> None:
 
     A kernel that is launched on it would read what is not there, and end the process.
     """
-    if device_of is None or handle <= _PER_THREAD or not device.is_cuda:
+    if device_of is None or handle <= PER_THREAD or not device.is_cuda:
         return
     if (handle, device.index) in thread.checked:
         return

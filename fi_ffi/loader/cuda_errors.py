@@ -14,13 +14,13 @@ from fi_ffi.abi import failure
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device_errors import LEFTOVERS, STICKY, lost
 from fi_ffi.abi.function import PROBE_ARGUMENTS
+from fi_ffi.abi.streams import PER_THREAD
 from fi_ffi.errors import DeviceError, KernelError
 
 # Entries whose launchers end the process where an error is left, whoever left it.
 _ABORTING = ("fused_qk_rmsnorm_rope",)
 
-_PER_THREAD = 2  # cudaStreamPerThread, which no capture of another stream forbids
-_RELAXED = 2  # cudaStreamCaptureModeRelaxed
+RELAXED = 2  # cudaStreamCaptureModeRelaxed
 
 
 def forget(runtime: Any) -> int:
@@ -82,8 +82,8 @@ def examine(runtime: Any, error: KernelError, has_context: bool) -> KernelError:
 
 def _asked(runtime: Any) -> int:
     """The error that the current device's context is in; 0 where it is in none."""
-    mode, status = ffi.new("int *", _RELAXED), ffi.new("int *")
-    stream = ffi.cast("void *", _PER_THREAD)
+    mode, status = ffi.new("int *", RELAXED), ffi.new("int *")
+    stream = ffi.cast("void *", PER_THREAD)  # which no capture of another forbids
     runtime.cudaThreadExchangeStreamCaptureMode(mode)
     try:
         code = int(runtime.cudaStreamIsCapturing(stream, status))

@@ -14,6 +14,7 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.allocator import HOST, Allocator, Source
 from fi_ffi.abi.device import Device, parse_device
 from fi_ffi.abi.dtypes import DTYPES
+from fi_ffi.abi.streams import PER_THREAD
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import DeviceError, LoaderError
 from fi_ffi.loader import cuda_errors, machine
@@ -22,7 +23,6 @@ _HOST_TO_DEVICE = 1  # cudaMemcpyHostToDevice
 _NO_TIMING = 2  # cudaEventDisableTiming
 _CPU = parse_device("cpu")
 _NOT_READY = 600  # cudaErrorNotReady
-_RELAXED = 2  # cudaStreamCaptureModeRelaxed
 _NON_BLOCKING = 1  # cudaStreamNonBlocking
 
 
@@ -73,7 +73,7 @@ class relaxed:  # a context manager
     __slots__ = ("_mode",)
 
     def __enter__(self) -> None:
-        self._mode = ffi.new("int *", _RELAXED)
+        self._mode = ffi.new("int *", cuda_errors.RELAXED)
         self._exchange()
 
     def __exit__(self, *_: object) -> None:
@@ -186,9 +186,6 @@ def _bytes(address: int, count: int, device: Device) -> TensorDesc:
     return TensorDesc(address, (count,), DTYPES["uint8"], device=device)
 
 
-_PER_THREAD = 2  # cudaStreamPerThread, which no capture of another stream forbids
-
-
 def allocate(count: int, device: Device, zeroed: bool = False) -> Memory:
     """Device memory from cuda-python; host memory where the device is the CPU."""
     if not device.is_cuda:
@@ -198,10 +195,10 @@ def allocate(count: int, device: Device, zeroed: bool = False) -> Memory:
         error, address = runtime.cudaMalloc(max(count, 1))
         check(int(error), f"cudaMalloc of {count} bytes on {device}")
         memory = Memory(_bytes(int(address), count, device), _free, runtime.cudaFree, int(address))
-        if zeroed:
-            (error,) = runtime.cudaMemsetAsync(int(address), 0, count, _PER_THREAD)
+        if zeroed:  # on the stream that no capture of another forbids
+            (error,) = runtime.cudaMemsetAsync(int(address), 0, count, PER_THREAD)
             check(int(error), "cudaMemsetAsync")
-            (error,) = runtime.cudaStreamSynchronize(_PER_THREAD)
+            (error,) = runtime.cudaStreamSynchronize(PER_THREAD)
             check(int(error), "cudaStreamSynchronize")
     return memory
 

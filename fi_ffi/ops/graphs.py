@@ -11,7 +11,7 @@ from typing import Any
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import Device, parse_device
-from fi_ffi.abi.streams import check_stream, current_scope, stream_handle
+from fi_ffi.abi.streams import PER_THREAD, check_stream, current_scope, stream_handle
 from fi_ffi.abi.streams import stream as stream_scope
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.loader import machine
@@ -160,7 +160,7 @@ class capture:  # a context manager reads as a verb
         self, stream: object, *, into: Graph | None = None, device: object = "cuda:0"
     ) -> None:
         self._handle = stream_handle(stream, "capture")
-        if self._handle in (0, 1, 2):
+        if self._handle <= PER_THREAD:
             got, expected = "a default stream", "a stream of its own: CUDA records no other"
             raise ArgumentError("capture", "stream", got=got, expected=expected)
         if into is not None and not isinstance(into, Graph):

@@ -1,6 +1,7 @@
 """Calls, plans and graphs leave nothing behind on a GPU: its memory, the host's, descriptors.
 
-Each kind of work runs in a process of its own; `stress/gauges.py` has the bounds.
+Each kind of work runs in a process of its own; `stress/gauges.py` has the bounds.  GPU memory is
+the whole GPU's: nothing else may use it meanwhile.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +24,8 @@ def rows(x, start, stop):
     return fi_ffi.TensorDesc(ptr, shape, x.dtype, strides=x.strides, device=x.device)
 
 
+# Of scratch memory, which is described once: for all layers the same.
+@functools.lru_cache(1024)
 def columns(x, start, *shape):
     """Columns of a matrix from `start` on, as (rows, *shape)."""
     ptr = x.ptr + start * x.dtype.itemsize
@@ -31,6 +34,7 @@ def columns(x, start, *shape):
     return fi_ffi.TensorDesc(ptr, (x.shape[0], *shape), x.dtype, strides=strides, device=x.device)
 
 
+@functools.lru_cache(1024)
 def view(x, *shape):
     """The same contiguous memory as another shape."""
     return fi_ffi.TensorDesc(x.ptr, shape, x.dtype, device=x.device)
