@@ -35,8 +35,8 @@ def test_paged_attention_on_the_cpu() -> None:
         "example.fi_ffi.append_paged_kv_cache = lambda *args, **more: None",
         "example.Pages.grow = lambda self, n, grow=example.Pages.grow: "
         "(grow(self, n), self.of.__setitem__(0, self.of[1][:len(self.of[0])]))",
-        "example.fi_ffi.split_paged_kv_cache = lambda cache, split="
-        "example.fi_ffi.split_paged_kv_cache: (split(cache)[0],) * 2",
+        "example.fi_ffi.append_paged_kv_cache = lambda k, v, *rest, append="
+        "example.fi_ffi.append_paged_kv_cache, **more: append(v, k, *rest, **more)",
     ],
 )
 def test_its_check_can_fail(fault: str) -> None:

@@ -155,11 +155,10 @@ class Absent:
 
 Arg = Tensor | Scalar | Text | KvLayout | PlanInfo | Absent
 
-# In a rule: whether a tensor that is written is the very memory of one that is read, and how many
-# multiprocessors the GPU has, and bytes of shared memory for a block (without end on the CPU).
+# In a rule: whether a tensor that is written is the very memory of one that is read, and of the GPU
+# the number of multiprocessors, and a block's bytes of shared memory (without end on the CPU).
 IN_PLACE = "in place"
-MULTIPROCESSORS = "multiprocessors"
-SHARED_MEMORY = "shared memory"
+MULTIPROCESSORS, SHARED_MEMORY = "multiprocessors", "shared memory"
 
 
 @dataclass(frozen=True, eq=False)

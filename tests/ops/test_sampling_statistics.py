@@ -66,8 +66,12 @@ def test_wrong_distributions_are_refused(machine, rng):
     counts = np.bincount(tokens, minlength=h)
     assert surprise(counts, filtered("sampling_from_probs", source)) <= 1
     for name, more in FILTERS:
-        if more.get("top_k_val", 0) < 1000 and more:
-            assert surprise(counts, filtered(name, source, **more)) > 1, (name, more)
+        expected = filtered(name, source, **more)
+        # Some filters leave nothing out, or what is hardly ever drawn.
+        if source[expected == 0].sum() > 0.01:
+            assert surprise(counts, expected) > 1, (name, more)
+        else:
+            assert more.get("top_k_val", 1000) >= 1000
     warmer = source ** (1.02 if machine.is_gpu else 1.3)
     assert surprise(counts, warmer / warmer.sum()) > 1
     shifted = np.roll(source, 1).astype(np.float64)
