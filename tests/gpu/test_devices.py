@@ -69,6 +69,17 @@ class Place:
         with on_device(self.index):
             check(runtime.cudaDeviceSynchronize())
 
+    def poison(self, array: Any) -> None:
+        """Make every byte 0xFF, on its own stream: the whole device cannot be waited for while
+        another thread captures."""
+        from cuda.bindings import runtime
+
+        from fi_ffi.cli.cuda import on_device
+
+        with on_device(self.index):
+            check(runtime.cudaMemsetAsync(array.ptr, 0xFF, array.nbytes, self.stream))
+            check(runtime.cudaStreamSynchronize(self.stream))
+
     def close(self) -> None:
         from cuda.bindings import runtime
 
@@ -259,15 +270,8 @@ class Work:
         check(runtime.cudaStreamSynchronize(self.place.stream))
 
     def poison(self) -> None:
-        from cuda.bindings import runtime
-
-        from fi_ffi.cli.cuda import on_device
-
-        # On its own stream: the whole device cannot be waited for while another thread captures.
-        with on_device(self.place.index):
-            for array in (self.norm["out"], self.cache[3]):
-                check(runtime.cudaMemsetAsync(array.ptr, 0xFF, array.nbytes, self.place.stream))
-        self._done()
+        for array in (self.norm["out"], self.cache[3]):
+            self.place.poison(array)
 
 
 def test_in_turns_from_one_thread(places, rng):
@@ -332,7 +336,7 @@ def test_a_stream_of_the_other_gpu_is_refused(places, rng):
             call(mine.stream)
         mine.synchronize()
         assert case.error("out", arrays[0].get())[1] <= 1
-        check(_poisoned(arrays[0], mine))
+        mine.poison(arrays[0])
 
 
 def test_a_stream_first_seen_while_it_records(places, rng):
@@ -345,7 +349,7 @@ def test_a_stream_first_seen_while_it_records(places, rng):
         descs = [array.desc() for array in arrays]
         fi_ffi.rmsnorm(*descs, stream=place.stream)  # kernels are loaded before they are recorded
         place.synchronize()
-        check(_poisoned(arrays[0], place))
+        place.poison(arrays[0])
         with as_current(place.index):
             stream = int(check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
             mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
@@ -363,15 +367,6 @@ def test_a_stream_first_seen_while_it_records(places, rng):
         assert case.error("out", arrays[0].get())[1] <= 1
     with pytest.raises(fi_ffi.ArgumentError, match=r"capture.*`stream`.*of cuda:1.*of cuda:0"):
         fi_ffi.capture(places[1].stream, device="cuda:0")
-
-
-def _poisoned(array, place):
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import on_device
-
-    with on_device(place.index):
-        return runtime.cudaMemset(array.ptr, 0xFF, array.nbytes)
 
 
 # ------------------------------- kernels with static variables that hold for one GPU

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 
 import numpy as np
@@ -396,7 +397,7 @@ def test_the_stream_of_a_scope(rng, to_gpu, stream):
 
 def test_a_call_that_is_logged_and_watched(rng, to_gpu, stream, tmp_path):
     made = make(rng, "fp8", F8, F16, **SMALL)
-    inbox = recording.deque[recording.Call]()
+    inbox = deque[recording.Call]()
     with fi_ffi.call_log(3, str(tmp_path / "log")), fi_ffi.watchdog(60) as dog:
         recording.open_inbox(inbox)
         try:

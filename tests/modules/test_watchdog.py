@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -37,19 +38,17 @@ def test_one_that_blocks_is_reported(every):
 
 
 def test_what_each_is_told_of(every):
-    """Tensors by layout and address; and nothing of them is kept alive."""
+    """Tensors by layout and address, other values in words."""
     out = np.zeros(6, np.float32)
-    told: list[recording.Call] = []
-    inbox = recording.deque[recording.Call]()
+    told = deque[recording.Call]()
     with fi_ffi.watchdog(LONG) as dog:
-        recording.open_inbox(inbox)
+        recording.open_inbox(told)
         try:
             every.add_all(out, [np.ones(6, np.float32)], [3])
             with pytest.raises(fi_ffi.KernelError):
                 every.fail("ValueError", "as it was told to")
         finally:
-            recording.close_inbox(inbox)
-        told += inbox
+            recording.close_inbox(told)
     assert dog.reports == []
     assert [call.op for call in told] == [f"{every.name}.add_all", f"{every.name}.fail"]
     assert all(call.is_over for call in told)
