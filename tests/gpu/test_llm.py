@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from engine import Sampling
-from engine.device import Gpu
+from engine.device import Gpu, columns, rows
 from llm import conftest, test_glue, test_logits, test_serve, test_serving
 from llm.serving import KINDS
+from llm.test_glue import FLOATS, TEXT
 
 import fi_ffi
 
@@ -125,3 +126,130 @@ def test_the_gpu_is_not_waited_for(serve, where):
         assert request.drawn == len(request.tokens) + 1
     engine.run()
     assert len(request.tokens) == 30
+
+
+class Products:
+    """A device of a dtype, tensors whose rows lie apart, and results that were NaN before."""
+
+    def __init__(self, dtype, rng):
+        self.device, self.kind, self.rng = Gpu(dtype), FLOATS[dtype], rng
+
+    def drawn(self, count, width, more=0, scale=1.0):
+        """Random rows on the device, with `more` numbers between them; and as float64."""
+        wide = (self.rng.standard_normal((count, width + more)) * scale).astype(self.kind)
+        return columns(self.device.put(wide), 0, width), wide[:, :width].astype(np.float64)
+
+    def out(self, count, width, dtype):
+        """Room for a row and 8 columns more than `count` by `width`."""
+        whole = self.device.put(np.full((count + 1, width + 8), np.nan, dtype))
+        return whole, columns(rows(whole, 0, count), 0, width)
+
+    def result(self, whole, count, width):
+        """What was written, as float64; that nothing else was."""
+        got = self.device.get(whole).astype(np.float64)
+        assert np.isnan(got[count:]).all()
+        assert np.isnan(got[:, width:]).all()
+        return got[:count, :width]
+
+
+@pytest.fixture
+def products(request, machine, rng):
+    pytest.importorskip("nvmath", reason="nvmath-python is not installed: fi-ffi[llm-gpu]")
+    made = Products(request.node.callspec.params["dtype"], rng)
+    yield made
+    made.device.close()
+
+
+def _half_step(dtype):
+    return {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}[dtype]
+
+
+@TEXT
+@pytest.mark.parametrize("to", ["the same", "float32"])
+@pytest.mark.parametrize("count", [1, 3, 8, 9])
+@pytest.mark.parametrize(
+    "size", [(16, 128), (48, 384), (4096, 2176), (32, 14336), (257, 128), (64, 72)], ids=str
+)
+def test_products(dtype, to, count, size, products):
+    """Of few rows and of many, and of sizes that are cuBLAS's alone."""
+    (width, inner), to = size, dtype if to == "the same" else to
+    x, xs = products.drawn(count, inner, 8)
+    weight, ws = products.drawn(width, inner)
+    whole, out = products.out(count, width, np.float32 if to == "float32" else products.kind)
+    products.device.linear(out, x, weight)
+    got, exact = products.result(whole, count, width), xs @ ws.T
+    bound = _half_step(to) * np.abs(exact) + 2.0**-18 * (np.abs(xs) @ np.abs(ws.T))
+    assert (np.abs(got - exact) <= bound).all()
+    assert products.device.is_few(x, weight) == (
+        count <= 8 and width % 16 == 0 and inner % 128 == 0
+    )
+
+
+@TEXT
+@pytest.mark.parametrize("count", [1, 5, 8])
+@pytest.mark.parametrize("size", [(8, 128), (40, 384), (3072, 2176)], ids=str)
+def test_products_gated(dtype, count, size, products):
+    width, inner = size
+    x, xs = products.drawn(count, inner, 8, inner**-0.5)
+    weight, ws = products.drawn(2 * width, inner)
+    whole, out = products.out(count, width, products.kind)
+    products.device.linear_silu(out, x, weight)
+    got = products.result(whole, count, width)
+    gate, up = np.split(xs @ ws.T, 2, axis=1)
+    near_gate, near_up = np.split(2.0**-18 * (np.abs(xs) @ np.abs(ws.T)), 2, axis=1)
+    exact = gate / (1 + np.exp(-gate)) * up
+    bound = (_half_step(dtype) + 2.0**-18) * np.abs(exact)
+    bound += 1.1 * near_gate * (np.abs(up) + near_up) + np.abs(gate) * near_up
+    bound += 2.0**-25  # half a step of float16 near 0
+    assert (np.abs(got - exact) <= bound).all()
+
+
+@TEXT
+def test_a_row_does_not_depend_on_the_others(dtype, products):
+    """Of few rows: to the bit."""
+    x, _ = products.drawn(8, 4224)
+    weight, _ = products.drawn(1024, 4224)
+    together, alone = (products.device.empty((n, 1024), "float32") for n in (8, 1))
+    products.device.linear(together, x, weight)
+    got = products.device.get(together)
+    for i in range(8):
+        products.device.linear(alone, rows(x, i, i + 1), weight)
+        assert np.array_equal(products.device.get(alone)[0], got[i])
+
+
+@TEXT
+def test_products_one_after_another_in_a_graph(dtype, products):
+    """Each waits for the one before, although it may begin earlier."""
+    device = products.device
+    x, xs = products.drawn(2, 2048)
+    weights = [products.drawn(2048, 2048, 0, 2048**-0.5) for _ in range(6)]
+    steps = [device.empty((2, 2048), dtype) for _ in weights]
+    with device.scope():
+        with fi_ffi.capture(device.stream) as graph:
+            for out in steps:
+                device.zero(out)
+            for (weight, _), source, out in zip(weights, [x, *steps], steps, strict=False):
+                device.linear(out, source, weight)
+        for _ in range(20):
+            fresh = products.rng.standard_normal(xs.shape).astype(products.kind)
+            device.write(x, fresh)
+            graph.launch()
+            sources = [fresh, *(device.get(out) for out in steps)]
+            for (_, ws), source, got in zip(weights, sources, sources[1:], strict=False):
+                source = source.astype(np.float64)
+                exact, sizes = source @ ws.T, np.abs(source) @ np.abs(ws.T)
+                bound = _half_step(dtype) * np.abs(exact) + 2.0**-18 * sizes
+                assert (np.abs(got.astype(np.float64) - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (6, 1), (8, 1)], ids=str)
+def test_heads_that_share_a_key_head(serve, heads, where):
+    """Decoding on CUDA cores and on tensor cores, in graphs."""
+    query, key = heads
+    serving = serve("qwen3", num_attention_heads=query, num_key_value_heads=key)
+    engine = serving.engine()
+    some = Sampling(max_tokens=24, ignore_eos=True)
+    requests = [engine.submit(serving.prompt(n), some) for n in (3, 90, 17)]
+    engine.run()
+    assert engine.steps.graphs
+    assert all(serving.error(request) <= 1 for request in requests)

@@ -80,7 +80,7 @@ def test_neighbours_do_not_matter(serve, kind, where):
 
 
 def test_other_numbers_of_heads(serve):
-    """Five query heads a key head: no decode kernel has them, and prefill's takes over."""
+    """Five query heads a key head: prefill's kernels decode, on tensor cores."""
     serving = serve("qwen3", num_attention_heads=5, num_key_value_heads=1)
     engine = serving.engine()
     request = engine.submit(serving.prompt(9), greedy())

@@ -13,6 +13,7 @@ import fi_ffi
 
 from . import glue
 from .glue import check
+from .products import Products
 
 TYPES = {"bfloat16": ml_dtypes.bfloat16}
 
@@ -146,6 +147,9 @@ class Cpu(Device):
         product = array(x).astype(np.float32)[:, None] @ array(weight).astype(np.float32).T
         array(out)[...] = product[:, 0]
 
+    def is_few(self, x, weight):
+        return False  # there is no kernel of its own for few rows
+
     def launch(self, name, grid, block, *args):
         tensors = (array(x) if isinstance(x, fi_ffi.TensorDesc) else x for x in args)
         glue.ON_CPU[name](*tensors)
@@ -168,14 +172,12 @@ class Gpu(Device):
     """cuda:0 through cuda-python, with one stream and one cuBLAS handle."""
 
     name, is_gpu = "cuda:0", True
-    WORKSPACE = 32 << 20  # what NVIDIA recommends for cuBLAS on Hopper
 
     def __init__(self, dtype):
         super().__init__()
         from cuda.bindings import driver, runtime
-        from nvmath.bindings import cublas
 
-        self.cuda, self.driver, self.cublas = runtime, driver, cublas
+        self.cuda, self.driver = runtime, driver
         self.is_frozen = False
         check(runtime.cudaSetDevice(0))
         self.stream = int(check(runtime.cudaStreamCreate()))
@@ -184,12 +186,13 @@ class Gpu(Device):
         self.kernels = glue.compiled(dtype, capability)
         # Kernels that may begin while the one before ends (programmatic dependent launch).
         self.has_pdl = capability[0] >= 9
-        self.blas = cublas.create()
-        cublas.set_stream(self.blas, self.stream)
-        # Of its own, for cuBLAS may not allocate while a graph is captured.
-        workspace = self.empty((self.WORKSPACE,), "uint8")
-        cublas.set_workspace(self.blas, workspace.ptr, self.WORKSPACE)
-        self.factors = np.array([1.0, 0.0], np.float32)
+        self.early = driver.CUlaunchAttribute()
+        which = driver.CUlaunchAttributeID
+        self.early.id = which.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        self.early.value.programmaticStreamSerializationAllowed = 1
+        self.products = Products(self)
+        self.is_few, self.linear = self.products.is_few, self.products.linear
+        self.linear_silu = self.products.linear_silu
 
     def _compute_capability(self):
         which = self.cuda.cudaDeviceAttr
@@ -236,33 +239,25 @@ class Gpu(Device):
 
     download = upload
 
-    def linear(self, out, x, weight):
-        """out = x @ weight.T, summed in float32.
+    def launch(self, name, grid, block, *args, early=False):
+        """A kernel by name; ints are passed as 32 bits, numpy numbers as what they are.
 
-        cuBLAS counts columns first, so that a row-major matrix is its transpose there.
+        `early`: it may be put in place while the kernel before still runs, and waits for that.
         """
-        kinds = {"float16": 2, "bfloat16": 14, "float32": 0}  # cudaDataType
-        (count, inner), width = x.shape, weight.shape[0]
-        one, nought = self.factors.ctypes.data, self.factors.ctypes.data + 4
-        kind, blas = kinds[x.dtype.name], self.cublas
-        blas.gemm_ex(
-            self.blas, blas.Operation.T, blas.Operation.N, width, count, inner,
-            one, weight.ptr, kind, weight.strides[0], x.ptr, kind, x.strides[0],
-            nought, out.ptr, kinds[out.dtype.name], out.strides[0],
-            blas.ComputeType.COMPUTE_32F, blas.GemmAlgo.DEFAULT,
-        )  # fmt: skip
-
-    def launch(self, name, grid, block, *args):
-        """A kernel of glue.py; ints are passed as 32 bits, numpy numbers as what they are."""
         held = [
             np.array(x.ptr, np.uint64) if isinstance(x, fi_ffi.TensorDesc)
             else np.array(x, np.int32) if isinstance(x, int) else np.array(x)
             for x in args
         ]  # fmt: skip
         pointers = np.array([x.ctypes.data for x in held], np.uint64)
-        check(self.driver.cuLaunchKernel(
-            self.kernels[name], *grid, 1, block, 1, 1, 0, self.stream, pointers.ctypes.data, 0
-        ))  # fmt: skip
+        config = self.driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
+        config.hStream = self.stream
+        if early and self.has_pdl:
+            config.attrs, config.numAttrs = [self.early], 1
+        kernel = self.kernels[name]
+        check(self.driver.cuLaunchKernelEx(config, kernel, pointers.ctypes.data, 0))
 
     def scope(self):
         check(self.cuda.cudaSetDevice(0))  # a thread's first call
@@ -279,7 +274,7 @@ class Gpu(Device):
 
     def close(self):
         check(self.cuda.cudaStreamSynchronize(self.stream))
-        self.cublas.destroy(self.blas)
+        self.products.close()
         for ptr in self.memory:
             check(self.cuda.cudaFree(ptr))
         for ptr in self.host:

@@ -8,6 +8,8 @@ does not wait for Python, and that a request has ended is seen one step later.
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from .pages import Pages
 from .sampling import Sampling
 from .steps import Steps
@@ -26,8 +28,11 @@ class Request:
     pages: list = field(default_factory=list)
     promised: int = 0  # pages set apart that are not yet in `pages`
     computed: int = 0  # tokens whose keys and values are in the cache, or will be
+    filled: int = 0  # those that are in it
+    remembered: int = 0  # those whose pages are known to prompts to come
     drawn: int = 0  # tokens drawn, with those that the host has not seen
     numbers: object = None
+    prompt_ids: object = None  # the prompt as int32
 
     @property
     def length(self):
@@ -50,6 +55,7 @@ class Engine:
         self.pages = Pages(num_pages, page_size, reuse=not self.config.is_hybrid)
         self.steps = Steps(model, num_pages, page_size, use_graphs)
         self.waiting, self.running, self.queued = deque(), [], None
+        self.full = []  # requests that have filled a page since the last step
         self.slots = [*range(model.slots)][::-1]
 
     def submit(self, prompt, sampling=None):
@@ -62,12 +68,13 @@ class Engine:
         """What `submit` queues, checked; any thread may make one."""
         request = Request([*map(int, prompt)], sampling or Sampling())
         total, vocab = len(request.prompt) + request.sampling.max_tokens, self.config.vocab
-        if not request.prompt or not all(0 <= token < vocab for token in request.prompt):
+        if not request.prompt or min(request.prompt) < 0 or max(request.prompt) >= vocab:
             raise ValueError(f"a prompt is one token or more, each from 0 to {vocab - 1}")
         room = min(self.config.max_positions, self.pages.total * self.page_size)
         if total > room:
             raise ValueError(f"{total} tokens, max_tokens included; there is room for {room}")
         request.numbers = request.sampling.generator()
+        request.prompt_ids = np.array(request.prompt, np.int32)
         return request
 
     def cancel(self, request):
@@ -80,6 +87,9 @@ class Engine:
 
         Returns the requests that have got a token or have ended; None when nothing is left.
         """
+        for request in self.full:  # while the GPU goes on with the step that is queued
+            if request.finished is None:
+                self._remember(request)
         self._admit()
         work = self._schedule()
         before, self.queued = self.queued, self.steps.queue(work) if work else None
@@ -118,6 +128,7 @@ class Engine:
             self.running.append(self.waiting.popleft())
             request.pages, request.promised, request.slot = found, need, self.slots.pop()
             request.computed = request.reused = len(found) * self.page_size
+            request.filled = request.remembered = request.reused
             self.steps.admit(request)
 
     def _schedule(self):
@@ -142,10 +153,10 @@ class Engine:
 
     def _arrived(self, step):
         tokens, changed = self.steps.tokens(step), []
-        for request, start, end in step.filled:
-            if request.finished is None and end // self.page_size > start // self.page_size:
-                self.pages.remember(request.pages, request.prompt + request.tokens, start, end)
-                self.steps.place(request, start // self.page_size)
+        for request, end in step.filled:
+            request.filled = end
+        size = self.page_size
+        self.full = [r for r, end in step.filled if end // size > r.remembered // size]
         for request, token in zip(step.sampled, tokens, strict=True):
             if request.finished is not None:  # it ended while this was under way
                 continue
@@ -158,11 +169,19 @@ class Engine:
                 self._finish(request, "length")
         return changed
 
+    def _remember(self, request):
+        """Its full pages, for prompts to come that begin alike."""
+        start, end = request.remembered, request.filled
+        self.pages.remember(request.pages, request.prompt + request.tokens, start, end)
+        self.steps.place(request, start // self.page_size)
+        request.remembered = end
+
     def _finish(self, request, why):
         request.finished = why
         if request.slot is None:
             self.waiting.remove(request)
             return
+        self._remember(request)
         self.running.remove(request)
         self.slots.append(request.slot)
         self.pages.promised -= request.promised

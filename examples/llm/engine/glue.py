@@ -7,6 +7,8 @@ request gets does not depend on where in the batch it is.
 
 import numpy as np
 
+from . import products
+
 # The model's dtype is handled by its bits: no headers are needed.
 SOURCE = r"""
 typedef unsigned short T;
@@ -143,7 +145,8 @@ __global__ void draw(int* tokens, const float* probs, const float* uniform, cons
 }
 }
 """
-KERNELS = ("take", "give", "resolve", "convolve", "decays", "gated", "draw")
+SOURCE += products.SOURCE
+KERNELS = ("take", "give", "resolve", "convolve", "decays", "gated", "draw", *products.KERNELS)
 
 
 def check(result, log=str):

@@ -129,9 +129,12 @@ class Model:
         return self.linear("logits", last, self.head, dtype="float32", most=self.slots)
 
     def mlp(self, layer, x):
-        gate_up = self.linear("gate_up", x, layer["gate_up"])
         product = self.scratch("product", x.shape[0], self.config.intermediate)
-        fi_ffi.silu_and_mul(product, gate_up, **self.pdl)
+        if self.device.is_few(x, layer["gate_up"]):
+            self.device.linear_silu(product, x, layer["gate_up"])
+        else:
+            gate_up = self.linear("gate_up", x, layer["gate_up"])
+            fi_ffi.silu_and_mul(product, gate_up, **self.pdl)
         return self.linear("x", product, layer["down"])
 
     def attention(self, layer, x, batch, cache):

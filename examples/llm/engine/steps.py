@@ -13,8 +13,9 @@ from .model import Batch
 from .pages import SCRAP
 from .sampling import Sampler, columns_of, keep, uniform
 
-# Query heads a key head that decode kernels are compiled for; others take prefill's.
-GROUPS = (1, 2, 3, 4, 8)
+# Query heads a key head for which decode kernels are quicker; from four on those of prefill,
+# which use tensor cores.
+GROUPS = (1, 2, 3)
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
@@ -25,7 +26,7 @@ class Step:
     sampled: list
     arriving: object
     mark: object
-    filled: list  # (request, from, to): tokens that are in its pages when the step is done
+    filled: list  # (request, tokens that are in its pages when the step is done)
 
 
 class Steps:
@@ -78,11 +79,11 @@ class Steps:
             arriving = rows(next(self.arriving), 0, len(sampled))
             if sampled:
                 self._sample(logits, given, sampled, arriving)
-        filled = [(r, r.computed, r.computed + count) for r, count in work]
         for request, count in work:
             request.computed += count
         for request in sampled:
             request.drawn += 1
+        filled = [(request, request.computed) for request, _ in work]
         return Step(sampled, arriving, self.device.mark(), filled)
 
     def _sample(self, logits, given, sampled, arriving):
@@ -106,15 +107,18 @@ class Steps:
         ends = np.cumsum(counts)
         starts = np.concatenate([[0], ends])
         requests, positions = fi_ffi.batch_indices_positions(starts, computed + counts)
-        tokens = []
-        for request, count in work:
-            known = request.prompt[request.computed : request.computed + count]
-            # One that was drawn is on the device, whether or not the host has seen it.
-            tokens += known or [-1 - request.slot]
+        # One that was drawn is on the device, whether or not the host has seen it.
+        tokens = -1 - slots
+        if not size:
+            tokens = np.concatenate([
+                r.prompt_ids[r.computed : r.computed + count] if r.computed < len(r.prompt)
+                else tokens[i : i + 1]
+                for i, (r, count) in enumerate(work)
+            ])  # fmt: skip
         pages = -(-(computed + counts) // self.page_size)
         held = np.arange(pages.max()) < pages[:, None]
         host = {
-            "tokens": tokens + [0] * pad,
+            "tokens": tokens,
             "positions": positions,
             "requests": requests,
             "last": ends[is_sampled] - 1,
