@@ -1516,19 +1516,19 @@ class _tinygemm2(Op):
             bias ([m] T; contiguous): added to every row.
             output ([n, m] T; contiguous; written; aligned to 16 bytes): the products.
             use_pdl (bool = False): programmatic dependent launch: start while the previous kernel
-                drains; only after kernels that use it as well, or this one waits for ever.
+                drains.
             stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
 
         T is bfloat16. All tensors are on one device. The last axis has stride 1. k is a multiple of 64.
         m is a multiple of 16. n * m is at most 2147483647. n is at most 524280. m * k is at most
-        2147483647. n * k is at most 2147483647. What is written shares no memory with other tensors.
-        With no rows, nothing is launched.
+        2147483647. n * k is at most 2147483647. k is at most 1024. What is written shares no memory
+        with other tensors. With no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words,
         `ArchitectureError` on GPUs other than of compute capability 9.x or 10.x or 11.x or 12.x.
 
-        Kernel: `tinygemm2_op` of module `tinygemm2`, FlashInfer >=0.6.5, `csrc/tinygemm2.cu`.
+        Kernel: `tinygemm2_op` of module `tinygemm2`, FlashInfer >=0.6.5,<0.6.14, `csrc/tinygemm2.cu`.
         """
 
 tinygemm2: _tinygemm2
@@ -1550,19 +1550,20 @@ class _tinygemm2_nobias(Op):
             weight ([m, k] T; contiguous; aligned to 16 bytes): a row for each column of the output.
             output ([n, m] T; contiguous; written; aligned to 16 bytes): the products.
             use_pdl (bool = False): programmatic dependent launch: start while the previous kernel
-                drains; only after kernels that use it as well, or this one waits for ever.
+                drains.
             stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
 
         T is bfloat16. All tensors are on one device. The last axis has stride 1. k is a multiple of 64.
         m is a multiple of 16. n * m is at most 2147483647. n is at most 524280. m * k is at most
-        2147483647. n * k is at most 2147483647. What is written shares no memory with other tensors.
-        With no rows, nothing is launched.
+        2147483647. n * k is at most 2147483647. k is at most 1024. What is written shares no memory
+        with other tensors. With no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words,
         `ArchitectureError` on GPUs other than of compute capability 9.x or 10.x or 11.x or 12.x.
 
-        Kernel: `tinygemm2_nobias_op` of module `tinygemm2`, FlashInfer >=0.6.9, `csrc/tinygemm2.cu`.
+        Kernel: `tinygemm2_nobias_op` of module `tinygemm2`, FlashInfer >=0.6.9,<0.6.14,
+        `csrc/tinygemm2.cu`.
         """
 
 tinygemm2_nobias: _tinygemm2_nobias

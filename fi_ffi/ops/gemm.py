@@ -6,6 +6,8 @@ done around the entry, and docs/gemm.md says which is for what.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fi_ffi.ops.row import Row, Rule, Scalar, Tensor, Vector
 
 _INT = 2**31 - 1
@@ -70,9 +72,10 @@ def _bmm(releases: str, *more: Scalar) -> Row:
     )  # fmt: skip
 
 
-def _tiny(name: str, *bias: Tensor, releases: str) -> Row:
+def _tiny(name: str, *bias: Tensor, since: str) -> tuple[Row, Row]:
     plus = " + bias" if bias else ""
-    return Row(
+    sizes = {("n", "m"): _INT, ("n",): 8 * 65535, ("m", "k"): _INT, ("n", "k"): _INT}
+    row = Row(
         name, "tinygemm2", f"{name}_op", "csrc/tinygemm2.cu",
         f"A product for few rows (best 8 or fewer): `output = input @ weight.T{plus}`, rounded "
         "once.",
@@ -81,15 +84,19 @@ def _tiny(name: str, *bias: Tensor, releases: str) -> Row:
             Tensor("weight", "m k", "T", "a row for each column of the output", **_IN),  # type: ignore[arg-type]
             *bias,
             Tensor("output", "n m", "T", "the products", **_OUT),  # type: ignore[arg-type]
-            Scalar("use_pdl", bool, False, f"{_PDL}; only after kernels that use it as well, or "
-                   "this one waits for ever"),
+            Scalar("use_pdl", bool, False, _PDL),
         ),
-        {"T": _BF16}, releases,
+        {"T": _BF16}, ">=0.6.14",
         multiples={"k": 64, "m": 16}, min_sizes={"k": 64, "m": 16},
         # The output is counted in an int, and blocks of 8 rows by the grid's second axis.
-        max_products={("n", "m"): _INT, ("n",): 8 * 65535, ("m", "k"): _INT, ("n", "k"): _INT},
+        max_products=sizes,
         offset_limit=2**63, vector=Vector(()), apart=True, capabilities=(9, 10, 11, 12),
     )  # fmt: skip
+    # A warp that had to wait looked at the first of its stages, whichever it was to use next:
+    # with more than one (256 of k for each of four warps) results were wrong now and then, and
+    # from k = 4097 on, where stages are used again, it never ended.
+    before = replace(row, releases=f">={since},<0.6.14", max_products=sizes | {("k",): 1024})
+    return before, row
 
 
 _BIAS = Tensor("bias", "m", "T", "added to every row", contiguous=True)
@@ -134,8 +141,8 @@ BLOCKSCALE = {
 ROWS = (
     _bmm(">=0.6.3,<0.7", HANDLE),
     _bmm(">=0.7"),
-    _tiny("tinygemm2", _BIAS, releases=">=0.6.5"),
-    _tiny("tinygemm2_nobias", releases=">=0.6.9"),
+    *_tiny("tinygemm2", _BIAS, since="0.6.5"),
+    *_tiny("tinygemm2_nobias", since="0.6.9"),
     _router("mm_M1_16_K7168_N256", "dsv3_router_gemm_op", 7168, 256, "float32", "DeepSeek-V3",
             ">=0.6.3"),
     _router("mm_M1_16_K7168_N128", "ml3_router_gemm_op", 7168, 128, "bfloat16",

@@ -10,6 +10,8 @@ from every_op import check_on, check_replayed
 import fi_ffi
 from fi_ffi.cli.cases import bound, make_case
 from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.op import Op
+from fi_ffi.ops.providers import fits
 from fi_ffi.reference.exact_gemm import fp8_products
 
 from calls import EVERY_CALL
@@ -148,14 +150,38 @@ def test_algorithms_are_kept_on_the_host(machine, rng):
 # For few rows
 
 
-TINY_SIZES = [(1, 16, 64), (8, 16, 256), (9, 48, 320), (2, 1024, 2880), (37, 256, 4096)]
+TINY_SIZES = [
+    (1, 16, 64), (8, 16, 256), (9, 48, 320), (2, 1024, 960), (37, 256, 1024), (2, 1024, 2880),
+    (37, 256, 4096), (3, 4096, 14336), (16, 28672, 1088),
+]  # fmt: skip
 
 
+@pytest.mark.parametrize("use_pdl", [False, True])
 @pytest.mark.parametrize("size", TINY_SIZES, ids=str)
 @pytest.mark.parametrize(("op", "dtypes"), TINY)
-def test_few_rows(op, dtypes, size, machine, rng):
+def test_few_rows(op, dtypes, size, use_pdl, machine, rng):
+    """Until 0.6.14 only as far as a warp needs one stage."""
     sizes = dict(zip("nmk", size, strict=True))
-    assert check_on(machine, make_case(op.row, sizes, dtypes, rng)) <= 1
+    if size[2] <= op.row.max_products.get(("k",), size[2]):
+        assert check_on(machine, make_case(op.row, sizes, dtypes, rng, use_pdl=use_pdl)) <= 1
+        return
+    a, b = (np.zeros((count, size[2]), BF16) for count in size[:2])
+    out = np.full(size[:2], np.nan, BF16)
+    bias = [np.zeros(size[1], BF16)] if op.row.name == "tinygemm2" else []
+    with pytest.raises(fi_ffi.ArgumentError, match=f"k = {size[2]} of at most 1024"):
+        op(a, b, *bias, out)
+    assert np.isnan(out.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("name", ["tinygemm2", "tinygemm2_nobias"])
+def test_few_rows_of_many_columns(name, rng):
+    """The row of releases from 0.6.14 on, on the CPU."""
+    row = OPS[name].rows[1]
+    assert fits(row, "0.6.14") and not fits(row, "0.6.13")
+    case = make_case(row, {"n": 2, "m": 32, "k": 5120}, {"T": "bfloat16"}, rng)
+    Op(row)(**case.arrays, **case.scalars)
+    out = row.tensors[-1].name
+    assert case.error(out, case.arrays[out])[1] <= 1
 
 
 @pytest.mark.parametrize(("op", "dtypes"), TINY)

@@ -121,6 +121,11 @@ def test_routers_and_small_products_are_what_the_rows_say(release, sources):
         tiny = flat(sources(release, "csrc/tinygemm2.cu"))
         assert "TILE_N = 8;" in tiny and "dim3 grid(tiles_m, tiles_n);" in tiny
         assert "int input_features = input.shape()[1];" in tiny
+        # A wait of a loop for the stage before it: where such a release must not come to one.
+        row = next(row for row in OPS["tinygemm2"].rows if fits(row, release))
+        old = "weight_ready = bar_try_wait(bar_ptr_wt, phase);"
+        assert tiny.count(old) == (2 if row.max_products.get(("k",)) == 4 * 256 else 1)
+        assert "TILE_K = 64;" in tiny and "STAGE_UNROLL = 4;" in tiny
 
 
 @pytest.mark.parametrize("release", RELEASES)
