@@ -1,8 +1,8 @@
 """Matrix products on a GPU: cuBLAS's, and a kernel for the few rows of a small batch.
 
-A product of few rows takes as long as its weights take to be read.  cuBLAS reads those of a
-model at batch 1 at 70 to 90 % of what an H100's memory gives, and only begins when the kernel
-before has ended; this kernel reads them a little faster, and its first before that end.
+A product of few rows takes as long as its weights take to be read.  cuBLAS begins with that
+when the kernel before has ended; this kernel asks for its first weights before, and for more
+of them at a time.
 """
 
 import numpy as np
