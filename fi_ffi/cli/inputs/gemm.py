@@ -44,7 +44,7 @@ INPUTS: dict[str, Inputs] = {
         make=_scaled,
         variants={"own scratch": {"without": ("workspace_buffer",)}},
     ),
-    "tinygemm2": Inputs(small={"n": 3, "m": 16, "k": 128}, usual={"n": 8, "m": 512, "k": 2048}),
+    "tinygemm2": Inputs(small={"n": 3, "m": 16, "k": 128}, usual={"n": 8, "m": 512, "k": 1024}),
     "dsv3_router_gemm": _ROUTER,
     "fp8_quantize_1x128": Inputs(
         small={"n": 9, "k128": 2}, usual={"n": 32, "k128": 16}, make=_padded
