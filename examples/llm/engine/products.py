@@ -8,10 +8,13 @@ of them at a time.
 import numpy as np
 
 ROWS = 8  # the most that the kernel takes
-# Rows of the weight that a block has, columns that a warp takes at once, threads of a block.
-TALL, DEEP, THREADS = 16, 128, 512
+# Rows of the weight that a block has, columns that a warp takes at once, warps of a block.
+TALL, RUN, WARPS = 16, 128, 16
 
-SOURCE = r"""
+SOURCE = f"""
+constexpr int RUN = {RUN}, WARPS = {WARPS};
+"""
+SOURCE += r"""
 #ifdef FLOAT16
 #define KIND "f16"
 #else
@@ -48,7 +51,7 @@ __device__ void write(float* to, float x) { *to = x; }
 template <typename O, bool IS_GATED>
 __device__ void few_rows(O* out, const T* x, const T* weight, int rows, int columns,
                          long long x_step, long long out_step) {
-  constexpr int WARPS = 16, RUN = 128, PARTS = RUN / 32;
+  constexpr int PARTS = RUN / 32;
   __shared__ float found[WARPS][4][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, place = lane % 4;
   const int start = warp * RUN + place * 8;
@@ -99,7 +102,7 @@ __device__ void few_rows(O* out, const T* x, const T* weight, int rows, int colu
 }
 
 #define FEW_ROWS(name, O, IS_GATED)                                                         \
-  extern "C" __global__ void __launch_bounds__(512, 2) name(                                \
+  extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) name(                         \
       O* out, const T* x, const T* weight, int rows, int columns, long long x_step,         \
       long long out_step) {                                                                 \
     few_rows<O, IS_GATED>(out, x, weight, rows, columns, x_step, out_step);                 \
@@ -129,7 +132,7 @@ class Products:
 
     def is_few(self, x, weight):
         """Whether the kernel takes them."""
-        return x.shape[0] <= ROWS and not (weight.shape[0] % TALL or weight.shape[1] % DEEP)
+        return x.shape[0] <= ROWS and not (weight.shape[0] % TALL or weight.shape[1] % RUN)
 
     def linear(self, out, x, weight):
         """out = x @ weight.T, summed in float32."""
@@ -147,7 +150,7 @@ class Products:
     def _few(self, kernel, out, x, weight):
         steps = np.int64(x.strides[0]), np.int64(out.strides[0])
         grid = (weight.shape[0] // TALL, 1)
-        self.gpu.launch(kernel, grid, THREADS, out, x, weight, *x.shape, *steps, early=True)
+        self.gpu.launch(kernel, grid, 32 * WARPS, out, x, weight, *x.shape, *steps, early=True)
 
     def by_cublas(self, out, x, weight):
         """cuBLAS counts columns first, so that a row-major matrix is its transpose there."""
