@@ -94,7 +94,7 @@ def _tiny(name: str, *bias: Tensor, since: str) -> tuple[Row, Row]:
     )  # fmt: skip
     # A warp that had to wait looked at the first of its stages, whichever it was to use next:
     # with more than one (256 of k for each of four warps) results were wrong now and then, and
-    # from k = 4097 on, where stages are used again, it never ended.
+    # it hung at k = 5120, where stages are used again.
     before = replace(row, releases=f">={since},<0.6.14", max_products=sizes | {("k",): 1024})
     return before, row
 

@@ -108,7 +108,7 @@ class Steps:
         starts = np.concatenate([[0], ends])
         requests, positions = fi_ffi.batch_indices_positions(starts, computed + counts)
         # One that was drawn is on the device, whether or not the host has seen it.
-        tokens = -1 - slots
+        tokens = np.where(slots < self.model.slots, -1 - slots, 0)
         if not size:
             tokens = np.concatenate([
                 r.prompt_ids[r.computed : r.computed + count] if r.computed < len(r.prompt)
