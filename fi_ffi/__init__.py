@@ -38,22 +38,28 @@ from fi_ffi.errors import (
 )
 from fi_ffi.ops.functions import *  # noqa: F403
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.paged import batch_indices_positions, seq_lens, split_paged_kv_cache
-from fi_ffi.ops.ragged import checkpoint_cu_starts, cu_seqlens, gdn_prefill_workspace_size
+from fi_ffi.ops.on_host import (
+    batch_indices_positions,
+    checkpoint_cu_starts,
+    cu_seqlens,
+    gdn_prefill_workspace_size,
+    packed_indptr,
+    seq_lens,
+    split_paged_kv_cache,
+)
 
 if TYPE_CHECKING:
     from fi_ffi.loader.runtime import file_signatures as file_signatures
     from fi_ffi.ops.attention import *  # noqa: F403
-    from fi_ffi.ops.bits import packed_indptr as packed_indptr
-    from fi_ffi.ops.call_log import call_log as call_log
     from fi_ffi.ops.graphs import Graph as Graph
     from fi_ffi.ops.graphs import capture as capture
     from fi_ffi.ops.matmul import *  # noqa: F403
     from fi_ffi.ops.modules import module as module
     from fi_ffi.ops.moe import *  # noqa: F403
     from fi_ffi.ops.prepare import prepare as prepare
-    from fi_ffi.ops.renorm import top_p_renorm_workspace_size as top_p_renorm_workspace_size
-    from fi_ffi.ops.watchdog import watchdog as watchdog
+    from fi_ffi.ops.table.renorm import top_p_renorm_workspace_size as top_p_renorm_workspace_size
+    from fi_ffi.ops.watch.call_log import call_log as call_log
+    from fi_ffi.ops.watch.watchdog import watchdog as watchdog
 
 __version__ = "0.1.0"
 
@@ -94,14 +100,13 @@ _MATMUL = (
 _LATER |= {
     **dict.fromkeys(_MATMUL, "fi_ffi.ops.matmul"),
     "Graph": "fi_ffi.ops.graphs",
-    "call_log": "fi_ffi.ops.call_log",
+    "call_log": "fi_ffi.ops.watch.call_log",
     "capture": "fi_ffi.ops.graphs",
     "file_signatures": "fi_ffi.loader.runtime",
     "module": "fi_ffi.ops.modules",
-    "packed_indptr": "fi_ffi.ops.bits",
     "prepare": "fi_ffi.ops.prepare",
-    "top_p_renorm_workspace_size": "fi_ffi.ops.renorm",
-    "watchdog": "fi_ffi.ops.watchdog",
+    "top_p_renorm_workspace_size": "fi_ffi.ops.table.renorm",
+    "watchdog": "fi_ffi.ops.watch.watchdog",
 }
 
 
@@ -139,14 +144,14 @@ def use_kernels(location: str | os.PathLike[str]) -> None:
     if "fi_ffi.ops.moe" in sys.modules:
         sys.modules["fi_ffi.ops.moe"].forget()
     if "fi_ffi.ops.matmul" in sys.modules:
-        sys.modules["fi_ffi.ops.matmul"].settle(search.release())
+        sys.modules["fi_ffi.ops.matmul"].select_release(search.release())
     for op in OPS.values():
         op.forget()
-        op.settle(search.release())
+        op.select_release(search.release())
 
 
 if os.environ.get("FI_FFI_LOG_LEVEL", "0") not in ("", "0") or os.environ.get("FI_FFI_DUMP_DIR"):
-    importlib.import_module("fi_ffi.ops.call_log").open_by_environment()
+    importlib.import_module("fi_ffi.ops.watch.call_log").open_by_environment()
 
 __all__ = [
     "DTYPES",
@@ -172,6 +177,7 @@ __all__ = [
     "checkpoint_cu_starts",
     "cu_seqlens",
     "gdn_prefill_workspace_size",
+    "packed_indptr",
     "parse_device",
     "parse_signature",
     "seq_lens",

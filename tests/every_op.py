@@ -11,8 +11,8 @@ import pytest
 from fi_ffi.cli.cases import Case, default_dtypes, make_case
 from fi_ffi.cli.inputs import inputs_of
 from fi_ffi.loader import machine as of_loader
+from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.op import Op
 
 from calls import EVERY_CALL
 from prepared_calls import EVERY_OP

@@ -11,9 +11,9 @@ import pytest
 import fi_ffi
 from fi_ffi.cli.cases import Case, default_dtypes, make_case
 from fi_ffi.cli.inputs import inputs_of
-from fi_ffi.ops.form import Form
+from fi_ffi.ops.call.compiled import CompiledRow
+from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.op import Op
 from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor
 
 from calls import EVERY_CALL
@@ -108,16 +108,14 @@ def draw(row: Row, dtypes: dict[str, str], more: dict[str, Any], **scalars: Any)
 
 
 def full(row: Row, placed: Placed) -> None:
-    """The call by a form that knows nothing yet: nothing is quick."""
-    form = Form(row)
-    form(*form.bind(**placed.values))
+    """The call by a row that was compiled just now."""
+    CompiledRow(row).call(None, **placed.values)
 
 
 def refusal_of(row: Row, values: dict[str, Any]) -> fi_ffi.ArgumentError | None:
-    """What a form that knows nothing says of a call; None where it is fine."""
-    form = Form(row)
+    """What a row that was compiled just now says of a call; None where it is fine."""
     try:
-        form.check(*form.bind(**values))
+        CompiledRow(row).pack(**values)
     except fi_ffi.ArgumentError as error:
         return error
     return None
@@ -128,12 +126,12 @@ def same_error(one: BaseException, other: BaseException) -> bool:
     return type(one) is type(other) and str(one) == str(other)
 
 
-def frame_of(call: Any) -> tuple[bytes, bytes, list[Any], list[int]]:
+def frame_of(call: Any) -> tuple[bytes, dict[str, Any], list[int]]:
     """All that a prepared call's launch depends on, and what it keeps alive."""
     frame = call.take()
-    words = frame.pointers.tobytes(), frame.ints.tobytes()
+    words = frame.words.tobytes()
     call.give(frame)
-    return *words, list(call.values), [id(owner) for owner in call.owners]
+    return words, dict(call.given), [id(owner) for owner in call.owners]
 
 
 def tensors(row: Row) -> list[Tensor]:
@@ -197,7 +195,7 @@ class Calls:
         self.mine.op(*self.descs, factor=2.0, stream=stream)
 
     def in_full(self, stream):
-        self.mine.op._form([*self.descs, None, 2.0, 0, False, "NHD"], stream)
+        CompiledRow(self.mine.row).call(None, *self.descs, None, 2.0, stream=stream)
 
     def prepared(self, stream):
         if stream is None:

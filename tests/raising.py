@@ -38,8 +38,8 @@ from fi_ffi.loader.building import toolkit
 from fi_ffi.loader.caching import trust
 from fi_ffi.loader.kernels import KernelFile, open_source
 from fi_ffi.ops import cuda, providers
+from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.op import Op
 from fi_ffi.ops.row import Row, Tensor
 
 from plan_calls import Case

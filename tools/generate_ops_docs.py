@@ -20,9 +20,9 @@ from fi_ffi.loader.lock import the_lock  # noqa: E402
 from fi_ffi.loader.uris import parse  # noqa: E402
 from fi_ffi.ops import attention, moe  # noqa: E402
 from fi_ffi.ops.attention.rows import FORMS  # noqa: E402
+from fi_ffi.ops.call.op import Op  # noqa: E402
 from fi_ffi.ops.functions import OPS  # noqa: E402
 from fi_ffi.ops.moe import interface  # noqa: E402
-from fi_ffi.ops.op import Op  # noqa: E402
 from fi_ffi.ops.row import Arg, Row, Tensor, default_of, defaults  # noqa: E402
 from fi_ffi.ops.support.judge import span_of  # noqa: E402
 from fi_ffi.ops.support.packages import forms_of_packages, packages  # noqa: E402
@@ -172,7 +172,7 @@ def _attention_sms(row: Row) -> str:
 
 
 def _by_family() -> dict[str, list[Op]]:
-    names = {f: {row.name for row in importlib.import_module(f"fi_ffi.ops.{f}").ROWS}
+    names = {f: {row.name for row in importlib.import_module(f"fi_ffi.ops.table.{f}").ROWS}
              for f in FAMILIES}  # fmt: skip
     found = {f: [op for name, op in OPS.items() if name in names[f]] for f in FAMILIES}
     return {family: ops for family, ops in found.items() if ops}
@@ -197,7 +197,7 @@ def text() -> str:
     families = _by_family()
     lines = [HEADER.format(release=the_lock().default_release), *_contents(families)]
     for family, ops in families.items():
-        module = importlib.import_module(f"fi_ffi.ops.{family}")
+        module = importlib.import_module(f"fi_ffi.ops.table.{family}")
         lines += [f"## Family: {family}\n", f"{_first_line(module.__doc__)}\n"]
         for op in ops:
             lines += _op(op, family)

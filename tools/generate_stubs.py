@@ -31,7 +31,7 @@ HEADER = '''"""Generated from the op table by tools/generate_stubs.py."""
 from typing import Literal
 
 from fi_ffi.abi.interop import TensorLike
-from fi_ffi.ops.op import Op
+from fi_ffi.ops.call.op import Op
 
 OPS: dict[str, Op]
 '''

@@ -3,6 +3,8 @@
 #
 #   [FI_FFI_KERNELS=wheel] tools/gpu_bench.sh [its arguments]
 #
+# `--rows lengths-memory` calls a million shapes, for minutes; no other choice of rows includes it.
+#
 # The table, JSON, CSV and plot are left under $OUT.  The kernel wheel (the newest in
 # .kernels/core/ where none is named) is installed in a folder of its own, with what lies in
 # .wheels/, so that fi_ffi and flashinfer-python load the same files.  Needs a GPU, torch, a C++

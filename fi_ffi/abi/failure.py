@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import CodeType, TracebackType
 from typing import Any
 
-from fi_ffi.abi import library, types
+from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.library import TypeIndex
 from fi_ffi.errors import KernelError
 
 _MAX_CAUSES = 16
@@ -15,8 +19,10 @@ _MOST_WORDS = 64 << 20  # bytes of an error's message or backtrace; more is no t
 _MOST_FRAMES = 64  # of Python, told of a callback's exception
 _MOST_BACKTRACE = 1 << 16  # characters of a kernel's that goes up through a callback
 
-# The class's own name, whatever its metaclass makes of `__name__`.
+# The class's own name, whatever its metaclass makes of `__name__`, and the cause, whatever a
+# subclass makes of it.
 _name_of: Callable[[type], str] = type.__dict__["__name__"].__get__
+_cause: Any = BaseException.__dict__["__cause__"]
 
 
 def check(code: int, op: str) -> None:
@@ -35,38 +41,60 @@ def check_kernel(code: int, op: str) -> None:
         raise take_kernel_error(op)
 
 
-def take_kernel_error(op: str) -> KernelError | KeyboardInterrupt:
+def take_kernel_error(op: str) -> BaseException:
     """`take_raised`, examined."""
     error = take_raised(op)
-    if examine is None or isinstance(error, KeyboardInterrupt):
+    if examine is None or not isinstance(error, KernelError):
         return error
     return examine(error)
 
 
-def take_raised(op: str) -> KernelError | KeyboardInterrupt:
+# What a callback raised that is no failure of a kernel's (Ctrl-C, an exit, an exception of a
+# signal handler), by the address of the Error object that travels in its place.  The reference
+# to that object keeps the address from being another's.
+_travelling: dict[int, tuple[Any, BaseException]] = {}
+# What becomes of these kinds where the exception itself is gone.
+_REBUILT = {"KeyboardInterrupt": KeyboardInterrupt, "SystemExit": SystemExit}
+
+
+def take_raised(op: str) -> BaseException:
     """The error raised on this thread, as an exception; its object is released here.
 
-    A Ctrl-C that met a function in Python comes out as what it is.
+    It is a `KernelError`, or, where a callback raised what is no failure of a kernel's, that
+    exception itself, with the `KernelError` as its cause.
     """
     slot = ffi.new("TVMFFIObjectHandle *")
     library.lib.TVMFFIErrorMoveFromRaised(slot)
     if slot[0] == ffi.NULL:
         return KernelError(op, "UnknownError", "the call failed and left no error behind")
+    _, original = _travelling.pop(library.address_of(slot[0]), (None, None))
     try:
         error = error_from(slot[0], op)
     finally:
         library.lib.TVMFFIObjectDecRef(slot[0])
-    if error.kind != KeyboardInterrupt.__name__:
-        return error
-    interrupt = KeyboardInterrupt(*filter(None, [error.message]))
-    interrupt.__cause__ = error
-    return interrupt
+    if original is None:
+        if error.kind not in _REBUILT:
+            return error
+        original = _rebuilt(error.kind, error.message)
+    before = _cause.__get__(original)
+    if isinstance(before, KernelError):  # of a deeper call that the exception went through
+        before = _cause.__get__(before)
+    if before is not None:
+        error.__cause__ = before
+    _cause.__set__(original, error)
+    return original
+
+
+def _rebuilt(kind: str, message: str) -> BaseException:
+    if kind == SystemExit.__name__ and message.isdecimal():
+        return SystemExit(int(message))
+    return _REBUILT[kind](*filter(None, [message]))
 
 
 def error_from(handle: Any, op: str, depth: int = 0) -> KernelError:
     """An Error object's words as an exception, with its causes chained; borrows `handle`."""
     made = ffi.cast("FiFfiErrorObject *", handle)
-    if made.header.type_index != types.ERROR:
+    if made.header.type_index != TypeIndex.ERROR:
         message = f"the call failed and left an object of type index {made.header.type_index}"
         return KernelError(op, "UnknownError", f"{message}, which is no error")
     cell = made.cell
@@ -110,27 +138,84 @@ def set_raised(error: BaseException) -> None:
     Always an error: a caller in C++ takes it as there, and would read a null pointer.
     """
     try:
-        _raise(*_parts_of(error))
-    except BaseException as broken:
-        raise_untold(type(error if isinstance(error, KeyboardInterrupt) else broken))
+        _raise(error)
+    except Exception:
+        _raise_untold(type(error))
+    except BaseException as interrupt:  # Ctrl-C, while the error was told
+        try:
+            _raise(interrupt)
+        except BaseException:
+            _raise_untold(type(interrupt))
 
 
-def raise_untold(kind: type[BaseException], *_: object) -> None:
+def set_escaped(
+    kind: type[BaseException], error: BaseException, frames: TracebackType | None
+) -> None:
+    """`set_raised` for what no code of the callback's own caught, as cffi tells of it."""
+    try:
+        set_raised(BaseException.with_traceback(error, frames))
+    except BaseException:  # no stack is left for more
+        _raise_untold(kind)
+
+
+def _raise_untold(kind: type[BaseException]) -> None:
     """Leave behind an error that was made before, where no memory or stack is left for another."""
-    library.lib.TVMFFIErrorSetRaised(_UNTOLD[issubclass(kind, KeyboardInterrupt)])
+    for known, handle in _untold:
+        if issubclass(kind, known):
+            library.lib.TVMFFIErrorSetRaised(handle)
+            return
 
 
 def prepare_untold() -> None:
-    """Make what `raise_untold` leaves behind, once; it stays for the life of the process."""
-    if not _UNTOLD:
+    """Make what `_raise_untold` leaves behind, once; it stays for the life of the process."""
+    if not _untold:
         words = b"a callback failed, and what it raised cannot be told"
-        _UNTOLD.extend(
-            _created(kind, words, b"") for kind in (b"RuntimeError", b"KeyboardInterrupt")
-        )
+        made = [
+            (kind, _created(name, words, b""))
+            for kind, name in (
+                (KeyboardInterrupt, b"KeyboardInterrupt"),
+                (SystemExit, b"SystemExit"),
+                (BaseException, b"RuntimeError"),
+            )
+        ]
+        _untold.extend(made)
 
 
-# For an exception of any kind, and for Ctrl-C.
-_UNTOLD: list[Any] = []
+_untold: list[tuple[type[BaseException], Any]] = []
+
+
+def _raise(error: BaseException) -> None:
+    made = ffi.gc(_created(*_parts_of(error)), library.lib.TVMFFIObjectDecRef)
+    # An Error that nobody else refers to was swallowed on its way: its exception goes nowhere.
+    for address, (handle, _) in _travelling.copy().items():
+        if library.references(handle) == 1:
+            _travelling.pop(address, None)
+    if not isinstance(error, Exception) or _is_of_signal_handler(error):
+        _travelling[library.address_of(made)] = made, error
+    library.lib.TVMFFIErrorSetRaised(made)
+
+
+def _is_of_signal_handler(error: BaseException) -> bool:
+    """Whether an exception came out of a signal handler that ran in between."""
+    if threading.get_ident() != threading.main_thread().ident:
+        return False  # Python runs handlers on the main thread alone
+    handlers = {*_handler_codes()}
+    frames = error.__traceback__
+    while handlers and frames is not None:
+        if frames.tb_frame.f_code in handlers:
+            return True
+        frames = frames.tb_next
+    return False
+
+
+def _handler_codes() -> Iterator[CodeType]:
+    for number in signal.valid_signals():
+        handler = signal.getsignal(number)
+        if callable(handler):
+            function = getattr(handler, "func", handler)  # of a functools.partial
+            for made in (function, type(function).__call__):
+                if isinstance(code := getattr(made, "__code__", None), CodeType):
+                    yield code
 
 
 def _parts_of(error: BaseException) -> tuple[bytes, ...]:
@@ -152,9 +237,3 @@ def _created(*parts: bytes) -> Any:
     if library.lib.TVMFFIErrorCreate(arrays[0][0], arrays[1][0], arrays[2][0], slot):
         raise MemoryError("an Error object")
     return slot[0]
-
-
-def _raise(*parts: bytes) -> None:
-    made = _created(*parts)
-    library.lib.TVMFFIErrorSetRaised(made)
-    library.lib.TVMFFIObjectDecRef(made)

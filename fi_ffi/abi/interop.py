@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
 from fi_ffi.abi import device_errors
@@ -18,8 +19,15 @@ from fi_ffi.abi.device import Device, device_from_code, parse_device
 from fi_ffi.abi.dtypes import DTYPES, DType, dtype_from_code
 from fi_ffi.abi.failure import message_of
 from fi_ffi.abi.library import c_library
-from fi_ffi.abi.tensor import TensorDesc, make_desc, make_layout
-from fi_ffi.abi.values import dims_of
+from fi_ffi.abi.objects import dims_of
+from fi_ffi.abi.tensor import (
+    TensorDesc,
+    TensorKind,
+    c_strides,
+    frozen,
+    make_desc,
+    tensor_kind,
+)
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, DeviceError, printed
 
 
@@ -51,10 +59,14 @@ TensorLike: TypeAlias = (
 _CAPSULES = {b"dltensor": "DLManagedTensor *", b"dltensor_versioned": "DLManagedTensorVersioned *"}
 _READ_ONLY = 1  # DLPACK_FLAG_BITMASK_READ_ONLY
 _NO_SYNC = -1  # DLPack: the consumer orders its work itself
+_PLAIN = "a dense tensor with memory of its own on a CPU or CUDA device"
 _TENSOR = "a TensorDesc, or an object with __dlpack__ or a (CUDA) array interface"
 
 # numpy's array-interface kinds; 'V' (no kind) is not among them.
 _TYPESTR = {"f": "float", "i": "int", "u": "uint", "b": "bool"}
+
+
+Adapter = Callable[[Any, str, str], TensorDesc]
 
 
 def as_desc(value: object, op: str = "as_desc", argument: str = "value") -> TensorDesc:
@@ -63,47 +75,228 @@ def as_desc(value: object, op: str = "as_desc", argument: str = "value") -> Tens
     Raises `ArgumentTypeError` for what is no tensor, `ArgumentError` for one that
     cannot be described (an unknown dtype, an unsupported device).
     """
-    if isinstance(value, TensorDesc):
-        return value
-    # Looked up on the type: numpy, torch and cupy do the same for protocols.
     kind = type(value)
+    if kind is TensorDesc:
+        return value  # type: ignore[return-value]
+    adapter = _ADAPTERS.get(kind)
+    if adapter is None:
+        adapter = _adapter_of(kind)
+        if adapter is None:
+            got = f"{kind.__module__}.{kind.__qualname__} {printed(value)}"
+            raise ArgumentTypeError(op, argument, got=got, expected=_TENSOR)
     try:
-        numpy = sys.modules.get("numpy")
-        if numpy is not None and isinstance(value, numpy.ndarray):
-            return _from_array_interface(value, value.__array_interface__, op, argument, "cpu")
-        if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__"):
-            return _from_dlpack(value, op, argument)
-        if hasattr(kind, "__cuda_array_interface__"):
-            interface = value.__cuda_array_interface__  # type: ignore[attr-defined]
-            device = _cuda_device_of(interface["data"][0])
-            return _from_array_interface(value, interface, op, argument, device)
-        if hasattr(kind, "__array_interface__"):
-            interface = value.__array_interface__  # type: ignore[attr-defined]
-            return _from_array_interface(value, interface, op, argument, "cpu")
+        return adapter(value, op, argument)
     except (ArgumentError, DeviceError, MemoryError):
         raise
     except Exception as error:  # the exporter refused: say whose words these are
         got = f"a {kind.__module__}.{kind.__qualname__} that refused: {message_of(error)}"
         raise ArgumentError(op, argument, got=got, expected="an exportable tensor") from error
-    got = f"{kind.__module__}.{kind.__qualname__} {printed(value)}"
-    raise ArgumentTypeError(op, argument, got=got, expected=_TENSOR)
+
+
+# How tensors of a type are read, looked up once a type.
+_ADAPTERS: dict[type, Adapter] = {}
+_MOST_TYPES = 256
+
+
+def _adapter_of(kind: type) -> Adapter | None:
+    """The adapter for a type: of the library that it is from, or else of a protocol."""
+    found: Adapter | None = None
+    for base in kind.__mro__:
+        make = _LIBRARIES.get((base.__module__, base.__qualname__))
+        # A type of that name which is not the library's own has the protocols only.
+        library = sys.modules.get(base.__module__)
+        if make is not None and getattr(library, base.__name__, None) is base:
+            found = make(kind, library)
+            break
+    if found is None:
+        found = _protocol_of(kind)
+    if found is not None:
+        if len(_ADAPTERS) >= _MOST_TYPES:
+            _ADAPTERS.clear()
+        _ADAPTERS[kind] = found
+    return found
+
+
+def _protocol_of(kind: type) -> Adapter | None:
+    # Looked up on the type: numpy, torch and cupy do the same for protocols.
+    if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__"):
+        return _from_dlpack
+    if hasattr(kind, "__cuda_array_interface__"):
+        return _from_cuda_array_interface
+    if hasattr(kind, "__array_interface__"):
+        return _from_host_array_interface
+    return None
+
+
+def _desc_adapter(kind: type, library: Any) -> Adapter:
+    def read(desc: Any, op: str, argument: str) -> TensorDesc:
+        return desc.at(desc.ptr, desc.owner)  # type: ignore[no-any-return]
+
+    return read
+
+
+def _numpy_adapter(kind: type, library: Any) -> Adapter:
+    """Attributes of contiguous arrays; others tell their lowest address in their interface."""
+    kinds: dict[tuple[Any, int], TensorKind] = {}
+    cpu, from_buffer, cast = parse_device("cpu"), ffi.from_buffer, ffi.cast
+
+    def read(array: Any, op: str, argument: str) -> TensorDesc:
+        flags = array.flags
+        if flags.c_contiguous and flags.writeable:
+            shape, dtype = array.shape, array.dtype
+            found = kinds.get((dtype, len(shape)))
+            if found is not None:
+                address = int(cast("uintptr_t", from_buffer(array)))
+                return frozen(address, shape, c_strides(shape), found, array)
+        desc = _from_array_interface(array, array.__array_interface__, op, argument, cpu)
+        if not desc.readonly and len(kinds) < _MOST_TYPES:
+            kinds[array.dtype, len(desc.shape)] = desc.kind
+        return desc
+
+    return read
+
+
+def _torch_adapter(kind: type, torch: Any) -> Adapter:
+    """Attributes of a tensor, none of which exports it; what kernels must not get is named."""
+    kinds: dict[tuple[Any, Any, int], TensorKind] = {}
+    strided = torch.strided
+    has_cuda_only = torch.version.cuda is not None  # the only devices with an index are its GPUs
+    is_plain_type = kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__  # type: ignore[attr-defined]
+
+    def read(tensor: Any, op: str, argument: str) -> TensorDesc:
+        try:
+            shape = tensor.shape
+            index = tensor.get_device() if has_cuda_only else -1
+            # Without an index there are several kinds of device.
+            where = tensor.device if index < 0 else index
+            found = kinds.get((tensor.dtype, where, len(shape)))
+            # What is not dense raises where it is asked for strides.
+            if found is None or tensor.is_neg():
+                found = described(tensor, op, argument)
+            return frozen(tensor.data_ptr(), shape, tensor.stride(), found, tensor)
+        except RuntimeError as error:
+            failed = error
+        # Which has a better word for most, with no other error's traceback before it.
+        described(tensor, op, argument)
+        raise failed
+
+    def described(tensor: Any, op: str, argument: str) -> TensorKind:
+        """The kind of a tensor that was not met before; raises for what no kernel can read."""
+        what = ""
+        if not is_plain_type:
+            what = f"a {kind.__module__}.{kind.__qualname__}, which stands for a tensor"
+        elif tensor.layout is not strided:
+            what = f"a {str(tensor.layout).removeprefix('torch.')} tensor"
+        elif tensor.is_quantized:
+            what = "a quantised tensor"
+        elif tensor.device.type == "meta":
+            what = "a meta tensor, which has no memory"
+        elif tensor.is_conj() or tensor.is_neg():
+            view, to = ("conjugate", "conj") if tensor.is_conj() else ("negative", "neg")
+            what = f"a {view} view, whose memory has other values: see torch.resolve_{to}"
+        if what:
+            raise ArgumentError(op, argument, got=what, expected=_PLAIN)
+        dtype = DTYPES.get(str(tensor.dtype).removeprefix("torch."))
+        if dtype is None:
+            expected = f"one of {list(DTYPES)}"
+            raise ArgumentError(op, argument, got=f"dtype {tensor.dtype}", expected=expected)
+        where = tensor.device
+        if where.type not in ("cpu", "cuda"):
+            raise ArgumentError(op, argument, got=where, expected="a CPU or CUDA tensor")
+        device = parse_device(f"{where.type}:{where.index or 0}" if where.type == "cuda" else "cpu")
+        made = tensor_kind(dtype, device, tensor.dim())
+        if len(kinds) >= _MOST_TYPES:
+            kinds.clear()
+        kinds[tensor.dtype, where, tensor.dim()] = made
+        if where.type == "cuda" and has_cuda_only:
+            kinds[tensor.dtype, tensor.get_device(), tensor.dim()] = made
+        return made
+
+    return read
+
+
+def _cupy_adapter(kind: type, library: Any) -> Adapter:
+    """Attributes of an array: its strides are of bytes."""
+
+    def read(array: Any, op: str, argument: str) -> TensorDesc:
+        data, shape, itemsize = array.data, array.shape, array.itemsize
+        key = array.dtype, data.device_id, len(shape)
+        found = kinds.get(key)
+        if found is None:
+            dtype = _array_dtype(array, array.dtype.str, op, argument)
+            device = parse_device(f"cuda:{data.device_id}")
+            if len(kinds) >= _MOST_TYPES:
+                kinds.clear()
+            found = kinds[key] = tensor_kind(dtype, device, len(shape))
+        strides = tuple([step // itemsize for step in array.strides])
+        if any(step % itemsize for step in array.strides):
+            raise _odd_strides(op, argument, array.strides, found.dtype)
+        return frozen(data.ptr, shape, strides, found, array)
+
+    kinds: dict[tuple[Any, int, int], TensorKind] = {}
+    return read
+
+
+def _numba_adapter(kind: type, library: Any) -> Adapter:
+    return _from_cuda_array_interface
+
+
+def _jax_adapter(kind: type, library: Any) -> Adapter:
+    """DLPack, which alone tells how XLA has laid an array out."""
+    return _from_dlpack
+
+
+# By module and name of a type that its arrays are of, or derive from.
+_LIBRARIES: dict[tuple[str, str], Callable[[type, Any], Adapter]] = {
+    ("fi_ffi.abi.tensor", "TensorDesc"): _desc_adapter,
+    ("numpy", "ndarray"): _numpy_adapter,
+    ("torch", "Tensor"): _torch_adapter,
+    ("cupy", "ndarray"): _cupy_adapter,
+    ("numba.cuda.cudadrv.devicearray", "DeviceNDArrayBase"): _numba_adapter,
+    ("jaxlib._jax", "ArrayImpl"): _jax_adapter,
+}
+
+
+def _from_cuda_array_interface(value: Any, op: str, argument: str) -> TensorDesc:
+    interface = value.__cuda_array_interface__
+    device = _cuda_device_of(_pointer_of(interface)[0])
+    return _from_array_interface(value, interface, op, argument, device)
+
+
+def _from_host_array_interface(value: Any, op: str, argument: str) -> TensorDesc:
+    return _from_array_interface(
+        value, value.__array_interface__, op, argument, parse_device("cpu")
+    )
+
+
+def _pointer_of(interface: dict[str, Any]) -> tuple[Any, Any]:
+    """An interface's address, and whether it is read-only."""
+    data = interface["data"]
+    # Of a buffer, which numpy's protocol allows too, the bytes would be taken for these.
+    if type(data) is not tuple or len(data) != 2:
+        raise TypeError(f"its interface's data is {printed(data)}, not an address and a flag")
+    return data
 
 
 def _from_array_interface(
     value: Any, interface: dict[str, Any], op: str, argument: str, device: object
 ) -> TensorDesc:
-    ptr, readonly = interface["data"]
+    ptr, readonly = _pointer_of(interface)
     dtype = _array_dtype(value, interface["typestr"], op, argument)
     strides = interface.get("strides")
     if strides is not None:
         if any(step % dtype.itemsize for step in strides):
-            got = f"strides of {tuple(strides)} bytes"
-            expected = f"multiples of {dtype}'s {dtype.itemsize} bytes"
-            raise ArgumentError(op, argument, got=got, expected=expected)
+            raise _odd_strides(op, argument, strides, dtype)
         strides = tuple(step // dtype.itemsize for step in strides)
-    layout = make_layout(interface["shape"], dtype, strides, device, bool(readonly))
     # The interface too: what it was made from may be held by nothing else (numpy's scalars).
-    return make_desc(ptr or 0, layout, (value, interface))
+    owner = value, interface
+    return make_desc(ptr or 0, interface["shape"], dtype, strides, device, bool(readonly), owner)
+
+
+def _odd_strides(op: str, argument: str, strides: Any, dtype: DType) -> ArgumentError:
+    got = f"strides of {tuple(strides)} bytes"
+    expected = f"multiples of {dtype}'s {dtype.itemsize} bytes"
+    return ArgumentError(op, argument, got=got, expected=expected)
 
 
 def _array_dtype(value: Any, typestr: str, op: str, argument: str) -> DType:
@@ -135,10 +328,9 @@ def _from_dlpack(value: Any, op: str, argument: str) -> TensorDesc:
         raise ArgumentError(op, argument, got=got, expected=f"one of {list(DTYPES)}")
     shape, strides = dims_of(tensor)
     address = int(ffi.cast("uintptr_t", tensor.data)) + tensor.byte_offset
-    layout = make_layout(shape, dtype, strides, device, readonly)
     # The capsule stays unconsumed: it and the tensor live as long as the descriptor,
     # and its own destructor gives the export back.
-    return make_desc(address, layout, (value, capsule))
+    return make_desc(address, shape, dtype, strides, device, readonly, (value, capsule))
 
 
 def _check_device(device: Device, type_code: int, index: int, op: str, argument: str) -> None:

@@ -7,6 +7,7 @@ room calls them.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from fi_ffi.abi._cffi import ffi
@@ -37,6 +38,35 @@ MAX_BYTES = 1 << 48
 # By its own account, which is its headers'.  TVMFFIErrorCell was shorter before 0.1.8;
 # within 0.1 the interface has only grown since.
 _OLDEST, _TOO_NEW = (0, 1, 8), (0, 2, 0)
+
+
+class TypeIndex:
+    """`TVMFFITypeIndex` of tvm/ffi/c_api.h: what the first word of a `TVMFFIAny` says."""
+
+    NONE = 0
+    INT = 1
+    BOOL = 2
+    FLOAT = 3
+    OPAQUE_PTR = 4
+    DATA_TYPE = 5
+    DEVICE = 6
+    DL_TENSOR_PTR = 7
+    RAW_STR = 8
+    BYTE_ARRAY_PTR = 9
+    SMALL_STR = 11
+    SMALL_BYTES = 12
+    OBJECT_BEGIN = 64  # this and above: a reference-counted object
+    STR = 65
+    BYTES = 66
+    ERROR = 67
+    FUNCTION = 68
+    SHAPE = 69
+    TENSOR = 70
+    ARRAY = 71
+    MAP = 72
+    MODULE = 73
+    LIST = 75
+    DICT = 76
 
 
 class _Unattached:
@@ -131,3 +161,26 @@ def read_bytes(array: Any, most: int = MAX_BYTES) -> bytes:
     if size > most:
         raise AbiError(f"a TVM-FFI byte array of {size} bytes")
     return bytes(ffi.buffer(array.data, size))
+
+
+def address_of(pointer: Any) -> int:
+    """A C pointer as an int."""
+    return int(ffi.cast("uintptr_t", pointer))
+
+
+def type_index_of(handle: Any) -> int:
+    """The type index in an object's header."""
+    return int(ffi.cast("TVMFFIObject *", handle).type_index)
+
+
+def references(handle: Any) -> int:
+    """How many strong references to an object there are."""
+    return int(ffi.cast("TVMFFIObject *", handle).combined_ref_count & 0xFFFFFFFF)
+
+
+def renew_after_fork(names: dict[str, Any], name: str, make: Callable[[], Any]) -> None:
+    """Give a forked child a new lock in place of the one that a module calls `name`.
+
+    The thread that held the lock is not in the child to give it back.
+    """
+    os.register_at_fork(after_in_child=lambda: names.update({name: make()}))

@@ -3,28 +3,58 @@
 `ffi.gc` ties one `TVMFFIObjectDecRef` to each handle: it runs when `release()`
 is called, when the Python object dies, or at exit, whichever comes first, and
 never twice.
+
+Objects that libtvm_ffi makes own their memory.  A Tensor object over a caller's tensor and a
+Function object that calls Python are backed by memory of ours, which must outlive every
+reference.  A destructor that called back into Python could run when there is no interpreter
+left, so none is given: what a callee still refers to is kept in `_lent`, and looked at later.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import threading
+from typing import Any, ClassVar, NoReturn, TypeVar
 
-from fi_ffi.abi import library, types
+from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.device import device_from_code
+from fi_ffi.abi.dtypes import dtype_from_code
 from fi_ffi.abi.failure import check, error_from
-from fi_ffi.abi.tensor import TensorDesc
-from fi_ffi.errors import FiFfiError, KernelError
+from fi_ffi.abi.library import TypeIndex
+from fi_ffi.abi.tensor import MAX_RANK, TensorDesc, make_desc
+from fi_ffi.errors import AbiError, ArgumentError, FiFfiError, KernelError, LoaderError
+
+_Kind = TypeVar("_Kind", bound="Object")
+
+_ALIGNMENT = 64
+_HEADER = ffi.sizeof("DLManagedTensor")
+_WORD = ffi.sizeof("int64_t")
 
 
-class Object:
+class Unique:
+    """Base class of what holds a reference: it is neither copied nor pickled."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> NoReturn:
+        name = type(self).__name__
+        raise TypeError(f"a {name} holds a reference in this process: no copy, and no pickle")
+
+
+class Object(Unique):
     """One owned reference; a context manager, or release it by hand."""
 
-    __slots__ = ("_handle",)
-    type_index: ClassVar[int] = types.OBJECT_BEGIN
+    __slots__ = ("_backing", "_handle")
+    type_index: ClassVar[int] = TypeIndex.OBJECT_BEGIN
 
-    def __init__(self, handle: Any) -> None:
-        """Take over a reference the caller owns (a `TVMFFIObjectHandle`)."""
+    def __init__(self, handle: Any, backing: tuple[Any, object] | None = None) -> None:
+        """Take over a reference the caller owns (a `TVMFFIObjectHandle`).
+
+        `backing` is what must outlive every reference to the object: a block of libc's
+        memory, or NULL, and a Python object.
+        """
         self._handle: Any = ffi.gc(handle, library.lib.TVMFFIObjectDecRef)
+        self._backing = backing
 
     @property
     def handle(self) -> Any:
@@ -36,13 +66,29 @@ class Object:
     @property
     def use_count(self) -> int:
         """Strong references to the object, this one included."""
-        return int(ffi.cast("TVMFFIObject *", self.handle).combined_ref_count & 0xFFFFFFFF)
+        return library.references(self.handle)
 
     def release(self) -> None:
         """Give the reference back now; later calls do nothing."""
+        # No call in between: of two threads that release it, one finds it.
         handle, self._handle = self._handle, None
-        if handle is not None:
+        if handle is None:
+            return
+        if self._backing is None:
             ffi.release(handle)
+        elif library.references(handle) > 1:
+            _lend(handle, self._backing)
+        else:
+            ffi.release(handle)
+            library.c_library().free(self._backing[0])
+        self._backing = None
+
+    def moved_to(self, kind: type[_Kind]) -> _Kind:
+        """The reference as an object of another class; this one has it no more."""
+        made = object.__new__(kind)
+        made._handle, made._backing = self.handle, self._backing
+        self._handle = self._backing = None
+        return made
 
     def __enter__(self) -> Object:
         return self
@@ -50,12 +96,22 @@ class Object:
     def __exit__(self, *_: object) -> None:
         self.release()
 
+    def __del__(self) -> None:
+        # Without a backing the handle gives its own reference back; others may hold it too.
+        backing = getattr(self, "_backing", None)
+        # When the interpreter ends, what is left to callees stays as it is.
+        if backing is None or _lent is None:
+            return
+        if self._handle is None:  # an interrupt ended its release, and a callee may refer to it
+            _orphans.append(backing)
+        Object.release(self)
+
 
 class Function(Object):
     """A callable object; `fi_ffi.abi.function` makes and calls them."""
 
     __slots__ = ()
-    type_index = types.FUNCTION
+    type_index = TypeIndex.FUNCTION
 
     @property
     def safe_call(self) -> Any:
@@ -66,91 +122,210 @@ class Array(Object):
     """A sequence of values, read through the functions that libtvm_ffi has for it."""
 
     __slots__ = ()
-    type_index = types.ARRAY
+    type_index = TypeIndex.ARRAY
 
 
 class Module(Object):
     """A module object whose functions are looked up by name."""
 
     __slots__ = ()
-    type_index = types.MODULE
+    type_index = TypeIndex.MODULE
 
 
 class String(Object):
     """A heap string; `str()` copies it out."""
 
     __slots__ = ()
-    type_index = types.STR
+    type_index = TypeIndex.STR
 
     @classmethod
     def create(cls, text: str) -> String | None:
         """An owned string, or None where the library keeps it inline (7 bytes or fewer)."""
-        array, buffer = library.byte_array(text.encode())
+        array, _buffer = library.byte_array(text.encode())
         value = ffi.new("TVMFFIAny *")
         check(library.lib.TVMFFIStringFromByteArray(array, value), "String")
-        del buffer
         return cls(value.v_ptr) if value.type_index == cls.type_index else None
 
     def __str__(self) -> str:
-        cell = ffi.cast("FiFfiBytesObject *", self.handle).cell
-        return library.read_bytes(cell).decode("utf-8", errors="replace")
+        return bytes_of(self).decode("utf-8", errors="replace")
 
 
 class Error(Object):
     """An error that is a value, not raised."""
 
     __slots__ = ()
-    type_index = types.ERROR
+    type_index = TypeIndex.ERROR
 
     def exception(self, op: str = "Error") -> KernelError:
         return error_from(self.handle, op)
 
 
-# Memory of tensors that a callee kept a reference to: it cannot be freed safely,
-# because no destructor of ours may run inside libtvm_ffi's (at exit there is no
-# interpreter left to run it).
-_KEPT_BY_CALLEES: list[object] = []
-
-
 class Tensor(Object):
-    """A Tensor object over memory somebody else owns, for entries that want no view."""
+    """A Tensor object: of a kernel's own, or over memory somebody else owns."""
 
-    __slots__ = ("_memory",)
-    type_index = types.TENSOR
-    _memory: object
+    __slots__ = ()
+    type_index = TypeIndex.TENSOR
 
     @classmethod
     def from_desc(cls, desc: TensorDesc) -> Tensor:
-        managed = ffi.new("DLManagedTensor *")
-        write_dl_tensor(managed.dl_tensor, desc)
-        slot = ffi.new("TVMFFIObjectHandle *")
-        check(library.lib.TVMFFITensorFromDLPack(managed, 0, 0, slot), "Tensor")
-        tensor = cls(slot[0])
-        tensor._memory = (managed, desc)
-        return tensor
+        """A Tensor object over a tensor of the caller's, for callees that want no view."""
+        size = _HEADER + 2 * _WORD * len(desc.shape)
+        # libc's memory: what a callee still has at exit is read after the interpreter is gone.
+        block = library.c_library().aligned_alloc(_ALIGNMENT, -(-size // _ALIGNMENT) * _ALIGNMENT)
+        if block == ffi.NULL:
+            raise MemoryError("a Tensor object's header")
+        try:
+            managed, slot = ffi.cast("DLManagedTensor *", block), ffi.new("TVMFFIObjectHandle *")
+            managed.manager_ctx = managed.deleter = ffi.NULL
+            write_dl_tensor(managed.dl_tensor, desc, ffi.cast("int64_t *", managed + 1))
+            check(library.lib.TVMFFITensorFromDLPack(managed, 0, 0, slot), "Tensor")
+        except BaseException:
+            library.c_library().free(block)
+            raise
+        return cls(slot[0], (block, desc))
 
-    def release(self) -> None:
-        memory, self._memory = getattr(self, "_memory", None), None
-        if memory is not None and self.use_count > 1:
-            _KEPT_BY_CALLEES.append(memory)
-        super().release()
-
-    __del__ = release
-
-
-def write_dl_tensor(tensor: Any, desc: TensorDesc) -> None:
-    """Fill a zeroed `DLTensor`; shape and strides stay in the layout, which outlives it."""
-    layout = desc.layout
-    tensor.data = ffi.cast("void *", desc.ptr)
-    tensor.device.device_type = layout.device.type_code
-    tensor.device.device_id = layout.device.index
-    tensor.ndim = len(layout.shape)
-    tensor.dtype.code = layout.dtype.code
-    tensor.dtype.bits = layout.dtype.bits
-    tensor.dtype.lanes = layout.dtype.lanes
-    tensor.shape, tensor.strides = layout.c_shape, layout.c_strides
+    def described(self, owner: object = None) -> TensorDesc:
+        """The tensor by address, valid as long as a reference is held; `owner` is kept with it."""
+        return desc_from_dl_tensor(ffi.cast("FiFfiTensorObject *", self.handle).cell, owner)
 
 
 OBJECT_TYPES: dict[int, type[Object]] = {
     kind.type_index: kind for kind in (Function, Array, Module, String, Error, Tensor)
 }
+
+
+def bytes_of(value: Object) -> bytes:
+    """The bytes of a heap string or of a Bytes object."""
+    return library.read_bytes(ffi.cast("FiFfiBytesObject *", value.handle).cell)
+
+
+def write_dl_tensor(tensor: Any, desc: TensorDesc, dims: Any = None) -> Any:
+    """Fill a `DLTensor`; returns the array of sizes and strides, which must live as long."""
+    shape, strides, device, dtype = desc.shape, desc.strides, desc.device, desc.dtype
+    rank = len(shape)
+    if dims is None:
+        dims = ffi.new("int64_t[]", 2 * rank)
+    dims[0 : 2 * rank] = shape + strides
+    tensor.data, tensor.byte_offset = ffi.cast("void *", desc.ptr), 0
+    place, kind = tensor.device, tensor.dtype
+    place.device_type, place.device_id = device.type_code, device.index
+    kind.code, kind.bits, kind.lanes = dtype.code, dtype.bits, dtype.lanes
+    tensor.ndim, tensor.shape, tensor.strides = rank, dims, dims + rank
+    return dims
+
+
+def desc_from_dl_tensor(tensor: Any, owner: object = None) -> TensorDesc:
+    """The descriptor of a `DLTensor`, with what keeps the tensor; `AbiError` for nonsense."""
+    dtype = dtype_from_code(tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes)
+    device = device_from_code(tensor.device.device_type, tensor.device.device_id)
+    if dtype is None or device is None:
+        raise AbiError("a DLTensor of a dtype or device that fi_ffi does not know")
+    shape, strides = dims_of(tensor)
+    address = library.address_of(tensor.data) + tensor.byte_offset
+    try:
+        return make_desc(address, shape, dtype, strides, device, owner=owner)
+    except ArgumentError as error:
+        raise AbiError(f"a DLTensor that no tensor can be: {error}") from None
+
+
+def dims_of(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Shape and strides of a `DLTensor`, the latter None where it has none."""
+    rank = tensor.ndim
+    if not rank:
+        return (), None
+    # Before anything is read: an array of that length may not be there.
+    if not 0 < rank <= MAX_RANK:
+        raise AbiError(f"a DLTensor of {rank} dimensions")
+    sizes, steps = tensor.shape, tensor.strides
+    if sizes == ffi.NULL:
+        raise AbiError(f"a DLTensor of {rank} dimensions without a shape")
+    return tuple(sizes[0:rank]), tuple(steps[0:rank]) if steps else None
+
+
+# The objects that a callee still refers to, by address: our reference, and the backing.
+_lent: dict[int, tuple[Any, tuple[Any, object]]] = {}
+# Backings that nobody can tell any more whether they are needed: they stay.
+_orphans: list[object] = []
+_FEW = 64
+_limit = _FEW
+# Only ever tried: a finalizer that runs while its own thread sweeps must not wait for it.
+_sweeping = threading.Lock()
+library.renew_after_fork(globals(), "_sweeping", threading.Lock)
+
+
+def _lend(handle: Any, backing: tuple[Any, object]) -> None:
+    _lent[library.address_of(handle)] = handle, backing
+    if len(_lent) >= _limit:
+        _sweep()
+
+
+def _sweep() -> None:
+    """Release what no callee refers to any more."""
+    global _limit
+    if not _sweeping.acquire(blocking=False):
+        return
+    try:
+        for address, (handle, backing) in _lent.copy().items():
+            # With one reference, which is ours, nobody can make another.
+            if library.references(handle) == 1:
+                del _lent[address]
+                ffi.release(handle)
+                library.c_library().free(backing[0])
+        _limit = max(_FEW, 2 * len(_lent))
+    finally:
+        _sweeping.release()
+
+
+def lent_count() -> int:
+    """How many objects over memory of ours are referred to by callees now."""
+    _sweep()
+    return len(_lent)
+
+
+class CallArena(Unique):
+    """What the arguments of one call need until it is over.
+
+    `descs` are all tensors among them, each with the name of its argument.
+    """
+
+    __slots__ = ("_owned", "descs", "keep", "op")
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+        self.keep: list[object] = []
+        self.descs: list[tuple[str, TensorDesc]] = []
+        self._owned: list[Object] = []
+
+    def own(self, made: _Kind) -> _Kind:
+        """Release an object that was made for the call when the call is over."""
+        self._owned.append(made)
+        return made
+
+    def end(self) -> None:
+        """Release what was made for the call; a container goes before what is in it."""
+        while self._owned:
+            self._owned.pop().release()
+
+
+# libtvm_ffi leaves the locking of its global table to its callers, and a cffi call
+# runs without the GIL.
+_table = threading.Lock()
+library.renew_after_fork(globals(), "_table", threading.Lock)
+
+
+def find_global(name: str) -> Function:
+    """A function of libtvm_ffi's global table; `LoaderError` where it has none of that name."""
+    array, _buffer = library.byte_array(name.encode())
+    slot = ffi.new("TVMFFIObjectHandle *")
+    with _table:
+        check(library.lib.TVMFFIFunctionGetGlobal(array, slot), name)
+    if slot[0] == ffi.NULL:
+        raise LoaderError(f"libtvm_ffi has no global function {name!r}")
+    return Function(slot[0])
+
+
+def set_global(name: str, function: Function) -> None:
+    """Put a function into libtvm_ffi's global table, in place of the one of that name."""
+    array, _buffer = library.byte_array(name.encode())
+    with _table:
+        check(library.lib.TVMFFIFunctionSetGlobal(array, function.handle, 1), name)

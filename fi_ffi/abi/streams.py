@@ -1,7 +1,7 @@
 """CUDA streams: whatever names one, and which one this thread launches on.
 
 libtvm_ffi keeps a current stream per thread and device; kernels launch on it.
-It is only ever changed here, and always put back.
+It is only ever changed here and in `fi_ffi.ops.call.launch`, and always put back.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import numbers
 import operator
 import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
@@ -69,10 +70,19 @@ def swap(device: Device, handle: int) -> int:
     return int(ffi.cast("uintptr_t", before[0]))
 
 
+def current_handle(device: Device) -> int:
+    """The stream that is this thread's current one on `device`."""
+    pointer = library.lib.TVMFFIEnvGetStream(device.type_code, device.index)
+    return int(ffi.cast("uintptr_t", pointer))
+
+
 class _Thread(threading.local):
     def __init__(self) -> None:
-        self.scopes: list[stream] = []
-        self.checked: set[tuple[int, int]] = set()  # streams with the devices that they are of
+        # The scope whose stream is set on this thread, and the stream that scopes replaced.
+        self.scopes: dict[Device, stream] = {}
+        self.replaced: dict[Device, int] = {}
+        # Streams that were found to be of a device, by their handles.
+        self.checked: dict[int, Device] = {}
 
 
 thread = _Thread()
@@ -89,7 +99,7 @@ def check_stream(handle: int, device: Device, op: str) -> None:
     """
     if device_of is None or handle <= PER_THREAD or not device.is_cuda:
         return
-    if (handle, device.index) in thread.checked:
+    if thread.checked.get(handle) is device:
         return
     found = device_of(handle)
     if found is None:
@@ -99,31 +109,41 @@ def check_stream(handle: int, device: Device, op: str) -> None:
         raise ArgumentError(op, "stream", got=got, expected=expected)
     if len(thread.checked) >= _MOST_CHECKED:
         thread.checked.clear()
-    thread.checked.add((handle, device.index))
+    thread.checked[handle] = device
 
 
 class stream:  # a context manager reads as a verb
-    """`with fi_ffi.stream(s):` launches every call inside it, on this thread, on `s`.
+    """`with fi_ffi.stream(s):` launches every call inside it on `s`.
 
-    Scopes nest; leaving one puts back what was current before.  A scope belongs to
-    the device of the first tensors used in it: a stream has one device.
+    A scope is of its context (`contextvars`): of the thread, or of the asyncio task, that
+    opened it, so tasks that take turns each launch on their own stream.  Scopes nest; leaving
+    one puts back what was current before.  A scope belongs to the device of the first tensors
+    used in it: a stream has one device.
 
     Raises `ArgumentTypeError` for what is no stream.
     """
 
-    __slots__ = ("_before", "_open", "_source", "device", "handle")
+    __slots__ = ("_open", "_outer", "_source", "_thread", "device", "handle")
 
     def __init__(self, stream: object) -> None:
         self.handle = stream_handle(stream)
         self.device: Device | None = None
-        self._before = 0
-        self._open = threading.Lock()  # held while open: `device` and `_before` are one thread's
+        self._outer: Any = None
+        self._thread = 0
+        self._open = threading.Lock()  # held while open
         self._source = stream  # keeps a stream object alive while it is current
 
     def __enter__(self) -> stream:
         if not self._open.acquire(blocking=False):
             raise ArgumentError("stream", "self", got="a scope already open", expected="a new one")
-        thread.scopes.append(self)
+        self._outer, self._thread = scope_var.get(), threading.get_ident()
+        self.device = None
+        try:
+            scope_var.set(self)
+        except BaseException:  # a signal's, between the two statements
+            scope_var.set(self._outer)
+            self._open.release()
+            raise
         return self
 
     def __exit__(
@@ -132,18 +152,32 @@ class stream:  # a context manager reads as a verb
         exc: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        scopes = thread.scopes
-        if not scopes or scopes[-1] is not self:
-            got = "a scope that is not this thread's innermost"
-            expected = "scopes closed in the reverse order of opening, on their own thread"
+        if scope_var.get() is not self:
+            got = "a scope that is not the innermost of this thread or task"
+            expected = "scopes closed in the reverse order of opening, where they were opened"
             raise ArgumentError("stream", "self", got=got, expected=expected)
-        scopes.pop()
-        device, self.device = self.device, None
         try:
-            if device is not None:
-                swap(device, self._before)
+            scope_var.set(self._outer)
         finally:
-            self._open.release()
+            try:
+                self._put_back()
+            finally:
+                # Of no thread: a task that has it still, of a context copied while it was open,
+                # sets it for each call alone.
+                self._thread, self.device, self._outer = 0, None, None
+                self._open.release()
+
+    def _put_back(self) -> None:
+        """Set the stream that was current before this scope's, where this scope's still is."""
+        device, outer = self.device, self._outer
+        if device is None or thread.scopes.get(device) is not self:
+            return
+        if outer is not None and outer.device is device and outer._thread == self._thread:
+            swap(device, outer.handle)
+            thread.scopes[device] = outer
+        else:
+            swap(device, thread.replaced[device])
+            del thread.scopes[device], thread.replaced[device]
 
     def check_device(self, device: Device, op: str) -> None:
         """Raise unless the scope is not yet in use, or in use on `device`."""
@@ -151,21 +185,28 @@ class stream:  # a context manager reads as a verb
             got, expected = f"a scope in use on {self.device}", f"a stream of {device}"
             raise ArgumentError(op, "stream", got=got, expected=expected)
 
-    def bind(self, device: Device) -> None:
-        """Make this scope's stream current on `device`, once."""
-        if self.device is None:
-            self._before = swap(device, self.handle)
-            self.device = device
+    def bind(self, device: Device) -> bool:
+        """Make this scope's stream current on `device` until another scope's is, or it ends.
+
+        False on a thread that did not open it, where nobody would put back what was current.
+        """
+        self.device = device
+        if self._thread != threading.get_ident():
+            return False
+        if thread.scopes.get(device) is not self:
+            thread.replaced.setdefault(device, current_handle(device))
+            thread.scopes[device] = self  # first: whatever comes in between is put back
+            swap(device, self.handle)
+        return True
 
 
-def current_scope() -> stream | None:
-    """The innermost scope open on this thread."""
-    scopes = thread.scopes
-    return scopes[-1] if scopes else None
+# The innermost scope that is open in this context.
+scope_var: ContextVar[stream | None] = ContextVar("fi_ffi.stream", default=None)
+current_scope: Callable[[], stream | None] = scope_var.get
 
 
 def open_scope(device: Device, op: str) -> stream:
-    """The innermost scope open on this thread; raises where none is, or it is another device's."""
+    """The innermost scope that is open; raises where none is, or it is another device's."""
     scope = current_scope()
     if scope is None:
         expected = f"{_STREAM}, or an open fi_ffi.stream(...) scope"
@@ -175,33 +216,40 @@ def open_scope(device: Device, op: str) -> stream:
     return scope
 
 
-class launching:
-    """The stream of one call: `stream`, or else the open scope's, current on `device`.
+def handle_for(stream: object, device: Device, op: str) -> int:
+    """The handle of the stream that a call is launched on: `stream`, or the open scope's.
+
+    0 on the CPU, which has none.
+    """
+    if not device.is_cuda:
+        return 0
+    if stream is None:
+        return open_scope(device, op).handle
+    is_plain = type(stream) is int and 0 <= stream < 2**64
+    handle: int = stream if is_plain else stream_handle(stream, op)  # type: ignore[assignment]
+    check_stream(handle, device, op)
+    return handle
+
+
+class stream_context:
+    """The stream of one call, `stream` or the open scope's, as this thread's current one.
 
     Made before anything is looked up, so that a missing stream is told first.
     """
 
-    __slots__ = ("_before", "_device", "_handle", "_scope")
+    __slots__ = ("_before", "_device", "handle")
 
     def __init__(self, stream: object, device: Device, op: str) -> None:
-        self._device, self._scope = device, None
-        if stream is None:
-            self._scope = open_scope(device, op)
-        else:
-            self._handle = stream_handle(stream, op)
-            check_stream(self._handle, device, op)
-
-    @property
-    def handle(self) -> int:
-        """The stream's handle."""
-        return self._handle if self._scope is None else self._scope.handle
+        self.handle = handle_for(stream, device, op)
+        self._device = device
+        self._before: int | None = None
 
     def __enter__(self) -> None:
-        if self._scope is None:
-            self._before = swap(self._device, self._handle)
-        else:
-            self._scope.bind(self._device)
+        scope = current_scope()
+        if scope is None or scope.handle != self.handle or not scope.bind(self._device):
+            self._before = current_handle(self._device)
+            swap(self._device, self.handle)
 
     def __exit__(self, *_: object) -> None:
-        if self._scope is None:
+        if self._before is not None:
             swap(self._device, self._before)

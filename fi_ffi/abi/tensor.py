@@ -2,78 +2,212 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import Device, parse_device
 from fi_ffi.abi.dtypes import DType, parse_dtype
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 
 _INT64_MAX = 2**63 - 1
 MAX_RANK = 64
-_CACHE_LIMIT = 8192
-_INT = {int}
+_MOST_NAMES = 4096
 
 
-class Layout:
-    """All of a tensor but its address: shape, strides, dtype, device.
+class TensorKind:
+    """What a compiled call is chosen by: dtype, device, rank, and whether memory is read-only.
 
-    Layouts are interned (the same arguments give the same object while it is in
-    the cache), so a check that passed for a layout need not be made again, and
-    the C arrays a `DLTensor` points to are made once and never written again.
+    Equal kinds are the same object: `tensor_kind` makes them.
     """
 
-    __slots__ = (
-        "c_shape",
-        "c_strides",
-        "device",
-        "dtype",
-        "is_contiguous",
-        "last_address",
-        "numel",
-        "readonly",
-        "shape",
-        "span_bytes",
-        "strides",
-    )
+    __slots__ = ("device", "dtype", "itemsize", "rank", "readonly")
 
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        strides: tuple[int, ...],
-        dtype: DType,
-        device: Device,
-        readonly: bool,
-    ) -> None:
-        self.shape, self.strides, self.dtype, self.device = shape, strides, dtype, device
-        self.readonly = readonly
-        self.numel = 1
-        for size in shape:
-            self.numel *= size
-        # Bytes from the lowest to past the highest element touched.
-        reach = sum(abs(stride) * (size - 1) for size, stride in zip(shape, strides, strict=True))
-        self.span_bytes = (reach + 1) * dtype.itemsize if self.numel else 0
-        self.last_address = 2**64 - 1 - self.span_bytes
-        self.is_contiguous = self.numel == 0 or all(
-            size == 1 or stride == expected
-            for size, stride, expected in zip(shape, strides, c_strides(shape), strict=True)
-        )
-        self.c_shape: Any = ffi.new("int64_t[]", shape)
-        self.c_strides: Any = ffi.new("int64_t[]", strides)
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """All that makes it what it is; the same for what was interned twice."""
-        return self.shape, self.strides, self.dtype, self.device, self.readonly
+    def __init__(self, dtype: DType, device: Device, rank: int, readonly: bool) -> None:
+        self.dtype, self.device, self.rank, self.readonly = dtype, device, rank, readonly
+        self.itemsize = dtype.itemsize
 
     def __repr__(self) -> str:
+        access = ", read-only" if self.readonly else ""
+        return f"{self.dtype} of rank {self.rank} on {self.device}{access}"
+
+
+_KINDS: dict[tuple[DType, Device, int, bool], TensorKind] = {}
+# Kinds by dtype and device as callers name them: a name is parsed once.
+_NAMED: dict[tuple[object, object, int], TensorKind] = {}
+
+
+def tensor_kind(dtype: DType, device: Device, rank: int, readonly: bool = False) -> TensorKind:
+    """The kind with these fields."""
+    key = dtype, device, rank, readonly
+    return _KINDS.get(key) or _KINDS.setdefault(key, TensorKind(*key))
+
+
+class _Fields:
+    __slots__ = ("kind", "owner", "ptr", "shape", "strides")
+    ptr: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    kind: TensorKind
+    owner: object
+
+
+class _Made(_Fields):
+    """A `TensorDesc` while its fields can be set."""
+
+    __slots__ = ()
+
+
+_new = object.__new__
+
+
+class TensorDesc(_Fields):
+    """A tensor by address: what a kernel needs to know of it, and no more.
+
+    Args:
+        ptr: address of element (0, 0, ...), an int; may be 0 only for a tensor
+            that no kernel reads or writes (one with no elements).
+        shape: sizes, slowest axis first; any rank.
+        dtype: a name from `fi_ffi.DTYPES` ("float16", "bfloat16", ...), or a
+            numpy, ml_dtypes or torch dtype.
+        strides: in **elements**, not bytes; row-major when not given.
+        device: "cuda:0", "cpu", ...
+
+    The descriptor is immutable and owns nothing: the memory must stay valid until
+    the work launched with it has finished.  `at` and `rows` make descriptors from one that
+    was checked.  Raises `ArgumentError` (a value out of range, a size past int64) and
+    `ArgumentTypeError`.
+    """
+
+    __slots__ = ()
+
+    def __new__(
+        cls,
+        ptr: int,
+        shape: Iterable[int],
+        dtype: object,
+        *,
+        strides: Iterable[int] | None = None,
+        device: object = "cuda:0",
+    ) -> TensorDesc:
+        # Straight-line code for what runtimes make in every step: exact ints, row-major.
+        if strides is None and type(shape) is tuple and type(ptr) is int:
+            try:
+                kind = _NAMED.get((dtype, device, len(shape)))
+            except TypeError:  # of a name that cannot be hashed
+                kind = None
+            if kind is None:
+                return make_desc(ptr, shape, dtype, strides, device)
+            steps: tuple[int, ...] = (0,)
+            rank = kind.rank
+            if rank == 2:
+                n0, n1 = shape
+                if type(n0) is int is type(n1) and n0 >= 0 <= n1:
+                    steps = (n1 or 1, 1)
+            elif rank == 3:
+                n0, n1, n2 = shape
+                if type(n0) is int is type(n1) and type(n2) is int and n0 >= 0 <= n1 and n2 >= 0:
+                    step = n2 or 1
+                    steps = ((n1 or 1) * step, step, 1)
+            elif rank == 1:
+                (n0,) = shape
+                if type(n0) is int and n0 >= 0:
+                    steps = (1,)
+            else:
+                return make_desc(ptr, shape, dtype, strides, device)
+            # Also of a tensor without elements: strides are written as int64.
+            step = steps[0]
+            if step and (n0 or 1) * step * kind.itemsize <= _INT64_MAX >= ptr >= 0:
+                made: Any = _new(_Made)
+                made.ptr, made.shape, made.strides = ptr, shape, steps
+                made.kind, made.owner = kind, None
+                made.__class__ = TensorDesc
+                return made  # type: ignore[no-any-return]
+        return make_desc(ptr, shape, dtype, strides, device)
+
+    @property
+    def dtype(self) -> DType:
+        return self.kind.dtype
+
+    @property
+    def device(self) -> Device:
+        return self.kind.device
+
+    @property
+    def readonly(self) -> bool:
+        """Whether the memory must not be written."""
+        return self.kind.readonly
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def span_bytes(self) -> int:
+        """Bytes from the lowest to past the highest element."""
+        return span(self.shape, self.strides) * self.kind.itemsize
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie side by side, in row-major order."""
+        return is_row_major(self.shape, self.strides)
+
+    @property
+    def layout(self) -> str:
+        """Dtype, shape, strides and device in words, as errors tell them."""
         strides = "" if self.is_contiguous else f", strides={self.strides}"
         return f"{self.dtype}{list(self.shape)}{strides} on {self.device}"
 
+    def at(self, ptr: int, owner: object = None) -> TensorDesc:
+        """The same layout at another address; `owner` is kept alive with the descriptor."""
+        if type(ptr) is not int or not 0 <= ptr <= _INT64_MAX:
+            ptr = _address(ptr, self.span_bytes, self)
+        return frozen(ptr, self.shape, self.strides, self.kind, owner)
 
-_LAYOUTS: dict[object, Layout] = {}
+    def rows(self, start: int, stop: int) -> TensorDesc:
+        """The rows `start` to `stop` (not included) of the first axis, in the same memory.
+
+        Raises `ArgumentError` unless `0 <= start <= stop <= shape[0]`.
+        """
+        shape, strides = self.shape, self.strides
+        if type(start) is not int or type(stop) is not int:
+            start, stop = _rows(self, start, stop)
+        if not shape or not 0 <= start <= stop <= shape[0]:
+            expected = f"rows within 0 to {shape[0]}" if shape else "a tensor of rank 1 or more"
+            raise ArgumentError("TensorDesc", "rows", got=(start, stop), expected=expected)
+        ptr = self.ptr + start * strides[0] * self.kind.itemsize
+        return frozen(ptr, (stop - start, *shape[1:]), strides, self.kind, self.owner)
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"TensorDesc is immutable; make a new one to change `{name}`")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"TensorDesc is immutable; `{name}` stays")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a TensorDesc is an address in this process and cannot be pickled")
+
+    def __copy__(self) -> TensorDesc:
+        return self
+
+    def __repr__(self) -> str:
+        return f"TensorDesc({self.ptr:#x}, {self.layout})"
+
+
+def frozen(
+    ptr: int, shape: tuple[int, ...], strides: tuple[int, ...], kind: TensorKind, owner: object
+) -> TensorDesc:
+    """A descriptor with checked fields.
+
+    The fields are set on an object that can be changed, whose class is changed then: to set
+    the slots of an immutable object takes twice as long.
+    """
+    made: Any = _new(_Made)
+    made.ptr, made.shape, made.strides, made.kind, made.owner = ptr, shape, strides, kind, owner
+    made.__class__ = TensorDesc
+    return made  # type: ignore[no-any-return]
 
 
 def c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -81,8 +215,64 @@ def c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
+        step *= size or 1
+    strides.reverse()
+    return tuple(strides)
+
+
+def is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether elements with these strides lie side by side; an axis of one element has any."""
+    step = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != step:
+            return 0 in shape
+        step *= size
+    return True
+
+
+def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the lowest to past the highest that is touched; 0 where there is none."""
+    reach = 1
+    for size, stride in zip(shape, strides, strict=True):
+        if not size:
+            return 0
+        reach += abs(stride) * (size - 1)
+    return reach
+
+
+def make_desc(
+    ptr: object, shape: object, dtype: object, strides: object, device: object,
+    readonly: bool = False, owner: object = None,
+) -> TensorDesc:  # fmt: skip
+    """A descriptor of any arguments, checked; `owner` is kept alive with it."""
+    shape_ = _integers(shape, "shape", 0)
+    dtype_, device_ = parse_dtype(dtype), parse_device(device)
+    strides_ = c_strides(shape_) if strides is None else _integers(strides, "strides", -_INT64_MAX)
+    if len(strides_) != len(shape_):
+        raise ArgumentError(
+            "TensorDesc", "strides", got=strides_, expected=f"{len(shape_)} strides for {shape_}"
+        )
+    kind = tensor_kind(dtype_, device_, len(shape_), readonly)
+    # Sizes first: c_strides of a huge shape may itself be past int64.
+    reach = sum(abs(st) * max(n - 1, 0) for n, st in zip(shape_, strides_, strict=True)) + 1
+    if max(reach, math.prod(shape_), *map(abs, strides_), 0) * kind.itemsize > _INT64_MAX:
+        got = f"{dtype_}{list(shape_)} with strides {strides_}"
+        raise ArgumentError("TensorDesc", "shape", got=got, expected="a size within int64")
+    if not readonly:
+        _remember(dtype, device, kind)
+    described = frozen(0, shape_, strides_, kind, None)
+    if type(ptr) is not int or not 0 <= ptr <= _INT64_MAX:
+        ptr = _address(ptr, described.span_bytes, described)
+    return frozen(ptr, shape_, strides_, kind, owner)
+
+
+def _remember(dtype: object, device: object, kind: TensorKind) -> None:
+    try:
+        if len(_NAMED) >= _MOST_NAMES:
+            _NAMED.clear()
+        _NAMED[dtype, device, kind.rank] = kind
+    except TypeError:  # a name that cannot be hashed is parsed each time
+        pass
 
 
 def _index(value: object) -> int:
@@ -96,157 +286,47 @@ def _integers(values: object, argument: str, low: int) -> tuple[int, ...]:
     try:
         if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
             raise TypeError
-        numbers = tuple(_index(value) for value in values)
+        numbers: list[int] = []
+        for value in values:  # which may have no end
+            numbers.append(_index(value))
+            if len(numbers) > MAX_RANK:
+                break
     except TypeError:
-        raise ArgumentTypeError(
-            "TensorDesc", argument, got=printed(values), expected=expected
-        ) from None
+        numbers = []
+        wrong_type = True
+    else:
+        wrong_type = False
+    if wrong_type:
+        raise ArgumentTypeError("TensorDesc", argument, got=printed(values), expected=expected)
     if len(numbers) > MAX_RANK or any(not low <= number <= _INT64_MAX for number in numbers):
-        raise ArgumentError("TensorDesc", argument, got=numbers, expected=expected)
-    return numbers
+        raise ArgumentError("TensorDesc", argument, got=tuple(numbers), expected=expected)
+    return tuple(numbers)
 
 
-def make_layout(
-    shape: object, dtype: object, strides: object, device: object, readonly: bool
-) -> Layout:
-    """The layout of these arguments, checked; see `TensorDesc` for what they are."""
-    shape_ = _integers(shape, "shape", 0)
-    dtype_, device_ = parse_dtype(dtype), parse_device(device)
-    strides_ = c_strides(shape_) if strides is None else _integers(strides, "strides", -_INT64_MAX)
-    if len(strides_) != len(shape_):
-        raise ArgumentError(
-            "TensorDesc", "strides", got=strides_, expected=f"{len(shape_)} strides for {shape_}"
-        )
-    key = (shape_, strides_, dtype_, device_, readonly)
-    found = _LAYOUTS.get(key)
-    if found is None:
-        # Sizes first: c_strides of a huge shape may itself be past int64.
-        reach = sum(abs(st) * max(n - 1, 0) for n, st in zip(shape_, strides_, strict=True)) + 1
-        count = 1
-        for size in shape_:
-            count *= size
-        if max(reach, count, *map(abs, strides_), 0) * dtype_.itemsize > _INT64_MAX:
-            got = f"{dtype_}{list(shape_)} with strides {strides_}"
-            raise ArgumentError("TensorDesc", "shape", got=got, expected="a size within int64")
-        found = _remember(key, Layout(shape_, strides_, dtype_, device_, readonly))
-    return found
-
-
-def _remember(key: object, layout: Layout) -> Layout:
-    if len(_LAYOUTS) >= _CACHE_LIMIT:
-        _LAYOUTS.clear()
-    return _LAYOUTS.setdefault(key, layout)
-
-
-def _cached_layout(
-    shape: object, dtype: object, strides: object, device: object, readonly: bool
-) -> Layout:
-    # The arguments as given are the quick key; only exact ints may be one, because
-    # 1.0 and True hash like 1 and must meet the checks.
-    if type(shape) is not tuple or {*map(type, shape)} != _INT:
-        return make_layout(shape, dtype, strides, device, readonly)
-    if strides is not None and (type(strides) is not tuple or {*map(type, strides)} != _INT):
-        return make_layout(shape, dtype, strides, device, readonly)
-    key = (shape, dtype, strides, device, readonly)
-    try:
-        return _LAYOUTS[key]
-    except KeyError:
-        pass
-    except TypeError:  # an unhashable dtype or device: make_layout names it
-        return make_layout(shape, dtype, strides, device, readonly)
-    return _remember(key, make_layout(shape, dtype, strides, device, readonly))
-
-
-class TensorDesc:
-    """A tensor by address: what a kernel needs to know of it, and no more.
-
-    Args:
-        ptr: address of element (0, 0, ...), an int; may be 0 only for a tensor
-            that no kernel reads or writes (one with no elements).
-        shape: sizes, slowest axis first; any rank.
-        dtype: a name from `fi_ffi.DTYPES` ("float16", "bfloat16", ...), or a
-            numpy, ml_dtypes or torch dtype.
-        strides: in **elements**, not bytes; row-major when not given.
-        device: "cuda:0", "cpu", ...
-
-    The descriptor is immutable and owns nothing: the memory must stay valid until
-    the work launched with it has finished.  Raises `ArgumentError` (a value out of
-    range, a size past int64) and `ArgumentTypeError`.
-    """
-
-    __slots__ = ("layout", "owner", "ptr")
-    ptr: int
-    layout: Layout
-    owner: object
-
-    def __new__(
-        cls,
-        ptr: int,
-        shape: Iterable[int],
-        dtype: object,
-        *,
-        strides: Iterable[int] | None = None,
-        device: object = "cuda:0",
-    ) -> TensorDesc:
-        return make_desc(ptr, _cached_layout(shape, dtype, strides, device, False))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.layout.shape
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        return self.layout.strides
-
-    @property
-    def dtype(self) -> DType:
-        return self.layout.dtype
-
-    @property
-    def device(self) -> Device:
-        return self.layout.device
-
-    def __setattr__(self, name: str, value: object) -> NoReturn:
-        raise AttributeError(f"TensorDesc is immutable; make a new one to change `{name}`")
-
-    def __delattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"TensorDesc is immutable; `{name}` stays")
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a TensorDesc is an address in this process and cannot be pickled")
-
-    def __repr__(self) -> str:
-        return f"TensorDesc({self.ptr:#x}, {self.layout})"
-
-
-_set_ptr = TensorDesc.__dict__["ptr"].__set__
-_set_layout = TensorDesc.__dict__["layout"].__set__
-_set_owner = TensorDesc.__dict__["owner"].__set__
-
-
-def make_desc(ptr: object, layout: Layout, owner: object = None) -> TensorDesc:
-    """A descriptor from a checked layout; `owner` is kept alive with it."""
-    if type(ptr) is not int:
-        ptr = _address(ptr)
-    if not 0 <= ptr <= layout.last_address:
-        raise ArgumentError(
-            "TensorDesc", "ptr", got=hex(ptr), expected=f"an address with room for {layout}"
-        )
-    desc = object.__new__(TensorDesc)
-    _set_ptr(desc, ptr)
-    _set_layout(desc, layout)
-    _set_owner(desc, owner)
-    return desc
-
-
-def _address(ptr: object) -> int:
+def _address(ptr: object, span_bytes: int, described: TensorDesc) -> int:
     """An address from an int-like object; cuda-python's CUdeviceptr has `__int__` only."""
     kind = type(ptr)
+    address: int | None = None
     try:
         # Not of any type: a float has __int__ too, and would lose its fraction.
         if kind.__module__.partition(".")[0] == "cuda" and hasattr(kind, "__int__"):
-            return int(ptr)  # type: ignore[call-overload,no-any-return]
-        return _index(ptr)
+            address = int(ptr)  # type: ignore[call-overload]
+        else:
+            address = _index(ptr)
     except TypeError:
+        pass
+    if address is None:
         got = f"{kind.__name__} {printed(ptr)}"
-        raise ArgumentTypeError("TensorDesc", "ptr", got=got, expected="an int address") from None
+        raise ArgumentTypeError("TensorDesc", "ptr", got=got, expected="an int address")
+    if not 0 <= address <= 2**64 - 1 - span_bytes:
+        expected = f"an address with room for {described.layout}"
+        raise ArgumentError("TensorDesc", "ptr", got=hex(address), expected=expected)
+    return address
+
+
+def _rows(desc: TensorDesc, start: object, stop: object) -> tuple[int, int]:
+    try:
+        return _index(start), _index(stop)
+    except TypeError:
+        got = f"{printed(start)}, {printed(stop)}"
+    raise ArgumentTypeError("TensorDesc", "rows", got=got, expected="two ints")

@@ -1,113 +1,456 @@
-"""Single values into and out of a `TVMFFIAny`.
+"""Values into and out of a `TVMFFIAny`: one packer for each kind, and one reader.
 
-Kernel calls have their own packed frames (frame.py); this is the general way,
-for function objects, arrays, and what kernels return.
+Calls of ops have their own packed frames (frame.py); this is the general way, for the
+arguments of any function, the elements of containers, and callbacks.
+
+A packer writes one zeroed `TVMFFIAny`, or raises: `ArgumentTypeError` for what is not of its
+type, `ArgumentError` for a value that the type cannot hold.  `where` names the argument; what
+the value needs until the call is over is in the `CallArena`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+import itertools
+import numbers
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
-from fi_ffi.abi import library, types
+from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import Device, device_from_code
-from fi_ffi.abi.dtypes import DType, dtype_from_code
-from fi_ffi.abi.failure import check
-from fi_ffi.abi.objects import OBJECT_TYPES, Object, String, write_dl_tensor
-from fi_ffi.abi.tensor import MAX_RANK, TensorDesc, make_desc, make_layout
-from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, printed
+from fi_ffi.abi.device import Device, device_from_code, parse_device
+from fi_ffi.abi.dtypes import DType, dtype_from_code, parse_dtype
+from fi_ffi.abi.failure import check, prepare_untold, set_escaped, set_raised
+from fi_ffi.abi.interop import as_desc
+from fi_ffi.abi.library import TypeIndex
+from fi_ffi.abi.objects import (
+    OBJECT_TYPES,
+    CallArena,
+    Function,
+    Object,
+    String,
+    Tensor,
+    bytes_of,
+    desc_from_dl_tensor,
+    find_global,
+    write_dl_tensor,
+)
+from fi_ffi.abi.signature import FUNCTION, Signature, TypeExpr, parse_type
+from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, FiFfiError, printed
+
+Packer = Callable[[Any, Any, CallArena, str], None]
 
 _SMALL = 8  # bytes in a `TVMFFIAny` itself
-_PACKABLE = "None, bool, int, float, str, bytes, a DType, Device, TensorDesc or owned Object"
+_MAX_POINTER = 2**64 - 1
+_MOST_VALUES = 2**31 - 1  # that one call takes: their number is an int32
+_PROTOCOLS = ("__dlpack__", "__cuda_array_interface__", "__array_interface__")
 
 
-def pack(slot: Any, value: object, keep: list[object], op: str, argument: str) -> None:
-    """Write `value` into a zeroed `TVMFFIAny`; `keep` must outlive the call."""
-    packer = _PACKERS.get(type(value))
+def pack_arguments(
+    args: Sequence[object], arena: CallArena, params: Sequence[tuple[Packer, str]] | None = None
+) -> Any:
+    """A `TVMFFIAny[]` of a call's arguments: each by its parameter's packer, or as what it is."""
+    packed = ffi.new("TVMFFIAny[]", max(len(args), 1))
+    for i, value in enumerate(args):
+        packer, where = (pack, str(i)) if params is None else params[i]
+        packer(packed[i], value, arena, where)
+    return packed
+
+
+def pack(slot: Any, value: object, arena: CallArena, where: str) -> None:
+    """Pack a value as what it is; a tensor becomes an object, which may be kept."""
+    kind: Any = type(value)
+    packer = _BY_TYPE.get(kind) or _packer_of_type(kind)
     if packer is None:
-        if isinstance(value, Object):
-            # The header's own index, not the wrapper's: subclasses of Object in C++.
-            header = ffi.cast("TVMFFIObject *", value.handle)
-            slot.type_index, slot.v_ptr = header.type_index, value.handle
-            return
-        got = f"{type(value).__name__} {printed(value)}"
-        raise ArgumentTypeError(op, argument, got=got, expected=_PACKABLE)
+        expected = "None, a number, text, bytes, a dtype, a device, a tensor, an object, a function"
+        _refuse(value, arena, where, f"{expected}, or a sequence or mapping of these")
+    packer(slot, value, arena, where)
+
+
+def _refuse(value: object, arena: CallArena, where: str, expected: str) -> NoReturn:
+    got = f"{type(value).__name__} {printed(value)}"
+    raise ArgumentTypeError(arena.op, where, got=got, expected=expected)
+
+
+# ---------------------------------------------------------------- single values
+def _none(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+    if value is not None:
+        _refuse(value, arena, where, "None")
+
+
+def _is_bool(kind: type) -> bool:
+    return kind.__name__ in ("bool", "bool_")  # numpy's too
+
+
+def _integer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+    kind = type(value)
+    if kind is not int:
+        if not issubclass(kind, numbers.Integral) or _is_bool(kind):
+            _refuse(value, arena, where, "an int")
+        value = int(value)
     try:
-        packer(slot, value, keep)
+        slot.v_int64 = value
     except OverflowError:
-        raise ArgumentError(op, argument, got=value, expected="an int64") from None
+        raise ArgumentError(arena.op, where, got=value, expected="an int64") from None
+    slot.type_index = TypeIndex.INT
+
+
+def _number(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+    kind = type(value)
+    if kind is not float:
+        if not issubclass(kind, numbers.Real) or _is_bool(kind):
+            _refuse(value, arena, where, "a float")
+        try:
+            value = float(value)
+        except OverflowError:
+            expected = "a number within float64"
+            raise ArgumentError(arena.op, where, got=value, expected=expected) from None
+    slot.type_index, slot.v_float64 = TypeIndex.FLOAT, value
+
+
+def _boolean(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+    if not _is_bool(type(value)):
+        _refuse(value, arena, where, "a bool")
+    slot.type_index, slot.v_int64 = TypeIndex.BOOL, bool(value)
+
+
+def _text(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+    if not issubclass(type(value), str):
+        _refuse(value, arena, where, "a str")
+    try:
+        encoded = str.encode(value)
     except UnicodeEncodeError:
         got = f"{printed(value)}, with a lone surrogate"
-        raise ArgumentError(op, argument, got=got, expected="text that UTF-8 has") from None
-
-
-def _pack_none(slot: Any, value: None, keep: list[object]) -> None:
-    slot.type_index = types.NONE
-
-
-def _pack_bool(slot: Any, value: bool, keep: list[object]) -> None:
-    slot.type_index, slot.v_int64 = types.BOOL, value
-
-
-def _pack_int(slot: Any, value: int, keep: list[object]) -> None:
-    slot.type_index, slot.v_int64 = types.INT, value
-
-
-def _pack_float(slot: Any, value: float, keep: list[object]) -> None:
-    slot.type_index, slot.v_float64 = types.FLOAT, value
-
-
-def _pack_str(slot: Any, value: str, keep: list[object]) -> None:
-    encoded = value.encode()
+        raise ArgumentError(arena.op, where, got=got, expected="text that UTF-8 has") from None
     if b"\0" not in encoded:
         text = ffi.new("char[]", encoded)
-        keep.append(text)
-        slot.type_index, slot.v_c_str = types.RAW_STR, text
+        arena.keep.append(text)
+        slot.type_index, slot.v_c_str = TypeIndex.RAW_STR, text
         return
     # A C string would end at the NUL; the library's own strings know their length.
     array, _buffer = library.byte_array(encoded)
-    check(library.lib.TVMFFIStringFromByteArray(array, ffi.addressof(slot)), "str")
-    if slot.type_index == types.STR:
-        keep.append(String(slot.v_ptr))
+    check(library.lib.TVMFFIStringFromByteArray(array, ffi.addressof(slot)), arena.op)
+    if slot.type_index == TypeIndex.STR:
+        arena.own(String(slot.v_ptr))
 
 
-def _pack_bytes(slot: Any, value: bytes, keep: list[object]) -> None:
-    array, buffer = library.byte_array(value)
-    keep += (array, buffer)
-    slot.type_index, slot.v_ptr = types.BYTE_ARRAY_PTR, array
+def _c_text(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+    if issubclass(type(value), str) and str.find(value, "\0") >= 0:
+        expected = "text without a NUL, where C's text ends"
+        raise ArgumentError(arena.op, where, got=printed(value), expected=expected)
+    _text(slot, value, arena, where)
 
 
-def _pack_dtype(slot: Any, value: DType, keep: list[object]) -> None:
-    slot.type_index = types.DATA_TYPE
-    slot.v_dtype.code, slot.v_dtype.bits, slot.v_dtype.lanes = value.code, value.bits, value.lanes
+def _bytes(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+    if not issubclass(type(value), (bytes, bytearray, memoryview)):
+        _refuse(value, arena, where, "bytes")
+    array, buffer = library.byte_array(bytes(value))
+    arena.keep += (array, buffer)
+    slot.type_index, slot.v_ptr = TypeIndex.BYTE_ARRAY_PTR, array
 
 
-def _pack_device(slot: Any, value: Device, keep: list[object]) -> None:
-    slot.type_index = types.DEVICE
-    slot.v_device.device_type, slot.v_device.device_id = value.type_code, value.index
+def _dtype(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+    if type(value) is not DType:
+        value = parse_dtype(value, op=arena.op, argument=where)
+    slot.type_index, written = TypeIndex.DATA_TYPE, slot.v_dtype
+    written.code, written.bits, written.lanes = value.code, value.bits, value.lanes
 
 
-def _pack_desc(slot: Any, value: TensorDesc, keep: list[object]) -> None:
+def _device(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+    value = parse_device(value, op=arena.op, argument=where)
+    slot.type_index, written = TypeIndex.DEVICE, slot.v_device
+    written.device_type, written.device_id = value.type_code, value.index
+
+
+def _pointer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+    if value is None:
+        return
+    try:
+        address = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        address = None
+    if address is None:
+        _refuse(value, arena, where, "an address, as an int")
+    if not 0 <= address <= _MAX_POINTER:
+        raise ArgumentError(arena.op, where, got=address, expected="an address")
+    slot.type_index, slot.v_ptr = TypeIndex.OPAQUE_PTR, ffi.cast("void *", address)
+
+
+# ---------------------------------------------------------------- tensors and objects
+def _described(value: Any, arena: CallArena, where: str) -> TensorDesc:
+    """A tensor's descriptor, told to the call."""
+    if isinstance(value, Tensor):
+        _handle(value, arena, where)
+        desc = value.described()
+    else:
+        desc = as_desc(value, arena.op, where)
+    arena.descs.append((where, desc))
+    arena.keep.append((value, desc))
+    return desc
+
+
+def _view(slot: Any, value: Any, arena: CallArena, where: str) -> None:
     tensor = ffi.new("DLTensor *")
-    write_dl_tensor(tensor, value)
-    keep += (tensor, value)
-    slot.type_index, slot.v_ptr = types.DL_TENSOR_PTR, tensor
+    arena.keep += (tensor, write_dl_tensor(tensor, _described(value, arena, where)))
+    slot.type_index, slot.v_ptr = TypeIndex.DL_TENSOR_PTR, tensor
 
 
-_PACKERS: dict[type, Callable[[Any, Any, list[object]], None]] = {
-    type(None): _pack_none,
-    bool: _pack_bool,
-    int: _pack_int,
-    float: _pack_float,
-    str: _pack_str,
-    bytes: _pack_bytes,
-    DType: _pack_dtype,
-    Device: _pack_device,
-    TensorDesc: _pack_desc,
+def _tensor(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+    desc = _described(value, arena, where)
+    made = value if isinstance(value, Tensor) else arena.own(Tensor.from_desc(desc))
+    slot.type_index, slot.v_ptr = TypeIndex.TENSOR, made.handle
+
+
+def _handle(value: Object, arena: CallArena, where: str) -> Any:
+    try:
+        return value.handle
+    except FiFfiError:
+        got = f"a {type(value).__name__} that was released"
+    raise ArgumentError(arena.op, where, got=got, expected="an object still held")
+
+
+def _object_of(name: str, *indices: int) -> Packer:
+    """Owned objects, of some of the library's own types where those are named."""
+
+    def packer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+        if not issubclass(type(value), Object):
+            _refuse(value, arena, where, f"an object of type {name}")
+        handle = _handle(value, arena, where)
+        # The header's own index, not the wrapper's: subclasses of Object in C++.
+        index = library.type_index_of(handle)
+        if indices and index not in indices:
+            _refuse(value, arena, where, f"an object of type {name}")
+        slot.type_index, slot.v_ptr = index, handle
+        arena.keep.append(value)
+
+    return packer
+
+
+_any_object = _object_of("ffi.Object")
+_function_object = _object_of(FUNCTION, TypeIndex.FUNCTION)
+
+
+def _function(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+    if isinstance(value, Object):
+        _function_object(slot, value, arena, where)
+    elif callable(value) and not isinstance(value, type):
+        name = getattr(value, "__name__", type(value).__name__)
+        made = arena.own(make_function(str(name), value))
+        slot.type_index, slot.v_ptr = TypeIndex.FUNCTION, made.handle
+    elif value is not None:  # a null function, which TVM-FFI's own type may be
+        _refuse(value, arena, where, "a function")
+
+
+# ---------------------------------------------------------------- containers
+def _is_sequence(kind: type) -> bool:
+    return issubclass(kind, Sequence) and not issubclass(kind, (str, bytes, bytearray))
+
+
+def _snapshot(value: Any, elements: Iterable[Any], arena: CallArena, where: str) -> tuple[Any, ...]:
+    """The elements of a container, which may change, or tell another length than it has."""
+    if type(value) in (list, tuple):
+        return tuple(elements)
+    count = len(value)
+    if count <= _MOST_VALUES:
+        found = tuple(itertools.islice(elements, count + 1))
+        if len(found) == count:
+            return found
+        got = f"a {type(value).__name__} of length {count} that gave {len(found)}"
+    else:
+        got = f"a {type(value).__name__} of length {count}"
+    expected = f"as many elements as its length, {_MOST_VALUES} at most"
+    raise ArgumentError(arena.op, where, got=got, expected=expected)
+
+
+@functools.cache
+def _container_maker(name: str) -> tuple[Any, Any]:
+    """A function of libtvm_ffi's own, and its handle, which holds the reference."""
+    function = find_global(name)
+    return function.safe_call, function.handle
+
+
+def _container(
+    name: str, index: int, items: Packer | tuple[Packer, ...], *others: int, maker: str = ""
+) -> Packer:
+    """Objects of some type indices, or sequences that one is made of.
+
+    `items` packs each element, or has a packer for each.
+    """
+    whole, maker = _object_of(name, index, *others), maker or f"ffi.{name}"
+    needed = f" of {len(items)}" if isinstance(items, tuple) else ""
+
+    def packer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+        if isinstance(value, Object):
+            return whole(slot, value, arena, where)
+        if not _is_sequence(type(value)):
+            _refuse(value, arena, where, f"a sequence{needed}, for its {name}")
+        values = _snapshot(value, value, arena, where)
+        if isinstance(items, tuple) and len(values) != len(items):
+            got, expected = f"{len(values)} of them", f"{len(items)}, for its {name}"
+            raise ArgumentError(arena.op, where, got=got, expected=expected)
+        packers = items if isinstance(items, tuple) else itertools.repeat(items)
+        names = (f"{where}[{i}]" for i in itertools.count())
+        return _make(slot, maker, zip(packers, values, names, strict=False), len(values), arena)
+
+    return packer
+
+
+def _mapping(name: str, index: int, key: Packer, item: Packer) -> Packer:
+    """Objects of a type index, or mappings that one is made of."""
+    whole, maker = _object_of(name, index), f"ffi.{name}"
+
+    def packer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+        if isinstance(value, Object):
+            return whole(slot, value, arena, where)
+        if not issubclass(type(value), Mapping):
+            _refuse(value, arena, where, f"a mapping, for its {name}")
+        # A dict's own copy is made in one piece, whatever other threads do.
+        value = dict.copy(value) if type(value) is dict else value
+        pairs = _snapshot(value, value.items(), arena, where)
+        parts = (
+            part
+            for i, (at, element) in enumerate(pairs)
+            for part in (
+                (key, at, f"{where}, key {i}"),
+                (item, element, f"{where}[{printed(at, 40)}]"),
+            )
+        )
+        return _make(slot, maker, parts, 2 * len(pairs), arena)
+
+    return packer
+
+
+def _make(
+    slot: Any, maker: str, parts: Iterable[tuple[Packer, Any, str]], count: int, arena: CallArena
+) -> None:
+    """Write the container that a maker makes of packed values; released after the call."""
+    packed, result = ffi.new("TVMFFIAny[]", max(count, 1)), ffi.new("TVMFFIAny *")
+    for i, (packer, value, where) in enumerate(parts):
+        packer(packed[i], value, arena, where)
+    call, handle = _container_maker(maker)
+    check(call(handle, packed, count, result), maker)
+    made = arena.own(OBJECT_TYPES.get(result.type_index, Object)(result.v_ptr))
+    slot.type_index, slot.v_ptr = result.type_index, made.handle
+
+
+def _optional(item: Packer) -> Packer:
+    def packer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+        if value is not None:
+            item(slot, value, arena, where)
+
+    return packer
+
+
+def _variant(choices: list[tuple[str, Packer]]) -> Packer:
+    # An int is a float too, for a float alone.
+    ordered = sorted(choices, key=lambda choice: choice[0] == "float")
+    names = " or ".join(name for name, _ in choices)
+
+    def packer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+        for _, choice in ordered:
+            described = len(arena.descs)
+            try:
+                return choice(slot, value, arena, where)
+            except ArgumentTypeError:
+                del arena.descs[described:]
+                slot.type_index, slot.v_int64 = TypeIndex.NONE, 0
+        _refuse(value, arena, where, names)
+
+    return packer
+
+
+# ---------------------------------------------------------------- which packer
+_array = _container("Array", TypeIndex.ARRAY, pack, TypeIndex.LIST)
+_map = _mapping("Map", TypeIndex.MAP, pack, pack)
+
+_BY_TYPE: dict[type, Packer] = {
+    type(None): _none,
+    bool: _boolean,
+    int: _integer,
+    float: _number,
+    str: _text,
+    bytes: _bytes,
+    DType: _dtype,
+    Device: _device,
+    TensorDesc: _tensor,
+    list: _array,
+    tuple: _array,
+    dict: _map,
 }
 
 
+@functools.lru_cache(256)
+def _packer_of_type(kind: type) -> Packer | None:
+    """The packer of values of another Python type; None where they have no form."""
+    if issubclass(kind, Object):
+        return _tensor if issubclass(kind, Tensor) else _any_object
+    if _is_bool(kind):
+        return _boolean
+    for found, packer in (
+        (issubclass(kind, numbers.Integral), _integer),
+        (issubclass(kind, numbers.Real), _number),
+        (issubclass(kind, str), _text),
+        (issubclass(kind, (bytes, bytearray, memoryview)), _bytes),
+        (any(hasattr(kind, name) for name in _PROTOCOLS), _tensor),
+        (_is_sequence(kind), _array),
+        (issubclass(kind, Mapping), _map),
+        (issubclass(kind, Callable) and not issubclass(kind, type), _function),  # type: ignore[arg-type]
+    ):
+        if found:
+            return packer
+    return None
+
+
+_BY_NAME: dict[str, Packer] = {
+    "Any": pack,
+    "None": _none,
+    "int": _integer,
+    "float": _number,
+    "bool": _boolean,
+    "str": _text,
+    "const char*": _c_text,
+    "bytes": _bytes,
+    "DataType": _dtype,
+    "Device": _device,
+    "void*": _pointer,
+    "DLTensor*": _view,
+    "ffi.Tensor": _tensor,
+    "ffi.Shape": _container("ffi.Shape", TypeIndex.SHAPE, _integer, maker="ffi.Shape"),
+    FUNCTION: _function,
+    "ffi.Module": _object_of("ffi.Module", TypeIndex.MODULE),
+    "ffi.Error": _object_of("ffi.Error", TypeIndex.ERROR),
+}
+
+
+def packer_of(text: str) -> Packer:
+    """The packer for a type as signatures spell it; `AbiError` where it is no type."""
+    return _packer_of(parse_type(text))
+
+
+@functools.cache
+def _packer_of(spelled: TypeExpr) -> Packer:
+    name, args = spelled.name, spelled.args
+    items = tuple(_packer_of(arg) for arg in args)
+    if name in _BY_NAME:
+        return _BY_NAME[name]
+    if name in ("Array", "List"):
+        item = items[0] if items else pack
+        return _container(name, TypeIndex.ARRAY, item, TypeIndex.LIST)
+    if name in ("Map", "Dict") and len(items) in (0, 2):
+        key, item = items or (pack, pack)
+        return _mapping(name, TypeIndex.MAP if name == "Map" else TypeIndex.DICT, key, item)
+    if name == "Tuple":
+        return _container(name, TypeIndex.ARRAY, items, maker="ffi.Array")
+    if name == "Optional" and len(items) == 1:
+        return _optional(*items)
+    if name == "Variant":
+        return _variant([(arg.name, item) for arg, item in zip(args, items, strict=True)])
+    return _object_of(name)
+
+
+# ---------------------------------------------------------------- reading
 def unpack(slot: Any, *, owned: bool) -> Any:
     """The Python value of a `TVMFFIAny`.
 
@@ -119,68 +462,35 @@ def unpack(slot: Any, *, owned: bool) -> Any:
     reader = _READERS.get(index)
     if reader is not None:
         return reader(slot)
-    if index < types.OBJECT_BEGIN:
+    if index < TypeIndex.OBJECT_BEGIN:
         raise AbiError(f"a TVM-FFI value of type index {index} has no Python form")
-    check_object(slot, index)
+    made = _pointed(slot, "TVMFFIObject *").type_index
+    if made != index:  # not released either: what it is cannot be told
+        raise AbiError(f"a TVM-FFI value of type index {index}, its object of {made}")
     if not owned:
         library.lib.TVMFFIObjectIncRef(slot.v_ptr)
     value = OBJECT_TYPES.get(index, Object)(slot.v_ptr)
-    if index == types.STR:
+    if index in (TypeIndex.STR, TypeIndex.BYTES):
         with value:
-            return str(value)
-    if index == types.BYTES:
-        with value:
-            return library.read_bytes(ffi.cast("FiFfiBytesObject *", value.handle).cell)
+            found = bytes_of(value)
+        return found if index == TypeIndex.BYTES else found.decode(errors="replace")
     return value
 
 
-def check_object(slot: Any, index: int) -> None:
-    """`AbiError` unless a value of an object's type index has such an object.
-
-    One that is refused is not released: what it is cannot be told.
-    """
-    made = slot.v_obj
-    if made == ffi.NULL:
-        raise AbiError(f"a TVM-FFI value of type index {index} that is a null pointer")
-    if made.type_index != index:
-        raise AbiError(f"a TVM-FFI value of type index {index}, its object of {made.type_index}")
-
-
-def desc_from_dl_tensor(tensor: Any) -> TensorDesc:
-    """The descriptor of a `DLTensor` that somebody else keeps alive; `AbiError` for nonsense."""
-    dtype = dtype_from_code(tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes)
-    device = device_from_code(tensor.device.device_type, tensor.device.device_id)
-    if dtype is None or device is None:
-        raise AbiError("a DLTensor of a dtype or device that fi_ffi does not know")
-    shape, strides = dims_of(tensor)
-    address = int(ffi.cast("uintptr_t", tensor.data)) + tensor.byte_offset
-    try:
-        return make_desc(address, make_layout(shape, dtype, strides, device, False))
-    except ArgumentError as error:
-        raise AbiError(f"a DLTensor that no tensor can be: {error}") from error
-
-
-def dims_of(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Shape and strides of a `DLTensor`, the latter None where it has none."""
-    rank = tensor.ndim
-    if not rank:
-        return (), None
-    # Before anything is read: an array of that length may not be there.
-    if not 0 < rank <= MAX_RANK:
-        raise AbiError(f"a DLTensor of {rank} dimensions")
-    sizes, steps = tensor.shape, tensor.strides
-    if sizes == ffi.NULL:
-        raise AbiError(f"a DLTensor of {rank} dimensions without a shape")
-    return tuple(sizes[0:rank]), tuple(steps[0:rank]) if steps else None
-
-
-def ints_of(cell: Any) -> tuple[int, ...]:
-    """What a `TVMFFIShapeCell` names."""
+def ints_of(value: Object) -> tuple[int, ...]:
+    """The ints of a Shape object."""
+    cell = ffi.cast("FiFfiShapeObject *", value.handle).cell
     if not cell.size:
         return ()
     if cell.data == ffi.NULL or cell.size > library.MAX_BYTES // 8:
         raise AbiError(f"an ffi.Shape of {cell.size} ints that cannot be")
     return tuple(cell.data[0 : cell.size])
+
+
+def _pointed(slot: Any, kind: str) -> Any:
+    if slot.v_ptr == ffi.NULL:
+        raise AbiError(f"a TVM-FFI value of type index {slot.type_index} that is a null pointer")
+    return ffi.cast(kind, slot.v_ptr)
 
 
 def _read_dtype(slot: Any) -> DType:
@@ -204,23 +514,74 @@ def _read_small(slot: Any) -> bytes:
     return bytes(ffi.buffer(slot.v_bytes, slot.small_str_len))
 
 
-def _pointed(slot: Any, kind: str) -> Any:
-    if slot.v_ptr == ffi.NULL:
-        raise AbiError(f"a TVM-FFI value of type index {slot.type_index} that is a null pointer")
-    return ffi.cast(kind, slot.v_ptr)
-
-
 _READERS: dict[int, Callable[[Any], Any]] = {
-    types.NONE: lambda slot: None,
-    types.INT: lambda slot: slot.v_int64,
-    types.BOOL: lambda slot: slot.v_int64 != 0,
-    types.FLOAT: lambda slot: slot.v_float64,
-    types.OPAQUE_PTR: lambda slot: int(ffi.cast("uintptr_t", slot.v_ptr)),
-    types.DATA_TYPE: _read_dtype,
-    types.DEVICE: _read_device,
-    types.DL_TENSOR_PTR: lambda slot: desc_from_dl_tensor(_pointed(slot, "DLTensor *")),
-    types.RAW_STR: lambda slot: ffi.string(_pointed(slot, "char *")).decode(errors="replace"),
-    types.BYTE_ARRAY_PTR: lambda slot: library.read_bytes(_pointed(slot, "TVMFFIByteArray *")),
-    types.SMALL_STR: lambda slot: _read_small(slot).decode(errors="replace"),
-    types.SMALL_BYTES: lambda slot: _read_small(slot),
+    TypeIndex.NONE: lambda slot: None,
+    TypeIndex.INT: lambda slot: slot.v_int64,
+    TypeIndex.BOOL: lambda slot: slot.v_int64 != 0,
+    TypeIndex.FLOAT: lambda slot: slot.v_float64,
+    TypeIndex.OPAQUE_PTR: lambda slot: library.address_of(slot.v_ptr),
+    TypeIndex.DATA_TYPE: _read_dtype,
+    TypeIndex.DEVICE: _read_device,
+    TypeIndex.DL_TENSOR_PTR: lambda slot: desc_from_dl_tensor(_pointed(slot, "DLTensor *")),
+    TypeIndex.RAW_STR: lambda slot: ffi.string(_pointed(slot, "char *")).decode(errors="replace"),
+    TypeIndex.BYTE_ARRAY_PTR: lambda slot: library.read_bytes(_pointed(slot, "TVMFFIByteArray *")),
+    TypeIndex.SMALL_STR: lambda slot: _read_small(slot).decode(errors="replace"),
+    TypeIndex.SMALL_BYTES: _read_small,
 }
+
+
+# ---------------------------------------------------------------- callbacks
+_SAFE_CALL = "int(void *, const TVMFFIAny *, int32_t, TVMFFIAny *)"
+
+
+def make_function(
+    name: str, function: Callable[..., Any], signature: Signature | None = None
+) -> Function:
+    """A Function object that calls a Python function; an exception becomes a TVM-FFI error.
+
+    With a signature it refuses a wrong number of arguments in the same words as a compiled
+    function, so that `probe` tells the signature.
+    """
+
+    def call(self: Any, args: Any, count: int, result: Any) -> int:
+        owned, arena = ffi.new("TVMFFIAny *"), CallArena(name)
+        try:
+            if signature is not None and count != len(signature.params):
+                raise TypeError(
+                    f"Mismatched number of arguments when calling: `{signature}`. "
+                    f"Expected {len(signature.params)} but got {count} arguments"
+                )
+            value = function(*(_argument(args[i]) for i in range(count)))
+            _pack_result(owned, value, arena)
+            result[0] = owned[0]
+        except BaseException as error:
+            # Nothing that the caller of a failed call might release as well.
+            result.type_index, result.v_int64 = TypeIndex.NONE, 0
+            if owned.type_index >= TypeIndex.OBJECT_BEGIN:
+                library.lib.TVMFFIObjectDecRef(owned.v_ptr)
+            set_raised(error)
+            return -1
+        finally:
+            arena.end()
+        return 0
+
+    prepare_untold()
+    callback = ffi.callback(_SAFE_CALL, call, error=-1, onerror=set_escaped)
+    slot = ffi.new("TVMFFIObjectHandle *")
+    check(library.lib.TVMFFIFunctionCreate(ffi.NULL, callback, ffi.NULL, slot), name)
+    return Function(slot[0], (ffi.NULL, callback))
+
+
+def _pack_result(result: Any, value: object, arena: CallArena) -> None:
+    """Write a callback's result: unlike an argument it must own what it names."""
+    if isinstance(value, TensorDesc):
+        expected = "a Tensor object: a view would outlive what it is a view of"
+        raise ArgumentTypeError(arena.op, "result", got=value, expected=expected)
+    view = ffi.new("TVMFFIAny *")
+    pack(view[0], value, arena, "result")
+    check(library.lib.TVMFFIAnyViewToOwnedAny(view, result), arena.op)
+
+
+def _argument(slot: Any) -> Any:
+    value = unpack(slot, owned=False)
+    return value.described() if isinstance(value, Tensor) else value  # seen as the view it is of

@@ -13,13 +13,15 @@ import click
 
 from fi_ffi import __version__
 from fi_ffi.cli import output
-from fi_ffi.cli.benching.calls import EMPTY, PREPARED, own_calls
-from fi_ffi.cli.benching.peers import PEER, find, peer_calls
-from fi_ffi.cli.benching.rounds import Call, Timing, measure
+from fi_ffi.cli.benching.calls import EMPTY, PEER, PREPARED, find_peer, own_calls, peer_calls
+from fi_ffi.cli.benching.noop_kernel import kernels_replaced, noop
+from fi_ffi.cli.benching.timing import Timing, measure
 from fi_ffi.errors import FiFfiError
 from fi_ffi.loader import runtime
 
-_COLUMNS = ("call", "ns", "of empty", "of tvm_ffi")
+# The ratios to other calls, and which calls those are.
+_RATIOS = ("of_empty", "of_tvm_ffi", "of_repeated")
+_COLUMNS = ("call", "ns", *(name.replace("_", " ", 1) for name in _RATIOS))
 _GPU = (
     "give --cpu: the host's part of a call, on any machine. On a GPU machine "
     "benchmarks/host.py measures calls of kernels, beside the packages that are installed there"
@@ -37,29 +39,39 @@ _File = click.Path(dir_okay=False, writable=True, path_type=Path)
     metavar="FACTOR",
     help=f"Fail if the {PREPARED}, takes more than FACTOR times the {EMPTY}.",
 )
+@click.option(
+    "--fail-above-repeated",
+    type=click.FloatRange(1),
+    metavar="FACTOR",
+    help="Fail if calls of other lengths take more than FACTOR times those that repeat a length.",
+)
 @click.option("--csv", "csv_file", type=_File, help="Write the table as CSV.")
 @click.option("--plot", "plot_file", type=_File, help="Draw it (.png, .svg, .pdf); matplotlib.")
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def bench(
     is_cpu: bool, rounds: int, calls: int, fail_above: float | None,
-    csv_file: Path | None, plot_file: Path | None, as_json: bool,
+    fail_above_repeated: float | None, csv_file: Path | None, plot_file: Path | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Measure what fi_ffi's calls take of the host, with a kernel entry that does nothing.
 
     Calls take turns, --calls of each in every round. Figures are nanoseconds of the processor
-    a call, medians over --rounds. Ratios are medians of each round's, to a call of cffi alone
-    and, where apache-tvm-ffi is installed, to its Cython call of the same entry.
+    a call, medians over --rounds. Ratios are medians of each round's: to a call of cffi alone;
+    where apache-tvm-ffi is installed, to its Cython call of the same entry; and of calls with
+    another length each time, to those that repeat a length.
 
-    Before it is timed a way of calling is checked with a kernel that has results, against
-    float64, and afterwards by what the entry was given. What fails is not shown.
+    Before it is timed a way of calling is checked twice: with a kernel that has results, against
+    float64, and by what an entry is given. What fails is not shown.
     """
     if not is_cpu:
         raise click.UsageError(_GPU)
     pyplot = None if plot_file is None else _pyplot()
-    peer = find()
+    peer = find_peer()
     runtime.ensure_tvm_ffi()
     every = own_calls() + (peer_calls(peer.module) if peer.module else [])
-    timings, wrong = _checked(every, rounds, calls)
+    wrong = {call.name: problem for call in every if (problem := call.problem()) is not None}
+    with kernels_replaced(noop):
+        timings = measure([call for call in every if call.name not in wrong], rounds, calls)
     rows = _rows(timings)
     machine = _machine()
     document = {
@@ -77,30 +89,20 @@ def bench(
     if wrong:
         told = "\n".join(f"  {name}: {problem}" for name, problem in wrong.items())
         raise FiFfiError(f"not shown, because a check failed:\n{told}")
-    _check_factor(rows, fail_above)
-
-
-def _checked(calls: list[Call], rounds: int, number: int) -> tuple[list[Timing], dict[str, str]]:
-    """Timings of the calls that are right, and what is wrong with the others."""
-    wrong = {call.name: problem for call in calls if (problem := call.before()) is not None}
-    timings = measure([call for call in calls if call.name not in wrong], rounds, number)
-    for timing in timings:
-        problem = timing.call.after()
-        if problem is not None:
-            wrong[timing.call.name] = problem
-    return [timing for timing in timings if timing.call.name not in wrong], wrong
+    _check_ratios(rows, fail_above, fail_above_repeated)
 
 
 def _rows(timings: list[Timing]) -> list[dict[str, Any]]:
     found = {timing.call.name: timing for timing in timings}
     rows = []
     for name, timing in found.items():
+        call, rounds = timing.call, [round(ns, 1) for ns in timing.rounds]
+        others = zip(_RATIOS, (EMPTY, PEER, call.repeated), strict=True)
         ratios = {
             column: round(timing.ratio(found[other]), 3) if other in found else None
-            for column, other in (("of_empty", EMPTY), ("of_tvm_ffi", PEER))
+            for column, other in others
         }
-        row = {"call": name, "statement": timing.call.statement, "is_peer": timing.call.is_peer}
-        rounds = [round(ns, 1) for ns in timing.rounds]
+        row = {"call": name, "statement": call.statement, "is_peer": call.is_peer}
         rows.append(row | {"ns": round(timing.nanoseconds, 1)} | ratios | {"rounds": rounds})
     return rows
 
@@ -128,7 +130,7 @@ def _cpu() -> str:
 
 def _print(rows: list[dict[str, Any]], machine: str, peer: str) -> None:
     cells = [
-        (row["call"], f"{row['ns']:,.0f}", _times(row["of_empty"]), _times(row["of_tvm_ffi"]))
+        (row["call"], f"{row['ns']:,.0f}", *(_times(row[ratio]) for ratio in _RATIOS))
         for row in rows
     ]
     output.print_table(f"Host time of a call: {machine}", _COLUMNS, cells, numbers=_COLUMNS[1:])
@@ -139,14 +141,25 @@ def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}"
 
 
-def _check_factor(rows: list[dict[str, Any]], factor: float | None) -> None:
-    ratio = next((row["of_empty"] for row in rows if row["call"] == PREPARED), None)
-    if factor is not None and ratio is not None and ratio > factor:
-        raise FiFfiError(f"{PREPARED}: {ratio:.2f} times the {EMPTY}, and {factor:g} is the most")
+def _check_ratios(
+    rows: list[dict[str, Any]], most: float | None, most_of_repeated: float | None
+) -> None:
+    """Raise where a ratio is above what was asked for; times alone fail nothing."""
+    wrong = []
+    for row in rows:
+        limits = [("of_repeated", most_of_repeated, "the repeated length")]
+        if row["call"] == PREPARED:
+            limits.append(("of_empty", most, f"the {EMPTY}"))
+        for column, limit, other in limits:
+            ratio = row[column]
+            if limit is not None and ratio is not None and ratio > limit:
+                wrong.append(f"{row['call']}: {ratio:.2f} times {other}, and {limit:g} is the most")
+    if wrong:
+        raise FiFfiError("\n".join(wrong))
 
 
 def _write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
-    names = ("call", "ns", "of_empty", "of_tvm_ffi")
+    names = ("call", "ns", *_RATIOS)
     with file.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, names, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()

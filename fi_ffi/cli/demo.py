@@ -18,8 +18,8 @@ from fi_ffi.cli.cases import Case, default_dtypes, make_case
 from fi_ffi.cli.inputs import inputs_of
 from fi_ffi.errors import FiFfiError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import search
+from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.op import Op
 from fi_ffi.reference.arrays import Array
 
 _TIMED_CALLS = 20

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fi_ffi.abi import forks, library
+from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.loader import cuda_errors, machine
 from fi_ffi.loader.elf import open_section
@@ -33,7 +33,7 @@ _VARIABLE = re.compile(
 _FLAG, _POINTER = 1, 8  # bytes
 
 _lock = threading.RLock()
-forks.renew(globals(), "_lock", threading.RLock)
+library.renew_after_fork(globals(), "_lock", threading.RLock)
 _files: dict[Path, Banks | None] = {}
 
 Call = Callable[[Any, Any, int, Any], int]

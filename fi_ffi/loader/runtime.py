@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fi_ffi.abi import forks, library
+from fi_ffi.abi import library
 from fi_ffi.abi.function import Entry, probe
 from fi_ffi.abi.signature import Signature, parse_signature
 from fi_ffi.errors import AbiError, KernelNotFoundError, LoaderError
@@ -43,7 +43,7 @@ class Loaded:
 
 
 _lock = threading.RLock()
-forks.renew(globals(), "_lock", threading.RLock)
+library.renew_after_fork(globals(), "_lock", threading.RLock)
 _modules: dict[tuple[str, int | None], Loaded] = {}
 _files: dict[tuple[Path, int, int, int], Loaded] = {}
 _entries: dict[tuple[str, str, int | None], Entry] = {}
@@ -108,12 +108,15 @@ def _opened(file: ModuleFile, facts: Facts) -> Any:
     with held.checked(file.path, file.sha256, file.state) as opened:
         # What looks for others in its own folder has to be opened there; in the cache it is alone.
         in_place = file.state is not None and "$ORIGIN" in (facts.runpath or "")
+        failed: LoaderError | None = None
         try:
             handle = library.open_module(str(file.path), None if in_place else opened.name)
-        except LoaderError:
-            # The dynamic linker's words for it are that there is no such file.
+        except LoaderError as error:
+            failed = error
+        if failed is not None:
+            # The dynamic linker's words for another processor are that there is no such file.
             check_processor(file.path, inspect_elf(opened.name).machine)
-            raise
+            raise failed
         opened.keep(in_place=in_place)
     return handle
 

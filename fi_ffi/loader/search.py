@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 
-from fi_ffi.abi import forks
+from fi_ffi.abi import library
 from fi_ffi.errors import ArchitectureError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import machine
 from fi_ffi.loader.facts import Facts, facts_of
@@ -15,7 +15,7 @@ from fi_ffi.loader.kernels import KernelSource, ModuleFile, release_of
 from fi_ffi.loader.sources import Candidate, candidates
 
 _lock = threading.RLock()
-forks.renew(globals(), "_lock", threading.RLock)
+library.renew_after_fork(globals(), "_lock", threading.RLock)
 _explicit: str | None = None
 _places: list[Candidate] = []  # those looked at so far, in order
 _more: Iterator[Candidate] | None = None

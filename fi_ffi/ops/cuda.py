@@ -107,6 +107,13 @@ def copy_to_device(target: int, source: int, count: int, stream: int) -> None:
     check(code, "cudaMemcpyAsync")
 
 
+def synchronize(device: Device) -> None:
+    """Wait for all work of a device."""
+    with current(device):
+        (error,) = _runtime().cudaDeviceSynchronize()
+    check(int(error), "cudaDeviceSynchronize")
+
+
 def clear(address: int, pitch: int, width: int, rows: int, stream: int) -> None:
     """Queue the setting to zero of `width` bytes in each row, which lie `pitch` bytes apart."""
     (error,) = _runtime().cudaMemset2DAsync(address, pitch, 0, width, rows, stream)

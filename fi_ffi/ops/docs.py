@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from fi_ffi.ops.row import Absent, Arg, KvLayout, PlanInfo, Row, Scalar, Text, default_of
+from fi_ffi.ops.row import Absent, Arg, KvLayout, PlanInfo, Row, Scalar, Tensor, Text, default_of
 
 _WIDTH = 96
 
@@ -27,6 +27,8 @@ def _argument(arg: Arg) -> str:
             default, least = " or None = None", "up to " * arg.or_less
             low += f", {least}the size of {arg.size_of}"
         return f"{arg.name} ({arg.type.__name__}{default}{low}): {arg.doc}."
+    if not isinstance(arg, Tensor):
+        return f"{arg.name}: an Array object."
     how = ["contiguous"] if arg.contiguous else []
     how += ["written"] if arg.writes else []
     how += ["or None"] if default_of(arg) else []

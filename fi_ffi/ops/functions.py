@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from fi_ffi.ops.op import Op
+from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.table import ROWS
 
 # An op's rows stand next to each other, that of the default release first.

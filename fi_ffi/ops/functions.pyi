@@ -3,7 +3,7 @@
 from typing import Literal
 
 from fi_ffi.abi.interop import TensorLike
-from fi_ffi.ops.op import Op
+from fi_ffi.ops.call.op import Op
 
 OPS: dict[str, Op]
 

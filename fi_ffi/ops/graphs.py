@@ -15,7 +15,9 @@ from fi_ffi.abi.streams import PER_THREAD, check_stream, current_scope, stream_h
 from fi_ffi.abi.streams import stream as stream_scope
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.loader import machine
-from fi_ffi.ops import cuda, watching
+from fi_ffi.ops import cuda
+from fi_ffi.ops.call.memory import recording, recording_var, stream_key
+from fi_ffi.ops.watch import watching
 
 _RESULT_WORDS = 3  # of a cudaGraphExecUpdateResultInfo
 _THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal: other threads may do as they like
@@ -24,13 +26,15 @@ _THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal: other threads may do as t
 class Graph:
     """What was recorded in a `fi_ffi.capture` block, to be launched any number of times.
 
-    `nodes` counts its kernels and copies.  The memory that the calls were given must stay
-    valid, and holds the arguments of every launch: write new inputs into it, or record the
-    calls again with `fi_ffi.capture(stream, into=graph)`.
+    `nodes` counts its kernels and copies.  It holds the plans' workspaces, scratch and tables
+    that its launches use; the memory that the calls were given must stay valid, and holds the
+    arguments of every launch: write new inputs into it, or record the calls again with
+    `fi_ffi.capture(stream, into=graph)`.
     """
 
     __slots__ = (
-        "__weakref__", "_executable", "_finalizer", "_launch", "device", "nodes", "updates",
+        "__weakref__", "_executable", "_finalizer", "_held", "_launch", "device", "nodes",
+        "updates",
     )  # fmt: skip
 
     def __init__(self, device: Device) -> None:
@@ -41,6 +45,8 @@ class Graph:
         self._executable: Any = None
         self._launch: Any = None
         self._finalizer: Any = None
+        # What its launches touch: workspaces, schedules, scratch and tables.
+        self._held: list[object] = []
 
     def launch(self, stream: object = None) -> None:
         """Queue it on `stream`, or on the open scope's.
@@ -66,8 +72,13 @@ class Graph:
         if code:
             cuda.check(code, "cudaGraphLaunch")
 
-    def replace(self, graph: Any) -> None:
-        """Take over a recorded cudaGraph_t, which is not needed any more afterwards."""
+    def replace(self, graph: Any, held: list[object]) -> None:
+        """Take over a recorded cudaGraph_t, which is not needed any more afterwards, and what
+        its launches touch."""
+        self._replace(graph)
+        self._held = held
+
+    def _replace(self, graph: Any) -> None:
         runtime = machine.load_cudart()[0]
         count = ffi.new("size_t *")
         cuda.check(runtime.cudaGraphGetNodes(graph, ffi.NULL, count), "cudaGraphGetNodes")
@@ -175,12 +186,14 @@ class capture:  # a context manager reads as a verb
 
     def __enter__(self) -> Graph:
         with cuda.current(self.graph.device):
+            stream_key(self.graph.device.index, self._handle)  # which CUDA does not tell later
             code = machine.load_cudart()[0].cudaStreamBeginCapture(
                 cuda.pointer(self._handle), _THREAD_LOCAL
             )
         cuda.check(code, "cudaStreamBeginCapture")
         self._scope = stream_scope(self._handle)
         self._scope.__enter__()
+        recording_var.set([])
         return self.graph
 
     def __exit__(
@@ -190,9 +203,11 @@ class capture:  # a context manager reads as a verb
         tb: TracebackType | None,
     ) -> None:
         scope, self._scope = self._scope, None
+        held = recording() or []
         if scope is None:
             raise ArgumentError("capture", "self", got="one not open", expected="an open one")
         try:
+            recording_var.set(None)
             scope.__exit__(exc_type, exc, tb)
         finally:
             runtime, graph = machine.load_cudart()[0], ffi.new("void **")
@@ -204,7 +219,7 @@ class capture:  # a context manager reads as a verb
             else:
                 cuda.check(code, "cudaStreamEndCapture")
                 with cuda.current(self.graph.device):
-                    self.graph.replace(graph[0])
+                    self.graph.replace(graph[0], held)
         finally:
             if graph[0] != ffi.NULL:
                 cuda.unless_cut_off(runtime.cudaGraphDestroy, graph[0])

@@ -2,62 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+import contextlib
+import numbers
+from collections.abc import Callable
+from typing import Any
 
+from fi_ffi.abi.interop import as_desc
 from fi_ffi.errors import ArgumentTypeError, printed
-from fi_ffi.ops.launch import Preparing
-from fi_ffi.ops.op import Op
-from fi_ffi.ops.prepared import Prepared
-
-if TYPE_CHECKING:
-    from fi_ffi.ops.attention.ready import PreparedRun
-
-# Of plans, the methods that launch.
-_RUNS = ("run", "ragged_run", "paged_run")
+from fi_ffi.ops.call.op import Op
+from fi_ffi.ops.call.prepared import Prepared
 
 
 def prepare(function: Callable[..., Any], *args: Any, stream: object = None, **kwargs: Any) -> Any:
     """The call `function(*args, **kwargs)`, checked and packed, and not made.
 
-    `function` is an op (`fi_ffi.rmsnorm`), `single_prefill` or `single_decode`, or a run of a
-    plan (`plan.run`, `plan.paged_run`, `plan.ragged_run`).  What is returned is called to launch
-    it, on `stream`, or without one on that of the scope that is open then; its `update` changes
-    tensors.  A plan's prepared run holds through `replan`: the next launch packs it anew.
+    `function` is an op (`fi_ffi.rmsnorm`), `single_prefill`, `single_decode` or `xqa`, or a run
+    of a plan (`plan.run`, `plan.paged_run`, `plan.ragged_run`).  What is returned is called to
+    launch it, on `stream`, or without one on that of the scope that is open then; its `update`
+    changes tensors.  A plan's prepared run holds through `replan`: the next launch packs it anew.
 
     Raises what the call would, and `ArgumentTypeError` for another function.
     """
-    from fi_ffi.ops.attention import plan, single
-    from fi_ffi.ops.attention.ready import prepared_single
+    from fi_ffi.ops.attention.plan import Plan, PreparedRun
+    from fi_ffi.ops.attention.run import Launched
 
-    if isinstance(function, Op):
+    if isinstance(function, (Op, Launched)):
         return function.prepare(*args, stream=stream, **kwargs)
-    if function is single.single_decode or function is single.single_prefill:
-        return prepared_single(function(*args, stream=Preparing(stream), **kwargs))
-    owner = getattr(function, "__self__", None)
-    if not isinstance(owner, plan.Plan) or getattr(function, "__name__", "") not in _RUNS:
-        expected = "an op, single_prefill, single_decode, or a run of a plan"
+    plan, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+    pack = getattr(plan, f"_{name}_arguments", None)
+    if not isinstance(plan, Plan) or pack is None:
+        expected = "an op, single_prefill, single_decode, xqa, or a run of a plan"
         raise ArgumentTypeError("prepare", "function", got=printed(function), expected=expected)
-    made: PreparedRun = function(*args, stream=Preparing(stream), **kwargs)
-    return _renewable(made, function, args, kwargs, stream)
+    return PreparedRun(plan, pack, _by_name(plan, function, pack, args, kwargs), stream)
 
 
-def _renewable(
-    made: PreparedRun, function: Callable[..., Any], args: tuple[Any, ...],
-    kwargs: dict[str, Any], stream: object,
-) -> PreparedRun:  # fmt: skip
-    """A prepared run that can be made again with the same arguments, but for tensors."""
+def _by_name(
+    plan: Any, run: Callable[..., Any], pack: Callable[..., Any], args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """A run's arguments by name, its tensors described."""
     import inspect
 
-    signature = inspect.signature(function)
-    arguments = dict(signature.bind(*args, **kwargs).arguments)
-    given = {name: arguments.pop(name) for name in made.names if name in arguments}
-
-    def again(tensors: Mapping[str, object]) -> Any:
-        bound = inspect.BoundArguments(signature, {**arguments, **tensors})
-        return function(*bound.args, stream=Preparing(stream), **bound.kwargs)
-
-    return made.can_renew(given, again)
+    bound = inspect.signature(run).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = dict(bound.arguments)
+    given.pop("stream", None)
+    given |= given.pop("options", {})
+    for name, value in given.items():
+        if value is None or isinstance(value, (bool, str, numbers.Number)):
+            continue
+        with contextlib.suppress(ArgumentTypeError):  # which packing tells
+            given[name] = as_desc(value, plan.op, name)
+    return given
 
 
 __all__ = ["Prepared", "prepare"]

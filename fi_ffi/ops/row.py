@@ -6,6 +6,7 @@ signature, the docstring, the declared signature and the catalogue are derived.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +19,9 @@ class Tensor:
     """A tensor argument.
 
     `axes` names its axes ("n h"); the same name is the same size everywhere in
-    the row, a number is that size, "b+1" is one more than b, and "2*h" and "x+y"
-    are what they say.  `dtype` is a variable of the row's `dtypes`, or a dtype's name.
+    the row, a number is that size, "b+1" is one more than b, and "2*h", "x+y" and
+    "2*h/128" (of what is a multiple) are what they say.  `dtype` is a variable of the row's
+    `dtypes`, or a dtype's name.
     """
 
     name: str
@@ -137,23 +139,44 @@ class KvLayout:
 
 
 @dataclass(frozen=True)
-class PlanInfo:
+class IntArray:
+    """An Array of ints, which callers give by the object's address; 0 is none."""
+
+    name: str
+    abi_type: str = "Array<int>"
+
+    @property
+    def optional(self) -> bool:
+        return self.abi_type.startswith("Optional<")
+
+
+@dataclass(frozen=True)
+class PlanInfo(IntArray):
     """What a plan returned, handed on to its run."""
 
     name: str = "plan_info_vec"
-    abi_type: str = "Array<int>"
+
+
+@dataclass(frozen=True)
+class TensorArray:
+    """An Array of Tensor objects, which callers give one by one, after all other arguments."""
+
+    name: str
+    items: tuple[Tensor, ...]
+    abi_type: str = "Optional<Array<ffi.Tensor>>"
 
 
 @dataclass(frozen=True)
 class Absent:
-    """An argument of the entry that the op has not: a tensor without elements, or a number."""
+    """An argument of the entry that the op has not: a tensor without elements, a number, a bool,
+    or of an optional type none."""
 
     name: str
     abi_type: str = "DLTensor*"
     value: int = 0
 
 
-Arg = Tensor | Scalar | Text | KvLayout | PlanInfo | Absent
+Arg = Tensor | Scalar | Text | KvLayout | IntArray | TensorArray | Absent
 
 # In a rule: whether a tensor that is written is the very memory of one that is read, and of the GPU
 # the number of multiprocessors, and a block's bytes of shared memory (without end on the CPU).
@@ -165,15 +188,16 @@ MULTIPROCESSORS, SHARED_MEMORY = "multiprocessors", "shared memory"
 class Rule:
     """What must hold between sizes and numbers, where no other field of a row says it.
 
-    `holds` is given what `of` names: axes (None where no tensor there has it), scalars (also where
-    an axis has the same name), those above, of a tensor whether it is there, and of a variable of
-    `dtypes` its dtype's name.  An error is of `argument`; `expected` says what must be.
+    `holds` is given what `of` names: axes (None where no tensor there has it), scalars and texts
+    (also where an axis has the same name), those above, of a tensor whether it is there, and of
+    a variable of `dtypes` its dtype's name.  An error is of `argument`; `expected` says what must
+    be, or is given the same as `holds` and does.
     """
 
     argument: str
     of: tuple[str, ...]
     holds: Callable[..., bool]
-    expected: str
+    expected: str | Callable[..., str]
 
 
 def default_of(arg: Arg) -> str | None:
@@ -276,13 +300,19 @@ class Row:
     lacks: tuple[dict[str, str], ...] = ()
 
     @property
+    def slots(self) -> tuple[Arg, ...]:
+        """The entry's arguments, and then the tensors that are in Arrays of them."""
+        arrays = (arg.items for arg in self.args if isinstance(arg, TensorArray))
+        return (*self.args, *itertools.chain.from_iterable(arrays))
+
+    @property
     def given(self) -> tuple[Arg, ...]:
         """The arguments that the op has, in the ABI's order: all but the absent ones."""
-        return tuple(arg for arg in self.args if not isinstance(arg, Absent))
+        return tuple(arg for arg in self.slots if not isinstance(arg, (Absent, TensorArray)))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(arg for arg in self.args if isinstance(arg, Tensor))
+        return tuple(arg for arg in self.slots if isinstance(arg, Tensor))
 
     @property
     def reference(self) -> str:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fi_ffi.abi import forks
+from fi_ffi.abi import library
 from fi_ffi.abi.function import Entry, register
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import KernelNotFoundError
@@ -25,9 +25,11 @@ from fi_ffi.reference.formula import as_inputs
 # What a module was compiled for, where its kernels depend on it: names and values.
 Compiled = tuple[tuple[str, object], ...]
 
-_FAMILIES = tuple(importlib.import_module(f"fi_ffi.reference.{name}") for name in FAMILIES)
+_FAMILIES = tuple(
+    importlib.import_module(f"fi_ffi.reference.{name}") for name in (*FAMILIES, "moe")
+)
 _lock = threading.Lock()
-forks.renew(globals(), "_lock", threading.Lock)
+library.renew_after_fork(globals(), "_lock", threading.Lock)
 _entries: dict[tuple[str, str, str, Compiled], Entry] = {}
 
 

@@ -20,9 +20,9 @@ def as_array(desc: TensorDesc) -> Array:
     if desc.device.type != "cpu":
         raise ArgumentError("reference", "device", got=desc.device, expected="cpu")
     dtype = desc.dtype.numpy
-    if desc.layout.numel == 0:
+    if desc.numel == 0:
         return np.empty(desc.shape, dtype)
-    buffer = ffi.buffer(ffi.cast("char *", desc.ptr), desc.layout.span_bytes)
+    buffer = ffi.buffer(ffi.cast("char *", desc.ptr), desc.span_bytes)
     strides = [stride * dtype.itemsize for stride in desc.strides]
     array: Array = np.ndarray(desc.shape, dtype, buffer, strides=strides)
     return array

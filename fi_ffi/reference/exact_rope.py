@@ -1,4 +1,4 @@
-"""Ops of `fi_ffi.ops.rope` in float64, from their definition: see exact.py.
+"""Ops of `fi_ffi.ops.table.rope` in float64, from their definition: see exact.py.
 
 A pair of elements is a complex number, and a position turns it by an angle.
 """

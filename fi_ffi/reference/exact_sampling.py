@@ -1,4 +1,4 @@
-"""Ops of `fi_ffi.ops.sampling`, from their definition: see exact.py.
+"""Ops of `fi_ffi.ops.table.sampling`, from their definition: see exact.py.
 
 A sampler's result is judged by what its random words and float32 rounding allow (`reachable.py`).
 Seeds and offsets in arrays, which come as float64, are less than 2^53 here.

@@ -1,5 +1,5 @@
-"""References of `fi_ffi.ops.gemm` and `fi_ffi.ops.matmul`, in numpy: float32 arithmetic, rounded
-where the kernels round.
+"""References of `fi_ffi.ops.table.gemm` and `fi_ffi.ops.matmul`, in numpy: float32 arithmetic,
+rounded where the kernels round.
 
 Products of segments are told by addresses, as the kernels are; these must be of the host.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,8 +10,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from fi_ffi.abi.function import tensors_of
 from fi_ffi.reference import moe_weights
-from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.arrays import Array, as_array
+
+# By FlashInfer's number of each.
+ACTIVATIONS = (
+    "Gelu", "Relu", "Silu", "Swiglu", "Geglu", "SwigluBias", "Relu2", "SwigluStep", "GegluTanh",
+    "Identity",
+)  # fmt: skip
 
 _FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 _FP8_MAX = np.float32(448)
@@ -183,29 +191,47 @@ def activate(name: str, gate: Array, linear: Array, limits: Mapping[str, Any]) -
     return _ALONE[name](gate)
 
 
-def run(
-    mode: str,
-    tensors: Mapping[str, Array],
-    scales: Sequence[Array],
-    activation: str,
-    first_expert: int,
-    *,
-    has_second_bias: bool,
-) -> None:
-    """Write `output`; the weights are of the experts from `first_expert` on."""
-    x, output = tensors["input"], tensors["output"]
+def run_moe(
+    mode: str, output: Array, input: Array, token_selected_experts: Array,
+    token_final_scales: Array | None, fc1_expert_weights: Array, fc1_expert_biases: Array | None,
+    fc2_expert_weights: Array, fc2_expert_biases: Array | None, quant_scales: Any, input_sf: None,
+    swiglu_alpha: Array | None, swiglu_beta: Array | None, swiglu_limit: Array | None, *more: Any,
+) -> None:  # fmt: skip
+    """Write `output`; the weights are of this rank's experts."""
+    _, _, tp_rank, _, ep_rank, *_, number = more
+    scales = [] if quant_scales is None else [as_array(one) for one in tensors_of(quant_scales)]
+    given = {
+        "fc1_expert_weights": fc1_expert_weights, "fc1_expert_biases": fc1_expert_biases,
+        "fc2_expert_weights": fc2_expert_weights, "output": output, "swiglu_alpha": swiglu_alpha,
+        "swiglu_beta": swiglu_beta, "swiglu_limit": swiglu_limit,
+    }  # fmt: skip
+    tensors = {name: array for name, array in given.items() if array is not None}
     experts: _Plain = _MODES[mode](tensors, scales)
-    chosen, weights = tensors["token_selected_experts"], tensors.get("token_final_scales")
-    with np.errstate(all="ignore"):  # infinities and NaN are results like any other
-        total = np.zeros(output.shape, np.float32)
-        for expert in range(len(experts.fc1)):
-            tokens, slots = np.nonzero(chosen == first_expert + expert)
-            if len(tokens):
-                rows = _expert(experts, tensors, activation, expert, x[tokens])
-                if has_second_bias and "fc2_expert_biases" in tensors:
-                    rows = rows + tensors["fc2_expert_biases"][expert].astype(np.float32)
-                total[tokens] += rows if weights is None else rows * weights[tokens, slots, None]
-        output[...] = total.astype(output.dtype)
+    first, count = len(experts.fc1) * ep_rank, len(experts.fc1)
+    _check_distinct(token_selected_experts, first, count)
+    total = np.zeros(output.shape, np.float32)
+    for expert in range(count):
+        tokens, slots = np.nonzero(token_selected_experts == first + expert)
+        if len(tokens):
+            rows = _expert(experts, tensors, ACTIVATIONS[number], expert, input[tokens])
+            if tp_rank == 0 and fc2_expert_biases is not None:
+                rows = rows + fc2_expert_biases[expert].astype(np.float32)
+            final = token_final_scales
+            total[tokens] += rows if final is None else rows * final[tokens, slots, None]
+    output[...] = total.astype(output.dtype)
+
+
+def _check_distinct(experts: Array, first: int, count: int) -> None:
+    """Raise where a token has one of this rank's experts twice.
+
+    What the kernels do then depends on the number of tokens; on a GPU nobody can look.
+    """
+    ordered = np.sort(experts, axis=1)
+    before, after = ordered[:, :-1], ordered[:, 1:]
+    twice = (before == after) & (before >= first) & (before < first + count)
+    if twice.any():
+        row = int(twice.any(axis=1).argmax())
+        raise ValueError(f"an expert twice for token {row}")
 
 
 def _expert(
@@ -223,3 +249,18 @@ def _expert(
     gate, linear = product[:, -inter:], product[:, :inter]
     active = activate(activation, gate, linear, limits)
     return experts.rounded(experts.second(expert, experts.between(expert, active)))
+
+
+def interleave_weights(weight: Array, weight_interleaved: Array, quant_type: int) -> None:
+    weight_interleaved[...] = moe_weights.interleave(weight, "fp4" if quant_type else "int4")
+
+
+KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
+    "fused_moe_90": {
+        "interleave_moe_weights_for_sm90_mixed_gemm": interleave_weights,
+        **{
+            f"run_moe.{mode}": functools.wraps(run_moe)(functools.partial(run_moe, mode))
+            for mode in _MODES
+        },
+    },
+}

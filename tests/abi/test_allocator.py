@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fi_ffi.abi import library, streams, types
+from fi_ffi.abi import library, streams
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.allocator import _ALLOCATORS, HOST, Allocator, Source
 from fi_ffi.abi.device import Device
 from fi_ffi.abi.dtypes import DTYPES
 from fi_ffi.abi.failure import check
+from fi_ffi.abi.library import TypeIndex
 from fi_ffi.abi.objects import Tensor
 from fi_ffi.errors import KernelError
 
@@ -71,11 +72,11 @@ def test_a_tensor_is_what_was_asked_for(
         tensor = alloc(shape, dtype)
     desc = desc_of(tensor)
     assert (desc.shape, desc.dtype.name, desc.device.type) == (shape, dtype, "cpu")
-    assert desc.layout.is_contiguous
+    assert desc.is_contiguous
     assert desc.ptr % 256 == 0 and desc.ptr
     assert host.count == 1
     header = ffi.cast("TVMFFIObject *", tensor.handle)
-    assert header.type_index == types.TENSOR and tensor.use_count == 1
+    assert header.type_index == TypeIndex.TENSOR and tensor.use_count == 1
 
 
 def test_memory_holds_what_is_written(host: Allocator) -> None:
@@ -85,7 +86,7 @@ def test_memory_holds_what_is_written(host: Allocator) -> None:
     written = []
     for tensor in tensors:
         desc = desc_of(tensor)
-        memory = ffi.buffer(ffi.cast("char *", desc.ptr), desc.layout.span_bytes)
+        memory = ffi.buffer(ffi.cast("char *", desc.ptr), desc.span_bytes)
         array = np.frombuffer(memory, np.float64).reshape(desc.shape)
         array[:] = rng.standard_normal(desc.shape)
         written.append((array, array.copy()))
@@ -231,7 +232,7 @@ class Mute(Exception):
         raise ValueError
 
 
-@pytest.mark.parametrize("error", [SystemExit(3), Mute()], ids=repr)
+@pytest.mark.parametrize("error", [OSError(3, "no"), Mute()], ids=repr)
 def test_no_exception_reaches_the_caller_as_such(error: BaseException) -> None:
     def fail(*_: object) -> int:
         raise error
@@ -243,13 +244,16 @@ def test_no_exception_reaches_the_caller_as_such(error: BaseException) -> None:
     assert str(caught.value.message)
 
 
-def test_ctrl_c_in_an_allocator_is_ctrl_c() -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)], ids=repr)
+def test_ctrl_c_in_an_allocator_is_ctrl_c(error: BaseException) -> None:
     def fail(*_: object) -> int:
-        raise KeyboardInterrupt
+        raise error
 
     failing = Allocator({"cpu": Source(fail, HOST.give_back)})
-    with failing.installed(), pytest.raises(KeyboardInterrupt):
+    with failing.installed(), pytest.raises(type(error)) as caught:
         alloc()
+    assert caught.value.args == error.args
+    assert isinstance(caught.value.__cause__, KernelError)
 
 
 def test_more_than_there_is(host: Allocator) -> None:

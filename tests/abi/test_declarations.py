@@ -14,8 +14,9 @@ import cffi
 import pytest
 from cuda.pathfinder import load_nvidia_dynamic_lib
 
-from fi_ffi.abi import device, dtypes, library, types
+from fi_ffi.abi import device, dtypes, library
 from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.library import TypeIndex
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADERS = ("dlpack/dlpack.h", "tvm/ffi/c_api.h", "tvm/ffi/extra/c_env_api.h")
@@ -139,7 +140,7 @@ def enum_values(theirs: cffi.FFI, name: str, prefix: str) -> dict[str, int]:
 def test_type_indices(theirs: cffi.FFI) -> None:
     upstream = enum_values(theirs, "TVMFFITypeIndex", "kTVMFFI")
     upstream["object_begin"] = upstream.pop("staticobjectbegin")
-    ours = {name: value for name, value in vars(types).items() if name.isupper()}
+    ours = {name: value for name, value in vars(TypeIndex).items() if name.isupper()}
     assert len(ours) > 20
     for name, value in ours.items():
         key = name.lower() if name == "OBJECT_BEGIN" else name.lower().replace("_", "")

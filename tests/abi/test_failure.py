@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import gc
 import resource
+import signal
 import subprocess
 import sys
 import textwrap
@@ -13,7 +16,7 @@ from typing import Any
 import cffi
 import pytest
 
-from fi_ffi.abi import failure, library
+from fi_ffi.abi import failure, library, values
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Entry, global_function
 from fi_ffi.errors import FiFfiError, KernelError
@@ -38,8 +41,6 @@ class Odd(Exception):
         KeyError("key"),
         OSError(2, "No such file"),
         Odd("of a class of its own"),
-        SystemExit(3),
-        GeneratorExit(),
         RecursionError("too deep"),
         AssertionError(),
     ],
@@ -66,6 +67,80 @@ def test_ctrl_c_in_a_callback_is_ctrl_c(words: Any, callback: Callable[..., Entr
     assert isinstance(told, KernelError)
     assert told.kind == "KeyboardInterrupt"
     assert "raise error" in told.backtrace
+
+
+def timed_out(*_: object) -> None:
+    raise TimeoutError("of a signal handler")
+
+
+class Handler:
+    def __call__(self, *_: object) -> None:
+        timed_out()
+
+    def method(self, *_: object) -> None:
+        timed_out()
+
+
+HANDLERS = [timed_out, Handler(), Handler().method, functools.partial(timed_out, 1)]
+
+
+@pytest.mark.parametrize("handler", HANDLERS, ids=lambda handler: type(handler).__name__)
+def test_a_signal_s_exception_comes_out_as_itself(
+    handler: Any, callback: Callable[..., Entry]
+) -> None:
+    """It is nothing that the function did: whoever waits for it must see it."""
+    entry = callback(lambda: signal.raise_signal(signal.SIGUSR1), 0)
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with pytest.raises(TimeoutError, match="of a signal handler") as caught:
+            entry()
+        # The same, raised by the function itself, is its failure.
+        with pytest.raises(KernelError, match="TimeoutError"):
+            callback(raising(TimeoutError("of the function")), 0)()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert isinstance(caught.value.__cause__, KernelError)
+    assert caught.traceback[-1].name == "timed_out"
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit(3), GeneratorExit(), asyncio.CancelledError("why")], ids=repr
+)
+def test_what_is_no_exception_comes_out_as_itself(
+    error: BaseException, callback: Callable[..., Entry], testing_library: object
+) -> None:
+    """Through a function of Python, and through one of C++ that calls it."""
+    fail = callback(raising(error), 0)
+    apply = global_function("testing.apply")
+    for call in (fail, lambda: apply(fail.owner), lambda: callback(fail, 0)()):
+        with pytest.raises(type(error)) as caught:
+            call()
+        assert caught.value is error
+        told = error.__cause__
+        assert isinstance(told, KernelError)
+        assert (told.kind, told.message) == (type(error).__name__, str(error))
+        assert told.__cause__ is None
+        assert "raise error" in told.backtrace
+        error.with_traceback(None)
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), OSError("told")], ids=repr)
+def test_what_escapes_a_callback(
+    error: BaseException, callback: Callable[..., Entry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal comes at any place, also after the function, where an error is told."""
+
+    def interrupted(_: BaseException) -> None:
+        raise error
+
+    monkeypatch.setattr(values, "set_raised", interrupted)
+    with pytest.raises(BaseException) as caught:  # noqa: PT011
+        callback(raising(ValueError("the function's own")), 0)()
+    if isinstance(error, Exception):
+        assert isinstance(caught.value, KernelError)
+        assert caught.value.kind == "OSError"
+    else:
+        assert caught.value is error
 
 
 def test_ctrl_c_while_an_exception_is_told(callback: Callable[..., Entry]) -> None:

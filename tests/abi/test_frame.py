@@ -1,69 +1,96 @@
-"""Packed calls: frames filled again and again."""
+"""Packed calls: frames written again and again."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
-from fi_ffi.abi.frame import Frame, TensorSlot
+from fi_ffi.abi.frame import NO_STREAM, Frame, FrameLayout, Slot
 from fi_ffi.abi.function import Entry, make_array
 from fi_ffi.abi.objects import Array
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import KernelError
 
-LAYOUTS = [
-    TensorDesc(0, (2, 3), "float16", device="cpu").layout,
-    TensorDesc(0, (), "int64", device="cuda:1").layout,
-    TensorDesc(0, (0, 4), "bfloat16", strides=(9, 2)).layout,
+DESCS = [
+    TensorDesc(0, (2, 3), "float16", device="cpu"),
+    TensorDesc(0, (), "int64", device="cuda:1"),
+    TensorDesc(0, (0, 4), "bfloat16", strides=(9, 2)),
 ]
+
+
+def make_frame(entry: Entry, slots: Sequence[Slot]) -> Frame:
+    """A frame whose tensors and scalars are these."""
+    layout = FrameLayout([slot[0].rank if isinstance(slot, tuple) else None for slot in slots])
+    return Frame(layout, slots, entry)
+
+
+def write(frame: Frame, values: Sequence[TensorDesc | float]) -> None:
+    for i, value in enumerate(values):
+        if isinstance(value, TensorDesc):
+            frame.write_tensor(i, value)
+        else:
+            view = frame.floats if isinstance(value, float) else frame.words
+            view[frame.layout.value(i)] = value
+
+
+def call(frame: Frame, *values: TensorDesc | float) -> object:
+    write(frame, values)
+    frame.place_objects()
+    return frame.call()
 
 
 @pytest.mark.parametrize("as_object", [False, True])
 def test_slots_arrive_in_order(as_object: bool, callback: Callable[..., Entry]) -> None:
     calls: list[tuple[object, ...]] = []
     entry = callback(lambda *args: calls.append(args), 6)
-    tensors = [TensorSlot(layout, as_object) for layout in LAYOUTS]
-    frame = Frame([tensors[0], int, tensors[1], float, bool, tensors[2]])
+    tensors = [(desc.kind, as_object) for desc in DESCS]
+    frame = make_frame(entry, [tensors[0], int, tensors[1], float, bool, tensors[2]])
+    first, second, third = DESCS
     values = [
-        (0x1000, -(2**63), 0x2000, 1.5, True, 0),
-        (2**63, 2**63 - 1, 0x3000, float("-inf"), False, 0x4000),
+        (first.at(0x1000), -(2**63), second.at(0x2000), 1.5, True, third),
+        (first.at(2**63), 2**63 - 1, second.at(0x3000), float("-inf"), False, third.at(0x4000)),
     ]
     for each in values:
-        assert frame.call(entry, each) is None
+        assert call(frame, *each) is None
     for got, sent in zip(calls, values, strict=True):
-        sent_descs = zip(sent[0::2][:2] + sent[5:], LAYOUTS, strict=True)
-        assert [repr(got[i]) for i in (0, 2, 5)] == [
-            f"TensorDesc({p:#x}, {x})" for p, x in sent_descs
-        ]
+        assert [repr(got[i]) for i in (0, 2, 5)] == [repr(sent[i]) for i in (0, 2, 5)]
         assert (got[1], got[3], got[4]) == (sent[1], sent[3], sent[4])
-        assert [type(value) for value in got][1::2][:2] == [int, float]
-        assert type(got[4]) is bool
+        assert [type(got[i]) for i in (1, 3, 4)] == [int, float, bool]
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_sizes_and_strides_are_each_calls_own(
+    as_object: bool, callback: Callable[..., Entry]
+) -> None:
+    """A frame is for all tensors of a kind; none gets the sizes of one before."""
+    seen: list[str] = []
+    kind = DESCS[0].kind
+    frame = make_frame(callback(lambda x: seen.append(repr(x))), [(kind, as_object)])
+    sent = [
+        TensorDesc(0x1000, (n, 3), "float16", strides=(3 + n, 1), device="cpu") for n in range(9)
+    ]
+    for desc in sent:
+        call(frame, desc)
+    assert seen == [repr(desc) for desc in sent]
 
 
 def test_no_arguments(callback: Callable[..., Entry]) -> None:
-    assert Frame([]).call(callback(lambda: 7, 0), []) == 7
+    assert call(make_frame(callback(lambda: 7, 0), [])) == 7
 
 
 def test_results_are_owned_and_cleared(callback: Callable[..., Entry]) -> None:
-    results: list[object] = [5, None, "a longer string", None]
-    entry = callback(lambda: results.pop(0), 0)
-    frame = Frame([])
-    assert [frame.call(entry, []) for _ in range(4)] == [5, None, "a longer string", None]
-
     array = make_array([1])
-    made = frame.call(callback(lambda: array, 0), [])
+    results: list[object] = [5, None, "a longer string", None, array, None]
+    frame = make_frame(callback(lambda: results.pop(0), 0), [])
+    assert [frame.call() for _ in range(4)] == [5, None, "a longer string", None]
+    made = frame.call()
     assert isinstance(made, Array)
+    gc.collect()
     assert array.use_count == 2
-    frame.call(callback(lambda: None, 0), [])
     del made
     assert array.use_count == 1
-
-
-def test_a_wrong_number_of_values(callback: Callable[..., Entry]) -> None:
-    with pytest.raises(ValueError, match="zip"):
-        Frame([int]).call(callback(lambda a: None), [])
 
 
 def test_a_frame_survives_a_failure(callback: Callable[..., Entry]) -> None:
@@ -74,22 +101,21 @@ def test_a_frame_survives_a_failure(callback: Callable[..., Entry]) -> None:
 
     entry = callback(sometimes, 2)
     for as_object in (False, True):
-        frame = Frame([TensorSlot(LAYOUTS[0], as_object), int])
+        frame = make_frame(entry, [(DESCS[0].kind, as_object), int])
         for _ in range(3):
             with pytest.raises(KernelError, match="ValueError: -1"):
-                frame.call(entry, [0x1000, -1])
-            assert frame.call(entry, [0x1000, 2]) == 0x1002
+                call(frame, DESCS[0].at(0x1000), -1)
+            assert call(frame, DESCS[0].at(0x1000), 2) == 0x1002
 
 
-def test_a_frame_keeps_its_layouts(callback: Callable[..., Entry]) -> None:
-    """Layouts fall out of their cache; the C arrays in use must not fall with them."""
-    from fi_ffi.abi import tensor
+def test_what_comes_last_comes_last() -> None:
+    """Shapes of what a plan has bound lie behind those that each call writes."""
+    layout = FrameLayout([2, None, 3, 1], last=[0])
+    assert layout.first_dims == layout.dims[2] < layout.dims[3] < layout.dims[0]
+    assert layout.dims[3] - layout.dims[2] == 6
+    assert layout.words == layout.dims[0] + 4
 
-    seen: list[TensorDesc] = []
-    frame = Frame([TensorSlot(TensorDesc(0, (3, 1, 4, 1, 5), "int8").layout, False)])
-    tensor._LAYOUTS.clear()
-    gc.collect()
-    clutter = [TensorDesc(0, (9,) * 5, "int8", strides=(i,) * 5) for i in range(1000)]
-    frame.call(callback(seen.append), [0x1000])
-    assert seen[0].shape == (3, 1, 4, 1, 5)
-    assert len(clutter) == 1000
+
+def test_a_new_frame_has_no_stream_to_put_back(callback: Callable[..., Entry]) -> None:
+    frame = make_frame(callback(lambda: 7, 0), [])
+    assert frame.words[frame.layout.before] == NO_STREAM

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from fi_ffi.abi import library
 from fi_ffi.abi.function import Entry, global_function, probe, register
+from fi_ffi.abi.objects import lent_count
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import AbiError, KernelError, LoaderError
 
@@ -29,6 +32,25 @@ def test_registering_again_replaces() -> None:
     register("fi_ffi.tests.which", signature, lambda: 2)
     assert global_function("fi_ffi.tests.which")() == 2
     assert first() == 1  # and who has the first keeps it
+
+
+def test_a_registered_function_stays_while_it_can_be_called() -> None:
+    class Held:
+        def __call__(self) -> int:
+            return 5
+
+    held, signature = Held(), Signature("stays", (), "int")
+    gone = weakref.ref(held)
+    register("fi_ffi.tests.stays", signature, held)
+    del held
+    gc.collect()
+    lent_count()
+    assert global_function("fi_ffi.tests.stays")() == 5
+    register("fi_ffi.tests.stays", signature, lambda: 6)
+    lent_count()
+    gc.collect()
+    assert gone() is None
+    assert global_function("fi_ffi.tests.stays")() == 6
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 4, 100])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import fi_ffi
 from fi_ffi.abi.dtypes import DTYPES
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.tensor import TensorDesc
@@ -103,9 +105,9 @@ def test_views(exporter: Callable[[Array], Any], view: Callable[[Array], Array])
 @pytest.mark.parametrize("exporter", [lambda array: array, Versioned, ArrayInterface])
 def test_read_only_memory_is_marked(exporter: Callable[[Array], Any]) -> None:
     array = random_array((3,))
-    assert not as_desc(exporter(array)).layout.readonly
+    assert not as_desc(exporter(array)).readonly
     array.flags.writeable = False
-    assert as_desc(exporter(array)).layout.readonly
+    assert as_desc(exporter(array)).readonly
     assert as_desc(exporter(array)).layout is not as_desc(exporter(random_array((3,)))).layout
 
 
@@ -347,3 +349,226 @@ def test_every_export_is_given_back(exporter: type[Wrapper]) -> None:
     assert sys.getrefcount(array) >= before + 200  # the wrapper's and the capsule's
     descs.clear()
     assert sys.getrefcount(array) == before
+
+
+# Interfaces that once led somewhere else.
+
+
+@pytest.mark.parametrize("exporter", [ArrayInterface, CudaArrayInterface])
+@pytest.mark.parametrize("data", [bytes(64), bytearray(64), memoryview(bytes(64)), np.zeros(8)])
+def test_data_that_is_a_buffer(exporter: type[Wrapper], data: object) -> None:
+    """numpy's protocol allows it; its first bytes are no address."""
+    with pytest.raises(ArgumentError, match="data is .*, not an address and a flag") as caught:
+        as_desc(exporter(random_array((4,)), data=data), "rmsnorm", "x")
+    assert (caught.value.op, caught.value.argument) == ("rmsnorm", "x")
+
+
+@pytest.mark.parametrize("part", ["shape", "strides"])
+def test_a_shape_without_an_end(part: str) -> None:
+    def endless() -> Any:
+        while True:
+            yield 1
+
+    class Endless:
+        def __iter__(self) -> Any:
+            return endless()
+
+    with pytest.raises(ArgumentError, match="64 at most"):
+        TensorDesc(64, **{"shape": (1,), part: Endless()}, dtype="int8")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="64 at most"):
+        TensorDesc(64, **{"shape": (1,), part: endless()}, dtype="int8")
+    if part == "shape":
+        exporter = ArrayInterface(random_array((3,)), **{part: endless()})
+        with pytest.raises(ArgumentError):
+            as_desc(exporter, "rmsnorm", "x")
+
+
+def test_an_object_that_looks_like_a_descriptor() -> None:
+    """What it says of itself is not what it is."""
+
+    class Lookalike:
+        layout = TensorDesc(64, (4, 16), "float16", device="cpu").layout
+        kind = TensorDesc(64, (4, 16), "float16", device="cpu").kind
+        shape, strides, owner, ptr = (4, 16), (16, 1), None, -4096
+
+    with pytest.raises(ArgumentTypeError, match="rmsnorm: argument `x`: got .*Lookalike"):
+        as_desc(Lookalike(), "rmsnorm", "x")
+    with pytest.raises(ArgumentTypeError, match="rmsnorm: argument `input`: got .*Lookalike"):
+        fi_ffi.rmsnorm(np.zeros((4, 16), np.float16), Lookalike(), np.ones(16, np.float16))  # type: ignore[arg-type]
+
+
+# numpy's arrays, by their attributes.
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.int64])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda a: a,
+        lambda a: a.T,
+        lambda a: np.asfortranarray(a),
+        lambda a: a[::2],
+        lambda a: a[:, ::-1],
+        lambda a: a[1:1],
+        lambda a: a[0, 0, ...],
+        lambda a: np.broadcast_to(a[0], a.shape),
+        lambda a: a.reshape(-1)[:1].reshape(1, 1, 1),
+    ],
+)
+def test_numpy_views_time_and_again(view: Callable[[Array], Array], dtype: Any) -> None:
+    """The first of a dtype and rank is read from its interface, the others by attributes."""
+    for _ in range(3):
+        array = view(random_array((4, 6), dtype))
+        desc = as_desc(array)
+        assert desc.ptr == array.__array_interface__["data"][0]
+        assert (desc.shape, desc.dtype.name) == (array.shape, array.dtype.name)
+        for step, own, size in zip(desc.strides, array.strides, array.shape, strict=True):
+            assert step * array.itemsize == own or size <= 1
+        assert desc.readonly == (not array.flags.writeable)
+        array = random_array(array.shape, dtype)
+        if array.size:  # numpy's strides of nothing are 0
+            check(as_desc(array), array)
+        array.flags.writeable = False
+        assert as_desc(array).readonly
+        assert not as_desc(random_array(array.shape, dtype)).readonly
+
+
+def test_numpy_arrays_that_are_derived() -> None:
+    class Mine(np.ndarray):  # type: ignore[type-arg]
+        pass
+
+    array = random_array((3, 4)).view(Mine)
+    for _ in range(2):
+        check(as_desc(array), array)
+        assert as_desc(array).owner is array or as_desc(array).owner[0] is array  # type: ignore[index]
+
+
+def test_numpy_arrays_of_rank_0() -> None:
+    for i in range(3):
+        array = np.array(i, np.float32)
+        desc = as_desc(array)
+        assert (desc.ptr, desc.shape, desc.strides) == (array.ctypes.data, (), ())
+
+
+# torch's tensors, by their attributes.
+
+
+@pytest.fixture(scope="module")
+def torch() -> Any:
+    return pytest.importorskip("torch")
+
+
+def same_as_torch(desc: TensorDesc, tensor: Any) -> None:
+    assert desc.ptr == tensor.data_ptr()
+    assert desc.shape == tuple(tensor.shape)
+    assert desc.strides == tensor.stride()
+    assert str(tensor.dtype) == f"torch.{desc.dtype.name}"
+    assert {type(n) for n in (*desc.shape, *desc.strides)} <= {int}
+    assert (str(desc.device), desc.readonly) == ("cpu", False)
+    assert desc.owner is tensor
+
+
+def test_torch_views(torch: Any) -> None:
+    for _ in range(2):
+        whole = torch.zeros(4, 6, 2, dtype=torch.bfloat16)
+        for tensor in (
+            whole, whole.mT, whole[::2, 1:], whole[0, 0, 0], whole[1:1], whole.expand(4, 6, 2),
+            whole[:, :1].expand(4, 6, 2), whole.reshape(-1), torch.tensor(1.5), whole.real,
+        ):  # fmt: skip
+            same_as_torch(as_desc(tensor), tensor)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+def test_torch_dtypes(torch: Any) -> None:
+    for name in DTYPES:
+        dtype = getattr(torch, name, None)
+        if dtype is not None and name != "float4_e2m1fn_x2":
+            tensor = torch.empty((2, 3), dtype=dtype)
+            same_as_torch(as_desc(tensor), tensor)
+    for dtype in (torch.complex64, torch.complex32):
+        with pytest.raises(ArgumentError, match=f"`x`: got dtype {dtype}"):
+            as_desc(torch.zeros(2, dtype=dtype), "rmsnorm", "x")
+
+
+def test_torch_tensors_that_have_gradients(torch: Any) -> None:
+    """DLPack refuses these; a kernel reads them like any other."""
+    for tensor in (
+        torch.nn.Parameter(torch.ones(3, 4)),
+        torch.ones(3, 4, requires_grad=True),
+        torch.ones(3, 4, requires_grad=True) * 2,
+        torch.nn.Buffer(torch.ones(3, 4)),
+    ):
+        same_as_torch(as_desc(tensor), tensor)
+    norm = torch.nn.RMSNorm(16, dtype=torch.float16)
+    x, out = torch.ones(4, 16, dtype=torch.float16), torch.zeros(4, 16, dtype=torch.float16)
+    fi_ffi.rmsnorm(out, x, norm.weight, eps=0.0)
+    assert (out == 1).all()
+
+
+def test_torch_tensors_are_kept_alive(torch: Any) -> None:
+    tensor = torch.ones(3, 4)
+    alive = weakref.ref(tensor)
+    desc = as_desc(tensor)
+    del tensor
+    gc.collect()
+    assert alive() is not None
+    del desc
+    gc.collect()
+    assert alive() is None
+
+
+def quantised(torch: Any) -> Any:
+    return torch.quantize_per_tensor(torch.ones(3, 4), 0.5, 0, torch.qint8)
+
+
+def fake(torch: Any) -> Any:
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        return torch.ones(3, 4)
+
+
+def dispatched(torch: Any) -> Any:
+    class Wrapping(torch.Tensor):  # type: ignore[misc,name-defined]
+        @classmethod
+        def __torch_dispatch__(cls, *_: object) -> object:
+            raise AssertionError("it was asked to do something")
+
+    return torch.Tensor._make_wrapper_subclass(Wrapping, (3, 4))
+
+
+ODD: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "sparse": (lambda t: t.ones(3, 4).to_sparse(), "a sparse_coo tensor"),
+    "sparse rows": (lambda t: t.ones(3, 4).to_sparse_csr(), "a sparse_csr tensor"),
+    "quantised": (quantised, "a quantised tensor"),
+    "meta": (lambda t: t.ones(3, 4, device="meta"), "a meta tensor"),
+    "fake": (fake, "a torch._subclasses.fake_tensor.FakeTensor, which stands for a tensor"),
+    "dispatched": (dispatched, "Wrapping, which stands for a tensor"),
+    "conjugate": (lambda t: t.ones(3, 4, dtype=t.complex64).conj(), "a conjugate view"),
+    "negative": (lambda t: t.ones(3, 4, dtype=t.complex64).conj().imag, "a negative view"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ODD)
+def test_torch_tensors_that_no_kernel_can_read(name: str, torch: Any) -> None:
+    """Refused by name; also when plain ones of that dtype, device and rank were met."""
+    make, words = ODD[name]
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match="rmsnorm: argument `input`: got a") as caught:
+            as_desc(make(torch), "rmsnorm", "input")
+        assert words in str(caught.value)
+        assert type(caught.value) is ArgumentError
+        assert caught.value.__cause__ is None and caught.value.__context__ is None
+        with pytest.raises(ArgumentError, match=re.escape(words)):
+            fi_ffi.rmsnorm(make(torch), torch.ones(3, 4), torch.ones(4))
+        as_desc(torch.ones(3, 4))
+
+
+def test_torch_tensors_of_plain_subclasses(torch: Any) -> None:
+    class Plain(torch.Tensor):  # type: ignore[misc,name-defined]
+        pass
+
+    tensor = torch.ones(3, 4).as_subclass(Plain)
+    for _ in range(2):
+        same_as_torch(as_desc(tensor), tensor)

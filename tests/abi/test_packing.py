@@ -6,33 +6,36 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fi_ffi.abi.packing import packer_of
-from fi_ffi.abi.signature import Signature, parse_signature
-from fi_ffi.abi.spelling import Spelled, parse_type
+from fi_ffi.abi.signature import Signature, TypeExpr, parse_signature, parse_type
+from fi_ffi.abi.values import packer_of
 from fi_ffi.errors import AbiError
 
 SPELLED = {
-    "int": Spelled("int"),
-    "ffi.Array": Spelled("Array"),
-    "std::string": Spelled("str"),
-    "const char*": Spelled("const char*"),
-    "Optional<int>": Spelled("Optional", (Spelled("int"),)),
-    "Optional<Array<ffi.Tensor>>": Spelled(
-        "Optional", (Spelled("Array", (Spelled("ffi.Tensor"),)),)
+    "int": TypeExpr("int"),
+    "ffi.Array": TypeExpr("Array"),
+    "std::string": TypeExpr("str"),
+    "const char*": TypeExpr("const char*"),
+    "Optional<int>": TypeExpr("Optional", (TypeExpr("int"),)),
+    "Optional<Array<ffi.Tensor>>": TypeExpr(
+        "Optional", (TypeExpr("Array", (TypeExpr("ffi.Tensor"),)),)
     ),
-    "Map<str, Array<int>>": Spelled("Map", (Spelled("str"), Spelled("Array", (Spelled("int"),)))),
-    "Tuple<int, str, DLTensor*>": Spelled(
-        "Tuple", (Spelled("int"), Spelled("str"), Spelled("DLTensor*"))
+    "Map<str, Array<int>>": TypeExpr(
+        "Map", (TypeExpr("str"), TypeExpr("Array", (TypeExpr("int"),)))
     ),
-    "(0: int, 1: Array<int>) -> void": Spelled("ffi.Function"),
-    "Array<(0: int, 1: float) -> Map<str, int>>": Spelled("Array", (Spelled("ffi.Function"),)),
-    "Map<str, (0: int) -> int>": Spelled("Map", (Spelled("str"), Spelled("ffi.Function"))),
-    "std::function<void(int, float)>": Spelled("ffi.Function"),
-    "std::array<int, 3>": Spelled("Array", (Spelled("int"),)),
-    "std::vector<std::optional<int>>": Spelled("Array", (Spelled("Optional", (Spelled("int"),)),)),
-    "Tuple<>": Spelled("Tuple"),
-    "RValueRef<ffi.Module>": Spelled("ffi.Module"),
-    "my.Object": Spelled("my.Object"),
+    "Tuple<int, str, DLTensor*>": TypeExpr(
+        "Tuple", (TypeExpr("int"), TypeExpr("str"), TypeExpr("DLTensor*"))
+    ),
+    "(0: int, 1: Array<int>) -> void": TypeExpr("ffi.Function"),
+    "Array<(0: int, 1: float) -> Map<str, int>>": TypeExpr("Array", (TypeExpr("ffi.Function"),)),
+    "Map<str, (0: int) -> int>": TypeExpr("Map", (TypeExpr("str"), TypeExpr("ffi.Function"))),
+    "std::function<void(int, float)>": TypeExpr("ffi.Function"),
+    "std::array<int, 3>": TypeExpr("Array", (TypeExpr("int"),)),
+    "std::vector<std::optional<int>>": TypeExpr(
+        "Array", (TypeExpr("Optional", (TypeExpr("int"),)),)
+    ),
+    "Tuple<>": TypeExpr("Tuple"),
+    "RValueRef<ffi.Module>": TypeExpr("ffi.Module"),
+    "my.Object": TypeExpr("my.Object"),
 }
 
 

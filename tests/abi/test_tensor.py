@@ -1,22 +1,26 @@
-"""`TensorDesc` and the layouts it shares."""
+"""`TensorDesc`: its fields, what it refuses, and the quick ways of making one."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import decimal
 import fractions
+import gc
+import itertools
 import pickle
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fi_ffi.abi import tensor
 from fi_ffi.abi.dtypes import DTYPES
 from fi_ffi.abi.interop import as_desc
-from fi_ffi.abi.tensor import TensorDesc, c_strides
+from fi_ffi.abi.tensor import TensorDesc, c_strides, make_desc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 
 INT64 = 2**63 - 1
@@ -33,9 +37,9 @@ def test_fields() -> None:
     assert made.strides == (12, 4, 1)  # elements, not bytes
     assert made.dtype is DTYPES["bfloat16"]
     assert str(made.device) == "cuda:1"
-    assert made.layout.numel == 24
-    assert made.layout.span_bytes == 48
-    assert made.layout.is_contiguous
+    assert made.numel == 24
+    assert made.span_bytes == 48
+    assert made.is_contiguous
     assert repr(made) == "TensorDesc(0x1000, bfloat16[2, 3, 4] on cuda:1)"
 
 
@@ -61,10 +65,17 @@ def test_an_address_does_not_travel() -> None:
         copy.deepcopy(desc())
 
 
-def test_the_same_arguments_share_a_layout() -> None:
+def fields(made: TensorDesc) -> tuple[object, ...]:
+    """What a descriptor is, but for what it keeps alive; kinds are compared as objects."""
+    assert type(made) is TensorDesc
+    numbers = (made.ptr, *made.shape, *made.strides)
+    assert {type(number) for number in numbers} == {int}
+    return made.ptr, made.shape, made.strides, id(made.kind)
+
+
+def test_the_same_arguments_by_other_types() -> None:
     made = desc()
     others = [
-        desc(128),
         desc(shape=[2, 3]),
         desc(shape=np.array([2, 3])),
         desc(shape=iter((2, 3))),
@@ -72,40 +83,53 @@ def test_the_same_arguments_share_a_layout() -> None:
         desc(device="cuda"),
         desc(strides=(3, 1)),
         desc(strides=[np.int64(3), np.uint8(1)]),
+        desc(np.uint64(64)),
     ]
     for other in others:
-        assert other.layout is made.layout
-    for other in (desc(shape=(3, 2)), desc(dtype="bfloat16"), desc(device="cpu")):
-        assert other.layout is not made.layout
+        assert fields(other) == fields(made)
+        assert other.layout == made.layout
+    for other in (desc(shape=(3, 2)), desc(dtype="bfloat16"), desc(device="cpu"), desc(128)):
+        assert fields(other) != fields(made)
 
 
-def test_the_cache_of_layouts_is_bounded() -> None:
-    for size in range(tensor._CACHE_LIMIT + 500):
-        desc(shape=(size,))
-    assert len(tensor._LAYOUTS) <= tensor._CACHE_LIMIT + 2
+def test_kinds_are_one_object() -> None:
+    kinds = {id(desc(shape=(n, 3)).kind) for n in range(100)}
+    assert kinds == {id(desc(strides=(1, 2)).kind)}
+    others = [desc(shape=(6,)), desc(dtype="bfloat16"), desc(device="cpu")]
+    others.append(make_desc(64, (2, 3), "float16", None, "cuda:0", readonly=True))
+    assert len({id(made.kind) for made in others} | kinds) == 5
 
 
-def test_the_cache_of_layouts_is_bounded_for_arrays() -> None:
-    memory = np.zeros(tensor._CACHE_LIMIT + 500, np.uint8)
-    for size in range(len(memory)):
-        as_desc(memory[:size])
-    assert len(tensor._LAYOUTS) <= tensor._CACHE_LIMIT + 2
+def test_what_names_are_remembered_is_bounded() -> None:
+    """A name that was parsed is kept; a caller may make new ones without end."""
+
+    class Name(str):
+        """Of its own hash: another key each time."""
+
+        __hash__ = object.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            return self is other
+
+    for _ in range(tensor._MOST_NAMES + 500):
+        desc(device=Name("cuda:0"))
+    assert 0 < len(tensor._NAMED) <= tensor._MOST_NAMES
 
 
 def test_rank_0() -> None:
     made = desc(shape=())
-    assert (made.shape, made.strides, made.layout.numel) == ((), (), 1)
-    assert made.layout.span_bytes == 2
+    assert (made.shape, made.strides, made.numel) == ((), (), 1)
+    assert made.span_bytes == 2
 
 
 def test_no_elements_need_no_address() -> None:
     made = desc(0, (0, 128))
-    assert (made.layout.numel, made.layout.span_bytes, made.strides) == (0, 0, (128, 1))
+    assert (made.numel, made.span_bytes, made.strides) == (0, 0, (128, 1))
 
 
 @pytest.mark.parametrize("argument", ["shape", "strides"])
 def test_rank_limit(argument: str) -> None:
-    assert desc(shape=(1,) * 64, strides=(1,) * 64).layout.numel == 1
+    assert desc(shape=(1,) * 64, strides=(1,) * 64).numel == 1
     with pytest.raises(ArgumentError, match="64 at most"):
         desc(**{"shape": (1,) * 64, argument: (1,) * 65})
 
@@ -158,7 +182,7 @@ def test_overflow(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> No
 
 
 def test_the_largest_that_fits() -> None:
-    assert desc(0, (2**62 - 1,), "float16").layout.numel == 2**62 - 1
+    assert desc(0, (2**62 - 1,), "float16").numel == 2**62 - 1
     assert desc(2**64 - 13, (2, 3), "float16").ptr == 2**64 - 13
 
 
@@ -203,8 +227,8 @@ def test_row_major_like_numpy(shape: tuple[int, ...], dtype: str) -> None:
     if 0 not in shape:  # where there are no elements, strides mean nothing and numpy's differ
         array = np.empty(shape, DTYPES[dtype].numpy)
         assert tuple(s * made.dtype.itemsize for s in made.strides) == array.strides
-        assert made.layout.span_bytes == array.nbytes
-    assert made.layout.is_contiguous
+        assert made.span_bytes == array.nbytes
+    assert made.is_contiguous
     assert made.strides == c_strides(shape)
 
 
@@ -227,9 +251,9 @@ def test_views_like_numpy(array: np.ndarray[Any, Any]) -> None:
     assert made.shape == array.shape
     for stride, step, size in zip(made.strides, array.strides, array.shape, strict=True):
         assert stride * 2 == step or size == 1  # numpy tells no stride that is never used
-    assert made.layout.is_contiguous == array.flags.c_contiguous
+    assert made.is_contiguous == array.flags.c_contiguous
     reach = [abs(step) * (size - 1) for step, size in zip(array.strides, array.shape, strict=True)]
-    assert made.layout.span_bytes == sum(reach) + array.itemsize
+    assert made.span_bytes == sum(reach) + array.itemsize
 
 
 @given(
@@ -242,5 +266,155 @@ def test_anything_is_described_or_refused(shape: Any, strides: Any, ptr: int) ->
         made = desc(ptr, shape, strides=strides)
     except ArgumentError:
         return
-    assert 0 <= made.ptr <= made.ptr + made.layout.span_bytes < 2**64
+    assert 0 <= made.ptr <= made.ptr + made.span_bytes < 2**64
     assert all(0 <= size <= INT64 for size in made.shape)
+
+
+# The quick ways, against `make_desc`, which checks everything.
+
+
+class Index:
+    """An integer by its `__index__` only."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __index__(self) -> int:
+        return self.value
+
+
+SIZES = st.one_of(
+    st.integers(0, 9),
+    st.just(0),
+    st.integers(-2, 2**64),
+    st.sampled_from([2**31, 2**32, 2**61, 2**62, 2**63 - 1, 2**63]),
+    st.integers(0, 9).map(np.int64),
+    st.integers(0, 9).map(np.uint8),
+    st.integers(0, 9).map(Index),
+    st.booleans(),
+    st.booleans().map(np.bool_),
+    st.sampled_from([1.0, None, "1", np.float32(1)]),
+)
+ADDRESSES = st.one_of(
+    st.integers(0, 2**20), st.integers(2**63 - 99, 2**63 + 99), st.integers(2**64 - 99, 2**64),
+    st.integers(-2, 0), st.integers(0, 99).map(np.uint64), st.booleans(), st.just("64"),
+)  # fmt: skip
+KINDS = st.tuples(
+    st.sampled_from(["float16", "int8", "float64", "float4_e2m1fn_x2", np.float32, "half"]),
+    st.sampled_from(["cuda:0", "cpu", "cuda", "cuda:7", "gpu"]),
+)
+
+
+def made_or_refused(make: Any) -> object:
+    try:
+        return fields(make())
+    except ArgumentError as error:
+        return type(error), str(error)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.lists(SIZES, max_size=5).map(tuple), ADDRESSES, KINDS)
+def test_the_quick_way_makes_the_same(shape: Any, ptr: Any, kind: Any) -> None:
+    """And refuses the same, in the same words; also when its names are known."""
+    dtype, device = kind
+    slowly = made_or_refused(lambda: make_desc(ptr, shape, dtype, None, device))
+    for _ in range(2):
+        quickly = made_or_refused(lambda: TensorDesc(ptr, shape, dtype, device=device))
+        assert quickly == slowly
+        # Here its names are known: `make_desc` has met them for a shape that is right.
+        with contextlib.suppress(ArgumentError):
+            make_desc(0, (1,) * len(shape), dtype, None, device)
+
+
+HUGE = [2**31, 2**32, 2**61, 2**62, 2**63 - 1, 2**63, 2**64]
+
+
+@pytest.mark.parametrize("size", HUGE)
+@pytest.mark.parametrize("dtype", ["int8", "float16", "float64"])
+def test_the_quick_way_refuses_the_same_sizes(size: int, dtype: str) -> None:
+    """Also of tensors without elements, whose strides are written as int64 all the same."""
+    for rank in (1, 2, 3, 4):
+        for others in itertools.product((0, 1, 2, 5), repeat=rank - 1):
+            for at in range(rank):
+                shape = (*others[:at], size, *others[at:])
+                make_desc(0, (1,) * rank, dtype, None, "cpu")  # so that its names are known
+                slowly = made_or_refused(lambda s=shape: make_desc(0, s, dtype, None, "cpu"))
+                assert made_or_refused(lambda s=shape: desc(0, s, dtype, device="cpu")) == slowly
+
+
+@given(SHAPES.filter(len), st.sampled_from(["float16", "int64"]), st.data())
+def test_at_and_rows_make_the_same(shape: Any, dtype: str, data: st.DataObject) -> None:
+    strides = tuple(data.draw(st.integers(-9, 99)) for _ in shape)
+    made = TensorDesc(2**20, shape, dtype, strides=strides, device="cpu")
+    ptr = data.draw(ADDRESSES)
+    slowly = made_or_refused(lambda: make_desc(ptr, shape, dtype, strides, "cpu"))
+    assert made_or_refused(lambda: made.at(ptr)) == slowly
+    start = data.draw(st.integers(0, shape[0]))
+    stop = data.draw(st.integers(start, shape[0]))
+    rows = made.rows(start, stop)
+    at = made.ptr + start * strides[0] * made.dtype.itemsize
+    part = (stop - start, *shape[1:])
+    assert fields(rows) == fields(make_desc(at, part, dtype, strides, "cpu"))
+    assert fields(made.rows(Index(start), np.int64(stop))) == fields(rows)  # type: ignore[arg-type]
+
+
+@given(st.integers(1, 6), st.integers(-3, 9), st.integers(-3, 9))
+def test_rows_like_numpy(size: int, start: int, stop: int) -> None:
+    array = np.zeros((size, 4), np.float16)[:, ::-2]
+    made = as_desc(array)
+    if not 0 <= start <= stop <= size:
+        with pytest.raises(ArgumentError, match=f"rows within 0 to {size}"):
+            made.rows(start, stop)
+        return
+    part = made.rows(start, stop)
+    assert (part.shape, part.strides) == ((stop - start, 2), made.strides)
+    if stop > start:  # numpy's address of nothing is the array's own
+        assert part.ptr == as_desc(array[start:stop]).ptr
+    assert part.kind is made.kind
+    assert part.owner is array or part.owner is made.owner
+
+
+@pytest.mark.parametrize("wrong", [True, 1.0, "1", None, np.bool_(True), []])
+def test_rows_are_two_integers(wrong: Any) -> None:
+    for bounds in ((0, wrong), (wrong, 2)):
+        with pytest.raises(ArgumentTypeError, match="two ints") as caught:
+            desc().rows(*bounds)
+        assert caught.value.argument == "rows"
+
+
+def test_rows_of_rank_0() -> None:
+    with pytest.raises(ArgumentError, match="rank 1 or more"):
+        desc(shape=()).rows(0, 0)
+
+
+@pytest.mark.parametrize("ptr", [-1, 2**64, 2**64 - 12, True, 1.5, "64", None, object()])
+def test_at_refuses_what_is_no_address(ptr: Any) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        desc().at(ptr)
+    assert caught.value.argument == "ptr"
+
+
+def test_what_is_kept_alive() -> None:
+    """`at` keeps what it is given; `rows` is of the memory of its whole."""
+    array = np.zeros((4, 3), np.float16)
+    alive = weakref.ref(array)
+    whole = as_desc(array)
+    part, moved = whole.rows(1, 3), whole.at(64)
+    assert moved.owner is None and whole.at(64, "mine").owner == "mine"
+    del array, whole
+    gc.collect()
+    assert alive() is not None
+    del part
+    gc.collect()
+    assert alive() is None
+
+
+def test_made_of_a_derived_class() -> None:
+    """The quick ways are `TensorDesc`'s own."""
+
+    class Derived(TensorDesc):
+        __slots__ = ()
+
+    made = Derived(64, (2, 3), "float16")
+    assert isinstance(made, TensorDesc)
+    assert fields(as_desc(made)) == fields(desc())

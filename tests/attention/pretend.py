@@ -16,11 +16,12 @@ import fi_ffi
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import parse_device
-from fi_ffi.abi.tensor import TensorDesc, make_desc, make_layout
+from fi_ffi.abi.tensor import TensorDesc, make_desc
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.loader.runtime import ensure_tvm_ffi
-from fi_ffi.ops import cuda, form, handles, op, providers
+from fi_ffi.ops import cuda, handles, providers
 from fi_ffi.ops.attention import options
+from fi_ffi.ops.call import compiled, op
 from fi_ffi.reference import arrays
 
 from attention.machines import Cpu
@@ -39,9 +40,7 @@ def current_stream(index: int = 0) -> int:
 
 
 def on_host(desc: TensorDesc) -> TensorDesc:
-    layout = desc.layout
-    plain = make_layout(layout.shape, layout.dtype, layout.strides, CPU, layout.readonly)
-    return make_desc(desc.ptr, plain, desc)
+    return make_desc(desc.ptr, desc.shape, desc.dtype, desc.strides, CPU, desc.readonly, owner=desc)
 
 
 class Runtime:
@@ -101,6 +100,10 @@ class Runtime:
         ffi.memmove(target, source, count)
         return self._say("copy", stream)
 
+    def cudaStreamGetId(self, stream: Any, number: Any) -> int:
+        number[0] = int(ffi.cast("uintptr_t", stream))
+        return 0
+
     def cudaStreamIsCapturing(self, stream: Any, status: Any) -> int:
         status[0] = int(int(ffi.cast("uintptr_t", stream)) in self.capturing)
         return 0
@@ -114,11 +117,10 @@ class PretendArray(HostArray):
         self.device = device
 
     def desc(self) -> TensorDesc:
-        layout = fi_ffi.as_desc(self.array).layout
+        here = fi_ffi.as_desc(self.array)
         return TensorDesc(
-            self.array.ctypes.data, layout.shape, layout.dtype, strides=layout.strides,
-            device=self.device,
-        )  # fmt: skip
+            here.ptr, here.shape, here.dtype, strides=here.strides, device=self.device
+        )
 
 
 class Pretend(Cpu):
@@ -144,11 +146,12 @@ class Pretend(Cpu):
             return array_of(on_host(desc))
 
         patch = monkeypatch.setattr
-        patch(form, "entry_for", entry_for)
+        patch(compiled, "entry_for", entry_for)
         patch(arrays, "as_array", as_array)
         patch(of_loader, "load_cudart", lambda: (self.runtime, "a pretended one"))
         patch(of_loader, "_device_count", 1)
         patch(of_loader, "multiprocessors", lambda _: 4)
+        patch(of_loader, "shared_memory", lambda _: 200_000)
         patch(of_loader, "capability", lambda _: (9, 0))
         patch(cuda, "allocate", self._allocate)
         patch(cuda, "allocate_page_locked", lambda count, _: cuda._host(count))

@@ -54,7 +54,7 @@ RUNS = {
     "heads of k": ("k_p", np.zeros((90, 4, 128), np.float16), "num_kv_heads = 2"),
     "bfloat16": ("v_p", np.zeros((90, 2, 128), np.float32), "float16"),
     "requests": ("q_d", np.zeros((3, 8, 128), np.float16), "b = 4"),
-    "pages": ("paged_k_cache_d", np.zeros((1, 16, 2, 128), np.float16), "pages or more"),
+    "pages": ("paged_k_cache_d", np.zeros((1, 16, 2, 128), np.float16), "num_pages = 1"),
     "a page": ("paged_k_cache_d", np.zeros((99, 8, 2, 128), np.float16), "page_size = 16"),
     "tmp": ("tmp_p", None, "Tensor"),
     "window": ("window_left_p", -2, "from -1"),

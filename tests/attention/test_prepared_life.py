@@ -11,8 +11,8 @@ import pytest
 
 import fi_ffi
 from fi_ffi.abi import tensor
-from fi_ffi.ops import attention, watching
-from fi_ffi.ops.attention import ready, runs
+from fi_ffi.ops import attention
+from fi_ffi.ops.watch import watching
 
 from attention.arrays import bytes_of
 from attention.bodies import make
@@ -80,30 +80,21 @@ def test_owners(rng):
     made.case.check(made.batch, made.out)
 
 
-def test_a_plan_keeps_no_more_runs_than_that(rng):
+def test_options_of_one_run_are_not_those_of_the_next(rng):
     made = Runs(SERVED["decode"], Cpu(), rng)
-    for i in range(runs._MOST_READY + 10):
+    for i in range(100):
         made.plan.run(**made.tensors(), sm_scale=1.0 + i)
-        assert len(made.plan._ready) <= runs._MOST_READY
     made.plan.run(**made.tensors())
     made.case.check(made.batch, made.out)
 
 
-def test_options_that_are_equal_and_not_the_same(rng):
-    """-0.0 is 0.0, and its sign may come out at the other end."""
-    assert not ready.can_repeat(("NHD", 0.0), ())
-    assert not ready.can_repeat(("NHD", -0.0), ())
-    assert not ready.can_repeat((np.float64(1.0),), ())
-    assert ready.can_repeat(("NHD", None, False, True, 1.0, 2), ())
-
-
-def test_layouts_that_were_interned_anew(machine, rng):
+def test_dtypes_and_devices_that_are_named_anew(machine, rng):
     made = Runs(SERVED["prefill fa2"], machine, rng)
     call = made.prepare()
     options = made.case.run_options(made.batch)
     expected = made.full()
     for _ in range(3):
-        tensor._LAYOUTS.clear()
+        tensor._NAMED.clear()
         made.clear()
         run_of(made.plan)(**made.tensors(), stream=machine.stream, **options)
         assert same(made.out, expected)
@@ -133,9 +124,9 @@ def test_a_watchdog_sees_prepared_runs(rng):
     call, seen = made.prepare(), []
     real = watching.watched
 
-    def watched(launch, row, *args):
-        seen.append(row.name)
-        return real(launch, row, *args)
+    def watched(frame, *args):
+        seen.append(frame.variant.compiled.row.name)
+        return real(frame, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(watching, "watched", watched)
@@ -153,12 +144,12 @@ def test_a_watchdog_sees_prepared_runs(rng):
 def test_threads_use_a_prepared_run_in_turns(rng):
     made = Runs(SERVED["decode"], Cpu(), rng)
     call, failed = made.prepare(), []
-    held = call._made.take()
+    held = call.take()
     with pytest.raises(fi_ffi.ArgumentError, match="BatchDecodePlan.*in use"):
         call()
     with pytest.raises(fi_ffi.ArgumentError, match="BatchDecodePlan.*in use"):
         call.update(o=made.tensors()["o"])
-    call._made.give(held)
+    call.give(held)
 
     def work():
         try:

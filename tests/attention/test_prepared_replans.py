@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.ops.attention.plan import Plan
 
 from attention import serving
 from attention.batches import SPARE
@@ -118,11 +119,11 @@ def test_a_replan_that_fails_after_the_workspace_grew(spec, machine, rng, monkey
     made.check(made.few)
     before = made.plan.workspace
 
-    def fail(_):
+    def fail(*_):
         raise RuntimeError("the planner failed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fi_ffi.Workspace, "stage", fail)
+        patch.setattr(Plan, "_plan", fail)
         with pytest.raises(RuntimeError, match="the planner"):
             made.case.replan(made.plan, made.many)
     assert made.plan.workspace is not before

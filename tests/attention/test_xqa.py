@@ -69,7 +69,7 @@ def _wrong() -> dict[str, tuple[str, object, str]]:
         "output in float16": ("output", np.zeros((4, 1, 8, 128), F16), "bfloat16"),
         "rank of keys": ("k_cache", np.zeros((9, 16, 256), BF16), "rank 4"),
         "no heads": ("k_cache", np.zeros((9, 16, 0, 128), BF16), "at least 1"),
-        "a page of 8": ("k_cache", np.zeros((9, 8, 2, 128), BF16), "page_size"),
+        "a page of 8": ("k_cache", np.zeros((9, 8, 2, 128), BF16), "page_size of 16"),
         "values of another size": ("v_cache", np.zeros((9, 16, 4, 128), BF16), "num_pages"),
         "keys in float32": ("k_cache", np.zeros((9, 16, 2, 128), f32), "as q"),
         "lengths of int64": ("seq_lens", np.zeros((4, 1), np.int64), "uint32"),
@@ -97,12 +97,15 @@ def test_refusals(name, rng):
     argument, value, words = _wrong()[name]
     batch = Batch(SPECS["plain"], rng)
     before = batch.arrays["output"].tobytes()
+    given = {argument: value}
+    if name == "a page of 8":
+        given["v_cache"] = value
     with pytest.raises(fi_ffi.ArgumentError) as caught:
-        fi_ffi.xqa(**(batch.arrays | {argument: value}))
+        fi_ffi.xqa(**(batch.arrays | given))
     error = caught.value
     assert error.op == "xqa"
     assert words in str(error), error
-    sizes = ("head size of q", "requests of q", "values of another size", "a page of 8")
+    sizes = ("head size of q", "requests of q", "values of another size")
     assert error.argument == argument or name in sizes, error
     assert batch.arrays["output"].tobytes() == before
 
@@ -119,7 +122,7 @@ def test_strides_that_are_no_heads(rng):
     alone = {**batch.arrays, "output": np.full_like(batch.arrays["output"], np.nan)}
     fi_ffi.xqa(**alone)
     assert arrays["output"].tobytes() == alone["output"].tobytes()
-    with pytest.raises(fi_ffi.ArgumentError, match="those of `kCacheVLLM`"):
+    with pytest.raises(fi_ffi.ArgumentError, match="those of `k_cache`"):
         fi_ffi.xqa(**(arrays | {"v_cache": batch.values}))
 
 
@@ -127,10 +130,10 @@ def test_a_gpu_that_is_too_old(monkeypatch, rng):
     monkeypatch.setattr(machine, "capability", lambda index: (8, 7))
     monkeypatch.setattr(machine, "multiprocessors", lambda index: 16)
     descs = {
-        name: fi_ffi.TensorDesc(1 << 20, array.shape, array.dtype, device="cuda:0")
-        for name, array in Batch(SPECS["plain"], rng).arrays.items()
+        name: fi_ffi.TensorDesc(i << 24, array.shape, array.dtype, device="cuda:0")
+        for i, (name, array) in enumerate(Batch(SPECS["plain"], rng).arrays.items(), 1)
     }
-    scratch = fi_ffi.TensorDesc(1 << 20, (1 << 20,), "uint8")
-    counters = fi_ffi.TensorDesc(1 << 20, (1 << 20,), "uint32")
+    scratch = fi_ffi.TensorDesc(1 << 30, (1 << 20,), "uint8")
+    counters = fi_ffi.TensorDesc(1 << 31, (1 << 20,), "uint32")
     with pytest.raises(fi_ffi.ArchitectureError, match="8.7"):
         fi_ffi.xqa(**descs, workspace_buffer=scratch, semaphores=counters, stream=0)

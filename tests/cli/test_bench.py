@@ -9,32 +9,43 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.cli import bench, main
-from fi_ffi.cli.benching import nothing, peers
-from fi_ffi.cli.benching.calls import EMPTY, PLAN_TYPED, PREPARED, TYPED, own_calls
-from fi_ffi.cli.benching.rounds import Call, Timing, measure
+from fi_ffi.cli.benching import calls as ways
+from fi_ffi.cli.benching.calls import (
+    EMPTY,
+    NUMPY_REPEATED,
+    PEER,
+    PLAN_TYPED,
+    PREPARED,
+    REPEATED,
+    TYPED,
+    own_calls,
+)
+from fi_ffi.cli.benching.noop_kernel import kernels_replaced, noop
+from fi_ffi.cli.benching.timing import Call, Timing, measure
 from fi_ffi.loader import runtime
 from fi_ffi.loader import tvm_ffi as libtvm_ffi
 from fi_ffi.loader.tvm_ffi import Found
 
 NAMES = [
     EMPTY, PREPARED, "prepared call, 3 new pointers, in a scope", "prepared call with a stream",
-    "typed call, in a scope", TYPED, "typed call, stream given, 3 TensorDescs made",
-    "one TensorDesc made", PLAN_TYPED, "plan.run, prepared (CPU: no stream)",
+    "typed call, in a scope", TYPED, REPEATED, "typed call, 2 TensorDescs made, other lengths",
+    NUMPY_REPEATED, "typed call, numpy arrays (CPU), other lengths", "one TensorDesc made",
+    PLAN_TYPED, "plan.run, prepared (CPU: no stream)",
 ]  # fmt: skip
+OTHERS = {REPEATED: NAMES[7], NUMPY_REPEATED: NAMES[9]}
 QUICK = ("--cpu", "--rounds", "3", "--calls", "20")
 
 
 @pytest.fixture(autouse=True)
 def no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     """tvm_ffi is not brought into the process of the tests."""
-    monkeypatch.setattr(bench, "find", lambda: peers.Peer(None, "not looked for"))
+    monkeypatch.setattr(bench, "find_peer", lambda: ways.Peer(None, "not looked for"))
 
 
 @pytest.fixture
@@ -60,6 +71,7 @@ def test_every_call_has_a_figure_and_ratios() -> None:
         assert row["ns"] == sorted(row["rounds"])[1] > 0
         assert row["of_empty"] > 0
         assert row["of_tvm_ffi"] is None
+        assert (row["of_repeated"] is None) == (row["call"] not in OTHERS.values())
     assert document["results"][0]["of_empty"] == 1
 
 
@@ -81,6 +93,32 @@ def test_it_fails_on_a_ratio_alone() -> None:
     run(*QUICK, "--fail-above", 1e6)
 
 
+def test_it_fails_where_other_lengths_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ratios stand in for those measured: a test is not to fail by the machine's speed."""
+    ratios = dict.fromkeys(OTHERS, 1.5)
+
+    def ratio(timing: Timing, other: Timing) -> float:
+        return ratios[other.call.name] if timing.call.repeated == other.call.name else 1
+
+    monkeypatch.setattr(Timing, "ratio", ratio)
+    run(*QUICK, "--fail-above-repeated", 1.5)
+    ratios[NUMPY_REPEATED] = 1.51
+    text = run(*QUICK, "--fail-above-repeated", 1.5, code=1)
+    expected = "1.51 times the repeated length, and 1.5 is the most"
+    assert f"Error: {OTHERS[NUMPY_REPEATED]}: {expected}\n" in text
+    assert f"{OTHERS[REPEATED]}: 1" not in text
+    run(*QUICK)
+
+
+def test_lengths_are_others_in_each_call(calls: dict[str, Call]) -> None:
+    """And the arrays that they are slices of are nowhere written, so they take no memory."""
+    for repeated, name in OTHERS.items():
+        assert calls[name].statement == calls[repeated].statement
+        lengths, same = (calls[of].names["lengths"] for of in (name, repeated))
+        assert len({next(lengths) for _ in range(10_000)}) == 10_000
+        assert len({next(same) for _ in range(10)}) == 1
+
+
 def test_without_cpu_it_says_what_there_is() -> None:
     text = run(code=2)
     assert "--cpu" in text
@@ -88,14 +126,12 @@ def test_without_cpu_it_says_what_there_is() -> None:
     assert (Path(__file__).parents[2] / "benchmarks").is_dir()
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_what_fails_its_check_is_not_shown(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, when: str
-) -> None:
+def test_what_fails_its_check_is_not_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def wrong() -> list[Call]:
-        problem: dict[str, Any] = {when: lambda: "it is wrong"}
-        calls = own_calls()
-        return [dataclasses.replace(c, **problem) if c.name == TYPED else c for c in calls]
+        return [
+            dataclasses.replace(call, problem=lambda: "it is wrong") if call.name == TYPED else call
+            for call in own_calls()
+        ]
 
     monkeypatch.setattr(bench, "own_calls", wrong)
     file = tmp_path / "host.csv"
@@ -107,65 +143,44 @@ def test_what_fails_its_check_is_not_shown(
     assert TYPED not in [row["call"] for row in csv.DictReader(file.open())]
 
 
-def _exchange(call: Call) -> None:
-    names: Any = call.names
-    first, second = ("q", "o") if "q" in names else ("o", "x")
-    names[first], names[second] = names[second], names[first]
+def test_every_call_passes_its_checks(calls: dict[str, Call]) -> None:
+    assert {name: call.problem() for name, call in calls.items()} == dict.fromkeys(NAMES)
 
 
-def _update(call: Call) -> None:
-    ready = call.names["call"]
-    if "plan" in call.names:
-        ready.update(q=call.names["o"])
-    else:
-        ready.update(eps=1e-5)
+# A statement that does something else, and what is said of it.
+WRONG = {
+    "op(o, x, w, 0.1)": "of its bound away from float64",
+    "op(o, x, w, 1.1e-6)": "the entry was given [([",
+    "op(x, o, w, 1e-6)": "of its bound away from float64",
+    "pass": "of its bound away from float64",
+    "op(o, x, w, 1e-6, True)": "the entry was given [([",
+    "op(o, x, w, 1e-6); op(o, x, w, 1e-6)": "the entry was given [([",
+    "op(o, x, w, 1e-6, stream=78)": ", 78)",
+}
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != EMPTY and not n.endswith("made")])
-def test_what_the_entry_was_given_is_looked_at(calls: dict[str, Call], name: str) -> None:
-    call = calls[name]
-    assert call.before() is None
-    assert call.after() is None
-    (_update if "prepared" in name else _exchange)(call)
-    assert "the entry was given" in str(call.after())
+@pytest.mark.parametrize("statement", WRONG)
+def test_another_call_is_told(calls: dict[str, Call], statement: str) -> None:
+    made = ways._rmsnorm("", statement, is_scoped=True)
+    assert WRONG[statement] in str(made.problem())
 
 
-def test_the_number_of_calls_and_the_stream_are_looked_at(calls: dict[str, Call]) -> None:
-    names: Any = calls[TYPED].names
-    ready = names["op"]
-    names["op"] = lambda *args, stream: (ready(*args, stream=stream), ready(*args, stream=stream))
-    assert "the entry was given" in str(calls[TYPED].after())
-    names["op"] = lambda *args, stream: ready(*args, stream=stream + 1)
-    assert ", 78)" in str(calls[TYPED].after())
-    names["op"] = lambda *args, stream: None
-    assert "the entry was given [], not" in str(calls[TYPED].after())
+def test_rows_past_the_length_are_looked_at() -> None:
+    statement = ways._MADE.format(ways._ON_STREAM).replace("(n, 64)", "(n + 1, 64)")
+    assert "rows past its length" in str(ways._rmsnorm("", statement, repeated=REPEATED).problem())
 
 
-@pytest.mark.parametrize("name", [TYPED, PREPARED])
-def test_results_are_held_against_float64(
-    calls: dict[str, Call], monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    assert calls[name].before() is None
-    from fi_ffi.cli.benching import calls as ways
-
-    # A kernel that writes nothing in the reference's place.
-    monkeypatch.setattr("fi_ffi.ops.form.entry_for", lambda *_: nothing.nothing())
-    made = ways._Rmsnorm()
-    assert "of its bound away from float64" in str(made.wrong_results(name == PREPARED))
-
-
-def test_results_of_a_plan_are_held_against_float64() -> None:
-    from fi_ffi.cli.benching import calls as ways
-
-    batch = ways._Decode()
-    assert batch.wrong_results() is None
-    batch.plan.is_idle = True
-    batch.plan.replan(ways._INDPTR, ways._INDICES, ways._LAST)
-    assert "of its bound away from float64" in str(batch.wrong_results())
+@pytest.mark.parametrize(
+    ("statement", "told"),
+    [("plan.run(o, k, v, q)", "away from float64"), ("plan.run(q, v, k, o)", "away from float64"),
+     ("plan.run(q, k, v, o); plan.run(q, k, v, o)", "the entry was given")],
+)  # fmt: skip
+def test_another_run_of_a_plan_is_told(statement: str, told: str) -> None:
+    assert told in str(ways._decode("", statement).problem())
 
 
 def test_the_entry_does_nothing() -> None:
-    entry = nothing.nothing()
+    entry = noop()
     arguments, result = ffi.new("TVMFFIAny[5]"), ffi.new("TVMFFIAny *")
     handle = ffi.new("char[64]")
     for memory in (arguments, result, handle):
@@ -175,19 +190,21 @@ def test_the_entry_does_nothing() -> None:
         assert {*bytes(ffi.buffer(memory))} == {0xA5}
 
 
-def test_plans_beside_it_keep_their_kernel(calls: dict[str, Call]) -> None:
-    """An idle plan's form is its own, whatever plans are alike."""
-    from fi_ffi.cli.benching import calls as ways
-
-    batch = ways._Decode()
-    calls[PLAN_TYPED].once()
-    assert batch.wrong_results() is None
+def test_kernels_are_back_after_the_block(calls: dict[str, Call]) -> None:
+    """Those of the op and of plans like the one that was timed."""
+    with kernels_replaced(noop):
+        for name in (NUMPY_REPEATED, PLAN_TYPED):
+            measure([calls[name]], 1, 1)
+        assert "away from float64" in str(calls[PLAN_TYPED].problem())
+    assert calls[NUMPY_REPEATED].problem() is None
+    assert calls[PLAN_TYPED].problem() is None
 
 
 def test_rounds_take_turns() -> None:
     order: list[str] = []
     calls = [
-        Call(name, f"order.append({name!r})", {"order": order}, lambda: None) for name in "abc"
+        Call(name, f"order.append({name!r})", lambda: {"order": order}, lambda: None)
+        for name in "abc"
     ]
     timings = measure(calls, 2, 3)
     # One to warm up, and three timed.
@@ -196,7 +213,7 @@ def test_rounds_take_turns() -> None:
 
 
 def test_ratios_are_of_the_same_round() -> None:
-    call = Call("", "", {}, lambda: None)
+    call = Call("", "", dict, lambda: None)
     slow, fast = Timing(call, [20, 200, 22]), Timing(call, [10, 100, 11])
     assert slow.ratio(fast) == 2
     assert slow.nanoseconds == 22
@@ -218,13 +235,13 @@ def test_a_plot(tmp_path: Path) -> None:
 
 
 def test_tvm_ffi_is_left_alone_where_it_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers.importlib, "import_module", lambda name: pytest.fail(name))
+    monkeypatch.setattr(ways.importlib, "import_module", lambda name: pytest.fail(name))
     monkeypatch.setattr(libtvm_ffi, "installed", lambda: None)
-    assert peers.find().module is None
-    assert "not installed" in peers.find().told
+    assert ways.find_peer().module is None
+    assert "not installed" in ways.find_peer().told
     monkeypatch.setattr(libtvm_ffi, "installed", lambda: Found("/its/libtvm_ffi.so", "installed"))
     monkeypatch.setattr(libtvm_ffi, "in_process", lambda: Found("/other/libtvm_ffi.so", "here"))
-    assert peers.find() == (None, "this process has another libtvm_ffi: /other/libtvm_ffi.so")
+    assert ways.find_peer() == (None, "this process has another libtvm_ffi: /other/libtvm_ffi.so")
 
 
 def test_beside_tvm_ffi_where_it_is_installed() -> None:
@@ -239,7 +256,7 @@ def test_beside_tvm_ffi_where_it_is_installed() -> None:
         assert "not installed" in document["peer"]
         return
     assert document["peer"].startswith("apache-tvm-ffi 0.1")
-    assert rows[peers.PEER]["of_tvm_ffi"] == 1
+    assert rows[PEER]["of_tvm_ffi"] == 1
     assert "tvm_ffi call, numpy arrays" in rows
     assert ("tvm_ffi call, torch tensors" in rows) == bool(importlib.util.find_spec("torch"))
     assert all(row["of_tvm_ffi"] > 0 for row in document["results"])

@@ -21,9 +21,9 @@ from fi_ffi.cli.inputs import inputs_of
 from fi_ffi.cli.replaying import compare
 from fi_ffi.cli.replaying.recorded import load
 from fi_ffi.errors import ArtifactError
-from fi_ffi.ops import watching
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.logging_calls.dump import AFTER, BEFORE
+from fi_ffi.ops.watch import watching
+from fi_ffi.ops.watch.logging_calls.dump import AFTER, BEFORE
 
 from plan_calls import KINDS, Case
 from prepared_calls import EVERY_OP, Placed, draw, placed
@@ -116,7 +116,7 @@ def test_what_is_in_the_files(folder):
 @pytest.mark.parametrize("dtype", [*fi_ffi.DTYPES])
 def test_every_dtype_is_kept(folder, dtype):
     """Bit by bit, rows apart or not."""
-    from fi_ffi.ops.logging_calls import container, memory
+    from fi_ffi.ops.watch.logging_calls import container, memory
 
     rng = np.random.default_rng()
     size = fi_ffi.DTYPES[dtype].itemsize
@@ -128,7 +128,7 @@ def test_every_dtype_is_kept(folder, dtype):
     ):
         shape = (*part.shape[:2], 6)
         desc = fi_ffi.TensorDesc(whole.ctypes.data, shape, dtype, strides=strides, device="cpu")
-        got = memory.read(desc.layout, desc.ptr, None)
+        got = memory.read(desc, None)
         assert got == part.tobytes()
         path = folder.with_suffix(f".{len(got)}")
         container.write(path, {"x": container.Stored(desc.dtype, shape, got)}, {"a": "b"})
@@ -137,7 +137,7 @@ def test_every_dtype_is_kept(folder, dtype):
 
 
 def test_axes_in_any_order():
-    from fi_ffi.ops.logging_calls.memory import read
+    from fi_ffi.ops.watch.logging_calls.memory import read
 
     array = np.random.default_rng().integers(0, 2**15, (3, 4, 5, 6), np.int16)
     for axes in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2), (0, 2, 1, 3)):
@@ -146,7 +146,7 @@ def test_axes_in_any_order():
             strides = [step // 2 for step in view.strides]
             where = view.ctypes.data
             desc = fi_ffi.TensorDesc(where, view.shape, "int16", strides=strides, device="cpu")
-            assert read(desc.layout, where, None) == view.tobytes()
+            assert read(desc.at(where), None) == view.tobytes()
 
 
 def test_limits(folder):
@@ -186,7 +186,7 @@ def test_only_the_ops_that_are_named(folder):
 
 
 def test_a_full_disk_is_told_and_the_call_is_made(folder, monkeypatch):
-    from fi_ffi.ops.logging_calls import container
+    from fi_ffi.ops.watch.logging_calls import container
 
     def fail(*args: object) -> None:
         raise OSError(28, "No space left on device")
@@ -496,4 +496,4 @@ def test_placed_arrays_are_as_aligned_as_they_were(folder):
     for name, address in made.addresses.items():
         desc = again.desc(name)
         assert desc.ptr % 256 == address % 256 and desc.ptr != address
-        assert desc.layout is made.descs[name].layout
+        assert desc.layout == made.descs[name].layout

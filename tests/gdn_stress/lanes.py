@@ -11,7 +11,7 @@ import fi_ffi
 from fi_ffi.abi.dtypes import DTYPES
 from fi_ffi.cli.cases import Case
 from fi_ffi.cli.inputs.gdn import make as ragged_sequences
-from fi_ffi.ops.ragged import gdn_prefill_workspace_size
+from fi_ffi.ops.on_host import gdn_prefill_workspace_size
 
 from attention import machines
 from gdn_stress.machines import GUARD, OP, Cpu

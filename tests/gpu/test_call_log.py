@@ -21,10 +21,10 @@ import fi_ffi
 from fi_ffi.cli import main
 from fi_ffi.cli.cases import Case, make_case
 from fi_ffi.cli.inputs import inputs_of
-from fi_ffi.ops import watching
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.logging_calls.dump import BEFORE
 from fi_ffi.ops.row import Row
+from fi_ffi.ops.watch import watching
+from fi_ffi.ops.watch.logging_calls.dump import BEFORE
 
 from prepared_calls import settle
 
@@ -190,7 +190,7 @@ def test_an_address_that_cannot_be_read_leaves_no_error_behind(rng, to_gpu, stre
     from cuda.bindings import runtime
 
     from fi_ffi.cli.cuda import check
-    from fi_ffi.ops.logging_calls.memory import read as read_memory
+    from fi_ffi.ops.watch.logging_calls.memory import read as read_memory
 
     case = of_norm(rng)
     placed = place(case, to_gpu)
@@ -198,7 +198,7 @@ def test_an_address_that_cannot_be_read_leaves_no_error_behind(rng, to_gpu, stre
     check(runtime.cudaFree(gone))
     desc = fi_ffi.TensorDesc(int(gone), (64,), "float32")
     with pytest.raises(fi_ffi.KernelError, match="CUDA error"):
-        read_memory(desc.layout, desc.ptr, stream)
+        read_memory(desc, stream)
     fi_ffi.rmsnorm(**descs(placed), stream=stream)
     settle(stream)
     assert case.error("out", placed["out"].get())[1] <= 1

@@ -182,7 +182,7 @@ def test_a_gpu_that_is_not_there_leaves_nothing(rng, to_gpu, stream):
 
     left()
     there = fi_ffi.TensorDesc(1 << 20, (8, 512), "float16", device="cuda:99")
-    weight = fi_ffi.TensorDesc(1 << 20, (512,), "float16", device="cuda:99")
+    weight = fi_ffi.TensorDesc(1 << 21, (512,), "float16", device="cuda:99")
     for action in (
         lambda: of_loader.make_current(99),
         lambda: of_loader.capability(99),

@@ -25,8 +25,14 @@ from ops import test_gemm, test_segment_gemm
 from prepared_calls import OnGpu, settle
 
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
-# What the references alone compute here, or what is refused before it is known where it is.
-_OF_THE_HOST = ("test_groupwise", "test_groupwise_in_groups")
+# What the references alone compute here, or what is refused before it is known where it is, or
+# what an object in a kernel's place is told.
+_OF_THE_HOST = (
+    "test_groupwise",
+    "test_groupwise_in_groups",
+    "test_the_object_is_told_of_its_memory_before_each_product",
+    "test_the_object_is_told_of_no_product_that_is_refused",
+)
 
 for _module in (test_gemm, test_segment_gemm, blocks):
     for _name, _test in inspect.getmembers(_module, inspect.isfunction):

@@ -105,7 +105,7 @@ def test_tensor_objects(rng, to_gpu, stream):
         entry(*descs, case.scalars.get("eps", 1e-6), stream=stream)
     synchronise(stream)
     assert case.error("out", arrays["out"].get())[1] <= 1
-    from fi_ffi.abi.lent import lent_count
+    from fi_ffi.abi.objects import lent_count
 
     assert lent_count() == 0
 

@@ -10,7 +10,8 @@ import pytest
 
 import fi_ffi
 from fi_ffi.loader import search
-from fi_ffi.ops import cuda, recording
+from fi_ffi.ops import cuda
+from fi_ffi.ops.watch import recording
 from fi_ffi.reference import moe_weights
 from fi_ffi.reference.exact_moe import ON_HOPPER, moe
 

@@ -10,8 +10,8 @@ import pytest
 
 import fi_ffi
 from fi_ffi.cli.cases import Case, make_case
+from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.op import Op
 
 from calls import CALLS, HIDDEN, padded
 

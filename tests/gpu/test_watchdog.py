@@ -17,8 +17,10 @@ import pytest
 import fi_ffi
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.cli.cases import make_case
-from fi_ffi.ops import cuda, marks, watching
+from fi_ffi.ops import cuda
+from fi_ffi.ops.call import memory
 from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.watch import marks, watching
 
 LIMIT, LONG = 0.5, 60.0
 
@@ -157,7 +159,7 @@ class Hangs:
 
 
 def slot_of(stream: int) -> marks.Slot | None:
-    return marks.board._slots.get(marks.stream_key(0, stream))
+    return marks.board._slots.get(memory.stream_key(0, stream))
 
 
 # ---------------------------------------------------------------- what is fine
@@ -257,7 +259,7 @@ def test_default_streams(calls):
     def run():
         for handle in (0, 1, 2):
             calls[0](handle)
-        keys.append(marks.stream_key(0, 2))
+        keys.append(memory.stream_key(0, 2))
 
     with fi_ffi.watchdog(LONG) as dog:
         threads = [threading.Thread(target=run) for _ in range(2)]

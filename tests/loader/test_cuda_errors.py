@@ -194,6 +194,7 @@ def test_a_lost_gpu_is_noticed_by_every_call(op: str, pretended: Any, monkeypatc
     monkeypatch.setattr(machine, "device_count", lambda: 2)
     if op == "cudaStreamBeginCapture":  # as `cuda.current` asks first
         runtime.cudaGetDevice = lambda index: index.__setitem__(0, 0) or 0
+        runtime.cudaStreamGetId = lambda _, number: number.__setitem__(0, 1) or 0
     with pytest.raises(fi_ffi.DeviceError) as caught:
         CALLS[op]()
     is_told(caught.value, op)

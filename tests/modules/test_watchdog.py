@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.ops import recording
+from fi_ffi.ops.watch import recording
 
 LIMIT, LONG = 0.25, 30.0
 THE_LINE = "every.apply_typed(waits, 7)"

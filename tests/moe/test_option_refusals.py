@@ -40,7 +40,7 @@ def test_counters_that_would_wrap():
 def test_activations_by_name():
     made = a("half")
     refused(made, "activation_type", activation_type="swiglu")
-    for value in (3, None, 1.0, object()):
+    for value in (3, None, 1.0, object(), [], type("Listed", (), {"name": []})):
         refused(made, "activation_type", fi_ffi.ArgumentTypeError, activation_type=value)
 
     class Enum:
@@ -157,7 +157,8 @@ def test_what_profiles_refuse():
         ("input", made.tensors["input"][:, :-1].copy(), fi_ffi.ArgumentError),
         ("fc2_expert_weights", None, fi_ffi.ArgumentTypeError),
         ("fc1_expert_biases", np.zeros((5, 48), F16), fi_ffi.ArgumentError),
-        ("tp_rank", 1, fi_ffi.ArgumentError),
+        ("tp_rank", 1, fi_ffi.ArgumentError), ("ep_size", 2**30, fi_ffi.ArgumentError),
+        ("input", fi_ffi.TensorDesc(4096, made.tensors["input"].shape, F16), fi_ffi.ArgumentError),
     ):  # fmt: skip
         with pytest.raises(kind) as caught:
             moe.profile(**{**given, "top_k": 2, name: value})

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.abi.tensor import make_desc, make_layout
 
 import moe_layers
 from moe_layers import F16, F32, a, refused
@@ -23,6 +22,10 @@ TENSORS = (
     "output", "token_selected_experts", "token_final_scales", "fc2_expert_weights",
     "fc1_expert_biases", "fc2_expert_biases", "swiglu_alpha", "swiglu_beta", "swiglu_limit",
 )  # fmt: skip
+
+
+def elsewhere(array: np.ndarray) -> fi_ffi.TensorDesc:
+    return fi_ffi.TensorDesc(4096, array.shape, array.dtype, device="cuda:0")
 
 
 def whole(mode="half"):
@@ -51,8 +54,9 @@ def test_ranks_and_shapes(name):
         made.tensors[name] = np.ascontiguousarray(change(made.tensors[name]))
         with pytest.raises(fi_ffi.ArgumentError) as caught:
             made.call()
-        related = {"fc2_expert_weights", "token_selected_experts", "input"}
-        assert caught.value.argument == name or name in related, str(caught.value)
+        # Of these the sizes are that others are compared with.
+        first = {"output", "fc1_expert_weights", "token_selected_experts"}
+        assert caught.value.argument == name or name in first, str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["input", "fc1_expert_weights", *TENSORS])
@@ -69,16 +73,14 @@ def test_addresses(name):
     made = whole()
     desc = fi_ffi.as_desc(made.tensors[name])
     for address in (desc.ptr + 1, 0):
-        made.tensors[name] = make_desc(address, desc.layout)
+        made.tensors[name] = desc.at(address)
         assert "multiple of" in str(refused(made, name).expected)
 
 
 @pytest.mark.parametrize("name", ["input", "fc1_expert_weights", *TENSORS])
 def test_devices(name):
     made = whole()
-    layout = fi_ffi.as_desc(made.tensors[name]).layout
-    elsewhere = make_layout(layout.shape, layout.dtype, None, "cuda:0", False)
-    made.tensors[name] = make_desc(4096, elsewhere)
+    made.tensors[name] = elsewhere(made.tensors[name])
     if name == "input":  # the others are compared with it
         for other, array in made.tensors.items():
             if other != "input":
@@ -88,8 +90,8 @@ def test_devices(name):
         with pytest.raises(fi_ffi.ArgumentError) as caught:
             made.call()
         assert caught.value.argument != "input"
-    else:
-        refused(made, name)
+    else:  # the first is compared with the second
+        refused(made, "input" if name == "output" else name)
 
 
 @pytest.mark.parametrize("name", ["output", "input", "token_selected_experts",
@@ -123,7 +125,7 @@ def test_the_output_is_memory_apart():
         for one in ("output", name):
             array = made.tensors[one]
             made.tensors[one] = memory[: array.size].reshape(array.shape)
-        assert name in str(refused(made, "output").got)
+        assert f"`{name}`" in str(refused(made, "output").got)
 
 
 def test_the_output_can_be_written():
@@ -139,9 +141,24 @@ def test_a_token_has_an_expert_once():
     assert not away.call().any()
 
 
-@pytest.mark.parametrize(("mode", "argument"), [(mode, "fc2_expert_weights") for mode in
-                         ("half", "fp8", "fp8_block_scale", "mxfp4", "int4")])  # fmt: skip
-def test_sizes_are_multiples(mode, argument):
+def rescaled(made) -> None:
+    """Give scales the shapes that the weights ask for, as far as there is one."""
+    rows, hidden = (made.tensors["fc1_expert_weights"].shape[1], made.tensors["input"].shape[1])
+    sizes = {"hidden": hidden, "inter": rows // 2, "rows": rows, "hidden_rows": hidden}
+    axes = {
+        "fp8_block_scale": [("rows", 128, "hidden", 128), ("hidden", 128, "inter", 128)],
+        "mxfp4": [("hidden", 128, "rows", 0.25), ("inter", 128, "hidden", 1)],
+    }.get(made.layer.mode, [])
+    for i, (one, n, other, m) in enumerate(axes):
+        shape = len(made.scales[i]), int(sizes[one] // n), int(sizes[other] // m)
+        made.scales[i] = np.zeros(shape, made.scales[i].dtype)
+    if made.layer.mode == "int4":
+        for i, size in ((2, hidden), (3, rows // 2)):
+            made.scales[i] = np.zeros(size, made.scales[i].dtype)
+
+
+@pytest.mark.parametrize("mode", ["half", "fp8", "fp8_block_scale", "mxfp4", "int4"])
+def test_sizes_are_multiples(mode):
     step = {"half": 8, "fp8": 16}.get(mode, 128)
     made = a(mode)
     pack = 2 if mode in ("mxfp4", "int4") else 1
@@ -150,10 +167,14 @@ def test_sizes_are_multiples(mode, argument):
     # Half of a step less: of the intermediate size, then of the hidden one.
     made.tensors["fc2_expert_weights"] = np.ascontiguousarray(fc2[..., : -(half // pack)])
     made.tensors["fc1_expert_weights"] = np.ascontiguousarray(fc1[:, : -2 * half])
-    assert "inter_size" in str(refused(made, argument).expected)
+    rescaled(made)
+    assert "inter_size" in str(refused(made, "fc1_expert_weights").expected)
     made.tensors["fc2_expert_weights"] = np.ascontiguousarray(fc2[:, :-half])
     made.tensors["fc1_expert_weights"] = np.ascontiguousarray(fc1[..., : -(half // pack)])
-    assert "hidden_size" in str(refused(made, argument).expected)
+    for name in ("input", "output"):
+        made.tensors[name] = np.ascontiguousarray(made.tensors[name][:, :-half])
+    rescaled(made)
+    assert "hidden_size" in str(refused(made, "output").expected)
 
 
 @pytest.mark.parametrize(("mode", "size"), [("mxfp4", 128), ("int4", 128), ("int4", 256),
@@ -164,7 +185,7 @@ def test_one_step_of_4_bit_weights(mode, size, of, monkeypatch):
     monkeypatch.setattr(moe_layers, "TOO_SMALL", {})
     made = a(mode, **{"hidden": 1024, "inter": 1024, of: size})
     error = refused(made, "fc2_expert_weights")
-    assert error.got == size and f"{of}_size" in error.expected and "one step" in error.expected
+    assert f"{of}_size = {size}" in error.got and "one step" in error.expected
     a(mode, **{"hidden": 1024, "inter": 1024, of: {128: 384, 256: 768, 512: 1024}[size]}).call()
 
 
@@ -177,14 +198,15 @@ def test_mxfp4_is_of_bfloat16():
 
 def test_without_a_gate_the_first_weights_are_half():
     made = a("half")
-    refused(made, "fc1_expert_weights", activation_type="Relu2")
+    error = refused(made, "fc2_expert_weights", activation_type="Relu2")
+    assert "inter_size = 48" in error.expected
     plain = a("half", activation="Relu2")
-    refused(plain, "fc1_expert_weights", activation_type="Swiglu")
+    refused(plain, "fc2_expert_weights", activation_type="Swiglu")
 
 
 def test_no_experts():
     made = a("half", experts=0, top_k=1, chosen=np.zeros((7, 1), "i4"))
-    refused(made, "fc2_expert_weights")
+    assert "experts of at least 1" in refused(made, "fc1_expert_weights").expected
 
 
 def test_no_expert_of_a_token():
@@ -241,10 +263,9 @@ def _changed(scale: np.ndarray, change: str):
         wide = np.zeros((*scale.shape[:-1], 2 * scale.shape[-1]), scale.dtype)
         return wide[..., ::2] if scale.size else np.zeros((1,), scale.dtype)
     if change == "address":
-        return make_desc(desc.ptr + 1, desc.layout)
+        return desc.at(desc.ptr + 1)
     if change == "device":
-        layout = make_layout(desc.shape, desc.dtype, None, "cuda:0", False)
-        return make_desc(4096, layout)
+        return elsewhere(scale)
     return "scale"
 
 

@@ -279,3 +279,11 @@ class Described:
 
     def desc(self) -> fi_ffi.TensorDesc:
         return fi_ffi.as_desc(self.array)
+
+
+def test_the_reference_numbers_activations_alike():
+    from fi_ffi.ops.moe import interface
+    from fi_ffi.reference import moe
+
+    assert moe.ACTIVATIONS == interface.ACTIVATIONS
+    assert moe.KERNELS[interface.MODULE].keys() >= {interface.INTERLEAVE.signature.name}

@@ -13,14 +13,12 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.abi.function import probe
+from fi_ffi.abi.function import make_array, probe
 from fi_ffi.ops import cuda
-from fi_ffi.ops.moe import calls, profile
-from fi_ffi.ops.moe.arrays import TensorArrays
-from fi_ffi.ops.moe.interface import INTERLEAVE, SET_INCLUDE_DIRS, of_release
-from fi_ffi.ops.moe.runner import Runner
+from fi_ffi.ops.moe import profile
+from fi_ffi.ops.moe.interface import INTERLEAVE, SET_INCLUDE_DIRS, Runner, of_release
 
-from moe_layers import F16, make
+from moe_layers import F8, F16, make
 
 VARIANTS = {"0.6.13": (), "0.6.7": ("-DBEFORE_0_6_8",), "0.6.18": ("-DABSOLUTE",)}
 each_variant = pytest.mark.parametrize("release", VARIANTS)
@@ -37,31 +35,28 @@ def runner_of(recording, release: str, *more: str) -> Runner:
     return Runner(made, interface, str(module.path))
 
 
-@pytest.fixture
-def on_cpu(monkeypatch):
-    """Lets calls that are made for a GPU work on the host's memory."""
-    monkeypatch.setattr(calls, "release_of", lambda device: None)
-    monkeypatch.setattr(cuda, "is_capturing", lambda stream: False)
-
-
-def launched(recording, release, made, *, profile_ids=None, scales=(), **asked):
-    """What `run_moe` wrote down of a call, and the module."""
-    moe = fi_ffi.FusedMoe(F16, device="cpu")
+def moe_of(recording, release: str, mode: str = "half") -> fi_ffi.FusedMoe:
+    """On the host's memory, with the recording object for its kernels."""
+    if mode == "fp8":
+        moe = fi_ffi.FusedMoe("float8_e4m3fn", output_dtype="float16", device="cpu")
+    else:
+        moe = fi_ffi.FusedMoe(F16, device="cpu")
     moe._runner = runner_of(recording, release)
-    moe._tactics = moe._runner.counts()
-    descs = calls.described("op", made.tensors)
-    more = {"parallel": {}, "alltoall": False, "activation": "Swiglu", "pdl": False, **asked}
-    limits = tuple(name for name in calls.SWIGLU if name in descs)
-    wanted = calls.Asked.checked("op", *more.values(), limits)
-    settled = calls.settle(moe, "op", descs, None, wanted)
-    tactics = profile_ids
-    for _ in range(2):  # with a new frame, and with a used one
-        calls._launch(moe, "op", settled, descs, list(scales), wanted, tactics, 0)
-    assert sum(map(len, settled.frames)) == 1
-    module = recording(*VARIANTS[release])
-    first, second = module.last(), module.last()
-    assert first == second
-    return first.split()[1:], moe
+    return moe
+
+
+def launched(recording, release, made, *, times=2, **asked):
+    """What `run_moe` wrote down of a call: the same each time, with a new frame and a used one."""
+    moe, module = moe_of(recording, release, made.layer.mode), recording(*VARIANTS[release])
+    made.more = {}
+    for _ in range(times):
+        made.call_of(moe, **asked)
+    words = {module.last() for _ in range(times)}
+    assert len(words) == 1
+    (compiled,) = moe._calls.values()
+    (variant,) = compiled.variants.values()
+    assert len(variant.frames) == 1
+    return words.pop().split()[1:]
 
 
 @each_variant
@@ -97,26 +92,23 @@ def test_what_is_no_object_is_refused():
         Runner(3, of_release("0.6.13"), "a file")
 
 
+def shown(array):
+    address = hex(array.ctypes.data) if array.size or array.ctypes.data else "0"
+    return f"t{address}[{','.join(map(str, array.shape))}]"
+
+
 @each_variant
-def test_all_arguments_arrive(release, recording, on_cpu, rng):
+def test_all_arguments_arrive(release, recording, rng):
     made = make(rng, "half", F16, F16, biases=True, limits=("alpha", "beta", "limit"), experts=4)
-    scales = [np.ones(4, np.float32), np.array(2, np.float32), np.zeros(0, F16)]
-    words, _ = launched(
-        recording, release, made, profile_ids=(2, 1),
-        scales=[fi_ffi.as_desc(one) for one in scales],
-        parallel={"tp_size": 3, "tp_rank": 1, "ep_size": 4, "ep_rank": 2}, alltoall=True, pdl=True,
+    words = launched(
+        recording, release, made, profile_ids=(2, 1), tp_size=3, tp_rank=1, ep_size=4, ep_rank=2,
+        enable_alltoall=True, enable_pdl=True,
     )  # fmt: skip
-
-    def shown(array):
-        address = hex(array.ctypes.data) if array.size or array.ctypes.data else "0"
-        return f"t{address}[{','.join(map(str, array.shape))}]"
-
     tensors = [made.tensors[name] for name in (
         "output", "input", "token_selected_experts", "token_final_scales", "fc1_expert_weights",
         "fc1_expert_biases", "fc2_expert_weights", "fc2_expert_biases",
     )]  # fmt: skip
-    expected = [shown(array) for array in tensors]
-    expected += ["{", *map(shown, scales), "}", "none"]
+    expected = [*map(shown, tensors), "none", "none"]
     expected += [shown(made.tensors[f"swiglu_{name}"]) for name in ("alpha", "beta", "limit")]
     expected += [] if release == "0.6.7" else ["yes"]
     # GEMM2's second tactic follows GEMM1's three where numbers are absolute.
@@ -127,9 +119,34 @@ def test_all_arguments_arrive(release, recording, on_cpu, rng):
 
 
 @each_variant
-def test_what_is_not_given_is_none(release, recording, on_cpu, rng):
-    made = make(rng, "half", F16, F16, final=False)
-    words, _ = launched(recording, release, made)
+def test_scales_arrive_and_are_those_of_the_call(release, recording, rng):
+    """The Array of a frame is made once; what is in it is each call's."""
+    moe, module = moe_of(recording, release, "fp8"), recording(*VARIANTS[release])
+    for per_expert in (True, False, True):
+        made = make(rng, "fp8", F8, F16, per_expert_quant=per_expert, experts=3 + per_expert)
+        made.call_of(moe)
+        words = module.last().split()[1:]
+        assert words[8:14] == ["{", *map(shown, made.scales), "}"]
+        assert words[14:18] == ["none"] * 4
+    assert len(moe._calls) == 2, "by the scales' forms, not by sizes"
+
+
+def test_calls_of_any_sizes_share_a_frame(recording, rng):
+    moe, module = moe_of(recording, "0.6.13"), recording()
+    for tokens, experts, hidden in ((3, 2, 64), (70, 5, 128), (1, 9, 32)):
+        made = make(rng, "half", F16, F16, tokens=tokens, experts=experts, hidden=hidden)
+        made.call_of(moe)
+        words = module.last().split()[1:]
+        assert words[0] == shown(made.tensors["output"])
+        assert words[4] == shown(made.tensors["fc1_expert_weights"])
+    (compiled,) = moe._calls.values()
+    (variant,) = compiled.variants.values()
+    assert len(variant.frames) == 1
+
+
+@each_variant
+def test_what_is_not_given_is_none(release, recording, rng):
+    words = launched(recording, release, make(rng, "half", F16, F16, final=False))
     assert words[3] == "none" and words[5] == "none" and words[7] == "none"
     assert words[8:13] == ["none"] * 5
     rest = words[13:] if release == "0.6.7" else words[14:]
@@ -139,54 +156,67 @@ def test_what_is_not_given_is_none(release, recording, on_cpu, rng):
 
 @pytest.mark.parametrize(("ids", "expected"), [((-1, -1), "( -1 -1 )"), ((0, -1), "( 0 -1 )"),
                                                ((-1, 4), "( -1 7 )")])  # fmt: skip
-def test_the_kernels_own_choice_stays(ids, expected, recording, on_cpu, rng):
-    words, _ = launched(recording, "0.6.18", make(rng, "half", F16, F16), profile_ids=ids)
+def test_the_kernels_own_choice_stays(ids, expected, recording, rng):
+    words = launched(recording, "0.6.18", make(rng, "half", F16, F16), profile_ids=ids)
     assert expected in " ".join(words)
 
 
-def test_call_logs_are_told(recording, on_cpu, rng, tmp_path):
-    made = make(rng, "half", F16, F16, final=False)
-    arrays = [np.full(n, n, np.float32) for n in (3, 5)]
-    scales = [fi_ffi.as_desc(array) for array in arrays]
+def test_tactics_of_one_call_are_not_the_nexts(recording, rng):
+    made, module = make(rng, "half", F16, F16), recording()
+    moe = moe_of(recording, "0.6.13")
+    for ids, expected in (((1, 2), "( 1 2 )"), (None, "none no 3"), ((0, 4), "( 0 4 )")):
+        made.call_of(moe, profile_ids=ids)
+        assert expected in module.last()
+
+
+def test_call_logs_are_told(recording, rng, tmp_path):
+    made = make(rng, "fp8", F8, F16, final=False)
     with fi_ffi.call_log(5, tmp_path / "log"):
-        words, _ = launched(recording, "0.6.13", made, profile_ids=(2, 1), scales=scales)
+        words = launched(recording, "0.6.13", made, profile_ids=(2, 1))
     told = [line.strip() for line in (tmp_path / "log").read_text().splitlines()]
-    assert sum(line.endswith("fused_moe_90.run_moe") for line in told) == 2
-    names = "output", "input", "token_selected_experts", None, "fc1_expert_weights", None
-    for i, name in enumerate((*names, "fc2_expert_weights", None)):
-        desc = name and fi_ffi.as_desc(made.tensors[name])
-        shown = f"{desc.layout} at {desc.ptr:#x}" if desc else "None"
-        assert told.count(f"{i}: {shown}") == 2
-    assert told.count(f"8: float32[3] on cpu at {scales[0].ptr:#x}") == 2
-    assert told.count(f"8.1: float32[5] on cpu at {scales[1].ptr:#x}") == 2
-    assert told.count("22: tuple (2, 1)") == 2 and told.count("13: True") == 2
-    assert words[0] == f"t{made.tensors['output'].ctypes.data:#x}[7,48]"
+    assert sum(line.startswith("entry: fused_moe_90.run_moe") for line in told) == 2
+    for name in ("output", "input", "token_selected_experts", "fc1_expert_weights"):
+        desc = fi_ffi.as_desc(made.tensors[name])
+        assert sum(line.startswith(f"{name}: {desc.layout} at {desc.ptr:#x}") for line in told) == 2
+    for i, scale in enumerate(made.scales):
+        desc = fi_ffi.as_desc(scale)
+        start = f"quant_scales_{i}: {desc.layout} at {desc.ptr:#x}"
+        assert sum(line.startswith(start) for line in told) == 2
+    assert told.count("token_final_scales: None") == 2
+    assert sum(line.startswith("profile_ids: an array object") for line in told) == 2
+    assert words[0] == shown(made.tensors["output"])
 
 
-def test_the_workspace_is_given_back(recording, on_cpu, rng):
+def test_the_workspace_is_given_back(recording, rng):
     before = cuda.kernel_memory().count
     launched(recording, "0.6.13", make(rng, "half", F16, F16))
     assert cuda.kernel_memory().count == before
 
 
-def test_arrays_of_scales_are_made_once_and_let_go():
-    arrays, scales = TensorArrays(), [fi_ffi.as_desc(np.ones(3, np.float32)) for _ in range(2)]
-    made = arrays.of(scales)
-    assert arrays.of(list(scales)) is made and arrays.of(scales[:1]) is not made
-    assert made.array.use_count == 1
-    tensors = made._tensors
-    assert [tensor.use_count for tensor in tensors] == [2, 2]
-    del made, arrays
+def test_frames_let_their_arrays_go(recording, rng):
+    made, moe = make(rng, "fp8", F8, F16), moe_of(recording, "0.6.13", "fp8")
+    made.call_of(moe)
+    (compiled,) = moe._calls.values()
+    (variant,) = compiled.variants.values()
+    (frame,) = variant.frames
+    (array,), tensors = frame._arrays, [*frame._objects.values()]
+    assert array.use_count == 1 and [tensor.use_count for tensor in tensors] == [2] * 4
+    assert not frame.is_referred_to
+    kept = make_array([tensors[0]])  # as a callee might
+    assert frame.is_referred_to
+    kept.release()
+    assert not frame.is_referred_to
+    variant.frames.clear()
+    del frame
     gc.collect()
+    assert [tensor.use_count for tensor in tensors] == [1] * 4
     with pytest.raises(fi_ffi.FiFfiError, match="released"):
-        tensors[0].handle  # noqa: B018
+        array.handle  # noqa: B018
 
 
 def test_a_workspace_size_that_the_release_tells(recording, monkeypatch):
-    moe = fi_ffi.FusedMoe(F16, device="cpu")
-    moe._runner = runner_of(recording, "0.6.18")
+    moe = moe_of(recording, "0.6.18")
     monkeypatch.setattr(moe, "device", fi_ffi.parse_device("cuda:0"))
-    monkeypatch.setattr("fi_ffi.ops.moe.fused.release_of", lambda device: "0.6.18")
     size = moe.workspace_size(10, 64, 128, 8, 2, ep_size=2, ep_rank=1, activation_type="Identity")
     assert size == 12345
     assert recording("-DABSOLUTE").last() == "size: 10 64 128 8 2 1 0 2 1 no 9 "
@@ -214,24 +244,24 @@ def timed(monkeypatch):
     return start
 
 
-def profiled(recording, release, made, timed, monkeypatch, times, **more):
-    moe = fi_ffi.FusedMoe(F16, device="cpu")
-    monkeypatch.setattr(moe, "make_runner", lambda: runner_of(recording, release))
-    descs = calls.described("op", {
-        name: made.tensors[name]
-        for name in ("input", "fc1_expert_weights", "fc2_expert_weights")
-    })  # fmt: skip
-    asked = calls.Asked.checked("op", {}, False, "Swiglu", False)
+PROFILED = ("input", "fc1_expert_weights", "fc2_expert_weights")
+
+
+def profiled(recording, release, made, timed, monkeypatch, times):
+    moe = moe_of(recording, release)
+    moe.make_runner = lambda: runner_of(recording, release)
+    monkeypatch.setattr(cuda, "is_capturing", lambda stream: False)
     timed(times)
-    return profile._measure(moe, "op", descs, asked, 2, 4, 0, **more)
+    return moe.profile(**{name: made.tensors[name] for name in PROFILED}, top_k=2, repeats=4)
 
 
 @each_variant
-def test_profiles_choose_the_fastest(release, recording, timed, monkeypatch, on_cpu, rng):
+def test_profiles_choose_the_fastest(release, recording, timed, monkeypatch, rng):
     made = make(rng, "half", F16, F16)
     module = recording(*VARIANTS[release])
     while module.last():
         pass
+    gc.collect()
     alive, memory = module.alive(), cuda.kernel_memory().count
     # Tactic 1 is refused, and 4 has no room where there is a method that says so.
     gemm1, gemm2 = [8.0, 4.0], [12.0, 6.0, 2.0, 4.0]
@@ -258,22 +288,15 @@ def test_profiles_choose_the_fastest(release, recording, timed, monkeypatch, on_
     assert of_gemm2 == expected, "GEMM2's tactics follow GEMM1's"
 
 
-def test_profiles_are_kept(recording, timed, monkeypatch, on_cpu, rng):
-    made = make(rng, "half", F16, F16)
-    moe = fi_ffi.FusedMoe(F16, device="cpu")
-    counted = []
+def test_profiles_are_kept(recording, monkeypatch, rng):
+    made, moe, counted = make(rng, "half", F16, F16), moe_of(recording, "0.6.13"), []
 
     def measure(*args):
         counted.append(args)
         return profile.Profile((1, 1), (), ())
 
-    monkeypatch.setattr(profile, "_measure", measure)
-    monkeypatch.setattr(calls, "check_device", lambda *args: None)
-    monkeypatch.setattr(moe, "device", fi_ffi.parse_device("cuda:0"))
-    given = {
-        name: made.tensors[name]
-        for name in ("input", "fc1_expert_weights", "fc2_expert_weights")
-    }  # fmt: skip
+    monkeypatch.setattr(profile, "measure", measure)
+    given = {name: made.tensors[name] for name in PROFILED}
     for _ in range(3):
         assert moe.profile(**given, top_k=2).profile_ids == (1, 1)
     moe.profile(**given, top_k=3)

@@ -108,6 +108,7 @@ def test_scales(size, groups, factor, rng):
 
 
 WEIGHT = np.zeros((2, 32, 64), np.uint8)
+HUGE = fi_ffi.TensorDesc(4096, (1, 65536, 32768), "uint8", device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -115,14 +116,14 @@ WEIGHT = np.zeros((2, 32, 64), np.uint8)
     [
         (WEIGHT.astype("i1"), WEIGHT.copy(), {}, "weight"),
         (WEIGHT[0], WEIGHT.copy(), {}, "weight"),
-        (WEIGHT[:, :24].copy(), WEIGHT.copy(), {}, "weight"),
-        (WEIGHT[..., :48].copy(), WEIGHT.copy(), {}, "weight"),
-        (WEIGHT[..., ::2], WEIGHT.copy(), {}, "weight"),
+        (WEIGHT[:, :24].copy(), WEIGHT[:, :24].copy(), {}, "weight"),
+        (WEIGHT[..., :48].copy(), WEIGHT[..., :48].copy(), {}, "weight"),
+        (WEIGHT[..., ::2], WEIGHT[..., ::2].copy(), {}, "weight"),
         (WEIGHT, WEIGHT.astype("f4"), {}, "weight_interleaved"),
         (WEIGHT, WEIGHT[:1].copy(), {}, "weight_interleaved"),
         (WEIGHT, WEIGHT, {}, "weight_interleaved"),
         (WEIGHT, WEIGHT.copy(), {"quant_type": "fp8"}, "quant_type"),
-        (fi_ffi.TensorDesc(4096, (1, 65536, 32768), "uint8", device="cpu"), WEIGHT, {}, "weight"),
+        (HUGE, HUGE.at(2**40), {}, "weight"),
     ],
 )
 def test_what_weights_must_be(weight, target, more, argument):

@@ -36,11 +36,11 @@ def mine(monkeypatch):
 def settled(request):
     """Whether it is known which row of each op is in force: calls start differently."""
     for op in OPS.values():
-        op.settle("0.6.13" if request.param == "settled" else None)
+        op.select_release("0.6.13" if request.param == "settled" else None)
     yield
     for op in OPS.values():
         op.forget()
-        op.settle(None)
+        op.select_release(None)
 
 
 @pytest.fixture

@@ -13,9 +13,10 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.allocator import Source
 from fi_ffi.abi.function import register
 from fi_ffi.loader.runtime import ensure_tvm_ffi
-from fi_ffi.ops import cuda, form
+from fi_ffi.ops import cuda
+from fi_ffi.ops.call import compiled
+from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.op import Op
 
 from allocating import alloc, desc_of
 
@@ -32,15 +33,16 @@ def kernel(monkeypatch):
     def run(out, x, weight, eps, enable_pdl):
         scratch = alloc(x.shape)
         desc = desc_of(scratch)
-        memory = ffi.buffer(ffi.cast("char *", desc.ptr), desc.layout.span_bytes)
+        memory = ffi.buffer(ffi.cast("char *", desc.ptr), desc.span_bytes)
         np.frombuffer(memory, np.float32)[:] = 2.5
-        target = ffi.buffer(ffi.cast("char *", out.ptr), desc.layout.span_bytes)
+        target = ffi.buffer(ffi.cast("char *", out.ptr), desc.span_bytes)
         target[:] = memory[:]
         del memory
         kept.append(scratch)
 
     name = f"fi_ffi.tests.allocating.{next(_numbers)}"
-    monkeypatch.setattr(form, "entry_for", lambda *_: register(name, ROW.signature, run))
+    entry = register(name, ROW.signature, run)
+    monkeypatch.setattr(compiled, "entry_for", lambda *_: entry)
     return kept
 
 

@@ -11,8 +11,8 @@ from every_op import check_on, needs
 
 import fi_ffi
 from fi_ffi.cli.cases import Case, make_case
+from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.op import Op
 from fi_ffi.ops.providers import fits
 
 DEQUANT, QUANTIZE, FP4, CACHE = (
@@ -126,9 +126,11 @@ def test_numbers_of_fp4_that_do_not_fit(numbers, argument, rng):
 
 def test_rows_of_fp4_that_are_no_whole_blocks():
     x, values, scales = (
-        fi_ffi.TensorDesc(4096, shape, dtype, device="cpu")
-        for shape, dtype in (((3, 80), "float16"), ((3, 40), "uint8"), ((512,), "uint8"))
-    )
+        fi_ffi.TensorDesc(at, shape, dtype, device="cpu")
+        for at, shape, dtype in (
+            (4096, (3, 80), "float16"), (8192, (3, 40), "uint8"), (12288, (512,), "uint8")
+        )
+    )  # fmt: skip
     with pytest.raises(fi_ffi.ArgumentError, match="whole blocks of sfVecSize"):
         FP4(x, None, values, scales, 32, True)
 
@@ -172,10 +174,10 @@ def test_a_wrong_element_or_scale_is_seen(rng):
 def test_sizes_that_do_not_fit(sizes, numbers, argument):
     sizes = {"padded_k": 64, "num_scales": 512} | sizes
     x, values = (
-        fi_ffi.TensorDesc(4096, (5, n), dtype, device="cpu")
-        for n, dtype in ((64, "float16"), (sizes["padded_k"], "float8_e4m3fn"))
+        fi_ffi.TensorDesc(at, (5, n), dtype, device="cpu")
+        for at, n, dtype in ((4096, 64, "float16"), (8192, sizes["padded_k"], "float8_e4m3fn"))
     )
-    scales = fi_ffi.TensorDesc(4096, (sizes["num_scales"],), "uint8", device="cpu")
+    scales = fi_ffi.TensorDesc(12288, (sizes["num_scales"],), "uint8", device="cpu")
     with pytest.raises(fi_ffi.ArgumentError) as caught:
         QUANTIZE(x, values, scales, **numbers)
     assert caught.value.argument == argument

@@ -7,6 +7,12 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.abi.function import register
+from fi_ffi.loader import machine as machine_of_loader
+from fi_ffi.loader import runtime
+from fi_ffi.ops import cuda
+from fi_ffi.ops.call import memory
+from fi_ffi.ops.matmul import products, rows
 from fi_ffi.reference.exact_gemm import fp8_products
 
 BF16, E4M3, E5M2 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
@@ -200,15 +206,17 @@ def test_block_scales_with_memory_of_the_callers(machine, rng):
 
 BLOCKS_REFUSED: dict[str, tuple[dict, str, str]] = {
     "no scales": ({"input_scale": None}, "input_scale", "shape (2, 8), as fp8_quantize"),
-    "scales of rows": ({"input_scale": np.ones((6, 2), np.float32)}, "input_scale", "(2, 8)"),
+    "scales of rows": ({"input_scale": np.ones((6, 2), np.float32)}, "input_scale", "k128 = 2"),
     "no room": ({"input_scale": np.ones((2, 6), np.float32)}, "input_scale", "(2, 8)"),
     "of each row": ({"weight_scale": np.ones((64, 2), np.float32)}, "weight_scale", "(1, 2)"),
-    "scales of bfloat16": ({"weight": np.ones((64, 256), BF16)}, "weight_scale", "None: the"),
+    "scales of bfloat16": ({"input": np.ones((6, 256), BF16), "input_scale": None,
+                            "weight": np.ones((64, 256), BF16)}, "weight_scale", "None: the"),
     "fp8 and bfloat16": ({"weight": np.ones((64, 256), BF16), "weight_scale": None}, "input",
                          "another dtype"),
     "float16": ({"weight": np.ones((64, 256), np.float16), "weight_scale": None}, "weight",
                 "bfloat16 or float8"),
-    "columns": ({"weight": np.ones((72, 256), E4M3)}, "weight", "multiple of 64"),
+    "columns": ({"weight": np.ones((72, 256), E4M3), "out": np.ones((6, 72), BF16)}, "weight",
+                "multiple of 64"),
     "depth": ({"weight": np.ones((64, 384), E4M3)}, "weight", "256"),
     "out": ({"out": np.ones((6, 64), np.float16)}, "out", "bfloat16"),
     "rank": ({"input": np.ones((1, 6, 256), E4M3)}, "input", "rank 2"),
@@ -291,7 +299,8 @@ GROUPWISE_REFUSED = {
     "granularity": ({"scale_granularity_mnk": (1, 1, 128)}, "scale_granularity_mnk"),
     "mode": ({"scale_major_mode": "M"}, "scale_major_mode"),
     "multiprocessors": ({"mma_sm": 3}, "mma_sm"),
-    "rows": ({"a": np.ones((6, 128), E4M3)}, "a"),
+    "rows": ({"a": np.ones((6, 128), E4M3), "out": np.zeros((6, 128), np.float16)}, "a"),
+    "scales": ({"a_scale": np.ones((8, 1), np.float32)}, "a_scale"),
     "depth": ({"b": np.ones((128, 256), E4M3), "b_scale": np.ones((1, 1), np.float32)}, "b"),
     "mixed": ({"b": np.ones((128, 128), E5M2)}, "b"),
     "no out": ({"out": None}, "out"),
@@ -311,3 +320,106 @@ def test_groupwise_that_is_refused(what):
     with pytest.raises(fi_ffi.ArgumentError) as caught:
         fi_ffi.gemm_fp8_nt_groupwise(**arguments | changed)
     assert (caught.value.op, caught.value.argument) == ("gemm_fp8_nt_groupwise", argument)
+
+
+# What is done around the object, on a GPU that is pretended: no kernel runs.
+
+
+class Object:
+    """Writes down what it is told, as `run_gemm` and its other methods."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.told: list[tuple] = []
+        runtime.ensure_tvm_ffi()
+        run, tell = rows.RUN_GEMM.signature, rows.CONFIGURE.signature
+        entries = {
+            declared.name: register(f"tests.{id(self)}.{declared.name}", declared, self.method(
+                declared.name))
+            for declared in (run, tell, products._SIZE)
+        }  # fmt: skip
+        self.entry = lambda declared: entries[declared.name]
+        monkeypatch.setattr("fi_ffi.loader.methods.made_by", lambda *_: self)
+        monkeypatch.setattr(products, "check_available", lambda *_: None)
+        monkeypatch.setattr(products, "_rows", {})
+        for compiled in (products.RUN_GEMM, products.CONFIGURE):
+            monkeypatch.setattr(compiled, "find_entry", lambda row, _: entries[row.symbol])
+        for name, answer in (("multiprocessors", 4), ("shared_memory", 1 << 16),
+                             ("device_count", 1), ("make_current", 0)):  # fmt: skip
+            monkeypatch.setattr(machine_of_loader, name, lambda *_, answer=answer: answer)
+        monkeypatch.setattr(cuda, "is_capturing", lambda stream: False)
+        monkeypatch.setattr(cuda, "allocate", self.allocate)
+        monkeypatch.setattr(memory, "stream_key", lambda device, stream: (device, stream))
+        monkeypatch.setattr(memory, "_owned", {})
+
+    def method(self, name):
+        def call(*values):
+            self.told.append((name, *values))
+            return 0 if name == "get_workspace_size" else None
+
+        return call
+
+    @staticmethod
+    def allocate(count, device, zeroed=False):
+        made = cuda._host(count)
+        desc = fi_ffi.TensorDesc(made.desc.ptr, (count,), "uint8", device=device)
+        return cuda.Memory(desc, lambda _: None, made)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    made = Object(monkeypatch)
+    yield made.told
+    for compiled in (products.RUN_GEMM, products.CONFIGURE):
+        compiled.forget()
+
+
+def on_gpu(m, n, k, **more):
+    shapes = {"input": ((m, k), "bfloat16"), "weight": ((n, k), "bfloat16"), "out": ((m, n),
+              "bfloat16")}  # fmt: skip
+    descs = {
+        name: fi_ffi.TensorDesc((i + 1) << 24, shape, dtype)
+        for i, (name, (shape, dtype)) in enumerate(shapes.items())
+    }
+    fi_ffi.fp8_blockscale_gemm_sm90(**{**descs, **more, "stream": more.get("stream", 5)})
+
+
+def test_the_object_is_told_of_its_memory_before_each_product(told):
+    on_gpu(10, 64, 128)
+    assert [what[0] for what in told] == ["get_workspace_size", "configure_workspace", "run_gemm"]
+    assert told[0][1:] == (10, 64, 128)
+    size = fi_ffi.fp8_blockscale_gemm_workspace_size
+    first = told[1][1]
+    assert first.numel >= size(10, 64, 128, "bfloat16", "bfloat16")
+    told.clear()
+    on_gpu(3, 64, 128)  # it makes room for the most rows that it was asked about
+    assert told[1][1].ptr == first.ptr
+    on_gpu(3, 64, 128, stream=6)
+    assert told[4][1].ptr != first.ptr
+    given = fi_ffi.TensorDesc(1 << 30, (size(3, 64, 128, "bfloat16", "bfloat16"),), "uint8")
+    with pytest.raises(fi_ffi.ArgumentError, match=r"workspace_buffer.*bytes or more"):
+        on_gpu(3, 64, 128, workspace_buffer=given)
+    told.clear()
+    given = fi_ffi.TensorDesc(1 << 30, (size(10, 64, 128, "bfloat16", "bfloat16"),), "uint8")
+    on_gpu(3, 64, 128, workspace_buffer=given)
+    assert told[1][1].ptr == 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("more", "argument"),
+    [
+        ({"stream": None}, "stream"),
+        ({"workspace_buffer": fi_ffi.TensorDesc((1 << 30) + 8, (1 << 20,), "uint8")},
+         "workspace_buffer"),
+        ({"workspace_buffer": fi_ffi.TensorDesc(1 << 30, (1 << 20,), "int8")}, "workspace_buffer"),
+        ({"workspace_buffer": fi_ffi.TensorDesc(1 << 30, (1 << 20,), "uint8", device="cpu")},
+         "workspace_buffer"),
+        ({"workspace_buffer": fi_ffi.TensorDesc(1 << 24, (1 << 20,), "uint8")},
+         "workspace_buffer"),
+        ({"out": fi_ffi.TensorDesc(1 << 24, (3, 64), "bfloat16")}, "out"),
+    ],
+)  # fmt: skip
+def test_the_object_is_told_of_no_product_that_is_refused(more, argument, told):
+    with pytest.raises(fi_ffi.ArgumentError) as caught:
+        on_gpu(3, 64, 128, **more)
+    assert (caught.value.op, caught.value.argument) == ("fp8_blockscale_gemm_sm90", argument)
+    assert not told

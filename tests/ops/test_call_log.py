@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import re
@@ -18,9 +19,11 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.ops import recording, watching
-from fi_ffi.ops.call_log import open_by_environment
-from fi_ffi.ops.quick import _source
+from fi_ffi.ops.call import launch
+from fi_ffi.ops.call.checks import Form
+from fi_ffi.ops.call.source import call_source
+from fi_ffi.ops.watch import recording, watching
+from fi_ffi.ops.watch.call_log import open_by_environment
 
 from forking import in_child
 from plan_calls import KINDS, Case
@@ -154,13 +157,13 @@ def test_statistics_of_rows_apart(mine, path):
 
 @pytest.mark.parametrize("dtype", [*fi_ffi.DTYPES])
 def test_statistics_of_every_dtype(dtype):
-    from fi_ffi.ops.logging_calls.statistics import statistics
-    from fi_ffi.ops.logging_calls.told import Argument
+    from fi_ffi.ops.watch.logging_calls.statistics import statistics
+    from fi_ffi.ops.watch.logging_calls.told import Argument
 
     rng = np.random.default_rng()
     array = np.round(rng.uniform(0, 100, (3, 5))).astype(fi_ffi.DTYPES[dtype].numpy)
     desc = fi_ffi.TensorDesc(array.ctypes.data, (3, 5), dtype, device="cpu")
-    said = statistics(Argument("x", desc.layout, desc.ptr), None)
+    said = statistics(Argument("x", desc, desc.ptr), None)
     if fi_ffi.DTYPES[dtype].lanes > 1:
         assert said == "no statistics of float4_e2m1fn_x2: elements share bytes"
     elif array.dtype.kind in "iub":
@@ -171,12 +174,12 @@ def test_statistics_of_every_dtype(dtype):
 
 
 def test_what_has_no_statistics(monkeypatch):
-    from fi_ffi.ops.logging_calls import statistics as module
-    from fi_ffi.ops.logging_calls.told import Argument
+    from fi_ffi.ops.watch.logging_calls import statistics as module
+    from fi_ffi.ops.watch.logging_calls.told import Argument
 
     def of(array: np.ndarray) -> str:
         desc = fi_ffi.as_desc(array)
-        return module.statistics(Argument("x", desc.layout, desc.ptr), None)
+        return module.statistics(Argument("x", desc, desc.ptr), None)
 
     assert of(np.zeros((0, 4), np.float16)) == "no elements"
     assert of(np.full((2, 2), np.nan, np.float32)) == "no finite element, 4 NaN, 0 Inf"
@@ -188,7 +191,7 @@ def test_what_has_no_statistics(monkeypatch):
     array = np.ones(4, ml_dtypes.bfloat16)
     desc = fi_ffi.as_desc(array)
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
-    said = module.statistics(Argument("x", desc.layout, desc.ptr), None)
+    said = module.statistics(Argument("x", desc, desc.ptr), None)
     assert said == "no statistics of bfloat16: ml_dtypes is not installed"
     assert of(np.ones(4, np.float16)).startswith("min 1, max 1, mean 1")
 
@@ -200,20 +203,21 @@ def test_nothing_at_level_0(mine, path):
     assert mine.is_done(1.5)
 
 
-def test_the_quick_way_has_no_word_of_logs(mine):
-    """It tests what it tested before there were any."""
+def test_calls_have_no_word_of_logs(mine):
+    """A call tests once whether anybody watches, where it is launched, and nothing else."""
     for row in (mine.row, fi_ffi.rmsnorm.row):
-        source = _source(row, "def call():")
-        assert "log" not in source
-        assert source.count("_watching") == 1
+        source = call_source(Form(row))
+        assert "watching" not in source and not re.search(r"\blog", source)
+    source = inspect.getsource(launch.launch)
+    assert source.count("watching.inboxes") == 1 and "log" not in source
 
 
 # ---------------------------------------------------------------- every way of calling
 
 
-def test_typed_quick_and_prepared_calls(mine, path):
+def test_typed_and_prepared_calls(mine, path):
     prepared = mine.op.prepare(*mine.descs, factor=4.0)
-    for _ in range(3):  # the first settles, and the others are quick
+    for _ in range(3):
         mine.op(*mine.descs, factor=2.0)
     prepared()
     assert not path.exists()
@@ -586,13 +590,13 @@ def test_what_a_level_imports(level):
     code = """
         import sys
         import fi_ffi
-        from fi_ffi.ops import watching
+        from fi_ffi.ops.watch import watching
         from fi_ffi.abi.device import parse_device
 
         if watching.inboxes:
             x = fi_ffi.TensorDesc(4096, (4,), "float16", device="cpu")
             watching.called("mine", print, (x, 3), [("0", x)], parse_device("cpu"))
-        print("numpy" in sys.modules, "fi_ffi.ops.call_log" in sys.modules)
+        print("numpy" in sys.modules, "fi_ffi.ops.watch.call_log" in sys.modules)
     """
     done = child(code, FI_FFI_LOG_LEVEL=level)
     assert done.stdout.strip() == f"False {level != '0'}", done.stderr

@@ -11,8 +11,8 @@ from every_op import check_on, check_replayed
 
 import fi_ffi
 from fi_ffi.cli.cases import Case, make_case
+from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.op import Op
 from fi_ffi.ops.providers import fits
 
 from calls import HostArray

@@ -11,7 +11,7 @@ import fi_ffi
 from fi_ffi.abi.device import parse_device
 from fi_ffi.cli.cases import Case, bound, make_case
 from fi_ffi.loader import machine
-from fi_ffi.ops import memory
+from fi_ffi.ops.call import memory
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.providers import entry_for
 
@@ -103,8 +103,8 @@ def refused(made: Case, argument: str, expected: str, **over) -> None:
     [
         (4, 4, 2, "k", "num_k_heads = 2, the min of num_q_heads = 4 and num_v_heads = 2"),
         (2, 4, 4, "k", "num_k_heads = 2, the min of"),
-        (3, 2, 2, "k", "a multiple of num_k_heads = 2"),
-        (2, 2, 3, "k", "a multiple of num_k_heads = 2"),
+        (3, 2, 2, "output", "num_sab_heads = 3 to be a multiple of num_k_heads = 2"),
+        (2, 2, 3, "output", "num_sab_heads = 3 to be a multiple of num_k_heads = 2"),
     ],
 )
 def test_heads_that_do_not_fit(q_heads, k_heads, v_heads, argument, expected):
@@ -153,11 +153,11 @@ def test_memory_that_overlaps():
     made = case(without=CHECKPOINTS)
     room = np.zeros((4, 4, 128, 128), np.float32)
     refused(
-        made, "input_state", "the very same memory", output_state=room[:3], input_state=room[1:]
+        made, "output_state", "the very same memory", output_state=room[:3], input_state=room[1:]
     )
     wide = np.zeros((131, 4, 128), np.float16)
-    refused(made, "v", "memory apart", output=wide[:130], v=wide[1:])
-    refused(made, "v", "memory apart", output=wide[:130], v=wide[:130])
+    refused(made, "output", "memory apart", output=wide[:130], v=wide[1:])
+    refused(made, "output", "memory apart", output=wide[:130], v=wide[:130])
     # What is only read may be the same.
     OP(**made.arrays | {"alpha": made.arrays["beta"]})
 
@@ -176,9 +176,15 @@ def test_a_workspace_that_is_too_small():
 def test_workspaces_of_fi_ffis_own():
     """One for each device and stream, kept."""
     cpu, (arg,) = parse_device("cpu"), [a for a in OP.row.tensors if a.bytes_per_multiprocessor]
-    first, again = (memory.scratch_for(OP.row, arg, cpu, None, None, {}) for _ in range(2))
+    need = memory.scratch_bytes(arg, cpu)
+    assert need == fi_ffi.gdn_prefill_workspace_size("cpu") == 128
+    first, again = (
+        memory.scratch_for(OP.compiled.refuse, arg, cpu, need, None, False) for _ in range(2)
+    )
     assert first.ptr == again.ptr
-    assert first.shape == (fi_ffi.gdn_prefill_workspace_size("cpu"),) == (128,)
+    assert first.shape == (128,)
+    own = memory.scratch_for(OP.compiled.refuse, arg, cpu, need, None, True)
+    assert own.ptr != first.ptr and own.owner is not None
     assert first.ptr % arg.alignment == 0
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.ops.attention.indices import mask_bytes
+from fi_ffi.ops.attention.arrays import mask_bytes
 
 
 @pytest.fixture

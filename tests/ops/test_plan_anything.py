@@ -162,10 +162,11 @@ def test_workspaces(data):
 def on_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Case, Plan, dict[str, Any]]:
     """A plan of cuda:0 up to what the planner would say, and tensors that are there."""
 
-    def schedule(self, form, values, arrays, need, placed, stream):
+    def schedule(self, given, arrays, need, placed, stream):
         self._descs = placed.descs(self.workspace.int_buffer)
         self._descs["int_workspace_buffer"] = self.workspace.int_buffer
         self._info, self._generation = info, self.workspace.generation
+        self._batch_now()
         self.workspace._stream = 0
 
     case = Case(kind)

@@ -11,9 +11,9 @@ import fi_ffi
 from fi_ffi.abi.tensor import make_desc
 from fi_ffi.cli.cases import Case, make_case
 from fi_ffi.cli.inputs import inputs_of
+from fi_ffi.ops.call.compiled import KEEP
+from fi_ffi.ops.call.prepared import Prepared
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.prepared import Prepared
-from fi_ffi.ops.quick import KEEP
 from fi_ffi.ops.row import KvLayout, Scalar
 
 from prepared_calls import (
@@ -112,7 +112,7 @@ def test_updates_are_refused_as_calls_are_and_change_nothing(op, dtypes, more):
     first, other = placed(draw(op.row, dtypes, more), more, 2)
     call = op.prepare(**first.values)
     # Others in the same update must not be changed by one that fails.
-    others = {} if op.row.apart else other.addresses
+    others = {} if more.get("in place") else other.addresses
     for arg in op.row.given:
         joined = {rule.argument for rule in op.row.rules if arg.name in rule.of}
         if getattr(arg, "is_scratch", False) and arg.name not in first.arrays:
@@ -142,7 +142,10 @@ def refusal(row, first, arg, value):
     is_right = False
     if type(value) is int and arg.name in first.arrays:
         with contextlib.suppress(fi_ffi.ArgumentError):
-            values[arg.name] = make_desc(value, first.descs[arg.name].layout)
+            before = first.descs[arg.name]
+            values[arg.name] = make_desc(
+                value, before.shape, before.dtype, before.strides, before.device
+            )
             is_right = True
     expected = refusal_of(row, values)
     return expected, expected is not None and is_right

@@ -11,8 +11,8 @@ from packaging.specifiers import SpecifierSet
 import fi_ffi
 from fi_ffi.abi.device import parse_device
 from fi_ffi.loader import runtime
+from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.op import Op
 from fi_ffi.ops.providers import entry_for, fits
 from fi_ffi.ops.table import ROWS
 
@@ -26,7 +26,7 @@ def kernels(built_wheel):
     runtime.use_source(None)
     for op in OPS.values():
         op.forget()
-        op.settle(None)
+        op.select_release(None)
 
 
 def test_an_op_the_release_lacks_says_which_have_it():
@@ -44,7 +44,7 @@ def test_a_gpu_that_is_not_there_is_told(built_wheel):
     with pytest.raises(fi_ffi.LoaderError, match=f"there is no cuda:{index}"):
         entry_for(ROW, parse_device(f"cuda:{index}"))
     desc = fi_ffi.TensorDesc(4096, (1, 8), "float16", device=f"cuda:{index}")
-    weight = fi_ffi.TensorDesc(4096, (8,), "float16", device=f"cuda:{index}")
+    weight = fi_ffi.TensorDesc(8192, (8,), "float16", device=f"cuda:{index}")
     with pytest.raises(fi_ffi.LoaderError, match="there is no cuda"):
         fi_ffi.rmsnorm(desc, desc, weight, stream=0)
 
@@ -58,10 +58,10 @@ def test_an_op_takes_the_form_of_its_kernels():
     old, new = replace(ROW, releases="<0.6"), replace(ROW, releases=">=0.6", doc="New.")
     op = Op(old, new)
     assert op.row is old
-    op.settle("0.6.13")
+    op.select_release("0.6.13")
     assert op.row is new
     assert op.__doc__.startswith("New.")
-    op.settle("0.5.1")
+    op.select_release("0.5.1")
     assert op.row is old
     assert fits(new, "0.7.2.post1")
 

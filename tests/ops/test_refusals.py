@@ -17,7 +17,7 @@ import fi_ffi
 from fi_ffi.cli.cases import Case, default_dtypes, make_case
 from fi_ffi.cli.inputs import inputs_of
 from fi_ffi.ops.axes import axis_size, parse_axis
-from fi_ffi.ops.check import check_layouts
+from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.row import KV_LAYOUTS, KvLayout, Row, Scalar, Tensor, default_of
 
@@ -99,9 +99,8 @@ def is_bound(row: Row, axis: str) -> bool:
 
 def alignment_of(row: Row, arg: Tensor, values: dict) -> int:
     """What a tensor's address is a multiple of, in bytes."""
-    given = [values.get(tensor.name) for tensor in row.tensors]
-    layouts = [None if desc is None else desc.layout for desc in given]
-    return check_layouts(row, layouts).alignments[row.tensors.index(arg)]
+    _, _, _, masks = CompiledRow(row).pack(**values)
+    return int(masks[row.tensors.index(arg)]) + 1
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -279,7 +278,7 @@ def test_a_contiguous_op_counts_its_elements_too():
     fewer = fi_ffi.TensorDesc(16, (shape[0] + 1, 1024), "bfloat16", device="cpu")
     with pytest.raises(fi_ffi.ArgumentError, match="offsets below 2147483648"):
         fi_ffi.layernorm(fewer, fewer, column, column)
-    assert x.layout.numel == OPS["layernorm"].row.offset_limit
+    assert x.numel == OPS["layernorm"].row.offset_limit
 
 
 SCALARS = [

@@ -10,9 +10,8 @@ import pytest
 import fi_ffi
 from fi_ffi import reference
 from fi_ffi.abi.interop import as_desc
-from fi_ffi.ops import relations
-from fi_ffi.ops.memory import _may_meet
-from fi_ffi.ops.op import Op
+from fi_ffi.ops.call.op import Op
+from fi_ffi.ops.call.refuse import may_overlap
 from fi_ffi.ops.row import IN_PLACE, Absent, Row, Rule, Scalar, Tensor
 from fi_ffi.reference import norm
 
@@ -42,7 +41,7 @@ def test_tensors_that_are_said_to_be_apart_are():
             both.append(fi_ffi.TensorDesc(ptr, shape, dtype, strides=strides, device="cpu"))
         share = bool(elements(both[0]) & elements(both[1]))
         met += share
-        if not _may_meet(*both):
+        if not may_overlap(*both):
             told_apart += 1
             assert not share, both
     assert told_apart > 300 and met > 300
@@ -53,9 +52,9 @@ def test_tensors_that_are_said_to_be_apart_are():
         if shape[axis] < 2:
             continue
         first, second = np.split(whole, [rng.integers(1, shape[axis])], axis=axis)
-        assert not _may_meet(as_desc(first), as_desc(second))
-        assert not _may_meet(as_desc(second), as_desc(first))
-        assert _may_meet(as_desc(first), as_desc(whole))
+        assert not may_overlap(as_desc(first), as_desc(second))
+        assert not may_overlap(as_desc(second), as_desc(first))
+        assert may_overlap(as_desc(first), as_desc(whole))
 
 
 def double(y, x, nothing, count, factor, zero):
@@ -65,7 +64,7 @@ def double(y, x, nothing, count, factor, zero):
 
 
 class Related:
-    """An op with all of it, its arguments, and how often its relations were checked."""
+    """An op with all of it, and its arguments."""
 
     row = Row(
         "related", "norm", "related", "here", "Related.",
@@ -77,7 +76,7 @@ class Related:
             Scalar("factor", float, 2.0, "factor"),
             Absent("zero", "int"),
         ),
-        {"T": ("float16",)}, ">=0", apart=True, in_place=(("y", "x"),),
+        {"T": ("float16",)}, ">=0", in_place=(("y", "x"),),
         rules=(
             Rule("factor", ("factor", "n"), lambda factor, n: factor <= n, "n or less"),
             Rule("y", (IN_PLACE, "count"), lambda same, count: not same or count < 8, "apart"),
@@ -88,20 +87,12 @@ class Related:
         monkeypatch.setitem(norm.KERNELS["norm"], "related", double)
         for key in [key for key in reference._entries if key[1] == "related"]:
             del reference._entries[key]
-        self.op, self.checked = Op(self.row), 0
-        check = relations._check_rules
-
-        def counted(*args):
-            self.checked += 1
-            return check(*args)
-
-        monkeypatch.setattr(relations, "_check_rules", counted)
+        self.op = Op(self.row)
         rng = np.random.default_rng()
         self.memory = rng.standard_normal((4, 4, 16)).astype(np.float16)
 
     def call(self, y=0, x=1, **more):
-        """Among four memories; how often relations were checked for it."""
-        before = self.checked
+        """Among four memories."""
         old, source = self.memory[y].copy(), self.memory[x].copy()
         self.op(as_desc(self.memory[y]), as_desc(self.memory[x]), **more)
         count = more.get("count")
@@ -109,7 +100,6 @@ class Related:
         assert (self.memory[y][:, :count] == source[:, :count] * more.get("factor", 2.0)).all()
         assert (self.memory[y][:, count:] == old[:, count:]).all()
         self.memory[y] = old
-        return self.checked - before
 
 
 @pytest.fixture
@@ -119,19 +109,23 @@ def related(monkeypatch):
 
 @pytest.fixture(params=["settled", "unsettled"], autouse=True)
 def settled(request, related):
-    related.op.settle("0.6.13" if request.param == "settled" else None)
+    related.op.select_release("0.6.13" if request.param == "settled" else None)
 
 
-def test_calls_like_one_before_are_not_checked_again(related):
-    assert related.call() == 1
-    for _ in range(3):
-        assert related.call() == 0
-    assert related.call(count=None) == 0 == related.call(count=16)
-    assert related.call(1, 2) == 0 == related.call(2, 3), "the same distance"
-    assert related.call(0, 2) == 1 and related.call(1, 3) == 0
-    assert related.call(count=4) == 1 == related.call(factor=3.0)
-    assert related.call(count=4) == 0 == related.call(factor=3.0)
-    assert related.call(1, 1, count=4) == 1 and related.call(3, 3, count=4) == 0
+def test_each_call_is_as_it_is_given(related):
+    """Sizes, numbers and distances that were right once say nothing of the next call."""
+    rng = np.random.default_rng()
+    for _ in range(200):
+        y, x = (int(i) for i in rng.integers(0, 4, 2))
+        count, factor = int(rng.integers(0, 17)), float(rng.integers(-4, 7))
+        given = {"count": count, "factor": factor}
+        if factor <= 4 and (y != x or count < 8):
+            related.call(y, x, **given)
+            continue
+        with pytest.raises(fi_ffi.ArgumentError):
+            related.op(as_desc(related.memory[y]), as_desc(related.memory[x]), **given)
+    related.call(count=None)
+    related.call(1, 1, count=4)
 
 
 def test_what_is_refused_is_refused_each_time(related):
@@ -139,7 +133,7 @@ def test_what_is_refused_is_refused_each_time(related):
     inside = fi_ffi.TensorDesc(y.ptr + 32, y.shape, "float16", device="cpu")
     for wrong, argument in (
         ({"factor": 5.0}, "factor"), ({"count": 17}, "count"), ({"x": y}, "y"),
-        ({"x": inside}, "x"), ({"count": 4.5}, "count"), ({"count": -1}, "count"),
+        ({"x": inside}, "y"), ({"count": 4.5}, "count"), ({"count": -1}, "count"),
     ):  # fmt: skip
         for _ in range(2):
             related.call()
@@ -158,21 +152,14 @@ def test_updates(related):
     y, x, z = (as_desc(related.memory[i]) for i in (0, 1, 2))
     call = related.op.prepare(y, x)
     call.update(count=8, factor=1.0)
-    before = related.checked
-    for given, fresh in (
-        ({"y": x.ptr, "x": z.ptr}, 0), ({"y": y.ptr, "x": x.ptr}, 0), ({"x": z.ptr}, 1),
-        ({"count": 16}, 1), ({"count": None}, 0), ({"x": x.ptr, "count": 8}, 0),
+    for given in (
+        {"y": x.ptr, "x": z.ptr}, {"y": y.ptr, "x": x.ptr}, {"x": z.ptr}, {"count": 16},
+        {"count": None}, {"x": x.ptr, "count": 8},
     ):  # fmt: skip
         call.update(**given)
         call()
-        assert related.checked - before == fresh, given
-        before = related.checked
     assert (related.memory[0][:, :8] == related.memory[1][:, :8]).all()
-
-
-def test_it_is_kept_in_bounds(related, monkeypatch):
-    monkeypatch.setattr(relations, "_MOST_SEEN", 8)
-    for factor in np.linspace(-3, 3, 50):
-        related.call(factor=float(np.float16(factor)))
-    (found,) = related.op._form._settled.values()
-    assert 0 < len(found.seen) <= 8
+    with pytest.raises(fi_ffi.ArgumentError, match="argument `y`: got .*, expected apart"):
+        call.update(x=y.ptr)  # in place, of 8 columns
+    call.update(x=y.ptr, count=7)
+    call()

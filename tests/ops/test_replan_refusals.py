@@ -193,7 +193,7 @@ def test_more_work_than_mla_has_room_for(graph):
 
 @pytest.mark.parametrize("kind", ["ragged", "paged", "decode"])
 def test_a_workspace_too_small_for_the_next_batch(kind):
-    case, more = Case(kind), Case(kind, (40,) * 40, (5,) + (0,) * 39)
+    case, more = Case(kind), Case(kind, (40,) * 400, (5,) + (0,) * 399)
     small = case.cls.workspace_size(**case.arrays, **case.options, device="cpu")
     need = case.cls.workspace_size(**more.arrays, **more.options, device="cpu")
     assert need.int_bytes > small.int_bytes

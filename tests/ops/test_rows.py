@@ -9,8 +9,8 @@ import pytest
 
 import fi_ffi
 from fi_ffi import reference
+from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.op import Op
 from fi_ffi.ops.row import Row, Scalar, Tensor, defaults
 from fi_ffi.ops.table import ROWS
 from fi_ffi.reference.exact import EXACT, MOVES

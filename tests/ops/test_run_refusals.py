@@ -94,8 +94,8 @@ def test_another_number_of_rows(kind, backend):
         outputs = {n: changed(case.memory[n], shape=(desc.shape[0], *case.memory[n].shape[1:]))
                    for n in ("o", "lse")}  # fmt: skip
         given = {name: desc} | outputs
-        rows = "4 rows" if kind == "decode" else "9 rows"
-        refused(case, name, f"{rows}, as planned", case.run, plan, **given)
+        rows = "b = 4" if kind == "decode" else "nnz_qo = 9"
+        refused(case, name, f"expected {rows}, as planned", case.run, plan, **given)
 
 
 @pytest.mark.parametrize(("kind", "backend"), PLANNED)
@@ -120,9 +120,9 @@ def test_layouts(kind, backend):
     case, plan = planned(kind, backend)
     names = case.run_names[1:3]
     hnd = {name: other_layout(case.memory[name]) for name in names}
-    words = r"at axis \d \(NHD\), as planned|num_kv_heads = 2|page_size = 4"
+    words = "as planned|num_kv_heads = 2|page_size = 4"
     refused(case, None, words, case.run, plan, **hnd)
-    refused(case, None, words.replace("NHD", "HND"), case.run, plan, kv_layout="HND")
+    refused(case, None, words, case.run, plan, kv_layout="HND")
     for name in names:
         refused(case, None, "", case.run, plan, **{name: hnd[name]})
     for value in ("nhd", "", None, 0, b"NHD", ["NHD"], np.array(["NHD", "HND"]), np.ones(2)):
@@ -158,7 +158,7 @@ def test_pages_past_the_cache(kind):
     caches = {n: case.memory[n] for n in case.run_names if "cache" in n}
     few = {name: cache[:top] for name, cache in caches.items()}
     name = next(iter(caches))
-    words = f"{top + 1} pages or more: the plan has page {top}"
+    words = f"expected num_pages of at least {top + 1}, as planned"
     refused(case, name, words, case.run, plan, **few)
     case.run(plan, **{name: cache[: top + 1] for name, cache in caches.items()})
     case.check()
@@ -167,7 +167,7 @@ def test_pages_past_the_cache(kind):
 def test_fewer_keys_than_planned():
     case, plan = planned("ragged")
     few = {name: case.memory[name][:-1] for name in ("k", "v")}
-    words = r"got float16\[22, 2, 64\] .* expected 23 keys at axis 0 \(NHD\), as planned"
+    words = r"got float16\[22, 2, 64\] .* expected nnz_kv of at least 23, as planned"
     refused(case, "k", words, case.run, plan, **few)
     refused(case, "v", "nnz_kv = 23", case.run, plan, v=few["v"])
 
@@ -182,9 +182,9 @@ def test_pages_that_a_run_brings(kind):
     plan = case.plan(**{next(n for n in case.arrays if n.endswith("indices")): None})
     refused(case, name, "got None, expected an array on the device", case.run, plan)
     for wrong, words in (
-        (case.indices[:-1], "expected the pages of all requests, 8 as planned, or more"),
+        (case.indices[:-1], "expected num_indices of at least 8, as planned"),
         (case.indices.astype(np.int64), "got int64, expected int32"),
-        (case.indices[None], "8 as planned"),
+        (case.indices[None], "expected rank 1"),
         (np.repeat(case.indices, 2)[::2], "expected a contiguous tensor"),
         (changed(case.indices, device="cuda:0"), "got cuda:0, expected cpu"),
         (changed(case.indices, ptr=0), "not null"),

@@ -10,7 +10,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.cli.cases import make_case
-from fi_ffi.ops import memory
+from fi_ffi.ops.call import memory
 from fi_ffi.ops.functions import OPS
 
 from ops.test_sampling_filters import SCRATCH, make
@@ -55,8 +55,8 @@ def test_scratch_grows_with_what_it_is_for(rng):
         fi_ffi.top_p_renorm_probs(**case.arrays, **case.scalars)
         assert case.error("renorm_probs", case.arrays["renorm_probs"])[1] <= 1
         (own,) = [
-            of for key, of in memory._scratch.items()
-            if key[0] == "top_p_renorm_probs" and key[2].type == "cpu"
+            of for name, of in memory._owned[memory.HOST].items()
+            if name[0] == "top_p_renorm_probs"
         ]  # fmt: skip
         have = own.desc.shape[0]
         assert have >= fi_ffi.top_p_renorm_workspace_size(n, h)

@@ -167,7 +167,8 @@ REFUSED: dict[str, tuple[Callable[[dict], object], str]] = {
     "few weights": (lambda a: a.update(weights=a["weights"][:2]), "one for each of 3"),
     "layout": (lambda a: a.update(weight_column_major=1), "True or False"),
     "wrong layout": (lambda a: a.update(weight_column_major=False), "d_in|d_out"),
-    "width": (lambda a: a.update(x=a["x"][:, :12]), "multiple of 8"),
+    "width": (
+        lambda a: a.update(x=a["x"][:, :12], weights=a["weights"][..., :12]), "multiple of 8"),
     "dtype": (lambda a: a.update(x=a["x"].astype(np.float32)), "float16 or bfloat16"),
     "out": (lambda a: a.update(out=a["out"].astype(BF16)), "float16, the T"),
     "backend": (lambda a: a.update(backend="sm100"), "'auto' or 'sm80' or 'sm90'"),

@@ -35,14 +35,3 @@ def test_prefill(g, lens):
 @given(g=GEOMETRIES, pages=st.lists(LENGTHS, min_size=1, max_size=40))
 def test_decode(g, pages):
     assert is_within(sizes.decode(g, len(pages), pages), sizes.decode(g, len(pages), None))
-
-
-@settings(max_examples=1000, deadline=None)
-@given(g=GEOMETRIES, size=st.integers(1, 40), rows=st.integers(0, 600_000), part=st.floats(0, 1))
-def test_fewer_rows_need_no_more(g, size, rows, part):
-    for backend in ("fa2", "fa3"):
-        least = sizes.least_rows(g, backend, size, rows)
-        if least <= rows:
-            fewer = least + int((rows - least) * part)
-            need = sizes.prefill_most(g, backend, size, fewer)
-            assert is_within(need, sizes.prefill_most(g, backend, size, rows))

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.abi import tensor
 from fi_ffi.abi.interop import as_desc
-from fi_ffi.ops import attention, form
+from fi_ffi.ops import attention
+from fi_ffi.ops.call import compiled
+from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.op import Op
 
 from plan_calls import KINDS, Case
 from prepared_calls import EVERY_OP, draw, full, placed
@@ -88,16 +88,15 @@ def test_prepared_calls_of_their_own(op, dtypes, more):
         assert not made.differs(expected)
 
 
-def test_many_layouts_while_others_are_forgotten(mine, monkeypatch):
-    """Caches that fill, and are emptied, under calls that are being made."""
-    monkeypatch.setattr(form, "_CACHE_LIMIT", 8)
-    monkeypatch.setattr(tensor, "_CACHE_LIMIT", 16)
+def test_many_sizes_while_variants_are_forgotten(mine, monkeypatch):
+    """Variants that fill up, and are dropped, under calls that are being made."""
+    monkeypatch.setattr(compiled, "_MOST_VARIANTS", 2)
     stop = threading.Event()
 
     def work(number: int) -> None:
         if number == 0:
             for release in ["0.6.13", None, "0.7.0"] * ROUNDS:
-                mine.op.settle(release)
+                mine.op.select_release(release)
                 mine.op.forget()
             stop.set()
             return
@@ -107,7 +106,8 @@ def test_many_layouts_while_others_are_forgotten(mine, monkeypatch):
             x = rng.standard_normal((rows, 16 + pad)).astype(np.float16)[:, :16]
             y = np.full((rows, 16), np.nan, np.float16)
             factor = float(rng.integers(1, 9))
-            mine.op(as_desc(y), x, factor=factor)
+            x.flags.writeable = bool(rng.integers(2))  # a variant each
+            mine.op(as_desc(y), x, factor=factor, kv_layout="NHD" if rows % 2 else "HND")
             assert (y == x * np.float16(factor)).all()
             call = mine.op.prepare(y, as_desc(x), factor=1.0)
             call.update(factor=factor + 1)
@@ -172,21 +172,19 @@ def test_a_shared_call_that_was_lost(mine):
     at_once(use)
 
 
-def test_layouts_are_one_object_whoever_asks():
-    """As long as they are kept; never one of other sizes."""
+def test_kinds_are_one_object_whoever_asks():
+    """Variants are found by them: two of one kind would be two variants."""
+    found: list[set[int]] = [set() for _ in range(THREADS)]
 
     def work(number: int) -> None:
         for i in range(20 * ROUNDS):
             shape = (i % 50 + 1, number % 3 + 1)
-            desc = fi_ffi.TensorDesc(64, shape, "float16", device="cpu")
+            desc = fi_ffi.TensorDesc(64, shape, "float8_e5m2", device=f"cuda:{i % 7}")
             assert desc.shape == shape and desc.strides == (shape[1], 1)
-            assert tuple(desc.layout.c_shape) == shape
-            if i % 97 == 0:
-                tensor._LAYOUTS.clear()
+            found[number].add(id(desc.kind))
 
     at_once(work)
-    made = [fi_ffi.TensorDesc(64, (3, 4), "float16", device="cpu") for _ in range(2)]
-    assert made[0].layout is made[1].layout
+    assert len(set.union(*found)) == 7
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -300,10 +298,12 @@ def test_ops_that_are_asked_for_first_by_many():
     for op in OPS.values():
         fresh, made = Op(*op.rows), []
         at_once(
-            lambda _, fresh=fresh, made=made: made.append((fresh._form.quick, fresh._form.bind))
+            lambda _, fresh=fresh, made=made: made.append(
+                (fresh.compiled.call, fresh.compiled.bind)
+            )
         )
         assert len(made) == THREADS
-        assert all(quick.__name__ == op.row.name for quick, _ in made)
+        assert all(call.__name__ == op.row.name for call, _ in made)
 
 
 GIL = """
@@ -313,7 +313,7 @@ GIL = """
     from fi_ffi.abi._cffi import ffi
     from fi_ffi.abi.function import Entry
     from fi_ffi.loader.runtime import ensure_tvm_ffi
-    from fi_ffi.ops import form
+    from fi_ffi.ops.call import compiled
 
     ensure_tvm_ffi()
     libc = ctypes.CDLL(None)
@@ -323,13 +323,13 @@ GIL = """
     wait = ctypes.cast(libc.sem_wait, ctypes.c_void_p).value
     handle = ffi.cast("void *", ctypes.addressof(semaphore))
     entry = Entry("wait", ffi.cast("void *", wait), handle)
-    form.entry_for = lambda *_: entry
+    compiled.entry_for = lambda *_: entry
     x, w = np.ones((2, 8), np.float16), np.ones(8, np.float16)
     descs = [fi_ffi.as_desc(array) for array in (x, x, w)]
-    fi_ffi.rmsnorm(*descs)  # in full, and not made to wait
+    fi_ffi.rmsnorm(*descs)  # not made to wait
     call = fi_ffi.rmsnorm.prepare(*descs)
-    ways = {"prepared": call, "quick": lambda: fi_ffi.rmsnorm(*descs),
-            "in full": lambda: fi_ffi.rmsnorm(x, x, w)}
+    ways = {"prepared": call, "of descriptors": lambda: fi_ffi.rmsnorm(*descs),
+            "of arrays": lambda: fi_ffi.rmsnorm(x, x, w)}
     for name, way in ways.items():
         thread = threading.Thread(target=way)
         thread.start()

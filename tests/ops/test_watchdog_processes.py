@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import fi_ffi
-from fi_ffi.ops.watchdog import EXIT_STATUS
+from fi_ffi.ops.watch.watchdog import EXIT_STATUS
 
 PROGRAM = """
 import sys
@@ -20,7 +20,7 @@ import fi_ffi
 before = set(sys.modules)
 import threading, time
 import numpy as np
-from fi_ffi.ops.op import Op
+from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.row import Row, Scalar, Tensor
 from fi_ffi.reference import norm
 
@@ -76,7 +76,7 @@ def test_abort_takes_place_though_on_hang_fails_or_blocks():
     assert done.returncode == 124 and "slow has not returned" in done.stdout
     assert "ValueError: mine" in done.stderr and "most recent call first" in done.stderr
     done = child("""
-        from fi_ffi.ops import watchdog
+        from fi_ffi.ops.watch import watchdog
         watchdog._LAST_PATIENCE = 0.5
         with fi_ffi.watchdog(0.2, on_hang=lambda report: time.sleep(50.0), abort=True):
             slow(50.0)
@@ -109,9 +109,9 @@ def test_without_a_stderr_of_python_the_process_has_one(stderr):
 
 def test_importing_fi_ffi_imports_no_watchdog():
     done = child("""
-        late = {f"fi_ffi.ops.{name}" for name in ("hang", "marks", "recording", "watchdog")}
+        late = {f"fi_ffi.ops.watch.{name}" for name in ("hang", "marks", "recording", "watchdog")}
         print(*sorted(late & before))
         assert fi_ffi.watchdog is fi_ffi.watchdog
-        assert "fi_ffi.ops.watchdog" in sys.modules and "watchdog" in dir(fi_ffi)
+        assert "fi_ffi.ops.watch.watchdog" in sys.modules and "watchdog" in dir(fi_ffi)
     """)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr

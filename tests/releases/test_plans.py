@@ -16,9 +16,9 @@ from fi_ffi import reference
 from fi_ffi.abi.device import parse_device
 from fi_ffi.abi.function import register
 from fi_ffi.loader.runtime import ensure_tvm_ffi
-from fi_ffi.ops import form
 from fi_ffi.ops.attention import decode, mla, options, plan, prefill, single
 from fi_ffi.ops.attention.rows import BATCH_MLA, FORMS, ROWS, of_release
+from fi_ffi.ops.call import compiled
 
 # One of each form that an entry has.
 RELEASES = ["0.6.3", "0.6.12", "0.6.13", "0.6.14", "0.6.16", "0.6.18"]
@@ -65,7 +65,7 @@ def kernels_of(monkeypatch, seen):
     def use(release):
         ensure_tvm_ffi()
         plan.forget()
-        monkeypatch.setattr(form, "entry_for", entry_for)
+        monkeypatch.setattr(compiled, "entry_for", entry_for)
         for user in (prefill, decode, mla, single):
             chosen = lambda rows, device: tuple(of_release(row, release) for row in rows)  # noqa: E731
             monkeypatch.setattr(user, "in_use", chosen)

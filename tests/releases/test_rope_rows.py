@@ -7,8 +7,8 @@ import re
 import pytest
 from rope_calls import APPLY, QUANTISE
 
-from fi_ffi.ops import rope
 from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.table import rope
 
 from bindings import RELEASES, parameters
 

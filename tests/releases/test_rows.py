@@ -109,17 +109,17 @@ def test_settling_on_a_release_changes_what_the_op_takes():
     out = np.zeros((2, 8), op.row.dtypes and __import__("ml_dtypes").float8_e4m3fn)
     x, weight = np.ones((2, 8), np.float16), np.ones(8, np.float16)
     try:
-        op.settle("0.6.3")
+        op.select_release("0.6.3")
         op(out, x, weight, 0.5)
         assert (out.astype(float) == 2).all()
         assert "scale (float)" in op.__doc__
         with pytest.raises(TypeError):
             op(out, x, weight, np.ones(1, np.float32))
-        op.settle("0.6.18")
+        op.select_release("0.6.18")
         op(out, x, weight, np.array([0.25], np.float32))
         assert (out.astype(float) == 4).all()
     finally:
-        op.settle(None)
+        op.select_release(None)
     assert fits(op.row, the_lock().default_release)
 
 

@@ -26,7 +26,7 @@ import fi_ffi
 from fi_ffi.abi import tensor
 from fi_ffi.abi.objects import Object
 from fi_ffi.loader import runtime
-from fi_ffi.ops.form import Form
+from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 
 from forking import in_child
@@ -42,17 +42,17 @@ def _sets(count: int = 2):
     return placed(draw(RMSNORM.row, {"T": "float16"}, {}), {}, count)
 
 
-def _uses(op: fi_ffi.ops.op.Op = RMSNORM) -> Mapping[str, Callable[[], int]]:
+def _uses(op: Op = RMSNORM) -> Mapping[str, Callable[[], int]]:
     """How many references to the entries' function objects there are."""
-    form: Form = op._form
+    variants = op.compiled.variants
 
     def count() -> int:
-        entries = {id(s.entry): s.entry for s in form._settled.values() if s.entry is not None}
+        entries = {id(v.entry): v.entry for v in variants.values() if v.entry is not None}
         return sum(
             entry.owner.use_count for entry in entries.values() if isinstance(entry.owner, Object)
         )
 
-    return {"uses": count, "frames": lambda: sum(len(s.frames) for s in form._settled.values())}
+    return {"uses": count, "frames": lambda: sum(len(v.frames) for v in variants.values())}
 
 
 def typed(_: str) -> Work:
@@ -93,7 +93,7 @@ def prepared(_: str) -> Work:
 
 
 def pointers(_: str) -> Work:
-    """Addresses described anew for each call; every tenth has sizes that were not seen before."""
+    """Addresses described anew for each call; every tenth has sizes of its own."""
     memory = np.ones(1 << 16, np.float16)
     start = memory.ctypes.data
 
@@ -111,14 +111,8 @@ def pointers(_: str) -> Work:
         else:
             fi_ffi.as_desc(weight)
 
-    def forget() -> int:
-        """What is remembered of layouts has bounds of its own, and is no leak."""
-        assert len(tensor._LAYOUTS) <= tensor._CACHE_LIMIT
-        tensor._LAYOUTS.clear()
-        RMSNORM.forget()
-        return 0
-
-    return work, {"layouts": forget}
+    known = {"names": lambda: len(tensor._NAMED), "kinds": lambda: len(tensor._KINDS)}
+    return work, _uses() | known
 
 
 def untyped(library: str) -> Work:

@@ -29,7 +29,7 @@ from stress_strength import LONG, scaled
 
 import fi_ffi
 from fi_ffi.families import FAMILIES
-from fi_ffi.ops import check, values
+from fi_ffi.ops.call.refuse import Refusals
 from fi_ffi.ops.functions import OPS
 
 # More than the 10,000 of docs/reliability.md: of some a descriptor cannot even be made.
@@ -88,23 +88,19 @@ def test_a_crash_is_told_with_its_seed_and_call(tmp_path, monkeypatch):
 
 
 def _letting(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    nothing: Callable[..., None] = lambda *args: None  # noqa: E731
     if what == "dtypes":
-        found = check._dtypes
-        monkeypatch.setattr(
-            check, "_dtypes", lambda row, layouts: found(row, [None] * len(layouts))
-        )
-        monkeypatch.setattr(check, "_step", lambda *args: 1)
-        monkeypatch.setattr(check, "_check_block", lambda *args: None)
+        monkeypatch.setattr(Refusals, "_dtypes", nothing)
+        monkeypatch.setattr(Refusals, "block", nothing)
     elif what == "strides":
-        monkeypatch.setattr(check, "_check_strides", lambda *args: None)
+        monkeypatch.setattr(Refusals, "strides", nothing)
     elif what == "devices":
-        monkeypatch.setattr(check, "check_device", lambda *args: None)
+        monkeypatch.setattr(Refusals, "devices", nothing)
     elif what == "addresses":
-        monkeypatch.setattr("fi_ffi.ops.form.check_address", lambda *args: None)
-        monkeypatch.setattr("fi_ffi.ops.prepared.check_address", lambda *args: None)
+        monkeypatch.setattr(Refusals, "address", nothing)
     elif what == "numbers":
-        loose: Callable[..., Any] = lambda op, arg, value: arg.type(1)  # noqa: E731
-        monkeypatch.setattr("fi_ffi.ops.form.number", loose)
+        loose: Callable[..., Any] = lambda self, name, _: self._scalars[name].type(1)  # noqa: E731
+        monkeypatch.setattr(Refusals, "number", loose)
     elif what == "texts":
         monkeypatch.setattr(fi_ffi.errors, "_text", lambda value: "")
 
@@ -140,13 +136,13 @@ def test_a_wrong_result_is_seen():
 
 def test_a_refusal_that_wrote_is_seen(monkeypatch):
     call = _call()
-    full = values.number
+    full = Refusals.number
 
     def writes(*args: Any) -> Any:
         call.room.whole[-1] ^= 1
         return full(*args)
 
-    monkeypatch.setattr("fi_ffi.ops.form.number", writes)
+    monkeypatch.setattr(Refusals, "number", writes)
     with guarded(), pytest.raises(AssertionError, match="something was written"):
         rows._call(call, {"eps": "1"}, True, False)
 

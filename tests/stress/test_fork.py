@@ -208,12 +208,12 @@ def test_forks_before_use() -> None:
 def test_locks_of_other_threads() -> None:
     """Another thread was loading, or looking an entry up, when this one forked."""
     from fi_ffi import reference
-    from fi_ffi.abi import function
+    from fi_ffi.abi import objects
     from fi_ffi.loader import methods, search
-    from fi_ffi.ops import memory
+    from fi_ffi.ops.call import memory
 
     places = [(runtime, "_lock"), (search, "_lock"), (methods, "_lock"), (reference, "_lock"),
-              (function, "_table"), (memory, "_lock")]  # fmt: skip
+              (objects, "_table"), (memory, "_lock")]  # fmt: skip
     has, leave = threading.Event(), threading.Event()
 
     def hold() -> None:

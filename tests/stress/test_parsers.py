@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from stress.abi_abuse.parsers import PARSERS, InMemory, feed, seeds_of
 from stress_strength import scaled
 
-from fi_ffi.abi.signature import parse_signature
-from fi_ffi.abi.spelling import parse_type
+from fi_ffi.abi.signature import parse_signature, parse_type
 from fi_ffi.errors import AbiError, ArtifactError, LoaderError
 from fi_ffi.loader import lock
 from fi_ffi.loader.record import parse_record

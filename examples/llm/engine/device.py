@@ -204,19 +204,19 @@ class Gpu(Device):
 
     def empty(self, shape, dtype):
         x = fi_ffi.TensorDesc(0, shape, dtype)
-        ptr = check(self.cuda.cudaMalloc(max(x.layout.numel, 1) * x.dtype.itemsize))
+        ptr = check(self.cuda.cudaMalloc(max(x.numel, 1) * x.dtype.itemsize))
         self.memory.append(ptr)
         return fi_ffi.TensorDesc(ptr, shape, dtype, device=self.name)
 
     def pinned(self, shape, dtype):
         """Page-locked host memory, which copies read and write while the program goes on."""
         x = fi_ffi.TensorDesc(0, shape, dtype, device="cpu")
-        ptr = check(self.cuda.cudaMallocHost(max(x.layout.numel, 1) * x.dtype.itemsize))
+        ptr = check(self.cuda.cudaMallocHost(max(x.numel, 1) * x.dtype.itemsize))
         self.host.append(ptr)
         return fi_ffi.TensorDesc(ptr, shape, dtype, device="cpu")
 
     def zero(self, x):
-        size = x.layout.numel * x.dtype.itemsize
+        size = x.numel * x.dtype.itemsize
         check(self.cuda.cudaMemsetAsync(x.ptr, 0, size, self.stream))
 
     def _copy(self, target, source, size):
@@ -235,7 +235,7 @@ class Gpu(Device):
         return host
 
     def upload(self, x, pinned):
-        self._copy(x.ptr, pinned.ptr, pinned.layout.numel * pinned.dtype.itemsize)
+        self._copy(x.ptr, pinned.ptr, pinned.numel * pinned.dtype.itemsize)
 
     download = upload
 

@@ -1,249 +1,294 @@
-"""The ways of calling that are measured: fi_ffi's own, of an op and of a plan."""
+"""The ways of calling that are measured: fi_ffi's own, of an op and of a plan, and tvm_ffi's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import importlib
+import importlib.metadata
+import importlib.util
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 import fi_ffi
-from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.frame import word_of
-from fi_ffi.abi.tensor import TensorDesc
-from fi_ffi.cli.benching.nothing import IdlePlan, next_frame, noted, nothing, put_behind
-from fi_ffi.cli.benching.rounds import STREAM, Call
-from fi_ffi.cli.cases import bound, default_dtypes, make_case
-from fi_ffi.loader.lock import the_lock
-from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.op import Op
-from fi_ffi.ops.row import Row, Tensor
+from fi_ffi import TensorDesc
+from fi_ffi.cli.benching.noop_kernel import Notes, kernels_replaced, noop_address, noop_call
+from fi_ffi.cli.benching.timing import STREAM, Call
+from fi_ffi.cli.cases import bound
+from fi_ffi.loader import tvm_ffi as libtvm_ffi
+from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.exact_attention import Options, exact_batch, from_pages
 
 EMPTY = "empty cffi call"
 PREPARED = "prepared call, in a scope"
 TYPED = "typed call, stream given"
+REPEATED = "typed call, 2 TensorDescs made, repeated length"
+NUMPY_REPEATED = "typed call, numpy arrays (CPU), repeated length"
 PLAN_TYPED = "plan.run, typed (CPU: no stream)"
-_EPS = 1e-6
-# Nobody's memory: nothing is read or written there.
-_PTRS, _OTHER_PTRS = (4096, 8192, 16384), (36864, 40960, 49152)
-_SHAPES = ((4, 64), (4, 64), (64,))
-_MADE = "T({}, (4, 64), 'float16'), T({}, (4, 64), 'float16'), T({}, (64,), 'float16')"
+PEER = "tvm_ffi call, its own tensors"
+
+_EPS, _HIDDEN, _LENGTH = 1e-6, 64, 4
+_MOST = 2**20  # rows of the arrays that lengths are slices of; nothing is read or written there
+_ON_STREAM = f"{_EPS}, stream={STREAM}"
+_MADE = "n = next(lengths); op(T(po, (n, 64), 'float16'), T(px, (n, 64), 'float16'), w, {})"
+_SLICED = f"n = next(lengths); op(o[:n], x[:n], w, {_EPS})"
 
 
 def own_calls() -> list[Call]:
-    """Each of fi_ffi's, on an op or plan of its own."""
-    op = "op(o, x, w, 1e-6)", "op(o, x, w, 1e-6, stream=77)"
-    made = _MADE.format(*_PTRS)
-    update = f"call.update({', '.join(map(str, _OTHER_PTRS))}); call()"
+    """Each of fi_ffi's; names are made inside `kernels_replaced(noop)`."""
+    made, sliced = _MADE.format(_ON_STREAM), _SLICED
+    update = "call.update(po, px, pw); call()"
     return [
-        _empty(),
-        _prepared(PREPARED, "call()", _PTRS, is_scoped=True),
-        _prepared("prepared call, 3 new pointers, in a scope", update, _OTHER_PTRS, is_scoped=True),
-        _prepared("prepared call with a stream", "call()", _PTRS),
-        _typed("typed call, in a scope", op[0], is_scoped=True),
-        _typed(TYPED, op[1]),
-        _typed("typed call, stream given, 3 TensorDescs made", f"op({made}, 1e-6, stream=77)"),
-        _desc(),
-        _run(PLAN_TYPED, "plan.run(q, k, v, o)"),
-        _run("plan.run, prepared (CPU: no stream)", "call()"),
+        Call(EMPTY, "invoke()", lambda: {"invoke": noop_call()}, _wrong_noop),
+        _rmsnorm(PREPARED, "call()", is_scoped=True),
+        _rmsnorm("prepared call, 3 new pointers, in a scope", update, is_scoped=True),
+        _rmsnorm("prepared call with a stream", "call()"),
+        _rmsnorm("typed call, in a scope", f"op(o, x, w, {_EPS})", is_scoped=True),
+        _rmsnorm(TYPED, f"op(o, x, w, {_ON_STREAM})"),
+        _rmsnorm(REPEATED, made),
+        _rmsnorm("typed call, 2 TensorDescs made, other lengths", made, repeated=REPEATED),
+        _rmsnorm(NUMPY_REPEATED, sliced),
+        _rmsnorm("typed call, numpy arrays (CPU), other lengths", sliced, repeated=NUMPY_REPEATED),
+        Call("one TensorDesc made", _DESC, lambda: {"T": TensorDesc}, _wrong_desc),
+        _decode(PLAN_TYPED, "plan.run(q, k, v, o)"),
+        _decode("plan.run, prepared (CPU: no stream)", "call()"),
     ]
 
 
-class _Rmsnorm:
-    """An op of its own: on these tensors it ends in the entry that does nothing."""
-
-    def __init__(self) -> None:
-        self.op = Op(OPS["rmsnorm"].row)
-        self.op.settle(the_lock().default_release)
-        self.tensors = _tensors(_PTRS)
-        self.settled = put_behind(self.op, *self.tensors, _EPS, False)
-        self.frame = next_frame(self.settled)
-
-    def wrong_results(self, is_prepared: bool) -> str | None:
-        """What is wrong with its results on the CPU, where there is a reference kernel."""
-        row, rng = self.op.row, np.random.default_rng()
-        cases = [make_case(row, {"n": 4, "h": 64}, default_dtypes(row), rng) for _ in range(2)]
-        call: Any = None
-        for case in cases:
-            if not is_prepared:
-                self.op(**case.arrays, **case.scalars)
-            elif call is None:
-                call = self.op.prepare(**case.arrays, **case.scalars)
-                call()
-            else:
-                call.update(**{name: fi_ffi.as_desc(a).ptr for name, a in case.arrays.items()})
-                call()
-            error = case.error("out", case.arrays["out"])[1]
-            if not error <= 1:
-                return f"its result is {error:.2f} of its bound away from float64"
-        return None
-
-    def wrong_arguments(self, call: Call, ptrs: Sequence[int], erases: bool) -> str | None:
-        """What is wrong with what one call gives the entry."""
-        if erases:
-            _erase(self.frame, self.op.row, [arg.name for arg in self.op.row.tensors])
-        with noted(self.settled, self.frame) as given:
-            call.once()
-        expected = [*map(_told, _tensors(ptrs)), _EPS, False], STREAM
-        got = [([*map(_told, one.arguments)], one.stream) for one in given]
-        return None if got == [expected] else f"the entry was given {got}, not {[expected]}"
+def _wrong_noop() -> str | None:
+    code = noop_call()()
+    return f"it returned {code}" if code else None
 
 
-def _tensors(ptrs: Sequence[int]) -> list[TensorDesc]:
-    return [TensorDesc(p, shape, "float16") for p, shape in zip(ptrs, _SHAPES, strict=True)]
+_DESC = f"T(4096, (4, {_HIDDEN}), 'float16')"
 
 
-def _told(value: object) -> object:
-    """A value to compare: descriptors are of an address and a layout."""
-    return (value.ptr, value.layout.key) if isinstance(value, TensorDesc) else value
+def _wrong_desc() -> str | None:
+    got = eval(_DESC, {"T": TensorDesc})
+    right = got.ptr, got.shape, got.strides, str(got.dtype), str(got.device)
+    wrong = right != (4096, (4, _HIDDEN), (_HIDDEN, 1), "float16", "cuda:0")
+    return f"it is {got}" if wrong else None
 
 
-def _erase(frame: Any, row: Row, names: Sequence[str]) -> None:
-    """Overwrite the addresses that a call is to write."""
-    for i, arg in enumerate(row.args):
-        if isinstance(arg, Tensor) and arg.name in names:
-            frame.pointers[word_of(i, True)] = 0
+# Out, input and weight: arrays on the host, or addresses on a GPU that are nobody's memory.
+# The latter are so far apart that no length makes two of them overlap.
+_Tensors: TypeAlias = "Sequence[Any]"
+_ONE, _OTHER = ([n << 40 for n in numbers] for numbers in ((1, 2, 3), (4, 5, 6)))
 
 
-def _typed(name: str, statement: str, is_scoped: bool = False) -> Call:
-    made = _Rmsnorm()
-    names = dict(zip("oxw", made.tensors, strict=True)) | {"op": made.op, "T": TensorDesc}
-    call = Call(
-        name, statement, names, is_scoped=is_scoped, before=lambda: made.wrong_results(False),
-        after=lambda: made.wrong_arguments(call, _PTRS, erases=True),
-    )  # fmt: skip
+def _rmsnorm(
+    name: str, statement: str, *, is_scoped: bool = False, repeated: str | None = None
+) -> Call:
+    """A way of calling rmsnorm.
+
+    In the statement `o`, `x` and `w` are tensors, `po`, `px` and `pw` the addresses of others,
+    and `lengths` gives one length again and again, or where there is a `repeated` call to be
+    held beside, another length each time.
+    """
+    is_sliced = "[:n]" in statement
+
+    def names(one: _Tensors, other: _Tensors, lengths: Iterator[int], device: str) -> Any:
+        op = fi_ffi.OPS["rmsnorm"]
+        made = {"op": op, "lengths": lengths, **dict(zip("oxw", one, strict=True))}
+        if is_sliced:
+            return made
+        made |= zip(("po", "px", "pw"), map(_address, other), strict=True)
+        made["T"] = T = TensorDesc if device == "cuda:0" else partial(TensorDesc, device=device)
+        shapes = (_LENGTH, _HIDDEN), (_LENGTH, _HIDDEN), (_HIDDEN,)
+        descs = [T(_address(a), shape, "float16") for a, shape in zip(one, shapes, strict=True)]
+        made |= zip("oxw", descs, strict=True)
+        if "call" in statement:
+            made["call"] = op.prepare(*descs, _EPS, stream=None if is_scoped else STREAM)
+        return made
+
+    def timed() -> Any:
+        some = range(1, _MOST) if repeated else (_LENGTH,)
+        lengths = itertools.chain.from_iterable(itertools.repeat(some))
+        return names(_arrays(_MOST) if is_sliced else _ONE, _OTHER, lengths, "cuda:0")
+
+    def used(one: _Tensors, other: _Tensors) -> _Tensors:
+        """The tensors that a call is of: those that the statement names."""
+        both = zip("oxw", one, other, strict=True)
+        return [theirs if f"p{of}" in statement else mine for of, mine, theirs in both]
+
+    def problem() -> str | None:
+        """Compare two calls of numpy's kernel with float64, and check what two calls give."""
+        lengths = [3, 5] if repeated else [_LENGTH] * 2
+        one: _Tensors = _arrays(8)
+        other: _Tensors = _arrays(8)
+        o, x, w = used(one, other)
+        known = names(one, other, iter(lengths), "cpu")
+        for n in lengths:
+            x[...] = np.random.default_rng().standard_normal(x.shape)
+            o[...] = np.nan
+            _once(call, known)
+            wrong = _wrong_rows(o, x, w, n)
+            if wrong is not None:
+                return wrong
+        notes = Notes()
+        with kernels_replaced(notes.entry):
+            if not is_sliced:
+                one, other = _ONE, _OTHER
+            known = names(one, other, iter(lengths), "cuda:0")
+            for _ in lengths:
+                _once(call, known)
+        ptrs = [*map(_address, used(one, other))]
+        shapes = [[(n, _HIDDEN), (n, _HIDDEN), (_HIDDEN,)] for n in lengths]
+        stream = 0 if is_sliced else STREAM
+        return _wrong_notes(
+            notes, [([*zip(ptrs, of, strict=True), _EPS, False], stream) for of in shapes]
+        )
+
+    call = Call(name, statement, timed, problem, is_scoped=is_scoped, repeated=repeated)
     return call
 
 
-def _prepared(name: str, statement: str, ptrs: Sequence[int], is_scoped: bool = False) -> Call:
-    made = _Rmsnorm()
-    ready = made.op.prepare(*made.tensors, _EPS, stream=None if is_scoped else STREAM)
-    call = Call(
-        name, statement, {"call": ready}, is_scoped=is_scoped,
-        before=lambda: made.wrong_results(True),
-        after=lambda: made.wrong_arguments(call, ptrs, erases=ptrs is not _PTRS),
-    )  # fmt: skip
-    return call
+def _arrays(rows: int) -> list[Array]:
+    """Room for out and input, which is not touched before it is used, and a weight."""
+    room = [np.empty((rows, _HIDDEN), np.float16) for _ in range(2)]
+    return [*room, np.linspace(-2, 2, _HIDDEN, dtype=np.float16)]
 
 
-def _empty() -> Call:
-    """What cffi takes for a call of four arguments: the floor of all others."""
-    invoke: Any = _Rmsnorm().frame.invoke
-
-    def after() -> str | None:
-        entry, code = nothing(), invoke()
-        is_it = ffi.cast("void *", invoke.func) == ffi.cast("void *", entry.address)
-        return None if is_it and code == 0 else f"not a call of {entry.name}: {code}"
-
-    return Call(EMPTY, "invoke()", {"invoke": invoke}, after)
+def _address(tensor: Any) -> int:
+    """The address of an array, or the address that was given."""
+    return tensor if isinstance(tensor, int) else tensor.ctypes.data
 
 
-def _desc() -> Call:
-    statement = f"T({_PTRS[0]}, (4, 64), 'float16')"
+def _once(call: Call, names: dict[str, Any]) -> None:
+    with call.scope():
+        exec(compile(call.statement, "<call>", "exec"), names)
 
-    def after() -> str | None:
-        got = eval(statement, {"T": TensorDesc})
-        right = got.ptr, got.shape, got.strides, str(got.dtype), str(got.device)
-        wrong = right != (_PTRS[0], (4, 64), (64, 1), "float16", "cuda:0")
-        return f"it is {got}" if wrong else None
 
-    return Call("one TensorDesc made", statement, {"T": TensorDesc}, after)
+def _wrong_rows(o: Array, x: Array, w: Array, n: int) -> str | None:
+    """What is wrong with `o`, of which n rows are the norm of `x` and the others NaN."""
+    of, scale = x[:n].astype(np.float64), w.astype(np.float64)
+    exact = of / np.sqrt((of**2).mean(-1, keepdims=True) + _EPS) * scale
+    return _wrong_values(o[:n], exact, abs(exact)) or (
+        None if np.isnan(o[n:]).all() else "rows past its length were written"
+    )
+
+
+def _wrong_values(got: Array, exact: Array, magnitude: Array) -> str | None:
+    error = np.abs(got.astype(np.float64) - exact) / bound(exact, magnitude, got.dtype)
+    worst = np.where(np.isfinite(error), error, np.inf).max()
+    return f"its result is {worst:.2f} of its bound away from float64" if worst > 1 else None
+
+
+def _wrong_notes(notes: Notes, expected: list[Any]) -> str | None:
+    """What is wrong with what an entry was given: address and shape of tensors, and numbers."""
+    got = [
+        ([(a.ptr, a.shape) if isinstance(a, TensorDesc) else a for a in given], stream)
+        for given, stream in notes.calls
+    ]
+    return None if got == expected else f"the entry was given {got}, not {expected}"
 
 
 _HEADS, _KV_HEADS, _DIM, _PAGE = 4, 2, 64, 4
 _INDPTR, _INDICES, _LAST = (np.array(n, np.int32) for n in ([0, 2, 3], [3, 0, 2], [1, 4]))
 
 
-class _Decode:
-    """A small batch with a plan of its own, on the CPU, which runs are of."""
+def _decode(name: str, statement: str) -> Call:
+    """A way of running a small batch, on the CPU, with a plan of its own."""
+    cache = (4, _PAGE, _KV_HEADS, _DIM)
+    shapes = {"q": (2, _HEADS, _DIM), "k": cache, "v": cache, "o": (2, _HEADS, _DIM)}
+    arrays = {of: np.zeros(shape, np.float16) for of, shape in shapes.items()}
 
-    def __init__(self) -> None:
-        self.rng = np.random.default_rng()
-        self.plan = IdlePlan(
+    def make() -> dict[str, Any]:
+        plan = fi_ffi.BatchDecodePlan(
             _INDPTR, _INDICES, _LAST, device="cpu", num_qo_heads=_HEADS, num_kv_heads=_KV_HEADS,
             head_dim=_DIM, page_size=_PAGE,
         )  # fmt: skip
-        self.draw()
+        made = {of: fi_ffi.as_desc(array) for of, array in arrays.items()}
+        ready = fi_ffi.prepare(plan.run, *made.values()) if "call" in statement else None
+        return {**made, "plan": plan, "call": ready}
 
-    def draw(self) -> None:
-        """New tensors, which keep their arrays alive."""
-        cache = (4, _PAGE, _KV_HEADS, _DIM)
-        shapes = {"q": (2, _HEADS, _DIM), "k": cache, "v": cache}
-        self.arrays = {
-            name: self.rng.standard_normal(shape).astype(np.float16)
-            for name, shape in shapes.items()
-        }
-        self.arrays["o"] = np.full_like(self.arrays["q"], np.nan)
-        self.tensors = {name: fi_ffi.as_desc(array) for name, array in self.arrays.items()}
+    def problem() -> str | None:
+        known, rng = make(), np.random.default_rng()
+        for _ in range(2):
+            for array in arrays.values():
+                array[...] = rng.standard_normal(array.shape)
+            arrays["o"][...] = np.nan
+            _once(call, known)
+            wrong = _wrong_values(arrays["o"], *_attention(arrays))
+            if wrong is not None:
+                return wrong
+        notes = Notes()
+        with kernels_replaced(notes.entry):
+            known = make()
+            for _ in range(2):
+                _once(call, known)
+        # Of a run's many arguments: the tensors that the caller gave, in the ABI's order.
+        tensors = [(array.ctypes.data, array.shape) for array in arrays.values()]
+        for given, _ in notes.calls:
+            given[:] = [a for a in given if isinstance(a, TensorDesc) and a.ptr in dict(tensors)]
+        return _wrong_notes(notes, [(tensors, 0)] * 2)
 
-    def wrong_results(self) -> str | None:
-        """Runs with the reference kernel, of which the second is like the first, and packed ones:
-        what is wrong with them.  Afterwards runs do nothing."""
-        ready: Any = None
-        for is_prepared in (False, False, True, True):
-            self.draw()
-            q, k, v, o = self.tensors.values()
-            if not is_prepared:
-                self.plan.run(q, k, v, o)
-            else:
-                ready = ready or fi_ffi.prepare(self.plan.run, q, k, v, o)
-                ready.update(q=q.ptr, paged_k_cache=k.ptr, paged_v_cache=v.ptr, o=o.ptr)
-                ready()
-            error = self._error()
-            if not error <= 1:
-                return f"its result is {error:.2f} of its bound away from float64"
-        return None
-
-    def _error(self) -> float:
-        """The largest error of the output as a fraction of its bound."""
-        q, caches = self.arrays["q"], [self.arrays[name] for name in "kv"]
-
-        def keys(request: int) -> tuple[Any, Any]:
-            k, v = (from_pages(cache, _INDPTR, _INDICES, _LAST, request) for cache in caches)
-            return k, v
-
-        exact = exact_batch(q, np.arange(3), keys, Options(_DIM**-0.5))
-        allowed = bound(
-            exact.out, exact.magnitude * (1 + exact.spread[..., None]), np.dtype(np.float16)
-        )
-        error = np.abs(self.arrays["o"].astype(np.float64) - exact.out)
-        return float(np.where(np.isfinite(error), error / allowed, np.inf).max())
-
-    def wrong_arguments(self, call: Call, erases: bool) -> str | None:
-        """What is wrong with what one run gives the entry."""
-        names = {"q": "q", "paged_k_cache": "k", "paged_v_cache": "v", "o": "o"}
-        if erases:
-            _erase(self.plan.frame, self.plan.row, [*names])
-        with noted(self.plan.settled, self.plan.frame) as given:
-            call.once()
-        if len(given) != 1:
-            return f"the entry was called {len(given)} times"
-        arguments = {
-            arg.name: value
-            for arg, value in zip(self.plan.row.args, given[0].arguments, strict=True)
-        }
-        expected = {name: self.tensors[short] for name, short in names.items()}
-        expected["sm_scale"] = _DIM**-0.5
-        got = {name: _told(arguments[name]) for name in expected}
-        right = {name: _told(value) for name, value in expected.items()}
-        return None if got == right else f"the entry was given {got}, not {right}"
+    call = Call(name, statement, make, problem)
+    return call
 
 
-def _run(name: str, statement: str) -> Call:
-    batch = _Decode()
-    wrong = batch.wrong_results()
-    batch.plan.is_idle = True
-    batch.plan.replan(_INDPTR, _INDICES, _LAST)  # which forgets runs of the reference kernel
-    batch.draw()
-    q, k, v, o = batch.tensors.values()
-    batch.plan.run(q, k, v, o)
-    names = batch.tensors | {"plan": batch.plan}
-    is_prepared = "call" in statement
-    if is_prepared:
-        names["call"] = fi_ffi.prepare(batch.plan.run, q, k, v, o)
-    call = Call(
-        name, statement, names, before=lambda: wrong,
-        after=lambda: batch.wrong_arguments(call, erases=not is_prepared),
-    )  # fmt: skip
+def _attention(arrays: dict[str, Array]) -> tuple[Array, Array]:
+    """What the output must be, and its magnitude."""
+
+    def keys(request: int) -> tuple[Any, Any]:
+        k, v = (from_pages(arrays[of], _INDPTR, _INDICES, _LAST, request) for of in "kv")
+        return k, v
+
+    exact = exact_batch(arrays["q"], np.arange(3), keys, Options(_DIM**-0.5))
+    return exact.out, exact.magnitude * (1 + exact.spread[..., None])
+
+
+class Peer(NamedTuple):
+    """tvm_ffi where it can be measured; else why it cannot."""
+
+    module: Any
+    told: str
+
+
+def find_peer() -> Peer:
+    """Import tvm_ffi if it is installed and its libtvm_ffi can be the one of this process.
+
+    Before fi_ffi loads one: two of them in a process abort.
+    """
+    here, installed = libtvm_ffi.in_process(), libtvm_ffi.installed()
+    if installed is None:
+        return Peer(None, "apache-tvm-ffi is not installed, or not in a version fi_ffi works with")
+    if here is not None and here.path != installed.path:
+        return Peer(None, f"this process has another libtvm_ffi: {here.path}")
+    try:
+        module = importlib.import_module("tvm_ffi")
+    except ImportError as error:
+        return Peer(None, f"tvm_ffi does not import: {error}")
+    return Peer(module, f"apache-tvm-ffi {importlib.metadata.version('apache-tvm-ffi')}")
+
+
+def peer_calls(tvm_ffi: Any) -> list[Call]:
+    """The same entry called by tvm_ffi, with each kind of tensor that is here."""
+    arrays = [a.copy() for a in _arrays(_LENGTH)]
+    calls = [
+        _peer_call(PEER, tvm_ffi, [tvm_ffi.from_dlpack(array) for array in arrays], arrays),
+        _peer_call("tvm_ffi call, numpy arrays", tvm_ffi, arrays, arrays),
+    ]
+    if importlib.util.find_spec("torch") is not None:
+        of_torch = [*map(importlib.import_module("torch").from_numpy, arrays)]
+        calls.append(_peer_call("tvm_ffi call, torch tensors", tvm_ffi, of_torch, arrays))
+    return calls
+
+
+def _peer_call(name: str, tvm_ffi: Any, tensors: _Tensors, arrays: list[Array]) -> Call:
+    known = dict(zip("oxw", tensors, strict=True))
+
+    def timed() -> dict[str, Any]:
+        return known | {"f": tvm_ffi.Function.__from_extern_c__(noop_address())}
+
+    def problem() -> str | None:
+        notes = Notes()
+        notes.entry(fi_ffi.OPS["rmsnorm"].row.signature)
+        _once(call, known | {"f": tvm_ffi.get_global_func(notes.NAME)})
+        given = [*((array.ctypes.data, array.shape) for array in arrays), _EPS, False]
+        return _wrong_notes(notes, [(given, 0)])
+
+    call = Call(name, f"f(o, x, w, {_EPS}, False)", timed, problem, is_peer=True)
     return call

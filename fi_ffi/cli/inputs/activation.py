@@ -1,4 +1,4 @@
-"""Random inputs of `fi_ffi.ops.activation`."""
+"""Random inputs of `fi_ffi.ops.table.activation`."""
 
 from __future__ import annotations
 

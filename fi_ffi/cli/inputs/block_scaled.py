@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from fi_ffi.cli.inputs.family import Inputs, Made
-from fi_ffi.ops.block_scaled import ROWS_IN_ORDER, TILES_OF_128, layout_of, padded, scales_of
 from fi_ffi.ops.row import Row
+from fi_ffi.ops.table.block_scaled import ROWS_IN_ORDER, TILES_OF_128, layout_of, padded, scales_of
 from fi_ffi.reference.arrays import Array
 
 

@@ -1,4 +1,4 @@
-"""Random inputs of `fi_ffi.ops.concat`."""
+"""Random inputs of `fi_ffi.ops.table.concat`."""
 
 from __future__ import annotations
 

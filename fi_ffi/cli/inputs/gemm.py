@@ -1,4 +1,4 @@
-"""Random inputs of `fi_ffi.ops.gemm`."""
+"""Random inputs of `fi_ffi.ops.table.gemm`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 
 from fi_ffi.cli.inputs.family import Inputs, Made
 from fi_ffi.loader import machine
-from fi_ffi.ops.gemm import CUBLAS_BYTES
 from fi_ffi.ops.row import Row
+from fi_ffi.ops.table.gemm import CUBLAS_BYTES
 from fi_ffi.reference.arrays import Array
 
 

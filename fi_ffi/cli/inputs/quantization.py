@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fi_ffi.cli.inputs.family import Inputs, Made
-from fi_ffi.ops.bits import packed_indptr
+from fi_ffi.ops.on_host import packed_indptr
 from fi_ffi.ops.row import Row
 from fi_ffi.reference.arrays import Array
 

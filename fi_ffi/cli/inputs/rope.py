@@ -1,4 +1,4 @@
-"""Random inputs of `fi_ffi.ops.rope`."""
+"""Random inputs of `fi_ffi.ops.table.rope`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random inputs of `fi_ffi.ops.rope_quantize`."""
+"""Random inputs of `fi_ffi.ops.table.rope_quantize`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random inputs of `fi_ffi.ops.sampling`: probabilities, and what filters them."""
+"""Random inputs of `fi_ffi.ops.table.sampling`: probabilities, and what filters them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random inputs of `fi_ffi.ops.topk`: rows, and the parts of them to choose from."""
+"""Random inputs of `fi_ffi.ops.table.topk`: rows, and the parts of them to choose from."""
 
 from __future__ import annotations
 

@@ -10,13 +10,13 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import Device, parse_device
 from fi_ffi.abi.function import array_values
 from fi_ffi.abi.objects import Array as ArrayObject
-from fi_ffi.abi.tensor import TensorDesc, make_desc
+from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.cli.replaying.memory import Placed
 from fi_ffi.cli.replaying.recorded import Recorded
 from fi_ffi.errors import FiFfiError
 from fi_ffi.ops import cuda
 from fi_ffi.ops.attention.workspace import FLOAT_BYTES, INT_BYTES
-from fi_ffi.ops.form import Form
+from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.row import PlanInfo, Row, Tensor
 from fi_ffi.reference.arrays import Array
 
@@ -95,9 +95,10 @@ class _Calling:
 
     def make(self, info: ArrayObject | None) -> Any:
         """Make the call; what it returns."""
-        values = [self._value(arg, info) for arg in self._row.args]
-        form = Form(self._row, self._recorded.module or None)
-        return form(values, _DEFAULT_STREAM if self._device.is_cuda else None)
+        values = [self._value(arg, info) for arg in self._row.given]
+        compiled = CompiledRow(self._row, self._recorded.module or None)
+        stream = _DEFAULT_STREAM if self._device.is_cuda else None
+        return compiled.call(None, *values, stream=stream)
 
     def _value(self, arg: Any, info: ArrayObject | None) -> Any:
         if isinstance(arg, PlanInfo):
@@ -128,7 +129,7 @@ def allocate(count: int, device: Device) -> TensorDesc:
     memory = cuda.allocate(count, device, zeroed=True)
     if not device.is_cuda:
         ffi.memmove(cuda.pointer(memory.desc.ptr), bytes(count), count)
-    return make_desc(memory.desc.ptr, memory.desc.layout, owner=memory)
+    return memory.desc.at(memory.desc.ptr, memory)
 
 
 def sources(recorded: Recorded, device: Device) -> Mapping[str, str]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import Device, parse_device
-from fi_ffi.abi.tensor import TensorDesc, make_desc, make_layout
+from fi_ffi.abi.tensor import TensorDesc, make_desc
 from fi_ffi.cli.replaying.recorded import RecordedTensor
 from fi_ffi.ops import cuda
 from fi_ffi.reference.arrays import Array
@@ -87,8 +87,9 @@ class Placed:
     def desc(self, name: str) -> TensorDesc:
         region, tensor = self._regions[name], self._tensors[name]
         address = region.address + tensor.address - region.start
-        layout = make_layout(tensor.shape, tensor.dtype, tensor.strides, region.device, False)
-        return make_desc(address, layout, owner=region)
+        return make_desc(
+            address, tensor.shape, tensor.dtype, tensor.strides, region.device, owner=region
+        )
 
     def get(self, names: Iterable[str]) -> dict[str, Array]:
         """Copies of tensors as they are now; waits for the device."""

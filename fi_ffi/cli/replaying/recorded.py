@@ -13,9 +13,9 @@ import numpy as np
 from fi_ffi.abi.dtypes import DTYPES, DType
 from fi_ffi.errors import ArtifactError
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.logging_calls import container
-from fi_ffi.ops.logging_calls.dump import AFTER, BEFORE, FORMAT, PLAN
 from fi_ffi.ops.row import Row
+from fi_ffi.ops.watch.logging_calls import container
+from fi_ffi.ops.watch.logging_calls.dump import AFTER, BEFORE, FORMAT, PLAN
 from fi_ffi.reference.arrays import Array
 
 _INT64 = 2**63

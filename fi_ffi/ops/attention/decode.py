@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.abi.interop import TensorLike
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.ops.attention import sizes
-from fi_ffi.ops.attention.again import Again, are_last_page_lens, ints, pages, positions
-from fi_ffi.ops.attention.arrays import Arrays, index_room
-from fi_ffi.ops.attention.indices import INT32_MAX, PagedLengths, read_ints
-from fi_ffi.ops.attention.options import choice, in_use
-from fi_ffi.ops.attention.plan import SIZE_ONLY, Plan, WorkspaceSize, form_of
+from fi_ffi.ops.attention.arrays import Arrays, PagedLengths, read_ints
+from fi_ffi.ops.attention.options import in_use
+from fi_ffi.ops.attention.plan import SIZE_ONLY, BoundRow, Plan, WorkspaceSize
 from fi_ffi.ops.attention.rows import BATCH_DECODE_PLAN, BATCH_DECODE_RUN
 from fi_ffi.ops.attention.run import Values, softmax_scale
 from fi_ffi.ops.attention.spec import DecodeOptions
 from fi_ffi.ops.attention.workspace import Workspace
-from fi_ffi.ops.row import KV_LAYOUTS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -27,8 +24,6 @@ if TYPE_CHECKING:
 _NAMES = ("indptr", "indices", "last_page_len")
 # Of `DecodePlanInfo::ToVector` (scheduler.cuh).
 _PADDED_BATCH_SIZE, _KV_CHUNK_SIZE_OFFSET = 0, 7
-# The tensors of a run, as the binding calls them.
-_TENSORS = ("q", "paged_k_cache", "paged_v_cache", "o", "maybe_lse")
 # What the binding wants for its dtype alone, and does not even read that of.
 _NOTHING = TensorDesc(256, (0,), "uint8", device="cpu")
 
@@ -59,11 +54,20 @@ class BatchDecodePlan(Plan):
     """
 
     op = "BatchDecodePlan"
-    index_arrays: Mapping[str, str] = {"indptr": "kv_indptr"}
+    run_arrays: Mapping[str, str] = {
+        "paged_kv_indptr": "kv_indptr", "paged_kv_indices": "indices",
+        "paged_kv_last_page_len": "last_page_len",
+    }  # fmt: skip
+    run_not_less: ClassVar = {
+        0: (("num_pages", "planned_pages"), ("num_indices", "planned_indices")),
+    }
+    # What every run is given, in this order.
+    run_given = ("q", "paged_k_cache", "paged_v_cache", "o", "maybe_lse", "kv_layout", "enable_pdl")
     # What a number of requests takes at most, and that number.
     _most_need: sizes.Need
     _most_of = 0
     backend = "cuda cores"
+    backend_of_module = ""
     backend_reason = "decode kernels have no other"
 
     def __init__(
@@ -81,13 +85,8 @@ class BatchDecodePlan(Plan):
         self.options = chosen = DecodeOptions.of(options)
         self.module = chosen.kernel.module("")
         self.geometry = chosen.geometry(self.machine)
-        known = {
-            "num_qo_heads": chosen.num_qo_heads, "num_kv_heads": chosen.num_kv_heads,
-            "head_dim_qk": chosen.head_dim, "head_dim_vo": chosen.head_dim,
-        }  # fmt: skip
-        rows = in_use((BATCH_DECODE_PLAN, BATCH_DECODE_RUN), self.device)
-        self._forms = [form_of(row, chosen.kernel, "", known) for row in rows]
-        self._templates = [Values(self.op, row, self.backend, {}) for row in rows]
+        planner, *self._run_rows = in_use((BATCH_DECODE_PLAN, BATCH_DECODE_RUN), self.device)
+        self.bind_planner(planner, chosen.kernel)
         batch = self._read((indptr, indices, last_page_len))
         self._max_indices = chosen.max_num_indices or batch.indptr.total
         self._fill_template()
@@ -105,8 +104,7 @@ class BatchDecodePlan(Plan):
         **arguments: Any,
     ) -> WorkspaceSize:
         """Bytes of the float and int workspaces that a plan of these arguments needs."""
-        only: Any = SIZE_ONLY
-        plan = cls(indptr, indices, last_page_len, workspace=only, **arguments)
+        plan = cls(indptr, indices, last_page_len, workspace=SIZE_ONLY, **arguments)
         return WorkspaceSize(plan.needs.float_bytes, plan._placed.end)
 
     def replan(
@@ -118,8 +116,6 @@ class BatchDecodePlan(Plan):
         stream: object = None,
     ) -> None:
         """Plan another batch with the same options; as `BatchPrefillPlan.replan`."""
-        if self.agains and self._replan((indptr, indices, last_page_len), stream):
-            return
         batch = self._read((indptr, indices, last_page_len))
         if self.options.enable_cuda_graph:
             self.check_batch_size("indptr", batch.indptr.size, self._batch_size)
@@ -154,48 +150,67 @@ class BatchDecodePlan(Plan):
             lse: [b, num_qo_heads] float32, written: log2 of the sum of exponentials.
             others: as in `BatchPrefillPlan.paged_run`.
         """
-        options = (
-            kv_layout, paged_kv_indices, sm_scale, rope_scale, rope_theta, alibi_slopes, q_scale,
-            k_scale, enable_pdl,
+        bound, values = self._run_arguments(
+            q, paged_k_cache, paged_v_cache, o, lse, kv_layout, paged_kv_indices, sm_scale,
+            rope_scale, rope_theta, alibi_slopes, q_scale, k_scale, enable_pdl,
         )  # fmt: skip
-        tensors = (q, paged_k_cache, paged_v_cache, o, lse)
-        if self.repeat(options, tensors, stream):
-            return None
-        values = self._templates[1].fresh()
-        self.put_workspace(values)
-        choice(self.op, "kv_layout", kv_layout, tuple(KV_LAYOUTS))
-        q = as_desc(q, self.op, "q")
-        if not q.shape or q.shape[0] != self._batch_size:
-            raise self.refuse("q", q.layout, f"{self._batch_size} rows, as planned")
-        values.put(
-            q=q, paged_k_cache=paged_k_cache, paged_v_cache=paged_v_cache, o=o, maybe_lse=lse,
-            kv_layout=kv_layout, window_left=self.options.window_left, enable_pdl=enable_pdl,
-            logits_soft_cap=self.options.logits_soft_cap,
-        )  # fmt: skip
+        self.run_packed(bound, values, stream)
+
+    def _run_arguments(
+        self, q: Any, paged_k_cache: Any, paged_v_cache: Any, o: Any, lse: Any = None,
+        kv_layout: str = "NHD", paged_kv_indices: Any = None, sm_scale: float | None = None,
+        rope_scale: float | None = None, rope_theta: float | None = None,
+        alibi_slopes: Any = None, q_scale: float | None = None, k_scale: float | None = None,
+        enable_pdl: bool = False,
+    ) -> tuple[BoundRow, Sequence[Any]]:  # fmt: skip
+        """The row of a run, and what it is given."""
+        bound = self._bound_runs.get((0, paged_kv_indices is None))
+        if bound is None:
+            bound = self.bound_run(0, self.check_indices("paged_kv_indices", paged_kv_indices))
+        rest = bound.rest
+        is_plain = sm_scale is q_scale is k_scale is rope_scale is rope_theta is alibi_slopes
+        is_plain = is_plain and sm_scale is paged_kv_indices is None
+        if not is_plain or self.options.pos_encoding_mode == "ALIBI":
+            values = bound.template.fresh()
+            self._fill_options(
+                values, sm_scale, rope_scale, rope_theta, alibi_slopes, q_scale, k_scale
+            )
+            values.put(paged_kv_indices=paged_kv_indices)
+            rest = tuple(values.values[len(self.run_given) :])
+        given = q, paged_k_cache, paged_v_cache, o, lse, kv_layout, enable_pdl, *rest
+        return bound, given
+
+    def fill_defaults(self, values: Values) -> None:
+        if self.options.pos_encoding_mode == "ALIBI":
+            return  # every run brings its slopes
+        self._fill_options(values, None, None, None, None, None, None)
+
+    def _fill_options(
+        self, values: Values, sm_scale: float | None, rope_scale: float | None,
+        rope_theta: float | None, alibi_slopes: Any, q_scale: float | None,
+        k_scale: float | None,
+    ) -> None:  # fmt: skip
         scale = softmax_scale(self.op, sm_scale, self.options.head_dim)
         scale = values.scale("q", q_scale, scale)
         values.put(sm_scale=values.scale("k", k_scale, scale))
         values.positions(self.options.pos_encoding_mode, rope_scale, rope_theta, alibi_slopes)
-        self.put_pages(values, paged_kv_indices, "paged_k_cache", kv_layout)
-        made: None = self.launch(self._forms[1], values, stream, _TENSORS, options, tensors)
-        return made
 
-    def _replan(self, arrays: Sequence[object], stream: object) -> bool:
-        """Plan a batch, if one like it was planned; what is new or wrong is left alone."""
-        view, indices, lasts = map(ints, arrays)
-        starts = positions(view)
-        if not starts or view is None or lasts is None:
-            return False
-        size, total = len(starts) - 1, starts[-1]
-        again, found = self.again_for(size, total), pages(indices, total)
-        page_size = self.options.page_size
-        if again is None or found is None or not are_last_page_lens(lasts, size, page_size):
-            return False
-        views = {"kv_indptr": view, "last_page_len": lasts, "indices": found[0]}
-        if not self.plan_again(again, views, 0, stream):
-            return False
-        self._batch_size, self._num_indices, self._max_page = size, total, found[1]
-        return True
+    def run_constants(self) -> dict[str, Any]:
+        chosen = self.options
+        return {"window_left": chosen.window_left, "logits_soft_cap": chosen.logits_soft_cap}
+
+    def run_known(self) -> tuple[str, ...]:
+        return (
+            "b", "num_qo_heads", "num_kv_heads", "head_dim_qk", "head_dim_vo", "page_size",
+            "planned_pages", "planned_indices",
+        )  # fmt: skip
+
+    def run_sizes(self) -> Sequence[int]:
+        chosen = self.options
+        return (
+            self._batch_size, chosen.num_qo_heads, chosen.num_kv_heads, chosen.head_dim,
+            chosen.head_dim, chosen.page_size, self._max_page + 1, self._num_indices,
+        )  # fmt: skip
 
     def _read(self, arrays: Sequence[object]) -> PagedLengths:
         return PagedLengths(self.op, _NAMES, arrays, None, self.options.page_size)
@@ -207,20 +222,19 @@ class BatchDecodePlan(Plan):
             raise self.refuse("indptr", got, expected)
         rooms = {"kv_indptr": count + 1, "last_page_len": count}
         if batch.indices is not None:
-            rooms["indices"] = index_room(self._max_indices if graph else batch.indptr.total)
+            rooms["indices"] = self._max_indices if graph else batch.indptr.total
         need = None if graph or self.is_size_only else self._most(count)
         if need is not None:
             placed = self.place(need, count, rooms)
-            have = self.workspace
-            if self._owns_workspace or (
-                have is not None and have.has(need.float_bytes, placed.end)
-            ):
+            if self.is_room_for(need, placed):
                 return need, placed
         need = sizes.decode(self.geometry, count, batch.indptr.counts)
         return need, self.place(need, count, rooms)
 
     def _most(self, count: int) -> sizes.Need:
-        """What so many requests can take at most."""
+        """What so many requests can take at most, and some more: the next batch is of another
+        number, and is placed where this one is."""
+        count = sizes.aligned(count, 64)
         if self._most_of != count:
             self._most_need = sizes.decode(self.geometry, count, None)
             self._most_of = count
@@ -229,31 +243,27 @@ class BatchDecodePlan(Plan):
     def _fill_template(self) -> None:
         """Set what is the same for every batch."""
         chosen = self.options
-        self._templates[0].put(
-            num_qo_heads=chosen.num_qo_heads, num_kv_heads=chosen.num_kv_heads,
-            page_size=chosen.page_size, enable_cuda_graph=chosen.enable_cuda_graph,
-            window_left=chosen.window_left, logits_soft_cap=chosen.logits_soft_cap,
-            head_dim_qk=chosen.head_dim, head_dim_vo=chosen.head_dim,
-            empty_q_data=_NOTHING, empty_kv_data=_NOTHING,
-        )  # fmt: skip
+        for name in ("num_qo_heads", "num_kv_heads", "page_size", "enable_cuda_graph",
+                     "window_left", "logits_soft_cap"):  # fmt: skip
+            self._planner.put(name, getattr(chosen, name))
+        for name in ("head_dim_qk", "head_dim_vo"):
+            self._planner.put(name, chosen.head_dim)
+        for name in ("empty_q_data", "empty_kv_data"):
+            self._planner.put(name, _NOTHING)
 
     def _schedule(self, batch: PagedLengths, stream: object) -> None:
         need, placed = self._need(batch)
-        values = self._templates[0].fresh()
-        values.put(indptr=batch.indptr.desc, batch_size=batch.indptr.size)
+        given = {"indptr": batch.indptr.desc, "batch_size": batch.indptr.size}
         arrays = {"kv_indptr": batch.indptr.view, "last_page_len": batch.last_page_len.view}
         if batch.indices is not None:
             arrays["indices"] = batch.indices.view
         self._batch = batch
-        given = values.values.copy()
-        self.schedule(self._forms[0], given, arrays, need, placed, stream)
-        size = self._batch_size = batch.indptr.size
-        is_most = not self.options.enable_cuda_graph and need == self._most(size)
-        if is_most and batch.indices is not None and self.workspace is not None:
-            limit = min(placed.where("indices")[1], INT32_MAX // self.options.page_size)
-            form, own = self._forms[0], self.workspace
-            self.keep_again(Again(form, values.values, placed, own, size, 0, limit))
-        self._num_indices, self._max_page = batch.indptr.total, batch.max_page
+        self.schedule(given, arrays, need, placed, stream)
+
+    def _batch_now(self) -> None:
+        batch = self._batch
+        self._batch_size, self._num_indices = batch.indptr.size, batch.indptr.total
+        self._max_page = batch.max_page
 
     def check_launch(self, launch: list[int], stage: TensorDesc) -> None:
         """The planner does not count requests without pages when it splits for a fixed grid:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
-from fi_ffi.ops.attention.options import integer
+from fi_ffi.ops.call.arguments import check_int
 
 if TYPE_CHECKING:
     import numpy
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Slopes = numpy.ndarray[Any, numpy.dtype[numpy.float32]]
 
 # A grid has less than 2**16 heads; a wrong number must not fill the memory.
-_HEAD_BITS = 17
+_MOST_HEADS = 2**16 - 1
 
 
 def pack_custom_mask(masks: Masks) -> Bytes:
@@ -49,7 +49,7 @@ def alibi_slopes(num_heads: int) -> Slopes:
     """
     import numpy as np
 
-    heads = integer("alibi_slopes", "num_heads", num_heads, 1, _HEAD_BITS)
+    heads = check_int("alibi_slopes", "num_heads", num_heads, 1, _MOST_HEADS)
     below = 1 << (heads.bit_length() - 1)
     first = np.arange(1, below + 1) / below
     between = np.arange(1, 2 * (heads - below), 2) / (2 * below)

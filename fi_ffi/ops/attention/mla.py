@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.abi.interop import TensorLike
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.attention import sizes
-from fi_ffi.ops.attention.arrays import Arrays, index_room
-from fi_ffi.ops.attention.indices import HostArray, Indptr, check_keys, page_indices
+from fi_ffi.ops.attention.arrays import (
+    Arrays,
+    HostArray,
+    Indptr,
+    check_keys,
+    page_indices,
+)
 from fi_ffi.ops.attention.options import CAUSAL, NON_CAUSAL, choose_backend, in_use
-from fi_ffi.ops.attention.plan import SIZE_ONLY, Plan, WorkspaceSize, form_of
+from fi_ffi.ops.attention.plan import SIZE_ONLY, BoundRow, Plan, WorkspaceSize
 from fi_ffi.ops.attention.rows import BATCH_MLA, NEED_KEYS
 from fi_ffi.ops.attention.run import Values, softmax_scale
 from fi_ffi.ops.attention.spec import MlaOptions
@@ -20,9 +26,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from fi_ffi.ops.attention.keywords import MlaKeywords
-
-# The tensors of a run, as the binding calls them.
-_TENSORS = ("q_nope", "q_pe", "ckv_cache", "kpe_cache", "o", "maybe_lse")
 
 
 class _Batch:
@@ -70,6 +73,10 @@ class BatchMlaPlan(Plan):
     """
 
     op = "BatchMlaPlan"
+    run_arrays: Mapping[str, str] = {"kv_indices": "indices"}
+    run_not_less: ClassVar = {
+        0: (("num_pages", "planned_pages"), ("num_indices", "planned_indices")),
+    }
 
     def __init__(
         self,
@@ -91,12 +98,14 @@ class BatchMlaPlan(Plan):
         )
         self.module = kernel.module(self.backend)
         self.geometry = chosen.geometry(self.machine)
-        known = {name: getattr(chosen, name) for name in ("num_heads", "page_size")}
-        known |= {"head_dim_ckv": chosen.head_dim_ckv, "head_dim_kpe": chosen.head_dim_kpe}
-        rows = in_use(BATCH_MLA[self.backend], self.device)
-        self._needs_keys = rows[1] in NEED_KEYS
-        self._forms = [form_of(row, kernel, self.backend, known) for row in rows]
-        self._templates = [Values(self.op, row, self.backend, {}) for row in rows]
+        planner, *self._run_rows = in_use(BATCH_MLA[self.backend], self.device)
+        self._needs_keys = self._run_rows[0] in NEED_KEYS
+        self.bind_planner(planner, kernel)
+        for name, value in (
+            ("num_heads", chosen.num_heads), ("head_dim_o", chosen.head_dim_ckv),
+            ("causal", chosen.causal),
+        ):  # fmt: skip
+            self._planner.put(name, value)
         batch = self._read(qo_indptr, kv_indptr, kv_indices, kv_len_arr)
         self._max_rows = chosen.max_total_num_rows or batch.qo.total
         self._max_indices = chosen.max_num_indices or batch.kv.total
@@ -115,8 +124,7 @@ class BatchMlaPlan(Plan):
         **arguments: Any,
     ) -> WorkspaceSize:
         """Bytes of the float and int workspaces that a plan of these arguments needs."""
-        only: Any = SIZE_ONLY
-        plan = cls(qo_indptr, kv_indptr, kv_indices, kv_len_arr, workspace=only, **arguments)
+        plan = cls(qo_indptr, kv_indptr, kv_indices, kv_len_arr, workspace=SIZE_ONLY, **arguments)
         return WorkspaceSize(plan.needs.float_bytes, plan._placed.end)
 
     def replan(
@@ -160,26 +168,49 @@ class BatchMlaPlan(Plan):
             sm_scale: logits are multiplied by it; by default 1 / sqrt(128 + 64), of the
                 heads before absorption.
         """
-        options = (kv_indices, sm_scale, return_lse_base_on_e)
-        tensors = (q_nope, q_pe, ckv_cache, kpe_cache, o, lse)
-        if self.repeat(options, tensors, stream):
-            return None
-        values, chosen = self._templates[1].fresh(), self.options
-        self.put_workspace(values)
-        q_nope = as_desc(q_nope, self.op, "q_nope")
-        if not q_nope.shape or q_nope.shape[0] != self._rows_now:
-            raise self.refuse("q_nope", q_nope.layout, f"{self._rows_now} rows, as planned")
+        bound, values = self._run_arguments(
+            q_nope, q_pe, ckv_cache, kpe_cache, o, lse, kv_indices, sm_scale, return_lse_base_on_e
+        )
+        self.run_packed(bound, values, stream)
+
+    def _run_arguments(
+        self, q_nope: Any, q_pe: Any, ckv_cache: Any, kpe_cache: Any, o: Any, lse: Any = None,
+        kv_indices: Any = None, sm_scale: float | None = None, return_lse_base_on_e: bool = False,
+    ) -> tuple[BoundRow, Sequence[Any]]:  # fmt: skip
+        """The row of a run, and what it is given."""
+        bound = self.bound_run(0, self.check_indices("kv_indices", kv_indices))
+        values = bound.template.fresh()
+        if sm_scale is not None:
+            values.put(sm_scale=softmax_scale(self.op, sm_scale, 1))
         values.put(
-            q_nope=q_nope, q_pe=q_pe, ckv_cache=ckv_cache,
-            kpe_cache=kpe_cache, o=o, maybe_lse=lse,
-            mask_mode_code=CAUSAL if chosen.causal else NON_CAUSAL,
-            num_heads=chosen.num_heads, page_size=chosen.page_size,
-            sm_scale=softmax_scale(self.op, sm_scale, 128 + chosen.head_dim_kpe),
-            return_lse_base_on_e=return_lse_base_on_e,
+            q_nope=q_nope, q_pe=q_pe, ckv_cache=ckv_cache, kpe_cache=kpe_cache, o=o,
+            maybe_lse=lse, kv_indices=kv_indices, return_lse_base_on_e=return_lse_base_on_e,
         )  # fmt: skip
-        self.put_pages(values, kv_indices, "ckv_cache", "NHD")
-        made: None = self.launch(self._forms[1], values, stream, _TENSORS, options, tensors)
-        return made
+        return bound, values.values
+
+    def fill_defaults(self, values: Values) -> None:
+        # Of the heads before absorption.
+        values.put(sm_scale=softmax_scale(self.op, None, 128 + self.options.head_dim_kpe))
+
+    def run_constants(self) -> dict[str, Any]:
+        chosen = self.options
+        return {
+            "mask_mode_code": CAUSAL if chosen.causal else NON_CAUSAL,
+            "num_heads": chosen.num_heads, "page_size": chosen.page_size,
+        }  # fmt: skip
+
+    def run_known(self) -> tuple[str, ...]:
+        return (
+            "nnz_qo", "num_heads", "page_size", "head_dim_ckv", "head_dim_kpe", "planned_pages",
+            "planned_indices",
+        )  # fmt: skip
+
+    def run_sizes(self) -> Sequence[int]:
+        chosen = self.options
+        return (
+            self._rows_now, chosen.num_heads, chosen.page_size, chosen.head_dim_ckv,
+            chosen.head_dim_kpe, self._max_page + 1, self._num_indices,
+        )  # fmt: skip
 
     def _read(self, qo: Any, kv: Any, indices: Any, kv_len: Any) -> _Batch:
         batch = _Batch(self.op, self.options.page_size, qo, kv, indices, kv_len)
@@ -233,20 +264,22 @@ class BatchMlaPlan(Plan):
         need = sizes.mla(self.geometry, batch.qo.counts)
         rooms = {}
         if batch.indices is not None:
-            rooms["indices"] = index_room(self._max_indices if graph else batch.kv.total)
+            rooms["indices"] = self._max_indices if graph else batch.kv.total
         return need, self.place(need, batch.qo.size, rooms)
 
     def _schedule(self, batch: _Batch, stream: object) -> None:
-        chosen, values = self.options, self._templates[0].fresh()
-        values.put(
-            qo_indptr=batch.qo.desc, kv_indptr=batch.kv.desc, kv_len=batch.kv_len.desc,
-            num_heads=chosen.num_heads, head_dim_o=chosen.head_dim_ckv, causal=chosen.causal,
-        )  # fmt: skip
+        given = {
+            "qo_indptr": batch.qo.desc, "kv_indptr": batch.kv.desc, "kv_len": batch.kv_len.desc,
+        }  # fmt: skip
         arrays = {} if batch.indices is None else {"indices": batch.indices.view}
         need, placed = self._need(batch)
-        self.schedule(self._forms[0], values.values, arrays, need, placed, stream)
+        self._batch = batch
+        self.schedule(given, arrays, need, placed, stream)
+
+    def _batch_now(self) -> None:
+        batch = self._batch
         self._batch_size = batch.qo.size
         self._num_indices, self._max_page = batch.kv.total, batch.max_page
         self._cluster = sizes.mla_cluster(self.geometry, batch.qo.counts)
-        graph = chosen.enable_cuda_graph
+        graph = self.options.enable_cuda_graph
         self._rows_now = self._max_rows if graph else batch.qo.total

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fi_ffi.abi.device import Device
 from fi_ffi.abi.dtypes import DType, parse_dtype
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
+from fi_ffi.errors import ArgumentError, printed
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.rows import F16, FP8, of_release
+from fi_ffi.ops.call.arguments import check_choice, check_number
 from fi_ffi.ops.providers import release_in_use
 from fi_ffi.ops.row import Row
 
@@ -106,43 +105,9 @@ def data_type(op: str, argument: str, value: object, allowed: tuple[str, ...]) -
     return dtype.name
 
 
-def choice(op: str, argument: str, value: object, allowed: tuple[str, ...]) -> str:
-    """One of a few words."""
-    if not isinstance(value, str) or value not in allowed:
-        kind = ArgumentError if isinstance(value, str) else ArgumentTypeError
-        expected = " or ".join(map(repr, allowed))
-        raise kind(op, argument, got=printed(value), expected=expected)
-    return value
-
-
-def integer(op: str, argument: str, value: object, low: int, bits: int = 32) -> int:
-    """An integer of at least `low`, and what a signed one of so many bits holds."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise ArgumentTypeError(op, argument, got=shown(value), expected="int")
-    plain = int(value)
-    if not low <= plain < 2 ** (bits - 1):
-        expected = f"an int from {low} to {2 ** (bits - 1) - 1}"
-        raise ArgumentError(op, argument, got=plain, expected=expected)
-    return plain
-
-
-def number(op: str, argument: str, value: object, above: float = -math.inf) -> float:
-    """A finite number above a least one."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise ArgumentTypeError(op, argument, got=shown(value), expected="a number")
-    try:
-        plain = float(value)
-    except OverflowError:  # an int
-        plain = math.inf
-    if not above < plain < math.inf:
-        least = "" if above == -math.inf else f" above {above:g}"
-        raise ArgumentError(op, argument, got=value, expected=f"a finite number{least}")
-    return plain
-
-
 def soft_cap(op: str, value: object) -> float:
     """`logits_soft_cap`: 0 for none."""
-    cap = number(op, "logits_soft_cap", value)
+    cap = check_number(op, "logits_soft_cap", value)
     if cap < 0:
         raise ArgumentError(op, "logits_soft_cap", got=value, expected="0 or more")
     return cap
@@ -153,20 +118,6 @@ def check_encoding(op: str, mode: str, logits_soft_cap: float) -> None:
     if mode == "ALIBI" and logits_soft_cap > 0:
         expected = "0 with pos_encoding_mode='ALIBI': the kernels apply sm_scale twice"
         raise ArgumentError(op, "logits_soft_cap", got=logits_soft_cap, expected=expected)
-
-
-def flag(op: str, argument: str, value: object) -> bool:
-    """A bool."""
-    if type(value) is not bool:
-        raise ArgumentTypeError(op, argument, got=shown(value), expected="bool")
-    return value
-
-
-def shown(value: object) -> str:
-    """A value that will not do, for an error: of most types the name is enough, and a
-    tensor's repr would read it from the device."""
-    name = type(value).__name__
-    return f"{name} {printed(value)}" if isinstance(value, (int, float, str, bytes)) else name
 
 
 def fa3_lacks(kernel: Kernel, use_custom_mask: bool, is_paged: bool = False) -> str:
@@ -234,7 +185,7 @@ def backend_for(
 ) -> tuple[str, str]:
     """The backend on GPUs of a compute capability, and why: as asked, or with "auto" as
     FlashInfer's `determine_attention_backend` has it.  None is the CPU's reference."""
-    asked = choice(op, "backend", backend, BACKENDS)
+    asked = check_choice(op, "backend", backend, BACKENDS)
     lacks = {"fa2": fa2_lacks(kernel), "fa3": fa3_lacks(kernel, use_custom_mask, is_paged)}
     if capability is not None and capability != (9, 0):
         lacks["fa3"] = "fa3 is for SM90, and {} is SM{}{}".format(where, *capability)

@@ -1,36 +1,50 @@
-"""What the plan classes share: a schedule made on the host, kept in a workspace, run many times."""
+"""What the plan classes share: a schedule made on the host, kept in a workspace, run many times.
+
+A plan's entries are compiled with the plan's own arguments bound: these are written into a frame
+once a schedule, and each run writes what it is given.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import Device, parse_device
+from fi_ffi.abi.frame import Frame
 from fi_ffi.abi.function import array_values
+from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.objects import Array
-from fi_ffi.abi.tensor import TensorDesc, make_desc
+from fi_ffi.abi.streams import current_scope, handle_for
+from fi_ffi.abi.tensor import TensorDesc, TensorKind, make_desc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.loader import machine
-from fi_ffi.ops import cuda, watching
-from fi_ffi.ops.attention.again import Again
+from fi_ffi.ops import cuda
 from fi_ffi.ops.attention.arrays import Arrays, placed_for
-from fi_ffi.ops.attention.indices import bytes_layout
 from fi_ffi.ops.attention.options import Kernel
-from fi_ffi.ops.attention.ready import Ready
-from fi_ffi.ops.attention.run import call
-from fi_ffi.ops.attention.runs import Runs
+from fi_ffi.ops.attention.run import CALLER_NAMES, Values
 from fi_ffi.ops.attention.sizes import Need, aligned
+from fi_ffi.ops.attention.supporting import Supporting
 from fi_ffi.ops.attention.workspace import Workspace
-from fi_ffi.ops.form import Form
-from fi_ffi.ops.launch import launch
-from fi_ffi.ops.row import Row
+from fi_ffi.ops.call import memory
+from fi_ffi.ops.call.compiled import CompiledRow, Variant
+from fi_ffi.ops.call.launch import launch
+from fi_ffi.ops.call.prepared import PackedCall, tensor_like
+from fi_ffi.ops.row import PlanInfo, Row, Scalar, Tensor
+from fi_ffi.ops.watch import watching
 
-_FORMS: dict[tuple[object, ...], Form] = {}
+_compiled_rows: dict[tuple[object, ...], CompiledRow] = {}
 # What the CPU's reference keeps of a request, which has no formula of its own.
 _REFERENCE_BYTES = 64
-_MOST_AGAIN = 16
+_MASK = 2**64 - 1
+# Axes of runs' tensors that grow with lengths, and what they count.
+_GROWING = {
+    "nnz_kv": "keys", "num_pages": "pages", "num_indices": "page indices",
+    "mask_bytes": "mask bytes",
+}  # fmt: skip
 
 
 class WorkspaceSize(NamedTuple):
@@ -44,47 +58,142 @@ class _SizeOnly:
     """Stands for a workspace where only its size is asked for."""
 
 
-SIZE_ONLY = _SizeOnly()
+SIZE_ONLY: Any = _SizeOnly()
 
 
 def forget() -> None:
     """Drop what was learnt, after the source of kernels changed."""
-    _FORMS.clear()
+    _compiled_rows.clear()
 
 
-def form_of(row: Row, kernel: Kernel, backend: str, known: Mapping[str, int]) -> Form:
-    """The form of a row in a kernel's module, for the dtypes it was compiled for; shared by
-    all plans alike, with what it has learnt."""
-    return form_in(row, kernel.module(backend), kernel.dtypes, known)
-
-
-def form_in(row: Row, module: str, dtypes: Mapping[str, str], known: Mapping[str, int]) -> Form:
-    """The form of a row in a module that was compiled for these dtypes."""
-    key = (row, module, *known.items())
-    form = _FORMS.get(key)
-    if form is None:
+def compiled_row(
+    row: Row, module: str, dtypes: Mapping[str, str], op: str, device: Device | None = None,
+    bound: Mapping[str, TensorKind | None] | None = None, known: tuple[str, ...] = (),
+    not_less: tuple[tuple[str, str], ...] = (), first: tuple[str, ...] = (),
+) -> CompiledRow:  # fmt: skip
+    """A row compiled for a module of these dtypes; shared by all plans alike."""
+    key = (row, module, op, device, tuple((bound or {}).items()), known, not_less, first)
+    found = _compiled_rows.get(key)
+    if found is None:
         own = {name: (dtype,) for name, dtype in dtypes.items() if name in row.dtypes}
-        compiled = replace(row, dtypes=dict[str, tuple[str, ...]](own))
-        form = _FORMS.setdefault(key, Form(compiled, module, known))
-    return form
+        form = replace(
+            row, dtypes=dict[str, tuple[str, ...]](own), not_less=(*row.not_less, *not_less)
+        )
+        made = CompiledRow(
+            form,
+            module,
+            op=op,
+            names=CALLER_NAMES,
+            known=known,
+            bound=bound,
+            device=device,
+            first=first,
+        )
+        found = _compiled_rows.setdefault(key, made)
+    return found
 
 
-def _first(desc: TensorDesc, count: int) -> TensorDesc:
-    """The first bytes of a buffer."""
-    return make_desc(desc.ptr, bytes_layout(count, desc.device))
+class BoundRow:
+    """A plan's entry with the plan's own arguments bound.
+
+    `sizes` are those of the compiled row's known axes, and `memory` where the two workspaces
+    that the plan works in start and end, and the first and the last of these.
+    """
+
+    def __init__(self, compiled: CompiledRow, template: Values) -> None:
+        self.compiled, self.template = compiled, template
+        self.sizes: Sequence[int] = ()
+        self.memory: Sequence[int] = (0, 0, 0, 0, 0, 0)
+        self._places = {arg.name: (i, arg) for i, arg in enumerate(compiled.row.args)}
+        # What each bound argument is in a frame: words, and what is in them.
+        self._words: dict[str, list[tuple[int, int]]] = {}
+        # Changes with them: a frame that was written before is written again.
+        self.version = object()
+        self.rest: tuple[Any, ...] = ()
+        self._free: dict[Variant, list[Frame]] = {}
+
+    def put(self, name: str, value: Any) -> None:
+        """Bind an argument, by the binding's name; one that the row lacks is left out."""
+        found = self._places.get(name)
+        if found is None or name not in self.compiled.form.bound:
+            return
+        i, arg = found
+        layout = self.compiled.layout
+        if isinstance(arg, Tensor):
+            words = []
+            if value is not None:
+                dims = enumerate((*value.shape, *value.strides), layout.dims[i])
+                words = [(layout.tensors[i], value.ptr), *dims]
+        elif isinstance(arg, Scalar) and arg.type is float:
+            words = [(layout.value(i), struct.unpack("Q", struct.pack("d", value))[0])]
+        else:
+            words = [(layout.value(i), int(value) & _MASK)]
+        self._words[name] = words
+        self.version = object()
+
+    def changed(self, name: str, number: int, value: int) -> list[tuple[int, int]]:
+        """One of a bound argument's words (of a tensor: its address, then its sizes), changed;
+        nothing where it is the same, or the row lacks the argument."""
+        words = self._words.get(name)
+        if not words or words[number][1] == value:
+            return []
+        words[number] = words[number][0], value
+        return [words[number]]
+
+    def change(self, changed: Sequence[tuple[int, int]]) -> None:
+        """Write changed words into the frames that no call has."""
+        if not changed:
+            return
+        before, self.version = self.version, object()
+        for free in self._free.values():
+            for frame in free:
+                if frame.version is before:
+                    for word, value in changed:
+                        frame.addresses[word] = value
+                    frame.version = self.version
+
+    def frame(self, variant: Variant) -> Frame:
+        """A frame of a call's own, with what is bound written into it."""
+        try:
+            frame = self._free[variant].pop()
+        except (KeyError, IndexError):
+            frame = variant.new_frame()
+        if frame.version is not self.version:
+            addresses = frame.addresses
+            for words in self._words.values():
+                for word, value in words:
+                    addresses[word] = value
+            frame.version = self.version
+        return frame
+
+    def give_back(self, frame: Frame) -> None:
+        """Let another call have a frame."""
+        variant: Variant = frame.variant
+        if frame.is_referred_to:
+            variant.give_back(frame)
+        else:
+            self._free.setdefault(variant, []).append(frame)
 
 
-class Plan(Runs):
+class Plan(Supporting):
     """A schedule for a batch; made by the classes derived from this one."""
-
-    # Index arrays that the planner reads: its row's names, and what they are placed as.
-    index_arrays: Mapping[str, str] = {}
 
     op: str
     options: Any
     backend: str
     backend_reason: str
     module: str
+    # The planner, and each kind of run by whether the plan has the pages' indices.
+    _planner: BoundRow
+    _run_rows: Sequence[Row]
+    # What the planner is given for each batch; all else is bound.
+    planner_given: frozenset[str] = frozenset(
+        {"qo_indptr", "kv_indptr", "kv_len_arr", "kv_len", "indptr", "batch_size",
+         "total_num_rows"}
+    )  # fmt: skip
+    # Of the batch that is planned: requests, and rows of the queries.
+    _batch_size: int
+    _rows_now: int
 
     def __init__(self, device: object, workspace: object) -> None:
         if not (workspace is None or isinstance(workspace, (Workspace, _SizeOnly))):
@@ -102,20 +211,49 @@ class Plan(Runs):
             raise ArgumentError(self.op, "workspace", got=got, expected=expected)
         self._generation = -1
         self._info: Array | None = None
-        # Runs that this plan has made, by what they depend on.
-        self._ready: dict[tuple[object, ...], Ready] = {}
         self._captured: list[int] | None = None
-        self._placed = Arrays(0)
-        # How batches like those before are planned, by their size and the fewest queries.
-        self.agains: dict[tuple[int, int], Again] = {}
+        self._placed = Arrays(0, {})
         self._owns_workspace = workspace is None
         # Pages of the batch in all, and the last of them in the cache, where it is known.
         self._num_indices, self._max_page = 0, -1
         self._descs: dict[str, TensorDesc] = {}
         # What these are of.
         self._described: tuple[object, object] = (None, None)
+        self._planned_in: tuple[object, int] = (None, 0)
+        # How many int32 index arrays have that the kernels take the batch's size from.
+        self._counts: dict[str, int] = {}
+        self._runs: dict[tuple[int, bool, str], BoundRow] = {}
+        # Of these, what has been bound to the schedule as it is now.
+        self._bound_runs: dict[tuple[int, bool], BoundRow] = {}
         # With CUDA graphs: the least room that runs were given for what grows with lengths.
         self.room: dict[str, int] = {}
+
+    def __copy__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} has a schedule of its own and cannot be copied")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} is of this process and cannot be pickled")
+
+    # Planning.
+
+    def bind_planner(self, row: Row, kernel: Kernel) -> None:
+        """Compile the planner with all bound but what says how long requests are."""
+        kinds = {
+            arg.name: make_desc(0, (0,), arg.dtype, None, "cpu" if arg.host else self.device).kind
+            for arg in row.tensors
+        }
+        bound = {
+            arg.name: kinds.get(arg.name) for arg in row.given if arg.name not in self.planner_given
+        }
+        compiled = compiled_row(
+            row, kernel.module(self.backend_of_module), kernel.dtypes, self.op, self.device, bound
+        )
+        self._planner = BoundRow(compiled, Values(self.op, compiled, self.backend, {}))
+
+    @property
+    def backend_of_module(self) -> str:
+        """The backend, for what modules are called after it."""
+        return self.backend
 
     def place(self, need: Need, batch_size: int, rooms: Mapping[str, int]) -> Arrays:
         """Places for index arrays after what the kernel needs of the int workspace."""
@@ -138,25 +276,19 @@ class Plan(Runs):
         return machine.multiprocessors(index), machine.capability(index)[0]
 
     def schedule(
-        self,
-        form: Form,
-        values: list[Any],
-        arrays: Mapping[str, memoryview],
-        need: Need,
-        placed: Arrays,
-        stream: object,
-    ) -> None:
+        self, given: Mapping[str, Any], arrays: Mapping[str, memoryview], need: Need,
+        placed: Arrays, stream: object,
+    ) -> None:  # fmt: skip
         """Have the kernel plan, and send the index arrays after.
 
         Nothing that another plan uses is written before the kernel's planner has agreed.
         """
-        is_cuda = self.device.is_cuda
-        handle = self.stream(stream)
+        handle, is_cuda = self.stream(stream), self.device.is_cuda
         if is_cuda and cuda.is_capturing(handle):
             raise self.refuse("stream", "one that is capturing a graph", "plan before the capture")
         workspace = self._workspace(need.float_bytes, placed.end)
         with workspace.lock, cuda.current(self.device):
-            stage = workspace.stage()
+            stage = workspace.stages.take(workspace.int_bytes)
             count = placed.kernel_bytes
             if self.options.enable_cuda_graph and need.split is False:
                 # Up to 0.7.0, fa2's planner leaves the indices of the blocks that only pad
@@ -165,73 +297,53 @@ class Plan(Runs):
             placed.write(stage.words, arrays)
             if is_cuda:
                 workspace.take(handle)
-            int_buffer = _first(workspace.int_buffer, count)
-            values[:3] = workspace.float_buffer, int_buffer, _first(stage.desc, count)
-            if watching.inboxes:
-                with watching.running(self):
-                    info = call(self.op, form, values, handle if is_cuda else None)
-            else:
-                info = call(self.op, form, values, handle if is_cuda else None)
+            info = self._plan(workspace, stage, count, given, handle)
             if self.options.enable_cuda_graph:
                 # Until it is found the same, neither the old plan nor the new one holds.
                 workspace.generation += 1
                 self.check_launch(array_values(info), stage.desc)
             self._send(workspace, stage.desc, placed, handle)
-            workspace.used(stage, handle)
+            workspace.stages.record(stage, handle)
             workspace.generation += 1
             self._generation, self._info = workspace.generation, info
-            self._ready.clear()
+        self._counts = {name: len(view) for name, view in arrays.items() if name != "indices"}
         if placed is not self._described[0] or workspace is not self._described[1]:
-            self._descs = placed.descs(workspace.int_buffer)
             self._described = placed, workspace
-        self._descs["int_workspace_buffer"] = int_buffer
+            self._descs = placed.descs(workspace.int_buffer, self._counts)
+            self._descs["int_workspace_buffer"] = workspace.int_buffer.rows(0, count)
+            self._bound_runs.clear()  # the plan may have the pages, where runs had them before
+            for bound in self._runs.values():
+                self._bind_workspace(bound, workspace)
         self.needs, self._placed = need, placed
+        self._batch_now()
+        for bound in self._runs.values():
+            self._bind_schedule(bound)
 
-    def again_for(self, size: int, rows: int) -> Again | None:
-        """How so many requests with so many queries (or pages) were planned."""
-        for again in self.agains.values():
-            if again.size == size and again.least <= rows <= again.limit:
-                return again if again.placed is self._placed else None
-        return None
+    def _batch_now(self) -> None:
+        """Note what of the batch its runs are held against; of each class its own."""
 
-    def keep_again(self, again: Again) -> None:
-        """Remember how a batch was planned, unless one that has more room is remembered."""
-        key = again.size, again.least
-        before = self.agains.get(key)
-        if before is not None and before.placed is again.placed and before.limit >= again.limit:
-            return
-        if len(self.agains) >= _MOST_AGAIN:
-            self.agains.clear()
-        self.agains[key] = again
-
-    def plan_again(
-        self, again: Again, views: Mapping[str, memoryview], rows: int, stream: object
-    ) -> bool:
-        """Plan a batch like the one before, whose arrays were checked; False where it is not."""
-        workspace, placed = self.workspace, again.placed
-        if workspace is not again.workspace or workspace is None or watching.inboxes:
-            return False
-        handle, is_cuda = self.stream(stream), self.device.is_cuda
-        if is_cuda and cuda.is_capturing(handle):
-            return False
-        with workspace.lock:
-            with cuda.current(self.device):
-                stage = workspace.stage()
-            frame, place = again.frame(stage, self.index_arrays)
-            placed.write(stage.words, views)
-            if is_cuda:
-                workspace.take(handle)
-            if again.rows_word:
-                frame.ints[again.rows_word] = rows
-            launch(frame, place, handle if is_cuda else None)
-            info = frame.take_result()
-            with cuda.current(self.device):
-                self._send(workspace, stage.desc, placed, handle)
-                workspace.used(stage, handle)
-            workspace.generation += 1
-            self._generation, self._info = workspace.generation, info
-            self._ready.clear()
-        return True
+    def _plan(
+        self, workspace: Workspace, stage: Any, count: int, given: Mapping[str, Any], handle: int
+    ) -> Array:
+        """Call the planner: what it returns is the plan's info."""
+        planner, staging = self._planner, "page_locked_int_workspace_buffer"
+        if self._planned_in != (workspace, count):
+            planner.put("float_workspace_buffer", workspace.float_buffer)
+            planner.put("int_workspace_buffer", workspace.int_buffer.rows(0, count))
+            planner.put(staging, stage.desc.rows(0, count))
+            self._planned_in = workspace, count
+        planner.change(planner.changed(staging, 0, stage.desc.ptr))
+        index, values = planner.template.index, planner.template.values.copy()
+        for name, value in given.items():
+            if name in index:
+                values[index[name]] = value
+        _, frame = planner.compiled.pack(planner, *values)
+        try:
+            with watching.running(self):
+                launch(frame, handle if self.device.is_cuda else None)
+            return frame.take_result()  # type: ignore[no-any-return]
+        finally:
+            planner.give_back(frame)
 
     def _workspace(self, float_bytes: int, int_bytes: int) -> Workspace:
         workspace = self.workspace
@@ -244,7 +356,6 @@ class Plan(Runs):
             sizes = [aligned(count + count // 4, 2**16) for count in (float_bytes, int_bytes)]
             try:
                 workspace = self.workspace = Workspace.allocate(self.device, *sizes)
-                self._ready.clear()  # which are of the one before
             except (ArgumentError, MemoryError) as error:
                 expected = f"{float_bytes} and {int_bytes} bytes, which could not be allocated"
                 raise self.refuse("workspace", None, expected) from error
@@ -260,6 +371,8 @@ class Plan(Runs):
             cuda.copy_to_device(target, source, count, handle)
         else:
             ffi.memmove(cuda.pointer(target), cuda.pointer(source), count)
+
+    # With CUDA graphs: what a replan may not change.
 
     def check_launch(self, launch: list[int], stage: TensorDesc) -> None:
         """With CUDA graphs: raise where a run would be launched otherwise than before.
@@ -289,3 +402,258 @@ class Plan(Runs):
         if has_indices != ("indices" in self._descs):
             expected = "an array or None, as in the plan that was captured"
             raise self.refuse(argument, "the other", expected)
+
+    def _keep_room(self, bound: BoundRow, values: Sequence[Any]) -> None:
+        """Note how much a run is given, which a graph that it is captured in stays with."""
+        given = dict(zip(bound.template.index, values, strict=True))
+        for arg in bound.compiled.tensors:
+            value = given[arg.name]
+            if value is None:
+                continue
+            shape = as_desc(value, self.op, arg.name).shape
+            for axis, have in zip(arg.axes_in(given.get("kv_layout", "NHD")), shape, strict=True):
+                if axis in _GROWING:
+                    of = _GROWING[axis]
+                    self.room[of] = min(self.room.get(of, have), have)
+
+    # Running.
+
+    def stream(self, stream: object) -> int:
+        """The handle of the stream to work on; 0 on the CPU."""
+        return handle_for(stream, self.device, self.op)
+
+    def refuse(self, argument: str, got: object, expected: object) -> ArgumentError:
+        return ArgumentError(self.op, argument, got=got, expected=expected)
+
+    @property
+    def plan_info(self) -> list[int]:
+        """What the kernel's planner returned, in the order of its `ToVector`."""
+        self.check_current()
+        return array_values(self._info) if self._info is not None else []
+
+    def check_current(self) -> Workspace:
+        """Raise unless the workspace still holds this plan."""
+        workspace = self.workspace
+        if workspace is None or workspace.generation != self._generation:
+            got = "a stale plan: its workspace holds another, or a replan failed"
+            raise self.refuse("self", got, "replan(...) first, or a workspace for each plan")
+        return workspace
+
+    def bound_run(self, kind: int, has_indices: bool, module: str = "") -> BoundRow:
+        """A run's row with all bound that is the plan's, as it is now."""
+        self.check_current()
+        key = kind, has_indices, module or self.module
+        found = self._runs.get(key)
+        if found is None:
+            found = self._runs[key] = self._bind_run(*key)
+        self._bound_runs[kind, has_indices] = found
+        return found
+
+    def _bind_schedule(self, bound: BoundRow) -> None:
+        """Bind what changes with each schedule: its info, and how long its arrays are."""
+        assert self._info is not None
+        info = int(ffi.cast("uintptr_t", self._info.handle))
+        changed = bound.changed("plan_info_vec", 0, info)
+        for name, array in self.run_arrays.items():
+            if array in self._counts:
+                changed += bound.changed(name, 1, self._counts[array])
+        bound.change(changed)
+        bound.sizes = self.run_sizes()
+
+    # What runs of a class have bound besides: by the row's names, values that no batch changes.
+    def run_constants(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def run_known(self) -> tuple[str, ...]:
+        """The axes whose sizes are known to runs."""
+        raise NotImplementedError
+
+    def run_sizes(self) -> Sequence[int]:
+        """The sizes of these axes, of the batch that is planned."""
+        raise NotImplementedError
+
+    # Sizes of a run's tensors that are not less than the batch demands, as pairs of axes.
+    run_not_less: ClassVar[Mapping[int, tuple[tuple[str, str], ...]]] = {}
+    # What every run of a class is given, by the row's names.
+    run_given: Sequence[str] = ()
+    # What arrays of the plan are called in runs' rows.
+    run_arrays: Mapping[str, str] = {}
+
+    # What runs' rows call the float and int workspaces.
+    run_workspaces: ClassVar[Sequence[str]] = ("float_workspace_buffer", "int_workspace_buffer")
+
+    def _bind_run(self, kind: int, has_indices: bool, module: str) -> BoundRow:
+        row, workspace = self._run_rows[kind], self.check_current()
+        buffers = workspace.float_buffer, self._descs["int_workspace_buffer"]
+        values = dict(zip(self.run_workspaces, buffers, strict=True)) | self.run_constants()
+        for name, array in self.run_arrays.items():
+            if array != "indices" or has_indices:
+                values[name] = self._descs.get(array)
+        bound: dict[str, TensorKind | None] = {}
+        for arg in row.given:
+            if isinstance(arg, PlanInfo):
+                bound[arg.name] = None
+            elif arg.name in values:
+                value = values[arg.name]
+                bound[arg.name] = value.kind if isinstance(value, TensorDesc) else None
+        kernel: Kernel = self.options.kernel
+        compiled = compiled_row(
+            row, module, kernel.dtypes, self.op, self.device, bound,
+            self.run_known(), self.run_not_less.get(kind, ()), tuple(self.run_given),
+        )  # fmt: skip
+        made = BoundRow(compiled, Values(self.op, compiled, self.backend, self.other_rows(kind)))
+        for name, value in values.items():
+            made.put(name, value)
+        made.put("plan_info_vec", 0)
+        self._bind_workspace(made, workspace)
+        self._bind_schedule(made)
+        self.fill_defaults(made.template)
+        # What a run is given after what every run is: without options.
+        made.rest = tuple(made.template.values[len(self.run_given) :])
+        return made
+
+    def _bind_workspace(self, bound: BoundRow, workspace: Workspace) -> None:
+        """Bind what is in the workspace, where it is now."""
+        buffers = workspace.float_buffer, self._descs["int_workspace_buffer"]
+        for name, buffer in zip(self.run_workspaces, buffers, strict=True):
+            bound.put(name, buffer)
+        for name, array in self.run_arrays.items():
+            bound.put(name, self._descs.get(array))
+        memory = tuple(
+            address
+            for buffer in (workspace.float_buffer, workspace.int_buffer)
+            for address in (buffer.ptr, buffer.ptr + buffer.shape[0])
+        )
+        bound.memory = *memory, min(memory), max(memory)
+
+    def other_rows(self, kind: int) -> Mapping[str, Row]:
+        """The rows of other backends, which may have an option that this one lacks."""
+        return {}
+
+    def fill_defaults(self, values: Values) -> None:
+        """Set what a run without options is given."""
+        raise NotImplementedError
+
+    def pack(self, bound: BoundRow, values: Sequence[Any]) -> Frame | None:
+        """Pack a run; no frame: there is nothing to do."""
+        _, frame = bound.compiled.pack(bound, *values)
+        if self.options.enable_cuda_graph:
+            self._keep_room(bound, values)
+        return frame  # type: ignore[no-any-return]
+
+    def run_packed(self, bound: BoundRow, values: Sequence[Any], stream: object) -> None:
+        """Run, ordered after the plan, and before the next one made in this workspace."""
+        frame = self.pack(bound, values)
+        if frame is None:
+            return
+        try:
+            self.launch_frame(frame, stream)
+        finally:
+            bound.give_back(frame)
+
+    def launch_frame(self, frame: Frame, stream: object) -> None:
+        """Launch a packed run in its order."""
+        workspace, event = self.check_current(), None
+        if self.device.is_cuda and (type(stream) is not int or stream != workspace.stream):
+            scope = current_scope() if stream is None else None
+            if scope is not None and scope.device is self.device:
+                handle = scope.handle
+            else:
+                handle = self.stream(stream)
+                stream = stream if stream is None else handle
+            if handle != workspace.stream:
+                event = workspace.join(handle)
+        if frame.has_objects:
+            frame.place_objects()
+        if memory.recording() is not None:
+            memory.hold(workspace, self._info)
+        if watching.inboxes:
+            with watching.running(self):
+                launch(frame, stream)
+        else:
+            launch(frame, stream)
+        if event is not None:
+            event.record(handle)
+
+    def check_indices(self, name: str, indices: object) -> bool:
+        """Whether the plan has the pages; raises unless the run has them otherwise."""
+        has_indices = "indices" in self._descs
+        if (indices is None) != has_indices:
+            expected = "None: the plan has them" if has_indices else "an array on the device"
+            got = "None" if indices is None else "an array"
+            raise self.refuse(name, got, expected)
+        return has_indices
+
+
+class PreparedRun(PackedCall):
+    """A run of a plan that is packed: `call()` launches it, `call.update(...)` changes tensors.
+
+    Made by `fi_ffi.prepare`.  After a `replan` the first call packs it anew, as the plan is
+    then.  Otherwise as `fi_ffi.ops.call.prepared.Prepared`.
+    """
+
+    __slots__ = ("_given", "_pack", "_plan", "_stream", "_tensors", "_version")
+
+    def __init__(
+        self, plan: Plan, pack: Callable[..., tuple[BoundRow, Sequence[Any]]],
+        given: dict[str, Any], stream: object,
+    ) -> None:  # fmt: skip
+        self._plan, self._given, self._stream = plan, given, stream
+        # The run's arguments for its row, of what it is given by name.
+        self._pack = pack
+        if stream is not None:  # raises for what is no stream
+            handle_for(stream, plan.device, plan.op)
+        self._version: object = None
+        self.hold(self._packed(given))
+
+    @property
+    def op(self) -> str:
+        return self._plan.op
+
+    def _packed(self, given: Mapping[str, Any]) -> Frame | None:
+        self._plan.check_current()
+        bound, values = self._pack(**given)
+        compiled = bound.compiled
+        frame = self._plan.pack(bound, values)
+        self._version = self._plan._info
+        # The run's names for what can be updated.
+        self._tensors = [compiled.refuse.name(arg.name) for arg in compiled.tensors]
+        return frame
+
+    def __call__(self) -> None:
+        """Launch it.  Raises as `Prepared` does, and as the run where it is packed anew."""
+        try:
+            frame = self.take()
+        except IndexError:
+            frame = self.reclaim()
+        try:
+            if self._plan._info is not self._version:
+                frame = self._packed(self._given)
+            if frame is not None:
+                self._plan.launch_frame(frame, self._stream)
+        finally:
+            self.frame = frame
+            self.give(frame)
+
+    def update(self, **tensors: Any) -> None:
+        """Change tensors, by the run's names for them: addresses, or tensors of their layout.
+
+        Raises `ArgumentError` and `ArgumentTypeError`, and changes nothing then.
+        """
+        plan, given = self._plan, dict(self._given)
+        for name, value in tensors.items():
+            known = [name for name in self._tensors if name in given]
+            if name not in known or not isinstance(given[name], (TensorDesc, NoneType)):
+                expected = f"one of {', '.join(known)}; prepare another call for other options"
+                raise plan.refuse("update", name, expected)
+            given[name] = tensor_like(plan.refuse, plan.op, name, given[name], value)
+        self.renew(lambda: self._packed(given))
+        self._given = given
+
+    def __repr__(self) -> str:
+        given = ", ".join(
+            f"{name}={value.ptr:#x}" if isinstance(value, TensorDesc) else f"{name}={value!r}"
+            for name, value in self._given.items()
+            if value is not None
+        )
+        return f"<prepared run of {type(self._plan).__name__}({given}) on {self._plan.device}>"

@@ -3,38 +3,27 @@
 from __future__ import annotations
 
 from array import array
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.ops import cuda
-from fi_ffi.ops.attention.indices import HostArray
-from fi_ffi.ops.attention.options import (
-    CAUSAL,
-    CUSTOM,
-    NON_CAUSAL,
-    SHORT,
-    choice,
-    flag,
-    in_use,
-    integer,
-    number,
-    release,
-)
-from fi_ffi.ops.attention.plan import form_in
+from fi_ffi.ops.attention.arrays import HostArray
+from fi_ffi.ops.attention.options import CAUSAL, CUSTOM, NON_CAUSAL, SHORT, in_use, release
+from fi_ffi.ops.attention.plan import BoundRow
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.attention.rows import POD
 from fi_ffi.ops.attention.run import Values
 from fi_ffi.ops.attention.single import prefill_bytes
+from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int, check_number
 from fi_ffi.ops.nhd import as_nhd
-from fi_ffi.ops.row import KV_LAYOUTS
+from fi_ffi.ops.row import KV_LAYOUTS, Row
 
 # The kernel's decode half is compiled for tiles of so many rows, and plans have to agree.
 _MOST_GROUP = 16
-_TENSORS = (
-    "q_p", "k_p", "v_p", "tmp_p", "o_p", "maybe_lse_p", "q_d", "paged_k_cache_d",
-    "paged_v_cache_d", "o_d", "maybe_lse_d",
-)  # fmt: skip
+# The kind of run, after those of prefill plans.
+_POD = 2
 
 
 class PodPlan(BatchPrefillPlan):
@@ -58,6 +47,14 @@ class PodPlan(BatchPrefillPlan):
     """
 
     op = "PodPlan"
+    run_arrays: Mapping[str, str] = {
+        "qo_indptr_d": "qo_indptr", "paged_kv_indptr_d": "kv_indptr",
+        "paged_kv_indices_d": "indices", "paged_kv_last_page_len_d": "last_page_len",
+    }  # fmt: skip
+    run_workspaces = ("float_workspace_buffer_d", "int_workspace_buffer_d")
+    run_not_less: ClassVar = {
+        _POD: (("num_pages", "planned_pages"), ("num_indices", "planned_indices")),
+    }
 
     def __init__(
         self,
@@ -79,7 +76,7 @@ class PodPlan(BatchPrefillPlan):
         if chosen.num_qo_heads // chosen.num_kv_heads > _MOST_GROUP:
             expected = f"at most {_MOST_GROUP} for each of the {chosen.num_kv_heads} of keys"
             raise self.refuse("num_qo_heads", chosen.num_qo_heads, expected)
-        (self._pod_row,) = in_use((POD,), self.device)
+        self._run_rows = (*self._run_rows, *in_use((POD,), self.device))
 
     def _each_one(self, last_page_len: TensorLike) -> Any:
         """One query for each request."""
@@ -137,39 +134,72 @@ class PodPlan(BatchPrefillPlan):
             sm_scale_p, sm_scale_d: 1 / sqrt(head_dim) by default.
             stream: one that waits for the legacy default stream.
         """
-        chosen = self.options
-        values = Values(self.op, self._pod_row, "pod", {})
-        for layout, part in ((kv_layout_p, "p"), (kv_layout_d, "d")):
-            choice(self.op, f"kv_layout_{part}", layout, tuple(KV_LAYOUTS))
         self._check_stream(stream)
-        caches = paged_k_cache_d, paged_v_cache_d
-        self._put_decode(values, q_d, *caches, kv_layout_d, paged_kv_indices)
+        bound, values = self._run_arguments(
+            q_p, k_p, v_p, tmp_p, o_p, q_d, paged_k_cache_d, paged_v_cache_d, o_d, lse_p, lse_d,
+            causal_p, custom_mask_p, window_left_p, sm_scale_p, sm_scale_d, kv_layout_p,
+            kv_layout_d, paged_kv_indices, enable_pdl,
+        )  # fmt: skip
+        self.run_packed(bound, values, stream)
+
+    def _run_arguments(
+        self, q_p: Any, k_p: Any, v_p: Any, tmp_p: Any, o_p: Any, q_d: Any, paged_k_cache_d: Any,
+        paged_v_cache_d: Any, o_d: Any, lse_p: Any = None, lse_d: Any = None,
+        causal_p: bool = False, custom_mask_p: Any = None, window_left_p: int = -1,
+        sm_scale_p: float | None = None, sm_scale_d: float | None = None,
+        kv_layout_p: str = "NHD", kv_layout_d: str = "NHD", paged_kv_indices: Any = None,
+        enable_pdl: bool = False,
+    ) -> tuple[BoundRow, Sequence[Any]]:  # fmt: skip
+        """The row of a run, and what it is given."""
+        for layout, part in ((kv_layout_p, "p"), (kv_layout_d, "d")):
+            check_choice(self.op, f"kv_layout_{part}", layout, tuple(KV_LAYOUTS))
+        window = check_int(self.op, "window_left_p", window_left_p, -1)
+        has_indices = self.check_indices("paged_kv_indices", paged_kv_indices)
+        bound = self.bound_run(_POD, has_indices, self._pod_module(window))
+        values = bound.template.fresh()
         self._put_prefill(values, q_p, k_p, v_p, tmp_p, kv_layout_p, causal_p, custom_mask_p)
-        window = integer(self.op, "window_left_p", window_left_p, -1)
         values.put(
-            o_p=o_p, o_d=o_d, maybe_lse_p=lse_p, maybe_lse_d=lse_d, window_left_p=window,
-            window_left_d=chosen.window_left, enable_pdl=flag(self.op, "enable_pdl", enable_pdl),
+            o_p=o_p, o_d=o_d, maybe_lse_p=lse_p, maybe_lse_d=lse_d, window_left_p=window, q_d=q_d,
+            paged_kv_indices_d=paged_kv_indices,
+            enable_pdl=check_flag(self.op, "enable_pdl", enable_pdl),
             sm_scale_p=self._scale("sm_scale_p", sm_scale_p),
             sm_scale_d=self._scale("sm_scale_d", sm_scale_d),
-            logits_soft_cap_p=0.0, logits_soft_cap_d=0.0, rope_rcp_scale_p=1.0,
-            rope_rcp_scale_d=1.0, rope_rcp_theta_p=1e-4, rope_rcp_theta_d=1e-4,
-            layout_p=0, layout_d=0, mask_mode_code_d=NON_CAUSAL,
+            paged_k_cache_d=as_nhd(as_desc(paged_k_cache_d, self.op, "paged_k_cache_d"),
+                                   kv_layout_d),
+            paged_v_cache_d=as_nhd(as_desc(paged_v_cache_d, self.op, "paged_v_cache_d"),
+                                   kv_layout_d),
         )  # fmt: skip
-        form = form_in(self._pod_row, self._pod_module(window), chosen.kernel.dtypes, self._known)
-        tensors = (q_p, k_p, v_p, tmp_p, o_p, lse_p, q_d, *caches, o_d, lse_d)
-        made: None = self.launch(form, values, stream, _TENSORS, (object(),), tensors)
-        return made
+        return bound, values.values
 
-    @property
-    def _known(self) -> dict[str, int]:
-        chosen = self.options
+    def other_rows(self, kind: int) -> Mapping[str, Row]:
+        return {}  # there is one kernel
+
+    def fill_defaults(self, values: Values) -> None:
+        pass  # a run says all
+
+    def run_constants(self) -> dict[str, Any]:
         return {
-            "num_qo_heads": chosen.num_qo_heads, "num_kv_heads": chosen.num_kv_heads,
-            "head_dim": chosen.head_dim_qk, "b": self._batch_size,
+            "window_left_d": self.options.window_left, "logits_soft_cap_p": 0.0,
+            "logits_soft_cap_d": 0.0, "rope_rcp_scale_p": 1.0, "rope_rcp_scale_d": 1.0,
+            "rope_rcp_theta_p": 1e-4, "rope_rcp_theta_d": 1e-4, "layout_p": 0, "layout_d": 0,
+            "mask_mode_code_d": NON_CAUSAL,
         }  # fmt: skip
 
+    def run_known(self) -> tuple[str, ...]:
+        return (
+            "b", "num_qo_heads", "num_kv_heads", "head_dim", "page_size", "planned_pages",
+            "planned_indices",
+        )  # fmt: skip
+
+    def run_sizes(self) -> Sequence[int]:
+        chosen = self.options
+        return (
+            self._batch_size, chosen.num_qo_heads, chosen.num_kv_heads, chosen.head_dim_qk,
+            chosen.page_size, self._max_page + 1, self._num_indices,
+        )  # fmt: skip
+
     def _scale(self, name: str, value: object) -> float:
-        return number(self.op, name, value, 0.0) if value is not None else self._default_scale
+        return check_number(self.op, name, value, 0.0) if value is not None else self._default_scale
 
     @property
     def _default_scale(self) -> float:
@@ -186,26 +216,6 @@ class PodPlan(BatchPrefillPlan):
                 expected = "one that waits for the legacy default stream, where a counter is reset"
                 raise self.refuse("stream", "one made with cudaStreamNonBlocking", expected)
 
-    def _put_decode(
-        self, values: Values, q: TensorLike, k: TensorLike, v: TensorLike, layout: str, pages: Any
-    ) -> None:
-        paged = self._templates[2].fresh()  # of paged_run: the same arguments by other names
-        self.put_workspace(paged)
-        paged.put(paged_k_cache=k, paged_v_cache=v)
-        self.put_pages(paged, pages, "paged_k_cache", layout)
-        caches = {
-            f"{name}_d": as_nhd(as_desc(cache, self.op, f"{name}_d"), layout)
-            for name, cache in (("paged_k_cache", k), ("paged_v_cache", v))
-        }
-        values.room |= paged.room
-        values.put(
-            plan_info_vec=paged.get("plan_info_vec"), q_d=q, qo_indptr_d=self._descs["qo_indptr"],
-            **caches,
-            **{f"{name}_d": paged.get(name) for name in (
-                "float_workspace_buffer", "int_workspace_buffer", "paged_kv_indptr",
-                "paged_kv_indices", "paged_kv_last_page_len")},
-        )  # fmt: skip
-
     def _put_prefill(
         self, values: Values, q: TensorLike, k: TensorLike, v: TensorLike, tmp: TensorLike,
         layout: str, causal: bool, mask: Any,
@@ -219,14 +229,14 @@ class PodPlan(BatchPrefillPlan):
         for name in ("k_p", "v_p"):
             descs[name] = as_nhd(descs[name], layout)
         qo_len, kv_len = descs["q_p"].shape[0], descs["k_p"].shape[0]
-        is_causal = flag(self.op, "causal_p", causal)
+        is_causal = check_flag(self.op, "causal_p", causal)
         if is_causal and kv_len < qo_len:
             expected = f"{qo_len} keys or more for {qo_len} causal queries"
             raise self.refuse("k_p", descs["k_p"].layout, expected)
         packed = self._mask(mask, is_causal, qo_len, kv_len)
         heads = chosen.num_qo_heads, chosen.num_kv_heads
         need = prefill_bytes(qo_len, kv_len, *heads, chosen.head_dim_vo, self.machine[0])
-        have = descs["tmp_p"].layout.span_bytes
+        have = descs["tmp_p"].span_bytes
         if have < need:
             expected = f"{need} bytes or more, as single_prefill_workspace_size tells"
             raise self.refuse("tmp_p", f"{have} bytes", expected)

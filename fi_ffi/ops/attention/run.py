@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec
 
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
-from fi_ffi.ops.attention.options import number, shown
-from fi_ffi.ops.form import Form
+from fi_ffi.ops.attention.supporting import asked_of
+from fi_ffi.ops.call.arguments import check_number, shown
+from fi_ffi.ops.call.compiled import CompiledRow
+from fi_ffi.ops.call.prepared import Prepared, prepare_call
 from fi_ffi.ops.row import Row, Scalar
+
+if TYPE_CHECKING:
+    from fi_ffi.ops.support.answer import Support
 
 # What options are called in the binding, where that is something else.
 _ABI_NAMES = {
@@ -22,7 +28,7 @@ _ABI_NAMES = {
     )
 }  # fmt: skip
 # What callers know an entry's arguments as.
-_OPTIONS = {abi_name: name for name, abi_name in _ABI_NAMES.items()} | {
+CALLER_NAMES = {abi_name: name for name, abi_name in _ABI_NAMES.items()} | {
     "rope_rcp_scale": "rope_scale", "rope_rcp_theta": "rope_theta",
     **{f"maybe_scale_{of}": f"{of}_scale" for of in "qkv"},
     # Of xqa, whose callers know them by FlashInfer's names in Python.
@@ -40,68 +46,40 @@ NEUTRAL = {
 }  # fmt: skip
 
 
-def option_of(name: str) -> str:
-    """What callers know an entry's argument as."""
-    return _OPTIONS.get(name, name)
-
-
-def call(op: str, form: Form, values: list[Any], stream: object) -> Any:
-    """Call an entry; its row's refusals name what the caller called, as the caller knows it."""
-    with as_called(op):
-        return form.again(values, stream)
-
-
-class as_called:  # a context manager
-    """Refusals of a row inside the block name the op and the argument as the caller does."""
-
-    __slots__ = ("_op",)
-
-    def __init__(self, op: str) -> None:
-        self._op = op
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, tb: object) -> None:
-        if isinstance(error, ArgumentError):
-            argument, got, expected = option_of(error.argument), error.got, error.expected
-            named = type(error)(self._op, argument, got=got, expected=expected)
-            raise named from error.__cause__
-
-
 class Values:
-    """A row's arguments as a list in the ABI's order, filled by name."""
+    """What a row's calls are given, as a list in the ABI's order, filled by name."""
 
-    __slots__ = ("backend", "index", "op", "others", "room", "row", "values")
+    __slots__ = ("backend", "compiled", "index", "op", "others", "values")
 
-    def __init__(self, op: str, row: Row, backend: str, others: Mapping[str, Row]) -> None:
-        self.op, self.row, self.backend, self.others = op, row, backend, others
-        # How much the run was given of what later batches may need more of.
-        self.room: dict[str, int] = {}
-        self.index = {arg.name: i for i, arg in enumerate(row.args)}
-        self.values: list[Any] = [
-            NEUTRAL.get(arg.name) if isinstance(arg, Scalar) else None for arg in row.args
-        ]
+    def __init__(
+        self, op: str, compiled: CompiledRow, backend: str, others: Mapping[str, Row]
+    ) -> None:
+        self.op, self.compiled, self.backend, self.others = op, compiled, backend, others
+        scalars = {arg.name for arg in compiled.row.given if isinstance(arg, Scalar)}
+        names = compiled.form.packed_names
+        self.index = {name: i for i, name in enumerate(names)}
+        self.values: list[Any] = [NEUTRAL.get(name) if name in scalars else None for name in names]
 
     def fresh(self) -> Values:
         """A copy to fill for one call."""
-        copy = object.__new__(Values)
-        copy.op, copy.row, copy.backend, copy.others = self.op, self.row, self.backend, self.others
-        copy.index, copy.values, copy.room = self.index, self.values.copy(), {}
+        copy: Values = object.__new__(Values)
+        copy.op, copy.backend, copy.others = self.op, self.backend, self.others
+        copy.compiled, copy.index, copy.values = self.compiled, self.index, self.values.copy()
         return copy
+
+    def call(self, stream: object) -> None:
+        """Call the row's entry with what was filled in."""
+        self.compiled.call(None, *self.values, stream=stream)
+
+    def prepare(self, stream: object) -> Prepared:
+        """Prepare the same call."""
+        return prepare_call(self.compiled, dict(zip(self.index, self.values, strict=True)), stream)
 
     def put(self, **values: object) -> None:
         """Set arguments by the binding's names; those the row lacks are left out."""
         for name, value in values.items():
             if name in self.index:
                 self.values[self.index[name]] = value
-
-    def has(self, name: str) -> bool:
-        """Whether the row has an argument, by the binding's name."""
-        return name in self.index
-
-    def get(self, name: str) -> Any:
-        return self.values[self.index[name]]
 
     def option(self, name: str, value: object) -> None:
         """Set what the caller asked for; `ArgumentError` where this backend lacks it."""
@@ -139,14 +117,15 @@ class Values:
             try:
                 desc = as_desc(value, self.op, name)
             except ArgumentTypeError:
+                desc = None
+            if desc is None:
                 expected = "a number, or a tensor of one for each head"
-                got = shown(value)
-                raise ArgumentTypeError(self.op, name, got=got, expected=expected) from None
+                raise ArgumentTypeError(self.op, name, got=shown(value), expected=expected)
             if tensor not in self.index:
                 raise self.lacks(name, value, (tensor,))
             self.values[self.index[tensor]] = desc
             return sm_scale
-        plain = number(self.op, name, value, -math.inf if of == "v" else 0.0)
+        plain = check_number(self.op, name, value, -math.inf if of == "v" else 0.0)
         if scalar in self.index:
             self.values[self.index[scalar]] = plain
         elif of == "v":
@@ -173,8 +152,68 @@ class Values:
         for name, value in (("rope_scale", rope_scale), ("rope_theta", rope_theta)):
             if value is not None:
                 # The kernels get its reciprocal, as a float32.
-                given = number(self.op, name, value, 1e-30)
+                given = check_number(self.op, name, value, 1e-30)
                 self.put(**{name.replace("rope_", "rope_rcp_"): 1.0 / given})
+
+
+_P = ParamSpec("_P")
+
+
+class Launched(Generic[_P]):
+    """A function that fills in what a row's entry is given, and launches it."""
+
+    def __init__(self, fill: Callable[_P, Values]) -> None:
+        self._fill = fill
+        functools.update_wrapper(self, fill)
+
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> None:
+        self._fill(*args, **kwargs).call(kwargs.get("stream"))
+
+    def prepare(self, *args: _P.args, **kwargs: _P.kwargs) -> Prepared:
+        """The same call packed, and not made."""
+        made = self._fill(*args, **kwargs).prepare(kwargs.get("stream"))
+        return prepared_by_caller(made)
+
+    def supports(self, sm: Any = None, **asked: Any) -> Support:
+        """Whether it can be called on a GPU (`sm=90`), with kernels of a `release` and a
+        `cuda` tag, with these dtypes, head size and options (`q_data_type`, `kv_data_type`,
+        `o_data_type`, `head_dim`, `head_dim_vo`, and the call's own): see `Op.supports`."""
+        return asked_of(self.__name__, sm, **asked)  # type: ignore[attr-defined]
+
+
+launched = Launched
+
+
+def _named_by_caller(kind: type[Any]) -> type[Prepared]:
+    """A class of prepared calls whose `update` takes the names that the caller knows."""
+
+    def update(self: Prepared, **tensors: Any) -> None:
+        """Change tensors, by the function's names for them: addresses, or tensors of their
+        layout.
+
+        Raises `ArgumentError` and `ArgumentTypeError`, and changes nothing then.
+        """
+        refuse = self.compiled.refuse
+        names = {refuse.name(arg.name): arg.name for arg in self.compiled.row.tensors}
+        unknown = next((name for name in tensors if name not in names), None)
+        if unknown is not None:
+            expected = f"one of {', '.join(names)}; prepare another call for other options"
+            raise ArgumentError(refuse.op, "update", got=unknown, expected=expected)
+        kind.update(self, **{names[name]: value for name, value in tensors.items()})
+
+    return type(kind.__name__, (kind,), {"__slots__": (), "update": update})
+
+
+def prepared_by_caller(made: Prepared) -> Prepared:
+    """A prepared call whose tensors are named as its caller does."""
+    named: Any = made
+    kind: Any = type(made)
+    found = _named.get(kind) or _named.setdefault(kind, _named_by_caller(kind))
+    named.__class__ = found
+    return made
+
+
+_named: dict[Any, Any] = {}
 
 
 def only_with(
@@ -194,4 +233,4 @@ def softmax_scale(op: str, sm_scale: object, head_dim: int) -> float:
     """
     if sm_scale is None:
         return 1.0 / math.sqrt(head_dim)
-    return number(op, "sm_scale", sm_scale, 0.0)
+    return check_number(op, "sm_scale", sm_scale, 0.0)

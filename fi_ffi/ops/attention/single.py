@@ -15,17 +15,14 @@ from fi_ffi.ops.attention.options import (
     POS_ENCODING_MODES,
     Kernel,
     check_encoding,
-    choice,
     choose_backend,
-    flag,
     in_use,
-    integer,
     soft_cap,
 )
-from fi_ffi.ops.attention.plan import form_of
+from fi_ffi.ops.attention.plan import compiled_row
 from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP8, SINGLE_DECODE, SINGLE_PREFILL
-from fi_ffi.ops.attention.run import Values, call, softmax_scale
-from fi_ffi.ops.attention.supporting import supported
+from fi_ffi.ops.attention.run import Values, launched, softmax_scale
+from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int
 from fi_ffi.ops.row import KV_LAYOUTS
 
 # Most blocks of 128 threads that fit on a multiprocessor by the registers they need at the
@@ -54,7 +51,7 @@ def _sizes(
     op: str, q: TensorDesc, k: TensorDesc, v: TensorDesc, kv_layout: str, rank: int
 ) -> tuple[int, int]:
     """Keys, and heads of them; the rest is checked by the row."""
-    choice(op, "kv_layout", kv_layout, tuple(KV_LAYOUTS))
+    check_choice(op, "kv_layout", kv_layout, tuple(KV_LAYOUTS))
     for name, desc, wanted in (("q", q, rank), ("k", k, 3), ("v", v, 3)):
         if len(desc.shape) != wanted or not desc.shape[-1]:
             expected = f"rank {wanted}, and heads of at least 1 element"
@@ -70,9 +67,9 @@ def _partial_bytes(blocks: int, tiles: int, kv_len: int, rows: int, head_dim: in
 
 
 def _check_tmp(op: str, tmp: TensorDesc, need: int) -> None:
-    if tmp.layout.span_bytes < need:
+    if tmp.span_bytes < need:
         expected = f"{need} bytes or more, as {op}_workspace_size tells"
-        raise ArgumentError(op, "tmp", got=f"{tmp.layout.span_bytes} bytes", expected=expected)
+        raise ArgumentError(op, "tmp", got=f"{tmp.span_bytes} bytes", expected=expected)
 
 
 def single_decode_workspace_size(
@@ -108,9 +105,9 @@ def single_prefill_workspace_size(
 
 def _check_sizes(op: str, num_qo_heads: int, num_kv_heads: int, **others: int) -> None:
     for name, value in others.items():
-        integer(op, name, value, 0)
-    integer(op, "num_kv_heads", num_kv_heads, 1)
-    if integer(op, "num_qo_heads", num_qo_heads, 1) % num_kv_heads:
+        check_int(op, name, value, 0)
+    check_int(op, "num_kv_heads", num_kv_heads, 1)
+    if check_int(op, "num_qo_heads", num_qo_heads, 1) % num_kv_heads:
         expected = f"a multiple of num_kv_heads = {num_kv_heads}"
         raise ArgumentError(op, "num_qo_heads", got=num_qo_heads, expected=expected)
 
@@ -127,7 +124,7 @@ def prefill_bytes(
     )
 
 
-@supported
+@launched
 def single_decode(
     q: TensorLike,
     k: TensorLike,
@@ -147,7 +144,7 @@ def single_decode(
     q_scale: float | None = None,
     k_scale: float | None = None,
     stream: object = None,
-) -> None:
+) -> Values:
     """Attention of one query over the keys of one request.
 
     Args:
@@ -174,7 +171,8 @@ def single_decode(
     need = _decode_bytes(kv_len, q.shape[0], kv_heads, q.shape[1], _multiprocessors(q))
     _check_tmp(op, tmp, need)
     (row,) = in_use((SINGLE_DECODE,), q.device)
-    values = Values(op, row, "these kernels", {})
+    compiled = compiled_row(row, kernel.module(""), kernel.dtypes, op, q.device)
+    values = Values(op, compiled, "these kernels", {})
     scale = softmax_scale(op, sm_scale, q.shape[1])
     scale = values.scale("k", k_scale, values.scale("q", q_scale, scale))
     values.positions(pos_encoding_mode, rope_scale, rope_theta, alibi_slopes)
@@ -182,11 +180,10 @@ def single_decode(
         q=q, k=k, v=v, tmp=tmp, o=out, maybe_lse=lse, kv_layout=kv_layout,
         window_left=window_left, logits_soft_cap=logits_soft_cap, sm_scale=scale,
     )  # fmt: skip
-    made: None = call(op, form_of(row, kernel, "", {}), values.values, stream)
-    return made  # of a call that is prepared; else None
+    return values
 
 
-@supported
+@launched
 def single_prefill(
     q: TensorLike,
     k: TensorLike,
@@ -211,7 +208,7 @@ def single_prefill(
     k_scale: TensorLike | float | None = None,
     v_scale: TensorLike | float | None = None,
     stream: object = None,
-) -> None:
+) -> Values:
     """Attention of many queries of one request.
 
     Args:
@@ -238,7 +235,7 @@ def single_prefill(
     kernel = _kernel("single_prefill", op, (q, k, out), (head_dim, head_dim_vo), pos_encoding_mode,
                      window_left, logits_soft_cap, use_fp16_qk_reduction)  # fmt: skip
     chosen, _ = choose_backend(op, backend, kernel, q.device, custom_mask is not None)
-    if flag(op, "causal", causal) and kv_len < qo_len:
+    if check_flag(op, "causal", causal) and kv_len < qo_len:
         expected = f"{qo_len} keys or more for {qo_len} causal queries"
         raise ArgumentError(op, "k", got=k.layout, expected=expected)
     if pos_encoding_mode == "ROPE_LLAMA" and 0 < kv_len < qo_len:
@@ -249,7 +246,8 @@ def single_prefill(
     if chosen == "fa2" and kv_heads and not qo_heads % kv_heads:
         sms = _multiprocessors(q)
         _check_tmp(op, tmp, prefill_bytes(qo_len, kv_len, qo_heads, kv_heads, head_dim_vo, sms))
-    values = Values(op, row, chosen, rows)
+    compiled = compiled_row(row, kernel.module(chosen), kernel.dtypes, op, q.device)
+    values = Values(op, compiled, chosen, rows)
     scale = softmax_scale(op, sm_scale, head_dim)
     for of, value in (("q", q_scale), ("k", k_scale), ("v", v_scale)):
         scale = values.scale(of, value, scale)
@@ -260,8 +258,7 @@ def single_prefill(
         maybe_custom_mask=mask, mask_mode_code=CUSTOM if mask else CAUSAL if causal else NON_CAUSAL,
         logits_soft_cap=float(logits_soft_cap), sm_scale=scale,
     )  # fmt: skip
-    made: None = call(op, form_of(row, kernel, chosen, {}), values.values, stream)
-    return made
+    return values
 
 
 def _mask(op: str, mask: Any, causal: bool, qo_len: int, kv_len: int) -> TensorDesc | None:
@@ -281,9 +278,9 @@ def _kernel(
     window_left: int, logits_soft_cap: float, use_fp16_qk_reduction: bool = False,
 ) -> Kernel:  # fmt: skip
     """What the tensors and options ask of a module; names what no module has."""
-    choice(op, "pos_encoding_mode", mode, tuple(POS_ENCODING_MODES))
-    window = integer(op, "window_left", window_left, -1)
-    flag(op, "use_fp16_qk_reduction", use_fp16_qk_reduction)
+    check_choice(op, "pos_encoding_mode", mode, tuple(POS_ENCODING_MODES))
+    window = check_int(op, "window_left", window_left, -1)
+    check_flag(op, "use_fp16_qk_reduction", use_fp16_qk_reduction)
     cap = soft_cap(op, logits_soft_cap)
     check_encoding(op, mode, cap)
     q, kv, o = (desc.dtype.name for desc in dtypes)

@@ -128,23 +128,6 @@ def prefill_most(g: Geometry, backend: str, batch_size: int, rows: int) -> Need:
     return _fa2_need(g, batch_size, rows, padded, cta_tile_q, split)
 
 
-def least_rows(g: Geometry, backend: str, batch_size: int, rows: int) -> int:
-    """The fewest queries of so many requests that need no more than `rows` of them do by
-    `prefill_most`: those with tiles of the same size, split or not as they are."""
-    if backend == "fa3":
-        tile = _fa3_tile(g)
-        is_long = _ceil(rows, tile) + batch_size - 1 > _FA3_FEW_TILES
-        return (_FA3_FEW_TILES - batch_size + 1) * tile + 1 if is_long else 0
-    cta_tile_q = _cta_tile_q(rows * g.group_size // batch_size, g)
-    # Packed queries of a request, on average, for which tiles of this size begin.
-    begin = next(packed for packed in (0, 17, 65) if _cta_tile_q(packed, g) == cta_tile_q)
-    least = _ceil(begin * batch_size, g.group_size)
-    if not g.disable_split_kv and prefill_most(g, backend, batch_size, rows).split is False:
-        most_split = 2 * g.multiprocessors // g.num_kv_heads
-        least = max(least, _ceil((most_split + 1) * cta_tile_q, g.group_size))
-    return least
-
-
 def _tiles(qo_lens: Sequence[int], group_size: int, cta_tile_q: int) -> list[int]:
     """Tiles of each request's queries; written out, for it is of every plan."""
     return [-(-n * group_size // cta_tile_q) for n in qo_lens]

@@ -15,14 +15,12 @@ from fi_ffi.ops.attention.options import (
     POS_ENCODING_MODES,
     Kernel,
     check_encoding,
-    choice,
     data_type,
-    flag,
-    integer,
     soft_cap,
 )
 from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP8
 from fi_ffi.ops.attention.sizes import Geometry
+from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int
 
 _Of = TypeVar("_Of", bound="_Checks")
 
@@ -54,11 +52,11 @@ class _Checks:
         for name in names:
             value = getattr(self, name)
             if value is not None or self.__dataclass_fields__[name].default is not None:
-                self._set(name, integer(self.op, name, value, low))
+                self._set(name, check_int(self.op, name, value, low))
 
     def _flags(self, *names: str) -> None:
         for name in names:
-            flag(self.op, name, getattr(self, name))
+            check_flag(self.op, name, getattr(self, name))
 
     def _data_types(self) -> None:
         """Dtypes by name; keys are of the queries' dtype, and so is the output, unless said."""
@@ -82,7 +80,7 @@ class _Checks:
 
     def _encoding(self) -> None:
         mode = getattr(self, "pos_encoding_mode")  # noqa: B009
-        choice(self.op, "pos_encoding_mode", mode, _MODES)
+        check_choice(self.op, "pos_encoding_mode", mode, _MODES)
         check_encoding(self.op, mode, getattr(self, "logits_soft_cap"))  # noqa: B009
 
     def refuse(self, argument: str, got: object, expected: object) -> ArgumentError:

@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 import threading
+from typing import Any, NoReturn
 
-from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import Device, parse_device
 from fi_ffi.abi.interop import as_desc
-from fi_ffi.abi.tensor import TensorDesc, make_desc, make_layout
+from fi_ffi.abi.streams import PER_THREAD
+from fi_ffi.abi.tensor import TensorDesc, make_desc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops import cuda
-from fi_ffi.ops.attention.options import integer
+from fi_ffi.ops.call.arguments import INT64_MAX, check_int
+from fi_ffi.ops.call.memory import StreamKey, stream_key
+from fi_ffi.ops.call.staging import StagePool
 
 # What FlashInfer's documentation recommends, and its wrappers take.
 FLOAT_BYTES = 128 * 2**20
 INT_BYTES = 8 * 2**20
 _ALIGNMENT = 16
-# Stages that are allocated, and parts of a buffer that is given: each has an event.
-_MOST_STAGES, _MOST_PARTS = 4, 64
-
-
-class Stage:
-    """Page-locked memory for one plan on its way, and when the copy from it is done."""
-
-    __slots__ = ("desc", "done", "memory", "words")
-
-    def __init__(self, desc: TensorDesc, memory: cuda.Memory | None, device: Device) -> None:
-        self.desc, self.memory = desc, memory
-        count = desc.shape[0] // 4 * 4
-        # The same memory as int32.
-        self.words = memoryview(ffi.buffer(cuda.pointer(desc.ptr), count) if count else b"")
-        self.words = self.words.cast("B").cast("i")
-        with cuda.current(device):
-            self.done = cuda.Event() if device.is_cuda else None
-
-    def is_free(self) -> bool:
-        return self.done is None or self.done.is_done()
+_MOST_PARTS = 64  # of a buffer that is given: each has an event
 
 
 class Workspace:
@@ -70,16 +54,24 @@ class Workspace:
         _check_device("float_workspace_buffer", self.device)
         _check_apart("int_workspace_buffer", self.int_buffer, self.float_buffer)
         self._memories: list[cuda.Memory] = []
-        self._stages: list[Stage] = []
-        self._given = page_locked_int_workspace_buffer is not None
-        if self._given:
-            self._divide(page_locked_int_workspace_buffer)
+        self._page_locked: TensorDesc | None = None  # which keeps its owner
+        pieces: list[TensorDesc] = []
+        if page_locked_int_workspace_buffer is not None:
+            pieces = self._divide(page_locked_int_workspace_buffer)
+        self.stages = StagePool(self.device, pieces=pieces)
         self.lock = threading.RLock()
         # Counts the plans made on it: a plan that is not of the last generation is stale.
         self.generation = 0
-        # Where the last plan was copied, and when each other stream that ran it was done.
+        # Where the last plan was copied, and when each other stream that ran it was done.  A
+        # handle may be another stream's later on, or on another thread.
+        self._copied_on: tuple[int, StreamKey] | None = None
+        self._elsewhere: dict[StreamKey, cuda.Event] = {}
+        # The handle, once a run on it was found to be on that stream.
         self.stream: int | None = None
-        self._elsewhere: dict[int, cuda.Event] = {}
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        # A copy would not know whose plan the memory holds.
+        raise TypeError("a Workspace is memory in this process and cannot be copied or pickled")
 
     @classmethod
     def allocate(
@@ -92,7 +84,9 @@ class Workspace:
         where = parse_device(device, op="Workspace")
         _check_device("device", where)
         given = {"float_bytes": float_bytes, "int_bytes": int_bytes}
-        counts = [integer("Workspace", name, count, 0, 63) for name, count in given.items()]
+        counts = [
+            check_int("Workspace", name, count, 0, INT64_MAX // 2) for name, count in given.items()
+        ]
         memories = [cuda.allocate(count, where) for count in counts]
         made = cls(memories[0].desc, memories[1].desc)
         made._memories = memories
@@ -122,57 +116,48 @@ class Workspace:
 
     def take(self, stream: int) -> None:
         """Let `stream` wait for all that used this workspace on other streams."""
-        if self.stream is not None and self.stream != stream:
-            with cuda.current(self.device):
-                event = cuda.Event()
-            event.record(self.stream)
-            event.hold(stream)
+        key = stream_key(self.device.index, stream)
+        if self._copied_on is not None and self._copied_on[1] != key:
+            before, _ = self._copied_on
+            if before == stream:
+                # It was destroyed and its handle is another's, or it is another thread's own:
+                # no event can be recorded on it.
+                cuda.synchronize(self.device)
+            else:
+                with cuda.current(self.device):
+                    event = cuda.Event()
+                event.record(before)
+                event.hold(stream)
         for other, event in self._elsewhere.items():
-            if other != stream:
+            if other != key:
                 event.hold(stream)
         self._elsewhere.clear()
-        self.stream = stream
+        self._copied_on, self.stream = (stream, key), None
 
     def join(self, stream: int) -> cuda.Event | None:
         """For a run on `stream`: let it wait for the plan; the event to record after it.
 
         None on the plan's own stream, and in a capture: who replays a graph orders it.
         """
-        if stream == self.stream or cuda.is_capturing(stream):
+        if cuda.is_capturing(stream):
             return None
-        event = self._elsewhere.get(stream)
+        with cuda.current(self.device):
+            key = stream_key(self.device.index, stream)
+        if self._copied_on is not None and self._copied_on[1] == key:
+            if stream != PER_THREAD:
+                self.stream = stream
+            return None
+        event = self._elsewhere.get(key)
         if event is None:
-            ready = self._stages[-1].done
+            ready = self.stages.last.done
             if ready is not None:
                 ready.hold(stream)
             with cuda.current(self.device):
-                event = self._elsewhere.setdefault(stream, cuda.Event())
+                event = self._elsewhere.setdefault(key, cuda.Event())
         return event
 
-    def stage(self) -> Stage:
-        """Host memory as large as the int workspace that no copy reads any more."""
-        for stage in self._stages:
-            if stage.is_free():
-                return stage
-        if not self._given and len(self._stages) < _MOST_STAGES:
-            memory = cuda.allocate_page_locked(self.int_bytes, self.device)
-            self._stages.append(Stage(memory.desc, memory, self.device))
-        else:
-            oldest = self._stages.pop(0)
-            if oldest.done is not None:
-                oldest.done.wait()
-            self._stages.append(oldest)
-        return self._stages[-1]
-
-    def used(self, stage: Stage, stream: int) -> None:
-        """Copies from a stage were queued: it is free when the stream has done them."""
-        if stage.done is not None:
-            stage.done.record(stream)
-            # The one used last goes last, so that the first is always the oldest.
-            self._stages.remove(stage)
-            self._stages.append(stage)
-
-    def _divide(self, buffer: object) -> None:
+    def _divide(self, buffer: object) -> list[TensorDesc]:
+        """Parts of page-locked memory, each as large as the int workspace."""
         name = "page_locked_int_workspace_buffer"
         desc = _buffer(name, buffer, ("cpu", "cuda_host"))
         for other in (self.float_buffer, self.int_buffer):
@@ -182,11 +167,11 @@ class Workspace:
             expected = f"{self.int_bytes} bytes or more, as `int_workspace_buffer` has"
             got = f"{desc.shape[0]} bytes"
             raise ArgumentError("Workspace", name, got=got, expected=expected)
-        for i in range(min(parts, _MOST_PARTS)):
-            start = desc.ptr + i * self.int_bytes
-            part = TensorDesc(start, (self.int_bytes,), "uint8", device="cpu")
-            self._stages.append(Stage(part, None, self.device))
-        self._page_locked = desc  # keeps its owner
+        self._page_locked, size = desc, self.int_bytes
+        return [
+            TensorDesc(desc.ptr + i * size, (size,), "uint8", device="cpu")
+            for i in range(min(parts, _MOST_PARTS))
+        ]
 
 
 def _check_device(argument: str, device: Device) -> None:
@@ -210,12 +195,11 @@ def _buffer(argument: str, value: object, devices: tuple[str, ...] = ()) -> Tens
     def refuse(got: object, expected: str) -> ArgumentError:
         return ArgumentError("Workspace", argument, got=got, expected=expected)
 
-    if not desc.layout.is_contiguous or desc.layout.readonly:
+    if not desc.is_contiguous or desc.readonly:
         raise refuse(desc.layout, "contiguous memory that can be written")
     if devices and desc.device.type not in devices:
         raise refuse(desc.device, "memory on the host")
-    if desc.ptr % _ALIGNMENT or (not desc.ptr and desc.layout.numel):
+    if desc.ptr % _ALIGNMENT or (not desc.ptr and desc.numel):
         expected = f"an address that is a multiple of {_ALIGNMENT} bytes, and not null"
         raise refuse(hex(desc.ptr), expected)
-    layout = make_layout((desc.layout.span_bytes,), "uint8", None, desc.device, False)
-    return make_desc(desc.ptr, layout, owner=desc)
+    return make_desc(desc.ptr, (desc.span_bytes,), "uint8", None, desc.device, owner=desc)

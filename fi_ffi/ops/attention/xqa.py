@@ -9,11 +9,11 @@ from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import machine
-from fi_ffi.ops.attention.options import SHORT, choice, in_use, integer, number, release
-from fi_ffi.ops.attention.plan import form_in
+from fi_ffi.ops.attention.options import SHORT, in_use, release
+from fi_ffi.ops.attention.plan import compiled_row
 from fi_ffi.ops.attention.rows import XQA
-from fi_ffi.ops.attention.run import Values, call
-from fi_ffi.ops.attention.supporting import supported
+from fi_ffi.ops.attention.run import Values, launched
+from fi_ffi.ops.call.arguments import check_choice, check_int, check_number
 from fi_ffi.ops.nhd import as_nhd
 from fi_ffi.ops.row import KV_LAYOUTS
 
@@ -23,7 +23,7 @@ _HOPPER = 9
 _MOST = 2**29
 
 
-@supported
+@launched
 def xqa(
     q: TensorLike,
     k_cache: TensorLike,
@@ -43,7 +43,7 @@ def xqa(
     enable_pdl: bool = False,
     rcp_out_scale: float = 1.0,
     stream: object = None,
-) -> None:
+) -> Values:
     """Attention of one query of each request over a paged cache, without a plan.
 
     Args:
@@ -71,7 +71,7 @@ def xqa(
     `ArchitectureError` on GPUs before SM90, `KernelNotFoundError` where there is no such module.
     Upstream: flashinfer/xqa.py, csrc/xqa/xqa_wrapper.cu.
     """
-    choice(_OP, "kv_layout", kv_layout, tuple(KV_LAYOUTS))
+    check_choice(_OP, "kv_layout", kv_layout, tuple(KV_LAYOUTS))
     q, output = as_desc(q, _OP, "q"), as_desc(output, _OP, "output")
     given = {"k_cache": k_cache, "v_cache": v_cache}
     caches = [_cache(name, tensor, kv_layout) for name, tensor in given.items()]
@@ -82,28 +82,27 @@ def xqa(
         raise ArgumentError(_OP, "page_table", got=table.layout, expected="rank 2 (b max_pages)")
     device = q.device
     (row,) = in_use((XQA,), device)
-    window = integer(_OP, "sliding_win_size", sliding_win_size, 0)
+    window = check_int(_OP, "sliding_win_size", sliding_win_size, 0)
     dtypes = {"Q": q.dtype.name, "KV": caches[0].dtype.name, "O": output.dtype.name}
     _check_dtypes(q, caches[0], output)
-    values = Values(_OP, row, "xqa", {})
+    module = _module(dtypes, page_size, head_dim, heads // kv_heads, window > 0)
+    values = Values(_OP, compiled_row(row, module, dtypes, _OP, device), "xqa", {})
     most = _multiprocessors(device)
-    count = most if sm_count is None else integer(_OP, "sm_count", sm_count, 1)
+    count = most if sm_count is None else check_int(_OP, "sm_count", sm_count, 1)
     if count > most:
         raise ArgumentError(_OP, "sm_count", got=count, expected=f"at most {most}")
     values.put(
         run_sm90_fp8_mha=_on_hopper(device) and caches[0].dtype.itemsize == 1,
         multiProcessorCount=count, nbKHeads=kv_heads, slidingWinSize=window, output=output,
-        rcpOutScale=number(_OP, "rcp_out_scale", rcp_out_scale, 0.0), q=q, attentionSinks=sinks,
+        rcpOutScale=check_number(_OP, "rcp_out_scale", rcp_out_scale, 0.0), q=q,
+        attentionSinks=sinks,
         kCacheVLLM=caches[0], vCacheVLLM=caches[1], kvCachePageList=table,
         maxSeqLen=table.shape[1] * page_size, seqLen=seq_lens, batchSize=batch, qSeqLen=1,
         semaphores=semaphores, scratch=workspace_buffer, enable_pdl=enable_pdl,
         **_scale("q_scale", q_scale, "qScale", "qScaleTensor"),
         **_scale("kv_scale", kv_scale, "kvCacheScale", "kvScaleTensor"),
     )  # fmt: skip
-    known = {"num_kv_heads": kv_heads, "group": heads // kv_heads, "head_dim": head_dim}
-    module = _module(dtypes, page_size, head_dim, heads // kv_heads, window > 0)
-    made: None = call(_OP, form_in(row, module, dtypes, known), values.values, stream)
-    return made  # of a call that is prepared; else None
+    return values
 
 
 def _cache(name: str, tensor: TensorLike, kv_layout: str) -> TensorDesc:
@@ -147,7 +146,7 @@ def _check_dtypes(q: TensorDesc, k: TensorDesc, output: TensorDesc) -> None:
 def _scale(name: str, value: object, plain: str, tensor: str) -> dict[str, object]:
     """A scale as the entry has it: a number, and the same on the device where it is there."""
     if isinstance(value, numbers.Real):
-        return {plain: number(_OP, name, value, 0.0), tensor: None}
+        return {plain: check_number(_OP, name, value, 0.0), tensor: None}
     return {plain: 1.0, tensor: as_desc(value, _OP, name)}
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from fi_ffi.ops.gemm import BLOCKSCALE, BMM, BMM_ARGS, F16, FP8, HANDLE
-from fi_ffi.ops.row import Row, Scalar, Tensor, Text, Vector
+from fi_ffi.ops.row import Row, Rule, Scalar, Tensor, Text, Vector
+from fi_ffi.ops.table.gemm import BLOCKSCALE, BMM, BMM_ARGS, F16, FP8, HANDLE
 
 INT = 2**31 - 1
 E4M3 = ("float8_e4m3fn",)
@@ -105,6 +106,37 @@ SEGMENTS = {
     (True, True): _segments("O", "d_out d_in", FP8, F16),
 }
 
+
+def _of_rows(k128: int, m: int) -> tuple[int, str, str]:
+    room = -(-m // 4) * 4
+    return room, f"shape ({k128}, {room})", "as fp8_quantize_1x128 writes it"
+
+
+def _of_blocks(n: int, k128: int) -> tuple[int, str, str]:
+    count = -(-n // 128)
+    return count, f"shape ({count}, {k128})", "one for each block of 128 x 128"
+
+
+def _scales_of(
+    dtype: str, scales: str, axes: tuple[str, str, str],
+    wanted: Callable[[int, int], tuple[int, str, str]],
+) -> tuple[Rule, Rule]:  # fmt: skip
+    """fp8 values have scales, of a last axis that follows from the others; the kernels quantise
+    other values."""
+
+    def there(name: str, given: bool, *sizes: int) -> str:
+        if given:
+            return f"None: the kernels quantise {name} themselves"
+        return "scales of {}, {}".format(*wanted(*sizes[:2])[1:])
+
+    return (
+        Rule(scales, (dtype, scales, *axes[:2]), lambda name, given, *_: (name in E4M3) is given,
+             there),
+        Rule(scales, axes, lambda one, other, size: size in (None, wanted(one, other)[0]),
+             lambda one, other, size: "{}, {}".format(*wanted(one, other)[1:])),
+    )  # fmt: skip
+
+
 # Of the object that `init` makes; of which a product takes inputs as they are or in fp8.
 RUN_GEMM = Row(
     "fp8_blockscale_gemm_sm90", symbol="run_gemm", doc="",
@@ -121,18 +153,49 @@ RUN_GEMM = Row(
     # The scales of a row of blocks lie in shared memory, which has room for so many; the output
     # and the weight's elements are counted in an int.
     max_products={("k128",): 160, ("m", "n"): INT, ("n", "k128"): INT // 128},
+    rules=(
+        *_scales_of("TA", "scales_a", ("k128", "m", "m4"), _of_rows),
+        *_scales_of("TB", "scales_b", ("n", "k128", "n128"), _of_blocks),
+    ),
     **BLOCKSCALE,  # type: ignore[arg-type]
+)  # fmt: skip
+
+# What the object quantises into; the next product uses what it was told of last.
+CONFIGURE = Row(
+    "fp8_blockscale_gemm_sm90", symbol="configure_workspace", doc="",
+    args=(
+        Tensor("workspace_buffer", "bytes", "uint8", "", writes=True, reads=False,
+               contiguous=True, alignment=256),
+    ),
+    dtypes={}, min_sizes={}, **BLOCKSCALE,  # type: ignore[arg-type]
 )  # fmt: skip
 
 _GRANULARITY = tuple(Scalar(f"scale_granularity_{axis}", int, None, "") for axis in "mnk")
 _MODE = (
     Text("scale_major_mode", ("MN", "K"), None, "", "std::string"),
-    Scalar("mma_sm", int, 1, ""),
+    Scalar("mma_sm", int, 1, "", low=1, high=2),
 )
+
+
+def _blocks(scales: str, axes: tuple[str, str], granularity: str) -> Rule:
+    """A scale for each block: of so many rows, and along k."""
+
+    def blocks(rows: int, k: int, size: int, mode: str) -> tuple[int, int]:
+        counts = -(-rows // size), -(-k // 128)
+        return counts if mode == "K" else counts[::-1]
+
+    def expected(first: int, second: int, *of: Any) -> str:
+        return f"shape {blocks(*of)}, with scale_major_mode={of[-1]!r}"
+
+    sizes = (granularity, "k", f"scale_granularity_{granularity}", "scale_major_mode")
+    return Rule(scales, (*axes, *sizes), lambda *of: of[:2] == blocks(*of[2:]), expected)
+
+
 _GROUPWISE: dict[str, Any] = {
     "module": "gemm_sm100", "doc": "", "releases": ">=0.6.3", "dtypes": {"T": FP8, "O": F16},
     "multiples": {"k": 128, "n": 8}, "max_products": {("m", "n"): INT, ("m",): INT},
     "apart": True, "capabilities": (10,), **_ANY, "min_sizes": {"k": 128, "n": 8},
+    "rules": (_blocks("SFA", ("a0", "a1"), "m"), _blocks("SFB", ("b0", "b1"), "n")),
 }  # fmt: skip
 # What FlashInfer gives these kernels: 32 MiB.
 _SCRATCH: dict[str, Any] = {**_WORKSPACE, "writes": True, "reads": False,
@@ -150,7 +213,7 @@ GROUPWISE = Row(
         Tensor("C", "m n", "O", "", **_OUT),
         *_GRANULARITY, *_MODE,
     ),
-    **_GROUPWISE,
+    **_GROUPWISE | {"multiples": {"k": 128, "n": 8, "m": 4}},
 )  # fmt: skip
 GROUP_GROUPWISE = Row(
     "group_gemm_fp8_nt_groupwise", symbol="group_gemm_fp8_nt_groupwise",
@@ -164,7 +227,7 @@ GROUP_GROUPWISE = Row(
         Tensor("SFB", "groups b0 b1", "float32", "", **_IN),
         Tensor("D", "m n", "O", "", **_OUT),
         Tensor("m_indptr", "groups+1", "int32", "", **_PLAIN),
-        Scalar("n", int, None, ""), Scalar("k", int, None, ""),
+        Scalar("n", int, None, "", size_of="n"), Scalar("k", int, None, "", size_of="k"),
         *_GRANULARITY, *_MODE,
     ),
     **_GROUPWISE,

@@ -11,27 +11,32 @@ from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.interop import TensorLike, as_desc
-from fi_ffi.abi.tensor import TensorDesc, make_desc, make_layout
-from fi_ffi.errors import ArgumentError, printed
+from fi_ffi.abi.streams import handle_for
+from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda
-from fi_ffi.ops.check import check_layouts
-from fi_ffi.ops.gemm import FP8
-from fi_ffi.ops.host import all_at, indptr, integers
-from fi_ffi.ops.matmul.entries import SEGMENT_SM80, SEGMENT_SM90, as_called
-from fi_ffi.ops.matmul.rows import SEGMENTS
-from fi_ffi.ops.matmul.staging import Staged, staged
-from fi_ffi.ops.memory import check_apart
-from fi_ffi.ops.settled import on
-from fi_ffi.ops.values import check_address
+from fi_ffi.ops.call.arguments import (
+    check_choice,
+    check_each,
+    check_indptr,
+    check_int_array,
+)
+from fi_ffi.ops.call.compiled import CompiledRow
+from fi_ffi.ops.call.staging import Staged, staged
+from fi_ffi.ops.matmul import rows
+from fi_ffi.ops.table.gemm import FP8
 
 if TYPE_CHECKING:
     import numpy
 
-    from fi_ffi.ops.host import Integers
+    from fi_ffi.ops.call.arguments import Integers
 
 _OP = "segment_gemm"
 _BACKENDS = ("auto", "sm80", "sm90")
+SM80, SM90 = (CompiledRow(row, op=_OP) for row in (rows.SEGMENT_SM80, rows.SEGMENT_SM90))
+# The checks, by whether inputs are fp8, and whether weights are column-major.
+_CHECKS = {key: CompiledRow(row, op=_OP) for key, row in rows.SEGMENTS.items()}
 # What the SM90 kernels keep for each multiprocessor: the descriptors of two matrices, 128 bytes
 # each, and as much again and more to spare.
 _SCRATCH = 2048
@@ -65,9 +70,9 @@ def _starts(seg_lens: Any, seg_indptr: Any, batch_size: Any, rows: int) -> Integ
     import numpy as np
 
     if seg_indptr is not None:
-        name, starts = "seg_indptr", indptr(_OP, "seg_indptr", seg_indptr)
+        name, starts = "seg_indptr", check_indptr(_OP, "seg_indptr", seg_indptr)
     elif seg_lens is not None:
-        name, lengths = "seg_lens", integers(_OP, "seg_lens", seg_lens)
+        name, lengths = "seg_lens", check_int_array(_OP, "seg_lens", seg_lens)
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     else:
         raise _refuse("seg_indptr", None, "seg_indptr or seg_lens")
@@ -88,38 +93,34 @@ def _indices(weight_indices: Any, segments: int, weights: int) -> Integers:
             expected = f"one for each of {segments} segments, or weight_indices"
             raise _refuse("weights", f"{weights} matrices", expected)
         return np.arange(segments, dtype=np.int64)
-    indices = integers(_OP, "weight_indices", weight_indices)
+    indices = check_int_array(_OP, "weight_indices", weight_indices)
     if len(indices) != segments:
         raise _refuse("weight_indices", f"{len(indices)} elements", f"{segments} elements")
-    all_at(_OP, "weight_indices", indices, indices < weights, f"0 to {weights - 1}")
+    check_each(_OP, "weight_indices", indices, indices < weights, f"0 to {weights - 1}")
     return indices
 
 
 def _checked(
     x: Any, weights: Any, out: Any, column_major: Any, segments: tuple[Any, Any, Any], chosen: Any
 ) -> _Call:
-    named = (("x", x), ("weights", weights), ("out", out))
-    descs = [as_desc(given, _OP, name) for name, given in named]
+    left = as_desc(x, _OP, "x")
     if type(column_major) is not bool:
         raise _refuse("weight_column_major", column_major, "True or False")
-    row = SEGMENTS.get((descs[0].dtype.name in FP8, column_major))
-    if row is None:
+    compiled = _CHECKS.get((left.dtype.name in FP8, column_major))
+    if compiled is None:
         raise _refuse("weight_column_major", False, "True for fp8: there are no other kernels")
-    checked = check_layouts(row, [desc.layout for desc in descs])
-    for tensor, desc, alignment in zip(row.tensors, descs, checked.alignments, strict=True):
-        check_address(_OP, tensor, desc, alignment)
+    descs, sizes = compiled.check(left, weights, out)
+    tensors = descs["x"], descs["weights"], descs["out"]
+    for name, desc in zip(descs, tensors, strict=True):
         if _row_stride(desc) < desc.shape[-1]:
-            raise _refuse(tensor.name, f"strides {desc.strides}", "rows that do not overlap")
-    check_apart(row, descs)
-    sizes = checked.sizes
+            raise _refuse(name, f"strides {desc.strides}", "rows that do not overlap")
     starts = _starts(*segments, sizes["n"])
     indices = _indices(chosen, len(starts) - 1, sizes["num_weights"])
-    return _Call(descs[0], descs[1], descs[2], column_major, starts, indices)
+    return _Call(*tensors, column_major, starts, indices)
 
 
 def _backend(backend: Any, call: _Call) -> str:
-    if not isinstance(backend, str) or backend not in _BACKENDS:
-        raise _refuse("backend", printed(backend), " or ".join(map(repr, _BACKENDS)))
+    backend = check_choice(_OP, "backend", backend, _BACKENDS)
     device, is_fp8 = call.x.device, call.x.dtype.name in FP8
     if backend == "auto":
         is_hopper = not device.is_cuda or machine.capability(device.index)[0] == 9
@@ -193,13 +194,12 @@ def segment_gemm(
     segments = (seg_lens, seg_indptr, batch_size)
     call = _checked(x, weights, out, weight_column_major, segments, weight_indices)
     chosen, device = _backend(backend, call), call.x.device
-    on_stream = on(stream, device, _OP)  # a missing one is told first
+    handle = handle_for(stream, device, _OP)  # a missing one is told first
     if not call.starts[-1]:
         return
     count = machine.multiprocessors(device.index) if device.is_cuda else 1
-    handle = 0 if on_stream is None else on_stream.handle
     tables = _tables(call)
-    with cuda.current(device), as_called(_OP, {}), staged(
+    with cuda.current(device), staged(
         device, handle, tables.data.cast("B"), _SCRATCH * count
     ) as place:  # fmt: skip
         if chosen == "sm80":
@@ -211,23 +211,21 @@ def _launch(backend: str, call: _Call, place: Staged, count: int, stream: object
     device = call.x.device
 
     def table(at: int, shape: tuple[int, ...], dtype: str) -> TensorDesc:
-        return make_desc(place.address + at, make_layout(shape, dtype, None, device, False))
+        return TensorDesc(place.address + at, shape, dtype, device=device)
 
-    scratch = make_desc(
-        place.scratch, make_layout((place.scratch_bytes,), "uint8", None, device, False)
-    )
+    scratch = TensorDesc(place.scratch, (place.scratch_bytes,), "uint8", device=device)
     problems = table(0, (count, 3), "int32")
     of = [table(8 * count * i, (count,), "int64") for i in range(2, _WORDS)]
     like_x, like_out = (
-        make_desc(desc.ptr, make_layout((0,), desc.dtype.name, None, device, False))
-        for desc in (call.x, call.out)
+        TensorDesc(desc.ptr, (0,), desc.dtype.name, device=device) for desc in (call.x, call.out)
     )
     if backend == "sm80":
-        SEGMENT_SM80(scratch, problems, *of, like_x, call.column_major, stream=stream)
+        SM80.call(None, scratch, problems, *of, like_x, call.column_major, stream=stream)
     else:
-        SEGMENT_SM90(
-            scratch, scratch, problems, *of, like_x, like_out, call.column_major, stream=stream
-        )
+        SM90.call(
+            None, scratch, scratch, problems, *of, like_x, like_out, call.column_major,
+            stream=stream,
+        )  # fmt: skip
 
 
 def _zero(out: TensorDesc, stream: int) -> None:
@@ -239,3 +237,9 @@ def _zero(out: TensorDesc, stream: int) -> None:
         return
     for i in range(rows):
         ffi.memmove(cuda.pointer(out.ptr + i * pitch), bytes(width), width)
+
+
+def forget() -> None:
+    """Drop what was learnt of other kernels."""
+    SM80.forget()
+    SM90.forget()

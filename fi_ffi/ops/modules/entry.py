@@ -1,22 +1,39 @@
-"""Calling any function: arguments checked against its own signature, packed, and called."""
+"""Calling any function, and what functions return that is no Python value.
+
+Arguments are checked against the function's own signature, packed, and the call is made on
+the device of its tensors.  Objects that come back have methods, which are entries again.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
+from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import Device
-from fi_ffi.abi.failure import check_kernel
-from fi_ffi.abi.function import Entry, probe
-from fi_ffi.abi.lent import Call
-from fi_ffi.abi.packing import anything, packer_of
+from fi_ffi.abi.device import Device, parse_device
+from fi_ffi.abi.dtypes import DType
+from fi_ffi.abi.function import Entry, library_function, probe
+from fi_ffi.abi.library import TypeIndex
+from fi_ffi.abi.objects import (
+    Array,
+    CallArena,
+    Function,
+    Module,
+    Object,
+    Tensor,
+    Unique,
+)
 from fi_ffi.abi.signature import Signature
-from fi_ffi.abi.values import unpack
-from fi_ffi.errors import ArgumentError, ArgumentTypeError
-from fi_ffi.ops import cuda, watching
-from fi_ffi.ops.modules.placing import place_of, stream_of
+from fi_ffi.abi.streams import current_scope, stream_context
+from fi_ffi.abi.tensor import TensorDesc, c_strides
+from fi_ffi.abi.values import ints_of, pack_arguments, packer_of
+from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, KernelNotFoundError, printed
+from fi_ffi.ops import cuda
+from fi_ffi.ops.watch import watching
 
 if TYPE_CHECKING:
     import inspect
@@ -24,7 +41,7 @@ if TYPE_CHECKING:
 _NOTHING = contextlib.nullcontext()
 
 
-class Life:
+class Life(Unique):
     """What a method or function object is called through, until its owner is released."""
 
     __slots__ = ("handle",)
@@ -33,7 +50,7 @@ class Life:
         self.handle = handle
 
 
-class ModuleEntry:
+class ModuleEntry(Unique):
     """A function of a module or an object, called with Python values.
 
         entry(*args, stream=None, device=None)
@@ -113,68 +130,343 @@ class ModuleEntry:
             device: the GPU of a call none of whose tensors is on one ("cuda:0").
         """
         self._check_alive()
-        call = Call(self.name)
+        arena = CallArena(self.name)
         try:
-            packed = self._pack(args, call)
-            place, needs_stream = place_of(call, device, self._home)
+            packed = self._pack(args, arena)
+            place, needs_stream = _place_of(arena, device, self._home)
             if place is None:
-                return self._invoke(self._find(None), packed, args, call, None)
+                return self._invoke(self._find(None), packed, args, arena, None)
             # A missing stream is told before anything is looked up.
-            on_stream = stream_of(stream, place, needs_stream, self.name)
+            on_stream = _stream_of(stream, place, needs_stream, self.name)
             entry = self._find(place.index)
             with cuda.current(place), on_stream or _NOTHING:
-                return self._invoke(entry, packed, args, call, place)
+                return self._invoke(entry, packed, args, arena, place)
         finally:
-            call.end()
+            arena.end()
 
     def _check_alive(self) -> None:
         if self._life is not None and self._life.handle is None:
             expected = "an object still held"
             raise ArgumentError(self.name, "self", got="one that was released", expected=expected)
 
-    def _pack(self, args: tuple[Any, ...], call: Call) -> Any:
+    def _pack(self, args: tuple[Any, ...], arena: CallArena) -> Any:
+        packers = None if self.signature is None else self._packers
+        if packers is not None and len(args) != len(packers):
+            got, expected = f"{len(args)} of them", f"{len(packers)}, for {self!r}"
+            raise ArgumentTypeError(self.name, "*args", got=got, expected=expected)
         try:
-            return self._packed(args, call)
-        except RecursionError as error:
+            return pack_arguments(args, arena, packers)
+        except RecursionError:
             got, expected = "values inside values without end", "values that C++ can hold"
-            raise ArgumentError(self.name, "*args", got=got, expected=expected) from error
-
-    def _packed(self, args: tuple[Any, ...], call: Call) -> Any:
-        packed = ffi.new("TVMFFIAny[]", max(len(args), 1))
-        if self.signature is None:
-            for i, value in enumerate(args):
-                anything(packed[i], value, call, str(i))
-            return packed
-        packers = self._packers
-        if len(args) != len(packers):
-            expected = f"{len(packers)}, for {self!r}"
-            raise ArgumentTypeError(
-                self.name, "*args", got=f"{len(args)} of them", expected=expected
-            )
-        for i, (packer, where) in enumerate(packers):
-            packer(packed[i], args[i], call, where)
-        return packed
+            raise ArgumentError(self.name, "*args", got=got, expected=expected) from None
 
     def _invoke(
-        self, entry: Entry, packed: Any, args: tuple[Any, ...], call: Call, place: Device | None
-    ) -> Any:
-        result = ffi.new("TVMFFIAny *")
-
-        def invoke() -> None:
-            check_kernel(entry.address(entry.handle, packed, len(args), result), self.name)
-
+        self, entry: Entry, packed: Any, args: tuple[Any, ...], arena: CallArena,
+        place: Device | None,
+    ) -> Any:  # fmt: skip
+        invoke = functools.partial(entry.invoke, packed, len(args))
         with cuda.kernel_memory().installed():
             if watching.inboxes:
-                watching.called(self.name, invoke, args, call.descs, place)
+                value = watching.called(self.name, invoke, args, arena.descs, place)
             else:
-                invoke()
-        value = unpack(result, owned=True)
-        if type(value) in _PLAIN:
+                value = invoke()
+        if not isinstance(value, Object):
             return value
-        # Only here: objects have methods, which are entries.
-        from fi_ffi.ops.modules.objects import Origin, adopted
-
         return adopted(value, Origin(self.name, place or self._home, self._asks))
 
 
-_PLAIN = {type(None), bool, int, float, str, bytes}
+def _place_of(arena: CallArena, told: object, home: Device | None) -> tuple[Device | None, bool]:
+    """The GPU of a call, None where it has none, and whether it needs a stream.
+
+    All tensors on GPUs are on one.  Where none is, `told` says which the call is for, or
+    `home`, where the object was made whose method is called.
+    """
+    on_gpu = [(where, desc.device) for where, desc in arena.descs if desc.device.is_cuda]
+    is_managed = any(desc.device.type == "cuda_managed" for _, desc in arena.descs)  # of any GPU
+    first, place = on_gpu[0] if on_gpu else ("device", None)
+    expected = f"{place}, the device of `{first}`"
+    for where, device in on_gpu:
+        if device is not place:
+            raise ArgumentError(arena.op, where, got=device, expected=expected)
+    if told is not None:
+        given = parse_device(told, op=arena.op, argument="device")
+        if on_gpu and given is not place:
+            raise ArgumentError(arena.op, "device", got=given, expected=expected)
+        place = given if given.is_cuda else None
+    if home is not None and place is not None and place is not home:
+        expected = f"{home}, where the object was made"
+        raise ArgumentError(arena.op, first, got=place, expected=expected)
+    place = place or home
+    if is_managed and place is None:
+        expected = "the GPU that uses the managed memory"
+        raise ArgumentError(arena.op, "device", got=None, expected=expected)
+    return place, is_managed or bool(on_gpu)
+
+
+def _stream_of(stream: object, place: Device, is_needed: bool, op: str) -> stream_context | None:
+    """The stream that is current during a call on a GPU; None where none is given or needed."""
+    if is_needed or stream is not None:
+        return stream_context(stream, place, op)
+    scope = current_scope()
+    if scope is None or scope.device not in (None, place):
+        return None
+    return stream_context(None, place, op)
+
+
+class Origin(NamedTuple):
+    """Where an object comes from: who returned it, on which GPU, and whether its methods
+    are known to tell their signatures."""
+
+    name: str
+    home: Device | None
+    asks: bool
+
+    def entry_of(self, function: Function, name: str, life: Life, owner: object) -> ModuleEntry:
+        """A function as an entry, unchecked until it was asked for its signature."""
+        entry = Entry(name, function.safe_call, function.handle, owner)
+        return ModuleEntry(
+            name, lambda device: entry, None, life=life, home=self.home, asks=self.asks
+        )
+
+
+def adopted(value: Any, origin: Origin) -> Any:
+    """The result of a call: objects become those of this module."""
+    if not isinstance(value, Object):
+        return value
+    index = library.type_index_of(value.handle)
+    if index == TypeIndex.SHAPE:
+        with value:
+            return ints_of(value)
+    kind = _KINDS.get(index)
+    if kind is None:
+        return value
+    made = value.moved_to(kind)
+    made._begin(origin)
+    return made
+
+
+class ModuleObject(Module):
+    """An object with methods, looked up by name.
+
+        runner.method("run_moe")(...)  # or runner.run_moe(...)
+
+    It lives as long as it or one of its methods is referred to, or until `release`.
+    """
+
+    __slots__ = ("_life", "_methods", "origin")
+
+    def _begin(self, origin: Origin) -> None:
+        self.origin = origin
+        self._life = Life(self._handle)
+        self._methods: dict[tuple[str, bool | None], ModuleEntry] = {}
+
+    @property
+    def device(self) -> Device | None:
+        """The GPU it was made on, if its call named one: that of its methods' calls."""
+        return self.origin.home
+
+    @property
+    def kind(self) -> str:
+        """What its makers call objects of its class."""
+        return str(library_function("ffi.ModuleGetKind")(self))
+
+    def release(self) -> None:
+        """Give it back now: its methods cannot be called any more."""
+        self._life.handle = None
+        super().release()
+
+    def method(self, name: str, *, checked: bool | None = None) -> ModuleEntry:
+        """A method by name; `KernelNotFoundError` where it has none of that name.
+
+        It is asked for its signature where its library has typed functions, or for
+        `checked=True`.  One that takes any arguments is run by that, with 512 of None, the
+        first time that it is looked up; `checked=False` does not ask.
+        """
+        found = self._methods.get((name, checked))
+        if found is None:
+            found = self._methods[name, checked] = self._look_up(name, checked)
+        return found
+
+    def _look_up(self, name: str, checked: bool | None) -> ModuleEntry:
+        if not isinstance(name, str):
+            got = f"{type(name).__name__} {printed(name)}"
+            raise ArgumentTypeError(f"{self.origin.name}.method", "name", got=got, expected="a str")
+        function = library_function("ffi.ModuleGetFunction")(self, name, False)
+        if not isinstance(function, Function):
+            raise KernelNotFoundError(f"{self!r} has no method {name!r}")
+        # The entry keeps the function, and its owner by `_life`, without a cycle: what nobody
+        # refers to is released at once.
+        made = self.origin.entry_of(function, f"{self.origin.name}().{name}", self._life, function)
+        if checked or (checked is None and self.origin.asks):
+            with contextlib.nullcontext() if checked else contextlib.suppress(AbiError):
+                made.probe()
+        return made
+
+    def __getattr__(self, name: str) -> ModuleEntry:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        try:
+            return self.method(name)
+        except KernelNotFoundError as error:
+            raise AttributeError(str(error)) from None
+
+    def __repr__(self) -> str:
+        if self._handle is None:
+            return f"<released object of {self.origin.name}()>"
+        return f"<{self.kind} of {self.origin.name}()>"
+
+
+class FunctionObject(Function):
+    """A function that a call returned.  It may take any arguments: it is called unchecked,
+    until `probe` has asked for its signature."""
+
+    __slots__ = ("_entry", "_life", "origin")
+
+    def _begin(self, origin: Origin) -> None:
+        self.origin = origin
+        self._life = Life(self._handle)
+        # Without an owner, which would be a cycle: this object has the reference.
+        self._entry = origin.entry_of(self, f"{origin.name}()", self._life, None)
+
+    @property
+    def signature(self) -> Signature | None:
+        return self._entry.signature
+
+    def probe(self) -> Signature:
+        """Ask for the signature, and check calls against it: `ModuleEntry.probe`."""
+        return self._entry.probe()
+
+    def __call__(self, *args: Any, stream: object = None, device: object = None) -> Any:
+        return self._entry(*args, stream=stream, device=device)
+
+    def release(self) -> None:
+        self._life.handle = None
+        super().release()
+
+    def __repr__(self) -> str:
+        return f"<{'released ' if self._handle is None else ''}function {self._entry!r}>"
+
+
+class ArrayObject(Array, Sequence[Any]):
+    """A sequence that a call returned, read like a list."""
+
+    __slots__ = ("_names", "origin")
+
+    def _begin(self, origin: Origin) -> None:
+        self.origin = origin
+        is_list = library.type_index_of(self._handle) == TypeIndex.LIST
+        self._names = "ffi.List" if is_list else "ffi.Array"
+
+    def __len__(self) -> int:
+        return int(library_function(f"{self._names}Size")(self))
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        positions = range(len(self))[index]
+        if isinstance(positions, range):
+            return [self._item(i) for i in positions]
+        return self._item(positions)
+
+    def _item(self, index: int) -> Any:
+        return adopted(library_function(f"{self._names}GetItem")(self, index), self.origin)
+
+    def __repr__(self) -> str:
+        return repr(list(self)) if self._handle is not None else "<released array>"
+
+
+class MapObject(Object, Mapping[Any, Any]):
+    """A mapping that a call returned, read like a dict."""
+
+    __slots__ = ("_names", "origin")
+
+    def _begin(self, origin: Origin) -> None:
+        self.origin = origin
+        is_dict = library.type_index_of(self._handle) == TypeIndex.DICT
+        self._names = "ffi.Dict" if is_dict else "ffi.Map"
+
+    def __len__(self) -> int:
+        return int(library_function(f"{self._names}Size")(self))
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            is_there = library_function(f"{self._names}Count")(self, key)
+        except ArgumentTypeError:
+            is_there = False
+        if not is_there:
+            raise KeyError(key)
+        return adopted(library_function(f"{self._names}GetItem")(self, key), self.origin)
+
+    def __iter__(self) -> Iterator[Any]:
+        if not len(self):
+            return
+        step = Entry.of(library_function(f"{self._names}ForwardIterFunctor")(self), "iterate")
+        yield adopted(step(0), self.origin)
+        while step(2):
+            yield adopted(step(0), self.origin)
+
+    def __repr__(self) -> str:
+        return repr(dict(self)) if self._handle is not None else "<released mapping>"
+
+
+class TensorObject(Tensor):
+    """A tensor that a call returned; `desc` is what ops and entries take."""
+
+    __slots__ = ("_desc", "origin")
+
+    def _begin(self, origin: Origin) -> None:
+        self.origin = origin
+        # It keeps the reference, which is given back when both are gone.
+        self._desc = self.described(self._handle)
+
+    @property
+    def desc(self) -> TensorDesc:
+        """Its address and layout, valid until `release`, or as long as this is referred to."""
+        _ = self.handle
+        return self._desc
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._desc.shape
+
+    @property
+    def dtype(self) -> DType:
+        return self._desc.dtype
+
+    @property
+    def device(self) -> Device:
+        return self._desc.device
+
+    @property
+    def _is_contiguous(self) -> bool:
+        steps = zip(self.shape, self._desc.strides, c_strides(self.shape), strict=True)
+        return 0 in self.shape or all(size == 1 or at == step for size, at, step in steps)
+
+    def tobytes(self) -> bytes:
+        """The bytes of a contiguous tensor in host memory."""
+        desc = self.desc
+        if desc.device.type != "cpu" or not self._is_contiguous:
+            got, expected = self._words(), "a contiguous tensor on the cpu"
+            raise ArgumentTypeError("TensorObject.tobytes", "self", got=got, expected=expected)
+        size = math.prod(desc.shape) * desc.dtype.itemsize
+        return bytes(ffi.buffer(ffi.cast("char *", desc.ptr), size))
+
+    def _words(self) -> str:
+        strides = "" if self._is_contiguous else f", strides={self._desc.strides}"
+        return f"{self.dtype}{list(self.shape)}{strides} on {self.device}"
+
+    def __repr__(self) -> str:
+        return f"<tensor {self._words()}{', released' if self._handle is None else ''}>"
+
+
+_KINDS: dict[int, type[Any]] = {
+    TypeIndex.MODULE: ModuleObject,
+    TypeIndex.FUNCTION: FunctionObject,
+    TypeIndex.ARRAY: ArrayObject,
+    TypeIndex.LIST: ArrayObject,
+    TypeIndex.MAP: MapObject,
+    TypeIndex.DICT: MapObject,
+    TypeIndex.TENSOR: TensorObject,
+}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from fi_ffi.ops.moe.cached import cutlass_fused_moe
-from fi_ffi.ops.moe.cached import forget as forget
 from fi_ffi.ops.moe.deepgemm import set_deepgemm_jit_include_dirs
-from fi_ffi.ops.moe.fused import FusedMoe
+from fi_ffi.ops.moe.fused import FusedMoe, cutlass_fused_moe
+from fi_ffi.ops.moe.fused import forget as forget
 from fi_ffi.ops.moe.weights import (
     interleave_moe_scales_for_sm90_mixed_gemm,
     interleave_moe_weights_for_sm90_mixed_gemm,

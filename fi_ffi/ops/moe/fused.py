@@ -1,30 +1,50 @@
-"""`FusedMoe`: mixtures of experts of one quantisation, on one device."""
+"""`FusedMoe`: mixtures of experts of one quantisation, on one device; `cutlass_fused_moe`: a call
+of the one for its dtypes, flags and device."""
 
 from __future__ import annotations
 
+import functools
 import threading
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import Device, parse_device
 from fi_ffi.abi.dtypes import parse_dtype
-from fi_ffi.abi.interop import TensorLike
-from fi_ffi.errors import ArgumentError, KernelNotFoundError
-from fi_ffi.ops.moe import options
-from fi_ffi.ops.moe.arrays import TensorArrays
-from fi_ffi.ops.moe.calls import (
-    SWIGLU,
-    Asked,
-    Settled,
-    call,
-    described,
-    described_scales,
-    release_of,
+from fi_ffi.abi.function import Entry, make_array
+from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.abi.objects import Array
+from fi_ffi.abi.streams import handle_for
+from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    KernelError,
+    KernelNotFoundError,
+    printed,
 )
-from fi_ffi.ops.moe.interface import MODULE
-from fi_ffi.ops.moe.modes import FLAGS, Mode, mode_of
-from fi_ffi.ops.moe.options import Parallel
+from fi_ffi.ops.call.arguments import check_flag, check_int, shown
+from fi_ffi.ops.call.compiled import CompiledRow
+from fi_ffi.ops.moe import weights
+from fi_ffi.ops.moe.interface import (
+    ACTIVATIONS,
+    FLAGS,
+    GATED,
+    MODULE,
+    Interface,
+    Runner,
+    activation_numbers,
+    make_runner,
+    of_release,
+)
+from fi_ffi.ops.moe.modes import SWIGLU, Mode, mode_of, row_of, scale_names
 from fi_ffi.ops.moe.profile import Profile, Profiles
-from fi_ffi.ops.moe.runner import Runner, make_runner
+from fi_ffi.ops.providers import entry_for
+from fi_ffi.ops.row import Row
+
+_OP = "cutlass_fused_moe"
+# Which of alpha, beta and limit an activation takes.
+_LIMITS = {"Swiglu": SWIGLU, "SwigluBias": SWIGLU, "SwigluStep": SWIGLU[2:]}
 
 
 class Tactics(NamedTuple):
@@ -32,6 +52,41 @@ class Tactics(NamedTuple):
 
     gemm1: int
     gemm2: int
+
+
+@functools.cache
+def _pair(first: int, second: int) -> tuple[Array, int]:
+    """An Array of two ints, and its address."""
+    array = make_array([first, second])
+    return array, int(ffi.cast("uintptr_t", array.handle))
+
+
+def _activation(op: str, value: object) -> str:
+    """An activation's name: of a str, or of FlashInfer's `ActivationType`.
+
+    Their numbers are others in other releases, so a plain int is none.
+    """
+    name = value if isinstance(value, str) else getattr(value, "name", None)
+    if isinstance(name, str) and name in ACTIVATIONS:
+        return name
+    expected = " or ".join(map(repr, ACTIVATIONS))
+    if not isinstance(name, str):
+        raise ArgumentTypeError(op, "activation_type", got=shown(value), expected=expected)
+    raise ArgumentError(op, "activation_type", got=printed(name), expected=expected)
+
+
+def _with_limits(op: str, name: str, *tensors: object) -> str:
+    """The activation that serves one with these `swiglu_` tensors; raises where it takes none.
+
+    `Swiglu` with any of them is `SwigluBias`: said here, because releases before 0.6.13 do not
+    see it for `swiglu_limit` with every other activation.
+    """
+    taken = _LIMITS.get(name, ())
+    for argument, tensor in zip(SWIGLU, tensors, strict=True):
+        if tensor is not None and argument not in taken:
+            expected = f"None: {name} takes {' and '.join(taken) or 'none of them'}"
+            raise ArgumentError(op, argument, got="a tensor", expected=expected)
+    return "SwigluBias" if name == "Swiglu" else name
 
 
 class FusedMoe:
@@ -67,13 +122,13 @@ class FusedMoe:
         use_mxfp8_act_scaling: bool = False,
         use_packed_weights: bool = False,
     ) -> None:
-        op = "FusedMoe"
+        self._op = op = "FusedMoe"
         asked = (
             use_deepseek_fp8_block_scale, use_w4_group_scaling, use_mxfp8_act_scaling,
             use_packed_weights,
         )  # fmt: skip
         given = zip(FLAGS, asked, strict=True)
-        flags = frozenset(name for name, value in given if options.flag(op, name, value))
+        flags = frozenset(name for name, value in given if check_flag(op, name, value))
         act = parse_dtype(activation_dtype, op=op, argument="activation_dtype").name
         weight, output = (
             act if value is None else parse_dtype(value, op=op, argument=name).name
@@ -85,19 +140,20 @@ class FusedMoe:
             raise ArgumentError(op, "device", got=self.device, expected="cpu or a CUDA device")
         # Of activations, weights and results.
         self.dtypes = (act, weight, output)
-        self.arrays = TensorArrays()
-        self.settled: dict[object, Settled] = {}
         self._profiles = Profiles()
         self._lock = threading.Lock()
         self._runner: Runner | None = None
         self._tactics: Tactics | None = None
+        # Calls by whether the activation has a gate, and the forms of the scales.
+        self._calls: dict[tuple[bool, tuple[int, ...]], CompiledRow] = {}
+        self._numbers: dict[str, int] = {}
 
     def __repr__(self) -> str:
         return f"<fi_ffi FusedMoe {self.mode.name} ({', '.join(self.dtypes)}) on {self.device}>"
 
     def make_runner(self) -> Runner:
         """The kernels' object anew, for who wants to keep what it allocates apart."""
-        return make_runner("FusedMoe", self.mode, self.dtypes, self.device)
+        return make_runner(self._op, self.mode.flags, self.dtypes, self.device)
 
     @property
     def runner(self) -> Runner:
@@ -109,12 +165,31 @@ class FusedMoe:
         return self._runner
 
     @property
+    def interface(self) -> Interface:
+        """Of its kernels; on the CPU the default release's."""
+        return self.runner.interface if self.has_kernels else of_release(None)
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether calls are of kernels, and not of the CPU's reference."""
+        return self.device.is_cuda or self._runner is not None
+
+    @property
     def tactics(self) -> Tactics:
         """How many there are; `profile_ids` names one of each.  One of each on the CPU."""
         if self._tactics is None:
-            counts = self.runner.counts() if self.device.is_cuda else (1, 1)
-            self._tactics = Tactics(*counts)
+            self._tactics = Tactics(*(self.runner.counts() if self.has_kernels else (1, 1)))
         return self._tactics
+
+    def number_of(self, op: str, activation: str) -> int:
+        """What the release of its kernels calls an activation."""
+        if not self._numbers:
+            release = self.runner.release_in_use if self.has_kernels else None
+            self._numbers = activation_numbers(release)
+        if activation not in self._numbers:
+            release = self.runner.release_in_use
+            raise KernelNotFoundError(f"{op}: {MODULE} of FlashInfer {release} has no {activation}")
+        return self._numbers[activation]
 
     def __call__(
         self,
@@ -142,19 +217,78 @@ class FusedMoe:
         stream: object = None,
     ) -> None:
         """Compute; the arguments are those of `cutlass_fused_moe`."""
-        op = "FusedMoe"
-        descs = described(op, {
-            "output": output, "input": input, "token_selected_experts": token_selected_experts,
-            "token_final_scales": token_final_scales, "fc1_expert_weights": fc1_expert_weights,
-            "fc1_expert_biases": fc1_expert_biases, "fc2_expert_weights": fc2_expert_weights,
-            "fc2_expert_biases": fc2_expert_biases, "swiglu_alpha": swiglu_alpha,
-            "swiglu_beta": swiglu_beta, "swiglu_limit": swiglu_limit,
-        })  # fmt: skip
-        parallel = {"tp_size": tp_size, "tp_rank": tp_rank, "ep_size": ep_size, "ep_rank": ep_rank}
-        limits = tuple(name for name in SWIGLU if name in descs)
-        asked = Asked.checked(op, parallel, enable_alltoall, activation_type, enable_pdl, limits)
-        scales = described_scales(op, quant_scales)
-        call(self, op, descs, scales, asked, profile_ids, stream)
+        op, x = self._op, as_desc(input, self._op, "input")
+        if x.device is not self.device:
+            raise ArgumentError(op, "input", got=x.device, expected=self.device)
+        activation = _activation(op, activation_type)
+        if not (swiglu_alpha is swiglu_beta is swiglu_limit is None):
+            activation = _with_limits(op, activation, swiglu_alpha, swiglu_beta, swiglu_limit)
+        scales = self._scales(op, quant_scales)
+        key = activation in GATED, self.mode.forms_of(scales) if scales else ()
+        compiled = self._calls.get(key) or self._add_call(key, stream)
+        number = self._numbers.get(activation)
+        if number is None:
+            number = self.number_of(op, activation)
+        ids = 0 if profile_ids is None else self._ids(op, profile_ids)
+        try:
+            compiled.call(
+                self, output, x, token_selected_experts, token_final_scales, fc1_expert_weights,
+                fc1_expert_biases, fc2_expert_weights, fc2_expert_biases, swiglu_alpha,
+                swiglu_beta, swiglu_limit, tp_size, tp_rank, ep_size, ep_rank, enable_alltoall,
+                ids, enable_pdl, number, *scales, stream=stream,
+            )  # fmt: skip
+        except KernelError as error:
+            if self.device.is_cuda or error.kind != "ValueError":
+                raise
+            # The CPU's reference looks at the experts; on a GPU nobody can.
+            name, expected = "token_selected_experts", "distinct experts for each token"
+            raise ArgumentError(op, name, got=error.message, expected=expected) from None
+
+    def _scales(self, op: str, given: object) -> list[TensorDesc]:
+        if given is not None and not isinstance(given, (list, tuple)):
+            got, expected = type(given).__name__, "a list or tuple of tensors, or None"
+            raise ArgumentTypeError(op, "quant_scales", got=got, expected=expected)
+        scales: Sequence[Any] = given or ()
+        wanted = self.mode.scales
+        if len(scales) != len(wanted):
+            names = ", ".join(scale.name for scale in wanted)
+            expected = f"{len(wanted)} with {self.mode.about}{': ' if names else ''}{names}"
+            raise ArgumentError(op, "quant_scales", got=f"{len(scales)} tensors", expected=expected)
+        return [
+            one if type(one) is TensorDesc else as_desc(one, op, f"quant_scales[{i}]")
+            for i, one in enumerate(scales)
+        ]
+
+    def _add_call(self, key: tuple[bool, tuple[int, ...]], stream: object) -> CompiledRow:
+        handle_for(stream, self.device, self._op)  # a missing one is told first
+        row = row_of(self.interface, "run_moe", self.mode, self.dtypes, *key)
+        made = CompiledRow(
+            row, op=self._op, names=scale_names(self.mode), find_entry=self._find_entry
+        )
+        return self._calls.setdefault(key, made)
+
+    def _find_entry(self, row: Row, device: Device) -> Entry:
+        return self.runner.entry(row.signature) if self.has_kernels else entry_for(row, device)
+
+    def _ids(self, op: str, value: object) -> int:
+        """The address of an Array of two tactics, each counted from 0, as the release numbers them;
+        -1 is the kernel's own choice.
+
+        Before 0.6.15 a number of GEMM2's that its own count does not exceed is taken as counted
+        from 0, even where it was meant to follow GEMM1's; later all follow GEMM1's.
+        """
+        name, counts = "profile_ids", self.tactics
+        if not isinstance(value, (tuple, list)):
+            raise ArgumentTypeError(op, name, got=shown(value), expected="two ints, or None")
+        if len(value) != 2:
+            raise ArgumentError(op, name, got=f"{len(value)} of them", expected="two ints")
+        first, second = (check_int(op, name, one, -1) for one in value)
+        if first >= counts.gemm1 or second >= counts.gemm2:
+            expected = f"from -1 to {counts.gemm1 - 1} and from -1 to {counts.gemm2 - 1}"
+            raise ArgumentError(op, name, got=(first, second), expected=expected)
+        if second >= 0 and self.interface.absolute_ids:
+            second += counts.gemm1
+        return _pair(first, second)[1]
 
     def profile(
         self,
@@ -184,15 +318,21 @@ class FusedMoe:
         Raises what calls raise, and `ArgumentError` while the stream records a graph.
         """
         op = "FusedMoe.profile"
-        descs = described(op, {
-            "input": input, "fc1_expert_weights": fc1_expert_weights,
+        activation = _activation(op, activation_type)
+        x = as_desc(input, op, "input")
+        if x.device is not self.device:
+            raise ArgumentError(op, "input", got=x.device, expected=self.device)
+        tensors = {
+            "input": x, "fc1_expert_weights": fc1_expert_weights,
             "fc1_expert_biases": fc1_expert_biases, "fc2_expert_weights": fc2_expert_weights,
             "fc2_expert_biases": fc2_expert_biases,
-        })  # fmt: skip
-        parallel = {"tp_size": tp_size, "tp_rank": tp_rank, "ep_size": ep_size, "ep_rank": ep_rank}
-        asked = Asked.checked(op, parallel, enable_alltoall, activation_type, enable_pdl)
-        counts = options.integer(op, "top_k", top_k, 1), options.integer(op, "repeats", repeats, 1)
-        return self._profiles.find(self, op, descs, asked, *counts, stream)
+        }  # fmt: skip
+        numbers = {
+            "top_k": top_k, "tp_size": tp_size, "tp_rank": tp_rank, "ep_size": ep_size,
+            "ep_rank": ep_rank, "enable_alltoall": enable_alltoall, "enable_pdl": enable_pdl,
+        }  # fmt: skip
+        repeats = check_int(op, "repeats", repeats, 1)
+        return self._profiles.find(self, op, tensors, numbers, activation, repeats, stream)
 
     def workspace_size(
         self,
@@ -218,18 +358,137 @@ class FusedMoe:
             "num_tokens": num_tokens, "hidden_size": hidden_size, "inter_size": inter_size,
             "num_experts": num_experts, "top_k": top_k,
         }  # fmt: skip
-        sizes = [options.integer(op, name, value, 1) for name, value in given.items()]
+        sizes = {name: check_int(op, name, value, 1) for name, value in given.items()}
         ranks = {"tp_size": tp_size, "tp_rank": tp_rank, "ep_size": ep_size, "ep_rank": ep_rank}
-        parallel = Parallel.checked(op, **ranks)
-        activation = options.activation(op, activation_type)
+        for kind in ("tp", "ep"):
+            size = check_int(op, f"{kind}_size", ranks[f"{kind}_size"], 1)
+            rank = check_int(op, f"{kind}_rank", ranks[f"{kind}_rank"], 0)
+            if rank >= size:
+                expected = f"less than {kind}_size = {size}"
+                raise ArgumentError(op, f"{kind}_rank", got=rank, expected=expected)
+        activation = _activation(op, activation_type)
         if not self.device.is_cuda:
             return 0
         if not self.runner.has("get_workspace_size"):
             releases = self.runner.interface.releases
             raise KernelNotFoundError(f"{op}: {MODULE} of FlashInfer {releases} does not tell it")
         names = ("num_rows", "hidden_size", "inter_size", "num_experts_total", "experts_per_token")
-        number = options.activation_number(op, activation, release_of(self.device))
         return self.runner.ask(
-            "get_workspace_size", **dict(zip(names, sizes, strict=True)), **vars(parallel),
-            base_activation_type=number,
+            "get_workspace_size", **dict(zip(names, sizes.values(), strict=True)), **ranks,
+            base_activation_type=self.number_of(op, activation),
         )  # fmt: skip
+
+
+_made_lock = threading.Lock()
+_made: dict[tuple[object, ...], FusedMoe] = {}
+
+
+def forget() -> None:
+    """Drop the runners, after the source of kernels changed."""
+    weights.forget()
+    with _made_lock:
+        _made.clear()
+
+
+def cutlass_fused_moe(
+    output: TensorLike,
+    input: TensorLike,
+    token_selected_experts: TensorLike,
+    token_final_scales: TensorLike | None,
+    fc1_expert_weights: TensorLike,
+    fc2_expert_weights: TensorLike,
+    output_dtype: object = None,
+    quant_scales: object = None,
+    fc1_expert_biases: TensorLike | None = None,
+    fc2_expert_biases: TensorLike | None = None,
+    input_sf: TensorLike | None = None,
+    swiglu_alpha: TensorLike | None = None,
+    swiglu_beta: TensorLike | None = None,
+    swiglu_limit: TensorLike | None = None,
+    tp_size: int = 1,
+    tp_rank: int = 0,
+    ep_size: int = 1,
+    ep_rank: int = 0,
+    *,
+    enable_alltoall: bool = False,
+    use_deepseek_fp8_block_scale: bool = False,
+    use_w4_group_scaling: bool = False,
+    use_mxfp8_act_scaling: bool = False,
+    use_packed_weights: bool = False,
+    activation_type: object = "Swiglu",
+    profile_ids: object = None,
+    enable_pdl: bool = False,
+    stream: object = None,
+) -> None:
+    """A layer of experts: route each token to its experts, and sum what they make of it.
+
+    Args:
+        output: [tokens, hidden], written.
+        input: [tokens, hidden].
+        token_selected_experts: [tokens, top_k] int32, distinct for each token.  One that is not
+            of this rank adds nothing.
+        token_final_scales: [tokens, top_k] float32; None is 1 for each.
+        fc1_expert_weights: [experts, rows, hidden]; with a gated activation rows are twice the
+            intermediate size: first what is multiplied, then the gate.
+        fc2_expert_weights: [experts, hidden, inter].  4-bit weights are two in a byte, and
+            interleaved.
+        output_dtype: of `output`, which is compared with it; None takes what `output` has.
+        quant_scales: a list of tensors, as the mode has it (docs/moe.md).
+        fc1_expert_biases, fc2_expert_biases: [experts, rows], [experts, hidden] of the output's
+            dtype; both or neither.  The second is added on tp_rank 0 only.
+        input_sf: None: no kernel for Hopper takes it.
+        swiglu_alpha, swiglu_beta, swiglu_limit: [experts] float32.
+        tp_size, tp_rank, ep_size, ep_rank: which part of the whole the weights are.
+        enable_alltoall: leave rows of tokens alone that have no expert of this rank.
+        activation_type: "Swiglu", "Geglu", "SwigluBias", "SwigluStep", "GegluTanh", "Gelu",
+            "Relu", "Silu", "Relu2", "Identity", or FlashInfer's `ActivationType`.
+        profile_ids: tactics of both multiplications, from `FusedMoe.profile`; None is the
+            kernels' own choice.
+        flags: as in `FusedMoe`.
+
+    The workspace comes from the device's pool, in the stream's order, while the call runs.
+
+    Raises `ArgumentError` and `ArgumentTypeError` before anything is launched.
+    Upstream: flashinfer/fused_moe/core.py, csrc/fused_moe/cutlass_backend.
+    """
+    if input_sf is not None:
+        raise ArgumentError(_OP, "input_sf", got="a tensor", expected="None on Hopper")
+    asked = (
+        use_deepseek_fp8_block_scale, use_w4_group_scaling, use_mxfp8_act_scaling,
+        use_packed_weights,
+    )  # fmt: skip
+    for name, value in zip(FLAGS, asked, strict=True):
+        check_flag(_OP, name, value)
+    x, out = as_desc(input, _OP, "input"), as_desc(output, _OP, "output")
+    weights = as_desc(fc1_expert_weights, _OP, "fc1_expert_weights")
+    if output_dtype is not None:
+        wanted = parse_dtype(output_dtype, op=_OP, argument="output_dtype")
+        if out.dtype is not wanted:
+            raise ArgumentError(_OP, "output", got=out.layout, expected=f"output_dtype {wanted}")
+    _moe_for(x, weights, out, asked)(
+        out, x, token_selected_experts, token_final_scales, weights, fc2_expert_weights,
+        quant_scales, fc1_expert_biases=fc1_expert_biases, fc2_expert_biases=fc2_expert_biases,
+        swiglu_alpha=swiglu_alpha, swiglu_beta=swiglu_beta, swiglu_limit=swiglu_limit,
+        tp_size=tp_size, tp_rank=tp_rank, ep_size=ep_size, ep_rank=ep_rank,
+        enable_alltoall=enable_alltoall, activation_type=activation_type,
+        profile_ids=profile_ids, enable_pdl=enable_pdl, stream=stream,
+    )  # fmt: skip
+
+
+def _moe_for(
+    x: TensorDesc, weights: TensorDesc, out: TensorDesc, asked: tuple[bool, ...]
+) -> FusedMoe:
+    """The one for these dtypes and flags on this device, made once."""
+    key = (x.device, x.dtype, weights.dtype, out.dtype, asked)
+    moe = _made.get(key)
+    if moe is None:
+        given = dict(zip(FLAGS, asked, strict=True))
+        flags = frozenset(name for name, value in given.items() if value)
+        dtypes = (x.dtype.name, weights.dtype.name, out.dtype.name)
+        # What is wrong is told of the call.
+        mode_of(_OP, *dtypes, flags, ("input", "fc1_expert_weights", "output"))
+        made = FusedMoe(*dtypes, device=x.device, **given)
+        made._op = _OP
+        with _made_lock:
+            moe = _made.setdefault(key, made)
+    return moe

@@ -1,4 +1,4 @@
-"""What the functions of `fused_moe_90` take in each of FlashInfer's releases.
+"""What the functions of `fused_moe_90` take in each of FlashInfer's releases, and its object.
 
 The binding is `csrc/fused_moe/cutlass_backend/flashinfer_cutlass_fused_moe_binding.cu`: `init`
 makes an object whose methods are the kernels.  `tests/releases/test_moe.py` compares every
@@ -9,13 +9,29 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from fi_ffi.abi.device import Device
+from fi_ffi.abi.dtypes import DTYPES
 from fi_ffi.abi.signature import Signature
-from fi_ffi.errors import KernelNotFoundError
+from fi_ffi.errors import ArchitectureError, KernelNotFoundError
+from fi_ffi.loader import machine
+from fi_ffi.loader.methods import ModuleObject
+from fi_ffi.ops import cuda
+from fi_ffi.ops.row import Absent
 
 MODULE = "fused_moe_90"
+SOURCE = "csrc/fused_moe/cutlass_backend/flashinfer_cutlass_fused_moe_binding.cu"
+_CAPABILITY = (9, 0)
+# What `init` is told of a quantisation.
+FLAGS = (
+    "use_deepseek_fp8_block_scale", "use_w4_group_scaling", "use_mxfp8_act_scaling",
+    "use_packed_weights",
+)  # fmt: skip
+# What a function takes and no caller of these kernels chooses.
+_DEFAULTS = {"use_fused_finalize": 1, "swizzled_input_sf": 1, "cluster_size": 1}
 
 _TYPES = {
     "dtype": "DataType",
@@ -32,6 +48,17 @@ class Function:
 
     signature: Signature
     names: tuple[str, ...]
+
+    def values(self, given: dict[str, Any]) -> list[Any]:
+        """Its arguments in order, of values by name."""
+        named = zip(self.names, self.signature.params, strict=True)
+        values = ((given.get(name, _DEFAULTS.get(name, 0)), kind) for name, kind in named)
+        return [bool(value) if kind == "bool" else value for value, kind in values]
+
+    def absent(self, name: str) -> Absent:
+        """A parameter that no op has."""
+        kind = self.signature.params[self.names.index(name)]
+        return Absent(name, kind, _DEFAULTS.get(name, 0))
 
     @classmethod
     def read(cls, name: str, text: str, result: str = "void") -> Function:
@@ -154,9 +181,72 @@ def of_release(release: str | None) -> Interface:
 
 @functools.cache
 def activation_numbers(release: str | None) -> dict[str, int]:
-    """The activations that a release has, with its numbers for them."""
-    from fi_ffi.loader.lock import the_lock
-
-    of = release or the_lock().default_release
-    had = [name for name, since in _ACTIVATIONS.items() if not since or is_in(of, since)]
+    """The activations that a release has, with its numbers for them; with None all there are,
+    as the CPU's reference numbers them."""
+    every = _ACTIVATIONS.items()
+    had = [name for name, since in every if not (since and release) or is_in(release, since)]
     return {name: number for number, name in enumerate(had)}
+
+
+class Runner(ModuleObject):
+    """A `FusedMoeRunner` of C++, whose methods are what its interface declares.
+
+    Raises `AbiError` where they are not, and calls none of them.
+    """
+
+    def __init__(
+        self, made: object, interface: Interface, where: str, release: str | None = None
+    ) -> None:
+        super().__init__(made, MODULE, interface.releases, where)
+        self.interface, self.release_in_use = interface, release
+        for function in interface.methods.values():
+            self.entry(function.signature)
+
+    def has(self, method: str) -> bool:
+        return method in self.interface.methods
+
+    def ask(self, method: str, **values: int) -> int:
+        """What a method that takes numbers only says."""
+        function = self.interface.methods[method]
+        return int(self.entry(function.signature)(*function.values(values)))
+
+    def counts(self) -> tuple[int, int]:
+        """The tactics of GEMM1 and of GEMM2."""
+        return self.ask("get_gemm1_tactic_count"), self.ask("get_gemm2_tactic_count")
+
+
+def make_runner(op: str, flags: frozenset[str], dtypes: Sequence[str], device: Device) -> Runner:
+    """A runner for the dtypes of activations, weights and results, on a GPU.
+
+    Raises `ArchitectureError` for other GPUs than Hopper, `KernelNotFoundError` where there are
+    no kernels, `AbiError` where they have another interface.
+    """
+    from fi_ffi.loader import runtime, search  # as late as can be: most processes have none
+
+    capability = machine.capability(device.index)
+    if capability != _CAPABILITY:
+        got = ".".join(map(str, capability))
+        raise ArchitectureError(
+            f"{op}: {MODULE} is for GPUs of compute capability 9.0; {device} has {got}"
+        )
+    release = search.release()
+    interface = of_release(release)
+    if "use_w4_group_scaling" in flags:
+        check_w4_release(op, release)
+    entry = runtime.kernel_entry(MODULE, interface.init.signature, interface.releases, device.index)
+    words = ("activation_dtype", "weight_dtype", "output_dtype")
+    given: dict[str, Any] = {word: DTYPES[name] for word, name in zip(words, dtypes, strict=True)}
+    given |= {flag: flag in flags for flag in FLAGS}
+    with cuda.current(device):  # the object asks for the device's architecture
+        made = entry(*interface.init.values(given))
+    where = str(runtime.load(MODULE, device.index).file.path)
+    return Runner(made, interface, where, release)
+
+
+def check_w4_release(op: str, release: str | None) -> None:
+    """Raise where a release lays 4-bit weights out in another way."""
+    if release is not None and not is_in(release, W4_RELEASES):
+        raise KernelNotFoundError(
+            f"{op}: 4-bit weights are laid out here as FlashInfer {W4_RELEASES} has them; the "
+            f"kernels in use are of {release}"
+        )

@@ -1,4 +1,4 @@
-"""The quantisations that `fused_moe_90` was written for, and what each demands of its tensors.
+"""The quantisations that `fused_moe_90` was written for, and the rows of its methods in each.
 
 What is here follows the binding's own checks and what it does not check: `runMoe` and
 `gemm1` of cutlass_fused_moe_kernels.cuh, the launchers of moe_gemm and fp8_blockscale_gemm.
@@ -6,48 +6,58 @@ What is here follows the binding's own checks and what it does not check: `runMo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArchitectureError, ArgumentError
-from fi_ffi.ops.moe.interface import MODULE
+from fi_ffi.ops.moe.interface import MODULE, SOURCE, Interface
+from fi_ffi.ops.row import Arg, IntArray, Row, Rule, Scalar, Tensor, TensorArray, Vector
 
 HALF = ("float16", "bfloat16")
 FP8 = "float8_e4m3fn"
 MXFP4_GROUP, INT4_GROUP, BLOCK = 32, 128, 128
+_INT32 = 2**31 - 1
+_WIDE, _WORD = 16, 4  # bytes that a kernel loads at once
+SWIGLU = ("swiglu_alpha", "swiglu_beta", "swiglu_limit")
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What a call's tensors agree on; of experts, those of this rank."""
+class Form:
+    """A scale's axes, where it is of one of these dtypes.
 
-    tokens: int
-    hidden: int
-    inter: int
-    experts: int
-    top_k: int
-    is_gated: bool
+    In `axes`, ROWS are those of the first matrix; of `dtypes`, "A" is the activations'.
+    """
 
-    @property
-    def rows(self) -> int:
-        """Of the first matrix: with a gate, the values it multiplies come first."""
-        return 2 * self.inter if self.is_gated else self.inter
+    dtypes: tuple[str, ...]
+    axes: str
 
-    def matrix(self, of_fc1: bool) -> tuple[int, int]:
-        """Rows and columns of an expert's first or second matrix."""
-        return (self.rows, self.hidden) if of_fc1 else (self.hidden, self.inter)
+    def fits(self, desc: TensorDesc) -> bool:
+        """Whether a tensor has this form, if any: the others are checked."""
+        if desc.dtype.name not in self.dtypes and "A" not in self.dtypes:
+            return False
+        axes = self.axes.split()
+        if desc.kind.rank != len(axes):
+            return False
+        return all(n == 1 for axis, n in zip(axes, desc.shape, strict=True) if axis == "1")
 
-
-# The shapes that a scale may have, by dtype.
-Shapes = Mapping[str, tuple[tuple[int, ...], ...]]
+    def names(self, activation: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(activation if name == "A" else name for name in self.dtypes))
 
 
 @dataclass(frozen=True)
 class Scale:
-    """One of `quant_scales`, for an activation dtype and sizes."""
+    """One of `quant_scales`, in the forms that it may have."""
 
     name: str
-    shapes: Callable[[str, Sizes], Shapes]
+    forms: tuple[Form, ...]
+
+    def form_of(self, desc: TensorDesc) -> int:
+        """Which form a tensor has; the first, where it has none of them."""
+        return next((i for i, form in enumerate(self.forms) if form.fits(desc)), 0)
 
 
 @dataclass(frozen=True)
@@ -72,51 +82,13 @@ class Mode:
     # How many columns one step of the multiplication takes of rows of so many.
     step: Callable[[int], int] | None = None
 
-    @property
-    def is_w4(self) -> bool:
-        return self.pack == 2
-
     def outputs_of(self, activation: str) -> tuple[str, ...]:
         return self.outputs or (activation,)
 
-
-FLAGS = (
-    "use_deepseek_fp8_block_scale", "use_w4_group_scaling", "use_mxfp8_act_scaling",
-    "use_packed_weights",
-)  # fmt: skip
-
-
-def _per_expert(activation: str, sizes: Sizes) -> Shapes:
-    return {"float32": ((sizes.experts,),)}
-
-
-def _number(activation: str, sizes: Sizes) -> Shapes:
-    return {"float32": ((),)}
-
-
-def _number_or_per_expert(activation: str, sizes: Sizes) -> Shapes:
-    return {"float32": ((), (sizes.experts,))}
-
-
-def _blocks(of_fc1: bool) -> Callable[[str, Sizes], Shapes]:
-    def shapes(activation: str, sizes: Sizes) -> Shapes:
-        rows, columns = sizes.matrix(of_fc1)
-        return {"float32": ((sizes.experts, -(-rows // BLOCK), -(-columns // BLOCK)),)}
-
-    return shapes
-
-
-def _mxfp4_groups(of_fc1: bool) -> Callable[[str, Sizes], Shapes]:
-    def shapes(activation: str, sizes: Sizes) -> Shapes:
-        rows, columns = sizes.matrix(of_fc1)
-        blocks = columns // (4 * MXFP4_GROUP)
-        # FlashInfer's callers give four of them as one int32.
-        return {
-            "uint8": ((sizes.experts, blocks, 4 * rows),),
-            "int32": ((sizes.experts, blocks, rows),),
-        }
-
-    return shapes
+    def forms_of(self, scales: list[TensorDesc]) -> tuple[int, ...]:
+        """Which form each scale has."""
+        both = zip(self.scales, scales, strict=True)
+        return tuple([0 if len(one.forms) == 1 else one.form_of(desc) for one, desc in both])
 
 
 def int4_interleave(columns: int) -> int:
@@ -124,27 +96,24 @@ def int4_interleave(columns: int) -> int:
     return 4 if columns % 512 == 0 else 2 if columns % 256 == 0 else 1
 
 
-def _int4_groups(of_fc1: bool) -> Callable[[str, Sizes], Shapes]:
-    def shapes(activation: str, sizes: Sizes) -> Shapes:
-        rows, columns = sizes.matrix(of_fc1)
-        factor = int4_interleave(columns)
-        shape = (sizes.experts, columns // (INT4_GROUP * factor), rows * factor)
-        # bfloat16 whatever the activations are, and seen as their dtype by FlashInfer's callers.
-        return dict.fromkeys(("bfloat16", activation), (shape,))
-
-    return shapes
+_F32 = ("float32",)
+_PER_EXPERT, _NUMBER = Form(_F32, "experts"), Form(_F32, "")
+_NOTHING = Form((*HALF, "float32", "uint8"), "0")
 
 
-def _columns(of_fc1: bool) -> Callable[[str, Sizes], Shapes]:
-    def shapes(activation: str, sizes: Sizes) -> Shapes:
-        count = sizes.hidden if of_fc1 else sizes.inter
-        return {activation: ((count,), (count, 1), (1, count))}
-
-    return shapes
+def _mxfp4_groups(columns: str, rows: str) -> tuple[Form, ...]:
+    # FlashInfer's callers give four of them as one int32.
+    blocks = f"experts {columns}/{4 * MXFP4_GROUP}"
+    return Form(("uint8",), f"{blocks} 4*{rows}"), Form(("int32",), f"{blocks} {rows}")
 
 
-def _nothing(activation: str, sizes: Sizes) -> Shapes:
-    return dict.fromkeys((*HALF, "float32", "uint8"), ((0,),))
+def _columns(axis: str) -> tuple[Form, ...]:
+    return Form(("A",), axis), Form(("A",), f"{axis} 1"), Form(("A",), f"1 {axis}")
+
+
+def _int4_groups(i: int) -> tuple[Form, ...]:
+    # bfloat16 whatever the activations are, and seen as their dtype by FlashInfer's callers.
+    return (Form(("bfloat16", "A"), f"experts groups{i} scales{i}"),)
 
 
 PLAIN = Mode(
@@ -153,17 +122,20 @@ PLAIN = Mode(
 PER_TENSOR = Mode(
     "fp8", "fp8 with one scale for each expert", (FP8,), FP8, frozenset(), 1, 16,
     scales=(
-        Scale("fc1_dequant", _per_expert),
-        Scale("fc2_quant", _number_or_per_expert),
-        Scale("fc2_dequant", _per_expert),
-        Scale("fc1_input_dequant", _number),
+        Scale("fc1_dequant", (_PER_EXPERT,)),
+        Scale("fc2_quant", (_NUMBER, _PER_EXPERT)),
+        Scale("fc2_dequant", (_PER_EXPERT,)),
+        Scale("fc1_input_dequant", (_NUMBER,)),
     ),
     outputs=HALF,
 )  # fmt: skip
 BLOCK_SCALE = Mode(
     "fp8_block_scale", "fp8 weights with a scale for each block of 128 by 128", ("bfloat16",), FP8,
     frozenset({"use_deepseek_fp8_block_scale"}), 1, BLOCK,
-    scales=(Scale("fc1_scales", _blocks(True)), Scale("fc2_scales", _blocks(False))),
+    scales=(
+        Scale("fc1_scales", (Form(_F32, f"experts ROWS/{BLOCK} hidden_size/{BLOCK}"),)),
+        Scale("fc2_scales", (Form(_F32, f"experts hidden_size/{BLOCK} inter_size/{BLOCK}"),)),
+    ),
     has_tactics=False,
 )  # fmt: skip
 # In 4-bit modes rows of one step alone come out wrong, and differently each time, as soon as a
@@ -174,8 +146,8 @@ MXFP4 = Mode(
     frozenset({"use_w4_group_scaling"}), 2, 4 * MXFP4_GROUP,
     step=lambda columns: 4 * MXFP4_GROUP,
     scales=(
-        Scale("fc1_weight_scales", _mxfp4_groups(True)),
-        Scale("fc2_weight_scales", _mxfp4_groups(False)),
+        Scale("fc1_weight_scales", _mxfp4_groups("hidden_size", "ROWS")),
+        Scale("fc2_weight_scales", _mxfp4_groups("inter_size", "hidden_size")),
     ),
 )  # fmt: skip
 INT4 = Mode(
@@ -183,14 +155,14 @@ INT4 = Mode(
     frozenset({"use_w4_group_scaling", "use_packed_weights"}), 2, INT4_GROUP,
     step=lambda columns: INT4_GROUP * int4_interleave(columns),
     scales=(
-        Scale("fc1_weight_scales", _int4_groups(True)),
-        Scale("fc2_weight_scales", _int4_groups(False)),
-        Scale("fc1_act_scales", _columns(True)),
-        Scale("fc2_act_scales", _columns(False)),
-        Scale("fc1_weight_zeros", _nothing),
-        Scale("fc2_weight_zeros", _nothing),
-        Scale("fc1_alpha", _per_expert),
-        Scale("fc2_alpha", _per_expert),
+        Scale("fc1_weight_scales", _int4_groups(1)),
+        Scale("fc2_weight_scales", _int4_groups(2)),
+        Scale("fc1_act_scales", _columns("hidden_size")),
+        Scale("fc2_act_scales", _columns("inter_size")),
+        Scale("fc1_weight_zeros", (_NOTHING,)),
+        Scale("fc2_weight_zeros", (_NOTHING,)),
+        Scale("fc1_alpha", (_PER_EXPERT,)),
+        Scale("fc2_alpha", (_PER_EXPERT,)),
     ),
 )  # fmt: skip
 
@@ -241,3 +213,142 @@ def _needs_sm100(activation: str, weight: str, flags: frozenset[str]) -> str:
 def _expected(activation: str, of: list[Mode]) -> str:
     each = [f"{mode.weight or activation} with {_on(mode.flags)}" for mode in of]
     return "weights of " + ", or of ".join(each)
+
+
+# Rows.  Sizes of experts are those of this rank.
+
+_COUNTS = tuple(Scalar(f"{kind}_size", int, 1, "", 1, _INT32) for kind in ("tp", "ep"))
+_RANKS = tuple(Scalar(f"{kind}_rank", int, 0, "", 0, _INT32) for kind in ("tp", "ep"))
+_NUMBERS: tuple[Arg, ...] = (
+    *_COUNTS, *_RANKS, Scalar("enable_alltoall", bool, False, ""),
+    Scalar("enable_pdl", bool, False, ""), Scalar("base_activation_type", int, None, ""),
+    Scalar("activation_type", int, None, ""), IntArray("profile_ids", "Optional<Array<int>>"),
+    Scalar("top_k", int, None, "", 1, _INT32), Scalar("gemm_idx", int, None, ""),
+    Scalar("profile_id", int, None, ""), Scalar("do_preparation", bool, None, ""),
+)  # fmt: skip
+_RANK_RULES = tuple(
+    Rule(f"{kind}_rank", (f"{kind}_rank", f"{kind}_size"), lambda rank, size: rank < size,
+         f"less than {kind}_size")
+    for kind in ("tp", "ep")
+)  # fmt: skip
+
+
+def _count_rules(argument: str) -> tuple[Rule, ...]:
+    """The kernels count in 32 bits."""
+
+    def most(told: str, *of: str) -> Rule:
+        def holds(*sizes: int) -> bool:
+            return math.prod(sizes) <= _INT32
+
+        return Rule(argument, of, holds, f"{told} of at most {_INT32}")
+
+    return (
+        most("tokens * experts of all ranks", "tokens", "experts", "ep_size"),
+        most("tokens * experts of a token", "tokens", "top_k"),
+        most("experts of a token * experts of all ranks", "top_k", "experts", "ep_size"),
+        Rule(argument, ("top_k", "experts", "ep_size"),
+             lambda top_k, experts, ranks: top_k <= experts * ranks,
+             "at most experts * ep_size for a token, which are all there are"),
+    )  # fmt: skip
+
+
+def _step_rule(axis: str, step: Callable[[int], int]) -> Rule:
+    expected = f"a {axis} of more columns than the kernel takes in one step"
+    return Rule("fc2_expert_weights", (axis,), lambda size: size > step(size), expected)
+
+
+def _int4_rules(gates: int) -> tuple[Rule, ...]:
+    """The scales of a row lie together as many at a time as its groups are a multiple of."""
+
+    def rule(i: int, columns: str, rows: str, times: int) -> Rule:
+        def holds(columns: int, rows: int, groups: int, scales: int) -> bool:
+            factor = int4_interleave(columns)
+            return groups * INT4_GROUP * factor == columns and scales == times * rows * factor
+
+        def expected(columns: int, rows: int, *of: int) -> str:
+            factor = int4_interleave(columns)
+            shape = columns // (INT4_GROUP * factor), times * rows * factor
+            return "the shape [experts, {}, {}]".format(*shape)
+
+        of = columns, rows, f"groups{i}", f"scales{i}"
+        return Rule(f"quant_scales_{i - 1}", of, holds, expected)
+
+    return rule(1, "hidden_size", "inter_size", gates), rule(2, "inter_size", "hidden_size", 1)
+
+
+def _tensors(mode: Mode, dtypes: tuple[str, str, str], rows: str) -> tuple[Tensor, ...]:
+    activation, weight, output = dtypes
+    packed = f"/{mode.pack}" if mode.pack > 1 else ""
+
+    def tensor(name: str, axes: str, dtype: str, alignment: int = _WIDE, **more: Any) -> Tensor:
+        return Tensor(name, axes, dtype, "", contiguous=True, alignment=alignment, **more)
+
+    return (
+        tensor("output", "tokens hidden_size", output, writes=True, reads=False),
+        tensor("input", "tokens hidden_size", activation),
+        tensor("token_selected_experts", "tokens top_k", "int32", _WORD),
+        tensor("token_final_scales", "tokens top_k", "float32", _WORD, optional=True),
+        tensor("fc1_expert_weights", f"experts {rows} hidden_size{packed}", weight),
+        tensor("fc1_expert_biases", f"experts {rows}", output, optional=True),
+        tensor("fc2_expert_weights", f"experts hidden_size inter_size{packed}", weight),
+        tensor("fc2_expert_biases", "experts hidden_size", output, optional=True),
+        *(tensor(name, "experts", "float32", _WORD, optional=True) for name in SWIGLU),
+    )
+
+
+def _scale_tensor(i: int, form: Form, activation: str, rows: str) -> Tensor:
+    axes = form.axes.replace("4*ROWS", "8*inter_size" if rows[0] == "2" else "4*inter_size")
+    alignment = _WORD if "float32" in form.dtypes else _WIDE
+    return Tensor(
+        f"quant_scales_{i}", axes.replace("ROWS", rows), f"S{i}", "", as_object=True,
+        contiguous=True, alignment=alignment,
+    )  # fmt: skip
+
+
+@functools.cache
+def row_of(
+    interface: Interface, method: str, mode: Mode, dtypes: tuple[str, str, str], is_gated: bool,
+    forms: tuple[int, ...] = (),
+) -> Row:  # fmt: skip
+    """A method in a mode, with scales of these forms."""
+    function, activation = interface.methods[method], dtypes[0]
+    rows = "2*inter_size" if is_gated else "inter_size"
+    scales, allowed = [], {}
+    for i, number in enumerate(forms):
+        form = mode.scales[i].forms[number]
+        scales.append(_scale_tensor(i, form, activation, rows))
+        allowed[f"S{i}"] = form.names(activation)
+    known: dict[str, Any] = {arg.name: arg for arg in (*_tensors(mode, dtypes, rows), *_NUMBERS)}
+    if scales:
+        known["quant_scales"] = TensorArray("quant_scales", tuple(scales))
+    args: tuple[Arg, ...] = tuple(
+        known.get(name) or function.absent(name) for name in function.names
+    )
+    is_run = method == "run_moe"
+    rules = [*_RANK_RULES, *_count_rules("token_selected_experts" if is_run else "top_k")]
+    if mode.step is not None:
+        rules += [_step_rule(axis, mode.step) for axis in ("hidden_size", "inter_size")]
+    if mode is INT4 and is_run:
+        rules += _int4_rules(1 + is_gated)
+    most: dict[tuple[str, ...], int] = dict.fromkeys(
+        (("hidden_size",), ("inter_size",)), _INT32 // 2
+    )
+    if mode.pack > 1:  # of an expert's 4-bit weights the interleaving and the scales count
+        most["inter_size", "hidden_size"] = _INT32 // (1 + is_gated)
+    least = {"hidden_size": mode.multiple, "inter_size": mode.multiple, "experts": 1}
+    return Row(
+        "cutlass_fused_moe" if is_run else f"cutlass_fused_moe.{method}", MODULE, method, SOURCE,
+        "", args, allowed, interface.releases, variant=f".{mode.name}", offset_limit=2**63,
+        vector=Vector(()), min_sizes=least | ({"top_k": 1} if is_run else {"tokens": 1}),
+        multiples={"hidden_size": mode.multiple, "inter_size": mode.multiple},
+        max_products=most, together=("fc1_expert_biases", "fc2_expert_biases"),
+        allocates=True, apart=True, capabilities=(9,), rules=tuple(rules),
+    )  # fmt: skip
+
+
+def scale_names(mode: Mode) -> dict[str, str]:
+    """What callers call the arguments that are scales."""
+    return {
+        f"quant_scales_{i}": f"quant_scales[{i}] ({scale.name})"
+        for i, scale in enumerate(mode.scales)
+    }

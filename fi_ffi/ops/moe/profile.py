@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fi_ffi.abi.frame import Frame
-from fi_ffi.abi.streams import launching
-from fi_ffi.abi.tensor import Layout, TensorDesc
+from fi_ffi.abi.streams import stream_context
 from fi_ffi.errors import ArgumentError, KernelError
 from fi_ffi.ops import cuda
-from fi_ffi.ops.moe.calls import Asked, settle
-from fi_ffi.ops.moe.runner import Runner
+from fi_ffi.ops.call.compiled import CompiledRow
+from fi_ffi.ops.moe.interface import GATED, Runner
+from fi_ffi.ops.moe.modes import row_of
+from fi_ffi.ops.row import Row
 
 if TYPE_CHECKING:
     from fi_ffi.ops.moe.fused import FusedMoe
 
 _METHOD, _OCCUPANCY = "run_gemm_profile", "get_tactic_occupancy"
 _DEFAULT = -1
+_STEP = {"gemm_idx": 1, "profile_id": _DEFAULT, "do_preparation": True}
 
 
 class Profile(NamedTuple):
@@ -35,65 +37,58 @@ class Profiles:
 
     def __init__(self) -> None:
         self._found: dict[object, Profile] = {}
+        self._compiled: dict[Row, CompiledRow] = {}
         self._lock = threading.Lock()  # one at a time: they would be in each other's way
 
     def find(
         self,
         moe: FusedMoe,
         op: str,
-        descs: dict[str, TensorDesc],
-        asked: Asked,
-        top_k: int,
+        tensors: Mapping[str, Any],
+        numbers: dict[str, Any],
+        activation: str,
         repeats: int,
         stream: object,
     ) -> Profile:
-        settled = settle(moe, op, descs, None, asked)
-        weights = (desc for name, desc in descs.items() if name != "input")
-        wants = (want for want in settled.wants if want.name != "input")
-        for want, desc in zip(wants, weights, strict=True):
-            want.check_address(op, desc)
-        experts = settled.sizes.experts * asked.parallel.ep_size
-        if top_k > experts:
-            expected = f"at most {experts}, which are all there are"
-            raise ArgumentError(op, "top_k", got=top_k, expected=expected)
-        if not settled.sizes.tokens:
-            raise ArgumentError(op, "input", got="no tokens", expected="1 or more")
-        if not moe.device.is_cuda or not moe.mode.has_tactics:
+        row = row_of(moe.interface, _METHOD, moe.mode, moe.dtypes, activation in GATED)
+        number = moe.number_of(op, activation)
+        given = {**tensors, **numbers, **_STEP, "activation_type": number}
+        compiled = self._compiled.get(row)
+        if compiled is None:
+            compiled = self._compiled[row] = CompiledRow(row, op=op)
+        descs, sizes = compiled.check(**given)
+        if not moe.has_kernels or not moe.mode.has_tactics:
             return Profile((_DEFAULT, _DEFAULT), (), ())
-        layouts = tuple((name, desc.layout) for name, desc in descs.items())
-        key = (layouts, asked, top_k)
+        has_biases = descs["fc1_expert_biases"] is not None
+        key = (*sizes.values(), *numbers.values(), activation, has_biases)
         with self._lock:
             if key not in self._found:
-                self._found[key] = _measure(moe, op, descs, asked, top_k, repeats, stream)
+                self._found[key] = measure(moe, compiled, given, repeats, stream)
             return self._found[key]
 
 
-def _measure(
-    moe: FusedMoe,
-    op: str,
-    descs: dict[str, TensorDesc],
-    asked: Asked,
-    top_k: int,
-    repeats: int,
-    stream: object,
+def measure(
+    moe: FusedMoe, compiled: CompiledRow, given: Mapping[str, Any], repeats: int, stream: object
 ) -> Profile:
-    on_stream = launching(stream, moe.device, op)
-    handle = on_stream.handle
-    given: dict[str, Any] = {name: desc.ptr for name, desc in descs.items()}
-    given |= {**asked.given(op, moe.device), "top_k": top_k}
-    layouts: dict[str, Layout | bool | None] = {name: desc.layout for name, desc in descs.items()}
+    """Run and time every tactic of a call that was checked."""
+    op = compiled.refuse.op
+    on_stream = stream_context(stream, moe.device, op)
     with cuda.current(moe.device), on_stream, cuda.kernel_memory().installed():
-        if cuda.is_capturing(handle):
+        if cuda.is_capturing(on_stream.handle):
             expected = "one that records no graph: profiling waits for it"
             raise ArgumentError(op, "stream", got="a stream that does", expected=expected)
         # An object of its own: the memory that its profiler takes it keeps until it goes.
         runner = moe.make_runner()
+        compiled.find_entry = lambda row, device: runner.entry(row.signature)
+        compiled.forget()
         try:
-            timer = _Timer(runner, runner.frame(_METHOD, layouts), given, handle, repeats)
+            timer = _Timer(runner, compiled, given, on_stream.handle, repeats)
             first, second = runner.counts()
             gemm1 = timer.times(1, range(first))
             gemm2 = timer.times(2, range(first, first + second))
         finally:
+            compiled.forget()
+            compiled.find_entry = None
             runner.release()
     return Profile((_least(gemm1), _least(gemm2)), gemm1, gemm2)
 
@@ -107,20 +102,23 @@ class _Timer:
     """Runs tactics on a stream, between two events."""
 
     def __init__(
-        self, runner: Runner, frame: Frame, given: dict[str, Any], stream: int, repeats: int
-    ) -> None:
-        self._runner, self._frame, self._given = runner, frame, given
-        self._stream, self._repeats = stream, repeats
+        self, runner: Runner, compiled: CompiledRow, given: Mapping[str, Any], stream: int,
+        repeats: int,
+    ) -> None:  # fmt: skip
+        self._runner, self._stream, self._repeats = runner, stream, repeats
+        self._frame: Frame = compiled.pack(**given)[1]
+        names = [arg.name for arg in compiled.row.args]
+        self._words = [compiled.layout.value(names.index(name)) for name in _STEP]
 
     def times(self, gemm: int, tactics: range) -> tuple[float, ...]:
         """The milliseconds of each of a multiplication's tactics."""
         self._run(gemm, _DEFAULT, True)
         return tuple(self._time(gemm, tactic) for tactic in tactics)
 
-    def _run(self, gemm: int, tactic: int, do_preparation: bool) -> None:
-        more = {"gemm_idx": gemm, "profile_id": tactic, "do_preparation": do_preparation}
-        values = self._runner.values(_METHOD, {**self._given, **more}, 0)
-        self._frame.call(self._runner.entry(_METHOD), values)
+    def _run(self, *step: int) -> None:
+        for word, value in zip(self._words, step, strict=True):
+            self._frame.words[word] = value
+        self._frame.call()
 
     def _time(self, gemm: int, tactic: int) -> float:
         ask = self._runner.ask

@@ -2,19 +2,66 @@
 
 from __future__ import annotations
 
-from fi_ffi.abi.interop import TensorLike, as_desc
-from fi_ffi.abi.streams import launching
-from fi_ffi.abi.tensor import TensorDesc
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
-from fi_ffi.ops import cuda, watching
-from fi_ffi.ops.moe.check import Want, check_apart
-from fi_ffi.ops.moe.interface import INTERLEAVE, MODULE, W4_RELEASES
-from fi_ffi.ops.moe.options import integer
-from fi_ffi.ops.moe.runner import check_w4_release
+from typing import Any
+
+from fi_ffi.abi.interop import TensorLike
+from fi_ffi.errors import ArgumentError
+from fi_ffi.ops.call.arguments import check_choice, check_int
+from fi_ffi.ops.call.compiled import CompiledRow
+from fi_ffi.ops.moe.interface import INTERLEAVE, MODULE, SOURCE, W4_RELEASES
+from fi_ffi.ops.row import Row, Rule, Scalar, Tensor, Vector
 
 _QUANT_TYPES = {"int4": 0, "fp4": 1}
-_ROWS, _BYTES = 16, 32  # that change places among one another
-_INT32 = 2**31
+_INT32 = 2**31 - 1
+_ANY: dict[str, Any] = {"offset_limit": 2**63, "vector": Vector(()), "apart": True}
+_WRITTEN: dict[str, Any] = {"doc": "", "contiguous": True, "writes": True, "reads": False}
+
+# 16 rows of 32 bytes change places among one another; values are counted in 32 bits.
+_WEIGHTS = CompiledRow(
+    Row(
+        INTERLEAVE.signature.name, MODULE, INTERLEAVE.signature.name, SOURCE, "",
+        (
+            Tensor("weight", "experts rows packed", "uint8", "", contiguous=True, alignment=2),
+            Tensor("weight_interleaved", "experts rows packed", "uint8", alignment=2, **_WRITTEN),
+            Scalar("quant_type", int, None, ""),
+        ),
+        {}, W4_RELEASES, multiples={"rows": 16, "packed": 32}, min_sizes={},
+        max_products={("rows", "packed"): _INT32 // 2}, capabilities=(9,), **_ANY,
+    )
+)  # fmt: skip
+
+
+def _scales(dtype: str, most: int, least: int) -> CompiledRow:
+    """The checks of scales that lie `most` to `least` groups together, as many as divide all."""
+
+    def holds(rows: int, groups: int, steps: int, wide: int) -> bool:
+        count = together(groups)
+        return groups == steps * count and wide == rows * count
+
+    def together(groups: int) -> int:
+        return next((n for n in (4, 2) if groups % n == 0), 1) if least < most else most
+
+    name = "interleave_moe_scales_for_sm90_mixed_gemm"
+    args = (
+        Tensor("scales", "experts rows groups", dtype, "", contiguous=True, host=True),
+        Tensor("scales_interleaved", "experts steps wide", dtype, host=True, **_WRITTEN),
+    )
+    expected = f"the shape [experts, groups / n, rows * n] with n of {most}"
+    expected += "" if least == most else ", or of 2 or 1 where groups are no multiple"
+    rule = Rule("scales_interleaved", ("rows", "groups", "steps", "wide"), holds, expected)
+    return CompiledRow(
+        Row(name, "", "", "", "", args, {}, "", rules=(rule,), multiples={"groups": least},
+            min_sizes={}, **_ANY)
+    )  # fmt: skip
+
+
+# By the size of a group.
+_SCALES = {32: _scales("uint8", 4, 4), 128: _scales("bfloat16", 4, 1)}
+
+
+def forget() -> None:
+    """Drop what was learnt of the kernels, after their source changed."""
+    _WEIGHTS.forget()
 
 
 def interleave_moe_weights_for_sm90_mixed_gemm(
@@ -36,51 +83,8 @@ def interleave_moe_weights_for_sm90_mixed_gemm(
     Raises `ArgumentError` and `ArgumentTypeError`; `KernelNotFoundError` for releases that have
     another order.  Upstream: flashinfer/fused_moe/core.py, moe_gemm_mixed_utils.cu.
     """
-    op = INTERLEAVE.signature.name
-    if not isinstance(quant_type, str) or quant_type not in _QUANT_TYPES:
-        kind = ArgumentError if isinstance(quant_type, str) else ArgumentTypeError
-        raise kind(op, "quant_type", got=printed(quant_type), expected="'fp4' or 'int4'")
-    source = as_desc(weight, op, "weight")
-    target = as_desc(weight_interleaved, op, "weight_interleaved")
-    if len(source.shape) != 3:
-        raise ArgumentError(op, "weight", got=source.layout, expected="rank 3")
-    _, rows, packed = source.shape
-    if rows % _ROWS or packed % _BYTES or 2 * rows * packed >= _INT32:
-        expected = f"rows in multiples of {_ROWS}, columns of {2 * _BYTES}, under {_INT32} values"
-        raise ArgumentError(op, "weight", got=source.layout, expected=expected)
-    wants = [Want(name, ("uint8",), (source.shape,), 2) for name in INTERLEAVE.names[:2]]
-    for want, desc in zip(wants, (source, target), strict=True):
-        want.check_layout(op, desc.layout)
-        want.check_address(op, desc)
-    if target.device is not source.device:
-        raise ArgumentError(op, wants[1].name, got=target.device, expected=source.device)
-    check_apart(op, target, wants, [source, target], wants[1].name)
-    if source.layout.numel:
-        _interleave(op, source, target, quant_type, stream)
-
-
-def _interleave(
-    op: str, source: TensorDesc, target: TensorDesc, quant_type: str, stream: object
-) -> None:
-    if not source.device.is_cuda:
-        # Not above: numpy takes long to import.
-        from fi_ffi.reference.arrays import as_array
-        from fi_ffi.reference.moe_weights import interleave
-
-        as_array(target)[...] = interleave(as_array(source), quant_type)
-        return
-    from fi_ffi.loader import runtime, search
-
-    check_w4_release(op, search.release())
-    on_stream = launching(stream, source.device, op)
-    entry = runtime.kernel_entry(MODULE, INTERLEAVE.signature, W4_RELEASES, source.device.index)
-    with cuda.current(source.device), on_stream:
-        values = source, target, _QUANT_TYPES[quant_type]
-        if watching.inboxes:
-            tensors = [("0", source), ("1", target)]
-            watching.called(entry.name, lambda: entry(*values), values, tensors, source.device)
-        else:
-            entry(*values)
+    number = _QUANT_TYPES[check_choice(_WEIGHTS.refuse.op, "quant_type", quant_type, _QUANT_TYPES)]
+    _WEIGHTS.call(None, weight, weight_interleaved, number, stream=stream)
 
 
 def interleave_moe_scales_for_sm90_mixed_gemm(
@@ -98,30 +102,15 @@ def interleave_moe_scales_for_sm90_mixed_gemm(
     FlashInfer's own function of this name has MXFP4's only.  Raises `ArgumentError` and
     `ArgumentTypeError`.
     """
-    op = "interleave_moe_scales_for_sm90_mixed_gemm"
-    dtypes = {32: "uint8", 128: "bfloat16"}
-    if integer(op, "group_size", group_size, 1) not in dtypes:
-        raise ArgumentError(op, "group_size", got=group_size, expected="32 or 128")
-    source = as_desc(scales, op, "scales")
-    target = as_desc(scales_interleaved, op, "scales_interleaved")
-    for name, desc in (("scales", source), ("scales_interleaved", target)):
-        if desc.device.type != "cpu":
-            expected = "host memory: it is done once, where weights are loaded"
-            raise ArgumentError(op, name, got=desc.device, expected=expected)
-        if len(desc.shape) != 3:
-            raise ArgumentError(op, name, got=desc.layout, expected="rank 3")
-    experts, rows, groups = source.shape
-    factor = 4 if group_size == 32 else 4 if groups % 4 == 0 else 2 if groups % 2 == 0 else 1
-    if groups % factor:
-        raise ArgumentError(op, "scales", got=source.layout, expected="groups in multiples of 4")
-    shapes = source.shape, (experts, groups // factor, rows * factor)
-    names = ("scales", "scales_interleaved")
-    wants = [Want(n, (dtypes[group_size],), (s,), 1) for n, s in zip(names, shapes, strict=True)]
-    for want, desc in zip(wants, (source, target), strict=True):
-        want.check_layout(op, desc.layout)
-        want.check_address(op, desc)
-    check_apart(op, target, wants, [source, target], names[1])
+    op, name = "interleave_moe_scales_for_sm90_mixed_gemm", "group_size"
+    compiled = _SCALES.get(check_int(op, name, group_size, 1))
+    if compiled is None:
+        raise ArgumentError(op, name, got=group_size, expected="32 or 128")
+    descs, sizes = compiled.check(scales, scales_interleaved)
+    # Here, not above: numpy takes long to import.
     from fi_ffi.reference.arrays import as_array
     from fi_ffi.reference.moe_weights import interleave_scales
 
-    as_array(target)[...] = interleave_scales(as_array(source), factor)
+    source, target = (as_array(desc) for desc in descs.values() if desc is not None)
+    if sizes["groups"]:
+        target[...] = interleave_scales(source, sizes["groups"] // sizes["steps"])

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from fi_ffi.errors import ArgumentError
-from fi_ffi.ops.attention.options import Kernel, backend_for, check_encoding, choice, soft_cap
+from fi_ffi.ops.attention.options import Kernel, backend_for, check_encoding, soft_cap
 from fi_ffi.ops.attention.rows import (
     BATCH_DECODE_RUN,
     BATCH_MLA,
@@ -19,6 +19,7 @@ from fi_ffi.ops.attention.rows import (
     SINGLE_PREFILL,
 )
 from fi_ffi.ops.attention.spec import DecodeOptions, MlaOptions, PrefillOptions
+from fi_ffi.ops.call.arguments import check_choice
 from fi_ffi.ops.row import Row
 from fi_ffi.ops.support.answer import MISSING, REFUSED, Support
 from fi_ffi.ops.support.judge import judge
@@ -118,7 +119,7 @@ def _single_kernel(
 
 def _single_prefill(op: str, question: Question, given: Mapping[str, Any]) -> _Choice:
     kernel, asked = _single_kernel("single_prefill", op, _SINGLE | _SINGLE_PREFILL, given)
-    choice(op, "backend", asked["backend"], ("auto", "fa2", "fa3"))
+    check_choice(op, "backend", asked["backend"], ("auto", "fa2", "fa3"))
     backend, _ = backend_for(
         op, asked["backend"], kernel, question.capability, asked["use_custom_mask"]
     )

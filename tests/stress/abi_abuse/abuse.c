@@ -74,6 +74,13 @@ EXPORT(fail) {
   return (int)args[0].v_int64;
 }
 
+/* (value): fails with it as the result, which holds no reference of its own. */
+EXPORT(fail_holding) {
+  *result = args[0];
+  TVMFFIErrorSetRaisedFromCStr("Failed", "with a result");
+  return -1;
+}
+
 /* (type index, cell): an object like this where the error belongs. */
 EXPORT(fail_made) {
   Made *made = make((int32_t)args[0].v_int64, bytes_of(&args[1]));
@@ -181,6 +188,19 @@ EXPORT(call_with) {
   given.zero_padding = (uint32_t)args[2].v_int64;
   given.v_int64 = args[3].v_int64;
   return call(args[0].v_ptr, &given, 1, result);
+}
+
+/* (function): the type index of the result that its failure leaves; -1 where it succeeds. */
+EXPORT(left_by) {
+  TVMFFIAny found = {0};
+  int code = call(args[0].v_ptr, NULL, 0, &found);
+  TVMFFIObjectHandle error = NULL;
+  TVMFFIErrorMoveFromRaised(&error);
+  if (error) TVMFFIObjectDecRef(error);
+  if (!code && found.type_index >= 64) TVMFFIObjectDecRef(found.v_ptr);
+  result->type_index = kTVMFFIInt;
+  result->v_int64 = code ? found.type_index : -1;
+  return 0;
 }
 
 /* (first, second): both fail; the second while the first's error is there. */

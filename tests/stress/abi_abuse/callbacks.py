@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
+import traceback
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,21 +14,19 @@ from stress.abi_abuse.errors import MB, failure
 from stress.abi_abuse.lab import abuse
 from stress.abi_abuse.returns import OBJECTS, WITHOUT_FORM, counted
 
-from fi_ffi.abi import types
+from fi_ffi.abi import failure as failure_gate
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.failure import take_raised
-from fi_ffi.abi.function import make_array, make_function
+from fi_ffi.abi.function import global_function, make_array
+from fi_ffi.abi.library import TypeIndex
 from fi_ffi.abi.objects import Function, String
 from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.abi.values import make_function
 from fi_ffi.errors import KernelError
-
-_keep: list[object] = []
 
 
 def lent(function: Callable[..., Any]) -> Function:
-    made, callback = make_function("lent", function)
-    _keep.append(callback)
-    return made
+    return make_function("lent", function)
 
 
 def raising(error: BaseException) -> Function:
@@ -120,10 +119,60 @@ def case_exceptions_of_every_kind() -> None:
             assert function.use_count == before
 
 
+class Held(BaseException):
+    """No Exception, and watched by a weak reference."""
+
+
+def case_what_is_no_failure_of_a_kernel_comes_out_as_itself() -> None:
+    """Also from another thread, whose frames it has; what it was caused by stays told."""
+    for way in (abuse.call, abuse.on_thread):
+        for error in (KeyboardInterrupt("stop"), SystemExit(3), GeneratorExit(), Held(1)):
+            cause = ValueError("before")
+            error.__cause__ = cause
+            for _ in range(2):
+                try:
+                    way(raising(error))
+                except BaseException as found:
+                    assert found is error
+                    names = [frame.name for frame in traceback.extract_tb(found.__traceback__)]
+                    assert names[-1] == "function", names
+                    told = found.__cause__
+                assert isinstance(told, KernelError) and told.kind == type(error).__name__
+                assert told.__cause__ is cause
+            assert not failure_gate._travelling
+
+
+def case_what_a_kernel_swallowed_is_gone() -> None:
+    seen: list[weakref.ref[Held]] = []
+
+    def fail() -> None:
+        error = Held()
+        seen.append(weakref.ref(error))
+        raise error
+
+    assert abuse.call_many(lent(fail), 100) == 100
+    # The last ones stay until the next failure, which is not taken for one of them.
+    assert len(failure_gate._travelling) <= 2
+    told = failure(abuse.call, raising(ValueError("another")))
+    assert (told.kind, told.message) == ("ValueError", "another")
+    gc.collect()
+    assert not failure_gate._travelling and not any(ref() for ref in seen)
+
+
+def case_a_failed_callback_leaves_no_result() -> None:
+    """Its caller, in C++, would release it."""
+    array = make_array([1])
+    for value in (array, 7, object(), "a string of the heap", {1, 2}):
+        function = lent(lambda value=value: value)
+        fails = value.__class__ in (object, set)
+        assert abuse.left_by(function) == (TypeIndex.NONE if fails else -1), value
+    assert array.use_count == 1
+
+
 def case_an_exception_that_cannot_be_told_at_all() -> None:
     for way in (abuse.call, abuse.on_thread):
         told = failure(way, raising(NoTrace()))
-        assert told.kind == "KeyboardInterrupt" and "cannot be told" in told.message
+        assert (told.kind, told.message) == ("KeyboardInterrupt", "in the middle of it")
 
 
 def case_what_an_exception_refers_to_is_gone() -> None:
@@ -227,11 +276,11 @@ def case_arguments_of_every_kind() -> None:
     for index in WITHOUT_FORM:
         told = failure(abuse.call_with, function, index, 7, 0x10)
         assert told.kind == "AbiError", told
-    for index in (types.DL_TENSOR_PTR, types.RAW_STR, types.BYTE_ARRAY_PTR, *OBJECTS):
+    for index in (TypeIndex.DL_TENSOR_PTR, TypeIndex.RAW_STR, TypeIndex.BYTE_ARRAY_PTR, *OBJECTS):
         told = failure(abuse.call_with, function, index, 7, 0)
         assert told.kind == "AbiError" and "null pointer" in told.message
     for size in (9, 2**32 - 1):
-        assert failure(abuse.call_with, function, types.SMALL_STR, size, 0).kind == "AbiError"
+        assert failure(abuse.call_with, function, TypeIndex.SMALL_STR, size, 0).kind == "AbiError"
     assert not seen
 
 
@@ -241,7 +290,7 @@ def case_arguments_of_another_type_than_told() -> None:
     array = make_array([1])
     address = int(ffi.cast("intptr_t", array.handle))
     for index in OBJECTS:
-        if index != types.ARRAY:
+        if index != TypeIndex.ARRAY:
             told = failure(abuse.call_with, function, index, 7, address)
             assert told.kind == "AbiError" and "its object of 71" in told.message
     assert not seen and array.use_count == 1
@@ -251,11 +300,15 @@ def case_results_of_every_kind() -> None:
     released = make_array([1])
     released.release()
     bad: list[Any] = [object(), 2**64, "\ud800", TensorDesc(0x1000, (2,), "uint8"), released]
-    bad += [[1], {1: 2}, lambda: 1, Mute]
+    bad += [{1, 2}, [object()], {1: 1j}, Mute]
     for way in (abuse.call, abuse.on_thread):
         for value in bad:
             told = failure(way, lent(lambda value=value: value))
             assert told.kind in ("ArgumentError", "ArgumentTypeError", "FiFfiError"), told
+        array = way(lent(lambda: [1, {2: "three"}]))
+        assert array.use_count == 1
+        assert global_function("ffi.ArrayGetItem")(array, 0) == 1
+        assert abuse.call(way(lent(lambda: lambda: 7))) == 7
     text = String.create("a string of the heap")
     assert text is not None
     for _ in range(100):
@@ -272,7 +325,7 @@ def case_a_function_that_is_released_while_it_runs() -> None:
     function = lent(last)
     handle = function.handle
     told = _call(handle, function.safe_call)
-    assert told == types.SMALL_STR
+    assert told == TypeIndex.SMALL_STR
 
 
 def _call(handle: Any, safe_call: Any) -> int:

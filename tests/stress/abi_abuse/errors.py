@@ -14,8 +14,7 @@ from stress.abi_abuse.returns import cell, counted
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.failure import take_raised
 from fi_ffi.abi.function import make_array
-from fi_ffi.abi.signature import signature_from_mismatch
-from fi_ffi.abi.spelling import parse_type
+from fi_ffi.abi.signature import parse_type, signature_from_mismatch
 from fi_ffi.errors import AbiError, KernelError
 
 MB = 2**20
@@ -27,7 +26,7 @@ def failure(function: Any, *args: Any) -> KernelError:
     except KernelError as error:
         # What the traceback refers to must not outlive the case.
         return error.with_traceback(None)
-    except KeyboardInterrupt as error:
+    except BaseException as error:  # no failure of a kernel's: what was raised, itself
         assert isinstance(error.__cause__, KernelError)
         return error.__cause__.with_traceback(None)
     raise AssertionError(f"{args} gave {found!r}")

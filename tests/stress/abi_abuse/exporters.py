@@ -114,7 +114,7 @@ def _one(name: str) -> None:
 
 def case_what_is_fine() -> None:
     assert as_desc(Exporter()).shape == (2, 3)
-    assert as_desc(Exporter(name=NEW, minor=99, flags=1)).layout.readonly
+    assert as_desc(Exporter(name=NEW, minor=99, flags=1)).readonly
     assert as_desc(Exporter(strides=(0, 0))).strides == (0, 0)
     assert as_desc(Exporter(ndim=0, shape=None)).shape == ()
     assert as_desc(Exporter(ndim=64, shape=(1,) * 64)).shape == (1,) * 64

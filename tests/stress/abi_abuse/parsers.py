@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fi_ffi.abi.packing import packer_of
 from fi_ffi.abi.signature import Signature, parse_signature, signature_from_mismatch
+from fi_ffi.abi.values import packer_of
 from fi_ffi.errors import AbiError, ArtifactError, FiFfiError, LoaderError
 from fi_ffi.loader import lock, lockedit
 from fi_ffi.loader.caching import notes
@@ -28,8 +28,8 @@ from fi_ffi.loader.elf import inspect_elf
 from fi_ffi.loader.fatbin import architectures, sass_named
 from fi_ffi.loader.record import parse_record
 from fi_ffi.loader.wheel import Wheel
-from fi_ffi.ops.logging_calls import container
-from fi_ffi.ops.modules.libraries import AtPath
+from fi_ffi.ops.modules.module import AtPath
+from fi_ffi.ops.watch.logging_calls import container
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 

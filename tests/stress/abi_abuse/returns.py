@@ -9,16 +9,16 @@ from typing import Any
 
 from stress.abi_abuse.lab import abuse
 
-from fi_ffi.abi import types
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.device import parse_device
-from fi_ffi.abi.frame import Frame
+from fi_ffi.abi.frame import Frame, FrameLayout
 from fi_ffi.abi.function import global_function, make_array, probe
+from fi_ffi.abi.library import TypeIndex
 from fi_ffi.abi.objects import OBJECT_TYPES, Object
 from fi_ffi.errors import AbiError, FiFfiError
 
 PADDINGS = (0, 1, 0xDEADBEEF, 0xFFFFFFFF)
-PLAIN = {types.NONE, types.INT, types.BOOL, types.FLOAT, types.OPAQUE_PTR}
+PLAIN = {TypeIndex.NONE, TypeIndex.INT, TypeIndex.BOOL, TypeIndex.FLOAT, TypeIndex.OPAQUE_PTR}
 # A view, an rvalue reference, and indices that TVM-FFI keeps for later.
 WITHOUT_FORM = [-(2**31), -2, -1, 10, *range(13, 64)]
 OBJECTS = [*range(64, 79), 79, 127, 128, 1000, 2**31 - 1]
@@ -48,43 +48,43 @@ def case_indices_without_a_form() -> None:
 
 
 def case_null_pointers() -> None:
-    for index in (types.DL_TENSOR_PTR, types.RAW_STR, types.BYTE_ARRAY_PTR, *OBJECTS):
+    for index in (TypeIndex.DL_TENSOR_PTR, TypeIndex.RAW_STR, TypeIndex.BYTE_ARRAY_PTR, *OBJECTS):
         refused(abuse.give, index, 0xDEADBEEF, 0, match="null pointer")
 
 
 def case_plain_values_with_garbage_paddings() -> None:
     for padding in PADDINGS:
         give = functools.partial(abuse.give)
-        assert give(types.NONE, padding, 77) is None
-        assert give(types.INT, padding, -5) == -5
-        assert give(types.BOOL, padding, 0) is False
-        assert give(types.BOOL, padding, 256) is True
-        assert give(types.OPAQUE_PTR, padding, 0x1234) == 0x1234
+        assert give(TypeIndex.NONE, padding, 77) is None
+        assert give(TypeIndex.INT, padding, -5) == -5
+        assert give(TypeIndex.BOOL, padding, 0) is False
+        assert give(TypeIndex.BOOL, padding, 256) is True
+        assert give(TypeIndex.OPAQUE_PTR, padding, 0x1234) == 0x1234
         bits = ffi.cast("int64_t", 0x7FF8000000000001)
-        nan = give(types.FLOAT, padding, int(bits))
+        nan = give(TypeIndex.FLOAT, padding, int(bits))
         assert nan != nan
-        assert give(types.DEVICE, padding, 2 | 3 << 32) is parse_device("cuda:3")
-        assert repr(give(types.DATA_TYPE, padding, 2 | 16 << 8 | 1 << 16)) == "float16"
+        assert give(TypeIndex.DEVICE, padding, 2 | 3 << 32) is parse_device("cuda:3")
+        assert repr(give(TypeIndex.DATA_TYPE, padding, 2 | 16 << 8 | 1 << 16)) == "float16"
 
 
 def case_inline_strings() -> None:
     raw = int.from_bytes(b"abcdefgh", "little")
     for size in range(9):
-        assert abuse.give(types.SMALL_STR, size, raw) == "abcdefgh"[:size]
-        assert abuse.give(types.SMALL_BYTES, size, raw) == b"abcdefgh"[:size]
+        assert abuse.give(TypeIndex.SMALL_STR, size, raw) == "abcdefgh"[:size]
+        assert abuse.give(TypeIndex.SMALL_BYTES, size, raw) == b"abcdefgh"[:size]
     for size in (9, 255, 2**31, 2**32 - 1):
-        for index in (types.SMALL_STR, types.SMALL_BYTES):
+        for index in (TypeIndex.SMALL_STR, TypeIndex.SMALL_BYTES):
             refused(abuse.give, index, size, raw, match=f"{size} bytes")
-    assert abuse.give(types.SMALL_STR, 7, -1) == "\ufffd" * 7
-    assert abuse.give(types.SMALL_STR, 3, 0) == "\0\0\0"
+    assert abuse.give(TypeIndex.SMALL_STR, 7, -1) == "\ufffd" * 7
+    assert abuse.give(TypeIndex.SMALL_STR, 3, 0) == "\0\0\0"
 
 
 def case_devices_and_dtypes() -> None:
     for code, index in ((2, -1), (0, 0), (99, 0), (-1, 0), (10, 0), (1, -(2**31))):
         word = int(ffi.cast("int64_t", (code & 0xFFFFFFFF) | (index & 0xFFFFFFFF) << 32))
-        refused(abuse.give, types.DEVICE, 7, word, match="device")
+        refused(abuse.give, TypeIndex.DEVICE, 7, word, match="device")
     for word in (0, -1, 2 | 17 << 8 | 1 << 16, 5 | 64 << 8 | 1 << 16):
-        refused(abuse.give, types.DATA_TYPE, 7, word, match="dtype")
+        refused(abuse.give, TypeIndex.DATA_TYPE, 7, word, match="dtype")
 
 
 def case_objects_of_every_index() -> None:
@@ -93,12 +93,15 @@ def case_objects_of_every_index() -> None:
 
         def one(index: int = index) -> None:
             found = abuse.give_made(index, index, bytes(128))
-            expected = {types.STR: str, types.BYTES: bytes}.get(index)
+            expected = {TypeIndex.STR: str, TypeIndex.BYTES: bytes}.get(index)
             if expected:
                 assert found == expected()
                 return
             assert type(found) is OBJECT_TYPES.get(index, Object)
             assert found.use_count == 1
+            if index == TypeIndex.TENSOR:  # of no dtype: it has no place to be called on
+                refused(abuse.give_back, found, match="dtype")
+                return
             again = abuse.give_back(found)
             assert found.use_count == 2 and again.handle == found.handle
             again.release()
@@ -126,14 +129,14 @@ def case_heap_strings() -> None:
         raw = bytes(ffi.buffer(memory, size))
 
         def one(size: int = size, address: int = address, raw: bytes = raw) -> None:
-            text = abuse.give_made(types.STR, types.STR, cell(address, size))
+            text = abuse.give_made(TypeIndex.STR, TypeIndex.STR, cell(address, size))
             assert text == raw.decode(errors="replace")
-            assert abuse.give_made(types.BYTES, types.BYTES, cell(address, size)) == raw
+            assert abuse.give_made(TypeIndex.BYTES, TypeIndex.BYTES, cell(address, size)) == raw
 
         counted(one)
 
     def impossible() -> None:
-        for index in (types.STR, types.BYTES):
+        for index in (TypeIndex.STR, TypeIndex.BYTES):
             for size in (2**48 + 1, 2**63, 2**64 - 1):
                 refused(abuse.give_made, index, index, cell(address, size), match=f"{size} bytes")
 
@@ -170,32 +173,36 @@ def case_tensors_with_silly_fields() -> None:
     for name, (shape, strides, ndim) in SILLY.items():
         made, _keep = _tensor(shape, strides, ndim)
         address = int(ffi.cast("intptr_t", made))
-        refused(abuse.give, types.DL_TENSOR_PTR, 9, address, match="DLTensor")
-        from fi_ffi.ops.modules.objects import Origin, adopted
+        refused(abuse.give, TypeIndex.DL_TENSOR_PTR, 9, address, match="DLTensor")
+        from fi_ffi.ops.modules.entry import Origin, adopted
 
         def one(made: Any = made, name: str = name) -> None:
             raw = bytes(ffi.buffer(made))
-            tensor = abuse.give_made(types.TENSOR, types.TENSOR, raw)
+            tensor = abuse.give_made(TypeIndex.TENSOR, TypeIndex.TENSOR, raw)
             refused(adopted, tensor, Origin(name, None, False), match="DLTensor")
             del tensor
 
         counted(one)
     made, _keep = _tensor((2**40,), None, 1, data=2**64 - 16)
-    refused(abuse.give, types.DL_TENSOR_PTR, 0, int(ffi.cast("intptr_t", made)), match="DLTensor")
+    refused(
+        abuse.give, TypeIndex.DL_TENSOR_PTR, 0, int(ffi.cast("intptr_t", made)), match="DLTensor"
+    )
     made, _keep = _tensor((), None, 0)
     made.byte_offset = 2**64 - 1
-    refused(abuse.give, types.DL_TENSOR_PTR, 0, int(ffi.cast("intptr_t", made)), match="DLTensor")
+    refused(
+        abuse.give, TypeIndex.DL_TENSOR_PTR, 0, int(ffi.cast("intptr_t", made)), match="DLTensor"
+    )
 
 
 def case_tensors_that_are_fine() -> None:
     for shape, strides in (((), None), ((0,), None), ((2, 3), (7, 2)), ((1,) * 64, None)):
         made, _keep = _tensor(shape, strides, len(shape))
-        desc = abuse.give(types.DL_TENSOR_PTR, 9, int(ffi.cast("intptr_t", made)))
+        desc = abuse.give(TypeIndex.DL_TENSOR_PTR, 9, int(ffi.cast("intptr_t", made)))
         assert desc.shape == shape and (strides is None or desc.strides == strides)
 
 
 def case_shapes() -> None:
-    from fi_ffi.ops.modules.objects import Origin, adopted
+    from fi_ffi.ops.modules.entry import Origin, adopted
 
     origin = Origin("give_made", None, False)
     words = ffi.new("int64_t[]", [1, -1, 2**63 - 1])
@@ -203,13 +210,13 @@ def case_shapes() -> None:
 
     def fine() -> None:
         give = abuse.give_made
-        found = give(types.SHAPE, types.SHAPE, cell(address, 3))
+        found = give(TypeIndex.SHAPE, TypeIndex.SHAPE, cell(address, 3))
         assert adopted(found, origin) == (1, -1, 2**63 - 1)
-        assert adopted(give(types.SHAPE, types.SHAPE, cell(0, 0)), origin) == ()
+        assert adopted(give(TypeIndex.SHAPE, TypeIndex.SHAPE, cell(0, 0)), origin) == ()
 
     def silly() -> None:
         for at, size in ((0, 3), (address, 2**62), (address, 2**64 - 1)):
-            found = abuse.give_made(types.SHAPE, types.SHAPE, cell(at, size))
+            found = abuse.give_made(TypeIndex.SHAPE, TypeIndex.SHAPE, cell(at, size))
             refused(adopted, found, origin, match="ffi.Shape")
 
     counted(fine)
@@ -236,7 +243,7 @@ def case_containers_nested_deep() -> None:
 
 
 def case_a_repr_of_containers_nested_deep() -> None:
-    from fi_ffi.ops.modules.objects import Origin, adopted
+    from fi_ffi.ops.modules.entry import Origin, adopted
 
     origin = Origin("nested", None, False)
     nested: Any = make_array([1])
@@ -281,17 +288,37 @@ def case_objects_of_the_library() -> None:
 
 def case_a_frame_after_what_it_could_not_read() -> None:
     """Neither taken for the next call's result, nor released twice."""
-    frame = Frame([int, int, int])
-    give, fail = abuse.give, abuse.fail
-    for index in (10, types.STR, types.DATA_TYPE, types.TENSOR):
-        refused(frame.call, give, [index, -1, 0])
-        assert frame._result.type_index == types.NONE
-        assert frame.call(give, [types.INT, 7, 9]) == 9
+    layout = FrameLayout([None, None, None])
+    give, fail = (Frame(layout, [int, int, int], entry) for entry in (abuse.give, abuse.fail))
+
+    def call(frame: Frame, *numbers: int) -> Any:
+        for i, number in enumerate(numbers):
+            frame.words[layout.value(i)] = number
+        return frame.call()
+
+    for index in (10, TypeIndex.STR, TypeIndex.DATA_TYPE, TypeIndex.TENSOR):
+        refused(call, give, index, -1, 0)
+        assert give._result.type_index == TypeIndex.NONE
+        assert call(give, TypeIndex.INT, 7, 9) == 9
         try:
-            frame.call(fail, [-1, 0, 0])
+            call(fail, -1, 0, 0)
         except FiFfiError as error:
             assert "left no error" in str(error)
-        assert frame._result.type_index == types.NONE
+        assert fail._result.type_index == TypeIndex.NONE
+
+
+def case_a_failure_with_a_result() -> None:
+    """What an entry that fails has written is neither released nor the next call's result."""
+    array, count = make_array([1, "two"]), global_function("ffi.ArraySize")
+    for value in (array, 7, "a string of the heap", None):
+        for _ in range(10):
+            try:
+                abuse.fail_holding(value)
+            except FiFfiError as error:
+                assert "with a result" in str(error)
+            assert abuse.give(TypeIndex.INT, 0, 5) == 5
+            assert abuse.give(TypeIndex.NONE, 0, 0) is None
+            assert (count(array), array.use_count) == (2, 1)
 
 
 def case_what_a_probe_is_answered() -> None:
@@ -306,16 +333,21 @@ def case_what_a_probe_is_answered() -> None:
 
 def _random(rng: random.Random) -> None:
     index = rng.choice([rng.randint(-3, 140), rng.randint(-(2**31), 2**31 - 1)])
-    pointers = {types.DL_TENSOR_PTR, types.RAW_STR, types.BYTE_ARRAY_PTR}
+    pointers = {TypeIndex.DL_TENSOR_PTR, TypeIndex.RAW_STR, TypeIndex.BYTE_ARRAY_PTR}
     payload = rng.choice([0, rng.randint(-(2**63), 2**63 - 1)])
-    if index in pointers or index >= types.OBJECT_BEGIN:
+    if index in pointers or index >= TypeIndex.OBJECT_BEGIN:
         payload = 0  # an address is not to be judged
     padding = rng.choice([rng.randint(0, 16), rng.randint(0, 2**32 - 1)])
     try:
         abuse.give(index, padding, payload)
     except AbiError:
         return
-    assert index in PLAIN | {types.SMALL_STR, types.SMALL_BYTES, types.DATA_TYPE, types.DEVICE}
+    assert index in PLAIN | {
+        TypeIndex.SMALL_STR,
+        TypeIndex.SMALL_BYTES,
+        TypeIndex.DATA_TYPE,
+        TypeIndex.DEVICE,
+    }
 
 
 def case_anything() -> None:

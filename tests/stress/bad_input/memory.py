@@ -48,7 +48,7 @@ class Room:
 
     def has(self, desc: fi_ffi.TensorDesc) -> bool:
         """The same of addresses alone."""
-        if not desc.layout.numel:
+        if not desc.numel:
             return True
         itemsize = desc.dtype.itemsize
         both = zip(desc.shape, desc.strides, strict=True)
@@ -60,7 +60,7 @@ class Room:
     def view(self, desc: fi_ffi.TensorDesc, *, before: bool = False) -> np.ndarray:
         """The elements of a descriptor that the room holds, now or as they were."""
         dtype = desc.dtype.numpy
-        if not desc.layout.numel:
+        if not desc.numel:
             return np.zeros(desc.shape, dtype)
         buffer = self.before if before else self.whole
         steps = [stride * dtype.itemsize for stride in desc.strides]
@@ -74,7 +74,7 @@ class Room:
         differs = self.whole != self.before
         if differs.any():
             for desc in descs:
-                if desc.layout.numel:
+                if desc.numel:
                     size = desc.dtype.itemsize
                     steps = [*(stride * size for stride in desc.strides), 1]
                     at = desc.ptr - self.base

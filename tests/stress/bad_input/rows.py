@@ -16,7 +16,7 @@ import fi_ffi
 from fi_ffi.cli import cases
 from fi_ffi.cli.cases import Case, make_case
 from fi_ffi.cli.inputs import inputs_of
-from fi_ffi.ops.op import Op
+from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor
 
 from .guard import kernels_run, stopped
@@ -32,7 +32,7 @@ _ONE_IN = 25
 
 def rows_of(family: str, first_only: bool = False) -> list[Row]:
     """The rows of a family, of every release or of the default one."""
-    rows: tuple[Row, ...] = importlib.import_module(f"fi_ffi.ops.{family}").ROWS
+    rows: tuple[Row, ...] = importlib.import_module(f"fi_ffi.ops.table.{family}").ROWS
     groups = itertools.groupby(rows, lambda row: row.name)
     return [row for _, of_op in groups for row in (list(of_op)[:1] if first_only else of_op)]
 
@@ -120,7 +120,7 @@ class Call:
     def overlap(self, given: dict[str, fi_ffi.TensorDesc]) -> bool:
         """Whether something written may share memory with another."""
         spans = [
-            (desc.ptr, desc.ptr + desc.layout.span_bytes, self.tensors[name].writes)
+            (desc.ptr, desc.ptr + desc.span_bytes, self.tensors[name].writes)
             for name, desc in given.items()
         ]
         return any(

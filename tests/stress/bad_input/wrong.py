@@ -56,7 +56,7 @@ def _rank(
         shape[1:],
         (1,) * 64,
         (1,) * 65,
-        (desc.layout.numel,),
+        (desc.numel,),
     ]
     chosen = rng.choice([other for other in shapes if len(other) != len(shape)])
     return _to(f"rank {len(chosen)}", desc, ALWAYS if arg else MAYBE, shape=chosen, strides=None)
@@ -129,7 +129,7 @@ def _strides(
         ]
     )
     strides = tuple(new if i == axis else old for i, old in enumerate(desc.strides))
-    is_used = desc.shape[axis] > 1 and desc.layout.numel and new != own
+    is_used = desc.shape[axis] > 1 and desc.numel and new != own
     refused = MAYBE
     if arg and is_used and (new < 0 or (new == 0 and arg.writes) or arg.contiguous):
         refused = ALWAYS
@@ -157,7 +157,7 @@ def _address(
     rng: random.Random, desc: fi_ffi.TensorDesc, arg: Tensor | None, row: Row | None
 ) -> Wrong:
     size = desc.dtype.itemsize
-    there = desc.layout.numel > 0
+    there = desc.numel > 0
     new: Any = rng.choice(
         [
             0,

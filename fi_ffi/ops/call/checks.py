@@ -1,0 +1,672 @@
+"""The lines of a call that check what it is given, from its row: shapes, strides, addresses.
+
+Sizes are data: no table is keyed by them.  Where a comparison fails, `Refusals` has the words.
+What depends on dtypes and devices alone is in the variant, found by the tensors' kinds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fi_ffi.abi.dtypes import DTYPES
+from fi_ffi.abi.frame import FrameLayout
+from fi_ffi.ops.axes import Axis, parse_axis
+from fi_ffi.ops.call.refuse import PLANNED
+from fi_ffi.ops.row import (
+    IN_PLACE,
+    MULTIPROCESSORS,
+    SHARED_MEMORY,
+    Absent,
+    Arg,
+    KvLayout,
+    Row,
+    Scalar,
+    Tensor,
+    TensorArray,
+    Text,
+    defaults,
+)
+
+_INT64 = 2**63
+_FAR = 2**62  # a limit that no tensor reaches
+
+
+def parameters(row: Row) -> str:
+    """An op's Python parameters: the ABI's order, then the stream by keyword."""
+    both = zip(row.given, defaults(row.given), strict=True)
+    parts = [arg.name + ("" if default is None else f"={default}") for arg, default in both]
+    return ", ".join([*parts, "*", "stream=None"])
+
+
+def frame_layout(row: Row, last: frozenset[str] = frozenset()) -> FrameLayout:
+    """Where a row's arguments are in a frame; shapes of those in `last` come last."""
+    ranks = [
+        len(arg.axis_names) if isinstance(arg, Tensor)
+        else 1 if isinstance(arg, Absent) and arg.abi_type == "DLTensor*"
+        else None
+        for arg in row.slots
+    ]  # fmt: skip
+    places = [i for i, arg in enumerate(row.slots) if arg.name in last]
+    return FrameLayout(ranks, places, len(row.args))
+
+
+def is_number(arg: Arg) -> bool:
+    """Whether an absent argument is a number or a bool."""
+    return isinstance(arg, Absent) and arg.abi_type in ("int", "bool")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a function is compiled from a row.
+
+    `bound` are arguments that are in the frame before (a plan's own), and `known` axes whose
+    sizes they have settled.
+    """
+
+    row: Row
+    bound: frozenset[str] = frozenset()
+    known: tuple[str, ...] = ()
+    # Parameters of `pack` that come before the others.
+    first: tuple[str, ...] = ()
+    # What refusals call the op, and its arguments.
+    op: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def last(self) -> frozenset[str]:
+        """Arguments whose shapes no call writes with the others: bound ones, and scratch."""
+        return self.bound | {arg.name for arg in self.row.tensors if arg.is_scratch}
+
+    @property
+    def packed_names(self) -> list[str]:
+        """The parameters of `pack`, where arguments are bound."""
+        names = [arg.name for arg in self.row.given if arg.name not in self.bound]
+        first = [name for name in self.first if name in names]
+        return [*first, *(name for name in names if name not in first)]
+
+
+class Checks:
+    """Lines that check what one call is given: all before a frame is written."""
+
+    # Which of a variant's memos is this function's: each keeps what it needs itself.
+    memo = "memo"
+
+    def __init__(self, form: Form, is_packing: bool = False) -> None:
+        self.form, self.row, self.is_packing = form, form.row, is_packing
+        self.layout = frame_layout(form.row, form.last)
+        # Arguments that each call is given, by their place.
+        self.given = [
+            (i, arg)
+            for i, arg in enumerate(self.row.slots)
+            if arg.name not in form.bound and not isinstance(arg, (Absent, TensorArray))
+        ]
+        self.tensors = [(i, arg) for i, arg in self.given if isinstance(arg, Tensor)]
+        # Which expression has each axis' size, and which argument has fixed it.
+        self.sizes: dict[str, str] = {name: f"size__{name}" for name in form.known}
+        self.fixed_by: dict[str, str] = {}
+        self.maybe: set[str] = set()  # axes that only tensors have which may not be there
+        self.dims: dict[str, list[str]] = {}
+        self.steps: dict[tuple[str, str], str] = {}
+        self.masks: dict[str, str] = {}
+        if is_packing:
+            self.memo = "memo_of_pack"
+
+    # Tensors, their kinds and shapes.
+
+    def _describe(self) -> list[str]:
+        lines = []
+        for _, arg in self.tensors:
+            name = arg.name
+            there = f"{name} is not None and " if self._may_be_none(arg) else ""
+            told = f"describe({name}, {self.form.op!r}, {self.form.names.get(name, name)!r})"
+            lines.append(f"if {there}type({name}) is not TensorDesc: {name} = {told}")
+        return lines
+
+    @staticmethod
+    def _may_be_none(arg: Tensor) -> bool:
+        return arg.optional or arg.is_scratch
+
+    def _find_variant(self) -> list[str]:
+        lines, key = [], []
+        layout = next((arg for _, arg in self.given if isinstance(arg, KvLayout)), None)
+        if layout is not None:
+            wrong = f"type({layout.name}) is not str or {layout.name} not in KV_LAYOUTS"
+            lines.append(f"if {wrong}: refuse.kv_layout({layout.name!r}, {layout.name})")
+            key.append(layout.name)
+        for _, arg in self.tensors:
+            kind = f"{arg.name}.kind"
+            key.append(
+                f"None if {arg.name} is None else {kind}" if self._may_be_none(arg) else kind
+            )
+        descs = "".join(f"{arg.name}, " for _, arg in self.tensors)
+        kv = layout.name if layout is not None else "'NHD'"
+        return [
+            *lines,
+            f"variant = variants.get(({', '.join(key)}{',' * (len(key) == 1)}))",
+            f"if variant is None: variant = add_variant(({descs}), {kv})",
+        ]
+
+    def _shapes(self) -> list[str]:
+        """Read shapes and strides, and hold sizes against each other."""
+        required = [arg for _, arg in self.tensors if not self._may_be_none(arg)]
+        lines: list[str] = []
+        if any(arg.kv for _, arg in self.tensors):
+            lines.append("is_nhd = variant.is_nhd")
+        if self.form.known:
+            lines.append(f"{', '.join(f'size__{name}' for name in self.form.known)}, = _held.sizes")
+        waiting: list[tuple[Tensor, str, str]] = []
+        for arg in required:
+            lines += self._shape(arg, waiting)
+        for arg, text, size in waiting:  # until other tensors have told all but one part
+            lines += self._bind(arg, text, size)
+        for _, arg in self.tensors:
+            if arg.optional and not arg.is_scratch:
+                lines += self._optional_shape(arg)
+        return lines
+
+    def _read(self, arg: Tensor, names: Sequence[str]) -> list[str]:
+        name, rank = arg.name, len(names)
+        if not rank:
+            return []
+        steps = [f"{name}__s{k}" for k in range(rank)]
+        lines = []
+        for of, targets in (("shape", names), ("strides", steps)):
+            source = f"{name}.{of}"
+            if arg.kv:
+                source = f"{source} if is_nhd else exchanged({source})"
+            lines.append(f"{', '.join(targets)}, = {source}")
+        return lines
+
+    def _shape(self, arg: Tensor, waiting: list[tuple[Tensor, str, str]]) -> list[str]:
+        targets, later, fresh = [], [], []
+        for k, text in enumerate(arg.axis_names):
+            is_new = text.isidentifier() and text not in self.sizes
+            if is_new:
+                self.sizes[text], self.fixed_by[text] = f"size__{text}", arg.name
+                targets.append(f"size__{text}")
+                fresh.append(text)
+                continue
+            targets.append(f"{arg.name}__d{k}")
+            later.append((text, targets[-1]))
+        self.dims[arg.name] = targets
+        lines = self._read(arg, targets)
+        for text, size in later:
+            unknown = [name for name in parse_axis(text).names if name not in self.sizes]
+            if len(unknown) > 1:
+                waiting.append((arg, text, size))
+                continue
+            lines += self._bind(arg, text, size)
+            if text in self.sizes:  # the same number, from here on
+                targets[targets.index(size)] = self.sizes[text]
+        return lines
+
+    def _expression(self, axis: Axis, without: str = "") -> str:
+        """An axis' size in terms of known ones."""
+        terms = [
+            f"{times} * {self.sizes[name]}" if times > 1 else self.sizes[name]
+            for name, times in axis.terms
+            if name != without
+        ]
+        if axis.more or not terms:
+            terms.append(str(axis.more))
+        total = " + ".join(terms)
+        return total if axis.over == 1 else f"({total}) // {axis.over}"
+
+    def _bind(self, arg: Tensor, text: str, size: str) -> list[str]:
+        """Hold a size against what is known, or learn a part of it."""
+        axis = parse_axis(text)
+        unknown = [(name, times) for name, times in axis.terms if name not in self.sizes]
+        if not unknown:
+            wanted = self._expression(axis)
+            fixed = next((self.fixed_by[name] for name in axis.names if name in self.fixed_by), "")
+            fixed = "" if fixed == arg.name else fixed
+            if any(name in self.form.known for name in axis.names):
+                fixed = PLANNED
+            told = f"refuse.size({arg.name!r}, {arg.name}, {text!r}, {wanted}, {fixed!r})"
+            return [f"if {size} != {wanted}: {told}"]
+        ((name, times),) = unknown
+        assert axis.over == 1, f"{self.row.name}: {arg.name} alone has {name}"
+        found, rest = f"size__{name}", self._expression(axis, without=name)
+        self.sizes[name], self.fixed_by[name] = found, arg.name
+        minus = "" if rest == "0" else f" - ({rest})"
+        unsolved = f"refuse.unsolved({arg.name!r}, {arg.name}, {text!r}, {size}, {rest}, {times})"
+        if times == 1:
+            return [f"{found} = {size}{minus}", f"if {found} < 0: {unsolved}"]
+        return [
+            f"{found}, rest = divmod({size}{minus}, {times})",
+            f"if {found} < 0 or rest: {unsolved}",
+        ]
+
+    def _optional_shape(self, arg: Tensor) -> list[str]:
+        """The same of a tensor that may not be there."""
+        name, before = arg.name, []
+        targets = [f"{name}__d{k}" for k in range(len(arg.axis_names))]
+        self.dims[name] = targets
+        inside = self._read(arg, targets)
+        for text, size in zip(arg.axis_names, targets, strict=True):
+            axis = parse_axis(text)
+            unknown = [part for part in axis.names if part not in self.sizes or part in self.maybe]
+            if not unknown:
+                inside += self._bind(arg, text, size)
+                continue
+            assert axis.names == (text,), f"{self.row.name}: {name} alone has {text}"
+            if text in self.maybe:
+                told = f"{name!r}, {name}, {text!r}, size__{text}, {self.fixed_by[text]!r}"
+                inside += [
+                    f"if size__{text} is None: size__{text} = {size}",
+                    f"elif {size} != size__{text}: refuse.size({told})",
+                ]
+                continue
+            before.append(f"size__{text} = None")
+            inside.append(f"size__{text} = {size}")
+            self.sizes[text], self.fixed_by[text] = f"size__{text}", name
+            self.maybe.add(text)
+        # Of one without elements the first size is 0, and so is that of none.
+        absent = [f"{name}__d{k}" for k in range(len(targets))]
+        absent += [f"{name}__s{k}" for k in range(len(targets))]
+        values = ["0", *("1" for _ in absent[1:])]
+        return [
+            *before,
+            f"if {name} is None: {', '.join(absent)}, = {', '.join(values)},",
+            "else:",
+            *(f"    {line}" for line in inside),
+        ]
+
+    # Numbers.
+
+    def _numbers(self) -> list[str]:
+        lines = []
+        for i, arg in self.given:
+            name = arg.name
+            if isinstance(arg, Scalar):
+                checked = f"{name} = refuse.number({name!r}, {name})"
+                none = f"{name} is not None and " if arg.size_of else ""
+                lines.append(f"if {none}({' or '.join(_wrong_numbers(arg))}): {checked}")
+                if arg.size_of:
+                    size = self.sizes[arg.size_of]
+                    wrong = f"{name} > {size}" if arg.or_less else f"{name} != {size}"
+                    told = f"refuse.size_of({name!r}, {name}, {size})"
+                    lines += [f"if {name} is None: {name} = {size}", f"elif {wrong}: {told}"]
+            elif isinstance(arg, Text):
+                wrong = f"type({name}) is not str or {name} not in texts{i}"
+                lines.append(f"if {wrong}: refuse.text({name!r}, {name})")
+        return lines
+
+    # Scratch memory: its size may depend on those of other tensors.
+
+    def _scratch(self) -> list[str]:
+        lines = []
+        asks = any({MULTIPROCESSORS, SHARED_MEMORY} & {*rule.of} for rule in self.row.rules)
+        asks = asks or any(arg.is_scratch for _, arg in self.tensors)
+        if asks and not self.is_packing:
+            # A missing stream is told before a GPU is asked, which may not be there.
+            checked = "check_stream(stream, variant.device, refuse.op)"
+            lines.append(f"if variant.entry is None: {checked}")
+        for i, arg in self.tensors:
+            if not arg.is_scratch:
+                continue
+            name, need = arg.name, f"variant.scratch[{i}]"
+            if arg.bytes_for:
+                sizes = ", ".join(f"{axis!r}: {size}" for axis, size in self.sizes.items())
+                need = f"{need} + variant.bytes_for[{i}]({{{sizes}}})"
+            own = f"variant.take_scratch({i}, need, stream, {self.is_packing})"
+            (axis,) = arg.axis_names
+            self.dims[name] = [f"{name}__d0"]
+            item = DTYPES[arg.dtype].itemsize
+            have = f"{name}__d0 * {item}"
+            lines += [
+                f"need = {need}",
+                f"if {name} is None: {name} = {own}",
+                *self._read(arg, [f"{name}__d0"]),
+                f"if {have} < need: refuse.scratch({name!r}, {have}, need)",
+            ]
+            self.sizes.setdefault(axis, f"{name}__d0")
+        return lines
+
+    # What sizes may be.
+
+    def _limits(self) -> list[str]:
+        row, lines = self.row, []
+        for axis, size in self.sizes.items():
+            known = f"{size} is not None and " if axis in self.maybe else ""
+            first = self._first_with(axis)
+            if first is None:
+                continue
+            of = f"refuse.limit({first!r}, {first}, "
+
+            def add(wrong: str, expected: str, known: str = known, of: str = of) -> None:
+                lines.append(f"if {known}{wrong}: {of}{expected})")
+
+            least = row.min_sizes.get(axis, 0)
+            if least:
+                add(f"{size} < {least}", repr(f"{axis} of at least {least}"))
+            if axis in row.sizes_in:
+                allowed = row.sizes_in[axis]
+                add(f"{size} not in {allowed}", repr(f"{axis} of {' or '.join(map(str, allowed))}"))
+            step = row.multiples.get(axis, 1)
+            if step > 1:
+                add(f"{size} % {step}", f"f'{axis} = {{{size}}} to be a multiple of {step}'")
+        for divisor, multiple in row.divides:
+            if not {divisor, multiple} <= self.sizes.keys():
+                continue
+            small, large = self.sizes[divisor], self.sizes[multiple]
+            first = self._first_with(multiple) or self._first_with(divisor)
+            told = f"f'{multiple} = {{{large}}} to be a multiple of {divisor} = {{{small}}}'"
+            maybe = [self.sizes[axis] for axis in (divisor, multiple) if axis in self.maybe]
+            known = "".join(f"{size} is not None and " for size in maybe)
+            wrong = f"{known}(not {small} or {large} % {small})"
+            lines.append(f"if {wrong}: refuse.limit({first!r}, {first}, {told})")
+        return lines
+
+    def _first_with(self, axis: str) -> str | None:
+        """The first tensor that has an axis, as part of one of its own."""
+        fixed = self.fixed_by.get(axis)
+        if fixed is not None:
+            return fixed
+        for _, arg in self.tensors:
+            if any(axis in parse_axis(text).names for text in arg.axis_names):
+                return arg.name
+        return None
+
+    def _relations(self) -> list[str]:
+        """Sizes that follow from other tensors' sizes."""
+        row, lines = self.row, []
+
+        def refused(wrong: str, axis: str, expected: str) -> None:
+            first = self._first_with(axis)
+            if first is not None:
+                lines.append(f"if {wrong}: refuse.limit({first!r}, {first}, {expected})")
+
+        for axis, (extreme, *of) in row.extremes.items():
+            bound = f"{extreme.__name__}({', '.join(self.sizes[name] for name in of)})"
+            told = " and ".join(f"{name} = {{{self.sizes[name]}}}" for name in of)
+            expected = f"f'{axis} = {{{bound}}}, the {extreme.__name__} of {told}'"
+            refused(f"{self.sizes[axis]} != {bound}", axis, expected)
+        for more, less in row.not_less:
+            if not {more, less} <= self.sizes.keys():
+                continue
+            is_planned = less in self.form.known
+            least = f"{{{self.sizes[less]}}}"
+            bound = f"{least}, as planned" if is_planned else f"{less} = {least}"
+            expected = f"f'{more} of at least {bound}'"
+            refused(f"{self.sizes[more]} < {self.sizes[less]}", more, expected)
+        for axis in row.needed if row.nothing_axis else ():
+            nothing = self.sizes[row.nothing_axis]
+            expected = f"f'{axis} of at least 1, for {row.nothing_axis} = {{{nothing}}}'"
+            refused(f"{nothing} and not {self.sizes[axis]}", axis, expected)
+        for axes, limit in row.max_products.items():
+            if not all(axis in self.sizes for axis in axes):
+                continue
+            product, name = " * ".join(self.sizes[axis] for axis in axes), " * ".join(axes)
+            expected = f"f'{name} = {{{product}}} of at most {limit}, as far as the kernel counts'"
+            refused(f"{product} > {limit}", axes[0], expected)
+        if row.block:
+            lines += self._block()
+        return lines
+
+    def _block(self) -> list[str]:
+        lines = []
+        for _, arg in self.tensors:
+            axis = self._vector_axis(arg)
+            if axis is None or not {*self.row.block} <= {*arg.axis_names}:
+                continue
+            threads = f"-(-{self.sizes[axis]} // {self._width(arg)})"
+            if self.row.vector.threads:
+                threads = f"min({threads}, {self.row.vector.threads})"
+            count = " * ".join(self.sizes[name] for name in self.row.block)
+            lines += [
+                f"threads = max({threads}, 1)",
+                f"if {count} * threads > 1024: "
+                f"refuse.block({arg.name!r}, {arg.name}, threads, {count})",
+            ]
+        return lines
+
+    def _together(self) -> list[str]:
+        if not self.row.together:
+            return []
+        there = []
+        for _, arg in self.given:
+            if arg.name in self.row.together:
+                test = f"{arg.name} is not None" if isinstance(arg, Tensor) else arg.name
+                there.append(f"({arg.name!r} if {test} else '')")
+        return [f"refuse.together([name for name in ({', '.join(there)}) if name])"]
+
+    # Strides.
+
+    def _vector_axis(self, arg: Tensor) -> str | None:
+        """The axis that is loaded several elements at a time."""
+        named = (parse_axis(text).names for text in arg.axis_names)
+        return next((n for names in named for n in names if n in self.row.vector.axes), None)
+
+    def _itemsizes(self, dtype: str) -> set[int]:
+        return {DTYPES[name].itemsize for name in self.row.dtypes.get(dtype, (dtype,))}
+
+    def _itemsize(self, arg: Tensor) -> str:
+        """A number where all dtypes are of one size, and else what the kind has."""
+        sizes = self._itemsizes(arg.dtype)
+        return str(*sizes) if len(sizes) == 1 else f"variant.item[{arg.name!r}]"
+
+    def _width(self, arg: Tensor) -> str:
+        """Elements in a load."""
+        vector = self.row.vector
+        dtype = vector.dtype or arg.dtype
+        sizes = self._itemsizes(dtype)
+        if len(sizes) == 1:
+            return str(vector.bytes // sizes.pop())
+        return f"({vector.bytes} // variant.itemsizes[{dtype!r}])"
+
+    def _step(self, arg: Tensor) -> tuple[list[str], str]:
+        """Elements that are loaded at a time: lines that work it out, and what has it."""
+        axis = self._vector_axis(arg)
+        if axis is None:
+            return [], "1"
+        key = self._width(arg), self.sizes[axis]
+        if key in self.steps:
+            return [], self.steps[key]
+        step = self.steps[key] = f"step__{len(self.steps)}"
+        return [f"{step} = gcd({key[0]}, {key[1]})"], step
+
+    def _loaded(self, arg: Tensor) -> tuple[list[str], str]:
+        """Bits that an address must not have: lines that work them out, and what has them."""
+        mask = self._mask(arg)
+        if mask.isdigit():
+            return [], mask
+        if mask in self.masks:
+            return [], self.masks[mask]
+        name = self.masks[mask] = f"mask__{len(self.masks)}"
+        return [f"{name} = {mask}"], name
+
+    def _strides(self, is_scratch: bool) -> list[str]:
+        lines = []
+        for _, arg in self.tensors:
+            if arg.is_scratch is not is_scratch:
+                continue
+            first, step = self._step(arg)
+            lines += first
+            lines.append(f"{arg.name}__span = {self._span(arg)}")
+            wrong = self._wrong_strides(arg, step)
+            there = f"{arg.name} is not None and " if arg.optional else ""
+            if wrong:
+                told = f"refuse.strides({arg.name!r}, {arg.name}, {step})"
+                lines.append(f"if {there}({' or '.join(wrong)}): {told}")
+            if self._itemsize(arg) != "1":  # from here on in bytes
+                lines.append(f"{arg.name}__span *= {self._itemsize(arg)}")
+        if is_scratch:
+            return lines
+        same = [arg for _, arg in self.tensors if arg.name in self.row.same_strides]
+        for arg in same[1:]:
+            first_name = same[0].name
+            told = f"refuse.same_strides({arg.name!r}, {arg.name}, {first_name!r}, {first_name})"
+            lines.append(f"if {arg.name}.strides != {first_name}.strides: {told}")
+        return lines
+
+    def _masks(self) -> list[str]:
+        """Work out the bits that addresses must not have."""
+        return [line for _, arg in self.tensors for line in self._loaded(arg)[0]]
+
+    def _wrong_strides(self, arg: Tensor, step: str) -> list[str]:
+        """When strides have to be judged; such as are row-major need no other look."""
+        name, rank, dims = arg.name, len(arg.axis_names), self.dims[arg.name]
+        if not rank:
+            return []
+        steps = [f"{name}__s{k}" for k in range(rank)]
+        if arg.transposed:
+            dims = [*dims[:-2], dims[-1], dims[-2]]
+            steps = [*steps[:-2], steps[-1], steps[-2]]
+        wrong = [f"{steps[-1]} != 1"]
+        inner = f"{dims[-1]} * {arg.parts}" if arg.parts > 1 else dims[-1]
+        for k in reversed(range(rank - 1)):
+            stride = steps[k]
+            if arg.contiguous or arg.parts > 1:
+                wrong.append(f"{stride} != {inner}")
+            else:
+                least = inner if arg.writes else "0"
+                loose = [f"{stride} < {least}"]
+                if step != "1":
+                    loose.append(f"{stride} % {step}")
+                wrong.append(f"{stride} != {inner} and ({' or '.join(loose)})")
+            if arg.stride_limit < _FAR:
+                wrong.append(f"{stride} >= {arg.stride_limit}")
+            inner = f"{dims[k]} * {inner}" if arg.contiguous else f"{dims[k]} * {stride}"
+        limit = arg.offset_limit or self.row.offset_limit
+        if limit < _FAR:
+            wrong.append(f"{name}__span > {limit}")
+        if arg.kv and rank > 2 and (arg.contiguous or arg.writes):
+            wrong.append("not is_nhd")
+        return wrong
+
+    def _span(self, arg: Tensor) -> str:
+        """Elements from the lowest to past the highest; of no meaning where there is none."""
+        dims, name = self.dims[arg.name], arg.name
+        if arg.contiguous:
+            return " * ".join(dims) or "1"
+        last = len(dims) - 1
+        terms = [
+            size if k == last and not arg.transposed else f"({size} - 1) * {name}__s{k}"
+            for k, size in enumerate(dims)
+        ]
+        return " + ".join([*terms, "1"] if arg.transposed or not dims else terms)
+
+    # Rules.
+
+    def _rules(self, of_memory: bool) -> list[str]:
+        lines = []
+        for number, rule in enumerate(self.row.rules):
+            if (IN_PLACE in rule.of) is not of_memory:
+                continue
+            values = ", ".join(map(self._value, rule.of))
+            lines.append(f"if not rule{number}({values}): refuse.rule({number}, ({values},))")
+        return lines
+
+    def _value(self, name: str) -> str:
+        """What a rule is given for a name."""
+        args = {arg.name: arg for _, arg in self.given}
+        if isinstance(args.get(name), (Scalar, Text)):
+            return name
+        if name == IN_PLACE:
+            return "is_in_place"
+        if name in (MULTIPROCESSORS, SHARED_MEMORY):
+            return f"variant.{name.replace(' ', '_')}"
+        if name in self.sizes:
+            return self.sizes[name]
+        if isinstance(args.get(name), Tensor):
+            return f"({name} is not None)"
+        if any(arg.dtype == name for _, arg in self.tensors):
+            return f"variant.dtypes.get({name!r})"
+        return "None"
+
+    # Where it is.
+
+    def _addresses(self) -> list[str]:
+        """Where each tensor starts and ends; both are 0 of one that is not there."""
+        lines, required = [], dict[str, list[tuple[str, str]]]()
+        for _, arg in self.tensors:
+            name, mask = arg.name, self._loaded(arg)[1]
+            start, end = f"{name}__p = {name}.ptr", f"{name}__end = {name}__p + {name}__span"
+            told = f"refuse.address({name!r}, {name}, {mask} + 1)"
+            if arg.optional:
+                test = f"{name}__p & {mask} or not {name}__p"
+                lines.append(f"if {name} is None: {name}__p = {name}__end = 0")
+                lines += ["else:", *(f"    {line}" for line in (start, end))]
+                lines.append(f"    if {test}: {told}")
+            else:
+                lines += [start, end]
+                required.setdefault(mask, []).append((f"{name}__p", told))
+        for mask, those in required.items():
+            each = [p for p, _ in those]
+            lines.append(f"if ({' | '.join(each)}) & {mask} or not ({' and '.join(each)}):")
+            lines += (f"    if {p} & {mask} or not {p}: {told}" for p, told in those)
+        return lines
+
+    def _mask(self, arg: Tensor) -> str:
+        """Bits that an address must not have; what is loaded at a time is a power of 2."""
+        axis = self._vector_axis(arg)
+        if axis is None:
+            return (
+                str(math.lcm(int(self._itemsize(arg)), arg.alignment) - 1)
+                if len(self._itemsizes(arg.dtype)) == 1
+                else f"(max({self._itemsize(arg)}, {arg.alignment}) - 1)"
+            )
+        loaded = f"{self._step(arg)[1]} * {self._itemsize(arg)}"
+        if arg.alignment > 1:
+            loaded = f"max({loaded}, {arg.alignment})"
+        return f"({loaded} - 1)"
+
+    def _overlap(self) -> list[str]:
+        """Refuse outputs that share memory with what a call reads, or with other outputs."""
+        pairs = [
+            (a, b)
+            for (_, a), (_, b) in itertools.combinations(self.tensors, 2)
+            if a.writes or b.writes
+        ]
+        lines, same = [], []
+        # Tests by the tensor that may not be there: a call without it has none to make.
+        tests: dict[str, list[str]] = {}
+        for a, b in pairs:
+            test = f"{a.name}__p < {b.name}__end and {b.name}__p < {a.name}__end"
+            if any({a.name, b.name} == {*pair} for pair in self.row.in_place):
+                one = f"{a.name}__p == {b.name}__p"
+                same.append(f"({one} and {a.name}__p != 0)")
+                test += f" and not ({one} and {a.name}.strides == {b.name}.strides)"
+            optional = next((arg.name for arg in (b, a) if arg.optional), "")
+            tests.setdefault(optional, []).append(f"({test})")
+        if any(IN_PLACE in rule.of for rule in self.row.rules):
+            lines.append(f"is_in_place = {' or '.join(same) or 'False'}")
+        descs = ", ".join(
+            arg.name if arg.name not in self.form.bound else "None" for arg in self.row.tensors
+        )
+        for optional, those in tests.items():
+            for chosen in _batched(those, 8):
+                any_of = " or ".join(chosen)
+                test = f"{optional}__p and ({any_of})" if optional else any_of
+                lines.append(f"if {test}: refuse.overlap({descs})")
+        if self.form.bound:
+            lines.append("start0, end0, start1, end1, first, last = _held.memory")
+            for _, arg in self.tensors:
+                p, end = f"{arg.name}__p", f"{arg.name}__end"
+                test = f"{p} < end0 and start0 < {end} or {p} < end1 and start1 < {end}"
+                told = f"refuse.held({arg.name!r}, {arg.name}, _held.memory[:4])"
+                lines.append(f"if {p} < last and first < {end} and ({test}): {told}")
+        return lines
+
+
+def _wrong_numbers(arg: Scalar) -> list[str]:
+    """When a number cannot be written as it is."""
+    name, wrong = arg.name, [f"type({arg.name}) is not {arg.type.__name__}"]
+    if arg.type is float:
+        low = "-inf <" if arg.low is None else f"{float(arg.low)!r} <="
+        high = "< inf" if arg.high is None else f"<= {float(arg.high)!r}"
+        wrong.append(f"not {low} {name} {high}")
+    elif arg.type is int:
+        high = f"< {_INT64}" if arg.high is None else f"<= {int(arg.high)}"
+        wrong.append(f"not {-_INT64 if arg.low is None else int(arg.low)} <= {name} {high}")
+    if arg.multiple_of > 1:
+        wrong.append(f"{name} % {arg.multiple_of}")
+    return wrong
+
+
+def _batched(items: Sequence[str], count: int) -> list[Sequence[str]]:
+    return [items[start : start + count] for start in range(0, len(items), count)]

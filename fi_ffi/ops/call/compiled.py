@@ -1,0 +1,325 @@
+"""A row that is compiled for calling, and its variants: one for each combination of kinds."""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import math
+import struct
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fi_ffi.abi.device import Device, parse_device
+from fi_ffi.abi.dtypes import DTYPES
+from fi_ffi.abi.frame import ARRAY, Frame, Slot, c_text
+from fi_ffi.abi.function import Entry
+from fi_ffi.abi.interop import as_desc
+from fi_ffi.abi.tensor import TensorDesc, TensorKind, tensor_kind
+from fi_ffi.loader import machine
+from fi_ffi.ops import cuda
+from fi_ffi.ops.call import memory
+from fi_ffi.ops.call.checks import Form, frame_layout, is_number
+from fi_ffi.ops.call.launch import LaunchTarget, launch
+from fi_ffi.ops.call.refuse import Refusals
+from fi_ffi.ops.call.source import (
+    bind_source,
+    call_source,
+    check_source,
+    pack_source,
+    update_source,
+)
+from fi_ffi.ops.handles import own_handle
+from fi_ffi.ops.nhd import exchanged
+from fi_ffi.ops.providers import entry_for
+from fi_ffi.ops.row import (
+    KV_LAYOUTS,
+    REQUIRED,
+    Absent,
+    Arg,
+    KvLayout,
+    Row,
+    Scalar,
+    Tensor,
+    TensorArray,
+    Text,
+    default_of,
+)
+
+# What tracebacks call the code compiled from a row: part of the package.
+_FILE = __file__.removesuffix("compiled.py") + "<{}>"
+_CPU = parse_device("cpu")
+_MOST_VARIANTS = 4096
+
+
+class _Keep:
+    def __repr__(self) -> str:
+        return "(as it is)"
+
+
+KEEP: Any = _Keep()  # an argument of an update that stays as it is
+
+
+class _Scratch(dict[int, int]):
+    """Bytes that scratch arguments need, whatever sizes are; found when a call asks."""
+
+    def __init__(self, variant: Variant) -> None:
+        self._variant = variant
+
+    def __missing__(self, i: int) -> int:
+        variant = self._variant
+        arg = variant.compiled.row.args[i]
+        need = self[i] = memory.scratch_bytes(arg, variant.device)  # type: ignore[arg-type]
+        return need
+
+
+class Variant:
+    """A row's calls with tensors of these kinds: what does not depend on sizes."""
+
+    __slots__ = (
+        "_slots", "_values", "bytes_for", "compiled", "device", "dtypes", "entry", "frames",
+        "is_nhd", "item", "itemsizes", "kinds", "memo", "memo_of_check", "memo_of_pack",
+        "multiprocessors", "scratch", "shared_memory", "target",
+    )  # fmt: skip
+
+    def __init__(self, compiled: CompiledRow, descs: Sequence[TensorDesc | None], layout: str):
+        row = compiled.row
+        self.compiled, self.is_nhd = compiled, layout == "NHD"
+        given = {arg.name: desc for arg, desc in zip(compiled.tensors, descs, strict=True)}
+        self.kinds = {name: None if desc is None else desc.kind for name, desc in given.items()}
+        found = compiled.refuse.devices([given.get(arg.name) for arg in row.tensors])
+        self.device: Device = found or compiled.device or _CPU
+        self.dtypes = {
+            arg.dtype: desc.dtype.name
+            for arg in row.tensors
+            if (desc := given.get(arg.name)) is not None
+        } | compiled.bound_dtypes
+        self.itemsizes = {name: DTYPES[dtype].itemsize for name, dtype in self.dtypes.items()}
+        self.scratch = _Scratch(self)
+        self.bytes_for: dict[int, Callable[[Mapping[str, int]], int]] = {}
+        for i, arg in enumerate(row.slots):
+            if isinstance(arg, Tensor) and arg.is_scratch:
+                self.kinds[arg.name] = tensor_kind(DTYPES[arg.dtype], self.device, 1)
+                self.bytes_for[i] = arg.bytes_for
+        # Bytes of an element of each tensor.
+        self.item = {name: kind.itemsize if kind else 1 for name, kind in self.kinds.items()}
+        self._slots = [self._slot(arg) for arg in row.slots]
+        # What no call writes: where in a frame, and what.
+        place = compiled.layout.value
+        self._values = [
+            (place(i), 0 if arg.strided else KV_LAYOUTS[layout])
+            for i, arg in enumerate(row.args)
+            if isinstance(arg, KvLayout)
+        ]
+        self._values += [
+            (place(i), arg.value)
+            for i, arg in enumerate(row.args)
+            if isinstance(arg, Absent) and is_number(arg)
+        ]
+        # The layouts of the last call that passed, and what was worked out from them.
+        self.memo: tuple[Any, ...] = (None,)
+        self.memo_of_pack: tuple[Any, ...] = (None,)
+        self.memo_of_check: tuple[Any, ...] = (None,)
+        # Found at the first call.
+        self.entry: Entry | None = None
+        self.target: LaunchTarget | None = None
+        # Free frames.  list.pop and append are atomic, so concurrent calls get their own.
+        self.frames: list[Frame] = []
+
+    def __getattr__(self, name: str) -> int:
+        """What rules ask of the GPU, when one does: what is wrong with arguments is told before
+        it is found out that there is none.  On the CPU there is no end of it."""
+        ask = {"multiprocessors": machine.multiprocessors, "shared_memory": machine.shared_memory}
+        if name not in ask:
+            raise AttributeError(name)
+        found = ask[name](self.device.index) if self.device.is_cuda else sys.maxsize
+        setattr(self, name, found)
+        return found
+
+    def _slot(self, arg: Arg) -> Slot:
+        if isinstance(arg, Tensor):
+            kind = self.kind_of(arg)
+            if kind is None:
+                return self._nothing if arg.empty else None
+            return kind, arg.as_object
+        if isinstance(arg, Absent):
+            if arg.abi_type.startswith("Optional<"):
+                return None
+            return {"int": int, "bool": bool}.get(arg.abi_type, self._nothing)
+        if isinstance(arg, TensorArray):
+            slots = self.compiled.row.slots
+            first = slots.index(arg.items[0])
+            return range(first, first + len(arg.items))
+        if isinstance(arg, Scalar):
+            return arg.type
+        if isinstance(arg, Text):
+            return str
+        return int if isinstance(arg, KvLayout) else ARRAY
+
+    def kind_of(self, arg: Tensor) -> TensorKind | None:
+        """The kind of a tensor argument; None where there is none."""
+        return self.kinds.get(arg.name) or self.compiled.bound_kinds.get(arg.name)
+
+    @property
+    def _nothing(self) -> Slot:
+        """A tensor without elements, which has no address."""
+        return tensor_kind(DTYPES["uint8"], self.device, 1), False
+
+    def start(self) -> None:
+        """Find the entry that serves it, once."""
+        if self.entry is None:
+            compiled = self.compiled
+            if compiled.find_entry is not None:
+                entry = compiled.find_entry(compiled.row, self.device)
+            else:
+                entry = entry_for(compiled.row, self.device, compiled.module)
+            self.target = LaunchTarget(self.device, compiled.refuse.op)
+            self.entry = entry
+
+    def new_frame(self, *stream: object) -> Frame:
+        """A frame of a call's own; a missing `stream` is told before an entry is looked for."""
+        if stream:
+            memory.check_stream(stream[0], self.device, self.compiled.refuse.op)
+        self.start()
+        assert self.entry is not None
+        frame = Frame(self.compiled.layout, self._slots, self.entry)
+        frame.variant, frame.target = self, self.target
+        for word, value in self._values:
+            frame.words[word] = value
+        return frame
+
+    def run(self, frame: Frame, stream: object) -> Any:
+        """Launch a frame whose call needs more than a stream: memory, or Tensor objects."""
+        frame.place_objects()
+        if self.compiled.row.allocates:
+            with cuda.kernel_memory().installed():
+                launch(frame, stream)
+        else:
+            launch(frame, stream)
+        return frame.take_result()
+
+    def give_back(self, frame: Frame) -> None:
+        """Let another call have a frame, unless a callee kept a Tensor object of it."""
+        if frame.is_referred_to:
+            memory.keep(frame)
+        else:
+            self.frames.append(frame)
+
+    def take_scratch(self, i: int, need: int, stream: object, is_own: bool) -> TensorDesc:
+        """Memory of the stream's own, or with `is_own` of the call's."""
+        arg, refuse = self.compiled.row.slots[i], self.compiled.refuse
+        assert isinstance(arg, Tensor)
+        return memory.scratch_for(refuse, arg, self.device, need, stream, is_own)
+
+    def library_handle(self, library: str) -> int:
+        return own_handle(library, self.device)
+
+
+class CompiledRow:
+    """A row with the functions compiled from it.
+
+    A plan gives the `module` its row's family stands for, the arguments that are `bound`
+    (its own, of these kinds), and the axes whose sizes are `known`.  Refusals are of `op`, and
+    call arguments by `names`.  `find_entry` has an entry of an object that is somebody's own.
+    """
+
+    def __init__(
+        self, row: Row, module: str | None = None, *, op: str = "",
+        names: Mapping[str, str] | None = None, known: Sequence[str] = (),
+        bound: Mapping[str, Any] | None = None, device: Device | None = None,
+        first: Sequence[str] = (),
+        find_entry: Callable[[Row, Device], Entry] | None = None,
+    ) -> None:  # fmt: skip
+        self.row, self.module = row, module or row.module
+        self.device, self.find_entry = device, find_entry
+        self.bound_kinds = {name: kind for name, kind in (bound or {}).items() if kind is not None}
+        self.bound_dtypes = {
+            arg.dtype: self.bound_kinds[arg.name].dtype.name
+            for arg in row.tensors
+            if arg.name in self.bound_kinds
+        }
+        self.form = Form(
+            row,
+            frozenset(bound or ()),
+            tuple(known),
+            tuple(first),
+            op or row.name,
+            dict(names or {}),
+        )
+        self.layout = frame_layout(row, self.form.last)
+        self.refuse = Refusals(row, op or row.name, names or {}, device if bound else None)
+        self.tensors = [arg for arg in row.tensors if arg.name not in self.form.bound]
+        self.variants: dict[object, Variant] = {}
+
+    @functools.cached_property
+    def call(self) -> Callable[..., Any]:
+        """A method of ops, with the op's parameters."""
+        made = self._compile(call_source(self.form), "call")
+        # Which a TypeError of its arguments tells.
+        made.__name__ = made.__qualname__ = self.row.name
+        return made
+
+    @functools.cached_property
+    def pack(self) -> Callable[..., Any]:
+        """The same call packed and not made: see `pack_source`."""
+        return self._compile(pack_source(self.form), self.row.name.replace(".", "_"))
+
+    @functools.cached_property
+    def check(self) -> Callable[..., tuple[dict[str, Any], dict[str, int]]]:
+        """The checks of a call alone: its tensors by name (None where there is none), and the axes'
+        sizes."""
+        return self._compile(check_source(self.form), self.row.name.replace(".", "_"))
+
+    @functools.cached_property
+    def bind(self) -> Callable[..., tuple[dict[str, Any], object]]:
+        """The arguments of a call by name, and its stream."""
+        return self._compile(bind_source(self.form), self.row.name.replace(".", "_"))
+
+    @functools.cached_property
+    def update(self) -> Callable[..., None]:
+        """The `update` of prepared calls."""
+        return self._compile(update_source(self.form), "update")
+
+    def _compile(self, source: str, name: str) -> Callable[..., Any]:
+        row = self.row
+        namespace: dict[str, Any] = {
+            "KEEP": KEEP, "KV_LAYOUTS": KV_LAYOUTS, "TensorDesc": TensorDesc, "gcd": math.gcd,
+            "add_variant": self._add_variant, "check_stream": memory.check_stream,
+            "describe": as_desc, "exchanged": exchanged,
+            "inf": math.inf, "launch": launch, "refuse": self.refuse, "variants": self.variants,
+            repr(REQUIRED): REQUIRED,
+        }  # fmt: skip
+        for number, rule in enumerate(row.rules):
+            namespace[f"rule{number}"] = rule.holds
+        for i, arg in enumerate(row.slots):
+            if isinstance(arg, Text):
+                namespace[f"texts{i}"] = {word: c_text(word) for word in arg.words}
+        count = self.layout.last_dims - self.layout.first_dims
+        namespace["pack_dims"] = struct.Struct(f"{count}q").pack
+        file = _FILE.format(f"{row.name}, {name}, {id(self):#x}")
+        # So that a traceback shows the line.
+        linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
+        exec(compile(source, file, "exec"), namespace)
+        made: Callable[..., Any] = namespace[name]
+        return made
+
+    def _add_variant(self, descs: Sequence[TensorDesc | None], layout: str) -> Variant:
+        """The variant for tensors of these kinds; raises where there is none."""
+        given = {arg.name: desc for arg, desc in zip(self.tensors, descs, strict=True)}
+        self.refuse.kinds([given.get(arg.name) for arg in self.row.tensors], layout)
+        made = Variant(self, descs, layout)
+        if len(self.variants) >= _MOST_VARIANTS:
+            self.variants.clear()
+        has_layout = any(isinstance(arg, KvLayout) for arg in self.row.args)
+        kinds = [None if desc is None else desc.kind for desc in descs]
+        key = (layout, *kinds) if has_layout else tuple(kinds)
+        return self.variants.setdefault(key, made)
+
+    def is_on_cuda(self, values: Mapping[str, Any]) -> bool:
+        """Whether the first tensor that every call is given is on a GPU."""
+        first = next(arg for arg in self.tensors if default_of(arg) is None)
+        return as_desc(values[first.name], self.refuse.op, first.name).device.is_cuda
+
+    def forget(self) -> None:
+        """Drop what was learnt from earlier calls, after the source of kernels changed."""
+        self.variants.clear()

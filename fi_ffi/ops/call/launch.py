@@ -1,0 +1,147 @@
+"""The end of every call: a written frame is called on a stream."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fi_ffi.abi import library, streams
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.device import Device
+from fi_ffi.abi.failure import take_kernel_error, take_raised
+from fi_ffi.abi.frame import NO_STREAM, Frame
+from fi_ffi.loader import machine
+from fi_ffi.ops import cuda
+from fi_ffi.ops.watch import watching
+
+if TYPE_CHECKING:
+    from fi_ffi.abi.streams import stream as Scope
+
+_MOST_HANDLES = 64
+_scope = streams.scope_var.get
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        # Streams' handles as C has them, of those that this thread has launched on; it has
+        # a context for each since.
+        self.pointers: dict[int, Any] = {}
+
+
+_thread = _Thread()
+
+
+class LaunchTarget:
+    """Where calls are made: the device, and how its stream is set."""
+
+    __slots__ = ("device", "is_alone", "is_cuda", "op", "set_stream")
+
+    def __init__(self, device: Device, op: str) -> None:
+        self.device, self.is_cuda, self.op = device, device.is_cuda, op
+        self.set_stream: Callable[..., int] = functools.partial(
+            library.lib.TVMFFIEnvSetStream, device.type_code, device.index
+        )
+        # With one GPU only, that is the current one.
+        self.is_alone = not device.is_cuda or machine.device_count() < 2
+
+
+def launch(frame: Frame, stream: object) -> None:
+    """Call a frame on `stream`, or on the open scope's; raises the entry's error.
+
+    What the entry returned is left in the frame.
+    """
+    target: LaunchTarget = frame.target
+    if watching.inboxes or not target.is_alone:
+        _launch_watched(frame, target, stream)
+    elif stream is not None and target.is_cuda:
+        pointer = _thread.pointers.get(stream) if type(stream) is int else None
+        if pointer is None:
+            pointer = _pointer(target, streams.handle_for(stream, target.device, target.op))
+        _call_on(frame, target, pointer)
+    elif not target.is_cuda:
+        if frame.invoke():
+            raise _failed(frame)
+    else:
+        scope = _scope()
+        if scope is not None and streams.thread.scopes.get(target.device) is scope:
+            if frame.invoke():
+                raise _failed(frame)
+        else:
+            _launch_in_scope(frame, target)
+
+
+def _call_on(frame: Frame, target: LaunchTarget, pointer: Any) -> None:
+    """Set the stream, call, and put back the one before, whatever comes in between."""
+    before, set_stream = frame.before, target.set_stream
+    try:
+        code = set_stream(pointer, before) or frame.invoke()
+    finally:
+        if frame.words[frame.before_word] != NO_STREAM:
+            set_stream(before[0], ffi.NULL)
+            frame.words[frame.before_word] = NO_STREAM
+    if code:
+        raise _failed(frame)
+
+
+def _launch_in_scope(frame: Frame, target: LaunchTarget) -> None:
+    """The first call in a scope, or one on another thread than the scope's."""
+    scope: Scope = streams.open_scope(target.device, target.op)
+    pointer = _pointer(target, scope.handle)
+    if not scope.bind(target.device):
+        _call_on(frame, target, pointer)
+    elif frame.invoke():
+        raise _failed(frame)
+
+
+def _launch_watched(frame: Frame, target: LaunchTarget, stream: object) -> None:
+    """A call with its device made current: of several GPUs, or for whoever watches."""
+    handle = streams.handle_for(stream, target.device, target.op) if target.is_cuda else None
+
+    def call() -> Any:
+        if frame.invoke():
+            raise _failed(frame)
+        return frame.peek_result()
+
+    def run() -> None:
+        if watching.inboxes:
+            watching.watched(frame, handle, call)
+        else:
+            call()
+
+    if not target.is_cuda:
+        run()
+        return
+    with cuda.current(target.device), streams.stream_context(stream, target.device, target.op):
+        run()
+
+
+def _failed(frame: Frame) -> BaseException:
+    """The error that the entry left behind; what it may have returned besides is no result."""
+    frame.drop_result()
+    take = take_kernel_error if frame.target.is_cuda else take_raised
+    return take(frame.entry.name)
+
+
+def _pointer(target: LaunchTarget, handle: int) -> Any:
+    """A stream's handle as C has it, for a thread that gets the device's context with it."""
+    machine.make_current(target.device.index)
+    pointers = _thread.pointers
+    if len(pointers) >= _MOST_HANDLES:
+        pointers.clear()
+    return pointers.setdefault(handle, ffi.cast("void *", handle))
+
+
+def _cut_off() -> None:
+    """In a forked child of a process that had used a GPU: the next call looks at its device
+    again, which refuses it (`machine.refuse_after_fork`)."""
+    if machine.is_cut_off():
+        _thread.pointers.clear()
+        streams.thread.scopes.clear()
+        streams.thread.replaced.clear()
+
+
+# After `machine`'s own, which finds out.
+os.register_at_fork(after_in_child=_cut_off)

@@ -1,0 +1,324 @@
+"""The words of a row's refusals: what generated code calls where a comparison fails.
+
+A comparison in generated code is quick and may be too strict (the stride of an axis of one
+element is never used): the methods that judge look again, and return where nothing is wrong.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fi_ffi.abi.tensor import TensorDesc, c_strides, is_row_major
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
+from fi_ffi.ops.row import KV_LAYOUTS, Row, Scalar, Tensor, Text
+
+if TYPE_CHECKING:
+    from fi_ffi.abi.device import Device
+
+_INT64 = 2**63
+PLANNED = "what was planned"  # has fixed a size, and no argument
+_BLOCK_THREADS = 1024  # the most that CUDA allows, on every GPU
+DEVICE_TYPES = ("cpu", "cuda")
+
+Descs = Sequence[TensorDesc | None]
+
+
+def check_number(op: str, name: str, arg: Scalar, value: Any) -> Any:
+    """`value` as the scalar's own type, within its limits; a bool is no number, an int is a float.
+
+    None stays what it is where it stands for a size.
+    """
+    if value is None and arg.size_of:
+        return None
+    if type(value) is not arg.type:
+        wanted = {int: numbers.Integral, float: numbers.Real, bool: bool}[arg.type]
+        if not isinstance(value, wanted) or (isinstance(value, bool) and arg.type is not bool):
+            got = f"{type(value).__name__} {printed(value)}"
+            raise ArgumentTypeError(op, name, got=got, expected=arg.abi_type)
+        try:
+            value = arg.type(value)  # type: ignore[call-overload,arg-type]
+        except OverflowError:
+            raise ArgumentError(op, name, got=value, expected="a finite number") from None
+    expected = ""
+    if arg.type is int and not -_INT64 <= value < _INT64:
+        expected = "an int64"
+    elif arg.type is float and not abs(value) < float("inf"):
+        expected = "a finite number"
+    elif arg.low is not None and value < arg.low:
+        expected = f"{arg.low} or more"
+    elif arg.high is not None and value > arg.high:
+        expected = f"{arg.high} or less"
+    elif arg.multiple_of > 1 and value % arg.multiple_of:
+        expected = f"a multiple of {arg.multiple_of}"
+    if expected:
+        raise ArgumentError(op, name, got=value, expected=expected)
+    return value
+
+
+class Refusals:
+    """Errors that name the op and its arguments as the caller knows them.
+
+    A plan, which has memory of its own, gives the `device` that all tensors must be on.
+    """
+
+    def __init__(
+        self, row: Row, op: str, names: Mapping[str, str], device: Device | None = None
+    ) -> None:
+        self.row, self.op, self._names, self._device = row, op, names, device
+        self._scalars = {arg.name: arg for arg in row.args if isinstance(arg, Scalar)}
+        self._texts = {arg.name: arg for arg in row.args if isinstance(arg, Text)}
+        self._tensors = {arg.name: arg for arg in row.tensors}
+
+    def name(self, argument: str) -> str:
+        """What the caller calls an argument."""
+        return self._names.get(argument, argument)
+
+    def error(self, argument: str, got: object, expected: object) -> ArgumentError:
+        return ArgumentError(self.op, self.name(argument), got=got, expected=expected)
+
+    def size(
+        self, argument: str, desc: TensorDesc, axis: str, size: int, fixed_by: str = ""
+    ) -> NoReturn:
+        """A size that is not what another argument, or a plan, has fixed."""
+        source = f", as in `{self.name(fixed_by)}`" if fixed_by else ""
+        source = ", as planned" if fixed_by == PLANNED else source
+        raise self.error(argument, desc.layout, f"{axis} = {size}{source}")
+
+    def unsolved(
+        self, argument: str, desc: TensorDesc, axis: str, size: int, least: int, times: int
+    ) -> NoReturn:
+        """A size that no value of its axis' name gives."""
+        expected = (
+            f"{axis} of at least {least}" if size < least else f"{axis}, a multiple of {times}"
+        )
+        raise self.error(argument, desc.layout, expected)
+
+    def limit(self, argument: str, desc: TensorDesc | None, expected: str) -> NoReturn:
+        """A size outside of the row's limits."""
+        got = "what was planned" if desc is None else desc.layout
+        raise self.error(argument, got, expected)
+
+    def number(self, name: str, value: Any) -> Any:
+        """A number that cannot be written as it is: converted, or refused."""
+        return check_number(self.op, self.name(name), self._scalars[name], value)
+
+    def text(self, name: str, value: object) -> NoReturn:
+        expected = " or ".join(map(repr, self._texts[name].words))
+        raise self.error(name, printed(value), expected)
+
+    def kv_layout(self, name: str, value: object) -> NoReturn:
+        raise self.error(name, printed(value), " or ".join(map(repr, KV_LAYOUTS)))
+
+    def size_of(self, name: str, value: int, size: int) -> NoReturn:
+        arg = self._scalars[name]
+        or_less = " or less" if arg.or_less else ""
+        raise self.error(name, value, f"{size}{or_less}, the size of {arg.size_of}")
+
+    def rule(self, number: int, values: Sequence[object]) -> NoReturn:
+        rule = self.row.rules[number]
+        expected = rule.expected if isinstance(rule.expected, str) else rule.expected(*values)
+        given = dict(zip(rule.of, values, strict=True))
+        told = {True: "a tensor", False: "none"}
+        words = {name: told[bool(given[name])] for name in self._tensors.keys() & given.keys()}
+        got = ", ".join(f"{self.name(name)} = {words.get(name, given[name])}" for name in given)
+        raise self.error(rule.argument, got, expected)
+
+    def scratch(self, name: str, have: int, need: int) -> NoReturn:
+        raise self.error(name, f"{have} bytes", f"{need} bytes or more")
+
+    def strides(self, name: str, desc: TensorDesc, step: int) -> None:
+        """Judge the strides of a tensor; its elements are loaded `step` at a time."""
+        tensor = self._tensors[name]
+        shape, strides = desc.shape, desc.strides
+        how = ""
+        if tensor.transposed:
+            how = ", but for its last two axes, which are transposed"
+            shape = (*shape[:-2], shape[-1], shape[-2])
+            strides = (*strides[:-2], strides[-1], strides[-2])
+        if 0 in shape:
+            return
+        expected = self._wrong_strides(tensor, shape, strides, step, how)
+        if expected:
+            got = f"{desc.dtype}{list(desc.shape)} with strides {desc.strides}"
+            raise self.error(name, got, expected)
+        if tensor.parts > 1:
+            self._check_part(name, desc, tensor.parts)
+
+    def _wrong_strides(
+        self, tensor: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], step: int, how: str
+    ) -> str:
+        if tensor.contiguous and not is_row_major(shape, strides):
+            return f"a contiguous tensor{how}"
+        if strides and strides[-1] != 1:
+            return f"a last axis with stride 1{how}"
+        # The stride of an axis of one element is never used.
+        outer = [(stride, n) for stride, n in zip(strides[:-1], shape, strict=False) if n > 1]
+        limit = tensor.offset_limit or self.row.offset_limit
+        if any(stride < 0 for stride, _ in outer):
+            return "strides of 0 or more"
+        if any(stride % step for stride, _ in outer):
+            return f"strides in multiples of the {step} elements loaded at a time"
+        if any(stride >= tensor.stride_limit for stride, _ in outer):
+            return f"strides below {tensor.stride_limit} elements, as far as the kernel counts"
+        reach = sum(stride * (n - 1) for stride, n in zip(strides, shape, strict=True)) + 1
+        if reach > limit:
+            return f"offsets below {limit} elements, as far as the kernel counts"
+        if tensor.writes and shape:
+            reach = shape[-1] - 1
+            for stride, size in sorted(outer):
+                if stride <= reach:
+                    return "elements that do not overlap, because they are written"
+                reach += stride * (size - 1)
+        return ""
+
+    def _check_part(self, name: str, desc: TensorDesc, parts: int) -> None:
+        strides = c_strides((*desc.shape[:-1], desc.shape[-1] * parts))
+        both = zip(desc.shape, desc.strides, strides, strict=True)
+        if any(n > 1 and stride != wanted for n, stride, wanted in both):
+            expected = f"{strides}, as one of {parts} parts of a contiguous tensor has them"
+            raise self.error(name, f"strides {desc.strides}", expected)
+
+    def same_strides(self, name: str, desc: TensorDesc, first: str, other: TensorDesc) -> NoReturn:
+        expected = f"{other.strides}, those of `{self.name(first)}`"
+        raise self.error(name, f"strides {desc.strides}", expected)
+
+    def address(self, name: str, desc: TensorDesc, alignment: int) -> None:
+        """Judge an address: of a tensor without elements any will do."""
+        if desc.numel:
+            expected = f"an address that is a multiple of {alignment} bytes, and not null"
+            raise self.error(name, f"{desc.ptr:#x} for {desc.layout}", expected)
+
+    def overlap(self, *descs: TensorDesc | None) -> None:
+        """Judge whether a written tensor shares memory with another, and may not."""
+        earlier: list[tuple[Tensor, TensorDesc]] = []
+        for arg, desc in zip(self.row.tensors, descs, strict=True):
+            if desc is None or not desc.numel:
+                continue
+            for other, before in earlier:
+                if not (arg.writes or other.writes) or not may_overlap(desc, before):
+                    continue
+                same = any({arg.name, other.name} == {*two} for two in self.row.in_place)
+                if same and desc.ptr == before.ptr and _axes_of(desc) == _axes_of(before):
+                    continue
+                # What is written is at fault; of two that are, the later one.
+                at_fault, beside = (arg, before) if arg.writes else (other, desc)
+                span = f"{beside.ptr:#x} to {beside.ptr + beside.span_bytes:#x}"
+                whose = self.name((other if arg.writes else arg).name)
+                got = f"memory that overlaps `{whose}` ({span})"
+                expected = "the very same memory, or memory apart" if same else "memory apart"
+                raise self.error(at_fault.name, got, expected)
+            earlier.append((arg, desc))
+
+    def apart(self, name: str, desc: TensorDesc, others: Mapping[str, TensorDesc | None]) -> None:
+        """Refuse memory beside the row's own, which is written, where it is in one of these."""
+        for other, held in others.items():
+            if desc.numel and held is not None and held.numel and may_overlap(desc, held):
+                span = f"{held.ptr:#x} to {held.ptr + held.span_bytes:#x}"
+                got = f"memory that overlaps `{self.name(other)}` ({span})"
+                raise self.error(name, got, "memory apart")
+
+    def held(self, name: str, desc: TensorDesc, memory: Sequence[int]) -> None:
+        """Judge whether a tensor shares memory with what a plan works in."""
+        for start, end in zip(memory[::2], memory[1::2], strict=True):
+            if desc.numel and desc.ptr < end and start < desc.ptr + desc.span_bytes:
+                span = f"{start:#x} to {end:#x}"
+                raise self.error(name, f"memory that overlaps the plan's ({span})", "memory apart")
+
+    def block(self, name: str, desc: TensorDesc, threads: int, count: int) -> None:
+        """Judge what one thread block covers: `count` times so many threads."""
+        most = _BLOCK_THREADS // threads
+        if count > most:
+            axes = " * ".join(self.row.block)
+            raise self.error(
+                name, desc.layout, f"{axes} of at most {most}: one thread block covers them"
+            )
+
+    def together(self, present: Sequence[str]) -> None:
+        """Judge arguments that go together."""
+        if present and len(present) != len(self.row.together):
+            missing = next(name for name in self.row.together if name not in present)
+            expected = f"a value, as `{self.name(present[0])}` has one: they go together"
+            raise self.error(missing, "none", expected)
+
+    # What a combination of kinds is refused for, once for each combination.
+
+    def kinds(self, descs: Descs, kv_layout: str) -> None:
+        """Refuse ranks, dtypes, devices and read-only memory that the row has no kernel for."""
+        for tensor, desc in self._present(descs):
+            names = tensor.axes_in(kv_layout)
+            if desc.kind.rank != len(names):
+                raise self.error(tensor.name, desc.layout, f"rank {len(names)} ({' '.join(names)})")
+        self._dtypes(descs)
+        self.devices(descs)
+        for tensor, desc in self._present(descs):
+            if tensor.writes and desc.readonly:
+                raise self.error(tensor.name, "read-only memory", "writable")
+
+    def _present(self, descs: Descs) -> list[tuple[Tensor, TensorDesc]]:
+        pairs = zip(self.row.tensors, descs, strict=True)
+        return [(tensor, desc) for tensor, desc in pairs if desc is not None]
+
+    def _dtypes(self, descs: Descs) -> None:
+        row, bound = self.row, dict[str, Any]()
+        for tensor, desc in self._present(descs):
+            allowed = row.dtypes.get(tensor.dtype, (tensor.dtype,))
+            if desc.dtype.name not in allowed:
+                raise self.error(tensor.name, desc.dtype, " or ".join(allowed))
+            same = bound.setdefault(tensor.dtype, desc.dtype)
+            if desc.dtype is not same:
+                raise self.error(
+                    tensor.name, desc.dtype, f"{same}, the {tensor.dtype} of this call"
+                )
+        for lacking in row.lacks:
+            if all(name in bound and bound[name].name == dtype for name, dtype in lacking.items()):
+                tensor = next(tensor for tensor in row.tensors if tensor.dtype in lacking)
+                others = " and ".join(name for name in lacking if name != tensor.dtype)
+                raise self.error(
+                    tensor.name, bound[tensor.dtype], f"another dtype with such {others}"
+                )
+
+    def devices(self, descs: Descs) -> Device | None:
+        """The one device of all tensors but those that are read on the host."""
+        first = None if self._device is None else ("as planned", self._device)
+        for tensor, desc in self._present(descs):
+            device = desc.device
+            if tensor.host:
+                if device.type != "cpu":
+                    expected = "an array on the host: it is read before anything is launched"
+                    raise self.error(tensor.name, device, expected)
+                continue
+            if device.type not in DEVICE_TYPES:
+                raise self.error(tensor.name, device, " or ".join(DEVICE_TYPES))
+            if first is None:
+                first = f"the device of `{self.name(tensor.name)}`", device
+            elif device is not first[1]:
+                expected = f"{first[1]}, {first[0]}"
+                raise self.error(tensor.name, device, expected)
+        return first[1] if first else None
+
+
+def _axes_of(desc: TensorDesc) -> list[tuple[int, int]]:
+    """Strides in bytes and sizes, of the axes that have more than one element."""
+    itemsize = desc.kind.itemsize
+    both = zip(desc.strides, desc.shape, strict=True)
+    return [(abs(stride) * itemsize, size) for stride, size in both if size > 1]
+
+
+def may_overlap(one: TensorDesc, other: TensorDesc) -> bool:
+    """False where two tensors share no byte, as slices of one buffer may not."""
+    distance = other.ptr - one.ptr
+    if distance >= one.span_bytes or -distance >= other.span_bytes:
+        return False
+    axes = [_axes_of(one), _axes_of(other)]
+    periods = {stride for strides in axes for stride, _ in strides if stride}
+    for period in sorted(periods, reverse=True):
+        # How much of each period a tensor reaches over, from where it starts.
+        first, second = (
+            desc.kind.itemsize + sum((size - 1) * s for s, size in strides if s % period)
+            for desc, strides in zip((one, other), axes, strict=True)
+        )
+        if distance % period >= first and -distance % period >= second:
+            return False
+    return True

@@ -1,0 +1,275 @@
+"""From a row to the source of its calls: straight-line Python, compiled once a row.
+
+A call reads addresses, sizes and strides, compares them (`Checks`), writes them into a frame,
+and launches it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+
+from fi_ffi.abi.library import TypeIndex
+from fi_ffi.ops.call.checks import Checks, Form, parameters
+from fi_ffi.ops.row import (
+    Arg,
+    IntArray,
+    KvLayout,
+    Scalar,
+    Tensor,
+    Text,
+)
+
+_INT64 = 2**63
+# Locals that checks of shapes and strides leave behind.
+_LOCALS = re.compile(r"\b(?:size__\w+|\w+__[ds]\d+|\w+__span|mask__\d+|step__\d+)\b")
+
+
+def call_source(form: Form) -> str:
+    """A method `call(self, /, ..., *, stream=None)` that launches."""
+    writer = _Writer(form)
+    header = f"def call(self, /, {parameters(form.row)}):"
+    return _function(header, writer.lines(writer.launch))
+
+
+def pack_source(form: Form) -> str:
+    """A function of the same parameters that returns the variant, a frame of its own (None
+    where there is nothing to do), scratch memory that was taken, and the bits that other
+    addresses must not have; where arguments are bound, the first two."""
+    row, writer = form.row, _Writer(form, is_packing=True)
+    name = _identifier(row.name)
+    if form.bound:
+        names = form.packed_names
+        header = f"def {name}(_held, {', '.join(names)}):"
+    else:
+        header = f"def {name}({parameters(row)}):"
+    return _function(header, writer.lines(lambda: [writer.packed("frame")]))
+
+
+def check_source(form: Form) -> str:
+    """A function of the same parameters, but for the stream, that raises what a call would;
+    the tensors by name, and the axes' sizes."""
+    row, writer = form.row, _Writer(form)
+    writer.memo = "memo_of_check"
+
+    def end() -> list[str]:
+        tensors = ", ".join(f"{arg.name!r}: {arg.name}" for arg in row.tensors)
+        sizes = ", ".join(f"{axis!r}: {size}" for axis, size in writer.sizes.items())
+        return [f"return {{{tensors}}}, {{{sizes}}}"]
+
+    header = f"def {_identifier(row.name)}({parameters(row)}):"
+    return _function(header, writer.lines(end, is_checking=True))
+
+
+def bind_source(form: Form) -> str:
+    """A function of the same parameters that returns them by name, and the stream."""
+    names = ", ".join(f"{arg.name!r}: {arg.name}" for arg in form.row.given)
+    header = f"def {_identifier(form.row.name)}({parameters(form.row)}):"
+    return _function(header, [f"return {{{names}}}, stream"])
+
+
+def update_source(form: Form) -> str:
+    """A method of prepared calls: other addresses of tensors that stay as they are."""
+    return _function(*_Writer(form).update())
+
+
+def _function(header: str, lines: Sequence[str]) -> str:
+    return "\n".join([header, *(f"    {line}" for line in lines)])
+
+
+def _identifier(name: str) -> str:
+    return name.replace(".", "_")
+
+
+class _Writer(Checks):
+    """Lines of one function; `lines` are all up to a frame that is written."""
+
+    def lines(self, end: Callable[[], Sequence[str]], is_checking: bool = False) -> list[str]:
+        """The function's lines, with those that `end` makes last; all but these are checks
+        where it `is_checking`."""
+        checks = [
+            *self._shapes(), *self._limits(), *self._relations(), *self._strides(is_scratch=False),
+            *self._masks(), *self._packed_dims(),
+        ]  # fmt: skip
+        after = [
+            *self._numbers(), *self._together(), *self._scratch(), *self._strides(is_scratch=True),
+            *self._rules(of_memory=False), *([] if is_checking else self._nothing()),
+            *self._addresses(), *self._overlap(), *self._rules(of_memory=True),
+            *([] if is_checking else [*self._frame(), *self._writes()]), *end(),
+        ]  # fmt: skip
+        return [*self._describe(), *self._find_variant(), *self._checked(checks, after), *after]
+
+    def _checked(self, checks: Sequence[str], after: Sequence[str]) -> list[str]:
+        """Checks of shapes and strides, left out where they are those of the call before.
+
+        A decoder's layers, and most loops, repeat them; a call of another layout costs one
+        comparison more (docs/performance.md has both).
+        """
+        text = "\n".join(after)
+        scratch = tuple(f"{arg.name}__" for _, arg in self.tensors if arg.is_scratch)
+        kept = sorted(name for name in {*_LOCALS.findall(text)} if not name.startswith(scratch))
+        layouts = []
+        for _, arg in self.tensors:
+            if arg.is_scratch:
+                continue
+            for of in (f"{arg.name}.shape", f"{arg.name}.strides"):
+                layouts.append(f"None if {arg.name} is None else {of}" if arg.optional else of)
+        if self.form.known:
+            layouts.append("_held.sizes")
+        names = ", ".join(kept)
+        return [
+            f"layouts = ({''.join(f'{part}, ' for part in layouts)})",
+            f"memo = variant.{self.memo}",
+            "if memo[0] != layouts:",
+            *(f"    {line}" for line in checks),
+            f"    memo = variant.{self.memo} = (layouts, {names})",
+            f"_, {names}{',' * (not kept)} = memo" if kept else "pass",
+        ]
+
+    def _frame(self) -> list[str]:
+        if self.form.bound:
+            return ["frame = _held.frame(variant)"]
+        return [
+            "try:",
+            "    frame = variant.frames.pop()",
+            "except IndexError:",
+            "    frame = None",
+            f"if frame is None: frame = variant.new_frame({'' if self.is_packing else 'stream'})",
+        ]  # fmt: skip
+
+    def _writes(self) -> list[str]:
+        lines = []
+        if any(isinstance(arg, (Tensor, IntArray)) for _, arg in self.given):
+            lines.append("addresses = frame.addresses")
+        words = "frame.words"
+        for i, arg in self.given:
+            word = self.layout.value(i)
+            if isinstance(arg, Tensor):
+                lines.append(f"addresses[{word}] = {arg.name}__p")
+            elif isinstance(arg, IntArray):
+                if arg.optional:
+                    kind = f"{int(TypeIndex.ARRAY)} if {arg.name} else {int(TypeIndex.NONE)}"
+                    lines.append(f"{words}[{word - 1}] = {kind}")
+                lines.append(f"addresses[{word}] = {arg.name}")
+            elif isinstance(arg, Text):
+                lines.append(f"{words}[{word}] = texts{i}[{arg.name}]")
+            elif isinstance(arg, Scalar):
+                value = arg.name
+                if arg.library:
+                    value = f"{value} or variant.library_handle({arg.library!r})"
+                view = "frame.floats" if arg.type is float else words
+                lines.append(f"{view}[{word}] = {value}")
+        if self._written():
+            lines.append("frame.dims[:] = dims__d0")
+        for i, arg in self.tensors:
+            if arg.is_scratch:
+                at = self.layout.dims[i]
+                dims = enumerate(self._dims(arg), at)
+                lines += [f"frame.words[{word}] = {value}" for word, value in dims]
+        return lines
+
+    def _written(self) -> list[Arg]:
+        """The tensors whose shapes and strides lie side by side in a frame."""
+        last = self.form.last
+        return [
+            arg
+            for arg, rank in zip(self.row.slots, self.layout.ranks, strict=True)
+            if rank is not None and arg.name not in last
+        ]
+
+    def _packed_dims(self) -> list[str]:
+        """The bytes of all shapes and strides, as a frame has them."""
+        dims = [part for arg in self._written() for part in self._dims(arg)]
+        return [f"dims__d0 = pack_dims({', '.join(dims)})"] if self._written() else []
+
+    def _dims(self, arg: Arg) -> list[str]:
+        if not isinstance(arg, Tensor):
+            return ["0", "1"]  # a tensor without elements
+        name, rank = arg.name, len(arg.axis_names)
+        layout = next((other for _, other in self.given if isinstance(other, KvLayout)), None)
+        if arg.kv and layout is not None and not layout.strided:
+            return [f"*{name}.shape", f"*{name}.strides"]
+        return [*self.dims[name], *(f"{name}__s{k}" for k in range(rank))]
+
+    def _nothing(self) -> list[str]:
+        row = self.row
+        nothing = self.packed("None") if self.is_packing else "return None"
+        if row.nothing_axis:
+            return [f"if not {self.sizes[row.nothing_axis]}: {nothing}"]
+        written = [arg for _, arg in self.tensors if arg.writes and not arg.is_scratch]
+        if not written:
+            return []
+        empty = [f"not ({' * '.join(self.dims[arg.name]) or '1'})" for arg in written]
+        return [f"if {' and '.join(empty)}: {nothing}"]
+
+    def packed(self, frame: str) -> str:
+        """What a packed call is returned as."""
+        if self.form.bound:
+            return f"return variant, {frame}"
+        scratch = "".join(f"{arg.name}, " for _, arg in self.tensors if arg.is_scratch)
+        masks = "".join(f"{self._loaded(arg)[1]}, " for _, arg in self.tensors)
+        return f"return variant, {frame}, ({scratch}), ({masks})"
+
+    def launch(self) -> list[str]:
+        row = self.row
+        if row.allocates or any(arg.as_object for arg in row.tensors):
+            return [
+                "try:",
+                "    return variant.run(frame, stream)",
+                "finally:",
+                "    variant.give_back(frame)",
+            ]
+        return [
+            "try:",
+            "    launch(frame, stream)",
+            *(["    return frame.take_result()"] if row.result != "void" else []),
+            "finally:",
+            "    variant.frames.append(frame)",
+        ]
+
+    def update(self) -> tuple[str, list[str]]:
+        """Header and lines of a prepared call's `update`: quickly where only addresses change."""
+        row = self.row
+        header = f"def update(self, /, {', '.join(f'{arg.name}=KEEP' for arg in row.given)}):"
+        changes = ", ".join(f"{arg.name!r}: {arg.name}" for arg in row.given)
+        change = [f"self.change({{{changes}}})"]
+        names = [arg.name for arg in row.tensors]
+        fixed = [arg.name for arg in row.given if not isinstance(arg, Tensor)]
+        if row.allocates or any(arg.optional or arg.is_scratch for arg in row.tensors):
+            return header, change
+        words = [self.layout.value(i) for i, arg in enumerate(row.slots) if isinstance(arg, Tensor)]
+        now = [
+            f"{name}__p = {name} if {name} is not KEEP else addresses[{word}]"
+            for name, word in zip(names, words, strict=True)
+        ]
+        tests = [f"type({name}__p) is int and 0 < {name}__p < {_INT64}" for name in names]
+        tests += [f"not {name}__p & masks[{k}]" for k, name in enumerate(names)]
+        tests += [f"{name} is KEEP" for name in fixed]
+        for a, b in itertools.combinations(range(len(names)), 2):
+            if row.tensors[a].writes or row.tensors[b].writes:
+                x, y = f"{names[a]}__p", f"{names[b]}__p"
+                tests.append(f"({x} >= {y} + spans[{b}] or {y} >= {x} + spans[{a}])")
+        return header, [
+            "try:",
+            "    frame = self.take()",
+            "except IndexError:",
+            "    frame = self.reclaim()",
+            "try:",
+            "    if frame is not None:",
+            "        addresses, masks, spans = frame.addresses, self.masks, self.spans",
+            *(f"        {line}" for line in now),
+            f"        if {' and '.join(tests)}:",
+            *(
+                f"            addresses[{word}] = {name}__p"
+                for name, word in zip(names, words, strict=True)
+            ),
+            *(
+                f"            if {name} is not KEEP: self.owners[{k}] = None"
+                for k, name in enumerate(names)
+            ),
+            "            return",
+            "finally:",
+            "    self.give(frame)",
+            *change,
+        ]

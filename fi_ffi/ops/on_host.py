@@ -1,0 +1,167 @@
+"""What a runtime works out on the host: for a paged KV cache (docs/paged-kv-cache.md), for ragged
+sequences (docs/gdn.md), and for packed bits.
+
+Arrays here are host arrays: numpy's, anything numpy reads, or a list of ints.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fi_ffi.abi.device import parse_device
+from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.abi.tensor import TensorDesc, frozen, tensor_kind
+from fi_ffi.errors import ArgumentError
+from fi_ffi.ops.call.arguments import (
+    INT32_MAX,
+    INT64_MAX,
+    check_each,
+    check_indptr,
+    check_int,
+    check_int_array,
+)
+from fi_ffi.ops.call.memory import scratch_bytes
+from fi_ffi.ops.table import gdn
+
+if TYPE_CHECKING:
+    import numpy
+    import numpy.typing
+
+    from fi_ffi.ops.call.arguments import Integers
+
+    Indices = numpy.ndarray[Any, numpy.dtype[numpy.int32]]
+
+# Tokens that `gdn_prefill` takes at a time.
+_TILE = 64
+
+
+def batch_indices_positions(
+    append_indptr: numpy.typing.ArrayLike, seq_lens: numpy.typing.ArrayLike
+) -> tuple[Indices, Indices]:
+    """The request of each new token, and its place in it.
+
+    The new tokens of request i are `append_indptr[i]` to `append_indptr[i + 1]`, and the
+    last ones of its `seq_lens[i]`.  Raises `ArgumentError` where an `append_indptr` does not
+    start at 0 or decreases, or a request has fewer tokens than are new.
+    """
+    import numpy as np
+
+    op = "batch_indices_positions"
+    indptr = check_indptr(op, "append_indptr", append_indptr)
+    lengths = check_int_array(op, "seq_lens", seq_lens)
+    new = np.diff(indptr)
+    _same_requests(op, "seq_lens", lengths, new)
+    check_each(op, "seq_lens", lengths, lengths >= new, "no fewer tokens than are appended")
+    batch_indices = np.repeat(np.arange(len(new), dtype=np.int32), new)
+    # The i-th token of all is the (i - indptr)-th new one of its request.
+    positions = np.arange(indptr[-1]) + np.repeat(lengths - new - indptr[:-1], new)
+    return batch_indices, positions.astype(np.int32)
+
+
+def seq_lens(
+    kv_indptr: numpy.typing.ArrayLike, kv_last_page_len: numpy.typing.ArrayLike, page_size: int
+) -> Indices:
+    """The tokens of each request, from its pages; 0 for one that has none.
+
+    Raises `ArgumentError` where `kv_indptr` does not start at 0 or decreases, or a last
+    page holds no token or more than `page_size`.
+    """
+    import numpy as np
+
+    op = "seq_lens"
+    pages = np.diff(check_indptr(op, "kv_indptr", kv_indptr))
+    last = check_int_array(op, "kv_last_page_len", kv_last_page_len)
+    size = check_int(op, "page_size", page_size, 1)
+    _same_requests(op, "kv_last_page_len", last, pages)
+    fits = (last >= (pages > 0)) & (last <= size)
+    check_each(
+        op, "kv_last_page_len", last, fits, f"1 to {size} tokens, or 0 where there is no page"
+    )
+    held = np.where(pages > 0, (pages - 1) * size + last, 0)
+    check_each(op, "kv_indptr", held, held <= INT32_MAX, f"{INT32_MAX} tokens of a request at most")
+    return held.astype(np.int32)
+
+
+def split_paged_kv_cache(paged_kv_cache: TensorLike) -> tuple[TensorDesc, TensorDesc]:
+    """Keys and values that lie in one tensor, `(pages, 2, ...)`, without copying.
+
+    The three axes after the 2 are in either layout.  The descriptors keep the tensor alive;
+    they are of the same device, and read-only if it is.
+    """
+    op, argument = "split_paged_kv_cache", "paged_kv_cache"
+    whole = as_desc(paged_kv_cache, op, argument)
+    shape, strides = whole.shape, whole.strides
+    if len(shape) != 5 or shape[1] != 2:
+        expected = "rank 5, its second axis of size 2: keys and values"
+        raise ArgumentError(op, argument, got=whole.layout, expected=expected)
+    kind = tensor_kind(whole.dtype, whole.device, 4, whole.readonly)
+    sizes, steps = (shape[0], *shape[2:]), (strides[0], *strides[2:])
+    second = whole.ptr + (strides[1] * kind.itemsize if whole.numel else 0)
+    first, other = (frozen(ptr, sizes, steps, kind, whole) for ptr in (whole.ptr, second))
+    return first, other
+
+
+def _same_requests(op: str, argument: str, array: Integers, of_indptr: Integers) -> None:
+    if len(array) != len(of_indptr):
+        expected = f"{len(of_indptr)}, one for each request of the indptr"
+        raise ArgumentError(op, argument, got=f"{len(array)} elements", expected=expected)
+
+
+def cu_seqlens(seq_lens: numpy.typing.ArrayLike) -> Integers:
+    """Where each sequence starts, and the end: int64, as `gdn_prefill` takes it.
+
+    Raises `ArgumentError` for a sequence without tokens: the kernel would never end.
+    """
+    import numpy as np
+
+    op = "cu_seqlens"
+    lengths = check_int_array(op, "seq_lens", seq_lens)
+    check_each(op, "seq_lens", lengths, lengths > 0, "one token of each sequence at least")
+    ends = np.cumsum(lengths)
+    check_each(op, "seq_lens", ends, ends <= INT32_MAX, f"{INT32_MAX} tokens in all")
+    return np.concatenate([np.zeros(1, np.int64), ends])
+
+
+def checkpoint_cu_starts(
+    cu_seqlens: numpy.typing.ArrayLike, checkpoint_every_n_tokens: int
+) -> Integers:
+    """Where each sequence's checkpoints start, and their number: int64.
+
+    The kernel takes 64 tokens at a time and keeps a checkpoint wherever it has begun a
+    multiple of `checkpoint_every_n_tokens / 64` of those: a sequence that ends within the
+    last of them has one more than `len // checkpoint_every_n_tokens`, of its last state.
+    FlashInfer's documentation counts without it, and then the next sequence's first
+    checkpoint is written twice, and the last one past the end.
+    """
+    import numpy as np
+
+    op = "checkpoint_cu_starts"
+    lengths = np.diff(check_indptr(op, "cu_seqlens", cu_seqlens))
+    check_each(op, "cu_seqlens", lengths, lengths > 0, "one token of each sequence at least", 1)
+    name = "checkpoint_every_n_tokens"
+    every = check_int(op, name, checkpoint_every_n_tokens, _TILE, INT64_MAX)
+    if every % _TILE:
+        raise ArgumentError(op, name, got=every, expected=f"a multiple of {_TILE}")
+    counts = -(-lengths // _TILE) // min(every // _TILE, INT32_MAX)
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+
+
+def gdn_prefill_workspace_size(device: object = "cuda:0") -> int:
+    """Bytes that `workspace_buffer` of `gdn_prefill` needs on a device."""
+    (arg,) = (arg for arg in gdn.ROWS[0].tensors if arg.bytes_per_multiprocessor)
+    return scratch_bytes(arg, parse_device(device, op="gdn_prefill_workspace_size"))
+
+
+def packed_indptr(indptr: numpy.typing.ArrayLike) -> Indices:
+    """Where each segment's bits start once they are packed, and the end: int32 on the host.
+
+    `indptr`, a host array or a list, has where each segment starts, and the end.  It is
+    `input_indptr` of `segment_packbits`, this its `output_indptr`, and the last of this the
+    bytes that `y` has.
+
+    Raises `ArgumentError` for one that does not start at 0 or decreases.
+    """
+    import numpy as np
+
+    lengths = np.diff(check_indptr("packed_indptr", "indptr", indptr))
+    return np.concatenate([[0], np.cumsum(-(-lengths // 8))]).astype(np.int32)

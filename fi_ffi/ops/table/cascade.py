@@ -1,0 +1,88 @@
+"""Merging attention states: entries of FlashInfer's `cascade` module.
+
+A state is what attention over some of the keys gives: an output, and a log-sum-exp of the
+logits to base 2.  The kernels (`include/flashinfer/attention/cascade.cuh`) count elements in 32
+bits, and a thread block has a token's heads; only `merge_states` of no fewer sets than tokens
+has a block for each head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fi_ffi.ops.row import Row, Rule, Tensor, Vector
+
+_V, _S = "n num_heads head_dim", "n num_heads"
+_OUT = {"writes": True, "reads": False}
+_VECTOR, _BLOCK = Vector(("head_dim",), threads=32), 1024
+
+
+def _tensor(name: str, axes: str, doc: str, **more: bool) -> Tensor:
+    is_output = "head_dim" in axes
+    return Tensor(name, axes, "T" if is_output else "float32", doc, contiguous=True, **more)
+
+
+def _fit_a_block(n: int, num_index_sets: int, num_heads: int, head_dim: int) -> bool:
+    threads = min(head_dim // 8, _VECTOR.threads)
+    return num_index_sets >= n or num_heads * threads <= _BLOCK
+
+
+def _rows(name: str, doc: str, *args: Tensor, **more: object) -> tuple[Row, Row]:
+    """Since 0.7.2 states that are empty merge to an empty one, not to NaN."""
+    fields = {
+        "dtypes": {"T": ("float16", "bfloat16")},
+        "vector": _VECTOR,
+        "offset_limit": 2**32,
+        "min_sizes": {},
+        "sizes_in": {"head_dim": (64, 128, 256, 512)},
+        "max_products": {("n",): 2**31 - 1},
+    }
+    row = Row(
+        name, "cascade", name, "csrc/flashinfer_cascade_binding.cu", doc, args,
+        releases=">=0.6.3,<0.7.2", **(fields | more),  # type: ignore[arg-type]
+    )  # fmt: skip
+    return row, replace(row, releases=">=0.7.2", variant="_of_empty_ones")
+
+
+ROWS = (
+    *_rows(
+        "merge_state",
+        "Merge two attention states, of keys A and keys B, to that of both.",
+        _tensor("v_a", _V, "A's output"),
+        _tensor("s_a", _S, "A's log-sum-exp, to base 2"),
+        _tensor("v_b", _V, "B's output"),
+        _tensor("s_b", _S, "B's log-sum-exp"),
+        _tensor("v_merged", _V, "the output of both", **_OUT),
+        _tensor("s_merged", _S, "the log-sum-exp of both", **_OUT),
+        block=("num_heads",),
+        # As `merge_state_in_place`: a thread writes the elements of v that it has read, and a
+        # head's sum is read and written by threads of one warp.
+        in_place=tuple((f"{of}_merged", f"{of}_{part}") for of in "vs" for part in "ab"),
+    ),
+    *_rows(
+        "merge_state_in_place",
+        "Merge another attention state into one.",
+        _tensor("v", _V, "the output; becomes that of both", writes=True),
+        _tensor("s", _S, "its log-sum-exp, to base 2; becomes that of both", writes=True),
+        _tensor("v_other", _V, "the other's output"),
+        _tensor("s_other", _S, "the other's log-sum-exp"),
+        Tensor("mask", "n", "M", "tokens that stay as they are, where it is 0; none without it",
+               contiguous=True, optional=True),
+        dtypes={"T": ("float16", "bfloat16"), "M": ("bool", "uint8")},
+        block=("num_heads",),
+    ),
+    *_rows(
+        "merge_states",
+        "Merge the attention states of any number of sets of keys; of none the output is 0.",
+        _tensor("v", "n num_index_sets num_heads head_dim", "each set's output"),
+        _tensor("s", "n num_index_sets num_heads", "each set's log-sum-exp, to base 2"),
+        _tensor("v_merged", _V, "the output of all", **_OUT),
+        _tensor("s_merged", _S, "the log-sum-exp of all", **_OUT),
+        max_products={("n",): 2**31 - 1, ("num_heads",): 2**16 - 1},
+        rules=(
+            Rule("v", ("n", "num_index_sets", "num_heads", "head_dim"), _fit_a_block,
+                 "num_index_sets of at least n, or num_heads that fit a block of 1024 threads, "
+                 "head_dim / 8 (at most 32) for each"),
+        ),
+    ),
+)  # fmt: skip

@@ -1,0 +1,130 @@
+"""The RMSNorm family: entries of FlashInfer's `norm` module.
+
+What a row demands beyond the binding's own checks follows the kernels in
+`include/flashinfer/norm.cuh`: how wide they load, and the width of the integers
+they compute offsets in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fi_ffi.ops.row import Row, Scalar, Tensor, Vector
+
+_SOURCE = "csrc/flashinfer_norm_binding.cu"
+_T = {"T": ("float16", "bfloat16")}
+_T_QUANT = _T | {"O": ("float8_e4m3fn", "float8_e5m2")}
+
+_OUT = {"writes": True, "reads": False}
+_EPS = Scalar("eps", float, 1e-6, "added to the mean square before the root", low=0.0)
+_PDL = Scalar(
+    "enable_pdl", bool, False,
+    "programmatic dependent launch (SM90 and later): start while the previous kernel drains",
+)  # fmt: skip
+_WEIGHT = Tensor("weight", "h", "T", "scale of each column")
+_SCALE = Tensor("scale", "1", "float32", "the output is divided by it, then clamped to ±448")
+_FULL_SCALE = replace(_SCALE, doc="the output is divided by it, then clamped to O's range")
+_SCALE_NUMBER = Scalar("scale", float, None, _SCALE.doc)
+_RESIDUAL = Tensor("residual", "n h", "T", "gets `input + residual`, rounded to T", writes=True)
+
+
+def _row(name: str, doc: str, *args: Tensor | Scalar, symbol: str = "", **more: object) -> Row:
+    fields = {"dtypes": _T, "releases": ">=0.6.3"} | more
+    return Row(name, "norm", symbol or name, _SOURCE, doc, args, **fields)  # type: ignore[arg-type]
+
+
+def _quant_rows(name: str, doc: str, *tensors: Tensor) -> tuple[Row, ...]:
+    """The rows of a quantising op: `scale` became a tensor in 0.6.7, and 0.6.16 no longer
+    clamps float8_e5m2 to the range of float8_e4m3fn."""
+
+    def row(releases: str, scale: Tensor | Scalar, variant: str = "") -> Row:
+        args = (*tensors, scale, _EPS, _PDL)
+        return _row(name, doc, *args, dtypes=_T_QUANT, releases=releases, variant=variant)
+
+    return (
+        row(">=0.6.7,<0.6.16", _SCALE),
+        row(">=0.6.3,<0.6.7", _SCALE_NUMBER),
+        row(">=0.6.16", _FULL_SCALE, "_full_range"),
+    )
+
+
+# A thread reads its own elements of a row, twice, before it writes the same ones.
+_IN_PLACE = (("out", "input"),)
+_NORM = (
+    Tensor("out", "n h", "T", "may be `input` itself", **_OUT),
+    Tensor("input", "n h", "T", "rows to normalise"),
+    _WEIGHT,
+    _EPS,
+    _PDL,
+)
+_FUSED_ADD = (
+    Tensor("input", "n h", "T", "gets the normalised rows", writes=True),
+    _RESIDUAL,
+    _WEIGHT,
+    _EPS,
+    _PDL,
+)
+
+ROWS = (
+    _row(
+        "rmsnorm",
+        "RMS-normalise rows: `out = input / sqrt(mean(input**2) + eps) * weight`.",
+        *_NORM,
+        in_place=_IN_PLACE,
+    ),
+    _row(
+        "qk_rmsnorm",
+        "RMS-normalise the last axis of a 3-D tensor, one warp for each (token, head).",
+        Tensor("out", "n k h", "T", "may be `input` itself", **_OUT),
+        Tensor("input", "n k h", "T", "(tokens, heads, head_dim)"),
+        _WEIGHT,
+        _EPS,
+        _PDL,
+        symbol="rmsnorm",
+        in_place=_IN_PLACE,
+    ),
+    _row(
+        "gemma_rmsnorm",
+        "RMS-normalise rows, Gemma's way: `out = input / rms(input) * (1 + weight)`.",
+        *_NORM,
+        in_place=_IN_PLACE,
+    ),
+    _row(
+        "fused_add_rmsnorm",
+        "In place: `residual += input`, then `input = residual / rms(residual) * weight`.",
+        *_FUSED_ADD,
+    ),
+    _row(
+        "gemma_fused_add_rmsnorm",
+        "In place: `residual += input`, then `input = residual / rms(residual) * (1 + weight)`.",
+        *_FUSED_ADD,
+    ),
+    *_quant_rows(
+        "rmsnorm_quant",
+        "RMS-normalise rows and quantise: `out = fp8(input / rms(input) * weight / scale)`.",
+        Tensor("out", "n h", "O", "quantised rows", **_OUT),
+        Tensor("input", "n h", "T", "rows to normalise"),
+        _WEIGHT,
+    ),
+    *_quant_rows(
+        "fused_add_rmsnorm_quant",
+        "`residual += input`, then `out = fp8(residual / rms(residual) * weight / scale)`.",
+        Tensor("out", "n h", "O", "quantised rows", **_OUT),
+        Tensor("input", "n h", "T", "added to the residual"),
+        _RESIDUAL,
+        _WEIGHT,
+    ),
+    _row(
+        "layernorm",
+        "Layer-normalise rows: `out = (input - mean) / sqrt(variance + eps) * gamma + beta`.",
+        Tensor("out", "n h", "T", "normalised rows", as_object=True, contiguous=True, **_OUT),
+        Tensor("input", "n h", "T", "rows to normalise", as_object=True, contiguous=True),
+        Tensor("gamma", "h", "float32", "scale of each column", as_object=True),
+        Tensor("beta", "h", "float32", "shift of each column", as_object=True),
+        _EPS,
+        dtypes={"T": ("bfloat16",)},
+        vector=Vector(("h",), bytes=4, dtype="T"),  # pairs of bfloat16, and so pairs of float32
+        offset_limit=2**31,
+        in_place=_IN_PLACE,
+    ),
+)

@@ -1,0 +1,159 @@
+"""Rotary position embeddings with quantised results: the other entries of the `rope` module.
+
+A thread of these kernels has 16 elements: 32 bytes of an input, 16 of an output, and those that it
+rotates are all of its own part or all of its partner's.  Strides are kept in 32 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from fi_ffi.ops.row import Absent, KvLayout, Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.table.rope import (
+    INDEX,
+    INPUTS,
+    INTERLEAVE,
+    MOST,
+    MOST_BLOCKS,
+    MOST_THREADS,
+    POS_IDS,
+    WIDE,
+    chunks,
+    cos_sin_cache,
+    row,
+)
+
+_QUANTISED = INPUTS | {"O": ("float8_e4m3fn", "float8_e5m2")} | INDEX
+_PDL = Scalar(
+    "enable_pdl", bool, False,
+    "programmatic dependent launch (SM90 and later): start while the previous kernel drains",
+)  # fmt: skip
+_SCALES = (
+    Scalar("quant_scale_q", float, 1.0, "queries are multiplied by it", low=0.0),
+    Scalar("quant_scale_kv", float, 1.0, "keys and values are multiplied by it", low=0.0),
+)
+
+
+def _in(name: str, heads: str, size: str, doc: str) -> Tensor:
+    return Tensor(name, f"nnz {heads} {size}", "T", doc, stride_limit=2**32)
+
+
+def _out(name: str, heads: str, size: str, doc: str) -> Tensor:
+    return replace(_in(name, heads, size, doc), dtype="O", writes=True, reads=False)
+
+
+def _both(heads: str) -> tuple[Tensor, ...]:
+    return (
+        _in("q_rope_in", "num_qo_heads", "rope_dim", "the part of queries to be rotated"),
+        _in("k_rope_in", heads, "rope_dim", "the part of keys to be rotated"),
+        _in("q_nope_in", "num_qo_heads", "no_rope_dim", "the rest of queries, or no elements"),
+        _in("k_nope_in", heads, "no_rope_dim", "the rest of keys, or no elements"),
+    )
+
+
+_Q_OUT = (
+    _out("q_rope_out", "num_qo_heads", "rope_dim", "`q_rope_in`, rotated and quantised"),
+    _out("q_nope_out", "num_qo_heads", "no_rope_dim", "`q_nope_in`, quantised"),
+)
+_TABLE = (cos_sin_cache("rope_dim"), POS_IDS)
+
+
+def _quantising(
+    name: str, doc: str, *args: Tensor | Scalar | Absent | KvLayout, heads: str = "num_kv_heads",
+    of_values: bool = False, min_sizes: Mapping[str, int] | None = None,
+    max_products: Mapping[tuple[str, ...], int] | None = None, **more: object,
+) -> Row:  # fmt: skip
+    """A row of the quantising kernels, whose keys have so many `heads`.
+
+    `of_values`: there are blocks for values too.
+    """
+
+    def fits_grid(rope_dim: int, no_rope_dim: int, q_heads: int, kv_heads: int = 1) -> bool:
+        blocks = (q_heads + kv_heads) * chunks(rope_dim, no_rope_dim) + kv_heads * of_values
+        return blocks <= MOST_BLOCKS
+
+    counted = ("rope_dim", "no_rope_dim", "num_qo_heads", *(() if heads == "1" else (heads,)))
+    told = f"(num_qo_heads + {heads}) * (1 + no_rope_dim / rope_dim, rounded up)"
+    most: dict[tuple[str, ...], int] = {**MOST, ("rope_dim",): WIDE * MOST_THREADS}
+    return row(
+        name, doc, *args, *_SCALES, INTERLEAVE, _PDL,
+        dtypes=_QUANTISED, vector=Vector(("rope_dim", "no_rope_dim")), in_place=(),
+        min_sizes={"num_qo_heads": 1, "rope_dim": 1, **(min_sizes or {})},
+        multiples={"rope_dim": WIDE, "no_rope_dim": WIDE},
+        max_products={**most, **(max_products or {})},
+        rules=(
+            Rule(
+                "q_rope_in", ("rope_dim", "interleave"),
+                lambda size, interleave: interleave or size % (2 * WIDE) == 0,
+                f"of a rope_dim that is a multiple of {2 * WIDE} without interleave",
+            ),
+            Rule(
+                "q_rope_in", counted, fits_grid,
+                f"of heads so few that {told}{f' + {heads}' * of_values} is at most {MOST_BLOCKS}",
+            ),
+        ),
+        **{"needed": ("max_seq_len",), **more},
+    )  # fmt: skip
+
+
+_PAGE = {"dtype": "int32", "contiguous": True}
+_WHERE = (
+    Tensor("kv_indices", "num_indices", doc="the pages of all requests, in order", **_PAGE),  # type: ignore[arg-type]
+    Tensor("kv_indptr", "b+1", doc="where each request's pages start in `kv_indices`", **_PAGE),  # type: ignore[arg-type]
+    Tensor("batch_indices", "nnz", **_PAGE,  # type: ignore[arg-type]
+           doc="the request of each token; since FlashInfer 0.6.8 a token of none (-1) is left "
+               "out, its queries too"),
+    Tensor("positions", "nnz", doc="its place in the request, from 0", **_PAGE),  # type: ignore[arg-type]
+)  # fmt: skip
+_PAGE_SIZE = Scalar("page_size", int, None, "tokens of a page", low=1, size_of="page_size")
+# The entry tells the caches that it is given by their addresses: those of a call have some.
+_APPENDING: dict[str, Any] = {
+    "needed": ("max_seq_len", "num_pages", "num_indices", "b"),
+    "max_products": {("num_indices", "page_size"): 2**32},
+    # Unlike without a cache, the last piece of what is not rotated is written whole.
+    "divides": (("rope_dim", "no_rope_dim"),),
+}
+
+
+def _cache(name: str, axes: str, doc: str, kv: bool = False) -> Tensor:
+    return Tensor(
+        name, f"num_pages page_size {axes}", "O", doc, writes=True, kv=kv, stride_limit=2**32
+    )
+
+
+_APPEND = "rope_quantize_append_paged_kv_cache"
+_HEADS, _HEAD_DIM = "num_kv_heads", "rope_dim+no_rope_dim"
+ROWS = (
+    _quantising(
+        "rope_quantize",
+        "Rotate a part of q and k by their positions, and quantise all of them: "
+        "`out = fp8(rotated * scale)`, clamped to O's range.",
+        *_both(_HEADS), _Q_OUT[0],
+        _out("k_rope_out", _HEADS, "rope_dim", "`k_rope_in`, rotated and quantised"), _Q_OUT[1],
+        _out("k_nope_out", _HEADS, "no_rope_dim", "`k_nope_in`, quantised"), *_TABLE,
+    ),
+    _quantising(
+        _APPEND,
+        "`rope_quantize` of queries, and of keys and values into their places in a paged cache.",
+        *_both(_HEADS), _in("v_in", _HEADS, _HEAD_DIM, "values, which are quantised"),
+        *_Q_OUT, *_TABLE,
+        _cache("k_cache", f"{_HEADS} {_HEAD_DIM}", "keys, the rotated part first", kv=True),
+        _cache("v_cache", f"{_HEADS} {_HEAD_DIM}", "values", kv=True),
+        Absent("ckv_cache"), Absent("kpe_cache"),
+        *_WHERE, KvLayout(strided=False), _PAGE_SIZE,
+        of_values=True, same_strides=("k_cache", "v_cache"),
+        min_sizes={"page_size": 1, "num_kv_heads": 1}, **_APPENDING,
+    ),
+    _quantising(
+        "rope_quantize_append_paged_mla_kv_cache",
+        "`rope_quantize` of queries, and of compressed keys into their places in a paged MLA "
+        "cache.",
+        *_both("1"), Absent("v_in"), *_Q_OUT, *_TABLE, Absent("k_cache"), Absent("v_cache"),
+        _cache("ckv_cache", "no_rope_dim", "`k_nope_in`, quantised"),
+        _cache("kpe_cache", "rope_dim", "`k_rope_in`, rotated and quantised"),
+        *_WHERE, Absent("kv_layout", "int"), _PAGE_SIZE,
+        heads="1", symbol=_APPEND, min_sizes={"page_size": 1, "no_rope_dim": 1}, **_APPENDING,
+    ),
+)  # fmt: skip

@@ -1,0 +1,259 @@
+"""Sampling tokens: entries of FlashInfer's `sampling` module.
+
+What the rows demand beyond the bindings' own checks follows `include/flashinfer/sampling.cuh`: four
+floats at a time, elements counted in 32 bits, and arrays that are read by output or by row of the
+probabilities without being asked how long they are.  docs/sampling.md says what a token depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from fi_ffi.ops.row import Arg, Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.table import renorm
+
+_SOURCE = "csrc/flashinfer_sampling_binding.cu"
+_OUT = {"writes": True, "reads": False, "contiguous": True}
+_MAYBE = {"optional": True, "contiguous": True}
+_DTYPES = {"I": ("int32", "int64"), "S": ("int64", "uint64")}
+_INT = 2**31 - 1
+
+_PROBS = Tensor("probs", "r h", "float32", "rows that sum to 1, of nothing below 0",
+                contiguous=True)  # fmt: skip
+_TOKENS = Tensor("output", "n", "I", "the tokens; 0 where a row has none",
+                 **_OUT)  # fmt: skip
+_VALID = Tensor("valid", "n", "bool", "whether a row had a token", **_OUT)
+_INDICES = Tensor(
+    "maybe_indices",
+    "n",
+    "I",
+    "the row that each output is drawn from; without it, its own",
+    **_MAYBE,
+)
+_DETERMINISTIC = Scalar(
+    "deterministic", bool, True, "the same token for the same arguments each time"
+)
+_OF_ALL = "1"
+_OF_EACH = "seeds", "offsets"
+# The kernel reads the first of anything that is not one for each output.
+_ONE_OR_EACH = tuple(
+    Rule(name, ("n", axis), lambda n, count: count in (None, 1, n), f"1 or n elements of {axis}")
+    for name, axis in zip(("maybe_seed_arr", "maybe_offset_arr"), _OF_EACH, strict=True)
+)
+
+
+def _seeds(seed_axis: str, offset_axis: str) -> tuple[Arg, ...]:
+    each = "one element for all outputs"
+    each += "" if seed_axis == _OF_ALL else ", or one for each"
+    return (
+        Tensor("maybe_seed_arr", seed_axis, "S", f"the seed, instead of `seed_val`: {each}",
+               **_MAYBE),
+        Scalar("seed_val", int, 0, "the seed, 64 bits of which the sign is one"),
+        Tensor("maybe_offset_arr", offset_axis, "S",
+               f"the offset, instead of `offset_val`: {each}", **_MAYBE),
+        Scalar("offset_val", int, 0, "the random words to skip, which calls before have used"),
+    )  # fmt: skip
+
+
+_NUMBERS = (
+    Scalar("philox_seed", int, 0, "the seed, 64 bits of which the sign is one"),
+    Scalar("philox_offset", int, 0, "the random words to skip, which calls before have used"),
+)
+_ROW_FOR_EACH = Rule(
+    "output",
+    ("n", "r", "maybe_indices"),
+    lambda n, r, given: bool(given or n <= r),
+    "as long as there are rows at most, unless there are `maybe_indices`",
+)
+_FLOATS = Vector(("h",), dtype="float32")
+_LIMITS: dict[str, Any] = {
+    "vector": _FLOATS,
+    "nothing_axis": "n",
+    "needed": ("r",),
+    "max_products": {("h",): _INT, ("n",): _INT},
+    "rules": (_ROW_FOR_EACH,),
+}
+
+
+def _row(name: str, doc: str, args: tuple[Arg, ...], releases: str, **more: Any) -> Row:
+    fields = {"dtypes": _DTYPES, **more}
+    return Row(name, "sampling", name, _SOURCE, doc, args, releases=releases, **fields)
+
+
+def _read_by_output(name: str) -> Rule:
+    return Rule(
+        name,
+        ("n", "r", name),
+        lambda n, r, given: bool(not given or n <= r),
+        "at least as long as `output`, by whose elements it is read",
+    )
+
+
+def _sampler(
+    name: str, doc: str, *parameters: Arg, read_by_output: str = ""
+) -> tuple[Row, ...]:  # fmt: skip
+    """The forms of a sampler of probabilities: flags of what is valid came in 0.6.7, seeds in
+    arrays in 0.6.4, and a seed for each output in 0.7.2."""
+    limits = dict(_LIMITS)
+    if read_by_output:
+        limits["rules"] = (*limits["rules"], _read_by_output(read_by_output))
+    first, others = (_PROBS, _TOKENS), (_INDICES, *parameters, _DETERMINISTIC)
+    now = (*first, _VALID, *others)
+    later = _LIMITS | {"variant": "_by_row" if read_by_output else ""}
+    return (
+        _row(name, doc, (*now, *_seeds(_OF_ALL, _OF_ALL)), ">=0.6.7,<0.7.2", **limits),
+        _row(name, doc, (*now, *_seeds(*_OF_EACH)), ">=0.7.2",
+             **later | {"rules": (*later["rules"], *_ONE_OR_EACH)}),
+        _row(name, doc, (*first, *others, *_seeds(_OF_ALL, _OF_ALL)), ">=0.6.4,<0.6.7",
+             **limits, variant="_without_valid"),
+        _row(name, doc, (*first, *others, *_NUMBERS), ">=0.6.3,<0.6.4",
+             **limits | {"dtypes": {"I": _DTYPES["I"]}}, variant="_of_numbers"),
+    )  # fmt: skip
+
+
+def _seeded(name: str, doc: str, args: tuple[Arg, ...], **more: Any) -> tuple[Row, ...]:
+    """The forms of what else is drawn."""
+    dtypes = {key: value for key, value in more.pop("dtypes").items() if key != "S"}
+    more_dtypes = dtypes | {"S": _DTYPES["S"]}
+    now = _row(name, doc, (*args, *_seeds(_OF_ALL, _OF_ALL)), ">=0.6.4,<0.7.2",
+               dtypes=more_dtypes, **more)  # fmt: skip
+    return (
+        now,
+        replace(now, args=(*args, *_seeds(*_OF_EACH)), releases=">=0.7.2",
+                rules=(*now.rules, *_ONE_OR_EACH)),
+        replace(now, args=(*args, *_NUMBERS), releases=">=0.6.3,<0.6.4", variant="_of_numbers",
+                dtypes=dtypes),
+    )  # fmt: skip
+
+
+def _array(name: str, dtype: str, doc: str) -> Tensor:
+    return Tensor(name, "r", dtype, doc, **_MAYBE)
+
+
+_TOP_K_ARR = _array("maybe_top_k_arr", "I", "`top_k_val` of each row, of the outputs' dtype")
+_TOP_P_ARR = _array("maybe_top_p_arr", "float32", "`top_p_val` of each row")
+_MIN_P_ARR = _array("maybe_min_p_arr", "float32", "`min_p_val` of each row")
+_TOP_K = Scalar("top_k_val", int, _INT, "how many of the most probable tokens are left",
+                low=1, high=_INT)  # fmt: skip
+_TOP_K_FLOAT = replace(_TOP_K, type=float, default=float(_INT), doc=f"{_TOP_K.doc}, a whole number")
+_TOP_P = Scalar("top_p_val", float, 1.0, "what the most probable tokens that are left sum to at "
+                "least; with 0 no row has a token", low=0.0)  # fmt: skip
+_MIN_P = Scalar("min_p_val", float, 0.0, "of the greatest probability, the part that a token must "
+                "have to be left", low=0.0)  # fmt: skip
+
+
+# For few rows, which the blocks for 8192 elements each share.
+_SHARED_ROWS, _SHARED_FROM, _SLICE, _PARTIAL_BYTES = 128, 24576, 8192, 8
+
+
+def _softmax_bytes(sizes: Mapping[str, int]) -> int:
+    n, h = sizes["n"], sizes["h"]
+    is_shared = n <= _SHARED_ROWS and h >= _SHARED_FROM
+    return max(2**20, is_shared * n * -(-h // _SLICE) * _PARTIAL_BYTES)
+
+
+_SOFTMAX = _row(
+    "softmax",
+    "Softmax of each row at a temperature: `output = softmax(logits / temperature)`.  Logits are "
+    "finite or -inf, not all of a row -inf.  A temperature of 0 is no greedy choice: it makes all "
+    "probabilities equal.",
+    (
+        Tensor("workspace_buffer", "workspace_size", "uint8", writes=True, reads=False,
+               contiguous=True, alignment=8, bytes_for=_softmax_bytes,
+               doc="scratch of 2^20 bytes (rows of more than 2^23 take more) that no other stream "
+                   "uses; for None each stream has its own of fi_ffi's"),
+        Tensor("logits", "n h", "float32", "rows of logits", contiguous=True),
+        Tensor("output", "n h", "float32", "probabilities; may be `logits` itself",
+               **_OUT),
+        Tensor("maybe_temperature_arr", "n", "float32", "`temperature_val` of each row",
+               **_MAYBE),
+        Scalar("temperature_val", float, 1.0, "what logits are divided by", low=0.0),
+        Scalar("enable_pdl", bool, False, "programmatic dependent launch (SM90 and later): start "
+               "while the previous kernel drains"),
+    ),
+    ">=0.6.3",
+    dtypes={},
+    vector=_FLOATS,
+    # A grid's second dimension has a block for each slice.
+    max_products={("h",): _SLICE * (2**16 - 1), ("n",): _INT},
+    apart=True,
+    in_place=(("output", "logits"),),
+)  # fmt: skip
+
+ROWS = (
+    _SOFTMAX,
+    *_sampler("sampling_from_probs", "Draw a token of each row by its probabilities."),
+    *_seeded(
+        "sampling_from_logits",
+        "Draw a token of each row by softmax(logits): the greatest of logits and Gumbel noise.  "
+        "Logits are finite or -inf, not all of a row -inf.",
+        (
+            Tensor("logits", "r h", "float32", "rows of logits", contiguous=True),
+            replace(_TOKENS, doc="the tokens"),
+            _INDICES,
+            replace(_DETERMINISTIC, doc="no matter: it always is"),
+        ),
+        dtypes=_DTYPES,
+        # Each element of an output has words of its own, counted in 32 bits.
+        **_LIMITS | {"max_products": {("n", "h"): 2**32, ("h",): _INT, ("n",): _INT}},
+    ),
+    *_sampler(
+        "top_k_sampling_from_probs",
+        "Draw a token of each row from its `top_k` most probable ones, and those as probable as "
+        "the last of them.",
+        _TOP_K_ARR,
+        _TOP_K,
+        read_by_output="maybe_top_k_arr",
+    ),
+    *_sampler(
+        "top_p_sampling_from_probs",
+        "Draw a token of each row from the most probable ones that sum to `top_p`.",
+        _TOP_P_ARR,
+        _TOP_P,
+    ),
+    *_sampler(
+        "min_p_sampling_from_probs",
+        "Draw a token of each row from those that have `min_p` of the greatest probability at "
+        "least.",
+        _MIN_P_ARR,
+        _MIN_P,
+        read_by_output="maybe_min_p_arr",
+    ),
+    *_sampler(
+        "top_k_top_p_sampling_from_probs",
+        "Draw a token of each row from those that both the `top_k` and the `top_p` filter leave, "
+        "each of the whole row (FlashInfer's `joint` order).",
+        _TOP_K_ARR,
+        _TOP_K_FLOAT,
+        _TOP_P_ARR,
+        _TOP_P,
+    ),
+    *renorm.ROWS,
+    *_seeded(
+        "chain_speculative_sampling",
+        "Verify a chain of drafted tokens: each is emitted with probability "
+        "`min(1, target / draft)` as long as those before it were; then one more is drawn, of the "
+        "rest of the target's distribution.",
+        (
+            Tensor("draft_probs", "n s h", "float32", "the draft's distributions", contiguous=True),
+            Tensor("draft_token_ids", "n s", "int32", "the drafted tokens, from 0 to h - 1",
+                   contiguous=True),
+            Tensor("target_probs", "n s+1 h", "float32", "the target's distributions",
+                   contiguous=True),
+            Tensor("output_token_ids", "n s+1", "int32",
+                   "the tokens emitted, the one after them, and -1",
+                   **_OUT),
+            Tensor("output_accepted_token_num", "n", "int32", "grows by the drafted tokens that "
+                   "would be taken one by one", writes=True, contiguous=True),
+            Tensor("output_emitted_draft_token_num", "n", "int32",
+                   "grows by the drafted tokens emitted", writes=True, contiguous=True),
+            _DETERMINISTIC,
+        ),
+        dtypes={},
+        vector=_FLOATS,
+        min_sizes={"h": 1, "s": 1},
+        max_products={("h",): _INT, ("n",): _INT},
+    ),
+)  # fmt: skip

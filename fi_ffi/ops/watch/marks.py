@@ -1,0 +1,151 @@
+"""Marks: each stream's own number in host memory, written by the stream as it gets on.
+
+Whoever wants to know how far a stream has come reads that memory, and calls CUDA for nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.errors import LoaderError
+from fi_ffi.loader import machine
+from fi_ffi.ops import cuda
+from fi_ffi.ops.call.memory import StreamKey
+
+DRIVER = "libcuda.so.1"
+_SLOTS = 1024  # in a page, of 4 bytes each
+_PORTABLE_AND_MAPPED = 1 | 2  # cudaHostAllocPortable | cudaHostAllocMapped
+_MASK = 2**32 - 1
+
+
+class Slot:
+    """Where one stream writes its numbers, and the last that it was told to write."""
+
+    __slots__ = ("_index", "_page", "address", "issued", "key", "lock")
+
+    def __init__(self, page: Any, index: int, address: int) -> None:
+        self._page, self._index, self.address = page, index, address
+        self.issued = 0
+        self.key: StreamKey | None = None
+        # Held while a number is issued: they must be queued in their own order.  Reentrant
+        # for signal handlers that launch: they repeat the number that was about to be issued.
+        self.lock = threading.RLock()
+
+    @property
+    def value(self) -> int:
+        """The last number that was written."""
+        return int(self._page[self._index])
+
+    def until(self, number: int) -> int:
+        """How many more have to be written until that one is; 0 where it was.
+
+        Numbers wrap around, and those that are waited for are never 2**31 apart.
+        """
+        ahead = (number - self.value) & _MASK
+        return ahead if ahead < 2**31 else 0
+
+
+class Board:
+    """The slots of all streams.
+
+    `allocate` gives so many bytes of memory that streams can write to, and
+    `write(stream, address, number)` queues a write; both raise what goes wrong.  Memory is
+    never freed, which might have to wait for a stream that is stuck.
+    """
+
+    def __init__(
+        self, allocate: Callable[[int], int], write: Callable[[int, int, int], None]
+    ) -> None:
+        self._allocate, self._write = allocate, write
+        self._lock = threading.RLock()
+        self._slots: dict[StreamKey, Slot] = {}
+        self._free: list[Slot] = []
+
+    def slot(self, key: StreamKey) -> Slot:
+        """The slot of a stream."""
+        slot = self._slots.get(key)
+        if slot is not None:
+            return slot
+        with self._lock:
+            if key not in self._slots:
+                if not self._free:
+                    self._take_back()
+                if not self._free:
+                    self._add_page()
+                slot = self._free.pop()
+                slot.key = key
+                self._slots[key] = slot
+            return self._slots[key]
+
+    def mark(self, slot: Slot, key: StreamKey, stream: int) -> tuple[Slot, int]:
+        """Let a stream write its next number when it has done what was queued so far.
+
+        `slot` is what `slot(key)` gave; it may have been taken back since.
+        """
+        while True:
+            with slot.lock:
+                if slot.key == key:
+                    number = (slot.issued + 1) & _MASK
+                    self._write(stream, slot.address, number)
+                    slot.issued = number
+                    return slot, number
+            slot = self.slot(key)
+
+    def _take_back(self) -> None:
+        """Free the slots of streams that have written all they were to: most are gone."""
+        for key, slot in list(self._slots.items()):
+            if slot.lock.acquire(blocking=False):
+                try:
+                    if slot.value == slot.issued:
+                        del self._slots[key]
+                        slot.key = None
+                        self._free.append(slot)
+                finally:
+                    slot.lock.release()
+
+    def _add_page(self) -> None:
+        size = 4 * _SLOTS
+        address = self._allocate(size)
+        memory = ffi.buffer(cuda.pointer(address), size)
+        memory[:] = bytes(size)
+        page = memoryview(memory).cast("B").cast("I")
+        self._free += [Slot(page, i, address + 4 * i) for i in reversed(range(_SLOTS))]
+
+
+@functools.cache
+def _driver() -> Any:
+    try:
+        return ffi.dlopen(DRIVER)
+    except OSError as error:
+        raise LoaderError(f"{DRIVER}, which a watchdog needs, does not load: {error}") from error
+
+
+def _write(stream: int, address: int, number: int) -> None:
+    code = _driver().cuStreamWriteValue32_v2(cuda.pointer(stream), address, number, 0)
+    cuda.check(code, "cuStreamWriteValue32")
+
+
+def _allocate(count: int) -> int:
+    """Page-locked memory; a device has it at the address that the host has."""
+    runtime, address = machine.load_cudart()[0], ffi.new("void **")
+    with cuda.relaxed():
+        code = runtime.cudaHostAlloc(address, count, _PORTABLE_AND_MAPPED)
+    cuda.check(code, f"cudaHostAlloc of {count} bytes")
+    return int(ffi.cast("uintptr_t", address[0]))
+
+
+board = Board(_allocate, _write)
+
+
+def _forget() -> None:
+    """In a forked child the parent's memory may not be touched, nor its locks be free."""
+    global board
+    board = Board(_allocate, _write)
+
+
+os.register_at_fork(after_in_child=_forget)

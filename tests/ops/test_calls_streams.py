@@ -1,0 +1,404 @@
+"""Streams of typed and of prepared calls, on a pretended GPU: the way is a GPU's, to the kernel."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import signal
+import sys
+
+import numpy as np
+import pytest
+
+import fi_ffi
+from fi_ffi.loader import machine
+from fi_ffi.ops.call import launch, memory
+from fi_ffi.ops.call.op import Op
+from fi_ffi.ops.functions import OPS
+
+from attention.pretend import current_stream
+from prepared_calls import EVERY_OP, Calls, Mine, draw, full, placed
+
+HANDLES = [0, 1, 2, 0x51, 2**63, 2**64 - 1]
+
+
+class Stream:
+    def __init__(self, handle):
+        self.handle = handle
+
+    def __cuda_stream__(self):
+        return (0, self.handle)
+
+
+@pytest.mark.parametrize("handle", HANDLES)
+def test_the_stream_of_a_call(handle, gpu, mine):
+    calls = Calls(mine)
+    for way in calls.ways * 2:
+        for stream in (handle, Stream(handle), np.uint64(handle)):
+            gpu.seen.clear()
+            way(stream)
+            assert {*gpu.seen} == {handle} and mine.is_done(2)
+            assert current_stream() == 0
+
+
+@pytest.mark.parametrize("outer", [0, 0x51])
+def test_scopes(outer, gpu, mine):
+    calls = Calls(mine)
+
+    def check(handle, stream=None):
+        for way in calls.ways * 2:
+            gpu.seen.clear()
+            way(stream)
+            assert {*gpu.seen} == {handle} and mine.is_done(2)
+
+    with fi_ffi.stream(outer):
+        check(outer)
+        check(0x77, 0x77)
+        check(outer)
+        with fi_ffi.stream(0x99):
+            check(0x99)
+            check(outer, outer)
+            with fi_ffi.stream(outer):
+                check(outer)
+            check(0x99)
+        with fi_ffi.stream(0x88):
+            pass
+        check(outer)
+    assert current_stream() == 0
+    for way in calls.ways:
+        with pytest.raises(fi_ffi.ArgumentError, match="`stream`.*an open fi_ffi.stream") as caught:
+            way(None)
+        assert caught.value.op == "mine_too"
+
+
+def test_the_first_call_of_a_scope_may_be_any(gpu, mine):
+    """It is what makes the scope's stream current."""
+    calls = Calls(mine)
+    for first, then in itertools.permutations(calls.ways, 2):
+        with fi_ffi.stream(0x51):
+            for way in (first, then):
+                gpu.seen.clear()
+                way(None)
+                assert {*gpu.seen} == {0x51}
+        assert current_stream() == 0
+
+
+def test_wrong_streams(gpu, mine):
+    calls = Calls(mine)
+    wrongs, told = (-1, 2**64, "default", 1.5, True, np.zeros(2), object(), Stream("x")), {}
+    for way in calls.ways * 2:
+        way(0x51)
+        for i, wrong in enumerate(wrongs):
+            with pytest.raises(fi_ffi.ArgumentError, match="`stream`") as caught:
+                way(wrong)
+            assert told.setdefault(i, str(caught.value)) == str(caught.value)
+            assert current_stream() == 0
+    assert not np.isnan(mine.y).any()
+
+
+def test_a_kernel_that_fails_puts_the_stream_back(gpu, mine):
+    calls = Calls(mine)
+
+    def fail():
+        raise ValueError("no")
+
+    for way in calls.ways * 2:
+        mine.work = lambda: None
+        way(0x51)
+        mine.work = fail
+        with pytest.raises(fi_ffi.KernelError, match="no"):
+            way(0x51)
+        assert current_stream() == 0
+        with fi_ffi.stream(0x99):
+            with pytest.raises(fi_ffi.KernelError, match="no"):
+                way(None)
+            assert current_stream() == 0x99
+            with pytest.raises(fi_ffi.KernelError, match="no"):
+                way(0x51)
+            assert current_stream() == 0x99
+        assert current_stream() == 0
+
+
+def test_a_kernel_that_calls_on_another_stream(gpu, mine):
+    """Inside of a call, calls of other streams: each is put back as it found it."""
+    calls, handles = Calls(mine), [0x51, 0x61, 0x71, 0x81]
+    seen = []
+
+    def again():
+        seen.append(current_stream())
+        if len(seen) < len(handles):
+            calls.typed(handles[len(seen)])
+        seen.append(current_stream())
+
+    calls.typed(0x51)
+    mine.work = again
+    calls.typed(handles[0])
+    assert seen == handles + handles[::-1]
+
+
+@pytest.mark.parametrize(("op", "dtypes", "more"), EVERY_OP)
+def test_every_op_on_a_stream(op, dtypes, more, gpu, monkeypatch):
+    """The same bits as on the CPU, prepared and typed, on a stream and in a scope."""
+    monkeypatch.setattr(machine, "multiprocessors", lambda _: 1)  # as scratch on the CPU is for
+    monkeypatch.setattr(machine, "shared_memory", lambda _: 227 << 10)
+    case = draw(op.row, dtypes, more)
+    expected, first, second, third, fourth = placed(case, more, 5)
+    full(op.row, expected)
+
+    def there(made):
+        return made.scalars | {
+            name: fi_ffi.TensorDesc(d.ptr, d.shape, d.dtype, strides=d.strides, device="cuda:0")
+            for name, d in made.descs.items()
+        }
+
+    gpu.seen.clear()
+    op(**there(first), stream=0x51)
+    call = op.prepare(**there(second))
+    with fi_ffi.stream(0x51):
+        call()
+        op(**there(third))
+        call.update(**{n: a for n, a in fourth.addresses.items() if n in second.arrays})
+        call()
+    assert {*gpu.seen} == {0x51}
+    for made in (first, second, third, fourth):
+        assert not made.differs(expected)
+    with pytest.raises(fi_ffi.ArgumentError, match="`stream`"):
+        call()
+    with pytest.raises(fi_ffi.ArgumentError, match="`stream`"):
+        op(**there(first))
+
+
+def test_scratch_of_each_stream(gpu, monkeypatch):
+    """A prepared call has its own; calls that are not have one for each stream."""
+    monkeypatch.setattr(memory, "_owned", {})
+    op = OPS["gdn_prefill"]
+    case = draw(op.row, {"T": "float16"}, {"without": ("workspace_buffer",)})
+    (made,) = placed(case, {}, 1)
+    values = made.scalars | {
+        name: fi_ffi.TensorDesc(d.ptr, d.shape, d.dtype, device="cuda:0")
+        for name, d in made.descs.items()
+    }
+    calls = [op.prepare(**values, stream=stream) for stream in (0x51, 0x51, None)]
+    assert len({call.given["workspace_buffer"].ptr for call in calls}) == 3
+    for call in calls[:2]:
+        call()
+    handles = {0x51: 0, 0x61: 0}
+    for handle in [*handles] * 2:
+        op(**values, stream=handle)
+    memories = {number: m for (_, number), own in memory._owned.items() for m in own.values()}
+    assert {*handles} <= {*memories} and len({m.desc.ptr for m in memories.values()}) > 1
+
+
+def test_several_gpus(gpu, monkeypatch):
+    """The tensors' device is current in a call, and what was before is after it."""
+    gpu.with_devices(2)
+    seen = []
+    from fi_ffi import reference
+    from fi_ffi.reference import norm
+
+    mine = Mine()
+    mine.op = Op(mine.row)
+    monkeypatch.setitem(norm.KERNELS["norm"], mine.row.name, mine.kernel)
+    monkeypatch.setattr(reference, "_entries", {})
+    mine.work = lambda: seen.append((gpu.runtime.device, current_stream(gpu.runtime.device)))
+    calls = {index: Calls(mine, f"cuda:{index}") for index in (0, 1)}
+    for before in (0, 1):
+        for index, which in itertools.product((0, 1, 1, 0), range(3)):
+            gpu.runtime.device = before
+            seen.clear()
+            calls[index].ways[which](0x51)
+            assert seen == [(index, 0x51)] and gpu.runtime.device == before
+            with fi_ffi.stream(0x61):
+                seen.clear()
+                calls[index].ways[which](None)
+                assert seen == [(index, 0x61)] and gpu.runtime.device == before
+                with pytest.raises(fi_ffi.ArgumentError, match=f"in use on cuda:{index}"):
+                    calls[1 - index].ways[which](None)
+                assert gpu.runtime.device == before
+
+    def fail():
+        raise ValueError("no")
+
+    mine.work = fail
+    gpu.runtime.device = 0
+    for way in calls[1].ways:
+        with pytest.raises(fi_ffi.KernelError):
+            way(0x51)
+        assert gpu.runtime.device == 0
+
+
+def test_more_streams_than_are_remembered(gpu, mine, monkeypatch):
+    monkeypatch.setattr(launch, "_MOST_HANDLES", 10)
+    calls = Calls(mine)
+    for handle in [*range(100), *range(100)]:
+        gpu.seen.clear()
+        calls.typed(handle)
+        assert {*gpu.seen} == {handle}
+    assert len(launch._thread.pointers) <= 10
+
+
+def test_asyncio_tasks(gpu, mine):
+    """Tasks that take turns inside of their scopes: each call is on its own task's stream."""
+    calls, seen = Calls(mine), []
+    mine.work = lambda: seen.append(current_stream())
+
+    async def work(handle):
+        for way in calls.ways * 3:
+            with fi_ffi.stream(handle):
+                for _ in range(3):
+                    await asyncio.sleep(0)
+                    way(None)
+                    assert seen[-1] == handle
+                with fi_ffi.stream(handle + 1):
+                    way(None)
+                    assert seen[-1] == handle + 1
+                    await asyncio.sleep(0)
+                    way(None)
+                    assert seen[-1] == handle + 1
+                way(0x7)
+                assert seen[-1] == 0x7
+                await asyncio.sleep(0)
+                way(None)
+                assert seen[-1] == handle
+            await asyncio.sleep(0)
+            with pytest.raises(fi_ffi.ArgumentError, match="an open fi_ffi.stream"):
+                way(None)
+
+    async def main():
+        await asyncio.gather(*(work(handle) for handle in (0x100, 0x200, 0x300)))
+
+    asyncio.run(main())
+    assert current_stream() == 0
+    assert len(seen) == 3 * 9 * 7
+
+
+def test_asyncio_to_thread(gpu, mine):
+    """A call on a thread that was given the task's context: on its stream, which is not left."""
+    calls, seen = Calls(mine), []
+    mine.work = lambda: seen.append(current_stream())
+
+    async def main():
+        with fi_ffi.stream(0x51):
+            for way in calls.ways:
+                way(None)
+                await asyncio.to_thread(way, None)
+                assert await asyncio.to_thread(current_stream) == 0
+                with fi_ffi.stream(0x61):
+                    await asyncio.to_thread(way, None)
+                await asyncio.to_thread(way, 0x71)
+                assert await asyncio.to_thread(current_stream) == 0
+                way(None)
+                assert seen == [0x51, 0x51, 0x61, 0x71, 0x51]
+                seen.clear()
+
+    asyncio.run(main())
+
+
+def test_a_stream_that_cannot_be_set(gpu, mine, monkeypatch):
+    """The code of setting it is looked at: the kernel is not called on another stream."""
+    calls = Calls(mine)
+    for way in calls.ways:
+        way(0x51)
+    mine.given.clear()
+    mine.op.forget()
+    calls = Calls(mine)
+    made = launch.LaunchTarget.__init__
+
+    def failing(target, *args):
+        made(target, *args)
+        target.set_stream = lambda handle, before: -1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(launch.LaunchTarget, "__init__", failing)
+        mine.op.forget()
+        for way in (calls.typed, calls.in_full):
+            with pytest.raises(fi_ffi.KernelError):
+                way(0x51)
+    assert not mine.given
+    mine.op.forget()
+    calls.typed(0x51)
+    assert mine.given
+
+
+class Stopped(Exception):
+    """What the signal raises."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGALRM, signal.SIGINT])
+@pytest.mark.parametrize("scope", [None, 0x61])
+def test_interrupts_leave_no_stream_set(number, scope, gpu, mine, monkeypatch):
+    """400 of them, at any place of a call: what was current before is, right after."""
+    # pytest's keeps what was raised where it cannot be, and so every frame below.
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    calls, rng = Calls(mine), np.random.default_rng()
+    # The timer's signal, or Ctrl-C's by way of it.
+    stop = {signal.SIGALRM: Stopped, signal.SIGINT: KeyboardInterrupt}[number]
+    left, rounds = [], itertools.count()
+
+    def interrupt(*_):
+        raise stop
+
+    def work():
+        signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 4e-4))
+        for _ in range(2000):  # an exception may be lost, in a destructor say
+            calls.typed(0x51)
+            calls.call()
+
+    outer = fi_ffi.stream(scope) if scope else contextlib.nullcontext()
+    call = calls.mine.op.prepare(*calls.descs, factor=2.0, stream=0x71)
+    calls.call = call
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with outer:
+            if scope:
+                calls.typed(None)
+            for _ in range(400):
+                with contextlib.suppress(stop, fi_ffi.KernelError):
+                    work()
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                next(rounds)
+                if current_stream() != (scope or 0):
+                    left.append(current_stream())
+                    calls.typed(None if scope else 0x51)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert next(rounds) == 400 and left == []
+    mine.y[...] = np.nan
+    calls.typed(0x51)
+    assert mine.is_done(2)
+    call()
+    assert mine.is_done(2)
+
+
+def test_forks(gpu, mine):
+    """A child of a process that has used a GPU cannot: each way of a call says so, and launches
+    nothing; the parent goes on."""
+    calls = Calls(mine)
+
+    def refused(way, stream):
+        try:
+            way(stream)
+        except fi_ffi.LoaderError as error:
+            return "fork" in str(error)
+        return False
+
+    with fi_ffi.stream(0x51):
+        for way in calls.ways:
+            way(None)
+            way(0x61)
+        mine.given.clear()
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                told = [refused(way, stream) for way in calls.ways for stream in (None, 0x61)]
+                code = 0 if all(told) and not mine.given else 2
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        calls.typed(None)
+    assert mine.given

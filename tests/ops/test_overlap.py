@@ -1,0 +1,345 @@
+"""Outputs that share memory with another tensor: refused, but for the pairs that a row lists.
+
+Made from rows, for every op; then for products that are called by other names.  Some of what is
+tried is drawn, each time from the same seed: of FI_FFI_SEED, if set.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from overlapping import (
+    Joined,
+    Named,
+    axes,
+    interleaved,
+    is_listed,
+    meet,
+    moved,
+    pairs,
+    refused,
+    shifts,
+    span,
+    steps_of,
+)
+
+import fi_ffi
+from fi_ffi.cli.cases import Case, default_dtypes, make_case
+from fi_ffi.cli.inputs import inputs_of
+from fi_ffi.ops.call.op import Op
+from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.row import Tensor
+
+BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
+_SEED = int(os.environ.get("FI_FFI_SEED", "0"))
+
+
+def seeded(name: str) -> np.random.Generator:
+    return np.random.default_rng([_SEED, zlib.crc32(name.encode())])
+
+
+def usual(name: str, rng: np.random.Generator) -> tuple[Op, Case]:
+    """An op, and a small call of it with everything that is optional."""
+    op = OPS[name]
+    return op, make_case(op.row, inputs_of(op.row).small, default_dtypes(op.row), rng)
+
+
+def results(op: Op, case: Case) -> dict[str, bytes]:
+    """What everything is after a call in memory of its own."""
+    apart = Joined(case.arrays)
+    op(**apart.arrays, **case.scalars)
+    return {name: array.tobytes() for name, array in apart.arrays.items()}
+
+
+class Ways:
+    """An op's call, its `prepare`, and the update of a call that was prepared: like calls were
+    made before, so that nothing that depends on layouts alone is looked at again."""
+
+    def __init__(self, op: Op, case: Case) -> None:
+        self.op, self.scalars = op, case.scalars
+        self._apart = Joined(case.arrays)
+        op(**self._apart.descs, **case.scalars)
+        self._prepared = op.prepare(**self._apart.descs, **case.scalars)
+        self.every = (self.call, self.prepare, self.update)
+
+    def call(self, **tensors: Any) -> None:
+        self.op(**tensors, **self.scalars)
+
+    def prepare(self, **tensors: Any) -> None:
+        self.op.prepare(**tensors, **self.scalars)
+
+    def update(self, **tensors: Any) -> None:
+        self._prepared.update(**tensors)
+
+    def check_what_is_prepared(self) -> None:
+        """No update that was refused has changed it."""
+        before = self._apart.bytes()
+        self._prepared()
+        assert self._apart.bytes() == before
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_part_of_another_tensor(name):
+    """Shifted by an element, by a row, or by all but one of them."""
+    rng = seeded(name)
+    op, case = usual(name, rng)
+    steps, ways = steps_of(op.row, case), Ways(op, case)
+    tried = 0
+    for one, other in ((a.name, b.name) for a, b in pairs(op.row, case.arrays)):
+        both = case.arrays[one], case.arrays[other]
+        for shift in shifts(*both, (steps[one], steps[other]), rng):
+            joined = moved(case.arrays, one, other, shift, steps[one])
+            refused(ways.every[tried % 3], joined, name, (one, other), **joined.descs)
+            # And no less when it was refused before.
+            refused(ways.call, joined, name, (one, other), **joined.descs)
+            tried += 1
+    assert tried
+    if not any(arg.writes and arg.reads and not arg.is_scratch for arg in op.row.tensors):
+        ways.check_what_is_prepared()
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_very_memory_of_another_tensor(name):
+    """Refused, unless the row lists it: then the result is that of memory apart."""
+    rng = seeded(name)
+    op, case = usual(name, rng)
+    ways, expected = Ways(op, case), results(op, case)
+    for one, other in ((a.name, b.name) for a, b in pairs(op.row, case.arrays)):
+        if axes(case.arrays[one]) != axes(case.arrays[other]):
+            continue
+        joined = moved(case.arrays, one, other, 0, 1)
+        if not is_listed(op.row, one, other):
+            for way in ways.every:
+                refused(way, joined, name, (one, other), **joined.descs)
+            continue
+        _check_in_place(op, case, {one: other}, expected)
+
+
+def _check_in_place(op: Op, case: Case, joined: dict[str, str], expected: dict[str, bytes]) -> None:
+    """Each output in the memory of an input, as often as a call becomes another kind of call."""
+    for prepare in (False, True, False):
+        apart = Joined({n: a for n, a in case.arrays.items() if n not in joined})
+        tensors = apart.arrays | {out: apart.arrays[of] for out, of in joined.items()}
+        if prepare:
+            op.prepare(**tensors, **case.scalars)()
+        else:
+            op(**tensors, **case.scalars)
+        written = {arg.name for arg in op.row.tensors if arg.writes}
+        for name, array in tensors.items():
+            if name in written:
+                assert array.tobytes() == expected[name], name
+            elif name not in joined.values():
+                assert array.tobytes() == case.arrays[name].tobytes(), f"{name} was changed"
+
+
+LISTED = [name for name, op in OPS.items() if op.row.in_place]
+# Of these, tensors that need not be contiguous.
+STRIDED = [
+    name for name in LISTED
+    if not any(arg.contiguous for arg in OPS[name].row.tensors
+               if arg.name in {of for pair in OPS[name].row.in_place for of in pair})
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_several_in_place_at_once(name):
+    """All choices of an input for each output, no two outputs in the same one."""
+    op, case = usual(name, seeded(name))
+    expected = results(op, case)
+    outs = sorted({out for out, _ in op.row.in_place})
+    choices = [[None, *(of for out, of in op.row.in_place if out == o)] for o in outs]
+    for chosen in itertools.product(*choices):
+        given = {out: of for out, of in zip(outs, chosen, strict=True) if of}
+        if len({*given.values()}) == len(given):
+            _check_in_place(op, case, given, expected)
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_two_outputs_in_one_input(name):
+    op, case = usual(name, seeded(name))
+    ways = Ways(op, case)
+    for (out, of), (two, too) in itertools.combinations(op.row.in_place, 2):
+        if of != too or out == two:
+            continue
+        joined = Joined({n: a for n, a in case.arrays.items() if n not in (out, two)})
+        tensors = joined.descs
+        tensors |= {out: tensors[of], two: tensors[of]}
+        for way in ways.every[:2]:
+            refused(way, joined, name, (out, two), **tensors)
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_in_place_with_other_strides(name):
+    """From the same address on, but every second row: what one row writes is another's input."""
+    op, case = usual(name, seeded(name))
+    for out, of in op.row.in_place:
+        for wide in (out, of):
+            narrow = of if wide == out else out
+            array = case.arrays[wide]
+            strides = {wide: (2 * array.strides[0], *array.strides[1:]), narrow: None}
+            room = 4096 + 2 * len(array) * array.strides[0]
+            joined = Joined(case.arrays).put({n: (0, s) for n, s in strides.items()}, room)
+            for call in (op, op.prepare):
+                refused(call, joined, name, (out, of), **joined.descs, **case.scalars)
+
+
+def can_be_sliced(arg: Tensor, array: np.ndarray) -> bool:
+    """Whether a tensor may be a slice of a wider one, row by row."""
+    is_free = not (arg.contiguous or arg.transposed or arg.as_object or arg.parts > 1)
+    return is_free and array.ndim > 1
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_slices_of_one_buffer(name):
+    """Tensors that alternate, along any axis, and share no byte; and those that share a few."""
+    op, case = usual(name, seeded(name))
+    steps, expected = steps_of(op.row, case), results(op, case)
+    for one, other in pairs(op.row, case.arrays):
+        arrays = [case.arrays[arg.name] for arg in (one, other)]
+        if not all(map(can_be_sliced, (one, other), arrays)):
+            continue
+        same = {arg.name in op.row.same_strides for arg in (one, other)}
+        if len(same) > 1 or (same == {True} and {one.name, other.name} != {*op.row.same_strides}):
+            continue
+        for axis in range(min(array.ndim for array in arrays) - 1):
+            # Before the axis they are of the same size; on it, of which there is more than one.
+            if arrays[0].shape[: axis + bool(axis)] != arrays[1].shape[: axis + bool(axis)]:
+                continue
+            step = np.lcm(steps[one.name], steps[other.name])
+            for a, b in ((one.name, other.name), (other.name, one.name)):
+                joined = interleaved(case.arrays, a, b, axis, int(step))
+                assert joined is not None
+                outside = joined.outside()
+                op(**joined.arrays, **case.scalars)
+                assert {n: x.tobytes() for n, x in joined.arrays.items()} == expected
+                assert joined.outside() == outside
+                joined = interleaved(case.arrays, a, b, axis, int(step), overlap=True)
+                if joined is not None:
+                    refused(op, joined, name, (a, b), **joined.descs, **case.scalars)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_one_right_after_another(name):
+    rng = seeded(name)
+    op, case = usual(name, rng)
+    steps, expected = steps_of(op.row, case), results(op, case)
+    every = [*pairs(op.row, case.arrays)]
+    for i in rng.permutation(len(every))[:12]:
+        one, other = (arg.name for arg in every[i])
+        for a, b in ((one, other), (other, one)):
+            after = -(-span(case.arrays[b]) // steps[a]) * steps[a]
+            assert not meet(case.arrays[a], case.arrays[b], after)
+            joined = moved(case.arrays, a, b, after, steps[a])
+            op(**joined.arrays, **case.scalars)
+            assert {n: x.tobytes() for n, x in joined.arrays.items()} == expected
+
+
+# Products that are called by other names than a row's.
+
+
+def blocks(rng: np.random.Generator, input_fp8: bool, weight_fp8: bool) -> Named:
+    """A product with as many rows as columns, so that every matrix is as large as the output."""
+    of = (E4M3 if fp8 else BF16 for fp8 in (input_fp8, weight_fp8))
+    x, w = (rng.standard_normal((128, 128)).astype(dtype) for dtype in of)
+    arrays = {"input": x, "weight": w}
+    if input_fp8:
+        arrays["input_scale"] = np.ones((1, 128), np.float32)
+    if weight_fp8:
+        arrays["weight_scale"] = np.ones((1, 1), np.float32)
+    arrays["out"] = np.full((128, 128), np.nan, BF16)
+    name = "fp8_blockscale_gemm_sm90"
+    return Named(name, arrays, ("out",), fi_ffi.fp8_blockscale_gemm_sm90)
+
+
+def groupwise(rng: np.random.Generator) -> Named:
+    a, b = (rng.standard_normal((128, 128)).astype(E4M3) for _ in range(2))
+    arrays = {
+        "a": a, "b": b, "a_scale": np.ones((1, 128), np.float32),
+        "b_scale": np.ones((1, 1), np.float32), "out": np.full((128, 128), np.nan, BF16),
+        "workspace_buffer": np.zeros(216 << 10, np.uint8),
+    }  # fmt: skip
+    run = functools.partial(fi_ffi.gemm_fp8_nt_groupwise, scale_major_mode="MN")
+    return Named("gemm_fp8_nt_groupwise", arrays, ("out", "workspace_buffer"), run, step=64)
+
+
+def in_groups(rng: np.random.Generator) -> Named:
+    arrays = {
+        "a": rng.standard_normal((128, 128)).astype(E4M3),
+        "b": rng.standard_normal((2, 128, 128)).astype(E4M3),
+        "a_scale": np.ones((1, 128), np.float32), "b_scale": np.ones((2, 1, 1), np.float32),
+        "m_indptr": np.array([0, 64, 128], np.int32), "out": np.full((128, 128), np.nan, BF16),
+    }  # fmt: skip
+    name = "group_gemm_fp8_nt_groupwise"
+    return Named(name, arrays, ("out",), fi_ffi.group_gemm_fp8_nt_groupwise)
+
+
+def segments(rng: np.random.Generator) -> Named:
+    arrays = {
+        "x": rng.standard_normal((6, 16)).astype(np.float16),
+        "weights": rng.standard_normal((3, 16, 16)).astype(np.float16),
+        "out": np.full((6, 16), np.nan, np.float16),
+    }
+    options = {"batch_size": 3, "weight_column_major": True, "seg_lens": [1, 3, 2]}
+    return Named(
+        "segment_gemm", arrays, ("out",), functools.partial(fi_ffi.segment_gemm, **options)
+    )
+
+
+def tiny(rng: np.random.Generator, bias: bool) -> Named:
+    arrays = {name: rng.standard_normal((64, 64)).astype(BF16) for name in ("input", "weight")}
+    if bias:
+        arrays["bias"] = rng.standard_normal(64).astype(BF16)
+    arrays["out"] = np.full((64, 64), np.nan, BF16)
+    name = "tinygemm2" if bias else "tinygemm2_nobias"
+    return Named(name, arrays, ("out",), fi_ffi.tinygemm_bf16, known_as={"out": "output"})
+
+
+def algorithms(rng: np.random.Generator, name: str) -> Named:
+    row = OPS["bmm_fp8"].row
+    sizes = {"b": 2, "m": 16, "n": 16, "k": 32, "workspace_size": 216 << 10}
+    arrays = dict(make_case(row, sizes, default_dtypes(row), rng).arrays)
+    arrays["algo_buffer"] = np.zeros(256, np.uint8)
+    fi_ffi.bmm_fp8_get_algos(**arrays)
+    if name == "bmm_fp8_get_algos":
+        written = ("algo_buffer", "D", "workspace_buffer")
+        return Named(name, arrays, written, fi_ffi.bmm_fp8_get_algos, step=256)
+    run = functools.partial(fi_ffi.bmm_fp8_run_with_algo, algo_idx=0)
+    return Named(name, arrays, ("D", "workspace_buffer"), run, step=256)
+
+
+PRODUCTS: dict[str, Callable[[np.random.Generator], Named]] = {
+    "blocks bf16": lambda rng: blocks(rng, False, False),
+    "blocks fp8 weight": lambda rng: blocks(rng, False, True),
+    "blocks fp8": lambda rng: blocks(rng, True, True),
+    "groupwise": groupwise,
+    "in groups": in_groups,
+    "segments": segments,
+    "tiny": lambda rng: tiny(rng, False),
+    "tiny with a bias": lambda rng: tiny(rng, True),
+    "an algorithm": lambda rng: algorithms(rng, "bmm_fp8_run_with_algo"),
+    "algorithms": lambda rng: algorithms(rng, "bmm_fp8_get_algos"),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products(name):
+    rng = seeded(name)
+    made = PRODUCTS[name](rng)
+    for array in made.arrays.values():
+        if array.dtype == np.float32:
+            array[...] = 1
+    assert made.check(rng) > 4
+    apart = Joined(made.arrays)
+    made.run(**apart.arrays)
+    for _ in range(3):
+        beside = made.one_after_another(rng)
+        for one, array in beside.items():
+            assert array.tobytes() == apart.arrays[one].tobytes(), one
