@@ -25,6 +25,15 @@ def starts(counts: Array) -> Array:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
 
 
+def check_attention(got: Array, exact: Exact, what: str) -> None:
+    """Raise `Wrong` where an element is further from float64 than rounding explains."""
+    error = np.abs(got.astype(np.float64) - exact.out)
+    if not (error <= _TOLERANCE * exact.magnitude).all():  # which NaN is not either
+        worst = (error / np.maximum(exact.magnitude, 2.0**-24)).max()
+        told = f"{worst:.3g} of the magnitude, {_TOLERANCE:.3g} allowed"
+        raise Wrong(f"{what} is off by {told}")
+
+
 class Batch:
     """Requests of these lengths, each a token longer in each step than in the one before."""
 
@@ -40,12 +49,7 @@ class Batch:
 
     def check(self, step: int, got: Array) -> None:
         """Raise `Wrong` where an element is further from float64 than rounding explains."""
-        exact = self.exact(step)
-        error = np.abs(got.astype(np.float64) - exact.out)
-        if not (error <= _TOLERANCE * exact.magnitude).all():  # which NaN is not either
-            worst = (error / np.maximum(exact.magnitude, 2.0**-24)).max()
-            told = f"{worst:.3g} of the magnitude, {_TOLERANCE:.3g} allowed"
-            raise Wrong(f"attention at step {step} is off by {told}")
+        check_attention(got, self.exact(step), f"attention at step {step}")
 
     def _work_out(self, step: int) -> Exact:
         raise NotImplementedError

@@ -14,7 +14,7 @@ from fi_ffi.reference.arrays import Array
 from marks import native
 from marks.batches import HEAD_DIM, HEADS, KV_HEADS, PAGE, SM_SCALE, Decoding
 from marks.bench import Bench
-from marks.norms import packed
+from marks.peers import kernels
 from marks.plans import STEPS, Planner, lines
 from marks.report import Line
 from marks.timing import Side, repeated, with_turns
@@ -80,7 +80,7 @@ class Decode:
     def module(self) -> Any:
         return self.bench.peers.module(self.plan.module)
 
-    def module_run(self) -> Callable[[], object]:
+    def module_run(self) -> functools.partial[object]:
         """The module's own `run`, given what the wrapper gives it."""
         wrapper, (q, k, v, out) = self.wrapper, self.tensors
         nhd, no_window, pdl, soft_cap, rope = 0, -1, False, 0.0, (1.0, 1e-4)
@@ -97,6 +97,7 @@ def run(bench: Bench) -> Iterator[Line]:
     decode, stream = Decode(bench, lengths()), bench.gpu.stream
     prepared = fi_ffi.prepare(decode.plan.run, *decode.descs)
     scoped, module = bench.in_scope(prepared), decode.module_run()
+    native_run = native.entry_loop(kernels(decode.plan.module), "run", module.args, stream)
     plan_run, wrapper_run, (tq, tk, tv, tout) = decode.plan.run, decode.wrapper.run, decode.tensors
 
     def typed(turns: list[Any]) -> None:
@@ -118,7 +119,7 @@ def run(bench: Bench) -> Iterator[Line]:
             with_turns(wrapper, [(tq, (tk, tv), tout)]),
         ),
         side("the module's run through tvm_ffi", repeated(module)),
-        side("the module's run from C++", native.entry_loop(*packed(prepared._made), stream)),
+        side("the module's run from C++", native_run),
     ])  # fmt: skip
     mine, typed_, peer, direct, native_ = found.values()
     yield Line("decode prepared", mine, peer)

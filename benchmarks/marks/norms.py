@@ -15,6 +15,7 @@ from fi_ffi.cli.cases import make_case
 from marks import Missing, Wrong, native
 from marks.bench import Bench
 from marks.gpu import Gpu
+from marks.peers import kernels
 from marks.report import Line
 from marks.timing import Side, repeated, with_turns
 
@@ -72,7 +73,8 @@ def prepared(bench: Bench) -> Iterator[Line]:
     gpu, norm = bench.gpu, Norm(bench.gpu)
     in_scope = fi_ffi.prepare(fi_ffi.rmsnorm, *norm.descs, norm.eps, False)
     on_stream = fi_ffi.prepare(fi_ffi.rmsnorm, *norm.descs, norm.eps, False, stream=gpu.stream)
-    loop = native.entry_loop(*packed(in_scope), gpu.stream)
+    values = *norm.descs, norm.eps, False
+    loop = native.entry_loop(kernels(fi_ffi.rmsnorm.row.module), "rmsnorm", values, gpu.stream)
     scoped = bench.in_scope(in_scope)
     sides = [
         Side("prepared", scoped, checked([norm], lambda: scoped(0))),
@@ -90,13 +92,6 @@ def prepared(bench: Bench) -> Iterator[Line]:
     if "empty kernel from C++" in found:
         what = "prepared call in a scope"
         yield Line("", found["prepared"], found["empty kernel from C++"], what)
-
-
-def packed(call: Any) -> tuple[Any, Any, Any, int, Any]:
-    """What a prepared call calls: entry, handle, arguments, how many, and the result's slot."""
-    frame = call.take()
-    call.give(frame)
-    return (frame.invoke.func, *frame.invoke.args)
 
 
 def _nothing() -> None:

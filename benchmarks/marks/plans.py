@@ -51,6 +51,8 @@ def lines(
 ) -> Iterator[Line]:  # fmt: skip
     """Ours against FlashInfer's wrapper with the host tensors that it is quicker with.
 
+    `key` names the mark of that line, "" where there is none.  The last of the ratios is to the
+    module's own planner, the floor of both.
     `wrapper(name, made)` plans with tables that `made` makes of numpy arrays.
     """
     torch = bench.peers.need("torch")
@@ -61,7 +63,7 @@ def lines(
     planners = [mine, *wrappers, direct, first]
     found = bench.measure([one.side(check) for one in planners], bench.less(4, 50))
     best, other = sorted((found[one.name] for one in wrappers), key=lambda figure: figure.median)
-    yield Line(key, found[mine.name], best)
+    yield Line(key, found[mine.name], best, what)
     yield Line("", found[mine.name], other, what)
     yield Line("", found[mine.name], found[direct.name], what)
     yield Line("", found[first.name], None, f"{what}: a new plan, in a workspace it is given")

@@ -68,8 +68,8 @@ class Prefill:
         self.batch.check(step, out.get()[: int(self.tables[step][-1])])
 
 
-def plan(bench: Bench, backend: str) -> Iterator[Line]:
-    """`replan`: prompts a token longer each time."""
+def plan(bench: Bench, backend: str, key: str = "") -> Iterator[Line]:
+    """`replan`: prompts a token longer each time; `key` names its mark."""
     prefill = Prefill(bench, backend)
     wrapper, stream = prefill.wrapper, bench.gpu.stream
     ours = prefill.plan
@@ -90,9 +90,7 @@ def plan(bench: Bench, backend: str) -> Iterator[Line]:
     first = Planner("first", prefill.new_plan, same, prefill.plan_run, {"workspace": workspace})
     mine = Planner("replan", replan, same, lambda _, step: prefill.plan_run(ours, step))
     what = f"ragged prefill replan, {backend}"
-    yield from lines(
-        bench, f"ragged {backend}", what, prefill.check, mine, first, theirs, _direct(prefill)
-    )
+    yield from lines(bench, key, what, prefill.check, mine, first, theirs, _direct(prefill))
 
 
 def _direct(prefill: Prefill) -> Planner:

@@ -14,37 +14,48 @@ from marks.timing import Figure
 
 @dataclass(frozen=True)
 class Mark:
-    """What a ratio to the peer must be, and `most_ns` of our own figure where that is said."""
+    """What a ratio to the peer must be, and our own figure (`most_ns`) or memory (`most_bytes`);
+    None where there is no such limit."""
 
     row: str
     what: str
     peer: str
-    most: float
+    most: float | None = None
     least: float = 0.0
     most_ns: float | None = None
-    # How the figure's limit is told.
+    most_bytes: int | None = None
+    # How the limits that are no ratio are told.
     told: str = ""
 
     def __str__(self) -> str:
-        text = f"{self.least:.2f} to {self.most:.2f}" if self.least else f"≤ {self.most:.2f}"
-        return text + (f", {self.told}" if self.told else "")
+        ratio = ""
+        if self.most is not None:
+            ratio = f"{self.most:.2f}" if self.most >= 0.1 else f"{self.most:.3f}"
+            ratio = f"{self.least:.2f} to {ratio}" if self.least else f"≤ {ratio}"
+        return ", ".join(filter(None, (ratio, self.told)))
 
-    def is_met(self, mine: float, ratio: float) -> bool:
-        in_time = self.most_ns is None or mine <= self.most_ns
-        return self.least <= ratio <= self.most and in_time
+    def is_met(self, mine: float, ratio: float | None, grown_bytes: int | None) -> bool:
+        """Whether every limit holds; one whose figure is missing does not."""
+        limits = (ratio, self.most), (mine, self.most_ns), (grown_bytes, self.most_bytes)
+        in_limits = all(
+            limit is None or (value is not None and value <= limit) for value, limit in limits
+        )
+        return in_limits and (not self.least or (ratio is not None and self.least <= ratio))
 
 
 @dataclass(frozen=True)
 class Line:
     """Two figures beside each other; `key` names its mark, "" for one that has none.
 
-    `what` is taken from the mark where there is one.
+    `what` is taken from the mark where there is one.  `grown_bytes` is how much the resident
+    set of the process grew.
     """
 
     key: str
     mine: Figure
     theirs: Figure | None = None
     what: str = ""
+    grown_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,7 @@ class Entry:
     fi_ffi_ns: float | None = None
     peer_ns: float | None = None
     ratio: float | None = None
+    grown_bytes: int | None = None
     mark: str = ""
     most: float | None = None
     met: bool | None = None
@@ -68,15 +80,22 @@ class Entry:
 def entry(row: str, line: Line, marks: Mapping[str, Mark]) -> Entry:
     """A line, held against its mark."""
     mark = marks[line.key] if line.key else None
-    what, mine, theirs = mark.what if mark else line.what, line.mine, line.theirs
-    if theirs is None:
-        return Entry(row, what, fi_ffi_ns=mine.median, fi_ffi_rounds=mine.rounds)
-    ratio = mine.median / theirs.median
+    mine, theirs = line.mine, line.theirs
+    ratio = mine.median / theirs.median if theirs else None
     return Entry(
-        row, what, theirs.name, mine.median, theirs.median, ratio, str(mark or ""),
-        mark.most if mark else None, mark.is_met(mine.median, ratio) if mark else None, "ok",
-        mine.rounds, theirs.rounds,
-    )  # fmt: skip
+        row,
+        mark.what if mark else line.what,
+        theirs.name if theirs else "",
+        mine.median,
+        theirs.median if theirs else None,
+        ratio,
+        line.grown_bytes,
+        str(mark or ""),
+        mark.most if mark else None,
+        mark.is_met(mine.median, ratio, line.grown_bytes) if mark else None,
+        fi_ffi_rounds=mine.rounds,
+        peer_rounds=theirs.rounds if theirs else (),
+    )
 
 
 def without_figures(mark: Mark, status: str) -> Entry:
@@ -96,6 +115,8 @@ def shown(entry: Entry) -> str:
         return "" if value is None else format(value, form)
 
     met = {None: "", True: "yes", False: "NO"}[entry.met]
+    if entry.grown_bytes is not None:
+        met += f" ({entry.grown_bytes / 1e6:.1f} MB)"
     cells = (
         entry.what, number(entry.fi_ffi_ns, ",.0f"), entry.peer, number(entry.peer_ns, ",.0f"),
         number(entry.ratio, ".3f"), entry.mark, met if entry.status == "ok" else entry.status,

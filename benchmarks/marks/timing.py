@@ -68,17 +68,22 @@ def repeated(call: Callable[[], object]) -> Run:
     return run
 
 
-def with_turns(loop: Callable[[list[Any]], object], turns: Iterable[Any]) -> Run:
-    """Calls with other arguments each time: `loop` is given as many of the turns as calls."""
-    endless = cycle(turns)
+def with_drawn(loop: Callable[[list[Any]], object], draw: Callable[[int], list[Any]]) -> Run:
+    """Calls whose arguments `draw(count)` makes just before, which is not timed."""
 
     def run(count: int) -> float:
-        mine = list(islice(endless, count))
+        drawn = draw(count)
         start = perf_counter_ns()
-        loop(mine)
+        loop(drawn)
         return perf_counter_ns() - start
 
     return run
+
+
+def with_turns(loop: Callable[[list[Any]], object], turns: Iterable[Any]) -> Run:
+    """Calls with other arguments each time: `loop` is given as many of the turns as calls."""
+    endless = cycle(turns)
+    return with_drawn(loop, lambda count: list(islice(endless, count)))
 
 
 def measure(
