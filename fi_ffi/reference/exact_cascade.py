@@ -14,6 +14,7 @@ from fi_ffi.reference.formula import Exact, Formula, Inputs, Move
 # FlashInfer's minus infinity up to 0.7.1: the log-sum-exp of no keys.
 _NOTHING = -5e4
 _SLACK = 2.0**-16
+_HALF_SUBNORMAL = 2.0**-25  # half a step between float16's smallest numbers
 
 
 def _merged(v: Array, s: Array) -> tuple[Array, Array, Array]:
@@ -28,12 +29,18 @@ def _merged(v: Array, s: Array) -> tuple[Array, Array, Array]:
     return value, terms, lse
 
 
-def _exact(names: tuple[str, str], v: Array, s: Array, rounding: float = 0.0) -> Exact:
-    """`rounding`: what results on the way are rounded to, of their magnitude."""
+def _exact(
+    names: tuple[str, str], v: Array, s: Array, v_error: float = 0.0, s_error: Array | float = 0.0
+) -> Exact:
+    """`v_error`: the relative error of the partial values that the kernel merges; `s_error`,
+    (n, heads): the absolute one of their log-sum-exps."""
     value, terms, lse = _merged(v, s)
     # A log-sum-exp is right to what the sum of powers is, whatever was added to the logits.
-    of_sum = np.full(lse.shape, 1 + np.log2(max(s.shape[1], 1)))
-    return {names[0]: (value, terms * (1 + rounding / _SLACK)), names[1]: (lse, of_sum)}
+    of_sum = 1 + np.log2(max(s.shape[1], 1)) + s_error / _SLACK + np.zeros(lse.shape)
+    # An error of a log-sum-exp is one of a weight, and of the sum of weights that divides it.
+    relative = v_error + 2 * np.log(2) * (s_error + np.zeros(lse.shape))[..., None]
+    least = _HALF_SUBNORMAL / _SLACK if v_error else 0.0
+    return {names[0]: (value, terms * (1 + relative / _SLACK) + least), names[1]: (lse, of_sum)}
 
 
 def merge_state(a: Inputs) -> Exact:
@@ -61,10 +68,12 @@ def _step(largest: float) -> float:
 
 def merge_states(a: Inputs) -> Exact:
     v, s = a["v"], a["s"]
-    # Partial results of several thread rows meet in v's dtype.
-    are_rounded = s.shape[1] >= len(s) and s.shape[1] > 1
-    rounding = are_rounded * _step(a["largest"]["v"]) / 2
-    return _exact(("v_merged", "s_merged"), v, s, rounding)
+    if not len(s) <= s.shape[1] > 1:
+        return _exact(("v_merged", "s_merged"), v, s)
+    # The rows of threads hand on partial values in v's dtype, and partial log-sum-exps in float32.
+    v_error = _step(a["largest"]["v"]) / 2
+    s_error = 2.0**-24 * np.abs(s, where=np.isfinite(s), out=np.zeros_like(s)).max(axis=1)
+    return _exact(("v_merged", "s_merged"), v, s, v_error, s_error)
 
 
 def merge_states_of_empty_ones(a: Inputs) -> Exact:

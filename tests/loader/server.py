@@ -26,7 +26,7 @@ from fi_ffi.loader.retries import Policy
 from fi_ffi.loader.wheel import WheelReader
 
 # Patient enough for a busy machine, and quick.
-QUICK = Policy(tries=3, first_wait=0.01, longest_wait=1.0, connect_timeout=2, read_timeout=0.3)
+QUICK = Policy(tries=3, first_wait=0.01, longest_wait=1.0, connect_timeout=2, read_timeout=1.0)
 
 INFO = "kernels-1.2.3+cu130.dist-info"
 NORM = "flashinfer_jit_cache/jit_cache/norm/norm.so"

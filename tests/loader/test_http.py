@@ -112,7 +112,7 @@ def test_what_does_not_pass_is_given_up(web: Server, fault: faults.Fault) -> Non
 def test_a_trickle_is_given_up(web: Server) -> None:
     web.always = faults.trickle
     begun = time.monotonic()
-    refused(web, "only .* bytes came in 0.3", tries=None)
+    refused(web, f"only .* bytes came in {QUICK.read_timeout}", tries=None)
     assert time.monotonic() - begun < 5
 
 

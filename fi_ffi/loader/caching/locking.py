@@ -49,6 +49,7 @@ def _wait(root: Path, key: str, done: Callable[[], bool], stack: contextlib.Exit
         lock = FileLock(path)
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
+            temporaries.removed_at_exit.add(path)
             try:
                 stack.enter_context(lock.acquire(timeout=0))
                 # Before it is released.  One who has it open gets a lock that excludes
@@ -56,6 +57,7 @@ def _wait(root: Path, key: str, done: Callable[[], bool], stack: contextlib.Exit
                 stack.callback(_remove, path)
                 return True
             except Timeout:
+                temporaries.removed_at_exit.discard(path)  # another process's
                 if done():
                     return False
                 time.sleep(_POLL)
@@ -68,3 +70,4 @@ def _wait(root: Path, key: str, done: Callable[[], bool], stack: contextlib.Exit
 def _remove(path: Path) -> None:
     with contextlib.suppress(OSError):
         path.unlink()
+    temporaries.removed_at_exit.discard(path)

@@ -72,7 +72,7 @@ def temporary(root: Path) -> Iterator[Temporary]:
     make_folder(root / "tmp")
     path = new_path(root)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-    _ours.add(path)
+    removed_at_exit.add(path)
     fd = os.open(path, flags, 0o600)
     try:
         yield Temporary(path, fd)
@@ -81,19 +81,20 @@ def temporary(root: Path) -> Iterator[Temporary]:
             os.close(fd)
         with contextlib.suppress(OSError):
             path.unlink()
-        _ours.discard(path)
+        removed_at_exit.discard(path)
 
 
-def _remove_ours() -> None:
-    """What a Ctrl-C between two of `temporary`'s lines has left."""
-    for path in [*_ours]:
+def _remove_at_exit() -> None:
+    for path in [*removed_at_exit]:
         with contextlib.suppress(OSError):
             path.unlink()
 
 
-_ours: set[Path] = set()
-atexit.register(_remove_ours)
-os.register_at_fork(after_in_child=_ours.clear)
+# Files of this process that a Ctrl-C between two statements would leave: a file is added
+# before it is made, and taken out after it is removed.
+removed_at_exit: set[Path] = set()
+atexit.register(_remove_at_exit)
+os.register_at_fork(after_in_child=removed_at_exit.clear)
 
 
 def leftovers(root: Path, orphan_age: float = ORPHAN_AGE) -> list[Leftover]:

@@ -147,7 +147,7 @@ def test_what_a_running_process_writes_stays_however_old(sample: Any) -> None:
         upkeep.prune(contents.leftovers(sample.root), sample.root)
         assert sample.temporaries() == [name]
         os.kill(pid, signal.SIGKILL)
-        time.sleep(0.05)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         assert len(contents.leftovers(sample.root)) == 1  # not waited for: a zombie has ended too
     finally:
         assert wait(pid) == -signal.SIGKILL
