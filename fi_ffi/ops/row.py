@@ -14,8 +14,16 @@ from typing import Any
 from fi_ffi.abi.signature import Signature
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ranged:
+    """What came with FlashInfer `since`, and was gone with `until`, where they are not ""."""
+
+    since: str = ""
+    until: str = ""
+
+
 @dataclass(frozen=True)
-class Tensor:
+class Tensor(Ranged):
     """A tensor argument.
 
     `axes` names its axes ("n h"); the same name is the same size everywhere in
@@ -83,7 +91,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Scalar:
+class Scalar(Ranged):
     """A scalar argument, passed by value.
 
     `default` is None where the caller must give it; `low` and `high` are the least and the
@@ -109,7 +117,7 @@ class Scalar:
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(Ranged):
     """A text argument, one of a few words."""
 
     name: str
@@ -124,7 +132,7 @@ KV_LAYOUTS = {"NHD": 0, "HND": 1}
 
 
 @dataclass(frozen=True)
-class KvLayout:
+class KvLayout(Ranged):
     """The order of the axes of keys and values, given as "NHD" or "HND".
 
     Where a kernel takes its strides from the tensors (`strided`), HND tensors are handed
@@ -139,7 +147,7 @@ class KvLayout:
 
 
 @dataclass(frozen=True)
-class IntArray:
+class IntArray(Ranged):
     """An Array of ints, which callers give by the object's address; 0 is none."""
 
     name: str
@@ -158,7 +166,7 @@ class PlanInfo(IntArray):
 
 
 @dataclass(frozen=True)
-class TensorArray:
+class TensorArray(Ranged):
     """An Array of Tensor objects, which callers give one by one, after all other arguments."""
 
     name: str
@@ -167,7 +175,7 @@ class TensorArray:
 
 
 @dataclass(frozen=True)
-class Absent:
+class Absent(Ranged):
     """An argument of the entry that the op has not: a tensor without elements, a number, a bool,
     or of an optional type none."""
 
@@ -185,7 +193,7 @@ MULTIPROCESSORS, SHARED_MEMORY = "multiprocessors", "shared memory"
 
 
 @dataclass(frozen=True, eq=False)
-class Rule:
+class Rule(Ranged):
     """What must hold between sizes and numbers, where no other field of a row says it.
 
     `holds` is given what `of` names: axes (None where no tensor there has it), scalars and texts

@@ -7,8 +7,8 @@ import pytest
 import fi_ffi
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.ops.attention.rows import FORMS, ROWS, of_release
-from fi_ffi.ops.attention.rows.releases import FIRST, SINCE
 from fi_ffi.ops.providers import fits
+from fi_ffi.ops.releases import FIRST
 from fi_ffi.ops.row import KvLayout, Row, Tensor
 
 from bindings import RELEASES, added_parameters, exported, parameters
@@ -90,13 +90,6 @@ def test_the_first_forms_are_of_the_default_release():
 @pytest.mark.parametrize("first", ROWS, ids=IDS)
 def test_every_release_has_one_form(first, release):
     assert of_release(first, release) is of(release, first)
-
-
-def test_an_argument_that_came_later_is_in_some_forms_and_not_in_others():
-    for name in SINCE:
-        having = [[name in [a.name for a in form.args] for form in FORMS[row]] for row in ROWS]
-        assert any(any(forms) for forms in having), name
-        assert all(all(forms) != any(forms) for forms in having if any(forms)), name
 
 
 @pytest.mark.parametrize("release", ["0.7.0", "0.7.2.post1", "0.6.2"])

@@ -13,7 +13,7 @@ E4M3 = ("float8_e4m3fn",)
 _OUT: dict[str, Any] = {"writes": True, "reads": False, "contiguous": True, "alignment": 16}
 _IN: dict[str, Any] = {"contiguous": True, "alignment": 16}
 _ANY: dict[str, Any] = {"offset_limit": 2**63, "vector": Vector(()), "min_sizes": {}}
-_PLAIN = {"contiguous": True}
+_PLAIN: dict[str, Any] = {"contiguous": True}
 
 # bmm_fp8's choice of an algorithm, and its calls with one of them.
 _ALGO = Tensor("algo_buffer", "algo_bytes", "uint8", "what cuBLASLt keeps of its algorithms, 64 "
@@ -49,13 +49,13 @@ def _tables(*of_strides: str) -> tuple[Tensor, ...]:
 
 
 _COLUMN_MAJOR = Scalar("weight_column_major", bool, None, "")
-_WORKSPACE = {"dtype": "uint8", "doc": "", "contiguous": True, "alignment": 64}
+_WORKSPACE: dict[str, Any] = {"dtype": "uint8", "doc": "", "contiguous": True, "alignment": 64}
 
 # On tensor cores as those of SM80 are.  It adds to what is in the output.
 SEGMENT_SM80 = Row(
     "cutlass_segment_gemm", "gemm", "cutlass_segment_gemm", "csrc/flashinfer_gemm_binding.cu", "",
     (
-        Tensor("workspace_buffer", "workspace_size", **_WORKSPACE),  # type: ignore[arg-type]
+        Tensor("workspace_buffer", "workspace_size", **_WORKSPACE),
         *_tables("x_ld", "w_ld", "y_ld"),
         Tensor("empty_x_data", "0", "T", ""),
         _COLUMN_MAJOR,
@@ -66,8 +66,8 @@ SEGMENT_SM90 = Row(
     "cutlass_segment_gemm_sm90", "gemm_sm90", "cutlass_segment_gemm_sm90",
     "csrc/flashinfer_gemm_sm90_binding.cu", "",
     (
-        Tensor("float_workspace_buffer", "workspace_size", **_WORKSPACE),  # type: ignore[arg-type]
-        Tensor("int_workspace_buffer", "unused", **_WORKSPACE),  # type: ignore[arg-type]
+        Tensor("float_workspace_buffer", "workspace_size", **_WORKSPACE),
+        Tensor("int_workspace_buffer", "unused", **_WORKSPACE),
         *_tables("x_stride", "weight_stride", "y_stride"),
         Tensor("empty_x_data", "0", "T", ""),
         Tensor("empty_y_data", "0", "O", ""),
@@ -157,7 +157,7 @@ RUN_GEMM = Row(
         *_scales_of("TA", "scales_a", ("k128", "m", "m4"), _of_rows),
         *_scales_of("TB", "scales_b", ("n", "k128", "n128"), _of_blocks),
     ),
-    **BLOCKSCALE,  # type: ignore[arg-type]
+    **BLOCKSCALE,
 )  # fmt: skip
 
 # What the object quantises into; the next product uses what it was told of last.
@@ -167,7 +167,7 @@ CONFIGURE = Row(
         Tensor("workspace_buffer", "bytes", "uint8", "", writes=True, reads=False,
                contiguous=True, alignment=256),
     ),
-    dtypes={}, min_sizes={}, **BLOCKSCALE,  # type: ignore[arg-type]
+    dtypes={}, min_sizes={}, **BLOCKSCALE,
 )  # fmt: skip
 
 _GRANULARITY = tuple(Scalar(f"scale_granularity_{axis}", int, None, "") for axis in "mnk")

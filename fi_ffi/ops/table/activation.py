@@ -7,8 +7,7 @@ and with fewer elements than that it would be launched with no threads.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+from fi_ffi.ops.releases import forms_of
 from fi_ffi.ops.row import Row, Scalar, Tensor, Vector
 
 _ARGS = (
@@ -22,8 +21,7 @@ _ARGS = (
 )  # fmt: skip
 
 
-def _rows(name: str, doc: str) -> tuple[Row, Row]:
-    """Those of the kernel that needs whole vectors, and of the one that does not."""
+def _rows(name: str, doc: str) -> tuple[Row, ...]:
     row = Row(
         name,
         name,  # each is a module of its own
@@ -32,7 +30,7 @@ def _rows(name: str, doc: str) -> tuple[Row, Row]:
         doc,
         _ARGS,
         dtypes={"T": ("float16", "bfloat16")},
-        releases=">=0.6.3,<0.7.2",
+        releases=">=0.6.3",
         vector=Vector(("d",), dtype="T"),
         offset_limit=2**63,
         min_sizes={"d": 1},
@@ -40,7 +38,7 @@ def _rows(name: str, doc: str) -> tuple[Row, Row]:
         # A grid's, and an int.
         max_products={("n",): 2**31 - 1, ("d",): 2**30 - 1},
     )
-    return row, replace(row, releases=">=0.7.2", multiples={})
+    return forms_of(row, {"0.7.2": {"multiples": {}}})
 
 
 ROWS = (

@@ -7,13 +7,14 @@ launch fails untold where a row's scales do not fit a block's shared memory.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
+from fi_ffi.ops.releases import forms_of
 from fi_ffi.ops.row import Absent, Row, Rule, Scalar, Tensor, Vector
 
 _INT = 2**31
 _THOP = "csrc/nv_internal/tensorrt_llm/thop"
-_OUT = {"writes": True, "reads": False, "contiguous": True}
+_OUT: dict[str, Any] = {"writes": True, "reads": False, "contiguous": True}
 # Scales in 48 kB of shared memory, beside one number.
 _MOST_BLOCKS = 48 * 1024 - 4
 
@@ -74,13 +75,18 @@ def _are_vectors_scales(
 
 
 def _row(
-    name: str, module: str, source: str, doc: str, *args: Tensor | Scalar | Absent, **more: object
+    name: str, module: str, source: str, doc: str, *args: Tensor | Scalar | Absent, **more: Any
 ) -> Row:
-    fields = {"symbol": name, "vector": Vector(()), "offset_limit": _INT, "min_sizes": {}} | more
-    return Row(name, module, source=source, doc=doc, args=args, **fields)  # type: ignore[arg-type]
+    fields: dict[str, Any] = {
+        "symbol": name,
+        "vector": Vector(()),
+        "offset_limit": _INT,
+        "min_sizes": {},
+    } | more
+    return Row(name, module, source=source, doc=doc, args=args, **fields)
 
 
-def _interleave(name: str, doc: str, *args: Tensor, **more: object) -> Row:
+def _interleave(name: str, doc: str, *args: Tensor, **more: Any) -> Row:
     return _row(
         name, "fp4_quantization_90", f"{_THOP}/fp4Op.cpp", doc, *args, symbol=f"{name}_sm100",
         releases=">=0.6.3", capabilities=(9,), **more,
@@ -90,9 +96,9 @@ def _interleave(name: str, doc: str, *args: Tensor, **more: object) -> Row:
 _IN_TILES = (
     "tiles of 128 rows and 4 columns: row i of a tile starts at 16 * (i % 32) + 4 * (i // 32)"
 )
-_LAYOUT = Scalar("sfSwizzleLayout", int, TILES_OF_128, "the scales' order: 0 for tiles of 128 rows "
-                 "and 4 columns, 1 for tiles of 8 and 4, 2 for rows", low=0, high=2)  # fmt: skip
-_QUANTIZE = _row(
+_LAYOUTS = "0.6.7"  # the release that names an order; before there were two
+_ARE_SCALES = "a scale for every 32 elements of padded_k, in whole tiles where they are in tiles"
+_MXFP8 = _row(
     "mxfp8_quantize",
     "mxfp8_quantization_sm100",
     f"{_THOP}/fp8Quantize.cpp",
@@ -103,13 +109,16 @@ _QUANTIZE = _row(
            alignment=16, **_OUT),
     Tensor("scaleFP8SF", "num_scales", "uint8", "the scales' exponents, and 127; 0 where there are "
            "no elements", **_OUT),
-    _LAYOUT,
+    Scalar("isSfSwizzledLayout", bool, True, "whether scales are in tiles of 128 rows and 4 "
+           "columns, or in rows", until=_LAYOUTS),
+    Scalar("sfSwizzleLayout", int, TILES_OF_128, "the scales' order: 0 for tiles of 128 rows and 4 "
+           "columns, 1 for tiles of 8 and 4, 2 for rows", low=0, high=2, since=_LAYOUTS),
     Scalar("alignment", int, 32, "what padded_k is a multiple of", low=32, high=2**20,
            multiple_of=32),
     Scalar("enable_pdl", bool, False, "programmatic dependent launch: start while the previous "
            "kernel drains"),
     dtypes={"T": ("float16", "bfloat16")},
-    releases=">=0.6.7",
+    releases=">=0.6.3",
     offset_limit=2**63,
     min_sizes={"k": 1},
     multiples={"k": 32},
@@ -118,61 +127,55 @@ _QUANTIZE = _row(
         Rule("valMxFP8", ("k", "padded_k", "alignment"), _is_padded,
              "padded_k = k, rounded up to a multiple of alignment"),
         Rule("scaleFP8SF", ("num_scales", "n", "padded_k", "sfSwizzleLayout"), _are_scales,
-             "a scale for every 32 elements of padded_k, in whole tiles where they are in tiles"),
+             _ARE_SCALES, since=_LAYOUTS),
+        Rule("scaleFP8SF", ("num_scales", "n", "padded_k", "isSfSwizzledLayout"),
+             _are_scales_of_older, _ARE_SCALES, until=_LAYOUTS),
     ),
     capabilities=(10, 11, 12),
 )  # fmt: skip
-_OLDER = (
-    Scalar("isSfSwizzledLayout", bool, True, "whether scales are in tiles of 128 rows and 4 "
-           "columns, or in rows"),
-    Rule("scaleFP8SF", ("num_scales", "n", "padded_k", "isSfSwizzledLayout"), _are_scales_of_older,
-         _QUANTIZE.rules[1].expected),
+_FP4 = _row(
+    "fp4_quantize",
+    "fp4_quantization_100",
+    f"{_THOP}/fp4Quantize.cpp",
+    "Quantise to 4 bits (e2m1), with a scale for every 16 or 32 elements of a row: "
+    "`globalScale * largest / 6` as float8_e4m3fn, or the least power of 2 by which they are 6 "
+    "or less.",
+    Tensor("input", "n 2*half", "T", "rows to quantise", contiguous=True, alignment=32),
+    Tensor("globalScale", "1", "float32", "multiplies the scales, and elements are over their "
+           "scale over it; as a rule 448 * 6 / the largest element", optional=True),
+    Tensor("valueE2M1", "n half", "uint8", "two numbers a byte, the first in its lower half",
+           alignment=8, **_OUT),
+    Tensor("scaleFP8SF", "num_scales", "uint8", "the scales' bytes, or exponents and 127; 0 "
+           "where there are no elements", **_OUT),
+    Scalar("sfVecSize", int, 16, "elements of a scale", low=16, high=32, multiple_of=16),
+    Scalar("sfUseUE8M0", bool, False, "whether scales are powers of 2"),
+    Scalar("isSfSwizzledLayout", bool, True, "whether scales are in tiles, or in rows"),
+    Scalar("isSf8x4Layout", bool, False, "whether tiles are of 8 rows, or of 128"),
+    Scalar("isGlobalScaleInversed", bool, False, "whether to divide by `globalScale`",
+           since="0.6.11"),
+    Scalar("enable_pdl", bool, False, "programmatic dependent launch"),
+    # Without a recipe of another kind.
+    Absent("nvfp44Over6Code", "int", since="0.7.2"),
+    dtypes={"T": ("float16", "bfloat16")},
+    releases=">=0.6.3",
+    offset_limit=2**63,
+    min_sizes={"half": 1},
+    multiples={"half": 8},
+    max_products={("n",): _INT - 128, ("half",): _INT // 2 - 128},
+    rules=(
+        Rule("sfVecSize", ("sfVecSize", "sfUseUE8M0"), _is_vector,
+             "32 with sfUseUE8M0, and 16 without"),
+        Rule("input", ("half", "sfVecSize"), _are_blocks,
+             "rows of whole blocks of sfVecSize elements"),
+        Rule("globalScale", ("globalScale", "sfUseUE8M0"), _has_scale,
+             "a globalScale where there is no sfUseUE8M0"),
+        Rule("scaleFP8SF",
+             ("num_scales", "n", "half", "sfVecSize", "isSfSwizzledLayout", "isSf8x4Layout"),
+             _are_vectors_scales,
+             "a scale for every sfVecSize elements, in whole tiles where they are in tiles"),
+    ),
+    capabilities=(10,),
 )  # fmt: skip
-
-_INVERSED = Scalar("isGlobalScaleInversed", bool, False, "whether to divide by `globalScale`")
-_LAUNCH = Scalar("enable_pdl", bool, False, "programmatic dependent launch")
-
-
-def _fp4(releases: str, *last: Scalar | Absent) -> Row:
-    return _row(
-        "fp4_quantize",
-        "fp4_quantization_100",
-        f"{_THOP}/fp4Quantize.cpp",
-        "Quantise to 4 bits (e2m1), with a scale for every 16 or 32 elements of a row: "
-        "`globalScale * largest / 6` as float8_e4m3fn, or the least power of 2 by which they are 6 "
-        "or less.",
-        Tensor("input", "n 2*half", "T", "rows to quantise", contiguous=True, alignment=32),
-        Tensor("globalScale", "1", "float32", "multiplies the scales, and elements are over their "
-               "scale over it; as a rule 448 * 6 / the largest element", optional=True),
-        Tensor("valueE2M1", "n half", "uint8", "two numbers a byte, the first in its lower half",
-               alignment=8, **_OUT),
-        Tensor("scaleFP8SF", "num_scales", "uint8", "the scales' bytes, or exponents and 127; 0 "
-               "where there are no elements", **_OUT),
-        Scalar("sfVecSize", int, 16, "elements of a scale", low=16, high=32, multiple_of=16),
-        Scalar("sfUseUE8M0", bool, False, "whether scales are powers of 2"),
-        Scalar("isSfSwizzledLayout", bool, True, "whether scales are in tiles, or in rows"),
-        Scalar("isSf8x4Layout", bool, False, "whether tiles are of 8 rows, or of 128"),
-        *last,
-        dtypes={"T": ("float16", "bfloat16")},
-        releases=releases,
-        offset_limit=2**63,
-        min_sizes={"half": 1},
-        multiples={"half": 8},
-        max_products={("n",): _INT - 128, ("half",): _INT // 2 - 128},
-        rules=(
-            Rule("sfVecSize", ("sfVecSize", "sfUseUE8M0"), _is_vector,
-                 "32 with sfUseUE8M0, and 16 without"),
-            Rule("input", ("half", "sfVecSize"), _are_blocks,
-                 "rows of whole blocks of sfVecSize elements"),
-            Rule("globalScale", ("globalScale", "sfUseUE8M0"), _has_scale,
-                 "a globalScale where there is no sfUseUE8M0"),
-            Rule("scaleFP8SF",
-                 ("num_scales", "n", "half", "sfVecSize", "isSfSwizzledLayout", "isSf8x4Layout"),
-                 _are_vectors_scales,
-                 "a scale for every sfVecSize elements, in whole tiles where they are in tiles"),
-        ),
-        capabilities=(10,),
-    )  # fmt: skip
 
 
 ROWS = (
@@ -212,13 +215,7 @@ ROWS = (
         dtypes={},
         multiples={"rows": 128, "cols": 4},
     ),
-    _QUANTIZE,
-    replace(
-        _QUANTIZE,
-        args=(*_QUANTIZE.args[:3], _OLDER[0], *_QUANTIZE.args[4:]),
-        rules=(_QUANTIZE.rules[0], _OLDER[1]),
-        releases=">=0.6.3,<0.6.7",
-    ),
+    *forms_of(_MXFP8),
     _row(
         "nvfp4_kv_quant",
         "fp4_kv_quant",
@@ -236,8 +233,5 @@ ROWS = (
         max_products={("n",): _INT - 1},
         capabilities=(10, 11, 12),
     ),
-    _fp4(">=0.6.11,<0.7.2", _INVERSED, _LAUNCH),
-    _fp4(">=0.6.3,<0.6.11", _LAUNCH),
-    # Without a recipe of another kind.
-    _fp4(">=0.7.2", _INVERSED, _LAUNCH, Absent("nvfp44Over6Code", "int")),
+    *forms_of(_FP4),
 )  # fmt: skip

@@ -8,16 +8,17 @@ has a block for each head.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
+from fi_ffi.ops.releases import forms_of
 from fi_ffi.ops.row import Row, Rule, Tensor, Vector
 
 _V, _S = "n num_heads head_dim", "n num_heads"
-_OUT = {"writes": True, "reads": False}
+_OUT: dict[str, Any] = {"writes": True, "reads": False}
 _VECTOR, _BLOCK = Vector(("head_dim",), threads=32), 1024
 
 
-def _tensor(name: str, axes: str, doc: str, **more: bool) -> Tensor:
+def _tensor(name: str, axes: str, doc: str, **more: Any) -> Tensor:
     is_output = "head_dim" in axes
     return Tensor(name, axes, "T" if is_output else "float32", doc, contiguous=True, **more)
 
@@ -27,9 +28,9 @@ def _fit_a_block(n: int, num_index_sets: int, num_heads: int, head_dim: int) -> 
     return num_index_sets >= n or num_heads * threads <= _BLOCK
 
 
-def _rows(name: str, doc: str, *args: Tensor, **more: object) -> tuple[Row, Row]:
+def _rows(name: str, doc: str, *args: Tensor, **more: Any) -> tuple[Row, ...]:
     """Since 0.7.2 states that are empty merge to an empty one, not to NaN."""
-    fields = {
+    fields: dict[str, Any] = {
         "dtypes": {"T": ("float16", "bfloat16")},
         "vector": _VECTOR,
         "offset_limit": 2**32,
@@ -39,9 +40,9 @@ def _rows(name: str, doc: str, *args: Tensor, **more: object) -> tuple[Row, Row]
     }
     row = Row(
         name, "cascade", name, "csrc/flashinfer_cascade_binding.cu", doc, args,
-        releases=">=0.6.3,<0.7.2", **(fields | more),  # type: ignore[arg-type]
+        releases=">=0.6.3", **(fields | more),
     )  # fmt: skip
-    return row, replace(row, releases=">=0.7.2", variant="_of_empty_ones")
+    return forms_of(row, {"0.7.2": {"variant": "_of_empty_ones"}})
 
 
 ROWS = (

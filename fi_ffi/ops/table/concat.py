@@ -7,12 +7,13 @@ a token's first.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
+from fi_ffi.ops.releases import forms_of
 from fi_ffi.ops.row import Row, Tensor, Vector
 
 # 112 strides of heads are below 2^31; a whole number of vectors.
-_STRIDES = {"stride_limit": 2**31 // 112 // 16 * 16}
+_STRIDES: dict[str, Any] = {"stride_limit": 2**31 // 112 // 16 * 16}
 _F16 = ("float16", "bfloat16")
 
 _ROW = Row(
@@ -23,13 +24,13 @@ _ROW = Row(
     "Put MLA's keys together: each head's own part, and after it the part that all share.",
     (
         Tensor("k", "n num_heads nope_dim+rope_dim", "T", "the keys", writes=True, reads=False,
-               **_STRIDES),  # type: ignore[arg-type]
+               **_STRIDES),
         Tensor("k_nope", "n num_heads nope_dim", "T", "the heads' own parts",
-               **_STRIDES),  # type: ignore[arg-type]
+               **_STRIDES),
         Tensor("k_rope", "n 1 rope_dim", "T", "the part with the position, which all heads share"),
     ),
-    dtypes={"T": (*_F16, "float8_e4m3fn", "float8_e5m2")},
-    releases=">=0.6.11",
+    dtypes={"T": _F16},
+    releases=">=0.6.3",
     # 4 elements of a head's own part and 2 of the shared one, in each dtype; of float8 this is
     # more than the kernel asks for.
     vector=Vector(("nope_dim", "rope_dim"), bytes=8),
@@ -39,4 +40,4 @@ _ROW = Row(
     max_products={("n",): 2**24},
 )  # fmt: skip
 
-ROWS = (_ROW, replace(_ROW, releases=">=0.6.3,<0.6.11", dtypes={"T": _F16}))
+ROWS = forms_of(_ROW, {"0.6.11": {"dtypes": {"T": (*_F16, "float8_e4m3fn", "float8_e5m2")}}})

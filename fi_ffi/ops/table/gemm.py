@@ -7,15 +7,17 @@ done around the entry, and docs/gemm.md says which is for what.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+from fi_ffi.ops.releases import forms_of
 from fi_ffi.ops.row import Row, Rule, Scalar, Tensor, Vector
 
 _INT = 2**31 - 1
 _BF16 = ("bfloat16",)
 FP8 = ("float8_e4m3fn", "float8_e5m2")
 F16 = ("float16", "bfloat16")
-_OUT = {"writes": True, "reads": False, "contiguous": True, "alignment": 16}
-_IN = {"contiguous": True, "alignment": 16}
+_OUT: dict[str, Any] = {"writes": True, "reads": False, "contiguous": True, "alignment": 16}
+_IN: dict[str, Any] = {"contiguous": True, "alignment": 16}
 _PDL = "programmatic dependent launch: start while the previous kernel drains"
 
 # 32 MiB or a little less on Hopper and Blackwell: what NVIDIA recommends, and FlashInfer gives.
@@ -25,9 +27,9 @@ HANDLE = Scalar(
     "device", low=0, library="cublasLt",
 )  # fmt: skip
 _MATRICES = (
-    Tensor("A", "b m k", "TA", "left factors", **_IN),  # type: ignore[arg-type]
+    Tensor("A", "b m k", "TA", "left factors", **_IN),
     Tensor("B", "b k n", "TB", "right factors, column-major: the transpose of a contiguous "
-           "(b, n, k)", transposed=True, **_IN),  # type: ignore[arg-type]
+           "(b, n, k)", transposed=True, **_IN),
 )  # fmt: skip
 _SCALES = (
     Tensor("A_scale", "1", "float32", "A is multiplied by it"),
@@ -37,8 +39,8 @@ _SCALES = (
            doc="scratch of 216 KiB for each multiprocessor (32 MiB will do) that no other stream "
                "uses; without it each stream has its own of fi_ffi's"),
 )  # fmt: skip
-BMM_ARGS = (*_MATRICES, Tensor("D", "b m n", "T", "the products", **_OUT), *_SCALES)  # type: ignore[arg-type]
-BMM = {
+BMM_ARGS = (*_MATRICES, Tensor("D", "b m n", "T", "the products", **_OUT), *_SCALES)
+BMM: dict[str, Any] = {
     "module": "gemm",
     "source": "csrc/flashinfer_gemm_binding.cu",
     "dtypes": {"TA": FP8, "TB": FP8, "T": F16},
@@ -64,39 +66,37 @@ BMM = {
 }
 
 
-def _bmm(releases: str, *more: Scalar) -> Row:
-    return Row(
-        "bmm_fp8", symbol="bmm_fp8", args=(*BMM_ARGS, *more), releases=releases,
-        doc="Products of fp8 matrices, by cuBLASLt: `D = (A * A_scale) @ (B * B_scale)`.",
-        **BMM,  # type: ignore[arg-type]
-    )  # fmt: skip
+_BMM = Row(
+    "bmm_fp8", symbol="bmm_fp8", args=(*BMM_ARGS, replace(HANDLE, until="0.7")), releases=">=0.6.3",
+    doc="Products of fp8 matrices, by cuBLASLt: `D = (A * A_scale) @ (B * B_scale)`.",
+    **BMM,
+)  # fmt: skip
 
 
-def _tiny(name: str, *bias: Tensor, since: str) -> tuple[Row, Row]:
+def _tiny(name: str, *bias: Tensor, since: str) -> tuple[Row, ...]:
     plus = " + bias" if bias else ""
+    # The output is counted in an int, and blocks of 8 rows by the grid's second axis.
     sizes = {("n", "m"): _INT, ("n",): 8 * 65535, ("m", "k"): _INT, ("n", "k"): _INT}
     row = Row(
         name, "tinygemm2", f"{name}_op", "csrc/tinygemm2.cu",
         f"A product for few rows (best 8 or fewer): `output = input @ weight.T{plus}`, rounded "
         "once.",
         (
-            Tensor("input", "n k", "T", "rows", **_IN),  # type: ignore[arg-type]
-            Tensor("weight", "m k", "T", "a row for each column of the output", **_IN),  # type: ignore[arg-type]
+            Tensor("input", "n k", "T", "rows", **_IN),
+            Tensor("weight", "m k", "T", "a row for each column of the output", **_IN),
             *bias,
-            Tensor("output", "n m", "T", "the products", **_OUT),  # type: ignore[arg-type]
+            Tensor("output", "n m", "T", "the products", **_OUT),
             Scalar("use_pdl", bool, False, _PDL),
         ),
-        {"T": _BF16}, ">=0.6.14",
+        {"T": _BF16}, f">={since}",
         multiples={"k": 64, "m": 16}, min_sizes={"k": 64, "m": 16},
-        # The output is counted in an int, and blocks of 8 rows by the grid's second axis.
-        max_products=sizes,
+        # A warp that had to wait looked at the first of its stages, whichever it was to use next:
+        # with more than one (256 of k for each of four warps) results were wrong now and then, and
+        # it hung at k = 5120, where stages are used again.
+        max_products=sizes | {("k",): 1024},
         offset_limit=2**63, vector=Vector(()), apart=True, capabilities=(9, 10, 11, 12),
     )  # fmt: skip
-    # A warp that had to wait looked at the first of its stages, whichever it was to use next:
-    # with more than one (256 of k for each of four warps) results were wrong now and then, and
-    # it hung at k = 5120, where stages are used again.
-    before = replace(row, releases=f">={since},<0.6.14", max_products=sizes | {("k",): 1024})
-    return before, row
+    return forms_of(row, {"0.6.14": {"max_products": sizes}})
 
 
 _BIAS = Tensor("bias", "m", "T", "added to every row", contiguous=True)
@@ -109,9 +109,9 @@ def _router(
         name, "dsv3_router_gemm", symbol, "csrc/dsv3_router_gemm.cu",
         f"The router's product for 1 to 16 tokens, of {model}'s sizes: `out = mat_a @ mat_b`.",
         (
-            Tensor("mat_a", f"n {k}", "T", "hidden states", **_IN),  # type: ignore[arg-type]
+            Tensor("mat_a", f"n {k}", "T", "hidden states", **_IN),
             Tensor("mat_b", f"{k} {experts}", "T", "the experts' weights, column-major: the "
-                   f"transpose of a contiguous ({experts}, {k})", transposed=True, **_IN),  # type: ignore[arg-type]
+                   f"transpose of a contiguous ({experts}, {k})", transposed=True, **_IN),
             Tensor("out", f"n {experts}", dtype, "scores", writes=True, reads=False,
                    contiguous=True),
             Scalar("launch_with_pdl", bool, True, _PDL),
@@ -127,7 +127,7 @@ def _rounded_up_to_4(rows: int, room: int) -> bool:
 
 
 # fp8_blockscale_gemm_90: an object that `init` makes.
-BLOCKSCALE = {
+BLOCKSCALE: dict[str, Any] = {
     "module": "fp8_blockscale_gemm_90",
     "source": "csrc/fp8_blockscale_gemm_sm90_binding.cu",
     "factory": "init",
@@ -139,8 +139,7 @@ BLOCKSCALE = {
 }
 
 ROWS = (
-    _bmm(">=0.6.3,<0.7", HANDLE),
-    _bmm(">=0.7"),
+    *forms_of(_BMM),
     *_tiny("tinygemm2", _BIAS, since="0.6.5"),
     *_tiny("tinygemm2_nobias", since="0.6.9"),
     _router("mm_M1_16_K7168_N256", "dsv3_router_gemm_op", 7168, 256, "float32", "DeepSeek-V3",
@@ -155,11 +154,11 @@ ROWS = (
         "and in `outScaleFP8SF` what undoes it, `largest / 448`, as the products take it. "
         "`largest` is of a piece; of zeros the scale is 1.",
         args=(
-            Tensor("input", "n 128*k128", "T", "rows", **_IN),  # type: ignore[arg-type]
-            Tensor("outValueE4M3", "n 128*k128", "float8_e4m3fn", "quantised rows", **_OUT),  # type: ignore[arg-type]
+            Tensor("input", "n 128*k128", "T", "rows", **_IN),
+            Tensor("outValueE4M3", "n 128*k128", "float8_e4m3fn", "quantised rows", **_OUT),
             Tensor("outScaleFP8SF", "k128 n4", "float32", "what the values are multiplied by: a "
                    "row for each 128 columns, with a number for each row of the input, and room "
-                   "up to a multiple of 4, which is not written", **_OUT),  # type: ignore[arg-type]
+                   "up to a multiple of 4, which is not written", **_OUT),
             Scalar("use_ue8m0", bool, False, "the kernels do not look at it"),
         ),
         dtypes={"T": _BF16},
@@ -169,6 +168,6 @@ ROWS = (
             Rule("outScaleFP8SF", ("n", "n4"), _rounded_up_to_4,
                  "of n rounded up to a multiple of 4 in its second axis"),
         ),
-        **BLOCKSCALE,  # type: ignore[arg-type]
+        **BLOCKSCALE,
     ),
 )  # fmt: skip

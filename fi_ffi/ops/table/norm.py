@@ -7,45 +7,40 @@ they compute offsets in.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
+from fi_ffi.ops.releases import forms_of
 from fi_ffi.ops.row import Row, Scalar, Tensor, Vector
 
 _SOURCE = "csrc/flashinfer_norm_binding.cu"
 _T = {"T": ("float16", "bfloat16")}
 _T_QUANT = _T | {"O": ("float8_e4m3fn", "float8_e5m2")}
 
-_OUT = {"writes": True, "reads": False}
+_OUT: dict[str, Any] = {"writes": True, "reads": False}
 _EPS = Scalar("eps", float, 1e-6, "added to the mean square before the root", low=0.0)
 _PDL = Scalar(
     "enable_pdl", bool, False,
     "programmatic dependent launch (SM90 and later): start while the previous kernel drains",
 )  # fmt: skip
 _WEIGHT = Tensor("weight", "h", "T", "scale of each column")
-_SCALE = Tensor("scale", "1", "float32", "the output is divided by it, then clamped to ±448")
-_FULL_SCALE = replace(_SCALE, doc="the output is divided by it, then clamped to O's range")
-_SCALE_NUMBER = Scalar("scale", float, None, _SCALE.doc)
+# 0.6.16 no longer clamps float8_e5m2 to the range of float8_e4m3fn.
+_DIVIDED = "the output is divided by it, then clamped to "
+_SCALES = (
+    Scalar("scale", float, None, f"{_DIVIDED}±448", until="0.6.7"),
+    Tensor("scale", "1", "float32", f"{_DIVIDED}±448", since="0.6.7", until="0.6.16"),
+    Tensor("scale", "1", "float32", f"{_DIVIDED}O's range", since="0.6.16"),
+)
 _RESIDUAL = Tensor("residual", "n h", "T", "gets `input + residual`, rounded to T", writes=True)
 
 
-def _row(name: str, doc: str, *args: Tensor | Scalar, symbol: str = "", **more: object) -> Row:
+def _row(name: str, doc: str, *args: Tensor | Scalar, symbol: str = "", **more: Any) -> Row:
     fields = {"dtypes": _T, "releases": ">=0.6.3"} | more
-    return Row(name, "norm", symbol or name, _SOURCE, doc, args, **fields)  # type: ignore[arg-type]
+    return Row(name, "norm", symbol or name, _SOURCE, doc, args, **fields)
 
 
 def _quant_rows(name: str, doc: str, *tensors: Tensor) -> tuple[Row, ...]:
-    """The rows of a quantising op: `scale` became a tensor in 0.6.7, and 0.6.16 no longer
-    clamps float8_e5m2 to the range of float8_e4m3fn."""
-
-    def row(releases: str, scale: Tensor | Scalar, variant: str = "") -> Row:
-        args = (*tensors, scale, _EPS, _PDL)
-        return _row(name, doc, *args, dtypes=_T_QUANT, releases=releases, variant=variant)
-
-    return (
-        row(">=0.6.7,<0.6.16", _SCALE),
-        row(">=0.6.3,<0.6.7", _SCALE_NUMBER),
-        row(">=0.6.16", _FULL_SCALE, "_full_range"),
-    )
+    row = _row(name, doc, *tensors, *_SCALES, _EPS, _PDL, dtypes=_T_QUANT)
+    return forms_of(row, {"0.6.16": {"variant": "_full_range"}})
 
 
 # A thread reads its own elements of a row, twice, before it writes the same ones.

@@ -9,6 +9,7 @@ tables of six parts, and read each bias whether there is one or not.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from fi_ffi.ops.row import Absent, Row, Rule, Scalar, Tensor, Vector
 
@@ -16,8 +17,8 @@ _SOURCE = "csrc/flashinfer_norm_binding.cu"
 # Less than this is taken for a mistake: the kernel divides by it in float32.
 _LEAST = 1e-6
 _EPS = Scalar("eps", float, 1e-6, "added to the mean square before the root", low=0.0)
-_IN = {"dtype": "T", "contiguous": True}
-_OUT = {"dtype": "O", "contiguous": True, "writes": True, "reads": False}
+_IN: dict[str, Any] = {"dtype": "T", "contiguous": True}
+_OUT: dict[str, Any] = {"dtype": "O", "contiguous": True, "writes": True, "reads": False}
 _HEADS = ("num_heads_q", "num_heads_k", "num_heads_v")
 _CHANNELS = ("num_frame_channels", "num_height_channels", "num_width_channels")
 
@@ -53,19 +54,19 @@ def _is_float8(output_fp8: bool, dtype: str) -> bool:
 
 _ROWS_OF = "n num_rows 3072"
 # In its six parts; counted in 64 bits.
-_TABLE = {"dtype": "T", "parts": 6, "alignment": 16, "offset_limit": 2**63}
-_BIAS = {"dtype": "float32", "contiguous": True, "alignment": 32}
-_INPUT = Tensor("input", _ROWS_OF, doc="what is added to the residual", alignment=16, **_IN)  # type: ignore[arg-type]
-_RESIDUAL = Tensor("residual", _ROWS_OF, doc="the residual", alignment=16, **_IN)  # type: ignore[arg-type]
-_NEW = {"dtype": "T", "contiguous": True, "alignment": 16, "writes": True, "reads": False}
+_TABLE: dict[str, Any] = {"dtype": "T", "parts": 6, "alignment": 16, "offset_limit": 2**63}
+_BIAS: dict[str, Any] = {"dtype": "float32", "contiguous": True, "alignment": 32}
+_INPUT = Tensor("input", _ROWS_OF, doc="what is added to the residual", alignment=16, **_IN)
+_RESIDUAL = Tensor("residual", _ROWS_OF, doc="the residual", alignment=16, **_IN)
+_NEW: dict[str, Any] = {**_IN, "alignment": 16, "writes": True, "reads": False}
 
 
 def _from_table(*names: str) -> tuple[Tensor, ...]:
     """What is multiplied or shifted by, and a bias of it."""
     pairs = (
         (
-            Tensor(name, _ROWS_OF, doc=f"the {name} of each row, a part of a table", **_TABLE),  # type: ignore[arg-type]
-            Tensor(f"{name}_bias", "3072", doc=f"added to `{name}`", **_BIAS),  # type: ignore[arg-type]
+            Tensor(name, _ROWS_OF, doc=f"the {name} of each row, a part of a table", **_TABLE),
+            Tensor(f"{name}_bias", "3072", doc=f"added to `{name}`", **_BIAS),
         )
         for name in names
     )
@@ -77,8 +78,8 @@ def _layernorm(name: str, doc: str, mode: int, *args: Tensor | Absent) -> Row:
         name, "norm", "fused_dit_layernorm", _SOURCE, doc,
         (
             *args,
-            Tensor("residual_out", _ROWS_OF, doc="the new residual", **_NEW),  # type: ignore[arg-type]
-            Tensor("norm_out", _ROWS_OF, doc="it normalised", **_NEW),  # type: ignore[arg-type]
+            Tensor("residual_out", _ROWS_OF, doc="the new residual", **_NEW),
+            Tensor("norm_out", _ROWS_OF, doc="it normalised", **_NEW),
             Absent("sf_out"),
             Absent("sf_scale"),
             Tensor("input_sf_scale", "1", "float32", "multiplies `input`", optional=True,
@@ -101,8 +102,8 @@ def _layernorm(name: str, doc: str, mode: int, *args: Tensor | Absent) -> Row:
 
 _NO_GATE, _NO_GAMMA = (Absent("gate"), Absent("gate_bias")), (Absent("gamma"), Absent("beta"))
 _GAMMA = (
-    Tensor("gamma", "3072", doc="scale of each column", **_BIAS),  # type: ignore[arg-type]
-    Tensor("beta", "3072", doc="shift of each column", **_BIAS),  # type: ignore[arg-type]
+    Tensor("gamma", "3072", doc="scale of each column", **_BIAS),
+    Tensor("beta", "3072", doc="shift of each column", **_BIAS),
 )
 _NO_SHIFT = tuple(map(Absent, ("scale", "scale_bias", "shift", "shift_bias")))
 _SHIFTED = "(1 + scale + scale_bias) + shift + shift_bias`."
@@ -138,15 +139,15 @@ ROWS = (
         "in a video, and copy values: see docs/norm_fused.md.",
         (
             Tensor("qkv_in", "n num_heads_q+num_heads_k+num_heads_v head_dim",
-                   doc="queries, keys and values of each token", **_IN),  # type: ignore[arg-type]
+                   doc="queries, keys and values of each token", **_IN),
             Tensor("q_weight", "num_heads_q head_dim", doc="scales of the queries",
-                   **_IN),  # type: ignore[arg-type]
+                   **_IN),
             Tensor("k_weight", "num_heads_k head_dim", doc="scales of the keys",
-                   **_IN),  # type: ignore[arg-type]
+                   **_IN),
             Tensor("q_out", "n num_heads_q head_dim", doc="the queries",
-                   **_OUT),  # type: ignore[arg-type]
-            Tensor("k_out", "n num_heads_k head_dim", doc="the keys", **_OUT),  # type: ignore[arg-type]
-            Tensor("v_out", "n num_heads_v head_dim", doc="the values", **_OUT),  # type: ignore[arg-type]
+                   **_OUT),
+            Tensor("k_out", "n num_heads_k head_dim", doc="the keys", **_OUT),
+            Tensor("v_out", "n num_heads_v head_dim", doc="the values", **_OUT),
             _size("num_tokens", "n"),
             _count("seq_len", "tokens of one video; token i is its token i % seq_len"),
             _count("ppf", "patches in time"),

@@ -6,12 +6,14 @@ strides in 32 bits, and count tokens of a request's pages in 32 bits and element
 
 from __future__ import annotations
 
+from typing import Any
+
 from fi_ffi.ops.row import KvLayout, Row, Tensor, Vector
 
 _SOURCE = "csrc/flashinfer_page_binding.cu"
 _T: dict[str, tuple[str, ...]] = {"T": ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")}
-_INDEX = {"dtype": "int32", "contiguous": True}
-_CACHE = {"dtype": "T", "writes": True, "stride_limit": 2**32}
+_INDEX: dict[str, Any] = {"dtype": "int32", "contiguous": True}
+_CACHE: dict[str, Any] = {"dtype": "T", "writes": True, "stride_limit": 2**32}
 _MOST = {
     # The launcher adds the number of multiprocessors to it, in an int.
     ("nnz",): 2**31 - 2**10,
@@ -19,21 +21,21 @@ _MOST = {
 }
 
 _WHERE = (
-    Tensor("batch_indices", "nnz", doc="the request of each new token", **_INDEX),  # type: ignore[arg-type]
-    Tensor("positions", "nnz", doc="its place in the request, from 0", **_INDEX),  # type: ignore[arg-type]
+    Tensor("batch_indices", "nnz", doc="the request of each new token", **_INDEX),
+    Tensor("positions", "nnz", doc="its place in the request, from 0", **_INDEX),
 )
 _PAGES = (
-    Tensor("kv_indices", "num_indices", doc="the pages of all requests, in order", **_INDEX),  # type: ignore[arg-type]
-    Tensor("kv_indptr", "b+1", doc="where each request's pages start in `kv_indices`", **_INDEX),  # type: ignore[arg-type]
-    Tensor("kv_last_page_len", "b", doc="tokens in each request's last page", **_INDEX),  # type: ignore[arg-type]
+    Tensor("kv_indices", "num_indices", doc="the pages of all requests, in order", **_INDEX),
+    Tensor("kv_indptr", "b+1", doc="where each request's pages start in `kv_indices`", **_INDEX),
+    Tensor("kv_last_page_len", "b", doc="tokens in each request's last page", **_INDEX),
 )
 
 
-def _row(name: str, doc: str, *args: Tensor | KvLayout, **fields: object) -> Row:
+def _row(name: str, doc: str, *args: Tensor | KvLayout, **fields: Any) -> Row:
     return Row(
         name, "page", name, _SOURCE, doc, args,
         dtypes=_T, releases=">=0.6.3", offset_limit=2**63, max_products=_MOST, nothing_axis="nnz",
-        needed=("num_pages", "num_indices", "b"), apart=True, **fields,  # type: ignore[arg-type]
+        needed=("num_pages", "num_indices", "b"), apart=True, **fields,
     )  # fmt: skip
 
 
@@ -46,9 +48,9 @@ ROWS = (
         *_WHERE,
         Tensor("paged_k_cache", "num_pages page_size num_kv_heads head_dim",
                doc="keys; in one tensor with the values: see `split_paged_kv_cache`",
-               kv=True, **_CACHE),  # type: ignore[arg-type]
+               kv=True, **_CACHE),
         Tensor("paged_v_cache", "num_pages page_size num_kv_heads head_dim",
-               doc="values", kv=True, **_CACHE),  # type: ignore[arg-type]
+               doc="values", kv=True, **_CACHE),
         *_PAGES,
         KvLayout(strided=False),
         vector=Vector(("head_dim",), threads=32),
@@ -64,9 +66,9 @@ ROWS = (
         Tensor("append_kpe", "nnz head_dim_kpe", "T", "keys' part with the position encoding"),
         *_WHERE,
         Tensor("ckv_cache", "num_pages page_size head_dim_ckv", doc="cache of `append_ckv`",
-               **_CACHE),  # type: ignore[arg-type]
+               **_CACHE),
         Tensor("kpe_cache", "num_pages page_size head_dim_kpe", doc="cache of `append_kpe`",
-               **_CACHE),  # type: ignore[arg-type]
+               **_CACHE),
         *_PAGES,
         # 16 bytes since 0.6.16, and two elements before.
         vector=Vector(("head_dim_ckv", "head_dim_kpe")),

@@ -6,6 +6,8 @@ and shift them as they are: a byte that is neither 0 nor 1 spoils its neighbours
 
 from __future__ import annotations
 
+from typing import Any
+
 from fi_ffi.ops.row import Row, Rule, Tensor, Text, Vector
 
 _BITORDER = Text(
@@ -13,18 +15,18 @@ _BITORDER = Text(
     "where the first of 8 goes: to the highest bit, as numpy.packbits has it, or to the lowest",
 )  # fmt: skip
 _X = Tensor("x", "n", "bool", "bytes of 0 or 1", contiguous=True)
-_INDPTR = {"dtype": "int32", "contiguous": True}
+_INDPTR: dict[str, Any] = {"dtype": "int32", "contiguous": True}
 
 
 def _bytes_are_enough(n: int, num_bytes: int) -> bool:
     return num_bytes == (n + 7) // 8
 
 
-def _row(name: str, doc: str, *args: Tensor | Text, **fields: object) -> Row:
+def _row(name: str, doc: str, *args: Tensor | Text, **fields: Any) -> Row:
     return Row(
         name, "quantization", name, "csrc/flashinfer_quantization_binding.cu", doc, args, {},
         releases=">=0.6.3", vector=Vector(()), offset_limit=2**63, min_sizes={},
-        **fields,  # type: ignore[arg-type]
+        **fields,
     )  # fmt: skip
 
 
@@ -47,9 +49,9 @@ ROWS = (
         "Pack segments of booleans to bits, each of them from a byte of its own on.",
         _X,
         Tensor("input_indptr", "b+1", doc="where each segment starts in `x`, and the end",
-               **_INDPTR),  # type: ignore[arg-type]
+               **_INDPTR),
         Tensor("output_indptr", "b+1", doc="where its bits start in `y`: see `packed_indptr`",
-               **_INDPTR),  # type: ignore[arg-type]
+               **_INDPTR),
         _BITORDER,
         Tensor("y", "num_bytes", "uint8", "the bits; other bytes of it stay as they are",
                writes=True, reads=False, contiguous=True),

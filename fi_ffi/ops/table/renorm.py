@@ -13,12 +13,13 @@ from dataclasses import replace
 from typing import Any
 
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
+from fi_ffi.ops.releases import forms_of
 from fi_ffi.ops.row import MULTIPROCESSORS, Row, Rule, Scalar, Tensor, Vector
 
 _SOURCE = "csrc/flashinfer_sampling_binding.cu"
 _INT = 2**31 - 1
-_OUT = {"writes": True, "reads": False, "contiguous": True}
-_MAYBE = {"optional": True, "contiguous": True}
+_OUT: dict[str, Any] = {"writes": True, "reads": False, "contiguous": True}
+_MAYBE: dict[str, Any] = {"optional": True, "contiguous": True}
 
 # A block for each multiprocessor runs at once; on the GPUs with the least shared memory it has
 # room for so many elements of 4 bytes.
@@ -100,7 +101,7 @@ _DETERMINISTIC = Scalar(
 )  # fmt: skip
 _WORKSPACE = Tensor(
     "workspace", "workspace_size", "uint8", writes=True, reads=False, contiguous=True,
-    alignment=128, bytes_for=top_p_renorm_bytes,
+    alignment=128, bytes_for=top_p_renorm_bytes, since="0.6.7",
     doc="scratch of `top_p_renorm_workspace_size(n, h)` bytes that no other stream uses; without "
         "it each stream has its own of fi_ffi's",
 )  # fmt: skip
@@ -123,10 +124,10 @@ _TOP_P_ROW = _row(
                **_MAYBE),
         Scalar("top_p_val", float, _ALL, "what is left sums to so much at least; 4.0 keeps all, "
                "while 1.0 may lose the least probable", low=0.0),
-        _DETERMINISTIC,
+        replace(_DETERMINISTIC, since="0.6.7"),
         _WORKSPACE,
     ),
-    ">=0.6.7",
+    ">=0.6.3",
     dtypes={},
     vector=Vector(("h",), dtype="float32"),
     # Rows are counted by a grid's second dimension, elements in an int.
@@ -138,8 +139,13 @@ _TOP_P_ROW = _row(
 _TOP_K_ROW = _row(
     "top_k_renorm_probs",
     "Keep the `top_k` most probable tokens of each row, and make them sum to 1.",
-    (*_in_and_out("probs", "renorm_probs", "T", "rows of nothing below 0"), *_TOP_K, ROW_STATES),
-    ">=0.6.3,<0.7.1",
+    (
+        *_in_and_out("probs", "renorm_probs", "T", "rows of nothing below 0"),
+        *_TOP_K,
+        replace(_DETERMINISTIC, doc="the same result each time", since="0.7.1"),
+        ROW_STATES,
+    ),
+    ">=0.6.3",
     dtypes=_T,
     vector=Vector(("h",), dtype="T"),
     in_place=(("renorm_probs", "probs"),),
@@ -147,16 +153,8 @@ _TOP_K_ROW = _row(
 )
 
 ROWS = (
-    _TOP_P_ROW,
-    replace(_TOP_P_ROW, args=_TOP_P_ROW.args[:-2], releases=">=0.6.3,<0.6.7"),
-    _TOP_K_ROW,
-    replace(
-        _TOP_K_ROW,
-        args=(*_TOP_K_ROW.args[:-1], replace(_DETERMINISTIC, doc="the same result each time"),
-              ROW_STATES),
-        releases=">=0.7.1",
-        variant="_deterministic",
-    ),
+    *forms_of(_TOP_P_ROW),
+    *forms_of(_TOP_K_ROW, {"0.7.1": {"variant": "_deterministic"}}),
     _row(
         "top_k_mask_logits",
         "Keep the `top_k` greatest logits of each row; the others become -inf.",

@@ -9,6 +9,7 @@ thread's vector unless `interleave` is set.  Blocks stand for heads in the grid'
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from fi_ffi.ops.row import IN_PLACE, Absent, KvLayout, Row, Rule, Scalar, Tensor, Vector
 
@@ -103,15 +104,15 @@ _ROPE = "Rotate q and k by their positions, the angles computed in the kernel"
 _ROPE_31 = f"{_ROPE}, as Llama 3.1 scales them"
 
 
-def row(name: str, doc: str, *args: Tensor | Scalar | Absent | KvLayout, **more: object) -> Row:
-    fields: dict[str, object] = {
+def row(name: str, doc: str, *args: Tensor | Scalar | Absent | KvLayout, **more: Any) -> Row:
+    fields: dict[str, Any] = {
         "symbol": name, "dtypes": INPUTS | INDEX, "vector": Vector(("head_dim",), dtype="T"),
         "min_sizes": {"num_qo_heads": 1}, "max_products": MOST, "nothing_axis": "nnz",
         "apart": True, "in_place": (("q_rope", "q"), ("k_rope", "k")),
     } | more  # fmt: skip
     return Row(
         name, "rope", source=SOURCE, doc=doc, args=args, releases=">=0.6.3", offset_limit=2**63,
-        **fields,  # type: ignore[arg-type]
+        **fields,
     )  # fmt: skip
 
 

@@ -63,7 +63,7 @@ _TABLE = (cos_sin_cache("rope_dim"), POS_IDS)
 def _quantising(
     name: str, doc: str, *args: Tensor | Scalar | Absent | KvLayout, heads: str = "num_kv_heads",
     of_values: bool = False, min_sizes: Mapping[str, int] | None = None,
-    max_products: Mapping[tuple[str, ...], int] | None = None, **more: object,
+    max_products: Mapping[tuple[str, ...], int] | None = None, **more: Any,
 ) -> Row:  # fmt: skip
     """A row of the quantising kernels, whose keys have so many `heads`.
 
@@ -98,14 +98,14 @@ def _quantising(
     )  # fmt: skip
 
 
-_PAGE = {"dtype": "int32", "contiguous": True}
+_PAGE: dict[str, Any] = {"dtype": "int32", "contiguous": True}
 _WHERE = (
-    Tensor("kv_indices", "num_indices", doc="the pages of all requests, in order", **_PAGE),  # type: ignore[arg-type]
-    Tensor("kv_indptr", "b+1", doc="where each request's pages start in `kv_indices`", **_PAGE),  # type: ignore[arg-type]
-    Tensor("batch_indices", "nnz", **_PAGE,  # type: ignore[arg-type]
+    Tensor("kv_indices", "num_indices", doc="the pages of all requests, in order", **_PAGE),
+    Tensor("kv_indptr", "b+1", doc="where each request's pages start in `kv_indices`", **_PAGE),
+    Tensor("batch_indices", "nnz", **_PAGE,
            doc="the request of each token; since FlashInfer 0.6.8 a token of none (-1) is left "
                "out, its queries too"),
-    Tensor("positions", "nnz", doc="its place in the request, from 0", **_PAGE),  # type: ignore[arg-type]
+    Tensor("positions", "nnz", doc="its place in the request, from 0", **_PAGE),
 )  # fmt: skip
 _PAGE_SIZE = Scalar("page_size", int, None, "tokens of a page", low=1, size_of="page_size")
 # The entry tells the caches that it is given by their addresses: those of a call have some.

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from fi_ffi.ops.releases import forms_of
 from fi_ffi.ops.row import Arg, Row, Rule, Scalar, Tensor, Vector
 from fi_ffi.ops.table import renorm
 
 _SOURCE = "csrc/flashinfer_sampling_binding.cu"
-_OUT = {"writes": True, "reads": False, "contiguous": True}
-_MAYBE = {"optional": True, "contiguous": True}
+_OUT: dict[str, Any] = {"writes": True, "reads": False, "contiguous": True}
+_MAYBE: dict[str, Any] = {"optional": True, "contiguous": True}
 _DTYPES = {"I": ("int32", "int64"), "S": ("int64", "uint64")}
 _INT = 2**31 - 1
 
@@ -24,7 +25,8 @@ _PROBS = Tensor("probs", "r h", "float32", "rows that sum to 1, of nothing below
                 contiguous=True)  # fmt: skip
 _TOKENS = Tensor("output", "n", "I", "the tokens; 0 where a row has none",
                  **_OUT)  # fmt: skip
-_VALID = Tensor("valid", "n", "bool", "whether a row had a token", **_OUT)
+_FLAGGED = "0.6.7"
+_VALID = Tensor("valid", "n", "bool", "whether a row had a token", since=_FLAGGED, **_OUT)
 _INDICES = Tensor(
     "maybe_indices",
     "n",
@@ -35,32 +37,37 @@ _INDICES = Tensor(
 _DETERMINISTIC = Scalar(
     "deterministic", bool, True, "the same token for the same arguments each time"
 )
-_OF_ALL = "1"
-_OF_EACH = "seeds", "offsets"
+# Seeds were numbers, then there were arrays of one, and then a seed for each output.
+_ARRAYS, _EACH = "0.6.4", "0.7.2"
+
+
+def _drawn(of: str, number: str, doc: str) -> tuple[Arg, ...]:
+    """A seed or an offset, in each of its forms but the oldest."""
+    name, axis = f"maybe_{of}_arr", f"{of}s"
+    told = f"the {of}, instead of `{number}`: one element for all outputs"
+    return (
+        Tensor(name, "1", "S", told, since=_ARRAYS, until=_EACH, **_MAYBE),
+        Tensor(name, axis, "S", f"{told}, or one for each", since=_EACH, **_MAYBE),
+        Scalar(number, int, 0, doc, since=_ARRAYS),
+    )
+
+
+_SEED = "the seed, 64 bits of which the sign is one"
+_OFFSET = "the random words to skip, which calls before have used"
+_SEEDS = (
+    Scalar("philox_seed", int, 0, _SEED, until=_ARRAYS),
+    Scalar("philox_offset", int, 0, _OFFSET, until=_ARRAYS),
+    *_drawn("seed", "seed_val", _SEED),
+    *_drawn("offset", "offset_val", _OFFSET),
+)
 # The kernel reads the first of anything that is not one for each output.
 _ONE_OR_EACH = tuple(
-    Rule(name, ("n", axis), lambda n, count: count in (None, 1, n), f"1 or n elements of {axis}")
-    for name, axis in zip(("maybe_seed_arr", "maybe_offset_arr"), _OF_EACH, strict=True)
-)
-
-
-def _seeds(seed_axis: str, offset_axis: str) -> tuple[Arg, ...]:
-    each = "one element for all outputs"
-    each += "" if seed_axis == _OF_ALL else ", or one for each"
-    return (
-        Tensor("maybe_seed_arr", seed_axis, "S", f"the seed, instead of `seed_val`: {each}",
-               **_MAYBE),
-        Scalar("seed_val", int, 0, "the seed, 64 bits of which the sign is one"),
-        Tensor("maybe_offset_arr", offset_axis, "S",
-               f"the offset, instead of `offset_val`: {each}", **_MAYBE),
-        Scalar("offset_val", int, 0, "the random words to skip, which calls before have used"),
-    )  # fmt: skip
-
-
-_NUMBERS = (
-    Scalar("philox_seed", int, 0, "the seed, 64 bits of which the sign is one"),
-    Scalar("philox_offset", int, 0, "the random words to skip, which calls before have used"),
-)
+    Rule(
+        f"maybe_{of}_arr", ("n", f"{of}s"), lambda n, count: count in (None, 1, n),
+        f"1 or n elements of {of}s", since=_EACH,
+    )
+    for of in ("seed", "offset")
+)  # fmt: skip
 _ROW_FOR_EACH = Rule(
     "output",
     ("n", "r", "maybe_indices"),
@@ -77,55 +84,41 @@ _LIMITS: dict[str, Any] = {
 }
 
 
-def _row(name: str, doc: str, args: tuple[Arg, ...], releases: str, **more: Any) -> Row:
-    fields = {"dtypes": _DTYPES, **more}
-    return Row(name, "sampling", name, _SOURCE, doc, args, releases=releases, **fields)
-
-
 def _read_by_output(name: str) -> Rule:
     return Rule(
         name,
         ("n", "r", name),
         lambda n, r, given: bool(not given or n <= r),
         "at least as long as `output`, by whose elements it is read",
+        until=_EACH,
     )
 
 
 def _sampler(
     name: str, doc: str, *parameters: Arg, read_by_output: str = ""
 ) -> tuple[Row, ...]:  # fmt: skip
-    """The forms of a sampler of probabilities: flags of what is valid came in 0.6.7, seeds in
-    arrays in 0.6.4, and a seed for each output in 0.7.2."""
-    limits = dict(_LIMITS)
-    if read_by_output:
-        limits["rules"] = (*limits["rules"], _read_by_output(read_by_output))
-    first, others = (_PROBS, _TOKENS), (_INDICES, *parameters, _DETERMINISTIC)
-    now = (*first, _VALID, *others)
-    later = _LIMITS | {"variant": "_by_row" if read_by_output else ""}
-    return (
-        _row(name, doc, (*now, *_seeds(_OF_ALL, _OF_ALL)), ">=0.6.7,<0.7.2", **limits),
-        _row(name, doc, (*now, *_seeds(*_OF_EACH)), ">=0.7.2",
-             **later | {"rules": (*later["rules"], *_ONE_OR_EACH)}),
-        _row(name, doc, (*first, *others, *_seeds(_OF_ALL, _OF_ALL)), ">=0.6.4,<0.6.7",
-             **limits, variant="_without_valid"),
-        _row(name, doc, (*first, *others, *_NUMBERS), ">=0.6.3,<0.6.4",
-             **limits | {"dtypes": {"I": _DTYPES["I"]}}, variant="_of_numbers"),
+    """The forms of a sampler of probabilities."""
+    args = (_PROBS, _TOKENS, _VALID, _INDICES, *parameters, _DETERMINISTIC)
+    by_output = (_read_by_output(read_by_output),) if read_by_output else ()
+    limits = _LIMITS | {"rules": (*_LIMITS["rules"], *by_output)}
+    return _seeded(
+        name, doc, args, {
+            _ARRAYS: {"variant": "_without_valid"},
+            _FLAGGED: {"variant": ""},
+            _EACH: {"variant": "_by_row" if read_by_output else ""},
+        }, **limits,
     )  # fmt: skip
 
 
-def _seeded(name: str, doc: str, args: tuple[Arg, ...], **more: Any) -> tuple[Row, ...]:
-    """The forms of what else is drawn."""
-    dtypes = {key: value for key, value in more.pop("dtypes").items() if key != "S"}
-    more_dtypes = dtypes | {"S": _DTYPES["S"]}
-    now = _row(name, doc, (*args, *_seeds(_OF_ALL, _OF_ALL)), ">=0.6.4,<0.7.2",
-               dtypes=more_dtypes, **more)  # fmt: skip
-    return (
-        now,
-        replace(now, args=(*args, *_seeds(*_OF_EACH)), releases=">=0.7.2",
-                rules=(*now.rules, *_ONE_OR_EACH)),
-        replace(now, args=(*args, *_NUMBERS), releases=">=0.6.3,<0.6.4", variant="_of_numbers",
-                dtypes=dtypes),
-    )  # fmt: skip
+def _seeded(
+    name: str, doc: str, args: tuple[Arg, ...], later: Mapping[str, Any] | None = None, **more: Any
+) -> tuple[Row, ...]:
+    """The forms of what is drawn."""
+    fields = {"dtypes": _DTYPES, "rules": (), **more}
+    fields["rules"] += _ONE_OR_EACH
+    row = Row(name, "sampling", name, _SOURCE, doc, (*args, *_SEEDS), releases=">=0.6.3",
+              variant="_of_numbers", **fields)  # fmt: skip
+    return forms_of(row, later or {_ARRAYS: {"variant": ""}})
 
 
 def _array(name: str, dtype: str, doc: str) -> Tensor:
@@ -154,8 +147,11 @@ def _softmax_bytes(sizes: Mapping[str, int]) -> int:
     return max(2**20, is_shared * n * -(-h // _SLICE) * _PARTIAL_BYTES)
 
 
-_SOFTMAX = _row(
+_SOFTMAX = Row(
     "softmax",
+    "sampling",
+    "softmax",
+    _SOURCE,
     "Softmax of each row at a temperature: `output = softmax(logits / temperature)`.  Logits are "
     "finite or -inf, not all of a row -inf.  A temperature of 0 is no greedy choice: it makes all "
     "probabilities equal.",
@@ -173,8 +169,8 @@ _SOFTMAX = _row(
         Scalar("enable_pdl", bool, False, "programmatic dependent launch (SM90 and later): start "
                "while the previous kernel drains"),
     ),
-    ">=0.6.3",
     dtypes={},
+    releases=">=0.6.3",
     vector=_FLOATS,
     # A grid's second dimension has a block for each slice.
     max_products={("h",): _SLICE * (2**16 - 1), ("n",): _INT},
@@ -251,7 +247,7 @@ ROWS = (
                    "grows by the drafted tokens emitted", writes=True, contiguous=True),
             _DETERMINISTIC,
         ),
-        dtypes={},
+        dtypes={"S": _DTYPES["S"]},
         vector=_FLOATS,
         min_sizes={"h": 1, "s": 1},
         max_products={("h",): _INT, ("n",): _INT},

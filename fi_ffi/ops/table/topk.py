@@ -7,17 +7,19 @@ in `renorm.py`: which, FlashInfer decides by sizes and options.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from fi_ffi.abi.dtypes import DTYPES
+from fi_ffi.ops.releases import forms_of
 from fi_ffi.ops.row import SHARED_MEMORY, Arg, Row, Rule, Scalar, Tensor, Vector
 from fi_ffi.ops.table.renorm import ROW_STATES, rule_of_shared_rows
 
 _SOURCE = "csrc/flashinfer_topk_binding.cu"
 _INT = 2**31 - 1
-_OUT = {"writes": True, "reads": False, "contiguous": True}
-_MAYBE = {"optional": True, "contiguous": True}
+_OUT: dict[str, Any] = {"writes": True, "reads": False, "contiguous": True}
+_MAYBE: dict[str, Any] = {"optional": True, "contiguous": True}
 _INDEX: dict[str, Any] = {"dtype": "int32", "contiguous": True}
 # What a block that has a row to itself can choose, and what can be sorted.
 MOST_CHOSEN = 2048
@@ -25,95 +27,70 @@ MOST_CHOSEN = 2048
 _STATES = replace(ROW_STATES, name="maybe_row_states_buffer", optional=True)
 _INPUT = Tensor("input", "n d", "T", "rows to choose from, none of them NaN", contiguous=True)
 _TOP_K = Scalar("top_k", int, None, "how many are chosen", low=0, high=_INT, size_of="top_k")
-_SORTED = Scalar("sorted_output", bool, False, "the greatest first; of 2048 at most")
-_DETERMINISTIC = Scalar("deterministic", bool, False, "the same in the same order each time")
+_SORTED = Scalar("sorted_output", bool, False, "the greatest first; of 2048 at most", since="0.6.8")
+_DETERMINISTIC = Scalar(
+    "deterministic", bool, False, "the same in the same order each time", since="0.6.8"
+)
 _TIE_BREAK = Scalar(
     "tie_break", int, 0,
     "which of equal ones share the last places: 0 any, 1 those of the smallest indices, 2 of the "
     "largest, each of 2048 at most; and then it is deterministic", low=0, high=2,
+    since="0.6.9",
 )  # fmt: skip
 _GRAPH_SAFE = Scalar(
     "dsa_graph_safe", bool, False,
     "one kernel whatever the sizes are, for graphs that are replayed with others; of 2048 at most",
+    since="0.6.10",
 )  # fmt: skip
-# The arguments as they came, release by release.
-_OPTIONS = (_DETERMINISTIC, _TIE_BREAK, _GRAPH_SAFE)
-_SINCE = ("0.6.3", "0.6.8", "0.6.9", "0.6.10")
 
 
-def _at_most(option: str) -> Rule:
+def _at_most(option: Scalar) -> Rule:
     return Rule(
         "top_k",
-        ("top_k", option),
+        ("top_k", option.name),
         lambda k, wanted: bool(not wanted or k <= MOST_CHOSEN),
-        f"{MOST_CHOSEN} at most with `{option}`",
+        f"{MOST_CHOSEN} at most with `{option.name}`",
+        since=option.since,
     )
 
 
-def _row(name: str, doc: str, args: tuple[Arg, ...], releases: str, **more: Any) -> Row:
-    names = {arg.name for arg in args}
-    limited = [o for o in ("sorted_output", "tie_break", "dsa_graph_safe") if o in names]
-    fields: dict[str, Any] = {
-        "dtypes": {"T": ("float32", "float16", "bfloat16")},
-        "vector": Vector(("d",), dtype="T"),
-        "offset_limit": 2**63,
-        "min_sizes": {"d": 1},
-        # Of the outputs, elements are counted in 32 bits.
-        "max_products": {("n", "top_k"): 2**32 - 1, ("d",): _INT, ("n",): _INT},
-        "rules": (rule_of_shared_rows("input", "d"), *map(_at_most, limited)),
-        "apart": True,
-    }
-    return Row(name, "topk", name, _SOURCE, doc, args, releases=releases, **fields | more)
-
-
 def _forms(
-    name: str, doc: str, first: tuple[Arg, ...], options: tuple[Arg, ...], last: str,
-    more_options: tuple[Arg, ...] = (), **more: Any,
+    name: str, doc: str, *args: Arg, rules: tuple[Rule, ...] = (),
+    later: Mapping[str, Mapping[str, Any]] | None = None, **more: Any,
 ) -> tuple[Row, ...]:  # fmt: skip
-    """The rows of 0.6.10 and those before it; `options` came with `_OPTIONS`, others last."""
-    ends = [f"<{release}" for release in _SINCE[1:]] + [last]
-    made = []
-    for i, (since, end) in enumerate(zip(_SINCE, ends, strict=True)):
-        given = (*(options if i else ()), *_OPTIONS[:i], *(more_options if i == 3 else ()))
-        made.append(_row(name, doc, (*first, *given), ",".join(filter(None, (f">={since}", end))),
-                         **more))  # fmt: skip
-    return tuple(reversed(made))
+    limited = [_at_most(o) for o in (_SORTED, _TIE_BREAK, _GRAPH_SAFE) if o in args]
+    row = Row(
+        name, "topk", name, _SOURCE, doc, args, {"T": ("float32", "float16", "bfloat16")},
+        releases=">=0.6.3",
+        vector=Vector(("d",), dtype="T"),
+        offset_limit=2**63,
+        min_sizes={"d": 1},
+        # Of the outputs, elements are counted in 32 bits.
+        max_products={("n", "top_k"): 2**32 - 1, ("d",): _INT, ("n",): _INT},
+        rules=(rule_of_shared_rows("input", "d"), *limited, *rules),
+        apart=True,
+        **more,
+    )  # fmt: skip
+    return forms_of(row, later)
 
 
 _INDICES = Tensor("output_indices", "n top_k", doc="where they are in their rows",
                   writes=True, reads=False, **_INDEX)  # fmt: skip
-_VALUES = Tensor("output_values", "n top_k", "T", "what they are", **_OUT)
-_TOPK = _forms(
-    "radix_topk",
-    "Choose the `top_k` greatest elements of each row, in any order unless `sorted_output` is set.",
-    (_INPUT, _INDICES, _VALUES, _STATES, _TOP_K),
-    (_SORTED,),
-    "<0.6.18",
-    not_less=(("d", "top_k"),),
+_VALUES = Tensor("output_values", "n top_k", "T", "what they are", until="0.6.18", **_OUT)
+_MAYBE_VALUES = replace(
+    _VALUES, name="maybe_output_values", optional=True, since=_VALUES.until, until=""
 )
 
 _LENGTHS = Tensor("lengths", "n", doc="how many elements of each row there are to choose from",
                   **_INDEX)  # fmt: skip
 _STARTS = Tensor("maybe_row_starts", "n", "int32",
                  "where in each row they start; without it, at 0",
-                 **_MAYBE)  # fmt: skip
+                 since="0.6.10", **_MAYBE)  # fmt: skip
 _PAGES_DOC = (
     "Choose the `top_k` greatest elements of each row's first `lengths`, and give what a page "
     "table has in their places: `src_page_table[batch, start + index]`.  Of a row that has no more "
     "than `top_k`, all are given, in order, and then -1."
 )
-_PAGES = (
-    _INPUT,
-    Tensor("output_page_table", "n top_k", doc="what the page table has", writes=True, reads=False,
-           **_INDEX),
-    Tensor("src_page_table", "b m", doc="page tables, at least as long as the rows",
-           **_INDEX),
-    Tensor("maybe_row_to_batch", "n", "int32",
-           "the page table of each row; without it, its own", **_MAYBE),
-    _LENGTHS,
-    _STATES,
-    _TOP_K,
-)  # fmt: skip
 _TABLE_FOR_EACH = Rule(
     "src_page_table",
     ("n", "b", "maybe_row_to_batch"),
@@ -150,60 +127,52 @@ _IN_ORDER = Rule(
 )
 _PAGE_STARTS = Tensor("maybe_page_table_row_starts", "n", "int32",
                       "where in the page tables they start; without it, where in the rows",
-                      **_MAYBE)  # fmt: skip
-_TABLES = _forms(
-    "radix_topk_page_table_transform", _PAGES_DOC, _PAGES, (), "<0.6.17", (_STARTS,),
-    not_less=(("m", "d"),), needed=("b",), nothing_axis="n",
-)  # fmt: skip
-_TABLES = (
-    *(replace(row, rules=(*row.rules, _TABLE_FOR_EACH, _IN_ORDER)) for row in _TABLES),
-)  # fmt: skip
-_WITH_PAGE_STARTS = replace(
-    _TABLES[0], args=(*_TABLES[0].args, _PAGE_STARTS), releases=">=0.6.17,<0.6.18"
-)
+                      since="0.6.17", **_MAYBE)  # fmt: skip
+_PAGED = "0.6.18"  # since then an entry of a page table is of several elements of a row
 _PAGE_SIZE = Scalar(
     "page_size", int, 1, "elements of a row for each entry of the page table, a power of 2; then "
     "`table[start + index // page_size] * page_size + index % page_size` is given", low=1,
-    high=2**30,
+    high=2**30, since=_PAGED,
 )  # fmt: skip
 _RAW = Tensor("maybe_output_raw_indices", "n top_k", doc="gets the indices in the rows",
-              writes=True, reads=False, optional=True, **_INDEX)  # fmt: skip
-_WITH_PAGE_SIZE = replace(
-    _WITH_PAGE_STARTS,
-    args=(*_PAGES, _DETERMINISTIC, _TIE_BREAK, _PAGE_SIZE, _GRAPH_SAFE, _STARTS, _PAGE_STARTS,
-          _RAW),
-    releases=">=0.6.18",
-    variant="_with_page_size",
-    not_less=(),
-    rules=(*_WITH_PAGE_STARTS.rules, Rule(
-        "src_page_table", ("m", "d", "page_size"), lambda m, d, size: bool(m * size >= d),
-        "page tables at least as long as the rows")),
+              writes=True, reads=False, optional=True, since=_PAGED, **_INDEX)  # fmt: skip
+_LONG_TABLES = Rule(
+    "src_page_table", ("m", "d", "page_size"), lambda m, d, size: bool(m * size >= d),
+    "page tables at least as long as the rows", since=_PAGED,
 )  # fmt: skip
 
 ROWS = (
-    *_TOPK,
-    replace(_TOPK[0], releases=">=0.6.18", args=tuple(
-        replace(_VALUES, name="maybe_output_values", optional=True) if arg is _VALUES else arg
-        for arg in _TOPK[0].args)),
-    *_TABLES,
-    _WITH_PAGE_STARTS,
-    _WITH_PAGE_SIZE,
+    *_forms(
+        "radix_topk",
+        "Choose the `top_k` greatest elements of each row, in any order unless `sorted_output` is "
+        "set.",
+        _INPUT, _INDICES, _VALUES, _MAYBE_VALUES, _STATES, _TOP_K,
+        _SORTED, _DETERMINISTIC, _TIE_BREAK, _GRAPH_SAFE,
+        not_less=(("d", "top_k"),),
+    ),
+    *_forms(
+        "radix_topk_page_table_transform",
+        _PAGES_DOC,
+        _INPUT,
+        Tensor("output_page_table", "n top_k", doc="what the page table has", writes=True,
+               reads=False, **_INDEX),
+        Tensor("src_page_table", "b m", doc="page tables, at least as long as the rows", **_INDEX),
+        Tensor("maybe_row_to_batch", "n", "int32",
+               "the page table of each row; without it, its own", **_MAYBE),
+        _LENGTHS, _STATES, _TOP_K,
+        _DETERMINISTIC, _TIE_BREAK, _PAGE_SIZE, _GRAPH_SAFE, _STARTS, _PAGE_STARTS, _RAW,
+        rules=(_TABLE_FOR_EACH, _IN_ORDER, _LONG_TABLES),
+        later={_PAGED: {"variant": "_with_page_size", "not_less": ()}},
+        not_less=(("m", "d"),), needed=("b",), nothing_axis="n",
+    ),
     *_forms(
         "radix_topk_ragged_transform",
         "Choose the `top_k` greatest elements of each row's first `lengths`, and give their "
         "indices there plus the row's offset.  Of a row that has no more than `top_k`, all are "
         "given, in order, and then -1.",
-        (
-            _INPUT,
-            _INDICES,
-            Tensor("offsets", "n", doc="what is added to each row's indices",
-                   **_INDEX),
-            _LENGTHS,
-            _STATES,
-            _TOP_K,
-        ),
-        (),
-        "",
-        (_STARTS,),
+        _INPUT,
+        _INDICES,
+        Tensor("offsets", "n", doc="what is added to each row's indices", **_INDEX),
+        _LENGTHS, _STATES, _TOP_K, _DETERMINISTIC, _TIE_BREAK, _GRAPH_SAFE, _STARTS,
     ),
 )  # fmt: skip

@@ -16,8 +16,8 @@ from fi_ffi.ops.attention.rows.arguments import F16 as F16
 from fi_ffi.ops.attention.rows.arguments import FP8 as FP8
 from fi_ffi.ops.attention.rows.decode import DECODE_GROUPS as DECODE_GROUPS
 from fi_ffi.ops.attention.rows.mla import NEED_KEYS as NEED_KEYS
-from fi_ffi.ops.attention.rows.releases import span
 from fi_ffi.ops.providers import fits
+from fi_ffi.ops.releases import span
 from fi_ffi.ops.row import Row
 
 SINGLE_DECODE = decode.SINGLE[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from fi_ffi.ops.releases import OLDEST
 from fi_ffi.ops.row import Arg, Row, Scalar, Tensor, Vector
 
 Dtypes = dict[str, tuple[str, ...]]
@@ -20,12 +21,16 @@ def index(name: str, axes: str, doc: str, host: bool = False) -> Tensor:
     return Tensor(name, axes, "int32", doc, contiguous=True, host=host)
 
 
-def maybe(name: str, axes: str, dtype: str, doc: str) -> Tensor:
-    return Tensor(name, axes, dtype, doc, as_object=True, optional=True, contiguous=True)
+def maybe(name: str, axes: str, dtype: str, doc: str, since: str = "") -> Tensor:
+    return Tensor(
+        name, axes, dtype, doc, as_object=True, optional=True, contiguous=True, since=since
+    )
 
 
-def number(name: str, doc: str, type_: type[int] | type[float] | type[bool] = float) -> Scalar:
-    return Scalar(name, type_, None, doc)
+def number(
+    name: str, doc: str, type_: type[int] | type[float] | type[bool] = float, since: str = ""
+) -> Scalar:
+    return Scalar(name, type_, None, doc, since=since)
 
 
 WORKSPACE = (
@@ -87,9 +92,10 @@ HEAD_DIMS = (
 
 def row(family: str, symbol: str, variant: str, source: str, doc: str, *args: Arg,
         **fields: Any) -> Row:  # fmt: skip
-    """A row with what most entries have in common; its releases are `forms_of`'s to say."""
+    """A row with what most entries have in common."""
     more: dict[str, Any] = {
-        "releases": "", "dtypes": {"Q": F16, "KV": F16 + FP8, "O": F16}, "divides": _HEADS,
+        "releases": f">={OLDEST}", "dtypes": {"Q": F16, "KV": F16 + FP8, "O": F16},
+        "divides": _HEADS,
         "vector": Vector(("head_dim_qk", "head_dim_vo")), "min_sizes": AT_LEAST,
         "offset_limit": 2**31,
     } | fields  # fmt: skip
@@ -97,9 +103,9 @@ def row(family: str, symbol: str, variant: str, source: str, doc: str, *args: Ar
     return Row(name, family, symbol, f"csrc/{source}", doc, args, variant=variant, **more)
 
 
-def plan(family: str, variant: str, source: str, *args: Arg) -> Row:
+def plan(family: str, variant: str, source: str, *args: Arg, **fields: Any) -> Row:
     """The row of a planner: workspaces, then host arrays and numbers."""
     return row(
         family, "plan", variant, source, "Schedule a batch.", *WORKSPACE, _STAGING, *args,
-        dtypes={}, vector=Vector(()), result="Array<int>",
+        dtypes={}, vector=Vector(()), result="Array<int>", **fields,
     )  # fmt: skip

@@ -24,7 +24,7 @@ from fi_ffi.ops.attention.rows.arguments import (
     plan,
     row,
 )
-from fi_ffi.ops.attention.rows.releases import forms_of
+from fi_ffi.ops.releases import forms_of
 from fi_ffi.ops.row import KvLayout, PlanInfo, Tensor
 
 # Query heads for each key head that the kernels were compiled for.

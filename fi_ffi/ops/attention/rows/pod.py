@@ -24,7 +24,7 @@ from fi_ffi.ops.attention.rows.arguments import (
     number,
     row,
 )
-from fi_ffi.ops.attention.rows.releases import forms_of
+from fi_ffi.ops.releases import forms_of
 from fi_ffi.ops.row import Arg, PlanInfo, Tensor
 
 

@@ -32,7 +32,7 @@ from fi_ffi.ops.attention.rows.arguments import (
     plan,
     row,
 )
-from fi_ffi.ops.attention.rows.releases import forms_of
+from fi_ffi.ops.releases import forms_of
 from fi_ffi.ops.row import Arg, KvLayout, PlanInfo, Row, Tensor
 
 _Forms = tuple[Row, ...]
@@ -57,8 +57,8 @@ _MULTI_ITEM = (
 )  # fmt: skip
 _ITEMS_LEN = number("token_pos_in_items_len", "positions for each request", int)
 _BLOCK_SCALES = (
-    maybe("maybe_k_cache_sf", "num_k_sf", "uint8", "block scales of NVFP4 keys"),
-    maybe("maybe_v_cache_sf", "num_v_sf", "uint8", "block scales of NVFP4 values"),
+    maybe("maybe_k_cache_sf", "num_k_sf", "uint8", "block scales of NVFP4 keys", "0.6.10"),
+    maybe("maybe_v_cache_sf", "num_v_sf", "uint8", "block scales of NVFP4 values", "0.6.10"),
 )
 
 
@@ -100,7 +100,9 @@ _FA2_PLAN = (
     number("fixed_split_size", "pages of each piece that a request is split in; -1: any", int),
     number("disable_split_kv", "whether requests are never split", bool),
     number("num_colocated_ctas", "blocks that another kernel takes", int),
-    number("uniform_q_len", "queries of every request, with CUDA graphs; 0: any", int),
+    number(
+        "uniform_q_len", "queries of every request, with CUDA graphs; 0: any", int, since="0.6.16"
+    ),
 )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from fi_ffi.ops.attention.rows.arguments import F16, FAR, number, row
-from fi_ffi.ops.attention.rows.releases import forms_of
+from fi_ffi.ops.releases import forms_of
 from fi_ffi.ops.row import Tensor, Vector
 
 _ONE: dict[str, Any] = {"optional": True, "contiguous": True}
@@ -40,8 +40,10 @@ XQA = forms_of(
         Tensor("attentionSinks", "num_kv_heads group", "float32", "a logit more", **_ONE),
         Tensor("kCacheVLLM", _CACHE, "KV", "the keys' pages", offset_limit=FAR),
         Tensor("vCacheVLLM", _CACHE, "KV", "the values' pages", offset_limit=FAR),
-        Tensor("kSfCacheVLLM", _CACHE, "uint8", "scales of 4-bit keys", optional=True),
-        Tensor("vSfCacheVLLM", _CACHE, "uint8", "scales of 4-bit values", optional=True),
+        Tensor("kSfCacheVLLM", _CACHE, "uint8", "scales of 4-bit keys", optional=True,
+               since="0.6.7"),
+        Tensor("vSfCacheVLLM", _CACHE, "uint8", "scales of 4-bit values", optional=True,
+               since="0.6.7"),
         Tensor("kvCachePageList", "b max_pages", "int32", "each request's pages", contiguous=True),
         number("maxSeqLen", "keys that the pages have room for", int),
         Tensor("seqLen", "b 1", "uint32", "each request's keys", contiguous=True),
@@ -49,7 +51,8 @@ XQA = forms_of(
         number("kvCacheScale", "of keys and values"),
         Tensor("kvScaleTensor", "1", "float32", "the same, on the device", **_ONE),
         number("qSeqLen", "queries of each request", int),
-        Tensor("qCuSeqLens", "b+1", "uint32", "where each request's queries start", **_ONE),
+        Tensor("qCuSeqLens", "b+1", "uint32", "where each request's queries start",
+               since="0.6.16", **_ONE),
         _MASK,
         Tensor("semaphores", "num_semaphores", "uint32", "0, and so afterwards", writes=True,
                contiguous=True, bytes=4 * SEMAPHORES, zeroed=True),

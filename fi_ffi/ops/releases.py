@@ -1,0 +1,79 @@
+"""Which FlashInfer releases have which arguments: the forms that an entry has had.
+
+Read from the binding sources and `jit/attention/modules.py` of every release from 0.6.3 to
+0.7.2.post1; `tests/releases` holds the rows against those that kernels are pinned of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fi_ffi.ops.row import Arg, Ranged, Row, Tensor
+
+OLDEST = "0.6.3"
+# Forms of this release come first, and are what the CPU's reference has: the lock's default.
+FIRST = "0.6.13"
+
+
+def _number(release: str) -> tuple[int, ...]:
+    return tuple(map(int, release.split(".")))
+
+
+def _bounds(releases: str) -> tuple[str, str]:
+    """The first release of ">=a" or ">=a,<b", and the one after the last."""
+    since, _, until = releases.partition(",<")
+    return since.removeprefix(">=") or OLDEST, until
+
+
+def _has(item: Ranged, release: str) -> bool:
+    if item.since and _number(release) < _number(item.since):
+        return False
+    return not item.until or _number(release) < _number(item.until)
+
+
+def _dtypes_of(args: Sequence[Arg]) -> set[str]:
+    return {arg.dtype for arg in args if isinstance(arg, Tensor)}
+
+
+def forms_of(row: Row, later: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[Row, ...]:
+    """The forms of a row that has all arguments and rules there ever were, that of `FIRST` first.
+
+    Arguments and rules say themselves which releases have them.  `later` has fields of the row
+    that have another value from a release on.
+    """
+    later = later or {}
+    begin, end = _bounds(row.releases)
+    items = (*row.args, *row.rules)
+    named = {*later, *(item.since for item in items), *(item.until for item in items)} - {""}
+    inner = {release for release in named if _number(release) > _number(begin)}
+    starts = sorted({begin, *inner}, key=_number)
+    forms = []
+    for start, until in zip(starts, [*starts[1:], end], strict=True):
+        fields: dict[str, Any] = {}
+        for release in sorted(later, key=_number):
+            if _number(release) <= _number(start):
+                fields |= later[release]
+        args = tuple(arg for arg in row.args if _has(arg, start))
+        names = {arg.name for arg in args}
+        gone = _dtypes_of(row.args) - _dtypes_of(args)
+        fields = {
+            "dtypes": {name: dtypes for name, dtypes in row.dtypes.items() if name not in gone},
+            "rules": tuple(rule for rule in row.rules if _has(rule, start)),
+            "together": tuple(name for name in row.together if name in names),
+        } | fields
+        releases = f">={start},<{until}" if until else f">={start}"
+        forms.append(replace(row, args=args, releases=releases, **fields))
+    number = max(
+        (i for i, start in enumerate(starts) if _number(start) <= _number(FIRST)), default=0
+    )
+    return (forms[number], *forms[:number], *forms[number + 1 :])
+
+
+def span(forms: Sequence[Row]) -> str:
+    """The releases that any of a row's forms is of: there is no gap between them."""
+    bounds = [_bounds(form.releases) for form in forms]
+    ends = [end for _, end in bounds]
+    least = min((since for since, _ in bounds), key=_number)
+    return f">={least}" + ("" if "" in ends else f",<{max(ends, key=_number)}")
