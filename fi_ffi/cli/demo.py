@@ -20,6 +20,7 @@ from fi_ffi.errors import FiFfiError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import search
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.requires import round_up
 from fi_ffi.reference.arrays import Array
 
 _TIMED_CALLS = 20
@@ -99,11 +100,11 @@ def _run_all(device: str, sizes: dict[str, int]) -> tuple[list[Result], list[str
 
 def _run(op: Op, device: str, sizes: dict[str, int]) -> Result:
     sizes = {**inputs_of(op.row).usual, **sizes}
-    for axes, most in op.row.max_products.items():
-        if len(axes) == 1 and axes[0] in sizes:
-            sizes[axes[0]] = min(sizes[axes[0]], most)
-    for axis, step in op.row.multiples.items():
-        sizes[axis] = -(-sizes[axis] // step) * step
+    for axis, (most,) in op.row.limits("<=").items():
+        if axis in sizes:
+            sizes[axis] = min(sizes[axis], most)
+    for axis, (step,) in op.row.limits("%").items():
+        sizes[axis] = round_up(sizes[axis], step)
     if len(op.row.tensors[0].axis_names) == 3:  # tokens, heads, head_dim
         sizes |= {"h": 128}
     dtypes = default_dtypes(op.row)

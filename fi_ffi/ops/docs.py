@@ -48,7 +48,7 @@ def _indented(text: str) -> str:
 def _limits(row: Row) -> str:
     """What sizes may be, a sentence each."""
     vector, most = row.vector, 2**63
-    said = [f"{axis} is {' or '.join(map(str, sizes))}." for axis, sizes in row.sizes_in.items()]
+    said = [condition.sentence for condition in row.conditions]
     if row.block:
         said.append(
             f"{' * '.join(row.block)} * the threads that share {' or '.join(vector.axes)} (one for "
@@ -59,13 +59,6 @@ def _limits(row: Row) -> str:
         said.append(f"Strides of {names} stay below {limit} elements.")
     if row.same_strides:
         said.append(f"{' and '.join(row.same_strides)} have the same strides.")
-    for axis, (extreme, *of) in row.extremes.items():
-        said.append(f"{axis} is the {extreme.__name__} of {' and '.join(of)}.")
-    said += [f"{axis} is a multiple of {step}." for axis, step in row.multiples.items()]
-    said += [f"{multiple} is a multiple of {divisor}." for divisor, multiple in row.divides]
-    said += [f"{more} is at least {less}." for more, less in row.not_less]
-    for axes, limit in row.max_products.items():
-        said.append(f"{' * '.join(axes)} is at most {limit}.")
     said += [f"{rule.argument} is {rule.expected}." for rule in row.rules]
     for lacking in row.lacks:
         told = " with ".join(f"{name} of {dtype}" for name, dtype in lacking.items())

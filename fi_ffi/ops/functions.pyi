@@ -31,8 +31,8 @@ class _rmsnorm(Op):
 
         T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. Tensors
         with h are loaded gcd(16 bytes / the itemsize of T, h) elements at a time: addresses and the
-        other strides are multiples of that. Offsets stay below 4294967296 elements. With no rows,
-        nothing is launched.
+        other strides are multiples of that. h is at least 1. Offsets stay below 4294967296 elements.
+        With no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -66,8 +66,8 @@ class _qk_rmsnorm(Op):
 
         T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. Tensors
         with h are loaded gcd(16 bytes / the itemsize of T, h) elements at a time: addresses and the
-        other strides are multiples of that. Offsets stay below 4294967296 elements. With no rows,
-        nothing is launched.
+        other strides are multiples of that. h is at least 1. Offsets stay below 4294967296 elements.
+        With no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -101,8 +101,8 @@ class _gemma_rmsnorm(Op):
 
         T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. Tensors
         with h are loaded gcd(16 bytes / the itemsize of T, h) elements at a time: addresses and the
-        other strides are multiples of that. Offsets stay below 4294967296 elements. With no rows,
-        nothing is launched.
+        other strides are multiples of that. h is at least 1. Offsets stay below 4294967296 elements.
+        With no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -136,8 +136,8 @@ class _fused_add_rmsnorm(Op):
 
         T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. Tensors
         with h are loaded gcd(16 bytes / the itemsize of T, h) elements at a time: addresses and the
-        other strides are multiples of that. Offsets stay below 4294967296 elements. With no rows,
-        nothing is launched.
+        other strides are multiples of that. h is at least 1. Offsets stay below 4294967296 elements.
+        With no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -172,8 +172,8 @@ class _gemma_fused_add_rmsnorm(Op):
 
         T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. Tensors
         with h are loaded gcd(16 bytes / the itemsize of T, h) elements at a time: addresses and the
-        other strides are multiples of that. Offsets stay below 4294967296 elements. With no rows,
-        nothing is launched.
+        other strides are multiples of that. h is at least 1. Offsets stay below 4294967296 elements.
+        With no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -210,8 +210,8 @@ class _rmsnorm_quant(Op):
 
         T is float16 or bfloat16; O is float8_e4m3fn or float8_e5m2. All tensors are on one device. The
         last axis has stride 1. Tensors with h are loaded gcd(16 bytes / the itemsize of T, h) elements
-        at a time: addresses and the other strides are multiples of that. Offsets stay below 4294967296
-        elements. With no rows, nothing is launched.
+        at a time: addresses and the other strides are multiples of that. h is at least 1. Offsets stay
+        below 4294967296 elements. With no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -250,8 +250,8 @@ class _fused_add_rmsnorm_quant(Op):
 
         T is float16 or bfloat16; O is float8_e4m3fn or float8_e5m2. All tensors are on one device. The
         last axis has stride 1. Tensors with h are loaded gcd(16 bytes / the itemsize of T, h) elements
-        at a time: addresses and the other strides are multiples of that. Offsets stay below 4294967296
-        elements. With no rows, nothing is launched.
+        at a time: addresses and the other strides are multiples of that. h is at least 1. Offsets stay
+        below 4294967296 elements. With no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -285,8 +285,8 @@ class _layernorm(Op):
 
         T is bfloat16. All tensors are on one device. The last axis has stride 1. Tensors with h are
         loaded gcd(4 bytes / the itemsize of T, h) elements at a time: addresses and the other strides
-        are multiples of that. Offsets stay below 2147483648 elements. With no rows, nothing is
-        launched.
+        are multiples of that. h is at least 1. Offsets stay below 2147483648 elements. With no rows,
+        nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -565,8 +565,8 @@ class _silu_and_mul(Op):
 
         T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. Tensors
         with d are loaded gcd(16 bytes / the itemsize of T, d) elements at a time: addresses and the
-        other strides are multiples of that. d is a multiple of 8. n is at most 2147483647. d is at most
-        1073741823. With no rows, nothing is launched.
+        other strides are multiples of that. d is a multiple of 8. d is at least 1. n is at most
+        2147483647. d is at most 1073741823. With no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -597,8 +597,8 @@ class _gelu_and_mul(Op):
 
         T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. Tensors
         with d are loaded gcd(16 bytes / the itemsize of T, d) elements at a time: addresses and the
-        other strides are multiples of that. d is a multiple of 8. n is at most 2147483647. d is at most
-        1073741823. With no rows, nothing is launched.
+        other strides are multiples of that. d is a multiple of 8. d is at least 1. n is at most
+        2147483647. d is at most 1073741823. With no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -629,8 +629,8 @@ class _gelu_tanh_and_mul(Op):
 
         T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. Tensors
         with d are loaded gcd(16 bytes / the itemsize of T, d) elements at a time: addresses and the
-        other strides are multiples of that. d is a multiple of 8. n is at most 2147483647. d is at most
-        1073741823. With no rows, nothing is launched.
+        other strides are multiples of that. d is a multiple of 8. d is at least 1. n is at most
+        2147483647. d is at most 1073741823. With no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -679,11 +679,12 @@ class _apply_rope(Op):
 
         T is float16 or bfloat16; I is int32 or int64. All tensors are on one device. The last axis has
         stride 1. Tensors with head_dim are loaded gcd(16 bytes / the itemsize of T, head_dim) elements
-        at a time: addresses and the other strides are multiples of that. head_dim is 64 or 128 or 256
-        or 512. nnz is at most 2147483647. b * num_qo_heads is at most 1073741823. b * num_kv_heads is
-        at most 1073741823. rotary_dim is a multiple of 8 (of 16 where head_dim is 512) with interleave,
-        and of twice that without. What is written shares no memory with other tensors; q_rope and q or
-        k_rope and k may be one. With nnz = 0, nothing is launched.
+        at a time: addresses and the other strides are multiples of that. num_qo_heads is at least 1.
+        nnz is at most 2147483647. head_dim is 64 or 128 or 256 or 512. b is at least 1, unless nnz is
+        0. b * num_qo_heads is at most 1073741823. b * num_kv_heads is at most 1073741823. rotary_dim is
+        a multiple of 8 (of 16 where head_dim is 512) with interleave, and of twice that without. What
+        is written shares no memory with other tensors; q_rope and q or k_rope and k may be one. With
+        nnz = 0, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -740,12 +741,12 @@ class _apply_llama31_rope(Op):
 
         T is float16 or bfloat16; I is int32 or int64. All tensors are on one device. The last axis has
         stride 1. Tensors with head_dim are loaded gcd(16 bytes / the itemsize of T, head_dim) elements
-        at a time: addresses and the other strides are multiples of that. head_dim is 64 or 128 or 256
-        or 512. nnz is at most 2147483647. b * num_qo_heads is at most 1073741823. b * num_kv_heads is
-        at most 1073741823. rotary_dim is a multiple of 8 (of 16 where head_dim is 512) with interleave,
-        and of twice that without. high_freq_factor is more than low_freq_factor. What is written shares
-        no memory with other tensors; q_rope and q or k_rope and k may be one. With nnz = 0, nothing is
-        launched.
+        at a time: addresses and the other strides are multiples of that. num_qo_heads is at least 1.
+        nnz is at most 2147483647. head_dim is 64 or 128 or 256 or 512. b is at least 1, unless nnz is
+        0. b * num_qo_heads is at most 1073741823. b * num_kv_heads is at most 1073741823. rotary_dim is
+        a multiple of 8 (of 16 where head_dim is 512) with interleave, and of twice that without.
+        high_freq_factor is more than low_freq_factor. What is written shares no memory with other
+        tensors; q_rope and q or k_rope and k may be one. With nnz = 0, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -791,11 +792,11 @@ class _apply_rope_pos_ids(Op):
 
         T is float16 or bfloat16; I is int32 or int64. All tensors are on one device. The last axis has
         stride 1. Tensors with head_dim are loaded gcd(16 bytes / the itemsize of T, head_dim) elements
-        at a time: addresses and the other strides are multiples of that. head_dim is 64 or 128 or 256
-        or 512. nnz is at most 2147483647. num_qo_heads is at most 32767. num_kv_heads is at most 32767.
-        rotary_dim is a multiple of 8 (of 16 where head_dim is 512) with interleave, and of twice that
-        without. What is written shares no memory with other tensors; q_rope and q or k_rope and k may
-        be one. With nnz = 0, nothing is launched.
+        at a time: addresses and the other strides are multiples of that. num_qo_heads is at least 1.
+        nnz is at most 2147483647. head_dim is 64 or 128 or 256 or 512. num_qo_heads is at most 32767.
+        num_kv_heads is at most 32767. rotary_dim is a multiple of 8 (of 16 where head_dim is 512) with
+        interleave, and of twice that without. What is written shares no memory with other tensors;
+        q_rope and q or k_rope and k may be one. With nnz = 0, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -850,11 +851,12 @@ class _apply_llama31_rope_pos_ids(Op):
 
         T is float16 or bfloat16; I is int32 or int64. All tensors are on one device. The last axis has
         stride 1. Tensors with head_dim are loaded gcd(16 bytes / the itemsize of T, head_dim) elements
-        at a time: addresses and the other strides are multiples of that. head_dim is 64 or 128 or 256
-        or 512. nnz is at most 2147483647. num_qo_heads is at most 32767. num_kv_heads is at most 32767.
-        rotary_dim is a multiple of 8 (of 16 where head_dim is 512) with interleave, and of twice that
-        without. high_freq_factor is more than low_freq_factor. What is written shares no memory with
-        other tensors; q_rope and q or k_rope and k may be one. With nnz = 0, nothing is launched.
+        at a time: addresses and the other strides are multiples of that. num_qo_heads is at least 1.
+        nnz is at most 2147483647. head_dim is 64 or 128 or 256 or 512. num_qo_heads is at most 32767.
+        num_kv_heads is at most 32767. rotary_dim is a multiple of 8 (of 16 where head_dim is 512) with
+        interleave, and of twice that without. high_freq_factor is more than low_freq_factor. What is
+        written shares no memory with other tensors; q_rope and q or k_rope and k may be one. With nnz =
+        0, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -895,8 +897,9 @@ class _apply_rope_pos_ids_cos_sin_cache(Op):
 
         T is float16 or bfloat16; I is int32 or int64. All tensors are on one device. The last axis has
         stride 1. Tensors with head_dim are loaded gcd(16 bytes / the itemsize of T, head_dim) elements
-        at a time: addresses and the other strides are multiples of that. head_dim is a multiple of 8.
-        head_dim is at least rotary_dim. nnz is at most 2147483647. rotary_dim is at most 16384.
+        at a time: addresses and the other strides are multiples of that. num_qo_heads is at least 1.
+        nnz is at most 2147483647. rotary_dim is at least 1. head_dim is a multiple of 8. head_dim is at
+        least rotary_dim. max_seq_len is at least 1, unless nnz is 0. rotary_dim is at most 16384.
         cos_sin_cache is of a rotary_dim that with interleave is a multiple of 16, or of 8 where
         head_dim is 64, 128 or 256; and of twice that without. q is of heads so few that (num_qo_heads +
         num_kv_heads) * (head_dim / rotary_dim, rounded up) is at most 65535. q_rope is memory apart
@@ -961,10 +964,11 @@ class _rope_quantize(Op):
         T is float16 or bfloat16; O is float8_e4m3fn or float8_e5m2; I is int32 or int64. All tensors
         are on one device. The last axis has stride 1. Tensors with rope_dim or no_rope_dim are loaded
         gcd(16 bytes / its own itemsize, rope_dim or no_rope_dim) elements at a time: addresses and the
-        other strides are multiples of that. Strides of q_rope_in and k_rope_in and q_nope_in and
-        k_nope_in and q_rope_out and k_rope_out and q_nope_out and k_nope_out stay below 4294967296
-        elements. rope_dim is a multiple of 16. no_rope_dim is a multiple of 16. nnz is at most
-        2147483647. rope_dim is at most 16384. q_rope_in is of a rope_dim that is a multiple of 32
+        other strides are multiples of that. num_qo_heads is at least 1. nnz is at most 2147483647.
+        rope_dim is at least 1. rope_dim is a multiple of 16. no_rope_dim is a multiple of 16.
+        max_seq_len is at least 1, unless nnz is 0. rope_dim is at most 16384. Strides of q_rope_in and
+        k_rope_in and q_nope_in and k_nope_in and q_rope_out and k_rope_out and q_nope_out and
+        k_nope_out stay below 4294967296 elements. q_rope_in is of a rope_dim that is a multiple of 32
         without interleave. q_rope_in is of heads so few that (num_qo_heads + num_kv_heads) * (1 +
         no_rope_dim / rope_dim, rounded up) is at most 65535. Of cos_sin_cache there are at most
         4294967296 elements. What is written shares no memory with other tensors. With nnz = 0, nothing
@@ -1041,12 +1045,15 @@ class _rope_quantize_append_paged_kv_cache(Op):
         T is float16 or bfloat16; O is float8_e4m3fn or float8_e5m2; I is int32 or int64. All tensors
         are on one device. The last axis has stride 1. Tensors with rope_dim or no_rope_dim are loaded
         gcd(16 bytes / its own itemsize, rope_dim or no_rope_dim) elements at a time: addresses and the
-        other strides are multiples of that. Strides of q_rope_in and k_rope_in and q_nope_in and
-        k_nope_in and v_in and q_rope_out and q_nope_out and k_cache and v_cache stay below 4294967296
-        elements. k_cache and v_cache have the same strides. rope_dim is a multiple of 16. no_rope_dim
-        is a multiple of 16. no_rope_dim is a multiple of rope_dim. nnz is at most 2147483647. rope_dim
-        is at most 16384. num_indices * page_size is at most 4294967296. q_rope_in is of a rope_dim that
-        is a multiple of 32 without interleave. q_rope_in is of heads so few that (num_qo_heads +
+        other strides are multiples of that. num_qo_heads is at least 1. nnz is at most 2147483647.
+        rope_dim is at least 1. rope_dim is a multiple of 16. no_rope_dim is a multiple of 16.
+        max_seq_len is at least 1, unless nnz is 0. rope_dim is at most 16384. num_kv_heads is at least
+        1. page_size is at least 1. num_pages is at least 1, unless nnz is 0. num_indices is at least 1,
+        unless nnz is 0. b is at least 1, unless nnz is 0. num_indices * page_size is at most
+        4294967296. no_rope_dim is a multiple of rope_dim. Strides of q_rope_in and k_rope_in and
+        q_nope_in and k_nope_in and v_in and q_rope_out and q_nope_out and k_cache and v_cache stay
+        below 4294967296 elements. k_cache and v_cache have the same strides. q_rope_in is of a rope_dim
+        that is a multiple of 32 without interleave. q_rope_in is of heads so few that (num_qo_heads +
         num_kv_heads) * (1 + no_rope_dim / rope_dim, rounded up) + num_kv_heads is at most 65535. Of
         cos_sin_cache there are at most 4294967296 elements. What is written shares no memory with other
         tensors. With nnz = 0, nothing is launched.
@@ -1117,14 +1124,17 @@ class _rope_quantize_append_paged_mla_kv_cache(Op):
         T is float16 or bfloat16; O is float8_e4m3fn or float8_e5m2; I is int32 or int64. All tensors
         are on one device. The last axis has stride 1. Tensors with rope_dim or no_rope_dim are loaded
         gcd(16 bytes / its own itemsize, rope_dim or no_rope_dim) elements at a time: addresses and the
-        other strides are multiples of that. Strides of q_rope_in and k_rope_in and q_nope_in and
-        k_nope_in and q_rope_out and q_nope_out and ckv_cache and kpe_cache stay below 4294967296
-        elements. rope_dim is a multiple of 16. no_rope_dim is a multiple of 16. no_rope_dim is a
-        multiple of rope_dim. nnz is at most 2147483647. rope_dim is at most 16384. num_indices *
-        page_size is at most 4294967296. q_rope_in is of a rope_dim that is a multiple of 32 without
-        interleave. q_rope_in is of heads so few that (num_qo_heads + 1) * (1 + no_rope_dim / rope_dim,
-        rounded up) is at most 65535. Of cos_sin_cache there are at most 4294967296 elements. What is
-        written shares no memory with other tensors. With nnz = 0, nothing is launched.
+        other strides are multiples of that. num_qo_heads is at least 1. nnz is at most 2147483647.
+        rope_dim is at least 1. rope_dim is a multiple of 16. no_rope_dim is a multiple of 16.
+        max_seq_len is at least 1, unless nnz is 0. rope_dim is at most 16384. no_rope_dim is at least
+        1. page_size is at least 1. num_pages is at least 1, unless nnz is 0. num_indices is at least 1,
+        unless nnz is 0. b is at least 1, unless nnz is 0. num_indices * page_size is at most
+        4294967296. no_rope_dim is a multiple of rope_dim. Strides of q_rope_in and k_rope_in and
+        q_nope_in and k_nope_in and q_rope_out and q_nope_out and ckv_cache and kpe_cache stay below
+        4294967296 elements. q_rope_in is of a rope_dim that is a multiple of 32 without interleave.
+        q_rope_in is of heads so few that (num_qo_heads + 1) * (1 + no_rope_dim / rope_dim, rounded up)
+        is at most 65535. Of cos_sin_cache there are at most 4294967296 elements. What is written shares
+        no memory with other tensors. With nnz = 0, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -1170,12 +1180,14 @@ class _append_paged_kv_cache(Op):
 
         T is float16 or bfloat16 or float8_e4m3fn or float8_e5m2. All tensors are on one device. The
         last axis has stride 1. Tensors with head_dim are loaded gcd(16 bytes / its own itemsize,
-        head_dim) elements at a time: addresses and the other strides are multiples of that. head_dim is
-        64 or 128 or 256 or 512. num_kv_heads * the threads that share head_dim (one for each 16 bytes,
-        32 at most) is at most 1024. Strides of paged_k_cache and paged_v_cache stay below 4294967296
-        elements. paged_k_cache and paged_v_cache have the same strides. nnz is at most 2147482624.
-        num_indices * page_size is at most 4294967296. What is written shares no memory with other
-        tensors. With nnz = 0, nothing is launched.
+        head_dim) elements at a time: addresses and the other strides are multiples of that.
+        num_kv_heads is at least 1. head_dim is 64 or 128 or 256 or 512. page_size is at least 1.
+        num_pages is at least 1, unless nnz is 0. num_indices is at least 1, unless nnz is 0. b is at
+        least 1, unless nnz is 0. nnz is at most 2147482624. num_indices * page_size is at most
+        4294967296. num_kv_heads * the threads that share head_dim (one for each 16 bytes, 32 at most)
+        is at most 1024. Strides of paged_k_cache and paged_v_cache stay below 4294967296 elements.
+        paged_k_cache and paged_v_cache have the same strides. What is written shares no memory with
+        other tensors. With nnz = 0, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -1218,10 +1230,11 @@ class _append_paged_mla_kv_cache(Op):
         T is float16 or bfloat16 or float8_e4m3fn or float8_e5m2. All tensors are on one device. The
         last axis has stride 1. Tensors with head_dim_ckv or head_dim_kpe are loaded gcd(16 bytes / its
         own itemsize, head_dim_ckv or head_dim_kpe) elements at a time: addresses and the other strides
-        are multiples of that. head_dim_ckv is 512. head_dim_kpe is 64. Strides of ckv_cache and
-        kpe_cache stay below 4294967296 elements. nnz is at most 2147482624. num_indices * page_size is
-        at most 4294967296. What is written shares no memory with other tensors. With nnz = 0, nothing
-        is launched.
+        are multiples of that. head_dim_ckv is 512. head_dim_kpe is 64. page_size is at least 1.
+        num_pages is at least 1, unless nnz is 0. num_indices is at least 1, unless nnz is 0. b is at
+        least 1, unless nnz is 0. nnz is at most 2147482624. num_indices * page_size is at most
+        4294967296. Strides of ckv_cache and kpe_cache stay below 4294967296 elements. What is written
+        shares no memory with other tensors. With nnz = 0, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -1252,8 +1265,8 @@ class _concat_mla_k(Op):
         T is float16 or bfloat16 or float8_e4m3fn or float8_e5m2. All tensors are on one device. The
         last axis has stride 1. Tensors with nope_dim or rope_dim are loaded gcd(8 bytes / its own
         itemsize, nope_dim or rope_dim) elements at a time: addresses and the other strides are
-        multiples of that. num_heads is 128. nope_dim is 128. rope_dim is 64. Strides of k and k_nope
-        stay below 19173952 elements. n is at most 16777216. With no rows, nothing is launched.
+        multiples of that. num_heads is 128. nope_dim is 128. rope_dim is 64. n is at most 16777216.
+        Strides of k and k_nope stay below 19173952 elements. With no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -1320,13 +1333,14 @@ class _gdn_prefill(Op):
 
         T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. Tensors
         with head_size are loaded gcd(16 bytes / its own itemsize, head_size) elements at a time:
-        addresses and the other strides are multiples of that. head_size is 128. num_sab_heads is the
-        max of num_q_heads and num_v_heads. num_k_heads is the min of num_q_heads and num_v_heads.
-        num_sab_heads is a multiple of num_k_heads. total_seq_len is at least num_seqs. num_seqs *
-        num_sab_heads is at most 2147483647. total_seq_len is at most 2147483647. Of output_state and
-        input_state there are at most 2147483648 elements. state_checkpoints, checkpoint_cu_starts,
-        checkpoint_every_n_tokens are given together. What is written shares no memory with other
-        tensors; output_state and input_state may be one. With num_seqs = 0, nothing is launched.
+        addresses and the other strides are multiples of that. num_q_heads is at least 1. num_k_heads is
+        at least 1. num_v_heads is at least 1. head_size is 128. num_sab_heads is a multiple of
+        num_k_heads. num_sab_heads is the max of num_q_heads and num_v_heads. num_k_heads is the min of
+        num_q_heads and num_v_heads. total_seq_len is at least num_seqs. num_seqs * num_sab_heads is at
+        most 2147483647. total_seq_len is at most 2147483647. Of output_state and input_state there are
+        at most 2147483648 elements. state_checkpoints, checkpoint_cu_starts, checkpoint_every_n_tokens
+        are given together. What is written shares no memory with other tensors; output_state and
+        input_state may be one. With num_seqs = 0, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words,
@@ -1363,9 +1377,9 @@ class _merge_state(Op):
 
         T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. Tensors
         with head_dim are loaded gcd(16 bytes / its own itemsize, head_dim) elements at a time:
-        addresses and the other strides are multiples of that. head_dim is 64 or 128 or 256 or 512.
-        num_heads * the threads that share head_dim (one for each 16 bytes, 32 at most) is at most 1024.
-        n is at most 2147483647. Offsets stay below 4294967296 elements. With no rows, nothing is
+        addresses and the other strides are multiples of that. head_dim is 64 or 128 or 256 or 512. n is
+        at most 2147483647. num_heads * the threads that share head_dim (one for each 16 bytes, 32 at
+        most) is at most 1024. Offsets stay below 4294967296 elements. With no rows, nothing is
         launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
@@ -1403,8 +1417,8 @@ class _merge_state_in_place(Op):
         T is float16 or bfloat16; M is bool or uint8. All tensors are on one device. The last axis has
         stride 1. Tensors with head_dim are loaded gcd(16 bytes / its own itemsize, head_dim) elements
         at a time: addresses and the other strides are multiples of that. head_dim is 64 or 128 or 256
-        or 512. num_heads * the threads that share head_dim (one for each 16 bytes, 32 at most) is at
-        most 1024. n is at most 2147483647. Offsets stay below 4294967296 elements. With no rows,
+        or 512. n is at most 2147483647. num_heads * the threads that share head_dim (one for each 16
+        bytes, 32 at most) is at most 1024. Offsets stay below 4294967296 elements. With no rows,
         nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
@@ -1481,12 +1495,12 @@ class _bmm_fp8(Op):
             stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
 
         TA is float8_e4m3fn or float8_e5m2; TB is float8_e4m3fn or float8_e5m2; T is float16 or
-        bfloat16. All tensors are on one device. The last axis has stride 1. k is a multiple of 16. n is
-        a multiple of 16. m is at most 2147483647. n is at most 2147483647. k is at most 2147483647. A
-        is of m * k of at most 2147483647 where there are several matrices. B is of k * n of at most
-        2147483647 where there are several matrices. D is of m * n of at most 2147483647 where there are
-        several matrices. There is no TA of float8_e5m2 with TB of float8_e5m2. What is written shares
-        no memory with other tensors. With no rows, nothing is launched.
+        bfloat16. All tensors are on one device. The last axis has stride 1. k is at least 16. k is a
+        multiple of 16. n is a multiple of 16. m is at most 2147483647. n is at most 2147483647. k is at
+        most 2147483647. A is of m * k of at most 2147483647 where there are several matrices. B is of k
+        * n of at most 2147483647 where there are several matrices. D is of m * n of at most 2147483647
+        where there are several matrices. There is no TA of float8_e5m2 with TB of float8_e5m2. What is
+        written shares no memory with other tensors. With no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words,
@@ -1519,10 +1533,10 @@ class _tinygemm2(Op):
                 drains.
             stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
 
-        T is bfloat16. All tensors are on one device. The last axis has stride 1. k is a multiple of 64.
-        m is a multiple of 16. n * m is at most 2147483647. n is at most 524280. m * k is at most
-        2147483647. n * k is at most 2147483647. k is at most 1024. What is written shares no memory
-        with other tensors. With no rows, nothing is launched.
+        T is bfloat16. All tensors are on one device. The last axis has stride 1. k is at least 64. m is
+        at least 16. k is a multiple of 64. m is a multiple of 16. n * m is at most 2147483647. n is at
+        most 524280. m * k is at most 2147483647. n * k is at most 2147483647. k is at most 1024. What
+        is written shares no memory with other tensors. With no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words,
@@ -1553,10 +1567,10 @@ class _tinygemm2_nobias(Op):
                 drains.
             stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
 
-        T is bfloat16. All tensors are on one device. The last axis has stride 1. k is a multiple of 64.
-        m is a multiple of 16. n * m is at most 2147483647. n is at most 524280. m * k is at most
-        2147483647. n * k is at most 2147483647. k is at most 1024. What is written shares no memory
-        with other tensors. With no rows, nothing is launched.
+        T is bfloat16. All tensors are on one device. The last axis has stride 1. k is at least 64. m is
+        at least 16. k is a multiple of 64. m is a multiple of 16. n * m is at most 2147483647. n is at
+        most 524280. m * k is at most 2147483647. n * k is at most 2147483647. k is at most 1024. What
+        is written shares no memory with other tensors. With no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words,
@@ -1691,10 +1705,10 @@ class _fp8_quantize_1x128(Op):
             use_ue8m0 (bool = False): the kernels do not look at it.
             stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
 
-        T is bfloat16. All tensors are on one device. The last axis has stride 1. n is at most
-        2147483647. k128 is at most 16777215. outScaleFP8SF is of n rounded up to a multiple of 4 in its
-        second axis. What is written shares no memory with other tensors. With no rows, nothing is
-        launched.
+        T is bfloat16. All tensors are on one device. The last axis has stride 1. k128 is at least 1. n
+        is at most 2147483647. k128 is at most 16777215. outScaleFP8SF is of n rounded up to a multiple
+        of 4 in its second axis. What is written shares no memory with other tensors. With no rows,
+        nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words,
@@ -1792,8 +1806,8 @@ class _nvfp4_kv_dequant(Op):
             stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
 
         T is bfloat16 or float16; S is uint8 or float8_e4m3fn. All tensors are on one device. The last
-        axis has stride 1. n is at most 2147483647. blocks is at most 49148. Offsets stay below
-        2147483648 elements. With no rows, nothing is launched.
+        axis has stride 1. blocks is at least 1. n is at most 2147483647. blocks is at most 49148.
+        Offsets stay below 2147483648 elements. With no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -1891,10 +1905,11 @@ class _mxfp8_quantize(Op):
                 drains.
             stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
 
-        T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. k is a
-        multiple of 32. n is at most 2147483520. padded_k is at most 2147483520. valMxFP8 is padded_k =
-        k, rounded up to a multiple of alignment. scaleFP8SF is a scale for every 32 elements of
-        padded_k, in whole tiles where they are in tiles. With no rows, nothing is launched.
+        T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. k is at
+        least 1. k is a multiple of 32. n is at most 2147483520. padded_k is at most 2147483520.
+        valMxFP8 is padded_k = k, rounded up to a multiple of alignment. scaleFP8SF is a scale for every
+        32 elements of padded_k, in whole tiles where they are in tiles. With no rows, nothing is
+        launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words,
@@ -1927,8 +1942,9 @@ class _nvfp4_kv_quant(Op):
             block_scales ([n, blocks] uint8; contiguous; written): bytes of float8_e4m3fn.
             stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
 
-        T is bfloat16 or float16. All tensors are on one device. The last axis has stride 1. n is at
-        most 2147483647. Offsets stay below 2147483648 elements. With no rows, nothing is launched.
+        T is bfloat16 or float16. All tensors are on one device. The last axis has stride 1. blocks is
+        at least 1. n is at most 2147483647. Offsets stay below 2147483648 elements. With no rows,
+        nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words,
@@ -1975,11 +1991,11 @@ class _fp4_quantize(Op):
             enable_pdl (bool = False): programmatic dependent launch.
             stream: where to launch; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope.
 
-        T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. half is a
-        multiple of 8. n is at most 2147483520. half is at most 1073741696. sfVecSize is 32 with
-        sfUseUE8M0, and 16 without. input is rows of whole blocks of sfVecSize elements. globalScale is
-        a globalScale where there is no sfUseUE8M0. scaleFP8SF is a scale for every sfVecSize elements,
-        in whole tiles where they are in tiles. With no rows, nothing is launched.
+        T is float16 or bfloat16. All tensors are on one device. The last axis has stride 1. half is at
+        least 1. half is a multiple of 8. n is at most 2147483520. half is at most 1073741696. sfVecSize
+        is 32 with sfUseUE8M0, and 16 without. input is rows of whole blocks of sfVecSize elements.
+        globalScale is a globalScale where there is no sfUseUE8M0. scaleFP8SF is a scale for every
+        sfVecSize elements, in whole tiles where they are in tiles. With no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words,
@@ -2021,9 +2037,9 @@ class _softmax(Op):
 
         All tensors are on one device. The last axis has stride 1. Tensors with h are loaded gcd(16
         bytes / the itemsize of float32, h) elements at a time: addresses and the other strides are
-        multiples of that. h is at most 536862720. n is at most 2147483647. Offsets stay below
-        4294967296 elements. What is written shares no memory with other tensors; output and logits may
-        be one. With no rows, nothing is launched.
+        multiples of that. h is at least 1. h is at most 536862720. n is at most 2147483647. Offsets
+        stay below 4294967296 elements. What is written shares no memory with other tensors; output and
+        logits may be one. With no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -2068,9 +2084,10 @@ class _sampling_from_probs(Op):
 
         I is int32 or int64; S is int64 or uint64. All tensors are on one device. The last axis has
         stride 1. Tensors with h are loaded gcd(16 bytes / the itemsize of float32, h) elements at a
-        time: addresses and the other strides are multiples of that. h is at most 2147483647. n is at
-        most 2147483647. output is as long as there are rows at most, unless there are `maybe_indices`.
-        Offsets stay below 4294967296 elements. With n = 0, nothing is launched.
+        time: addresses and the other strides are multiples of that. h is at least 1. r is at least 1,
+        unless n is 0. h is at most 2147483647. n is at most 2147483647. output is as long as there are
+        rows at most, unless there are `maybe_indices`. Offsets stay below 4294967296 elements. With n =
+        0, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -2115,9 +2132,9 @@ class _sampling_from_logits(Op):
         I is int32 or int64; S is int64 or uint64. All tensors are on one device. The last axis has
         stride 1. Tensors with h are loaded gcd(16 bytes / the itemsize of float32, h) elements at a
         time: addresses and the other strides are multiples of that. n * h is at most 4294967296. h is
-        at most 2147483647. n is at most 2147483647. output is as long as there are rows at most, unless
-        there are `maybe_indices`. Offsets stay below 4294967296 elements. With n = 0, nothing is
-        launched.
+        at least 1. r is at least 1, unless n is 0. h is at most 2147483647. n is at most 2147483647.
+        output is as long as there are rows at most, unless there are `maybe_indices`. Offsets stay
+        below 4294967296 elements. With n = 0, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -2169,10 +2186,11 @@ class _top_k_sampling_from_probs(Op):
 
         I is int32 or int64; S is int64 or uint64. All tensors are on one device. The last axis has
         stride 1. Tensors with h are loaded gcd(16 bytes / the itemsize of float32, h) elements at a
-        time: addresses and the other strides are multiples of that. h is at most 2147483647. n is at
-        most 2147483647. output is as long as there are rows at most, unless there are `maybe_indices`.
-        maybe_top_k_arr is at least as long as `output`, by whose elements it is read. Offsets stay
-        below 4294967296 elements. With n = 0, nothing is launched.
+        time: addresses and the other strides are multiples of that. h is at least 1. r is at least 1,
+        unless n is 0. h is at most 2147483647. n is at most 2147483647. output is as long as there are
+        rows at most, unless there are `maybe_indices`. maybe_top_k_arr is at least as long as `output`,
+        by whose elements it is read. Offsets stay below 4294967296 elements. With n = 0, nothing is
+        launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -2222,9 +2240,10 @@ class _top_p_sampling_from_probs(Op):
 
         I is int32 or int64; S is int64 or uint64. All tensors are on one device. The last axis has
         stride 1. Tensors with h are loaded gcd(16 bytes / the itemsize of float32, h) elements at a
-        time: addresses and the other strides are multiples of that. h is at most 2147483647. n is at
-        most 2147483647. output is as long as there are rows at most, unless there are `maybe_indices`.
-        Offsets stay below 4294967296 elements. With n = 0, nothing is launched.
+        time: addresses and the other strides are multiples of that. h is at least 1. r is at least 1,
+        unless n is 0. h is at most 2147483647. n is at most 2147483647. output is as long as there are
+        rows at most, unless there are `maybe_indices`. Offsets stay below 4294967296 elements. With n =
+        0, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -2274,10 +2293,11 @@ class _min_p_sampling_from_probs(Op):
 
         I is int32 or int64; S is int64 or uint64. All tensors are on one device. The last axis has
         stride 1. Tensors with h are loaded gcd(16 bytes / the itemsize of float32, h) elements at a
-        time: addresses and the other strides are multiples of that. h is at most 2147483647. n is at
-        most 2147483647. output is as long as there are rows at most, unless there are `maybe_indices`.
-        maybe_min_p_arr is at least as long as `output`, by whose elements it is read. Offsets stay
-        below 4294967296 elements. With n = 0, nothing is launched.
+        time: addresses and the other strides are multiples of that. h is at least 1. r is at least 1,
+        unless n is 0. h is at most 2147483647. n is at most 2147483647. output is as long as there are
+        rows at most, unless there are `maybe_indices`. maybe_min_p_arr is at least as long as `output`,
+        by whose elements it is read. Offsets stay below 4294967296 elements. With n = 0, nothing is
+        launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -2334,9 +2354,10 @@ class _top_k_top_p_sampling_from_probs(Op):
 
         I is int32 or int64; S is int64 or uint64. All tensors are on one device. The last axis has
         stride 1. Tensors with h are loaded gcd(16 bytes / the itemsize of float32, h) elements at a
-        time: addresses and the other strides are multiples of that. h is at most 2147483647. n is at
-        most 2147483647. output is as long as there are rows at most, unless there are `maybe_indices`.
-        Offsets stay below 4294967296 elements. With n = 0, nothing is launched.
+        time: addresses and the other strides are multiples of that. h is at least 1. r is at least 1,
+        unless n is 0. h is at most 2147483647. n is at most 2147483647. output is as long as there are
+        rows at most, unless there are `maybe_indices`. Offsets stay below 4294967296 elements. With n =
+        0, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -2377,9 +2398,10 @@ class _top_p_renorm_probs(Op):
 
         All tensors are on one device. The last axis has stride 1. Tensors with h are loaded gcd(16
         bytes / the itemsize of float32, h) elements at a time: addresses and the other strides are
-        multiples of that. h is at most 2147483647. n is at most 65535. top_p_val is at most 1.0, or 4.0
-        for all of a row. Offsets stay below 2147483648 elements. What is written shares no memory with
-        other tensors; renorm_probs and probs may be one. With no rows, nothing is launched.
+        multiples of that. h is at least 1. h is at most 2147483647. n is at most 65535. top_p_val is at
+        most 1.0, or 4.0 for all of a row. Offsets stay below 2147483648 elements. What is written
+        shares no memory with other tensors; renorm_probs and probs may be one. With no rows, nothing is
+        launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -2416,10 +2438,11 @@ class _top_k_renorm_probs(Op):
 
         T is float32 or float16 or bfloat16. All tensors are on one device. The last axis has stride 1.
         Tensors with h are loaded gcd(16 bytes / the itemsize of T, h) elements at a time: addresses and
-        the other strides are multiples of that. h is at most 2147483647. n is at most 2147483647. probs
-        is of rows of 15000 elements for each multiprocessor of the GPU at most: the blocks that share
-        one wait for each other. Offsets stay below 4294967296 elements. What is written shares no
-        memory with other tensors; renorm_probs and probs may be one. With no rows, nothing is launched.
+        the other strides are multiples of that. h is at least 1. h is at most 2147483647. n is at most
+        2147483647. probs is of rows of 15000 elements for each multiprocessor of the GPU at most: the
+        blocks that share one wait for each other. Offsets stay below 4294967296 elements. What is
+        written shares no memory with other tensors; renorm_probs and probs may be one. With no rows,
+        nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -2456,10 +2479,11 @@ class _top_k_mask_logits(Op):
 
         T is float32 or float16 or bfloat16. All tensors are on one device. The last axis has stride 1.
         Tensors with h are loaded gcd(16 bytes / the itemsize of T, h) elements at a time: addresses and
-        the other strides are multiples of that. h is at most 2147483647. n is at most 2147483647.
-        logits is of rows of 15000 elements for each multiprocessor of the GPU at most: the blocks that
-        share one wait for each other. Offsets stay below 4294967296 elements. What is written shares no
-        memory with other tensors; mask_logits and logits may be one. With no rows, nothing is launched.
+        the other strides are multiples of that. h is at least 1. h is at most 2147483647. n is at most
+        2147483647. logits is of rows of 15000 elements for each multiprocessor of the GPU at most: the
+        blocks that share one wait for each other. Offsets stay below 4294967296 elements. What is
+        written shares no memory with other tensors; mask_logits and logits may be one. With no rows,
+        nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -2511,8 +2535,9 @@ class _chain_speculative_sampling(Op):
 
         S is int64 or uint64. All tensors are on one device. The last axis has stride 1. Tensors with h
         are loaded gcd(16 bytes / the itemsize of float32, h) elements at a time: addresses and the
-        other strides are multiples of that. h is at most 2147483647. n is at most 2147483647. Offsets
-        stay below 4294967296 elements. With no rows, nothing is launched.
+        other strides are multiples of that. h is at least 1. s is at least 1. h is at most 2147483647.
+        n is at most 2147483647. Offsets stay below 4294967296 elements. With no rows, nothing is
+        launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -2560,12 +2585,12 @@ class _radix_topk(Op):
 
         T is float32 or float16 or bfloat16. All tensors are on one device. The last axis has stride 1.
         Tensors with d are loaded gcd(16 bytes / the itemsize of T, d) elements at a time: addresses and
-        the other strides are multiples of that. d is at least top_k. n * top_k is at most 4294967295. d
-        is at most 2147483647. n is at most 2147483647. input is of rows of 15000 elements for each
-        multiprocessor of the GPU at most: the blocks that share one wait for each other. top_k is 2048
-        at most with `sorted_output`. top_k is 2048 at most with `tie_break`. top_k is 2048 at most with
-        `dsa_graph_safe`. What is written shares no memory with other tensors. With no rows, nothing is
-        launched.
+        the other strides are multiples of that. d is at least 1. n * top_k is at most 4294967295. d is
+        at most 2147483647. n is at most 2147483647. d is at least top_k. input is of rows of 15000
+        elements for each multiprocessor of the GPU at most: the blocks that share one wait for each
+        other. top_k is 2048 at most with `sorted_output`. top_k is 2048 at most with `tie_break`. top_k
+        is 2048 at most with `dsa_graph_safe`. What is written shares no memory with other tensors. With
+        no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -2621,13 +2646,14 @@ class _radix_topk_page_table_transform(Op):
 
         T is float32 or float16 or bfloat16. All tensors are on one device. The last axis has stride 1.
         Tensors with d are loaded gcd(16 bytes / the itemsize of T, d) elements at a time: addresses and
-        the other strides are multiples of that. m is at least d. n * top_k is at most 4294967295. d is
-        at most 2147483647. n is at most 2147483647. input is of rows of 15000 elements for each
-        multiprocessor of the GPU at most: the blocks that share one wait for each other. top_k is 2048
-        at most with `tie_break`. top_k is 2048 at most with `dsa_graph_safe`. src_page_table is a page
-        table for each row, unless there is `maybe_row_to_batch`. deterministic is True for rows that
-        several blocks share: else they race, and entries are wrong. What is written shares no memory
-        with other tensors. With n = 0, nothing is launched.
+        the other strides are multiples of that. d is at least 1. n * top_k is at most 4294967295. d is
+        at most 2147483647. n is at most 2147483647. b is at least 1, unless n is 0. input is of rows of
+        15000 elements for each multiprocessor of the GPU at most: the blocks that share one wait for
+        each other. top_k is 2048 at most with `tie_break`. top_k is 2048 at most with `dsa_graph_safe`.
+        src_page_table is m of at least d. src_page_table is a page table for each row, unless there is
+        `maybe_row_to_batch`. deterministic is True for rows that several blocks share: else they race,
+        and entries are wrong. What is written shares no memory with other tensors. With n = 0, nothing
+        is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.
@@ -2680,11 +2706,11 @@ class _radix_topk_ragged_transform(Op):
 
         T is float32 or float16 or bfloat16. All tensors are on one device. The last axis has stride 1.
         Tensors with d are loaded gcd(16 bytes / the itemsize of T, d) elements at a time: addresses and
-        the other strides are multiples of that. n * top_k is at most 4294967295. d is at most
-        2147483647. n is at most 2147483647. input is of rows of 15000 elements for each multiprocessor
-        of the GPU at most: the blocks that share one wait for each other. top_k is 2048 at most with
-        `tie_break`. top_k is 2048 at most with `dsa_graph_safe`. What is written shares no memory with
-        other tensors. With no rows, nothing is launched.
+        the other strides are multiples of that. d is at least 1. n * top_k is at most 4294967295. d is
+        at most 2147483647. n is at most 2147483647. input is of rows of 15000 elements for each
+        multiprocessor of the GPU at most: the blocks that share one wait for each other. top_k is 2048
+        at most with `tie_break`. top_k is 2048 at most with `dsa_graph_safe`. What is written shares no
+        memory with other tensors. With no rows, nothing is launched.
 
         Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` where the
         kernel file has another interface, `KernelError` with the kernel's own words.

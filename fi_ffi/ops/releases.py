@@ -60,7 +60,9 @@ def forms_of(row: Row, later: Mapping[str, Mapping[str, Any]] | None = None) -> 
         gone = _dtypes_of(row.args) - _dtypes_of(args)
         fields = {
             "dtypes": {name: dtypes for name, dtypes in row.dtypes.items() if name not in gone},
-            "rules": tuple(rule for rule in row.rules if _has(rule, start)),
+            "requires": tuple(
+                each for each in row.requires if isinstance(each, str) or _has(each, start)
+            ),
             "together": tuple(name for name in row.together if name in names),
         } | fields
         releases = f">={start},<{until}" if until else f">={start}"

@@ -7,11 +7,12 @@ signature, the docstring, the declared signature and the catalogue are derived.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fi_ffi.abi.signature import Signature
+from fi_ffi.ops.requires import Condition, names_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,24 +189,27 @@ Arg = Tensor | Scalar | Text | KvLayout | IntArray | TensorArray | Absent
 
 # In a rule: whether a tensor that is written is the very memory of one that is read, and of the GPU
 # the number of multiprocessors, and a block's bytes of shared memory (without end on the CPU).
-IN_PLACE = "in place"
-MULTIPROCESSORS, SHARED_MEMORY = "multiprocessors", "shared memory"
+IN_PLACE, MULTIPROCESSORS, SHARED_MEMORY = "in_place", "multiprocessors", "shared_memory"
 
 
 @dataclass(frozen=True, eq=False)
 class Rule(Ranged):
-    """What must hold between sizes and numbers, where no other field of a row says it.
+    """A condition that has words of its own: `fi_ffi.ops.requires` has the notation.
 
-    `holds` is given what `of` names: axes (None where no tensor there has it), scalars and texts
-    (also where an axis has the same name), those above, of a tensor whether it is there, and of
-    a variable of `dtypes` its dtype's name.  An error is of `argument`; `expected` says what must
-    be, or is given the same as `holds` and does.
+    Its names are axes (None where no tensor there has it), scalars and texts (also where an axis
+    has the same name), those above, a tensor's for whether it is there, and a variable of `dtypes`
+    for its dtype's name.  An error is of `argument`; `expected` says what must be, or is given
+    the names' values and does.  `using` has the functions that the condition calls.
     """
 
     argument: str
-    of: tuple[str, ...]
-    holds: Callable[..., bool]
+    holds: str
     expected: str | Callable[..., str]
+    using: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return names_in(self.holds)
 
 
 def default_of(arg: Arg) -> str | None:
@@ -271,29 +275,16 @@ class Row:
     vector: Vector = Vector(("h",), dtype="T")
     # The kernel computes element offsets in an integer that holds less than this.
     offset_limit: int = 2**32
-    min_sizes: dict[str, int] = field(default_factory=lambda: {"h": 1})
-    # Sizes that are multiples of a number.
-    multiples: dict[str, int] = field(default_factory=dict)
-    # Sizes that the kernel was compiled for.
-    sizes_in: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    # The most that the product of these axes' sizes may be.
-    max_products: dict[tuple[str, ...], int] = field(default_factory=dict)
+    # What must hold: conditions on sizes, as "d >= top_k", and rules.
+    requires: tuple[str | Rule, ...] = ()
     # Axes that one thread block covers, besides the vector's.
     block: tuple[str, ...] = ()
-    # Pairs of axes: the second size is a multiple of the first.
-    divides: tuple[tuple[str, str], ...] = ()
-    # Axes whose size is the least or the greatest of others'.
-    extremes: dict[str, tuple[Callable[[int, int], int], str, str]] = field(default_factory=dict)
-    # Pairs of axes: the first size is not less than the second.
-    not_less: tuple[tuple[str, str], ...] = ()
     # Arguments that are given together, or not at all (None, 0 or False).
     together: tuple[str, ...] = ()
     # Tensors that must have the same strides: the kernel reads those of the first.
     same_strides: tuple[str, ...] = ()
     # Nothing is done where this axis has no elements; "": where no written tensor has any.
     nothing_axis: str = ""
-    # Axes that have elements where there is anything to do.
-    needed: tuple[str, ...] = ()
     result: str = "void"
     # The kernel makes tensors itself: its calls are given memory for them.
     allocates: bool = False
@@ -303,9 +294,21 @@ class Row:
     in_place: tuple[tuple[str, str], ...] = ()
     # Major compute capabilities that the kernel was written for; any, where there is none.
     capabilities: tuple[int, ...] = ()
-    rules: tuple[Rule, ...] = ()
     # Dtypes that the kernel does not take together, by variable.
     lacks: tuple[dict[str, str], ...] = ()
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        return tuple(Condition.of(each) for each in self.requires if isinstance(each, str))
+
+    def limits(self, kind: str) -> dict[str, tuple[int, ...]]:
+        """The numbers that sizes are held against by ">=", "<=", "in" or "%", a size each."""
+        found = (condition.limit for condition in self.conditions)
+        return {limit[1]: limit[2] for limit in found if limit and limit[0] == kind}
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        return tuple(each for each in self.requires if isinstance(each, Rule))
 
     @property
     def slots(self) -> tuple[Arg, ...]:

@@ -162,7 +162,7 @@ TINY_SIZES = [
 def test_few_rows(op, dtypes, size, use_pdl, machine, rng):
     """Until 0.6.14 only as far as a warp needs one stage."""
     sizes = dict(zip("nmk", size, strict=True))
-    if size[2] <= op.row.max_products.get(("k",), size[2]):
+    if size[2] <= op.row.limits("<=").get("k", (size[2],))[0]:
         assert check_on(machine, make_case(op.row, sizes, dtypes, rng, use_pdl=use_pdl)) <= 1
         return
     a, b = (np.zeros((count, size[2]), BF16) for count in size[:2])

@@ -114,7 +114,7 @@ def test_updates_are_refused_as_calls_are_and_change_nothing(op, dtypes, more):
     # Others in the same update must not be changed by one that fails.
     others = {} if more.get("in place") else other.addresses
     for arg in op.row.given:
-        joined = {rule.argument for rule in op.row.rules if arg.name in rule.of}
+        joined = {rule.argument for rule in op.row.rules if arg.name in rule.names}
         if getattr(arg, "is_scratch", False) and arg.name not in first.arrays:
             continue  # memory of the prepared call's own
         for value in candidates(arg):

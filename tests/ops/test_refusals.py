@@ -94,7 +94,7 @@ def is_bound(row: Row, axis: str) -> bool:
         for arg in row.tensors
         if bases & {name for other in arg.axis_names for name in parse_axis(other).names}
     ]
-    return axis.isdigit() or axis in row.sizes_in or len(having) > 1
+    return axis.isdigit() or axis in row.limits("in") or len(having) > 1
 
 
 def alignment_of(row: Row, arg: Tensor, values: dict) -> int:
@@ -221,7 +221,7 @@ def test_strides_that_differ(op, dtypes):
 
 @pytest.mark.parametrize(("op", "dtypes"), EVERY_CALL)
 def test_sizes_the_kernel_was_not_compiled_for(op, dtypes):
-    for axis, sizes in op.row.sizes_in.items():
+    for axis, sizes in op.row.limits("in").items():
         case = a_case(op.row, dtypes, **{axis: 2 * max(sizes)})
         error = call_refused(op, case, described(case), None)
         assert f"{axis} of {' or '.join(map(str, sizes))}" in str(error)
@@ -230,8 +230,9 @@ def test_sizes_the_kernel_was_not_compiled_for(op, dtypes):
 @pytest.mark.parametrize("op", OPS.values(), ids=list(OPS))
 def test_sizes_that_are_too_small(op):
     # Empty tensors need no memory; nothing is looked at before the sizes.
-    for axis in op.row.min_sizes:
-        least = {name: op.row.min_sizes.get(name, 0) for name in axes_of(op.row)}
+    small = {axis: least for axis, (least,) in op.row.limits(">=").items()}
+    for axis in small:
+        least = dict.fromkeys(axes_of(op.row), 0) | small
         sizes = {**least, **inputs_of(op.row).small, axis: 0}
         values = {}
         for arg in op.row.tensors:

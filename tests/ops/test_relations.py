@@ -77,9 +77,10 @@ class Related:
             Absent("zero", "int"),
         ),
         {"T": ("float16",)}, ">=0", in_place=(("y", "x"),),
-        rules=(
-            Rule("factor", ("factor", "n"), lambda factor, n: factor <= n, "n or less"),
-            Rule("y", (IN_PLACE, "count"), lambda same, count: not same or count < 8, "apart"),
+        requires=(
+            "h >= 1",
+            Rule("factor", "factor <= n", "n or less"),
+            Rule("y", f"not {IN_PLACE} or below(count, 8)", "apart", {"below": int.__lt__}),
         ),
     )  # fmt: skip
 

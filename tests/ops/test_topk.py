@@ -202,19 +202,20 @@ def test_replayed(name, machine, rng):
 def test_page_tables_of_shared_rows_are_refused():
     """But where blocks take their time: what FlashInfer's launcher decides, on an H100."""
     (rule,) = (rule for rule in OPS[PAGES].row.rules if rule.argument == "deterministic")
+    (holds,) = rule.using.values()
     h100, small = 227 << 10, 99 << 10
     unordered = (False, 0, False)
     for size, most in (("float32", 57592), ("bfloat16", 115184), ("float16", 115184)):
-        assert rule.holds(1, most, 2049, size, h100, *unordered)
-        assert not rule.holds(1, most + 8, 2049, size, h100, *unordered)
-        assert not rule.holds(1, most + 8, 2048, size, h100, *unordered)
+        assert holds(1, most, 2049, size, h100, *unordered)
+        assert not holds(1, most + 8, 2049, size, h100, *unordered)
+        assert not holds(1, most + 8, 2048, size, h100, *unordered)
         for ordered in ((True, 0, False), (False, 1, False), (False, 0, True)):
-            assert rule.holds(1, most + 8, 2048, size, h100, *ordered)
+            assert holds(1, most + 8, 2048, size, h100, *ordered)
     # Many rows of floats are taken by a block each, where it has the memory for that.
-    assert rule.holds(9, 131072, 2048, "float32", h100, *unordered)
-    assert not rule.holds(8, 131072, 2048, "float32", h100, *unordered)
-    assert not rule.holds(9, 131072, 2048, "float32", small, *unordered)
-    assert not rule.holds(1, 30000, 100, "float32", small, *unordered)
+    assert holds(9, 131072, 2048, "float32", h100, *unordered)
+    assert not holds(8, 131072, 2048, "float32", h100, *unordered)
+    assert not holds(9, 131072, 2048, "float32", small, *unordered)
+    assert not holds(1, 30000, 100, "float32", small, *unordered)
 
 
 @pytest.mark.parametrize("name", NAMES)

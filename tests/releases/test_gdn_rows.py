@@ -34,7 +34,7 @@ def test_sizes_and_limits_are_the_kernels(release, sources):
         sources(release, "include/flashinfer/flat/prefill/prefill_kernel_delta_rule_sm90.cuh")
     )
     assert "using TileShape = Shape<_64, _64, _128>;" in kernel
-    assert row.sizes_in == {"head_size": (128,)}
+    assert row.limits("in") == {"head_size": (128,)}
     delta = words(sources(release, DELTA))
     # States are laid out for the head size that was compiled, in integers of 32 bits.
     layout = "make_layout(make_shape(Int<HeadSizeQK>{}, Int<HeadSizeV>{}, num_state_heads,"
@@ -44,7 +44,7 @@ def test_sizes_and_limits_are_the_kernels(release, sources):
     # The first tile is waited for, whether or not there is one.
     body = delta[delta.index("kv_load(tKVrKV);") :]
     assert body.startswith("kv_load(tKVrKV); compute_loop_body(0,")
-    assert ("num_seqs", "total_seq_len") in [pair[::-1] for pair in row.not_less]
+    assert "total_seq_len >= num_seqs" in row.requires
     # A descriptor for each multiprocessor.
     store = words(sources(release, f"{FLAT}/collective/flat_collective_store.hpp"))
     assert "sizeof(cute::TmaDescriptor) * sm_count" in store

@@ -73,7 +73,7 @@ def test_block_scales_are_what_the_rows_say(release, sources):
     """How the kernels compiled into the module read scales, and what they quantise to."""
     text = flat(sources(release, BLOCKSCALE))
     assert "MAX_SHAPE_K = 20480;" in text
-    assert rows.RUN_GEMM.max_products[("k128",)] == 20480 // 128
+    assert rows.RUN_GEMM.limits("<=")["k128"] == (20480 // 128,)
     # Of the input, numbers of one piece of 128 columns lie together, for rows in fours.
     assert "make_2d_tma_scales_a_desc(scales_a, div_up(shape_m, 4) * 4, shape_k)" in text
     assert "Layout::ColMajor, div_up(shape_m, ScaleGranMA)" in text
@@ -116,7 +116,7 @@ def test_routers_and_small_products_are_what_the_rows_say(release, sources):
         assert arguments.startswith(f"{kind},") and arguments.endswith(", 1, 16")
         assert f", {experts}, " in arguments
         assert hidden in (arguments if "kHiddenDim, int kBegin" in text else text)
-        assert row.max_products == {("n",): 16}
+        assert row.requires == ("n <= 16",)
     if any(fits(row, release) for row in OPS["tinygemm2"].rows):
         tiny = flat(sources(release, "csrc/tinygemm2.cu"))
         assert "TILE_N = 8;" in tiny and "dim3 grid(tiles_m, tiles_n);" in tiny
@@ -124,7 +124,7 @@ def test_routers_and_small_products_are_what_the_rows_say(release, sources):
         # A wait of a loop for the stage before it: where such a release must not come to one.
         row = next(row for row in OPS["tinygemm2"].rows if fits(row, release))
         old = "weight_ready = bar_try_wait(bar_ptr_wt, phase);"
-        assert tiny.count(old) == (2 if row.max_products.get(("k",)) == 4 * 256 else 1)
+        assert tiny.count(old) == (2 if row.limits("<=").get("k") == (4 * 256,) else 1)
         assert "TILE_K = 64;" in tiny and "STAGE_UNROLL = 4;" in tiny
 
 

@@ -67,13 +67,13 @@ def test_pages_are_what_the_rows_say(release, sources):
     kv, mla = rows.values()
 
     sizes = tuple(int(size) for size in re.findall(r"case (\d+):", dispatch))
-    assert sizes == kv.sizes_in["head_dim"]
+    assert sizes == kv.limits("in")["head_dim"]
     width = f"std::max({kv.vector.bytes} / sizeof(DType), HEAD_DIM / {kv.vector.threads})"
     threads = "uint32_t bdx = HEAD_DIM / vec_size; uint32_t bdy = num_heads;"
     assert f"vec_size = {width}; {threads}" in append
     assert kv.block == ("num_kv_heads",)
-    assert f"HEAD_CKV_DIM = {mla.sizes_in['head_dim_ckv'][0]};" in append
-    assert f"HEAD_KPE_DIM = {mla.sizes_in['head_dim_kpe'][0]};" in append
+    assert f"HEAD_CKV_DIM = {mla.limits('in')['head_dim_ckv'][0]};" in append
+    assert f"HEAD_KPE_DIM = {mla.limits('in')['head_dim_kpe'][0]};" in append
     # Two elements, or 16 bytes: the row asks for 16 bytes of both.
     later = "std::max(uint32_t(16 / sizeof(DType)), uint32_t(HEAD_CKV_DIM / 128));"
     assert ("vec_size = 2;" in append) != (f"vec_size = {later}" in append)

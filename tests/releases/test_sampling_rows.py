@@ -78,7 +78,7 @@ def test_the_workspace_of_top_p_renorm(release, sources):
         return
     text = sources(release, "include/flashinfer/air_top_p.cuh")
     assert "BITS_PER_PASS = 11;" in text and renorm._BUCKETS == 2**11
-    assert "dim3 grid(blockNum, batch_size);" in text and row.max_products[("n",)] == 2**16 - 1
+    assert "dim3 grid(blockNum, batch_size);" in text and row.limits("<=")["n"] == (2**16 - 1,)
     assert "probs[batchId * vocabSize + i]" in text and row.offset_limit == 2**31
     python = sources(release, "sampling.py")
     body = re.search(r"align256 = lambda.*?ws_size = \(.*?\n    \)\n", python, re.DOTALL)

@@ -26,7 +26,7 @@ def test_activations(release, sources):
     row = row_of("silu_and_mul", release)
     needs_vectors = "config.blockDim = std::min(d / vec_size, 1024U);" in launcher
     assert needs_vectors != ("if (d % max_vec_size == 0)" in launcher)
-    assert row.multiples == ({"d": 16 // 2} if needs_vectors else {})
+    assert row.limits("%") == ({"d": (16 // 2,)} if needs_vectors else {})
     assert "16 / sizeof(c_type)" in launcher and row.vector.bytes == 16
     assert "config.gridDim = num_tokens;" in launcher
     assert "int d = input.size(input.ndim() -1) / 2;" in launcher
@@ -63,7 +63,7 @@ def test_keys_put_together(release, sources):
         ("MLA_QK_NOPE_HEAD_DIM", "nope_dim"),
         ("MLA_QK_ROPE_HEAD_DIM", "rope_dim"),
     ):
-        assert f"constexpr int {name} = {row.sizes_in[axis][0]};" in text
+        assert f"constexpr int {name} = {row.limits('in')[axis][0]};" in text
     assert "constexpr int MLA_HEAD_CHUNK_SIZE = 16;" in text  # and so 112 is the last one's head
     assert "head_row0 * k_stride_1" in text and "const int k_stride_1" in text
     assert "flat_warp_id = (blockIdx.x * blockDim.x + threadIdx.x) / 32;" in text
@@ -75,7 +75,7 @@ def test_keys_put_together(release, sources):
 def test_bits(release, sources):
     text = plain(sources(release, "include/flashinfer/quantization.cuh"))
     assert "const dim3 nthrs(256); const dim3 nblks(ceil_div(num_elements, nthrs.x * 8));" in text
-    assert row_of("packbits", release).max_products == {("n",): (2**31 - 1) * 256 * 8}
+    assert row_of("packbits", release).limits("<=") == {"n": ((2**31 - 1) * 256 * 8,)}
     assert "const dim3 nblks(batch_size);" in text
 
 
@@ -85,9 +85,9 @@ def test_kernels_of_diffusion_transformers(release, sources):
     row = row_of("fused_qk_rmsnorm_rope", release)
     if row is not None:
         text = sources(release, "include/flashinfer/norm/fused_qk_rmsnorm_rope.cuh")
-        assert "int MAX_HEADS = 32" in text and row.max_products[("num_heads_q",)] == 32
+        assert "int MAX_HEADS = 32" in text and row.limits("<=")["num_heads_q"] == (32,)
         sizes = [size for size in (32, 64, 128, 256, 512) if f"case {size}:" in text]
-        assert (*sizes,) == row.sizes_in["head_dim"]
+        assert (*sizes,) == row.limits("in")["head_dim"]
         assert "FLASHINFER_FUSED_CHECK(attention_factor == 1.0f);" in text
         assert "FLASHINFER_FUSED_CHECK(offset == table_size);" in text
     row = row_of("fused_dit_gate_residual_layernorm_gamma_beta", release)
@@ -115,6 +115,6 @@ def test_blocks_with_scales(release, sources):
     if row is not None:
         text = plain(sources(release, "csrc/fp4_kv_dequantization.cu"))
         assert "smem_size = sizeof(float) + static_cast<size_t>(K / NVFP4_BLOCK_SIZE);" in text
-        assert row.max_products[("blocks",)] == 48 * 1024 - 4
+        assert row.limits("<=")["blocks"] == (48 * 1024 - 4,)
         assert "cudaFuncSetAttribute" not in text
         assert "OutType* row_output = output + row * K;" in text and row.offset_limit == 2**31

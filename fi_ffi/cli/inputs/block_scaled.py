@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from fi_ffi.cli.inputs.family import Inputs, Made
+from fi_ffi.ops.requires import round_up
 from fi_ffi.ops.row import Row
-from fi_ffi.ops.table.block_scaled import ROWS_IN_ORDER, TILES_OF_128, layout_of, padded, scales_of
+from fi_ffi.ops.table.block_scaled import ROWS_IN_ORDER, TILES_OF_128, layout_of, scales_of
 from fi_ffi.reference.arrays import Array
 
 
@@ -30,7 +31,7 @@ def make(
         layout = scalars.get("sfSwizzleLayout", TILES_OF_128)
         if not scalars.get("isSfSwizzledLayout", True):
             layout = ROWS_IN_ORDER
-        padded_k = padded(sizes["k"], scalars.get("alignment", 32))
+        padded_k = round_up(sizes["k"], scalars.get("alignment", 32))
         more = {"padded_k": padded_k, "num_scales": scales_of(sizes["n"], padded_k, layout)}
         return made, {**sizes, **more}, scalars
     if row.name == "nvfp4_kv_quant":
@@ -46,7 +47,7 @@ def make(
         length = 2 * sizes["half"] // scalars["sfVecSize"] * 32
         made.setdefault("globalScale", np.exp(rng.uniform(1, 4, 1)))
         return made, {**sizes, "num_scales": scales_of(sizes["n"], length, layout)}, scalars
-    tiles = padded(sizes["rows"], 128) * padded(sizes["cols"], 4)
+    tiles = round_up(sizes["rows"], 128) * round_up(sizes["cols"], 4)
     return made, {**sizes, "swizzled": sizes["n"] * tiles}, scalars
 
 

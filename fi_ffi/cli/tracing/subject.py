@@ -45,8 +45,12 @@ def _published(row: Row) -> Published:
     if known is not None:
         return known
     name = row.name.replace(".", "_")
-    consts = {*row.vector.axes, *row.sizes_in, *row.min_sizes, *row.multiples}
-    consts |= {axis for pair in row.divides for axis in pair} | {*row.extremes}
+    consts = {*row.vector.axes, *row.limits("in"), *row.limits(">="), *row.limits("%")}
+    for condition in row.conditions:
+        if condition.extreme:
+            consts.add(condition.axis)
+        elif condition.divisors:
+            consts |= {condition.axis, *condition.divisors}
     axes = {
         text: Axis(_word(text), parse_axis(text).more != 0 or {*parse_axis(text).names} <= consts)
         for tensor in row.tensors
@@ -205,10 +209,12 @@ def _all_sizes(
     row: Row, published: Published, axes: Mapping[str, tuple[str, ...]], given: Mapping[str, int]
 ) -> dict[str, int]:
     """Every axis' size: the constant ones must be given, and of the others any will do."""
-    sizes = {name: of[0] for name, of in row.sizes_in.items() if len(of) == 1} | {**given}
-    for axis, (extreme, *of) in row.extremes.items():
-        if all(name in sizes for name in of):
-            sizes.setdefault(axis, extreme(*(sizes[name] for name in of)))
+    sizes = {name: of[0] for name, of in row.limits("in").items() if len(of) == 1} | {**given}
+    for condition in row.conditions:
+        if condition.extreme and {*condition.extreme[1:]} <= sizes.keys():
+            extreme, one, other = condition.extreme
+            wanted = {"max": max, "min": min}[extreme](sizes[one], sizes[other])
+            sizes.setdefault(condition.axis, wanted)
     for axis, other in published.same.items():
         if other in sizes:
             sizes.setdefault(axis, sizes[other])

@@ -76,8 +76,9 @@ def compiled_row(
     found = _compiled_rows.get(key)
     if found is None:
         own = {name: (dtype,) for name, dtype in dtypes.items() if name in row.dtypes}
+        pairs = (f"{more} >= {less}" for more, less in not_less)
         form = replace(
-            row, dtypes=dict[str, tuple[str, ...]](own), not_less=(*row.not_less, *not_less)
+            row, dtypes=dict[str, tuple[str, ...]](own), requires=(*row.requires, *pairs)
         )
         made = CompiledRow(
             form,

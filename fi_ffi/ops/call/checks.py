@@ -15,6 +15,7 @@ from fi_ffi.abi.dtypes import DTYPES
 from fi_ffi.abi.frame import FrameLayout
 from fi_ffi.ops.axes import Axis, parse_axis
 from fi_ffi.ops.call.refuse import PLANNED
+from fi_ffi.ops.requires import names_in, replaced
 from fi_ffi.ops.row import (
     IN_PLACE,
     MULTIPROCESSORS,
@@ -299,7 +300,7 @@ class Checks:
 
     def _scratch(self) -> list[str]:
         lines = []
-        asks = any({MULTIPROCESSORS, SHARED_MEMORY} & {*rule.of} for rule in self.row.rules)
+        asks = any({MULTIPROCESSORS, SHARED_MEMORY} & {*rule.names} for rule in self.row.rules)
         asks = asks or any(arg.is_scratch for _, arg in self.tensors)
         if asks and not self.is_packing:
             # A missing stream is told before a GPU is asked, which may not be there.
@@ -328,38 +329,31 @@ class Checks:
 
     # What sizes may be.
 
-    def _limits(self) -> list[str]:
-        row, lines = self.row, []
-        for axis, size in self.sizes.items():
-            known = f"{size} is not None and " if axis in self.maybe else ""
-            first = self._first_with(axis)
-            if first is None:
+    def _conditions(self) -> list[str]:
+        """What sizes must be, where tensors that are given have them."""
+        lines = []
+        for condition in self.row.conditions:
+            names = names_in(condition.text)
+            first = self._first_with(condition.axis)
+            if first is None or not {*names} <= self.sizes.keys():
                 continue
-            of = f"refuse.limit({first!r}, {first}, "
-
-            def add(wrong: str, expected: str, known: str = known, of: str = of) -> None:
-                lines.append(f"if {known}{wrong}: {of}{expected})")
-
-            least = row.min_sizes.get(axis, 0)
-            if least:
-                add(f"{size} < {least}", repr(f"{axis} of at least {least}"))
-            if axis in row.sizes_in:
-                allowed = row.sizes_in[axis]
-                add(f"{size} not in {allowed}", repr(f"{axis} of {' or '.join(map(str, allowed))}"))
-            step = row.multiples.get(axis, 1)
-            if step > 1:
-                add(f"{size} % {step}", f"f'{axis} = {{{size}}} to be a multiple of {step}'")
-        for divisor, multiple in row.divides:
-            if not {divisor, multiple} <= self.sizes.keys():
-                continue
-            small, large = self.sizes[divisor], self.sizes[multiple]
-            first = self._first_with(multiple) or self._first_with(divisor)
-            told = f"f'{multiple} = {{{large}}} to be a multiple of {divisor} = {{{small}}}'"
-            maybe = [self.sizes[axis] for axis in (divisor, multiple) if axis in self.maybe]
-            known = "".join(f"{size} is not None and " for size in maybe)
-            wrong = f"{known}(not {small} or {large} % {small})"
-            lines.append(f"if {wrong}: refuse.limit({first!r}, {first}, {told})")
+            holds = replaced(condition.text, self.sizes)
+            for divisor in condition.divisors:
+                holds = f"{self.sizes[divisor]} and {holds}"
+            maybe = [f"{self.sizes[name]} is None" for name in names if name in self.maybe]
+            expected = condition.expected(self._shown, self._braced)
+            told = f"refuse.limit({first!r}, {first}, f{expected!r})"
+            lines.append(f"if not ({' or '.join([*maybe, holds])}): {told}")
         return lines
+
+    def _braced(self, text: str) -> str:
+        return f"{{{replaced(text, self.sizes)}}}"
+
+    def _shown(self, axis: str) -> str:
+        """A size and its value, in an f-string."""
+        if axis in self.form.known:
+            return f"{self._braced(axis)}, as planned"
+        return f"{axis} = {self._braced(axis)}"
 
     def _first_with(self, axis: str) -> str | None:
         """The first tensor that has an axis, as part of one of its own."""
@@ -371,44 +365,11 @@ class Checks:
                 return arg.name
         return None
 
-    def _relations(self) -> list[str]:
-        """Sizes that follow from other tensors' sizes."""
-        row, lines = self.row, []
-
-        def refused(wrong: str, axis: str, expected: str) -> None:
-            first = self._first_with(axis)
-            if first is not None:
-                lines.append(f"if {wrong}: refuse.limit({first!r}, {first}, {expected})")
-
-        for axis, (extreme, *of) in row.extremes.items():
-            bound = f"{extreme.__name__}({', '.join(self.sizes[name] for name in of)})"
-            told = " and ".join(f"{name} = {{{self.sizes[name]}}}" for name in of)
-            expected = f"f'{axis} = {{{bound}}}, the {extreme.__name__} of {told}'"
-            refused(f"{self.sizes[axis]} != {bound}", axis, expected)
-        for more, less in row.not_less:
-            if not {more, less} <= self.sizes.keys():
-                continue
-            is_planned = less in self.form.known
-            least = f"{{{self.sizes[less]}}}"
-            bound = f"{least}, as planned" if is_planned else f"{less} = {least}"
-            expected = f"f'{more} of at least {bound}'"
-            refused(f"{self.sizes[more]} < {self.sizes[less]}", more, expected)
-        for axis in row.needed if row.nothing_axis else ():
-            nothing = self.sizes[row.nothing_axis]
-            expected = f"f'{axis} of at least 1, for {row.nothing_axis} = {{{nothing}}}'"
-            refused(f"{nothing} and not {self.sizes[axis]}", axis, expected)
-        for axes, limit in row.max_products.items():
-            if not all(axis in self.sizes for axis in axes):
-                continue
-            product, name = " * ".join(self.sizes[axis] for axis in axes), " * ".join(axes)
-            expected = f"f'{name} = {{{product}}} of at most {limit}, as far as the kernel counts'"
-            refused(f"{product} > {limit}", axes[0], expected)
-        if row.block:
-            lines += self._block()
-        return lines
-
     def _block(self) -> list[str]:
-        lines = []
+        """What one thread block covers."""
+        lines: list[str] = []
+        if not self.row.block:
+            return lines
         for _, arg in self.tensors:
             axis = self._vector_axis(arg)
             if axis is None or not {*self.row.block} <= {*arg.axis_names}:
@@ -555,10 +516,11 @@ class Checks:
     def _rules(self, of_memory: bool) -> list[str]:
         lines = []
         for number, rule in enumerate(self.row.rules):
-            if (IN_PLACE in rule.of) is not of_memory:
+            if (IN_PLACE in rule.names) is not of_memory:
                 continue
-            values = ", ".join(map(self._value, rule.of))
-            lines.append(f"if not rule{number}({values}): refuse.rule({number}, ({values},))")
+            values = {name: self._value(name) for name in rule.names}
+            told = f"refuse.rule({number}, ({', '.join(values.values())},))"
+            lines.append(f"if not ({replaced(rule.holds, values)}): {told}")
         return lines
 
     def _value(self, name: str) -> str:
@@ -569,7 +531,7 @@ class Checks:
         if name == IN_PLACE:
             return "is_in_place"
         if name in (MULTIPROCESSORS, SHARED_MEMORY):
-            return f"variant.{name.replace(' ', '_')}"
+            return f"variant.{name}"
         if name in self.sizes:
             return self.sizes[name]
         if isinstance(args.get(name), Tensor):
@@ -633,7 +595,7 @@ class Checks:
                 test += f" and not ({one} and {a.name}.strides == {b.name}.strides)"
             optional = next((arg.name for arg in (b, a) if arg.optional), "")
             tests.setdefault(optional, []).append(f"({test})")
-        if any(IN_PLACE in rule.of for rule in self.row.rules):
+        if any(IN_PLACE in rule.names for rule in self.row.rules):
             lines.append(f"is_in_place = {' or '.join(same) or 'False'}")
         descs = ", ".join(
             arg.name if arg.name not in self.form.bound else "None" for arg in self.row.tensors

@@ -32,6 +32,7 @@ from fi_ffi.ops.call.source import (
 from fi_ffi.ops.handles import own_handle
 from fi_ffi.ops.nhd import exchanged
 from fi_ffi.ops.providers import entry_for
+from fi_ffi.ops.requires import FUNCTIONS
 from fi_ffi.ops.row import (
     KV_LAYOUTS,
     REQUIRED,
@@ -289,8 +290,10 @@ class CompiledRow:
             "inf": math.inf, "launch": launch, "refuse": self.refuse, "variants": self.variants,
             repr(REQUIRED): REQUIRED,
         }  # fmt: skip
-        for number, rule in enumerate(row.rules):
-            namespace[f"rule{number}"] = rule.holds
+        namespace |= FUNCTIONS
+        for rule in row.rules:
+            for own, function in rule.using.items():
+                assert namespace.setdefault(own, function) is function, f"{row.name}: {own}"
         for i, arg in enumerate(row.slots):
             if isinstance(arg, Text):
                 namespace[f"texts{i}"] = {word: c_text(word) for word in arg.words}

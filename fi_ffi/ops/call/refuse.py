@@ -119,7 +119,7 @@ class Refusals:
     def rule(self, number: int, values: Sequence[object]) -> NoReturn:
         rule = self.row.rules[number]
         expected = rule.expected if isinstance(rule.expected, str) else rule.expected(*values)
-        given = dict(zip(rule.of, values, strict=True))
+        given = dict(zip(rule.names, values, strict=True))
         told = {True: "a tensor", False: "none"}
         words = {name: told[bool(given[name])] for name in self._tensors.keys() & given.keys()}
         got = ", ".join(f"{self.name(name)} = {words.get(name, given[name])}" for name in given)

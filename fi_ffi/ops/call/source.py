@@ -89,7 +89,7 @@ class _Writer(Checks):
         """The function's lines, with those that `end` makes last; all but these are checks
         where it `is_checking`."""
         checks = [
-            *self._shapes(), *self._limits(), *self._relations(), *self._strides(is_scratch=False),
+            *self._shapes(), *self._conditions(), *self._block(), *self._strides(is_scratch=False),
             *self._masks(), *self._packed_dims(),
         ]  # fmt: skip
         after = [

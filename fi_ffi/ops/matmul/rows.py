@@ -12,7 +12,7 @@ INT = 2**31 - 1
 E4M3 = ("float8_e4m3fn",)
 _OUT: dict[str, Any] = {"writes": True, "reads": False, "contiguous": True, "alignment": 16}
 _IN: dict[str, Any] = {"contiguous": True, "alignment": 16}
-_ANY: dict[str, Any] = {"offset_limit": 2**63, "vector": Vector(()), "min_sizes": {}}
+_ANY: dict[str, Any] = {"offset_limit": 2**63, "vector": Vector(())}
 _PLAIN: dict[str, Any] = {"contiguous": True}
 
 # bmm_fp8's choice of an algorithm, and its calls with one of them.
@@ -93,8 +93,10 @@ def _segments(out: str, weights: str, inputs: tuple[str, ...], outputs: tuple[st
             Tensor("out", "n d_out", out, "", writes=True, reads=False, **_SEGMENT),
         ),
         {"T": inputs} | ({} if out == "T" else {out: outputs}), ">=0.6.3",
-        multiples={"d_in": step, "d_out": 8}, min_sizes={"d_in": step, "d_out": 8},
-        max_products={("n",): INT, ("d_in",): INT, ("d_out",): INT},
+        requires=(
+            f"d_in >= {step}", "d_out >= 8", f"d_in % {step} == 0", "d_out % 8 == 0",
+            f"n <= {INT}", f"d_in <= {INT}", f"d_out <= {INT}",
+        ),
         vector=Vector(("d_in", "d_out")), offset_limit=2**63, apart=True,
     )  # fmt: skip
 
@@ -129,12 +131,20 @@ def _scales_of(
             return f"None: the kernels quantise {name} themselves"
         return "scales of {}, {}".format(*wanted(*sizes[:2])[1:])
 
+    def shape(size: int, *sizes: int) -> str:
+        return "{}, {}".format(*wanted(*sizes)[1:])
+
+    one, other, size = axes
+    wanted_size = f"{wanted.__name__}({one}, {other})[0]"
     return (
-        Rule(scales, (dtype, scales, *axes[:2]), lambda name, given, *_: (name in E4M3) is given,
-             there),
-        Rule(scales, axes, lambda one, other, size: size in (None, wanted(one, other)[0]),
-             lambda one, other, size: "{}, {}".format(*wanted(one, other)[1:])),
-    )  # fmt: skip
+        Rule(
+            scales,
+            f"is_there({dtype}, {scales}, {one}, {other})",
+            there,
+            {"is_there": lambda name, given, *_: (name in E4M3) is given},
+        ),
+        Rule(scales, f"{size} in (None, {wanted_size})", shape, {wanted.__name__: wanted}),
+    )
 
 
 # Of the object that `init` makes; of which a product takes inputs as they are or in fp8.
@@ -149,11 +159,11 @@ RUN_GEMM = Row(
     ),
     dtypes={"TA": ("bfloat16", *E4M3), "TB": ("bfloat16", *E4M3)},
     lacks=({"TA": E4M3[0], "TB": "bfloat16"},),
-    multiples={"n": 64}, min_sizes={"k128": 1, "n": 64},
-    # The scales of a row of blocks lie in shared memory, which has room for so many; the output
-    # and the weight's elements are counted in an int.
-    max_products={("k128",): 160, ("m", "n"): INT, ("n", "k128"): INT // 128},
-    rules=(
+    requires=(
+        "k128 >= 1", "n >= 64", "n % 64 == 0",
+        # The scales of a row of blocks lie in shared memory, which has room for so many; the
+        # output and the weight's elements are counted in an int.
+        "k128 <= 160", f"m * n <= {INT}", f"n * k128 <= {INT // 128}",
         *_scales_of("TA", "scales_a", ("k128", "m", "m4"), _of_rows),
         *_scales_of("TB", "scales_b", ("n", "k128", "n128"), _of_blocks),
     ),
@@ -167,7 +177,7 @@ CONFIGURE = Row(
         Tensor("workspace_buffer", "bytes", "uint8", "", writes=True, reads=False,
                contiguous=True, alignment=256),
     ),
-    dtypes={}, min_sizes={}, **BLOCKSCALE,
+    dtypes={}, **BLOCKSCALE,
 )  # fmt: skip
 
 _GRANULARITY = tuple(Scalar(f"scale_granularity_{axis}", int, None, "") for axis in "mnk")
@@ -187,15 +197,19 @@ def _blocks(scales: str, axes: tuple[str, str], granularity: str) -> Rule:
     def expected(first: int, second: int, *of: Any) -> str:
         return f"shape {blocks(*of)}, with scale_major_mode={of[-1]!r}"
 
-    sizes = (granularity, "k", f"scale_granularity_{granularity}", "scale_major_mode")
-    return Rule(scales, (*axes, *sizes), lambda *of: of[:2] == blocks(*of[2:]), expected)
+    one, other = axes
+    sizes = f"{granularity}, k, scale_granularity_{granularity}, scale_major_mode"
+    name = f"blocks_of_{granularity}"
+    return Rule(scales, f"({one}, {other}) == {name}({sizes})", expected, {name: blocks})
 
 
 _GROUPWISE: dict[str, Any] = {
     "module": "gemm_sm100", "doc": "", "releases": ">=0.6.3", "dtypes": {"T": FP8, "O": F16},
-    "multiples": {"k": 128, "n": 8}, "max_products": {("m", "n"): INT, ("m",): INT},
-    "apart": True, "capabilities": (10,), **_ANY, "min_sizes": {"k": 128, "n": 8},
-    "rules": (_blocks("SFA", ("a0", "a1"), "m"), _blocks("SFB", ("b0", "b1"), "n")),
+    "apart": True, "capabilities": (10,), **_ANY,
+    "requires": (
+        "k >= 128", "n >= 8", "k % 128 == 0", "n % 8 == 0", f"m * n <= {INT}", f"m <= {INT}",
+        _blocks("SFA", ("a0", "a1"), "m"), _blocks("SFB", ("b0", "b1"), "n"),
+    ),
 }  # fmt: skip
 # What FlashInfer gives these kernels: 32 MiB.
 _SCRATCH: dict[str, Any] = {**_WORKSPACE, "writes": True, "reads": False,
@@ -213,7 +227,7 @@ GROUPWISE = Row(
         Tensor("C", "m n", "O", "", **_OUT),
         *_GRANULARITY, *_MODE,
     ),
-    **_GROUPWISE | {"multiples": {"k": 128, "n": 8, "m": 4}},
+    **_GROUPWISE | {"requires": ("m % 4 == 0", *_GROUPWISE["requires"])},
 )  # fmt: skip
 GROUP_GROUPWISE = Row(
     "group_gemm_fp8_nt_groupwise", symbol="group_gemm_fp8_nt_groupwise",

@@ -7,7 +7,6 @@ What is here follows the binding's own checks and what it does not check: `runMo
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -226,9 +225,9 @@ _NUMBERS: tuple[Arg, ...] = (
     Scalar("top_k", int, None, "", 1, _INT32), Scalar("gemm_idx", int, None, ""),
     Scalar("profile_id", int, None, ""), Scalar("do_preparation", bool, None, ""),
 )  # fmt: skip
+_INNER = ("hidden_size", "inter_size")
 _RANK_RULES = tuple(
-    Rule(f"{kind}_rank", (f"{kind}_rank", f"{kind}_size"), lambda rank, size: rank < size,
-         f"less than {kind}_size")
+    Rule(f"{kind}_rank", f"{kind}_rank < {kind}_size", f"less than {kind}_size")
     for kind in ("tp", "ep")
 )  # fmt: skip
 
@@ -236,25 +235,25 @@ _RANK_RULES = tuple(
 def _count_rules(argument: str) -> tuple[Rule, ...]:
     """The kernels count in 32 bits."""
 
-    def most(told: str, *of: str) -> Rule:
-        def holds(*sizes: int) -> bool:
-            return math.prod(sizes) <= _INT32
-
-        return Rule(argument, of, holds, f"{told} of at most {_INT32}")
-
+    most = {
+        "tokens * experts * ep_size": "tokens * experts of all ranks",
+        "tokens * top_k": "tokens * experts of a token",
+        "top_k * experts * ep_size": "experts of a token * experts of all ranks",
+    }
     return (
-        most("tokens * experts of all ranks", "tokens", "experts", "ep_size"),
-        most("tokens * experts of a token", "tokens", "top_k"),
-        most("experts of a token * experts of all ranks", "top_k", "experts", "ep_size"),
-        Rule(argument, ("top_k", "experts", "ep_size"),
-             lambda top_k, experts, ranks: top_k <= experts * ranks,
+        *(
+            Rule(argument, f"{count} <= {_INT32}", f"{told} of at most {_INT32}")
+            for count, told in most.items()
+        ),
+        Rule(argument, "top_k <= experts * ep_size",
              "at most experts * ep_size for a token, which are all there are"),
     )  # fmt: skip
 
 
 def _step_rule(axis: str, step: Callable[[int], int]) -> Rule:
     expected = f"a {axis} of more columns than the kernel takes in one step"
-    return Rule("fc2_expert_weights", (axis,), lambda size: size > step(size), expected)
+    name = f"step_of_{axis}"
+    return Rule("fc2_expert_weights", f"{axis} > {name}({axis})", expected, {name: step})
 
 
 def _int4_rules(gates: int) -> tuple[Rule, ...]:
@@ -270,8 +269,9 @@ def _int4_rules(gates: int) -> tuple[Rule, ...]:
             shape = columns // (INT4_GROUP * factor), times * rows * factor
             return "the shape [experts, {}, {}]".format(*shape)
 
-        of = columns, rows, f"groups{i}", f"scales{i}"
-        return Rule(f"quant_scales_{i - 1}", of, holds, expected)
+        name = f"fits{i}"
+        of = f"{name}({columns}, {rows}, groups{i}, scales{i})"
+        return Rule(f"quant_scales_{i - 1}", of, expected, {name: holds})
 
     return rule(1, "hidden_size", "inter_size", gates), rule(2, "inter_size", "hidden_size", 1)
 
@@ -327,22 +327,23 @@ def row_of(
     is_run = method == "run_moe"
     rules = [*_RANK_RULES, *_count_rules("token_selected_experts" if is_run else "top_k")]
     if mode.step is not None:
-        rules += [_step_rule(axis, mode.step) for axis in ("hidden_size", "inter_size")]
+        rules += [_step_rule(axis, mode.step) for axis in _INNER]
     if mode is INT4 and is_run:
         rules += _int4_rules(1 + is_gated)
-    most: dict[tuple[str, ...], int] = dict.fromkeys(
-        (("hidden_size",), ("inter_size",)), _INT32 // 2
-    )
+    limits = [
+        "experts >= 1",
+        "top_k >= 1" if is_run else "tokens >= 1",
+        *(f"{axis} >= {mode.multiple}" for axis in _INNER),
+        *(f"{axis} % {mode.multiple} == 0" for axis in _INNER),
+        *(f"{axis} <= {_INT32 // 2}" for axis in _INNER),
+    ]
     if mode.pack > 1:  # of an expert's 4-bit weights the interleaving and the scales count
-        most["inter_size", "hidden_size"] = _INT32 // (1 + is_gated)
-    least = {"hidden_size": mode.multiple, "inter_size": mode.multiple, "experts": 1}
+        limits.append(f"inter_size * hidden_size <= {_INT32 // (1 + is_gated)}")
     return Row(
         "cutlass_fused_moe" if is_run else f"cutlass_fused_moe.{method}", MODULE, method, SOURCE,
         "", args, allowed, interface.releases, variant=f".{mode.name}", offset_limit=2**63,
-        vector=Vector(()), min_sizes=least | ({"top_k": 1} if is_run else {"tokens": 1}),
-        multiples={"hidden_size": mode.multiple, "inter_size": mode.multiple},
-        max_products=most, together=("fc1_expert_biases", "fc2_expert_biases"),
-        allocates=True, apart=True, capabilities=(9,), rules=tuple(rules),
+        vector=Vector(()), together=("fc1_expert_biases", "fc2_expert_biases"),
+        allocates=True, apart=True, capabilities=(9,), requires=(*limits, *rules),
     )  # fmt: skip
 
 

@@ -25,8 +25,8 @@ _WEIGHTS = CompiledRow(
             Tensor("weight_interleaved", "experts rows packed", "uint8", alignment=2, **_WRITTEN),
             Scalar("quant_type", int, None, ""),
         ),
-        {}, W4_RELEASES, multiples={"rows": 16, "packed": 32}, min_sizes={},
-        max_products={("rows", "packed"): _INT32 // 2}, capabilities=(9,), **_ANY,
+        {}, W4_RELEASES, capabilities=(9,), **_ANY,
+        requires=("rows % 16 == 0", "packed % 32 == 0", f"rows * packed <= {_INT32 // 2}"),
     )
 )  # fmt: skip
 
@@ -48,10 +48,11 @@ def _scales(dtype: str, most: int, least: int) -> CompiledRow:
     )
     expected = f"the shape [experts, groups / n, rows * n] with n of {most}"
     expected += "" if least == most else ", or of 2 or 1 where groups are no multiple"
-    rule = Rule("scales_interleaved", ("rows", "groups", "steps", "wide"), holds, expected)
+    holding = "are_interleaved(rows, groups, steps, wide)"
+    rule = Rule("scales_interleaved", holding, expected, {"are_interleaved": holds})
     return CompiledRow(
-        Row(name, "", "", "", "", args, {}, "", rules=(rule,), multiples={"groups": least},
-            min_sizes={}, **_ANY)
+        Row(name, "", "", "", "", args, {}, "", requires=(f"groups % {least} == 0", rule),
+            **_ANY)
     )  # fmt: skip
 
 

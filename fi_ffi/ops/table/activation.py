@@ -22,6 +22,8 @@ _ARGS = (
 
 
 def _rows(name: str, doc: str) -> tuple[Row, ...]:
+    # A grid's, and an int.
+    always = "d >= 1", f"n <= {2**31 - 1}", f"d <= {2**30 - 1}"
     row = Row(
         name,
         name,  # each is a module of its own
@@ -33,12 +35,9 @@ def _rows(name: str, doc: str) -> tuple[Row, ...]:
         releases=">=0.6.3",
         vector=Vector(("d",), dtype="T"),
         offset_limit=2**63,
-        min_sizes={"d": 1},
-        multiples={"d": 8},
-        # A grid's, and an int.
-        max_products={("n",): 2**31 - 1, ("d",): 2**30 - 1},
+        requires=("d % 8 == 0", *always),
     )
-    return forms_of(row, {"0.7.2": {"multiples": {}}})
+    return forms_of(row, {"0.7.2": {"requires": always}})
 
 
 ROWS = (

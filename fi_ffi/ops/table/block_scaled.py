@@ -7,9 +7,11 @@ launch fails untold where a row's scales do not fit a block's shared memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fi_ffi.ops.releases import forms_of
+from fi_ffi.ops.requires import round_up
 from fi_ffi.ops.row import Absent, Row, Rule, Scalar, Tensor, Vector
 
 _INT = 2**31
@@ -22,56 +24,18 @@ _MOST_BLOCKS = 48 * 1024 - 4
 TILES_OF_128, TILES_OF_8, ROWS_IN_ORDER = range(3)
 
 
-def padded(size: int, step: int) -> int:
-    """The next multiple of a step."""
-    return -(-size // step) * step
-
-
-def _are_tiles(swizzled: int, n: int, rows: int, cols: int) -> bool:
-    return swizzled == n * padded(rows, 128) * padded(cols, 4)
-
-
 def scales_of(n: int, padded_k: int, layout: int) -> int:
     """How many scales of 32 elements there are in a layout."""
     if layout == ROWS_IN_ORDER:
         return n * (padded_k // 32)
-    return padded(n, 128 if layout == TILES_OF_128 else 8) * padded(padded_k // 32, 4)
-
-
-def _is_padded(k: int, padded_k: int, alignment: int) -> bool:
-    return padded_k == padded(k, alignment)
-
-
-def _are_scales(num_scales: int, n: int, padded_k: int, layout: int) -> bool:
-    return num_scales == scales_of(n, padded_k, layout)
-
-
-def _are_scales_of_older(num_scales: int, n: int, padded_k: int, is_swizzled: bool) -> bool:
-    layout = TILES_OF_128 if is_swizzled else ROWS_IN_ORDER
-    return num_scales == scales_of(n, padded_k, layout)
-
-
-def _is_vector(size: int, is_power: bool) -> bool:
-    return size == (32 if is_power else 16)
-
-
-def _are_blocks(half: int, size: int) -> bool:
-    return 2 * half % size == 0
-
-
-def _has_scale(is_there: bool, is_power: bool) -> bool:
-    return is_there or is_power
+    return round_up(n, 128 if layout == TILES_OF_128 else 8) * round_up(padded_k // 32, 4)
 
 
 def layout_of(is_swizzled: bool, is_8x4: bool) -> int:
     return (TILES_OF_8 if is_8x4 else TILES_OF_128) if is_swizzled else ROWS_IN_ORDER
 
 
-def _are_vectors_scales(
-    num_scales: int, n: int, half: int, size: int, is_swizzled: bool, is_8x4: bool
-) -> bool:
-    # As many as of blocks of 32 in a row that is so long.
-    return num_scales == scales_of(n, 2 * half // size * 32, layout_of(is_swizzled, is_8x4))
+_COUNT: dict[str, Callable[..., int]] = {"scales_of": scales_of, "layout_of": layout_of}
 
 
 def _row(
@@ -81,7 +45,6 @@ def _row(
         "symbol": name,
         "vector": Vector(()),
         "offset_limit": _INT,
-        "min_sizes": {},
     } | more
     return Row(name, module, source=source, doc=doc, args=args, **fields)
 
@@ -120,16 +83,18 @@ _MXFP8 = _row(
     dtypes={"T": ("float16", "bfloat16")},
     releases=">=0.6.3",
     offset_limit=2**63,
-    min_sizes={"k": 1},
-    multiples={"k": 32},
-    max_products={("n",): _INT - 128, ("padded_k",): _INT - 128},
-    rules=(
-        Rule("valMxFP8", ("k", "padded_k", "alignment"), _is_padded,
+    requires=(
+        "k >= 1",
+        "k % 32 == 0",
+        f"n <= {_INT - 128}",
+        f"padded_k <= {_INT - 128}",
+        Rule("valMxFP8", "padded_k == round_up(k, alignment)",
              "padded_k = k, rounded up to a multiple of alignment"),
-        Rule("scaleFP8SF", ("num_scales", "n", "padded_k", "sfSwizzleLayout"), _are_scales,
-             _ARE_SCALES, since=_LAYOUTS),
-        Rule("scaleFP8SF", ("num_scales", "n", "padded_k", "isSfSwizzledLayout"),
-             _are_scales_of_older, _ARE_SCALES, until=_LAYOUTS),
+        Rule("scaleFP8SF", "num_scales == scales_of(n, padded_k, sfSwizzleLayout)",
+             _ARE_SCALES, _COUNT, since=_LAYOUTS),
+        Rule("scaleFP8SF",
+             "num_scales == scales_of(n, padded_k, layout_of(isSfSwizzledLayout, False))",
+             _ARE_SCALES, _COUNT, until=_LAYOUTS),
     ),
     capabilities=(10, 11, 12),
 )  # fmt: skip
@@ -159,20 +124,23 @@ _FP4 = _row(
     dtypes={"T": ("float16", "bfloat16")},
     releases=">=0.6.3",
     offset_limit=2**63,
-    min_sizes={"half": 1},
-    multiples={"half": 8},
-    max_products={("n",): _INT - 128, ("half",): _INT // 2 - 128},
-    rules=(
-        Rule("sfVecSize", ("sfVecSize", "sfUseUE8M0"), _is_vector,
+    requires=(
+        "half >= 1",
+        "half % 8 == 0",
+        f"n <= {_INT - 128}",
+        f"half <= {_INT // 2 - 128}",
+        Rule("sfVecSize", "sfVecSize == (32 if sfUseUE8M0 else 16)",
              "32 with sfUseUE8M0, and 16 without"),
-        Rule("input", ("half", "sfVecSize"), _are_blocks,
+        Rule("input", "2 * half % sfVecSize == 0",
              "rows of whole blocks of sfVecSize elements"),
-        Rule("globalScale", ("globalScale", "sfUseUE8M0"), _has_scale,
+        Rule("globalScale", "globalScale or sfUseUE8M0",
              "a globalScale where there is no sfUseUE8M0"),
+        # As many as of blocks of 32 in a row that is so long.
         Rule("scaleFP8SF",
-             ("num_scales", "n", "half", "sfVecSize", "isSfSwizzledLayout", "isSf8x4Layout"),
-             _are_vectors_scales,
-             "a scale for every sfVecSize elements, in whole tiles where they are in tiles"),
+             "num_scales == scales_of(n, 2 * half // sfVecSize * 32, "
+             "layout_of(isSfSwizzledLayout, isSf8x4Layout))",
+             "a scale for every sfVecSize elements, in whole tiles where they are in tiles",
+             _COUNT),
     ),
     capabilities=(10,),
 )  # fmt: skip
@@ -193,8 +161,7 @@ ROWS = (
         Tensor("output", "n 16*blocks", "T", "the numbers", alignment=4, **_OUT),
         dtypes={"T": ("bfloat16", "float16"), "S": ("uint8", "float8_e4m3fn")},
         releases=">=0.6.7",
-        min_sizes={"blocks": 1},
-        max_products={("n",): _INT - 1, ("blocks",): _MOST_BLOCKS},
+        requires=("blocks >= 1", f"n <= {_INT - 1}", f"blocks <= {_MOST_BLOCKS}"),
     ),
     _interleave(
         "block_scale_interleave",
@@ -202,8 +169,9 @@ ROWS = (
         Tensor("blockScale", "n rows cols", "T", "n matrices of scales", contiguous=True),
         Tensor("interleavedBlockScale", "swizzled", "T", "tile after tile", **_OUT),
         dtypes={"T": ("uint8", "bfloat16")},
-        rules=(
-            Rule("interleavedBlockScale", ("swizzled", "n", "rows", "cols"), _are_tiles,
+        requires=(
+            Rule("interleavedBlockScale",
+                 "swizzled == n * round_up(rows, 128) * round_up(cols, 4)",
                  "whole tiles of 128 rows and 4 columns of each matrix"),
         ),
     ),
@@ -213,7 +181,7 @@ ROWS = (
         Tensor("blockScale", "n rows cols", "uint8", "scales in tiles", contiguous=True),
         Tensor("reversedBlockScale", "n rows cols", "uint8", "in rows", **_OUT),
         dtypes={},
-        multiples={"rows": 128, "cols": 4},
+        requires=("rows % 128 == 0", "cols % 4 == 0"),
     ),
     *forms_of(_MXFP8),
     _row(
@@ -229,8 +197,7 @@ ROWS = (
         Tensor("block_scales", "n blocks", "uint8", "bytes of float8_e4m3fn", **_OUT),
         dtypes={"T": ("bfloat16", "float16")},
         releases=">=0.6.7",
-        min_sizes={"blocks": 1},
-        max_products={("n",): _INT - 1},
+        requires=("blocks >= 1", f"n <= {_INT - 1}"),
         capabilities=(10, 11, 12),
     ),
     *forms_of(_FP4),

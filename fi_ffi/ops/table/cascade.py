@@ -15,7 +15,7 @@ from fi_ffi.ops.row import Row, Rule, Tensor, Vector
 
 _V, _S = "n num_heads head_dim", "n num_heads"
 _OUT: dict[str, Any] = {"writes": True, "reads": False}
-_VECTOR, _BLOCK = Vector(("head_dim",), threads=32), 1024
+_LIMITS = ("head_dim in (64, 128, 256, 512)", f"n <= {2**31 - 1}")
 
 
 def _tensor(name: str, axes: str, doc: str, **more: Any) -> Tensor:
@@ -23,20 +23,13 @@ def _tensor(name: str, axes: str, doc: str, **more: Any) -> Tensor:
     return Tensor(name, axes, "T" if is_output else "float32", doc, contiguous=True, **more)
 
 
-def _fit_a_block(n: int, num_index_sets: int, num_heads: int, head_dim: int) -> bool:
-    threads = min(head_dim // 8, _VECTOR.threads)
-    return num_index_sets >= n or num_heads * threads <= _BLOCK
-
-
 def _rows(name: str, doc: str, *args: Tensor, **more: Any) -> tuple[Row, ...]:
     """Since 0.7.2 states that are empty merge to an empty one, not to NaN."""
     fields: dict[str, Any] = {
         "dtypes": {"T": ("float16", "bfloat16")},
-        "vector": _VECTOR,
+        "vector": Vector(("head_dim",), threads=32),
         "offset_limit": 2**32,
-        "min_sizes": {},
-        "sizes_in": {"head_dim": (64, 128, 256, 512)},
-        "max_products": {("n",): 2**31 - 1},
+        "requires": _LIMITS,
     }
     row = Row(
         name, "cascade", name, "csrc/flashinfer_cascade_binding.cu", doc, args,
@@ -79,9 +72,10 @@ ROWS = (
         _tensor("s", "n num_index_sets num_heads", "each set's log-sum-exp, to base 2"),
         _tensor("v_merged", _V, "the output of all", **_OUT),
         _tensor("s_merged", _S, "the log-sum-exp of all", **_OUT),
-        max_products={("n",): 2**31 - 1, ("num_heads",): 2**16 - 1},
-        rules=(
-            Rule("v", ("n", "num_index_sets", "num_heads", "head_dim"), _fit_a_block,
+        requires=(
+            *_LIMITS,
+            f"num_heads <= {2**16 - 1}",
+            Rule("v", "num_index_sets >= n or num_heads * min(head_dim // 8, 32) <= 1024",
                  "num_index_sets of at least n, or num_heads that fit a block of 1024 threads, "
                  "head_dim / 8 (at most 32) for each"),
         ),

@@ -35,9 +35,9 @@ _ROW = Row(
     # more than the kernel asks for.
     vector=Vector(("nope_dim", "rope_dim"), bytes=8),
     offset_limit=2**63,
-    min_sizes={},
-    sizes_in={"num_heads": (128,), "nope_dim": (128,), "rope_dim": (64,)},
-    max_products={("n",): 2**24},
+    requires=(
+        "num_heads in (128,)", "nope_dim in (128,)", "rope_dim in (64,)", f"n <= {2**24}",
+    ),
 )  # fmt: skip
 
 ROWS = forms_of(_ROW, {"0.6.11": {"dtypes": {"T": (*_F16, "float8_e4m3fn", "float8_e5m2")}}})

@@ -72,16 +72,18 @@ _ROW = Row(
     rounding="T",
     vector=Vector(("head_size",)),
     offset_limit=2**63,
-    min_sizes={"num_q_heads": 1, "num_k_heads": 1, "num_v_heads": 1},
-    sizes_in={"head_size": (128,)},
-    max_products={("num_seqs", "num_sab_heads"): 2**31 - 1, (_TOKENS,): 2**31 - 1},
-    divides=(("num_k_heads", "num_sab_heads"),),
-    extremes={
-        "num_sab_heads": (max, "num_q_heads", "num_v_heads"),
-        "num_k_heads": (min, "num_q_heads", "num_v_heads"),
-    },
-    # Every sequence has a token.
-    not_less=((_TOKENS, "num_seqs"),),
+    requires=(
+        "num_q_heads >= 1",
+        "num_k_heads >= 1",
+        "num_v_heads >= 1",
+        "head_size in (128,)",
+        "num_sab_heads % num_k_heads == 0",
+        "num_sab_heads == max(num_q_heads, num_v_heads)",
+        "num_k_heads == min(num_q_heads, num_v_heads)",
+        f"{_TOKENS} >= num_seqs",  # every sequence has a token
+        f"num_seqs * num_sab_heads <= {2**31 - 1}",
+        f"{_TOKENS} <= {2**31 - 1}",
+    ),
     nothing_axis="num_seqs",
     together=tuple(arg.name for arg in _CHECKPOINTS),
     apart=True,

@@ -46,20 +46,24 @@ BMM: dict[str, Any] = {
     "dtypes": {"TA": FP8, "TB": FP8, "T": F16},
     "offset_limit": 2**63,
     "vector": Vector(()),
-    # What cuBLASLt has fp8 kernels for.
-    "multiples": {"k": 16, "n": 16},
-    "max_products": {("m",): _INT, ("n",): _INT, ("k",): _INT},
-    # Of several matrices the launcher counts the elements of each in an int.
-    "rules": tuple(
-        Rule(
-            matrix,
-            ("b", *axes),
-            lambda b, x, y: b == 1 or x * y <= _INT,
-            f"of {' * '.join(axes)} of at most {_INT} where there are several matrices",
-        )
-        for matrix, axes in (("A", ("m", "k")), ("B", ("k", "n")), ("D", ("m", "n")))
+    "requires": (
+        # What cuBLASLt has fp8 kernels for.
+        "k >= 16",
+        "k % 16 == 0",
+        "n % 16 == 0",
+        f"m <= {_INT}",
+        f"n <= {_INT}",
+        f"k <= {_INT}",
+        # Of several matrices the launcher counts the elements of each in an int.
+        *(
+            Rule(
+                matrix,
+                f"b == 1 or {elements} <= {_INT}",
+                f"of {elements} of at most {_INT} where there are several matrices",
+            )
+            for matrix, elements in (("A", "m * k"), ("B", "k * n"), ("D", "m * n"))
+        ),
     ),
-    "min_sizes": {"k": 16},
     "capabilities": (8, 9, 10, 11, 12),  # of the first, from 8.9 on
     "lacks": ({"TA": "float8_e5m2", "TB": "float8_e5m2"},),
     "apart": True,
@@ -75,8 +79,11 @@ _BMM = Row(
 
 def _tiny(name: str, *bias: Tensor, since: str) -> tuple[Row, ...]:
     plus = " + bias" if bias else ""
-    # The output is counted in an int, and blocks of 8 rows by the grid's second axis.
-    sizes = {("n", "m"): _INT, ("n",): 8 * 65535, ("m", "k"): _INT, ("n", "k"): _INT}
+    always = (
+        "k >= 64", "m >= 16", "k % 64 == 0", "m % 16 == 0",
+        # The output is counted in an int, and blocks of 8 rows by the grid's second axis.
+        f"n * m <= {_INT}", f"n <= {8 * 65535}", f"m * k <= {_INT}", f"n * k <= {_INT}",
+    )  # fmt: skip
     row = Row(
         name, "tinygemm2", f"{name}_op", "csrc/tinygemm2.cu",
         f"A product for few rows (best 8 or fewer): `output = input @ weight.T{plus}`, rounded "
@@ -89,14 +96,13 @@ def _tiny(name: str, *bias: Tensor, since: str) -> tuple[Row, ...]:
             Scalar("use_pdl", bool, False, _PDL),
         ),
         {"T": _BF16}, f">={since}",
-        multiples={"k": 64, "m": 16}, min_sizes={"k": 64, "m": 16},
         # A warp that had to wait looked at the first of its stages, whichever it was to use next:
         # with more than one (256 of k for each of four warps) results were wrong now and then, and
         # it hung at k = 5120, where stages are used again.
-        max_products=sizes | {("k",): 1024},
+        requires=(*always, "k <= 1024"),
         offset_limit=2**63, vector=Vector(()), apart=True, capabilities=(9, 10, 11, 12),
     )  # fmt: skip
-    return forms_of(row, {"0.6.14": {"max_products": sizes}})
+    return forms_of(row, {"0.6.14": {"requires": always}})
 
 
 _BIAS = Tensor("bias", "m", "T", "added to every row", contiguous=True)
@@ -118,12 +124,8 @@ def _router(
         ),
         {"T": _BF16}, releases,
         offset_limit=2**63, vector=Vector(()), apart=True,
-        max_products={("n",): 16}, min_sizes={},
+        requires=("n <= 16",),
     )  # fmt: skip
-
-
-def _rounded_up_to_4(rows: int, room: int) -> bool:
-    return room == -(-rows // 4) * 4
 
 
 # fp8_blockscale_gemm_90: an object that `init` makes.
@@ -162,10 +164,11 @@ ROWS = (
             Scalar("use_ue8m0", bool, False, "the kernels do not look at it"),
         ),
         dtypes={"T": _BF16},
-        min_sizes={"k128": 1},
-        max_products={("n",): _INT, ("k128",): _INT // 128},
-        rules=(
-            Rule("outScaleFP8SF", ("n", "n4"), _rounded_up_to_4,
+        requires=(
+            "k128 >= 1",
+            f"n <= {_INT}",
+            f"k128 <= {_INT // 128}",
+            Rule("outScaleFP8SF", "n4 == round_up(n, 4)",
                  "of n rounded up to a multiple of 4 in its second axis"),
         ),
         **BLOCKSCALE,

@@ -34,7 +34,7 @@ _RESIDUAL = Tensor("residual", "n h", "T", "gets `input + residual`, rounded to 
 
 
 def _row(name: str, doc: str, *args: Tensor | Scalar, symbol: str = "", **more: Any) -> Row:
-    fields = {"dtypes": _T, "releases": ">=0.6.3"} | more
+    fields = {"dtypes": _T, "releases": ">=0.6.3", "requires": ("h >= 1",)} | more
     return Row(name, "norm", symbol or name, _SOURCE, doc, args, **fields)
 
 

@@ -35,23 +35,6 @@ def _channels(name: str, doc: str) -> Scalar:
     return Scalar(name, int, None, doc, low=0, high=256, multiple_of=2)
 
 
-def _is_volume(seq_len: int, ppf: int, pph: int, ppw: int) -> bool:
-    return seq_len == ppf * pph * ppw
-
-
-def _add_up(head_dim: int, *channels: int) -> bool:
-    return head_dim == sum(channels)
-
-
-def _has_no_yarn(factor: float, attention_factor: float) -> bool:
-    # In float32, which is what the kernel compares.
-    return attention_factor == 1 or abs(factor - 1) > 2**-23
-
-
-def _is_float8(output_fp8: bool, dtype: str) -> bool:
-    return output_fp8 == (dtype == "float8_e4m3fn")
-
-
 _ROWS_OF = "n num_rows 3072"
 # In its six parts; counted in 64 bits.
 _TABLE: dict[str, Any] = {"dtype": "T", "parts": 6, "alignment": 16, "offset_limit": 2**63}
@@ -92,8 +75,7 @@ def _layernorm(name: str, doc: str, mode: int, *args: Tensor | Absent) -> Row:
         releases=">=0.6.11",
         vector=Vector(()),
         offset_limit=2**32,
-        min_sizes={},
-        max_products={("n",): 2**31 - 1, ("num_rows",): 2**31 - 1},
+        requires=(f"n <= {2**31 - 1}", f"num_rows <= {2**31 - 1}"),
         # A thread has read its own 8 elements of both before it writes the same ones.
         in_place=tuple((out, of) for out in ("residual_out", "norm_out")
                        for of in ("input", "residual")),
@@ -181,17 +163,17 @@ ROWS = (
         rounding="T",
         vector=Vector(("head_dim",), dtype="T"),
         offset_limit=2**63,
-        min_sizes={},
-        sizes_in={"head_dim": (64, 128, 256)},
-        max_products={("n",): 2**31 - 1, **{(heads,): 32 for heads in _HEADS}},
-        rules=(
-            Rule("seq_len", ("seq_len", "ppf", "pph", "ppw"), _is_volume,
-                 "seq_len = ppf * pph * ppw"),
-            Rule("num_frame_channels", ("head_dim", *_CHANNELS), _add_up,
+        requires=(
+            "head_dim in (64, 128, 256)",
+            f"n <= {2**31 - 1}",
+            *(f"{heads} <= 32" for heads in _HEADS),
+            Rule("seq_len", "seq_len == ppf * pph * ppw", "seq_len = ppf * pph * ppw"),
+            Rule("num_frame_channels", f"head_dim == {' + '.join(_CHANNELS)}",
                  f"{' + '.join(_CHANNELS)} = head_dim"),
-            Rule("attention_factor", ("factor", "attention_factor"), _has_no_yarn,
+            # In float32, which is what the kernel compares.
+            Rule("attention_factor", "attention_factor == 1 or abs(factor - 1) > 2**-23",
                  "an attention_factor of 1.0, or a factor that is not"),
-            Rule("output_fp8", ("output_fp8", "O"), _is_float8,
+            Rule("output_fp8", "output_fp8 == (O == 'float8_e4m3fn')",
                  "output_fp8 where O is float8_e4m3fn, and only there"),
         ),
     ),

@@ -14,11 +14,15 @@ _SOURCE = "csrc/flashinfer_page_binding.cu"
 _T: dict[str, tuple[str, ...]] = {"T": ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")}
 _INDEX: dict[str, Any] = {"dtype": "int32", "contiguous": True}
 _CACHE: dict[str, Any] = {"dtype": "T", "writes": True, "stride_limit": 2**32}
-_MOST = {
+_LIMITS = (
+    "page_size >= 1",
+    "nnz == 0 or num_pages >= 1",
+    "nnz == 0 or num_indices >= 1",
+    "nnz == 0 or b >= 1",
     # The launcher adds the number of multiprocessors to it, in an int.
-    ("nnz",): 2**31 - 2**10,
-    ("num_indices", "page_size"): 2**32,
-}
+    f"nnz <= {2**31 - 2**10}",
+    f"num_indices * page_size <= {2**32}",
+)
 
 _WHERE = (
     Tensor("batch_indices", "nnz", doc="the request of each new token", **_INDEX),
@@ -31,11 +35,13 @@ _PAGES = (
 )
 
 
-def _row(name: str, doc: str, *args: Tensor | KvLayout, **fields: Any) -> Row:
+def _row(
+    name: str, doc: str, *args: Tensor | KvLayout, requires: tuple[str, ...], **fields: Any
+) -> Row:
     return Row(
         name, "page", name, _SOURCE, doc, args,
-        dtypes=_T, releases=">=0.6.3", offset_limit=2**63, max_products=_MOST, nothing_axis="nnz",
-        needed=("num_pages", "num_indices", "b"), apart=True, **fields,
+        dtypes=_T, releases=">=0.6.3", offset_limit=2**63, requires=(*requires, *_LIMITS),
+        nothing_axis="nnz", apart=True, **fields,
     )  # fmt: skip
 
 
@@ -55,8 +61,7 @@ ROWS = (
         KvLayout(strided=False),
         vector=Vector(("head_dim",), threads=32),
         block=("num_kv_heads",),
-        min_sizes={"page_size": 1, "num_kv_heads": 1},
-        sizes_in={"head_dim": (64, 128, 256, 512)},
+        requires=("num_kv_heads >= 1", "head_dim in (64, 128, 256, 512)"),
         same_strides=("paged_k_cache", "paged_v_cache"),
     ),
     _row(
@@ -72,7 +77,6 @@ ROWS = (
         *_PAGES,
         # 16 bytes since 0.6.16, and two elements before.
         vector=Vector(("head_dim_ckv", "head_dim_kpe")),
-        min_sizes={"page_size": 1},
-        sizes_in={"head_dim_ckv": (512,), "head_dim_kpe": (64,)},
+        requires=("head_dim_ckv in (512,)", "head_dim_kpe in (64,)"),
     ),
 )  # fmt: skip

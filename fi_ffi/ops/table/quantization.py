@@ -18,14 +18,10 @@ _X = Tensor("x", "n", "bool", "bytes of 0 or 1", contiguous=True)
 _INDPTR: dict[str, Any] = {"dtype": "int32", "contiguous": True}
 
 
-def _bytes_are_enough(n: int, num_bytes: int) -> bool:
-    return num_bytes == (n + 7) // 8
-
-
 def _row(name: str, doc: str, *args: Tensor | Text, **fields: Any) -> Row:
     return Row(
         name, "quantization", name, "csrc/flashinfer_quantization_binding.cu", doc, args, {},
-        releases=">=0.6.3", vector=Vector(()), offset_limit=2**63, min_sizes={},
+        releases=">=0.6.3", vector=Vector(()), offset_limit=2**63,
         **fields,
     )  # fmt: skip
 
@@ -38,9 +34,9 @@ ROWS = (
         _BITORDER,
         Tensor("y", "num_bytes", "uint8", "the bits", writes=True, reads=False, contiguous=True),
         # A grid's blocks, of 2048 bits each.
-        max_products={("n",): (2**31 - 1) * 2048},
-        rules=(
-            Rule("y", ("n", "num_bytes"), _bytes_are_enough,
+        requires=(
+            f"n <= {(2**31 - 1) * 2048}",
+            Rule("y", "num_bytes == ceil_div(n, 8)",
                  "num_bytes = (n + 7) // 8, a byte for every 8 bits begun"),
         ),
     ),
@@ -55,7 +51,7 @@ ROWS = (
         _BITORDER,
         Tensor("y", "num_bytes", "uint8", "the bits; other bytes of it stay as they are",
                writes=True, reads=False, contiguous=True),
-        max_products={("n",): 2**31 - 1, ("b",): 2**31 - 1},
+        requires=(f"n <= {2**31 - 1}", f"b <= {2**31 - 1}"),
         nothing_axis="b",
         # Bits that are written over the starts would send other threads' anywhere.
         apart=True,

@@ -29,8 +29,7 @@ _ROOM = 15000
 def rule_of_shared_rows(argument: str, axis: str) -> Rule:
     return Rule(
         argument,
-        (axis, MULTIPROCESSORS),
-        lambda size, count: bool(size <= _ROOM * count),
+        f"{axis} <= {_ROOM} * {MULTIPROCESSORS}",
         f"of rows of {_ROOM} elements for each multiprocessor of the GPU at most: the blocks that "
         "share one wait for each other",
     )
@@ -76,8 +75,11 @@ def top_p_renorm_workspace_size(batch_size: int, vocab_size: int) -> int:
     return top_p_renorm_bytes(sizes)
 
 
+_LIMITS = ("h >= 1", f"h <= {_INT}", f"n <= {_INT}")
+
+
 def _row(name: str, doc: str, args: tuple[Any, ...], releases: str, **more: Any) -> Row:
-    fields = {"max_products": {("h",): _INT, ("n",): _INT}, "apart": True, **more}
+    fields = {"apart": True, **more}
     return Row(name, "sampling", name, _SOURCE, doc, args, releases=releases, **fields)
 
 
@@ -110,7 +112,7 @@ _WORKSPACE = Tensor(
 # row, more than 1 any part of it, until it is out of reach.
 _ALL = 4.0
 _WITHIN_REACH = Rule(
-    "top_p_val", ("top_p_val",), lambda top_p: bool(top_p <= 1 or top_p >= _ALL),
+    "top_p_val", f"top_p_val <= 1 or top_p_val >= {_ALL}",
     f"at most 1.0, or {_ALL} for all of a row",
 )  # fmt: skip
 
@@ -130,11 +132,10 @@ _TOP_P_ROW = _row(
     ">=0.6.3",
     dtypes={},
     vector=Vector(("h",), dtype="float32"),
-    # Rows are counted by a grid's second dimension, elements in an int.
-    max_products={("h",): _INT, ("n",): 2**16 - 1},
     offset_limit=2**31,
     in_place=(("renorm_probs", "probs"),),
-    rules=(_WITHIN_REACH,),
+    # Rows are counted by a grid's second dimension, elements in an int.
+    requires=("h >= 1", f"h <= {_INT}", f"n <= {2**16 - 1}", _WITHIN_REACH),
 )  # fmt: skip
 _TOP_K_ROW = _row(
     "top_k_renorm_probs",
@@ -149,7 +150,7 @@ _TOP_K_ROW = _row(
     dtypes=_T,
     vector=Vector(("h",), dtype="T"),
     in_place=(("renorm_probs", "probs"),),
-    rules=(rule_of_shared_rows("probs", "h"),),
+    requires=(*_LIMITS, rule_of_shared_rows("probs", "h")),
 )
 
 ROWS = (
@@ -164,6 +165,6 @@ ROWS = (
         dtypes=_T,
         vector=Vector(("h",), dtype="T"),
         in_place=(("mask_logits", "logits"),),
-        rules=(rule_of_shared_rows("logits", "h"),),
+        requires=(*_LIMITS, rule_of_shared_rows("logits", "h")),
     ),
 )  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from fi_ffi.ops.requires import ceil_div
 from fi_ffi.ops.row import IN_PLACE, Absent, KvLayout, Row, Rule, Scalar, Tensor, Vector
 
 SOURCE = "csrc/flashinfer_rope_binding.cu"
@@ -21,7 +22,7 @@ INDEX: dict[str, tuple[str, ...]] = {"I": ("int32", "int64")}
 _HEAD_DIMS = (64, 128, 256, 512)
 WIDE = 16  # elements that a thread of the quantising kernel has
 MOST_BLOCKS = 2**16 - 1  # of a grid's second dimension
-MOST: dict[tuple[str, ...], int] = {("nnz",): 2**31 - 1}
+MOST = f"nnz <= {2**31 - 1}"
 MOST_THREADS = 1024
 
 
@@ -33,7 +34,7 @@ def _has_whole_vectors(rotary_dim: int, head_dim: int, interleave: bool) -> bool
 
 def chunks(rope_dim: int, no_rope_dim: int) -> int:
     """The pieces of a head that the quantising kernel has blocks for."""
-    return 1 + -(-no_rope_dim // rope_dim)
+    return 1 + ceil_div(no_rope_dim, rope_dim)
 
 
 def _fits_grid(q_heads: int, kv_heads: int, rotary_dim: int, head_dim: int) -> bool:
@@ -49,11 +50,12 @@ def _reads_before_it_writes(
     return alone or 32 % (rotary_dim // WIDE) == 0
 
 
+_HAS_WHOLE_VECTORS = "has_whole_vectors(rotary_dim, head_dim, interleave)"
 _WHOLE_VECTORS = Rule(
     "rotary_dim",
-    ("rotary_dim", "head_dim", "interleave"),
-    _has_whole_vectors,
+    _HAS_WHOLE_VECTORS,
     "a multiple of 8 (of 16 where head_dim is 512) with interleave, and of twice that without",
+    {"has_whole_vectors": _has_whole_vectors},
 )
 _HEAD = "nnz num_qo_heads head_dim", "nnz num_kv_heads head_dim"
 _IN = (
@@ -97,17 +99,19 @@ _ANGLE_31 = (
            doc="the context that the model was trained on first"),
 )  # fmt: skip
 _FACTORS = Rule(
-    "high_freq_factor", ("high_freq_factor", "low_freq_factor"), float.__gt__,
-    "more than low_freq_factor",
+    "high_freq_factor", "high_freq_factor > low_freq_factor", "more than low_freq_factor",
 )  # fmt: skip
 _ROPE = "Rotate q and k by their positions, the angles computed in the kernel"
 _ROPE_31 = f"{_ROPE}, as Llama 3.1 scales them"
 
 
-def row(name: str, doc: str, *args: Tensor | Scalar | Absent | KvLayout, **more: Any) -> Row:
+def row(
+    name: str, doc: str, *args: Tensor | Scalar | Absent | KvLayout,
+    requires: tuple[str | Rule, ...], **more: Any,
+) -> Row:  # fmt: skip
     fields: dict[str, Any] = {
         "symbol": name, "dtypes": INPUTS | INDEX, "vector": Vector(("head_dim",), dtype="T"),
-        "min_sizes": {"num_qo_heads": 1}, "max_products": MOST, "nothing_axis": "nnz",
+        "requires": ("num_qo_heads >= 1", MOST, *requires), "nothing_axis": "nnz",
         "apart": True, "in_place": (("q_rope", "q"), ("k_rope", "k")),
     } | more  # fmt: skip
     return Row(
@@ -118,19 +122,19 @@ def row(name: str, doc: str, *args: Tensor | Scalar | Absent | KvLayout, **more:
 
 def _ragged(name: str, doc: str, angle: tuple[Scalar, ...], *rules: Rule) -> Row:
     # One dimension of blocks for b * (num_qo_heads + num_kv_heads).
-    most = MOST | {("b", heads): 2**30 - 1 for heads in ("num_qo_heads", "num_kv_heads")}
+    most = (f"b * {heads} <= {2**30 - 1}" for heads in ("num_qo_heads", "num_kv_heads"))
     return row(
         name, f"{doc}; a request's tokens have positions one after another.",
-        *_IN, *_RAGGED, *angle, sizes_in={"head_dim": _HEAD_DIMS}, max_products=most,
-        needed=("b",), rules=(_WHOLE_VECTORS, *rules),
+        *_IN, *_RAGGED, *angle,
+        requires=(f"head_dim in {_HEAD_DIMS}", "nnz == 0 or b >= 1", *most, _WHOLE_VECTORS, *rules),
     )  # fmt: skip
 
 
 def _positioned(name: str, doc: str, angle: tuple[Scalar, ...], *rules: Rule) -> Row:
-    most = MOST | {(heads,): MOST_BLOCKS // 2 for heads in ("num_qo_heads", "num_kv_heads")}
+    most = (f"{heads} <= {MOST_BLOCKS // 2}" for heads in ("num_qo_heads", "num_kv_heads"))
     return row(
         name, f"{doc}; each token has a position of its own.", *_IN, POS_IDS, *angle,
-        sizes_in={"head_dim": _HEAD_DIMS}, max_products=most, rules=(_WHOLE_VECTORS, *rules),
+        requires=(f"head_dim in {_HEAD_DIMS}", *most, _WHOLE_VECTORS, *rules),
     )  # fmt: skip
 
 
@@ -148,28 +152,25 @@ _COS_SIN = row(
     "apply_rope_pos_ids_cos_sin_cache",
     "Rotate q and k by their positions, with cosines and sines from a table.",
     *_IN, cos_sin_cache("rotary_dim"), POS_IDS, INTERLEAVE,
-    min_sizes={"num_qo_heads": 1, "rotary_dim": 1},
-    multiples={"head_dim": 8},
-    not_less=(("head_dim", "rotary_dim"),),
-    max_products=MOST | {("rotary_dim",): WIDE * MOST_THREADS},
-    needed=("max_seq_len",),
-    rules=(
+    requires=(
+        "rotary_dim >= 1", "head_dim % 8 == 0", "head_dim >= rotary_dim",
+        "nnz == 0 or max_seq_len >= 1", f"rotary_dim <= {WIDE * MOST_THREADS}",
         Rule(
-            "cos_sin_cache", _WHOLE_VECTORS.of, _has_whole_vectors,
+            "cos_sin_cache", _HAS_WHOLE_VECTORS,
             "of a rotary_dim that with interleave is a multiple of 16, or of 8 where head_dim is "
-            "64, 128 or 256; and of twice that without",
+            "64, 128 or 256; and of twice that without", _WHOLE_VECTORS.using,
         ),
         Rule(
             "q",
-            ("num_qo_heads", "num_kv_heads", "rotary_dim", "head_dim"), _fits_grid,
+            "fits_grid(num_qo_heads, num_kv_heads, rotary_dim, head_dim)",
             "of heads so few that (num_qo_heads + num_kv_heads) * (head_dim / rotary_dim, rounded "
-            f"up) is at most {MOST_BLOCKS}",
+            f"up) is at most {MOST_BLOCKS}", {"fits_grid": _fits_grid},
         ),
         Rule(
-            "q_rope", (IN_PLACE, "interleave", "rotary_dim", "head_dim"), _reads_before_it_writes,
+            "q_rope", f"reads_first({IN_PLACE}, interleave, rotary_dim, head_dim)",
             "memory apart from q (and k_rope from k) without interleave, unless head_dim is 64, "
             "128, 256 or 512, or rotary_dim 32, 64, 128, 256 or 512: else a warp may overwrite "
-            "what another has yet to read",
+            "what another has yet to read", {"reads_first": _reads_before_it_writes},
         ),
     ),
 )  # fmt: skip

@@ -6,7 +6,6 @@ rotates are all of its own part or all of its partner's.  Strides are kept in 32
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,6 @@ from fi_ffi.ops.table.rope import (
     INDEX,
     INPUTS,
     INTERLEAVE,
-    MOST,
     MOST_BLOCKS,
     MOST_THREADS,
     POS_IDS,
@@ -62,39 +60,33 @@ _TABLE = (cos_sin_cache("rope_dim"), POS_IDS)
 
 def _quantising(
     name: str, doc: str, *args: Tensor | Scalar | Absent | KvLayout, heads: str = "num_kv_heads",
-    of_values: bool = False, min_sizes: Mapping[str, int] | None = None,
-    max_products: Mapping[tuple[str, ...], int] | None = None, **more: Any,
+    of_values: bool = False, requires: tuple[str, ...] = (), **more: Any,
 ) -> Row:  # fmt: skip
     """A row of the quantising kernels, whose keys have so many `heads`.
 
     `of_values`: there are blocks for values too.
     """
 
-    def fits_grid(rope_dim: int, no_rope_dim: int, q_heads: int, kv_heads: int = 1) -> bool:
-        blocks = (q_heads + kv_heads) * chunks(rope_dim, no_rope_dim) + kv_heads * of_values
-        return blocks <= MOST_BLOCKS
-
-    counted = ("rope_dim", "no_rope_dim", "num_qo_heads", *(() if heads == "1" else (heads,)))
-    told = f"(num_qo_heads + {heads}) * (1 + no_rope_dim / rope_dim, rounded up)"
-    most: dict[tuple[str, ...], int] = {**MOST, ("rope_dim",): WIDE * MOST_THREADS}
+    count, values = f"(num_qo_heads + {heads})", f" + {heads}" * of_values
+    told = f"{count} * (1 + no_rope_dim / rope_dim, rounded up)"
     return row(
         name, doc, *args, *_SCALES, INTERLEAVE, _PDL,
         dtypes=_QUANTISED, vector=Vector(("rope_dim", "no_rope_dim")), in_place=(),
-        min_sizes={"num_qo_heads": 1, "rope_dim": 1, **(min_sizes or {})},
-        multiples={"rope_dim": WIDE, "no_rope_dim": WIDE},
-        max_products={**most, **(max_products or {})},
-        rules=(
+        requires=(
+            "rope_dim >= 1", f"rope_dim % {WIDE} == 0", f"no_rope_dim % {WIDE} == 0",
+            "nnz == 0 or max_seq_len >= 1", f"rope_dim <= {WIDE * MOST_THREADS}", *requires,
             Rule(
-                "q_rope_in", ("rope_dim", "interleave"),
-                lambda size, interleave: interleave or size % (2 * WIDE) == 0,
+                "q_rope_in", f"interleave or rope_dim % {2 * WIDE} == 0",
                 f"of a rope_dim that is a multiple of {2 * WIDE} without interleave",
             ),
             Rule(
-                "q_rope_in", counted, fits_grid,
-                f"of heads so few that {told}{f' + {heads}' * of_values} is at most {MOST_BLOCKS}",
+                "q_rope_in",
+                f"{count} * chunks(rope_dim, no_rope_dim){values} <= {MOST_BLOCKS}",
+                f"of heads so few that {told}{values} is at most {MOST_BLOCKS}",
+                {"chunks": chunks},
             ),
         ),
-        **{"needed": ("max_seq_len",), **more},
+        **more,
     )  # fmt: skip
 
 
@@ -109,12 +101,13 @@ _WHERE = (
 )  # fmt: skip
 _PAGE_SIZE = Scalar("page_size", int, None, "tokens of a page", low=1, size_of="page_size")
 # The entry tells the caches that it is given by their addresses: those of a call have some.
-_APPENDING: dict[str, Any] = {
-    "needed": ("max_seq_len", "num_pages", "num_indices", "b"),
-    "max_products": {("num_indices", "page_size"): 2**32},
+_APPENDING = (
+    "page_size >= 1",
+    *(f"nnz == 0 or {size} >= 1" for size in ("num_pages", "num_indices", "b")),
+    f"num_indices * page_size <= {2**32}",
     # Unlike without a cache, the last piece of what is not rotated is written whole.
-    "divides": (("rope_dim", "no_rope_dim"),),
-}
+    "no_rope_dim % rope_dim == 0",
+)
 
 
 def _cache(name: str, axes: str, doc: str, kv: bool = False) -> Tensor:
@@ -144,7 +137,7 @@ ROWS = (
         Absent("ckv_cache"), Absent("kpe_cache"),
         *_WHERE, KvLayout(strided=False), _PAGE_SIZE,
         of_values=True, same_strides=("k_cache", "v_cache"),
-        min_sizes={"page_size": 1, "num_kv_heads": 1}, **_APPENDING,
+        requires=("num_kv_heads >= 1", *_APPENDING),
     ),
     _quantising(
         "rope_quantize_append_paged_mla_kv_cache",
@@ -154,6 +147,6 @@ ROWS = (
         _cache("ckv_cache", "no_rope_dim", "`k_nope_in`, quantised"),
         _cache("kpe_cache", "rope_dim", "`k_rope_in`, rotated and quantised"),
         *_WHERE, Absent("kv_layout", "int"), _PAGE_SIZE,
-        heads="1", symbol=_APPEND, min_sizes={"page_size": 1, "no_rope_dim": 1}, **_APPENDING,
+        heads="1", symbol=_APPEND, requires=("no_rope_dim >= 1", *_APPENDING),
     ),
 )  # fmt: skip

@@ -63,32 +63,27 @@ _SEEDS = (
 # The kernel reads the first of anything that is not one for each output.
 _ONE_OR_EACH = tuple(
     Rule(
-        f"maybe_{of}_arr", ("n", f"{of}s"), lambda n, count: count in (None, 1, n),
-        f"1 or n elements of {of}s", since=_EACH,
+        f"maybe_{of}_arr", f"{of}s in (None, 1, n)", f"1 or n elements of {of}s", since=_EACH,
     )
     for of in ("seed", "offset")
 )  # fmt: skip
 _ROW_FOR_EACH = Rule(
     "output",
-    ("n", "r", "maybe_indices"),
-    lambda n, r, given: bool(given or n <= r),
+    "maybe_indices or n <= r",
     "as long as there are rows at most, unless there are `maybe_indices`",
 )
 _FLOATS = Vector(("h",), dtype="float32")
 _LIMITS: dict[str, Any] = {
     "vector": _FLOATS,
     "nothing_axis": "n",
-    "needed": ("r",),
-    "max_products": {("h",): _INT, ("n",): _INT},
-    "rules": (_ROW_FOR_EACH,),
+    "requires": ("h >= 1", "n == 0 or r >= 1", f"h <= {_INT}", f"n <= {_INT}", _ROW_FOR_EACH),
 }
 
 
 def _read_by_output(name: str) -> Rule:
     return Rule(
         name,
-        ("n", "r", name),
-        lambda n, r, given: bool(not given or n <= r),
+        f"not {name} or n <= r",
         "at least as long as `output`, by whose elements it is read",
         until=_EACH,
     )
@@ -100,7 +95,7 @@ def _sampler(
     """The forms of a sampler of probabilities."""
     args = (_PROBS, _TOKENS, _VALID, _INDICES, *parameters, _DETERMINISTIC)
     by_output = (_read_by_output(read_by_output),) if read_by_output else ()
-    limits = _LIMITS | {"rules": (*_LIMITS["rules"], *by_output)}
+    limits = _LIMITS | {"requires": (*_LIMITS["requires"], *by_output)}
     return _seeded(
         name, doc, args, {
             _ARRAYS: {"variant": "_without_valid"},
@@ -114,8 +109,8 @@ def _seeded(
     name: str, doc: str, args: tuple[Arg, ...], later: Mapping[str, Any] | None = None, **more: Any
 ) -> tuple[Row, ...]:
     """The forms of what is drawn."""
-    fields = {"dtypes": _DTYPES, "rules": (), **more}
-    fields["rules"] += _ONE_OR_EACH
+    fields = {"dtypes": _DTYPES, **more}
+    fields["requires"] += _ONE_OR_EACH
     row = Row(name, "sampling", name, _SOURCE, doc, (*args, *_SEEDS), releases=">=0.6.3",
               variant="_of_numbers", **fields)  # fmt: skip
     return forms_of(row, later or {_ARRAYS: {"variant": ""}})
@@ -173,7 +168,7 @@ _SOFTMAX = Row(
     releases=">=0.6.3",
     vector=_FLOATS,
     # A grid's second dimension has a block for each slice.
-    max_products={("h",): _SLICE * (2**16 - 1), ("n",): _INT},
+    requires=("h >= 1", f"h <= {_SLICE * (2**16 - 1)}", f"n <= {_INT}"),
     apart=True,
     in_place=(("output", "logits"),),
 )  # fmt: skip
@@ -193,7 +188,7 @@ ROWS = (
         ),
         dtypes=_DTYPES,
         # Each element of an output has words of its own, counted in 32 bits.
-        **_LIMITS | {"max_products": {("n", "h"): 2**32, ("h",): _INT, ("n",): _INT}},
+        **_LIMITS | {"requires": (f"n * h <= {2**32}", *_LIMITS["requires"])},
     ),
     *_sampler(
         "top_k_sampling_from_probs",
@@ -249,7 +244,6 @@ ROWS = (
         ),
         dtypes={"S": _DTYPES["S"]},
         vector=_FLOATS,
-        min_sizes={"h": 1, "s": 1},
-        max_products={("h",): _INT, ("n",): _INT},
+        requires=("h >= 1", "s >= 1", f"h <= {_INT}", f"n <= {_INT}"),
     ),
 )  # fmt: skip

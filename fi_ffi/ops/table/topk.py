@@ -47,15 +47,18 @@ _GRAPH_SAFE = Scalar(
 def _at_most(option: Scalar) -> Rule:
     return Rule(
         "top_k",
-        ("top_k", option.name),
-        lambda k, wanted: bool(not wanted or k <= MOST_CHOSEN),
+        f"not {option.name} or top_k <= {MOST_CHOSEN}",
         f"{MOST_CHOSEN} at most with `{option.name}`",
         since=option.since,
     )
 
 
+# Of the outputs, elements are counted in 32 bits.
+_LIMITS = ("d >= 1", f"n * top_k <= {2**32 - 1}", f"d <= {_INT}", f"n <= {_INT}")
+
+
 def _forms(
-    name: str, doc: str, *args: Arg, rules: tuple[Rule, ...] = (),
+    name: str, doc: str, *args: Arg, requires: tuple[str | Rule, ...] = (),
     later: Mapping[str, Mapping[str, Any]] | None = None, **more: Any,
 ) -> tuple[Row, ...]:  # fmt: skip
     limited = [_at_most(o) for o in (_SORTED, _TIE_BREAK, _GRAPH_SAFE) if o in args]
@@ -64,10 +67,7 @@ def _forms(
         releases=">=0.6.3",
         vector=Vector(("d",), dtype="T"),
         offset_limit=2**63,
-        min_sizes={"d": 1},
-        # Of the outputs, elements are counted in 32 bits.
-        max_products={("n", "top_k"): 2**32 - 1, ("d",): _INT, ("n",): _INT},
-        rules=(rule_of_shared_rows("input", "d"), *limited, *rules),
+        requires=(*_LIMITS, rule_of_shared_rows("input", "d"), *limited, *requires),
         apart=True,
         **more,
     )  # fmt: skip
@@ -93,8 +93,7 @@ _PAGES_DOC = (
 )
 _TABLE_FOR_EACH = Rule(
     "src_page_table",
-    ("n", "b", "maybe_row_to_batch"),
-    lambda n, b, given: bool(given or n <= b),
+    "maybe_row_to_batch or n <= b",
     "a page table for each row, unless there is `maybe_row_to_batch`",
 )
 # Of a block's shared memory, what is not the row's; and what the kernel of whole rows needs.
@@ -121,9 +120,9 @@ def _is_in_order(
 
 _IN_ORDER = Rule(
     "deterministic",
-    ("n", "d", "top_k", "T", SHARED_MEMORY, "deterministic", "tie_break", "dsa_graph_safe"),
-    _is_in_order,
+    f"is_in_order(n, d, top_k, T, {SHARED_MEMORY}, deterministic, tie_break, dsa_graph_safe)",
     "True for rows that several blocks share: else they race, and entries are wrong",
+    {"is_in_order": _is_in_order},
 )
 _PAGE_STARTS = Tensor("maybe_page_table_row_starts", "n", "int32",
                       "where in the page tables they start; without it, where in the rows",
@@ -136,10 +135,10 @@ _PAGE_SIZE = Scalar(
 )  # fmt: skip
 _RAW = Tensor("maybe_output_raw_indices", "n top_k", doc="gets the indices in the rows",
               writes=True, reads=False, optional=True, since=_PAGED, **_INDEX)  # fmt: skip
-_LONG_TABLES = Rule(
-    "src_page_table", ("m", "d", "page_size"), lambda m, d, size: bool(m * size >= d),
-    "page tables at least as long as the rows", since=_PAGED,
-)  # fmt: skip
+_LONG_TABLES = (
+    Rule("src_page_table", "m >= d", "m of at least d", until=_PAGED),
+    Rule("src_page_table", "m * page_size >= d", "m * page_size of at least d", since=_PAGED),
+)
 
 ROWS = (
     *_forms(
@@ -148,7 +147,7 @@ ROWS = (
         "set.",
         _INPUT, _INDICES, _VALUES, _MAYBE_VALUES, _STATES, _TOP_K,
         _SORTED, _DETERMINISTIC, _TIE_BREAK, _GRAPH_SAFE,
-        not_less=(("d", "top_k"),),
+        requires=("d >= top_k",),
     ),
     *_forms(
         "radix_topk_page_table_transform",
@@ -161,9 +160,9 @@ ROWS = (
                "the page table of each row; without it, its own", **_MAYBE),
         _LENGTHS, _STATES, _TOP_K,
         _DETERMINISTIC, _TIE_BREAK, _PAGE_SIZE, _GRAPH_SAFE, _STARTS, _PAGE_STARTS, _RAW,
-        rules=(_TABLE_FOR_EACH, _IN_ORDER, _LONG_TABLES),
-        later={_PAGED: {"variant": "_with_page_size", "not_less": ()}},
-        not_less=(("m", "d"),), needed=("b",), nothing_axis="n",
+        requires=("n == 0 or b >= 1", *_LONG_TABLES, _TABLE_FOR_EACH, _IN_ORDER),
+        later={_PAGED: {"variant": "_with_page_size"}},
+        nothing_axis="n",
     ),
     *_forms(
         "radix_topk_ragged_transform",

@@ -12,8 +12,8 @@ Dtypes = dict[str, tuple[str, ...]]
 F16 = ("float16", "bfloat16")
 FP8 = ("float8_e4m3fn", "float8_e5m2")
 
-_HEADS = (("num_kv_heads", "num_qo_heads"),)
-AT_LEAST = {"num_qo_heads": 1, "num_kv_heads": 1, "page_size": 1}
+HEADS = ("num_qo_heads >= 1", "num_kv_heads >= 1", "page_size >= 1",
+         "num_qo_heads % num_kv_heads == 0")  # fmt: skip
 FAR = 2**63  # caches are addressed in 64 bits
 
 
@@ -95,8 +95,7 @@ def row(family: str, symbol: str, variant: str, source: str, doc: str, *args: Ar
     """A row with what most entries have in common."""
     more: dict[str, Any] = {
         "releases": f">={OLDEST}", "dtypes": {"Q": F16, "KV": F16 + FP8, "O": F16},
-        "divides": _HEADS,
-        "vector": Vector(("head_dim_qk", "head_dim_vo")), "min_sizes": AT_LEAST,
+        "requires": HEADS, "vector": Vector(("head_dim_qk", "head_dim_vo")),
         "offset_limit": 2**31,
     } | fields  # fmt: skip
     name = f"{family}.{symbol}"

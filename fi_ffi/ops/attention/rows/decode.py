@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fi_ffi.ops.attention.rows.arguments import (
-    AT_LEAST,
     FA2_SCALARS,
     HEAD_DIMS,
+    HEADS,
     LSE,
     OUT_FA2,
     PAGED_K,
@@ -39,7 +39,7 @@ SINGLE = forms_of(row(
     _K, replace(_K, name="v", doc="values"),
     Tensor("tmp", "tmp_bytes", "uint8", "partial results", writes=True),
     replace(OUT_FA2, axes="num_qo_heads head_dim_qk"), replace(LSE, axes="num_qo_heads"),
-    KvLayout(strided=False), WINDOW, *_ADDED, min_sizes=AT_LEAST | {"nnz_kv": 1},
+    KvLayout(strided=False), WINDOW, *_ADDED, requires=(*HEADS, "nnz_kv >= 1"),
 ))  # fmt: skip
 
 BATCH_PLAN = forms_of(plan(

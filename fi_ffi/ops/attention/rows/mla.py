@@ -65,9 +65,9 @@ def _mla(kind: str) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
         replace(maybe("maybe_ckv_scale_arr", "num_scales", "float32", "scales of an fp8 cache",
                       "0.6.18"), as_object=False),
         releases=_RELEASES, dtypes={"Q": F16, "KV": F16},
-        vector=Vector(("head_dim_ckv", "head_dim_kpe")), divides=(), nothing_axis="nnz_qo",
-        min_sizes={"num_heads": 1, "page_size": 1},
-        sizes_in={"head_dim_ckv": (512,), "head_dim_kpe": (64,)},
+        vector=Vector(("head_dim_ckv", "head_dim_kpe")), nothing_axis="nnz_qo",
+        requires=("num_heads >= 1", "page_size >= 1", "head_dim_ckv in (512,)",
+                  "head_dim_kpe in (64,)"),
     )  # fmt: skip
     return forms_of(planned), forms_of(run)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from fi_ffi.ops.attention.rows.arguments import (
     FAR,
+    HEADS,
     LSE,
     MASK_MODE,
     PAGED_K,
@@ -81,7 +82,6 @@ POD = forms_of(
         "A request's prefill and a batch's decode in one launch.",
         *_of("p", *_PREFILL), *_of("d", *WORKSPACE), PlanInfo(), *_of("d", *_DECODE), PDL,
         same_strides=("paged_k_cache_d", "paged_v_cache_d"), offset_limit=FAR,
-        min_sizes={"num_qo_heads": 1, "num_kv_heads": 1, "page_size": 1, "qo_len": 1, "kv_len": 1,
-                   "b": 1},
+        requires=(*HEADS, "qo_len >= 1", "kv_len >= 1", "b >= 1"),
     )
 )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fi_ffi.ops.attention.rows.arguments import F16, FAR, number, row
+from fi_ffi.ops.attention.rows.arguments import F16, FAR, HEADS, number, row
 from fi_ffi.ops.releases import forms_of
 from fi_ffi.ops.row import Tensor, Vector
 
@@ -61,8 +61,8 @@ XQA = forms_of(
         number("enable_pdl", "programmatic dependent launch", bool),
         dtypes={"Q": F16, "KV": (*F16, "float8_e4m3fn"), "O": (*F16, "float8_e4m3fn")},
         vector=Vector(("head_dim",)), same_strides=("kCacheVLLM", "vCacheVLLM"),
-        sizes_in={"page_size": (16, 32, 64, 128)}, multiples={"head_dim": 16},
-        max_products={("b", "num_kv_heads"): SEMAPHORES}, capabilities=(9, 10, 11, 12),
+        requires=(*HEADS, "page_size in (16, 32, 64, 128)", "head_dim % 16 == 0",
+                  f"b * num_kv_heads <= {SEMAPHORES}"), capabilities=(9, 10, 11, 12),
         nothing_axis="b", offset_limit=FAR,
     )
 )  # fmt: skip

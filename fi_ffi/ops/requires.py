@@ -1,0 +1,134 @@
+"""What must hold between sizes and numbers: a check, its words and its documentation, of one text.
+
+A row says it in Python's own notation, as "d >= top_k" or "k % 64 == 0".
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_WORDS = frozenset({"and", "or", "not", "in", "if", "else", "is", "None", "True", "False"})
+# A name that is no function's; a text, and the e of a number, are passed over.
+_NAME = re.compile(r"'[^']*'|(?<![\w.])([A-Za-z_]\w*)(?![\w(])")
+_CONDITION = re.compile(r"(?:(\w+) == 0 or )?(.+?) (>=|<=|in|==) (.+)")
+_MULTIPLE, _EXTREME = re.compile(r"(\w+) % (\w+)"), re.compile(r"(max|min)\((\w+), (\w+)\)")
+
+
+def ceil_div(size: int, step: int) -> int:
+    return -(-size // step)
+
+
+def round_up(size: int, step: int) -> int:
+    """The next multiple of a step."""
+    return -(-size // step) * step
+
+
+# What every condition may call.
+FUNCTIONS: dict[str, Callable[..., Any]] = {"ceil_div": ceil_div, "round_up": round_up}
+
+
+@functools.cache
+def names_in(text: str) -> tuple[str, ...]:
+    """The sizes and arguments that a condition is of, in order."""
+    found = (match[1] for match in _NAME.finditer(text))
+    return tuple(dict.fromkeys(name for name in found if name and name not in _WORDS))
+
+
+def replaced(text: str, values: Mapping[str, str]) -> str:
+    """A condition with other expressions in place of its names."""
+    return _NAME.sub(lambda match: values.get(match[1] or "", match[0]), text)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A condition on sizes, whose words follow from its form."""
+
+    text: str
+    guard: str  # nothing need hold where this size is 0
+    left: str
+    operator: str
+    right: str
+
+    @classmethod
+    @functools.cache
+    def of(cls, text: str) -> Condition:
+        match = _CONDITION.fullmatch(text)
+        assert match is not None, f"{text!r} is no condition that has words"
+        return cls(text, match[1] or "", *match.groups()[1:])
+
+    @property
+    def axis(self) -> str:
+        """The size that an error is of."""
+        return names_in(self.left)[0]
+
+    @property
+    def limit(self) -> tuple[str, str, tuple[int, ...]] | None:
+        """Of a condition on one size alone ">=", "<=", "in" or "%", the size, and the numbers."""
+        multiple = _MULTIPLE.fullmatch(self.left)
+        kind, axis, told = self.operator, self.left, self.right
+        if multiple:
+            kind, axis, told = "%", multiple[1], multiple[2]
+        numbers = re.fullmatch(r"\(?\d+(, \d+)*,?\)?", told)
+        if self.guard or numbers is None or not axis.isidentifier():
+            return None
+        return kind, axis, tuple(map(int, re.findall(r"\d+", told)))
+
+    @property
+    def extreme(self) -> tuple[str, str, str] | None:
+        """The function and the two sizes that the size is the greatest or the least of."""
+        match = _EXTREME.fullmatch(self.right)
+        return match and (match[1], match[2], match[3])
+
+    @property
+    def divisors(self) -> tuple[str, ...]:
+        """The sizes that it divides by, of which none may be 0."""
+        multiple = _MULTIPLE.fullmatch(self.left)
+        return (multiple[2],) if multiple and multiple[2].isidentifier() else ()
+
+    def expected(self, shown: Callable[[str], str], value: Callable[[str], str]) -> str:
+        """What must be, as the text of an f-string.
+
+        `shown` is a size with its value, and `value` that of an expression.
+        """
+        words = self._words(shown, value)
+        return f"{words}, for {shown(self.guard)}" if self.guard else words
+
+    def _words(self, shown: Callable[[str], str], value: Callable[[str], str]) -> str:
+        left, right = self.left, self.right
+        is_named = right.isidentifier()
+        multiple, extreme = _MULTIPLE.fullmatch(left), _EXTREME.fullmatch(right)
+        if multiple:
+            of = shown(multiple[2]) if multiple[2].isidentifier() else multiple[2]
+            return f"{multiple[1]} = {value(multiple[1])} to be a multiple of {of}"
+        if extreme:
+            of = " and ".join(map(shown, extreme.groups()[1:]))
+            return f"{left} = {value(right)}, the {extreme[1]} of {of}"
+        if self.operator == "in":
+            return f"{left} of {_either(right)}"
+        if self.operator == ">=":
+            return f"{left} of at least {shown(right) if is_named else right}"
+        most = shown(right) if is_named else right
+        return f"{left} = {value(left)} of at most {most}, as far as the kernel counts"
+
+    @property
+    def sentence(self) -> str:
+        """The same for documentation."""
+        multiple, extreme = _MULTIPLE.fullmatch(self.left), _EXTREME.fullmatch(self.right)
+        if multiple:
+            said = f"{multiple[1]} is a multiple of {multiple[2]}"
+        elif extreme:
+            said = f"{self.left} is the {extreme[1]} of {extreme[2]} and {extreme[3]}"
+        elif self.operator == "in":
+            said = f"{self.left} is {_either(self.right)}"
+        else:
+            how = {">=": "at least", "<=": "at most"}[self.operator]
+            said = f"{self.left} is {how} {self.right}"
+        return f"{said}, unless {self.guard} is 0." if self.guard else f"{said}."
+
+
+def _either(numbers: str) -> str:
+    return " or ".join(re.findall(r"\d+", numbers))
