@@ -79,9 +79,10 @@ out = result.cpu().numpy()
 
 
 def _output(program: str, *arguments: str) -> str:
-    """What a fresh Python prints."""
+    """What a fresh Python prints; it may write bytecode, which what pip installs has."""
     command = [sys.executable, "-c", program, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"a fresh process failed: {done.stderr.strip()[-600:]}")
     return done.stdout
