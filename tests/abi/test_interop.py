@@ -18,6 +18,8 @@ from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 
+from ids import shown
+
 Array = np.ndarray[Any, Any]
 
 
@@ -238,7 +240,7 @@ def foreign_capsule() -> object:
         BufferError("it is in use"),
         RuntimeError(),
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_dlpack_gone_wrong(result: object) -> None:
     exporter = Returning(np.zeros(1), result=result)
@@ -300,7 +302,7 @@ def test_interfaces_without_a_part(exporter: type[Wrapper], missing: str) -> Non
         {"strides": (2,)},
         {"strides": ("4",)},
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_interfaces_with_a_wrong_part(changes: dict[str, object]) -> None:
     with pytest.raises(ArgumentError):

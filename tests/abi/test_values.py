@@ -23,6 +23,8 @@ from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.abi.values import unpack
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, KernelError
 
+from ids import shown
+
 SCALARS = [None, True, False, 0, 1, -1, 2**63 - 1, -(2**63), 0.0, -0.0, 1e-300, math.inf, math.nan]
 # 7 bytes are kept inline, 8 on the heap.
 TEXTS = ["", "a", "1234567", "12345678", "naïve", "€€€", "😀", "a\0b", "\0", "12345678\0", "\0" * 9]
@@ -145,14 +147,14 @@ class Name(str, enum.Enum):
         (Name.NHD, "nhd"),
         (bytearray(b"x"), b"x"),
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_values_of_the_same_meaning(value: object, expected: object, echo: Entry) -> None:
     assert same(echo(value), expected)
 
 
 @pytest.mark.parametrize(
-    "value", [object(), int, {1, 2}, 1j, iter([1]), itertools.count(), [1, [object()]]], ids=repr
+    "value", [object(), int, {1, 2}, 1j, iter([1]), itertools.count(), [1, [object()]]], ids=shown
 )
 def test_values_without_a_form(value: object, echo: Entry) -> None:
     with pytest.raises(ArgumentTypeError, match=r"testing.echo: argument `1(\[1\]\[0\])?`: got"):
@@ -218,7 +220,7 @@ def test_a_view_is_no_result(callback: Callable[..., Entry]) -> None:
         callback(lambda desc: desc)(DESCS[0])
 
 
-@pytest.mark.parametrize("value", [object(), 2**70, "\ud800", {1, 2}], ids=repr)
+@pytest.mark.parametrize("value", [object(), 2**70, "\ud800", {1, 2}], ids=shown)
 def test_results_without_a_form(value: object, callback: Callable[..., Entry]) -> None:
     with pytest.raises(KernelError, match="Argument.*Error: .*`result`"):
         callback(lambda: value, 0)()

@@ -19,6 +19,8 @@ from fi_ffi.abi.objects import CallArena, Function, Object, String, Tensor
 from fi_ffi.abi.signature import Signature
 from fi_ffi.ops.modules.entry import Life
 
+from ids import shown
+
 MANY = 100_000
 
 
@@ -122,7 +124,7 @@ def test_sequences_that_are_honest(every):
 
 
 @pytest.mark.parametrize(
-    "value", [itertools.count(), iter([1]), (i for i in itertools.count()), {1, 2}], ids=repr
+    "value", [itertools.count(), iter([1]), (i for i in itertools.count()), {1, 2}], ids=shown
 )
 @pytest.mark.parametrize("name", ["same_numbers", "same_list", "same_shape", "same_pair"])
 def test_what_has_no_end_is_no_sequence(every, name, value):

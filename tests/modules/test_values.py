@@ -12,6 +12,8 @@ import pytest
 import fi_ffi
 from fi_ffi.ops.modules import ArrayObject, MapObject, TensorObject
 
+from ids import shown
+
 
 def owned(value: object) -> object:
     """What a call returned, as Python values all the way down."""
@@ -52,7 +54,7 @@ SAME = {
 CASES = [(kind, value) for kind, values in SAME.items() for value in values]
 
 
-@pytest.mark.parametrize(("kind", "value"), CASES, ids=lambda value: f"{value!r:.30}")
+@pytest.mark.parametrize(("kind", "value"), CASES, ids=shown)
 def test_a_value_comes_back_as_it_was(every, kind, value):
     found = owned(every.entry(f"same_{kind}")(value))
     if kind == "pointer" and value == 0:
@@ -92,9 +94,7 @@ CONVERTED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "value", "expected"), CONVERTED, ids=lambda value: f"{value!r:.30}"
-)
+@pytest.mark.parametrize(("kind", "value", "expected"), CONVERTED, ids=shown)
 def test_values_of_other_types_of_the_same_meaning(every, kind, value, expected):
     found = owned(every.entry(f"same_{kind}")(value))
     assert found == expected

@@ -37,7 +37,7 @@ def norm() -> Path | None:
     return open_source(given).file("norm").path if given else None
 
 
-@pytest.mark.parametrize("order", TAKEN)
+@pytest.mark.parametrize("order", TAKEN, ids=map(str, range(len(TAKEN))))
 def test_in_order(order: str, environment: Mapping[str, str], norm: Path | None) -> None:
     coexistence.check(order, "cpu", norm, environment)
 
