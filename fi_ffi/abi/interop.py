@@ -15,17 +15,21 @@ from typing import Any, Protocol, TypeAlias
 
 from fi_ffi.abi import device_errors
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import Device, device_from_code, parse_device
-from fi_ffi.abi.dtypes import DTYPES, DType, dtype_from_code
 from fi_ffi.abi.failure import message_of
 from fi_ffi.abi.library import c_library
 from fi_ffi.abi.objects import dims_of
 from fi_ffi.abi.tensor import (
+    DTYPES,
+    Device,
+    DType,
     TensorDesc,
     TensorKind,
     c_strides,
+    device_from_code,
+    dtype_from_code,
     frozen,
     make_desc,
+    parse_device,
     tensor_kind,
 )
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, DeviceError, printed

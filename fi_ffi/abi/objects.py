@@ -17,11 +17,9 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import device_from_code
-from fi_ffi.abi.dtypes import dtype_from_code
 from fi_ffi.abi.failure import check, error_from
 from fi_ffi.abi.library import TypeIndex
-from fi_ffi.abi.tensor import MAX_RANK, TensorDesc, make_desc
+from fi_ffi.abi.tensor import MAX_RANK, TensorDesc, device_from_code, dtype_from_code, make_desc
 from fi_ffi.errors import AbiError, ArgumentError, FiFfiError, KernelError, LoaderError
 
 _Kind = TypeVar("_Kind", bound="Object")

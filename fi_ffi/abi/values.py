@@ -19,8 +19,6 @@ from typing import Any, NoReturn
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import Device, device_from_code, parse_device
-from fi_ffi.abi.dtypes import DType, dtype_from_code, parse_dtype
 from fi_ffi.abi.failure import check, prepare_untold, set_escaped, set_raised
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.library import TypeIndex
@@ -37,7 +35,15 @@ from fi_ffi.abi.objects import (
     write_dl_tensor,
 )
 from fi_ffi.abi.signature import FUNCTION, Signature, TypeExpr, parse_type
-from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.abi.tensor import (
+    Device,
+    DType,
+    TensorDesc,
+    device_from_code,
+    dtype_from_code,
+    parse_device,
+    parse_dtype,
+)
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, FiFfiError, printed
 
 Packer = Callable[[Any, Any, CallArena, str], None]

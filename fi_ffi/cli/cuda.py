@@ -14,8 +14,7 @@ import numpy as np
 from cuda.bindings import driver, runtime
 
 from fi_ffi.abi import device_errors
-from fi_ffi.abi.dtypes import parse_dtype
-from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.abi.tensor import TensorDesc, parse_dtype
 from fi_ffi.errors import FiFfiError
 from fi_ffi.reference.arrays import Array
 

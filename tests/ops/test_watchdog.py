@@ -18,7 +18,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import parse_device
+from fi_ffi.abi.tensor import parse_device
 from fi_ffi.loader import machine
 from fi_ffi.ops.call import memory
 from fi_ffi.ops.call.compiled import Variant

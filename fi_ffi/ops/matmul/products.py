@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-from fi_ffi.abi.device import Device
-from fi_ffi.abi.dtypes import parse_dtype
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.streams import handle_for
+from fi_ffi.abi.tensor import Device, parse_dtype
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.call.arguments import INT64_MAX, check_int
 from fi_ffi.ops.call.compiled import CompiledRow

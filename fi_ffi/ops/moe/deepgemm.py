@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fi_ffi.abi.device import parse_device
+from fi_ffi.abi.tensor import parse_device
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, LoaderError
 from fi_ffi.loader import libraries
 from fi_ffi.ops import cuda

@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import Device, parse_device
-from fi_ffi.abi.dtypes import parse_dtype
 from fi_ffi.abi.function import Entry, make_array
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.objects import Array
 from fi_ffi.abi.streams import handle_for
-from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.abi.tensor import Device, TensorDesc, parse_device, parse_dtype
 from fi_ffi.errors import (
     ArgumentError,
     ArgumentTypeError,
