@@ -13,9 +13,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
-from fi_ffi.abi import device_errors
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.failure import message_of
+from fi_ffi.abi.failure import STICKY, lost, message_of
 from fi_ffi.abi.library import c_library
 from fi_ffi.abi.objects import dims_of
 from fi_ffi.abi.tensor import (
@@ -399,8 +398,8 @@ def _cuda_device_of(ptr: int | None) -> Device:
     attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
     driver.cuInit(0)
     error, ordinal = driver.cuPointerGetAttribute(attribute, ptr)
-    if int(error) in device_errors.STICKY:
-        raise device_errors.lost("cuPointerGetAttribute", int(error))
+    if int(error) in STICKY:
+        raise lost("cuPointerGetAttribute", int(error))
     if error != driver.CUresult.CUDA_SUCCESS:
         raise ValueError(f"the CUDA driver does not know address {ptr:#x} ({error.name})")
     return parse_device(f"cuda:{ordinal}")

@@ -19,7 +19,14 @@ from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.failure import check, error_from
 from fi_ffi.abi.library import TypeIndex
-from fi_ffi.abi.tensor import MAX_RANK, TensorDesc, device_from_code, dtype_from_code, make_desc
+from fi_ffi.abi.tensor import (
+    MAX_RANK,
+    TensorDesc,
+    TensorKind,
+    device_from_code,
+    dtype_from_code,
+    make_desc,
+)
 from fi_ffi.errors import AbiError, ArgumentError, FiFfiError, KernelError, LoaderError
 
 _Kind = TypeVar("_Kind", bound="Object")
@@ -199,17 +206,22 @@ def bytes_of(value: Object) -> bytes:
 
 def write_dl_tensor(tensor: Any, desc: TensorDesc, dims: Any = None) -> Any:
     """Fill a `DLTensor`; returns the array of sizes and strides, which must live as long."""
-    shape, strides, device, dtype = desc.shape, desc.strides, desc.device, desc.dtype
-    rank = len(shape)
+    words = 2 * desc.kind.rank
     if dims is None:
-        dims = ffi.new("int64_t[]", 2 * rank)
-    dims[0 : 2 * rank] = shape + strides
+        dims = ffi.new("int64_t[]", words)
+    dims[0:words] = desc.shape + desc.strides
     tensor.data, tensor.byte_offset = ffi.cast("void *", desc.ptr), 0
-    place, kind = tensor.device, tensor.dtype
-    place.device_type, place.device_id = device.type_code, device.index
-    kind.code, kind.bits, kind.lanes = dtype.code, dtype.bits, dtype.lanes
-    tensor.ndim, tensor.shape, tensor.strides = rank, dims, dims + rank
+    write_kind(tensor, desc.kind, dims)
     return dims
+
+
+def write_kind(tensor: Any, kind: TensorKind, dims: Any) -> None:
+    """Write what a `DLTensor` has of its kind, with sizes and strides in `dims`."""
+    device, dtype, rank = kind.device, kind.dtype, kind.rank
+    place, written = tensor.device, tensor.dtype
+    place.device_type, place.device_id = device.type_code, device.index
+    written.code, written.bits, written.lanes = dtype.code, dtype.bits, dtype.lanes
+    tensor.ndim, tensor.shape, tensor.strides = rank, dims, dims + rank
 
 
 def desc_from_dl_tensor(tensor: Any, owner: object = None) -> TensorDesc:

@@ -1,6 +1,6 @@
 """Values into and out of a `TVMFFIAny`: one packer for each kind, and one reader.
 
-Calls of ops have their own packed frames (frame.py); this is the general way, for the
+Calls of ops have their own packed frames (function.py); this is the general way, for the
 arguments of any function, the elements of containers, and callbacks.
 
 A packer writes one zeroed `TVMFFIAny`, or raises: `ArgumentTypeError` for what is not of its

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from frames import write_tensor
 
 import fi_ffi
 from fi_ffi.abi._cffi import ffi
@@ -130,7 +131,7 @@ class Gpu:
         variant.entry = entry_for(row, CPU)
         frame = variant.new_frame()
         for i, desc in descs.items():
-            frame.write_tensor(i, desc)
+            write_tensor(frame, i, desc)
         call = recording.of_frame(frame, stream)
         recording.tell(call)
         call.slot = self.board.slot((0, stream))

@@ -13,8 +13,7 @@ from types import NoneType
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.frame import Frame
-from fi_ffi.abi.function import array_values
+from fi_ffi.abi.function import Frame, array_values
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.objects import Array
 from fi_ffi.abi.streams import current_scope, handle_for

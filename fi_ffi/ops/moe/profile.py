@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fi_ffi.abi.frame import Frame
+from fi_ffi.abi.function import Frame
 from fi_ffi.abi.streams import stream_context
 from fi_ffi.errors import ArgumentError, KernelError
 from fi_ffi.ops import cuda

@@ -10,8 +10,7 @@ from typing import Any
 from stress.abi_abuse.lab import abuse
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.frame import Frame, FrameLayout
-from fi_ffi.abi.function import global_function, make_array, probe
+from fi_ffi.abi.function import Frame, FrameLayout, global_function, make_array, probe
 from fi_ffi.abi.library import TypeIndex
 from fi_ffi.abi.objects import OBJECT_TYPES, Object
 from fi_ffi.abi.tensor import parse_device
