@@ -57,7 +57,10 @@ def take_kernel_error(op: str) -> BaseException:
 # to that object keeps the address from being another's.
 _travelling: dict[int, tuple[Any, BaseException]] = {}
 # What becomes of these kinds where the exception itself is gone.
-_REBUILT = {"KeyboardInterrupt": KeyboardInterrupt, "SystemExit": SystemExit}
+_REBUILT: dict[str, type[BaseException]] = {
+    "KeyboardInterrupt": KeyboardInterrupt,
+    "SystemExit": SystemExit,
+}
 
 
 def take_raised(op: str) -> BaseException:
@@ -173,15 +176,11 @@ def prepare_untold() -> None:
     """Make what `_raise_untold` leaves behind, once; it stays for the life of the process."""
     if not _untold:
         words = b"a callback failed, and what it raised cannot be told"
-        made = [
-            (kind, _created(name, words, b""))
-            for kind, name in (
-                (KeyboardInterrupt, b"KeyboardInterrupt"),
-                (SystemExit, b"SystemExit"),
-                (BaseException, b"RuntimeError"),
-            )
-        ]
-        _untold.extend(made)
+        kinds = {**_REBUILT, "RuntimeError": BaseException}
+        # All at once: another thread may look.
+        _untold.extend(
+            [(kind, _created(name.encode(), words, b"")) for name, kind in kinds.items()]
+        )
 
 
 _untold: list[tuple[type[BaseException], Any]] = []
