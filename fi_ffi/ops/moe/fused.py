@@ -23,7 +23,7 @@ from fi_ffi.errors import (
 )
 from fi_ffi.ops.call.arguments import check_flag, check_int, shown
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.moe import weights
+from fi_ffi.ops.moe import profile, weights
 from fi_ffi.ops.moe.interface import (
     ACTIVATIONS,
     FLAGS,
@@ -35,8 +35,8 @@ from fi_ffi.ops.moe.interface import (
     make_runner,
     of_release,
 )
-from fi_ffi.ops.moe.modes import SWIGLU, Mode, mode_of, row_of, scale_names
-from fi_ffi.ops.moe.profile import Profile, Profiles
+from fi_ffi.ops.moe.modes import SWIGLU, Mode, mode_of, row_of
+from fi_ffi.ops.moe.profile import Profile
 from fi_ffi.ops.providers import entry_for
 from fi_ffi.ops.row import Row
 
@@ -138,7 +138,11 @@ class FusedMoe:
             raise ArgumentError(op, "device", got=self.device, expected="cpu or a CUDA device")
         # Of activations, weights and results.
         self.dtypes = (act, weight, output)
-        self._profiles = Profiles()
+        # The compiled calls of the kernels' profiler, by whether the activation has a gate, and
+        # what was found, by all that it is told.
+        self._profiling: dict[bool, CompiledRow] = {}
+        self._profiles: dict[object, Profile] = {}
+        self._profile_lock = threading.Lock()  # one at a time: they would be in each other's way
         self._lock = threading.Lock()
         self._runner: Runner | None = None
         self._tactics: Tactics | None = None
@@ -260,9 +264,8 @@ class FusedMoe:
     def _add_call(self, key: tuple[bool, tuple[int, ...]], stream: object) -> CompiledRow:
         handle_for(stream, self.device, self._op)  # a missing one is told first
         row = row_of(self.interface, "run_moe", self.mode, self.dtypes, *key)
-        made = CompiledRow(
-            row, op=self._op, names=scale_names(self.mode), find_entry=self._find_entry
-        )
+        names, find = self.mode.scale_names, self._find_entry
+        made = CompiledRow(row, op=self._op, names=names, find_entry=find)
         return self._calls.setdefault(key, made)
 
     def _find_entry(self, row: Row, device: Device) -> Entry:
@@ -330,7 +333,24 @@ class FusedMoe:
             "ep_rank": ep_rank, "enable_alltoall": enable_alltoall, "enable_pdl": enable_pdl,
         }  # fmt: skip
         repeats = check_int(op, "repeats", repeats, 1)
-        return self._profiles.find(self, op, tensors, numbers, activation, repeats, stream)
+        is_gated = activation in GATED
+        row = row_of(self.interface, profile.METHOD, self.mode, self.dtypes, is_gated)
+        number = self.number_of(op, activation)
+        given = {**tensors, **numbers, **profile.STEP, "activation_type": number}
+        compiled = self._profiling.get(is_gated)
+        if compiled is None:
+            compiled = self._profiling.setdefault(is_gated, CompiledRow(row, op=op))
+        descs, sizes = compiled.check(**given)
+        if not self.has_kernels or not self.mode.has_tactics:
+            return Profile((profile.DEFAULT, profile.DEFAULT), (), ())
+        has_biases = descs["fc1_expert_biases"] is not None
+        key = (*sizes.values(), *numbers.values(), activation, has_biases)
+        with self._profile_lock:
+            if key not in self._profiles:
+                self._profiles[key] = profile.measure(
+                    self.make_runner, compiled, given, self.device, repeats, stream
+                )
+            return self._profiles[key]
 
     def workspace_size(
         self,
@@ -377,15 +397,13 @@ class FusedMoe:
         )  # fmt: skip
 
 
-_made_lock = threading.Lock()
 _made: dict[tuple[object, ...], FusedMoe] = {}
 
 
 def forget() -> None:
     """Drop the runners, after the source of kernels changed."""
     weights.forget()
-    with _made_lock:
-        _made.clear()
+    _made.clear()
 
 
 def cutlass_fused_moe(
@@ -487,6 +505,5 @@ def _moe_for(
         mode_of(_OP, *dtypes, flags, ("input", "fc1_expert_weights", "output"))
         made = FusedMoe(*dtypes, device=x.device, **given)
         made._op = _OP
-        with _made_lock:
-            moe = _made.setdefault(key, made)
+        moe = _made.setdefault(key, made)
     return moe

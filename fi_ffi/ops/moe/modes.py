@@ -55,10 +55,6 @@ class Scale:
     name: str
     forms: tuple[Form, ...]
 
-    def form_of(self, desc: TensorDesc) -> int:
-        """Which form a tensor has; the first, where it has none of them."""
-        return next((i for i, form in enumerate(self.forms) if form.fits(desc)), 0)
-
 
 @dataclass(frozen=True)
 class Mode:
@@ -82,13 +78,21 @@ class Mode:
     # How many columns one step of the multiplication takes of rows of so many.
     step: Callable[[int], int] | None = None
 
-    def outputs_of(self, activation: str) -> tuple[str, ...]:
-        return self.outputs or (activation,)
-
     def forms_of(self, scales: list[TensorDesc]) -> tuple[int, ...]:
-        """Which form each scale has."""
-        both = zip(self.scales, scales, strict=True)
-        return tuple([0 if len(one.forms) == 1 else one.form_of(desc) for one, desc in both])
+        """Which form each scale has; the first, where it has none of them."""
+        return tuple([
+            0 if len(one.forms) == 1
+            else next((i for i, form in enumerate(one.forms) if form.fits(desc)), 0)
+            for one, desc in zip(self.scales, scales, strict=True)
+        ])  # fmt: skip
+
+    @property
+    def scale_names(self) -> dict[str, str]:
+        """What callers call the arguments that are scales."""
+        return {
+            f"quant_scales_{i}": f"quant_scales[{i}] ({scale.name})"
+            for i, scale in enumerate(self.scales)
+        }
 
 
 def int4_interleave(columns: int) -> int:
@@ -181,7 +185,7 @@ def mode_of(
     for mode in MODES:
         wanted = mode.weight or activation
         if activation in mode.activations and weight == wanted and flags == mode.flags:
-            known = mode.outputs_of(activation)
+            known = mode.outputs or (activation,)
             if output not in known:
                 expected = f"{' or '.join(known)}, with {mode.about}"
                 raise ArgumentError(op, names[2], got=output, expected=expected)
@@ -193,7 +197,9 @@ def mode_of(
     if not of:
         raise ArgumentError(op, names[0], got=activation, expected=" or ".join((*HALF, FP8)))
     got = f"{weight} weights, {activation} activations and {_on(flags)}"
-    raise ArgumentError(op, names[1], got=got, expected=_expected(activation, of))
+    each = [f"{mode.weight or activation} with {_on(mode.flags)}" for mode in of]
+    expected = "weights of " + ", or of ".join(each)
+    raise ArgumentError(op, names[1], got=got, expected=expected)
 
 
 def _on(flags: frozenset[str]) -> str:
@@ -208,11 +214,6 @@ def _needs_sm100(activation: str, weight: str, flags: frozenset[str]) -> str:
     if (activation, weight) == (FP8, FP8) and flags == {"use_mxfp8_act_scaling"}:
         return "MXFP8 weights and activations need SM100"
     return ""
-
-
-def _expected(activation: str, of: list[Mode]) -> str:
-    each = [f"{mode.weight or activation} with {_on(mode.flags)}" for mode in of]
-    return "weights of " + ", or of ".join(each)
 
 
 # Rows.  Sizes of experts are those of this rank.
@@ -344,11 +345,3 @@ def row_of(
         max_products=most, together=("fc1_expert_biases", "fc2_expert_biases"),
         allocates=True, apart=True, capabilities=(9,), rules=tuple(rules),
     )  # fmt: skip
-
-
-def scale_names(mode: Mode) -> dict[str, str]:
-    """What callers call the arguments that are scales."""
-    return {
-        f"quant_scales_{i}": f"quant_scales[{i}] ({scale.name})"
-        for i, scale in enumerate(mode.scales)
-    }
