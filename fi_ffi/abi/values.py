@@ -90,30 +90,30 @@ def _is_bool(kind: type) -> bool:
     return kind.__name__ in ("bool", "bool_")  # numpy's too
 
 
-def _integer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
-    kind = type(value)
-    if kind is not int:
-        if not issubclass(kind, numbers.Integral) or _is_bool(kind):
-            _refuse(value, arena, where, "an int")
-        value = int(value)
-    try:
-        slot.v_int64 = value
-    except OverflowError:
-        raise ArgumentError(arena.op, where, got=value, expected="an int64") from None
-    slot.type_index = TypeIndex.INT
+def _number(
+    plain: type[int] | type[float], abstract: type, index: int, field: str,
+    expected: str, limit: str,
+) -> Packer:  # fmt: skip
+    """A packer of numbers of one kind, Python's own or of another type."""
 
-
-def _number(slot: Any, value: Any, arena: CallArena, where: str) -> None:
-    kind = type(value)
-    if kind is not float:
-        if not issubclass(kind, numbers.Real) or _is_bool(kind):
-            _refuse(value, arena, where, "a float")
+    def packer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+        kind = type(value)
+        if kind is not plain and (not issubclass(kind, abstract) or _is_bool(kind)):
+            _refuse(value, arena, where, expected)
         try:
-            value = float(value)
+            value = value if kind is plain else plain(value)
+            setattr(slot, field, value)
         except OverflowError:
-            expected = "a number within float64"
-            raise ArgumentError(arena.op, where, got=value, expected=expected) from None
-    slot.type_index, slot.v_float64 = TypeIndex.FLOAT, value
+            raise ArgumentError(arena.op, where, got=value, expected=limit) from None
+        slot.type_index = index
+
+    return packer
+
+
+_integer = _number(int, numbers.Integral, TypeIndex.INT, "v_int64", "an int", "an int64")
+_float = _number(
+    float, numbers.Real, TypeIndex.FLOAT, "v_float64", "a float", "a number within float64"
+)
 
 
 def _boolean(slot: Any, value: Any, arena: CallArena, where: str) -> None:
@@ -375,7 +375,7 @@ _BY_TYPE: dict[type, Packer] = {
     type(None): _none,
     bool: _boolean,
     int: _integer,
-    float: _number,
+    float: _float,
     str: _text,
     bytes: _bytes,
     DType: _dtype,
@@ -396,7 +396,7 @@ def _packer_of_type(kind: type) -> Packer | None:
         return _boolean
     for found, packer in (
         (issubclass(kind, numbers.Integral), _integer),
-        (issubclass(kind, numbers.Real), _number),
+        (issubclass(kind, numbers.Real), _float),
         (issubclass(kind, str), _text),
         (issubclass(kind, (bytes, bytearray, memoryview)), _bytes),
         (any(hasattr(kind, name) for name in _PROTOCOLS), _tensor),
@@ -413,7 +413,7 @@ _BY_NAME: dict[str, Packer] = {
     "Any": pack,
     "None": _none,
     "int": _integer,
-    "float": _number,
+    "float": _float,
     "bool": _boolean,
     "str": _text,
     "const char*": _c_text,

@@ -73,8 +73,11 @@ def tinygemm_bf16(
 # cuBLASLt's algorithms: asked for once, then called without asking again.
 
 
-def _call_algos(op: Op, matrices: dict[str, Any], handle: int, stream: object, **more: Any) -> Any:
-    values, name = matrices | more, op.row.name
+_TENSORS = ("A", "B", "D", "A_scale", "B_scale", "algo_buffer", "workspace_buffer")
+
+
+def _call_algos(op: Op, tensors: tuple[Any, ...], handle: int, stream: object, **more: Any) -> Any:
+    values, name = dict(zip(_TENSORS, tensors, strict=True)) | more, op.row.name
     left = values["A"] = as_desc(values["A"], name, "A")
     if left.device.is_cuda and not op.has_release:
         op.select_release(release_in_use())
@@ -107,11 +110,8 @@ def bmm_fp8_get_algos(
 
     What it writes is for this shape, these dtypes and this GPU.
     """
-    matrices = {"A": A, "B": B, "D": D, "A_scale": A_scale, "B_scale": B_scale}
-    count: int = _call_algos(
-        GET_ALGOS, matrices, cublas_handle, stream, algo_buffer=algo_buffer,
-        workspace_buffer=workspace_buffer,
-    )  # fmt: skip
+    tensors = (A, B, D, A_scale, B_scale, algo_buffer, workspace_buffer)
+    count: int = _call_algos(GET_ALGOS, tensors, cublas_handle, stream)
     return count
 
 
@@ -136,11 +136,8 @@ def bmm_fp8_run_with_algo(
 
     An algorithm of another shape or GPU is refused by cuBLASLt, with a `KernelError`.
     """
-    matrices = {"A": A, "B": B, "D": D, "A_scale": A_scale, "B_scale": B_scale}
-    _call_algos(
-        RUN_WITH_ALGO, matrices, cublas_handle, stream, algo_buffer=algo_buffer,
-        algo_idx=algo_idx, workspace_buffer=workspace_buffer,
-    )  # fmt: skip
+    tensors = (A, B, D, A_scale, B_scale, algo_buffer, workspace_buffer)
+    _call_algos(RUN_WITH_ALGO, tensors, cublas_handle, stream, algo_idx=algo_idx)
 
 
 # Scales of blocks, SM90.

@@ -219,13 +219,11 @@ def _launch(backend: str, call: _Call, place: Staged, count: int, stream: object
     like_x, like_out = (
         TensorDesc(desc.ptr, (0,), desc.dtype.name, device=device) for desc in (call.x, call.out)
     )
+    tables, major = (problems, *of, like_x), call.column_major
     if backend == "sm80":
-        SM80.call(None, scratch, problems, *of, like_x, call.column_major, stream=stream)
+        SM80.call(None, scratch, *tables, major, stream=stream)
     else:
-        SM90.call(
-            None, scratch, scratch, problems, *of, like_x, like_out, call.column_major,
-            stream=stream,
-        )  # fmt: skip
+        SM90.call(None, scratch, scratch, *tables, like_out, major, stream=stream)
 
 
 def _zero(out: TensorDesc, stream: int) -> None:
