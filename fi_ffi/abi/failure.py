@@ -52,11 +52,11 @@ def take_kernel_error(op: str) -> BaseException:
     return examine(error)
 
 
-# What a callback raised that is no failure of a kernel's (Ctrl-C, an exit, an exception of a
-# signal handler), by the address of the Error object that travels in its place.  The reference
+# Exceptions of callbacks that are no kernel's failure (Ctrl-C, an exit, an exception of a
+# signal handler), by the address of the Error object that travels in their place.  The reference
 # to that object keeps the address from being another's.
 _travelling: dict[int, tuple[Any, BaseException]] = {}
-# What becomes of these kinds where the exception itself is gone.
+# The exceptions of these kinds are made anew where the original is gone.
 _REBUILT: dict[str, type[BaseException]] = {
     "KeyboardInterrupt": KeyboardInterrupt,
     "SystemExit": SystemExit,
@@ -146,48 +146,48 @@ def set_raised(error: BaseException) -> None:
     try:
         _raise(error)
     except Exception:
-        _raise_untold(type(error))
+        _raise_fallback(type(error))
     except BaseException as interrupt:  # Ctrl-C, while the error was told
         try:
             _raise(interrupt)
         except BaseException:
-            _raise_untold(type(interrupt))
+            _raise_fallback(type(interrupt))
 
 
 def set_escaped(
     kind: type[BaseException], error: BaseException, frames: TracebackType | None
 ) -> None:
-    """`set_raised` for what no code of the callback's own caught, as cffi tells of it."""
+    """`set_raised` for an exception that left the callback uncaught, as cffi reports it."""
     try:
         set_raised(BaseException.with_traceback(error, frames))
     except BaseException:  # no stack is left for more
-        _raise_untold(kind)
+        _raise_fallback(kind)
 
 
-def _raise_untold(kind: type[BaseException]) -> None:
-    """Leave behind an error that was made before, where no memory or stack is left for another."""
-    for known, handle in _untold:
+def _raise_fallback(kind: type[BaseException]) -> None:
+    """Leave behind an error made in advance: memory or stack may not suffice for a new one."""
+    for known, handle in _fallbacks:
         if issubclass(kind, known):
             library.lib.TVMFFIErrorSetRaised(handle)
             return
 
 
-def prepare_untold() -> None:
-    """Make what `_raise_untold` leaves behind, once; it stays for the life of the process."""
-    if not _untold:
+def prepare_fallbacks() -> None:
+    """Make the errors of `_raise_fallback`, once; they live as long as the process."""
+    if not _fallbacks:
         words = b"a callback failed, and what it raised cannot be told"
         kinds = {**_REBUILT, "RuntimeError": BaseException}
         # All at once: another thread may look.
-        _untold.extend(
-            [(kind, _created(name.encode(), words, b"")) for name, kind in kinds.items()]
+        _fallbacks.extend(
+            [(kind, _create_error(name.encode(), words, b"")) for name, kind in kinds.items()]
         )
 
 
-_untold: list[tuple[type[BaseException], Any]] = []
+_fallbacks: list[tuple[type[BaseException], Any]] = []
 
 
 def _raise(error: BaseException) -> None:
-    made = ffi.gc(_created(*_parts_of(error)), library.lib.TVMFFIObjectDecRef)
+    made = ffi.gc(_create_error(*_error_parts(error)), library.lib.TVMFFIObjectDecRef)
     # An Error that nobody else refers to was swallowed on its way: its exception goes nowhere.
     for address, (handle, _) in _travelling.copy().items():
         if library.references(handle) == 1:
@@ -220,7 +220,7 @@ def _handler_codes() -> Iterator[CodeType]:
                     yield code
 
 
-def _parts_of(error: BaseException) -> tuple[bytes, ...]:
+def _error_parts(error: BaseException) -> tuple[bytes, ...]:
     """Kind, message and backtrace."""
     frames = "".join(reversed(traceback.format_tb(error.__traceback__, -_MOST_FRAMES)))
     message = message_of(error)
@@ -233,7 +233,7 @@ def _parts_of(error: BaseException) -> tuple[bytes, ...]:
     return tuple(str.encode(part, "utf-8", "replace") for part in parts)
 
 
-def _created(*parts: bytes) -> Any:
+def _create_error(*parts: bytes) -> Any:
     arrays = [library.byte_array(part) for part in parts]
     slot = ffi.new("TVMFFIObjectHandle *")
     if library.lib.TVMFFIErrorCreate(arrays[0][0], arrays[1][0], arrays[2][0], slot):

@@ -157,7 +157,7 @@ def _c_text(text: str) -> Any:
 
 
 def c_text(text: str) -> int:
-    """The address of a text as C has it, which stays: for the few words of arguments."""
+    """The address of a C string that is never freed: for the few words that are arguments."""
     return int(ffi.cast("uintptr_t", _c_text(text)))
 
 
@@ -224,7 +224,7 @@ def _references_of(made: Object) -> memoryview:
 
 
 class Packed:
-    """What is in a frame: `words`, `addresses` and `floats` are the same memory, of int64,
+    """The contents of a frame: `words`, `addresses` and `floats` view the same memory as int64,
     uint64 and float64."""
 
     __slots__ = ("addresses", "floats", "layout", "words")
@@ -270,7 +270,8 @@ class Frame(Packed):
         self._arrays: list[Array] = []
         # The number of references to each object, and how many of them are this frame's own.
         self._references: list[tuple[memoryview, int]] = []
-        # Whose frame it is, and what a plan has written here: for those that call it.
+        # For its callers: the variant and target it was made for, and the schedule of a plan that
+        # it was written for last.
         self.variant: Any = None
         self.target: Any = None
         self.version: object = None
@@ -285,7 +286,7 @@ class Frame(Packed):
         )
 
     def _fill(self, i: int, slot: Slot) -> None:
-        """Write what is the same for all calls."""
+        """Write the parts of a slot that are the same for all calls."""
         index = self.words
         if slot is None:
             index[_ANY_WORDS * i] = TypeIndex.NONE
@@ -323,7 +324,7 @@ class Frame(Packed):
         self.addresses[_ANY_WORDS * i + 1] = int(ffi.cast("uintptr_t", made.handle))
 
     def place_objects(self) -> None:
-        """Give Tensor objects the addresses that were written; before a call."""
+        """Copy the written addresses into the Tensor objects, before a call."""
         for cell, at in self._cells:
             cell[0] = self.addresses[at]
 
@@ -341,11 +342,11 @@ class Frame(Packed):
             array.release()
 
     def snapshot(self) -> Packed:
-        """What is in the frame now."""
+        """Copy the frame's present contents."""
         return Packed(self.layout, memoryview(bytes(ffi.buffer(self._buffer))))
 
     def call(self) -> Any:
-        """Call the entry with what was written; its result, which the caller owns."""
+        """Call the entry with the written arguments; returns the result, which the caller owns."""
         code = self.invoke()
         if code:
             self.drop_result()
@@ -353,7 +354,7 @@ class Frame(Packed):
         return self.take_result()
 
     def take_result(self) -> Any:
-        """What the last call returned; the caller owns it now."""
+        """Return the last call's result and hand it to the caller."""
         result = self._result
         if result.type_index == TypeIndex.NONE:
             return None
@@ -363,10 +364,10 @@ class Frame(Packed):
             self.drop_result()  # the next call must not take it for its own
 
     def peek_result(self) -> Any:
-        """What the last call returned, with a reference of its own: it stays the frame's."""
+        """Return the last call's result with a reference of its own; the frame keeps it as well."""
         return unpack(self._result, owned=False)
 
     def drop_result(self) -> None:
-        """Forget what is in the result's slot: of a call that failed it is no result."""
+        """Clear the result's slot: a call that failed has no result."""
         at = self.layout.result
         self.words[at] = self.words[at + 1] = 0

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.failure import check, prepare_untold, set_escaped, set_raised
+from fi_ffi.abi.failure import check, prepare_fallbacks, set_escaped, set_raised
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.library import TypeIndex
 from fi_ffi.abi.objects import (
@@ -57,7 +57,7 @@ _PROTOCOLS = ("__dlpack__", "__cuda_array_interface__", "__array_interface__")
 def pack_arguments(
     args: Sequence[object], arena: CallArena, params: Sequence[tuple[Packer, str]] | None = None
 ) -> Any:
-    """A `TVMFFIAny[]` of a call's arguments: each by its parameter's packer, or as what it is."""
+    """A `TVMFFIAny[]` of a call's arguments: each by its parameter's packer, or by its type."""
     packed = ffi.new("TVMFFIAny[]", max(len(args), 1))
     for i, value in enumerate(args):
         packer, where = (pack, str(i)) if params is None else params[i]
@@ -66,7 +66,7 @@ def pack_arguments(
 
 
 def pack(slot: Any, value: object, arena: CallArena, where: str) -> None:
-    """Pack a value as what it is; a tensor becomes an object, which may be kept."""
+    """Pack a value by its own type; a tensor becomes an object, which a callee may keep."""
     kind: Any = type(value)
     packer = _BY_TYPE.get(kind) or _packer_of_type(kind)
     if packer is None:
@@ -186,7 +186,7 @@ def _pointer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
 
 # ---------------------------------------------------------------- tensors and objects
 def _described(value: Any, arena: CallArena, where: str) -> TensorDesc:
-    """A tensor's descriptor, told to the call."""
+    """Describe a tensor and note it in the call's arena."""
     if isinstance(value, Tensor):
         _handle(value, arena, where)
         desc = value.described()
@@ -218,7 +218,7 @@ def _handle(value: Object, arena: CallArena, where: str) -> Any:
 
 
 def _object_of(name: str, *indices: int) -> Packer:
-    """Owned objects, of some of the library's own types where those are named."""
+    """A packer of owned objects: of any type, or of the library's own with these `indices`."""
 
     def packer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
         if not issubclass(type(value), Object):
@@ -255,7 +255,7 @@ def _is_sequence(kind: type) -> bool:
 
 
 def _snapshot(value: Any, elements: Iterable[Any], arena: CallArena, where: str) -> tuple[Any, ...]:
-    """The elements of a container, which may change, or tell another length than it has."""
+    """Copy a container's elements: it may change meanwhile, or have another length than it says."""
     if type(value) in (list, tuple):
         return tuple(elements)
     count = len(value)
@@ -331,7 +331,7 @@ def _mapping(name: str, index: int, key: Packer, item: Packer) -> Packer:
 def _make(
     slot: Any, maker: str, parts: Iterable[tuple[Packer, Any, str]], count: int, arena: CallArena
 ) -> None:
-    """Write the container that a maker makes of packed values; released after the call."""
+    """Write the container that the library function `maker` makes; released after the call."""
     packed, result = ffi.new("TVMFFIAny[]", max(count, 1)), ffi.new("TVMFFIAny *")
     for i, (packer, value, where) in enumerate(parts):
         packer(packed[i], value, arena, where)
@@ -571,7 +571,7 @@ def make_function(
             arena.end()
         return 0
 
-    prepare_untold()
+    prepare_fallbacks()
     callback = ffi.callback(_SAFE_CALL, call, error=-1, onerror=set_escaped)
     slot = ffi.new("TVMFFIObjectHandle *")
     check(library.lib.TVMFFIFunctionCreate(ffi.NULL, callback, ffi.NULL, slot), name)
@@ -579,7 +579,7 @@ def make_function(
 
 
 def _pack_result(result: Any, value: object, arena: CallArena) -> None:
-    """Write a callback's result: unlike an argument it must own what it names."""
+    """Write a callback's result: unlike an argument, it must own what it refers to."""
     if isinstance(value, TensorDesc):
         expected = "a Tensor object: a view would outlive what it is a view of"
         raise ArgumentTypeError(arena.op, "result", got=value, expected=expected)

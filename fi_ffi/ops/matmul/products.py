@@ -153,7 +153,7 @@ _rows: dict[int, tuple[ModuleObject, int]] = {}
 
 
 def _expect(device: Device, m: int, n: int, k: int) -> int:
-    """Tell the object of a product; the rows that it makes room for."""
+    """Announce a product to the object; returns the rows that it lays its memory out for."""
     from fi_ffi.loader import methods
 
     row = rows.RUN_GEMM
@@ -245,7 +245,7 @@ def fp8_blockscale_gemm_workspace_size(
 
 
 def _bytes(rows: int, of_input: str, of_weight: str, n: int, k: int) -> int:
-    """What the object writes: fp8 values, and their scales."""
+    """The bytes of what the object writes: fp8 values and their scales."""
     need, depth = _LEAST, -(-k // _BLOCK)
     if of_input not in E4M3:
         need += rows * (k + 4 * depth)

@@ -1,5 +1,5 @@
-"""`FusedMoe`: mixtures of experts of one quantisation, on one device; `cutlass_fused_moe`: a call
-of the one for its dtypes, flags and device."""
+"""`FusedMoe`: mixtures of experts of one quantisation, on one device; `cutlass_fused_moe` calls
+the one for its dtypes, flags and device."""
 
 from __future__ import annotations
 
@@ -154,12 +154,12 @@ class FusedMoe:
         return f"<fi_ffi FusedMoe {self.mode.name} ({', '.join(self.dtypes)}) on {self.device}>"
 
     def make_runner(self) -> Runner:
-        """The kernels' object anew, for who wants to keep what it allocates apart."""
+        """Make another object of the kernels, whose allocations are its own."""
         return make_runner(self._op, self.mode.flags, self.dtypes, self.device)
 
     @property
     def runner(self) -> Runner:
-        """The kernels' object, made once."""
+        """The object of the kernels, made once."""
         if self._runner is None:
             with self._lock:
                 if self._runner is None:
@@ -168,23 +168,23 @@ class FusedMoe:
 
     @property
     def interface(self) -> Interface:
-        """Of its kernels; on the CPU the default release's."""
+        """The interface of its kernels; on the CPU, that of the default release."""
         return self.runner.interface if self.has_kernels else of_release(None)
 
     @property
     def has_kernels(self) -> bool:
-        """Whether calls are of kernels, and not of the CPU's reference."""
+        """Whether calls run kernels rather than the CPU's reference."""
         return self.device.is_cuda or self._runner is not None
 
     @property
     def tactics(self) -> Tactics:
-        """How many there are; `profile_ids` names one of each.  One of each on the CPU."""
+        """How many tactics there are, of which `profile_ids` names two; one of each on the CPU."""
         if self._tactics is None:
             self._tactics = Tactics(*(self.runner.counts() if self.has_kernels else (1, 1)))
         return self._tactics
 
     def number_of(self, op: str, activation: str) -> int:
-        """What the release of its kernels calls an activation."""
+        """The number of an activation in the release of its kernels."""
         if not self._numbers:
             release = self.runner.release_in_use if self.has_kernels else None
             self._numbers = activation_numbers(release)
@@ -494,14 +494,14 @@ def cutlass_fused_moe(
 def _moe_for(
     x: TensorDesc, weights: TensorDesc, out: TensorDesc, asked: tuple[bool, ...]
 ) -> FusedMoe:
-    """The one for these dtypes and flags on this device, made once."""
+    """The `FusedMoe` for these dtypes and flags on this device, made once."""
     key = (x.device, x.dtype, weights.dtype, out.dtype, asked)
     moe = _made.get(key)
     if moe is None:
         given = dict(zip(FLAGS, asked, strict=True))
         flags = frozenset(name for name, value in given.items() if value)
         dtypes = (x.dtype.name, weights.dtype.name, out.dtype.name)
-        # What is wrong is told of the call.
+        # Refused here, errors name the arguments of the call.
         mode_of(_OP, *dtypes, flags, ("input", "fc1_expert_weights", "output"))
         made = FusedMoe(*dtypes, device=x.device, **given)
         made._op = _OP

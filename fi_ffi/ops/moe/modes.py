@@ -27,7 +27,7 @@ SWIGLU = ("swiglu_alpha", "swiglu_beta", "swiglu_limit")
 
 @dataclass(frozen=True)
 class Form:
-    """A scale's axes, where it is of one of these dtypes.
+    """One shape that a scale may have, with the dtypes it may have in that shape.
 
     In `axes`, ROWS are those of the first matrix; of `dtypes`, "A" is the activations'.
     """
@@ -36,7 +36,7 @@ class Form:
     axes: str
 
     def fits(self, desc: TensorDesc) -> bool:
-        """Whether a tensor has this form, if any: the others are checked."""
+        """Whether a tensor's dtype, rank and axes of 1 are this form's; sizes are checked later."""
         if desc.dtype.name not in self.dtypes and "A" not in self.dtypes:
             return False
         axes = self.axes.split()
@@ -96,7 +96,7 @@ class Mode:
 
 
 def int4_interleave(columns: int) -> int:
-    """How many groups' scales of a row lie together: what one step of the kernel takes."""
+    """How many groups' scales of a row lie side by side: as many as a step of the kernel takes."""
     return 4 if columns % 512 == 0 else 2 if columns % 256 == 0 else 1
 
 
@@ -207,7 +207,7 @@ def _on(flags: frozenset[str]) -> str:
 
 
 def _needs_sm100(activation: str, weight: str, flags: frozenset[str]) -> str:
-    """What of Blackwell's it would be; "" where it is nothing of the kind."""
+    """What SM100 has of these dtypes and flags; "" where it has nothing either."""
     if weight == "int64" and flags <= {"use_mxfp8_act_scaling"}:
         kind = "MXFP4" if activation == FP8 else "NVFP4"
         return f"{kind} weights (int64) with {activation} activations need SM100"
@@ -259,7 +259,7 @@ def _step_rule(axis: str, step: Callable[[int], int]) -> Rule:
 
 
 def _int4_rules(gates: int) -> tuple[Rule, ...]:
-    """The scales of a row lie together as many at a time as its groups are a multiple of."""
+    """As many scales of a row lie side by side as the kernel takes in one step."""
 
     def rule(i: int, columns: str, rows: str, times: int) -> Rule:
         def holds(columns: int, rows: int, groups: int, scales: int) -> bool:
