@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Iterable
@@ -326,7 +327,11 @@ class TensorDesc(_Fields):
         """
         shape, strides = self.shape, self.strides
         if type(start) is not int or type(stop) is not int:
-            start, stop = _rows(self, start, stop)
+            try:
+                start, stop = index_of(start), index_of(stop)
+            except TypeError:
+                got, expected = f"{printed(start)}, {printed(stop)}", "two ints"
+                raise ArgumentTypeError("TensorDesc", "rows", got=got, expected=expected) from None
         if not shape or not 0 <= start <= stop <= shape[0]:
             expected = f"rows within 0 to {shape[0]}" if shape else "a tensor of rank 1 or more"
             raise ArgumentError("TensorDesc", "rows", got=(start, stop), expected=expected)
@@ -428,7 +433,8 @@ def _remember(dtype: object, device: object, kind: TensorKind) -> None:
         pass
 
 
-def _index(value: object) -> int:
+def index_of(value: object) -> int:
+    """An int-like object as an int; raises `TypeError` for others and for bools."""
     if type(value).__name__ in ("bool", "bool_"):  # numpy's as well, which may have __index__
         raise TypeError
     return operator.index(value)  # type: ignore[arg-type]
@@ -439,47 +445,30 @@ def _integers(values: object, argument: str, low: int) -> tuple[int, ...]:
     try:
         if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
             raise TypeError
-        numbers: list[int] = []
-        for value in values:  # which may have no end
-            numbers.append(_index(value))
-            if len(numbers) > MAX_RANK:
-                break
+        # Which may have no end.
+        numbers = tuple([index_of(value) for value in itertools.islice(values, MAX_RANK + 1)])
     except TypeError:
-        numbers = []
-        wrong_type = True
-    else:
-        wrong_type = False
-    if wrong_type:
-        raise ArgumentTypeError("TensorDesc", argument, got=printed(values), expected=expected)
+        got = printed(values)
+        raise ArgumentTypeError("TensorDesc", argument, got=got, expected=expected) from None
     if len(numbers) > MAX_RANK or any(not low <= number <= _INT64_MAX for number in numbers):
-        raise ArgumentError("TensorDesc", argument, got=tuple(numbers), expected=expected)
-    return tuple(numbers)
+        raise ArgumentError("TensorDesc", argument, got=numbers, expected=expected)
+    return numbers
 
 
 def _address(ptr: object, span_bytes: int, described: TensorDesc) -> int:
     """An address from an int-like object; cuda-python's CUdeviceptr has `__int__` only."""
     kind = type(ptr)
-    address: int | None = None
     try:
         # Not of any type: a float has __int__ too, and would lose its fraction.
         if kind.__module__.partition(".")[0] == "cuda" and hasattr(kind, "__int__"):
-            address = int(ptr)  # type: ignore[call-overload]
+            address: int = int(ptr)  # type: ignore[call-overload]
         else:
-            address = _index(ptr)
+            address = index_of(ptr)
     except TypeError:
-        pass
-    if address is None:
         got = f"{kind.__name__} {printed(ptr)}"
-        raise ArgumentTypeError("TensorDesc", "ptr", got=got, expected="an int address")
+        expected = "an int address"
+        raise ArgumentTypeError("TensorDesc", "ptr", got=got, expected=expected) from None
     if not 0 <= address <= 2**64 - 1 - span_bytes:
         expected = f"an address with room for {described.layout}"
         raise ArgumentError("TensorDesc", "ptr", got=hex(address), expected=expected)
     return address
-
-
-def _rows(desc: TensorDesc, start: object, stop: object) -> tuple[int, int]:
-    try:
-        return _index(start), _index(stop)
-    except TypeError:
-        got = f"{printed(start)}, {printed(stop)}"
-    raise ArgumentTypeError("TensorDesc", "rows", got=got, expected="two ints")

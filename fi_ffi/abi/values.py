@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import itertools
 import numbers
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -41,6 +40,7 @@ from fi_ffi.abi.tensor import (
     TensorDesc,
     device_from_code,
     dtype_from_code,
+    index_of,
     parse_device,
     parse_dtype,
 )
@@ -77,7 +77,7 @@ def pack(slot: Any, value: object, arena: CallArena, where: str) -> None:
 
 def _refuse(value: object, arena: CallArena, where: str, expected: str) -> NoReturn:
     got = f"{type(value).__name__} {printed(value)}"
-    raise ArgumentTypeError(arena.op, where, got=got, expected=expected)
+    raise ArgumentTypeError(arena.op, where, got=got, expected=expected) from None
 
 
 # ---------------------------------------------------------------- single values
@@ -174,10 +174,8 @@ def _pointer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
     if value is None:
         return
     try:
-        address = None if isinstance(value, bool) else operator.index(value)
+        address = index_of(value)
     except TypeError:
-        address = None
-    if address is None:
         _refuse(value, arena, where, "an address, as an int")
     if not 0 <= address <= _MAX_POINTER:
         raise ArgumentError(arena.op, where, got=address, expected="an address")

@@ -332,12 +332,3 @@ def group_gemm_fp8_nt_groupwise(
         None, None, None, a, b, a_scale, b_scale, out, m_indptr, None, None, *granularity,
         scale_major_mode, mma_sm, stream=stream,
     )  # fmt: skip
-
-
-def select_release(release: str | None) -> None:
-    """Drop what was learnt of other kernels, and put the rows of this release in force."""
-    for op in (GET_ALGOS, RUN_WITH_ALGO):
-        op.forget()
-        op.select_release(release)
-    for compiled in (RUN_GEMM, CONFIGURE, GROUPWISE, GROUP_GROUPWISE):
-        compiled.forget()

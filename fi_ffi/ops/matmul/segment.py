@@ -235,9 +235,3 @@ def _zero(out: TensorDesc, stream: int) -> None:
         return
     for i in range(rows):
         ffi.memmove(cuda.pointer(out.ptr + i * pitch), bytes(width), width)
-
-
-def forget() -> None:
-    """Drop what was learnt of other kernels."""
-    SM80.forget()
-    SM90.forget()
