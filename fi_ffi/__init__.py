@@ -15,12 +15,10 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from fi_ffi.abi.device import Device, parse_device
-from fi_ffi.abi.dtypes import DTYPES, DType
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.signature import Signature, parse_signature
 from fi_ffi.abi.streams import stream
-from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.abi.tensor import DTYPES, Device, DType, TensorDesc, parse_device
 from fi_ffi.errors import (
     AbiError,
     ArchitectureError,

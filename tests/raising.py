@@ -19,8 +19,8 @@ import pytest
 import fi_ffi
 from fi_ffi import errors
 from fi_ffi.abi import library, streams
-from fi_ffi.abi.device import parse_device
 from fi_ffi.abi.signature import parse_signature
+from fi_ffi.abi.tensor import parse_device
 from fi_ffi.loader import (
     cache,
     facts,

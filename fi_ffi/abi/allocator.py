@@ -9,6 +9,7 @@ keep theirs.
 from __future__ import annotations
 
 import atexit
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +17,9 @@ from typing import Any, NamedTuple
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import Device, device_from_code
 from fi_ffi.abi.failure import check, message_of
 from fi_ffi.abi.objects import dims_of
-from fi_ffi.abi.tensor import c_strides
+from fi_ffi.abi.tensor import Device, c_strides, device_from_code
 
 _DLPACK_MAJOR = 1
 _HEADER = ffi.sizeof("DLManagedTensorVersioned")
@@ -39,7 +39,7 @@ def _take_host(count: int, device: Device | None = None, stream: int = 0) -> int
     block = library.c_library().aligned_alloc(_ALIGNMENT, size)
     if block == ffi.NULL:
         raise MemoryError(f"{count} bytes of host memory")
-    return int(ffi.cast("uintptr_t", block))
+    return library.address_of(block)
 
 
 def _free_host(address: int, device: Device | None = None, stream: int = 0) -> None:
@@ -48,15 +48,6 @@ def _free_host(address: int, device: Device | None = None, stream: int = 0) -> N
 
 # libc's, not Python's: a tensor may be read after the interpreter has gone.
 HOST = Source(_take_host, _free_host)
-
-
-class _Block(NamedTuple):
-    """What one tensor's deleter gives back."""
-
-    source: Source
-    address: int
-    device: Device
-    stream: int
 
 
 class Allocator:
@@ -69,9 +60,10 @@ class Allocator:
 
     def __init__(self, sources: Mapping[str, Source]) -> None:
         self._sources = dict(sources)
-        # By the address of the structure that libtvm_ffi was given.  One operation on a
-        # dict needs no lock, and a deleter, which may run anywhere, could not wait for one.
-        self._blocks: dict[int, _Block] = {}
+        # What gives a tensor's memory back, by the address of the structure that libtvm_ffi was
+        # given.  One operation on a dict needs no lock, and a deleter, which may run anywhere,
+        # could not wait for one.
+        self._blocks: dict[int, Callable[[], None]] = {}
         self._is_closed = False
         self._callback = ffi.callback("DLPackManagedTensorAllocator", self._allocate, error=-1)
         # What give_back raises goes to sys.unraisablehook, as from a `__del__`.
@@ -123,18 +115,14 @@ class Allocator:
             raise ValueError(f"a tensor of shape {shape} was asked for")
         # One that packs several elements in a byte ends with a whole one.
         count = (math.prod(shape) * prototype.dtype.bits * prototype.dtype.lanes + 7) // 8
-        stream = library.lib.TVMFFIEnvGetStream(code, device.index)
-        handle = int(ffi.cast("uintptr_t", stream))
+        handle = library.address_of(library.lib.TVMFFIEnvGetStream(code, device.index))
         header = _take_host(_HEADER + 2 * _WORD * len(shape))
         try:
             address = source.take(count, device, handle)
         except BaseException:
             _free_host(header)
             raise
-        self._blocks[header] = _Block(source, address, device, handle)
-        return self._fill(header, address, shape, prototype)
-
-    def _fill(self, header: int, address: int, shape: tuple[int, ...], prototype: Any) -> Any:
+        self._blocks[header] = functools.partial(source.give_back, address, device, handle)
         managed = ffi.cast("DLManagedTensorVersioned *", header)
         managed.version.major, managed.version.minor = _DLPACK_MAJOR, 0
         managed.manager_ctx, managed.flags, managed.deleter = ffi.NULL, 0, self._deleter
@@ -147,10 +135,10 @@ class Allocator:
         return managed
 
     def _delete(self, managed: Any) -> None:
-        header = int(ffi.cast("uintptr_t", managed))
-        block = self._blocks.pop(header)
+        header = library.address_of(managed)
+        give_back = self._blocks.pop(header)
         _free_host(header)
-        block.source.give_back(block.address, block.device, block.stream)
+        give_back()
 
 
 # For the life of the process: tensors hold their deleters.

@@ -1,4 +1,7 @@
-"""The one gate every failed call goes through, in both directions."""
+"""The one gate every failed call goes through, in both directions; CUDA's errors by number.
+
+The numbers are the runtime's and the driver's alike (driver_types.h, cuda.h).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.library import TypeIndex
-from fi_ffi.errors import KernelError
+from fi_ffi.errors import DeviceError, KernelError
 
 _MAX_CAUSES = 16
 _MOST_WORDS = 64 << 20  # bytes of an error's message or backtrace; more is no text
@@ -49,12 +52,15 @@ def take_kernel_error(op: str) -> BaseException:
     return examine(error)
 
 
-# What a callback raised that is no failure of a kernel's (Ctrl-C, an exit, an exception of a
-# signal handler), by the address of the Error object that travels in its place.  The reference
+# Exceptions of callbacks that are no kernel's failure (Ctrl-C, an exit, an exception of a
+# signal handler), by the address of the Error object that travels in their place.  The reference
 # to that object keeps the address from being another's.
 _travelling: dict[int, tuple[Any, BaseException]] = {}
-# What becomes of these kinds where the exception itself is gone.
-_REBUILT = {"KeyboardInterrupt": KeyboardInterrupt, "SystemExit": SystemExit}
+# The exceptions of these kinds are made anew where the original is gone.
+_REBUILT: dict[str, type[BaseException]] = {
+    "KeyboardInterrupt": KeyboardInterrupt,
+    "SystemExit": SystemExit,
+}
 
 
 def take_raised(op: str) -> BaseException:
@@ -140,52 +146,48 @@ def set_raised(error: BaseException) -> None:
     try:
         _raise(error)
     except Exception:
-        _raise_untold(type(error))
+        _raise_fallback(type(error))
     except BaseException as interrupt:  # Ctrl-C, while the error was told
         try:
             _raise(interrupt)
         except BaseException:
-            _raise_untold(type(interrupt))
+            _raise_fallback(type(interrupt))
 
 
 def set_escaped(
     kind: type[BaseException], error: BaseException, frames: TracebackType | None
 ) -> None:
-    """`set_raised` for what no code of the callback's own caught, as cffi tells of it."""
+    """`set_raised` for an exception that left the callback uncaught, as cffi reports it."""
     try:
         set_raised(BaseException.with_traceback(error, frames))
     except BaseException:  # no stack is left for more
-        _raise_untold(kind)
+        _raise_fallback(kind)
 
 
-def _raise_untold(kind: type[BaseException]) -> None:
-    """Leave behind an error that was made before, where no memory or stack is left for another."""
-    for known, handle in _untold:
+def _raise_fallback(kind: type[BaseException]) -> None:
+    """Leave behind an error made in advance: memory or stack may not suffice for a new one."""
+    for known, handle in _fallbacks:
         if issubclass(kind, known):
             library.lib.TVMFFIErrorSetRaised(handle)
             return
 
 
-def prepare_untold() -> None:
-    """Make what `_raise_untold` leaves behind, once; it stays for the life of the process."""
-    if not _untold:
+def prepare_fallbacks() -> None:
+    """Make the errors of `_raise_fallback`, once; they live as long as the process."""
+    if not _fallbacks:
         words = b"a callback failed, and what it raised cannot be told"
-        made = [
-            (kind, _created(name, words, b""))
-            for kind, name in (
-                (KeyboardInterrupt, b"KeyboardInterrupt"),
-                (SystemExit, b"SystemExit"),
-                (BaseException, b"RuntimeError"),
-            )
-        ]
-        _untold.extend(made)
+        kinds = {**_REBUILT, "RuntimeError": BaseException}
+        # All at once: another thread may look.
+        _fallbacks.extend(
+            [(kind, _create_error(name.encode(), words, b"")) for name, kind in kinds.items()]
+        )
 
 
-_untold: list[tuple[type[BaseException], Any]] = []
+_fallbacks: list[tuple[type[BaseException], Any]] = []
 
 
 def _raise(error: BaseException) -> None:
-    made = ffi.gc(_created(*_parts_of(error)), library.lib.TVMFFIObjectDecRef)
+    made = ffi.gc(_create_error(*_error_parts(error)), library.lib.TVMFFIObjectDecRef)
     # An Error that nobody else refers to was swallowed on its way: its exception goes nowhere.
     for address, (handle, _) in _travelling.copy().items():
         if library.references(handle) == 1:
@@ -218,7 +220,7 @@ def _handler_codes() -> Iterator[CodeType]:
                     yield code
 
 
-def _parts_of(error: BaseException) -> tuple[bytes, ...]:
+def _error_parts(error: BaseException) -> tuple[bytes, ...]:
     """Kind, message and backtrace."""
     frames = "".join(reversed(traceback.format_tb(error.__traceback__, -_MOST_FRAMES)))
     message = message_of(error)
@@ -231,9 +233,57 @@ def _parts_of(error: BaseException) -> tuple[bytes, ...]:
     return tuple(str.encode(part, "utf-8", "replace") for part in parts)
 
 
-def _created(*parts: bytes) -> Any:
+def _create_error(*parts: bytes) -> Any:
     arrays = [library.byte_array(part) for part in parts]
     slot = ffi.new("TVMFFIObjectHandle *")
     if library.lib.TVMFFIErrorCreate(arrays[0][0], arrays[1][0], arrays[2][0], slot):
         raise MemoryError("an Error object")
     return slot[0]
+
+
+# Of which CUDA says that further work returns the same error, until the process ends.
+STICKY = {
+    214: "cudaErrorECCUncorrectable",
+    220: "cudaErrorNvlinkUncorrectable",
+    226: "cudaErrorContained",
+    700: "cudaErrorIllegalAddress",
+    702: "cudaErrorLaunchTimeout",
+    709: "cudaErrorContextIsDestroyed",
+    710: "cudaErrorAssert",
+    714: "cudaErrorHardwareStackError",
+    715: "cudaErrorIllegalInstruction",
+    716: "cudaErrorMisalignedAddress",
+    717: "cudaErrorInvalidAddressSpace",
+    718: "cudaErrorInvalidPc",
+    719: "cudaErrorLaunchFailure",
+    721: "cudaErrorTensorMemoryLeak",
+    911: "cudaErrorExternalDevice",
+}
+
+# What a thread may have been left with by another call, and no launch ends in.
+LEFTOVERS = {
+    3: "cudaErrorInitializationError",
+    35: "cudaErrorInsufficientDriver",
+    100: "cudaErrorNoDevice",
+    101: "cudaErrorInvalidDevice",
+    600: "cudaErrorNotReady",
+    704: "cudaErrorPeerAccessAlreadyEnabled",
+    705: "cudaErrorPeerAccessNotEnabled",
+    712: "cudaErrorHostMemoryAlreadyRegistered",
+    713: "cudaErrorHostMemoryNotRegistered",
+    910: "cudaErrorGraphExecUpdateFailure",
+}
+
+_WHAT_TO_DO = (
+    "Work that was queued earlier, by this or any other call of this process, failed on the GPU; "
+    "{op} only noticed. The process has lost its CUDA context: every later call fails alike, what "
+    "is in GPU memory cannot be trusted, and only a new process can go on. To find the call at "
+    "fault: run it with CUDA_LAUNCH_BLOCKING=1, in fi_ffi.call_log(5, ...), or under "
+    "compute-sanitizer"
+)
+
+
+def lost(op: str, code: int, words: str = "") -> DeviceError:
+    """The error of a GPU that is lost to this process, for a code of `STICKY`."""
+    told = f"CUDA error {code} ({words or STICKY[code]})"
+    return DeviceError(op, STICKY[code], f"{told}. {_WHAT_TO_DO.format(op=op)}", code)

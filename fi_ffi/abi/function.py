@@ -1,16 +1,35 @@
-"""Entries: anything with TVM-FFI's calling convention, called one way."""
+"""Entries: anything with TVM-FFI's calling convention, and the frames of their calls.
+
+A frame is the packed arguments of one call, in one buffer that each call writes in place: an
+array of `TVMFFIAny`, a `DLTensor` for each tensor, and these tensors' shapes and strides.  What
+depends on dtypes and devices is written when a frame is made; a call writes addresses, sizes,
+strides and numbers, through memoryviews over the buffer, which is several times quicker than
+assigning through cffi.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.failure import check_kernel, take_raised
-from fi_ffi.abi.objects import Array, CallArena, Function, Module, Unique, find_global, set_global
+from fi_ffi.abi.library import TypeIndex
+from fi_ffi.abi.objects import (
+    Array,
+    CallArena,
+    Function,
+    Module,
+    Object,
+    Tensor,
+    Unique,
+    find_global,
+    set_global,
+    write_kind,
+)
 from fi_ffi.abi.signature import Signature, signature_from_mismatch
-from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.abi.tensor import TensorDesc, TensorKind, frozen
 from fi_ffi.abi.values import make_function, pack_arguments, unpack
 from fi_ffi.errors import AbiError, KernelError, LoaderError
 
@@ -116,3 +135,239 @@ def register(name: str, signature: Signature, function: Callable[..., Any]) -> E
     made = make_function(name, function, signature)
     set_global(name, made)
     return Entry.of(made, name)
+
+
+_ANY_WORDS = ffi.sizeof("TVMFFIAny") // 8
+_TENSOR_WORDS = ffi.sizeof("DLTensor") // 8
+_HEADER_WORDS = ffi.sizeof("TVMFFIObject") // 8
+_MOST_REFERENCES = 0xFFFFFFFF  # strong ones, in the lower half of the count
+NO_STREAM = -1  # in a frame's `before` word: nothing to put back
+# Text goes by the address of its bytes.
+_SCALARS = {
+    int: TypeIndex.INT,
+    bool: TypeIndex.BOOL,
+    float: TypeIndex.FLOAT,
+    str: TypeIndex.RAW_STR,
+}
+
+
+@functools.cache
+def _c_text(text: str) -> Any:
+    return ffi.new("char[]", text.encode())
+
+
+def c_text(text: str) -> int:
+    """The address of a C string that is never freed: for the few words that are arguments."""
+    return int(ffi.cast("uintptr_t", _c_text(text)))
+
+
+class FrameLayout:
+    """Where each argument of an entry is in a frame, in words of 8 bytes.
+
+    `ranks` has an item for each argument: the rank of a tensor, or None for any other value.
+    Shapes and strides of the arguments in `last` come after those that each call writes.
+    Items past `count` are no arguments: they are tensors in an argument's Array.
+    """
+
+    __slots__ = (
+        "before",
+        "count",
+        "dims",
+        "first_dims",
+        "last_dims",
+        "ranks",
+        "result",
+        "tensors",
+        "words",
+    )
+
+    def __init__(
+        self, ranks: Sequence[int | None], last: Collection[int] = (), count: int | None = None
+    ) -> None:
+        self.ranks, self.count = tuple(ranks), len(ranks) if count is None else count
+        self.result = _ANY_WORDS * self.count
+        self.before = self.result + _ANY_WORDS
+        at = self.before + 1
+        self.tensors: dict[int, int] = {}
+        for i, rank in enumerate(ranks):
+            if rank is not None:
+                self.tensors[i] = at
+                at += _TENSOR_WORDS
+        # Shapes and strides lie side by side, so that one call can write all of them.
+        self.dims: dict[int, int] = {}
+        self.first_dims = self.last_dims = at
+        for i in sorted(self.tensors, key=lambda i: (i in last, i)):
+            self.dims[i] = at
+            at += 2 * (ranks[i] or 0)
+            if i not in last:
+                self.last_dims = at
+        self.words = at
+
+    def value(self, i: int) -> int:
+        """The word of an argument's value: of a tensor, of its address."""
+        return self.tensors[i] if i in self.tensors else _ANY_WORDS * i + 1
+
+
+# What a slot of a frame is given: a tensor's kind (with True: as an object), a scalar's type,
+# an Array object by its address, an Array of the Tensor objects of these slots (a range), or None
+# for an optional argument that is not there.
+ARRAY = "array"
+Scalars = type[int] | type[bool] | type[float] | type[str]
+Slot = tuple[TensorKind, bool] | Scalars | str | range | None
+
+
+def _references_of(made: Object) -> memoryview:
+    """The number of strong references to an object, as it is when it is read."""
+    header = ffi.cast("TVMFFIObject *", made.handle)
+    count = ffi.addressof(header, "combined_ref_count")
+    return memoryview(ffi.buffer(count, 4)).cast("B").cast("I")
+
+
+class Packed:
+    """The contents of a frame: `words`, `addresses` and `floats` view the same memory as int64,
+    uint64 and float64."""
+
+    __slots__ = ("addresses", "floats", "layout", "words")
+
+    def __init__(self, layout: FrameLayout, view: memoryview) -> None:
+        self.layout = layout
+        self.words, self.addresses, self.floats = view.cast("q"), view.cast("Q"), view.cast("d")
+
+    def tensor(self, i: int, kind: TensorKind) -> TensorDesc:
+        """A tensor as it was written."""
+        at, rank = self.layout.dims[i], kind.rank
+        sizes, steps = self.words[at : at + rank], self.words[at + rank : at + 2 * rank]
+        address = self.addresses[self.layout.tensors[i]]
+        return frozen(address, tuple(sizes), tuple(steps), kind, None)
+
+
+class Frame(Packed):
+    """Packed arguments for one call at a time; not to be shared while in use."""
+
+    __slots__ = (
+        "_arrays", "_buffer", "_cells", "_objects", "_references", "_result", "before",
+        "before_word", "dims", "entry", "has_objects", "invoke", "target",
+        "variant", "version",
+    )  # fmt: skip
+
+    def __init__(self, layout: FrameLayout, slots: Sequence[Slot], entry: Entry) -> None:
+        memory = self._buffer = ffi.new("int64_t[]", layout.words)
+        view = memoryview(ffi.buffer(memory)).cast("B")
+        super().__init__(layout, view)
+        self.entry = entry
+        # Shapes and strides, for `struct`.
+        self.dims = view[8 * layout.first_dims : 8 * layout.last_dims]
+        # The stream that a call found current, to be put back.
+        self.before = ffi.cast("TVMFFIStreamHandle *", memory + layout.before)
+        self.before_word = layout.before
+        self.words[layout.before] = NO_STREAM
+        self._result = ffi.cast("TVMFFIAny *", memory + layout.result)
+        # Tensor objects of this frame's own, by their argument.
+        self._objects: dict[int, Tensor] = {}
+        self.has_objects = False
+        # The address in each of these, and the word of this frame that has it.
+        self._cells: list[tuple[memoryview, int]] = []
+        self._arrays: list[Array] = []
+        # The number of references to each object, and how many of them are this frame's own.
+        self._references: list[tuple[memoryview, int]] = []
+        # For its callers: the variant and target it was made for, and the schedule of a plan that
+        # it was written for last.
+        self.variant: Any = None
+        self.target: Any = None
+        self.version: object = None
+        for i, slot in enumerate(slots):
+            self._fill(i, slot)
+        for i, slot in enumerate(slots):
+            if isinstance(slot, range):
+                self._fill_array(i, slot)
+        # The call itself: its error code.
+        self.invoke: Callable[[], int] = functools.partial(
+            entry.address, entry.handle, ffi.cast("TVMFFIAny *", memory), layout.count, self._result
+        )
+
+    def _fill(self, i: int, slot: Slot) -> None:
+        """Write the parts of a slot that are the same for all calls."""
+        index = self.words
+        if slot is None:
+            index[_ANY_WORDS * i] = TypeIndex.NONE
+        elif slot == ARRAY or isinstance(slot, range):
+            index[_ANY_WORDS * i] = TypeIndex.ARRAY
+        elif isinstance(slot, tuple):
+            kind, as_object = slot
+            tensor = ffi.cast("DLTensor *", self._buffer + self.layout.tensors[i])
+            write_kind(tensor, kind, self._buffer + self.layout.dims[i])
+            made = self._make_object(i, kind).handle if as_object else tensor
+            self.has_objects = self.has_objects or as_object
+            if i < self.layout.count:
+                index[_ANY_WORDS * i] = TypeIndex.TENSOR if as_object else TypeIndex.DL_TENSOR_PTR
+                self.addresses[_ANY_WORDS * i + 1] = int(ffi.cast("uintptr_t", made))
+        else:
+            index[_ANY_WORDS * i] = _SCALARS[slot]  # type: ignore[index]
+
+    def _make_object(self, i: int, kind: TensorKind) -> Tensor:
+        """A Tensor object over this frame's shape and strides."""
+        nothing = frozen(0, (0,) * kind.rank, (1,) * kind.rank, kind, None)
+        made, at = Tensor.from_desc(nothing), self.layout.tensors[i]
+        cell = ffi.addressof(ffi.cast("FiFfiTensorObject *", made.handle).cell)
+        ffi.memmove(cell, self._buffer + at, ffi.sizeof("DLTensor"))
+        self._objects[i] = made
+        # What is past the arguments is in an Array, which refers to it too.
+        self._references.append((_references_of(made), 1 + (i >= self.layout.count)))
+        # The address is the first field of its own copy of the DLTensor.
+        self._cells.append((memoryview(ffi.buffer(cell, 8)).cast("B").cast("Q"), at))
+        return made
+
+    def _fill_array(self, i: int, items: range) -> None:
+        made = make_array([self._objects[item] for item in items])
+        self._arrays.append(made)
+        self._references.append((_references_of(made), 1))
+        self.addresses[_ANY_WORDS * i + 1] = int(ffi.cast("uintptr_t", made.handle))
+
+    def place_objects(self) -> None:
+        """Copy the written addresses into the Tensor objects, before a call."""
+        for cell, at in self._cells:
+            cell[0] = self.addresses[at]
+
+    @property
+    def is_referred_to(self) -> bool:
+        """Whether a callee kept one of the Tensor objects: the frame must not be used again."""
+        for references, own in self._references:  # noqa: SIM110  # a generator is slower
+            if references[0] != own:
+                return True
+        return False
+
+    def __del__(self) -> None:
+        # Arrays first: a Tensor object that somebody refers to keeps its header for ever.
+        for array in getattr(self, "_arrays", ()):
+            array.release()
+
+    def snapshot(self) -> Packed:
+        """Copy the frame's present contents."""
+        return Packed(self.layout, memoryview(bytes(ffi.buffer(self._buffer))))
+
+    def call(self) -> Any:
+        """Call the entry with the written arguments; returns the result, which the caller owns."""
+        code = self.invoke()
+        if code:
+            self.drop_result()
+            check_kernel(code, self.entry.name)
+        return self.take_result()
+
+    def take_result(self) -> Any:
+        """Return the last call's result and hand it to the caller."""
+        result = self._result
+        if result.type_index == TypeIndex.NONE:
+            return None
+        try:
+            return unpack(result, owned=True)
+        finally:
+            self.drop_result()  # the next call must not take it for its own
+
+    def peek_result(self) -> Any:
+        """Return the last call's result with a reference of its own; the frame keeps it as well."""
+        return unpack(self._result, owned=False)
+
+    def drop_result(self) -> None:
+        """Clear the result's slot: a call that failed has no result."""
+        at = self.layout.result
+        self.words[at] = self.words[at + 1] = 0

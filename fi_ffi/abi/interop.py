@@ -11,21 +11,24 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
-from fi_ffi.abi import device_errors
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import Device, device_from_code, parse_device
-from fi_ffi.abi.dtypes import DTYPES, DType, dtype_from_code
-from fi_ffi.abi.failure import message_of
+from fi_ffi.abi.failure import STICKY, lost, message_of
 from fi_ffi.abi.library import c_library
 from fi_ffi.abi.objects import dims_of
 from fi_ffi.abi.tensor import (
+    DTYPES,
+    Device,
+    DType,
     TensorDesc,
     TensorKind,
     c_strides,
+    device_from_code,
+    dtype_from_code,
     frozen,
     make_desc,
+    parse_device,
     tensor_kind,
 )
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, DeviceError, printed
@@ -67,6 +70,7 @@ _TYPESTR = {"f": "float", "i": "int", "u": "uint", "b": "bool"}
 
 
 Adapter = Callable[[Any, str, str], TensorDesc]
+_Kept = TypeVar("_Kept")
 
 
 def as_desc(value: object, op: str = "as_desc", argument: str = "value") -> TensorDesc:
@@ -110,15 +114,20 @@ def _adapter_of(kind: type) -> Adapter | None:
             break
     if found is None:
         found = _protocol_of(kind)
-    if found is not None:
-        if len(_ADAPTERS) >= _MOST_TYPES:
-            _ADAPTERS.clear()
-        _ADAPTERS[kind] = found
-    return found
+    return found if found is None else _remember(_ADAPTERS, kind, found)
+
+
+def _remember(cache: dict[Any, _Kept], key: object, value: _Kept) -> _Kept:
+    """Put a value into a cache, which starts anew when it is full."""
+    if len(cache) >= _MOST_TYPES:
+        cache.clear()
+    cache[key] = value
+    return value
 
 
 def _protocol_of(kind: type) -> Adapter | None:
-    # Looked up on the type: numpy, torch and cupy do the same for protocols.
+    # Looked up on the type: numpy, torch and cupy do the same for protocols.  DLPack first: of
+    # jax's arrays it alone tells how XLA has laid them out.
     if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__"):
         return _from_dlpack
     if hasattr(kind, "__cuda_array_interface__"):
@@ -138,7 +147,7 @@ def _desc_adapter(kind: type, library: Any) -> Adapter:
 def _numpy_adapter(kind: type, library: Any) -> Adapter:
     """Attributes of contiguous arrays; others tell their lowest address in their interface."""
     kinds: dict[tuple[Any, int], TensorKind] = {}
-    cpu, from_buffer, cast = parse_device("cpu"), ffi.from_buffer, ffi.cast
+    from_buffer, cast = ffi.from_buffer, ffi.cast
 
     def read(array: Any, op: str, argument: str) -> TensorDesc:
         flags = array.flags
@@ -148,9 +157,9 @@ def _numpy_adapter(kind: type, library: Any) -> Adapter:
             if found is not None:
                 address = int(cast("uintptr_t", from_buffer(array)))
                 return frozen(address, shape, c_strides(shape), found, array)
-        desc = _from_array_interface(array, array.__array_interface__, op, argument, cpu)
-        if not desc.readonly and len(kinds) < _MOST_TYPES:
-            kinds[array.dtype, len(desc.shape)] = desc.kind
+        desc = _from_array_interface(array, array.__array_interface__, op, argument, "cpu")
+        if not desc.readonly:
+            _remember(kinds, (array.dtype, len(desc.shape)), desc.kind)
         return desc
 
     return read
@@ -204,13 +213,9 @@ def _torch_adapter(kind: type, torch: Any) -> Adapter:
         if where.type not in ("cpu", "cuda"):
             raise ArgumentError(op, argument, got=where, expected="a CPU or CUDA tensor")
         device = parse_device(f"{where.type}:{where.index or 0}" if where.type == "cuda" else "cpu")
+        named = tensor.get_device() if where.type == "cuda" and has_cuda_only else where
         made = tensor_kind(dtype, device, tensor.dim())
-        if len(kinds) >= _MOST_TYPES:
-            kinds.clear()
-        kinds[tensor.dtype, where, tensor.dim()] = made
-        if where.type == "cuda" and has_cuda_only:
-            kinds[tensor.dtype, tensor.get_device(), tensor.dim()] = made
-        return made
+        return _remember(kinds, (tensor.dtype, named, tensor.dim()), made)
 
     return read
 
@@ -225,9 +230,7 @@ def _cupy_adapter(kind: type, library: Any) -> Adapter:
         if found is None:
             dtype = _array_dtype(array, array.dtype.str, op, argument)
             device = parse_device(f"cuda:{data.device_id}")
-            if len(kinds) >= _MOST_TYPES:
-                kinds.clear()
-            found = kinds[key] = tensor_kind(dtype, device, len(shape))
+            found = _remember(kinds, key, tensor_kind(dtype, device, len(shape)))
         strides = tuple([step // itemsize for step in array.strides])
         if any(step % itemsize for step in array.strides):
             raise _odd_strides(op, argument, array.strides, found.dtype)
@@ -237,23 +240,13 @@ def _cupy_adapter(kind: type, library: Any) -> Adapter:
     return read
 
 
-def _numba_adapter(kind: type, library: Any) -> Adapter:
-    return _from_cuda_array_interface
-
-
-def _jax_adapter(kind: type, library: Any) -> Adapter:
-    """DLPack, which alone tells how XLA has laid an array out."""
-    return _from_dlpack
-
-
 # By module and name of a type that its arrays are of, or derive from.
 _LIBRARIES: dict[tuple[str, str], Callable[[type, Any], Adapter]] = {
     ("fi_ffi.abi.tensor", "TensorDesc"): _desc_adapter,
     ("numpy", "ndarray"): _numpy_adapter,
     ("torch", "Tensor"): _torch_adapter,
     ("cupy", "ndarray"): _cupy_adapter,
-    ("numba.cuda.cudadrv.devicearray", "DeviceNDArrayBase"): _numba_adapter,
-    ("jaxlib._jax", "ArrayImpl"): _jax_adapter,
+    ("numba.cuda.cudadrv.devicearray", "DeviceNDArrayBase"): lambda *_: _from_cuda_array_interface,
 }
 
 
@@ -264,9 +257,7 @@ def _from_cuda_array_interface(value: Any, op: str, argument: str) -> TensorDesc
 
 
 def _from_host_array_interface(value: Any, op: str, argument: str) -> TensorDesc:
-    return _from_array_interface(
-        value, value.__array_interface__, op, argument, parse_device("cpu")
-    )
+    return _from_array_interface(value, value.__array_interface__, op, argument, "cpu")
 
 
 def _pointer_of(interface: dict[str, Any]) -> tuple[Any, Any]:
@@ -395,8 +386,8 @@ def _cuda_device_of(ptr: int | None) -> Device:
     attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
     driver.cuInit(0)
     error, ordinal = driver.cuPointerGetAttribute(attribute, ptr)
-    if int(error) in device_errors.STICKY:
-        raise device_errors.lost("cuPointerGetAttribute", int(error))
+    if int(error) in STICKY:
+        raise lost("cuPointerGetAttribute", int(error))
     if error != driver.CUresult.CUDA_SUCCESS:
         raise ValueError(f"the CUDA driver does not know address {ptr:#x} ({error.name})")
     return parse_device(f"cuda:{ordinal}")

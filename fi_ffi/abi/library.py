@@ -153,12 +153,12 @@ def byte_array(text: bytes) -> tuple[Any, Any]:
     return array, buffer
 
 
-def read_bytes(array: Any, most: int = MAX_BYTES) -> bytes:
-    """The bytes a `TVMFFIByteArray` names; `AbiError` where they are more than `most`."""
+def read_bytes(array: Any) -> bytes:
+    """The bytes a `TVMFFIByteArray` names; `AbiError` where they are more than can be."""
     size = array.size
     if size == 0 or array.data == ffi.NULL:
         return b""
-    if size > most:
+    if size > MAX_BYTES:
         raise AbiError(f"a TVM-FFI byte array of {size} bytes")
     return bytes(ffi.buffer(array.data, size))
 

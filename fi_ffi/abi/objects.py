@@ -17,11 +17,16 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import device_from_code
-from fi_ffi.abi.dtypes import dtype_from_code
 from fi_ffi.abi.failure import check, error_from
 from fi_ffi.abi.library import TypeIndex
-from fi_ffi.abi.tensor import MAX_RANK, TensorDesc, make_desc
+from fi_ffi.abi.tensor import (
+    MAX_RANK,
+    TensorDesc,
+    TensorKind,
+    device_from_code,
+    dtype_from_code,
+    make_desc,
+)
 from fi_ffi.errors import AbiError, ArgumentError, FiFfiError, KernelError, LoaderError
 
 _Kind = TypeVar("_Kind", bound="Object")
@@ -32,7 +37,7 @@ _WORD = ffi.sizeof("int64_t")
 
 
 class Unique:
-    """Base class of what holds a reference: it is neither copied nor pickled."""
+    """Base class of objects that hold a reference and can be neither copied nor pickled."""
 
     __slots__ = ()
 
@@ -84,7 +89,7 @@ class Object(Unique):
         self._backing = None
 
     def moved_to(self, kind: type[_Kind]) -> _Kind:
-        """The reference as an object of another class; this one has it no more."""
+        """Hand the reference to a new object of another class; this one is released."""
         made = object.__new__(kind)
         made._handle, made._backing = self.handle, self._backing
         self._handle = self._backing = None
@@ -185,7 +190,7 @@ class Tensor(Object):
         return cls(slot[0], (block, desc))
 
     def described(self, owner: object = None) -> TensorDesc:
-        """The tensor by address, valid as long as a reference is held; `owner` is kept with it."""
+        """Describe the tensor, valid as long as a reference is held; `owner` is kept with it."""
         return desc_from_dl_tensor(ffi.cast("FiFfiTensorObject *", self.handle).cell, owner)
 
 
@@ -201,21 +206,26 @@ def bytes_of(value: Object) -> bytes:
 
 def write_dl_tensor(tensor: Any, desc: TensorDesc, dims: Any = None) -> Any:
     """Fill a `DLTensor`; returns the array of sizes and strides, which must live as long."""
-    shape, strides, device, dtype = desc.shape, desc.strides, desc.device, desc.dtype
-    rank = len(shape)
+    words = 2 * desc.kind.rank
     if dims is None:
-        dims = ffi.new("int64_t[]", 2 * rank)
-    dims[0 : 2 * rank] = shape + strides
+        dims = ffi.new("int64_t[]", words)
+    dims[0:words] = desc.shape + desc.strides
     tensor.data, tensor.byte_offset = ffi.cast("void *", desc.ptr), 0
-    place, kind = tensor.device, tensor.dtype
-    place.device_type, place.device_id = device.type_code, device.index
-    kind.code, kind.bits, kind.lanes = dtype.code, dtype.bits, dtype.lanes
-    tensor.ndim, tensor.shape, tensor.strides = rank, dims, dims + rank
+    write_kind(tensor, desc.kind, dims)
     return dims
 
 
+def write_kind(tensor: Any, kind: TensorKind, dims: Any) -> None:
+    """Write a `DLTensor`'s device, dtype and rank; its sizes and strides are in `dims`."""
+    device, dtype, rank = kind.device, kind.dtype, kind.rank
+    place, written = tensor.device, tensor.dtype
+    place.device_type, place.device_id = device.type_code, device.index
+    written.code, written.bits, written.lanes = dtype.code, dtype.bits, dtype.lanes
+    tensor.ndim, tensor.shape, tensor.strides = rank, dims, dims + rank
+
+
 def desc_from_dl_tensor(tensor: Any, owner: object = None) -> TensorDesc:
-    """The descriptor of a `DLTensor`, with what keeps the tensor; `AbiError` for nonsense."""
+    """Describe a `DLTensor`, keeping its `owner`; raises `AbiError` for one that cannot be."""
     dtype = dtype_from_code(tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes)
     device = device_from_code(tensor.device.device_type, tensor.device.device_id)
     if dtype is None or device is None:
@@ -244,7 +254,7 @@ def dims_of(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
 
 # The objects that a callee still refers to, by address: our reference, and the backing.
 _lent: dict[int, tuple[Any, tuple[Any, object]]] = {}
-# Backings that nobody can tell any more whether they are needed: they stay.
+# Backings of objects whose release was interrupted: a callee may refer to them, so they stay.
 _orphans: list[object] = []
 _FEW = 64
 _limit = _FEW
@@ -260,7 +270,7 @@ def _lend(handle: Any, backing: tuple[Any, object]) -> None:
 
 
 def _sweep() -> None:
-    """Release what no callee refers to any more."""
+    """Release the objects that no callee refers to any more."""
     global _limit
     if not _sweeping.acquire(blocking=False):
         return
@@ -277,13 +287,13 @@ def _sweep() -> None:
 
 
 def lent_count() -> int:
-    """How many objects over memory of ours are referred to by callees now."""
+    """Count the objects over memory of ours that callees still refer to."""
     _sweep()
     return len(_lent)
 
 
 class CallArena(Unique):
-    """What the arguments of one call need until it is over.
+    """Holds what the arguments of one call need until it is over.
 
     `descs` are all tensors among them, each with the name of its argument.
     """

@@ -16,8 +16,8 @@ from typing import Any
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import Device
 from fi_ffi.abi.failure import check
+from fi_ffi.abi.tensor import Device
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 
 # cudaStreamPerThread; handles up to it are default streams, of the device that is current.

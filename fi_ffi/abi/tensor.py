@@ -1,19 +1,173 @@
-"""`TensorDesc`: where a tensor is and how it is laid out; it owns no memory."""
+"""Tensors by address: element types, devices, and `TensorDesc`, which owns no memory."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from fi_ffi.abi.device import Device, parse_device
-from fi_ffi.abi.dtypes import DType, parse_dtype
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
+
+if TYPE_CHECKING:
+    import numpy
 
 _INT64_MAX = 2**63 - 1
 MAX_RANK = 64
 _MOST_NAMES = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class DType:
+    """An element type; the instances in `DTYPES` are the only ones.
+
+    `code`, `bits` and `lanes` are the fields of a `DLDataType` (dlpack.h);
+    `itemsize` is in bytes, of one packed element.
+    """
+
+    name: str
+    code: int
+    bits: int
+    lanes: int = 1
+
+    @property
+    def itemsize(self) -> int:
+        return self.bits * self.lanes // 8
+
+    @property
+    def numpy(self) -> numpy.dtype[Any]:
+        """The numpy dtype of the same bytes; ml_dtypes has those numpy lacks."""
+        import ml_dtypes
+        import numpy
+
+        if self.lanes > 1:
+            return numpy.dtype(numpy.uint8)
+        return numpy.dtype(getattr(ml_dtypes, self.name, self.name))
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+_INT, _UINT, _FLOAT, _BFLOAT, _BOOL = 0, 1, 2, 4, 6
+_FLOAT8_E4M3FN, _FLOAT8_E5M2, _FLOAT4_E2M1FN = 10, 12, 17
+
+DTYPES: dict[str, DType] = {
+    dtype.name: dtype
+    for dtype in (
+        DType("float16", _FLOAT, 16),
+        DType("bfloat16", _BFLOAT, 16),
+        DType("float32", _FLOAT, 32),
+        DType("float64", _FLOAT, 64),
+        DType("float8_e4m3fn", _FLOAT8_E4M3FN, 8),
+        DType("float8_e5m2", _FLOAT8_E5M2, 8),
+        # Two values in a byte, as FlashInfer and torch's float4_e2m1fn_x2 have it.
+        DType("float4_e2m1fn_x2", _FLOAT4_E2M1FN, 4, 2),
+        DType("int8", _INT, 8),
+        DType("int16", _INT, 16),
+        DType("int32", _INT, 32),
+        DType("int64", _INT, 64),
+        DType("uint8", _UINT, 8),
+        DType("uint16", _UINT, 16),
+        DType("uint32", _UINT, 32),
+        DType("uint64", _UINT, 64),
+        DType("bool", _BOOL, 8),
+    )
+}
+_BY_CODE = {(d.code, d.bits, d.lanes): d for d in DTYPES.values()}
+
+
+def parse_dtype(dtype: object, *, op: str = "TensorDesc", argument: str = "dtype") -> DType:
+    """The table's entry for a name, a `DType`, or a numpy, ml_dtypes or torch dtype.
+
+    Raises `ArgumentTypeError` for anything else, listing the known names.
+    """
+    # numpy dtypes have a name, numpy scalar types a __name__, torch's print as torch.float16.
+    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or dtype
+    name = name if isinstance(name, str) else printed(name)
+    found = DTYPES.get(name.rpartition(".")[2])
+    if found is None or getattr(dtype, "byteorder", "=") == ">":
+        raise ArgumentTypeError(op, argument, got=printed(dtype), expected=f"one of {list(DTYPES)}")
+    return found
+
+
+def dtype_from_code(code: int, bits: int, lanes: int) -> DType | None:
+    """The table's entry for the fields of a `DLDataType`, or None."""
+    return _BY_CODE.get((code, bits, lanes))
+
+
+# dlpack.h, DLDeviceType
+DEVICE_TYPES = {"cpu": 1, "cuda": 2, "cuda_host": 3, "cuda_managed": 13}
+_TYPE_NAMES = {code: name for name, code in DEVICE_TYPES.items()}
+_MAX_INDEX = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Device:
+    """A device; equal devices are the same object (see `parse_device`)."""
+
+    type: str
+    index: int
+
+    @property
+    def type_code(self) -> int:
+        return DEVICE_TYPES[self.type]
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.type == "cuda"
+
+    def __str__(self) -> str:
+        return self.type if self.type in ("cpu", "cuda_host") else f"{self.type}:{self.index}"
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+_DEVICES: dict[object, Device] = {}
+
+
+def _device(type_name: str, index: int) -> Device:
+    return _DEVICES.setdefault((type_name, index), Device(type_name, index))
+
+
+def device_from_code(type_code: int, index: int) -> Device | None:
+    """The device for the fields of a `DLDevice`, or None where there can be no such device."""
+    name = _TYPE_NAMES.get(type_code)
+    if name is None or not 0 <= index <= _MAX_INDEX:
+        return None
+    return _DEVICES.get((name, index)) or _device(name, index)
+
+
+def parse_device(device: object, *, op: str = "TensorDesc", argument: str = "device") -> Device:
+    """`"cuda:1"`, `"cuda"` (index 0), `"cpu"`, or a `Device`.
+
+    Raises `ArgumentTypeError` for anything else.
+    """
+    if isinstance(device, Device):
+        known = _DEVICES.get((device.type, device.index))
+        if known is not None:
+            return known
+        device = f"{device.type}:{device.index}"  # made by hand: not checked yet
+    if isinstance(device, str):
+        known = _DEVICES.get(device)
+        if known is not None:
+            return known
+        name, _, index = device.partition(":")
+        digits = index if ":" in device else "0"
+        if name in DEVICE_TYPES and digits.isascii() and digits.isdigit() and len(digits) < 11:
+            number = int(digits)
+            if number <= _MAX_INDEX:
+                found = _device(name, number)
+                _DEVICES[device] = found
+                return found
+    raise ArgumentTypeError(
+        op,
+        argument,
+        got=printed(device),
+        expected=f"'<type>:<index>' with type in {[*DEVICE_TYPES]}",
+    )
 
 
 class TensorKind:
@@ -173,7 +327,11 @@ class TensorDesc(_Fields):
         """
         shape, strides = self.shape, self.strides
         if type(start) is not int or type(stop) is not int:
-            start, stop = _rows(self, start, stop)
+            try:
+                start, stop = index_of(start), index_of(stop)
+            except TypeError:
+                got, expected = f"{printed(start)}, {printed(stop)}", "two ints"
+                raise ArgumentTypeError("TensorDesc", "rows", got=got, expected=expected) from None
         if not shape or not 0 <= start <= stop <= shape[0]:
             expected = f"rows within 0 to {shape[0]}" if shape else "a tensor of rank 1 or more"
             raise ArgumentError("TensorDesc", "rows", got=(start, stop), expected=expected)
@@ -275,7 +433,8 @@ def _remember(dtype: object, device: object, kind: TensorKind) -> None:
         pass
 
 
-def _index(value: object) -> int:
+def index_of(value: object) -> int:
+    """An int-like object as an int; raises `TypeError` for others and for bools."""
     if type(value).__name__ in ("bool", "bool_"):  # numpy's as well, which may have __index__
         raise TypeError
     return operator.index(value)  # type: ignore[arg-type]
@@ -286,47 +445,30 @@ def _integers(values: object, argument: str, low: int) -> tuple[int, ...]:
     try:
         if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
             raise TypeError
-        numbers: list[int] = []
-        for value in values:  # which may have no end
-            numbers.append(_index(value))
-            if len(numbers) > MAX_RANK:
-                break
+        # Which may have no end.
+        numbers = tuple([index_of(value) for value in itertools.islice(values, MAX_RANK + 1)])
     except TypeError:
-        numbers = []
-        wrong_type = True
-    else:
-        wrong_type = False
-    if wrong_type:
-        raise ArgumentTypeError("TensorDesc", argument, got=printed(values), expected=expected)
+        got = printed(values)
+        raise ArgumentTypeError("TensorDesc", argument, got=got, expected=expected) from None
     if len(numbers) > MAX_RANK or any(not low <= number <= _INT64_MAX for number in numbers):
-        raise ArgumentError("TensorDesc", argument, got=tuple(numbers), expected=expected)
-    return tuple(numbers)
+        raise ArgumentError("TensorDesc", argument, got=numbers, expected=expected)
+    return numbers
 
 
 def _address(ptr: object, span_bytes: int, described: TensorDesc) -> int:
     """An address from an int-like object; cuda-python's CUdeviceptr has `__int__` only."""
     kind = type(ptr)
-    address: int | None = None
     try:
         # Not of any type: a float has __int__ too, and would lose its fraction.
         if kind.__module__.partition(".")[0] == "cuda" and hasattr(kind, "__int__"):
-            address = int(ptr)  # type: ignore[call-overload]
+            address: int = int(ptr)  # type: ignore[call-overload]
         else:
-            address = _index(ptr)
+            address = index_of(ptr)
     except TypeError:
-        pass
-    if address is None:
         got = f"{kind.__name__} {printed(ptr)}"
-        raise ArgumentTypeError("TensorDesc", "ptr", got=got, expected="an int address")
+        expected = "an int address"
+        raise ArgumentTypeError("TensorDesc", "ptr", got=got, expected=expected) from None
     if not 0 <= address <= 2**64 - 1 - span_bytes:
         expected = f"an address with room for {described.layout}"
         raise ArgumentError("TensorDesc", "ptr", got=hex(address), expected=expected)
     return address
-
-
-def _rows(desc: TensorDesc, start: object, stop: object) -> tuple[int, int]:
-    try:
-        return _index(start), _index(stop)
-    except TypeError:
-        got = f"{printed(start)}, {printed(stop)}"
-    raise ArgumentTypeError("TensorDesc", "rows", got=got, expected="two ints")

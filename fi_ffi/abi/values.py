@@ -1,6 +1,6 @@
 """Values into and out of a `TVMFFIAny`: one packer for each kind, and one reader.
 
-Calls of ops have their own packed frames (frame.py); this is the general way, for the
+Calls of ops have their own packed frames (function.py); this is the general way, for the
 arguments of any function, the elements of containers, and callbacks.
 
 A packer writes one zeroed `TVMFFIAny`, or raises: `ArgumentTypeError` for what is not of its
@@ -13,15 +13,12 @@ from __future__ import annotations
 import functools
 import itertools
 import numbers
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import Device, device_from_code, parse_device
-from fi_ffi.abi.dtypes import DType, dtype_from_code, parse_dtype
-from fi_ffi.abi.failure import check, prepare_untold, set_escaped, set_raised
+from fi_ffi.abi.failure import check, prepare_fallbacks, set_escaped, set_raised
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.library import TypeIndex
 from fi_ffi.abi.objects import (
@@ -37,7 +34,16 @@ from fi_ffi.abi.objects import (
     write_dl_tensor,
 )
 from fi_ffi.abi.signature import FUNCTION, Signature, TypeExpr, parse_type
-from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.abi.tensor import (
+    Device,
+    DType,
+    TensorDesc,
+    device_from_code,
+    dtype_from_code,
+    index_of,
+    parse_device,
+    parse_dtype,
+)
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, FiFfiError, printed
 
 Packer = Callable[[Any, Any, CallArena, str], None]
@@ -51,7 +57,7 @@ _PROTOCOLS = ("__dlpack__", "__cuda_array_interface__", "__array_interface__")
 def pack_arguments(
     args: Sequence[object], arena: CallArena, params: Sequence[tuple[Packer, str]] | None = None
 ) -> Any:
-    """A `TVMFFIAny[]` of a call's arguments: each by its parameter's packer, or as what it is."""
+    """A `TVMFFIAny[]` of a call's arguments: each by its parameter's packer, or by its type."""
     packed = ffi.new("TVMFFIAny[]", max(len(args), 1))
     for i, value in enumerate(args):
         packer, where = (pack, str(i)) if params is None else params[i]
@@ -60,7 +66,7 @@ def pack_arguments(
 
 
 def pack(slot: Any, value: object, arena: CallArena, where: str) -> None:
-    """Pack a value as what it is; a tensor becomes an object, which may be kept."""
+    """Pack a value by its own type; a tensor becomes an object, which a callee may keep."""
     kind: Any = type(value)
     packer = _BY_TYPE.get(kind) or _packer_of_type(kind)
     if packer is None:
@@ -71,7 +77,7 @@ def pack(slot: Any, value: object, arena: CallArena, where: str) -> None:
 
 def _refuse(value: object, arena: CallArena, where: str, expected: str) -> NoReturn:
     got = f"{type(value).__name__} {printed(value)}"
-    raise ArgumentTypeError(arena.op, where, got=got, expected=expected)
+    raise ArgumentTypeError(arena.op, where, got=got, expected=expected) from None
 
 
 # ---------------------------------------------------------------- single values
@@ -84,30 +90,30 @@ def _is_bool(kind: type) -> bool:
     return kind.__name__ in ("bool", "bool_")  # numpy's too
 
 
-def _integer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
-    kind = type(value)
-    if kind is not int:
-        if not issubclass(kind, numbers.Integral) or _is_bool(kind):
-            _refuse(value, arena, where, "an int")
-        value = int(value)
-    try:
-        slot.v_int64 = value
-    except OverflowError:
-        raise ArgumentError(arena.op, where, got=value, expected="an int64") from None
-    slot.type_index = TypeIndex.INT
+def _number(
+    plain: type[int] | type[float], abstract: type, index: int, field: str,
+    expected: str, limit: str,
+) -> Packer:  # fmt: skip
+    """A packer of numbers of one kind, Python's own or of another type."""
 
-
-def _number(slot: Any, value: Any, arena: CallArena, where: str) -> None:
-    kind = type(value)
-    if kind is not float:
-        if not issubclass(kind, numbers.Real) or _is_bool(kind):
-            _refuse(value, arena, where, "a float")
+    def packer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+        kind = type(value)
+        if kind is not plain and (not issubclass(kind, abstract) or _is_bool(kind)):
+            _refuse(value, arena, where, expected)
         try:
-            value = float(value)
+            value = value if kind is plain else plain(value)
+            setattr(slot, field, value)
         except OverflowError:
-            expected = "a number within float64"
-            raise ArgumentError(arena.op, where, got=value, expected=expected) from None
-    slot.type_index, slot.v_float64 = TypeIndex.FLOAT, value
+            raise ArgumentError(arena.op, where, got=value, expected=limit) from None
+        slot.type_index = index
+
+    return packer
+
+
+_integer = _number(int, numbers.Integral, TypeIndex.INT, "v_int64", "an int", "an int64")
+_float = _number(
+    float, numbers.Real, TypeIndex.FLOAT, "v_float64", "a float", "a number within float64"
+)
 
 
 def _boolean(slot: Any, value: Any, arena: CallArena, where: str) -> None:
@@ -168,10 +174,8 @@ def _pointer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
     if value is None:
         return
     try:
-        address = None if isinstance(value, bool) else operator.index(value)
+        address = index_of(value)
     except TypeError:
-        address = None
-    if address is None:
         _refuse(value, arena, where, "an address, as an int")
     if not 0 <= address <= _MAX_POINTER:
         raise ArgumentError(arena.op, where, got=address, expected="an address")
@@ -180,7 +184,7 @@ def _pointer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
 
 # ---------------------------------------------------------------- tensors and objects
 def _described(value: Any, arena: CallArena, where: str) -> TensorDesc:
-    """A tensor's descriptor, told to the call."""
+    """Describe a tensor and note it in the call's arena."""
     if isinstance(value, Tensor):
         _handle(value, arena, where)
         desc = value.described()
@@ -212,7 +216,7 @@ def _handle(value: Object, arena: CallArena, where: str) -> Any:
 
 
 def _object_of(name: str, *indices: int) -> Packer:
-    """Owned objects, of some of the library's own types where those are named."""
+    """A packer of owned objects: of any type, or of the library's own with these `indices`."""
 
     def packer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
         if not issubclass(type(value), Object):
@@ -249,7 +253,7 @@ def _is_sequence(kind: type) -> bool:
 
 
 def _snapshot(value: Any, elements: Iterable[Any], arena: CallArena, where: str) -> tuple[Any, ...]:
-    """The elements of a container, which may change, or tell another length than it has."""
+    """Copy a container's elements: it may change meanwhile, or have another length than it says."""
     if type(value) in (list, tuple):
         return tuple(elements)
     count = len(value)
@@ -325,7 +329,7 @@ def _mapping(name: str, index: int, key: Packer, item: Packer) -> Packer:
 def _make(
     slot: Any, maker: str, parts: Iterable[tuple[Packer, Any, str]], count: int, arena: CallArena
 ) -> None:
-    """Write the container that a maker makes of packed values; released after the call."""
+    """Write the container that the library function `maker` makes; released after the call."""
     packed, result = ffi.new("TVMFFIAny[]", max(count, 1)), ffi.new("TVMFFIAny *")
     for i, (packer, value, where) in enumerate(parts):
         packer(packed[i], value, arena, where)
@@ -369,7 +373,7 @@ _BY_TYPE: dict[type, Packer] = {
     type(None): _none,
     bool: _boolean,
     int: _integer,
-    float: _number,
+    float: _float,
     str: _text,
     bytes: _bytes,
     DType: _dtype,
@@ -390,7 +394,7 @@ def _packer_of_type(kind: type) -> Packer | None:
         return _boolean
     for found, packer in (
         (issubclass(kind, numbers.Integral), _integer),
-        (issubclass(kind, numbers.Real), _number),
+        (issubclass(kind, numbers.Real), _float),
         (issubclass(kind, str), _text),
         (issubclass(kind, (bytes, bytearray, memoryview)), _bytes),
         (any(hasattr(kind, name) for name in _PROTOCOLS), _tensor),
@@ -407,7 +411,7 @@ _BY_NAME: dict[str, Packer] = {
     "Any": pack,
     "None": _none,
     "int": _integer,
-    "float": _number,
+    "float": _float,
     "bool": _boolean,
     "str": _text,
     "const char*": _c_text,
@@ -565,7 +569,7 @@ def make_function(
             arena.end()
         return 0
 
-    prepare_untold()
+    prepare_fallbacks()
     callback = ffi.callback(_SAFE_CALL, call, error=-1, onerror=set_escaped)
     slot = ffi.new("TVMFFIObjectHandle *")
     check(library.lib.TVMFFIFunctionCreate(ffi.NULL, callback, ffi.NULL, slot), name)
@@ -573,7 +577,7 @@ def make_function(
 
 
 def _pack_result(result: Any, value: object, arena: CallArena) -> None:
-    """Write a callback's result: unlike an argument it must own what it names."""
+    """Write a callback's result: unlike an argument, it must own what it refers to."""
     if isinstance(value, TensorDesc):
         expected = "a Tensor object: a view would outlive what it is a view of"
         raise ArgumentTypeError(arena.op, "result", got=value, expected=expected)

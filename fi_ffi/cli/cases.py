@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import ml_dtypes
 import numpy as np
 
-from fi_ffi.abi.dtypes import DTYPES
+from fi_ffi.abi.tensor import DTYPES
 from fi_ffi.cli.inputs import inputs_of
 from fi_ffi.ops.axes import axis_size
 from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor, Text

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from cuda.bindings import driver, runtime
 
-from fi_ffi.abi import device_errors
-from fi_ffi.abi.dtypes import parse_dtype
-from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.abi import failure
+from fi_ffi.abi.tensor import TensorDesc, parse_dtype
 from fi_ffi.errors import FiFfiError
 from fi_ffi.reference.arrays import Array
 
@@ -34,8 +33,8 @@ def check(result: tuple[Any, ...]) -> Any:
     if code != 0:
         runtime.cudaGetLastError()  # or the next who asks takes it for its own
         name = f"{type(error).__name__}.{error.name}"
-        if code in device_errors.STICKY:
-            raise device_errors.lost("a CUDA call", code, name)
+        if code in failure.STICKY:
+            raise failure.lost("a CUDA call", code, name)
         raise CudaError(name)
     return values[0] if len(values) == 1 else tuple(values)
 

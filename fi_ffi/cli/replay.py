@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 import fi_ffi
-from fi_ffi.abi.device import Device, parse_device
+from fi_ffi.abi.tensor import Device, parse_device
 from fi_ffi.cli import output
 from fi_ffi.cli.replaying import again, compare
 from fi_ffi.cli.replaying.compare import Compared

@@ -12,7 +12,7 @@ from typing import Any
 
 from fi_ffi.abi import failure
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device_errors import LEFTOVERS, STICKY, lost
+from fi_ffi.abi.failure import LEFTOVERS, STICKY, lost
 from fi_ffi.abi.function import PROBE_ARGUMENTS
 from fi_ffi.abi.streams import PER_THREAD
 from fi_ffi.errors import DeviceError, KernelError

@@ -12,10 +12,8 @@ from typing import Any
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.allocator import HOST, Allocator, Source
-from fi_ffi.abi.device import Device, parse_device
-from fi_ffi.abi.dtypes import DTYPES
 from fi_ffi.abi.streams import PER_THREAD
-from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.abi.tensor import DTYPES, Device, TensorDesc, parse_device
 from fi_ffi.errors import DeviceError, LoaderError
 from fi_ffi.loader import cuda_errors, machine
 

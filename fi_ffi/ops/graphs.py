@@ -10,9 +10,9 @@ from types import TracebackType
 from typing import Any
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import Device, parse_device
 from fi_ffi.abi.streams import PER_THREAD, check_stream, current_scope, stream_handle
 from fi_ffi.abi.streams import stream as stream_scope
+from fi_ffi.abi.tensor import Device, parse_device
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import Device
+from fi_ffi.abi.tensor import Device
 from fi_ffi.errors import KernelError
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda

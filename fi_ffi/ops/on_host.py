@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fi_ffi.abi.device import parse_device
 from fi_ffi.abi.interop import TensorLike, as_desc
-from fi_ffi.abi.tensor import TensorDesc, frozen, tensor_kind
+from fi_ffi.abi.tensor import TensorDesc, frozen, parse_device, tensor_kind
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.call.arguments import (
     INT32_MAX,

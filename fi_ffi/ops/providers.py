@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import re
 
-from fi_ffi.abi.device import Device
 from fi_ffi.abi.function import Entry
+from fi_ffi.abi.tensor import Device
 from fi_ffi.errors import ArchitectureError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import machine
 from fi_ffi.ops.row import Row

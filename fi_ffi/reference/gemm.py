@@ -13,8 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fi_ffi.abi.dtypes import DTYPES
-from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.abi.tensor import DTYPES, TensorDesc
 from fi_ffi.reference.arrays import Array, as_array, store
 
 BLOCK = 128

@@ -15,11 +15,10 @@ import pytest
 from fi_ffi.abi import library, streams
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.allocator import _ALLOCATORS, HOST, Allocator, Source
-from fi_ffi.abi.device import Device
-from fi_ffi.abi.dtypes import DTYPES
 from fi_ffi.abi.failure import check
 from fi_ffi.abi.library import TypeIndex
 from fi_ffi.abi.objects import Tensor
+from fi_ffi.abi.tensor import DTYPES, Device
 from fi_ffi.errors import KernelError
 
 from allocating import CUDA, alloc, desc_of

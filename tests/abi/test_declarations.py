@@ -14,9 +14,10 @@ import cffi
 import pytest
 from cuda.pathfinder import load_nvidia_dynamic_lib
 
-from fi_ffi.abi import device, dtypes, library
+from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.library import TypeIndex
+from fi_ffi.abi.tensor import DEVICE_TYPES, DTYPES
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADERS = ("dlpack/dlpack.h", "tvm/ffi/c_api.h", "tvm/ffi/extra/c_env_api.h")
@@ -149,7 +150,7 @@ def test_type_indices(theirs: cffi.FFI) -> None:
 
 def test_dtype_codes(theirs: cffi.FFI) -> None:
     codes = enum_values(theirs, "DLDataTypeCode", "kDL")
-    for name, dtype in dtypes.DTYPES.items():
+    for name, dtype in DTYPES.items():
         # float8 and float4 have a code for each format, the others one for each kind.
         kind = name.removesuffix("_x2")
         assert dtype.code == codes[kind if kind in codes else kind.rstrip("0123456789")], name
@@ -157,7 +158,7 @@ def test_dtype_codes(theirs: cffi.FFI) -> None:
 
 def test_device_codes(theirs: cffi.FFI) -> None:
     codes = enum_values(theirs, "DLDeviceType", "kDL")
-    assert {name.replace("_", ""): code for name, code in device.DEVICE_TYPES.items()}.items() <= (
+    assert {name.replace("_", ""): code for name, code in DEVICE_TYPES.items()}.items() <= (
         codes.items()
     )
 

@@ -10,8 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fi_ffi.abi.device import DEVICE_TYPES, Device, device_from_code, parse_device
-from fi_ffi.abi.dtypes import DTYPES, DType, dtype_from_code, parse_dtype
+from fi_ffi.abi.tensor import (
+    DEVICE_TYPES,
+    DTYPES,
+    Device,
+    DType,
+    device_from_code,
+    dtype_from_code,
+    parse_device,
+    parse_dtype,
+)
 from fi_ffi.errors import ArgumentTypeError
 
 WITH_NUMPY = [name for name in DTYPES if name != "float4_e2m1fn_x2"]

@@ -6,9 +6,9 @@ import gc
 from collections.abc import Callable, Sequence
 
 import pytest
+from frames import write_tensor
 
-from fi_ffi.abi.frame import NO_STREAM, Frame, FrameLayout, Slot
-from fi_ffi.abi.function import Entry, make_array
+from fi_ffi.abi.function import NO_STREAM, Entry, Frame, FrameLayout, Slot, make_array
 from fi_ffi.abi.objects import Array
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import KernelError
@@ -29,7 +29,7 @@ def make_frame(entry: Entry, slots: Sequence[Slot]) -> Frame:
 def write(frame: Frame, values: Sequence[TensorDesc | float]) -> None:
     for i, value in enumerate(values):
         if isinstance(value, TensorDesc):
-            frame.write_tensor(i, value)
+            write_tensor(frame, i, value)
         else:
             view = frame.floats if isinstance(value, float) else frame.words
             view[frame.layout.value(i)] = value

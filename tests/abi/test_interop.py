@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.abi.dtypes import DTYPES
 from fi_ffi.abi.interop import as_desc
-from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.abi.tensor import DTYPES, TensorDesc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 
 from ids import shown

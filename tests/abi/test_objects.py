@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from frames import write_tensor
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.frame import Frame, FrameLayout
 from fi_ffi.abi.function import (
     Entry,
+    Frame,
+    FrameLayout,
     array_values,
     global_function,
     make_array,
@@ -271,7 +273,7 @@ def test_a_tensor_of_a_frame_kept_by_a_callee(
     kept, frames = [], []
     for ptr in (0x1000, 0x2000, 0x3000):
         frame = Frame(FrameLayout([2]), [(desc.kind, True)], entry)
-        frame.write_tensor(0, desc.at(ptr))
+        write_tensor(frame, 0, desc.at(ptr))
         frame.place_objects()
         assert not frame.is_referred_to
         kept.append((frame.call(), ptr))

@@ -22,8 +22,8 @@ from cuda.bindings import driver, runtime
 
 from fi_ffi.abi import library, streams
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import Device, parse_device
 from fi_ffi.abi.streams import current_scope, stream, stream_context, stream_handle
+from fi_ffi.abi.tensor import Device, parse_device
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 
 CUDA0, CUDA1 = parse_device("cuda:0"), parse_device("cuda:1")
@@ -448,7 +448,7 @@ def test_generators_that_suspend_a_scope() -> None:
 LIMITED = """
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (1 << 33, 1 << 33))
-    from fi_ffi.abi.device import parse_device
+    from fi_ffi.abi.tensor import parse_device
     from fi_ffi.abi.streams import current_scope, stream, stream_context, swap
     from fi_ffi.errors import KernelError
     from fi_ffi.loader.runtime import ensure_tvm_ffi

@@ -18,9 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fi_ffi.abi import tensor
-from fi_ffi.abi.dtypes import DTYPES
 from fi_ffi.abi.interop import as_desc
-from fi_ffi.abi.tensor import TensorDesc, c_strides, make_desc
+from fi_ffi.abi.tensor import DTYPES, TensorDesc, c_strides, make_desc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 
 INT64 = 2**63 - 1

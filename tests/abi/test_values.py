@@ -15,11 +15,9 @@ from hypothesis import strategies as st
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import DEVICE_TYPES, Device, parse_device
-from fi_ffi.abi.dtypes import DTYPES
 from fi_ffi.abi.function import Entry, array_values, global_function, make_array
 from fi_ffi.abi.library import TypeIndex
-from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.abi.tensor import DEVICE_TYPES, DTYPES, Device, TensorDesc, parse_device
 from fi_ffi.abi.values import unpack
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, KernelError
 

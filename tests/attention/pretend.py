@@ -15,8 +15,7 @@ import pytest
 import fi_ffi
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import parse_device
-from fi_ffi.abi.tensor import TensorDesc, make_desc
+from fi_ffi.abi.tensor import TensorDesc, make_desc, parse_device
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.loader.runtime import ensure_tvm_ffi
 from fi_ffi.ops import cuda, handles, providers

@@ -485,7 +485,7 @@ def test_headers_that_are_wrong(folder, change):
 
 def test_placed_arrays_are_as_aligned_as_they_were(folder):
     """What a kernel loads at a time must be where it was."""
-    from fi_ffi.abi.device import parse_device
+    from fi_ffi.abi.tensor import parse_device
     from fi_ffi.cli.replaying.memory import Placed as Replaced
 
     case = draw(OPS["rmsnorm"].row, {"T": "float16"}, {})

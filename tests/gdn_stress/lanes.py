@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import fi_ffi
-from fi_ffi.abi.dtypes import DTYPES
+from fi_ffi.abi.tensor import DTYPES
 from fi_ffi.cli.cases import Case
 from fi_ffi.cli.inputs.gdn import make as ragged_sequences
 from fi_ffi.ops.on_host import gdn_prefill_workspace_size

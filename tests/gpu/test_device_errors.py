@@ -31,7 +31,7 @@ import json, os
 import numpy as np
 from cuda.bindings import runtime
 import fi_ffi
-from fi_ffi.abi.device import parse_device
+from fi_ffi.abi.tensor import parse_device
 from fi_ffi.cli.cuda import DeviceArray, check
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda

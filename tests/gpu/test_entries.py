@@ -25,8 +25,8 @@ import json, sys
 
 import fi_ffi
 from fi_ffi.abi import library
-from fi_ffi.abi.device import parse_device
-from fi_ffi.abi.dtypes import parse_dtype
+from fi_ffi.abi.tensor import parse_device
+from fi_ffi.abi.tensor import parse_dtype
 from fi_ffi.abi.function import Entry, module_function, probe
 from fi_ffi.abi.objects import Module
 from fi_ffi.loader import machine

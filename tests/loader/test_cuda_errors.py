@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 
 import fi_ffi
-from fi_ffi.abi import device_errors, failure
+from fi_ffi.abi import failure
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.loader import cuda_errors, machine
 from fi_ffi.ops import cuda, graphs
@@ -290,7 +290,7 @@ def test_a_kernel_that_fails_is_examined(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def examine(error: fi_ffi.KernelError) -> fi_ffi.KernelError:
         seen.append(error.op)
-        return device_errors.lost(error.op, ILLEGAL)
+        return failure.lost(error.op, ILLEGAL)
 
     monkeypatch.setattr(failure, "examine", examine)
     x, weight = np.ones((4, 64), np.float16), np.ones(64, np.float16)

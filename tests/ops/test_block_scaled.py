@@ -9,7 +9,7 @@ import pytest
 from every_op import check_on, check_replayed, needs
 
 import fi_ffi
-from fi_ffi.abi.device import parse_device
+from fi_ffi.abi.tensor import parse_device
 from fi_ffi.cli.cases import Case, make_case
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.ops.functions import OPS

@@ -286,7 +286,7 @@ def test_single_requests(path):
 
 def test_a_function_that_no_row_describes(mine, path):
     """What calls of `fi_ffi.module` are told by."""
-    from fi_ffi.abi.device import parse_device
+    from fi_ffi.abi.tensor import parse_device
 
     made = []
 
@@ -591,7 +591,7 @@ def test_what_a_level_imports(level):
         import sys
         import fi_ffi
         from fi_ffi.ops.watch import watching
-        from fi_ffi.abi.device import parse_device
+        from fi_ffi.abi.tensor import parse_device
 
         if watching.inboxes:
             x = fi_ffi.TensorDesc(4096, (4,), "float16", device="cpu")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fi_ffi
-from fi_ffi.abi.device import parse_device
+from fi_ffi.abi.tensor import parse_device
 from fi_ffi.cli.cases import Case, bound, make_case
 from fi_ffi.loader import machine
 from fi_ffi.ops.call import memory

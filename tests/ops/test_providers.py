@@ -9,7 +9,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 import fi_ffi
-from fi_ffi.abi.device import parse_device
+from fi_ffi.abi.tensor import parse_device
 from fi_ffi.loader import runtime
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from frames import write_tensor
 
 import fi_ffi
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import parse_device
+from fi_ffi.abi.tensor import parse_device
 from fi_ffi.loader import machine
 from fi_ffi.ops.call import memory
 from fi_ffi.ops.call.compiled import Variant
@@ -130,7 +131,7 @@ class Gpu:
         variant.entry = entry_for(row, CPU)
         frame = variant.new_frame()
         for i, desc in descs.items():
-            frame.write_tensor(i, desc)
+            write_tensor(frame, i, desc)
         call = recording.of_frame(frame, stream)
         recording.tell(call)
         call.slot = self.board.slot((0, stream))

@@ -13,8 +13,8 @@ import pytest
 
 import fi_ffi
 from fi_ffi import reference
-from fi_ffi.abi.device import parse_device
 from fi_ffi.abi.function import register
+from fi_ffi.abi.tensor import parse_device
 from fi_ffi.loader.runtime import ensure_tvm_ffi
 from fi_ffi.ops.attention import decode, mla, options, plan, prefill, single
 from fi_ffi.ops.attention.rows import BATCH_MLA, FORMS, ROWS, of_release

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import Device, parse_device
 from fi_ffi.abi.function import array_values
 from fi_ffi.abi.objects import Array as ArrayObject
-from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.abi.tensor import Device, TensorDesc, parse_device
 from fi_ffi.cli.replaying.memory import Placed
 from fi_ffi.cli.replaying.recorded import Recorded
 from fi_ffi.errors import FiFfiError

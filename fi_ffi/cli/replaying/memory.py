@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import Device, parse_device
-from fi_ffi.abi.tensor import TensorDesc, make_desc
+from fi_ffi.abi.tensor import Device, TensorDesc, make_desc, parse_device
 from fi_ffi.cli.replaying.recorded import RecordedTensor
 from fi_ffi.ops import cuda
 from fi_ffi.reference.arrays import Array

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fi_ffi.abi.dtypes import DTYPES, DType
+from fi_ffi.abi.tensor import DTYPES, DType
 from fi_ffi.errors import ArtifactError
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.row import Row

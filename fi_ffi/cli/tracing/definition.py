@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fi_ffi.abi.dtypes import DTYPES
+from fi_ffi.abi.tensor import DTYPES
 from fi_ffi.cli.cases import default_dtypes, make_case
 from fi_ffi.cli.inputs import inputs_of
 from fi_ffi.cli.tracing import attention

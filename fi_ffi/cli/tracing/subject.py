@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fi_ffi.abi.dtypes import DTYPES
+from fi_ffi.abi.tensor import DTYPES
 from fi_ffi.cli.replaying.recorded import Recorded, load
 from fi_ffi.cli.tracing.published import MLA_DECODE, PUBLISHED, Axis, Published
 from fi_ffi.errors import ArgumentError

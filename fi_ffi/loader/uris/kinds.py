@@ -9,7 +9,7 @@ from typing import Protocol
 
 Value = str | int | bool | None
 
-# FlashInfer's short names, and those of the same types in torch and in `fi_ffi.abi.dtypes`.
+# FlashInfer's short names, and those of the same types in torch and in `fi_ffi.abi.tensor`.
 DTYPES = {
     "f16": "float16",
     "bf16": "bfloat16",

@@ -12,10 +12,8 @@ from itertools import accumulate
 from operator import ge, sub
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import parse_device
-from fi_ffi.abi.dtypes import DTYPES
 from fi_ffi.abi.interop import as_desc
-from fi_ffi.abi.tensor import TensorDesc, frozen, tensor_kind
+from fi_ffi.abi.tensor import DTYPES, TensorDesc, frozen, parse_device, tensor_kind
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.attention.sizes import aligned
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fi_ffi.abi.device import Device
-from fi_ffi.abi.dtypes import DType, parse_dtype
+from fi_ffi.abi.tensor import Device, DType, parse_dtype
 from fi_ffi.errors import ArgumentError, printed
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.rows import F16, FP8, of_release

@@ -13,13 +13,11 @@ from types import NoneType
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import Device, parse_device
-from fi_ffi.abi.frame import Frame
-from fi_ffi.abi.function import array_values
+from fi_ffi.abi.function import Frame, array_values
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.objects import Array
 from fi_ffi.abi.streams import current_scope, handle_for
-from fi_ffi.abi.tensor import TensorDesc, TensorKind, make_desc
+from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind, make_desc, parse_device
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda

@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 from typing import Any, NoReturn
 
-from fi_ffi.abi.device import Device, parse_device
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.streams import PER_THREAD
-from fi_ffi.abi.tensor import TensorDesc, make_desc
+from fi_ffi.abi.tensor import Device, TensorDesc, make_desc, parse_device
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops import cuda
 from fi_ffi.ops.call.arguments import INT64_MAX, check_int

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numbers
 
-from fi_ffi.abi.device import Device
 from fi_ffi.abi.interop import TensorLike, as_desc
-from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.abi.tensor import Device, TensorDesc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.options import SHORT, in_use, release

@@ -11,8 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fi_ffi.abi.dtypes import DTYPES
-from fi_ffi.abi.frame import FrameLayout
+from fi_ffi.abi.function import FrameLayout
+from fi_ffi.abi.tensor import DTYPES
 from fi_ffi.ops.axes import Axis, parse_axis
 from fi_ffi.ops.call.refuse import PLANNED
 from fi_ffi.ops.requires import names_in, replaced

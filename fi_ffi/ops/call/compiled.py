@@ -10,12 +10,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fi_ffi.abi.device import Device, parse_device
-from fi_ffi.abi.dtypes import DTYPES
-from fi_ffi.abi.frame import ARRAY, Frame, Slot, c_text
-from fi_ffi.abi.function import Entry
+from fi_ffi.abi.function import ARRAY, Entry, Frame, Slot, c_text
 from fi_ffi.abi.interop import as_desc
-from fi_ffi.abi.tensor import TensorDesc, TensorKind, tensor_kind
+from fi_ffi.abi.tensor import DTYPES, Device, TensorDesc, TensorKind, parse_device, tensor_kind
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda
 from fi_ffi.ops.call import memory

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi import library, streams
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import Device
 from fi_ffi.abi.failure import take_kernel_error, take_raised
-from fi_ffi.abi.frame import NO_STREAM, Frame
+from fi_ffi.abi.function import NO_STREAM, Frame
+from fi_ffi.abi.tensor import Device
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda
 from fi_ffi.ops.watch import watching

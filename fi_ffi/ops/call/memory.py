@@ -8,11 +8,9 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import Device
-from fi_ffi.abi.dtypes import DTYPES
 from fi_ffi.abi.library import renew_after_fork
 from fi_ffi.abi.streams import PER_THREAD, handle_for
-from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.abi.tensor import DTYPES, Device, TensorDesc
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda
 from fi_ffi.ops.row import Tensor

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from fi_ffi.abi.frame import Frame
+from fi_ffi.abi.function import Frame
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import TensorDesc

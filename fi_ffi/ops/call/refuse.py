@@ -15,7 +15,7 @@ from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 from fi_ffi.ops.row import KV_LAYOUTS, Row, Scalar, Tensor, Text
 
 if TYPE_CHECKING:
-    from fi_ffi.abi.device import Device
+    from fi_ffi.abi.tensor import Device
 
 _INT64 = 2**63
 PLANNED = "what was planned"  # has fixed a size, and no argument

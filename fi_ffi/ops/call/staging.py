@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import Device
 from fi_ffi.abi.library import renew_after_fork
-from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.abi.tensor import Device, TensorDesc
 from fi_ffi.ops import cuda
 from fi_ffi.ops.call.memory import HOST, hold, keep, owned, stream_key
 

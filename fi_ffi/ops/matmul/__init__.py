@@ -28,5 +28,11 @@ __all__ = [
 
 def select_release(release: str | None) -> None:
     """Drop what was learnt of other kernels, and put the rows of this release in force."""
-    products.select_release(release)
-    segment.forget()
+    for op in (products.GET_ALGOS, products.RUN_WITH_ALGO):
+        op.forget()
+        op.select_release(release)
+    for compiled in (
+        products.RUN_GEMM, products.CONFIGURE, products.GROUPWISE, products.GROUP_GROUPWISE,
+        segment.SM80, segment.SM90,
+    ):  # fmt: skip
+        compiled.forget()

@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-from fi_ffi.abi.device import Device
-from fi_ffi.abi.dtypes import parse_dtype
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.streams import handle_for
+from fi_ffi.abi.tensor import Device, parse_dtype
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.call.arguments import INT64_MAX, check_int
 from fi_ffi.ops.call.compiled import CompiledRow
@@ -74,8 +73,11 @@ def tinygemm_bf16(
 # cuBLASLt's algorithms: asked for once, then called without asking again.
 
 
-def _call_algos(op: Op, matrices: dict[str, Any], handle: int, stream: object, **more: Any) -> Any:
-    values, name = matrices | more, op.row.name
+_TENSORS = ("A", "B", "D", "A_scale", "B_scale", "algo_buffer", "workspace_buffer")
+
+
+def _call_algos(op: Op, tensors: tuple[Any, ...], handle: int, stream: object, **more: Any) -> Any:
+    values, name = dict(zip(_TENSORS, tensors, strict=True)) | more, op.row.name
     left = values["A"] = as_desc(values["A"], name, "A")
     if left.device.is_cuda and not op.has_release:
         op.select_release(release_in_use())
@@ -108,11 +110,8 @@ def bmm_fp8_get_algos(
 
     What it writes is for this shape, these dtypes and this GPU.
     """
-    matrices = {"A": A, "B": B, "D": D, "A_scale": A_scale, "B_scale": B_scale}
-    count: int = _call_algos(
-        GET_ALGOS, matrices, cublas_handle, stream, algo_buffer=algo_buffer,
-        workspace_buffer=workspace_buffer,
-    )  # fmt: skip
+    tensors = (A, B, D, A_scale, B_scale, algo_buffer, workspace_buffer)
+    count: int = _call_algos(GET_ALGOS, tensors, cublas_handle, stream)
     return count
 
 
@@ -137,11 +136,8 @@ def bmm_fp8_run_with_algo(
 
     An algorithm of another shape or GPU is refused by cuBLASLt, with a `KernelError`.
     """
-    matrices = {"A": A, "B": B, "D": D, "A_scale": A_scale, "B_scale": B_scale}
-    _call_algos(
-        RUN_WITH_ALGO, matrices, cublas_handle, stream, algo_buffer=algo_buffer,
-        algo_idx=algo_idx, workspace_buffer=workspace_buffer,
-    )  # fmt: skip
+    tensors = (A, B, D, A_scale, B_scale, algo_buffer, workspace_buffer)
+    _call_algos(RUN_WITH_ALGO, tensors, cublas_handle, stream, algo_idx=algo_idx)
 
 
 # Scales of blocks, SM90.
@@ -157,7 +153,7 @@ _rows: dict[int, tuple[ModuleObject, int]] = {}
 
 
 def _expect(device: Device, m: int, n: int, k: int) -> int:
-    """Tell the object of a product; the rows that it makes room for."""
+    """Announce a product to the object; returns the rows that it lays its memory out for."""
     from fi_ffi.loader import methods
 
     row = rows.RUN_GEMM
@@ -249,7 +245,7 @@ def fp8_blockscale_gemm_workspace_size(
 
 
 def _bytes(rows: int, of_input: str, of_weight: str, n: int, k: int) -> int:
-    """What the object writes: fp8 values, and their scales."""
+    """The bytes of what the object writes: fp8 values and their scales."""
     need, depth = _LEAST, -(-k // _BLOCK)
     if of_input not in E4M3:
         need += rows * (k + 4 * depth)
@@ -336,12 +332,3 @@ def group_gemm_fp8_nt_groupwise(
         None, None, None, a, b, a_scale, b_scale, out, m_indptr, None, None, *granularity,
         scale_major_mode, mma_sm, stream=stream,
     )  # fmt: skip
-
-
-def select_release(release: str | None) -> None:
-    """Drop what was learnt of other kernels, and put the rows of this release in force."""
-    for op in (GET_ALGOS, RUN_WITH_ALGO):
-        op.forget()
-        op.select_release(release)
-    for compiled in (RUN_GEMM, CONFIGURE, GROUPWISE, GROUP_GROUPWISE):
-        compiled.forget()

@@ -45,8 +45,8 @@ _WORDS = 8
 
 
 @dataclass(frozen=True)
-class _Call:
-    """A call that was checked."""
+class _CheckedCall:
+    """A call's tensors and segments, checked."""
 
     x: TensorDesc
     weights: TensorDesc
@@ -102,7 +102,7 @@ def _indices(weight_indices: Any, segments: int, weights: int) -> Integers:
 
 def _checked(
     x: Any, weights: Any, out: Any, column_major: Any, segments: tuple[Any, Any, Any], chosen: Any
-) -> _Call:
+) -> _CheckedCall:
     left = as_desc(x, _OP, "x")
     if type(column_major) is not bool:
         raise _refuse("weight_column_major", column_major, "True or False")
@@ -116,10 +116,10 @@ def _checked(
             raise _refuse(name, f"strides {desc.strides}", "rows that do not overlap")
     starts = _starts(*segments, sizes["n"])
     indices = _indices(chosen, len(starts) - 1, sizes["num_weights"])
-    return _Call(*tensors, column_major, starts, indices)
+    return _CheckedCall(*tensors, column_major, starts, indices)
 
 
-def _backend(backend: Any, call: _Call) -> str:
+def _backend(backend: Any, call: _CheckedCall) -> str:
     backend = check_choice(_OP, "backend", backend, _BACKENDS)
     device, is_fp8 = call.x.device, call.x.dtype.name in FP8
     if backend == "auto":
@@ -130,8 +130,8 @@ def _backend(backend: Any, call: _Call) -> str:
     return str(backend)
 
 
-def _tables(call: _Call) -> numpy.ndarray[Any, Any]:
-    """What the kernels are told of every segment that has rows, a table after the other.
+def _tables(call: _CheckedCall) -> numpy.ndarray[Any, Any]:
+    """The tables of all segments that have rows, one after the other.
 
     The first has three int32 of each, and room for a fourth; the others one int64 of each.
     """
@@ -153,7 +153,7 @@ def _tables(call: _Call) -> numpy.ndarray[Any, Any]:
 
 
 def _row_stride(desc: TensorDesc) -> int:
-    """How far rows of a matrix lie apart; of one row, what the kernels take."""
+    """The distance between rows of a matrix, in elements; of a single row, its length."""
     return desc.strides[-2] if desc.shape[-2] > 1 else desc.shape[-1]
 
 
@@ -207,7 +207,7 @@ def segment_gemm(
         _launch(chosen, call, place, tables.shape[1], stream)
 
 
-def _launch(backend: str, call: _Call, place: Staged, count: int, stream: object) -> None:
+def _launch(backend: str, call: _CheckedCall, place: Staged, count: int, stream: object) -> None:
     device = call.x.device
 
     def table(at: int, shape: tuple[int, ...], dtype: str) -> TensorDesc:
@@ -219,13 +219,11 @@ def _launch(backend: str, call: _Call, place: Staged, count: int, stream: object
     like_x, like_out = (
         TensorDesc(desc.ptr, (0,), desc.dtype.name, device=device) for desc in (call.x, call.out)
     )
+    tables, major = (problems, *of, like_x), call.column_major
     if backend == "sm80":
-        SM80.call(None, scratch, problems, *of, like_x, call.column_major, stream=stream)
+        SM80.call(None, scratch, *tables, major, stream=stream)
     else:
-        SM90.call(
-            None, scratch, scratch, problems, *of, like_x, like_out, call.column_major,
-            stream=stream,
-        )  # fmt: skip
+        SM90.call(None, scratch, scratch, *tables, like_out, major, stream=stream)
 
 
 def _zero(out: TensorDesc, stream: int) -> None:
@@ -237,9 +235,3 @@ def _zero(out: TensorDesc, stream: int) -> None:
         return
     for i in range(rows):
         ffi.memmove(cuda.pointer(out.ptr + i * pitch), bytes(width), width)
-
-
-def forget() -> None:
-    """Drop what was learnt of other kernels."""
-    SM80.forget()
-    SM90.forget()

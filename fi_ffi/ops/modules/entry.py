@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import Device, parse_device
-from fi_ffi.abi.dtypes import DType
 from fi_ffi.abi.function import Entry, library_function, probe
 from fi_ffi.abi.library import TypeIndex
 from fi_ffi.abi.objects import (
@@ -29,7 +27,7 @@ from fi_ffi.abi.objects import (
 )
 from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.streams import current_scope, stream_context
-from fi_ffi.abi.tensor import TensorDesc, c_strides
+from fi_ffi.abi.tensor import Device, DType, TensorDesc, c_strides, parse_device
 from fi_ffi.abi.values import ints_of, pack_arguments, packer_of
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, KernelNotFoundError, printed
 from fi_ffi.ops import cuda

@@ -12,9 +12,9 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from fi_ffi.abi.device import parse_device
+from fi_ffi.abi.function import make_array
+from fi_ffi.abi.tensor import parse_device
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, LoaderError
 from fi_ffi.loader import libraries
 from fi_ffi.ops import cuda
@@ -70,20 +70,11 @@ def set_deepgemm_jit_include_dirs(
         raise LoaderError(
             f"{op}: the module runs nvcc, and there is none: {_COMPILER}, CUDA_HOME or PATH name it"
         )
-    _entry(op, parse_device(device, op=op))([str(folder) for folder in folders])
-
-
-def _entry(op: str, device: Any) -> Any:
-    from fi_ffi.abi.function import make_array
+    place = parse_device(device, op=op)
+    if not place.is_cuda:
+        raise ArgumentError(op, "device", got=place, expected="a CUDA device")
     from fi_ffi.loader import runtime
 
-    if not device.is_cuda:
-        raise ArgumentError(op, "device", got=device, expected="a CUDA device")
-    releases = ">=0.6.3"
-    entry = runtime.kernel_entry(MODULE, SET_INCLUDE_DIRS.signature, releases, device.index)
-
-    def call(folders: list[str]) -> None:
-        with cuda.current(device), make_array(folders) as array:
-            entry(array)
-
-    return call
+    entry = runtime.kernel_entry(MODULE, SET_INCLUDE_DIRS.signature, ">=0.6.3", place.index)
+    with cuda.current(place), make_array([str(folder) for folder in folders]) as array:
+        entry(array)

@@ -1,5 +1,5 @@
-"""`FusedMoe`: mixtures of experts of one quantisation, on one device; `cutlass_fused_moe`: a call
-of the one for its dtypes, flags and device."""
+"""`FusedMoe`: mixtures of experts of one quantisation, on one device; `cutlass_fused_moe` calls
+the one for its dtypes, flags and device."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import Device, parse_device
-from fi_ffi.abi.dtypes import parse_dtype
 from fi_ffi.abi.function import Entry, make_array
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.objects import Array
 from fi_ffi.abi.streams import handle_for
-from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.abi.tensor import Device, TensorDesc, parse_device, parse_dtype
 from fi_ffi.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -25,7 +23,7 @@ from fi_ffi.errors import (
 )
 from fi_ffi.ops.call.arguments import check_flag, check_int, shown
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.moe import weights
+from fi_ffi.ops.moe import profile, weights
 from fi_ffi.ops.moe.interface import (
     ACTIVATIONS,
     FLAGS,
@@ -37,8 +35,8 @@ from fi_ffi.ops.moe.interface import (
     make_runner,
     of_release,
 )
-from fi_ffi.ops.moe.modes import SWIGLU, Mode, mode_of, row_of, scale_names
-from fi_ffi.ops.moe.profile import Profile, Profiles
+from fi_ffi.ops.moe.modes import SWIGLU, Mode, mode_of, row_of
+from fi_ffi.ops.moe.profile import Profile
 from fi_ffi.ops.providers import entry_for
 from fi_ffi.ops.row import Row
 
@@ -140,7 +138,11 @@ class FusedMoe:
             raise ArgumentError(op, "device", got=self.device, expected="cpu or a CUDA device")
         # Of activations, weights and results.
         self.dtypes = (act, weight, output)
-        self._profiles = Profiles()
+        # The compiled calls of the kernels' profiler, by whether the activation has a gate, and
+        # what was found, by all that it is told.
+        self._profiling: dict[bool, CompiledRow] = {}
+        self._profiles: dict[object, Profile] = {}
+        self._profile_lock = threading.Lock()  # one at a time: they would be in each other's way
         self._lock = threading.Lock()
         self._runner: Runner | None = None
         self._tactics: Tactics | None = None
@@ -152,12 +154,12 @@ class FusedMoe:
         return f"<fi_ffi FusedMoe {self.mode.name} ({', '.join(self.dtypes)}) on {self.device}>"
 
     def make_runner(self) -> Runner:
-        """The kernels' object anew, for who wants to keep what it allocates apart."""
+        """Make another object of the kernels, whose allocations are its own."""
         return make_runner(self._op, self.mode.flags, self.dtypes, self.device)
 
     @property
     def runner(self) -> Runner:
-        """The kernels' object, made once."""
+        """The object of the kernels, made once."""
         if self._runner is None:
             with self._lock:
                 if self._runner is None:
@@ -166,23 +168,23 @@ class FusedMoe:
 
     @property
     def interface(self) -> Interface:
-        """Of its kernels; on the CPU the default release's."""
+        """The interface of its kernels; on the CPU, that of the default release."""
         return self.runner.interface if self.has_kernels else of_release(None)
 
     @property
     def has_kernels(self) -> bool:
-        """Whether calls are of kernels, and not of the CPU's reference."""
+        """Whether calls run kernels rather than the CPU's reference."""
         return self.device.is_cuda or self._runner is not None
 
     @property
     def tactics(self) -> Tactics:
-        """How many there are; `profile_ids` names one of each.  One of each on the CPU."""
+        """How many tactics there are, of which `profile_ids` names two; one of each on the CPU."""
         if self._tactics is None:
             self._tactics = Tactics(*(self.runner.counts() if self.has_kernels else (1, 1)))
         return self._tactics
 
     def number_of(self, op: str, activation: str) -> int:
-        """What the release of its kernels calls an activation."""
+        """The number of an activation in the release of its kernels."""
         if not self._numbers:
             release = self.runner.release_in_use if self.has_kernels else None
             self._numbers = activation_numbers(release)
@@ -262,9 +264,8 @@ class FusedMoe:
     def _add_call(self, key: tuple[bool, tuple[int, ...]], stream: object) -> CompiledRow:
         handle_for(stream, self.device, self._op)  # a missing one is told first
         row = row_of(self.interface, "run_moe", self.mode, self.dtypes, *key)
-        made = CompiledRow(
-            row, op=self._op, names=scale_names(self.mode), find_entry=self._find_entry
-        )
+        names, find = self.mode.scale_names, self._find_entry
+        made = CompiledRow(row, op=self._op, names=names, find_entry=find)
         return self._calls.setdefault(key, made)
 
     def _find_entry(self, row: Row, device: Device) -> Entry:
@@ -332,7 +333,24 @@ class FusedMoe:
             "ep_rank": ep_rank, "enable_alltoall": enable_alltoall, "enable_pdl": enable_pdl,
         }  # fmt: skip
         repeats = check_int(op, "repeats", repeats, 1)
-        return self._profiles.find(self, op, tensors, numbers, activation, repeats, stream)
+        is_gated = activation in GATED
+        row = row_of(self.interface, profile.METHOD, self.mode, self.dtypes, is_gated)
+        number = self.number_of(op, activation)
+        given = {**tensors, **numbers, **profile.STEP, "activation_type": number}
+        compiled = self._profiling.get(is_gated)
+        if compiled is None:
+            compiled = self._profiling.setdefault(is_gated, CompiledRow(row, op=op))
+        descs, sizes = compiled.check(**given)
+        if not self.has_kernels or not self.mode.has_tactics:
+            return Profile((profile.DEFAULT, profile.DEFAULT), (), ())
+        has_biases = descs["fc1_expert_biases"] is not None
+        key = (*sizes.values(), *numbers.values(), activation, has_biases)
+        with self._profile_lock:
+            if key not in self._profiles:
+                self._profiles[key] = profile.measure(
+                    self.make_runner, compiled, given, self.device, repeats, stream
+                )
+            return self._profiles[key]
 
     def workspace_size(
         self,
@@ -379,15 +397,13 @@ class FusedMoe:
         )  # fmt: skip
 
 
-_made_lock = threading.Lock()
 _made: dict[tuple[object, ...], FusedMoe] = {}
 
 
 def forget() -> None:
     """Drop the runners, after the source of kernels changed."""
     weights.forget()
-    with _made_lock:
-        _made.clear()
+    _made.clear()
 
 
 def cutlass_fused_moe(
@@ -478,17 +494,16 @@ def cutlass_fused_moe(
 def _moe_for(
     x: TensorDesc, weights: TensorDesc, out: TensorDesc, asked: tuple[bool, ...]
 ) -> FusedMoe:
-    """The one for these dtypes and flags on this device, made once."""
+    """The `FusedMoe` for these dtypes and flags on this device, made once."""
     key = (x.device, x.dtype, weights.dtype, out.dtype, asked)
     moe = _made.get(key)
     if moe is None:
         given = dict(zip(FLAGS, asked, strict=True))
         flags = frozenset(name for name, value in given.items() if value)
         dtypes = (x.dtype.name, weights.dtype.name, out.dtype.name)
-        # What is wrong is told of the call.
+        # Refused here, errors name the arguments of the call.
         mode_of(_OP, *dtypes, flags, ("input", "fc1_expert_weights", "output"))
         made = FusedMoe(*dtypes, device=x.device, **given)
         made._op = _OP
-        with _made_lock:
-            moe = _made.setdefault(key, made)
+        moe = _made.setdefault(key, made)
     return moe

@@ -13,9 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fi_ffi.abi.device import Device
-from fi_ffi.abi.dtypes import DTYPES
 from fi_ffi.abi.signature import Signature
+from fi_ffi.abi.tensor import DTYPES, Device
 from fi_ffi.errors import ArchitectureError, KernelNotFoundError
 from fi_ffi.loader import machine
 from fi_ffi.loader.methods import ModuleObject

@@ -26,7 +26,7 @@ SWIGLU = ("swiglu_alpha", "swiglu_beta", "swiglu_limit")
 
 @dataclass(frozen=True)
 class Form:
-    """A scale's axes, where it is of one of these dtypes.
+    """One shape that a scale may have, with the dtypes it may have in that shape.
 
     In `axes`, ROWS are those of the first matrix; of `dtypes`, "A" is the activations'.
     """
@@ -35,7 +35,7 @@ class Form:
     axes: str
 
     def fits(self, desc: TensorDesc) -> bool:
-        """Whether a tensor has this form, if any: the others are checked."""
+        """Whether a tensor's dtype, rank and axes of 1 are this form's; sizes are checked later."""
         if desc.dtype.name not in self.dtypes and "A" not in self.dtypes:
             return False
         axes = self.axes.split()
@@ -53,10 +53,6 @@ class Scale:
 
     name: str
     forms: tuple[Form, ...]
-
-    def form_of(self, desc: TensorDesc) -> int:
-        """Which form a tensor has; the first, where it has none of them."""
-        return next((i for i, form in enumerate(self.forms) if form.fits(desc)), 0)
 
 
 @dataclass(frozen=True)
@@ -81,17 +77,25 @@ class Mode:
     # How many columns one step of the multiplication takes of rows of so many.
     step: Callable[[int], int] | None = None
 
-    def outputs_of(self, activation: str) -> tuple[str, ...]:
-        return self.outputs or (activation,)
-
     def forms_of(self, scales: list[TensorDesc]) -> tuple[int, ...]:
-        """Which form each scale has."""
-        both = zip(self.scales, scales, strict=True)
-        return tuple([0 if len(one.forms) == 1 else one.form_of(desc) for one, desc in both])
+        """Which form each scale has; the first, where it has none of them."""
+        return tuple([
+            0 if len(one.forms) == 1
+            else next((i for i, form in enumerate(one.forms) if form.fits(desc)), 0)
+            for one, desc in zip(self.scales, scales, strict=True)
+        ])  # fmt: skip
+
+    @property
+    def scale_names(self) -> dict[str, str]:
+        """What callers call the arguments that are scales."""
+        return {
+            f"quant_scales_{i}": f"quant_scales[{i}] ({scale.name})"
+            for i, scale in enumerate(self.scales)
+        }
 
 
 def int4_interleave(columns: int) -> int:
-    """How many groups' scales of a row lie together: what one step of the kernel takes."""
+    """How many groups' scales of a row lie side by side: as many as a step of the kernel takes."""
     return 4 if columns % 512 == 0 else 2 if columns % 256 == 0 else 1
 
 
@@ -180,7 +184,7 @@ def mode_of(
     for mode in MODES:
         wanted = mode.weight or activation
         if activation in mode.activations and weight == wanted and flags == mode.flags:
-            known = mode.outputs_of(activation)
+            known = mode.outputs or (activation,)
             if output not in known:
                 expected = f"{' or '.join(known)}, with {mode.about}"
                 raise ArgumentError(op, names[2], got=output, expected=expected)
@@ -192,7 +196,9 @@ def mode_of(
     if not of:
         raise ArgumentError(op, names[0], got=activation, expected=" or ".join((*HALF, FP8)))
     got = f"{weight} weights, {activation} activations and {_on(flags)}"
-    raise ArgumentError(op, names[1], got=got, expected=_expected(activation, of))
+    each = [f"{mode.weight or activation} with {_on(mode.flags)}" for mode in of]
+    expected = "weights of " + ", or of ".join(each)
+    raise ArgumentError(op, names[1], got=got, expected=expected)
 
 
 def _on(flags: frozenset[str]) -> str:
@@ -200,18 +206,13 @@ def _on(flags: frozenset[str]) -> str:
 
 
 def _needs_sm100(activation: str, weight: str, flags: frozenset[str]) -> str:
-    """What of Blackwell's it would be; "" where it is nothing of the kind."""
+    """What SM100 has of these dtypes and flags; "" where it has nothing either."""
     if weight == "int64" and flags <= {"use_mxfp8_act_scaling"}:
         kind = "MXFP4" if activation == FP8 else "NVFP4"
         return f"{kind} weights (int64) with {activation} activations need SM100"
     if (activation, weight) == (FP8, FP8) and flags == {"use_mxfp8_act_scaling"}:
         return "MXFP8 weights and activations need SM100"
     return ""
-
-
-def _expected(activation: str, of: list[Mode]) -> str:
-    each = [f"{mode.weight or activation} with {_on(mode.flags)}" for mode in of]
-    return "weights of " + ", or of ".join(each)
 
 
 # Rows.  Sizes of experts are those of this rank.
@@ -257,7 +258,7 @@ def _step_rule(axis: str, step: Callable[[int], int]) -> Rule:
 
 
 def _int4_rules(gates: int) -> tuple[Rule, ...]:
-    """The scales of a row lie together as many at a time as its groups are a multiple of."""
+    """As many scales of a row lie side by side as the kernel takes in one step."""
 
     def rule(i: int, columns: str, rows: str, times: int) -> Rule:
         def holds(columns: int, rows: int, groups: int, scales: int) -> bool:
@@ -345,11 +346,3 @@ def row_of(
         vector=Vector(()), together=("fc1_expert_biases", "fc2_expert_biases"),
         allocates=True, apart=True, capabilities=(9,), requires=(*limits, *rules),
     )  # fmt: skip
-
-
-def scale_names(mode: Mode) -> dict[str, str]:
-    """What callers call the arguments that are scales."""
-    return {
-        f"quant_scales_{i}": f"quant_scales[{i}] ({scale.name})"
-        for i, scale in enumerate(mode.scales)
-    }

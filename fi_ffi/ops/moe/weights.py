@@ -32,7 +32,8 @@ _WEIGHTS = CompiledRow(
 
 
 def _scales(dtype: str, most: int, least: int) -> CompiledRow:
-    """The checks of scales that lie `most` to `least` groups together, as many as divide all."""
+    """The checks of scales of which n lie side by side: `most`, or the first of 4, 2 and 1 that
+    divides the groups where `least` is less."""
 
     def holds(rows: int, groups: int, steps: int, wide: int) -> bool:
         count = together(groups)

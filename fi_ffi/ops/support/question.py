@@ -129,7 +129,7 @@ def _dtypes(given: object) -> dict[str, tuple[str, ...]]:
 
 
 def _names(given: object) -> tuple[str, ...]:
-    from fi_ffi.abi.dtypes import DType, parse_dtype
+    from fi_ffi.abi.tensor import DType, parse_dtype
 
     values = given if isinstance(given, (list, tuple, set, frozenset)) else (given,)
     return tuple(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from fi_ffi.abi.dtypes import DTYPES
+from fi_ffi.abi.tensor import DTYPES
 from fi_ffi.ops.releases import forms_of
 from fi_ffi.ops.row import SHARED_MEMORY, Arg, Row, Rule, Scalar, Tensor, Vector
 from fi_ffi.ops.table.renorm import ROW_STATES, rule_of_shared_rows

@@ -14,9 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fi_ffi.abi.device import Device
-from fi_ffi.abi.frame import Frame
-from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.abi.function import Frame
+from fi_ffi.abi.tensor import Device, TensorDesc
 from fi_ffi.ops import cuda
 from fi_ffi.ops.call.memory import stream_key
 from fi_ffi.ops.watch import marks, watching

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections import deque
 
-    from fi_ffi.abi.device import Device
-    from fi_ffi.abi.frame import Frame
-    from fi_ffi.abi.tensor import TensorDesc
+    from fi_ffi.abi.function import Frame
+    from fi_ffi.abi.tensor import Device, TensorDesc
     from fi_ffi.ops.watch.logging_calls.log import Log
     from fi_ffi.ops.watch.recording import Call
 

@@ -10,11 +10,10 @@ from typing import Any
 from stress.abi_abuse.lab import abuse
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import parse_device
-from fi_ffi.abi.frame import Frame, FrameLayout
-from fi_ffi.abi.function import global_function, make_array, probe
+from fi_ffi.abi.function import Frame, FrameLayout, global_function, make_array, probe
 from fi_ffi.abi.library import TypeIndex
 from fi_ffi.abi.objects import OBJECT_TYPES, Object
+from fi_ffi.abi.tensor import parse_device
 from fi_ffi.errors import AbiError, FiFfiError
 
 PADDINGS = (0, 1, 0xDEADBEEF, 0xFFFFFFFF)

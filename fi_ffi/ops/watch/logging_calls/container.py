@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fi_ffi.abi.dtypes import DTYPES, DType
+from fi_ffi.abi.tensor import DTYPES, DType
 from fi_ffi.errors import ArtifactError
 
 _METADATA = "__metadata__"

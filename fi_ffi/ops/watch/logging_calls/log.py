@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from fi_ffi.abi.device import Device
-from fi_ffi.abi.frame import Frame
-from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.abi.function import Frame
+from fi_ffi.abi.tensor import Device, TensorDesc
 from fi_ffi.errors import KernelError
 from fi_ffi.ops import cuda
 from fi_ffi.ops.watch.hang import caller_of, caller_words, plan_of

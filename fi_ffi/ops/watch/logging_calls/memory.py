@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import Device
-from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.abi.tensor import Device, TensorDesc
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fi_ffi.abi.dtypes import DType
+from fi_ffi.abi.tensor import DType
 from fi_ffi.ops.watch.logging_calls.memory import read
 from fi_ffi.ops.watch.logging_calls.told import Argument
 

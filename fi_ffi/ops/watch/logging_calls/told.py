@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.device import Device
-from fi_ffi.abi.frame import Packed
-from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.abi.function import Packed
+from fi_ffi.abi.tensor import Device, TensorDesc
 from fi_ffi.ops.row import (
     KV_LAYOUTS,
     Absent,
