@@ -111,13 +111,13 @@ class Graph:
             return
         launch = functools.partial(machine.load_cudart()[0].cudaGraphLaunch, self._executable)
         self._launch = (
-            functools.partial(_told, weakref.ref(self), launch) if watching.logs else launch
+            functools.partial(_told, weakref.ref(self), launch) if watching.logs() else launch
         )
 
     def _tell(self, what: str, stream: int | None) -> None:
-        for log in watching.logs:
+        for log in watching.logs():
             words = f"a graph of {self.nodes} nodes at {id(self):#x}, updated {self.updates} times"
-            log.tell(f"Graph {what}", self.device, stream, words)
+            log.note(f"Graph {what}", words, self.device, stream)
 
 
 # Those that can be launched.
