@@ -60,7 +60,7 @@ def test_abort_ends_the_process_with_everybodys_tracebacks():
     assert (done.returncode, done.stdout) == (EXIT_STATUS, "") and EXIT_STATUS == 124
     assert done.stderr.startswith("fi_ffi.watchdog(0.2): slow has not returned")
     assert "  seconds: 50.0" in done.stderr
-    for function in ("main", "slow", "_tell"):
+    for function in ("main", "slow", "_report"):
         assert re.search(rf'File ".*", line \d+ in {function}\n', done.stderr)
 
 

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
-from types import TracebackType
 from typing import Any
 
 from fi_ffi.abi.device import Device
@@ -93,12 +92,7 @@ class call_log:  # a verb, as `open` is
             raise ArgumentError("call_log", "self", got="one that is closed", expected="a new one")
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

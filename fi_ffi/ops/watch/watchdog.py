@@ -15,7 +15,6 @@ import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, HangError, printed
@@ -95,12 +94,7 @@ class watchdog:  # a context manager reads as a verb
             raise
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
         watch, self._watch = self._watch, None
         if watch is None:
             raise ArgumentError("watchdog", "self", got="one not open", expected="an open one")
@@ -256,9 +250,9 @@ class _Watch:
             for hang in self._look():
                 if hang.call not in self._reported:
                     self._reported.add(hang.call)
-                    self._tell(hang)
+                    self._report(hang)
 
-    def _tell(self, hang: Hang) -> None:
+    def _report(self, hang: Hang) -> None:
         owner = self._owner
         if owner.abort:
             with contextlib.suppress(RuntimeError):  # no thread can be started

@@ -49,12 +49,11 @@ def add(hook: deque[CallRecord] | Log) -> None:
         hooks = (*hooks, hook)
 
 
-def remove(hook: deque[CallRecord] | Log) -> bool:
-    """End that; whether it was told of calls until now."""
+def remove(hook: deque[CallRecord] | Log) -> None:
+    """Tell it no more of them."""
     global hooks
     with lock:
-        before, hooks = hooks, tuple(other for other in hooks if other is not hook)
-        return len(hooks) < len(before)
+        hooks = tuple(other for other in hooks if other is not hook)
 
 
 def watched(frame: Frame, stream: int | None, call: Callable[[], Any]) -> Any:
