@@ -15,12 +15,11 @@ from generated import write_or_check  # noqa: E402
 
 import fi_ffi  # noqa: E402
 from fi_ffi.families import FAMILIES  # noqa: E402
-from fi_ffi.loader.listed import listed_in  # noqa: E402
 from fi_ffi.loader.lock import the_lock  # noqa: E402
-from fi_ffi.loader.uris import parse  # noqa: E402
 from fi_ffi.ops import attention, moe  # noqa: E402
 from fi_ffi.ops.attention.rows import FORMS  # noqa: E402
 from fi_ffi.ops.call.op import Op  # noqa: E402
+from fi_ffi.ops.capability.judgement import listed_codes  # noqa: E402
 from fi_ffi.ops.capability.matrix import PACKAGES, package_entries  # noqa: E402
 from fi_ffi.ops.functions import OPS  # noqa: E402
 from fi_ffi.ops.moe import interface  # noqa: E402
@@ -84,13 +83,7 @@ def _dtypes(row: Row) -> str:
 
 def _sms(module: str, row: Row) -> str:
     """What the default release compiles a module, or a family's modules, for."""
-    release = the_lock().default_release
-    listed = listed_in(release)
-    assert listed is not None
-    if parse(module, release) is not None:
-        codes = listed.codes(module) or ()
-    else:
-        codes = tuple({code for _, codes in listed.family(module) for code in codes})
+    codes = listed_codes(module, the_lock().default_release) or ()
     able = [c for c in codes if not row.capabilities or c.sm // 10 in row.capabilities]
     names = [f"{c.sm}{c.suffix}" for c in sorted(able, key=lambda c: (c.sm, c.suffix))]
     if names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import platform
@@ -146,13 +147,8 @@ class Query:
 def _in_use() -> tuple[KernelSource, ...]:
     from fi_ffi.loader import search
 
-    found = []
-    for place in search.places():
-        if place.kind not in _LOCAL:
-            break
-        if place.source is not None:
-            found.append(place.source)
-    return tuple(found)
+    local = itertools.takewhile(lambda place: place.kind in _LOCAL, search.places())
+    return tuple(place.source for place in local if place.source is not None)
 
 
 def _first_gpu() -> tuple[int, int] | None:
@@ -318,18 +314,18 @@ def _available(name: str, query: Query) -> tuple[str, str, str | None]:
         if _runs(codes, query):
             return BUILT, f"{name} in {_short(source)} is compiled for {_code_names(codes)}", None
         said.append(f"{name} in {_short(source)} is compiled for {_code_names(codes)} only")
-    made = _listed_codes(name, query)
+    made = listed_codes(name, query.release)
     if made and not _runs(made, query):  # building it would not help
         return REFUSED, f"FlashInfer compiles {name} for {_code_names(made)} only", None
     return _missing("; ".join(said), name, query)
 
 
-def _listed_codes(name: str, query: Query) -> tuple[CudaCode, ...] | None:
+def listed_codes(name: str, release: str) -> tuple[CudaCode, ...] | None:
     """What FlashInfer compiles a module for, or any of a family; None where it lists none."""
-    listed = listed_in(query.release)
+    listed = listed_in(release)
     if listed is None:
         return None
-    if parse(name, query.release) is not None:
+    if parse(name, release) is not None:
         return listed.codes(name)
     every = [code for _, codes in listed.family(name) for code in codes]
     return tuple(dict.fromkeys(every)) or None
@@ -341,7 +337,7 @@ def _published(name: str, query: Query) -> tuple[str, str, str | None]:
         recorded = ", ".join(recorded_releases())
         reason = f"what the wheels of {release} have is not recorded, only of {recorded}"
         return UNKNOWN, reason, _build(name, query)[0]
-    codes = _listed_codes(name, query)
+    codes = listed_codes(name, query.release)
     if codes is None:
         return _missing(f"FlashInfer {release} does not build {name} ahead of time", name, query)
     if not _runs(codes, query):
