@@ -90,7 +90,7 @@ class Support:
 
 @dataclass(frozen=True)
 class Query:
-    """What is asked, with what was left open filled in."""
+    """A GPU, a release, a CUDA tag and kernels to look at, with what was left open filled in."""
 
     capability: tuple[int, int] | None
     release: str
@@ -353,7 +353,7 @@ def _published(name: str, query: Query) -> tuple[str, str, str | None]:
 
 
 def _pin(query: Query) -> str:
-    """Says so where the lock pins no such wheel."""
+    """A remark where the lock pins no such wheel."""
     for file in the_lock().kernels:
         if (file.release, file.cuda) == (query.release, query.cuda):
             return ""

@@ -126,7 +126,7 @@ def _seconds(value: object) -> float:
 
 
 def marked(record: CallRecord, call: Callable[[], Any]) -> Any:
-    """Make a call, told to every open watchdog, and marked where it is queued on a stream.
+    """Make a call that every open watchdog records, and mark it where it is queued on a stream.
 
     A stream that is capturing is left alone: what a graph does is done when the graph is
     launched, which is no call of fi_ffi's.
@@ -155,7 +155,7 @@ def tell(record: CallRecord) -> None:
 
 
 class _Watch:
-    """What an open watchdog knows, and its thread."""
+    """The state of an open watchdog, and its thread."""
 
     def __init__(self, owner: watchdog) -> None:
         self._owner = owner
@@ -182,7 +182,7 @@ class _Watch:
             _say(f"fi_ffi.watchdog: a report was not taken within {_PATIENCE:g} s; not waited for")
 
     def wait(self) -> Hang | None:
-        """Wait until every call told of is over; or what is late, when one is."""
+        """Wait until every recorded call is over; return the first late one, when there is one."""
         pause = _FIRST_PAUSE
         while True:
             late = self._look()

@@ -1,4 +1,4 @@
-"""The list of hooks that every call is told to: open watchdogs and open call logs.
+"""The list of hooks that every call passes: inboxes of open watchdogs, and open call logs.
 
 Where there is none, a call costs the test of `hooks` and nothing else; what is recorded of a
 call otherwise is in `call_record`, imported with the first of them.
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from fi_ffi.ops.watch.call_log import Log
     from fi_ffi.ops.watch.call_record import CallRecord
 
-# An inbox for each open watchdog, which gets every call before it is made; and open call logs.
+# An inbox for each open watchdog, which gets the record of every call before it is made; and
+# the open call logs, each of which makes the call inside of what it logs.
 hooks: tuple[deque[CallRecord] | Log, ...] = ()
 lock = threading.RLock()  # held while `hooks` changes
 # How often this process was forked off another: watchdogs are of one process.
@@ -43,21 +44,21 @@ def logs() -> list[Log]:
 
 
 def add(hook: deque[CallRecord] | Log) -> None:
-    """Tell it every call of the process from now on."""
+    """Let a hook see every call of the process from now on."""
     global hooks
     with lock:
         hooks = (*hooks, hook)
 
 
 def remove(hook: deque[CallRecord] | Log) -> None:
-    """Tell it no more of them."""
+    """Let a hook see no more calls."""
     global hooks
     with lock:
         hooks = tuple(other for other in hooks if other is not hook)
 
 
 def watched(frame: Frame, stream: int | None, call: Callable[[], Any]) -> Any:
-    """Make the call of a frame, whose device is current, and tell it to all hooks."""
+    """Make the call of a frame, whose device is current, through all hooks."""
     from fi_ffi.ops.watch.call_record import of_frame
 
     return _hooked(of_frame(frame, stream), call)
@@ -67,7 +68,7 @@ def called(
     name: str, call: Callable[[], Any], values: Sequence[Any],
     tensors: Sequence[tuple[str, TensorDesc]], device: Device | None,
 ) -> Any:  # fmt: skip
-    """Make the call of a function that no row describes, and tell it to all hooks.
+    """Make the call of a function that no row describes, through all hooks.
 
     `tensors` are those among the `values`, by the numbers of these.  `device` is that which it
     works on, and current; its stream is this thread's current one.
@@ -80,7 +81,7 @@ def called(
 
 
 def _hooked(record: CallRecord, call: Callable[[], Any]) -> Any:
-    """The call, marked for the watchdogs, and inside of that which the logs do."""
+    """Make a call, marked for the watchdogs, inside of what each log does around it."""
     found = hooks
     if any(isinstance(hook, deque) for hook in found):
         from fi_ffi.ops.watch.watchdog import marked
@@ -93,7 +94,7 @@ def _hooked(record: CallRecord, call: Callable[[], Any]) -> Any:
 
 
 def running(plan: Any) -> contextlib.AbstractContextManager[None]:
-    """Inside the block this thread's calls are a plan's."""
+    """Record this thread's calls inside the block as a plan's."""
     return _running(plan) if hooks else _NOTHING
 
 
@@ -107,7 +108,7 @@ def _running(plan: Any) -> Iterator[None]:
 
 
 def _continue_in_child() -> None:
-    """A forked child has its parent's logs; it has none of the watchdogs, nor their threads."""
+    """Keep a parent's logs in a forked child, which has none of the watchdogs' threads."""
     global generation, hooks, lock
     generation, lock = generation + 1, threading.RLock()
     hooks = tuple(logs())
