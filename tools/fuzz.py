@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-PACKAGES = ["fi_ffi.abi", "fi_ffi.loader", "fi_ffi.ops.watch.logging_calls", "elftools", "tomlkit"]
+PACKAGES = ["fi_ffi.abi", "fi_ffi.loader", "fi_ffi.ops.watch.safetensors", "elftools", "tomlkit"]
 _MOST = 1 << 20  # bytes kept of what a run prints
 
 

@@ -17,10 +17,10 @@ from fi_ffi.loader.entries import Entries, Group, entries_of  # noqa: E402
 from fi_ffi.loader.lock import the_lock  # noqa: E402
 from fi_ffi.loader.uris import family_row, parse  # noqa: E402
 from fi_ffi.ops.attention.rows import FORMS  # noqa: E402
+from fi_ffi.ops.capability.judgement import gpu_runs, key_of  # noqa: E402
+from fi_ffi.ops.capability.matrix import package_entries  # noqa: E402
 from fi_ffi.ops.moe import interface as moe  # noqa: E402
 from fi_ffi.ops.providers import fits  # noqa: E402
-from fi_ffi.ops.support.called import key_of, runs  # noqa: E402
-from fi_ffi.ops.support.packages import forms_of_packages  # noqa: E402
 from fi_ffi.ops.table import ROWS  # noqa: E402
 
 TARGET = ROOT / "docs" / "coverage.md"
@@ -85,7 +85,7 @@ def built(record: Entries) -> dict[str, set[str]]:
 def typed() -> set[Key]:
     """The entries that rows and interfaces are of."""
     found = {(key_of(row.module, "")[0], row.symbol) for row in ROWS if fits(row, RELEASE)}
-    for _, _, forms in forms_of_packages():
+    for _, _, forms in package_entries():
         found |= {(key_of(row.module, "")[0], row.symbol) for row in forms if fits(row, RELEASE)}
     for row in FORMS:
         backend = "fa3" if "fa3" in row.variant else "fa2"
@@ -107,12 +107,12 @@ def text() -> str:
     record = entries_of(RELEASE)
     assert record is not None
     made, known = built(record), typed()
-    called = {key for run in runs() if run.release == RELEASE for key in run.entries}
+    called = {key for run in gpu_runs() if run.release == RELEASE for key in run.entries}
     keys = {(family, symbol) for family, symbols in made.items() for symbol in symbols}
     head = HEADER.format(
         release=RELEASE,
         parts=", ".join(gpu_kernels.PARTS),
-        devices=", ".join(sorted({run.device for run in runs()})) or "none yet",
+        devices=", ".join(sorted({run.device for run in gpu_runs()})) or "none yet",
         all=len(listed(record)),
         built=len(keys),
         typed=len(keys & known),

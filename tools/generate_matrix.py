@@ -14,10 +14,9 @@ from generated import write_or_check  # noqa: E402
 
 from fi_ffi.loader.listed import WHEELS, recorded_releases  # noqa: E402
 from fi_ffi.loader.lock import the_lock  # noqa: E402
-from fi_ffi.ops.support import Question, Support  # noqa: E402
-from fi_ffi.ops.support.called import runs  # noqa: E402
-from fi_ffi.ops.support.cases import CASES, Case  # noqa: E402
-from fi_ffi.ops.support.matrix import SMS, lines  # noqa: E402
+from fi_ffi.ops.capability.judgement import Query, Support, gpu_runs  # noqa: E402
+from fi_ffi.ops.capability.known_issues import KNOWN_ISSUES, KnownIssue  # noqa: E402
+from fi_ffi.ops.capability.matrix import SMS, lines  # noqa: E402
 
 TARGET = ROOT / "docs" / "matrix.md"
 CUDA, CPU = "cu130", "x86_64"
@@ -54,8 +53,8 @@ generators list, for the architectures of FlashInfer's release workflow, is take
 """
 
 
-def _question(sm: int, release: str, cuda: str = CUDA) -> Question:
-    return replace(Question.of(sm, release, cuda), cpu=CPU)
+def _query(sm: int, release: str, cuda: str = CUDA) -> Query:
+    return replace(Query.of(sm, release, cuda), cpu=CPU)
 
 
 def _by_sm(release: str) -> Iterator[str]:
@@ -67,7 +66,7 @@ def _by_sm(release: str) -> Iterator[str]:
     )
     yield f"| op | {' | '.join(f'SM{sm}' for sm in SMS)} |\n|---|{'---|' * len(SMS)}"
     for line in lines():
-        cells = [SIGNS[line.ask(_question(sm, release)).status] for sm in SMS]
+        cells = [SIGNS[line.ask(_query(sm, release)).status] for sm in SMS]
         yield f"| {line.name} | {' | '.join(cells)} |"
     yield ""
 
@@ -77,7 +76,7 @@ def _by_release() -> Iterator[str]:
     yield f"## By release: SM90, {CUDA}\n"
     yield f"| op | {' | '.join(releases)} |\n|---|{'---|' * len(releases)}"
     for line in lines():
-        cells = [SIGNS[line.ask(_question(90, release)).status] for release in releases]
+        cells = [SIGNS[line.ask(_query(90, release)).status] for release in releases]
         yield f"| {line.name} | {' | '.join(cells)} |"
     yield ""
 
@@ -88,20 +87,20 @@ def _by_cuda() -> Iterator[str]:
     pins = ", ".join(f"{f.release} {f.cuda} {f.platform}" for f in the_lock().kernels)
     yield "## By CUDA tag\n\n| tag | |\n|---|---|"
     for tag in sorted({cuda for cuda, _ in WHEELS}):
-        answer = line.ask(_question(90, release, tag))
+        answer = line.ask(_query(90, release, tag))
         yield f"| {tag} | {'as above' if answer else f'refused for every op: {answer.reason}'} |"
     yield f"\nWheels that wheels.lock pins: {pins}.\n"
 
 
-def _case(case: Case) -> Iterator[str]:
+def _issue(issue: KnownIssue) -> Iterator[str]:
     release = the_lock().default_release
-    yield f"### {case.title}\n\n*`{case.name}`.* **Cause.** {case.cause}\n"
-    yield f"**What to do.** {case.advice}\n"
-    if case.entries:
-        yield f"Entries: {', '.join(f'`{entry}`' for entry in case.entries)}.\n"
+    yield f"### {issue.title}\n\n*`{issue.name}`.* **Cause.** {issue.cause}\n"
+    yield f"**What to do.** {issue.advice}\n"
+    if issue.entries:
+        yield f"Entries: {', '.join(f'`{entry}`' for entry in issue.entries)}.\n"
     shown = (90, 100, 120)
     yield f"| {release}, {CUDA} | {' | '.join(f'SM{sm}' for sm in shown)} |\n|---|---|---|---|"
-    answers = [case.answers(_question(sm, release)) for sm in shown]
+    answers = [issue.found(_query(sm, release)) for sm in shown]
     for row in zip(*answers, strict=True):
         yield f"| {_asked(row)} | {' | '.join(map(_cell, row))} |"
     yield ""
@@ -124,11 +123,11 @@ def _cell(answer: Support) -> str:
 
 
 def text() -> str:
-    devices = ", ".join(sorted({run.device for run in runs()})) or "none yet"
+    devices = ", ".join(sorted({run.device for run in gpu_runs()})) or "none yet"
     found = [HEADER.format(devices=devices), *_by_sm(the_lock().default_release)]
     found += [*_by_release(), *_by_cuda(), "## What vLLM's users run into\n"]
-    for case in CASES:
-        found += _case(case)
+    for issue in KNOWN_ISSUES:
+        found += _issue(issue)
     return "\n".join(found).rstrip() + "\n"
 
 

@@ -15,17 +15,16 @@ from generated import write_or_check  # noqa: E402
 
 import fi_ffi  # noqa: E402
 from fi_ffi.families import FAMILIES  # noqa: E402
-from fi_ffi.loader.listed import listed_in  # noqa: E402
 from fi_ffi.loader.lock import the_lock  # noqa: E402
-from fi_ffi.loader.uris import parse  # noqa: E402
 from fi_ffi.ops import attention, moe  # noqa: E402
 from fi_ffi.ops.attention.rows import FORMS  # noqa: E402
 from fi_ffi.ops.call.op import Op  # noqa: E402
+from fi_ffi.ops.capability.judgement import listed_codes  # noqa: E402
+from fi_ffi.ops.capability.matrix import PACKAGES, package_entries  # noqa: E402
 from fi_ffi.ops.functions import OPS  # noqa: E402
 from fi_ffi.ops.moe import interface  # noqa: E402
+from fi_ffi.ops.providers import span_of  # noqa: E402
 from fi_ffi.ops.row import Arg, Row, Tensor, default_of, defaults  # noqa: E402
-from fi_ffi.ops.support.judge import span_of  # noqa: E402
-from fi_ffi.ops.support.packages import forms_of_packages, packages  # noqa: E402
 
 TARGET = ROOT / "docs" / "ops.md"
 HEADER = """\
@@ -84,13 +83,7 @@ def _dtypes(row: Row) -> str:
 
 def _sms(module: str, row: Row) -> str:
     """What the default release compiles a module, or a family's modules, for."""
-    release = the_lock().default_release
-    listed = listed_in(release)
-    assert listed is not None
-    if parse(module, release) is not None:
-        codes = listed.codes(module) or ()
-    else:
-        codes = tuple({code for _, codes in listed.family(module) for code in codes})
+    codes = listed_codes(module, the_lock().default_release) or ()
     able = [c for c in codes if not row.capabilities or c.sm // 10 in row.capabilities]
     names = [f"{c.sm}{c.suffix}" for c in sorted(able, key=lambda c: (c.sm, c.suffix))]
     if names:
@@ -137,7 +130,7 @@ def _attention() -> Iterator[str]:
 
 def _packages() -> Iterator[str]:
     """A table for each package that has rows and is not attention."""
-    for package, group in itertools.groupby(forms_of_packages(), key=lambda found: found[0]):
+    for package, group in itertools.groupby(package_entries(), key=lambda found: found[0]):
         module = importlib.import_module(f"fi_ffi.ops.{package}")
         yield f"## Family: {package}\n\n{_first_line(module.__doc__)} These are public:\n"
         for name in getattr(module, "__all__", ()):
@@ -182,7 +175,7 @@ def _contents(families: dict[str, Sequence[Op]]) -> Iterator[str]:
     for family, ops in families.items():
         links = ", ".join(f"[`{op.__name__}`](#{_anchor(op.__name__)})" for op in ops)
         yield f"- **[{family}](#family-{_anchor(family)})**: {links}"
-    for package in packages():
+    for package in PACKAGES:
         public = getattr(importlib.import_module(f"fi_ffi.ops.{package}"), "__all__", ())
         links = ", ".join(f"`{name}`" for name in public)
         yield f"- **[{package}](#family-{_anchor(package)})**: {links}"

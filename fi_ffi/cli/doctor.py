@@ -185,15 +185,15 @@ def _known_cases(kernels: str | None) -> Iterator[Finding]:
     """What vLLM's users run into, of the first GPU there is and the kernels in use."""
     if not machine.device_count():
         return
-    from fi_ffi.ops.support import Question
-    from fi_ffi.ops.support.cases import CASES
+    from fi_ffi.ops.capability.judgement import Query
+    from fi_ffi.ops.capability.known_issues import KNOWN_ISSUES
 
-    question = Question.of(machine.capability(0))
-    for case in CASES:
-        able = [answer.op for answer in case.answers(question) if answer]
+    query = Query.of(machine.capability(0))
+    for issue in KNOWN_ISSUES:
+        able = [support.op for support in issue.found(query) if support]
         found = f"here: {', '.join(dict.fromkeys(able)) or 'nothing'}"
         advice = "docs/matrix.md has the cause; `fi-ffi list --matrix --json` has the reasons"
-        yield Finding(case.name, "ok" if able else "none", found, "" if able else advice)
+        yield Finding(issue.name, "ok" if able else "none", found, "" if able else advice)
 
 
 def _module(module: str, missing: dict[str, list[tuple[str, str]]]) -> Iterator[Finding]:

@@ -7,10 +7,9 @@ from typing import Any
 import click
 
 from fi_ffi.cli import output
-from fi_ffi.ops.support import Question, Support
-from fi_ffi.ops.support.answer import WORDS
-from fi_ffi.ops.support.cases import CASES
-from fi_ffi.ops.support.matrix import SMS, Line, lines
+from fi_ffi.ops.capability.judgement import WORDS, Query, Support
+from fi_ffi.ops.capability.known_issues import KNOWN_ISSUES, KnownIssue
+from fi_ffi.ops.capability.matrix import SMS, Line, lines
 
 _SYMBOLS = {"run": "run", "built": "built", "refused": "-", "missing": "lacks", "unknown": "?"}
 _FEW = 4  # lines that are explained at once
@@ -24,14 +23,14 @@ def show(
     if not chosen:
         names = ", ".join(dict.fromkeys(line.op for line in lines()))
         raise click.ClickException(f"no op or family {wanted!r}; there are {names}")
-    questions = {sm: Question.of(sm, release, cuda, None, kernels) for sm in SMS}
-    found = {line.name: {sm: line.ask(q) for sm, q in questions.items()} for line in chosen}
-    first = next(iter(questions.values()))
+    queries = {sm: Query.of(sm, release, cuda, None, kernels) for sm in SMS}
+    found = {line.name: {sm: line.ask(q) for sm, q in queries.items()} for line in chosen}
+    first = next(iter(queries.values()))
     of = ", ".join(s.location for s in first.sources) or f"the {first.cuda} wheels"
     head = {"kernels": of, "release": first.release, "cuda": first.cuda}
     if as_json:
         answers = {name: {sm: _json(s) for sm, s in row.items()} for name, row in found.items()}
-        cases = {c.name: _case(c.name, questions) for c in CASES}
+        cases = {issue.name: _case(issue, queries) for issue in KNOWN_ISSUES}
         output.print_json({**head, "ops": answers, "cases": cases})
         return
     columns = ("op", *(f"SM{sm}" for sm in SMS))
@@ -66,15 +65,14 @@ def _json(answer: Support) -> dict[str, Any]:
     }
 
 
-def _case(name: str, questions: dict[int, Question]) -> dict[str, Any]:
-    (case,) = (case for case in CASES if case.name == name)
+def _case(issue: KnownIssue, queries: dict[int, Query]) -> dict[str, Any]:
     return {
-        "title": case.title,
-        "cause": case.cause,
-        "advice": case.advice,
-        "entries": case.entries,
+        "title": issue.title,
+        "cause": issue.cause,
+        "advice": issue.advice,
+        "entries": issue.entries,
         "answers": {
-            sm: [{"op": a.op, **_json(a)} for a in case.answers(question)]
-            for sm, question in questions.items()
+            sm: [{"op": a.op, **_json(a)} for a in issue.found(query)]
+            for sm, query in queries.items()
         },
     }

@@ -14,10 +14,10 @@ import click
 from fi_ffi.cli import output
 from fi_ffi.errors import FiFfiError
 from fi_ffi.loader import machine, runtime
+from fi_ffi.ops.capability.judgement import Query
+from fi_ffi.ops.capability.matrix import Line, lines
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.providers import fits
-from fi_ffi.ops.support import Question
-from fi_ffi.ops.support.matrix import Line, lines
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,19 @@ def preflight(
         raise click.UsageError("this process sees no GPU: --sm 87 asks for one that is not here")
     if kernels:
         runtime.use_source(kernels)
-    question, missing = Question.of(sm), [*unfit]
+    query, missing = Query.of(sm), [*unfit]
     wanted = [line for line in known if line.op in names]
-    return [_answer(line, question, None if sm else 0, missing) for line in wanted]
+    return [_answer(line, query, None if sm else 0, missing) for line in wanted]
 
 
-def _answer(line: Line, question: Question, device: int | None, missing: list[str]) -> Answer:
-    assert question.capability is not None
-    major, minor = question.capability
-    found = line.ask(question)
+def _answer(line: Line, query: Query, device: int | None, missing: list[str]) -> Answer:
+    assert query.capability is not None
+    major, minor = query.capability
+    found = line.ask(query)
     works, reason = bool(found), found.reason
-    if works and question.sources:
+    if works and query.sources:
         try:
-            reason += "; entry attested" if _attest(line.op, question.release, device) else ""
+            reason += "; entry attested" if _attest(line.op, query.release, device) else ""
         except FiFfiError as error:
             works, reason = False, str(error)
     elif works:

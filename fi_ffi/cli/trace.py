@@ -13,7 +13,7 @@ from fi_ffi.cli import output
 from fi_ffi.cli.tracing.definition import Definition, define
 from fi_ffi.cli.tracing.subject import Subject, names, of_dump, of_op
 from fi_ffi.errors import ArgumentError
-from fi_ffi.ops.watch.logging_calls.dump import AFTER, BEFORE
+from fi_ffi.ops.watch.dump import AFTER, BEFORE
 
 
 def _pairs(_: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What plans and allocating kernels need of CUDA: memory (through cuda-python), copies, events.
+"""What plans and kernels need of CUDA: memory (through cuda-python), copies, events, handles.
 
 Kernels are launched elsewhere; nothing here knows of them.
 """
@@ -6,6 +6,7 @@ Kernels are launched elsewhere; nothing here knows of them.
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.allocator import HOST, Allocator, Source
 from fi_ffi.abi.streams import PER_THREAD
 from fi_ffi.abi.tensor import DTYPES, Device, TensorDesc, parse_device
-from fi_ffi.errors import DeviceError, LoaderError
+from fi_ffi.errors import DeviceError, KernelError, LoaderError
 from fi_ffi.loader import cuda_errors, machine
 
 _HOST_TO_DEVICE = 1  # cudaMemcpyHostToDevice
@@ -22,6 +23,11 @@ _NO_TIMING = 2  # cudaEventDisableTiming
 _CPU = parse_device("cpu")
 _NOT_READY = 600  # cudaErrorNotReady
 _NON_BLOCKING = 1  # cudaStreamNonBlocking
+_handles_lock = threading.Lock()
+# Of CUDA's libraries, by library and device.  Kept for the life of the process: at its end the
+# device's context may be gone before them.  Threads share them: cuBLASLt's have no state that a
+# call could change.
+_handles: dict[tuple[str, Device], int] = {}
 
 
 def check(code: int, what: str) -> None:
@@ -253,3 +259,33 @@ def _free_in_order(address: int, device: Device, stream: int) -> None:
     with current(device):
         (error,) = _runtime().cudaFreeAsync(address, stream)
     check(int(error), f"cudaFreeAsync on {device}")
+
+
+def own_handle(library: str, device: Device) -> int:
+    """fi_ffi's handle of a library of CUDA on a device, for kernels that are given one; made
+    when first needed.  0 on the CPU, which has none.
+
+    Raises `LoaderError` where the library is not installed, `KernelError` where it refuses.
+    """
+    if not device.is_cuda:
+        return 0
+    key = (library, device)
+    with _handles_lock:
+        if key not in _handles:
+            _handles[key] = _HANDLE_MAKERS[library](device)
+        return _handles[key]
+
+
+def _make_cublas_lt(device: Device) -> int:
+    from fi_ffi.loader import libraries  # not above: few programs need it
+
+    cublas, slot = libraries.load(libraries.CUBLAS_LT)[0], ffi.new("void **")
+    with current(device), relaxed():
+        status = cublas.cublasLtCreate(slot)
+    if status:
+        words = f"cuBLAS status {status} on {device}"
+        raise machine.examined(KernelError("cublasLtCreate", "RuntimeError", words))
+    return int(ffi.cast("uintptr_t", slot[0]))
+
+
+_HANDLE_MAKERS = {"cublasLt": _make_cublas_lt}

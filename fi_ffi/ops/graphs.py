@@ -75,60 +75,63 @@ class Graph:
     def replace(self, graph: Any, held: list[object]) -> None:
         """Take over a recorded cudaGraph_t, which is not needed any more afterwards, and what
         its launches touch."""
-        self._replace(graph)
+        count = ffi.new("size_t *")
+        code = machine.load_cudart()[0].cudaGraphGetNodes(graph, ffi.NULL, count)
+        cuda.check(code, "cudaGraphGetNodes")
+        if self._launch is None or not self._update(graph):
+            self._instantiate(graph)
+        self.nodes = int(count[0])
+        self._log("was recorded", None)
         self._held = held
 
-    def _replace(self, graph: Any) -> None:
-        runtime = machine.load_cudart()[0]
-        count = ffi.new("size_t *")
-        cuda.check(runtime.cudaGraphGetNodes(graph, ffi.NULL, count), "cudaGraphGetNodes")
-        if self._launch is not None:
-            result = ffi.new("uint64_t[]", _RESULT_WORDS)
-            code = runtime.cudaGraphExecUpdate(self._executable, graph, result)
-            if code == 0:
-                self.nodes, self.updates = int(count[0]), self.updates + 1
-                self._tell("was recorded", None)
-                return
-            cuda.forget(code, "cudaGraphExecUpdate")
-            # Another shape of graph: CUDA cannot change the old one into it.
-            self._finalizer()
-            self._launch = None
-        executable = ffi.new("void **")
+    def _update(self, graph: Any) -> bool:
+        """Change the nodes in place, where CUDA can; give the old ones back where it cannot."""
+        result = ffi.new("uint64_t[]", _RESULT_WORDS)
+        code = machine.load_cudart()[0].cudaGraphExecUpdate(self._executable, graph, result)
+        if code == 0:
+            self.updates += 1
+            return True
+        cuda.forget(code, "cudaGraphExecUpdate")
+        # Another shape of graph: CUDA cannot change the old one into it.
+        self._finalizer()
+        self._launch = None
+        return False
+
+    def _instantiate(self, graph: Any) -> None:
+        runtime, executable = machine.load_cudart()[0], ffi.new("void **")
         cuda.check(runtime.cudaGraphInstantiate(executable, graph, 0), "cudaGraphInstantiate")
         self._executable = executable[0]
         self._finalizer = weakref.finalize(
             self, cuda.unless_cut_off, runtime.cudaGraphExecDestroy, executable[0]
         )
-        self.nodes = int(count[0])
         self.arm()
         _graphs.add(self)
-        self._tell("was recorded", None)
 
     def arm(self) -> None:
-        """Have launches told to the call logs, if any is open, or to nobody."""
+        """Have launches logged where a call log is open, and made at once where none is."""
         if machine.is_cut_off():
             self._launch = _refused
             return
         launch = functools.partial(machine.load_cudart()[0].cudaGraphLaunch, self._executable)
-        self._launch = (
-            functools.partial(_told, weakref.ref(self), launch) if watching.logs else launch
-        )
+        if watching.logs():
+            launch = functools.partial(_launch_logged, weakref.ref(self), launch)
+        self._launch = launch
 
-    def _tell(self, what: str, stream: int | None) -> None:
-        for log in watching.logs:
+    def _log(self, what: str, stream: int | None) -> None:
+        for log in watching.logs():
             words = f"a graph of {self.nodes} nodes at {id(self):#x}, updated {self.updates} times"
-            log.tell(f"Graph {what}", self.device, stream, words)
+            log.note(f"Graph {what}", words, self.device, stream)
 
 
 # Those that can be launched.
 _graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
 
 
-def _told(graph: weakref.ref[Graph], launch: Callable[[Any], int], stream: Any) -> int:
-    """Launch, told to the call logs before."""
+def _launch_logged(graph: weakref.ref[Graph], launch: Callable[[Any], int], stream: Any) -> int:
+    """Log a launch, and make it."""
     launched = graph()
     if launched is not None:
-        launched._tell("is launched", int(ffi.cast("uintptr_t", stream)))
+        launched._log("is launched", int(ffi.cast("uintptr_t", stream)))
     return launch(stream)
 
 

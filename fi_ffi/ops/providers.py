@@ -1,9 +1,10 @@
-"""Which entry serves a row on a device: a kernel, or the reference on the CPU."""
+"""Which row is a release's, and which entry serves it: a kernel, or the reference on the CPU."""
 
 from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 
 from fi_ffi.abi.function import Entry
 from fi_ffi.abi.tensor import Device
@@ -13,6 +14,7 @@ from fi_ffi.ops.row import Row
 
 _PLAIN = re.compile(r"\d+\.\d+\.\d+")  # a release without a suffix
 _BOUND = re.compile(r"(>=|<)(\d+(?:\.\d+)*)")
+_SPAN = re.compile(r">=(\d+(?:\.\d+)*)(?:,<(\d+(?:\.\d+)*))?")
 
 
 @functools.cache
@@ -34,6 +36,22 @@ def fits(row: Row, release: str) -> bool:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")))
+
+
+def span_of(forms: Sequence[Row]) -> str:
+    """The releases that any of the forms is of, without the seams between them."""
+    found = [_SPAN.fullmatch(form.releases) for form in forms]
+    bounds = [match.groups("") for match in found if match]
+    if len(bounds) < len(forms):
+        return " or ".join(form.releases for form in forms)
+    spans: list[list[str]] = []
+    for start, end in sorted(bounds, key=lambda span: _numbers(span[0])):
+        last = spans[-1][1] if spans else "0"
+        if last and _numbers(start) > _numbers(last):
+            spans.append([start, end])
+        else:
+            spans[-1][1] = max(last, end, key=_numbers) if last and end else ""
+    return " or ".join(f">={start},<{end}" if end else f">={start}" for start, end in spans)
 
 
 def release_in_use() -> str | None:

@@ -18,7 +18,7 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.tensor import TensorDesc, make_desc, parse_device
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.loader.runtime import ensure_tvm_ffi
-from fi_ffi.ops import cuda, handles, providers
+from fi_ffi.ops import cuda, providers
 from fi_ffi.ops.attention import options
 from fi_ffi.ops.call import compiled, op
 from fi_ffi.reference import arrays
@@ -155,7 +155,7 @@ class Pretend(Cpu):
         patch(cuda, "allocate", self._allocate)
         patch(cuda, "allocate_page_locked", lambda count, _: cuda._host(count))
         # A handle of cuBLAS, which no reference looks at.
-        monkeypatch.setattr(handles, "_handles", {("cublasLt", device_of(i)): 1 for i in range(2)})
+        monkeypatch.setattr(cuda, "_handles", {("cublasLt", device_of(i)): 1 for i in range(2)})
         # Without kernels no release is in use; the first rows are the reference's.
         patch(op, "release_in_use", lambda: None)
         patch(options, "release", lambda: "0.6.13")

@@ -23,7 +23,7 @@ from fi_ffi.cli.replaying.recorded import load
 from fi_ffi.errors import ArtifactError
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.watch import watching
-from fi_ffi.ops.watch.logging_calls.dump import AFTER, BEFORE
+from fi_ffi.ops.watch.dump import AFTER, BEFORE
 
 from plan_calls import KINDS, Case
 from prepared_calls import EVERY_OP, Placed, draw, placed
@@ -32,7 +32,7 @@ from prepared_calls import EVERY_OP, Placed, draw, placed
 @pytest.fixture(autouse=True)
 def _nothing_is_left():
     yield
-    assert watching.logs == ()
+    assert watching.hooks == ()
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_what_is_in_the_files(folder):
 @pytest.mark.parametrize("dtype", [*fi_ffi.DTYPES])
 def test_every_dtype_is_kept(folder, dtype):
     """Bit by bit, rows apart or not."""
-    from fi_ffi.ops.watch.logging_calls import container, memory
+    from fi_ffi.ops.watch import safetensors, tensor_bytes
 
     rng = np.random.default_rng()
     size = fi_ffi.DTYPES[dtype].itemsize
@@ -128,16 +128,16 @@ def test_every_dtype_is_kept(folder, dtype):
     ):
         shape = (*part.shape[:2], 6)
         desc = fi_ffi.TensorDesc(whole.ctypes.data, shape, dtype, strides=strides, device="cpu")
-        got = memory.read(desc, None)
+        got = tensor_bytes.read(desc, None)
         assert got == part.tobytes()
         path = folder.with_suffix(f".{len(got)}")
-        container.write(path, {"x": container.Stored(desc.dtype, shape, got)}, {"a": "b"})
-        found, words = container.read(path)
+        safetensors.write(path, {"x": safetensors.Stored(desc.dtype, shape, got)}, {"a": "b"})
+        found, words = safetensors.read(path)
         assert bytes(found["x"]) == got and words == {"a": "b"}
 
 
 def test_axes_in_any_order():
-    from fi_ffi.ops.watch.logging_calls.memory import read
+    from fi_ffi.ops.watch.tensor_bytes import read
 
     array = np.random.default_rng().integers(0, 2**15, (3, 4, 5, 6), np.int16)
     for axes in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2), (0, 2, 1, 3)):
@@ -186,12 +186,12 @@ def test_only_the_ops_that_are_named(folder):
 
 
 def test_a_full_disk_is_told_and_the_call_is_made(folder, monkeypatch):
-    from fi_ffi.ops.watch.logging_calls import container
+    from fi_ffi.ops.watch import safetensors
 
     def fail(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(container, "write", fail)
+    monkeypatch.setattr(safetensors, "write", fail)
     x, out = np.ones((4, 16), np.float16), np.zeros((4, 16), np.float16)
     log = folder.parent / "log"
     with fi_ffi.call_log(1, log, dump=folder):

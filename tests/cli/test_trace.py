@@ -24,7 +24,7 @@ from fi_ffi.cli.tracing.definition import define
 from fi_ffi.cli.tracing.source import NoSource, source_of
 from fi_ffi.cli.tracing.subject import names, of_dump
 from fi_ffi.errors import FiFfiError
-from fi_ffi.ops.watch.logging_calls.dump import BEFORE
+from fi_ffi.ops.watch.dump import BEFORE
 from fi_ffi.reference.exact import EXACT, MOVES
 
 from plan_calls import KINDS, PAGE, Case, indptr

@@ -24,7 +24,7 @@ from fi_ffi.cli.inputs import inputs_of
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.row import Row
 from fi_ffi.ops.watch import watching
-from fi_ffi.ops.watch.logging_calls.dump import BEFORE
+from fi_ffi.ops.watch.dump import BEFORE
 
 from prepared_calls import settle
 
@@ -34,7 +34,7 @@ HEAD = re.compile(r"\[[^]]*\] #(\d+) (.*)")
 @pytest.fixture(autouse=True)
 def _nothing_is_left():
     yield
-    assert watching.logs == () and watching.inboxes == ()
+    assert watching.hooks == ()
 
 
 def read(text: str) -> list[tuple[str, dict[str, str]]]:
@@ -190,7 +190,7 @@ def test_an_address_that_cannot_be_read_leaves_no_error_behind(rng, to_gpu, stre
     from cuda.bindings import runtime
 
     from fi_ffi.cli.cuda import check
-    from fi_ffi.ops.watch.logging_calls.memory import read as read_memory
+    from fi_ffi.ops.watch.tensor_bytes import read as read_memory
 
     case = of_norm(rng)
     placed = place(case, to_gpu)

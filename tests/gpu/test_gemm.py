@@ -15,8 +15,8 @@ import fi_ffi
 from fi_ffi.cli.cases import make_case
 from fi_ffi.loader import libraries
 from fi_ffi.loader import machine as of_loader
+from fi_ffi.ops.cuda import own_handle
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.handles import own_handle
 from fi_ffi.reference.exact_gemm import fp8_products
 
 from attention.machines import Gpu

@@ -11,7 +11,8 @@ import pytest
 import fi_ffi
 from fi_ffi.loader import search
 from fi_ffi.ops import cuda
-from fi_ffi.ops.watch import recording
+from fi_ffi.ops.watch import watching
+from fi_ffi.ops.watch.call_record import CallRecord
 from fi_ffi.reference import moe_weights
 from fi_ffi.reference.exact_moe import ON_HOPPER, moe
 
@@ -398,16 +399,16 @@ def test_the_stream_of_a_scope(rng, to_gpu, stream):
 
 def test_a_call_that_is_logged_and_watched(rng, to_gpu, stream, tmp_path):
     made = make(rng, "fp8", F8, F16, **SMALL)
-    inbox = deque[recording.Call]()
+    inbox = deque[CallRecord]()
     with fi_ffi.call_log(3, str(tmp_path / "log")), fi_ffi.watchdog(60) as dog:
-        recording.open_inbox(inbox)
+        watching.add(inbox)
         try:
             got = run(made, to_gpu, stream)
         finally:
-            recording.close_inbox(inbox)
+            watching.remove(inbox)
     assert dog.reports == []
     watched = next(call for call in inbox if call.op.endswith("run_moe"))
-    assert watched.number is not None and watched.is_over, "it was marked on its stream"
+    assert watched.mark is not None and watched.is_over, "it was marked on its stream"
     assert Judge(made)(got) <= 1
     assert "run_moe" in (tmp_path / "log").read_text()
 

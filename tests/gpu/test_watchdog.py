@@ -20,7 +20,7 @@ from fi_ffi.cli.cases import make_case
 from fi_ffi.ops import cuda
 from fi_ffi.ops.call import memory
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.watch import marks, watching
+from fi_ffi.ops.watch import stream_progress, watching
 
 LIMIT, LONG = 0.5, 60.0
 
@@ -135,7 +135,7 @@ def calls(to_gpu, rng, streams):
 @pytest.fixture(autouse=True)
 def _nothing_is_left():
     yield
-    assert watching.inboxes == ()
+    assert watching.hooks == ()
     assert not [t.name for t in threading.enumerate() if t.name.startswith("fi_ffi.watchdog")]
 
 
@@ -158,8 +158,8 @@ class Hangs:
         self.error = caught.value
 
 
-def slot_of(stream: int) -> marks.Slot | None:
-    return marks.board._slots.get(memory.stream_key(0, stream))
+def slot_of(stream: int) -> stream_progress.Slot | None:
+    return stream_progress.progress._slots.get(memory.stream_key(0, stream))
 
 
 # ---------------------------------------------------------------- what is fine
@@ -566,8 +566,8 @@ def test_a_capture_is_not_marked_nor_waited_for(calls, stream):
 
 def test_a_captured_call_may_be_the_first_that_is_watched(calls, stream, monkeypatch):
     """No memory is allocated for a stream that is capturing."""
-    fresh = marks.Board(marks._allocate, marks._write)
-    monkeypatch.setattr(marks, "board", fresh)
+    fresh = stream_progress.StreamProgress(stream_progress._allocate, stream_progress._write)
+    monkeypatch.setattr(stream_progress, "progress", fresh)
     with fi_ffi.watchdog(LONG):
         replay, _ = capture(stream, lambda: calls[0](stream))
     assert fresh._slots == {} and fresh._free == []
@@ -578,8 +578,8 @@ def test_a_captured_call_may_be_the_first_that_is_watched(calls, stream, monkeyp
 def test_memory_for_marks_may_be_needed_while_another_stream_captures(calls, streams, monkeypatch):
     """Allocating is forbidden then, but to a thread that says it knows what it does."""
     capturing, other = streams
-    fresh = marks.Board(marks._allocate, marks._write)
-    monkeypatch.setattr(marks, "board", fresh)
+    fresh = stream_progress.StreamProgress(stream_progress._allocate, stream_progress._write)
+    monkeypatch.setattr(stream_progress, "progress", fresh)
 
     def launch():
         calls[0](capturing)

@@ -7,7 +7,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.cli.replaying.recorded import load
-from fi_ffi.ops.watch.logging_calls.dump import BEFORE
+from fi_ffi.ops.watch.dump import BEFORE
 
 
 def test_calls_are_told_before_and_after(every, tmp_path):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.ops.watch import recording
+from fi_ffi.ops.watch import watching
+from fi_ffi.ops.watch.call_record import CallRecord
 
 LIMIT, LONG = 0.25, 30.0
 THE_LINE = "every.apply_typed(waits, 7)"
@@ -40,19 +41,19 @@ def test_one_that_blocks_is_reported(every):
 def test_what_each_is_told_of(every):
     """Tensors by layout and address, other values in words."""
     out = np.zeros(6, np.float32)
-    told = deque[recording.Call]()
+    told = deque[CallRecord]()
     with fi_ffi.watchdog(LONG) as dog:
-        recording.open_inbox(told)
+        watching.add(told)
         try:
             every.add_all(out, [np.ones(6, np.float32)], [3])
             with pytest.raises(fi_ffi.KernelError):
                 every.fail("ValueError", "as it was told to")
         finally:
-            recording.close_inbox(told)
+            watching.remove(told)
     assert dog.reports == []
     assert [call.op for call in told] == [f"{every.name}.add_all", f"{every.name}.fail"]
     assert all(call.is_over for call in told)
-    words = [str(arg) for arg in told[0].arguments()]
+    words = [str(arg) for arg in told[0].arguments]
     assert words[0] == f"float32[6] on cpu at {out.ctypes.data:#x}"
     assert words[2] == "list [3]"
     assert out.tolist() == [3] * 6

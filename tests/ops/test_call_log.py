@@ -22,7 +22,7 @@ import fi_ffi
 from fi_ffi.ops.call import launch
 from fi_ffi.ops.call.checks import Form
 from fi_ffi.ops.call.source import call_source
-from fi_ffi.ops.watch import recording, watching
+from fi_ffi.ops.watch import watching
 from fi_ffi.ops.watch.call_log import open_by_environment
 
 from forking import in_child
@@ -36,8 +36,7 @@ CALLS = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def _nothing_is_left():
     yield
-    assert watching.logs == ()
-    assert watching.inboxes == ()
+    assert watching.hooks == ()
 
 
 @pytest.fixture
@@ -157,13 +156,12 @@ def test_statistics_of_rows_apart(mine, path):
 
 @pytest.mark.parametrize("dtype", [*fi_ffi.DTYPES])
 def test_statistics_of_every_dtype(dtype):
-    from fi_ffi.ops.watch.logging_calls.statistics import statistics
-    from fi_ffi.ops.watch.logging_calls.told import Argument
+    from fi_ffi.ops.watch.tensor_bytes import statistics
 
     rng = np.random.default_rng()
     array = np.round(rng.uniform(0, 100, (3, 5))).astype(fi_ffi.DTYPES[dtype].numpy)
     desc = fi_ffi.TensorDesc(array.ctypes.data, (3, 5), dtype, device="cpu")
-    said = statistics(Argument("x", desc, desc.ptr), None)
+    said = statistics(desc, None)
     if fi_ffi.DTYPES[dtype].lanes > 1:
         assert said == "no statistics of float4_e2m1fn_x2: elements share bytes"
     elif array.dtype.kind in "iub":
@@ -174,12 +172,11 @@ def test_statistics_of_every_dtype(dtype):
 
 
 def test_what_has_no_statistics(monkeypatch):
-    from fi_ffi.ops.watch.logging_calls import statistics as module
-    from fi_ffi.ops.watch.logging_calls.told import Argument
+    from fi_ffi.ops.watch import tensor_bytes as module
 
     def of(array: np.ndarray) -> str:
         desc = fi_ffi.as_desc(array)
-        return module.statistics(Argument("x", desc, desc.ptr), None)
+        return module.statistics(desc, None)
 
     assert of(np.zeros((0, 4), np.float16)) == "no elements"
     assert of(np.full((2, 2), np.nan, np.float32)) == "no finite element, 4 NaN, 0 Inf"
@@ -191,7 +188,7 @@ def test_what_has_no_statistics(monkeypatch):
     array = np.ones(4, ml_dtypes.bfloat16)
     desc = fi_ffi.as_desc(array)
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
-    said = module.statistics(Argument("x", desc, desc.ptr), None)
+    said = module.statistics(desc, None)
     assert said == "no statistics of bfloat16: ml_dtypes is not installed"
     assert of(np.ones(4, np.float16)).startswith("min 1, max 1, mean 1")
 
@@ -209,7 +206,7 @@ def test_calls_have_no_word_of_logs(mine):
         source = call_source(Form(row))
         assert "watching" not in source and not re.search(r"\blog", source)
     source = inspect.getsource(launch.launch)
-    assert source.count("watching.inboxes") == 1 and "log" not in source
+    assert source.count("watching.hooks") == 1 and "log" not in source
 
 
 # ---------------------------------------------------------------- every way of calling
@@ -422,13 +419,11 @@ def test_several_logs(mine, tmp_path):
 def test_a_watchdog_beside_a_log(mine, path):
     """Each sees all calls, whichever was opened or closed first."""
     inner = []
-    mine.work = lambda: inner.append(len(watching.inboxes))
+    mine.work = lambda: inner.append(len(watching.hooks))
     log = fi_ffi.call_log(1, path)
     mine.op(*mine.descs)
-    assert not recording.has_watchdogs()
     with fi_ffi.watchdog(30):
         mine.op(*mine.descs)
-        assert recording.has_watchdogs()
         log.close()
         mine.op(*mine.descs)
         with fi_ffi.call_log(1, path):
@@ -492,7 +487,7 @@ def test_a_forked_child_goes_on(mine, tmp_path):
     pids = []
 
     def run():
-        assert watching.inboxes and len(watching.logs) == 2
+        assert len(watching.hooks) == len(watching.logs()) == 2
         mine.op(*mine.descs)
         with fi_ffi.watchdog(30):
             mine.op(*mine.descs)
@@ -593,7 +588,7 @@ def test_what_a_level_imports(level):
         from fi_ffi.ops.watch import watching
         from fi_ffi.abi.tensor import parse_device
 
-        if watching.inboxes:
+        if watching.hooks:
             x = fi_ffi.TensorDesc(4096, (4,), "float16", device="cpu")
             watching.called("mine", print, (x, 3), [("0", x)], parse_device("cpu"))
         print("numpy" in sys.modules, "fi_ffi.ops.watch.call_log" in sys.modules)

@@ -118,7 +118,7 @@ def test_a_watchdog_sees_calls(mine):
     mine.op(*mine.descs)
     mine.op(*mine.descs)
     seen, leave, reports = [], threading.Event(), []
-    mine.work = lambda: seen.append(len(watching.inboxes))
+    mine.work = lambda: seen.append(len(watching.hooks))
     with fi_ffi.watchdog(30):
         for _ in range(3):
             mine.op(*mine.descs, factor=2.0)

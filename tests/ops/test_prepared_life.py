@@ -266,7 +266,7 @@ def test_a_watchdog_sees_it(mine):
     seen = []
 
     def look():
-        seen.extend(inbox for inbox in watching.inboxes)
+        seen.extend(watching.hooks)
 
     mine.work = look
     with fi_ffi.watchdog(30):

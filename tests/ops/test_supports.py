@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from fi_ffi.loader.entries import entries_of
 from fi_ffi.loader.listed import in_wheel, listed_in
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.ops.attention.rows import ROWS as ATTENTION
+from fi_ffi.ops.capability import judgement
+from fi_ffi.ops.capability.attention import SAMPLES
+from fi_ffi.ops.capability.judgement import Query, capability_of, judge
+from fi_ffi.ops.capability.known_issues import KNOWN_ISSUES
+from fi_ffi.ops.capability.matrix import SMS, entry_row, lines
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.support import Question, called, capability_of, judge, matrix
-from fi_ffi.ops.support.attention import SAMPLES
-from fi_ffi.ops.support.cases import CASES
-from fi_ffi.ops.support.judge import Interface, span_of
+from fi_ffi.ops.providers import span_of
 
 DEFAULT = the_lock().default_release
 
@@ -26,7 +29,7 @@ DEFAULT = the_lock().default_release
 @pytest.fixture(autouse=True)
 def nothing_was_called(monkeypatch):
     """What was called on GPUs is no part of these; nor is what this machine has."""
-    monkeypatch.setattr(called, "runs", lambda: ())
+    monkeypatch.setattr(judgement, "gpu_runs", lambda: ())
     monkeypatch.setattr(machine, "device_count", lambda: 0)
 
 
@@ -64,8 +67,8 @@ def test_an_op_that_every_gpu_has():
 
 
 def test_what_was_called_is_told(monkeypatch):
-    run = called.Run("a GPU", (9, 0), DEFAULT, frozenset({("norm", "rmsnorm")}))
-    monkeypatch.setattr(called, "runs", lambda: (run,))
+    run = judgement.GpuRun("a GPU", (9, 0), DEFAULT, frozenset({("norm", "rmsnorm")}))
+    monkeypatch.setattr(judgement, "gpu_runs", lambda: (run,))
     answer = fi_ffi.rmsnorm.supports(sm=90, release=DEFAULT)
     assert answer.status == "run"
     assert answer.reason.endswith("; called on a GPU")
@@ -154,19 +157,19 @@ def test_kernels_in_use_come_first(monkeypatch, built_wheel):
 
 
 def test_what_building_would_not_help_is_refused(built_wheel):
-    question = Question.of(100, kernels=built_wheel)
-    answer = judge("x", [Interface(">=0.6.3", "gemm_sm90", "run")], question)
+    query = Query.of(100, kernels=built_wheel)
+    answer = judge("x", [entry_row("gemm_sm90", "run")], query)
     assert answer.status == "refused"
     assert answer.reason == "FlashInfer compiles gemm_sm90 for sm_90a only"
 
 
 def test_spans_have_no_seams():
     spans = [">=0.6.8,<0.6.14", ">=0.6.3,<0.6.8"]
-    assert span_of([Interface(s, "m", "s") for s in spans]) == ">=0.6.3,<0.6.14"
+    assert span_of([entry_row("m", "s", s) for s in spans]) == ">=0.6.3,<0.6.14"
     spans = [">=0.6.3,<0.6.8", ">=0.6.9"]
-    assert span_of([Interface(s, "m", "s") for s in spans]) == ">=0.6.3,<0.6.8 or >=0.6.9"
+    assert span_of([entry_row("m", "s", s) for s in spans]) == ">=0.6.3,<0.6.8 or >=0.6.9"
     spans = ["==0.6.17.*", ">=0.7"]
-    assert span_of([Interface(s, "m", "s") for s in spans]) == "==0.6.17.* or >=0.7"
+    assert span_of([entry_row("m", "s", s) for s in spans]) == "==0.6.17.* or >=0.7"
 
 
 def test_attention_by_its_options():
@@ -211,21 +214,22 @@ def test_plans_are_still_what_they_were(name):
 
 
 def test_every_op_and_attention_family_is_in_the_matrix():
-    lines = list(matrix.lines())
-    assert {*OPS} <= {line.op for line in lines}
-    assert {*SAMPLES} <= {line.op for line in lines}
-    asked = {line.ask(Question.of(90, DEFAULT)).module for line in lines}
+    every = list(lines())
+    assert {*OPS} <= {line.op for line in every}
+    assert {*SAMPLES} <= {line.op for line in every}
+    asked = {line.ask(Query.of(90, DEFAULT)).module for line in every}
     for family in {row.module for row in ATTENTION}:
         assert any(module.startswith(family) for module in asked), family
 
 
 def test_the_matrix_agrees_with_the_list():
     """What the table says of a plain module is what the generators listed for the wheels."""
-    found = matrix.matrix(DEFAULT, "cu130", cpu="x86_64")
+    asked = {line.name: line.ask for line in lines()}
     listed = listed_in(DEFAULT)
     for name, op in OPS.items():
         codes = listed.codes(op.row.module)
-        for sm, answer in found[name].items():
+        for sm in SMS:
+            answer = asked[name](replace(Query.of(sm, DEFAULT, "cu130"), cpu="x86_64"))
             assert answer.reason
             capability = capability_of(sm)
             if op.row.capabilities and capability[0] not in op.row.capabilities:
@@ -240,21 +244,21 @@ def test_the_matrix_agrees_with_the_list():
 
 def test_cases_are_of_entries_that_there_are():
     record = entries_of(DEFAULT)
-    assert len({case.name for case in CASES}) == len(CASES) == 4
-    for case in CASES:
-        assert len(case.cause) > 100
-        assert len(case.advice) > 50
-        for text in case.entries:
+    assert len({issue.name for issue in KNOWN_ISSUES}) == len(KNOWN_ISSUES) == 4
+    for issue in KNOWN_ISSUES:
+        assert len(issue.cause) > 100
+        assert len(issue.advice) > 50
+        for text in issue.entries:
             module, _, symbol = text.partition(".")
             assert symbol in record.of(module).entries, text
         for sm in (90, 100, 120):
-            assert all(answer.reason for answer in case.answers(Question.of(sm, DEFAULT)))
+            assert all(answer.reason for answer in issue.found(Query.of(sm, DEFAULT)))
 
 
 def test_cases_say_what_the_list_says():
     def answers(name: str, sm: int) -> dict[str, str]:
-        (case,) = (case for case in CASES if case.name == name)
-        return {a.op: a.status for a in case.answers(Question.of(sm, DEFAULT))}
+        (issue,) = (issue for issue in KNOWN_ISSUES if issue.name == name)
+        return {a.op: a.status for a in issue.found(Query.of(sm, DEFAULT))}
 
     fusion = "trtllm_comm.trtllm_allreduce_fusion"
     assert answers("all-reduce-fusion", 90)[fusion] == "built"
@@ -265,7 +269,7 @@ def test_cases_say_what_the_list_says():
 
 
 def test_the_record_of_what_was_called_names_real_entries():
-    data = json.loads(called.DATA.read_text())
+    data = json.loads(judgement.GPU_RUNS.read_text())
     for run in data["runs"]:
         record = entries_of(run["release"])
         for family, symbols in run["entries"].items():

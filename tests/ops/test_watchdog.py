@@ -27,7 +27,7 @@ from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.providers import entry_for
 from fi_ffi.ops.row import Row, Scalar, Tensor
-from fi_ffi.ops.watch import marks, recording, watching
+from fi_ffi.ops.watch import call_record, stream_progress, watching
 from fi_ffi.ops.watch import watchdog as module
 from fi_ffi.reference import norm
 
@@ -57,7 +57,7 @@ def threads() -> list[str]:
 @pytest.fixture(autouse=True)
 def _nothing_is_left():
     yield
-    assert watching.inboxes == ()
+    assert watching.hooks == ()
     assert threads() == []
 
 
@@ -107,7 +107,7 @@ class Gpu:
     def __init__(self) -> None:
         self.pages: list = []
         self.queues: dict[int, deque[tuple[int, int]]] = defaultdict(deque)
-        self.board = marks.Board(self.allocate, self.write)
+        self.progress = stream_progress.StreamProgress(self.allocate, self.write)
         self.array = np.zeros((4, 16), np.float16)
 
     def allocate(self, count: int) -> int:
@@ -119,7 +119,7 @@ class Gpu:
 
     def launch(
         self, name: str = "rmsnorm", stream: int = 7, returns: bool = True
-    ) -> recording.Call:
+    ) -> call_record.CallRecord:
         """What `launch` does with a watchdog open, but for the kernel."""
         compiled = OPS[name].compiled
         row, descs = compiled.row, {}
@@ -132,11 +132,11 @@ class Gpu:
         frame = variant.new_frame()
         for i, desc in descs.items():
             write_tensor(frame, i, desc)
-        call = recording.of_frame(frame, stream)
-        recording.tell(call)
-        call.slot = self.board.slot((0, stream))
+        call = call_record.of_frame(frame, stream)
+        module.tell(call)
+        call.slot = self.progress.slot((0, stream))
         if returns:
-            call.slot, call.number = self.board.mark(call.slot, (0, stream), stream)
+            call.slot, call.mark = self.progress.mark(call.slot, (0, stream), stream)
         return call
 
     def work(self, count: int = 1, stream: int = 7) -> None:
@@ -354,19 +354,19 @@ def test_a_call_after_a_refused_run_is_not_the_plans(mine):
 def told():
     """The calls that a watchdog would be told of."""
     inbox = deque()
-    recording.open_inbox(inbox)
+    watching.add(inbox)
     yield inbox
-    recording.close_inbox(inbox)
+    watching.remove(inbox)
 
 
 def test_repeated_and_prepared_calls_are_recorded_too(mine, told):
     """They take short cuts where no watchdog is open."""
-    recording.close_inbox(told)
+    watching.remove(told)
     prepared = mine.op.prepare(mine.y, mine.x, factor=2.0)
     for call in (mine, mine, prepared, prepared):
         call()
     assert len(told) == 0
-    recording.open_inbox(told)
+    watching.add(told)
     mine()
     prepared()
     assert [call.op for call in told] == ["mine", "mine"]
@@ -374,9 +374,9 @@ def test_repeated_and_prepared_calls_are_recorded_too(mine, told):
     repeated, launched = told
     assert repeated.line == THE_LINE
     assert launched.function == "test_repeated_and_prepared_calls_are_recorded_too"
-    both = ([(a.name, str(a), a.value) for a in c.arguments()] for c in (repeated, launched))
+    both = ([(a.name, str(a), a.value) for a in c.arguments] for c in (repeated, launched))
     assert next(both) == next(both)
-    recording.close_inbox(told)
+    watching.remove(told)
     mine()
     assert len(told) == 2
     mine.check()
@@ -605,19 +605,19 @@ def test_many_threads_launch_and_watch(gpu, mine):
     stop.set()
     finisher.join(20)
     assert failures == [] and dog.reports == []
-    assert [gpu.board.slot((0, s)).value for s in (1, 2)] == [600, 300]
+    assert [gpu.progress.slot((0, s)).value for s in (1, 2)] == [600, 300]
 
 
 # ---------------------------------------------------------------- slots
 
 
 def test_numbers_wrap_around(gpu):
-    slot = gpu.board.slot((0, 7))
+    slot = gpu.progress.slot((0, 7))
     slot.issued = 2**32 - 3
     ffi.cast("uint32_t *", slot.address)[0] = slot.issued
     with fi_ffi.watchdog(LONG):
         calls = [gpu.launch() for _ in range(5)]
-        assert [call.number for call in calls] == [2**32 - 2, 2**32 - 1, 0, 1, 2]
+        assert [call.mark for call in calls] == [2**32 - 2, 2**32 - 1, 0, 1, 2]
         for done in range(6):
             assert [call.is_over for call in calls] == [True] * done + [False] * (5 - done)
             assert [call.left for call in calls[done:]] == list(range(1, 6 - done))
@@ -632,10 +632,10 @@ def test_numbers_are_queued_in_their_order():
         time.sleep(0)  # lets other threads go on
         gpu.write(stream, address, number)
 
-    gpu.board = marks.Board(gpu.allocate, write)
-    slot, key = gpu.board.slot((0, 7)), (0, 7)
+    gpu.progress = stream_progress.StreamProgress(gpu.allocate, write)
+    slot, key = gpu.progress.slot((0, 7)), (0, 7)
     workers = [
-        threading.Thread(target=lambda: [gpu.board.mark(slot, key, 7) for _ in range(500)])
+        threading.Thread(target=lambda: [gpu.progress.mark(slot, key, 7) for _ in range(500)])
         for _ in range(4)
     ]
     for worker in workers:
@@ -652,50 +652,50 @@ def test_a_signal_handler_that_launches_in_between():
     def write(stream, address, number):
         if number in signals:
             signals.clear()
-            gpu.board.mark(gpu.board.slot((0, 7)), (0, 7), 7)
+            gpu.progress.mark(gpu.progress.slot((0, 7)), (0, 7), 7)
         gpu.write(stream, address, number)
 
-    gpu.board = marks.Board(gpu.allocate, write)
-    slot = gpu.board.slot((0, 7))
+    gpu.progress = stream_progress.StreamProgress(gpu.allocate, write)
+    slot = gpu.progress.slot((0, 7))
     for _ in range(3):
-        gpu.board.mark(slot, (0, 7), 7)
+        gpu.progress.mark(slot, (0, 7), 7)
     assert [number for _, number in gpu.queues[7]] == [1, 2, 2, 3]
 
 
 def test_pages_are_added_and_slots_taken_back():
     gpu = Gpu()
-    slots = [gpu.board.slot((0, stream)) for stream in range(1024)]
+    slots = [gpu.progress.slot((0, stream)) for stream in range(1024)]
     assert len(gpu.pages) == 1
     assert len({slot.address for slot in slots}) == 1024
     assert all(slot.value == 0 for slot in slots), "whatever the memory held"
     for stream, slot in enumerate(slots):
-        gpu.board.mark(slot, (0, stream), stream)
-    others = [gpu.board.slot((1, stream)) for stream in range(1024)]
+        gpu.progress.mark(slot, (0, stream), stream)
+    others = [gpu.progress.slot((1, stream)) for stream in range(1024)]
     assert len(gpu.pages) == 2, "every stream of the first page has something to write"
     assert len({slot.address for slot in slots + others}) == 2048
     for stream, slot in enumerate(others):
-        gpu.board.mark(slot, (1, stream), 5000 + stream)
+        gpu.progress.mark(slot, (1, stream), 5000 + stream)
     gpu.work(stream=500)
-    taken = gpu.board.slot((2, 0))
+    taken = gpu.progress.slot((2, 0))
     assert len(gpu.pages) == 2 and taken is slots[500], "the only one that is not waited for"
-    assert gpu.board.mark(taken, (2, 0), 9999) == (taken, 2)
+    assert gpu.progress.mark(taken, (2, 0), 9999) == (taken, 2)
     # The stream that had it gets another, and writes its number there.
-    slot, number = gpu.board.mark(slots[500], (0, 500), 500)
-    assert slot is gpu.board.slot((0, 500)) and slot is not taken
+    slot, number = gpu.progress.mark(slots[500], (0, 500), 500)
+    assert slot is gpu.progress.slot((0, 500)) and slot is not taken
     assert gpu.queues[500] == deque([(slot.address, number)])
     gpu.work(stream=500)
     assert (slot.until(number), taken.until(2)) == (0, 1)
-    assert [gpu.board.slot((0, i)) for i in range(500)] == slots[:500]
+    assert [gpu.progress.slot((0, i)) for i in range(500)] == slots[:500]
 
 
 def test_an_error_of_the_write_is_raised(gpu):
     def write(stream, address, number):
         raise fi_ffi.KernelError("cuStreamWriteValue32", "RuntimeError", "CUDA error 700")
 
-    gpu.board = marks.Board(gpu.allocate, write)
-    slot = gpu.board.slot((0, 7))
+    gpu.progress = stream_progress.StreamProgress(gpu.allocate, write)
+    slot = gpu.progress.slot((0, 7))
     with pytest.raises(fi_ffi.KernelError, match="cuStreamWriteValue32.*700"):
-        gpu.board.mark(slot, (0, 7), 7)
+        gpu.progress.mark(slot, (0, 7), 7)
     assert slot.issued == 0
 
 
@@ -703,11 +703,11 @@ def test_without_a_gpu_cuda_errors_are_typed():
     if machine.device_count():
         pytest.skip("there is a GPU")
     with pytest.raises((fi_ffi.KernelError, fi_ffi.LoaderError)):
-        marks._allocate(4096)
+        stream_progress._allocate(4096)
     with pytest.raises((fi_ffi.KernelError, fi_ffi.LoaderError)):
         memory.stream_key(0, 0)
     with pytest.raises((fi_ffi.KernelError, fi_ffi.LoaderError)):
-        marks._write(0, 4096, 1)
+        stream_progress._write(0, 4096, 1)
 
 
 def test_the_drivers_function_is_declared_as_cuda_h_has_it():
@@ -819,7 +819,7 @@ def test_a_plan_that_cannot_be_told_is_no_reason_to_be_silent(gpu):
 
 
 def test_the_hot_path_is_left_alone_where_none_is_open(mine, monkeypatch):
-    monkeypatch.setattr(recording, "Call", None)
+    monkeypatch.setattr(call_record, "CallRecord", None)
     monkeypatch.setattr(watching, "watched", None)
     mine()
     mine.check()
@@ -834,9 +834,11 @@ def test_a_forked_child_has_none_of_its_parents_watchdogs(gpu, mine):
 
     def run():
         nonlocal dog
-        assert watching.inboxes == () and threads() == []
-        assert marks.board is not before
-        assert marks.board._slots == {} and marks.board._lock.acquire(blocking=False)
+        assert watching.hooks == () and threads() == []
+        assert stream_progress.progress is not before
+        assert stream_progress.progress._slots == {} and stream_progress.progress._lock.acquire(
+            blocking=False
+        )
         mine()
         taken = []
         mine.work = lambda: until(lambda: taken)
@@ -849,11 +851,11 @@ def test_a_forked_child_has_none_of_its_parents_watchdogs(gpu, mine):
         assert len(own.reports) == 1
         mine.check()
 
-    before, held = marks.board, threading.Event()
+    before, held = stream_progress.progress, threading.Event()
     done = threading.Event()
 
     def hold():
-        with marks.board._lock, recording.lock:
+        with stream_progress.progress._lock, watching.lock:
             held.set()
             done.wait(20)
 

@@ -60,7 +60,7 @@ def test_abort_ends_the_process_with_everybodys_tracebacks():
     assert (done.returncode, done.stdout) == (EXIT_STATUS, "") and EXIT_STATUS == 124
     assert done.stderr.startswith("fi_ffi.watchdog(0.2): slow has not returned")
     assert "  seconds: 50.0" in done.stderr
-    for function in ("main", "slow", "_tell"):
+    for function in ("main", "slow", "_report"):
         assert re.search(rf'File ".*", line \d+ in {function}\n', done.stderr)
 
 
@@ -109,7 +109,8 @@ def test_without_a_stderr_of_python_the_process_has_one(stderr):
 
 def test_importing_fi_ffi_imports_no_watchdog():
     done = child("""
-        late = {f"fi_ffi.ops.watch.{name}" for name in ("hang", "marks", "recording", "watchdog")}
+        names = ("call_record", "stream_progress", "watchdog")
+        late = {f"fi_ffi.ops.watch.{name}" for name in names}
         print(*sorted(late & before))
         assert fi_ffi.watchdog is fi_ffi.watchdog
         assert "fi_ffi.ops.watch.watchdog" in sys.modules and "watchdog" in dir(fi_ffi)

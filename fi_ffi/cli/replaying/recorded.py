@@ -14,8 +14,8 @@ from fi_ffi.abi.tensor import DTYPES, DType
 from fi_ffi.errors import ArtifactError
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.row import Row
-from fi_ffi.ops.watch.logging_calls import container
-from fi_ffi.ops.watch.logging_calls.dump import AFTER, BEFORE, FORMAT, PLAN
+from fi_ffi.ops.watch import safetensors
+from fi_ffi.ops.watch.dump import AFTER, BEFORE, FORMAT, PLAN
 from fi_ffi.reference.arrays import Array
 
 _INT64 = 2**63
@@ -76,7 +76,7 @@ def load(path: Path) -> Recorded:
     """
     stem = str(path).removesuffix(BEFORE).removesuffix(AFTER)
     before = Path(stem + BEFORE)
-    data, words = container.read(before)
+    data, words = safetensors.read(before)
     _check_format(before, words)
     document = _json(before, words, "call")
     planned = document.get("plan") if isinstance(document, dict) else None
@@ -88,7 +88,7 @@ def load(path: Path) -> Recorded:
     after_path = Path(stem + AFTER)
     if not after_path.exists():
         return made
-    after, words = container.read(after_path)
+    after, words = safetensors.read(after_path)
     _check_format(after_path, words)
     arrays_after = {
         name: _elements(after_path, name, made.tensors[name].dtype, made.tensors[name].shape, of)

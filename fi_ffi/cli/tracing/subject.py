@@ -17,7 +17,7 @@ from fi_ffi.ops.attention.run import NEUTRAL as OPTIONS
 from fi_ffi.ops.axes import axis_size, parse_axis
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor, Text
-from fi_ffi.ops.watch.logging_calls.told import is_scratch
+from fi_ffi.ops.watch.call_record import is_scratch
 
 # What attention's entries are given for an option that is left out.
 NEUTRAL: dict[str, Any] = {**OPTIONS, "window_left": -1, "return_lse_base_on_e": False}

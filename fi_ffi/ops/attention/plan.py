@@ -566,7 +566,7 @@ class Plan(Supporting):
             frame.place_objects()
         if memory.recording() is not None:
             memory.hold(workspace, self._info)
-        if watching.inboxes:
+        if watching.hooks:
             with watching.running(self):
                 launch(frame, stream)
         else:

@@ -17,7 +17,7 @@ from fi_ffi.ops.call.prepared import Prepared, prepare_call
 from fi_ffi.ops.row import Row, Scalar
 
 if TYPE_CHECKING:
-    from fi_ffi.ops.support.answer import Support
+    from fi_ffi.ops.capability.judgement import Support
 
 # What options are called in the binding, where that is something else.
 _ABI_NAMES = {

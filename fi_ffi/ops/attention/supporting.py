@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fi_ffi.ops.support.answer import Support
+    from fi_ffi.ops.capability.judgement import Support
 
 
 def asked_of(
@@ -19,10 +19,10 @@ def asked_of(
     **options: Any,
 ) -> Support:
     """Whether a call or plan can be made, with these options: see `Op.supports`."""
-    from fi_ffi.ops.support.attention import answer
-    from fi_ffi.ops.support.question import Question
+    from fi_ffi.ops.capability.attention import judge_attention
+    from fi_ffi.ops.capability.judgement import Query
 
-    return answer(op, Question.of(sm, release, cuda, None, kernels), options)
+    return judge_attention(op, Query.of(sm, release, cuda, None, kernels), options)
 
 
 class Supporting:

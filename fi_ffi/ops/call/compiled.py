@@ -26,7 +26,6 @@ from fi_ffi.ops.call.source import (
     pack_source,
     update_source,
 )
-from fi_ffi.ops.handles import own_handle
 from fi_ffi.ops.nhd import exchanged
 from fi_ffi.ops.providers import entry_for
 from fi_ffi.ops.requires import FUNCTIONS
@@ -210,7 +209,7 @@ class Variant:
         return memory.scratch_for(refuse, arg, self.device, need, stream, is_own)
 
     def library_handle(self, library: str) -> int:
-        return own_handle(library, self.device)
+        return cuda.own_handle(library, self.device)
 
 
 class CompiledRow:

@@ -54,7 +54,7 @@ def launch(frame: Frame, stream: object) -> None:
     What the entry returned is left in the frame.
     """
     target: LaunchTarget = frame.target
-    if watching.inboxes or not target.is_alone:
+    if watching.hooks or not target.is_alone:
         _launch_watched(frame, target, stream)
     elif stream is not None and target.is_cuda:
         pointer = _thread.pointers.get(stream) if type(stream) is int else None
@@ -106,7 +106,7 @@ def _launch_watched(frame: Frame, target: LaunchTarget, stream: object) -> None:
         return frame.peek_result()
 
     def run() -> None:
-        if watching.inboxes:
+        if watching.hooks:
             watching.watched(frame, handle, call)
         else:
             call()

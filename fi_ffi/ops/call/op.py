@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import inspect
     import os
 
-    from fi_ffi.ops.support import Support
+    from fi_ffi.ops.capability.judgement import Support
 
 
 class Op:
@@ -94,10 +94,9 @@ class Op:
         `cuda` tag such as "cu130" is named, or there are no kernels on this machine, of what
         FlashInfer publishes.  `dtypes` are names, or names by the variables of the docstring.
         """
-        from fi_ffi.ops.support import Question, judge
+        from fi_ffi.ops.capability.judgement import Query, judge
 
-        question = Question.of(sm, release, cuda, dtypes, kernels)
-        return judge(self.__name__, self.rows, question)
+        return judge(self.__name__, self.rows, Query.of(sm, release, cuda, dtypes, kernels))
 
     def _in_force(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CompiledRow:
         """The row for a call with these arguments, which may select the one in force."""

@@ -164,7 +164,7 @@ class ModuleEntry(Unique):
     ) -> Any:  # fmt: skip
         invoke = functools.partial(entry.invoke, packed, len(args))
         with cuda.kernel_memory().installed():
-            if watching.inboxes:
+            if watching.hooks:
                 value = watching.called(self.name, invoke, args, arena.descs, place)
             else:
                 value = invoke()

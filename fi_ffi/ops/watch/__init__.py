@@ -1,1 +1,1 @@
-"""Who watches calls: the call log, its dumps, and the watchdog."""
+"""What watches calls: the call log, its dumps, and the watchdog."""

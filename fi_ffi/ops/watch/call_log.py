@@ -1,23 +1,31 @@
-"""`fi_ffi.call_log`: tells of every call before it is made, so that a crash leaves it behind."""
+"""`fi_ffi.call_log`: writes every call before it is made, so that a crash leaves it behind."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
-from collections.abc import Mapping
-from types import TracebackType
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
+from typing import Any
 
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
-from fi_ffi.ops.watch import recording, watching
-from fi_ffi.ops.watch.logging_calls.dump import MOST_BYTES, MOST_CALLS, Dump
-from fi_ffi.ops.watch.logging_calls.log import Log
-from fi_ffi.ops.watch.logging_calls.words import LEVELS, NAMES
-from fi_ffi.ops.watch.logging_calls.writer import Writer
+from fi_ffi.abi.tensor import Device
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, KernelError, printed
+from fi_ffi.ops import cuda
+from fi_ffi.ops.watch import watching
+from fi_ffi.ops.watch.call_record import CallRecord, place_of
+from fi_ffi.ops.watch.dump import MOST_BYTES, MOST_CALLS, Dump
+from fi_ffi.ops.watch.tensor_bytes import statistics
+from fi_ffi.ops.watch.writer import Writer
 
+NAMES, ARGUMENTS, STATISTICS = 1, 3, 5
+_LEVELS = (0, NAMES, ARGUMENTS, STATISTICS)
 LEVEL, DEST = "FI_FFI_LOG_LEVEL", "FI_FFI_LOG_DEST"
 DUMP, DUMP_OPS = "FI_FFI_DUMP_DIR", "FI_FFI_DUMP_OPS"
 DUMP_CALLS, DUMP_BYTES = "FI_FFI_DUMP_MAX_CALLS", "FI_FFI_DUMP_MAX_BYTES"
 _DEFAULT_DEST = "stderr"
+_numbers = itertools.count(1)  # of calls, in heads of lines and in names of dumps
 
 
 class call_log:  # a verb, as `open` is
@@ -58,7 +66,7 @@ class call_log:  # a verb, as `open` is
         max_dump_calls: int = MOST_CALLS,
         max_dump_bytes: int = MOST_BYTES,
     ) -> None:
-        _check_level(level)
+        _check_level("level", level)
         for name, value in (("max_dump_calls", max_dump_calls), ("max_dump_bytes", max_dump_bytes)):
             _check_count(name, value)
         if not isinstance(dump_ops, str):
@@ -67,38 +75,34 @@ class call_log:  # a verb, as `open` is
         dumped = None if dump is None else Dump(dump, dump_ops, max_dump_calls, max_dump_bytes)
         writer = Writer(dest) if level else None
         self._log: Log | None = Log(level, writer, dumped)
-        _change((*watching.logs, self._log))
+        watching.add(self._log)
+        _rearm_graphs()
 
     def close(self) -> None:
         """End it; once more does nothing."""
         log, self._log = self._log, None
         if log is None:
             return
-        _change(tuple(other for other in watching.logs if other is not log))
-        if log.writer is not None:
-            log.writer.close()
+        watching.remove(log)
+        _rearm_graphs()
+        log.close()
 
     def __enter__(self) -> call_log:
         if self._log is None:
             raise ArgumentError("call_log", "self", got="one that is closed", expected="a new one")
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def _check_level(level: object) -> None:
-    expected = " or ".join(map(str, LEVELS))
+def _check_level(name: str, level: object) -> None:
+    expected = " or ".join(map(str, _LEVELS))
     if type(level) is not int:
         got = f"{type(level).__name__} {printed(level)}"
-        raise ArgumentTypeError("call_log", "level", got=got, expected=expected)
-    if level not in LEVELS:
-        raise ArgumentError("call_log", "level", got=level, expected=expected)
+        raise ArgumentTypeError("call_log", name, got=got, expected=expected)
+    if level not in _LEVELS:
+        raise ArgumentError("call_log", name, got=level, expected=expected)
 
 
 def _check_count(name: str, value: object) -> None:
@@ -109,13 +113,8 @@ def _check_count(name: str, value: object) -> None:
         raise ArgumentError("call_log", name, got=value, expected="0 or more")
 
 
-def _change(logs: tuple[Log, ...]) -> None:
-    with recording.lock:
-        before, watching.logs = watching.logs, logs
-        if logs and not before:
-            recording.open_inbox(recording.nobody)
-        elif before and not logs:
-            recording.close_inbox(recording.nobody)
+def _rearm_graphs() -> None:
+    """Have launches of graphs logged, or not any more; where there can be graphs."""
     graphs = sys.modules.get("fi_ffi.ops.graphs")
     if graphs is not None:
         graphs.rearm()
@@ -125,8 +124,7 @@ def open_by_environment(environment: Mapping[str, str] = os.environ) -> call_log
     """The log that the environment asks for.  Raises `ArgumentError` naming its variable."""
     level = _number(environment, LEVEL, 0)
     dump = environment.get(DUMP) or None
-    if level not in LEVELS:
-        raise ArgumentError("call_log", LEVEL, got=level, expected=" or ".join(map(str, LEVELS)))
+    _check_level(LEVEL, level)
     if not level and dump is None:
         return None
     return call_log(
@@ -148,21 +146,135 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
     return int(text)
 
 
-def _continue_in_child() -> None:
-    """A forked child's calls are logged as its parent's are: in a file of its own, where the
-    path has the process's id."""
-    if not watching.logs:
-        return
-    recording.open_inbox(recording.nobody)
-    for log in watching.logs:
-        if log.dump is not None:
-            log.dump.renew()
-        if log.writer is not None:
+class Log:
+    """What an open call log does around each call; where a part of it fails, the log says so,
+    and the call is made all the same."""
+
+    def __init__(self, level: int, writer: Writer | None, dump: Dump | None) -> None:
+        self._level, self._writer, self._dump = level, writer, dump
+
+    def around(self, record: CallRecord, call: Callable[[], Any]) -> Any:
+        """Make a call and log it.  Its device is current."""
+        number = next(_numbers)
+        self._say(number, record.qualname, lambda: self._lines(record), NAMES)
+        can_read = self._can_read(number, record)
+        dumped = None
+        if can_read:
+            self._say_statistics(number, record, "before")
+            dumped = self._dump_before(number, record)
+        start = time.monotonic()
+        try:
+            result = call()
+        except BaseException as error:
+            self._say(number, f"raised {type(error).__name__}: {error}")
+            raise
+        self._say(number, f"returned after {(time.monotonic() - start) * 1e6:.0f} us")
+        if can_read:
+            self._say_statistics(number, record, "after")
+        if dumped is not None:
+            self._dump_after(number, record, dumped, result)
+        return result
+
+    def note(self, name: str, what: str, device: Device, stream: int | None) -> None:
+        """Log what is no call of an entry: a graph was recorded or is launched."""
+        lines = [f"  entry: {what}, on {place_of(device, stream)}"] * (self._level >= ARGUMENTS)
+        self._say(next(_numbers), name, lambda: lines, NAMES)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def continue_in_child(self) -> None:
+        """Log a forked child's calls: in a file of its own, where the path has the process's id."""
+        if self._dump is not None:
+            self._dump.renew()
+        if self._writer is not None:
             try:
-                log.writer.open()
+                self._writer.open()
             except ArgumentError:
-                log.writer.close()
+                self._writer.close()
+
+    def _lines(self, record: CallRecord) -> Iterator[str]:
+        """What is logged of a call before it is made."""
+        if self._level < ARGUMENTS:
+            return
+        yield f"  called: {record.caller}"
+        on = "" if record.device is None else f", on {place_of(record.device, record.stream)}"
+        yield f"  entry: {record.entry}{on}"
+        yield from (f"  {arg.name}: {arg}" for arg in record.arguments)
+        if record.plan is not None:
+            yield f"  plan: {record.plan_summary}"
+
+    def _can_read(self, number: int, record: CallRecord) -> bool:
+        """Whether tensors are to be read, and can be now."""
+        if self._level < ARGUMENTS and self._dump is None:
+            return False
+        if record.stream is not None and _is_capturing(record.stream):
+            self._say(number, "is recorded into a graph, and not run: nothing is read")
+            return False
+        return True
+
+    def _say_statistics(self, number: int, record: CallRecord, when: str) -> None:
+        """Write those of the arguments before a call, or of the results after it."""
+        if self._level < STATISTICS:
+            return
+        tensors = [
+            (arg.name, arg.tensor)
+            for arg in record.arguments
+            if arg.tensor is not None
+            and not arg.is_scratch
+            and (arg.reads if when == "before" else arg.writes)
+        ]
+
+        def lines() -> Iterator[str]:
+            for name, tensor in tensors:
+                try:
+                    yield f"  {name}: {statistics(tensor, record.stream)}"
+                except Exception as error:
+                    yield f"  {name}: no statistics: {type(error).__name__}: {error}"
+
+        if tensors:
+            self._say(number, f"{when}:", lines)
+
+    def _dump_before(self, number: int, record: CallRecord) -> str | None:
+        if self._dump is None:
+            return None
+        try:
+            stem, what = self._dump.before(number, record)
+        except Exception as error:
+            stem, what = None, f"not dumped: {type(error).__name__}: {error}"
+        if what:
+            self._say(number, what, level=NAMES)
+        return stem
+
+    def _dump_after(self, number: int, record: CallRecord, stem: str, result: Any) -> None:
+        assert self._dump is not None
+        try:
+            what = self._dump.after(stem, record, result)
+        except Exception as error:
+            what = f"results not dumped: {type(error).__name__}: {error}"
+        self._say(number, what, level=NAMES)
+
+    def _say(
+        self, number: int, what: str, lines: Callable[[], Iterable[str]] = tuple,
+        level: int = ARGUMENTS,
+    ) -> None:  # fmt: skip
+        """Write a head and the lines below it in one piece, from a level on."""
+        if self._writer is None or self._level < level:
+            return
+        now = datetime.now().isoformat(" ", "microseconds")
+        head = f"[{now} {os.getpid()}] #{number} {what}"
+        try:
+            said = [head, *lines()]
+        except Exception as error:
+            said = [f"{head} cannot be told: {type(error).__name__}: {error}"]
+        # A message may have lines of its own.
+        self._writer.write("".join(line.replace("\n", "\n    ") + "\n" for line in said))
 
 
-# After `recording`'s own, which forgets all inboxes.
-os.register_at_fork(after_in_child=_continue_in_child)
+def _is_capturing(stream: int) -> bool:
+    try:
+        return cuda.is_capturing(stream)
+    except KernelError:
+        # Another stream is, and this is the default one, which waits for it.
+        return True

@@ -1,4 +1,7 @@
-"""`fi_ffi.watchdog`: tells of calls that do not finish, from a thread that calls no CUDA."""
+"""`fi_ffi.watchdog`: reports calls that do not finish, from a thread that calls no CUDA.
+
+A report is made of what was recorded of a call, and of what its stream has written to memory.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,20 @@ import faulthandler
 import math
 import numbers
 import os
-import sys
 import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable
-from types import TracebackType
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, HangError, printed
-from fi_ffi.ops.watch import recording
-from fi_ffi.ops.watch.hang import Hang, report
-from fi_ffi.ops.watch.marks import Slot
-from fi_ffi.ops.watch.recording import Call
+from fi_ffi.ops import cuda
+from fi_ffi.ops.call.memory import stream_key
+from fi_ffi.ops.watch import stream_progress, watching
+from fi_ffi.ops.watch.call_record import CallRecord, place_of
+from fi_ffi.ops.watch.stream_progress import Slot
+from fi_ffi.ops.watch.writer import print_to
 
 EXIT_STATUS = 124  # of a process that was ended; as timeout(1) has it
 _LEAST_PAUSE, _MOST_PAUSE = 0.001, 0.05  # between two looks of the thread
@@ -27,6 +31,7 @@ _FIRST_PAUSE, _LAST_PAUSE = 2e-5, 2e-3  # between two looks at the end of a bloc
 # How long what the caller gave as `on_hang`, or a stderr that nobody reads, is waited for:
 # when a block ends, and before the process is ended whatever they do.
 _PATIENCE, _LAST_PATIENCE = 10.0, 60.0
+_MOST_BLOCKED = 5  # calls that are blocked behind a late one, reported one by one
 
 
 class watchdog:  # a context manager reads as a verb
@@ -73,27 +78,23 @@ class watchdog:  # a context manager reads as a verb
 
     def __enter__(self) -> watchdog:
         watch = _Watch(self)
-        with recording.lock:
+        with watching.lock:
             if self._watch is not None and self._watch.is_of_this_process:
                 expected = "a new one, or this one when it is closed"
                 raise ArgumentError("watchdog", "self", got="one already open", expected=expected)
             self._watch = watch
         self.reports = []
         try:
-            watch.open()
+            watch.thread.start()
+            watching.add(watch.inbox)
         except BaseException:  # no thread could be started, or a signal came
             self._watch = None
-            recording.close_inbox(watch.inbox)
+            watching.remove(watch.inbox)
             watch.stop.set()
             raise
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
         watch, self._watch = self._watch, None
         if watch is None:
             raise ArgumentError("watchdog", "self", got="one not open", expected="an open one")
@@ -101,13 +102,13 @@ class watchdog:  # a context manager reads as a verb
             return
         hang = None
         try:
-            recording.close_inbox(watch.inbox)
+            watching.remove(watch.inbox)
             if exc_type is None:
                 hang = watch.wait()
         finally:
             watch.close()
         if hang is not None:
-            raise HangError(hang.call.op, report(hang, self.seconds))
+            raise HangError(hang.call.op, hang.report(self.seconds))
 
 
 def _seconds(value: object) -> float:
@@ -124,39 +125,64 @@ def _seconds(value: object) -> float:
     return seconds
 
 
+def marked(record: CallRecord, call: Callable[[], Any]) -> Any:
+    """Make a call that every open watchdog records, and mark it where it is queued on a stream.
+
+    A stream that is capturing is left alone: what a graph does is done when the graph is
+    launched, which is no call of fi_ffi's.
+    """
+    tell(record)
+    try:
+        stream, device = record.stream, record.device
+        if stream is None or device is None or cuda.is_capturing(stream):
+            return call()
+        # Before the call: a first slot may need memory, which can be long in coming.
+        progress, key = stream_progress.progress, stream_key(device.index, stream)
+        record.slot = progress.slot(key)
+        result = call()
+        record.slot, record.mark = progress.mark(record.slot, key, stream)
+        return result
+    finally:
+        record.is_ended = record.mark is None
+
+
+def tell(record: CallRecord) -> None:
+    """Put a call that begins now into the inbox of every open watchdog."""
+    record.started = time.monotonic()
+    for hook in watching.hooks:
+        if isinstance(hook, deque):
+            hook.append(record)
+
+
 class _Watch:
-    """What an open watchdog knows, and its thread."""
+    """The state of an open watchdog, and its thread."""
 
     def __init__(self, owner: watchdog) -> None:
         self._owner = owner
-        self._generation = recording.generation
-        self.inbox: deque[Call] = deque()
+        self._generation = watching.generation
+        self.inbox: deque[CallRecord] = deque()
         self._lock = threading.Lock()
-        self._pending: list[Call] = []
+        self._pending: list[CallRecord] = []
         # Where each stream was at the last look, and when it was first seen there.
         self._progress: dict[Slot, tuple[int, float]] = {}
-        self._told: set[Call] = set()
+        self._reported: set[CallRecord] = set()
         self.stop = threading.Event()
         name = f"fi_ffi.watchdog({owner.seconds:g})"
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     @property
     def is_of_this_process(self) -> bool:
-        return self._generation == recording.generation
-
-    def open(self) -> None:
-        self._thread.start()
-        recording.open_inbox(self.inbox)
+        return self._generation == watching.generation
 
     def close(self) -> None:
-        """End the thread, which tells first of what is late by now."""
+        """End the thread, which reports first what is late by now."""
         self.stop.set()
-        self._thread.join(_PATIENCE)
-        if self._thread.is_alive():
+        self.thread.join(_PATIENCE)
+        if self.thread.is_alive():
             _say(f"fi_ffi.watchdog: a report was not taken within {_PATIENCE:g} s; not waited for")
 
     def wait(self) -> Hang | None:
-        """Wait until every call told of is over; or what is late, when one is."""
+        """Wait until every recorded call is over; return the first late one, when there is one."""
         pause = _FIRST_PAUSE
         while True:
             late = self._look()
@@ -174,8 +200,8 @@ class _Watch:
                 self._pending.append(self.inbox.popleft())
             # A call is over before its stream moves on, so this look sees that it has moved.
             self._pending = [call for call in self._pending if not call.is_over]
-            self._told.intersection_update(self._pending)
-            queues: dict[Slot | None, list[Call]] = {}
+            self._reported.intersection_update(self._pending)
+            queues: dict[Slot | None, list[CallRecord]] = {}
             for call in self._pending:
                 queues.setdefault(call.slot, []).append(call)
             now = time.monotonic()
@@ -188,14 +214,14 @@ class _Watch:
     def _late(
         self,
         slot: Slot | None,
-        calls: list[Call],
+        calls: list[CallRecord],
         before: dict[Slot, tuple[int, float]],
         now: float,
     ) -> list[Hang]:
         """Those late of the calls on one stream, or of those that are on none (yet)."""
         # When the stream was last seen to move.
         moved, limit = 0.0, self._owner.seconds
-        queued = [call for call in calls if call.number is not None]
+        queued = [call for call in calls if call.mark is not None]
         if slot is not None:
             value = slot.value
             known = before.get(slot, (value, 0.0))
@@ -222,17 +248,17 @@ class _Watch:
         while not is_last:
             is_last = self.stop.wait(pause)
             for hang in self._look():
-                if hang.call not in self._told:
-                    self._told.add(hang.call)
-                    self._tell(hang)
+                if hang.call not in self._reported:
+                    self._reported.add(hang.call)
+                    self._report(hang)
 
-    def _tell(self, hang: Hang) -> None:
+    def _report(self, hang: Hang) -> None:
         owner = self._owner
         if owner.abort:
             with contextlib.suppress(RuntimeError):  # no thread can be started
                 threading.Thread(target=_end_after, args=(_LAST_PATIENCE,), daemon=True).start()
         try:
-            text = report(hang, owner.seconds)
+            text = hang.report(owner.seconds)
             owner.reports.append(text)
             (owner.on_hang or _say)(text)
         except BaseException:  # of the caller's own; there is nobody here to raise it to
@@ -244,15 +270,53 @@ class _Watch:
 
 
 def _say(text: str) -> None:
-    """Write to stderr; to the process's own where `sys.stderr` is none or broken."""
-    try:
-        sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
-    except Exception:
-        with contextlib.suppress(OSError):
-            os.write(2, f"{text}\n".encode(errors="replace"))
+    with contextlib.suppress(OSError):
+        print_to("stderr", f"{text}\n")
 
 
 def _end_after(seconds: float) -> None:
     time.sleep(seconds)
     os._exit(EXIT_STATUS)
+
+
+class Hang(NamedTuple):
+    """A call that is late: for how long nothing has moved, and what was called after it."""
+
+    call: CallRecord
+    waited: float
+    behind: list[CallRecord]
+
+    def report(self, seconds: float) -> str:
+        """All that is known of it, a line each."""
+        return "\n".join(self._lines(seconds))
+
+    def _lines(self, seconds: float) -> Iterator[str]:
+        call = self.call
+        what = "finished, and its stream has not moved" if call.has_returned else "returned"
+        yield f"fi_ffi.watchdog({seconds:g}): {call.op} has not {what} for {self.waited:.2f} s"
+        yield f"  called: {call.caller}, {time.monotonic() - call.started:.2f} s ago"
+        yield f"  entry: {call.entry}, on {place_of(call.device, call.stream)}"
+        if call.has_returned:
+            yield "  host: the call has returned, its work is queued"
+        else:
+            yield "  host: the call has not returned"
+        yield from (f"  {arg.name}: {arg}" for arg in call.arguments)
+        if call.plan is not None:
+            yield f"  plan: {call.plan_summary}"
+        if call.stream is not None:
+            yield from self._lines_behind()
+
+    def _lines_behind(self) -> Iterator[str]:
+        calls = self.behind
+        if not calls:
+            yield "  behind it: no later call"
+            return
+        counts = ", ".join(
+            f"{count} {op}" for op, count in Counter(call.op for call in calls).most_common()
+        )
+        yield f"  behind it: {len(calls)} later call{'s' if len(calls) > 1 else ''} ({counts})"
+        blocked = [call for call in calls if not call.has_returned]
+        for call in blocked[:_MOST_BLOCKED]:
+            yield f"    not returned: {call.op}, {call.caller}"
+        if len(blocked) > _MOST_BLOCKED:
+            yield f"    and {len(blocked) - _MOST_BLOCKED} more that have not returned"

@@ -29,7 +29,7 @@ from fi_ffi.loader.fatbin import architectures, sass_named
 from fi_ffi.loader.record import parse_record
 from fi_ffi.loader.wheel import Wheel
 from fi_ffi.ops.modules.module import AtPath
-from fi_ffi.ops.watch.logging_calls import container
+from fi_ffi.ops.watch import safetensors
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 
@@ -89,7 +89,7 @@ def _wheel(data: bytes) -> None:
 
 
 def _container(data: bytes) -> None:
-    tensors, words = container.read(_in_memory(data))
+    tensors, words = safetensors.read(_in_memory(data))
     assert all(isinstance(word, str) for word in words.values())
     assert sum(map(len, tensors.values())) <= len(data) * max(len(tensors), 1)
 

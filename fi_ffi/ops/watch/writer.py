@@ -1,4 +1,4 @@
-"""Where a log's lines go: at once, so that they outlive the process."""
+"""Where the lines of logs and reports go: at once, so that they outlive the process."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ class Writer:
                 if self._file is not None:
                     _write_all(self._file, text)
                 elif self.path is None:
-                    _print(text, self.dest)
+                    print_to(self.dest, text)
         except (OSError, ValueError) as error:
             if not self._said:
                 self._said = True
                 with contextlib.suppress(OSError, ValueError):
-                    _print(f"fi_ffi.call_log: {self.dest} cannot be written: {error}\n", "stderr")
+                    print_to("stderr", f"fi_ffi.call_log: {self.dest} cannot be written: {error}\n")
 
 
 def _checked(dest: object) -> str:
@@ -86,7 +86,7 @@ def _write_all(file: int, text: str) -> None:
         data = data[os.write(file, data) :]
 
 
-def _print(text: str, dest: str) -> None:
+def print_to(dest: str, text: str) -> None:
     """Write to what the program has for stdout or stderr; to the process's own where that is
     none or broken."""
     stream = getattr(sys, dest)

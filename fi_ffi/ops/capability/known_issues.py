@@ -1,25 +1,25 @@
-"""What vLLM's users run into, by name: the cause, what to do, and what can be told of it.
+"""What vLLM's users run into, by name: the cause, what to do, and the entries to judge.
 
 The words follow FlashInfer's sources (the files are named); what a GPU and a release have is
-asked of the same records as any op.
+looked up in the same records as of any op.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from fi_ffi.ops.support.answer import Support
-from fi_ffi.ops.support.attention import SAMPLES, answer
-from fi_ffi.ops.support.judge import Interface, judge
-from fi_ffi.ops.support.question import Question
+from fi_ffi.ops.capability.attention import SAMPLES, judge_attention
+from fi_ffi.ops.capability.judgement import Query, Support, judge
+from fi_ffi.ops.capability.matrix import entry_row
 
-Ask = Callable[[Question], Support]
+_Judge = Callable[[Query], Support]
 
 
 @dataclass(frozen=True)
-class Case:
-    """A thing that goes wrong: why, and what helps; `asks` are answered for a GPU."""
+class KnownIssue:
+    """A thing that goes wrong: why, and what helps; `judges` tell what a GPU has of it."""
 
     name: str
     title: str
@@ -27,26 +27,26 @@ class Case:
     advice: str
     # Entries it is about, as module.symbol, all of them in the record of exports.
     entries: tuple[str, ...]
-    asks: tuple[Ask, ...]
+    judges: tuple[_Judge, ...]
 
-    def answers(self, question: Question) -> list[Support]:
-        return [ask(question) for ask in self.asks]
-
-
-def _entry(module: str, symbol: str, releases: str = ">=0.6.3", *capabilities: int) -> Ask:
-    interface = Interface(releases, module, symbol, capabilities)
-    return lambda question: judge(f"{module}.{symbol}", [interface], question)
+    def found(self, query: Query) -> list[Support]:
+        return [judge(query) for judge in self.judges]
 
 
-def _sinks(backend: str) -> Ask:
+def _entry(module: str, symbol: str, releases: str = ">=0.6.3", *capabilities: int) -> _Judge:
+    row = entry_row(module, symbol, releases, capabilities)
+    return partial(judge, row.name, [row])
+
+
+def _sinks(backend: str) -> _Judge:
     options = SAMPLES["BatchPrefillPlan"][f"{backend}, attention sinks"]
-    return lambda question: answer("BatchPrefillPlan", question, options)
+    return partial(judge_attention, "BatchPrefillPlan", options=options)
 
 
 _MOE = "fused_moe_90"
 _INTERLEAVE = "interleave_moe_weights_for_sm90_mixed_gemm"
 
-MXFP4 = Case(
+MXFP4 = KnownIssue(
     "mxfp4-moe",
     "MXFP4 mixture of experts on SM90",
     "Hopper's tensor cores have no 4-bit floats. `fused_moe_90` has kernels for FP4 weights with "
@@ -67,7 +67,7 @@ MXFP4 = Case(
     ),
 )
 
-FP8_MOE = Case(
+FP8_MOE = KnownIssue(
     "fp8-moe-cuda",
     "fp8 MoE and GEMM compiled with an older CUDA than the machine's",
     "Whether a kernel file has DeepSeek's fp8 block scaling is settled when it is compiled: the "
@@ -99,7 +99,7 @@ FP8_MOE = Case(
     ),
 )  # fmt: skip
 
-SINKS = Case(
+SINKS = KnownIssue(
     "attention-sinks",
     "Attention sinks on Hopper (gpt-oss)",
     "Sinks are compiled into modules of their own, which FlashInfer builds ahead of time for heads "
@@ -114,7 +114,7 @@ SINKS = Case(
     (_sinks("fa3"), _sinks("fa2"), _entry("xqa", "xqa_wrapper", ">=0.6.3", 9, 10, 12)),
 )
 
-ALL_REDUCE = Case(
+ALL_REDUCE = KnownIssue(
     "all-reduce-fusion",
     "All-reduce fused with RMSNorm",
     "`trtllm_comm` has the fused kernels and `trtllm_mnnvl_comm` those over NVLink fabrics. Both "
@@ -137,4 +137,4 @@ ALL_REDUCE = Case(
     ),
 )  # fmt: skip
 
-CASES = (MXFP4, FP8_MOE, SINKS, ALL_REDUCE)
+KNOWN_ISSUES = (MXFP4, FP8_MOE, SINKS, ALL_REDUCE)

@@ -20,10 +20,8 @@ from fi_ffi.ops.attention.rows import (
 )
 from fi_ffi.ops.attention.spec import DecodeOptions, MlaOptions, PrefillOptions
 from fi_ffi.ops.call.arguments import check_choice
+from fi_ffi.ops.capability.judgement import MISSING, REFUSED, Query, Support, judge
 from fi_ffi.ops.row import Row
-from fi_ffi.ops.support.answer import MISSING, REFUSED, Support
-from fi_ffi.ops.support.judge import judge
-from fi_ffi.ops.support.question import Question
 
 # What a plan must be told and no module depends on.
 _PLAN = {"num_qo_heads": 8, "num_kv_heads": 8, "page_size": 16}
@@ -39,34 +37,34 @@ _SINGLE: dict[str, Any] = {
 _SINGLE_PREFILL = {"use_fp16_qk_reduction": False, "use_custom_mask": False, "backend": "auto"}
 
 
-def answer(op: str, question: Question, options: Mapping[str, Any]) -> Support:
-    """The answer for a plan class or a call with these options."""
+def judge_attention(op: str, query: Query, options: Mapping[str, Any]) -> Support:
+    """Judge whether a plan class can be made, or a call be, with these options."""
     if op not in _CHOICES:
-        return _of_family(op, question)
+        return _of_family(op, query)
     try:
-        kernel, backend, row = _CHOICES[op](op, question, options)
+        kernel, backend, row = _CHOICES[op](op, query, options)
 
         def module(release: str) -> str:
             return kernel.module(backend, release)
 
-        found = judge(op, FORMS[row], question, module)
+        found = judge(op, FORMS[row], query, module)
     except ArgumentError as error:  # of the options, or of a module that no release has
-        return Support(op, REFUSED, str(error), release=question.release)
+        return Support(op, REFUSED, str(error), release=query.release)
     chosen = options.get("backend", "auto") == "auto" and backend == "fa3"
     if found.status != MISSING or not chosen:
         return found
-    other = answer(op, question, {**options, "backend": "fa2"})
+    other = judge_attention(op, query, {**options, "backend": "fa2"})
     more = f"; with backend='fa2' it can be called, by {other.module}" if other else ""
     return replace(found, reason=found.reason + more)
 
 
-def _of_family(op: str, question: Question) -> Support:
-    """The answer for what has no options here: that of any module of its rows' family."""
+def _of_family(op: str, query: Query) -> Support:
+    """Judge what has no options here by any module of its rows' family."""
     family = op.lower().removesuffix("plan")
     rows = [row for row in FORMS if row.name.partition(".")[0] == family]
     if not rows:
         raise TypeError(f"{op} has no rows to tell what it needs")
-    return judge(op, FORMS[rows[0]], question)
+    return judge(op, FORMS[rows[0]], query)
 
 
 _Choice = tuple[Kernel, str, Row]
@@ -76,24 +74,24 @@ def _kind(backend: str, kernel: Kernel) -> str:
     return backend + ("_fp8" if kernel.q_data_type in FP8 else "")
 
 
-def _prefill(op: str, question: Question, given: Mapping[str, Any]) -> _Choice:
+def _prefill(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
     options = PrefillOptions.of({**_GIVEN[op], **given})
     kernel, is_paged = options.kernel, options.page_size is not None
     backend, _ = backend_for(
-        op, options.backend, kernel, question.capability, options.use_custom_mask, is_paged
+        op, options.backend, kernel, query.capability, options.use_custom_mask, is_paged
     )
     rows = BATCH_PREFILL_SINK if options.use_attention_sink else BATCH_PREFILL
     return kernel, backend, rows[_kind(backend, kernel)][2 if is_paged else 1]
 
 
-def _decode(op: str, question: Question, given: Mapping[str, Any]) -> _Choice:
-    del question
+def _decode(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
+    del query
     return DecodeOptions.of({**_GIVEN[op], **given}).kernel, "", BATCH_DECODE_RUN
 
 
-def _mla(op: str, question: Question, given: Mapping[str, Any]) -> _Choice:
+def _mla(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
     options = MlaOptions.of({**_GIVEN[op], **given})
-    backend, _ = backend_for(op, options.backend, options.kernel, question.capability)
+    backend, _ = backend_for(op, options.backend, options.kernel, query.capability)
     return options.kernel, backend, BATCH_MLA[backend][1]
 
 
@@ -117,21 +115,21 @@ def _single_kernel(
     return kernel, asked
 
 
-def _single_prefill(op: str, question: Question, given: Mapping[str, Any]) -> _Choice:
+def _single_prefill(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
     kernel, asked = _single_kernel("single_prefill", op, _SINGLE | _SINGLE_PREFILL, given)
     check_choice(op, "backend", asked["backend"], ("auto", "fa2", "fa3"))
     backend, _ = backend_for(
-        op, asked["backend"], kernel, question.capability, asked["use_custom_mask"]
+        op, asked["backend"], kernel, query.capability, asked["use_custom_mask"]
     )
     return kernel, backend, SINGLE_PREFILL[_kind(backend, kernel)]
 
 
-def _single_decode(op: str, question: Question, given: Mapping[str, Any]) -> _Choice:
-    del question
+def _single_decode(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
+    del query
     return _single_kernel("single_decode", op, _SINGLE, given)[0], "", SINGLE_DECODE
 
 
-_CHOICES: dict[str, Callable[[str, Question, Mapping[str, Any]], _Choice]] = {
+_CHOICES: dict[str, Callable[[str, Query, Mapping[str, Any]], _Choice]] = {
     "BatchPrefillPlan": _prefill,
     "BatchDecodePlan": _decode,
     "BatchMlaPlan": _mla,

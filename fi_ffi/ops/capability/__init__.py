@@ -8,21 +8,3 @@ The answer follows from the op's rows and from an artifact: the kernels in use, 
 release or a CUDA tag is named (or there are no kernels), the record of what FlashInfer
 builds into its wheels.  Nothing is fetched for it.
 """
-
-from __future__ import annotations
-
-from fi_ffi.ops.support.answer import BUILT, MISSING, REFUSED, RUN, UNKNOWN, Support
-from fi_ffi.ops.support.judge import judge
-from fi_ffi.ops.support.question import Question, capability_of
-
-__all__ = [
-    "BUILT",
-    "MISSING",
-    "REFUSED",
-    "RUN",
-    "UNKNOWN",
-    "Question",
-    "Support",
-    "capability_of",
-    "judge",
-]

@@ -8,18 +8,20 @@ import os
 import re
 import threading
 import weakref
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from fi_ffi.abi.function import array_values
 from fi_ffi.abi.objects import Array
+from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError, LoaderError
 from fi_ffi.loader import machine
-from fi_ffi.ops.watch.logging_calls import container
-from fi_ffi.ops.watch.logging_calls.container import Stored
-from fi_ffi.ops.watch.logging_calls.memory import read
-from fi_ffi.ops.watch.logging_calls.told import Argument, Opaque, Told
+from fi_ffi.ops.watch import safetensors
+from fi_ffi.ops.watch.call_record import Argument, CallRecord, Opaque
+from fi_ffi.ops.watch.safetensors import Stored
+from fi_ffi.ops.watch.tensor_bytes import read
 
 FORMAT = "fi_ffi call 1"
 BEFORE, AFTER = ".in.safetensors", ".out.safetensors"
@@ -56,47 +58,46 @@ class Dump:
         """In a forked child: another thread may have had the lock."""
         self._lock = threading.Lock()
 
-    def before(self, told: Told) -> tuple[str | None, str]:
+    def before(self, number: int, record: CallRecord) -> tuple[str | None, str]:
         """Write a call that is about to be made: its file without the suffix, or None; and
         what to say of it.  Raises `OSError` and `KernelError`."""
-        is_planning = told.row is not None and told.row.symbol == "plan" and told.plan is not None
+        name, plan = record.qualname, record.plan
+        is_planning = record.row is not None and record.row.symbol == "plan" and plan is not None
         is_wanted = not self._patterns or any(
-            fnmatch.fnmatchcase(told.name, pattern) for pattern in self._patterns
+            fnmatch.fnmatchcase(name, pattern) for pattern in self._patterns
         )
         if not is_wanted and not is_planning:
             return None, ""
-        tensors = [arg for arg in told.tensors if not arg.is_scratch]
-        planned = None
+        tensors, found = _tensors(record), None
         if is_planning:
-            made = described(told), _stored("", tensors, told.stream)
+            found = _described(number, record), _stored(tensors, record.stream)
             with self._lock:
-                self._plans[told.plan] = made
-        elif told.plan is not None:
-            with self._lock:
-                planned = self._plans.get(told.plan)
+                self._plans[plan] = found
         if not is_wanted:
             return None, ""
-        count = sum(_count(arg) for arg in tensors)
-        why_not = self._take(count)
+        why_not = self._take(sum(map(_count, tensors.values())))
         if why_not:
             return None, f"not dumped: {why_not}"
-        document, stored = described(told), _stored("", tensors, told.stream)
-        if planned is not None:
-            document["plan"] = planned[0]
-            stored |= {PLAN + name: tensor for name, tensor in planned[1].items()}
-        words = {"format": FORMAT, "call": json.dumps(document)}
-        stem = self._folder / f"{os.getpid()}-{told.number:06}-{_NOT_IN_NAMES.sub('_', told.name)}"
-        container.write(Path(f"{stem}{BEFORE}"), stored, words)
-        return str(stem), f"dumped: {stem}{BEFORE}"
+        call, stored = found or (_described(number, record), _stored(tensors, record.stream))
+        if plan is not None and not is_planning:
+            with self._lock:
+                planned = self._plans.get(plan)
+            if planned is not None:
+                call["plan"] = planned[0]
+                stored |= {PLAN + name: tensor for name, tensor in planned[1].items()}
+        stem = str(self._folder / f"{os.getpid()}-{number:06}-{_NOT_IN_NAMES.sub('_', name)}")
+        words = {"format": FORMAT, "call": json.dumps(call)}
+        safetensors.write(Path(stem + BEFORE), stored, words)
+        return stem, f"dumped: {stem}{BEFORE}"
 
-    def after(self, stem: str, told: Told, result: Any) -> str:
+    def after(self, stem: str, record: CallRecord, result: Any) -> str:
         """Write what a call has written; what to say of it.  Raises as `before`."""
-        written = [arg for arg in told.tensors if arg.writes and not arg.is_scratch]
-        why_not = self._take(sum(_count(arg) for arg in written), calls=0)
+        written = _tensors(record, only_written=True)
+        why_not = self._take(sum(map(_count, written.values())), calls=0)
         if why_not:
             return f"results not dumped: {why_not}"
         words = {"format": FORMAT, "result": json.dumps(_result(result))}
-        container.write(Path(f"{stem}{AFTER}"), _stored("", written, told.stream), words)
+        safetensors.write(Path(stem + AFTER), _stored(written, record.stream), words)
         return f"dumped: {stem}{AFTER}"
 
     def _take(self, count: int, calls: int = 1) -> str:
@@ -110,49 +111,56 @@ class Dump:
             return ""
 
 
-def _count(arg: Argument) -> int:
-    assert arg.tensor is not None
-    return arg.tensor.numel * arg.tensor.dtype.itemsize
-
-
-def _stored(prefix: str, tensors: list[Argument], stream: int | None) -> dict[str, Stored]:
+def _tensors(record: CallRecord, only_written: bool = False) -> dict[str, TensorDesc]:
+    """The tensors whose elements are kept."""
     return {
-        prefix + arg.name: Stored(arg.tensor.dtype, arg.tensor.shape, read(arg.tensor, stream))
-        for arg in tensors
-        if arg.tensor is not None
+        arg.name: arg.tensor
+        for arg in record.arguments
+        if arg.tensor is not None and not arg.is_scratch and (arg.writes or not only_written)
     }
 
 
-def described(told: Told) -> Described:
+def _count(tensor: TensorDesc) -> int:
+    return tensor.numel * tensor.dtype.itemsize
+
+
+def _stored(tensors: Mapping[str, TensorDesc], stream: int | None) -> dict[str, Stored]:
+    return {
+        name: Stored(tensor.dtype, tensor.shape, read(tensor, stream))
+        for name, tensor in tensors.items()
+    }
+
+
+def _described(number: int, record: CallRecord) -> Described:
     """All of a call but its tensors' elements."""
+    device, row = record.device, record.row
     document: Described = {
-        "number": told.number,
+        "number": number,
         "process": os.getpid(),
         "time": datetime.now(timezone.utc).isoformat(),
-        "op": told.name,
-        "entry": told.entry,
-        "device": None if told.device is None else str(told.device),
-        "stream": told.stream,
-        "called": told.caller,
-        "arguments": [_described(arg) for arg in told.arguments],
+        "op": record.qualname,
+        "entry": record.entry,
+        "device": None if device is None else str(device),
+        "stream": record.stream,
+        "called": record.caller,
+        "arguments": [_described_argument(arg) for arg in record.arguments],
     }
-    if told.row is not None:
-        row = told.row
+    if row is not None:
         document["row"] = {
             "name": row.name, "variant": row.variant, "releases": row.releases,
             "signature": str(row.signature),
         }  # fmt: skip
-        document["module"] = told.module
-        if told.device is not None and told.device.is_cuda:
-            document |= _kernel(told.module, told.device.index)
+        document["module"] = record.module
+        if device is not None and device.is_cuda:
+            document |= _kernel(record.module, device.index)
     return document
 
 
-def _described(arg: Argument) -> Described:
+def _described_argument(arg: Argument) -> Described:
     tensor = arg.tensor
     if tensor is None:
         if isinstance(arg.value, Opaque):
-            return {"name": arg.name, "opaque": arg.value.words}
+            return {"name": arg.name, "opaque": arg.value.description}
         return {"name": arg.name, "value": arg.value}
     return {
         "name": arg.name, "dtype": tensor.dtype.name, "shape": list(tensor.shape),

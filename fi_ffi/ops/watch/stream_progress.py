@@ -1,6 +1,6 @@
-"""Marks: each stream's own number in host memory, written by the stream as it gets on.
+"""Progress of streams: each writes its own number, its mark, in host memory as it gets on.
 
-Whoever wants to know how far a stream has come reads that memory, and calls CUDA for nothing.
+How far a stream has come is read from that memory, without a call of CUDA.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Slot:
         return ahead if ahead < 2**31 else 0
 
 
-class Board:
+class StreamProgress:
     """The slots of all streams.
 
     `allocate` gives so many bytes of memory that streams can write to, and
@@ -139,13 +139,13 @@ def _allocate(count: int) -> int:
     return int(ffi.cast("uintptr_t", address[0]))
 
 
-board = Board(_allocate, _write)
+progress = StreamProgress(_allocate, _write)
 
 
 def _forget() -> None:
     """In a forked child the parent's memory may not be touched, nor its locks be free."""
-    global board
-    board = Board(_allocate, _write)
+    global progress
+    progress = StreamProgress(_allocate, _write)
 
 
 os.register_at_fork(after_in_child=_forget)

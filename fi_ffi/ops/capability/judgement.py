@@ -1,0 +1,403 @@
+"""Whether an op can be called: from its rows, a GPU, a release, and kernels or their record."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import platform
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fi_ffi import loader
+from fi_ffi.errors import ArgumentError, FiFfiError, printed
+from fi_ffi.loader import machine
+from fi_ffi.loader.catalogue import build_advice
+from fi_ffi.loader.facts import facts_of
+from fi_ffi.loader.fatbin import CudaCode
+from fi_ffi.loader.kernels import KernelSource, open_source, release_of
+from fi_ffi.loader.listed import in_wheel, listed_in, recorded_releases
+from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.uris import parse
+from fi_ffi.ops.providers import fits, span_of
+from fi_ffi.ops.row import Row, Tensor
+
+# What the GPU tests have called: they write it, and tools/record_called.py merges it in here.
+GPU_RUNS = Path(loader.__file__).with_name("data") / "called.json"
+_COMMAND = re.compile(r"`(fi-ffi build [^`]+)` makes it")
+_SM = re.compile(r"(?:sm_?)?(\d{1,2})\.?(\d)[af]?")
+_CUDA = re.compile(r"cu(\d{2})(\d)")
+DEFAULT_CUDA = f"cu{machine.CUDA_MAJOR}0"
+# Places that are on this machine: asking them fetches nothing.
+_LOCAL = ("explicit", "installed", "jit", "local")
+
+Sm = int | float | str | tuple[int, int] | None
+
+
+def capability_of(sm: Sm) -> tuple[int, int] | None:
+    """A compute capability: 90, 9.0, "9.0", "sm_90a" and (9, 0) are the same."""
+    if sm is None:
+        return None
+    if isinstance(sm, tuple) and len(sm) == 2 and all(type(part) is int for part in sm):
+        return sm
+    found = _SM.fullmatch(str(sm)) if isinstance(sm, (int, float, str)) else None
+    if found is None or isinstance(sm, bool) or not 5 <= int(found[1]) < 20:
+        raise ArgumentError(
+            "supports", "sm", got=printed(sm), expected="such as 90, '9.0' or 'sm90a'"
+        )
+    return int(found[1]), int(found[2])
+
+
+RUN, BUILT, REFUSED, MISSING, UNKNOWN = "run", "built", "refused", "missing", "unknown"
+# What each status is called for people.
+WORDS = {
+    RUN: "works: run on such a GPU",
+    BUILT: "built for it, not run",
+    REFUSED: "refused",
+    MISSING: "not in the wheel",
+    UNKNOWN: "not recorded",
+}
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether an op can be called; true where it can.
+
+    `status` is "run" (this project called it on such a GPU), "built" (there is code for
+    such a GPU, and nobody here ran it), "refused" (it cannot be called there, whatever is
+    built), "missing" (the artifact lacks it: `build` makes it, where it can be made), or
+    "unknown" (what the artifact has was not recorded).
+    """
+
+    op: str
+    status: str
+    reason: str
+    build: str | None = None
+    # The module that was asked about, or the family where no one module was.
+    module: str = ""
+    release: str = ""
+
+    def __bool__(self) -> bool:
+        return self.status in (RUN, BUILT)
+
+    def __str__(self) -> str:
+        advice = f" `{self.build}` makes it." if self.build else ""
+        return f"{self.op}: {WORDS[self.status]}: {self.reason}.{advice}"
+
+
+@dataclass(frozen=True)
+class Query:
+    """A GPU, a release, a CUDA tag and kernels to look at, with what was left open filled in."""
+
+    capability: tuple[int, int] | None
+    release: str
+    cuda: str
+    # Where to look; none: the record of what FlashInfer builds.
+    sources: tuple[KernelSource, ...]
+    # By the row's variables, or under "" those that any of its tensors may have.
+    dtypes: Mapping[str, tuple[str, ...]]
+    # Whose wheels are meant, x86_64's or aarch64's.
+    cpu: str = field(default_factory=platform.machine)
+
+    @classmethod
+    def of(
+        cls,
+        sm: Sm = None,
+        release: str | None = None,
+        cuda: str | None = None,
+        dtypes: object = None,
+        kernels: str | os.PathLike[str] | None = None,
+    ) -> Query:
+        """Without `sm`, the first GPU there is; without a GPU, any."""
+        if cuda is not None and not _CUDA.fullmatch(cuda):
+            raise ArgumentError(
+                "supports", "cuda", got=printed(cuda), expected="a tag such as cu130"
+            )
+        sources: tuple[KernelSource, ...] = ()
+        if kernels is not None:
+            sources = (open_source(kernels),)
+        elif release is None and cuda is None:
+            sources = _in_use()
+        found = release or next(filter(None, map(release_of, sources)), None)
+        capability = capability_of(sm) if sm is not None else _first_gpu()
+        return cls(
+            capability, found or the_lock().default_release, cuda or _tag(sources) or DEFAULT_CUDA,
+            sources, _dtype_names(dtypes),
+        )  # fmt: skip
+
+    @property
+    def cuda_major(self) -> int:
+        found = _CUDA.fullmatch(self.cuda)
+        assert found is not None
+        return int(found[1])
+
+    @property
+    def architecture(self) -> str | None:
+        """As FLASHINFER_CUDA_ARCH_LIST has it."""
+        if self.capability is None:
+            return None
+        major, minor = self.capability
+        # From SM90 on FlashInfer's kernels use what only the very architecture has.
+        return f"{major}.{minor}" + ("a" if major >= 9 else "")
+
+
+def _in_use() -> tuple[KernelSource, ...]:
+    from fi_ffi.loader import search
+
+    local = itertools.takewhile(lambda place: place.kind in _LOCAL, search.places())
+    return tuple(place.source for place in local if place.source is not None)
+
+
+def _first_gpu() -> tuple[int, int] | None:
+    try:
+        return machine.capability(0) if machine.device_count() else None
+    except FiFfiError:
+        return None
+
+
+def _tag(sources: tuple[KernelSource, ...]) -> str | None:
+    """The CUDA tag in a version such as 0.6.13+cu130.sm90a."""
+    for source in sources:
+        found = _CUDA.search((source.version or "").partition("+")[2])
+        if found:
+            return found[0]
+    return None
+
+
+def _dtype_names(given: object) -> dict[str, tuple[str, ...]]:
+    if given is None:
+        return {}
+    if isinstance(given, Mapping):
+        return {str(name): _names_of(value) for name, value in given.items()}
+    return {"": _names_of(given)}
+
+
+def _names_of(given: object) -> tuple[str, ...]:
+    from fi_ffi.abi.tensor import DType, parse_dtype
+
+    values = given if isinstance(given, (list, tuple, set, frozenset)) else (given,)
+    return tuple(
+        (v if isinstance(v, DType) else parse_dtype(v, op="supports", argument="dtypes")).name
+        for v in values
+    )
+
+
+@dataclass(frozen=True)
+class GpuRun:
+    """The entries that were called on one kind of GPU, as (family, entry)."""
+
+    device: str
+    capability: tuple[int, int]
+    # Of FlashInfer, whose kernels they were.
+    release: str
+    entries: frozenset[tuple[str, str]]
+
+
+@functools.cache
+def gpu_runs() -> tuple[GpuRun, ...]:
+    """The entries that this project has called on GPUs."""
+    data = json.loads(GPU_RUNS.read_text()) if GPU_RUNS.exists() else {"runs": []}
+    return tuple(
+        GpuRun(
+            run["device"], (run["capability"][0], run["capability"][1]), run["release"],
+            frozenset((family, e) for family, names in run["entries"].items() for e in names),
+        )
+        for run in data["runs"]
+    )  # fmt: skip
+
+
+def key_of(module: str, symbol: str) -> tuple[str, str]:
+    """The family of a module (with its backend, where it has one) and an entry of it."""
+    parsed = parse(module)
+    if parsed is None:
+        return module, symbol
+    return f"{parsed.family}:{parsed.backend}" if parsed.backend else parsed.family, symbol
+
+
+def judge(
+    op: str,
+    forms: Sequence[Row],
+    query: Query,
+    module: Callable[[str], str] | None = None,
+) -> Support:
+    """Judge whether an op with these forms of its row can be called.
+
+    `module` names the module in a release, where its row only names a family.
+    """
+    release = query.release
+    row = next((form for form in forms if fits(form, release)), None)
+    if row is None:
+        reason = f"it is in FlashInfer {span_of(forms)}, not in {release}"
+        return Support(op, REFUSED, reason, release=release)
+    name = module(release) if module else row.module
+    refusal = _cuda_refusal(query) or _dtype_refusal(row, query) or _sm_refusal(row, query)
+    if refusal:
+        is_other_cuda = query.cuda_major != machine.CUDA_MAJOR
+        build = _build(name, query)[0] if is_other_cuda else None
+        return Support(op, REFUSED, refusal, build, name, release)
+    status, reason, build = _available(name, query)
+    if status == BUILT and query.capability is not None:
+        devices = _devices_that_called(name, row.symbol, query)
+        status = RUN if devices else BUILT
+        ran = f"called on {' and '.join(devices)}" if devices else "not run here on such a GPU"
+        reason = f"{reason}; {ran}"
+    return Support(op, status, reason, build, name, release)
+
+
+def _devices_that_called(module: str, symbol: str, query: Query) -> list[str]:
+    """The devices of the GPU's compute capability on which the release's entry was called."""
+    family, symbol = key_of(module, symbol)
+    wanted = query.capability, query.release
+    return [
+        run.device
+        for run in gpu_runs()
+        if (run.capability, run.release) == wanted
+        # A family by itself stands for any backend of it.
+        and any(
+            symbol == entry and family in (known, known.partition(":")[0])
+            for known, entry in run.entries
+        )
+    ]
+
+
+def _cuda_refusal(query: Query) -> str:
+    if query.cuda_major == machine.CUDA_MAJOR:
+        return ""
+    return (
+        f"{query.cuda} kernels need libcudart.so.{query.cuda_major}, and fi_ffi runs on "
+        f"{machine.CUDART}: use a wheel of the cu{machine.CUDA_MAJOR}x series"
+    )
+
+
+def _dtype_refusal(row: Row, query: Query) -> str:
+    fixed = {arg.dtype for arg in row.args if isinstance(arg, Tensor)} - {*row.dtypes}
+    anywhere = {name for names in row.dtypes.values() for name in names} | fixed
+    for variable, wanted in query.dtypes.items():
+        if variable and variable not in row.dtypes:
+            known = ", ".join(row.dtypes) or "none"
+            return f"it has no dtype called {variable}, only {known}"
+        able = row.dtypes[variable] if variable else sorted(anywhere)
+        for dtype in wanted:
+            if dtype not in able:
+                whose = f"{variable} is" if variable else "its tensors are"
+                return f"{whose} {' or '.join(able)}, not {dtype}"
+    return ""
+
+
+def _sm_refusal(row: Row, query: Query) -> str:
+    if query.capability is None or not row.capabilities:
+        return ""
+    if query.capability[0] in row.capabilities:
+        return ""
+    able = " or ".join(f"{known}.x" for known in row.capabilities)
+    return f"it is written for GPUs of compute capability {able}"
+
+
+def _available(name: str, query: Query) -> tuple[str, str, str | None]:
+    """Whether the artifact has the module for the GPU: a status, why, and what builds it."""
+    if not query.sources:
+        return _published(name, query)
+    said = []
+    for source in query.sources:
+        found = _modules(source, name)
+        if not found:
+            said.append(f"{_short(source)} has no module {name}")
+            continue
+        try:
+            codes = {code for module in found for code in facts_of(source.file(module)).codes}
+        except FiFfiError as error:
+            said.append(str(error))
+            continue
+        if _runs(codes, query):
+            return BUILT, f"{name} in {_short(source)} is compiled for {_code_names(codes)}", None
+        said.append(f"{name} in {_short(source)} is compiled for {_code_names(codes)} only")
+    made = listed_codes(name, query.release)
+    if made and not _runs(made, query):  # building it would not help
+        return REFUSED, f"FlashInfer compiles {name} for {_code_names(made)} only", None
+    return _missing("; ".join(said), name, query)
+
+
+def listed_codes(name: str, release: str) -> tuple[CudaCode, ...] | None:
+    """What FlashInfer compiles a module for, or any of a family; None where it lists none."""
+    listed = listed_in(release)
+    if listed is None:
+        return None
+    if parse(name, release) is not None:
+        return listed.codes(name)
+    every = [code for _, codes in listed.family(name) for code in codes]
+    return tuple(dict.fromkeys(every)) or None
+
+
+def _published(name: str, query: Query) -> tuple[str, str, str | None]:
+    release = query.release
+    if listed_in(release) is None:
+        recorded = ", ".join(recorded_releases())
+        reason = f"what the wheels of {release} have is not recorded, only of {recorded}"
+        return UNKNOWN, reason, _build(name, query)[0]
+    codes = listed_codes(name, query.release)
+    if codes is None:
+        return _missing(f"FlashInfer {release} does not build {name} ahead of time", name, query)
+    if not _runs(codes, query):
+        return REFUSED, f"FlashInfer compiles {name} for {_code_names(codes)} only", None
+    cpu = query.cpu
+    if _runs(in_wheel(codes, query.cuda, cpu), query):
+        where = f"FlashInfer {release}'s {query.cuda} wheels"
+        return BUILT, f"{name} is in {where}{_pin(query)}", None
+    others = [other for other in ("aarch64", "x86_64") if other != cpu]
+    if any(_runs(in_wheel(codes, query.cuda, other), query) for other in others):
+        return _missing(f"only the {others[0]} wheel has {name} for it", name, query)
+    return _missing(f"the {query.cuda} wheels are not compiled for it", name, query)
+
+
+def _pin(query: Query) -> str:
+    """A remark where the lock pins no such wheel."""
+    for file in the_lock().kernels:
+        if (file.release, file.cuda) == (query.release, query.cuda):
+            return ""
+    return ", of which wheels.lock pins none"
+
+
+def _missing(reason: str, name: str, query: Query) -> tuple[str, str, str | None]:
+    build, advice = _build(name, query)
+    return MISSING, reason if build or not advice else f"{reason}. {advice.rstrip('.')}", build
+
+
+def _build(name: str, query: Query) -> tuple[str | None, str]:
+    """The command that makes a module, and the sentence it is in, or why there is none."""
+    if parse(name, query.release) is None and _is_family(name):
+        arch = query.architecture or "9.0a"
+        return f"fi-ffi build --release {query.release} --arch {arch} {name}", ""
+    advice = build_advice(name, query.release, query.architecture)
+    found = _COMMAND.search(advice)
+    return (found[1] if found else None), advice
+
+
+def _is_family(name: str) -> bool:
+    from fi_ffi.loader.building.names import FAMILIES
+
+    return name in FAMILIES
+
+
+def _modules(source: KernelSource, name: str) -> list[str]:
+    """The module of that name, or those of the family."""
+    names = source.modules()
+    if name in names:
+        return [name]
+    return [other for other in names if (found := parse(other)) and found.family == name]
+
+
+def _runs(codes: Sequence[CudaCode] | set[CudaCode], query: Query) -> bool:
+    if query.capability is None:
+        return bool(codes)
+    return any(code.runs_on(query.capability) for code in codes)
+
+
+def _code_names(codes: Sequence[CudaCode] | set[CudaCode]) -> str:
+    return ", ".join(c.name for c in sorted(codes, key=lambda c: (c.sm, c.suffix, c.kind)))
+
+
+def _short(source: KernelSource) -> str:
+    return Path(source.location).name or source.location

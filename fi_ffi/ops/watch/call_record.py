@@ -1,0 +1,263 @@
+"""Records of calls: what was called, with which arguments, from where, and whether it is over."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.function import Frame, Packed
+from fi_ffi.abi.tensor import Device, TensorDesc
+from fi_ffi.ops.row import (
+    KV_LAYOUTS,
+    Absent,
+    Arg,
+    IntArray,
+    KvLayout,
+    Row,
+    Tensor,
+    TensorArray,
+    Text,
+)
+from fi_ffi.ops.watch import watching
+
+if TYPE_CHECKING:
+    from fi_ffi.ops.call.compiled import Variant
+    from fi_ffi.ops.watch.stream_progress import Slot
+
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
+# Axes of memory that the caller brings and an entry works in: of plans, and of single requests.
+_WORKSPACE_AXES = ("float_bytes", "int_bytes", "tmp_bytes", "tmp_size")
+
+
+class Opaque(NamedTuple):
+    """A value of which only a description is recorded."""
+
+    description: str
+
+    def __repr__(self) -> str:
+        return self.description
+
+
+class Argument(NamedTuple):
+    """A tensor, or (without one) a value."""
+
+    name: str
+    tensor: TensorDesc | None
+    value: Any
+    reads: bool = True
+    writes: bool = False
+    # What is in it before and after means nothing.
+    is_scratch: bool = False
+
+    def __str__(self) -> str:
+        if self.tensor is None:
+            return repr(self.value)
+        return f"{self.tensor.layout} at {self.tensor.ptr:#x}"
+
+
+class CallRecord:
+    """One call of an entry, and how far it has come; written by its own thread only."""
+
+    def __init__(
+        self, name: str, entry: str, device: Device | None, stream: int | None,
+        list_arguments: Callable[[], list[Argument]], row: Row | None = None, module: str = "",
+    ) -> None:  # fmt: skip
+        self.name, self.entry, self.device, self.stream = name, entry, device, stream
+        self._list_arguments = list_arguments
+        # Of a call that a row describes.
+        self.row, self.module = row, module
+        self.plan = watching.thread.plan
+        self.plan_generation = self.plan._generation if self.plan is not None else 0
+        self.thread = threading.current_thread()
+        self.method, self.file, self.line, self.function = _caller(sys._getframe(1))
+        # Where its stream marks how far it is, and the number it will have written there when
+        # it has done the call's work; None until that is queued.
+        self.slot: Slot | None = None
+        self.mark: int | None = None
+        # It has returned, and there is nothing to wait for.
+        self.is_ended = False
+        self.started = time.monotonic()
+
+    @functools.cached_property
+    def arguments(self) -> list[Argument]:
+        """The arguments as the entry is given them; listed when first asked for."""
+        return self._list_arguments()
+
+    @property
+    def op(self) -> str:
+        """What was called, as its caller knows it; of a plan's calls, the plan's class."""
+        return self.name if self.plan is None else str(self.plan.op)
+
+    @property
+    def qualname(self) -> str:
+        """What was called, as its caller knows it; of a plan's calls, with the method."""
+        if self.plan is None:
+            return self.name
+        kind = type(self.plan).__name__
+        # Of prepared runs, which are called, the plan itself is no name.
+        return kind if self.method == "__init__" else f"{kind}.{self.method.strip('_')}"
+
+    @property
+    def caller(self) -> str:
+        """Where it was called: file, line, function and thread."""
+        where = f"{self.file}:{self.line} in {self.function}" if self.file else "unknown code"
+        return f"{where}, thread {self.thread.name!r}"
+
+    @property
+    def plan_summary(self) -> str:
+        """The plan in short: its backend, module and batch, and the options that are not
+        defaults; "" of a call that is no plan's."""
+        if self.plan is None:
+            return ""
+        try:
+            return self._summarize_plan()
+        except Exception as error:  # made by its thread still, or of other values than expected
+            return f"a {type(self.plan).__name__} that cannot be told: {error!r}"
+
+    def _summarize_plan(self) -> str:
+        plan = self.plan
+        parts = [f"backend {plan.backend!r}", f"module {plan.module}"]
+        count = getattr(plan, "_batch_size", None)
+        if count is not None:
+            parts.append(f"{count} requests")
+        for field in dataclasses.fields(plan.options):
+            value = getattr(plan.options, field.name)
+            if value != field.default:
+                parts.append(f"{field.name}={value!r}")
+        if plan._generation != self.plan_generation:
+            parts.append("planned since")
+        method = "a prepared run" if self.method == "__call__" else self.method
+        return f"{type(plan).__name__}, {method}: {', '.join(parts)}"
+
+    @property
+    def has_returned(self) -> bool:
+        return self.is_ended or self.mark is not None
+
+    @property
+    def left(self) -> int:
+        """How many marks its stream is short of it; 0 where its work is done or unmarked."""
+        if self.slot is None or self.mark is None:
+            return 0
+        return self.slot.until(self.mark)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has returned and its stream has done its work."""
+        return self.has_returned and not self.left
+
+
+def place_of(device: Device | None, stream: int | None) -> str:
+    """Where a call works: its device and stream."""
+    if stream is None:
+        return "the host" if device is None else str(device)
+    return f"{device}, stream {stream:#x}"
+
+
+def _is_ours(frame: FrameType) -> bool:
+    # What was compiled from a row is of no file, and no module has its globals.
+    return frame.f_code.co_filename.startswith(_PACKAGE) or "__name__" not in frame.f_globals
+
+
+def _caller(frame: FrameType | None) -> tuple[str, str, int, str]:
+    """What of fi_ffi's was called, and where in the caller's code: file, line and function."""
+    method = ""
+    while frame is not None and _is_ours(frame):
+        method = frame.f_code.co_name
+        frame = frame.f_back
+    if frame is None:
+        return method, "", 0, ""
+    return method, frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
+
+
+def of_frame(frame: Frame, stream: int | None) -> CallRecord:
+    """The record of a frame's call."""
+    variant, packed = frame.variant, frame.snapshot()
+    compiled = variant.compiled
+    return CallRecord(
+        compiled.row.name.partition(".")[0], frame.entry.name, variant.device, stream,
+        functools.partial(_arguments_of, variant, packed), compiled.row, compiled.module,
+    )  # fmt: skip
+
+
+def of_values(
+    name: str, values: Sequence[Any], tensors: Sequence[tuple[str, TensorDesc]],
+    device: Device | None, stream: int | None,
+) -> CallRecord:  # fmt: skip
+    """The record of a call of a function that no row describes."""
+    # Not later: the values may be gone by then, or somebody else's.
+    arguments = arguments_of_values(values, tensors)
+    return CallRecord(name, name, device, stream, lambda: arguments)
+
+
+def is_scratch(arg: Tensor) -> bool:
+    """Whether a tensor is memory for partial results, or a workspace that a plan makes its own."""
+    is_workspace = arg.writes and arg.dtype == "uint8" and arg.axes in _WORKSPACE_AXES
+    return arg.is_scratch or is_workspace
+
+
+def _arguments_of(variant: Variant, packed: Packed) -> list[Argument]:
+    """The arguments of a call as its entry is given them."""
+    slots = enumerate(variant.compiled.row.slots)
+    # An array's tensors come after all arguments.
+    return [
+        _argument(variant, packed, i, arg) for i, arg in slots if not isinstance(arg, TensorArray)
+    ]
+
+
+def _argument(variant: Variant, packed: Packed, i: int, arg: Arg) -> Argument:
+    assert not isinstance(arg, TensorArray)
+    if isinstance(arg, Absent):
+        return Argument(arg.name, None, None)
+    if isinstance(arg, Tensor):
+        kind = variant.kind_of(arg)
+        if kind is None:
+            return Argument(arg.name, None, None)
+        tensor = packed.tensor(i, kind)
+        return Argument(arg.name, tensor, tensor.ptr, arg.reads, arg.writes, is_scratch(arg))
+    at = packed.layout.value(i)
+    value: Any = packed.words[at]
+    address = packed.addresses[at]
+    if isinstance(arg, IntArray):
+        value = Opaque(f"an array object at {address:#x}") if address else None
+    elif isinstance(arg, Text):
+        value = ffi.string(ffi.cast("char *", address)).decode(errors="replace")
+    elif isinstance(arg, KvLayout):
+        value = next(name for name, code in KV_LAYOUTS.items() if code == value)
+    elif arg.type is float:
+        value = packed.floats[at]
+    elif arg.type is bool:
+        value = bool(value)
+    return Argument(arg.name, None, value)
+
+
+def arguments_of_values(
+    values: Sequence[Any], tensors: Sequence[tuple[str, TensorDesc]]
+) -> list[Argument]:
+    """The arguments of a function that no row describes, by their numbers.
+
+    What it writes is not known, so all tensors may be.
+    """
+    of_value: dict[str, list[TensorDesc]] = {}
+    for where, desc in tensors:
+        of_value.setdefault(where.partition(":")[0], []).append(desc)
+    found: list[Argument] = []
+    for i, value in enumerate(values):
+        descs = of_value.get(str(i))
+        if descs is None:
+            is_plain = value is None or isinstance(value, (bool, int, float, str))
+            recorded = value if is_plain else Opaque(f"{type(value).__name__} {value!r:.200}")
+            found.append(Argument(str(i), None, recorded))
+            continue
+        for n, desc in enumerate(descs):  # several, in an array of them
+            name = f"{i}.{n}" if n else str(i)
+            found.append(Argument(name, desc, desc.ptr, reads=True, writes=True))
+    return found
