@@ -1,12 +1,15 @@
-"""Host arrays for what queries see: packed masks, and ALiBi's slopes."""
+"""What queries see: masks packed on the host, ALiBi's slopes, and the mask of one request."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fi_ffi.abi.interop import as_desc
+from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
-from fi_ffi.ops.call.arguments import check_int
+from fi_ffi.ops.attention.backends import CAUSAL, CUSTOM, NON_CAUSAL
+from fi_ffi.ops.call.arguments import check_flag, check_int
 
 if TYPE_CHECKING:
     import numpy
@@ -96,3 +99,35 @@ def _wrong_type(got: str) -> ArgumentTypeError:
 
 def _refused(got: str, expected: str) -> ArgumentError:
     return ArgumentError("pack_custom_mask", "masks", got=got, expected=expected)
+
+
+def packed_mask(
+    op: str, mask: Any, causal: bool, lens: tuple[int, int], suffix: str = ""
+) -> tuple[TensorDesc | None, int]:
+    """One request's packed mask, where there is one, and the kernel's code for what is hidden.
+
+    `suffix` is that of the names of `custom_mask`, `causal` and `k`.
+    """
+    qo_len, kv_len = lens
+    if mask is None:
+        return None, CAUSAL if causal else NON_CAUSAL
+    desc, need = as_desc(mask, op, f"custom_mask{suffix}"), (qo_len * kv_len + 7) // 8
+    if causal:
+        expected = f"False with custom_mask{suffix}"
+        raise ArgumentError(op, f"causal{suffix}", got=True, expected=expected)
+    if desc.shape != (need,):
+        expected = f"{need} bytes: see pack_custom_mask"
+        raise ArgumentError(op, f"custom_mask{suffix}", got=desc.layout, expected=expected)
+    return desc, CUSTOM
+
+
+def check_causal(
+    op: str, causal: object, k: TensorDesc, lens: tuple[int, int], suffix: str = ""
+) -> bool:
+    """A request's `causal`; raise where it has fewer keys than causal queries."""
+    qo_len, kv_len = lens
+    is_causal = check_flag(op, f"causal{suffix}", causal)
+    if is_causal and kv_len < qo_len:
+        expected = f"{qo_len} keys or more for {qo_len} causal queries"
+        raise ArgumentError(op, f"k{suffix}", got=k.layout, expected=expected)
+    return is_causal

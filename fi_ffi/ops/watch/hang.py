@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -65,13 +64,10 @@ def plan_of(call: Call) -> str:
     """The plan in short: its backend, module and batch, and the options that are not defaults."""
     plan = call.plan
     parts = [f"backend {plan.backend!r}", f"module {plan.module}"]
-    count = getattr(plan, "_batch_size", None)
-    if count is not None:
-        parts.append(f"{count} requests")
-    for field in dataclasses.fields(plan.options):
-        value = getattr(plan.options, field.name)
-        if value != field.default:
-            parts.append(f"{field.name}={value!r}")
+    batch = getattr(plan, "_batch", None)
+    if batch is not None:
+        parts.append(f"{batch.size} requests")
+    parts += [f"{name}={value!r}" for name, value in plan.options.changed().items()]
     if plan._generation != call.plan_generation:
         parts.append("planned since")
     method = "a prepared run" if call.method == "__call__" else call.method
