@@ -161,8 +161,7 @@ class BatchDecodePlan(Plan):
         return BATCH_DECODE_PLAN, BATCH_DECODE_RUN
 
     def facts(self) -> dict[str, Any]:
-        nothing = {"empty_q_data": _NOTHING, "empty_kv_data": _NOTHING}
-        return super().facts() | {"head_dim_qk": self.options.head_dim} | nothing
+        return super().facts() | {"empty_q_data": _NOTHING, "empty_kv_data": _NOTHING}
 
     def most_need(self, batch: Batch) -> sizes.Need:
         """What so many requests can take at most, and some more: the next batch is of another

@@ -35,8 +35,13 @@ def pack_custom_mask(masks: Masks) -> Bytes:
     """
     import numpy as np
 
-    found = _one(masks)
-    each = [found] if found is not None and found.ndim == 2 else list(_sequence(masks, found))
+    if isinstance(masks, (list, tuple)):
+        each: Sequence[object] = masks
+    else:
+        array = _boolean(masks)
+        if array.ndim not in (2, 3):
+            raise _refused(f"bool of shape {array.shape}", "shape [qo_len, kv_len]")
+        each = [array] if array.ndim == 2 else list(array)
     if not each:
         raise _refused("no masks", "one for each request")
     packed = [np.packbits(_checked(mask, i), bitorder="little") for i, mask in enumerate(each)]
@@ -59,12 +64,10 @@ def alibi_slopes(num_heads: int) -> Slopes:
     return np.exp2(-8.0 * np.concatenate([first, between])).astype(np.float32)
 
 
-def _one(value: object) -> numpy.ndarray[Any, Any] | None:
-    """A value that is one array, as numpy's; None for a list or tuple."""
+def _boolean(value: object) -> numpy.ndarray[Any, Any]:
+    """Anything numpy reads, if it is boolean."""
     import numpy as np
 
-    if isinstance(value, (list, tuple)):
-        return None
     try:
         array = np.asarray(value)
     except Exception as error:  # the exporter's own: a GPU's array, for one
@@ -75,17 +78,11 @@ def _one(value: object) -> numpy.ndarray[Any, Any] | None:
     return array
 
 
-def _sequence(masks: Any, found: numpy.ndarray[Any, Any] | None) -> Sequence[object]:
-    """A batch's masks: a list of them, or an array of rank 3."""
-    if found is not None and found.ndim != 3:
-        raise _refused(f"bool of shape {found.shape}", "shape [qo_len, kv_len]")
-    return list(masks if found is None else found)
-
-
 def _checked(mask: object, request: int) -> numpy.ndarray[Any, Any]:
-    array = _one(mask)
-    if array is None:
+    """One request's mask."""
+    if isinstance(mask, (list, tuple)):
         raise _wrong_type(f"{type(mask).__name__} for request {request}")
+    array = _boolean(mask)
     if array.ndim != 2:
         got = f"bool of shape {array.shape} for request {request}"
         raise _refused(got, "shape [qo_len, kv_len]")

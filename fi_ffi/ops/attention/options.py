@@ -7,7 +7,7 @@ annotations has an `Option` with the rest.
 # Annotations are read here, and so none is put off with `from __future__ import annotations`.
 
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypedDict, get_type_hints
 
@@ -43,133 +43,127 @@ class Option(NamedTuple):
     default: Any = None
 
 
-def _only(size: int) -> Callable[[str, str, Any], int]:
-    """Check a size of which the kernels have one."""
+def _count(doc: str) -> Option:
+    return Option(doc, partial(check_int, low=1))
+
+
+def _flag(doc: str) -> Option:
+    return Option(doc, check_flag, False)
+
+
+def _word(doc: str, words: Collection[str]) -> Option:
+    """One of some words, the first of which is the default."""
+    return Option(doc, partial(check_choice, allowed=words), next(iter(words)))
+
+
+def _dtype(doc: str, default: str | None, *names: str) -> Option:
+    return Option(doc, partial(data_type, allowed=names), default)
+
+
+def _only(size: int, doc: str) -> Option:
+    """A size of which the kernels have one."""
 
     def check(op: str, name: str, value: Any) -> int:
         if check_int(op, name, value, 1) != size:
             raise ArgumentError(op, name, got=value, expected=f"{size}, the only one there is")
         return size
 
-    return check
-
-
-_COUNT = partial(check_int, low=1)
-_DTYPE = partial(data_type, allowed=F16 + FP8)
-_MODE = partial(check_choice, allowed=tuple(POS_ENCODING_MODES))
-_BACKEND = partial(check_choice, allowed=BACKENDS)
+    return Option(doc, check, size)
 
 
 class _Heads(TypedDict):
-    num_qo_heads: Annotated[int, Option("heads of q: a multiple of num_kv_heads", _COUNT)]
-    num_kv_heads: Annotated[int, Option("heads of k and v", _COUNT)]
+    num_qo_heads: Annotated[int, _count("heads of q: a multiple of num_kv_heads")]
+    num_kv_heads: Annotated[int, _count("heads of k and v")]
 
 
 class _Scores(TypedDict, total=False):
-    q_data_type: Annotated[object, Option("dtype of q", _DTYPE, "float16")]
-    kv_data_type: Annotated[object, Option("dtype of k and v; by default that of q", _DTYPE)]
+    q_data_type: Annotated[object, _dtype("dtype of q", "float16", *F16, *FP8)]
+    kv_data_type: Annotated[
+        object, _dtype("dtype of k and v; None for that of q", None, *F16, *FP8)
+    ]
     o_data_type: Annotated[
-        object, Option("dtype of the output; by default that of q, or float16 for fp8", None)
+        object, Option("dtype of the output; None for that of q, or float16 where q is fp8", None)
     ]
     window_left: Annotated[
         int,
-        Option("how many keys before its own place a query sees; -1 for all",
-               partial(check_int, low=-1), -1),
-    ]  # fmt: skip
+        Option("keys before its own that a query sees; -1: all", partial(check_int, low=-1), -1),
+    ]
     logits_soft_cap: Annotated[
         float, Option("c > 0 makes logits `c * tanh(logits / c)`", check_soft_cap, 0.0)
     ]
     pos_encoding_mode: Annotated[
-        str, Option('"NONE", "ROPE_LLAMA" or "ALIBI", applied in the kernel', _MODE, "NONE")
+        str, _word('"NONE", "ROPE_LLAMA" or "ALIBI", applied in the kernel', POS_ENCODING_MODES)
     ]
 
 
 class _Graphs(TypedDict, total=False):
     enable_cuda_graph: Annotated[
         bool,
-        Option("keep addresses and launch, so that a captured run serves after `replan(...)` for "
-               "other lengths of the same number of requests", check_flag, False),
-    ]  # fmt: skip
+        _flag(
+            "keep addresses and launch, so that a captured run serves after `replan(...)` for "
+            "other lengths of the same number of requests"
+        ),
+    ]
     max_num_indices: Annotated[
-        int | None,
-        Option("with CUDA graphs, the most pages that replans may have; by default those of this "
-               "batch", _COUNT),
-    ]  # fmt: skip
+        int | None, _count("with CUDA graphs, the most pages of replans; None for this batch's")
+    ]
 
 
 class _Queries(TypedDict, total=False):
-    causal: Annotated[
-        bool, Option("query i of a request sees keys up to `kv_len - qo_len + i`",
-                     check_flag, False)
-    ]  # fmt: skip
+    causal: Annotated[bool, _flag("query i of a request sees keys up to `kv_len - qo_len + i`")]
     backend: Annotated[
-        str,
-        Option('"auto" (as FlashInfer chooses: fa3 on SM90 where it can), "fa2" or "fa3"',
-               _BACKEND, "auto"),
-    ]  # fmt: skip
+        str, _word('"auto" (as FlashInfer: fa3 on SM90 where it can), "fa2" or "fa3"', BACKENDS)
+    ]
     max_total_num_rows: Annotated[
-        int | None,
-        Option("with CUDA graphs, the most queries that replans may have; by default those of "
-               "this batch", _COUNT),
-    ]  # fmt: skip
+        int | None, _count("with CUDA graphs, the most queries of replans; None for this batch's")
+    ]
 
 
 class _HeadDim(_Heads):
-    head_dim_qk: Annotated[int, Option("size of a head of q and k", _COUNT)]
+    head_dim_qk: Annotated[int, _count("size of a head of q and k")]
 
 
 class PrefillKeywords(_HeadDim, _Scores, _Queries, _Graphs, total=False):
     """Of `BatchPrefillPlan`."""
 
     head_dim_vo: Annotated[
-        int | None, Option("size of a head of v and the output; by default head_dim_qk", _COUNT)
+        int | None, _count("size of a head of v and the output; None for head_dim_qk")
     ]
-    page_size: Annotated[int | None, Option("tokens in a page; None for ragged keys", _COUNT)]
-    use_fp16_qk_reduction: Annotated[
-        bool, Option("float16 sums in q @ k (fa2, float16 queries)", check_flag, False)
-    ]
-    use_custom_mask: Annotated[
-        bool, Option("runs bring a packed mask (`pack_custom_mask`); fa2", check_flag, False)
-    ]
-    use_multi_item_scoring: Annotated[
-        bool, Option("runs bring prefix and item lengths", check_flag, False)
-    ]
+    page_size: Annotated[int | None, _count("tokens in a page; None for ragged keys")]
+    use_fp16_qk_reduction: Annotated[bool, _flag("float16 sums in q @ k (fa2, float16 queries)")]
+    use_custom_mask: Annotated[bool, _flag("runs bring a packed mask (`pack_custom_mask`); fa2")]
+    use_multi_item_scoring: Annotated[bool, _flag("runs bring prefix and item lengths")]
     use_attention_sink: Annotated[
-        bool,
-        Option("runs bring `sink`, a logit of each head that takes part in the softmax's sum "
-               "(GPT-OSS)", check_flag, False),
-    ]  # fmt: skip
+        bool, _flag("runs bring `sink`, a logit of each head, part of the softmax's sum (GPT-OSS)")
+    ]
     fixed_split_size: Annotated[
         int | None,
-        Option("requests are split among blocks in pieces of so many pages, for results that do "
-               "not depend on the batch; fa2", _COUNT),
-    ]  # fmt: skip
-    disable_split_kv: Annotated[
-        bool, Option("requests are not split among blocks; fa2", check_flag, False)
+        _count(
+            "requests are split among blocks in pieces of so many pages, for results that do not "
+            "depend on the batch; fa2"
+        ),
     ]
+    disable_split_kv: Annotated[bool, _flag("requests are not split among blocks; fa2")]
 
 
 class DecodeKeywords(_Heads, _Scores, _Graphs):
     """Of `BatchDecodePlan`."""
 
-    head_dim: Annotated[int, Option("size of a head", _COUNT)]
-    page_size: Annotated[int, Option("tokens in a page", _COUNT)]
+    head_dim: Annotated[int, _count("size of a head")]
+    page_size: Annotated[int, _count("tokens in a page")]
 
 
 class _Mla(TypedDict):
-    num_heads: Annotated[int, Option("heads of the queries", _COUNT)]
-    page_size: Annotated[int, Option("tokens in a page", _COUNT)]
+    num_heads: Annotated[int, _count("heads of the queries")]
+    page_size: Annotated[int, _count("tokens in a page")]
 
 
 class MlaKeywords(_Mla, _Queries, _Graphs, total=False):
     """Of `BatchMlaPlan`."""
 
-    head_dim_ckv: Annotated[int, Option("size of the compressed keys and values", _only(512), 512)]
-    head_dim_kpe: Annotated[int, Option("size of the part with the encoding", _only(64), 64)]
-    q_data_type: Annotated[
-        object, Option("dtype of q: float16 or bfloat16", partial(data_type, allowed=F16),
-                       "bfloat16")
-    ]  # fmt: skip
+    head_dim_ckv: Annotated[int, _only(512, "size of the compressed keys and values")]
+    head_dim_kpe: Annotated[int, _only(64, "size of the part with the encoding")]
+    q_data_type: Annotated[object, _dtype("dtype of q: float16 or bfloat16", "bfloat16", *F16)]
     kv_data_type: Annotated[object, Option("dtype of the cache: that of q", None)]
 
 
@@ -261,7 +255,11 @@ class Options:
     @property
     def kernel(self) -> Kernel:
         """What the plan's module is compiled for."""
-        raise NotImplementedError
+        return Kernel(
+            self.family, self.q_data_type, self.kv_data_type, self.o_data_type, self.head_dim_qk,
+            self.head_dim_vo, self.pos_encoding_mode, self.window_left >= 0,
+            self.logits_soft_cap > 0, getattr(self, "use_fp16_qk_reduction", False),
+        )  # fmt: skip
 
     def geometry(self, machine: tuple[int, int]) -> Geometry:
         """What workspaces' sizes depend on, on a GPU of so many multiprocessors and an SM."""
@@ -316,13 +314,8 @@ class PrefillOptions(Options, op="BatchPrefillPlan", keywords=PrefillKeywords):
         return CAUSAL if self.causal else NON_CAUSAL
 
     @property
-    def kernel(self) -> Kernel:
-        sink = "_with_attention_sink" if self.use_attention_sink else ""
-        return Kernel(
-            f"batch_prefill{sink}", self.q_data_type, self.kv_data_type, self.o_data_type,
-            self.head_dim_qk, self.head_dim_vo, self.pos_encoding_mode,
-            self.window_left >= 0, self.logits_soft_cap > 0, self.use_fp16_qk_reduction,
-        )  # fmt: skip
+    def family(self) -> str:
+        return "batch_prefill" + ("_with_attention_sink" if self.use_attention_sink else "")
 
     @property
     def sees_past_window(self) -> bool:
@@ -341,7 +334,10 @@ class PrefillOptions(Options, op="BatchPrefillPlan", keywords=PrefillKeywords):
 class DecodeOptions(Options, op="BatchDecodePlan", keywords=DecodeKeywords):
     """The options of `BatchDecodePlan`."""
 
+    family = "batch_decode"
+
     def check_together(self) -> None:
+        self.head_dim_qk = self.head_dim_vo = self.head_dim
         self._check_heads()
         self._check_scores()
         if self.q_data_type in FP8:
@@ -354,14 +350,6 @@ class DecodeOptions(Options, op="BatchDecodePlan", keywords=DecodeKeywords):
                 f"{known} for each of num_kv_heads; BatchPrefillPlan, one query each, has any"
             )
             raise self.refuse("num_qo_heads", f"{group} for each of num_kv_heads", expected)
-
-    @property
-    def kernel(self) -> Kernel:
-        return Kernel(
-            "batch_decode", self.q_data_type, self.kv_data_type, self.o_data_type,
-            self.head_dim, self.head_dim, self.pos_encoding_mode,
-            self.window_left >= 0, self.logits_soft_cap > 0,
-        )  # fmt: skip
 
     def geometry(self, machine: tuple[int, int]) -> Geometry:
         return Geometry(

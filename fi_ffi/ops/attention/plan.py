@@ -54,12 +54,8 @@ class WorkspaceSize(NamedTuple):
     int_bytes: int
 
 
-class _SizeOnly:
-    """Stands for a workspace where only its size is asked for."""
-
-
-SIZE_ONLY: Any = _SizeOnly()
-
+# Stands for a workspace where only its size is asked for.
+SIZE_ONLY: Any = object()
 
 # Arguments of the planners that each batch has others of, and what they are of a `Batch`; all
 # else is bound.
@@ -112,7 +108,7 @@ class Plan:
         self, arrays: Sequence[object], device: object, workspace: object, stream: object,
         options: Mapping[str, Any],
     ) -> None:  # fmt: skip
-        if not (workspace is None or isinstance(workspace, (Workspace, _SizeOnly))):
+        if not (workspace is None or workspace is SIZE_ONLY or isinstance(workspace, Workspace)):
             got = type(workspace).__name__
             raise ArgumentTypeError(self.op, "workspace", got=got, expected="a Workspace or None")
         self.workspace = workspace if isinstance(workspace, Workspace) else None
@@ -149,7 +145,7 @@ class Plan:
         batch = self.read(arrays)
         self._max_rows = getattr(self.options, "max_total_num_rows", None) or batch.rows
         self._max_indices = self.options.max_num_indices or batch.num_indices
-        if isinstance(workspace, _SizeOnly):
+        if workspace is SIZE_ONLY:
             self.needs, self._placed = self._need(batch, self._sent(batch), is_exact=True)
         else:
             self.schedule(batch, stream)
@@ -307,17 +303,18 @@ class Plan:
             workspace.stages.record(stage, handle)
             workspace.generation += 1
             self._generation, self._info = workspace.generation, info
-        self._counts = {name: len(view) for name, view in arrays.items() if name != "indices"}
+        counts = {name: len(view) for name, view in arrays.items() if name != "indices"}
+        changed, self._counts = ({} if counts == self._counts else counts), counts
         if placed is not self._described[0] or workspace is not self._described[1]:
             self._described = placed, workspace
-            self._descs = placed.descs(workspace.int_buffer, self._counts)
+            self._descs = placed.descs(workspace.int_buffer, counts)
             self._descs["int_workspace_buffer"] = workspace.int_buffer.rows(0, count)
             self._bound_runs.clear()  # the plan may have the pages, where runs had them before
             for bound in self._runs.values():
                 self._bind_workspace(bound, workspace)
         self.needs, self._placed, self._batch = need, placed, batch
         for bound in self._runs.values():
-            self._bind_schedule(bound)
+            self._bind_schedule(bound, changed)
 
     def _plan(
         self, workspace: Workspace, stage: Any, count: int, batch: Batch, handle: int
@@ -450,14 +447,15 @@ class Plan:
         self._bound_runs[kind, has_indices] = found
         return found
 
-    def _bind_schedule(self, bound: BoundRow) -> None:
-        """Bind what changes with each schedule: its info, and how long its arrays are."""
+    def _bind_schedule(self, bound: BoundRow, counts: Mapping[str, int]) -> None:
+        """Bind what changes with each schedule: its info, and how long arrays are."""
         assert self._info is not None
         info = int(ffi.cast("uintptr_t", self._info.handle))
         changed = bound.changed("plan_info_vec", 0, info)
-        for name, array in self.run_arrays.items():
-            if array in self._counts:
-                changed += bound.changed(name, 1, self._counts[array])
+        if counts:
+            for name, array in self.run_arrays.items():
+                if array in counts:
+                    changed += bound.changed(name, 1, counts[array])
         bound.change(changed)
         bound.sizes = (*bound.batch_sizes(self._batch), *bound.own_sizes)
 
@@ -496,7 +494,7 @@ class Plan:
             made.put(name, value)
         made.put("plan_info_vec", 0)
         self._bind_workspace(made, workspace)
-        self._bind_schedule(made)
+        self._bind_schedule(made, self._counts)
         self.fill_defaults(made.template)
         # What a run is given after what every run is: without options.
         made.rest = tuple(made.template.values[len(self.run_given) :])
