@@ -22,7 +22,7 @@ from flashinfer.utils import determine_attention_backend
 
 import fi_ffi
 from fi_ffi.abi.tensor import parse_device
-from fi_ffi.ops.attention.options import POS_ENCODING_MODES, Kernel, choose_backend
+from fi_ffi.ops.attention.backends import POS_ENCODING_MODES, Kernel, choose_backend
 
 from marks.batches import HEADS, KV_HEADS, PAGE
 from marks.gpu import event_time

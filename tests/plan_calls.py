@@ -14,8 +14,15 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.ops.attention.options import (
+    DecodeKeywords,
+    DecodeOptions,
+    MlaKeywords,
+    MlaOptions,
+    PrefillKeywords,
+    PrefillOptions,
+)
 from fi_ffi.ops.attention.plan import Plan
-from fi_ffi.ops.attention.spec import DecodeOptions, MlaOptions, PrefillOptions
 from fi_ffi.reference.exact_attention import Exact, Options, exact_batch, from_pages
 
 HEADS, KV_HEADS, DIM, PAGE, PAGES = 4, 2, 64, 4, 12
@@ -30,6 +37,10 @@ _CLASSES = {
 }  # fmt: skip
 OPTIONS = {
     "ragged": PrefillOptions, "paged": PrefillOptions, "decode": DecodeOptions, "mla": MlaOptions,
+}  # fmt: skip
+KEYWORDS = {
+    "ragged": PrefillKeywords, "paged": PrefillKeywords, "decode": DecodeKeywords,
+    "mla": MlaKeywords,
 }  # fmt: skip
 _HEADS = {"num_qo_heads": HEADS, "num_kv_heads": KV_HEADS}
 _DEFAULTS: dict[str, dict[str, Any]] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import inspect
 import os
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import fi_ffi
-from fi_ffi.ops.attention import keywords, spec
+from fi_ffi import BatchDecodePlan, BatchMlaPlan, BatchPrefillPlan
 
 PACKAGE = Path(fi_ffi.__file__).parent
 GENERATED = {PACKAGE / "abi" / "_cffi.py"}
@@ -172,7 +171,7 @@ def test_the_version_is_the_distributions() -> None:
 
 
 # What may be anything: `prepare` packs any call, and so returns what that prepares to.  Options
-# of a run are its plan's; those of plans have types, for checkers alone (`keywords`).
+# of a run are its plan's; those of plans have types, for checkers alone (`PrefillKeywords`).
 ANYTHING = {"prepare", "PodPlan.__init__"}
 
 
@@ -203,10 +202,9 @@ def test_public_functions_say_what_they_take() -> None:
     assert not untyped
 
 
-@pytest.mark.parametrize("plan", ["Prefill", "Decode", "Mla"])
-def test_keywords_of_plans_are_their_options(plan: str) -> None:
-    told = getattr(keywords, f"{plan}Keywords")
-    options = {field.name: field for field in dataclasses.fields(getattr(spec, f"{plan}Options"))}
-    assert told.__annotations__.keys() == options.keys()
-    needed = {name for name, field in options.items() if field.default is dataclasses.MISSING}
-    assert told.__required_keys__ == needed
+@pytest.mark.parametrize("plan", [BatchPrefillPlan, BatchDecodePlan, BatchMlaPlan])
+def test_options_of_plans_are_documented(plan: type) -> None:
+    doc = inspect.getdoc(plan) or ""
+    assert {
+        n for n in plan.options_class.table if not re.search(rf"^    {n}[ :]", doc, re.M)
+    } == set()

@@ -29,17 +29,15 @@ def prepare(function: Callable[..., Any], *args: Any, stream: object = None, **k
     if isinstance(function, (Op, Launched)):
         return function.prepare(*args, stream=stream, **kwargs)
     plan, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
-    pack = getattr(plan, f"_{name}_arguments", None)
-    if not isinstance(plan, Plan) or pack is None:
+    if not isinstance(plan, Plan) or name not in plan.runs:
         expected = "an op, single_prefill, single_decode, xqa, or a run of a plan"
         raise ArgumentTypeError("prepare", "function", got=printed(function), expected=expected)
-    return PreparedRun(plan, pack, _by_name(plan, function, pack, args, kwargs), stream)
+    return PreparedRun(plan, function, _by_name(plan, function, args, kwargs), stream)
 
 
 def _by_name(
-    plan: Any, run: Callable[..., Any], pack: Callable[..., Any], args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+    plan: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """A run's arguments by name, its tensors described."""
     import inspect
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import fi_ffi
-from fi_ffi.ops.attention.options import Kernel
+from fi_ffi.ops.attention.backends import Kernel
 from fi_ffi.reference.exact_attention import exact
 
 from attention import judge

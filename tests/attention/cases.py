@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import fi_ffi
-from fi_ffi.ops.attention.spec import DecodeOptions, MlaOptions, PrefillOptions
+from fi_ffi.ops.attention.options import DecodeOptions, MlaOptions, PrefillOptions
 from fi_ffi.reference.exact_attention import Exact, exact, from_pages
 
 from attention import judge

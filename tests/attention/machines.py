@@ -11,7 +11,7 @@ import pytest
 import fi_ffi
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.loader import search
-from fi_ffi.ops.attention.options import Kernel, choose_backend
+from fi_ffi.ops.attention.backends import Kernel, choose_backend
 
 from calls import HostArray
 

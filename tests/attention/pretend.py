@@ -19,7 +19,7 @@ from fi_ffi.abi.tensor import TensorDesc, make_desc, parse_device
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.loader.runtime import ensure_tvm_ffi
 from fi_ffi.ops import cuda, providers
-from fi_ffi.ops.attention import options
+from fi_ffi.ops.attention import backends
 from fi_ffi.ops.call import compiled, op
 from fi_ffi.reference import arrays
 
@@ -158,7 +158,7 @@ class Pretend(Cpu):
         monkeypatch.setattr(cuda, "_handles", {("cublasLt", device_of(i)): 1 for i in range(2)})
         # Without kernels no release is in use; the first rows are the reference's.
         patch(op, "release_in_use", lambda: None)
-        patch(options, "release", lambda: "0.6.13")
+        patch(backends, "release", lambda: "0.6.13")
         self.forget()
 
     def forget(self) -> None:

@@ -85,7 +85,7 @@ def drawn(data: st.DataObject, names: list[str], least: int = 1) -> dict[str, An
 def test_plans(data):
     kind = data.draw(st.sampled_from(KINDS))
     case = Case(kind)
-    names = [*case.arrays, *OPTIONS[kind].__dataclass_fields__, "device", "workspace", "stream"]
+    names = [*case.arrays, *OPTIONS[kind].table, "device", "workspace", "stream"]
     # Whether its items are right is known where the kernels run.
     changes = drawn(data, [name for name in names if name != "use_multi_item_scoring"])
     if changes.get("device", "cpu") is None:  # that is a GPU
@@ -162,11 +162,12 @@ def test_workspaces(data):
 def on_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Case, Plan, dict[str, Any]]:
     """A plan of cuda:0 up to what the planner would say, and tensors that are there."""
 
-    def schedule(self, given, arrays, need, placed, stream):
+    def schedule(self, batch, stream):
+        _, placed = self._need(batch, self._sent(batch))
         self._descs = placed.descs(self.workspace.int_buffer)
         self._descs["int_workspace_buffer"] = self.workspace.int_buffer
         self._info, self._generation = info, self.workspace.generation
-        self._batch_now()
+        self._batch = batch
         self.workspace._stream = 0
 
     case = Case(kind)

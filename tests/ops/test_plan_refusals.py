@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 
 import fi_ffi
 
-from plan_calls import KINDS, OPTIONS, PAGE, PAGED, Case, changed, indptr, refused
+from plan_calls import KEYWORDS, KINDS, OPTIONS, PAGE, PAGED, Case, changed, indptr, refused
 
 FP8 = "float8_e4m3fn"
 ARRAYS = [(kind, name) for kind in KINDS for name in Case(kind).arrays]
@@ -194,17 +194,17 @@ VALUES = {
     bool: [],
     str: ["", "FA2", "none", "é"],
 }
-_KIND_OF = {"int": int, "int | None": int, "bool": bool, "float": float, "str": str}
+_KIND_OF = {int: int, int | None: int, bool: bool, float: float, str: str}
 FIELDS = [
-    (kind, name, _KIND_OF[field.type], field.default)
+    (kind, name, _KIND_OF[type_], type_ == int | None)
     for kind in KINDS
-    for name, field in OPTIONS[kind].__dataclass_fields__.items()
-    if field.type in _KIND_OF
+    for name, type_ in get_type_hints(KEYWORDS[kind]).items()
+    if type_ in _KIND_OF
 ]
 
 
-@pytest.mark.parametrize(("kind", "name", "type_", "default"), FIELDS)
-def test_options_of_wrong_types_and_values(kind, name, type_, default):
+@pytest.mark.parametrize(("kind", "name", "type_", "may_be_none"), FIELDS)
+def test_options_of_wrong_types_and_values(kind, name, type_, may_be_none):
     case = Case(kind)
     for value in TYPES[type_]:
         given = {name: value}
@@ -214,7 +214,7 @@ def test_options_of_wrong_types_and_values(kind, name, type_, default):
     for value in [*VALUES[type_], *low]:
         given = {name: value}
         refused(case, name, "", case.plan, **given)
-    if default is not None:
+    if not may_be_none:
         refused(case, name, "", case.plan, **{name: None})
 
 
@@ -222,7 +222,7 @@ def test_options_of_wrong_types_and_values(kind, name, type_, default):
 def test_dtypes(kind):
     case = Case(kind)
     for name in ("q_data_type", "kv_data_type", "o_data_type"):
-        if name not in OPTIONS[kind].__dataclass_fields__:
+        if name not in OPTIONS[kind].table:
             continue
         for value in ("half", 1, "", False, 0, object(), ["float16"], np.zeros(2)):
             given = {name: value}
@@ -239,8 +239,7 @@ def test_unknown_and_missing_keywords(kind):
     case = Case(kind)
     with pytest.raises(TypeError, match=rf"{case.op}\(\) .*'temperature'"):
         case.plan(temperature=1)
-    required = [n for n, f in OPTIONS[kind].__dataclass_fields__.items() if f.default is MISSING]
-    for name in required:
+    for name in OPTIONS[kind].required:
         del case.options[name]
         with pytest.raises(TypeError, match=rf"{case.op}\(\) missing .*{name}"):
             case.plan()

@@ -16,7 +16,8 @@ from fi_ffi import reference
 from fi_ffi.abi.function import register
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.loader.runtime import ensure_tvm_ffi
-from fi_ffi.ops.attention import decode, mla, options, plan, prefill, single
+from fi_ffi.ops import attention
+from fi_ffi.ops.attention import backends, plan, single
 from fi_ffi.ops.attention.rows import BATCH_MLA, FORMS, ROWS, of_release
 from fi_ffi.ops.call import compiled
 
@@ -64,14 +65,14 @@ def kernels_of(monkeypatch, seen):
 
     def use(release):
         ensure_tvm_ffi()
-        plan.forget()
+        attention.forget()
         monkeypatch.setattr(compiled, "entry_for", entry_for)
-        for user in (prefill, decode, mla, single):
+        for user in (plan, single):
             chosen = lambda rows, device: tuple(of_release(row, release) for row in rows)  # noqa: E731
             monkeypatch.setattr(user, "in_use", chosen)
 
     yield use
-    plan.forget()
+    attention.forget()
 
 
 def exact(q, k, v, causal, scale=DIM**-0.5):
@@ -231,8 +232,8 @@ def test_mla_of_0_7_is_out_of_reach(kernels_of):
 def test_a_gpu_s_rows_are_of_the_kernels_release(monkeypatch):
     rows = BATCH_MLA["fa2"]
     for release in RELEASES:
-        monkeypatch.setattr(options, "release_in_use", lambda release=release: release)
-        found = options.in_use(rows, parse_device("cuda:0"))
+        monkeypatch.setattr(backends, "release_in_use", lambda release=release: release)
+        found = backends.in_use(rows, parse_device("cuda:0"))
         assert found == tuple(of_release(row, release) for row in rows)
-        assert options.in_use(rows, parse_device("cpu")) == rows
+        assert backends.in_use(rows, parse_device("cpu")) == rows
     assert len({of_release(rows[1], release) for release in RELEASES}) == len(FORMS[rows[1]])

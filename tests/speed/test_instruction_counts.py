@@ -58,7 +58,7 @@ BUDGETS = {
     REPEATED: Budget(621, 11),
     NUMPY_REPEATED: Budget(772, 34),
     "one TensorDesc made": Budget(147, 3),
-    PLAN_TYPED: Budget(735, 6),
+    PLAN_TYPED: Budget(713, 6),
     "plan.run, prepared (CPU: no stream)": Budget(121, 3),
 }
 TOOL = 4  # of `sys.monitoring`: none that has a use of its own

@@ -31,13 +31,14 @@ class HostArray:
     __slots__ = ("_desc", "view")
 
     def __init__(self, op: str, argument: str, given: object, length: int | None = None) -> None:
-        view = _view(given)
         self._desc: TensorDesc | None = None
-        if view is None:
+        try:
+            view = memoryview(given)  # type: ignore[arg-type]
+            is_plain = view.format == "i" and view.ndim == 1 and view.c_contiguous
+        except (TypeError, ValueError, BufferError):
+            is_plain = False
+        if not is_plain:
             desc = self._desc = _described(op, argument, given)
-            if desc.shape[0] and (not desc.ptr or desc.ptr % 4):
-                expected = "an address that is a multiple of 4 bytes, and not null"
-                raise ArgumentError(op, argument, got=hex(desc.ptr), expected=expected)
             view = _memory(desc)
         self.view = view
         if length is not None and len(view) != length:
@@ -64,26 +65,9 @@ class HostArray:
         values = self.view.tolist()
         return min(values), max(values)
 
-    def keep(self, count: int) -> None:
-        """Leave off all but the first elements."""
-        if count < len(self.view):
-            self.view = self.view[:count]
-            if self._desc is not None:
-                self._desc = self._desc.rows(0, count)
-
-
-def _view(given: object) -> memoryview | None:
-    """An array that the buffer protocol tells to be plain int32, or None."""
-    try:
-        view = memoryview(given)  # type: ignore[arg-type]
-    except (TypeError, ValueError, BufferError):
-        return None
-    is_plain = view.format == "i" and view.ndim == 1 and view.c_contiguous
-    return view if is_plain else None
-
 
 def _described(op: str, argument: str, given: object) -> TensorDesc:
-    """Any other tensor, if it is an int32 array on the host."""
+    """A tensor that is no plain buffer, if it is an int32 array on the host."""
     desc = as_desc(given, op, argument)
 
     def refuse(got: object, expected: str) -> ArgumentError:
@@ -95,6 +79,8 @@ def _described(op: str, argument: str, given: object) -> TensorDesc:
         raise refuse(desc.dtype, "int32")
     if len(desc.shape) != 1 or not desc.is_contiguous:
         raise refuse(desc.layout, "a contiguous array of rank 1")
+    if desc.shape[0] and (not desc.ptr or desc.ptr % 4):
+        raise refuse(hex(desc.ptr), "an address that is a multiple of 4 bytes, and not null")
     return TensorDesc(0, desc.shape, INT32, device=CPU).at(desc.ptr, desc)
 
 
@@ -147,150 +133,157 @@ class Indptr(HostArray):
             return self._counts
 
 
-class PagedLengths:
-    """A paged cache's requests: their pages, and how full the last of each is."""
-
-    __slots__ = ("_page_size", "indices", "indptr", "last_page_len", "max_page")
-
-    def __init__(
-        self,
-        op: str,
-        names: Sequence[str],
-        arrays: Sequence[object],
-        batch_size: int | None,
-        page_size: int,
-    ) -> None:
-        length = None if batch_size is None else batch_size + 1
-        self._page_size = page_size
-        self.indptr = Indptr(op, names[0], arrays[0], length)
-        self.last_page_len = HostArray(op, names[2], arrays[2], self.indptr.size)
-        lasts = self.last_page_len.view.tolist()
-        # At a glance where all is usual, and else one by one.
-        if min(lasts) < 1 or max(lasts) > page_size:
-            for i, (count, last) in enumerate(zip(self.indptr.counts, lasts, strict=True)):
-                if not (0 < last <= page_size or (last == 0 and not count)):
-                    got = f"{last} for request {i} with {count} pages"
-                    raise ArgumentError(op, names[2], got=got, expected=f"from 1 to {page_size}")
-        if self.indptr.total * page_size > INT32_MAX:
-            longest = max(self.kv_lens)
-            if longest > INT32_MAX:
-                got = f"{longest} tokens for request {self.kv_lens.index(longest)}"
-                raise ArgumentError(op, names[0], got=got, expected=f"{INT32_MAX} at most")
-        self.indices, self.max_page = page_indices(op, names[1], arrays[1], self.indptr.total)
-
-    @property
-    def kv_lens(self) -> list[int]:
-        """Tokens of each request."""
-        size, lasts = self._page_size, self.last_page_len.view.tolist()
-        pairs = zip(self.indptr.counts, lasts, strict=True)
-        return [(count - 1) * size + last if count else 0 for count, last in pairs]
-
-
-def page_indices(op: str, argument: str, given: object, count: int) -> tuple[HostArray | None, int]:
-    """The pages of all requests (None where the run brings them), and the last in the cache."""
-    if given is None:
-        return None, -1
-    found = HostArray(op, argument, given)
-    if len(found.view) < count:
-        got = f"{len(found.view)} elements"
-        raise ArgumentError(op, argument, got=got, expected=f"{count} pages, as its indptr says")
-    found.keep(count)
-    least, most = found.bounds()
-    if least < 0:
-        raise ArgumentError(op, argument, got=least, expected="pages from 0 on")
-    return found, most
-
-
-def check_keys(op: str, qo_lens: Sequence[int], kv_lens: Sequence[int], why: str) -> None:
-    """`ArgumentError` where a request has keys, and fewer of them than queries: there
-    kernels compare positions that have wrapped around."""
-    if all(map(ge, kv_lens, qo_lens)):
-        return
-    for i, (queries, keys) in enumerate(zip(qo_lens, kv_lens, strict=True)):
-        if 0 < keys < queries:
-            got = f"{queries} queries and {keys} keys in request {i}"
-            raise ArgumentError(op, "qo_indptr", got=got, expected=f"no fewer keys {why}")
-
-
 def mask_bytes(qo_lens: Sequence[int], kv_lens: Sequence[int]) -> list[int]:
     """Where each request's packed mask starts, in bytes: each takes whole bytes."""
     sizes = ((q * kv + 7) // 8 for q, kv in zip(qo_lens, kv_lens, strict=True))
     return [0, *accumulate(sizes)]
 
 
-_PAGED = ("paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
-
-
 class Batch:
-    """Where each request's queries and keys are: ragged keys, or pages of a cache."""
+    """Where each request's queries and keys are: ragged keys, or pages of a cache.
 
-    __slots__ = ("_mask_indptr", "kv", "pages", "qo")
+    Args:
+        names: what the plan's caller knows the arrays as, by what they are: `qo_indptr` (without
+            it, requests have a query each), `kv_indptr`, and of a paged cache `indices` and
+            either `last_page_len` or `kv_len`.
+        given: these arrays; pages may be None where runs bring them.
+    """
+
+    __slots__ = (
+        "_kv_len", "_kv_lens", "_lasts", "_mask_indptr", "_names", "_op", "_page_size", "kv",
+        "max_page", "num_indices", "qo", "room_for_rows", "rows", "size", "views",
+    )  # fmt: skip
 
     def __init__(
-        self,
-        op: str,
-        page_size: int | None,
-        qo_indptr: object,
-        kv_indptr: object,
-        paged: tuple[object, ...],
+        self, op: str, names: Mapping[str, str], given: Sequence[object], page_size: int = 1
     ) -> None:
-        self.qo = Indptr(op, "qo_indptr", qo_indptr)
-        count = self.qo.size
-        self.pages: PagedLengths | None = None
-        if page_size is None:
-            if kv_indptr is None:
-                expected = "an array; a paged cache comes with page_size"
-                raise ArgumentError(op, "kv_indptr", got=None, expected=expected)
-            for name, given in zip(_PAGED, paged, strict=True):
-                if given is not None:
-                    raise ArgumentError(op, name, got="an array", expected="None without page_size")
-            self.kv = Indptr(op, "kv_indptr", kv_indptr, count + 1)
-        else:
-            if kv_indptr is not None:
-                raise ArgumentError(op, "kv_indptr", got="an array", expected="None with page_size")
-            for name, given in zip(_PAGED[::2], paged[::2], strict=True):
-                if given is None:
-                    raise ArgumentError(op, name, got=None, expected="an array with page_size")
-            self.pages = PagedLengths(op, _PAGED, paged, count, page_size)
-            self.kv = self.pages.indptr
+        self._op, self._names, self._page_size = op, names, page_size
+        arrays = dict(zip(names, given, strict=True))
+        # Arrays by what they are, as they are sent to the device.
+        self.views: dict[str, memoryview] = {}
+        self.qo: Indptr | None = None
+        count = None
+        if "qo_indptr" in names:
+            self.qo = Indptr(op, names["qo_indptr"], arrays["qo_indptr"])
+            self.views["qo_indptr"], count = self.qo.view, self.qo.size + 1
+        kv = self.kv = Indptr(op, names["kv_indptr"], arrays["kv_indptr"], count)
+        self.views["kv_indptr"] = kv.view
+        # Requests, queries of all of them, and the queries that runs have room for.
+        self.size = kv.size
+        self.rows = self.room_for_rows = kv.size if self.qo is None else self.qo.total
+        # Pages of all requests, and the last in the cache where that is known.
+        self.num_indices, self.max_page = 0, -1
+        self._lasts: list[int] | None = None
+        self._kv_len: HostArray | None = None
+        self._kv_lens: list[int] | None = None
         self._mask_indptr: list[int] | None = None
+        if "last_page_len" in names:
+            self._read_last(arrays["last_page_len"])
+        elif "kv_len" in names:
+            self._read_kv_len(arrays["kv_len"])
+        if "indices" in names:
+            self.num_indices = kv.total
+            if arrays["indices"] is not None:
+                self._read_indices(arrays["indices"])
+
+    def _read_last(self, given: object) -> None:
+        """How full each request's last page is."""
+        kv, page_size = self.kv, self._page_size
+        view = HostArray(self._op, self._names["last_page_len"], given, kv.size).view
+        self.views["last_page_len"] = view
+        lasts = self._lasts = view.tolist()
+        # At a glance where all is usual, and else one by one.
+        if min(lasts) < 1 or max(lasts) > page_size:
+            for i, (count, last) in enumerate(zip(kv.counts, lasts, strict=True)):
+                if not (0 < last <= page_size or (last == 0 and not count)):
+                    got = f"{last} for request {i} with {count} pages"
+                    raise self._refuse("last_page_len", got, f"from 1 to {page_size}")
+        if kv.total * page_size > INT32_MAX:
+            longest = max(self.kv_lens)
+            if longest > INT32_MAX:
+                got = f"{longest} tokens for request {self.kv_lens.index(longest)}"
+                raise self._refuse("kv_indptr", got, f"{INT32_MAX} at most")
+
+    def _read_kv_len(self, given: object) -> None:
+        """How many tokens each request has."""
+        page_size = self._page_size
+        self._kv_len = HostArray(self._op, self._names["kv_len"], given, self.size)
+        lengths = self._kv_lens = self._kv_len.view.tolist()
+        for i, (length, pages) in enumerate(zip(lengths, self.kv.counts, strict=True)):
+            if length < 0 or not (pages - 1) * page_size <= length <= pages * page_size:
+                got = f"{length} for request {i} with {pages} pages of {page_size}"
+                raise self._refuse("kv_len", got, "tokens that fill its pages")
+
+    def _read_indices(self, given: object) -> None:
+        """The pages of all requests."""
+        found, count = HostArray(self._op, self._names["indices"], given), self.num_indices
+        if len(found.view) < count:
+            expected = f"{count} pages, as its indptr says"
+            raise self._refuse("indices", f"{len(found.view)} elements", expected)
+        self.views["indices"] = found.view = found.view[:count]
+        least, self.max_page = found.bounds()
+        if least < 0:
+            raise self._refuse("indices", least, "pages from 0 on")
+
+    def _refuse(self, array: str, got: object, expected: str) -> ArgumentError:
+        return ArgumentError(self._op, self._names[array], got=got, expected=expected)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that the cache has at the least."""
+        return self.max_page + 1
+
+    @property
+    def has_indices(self) -> bool:
+        """Whether the pages are given, and not each run's to bring."""
+        return "indices" in self.views
+
+    @property
+    def qo_lens(self) -> list[int]:
+        """Queries of each request."""
+        return [1] * self.size if self.qo is None else self.qo.counts
 
     @property
     def kv_lens(self) -> list[int]:
         """Keys of each request."""
-        return self.kv.counts if self.pages is None else self.pages.kv_lens
+        if self._kv_lens is None:
+            if self._lasts is None:
+                return self.kv.counts
+            size, pairs = self._page_size, zip(self.kv.counts, self._lasts, strict=True)
+            self._kv_lens = [(count - 1) * size + last if count else 0 for count, last in pairs]
+        return self._kv_lens
+
+    @property
+    def kv_len_desc(self) -> TensorDesc:
+        """The keys of each request, as planners take them."""
+        if self._kv_len is not None:
+            return self._kv_len.desc
+        return described_ints(host_ints(self.kv_lens))
 
     @property
     def mask_indptr(self) -> list[int]:
         """Where each request's mask would start, in bytes."""
         if self._mask_indptr is None:
-            self._mask_indptr = mask_bytes(self.qo.counts, self.kv_lens)
+            self._mask_indptr = mask_bytes(self.qo_lens, self.kv_lens)
         return self._mask_indptr
 
-    def check_mask(self, op: str) -> None:
-        """Raise where a mask would be too large for its indptr."""
-        if self.mask_indptr[-1] > INT32_MAX:
-            got, expected = f"a mask of {self.mask_indptr[-1]} bytes", f"{INT32_MAX} bytes at most"
-            raise ArgumentError(op, "use_custom_mask", got=got, expected=expected)
+    def use_mask(self) -> None:
+        """Send where each request's mask starts; raise where that is too large for int32."""
+        count = self.mask_indptr[-1]
+        if count > INT32_MAX:
+            got, expected = f"a mask of {count} bytes", f"{INT32_MAX} bytes at most"
+            raise ArgumentError(self._op, "use_custom_mask", got=got, expected=expected)
+        self.views["mask_indptr"] = host_ints(self.mask_indptr)
 
-    @property
-    def size(self) -> int:
-        return self.qo.size
-
-    @property
-    def rows(self) -> int:
-        """Queries in all."""
-        return self.qo.total
-
-    @property
-    def num_indices(self) -> int:
-        """Pages in all; 0 for ragged keys."""
-        return self.pages.indptr.total if self.pages else 0
-
-    @property
-    def page_indices(self) -> memoryview | None:
-        """The pages, where they are given."""
-        return self.pages.indices.view if self.pages and self.pages.indices else None
+    def check_keys(self, why: str) -> None:
+        """Raise where a request has keys, and fewer of them than queries: there kernels compare
+        positions that have wrapped around."""
+        if all(map(ge, self.kv_lens, self.qo_lens)):
+            return
+        for i, (queries, keys) in enumerate(zip(self.qo_lens, self.kv_lens, strict=True)):
+            if 0 < keys < queries:
+                got = f"{queries} queries and {keys} keys in request {i}"
+                raise self._refuse("qo_indptr", got, f"no fewer keys {why}")
 
 
 class Arrays:

@@ -1,12 +1,15 @@
-"""Host arrays for what queries see: packed masks, and ALiBi's slopes."""
+"""What queries see: masks packed on the host, ALiBi's slopes, and the mask of one request."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fi_ffi.abi.interop import as_desc
+from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
-from fi_ffi.ops.call.arguments import check_int
+from fi_ffi.ops.attention.backends import CAUSAL, CUSTOM, NON_CAUSAL
+from fi_ffi.ops.call.arguments import check_flag, check_int
 
 if TYPE_CHECKING:
     import numpy
@@ -32,8 +35,13 @@ def pack_custom_mask(masks: Masks) -> Bytes:
     """
     import numpy as np
 
-    found = _one(masks)
-    each = [found] if found is not None and found.ndim == 2 else list(_sequence(masks, found))
+    if isinstance(masks, (list, tuple)):
+        each: Sequence[object] = masks
+    else:
+        array = _boolean(masks)
+        if array.ndim not in (2, 3):
+            raise _refused(f"bool of shape {array.shape}", "shape [qo_len, kv_len]")
+        each = [array] if array.ndim == 2 else list(array)
     if not each:
         raise _refused("no masks", "one for each request")
     packed = [np.packbits(_checked(mask, i), bitorder="little") for i, mask in enumerate(each)]
@@ -56,12 +64,10 @@ def alibi_slopes(num_heads: int) -> Slopes:
     return np.exp2(-8.0 * np.concatenate([first, between])).astype(np.float32)
 
 
-def _one(value: object) -> numpy.ndarray[Any, Any] | None:
-    """A value that is one array, as numpy's; None for a list or tuple."""
+def _boolean(value: object) -> numpy.ndarray[Any, Any]:
+    """Anything numpy reads, if it is boolean."""
     import numpy as np
 
-    if isinstance(value, (list, tuple)):
-        return None
     try:
         array = np.asarray(value)
     except Exception as error:  # the exporter's own: a GPU's array, for one
@@ -72,17 +78,11 @@ def _one(value: object) -> numpy.ndarray[Any, Any] | None:
     return array
 
 
-def _sequence(masks: Any, found: numpy.ndarray[Any, Any] | None) -> Sequence[object]:
-    """A batch's masks: a list of them, or an array of rank 3."""
-    if found is not None and found.ndim != 3:
-        raise _refused(f"bool of shape {found.shape}", "shape [qo_len, kv_len]")
-    return list(masks if found is None else found)
-
-
 def _checked(mask: object, request: int) -> numpy.ndarray[Any, Any]:
-    array = _one(mask)
-    if array is None:
+    """One request's mask."""
+    if isinstance(mask, (list, tuple)):
         raise _wrong_type(f"{type(mask).__name__} for request {request}")
+    array = _boolean(mask)
     if array.ndim != 2:
         got = f"bool of shape {array.shape} for request {request}"
         raise _refused(got, "shape [qo_len, kv_len]")
@@ -96,3 +96,35 @@ def _wrong_type(got: str) -> ArgumentTypeError:
 
 def _refused(got: str, expected: str) -> ArgumentError:
     return ArgumentError("pack_custom_mask", "masks", got=got, expected=expected)
+
+
+def packed_mask(
+    op: str, mask: Any, causal: bool, lens: tuple[int, int], suffix: str = ""
+) -> tuple[TensorDesc | None, int]:
+    """One request's packed mask, where there is one, and the kernel's code for what is hidden.
+
+    `suffix` is that of the names of `custom_mask`, `causal` and `k`.
+    """
+    qo_len, kv_len = lens
+    if mask is None:
+        return None, CAUSAL if causal else NON_CAUSAL
+    desc, need = as_desc(mask, op, f"custom_mask{suffix}"), (qo_len * kv_len + 7) // 8
+    if causal:
+        expected = f"False with custom_mask{suffix}"
+        raise ArgumentError(op, f"causal{suffix}", got=True, expected=expected)
+    if desc.shape != (need,):
+        expected = f"{need} bytes: see pack_custom_mask"
+        raise ArgumentError(op, f"custom_mask{suffix}", got=desc.layout, expected=expected)
+    return desc, CUSTOM
+
+
+def check_causal(
+    op: str, causal: object, k: TensorDesc, lens: tuple[int, int], suffix: str = ""
+) -> bool:
+    """A request's `causal`; raise where it has fewer keys than causal queries."""
+    qo_len, kv_len = lens
+    is_causal = check_flag(op, f"causal{suffix}", causal)
+    if is_causal and kv_len < qo_len:
+        expected = f"{qo_len} keys or more for {qo_len} causal queries"
+        raise ArgumentError(op, f"k{suffix}", got=k.layout, expected=expected)
+    return is_causal

@@ -1,203 +1,378 @@
-"""What attention can be asked for, in FlashInfer's words and codes, and which backend serves it."""
+"""The options of the plans: tables that types, defaults, checks and documentation come from.
 
-from __future__ import annotations
+A `TypedDict` is a table: type checkers take a plan's keywords from it, and each of its
+annotations has an `Option` with the rest.
+"""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+# Annotations are read here, and so none is put off with `from __future__ import annotations`.
 
-from fi_ffi.abi.tensor import Device, DType, parse_dtype
-from fi_ffi.errors import ArgumentError, printed
-from fi_ffi.loader import machine
-from fi_ffi.ops.attention.rows import F16, FP8, of_release
-from fi_ffi.ops.call.arguments import check_choice, check_number
-from fi_ffi.ops.providers import release_in_use
-from fi_ffi.ops.row import Row
+import textwrap
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypedDict, get_type_hints
 
-# flashinfer/utils.py: PosEncodingMode and MaskMode
-POS_ENCODING_MODES = {"NONE": 0, "ROPE_LLAMA": 1, "ALIBI": 2}
-NON_CAUSAL, CAUSAL, CUSTOM, MULTI_ITEM_SCORING = range(4)
-BACKENDS = ("auto", "fa2", "fa3")
+from fi_ffi.errors import ArgumentError
+from fi_ffi.ops.attention.backends import (
+    BACKENDS,
+    CAUSAL,
+    CUSTOM,
+    MULTI_ITEM_SCORING,
+    NON_CAUSAL,
+    POS_ENCODING_MODES,
+    Kernel,
+    check_encoding,
+    check_soft_cap,
+    data_type,
+)
+from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP8
+from fi_ffi.ops.attention.sizes import Geometry
+from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int
 
-SHORT = {
-    "float16": "f16", "bfloat16": "bf16", "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2",
-}  # fmt: skip
-# csrc/*_sm90_kernel_inst.jinja and the static_asserts of hopper/prefill_sm90.cuh
-_FA3_HEAD_DIMS = ((64, 64), (128, 128), (256, 256), (192, 128))
-_FA3_FP8_HEAD_DIMS = ((128, 128), (256, 256))
+Check = Callable[[str, str, Any], Any]
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """What a module is compiled for: what its name is made of."""
+class Option(NamedTuple):
+    """What an option is, and what it is where it is left out.
 
-    family: str
-    q_data_type: str
-    kv_data_type: str
-    o_data_type: str
-    head_dim_qk: int
-    head_dim_vo: int
-    pos_encoding_mode: str = "NONE"
-    use_sliding_window: bool = False
-    use_logits_soft_cap: bool = False
-    use_fp16_qk_reduction: bool = False
+    `check` takes a plan's name, the option's and a value, and returns the value as plans keep
+    it.  None as a default is not checked.  An option without a check depends on others.
+    """
+
+    doc: str
+    check: Check | None
+    default: Any = None
+
+
+def _count(doc: str) -> Option:
+    return Option(doc, partial(check_int, low=1))
+
+
+def _flag(doc: str) -> Option:
+    return Option(doc, check_flag, False)
+
+
+def _word(doc: str, words: Collection[str]) -> Option:
+    """One of some words, the first of which is the default."""
+    return Option(doc, partial(check_choice, allowed=words), next(iter(words)))
+
+
+def _dtype(doc: str, default: str | None, *names: str) -> Option:
+    return Option(doc, partial(data_type, allowed=names), default)
+
+
+def _only(size: int, doc: str) -> Option:
+    """A size of which the kernels have one."""
+
+    def check(op: str, name: str, value: Any) -> int:
+        if check_int(op, name, value, 1) != size:
+            raise ArgumentError(op, name, got=value, expected=f"{size}, the only one there is")
+        return size
+
+    return Option(doc, check, size)
+
+
+class _Heads(TypedDict):
+    num_qo_heads: Annotated[int, _count("heads of q: a multiple of num_kv_heads")]
+    num_kv_heads: Annotated[int, _count("heads of k and v")]
+
+
+class _Scores(TypedDict, total=False):
+    q_data_type: Annotated[object, _dtype("dtype of q", "float16", *F16, *FP8)]
+    kv_data_type: Annotated[
+        object, _dtype("dtype of k and v; None for that of q", None, *F16, *FP8)
+    ]
+    o_data_type: Annotated[
+        object, Option("dtype of the output; None for that of q, or float16 where q is fp8", None)
+    ]
+    window_left: Annotated[
+        int,
+        Option("keys before its own that a query sees; -1: all", partial(check_int, low=-1), -1),
+    ]
+    logits_soft_cap: Annotated[
+        float, Option("c > 0 makes logits `c * tanh(logits / c)`", check_soft_cap, 0.0)
+    ]
+    pos_encoding_mode: Annotated[
+        str, _word('"NONE", "ROPE_LLAMA" or "ALIBI", applied in the kernel', POS_ENCODING_MODES)
+    ]
+
+
+class _Graphs(TypedDict, total=False):
+    enable_cuda_graph: Annotated[
+        bool,
+        _flag(
+            "keep addresses and launch, so that a captured run serves after `replan(...)` for "
+            "other lengths of the same number of requests"
+        ),
+    ]
+    max_num_indices: Annotated[
+        int | None, _count("with CUDA graphs, the most pages of replans; None for this batch's")
+    ]
+
+
+class _Queries(TypedDict, total=False):
+    causal: Annotated[bool, _flag("query i of a request sees keys up to `kv_len - qo_len + i`")]
+    backend: Annotated[
+        str, _word('"auto" (as FlashInfer: fa3 on SM90 where it can), "fa2" or "fa3"', BACKENDS)
+    ]
+    max_total_num_rows: Annotated[
+        int | None, _count("with CUDA graphs, the most queries of replans; None for this batch's")
+    ]
+
+
+class _HeadDim(_Heads):
+    head_dim_qk: Annotated[int, _count("size of a head of q and k")]
+
+
+class PrefillKeywords(_HeadDim, _Scores, _Queries, _Graphs, total=False):
+    """Of `BatchPrefillPlan`."""
+
+    head_dim_vo: Annotated[
+        int | None, _count("size of a head of v and the output; None for head_dim_qk")
+    ]
+    page_size: Annotated[int | None, _count("tokens in a page; None for ragged keys")]
+    use_fp16_qk_reduction: Annotated[bool, _flag("float16 sums in q @ k (fa2, float16 queries)")]
+    use_custom_mask: Annotated[bool, _flag("runs bring a packed mask (`pack_custom_mask`); fa2")]
+    use_multi_item_scoring: Annotated[bool, _flag("runs bring prefix and item lengths")]
+    use_attention_sink: Annotated[
+        bool, _flag("runs bring `sink`, a logit of each head, part of the softmax's sum (GPT-OSS)")
+    ]
+    fixed_split_size: Annotated[
+        int | None,
+        _count(
+            "requests are split among blocks in pieces of so many pages, for results that do not "
+            "depend on the batch; fa2"
+        ),
+    ]
+    disable_split_kv: Annotated[bool, _flag("requests are not split among blocks; fa2")]
+
+
+class DecodeKeywords(_Heads, _Scores, _Graphs):
+    """Of `BatchDecodePlan`."""
+
+    head_dim: Annotated[int, _count("size of a head")]
+    page_size: Annotated[int, _count("tokens in a page")]
+
+
+class _Mla(TypedDict):
+    num_heads: Annotated[int, _count("heads of the queries")]
+    page_size: Annotated[int, _count("tokens in a page")]
+
+
+class MlaKeywords(_Mla, _Queries, _Graphs, total=False):
+    """Of `BatchMlaPlan`."""
+
+    head_dim_ckv: Annotated[int, _only(512, "size of the compressed keys and values")]
+    head_dim_kpe: Annotated[int, _only(64, "size of the part with the encoding")]
+    q_data_type: Annotated[object, _dtype("dtype of q: float16 or bfloat16", "bfloat16", *F16)]
+    kv_data_type: Annotated[object, Option("dtype of the cache: that of q", None)]
+
+
+class Options:
+    """A plan's options, checked; each is an attribute."""
+
+    # The plan's name, its options, and those of them that have no default.
+    op: ClassVar[str]
+    table: ClassVar[Mapping[str, Option]]
+    required: ClassVar[frozenset[str]]
+
+    def __init_subclass__(cls, op: str, keywords: Any) -> None:
+        hints = get_type_hints(keywords, include_extras=True)
+        cls.op, cls.required = op, keywords.__required_keys__
+        cls.table = {name: hint.__metadata__[0] for name, hint in hints.items()}
+
+    def __init__(self, **given: Any) -> None:
+        """Take a plan's keywords; a `TypeError` names the plan, as a call's own would."""
+        for name in given:
+            if name not in self.table:
+                raise TypeError(f"{self.op}() got an unexpected keyword argument {name!r}")
+        missing = [name for name in self.table if name in self.required and name not in given]
+        if missing:
+            raise TypeError(f"{self.op}() missing required keyword arguments: {', '.join(missing)}")
+        for name, (_, check, default) in self.table.items():
+            value = given.get(name, default)
+            if check is not None and not (value is default is None and name not in self.required):
+                value = check(self.op, name, value)
+            setattr(self, name, value)
+        self.check_together()
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    @classmethod
+    def documented(cls, doc: str | None) -> str | None:
+        """A docstring with the options in place of `{options}`."""
+        if doc is None or "{options}" not in doc:
+            return doc  # python -OO has none
+        head, _, tail = doc.partition("{options}")
+        indent = head[head.rindex("\n") + 1 :]
+        lines = []
+        for name, option in cls.table.items():
+            is_told = name not in cls.required and option.default is not None
+            default = f" ({option.default!r} by default)" if is_told else ""
+            lines += textwrap.wrap(
+                f"{name}{default}: {option.doc}.", 96,
+                initial_indent=indent, subsequent_indent=f"{indent}    ",
+            )  # fmt: skip
+        return head + "\n".join(lines).lstrip() + tail
+
+    def changed(self) -> dict[str, Any]:
+        """The options that are not what they are by default."""
+        return {
+            name: getattr(self, name)
+            for name, option in self.table.items()
+            if name in self.required or getattr(self, name) != option.default
+        }
+
+    def check_together(self) -> None:
+        """Check what depends on several options, and set what is left out."""
+        raise NotImplementedError
+
+    def _check_heads(self) -> None:
+        qo, kv = self.num_qo_heads, self.num_kv_heads
+        if qo % kv:
+            raise self.refuse("num_qo_heads", qo, f"a multiple of num_kv_heads = {kv}")
+
+    def _check_scores(self) -> None:
+        """Keys are of the queries' dtype, and so is the output, unless said."""
+        q = self.q_data_type
+        self._set_default("kv_data_type", q)
+        allowed = F16 if q in FP8 else (q,)
+        self._set_default("o_data_type", allowed[0], partial(data_type, allowed=allowed))
+        check_encoding(self.op, self.pos_encoding_mode, self.logits_soft_cap)
+
+    def _set_default(self, name: str, default: object, check: Check | None = None) -> None:
+        """Set an option that was left out, or check it by what others are."""
+        value = getattr(self, name)
+        if value is None:
+            setattr(self, name, default)
+        elif check is not None:
+            setattr(self, name, check(self.op, name, value))
+
+    def refuse(self, argument: str, got: object, expected: object) -> ArgumentError:
+        return ArgumentError(self.op, argument, got=got, expected=expected)
 
     @property
-    def dtypes(self) -> dict[str, str]:
-        """By the names that the rows have for them."""
-        return {"Q": self.q_data_type, "KV": self.kv_data_type, "O": self.o_data_type}
+    def kernel(self) -> Kernel:
+        """What the plan's module is compiled for."""
+        return Kernel(
+            self.family, self.q_data_type, self.kv_data_type, self.o_data_type, self.head_dim_qk,
+            self.head_dim_vo, self.pos_encoding_mode, self.window_left >= 0,
+            self.logits_soft_cap > 0, getattr(self, "use_fp16_qk_reduction", False),
+        )  # fmt: skip
 
-    def module(self, backend: str, of: str | None = None) -> str:
-        """The module's name in a release, or in that of the kernels in use."""
-        from fi_ffi.loader.uris import uri  # as late as can be: it has a large table
+    def geometry(self, machine: tuple[int, int]) -> Geometry:
+        """What workspaces' sizes depend on, on a GPU of so many multiprocessors and an SM."""
+        raise NotImplementedError
 
-        of = of or release()
-        if self.family == "batch_mla":
-            return uri(
-                self.family, release=of, backend=backend, dtype_q=SHORT[self.q_data_type],
-                dtype_kv=SHORT[self.kv_data_type], dtype_o=SHORT[self.o_data_type],
-                head_dim_ckv=self.head_dim_qk, head_dim_kpe=self.head_dim_vo,
-            )  # fmt: skip
-        parameters: dict[str, Any] = {
-            "dtype_q": SHORT[self.q_data_type],
-            "dtype_kv": SHORT[self.kv_data_type],
-            "dtype_o": SHORT[self.o_data_type],
-            "head_dim_qk": self.head_dim_qk,
-            "head_dim_vo": self.head_dim_vo,
-            "use_sliding_window": self.use_sliding_window,
+
+class PrefillOptions(Options, op="BatchPrefillPlan", keywords=PrefillKeywords):
+    """The options of `BatchPrefillPlan`."""
+
+    def check_together(self) -> None:
+        self._set_default("head_dim_vo", self.head_dim_qk)
+        self._check_heads()
+        self._check_scores()
+        self._check_masks()
+        if self.use_attention_sink:
+            self._check_sink()
+
+    def _check_masks(self) -> None:
+        if self.use_multi_item_scoring and self.page_size is None:
+            expected = "False without page_size: the kernels for ragged keys lack it"
+            raise self.refuse("use_multi_item_scoring", True, expected)
+        if self.sees_past_window and self.fixed_split_size is not None:
+            expected = "None with a window and a mask that is not causal: these are never split"
+            raise self.refuse("fixed_split_size", self.fixed_split_size, expected)
+        if self.disable_split_kv and self.fixed_split_size is not None:
+            raise self.refuse("disable_split_kv", True, "False with fixed_split_size")
+        modes = ("causal", "use_custom_mask", "use_multi_item_scoring")
+        chosen = [name for name in modes if getattr(self, name)]
+        if len(chosen) > 1:
+            raise self.refuse(chosen[1], True, f"False with {chosen[0]}: the mask is one of them")
+
+    def _check_sink(self) -> None:
+        lacking = {
+            "pos_encoding_mode": self.pos_encoding_mode != "NONE",
+            "logits_soft_cap": self.logits_soft_cap > 0,
+            "use_fp16_qk_reduction": self.use_fp16_qk_reduction,
+            "use_custom_mask": self.use_custom_mask,
+            "use_multi_item_scoring": self.use_multi_item_scoring,
+            "kv_data_type": self.kv_data_type != self.q_data_type or self.q_data_type in FP8,
         }
-        if "decode" not in self.family:
-            parameters["backend"] = backend
-        if "sink" not in self.family:
-            parameters["pos_encoding_mode"] = POS_ENCODING_MODES[self.pos_encoding_mode]
-            parameters["use_logits_soft_cap"] = self.use_logits_soft_cap
-            if "prefill" in self.family:
-                parameters["use_fp16_qk_reduction"] = self.use_fp16_qk_reduction
-        return uri(self.family, release=of, **parameters)
+        for name, is_asked in lacking.items():
+            if is_asked:
+                expected = "its default: the kernels with attention sinks have nothing else"
+                raise self.refuse(name, getattr(self, name), expected)
+
+    @property
+    def mask_mode(self) -> int:
+        if self.use_custom_mask:
+            return CUSTOM
+        if self.use_multi_item_scoring:
+            return MULTI_ITEM_SCORING
+        return CAUSAL if self.causal else NON_CAUSAL
+
+    @property
+    def family(self) -> str:
+        return "batch_prefill" + ("_with_attention_sink" if self.use_attention_sink else "")
+
+    @property
+    def sees_past_window(self) -> bool:
+        """Whether queries see keys after their own though there is a window: fa2's planner
+        sizes the pieces of a split request for the window alone, and leaves those out."""
+        return bool(self.window_left >= 0 and self.mask_mode != CAUSAL)
+
+    def geometry(self, machine: tuple[int, int]) -> Geometry:
+        return Geometry(
+            self.num_qo_heads, self.num_kv_heads, self.head_dim_vo, self.page_size or 1, *machine,
+            self.enable_cuda_graph, self.window_left, self.fixed_split_size or -1,
+            self.disable_split_kv or self.sees_past_window,
+        )  # fmt: skip
 
 
-def release() -> str:
-    """The release of the kernels in use, or the lock's default where there are none."""
-    found = release_in_use()
-    if found is None:
-        from fi_ffi.loader.lock import the_lock
+class DecodeOptions(Options, op="BatchDecodePlan", keywords=DecodeKeywords):
+    """The options of `BatchDecodePlan`."""
 
-        found = the_lock().default_release
-    return found
+    family = "batch_decode"
 
+    def check_together(self) -> None:
+        self.head_dim_qk = self.head_dim_vo = self.head_dim
+        self._check_heads()
+        self._check_scores()
+        if self.q_data_type in FP8:
+            expected = "float16 or bfloat16: for fp8 queries see BatchPrefillPlan"
+            raise self.refuse("q_data_type", self.q_data_type, expected)
+        group = self.num_qo_heads // self.num_kv_heads
+        if group not in DECODE_GROUPS:
+            known = ", ".join(map(str, DECODE_GROUPS))
+            expected = (
+                f"{known} for each of num_kv_heads; BatchPrefillPlan, one query each, has any"
+            )
+            raise self.refuse("num_qo_heads", f"{group} for each of num_kv_heads", expected)
 
-def in_use(rows: Sequence[Row], device: Device) -> tuple[Row, ...]:
-    """Rows in the forms of the kernels in use; on the CPU the first ones, as the reference has.
-
-    Raises `KernelNotFoundError` where that release has none.
-    """
-    if not device.is_cuda:
-        return tuple(rows)
-    return tuple(of_release(row, release()) for row in rows)
-
-
-def data_type(op: str, argument: str, value: object, allowed: tuple[str, ...]) -> str:
-    """A dtype's name, one of those allowed."""
-    dtype = value if isinstance(value, DType) else parse_dtype(value, op=op, argument=argument)
-    if dtype.name not in allowed:
-        raise ArgumentError(op, argument, got=dtype, expected=" or ".join(allowed))
-    return dtype.name
-
-
-def soft_cap(op: str, value: object) -> float:
-    """`logits_soft_cap`: 0 for none."""
-    cap = check_number(op, "logits_soft_cap", value)
-    if cap < 0:
-        raise ArgumentError(op, "logits_soft_cap", got=value, expected="0 or more")
-    return cap
+    def geometry(self, machine: tuple[int, int]) -> Geometry:
+        return Geometry(
+            self.num_qo_heads, self.num_kv_heads, self.head_dim, self.page_size, *machine,
+            self.enable_cuda_graph, self.window_left,
+        )  # fmt: skip
 
 
-def check_encoding(op: str, mode: str, logits_soft_cap: float) -> None:
-    """`ArgumentError` for what the kernels get wrong: they scale twice."""
-    if mode == "ALIBI" and logits_soft_cap > 0:
-        expected = "0 with pos_encoding_mode='ALIBI': the kernels apply sm_scale twice"
-        raise ArgumentError(op, "logits_soft_cap", got=logits_soft_cap, expected=expected)
+class MlaOptions(Options, op="BatchMlaPlan", keywords=MlaKeywords):
+    """The options of `BatchMlaPlan`."""
 
+    def check_together(self) -> None:
+        q = self.q_data_type
+        self._set_default("kv_data_type", q, partial(data_type, allowed=(q,)))
 
-def fa3_lacks(kernel: Kernel, use_custom_mask: bool, is_paged: bool = False) -> str:
-    """Why fa3 cannot serve this; "" where it can.  As `is_fa3_backend_supported` has it,
-    and the head sizes that its kernels are written for."""
-    fp8 = kernel.q_data_type in FP8
-    if use_custom_mask:
-        return "fa3 has no custom masks"
-    if kernel.pos_encoding_mode != "NONE":
-        return f"fa3 has no pos_encoding_mode {kernel.pos_encoding_mode!r}"
-    if kernel.use_fp16_qk_reduction:
-        return "fa3 has no use_fp16_qk_reduction"
-    if kernel.kv_data_type != kernel.q_data_type:
-        return f"fa3 takes {kernel.q_data_type} queries with keys of that dtype only"
-    if fp8 and kernel.use_logits_soft_cap:
-        return "fa3 has no logits_soft_cap for fp8 queries"
-    if fp8 and kernel.use_sliding_window:
-        # FlashInfer compiles it, and its main loop ends at the first tile that is part hidden.
-        return "fa3 has no window_left for fp8 queries"
-    dims = kernel.head_dim_qk, kernel.head_dim_vo
-    known = _FA3_FP8_HEAD_DIMS if fp8 else _FA3_HEAD_DIMS
-    if dims not in known and kernel.family != "batch_mla":
-        sizes = ", ".join("/".join(map(str, pair)) for pair in known)
-        return f"fa3 has head_dim_qk/head_dim_vo {sizes}, not {dims[0]}/{dims[1]}"
-    if is_paged and dims[0] != dims[1] and kernel.family != "batch_mla":
-        return "fa3 has no paged keys with a head_dim_qk other than head_dim_vo"
-    return ""
+    @property
+    def kernel(self) -> Kernel:
+        return Kernel(
+            "batch_mla", self.q_data_type, self.kv_data_type, self.q_data_type,
+            self.head_dim_ckv, self.head_dim_kpe,
+        )  # fmt: skip
 
-
-def fa2_lacks(kernel: Kernel) -> str:
-    """Why fa2 cannot serve this; "" where it can."""
-    if kernel.q_data_type in FP8:
-        return f"fa2 has no {kernel.q_data_type} queries"
-    if kernel.use_fp16_qk_reduction and kernel.q_data_type != "float16":
-        return f"fa2 has use_fp16_qk_reduction for float16 queries, not {kernel.q_data_type}"
-    if kernel.pos_encoding_mode == "ROPE_LLAMA" and kernel.kv_data_type in FP8:
-        return "fa2 has no pos_encoding_mode 'ROPE_LLAMA' for fp8 keys"
-    if kernel.family in ("batch_mla", "batch_prefill_with_attention_sink"):
-        return ""
-    same_width = kernel.kv_data_type in F16 and kernel.kv_data_type != kernel.q_data_type
-    return "fa2 has no f16 queries with bf16 keys, nor the reverse" if same_width else ""
-
-
-def choose_backend(
-    op: str,
-    backend: object,
-    kernel: Kernel,
-    device: Device,
-    use_custom_mask: bool = False,
-    is_paged: bool = False,
-) -> tuple[str, str]:
-    """The backend on a device, and why."""
-    capability = machine.capability(device.index) if device.is_cuda else None
-    return backend_for(op, backend, kernel, capability, use_custom_mask, is_paged, str(device))
-
-
-def backend_for(
-    op: str,
-    backend: object,
-    kernel: Kernel,
-    capability: tuple[int, int] | None,
-    use_custom_mask: bool = False,
-    is_paged: bool = False,
-    where: str = "the GPU",
-) -> tuple[str, str]:
-    """The backend on GPUs of a compute capability, and why: as asked, or with "auto" as
-    FlashInfer's `determine_attention_backend` has it.  None is the CPU's reference."""
-    asked = check_choice(op, "backend", backend, BACKENDS)
-    lacks = {"fa2": fa2_lacks(kernel), "fa3": fa3_lacks(kernel, use_custom_mask, is_paged)}
-    if capability is not None and capability != (9, 0):
-        lacks["fa3"] = "fa3 is for SM90, and {} is SM{}{}".format(where, *capability)
-    chosen, why = asked, "it was asked for"
-    if asked == "auto":
-        is_reference = capability is None and not lacks["fa2"]
-        chosen = "fa2" if lacks["fa3"] or is_reference else "fa3"
-        why = lacks["fa3"] or "SM90, and fa3 has all that was asked for"
-        why = "the CPU's reference is the same for both" if is_reference else why
-    if lacks[chosen]:
-        other = "fa2" if chosen == "fa3" else "fa3"
-        expected = f"{other!r}: {lacks[chosen]}"
-        if lacks[other]:
-            expected = f"what a backend has: {lacks['fa2']}; {lacks['fa3']}"
-        raise ArgumentError(op, "backend", got=printed(asked), expected=expected)
-    return chosen, why
+    def geometry(self, machine: tuple[int, int]) -> Geometry:
+        return Geometry(
+            self.num_heads, 1, self.head_dim_ckv, self.page_size, *machine, self.enable_cuda_graph
+        )

@@ -6,11 +6,10 @@ once a schedule, and each run writes what it is given.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from operator import attrgetter
 from types import NoneType
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Frame, array_values
@@ -21,23 +20,24 @@ from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind, make_desc, parse_d
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda
-from fi_ffi.ops.attention.arrays import Arrays, placed_for
-from fi_ffi.ops.attention.options import Kernel
-from fi_ffi.ops.attention.run import CALLER_NAMES, Values
+from fi_ffi.ops.attention.arrays import Arrays, Batch
+from fi_ffi.ops.attention.backends import in_use, multiprocessors
+from fi_ffi.ops.attention.options import Options
+from fi_ffi.ops.attention.run import BoundRow, Values, asked_of, compiled_row
 from fi_ffi.ops.attention.sizes import Need, aligned
-from fi_ffi.ops.attention.supporting import Supporting
 from fi_ffi.ops.attention.workspace import Workspace
+from fi_ffi.ops.axes import parse_axis
 from fi_ffi.ops.call import memory
-from fi_ffi.ops.call.compiled import CompiledRow, Variant
 from fi_ffi.ops.call.launch import launch
 from fi_ffi.ops.call.prepared import PackedCall, tensor_like
-from fi_ffi.ops.row import PlanInfo, Row, Scalar, Tensor
+from fi_ffi.ops.row import PlanInfo, Row
 from fi_ffi.ops.watch import watching
 
-_compiled_rows: dict[tuple[object, ...], CompiledRow] = {}
+if TYPE_CHECKING:
+    from fi_ffi.ops.capability.judgement import Support
+
 # What the CPU's reference keeps of a request, which has no formula of its own.
 _REFERENCE_BYTES = 64
-_MASK = 2**64 - 1
 # Axes of runs' tensors that grow with lengths, and what they count.
 _GROWING = {
     "nnz_kv": "keys", "num_pages": "pages", "num_indices": "page indices",
@@ -52,153 +52,63 @@ class WorkspaceSize(NamedTuple):
     int_bytes: int
 
 
-class _SizeOnly:
-    """Stands for a workspace where only its size is asked for."""
+# Stands for a workspace where only its size is asked for.
+SIZE_ONLY: Any = object()
+
+# Arguments of the planners that each batch has others of, and what they are of a `Batch`; all
+# else is bound.
+_PLANNED = {
+    "qo_indptr": "qo.desc", "kv_indptr": "kv.desc", "indptr": "kv.desc",
+    "kv_len_arr": "kv_len_desc", "kv_len": "kv_len_desc", "batch_size": "size",
+    "total_num_rows": "room_for_rows",
+}  # fmt: skip
+# Axes of runs' tensors that each batch has others of, and what they are of a `Batch`; and what
+# sizes are not less than.
+_BATCH_AXES = {
+    "nnz_qo": "room_for_rows", "b": "size", "planned_keys": "kv.total",
+    "planned_pages": "num_pages", "planned_indices": "num_indices",
+}  # fmt: skip
+_NOT_LESS = {
+    "nnz_kv": "planned_keys", "num_pages": "planned_pages", "num_indices": "planned_indices"
+}  # fmt: skip
 
 
-SIZE_ONLY: Any = _SizeOnly()
-
-
-def forget() -> None:
-    """Drop what was learnt, after the source of kernels changed."""
-    _compiled_rows.clear()
-
-
-def compiled_row(
-    row: Row, module: str, dtypes: Mapping[str, str], op: str, device: Device | None = None,
-    bound: Mapping[str, TensorKind | None] | None = None, known: tuple[str, ...] = (),
-    not_less: tuple[tuple[str, str], ...] = (), first: tuple[str, ...] = (),
-) -> CompiledRow:  # fmt: skip
-    """A row compiled for a module of these dtypes; shared by all plans alike."""
-    key = (row, module, op, device, tuple((bound or {}).items()), known, not_less, first)
-    found = _compiled_rows.get(key)
-    if found is None:
-        own = {name: (dtype,) for name, dtype in dtypes.items() if name in row.dtypes}
-        pairs = (f"{more} >= {less}" for more, less in not_less)
-        form = replace(
-            row, dtypes=dict[str, tuple[str, ...]](own), requires=(*row.requires, *pairs)
-        )
-        made = CompiledRow(
-            form,
-            module,
-            op=op,
-            names=CALLER_NAMES,
-            known=known,
-            bound=bound,
-            device=device,
-            first=first,
-        )
-        found = _compiled_rows.setdefault(key, made)
-    return found
-
-
-class BoundRow:
-    """A plan's entry with the plan's own arguments bound.
-
-    `sizes` are those of the compiled row's known axes, and `memory` where the two workspaces
-    that the plan works in start and end, and the first and the last of these.
-    """
-
-    def __init__(self, compiled: CompiledRow, template: Values) -> None:
-        self.compiled, self.template = compiled, template
-        self.sizes: Sequence[int] = ()
-        self.memory: Sequence[int] = (0, 0, 0, 0, 0, 0)
-        self._places = {arg.name: (i, arg) for i, arg in enumerate(compiled.row.args)}
-        # What each bound argument is in a frame: words, and what is in them.
-        self._words: dict[str, list[tuple[int, int]]] = {}
-        # Changes with them: a frame that was written before is written again.
-        self.version = object()
-        self.rest: tuple[Any, ...] = ()
-        self._free: dict[Variant, list[Frame]] = {}
-
-    def put(self, name: str, value: Any) -> None:
-        """Bind an argument, by the binding's name; one that the row lacks is left out."""
-        found = self._places.get(name)
-        if found is None or name not in self.compiled.form.bound:
-            return
-        i, arg = found
-        layout = self.compiled.layout
-        if isinstance(arg, Tensor):
-            words = []
-            if value is not None:
-                dims = enumerate((*value.shape, *value.strides), layout.dims[i])
-                words = [(layout.tensors[i], value.ptr), *dims]
-        elif isinstance(arg, Scalar) and arg.type is float:
-            words = [(layout.value(i), struct.unpack("Q", struct.pack("d", value))[0])]
-        else:
-            words = [(layout.value(i), int(value) & _MASK)]
-        self._words[name] = words
-        self.version = object()
-
-    def changed(self, name: str, number: int, value: int) -> list[tuple[int, int]]:
-        """One of a bound argument's words (of a tensor: its address, then its sizes), changed;
-        nothing where it is the same, or the row lacks the argument."""
-        words = self._words.get(name)
-        if not words or words[number][1] == value:
-            return []
-        words[number] = words[number][0], value
-        return [words[number]]
-
-    def change(self, changed: Sequence[tuple[int, int]]) -> None:
-        """Write changed words into the frames that no call has."""
-        if not changed:
-            return
-        before, self.version = self.version, object()
-        for free in self._free.values():
-            for frame in free:
-                if frame.version is before:
-                    for word, value in changed:
-                        frame.addresses[word] = value
-                    frame.version = self.version
-
-    def frame(self, variant: Variant) -> Frame:
-        """A frame of a call's own, with what is bound written into it."""
-        try:
-            frame = self._free[variant].pop()
-        except (KeyError, IndexError):
-            frame = variant.new_frame()
-        if frame.version is not self.version:
-            addresses = frame.addresses
-            for words in self._words.values():
-                for word, value in words:
-                    addresses[word] = value
-            frame.version = self.version
-        return frame
-
-    def give_back(self, frame: Frame) -> None:
-        """Let another call have a frame."""
-        variant: Variant = frame.variant
-        if frame.is_referred_to:
-            variant.give_back(frame)
-        else:
-            self._free.setdefault(variant, []).append(frame)
-
-
-class Plan(Supporting):
+class Plan:
     """A schedule for a batch; made by the classes derived from this one."""
 
     op: str
+    options_class: type[Options]
     options: Any
     backend: str
     backend_reason: str
     module: str
-    # The planner, and each kind of run by whether the plan has the pages' indices.
+    # The planner, and the rows of runs by their kind: their place after the planner's.
     _planner: BoundRow
     _run_rows: Sequence[Row]
-    # What the planner is given for each batch; all else is bound.
-    planner_given: frozenset[str] = frozenset(
-        {"qo_indptr", "kv_indptr", "kv_len_arr", "kv_len", "indptr", "batch_size",
-         "total_num_rows"}
-    )  # fmt: skip
-    # Of the batch that is planned: requests, and rows of the queries.
-    _batch_size: int
-    _rows_now: int
+    # The batch that is planned, and the most queries and pages there may be with CUDA graphs.
+    _batch: Batch
+    _max_rows: int
+    _max_indices: int
+    # What callers know the batch's arrays as, by what they are; the first counts requests.
+    names: Mapping[str, str]
+    # The methods that run it.
+    runs: Sequence[str] = ("run",)
+    # What every run of a class is given, by the row's names.
+    run_given: Sequence[str] = ()
+    # What arrays of the plan are called in runs' rows, and the float and int workspaces.
+    run_arrays: Mapping[str, str] = {}
+    run_workspaces: ClassVar[Sequence[str]] = ("float_workspace_buffer", "int_workspace_buffer")
 
-    def __init__(self, device: object, workspace: object) -> None:
-        if not (workspace is None or isinstance(workspace, (Workspace, _SizeOnly))):
+    def __init_subclass__(cls) -> None:
+        cls.__doc__ = cls.options_class.documented(cls.__doc__)
+
+    def __init__(
+        self, arrays: Sequence[object], device: object, workspace: object, stream: object,
+        options: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        if not (workspace is None or workspace is SIZE_ONLY or isinstance(workspace, Workspace)):
             got = type(workspace).__name__
             raise ArgumentTypeError(self.op, "workspace", got=got, expected="a Workspace or None")
-        self.is_size_only = isinstance(workspace, _SizeOnly)
         self.workspace = workspace if isinstance(workspace, Workspace) else None
         if self.workspace is not None and device is None:
             device = self.workspace.device
@@ -213,8 +123,6 @@ class Plan(Supporting):
         self._captured: list[int] | None = None
         self._placed = Arrays(0, {})
         self._owns_workspace = workspace is None
-        # Pages of the batch in all, and the last of them in the cache, where it is known.
-        self._num_indices, self._max_page = 0, -1
         self._descs: dict[str, TensorDesc] = {}
         # What these are of.
         self._described: tuple[object, object] = (None, None)
@@ -226,6 +134,19 @@ class Plan(Supporting):
         self._bound_runs: dict[tuple[int, bool], BoundRow] = {}
         # With CUDA graphs: the least room that runs were given for what grows with lengths.
         self.room: dict[str, int] = {}
+        self.options = self.options_class(**options)
+        rows = self.choose_rows()
+        self.geometry = self.options.geometry(self.machine)
+        self.module = self.options.kernel.module(self.backend_of_module)
+        planner, *self._run_rows = in_use(rows, self.device)
+        self._bind_planner(planner)
+        batch = self.read(arrays)
+        self._max_rows = getattr(self.options, "max_total_num_rows", None) or batch.rows
+        self._max_indices = self.options.max_num_indices or batch.num_indices
+        if workspace is SIZE_ONLY:
+            self.needs, self._placed = self._need(batch, self._sent(batch), is_exact=True)
+        else:
+            self.schedule(batch, stream)
 
     def __copy__(self) -> NoReturn:
         raise TypeError(f"a {type(self).__name__} has a schedule of its own and cannot be copied")
@@ -233,55 +154,130 @@ class Plan(Supporting):
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(f"a {type(self).__name__} is of this process and cannot be pickled")
 
+    @classmethod
+    def supports(cls, sm: Any = None, **asked: Any) -> Support:
+        """Whether it can be made for a GPU (`sm=90`), with kernels of a `release` and a `cuda`
+        tag, with these of the plan's options: see `Op.supports`."""
+        return asked_of(cls.__name__, sm, **asked)
+
+    @property
+    def size(self) -> WorkspaceSize:
+        """Bytes of both workspaces."""
+        return WorkspaceSize(self.needs.float_bytes, self._placed.end)
+
+    # What classes of plans have of their own.
+
+    def choose_rows(self) -> Sequence[Row]:
+        """Choose the backend: the planner's row, and those of runs."""
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """What no batch changes, by the rows' names: arguments of the planner and of runs that
+        are bound, and sizes of axes."""
+        return {**vars(self.options), **vars(self.geometry)}
+
+    def read(self, arrays: Sequence[object]) -> Batch:
+        """Read and check a batch's arrays."""
+        return Batch(self.op, self.names, arrays, self.options.page_size or 1)
+
+    def most_need(self, batch: Batch) -> Need | None:
+        """What any batch of so many requests and queries takes; None where that is not told."""
+        return None
+
+    def exact_need(self, batch: Batch) -> Need:
+        """What a batch takes of the workspaces."""
+        raise NotImplementedError
+
+    def check_same_launch(self, batch: Batch) -> None:
+        """With CUDA graphs: refuse lengths that another launch is for."""
+
+    def other_rows(self, kind: int) -> Mapping[str, Row]:
+        """The rows of other backends, which may have an option that this one lacks."""
+        return {}
+
+    def fill_defaults(self, values: Values) -> None:
+        """Set what a run without options is given."""
+        raise NotImplementedError
+
     # Planning.
 
-    def bind_planner(self, row: Row, kernel: Kernel) -> None:
+    def _bind_planner(self, row: Row) -> None:
         """Compile the planner with all bound but what says how long requests are."""
         kinds = {
             arg.name: make_desc(0, (0,), arg.dtype, None, "cpu" if arg.host else self.device).kind
             for arg in row.tensors
         }
-        bound = {
-            arg.name: kinds.get(arg.name) for arg in row.given if arg.name not in self.planner_given
-        }
-        compiled = compiled_row(
-            row, kernel.module(self.backend_of_module), kernel.dtypes, self.op, self.device, bound
-        )
+        bound = {arg.name: kinds.get(arg.name) for arg in row.given if arg.name not in _PLANNED}
+        dtypes = self.options.kernel.dtypes
+        compiled = compiled_row(row, self.module, dtypes, self.op, self.device, bound)
         self._planner = BoundRow(compiled, Values(self.op, compiled, self.backend, {}))
+        self._planned = attrgetter(*(_PLANNED[name] for name in self._planner.template.index))
+        for name, value in self.facts().items():
+            self._planner.put(name, value)
 
     @property
     def backend_of_module(self) -> str:
         """The backend, for what modules are called after it."""
         return self.backend
 
-    def place(self, need: Need, batch_size: int, rooms: Mapping[str, int]) -> Arrays:
-        """Places for index arrays after what the kernel needs of the int workspace."""
-        least = 0 if self.device.is_cuda else _REFERENCE_BYTES * (batch_size + 4)
-        return placed_for(max(need.int_bytes, least), rooms, self._placed)
-
-    def is_room_for(self, need: Need, placed: Arrays) -> bool:
-        """Whether the workspace has room for what a batch takes at most: it need not be exact."""
-        have = self.workspace
-        if self._owns_workspace or have is None:
-            return True
-        return have.has(need.float_bytes, placed.end)
-
     @property
     def machine(self) -> tuple[int, int]:
         """Multiprocessors and compute capability (major); the CPU's reference has no need."""
-        if not self.device.is_cuda:
-            return 1, 9
-        index = self.device.index
-        return machine.multiprocessors(index), machine.capability(index)[0]
+        major = machine.capability(self.device.index)[0] if self.device.is_cuda else 9
+        return multiprocessors(self.device), major
 
-    def schedule(
-        self, given: Mapping[str, Any], arrays: Mapping[str, memoryview], need: Need,
-        placed: Arrays, stream: object,
-    ) -> None:  # fmt: skip
-        """Have the kernel plan, and send the index arrays after.
+    def _sent(self, batch: Batch) -> dict[str, memoryview]:
+        """The arrays that runs read on the device."""
+        views = batch.views
+        return {name: views[name] for name in self.run_arrays.values() if name in views}
+
+    def _need(
+        self, batch: Batch, arrays: Mapping[str, memoryview], is_exact: bool = False
+    ) -> tuple[Need, Arrays]:
+        """What a batch takes of the workspaces, and places for its arrays behind it: as much as
+        any batch like it, if there is room; then the next is placed where this one is."""
+        rooms = {name: len(view) for name, view in arrays.items()}
+        if self.options.enable_cuda_graph:
+            if batch.rows > self._max_rows:
+                got, expected = f"{batch.rows} queries", f"{self._max_rows} at most"
+                raise self.refuse(self.names["qo_indptr"], got, expected)
+            if batch.num_indices > self._max_indices:
+                got, expected = f"{batch.num_indices} pages", f"{self._max_indices} at most"
+                raise self.refuse(self.names["kv_indptr"], got, expected)
+            batch.room_for_rows = self._max_rows
+            if "indices" in rooms:
+                rooms["indices"] = self._max_indices
+        elif not is_exact:
+            need = self.most_need(batch)
+            if need is not None:
+                placed = self._place(need, batch.size, rooms)
+                have = self.workspace
+                if self._owns_workspace or have is None or have.has(need.float_bytes, placed.end):
+                    return need, placed
+        need = self.exact_need(batch)
+        return need, self._place(need, batch.size, rooms)
+
+    def _place(self, need: Need, batch_size: int, rooms: Mapping[str, int]) -> Arrays:
+        """Places for index arrays after what the kernel needs of the int workspace: those of the
+        batch before, if they hold them."""
+        least = 0 if self.device.is_cuda else _REFERENCE_BYTES * (batch_size + 4)
+        count, before = max(need.int_bytes, least), self._placed
+        return before if before.holds(count, rooms) else Arrays(count, rooms)
+
+    def replan_batch(self, arrays: Sequence[object], stream: object) -> None:
+        """Plan another batch with the same options, in the same workspace."""
+        batch = self.read(arrays)
+        if self.options.enable_cuda_graph:
+            self._check_replan(batch)
+        self.schedule(batch, stream)
+
+    def schedule(self, batch: Batch, stream: object) -> None:
+        """Have the kernel plan a batch, and send the index arrays after.
 
         Nothing that another plan uses is written before the kernel's planner has agreed.
         """
+        arrays = self._sent(batch)
+        need, placed = self._need(batch, arrays)
         handle, is_cuda = self.stream(stream), self.device.is_cuda
         if is_cuda and cuda.is_capturing(handle):
             raise self.refuse("stream", "one that is capturing a graph", "plan before the capture")
@@ -296,33 +292,30 @@ class Plan(Supporting):
             placed.write(stage.words, arrays)
             if is_cuda:
                 workspace.take(handle)
-            info = self._plan(workspace, stage, count, given, handle)
+            info = self._plan(workspace, stage, count, batch, handle)
             if self.options.enable_cuda_graph:
                 # Until it is found the same, neither the old plan nor the new one holds.
                 workspace.generation += 1
-                self.check_launch(array_values(info), stage.desc)
+                self.check_launch(array_values(info), stage.desc, batch)
             self._send(workspace, stage.desc, placed, handle)
             workspace.stages.record(stage, handle)
             workspace.generation += 1
             self._generation, self._info = workspace.generation, info
-        self._counts = {name: len(view) for name, view in arrays.items() if name != "indices"}
+        counts = {name: len(view) for name, view in arrays.items() if name != "indices"}
+        changed, self._counts = ({} if counts == self._counts else counts), counts
         if placed is not self._described[0] or workspace is not self._described[1]:
             self._described = placed, workspace
-            self._descs = placed.descs(workspace.int_buffer, self._counts)
+            self._descs = placed.descs(workspace.int_buffer, counts)
             self._descs["int_workspace_buffer"] = workspace.int_buffer.rows(0, count)
             self._bound_runs.clear()  # the plan may have the pages, where runs had them before
             for bound in self._runs.values():
                 self._bind_workspace(bound, workspace)
-        self.needs, self._placed = need, placed
-        self._batch_now()
+        self.needs, self._placed, self._batch = need, placed, batch
         for bound in self._runs.values():
-            self._bind_schedule(bound)
-
-    def _batch_now(self) -> None:
-        """Note what of the batch its runs are held against; of each class its own."""
+            self._bind_schedule(bound, changed)
 
     def _plan(
-        self, workspace: Workspace, stage: Any, count: int, given: Mapping[str, Any], handle: int
+        self, workspace: Workspace, stage: Any, count: int, batch: Batch, handle: int
     ) -> Array:
         """Call the planner: what it returns is the plan's info."""
         planner, staging = self._planner, "page_locked_int_workspace_buffer"
@@ -332,10 +325,7 @@ class Plan(Supporting):
             planner.put(staging, stage.desc.rows(0, count))
             self._planned_in = workspace, count
         planner.change(planner.changed(staging, 0, stage.desc.ptr))
-        index, values = planner.template.index, planner.template.values.copy()
-        for name, value in given.items():
-            if name in index:
-                values[index[name]] = value
+        values = self._planned(batch)  # which the launch needs alive
         _, frame = planner.compiled.pack(planner, *values)
         try:
             with watching.running(self):
@@ -373,8 +363,34 @@ class Plan(Supporting):
 
     # With CUDA graphs: what a replan may not change.
 
-    def check_launch(self, launch: list[int], stage: TensorDesc) -> None:
-        """With CUDA graphs: raise where a run would be launched otherwise than before.
+    def _check_replan(self, batch: Batch) -> None:
+        """Refuse a batch that needs another launch, or more than captured runs were given."""
+        names, before = self.names, self._batch.size
+        first, pages = next(iter(names.values())), names.get("indices")
+        if batch.size != before:
+            expected = f"{before}, the number of requests that the launch is for"
+            raise self.refuse(first, f"{batch.size} requests", expected)
+        if pages is None:
+            self._check_room("keys", names["kv_indptr"], batch.kv.total)
+        else:
+            self._check_room("pages", pages, batch.num_pages)
+            self._check_room("page indices", names["kv_indptr"], batch.num_indices)
+        if "mask_indptr" in batch.views:
+            self._check_room("mask bytes", first, batch.mask_indptr[-1])
+        if pages is not None and batch.has_indices != ("indices" in self._descs):
+            # Who brings the pages, plan or run, is part of what was captured.
+            expected = "an array or None, as in the plan that was captured"
+            raise self.refuse(pages, "the other", expected)
+        self.check_same_launch(batch)
+
+    def _check_room(self, of: str, argument: str, need: int) -> None:
+        have = self.room.get(of)
+        if have is not None and need > have:
+            expected = f"at most the {have} that runs were given, and captured with"
+            raise self.refuse(argument, f"{need} {of}", expected)
+
+    def check_launch(self, launch: list[int], stage: TensorDesc, batch: Batch) -> None:
+        """Raise where a run would be launched otherwise than before.
 
         A plan class that could know earlier has refused already; this holds what it knows
         against what the planner says (`launch`) and has written (`stage`).
@@ -382,25 +398,6 @@ class Plan(Supporting):
         if self._captured is not None and launch != self._captured:
             raise self.refuse("self", f"launch {launch}", f"the captured {self._captured}")
         self._captured = launch
-
-    def check_room(self, of: str, argument: str, need: int) -> None:
-        """With CUDA graphs: refuse a batch that needs more than a captured run was given."""
-        have = self.room.get(of)
-        if have is not None and need > have:
-            expected = f"at most the {have} that runs were given, and captured with"
-            raise self.refuse(argument, f"{need} {of}", expected)
-
-    def check_batch_size(self, argument: str, batch_size: int, before: int) -> None:
-        """With CUDA graphs: the number of requests is part of the launch."""
-        if batch_size != before:
-            expected = f"{before}, the number of requests that the launch is for"
-            raise self.refuse(argument, f"{batch_size} requests", expected)
-
-    def check_has_indices(self, argument: str, has_indices: bool) -> None:
-        """With CUDA graphs: who brings the pages, plan or run, is part of what was captured."""
-        if has_indices != ("indices" in self._descs):
-            expected = "an array or None, as in the plan that was captured"
-            raise self.refuse(argument, "the other", expected)
 
     def _keep_room(self, bound: BoundRow, values: Sequence[Any]) -> None:
         """Note how much a run is given, which a graph that it is captured in stays with."""
@@ -448,43 +445,22 @@ class Plan(Supporting):
         self._bound_runs[kind, has_indices] = found
         return found
 
-    def _bind_schedule(self, bound: BoundRow) -> None:
-        """Bind what changes with each schedule: its info, and how long its arrays are."""
+    def _bind_schedule(self, bound: BoundRow, counts: Mapping[str, int]) -> None:
+        """Bind what changes with each schedule: its info, and how long arrays are."""
         assert self._info is not None
         info = int(ffi.cast("uintptr_t", self._info.handle))
         changed = bound.changed("plan_info_vec", 0, info)
-        for name, array in self.run_arrays.items():
-            if array in self._counts:
-                changed += bound.changed(name, 1, self._counts[array])
+        if counts:
+            for name, array in self.run_arrays.items():
+                if array in counts:
+                    changed += bound.changed(name, 1, counts[array])
         bound.change(changed)
-        bound.sizes = self.run_sizes()
-
-    # What runs of a class have bound besides: by the row's names, values that no batch changes.
-    def run_constants(self) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def run_known(self) -> tuple[str, ...]:
-        """The axes whose sizes are known to runs."""
-        raise NotImplementedError
-
-    def run_sizes(self) -> Sequence[int]:
-        """The sizes of these axes, of the batch that is planned."""
-        raise NotImplementedError
-
-    # Sizes of a run's tensors that are not less than the batch demands, as pairs of axes.
-    run_not_less: ClassVar[Mapping[int, tuple[tuple[str, str], ...]]] = {}
-    # What every run of a class is given, by the row's names.
-    run_given: Sequence[str] = ()
-    # What arrays of the plan are called in runs' rows.
-    run_arrays: Mapping[str, str] = {}
-
-    # What runs' rows call the float and int workspaces.
-    run_workspaces: ClassVar[Sequence[str]] = ("float_workspace_buffer", "int_workspace_buffer")
+        bound.sizes = (*bound.batch_sizes(self._batch), *bound.own_sizes)
 
     def _bind_run(self, kind: int, has_indices: bool, module: str) -> BoundRow:
-        row, workspace = self._run_rows[kind], self.check_current()
+        row, workspace, facts = self._run_rows[kind], self.check_current(), self.facts()
         buffers = workspace.float_buffer, self._descs["int_workspace_buffer"]
-        values = dict(zip(self.run_workspaces, buffers, strict=True)) | self.run_constants()
+        values = facts | dict(zip(self.run_workspaces, buffers, strict=True))
         for name, array in self.run_arrays.items():
             if array != "indices" or has_indices:
                 values[name] = self._descs.get(array)
@@ -495,17 +471,28 @@ class Plan(Supporting):
             elif arg.name in values:
                 value = values[arg.name]
                 bound[arg.name] = value.kind if isinstance(value, TensorDesc) else None
-        kernel: Kernel = self.options.kernel
+        axes = {
+            name
+            for arg in row.tensors
+            for text in arg.axis_names
+            for name in parse_axis(text).names
+        }
+        not_less = tuple((axis, least) for axis, least in _NOT_LESS.items() if axis in axes)
+        axes |= {least for _, least in not_less}
+        of_batch = [axis for axis in _BATCH_AXES if axis in axes]
+        own = [axis for axis in facts if axis in axes]
         compiled = compiled_row(
-            row, module, kernel.dtypes, self.op, self.device, bound,
-            self.run_known(), self.run_not_less.get(kind, ()), tuple(self.run_given),
+            row, module, self.options.kernel.dtypes, self.op, self.device, bound,
+            (*of_batch, *own), not_less, tuple(self.run_given),
         )  # fmt: skip
         made = BoundRow(compiled, Values(self.op, compiled, self.backend, self.other_rows(kind)))
+        made.batch_sizes = attrgetter(*(_BATCH_AXES[axis] for axis in of_batch))
+        made.own_sizes = tuple(facts[axis] for axis in own)
         for name, value in values.items():
             made.put(name, value)
         made.put("plan_info_vec", 0)
         self._bind_workspace(made, workspace)
-        self._bind_schedule(made)
+        self._bind_schedule(made, self._counts)
         self.fill_defaults(made.template)
         # What a run is given after what every run is: without options.
         made.rest = tuple(made.template.values[len(self.run_given) :])
@@ -525,14 +512,6 @@ class Plan(Supporting):
         )
         bound.memory = *memory, min(memory), max(memory)
 
-    def other_rows(self, kind: int) -> Mapping[str, Row]:
-        """The rows of other backends, which may have an option that this one lacks."""
-        return {}
-
-    def fill_defaults(self, values: Values) -> None:
-        """Set what a run without options is given."""
-        raise NotImplementedError
-
     def pack(self, bound: BoundRow, values: Sequence[Any]) -> Frame | None:
         """Pack a run; no frame: there is nothing to do."""
         _, frame = bound.compiled.pack(bound, *values)
@@ -541,7 +520,11 @@ class Plan(Supporting):
         return frame  # type: ignore[no-any-return]
 
     def run_packed(self, bound: BoundRow, values: Sequence[Any], stream: object) -> None:
-        """Run, ordered after the plan, and before the next one made in this workspace."""
+        """Run, ordered after the plan, and before the next one made in this workspace; for
+        `Packing` in place of a stream, only note what was to be run."""
+        if type(stream) is Packing:
+            stream.bound, stream.values = bound, values
+            return
         frame = self.pack(bound, values)
         if frame is None:
             return
@@ -584,6 +567,13 @@ class Plan(Supporting):
         return has_indices
 
 
+class Packing:
+    """Stands for the stream of a run that is packed and not launched."""
+
+    bound: BoundRow
+    values: Sequence[Any]
+
+
 class PreparedRun(PackedCall):
     """A run of a plan that is packed: `call()` launches it, `call.update(...)` changes tensors.
 
@@ -591,15 +581,13 @@ class PreparedRun(PackedCall):
     then.  Otherwise as `fi_ffi.ops.call.prepared.Prepared`.
     """
 
-    __slots__ = ("_given", "_pack", "_plan", "_stream", "_tensors", "_version")
+    __slots__ = ("_given", "_plan", "_run", "_stream", "_tensors", "_version")
 
     def __init__(
-        self, plan: Plan, pack: Callable[..., tuple[BoundRow, Sequence[Any]]],
-        given: dict[str, Any], stream: object,
-    ) -> None:  # fmt: skip
+        self, plan: Plan, run: Callable[..., None], given: dict[str, Any], stream: object
+    ) -> None:
         self._plan, self._given, self._stream = plan, given, stream
-        # The run's arguments for its row, of what it is given by name.
-        self._pack = pack
+        self._run = run
         if stream is not None:  # raises for what is no stream
             handle_for(stream, plan.device, plan.op)
         self._version: object = None
@@ -611,9 +599,10 @@ class PreparedRun(PackedCall):
 
     def _packed(self, given: Mapping[str, Any]) -> Frame | None:
         self._plan.check_current()
-        bound, values = self._pack(**given)
-        compiled = bound.compiled
-        frame = self._plan.pack(bound, values)
+        packing = Packing()
+        self._run(**given, stream=packing)
+        compiled = packing.bound.compiled
+        frame = self._plan.pack(packing.bound, packing.values)
         self._version = self._plan._info
         # The run's names for what can be updated.
         self._tensors = [compiled.refuse.name(arg.name) for arg in compiled.tensors]

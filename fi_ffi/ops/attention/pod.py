@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
-from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.ops import cuda
 from fi_ffi.ops.attention.arrays import HostArray
-from fi_ffi.ops.attention.options import CAUSAL, CUSTOM, NON_CAUSAL, SHORT, in_use, release
-from fi_ffi.ops.attention.plan import BoundRow
+from fi_ffi.ops.attention.backends import NON_CAUSAL, SHORT, release
+from fi_ffi.ops.attention.masks import check_causal, packed_mask
+from fi_ffi.ops.attention.plan import Packing
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.attention.rows import POD
 from fi_ffi.ops.attention.run import Values
-from fi_ffi.ops.attention.single import prefill_bytes
+from fi_ffi.ops.attention.single import check_tmp, prefill_bytes
 from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int, check_number
 from fi_ffi.ops.nhd import as_nhd
 from fi_ffi.ops.row import KV_LAYOUTS, Row
@@ -52,9 +52,7 @@ class PodPlan(BatchPrefillPlan):
         "paged_kv_indices_d": "indices", "paged_kv_last_page_len_d": "last_page_len",
     }  # fmt: skip
     run_workspaces = ("float_workspace_buffer_d", "int_workspace_buffer_d")
-    run_not_less: ClassVar = {
-        _POD: (("num_pages", "planned_pages"), ("num_indices", "planned_indices")),
-    }
+    runs = ("run",)
 
     def __init__(
         self,
@@ -72,11 +70,13 @@ class PodPlan(BatchPrefillPlan):
             paged_kv_last_page_len=paged_kv_last_page_len, head_dim_qk=head_dim, backend="fa2",
             **options,
         )  # fmt: skip
+
+    def choose_rows(self) -> Sequence[Row]:
         chosen = self.options
         if chosen.num_qo_heads // chosen.num_kv_heads > _MOST_GROUP:
             expected = f"at most {_MOST_GROUP} for each of the {chosen.num_kv_heads} of keys"
             raise self.refuse("num_qo_heads", chosen.num_qo_heads, expected)
-        self._run_rows = (*self._run_rows, *in_use((POD,), self.device))
+        return (*super().choose_rows(), POD)
 
     def _each_one(self, last_page_len: TensorLike) -> Any:
         """One query for each request."""
@@ -134,23 +134,8 @@ class PodPlan(BatchPrefillPlan):
             sm_scale_p, sm_scale_d: 1 / sqrt(head_dim) by default.
             stream: one that waits for the legacy default stream.
         """
-        self._check_stream(stream)
-        bound, values = self._run_arguments(
-            q_p, k_p, v_p, tmp_p, o_p, q_d, paged_k_cache_d, paged_v_cache_d, o_d, lse_p, lse_d,
-            causal_p, custom_mask_p, window_left_p, sm_scale_p, sm_scale_d, kv_layout_p,
-            kv_layout_d, paged_kv_indices, enable_pdl,
-        )  # fmt: skip
-        self.run_packed(bound, values, stream)
-
-    def _run_arguments(
-        self, q_p: Any, k_p: Any, v_p: Any, tmp_p: Any, o_p: Any, q_d: Any, paged_k_cache_d: Any,
-        paged_v_cache_d: Any, o_d: Any, lse_p: Any = None, lse_d: Any = None,
-        causal_p: bool = False, custom_mask_p: Any = None, window_left_p: int = -1,
-        sm_scale_p: float | None = None, sm_scale_d: float | None = None,
-        kv_layout_p: str = "NHD", kv_layout_d: str = "NHD", paged_kv_indices: Any = None,
-        enable_pdl: bool = False,
-    ) -> tuple[BoundRow, Sequence[Any]]:  # fmt: skip
-        """The row of a run, and what it is given."""
+        if not isinstance(stream, Packing):
+            self._check_stream(stream)
         for layout, part in ((kv_layout_p, "p"), (kv_layout_d, "d")):
             check_choice(self.op, f"kv_layout_{part}", layout, tuple(KV_LAYOUTS))
         window = check_int(self.op, "window_left_p", window_left_p, -1)
@@ -169,7 +154,7 @@ class PodPlan(BatchPrefillPlan):
             paged_v_cache_d=as_nhd(as_desc(paged_v_cache_d, self.op, "paged_v_cache_d"),
                                    kv_layout_d),
         )  # fmt: skip
-        return bound, values.values
+        self.run_packed(bound, values.values, stream)
 
     def other_rows(self, kind: int) -> Mapping[str, Row]:
         return {}  # there is one kernel
@@ -177,26 +162,13 @@ class PodPlan(BatchPrefillPlan):
     def fill_defaults(self, values: Values) -> None:
         pass  # a run says all
 
-    def run_constants(self) -> dict[str, Any]:
-        return {
-            "window_left_d": self.options.window_left, "logits_soft_cap_p": 0.0,
-            "logits_soft_cap_d": 0.0, "rope_rcp_scale_p": 1.0, "rope_rcp_scale_d": 1.0,
-            "rope_rcp_theta_p": 1e-4, "rope_rcp_theta_d": 1e-4, "layout_p": 0, "layout_d": 0,
-            "mask_mode_code_d": NON_CAUSAL,
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {
+            "head_dim": self.options.head_dim_qk, "window_left_d": self.options.window_left,
+            "logits_soft_cap_p": 0.0, "logits_soft_cap_d": 0.0, "rope_rcp_scale_p": 1.0,
+            "rope_rcp_scale_d": 1.0, "rope_rcp_theta_p": 1e-4, "rope_rcp_theta_d": 1e-4,
+            "layout_p": 0, "layout_d": 0, "mask_mode_code_d": NON_CAUSAL,
         }  # fmt: skip
-
-    def run_known(self) -> tuple[str, ...]:
-        return (
-            "b", "num_qo_heads", "num_kv_heads", "head_dim", "page_size", "planned_pages",
-            "planned_indices",
-        )  # fmt: skip
-
-    def run_sizes(self) -> Sequence[int]:
-        chosen = self.options
-        return (
-            self._batch_size, chosen.num_qo_heads, chosen.num_kv_heads, chosen.head_dim_qk,
-            chosen.page_size, self._max_page + 1, self._num_indices,
-        )  # fmt: skip
 
     def _scale(self, name: str, value: object) -> float:
         return check_number(self.op, name, value, 0.0) if value is not None else self._default_scale
@@ -229,29 +201,13 @@ class PodPlan(BatchPrefillPlan):
         for name in ("k_p", "v_p"):
             descs[name] = as_nhd(descs[name], layout)
         qo_len, kv_len = descs["q_p"].shape[0], descs["k_p"].shape[0]
-        is_causal = check_flag(self.op, "causal_p", causal)
-        if is_causal and kv_len < qo_len:
-            expected = f"{qo_len} keys or more for {qo_len} causal queries"
-            raise self.refuse("k_p", descs["k_p"].layout, expected)
-        packed = self._mask(mask, is_causal, qo_len, kv_len)
+        lens = qo_len, kv_len
+        is_causal = check_causal(self.op, causal, descs["k_p"], lens, "_p")
+        packed, mode = packed_mask(self.op, mask, is_causal, lens, "_p")
         heads = chosen.num_qo_heads, chosen.num_kv_heads
         need = prefill_bytes(qo_len, kv_len, *heads, chosen.head_dim_vo, self.machine[0])
-        have = descs["tmp_p"].span_bytes
-        if have < need:
-            expected = f"{need} bytes or more, as single_prefill_workspace_size tells"
-            raise self.refuse("tmp_p", f"{have} bytes", expected)
-        mode = CUSTOM if packed else CAUSAL if is_causal else NON_CAUSAL
+        check_tmp(self.op, "tmp_p", descs["tmp_p"], need, "single_prefill")
         values.put(**descs, maybe_custom_mask_p=packed, mask_mode_code_p=mode)
-
-    def _mask(self, mask: Any, is_causal: bool, qo_len: int, kv_len: int) -> TensorDesc | None:
-        if mask is None:
-            return None
-        desc, need = as_desc(mask, self.op, "custom_mask_p"), (qo_len * kv_len + 7) // 8
-        if is_causal:
-            raise self.refuse("causal_p", True, "False with custom_mask_p")
-        if desc.shape != (need,):
-            raise self.refuse("custom_mask_p", desc.layout, f"{need} bytes: see pack_custom_mask")
-        return desc
 
     def _pod_module(self, window_left_p: int) -> str:
         from fi_ffi.loader.uris import uri  # as late as can be: it has a large table

@@ -1,20 +1,24 @@
-"""From a run's keyword options to a row's arguments."""
+"""Rows compiled for a module: what they are given by keyword options, and what a plan binds."""
 
 from __future__ import annotations
 
 import functools
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec
 
+from fi_ffi.abi.function import Frame
 from fi_ffi.abi.interop import as_desc
+from fi_ffi.abi.tensor import Device, TensorKind
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
-from fi_ffi.ops.attention.supporting import asked_of
 from fi_ffi.ops.call.arguments import check_number, shown
-from fi_ffi.ops.call.compiled import CompiledRow
+from fi_ffi.ops.call.compiled import CompiledRow, Variant
 from fi_ffi.ops.call.prepared import Prepared, prepare_call
-from fi_ffi.ops.row import Row, Scalar
+from fi_ffi.ops.row import Row, Scalar, Tensor
 
 if TYPE_CHECKING:
     from fi_ffi.ops.capability.judgement import Support
@@ -44,6 +48,41 @@ NEUTRAL = {
     "token_pos_in_items_len": 0, "scale_q_scalar": 1.0, "scale_k_scalar": 1.0,
     "scale_v_scalar": 1.0, "uniform_q_len": 0, "ckv_scale": 1.0, "kpe_scale": 1.0,
 }  # fmt: skip
+_MASK = 2**64 - 1
+_compiled_rows: dict[tuple[object, ...], CompiledRow] = {}
+
+
+def forget() -> None:
+    """Drop what was learnt, after the source of kernels changed."""
+    _compiled_rows.clear()
+
+
+def compiled_row(
+    row: Row, module: str, dtypes: Mapping[str, str], op: str, device: Device | None = None,
+    bound: Mapping[str, TensorKind | None] | None = None, known: tuple[str, ...] = (),
+    not_less: tuple[tuple[str, str], ...] = (), first: tuple[str, ...] = (),
+) -> CompiledRow:  # fmt: skip
+    """A row compiled for a module of these dtypes; shared by all plans alike."""
+    key = (row, module, op, device, tuple((bound or {}).items()), known, not_less, first)
+    found = _compiled_rows.get(key)
+    if found is None:
+        own = {name: (dtype,) for name, dtype in dtypes.items() if name in row.dtypes}
+        pairs = (f"{more} >= {less}" for more, less in not_less)
+        form = replace(
+            row, dtypes=dict[str, tuple[str, ...]](own), requires=(*row.requires, *pairs)
+        )
+        made = CompiledRow(
+            form,
+            module,
+            op=op,
+            names=CALLER_NAMES,
+            known=known,
+            bound=bound,
+            device=device,
+            first=first,
+        )
+        found = _compiled_rows.setdefault(key, made)
+    return found
 
 
 class Values:
@@ -154,6 +193,105 @@ class Values:
                 # The kernels get its reciprocal, as a float32.
                 given = check_number(self.op, name, value, 1e-30)
                 self.put(**{name.replace("rope_", "rope_rcp_"): 1.0 / given})
+
+
+class BoundRow:
+    """A plan's entry with the plan's own arguments bound.
+
+    `sizes` are those of the compiled row's known axes, and `memory` where the two workspaces
+    that the plan works in start and end, and the first and the last of these.
+    """
+
+    def __init__(self, compiled: CompiledRow, template: Values) -> None:
+        self.compiled, self.template = compiled, template
+        self.sizes: Sequence[int] = ()
+        self.memory: Sequence[int] = (0, 0, 0, 0, 0, 0)
+        self._places = {arg.name: (i, arg) for i, arg in enumerate(compiled.row.args)}
+        # What each bound argument is in a frame: words, and what is in them.
+        self._words: dict[str, list[tuple[int, int]]] = {}
+        # Changes with them: a frame that was written before is written again.
+        self.version = object()
+        self.rest: tuple[Any, ...] = ()
+        # Of a run's known axes: the sizes that each batch has others of, and the others.
+        self.batch_sizes: Callable[[Any], tuple[int, ...]]
+        self.own_sizes: tuple[int, ...] = ()
+        self._free: dict[Variant, list[Frame]] = {}
+
+    def put(self, name: str, value: Any) -> None:
+        """Bind an argument, by the binding's name; one that the row lacks is left out."""
+        found = self._places.get(name)
+        if found is None or name not in self.compiled.form.bound:
+            return
+        i, arg = found
+        layout = self.compiled.layout
+        if isinstance(arg, Tensor):
+            words = []
+            if value is not None:
+                dims = enumerate((*value.shape, *value.strides), layout.dims[i])
+                words = [(layout.tensors[i], value.ptr), *dims]
+        elif isinstance(arg, Scalar) and arg.type is float:
+            words = [(layout.value(i), struct.unpack("Q", struct.pack("d", value))[0])]
+        else:
+            words = [(layout.value(i), int(value) & _MASK)]
+        self._words[name] = words
+        self.version = object()
+
+    def changed(self, name: str, number: int, value: int) -> list[tuple[int, int]]:
+        """One of a bound argument's words (of a tensor: its address, then its sizes), changed;
+        nothing where it is the same, or the row lacks the argument."""
+        words = self._words.get(name)
+        if not words or words[number][1] == value:
+            return []
+        words[number] = words[number][0], value
+        return [words[number]]
+
+    def change(self, changed: Sequence[tuple[int, int]]) -> None:
+        """Write changed words into the frames that no call has."""
+        if not changed:
+            return
+        before, self.version = self.version, object()
+        for free in self._free.values():
+            for frame in free:
+                if frame.version is before:
+                    for word, value in changed:
+                        frame.addresses[word] = value
+                    frame.version = self.version
+
+    def frame(self, variant: Variant) -> Frame:
+        """A frame of a call's own, with what is bound written into it."""
+        try:
+            frame = self._free[variant].pop()
+        except (KeyError, IndexError):
+            frame = variant.new_frame()
+        if frame.version is not self.version:
+            addresses = frame.addresses
+            for words in self._words.values():
+                for word, value in words:
+                    addresses[word] = value
+            frame.version = self.version
+        return frame
+
+    def give_back(self, frame: Frame) -> None:
+        """Let another call have a frame."""
+        variant: Variant = frame.variant
+        if frame.is_referred_to:
+            variant.give_back(frame)
+        else:
+            self._free.setdefault(variant, []).append(frame)
+
+
+def asked_of(
+    op: str, sm: Any = None, *, release: str | None = None, cuda: str | None = None,
+    kernels: str | os.PathLike[str] | None = None, **options: Any,
+) -> Support:  # fmt: skip
+    """Whether a call or plan can be made, with these options: see `Op.supports`.
+
+    What is asked is looked up only then.
+    """
+    from fi_ffi.ops.capability.attention import judge_attention
+    from fi_ffi.ops.capability.judgement import Query
+
+    return judge_attention(op, Query.of(sm, release, cuda, None, kernels), options)
 
 
 _P = ParamSpec("_P")

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import machine
-from fi_ffi.ops.attention.options import (
-    CAUSAL,
-    CUSTOM,
-    NON_CAUSAL,
+from fi_ffi.ops.attention.backends import (
     POS_ENCODING_MODES,
     Kernel,
     check_encoding,
+    check_soft_cap,
     choose_backend,
     in_use,
-    soft_cap,
+    multiprocessors,
 )
-from fi_ffi.ops.attention.plan import compiled_row
+from fi_ffi.ops.attention.masks import check_causal, packed_mask
 from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP8, SINGLE_DECODE, SINGLE_PREFILL
-from fi_ffi.ops.attention.run import Values, launched, softmax_scale
+from fi_ffi.ops.attention.run import Values, compiled_row, launched, softmax_scale
 from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int
 from fi_ffi.ops.row import KV_LAYOUTS
 
@@ -30,10 +26,6 @@ from fi_ffi.ops.row import KV_LAYOUTS
 _PREFILL_BLOCKS = {128: 4, 64: 8, 16: 16}
 _DECODE_BLOCKS = 16
 _LEAST_CHUNK = 256  # keys: requests are not split finer
-
-
-def _multiprocessors(desc: TensorDesc) -> int:
-    return machine.multiprocessors(desc.device.index) if desc.device.is_cuda else 1
 
 
 def _describe(op: str, **tensors: object) -> list[TensorDesc]:
@@ -66,10 +58,11 @@ def _partial_bytes(blocks: int, tiles: int, kv_len: int, rows: int, head_dim: in
     return 0 if chunks <= 1 else chunks * rows * (2 * head_dim + 4)
 
 
-def _check_tmp(op: str, tmp: TensorDesc, need: int) -> None:
+def check_tmp(op: str, argument: str, tmp: TensorDesc, need: int, call: str) -> None:
+    """Raise where there is no room for the partial results of a call."""
     if tmp.span_bytes < need:
-        expected = f"{need} bytes or more, as {op}_workspace_size tells"
-        raise ArgumentError(op, "tmp", got=f"{tmp.span_bytes} bytes", expected=expected)
+        expected = f"{need} bytes or more, as {call}_workspace_size tells"
+        raise ArgumentError(op, argument, got=f"{tmp.span_bytes} bytes", expected=expected)
 
 
 def single_decode_workspace_size(
@@ -168,8 +161,8 @@ def single_decode(
         raise ArgumentError(op, "q", got=q.layout, expected=expected)
     kernel = _kernel("single_decode", op, (q, k, out), (q.shape[1],) * 2, pos_encoding_mode,
                      window_left, logits_soft_cap)  # fmt: skip
-    need = _decode_bytes(kv_len, q.shape[0], kv_heads, q.shape[1], _multiprocessors(q))
-    _check_tmp(op, tmp, need)
+    need = _decode_bytes(kv_len, q.shape[0], kv_heads, q.shape[1], multiprocessors(q.device))
+    check_tmp(op, "tmp", tmp, need, op)
     (row,) = in_use((SINGLE_DECODE,), q.device)
     compiled = compiled_row(row, kernel.module(""), kernel.dtypes, op, q.device)
     values = Values(op, compiled, "these kernels", {})
@@ -235,42 +228,29 @@ def single_prefill(
     kernel = _kernel("single_prefill", op, (q, k, out), (head_dim, head_dim_vo), pos_encoding_mode,
                      window_left, logits_soft_cap, use_fp16_qk_reduction)  # fmt: skip
     chosen, _ = choose_backend(op, backend, kernel, q.device, custom_mask is not None)
-    if check_flag(op, "causal", causal) and kv_len < qo_len:
-        expected = f"{qo_len} keys or more for {qo_len} causal queries"
-        raise ArgumentError(op, "k", got=k.layout, expected=expected)
+    causal = check_causal(op, causal, k, (qo_len, kv_len))
     if pos_encoding_mode == "ROPE_LLAMA" and 0 < kv_len < qo_len:
         expected = f"{qo_len} keys or more (or none) with pos_encoding_mode='ROPE_LLAMA'"
         raise ArgumentError(op, "k", got=k.layout, expected=expected)
     rows, kind = SINGLE_PREFILL, chosen + ("_fp8" if kernel.q_data_type in FP8 else "")
     (row,) = in_use((rows[kind],), q.device)
     if chosen == "fa2" and kv_heads and not qo_heads % kv_heads:
-        sms = _multiprocessors(q)
-        _check_tmp(op, tmp, prefill_bytes(qo_len, kv_len, qo_heads, kv_heads, head_dim_vo, sms))
+        sms = multiprocessors(q.device)
+        need = prefill_bytes(qo_len, kv_len, qo_heads, kv_heads, head_dim_vo, sms)
+        check_tmp(op, "tmp", tmp, need, op)
     compiled = compiled_row(row, kernel.module(chosen), kernel.dtypes, op, q.device)
     values = Values(op, compiled, chosen, rows)
     scale = softmax_scale(op, sm_scale, head_dim)
     for of, value in (("q", q_scale), ("k", k_scale), ("v", v_scale)):
         scale = values.scale(of, value, scale)
     values.positions(pos_encoding_mode, rope_scale, rope_theta, alibi_slopes)
-    mask = _mask(op, custom_mask, causal, qo_len, kv_len)
+    mask, mode = packed_mask(op, custom_mask, causal, (qo_len, kv_len))
     values.put(
         q=q, k=k, v=v, tmp=tmp, o=out, maybe_lse=lse, kv_layout=kv_layout, window_left=window_left,
-        maybe_custom_mask=mask, mask_mode_code=CUSTOM if mask else CAUSAL if causal else NON_CAUSAL,
-        logits_soft_cap=float(logits_soft_cap), sm_scale=scale,
+        maybe_custom_mask=mask, mask_mode_code=mode, logits_soft_cap=float(logits_soft_cap),
+        sm_scale=scale,
     )  # fmt: skip
     return values
-
-
-def _mask(op: str, mask: Any, causal: bool, qo_len: int, kv_len: int) -> TensorDesc | None:
-    if mask is None:
-        return None
-    desc, need = as_desc(mask, op, "custom_mask"), (qo_len * kv_len + 7) // 8
-    if causal:
-        raise ArgumentError(op, "causal", got=True, expected="False with custom_mask")
-    if desc.shape != (need,):
-        expected = f"{need} bytes: see pack_custom_mask"
-        raise ArgumentError(op, "custom_mask", got=desc.layout, expected=expected)
-    return desc
 
 
 def _kernel(
@@ -281,7 +261,7 @@ def _kernel(
     check_choice(op, "pos_encoding_mode", mode, tuple(POS_ENCODING_MODES))
     window = check_int(op, "window_left", window_left, -1)
     check_flag(op, "use_fp16_qk_reduction", use_fp16_qk_reduction)
-    cap = soft_cap(op, logits_soft_cap)
+    cap = check_soft_cap(op, "logits_soft_cap", logits_soft_cap)
     check_encoding(op, mode, cap)
     q, kv, o = (desc.dtype.name for desc in dtypes)
     of_q = F16 if family == "single_decode" else F16 + FP8

@@ -199,5 +199,5 @@ def mla(g: Geometry, qo_lens: Sequence[int]) -> Need:
 def mla_works(g: Geometry, qo_lens: Sequence[int]) -> int:
     """The most work items that `MLAPlan` can make of these requests: it does not look."""
     size = mla_cluster(g, qo_lens)
-    tiles = sum(_ceil(n * g.num_qo_heads, size * 64) for n in qo_lens)
+    tiles = sum(_tiles(qo_lens, g.num_qo_heads, size * 64))
     return tiles + g.multiprocessors // size

@@ -8,10 +8,9 @@ from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import Device, TensorDesc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import machine
-from fi_ffi.ops.attention.options import SHORT, in_use, release
-from fi_ffi.ops.attention.plan import compiled_row
+from fi_ffi.ops.attention.backends import SHORT, in_use, multiprocessors, release
 from fi_ffi.ops.attention.rows import XQA
-from fi_ffi.ops.attention.run import Values, launched
+from fi_ffi.ops.attention.run import Values, compiled_row, launched
 from fi_ffi.ops.call.arguments import check_choice, check_int, check_number
 from fi_ffi.ops.nhd import as_nhd
 from fi_ffi.ops.row import KV_LAYOUTS
@@ -86,7 +85,7 @@ def xqa(
     _check_dtypes(q, caches[0], output)
     module = _module(dtypes, page_size, head_dim, heads // kv_heads, window > 0)
     values = Values(_OP, compiled_row(row, module, dtypes, _OP, device), "xqa", {})
-    most = _multiprocessors(device)
+    most = multiprocessors(device)
     count = most if sm_count is None else check_int(_OP, "sm_count", sm_count, 1)
     if count > most:
         raise ArgumentError(_OP, "sm_count", got=count, expected=f"at most {most}")
@@ -147,10 +146,6 @@ def _scale(name: str, value: object, plain: str, tensor: str) -> dict[str, objec
     if isinstance(value, numbers.Real):
         return {plain: check_number(_OP, name, value, 0.0), tensor: None}
     return {plain: 1.0, tensor: as_desc(value, _OP, name)}
-
-
-def _multiprocessors(device: Device) -> int:
-    return machine.multiprocessors(device.index) if device.is_cuda else 1
 
 
 def _on_hopper(device: Device) -> bool:

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from fi_ffi.errors import ArgumentError
-from fi_ffi.ops.attention.options import Kernel, backend_for, check_encoding, soft_cap
+from fi_ffi.ops.attention.backends import Kernel, backend_for, check_encoding, check_soft_cap
+from fi_ffi.ops.attention.options import DecodeOptions, MlaOptions, PrefillOptions
 from fi_ffi.ops.attention.rows import (
     BATCH_DECODE_RUN,
     BATCH_MLA,
@@ -18,7 +19,6 @@ from fi_ffi.ops.attention.rows import (
     SINGLE_DECODE,
     SINGLE_PREFILL,
 )
-from fi_ffi.ops.attention.spec import DecodeOptions, MlaOptions, PrefillOptions
 from fi_ffi.ops.call.arguments import check_choice
 from fi_ffi.ops.capability.judgement import MISSING, REFUSED, Query, Support, judge
 from fi_ffi.ops.row import Row
@@ -75,7 +75,7 @@ def _kind(backend: str, kernel: Kernel) -> str:
 
 
 def _prefill(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
-    options = PrefillOptions.of({**_GIVEN[op], **given})
+    options = PrefillOptions(**_GIVEN[op] | dict(given))
     kernel, is_paged = options.kernel, options.page_size is not None
     backend, _ = backend_for(
         op, options.backend, kernel, query.capability, options.use_custom_mask, is_paged
@@ -86,11 +86,11 @@ def _prefill(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
 
 def _decode(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
     del query
-    return DecodeOptions.of({**_GIVEN[op], **given}).kernel, "", BATCH_DECODE_RUN
+    return DecodeOptions(**_GIVEN[op] | dict(given)).kernel, "", BATCH_DECODE_RUN
 
 
 def _mla(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
-    options = MlaOptions.of({**_GIVEN[op], **given})
+    options = MlaOptions(**_GIVEN[op] | dict(given))
     backend, _ = backend_for(op, options.backend, options.kernel, query.capability)
     return options.kernel, backend, BATCH_MLA[backend][1]
 
@@ -104,7 +104,7 @@ def _single_kernel(
     asked = {**known, **given}
     q = asked["q_data_type"]
     o = asked["o_data_type"] or ("float16" if q in FP8 else q)
-    cap = soft_cap(op, asked["logits_soft_cap"])
+    cap = check_soft_cap(op, "logits_soft_cap", asked["logits_soft_cap"])
     mode = asked["pos_encoding_mode"]
     check_encoding(op, mode, cap)
     kernel = Kernel(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import sys
@@ -126,13 +125,10 @@ class CallRecord:
     def _summarize_plan(self) -> str:
         plan = self.plan
         parts = [f"backend {plan.backend!r}", f"module {plan.module}"]
-        count = getattr(plan, "_batch_size", None)
-        if count is not None:
-            parts.append(f"{count} requests")
-        for field in dataclasses.fields(plan.options):
-            value = getattr(plan.options, field.name)
-            if value != field.default:
-                parts.append(f"{field.name}={value!r}")
+        batch = getattr(plan, "_batch", None)
+        if batch is not None:
+            parts.append(f"{batch.size} requests")
+        parts += [f"{name}={value!r}" for name, value in plan.options.changed().items()]
         if plan._generation != self.plan_generation:
             parts.append("planned since")
         method = "a prepared run" if self.method == "__call__" else self.method

@@ -1,0 +1,208 @@
+"""Which kernels serve what is asked of attention: modules, backends, and the rows of a release."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fi_ffi.abi.tensor import Device, DType, parse_dtype
+from fi_ffi.errors import ArgumentError, printed
+from fi_ffi.loader import machine
+from fi_ffi.ops.attention.rows import F16, FP8, of_release
+from fi_ffi.ops.call.arguments import check_choice, check_number
+from fi_ffi.ops.providers import release_in_use
+from fi_ffi.ops.row import Row
+
+# flashinfer/utils.py: PosEncodingMode and MaskMode
+POS_ENCODING_MODES = {"NONE": 0, "ROPE_LLAMA": 1, "ALIBI": 2}
+NON_CAUSAL, CAUSAL, CUSTOM, MULTI_ITEM_SCORING = range(4)
+BACKENDS = ("auto", "fa2", "fa3")
+
+SHORT = {
+    "float16": "f16", "bfloat16": "bf16", "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2",
+}  # fmt: skip
+# csrc/*_sm90_kernel_inst.jinja and the static_asserts of hopper/prefill_sm90.cuh
+_FA3_HEAD_DIMS = ((64, 64), (128, 128), (256, 256), (192, 128))
+_FA3_FP8_HEAD_DIMS = ((128, 128), (256, 256))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a module is compiled for: what its name is made of."""
+
+    family: str
+    q_data_type: str
+    kv_data_type: str
+    o_data_type: str
+    head_dim_qk: int
+    head_dim_vo: int
+    pos_encoding_mode: str = "NONE"
+    use_sliding_window: bool = False
+    use_logits_soft_cap: bool = False
+    use_fp16_qk_reduction: bool = False
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """By the names that the rows have for them."""
+        return {"Q": self.q_data_type, "KV": self.kv_data_type, "O": self.o_data_type}
+
+    def module(self, backend: str, of: str | None = None) -> str:
+        """The module's name in a release, or in that of the kernels in use."""
+        from fi_ffi.loader.uris import uri  # as late as can be: it has a large table
+
+        of = of or release()
+        if self.family == "batch_mla":
+            return uri(
+                self.family, release=of, backend=backend, dtype_q=SHORT[self.q_data_type],
+                dtype_kv=SHORT[self.kv_data_type], dtype_o=SHORT[self.o_data_type],
+                head_dim_ckv=self.head_dim_qk, head_dim_kpe=self.head_dim_vo,
+            )  # fmt: skip
+        parameters: dict[str, Any] = {
+            "dtype_q": SHORT[self.q_data_type],
+            "dtype_kv": SHORT[self.kv_data_type],
+            "dtype_o": SHORT[self.o_data_type],
+            "head_dim_qk": self.head_dim_qk,
+            "head_dim_vo": self.head_dim_vo,
+            "use_sliding_window": self.use_sliding_window,
+        }
+        if "decode" not in self.family:
+            parameters["backend"] = backend
+        if "sink" not in self.family:
+            parameters["pos_encoding_mode"] = POS_ENCODING_MODES[self.pos_encoding_mode]
+            parameters["use_logits_soft_cap"] = self.use_logits_soft_cap
+            if "prefill" in self.family:
+                parameters["use_fp16_qk_reduction"] = self.use_fp16_qk_reduction
+        return uri(self.family, release=of, **parameters)
+
+
+def release() -> str:
+    """The release of the kernels in use, or the lock's default where there are none."""
+    found = release_in_use()
+    if found is None:
+        from fi_ffi.loader.lock import the_lock
+
+        found = the_lock().default_release
+    return found
+
+
+def multiprocessors(device: Device) -> int:
+    """Multiprocessors of a GPU; the CPU's reference has no need of them."""
+    return machine.multiprocessors(device.index) if device.is_cuda else 1
+
+
+def in_use(rows: Sequence[Row], device: Device) -> tuple[Row, ...]:
+    """Rows in the forms of the kernels in use; on the CPU the first ones, as the reference has.
+
+    Raises `KernelNotFoundError` where that release has none.
+    """
+    if not device.is_cuda:
+        return tuple(rows)
+    return tuple(of_release(row, release()) for row in rows)
+
+
+def data_type(op: str, argument: str, value: object, allowed: tuple[str, ...]) -> str:
+    """A dtype's name, one of those allowed."""
+    dtype = value if isinstance(value, DType) else parse_dtype(value, op=op, argument=argument)
+    if dtype.name not in allowed:
+        raise ArgumentError(op, argument, got=dtype, expected=" or ".join(allowed))
+    return dtype.name
+
+
+def check_soft_cap(op: str, argument: str, value: object) -> float:
+    """`logits_soft_cap`: 0 for none."""
+    cap = check_number(op, argument, value)
+    if cap < 0:
+        raise ArgumentError(op, argument, got=value, expected="0 or more")
+    return cap
+
+
+def check_encoding(op: str, mode: str, logits_soft_cap: float) -> None:
+    """`ArgumentError` for what the kernels get wrong: they scale twice."""
+    if mode == "ALIBI" and logits_soft_cap > 0:
+        expected = "0 with pos_encoding_mode='ALIBI': the kernels apply sm_scale twice"
+        raise ArgumentError(op, "logits_soft_cap", got=logits_soft_cap, expected=expected)
+
+
+def fa3_lacks(kernel: Kernel, use_custom_mask: bool, is_paged: bool = False) -> str:
+    """Why fa3 cannot serve this; "" where it can.  As `is_fa3_backend_supported` has it,
+    and the head sizes that its kernels are written for."""
+    fp8 = kernel.q_data_type in FP8
+    if use_custom_mask:
+        return "fa3 has no custom masks"
+    if kernel.pos_encoding_mode != "NONE":
+        return f"fa3 has no pos_encoding_mode {kernel.pos_encoding_mode!r}"
+    if kernel.use_fp16_qk_reduction:
+        return "fa3 has no use_fp16_qk_reduction"
+    if kernel.kv_data_type != kernel.q_data_type:
+        return f"fa3 takes {kernel.q_data_type} queries with keys of that dtype only"
+    if fp8 and kernel.use_logits_soft_cap:
+        return "fa3 has no logits_soft_cap for fp8 queries"
+    if fp8 and kernel.use_sliding_window:
+        # FlashInfer compiles it, and its main loop ends at the first tile that is part hidden.
+        return "fa3 has no window_left for fp8 queries"
+    dims = kernel.head_dim_qk, kernel.head_dim_vo
+    known = _FA3_FP8_HEAD_DIMS if fp8 else _FA3_HEAD_DIMS
+    if dims not in known and kernel.family != "batch_mla":
+        sizes = ", ".join("/".join(map(str, pair)) for pair in known)
+        return f"fa3 has head_dim_qk/head_dim_vo {sizes}, not {dims[0]}/{dims[1]}"
+    if is_paged and dims[0] != dims[1] and kernel.family != "batch_mla":
+        return "fa3 has no paged keys with a head_dim_qk other than head_dim_vo"
+    return ""
+
+
+def fa2_lacks(kernel: Kernel) -> str:
+    """Why fa2 cannot serve this; "" where it can."""
+    if kernel.q_data_type in FP8:
+        return f"fa2 has no {kernel.q_data_type} queries"
+    if kernel.use_fp16_qk_reduction and kernel.q_data_type != "float16":
+        return f"fa2 has use_fp16_qk_reduction for float16 queries, not {kernel.q_data_type}"
+    if kernel.pos_encoding_mode == "ROPE_LLAMA" and kernel.kv_data_type in FP8:
+        return "fa2 has no pos_encoding_mode 'ROPE_LLAMA' for fp8 keys"
+    if kernel.family in ("batch_mla", "batch_prefill_with_attention_sink"):
+        return ""
+    same_width = kernel.kv_data_type in F16 and kernel.kv_data_type != kernel.q_data_type
+    return "fa2 has no f16 queries with bf16 keys, nor the reverse" if same_width else ""
+
+
+def choose_backend(
+    op: str,
+    backend: object,
+    kernel: Kernel,
+    device: Device,
+    use_custom_mask: bool = False,
+    is_paged: bool = False,
+) -> tuple[str, str]:
+    """The backend on a device, and why."""
+    capability = machine.capability(device.index) if device.is_cuda else None
+    return backend_for(op, backend, kernel, capability, use_custom_mask, is_paged, str(device))
+
+
+def backend_for(
+    op: str,
+    backend: object,
+    kernel: Kernel,
+    capability: tuple[int, int] | None,
+    use_custom_mask: bool = False,
+    is_paged: bool = False,
+    where: str = "the GPU",
+) -> tuple[str, str]:
+    """The backend on GPUs of a compute capability, and why: as asked, or with "auto" as
+    FlashInfer's `determine_attention_backend` has it.  None is the CPU's reference."""
+    asked = check_choice(op, "backend", backend, BACKENDS)
+    lacks = {"fa2": fa2_lacks(kernel), "fa3": fa3_lacks(kernel, use_custom_mask, is_paged)}
+    if capability is not None and capability != (9, 0):
+        lacks["fa3"] = "fa3 is for SM90, and {} is SM{}{}".format(where, *capability)
+    chosen, why = asked, "it was asked for"
+    if asked == "auto":
+        is_reference = capability is None and not lacks["fa2"]
+        chosen = "fa2" if lacks["fa3"] or is_reference else "fa3"
+        why = lacks["fa3"] or "SM90, and fa3 has all that was asked for"
+        why = "the CPU's reference is the same for both" if is_reference else why
+    if lacks[chosen]:
+        other = "fa2" if chosen == "fa3" else "fa3"
+        expected = f"{other!r}: {lacks[chosen]}"
+        if lacks[other]:
+            expected = f"what a backend has: {lacks['fa2']}; {lacks['fa3']}"
+        raise ArgumentError(op, "backend", got=printed(asked), expected=expected)
+    return chosen, why
