@@ -20,7 +20,7 @@ from fi_ffi.ops.attention.rows import FORMS  # noqa: E402
 from fi_ffi.ops.capability.judgement import gpu_runs, key_of  # noqa: E402
 from fi_ffi.ops.capability.matrix import package_entries  # noqa: E402
 from fi_ffi.ops.moe import interface as moe  # noqa: E402
-from fi_ffi.ops.providers import fits  # noqa: E402
+from fi_ffi.ops.releases import fits  # noqa: E402
 from fi_ffi.ops.table import ROWS  # noqa: E402
 
 TARGET = ROOT / "docs" / "coverage.md"

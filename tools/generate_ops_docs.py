@@ -23,7 +23,7 @@ from fi_ffi.ops.capability.judgement import listed_codes  # noqa: E402
 from fi_ffi.ops.capability.matrix import PACKAGES, package_entries  # noqa: E402
 from fi_ffi.ops.functions import OPS  # noqa: E402
 from fi_ffi.ops.moe import interface  # noqa: E402
-from fi_ffi.ops.providers import span_of  # noqa: E402
+from fi_ffi.ops.releases import span_of  # noqa: E402
 from fi_ffi.ops.row import Arg, Row, Tensor, default_of, defaults  # noqa: E402
 
 TARGET = ROOT / "docs" / "ops.md"

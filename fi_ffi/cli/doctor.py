@@ -15,7 +15,7 @@ from fi_ffi.cli import output
 from fi_ffi.errors import FiFfiError, LoaderError
 from fi_ffi.loader import cache, lock, machine, runtime, search, sources
 from fi_ffi.loader.caching import contents, temporaries
-from fi_ffi.ops.providers import fits
+from fi_ffi.ops.releases import fits
 from fi_ffi.ops.table import ROWS
 
 _MIN_DRIVER = (13, 0)  # the kernels are compiled with CUDA 13

@@ -17,7 +17,7 @@ from fi_ffi.loader import machine, runtime
 from fi_ffi.ops.capability.judgement import Query
 from fi_ffi.ops.capability.matrix import Line, lines
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.providers import fits
+from fi_ffi.ops.releases import fits
 
 
 @dataclass(frozen=True)

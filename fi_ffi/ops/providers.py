@@ -1,57 +1,15 @@
-"""Which row is a release's, and which entry serves it: a kernel, or the reference on the CPU."""
+"""Which entry serves a row on a device: a kernel, or the reference on the CPU."""
 
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Sequence
 
 from fi_ffi.abi.function import Entry
 from fi_ffi.abi.tensor import Device
 from fi_ffi.errors import ArchitectureError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import machine
+from fi_ffi.ops.releases import fits
 from fi_ffi.ops.row import Row
-
-_PLAIN = re.compile(r"\d+\.\d+\.\d+")  # a release without a suffix
-_BOUND = re.compile(r"(>=|<)(\d+(?:\.\d+)*)")
-_SPAN = re.compile(r">=(\d+(?:\.\d+)*)(?:,<(\d+(?:\.\d+)*))?")
-
-
-@functools.cache
-def fits(row: Row, release: str) -> bool:
-    """Whether the row's interface is that of a FlashInfer release."""
-    bounds = [_BOUND.fullmatch(part) for part in row.releases.split(",")]
-    if _PLAIN.fullmatch(release) and all(bounds):
-        found = _numbers(release)
-        return all(
-            found < _numbers(bound[2]) if bound[1] == "<" else found >= _numbers(bound[2])
-            for bound in bounds
-            if bound is not None
-        )
-    # Not above: its import is a good part of a first call.
-    from packaging.specifiers import SpecifierSet
-
-    return SpecifierSet(row.releases).contains(release, prereleases=True)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(map(int, version.split(".")))
-
-
-def span_of(forms: Sequence[Row]) -> str:
-    """The releases that any of the forms is of, without the seams between them."""
-    found = [_SPAN.fullmatch(form.releases) for form in forms]
-    bounds = [match.groups("") for match in found if match]
-    if len(bounds) < len(forms):
-        return " or ".join(form.releases for form in forms)
-    spans: list[list[str]] = []
-    for start, end in sorted(bounds, key=lambda span: _numbers(span[0])):
-        last = spans[-1][1] if spans else "0"
-        if last and _numbers(start) > _numbers(last):
-            spans.append([start, end])
-        else:
-            spans[-1][1] = max(last, end, key=_numbers) if last and end else ""
-    return " or ".join(f">={start},<{end}" if end else f">={start}" for start, end in spans)
 
 
 def release_in_use() -> str | None:

@@ -1,4 +1,4 @@
-"""Which FlashInfer releases have which arguments: the forms that an entry has had.
+"""FlashInfer's releases: which rows are of one, and the forms that an entry has had.
 
 Read from the binding sources and `jit/attention/modules.py` of every release from 0.6.3 to
 0.7.2.post1; `tests/releases` holds the rows against those that kernels are pinned of.
@@ -6,6 +6,8 @@ Read from the binding sources and `jit/attention/modules.py` of every release fr
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +17,33 @@ from fi_ffi.ops.row import Arg, Ranged, Row, Tensor
 OLDEST = "0.6.3"
 # Forms of this release come first, and are what the CPU's reference has: the lock's default.
 FIRST = "0.6.13"
+
+
+_PLAIN = re.compile(r"\d+\.\d+\.\d+")  # a release without a suffix
+_BOUND = re.compile(r"(>=|<)(\d+(?:\.\d+)*)")
+_SPAN = re.compile(r">=(\d+(?:\.\d+)*)(?:,<(\d+(?:\.\d+)*))?")
+
+
+@functools.cache
+def is_in(release: str, releases: str) -> bool:
+    """Whether a release is one of those that a version specifier names."""
+    bounds = [_BOUND.fullmatch(part) for part in releases.split(",")]
+    if _PLAIN.fullmatch(release) and all(bounds):
+        found = _number(release)
+        return all(
+            found < _number(bound[2]) if bound[1] == "<" else found >= _number(bound[2])
+            for bound in bounds
+            if bound is not None
+        )
+    # Not above: its import is a good part of a first call.
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(releases).contains(release, prereleases=True)
+
+
+def fits(row: Row, release: str) -> bool:
+    """Whether the row's interface is that of a FlashInfer release."""
+    return is_in(release, row.releases)
 
 
 def _number(release: str) -> tuple[int, ...]:
@@ -73,9 +102,17 @@ def forms_of(row: Row, later: Mapping[str, Mapping[str, Any]] | None = None) -> 
     return (forms[number], *forms[:number], *forms[number + 1 :])
 
 
-def span(forms: Sequence[Row]) -> str:
-    """The releases that any of a row's forms is of: there is no gap between them."""
-    bounds = [_bounds(form.releases) for form in forms]
-    ends = [end for _, end in bounds]
-    least = min((since for since, _ in bounds), key=_number)
-    return f">={least}" + ("" if "" in ends else f",<{max(ends, key=_number)}")
+def span_of(forms: Sequence[Row]) -> str:
+    """The releases that any of the forms is of, without the seams between them."""
+    found = [_SPAN.fullmatch(form.releases) for form in forms]
+    bounds = [match.groups("") for match in found if match]
+    if len(bounds) < len(forms):
+        return " or ".join(form.releases for form in forms)
+    spans: list[list[str]] = []
+    for start, end in sorted(bounds, key=lambda span: _number(span[0])):
+        last = spans[-1][1] if spans else "0"
+        if last and _number(start) > _number(last):
+            spans.append([start, end])
+        else:
+            spans[-1][1] = max(last, end, key=_number) if last and end else ""
+    return " or ".join(f">={start},<{end}" if end else f">={start}" for start, end in spans)

@@ -13,7 +13,7 @@ import fi_ffi
 from fi_ffi.cli.cases import Case, make_case
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.providers import fits
+from fi_ffi.ops.releases import fits
 
 DEQUANT, QUANTIZE, FP4, CACHE = (
     OPS[name] for name in ("nvfp4_kv_dequant", "mxfp8_quantize", "fp4_quantize", "nvfp4_kv_quant")

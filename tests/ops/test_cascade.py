@@ -13,7 +13,7 @@ import fi_ffi
 from fi_ffi.cli.cases import Case, make_case
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.providers import fits
+from fi_ffi.ops.releases import fits
 
 from calls import HostArray
 

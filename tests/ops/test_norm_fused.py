@@ -11,7 +11,7 @@ from every_op import check_on, check_replayed
 import fi_ffi
 from fi_ffi.cli.cases import Case, make_case
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.providers import fits
+from fi_ffi.ops.releases import fits
 
 OP = OPS["fused_qk_rmsnorm_rope"]
 OUTPUTS = ("bfloat16", "float8_e4m3fn")

@@ -8,7 +8,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.releases import forms_of, span
+from fi_ffi.ops.releases import forms_of, span_of
 from fi_ffi.ops.requires import Condition, names_in, replaced, round_up
 from fi_ffi.ops.row import Row, Rule, Scalar, Tensor
 
@@ -148,4 +148,4 @@ def test_forms_of_a_row():
     assert [form.together for form in made] == [("z",), ("z",), ("z", "new")]
     assert [[*form.dtypes] for form in made] == [["T"], ["T"], ["T", "N"]]
     assert all(form.requires[0] == "a >= 1" for form in made)
-    assert span(made) == ">=0.6.5,<0.7.2"
+    assert span_of(made) == ">=0.6.5,<0.7.2"

@@ -21,7 +21,7 @@ from fi_ffi.ops.capability.judgement import Query, capability_of, judge
 from fi_ffi.ops.capability.known_issues import KNOWN_ISSUES
 from fi_ffi.ops.capability.matrix import SMS, entry_row, lines
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.providers import span_of
+from fi_ffi.ops.releases import span_of
 
 DEFAULT = the_lock().default_release
 

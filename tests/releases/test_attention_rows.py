@@ -7,8 +7,7 @@ import pytest
 import fi_ffi
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.ops.attention.rows import FORMS, ROWS, of_release
-from fi_ffi.ops.providers import fits
-from fi_ffi.ops.releases import FIRST
+from fi_ffi.ops.releases import FIRST, fits
 from fi_ffi.ops.row import KvLayout, Row, Tensor
 
 from bindings import RELEASES, added_parameters, exported, parameters

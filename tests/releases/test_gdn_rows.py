@@ -6,7 +6,7 @@ import pytest
 
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.providers import fits
+from fi_ffi.ops.releases import fits
 
 from bindings import parameters
 

@@ -9,7 +9,7 @@ import pytest
 
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows
-from fi_ffi.ops.providers import fits
+from fi_ffi.ops.releases import fits
 from fi_ffi.ops.row import Row
 
 from bindings import RELEASES, exported, methods, parameters

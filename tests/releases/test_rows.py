@@ -10,7 +10,7 @@ import pytest
 from fi_ffi.abi.signature import Signature
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.providers import fits
+from fi_ffi.ops.releases import fits
 from fi_ffi.ops.row import KV_LAYOUTS
 from fi_ffi.ops.table import ROWS
 

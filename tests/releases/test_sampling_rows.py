@@ -7,7 +7,7 @@ import re
 import pytest
 
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.providers import fits
+from fi_ffi.ops.releases import fits
 from fi_ffi.ops.table import renorm, sampling, topk
 
 from bindings import RELEASES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.providers import fits
+from fi_ffi.ops.releases import fits
 from fi_ffi.ops.row import Row
 
 from bindings import RELEASES

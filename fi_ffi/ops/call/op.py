@@ -9,7 +9,8 @@ from fi_ffi.ops.call.checks import parameters
 from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.call.prepared import Prepared, prepare_call
 from fi_ffi.ops.docs import docstring
-from fi_ffi.ops.providers import fits, release_in_use
+from fi_ffi.ops.providers import release_in_use
+from fi_ffi.ops.releases import fits
 from fi_ffi.ops.row import Row
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from fi_ffi.loader.kernels import KernelSource, open_source, release_of
 from fi_ffi.loader.listed import in_wheel, listed_in, recorded_releases
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.loader.uris import parse
-from fi_ffi.ops.providers import fits, span_of
+from fi_ffi.ops.releases import fits, span_of
 from fi_ffi.ops.row import Row, Tensor
 
 # What the GPU tests have called: they write it, and tools/record_called.py merges it in here.

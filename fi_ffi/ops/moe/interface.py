@@ -19,6 +19,7 @@ from fi_ffi.errors import ArchitectureError, KernelNotFoundError
 from fi_ffi.loader import machine
 from fi_ffi.loader.methods import ModuleObject
 from fi_ffi.ops import cuda
+from fi_ffi.ops.releases import is_in
 from fi_ffi.ops.row import Absent
 
 MODULE = "fused_moe_90"
@@ -158,13 +159,6 @@ GATED = frozenset({"Swiglu", "Geglu", "SwigluBias", "SwigluStep", "GegluTanh"})
 
 
 @functools.cache
-def is_in(release: str, releases: str) -> bool:
-    """Whether a release is one of some."""
-    from packaging.specifiers import SpecifierSet  # its import is a good part of a first call
-
-    return SpecifierSet(releases).contains(release, prereleases=True)
-
-
 @functools.cache
 def of_release(release: str | None) -> Interface:
     """The interface of a release; the default release's where nothing tells which it is."""

@@ -16,8 +16,7 @@ from fi_ffi.ops.attention.rows.arguments import F16 as F16
 from fi_ffi.ops.attention.rows.arguments import FP8 as FP8
 from fi_ffi.ops.attention.rows.decode import DECODE_GROUPS as DECODE_GROUPS
 from fi_ffi.ops.attention.rows.mla import NEED_KEYS as NEED_KEYS
-from fi_ffi.ops.providers import fits
-from fi_ffi.ops.releases import span
+from fi_ffi.ops.releases import fits, span_of
 from fi_ffi.ops.row import Row
 
 SINGLE_DECODE = decode.SINGLE[0]
@@ -55,6 +54,6 @@ def of_release(row: Row, release: str) -> Row:
         if fits(form, release):
             return form
     raise KernelNotFoundError(
-        f"{row.name} can be called in FlashInfer {span(FORMS[row])}; "
+        f"{row.name} can be called in FlashInfer {span_of(FORMS[row])}; "
         f"the kernels in use are of {release}"
     )
