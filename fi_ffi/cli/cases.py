@@ -15,7 +15,7 @@ import numpy as np
 
 from fi_ffi.abi.tensor import DTYPES
 from fi_ffi.cli.inputs import inputs_of
-from fi_ffi.ops.axes import axis_size
+from fi_ffi.ops.notation import axis_size
 from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor, Text
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.exact import EXACT, MOVES

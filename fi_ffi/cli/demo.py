@@ -20,7 +20,7 @@ from fi_ffi.errors import FiFfiError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import search
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.requires import round_up
+from fi_ffi.ops.notation import round_up
 from fi_ffi.reference.arrays import Array
 
 _TIMED_CALLS = 20

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fi_ffi.abi.signature import Signature
-from fi_ffi.ops.requires import Condition, names_in
+from fi_ffi.abi.tensor import TensorDesc, frozen
+from fi_ffi.ops.notation import Condition, names_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +82,7 @@ class Tensor(Ranged):
     def axes_in(self, kv_layout: str) -> tuple[str, ...]:
         """The axes in the order that a tensor of this layout has them."""
         names = self.axis_names
-        if not self.kv or kv_layout == "NHD":
-            return names
-        return (*names[:-3], names[-2], names[-3], names[-1])
+        return names if not self.kv or kv_layout == "NHD" else exchanged(names)
 
     @property
     def abi_type(self) -> str:
@@ -147,6 +146,18 @@ class KvLayout(Ranged):
     doc: str = '"NHD" (tokens, heads, head_dim) or "HND" (heads, tokens, head_dim)'
 
 
+def exchanged(axes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Exchange the axes of tokens and heads: names of axes, sizes, or strides."""
+    return (*axes[:-3], axes[-2], axes[-3], axes[-1])
+
+
+def as_nhd(desc: TensorDesc, kv_layout: str) -> TensorDesc:
+    """View a tensor of rank 3 or more, and of this layout, as one of NHD."""
+    if kv_layout == "NHD":
+        return desc
+    return frozen(desc.ptr, exchanged(desc.shape), exchanged(desc.strides), desc.kind, desc)
+
+
 @dataclass(frozen=True)
 class IntArray(Ranged):
     """An Array of ints, which callers give by the object's address; 0 is none."""
@@ -194,7 +205,7 @@ IN_PLACE, MULTIPROCESSORS, SHARED_MEMORY = "in_place", "multiprocessors", "share
 
 @dataclass(frozen=True, eq=False)
 class Rule(Ranged):
-    """A condition that has words of its own: `fi_ffi.ops.requires` has the notation.
+    """A condition that has words of its own: `fi_ffi.ops.notation` has the notation.
 
     Its names are axes (None where no tensor there has it), scalars and texts (also where an axis
     has the same name), those above, a tensor's for whether it is there, and a variable of `dtypes`

@@ -13,8 +13,8 @@ import pytest
 import fi_ffi
 from fi_ffi.cli.cases import make_case
 from fi_ffi.cli.inputs.page import page_tables
-from fi_ffi.ops.axes import axis_size
 from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.notation import axis_size
 
 from calls import (
     CALLS_PAGE,

@@ -11,8 +11,8 @@ from rope_calls import ANGLES, APPLY, COS_SIN, QUANTISE
 import fi_ffi
 from fi_ffi.cli.cases import default_dtypes, make_case
 from fi_ffi.cli.inputs import inputs_of
-from fi_ffi.ops.axes import axis_size
 from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.notation import axis_size
 
 from prepared_calls import refusal_of, same_error
 

@@ -18,7 +18,7 @@ from fi_ffi.cli.tracing.reference import Reference
 from fi_ffi.cli.tracing.source import NoSource
 from fi_ffi.cli.tracing.subject import NEUTRAL, Subject, usual_scale, word_of
 from fi_ffi.errors import ArgumentError
-from fi_ffi.ops.axes import axis_size, parse_axis
+from fi_ffi.ops.notation import axis_size, parse_axis
 from fi_ffi.ops.row import Row, Scalar
 from fi_ffi.reference.exact import EXACT, MOVES
 from fi_ffi.reference.formula import Formula, Move

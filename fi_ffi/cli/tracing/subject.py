@@ -14,8 +14,8 @@ from fi_ffi.errors import ArgumentError
 from fi_ffi.loader.uris import parse
 from fi_ffi.ops.attention.rows import ROWS as ATTENTION
 from fi_ffi.ops.attention.run import NEUTRAL as OPTIONS
-from fi_ffi.ops.axes import axis_size, parse_axis
 from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.notation import axis_size, parse_axis
 from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor, Text
 from fi_ffi.ops.watch.call_record import is_scratch
 

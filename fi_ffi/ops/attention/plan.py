@@ -26,10 +26,10 @@ from fi_ffi.ops.attention.options import Options
 from fi_ffi.ops.attention.run import BoundRow, Values, asked_of, compiled_row
 from fi_ffi.ops.attention.sizes import Need, aligned
 from fi_ffi.ops.attention.workspace import Workspace
-from fi_ffi.ops.axes import parse_axis
 from fi_ffi.ops.call import memory
 from fi_ffi.ops.call.launch import launch
 from fi_ffi.ops.call.prepared import PackedCall, tensor_like
+from fi_ffi.ops.notation import parse_axis
 from fi_ffi.ops.row import PlanInfo, Row
 from fi_ffi.ops.watch import watching
 

@@ -17,8 +17,7 @@ from fi_ffi.ops.attention.rows import POD
 from fi_ffi.ops.attention.run import Values
 from fi_ffi.ops.attention.single import check_tmp, prefill_bytes
 from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int, check_number
-from fi_ffi.ops.nhd import as_nhd
-from fi_ffi.ops.row import KV_LAYOUTS, Row
+from fi_ffi.ops.row import KV_LAYOUTS, Row, as_nhd
 
 # The kernel's decode half is compiled for tiles of so many rows, and plans have to agree.
 _MOST_GROUP = 16

@@ -12,8 +12,7 @@ from fi_ffi.ops.attention.backends import SHORT, in_use, multiprocessors, releas
 from fi_ffi.ops.attention.rows import XQA
 from fi_ffi.ops.attention.run import Values, compiled_row, launched
 from fi_ffi.ops.call.arguments import check_choice, check_int, check_number
-from fi_ffi.ops.nhd import as_nhd
-from fi_ffi.ops.row import KV_LAYOUTS
+from fi_ffi.ops.row import KV_LAYOUTS, as_nhd
 
 _OP = "xqa"
 _HOPPER = 9

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 
 from fi_ffi.abi.function import FrameLayout
 from fi_ffi.abi.tensor import DTYPES
-from fi_ffi.ops.axes import Axis, parse_axis
 from fi_ffi.ops.call.refuse import PLANNED
-from fi_ffi.ops.requires import names_in, replaced
+from fi_ffi.ops.notation import Axis, names_in, parse_axis, replaced
 from fi_ffi.ops.row import (
     IN_PLACE,
     MULTIPROCESSORS,

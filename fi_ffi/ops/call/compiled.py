@@ -26,9 +26,8 @@ from fi_ffi.ops.call.source import (
     pack_source,
     update_source,
 )
-from fi_ffi.ops.nhd import exchanged
+from fi_ffi.ops.notation import FUNCTIONS
 from fi_ffi.ops.providers import entry_for
-from fi_ffi.ops.requires import FUNCTIONS
 from fi_ffi.ops.row import (
     KV_LAYOUTS,
     REQUIRED,
@@ -41,6 +40,7 @@ from fi_ffi.ops.row import (
     TensorArray,
     Text,
     default_of,
+    exchanged,
 )
 
 # What tracebacks call the code compiled from a row: part of the package.

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fi_ffi.ops.notation import round_up
 from fi_ffi.ops.releases import forms_of
-from fi_ffi.ops.requires import round_up
 from fi_ffi.ops.row import Absent, Row, Rule, Scalar, Tensor, Vector
 
 _INT = 2**31

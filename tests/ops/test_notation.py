@@ -8,8 +8,8 @@ import pytest
 
 import fi_ffi
 from fi_ffi.ops.call.compiled import CompiledRow
+from fi_ffi.ops.notation import Condition, names_in, replaced, round_up
 from fi_ffi.ops.releases import forms_of, span_of
-from fi_ffi.ops.requires import Condition, names_in, replaced, round_up
 from fi_ffi.ops.row import Row, Rule, Scalar, Tensor
 
 

@@ -1,6 +1,6 @@
-"""What must hold between sizes and numbers: a check, its words and its documentation, of one text.
+"""What rows write: axes, as "b+1" or "2*h/128", and conditions, as "d >= top_k" or "k % 64 == 0".
 
-A row says it in Python's own notation, as "d >= top_k" or "k % 64 == 0".
+A condition is in Python's own notation; a check, its words and its documentation are made of it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,54 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A size as a sum: of named sizes, each so many times, and a number; divided by `over`."""
+
+    terms: tuple[tuple[str, int], ...]
+    more: int
+    over: int = 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.terms)
+
+    def size(self, sizes: Mapping[str, int]) -> int:
+        """The size; all its names must be known."""
+        return (sum(sizes[name] * times for name, times in self.terms) + self.more) // self.over
+
+    def unknown(self, sizes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+        """The terms that are not known."""
+        return tuple(term for term in self.terms if term[0] not in sizes)
+
+    def solve(self, size: int, sizes: Mapping[str, int]) -> int | None:
+        """What the one unknown name must be for this size; None where nothing will do."""
+        ((name, times),) = self.unknown(sizes)
+        rest = size * self.over - self.size({**sizes, name: 0})
+        return None if rest < 0 or rest % times else rest // times
+
+
+@functools.cache
+def parse_axis(text: str) -> Axis:
+    """Read one axis of a row."""
+    terms: dict[str, int] = {}
+    more = 0
+    total, _, over = text.partition("/")
+    for part in total.split("+"):
+        times, star, name = part.rpartition("*")
+        if name.isdigit():
+            more += int(name) * int(times or 1)
+        else:
+            terms[name] = terms.get(name, 0) + (int(times) if star else 1)
+    return Axis(tuple(terms.items()), more, int(over or 1))
+
+
+def axis_size(text: str, sizes: Mapping[str, int]) -> int:
+    """The size of an axis whose names are all known."""
+    return parse_axis(text).size(sizes)
+
 
 _WORDS = frozenset({"and", "or", "not", "in", "if", "else", "is", "None", "True", "False"})
 # A name that is no function's; a text, and the e of a number, are passed over.
