@@ -119,6 +119,10 @@ def _of_blocks(n: int, k128: int) -> tuple[int, str, str]:
     return count, f"shape ({count}, {k128})", "one for each block of 128 x 128"
 
 
+def _is_there(dtype: str, has_scales: bool, *_: int) -> bool:
+    return (dtype in E4M3) is has_scales
+
+
 def _scales_of(
     dtype: str, scales: str, axes: tuple[str, str, str],
     wanted: Callable[[int, int], tuple[int, str, str]],
@@ -141,7 +145,7 @@ def _scales_of(
             scales,
             f"is_there({dtype}, {scales}, {one}, {other})",
             there,
-            {"is_there": lambda name, given, *_: (name in E4M3) is given},
+            {"is_there": _is_there},
         ),
         Rule(scales, f"{size} in (None, {wanted_size})", shape, {wanted.__name__: wanted}),
     )

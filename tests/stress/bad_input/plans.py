@@ -120,7 +120,7 @@ class Plan:
         """A plan of its own, with a workspace of the room's."""
         names = [
             *self.case.arrays,
-            *OPTIONS[self.kind].__dataclass_fields__,
+            *OPTIONS[self.kind].table,
             "device",
             "workspace",
             "stream",
