@@ -11,6 +11,7 @@ depend on the versions of Python and the packages, and not on the machine.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import platform
@@ -76,12 +77,15 @@ def _is_kernel(frame: FrameType) -> bool:
 
 def profiled(call: Callable[[], object]) -> Profile:
     """What a call calls, itself left out."""
-    profile = Profile()
+    profile, collects = Profile(), gc.isenabled()
+    gc.disable()  # what others left is not the call's to give back
     sys.setprofile(profile)
     try:
         call()
     finally:
         sys.setprofile(None)
+        if collects:
+            gc.enable()
     profile.python -= Counter([f"{Path(__file__).name}:{call.__code__.co_name}"])
     return profile
 
