@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -112,10 +113,15 @@ def full(row: Row, placed: Placed) -> None:
     CompiledRow(row).call(None, **placed.values)
 
 
+_compiled = functools.cache(CompiledRow)
+
+
 def refusal_of(row: Row, values: dict[str, Any]) -> fi_ffi.ArgumentError | None:
-    """What a row that was compiled just now says of a call; None where it is fine."""
+    """What a compiled row that knows of no call before says of one; None where it is fine."""
+    compiled = _compiled(row)
+    compiled.forget()
     try:
-        CompiledRow(row).pack(**values)
+        compiled.pack(**values)
     except fi_ffi.ArgumentError as error:
         return error
     return None
