@@ -105,8 +105,11 @@ class Condition:
     @functools.cache
     def of(cls, text: str) -> Condition:
         match = _CONDITION.fullmatch(text)
-        assert match is not None, f"{text!r} is no condition that has words"
-        return cls(text, match[1] or "", *match.groups()[1:])
+        told = f"{text!r} is no condition that has words"
+        assert match is not None, told
+        made = cls(text, match[1] or "", *match.groups()[1:])
+        assert made.operator != "==" or made.divides or made.extreme, told
+        return made
 
     @property
     def axis(self) -> str:
@@ -130,6 +133,11 @@ class Condition:
         """The function and the two sizes that the size is the greatest or the least of."""
         match = _EXTREME.fullmatch(self.right)
         return match and (match[1], match[2], match[3])
+
+    @property
+    def divides(self) -> bool:
+        """Whether it says that a size is a multiple of something."""
+        return _MULTIPLE.fullmatch(self.left) is not None and self.right == "0"
 
     @property
     def divisors(self) -> tuple[str, ...]:

@@ -81,9 +81,10 @@ def test_a_size_that_no_tensor_has_is_not_looked_at():
     assert "c of at least 5" in refused(row, 2, 3, 4)
 
 
-def test_a_condition_without_words_is_a_mistake():
+@pytest.mark.parametrize("text", ["a + b", "a == b", "a % 4 == 1", "a < b", "a == 3"])
+def test_a_condition_without_words_is_a_mistake(text):
     with pytest.raises(AssertionError, match="is no condition that has words"):
-        Condition.of("a + b")
+        Condition.of(text)
 
 
 def test_a_rule_has_names_of_all_kinds():
