@@ -139,8 +139,6 @@ def register(name: str, signature: Signature, function: Callable[..., Any]) -> E
 
 _ANY_WORDS = ffi.sizeof("TVMFFIAny") // 8
 _TENSOR_WORDS = ffi.sizeof("DLTensor") // 8
-_HEADER_WORDS = ffi.sizeof("TVMFFIObject") // 8
-_MOST_REFERENCES = 0xFFFFFFFF  # strong ones, in the lower half of the count
 NO_STREAM = -1  # in a frame's `before` word: nothing to put back
 # Text goes by the address of its bytes.
 _SCALARS = {

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
+from fi_ffi.ops.notation import round_up
 from fi_ffi.ops.releases import forms_of
 from fi_ffi.ops.row import MULTIPROCESSORS, Row, Rule, Scalar, Tensor, Vector
 
@@ -45,7 +46,7 @@ ROW_STATES = Tensor(
 
 
 def _aligned(count: int) -> int:
-    return -(-count // 256) * 256
+    return round_up(count, 256)
 
 
 # Of the kernel that counts in buckets: its state for a row, the buckets, and two buffers for what
