@@ -163,8 +163,8 @@ def on_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Case, Plan, di
     """A plan of cuda:0 up to what the planner would say, and tensors that are there."""
 
     def schedule(self, batch, stream):
-        _, placed = self._need(batch, self._sent(batch))
-        self._descs = placed.descs(self.workspace.int_buffer)
+        _, placed = self._need(batch)
+        self._descs = placed.descs(self.workspace.int_buffer, {})
         self._descs["int_workspace_buffer"] = self.workspace.int_buffer
         self._info, self._generation = info, self.workspace.generation
         self._batch = batch

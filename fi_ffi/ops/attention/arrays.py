@@ -7,63 +7,50 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from operator import ge, sub
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.interop import as_desc
-from fi_ffi.abi.tensor import DTYPES, TensorDesc, frozen, parse_device, tensor_kind
+from fi_ffi.abi.tensor import DTYPES, TensorDesc, parse_device
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.attention.sizes import aligned
 
 CPU, INT32 = parse_device("cpu"), DTYPES["int32"]
-_INTS = tensor_kind(INT32, CPU, 1)
 # Room comes in steps, so that a run's descriptors seldom change.
 _LENGTHS_STEP, _INDEX_STEP, _KERNEL_STEP = 64, 1024, 4096
 _ON_HOST = ("cpu", "cuda_host")
 INT32_MAX = 2**31 - 1
 
 
-class HostArray:
-    """An int32 array on the host and its values."""
+def int32_array(op: str, argument: str, given: object, length: int | None = None) -> memoryview:
+    """The values of an int32 array on the host, as they lie in its memory."""
+    try:
+        view = memoryview(given)  # type: ignore[arg-type]
+        is_plain = view.format == "i" and view.ndim == 1 and view.c_contiguous
+    except (TypeError, ValueError, BufferError):
+        is_plain = False
+    if not is_plain:
+        view = _memory(_described(op, argument, given))
+    if length is not None and len(view) != length:
+        got, expected = f"{len(view)} elements", f"{length} elements"
+        raise ArgumentError(op, argument, got=got, expected=expected)
+    return view
 
-    __slots__ = ("_desc", "view")
 
-    def __init__(self, op: str, argument: str, given: object, length: int | None = None) -> None:
-        self._desc: TensorDesc | None = None
-        try:
-            view = memoryview(given)  # type: ignore[arg-type]
-            is_plain = view.format == "i" and view.ndim == 1 and view.c_contiguous
-        except (TypeError, ValueError, BufferError):
-            is_plain = False
-        if not is_plain:
-            desc = self._desc = _described(op, argument, given)
-            view = _memory(desc)
-        self.view = view
-        if length is not None and len(view) != length:
-            got, expected = f"{len(view)} elements", f"{length} elements"
-            raise ArgumentError(op, argument, got=got, expected=expected)
-
-    @property
-    def desc(self) -> TensorDesc:
-        """The array as planners take it."""
-        if self._desc is None:
-            self._desc = described_ints(self.view)
-        return self._desc
-
-    def bounds(self) -> tuple[int, int]:
-        """The least and the greatest value; 0 and -1 where there is none."""
-        if not len(self.view):
-            return 0, -1
-        numpy = sys.modules.get("numpy")
-        if numpy is not None:
-            # Taken for unsigned, a negative value is the greatest: one pass over the array.
-            most = int(numpy.maximum.reduce(numpy.frombuffer(self.view, numpy.uint32)))
-            if most <= INT32_MAX:
-                return 0, most
-        values = self.view.tolist()
-        return min(values), max(values)
+def _bounds(view: memoryview) -> tuple[int, int]:
+    """The least and the greatest value; 0 and -1 where there is none."""
+    if not len(view):
+        return 0, -1
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        # Taken for unsigned, a negative value is the greatest: one pass over the array.
+        most = int(numpy.maximum.reduce(numpy.frombuffer(view, numpy.uint32)))
+        if most <= INT32_MAX:
+            return 0, most
+    values = view.tolist()
+    return min(values), max(values)
 
 
 def _described(op: str, argument: str, given: object) -> TensorDesc:
@@ -84,12 +71,6 @@ def _described(op: str, argument: str, given: object) -> TensorDesc:
     return TensorDesc(0, desc.shape, INT32, device=CPU).at(desc.ptr, desc)
 
 
-def described_ints(view: memoryview) -> TensorDesc:
-    """A view of int32 as a tensor on the host."""
-    address = int(ffi.cast("uintptr_t", ffi.from_buffer(view)))
-    return frozen(address, (len(view),), (1,), _INTS, view)
-
-
 def _memory(desc: TensorDesc) -> memoryview:
     """The int32 of an array on the host."""
     count = desc.shape[0]
@@ -103,25 +84,26 @@ def read_ints(desc: TensorDesc) -> list[int]:
     return _memory(desc).tolist()
 
 
-class Indptr(HostArray):
+class Indptr:
     """Where each of b requests starts in a row of things: b + 1 positions, from 0 on."""
 
-    __slots__ = ("_counts", "_values", "size", "total")
+    __slots__ = ("_counts", "_values", "size", "total", "view")
 
     def __init__(self, op: str, argument: str, given: object, length: int | None = None) -> None:
-        super().__init__(op, argument, given, length)
+        self.view = int32_array(op, argument, given, length)
         values = self._values = self.view.tolist()
-        if len(values) < 2:
+        # Requests, and things of all of them.
+        self.size = len(values) - 1
+        if self.size < 1:
             got, expected = f"{len(values)} elements", "one more than there are requests: 2 or more"
             raise ArgumentError(op, argument, got=got, expected=expected)
+        self.total = values[-1]
         if values[0]:
             raise ArgumentError(op, argument, got=f"{values[0]} first", expected="0 first")
         if sorted(values) != values:
             at = next(i for i, count in enumerate(self.counts) if count < 0)
             got = f"{values[at + 1]} after {values[at]} (request {at})"
             raise ArgumentError(op, argument, got=got, expected="positions that do not decrease")
-        # Requests, and things of all of them.
-        self.size, self.total = len(values) - 1, values[-1]
 
     @property
     def counts(self) -> list[int]:
@@ -150,8 +132,8 @@ class Batch:
     """
 
     __slots__ = (
-        "_kv_len", "_kv_lens", "_lasts", "_mask_indptr", "_names", "_op", "_page_size", "kv",
-        "max_page", "num_indices", "qo", "room_for_rows", "rows", "size", "views",
+        "_kv_lens", "_lasts", "_mask_indptr", "_names", "_op", "_page_size", "kv", "max_page",
+        "num_indices", "qo", "room_for_rows", "rows", "size", "views",
     )  # fmt: skip
 
     def __init__(
@@ -159,7 +141,7 @@ class Batch:
     ) -> None:
         self._op, self._names, self._page_size = op, names, page_size
         arrays = dict(zip(names, given, strict=True))
-        # Arrays by what they are, as they are sent to the device.
+        # Arrays by what they are, as planners read them and as they are sent to the device.
         self.views: dict[str, memoryview] = {}
         self.qo: Indptr | None = None
         count = None
@@ -174,7 +156,6 @@ class Batch:
         # Pages of all requests, and the last in the cache where that is known.
         self.num_indices, self.max_page = 0, -1
         self._lasts: list[int] | None = None
-        self._kv_len: HostArray | None = None
         self._kv_lens: list[int] | None = None
         self._mask_indptr: list[int] | None = None
         if "last_page_len" in names:
@@ -189,7 +170,7 @@ class Batch:
     def _read_last(self, given: object) -> None:
         """How full each request's last page is."""
         kv, page_size = self.kv, self._page_size
-        view = HostArray(self._op, self._names["last_page_len"], given, kv.size).view
+        view = int32_array(self._op, self._names["last_page_len"], given, kv.size)
         self.views["last_page_len"] = view
         lasts = self._lasts = view.tolist()
         # At a glance where all is usual, and else one by one.
@@ -207,8 +188,8 @@ class Batch:
     def _read_kv_len(self, given: object) -> None:
         """How many tokens each request has."""
         page_size = self._page_size
-        self._kv_len = HostArray(self._op, self._names["kv_len"], given, self.size)
-        lengths = self._kv_lens = self._kv_len.view.tolist()
+        view = self.views["kv_len"] = int32_array(self._op, self._names["kv_len"], given, self.size)
+        lengths = self._kv_lens = view.tolist()
         for i, (length, pages) in enumerate(zip(lengths, self.kv.counts, strict=True)):
             if length < 0 or not (pages - 1) * page_size <= length <= pages * page_size:
                 got = f"{length} for request {i} with {pages} pages of {page_size}"
@@ -216,12 +197,12 @@ class Batch:
 
     def _read_indices(self, given: object) -> None:
         """The pages of all requests."""
-        found, count = HostArray(self._op, self._names["indices"], given), self.num_indices
-        if len(found.view) < count:
+        view, count = int32_array(self._op, self._names["indices"], given), self.num_indices
+        if len(view) < count:
             expected = f"{count} pages, as its indptr says"
-            raise self._refuse("indices", f"{len(found.view)} elements", expected)
-        self.views["indices"] = found.view = found.view[:count]
-        least, self.max_page = found.bounds()
+            raise self._refuse("indices", f"{len(view)} elements", expected)
+        view = self.views["indices"] = view[:count]
+        least, self.max_page = _bounds(view)
         if least < 0:
             raise self._refuse("indices", least, "pages from 0 on")
 
@@ -253,12 +234,10 @@ class Batch:
             self._kv_lens = [(count - 1) * size + last if count else 0 for count, last in pairs]
         return self._kv_lens
 
-    @property
-    def kv_len_desc(self) -> TensorDesc:
-        """The keys of each request, as planners take them."""
-        if self._kv_len is not None:
-            return self._kv_len.desc
-        return described_ints(host_ints(self.kv_lens))
+    def use_kv_len(self) -> None:
+        """Give the planner the keys of each request, where the caller did not."""
+        if "kv_len" not in self.views:
+            self.views["kv_len"] = host_ints(self.kv_lens)
 
     @property
     def mask_indptr(self) -> list[int]:
@@ -287,14 +266,23 @@ class Batch:
 
 
 class Arrays:
-    """Where index arrays lie behind the kernel's part of the int workspace."""
+    """Where a batch's arrays lie behind the kernel's part of the int workspace.
 
-    def __init__(self, kernel_bytes: int, rooms: Mapping[str, int]) -> None:
+    There is room for some more requests and pages than are asked for.
+    """
+
+    def __init__(
+        self, kernel_bytes: int, names: Collection[str] = (), size: int = 0, num_indices: int = 0
+    ) -> None:
         self.kernel_bytes = self.end = aligned(max(kernel_bytes, 1), _KERNEL_STEP)
         # Where each array starts, in bytes, and its room in int32.
         self._placed: dict[str, tuple[int, int]] = {}
-        for name, count in rooms.items():
-            room = aligned(max(count, 1), _INDEX_STEP if name == "indices" else _LENGTHS_STEP)
+        positions = aligned(size + 1, _LENGTHS_STEP)
+        self._size, self._num_indices = positions - 1, INT32_MAX
+        for name in names:
+            room = positions
+            if name == "indices":
+                room = self._num_indices = aligned(max(num_indices, 1), _INDEX_STEP)
             self._placed[name] = self.end, room
             self.end = aligned(self.end + 4 * room)
 
@@ -302,40 +290,32 @@ class Arrays:
         """Where an array starts, in bytes, and its room in int32."""
         return self._placed[name]
 
-    def holds(self, kernel_bytes: int, rooms: Mapping[str, int]) -> bool:
+    def holds(self, kernel_bytes: int, batch: Batch) -> bool:
         """Whether there is room for such a batch."""
-        placed = self._placed
         return (
             kernel_bytes <= self.kernel_bytes
-            and rooms.keys() == placed.keys()
-            and all(count <= placed[name][1] for name, count in rooms.items())
+            and batch.size <= self._size
+            and batch.num_indices <= self._num_indices
+            and batch.views.keys() == self._placed.keys()
         )
 
-    def write(self, stage: memoryview, values: Mapping[str, memoryview]) -> None:
-        """Write index arrays to their places in host memory, both as int32."""
-        for name, view in values.items():
+    def write(self, stage: memoryview, views: Mapping[str, memoryview]) -> None:
+        """Write a batch's arrays to their places in host memory, both as int32."""
+        for name, view in views.items():
             start, room = self._placed[name]
             count = len(view)
-            assert count <= room, f"{name}: {count} int32 in room for {room}"
+            assert count <= room, name
             word = start // 4
             stage[word : word + count] = view
 
-    def descs(
-        self, buffer: TensorDesc, counts: Mapping[str, int] | None = None
-    ) -> dict[str, TensorDesc]:
+    def descs(self, buffer: TensorDesc, counts: Mapping[str, int]) -> dict[str, TensorDesc]:
         """The arrays in the int workspace: of so many int32, or of all that there is room for."""
-        counts = counts or {}
         return {
             name: TensorDesc(
                 buffer.ptr + start, (counts.get(name, room),), INT32, device=buffer.device
             )
             for name, (start, room) in self._placed.items()
         }
-
-
-def placed_for(kernel_bytes: int, rooms: Mapping[str, int], before: Arrays) -> Arrays:
-    """Places for index arrays of so many int32: those of the batch before, if they hold them."""
-    return before if before.holds(kernel_bytes, rooms) else Arrays(kernel_bytes, rooms)
 
 
 def host_ints(values: Sequence[int]) -> memoryview:

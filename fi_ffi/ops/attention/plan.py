@@ -55,13 +55,12 @@ class WorkspaceSize(NamedTuple):
 # Stands for a workspace where only its size is asked for.
 SIZE_ONLY: Any = object()
 
-# Arguments of the planners that each batch has others of, and what they are of a `Batch`; all
-# else is bound.
-_PLANNED = {
-    "qo_indptr": "qo.desc", "kv_indptr": "kv.desc", "indptr": "kv.desc",
-    "kv_len_arr": "kv_len_desc", "kv_len": "kv_len_desc", "batch_size": "size",
-    "total_num_rows": "room_for_rows",
+# Arguments of the planners that are a batch's arrays, and which.
+_PLANNED_ARRAYS = {
+    "qo_indptr": "qo_indptr", "kv_indptr": "kv_indptr", "indptr": "kv_indptr",
+    "kv_len_arr": "kv_len", "kv_len": "kv_len",
 }  # fmt: skip
+_STAGING = "page_locked_int_workspace_buffer"
 # Axes of runs' tensors that each batch has others of, and what they are of a `Batch`; and what
 # sizes are not less than.
 _BATCH_AXES = {
@@ -84,6 +83,7 @@ class Plan:
     module: str
     # The planner, and the rows of runs by their kind: their place after the planner's.
     _planner: BoundRow
+    _planner_needs_kv_len: bool
     _run_rows: Sequence[Row]
     # The batch that is planned, and the most queries and pages there may be with CUDA graphs.
     _batch: Batch
@@ -121,14 +121,15 @@ class Plan:
         self._generation = -1
         self._info: Array | None = None
         self._captured: list[int] | None = None
-        self._placed = Arrays(0, {})
+        self._placed = Arrays(0)
         self._owns_workspace = workspace is None
         self._descs: dict[str, TensorDesc] = {}
-        # What these are of.
-        self._described: tuple[object, object] = (None, None)
-        self._planned_in: tuple[object, int] = (None, 0)
         # How many int32 index arrays have that the kernels take the batch's size from.
         self._counts: dict[str, int] = {}
+        # What these are of: where arrays are placed, the workspace, and the number of requests.
+        self._described: tuple[object, object, int] = (None, None, 0)
+        # What the planner's frames are of.
+        self._planned_in: tuple[object, object] = (None, None)
         self._runs: dict[tuple[int, bool, str], BoundRow] = {}
         # Of these, what has been bound to the schedule as it is now.
         self._bound_runs: dict[tuple[int, bool], BoundRow] = {}
@@ -144,7 +145,7 @@ class Plan:
         self._max_rows = getattr(self.options, "max_total_num_rows", None) or batch.rows
         self._max_indices = self.options.max_num_indices or batch.num_indices
         if workspace is SIZE_ONLY:
-            self.needs, self._placed = self._need(batch, self._sent(batch), is_exact=True)
+            self.needs, self._placed = self._need(batch, is_exact=True)
         else:
             self.schedule(batch, stream)
 
@@ -178,7 +179,10 @@ class Plan:
 
     def read(self, arrays: Sequence[object]) -> Batch:
         """Read and check a batch's arrays."""
-        return Batch(self.op, self.names, arrays, self.options.page_size or 1)
+        batch = Batch(self.op, self.names, arrays, self.options.page_size or 1)
+        if self._planner_needs_kv_len:
+            batch.use_kv_len()
+        return batch
 
     def most_need(self, batch: Batch) -> Need | None:
         """What any batch of so many requests and queries takes; None where that is not told."""
@@ -202,17 +206,20 @@ class Plan:
     # Planning.
 
     def _bind_planner(self, row: Row) -> None:
-        """Compile the planner with all bound but what says how long requests are."""
-        kinds = {
+        """Compile the planner with all bound; what says how long requests are is written into
+        each frame."""
+        bound = {arg.name: None for arg in row.given} | {
             arg.name: make_desc(0, (0,), arg.dtype, None, "cpu" if arg.host else self.device).kind
             for arg in row.tensors
         }
-        bound = {arg.name: kinds.get(arg.name) for arg in row.given if arg.name not in _PLANNED}
         dtypes = self.options.kernel.dtypes
         compiled = compiled_row(row, self.module, dtypes, self.op, self.device, bound)
         self._planner = BoundRow(compiled, Values(self.op, compiled, self.backend, {}))
-        self._planned = attrgetter(*(_PLANNED[name] for name in self._planner.template.index))
-        for name, value in self.facts().items():
+        self._planner_needs_kv_len = any(
+            _PLANNED_ARRAYS.get(arg.name) == "kv_len" for arg in row.tensors
+        )
+        facts = {"batch_size": 0, "total_num_rows": 0} | self.facts()
+        for name, value in facts.items():
             self._planner.put(name, value)
 
     @property
@@ -226,43 +233,36 @@ class Plan:
         major = machine.capability(self.device.index)[0] if self.device.is_cuda else 9
         return multiprocessors(self.device), major
 
-    def _sent(self, batch: Batch) -> dict[str, memoryview]:
-        """The arrays that runs read on the device."""
-        views = batch.views
-        return {name: views[name] for name in self.run_arrays.values() if name in views}
-
-    def _need(
-        self, batch: Batch, arrays: Mapping[str, memoryview], is_exact: bool = False
-    ) -> tuple[Need, Arrays]:
+    def _need(self, batch: Batch, is_exact: bool = False) -> tuple[Need, Arrays]:
         """What a batch takes of the workspaces, and places for its arrays behind it: as much as
         any batch like it, if there is room; then the next is placed where this one is."""
-        rooms = {name: len(view) for name, view in arrays.items()}
+        num_indices = batch.num_indices
         if self.options.enable_cuda_graph:
             if batch.rows > self._max_rows:
                 got, expected = f"{batch.rows} queries", f"{self._max_rows} at most"
                 raise self.refuse(self.names["qo_indptr"], got, expected)
-            if batch.num_indices > self._max_indices:
-                got, expected = f"{batch.num_indices} pages", f"{self._max_indices} at most"
+            if num_indices > self._max_indices:
+                got, expected = f"{num_indices} pages", f"{self._max_indices} at most"
                 raise self.refuse(self.names["kv_indptr"], got, expected)
-            batch.room_for_rows = self._max_rows
-            if "indices" in rooms:
-                rooms["indices"] = self._max_indices
+            batch.room_for_rows, num_indices = self._max_rows, self._max_indices
         elif not is_exact:
             need = self.most_need(batch)
             if need is not None:
-                placed = self._place(need, batch.size, rooms)
+                placed = self._place(need, batch, num_indices)
                 have = self.workspace
                 if self._owns_workspace or have is None or have.has(need.float_bytes, placed.end):
                     return need, placed
         need = self.exact_need(batch)
-        return need, self._place(need, batch.size, rooms)
+        return need, self._place(need, batch, num_indices)
 
-    def _place(self, need: Need, batch_size: int, rooms: Mapping[str, int]) -> Arrays:
-        """Places for index arrays after what the kernel needs of the int workspace: those of the
-        batch before, if they hold them."""
-        least = 0 if self.device.is_cuda else _REFERENCE_BYTES * (batch_size + 4)
+    def _place(self, need: Need, batch: Batch, num_indices: int) -> Arrays:
+        """Places for a batch's arrays after what the kernel needs of the int workspace: those of
+        the batch before, if they hold them."""
+        least = 0 if self.device.is_cuda else _REFERENCE_BYTES * (batch.size + 4)
         count, before = max(need.int_bytes, least), self._placed
-        return before if before.holds(count, rooms) else Arrays(count, rooms)
+        if before.holds(count, batch):
+            return before
+        return Arrays(count, batch.views, batch.size, num_indices)
 
     def replan_batch(self, arrays: Sequence[object], stream: object) -> None:
         """Plan another batch with the same options, in the same workspace."""
@@ -276,8 +276,7 @@ class Plan:
 
         Nothing that another plan uses is written before the kernel's planner has agreed.
         """
-        arrays = self._sent(batch)
-        need, placed = self._need(batch, arrays)
+        need, placed = self._need(batch)
         handle, is_cuda = self.stream(stream), self.device.is_cuda
         if is_cuda and cuda.is_capturing(handle):
             raise self.refuse("stream", "one that is capturing a graph", "plan before the capture")
@@ -289,10 +288,10 @@ class Plan:
                 # Up to 0.7.0, fa2's planner leaves the indices of the blocks that only pad
                 # the grid as they are; as 0, they repeat what the first block does.
                 ffi.memmove(cuda.pointer(stage.desc.ptr), bytes(count), count)
-            placed.write(stage.words, arrays)
+            placed.write(stage.words, batch.views)
             if is_cuda:
                 workspace.take(handle)
-            info = self._plan(workspace, stage, count, batch, handle)
+            info = self._plan(workspace, stage.desc, placed, batch, handle)
             if self.options.enable_cuda_graph:
                 # Until it is found the same, neither the old plan nor the new one holds.
                 workspace.generation += 1
@@ -301,11 +300,13 @@ class Plan:
             workspace.stages.record(stage, handle)
             workspace.generation += 1
             self._generation, self._info = workspace.generation, info
-        counts = {name: len(view) for name, view in arrays.items() if name != "indices"}
-        changed, self._counts = ({} if counts == self._counts else counts), counts
-        if placed is not self._described[0] or workspace is not self._described[1]:
-            self._described = placed, workspace
-            self._descs = placed.descs(workspace.int_buffer, counts)
+        described, self._described = self._described, (placed, workspace, batch.size)
+        changed: Mapping[str, int] = {}
+        if self._described != described:
+            views = batch.views.items()
+            changed = self._counts = {name: len(view) for name, view in views if name != "indices"}
+        if self._described[:2] != described[:2]:
+            self._descs = placed.descs(workspace.int_buffer, changed)
             self._descs["int_workspace_buffer"] = workspace.int_buffer.rows(0, count)
             self._bound_runs.clear()  # the plan may have the pages, where runs had them before
             for bound in self._runs.values():
@@ -315,24 +316,52 @@ class Plan:
             self._bind_schedule(bound, changed)
 
     def _plan(
-        self, workspace: Workspace, stage: Any, count: int, batch: Batch, handle: int
+        self, workspace: Workspace, stage: TensorDesc, placed: Arrays, batch: Batch, handle: int
     ) -> Array:
-        """Call the planner: what it returns is the plan's info."""
-        planner, staging = self._planner, "page_locked_int_workspace_buffer"
-        if self._planned_in != (workspace, count):
-            planner.put("float_workspace_buffer", workspace.float_buffer)
-            planner.put("int_workspace_buffer", workspace.int_buffer.rows(0, count))
-            planner.put(staging, stage.desc.rows(0, count))
-            self._planned_in = workspace, count
-        planner.change(planner.changed(staging, 0, stage.desc.ptr))
-        values = self._planned(batch)  # which the launch needs alive
-        _, frame = planner.compiled.pack(planner, *values)
+        """Call the planner, which reads the arrays in the stage: what it returns is the plan's
+        info."""
+        planner = self._planner
+        if self._planned_in != (workspace, placed):
+            self._bind_places(workspace, stage, placed, batch)
+            self._planned_in = workspace, placed
+        _, frame = planner.compiled.pack(planner)
         try:
+            words, base, size = frame.addresses, stage.ptr, batch.size
+            for word, start in self._starts:
+                words[word] = base + start
+            for word, more in self._lengths:
+                words[word] = size + more
+            for word in self._rows:
+                words[word] = batch.room_for_rows
             with watching.running(self):
                 launch(frame, handle if self.device.is_cuda else None)
             return frame.take_result()  # type: ignore[no-any-return]
         finally:
             planner.give_back(frame)
+
+    def _bind_places(
+        self, workspace: Workspace, stage: TensorDesc, placed: Arrays, batch: Batch
+    ) -> None:
+        """Bind the planner to a workspace and to where arrays are in a stage; find the words of
+        its frames that each batch has others of."""
+        planner, count = self._planner, placed.kernel_bytes
+        planner.put("float_workspace_buffer", workspace.float_buffer)
+        planner.put("int_workspace_buffer", workspace.int_buffer.rows(0, count))
+        planner.put(_STAGING, stage.rows(0, count))
+        # The words of addresses, and where these are in the stage.
+        self._starts = [(planner.word(_STAGING), 0)]
+        # The words of lengths, and how much more these are than the number of requests.
+        self._lengths = [(planner.word("batch_size"), 0)] if planner.has("batch_size") else []
+        descs = placed.descs(stage, {name: len(view) for name, view in batch.views.items()})
+        for arg in planner.compiled.row.tensors:
+            name = _PLANNED_ARRAYS.get(arg.name)
+            if name is not None:
+                planner.put(arg.name, descs[name])
+                self._starts.append((planner.word(arg.name), placed.where(name)[0]))
+                self._lengths.append(
+                    (planner.word(arg.name, 1), len(batch.views[name]) - batch.size)
+                )
+        self._rows = [planner.word("total_num_rows")] if planner.has("total_num_rows") else []
 
     def _workspace(self, float_bytes: int, int_bytes: int) -> Workspace:
         workspace = self.workspace

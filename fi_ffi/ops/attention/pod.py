@@ -8,7 +8,7 @@ from typing import Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.ops import cuda
-from fi_ffi.ops.attention.arrays import HostArray
+from fi_ffi.ops.attention.arrays import int32_array
 from fi_ffi.ops.attention.backends import NON_CAUSAL, SHORT, release
 from fi_ffi.ops.attention.masks import check_causal, packed_mask
 from fi_ffi.ops.attention.plan import Packing
@@ -79,7 +79,7 @@ class PodPlan(BatchPrefillPlan):
 
     def _each_one(self, last_page_len: TensorLike) -> Any:
         """One query for each request."""
-        count = len(HostArray(self.op, "paged_kv_last_page_len", last_page_len).view)
+        count = len(int32_array(self.op, "paged_kv_last_page_len", last_page_len))
         if not count:
             raise self.refuse("paged_kv_last_page_len", "no requests", "one or more")
         return array("i", range(count + 1))

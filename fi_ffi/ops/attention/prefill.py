@@ -177,7 +177,7 @@ class BatchPrefillPlan(Plan):
         return size(self.geometry, batch.qo_lens, batch.kv.counts, batch.room_for_rows)
 
     def check_same_launch(self, batch: Batch) -> None:
-        split = self._need(batch, self._sent(batch))[0].split
+        split = self._need(batch)[0].split
         if split != self.needs.split:
             got = f"requests {'split' if split else 'not split'}"
             expected = "as captured: fixed_split_size makes it depend on the lengths"

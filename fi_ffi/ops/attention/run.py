@@ -236,6 +236,15 @@ class BoundRow:
         self._words[name] = words
         self.version = object()
 
+    def has(self, name: str) -> bool:
+        """Whether an argument is bound."""
+        return name in self._words
+
+    def word(self, name: str, number: int = 0) -> int:
+        """Where one of a bound argument's words is in a frame: of a tensor, its address or one of
+        its sizes."""
+        return self._words[name][number][0]
+
     def changed(self, name: str, number: int, value: int) -> list[tuple[int, int]]:
         """One of a bound argument's words (of a tensor: its address, then its sizes), changed;
         nothing where it is the same, or the row lacks the argument."""
