@@ -5,7 +5,8 @@
 #   tools/gpu_build.sh [core | options | gdn | rest | moe]
 #
 # The wheel is written to $OUT, in pieces of 15 MB: `cat kernels.part.* > NAME`, where
-# NAME is in kernels.name.  Run it again where a time limit ended it: it goes on.
+# NAME is in kernels.name.  Run it again where a time limit ended it: it goes on.  $JOBS compilers
+# run at once (the machine's cores); modules that the folder $HAVE has are left out.
 set -eu
 cd "$(dirname "$0")/.."
 out=${OUT:-.out}
@@ -23,8 +24,8 @@ if [ ! -e "$environment/created" ]; then
     >"$(ls -d "$environment"/lib/python3*/site-packages)/machine.pth"
   touch "$environment/created"
 fi
-mapfile -t names < <(python3 tools/gpu_kernels.py "$@")
+mapfile -t names < <(python3 tools/gpu_kernels.py "$@" | grep -v -x -F -f <(ls "${HAVE:-/dev/null}"))
 wheel=$(python3 -c 'from fi_ffi.cli import main; main()' build --torch torch \
-  --jobs "$(nproc)" --output "$FI_FFI_CACHE_DIR/wheels" "${names[@]}")
+  --jobs "${JOBS:-$(nproc)}" --output "$FI_FFI_CACHE_DIR/wheels" "${names[@]}")
 basename "$wheel" >"$out/kernels.name"
 split -b 15000000 "$wheel" "$out/kernels.part."
