@@ -36,6 +36,13 @@ CALLS, CALLS_PAGE = (
 )
 
 
+def having(has: Callable[[Row], object] = bool) -> pytest.MarkDecorator:
+    """A test for each op whose row has a property; with `dtypes`, one combination of them."""
+    ops = {name: op for name, op in OPS.items() if has(op.row)}
+    assert ops, "no row has it"
+    return pytest.mark.parametrize("op", ops.values(), ids=list(ops))
+
+
 def padded(array: np.ndarray, pad: int) -> np.ndarray:
     """The same values, with `pad` elements of NaN between rows of the last axis."""
     wide = np.full((*array.shape[:-1], array.shape[-1] + pad), np.nan, array.dtype)

@@ -8,13 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import expectations, sampling
 
-from fi_ffi.loader.building.build import build
+expectations.install()  # before any module is imported that has an `assert`
 
-from compiler import why_not_build
+from fi_ffi.loader.building.build import build  # noqa: E402
 
+from compiler import why_not_build  # noqa: E402
+
+pytest_addoption = sampling.add_options
 # A wheel that has at least the modules of `built_wheel`, used instead of building one.
 KERNELS = "FI_FFI_TEST_KERNELS"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for plugin in (expectations, sampling):
+        config.pluginmanager.register(plugin)
 
 
 @pytest.fixture

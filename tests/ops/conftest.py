@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from fi_ffi import reference
 from fi_ffi.abi.streams import current_scope
 from fi_ffi.loader import machine as of_loader
+from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference import norm
 
 from attention.machines import Cpu
 from attention.pretend import Pretend, current_stream
+from calls import EVERY_CALL
 from prepared_calls import Mine
 
 
@@ -19,6 +22,15 @@ from prepared_calls import Mine
 def machine() -> Cpu:
     """Where a test runs; of the same name on a GPU, where many of these tests run as well."""
     return Cpu()
+
+
+@pytest.fixture
+def dtypes(op: Op, rng: np.random.Generator) -> dict[str, str]:
+    """One combination of an op's dtypes, another one each time."""
+    of_it = [call.values[1] for call in EVERY_CALL if call.values[0] is op]
+    chosen: dict[str, str] = of_it[rng.integers(len(of_it))]
+    print(f"dtypes {chosen}")  # shown with a failure
+    return chosen
 
 
 @pytest.fixture

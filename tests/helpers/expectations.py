@@ -1,0 +1,67 @@
+"""A test that passes without an `assert` reached or an error expected fails: it checks nothing.
+
+What is reached in modules beside the tests counts too.  It is counted by a statement before each
+`assert` that pytest rewrites anyway, and by `pytest.raises` and `pytest.warns`.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _pytest.assertion import rewrite
+
+TESTS = Path(__file__).resolve().parents[1]
+_reached = 0
+
+
+def note() -> None:
+    """An expectation was reached."""
+    global _reached
+    _reached += 1
+
+
+class _Noting(rewrite.AssertionRewriter):
+    """Rewrites `assert` as pytest does, with a note before it."""
+
+    def visit_Assert(self, assert_: ast.Assert) -> list[ast.stmt]:
+        (noted,) = ast.parse("NAME.note_expectation()").body
+        noted.value.func.value = ast.Name("@pytest_ar", ast.Load())  # type: ignore[attr-defined]
+        for node in ast.walk(noted):
+            ast.copy_location(node, assert_)
+        return [noted, *super().visit_Assert(assert_)]
+
+
+def _noted(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        note()
+        return function(*args, **kwargs)
+
+    return noting
+
+
+def install() -> None:
+    """Count from the next module on that is imported."""
+    rewrite.AssertionRewriter = _Noting  # type: ignore[misc]
+    rewrite.note_expectation = note  # type: ignore[attr-defined]
+    # What pytest has compiled without notes is left alone.
+    rewrite.PYC_TAIL = "-noted" + rewrite.PYC_TAIL
+    pytest.raises, pytest.warns = _noted(pytest.raises), _noted(pytest.warns)
+    modules = (path.stem for path in TESTS.iterdir() if path.suffix in (".py", ""))
+    names = {name for name in modules if name.isidentifier()} - {"conftest", __package__}
+    pytest.register_assert_rewrite(*names)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
+    """Fail a test that has returned and expected nothing."""
+    before = _reached
+    result = yield
+    if _reached == before:
+        pytest.fail("it asserts nothing and expects no error", pytrace=False)
+    return result
