@@ -49,10 +49,13 @@ class _Group(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> object:
+        # Only here: `--help` should not import what prints tables.
+        from fi_ffi.cli.output import Failure
+
         try:
             return super().invoke(ctx)
         except FiFfiError as error:
-            raise click.ClickException(str(error)) from error
+            raise Failure(str(error)) from error
         except KeyboardInterrupt:  # click's own way is to exit with 1, as if something failed
             click.echo("Interrupted.", err=True)
             sys.exit(INTERRUPTED)

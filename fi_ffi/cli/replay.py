@@ -20,7 +20,7 @@ from fi_ffi.loader import machine
 _CPU = parse_device("cpu")
 
 
-class _NotReplayed(click.ClickException):
+class _NotReplayed(output.Failure):
     exit_code = 2
 
 
@@ -57,7 +57,7 @@ def replay(file: Path, device: str | None, kernels: str | None, bits: bool, as_j
         _print(recorded.path, facts, compared)
     if wrong:
         told = ", ".join(f"{of.name} and {of.to}" for of in wrong)
-        raise click.ClickException(f"these differ: {told}")
+        raise output.Failure(f"these differ: {told}")
 
 
 def _differs(of: Compared) -> bool:

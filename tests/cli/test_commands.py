@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -175,3 +176,29 @@ def test_inspect_without_loading(built_wheel):
     document = json.loads(done.stdout)
     assert set(document["functions"].values()) == {None}
     assert document["signatures_missing_because"] == "not loaded"
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J"
+ESCAPED = r"\x1b]0;owned\x07\x1b[2J"
+
+
+def test_names_of_symbols_reach_no_terminal(tmp_path):
+    compiler = shutil.which("cc") or pytest.skip("needs a C compiler")
+    source, library = tmp_path / "named.c", tmp_path / "named.so"
+    hostile = HOSTILE.encode()
+    source.write_text("void __tvm_ffi_" + "x" * len(hostile) + "(void) {}\n")
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True)
+    image = library.read_bytes()
+    assert b"x" * len(hostile) in image
+    library.write_bytes(image.replace(b"x" * len(hostile), hostile))
+    assert HOSTILE in json.loads(run("inspect", library, "--no-load", "--json"))["functions"]
+    text = run("inspect", library, "--no-load")
+    assert ESCAPED in text
+    assert not [c for c in text if not c.isprintable() and c != "\n"]
+
+
+def test_names_of_files_reach_no_terminal(tmp_path):
+    path = tmp_path / HOSTILE
+    for text in (run("replay", path, code=2), run("doctor", "--kernels", path, code=1)):
+        assert ESCAPED in text.replace("\n", "")
+        assert not [c for c in text if not c.isprintable() and c != "\n"]

@@ -23,11 +23,12 @@ _CPU = parse_device("cpu")
 _DEFAULT_STREAM = 0
 # POD attention has a plan's arguments beside those of a single request.
 _OF_DECODE = "_d"
-# Scratch memory is at least this: what was enough on one device may not be on another.
+# Scratch memory on a GPU is at least this, for what was enough on one device may not be on another.
 _LEAST = {"float_workspace_buffer": FLOAT_BYTES, "tmp": 2**26, "tmp_p": 2**26}
-_OF_PLANS = ("float_workspace_buffer", "int_workspace_buffer")
-_LEAST_ON_CPU = 2**20
 _LEAST_OF_INTS = INT_BYTES  # of the int workspace, and of the host memory before it
+_MOST = 2**30  # of what a dump asks for
+_ON_CPU = 2**20  # where the reference uses none
+_OF_PLANS = ("float_workspace_buffer", "int_workspace_buffer")
 
 
 class CannotReplay(FiFfiError, ValueError):
@@ -117,18 +118,15 @@ class _Calling:
         if name not in self._scratch:
             if self._recorded.plan is not None and name in _OF_PLANS:
                 raise CannotReplay(f"{self._recorded.path}: its plan has no {name}")
-            least = _LEAST.get(name, _LEAST_OF_INTS) if self._device.is_cuda else _LEAST_ON_CPU
+            if count > _MOST:
+                raise CannotReplay(
+                    f"{self._recorded.path}: {name} has {count} bytes, and {_MOST} is the most"
+                )
+            size = max(count, _LEAST.get(name, _LEAST_OF_INTS))
             where = _CPU if arg.host else self._device
-            self._scratch[name] = allocate(max(count, least), where)
+            memory = cuda.allocate(size if self._device.is_cuda else _ON_CPU, where, zeroed=True)
+            self._scratch[name] = memory.desc.at(memory.desc.ptr, memory)
         return self._scratch[name]
-
-
-def allocate(count: int, device: Device) -> TensorDesc:
-    """Zeroed bytes, which live as long as the descriptor."""
-    memory = cuda.allocate(count, device, zeroed=True)
-    if not device.is_cuda:
-        ffi.memmove(cuda.pointer(memory.desc.ptr), bytes(count), count)
-    return memory.desc.at(memory.desc.ptr, memory)
 
 
 def sources(recorded: Recorded, device: Device) -> Mapping[str, str]:
