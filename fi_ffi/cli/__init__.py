@@ -25,7 +25,6 @@ _COMMANDS = {
     "list": "List kernel modules and what they serve.",
     "lock": "Keep wheels.lock: add files, verify them, pin their RECORDs.",
     "replay": "Make a dumped call again and compare its results.",
-    "trace": "Write FlashInfer-Bench definitions of calls.",
 }
 
 
