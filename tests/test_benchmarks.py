@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.cli.benching.noop_kernel import kernels_replaced, noop
+
+from marks.noop_kernel import kernels_replaced, noop
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 ON_CPU = functools.partial(fi_ffi.TensorDesc, device="cpu")

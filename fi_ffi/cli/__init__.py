@@ -16,7 +16,6 @@ from fi_ffi.errors import FiFfiError
 from fi_ffi.loader import cache
 
 _COMMANDS = {
-    "bench": "Measure what calls take of the host, with no GPU.",
     "build": "Build kernel modules from FlashInfer's sources into a wheel.",
     "cache": "List, prune and verify the cache.",
     "demo": "Run the ops on what this machine has, and check every result.",

@@ -2,7 +2,7 @@
 
 Counted are the instructions of Python that a repeated call executes, beyond those of the
 statement that makes it, and the functions in C that are called from them.  They say nothing
-of how long each takes; `fi-ffi bench --cpu` does.
+of how long each takes; benchmarks/host_calls.py does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.cli.benching.calls import (
+from fi_ffi.loader import machine, runtime
+
+from marks.noop_kernel import kernels_replaced, noop
+from marks.turns import Call
+from marks.ways import (
     EMPTY,
     NUMPY_REPEATED,
     PLAN_TYPED,
@@ -33,9 +37,6 @@ from fi_ffi.cli.benching.calls import (
     TYPED,
     own_calls,
 )
-from fi_ffi.cli.benching.noop_kernel import kernels_replaced, noop
-from fi_ffi.cli.benching.timing import Call
-from fi_ffi.loader import machine, runtime
 
 
 class Budget(NamedTuple):
