@@ -11,7 +11,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,9 +18,8 @@ import pytest
 
 import fi_ffi
 
-from marks.noop_kernel import kernels_replaced, noop
+from helpers.benchmarks import BENCHMARKS, kernels_replaced, noop
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 ON_CPU = functools.partial(fi_ffi.TensorDesc, device="cpu")
 
 

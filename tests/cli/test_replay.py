@@ -18,8 +18,6 @@ from click.testing import CliRunner, Result
 
 import fi_ffi
 from fi_ffi.cli import main
-from fi_ffi.cli.cases import default_dtypes, make_case
-from fi_ffi.cli.inputs import inputs_of
 from fi_ffi.cli.replaying import compare
 from fi_ffi.cli.replaying.recorded import load
 from fi_ffi.errors import ArtifactError
@@ -27,6 +25,8 @@ from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.watch import watching
 from fi_ffi.ops.watch.dump import AFTER, BEFORE
 
+from helpers.cases import default_dtypes, make_case
+from helpers.inputs import inputs_of
 from plan_calls import KINDS, Case
 from prepared_calls import EVERY_OP, Placed, draw, placed
 

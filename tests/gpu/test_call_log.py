@@ -19,13 +19,14 @@ from click.testing import CliRunner
 
 import fi_ffi
 from fi_ffi.cli import main
-from fi_ffi.cli.cases import Case, make_case
-from fi_ffi.cli.inputs import inputs_of
+from fi_ffi.cli.cases import Case
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.row import Row
 from fi_ffi.ops.watch import watching
 from fi_ffi.ops.watch.dump import BEFORE
 
+from helpers.cases import make_case
+from helpers.inputs import inputs_of
 from prepared_calls import settle
 
 HEAD = re.compile(r"\[[^]]*\] #(\d+) (.*)")

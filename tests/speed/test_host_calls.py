@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -17,29 +16,17 @@ from fi_ffi.loader import runtime
 from fi_ffi.loader import tvm_ffi as libtvm_ffi
 from fi_ffi.loader.tvm_ffi import Found
 
-import host_calls
-from marks import ways
-from marks.noop_kernel import kernels_replaced, noop
-from marks.turns import Call, Timing, measure
-from marks.ways import (
-    EMPTY,
-    NUMPY_REPEATED,
-    PEER,
-    PLAN_TYPED,
-    PREPARED,
-    REPEATED,
-    TYPED,
-    own_calls,
-)
+from helpers.benchmarks import Call, Timing, host_calls, kernels_replaced, measure, noop, ways
 
 NAMES = [
-    EMPTY, PREPARED, "prepared call, 3 new pointers, in a scope", "prepared call with a stream",
-    "typed call, in a scope", TYPED, REPEATED, "typed call, 2 TensorDescs made, other lengths",
-    NUMPY_REPEATED, "typed call, numpy arrays (CPU), other lengths", "one TensorDesc made",
-    PLAN_TYPED, "plan.run, prepared (CPU: no stream)",
+    ways.EMPTY, ways.PREPARED, "prepared call, 3 new pointers, in a scope",
+    "prepared call with a stream", "typed call, in a scope", ways.TYPED, ways.REPEATED,
+    "typed call, 2 TensorDescs made, other lengths", ways.NUMPY_REPEATED,
+    "typed call, numpy arrays (CPU), other lengths", "one TensorDesc made", ways.PLAN_TYPED,
+    "plan.run, prepared (CPU: no stream)",
 ]  # fmt: skip
-OTHERS = {REPEATED: NAMES[7], NUMPY_REPEATED: NAMES[9]}
-PROGRAM = Path(__file__).parents[2] / "benchmarks" / "host_calls.py"
+OTHERS = {ways.REPEATED: NAMES[7], ways.NUMPY_REPEATED: NAMES[9]}
+PROGRAM = host_calls.__file__
 QUICK = ("--rounds", "3", "--calls", "20")
 
 
@@ -52,7 +39,7 @@ def no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def calls() -> dict[str, Call]:
     runtime.ensure_tvm_ffi()
-    return {call.name: call for call in own_calls()}
+    return {call.name: call for call in ways.own_calls()}
 
 
 @pytest.fixture
@@ -91,7 +78,7 @@ def test_a_table(run: Callable[..., str]) -> None:
 def test_it_fails_on_a_ratio_alone(run: Callable[..., str]) -> None:
     # A prepared call is the empty one and more.
     text = run(*QUICK, "--fail-above", 1, code=1)
-    assert f"Error: {PREPARED}: " in text
+    assert f"Error: {ways.PREPARED}: " in text
     assert "and 1 is the most" in text
     run(*QUICK, "--fail-above", 1e6)
 
@@ -107,11 +94,11 @@ def test_it_fails_where_other_lengths_take_longer(
 
     monkeypatch.setattr(Timing, "ratio", ratio)
     run(*QUICK, "--fail-above-repeated", 1.5)
-    ratios[NUMPY_REPEATED] = 1.51
+    ratios[ways.NUMPY_REPEATED] = 1.51
     text = run(*QUICK, "--fail-above-repeated", 1.5, code=1)
     expected = "1.51 times the repeated length, and 1.5 is the most"
-    assert f"Error: {OTHERS[NUMPY_REPEATED]}: {expected}\n" in text
-    assert f"{OTHERS[REPEATED]}: 1" not in text
+    assert f"Error: {OTHERS[ways.NUMPY_REPEATED]}: {expected}\n" in text
+    assert f"{OTHERS[ways.REPEATED]}: 1" not in text
     run(*QUICK)
 
 
@@ -134,16 +121,18 @@ def test_what_fails_its_check_is_not_shown(
 ) -> None:
     def wrong() -> list[Call]:
         return [
-            dataclasses.replace(call, problem=lambda: "it is wrong") if call.name == TYPED else call
-            for call in own_calls()
+            dataclasses.replace(call, problem=lambda: "it is wrong")
+            if call.name == ways.TYPED
+            else call
+            for call in ways.own_calls()
         ]
 
     monkeypatch.setattr(host_calls, "own_calls", wrong)
     text = run(*QUICK, "--json", code=1)
     document, _ = json.JSONDecoder().raw_decode(text)
-    assert [row["call"] for row in document["results"]] == [n for n in NAMES if n != TYPED]
-    assert document["not_shown"] == {TYPED: "it is wrong"}
-    assert f"Error: not shown, because a check failed: {TYPED}: it is wrong" in text
+    assert [row["call"] for row in document["results"]] == [n for n in NAMES if n != ways.TYPED]
+    assert document["not_shown"] == {ways.TYPED: "it is wrong"}
+    assert f"Error: not shown, because a check failed: {ways.TYPED}: it is wrong" in text
 
 
 def test_every_call_passes_its_checks(calls: dict[str, Call]) -> None:
@@ -170,7 +159,9 @@ def test_another_call_is_told(calls: dict[str, Call], statement: str) -> None:
 
 def test_rows_past_the_length_are_looked_at() -> None:
     statement = ways._MADE.format(ways._ON_STREAM).replace("(n, 64)", "(n + 1, 64)")
-    assert "rows past its length" in str(ways._rmsnorm("", statement, repeated=REPEATED).problem())
+    assert "rows past its length" in str(
+        ways._rmsnorm("", statement, repeated=ways.REPEATED).problem()
+    )
 
 
 @pytest.mark.parametrize(
@@ -196,11 +187,11 @@ def test_the_entry_does_nothing() -> None:
 def test_kernels_are_back_after_the_block(calls: dict[str, Call]) -> None:
     """Those of the op and of plans like the one that was timed."""
     with kernels_replaced(noop):
-        for name in (NUMPY_REPEATED, PLAN_TYPED):
+        for name in (ways.NUMPY_REPEATED, ways.PLAN_TYPED):
             measure([calls[name]], 1, 1)
-        assert "away from float64" in str(calls[PLAN_TYPED].problem())
-    assert calls[NUMPY_REPEATED].problem() is None
-    assert calls[PLAN_TYPED].problem() is None
+        assert "away from float64" in str(calls[ways.PLAN_TYPED].problem())
+    assert calls[ways.NUMPY_REPEATED].problem() is None
+    assert calls[ways.PLAN_TYPED].problem() is None
 
 
 def test_rounds_take_turns() -> None:
@@ -233,7 +224,7 @@ def test_tvm_ffi_is_left_alone_where_it_cannot_be_measured(monkeypatch: pytest.M
 
 
 def test_beside_tvm_ffi_where_it_is_installed() -> None:
-    command = [sys.executable, str(PROGRAM), *QUICK, "--json"]
+    command = [sys.executable, PROGRAM, *QUICK, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
@@ -243,7 +234,7 @@ def test_beside_tvm_ffi_where_it_is_installed() -> None:
         assert "not installed" in document["peer"]
         return
     assert document["peer"].startswith("apache-tvm-ffi 0.1")
-    assert rows[PEER]["of_tvm_ffi"] == 1
+    assert rows[ways.PEER]["of_tvm_ffi"] == 1
     assert "tvm_ffi call, numpy arrays" in rows
     assert ("tvm_ffi call, torch tensors" in rows) == bool(importlib.util.find_spec("torch"))
     assert all(row["of_tvm_ffi"] > 0 for row in document["results"])

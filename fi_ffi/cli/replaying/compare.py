@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from fi_ffi.cli.cases import Case
+from fi_ffi.cli.cases import Case, case_of
 from fi_ffi.cli.replaying.memory import POISON
 from fi_ffi.cli.replaying.recorded import Recorded, RecordedTensor
 from fi_ffi.ops.row import Row
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.exact import EXACT, MOVES
-from fi_ffi.reference.formula import as_inputs
 
 # Of a dtype's steps at an element and at the largest of its row, beside no better bound.
 _STEPS = 2.0
@@ -102,13 +100,7 @@ def definition_of(row: Row, recorded: Recorded, fill: int = POISON) -> Case:
         if of.elements is not None and not of.is_scratch
     }
     values = {name: value for name, value in recorded.values.items() if value is not None}
-    expected: dict[str, Any]
-    if row.formula in MOVES:
-        moved = MOVES[row.formula](arrays | values)
-        expected = {name: (array, None) for name, array in moved.items()}
-    else:
-        expected = {**EXACT[row.formula](as_inputs({**arrays, **values}))}
-    return Case(row, arrays, values, expected)
+    return case_of(row, arrays, values)
 
 
 def compared(name: str, to: str, got: Array, wanted: Array, eps: float) -> Compared:
