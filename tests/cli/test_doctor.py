@@ -109,7 +109,8 @@ def test_the_driver_is_told_as_it_is():
 
 
 def test_no_op_works_without_a_driver(monkeypatch, built_wheel):
-    """A GPU that something else answers for: the driver's own word decides."""
+    """A GPU that something else answers for: the driver's own word decides, and nothing is run."""
+    monkeypatch.setattr(runtime, "kernel_entry", lambda *_: pytest.fail("it was loaded"))
     monkeypatch.setattr(cuda, "driver_version", lambda: None)
     monkeypatch.setattr(machine, "device_count", lambda: 1)
     monkeypatch.setattr(machine, "capability", lambda device: (9, 0))
