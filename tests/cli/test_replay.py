@@ -569,13 +569,13 @@ def test_views_of_larger_tensors_are_replayed(folder):
 def test_placed_arrays_are_as_aligned_as_they_were(folder):
     """What a kernel loads at a time must be where it was."""
     from fi_ffi.abi.tensor import parse_device
-    from fi_ffi.cli.replaying.memory import Placed as Replaced
+    from fi_ffi.cli.replaying.rerun import Placed as Replaced
 
     case = draw(OPS["rmsnorm"].row, {"T": "float16"}, {})
     made = Placed(case)
     (path,) = dumped(folder, lambda: fi_ffi.rmsnorm(**made.values))
     recorded = load(path)
-    again = Replaced(recorded.tensors.values(), parse_device("cpu"), frozenset())
+    again = Replaced(recorded.tensors.values(), parse_device("cpu"))
     for name, address in made.addresses.items():
         desc = again.desc(name)
         assert desc.ptr % 256 == address % 256 and desc.ptr != address

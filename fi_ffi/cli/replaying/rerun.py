@@ -1,17 +1,21 @@
-"""Dumped calls made again: on a GPU, or by the reference on the CPU."""
+"""Dumped calls made again: on a GPU, or by the reference on the CPU.
+
+Tensors are placed as they lay: those that overlapped do so again, at addresses as aligned.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import array_values
 from fi_ffi.abi.objects import Array as ArrayObject
-from fi_ffi.abi.tensor import Device, TensorDesc, parse_device
-from fi_ffi.cli.replaying.memory import Placed
-from fi_ffi.cli.replaying.recorded import Recorded
+from fi_ffi.abi.tensor import Device, TensorDesc, make_desc, parse_device
+from fi_ffi.cli.replaying.recorded import Recorded, RecordedTensor
 from fi_ffi.errors import FiFfiError
 from fi_ffi.ops import cuda
 from fi_ffi.ops.attention.workspace import FLOAT_BYTES, INT_BYTES
@@ -19,7 +23,9 @@ from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.row import PlanInfo, Row, Tensor
 from fi_ffi.reference.arrays import Array
 
+POISON = 0xFF  # every byte of what a call only writes, before it
 _CPU = parse_device("cpu")
+_ALIGNMENT = 256  # of which addresses keep the rest
 _DEFAULT_STREAM = 0
 # POD attention has a plan's arguments beside those of a single request.
 _OF_DECODE = "_d"
@@ -36,7 +42,7 @@ class CannotReplay(FiFfiError, ValueError):
 
 
 @dataclass(frozen=True)
-class Made:
+class Rerun:
     """What a call gave this time."""
 
     # What was written.
@@ -44,7 +50,7 @@ class Made:
     result: Any
 
 
-def make_again(recorded: Recorded, device: Device) -> Made:
+def rerun(recorded: Recorded, device: Device) -> Rerun:
     """Make a dumped call again on a device.
 
     Raises `CannotReplay`, and what the call itself would.
@@ -64,7 +70,7 @@ def make_again(recorded: Recorded, device: Device) -> Made:
     result = calling.make(info)
     written = [name for name, of in recorded.tensors.items() if of.writes and not of.is_scratch]
     after = calling.placed.get(written)
-    return Made(after, array_values(result) if isinstance(result, ArrayObject) else result)
+    return Rerun(after, array_values(result) if isinstance(result, ArrayObject) else result)
 
 
 def _row(recorded: Recorded) -> Row:
@@ -90,8 +96,8 @@ class _Calling:
         for of in kept:
             if of.elements is None:
                 raise CannotReplay(f"{recorded.path}: the elements of {of.name} are not in it")
-        hosts = frozenset(name for name, arg in self._args.items() if arg.host)
-        self.placed = Placed(kept, device, hosts)
+        on_host = {name for name, arg in self._args.items() if arg.host}
+        self.placed = Placed(kept, device, on_host)
 
     def make(self, info: ArrayObject | None) -> Any:
         """Make the call; what it returns."""
@@ -129,13 +135,110 @@ class _Calling:
         return self._scratch[name]
 
 
-def sources(recorded: Recorded, device: Device) -> Mapping[str, str]:
-    """What the kernel is that was called, and what is called now."""
+class _Region:
+    """Adjacent bytes on a device, and their copy on the host."""
+
+    def __init__(self, start: int, count: int, device: Device) -> None:
+        self.start, self.device = start, device
+        self.memory = cuda.allocate(count + 2 * _ALIGNMENT, device)
+        base = self.memory.desc.ptr
+        self.address = base + (start - base) % _ALIGNMENT
+        self.host = np.full(count, POISON, np.uint8)
+
+    def view(self, tensor: RecordedTensor) -> Array:
+        """The tensor in the copy on the host."""
+        dtype = tensor.dtype.numpy
+        if 0 in tensor.shape:
+            return np.empty(tensor.shape, dtype)
+        strides = [stride * dtype.itemsize for stride in tensor.strides]
+        offset = tensor.address - self.start
+        view: Array = np.ndarray(tensor.shape, dtype, self.host.data, offset, strides)
+        return view
+
+    def copy(self, to_host: bool) -> None:
+        """Copy all of it between the device and the host."""
+        ends = (self.host.ctypes.data, self.address)
+        target, source = ends if to_host else ends[::-1]
+        if not self.host.size:
+            return
+        if not self.device.is_cuda:
+            ffi.memmove(cuda.pointer(target), cuda.pointer(source), self.host.size)
+            return
+        from cuda.bindings import runtime
+
+        from fi_ffi.cli.cuda import check
+
+        kinds = runtime.cudaMemcpyKind
+        kind = kinds.cudaMemcpyDeviceToHost if to_host else kinds.cudaMemcpyHostToDevice
+        check(runtime.cudaDeviceSynchronize())
+        check(runtime.cudaMemcpy(target, source, self.host.size, kind))
+        check(runtime.cudaDeviceSynchronize())
+
+
+class Placed:
+    """Tensors on a device, those in `on_host` on the host; what is only written is poison."""
+
+    def __init__(
+        self, tensors: Iterable[RecordedTensor], device: Device, on_host: Collection[str] = ()
+    ) -> None:
+        self._tensors = {tensor.name: tensor for tensor in tensors}
+        self._on_host, self._device = on_host, device
+        self._regions: dict[str, _Region] = {}
+        for group in _groups(self._tensors.values()):
+            self._place(group)
+
+    def _place(self, group: list[RecordedTensor]) -> None:
+        start = min(tensor.address for tensor in group)
+        end = max(tensor.address + tensor.span for tensor in group)
+        where = _CPU if group[0].name in self._on_host else self._device
+        region = _Region(start, end - start, where)
+        for tensor in group:
+            self._regions[tensor.name] = region
+            if tensor.elements is not None and tensor.reads:
+                region.view(tensor)[...] = tensor.elements
+        region.copy(to_host=False)
+
+    def desc(self, name: str) -> TensorDesc:
+        region, tensor = self._regions[name], self._tensors[name]
+        address = region.address + tensor.address - region.start
+        return make_desc(
+            address, tensor.shape, tensor.dtype, tensor.strides, region.device, owner=region
+        )
+
+    def get(self, names: Iterable[str]) -> dict[str, Array]:
+        """Copies of tensors as they are now; waits for the device."""
+        found: dict[str, Array] = {}
+        for name in names:
+            region = self._regions[name]
+            region.copy(to_host=True)
+            found[name] = region.view(self._tensors[name]).copy()
+        return found
+
+
+def _groups(tensors: Iterable[RecordedTensor]) -> Iterator[list[RecordedTensor]]:
+    """Tensors that share memory, together."""
+    group: list[RecordedTensor] = []
+    end = 0
+    for tensor in sorted(tensors, key=lambda tensor: tensor.address):
+        if not tensor.span:
+            yield [tensor]
+            continue
+        if group and tensor.address >= end:
+            yield group
+            group = []
+        end = max(end, tensor.address + tensor.span) if group else tensor.address + tensor.span
+        group.append(tensor)
+    if group:
+        yield group
+
+
+def kernel_of(recorded: Recorded, device: Device) -> str:
+    """What is called now, and whether that is the file that was called then."""
     if not device.is_cuda:
-        return {"now": "the reference on the CPU"}
+        return "the reference on the CPU"
     from fi_ffi.loader import runtime
 
     loaded = runtime.load(recorded.module, device.index)
     then = recorded.document.get("sha256")
     same = "the same file" if then == loaded.file.sha256 else f"another file than {then}"
-    return {"now": f"{recorded.module} of {loaded.source.location}, {same}"}
+    return f"{recorded.module} of {loaded.source.location}, {same}"
