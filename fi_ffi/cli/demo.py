@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 import fi_ffi
-from fi_ffi.cli import output
+from fi_ffi.cli import output, progress
 from fi_ffi.cli.cases import Case, case_of
 from fi_ffi.errors import FiFfiError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import search
@@ -158,13 +158,17 @@ def _choose_device() -> tuple[str, str]:
 def _run_all(device: str, tokens: int, hidden: int) -> tuple[list[Result], list[str]]:
     """Each op's run, and the ops that the kernels here lack."""
     results, missing = [], []
-    for name, given in arguments(tokens, hidden, np.random.default_rng()).items():
-        try:
-            results.append(_run(OPS[name], device, *given))
-        except KernelNotFoundError:
-            if not results:
-                raise
-            missing.append(name)
+    given = arguments(tokens, hidden, np.random.default_rng())
+    # On a GPU it may fetch kernels first.
+    with progress.counter("ops", len(given), quiet=device == "cpu") as count:
+        for name, (arrays, scalars) in given.items():
+            count(name)
+            try:
+                results.append(_run(OPS[name], device, arrays, scalars))
+            except KernelNotFoundError:
+                if not results:
+                    raise
+                missing.append(name)
     return results, missing
 
 

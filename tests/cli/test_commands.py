@@ -146,7 +146,7 @@ ESCAPED = r"\x1b]0;owned\x07\x1b[2J"
 
 def test_names_of_symbols_reach_no_terminal(tmp_path):
     compiler = shutil.which("cc") or pytest.skip("needs a C compiler")
-    source, library = tmp_path / "named.c", tmp_path / "named.so"
+    source, library = tmp_path / "named.c", tmp_path / f"{HOSTILE}.so"
     hostile = HOSTILE.encode()
     source.write_text("void __tvm_ffi_" + "x" * len(hostile) + "(void) {}\n")
     subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True)
@@ -155,7 +155,7 @@ def test_names_of_symbols_reach_no_terminal(tmp_path):
     library.write_bytes(image.replace(b"x" * len(hostile), hostile))
     assert HOSTILE in json.loads(run("inspect", library, "--no-load", "--json"))["functions"]
     text = run("inspect", library, "--no-load")
-    assert ESCAPED in text
+    assert f"__tvm_ffi_{ESCAPED}" in text or text.count(ESCAPED) > 1
     assert not [c for c in text if not c.isprintable() and c != "\n"]
 
 

@@ -12,12 +12,13 @@ import pytest
 from click.testing import CliRunner
 
 from fi_ffi import reference
-from fi_ffi.abi.function import Entry
+from fi_ffi.abi.function import Entry, register
 from fi_ffi.cli import main
 from fi_ffi.cli.cases import bound, case_of
 from fi_ffi.cli.demo import Result, arguments
 from fi_ffi.loader import runtime
 from fi_ffi.ops.functions import OPS
+from fi_ffi.reference.arrays import over_arrays
 
 from helpers.benchmarks import noop
 
@@ -55,15 +56,15 @@ def test_a_table():
 
 
 @pytest.fixture
-def nothing_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Puts a kernel that does nothing in the place of an op's."""
+def replace(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Puts another kernel in the place of an op's; one that does nothing, if none is given."""
 
-    def replace(name: str) -> None:
+    def replace(name: str, other: Entry | None = None) -> None:
         row, right = OPS[name].row, reference.entry
 
         def entry(module: str, signature: Any, kernel: str, *rest: Any, **more: Any) -> Entry:
             if (module, str(signature)) == (row.module, str(row.signature)):
-                return noop()
+                return other or noop()
             return right(module, signature, kernel, *rest, **more)
 
         monkeypatch.setattr(reference, "entry", entry)
@@ -76,14 +77,23 @@ def nothing_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("name", OF_DEMO)
-def test_a_kernel_that_does_nothing_fails(nothing_for, name):
+def test_a_kernel_that_does_nothing_fails(replace, name):
     """What it should have written is poison, or what it was."""
-    nothing_for(name)
+    replace(name)
     text = demo(*SMALL, "--json", code=1)
     assert statuses(text) == {op: "fail" if op == name else "ok" for op in OF_DEMO}
     assert "Error: a result is further from float64 than its dtype allows" in text
     (line,) = [line for line in demo(*SMALL, code=1).splitlines() if line.startswith(f"{name} ")]
     assert line.split()[-1] == "fail"
+
+
+def test_one_of_two_results_is_not_enough(replace):
+    def half(v_a, s_a, v_b, s_b, v_merged, s_merged):
+        s_merged[...] = np.logaddexp2(s_a, s_b)
+
+    signature = OPS["merge_state"].row.signature
+    replace("merge_state", register("fi_ffi.tests.half", signature, over_arrays(half)))
+    assert statuses(demo(*SMALL, "--json", code=1))["merge_state"] == "fail"
 
 
 @pytest.mark.parametrize("name", OF_DEMO)
