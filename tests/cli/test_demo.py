@@ -101,15 +101,19 @@ def test_one_wrong_element_is_seen(name, rng):
     """In each tensor that is written, of the dtype that the op is run in."""
     case = case_of(OPS[name].row, *arguments(5, 64, rng)[name])
     assert case.expected
-    for written, expected in case.expected.items():
-        value, _ = expected
+    for written, (value, magnitude) in case.expected.items():
         right = value.astype(case.arrays[written].dtype)
         assert case.error(written, right)[1] <= 1
         place = tuple(int(rng.integers(n)) for n in right.shape)
-        for wrong in (np.nan, 2 * float(right[place]) + 1):
-            got = right.copy()
-            got[place] = wrong
-            assert not case.error(written, got)[1] <= 1
+        if magnitude is None:  # random bits, NaN among them, of which each counts
+            wrong = right.copy()
+            wrong.view(f"u{right.itemsize}")[place] ^= 1
+            assert not case.error(written, wrong)[1] <= 1
+            continue
+        for number in (np.nan, 2 * float(right[place]) + 1, 0.9 * float(right[place]) - 0.01):
+            wrong = right.copy()
+            wrong[place] = number
+            assert not case.error(written, wrong)[1] <= 1
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
