@@ -1,7 +1,7 @@
 """The families of ops.
 
 Each has its rows in `fi_ffi/ops/table/`, its references and formulas in `fi_ffi/reference/`, and,
-where its inputs are not simply random, what makes them in `fi_ffi/cli/inputs/`, under its name.
+where its inputs are not simply random, what makes them in `tests/helpers/inputs/`, under its name.
 """
 
 from __future__ import annotations

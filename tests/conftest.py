@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from helpers import expectations, sampling
 
 expectations.install()  # before any module is imported that has an `assert`

@@ -8,18 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fi_ffi.cli.cases import Case, default_dtypes, make_case
-from fi_ffi.cli.inputs import inputs_of
+from fi_ffi.cli.cases import Case
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 
 from calls import EVERY_CALL
+from helpers.cases import default_dtypes, make_case
+from helpers.inputs import inputs_of
 from prepared_calls import EVERY_OP
 
 
 def _calls() -> Iterator[Any]:
-    """Every op in every dtype, small, and as the demo calls it; and in every variant."""
+    """Every op in every dtype, small, and of usual sizes; and in every variant."""
     for call in EVERY_CALL:
         op, dtypes = call.values
         yield pytest.param(op, dtypes, "small", {}, id=call.id)

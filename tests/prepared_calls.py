@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.cli.cases import Case, default_dtypes, make_case
-from fi_ffi.cli.inputs import inputs_of
+from fi_ffi.cli.cases import Case
 from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor
 
 from calls import EVERY_CALL
+from helpers.cases import default_dtypes, make_case
+from helpers.inputs import inputs_of
 
 _ALIGNMENT = 256  # of a scratch argument
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 import fi_ffi
-from fi_ffi.cli.cases import Case, make_case
+from fi_ffi.cli.cases import Case
 from fi_ffi.ops.functions import OPS
 
 from calls import EVERY_CALL, bits
+from helpers.cases import make_case
 
 APPLY = (
     "apply_rope", "apply_llama31_rope", "apply_rope_pos_ids", "apply_llama31_rope_pos_ids",

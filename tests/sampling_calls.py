@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from fi_ffi.cli.cases import Case, make_case
+from fi_ffi.cli.cases import Case
 from fi_ffi.ops.functions import OPS
+
+from helpers.cases import make_case
 
 SAMPLERS = (
     "sampling_from_probs", "top_k_sampling_from_probs", "top_p_sampling_from_probs",

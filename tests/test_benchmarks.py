@@ -11,16 +11,15 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.cli.benching.noop_kernel import kernels_replaced, noop
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+from helpers.benchmarks import BENCHMARKS, kernels_replaced, noop
+
 ON_CPU = functools.partial(fi_ffi.TensorDesc, device="cpu")
 
 

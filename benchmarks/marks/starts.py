@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 
 import fi_ffi
-from fi_ffi.cli.cases import Case, make_case
+from fi_ffi.cli.cases import Case
 
 from marks import Missing, Wrong
 from marks.bench import Bench
 from marks.gpu import need_gpu
-from marks.norms import HIDDEN, ROWS
+from marks.norms import HIDDEN, ROWS, random_case
 from marks.report import Line
 from marks.timing import Run, Side, measure
 
@@ -127,9 +127,7 @@ def first_results(bench: Bench) -> Iterator[Line]:
     need_gpu()
     _has_flashinfer()
     bench.peers.flashinfer(fi_ffi.rmsnorm.row.module)
-    case = make_case(
-        fi_ffi.rmsnorm.row, {"n": ROWS, "h": HIDDEN}, {"T": "float16"}, np.random.default_rng()
-    )
+    case = random_case(ROWS, HIDDEN)
     with tempfile.TemporaryDirectory() as folder:
         for name in ("input", "weight"):
             np.save(Path(folder) / f"{name}.npy", case.arrays[name])

@@ -16,7 +16,6 @@ from fi_ffi.errors import FiFfiError
 from fi_ffi.loader import cache
 
 _COMMANDS = {
-    "bench": "Measure what calls take of the host, with no GPU.",
     "build": "Build kernel modules from FlashInfer's sources into a wheel.",
     "cache": "List, prune and verify the cache.",
     "demo": "Run the ops on what this machine has, and check every result.",
@@ -25,7 +24,6 @@ _COMMANDS = {
     "list": "List kernel modules and what they serve.",
     "lock": "Keep wheels.lock: add files, verify them, pin their RECORDs.",
     "replay": "Make a dumped call again and compare its results.",
-    "trace": "Write FlashInfer-Bench definitions of calls.",
 }
 
 
@@ -49,10 +47,13 @@ class _Group(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> object:
+        # Only here: `--help` should not import what prints tables.
+        from fi_ffi.cli.output import Failure
+
         try:
             return super().invoke(ctx)
         except FiFfiError as error:
-            raise click.ClickException(str(error)) from error
+            raise Failure(str(error)) from error
         except KeyboardInterrupt:  # click's own way is to exit with 1, as if something failed
             click.echo("Interrupted.", err=True)
             sys.exit(INTERRUPTED)

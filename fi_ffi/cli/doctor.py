@@ -6,12 +6,14 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 
 import click
 
 import fi_ffi
-from fi_ffi.cli import output
+from fi_ffi.cli import output, progress
 from fi_ffi.errors import FiFfiError, LoaderError
 from fi_ffi.loader import cache, lock, machine, runtime, search, sources
 from fi_ffi.loader.caching import contents, temporaries
@@ -19,6 +21,8 @@ from fi_ffi.ops.releases import fits
 from fi_ffi.ops.table import ROWS
 
 _MIN_DRIVER = (13, 0)  # the kernels are compiled with CUDA 13
+_OFFLINE = "FI_FFI_OFFLINE"
+_FETCH = "the first call fetches it, and so does `fi-ffi doctor --fetch`"
 
 
 @dataclass(frozen=True)
@@ -35,22 +39,26 @@ class Finding:
 @click.argument("ops", nargs=-1, metavar="[OP]...")
 @click.option("--sm", help="With OP: a GPU that need not be here, such as 87 or 9.0.")
 @click.option("--kernels", help="Directory or wheel of kernels (default: FI_FFI_KERNELS).")
+@click.option("--fetch", is_flag=True, help="Fetch what is not here, and look at it too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def doctor(ops: tuple[str, ...], sm: str | None, kernels: str | None, as_json: bool) -> None:
+def doctor(
+    ops: tuple[str, ...], sm: str | None, kernels: str | None, fetch: bool, as_json: bool
+) -> None:
     """Look at the driver, GPUs, CUDA runtime, libtvm_ffi, cache and kernels.
 
-    Exits with 1 where something is broken; a missing GPU or missing kernels are
-    warnings, because the reference kernels run without them.
+    Nothing is fetched without --fetch. Exits with 1 where something is broken; a missing GPU
+    or missing kernels are warnings, because the reference kernels run without them.
 
     With OPs: whether each can be called here, yes or no with the reason. Exits with 1
     unless all can, and with 2 where that cannot be told.
     """
-    if ops:
-        _preflight(ops, sm, kernels, as_json)
-        return
-    if sm is not None:
+    if sm is not None and not ops:
         raise click.UsageError("--sm goes with the names of ops")
-    findings = [finding for check in _CHECKS for finding in _guarded(check, kernels)]
+    with _network(fetch):
+        if ops:
+            _preflight(ops, sm, kernels, as_json)
+            return
+        findings = [finding for check in _CHECKS for finding in _guarded(check, kernels)]
     if as_json:
         output.print_json([asdict(finding) for finding in findings])
     else:
@@ -63,13 +71,41 @@ def doctor(ops: tuple[str, ...], sm: str | None, kernels: str | None, as_json: b
         sys.exit(1)
 
 
+# Whether what is not here is left alone because nobody said `--fetch`.
+_withheld = ContextVar("_withheld", default=False)
+
+
+@contextmanager
+def _network(allowed: bool) -> Iterator[None]:
+    """Nothing is fetched inside the block, unless that is allowed."""
+    if allowed or os.environ.get(_OFFLINE) == "1":
+        yield
+        return
+    before, token = os.environ.get(_OFFLINE), _withheld.set(True)
+    os.environ[_OFFLINE] = "1"
+    try:
+        yield
+    finally:
+        _withheld.reset(token)
+        os.environ.pop(_OFFLINE)
+        if before is not None:
+            os.environ[_OFFLINE] = before
+
+
+def _is_withheld(error: Exception) -> bool:
+    """Whether an error is of what `--fetch` would have fetched."""
+    return _withheld.get() and isinstance(error, LoaderError) and f"{_OFFLINE}=1" in str(error)
+
+
 def _preflight(ops: tuple[str, ...], sm: str | None, kernels: str | None, as_json: bool) -> None:
     from fi_ffi.cli.preflight import preflight, show
 
     # Of another machine's GPU, this one's driver says nothing.
     checks = (_python, _libtvm_ffi) if sm else (_python, _gpus, _cudart, _libtvm_ffi)
     found = [finding for check in checks for finding in _guarded(check, kernels)]
-    unfit = [f"{f.check}: {f.found}. {f.advice}".strip() for f in found if f.status == "fail"]
+    unfit = [
+        f"{f.check}: {f.found}. {f.advice}".strip() for f in found if f.status in ("warn", "fail")
+    ]
     answers = preflight(ops, sm, kernels, unfit)
     if as_json:
         output.print_json([asdict(answer) for answer in answers])
@@ -89,7 +125,9 @@ def _guarded(
         for finding in check(kernels):
             findings.append(finding)
     except Exception as error:
-        name = check.__name__.strip("_").replace("_", " ")
+        name = check.__name__.strip("_")
+        if _is_withheld(error):
+            return [*findings, Finding(name, "none", "not fetched yet", _FETCH)]
         advice = "" if isinstance(error, FiFfiError) else f"unexpected {type(error).__name__}"
         findings.append(Finding(name, "fail", str(error), advice))
     return findings
@@ -175,10 +213,18 @@ def _kernels(kernels: str | None) -> Iterator[Finding]:
         yield Finding("kernels", "warn", "none", advice)
         return
     missing: dict[str, list[tuple[str, str]]] = {}
-    for module in sorted({row.module for row in ROWS}):
-        yield from _module(module, missing)
+    modules = sorted({row.module for row in ROWS})
+    with progress.counter("modules", len(modules), quiet=_withheld.get()) as count:
+        for module in modules:
+            count(module)
+            yield from _module(module, missing)
     for names in missing.values():  # what is missing for one reason is said once
-        yield Finding(", ".join(name for name, _ in names), "warn", "none", names[0][1])
+        together = ", ".join(name for name, _ in names)
+        reason = names[0][1]
+        if reason == _FETCH:
+            yield Finding(together, "none", "not fetched yet", _FETCH)
+        else:
+            yield Finding(together, "warn", "none", reason)
 
 
 def _known_cases(kernels: str | None) -> Iterator[Finding]:
@@ -207,7 +253,7 @@ def _module(module: str, missing: dict[str, list[tuple[str, str]]]) -> Iterator[
         try:
             source, file, facts = search.find_module(module, device)
         except LoaderError as error:
-            reason = str(error)
+            reason = _FETCH if _is_withheld(error) else str(error)
             missing.setdefault(reason.replace(module, ""), []).append((where, reason))
             continue
         codes = ", ".join(code.name for code in facts.codes)
@@ -226,6 +272,9 @@ def _attestation(module: str, device: int | None) -> Iterator[Finding]:
             runtime.kernel_entry(module, row.signature, row.releases, device)
             attested.append(row.name)
         except FiFfiError as error:
+            if _is_withheld(error):
+                yield Finding(f"{module} entries", "none", "not asked: needs libtvm_ffi", _FETCH)
+                return
             advice = f"use kernels of FlashInfer {row.releases} for this op"
             yield Finding(f"{module}: {row.name}", "fail", str(error), advice)
     if attested:

@@ -28,7 +28,7 @@ def inspect(file: Path, no_load: bool, as_json: bool) -> None:
     """
     if file.suffix == ".whl":
         hint = f"`fi-ffi list --kernels {file} --entries` shows what is in a wheel"
-        raise click.ClickException(f"{file} is a wheel, not a library; {hint}")
+        raise output.Failure(f"{file} is a wheel, not a library; {hint}")
     info = inspect_elf(file)
     signatures, problem = ({}, "not loaded") if no_load else _signatures(file)
     document: dict[str, Any] = {

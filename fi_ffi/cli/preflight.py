@@ -54,15 +54,15 @@ def _answer(line: Line, query: Query, device: int | None, missing: list[str]) ->
     major, minor = query.capability
     found = line.ask(query)
     works, reason = bool(found), found.reason
-    if works and query.sources:
+    if works and missing:  # then the kernel is not even loaded
+        works, reason = False, "; ".join(missing)
+    elif works and query.sources:
         try:
             reason += "; entry attested" if _attest(line.op, query.release, device) else ""
         except FiFfiError as error:
             works, reason = False, str(error)
     elif works:
         reason += ", and nothing is here yet: it is fetched when it is first called"
-    if works and missing:
-        works, reason = False, "; ".join(missing)
     return Answer(line.name, 10 * major + minor, works, reason, found.build)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     TaskID,
@@ -97,3 +99,21 @@ def reporter(quiet: bool = False) -> AbstractContextManager[Reporter | None]:
         TimeRemainingColumn(),
     )
     return shown(quiet, _Lines, _Bar, *columns, transient=True)
+
+
+@contextmanager
+def counter(name: str, total: int, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """Show which of so many things is worked at; called with each one's name as it begins."""
+
+    def lines() -> Callable[[str], None]:
+        numbers = itertools.count(1)
+        return lambda each: click.echo(f"{name}: {next(numbers)} of {total}, {each}", err=True)
+
+    def bar(progress: Progress) -> Callable[[str], None]:
+        task = progress.add_task(name, total=total)
+        numbers = itertools.count()
+        return lambda each: progress.update(task, completed=next(numbers), description=each)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with shown(quiet, lines, bar, *columns, transient=True) as count:
+        yield count or (lambda each: None)

@@ -11,7 +11,7 @@ import click
 import fi_ffi
 from fi_ffi.abi.tensor import Device, parse_device
 from fi_ffi.cli import output
-from fi_ffi.cli.replaying import again, compare
+from fi_ffi.cli.replaying import compare, rerun
 from fi_ffi.cli.replaying.compare import Compared
 from fi_ffi.cli.replaying.recorded import Recorded, load
 from fi_ffi.errors import FiFfiError
@@ -20,7 +20,7 @@ from fi_ffi.loader import machine
 _CPU = parse_device("cpu")
 
 
-class _NotReplayed(click.ClickException):
+class _NotReplayed(output.Failure):
     exit_code = 2
 
 
@@ -57,7 +57,7 @@ def replay(file: Path, device: str | None, kernels: str | None, bits: bool, as_j
         _print(recorded.path, facts, compared)
     if wrong:
         told = ", ".join(f"{of.name} and {of.to}" for of in wrong)
-        raise click.ClickException(f"these differ: {told}")
+        raise output.Failure(f"these differ: {told}")
 
 
 def _differs(of: Compared) -> bool:
@@ -75,16 +75,15 @@ def _device(recorded: Recorded, given: str | None) -> Device:
 
 
 def _replayed(recorded: Recorded, where: Device) -> tuple[list[Compared], dict[str, Any]]:
-    made = again.make_again(recorded, where)
-    got = compare.without_unwritten(recorded, made.after)
-    compared = list(compare.with_recorded(recorded, got))
-    row = recorded.row
+    made, row = rerun.rerun(recorded, where), recorded.row
     assert row is not None
+    got = compare.without_unwritten(recorded, made.after)
+    compared = [*compare.beside(recorded, got, recorded.after or {}, "the dump")]
     if compare.has_definition(row):
-        compared += compare.with_definition(recorded, made.after)
+        compared += compare.with_definition(row, recorded, made.after)
     elif where.is_cuda:
-        reference = again.make_again(recorded, _CPU)
-        compared += compare.with_reference(recorded, made.after, reference.after)
+        reference = rerun.rerun(recorded, _CPU).after
+        compared += compare.beside(recorded, made.after, reference, "the reference on the CPU")
     if made.result is not None and recorded.result is not None and str(where) == recorded.device:
         same = made.result == recorded.result
         compared.append(Compared("(result)", "the dump", same, 0.0, 0.0 if same else float("inf")))
@@ -94,7 +93,7 @@ def _replayed(recorded: Recorded, where: Device) -> tuple[list[Compared], dict[s
         "entry": document.get("entry"),
         "called": document.get("called"),
         "then": f"{document.get('device')}, release {document.get('release', 'reference')}",
-        "now": f"{where}, {again.sources(recorded, where)['now']}",
+        "now": f"{where}, {rerun.kernel_of(recorded, where)}",
         "came_to_its_end": recorded.after is not None,
     }
     return compared, facts

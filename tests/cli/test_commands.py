@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from fi_ffi.cli import main
-from fi_ffi.cli.cases import default_dtypes, make_case
-from fi_ffi.cli.inputs import inputs_of
 from fi_ffi.loader import runtime
 from fi_ffi.loader.kernels import open_source
 from fi_ffi.loader.wheel import Wheel
 from fi_ffi.ops.functions import OPS
-from fi_ffi.reference.exact import MOVES
 
 
 def run(*arguments: object, code: int = 0) -> str:
@@ -37,40 +34,6 @@ def test_help_names_every_command():
     for name in ("build", "demo", "doctor", "inspect"):
         assert name in text
         assert "--json" in run(name, "--help")
-
-
-def is_rounded(op):
-    """Whether what it gives is compared with numbers that have more digits."""
-    rng = np.random.default_rng()
-    case = make_case(op.row, inputs_of(op.row).small, default_dtypes(op.row), rng)
-    return any(isinstance(of, tuple) and of[1] is not None for of in case.expected.values())
-
-
-def test_demo_runs_every_op_on_the_cpu():
-    document = json.loads(run("demo", "--device", "cpu", "--json"))
-    assert document["device"] == "cpu"
-    assert [result["op"] for result in document["results"]] == list(OPS)
-    assert document["missing"] == []
-    for result in document["results"]:
-        assert result["status"] == "ok"
-        assert result["provider"] == "reference"
-        assert 0 <= result["error_of_bound"] <= 1
-        assert result["max_error"] != 0 or not is_rounded(OPS[result["op"]])
-        assert result["max_error"] == 0 or result["op"] not in MOVES
-        assert result["microseconds"] > 0
-
-
-def test_demo_prints_a_table():
-    text = run("demo", "--device", "cpu", "--tokens", "3", "--hidden", "64")
-    assert "3x64" in text
-    for name in OPS:
-        assert name in text
-    assert "fail" not in text.replace("above 1 fails", "")
-
-
-def test_demo_says_what_is_wrong_with_its_kernels(tmp_path):
-    missing = tmp_path / "no.whl"
-    assert f"Error: {missing}: there is no such file" in run("demo", "--kernels", missing, code=1)
 
 
 @pytest.fixture
@@ -175,3 +138,29 @@ def test_inspect_without_loading(built_wheel):
     document = json.loads(done.stdout)
     assert set(document["functions"].values()) == {None}
     assert document["signatures_missing_because"] == "not loaded"
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J"
+ESCAPED = r"\x1b]0;owned\x07\x1b[2J"
+
+
+def test_names_of_symbols_reach_no_terminal(tmp_path):
+    compiler = shutil.which("cc") or pytest.skip("needs a C compiler")
+    source, library = tmp_path / "named.c", tmp_path / f"{HOSTILE}.so"
+    hostile = HOSTILE.encode()
+    source.write_text("void __tvm_ffi_" + "x" * len(hostile) + "(void) {}\n")
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True)
+    image = library.read_bytes()
+    assert b"x" * len(hostile) in image
+    library.write_bytes(image.replace(b"x" * len(hostile), hostile))
+    assert HOSTILE in json.loads(run("inspect", library, "--no-load", "--json"))["functions"]
+    text = run("inspect", library, "--no-load")
+    assert f"__tvm_ffi_{ESCAPED}" in text or text.count(ESCAPED) > 1
+    assert not [c for c in text if not c.isprintable() and c != "\n"]
+
+
+def test_names_of_files_reach_no_terminal(tmp_path):
+    path = tmp_path / HOSTILE
+    for text in (run("replay", path, code=2), run("doctor", "--kernels", path, code=1)):
+        assert ESCAPED in text.replace("\n", "")
+        assert not [c for c in text if not c.isprintable() and c != "\n"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,6 @@ from click.testing import CliRunner, Result
 
 import fi_ffi
 from fi_ffi.cli import main
-from fi_ffi.cli.cases import default_dtypes, make_case
-from fi_ffi.cli.inputs import inputs_of
 from fi_ffi.cli.replaying import compare
 from fi_ffi.cli.replaying.recorded import load
 from fi_ffi.errors import ArtifactError
@@ -25,6 +25,8 @@ from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.watch import watching
 from fi_ffi.ops.watch.dump import AFTER, BEFORE
 
+from helpers.cases import default_dtypes, make_case
+from helpers.inputs import inputs_of
 from plan_calls import KINDS, Case
 from prepared_calls import EVERY_OP, Placed, draw, placed
 
@@ -483,16 +485,97 @@ def test_headers_that_are_wrong(folder, change):
     refused(path)
 
 
+MEASURED = """
+import resource, sys
+from click.testing import CliRunner
+from fi_ffi.cli import main
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+CliRunner().invoke(main, ["replay", sys.argv[1], "--device", "cpu"])
+before = peak()
+done = CliRunner().invoke(main, ["replay", sys.argv[2], "--device", "cpu"])
+print(done.exit_code, peak() - before, done.output)
+"""
+
+
+@pytest.mark.parametrize("of", ["strides", "scratch"])
+def test_memory_is_bounded_by_what_the_files_hold(folder, of):
+    """A small file with a tensor, or a workspace, of gigabytes."""
+    if of == "strides":
+        path, _ = norm(folder)
+    else:
+        case = Case("decode")
+        path = dumped(folder, lambda: case.run(case.plan()))[-1]
+    document, body = header(path)
+    call = json.loads(document["__metadata__"]["call"])
+    for arg in [*call["arguments"], *call.get("plan", {}).get("arguments", [])]:
+        if of == "strides" and arg["name"] == "input":
+            arg["strides"][0] = 2**30
+        elif of == "scratch" and arg.get("scratch"):
+            arg["shape"], arg["strides"] = [2**31], [1]
+    document["__metadata__"]["call"] = json.dumps(call)
+    wrong = folder / f"wrong{BEFORE}"
+    rewrite(wrong, document, body)
+    assert wrong.stat().st_size < 40_000
+    command = [sys.executable, "-c", MEASURED, str(path), str(wrong)]
+    code, megabytes, text = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=300
+    ).stdout.split(maxsplit=2)
+    assert int(megabytes) < 200
+    assert int(code) == 2
+    expected = "input 4294967424 of them" if of == "strides" else "and 1073741824 is the most"
+    assert expected in text
+
+
+def test_what_a_dump_says_reaches_no_terminal(folder):
+    """Names of arguments and of what was called, in tables and in errors."""
+    path, _ = norm(folder)
+    hostile, escaped = "\x1b[2J\x07\u202e", r"\x1b[2J\x07\u202e"
+    document, body = header(path)
+    words = document["__metadata__"]
+    right = words["call"]
+    words["call"] = right.replace('"op": "rmsnorm"', f'"op": {json.dumps(hostile)}')
+    rewrite(path, document, body)
+    in_a_table = replay(path).output
+    words["call"] = right.replace('"name": "out"', f'"name": {json.dumps(hostile)}')
+    rewrite(path, document, body)
+    for text in (in_a_table, refused(path)):
+        assert escaped in text
+        assert not [c for c in text if not c.isprintable() and c != "\n"]
+
+
+def test_names_of_calls_are_plain_and_short_in_names_of_files(folder):
+    """Also those of functions, which are whatever a library exports."""
+    x = np.ones(4, np.float16)
+    desc = fi_ffi.as_desc(x)
+    name = "../" + "\x1b\u00e9/" * 400
+    (path,) = dumped(
+        folder, lambda: watching.called(name, lambda: None, (desc, 2), [("0", desc)], None)
+    )
+    assert path.parent == folder and len(path.name) < 150
+    assert path.name.isascii() and path.name.isprintable()
+
+
+def test_views_of_larger_tensors_are_replayed(folder):
+    """A column of a matrix, of which few bytes are in the file."""
+    whole = np.ones((64, 8192), np.float16)
+    x, out, weight = whole[:, 64:192], np.empty((64, 128), np.float16), np.ones(128, np.float16)
+    (path,) = dumped(folder, lambda: fi_ffi.rmsnorm(out, x, weight, eps=1e-6))
+    replayed(path)
+
+
 def test_placed_arrays_are_as_aligned_as_they_were(folder):
     """What a kernel loads at a time must be where it was."""
     from fi_ffi.abi.tensor import parse_device
-    from fi_ffi.cli.replaying.memory import Placed as Replaced
+    from fi_ffi.cli.replaying.rerun import Placed as Replaced
 
     case = draw(OPS["rmsnorm"].row, {"T": "float16"}, {})
     made = Placed(case)
     (path,) = dumped(folder, lambda: fi_ffi.rmsnorm(**made.values))
     recorded = load(path)
-    again = Replaced(recorded.tensors.values(), parse_device("cpu"), frozenset())
+    again = Replaced(recorded.tensors.values(), parse_device("cpu"))
     for name, address in made.addresses.items():
         desc = again.desc(name)
         assert desc.ptr % 256 == address % 256 and desc.ptr != address

@@ -10,11 +10,11 @@ import numpy as np
 import fi_ffi
 from fi_ffi.abi.tensor import DTYPES
 from fi_ffi.cli.cases import Case
-from fi_ffi.cli.inputs.gdn import make as ragged_sequences
 from fi_ffi.ops.on_host import gdn_prefill_workspace_size
 
 from attention import machines
 from gdn_stress.machines import GUARD, OP, Cpu
+from helpers.inputs.gdn import make as ragged_sequences
 
 HEAD_SIZE, TILE = 128, 64
 CHECKPOINTS = ("state_checkpoints", "checkpoint_cu_starts")

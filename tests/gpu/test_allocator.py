@@ -13,13 +13,13 @@ import pytest
 
 import fi_ffi
 from fi_ffi.abi import streams
-from fi_ffi.cli.cases import make_case
 from fi_ffi.loader.runtime import ensure_tvm_ffi
 from fi_ffi.ops import cuda
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 
 from allocating import CUDA, alloc, desc_of
+from helpers.cases import make_case
 
 
 @pytest.fixture

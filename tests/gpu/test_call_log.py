@@ -19,13 +19,14 @@ from click.testing import CliRunner
 
 import fi_ffi
 from fi_ffi.cli import main
-from fi_ffi.cli.cases import Case, make_case
-from fi_ffi.cli.inputs import inputs_of
+from fi_ffi.cli.cases import Case
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.row import Row
 from fi_ffi.ops.watch import watching
 from fi_ffi.ops.watch.dump import BEFORE
 
+from helpers.cases import make_case
+from helpers.inputs import inputs_of
 from prepared_calls import settle
 
 HEAD = re.compile(r"\[[^]]*\] #(\d+) (.*)")
@@ -432,18 +433,3 @@ def test_single_decode_replays(rng, to_gpu, stream, tmp_path):
     (path,) = dumped(tmp_path, call)
     settle(stream)
     check_replays(path)
-
-
-def test_traces_of_gpu_calls(rng, to_gpu, stream, tmp_path):
-    case = of_norm(rng)
-    placed = place(case, to_gpu)
-    (path,) = dumped(tmp_path, lambda: fi_ffi.rmsnorm(**descs(placed), stream=stream))
-    done = CliRunner().invoke(main, ["trace", str(path)])
-    assert done.exit_code == 0, done.output
-    definition = json.loads(done.stdout)
-    names: dict[str, Any] = {}
-    exec(definition["reference"], names)
-    out = names["run"](case.arrays["input"], case.arrays["weight"])
-    assert case.error("out", out)[1] <= 1
-    settle(stream)
-    assert case.error("out", placed["out"].get())[1] <= 1

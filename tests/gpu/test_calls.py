@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.cli.cases import make_case
 from fi_ffi.ops.functions import OPS
+
+from helpers.cases import make_case
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import threading
 import pytest
 
 import fi_ffi
-from fi_ffi.cli.cases import make_case
 from fi_ffi.ops.functions import OPS
+
+from helpers.cases import make_case
 
 GDN = OPS["gdn_prefill"]
 SIZES = {

@@ -16,12 +16,12 @@ import pytest
 from untyped_calls import BF16, mhc_post, poisoned, rounded, worst
 
 import fi_ffi
-from fi_ffi.cli.cases import make_case
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.loader import search
 from fi_ffi.ops import cuda
 from fi_ffi.ops.functions import OPS
 
+from helpers.cases import make_case
 from ops.test_norm_fused import case as video_case
 
 ROOT = Path(__file__).parents[2]

@@ -11,11 +11,11 @@ from pod_calls import Batch, Spec
 from stress_strength import scaled
 
 import fi_ffi
-from fi_ffi.cli.cases import make_case
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.loader import per_device, search
 from fi_ffi.ops.functions import OPS
 
+from helpers.cases import make_case
 from moe_layers import make as make_layer
 from ops.test_threads import at_once
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.cli.cases import make_case
 from fi_ffi.loader import libraries
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.ops.cuda import own_handle
@@ -20,6 +19,7 @@ from fi_ffi.ops.functions import OPS
 from fi_ffi.reference.exact_gemm import fp8_products
 
 from attention.machines import Gpu
+from helpers.cases import make_case
 from ops import test_block_scale_gemm as blocks
 from ops import test_gemm, test_segment_gemm
 from prepared_calls import OnGpu, settle

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.cli.cases import make_case
 from fi_ffi.ops import cuda
 from fi_ffi.ops.functions import OPS
+
+from helpers.cases import make_case
 
 RMSNORM = OPS["rmsnorm"]
 

@@ -16,11 +16,12 @@ import pytest
 from every_op import needs
 
 from fi_ffi.cli import cases
-from fi_ffi.cli.cases import Case, make_case
+from fi_ffi.cli.cases import Case
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.row import Row
 
 from calls import EVERY_CALL, padded
+from helpers.cases import make_case
 
 REPEATED = 20
 # So many elements beside each row, of tensors that need not be contiguous.

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.cli.cases import Case, make_case
+from fi_ffi.cli.cases import Case
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 
 from calls import CALLS, HIDDEN, padded
+from helpers.cases import make_case
 
 
 def run(op: Op, case: Case, to_gpu, stream: int, *, pad: int = 0, **more: object) -> float:

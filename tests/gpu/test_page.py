@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.cli.cases import make_case
-from fi_ffi.cli.inputs.page import page_tables
 from fi_ffi.ops.functions import OPS
 
 from calls import CALLS_PAGE, MOST_HEADS, at_the_end_of_uint32, bits, check_append, edges, padded
+from helpers.cases import make_case
+from helpers.inputs.page import page_tables
 
 KV, MLA = OPS["append_paged_kv_cache"].row, OPS["append_paged_mla_kv_cache"].row
 MLA_SIZES = {"head_dim_ckv": 512, "head_dim_kpe": 64}

@@ -9,11 +9,11 @@ import pytest
 from rope_calls import ANGLES, APPLY, COS_SIN, F16, QUANTISE, a_case, check_in_place
 
 import fi_ffi
-from fi_ffi.cli.cases import default_dtypes, make_case
-from fi_ffi.cli.inputs import inputs_of
 from fi_ffi.loader.runtime import kernel_entry
 from fi_ffi.ops.functions import OPS
 
+from helpers.cases import default_dtypes, make_case
+from helpers.inputs import inputs_of
 from ops import test_rope, test_rope_angles, test_rope_quantize
 
 for _module in (test_rope, test_rope_angles, test_rope_quantize):

@@ -14,10 +14,10 @@ import sampling_hang
 from sampling_calls import run
 
 import fi_ffi
-from fi_ffi.cli.cases import make_case
 from fi_ffi.loader import search
 from fi_ffi.ops.functions import OPS
 
+from helpers.cases import make_case
 from ops import test_chain_sampling, test_sampling, test_sampling_filters, test_sampling_statistics
 
 TESTS = Path(__file__).parent.parent

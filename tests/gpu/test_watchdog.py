@@ -16,11 +16,12 @@ import pytest
 
 import fi_ffi
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.cli.cases import make_case
 from fi_ffi.ops import cuda
 from fi_ffi.ops.call import memory
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.watch import stream_progress, watching
+
+from helpers.cases import make_case
 
 LIMIT, LONG = 0.5, 60.0
 

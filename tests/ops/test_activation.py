@@ -10,11 +10,11 @@ import pytest
 from every_op import check_on, check_replayed
 
 import fi_ffi
-from fi_ffi.cli.cases import make_case
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 
 from calls import EVERY_CALL
+from helpers.cases import make_case
 
 NAMES = ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul")
 CALLS = [call for call in EVERY_CALL if call.values[0].row.name in NAMES]

@@ -10,10 +10,12 @@ import pytest
 from every_op import check_on, needs
 
 import fi_ffi
-from fi_ffi.cli.cases import Case, make_case
+from fi_ffi.cli.cases import Case
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.releases import fits
+
+from helpers.cases import make_case
 
 DEQUANT, QUANTIZE, FP4, CACHE = (
     OPS[name] for name in ("nvfp4_kv_dequant", "mxfp8_quantize", "fp4_quantize", "nvfp4_kv_quant")

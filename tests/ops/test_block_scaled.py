@@ -10,10 +10,12 @@ from every_op import check_on, check_replayed, needs
 
 import fi_ffi
 from fi_ffi.abi.tensor import parse_device
-from fi_ffi.cli.cases import Case, make_case
+from fi_ffi.cli.cases import Case
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.providers import entry_for
+
+from helpers.cases import make_case
 
 DEQUANT, TILES, ROWS_AGAIN, QUANTIZE, FP4, CACHE = (
     OPS[name]

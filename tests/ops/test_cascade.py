@@ -10,12 +10,13 @@ import pytest
 from every_op import check_on, check_replayed
 
 import fi_ffi
-from fi_ffi.cli.cases import Case, make_case
+from fi_ffi.cli.cases import Case
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.releases import fits
 
 from calls import HostArray
+from helpers.cases import make_case
 
 PAIR, IN_PLACE, MANY = (
     OPS[name].row for name in ("merge_state", "merge_state_in_place", "merge_states")

@@ -8,9 +8,10 @@ from every_op import check_on
 from sampling_calls import run
 
 import fi_ffi
-from fi_ffi.cli.cases import make_case
-from fi_ffi.cli.inputs.sampling import probabilities
 from fi_ffi.ops.functions import OPS
+
+from helpers.cases import make_case
+from helpers.inputs.sampling import probabilities
 
 NAME = "chain_speculative_sampling"
 

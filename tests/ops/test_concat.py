@@ -9,11 +9,12 @@ import pytest
 from every_op import check_on, check_replayed
 
 import fi_ffi
-from fi_ffi.cli.cases import Case, make_case
+from fi_ffi.cli.cases import Case
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.releases import fits
 
 from calls import padded
+from helpers.cases import make_case
 
 OP = OPS["concat_mla_k"]
 DTYPES = OP.rows[0].dtypes["T"]

@@ -9,9 +9,11 @@ import pytest
 from every_op import check_on, check_replayed
 
 import fi_ffi
-from fi_ffi.cli.cases import Case, make_case
+from fi_ffi.cli.cases import Case
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.releases import fits
+
+from helpers.cases import make_case
 
 LAYERNORMS = (
     "fused_dit_gate_residual_layernorm_gamma_beta",

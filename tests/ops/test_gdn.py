@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 
 import fi_ffi
 from fi_ffi.abi.tensor import parse_device
-from fi_ffi.cli.cases import Case, bound, make_case
+from fi_ffi.cli.cases import Case, bound
 from fi_ffi.loader import machine
 from fi_ffi.ops.call import memory
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.providers import entry_for
+
+from helpers.cases import make_case
 
 OP = OPS["gdn_prefill"]
 CHECKPOINTS = ("state_checkpoints", "checkpoint_cu_starts")

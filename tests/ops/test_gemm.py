@@ -8,13 +8,14 @@ import pytest
 from every_op import check_on, check_replayed
 
 import fi_ffi
-from fi_ffi.cli.cases import bound, make_case
+from fi_ffi.cli.cases import bound
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.releases import fits
 from fi_ffi.reference.exact_gemm import fp8_products
 
 from calls import EVERY_CALL
+from helpers.cases import make_case
 
 BF16, E4M3, E5M2 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 BMM = [call for call in EVERY_CALL if call.values[0].row.name == "bmm_fp8"]

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.cli.cases import make_case
 from fi_ffi.ops.functions import OPS
 
 from calls import CALLS, HIDDEN, padded
+from helpers.cases import make_case
 
 
 def errors(case, arrays) -> float:

@@ -32,11 +32,13 @@ from overlapping import (
 )
 
 import fi_ffi
-from fi_ffi.cli.cases import Case, default_dtypes, make_case
-from fi_ffi.cli.inputs import inputs_of
+from fi_ffi.cli.cases import Case
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.row import Tensor
+
+from helpers.cases import default_dtypes, make_case
+from helpers.inputs import inputs_of
 
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 _SEED = int(os.environ.get("FI_FFI_SEED", "0"))

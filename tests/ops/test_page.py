@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.cli.cases import make_case
-from fi_ffi.cli.inputs.page import page_tables
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.notation import axis_size
 
@@ -26,6 +24,8 @@ from calls import (
     edges,
     padded,
 )
+from helpers.cases import make_case
+from helpers.inputs.page import page_tables
 
 KV, MLA = OPS["append_paged_kv_cache"].row, OPS["append_paged_mla_kv_cache"].row
 SIZES = {

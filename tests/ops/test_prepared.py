@@ -9,13 +9,14 @@ import pytest
 
 import fi_ffi
 from fi_ffi.abi.tensor import make_desc
-from fi_ffi.cli.cases import Case, make_case
-from fi_ffi.cli.inputs import inputs_of
+from fi_ffi.cli.cases import Case
 from fi_ffi.ops.call.compiled import KEEP
 from fi_ffi.ops.call.prepared import Prepared
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.row import KvLayout, Scalar
 
+from helpers.cases import make_case
+from helpers.inputs import inputs_of
 from prepared_calls import (
     EVERY_OP,
     EVERY_WAY,

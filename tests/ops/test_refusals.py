@@ -19,14 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fi_ffi
-from fi_ffi.cli.cases import Case, default_dtypes, make_case
-from fi_ffi.cli.inputs import inputs_of
+from fi_ffi.cli.cases import Case
 from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.notation import axis_size, parse_axis
 from fi_ffi.ops.row import KV_LAYOUTS, KvLayout, Row, Scalar, Tensor, default_of
 
 from calls import having
+from helpers.cases import default_dtypes, make_case
+from helpers.inputs import inputs_of
 from prepared_calls import same_error
 
 

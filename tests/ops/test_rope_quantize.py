@@ -11,11 +11,11 @@ from every_op import check_on, check_replayed
 from rope_calls import CALLS_QUANTISE, QUANTISE, judged, part
 
 import fi_ffi
-from fi_ffi.cli.cases import make_case
-from fi_ffi.cli.inputs.page import page_tables
 from fi_ffi.ops.functions import OPS
 
 from calls import bits, edges, padded
+from helpers.cases import make_case
+from helpers.inputs.page import page_tables
 
 APPENDING = QUANTISE[1:]
 KV, MLA = APPENDING

@@ -9,11 +9,11 @@ import pytest
 from rope_calls import ANGLES, APPLY, COS_SIN, QUANTISE
 
 import fi_ffi
-from fi_ffi.cli.cases import default_dtypes, make_case
-from fi_ffi.cli.inputs import inputs_of
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.notation import axis_size
 
+from helpers.cases import default_dtypes, make_case
+from helpers.inputs import inputs_of
 from prepared_calls import refusal_of, same_error
 
 

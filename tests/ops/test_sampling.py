@@ -8,10 +8,11 @@ from every_op import check_on, check_replayed
 from sampling_calls import ARRAYS, DRAWING, SAMPLERS, SEEDS, make, run
 
 import fi_ffi
-from fi_ffi.cli.cases import make_case
-from fi_ffi.cli.inputs.sampling import probabilities
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference.sampling import KERNELS
+
+from helpers.cases import make_case
+from helpers.inputs.sampling import probabilities
 
 # One token, odd sizes, whole vectors, a block of the kernel, and vocabularies.
 SIZES = (1, 2, 3, 5, 31, 128, 1000, 1024, 4096, 4099, 32000)

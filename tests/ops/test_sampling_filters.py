@@ -8,10 +8,11 @@ from every_op import check_on, check_replayed
 from sampling_calls import APART, CLOSE, TOP_P, ends, run
 
 import fi_ffi
-from fi_ffi.cli.cases import make_case
-from fi_ffi.cli.inputs.sampling import probabilities
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference.exact_renorm import top_p_error
+
+from helpers.cases import make_case
+from helpers.inputs.sampling import probabilities
 
 TOP_K = ("top_k_renorm_probs", "top_k_mask_logits")
 DTYPES = ("float32", "float16", "bfloat16")

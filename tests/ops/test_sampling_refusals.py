@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.cli.cases import make_case
 from fi_ffi.ops.call import memory
 from fi_ffi.ops.functions import OPS
 
+from helpers.cases import make_case
 from ops.test_sampling_filters import SCRATCH, make
 
 

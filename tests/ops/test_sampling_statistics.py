@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sampling_calls import SAMPLERS, draws, filtered, run, surprise
 
-from fi_ffi.cli.inputs.sampling import probabilities
+from helpers.inputs.sampling import probabilities
 
 FILTERS = [
     ("sampling_from_probs", {}),

@@ -8,8 +8,9 @@ from every_op import check_on, check_replayed
 from sampling_calls import run
 
 import fi_ffi
-from fi_ffi.cli.cases import make_case
 from fi_ffi.ops.functions import OPS
+
+from helpers.cases import make_case
 
 PLAIN, PAGES, RAGGED = (
     "radix_topk", "radix_topk_page_table_transform", "radix_topk_ragged_transform",

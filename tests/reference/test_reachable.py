@@ -7,11 +7,12 @@ from itertools import repeat
 import numpy as np
 import pytest
 
-from fi_ffi.cli.cases import make_case
-from fi_ffi.cli.inputs.sampling import probabilities
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference.exact_renorm import top_p_error, top_p_slack
 from fi_ffi.reference.reachable import NONE, Filter, around, rejected, slack
+
+from helpers.cases import make_case
+from helpers.inputs.sampling import probabilities
 
 P = np.array([0.5, 0.25, 0.125, 0.125])
 ALL = np.ones(4, bool)

@@ -2,7 +2,7 @@
 
 Counted are the instructions of Python that a repeated call executes, beyond those of the
 statement that makes it, and the functions in C that are called from them.  They say nothing
-of how long each takes; `fi-ffi bench --cpu` does.
+of how long each takes; benchmarks/host_calls.py does.
 """
 
 from __future__ import annotations
@@ -24,18 +24,9 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.cli.benching.calls import (
-    EMPTY,
-    NUMPY_REPEATED,
-    PLAN_TYPED,
-    PREPARED,
-    REPEATED,
-    TYPED,
-    own_calls,
-)
-from fi_ffi.cli.benching.noop_kernel import kernels_replaced, noop
-from fi_ffi.cli.benching.timing import Call
 from fi_ffi.loader import machine, runtime
+
+from helpers.benchmarks import Call, kernels_replaced, noop, ways
 
 
 class Budget(NamedTuple):
@@ -49,16 +40,16 @@ class Budget(NamedTuple):
 # Each call compares the layouts with those of the call before, and all addresses: nothing is
 # remembered by sizes, and an output that overlaps is refused.
 BUDGETS = {
-    EMPTY: Budget(0, 0),
-    PREPARED: Budget(78, 4),
+    ways.EMPTY: Budget(0, 0),
+    ways.PREPARED: Budget(78, 4),
     "prepared call, 3 new pointers, in a scope": Budget(298, 6),
     "prepared call with a stream": Budget(134, 3),
     "typed call, in a scope": Budget(276, 5),
-    TYPED: Budget(332, 4),
-    REPEATED: Budget(621, 11),
-    NUMPY_REPEATED: Budget(772, 34),
+    ways.TYPED: Budget(332, 4),
+    ways.REPEATED: Budget(621, 11),
+    ways.NUMPY_REPEATED: Budget(772, 34),
     "one TensorDesc made": Budget(147, 3),
-    PLAN_TYPED: Budget(713, 6),
+    ways.PLAN_TYPED: Budget(713, 6),
     "plan.run, prepared (CPU: no stream)": Budget(121, 3),
 }
 TOOL = 4  # of `sys.monitoring`: none that has a use of its own
@@ -73,7 +64,7 @@ def calls() -> Iterator[dict[str, Call]]:
     runtime.ensure_tvm_ffi()
     if machine.device_count() > 1:
         pytest.skip("with several GPUs calls make theirs current, which the budgets leave out")
-    found = {call.name: call for call in own_calls() if call.repeated is None}
+    found = {call.name: call for call in ways.own_calls() if call.repeated is None}
     assert {name: call.problem() for name, call in found.items()} == dict.fromkeys(found)
     with kernels_replaced(noop):
         yield found
@@ -211,13 +202,13 @@ def test_the_full_way_is_past_the_budget_and_told(calls: dict[str, Call]) -> Non
     """What a call that works everything out anew would look like."""
     # A number that is no plain float is checked anew each time.
     full = replace(
-        calls[PLAN_TYPED],
+        calls[ways.PLAN_TYPED],
         statement="plan.run(q, k, v, o, k_scale=one)",
-        make=lambda: calls[PLAN_TYPED].names | {"one": np.float64(1)},
+        make=lambda: calls[ways.PLAN_TYPED].names | {"one": np.float64(1)},
     )
     lines, functions = instructions(full), functions_in_c(full)
-    assert not is_within(BUDGETS[PLAN_TYPED], lines, functions)
-    text = told(PLAN_TYPED, lines, functions)
+    assert not is_within(BUDGETS[ways.PLAN_TYPED], lines, functions)
+    text = told(ways.PLAN_TYPED, lines, functions)
     assert "run.py:" in text
     assert "in C: " in text
 

@@ -15,10 +15,11 @@ from cuda.bindings import runtime
 from stress import gauges
 
 import fi_ffi
-from fi_ffi.cli.cases import make_case
 from fi_ffi.cli.cuda import DeviceArray, check
 from fi_ffi.loader import search
 from fi_ffi.ops.functions import OPS
+
+from helpers.cases import make_case
 
 Work = tuple[Callable[[int], None], Mapping[str, Callable[[], int]]]
 RMSNORM = OPS["rmsnorm"]

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from fi_ffi.cli.cases import Case
-from fi_ffi.cli.replaying.memory import POISON
+from fi_ffi.cli.cases import case_of
 from fi_ffi.cli.replaying.recorded import Recorded, RecordedTensor
+from fi_ffi.cli.replaying.rerun import POISON
 from fi_ffi.ops.row import Row
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.exact import EXACT, MOVES
-from fi_ffi.reference.formula import as_inputs
 
 # Of a dtype's steps at an element and at the largest of its row, beside no better bound.
 _STEPS = 2.0
@@ -61,21 +59,13 @@ def without_unwritten(recorded: Recorded, after: Mapping[str, Array]) -> dict[st
     return found
 
 
-def with_recorded(recorded: Recorded, got: Mapping[str, Array]) -> Iterator[Compared]:
-    """Results beside what the first call wrote."""
-    for name, then in (recorded.after or {}).items():
-        if name in got:
-            eps = _eps(recorded.tensors, name)
-            yield compared(name, "the dump", got[name], then, eps)
-
-
-def with_reference(
-    recorded: Recorded, got: Mapping[str, Array], reference: Mapping[str, Array]
+def beside(
+    recorded: Recorded, got: Mapping[str, Array], wanted: Mapping[str, Array], to: str
 ) -> Iterator[Compared]:
-    """Results beside the reference's on the CPU."""
-    for name, wanted in reference.items():
-        eps = _eps(recorded.tensors, name)
-        yield compared(name, "the reference on the CPU", got[name], wanted, eps)
+    """Results beside others: what the first call wrote, or what the reference does."""
+    for name, expected in wanted.items():
+        if name in got:
+            yield compared(name, to, got[name], expected, _eps(recorded.tensors, name))
 
 
 def has_definition(row: Row) -> bool:
@@ -83,32 +73,19 @@ def has_definition(row: Row) -> bool:
     return row.formula in EXACT or row.formula in MOVES
 
 
-def with_definition(recorded: Recorded, got: Mapping[str, Array]) -> Iterator[Compared]:
+def with_definition(row: Row, recorded: Recorded, got: Mapping[str, Array]) -> Iterator[Compared]:
     """Results beside the op's definition in float64."""
-    row = recorded.row
-    assert row is not None
-    case = definition_of(row, recorded)
-    for name in case.expected:
-        if name in got:
-            error, fraction = case.error(name, got[name])
-            yield Compared(name, "the definition in float64", fraction == 0, error, fraction)
-
-
-def definition_of(row: Row, recorded: Recorded, fill: int = POISON) -> Case:
-    """What a call must give, where what it only writes had `fill` in every byte."""
     arrays = {
-        name: of.elements.copy() if of.reads else filled(of.elements, fill)
+        name: of.elements.copy() if of.reads else filled(of.elements, POISON)
         for name, of in recorded.tensors.items()
         if of.elements is not None and not of.is_scratch
     }
     values = {name: value for name, value in recorded.values.items() if value is not None}
-    expected: dict[str, Any]
-    if row.formula in MOVES:
-        moved = MOVES[row.formula](arrays | values)
-        expected = {name: (array, None) for name, array in moved.items()}
-    else:
-        expected = {**EXACT[row.formula](as_inputs({**arrays, **values}))}
-    return Case(row, arrays, values, expected)
+    case = case_of(row, arrays, values)
+    for name in case.expected:
+        if name in got:
+            error, fraction = case.error(name, got[name])
+            yield Compared(name, "the definition in float64", fraction == 0, error, fraction)
 
 
 def compared(name: str, to: str, got: Array, wanted: Array, eps: float) -> Compared:

@@ -18,7 +18,9 @@ from fi_ffi.ops.watch import safetensors
 from fi_ffi.ops.watch.dump import AFTER, BEFORE, FORMAT, PLAN
 from fi_ffi.reference.arrays import Array
 
-_INT64 = 2**63
+# Bytes from the first element to past the last, of all tensors: so many times what the files
+# hold, for tensors may lie in larger ones, and so many where the files are small.
+_MOST_SPREAD, _ALWAYS = 64, 2**26
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def load(path: Path) -> Recorded:
         arrays = {name[len(PLAN) :]: of for name, of in data.items() if name.startswith(PLAN)}
         plan = _recorded(before, planned, arrays)
     made = _recorded(before, document, data, plan)
+    _check_spans(made)
     after_path = Path(stem + AFTER)
     if not after_path.exists():
         return made
@@ -140,12 +143,23 @@ def _tensor(path: Path, name: str, of: Any, data: memoryview | None) -> Recorded
         raise ArtifactError(f"{path}: {name} has no layout that can be: {of!r:.300}")
     elements = None if data is None else _elements(path, name, dtype, shape, data)
     reads, writes, scratch = (bool(of[flag]) for flag in ("reads", "writes", "scratch"))
-    made = RecordedTensor(
+    return RecordedTensor(
         name, dtype, shape, strides, of["address"], reads, writes, scratch, elements
     )
-    if made.span >= _INT64:
-        raise ArtifactError(f"{path}: {name} spans {made.span} bytes")
-    return made
+
+
+def _check_spans(made: Recorded) -> None:
+    """`ArtifactError` where the tensors take far more memory than they have elements."""
+    calls = [made] if made.plan is None else [made, made.plan]
+    kept = [of for call in calls for of in call.tensors.values() if not of.is_scratch]
+    asked = sum(of.span for of in kept)
+    held = sum(of.elements.nbytes for of in kept if of.elements is not None)
+    if asked > max(_MOST_SPREAD * held, _ALWAYS):
+        widest = max(kept, key=lambda of: of.span)
+        raise ArtifactError(
+            f"{made.path}: its tensors span {asked} bytes, {widest.name} {widest.span} of them, "
+            f"and it has {held} bytes of elements: {_MOST_SPREAD} times as much is the most"
+        )
 
 
 def _elements(

@@ -26,7 +26,8 @@ from fi_ffi.ops.watch.tensor_bytes import read
 FORMAT = "fi_ffi call 1"
 BEFORE, AFTER = ".in.safetensors", ".out.safetensors"
 MOST_CALLS, MOST_BYTES = 1000, 2**33
-_NOT_IN_NAMES = re.compile(r"[^\w.-]")
+_NOT_IN_NAMES = re.compile(r"[^\w.-]", re.ASCII)
+_LONGEST_NAME = 100  # of a call, in its files' names
 PLAN = "plan."  # before the names of a plan's arrays, in the file of a run
 
 Described = dict[str, Any]
@@ -85,7 +86,8 @@ class Dump:
             if planned is not None:
                 call["plan"] = planned[0]
                 stored |= {PLAN + name: tensor for name, tensor in planned[1].items()}
-        stem = str(self._folder / f"{os.getpid()}-{number:06}-{_NOT_IN_NAMES.sub('_', name)}")
+        plain = _NOT_IN_NAMES.sub("_", name)[:_LONGEST_NAME]
+        stem = str(self._folder / f"{os.getpid()}-{number:06}-{plain}")
         words = {"format": FORMAT, "call": json.dumps(call)}
         safetensors.write(Path(stem + BEFORE), stored, words)
         return stem, f"dumped: {stem}{BEFORE}"

@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 
 import fi_ffi
-from fi_ffi.cli import cases
-from fi_ffi.cli.cases import Case, make_case
-from fi_ffi.cli.inputs import inputs_of
+from fi_ffi.cli.cases import case_of
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor
 
@@ -24,6 +22,8 @@ from .judge import check_refusal, check_signature_error
 from .memory import Room
 from .wrong import ALONE, ALWAYS, Wrong, another, built, told, wrong_tensor, wrong_value
 from calls import lacks
+from helpers.cases import make_case
+from helpers.inputs import inputs_of
 
 _MOST = 3  # arguments at once
 _SLOW = 0.02  # seconds of a call, past which only one in so many that fit is made
@@ -111,7 +111,7 @@ class Call:
                 others[arg.name] = arg.type(others[arg.name])
         others = {name: value for name, value in others.items() if name not in self.tensors}
         with np.errstate(all="ignore"):
-            case = Case(row, arrays, others, cases._expected(row, arrays, others))
+            case = case_of(row, arrays, others)
         for name in case.expected:
             if name in given:
                 worst = case.error(name, self.room.view(given[name]))[1]

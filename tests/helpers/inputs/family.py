@@ -16,10 +16,10 @@ Made = tuple[Mapping[str, Array], Mapping[str, int], dict[str, Any]]
 class Inputs:
     """Sizes of calls, and inputs that depend on one another.
 
-    `small` are sizes by axis of calls with few elements, `usual` those of the demo.  `make(row,
-    tables, sizes, scalars, without, rng)` gives tensors by name that are not simply random
-    (the given `tables` among them), all sizes, and the numbers.  `variants` are shapes that
-    an op's calls come in, by name: what `make_case` is told.  `of_dtypes` gives numbers that
+    `small` are sizes by axis of calls with few elements, `usual` larger ones.
+    `make(row, tables, sizes, scalars, without, rng)` gives tensors by name that are not simply
+    random (the given `tables` among them), all sizes, and the numbers.  `variants` are shapes
+    that an op's calls come in, by name: what `make_case` is told.  `of_dtypes` gives numbers that
     follow from the dtypes of the row's variables.
     """
 

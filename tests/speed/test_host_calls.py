@@ -1,66 +1,60 @@
-"""`fi-ffi bench --cpu`: figures of calls that were checked, and none of others."""
+"""benchmarks/host_calls.py: figures of calls that were checked, and none of others."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
-from click.testing import CliRunner
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.cli import bench, main
-from fi_ffi.cli.benching import calls as ways
-from fi_ffi.cli.benching.calls import (
-    EMPTY,
-    NUMPY_REPEATED,
-    PEER,
-    PLAN_TYPED,
-    PREPARED,
-    REPEATED,
-    TYPED,
-    own_calls,
-)
-from fi_ffi.cli.benching.noop_kernel import kernels_replaced, noop
-from fi_ffi.cli.benching.timing import Call, Timing, measure
 from fi_ffi.loader import runtime
 from fi_ffi.loader import tvm_ffi as libtvm_ffi
 from fi_ffi.loader.tvm_ffi import Found
 
+from helpers.benchmarks import Call, Timing, host_calls, kernels_replaced, measure, noop, ways
+
 NAMES = [
-    EMPTY, PREPARED, "prepared call, 3 new pointers, in a scope", "prepared call with a stream",
-    "typed call, in a scope", TYPED, REPEATED, "typed call, 2 TensorDescs made, other lengths",
-    NUMPY_REPEATED, "typed call, numpy arrays (CPU), other lengths", "one TensorDesc made",
-    PLAN_TYPED, "plan.run, prepared (CPU: no stream)",
+    ways.EMPTY, ways.PREPARED, "prepared call, 3 new pointers, in a scope",
+    "prepared call with a stream", "typed call, in a scope", ways.TYPED, ways.REPEATED,
+    "typed call, 2 TensorDescs made, other lengths", ways.NUMPY_REPEATED,
+    "typed call, numpy arrays (CPU), other lengths", "one TensorDesc made", ways.PLAN_TYPED,
+    "plan.run, prepared (CPU: no stream)",
 ]  # fmt: skip
-OTHERS = {REPEATED: NAMES[7], NUMPY_REPEATED: NAMES[9]}
-QUICK = ("--cpu", "--rounds", "3", "--calls", "20")
+OTHERS = {ways.REPEATED: NAMES[7], ways.NUMPY_REPEATED: NAMES[9]}
+PROGRAM = host_calls.__file__
+QUICK = ("--rounds", "3", "--calls", "20")
 
 
 @pytest.fixture(autouse=True)
 def no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     """tvm_ffi is not brought into the process of the tests."""
-    monkeypatch.setattr(bench, "find_peer", lambda: ways.Peer(None, "not looked for"))
+    monkeypatch.setattr(host_calls, "find_peer", lambda: ways.Peer(None, "not looked for"))
 
 
 @pytest.fixture
 def calls() -> dict[str, Call]:
     runtime.ensure_tvm_ffi()
-    return {call.name: call for call in own_calls()}
+    return {call.name: call for call in ways.own_calls()}
 
 
-def run(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(main, ["bench", *map(str, arguments)])
-    assert result.exit_code == code, result.output
-    return result.output
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The program's output, of both kinds."""
+
+    def run(*arguments: object, code: int = 0) -> str:
+        assert host_calls.main([*map(str, arguments)]) == code
+        printed = capsys.readouterr()
+        return printed.out + printed.err
+
+    return run
 
 
-def test_every_call_has_a_figure_and_ratios() -> None:
+def test_every_call_has_a_figure_and_ratios(run: Callable[..., str]) -> None:
     document = json.loads(run(*QUICK, "--json"))
     assert [row["call"] for row in document["results"]] == NAMES
     assert document["not_shown"] == {}
@@ -75,25 +69,23 @@ def test_every_call_has_a_figure_and_ratios() -> None:
     assert document["results"][0]["of_empty"] == 1
 
 
-def test_a_table_and_csv(tmp_path: Path) -> None:
-    file = tmp_path / "host.csv"
-    text = run(*QUICK, "--csv", file)
+def test_a_table(run: Callable[..., str]) -> None:
+    text = run(*QUICK)
     assert all(name in text for name in NAMES)
     assert "3 x 20 calls" in text
-    rows = [*csv.DictReader(file.open())]
-    assert [row["call"] for row in rows] == NAMES
-    assert all(float(row["ns"]) > 0 and row["of_tvm_ffi"] == "" for row in rows)
 
 
-def test_it_fails_on_a_ratio_alone() -> None:
+def test_it_fails_on_a_ratio_alone(run: Callable[..., str]) -> None:
     # A prepared call is the empty one and more.
     text = run(*QUICK, "--fail-above", 1, code=1)
-    assert f"Error: {PREPARED}: " in text
+    assert f"Error: {ways.PREPARED}: " in text
     assert "and 1 is the most" in text
     run(*QUICK, "--fail-above", 1e6)
 
 
-def test_it_fails_where_other_lengths_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_fails_where_other_lengths_take_longer(
+    run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The ratios stand in for those measured: a test is not to fail by the machine's speed."""
     ratios = dict.fromkeys(OTHERS, 1.5)
 
@@ -102,11 +94,11 @@ def test_it_fails_where_other_lengths_take_longer(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Timing, "ratio", ratio)
     run(*QUICK, "--fail-above-repeated", 1.5)
-    ratios[NUMPY_REPEATED] = 1.51
+    ratios[ways.NUMPY_REPEATED] = 1.51
     text = run(*QUICK, "--fail-above-repeated", 1.5, code=1)
     expected = "1.51 times the repeated length, and 1.5 is the most"
-    assert f"Error: {OTHERS[NUMPY_REPEATED]}: {expected}\n" in text
-    assert f"{OTHERS[REPEATED]}: 1" not in text
+    assert f"Error: {OTHERS[ways.NUMPY_REPEATED]}: {expected}\n" in text
+    assert f"{OTHERS[ways.REPEATED]}: 1" not in text
     run(*QUICK)
 
 
@@ -119,28 +111,28 @@ def test_lengths_are_others_in_each_call(calls: dict[str, Call]) -> None:
         assert len({next(same) for _ in range(10)}) == 1
 
 
-def test_without_cpu_it_says_what_there_is() -> None:
-    text = run(code=2)
-    assert "--cpu" in text
-    assert "benchmarks/host.py" in text
-    assert (Path(__file__).parents[2] / "benchmarks").is_dir()
+def test_no_rounds_are_no_figures() -> None:
+    with pytest.raises(SystemExit):
+        host_calls.main(["--rounds", "0"])
 
 
-def test_what_fails_its_check_is_not_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_fails_its_check_is_not_shown(
+    run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def wrong() -> list[Call]:
         return [
-            dataclasses.replace(call, problem=lambda: "it is wrong") if call.name == TYPED else call
-            for call in own_calls()
+            dataclasses.replace(call, problem=lambda: "it is wrong")
+            if call.name == ways.TYPED
+            else call
+            for call in ways.own_calls()
         ]
 
-    monkeypatch.setattr(bench, "own_calls", wrong)
-    file = tmp_path / "host.csv"
-    text = run(*QUICK, "--json", "--csv", file, code=1)
+    monkeypatch.setattr(host_calls, "own_calls", wrong)
+    text = run(*QUICK, "--json", code=1)
     document, _ = json.JSONDecoder().raw_decode(text)
-    assert [row["call"] for row in document["results"]] == [n for n in NAMES if n != TYPED]
-    assert document["not_shown"] == {TYPED: "it is wrong"}
-    assert f"Error: not shown, because a check failed:\n  {TYPED}: it is wrong" in text
-    assert TYPED not in [row["call"] for row in csv.DictReader(file.open())]
+    assert [row["call"] for row in document["results"]] == [n for n in NAMES if n != ways.TYPED]
+    assert document["not_shown"] == {ways.TYPED: "it is wrong"}
+    assert f"Error: not shown, because a check failed: {ways.TYPED}: it is wrong" in text
 
 
 def test_every_call_passes_its_checks(calls: dict[str, Call]) -> None:
@@ -167,7 +159,9 @@ def test_another_call_is_told(calls: dict[str, Call], statement: str) -> None:
 
 def test_rows_past_the_length_are_looked_at() -> None:
     statement = ways._MADE.format(ways._ON_STREAM).replace("(n, 64)", "(n + 1, 64)")
-    assert "rows past its length" in str(ways._rmsnorm("", statement, repeated=REPEATED).problem())
+    assert "rows past its length" in str(
+        ways._rmsnorm("", statement, repeated=ways.REPEATED).problem()
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,11 +187,11 @@ def test_the_entry_does_nothing() -> None:
 def test_kernels_are_back_after_the_block(calls: dict[str, Call]) -> None:
     """Those of the op and of plans like the one that was timed."""
     with kernels_replaced(noop):
-        for name in (NUMPY_REPEATED, PLAN_TYPED):
+        for name in (ways.NUMPY_REPEATED, ways.PLAN_TYPED):
             measure([calls[name]], 1, 1)
-        assert "away from float64" in str(calls[PLAN_TYPED].problem())
-    assert calls[NUMPY_REPEATED].problem() is None
-    assert calls[PLAN_TYPED].problem() is None
+        assert "away from float64" in str(calls[ways.PLAN_TYPED].problem())
+    assert calls[ways.NUMPY_REPEATED].problem() is None
+    assert calls[ways.PLAN_TYPED].problem() is None
 
 
 def test_rounds_take_turns() -> None:
@@ -219,21 +213,6 @@ def test_ratios_are_of_the_same_round() -> None:
     assert slow.nanoseconds == 22
 
 
-def test_matplotlib_is_asked_for_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(bench, "measure", lambda *_: pytest.fail("it measured"))
-    text = run(*QUICK, "--plot", tmp_path / "host.png", code=1)
-    assert "Error: --plot needs matplotlib: pip install 'fi-ffi[bench]'" in text
-
-
-def test_a_plot(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    file = tmp_path / "host.png"
-    run(*QUICK, "--plot", file)
-    assert file.read_bytes().startswith(b"\x89PNG")
-    assert "host.what: " in run(*QUICK, "--plot", tmp_path / "host.what", code=1)
-
-
 def test_tvm_ffi_is_left_alone_where_it_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ways.importlib, "import_module", lambda name: pytest.fail(name))
     monkeypatch.setattr(libtvm_ffi, "installed", lambda: None)
@@ -245,8 +224,7 @@ def test_tvm_ffi_is_left_alone_where_it_cannot_be_measured(monkeypatch: pytest.M
 
 
 def test_beside_tvm_ffi_where_it_is_installed() -> None:
-    program = "from fi_ffi.cli import main; main()"
-    command = [sys.executable, "-c", program, "bench", *QUICK, "--json"]
+    command = [sys.executable, PROGRAM, *QUICK, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
@@ -256,7 +234,7 @@ def test_beside_tvm_ffi_where_it_is_installed() -> None:
         assert "not installed" in document["peer"]
         return
     assert document["peer"].startswith("apache-tvm-ffi 0.1")
-    assert rows[PEER]["of_tvm_ffi"] == 1
+    assert rows[ways.PEER]["of_tvm_ffi"] == 1
     assert "tvm_ffi call, numpy arrays" in rows
     assert ("tvm_ffi call, torch tensors" in rows) == bool(importlib.util.find_spec("torch"))
     assert all(row["of_tvm_ffi"] > 0 for row in document["results"])

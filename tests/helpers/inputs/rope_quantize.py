@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from fi_ffi.cli.inputs import page, rope
-from fi_ffi.cli.inputs.family import Inputs, Made
 from fi_ffi.ops.row import Row
 from fi_ffi.reference.arrays import Array
+
+from helpers.inputs import page, rope
+from helpers.inputs.family import Inputs, Made
 
 
 def make(

@@ -14,12 +14,13 @@ import numpy as np
 
 import fi_ffi
 from fi_ffi import TensorDesc
-from fi_ffi.cli.benching.noop_kernel import Notes, kernels_replaced, noop_address, noop_call
-from fi_ffi.cli.benching.timing import STREAM, Call
 from fi_ffi.cli.cases import bound
 from fi_ffi.loader import tvm_ffi as libtvm_ffi
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.exact_attention import Options, exact_batch, from_pages
+
+from marks.noop_kernel import Notes, kernels_replaced, noop_address, noop_call
+from marks.turns import STREAM, Call
 
 EMPTY = "empty cffi call"
 PREPARED = "prepared call, in a scope"

@@ -1,1 +1,0 @@
-"""What `fi-ffi bench` measures, and how."""

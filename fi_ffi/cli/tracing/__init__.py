@@ -1,1 +1,0 @@
-"""What `fi-ffi trace` is made of: FlashInfer-Bench definitions of calls."""

@@ -1,0 +1,126 @@
+"""`fi-ffi doctor` on a bare machine: it reports what is here, and fetches what it is told to."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fi_ffi.cli import cuda, main
+from fi_ffi.loader import lock, machine, runtime
+from fi_ffi.ops.table import ROWS
+
+from loader.server import File, Server, kernel_members, make_wheel, sha256
+
+NAME = "flashinfer_jit_cache-0.6.13+cu130-cp39-abi3-linux.whl"
+MODULES = sorted({row.module for row in ROWS})
+OTHER_MODULES = [name for name in MODULES if name != "norm"]
+
+
+@pytest.fixture
+def web() -> Iterator[Server]:
+    """A server with the pinned wheel: `norm` and others, none of which is a library."""
+    with Server({f"/{NAME}": File(make_wheel(kernel_members()), etag='"one"')}) as server:
+        yield server
+
+
+@pytest.fixture
+def bare(web: Server, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The command in a process that knows kernels from the lock alone, with an empty cache."""
+    wheel = web.files[f"/{NAME}"].content
+    pins = {
+        "release": "0.6.13", "cuda": "cu130", "platform": lock.this_platform(),
+        "layout": "monolithic", "file": NAME, "url": web.url(f"/{NAME}"), "sha256": sha256(wheel),
+        "provenance": "verified here",
+    }  # fmt: skip
+    text = lock.lock_path().read_text().partition("[[kernels.files]]")[0] + "[[kernels.files]]\n"
+    (tmp_path / "wheels.lock").write_text(text + "".join(f'{k} = "{v}"\n' for k, v in pins.items()))
+    library = runtime.ensure_tvm_ffi().path
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("FI_FFI_")} | {
+        "FI_FFI_LOCK": str(tmp_path / "wheels.lock"),
+        "FI_FFI_CACHE_DIR": str(tmp_path / "cache"),
+        "FI_FFI_SOURCES": "remote",
+    }
+    # libtvm_ffi is another place's business, and already in this process.
+    program = f"from fi_ffi.abi import library; library.attach({library!r})\n"
+    program += "from fi_ffi.cli import main; main()"
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", program, *arguments]
+        return subprocess.run(
+            command, env=environment | variables, capture_output=True, text=True, timeout=120
+        )
+
+    return run
+
+
+def test_nothing_is_fetched_unasked(bare, web, tmp_path):
+    done = bare("doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    assert not web.seen and "modules:" not in done.stderr
+    assert not list((tmp_path / "cache").rglob("*.so"))
+    found = {finding["check"]: finding for finding in json.loads(done.stdout)}
+    assert found["kernels: remote"]["status"] == "ok"
+    unfetched = found[", ".join(f"{name}{on}" for name in MODULES for on in on_each_gpu())]
+    assert (unfetched["status"], unfetched["found"]) == ("none", "not fetched yet")
+    assert "fi-ffi doctor --fetch" in unfetched["advice"]
+
+
+def on_each_gpu() -> list[str]:
+    return [f" on cuda:{gpu.index}" for gpu in cuda.gpus()] or [""]
+
+
+def test_what_fetch_does_is_told(bare, web):
+    done = bare("doctor", "--fetch", "--json")
+    assert web.seen
+    for number, name in enumerate(MODULES, 1):
+        assert f"modules: {number} of {len(MODULES)}, {name}\n" in done.stderr
+    assert "not fetched yet" not in done.stdout
+    assert "norm" in [word for f in json.loads(done.stdout) for word in f["check"].split(", ")]
+
+
+def test_offline_stays_offline_and_is_named(bare, web):
+    done = bare("doctor", "--fetch", "--json", FI_FFI_OFFLINE="1")
+    assert not web.seen
+    assert "FI_FFI_OFFLINE=1" in done.stdout and "not fetched yet" not in done.stdout
+
+
+def test_an_answer_for_an_op_fetches_nothing(bare, web):
+    done = bare("doctor", "rmsnorm", "--sm", "90", "--json")
+    assert done.returncode == 0 and not web.seen, done.stdout + done.stderr
+    (answer,) = json.loads(done.stdout)
+    assert "fetched when it is first called" in answer["reason"]
+
+
+def test_the_driver_is_told_as_it_is():
+    found = {f["check"]: f for f in json.loads(run("doctor", "--json").output)}
+    if machine.driver_version() is None:
+        assert (found["driver"]["status"], found["driver"]["found"]) == ("warn", "no CUDA driver")
+        assert "reference kernels run" in found["driver"]["advice"]
+        assert not [check for check in found if check.startswith("cuda:")]
+    else:
+        assert found["driver"]["found"] == "CUDA {}.{}".format(*machine.driver_version())
+
+
+def test_no_op_works_without_a_driver(monkeypatch, built_wheel):
+    """A GPU that something else answers for: the driver's own word decides, and nothing is run."""
+    monkeypatch.setattr(runtime, "kernel_entry", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(cuda, "driver_version", lambda: None)
+    monkeypatch.setattr(machine, "device_count", lambda: 1)
+    monkeypatch.setattr(machine, "capability", lambda device: (9, 0))
+    result = run("doctor", "rmsnorm", "--kernels", str(built_wheel), "--json")
+    (answer,) = json.loads(result.stdout)
+    assert result.exit_code == 1 and not answer["works"]
+    assert "driver: no CUDA driver" in answer["reason"]
+
+
+def run(*arguments: str):
+    result = CliRunner().invoke(main, arguments)
+    runtime.use_source(None)
+    return result

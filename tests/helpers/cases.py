@@ -1,0 +1,113 @@
+"""Random calls of an op from its row, with what they must give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from fi_ffi.abi.tensor import DTYPES
+from fi_ffi.cli.cases import Case, case_of
+from fi_ffi.ops.notation import axis_size
+from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor, Text
+from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.exact import MOVES
+
+from helpers.inputs import inputs_of
+
+
+def default_dtypes(row: Row) -> dict[str, str]:
+    """The first dtype of each of the row's variables."""
+    return {variable: names[0] for variable, names in row.dtypes.items()}
+
+
+def make_case(
+    row: Row,
+    sizes: Mapping[str, int],
+    dtypes: Mapping[str, str],
+    rng: np.random.Generator,
+    tables: Mapping[str, Array] | None = None,
+    without: Collection[str] = (),
+    **scalars: Any,
+) -> Case:
+    """Fresh random inputs; a tensor that is only written starts as NaN.
+
+    `tables` are the index tensors of a paged cache or of ragged sequences; random ones are
+    made where there are none.  What an op only moves is random bits, NaN and their payloads
+    among them.  Optional tensors are left out where `without` names them.
+    """
+    make, of_dtypes = inputs_of(row).make, inputs_of(row).of_dtypes
+    if of_dtypes is not None:
+        scalars = {**of_dtypes(dtypes), **scalars}
+    if make is not None:
+        tables, sizes, scalars = make(row, tables, sizes, scalars, without, rng)
+    values = {
+        arg.name: _value(arg, rng) for arg in row.args if isinstance(arg, (Scalar, Text, KvLayout))
+    } | scalars
+    arrays: dict[str, Array] = {}
+    for arg in row.tensors:
+        if arg.name in without:
+            continue
+        axes = arg.axes_in(values.get("kv_layout", "NHD"))
+        shape = [axis_size(name, sizes) for name in axes]
+        dtype = DTYPES[dtypes.get(arg.dtype, arg.dtype)].numpy
+        if tables and arg.name in tables:
+            arrays[arg.name] = _placed(tables[arg.name].astype(dtype), arg)
+        elif row.formula in MOVES:
+            count = math.prod(shape) * dtype.itemsize
+            arrays[arg.name] = rng.integers(0, 256, count, np.uint8).view(dtype).reshape(shape)
+        elif not arg.reads:
+            poison = 0xFF if dtype.kind in "iu" else np.nan
+            arrays[arg.name] = _placed(np.full(shape, poison, dtype), arg)
+        else:
+            arrays[arg.name] = _placed(_random(arg, shape, rng).astype(dtype), arg)
+        if arg.parts > 1:
+            arrays[arg.name] = _part(arrays[arg.name], arg.parts)
+    return case_of(row, arrays, values)
+
+
+def _placed(array: Array, arg: Tensor) -> Array:
+    """The values as the argument wants them to lie: aligned, and transposed in memory."""
+    if arg.zeroed:
+        array[...] = 0
+    if arg.transposed:
+        other: Array = _aligned(array.swapaxes(-1, -2), arg.alignment).swapaxes(-1, -2)
+        return other
+    return _aligned(array, arg.alignment) if arg.alignment > 1 else array
+
+
+def _part(array: Array, parts: int) -> Array:
+    """The values as one of so many parts of a tensor, whose others are NaN."""
+    size = array.shape[-1]
+    part: Array = np.full((*array.shape[:-1], size * parts), np.nan, array.dtype)[..., :size]
+    part[...] = array
+    return part
+
+
+def _aligned(array: Array, alignment: int) -> Array:
+    """A copy at an address that is a multiple of `alignment`."""
+    room = np.empty(array.nbytes + alignment, np.uint8)
+    start = -room.ctypes.data % alignment
+    copy: Array = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def _value(arg: Scalar | Text | KvLayout, rng: np.random.Generator) -> Any:
+    """The default, or something positive where there is none."""
+    if isinstance(arg, Text):
+        return str(rng.choice(arg.words))
+    if isinstance(arg, Scalar) and arg.default is None and not arg.size_of:
+        return arg.type(np.exp(rng.uniform(-4, 1)))
+    return arg.default
+
+
+def _random(arg: Tensor, shape: list[int], rng: np.random.Generator) -> Array:
+    if arg.name == "scale":
+        return np.exp(rng.uniform(-4, 1, shape))
+    # Rows of different sizes, so that a row normalised by another's scale is seen.
+    spread = np.exp(rng.uniform(-2, 2, [*shape[:-1], 1])) if len(shape) > 1 else 1.0
+    values: Array = rng.standard_normal(shape) * spread
+    return values
