@@ -3,7 +3,8 @@
     python3 tools/mutate.py [WORD...] [--jobs 2]
 
 Runs each fault's tests in a copy of the checkout, where they must pass without it; prints a line
-for each and the survivors at the end.  A WORD chooses the faults whose file, code or subject has it.
+for each and the survivors at the end.  A WORD chooses the faults whose file, code or subject it
+is in.
 Ends with 1 where more than two survive, or one of memory or trust; with 2 where a line of the table
 fits no code any more, or its tests fail without a fault.
 """
