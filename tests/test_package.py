@@ -74,29 +74,31 @@ def test_there_is_something_to_check() -> None:
     assert {room_of(path) for path in MODULES} <= {*ROOMS}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_follow_the_arrows(path: Path) -> None:
-    room = room_of(path)
-    for name, lazily in imports(path):
-        assert name.split(".")[0] not in NEVER, f"{path} imports {name}"
-        if name.split(".")[0] != "fi_ffi":
-            continue
-        allowed = ROOMS[room] | {room} | (LAZILY.get(room, set()) if lazily else set())
-        assert imported_rooms(name) in allowed, f"{room} imports {name}"
+def test_imports_follow_the_arrows() -> None:
+    count = 0
+    for path in MODULES:
+        room = room_of(path)
+        for name, lazily in imports(path):
+            count += 1
+            assert name.split(".")[0] not in NEVER, f"{path} imports {name}"
+            if name.split(".")[0] == "fi_ffi":
+                allowed = ROOMS[room] | {room} | (LAZILY.get(room, set()) if lazily else set())
+                assert imported_rooms(name) in allowed, f"{path} imports {name}"
+    assert count > 5 * len(MODULES)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_modules_are_short_and_say_what_they_are(path: Path) -> None:
-    text = path.read_text()
-    assert text.count("\n") <= 700
-    assert ast.get_docstring(ast.parse(text))
+def test_modules_are_short_and_say_what_they_are() -> None:
+    for path in MODULES:
+        text = path.read_text()
+        assert text.count("\n") <= 700, path
+        assert ast.get_docstring(ast.parse(text)), path
 
 
-@pytest.mark.parametrize("name", fi_ffi.__all__)
-def test_public_names(name: str) -> None:
-    value = getattr(fi_ffi, name)
-    if not isinstance(value, (dict, str)):
-        assert (value.__doc__ or "").strip(), f"{name} has no docstring"
+def test_public_names() -> None:
+    for name in fi_ffi.__all__:
+        value = getattr(fi_ffi, name)
+        if not isinstance(value, (dict, str)):
+            assert (value.__doc__ or "").strip(), f"{name} has no docstring"
 
 
 def test_every_error_is_public() -> None:
