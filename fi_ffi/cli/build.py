@@ -23,7 +23,6 @@ from rich.progress import Progress as Bar
 
 from fi_ffi.cli import INTERRUPTED
 from fi_ffi.cli.output import print_json
-from fi_ffi.cli.progress import Pace, shown
 from fi_ffi.loader.building.build import Available, available
 from fi_ffi.loader.building.build import build as build_wheel
 from fi_ffi.loader.building.env import DEFAULT_TORCH
@@ -38,6 +37,7 @@ from fi_ffi.loader.building.names import (
 from fi_ffi.loader.building.workshop import Progress
 from fi_ffi.loader.cache import cache_root
 from fi_ffi.loader.machine import CPUS
+from fi_ffi.loader.progress import Pace, shown
 
 
 def _clock(seconds: float) -> str:

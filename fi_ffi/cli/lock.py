@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import click
 
 from fi_ffi.cli.output import print_json, print_table
-from fi_ffi.cli.progress import reporter
 from fi_ffi.loader import lockfile
 from fi_ffi.loader.lock import lock_path, read_lock, this_platform
+from fi_ffi.loader.progress import reporter
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

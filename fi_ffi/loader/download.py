@@ -1,34 +1,34 @@
 """Whole files into the cache: resumable, hashed as they come, verified before use.
 
-An unfinished file lies in `downloads/` of the cache as `<key>.part`, beside
-`<key>.json`, which tells what the server said of it.  Whoever comes next goes on
-from there; nothing else looks at it.
+An unfinished file of a known sha256 lies in `downloads/` of the cache as
+`<sha256>.part`.  Whoever comes next goes on from there; nothing else looks at it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from fi_ffi.errors import ArtifactError, FetchError, LoaderError
+from fi_ffi.errors import ArtifactError, LoaderError
 from fi_ffi.loader import cache
-from fi_ffi.loader.caching import temporaries
-from fi_ffi.loader.http import Client, Response
-from fi_ffi.loader.ranges import Version, content_range
-from fi_ffi.loader.retries import Attempts, Transient
+from fi_ffi.loader.caching import locking, temporaries
+from fi_ffi.loader.http import Attempts, Client, Transient
+from fi_ffi.loader.ranges import Changed, NoRanges, Overrun, RemotePieces
 from fi_ffi.loader.urls import redact, refuse_offline
 from fi_ffi.loader.wheel import safe_name
 
-MAX_FILE = 16 << 30  # bytes; the largest published wheel has 2.1 GB
 _CHUNK = 1 << 20
 _SPARE = 16 << 20  # bytes of disk to leave free
 _REPORT_EVERY = 0.1  # seconds
+_POLL = 0.02  # seconds, between looks at another process's download
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,13 @@ def fetch_file(
     if found is not None:
         return found
     refuse_offline(name)
-    key = sha256 or hashlib.sha256(url.encode()).hexdigest()
-    with _alone(key) as folder:
+    with _place(sha256 or hashlib.sha256(url.encode()).hexdigest()) as part:
         found = _cached(sha256, name)  # by the process that was waited for
         if found is not None:
             return found
-        transfer = _Transfer(url, name, folder / key, client or Client(), report)
-        digest, total = transfer.run(sha256, size)
-        return Downloaded(_adopt(transfer.part, digest, name), digest, total)
+        transfer = _Transfer(url, name, part, size, client or Client(), report)
+        digest = transfer.run(sha256)
+        return Downloaded(_adopt(part, digest, name), digest, transfer.done)
 
 
 def _cached(sha256: str | None, name: str) -> Downloaded | None:
@@ -90,23 +89,53 @@ def _cached(sha256: str | None, name: str) -> Downloaded | None:
 
 
 @contextlib.contextmanager
-def _alone(key: str) -> Iterator[Path]:
-    """The downloads' folder, while no other process fetches this file."""
-    from filelock import FileLock
+def _place(key: str) -> Iterator[Path]:
+    """The file to write to: the `.part` of `key`, once no other process writes to it.
 
+    A temporary instead where a process holds that and has written nothing for as long as
+    patience lasts, and where the file system has no locks.
+    """
     root = cache.cache_root()
-    folder = root / "downloads"
+    with contextlib.ExitStack() as stack:
+        try:
+            temporaries.make_root(root)
+            temporaries.make_folder(root / "downloads")
+            part = root / "downloads" / f"{key}.part"
+            if not _lock(part, stack):
+                part = stack.enter_context(temporaries.temporary(root)).path
+        except OSError as error:
+            raise LoaderError(f"the cache at {root} cannot be written: {error}") from error
+        yield part
+
+
+def _lock(part: Path, stack: contextlib.ExitStack) -> bool:
+    """Wait for the lock of a part for as long as its holder gets on; whether it was had."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(part.with_suffix(".lock"))
+    seen, deadline = _state(part), time.monotonic() + locking.PATIENCE
+    while True:
+        try:
+            stack.enter_context(lock.acquire(timeout=0))
+            return True
+        except Timeout:
+            now, state = time.monotonic(), _state(part)
+            if state != seen:
+                seen, deadline = state, now + locking.PATIENCE
+            if now >= deadline:
+                return False
+            time.sleep(_POLL)
+        except (OSError, NotImplementedError) as error:
+            _log.info("%s cannot be locked (%s): it is fetched for this process", part, error)
+            return False
+
+
+def _state(part: Path) -> tuple[int, int, int] | None:
     try:
-        temporaries.make_root(root)
-        temporaries.make_folder(folder)
-        lock = FileLock(folder / f"{key}.lock")
-        lock.acquire()
-    except OSError as error:
-        raise LoaderError(f"the cache at {root} cannot be written: {error}") from error
-    try:
-        yield folder
-    finally:
-        lock.release()
+        status = part.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _adopt(part: Path, sha256: str, name: str) -> Path:
@@ -116,129 +145,87 @@ def _adopt(part: Path, sha256: str, name: str) -> Path:
         return cache.adopt(part, sha256, name)
     except OSError as error:
         raise LoaderError(f"{part} cannot be written: {error}") from error
-    finally:
-        part.with_suffix(".json").unlink(missing_ok=True)
 
 
 class _Transfer:
-    """One file on its way; `part` is where it is written."""
+    """One file on its way to `part`; `done` bytes of it are there and hashed."""
 
     def __init__(
-        self, url: str, name: str, stem: Path, client: Client, report: Reporter | None
+        self,
+        url: str,
+        name: str,
+        part: Path,
+        size: int | None,
+        client: Client,
+        report: Reporter | None,
     ) -> None:
-        self.part, self._json = stem.with_suffix(".part"), stem.with_suffix(".json")
-        self._url, self._name, self._client, self._report = url, name, client, report
-        self._digest, self._done = hashlib.sha256(), 0
-        self._notes = Version()
-        self._joined = False  # from answers to several requests
-        self._highest = 0  # bytes that were there at any time: fetching them again is no progress
+        self.part, self.done = part, 0
+        self._name, self._where, self._size, self._report = name, redact(url), size, report
+        self._remote = RemotePieces(url, client, size)
+        self._attempts = Attempts(client.policy, url)
+        self._digest = hashlib.sha256()
         self._begun, self._begun_at, self._told = time.monotonic(), 0, float("-inf")
 
-    def run(self, sha256: str | None, size: int | None) -> tuple[str, int]:
-        """Fetch it all; its sha256 and size."""
-        self._resume(sha256 is not None)
+    def run(self, sha256: str | None) -> str:
+        """Fetch it all; its sha256."""
+        if sha256 is None:
+            self._drop()  # nothing would tell whether it is a part of this file
+        else:
+            self._take_up()
+            if self._digest.hexdigest() == sha256:
+                return sha256
+        size = f"{self._size:,} bytes" if self._size is not None else "a file of unknown size"
+        _log.info("fetching %s, %s, from %s", self._name, size, self._where)
         for last in (False, True):
-            self._fetch(size)
+            self._receive()
             found = self._digest.hexdigest()
             if sha256 in (None, found):
-                return found, self._done
+                return found
             self._drop()
-            if last or not self._joined:
+            if last or not (self._begun_at or self._attempts.total):
                 break
             # Parts of two files, perhaps: once more, from the start.
+            self._remote.forget()
         raise ArtifactError(
-            f"{redact(self._url)}: sha256 is {found}, pinned is {sha256}: the address serves "
-            "another file"
+            f"{self._where}: sha256 is {found}, pinned is {sha256}: the address serves another file"
         )
 
-    def _resume(self, pinned: bool) -> None:
-        """Take up what is there: hash it."""
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            self._notes = Version(**json.loads(self._json.read_text()))
-        # With a pinned hash a wrong part is found out at the end, else only by If-Range.
-        if not pinned and not _validator(self._notes):
-            self._drop()
+    def _take_up(self) -> None:
+        """Hash what is there."""
         with contextlib.suppress(FileNotFoundError), self.part.open("rb") as file:
             while chunk := file.read(_CHUNK):
                 self._digest.update(chunk)
-                self._done += len(chunk)
-        self._begun_at = self._highest = self._done
-        self._joined = self._done > 0
+                self.done += len(chunk)
+        self._begun_at = self.done
+        self._attempts.reached(self.done)
 
     def _drop(self) -> None:
-        for path in (self.part, self._json):
-            path.unlink(missing_ok=True)
-        self._digest, self._done, self._notes = hashlib.sha256(), 0, Version()
+        self.part.unlink(missing_ok=True)
+        self._digest, self.done = hashlib.sha256(), 0
 
-    def _fetch(self, size: int | None) -> None:
-        attempts = Attempts(self._client.policy, self._url)
-        while not self._done or self._done != self._notes.total:
+    def _receive(self) -> None:
+        """Fetch what is missing, or all of it where that cannot be had alone."""
+        while True:
             try:
-                with self._client.open(self._url, self._headers()) as response:
-                    self._begin(response, size)
-                    self._receive(response, attempts)
-                if self._notes.total in (None, self._done):
-                    return
-                raise Transient(f"the answer ended at {self._done} of {self._notes.total} bytes")
-            except Transient as error:
-                attempts.failed(error)
-
-    def _headers(self) -> dict[str, str]:
-        if not self._done:
-            return {}
-        validator = _validator(self._notes)
-        return {"Range": f"bytes={self._done}-"} | ({"If-Range": validator} if validator else {})
-
-    def _begin(self, response: Response, size: int | None) -> None:
-        """Look at an answer's headers: it goes on where the part ends, or begins anew."""
-        if response.status == 200:
-            total = response.integer("Content-Length")
-            self._drop()
-        elif response.status == 416 and self._done:
-            self._drop()
-            raise Transient("the server has less than was fetched before")
-        else:
-            first, _, total = content_range(response)
-            self._joined = True
-            if first != self._done:
-                raise FetchError(
-                    f"{redact(self._url)}: asked for the bytes from {self._done} on, the server "
-                    f"sends them from {first} on; use another address"
-                )
-        version = Version.of(response, total)
-        if not self._notes.same(version):
-            self._drop()
-            raise Transient("the file changed while it was fetched")
-        self._notes = version
-        if (size is not None and total not in (None, size)) or (total or 0) > MAX_FILE:
-            self._drop()
-            expected = f"pinned are {size}" if size is not None else f"at most {MAX_FILE}"
-            raise ArtifactError(f"{redact(self._url)} is of {total} bytes, {expected}")
-        self._check_space((total or size or 0) - self._done)
-
-    def _check_space(self, needed: int) -> None:
-        free = shutil.disk_usage(self.part.parent).free
-        if needed + _SPARE > free:
-            raise LoaderError(
-                f"{self._name} needs {needed:,} bytes and {free:,} are free in "
-                f"{self.part.parent}: make room, or set FI_FFI_CACHE_DIR to another directory"
-            )
-
-    def _receive(self, response: Response, attempts: Attempts) -> None:
-        limit = MAX_FILE if self._notes.total is None else self._notes.total
-        for chunk in response.chunks():
-            if self._done + len(chunk) > limit:
+                chunks = self._remote.stream(self.done, attempts=self._attempts)
+                with contextlib.closing(chunks):
+                    for chunk in chunks:
+                        self._append(chunk)
+                return
+            except NoRanges:
                 self._drop()
-                raise FetchError(f"{redact(self._url)}: more than {limit} bytes came")
-            self._append(chunk)
-            attempts.moved(self._done - self._highest)
-            self._highest = max(self._highest, self._done)
-            self._tell()
+            except Changed:
+                self._drop()
+                self._remote.forget()
+                self._attempts.failed(Transient("the file changed while it was fetched"))
+            except (ArtifactError, Overrun):
+                self._drop()
+                raise
 
     def _append(self, chunk: bytes) -> None:
         try:
-            if not self._done:
-                self._json.write_text(json.dumps(asdict(self._notes)))
+            if self.done == self._begun_at:
+                self._check_space()
             with self.part.open("ab") as file:
                 file.write(chunk)
         except OSError as error:
@@ -247,19 +234,23 @@ class _Transfer:
                 "FI_FFI_CACHE_DIR to another directory. What is there is kept"
             ) from error
         self._digest.update(chunk)
-        self._done += len(chunk)
+        self.done += len(chunk)
+        self._tell()
+
+    def _check_space(self) -> None:
+        needed = (self._remote.total or 0) - self.done
+        free = shutil.disk_usage(self.part.parent).free
+        if needed + _SPARE > free:
+            raise LoaderError(
+                f"{self._name} needs {needed:,} bytes and {free:,} are free in "
+                f"{self.part.parent}: make room, or set FI_FFI_CACHE_DIR to another directory"
+            )
 
     def _tell(self) -> None:
-        now, total = time.monotonic(), self._notes.total
-        if self._report is None or (now - self._told < _REPORT_EVERY and self._done != total):
+        now, total = time.monotonic(), self._remote.total
+        if self._report is None or (now - self._told < _REPORT_EVERY and self.done != total):
             return
-        rate = max(0, self._done - self._begun_at) / max(now - self._begun, 1e-9)
-        remaining = (total - self._done) / rate if total is not None and rate else None
+        rate = max(0, self.done - self._begun_at) / max(now - self._begun, 1e-9)
+        remaining = (total - self.done) / rate if total is not None and rate else None
         self._told = now
-        self._report(Report(self._name, self._done, total, rate, remaining))
-
-
-def _validator(version: Version) -> str | None:
-    """What If-Range may carry: a weak ETag does not vouch for single bytes."""
-    strong = version.etag if version.etag and not version.etag.startswith("W/") else None
-    return strong or version.modified
+        self._report(Report(self._name, self.done, total, rate, remaining))

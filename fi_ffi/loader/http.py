@@ -1,4 +1,4 @@
-"""HTTP as the loader uses it: one request with its redirects, bounded in time and tries.
+"""HTTP as the loader uses it: requests with their redirects, bounded in time and tries.
 
 Proxies, certificates and netrc are the user's own (`requests` reads them from the
 environment).  Only https is spoken, and plain http with this machine itself.
@@ -6,9 +6,13 @@ environment).  Only https is spoken, and plain http with this machine itself.
 
 from __future__ import annotations
 
+import errno
 import functools
 import http.client
+import io
 import os
+import random
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -18,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from fi_ffi.errors import FetchError
-from fi_ffi.loader.retries import Attempts, Policy, Transient, retry_after
 from fi_ffi.loader.urls import check_url, is_loopback, origin, redact, redirected, refuse_offline
 
 if TYPE_CHECKING:  # importing it takes longer than a warm start may
     import requests
 
 _CHUNK = 1 << 20
+_ENOUGH = 1 << 20  # bytes of progress after which earlier failures are forgiven
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _TRY_AGAIN = frozenset((408, 425, 429))
 _NO_PROXY = {"http": None, "https": None, "all": None}
@@ -35,6 +39,167 @@ _ADVICE = {
     407: "the proxy asks for credentials: put them into HTTPS_PROXY",
     410: "the file was taken away: check the address in wheels.lock",
 }
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How long to wait and how often to try again."""
+
+    tries: int = 5
+    first_wait: float = 0.5  # s before the second try, doubled before each one after it
+    longest_wait: float = 60.0  # s; a server that asks for more is given up
+    connect_timeout: float = 10.0
+    read_timeout: float = 30.0  # s without a byte; for a status and its headers together
+    slowest: float = 1024.0  # bytes/s, over any `read_timeout` of waiting
+    transfer_timeout: float = 12 * 3600.0  # s, with all tries; what is here by then is kept
+    redirects: int = 10
+
+
+class Transient(Exception):
+    """A failure after which the same request may succeed."""
+
+    def __init__(self, reason: str, wait: float | None = None) -> None:
+        self.reason, self.wait = reason, wait
+        super().__init__(reason)
+
+
+class Attempts:
+    """Counts the failures of one transfer, waits between tries, and gives up."""
+
+    def __init__(self, policy: Policy, url: str, start: int = 0) -> None:
+        self._policy, self._where = policy, redact(url)
+        self._failures, self._reached = 0, start
+        self.total = 0  # failures, those forgiven too
+        self._deadline = time.monotonic() + policy.transfer_timeout
+
+    def reached(self, position: int) -> None:
+        """Tell of progress: a connection that breaks now and then still gets there.
+
+        Fetching what was there before is none.
+        """
+        if position >= self._reached + _ENOUGH:
+            self._failures, self._reached = 0, position
+        if time.monotonic() > self._deadline:
+            raise FetchError(
+                f"{self._where}: not all of it came in {self._policy.transfer_timeout:.0f} s: the "
+                "connection is too slow. Try again: what is already here is kept"
+            )
+
+    def failed(self, error: Transient) -> None:
+        """Wait before the next try, or raise `FetchError` if there is none."""
+        policy = self._policy
+        self._failures += 1
+        self.total += 1
+        tries = f"{self._failures} {'try' if self._failures == 1 else 'tries'}"
+        if self._failures >= policy.tries:
+            raise FetchError(
+                f"{self._where}: {error.reason}; gave up after {tries}. Check the network and the "
+                "proxy settings, or try later: what is already here is kept"
+            )
+        wait = min(policy.first_wait * 2 ** (self._failures - 1), policy.longest_wait)
+        wait *= random.uniform(0.5, 1)  # so that many processes do not come back together
+        if error.wait is not None:
+            wait = error.wait
+        if wait > policy.longest_wait:
+            raise FetchError(
+                f"{self._where}: {error.reason}; after {tries} the server asks to wait "
+                f"{wait:.0f} s, which is longer than {policy.longest_wait:.0f} s. Try again later"
+            )
+        time.sleep(wait)
+
+
+class _PacedSocket(io.RawIOBase):
+    """What a socket receives: a whole answer's head by a deadline, its body at a least rate.
+
+    A timeout for each read alone would let a server send a byte now and then, or
+    `100 Continue`, for ever.
+    """
+
+    def __init__(self, sock: socket.socket, policy: Policy) -> None:
+        self._sock, self._policy = sock, policy
+        self._raw: Any = sock.makefile("rb", buffering=0)
+        self._deadline: float | None = time.monotonic() + policy.read_timeout
+        self._waited, self._got = 0.0, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+    def head_ended(self) -> None:
+        self._deadline, self._waited = None, 0.0
+        self._sock.settimeout(self._policy.read_timeout)
+
+    def readinto(self, buffer: Any) -> int:
+        before = time.monotonic()
+        if self._deadline is not None:
+            if before >= self._deadline:
+                raise self._late()
+            self._sock.settimeout(self._deadline - before)
+        try:
+            count: int = self._raw.readinto(buffer) or 0
+        except TimeoutError:
+            raise self._late() from None
+        # Only the waiting counts: what is done with the bytes takes its own time.
+        self._waited, self._got = self._waited + time.monotonic() - before, self._got + count
+        if self._deadline is None and self._waited >= self._policy.read_timeout:
+            if self._got < self._policy.slowest * self._waited:
+                text = f"only {self._got} bytes came in {self._waited:.1f} s"
+                raise TimeoutError(errno.ETIMEDOUT, text)
+            self._waited, self._got = 0.0, 0
+        return count
+
+    def _late(self) -> TimeoutError:
+        if self._deadline is None or not self._got:
+            return TimeoutError(errno.ETIMEDOUT, "the server sends nothing")
+        limit = self._policy.read_timeout
+        return TimeoutError(errno.ETIMEDOUT, f"no status with its headers came in {limit:.1f} s")
+
+
+class _PacedResponse(http.client.HTTPResponse):
+    policy: Policy
+
+    def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        self.fp.close()
+        self._paced = _PacedSocket(sock, self.policy)
+        self.fp = io.BufferedReader(self._paced)
+
+    def begin(self) -> None:
+        super().begin()
+        self._paced.head_ended()
+
+
+def _adapter(policy: Policy) -> Any:
+    """The adapter of requests, over connections that are held to the policy."""
+    from requests.adapters import HTTPAdapter
+    from urllib3 import connection, connectionpool
+
+    response = type("_Response", (_PacedResponse,), {"policy": policy})
+
+    def pool_of(pool: type, of: type) -> type:
+        connection_class = type("_Connection", (of,), {"response_class": response})
+        return type("_Pool", (pool,), {"ConnectionCls": connection_class})
+
+    pools = {
+        "http": pool_of(connectionpool.HTTPConnectionPool, connection.HTTPConnection),
+        "https": pool_of(connectionpool.HTTPSConnectionPool, connection.HTTPSConnection),
+    }
+
+    class Adapter(HTTPAdapter):
+        def init_poolmanager(self, *args: Any, **options: Any) -> None:
+            super().init_poolmanager(*args, **options)
+            self.poolmanager.pool_classes_by_scheme = pools
+
+        def proxy_manager_for(self, proxy: Any, **options: Any) -> Any:
+            manager = super().proxy_manager_for(proxy, **options)
+            if not proxy.lower().startswith("socks"):  # which has connections of its own
+                manager.pool_classes_by_scheme = pools
+            return manager
+
+    return Adapter()
 
 
 @dataclass
@@ -51,9 +216,7 @@ class Response:
         """The body, undecoded; `Transient` where it breaks off, stalls or trickles."""
         from urllib3.exceptions import HTTPError
 
-        policy, waited, got = self._client.policy, 0.0, 0
         while True:
-            before = time.monotonic()
             try:
                 chunk = self._raw.read1(_CHUNK, decode_content=False)
             except (HTTPError, http.client.HTTPException, OSError) as error:
@@ -61,12 +224,6 @@ class Response:
             if not chunk:
                 return
             self._client.moved += len(chunk)
-            # Only the waiting counts: what is done with the bytes takes its own time.
-            waited, got = waited + time.monotonic() - before, got + len(chunk)
-            if waited >= policy.read_timeout:
-                if got < policy.slowest * waited:
-                    raise Transient(f"only {got} bytes came in {waited:.1f} s")
-                waited, got = 0.0, 0
             yield chunk
 
     def integer(self, name: str) -> int | None:
@@ -89,30 +246,24 @@ class Client:
         self._local = threading.local()
 
     @contextmanager
-    def open(
-        self, url: str, headers: Mapping[str, str] | None = None, method: str = "GET"
-    ) -> Iterator[Response]:
+    def open(self, url: str, headers: Mapping[str, str] | None = None) -> Iterator[Response]:
         """One try of a request: an answer of status 200, 206 or 416.
 
         Raises `Transient` where trying again may help, else `FetchError`.
         """
         refuse_offline(redact(url))
-        answer, final = self._follow(
-            method, url, {"Accept-Encoding": "identity", **(headers or {})}
-        )
+        answer, final = self._follow(url, {"Accept-Encoding": "identity", **(headers or {})})
         try:
             _check_status(answer, final)
             yield Response(answer.status_code, answer.headers, final, self, answer.raw)
         finally:
             answer.close()
 
-    def _follow(
-        self, method: str, url: str, headers: Mapping[str, str]
-    ) -> tuple[requests.Response, str]:
+    def _follow(self, url: str, headers: Mapping[str, str]) -> tuple[requests.Response, str]:
         first = url
         for _ in range(self.policy.redirects + 1):
             check_url(url)
-            answer = self._send(method, url, headers, own=origin(url) == origin(first))
+            answer = self._send(url, headers, own=origin(url) == origin(first))
             if answer.status_code not in _REDIRECTS:
                 return answer, url
             location = answer.headers.get("Location")
@@ -127,16 +278,13 @@ class Client:
             f"{redact(url)}"
         )
 
-    def _send(
-        self, method: str, url: str, headers: Mapping[str, str], *, own: bool
-    ) -> requests.Response:
+    def _send(self, url: str, headers: Mapping[str, str], *, own: bool) -> requests.Response:
         import requests
 
         policy = self.policy
         self.requests += 1
         try:
-            return self._session().request(
-                method,
+            return self._session().get(
                 url,
                 headers={"User-Agent": "fi-ffi", **headers},
                 # Without one, requests takes credentials from netrc, where a `default`
@@ -160,21 +308,14 @@ class Client:
         if getattr(local, "pid", None) != pid:
             import requests
 
-            local.session, local.pid = requests.Session(), pid
+            session, adapter = requests.Session(), _adapter(self.policy)
+            session.mount("https://", adapter)
+            session.mount("http://", adapter)
             if bundle := os.environ.get("SSL_CERT_FILE"):
-                local.session.verify = bundle  # requests' own two variables go before it
-        session: requests.Session = local.session
-        return session
-
-    def size_of(self, url: str) -> int | None:
-        """The file's size, asked with HEAD; None if the server does not tell."""
-        attempts = Attempts(self.policy, url)
-        while True:
-            try:
-                with self.open(url, method="HEAD") as response:
-                    return response.integer("Content-Length")
-            except Transient as error:
-                attempts.failed(error)
+                session.verify = bundle  # requests' own two variables go before it
+            local.session, local.pid = session, pid
+        found: requests.Session = local.session
+        return found
 
 
 def _no_credentials(request: Any) -> Any:
@@ -190,9 +331,20 @@ def _check_status(answer: requests.Response, url: str) -> None:
         return
     said = f"{status} {answer.reason}".strip()
     if status >= 500 or status in _TRY_AGAIN:
-        raise Transient(f"the server answers {said!r:.80}", retry_after(answer.headers))
+        raise Transient(f"the server answers {said!r:.80}", _retry_after(answer.headers))
     advice = _ADVICE.get(status, "nothing is known of what that means for a file")
     raise FetchError(f"{redact(url)}: the server answers {said!r:.80}; {advice}")
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """The seconds of a Retry-After header, which may be a date."""
+    from urllib3 import Retry
+    from urllib3.exceptions import InvalidHeader
+
+    try:
+        return Retry().parse_retry_after(headers.get("Retry-After", "")[:40])
+    except (InvalidHeader, ValueError, OverflowError):
+        return None
 
 
 def _tls_failure(url: str, error: Exception) -> Exception:

@@ -200,7 +200,7 @@ def verify(entry: Entry, *, full: bool = False, report: Reporter | None = None) 
         size = _size(url, client)
         found["size"] = _compare(size, entry.size)
         with contextlib.suppress(NoRanges):
-            record = RemoteWheel(url, client=client).record_sha256
+            record = RemoteWheel(url, client=client, verify="record").record_sha256
             found["record"] = _compare(record, entry.record_sha256)
         if full:
             found["sha256"] = "wrong"
@@ -227,13 +227,9 @@ def _size(url: str, client: Client) -> int | None:
         if not path.is_file():
             raise FetchError(f"{path}: there is no such file")
         return path.stat().st_size
-    try:
-        return client.size_of(url)
-    except FetchError:  # some refuse HEAD, and addresses may be signed for GET alone
-        try:
-            return RemotePieces(url, client).size()
-        except NoRanges:
-            return None
+    with contextlib.suppress(NoRanges):
+        return RemotePieces(url, client).size()
+    return None
 
 
 def _whole(url: str, entry: Entry, client: Client, report: Reporter | None) -> None:
@@ -255,7 +251,10 @@ def pin_record(path: Path, entry: Entry) -> Pinned:
         record, trust = Wheel(whole).record_sha256, "file-verified"
     else:
         url = resolve(entry) if isinstance(entry, IndexFile) else entry.url
-        record, trust = RemoteWheel(url, size=entry.size).record_sha256, "record-unpinned"
+        record, trust = (
+            RemoteWheel(url, size=entry.size, verify="record").record_sha256,
+            "record-unpinned",
+        )
     if entry.record_sha256 not in (None, record):
         raise ArtifactError(
             f"{entry.file}: RECORD has sha256 {record}, pinned is {entry.record_sha256}"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import bisect
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,11 +11,11 @@ from typing import Protocol
 
 from fi_ffi.errors import ArtifactError, FetchError
 from fi_ffi.loader.caching.stamps import State
-from fi_ffi.loader.http import Client, Response
-from fi_ffi.loader.retries import Attempts, Transient
+from fi_ffi.loader.http import Attempts, Client, Response, Transient
 from fi_ffi.loader.urls import redact
 from fi_ffi.loader.wheel import open_same
 
+MAX_FILE = 16 << 30  # bytes; the largest published wheel has 2.1 GB
 _CHUNK = 1 << 20
 _MAX_SKIP = 1 << 16  # bytes; what a zip may have between two things that are read
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
@@ -25,6 +24,10 @@ _NO_RANGE = re.compile(r"bytes \*/(\d{1,18})")
 
 class NoRanges(FetchError):
     """The server sends whole files only."""
+
+
+class Overrun(FetchError):
+    """More came than was announced, or than any file has."""
 
 
 class Changed(FetchError):
@@ -77,17 +80,11 @@ class Version:
             return self.etag == other.etag
         return not (self.modified and other.modified) or self.modified == other.modified
 
-
-def content_range(response: Response) -> tuple[int, int, int]:
-    """First byte, the byte after the last, and the file's size, as a 206 tells them."""
-    text = response.headers.get("Content-Range", "none")
-    found = _CONTENT_RANGE.fullmatch(text)
-    if response.status != 206 or found is None or int(found[2]) >= int(found[3]):
-        raise FetchError(
-            f"{redact(response.url)}: the server answers {response.status} with the range "
-            f"{text!r:.80}; it or a proxy before it is broken: use another address"
-        )
-    return int(found[1]), int(found[2]) + 1, int(found[3])
+    @property
+    def validator(self) -> str | None:
+        """What If-Range may carry: a weak ETag does not vouch for single bytes."""
+        strong = self.etag if self.etag and not self.etag.startswith("W/") else None
+        return strong or self.modified
 
 
 class RemotePieces:
@@ -101,61 +98,103 @@ class RemotePieces:
         self.url, self._client, self._pinned = url, client, size
         self._version: Version | None = None
 
+    @property
+    def total(self) -> int | None:
+        """The file's size as far as it is known."""
+        return self._version.total if self._version and self._version.total else self._pinned
+
     def size(self) -> int:
-        if self._pinned is not None:
-            return self._pinned
-        if self._version is None:
+        if self.total is None:
             # A byte: HEAD is refused by addresses that are signed for GET, and not
             # every server knows ranges that count from the end.
             for _ in self.stream(0, 1):
                 pass
-        total = self._version.total if self._version else None
-        assert total is not None
-        return total
+        assert self.total is not None
+        return self.total
 
-    def stream(self, start: int, stop: int) -> Iterator[bytes]:
-        attempts, at = Attempts(self._client.policy, self.url), start
-        while at < stop:
+    def forget(self) -> None:
+        """Let the next request begin with what the server has then."""
+        self._version = None
+
+    def stream(
+        self, start: int, stop: int | None = None, attempts: Attempts | None = None
+    ) -> Generator[bytes, None, None]:
+        """The bytes from `start` up to `stop`, or to the file's end, as they come.
+
+        A connection that breaks is taken up where it ended.  `attempts` counts the
+        failures of a transfer that takes several calls.
+        """
+        attempts, at = attempts or Attempts(self._client.policy, self.url, start), start
+        while stop is None or at < stop:
             try:
-                with self._client.open(self.url, {"Range": f"bytes={at}-{stop - 1}"}) as response:
-                    self._check(response, at, stop)
+                with self._client.open(self.url, self._headers(at, stop)) as response:
+                    end = self._check(response, at, stop)
                     for chunk in response.chunks():
                         at += len(chunk)
-                        attempts.moved(len(chunk))
-                        if at > stop:
-                            raise self._wrong("the server sends more than it announced")
+                        if at > (MAX_FILE if end is None else end):
+                            raise self._overrun(end)
+                        attempts.reached(at)
                         yield chunk
-                if at < stop:
-                    raise Transient(f"the answer ended {stop - at} bytes early")
+                if end in (None, at):
+                    return
+                raise Transient(f"the answer ended at byte {at} of {end}")
             except Transient as error:
                 attempts.failed(error)
 
-    def _check(self, response: Response, start: int, stop: int) -> None:
+    def _headers(self, at: int, stop: int | None) -> dict[str, str]:
+        if stop is not None:
+            return {"Range": f"bytes={at}-{stop - 1}"}
+        if not at:
+            return {}
+        validator = self._version.validator if self._version else None
+        return {"Range": f"bytes={at}-"} | ({"If-Range": validator} if validator else {})
+
+    def _check(self, response: Response, start: int, stop: int | None) -> int | None:
+        """Look at an answer's headers; returns where its body ends, if they tell."""
         if response.status == 200:
-            raise NoRanges(
-                f"{redact(self.url)}: the server sends whole files only, and this needs a part. "
-                "A pinned sha256 allows fetching the whole file"
-            )
+            if start or stop is not None:
+                raise NoRanges(
+                    f"{redact(self.url)}: the server sends whole files only, and this needs a "
+                    "part. A pinned sha256 allows fetching the whole file"
+                )
+            total = response.integer("Content-Length")
+            self._same(Version.of(response, total))
+            return total
         if response.status == 416:
             found = _NO_RANGE.fullmatch(response.headers.get("Content-Range", ""))
             self._same(Version.of(response, int(found[1]) if found else None))
             raise Changed(f"{redact(self.url)}: the server has no bytes {start} to {stop}")
-        first, end, total = content_range(response)
+        first, end, total = self._content_range(response)
         self._same(Version.of(response, total))
+        stop = total if stop is None else stop
         if (first, end) != (start, stop):
             asked = f"bytes {start}-{stop - 1}"
             raise self._wrong(f"asked for {asked}, the server sends {first}-{end - 1}")
         length = response.integer("Content-Length")
         if length is not None and length != stop - start:
             raise self._wrong(f"asked for {stop - start} bytes, the server announces {length}")
+        return end
+
+    def _content_range(self, response: Response) -> tuple[int, int, int]:
+        """First byte, the byte after the last, and the file's size, as a 206 tells them."""
+        text = response.headers.get("Content-Range", "none")
+        found = _CONTENT_RANGE.fullmatch(text)
+        if found is None or int(found[2]) >= int(found[3]):
+            raise self._wrong(f"the server answers {response.status} with the range {text!r:.80}")
+        return int(found[1]), int(found[2]) + 1, int(found[3])
 
     def _same(self, version: Version) -> None:
-        if None not in (self._pinned, version.total) and self._pinned != version.total:
-            sizes = f"{version.total} bytes, pinned are {self._pinned}"
-            raise ArtifactError(f"{redact(self.url)} is of {sizes}")
+        total, pinned = version.total, self._pinned
+        if (None not in (pinned, total) and pinned != total) or (total or 0) > MAX_FILE:
+            expected = f"at most {MAX_FILE}" if pinned is None else f"pinned are {pinned}"
+            raise ArtifactError(f"{redact(self.url)} is of {total} bytes, {expected}")
         if self._version is not None and not self._version.same(version):
             raise Changed(f"{redact(self.url)}: the file changed while it was read")
         self._version = version
+
+    def _overrun(self, end: int | None) -> Overrun:
+        most = f"{MAX_FILE} bytes, the most a file may have" if end is None else "it announced"
+        return Overrun(f"{redact(self.url)}: the server sends more than {most}")
 
     def _wrong(self, what: str) -> FetchError:
         advice = "the server or a proxy before it is broken: use another address"
@@ -166,8 +205,7 @@ class PiecewiseFile:
     """A read-only file over pieces: those kept in memory, and one stream.
 
     `expected` is a range that will be read from its start to its end: one request
-    serves it.  Other reads are served from `kept`, or take a request of their own.
-    With `keep`, what was requested is added to `kept`.
+    serves it.  With `keep`, what was requested is added to `kept`.
     """
 
     def __init__(
@@ -180,10 +218,11 @@ class PiecewiseFile:
         keep: bool = False,
     ) -> None:
         self._pieces, self._kept, self._size, self._keep = pieces, kept, size, keep
-        self._expected = expected
+        self._expected = expected or (0, 0)
         self._at = 0
-        self._stream: Iterator[bytes] | None = None
-        self._buffer, self._buffer_at = b"", 0
+        self._stream: Iterator[bytes] = iter(())
+        self._stream_end = 0
+        self._buffer, self._buffer_at = b"", 0  # what the stream gave, and where that begins
 
     def __enter__(self) -> PiecewiseFile:
         return self
@@ -197,9 +236,8 @@ class PiecewiseFile:
         self.close()
 
     def close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()  # type: ignore[attr-defined]  # a generator
-            self._stream = None
+        if hasattr(self._stream, "close"):  # a generator, with a connection
+            self._stream.close()
 
     def seekable(self) -> bool:
         return True
@@ -215,45 +253,35 @@ class PiecewiseFile:
         return at
 
     def read(self, size: int | None = -1) -> bytes:
-        stop = self._size if size is None or size < 0 else min(self._at + size, self._size)
-        if stop <= self._at:
+        start = self._at
+        stop = self._size if size is None or size < 0 else min(start + size, self._size)
+        if stop <= start:
             return b""
-        data = self._from_memory(self._at, stop)
-        if data is None:
-            data = self._from_stream(self._at, stop)
-        if data is None:
-            data = b"".join(self._pieces.stream(self._at, stop))
-            if self._keep:
-                self._kept[self._at] = data
+        for at, piece in self._kept.items():
+            if at <= start and stop <= at + len(piece):
+                data = piece[start - at : stop - at]
+                break
+        else:
+            data = self._request(start, stop)
         self._at += len(data)
         return data
 
-    def _from_memory(self, start: int, stop: int) -> bytes | None:
-        starts = sorted(self._kept)
-        index = bisect.bisect_right(starts, start) - 1
-        if index < 0:
-            return None
-        at = starts[index]
-        if stop > at + len(self._kept[at]):
-            return None
-        return self._kept[at][start - at : stop - at]
-
-    def _from_stream(self, start: int, stop: int) -> bytes | None:
-        if self._expected is None or not (self._expected[0] <= start < stop <= self._expected[1]):
-            return None
+    def _request(self, start: int, stop: int) -> bytes:
+        first, last = self._expected
+        end = last if first <= start < stop <= last else stop
         if self._keep:
-            first, last = self._expected
-            self._kept[first] = b"".join(self._pieces.stream(first, last))
-            return self._from_memory(start, stop)
-        if self._stream is None:
-            self._stream, self._buffer_at = self._pieces.stream(start, self._expected[1]), start
-        if start < self._buffer_at or start > self._buffer_at + len(self._buffer) + _MAX_SKIP:
-            return None
+            self._kept[start] = b"".join(self._pieces.stream(start, end))
+            return self._kept[start][: stop - start]
+        skipped = start - self._buffer_at
+        if stop > self._stream_end or not 0 <= skipped <= len(self._buffer) + _MAX_SKIP:
+            self.close()
+            self._stream, self._stream_end = self._pieces.stream(start, end), end
+            self._buffer, self._buffer_at, skipped = b"", start, 0
         while self._buffer_at + len(self._buffer) < stop:
             chunk = next(self._stream, b"")
             if not chunk:
-                return None
+                break
             self._buffer += chunk
-        data = self._buffer[start - self._buffer_at : stop - self._buffer_at]
-        self._buffer, self._buffer_at = self._buffer[stop - self._buffer_at :], stop
+        data = self._buffer[skipped : stop - self._buffer_at]
+        self._buffer, self._buffer_at = self._buffer[skipped + len(data) :], start + len(data)
         return data

@@ -2,23 +2,26 @@
 
 The zip's directory, RECORD and each member take one range request each; directory
 and RECORD of a pinned wheel stay in the cache.  Where the server has no ranges, or
-where nothing else could vouch for RECORD, the whole file is fetched.
+where nothing else vouches for RECORD, the whole file is fetched.
 """
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import logging
 import threading
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 from fi_ffi.errors import ArtifactError
 from fi_ffi.loader import cache
+from fi_ffi.loader.caching import notes
 from fi_ffi.loader.download import Reporter, fetch_file
 from fi_ffi.loader.http import Client
-from fi_ffi.loader.indexes import Index, load_index, store_index
 from fi_ffi.loader.lock import KernelFile
 from fi_ffi.loader.ranges import (
     Changed,
@@ -31,23 +34,37 @@ from fi_ffi.loader.ranges import (
 from fi_ffi.loader.urls import is_file_url, redact, refuse_offline
 from fi_ffi.loader.wheel import WheelReader, verify_file
 
-# "record": RECORD as pinned, or as it comes where it is not.  "full": where RECORD is
-# not pinned, the whole file must have its pinned sha256.
+# "full": where RECORD is not pinned, the whole file must have its pinned sha256.
+# "record": RECORD is then taken as it comes.
 Verify = Literal["record", "full"]
 
 # The end of a zip that has no comment: its end record, and zip64's two before it.
 _TAIL = 22 + 20 + 56
 _END = b"PK\x05\x06"
 _LONGEST_TAIL = _TAIL + 0xFFFF
+_FORMAT = 2  # of the kept directories
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Index:
+    """Parts of a wheel's bytes by their offset: the zip's directory, and RECORD.
+
+    `verified` tells that they are of a file that had the pinned sha256.
+    """
+
+    size: int
+    verified: bool
+    kept: dict[int, bytes]
 
 
 class RemoteWheel(WheelReader):
     """A wheel at an https or file address, read member by member.
 
-    `client` counts requests and bytes.  Raises `FetchError` for what the network or
-    the server does, `ArtifactError` for what the bytes are.
+    `client` counts requests and bytes.  Several threads may extract at once.  Raises
+    `FetchError` for what the network or the server does, `ArtifactError` for what the
+    bytes are, or where there is nothing to verify them against.
     """
 
     def __init__(
@@ -57,7 +74,7 @@ class RemoteWheel(WheelReader):
         sha256: str | None = None,
         size: int | None = None,
         record_sha256: str | None = None,
-        verify: Verify = "record",
+        verify: Verify = "full",
         client: Client | None = None,
         report: Reporter | None = None,
     ) -> None:
@@ -66,17 +83,22 @@ class RemoteWheel(WheelReader):
         self.name = unquote(urlsplit(url).path.rpartition("/")[2])
         self._sha256, self._size, self._report = sha256, size, report
         self._must_verify = verify == "full" and record_sha256 is None
-        self._lock = threading.RLock()
+        self._recovering = threading.RLock()
         self._index: Index | None = None
-        self._loading = self._stored = False
+        self._loading: int | None = None  # the thread that reads directory and RECORD
+        self._stored = False
         self._pieces: Pieces = RemotePieces(url, self.client, size)
         if self._must_verify and sha256 is None:
             raise ArtifactError(f"{self._origin}: there is no sha256 to verify the file against")
-        self._open_index()
+        if not self._take_stored():
+            try:
+                self._fetch_index()
+            except (NoRanges, Changed) as error:
+                self._recover(error)
 
     @classmethod
     def of(
-        cls, pin: KernelFile, *, verify: Verify = "record", report: Reporter | None = None
+        cls, pin: KernelFile, *, verify: Verify = "full", report: Reporter | None = None
     ) -> RemoteWheel:
         """The wheel of an entry of the lock."""
         return cls(
@@ -89,41 +111,37 @@ class RemoteWheel(WheelReader):
         )
 
     def extract(self, member: str) -> Path:
-        with self._lock:
-            try:
-                return super().extract(member)
-            except (NoRanges, Changed, ArtifactError) as error:
-                self._recover(error)
-                return super().extract(member)
+        index = self._index
+        try:
+            return super().extract(member)
+        except (NoRanges, Changed, ArtifactError) as error:
+            with self._recovering:
+                if self._index is index:  # no other thread has done it meanwhile
+                    self._recover(error)
+            return super().extract(member)
 
     def _open(self, extent: tuple[int, int] | None) -> PiecewiseFile:
-        assert self._index is not None
-        if extent is not None and not self._loading and isinstance(self._pieces, RemotePieces):
+        index, pieces = self._index, self._pieces
+        assert index is not None
+        keep = self._loading == threading.get_ident()
+        if extent is not None and not keep and isinstance(pieces, RemotePieces):
             refuse_offline(f"a member of {self.name}")
-        index = self._index
-        return PiecewiseFile(
-            self._pieces, index.kept, index.size, expected=extent, keep=self._loading
-        )
+            size = f"{extent[1] - extent[0]:,} bytes"
+            _log.info("fetching a member of %s, %s, from %s", self.name, size, self._origin)
+        return PiecewiseFile(pieces, index.kept, index.size, expected=extent, keep=keep)
 
     def _load(self) -> None:
-        self._loading = True
+        self._loading = threading.get_ident()
         try:
             super()._load()
         finally:
-            self._loading = False
-
-    def _open_index(self) -> None:
-        if not self._take_stored():
-            try:
-                self._fetch_index()
-            except (NoRanges, Changed) as error:
-                self._recover(error)
+            self._loading = None
 
     def _take_stored(self) -> bool:
         """Use the directory and RECORD that the cache has, if they will do."""
         if self._sha256 is None or is_file_url(self.url):
             return False
-        stored = load_index(self._sha256)
+        stored = _load_index(self._sha256)
         if stored is None or (self._must_verify and not stored.verified):
             return False
         self._index, self._stored = stored, True
@@ -143,12 +161,13 @@ class RemoteWheel(WheelReader):
         verified = self._choose_file()
         if isinstance(self._pieces, RemotePieces):
             refuse_offline(f"the directory of {self.name}")
+            _log.info("fetching the directory and RECORD of %s", self._origin)
         self._index = Index(self._pieces.size(), verified, {})
         self._keep_tail(self._index)
         self._load()
         self._trust_as(verified)
         if self._sha256 and not is_file_url(self.url):
-            store_index(self._sha256, self._index)
+            _store_index(self._sha256, self._index)
 
     def _keep_tail(self, index: Index) -> None:
         # Before zipfile looks for it: it takes any failure to read there for no zip file.
@@ -209,3 +228,23 @@ class RemoteWheel(WheelReader):
         else:
             self.trust = "record-unpinned"
             _log.info("%s: nothing pins RECORD, members are as it says", self._origin)
+
+
+def _index_path(sha256: str) -> Path:
+    return cache.cache_root() / "indexes" / f"{sha256}.json"
+
+
+def _load_index(sha256: str) -> Index | None:
+    """What was kept; None where there is nothing, or nothing that can be read."""
+    data = notes.read(cache.cache_root(), _index_path(sha256), _FORMAT)
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+        kept = {int(at): base64.b64decode(piece) for at, piece in data["kept"].items()}
+        return Index(int(data["size"]), bool(data["verified"]), kept)
+    return None
+
+
+def _store_index(sha256: str, index: Index) -> None:
+    """Keep it; where the cache cannot be written it is fetched again next time."""
+    kept = {str(at): base64.b64encode(piece).decode() for at, piece in index.kept.items()}
+    data = {"size": index.size, "verified": index.verified, "kept": kept}
+    notes.write(cache.cache_root(), _index_path(sha256), _FORMAT, data)

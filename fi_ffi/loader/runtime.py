@@ -1,7 +1,8 @@
 """What this process has loaded: libtvm_ffi, the CUDA runtime, kernel modules.
 
-Everything is loaded on demand, once, under a lock, and never unloaded; a call
-that finds its entry here takes no lock.
+Everything is loaded on demand, once, under a lock of its own, and never unloaded; a
+call that finds its entry here takes no lock.  A module may be fetched under its lock;
+nothing is fetched under any other.
 """
 
 from __future__ import annotations
@@ -42,8 +43,12 @@ class Loaded:
     handle: Any
 
 
-_lock = threading.RLock()
-library.renew_after_fork(globals(), "_lock", threading.RLock)
+_locks: dict[str | Path, threading.RLock] = {}  # of modules by their names, of files
+library.renew_after_fork(globals(), "_locks", dict)
+# Around dlopen, which has a lock of its own too, and libtvm_ffi.
+_linking = threading.RLock()
+library.renew_after_fork(globals(), "_linking", threading.RLock)
+# Replaced, not cleared, where other kernels are chosen: what is under way goes to the old ones.
 _modules: dict[tuple[str, int | None], Loaded] = {}
 _files: dict[tuple[Path, int, int, int], Loaded] = {}
 _entries: dict[tuple[str, str, int | None], Entry] = {}
@@ -56,17 +61,20 @@ def use_source(location: str | os.PathLike[str] | None) -> None:
 
     Modules that are loaded stay mapped; they are looked up anew.
     """
-    with _lock:
-        search.use_source(location)
-        _modules.clear()
-        _entries.clear()
+    global _modules, _entries
+    search.use_source(location)
+    _modules, _entries = {}, {}
+
+
+def _lock_of(what: str | Path) -> threading.RLock:
+    return _locks.setdefault(what, threading.RLock())
 
 
 def ensure_tvm_ffi() -> tvm_ffi.Found:
     """Load libtvm_ffi, globally, once."""
     global _tvm_ffi, _tvm_ffi_version
     if _tvm_ffi is None:
-        with _lock:
+        with _linking:
             if _tvm_ffi is None:
                 found = tvm_ffi.find()
                 _tvm_ffi_version = _attach(found)
@@ -91,21 +99,22 @@ def tvm_ffi_version() -> tuple[int, int, int]:
 
 def load(module: str, device: int | None = None) -> Loaded:
     """A module in this process, found and opened once."""
-    with _lock:
-        key = (module, device)
-        if key not in _modules:
+    with _lock_of(module):
+        key, modules = (module, device), _modules
+        if key not in modules:
             source, file, facts = search.find_module(module, device)
             check_needed(file, facts, machine.CUDART)
             ensure_tvm_ffi()
             machine.load_cudart()
             libraries.prepare(facts.functions, facts.needed)
-            _modules[key] = Loaded(source, file, facts, _opened(file, facts))
-        return _modules[key]
+            modules[key] = Loaded(source, file, facts, _opened(file, facts))
+        return modules[key]
 
 
 def _opened(file: ModuleFile, facts: Facts) -> Any:
     """dlopen the very file that was hashed."""
-    with held.checked(file.path, file.sha256, file.state) as opened:
+    # One at a time: the descriptor that a library is first opened by has to stay open.
+    with _linking, held.checked(file.path, file.sha256, file.state) as opened:
         # What looks for others in its own folder has to be opened there; in the cache it is alone.
         in_place = file.state is not None and "$ORIGIN" in (facts.runpath or "")
         failed: LoaderError | None = None
@@ -129,12 +138,13 @@ def kernel_entry(
     Raises `AbiError` with both signatures where they differ, and calls nothing.
     """
     key = (module, str(declared), device)
-    entry = _entries.get(key)
+    entries = _entries
+    entry = entries.get(key)
     if entry is None:
-        with _lock:
+        with _lock_of(module):
             # Another thread may have been quicker.
-            entry = _entries.get(key) or _attested(module, declared, releases, device)
-            _entries[key] = entry
+            entry = entries.get(key) or _attested(module, declared, releases, device)
+            entries[key] = entry
     return entry
 
 
@@ -197,7 +207,7 @@ def load_file(path: str | os.PathLike[str]) -> Loaded:
         raise KernelNotFoundError(f"{where} is no file")
     # What is there now: the same place may hold another file than before.
     key = (where, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    with _lock:
+    with _lock_of(where):
         if key not in _files:
             source = KernelFile(where)
             file = source.file()

@@ -12,16 +12,18 @@ FI_FFI_SOURCES names those to ask, in its own order; FI_FFI_RELEASE and FI_FFI_C
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import os
 import platform
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from fi_ffi.abi import library
 from fi_ffi.errors import ArgumentError, FetchError, FiFfiError, LoaderError
 from fi_ffi.loader import cache, machine
 from fi_ffi.loader.caching import trust
@@ -43,9 +45,13 @@ if TYPE_CHECKING:
     import importlib.metadata
 
 KERNELS, SOURCES, WHEELS = "FI_FFI_KERNELS", "FI_FFI_SOURCES", "FI_FFI_WHEELS"
+RELEASE, CUDA, VERIFY = "FI_FFI_RELEASE", "FI_FFI_CUDA", "FI_FFI_VERIFY"
+_WHOLE = (
+    "{} is fetched whole, once, to compare it with its sha256 in wheels.lock, which does not pin "
+    f"its RECORD. {VERIFY}=record fetches some megabytes of it instead, and trusts TLS alone."
+)
 # Seconds for which a server that could not be reached is not asked again.
 UNREACHABLE = 30.0
-RELEASE, CUDA, VERIFY = "FI_FFI_RELEASE", "FI_FFI_CUDA", "FI_FFI_VERIFY"
 
 
 # How the names of wheels for other processors end.
@@ -231,6 +237,10 @@ def _machine() -> str:
     return f"CUDA {driver[0]}.{driver[1]}, {' '.join(sms) or 'no GPU'}"
 
 
+_locks: dict[str, threading.RLock] = {}  # of pinned wheels, by their sha256
+library.renew_after_fork(globals(), "_locks", dict)
+
+
 class PinnedKernels:
     """The pinned wheel as a source; nothing is fetched before a module is asked for."""
 
@@ -239,27 +249,49 @@ class PinnedKernels:
         self.version: str | None = f"{pin.release}+{pin.cuda}"
         # Why it could not be reached, and when: for a while nobody waits for it again.
         self._refusal, self._refused_at = "", -UNREACHABLE
+        self._opened: KernelWheel | None = None
 
-    @functools.cached_property
     def _wheel(self) -> KernelWheel:
-        from fi_ffi.loader.remote import RemoteWheel
-
-        if time.monotonic() - self._refused_at < UNREACHABLE:
-            raise FetchError(self._refusal)
-        whole = os.environ.get(VERIFY) == "full"
-        try:
-            wheel = RemoteWheel.of(self.pin, verify="full" if whole else "record")
-        except FetchError as error:
-            self._refusal, self._refused_at = str(error), time.monotonic()
-            raise
-        return KernelWheel(self.location, wheel)
+        """The wheel, its directory fetched once; whole where only its sha256 is pinned."""
+        with _locks.setdefault(self.pin.sha256, threading.RLock()):
+            if self._opened is None:
+                if time.monotonic() - self._refused_at < UNREACHABLE:
+                    raise FetchError(self._refusal)
+                try:
+                    self._opened = _open_pinned(self.pin)
+                except FetchError as error:
+                    self._refusal, self._refused_at = str(error), time.monotonic()
+                    raise
+            return self._opened
 
     @property
     def trust(self) -> str:
-        return self._wheel.trust
+        return self._wheel().trust
 
     def modules(self) -> list[str]:
-        return self._wheel.modules()
+        return self._wheel().modules()
 
     def file(self, module: str) -> ModuleFile:
-        return self._wheel.file(module)
+        return self._wheel().file(module)
+
+
+def _open_pinned(pin: KernelFile) -> KernelWheel:
+    from fi_ffi.loader.remote import RemoteWheel
+
+    verify = os.environ.get(VERIFY) or "full"
+    if verify not in ("full", "record"):
+        raise ArgumentError("sources", VERIFY, got=verify, expected="full or record")
+    with contextlib.ExitStack() as stack:
+        show: list[Callable[[Any], None]] = []
+
+        def report(progress: Any) -> None:
+            # Only here: what draws takes longer to import than a start, and most fetch nothing.
+            if not show:
+                from fi_ffi.loader.progress import reporter
+
+                print(_WHOLE.format(pin.file), file=sys.stderr)
+                show.append(stack.enter_context(reporter()) or (lambda progress: None))
+            show[0](progress)
+
+        wheel = RemoteWheel.of(pin, verify=verify, report=report)  # type: ignore[arg-type]
+    return KernelWheel(pin.url, wheel)

@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import fi_ffi
+from fi_ffi.loader import lock, runtime
 
+from loader.server import File, Server, kernel_members, make_wheel, sha256
 from pinned import pinned_wheel, testing_library, tvm_ffi_loaded
 
 __all__ = ["child", "install", "pinned_wheel", "testing_library", "tvm_ffi_loaded"]
@@ -62,3 +64,47 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("FI_FFI_OFFLINE", raising=False)
     return tmp_path / "cache"
+
+
+LOCK = """
+schema = 1
+[libtvm-ffi]
+project = "apache-tvm-ffi"
+version = "0.1.15"
+accepted = ">=0.1.12"
+member = "tvm_ffi/lib/libtvm_ffi.so"
+files = []
+[kernels]
+default = "1.2.3"
+url = "{url}"
+[[kernels.files]]
+release = "1.2.3"
+cuda = "cu130"
+platform = "{platform}"
+layout = "monolithic"
+file = "flashinfer_jit_cache-1.2.3+cu130-cp39-abi3-linux_x86_64.whl"
+sha256 = "{sha256}"
+provenance = "a test"
+"""
+
+
+@pytest.fixture
+def remote_kernels(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server with the only kernels there are; the lock in use pins them by sha256 alone."""
+    wheel, path = make_wheel(kernel_members()), tmp_path / "wheels.lock"
+    with Server({"/kernels.whl": File(wheel)}) as server:
+        path.write_text(
+            LOCK.format(
+                url=server.url("/kernels.whl"),
+                platform=lock.this_platform(),
+                sha256=sha256(wheel),
+            )
+        )
+        monkeypatch.setenv("FI_FFI_LOCK", str(path))
+        monkeypatch.setenv("FI_FFI_SOURCES", "remote")
+        monkeypatch.setenv("FI_FFI_CUDA", "cu130")
+        lock.the_lock.cache_clear()
+        runtime.use_source(None)
+        yield server
+    lock.the_lock.cache_clear()
+    runtime.use_source(None)

@@ -22,7 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from fi_ffi.errors import LoaderError
-from fi_ffi.loader.retries import Policy
+from fi_ffi.loader.http import Policy
 from fi_ffi.loader.wheel import WheelReader
 
 # Patient enough for a busy machine, and quick.

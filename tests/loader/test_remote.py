@@ -18,10 +18,9 @@ from hypothesis import strategies as st
 
 from fi_ffi.errors import ArtifactError, FetchError, LoaderError
 from fi_ffi.loader import sources
-from fi_ffi.loader.http import Client
+from fi_ffi.loader.http import Client, Policy
 from fi_ffi.loader.lock import KernelFile
 from fi_ffi.loader.remote import RemoteWheel
-from fi_ffi.loader.retries import Policy
 
 from loader import server as faults
 from loader.server import (
@@ -53,6 +52,7 @@ def web(root: Path) -> Iterator[Server]:
 
 
 def open_wheel(web: Server, policy: Policy = QUICK, **pins: object) -> RemoteWheel:
+    pins = {"verify": "record"} | pins
     return RemoteWheel(web.url(PATH), client=Client(policy), **pins)  # type: ignore[arg-type]
 
 
@@ -346,14 +346,14 @@ def test_a_file_address(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = tmp_path / "a dir" / NAME
     path.parent.mkdir()
     path.write_bytes(WHEEL)
-    wheel = RemoteWheel(path.as_uri(), sha256=sha256(WHEEL))
+    wheel = RemoteWheel(path.as_uri(), sha256=sha256(WHEEL), verify="record")
     assert wheel.extract(NORM).read_bytes() == MEMBERS[NORM]
     assert wheel.trust == "record-unpinned"
     assert RemoteWheel(path.as_uri(), sha256=sha256(WHEEL), verify="full").trust == "file-verified"
     with pytest.raises(ArtifactError, match="pinned is"):
         RemoteWheel(path.as_uri(), sha256="0" * 64, verify="full")
     with pytest.raises(ArtifactError, match="no such file"):
-        RemoteWheel((tmp_path / "none.whl").as_uri())
+        RemoteWheel((tmp_path / "none.whl").as_uri(), verify="record")
 
 
 def test_threads_fetch_a_member_once(web: Server, root: Path) -> None:

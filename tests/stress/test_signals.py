@@ -62,7 +62,7 @@ FETCH = (
 import sys
 from fi_ffi.loader.remote import RemoteWheel
 print("ready", flush=True)
-print(RemoteWheel(sys.argv[1]).extract(sys.argv[2]))
+print(RemoteWheel(sys.argv[1], verify="record").extract(sys.argv[2]))
 """
 )
 

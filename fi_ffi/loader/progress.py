@@ -1,14 +1,14 @@
-"""How commands show their progress: a bar on a terminal, else lines, on standard error."""
+"""Progress as it is shown: a bar on a terminal, else lines, on standard error."""
 
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
-import click
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -74,7 +74,7 @@ class _Lines:
         total = f" of {report.total / 1e6:,.1f}" if report.total is not None else ""
         left = f", {report.remaining:.0f} s left" if report.remaining is not None else ""
         text = f"{report.done / 1e6:,.1f}{total} MB, {report.rate / 1e6:,.1f} MB/s{left}"
-        click.echo(f"{report.name}: {text}", err=True)
+        print(f"{report.name}: {text}", file=sys.stderr, flush=True)
 
 
 class _Bar:
