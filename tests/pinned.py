@@ -1,8 +1,9 @@
-"""Fixtures over the pinned apache-tvm-ffi wheel, fetched as the loader fetches it."""
+"""Fixtures over the installed apache-tvm-ffi."""
 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import tempfile
 import zipfile
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fi_ffi.abi import library
-from fi_ffi.loader import fetch, lock, runtime
+from fi_ffi.loader import runtime, tvm_ffi
 
 TESTING_MEMBER = "tvm_ffi/lib/libtvm_ffi_testing.so"
 
@@ -19,9 +20,14 @@ _folder = tempfile.TemporaryDirectory(prefix="fi-ffi-tests-")
 
 @functools.cache
 def download_pinned_wheel() -> Path:
-    """The whole wheel, once for all test folders that import this."""
-    wheel = fetch._download(lock.tvm_ffi_pin().file_for_this_machine(), Path(_folder.name))
-    assert wheel.suffix == ".whl", "the tests need pip: uv fetches no whole wheels"
+    """The installed distribution as a wheel, once for all test folders that import this."""
+    distribution = importlib.metadata.distribution(tvm_ffi.PROJECT)
+    wheel = Path(_folder.name) / f"apache_tvm_ffi-{distribution.version}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for file in distribution.files or ():
+            path = Path(str(distribution.locate_file(file)))
+            if ".." not in file.parts and path.suffix != ".pyc" and path.is_file():
+                archive.write(path, str(file))
     return wheel
 
 
@@ -37,12 +43,9 @@ def tvm_ffi_loaded() -> str:
 
 
 @pytest.fixture(scope="session")
-def testing_library(pinned_wheel: Path, tvm_ffi_loaded: str) -> Path:
+def testing_library(tvm_ffi_loaded: str) -> Path:
     """libtvm_ffi_testing.so, loaded: its functions are then in the global table."""
-    path = Path(_folder.name) / TESTING_MEMBER
-    # Once for all folders: a file that is loaded must not be written again.
-    if not path.exists():
-        with zipfile.ZipFile(pinned_wheel) as archive:
-            archive.extract(TESTING_MEMBER, _folder.name)
+    distribution = importlib.metadata.distribution(tvm_ffi.PROJECT)
+    path = Path(str(distribution.locate_file(TESTING_MEMBER)))
     library.open_module(str(path))
     return path

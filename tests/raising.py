@@ -25,7 +25,6 @@ from fi_ffi.loader import (
     cache,
     facts,
     held,
-    index,
     lock,
     machine,
     runtime,
@@ -173,8 +172,8 @@ def damaged_object(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
 def installed_and_changed(tmp_path: Path) -> None:
     file = tmp_path / "libtvm_ffi.so"
     file.write_bytes(b"another")
-    line = f"libtvm_ffi.so,sha256={'A' * 43},7\n"
-    tvm_ffi._recorded(line, "libtvm_ffi.so", file)
+    line = f"{tvm_ffi.MEMBER},sha256={'A' * 43},7\n"
+    tvm_ffi._recorded(line, file)
 
 
 def writable(tmp_path: Path, mode: int, check: Callable[[Path], object]) -> None:
@@ -217,10 +216,21 @@ def offline(patch: pytest.MonkeyPatch) -> None:
     urls.refuse_offline("norm.so")
 
 
-def no_installer(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(index.importlib.util, "find_spec", lambda name: None)
-    patch.setenv("PATH", "")
-    index.installer(lock.tvm_ffi_pin().file_for_this_machine())
+def no_tvm_ffi(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(sys, "path", [])
+    tvm_ffi.installed()
+
+
+def other_tvm_ffi(tmp_path: Path, patch: pytest.MonkeyPatch, version: str = "0.2") -> None:
+    info = tmp_path / f"apache_tvm_ffi-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Name: apache-tvm-ffi\nVersion: {version}\n")
+    patch.setattr(sys, "path", [str(tmp_path)])
+    tvm_ffi.installed()
+
+
+def tvm_ffi_without_its_library(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    other_tvm_ffi(tmp_path, patch, "0.1.15")
 
 
 def no_gpu() -> None:
@@ -260,11 +270,6 @@ def two_tvm_ffis(patch: pytest.MonkeyPatch) -> None:
     both = "".join(f"0-1 r-xp 0 0:0 1   /{n}/libtvm_ffi.so\n" for n in "ab")
     patch.setattr(tvm_ffi.Path, "read_text", lambda self, **_: both)
     tvm_ffi.in_process()
-
-
-def no_platform(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(lock, "this_platform", lambda: "linux_riscv64")
-    lock.tvm_ffi_pin().file_for_this_machine()
 
 
 def after_a_fork(patch: pytest.MonkeyPatch) -> None:
@@ -407,13 +412,15 @@ RAISED: list[HERE] = [
     ("Offline", errors.FetchError, offline),
     ("An address that is refused", errors.FetchError,
      lambda: urls.check_url("http://example.invalid/x.whl")),
-    ("pip cannot find libtvm_ffi", errors.FetchError, no_installer),
     ("No GPU", errors.LoaderError, no_gpu),
     ("libcudart is missing", errors.LoaderError, no_cudart),
     ("cuBLAS or NVRTC is missing", errors.LoaderError, no_cublas),
     ("libtvm_ffi is missing, too old, or there twice", errors.LoaderError, old_tvm_ffi),
     ("libtvm_ffi is missing, too old, or there twice", errors.LoaderError, two_tvm_ffis),
-    ("libtvm_ffi is missing, too old, or there twice", errors.LoaderError, no_platform),
+    ("libtvm_ffi is missing, too old, or there twice", errors.LoaderError, no_tvm_ffi),
+    ("libtvm_ffi is missing, too old, or there twice", errors.LoaderError, other_tvm_ffi),
+    ("libtvm_ffi is missing, too old, or there twice", errors.LoaderError,
+     tvm_ffi_without_its_library),
     ("libtvm_ffi is missing, too old, or there twice", errors.LoaderError,
      lambda: library.attach("/none.so")),
     ("After a fork", errors.LoaderError, after_a_fork),

@@ -1,80 +1,64 @@
-"""`fi-ffi lock`: keeping wheels.lock."""
+"""`fi-ffi lock verify`: wheels.lock compared with what its addresses have."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
+from urllib.request import url2pathname
 
 import click
 
 from fi_ffi.cli.output import print_json, print_table
-from fi_ffi.loader import lockfile
-from fi_ffi.loader.lock import lock_path, read_lock, this_platform
+from fi_ffi.errors import ArgumentError, ArtifactError, FetchError
+from fi_ffi.loader.download import Reporter, fetch_file
+from fi_ffi.loader.http import Client
+from fi_ffi.loader.lock import Lock, PinnedWheel, lock_path, read_lock, this_platform
 from fi_ffi.loader.progress import reporter
+from fi_ffi.loader.ranges import NoRanges, RemotePieces
+from fi_ffi.loader.remote import RemoteWheel
+from fi_ffi.loader.urls import is_file_url, redact
+from fi_ffi.loader.wheel import Wheel
 
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def _common(command: _F) -> _F:
-    path = click.Path(dir_okay=False, path_type=Path)
-    for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
-        click.option("--lock", "path", type=path, help="The lock; by default the one in use."),
-    ):
-        command = option(command)
-    return command
+Verdict = Literal["ok", "wrong", "not pinned", "not checked"]
 
 
-_quiet = click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
+@dataclass(frozen=True)
+class Checked:
+    """An entry compared with what its address has; `note` says why where it is not "ok"."""
+
+    file: str
+    url: str
+    status: Literal["ok", "fail", "unreachable", "not checked"]
+    size: Verdict = "not checked"
+    record: Verdict = "not checked"
+    sha256: Verdict = "not checked"
+    note: str = ""
 
 
 @click.group()
 def lock() -> None:
-    """Keep wheels.lock, which pins every file that may be fetched.
+    """Look after wheels.lock, which pins every file that may be fetched.
 
     FI_FFI_LOCK names the lock in use, if it is not the one of the package.
     """
 
 
 @lock.command()
-@click.argument("source", metavar="FILE|URL")
-@click.option("--release", help="FlashInfer's release, such as 0.6.13.")
-@click.option("--cuda", metavar="TAG", help="CUDA tag, such as cu130.")
-@click.option("--platform", help="Such as linux-x86_64.")
-@click.option("--layout", type=click.Choice(["monolithic", "provider"]))
-@click.option("--sm", help="The one architecture in it, such as sm90a.")
-@click.option("--provenance", metavar="TEXT", help="Who vouches for the sha256.")
-@click.option("--url", help="Where others find the file, if not on FlashInfer's release page.")
-@_quiet
-@_common
-def add(
-    source: str, path: Path | None, as_json: bool, quiet: bool, url: str | None, **given: str | None
-) -> None:
-    """Hash a kernel wheel, and pin it.
-
-    What an option leaves open is taken from the wheel's name. A URL is read to its end.
-    """
-    where = path or lock_path()
-    chosen = {key: value for key, value in given.items() if value}
-    with reporter(quiet) as report:
-        done = lockfile.add(where, source, chosen, url=url, report=report)
-    if as_json:
-        print_json({"lock": str(where), "updated": done.updated, "entry": done.entry})
-        return
-    click.echo(f"{where}: {'updated' if done.updated else 'added'} {done.entry['file']}")
-    for key, value in done.entry.items():
-        click.echo(f"  {key:<14}{value}")
-
-
-@lock.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--all", "everything", is_flag=True, help="The entries of every platform.")
 @click.option("--full", is_flag=True, help="Fetch the files and check their sha256.")
-@_quiet
-@_common
+@click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option(
+    "--lock",
+    "path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The lock; by default the one in use.",
+)
 def verify(
     names: tuple[str, ...],
     everything: bool,
@@ -85,41 +69,85 @@ def verify(
 ) -> None:
     """Compare entries with what their addresses have now.
 
-    A NAME is a file, an address, a release or a package; by default every entry for
-    this platform. Sizes and, where the server has ranges, RECORDs are compared. The
-    exit status is 1 where anything differs, or where nothing could be reached.
+    A NAME is a file, an address or a release; by default every entry for this
+    platform. Sizes and, where the server has ranges, RECORDs are compared. The
+    exit status is 1 where anything differs, or could not be looked at.
     """
     where = path or lock_path()
     platform = None if everything else this_platform()
-    chosen = lockfile.entries(read_lock(where), names, platform=platform)
+    chosen = entries(read_lock(where), names, platform=platform)
     with reporter(quiet) as report:
-        done = [lockfile.verify(entry, full=full, report=report) for entry in chosen]
+        done = [check(entry, full=full, report=report) for entry in chosen]
     if as_json:
         print_json({"lock": str(where), "files": [asdict(each) for each in done]})
     else:
         rows = [(d.status, d.size, d.record, d.sha256, d.file, d.note) for d in done]
         columns = ("status", "size", "RECORD", "sha256", "file", "note")
         print_table(f"{where}", columns, rows)
-    if any(d.status == "fail" for d in done) or all(d.status != "ok" for d in done):
+    if any(d.status != "ok" for d in done):
         sys.exit(1)
 
 
-@lock.command("pin-record")
-@click.argument("names", nargs=-1, required=True, metavar="NAME|URL...")
-@_common
-def pin_record(names: tuple[str, ...], path: Path | None, as_json: bool) -> None:
-    """Pin the RECORD of entries, by fetching their directory and RECORD alone."""
-    where = path or lock_path()
-    chosen = lockfile.entries(read_lock(where), names)
-    done = [lockfile.pin_record(where, entry) for entry in chosen]
-    if as_json:
-        print_json({"lock": str(where), "files": [asdict(each) for each in done]})
+def entries(lock: Lock, names: Sequence[str], *, platform: str | None = None) -> list[PinnedWheel]:
+    """The entries of those files, addresses or releases; without names those of a platform."""
+    if not names:
+        return [entry for entry in lock.kernels if platform in (None, entry.platform)]
+    chosen: list[PinnedWheel] = []
+    for name in names:
+        found = [e for e in lock.kernels if name in (e.file, e.url, unquote(e.url), e.release)]
+        if not found:
+            files = ", ".join(entry.file for entry in lock.kernels)
+            got = redact(name) if "@" in name or "://" in name else name
+            raise ArgumentError("lock", "NAME", got=got, expected=f"one of {files or 'none'}")
+        chosen += [entry for entry in found if entry not in chosen]
+    return chosen
+
+
+def check(entry: PinnedWheel, *, full: bool = False, report: Reporter | None = None) -> Checked:
+    """Compare an entry with what its address has now, as far as it is pinned."""
+    found: dict[str, Any] = {"file": entry.file, "url": redact(entry.url)}
+    note = ""
+    try:
+        client = Client()
+        try:
+            found["size"] = _compare(_size(entry.url, client), entry.size)
+            record = RemoteWheel(entry.url, client=client, verify="record").record_sha256
+            found["record"] = _compare(record, entry.record_sha256)
+        except NoRanges:
+            note = "the server has no ranges: `--full` fetches the whole file"
+        if full:
+            found["sha256"] = "wrong"
+            _whole(entry, client, report)
+            found["sha256"], note = "ok", ""
+    except ArtifactError as error:
+        return Checked(**found, status="fail", note=str(error))
+    except FetchError as error:
+        return Checked(**found, status="unreachable", note=str(error))
+    wrong = [key for key in ("size", "record") if found.get(key) == "wrong"]
+    if wrong:
+        note = f"the address has another {' and '.join(wrong)}"
+        return Checked(**found, status="fail", note=note)
+    return Checked(**found, status="not checked" if note else "ok", note=note)
+
+
+def _compare(found: object, pinned: object) -> Verdict:
+    if pinned is None:
+        return "not pinned"
+    return "ok" if found == pinned else "wrong"
+
+
+def _size(url: str, client: Client) -> int:
+    if is_file_url(url):
+        path = Path(url2pathname(urlsplit(url).path))
+        if not path.is_file():
+            raise FetchError(f"{path}: there is no such file")
+        return path.stat().st_size
+    return RemotePieces(url, client).size()
+
+
+def _whole(entry: PinnedWheel, client: Client, report: Reporter | None) -> None:
+    if is_file_url(entry.url):
+        Wheel(Path(url2pathname(urlsplit(entry.url).path)), sha256=entry.sha256)
         return
-    for each in done:
-        click.echo(f"{each.file}: {'pinned' if each.changed else 'already pinned'}")
-        click.echo(f"  record-sha256 {each.record_sha256}")
-        if each.trust != "file-verified" and each.changed:
-            click.echo(
-                "  This trusts what the server sent today: `fi-ffi lock verify --full "
-                f"{each.file}` checks the whole file against its sha256."
-            )
+    pins = {"sha256": entry.sha256, "size": entry.size}
+    fetch_file(entry.url, entry.file, client=client, report=report, **pins)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """`wheels.lock`: every file that may be fetched, pinned.
 
-`docs/wheels-lock.md` describes the format.
+`docs/wheels-lock.md` describes the format; `tools/pins.py` edits it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import platform
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from fi_ffi.errors import LoaderError
 
@@ -20,23 +20,7 @@ ENVIRONMENT = "FI_FFI_LOCK"
 
 
 @dataclass(frozen=True)
-class IndexFile:
-    """A wheel on the package index, and the one member of it that is wanted."""
-
-    project: str
-    version: str
-    member: str
-    platform: str
-    file: str
-    sha256: str
-    size: int
-    member_sha256: str
-    provenance: str
-    record_sha256: str | None = None
-
-
-@dataclass(frozen=True)
-class KernelFile:
+class PinnedWheel:
     """A published wheel of kernels.
 
     `record_sha256`, where known, pins every member without fetching the whole file;
@@ -57,29 +41,12 @@ class KernelFile:
 
 
 @dataclass(frozen=True)
-class TvmFfiPin:
-    """libtvm_ffi: the pinned files by platform, and the installed versions accepted."""
-
-    version: str
-    accepted: str
-    member: str
-    files: dict[str, IndexFile]
-
-    def file_for_this_machine(self) -> IndexFile:
-        name = this_platform()
-        if name not in self.files:
-            raise LoaderError(f"wheels.lock pins no libtvm_ffi for {name}, only {[*self.files]}")
-        return self.files[name]
-
-
-@dataclass(frozen=True)
 class Lock:
     """The lock, read."""
 
     path: Path
-    libtvm_ffi: TvmFfiPin
     default_release: str
-    kernels: tuple[KernelFile, ...]
+    kernels: tuple[PinnedWheel, ...]
 
 
 def this_platform() -> str:
@@ -103,11 +70,6 @@ def the_lock() -> Lock:
     return read_lock(lock_path())
 
 
-def tvm_ffi_pin() -> TvmFfiPin:
-    """The libtvm_ffi section of the lock in use."""
-    return the_lock().libtvm_ffi
-
-
 def read_lock(path: Path) -> Lock:
     """Read a lock; `LoaderError` names the file and what is wrong with it."""
     if sys.version_info >= (3, 11):
@@ -119,20 +81,10 @@ def read_lock(path: Path) -> Lock:
         if data["schema"] != SCHEMA:
             raise ValueError(f"schema {data['schema']}, not {SCHEMA}")
         kernels = data["kernels"]
-        files = [
-            _entry(KernelFile, {"url": _url(kernels, entry)} | entry)
-            for entry in kernels.get("files", [])
-        ]
-        return Lock(path, _tvm_ffi(data["libtvm-ffi"]), kernels["default"], tuple(files))
+        wheels = [_wheel({"url": _url(kernels, e)} | e) for e in kernels.get("files", [])]
+        return Lock(path, kernels["default"], tuple(wheels))
     except (OSError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise LoaderError(f"{path} is not a readable lock: {error!r}") from error
-
-
-def _tvm_ffi(section: dict[str, Any]) -> TvmFfiPin:
-    common = {name: section[name] for name in ("project", "version", "member")}
-    files = [_entry(IndexFile, common | entry) for entry in section["files"]]
-    by_platform = {file.platform: file for file in files}
-    return TvmFfiPin(section["version"], section["accepted"], section["member"], by_platform)
 
 
 def _url(kernels: dict[str, Any], entry: dict[str, Any]) -> str:
@@ -142,17 +94,14 @@ def _url(kernels: dict[str, Any], entry: dict[str, Any]) -> str:
     return url
 
 
-_T = TypeVar("_T", IndexFile, KernelFile)
-
-
-def _entry(kind: type[_T], entry: dict[str, Any]) -> _T:
-    """A dataclass from a table: `-` in keys is `_` in fields, and nothing may be unknown."""
+def _wheel(entry: dict[str, Any]) -> PinnedWheel:
+    """An entry from its table: `-` in keys is `_` in fields, and nothing may be unknown."""
     values = {key.replace("-", "_"): value for key, value in entry.items()}
-    unknown = set(values) - {field.name for field in fields(kind)}
+    unknown = set(values) - {field.name for field in fields(PinnedWheel)}
     if unknown:
         raise ValueError(f"unknown keys {sorted(unknown)} in {entry!r:.200}")
-    for name in ("sha256", "record_sha256", "member_sha256"):
+    for name in ("sha256", "record_sha256"):
         digest = values.get(name)
         if digest is not None and (len(digest) != 64 or set(digest) - set("0123456789abcdef")):
             raise ValueError(f"{name} of {values.get('file')} is no lower-case sha256")
-    return kind(**values)
+    return PinnedWheel(**values)

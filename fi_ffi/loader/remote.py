@@ -22,7 +22,7 @@ from fi_ffi.loader import cache
 from fi_ffi.loader.caching import notes
 from fi_ffi.loader.download import Reporter, fetch_file
 from fi_ffi.loader.http import Client
-from fi_ffi.loader.lock import KernelFile
+from fi_ffi.loader.lock import PinnedWheel
 from fi_ffi.loader.ranges import (
     Changed,
     LocalPieces,
@@ -98,7 +98,7 @@ class RemoteWheel(WheelReader):
 
     @classmethod
     def of(
-        cls, pin: KernelFile, *, verify: Verify = "full", report: Reporter | None = None
+        cls, pin: PinnedWheel, *, verify: Verify = "full", report: Reporter | None = None
     ) -> RemoteWheel:
         """The wheel of an entry of the lock."""
         return cls(

@@ -37,7 +37,7 @@ from fi_ffi.loader.kernels import (
     open_source,
     release_of,
 )
-from fi_ffi.loader.lock import KernelFile, the_lock, this_platform
+from fi_ffi.loader.lock import PinnedWheel, the_lock, this_platform
 from fi_ffi.loader.record import hex_of
 from fi_ffi.loader.wheel import Wheel
 
@@ -192,7 +192,7 @@ def candidates(explicit: str | os.PathLike[str] | None = None) -> Iterator[Candi
             yield Candidate(kind, None, str(error))
 
 
-def pinned(release: str) -> KernelFile:
+def pinned(release: str) -> PinnedWheel:
     """The pinned wheel of a release for this machine; `LoaderError` names what there is.
 
     The machine tells the platform, the CUDA version of its driver and the SM of its
@@ -216,7 +216,7 @@ def _cuda_version(tag: str) -> tuple[int, int]:
     return int(tag[2:-1]), int(tag[-1:])
 
 
-def _runs_here(file: KernelFile) -> bool:
+def _runs_here(file: PinnedWheel) -> bool:
     forced, version = os.environ.get(CUDA), _cuda_version(file.cuda)
     driver = machine.driver_version()
     if forced:
@@ -244,7 +244,7 @@ library.renew_after_fork(globals(), "_locks", dict)
 class PinnedKernels:
     """The pinned wheel as a source; nothing is fetched before a module is asked for."""
 
-    def __init__(self, pin: KernelFile) -> None:
+    def __init__(self, pin: PinnedWheel) -> None:
         self.pin, self.location = pin, pin.url
         self.version: str | None = f"{pin.release}+{pin.cuda}"
         # Why it could not be reached, and when: for a while nobody waits for it again.
@@ -275,7 +275,7 @@ class PinnedKernels:
         return self._wheel().file(module)
 
 
-def _open_pinned(pin: KernelFile) -> KernelWheel:
+def _open_pinned(pin: PinnedWheel) -> KernelWheel:
     from fi_ffi.loader.remote import RemoteWheel
 
     verify = os.environ.get(VERIFY) or "full"

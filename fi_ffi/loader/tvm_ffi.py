@@ -1,9 +1,8 @@
 """libtvm_ffi: one copy in the process, whoever brought it.
 
 Two copies would each have their own table of types and functions, or abort.  So
-the order is: the copy already in the process; that of an installed
-apache-tvm-ffi in the accepted range (which a later `import tvm_ffi` then shares);
-the pinned one, from the cache or the package index.
+the copy already in the process comes first, and then that of the installed
+apache-tvm-ffi, which a later `import tvm_ffi` then shares.
 """
 
 from __future__ import annotations
@@ -14,10 +13,16 @@ from pathlib import Path
 
 from fi_ffi.errors import ArtifactError, LoaderError
 from fi_ffi.loader.caching.stamps import State
-from fi_ffi.loader.lock import tvm_ffi_pin
+
+PROJECT = "apache-tvm-ffi"
+MEMBER = "tvm_ffi/lib/libtvm_ffi.so"
+# The C interface only grows within the series: kernels compiled against older headers
+# load with a newer library.  FlashInfer excludes releases before the first.
+ACCEPTED = ">=0.1.12,<0.2"
 
 _SONAME = "libtvm_ffi.so"
 _MAPPED = re.compile(r"\s(/\S.*/libtvm_ffi\.so)( \(deleted\))?$", re.MULTILINE)
+_ADVICE = f"`pip install '{PROJECT}{ACCEPTED}'`"
 
 
 @dataclass(frozen=True)
@@ -28,21 +33,13 @@ class Found:
     origin: str
     # What vouches for its content; None where nothing does, as for a copy that is loaded.
     sha256: str | None = None
-    # What it was like as it was hashed; None of one in the cache, whose stamp tells.
+    # What it was like as it was hashed.
     state: State | None = None
 
 
 def find() -> Found:
-    """The copy to use; fetches the pinned one where there is no other."""
-    found = in_process() or installed()
-    if found:
-        return found
-    # Only here: fetching brings HTTP with it, and most processes fetch nothing.
-    from fi_ffi.loader.fetch import fetch_member
-
-    pin = tvm_ffi_pin().file_for_this_machine()
-    origin = f"pinned {pin.project} {pin.version}"
-    return Found(str(fetch_member(pin)), origin, pin.member_sha256)
+    """The copy to use; `LoaderError` where there is none, `ArtifactError` for a damaged one."""
+    return in_process() or installed()
 
 
 def in_process() -> Found | None:
@@ -63,41 +60,46 @@ def in_process() -> Found | None:
     return None
 
 
-def installed() -> Found | None:
+def installed() -> Found:
     """The installed distribution's copy, located through its metadata alone."""
     # Only here: it brings the email package with it, and a copy may be here already.
     import importlib.metadata
 
-    pin = tvm_ffi_pin()
     try:
-        distribution = importlib.metadata.distribution("apache-tvm-ffi")
+        distribution = importlib.metadata.distribution(PROJECT)
     except importlib.metadata.PackageNotFoundError:
-        return None
+        raise LoaderError(f"{PROJECT} is not installed, which has libtvm_ffi: {_ADVICE}") from None
     from packaging.specifiers import SpecifierSet
 
-    if not SpecifierSet(pin.accepted).contains(distribution.version):
-        return None
-    path = Path(str(distribution.locate_file(pin.member)))
+    if not SpecifierSet(ACCEPTED).contains(distribution.version):
+        raise LoaderError(
+            f"{PROJECT} {distribution.version} is installed, and fi_ffi works with {ACCEPTED}: "
+            f"{_ADVICE}"
+        )
+    path = Path(str(distribution.locate_file(MEMBER)))
     if not path.is_file():
-        return None
+        raise LoaderError(
+            f"{PROJECT} {distribution.version} is installed without {path}: "
+            f"`pip install --force-reinstall '{PROJECT}{ACCEPTED}'`"
+        )
     origin = f"installed {distribution.version}"
-    sha256, state = _recorded(distribution.read_text("RECORD") or "", pin.member, path)
+    sha256, state = _recorded(distribution.read_text("RECORD") or "", path)
     return Found(str(path), origin, sha256, state)
 
 
-def _recorded(record: str, member: str, path: Path) -> tuple[str, State] | tuple[None, None]:
-    """The sha256 that RECORD has for a file, which has it; None where RECORD has none."""
-    line = next((line for line in record.splitlines() if line.startswith(f"{member},")), None)
+def _recorded(record: str, path: Path) -> tuple[str, State] | tuple[None, None]:
+    """The sha256 that RECORD has for the library, which has it; None where RECORD has none."""
+    line = next((line for line in record.splitlines() if line.startswith(f"{MEMBER},")), None)
     if line is None or line.count(",") != 2 or not line.split(",")[1]:
         return None, None
     from fi_ffi.loader.kernels import KernelFile
     from fi_ffi.loader.record import parse_record
 
-    recorded, found = parse_record(line.encode(), str(path))[member], KernelFile(path).file()
+    recorded, found = parse_record(line.encode(), str(path))[MEMBER], KernelFile(path).file()
     if found.sha256 != recorded.sha256:
         raise ArtifactError(
-            f"{path}: sha256 is {found.sha256}, and the RECORD of apache-tvm-ffi has "
-            f"{recorded.sha256}: reinstall it, or uninstall it and the pinned one is used"
+            f"{path}: sha256 is {found.sha256}, and the RECORD of {PROJECT} has "
+            f"{recorded.sha256}: reinstall it"
         )
     assert found.state is not None
     return found.sha256, found.state

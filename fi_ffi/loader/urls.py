@@ -14,10 +14,15 @@ _HOST = re.compile(r"(.*@)?([^\[\]@]*|\[[^\[\]@]*\](:\d*)?)")
 
 
 def redact(url: str) -> str:
-    """The address without what may be secret: user, password and query."""
+    """The address without what may be secret: user, password and query.
+
+    Of one whose password has a `/`, `?` or `#` that is not escaped, nothing but the scheme.
+    """
     try:
         parts = urlsplit(url)
-        host = parts.netloc.rpartition("@")[2]
+        host, _ = parts.netloc.rpartition("@")[2], parts.port
+        if "@" in f"{parts.path}{parts.query}{parts.fragment}":
+            return f"{parts.scheme}://..."
         text = f"{parts.scheme}://{host}{parts.path}" + ("?..." if parts.query else "")
         return "".join(c if c.isprintable() else "?" for c in text)
     except ValueError:
@@ -44,8 +49,8 @@ def check_url(url: str) -> None:
     try:
         parts = urlsplit(url)
         scheme, host, _ = parts.scheme.lower(), parts.hostname or "", parts.port
-    except ValueError as error:
-        raise FetchError(f"{redact(url)}: no address: {error}") from None
+    except ValueError:  # whose words may be of a password
+        raise FetchError(f"{redact(url)}: no address of a file on a server") from None
     if not host or re.search(r"[\s\\\x00-\x1f]", url) or not _HOST.fullmatch(parts.netloc):
         raise FetchError(f"{redact(url)}: no address of a file on a server")
     if scheme != "https" and not (scheme == "http" and is_loopback(host)):
@@ -76,8 +81,8 @@ def redirected(url: str, location: str) -> str:
             user = here.netloc.rpartition("@")[0]
             host = parts.netloc.rpartition("@")[2]
             target = parts._replace(netloc=f"{user}@{host}").geturl()
-    except ValueError as error:
-        raise FetchError(f"{redact(url)}: a redirect to no address: {error}") from None
+    except ValueError:
+        raise FetchError(f"{redact(url)}: a redirect to no address") from None
     if here.scheme == "https" and parts.scheme != "https":
         raise FetchError(f"{redact(url)}: redirects from https to {redact(target)}; refused")
     return target

@@ -1,10 +1,12 @@
-"""`fi-ffi lock`, on a lock of its own and a server on loopback."""
+"""`fi-ffi lock verify` and tools/pins.py, on a lock of its own and a server on loopback."""
 
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,17 @@ from fi_ffi.cli import main
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import cache
 from fi_ffi.loader.download import fetch_file
-from fi_ffi.loader.lock import KernelFile, lock_path, read_lock
-from fi_ffi.loader.lockfile import describe
+from fi_ffi.loader.lock import PinnedWheel, lock_path, read_lock
 
 from loader import server as faults
 from loader.server import File, Server, kernel_members, make_wheel, record, sha256, status
+
+_TOOL = Path(__file__).parents[2] / "tools" / "pins.py"
+_spec = importlib.util.spec_from_file_location("pins", _TOOL)
+assert _spec is not None and _spec.loader is not None
+pins = importlib.util.module_from_spec(_spec)
+sys.modules["pins"] = pins  # where dataclasses look for annotations
+_spec.loader.exec_module(pins)
 
 MEMBERS = kernel_members(5)
 WHEEL = make_wheel(MEMBERS)
@@ -33,15 +41,8 @@ LOCK = f"""\
 # a comment at the top
 schema = 1
 
-[libtvm-ffi]
-project = "apache-tvm-ffi"
-version = "0.1.15.post2"  # and one beside a value
-accepted = ">=0.1.12,<0.2"
-member = "tvm_ffi/lib/libtvm_ffi.so"
-files = []
-
 [kernels]
-default = "0.6.13"
+default = "0.6.13"  # and one beside a value
 url = "https://example.invalid/v{{release}}/{{file}}"
 
 # about the first
@@ -80,15 +81,18 @@ def web() -> Iterator[Server]:
 @pytest.fixture
 def run(path: Path) -> Callable[..., Any]:
     def lock(*arguments: object, code: int = 0, json_too: bool = True) -> Any:
-        words = ["lock", *map(str, arguments), "--lock", str(path)]
-        result = CliRunner().invoke(main, [*words, *(["--json"] if json_too else [])])
+        words = [*map(str, arguments), "--lock", str(path), *(["--json"] if json_too else [])]
+        if words[0] == "verify":
+            result = CliRunner().invoke(main, ["lock", *words])
+        else:
+            result = CliRunner().invoke(pins.main, words)
         assert result.exit_code == code, result.output
         return json.loads(result.stdout) if json_too and code == 0 else result.output
 
     return lock
 
 
-def entry_of(path: Path, file: str = NAME) -> KernelFile:
+def entry_of(path: Path, file: str = NAME) -> PinnedWheel:
     [entry] = [entry for entry in read_lock(path).kernels if entry.file == file]
     return entry
 
@@ -100,7 +104,7 @@ def test_add_a_file(run: Callable[..., Any], path: Path, tmp_path: Path) -> None
     assert done["updated"] is False
     assert path.read_text().startswith(LOCK + "\n[[kernels.files]]\nrelease = ")
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
-    assert entry_of(path) == KernelFile(
+    assert entry_of(path) == PinnedWheel(
         release="0.6.13",
         cuda="cu130",
         platform="linux-x86_64",
@@ -240,12 +244,59 @@ def test_verify_what_cannot_be_reached(run: Callable[..., Any], path: Path, web:
     text = run("verify", NAME, code=1)
     assert '"unreachable"' in text
     assert "403" in text
-    # HEAD alone refused, and no ranges
-    web.faults, web.always = [status(405)], None
+    web.always = None
     assert run("verify", NAME)["files"][0]["status"] == "ok"
+
+
+def test_verify_fails_where_it_cannot_look(
+    run: Callable[..., Any], path: Path, web: Server
+) -> None:
+    pin(path, web)
     web.files[PATH].ranges = False
-    [found] = run("verify", NAME)["files"]
-    assert (found["status"], found["record"]) == ("ok", "not checked")
+    text = run("verify", NAME, code=1)
+    assert '"status": "not checked"' in text
+    assert "the server has no ranges: `--full` fetches the whole file" in text
+    assert run("verify", NAME, "--full")["files"][0]["status"] == "ok"
+
+
+def test_verify_fails_where_one_of_two_cannot_be_reached(
+    run: Callable[..., Any], path: Path, web: Server
+) -> None:
+    pin(path, web)
+    path.write_text(
+        path.read_text().replace("https://example.invalid", web.url("/nothing"))
+        .replace("linux-aarch64", "linux-x86_64")
+    )  # fmt: skip
+    text = run("verify", "--all", code=1)
+    assert ('"unreachable"' in text, '"ok"' in text) == (True, True)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://[",
+        "https://h:port/x.whl",
+        "https://",
+        "https:///x.whl",
+        "ftp://h/x.whl",
+        "http://h/x",
+    ],
+)
+def test_add_of_no_address(run: Callable[..., Any], path: Path, url: str) -> None:
+    assert run("add", url, code=1).startswith("Error: ")
+    assert path.read_text() == LOCK
+
+
+@pytest.mark.parametrize(
+    "url", ["https://u:SECRET@h/x.whl", "https://u:SECRET/PW@h/x.whl", "https://u:SEC#RET@h"]
+)
+def test_no_password_is_shown(run: Callable[..., Any], url: str) -> None:
+    for text in (
+        run("add", url, code=1),
+        run("verify", url, code=1),
+        run("pin-record", url, code=1),
+    ):
+        assert "SEC" not in text and "RET" not in text and "PW" not in text
 
 
 def test_pin_record(run: Callable[..., Any], path: Path, web: Server) -> None:
@@ -278,7 +329,7 @@ def test_the_lock_in_use(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("FI_FFI_LOCK", str(path))
     assert lock_path() == path
     (tmp_path / NAME).write_bytes(WHEEL)
-    result = CliRunner().invoke(main, ["lock", "add", str(tmp_path / NAME)])
+    result = CliRunner().invoke(pins.main, ["add", str(tmp_path / NAME)])
     assert result.exit_code == 0, result.output
     assert entry_of(path).sha256 == sha256(WHEEL)
 
@@ -298,10 +349,10 @@ def test_the_lock_in_use(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     ],
 )
 def test_names(name: str, expected: str) -> None:
-    assert " ".join(describe(name).values()) == expected
+    assert " ".join(pins.describe(name).values()) == expected
 
 
 def test_names_that_are_none() -> None:
     for name in ("x.whl", "a.zip", "", "a-b-c-d-e.whl"):
         with pytest.raises(ArgumentError):
-            describe(name)
+            pins.describe(name)

@@ -68,12 +68,6 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 LOCK = """
 schema = 1
-[libtvm-ffi]
-project = "apache-tvm-ffi"
-version = "0.1.15"
-accepted = ">=0.1.12"
-member = "tvm_ffi/lib/libtvm_ffi.so"
-files = []
 [kernels]
 default = "1.2.3"
 url = "{url}"

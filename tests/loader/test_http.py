@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import email.utils
+import re
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -283,6 +285,34 @@ def test_addresses_that_are() -> None:
     assert "\x1b" not in redact("https://h/\x1b[31m")
     assert redirected("https://u:p@h/a", "https://h/b") == "https://u:p@h/b"
     assert redirected("https://u:p@h/a", "https://x/b") == "https://x/b"
+
+
+SECRETS = [
+    "https://u:SECRET/PW@h/a.whl",
+    "https://u:SEC#RET@h/a.whl",
+    "https://u:SEC?RET@h/a.whl",
+    "https://u:1/SECRET@h/a.whl",
+    "https://u:SECRET@SECRET@h/a.whl",
+    "https://u:SE@C/RET@h/a.whl",
+    "https://u:SECRET@h:port/a.whl",
+    "https://u:SECRET",
+    "https://h/a.whl?token=SECRET",
+    "u:SECRET@h/a.whl",
+    "https:/u:SECRET@h/a.whl",
+    "https://u:SECRET@[::1/a.whl",
+]
+
+
+@pytest.mark.parametrize("url", SECRETS)
+def test_no_part_of_a_password_is_shown(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9/")
+    policy = replace(QUICK, tries=1)
+    with pytest.raises(FetchError) as caught:
+        b"".join(RemotePieces(url, Client(policy)).stream(0, 5))
+    with pytest.raises(FetchError) as redirected_to:
+        redirected("https://h/", url) and check_url(redirected("https://h/", f"ftp{url[5:]}"))
+    for text in (redact(url), str(caught.value), str(redirected_to.value)):
+        assert not {"SEC", "RET", "PW"} & {*re.findall("SEC|RET|PW", text)}, text
 
 
 def test_nobody_listens() -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from fi_ffi.errors import ArtifactError, FetchError, LoaderError
 from fi_ffi.loader import sources
 from fi_ffi.loader.http import Client, Policy
-from fi_ffi.loader.lock import KernelFile
+from fi_ffi.loader.lock import PinnedWheel
 from fi_ffi.loader.remote import RemoteWheel
 
 from loader import server as faults
@@ -102,7 +102,7 @@ def test_the_second_module_takes_one_request(web: Server, root: Path) -> None:
 
 
 def test_of_an_entry_of_the_lock(web: Server, root: Path) -> None:
-    pin = KernelFile(
+    pin = PinnedWheel(
         release="1.2.3",
         cuda="cu130",
         platform="linux-x86_64",
@@ -115,7 +115,7 @@ def test_of_an_entry_of_the_lock(web: Server, root: Path) -> None:
     )
     assert RemoteWheel.of(pin).extract(NORM).read_bytes() == MEMBERS[NORM]
     whole = RemoteWheel.of(
-        KernelFile(**{**vars(pin), "record_sha256": None, "url": web.url(PATH)}), verify="full"
+        PinnedWheel(**{**vars(pin), "record_sha256": None, "url": web.url(PATH)}), verify="full"
     )
     assert whole.trust == "file-verified"
 
@@ -475,7 +475,7 @@ def test_a_server_that_refused_is_not_waited_for_again_and_again(
     web: Server, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not by the next module, nor the one after that; later it is asked anew."""
-    pin = KernelFile(
+    pin = PinnedWheel(
         "1.2.3", "cu130", "linux-x86_64", "monolithic", PATH.rpartition("/")[2], web.url(PATH),
         sha256(WHEEL), "a test", len(WHEEL), record_sha256=RECORD,
     )  # fmt: skip

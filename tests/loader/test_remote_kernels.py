@@ -11,18 +11,20 @@ import pytest
 from fi_ffi.errors import ArgumentError, KernelNotFoundError
 from fi_ffi.loader import lock, runtime, search
 
-from loader.server import Server, kernel_members, make_wheel, sha256, tree
+from loader.server import Server, kernel_members, sha256, tree
 
-WHEEL = make_wheel(kernel_members())
+
+def wheel_of(server: Server) -> bytes:
+    return server.files["/kernels.whl"].content
 
 
 def test_only_the_pinned_file_is_used(remote_kernels: Server, root: Path) -> None:
     """Where RECORD is not pinned, the server's own vouches for nothing."""
-    path = Path(os.environ["FI_FFI_LOCK"])
-    path.write_text(path.read_text().replace(sha256(WHEEL), "0" * 64))
+    path, found = Path(os.environ["FI_FFI_LOCK"]), sha256(wheel_of(remote_kernels))
+    path.write_text(path.read_text().replace(found, "0" * 64))
     lock.the_lock.cache_clear()
     runtime.use_source(None)
-    with pytest.raises(KernelNotFoundError, match=f"sha256 is {sha256(WHEEL)}, pinned is 000"):
+    with pytest.raises(KernelNotFoundError, match=f"sha256 is {found}, pinned is 000"):
         search.find_module("norm")
     assert tree(root) == []
 
@@ -37,7 +39,7 @@ def test_it_is_fetched_whole_and_once(
         source, file, _ = find_file("norm")
     assert source.trust == "file-verified"
     assert file == kernel_members()["flashinfer_jit_cache/jit_cache/norm/norm.so"]
-    assert remote_kernels.sent == len(WHEEL)
+    assert remote_kernels.sent == len(wheel_of(remote_kernels))
     told = capsys.readouterr().err
     assert "FI_FFI_VERIFY=record" in told
     assert "kernels.whl: " in told
@@ -62,7 +64,7 @@ def test_the_way_out(
     with caplog.at_level(logging.INFO, logger="fi_ffi"):
         source, _, _ = find_file("norm")
     assert source.trust == "record-unpinned"
-    assert remote_kernels.sent < len(WHEEL) / 4
+    assert remote_kernels.sent < len(wheel_of(remote_kernels)) / 4
     assert "fetching the directory and RECORD of http://127.0.0.1" in caplog.text
     assert "fetching a member of kernels.whl" in caplog.text
 

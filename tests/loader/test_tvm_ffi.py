@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from fi_ffi.loader import lock, runtime, tvm_ffi
+from fi_ffi.loader import runtime, tvm_ffi
 
-PIN = lock.tvm_ffi_pin()
-OLDEST = next(s.version for s in SpecifierSet(PIN.accepted) if s.operator == ">=")
+OLDEST = next(s.version for s in SpecifierSet(tvm_ffi.ACCEPTED) if s.operator == ">=")
+NEWEST = "0.1.15.post2"  # that was tried
 TOO_OLD = "0.1.7"
 
 FIND = """
@@ -41,15 +41,26 @@ def test_what_is_loaded_is_used(tvm_ffi_loaded: str) -> None:
 
 def test_an_installed_copy(child: Callable[..., str], install: Callable[[str], Path]) -> None:
     folder = install(f"apache-tvm-ffi=={OLDEST}")
-    assert find(child, folder) == [f"installed {OLDEST}", str(folder / PIN.member)]
+    assert find(child, folder) == [f"installed {OLDEST}", str(folder / tvm_ffi.MEMBER)]
+
+
+REFUSED = """
+    from fi_ffi.errors import LoaderError
+    from fi_ffi.loader import tvm_ffi
+
+    try:
+        tvm_ffi.find()
+    except LoaderError as error:
+        print(error)
+"""
 
 
 def test_an_installed_copy_that_is_not_accepted(
     child: Callable[..., str], install: Callable[[str], Path]
 ) -> None:
-    origin, path = find(child, install(f"apache-tvm-ffi=={TOO_OLD}"))
-    assert origin == f"pinned apache-tvm-ffi {PIN.version}"
-    assert PIN.file_for_this_machine().member_sha256 in path
+    said = child(REFUSED, install(f"apache-tvm-ffi=={TOO_OLD}"))
+    assert f"apache-tvm-ffi {TOO_OLD} is installed" in said
+    assert f"`pip install 'apache-tvm-ffi{tvm_ffi.ACCEPTED}'`" in said
 
 
 def test_an_installed_copy_without_its_library(
@@ -57,15 +68,46 @@ def test_an_installed_copy_without_its_library(
 ) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(install(f"apache-tvm-ffi=={OLDEST}"), broken)
-    (broken / PIN.member).unlink()
-    assert find(child, broken)[0].startswith("pinned")
+    (broken / tvm_ffi.MEMBER).unlink()
+    assert "pip install --force-reinstall 'apache-tvm-ffi" in child(REFUSED, broken)
+
+
+BARE = """
+    import importlib.metadata, sys
+
+    def audit(event, arguments):
+        assert event not in ("socket.connect", "subprocess.Popen", "os.exec"), event
+
+    def distribution(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    sys.addaudithook(audit)
+    importlib.metadata.distribution = distribution
+"""
+
+
+def test_nothing_is_installed(child: Callable[..., str]) -> None:
+    """Nothing is fetched then, and no installer is run."""
+    said = child(BARE + REFUSED)
+    assert said == (
+        "apache-tvm-ffi is not installed, which has libtvm_ffi: "
+        f"`pip install 'apache-tvm-ffi{tvm_ffi.ACCEPTED}'`"
+    )
+
+
+def test_the_accepted_range_is_the_dependency() -> None:
+    text = (Path(tvm_ffi.__file__).parents[2] / "pyproject.toml").read_text()
+    assert f'"{tvm_ffi.PROJECT}{tvm_ffi.ACCEPTED}",' in text
+    # FlashInfer excludes these, and libraries before them have a shorter TVMFFIErrorCell.
+    for version in ("0.1.7", "0.1.8", "0.1.8.post0"):
+        assert not SpecifierSet(tvm_ffi.ACCEPTED).contains(version)
 
 
 def test_the_tvm_ffi_packages_own_copy_is_shared(
     child: Callable[..., str], install: Callable[[str], Path]
 ) -> None:
     """Whichever is imported first, there is one library, and it serves both."""
-    folder = install(f"apache-tvm-ffi=={PIN.version}")
+    folder = install(f"apache-tvm-ffi=={NEWEST}")
     for first in (
         "import tvm_ffi; runtime.ensure_tvm_ffi()",
         "runtime.ensure_tvm_ffi(); import tvm_ffi",
@@ -83,14 +125,14 @@ def test_the_tvm_ffi_packages_own_copy_is_shared(
             print(in_process().path)
         """
         requirements = install("typing_extensions")
-        assert child(code, folder, requirements) == str(folder / PIN.member)
+        assert child(code, folder, requirements) == str(folder / tvm_ffi.MEMBER)
 
 
 def test_a_copy_in_the_process_that_is_too_old(
     child: Callable[..., str], install: Callable[[str], Path]
 ) -> None:
     """Its errors are laid out otherwise, and reading one would crash."""
-    path = install(f"apache-tvm-ffi=={TOO_OLD}") / PIN.member
+    path = install(f"apache-tvm-ffi=={TOO_OLD}") / tvm_ffi.MEMBER
     code = f"""
         from fi_ffi.abi._cffi import ffi
         from fi_ffi.errors import LoaderError
@@ -190,7 +232,7 @@ SERVE = """
 """
 
 
-@pytest.mark.parametrize("version", [OLDEST, PIN.version])
+@pytest.mark.parametrize("version", [OLDEST, NEWEST])
 def test_both_ends_of_the_accepted_range_serve_kernels(
     version: str, child: Callable[..., str], install: Callable[[str], Path], built_wheel: Path
 ) -> None:
@@ -206,7 +248,7 @@ def test_a_file_that_is_no_library(child: Callable[..., str], tmp_path: Path) ->
     (info / "METADATA").write_text(
         f"Metadata-Version: 2.1\nName: apache-tvm-ffi\nVersion: {OLDEST}\n"
     )
-    library = tmp_path / "broken" / PIN.member
+    library = tmp_path / "broken" / tvm_ffi.MEMBER
     library.parent.mkdir(parents=True)
     library.write_text("not a library")
     code = """

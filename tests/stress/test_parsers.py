@@ -57,7 +57,7 @@ def fed_in_time(name: str, data: bytes) -> None:
 @pytest.mark.parametrize("name", PARSERS)
 def test_damaged_ones(name: str) -> None:
     seeds = seeds_of(name)
-    slow = name in ("lock", "lock-edit", "elf", "wheel")
+    slow = name in ("lock", "elf", "wheel")
 
     @given(st.sampled_from(seeds), EDITS)
     @settings(

@@ -18,7 +18,7 @@ from stress.swapping import flip, in_memory, library_bytes
 import fi_ffi
 from fi_ffi.abi import library
 from fi_ffi.errors import ArtifactError, LoaderError
-from fi_ffi.loader import cache, elf, facts, held, lock, runtime, search, sources, tvm_ffi
+from fi_ffi.loader import cache, elf, facts, held, runtime, search, sources, tvm_ffi
 from fi_ffi.loader.building.toolkit import find_cxx
 from fi_ffi.loader.kernels import ModuleFile, open_source
 from fi_ffi.loader.wheel import Wheel
@@ -305,32 +305,26 @@ def site(unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     monkeypatch.setattr("sys.path", [str(folder)])
     monkeypatch.setattr(tvm_ffi, "in_process", lambda: None)
     monkeypatch.setattr(runtime, "_tvm_ffi", None)
-    return folder / lock.tvm_ffi_pin().member
+    return folder / tvm_ffi.MEMBER
 
 
 def test_an_installed_libtvm_ffi(site: Path) -> None:
     found = tvm_ffi.installed()
-    assert found is not None and found.path == str(site)
+    assert found.path == str(site)
     flip(site)
     with pytest.raises(ArtifactError, match=r"RECORD of apache-tvm-ffi .*reinstall it"):
         tvm_ffi.find()
     assert not in_memory(site)
 
 
-@pytest.mark.parametrize("kind", ["installed", "pinned"])
 def test_libtvm_ffi_that_is_replaced(
-    kind: str, site: Path, bad: bytes, monkeypatch: pytest.MonkeyPatch
+    site: Path, bad: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pin = lock.tvm_ffi_pin().file_for_this_machine()
-    if kind == "pinned":
-        content = site.read_bytes()
-        site = cache.store([content], pin.member_sha256, "libtvm_ffi.so", "a test")
-        monkeypatch.setattr(tvm_ffi, "installed", lambda: None)
-    real = tvm_ffi.find
+    digest, real = sha256(site.read_bytes()), tvm_ffi.find
 
     def find() -> tvm_ffi.Found:
         found = real()
-        assert found.path == str(site) and found.sha256 == pin.member_sha256
+        assert found.path == str(site) and found.sha256 == digest
         replace(site, bad)
         return found
 
@@ -359,16 +353,6 @@ def test_libtvm_ffi_that_is_replaced_while_it_is_loaded(
     with pytest.raises(LoaderError, match="not now"):
         runtime.ensure_tvm_ffi()
     assert opened == [wanted] != [os.stat(site).st_ino]
-
-
-def test_a_pinned_libtvm_ffi_that_was_damaged(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pin = lock.tvm_ffi_pin().file_for_this_machine()
-    monkeypatch.setattr(tvm_ffi, "installed", lambda: None)
-    path = cache.store([site.read_bytes()], pin.member_sha256, "libtvm_ffi.so", "a test")
-    flip(path)
-    with pytest.raises(fi_ffi.FetchError, match="FI_FFI_OFFLINE"):  # it would be fetched anew
-        runtime.ensure_tvm_ffi()
-    assert not in_memory(path)
 
 
 def test_a_wheel_is_the_one_that_was_verified(tmp_path: Path, good: bytes, bad: bytes) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from fi_ffi.abi.signature import Signature, parse_signature, signature_from_mismatch
 from fi_ffi.abi.values import packer_of
 from fi_ffi.errors import AbiError, ArtifactError, FiFfiError, LoaderError
-from fi_ffi.loader import lock, lockedit
+from fi_ffi.loader import lock
 from fi_ffi.loader.caching import notes
 from fi_ffi.loader.elf import inspect_elf
 from fi_ffi.loader.fatbin import architectures, sass_named
@@ -179,7 +179,6 @@ PARSERS: dict[str, Parser] = {
     "architecture": Parser(lambda data: sass_named(_text(data)), ArtifactError, list),
     "record": Parser(lambda data: parse_record(data, "x"), ArtifactError, list),
     "lock": Parser(lambda data: lock.read_lock(_in_memory(data)), LoaderError, _locks),
-    "lock-edit": Parser(lambda data: lockedit.load(_in_memory(data)), LoaderError, _locks),
     "wheel": Parser(_wheel, ArtifactError, _wheels),
     "note": Parser(_note, LoaderError, _notes),
     "call-log": Parser(_container, ArtifactError, _containers),
