@@ -221,16 +221,21 @@ def no_tvm_ffi(patch: pytest.MonkeyPatch) -> None:
     tvm_ffi.installed()
 
 
-def other_tvm_ffi(tmp_path: Path, patch: pytest.MonkeyPatch, version: str = "0.2") -> None:
-    info = tmp_path / f"apache_tvm_ffi-{version}.dist-info"
+def install_tvm_ffi(folder: Path, version: str, patch: pytest.MonkeyPatch) -> None:
+    info = folder / f"apache_tvm_ffi-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Name: apache-tvm-ffi\nVersion: {version}\n")
-    patch.setattr(sys, "path", [str(tmp_path)])
+    patch.setattr(sys, "path", [str(folder)])
+
+
+def other_tvm_ffi(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+    install_tvm_ffi(tmp_path, "0.2", patch)
     tvm_ffi.installed()
 
 
 def tvm_ffi_without_its_library(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
-    other_tvm_ffi(tmp_path, patch, "0.1.15")
+    install_tvm_ffi(tmp_path, "0.1.15", patch)
+    tvm_ffi.installed()
 
 
 def no_gpu() -> None:

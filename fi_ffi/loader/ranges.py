@@ -197,8 +197,10 @@ class RemotePieces:
         return Overrun(f"{redact(self.url)}: the server sends more than {most}")
 
     def _wrong(self, what: str) -> FetchError:
-        advice = "the server or a proxy before it is broken: use another address"
-        return FetchError(f"{redact(self.url)}: {what}; {advice}")
+        return FetchError(
+            f"{redact(self.url)}: {what}; the server or a proxy before it is broken: use another "
+            "address"
+        )
 
 
 class PiecewiseFile:

@@ -22,7 +22,7 @@ ACCEPTED = ">=0.1.12,<0.2"
 
 _SONAME = "libtvm_ffi.so"
 _MAPPED = re.compile(r"\s(/\S.*/libtvm_ffi\.so)( \(deleted\))?$", re.MULTILINE)
-_ADVICE = f"`pip install '{PROJECT}{ACCEPTED}'`"
+_INSTALL = f"`pip install '{PROJECT}{ACCEPTED}'`"
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,21 @@ def installed() -> Found:
     try:
         distribution = importlib.metadata.distribution(PROJECT)
     except importlib.metadata.PackageNotFoundError:
-        raise LoaderError(f"{PROJECT} is not installed, which has libtvm_ffi: {_ADVICE}") from None
+        raise LoaderError(
+            f"apache-tvm-ffi is not installed, which has libtvm_ffi: {_INSTALL}"
+        ) from None
     from packaging.specifiers import SpecifierSet
 
     if not SpecifierSet(ACCEPTED).contains(distribution.version):
         raise LoaderError(
-            f"{PROJECT} {distribution.version} is installed, and fi_ffi works with {ACCEPTED}: "
-            f"{_ADVICE}"
+            f"apache-tvm-ffi {distribution.version} is installed, and fi_ffi works with "
+            f"{ACCEPTED}: {_INSTALL}"
         )
     path = Path(str(distribution.locate_file(MEMBER)))
     if not path.is_file():
         raise LoaderError(
-            f"{PROJECT} {distribution.version} is installed without {path}: "
-            f"`pip install --force-reinstall '{PROJECT}{ACCEPTED}'`"
+            f"apache-tvm-ffi {distribution.version} is installed without {path}, reinstall it: "
+            f"{_INSTALL.replace('install', 'install --force-reinstall')}"
         )
     origin = f"installed {distribution.version}"
     sha256, state = _recorded(distribution.read_text("RECORD") or "", path)
@@ -98,7 +100,7 @@ def _recorded(record: str, path: Path) -> tuple[str, State] | tuple[None, None]:
     recorded, found = parse_record(line.encode(), str(path))[MEMBER], KernelFile(path).file()
     if found.sha256 != recorded.sha256:
         raise ArtifactError(
-            f"{path}: sha256 is {found.sha256}, and the RECORD of {PROJECT} has "
+            f"{path}: sha256 is {found.sha256}, and the RECORD of apache-tvm-ffi has "
             f"{recorded.sha256}: reinstall it"
         )
     assert found.state is not None
