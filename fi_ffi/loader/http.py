@@ -173,31 +173,19 @@ class _PacedResponse(http.client.HTTPResponse):
 
 
 def _adapter(policy: Policy) -> Any:
-    """The adapter of requests, over connections that are held to the policy."""
+    """The adapter of requests, over connections whose answers are held to the policy."""
     from requests.adapters import HTTPAdapter
-    from urllib3 import connection, connectionpool
 
     response = type("_Response", (_PacedResponse,), {"policy": policy})
 
-    def pool_of(pool: type, of: type) -> type:
-        connection_class = type("_Connection", (of,), {"response_class": response})
-        return type("_Pool", (pool,), {"ConnectionCls": connection_class})
-
-    pools = {
-        "http": pool_of(connectionpool.HTTPConnectionPool, connection.HTTPConnection),
-        "https": pool_of(connectionpool.HTTPSConnectionPool, connection.HTTPSConnection),
-    }
-
     class Adapter(HTTPAdapter):
-        def init_poolmanager(self, *args: Any, **options: Any) -> None:
-            super().init_poolmanager(*args, **options)
-            self.poolmanager.pool_classes_by_scheme = pools
-
-        def proxy_manager_for(self, proxy: Any, **options: Any) -> Any:
-            manager = super().proxy_manager_for(proxy, **options)
-            if not proxy.lower().startswith("socks"):  # which has connections of its own
-                manager.pool_classes_by_scheme = pools
-            return manager
+        def get_connection_with_tls_context(self, *args: Any, **options: Any) -> Any:
+            pool = super().get_connection_with_tls_context(*args, **options)
+            kind: Any = pool.ConnectionCls
+            if kind.response_class is not response:  # of a pool that is new
+                kind = type(kind.__name__, (kind,), {"response_class": response})
+                pool.ConnectionCls = kind
+            return pool
 
     return Adapter()
 

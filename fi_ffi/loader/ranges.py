@@ -1,22 +1,17 @@
-"""Pieces of a file: over HTTP or from a disk, and a file-like object over them."""
+"""Pieces of a file over HTTP, and a file-like object over them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import Protocol
 
 from fi_ffi.errors import ArtifactError, FetchError
-from fi_ffi.loader.caching.stamps import State
 from fi_ffi.loader.http import Attempts, Client, Response, Transient
 from fi_ffi.loader.urls import redact
-from fi_ffi.loader.wheel import open_same
 
 MAX_FILE = 16 << 30  # bytes; the largest published wheel has 2.1 GB
-_CHUNK = 1 << 20
 _MAX_SKIP = 1 << 16  # bytes; what a zip may have between two things that are read
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _NO_RANGE = re.compile(r"bytes \*/(\d{1,18})")
@@ -32,33 +27,6 @@ class Overrun(FetchError):
 
 class Changed(FetchError):
     """The file is not the one that earlier requests read from."""
-
-
-class Pieces(Protocol):
-    """A file of which parts can be read."""
-
-    def size(self) -> int: ...
-
-    def stream(self, start: int, stop: int) -> Iterator[bytes]:
-        """The bytes from `start` up to `stop`, as they come."""
-
-
-class LocalPieces:
-    """A file on disk."""
-
-    def __init__(self, path: Path, state: State | None = None) -> None:
-        """With `state`, the file must stay as it was when it was verified."""
-        self._path, self._state = path, state
-
-    def size(self) -> int:
-        return self._path.stat().st_size
-
-    def stream(self, start: int, stop: int) -> Iterator[bytes]:
-        with open_same(self._path, self._state) as file:
-            file.seek(start)
-            while start < stop and (chunk := file.read(min(_CHUNK, stop - start))):
-                start += len(chunk)
-                yield chunk
 
 
 @dataclass(frozen=True)
@@ -212,7 +180,7 @@ class PiecewiseFile:
 
     def __init__(
         self,
-        pieces: Pieces,
+        pieces: RemotePieces,
         kept: dict[int, bytes],
         size: int,
         *,

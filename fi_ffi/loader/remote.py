@@ -12,6 +12,7 @@ import contextlib
 import logging
 import threading
 import urllib.request
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,19 +21,13 @@ from urllib.parse import unquote, urlsplit
 from fi_ffi.errors import ArtifactError
 from fi_ffi.loader import cache
 from fi_ffi.loader.caching import notes
+from fi_ffi.loader.caching.stamps import State
 from fi_ffi.loader.download import Reporter, fetch_file
 from fi_ffi.loader.http import Client
 from fi_ffi.loader.lock import PinnedWheel
-from fi_ffi.loader.ranges import (
-    Changed,
-    LocalPieces,
-    NoRanges,
-    Pieces,
-    PiecewiseFile,
-    RemotePieces,
-)
+from fi_ffi.loader.ranges import Changed, NoRanges, PiecewiseFile, RemotePieces
 from fi_ffi.loader.urls import is_file_url, redact, refuse_offline
-from fi_ffi.loader.wheel import WheelReader, verify_file
+from fi_ffi.loader.wheel import ReadableZip, WheelReader, open_same, verify_file
 
 # "full": where RECORD is not pinned, the whole file must have its pinned sha256.
 # "record": RECORD is then taken as it comes.
@@ -42,21 +37,9 @@ Verify = Literal["record", "full"]
 _TAIL = 22 + 20 + 56
 _END = b"PK\x05\x06"
 _LONGEST_TAIL = _TAIL + 0xFFFF
-_FORMAT = 2  # of the kept directories
+_FORMAT = 3  # of the kept directories
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Index:
-    """Parts of a wheel's bytes by their offset: the zip's directory, and RECORD.
-
-    `verified` tells that they are of a file that had the pinned sha256.
-    """
-
-    size: int
-    verified: bool
-    kept: dict[int, bytes]
 
 
 class RemoteWheel(WheelReader):
@@ -83,16 +66,18 @@ class RemoteWheel(WheelReader):
         self.name = unquote(urlsplit(url).path.rpartition("/")[2])
         self._sha256, self._size, self._report = sha256, size, report
         self._must_verify = verify == "full" and record_sha256 is None
-        self._recovering = threading.RLock()
-        self._index: Index | None = None
-        self._loading: int | None = None  # the thread that reads directory and RECORD
-        self._stored = False
-        self._pieces: Pieces = RemotePieces(url, self.client, size)
         if self._must_verify and sha256 is None:
             raise ArtifactError(f"{self._origin}: there is no sha256 to verify the file against")
-        if not self._take_stored():
+        self._recovering = threading.RLock()
+        # The whole file if it is on this machine, else the directory and RECORD of it.
+        self._file: tuple[Path, State | None] | None = None
+        self._index = Index(0, {})
+        self._pieces = RemotePieces(url, self.client, size)
+        self._loading: int | None = None  # the thread that reads directory and RECORD
+        self._stored = self._take_stored()
+        if not self._stored:
             try:
-                self._fetch_index()
+                self._begin()
             except (NoRanges, Changed) as error:
                 self._recover(error)
 
@@ -120,15 +105,16 @@ class RemoteWheel(WheelReader):
                     self._recover(error)
             return super().extract(member)
 
-    def _open(self, extent: tuple[int, int] | None) -> PiecewiseFile:
-        index, pieces = self._index, self._pieces
-        assert index is not None
+    def _open(self, extent: tuple[int, int] | None) -> AbstractContextManager[ReadableZip]:
+        if self._file is not None:
+            return open_same(*self._file)
         keep = self._loading == threading.get_ident()
-        if extent is not None and not keep and isinstance(pieces, RemotePieces):
+        if extent is not None and not keep:
             refuse_offline(f"a member of {self.name}")
             size = f"{extent[1] - extent[0]:,} bytes"
             _log.info("fetching a member of %s, %s, from %s", self.name, size, self._origin)
-        return PiecewiseFile(pieces, index.kept, index.size, expected=extent, keep=keep)
+        index = self._index
+        return PiecewiseFile(self._pieces, index.kept, index.size, expected=extent, keep=keep)
 
     def _load(self) -> None:
         self._loading = threading.get_ident()
@@ -136,98 +122,88 @@ class RemoteWheel(WheelReader):
             super()._load()
         finally:
             self._loading = None
-
-    def _take_stored(self) -> bool:
-        """Use the directory and RECORD that the cache has, if they will do."""
-        if self._sha256 is None or is_file_url(self.url):
-            return False
-        stored = _load_index(self._sha256)
-        if stored is None or (self._must_verify and not stored.verified):
-            return False
-        self._index, self._stored = stored, True
-        whole = cache.find(self._sha256, self.name)
-        if whole is not None:
-            self._pieces = LocalPieces(whole)
-        try:
-            self._load()
-        except ArtifactError:  # damaged, or of a time when something else was pinned
-            return False
-        self._trust_as(stored.verified)
-        return True
-
-    def _fetch_index(self) -> None:
-        """Read directory and RECORD from the file itself, and keep them."""
-        self._stored = False
-        verified = self._choose_file()
-        if isinstance(self._pieces, RemotePieces):
-            refuse_offline(f"the directory of {self.name}")
-            _log.info("fetching the directory and RECORD of %s", self._origin)
-        self._index = Index(self._pieces.size(), verified, {})
-        self._keep_tail(self._index)
-        self._load()
-        self._trust_as(verified)
-        if self._sha256 and not is_file_url(self.url):
-            _store_index(self._sha256, self._index)
-
-    def _keep_tail(self, index: Index) -> None:
-        # Before zipfile looks for it: it takes any failure to read there for no zip file.
-        for length in (_TAIL, _LONGEST_TAIL):
-            start = max(0, index.size - length)
-            index.kept[start] = b"".join(self._pieces.stream(start, index.size))
-            if index.kept[start][-22:-18] == _END and index.kept[start][-2:] == b"\0\0":
-                return
-
-    def _choose_file(self) -> bool:
-        """Where to read from; whether that file has its pinned sha256."""
-        if is_file_url(self.url):
-            path = Path(urllib.request.url2pathname(urlsplit(self.url).path))
-            if not path.is_file():
-                raise ArtifactError(f"{path}: there is no such file")
-            state = None
-            if self._must_verify and self._sha256:
-                state = verify_file(path, self._sha256)
-            self._pieces = LocalPieces(path, state)
-            return self._must_verify
-        whole = cache.find(self._sha256, self.name) if self._sha256 else None
-        if whole is not None:
-            self._pieces = LocalPieces(whole)
-            return True
-        if self._must_verify:
-            self._fetch_whole()
-            return True
-        self._pieces = RemotePieces(self.url, self.client, self._size)
-        return False
-
-    def _fetch_whole(self) -> None:
-        assert self._sha256 is not None
-        whole = fetch_file(
-            self.url,
-            self.name,
-            sha256=self._sha256,
-            size=self._size,
-            client=self.client,
-            report=self._report,
-        )
-        self._pieces = LocalPieces(whole.path)
-
-    def _recover(self, error: NoRanges | Changed | ArtifactError) -> None:
-        """Start over, once: where the file changed, or has to be fetched whole."""
-        if isinstance(error, NoRanges) and self._sha256 is not None:
-            _log.info("%s: no ranges there, the whole file is fetched", self._origin)
-            self._fetch_whole()
-        elif isinstance(error, NoRanges) or (isinstance(error, ArtifactError) and not self._stored):
-            raise error
-        # What was stored may be of another file than the server now has.
-        self._fetch_index()
-
-    def _trust_as(self, verified: bool) -> None:
         if self._pinned_record:
             self.trust = "record-pinned"
-        elif verified:
+        elif self._file is not None and (self._must_verify or not is_file_url(self.url)):
             self.trust = "file-verified"
         else:
             self.trust = "record-unpinned"
             _log.info("%s: nothing pins RECORD, members are as it says", self._origin)
+
+    def _take_stored(self) -> bool:
+        """Use the directory and RECORD that the cache has, if they will do."""
+        if self._sha256 is None or self._must_verify or is_file_url(self.url):
+            return False
+        stored = _load_index(self._sha256)
+        if stored is None or cache.find(self._sha256, self.name) is not None:
+            return False
+        self._index = stored
+        with contextlib.suppress(ArtifactError):  # damaged, or something else was pinned then
+            self._load()
+            return True
+        return False
+
+    def _begin(self, whole: bool = False) -> None:
+        """Read directory and RECORD from the file itself, and keep them."""
+        self._file = self._whole_file(fetch=whole or self._must_verify)
+        self._index = Index(0, {})
+        if self._file is not None:
+            self._load()
+            return
+        refuse_offline(f"the directory of {self.name}")
+        _log.info("fetching the directory and RECORD of %s", self._origin)
+        self._pieces = RemotePieces(self.url, self.client, self._size)
+        self._index = Index(self._pieces.size(), {})
+        # Before zipfile looks for it: it takes any failure to read there for no zip file.
+        for length in (_TAIL, _LONGEST_TAIL):
+            start = max(0, self._index.size - length)
+            tail = b"".join(self._pieces.stream(start, self._index.size))
+            self._index.kept[start] = tail
+            if tail[-22:-18] == _END and tail[-2:] == b"\0\0":
+                break
+        self._load()
+        if self._sha256:
+            _store_index(self._sha256, self._index)
+
+    def _whole_file(self, *, fetch: bool) -> tuple[Path, State | None] | None:
+        """The file on this machine, if it is there, or is to be fetched whole."""
+        if is_file_url(self.url):
+            path = Path(urllib.request.url2pathname(urlsplit(self.url).path))
+            if not path.is_file():
+                raise ArtifactError(f"{path}: there is no such file")
+            verified = self._sha256 if self._must_verify else None
+            return path, verify_file(path, verified) if verified else None
+        found = cache.find(self._sha256, self.name) if self._sha256 else None
+        if found is None and fetch:
+            found = fetch_file(
+                self.url,
+                self.name,
+                sha256=self._sha256,
+                size=self._size,
+                client=self.client,
+                report=self._report,
+            ).path
+        return None if found is None else (found, None)
+
+    def _recover(self, error: NoRanges | Changed | ArtifactError) -> None:
+        """Start over, once: where the file changed, or has to be fetched whole."""
+        whole = isinstance(error, NoRanges) and self._sha256 is not None
+        # What was stored may be of another file than the server now has.
+        outdated = isinstance(error, Changed) or (isinstance(error, ArtifactError) and self._stored)
+        if not whole and not outdated:
+            raise error
+        if whole:
+            _log.info("%s: no ranges there, the whole file is fetched", self._origin)
+        self._stored = False
+        self._begin(whole)
+
+
+@dataclass(frozen=True)
+class Index:
+    """Parts of a wheel's bytes by their offset: the zip's directory, and RECORD."""
+
+    size: int
+    kept: dict[int, bytes]
 
 
 def _index_path(sha256: str) -> Path:
@@ -239,12 +215,12 @@ def _load_index(sha256: str) -> Index | None:
     data = notes.read(cache.cache_root(), _index_path(sha256), _FORMAT)
     with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
         kept = {int(at): base64.b64decode(piece) for at, piece in data["kept"].items()}
-        return Index(int(data["size"]), bool(data["verified"]), kept)
+        return Index(int(data["size"]), kept)
     return None
 
 
 def _store_index(sha256: str, index: Index) -> None:
     """Keep it; where the cache cannot be written it is fetched again next time."""
     kept = {str(at): base64.b64encode(piece).decode() for at, piece in index.kept.items()}
-    data = {"size": index.size, "verified": index.verified, "kept": kept}
+    data = {"size": index.size, "kept": kept}
     notes.write(cache.cache_root(), _index_path(sha256), _FORMAT, data)
