@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
+from fi_ffi.abi import library
 from fi_ffi.errors import ArtifactError
 from fi_ffi.loader import cache
 from fi_ffi.loader.caching import notes
@@ -40,6 +41,8 @@ _LONGEST_TAIL = _TAIL + 0xFFFF
 _FORMAT = 3  # of the kept directories
 
 _log = logging.getLogger(__name__)
+_locks: dict[str, threading.RLock] = {}  # held while a wheel, by its address, is begun again
+library.renew_after_fork(globals(), "_locks", dict)
 
 
 class RemoteWheel(WheelReader):
@@ -68,7 +71,6 @@ class RemoteWheel(WheelReader):
         self._must_verify = verify == "full" and record_sha256 is None
         if self._must_verify and sha256 is None:
             raise ArtifactError(f"{self._origin}: there is no sha256 to verify the file against")
-        self._recovering = threading.RLock()
         # The whole file if it is on this machine, else the directory and RECORD of it.
         self._file: tuple[Path, State | None] | None = None
         self._index = Index(0, {})
@@ -100,7 +102,7 @@ class RemoteWheel(WheelReader):
         try:
             return super().extract(member)
         except (NoRanges, Changed, ArtifactError) as error:
-            with self._recovering:
+            with _locks.setdefault(self.url, threading.RLock()):
                 if self._index is index:  # no other thread has done it meanwhile
                     self._recover(error)
             return super().extract(member)

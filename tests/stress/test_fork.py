@@ -209,27 +209,35 @@ def test_locks_of_other_threads() -> None:
     """Another thread was loading, or looking an entry up, when this one forked."""
     from fi_ffi import reference
     from fi_ffi.abi import objects
-    from fi_ffi.loader import methods, search
+    from fi_ffi.loader import methods, remote, search, sources
     from fi_ffi.ops.call import memory
 
-    places = [(runtime, "_lock"), (search, "_lock"), (methods, "_lock"), (reference, "_lock"),
+    places = [(runtime, "_linking"), (search, "_lock"), (methods, "_lock"), (reference, "_lock"),
               (objects, "_table"), (memory, "_lock")]  # fmt: skip
     has, leave = threading.Event(), threading.Event()
 
+    def locks() -> list[threading.RLock]:
+        kept = [module._locks.setdefault("norm", threading.RLock()) for module in (remote, sources)]
+        return [getattr(module, name) for module, name in places] + [
+            runtime._lock_of("norm"),
+            *kept,
+        ]
+
     def hold() -> None:
-        for module, name in places:
-            getattr(module, name).acquire()
+        held = locks()
+        for lock in held:
+            lock.acquire()
         has.set()
         leave.wait(60)
-        for module, name in places:
-            getattr(module, name).release()
+        for lock in held:
+            lock.release()
 
     thread = threading.Thread(target=hold)
     thread.start()
     has.wait(60)
 
     def child() -> None:
-        assert all(getattr(module, name).acquire(timeout=5) for module, name in places)
+        assert all(lock.acquire(timeout=5) for lock in locks())
 
     try:
         assert in_child(child) == 0

@@ -108,7 +108,6 @@ def test_what_pip_brings(bare: Installed) -> None:
     heavy = {
         "torch",
         "tvm",
-        "apache-tvm-ffi",
         "flashinfer-python",
         "cupy",
         "jax",
@@ -203,19 +202,27 @@ def test_a_users_program_is_checked(bare: Installed) -> None:
     assert "installed, but missing library stubs" not in said
 
 
+STORES = """
+import hashlib
+from fi_ffi.loader import cache
+cache.store([b"x"], hashlib.sha256(b"x").hexdigest(), "stored.so", "a test")
+"""
+
+
 def test_uninstalling_leaves_the_cache_alone(bare: Installed) -> None:
     """All that is left is where `fi-ffi cache` says.  It runs last of those that use `bare`."""
     made, _ = bare
     shutil.rmtree(made.root / "cache", ignore_errors=True)
     before = made.files()
     made("-c", FIRST_CALLS)
+    made("-c", STORES)
     told = json.loads(run(made.command, "cache", "list", "--json", **made.environment))
     cache = Path(told["root"])
     assert cache == made.root / "cache" / "fi-ffi"
     made("-m", "pip", "uninstall", "-q", "-y", "fi-ffi")
     after = made.files()
     left = after - before
-    assert any("libtvm_ffi" in name for name in left)
+    assert any("stored.so" in name for name in left)
     assert all((made.root / name).is_relative_to(cache) for name in left), left
     removed = before - after
     assert {name for name in before if "fi_ffi" in name or "fi-ffi" in name} == removed
