@@ -2,7 +2,7 @@
 
     python3 benchmarks/start.py KERNELS [--runs 15]
 
-Each run is a fresh interpreter.  "cold" has an empty cache but libtvm_ffi; "warm" has
+Each run is a fresh interpreter.  "cold" has an empty cache; "warm" has
 the cache that an earlier run left; "python" is the interpreter alone.  Times are wall
 milliseconds, medians over the runs; the stages are read inside the process.
 """
@@ -48,12 +48,10 @@ def main() -> None:
     arguments = parser.parse_args()
     kernels = str(Path(arguments.kernels).resolve())
     with tempfile.TemporaryDirectory() as folder:
-        seed, cache = Path(folder) / "seed", Path(folder) / "cache"
-        run("from fi_ffi.loader import runtime; runtime.ensure_tvm_ffi()", seed, kernels)
+        cache = Path(folder) / "cache"
         results: dict[str, list[tuple[float, list[float]]]] = {"python": [], "cold": [], "warm": []}
         for _ in range(arguments.runs):
             shutil.rmtree(cache, ignore_errors=True)
-            shutil.copytree(seed, cache)
             results["python"].append(run("", cache, kernels))
             results["cold"].append(run(STAGES, cache, kernels))
             results["warm"].append(run(STAGES, cache, kernels))

@@ -62,13 +62,14 @@ _objects: dict[tuple[str, str, int | None], tuple[Entry, ModuleObject]] = {}
 def made_by(module: str, factory: str, releases: str, device: int | None = None) -> ModuleObject:
     """The one object of this process that a module's function makes; it is kept."""
     declared = Signature(factory, (), "ffi.Module")
+    # Under no lock of ours: the module may have to be fetched.
+    made = runtime.kernel_entry(module, declared, releases, device)
+    where = str(runtime.load(module, device).file.path)
     with _lock:
-        made = runtime.kernel_entry(module, declared, releases, device)
         key = (module, factory, device)
         known = _objects.get(key)
         # Of other kernels than before, it is another function.
         if known is None or known[0] is not made:
-            where = str(runtime.load(module, device).file.path)
             found = ModuleObject(made(), f"{module}.{factory}()", releases, where)
             known = _objects[key] = made, found
         return known[1]
@@ -78,5 +79,6 @@ def method_entry(
     module: str, factory: str, declared: Signature, releases: str, device: int | None = None
 ) -> Entry:
     """A method of that object, attested."""
+    made = made_by(module, factory, releases, device)
     with _lock:
-        return made_by(module, factory, releases, device).entry(declared)
+        return made.entry(declared)

@@ -16,40 +16,39 @@ from fi_ffi.loader.sources import Candidate, candidates
 
 _lock = threading.RLock()
 library.renew_after_fork(globals(), "_lock", threading.RLock)
-_explicit: str | None = None
-_places: list[Candidate] = []  # those looked at so far, in order
-_more: Iterator[Candidate] | None = None
+
+
+class _Places:
+    """Those looked at so far, in order, and those that come next."""
+
+    def __init__(self, found: list[Candidate], following: Iterator[Candidate]) -> None:
+        self.found, self.following = found, following
+
+
+_places = _Places([], candidates())
 
 
 def use_source(location: str | os.PathLike[str] | None) -> None:
     """Take kernels from `location` alone from now on, or (None) look for them again."""
-    global _explicit, _more
-    with _lock:
-        before = _explicit
-        _explicit = None if location is None else os.fspath(location)
-        try:
-            found = list(candidates(_explicit)) if location is not None else []
-        except LoaderError:
-            _explicit = before
-            raise
-        _places[:] = found
-        _more = None if location is None else iter(())
+    global _places
+    if location is None:
+        _places = _Places([], candidates())
+    else:
+        _places = _Places(list(candidates(os.fspath(location))), iter(()))
 
 
 def places() -> Iterator[Candidate]:
     """Every place that is asked for kernels, in order; each is looked at once."""
-    global _more
-    done = 0
+    # Of one choice from the first to the last, whatever another thread chooses meanwhile.
+    places, done = _places, 0
     while True:
         with _lock:
-            if done == len(_places):
-                if _more is None:
-                    _more = candidates(_explicit)
-                following = next(_more, None)
+            if done == len(places.found):
+                following = next(places.following, None)
                 if following is None:
                     return
-                _places.append(following)
-            place = _places[done]
+                places.found.append(following)
+            place = places.found[done]
         done += 1
         yield place
 

@@ -249,3 +249,15 @@ def test_a_module_that_only_another_cuda_can_load(module_file, tmp_path):
     check_needed(file, Facts(["libcudart.so.13"], [], []), machine.CUDART)
     with pytest.raises(fi_ffi.AbiError, match="needs libcudart.so.12, and fi_ffi runs on"):
         check_needed(file, Facts(["libcudart.so.12", "libc.so.6"], [], []), machine.CUDART)
+
+
+def test_other_kernels_are_chosen_while_places_are_asked(tmp_path: Path) -> None:
+    """What was begun goes on as it was, and finds no hole."""
+    search.use_source(None)
+    try:
+        asked = search.places()
+        first = next(asked)
+        search.use_source(None)
+        assert [first, *asked] and next(search.places()).kind == first.kind
+    finally:
+        search.use_source(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -19,8 +20,8 @@ from pathlib import Path
 import pytest
 
 import fi_ffi
-from fi_ffi.errors import FetchError
-from fi_ffi.loader import runtime
+from fi_ffi.errors import FetchError, LoaderError
+from fi_ffi.loader import methods, runtime
 from fi_ffi.loader.caching import locking
 from fi_ffi.loader.download import fetch_file
 from fi_ffi.loader.http import Client
@@ -66,6 +67,24 @@ def test_a_local_file_is_loaded_while_a_server_is_slow(
     assert thread.is_alive()
     thread.join()
     assert failures
+
+
+def test_methods_of_other_modules_do_not_wait(remote_kernels: Server) -> None:
+    """An object of a module that is fetched is made under the module's lock alone."""
+    remote_kernels.always = faults.changed(delay=3.0)
+
+    def make() -> None:
+        with contextlib.suppress(LoaderError):  # what is fetched is no library
+            methods.made_by("norm", "init", ">=0.6")
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    while not remote_kernels.seen:
+        time.sleep(0.01)
+    assert methods._lock.acquire(timeout=1)
+    methods._lock.release()
+    assert thread.is_alive()
+    thread.join()
 
 
 def test_a_cached_member_is_there_while_another_is_fetched(web: Server) -> None:
