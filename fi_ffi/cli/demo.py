@@ -14,10 +14,10 @@ import ml_dtypes
 import numpy as np
 
 import fi_ffi
-from fi_ffi.cli import output, progress
+from fi_ffi.cli import output
 from fi_ffi.cli.cases import Case, case_of
 from fi_ffi.errors import FiFfiError, KernelNotFoundError, LoaderError
-from fi_ffi.loader import search
+from fi_ffi.loader import progress, search
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference.arrays import Array

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 import click
 
 import fi_ffi
-from fi_ffi.cli import output, progress
+from fi_ffi.cli import output
 from fi_ffi.errors import FiFfiError, LoaderError
-from fi_ffi.loader import cache, lock, machine, runtime, search, sources
+from fi_ffi.loader import cache, lock, machine, progress, runtime, search, sources
 from fi_ffi.loader.caching import contents, temporaries
 from fi_ffi.ops.releases import fits
 from fi_ffi.ops.table import ROWS

@@ -107,7 +107,9 @@ def counter(name: str, total: int, quiet: bool = False) -> Iterator[Callable[[st
 
     def lines() -> Callable[[str], None]:
         numbers = itertools.count(1)
-        return lambda each: click.echo(f"{name}: {next(numbers)} of {total}, {each}", err=True)
+        return lambda each: print(
+            f"{name}: {next(numbers)} of {total}, {each}", file=sys.stderr, flush=True
+        )
 
     def bar(progress: Progress) -> Callable[[str], None]:
         task = progress.add_task(name, total=total)

@@ -7,9 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from fi_ffi.cli import main
 from fi_ffi.errors import ArgumentError, KernelNotFoundError
 from fi_ffi.loader import lock, runtime, search
 
@@ -76,19 +74,3 @@ def test_another_word_is_refused(remote_kernels: Server, monkeypatch: pytest.Mon
     with pytest.raises(ArgumentError, match="FI_FFI_VERIFY.*got none, expected full or record"):
         search.find_module("norm")
     assert remote_kernels.seen == []
-
-
-def test_doctor_fetches_only_if_it_is_asked_to(remote_kernels: Server) -> None:
-    result = CliRunner().invoke(main, ["doctor"])
-    assert remote_kernels.seen == []
-    assert "`fi-ffi doctor --fetch` fetches it" in " ".join(result.output.split())
-    result = CliRunner().invoke(main, ["doctor", "rmsnorm", "--sm", "90"])
-    assert remote_kernels.seen == []
-    runtime.use_source(None)
-    result = CliRunner().invoke(main, ["doctor", "--fetch"])
-    assert len(remote_kernels.seen) == 1
-    assert "fetching kernels.whl, a file of unknown size, from http://127.0.0.1" in result.output
-    runtime.use_source(None)
-    result = CliRunner().invoke(main, ["doctor"])
-    assert len(remote_kernels.seen) == 1  # and now it is here
-    assert "--fetch" not in result.output
