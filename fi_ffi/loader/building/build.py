@@ -40,6 +40,7 @@ from fi_ffi.loader.building.ninja import (
 )
 from fi_ffi.loader.building.wheel_writer import KernelWheel, write_wheel
 from fi_ffi.loader.building.workshop import Progress, Report, Workshop, open_workshop
+from fi_ffi.loader.caching import trust
 from fi_ffi.loader.kernels import open_source
 
 _DRIVER = Path(__file__).with_name("driver.py")
@@ -150,6 +151,7 @@ def _package(workshop: Workshop, answer: Any, output: Path, keep: bool) -> Path:
     is_added = keep and path.exists()
     verb = "adding to" if is_added else "replacing" if path.exists() else "writing"
     if is_added:
+        trust.check_owner(path)  # its modules would be taken for what was built here
         before = open_source(path)
         kept = {name: before.file(name).path for name in before.modules() if name not in made}
         wheel = replace(wheel, modules=made | kept)

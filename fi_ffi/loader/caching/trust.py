@@ -7,6 +7,7 @@ was when it was looked at.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -57,6 +58,25 @@ def check_folder(folder: Path) -> None:
             f"the directory {folder} can be written by {_who(status)} (mode {_mode(status)}), "
             f"so nothing in it is loaded: remove it, {_MOVE}"
         )
+
+
+def check_tree(folder: Path) -> None:
+    """`ArtifactError` where others could have put, or could change, anything below a folder.
+
+    For what is run and not hashed: the environments and the compilers' folders of builds.
+    """
+    check_folder(folder)
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(parent, name)
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                status = os.lstat(path)
+                if stat.S_ISDIR(status.st_mode):
+                    check_folder(path)
+                elif stat.S_ISREG(status.st_mode):
+                    check_object(path, status)
+                else:  # a link, whose own owner says where it leads
+                    _check_owner(path, status, f"the {_kind(status).partition(' ')[2]}")
 
 
 def check_object(path: Path, status: os.stat_result) -> None:
