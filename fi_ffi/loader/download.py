@@ -18,7 +18,6 @@ from pathlib import Path
 
 from fi_ffi.errors import ArtifactError, FetchError, LoaderError
 from fi_ffi.loader import cache
-from fi_ffi.loader.caching import temporaries
 from fi_ffi.loader.http import Client, Response
 from fi_ffi.loader.ranges import Version, content_range
 from fi_ffi.loader.retries import Attempts, Transient
@@ -97,8 +96,7 @@ def _alone(key: str) -> Iterator[Path]:
     root = cache.cache_root()
     folder = root / "downloads"
     try:
-        temporaries.make_root(root)
-        temporaries.make_folder(folder)
+        cache.make_folder("downloads")
         lock = FileLock(folder / f"{key}.lock")
         lock.acquire()
     except OSError as error:

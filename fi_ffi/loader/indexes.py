@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fi_ffi.loader import cache
-from fi_ffi.loader.caching import notes
 
 _FORMAT = 2
 
@@ -31,7 +30,7 @@ def _path(sha256: str) -> Path:
 
 def load_index(sha256: str) -> Index | None:
     """What was kept; None where there is nothing, or nothing that can be read."""
-    data = notes.read(cache.cache_root(), _path(sha256), _FORMAT)
+    data = cache.read_note(_path(sha256), _FORMAT)
     with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
         kept = {int(at): base64.b64decode(piece) for at, piece in data["kept"].items()}
         return Index(int(data["size"]), bool(data["verified"]), kept)
@@ -42,4 +41,4 @@ def store_index(sha256: str, index: Index) -> None:
     """Keep it; where the cache cannot be written it is fetched again next time."""
     kept = {str(at): base64.b64encode(piece).decode() for at, piece in index.kept.items()}
     data = {"size": index.size, "verified": index.verified, "kept": kept}
-    notes.write(cache.cache_root(), _path(sha256), _FORMAT, data)
+    cache.write_note(_path(sha256), _FORMAT, data)

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Protocol
 
 from fi_ffi.errors import ArtifactError, FetchError
-from fi_ffi.loader.caching.stamps import State
+from fi_ffi.loader.cache import State
 from fi_ffi.loader.http import Client, Response
 from fi_ffi.loader.retries import Attempts, Transient
 from fi_ffi.loader.urls import redact

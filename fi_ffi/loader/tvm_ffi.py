@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fi_ffi.errors import ArtifactError, LoaderError
-from fi_ffi.loader.caching.stamps import State
+from fi_ffi.loader.cache import State
 from fi_ffi.loader.lock import tvm_ffi_pin
 
 _SONAME = "libtvm_ffi.so"

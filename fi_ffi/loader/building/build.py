@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fi_ffi.errors import ArgumentError, BuildError
+from fi_ffi.loader import trust
 from fi_ffi.loader.building import env, toolkit
 from fi_ffi.loader.building.names import (
     DEFAULT_ARCH,
@@ -40,7 +41,6 @@ from fi_ffi.loader.building.ninja import (
 )
 from fi_ffi.loader.building.wheel_writer import KernelWheel, write_wheel
 from fi_ffi.loader.building.workshop import Progress, Report, Workshop, open_workshop
-from fi_ffi.loader.caching import trust
 from fi_ffi.loader.kernels import open_source
 
 _DRIVER = Path(__file__).with_name("driver.py")

@@ -12,12 +12,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from fi_ffi.errors import ArgumentError, BuildError, LoaderError
+from fi_ffi.errors import ArgumentError, BuildError
+from fi_ffi.loader import cache, trust
 from fi_ffi.loader.building import env
 from fi_ffi.loader.building import toolkit as cuda
 from fi_ffi.loader.building.names import parse_release
-from fi_ffi.loader.cache import cache_root
-from fi_ffi.loader.caching import temporaries, trust
 from fi_ffi.loader.machine import CPUS, CUDA_MAJOR
 
 
@@ -111,23 +110,20 @@ def _open_root() -> Path:
 
     A Python, compilers and build files in it are run, so nobody else may have put them there.
     """
-    root = cache_root()
-    try:
-        temporaries.make_root(root)
-        temporaries.make_folder(root / "build")
-    except OSError as error:
-        raise LoaderError(
-            f"{root}/build cannot be written to the cache: {error.strerror}; set FI_FFI_CACHE_DIR "
-            "to a directory that can be written"
-        ) from error
-    trust.check_tree(root / "build")
-    return root / "build"
+    with cache.writing(cache.cache_root() / "build"):
+        root = cache.make_folder("build")
+    trust.check_tree(root)
+    return root
 
 
 @contextmanager
 def _locked(folder: Path, say: env.Say) -> Iterator[None]:
     """One build at a time in `folder`: a second waits, and finds what the first made."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror
+        raise BuildError(f"{folder} cannot be made: {reason}; name another --build-dir") from error
     trust.check_named(folder)
     trust.check_tree(folder)
     lock = FileLock(folder / ".lock")
