@@ -6,7 +6,7 @@ makes the build environment of every supported release (as `fi-ffi build` does: 
 package index, nvcc of CUDA 13, a C++ compiler; no GPU), asks the generators of each for
 the names of the cases below and for FlashInfer's own list of modules, and writes the file.
 The cases name generators and parameters by hand, so that the file does not depend on
-the table in `fi_ffi/loader/uris`, which is tested against it.  Allow some minutes.
+`fi_ffi/loader/data/names.json`, which is tested against it.  Allow some minutes.
 """
 
 from __future__ import annotations
