@@ -22,13 +22,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fi_ffi.loader.building.build import described  # noqa: E402
 from fi_ffi.loader.building.names import DEFAULT_RELEASE  # noqa: E402
 from fi_ffi.loader.listed import Box  # noqa: E402
 from fi_ffi.loader.uris import ROWS, Value, uri  # noqa: E402
 from tools import boxes  # noqa: E402
 from tools.bindings.flashinfer import Reader, architectures  # noqa: E402
 from tools.entries import Entry  # noqa: E402
+from tools.generators import described  # noqa: E402
 
 RELEASES = ("0.6.3", "0.6.12", "0.6.13", "0.6.18", "0.7.2.post1")
 EVERY_ARCH = "7.5 8.0 8.9 9.0a 10.0a 10.3a 11.0a 12.0f 12.1a"

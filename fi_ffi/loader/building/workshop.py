@@ -143,8 +143,8 @@ def open_workshop(
     release: str,
     architectures: tuple[str, ...],
     build_dir: Path | None,
-    torch: str,
-    report: Report | None,
+    torch: str = env.DEFAULT_TORCH,
+    report: Report | None = None,
     cpu: str | None = None,
 ) -> Iterator[Workshop]:
     """Prepare the environment, the toolkit and the build folder, and hold the latter."""
