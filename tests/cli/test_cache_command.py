@@ -97,6 +97,14 @@ def test_an_empty_cache(root: Path) -> None:
     assert not root.exists()
 
 
+def test_names_of_commands_hide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cache` and `list` are modules of the package, too, once they are imported."""
+    monkeypatch.setenv("FI_FFI_PARANOID", "0")
+    for arguments in (["--paranoid", "cache", "verify"], ["list", "--help"], ["--help"]):
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.exception
+
+
 def test_list(root: Path) -> None:
     path = store(b"norm" * 1000, "norm.so", days=3)
     store(b"page", "page.so")
