@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fi_ffi.loader import cache
-from fi_ffi.loader.caching import stamps
 from fi_ffi.loader.wheel import Wheel
 
 
@@ -41,7 +40,7 @@ def measure(wheel: Wheel, member: str, repeat: int) -> dict[str, float]:
     def nothing() -> None: ...
 
     def stamp_gone() -> None:
-        stamps.stamp_path(path).unlink(missing_ok=True)
+        cache.stamp_path(path).unlink(missing_ok=True)
 
     def find() -> None:
         assert cache.find(sha256, name) == path

@@ -30,11 +30,11 @@ from fi_ffi.loader import (
     runtime,
     search,
     sources,
+    trust,
     tvm_ffi,
     urls,
 )  # fmt: skip
 from fi_ffi.loader.building import toolkit
-from fi_ffi.loader.caching import trust
 from fi_ffi.loader.kernels import KernelFile, open_source
 from fi_ffi.ops import cuda, providers
 from fi_ffi.ops.call.op import Op
@@ -283,12 +283,12 @@ def after_a_fork(patch: pytest.MonkeyPatch) -> None:
 
 
 def full_disk() -> None:
-    with cache._writing(Path("norm.so"), 10**6):
+    with cache.writing(Path("norm.so"), 10**6):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def read_only_disk() -> None:
-    with cache._writing(Path("norm.so"), 10**6):
+    with cache.writing(Path("norm.so"), 10**6):
         raise OSError(errno.EROFS, "Read-only file system")
 
 

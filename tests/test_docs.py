@@ -12,10 +12,10 @@ from types import ModuleType
 
 import pytest
 
-from fi_ffi.loader.entries import entries_of
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.ops.capability.known_issues import KNOWN_ISSUES
 from fi_ffi.ops.functions import OPS
+from tools.entries import entries_of
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATORS = sorted(path.name for path in (ROOT / "tools").glob("generate_*.py"))

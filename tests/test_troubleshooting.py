@@ -101,7 +101,7 @@ def test_what_is_raised_is_found(
 
 FRAME = re.compile(r"\w+: …: argument `[^`]*`: got |, expected |: argument `|`: got ")
 # Read by tools, or of values that only a library of another TVM-FFI makes.
-INTERNAL = ("loader/bindings", "cli/replaying", "abi/signature",
+INTERNAL = ("cli/replaying", "abi/signature",
             "watch/safetensors", "loader/lockfile", "loader/lockedit", "abi/values",
             "loader/building/ninja")  # fmt: skip
 

@@ -13,7 +13,6 @@ sys.path.insert(0, str(ROOT))
 import gpu_kernels  # noqa: E402
 from generated import write_or_check  # noqa: E402
 
-from fi_ffi.loader.entries import Entries, Group, entries_of  # noqa: E402
 from fi_ffi.loader.lock import the_lock  # noqa: E402
 from fi_ffi.loader.uris import family_row, parse  # noqa: E402
 from fi_ffi.ops.attention.rows import FORMS  # noqa: E402
@@ -22,6 +21,7 @@ from fi_ffi.ops.capability.matrix import package_entries  # noqa: E402
 from fi_ffi.ops.moe import interface as moe  # noqa: E402
 from fi_ffi.ops.releases import fits  # noqa: E402
 from fi_ffi.ops.table import ROWS  # noqa: E402
+from tools.entries import Entries, Group, entries_of  # noqa: E402
 
 TARGET = ROOT / "docs" / "coverage.md"
 RELEASE = the_lock().default_release

@@ -1,4 +1,5 @@
-"""Records what FlashInfer's modules export, and which it builds: fi_ffi/loader/data/*.json.
+"""Records what FlashInfer's modules export (tools/data/entries-*.json), and which it builds
+(fi_ffi/loader/data/modules.json).
 
     python tools/record_entries.py [--check] [--build-dir DIR]
 
@@ -21,16 +22,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fi_ffi.loader.bindings.flashinfer import Reader, architectures  # noqa: E402
-from fi_ffi.loader.boxes import Box, boxes_of  # noqa: E402
-from fi_ffi.loader.building.build import described  # noqa: E402
 from fi_ffi.loader.building.names import DEFAULT_RELEASE  # noqa: E402
-from fi_ffi.loader.entries import Entry  # noqa: E402
+from fi_ffi.loader.listed import Box  # noqa: E402
 from fi_ffi.loader.uris import ROWS, Value, uri  # noqa: E402
+from tools import boxes  # noqa: E402
+from tools.bindings.flashinfer import Reader, architectures  # noqa: E402
+from tools.entries import Entry  # noqa: E402
+from tools.generators import described  # noqa: E402
 
 RELEASES = ("0.6.3", "0.6.12", "0.6.13", "0.6.18", "0.7.2.post1")
 EVERY_ARCH = "7.5 8.0 8.9 9.0a 10.0a 10.3a 11.0a 12.0f 12.1a"
 DATA = ROOT / "fi_ffi" / "loader" / "data"
+ENTRIES = ROOT / "tools" / "data" / f"entries-{DEFAULT_RELEASE}.json"
 ABOUT_ENTRIES = (
     "Made by tools/record_entries.py: what every module that FlashInfer builds ahead of time "
     f"for {EVERY_ARCH} exports, read from its bindings. `modules`: families, and the values that "
@@ -98,7 +101,7 @@ def _written(functions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _boxes(names: Iterable[str], release: str) -> list[dict[str, object]]:
-    return [box.write() for box in boxes_of(names, release)]
+    return [boxes.write(box) for box in boxes.boxes_of(names, release)]
 
 
 def modules(answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -113,7 +116,7 @@ def modules(answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
             codes.sort(key=lambda name: (len(name.strip("smaf")), name))
             by_codes.setdefault(" ".join(codes), []).append(module["name"])
         for codes_text, names in by_codes.items():
-            for box in boxes_of(names, release):
+            for box in boxes.boxes_of(names, release):
                 found.setdefault((box, codes_text), []).append(release)
         about[release] = {
             "count": len(answer["modules"]),
@@ -124,7 +127,7 @@ def modules(answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "about": ABOUT_MODULES,
         "releases": about,
         "groups": [
-            {**box.write(), "compiled_for": codes, "releases": releases}
+            {**boxes.write(box), "compiled_for": codes, "releases": releases}
             for (box, codes), releases in groups
         ],
     }
@@ -157,16 +160,15 @@ def main() -> int:
         extra = asked_for(release) if release == DEFAULT_RELEASE else []
         answers[release] = described(extra, release=release, arch=EVERY_ARCH, build_dir=folder)
     exported, made = entries(answers[DEFAULT_RELEASE]), modules(answers)
-    entries_path = DATA / f"entries-{DEFAULT_RELEASE}.json"
     if not asked.check:
-        entries_path.write_text(text(exported))
+        ENTRIES.write_text(text(exported))
         (DATA / "modules.json").write_text(text(made))
         return 0
     recorded = json.loads((DATA / "modules.json").read_text())
-    fresh = entries_path.read_text() == text(exported)
+    fresh = ENTRIES.read_text() == text(exported)
     fresh &= _of_release(recorded, DEFAULT_RELEASE) == _of_release(made, DEFAULT_RELEASE)
     if not fresh:
-        print("the records in fi_ffi/loader/data are stale: run python3 tools/record_entries.py")
+        print("the records are stale: run python3 tools/record_entries.py")
     return int(not fresh)
 
 

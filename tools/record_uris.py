@@ -6,20 +6,25 @@ makes the build environment of every supported release (as `fi-ffi build` does: 
 package index, nvcc of CUDA 13, a C++ compiler; no GPU), asks the generators of each for
 the names of the cases below and for FlashInfer's own list of modules, and writes the file.
 The cases name generators and parameters by hand, so that the file does not depend on
-the table in `fi_ffi/loader/uris`, which is tested against it.  Allow some minutes.
+`fi_ffi/loader/data/names.json`, which is tested against it.  Allow some minutes.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from fi_ffi.loader.building.build import available, generated_names
-from fi_ffi.loader.building.names import DEFAULT_RELEASE
-from fi_ffi.loader.uris import DTYPES
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from fi_ffi.loader.building.build import available  # noqa: E402
+from fi_ffi.loader.building.names import DEFAULT_RELEASE  # noqa: E402
+from fi_ffi.loader.uris import DTYPES  # noqa: E402
+from tools.generators import generated_names  # noqa: E402
 
 RELEASES = ("0.6.3", "0.6.12", "0.6.13", "0.6.18", "0.7.2.post1")
 NEW = RELEASES[-1:]
@@ -27,7 +32,7 @@ OLD = RELEASES[:-1]
 FP4 = RELEASES[1:]
 ARCH = "9.0a"
 EVERY_ARCH = "7.5 8.0 8.9 9.0a 10.0a 10.3a 11.0a 12.0a 12.1a"
-DATA = Path(__file__).parent.parent / "tests" / "loader" / "data" / "uris.json"
+DATA = ROOT / "tests" / "loader" / "data" / "uris.json"
 
 HEADER = (
     "Made by tools/record_uris.py: what the generators inside flashinfer-python of each release "

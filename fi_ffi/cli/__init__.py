@@ -13,7 +13,7 @@ import click
 
 from fi_ffi import __version__
 from fi_ffi.errors import FiFfiError
-from fi_ffi.loader import cache
+from fi_ffi.loader.cache import PARANOID
 
 _COMMANDS = {
     "build": "Build kernel modules from FlashInfer's sources into a wheel.",
@@ -44,7 +44,7 @@ class _Group(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         # From the table: `--help` should not import every subcommand.
         with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
+            formatter.write_dl([*_COMMANDS.items()])  # `list` may be the subcommand
 
     def invoke(self, ctx: click.Context) -> object:
         # Only here: `--help` should not import what prints tables.
@@ -65,4 +65,4 @@ class _Group(click.Group):
 def main(paranoid: bool) -> None:
     """FlashInfer's CUDA kernels without torch and without a compiler."""
     if paranoid:
-        os.environ[cache.PARANOID] = "1"
+        os.environ[PARANOID] = "1"

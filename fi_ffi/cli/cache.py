@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,9 +13,9 @@ from typing import Any
 import click
 
 from fi_ffi.cli import output
+from fi_ffi.loader import trust, upkeep
 from fi_ffi.loader.cache import cache_root
-from fi_ffi.loader.caching import contents, trust, upkeep
-from fi_ffi.loader.caching.contents import Item
+from fi_ffi.loader.upkeep import Item, items
 
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
@@ -33,12 +34,12 @@ def list_(as_json: bool) -> None:
     """List the cached files and the build folders, with sizes and last use."""
     root = cache_root()
     groups = {
-        "objects": contents.objects(root),
-        "builds": contents.builds(root),
-        "downloads": contents.downloads(root),
-        "leftovers": contents.leftovers(root),
+        "objects": items(root, "object"),
+        "builds": items(root, "build"),
+        "downloads": items(root, "download"),
+        "leftovers": items(root, "leftover"),
     }
-    total = contents.total(root)
+    total = upkeep.total(root)
     if as_json:
         documents = {name: [*map(_document, items)] for name, items in groups.items()}
         output.print_json({"root": str(root), **documents, "total": total})
@@ -85,16 +86,16 @@ def prune(
     if everything + builds + (older_than is not None) > 1:
         raise click.UsageError("--all, --older-than and --builds exclude each other")
     root = cache_root()
-    if root.is_dir():
+    if os.path.isdir(root):
         trust.check_root(root)
-    items = contents.leftovers(root)
+    wanted = items(root, "leftover")
     if builds:
-        items += contents.builds(root)
+        wanted += items(root, "build")
     if everything or older_than is not None:
-        lists = (contents.objects, contents.downloads, contents.notes, contents.builds)
-        found = [item for list_of in lists for item in list_of(root)]
-        items += found if older_than is None else contents.unused_since(found, older_than)
-    _print_pruned(upkeep.prune(items, root, dry_run=dry_run), root, dry_run, as_json)
+        kinds: tuple[upkeep.Kind, ...] = ("object", "download", "note", "build")
+        found = [item for kind in kinds for item in items(root, kind)]
+        wanted += found if older_than is None else upkeep.unused_since(found, older_than)
+    _print_pruned(upkeep.prune(wanted, root, dry_run=dry_run), root, dry_run, as_json)
 
 
 def _print_pruned(done: upkeep.Pruned, root: Path, dry_run: bool, as_json: bool) -> None:
@@ -113,8 +114,8 @@ def _print_pruned(done: upkeep.Pruned, root: Path, dry_run: bool, as_json: bool)
         sys.exit(1)
 
 
-def _print_items(verb: str, items: Sequence[Item]) -> None:
-    for item in items:
+def _print_items(verb: str, done: Sequence[Item]) -> None:
+    for item in done:
         click.echo(f"{verb} {item.kind} {item.name} ({item.size:,} bytes)")
 
 

@@ -15,8 +15,7 @@ import click
 import fi_ffi
 from fi_ffi.cli import output
 from fi_ffi.errors import FiFfiError, LoaderError
-from fi_ffi.loader import cache, lock, machine, progress, runtime, search, sources
-from fi_ffi.loader.caching import contents, temporaries
+from fi_ffi.loader import cache, lock, machine, progress, runtime, search, sources, upkeep
 from fi_ffi.ops.releases import fits
 from fi_ffi.ops.table import ROWS
 
@@ -183,10 +182,9 @@ def _libtvm_ffi(kernels: str | None) -> Iterator[Finding]:
 
 def _cache(kernels: str | None) -> Iterator[Finding]:
     root = cache.cache_root()
-    found = f"{root} ({contents.total(root) / 2**20:.1f} MiB)"
+    found = f"{root} ({upkeep.total(root) / 2**20:.1f} MiB)"
     try:
-        temporaries.make_root(root)
-        with temporaries.temporary(root):
+        with cache.temporary():
             pass
     except OSError as error:
         advice = "set FI_FFI_CACHE_DIR to a directory that can be written"

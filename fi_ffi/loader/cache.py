@@ -1,48 +1,126 @@
-"""The cache: files under the hash of their content.
+"""The cache: files under the hash of their content, and what saves work on them.
 
-A file appears under its final name only whole and verified.  Finding one takes no
-lock and reads only its stamp; `docs/cache.md` says what holds when processes are
-killed, disks are full and directories are shared.
+    objects/bf/bf69…/norm.so          a file under its sha256, mode 0444
+    objects/bf/bf69…/.1ed5f42e.stamp  what it was like when it was last hashed
+    tmp/                              files being written, each locked by its writer
+    locks/                            held while a file is made, so that it is made once
+    facts/, indexes/, downloads/      notes (JSON), and unfinished downloads
+    build/, wheels/                   `fi-ffi build`: what it runs, and what it made
+
+Only this user and root may write them: `trust` refuses everything else.  A file gets its name
+in one step, when it is whole, hashed and synced.  It is trusted while its stamp fits, a line
+with its size, times and inode; else it is hashed again.  `find` takes no lock and reads only
+the stamp.  Locks save work and nothing hangs on them: where they do not work, several
+processes make the same file and the first to finish wins.  `docs/cache.md` says what holds when
+processes are killed, disks are full and directories are shared.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
+import fcntl
 import hashlib
+import json
 import os
 import re
+import secrets
+import shutil
+import threading
+import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from fi_ffi.errors import ArtifactError, LoaderError
-from fi_ffi.loader.caching import locking, stamps, temporaries, trust
+from fi_ffi.loader import trust
 
 ENVIRONMENT = "FI_FFI_CACHE_DIR"
 PARANOID = "FI_FFI_PARANOID"
+PATIENCE = 300.0  # seconds; a holder of a lock that is stopped, or lost, holds nobody up for longer
+USE_GRAIN = 3600.0  # seconds; uses closer together than that are not written down
+ORPHAN_AGE = 60.0  # seconds since a temporary was written, before a cold start removes it
+UNKNOWN_AGE = 7 * 86400.0  # seconds; the same where its writer, if it runs, is on another machine
+
+State = tuple[int, int, int, int]  # size, times and inode of a file: `state_of`
 
 _CHUNK = 1 << 20
+_POLL = 0.02
 _ATTEMPTS = 8  # at a folder that a prune keeps removing, or a handle gone stale
+_MAX_NOTE = 32 << 20  # bytes; twice what may be kept of a wheel's directory and RECORD
 _SHA256 = re.compile("[0-9a-f]{64}")
+# Also those of earlier releases, which are told by their age.
+_TEMPORARY = re.compile(r"([0-9a-f]{16})\.[0-9.]*[0-9a-f]{16}|tmp[a-z0-9_]{8}")
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+_held = threading.local()  # `keys`: the locks that this thread has
+
+
+# Where it is.
 
 
 def cache_root() -> Path:
-    """`FI_FFI_CACHE_DIR`, or the user's cache directory."""
+    """`FI_FFI_CACHE_DIR`, or the user's cache directory.
+
+    `LoaderError` where neither can be told: a container's user may have no home.
+    """
     chosen = os.environ.get(ENVIRONMENT)
     if chosen:
-        return Path(chosen).expanduser().absolute()
+        return expanded(chosen, ENVIRONMENT).absolute()
     import platformdirs
 
-    return platformdirs.user_cache_path("fi-ffi")
+    with contextlib.suppress(RuntimeError):
+        root = platformdirs.user_cache_path("fi-ffi")
+        if root.is_absolute():  # "~" can stay where nothing says what it is
+            return root
+    raise LoaderError(
+        f"this user has no home directory, so the cache has no place: set {ENVIRONMENT} to a "
+        "directory that can be written"
+    )
+
+
+def expanded(path: str | os.PathLike[str], name: str) -> Path:
+    """A path that the user gave as `name`, with `~` replaced; `LoaderError` where it cannot be."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise LoaderError(
+            f"{name} is {os.fspath(path)!r:.200}, and this machine knows no such home directory: "
+            "name a whole path"
+        ) from error
 
 
 def is_paranoid() -> bool:
     """`FI_FFI_PARANOID=1`: no stamp is believed."""
     return os.environ.get(PARANOID) == "1"
+
+
+def make_root() -> Path:
+    """The cache's directory, for this user alone where it is new, as are those above it."""
+    root = cache_root()
+    for folder in (*reversed(root.parents), root):
+        # Not what the umask leaves of 0777: all could write the user's `~/.cache`.
+        if not folder.is_dir():
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(mode=0o700)
+    trust.check_root(root)
+    return root
+
+
+def make_folder(name: str, *below: str) -> Path:
+    """A folder of the cache; it and those above it are made and checked."""
+    folder = make_root()
+    for part in (name, *below):
+        folder /= part
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o755)
+        trust.check_folder(folder)
+    return folder
 
 
 def object_path(sha256: str, name: str) -> Path:
@@ -51,6 +129,9 @@ def object_path(sha256: str, name: str) -> Path:
     if not _SHA256.fullmatch(sha256) or not name or name[0] == "." or {"/", "\0"} & {*name}:
         raise ArtifactError(f"not a sha256 and a file name: {sha256!r:.80}, {name!r:.80}")
     return cache_root() / "objects" / sha256[:2] / sha256 / name
+
+
+# Files.
 
 
 def find(sha256: str, name: str, *, paranoid: bool | None = None) -> Path | None:
@@ -74,20 +155,19 @@ def find(sha256: str, name: str, *, paranoid: bool | None = None) -> Path | None
 
 
 def _is_good(path: Path, sha256: str, sure: bool) -> bool:
-    root = path.parents[3]
-    if not trust.folders_exist(root, path.parent):
+    if not trust.folders_exist(path.parents[3], path.parent):
         return False
     status = os.lstat(path)
     trust.check_object(path, status)
-    if not sure and stamps.fits(path, sha256, status):
+    if not sure and stamp_fits(path, sha256, status):
         return True
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+    with open(os.open(path, _READ), "rb") as file:
         before = os.fstat(file.fileno())
         if hash_of(file) != sha256:
             return False
         after = os.fstat(file.fileno())
-    if stamps.facts(before) == stamps.facts(after):  # nobody wrote while it was read
-        stamps.write(root, path, sha256, after)
+    if state_of(before) == state_of(after):  # nobody wrote while it was read
+        _write_stamp(path, sha256, after)
     return True
 
 
@@ -103,13 +183,8 @@ def filling(sha256: str, name: str) -> Iterator[Path | None]:
     if found is not None:
         yield found
         return
-    mine = False
-    while not mine:
-        with locking.turn(cache_root(), sha256, _replaced(path)) as mine:
-            found = find(sha256, name)
-            if found is not None or mine:
-                yield found
-                return
+    with turn(sha256, _replaced(path)):
+        yield find(sha256, name)
 
 
 def store(
@@ -124,16 +199,29 @@ def store(
     with filling(sha256, name) as found:
         if found is not None:
             return found
-        path, root = object_path(sha256, name), cache_root()
+        path = object_path(sha256, name)
         with contextlib.ExitStack() as stack:
-            with _writing(path, size):
-                temporaries.make_root(root)
-                temporaries.sweep(root)
-                new = stack.enter_context(temporaries.temporary(root))
+            with writing(path, size):
+                make_root()
+                sweep()
+                new = stack.enter_context(temporary())
             digest = _write(new.fd, path, chunks, size)
             if digest != sha256:
                 raise ArtifactError(f"{origin}: sha256 is {digest}, expected {sha256}")
             return adopt(new.path, sha256, name)
+
+
+def _write(fd: int, path: Path, chunks: Iterable[bytes], size: int | None) -> str:
+    digest = hashlib.sha256()
+    written = 0
+    for chunk in chunks:
+        digest.update(chunk)
+        left = memoryview(chunk)
+        with writing(path, size, written + len(chunk)):
+            while left:
+                left = left[os.write(fd, left) :]
+        written += len(chunk)
+    return digest.hexdigest()
 
 
 def adopt(source: Path, sha256: str, name: str) -> Path:
@@ -143,9 +231,9 @@ def adopt(source: Path, sha256: str, name: str) -> Path:
     is it.
     """
     path = object_path(sha256, name)
-    with _writing(path, None):
+    with writing(path, None):
         size = source.stat().st_size
-    with _writing(path, size):
+    with writing(path, size):
         source.chmod(0o444)
         _sync(source, os.O_RDONLY)
         _publish(source, path, sha256)
@@ -153,29 +241,15 @@ def adopt(source: Path, sha256: str, name: str) -> Path:
             source.unlink()
     # After the other name is gone, which the change time tells too.
     with contextlib.suppress(OSError):
-        stamps.write(cache_root(), path, sha256, os.lstat(path))
+        _write_stamp(path, sha256, os.lstat(path))
     return path
-
-
-def _write(fd: int, path: Path, chunks: Iterable[bytes], size: int | None) -> str:
-    digest = hashlib.sha256()
-    written = 0
-    for chunk in chunks:
-        digest.update(chunk)
-        left = memoryview(chunk)
-        with _writing(path, size, written + len(chunk)):
-            while left:
-                left = left[os.write(fd, left) :]
-        written += len(chunk)
-    return digest.hexdigest()
 
 
 def _publish(source: Path, path: Path, sha256: str) -> None:
     """Give the finished file its name, in one step."""
     for attempt in range(_ATTEMPTS):
         try:
-            for folder in reversed(path.parents[:3]):
-                temporaries.make_folder(folder)
+            make_folder("objects", sha256[:2], sha256)
             _link(source, path, sha256)
             break
         except OSError as error:
@@ -225,7 +299,7 @@ def _replaced(path: Path) -> Callable[[], bool]:
 
 
 @contextlib.contextmanager
-def _writing(path: Path, size: int | None, at_least: int = 0) -> Iterator[None]:
+def writing(path: Path, size: int | None = None, at_least: int = 0) -> Iterator[None]:
     """Tell what cannot be written where, and what to do about it."""
     try:
         yield
@@ -248,8 +322,7 @@ def _free(root: Path) -> int:
     """Bytes this user may still write where the cache is, or would be."""
     while not root.exists() and root != root.parent:
         root = root.parent
-    status = os.statvfs(root)
-    return status.f_bavail * status.f_frsize
+    return shutil.disk_usage(root).free
 
 
 def hash_of(file: BinaryIO) -> str:
@@ -258,3 +331,235 @@ def hash_of(file: BinaryIO) -> str:
     while chunk := file.read(_CHUNK):
         digest.update(chunk)
     return digest.hexdigest()
+
+
+# Stamps.  A stamp is one line and is compared whole, so a torn or foreign one only costs a hash.
+# Its own time tells the last use.
+
+
+def state_of(status: os.stat_result) -> State:
+    """What stays the same while the content does."""
+    # The change time shows what the others do not: a file written over in place, with
+    # its size and its modification time put back.  The device is left out, as network
+    # and overlay file systems get another number at every mount.
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def stamp_path(path: Path) -> Path:
+    """The stamp of an object, beside it."""
+    # Not the name itself: those of modules come close to the 255 bytes that are allowed.
+    return path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.stamp")
+
+
+def stamp_fits(path: Path, sha256: str, status: os.stat_result) -> bool:
+    """Whether the stamp is of this file as it is (its `lstat`); notes the use."""
+    try:
+        fd = os.open(stamp_path(path), _READ | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        if os.read(fd, 1024) != _stamp(sha256, status):
+            return False
+        if abs(time.time() - os.fstat(fd).st_mtime) > USE_GRAIN:
+            with contextlib.suppress(OSError):  # a cache that is only read from
+                os.utime(fd)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def _stamp(sha256: str, status: os.stat_result) -> bytes:
+    return f"1 {sha256} {' '.join(map(str, state_of(status)))}\n".encode()
+
+
+def _write_stamp(path: Path, sha256: str, status: os.stat_result) -> None:
+    _keep(stamp_path(path), _stamp(sha256, status))
+
+
+# Notes: what was worked out once and is kept to save the time.
+
+
+def read_note(path: Path, form: int) -> Any:
+    """What was written to `path`, below the cache's root, in this form; None otherwise.
+
+    None, too, for a damaged note, and for one that another user could have written.
+    """
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        if not trust.folders_exist(cache_root(), path.parent):
+            return None
+        status = os.lstat(path)
+        trust.check_object(path, status)
+        if status.st_size <= _MAX_NOTE:
+            note = json.loads(path.read_bytes())
+            return note["data"] if note["format"] == form else None
+    return None
+
+
+def write_note(path: Path, form: int, data: Any) -> None:
+    """Keep `data`; it appears whole or not at all."""
+    with contextlib.suppress(OSError, LoaderError):
+        make_folder(*path.parent.relative_to(cache_root()).parts)
+        _keep(path, json.dumps({"format": form, "data": data}).encode())
+
+
+def _keep(path: Path, content: bytes) -> None:
+    """Write a file that saves work; where that fails, there is none."""
+    with contextlib.suppress(OSError, LoaderError), temporary() as new:
+        with open(new.fd, "wb", closefd=False) as file:
+            file.write(content)
+        os.fchmod(new.fd, 0o644)
+        os.replace(new.path, path)
+
+
+# Temporaries and locks.
+
+
+@dataclass(frozen=True)
+class Temporary:
+    """An open, empty file in the cache's file system."""
+
+    path: Path
+    fd: int
+
+
+@contextlib.contextmanager
+def temporary() -> Iterator[Temporary]:
+    """A new temporary, locked while it is written and removed at the end."""
+    folder = make_folder("tmp")
+    path, fd = new_path(folder), -1
+    removed_at_exit.add(path)
+    try:
+        while fd < 0:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+            fd = os.open(path, flags, 0o600)
+            with contextlib.suppress(OSError):  # where there are no locks, its age tells
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            if not os.fstat(fd).st_nlink:  # a prune came before the lock
+                os.close(fd)
+                fd = -1
+        yield Temporary(path, fd)
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+        with contextlib.suppress(OSError):
+            path.unlink()
+        removed_at_exit.discard(path)
+
+
+def new_path(folder: Path) -> Path:
+    """A name for a temporary; it tells the machine, and when that was started."""
+    return folder / f"{_boot()}.{secrets.token_hex(8)}"
+
+
+def _boot() -> str:
+    try:
+        text = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:  # nobody's: then only age tells
+        return secrets.token_hex(8)
+    return text.replace("-", "")[:16]
+
+
+def abandoned(path: Path, written: float, age: float = 0.0) -> bool:
+    """Whether nobody writes a temporary any more, `written` (seconds since 1970) so long ago.
+
+    Its writer has it locked, until it ends in whatever way.
+    """
+    match = _TEMPORARY.fullmatch(path.name)
+    if match is None:
+        return False
+    since = abs(time.time() - written)  # a time to come is of a clock that was wrong
+    if match[1] != _boot():
+        return since >= UNKNOWN_AGE
+    if since < age:
+        return False
+    try:
+        fd = os.open(path, _READ | os.O_NONBLOCK)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        finally:
+            os.close(fd)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return since >= UNKNOWN_AGE
+    return True
+
+
+def sweep() -> None:
+    """Remove what ended processes left; a failure to is no reason to stop."""
+    folder = cache_root() / "tmp"
+    with contextlib.suppress(OSError):
+        trust.check_folder(folder)
+        for path in folder.iterdir():
+            with contextlib.suppress(OSError):
+                if abandoned(path, os.lstat(path).st_mtime, ORPHAN_AGE):
+                    remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a whole folder; it is no error if it is gone."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def turn(key: str, done: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Hold the lock of `key`; go on without it after `done()`, or PATIENCE, or where none works.
+
+    A thread that has it already gets it again.
+    """
+    keys: set[Path] = _held.__dict__.setdefault("keys", set())
+    path = cache_root() / "locks" / f"{key}.lock"
+    with contextlib.ExitStack() as stack:
+        # No directory to put it in, or a file system that has none.
+        with contextlib.suppress(OSError, NotImplementedError):
+            if path not in keys and _acquire(path, done, stack):
+                keys.add(path)
+                stack.callback(keys.discard, path)
+        yield
+
+
+def _acquire(path: Path, done: Callable[[], bool], stack: contextlib.ExitStack) -> bool:
+    from filelock import FileLock, Timeout  # takes longer to import than a warm load
+
+    make_folder("locks")
+    lock = FileLock(path)
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        removed_at_exit.add(path)
+        try:
+            stack.enter_context(lock.acquire(timeout=0))
+            # Before it is released.  One who has it open gets a lock that excludes
+            # nobody, and finds the file made.
+            stack.callback(_remove_lock, path)
+            return True
+        except Timeout:
+            removed_at_exit.discard(path)  # another process's
+            if done():
+                break
+            time.sleep(_POLL)
+    return False
+
+
+def _remove_lock(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+    removed_at_exit.discard(path)
+
+
+def _remove_at_exit() -> None:
+    for path in [*removed_at_exit]:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+# Files of this process that a Ctrl-C between two statements would leave: a file is added
+# before it is made, and taken out after it is removed.
+removed_at_exit: set[Path] = set()
+atexit.register(_remove_at_exit)
+os.register_at_fork(after_in_child=removed_at_exit.clear)

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from fi_ffi.errors import ArtifactError, LoaderError
 from fi_ffi.loader import cache
-from fi_ffi.loader.caching import locking, temporaries
 from fi_ffi.loader.http import Attempts, Client, Transient
 from fi_ffi.loader.ranges import Changed, NoRanges, Overrun, RemotePieces
 from fi_ffi.loader.urls import redact, refuse_offline
@@ -98,11 +97,10 @@ def _place(key: str) -> Iterator[Path]:
     root = cache.cache_root()
     with contextlib.ExitStack() as stack:
         try:
-            temporaries.make_root(root)
-            temporaries.make_folder(root / "downloads")
+            cache.make_folder("downloads")
             part = root / "downloads" / f"{key}.part"
             if not _lock(part, stack):
-                part = stack.enter_context(temporaries.temporary(root)).path
+                part = stack.enter_context(cache.temporary()).path
         except OSError as error:
             raise LoaderError(f"the cache at {root} cannot be written: {error}") from error
         yield part
@@ -113,7 +111,7 @@ def _lock(part: Path, stack: contextlib.ExitStack) -> bool:
     from filelock import FileLock, Timeout
 
     lock = FileLock(part.with_suffix(".lock"))
-    seen, deadline = _state(part), time.monotonic() + locking.PATIENCE
+    seen, deadline = _state(part), time.monotonic() + cache.PATIENCE
     while True:
         try:
             stack.enter_context(lock.acquire(timeout=0))
@@ -121,7 +119,7 @@ def _lock(part: Path, stack: contextlib.ExitStack) -> bool:
         except Timeout:
             now, state = time.monotonic(), _state(part)
             if state != seen:
-                seen, deadline = state, now + locking.PATIENCE
+                seen, deadline = state, now + cache.PATIENCE
             if now >= deadline:
                 return False
             time.sleep(_POLL)

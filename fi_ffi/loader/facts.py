@@ -13,9 +13,8 @@ import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fi_ffi.errors import AbiError, ArchitectureError, ArtifactError
+from fi_ffi.errors import AbiError, ArchitectureError, ArtifactError, LoaderError
 from fi_ffi.loader import cache, held
-from fi_ffi.loader.caching import notes
 from fi_ffi.loader.fatbin import CudaCode
 from fi_ffi.loader.kernels import ModuleFile
 
@@ -40,7 +39,7 @@ class Facts:
         """Whether everything is of its type: they may be read from a damaged file."""
         words = [*self.needed, *self.functions, *self.signatures, *self.signatures.values()]
         words.append(self.runpath or "")
-        return all(isinstance(word, str) for word in words) and all(
+        return all(isinstance(word, str) and word.isascii() for word in words) and all(
             code.kind in ("sass", "ptx") and type(code.sm) is int and code.suffix in ("", "a", "f")
             for code in self.codes
         )
@@ -53,8 +52,8 @@ def _path(sha256: str) -> Path:
 def facts_of(file: ModuleFile) -> Facts:
     """The facts of a file, remembered or read from it now."""
     if not cache.is_paranoid():
-        with contextlib.suppress(TypeError, KeyError, AttributeError):
-            data = notes.read(cache.cache_root(), _path(file.sha256), _FORMAT)
+        with contextlib.suppress(TypeError, KeyError, AttributeError, LoaderError):
+            data = cache.read_note(_path(file.sha256), _FORMAT)
             found = Facts(**data | {"codes": [CudaCode(**code) for code in data["codes"]]})
             if found.is_sound():
                 return found
@@ -75,7 +74,8 @@ def facts_of(file: ModuleFile) -> Facts:
 
 def remember(file: ModuleFile, facts: Facts) -> None:
     """Keep the facts; a cache that cannot be written is no reason to fail."""
-    notes.write(cache.cache_root(), _path(file.sha256), _FORMAT, asdict(facts))
+    with contextlib.suppress(LoaderError):
+        cache.write_note(_path(file.sha256), _FORMAT, asdict(facts))
 
 
 def check_needed(file: ModuleFile, facts: Facts, cudart: str) -> None:

@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fi_ffi.errors import ArtifactError
-from fi_ffi.loader import cache
-from fi_ffi.loader.caching import stamps, trust
+from fi_ffi.loader import cache, trust
 
 _kept: dict[tuple[int, int], tuple[int, str]] = {}  # of device and inode: descriptor, sha256
 
@@ -37,16 +36,16 @@ class Held:
         _kept[before.st_dev, before.st_ino] = self.fd, self.sha256
         replaced = in_place and not os.path.samestat(before, os.stat(self.path))
         # Its change time also tells of another name that it got or lost, which is no harm.
-        written = stamps.facts(before) != stamps.facts(after) and _hash(self.fd) != self.sha256
+        written = cache.state_of(before) != cache.state_of(after) and _hash(self.fd) != self.sha256
         if replaced or written:
             raise changed(self.path, "while it was loaded, and nothing of it is called")
 
 
 @contextlib.contextmanager
-def checked(path: Path, sha256: str, state: stamps.State | None = None) -> Iterator[Held]:
+def checked(path: Path, sha256: str, state: cache.State | None = None) -> Iterator[Held]:
     """The file that was found to have this sha256.
 
-    `state` is what it was like then (`stamps.facts`).  Without one the file is in the cache,
+    `state` is what it was like then (`cache.state_of`).  Without one the file is in the cache,
     whose stamp tells, or it is hashed again.  Raises `ArtifactError` for any other file.
     """
     fd = _open(path, os.O_NOFOLLOW if state is None else 0)
@@ -54,9 +53,9 @@ def checked(path: Path, sha256: str, state: stamps.State | None = None) -> Itera
         status = os.fstat(fd)
         if state is None:
             trust.check_object(path, status)
-            sure = not cache.is_paranoid() and stamps.fits(path, sha256, status)
+            sure = not cache.is_paranoid() and cache.stamp_fits(path, sha256, status)
         else:
-            sure = stamps.facts(status) == state
+            sure = cache.state_of(status) == state
         if not sure and _hash(fd) != sha256:
             raise changed(path, "after it was hashed")
         known, of = _kept.get((status.st_dev, status.st_ino), (fd, sha256))
@@ -66,6 +65,11 @@ def checked(path: Path, sha256: str, state: stamps.State | None = None) -> Itera
     finally:
         if all(fd != known for known, _ in _kept.values()):
             os.close(fd)
+
+
+def descriptor(sha256: str) -> int:
+    """The descriptor of a library that was loaded; what its path leads to may be another file."""
+    return next(fd for fd, of in _kept.values() if of == sha256)
 
 
 def _open(path: Path, flags: int) -> int:

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fi_ffi.errors import ArtifactError, KernelNotFoundError
-from fi_ffi.loader import cache
-from fi_ffi.loader.caching import stamps, trust
+from fi_ffi.loader import cache, trust
 from fi_ffi.loader.wheel import Wheel, WheelReader
 
 LAYOUT = "flashinfer_jit_cache/jit_cache"
@@ -32,7 +31,7 @@ class ModuleFile:
     path: Path
     sha256: str
     # What the file was like as it was hashed; None of one in the cache, whose stamp tells.
-    state: stamps.State | None = None
+    state: cache.State | None = None
 
 
 class KernelSource(Protocol):
@@ -164,24 +163,24 @@ def _hashed(module: str, path: Path) -> ModuleFile:
     try:
         trust.check_named(path)
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
+        with open(fd, "rb") as file:
+            before = os.fstat(fd)
+            if not stat.S_ISREG(before.st_mode):
+                raise ArtifactError(f"{path} is no regular file: remove it")
+            return ModuleFile(module, path, cache.hash_of(file), cache.state_of(before))
+    except OSError as error:  # a file of /proc can be opened and not read
         raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
-    with open(fd, "rb") as file:
-        before = os.fstat(fd)
-        if not stat.S_ISREG(before.st_mode):
-            raise ArtifactError(f"{path} is no regular file: remove it")
-        return ModuleFile(module, path, cache.hash_of(file), stamps.facts(before))
 
 
 def open_source(location: str | os.PathLike[str]) -> KernelSource:
     """The source at a path; `KernelNotFoundError` where there is nothing of the kind."""
-    path = Path(location).expanduser()
-    if path.is_dir():
+    path = cache.expanded(location, "the source of kernels")
+    if os.path.isdir(path):
         return KernelDirectory(path)
-    if path.is_file() and path.suffix == ".whl":
+    if os.path.isfile(path) and path.suffix == ".whl":
         trust.check_named(path)
         return KernelWheel(str(path), Wheel(path))
-    if path.exists():
+    if os.path.exists(path):
         raise ArtifactError(f"{path} is neither a directory nor a .whl file")
     raise KernelNotFoundError(f"{path}: there is no such file or directory")
 

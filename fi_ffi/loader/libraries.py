@@ -18,7 +18,7 @@ from typing import Any
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.errors import ArtifactError, LoaderError
-from fi_ffi.loader.caching import trust
+from fi_ffi.loader import trust
 from fi_ffi.loader.machine import CUDA_MAJOR
 
 # As cuda-pathfinder calls them -> the package of the index that has them.

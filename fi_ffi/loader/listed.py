@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fi_ffi.loader.boxes import Box
 from fi_ffi.loader.fatbin import CudaCode, sass_named
-from fi_ffi.loader.uris import ModuleName, parse
+from fi_ffi.loader.uris import ModuleName, Value, parse
 
 _DATA = Path(__file__).with_name("data") / "modules.json"
 # What FlashInfer's release workflow compiles the wheels of a CUDA tag for.  The wheels
@@ -30,6 +29,29 @@ WHEELS = {
     ("cu130", "x86_64"): _CU130,
     ("cu130", "aarch64"): "7.5 8.0 8.9 9.0a 10.0a 10.3a 11.0a 12.0f",
 }
+
+
+@dataclass(frozen=True)
+class Box:
+    """The modules of a family with every combination of these values."""
+
+    family: str
+    values: tuple[tuple[str, tuple[Value, ...]], ...]
+
+    @classmethod
+    def read(cls, data: Mapping[str, object]) -> Box:
+        """From JSON: `{"family": "norm"}`, with `params` where the family has any."""
+        params = data.get("params", {})
+        assert isinstance(params, dict)
+        return cls(str(data["family"]), tuple((k, tuple(v)) for k, v in params.items()))
+
+    def has(self, module: ModuleName) -> bool:
+        """Whether the module is one of them."""
+        return module.family == self.family and all(
+            any(given == value and type(given) is type(value) for value in values)
+            for name, values in self.values
+            for given in (module.params[name],)
+        )
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from urllib.parse import unquote, urlsplit
 from fi_ffi.abi import library
 from fi_ffi.errors import ArtifactError
 from fi_ffi.loader import cache
-from fi_ffi.loader.caching import notes
-from fi_ffi.loader.caching.stamps import State
+from fi_ffi.loader.cache import State
 from fi_ffi.loader.download import Reporter, fetch_file
 from fi_ffi.loader.http import Client
 from fi_ffi.loader.lock import PinnedWheel
@@ -214,7 +213,7 @@ def _index_path(sha256: str) -> Path:
 
 def _load_index(sha256: str) -> Index | None:
     """What was kept; None where there is nothing, or nothing that can be read."""
-    data = notes.read(cache.cache_root(), _index_path(sha256), _FORMAT)
+    data = cache.read_note(_index_path(sha256), _FORMAT)
     with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
         kept = {int(at): base64.b64decode(piece) for at, piece in data["kept"].items()}
         return Index(int(data["size"]), kept)
@@ -225,4 +224,4 @@ def _store_index(sha256: str, index: Index) -> None:
     """Keep it; where the cache cannot be written it is fetched again next time."""
     kept = {str(at): base64.b64encode(piece).decode() for at, piece in index.kept.items()}
     data = {"size": index.size, "kept": kept}
-    notes.write(cache.cache_root(), _index_path(sha256), _FORMAT, data)
+    cache.write_note(_index_path(sha256), _FORMAT, data)

@@ -198,11 +198,13 @@ def exported(handle: Any, path: Path, symbol: str) -> Entry:
 
 def load_file(path: str | os.PathLike[str]) -> Loaded:
     """A library at a path in this process, opened once; it may be anybody's."""
-    where = Path(path).expanduser().resolve()
+    where = cache.expanded(path, "the library")
     try:
+        where = where.resolve()
         stat = where.stat()
-    except OSError as error:
-        raise KernelNotFoundError(f"{where}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise KernelNotFoundError(f"{str(where)!r:.200}: {reason}") from error
     if not where.is_file():
         raise KernelNotFoundError(f"{where} is no file")
     # What is there now: the same place may hold another file than before.

@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi import library
 from fi_ffi.errors import ArgumentError, FetchError, FiFfiError, LoaderError
-from fi_ffi.loader import cache, machine
-from fi_ffi.loader.caching import trust
+from fi_ffi.loader import cache, machine, trust
 from fi_ffi.loader.fatbin import sass_named
 from fi_ffi.loader.kernels import (
     InstalledKernels,
@@ -105,7 +104,7 @@ def _of_distribution(distribution: importlib.metadata.Distribution, root: Path) 
 
 
 def _jit(release: str | None) -> Iterator[Candidate]:
-    base = Path(os.environ.get("FLASHINFER_WORKSPACE_BASE") or Path.home())
+    base = Path(os.environ.get("FLASHINFER_WORKSPACE_BASE") or cache.expanded("~", "HOME"))
     root = base / ".cache" / "flashinfer"
     folders = sorted(root.glob("*/*/cached_ops")) if root.is_dir() else []
     for folder in folders:

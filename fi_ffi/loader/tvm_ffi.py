@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fi_ffi.errors import ArtifactError, LoaderError
-from fi_ffi.loader.caching.stamps import State
+from fi_ffi.loader.cache import State
 
 PROJECT = "apache-tvm-ffi"
 MEMBER = "tvm_ffi/lib/libtvm_ffi.so"

@@ -20,7 +20,6 @@ from typing import BinaryIO, Literal, Protocol, cast
 
 from fi_ffi.errors import ArtifactError, FiFfiError
 from fi_ffi.loader import cache
-from fi_ffi.loader.caching import stamps
 from fi_ffi.loader.record import Recorded, parse_record
 
 # "record-pinned": RECORD has the sha256 that the lock has for it, and so every member.
@@ -193,7 +192,7 @@ class Wheel(WheelReader):
         super().__init__(str(path), record_sha256)
         self.path = path
         self.trust = "record-pinned" if record_sha256 else "record-unpinned"
-        self._state: stamps.State | None = None
+        self._state: cache.State | None = None
         if sha256 is not None:
             self._state = verify_file(path, sha256)
             self.trust = "file-verified"
@@ -229,11 +228,11 @@ def safe_name(member: str, origin: str) -> str:
     return name
 
 
-def verify_file(path: Path, sha256: str) -> stamps.State:
+def verify_file(path: Path, sha256: str) -> cache.State:
     """`ArtifactError` unless the file has that sha256; what it was like then."""
     try:
         with path.open("rb") as file:
-            state = stamps.facts(os.fstat(file.fileno()))
+            state = cache.state_of(os.fstat(file.fileno()))
             found = cache.hash_of(file)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
@@ -242,10 +241,10 @@ def verify_file(path: Path, sha256: str) -> stamps.State:
     return state
 
 
-def open_same(path: Path, state: stamps.State | None) -> BinaryIO:
+def open_same(path: Path, state: cache.State | None) -> BinaryIO:
     """The file, which must be as it was when it was verified, if it was."""
     file = path.open("rb")
-    if state not in (None, stamps.facts(os.fstat(file.fileno()))):
+    if state not in (None, cache.state_of(os.fstat(file.fileno()))):
         file.close()
         raise ArtifactError(f"{path} was replaced or written to after it was verified: try again")
     return file

@@ -17,7 +17,6 @@ from filelock import FileLock
 
 from fi_ffi.cli import main
 from fi_ffi.loader import cache
-from fi_ffi.loader.caching import stamps, temporaries
 
 from forking import in_child
 
@@ -48,7 +47,7 @@ def store(content: bytes, name: str, days: float = 0) -> Path:
     """A cached file that was last used some days ago."""
     path = cache.store([content], hashlib.sha256(content).hexdigest(), name, "a test")
     then = time.time() - days * DAY
-    os.utime(stamps.stamp_path(path), (then, then))
+    os.utime(cache.stamp_path(path), (then, then))
     return path
 
 
@@ -70,7 +69,7 @@ def build_folder(root: Path, name: str, days: float = 0) -> Path:
 
 def leave_a_temporary(root: Path) -> None:
     def victim() -> None:
-        with temporaries.temporary(root) as new:
+        with cache.temporary() as new:
             os.write(new.fd, b"half")
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -96,6 +95,14 @@ def test_an_empty_cache(root: Path) -> None:
     assert document("prune", "--all")["freed"] == 0
     assert document("verify")["verified"] == 0
     assert not root.exists()
+
+
+def test_names_of_commands_hide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cache` and `list` are modules of the package, too, once they are imported."""
+    monkeypatch.setenv("FI_FFI_PARANOID", "0")
+    for arguments in (["--paranoid", "cache", "verify"], ["list", "--help"], ["--help"]):
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.exception
 
 
 def test_list(root: Path) -> None:

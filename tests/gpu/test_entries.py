@@ -15,9 +15,9 @@ import textwrap
 import pytest
 
 from fi_ffi.loader.catalogue import Catalogue
-from fi_ffi.loader.entries import entries_of
 from fi_ffi.loader.kernels import open_source, release_of
 from fi_ffi.loader.uris import parse
+from tools.entries import entries_of
 
 # A line of JSON for each module: what its functions say, and the methods of its objects.
 ASK = """

@@ -14,7 +14,6 @@ import pytest
 
 from fi_ffi.errors import ArtifactError, LoaderError
 from fi_ffi.loader import cache
-from fi_ffi.loader.caching import stamps
 
 CONTENT = b"not quite a library" * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -96,7 +95,7 @@ def test_a_name_of_255_bytes(root: Path) -> None:
     assert cache.find(SHA256, name) is None
     path = store(name=name)
     assert cache.find(SHA256, name) == path
-    assert stamps.stamp_path(path).exists()
+    assert cache.stamp_path(path).exists()
 
 
 def test_the_source_is_not_read_where_the_file_is_there(root: Path) -> None:
@@ -234,7 +233,7 @@ def test_adopting_a_finished_file(root: Path) -> None:
         inode = path.stat().st_ino
         assert not source.exists()
         assert cache.find(SHA256, "norm.so") == path
-        assert stamps.stamp_path(path).exists()
+        assert cache.stamp_path(path).exists()
         assert mode(path) == 0o444
     assert path.stat().st_ino == inode
     with pytest.raises(LoaderError, match="cannot be written"):

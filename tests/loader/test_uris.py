@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fi_ffi.errors import ArgumentError
-from fi_ffi.loader.building.build import available, generated_names
+from fi_ffi.loader.building.build import available
 from fi_ffi.loader.building.names import DEFAULT_RELEASE, parse_request
-from fi_ffi.loader.uris import DTYPES, ROWS, family_row, parse, uri
-from fi_ffi.loader.uris.kinds import KINDS, Number, Optional, Words
+from fi_ffi.loader.uris import DTYPES, KINDS, ROWS, Number, Words, family_row, parse, uri
+from tools.generators import generated_names
 
 from compiler import why_not_build
 
@@ -87,10 +87,9 @@ def test_the_default_releases_list_for_every_architecture_is_read():
 def _value(kind):
     if isinstance(kind, Words):
         return st.sampled_from(list(kind.words))
-    if isinstance(kind, Number):
-        return st.integers(kind.low, 10**9 - 1)
-    assert isinstance(kind, Optional)
-    return st.one_of(st.just(kind.none), _value(kind.kind))
+    assert isinstance(kind, Number)
+    numbers = st.integers(kind.low, 10**9 - 1)
+    return st.one_of(st.just(0), numbers) if kind.before else numbers
 
 
 @st.composite
@@ -257,7 +256,9 @@ def test_the_generators_of_the_default_release(build_dir):
             requests.append(request)
     expected |= {request["text"]: request["text"] for request in requests[len(cases) :]}
     assert len(requests) > 200
-    answers, failed = generated_names(requests, arch=EVERY_ARCH, build_dir=build_dir)
+    answers, failed = generated_names(
+        requests, release=DEFAULT_RELEASE, arch=EVERY_ARCH, build_dir=build_dir
+    )
     assert failed == {}
     assert answers == expected
 

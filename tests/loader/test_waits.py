@@ -21,8 +21,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.errors import FetchError, LoaderError
-from fi_ffi.loader import methods, runtime
-from fi_ffi.loader.caching import locking
+from fi_ffi.loader import cache, methods, runtime
 from fi_ffi.loader.download import fetch_file
 from fi_ffi.loader.http import Client
 from fi_ffi.loader.remote import RemoteWheel
@@ -184,7 +183,7 @@ def test_a_transfer_has_an_end(web: Server, root: Path) -> None:
 def test_a_process_that_is_stopped_while_it_fetches(
     web: Server, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locking, "PATIENCE", 1.0)
+    monkeypatch.setattr(cache, "PATIENCE", 1.0)
     web.bandwidth = 500_000
     code = (
         "import sys; from fi_ffi.loader.download import fetch_file;"
@@ -221,7 +220,7 @@ def test_a_process_that_gets_on_is_waited_for(
     web: Server, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For longer than patience: that is counted from its last byte."""
-    monkeypatch.setattr(locking, "PATIENCE", 0.7)
+    monkeypatch.setattr(cache, "PATIENCE", 0.7)
     web.bandwidth = 1_000_000
     threads = [
         threading.Thread(
@@ -249,7 +248,7 @@ def test_a_file_system_without_locks(
 
     monkeypatch.setattr(fcntl, "flock", flock)
     # A release of filelock that takes any error for a lock that is held waits for its end.
-    monkeypatch.setattr(locking, "PATIENCE", 1.0)
+    monkeypatch.setattr(cache, "PATIENCE", 1.0)
     found = fetch_file(web.url("/file"), NAME, sha256=SHA256, client=Client(QUICK))
     assert found.path.read_bytes() == CONTENT
     assert tree(root) == [OBJECT]

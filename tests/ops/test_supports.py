@@ -11,7 +11,6 @@ import pytest
 import fi_ffi
 from fi_ffi.errors import ArgumentError, KernelNotFoundError
 from fi_ffi.loader import machine, search
-from fi_ffi.loader.entries import entries_of
 from fi_ffi.loader.listed import in_wheel, listed_in
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.ops.attention.rows import ROWS as ATTENTION
@@ -22,6 +21,7 @@ from fi_ffi.ops.capability.known_issues import KNOWN_ISSUES
 from fi_ffi.ops.capability.matrix import SMS, entry_row, lines
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.releases import span_of
+from tools.entries import entries_of
 
 DEFAULT = the_lock().default_release
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fi_ffi.abi.signature import Signature
-from fi_ffi.loader.bindings import Function, Source, abi_type, read
 from fi_ffi.loader.lock import the_lock
+from tools.bindings import Function, Source, abi_type, read
 
 __all__ = ["RELEASES", "abi_type", "added_parameters", "exported", "methods", "parameters"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fi_ffi.loader.bindings import Source, read
-from fi_ffi.loader.entries import entries_of
 from fi_ffi.loader.lock import the_lock
+from tools.bindings import Source, read
+from tools.entries import entries_of
 
 from compiler import why_not_build
 

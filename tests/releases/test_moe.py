@@ -6,7 +6,6 @@ import re
 
 import pytest
 
-from fi_ffi.loader.bindings import Bindings, Source, read
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.ops.moe.interface import (
     ACTIVATIONS,
@@ -21,6 +20,7 @@ from fi_ffi.ops.moe.interface import (
     of_release,
 )
 from fi_ffi.ops.moe.modes import BLOCK, INT4_GROUP, MXFP4_GROUP
+from tools.bindings import Bindings, Source, read
 
 from bindings import RELEASES
 

@@ -22,8 +22,7 @@ from pathlib import Path
 import pytest
 from stress_strength import LONG, scaled
 
-from fi_ffi.loader import cache
-from fi_ffi.loader.caching import contents, temporaries, upkeep
+from fi_ffi.loader import cache, upkeep
 from fi_ffi.loader.wheel import Wheel
 
 from forking import fork, in_child, wait
@@ -140,11 +139,13 @@ def test_kills_leave_what_the_next_start_repairs(big_wheel: Path, root: Path) ->
         assert number <= 20 * KILLS, met
         # Every other victim has company, which then has to take over.
         others = [fork(start)] if number % 2 else []
+        before = {*temporaries(root)}
         victim = fork(extract)
         time.sleep(chance.uniform(0, 1.1 * took * (1 + len(others))))
         os.kill(victim, signal.SIGKILL)
-        met[_state(wait(victim), victim, root, path)] += 1
+        code = wait(victim)
         assert [wait(other) for other in others] == [0] * len(others)
+        met[_state(code, {*temporaries(root)} - before, path, bool(others))] += 1
         assert in_child(start) == 0
         _forget(path)
     seconds = time.perf_counter() - begun
@@ -153,7 +154,8 @@ def test_kills_leave_what_the_next_start_repairs(big_wheel: Path, root: Path) ->
     )
     left = os.listdir(root / "tmp")
     assert len(left) >= met["while writing"]
-    _say(f"{len(left)} temporaries left of {sum(i.size for i in contents.leftovers(root)):,} bytes")
+    size = sum(item.size for item in upkeep.items(root, "leftover"))
+    _say(f"{len(left)} temporaries left of {size:,} bytes")
     _check_cleaning(left, root, start)
 
 
@@ -170,25 +172,28 @@ def _forget(path: Path) -> None:
     path.unlink()
 
 
-def _state(code: int, victim: int, root: Path, path: Path) -> str:
-    """What the victim was at when it was killed."""
+def temporaries(root: Path) -> list[str]:
+    return os.listdir(root / "tmp") if (root / "tmp").exists() else []
+
+
+def _state(code: int, left: set[str], path: Path, had_company: bool) -> str:
+    """What the victim was at when it was killed; `left` are its temporaries."""
     if code == 0:
         return "after the end"
     assert code == -signal.SIGKILL
-    mine = [name for name in os.listdir(root / "tmp") if name.split(".")[1] == str(victim)]
-    if mine and not path.exists():
+    if left:
         return "while writing"
-    return "after naming" if path.exists() else "before writing"
+    return "before or after" if had_company else "after naming" if path.exists() else "before"
 
 
 def _check_cleaning(left: list[str], root: Path, start: object) -> None:
     """A start removes half of them, old enough; a prune the others at once."""
-    old = time.time() - temporaries.ORPHAN_AGE - 1
+    old = time.time() - cache.ORPHAN_AGE - 1
     half = left[: len(left) // 2]
     for name in half:
         os.utime(root / "tmp" / name, (old, old))
     assert in_child(start) == 0  # type: ignore[arg-type]
     assert set(os.listdir(root / "tmp")) == set(left) - set(half)
-    upkeep.prune(contents.leftovers(root), root)
+    upkeep.prune(upkeep.items(root, "leftover"), root)
     assert os.listdir(root / "tmp") == []
     assert [verdict.problem for verdict in upkeep.verify(root)] == [""]

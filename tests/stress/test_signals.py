@@ -18,8 +18,7 @@ from modules.conftest import compiled
 from stress.children import environment, start
 from stress_strength import LONG, scaled
 
-from fi_ffi.loader import cache
-from fi_ffi.loader.caching import upkeep
+from fi_ffi.loader import cache, upkeep
 from fi_ffi.loader.wheel import Wheel
 
 from compiler import why_not_build

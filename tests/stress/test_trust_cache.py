@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import stat
@@ -15,8 +16,10 @@ from pathlib import Path
 import pytest
 from urllib3.util import parse_url
 
-from fi_ffi.errors import ArtifactError, FetchError, LoaderError
+from fi_ffi.errors import ArtifactError, FetchError, FiFfiError, LoaderError
 from fi_ffi.loader import cache, facts, libraries, sources
+from fi_ffi.loader.building import env, workshop
+from fi_ffi.loader.building.build import build
 from fi_ffi.loader.http import Client
 from fi_ffi.loader.kernels import ModuleFile
 from fi_ffi.loader.urls import check_url, redirected
@@ -179,6 +182,70 @@ def test_wheels_that_another_user_put_into_the_cache(what: str, root: Path) -> N
         another(wheel if what == "wheel" else wheel.parent)
     with pytest.raises(ArtifactError, match=r"belongs to user|can be written by every user"):
         [*sources._local(None)]
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def open_to_all(path: Path) -> None:
+    path.chmod(0o777)
+
+
+PLANTED: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "the cache": ("", open_to_all, "can be written by every user"),
+    "its owner": ("", another, f"belongs to user {OTHER}"),
+    "build": ("build", open_to_all, "can be written by every user"),
+    "an environment": ("build/env-0.6.13", another, f"belongs to user {OTHER}"),
+    "its bin": ("build/env-0.6.13/bin", open_to_all, "can be written by every user"),
+    "its python": ("build/env-0.6.13/bin/python", another, f"belongs to user {OTHER}"),
+    "its pip": ("build/env-0.6.13/lib/python3.11/site-packages/pip/a.py", open_to_all,
+                "can be written by every user"),
+    "build files": ("build/0.6.13-9.0a/build.ninja", another, f"belongs to user {OTHER}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_programs_that_others_could_plant_are_not_run(
+    what: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a build runs out of the cache: Python, pip, nvcc, ninja's files."""
+    home = tmp_path / "cuda"
+    says = f'echo "release 13.0, V13.0.1"; echo "#$ TOP={home}"; echo compute_90'
+    script(home / "bin" / "nvcc", says)
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    monkeypatch.setenv("CXX", "sh")
+    ran = tmp_path / "ran"
+    environment = root / "build" / "env-0.6.13"
+    script(environment / "bin" / "python", f"touch {ran}; exit 1")
+    for name in ("lib/python3.11/site-packages/pip/a.py", "../0.6.13-9.0a/build.ninja"):
+        script(environment / name, "")
+    needed = " ".join(env._NEEDED)
+    content = json.dumps({"needed": needed, "torch": env.DEFAULT_TORCH}, indent=1)
+    environment.with_name("env-0.6.13.json").write_text(content)
+    with pytest.raises(FiFfiError):  # as it is, it is used
+        build(["norm"], output=tmp_path)
+    assert ran.exists()
+    ran.unlink()
+    where, change, match = PLANTED[what]
+    change(root / where)
+    with pytest.raises(ArtifactError, match=match):
+        build(["norm"], output=tmp_path)
+    assert not ran.exists()
+
+
+def test_a_build_folder_of_another_user(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    another(folder)
+    with (
+        pytest.raises(ArtifactError, match=f"belongs to user {OTHER}"),
+        workshop._locked(folder, print),
+    ):
+        pass
 
 
 def test_the_folder_of_compiled_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,20 +14,20 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from fi_ffi.errors import ArgumentError, BuildError
+from fi_ffi.loader import trust
 from fi_ffi.loader.building import env, toolkit
 from fi_ffi.loader.building.names import (
     DEFAULT_ARCH,
     DEFAULT_RELEASE,
     FAMILIES,
     parse_arch,
-    parse_request,
     parse_requests,
 )
 from fi_ffi.loader.building.ninja import (
@@ -59,10 +59,10 @@ class Available:
     note: str = ""
 
 
-def _ask(workshop: Workshop, question: dict[str, object]) -> Any:
+def ask(workshop: Workshop, question: dict[str, object], driver: Path = _DRIVER) -> Any:
     """Run the driver in the environment; its answer."""
     path = workshop.folder / "answer.json"
-    command = [str(workshop.environment.python), "-I", "-W", "ignore", str(_DRIVER), str(path)]
+    command = [str(workshop.environment.python), "-I", "-W", "ignore", str(driver), str(path)]
     done = subprocess.run(
         command,
         env={**os.environ, **workshop.variables()},
@@ -150,6 +150,7 @@ def _package(workshop: Workshop, answer: Any, output: Path, keep: bool) -> Path:
     is_added = keep and path.exists()
     verb = "adding to" if is_added else "replacing" if path.exists() else "writing"
     if is_added:
+        trust.check_owner(path)  # its modules would be taken for what was built here
         before = open_source(path)
         kept = {name: before.file(name).path for name in before.modules() if name not in made}
         wheel = replace(wheel, modules=made | kept)
@@ -188,31 +189,13 @@ def build(
     with opened as workshop:
         workshop.log.unlink(missing_ok=True)
         workshop.say("asking FlashInfer's generators for the sources")
-        answer = _ask(
+        answer = ask(
             workshop,
             {"action": "generate", "requests": [request.as_json(release) for request in requests]},
         )
         _refuse(answer["failed"], answer["names"], workshop)
         _compile(workshop, answer, jobs or default_jobs())
         return _package(workshop, answer, Path(output), keep)
-
-
-def generated_names(
-    requests: Sequence[Mapping[str, object]],
-    *,
-    release: str = DEFAULT_RELEASE,
-    arch: str | Iterable[str] = DEFAULT_ARCH,
-    build_dir: Path | None = None,
-    torch_requirement: str = env.DEFAULT_TORCH,
-) -> tuple[dict[str, str], dict[str, str]]:
-    """What FlashInfer's generators call modules, and why they refuse others, by `text`.
-
-    A request has a `text` of its own, a `generator` ("module:function") and its `arguments`.
-    """
-    architectures = parse_arch(arch)
-    with open_workshop(release, architectures, build_dir, torch_requirement, None) as workshop:
-        answer = _ask(workshop, {"action": "names", "requests": list(requests)})
-    return answer["names"], answer["failed"]
 
 
 def available(
@@ -227,7 +210,7 @@ def available(
     architectures = parse_arch(arch)
     with open_workshop(release, architectures, build_dir, torch_requirement, report) as workshop:
         workshop.say("asking FlashInfer's generators what they can make")
-        answer = _ask(workshop, {"action": "list"})
+        answer = ask(workshop, {"action": "list"})
     families = [Available(family.name, "family", note=family.doc) for family in FAMILIES.values()]
     modules = [Available(entry["name"], "module", entry["sources"]) for entry in answer["modules"]]
     missing = [
@@ -235,27 +218,3 @@ def available(
         for name, reason in answer["unavailable"].items()
     ]
     return [*families, *modules, *missing]
-
-
-def described(
-    unlisted: Sequence[str] = (),
-    *,
-    release: str = DEFAULT_RELEASE,
-    arch: str | Iterable[str] = DEFAULT_ARCH,
-    build_dir: Path | None = None,
-    torch_requirement: str = env.DEFAULT_TORCH,
-    report: Report | None = None,
-) -> dict[str, Any]:
-    """What FlashInfer's own list of modules is compiled from.
-
-    `modules` have a name, `sources` (paths), and `cflags` and `cuda_cflags`, and so have
-    those `unlisted` modules that are asked for by name; `data` is the folder of the sources
-    that none was generated for; `unavailable` has generators that failed, and why.
-    """
-    architectures = parse_arch(arch)
-    requests = [parse_request(name).as_json(release) for name in unlisted]
-    with open_workshop(release, architectures, build_dir, torch_requirement, report) as workshop:
-        # A generator compiles a helper, which includes cuBLAS.
-        env.install_headers(workshop.environment, "cublas", workshop.toolkit, workshop.say)
-        answer: dict[str, Any] = _ask(workshop, {"action": "sources", "requests": requests})
-    return answer

@@ -40,7 +40,7 @@ def _load_bare_package(name: str) -> None:
     sys.modules[name] = package
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     if _NO_DOWNLOAD in str(error):
         return "needs files that FlashInfer downloads when the module is built"
     text = str(error).strip() or type(error).__name__
@@ -72,31 +72,12 @@ def _tolerant(name: str, generator: Callable[..., Any]) -> Callable[..., Any]:
             return generator(*args, **kwargs)
         except Exception as error:
             again = lambda: generator(*args, **kwargs)  # noqa: E731
-            return _Skipped(name, _reason(error), again)
+            return _Skipped(name, reason(error), again)
 
     return call
 
 
-def _without_artifacts() -> None:
-    """Let generators make their specs without the files that they download.
-
-    What they download is compiled in, and does not change which sources a module is of.
-    """
-    importlib.import_module("flashinfer.aot")
-    stand_ins = {
-        "get_artifact": lambda *args, **kwargs: b"absent",
-        "get_cubin": lambda *args, **kwargs: b"absent",  # as earlier releases call it
-        "get_meta_hash": lambda *args: "absent",
-        "ensure_symlink": lambda *args: None,
-        "verify_symlinked_headers": lambda *args: None,
-    }
-    for name, module in sorted(sys.modules.items()):
-        if name.startswith("flashinfer."):
-            for known in stand_ins.keys() & vars(module).keys():
-                setattr(module, known, stand_ins[known])
-
-
-def _everything() -> tuple[dict[str, Any], list[_Skipped]]:
+def everything() -> tuple[dict[str, Any], list[_Skipped]]:
     """FlashInfer's list of what it builds ahead of time, with everything turned on."""
     aot = importlib.import_module("flashinfer.aot")
     for home in ("flashinfer.aot", "flashinfer.jit.attention", "flashinfer.jit.comm"):
@@ -124,7 +105,7 @@ def _value(text: Any) -> Any:
     return text
 
 
-def _generate(request: dict[str, Any]) -> Any:
+def generate(request: dict[str, Any]) -> Any:
     """Call the generator of a family with those of the arguments that it names."""
     module, _, function = request["generator"].partition(":")
     generator = inspect.unwrap(getattr(importlib.import_module(module), function))
@@ -133,27 +114,14 @@ def _generate(request: dict[str, Any]) -> Any:
     return generator(**{name: known[name] for name in wanted if name in known})
 
 
-def _complete(everything: dict[str, Any], skipped: list[_Skipped]) -> None:
+def _complete(listed: dict[str, Any], skipped: list[_Skipped]) -> None:
     """Try the generators that failed once more, with downloads allowed this time."""
     for entry in skipped:
         try:
             spec = entry.again()
-            everything[spec.name] = spec
+            listed[spec.name] = spec
         except Exception as error:
             print(f"{entry.generator}: {error}")
-
-
-def _names(requests: list[dict[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
-    """What the modules asked for are called, and reasons for those that cannot be."""
-    names: dict[str, str] = {}
-    failed: dict[str, str] = {}
-    for request in requests:
-        try:
-            found = _generate(request)
-            names[request["text"]] = found if isinstance(found, str) else found.name
-        except Exception as error:
-            failed[request["text"]] = _reason(error)
-    return names, failed
 
 
 def _resolve(requests: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
@@ -163,23 +131,23 @@ def _resolve(requests: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, 
     for request in requests:
         if "generator" in request:
             try:
-                specs[request["text"]] = _generate(request)
+                specs[request["text"]] = generate(request)
             except Exception as error:
-                failed[request["text"]] = f"FlashInfer's generator refused it: {_reason(error)}"
+                failed[request["text"]] = f"FlashInfer's generator refused it: {reason(error)}"
     # What the options in an exact name lead to is wanted only if it has that very name.
     exact = [request["text"] for request in requests if request["exact"]]
     open_names = [text for text in exact if text not in specs or specs[text].name != text]
-    everything, skipped = _everything() if open_names else ({}, [])
-    if any(text not in everything for text in open_names):
-        _complete(everything, skipped)
+    listed, skipped = everything() if open_names else ({}, [])
+    if any(text not in listed for text in open_names):
+        _complete(listed, skipped)
     for text in open_names:
         specs.pop(text, None)
         failed.pop(text, None)
-        if text in everything:
-            specs[text] = everything[text]
+        if text in listed:
+            specs[text] = listed[text]
         else:
             failed[text] = "unknown"
-    return specs, failed, sorted(everything)
+    return specs, failed, sorted(listed)
 
 
 def _describe(text: str, spec: Any) -> dict[str, Any]:
@@ -193,17 +161,9 @@ def _describe(text: str, spec: Any) -> dict[str, Any]:
     }
 
 
-def _sources(spec: Any) -> dict[str, Any]:
-    """The files that a spec is compiled from, and the flags they are compiled with."""
-    return {
-        "name": spec.name,
-        "sources": [str(path) for path in spec.sources],
-        "cflags": spec.extra_cflags or [],
-        "cuda_cflags": spec.extra_cuda_cflags or [],
-    }
-
-
-def _about() -> dict[str, Any]:
+def about() -> dict[str, Any]:
+    """What the environment has; FlashInfer is loaded with it."""
+    _load_bare_package("flashinfer")
     core = importlib.import_module("flashinfer.jit.core")
     version = importlib.import_module("flashinfer.version")
     jit_env = importlib.import_module("flashinfer.jit.env")
@@ -217,29 +177,13 @@ def _about() -> dict[str, Any]:
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
-    """`list` names every module that can be built; `generate` writes the files to build some.
-
-    `names` says what modules are called, also by functions that only name them; `sources`
-    what all of them are made of, also those that could not be built here, and some others.
-    """
-    _load_bare_package("flashinfer")
-    result = _about()
-    if question["action"] == "sources":
-        _without_artifacts()
-        everything, skipped = _everything()
-        result["modules"] = [_sources(spec) for _, spec in sorted(everything.items())]
-        result["unlisted"] = [_sources(_generate(asked)) for asked in question["requests"]]
-        result["unavailable"] = {entry.generator: entry.reason for entry in skipped}
-        result["data"] = str(importlib.import_module("flashinfer.jit.env").FLASHINFER_DATA)
-        return result
+    """`list` names every module that can be built; `generate` writes the files to build some."""
+    result = about()
     if question["action"] == "list":
-        everything, skipped = _everything()
-        modules = [{"name": name, "sources": len(everything[name].sources)} for name in everything]
+        found, skipped = everything()
+        modules = [{"name": name, "sources": len(found[name].sources)} for name in found]
         result["modules"] = sorted(modules, key=lambda module: str(module["name"]))
         result["unavailable"] = {entry.generator: entry.reason for entry in skipped}
-        return result
-    if question["action"] == "names":
-        result["names"], result["failed"] = _names(question["requests"])
         return result
     specs, failed, names = _resolve(question["requests"])
     result["failed"], result["names"] = failed, names

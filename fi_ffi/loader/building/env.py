@@ -164,7 +164,7 @@ def _once(
     text = json.dumps(dict(content), indent=1, sort_keys=True)
     marker.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{marker}.lock"):
-        if telling.exists() and marker.is_file() and marker.read_text() == text:
+        if telling.exists() and marker.is_file() and marker.read_bytes() == text.encode():
             return
         marker.unlink(missing_ok=True)
         make()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from fi_ffi.errors import ArgumentError
-from fi_ffi.loader.uris import DTYPES, ModuleName, Row, Value, family_row, is_dtype, parse
+from fi_ffi.loader.uris import DTYPES, ModuleName, Row, Value, family_row, parse
 
 DEFAULT_RELEASE = "0.6.13"
 DEFAULT_ARCH = ("9.0a",)
@@ -117,7 +117,7 @@ def _driver_arguments(row: Row, params: Mapping[str, Value]) -> dict[str, Value]
     """
     found: dict[str, Value] = dict(row.arguments)
     for name, value in params.items():
-        short = is_dtype(row.kinds[name]) and value is not None
+        short = row.kinds[name].is_dtype and value is not None
         found[name] = f"torch.{DTYPES[str(value)]}" if short else value
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
@@ -12,10 +13,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fi_ffi.errors import ArgumentError, BuildError
+from fi_ffi.loader import cache, trust
 from fi_ffi.loader.building import env
 from fi_ffi.loader.building import toolkit as cuda
 from fi_ffi.loader.building.names import parse_release
-from fi_ffi.loader.cache import cache_root
 from fi_ffi.loader.machine import CPUS, CUDA_MAJOR
 
 
@@ -94,9 +95,37 @@ def _foreign(cpu: str | None) -> str | None:
 
 
 @contextmanager
+def _unwritable_by_others() -> Iterator[None]:
+    """What a build makes, or the programs that it runs, is for this user alone to write."""
+    before = os.umask(0o077)
+    os.umask(before | 0o022)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def _open_root() -> Path:
+    """The cache's folder for builds, made if it is not there.
+
+    A Python, compilers and build files in it are run, so nobody else may have put them there.
+    """
+    with cache.writing(cache.cache_root() / "build"):
+        root = cache.make_folder("build")
+    trust.check_tree(root)
+    return root
+
+
+@contextmanager
 def _locked(folder: Path, say: env.Say) -> Iterator[None]:
     """One build at a time in `folder`: a second waits, and finds what the first made."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror
+        raise BuildError(f"{folder} cannot be made: {reason}; name another --build-dir") from error
+    trust.check_named(folder)
+    trust.check_tree(folder)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -114,8 +143,8 @@ def open_workshop(
     release: str,
     architectures: tuple[str, ...],
     build_dir: Path | None,
-    torch: str,
-    report: Report | None,
+    torch: str = env.DEFAULT_TORCH,
+    report: Report | None = None,
     cpu: str | None = None,
 ) -> Iterator[Workshop]:
     """Prepare the environment, the toolkit and the build folder, and hold the latter."""
@@ -124,26 +153,27 @@ def open_workshop(
     if sys.platform != "linux":
         raise BuildError("kernels can be built on Linux only")
     report = report or _ignore
-    root = cache_root().absolute() / "build"
 
     def say(message: str) -> None:
         report(Progress("prepare", message))
 
-    cxx = cuda.find_cxx(cpu)
-    environment = env.prepare_environment(root, release, torch, say)
-    toolkit = _choose_toolkit(environment, say)
-    cuda.check_architectures(toolkit, architectures)
-    say(f"using {toolkit.nvcc} of CUDA {toolkit.release}")
-    parts = [release, *architectures, *filter(None, [cpu])]
-    folder = (build_dir or root / "-".join(parts)).absolute()
-    with _locked(folder, say):
-        own = None if cpu else cuda.find_cudart(toolkit.home)
-        cudart = own or cuda.find_cudart(env.install_cudart(environment, toolkit, say, cpu))
-        if cudart is None:
-            raise BuildError(f"no libcudart.so.{CUDA_MAJOR} for {toolkit.home}")
-        link_folder = cuda.make_link_folder(toolkit, cxx, cudart, folder / "link")
-        if cpu:
-            cxx = f"{cxx} -L{link_folder}"
-        yield Workshop(
-            release, architectures, folder, environment, toolkit, cxx, link_folder, report, cpu
-        )
+    with _unwritable_by_others():
+        root = _open_root()
+        cxx = cuda.find_cxx(cpu)
+        environment = env.prepare_environment(root, release, torch, say)
+        toolkit = _choose_toolkit(environment, say)
+        cuda.check_architectures(toolkit, architectures)
+        say(f"using {toolkit.nvcc} of CUDA {toolkit.release}")
+        parts = [release, *architectures, *filter(None, [cpu])]
+        folder = (build_dir or root / "-".join(parts)).absolute()
+        with _locked(folder, say):
+            own = None if cpu else cuda.find_cudart(toolkit.home)
+            cudart = own or cuda.find_cudart(env.install_cudart(environment, toolkit, say, cpu))
+            if cudart is None:
+                raise BuildError(f"no libcudart.so.{CUDA_MAJOR} for {toolkit.home}")
+            link_folder = cuda.make_link_folder(toolkit, cxx, cudart, folder / "link")
+            if cpu:
+                cxx = f"{cxx} -L{link_folder}"
+            yield Workshop(
+                release, architectures, folder, environment, toolkit, cxx, link_folder, report, cpu
+            )

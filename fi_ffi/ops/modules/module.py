@@ -22,7 +22,7 @@ from fi_ffi.errors import (
     KernelNotFoundError,
     printed,
 )
-from fi_ffi.loader import machine, runtime
+from fi_ffi.loader import held, machine, runtime
 from fi_ffi.loader.elf import FUNCTION_PREFIX
 from fi_ffi.loader.fatbin import runs_on
 from fi_ffi.loader.runtime import Loaded
@@ -86,12 +86,11 @@ class AtPath(Unique):
     @functools.cached_property
     def _evidence(self) -> tuple[bool, set[str]]:
         """Whether there are typed functions, and their names where the file has them."""
-        with (
-            self._loaded.file.path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        ):
-            names = {match[2][: int(match[1])].decode() for match in _STATIC.finditer(data)}
-            return data.find(_REFUSAL) >= 0, {name.removeprefix(FUNCTION_PREFIX) for name in names}
+        # Not closed here: while a Ctrl-C is raised the search still has it, and to close it then
+        # is an error of its own.
+        data = mmap.mmap(held.descriptor(self._loaded.file.sha256), 0, access=mmap.ACCESS_READ)
+        names = {match[2][: int(match[1])].decode() for match in _STATIC.finditer(data)}
+        return data.find(_REFUSAL) >= 0, {name.removeprefix(FUNCTION_PREFIX) for name in names}
 
 
 class Export(Unique):

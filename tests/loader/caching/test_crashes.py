@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import functools
 import hashlib
 import os
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from fi_ffi.cli import main
 from fi_ffi.errors import LoaderError
-from fi_ffi.loader import cache
-from fi_ffi.loader.caching import contents, locking, temporaries, upkeep
+from fi_ffi.loader import cache, upkeep
 
 from forking import fork, in_child, wait
 
@@ -40,7 +42,7 @@ def test_a_full_disk(sample: Any, small_disk: Path) -> None:
     assert "fi-ffi cache prune" in text
     assert "FI_FFI_CACHE_DIR" in text
     assert sample.temporaries() == []
-    assert contents.objects(sample.root) == []
+    assert upkeep.items(sample.root, "object") == []
     assert cache.find(sha256, "big.so") is None
     small = b"small enough"
     digest = hashlib.sha256(small).hexdigest()
@@ -104,9 +106,9 @@ def test_a_process_killed_at_every_step(prepare: Callable[[Any], None], sample: 
         ended += 1
         left.add(len(sample.temporaries()))
         assert in_child(next_start) == 0
-        upkeep.prune(contents.leftovers(sample.root), sample.root)
+        upkeep.prune(upkeep.items(sample.root, "leftover"), sample.root)
         assert sample.temporaries() == []
-        upkeep.prune(contents.objects(sample.root), sample.root)
+        upkeep.prune(upkeep.items(sample.root, "object"), sample.root)
         prepare(sample)
     assert code == 0
     assert ended > 20  # steps
@@ -115,7 +117,7 @@ def test_a_process_killed_at_every_step(prepare: Callable[[Any], None], sample: 
 
 def test_a_cold_start_sweeps_what_ended_processes_left(sample: Any) -> None:
     def victim() -> None:
-        with temporaries.temporary(sample.root) as new:
+        with cache.temporary() as new:
             os.write(new.fd, b"half")
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -124,7 +126,7 @@ def test_a_cold_start_sweeps_what_ended_processes_left(sample: Any) -> None:
     sample.store()
     assert sample.temporaries() == [left]  # not yet: it could be on its way
     sample.path.unlink()
-    old = time.time() - temporaries.ORPHAN_AGE - 1
+    old = time.time() - cache.ORPHAN_AGE - 1
     os.utime(sample.root / "tmp" / left, (old, old))
     sample.store()
     assert sample.temporaries() == []
@@ -134,7 +136,7 @@ def test_what_a_running_process_writes_stays_however_old(sample: Any) -> None:
     reader, writer = os.pipe()
 
     def slow() -> None:
-        with temporaries.temporary(sample.root):
+        with cache.temporary():
             os.write(writer, b".")
             time.sleep(600)
 
@@ -144,11 +146,13 @@ def test_what_a_running_process_writes_stays_however_old(sample: Any) -> None:
         (name,) = sample.temporaries()
         os.utime(sample.root / "tmp" / name, (0, 0))
         sample.store()
-        upkeep.prune(contents.leftovers(sample.root), sample.root)
+        upkeep.prune(upkeep.items(sample.root, "leftover"), sample.root)
         assert sample.temporaries() == [name]
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        assert len(contents.leftovers(sample.root)) == 1  # not waited for: a zombie has ended too
+        assert (
+            len(upkeep.items(sample.root, "leftover")) == 1
+        )  # not waited for: a zombie has ended too
     finally:
         assert wait(pid) == -signal.SIGKILL
         os.close(reader)
@@ -163,17 +167,41 @@ def test_those_of_other_machines_stay_for_a_week(days: float, expected: int, sam
     for left in (name, "tmpabcdefgh", "not-ours"):
         (sample.root / "tmp" / left).write_bytes(b"x")
         os.utime(sample.root / "tmp" / left, (written, written))
-    found = {item.name for item in contents.leftovers(sample.root)}
+    found = {item.name for item in upkeep.items(sample.root, "leftover")}
     assert found == ({name, "tmpabcdefgh"} if expected else set())
 
 
-def test_a_process_id_that_was_used_again_is_another_process(sample: Any) -> None:
+def test_without_locks_only_age_tells(sample: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
     sample.store()
-    node, pid, start, rest = temporaries.new_path(sample.root).name.split(".")
-    (sample.root / "tmp" / ".".join([node, pid, start, rest])).touch()
-    assert contents.leftovers(sample.root) == []
-    (sample.root / "tmp" / ".".join([node, pid, str(int(start) + 1), rest])).touch()
-    assert len(contents.leftovers(sample.root)) == 1
+    left = cache.new_path(sample.root / "tmp")
+    left.touch()
+    for days, expected in ((0, 0), (6.9, 0), (7.1, 1)):
+        then = time.time() - days * 86400
+        os.utime(left, (then, then))
+        assert len(upkeep.items(sample.root, "leftover")) == expected
+
+
+def test_leftovers_of_a_clock_that_was_wrong(sample: Any) -> None:
+    """Dated to a time to come, as no date can have it: they are listed, and removed."""
+    sample.store()
+    left = cache.new_path(sample.root / "tmp")
+    for then in (time.time() + 400 * 86400, 8e9, -1e9):
+        left.touch()
+        os.utime(left, (then, then))
+        os.utime(cache.stamp_path(sample.path), (then, then))
+        for command in ("list", "prune"):
+            result = CliRunner().invoke(main, ["cache", command])
+            assert result.exit_code == 0, result.output
+        assert sample.temporaries() == []
+    left.touch()
+    os.utime(left, (8e9, 8e9))
+    sample.path.unlink()
+    sample.store()  # a cold start removes it too
+    assert sample.temporaries() == []
 
 
 def test_two_threads_store_once(sample: Any) -> None:
@@ -209,7 +237,7 @@ def test_a_holder_that_is_stopped_holds_nobody_up_for_ever(
     pid = fork(hold)
     try:
         os.read(reader, 1)
-        monkeypatch.setattr(locking, "PATIENCE", 0.2)
+        monkeypatch.setattr(cache, "PATIENCE", 0.2)
         start = time.monotonic()
         assert sample.store().read_bytes() == sample.content
         assert time.monotonic() - start >= 0.2

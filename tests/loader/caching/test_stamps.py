@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from fi_ffi.loader import cache
-from fi_ffi.loader.caching import stamps
+from fi_ffi.loader import cache, upkeep
 
 
 @pytest.fixture
@@ -59,9 +58,9 @@ def test_paranoid_hashes_always(
 @pytest.mark.parametrize(
     "change",
     [
-        lambda path: stamps.stamp_path(path).unlink(),
-        lambda path: stamps.stamp_path(path).write_bytes(b""),
-        lambda path: stamps.stamp_path(path).write_bytes(b"1 torn"),
+        lambda path: cache.stamp_path(path).unlink(),
+        lambda path: cache.stamp_path(path).write_bytes(b""),
+        lambda path: cache.stamp_path(path).write_bytes(b"1 torn"),
         lambda path: os.utime(path),
         lambda path: path.chmod(0o400),
         lambda path: os.replace(_copy(path), path),
@@ -96,7 +95,7 @@ def test_a_file_written_while_it_is_hashed_gets_no_stamp(
     sample: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, real = sample.store(), cache.hash_of
-    stamps.stamp_path(path).unlink()
+    cache.stamp_path(path).unlink()
 
     def hash_of(file: Any) -> str:
         digest = real(file)
@@ -105,28 +104,29 @@ def test_a_file_written_while_it_is_hashed_gets_no_stamp(
 
     monkeypatch.setattr(cache, "hash_of", hash_of)
     assert sample.find() == path
-    assert not stamps.stamp_path(path).exists()
+    assert not cache.stamp_path(path).exists()
     monkeypatch.setattr(cache, "hash_of", real)
     assert sample.find() is None
 
 
 def test_a_stamp_that_is_a_pipe_is_not_waited_for(sample: Any) -> None:
     path = sample.store()
-    stamps.stamp_path(path).unlink()
-    os.mkfifo(stamps.stamp_path(path))
+    cache.stamp_path(path).unlink()
+    os.mkfifo(cache.stamp_path(path))
     assert sample.find() == path
-    assert stamps.stamp_path(path).is_file()
+    assert cache.stamp_path(path).is_file()
 
 
 def test_the_last_use_is_noted_once_in_a_while(sample: Any) -> None:
     path = sample.store()
-    stamp = stamps.stamp_path(path)
-    for ago, expected in ((stamps.USE_GRAIN / 2, False), (stamps.USE_GRAIN * 2, True)):
+    stamp = cache.stamp_path(path)
+    for ago, expected in ((cache.USE_GRAIN / 2, False), (cache.USE_GRAIN * 2, True)):
         then = time.time() - ago
         os.utime(stamp, (then, then))
         assert sample.find() == path
         assert (stamp.stat().st_mtime > then + 1) == expected
-    assert abs(stamps.last_use(path, path.stat()) - time.time()) < 60
+    (item,) = upkeep.items(sample.root, "object")
+    assert abs(item.last_use - time.time()) < 60
 
 
 def test_a_warm_find_takes_no_lock_and_writes_nothing(sample: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fi_ffi.errors import ArtifactError, LoaderError
-from fi_ffi.loader.caching import trust
+from fi_ffi.loader import trust
 
 from forking import in_child
 

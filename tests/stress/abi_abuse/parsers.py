@@ -18,12 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from fi_ffi.abi.signature import Signature, parse_signature, signature_from_mismatch
 from fi_ffi.abi.values import packer_of
 from fi_ffi.errors import AbiError, ArtifactError, FiFfiError, LoaderError
-from fi_ffi.loader import lock
-from fi_ffi.loader.caching import notes
+from fi_ffi.loader import cache, held, lock
 from fi_ffi.loader.elf import inspect_elf
 from fi_ffi.loader.fatbin import architectures, sass_named
 from fi_ffi.loader.record import parse_record
@@ -102,15 +102,18 @@ def _note(data: bytes) -> None:
     root.mkdir(exist_ok=True, mode=0o700)
     path = root / "note.json"
     path.write_bytes(data)
-    notes.read(root, path, 1)
+    with mock.patch.dict(os.environ, {cache.ENVIRONMENT: str(root)}):
+        cache.read_note(path, 1)
 
 
 def _evidence(data: bytes) -> None:
     path = Path(_folder.name) / "library.so"
     path.write_bytes(data or b"\0")
     made: Any = object.__new__(AtPath)
-    made._loaded = type("Loaded", (), {"file": type("File", (), {"path": path})})
-    has_refusals, names = made._evidence
+    made._loaded = type("Loaded", (), {"file": type("File", (), {"sha256": "a library's"})})
+    with path.open("rb") as file, mock.patch.dict(held._kept):
+        held._kept[0, 0] = file.fileno(), "a library's"
+        has_refusals, names = made._evidence
     assert isinstance(has_refusals, bool) and all(isinstance(name, str) for name in names)
 
 

@@ -1,4 +1,4 @@
-"""Whose files the cache loads: this user's and root's, where nobody else can write.
+"""Whose files are loaded or run: this user's and root's, where nobody else can write.
 
 A library that is loaded runs with the rights of this process, so a file that
 somebody else could have put there or could change is refused, whatever its hash
@@ -7,6 +7,7 @@ was when it was looked at.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -15,10 +16,17 @@ from fi_ffi.errors import ArtifactError
 
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _MOVE = "or set FI_FFI_CACHE_DIR to a directory of your own"
+_KINDS = {
+    stat.S_IFLNK: "symbolic link",
+    stat.S_IFDIR: "directory",
+    stat.S_IFREG: "file",
+    stat.S_IFIFO: "pipe",
+    stat.S_IFSOCK: "socket",
+}
 
 
 def folders_exist(root: Path, folder: Path) -> bool:
-    """Whether `folder` and all above it, up to `root`, are there; each must be safe."""
+    """Whether `folder` and all above it, up to the cache's `root`, are there; each must be safe."""
     below = folder.relative_to(root).parts
     try:
         check_root(root)
@@ -32,7 +40,8 @@ def folders_exist(root: Path, folder: Path) -> bool:
 def check_root(root: Path) -> None:
     """`ArtifactError` where others can put or replace what lies directly in the cache."""
     status = os.lstat(root)
-    _check_above(root)
+    for place in {*root.parents, *Path(os.path.realpath(root)).parents}:
+        _check_place(place, os.stat(place), f"nothing in {root} is loaded")
     if stat.S_ISLNK(status.st_mode):  # to another disk, say; but then by this user
         _check_owner(root, status, "the link")
         status = os.stat(root)
@@ -74,6 +83,25 @@ def check_object(path: Path, status: os.stat_result) -> None:
         )
 
 
+def check_tree(folder: Path) -> None:
+    """`ArtifactError` where others could have put, or could change, anything below a folder.
+
+    For what is run and not hashed: the environments and the compilers' folders of builds.
+    """
+    check_folder(folder)
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(parent, name)
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                status = os.lstat(path)
+                if stat.S_ISDIR(status.st_mode):
+                    check_folder(path)
+                elif stat.S_ISREG(status.st_mode):
+                    check_object(path, status)
+                else:  # a link, whose own owner says where it leads
+                    _check_owner(path, status, f"the {_kind(status).partition(' ')[2]}")
+
+
 def check_owner(path: Path) -> None:
     """`ArtifactError` unless what the path leads to is this user's or root's."""
     status = os.stat(path)
@@ -94,12 +122,6 @@ def check_named(path: Path) -> None:
                 f"{place} was put by user {status.st_uid} where every user can put files, so "
                 f"{path} is not loaded: copy it to a directory of your own"
             )
-
-
-def _check_above(root: Path) -> None:
-    """`ArtifactError` where every user could put another directory into the cache's place."""
-    for place in {*root.parents, *Path(os.path.realpath(root)).parents}:
-        _check_place(place, os.stat(place), f"nothing in {root} is loaded")
 
 
 def _check_place(place: Path, status: os.stat_result, consequence: str) -> None:
@@ -131,11 +153,4 @@ def _mode(status: os.stat_result) -> str:
 
 
 def _kind(status: os.stat_result) -> str:
-    kinds = {
-        stat.S_IFLNK: "a symbolic link",
-        stat.S_IFDIR: "a directory",
-        stat.S_IFREG: "a file",
-        stat.S_IFIFO: "a pipe",
-        stat.S_IFSOCK: "a socket",
-    }
-    return kinds.get(stat.S_IFMT(status.st_mode), "a device")
+    return f"a {_KINDS.get(stat.S_IFMT(status.st_mode), 'device')}"

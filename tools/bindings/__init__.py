@@ -4,12 +4,12 @@
 
 finds every `TVM_FFI_DLL_EXPORT_TYPED_FUNC` with the function it names, and the methods
 of the module objects that such functions return.  Types are given as the binary prints
-them (`types.py`); `tests/loader/test_bindings.py` holds both against binaries.
+them (`types.py`); `tests/records/test_bindings.py` holds both against binaries.
 """
 
 from __future__ import annotations
 
-from fi_ffi.loader.bindings.exports import Bindings, Function, Source, read
-from fi_ffi.loader.bindings.types import abi_type
+from tools.bindings.exports import Bindings, Function, Source, read
+from tools.bindings.types import abi_type
 
 __all__ = ["Bindings", "Function", "Source", "abi_type", "read"]

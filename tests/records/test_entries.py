@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fi_ffi.loader.boxes import Box, boxes_of
-from fi_ffi.loader.entries import entries_of
 from fi_ffi.loader.fatbin import sass_named
-from fi_ffi.loader.listed import WHEELS, code_named, in_wheel, listed_in, recorded_releases
+from fi_ffi.loader.listed import WHEELS, Box, code_named, in_wheel, listed_in, recorded_releases
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.loader.uris import parse, uri
+from tools import boxes
+from tools.entries import entries_of
 
 DEFAULT = the_lock().default_release
-NAMES = json.loads((Path(__file__).parent / "data" / "uris.json").read_text())
+NAMES = json.loads((Path(__file__).parents[1] / "loader" / "data" / "uris.json").read_text())
 
 
 def names_of(release: str) -> list[str]:
@@ -28,7 +28,7 @@ def names_of(release: str) -> list[str]:
 def test_every_module_of_the_list_is_recorded_once():
     record = entries_of(DEFAULT)
     listed = [group for group in record if group.is_listed]
-    names = [name for group in listed for box in group.boxes for name in box.names(DEFAULT)]
+    names = [name for group in listed for box in group.boxes for name in boxes.names(box, DEFAULT)]
     assert len(names) == len(set(names)) == sum(group.count for group in listed) == 956
     recorded = set(names)
     # The list for 9.0a was recorded by another tool.
@@ -64,21 +64,21 @@ def test_no_type_and_no_name_is_left_out():
 @pytest.mark.parametrize("release", recorded_releases())
 def test_boxes_are_the_names(release):
     names = names_of(release)
-    boxes = boxes_of(names, release)
-    again = sorted(name for box in boxes for name in box.names(release))
+    found = boxes.boxes_of(names, release)
+    again = sorted(name for box in found for name in boxes.names(box, release))
     assert again == sorted(name for name in names if parse(name, release))
-    assert len(boxes) < len(names) / 4
-    assert [Box.read(box.write()) for box in boxes] == boxes
+    assert len(found) < len(names) / 4
+    assert [Box.read(boxes.write(box)) for box in found] == found
 
 
 @given(st.sets(st.sampled_from(names_of(DEFAULT)), min_size=1, max_size=60))
 @settings(max_examples=60, deadline=None)
 def test_boxes_of_any_names_have_these_and_no_others(names):
-    boxes = boxes_of(names, DEFAULT)
-    found = [name for box in boxes for name in box.names(DEFAULT)]
+    made = boxes.boxes_of(names, DEFAULT)
+    found = [name for box in made for name in boxes.names(box, DEFAULT)]
     assert sorted(found) == sorted(names)
     for name in names_of(DEFAULT)[::29]:
-        assert any(box.has(parse(name, DEFAULT)) for box in boxes) == (name in names)
+        assert any(box.has(parse(name, DEFAULT)) for box in made) == (name in names)
 
 
 @pytest.mark.parametrize("release", recorded_releases())

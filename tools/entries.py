@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fi_ffi.abi.signature import Signature
-from fi_ffi.loader.boxes import Box
+from fi_ffi.loader.listed import Box
 from fi_ffi.loader.uris import parse
 
 _DATA = Path(__file__).with_name("data")

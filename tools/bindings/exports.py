@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import BuildError
-from fi_ffi.loader.bindings import cpp
-from fi_ffi.loader.bindings.conditions import IsSwitch
-from fi_ffi.loader.bindings.types import abi_type
+from tools.bindings import cpp
+from tools.bindings.conditions import IsSwitch
+from tools.bindings.types import abi_type
 
 EXPORT = "TVM_FFI_DLL_EXPORT_TYPED_FUNC"
 _EXPORT = re.compile(EXPORT + r"\s*\(\s*(\w+)\s*,\s*&?\s*([\w:]+)\s*\)\s*$")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from fi_ffi.errors import BuildError
-from fi_ffi.loader.bindings.cpp import split
+from tools.bindings.cpp import split
 
 # What TVM-FFI's own headers make of them; a test compiles a function of each and asks it.
 PRINTED = {

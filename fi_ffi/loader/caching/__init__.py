@@ -1,1 +1,0 @@
-"""The parts of the cache; `fi_ffi.loader.cache` is the way in."""

@@ -1,0 +1,259 @@
+"""What lies in the cache; removing it, and hashing it all again.
+
+Only what fi_ffi is known to make there is looked at: the directory is the user's
+choice, and may have other things in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from fi_ffi.errors import ArtifactError, LoaderError
+from fi_ffi.loader import cache, trust
+
+Kind = Literal["object", "build", "download", "note", "leftover"]
+
+_OBJECTS = ("objects", "[0-9a-f]{2}", "[0-9a-f]{64}")
+# The names of folders and files, from the cache's directory on.
+_PLACES: dict[Kind, tuple[tuple[str, ...], ...]] = {
+    "object": ((*_OBJECTS, "[^.].*"),),
+    "build": (("build", ".*"),),
+    "download": (("downloads", r".*\.part"),),
+    "note": (("facts", ".*", r".*\.json"), ("indexes", r".*\.json")),
+    "leftover": (("tmp", ".*"), (*_OBJECTS, r"\..*\.stamp")),
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file or a folder in the cache.  `last_use` is in seconds since 1970."""
+
+    kind: Kind
+    name: str
+    path: Path
+    size: int
+    last_use: float
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What hashing an object again has shown; `problem` is empty where it is well."""
+
+    item: Item
+    problem: str = ""
+    removed: bool = False
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was removed, and what was to be and was not, with the reason."""
+
+    removed: tuple[Item, ...]
+    kept: tuple[tuple[Item, str], ...]
+
+    @property
+    def freed(self) -> int:
+        return sum(item.size for item in self.removed)
+
+
+def items(root: Path, kind: Kind) -> list[Item]:
+    """All of a kind, by name.
+
+    "object": a cached file; "build": a folder of `fi-ffi build`; "download": an unfinished one;
+    "note": what was worked out once; "leftover": what killed processes left, which are
+    temporaries and stamps whose file is gone.
+    """
+    found = []
+    for place in _PLACES[kind]:
+        for path in _matching(root, *place):
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                item = _item(kind, path)
+                if item is not None:
+                    found.append(item)
+    return sorted(found, key=lambda item: (item.name, str(item.path)))
+
+
+def total(root: Path) -> int:
+    """Bytes in all files of the cache."""
+    return _weigh(root)[0] if os.path.isdir(root) else 0
+
+
+def unused_since(items: Iterable[Item], days: float) -> list[Item]:
+    """Those that were last used that many days ago, or before."""
+    limit = time.time() - days * 86400
+    return [item for item in items if item.last_use <= limit]
+
+
+def _item(kind: Kind, path: Path) -> Item | None:
+    """What lies there, if it is of the kind."""
+    status = os.lstat(path)
+    is_folder = stat.S_ISDIR(status.st_mode)
+    size, written = _weigh(path) if is_folder else (status.st_size, status.st_mtime)
+    sha256 = None
+    if kind == "object":
+        sha256 = path.parent.name
+        if path.parents[1].name != sha256[:2]:
+            return None
+        with contextlib.suppress(OSError):
+            written = os.lstat(cache.stamp_path(path)).st_mtime
+    elif kind == "build":
+        if not is_folder or _build_lock(path) is None:  # the builder marks each of its folders
+            return None
+    elif kind == "leftover":
+        if path.suffix == ".stamp":
+            others = _matching(path.parent, "[^.].*")
+            if any(cache.stamp_path(other) == path for other in others):
+                return None
+        elif not cache.abandoned(path, written):
+            return None
+    # A clock that was wrong can have left any time.
+    return Item(kind, path.name, path, size, max(0.0, min(written, time.time())), sha256)
+
+
+def _matching(folder: Path, *names: str) -> Iterator[Path]:
+    """The paths below a folder whose parts match, one by one; links are not followed."""
+    try:
+        entries = sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise LoaderError(f"{folder} cannot be read: {error.strerror}") from error
+    for path in entries:
+        if re.fullmatch(names[0], path.name, re.DOTALL):
+            if len(names) == 1:
+                yield path
+            elif path.is_dir() and not path.is_symlink():
+                yield from _matching(path, *names[1:])
+
+
+def _weigh(folder: Path) -> tuple[int, float]:
+    """The bytes in a folder's files, and when something in it was last written."""
+    size, newest = 0, 0.0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # removed meanwhile
+                status = os.lstat(os.path.join(parent, name))
+                size += status.st_size
+                if not name.endswith(".lock"):  # which only looking at it may touch
+                    newest = max(newest, status.st_mtime)
+    return size, newest
+
+
+def _build_lock(folder: Path) -> Path | None:
+    """The builder's lock inside a folder, or beside it."""
+    candidates = (folder / ".lock", folder.with_name(f"{folder.name}.json.lock"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def prune(wanted: Iterable[Item], root: Path, *, dry_run: bool = False) -> Pruned:
+    """Remove the items, but for what a build or a download is at work on.
+
+    A file that a process has loaded stays in its memory; on a network file system
+    that holds only for the processes of this machine.
+    """
+    wanted = [*wanted]
+    removed: list[Item] = []
+    kept: list[tuple[Item, str]] = []
+    # All of them: a build uses environments and toolkits that it holds no lock on.
+    building = any(item.kind == "build" for item in wanted)
+    locks = [_build_lock(folder) for folder in _matching(root, "build", ".*")] if building else []
+    with _free(locks) as quiet:
+        for item in wanted:
+            if item.kind == "build" and not quiet:
+                kept.append((item, "a build is running"))
+                continue
+            lock = item.path.with_suffix(".lock") if item.kind == "download" else None
+            try:
+                with _free([lock]) as free:
+                    if not free:
+                        kept.append((item, "it is being fetched"))
+                        continue
+                    if not dry_run:
+                        _remove(item, root)
+                removed.append(item)
+            except (OSError, LoaderError) as error:
+                kept.append((item, getattr(error, "strerror", None) or str(error)))
+    return Pruned(tuple(removed), tuple(kept))
+
+
+def verify(root: Path, *, repair: bool = False) -> Iterator[Verdict]:
+    """Hash every object again, one after the other; with `repair` remove those that fail."""
+    if os.path.isdir(root):
+        trust.check_root(root)
+    for item in items(root, "object"):
+        verdict = _verdict(item)
+        if verdict.problem and repair:
+            verdict = _repair(item, root)
+        yield verdict
+
+
+def _verdict(item: Item) -> Verdict:
+    try:
+        if cache.find(str(item.sha256), item.name, paranoid=True):
+            return Verdict(item)
+    except ArtifactError as error:
+        return Verdict(item, f"refused: {error}")
+    if not os.path.lexists(item.path):  # removed meanwhile, which is no damage
+        return Verdict(item)
+    if not os.access(item.path, os.R_OK):
+        return Verdict(item, "cannot be read")
+    return Verdict(item, "damaged: the content does not have this sha256")
+
+
+def _repair(item: Item, root: Path) -> Verdict:
+    """Remove a bad object, unless another process has put a good one there meanwhile."""
+    with cache.turn(str(item.sha256)):
+        verdict = _verdict(item)
+        if not verdict.problem:
+            return verdict
+        try:
+            _remove(item, root)
+        except OSError as error:
+            return replace(verdict, problem=f"{verdict.problem} (not removed: {error.strerror})")
+        return replace(verdict, removed=True)
+
+
+def _remove(item: Item, root: Path) -> None:
+    path = item.path
+    if item.kind == "build":
+        # In one step, as a half of one would not be built again.
+        aside = cache.new_path(cache.make_folder("tmp"))
+        path.rename(aside)
+        for name in (".json", ".log"):
+            cache.remove(path.with_name(path.name + name))
+        path = aside
+    cache.remove(path)
+    if item.kind == "object":
+        cache.remove(cache.stamp_path(path))
+    if item.kind == "download":
+        cache.remove(path.with_suffix(".json"))
+    for folder in path.parents[:2]:
+        # The folders of hashes; the others stay, as they are made once.
+        if root in (folder.parent.parent, folder.parent.parent.parent):
+            with contextlib.suppress(OSError):  # others are in it
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _free(locks: Iterable[Path | None]) -> Iterator[bool]:
+    """Whether nobody holds any of the locks; nobody gets one before the end."""
+    from filelock import FileLock, Timeout
+
+    with contextlib.ExitStack() as stack:
+        try:
+            for lock in locks:
+                if lock is not None:
+                    stack.enter_context(FileLock(lock).acquire(timeout=0))
+            free = True
+        except (Timeout, OSError, NotImplementedError):
+            free = False
+        yield free

@@ -1,0 +1,399 @@
+"""Names of kernel modules, built and read in one place.
+
+    uri("batch_prefill", release="0.6.13", dtype_q="bf16", head_dim_qk=128, backend="fa3")
+    parse("batch_prefill_with_kv_cache_dtype_q_bf16_…_f16qk_False_sm90").params
+
+are inverse to each other.  FlashInfer calls a module by its family and everything it was
+compiled for, and a release may change how.  `data/names.json` has a row for each family and
+range of releases: a template with parameters, named as FlashInfer's generator has them, and
+their kinds.  docs/catalogue.md says what is easily got wrong, and what changed when.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import string
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+
+from fi_ffi.errors import ArgumentError
+
+Value = str | int | bool | None
+Params = Mapping[str, Value]
+
+# FlashInfer's short names, and those of the same types in torch and in `fi_ffi.abi.tensor`.
+DTYPES = {
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "f32": "float32",
+    "e4m3": "float8_e4m3fn",
+    "e5m2": "float8_e5m2",
+    "i8": "int8",
+    "u8": "uint8",
+    "i16": "int16",
+    "i32": "int32",
+    "i64": "int64",
+    # Two values in a byte.  FlashInfer has had two names for it, besides "u8": see docs.
+    "fp4_e2m1": "float4_e2m1fn_x2",
+    "fp4x2_e2m1": "float4_e2m1fn_x2",
+}
+
+
+@dataclass(frozen=True)
+class Words:
+    """A parameter that is one of a few values, each with its text in a name."""
+
+    words: Mapping[Value, str]
+
+    @property
+    def pattern(self) -> str:
+        """A regular expression, without groups, for exactly the texts it writes."""
+        # The longest first: "sm10" must not hide "sm100".
+        return "|".join(re.escape(text) for text in sorted(self.words.values(), key=len)[::-1])
+
+    @property
+    def expected(self) -> str:
+        return " or ".join(str(value) for value in self.words)
+
+    @property
+    def is_dtype(self) -> bool:
+        return all(value is None or value in DTYPES for value in self.words)
+
+    def text(self, value: Value) -> str:
+        """The text of a value, for a dtype in its long form too; ValueError where it is none."""
+        for known, text in self.words.items():
+            is_long = self.is_dtype and known is not None and DTYPES[str(known)] == value
+            # By type too: 1 and True are the same key of a dictionary.
+            if is_long or (known == value and type(known) is type(value)):
+                return text
+        raise ValueError(value)
+
+    def value(self, text: str) -> Value:
+        return next(value for value, known in self.words.items() if known == text)
+
+
+@dataclass(frozen=True)
+class Number:
+    """An integer of at least `low`, without leading zeros; with `before`, 0 is no text at all."""
+
+    low: int
+    before: str = ""
+    is_dtype = False
+
+    @property
+    def pattern(self) -> str:
+        digits = "[1-9][0-9]{0,8}"
+        if self.before:
+            return f"(?:{self.before}{digits})?"
+        return digits if self.low else f"0|{digits}"
+
+    @property
+    def expected(self) -> str:
+        return f"{'0 or ' if self.before else ''}an integer of at least {self.low}"
+
+    def text(self, value: Value) -> str:
+        if type(value) is int and value == 0 and self.before:
+            return ""
+        if type(value) is not int or not self.low <= value < 10**9:
+            raise ValueError(value)
+        return f"{self.before}{value}"
+
+    def value(self, text: str) -> Value:
+        return int(text.removeprefix(self.before) or 0)
+
+
+Kind = Words | Number
+
+
+@functools.lru_cache(maxsize=64)
+def version_of(release: str) -> Version:
+    """A release as something to compare; what follows a `+` does not matter."""
+    try:
+        return Version(Version(release).public)
+    except InvalidVersion as error:
+        expected = "a version such as 0.6.13"
+        raise ArgumentError("uri", "release", got=repr(release), expected=expected) from error
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """How the modules of a family are called, from release `since` to before `until`.
+
+    In `template`, `{dtype_q:dtype}` is a parameter and its kind.  `generator` is
+    "module:function" inside FlashInfer, and may use texts of parameters; None where its own
+    list of modules is the only way to one.  `arguments` are those of the generator that the
+    name says nothing of.
+    """
+
+    family: str
+    template: str
+    generator: str | None = None
+    since: str = ""
+    until: str = ""
+    defaults: Params = field(default_factory=dict)
+    arguments: Params = field(default_factory=dict)
+
+    @functools.cached_property
+    def parts(self) -> tuple[tuple[str, str | None], ...]:
+        """Literal text and the parameter after it."""
+        parsed = string.Formatter().parse(self.template)
+        return tuple((literal, name) for literal, name, _kind, _ in parsed)
+
+    @functools.cached_property
+    def kinds(self) -> dict[str, Kind]:
+        """The parameters, in the order of the name."""
+        parsed = string.Formatter().parse(self.template)
+        return {name: KINDS[kind or ""] for _, name, kind, _ in parsed if name is not None}
+
+    @functools.cached_property
+    def pattern(self) -> re.Pattern[str]:
+        pieces = []
+        for literal, name in self.parts:
+            pieces.append(re.escape(literal))
+            if name is not None:
+                pieces.append(f"(?P<{name}>{self.kinds[name].pattern})")
+        return re.compile("".join(pieces))
+
+    def holds_for(self, release: str) -> bool:
+        found = version_of(release)
+        return not (self.since and found < version_of(self.since)) and not (
+            self.until and found >= version_of(self.until)
+        )
+
+    def match(self, name: str) -> dict[str, Value] | None:
+        """The parameters in a name, if it is one of this row's."""
+        found = self.pattern.fullmatch(name)
+        if found is None:
+            return None
+        params = {key: self.kinds[key].value(text) for key, text in found.groupdict().items()}
+        return None if self.refusal(params) else params
+
+    def refusal(self, params: Params) -> str | None:
+        """What is wanted instead of this combination; None where it can be."""
+        checks = (check for name, check in _REFUSALS.items() if name in params)
+        return next((reason for check in checks if (reason := check(params))), None)
+
+    def complete(self, given: Params) -> dict[str, Value]:
+        """`given` checked, with the defaults of those left out, in the order of the name."""
+        unknown = [name for name in given if name not in self.kinds]
+        if unknown:
+            raise self._error(unknown[0], "a parameter", ", ".join(self.kinds) or "none")
+        values = {name: self._read(name, value) for name, value in given.items()}
+        # Defaults that follow from other parameters come after those that do not.
+        for name in sorted(self.kinds, key=self._follows):
+            if name not in values:
+                values[name] = self._read(name, self.default(name, values))
+        result = {name: values[name] for name in self.kinds}
+        reason = self.refusal(result)
+        if reason is not None:
+            raise self._error(", ".join(given), "this combination", reason)
+        return result
+
+    def _follows(self, name: str) -> bool:
+        return name in _DERIVED or str(self.defaults.get(name)).startswith("=")
+
+    def default(self, name: str, params: Params) -> Value:
+        """What a parameter is beside these others if nothing is said; None where it must be."""
+        if name in _DERIVED and name not in self.defaults:
+            return _DERIVED[name](params)
+        default = self.defaults.get(name)
+        if isinstance(default, str) and default.startswith("="):
+            return params.get(default[1:])
+        return default
+
+    def render(self, params: Params) -> str:
+        """The name for complete parameters."""
+        texts = (
+            literal + ("" if name is None else self._text(name, params[name]))
+            for literal, name in self.parts
+        )
+        return "".join(texts)
+
+    def generator_for(self, params: Params) -> str | None:
+        """What makes this module inside FlashInfer, as "module:function", if it is known."""
+        if self.generator is None:
+            return None
+        texts = {name: self._text(name, params[name]) for name in self.kinds}
+        return self.generator.format_map(texts)
+
+    def _read(self, name: str, value: Value) -> Value:
+        """The value as `match` would give it, whatever spelling it came in."""
+        return self.kinds[name].value(self._text(name, value))
+
+    def _text(self, name: str, value: Value) -> str:
+        kind = self.kinds[name]
+        try:
+            return kind.text(value)
+        except (ValueError, TypeError) as error:
+            got = "nothing" if value is None else repr(value)
+            raise self._error(name, got, kind.expected) from error
+
+    def _error(self, argument: str, got: object, expected: object) -> ArgumentError:
+        return ArgumentError(f"uri of {self.family}", argument, got=got, expected=expected)
+
+
+# What follows from other parameters where nothing is said.
+_DERIVED: dict[str, Callable[[Params], Value]] = {
+    # As the query, unless that is fp8: then both f16 and bf16 are usual.
+    "dtype_o": lambda p: p.get("dtype_q") if p.get("dtype_q") in ("f16", "bf16") else None,
+    # What FlashInfer builds ahead of time and loads first.  fa3 has one module for all strides.
+    "paged_kv_stride_mode": lambda p: "equal" if p.get("backend") != "fa3" else "runtime",
+    "use_spec_dec": lambda p: p.get("q_seq_len") != 1,
+}
+
+
+def _refuse_stride(params: Params) -> str | None:
+    mode, surface = params["paged_kv_stride_mode"], params["module_surface"]
+    if params["backend"] == "fa3" and (mode, surface) != ("runtime", "full"):
+        return "paged_kv_stride_mode='runtime' and module_surface='full' with fa3"
+    if surface == "paged" and mode != "independent":
+        return "paged_kv_stride_mode='independent' with module_surface='paged'"
+    return None
+
+
+def _refuse_xqa(params: Params) -> str | None:
+    q_seq_len, ratio = params["q_seq_len"], params["head_group_ratio"]
+    if params["use_spec_dec"] != (q_seq_len != 1):
+        return "use_spec_dec exactly where q_seq_len is above 1"
+    # Where the SM90 kernel has no instance for one query length, ragged queries change nothing.
+    fits = isinstance(q_seq_len, int) and isinstance(ratio, int) and q_seq_len * ratio <= 32
+    if params.get("use_ragged_q") and (q_seq_len == 1 or not fits):
+        return "q_seq_len above 1, and q_seq_len * head_group_ratio up to 32, with use_ragged_q"
+    return None
+
+
+# By a parameter that the rows have for which there is something to refuse.
+_REFUSALS = {"module_surface": _refuse_stride, "use_spec_dec": _refuse_xqa}
+
+
+def _kind(data: Any) -> Kind:
+    if isinstance(data, dict):
+        return Number(**data)
+    pairs = [(entry, entry) if isinstance(entry, str) else entry for entry in data]
+    return Words(dict(pairs))
+
+
+def _row(data: dict[str, Any]) -> Row:
+    """A row as it is written; one without a template has no parameters."""
+    template = data.get("template", data["family"])
+    for name, text in _DATA["pieces"].items():
+        template = template.replace(f"<{name}>", text)
+    defaults = _DATA["defaults"] | data.get("defaults", {})
+    return Row(**data | {"template": template, "defaults": defaults})
+
+
+def _split(row: Row) -> Iterator[Row]:
+    """A row for each range of releases in which its kinds took other values."""
+    for name, spans in _DATA["kinds_by_release"].items():
+        if f":{name}}}" in row.template:
+            for since, until, kind in spans:
+                since = max(row.since, since, key=lambda text: version_of(text or "0"))
+                until = min(row.until, until, key=lambda text: version_of(text or "9999"))
+                if not (since and until) or version_of(since) < version_of(until):
+                    template = row.template.replace(f":{name}}}", f":{kind}}}")
+                    yield replace(row, template=template, since=since, until=until)
+            return
+    yield row
+
+
+_DATA = json.loads((Path(__file__).with_name("data") / "names.json").read_text())
+KINDS: dict[str, Kind] = {name: _kind(data) for name, data in _DATA["kinds"].items()}
+ROWS: tuple[Row, ...] = tuple(row for data in _DATA["rows"] for row in _split(_row(data)))
+
+
+@dataclass(frozen=True)
+class ModuleName:
+    """A module's name, taken apart.
+
+    `params` are named as FlashInfer's generators have them; dtypes are short names
+    (`DTYPES` has the long ones).
+    """
+
+    name: str
+    family: str
+    params: Params = field(hash=False)
+    row: Row = field(repr=False, compare=False)
+
+    @property
+    def backend(self) -> str:
+        """`fa2` or `fa3`, or "" where the family has no choice of them."""
+        return str(self.params.get("backend", ""))
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """The parameters that are dtypes, without those that are None."""
+        kinds, given = self.row.kinds, self.params.items()
+        return {name: str(v) for name, v in given if v is not None and kinds[name].is_dtype}
+
+    @property
+    def head_dims(self) -> tuple[int, ...]:
+        """The head sizes: (qk, vo), (ckv, kpe), or the only one."""
+        given = self.params.items()
+        return tuple(v for name, v in given if name.startswith("head_dim") and isinstance(v, int))
+
+    @property
+    def releases(self) -> str:
+        """The releases that have such names, in words."""
+        return span(row for row in ROWS if row.match(self.name) is not None)
+
+
+def span(rows: Iterable[Row]) -> str:
+    """The releases that rows are for, in words."""
+    rows = tuple(rows)
+    since = min((row.since for row in rows), key=lambda text: version_of(text or "0"))
+    until = max((row.until for row in rows), key=lambda text: version_of(text or "9999"))
+    words = [f"from {since}" if since else "", f"before {until}" if until else ""]
+    return " and ".join(filter(None, words)) or "every release"
+
+
+@functools.lru_cache(maxsize=8)
+def _rows(release: str | None) -> tuple[Row, ...]:
+    return tuple(row for row in ROWS if release is None or row.holds_for(release))
+
+
+def family_row(family: str, release: str) -> Row:
+    """The row of a family in a release.
+
+    ArgumentError where FlashInfer never had it, and where this release does not.
+    """
+    rows = [row for row in ROWS if row.family == family]
+    for row in rows:
+        if row.holds_for(release):
+            return row
+    if rows:
+        expected = f"a release {span(rows)}"
+        raise ArgumentError(f"uri of {family}", "release", got=release, expected=expected)
+    families = sorted({row.family for row in ROWS})
+    close = get_close_matches(family, families, n=3)
+    expected = " or ".join(close) if close else f"one of {', '.join(families)}"
+    raise ArgumentError("uri", "family", got=repr(family), expected=expected)
+
+
+def uri(family: str, *, release: str, **params: Value) -> str:
+    """The name of the module of `family` compiled for `params`, as `release` has it.
+
+    Dtypes may be short or long names ("f16", "float16").  What is left out has the
+    value that FlashInfer's published wheels have most: keys, values and outputs of the
+    query's dtype, int32 indices, equal head sizes, no option, fa2.  ArgumentError
+    for a parameter or a value that the family does not have in this release.
+    """
+    row = family_row(family, release)
+    return row.render(row.complete(params))
+
+
+def parse(name: str, release: str | None = None) -> ModuleName | None:
+    """A name taken apart by the rules of `release`, or of any; None if it follows none."""
+    if release is not None:
+        version_of(release)
+    for row in _rows(release):
+        params = row.match(name)
+        if params is not None:
+            return ModuleName(name, row.family, params, row)
+    return None

@@ -1,0 +1,65 @@
+"""Many module names as few boxes (`fi_ffi.loader.listed.Box`), as the records are written.
+
+FlashInfer makes its modules in loops over parameters, so that hundreds of names are a
+handful of products.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+from fi_ffi.loader.listed import Box
+from fi_ffi.loader.uris import ModuleName, Value, parse, uri
+
+
+def write(box: Box) -> dict[str, object]:
+    """The JSON that `Box.read` reads."""
+    params = {name: [*values] for name, values in box.values}
+    return {"family": box.family} | ({"params": params} if params else {})
+
+
+def names(box: Box, release: str) -> list[str]:
+    """What a release calls the modules of a box."""
+    keys = [name for name, _ in box.values]
+    found = itertools.product(*(values for _, values in box.values))
+    return [uri(box.family, release=release, **dict(zip(keys, one, strict=True))) for one in found]
+
+
+def boxes_of(given: Iterable[str], release: str) -> list[Box]:
+    """The boxes that the names fill; those that follow no rule of the release are left out."""
+    modules = [found for name in sorted(given) if (found := parse(name, release))]
+    by_family: dict[str, list[ModuleName]] = {}
+    for module in modules:
+        by_family.setdefault(module.family, []).append(module)
+    boxes: list[Box] = []
+    for family, members in by_family.items():
+        made = _merged([{k: (v,) for k, v in module.params.items()} for module in members])
+        filled = [Box(family, tuple(params.items())) for params in made]
+        names_again = sorted(name for box in filled for name in names(box, release))
+        assert names_again == [module.name for module in members], family
+        boxes += filled
+    return boxes
+
+
+_Params = dict[str, tuple[Value, ...]]
+
+
+def _merged(points: list[_Params]) -> list[_Params]:
+    """Those that agree in all parameters but one become one, for every parameter in turn."""
+    for name in points[0]:
+        groups: dict[tuple[object, ...], _Params] = {}
+        for params in points:
+            key = tuple((k, _typed(v)) for k, v in params.items() if k != name)
+            group = groups.setdefault(key, {**params, name: ()})
+            group[name] = (*group[name], *params[name])
+        points = [{**params, name: _sorted(params[name])} for params in groups.values()]
+    return points
+
+
+def _typed(values: tuple[Value, ...]) -> tuple[tuple[str, Value], ...]:
+    return tuple((type(value).__name__, value) for value in values)  # 1 and True are equal
+
+
+def _sorted(values: tuple[Value, ...]) -> tuple[Value, ...]:
+    return tuple(sorted(dict.fromkeys(values), key=lambda value: (type(value).__name__, value)))
