@@ -15,10 +15,9 @@ import importlib
 import importlib.util
 
 from fi_ffi.families import FAMILIES
-from fi_ffi.reference.exact_gdn import gdn_prefill
 from fi_ffi.reference.formula import Formula, Move
 
-EXACT: dict[str, Formula] = {"gdn_prefill": gdn_prefill}
+EXACT: dict[str, Formula] = {}
 MOVES: dict[str, Move] = {}
 for _family in FAMILIES:
     for _name in (f"fi_ffi.reference.{_family}", f"fi_ffi.reference.exact_{_family}"):

@@ -393,6 +393,79 @@ def _(a):
     return {"out": _product(a["mat_a"], a["mat_b"])}
 
 
+# ---------------------------------------------------------------- merged states
+
+
+def _of_states(states) -> tuple[np.ndarray, float]:
+    """Of (value, log-sum-exp) pairs: each is its sum of powers, and the powers' mean of values."""
+    sums = [2.0**s for _, s in states]
+    total = math.fsum(sums)
+    value = sum(of_one / total * v for of_one, (v, _) in zip(sums, states, strict=True))
+    return value, math.log2(total)
+
+
+def _merges(value: str, s: str, *states: tuple[str, str]):
+    def definition(a):
+        found = {value: a[value].copy(), s: a[s].copy()}
+        for at in np.ndindex(found[s].shape):
+            if "mask" in a and not a["mask"][at[0]]:
+                continue
+            given = [(a[of_v][at], a[of_s][at]) for of_v, of_s in states]
+            found[value][at], found[s][at] = _of_states(given)
+        return found
+
+    return definition
+
+
+for _suffix in ("", "_of_empty_ones"):
+    defines(f"merge_state{_suffix}")(
+        _merges("v_merged", "s_merged", ("v_a", "s_a"), ("v_b", "s_b"))
+    )
+    defines(f"merge_state_in_place{_suffix}")(_merges("v", "s", ("v", "s"), ("v_other", "s_other")))
+
+
+@defines("merge_states", "merge_states_of_empty_ones")
+def _(a):
+    found = {"v_merged": empty(a["v_merged"]), "s_merged": empty(a["s_merged"])}
+    for i, head in np.ndindex(found["s_merged"].shape):
+        states = list(zip(a["v"][i, :, head], a["s"][i, :, head], strict=True))
+        found["v_merged"][i, head], found["s_merged"][i, head] = _of_states(states)
+    return found
+
+
+# ---------------------------------------------------------------- the gated delta rule
+
+
+@defines("gdn_prefill")
+def _(a):
+    """Token by token: the state fades, its value at a key is corrected, a query reads it."""
+    heads, size = a["output_state"].shape[1:3]
+    scale, every = a["scale"] or size**-0.5, a.get("checkpoint_every_n_tokens", 0)
+    names = ("output", "output_state", "state_checkpoints")
+    found = {name: empty(a[name]) for name in names if name in a}
+    for (i, (start, end)), head in itertools.product(
+        enumerate(itertools.pairwise(map(int, a["cu_seqlens"]))), range(heads)
+    ):
+        # A head of q, k or v serves as many of the output's as there are more of those.
+        q, k, v = (a[name][:, head * a[name].shape[1] // heads] for name in "qkv")
+        state = a["input_state"][i, head].copy() if "input_state" in a else np.zeros((size, size))
+        for token in range(start, end):
+            state *= a["alpha"][token, head] if "alpha" in a else 1.0
+            wrong = v[token] - (state * k[token]).sum(axis=1)
+            beta = a["beta"][token, head] if "beta" in a else 1.0
+            state += np.multiply.outer(beta * wrong, k[token])
+            found["output"][token, head] = scale * (state * q[token]).sum(axis=1)
+            done = token - start + 1
+            # After each tile that completes `every` tokens, and after the last, if it is such.
+            tiles = -(-done // 64)
+            is_end = done % 64 == 0 or token + 1 == end
+            if "state_checkpoints" in a and every and is_end and tiles * 64 % every == 0:
+                first = int(a["checkpoint_cu_starts"][i])
+                found["state_checkpoints"][first + tiles * 64 // every - 1, head] = state
+        found["output_state"][i, head] = state
+    return found
+
+
 # ---------------------------------------------------------------- the comparison
 
 OF_FORMULAS = {row.formula: row for row in reversed(ROWS)}
@@ -407,6 +480,7 @@ OPTIONS: dict[str, dict] = {
         "n": 35, "factor": 4.0, "low": 3.0, "high": 9.5, "attention_factor": 1.2,
         "output_quant_scale": 200.0, "v_quant_scale": 300.0, "interleave": False,
     },
+    "merge_states": {"n": 2}, "merge_states_of_empty_ones": {"n": 2},
     **dict.fromkeys((name for name in DEFINITIONS if "_quant" in name), _QUANT),
     **dict.fromkeys((name for name in DEFINITIONS if name.startswith("rope_quantize")), _SCALES),
 }  # fmt: skip
