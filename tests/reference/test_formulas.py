@@ -466,6 +466,64 @@ def _(a):
     return found
 
 
+# ---------------------------------------------------------------- the greatest of a row
+
+
+def _greatest(a: dict, x, k: int) -> list[int]:
+    """The greatest first, of equal ones the first, or with a tie break of 2 the last."""
+    sign = -1 if a.get("tie_break") == 2 else 1
+    return sorted(range(len(x)), key=lambda i: (-x[i], sign * i))[:k]
+
+
+@defines("radix_topk")
+def _(a):
+    k = a["output_indices"].shape[1]
+    chosen = [_greatest(a, x, k) for x in a["input"]]
+    found = {"output_indices": np.array(chosen)}
+    if "output_values" in a:
+        rows = zip(a["input"], chosen, strict=True)
+        found["output_values"] = np.array([[x[i] for i in row] for x, row in rows])
+    return found
+
+
+def _of_windows(a: dict, k: int) -> list[list[int]]:
+    """Of each row's window, whose elements are counted from 0; whole where it is short."""
+    found = []
+    for i, x in enumerate(a["input"]):
+        start, length = int(a.get("maybe_row_starts", [0] * (i + 1))[i]), int(a["lengths"][i])
+        window = x[start : start + length]
+        found.append(list(range(length)) if length <= k else _greatest(a, window, k))
+    return found
+
+
+def _padded(rows: list[list[int]], k: int) -> np.ndarray:
+    return np.array([row + [-1] * (k - len(row)) for row in rows])
+
+
+@defines("radix_topk_page_table_transform", "radix_topk_page_table_transform_with_page_size")
+def _(a):
+    k, size = a["output_page_table"].shape[1], a.get("page_size", 1)
+    windows = _of_windows(a, k)
+    starts = a.get("maybe_page_table_row_starts", a.get("maybe_row_starts", [0] * len(windows)))
+    pages = []
+    for i, chosen in enumerate(windows):
+        table = a["src_page_table"][int(a.get("maybe_row_to_batch", range(len(windows)))[i])]
+        pages.append([
+            int(table[int(starts[i]) + at // size]) * size + at % size for at in chosen
+        ])  # fmt: skip
+    found = {"output_page_table": _padded(pages, k)}
+    if "maybe_output_raw_indices" in a:
+        found["maybe_output_raw_indices"] = _padded(windows, k)
+    return found
+
+
+@defines("radix_topk_ragged_transform")
+def _(a):
+    k = a["output_indices"].shape[1]
+    rows = zip(_of_windows(a, k), a["offsets"], strict=True)
+    return {"output_indices": _padded([[int(of) + at for at in row] for row, of in rows], k)}
+
+
 # ---------------------------------------------------------------- the comparison
 
 OF_FORMULAS = {row.formula: row for row in reversed(ROWS)}
@@ -480,6 +538,7 @@ OPTIONS: dict[str, dict] = {
         "n": 35, "factor": 4.0, "low": 3.0, "high": 9.5, "attention_factor": 1.2,
         "output_quant_scale": 200.0, "v_quant_scale": 300.0, "interleave": False,
     },
+    "radix_topk": {"tie_break": 2}, "radix_topk_ragged_transform": {"tie_break": 2},
     "merge_states": {"n": 2}, "merge_states_of_empty_ones": {"n": 2},
     **dict.fromkeys((name for name in DEFINITIONS if "_quant" in name), _QUANT),
     **dict.fromkeys((name for name in DEFINITIONS if name.startswith("rope_quantize")), _SCALES),
