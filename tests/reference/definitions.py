@@ -1,4 +1,4 @@
-"""Ops from their definitions, in loops over elements and Python's own numbers: by formula's name."""
+"""Ops from their definitions, by their formulas' names: loops over elements, Python's numbers."""
 
 from __future__ import annotations
 

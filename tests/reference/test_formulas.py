@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict] = {
         "n": 35, "factor": 4.0, "low": 3.0, "high": 9.5, "attention_factor": 1.2,
         "output_quant_scale": 200.0, "v_quant_scale": 300.0, "interleave": False,
     },
+    **{name: {"n": 60, "r": 60, "h": 150} for name in DEFINITIONS if "sampling_from" in name},
     "radix_topk": {"tie_break": 2}, "radix_topk_ragged_transform": {"tie_break": 2},
     "merge_states": {"n": 2}, "merge_states_of_empty_ones": {"n": 2},
     **dict.fromkeys((name for name in DEFINITIONS if "_quant" in name), _QUANT),
