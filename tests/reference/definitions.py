@@ -510,3 +510,54 @@ def _(a):
     k = a["output_indices"].shape[1]
     rows = zip(_of_windows(a, k), a["offsets"], strict=True)
     return {"output_indices": _padded([[int(of) + at for at in row] for row, of in rows], k)}
+
+
+# ---------------------------------------------------------------- blocks with a scale each
+
+
+def _small_float(code: int, exponent_bits: int, mantissa_bits: int) -> float:
+    """A sign, an exponent and a mantissa, as IEEE 754 has them."""
+    sign = -1.0 if code >> (exponent_bits + mantissa_bits) else 1.0
+    exponent = code >> mantissa_bits & (1 << exponent_bits) - 1
+    mantissa = (code & (1 << mantissa_bits) - 1) / (1 << mantissa_bits)
+    bias = (1 << exponent_bits - 1) - 1
+    return sign * (mantissa * 2.0 ** (1 - bias) if not exponent
+                   else (1 + mantissa) * 2.0 ** (exponent - bias))  # fmt: skip
+
+
+@defines("nvfp4_kv_dequant")
+def _(a):
+    found = empty(a["output"])
+    is_bytes = "block_scales" not in a["largest"]
+    for i, j in np.ndindex(found.shape):
+        byte, scale = int(a["fp4_data"][i, j // 2]), a["block_scales"][i, j // 16]
+        scale = _small_float(int(scale), 4, 3) if is_bytes else scale
+        code = byte >> 4 if j % 2 else byte & 15
+        found[i, j] = _small_float(code, 2, 1) * scale * a["global_scale"][0]
+    return {"output": found}
+
+
+def _tiled(row: int, column: int, columns: int) -> int:
+    """Where a scale goes: tiles of 128 rows and 4 columns, in which 4 groups of 32 rows lie
+    side by side."""
+    tile = row // 128 * -(-columns // 4) + column // 4
+    return tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4
+
+
+@defines("block_scale_interleave")
+def _(a):
+    scales, found = a["blockScale"], np.zeros_like(a["interleavedBlockScale"])
+    experts, _, columns = scales.shape
+    each = found.size // experts
+    for expert, row, column in np.ndindex(scales.shape):
+        found[expert * each + _tiled(row, column, columns)] = scales[expert, row, column]
+    return {"interleavedBlockScale": found}
+
+
+@defines("block_scale_interleave_reverse")
+def _(a):
+    tiled, found = a["blockScale"], np.zeros_like(a["reversedBlockScale"])
+    for expert, row, column in np.ndindex(tiled.shape):
+        flat = tiled[expert].reshape(-1)
+        found[expert, row, column] = flat[_tiled(row, column, tiled.shape[2])]
+    return {"reversedBlockScale": found}
