@@ -205,14 +205,14 @@ def test_head_order(rng):
     together = exact(q, k, v, Options(0.2)).out
     for h in range(6):
         alone = exact(q[:, [h]], k[:, [h // 3]], v[:, [h // 3]], Options(0.2)).out
-        np.testing.assert_allclose(alone[:, 0], together[:, h], atol=1e-12)
+        assert np.allclose(alone[:, 0], together[:, h], atol=1e-12)
 
 
 def test_rope_leaves_relative_positions(rng):
     """Turned by their positions, q @ k depends on the distance alone."""
     arrays = inputs((1, 1, 2, 2, 64, 64), rng)
     turned = exact(*arrays, Options(1.0, rope=(1.0, 1e4)))
-    np.testing.assert_allclose(turned.lse2, exact(*arrays, Options(1.0)).lse2, atol=1e-9)
+    assert np.allclose(turned.lse2, exact(*arrays, Options(1.0)).lse2, atol=1e-9)
 
 
 def test_alibi_counts_from_the_start(rng):
@@ -224,7 +224,7 @@ def test_alibi_counts_from_the_start(rng):
     logits = np.einsum("ihd,jhd->hij", q, k) * 0.1 + relative
     sums = np.exp(logits).sum(-1)
     by_hand = np.einsum("hij,jhd->ihd", np.exp(logits) / sums[..., None], v)
-    np.testing.assert_allclose(found.out, by_hand, atol=1e-5)
+    assert np.allclose(found.out, by_hand, atol=1e-5)
     np.testing.assert_allclose(
         found.lse2, (np.log2(sums) + 26 * slopes[:, None] * np.log2(np.e)).T, 1e-5
     )

@@ -1,4 +1,4 @@
-"""Formulas against their definitions in loops over elements (definitions.py, sampled.py).
+"""Formulas against their definitions in loops over elements (helpers/definitions.py, sampled.py).
 
 A formula judges a GPU's results, and rounded once it is what serves calls on the CPU: tests of
 these calls see how they are packed, and here is seen whether the formula is right.
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from reference.sampled import DEFINITIONS
 
-from fi_ffi.cli.cases import default_dtypes, make_case
-from fi_ffi.cli.inputs import inputs_of
 from fi_ffi.ops.table import ROWS
 from fi_ffi.reference import kernels
 from fi_ffi.reference.exact import MOVES
 from fi_ffi.reference.formula import as_inputs
+
+from helpers.cases import default_dtypes, make_case
+from helpers.inputs import inputs_of
+from helpers.sampled import DEFINITIONS
 
 OF_FORMULAS = {row.formula: row for row in reversed(ROWS)}
 

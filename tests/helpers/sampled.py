@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from reference.definitions import DEFINITIONS, defines, empty
 
 from fi_ffi.reference.philox import uniforms
+
+from helpers.definitions import DEFINITIONS, defines, empty
 
 __all__ = ["DEFINITIONS"]
 
