@@ -54,5 +54,6 @@ def store_changed(out: Array, value: Array, before: Array) -> None:
     """The same for what differs from `before`, `out` in the values' dtype: all else stays as it
     is, bit for bit, whoever writes there meanwhile."""
     value = np.asarray(value).astype(before.dtype)
-    changed = bits(value) != bits(before)
+    # Any byte but 0 is a true bool: what was there may be another than is written.
+    changed = (bits(value) != bits(before)) | (out.dtype == np.bool_)
     np.copyto(bits(out), bits(value.astype(out.dtype)), where=changed)
