@@ -1,4 +1,7 @@
-"""Write fi_ffi/ops/functions.pyi from the op table; `--check` only compares."""
+"""Write fi_ffi/ops/functions.pyi from the op table; `--check` only compares.
+
+Signatures alone: the prose is in `help()`, made of the same rows.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ sys.path.insert(0, str(ROOT))
 
 from generated import write_or_check  # noqa: E402
 
-from fi_ffi.ops.docs import docstring  # noqa: E402
 from fi_ffi.ops.row import (  # noqa: E402
     KV_LAYOUTS,
     Arg,
@@ -37,6 +39,7 @@ OPS: dict[str, Op]
 '''
 
 
+_WIDTH = 100
 _RESULTS = {"void": "None"}
 
 
@@ -62,22 +65,36 @@ def _default(arg: Scalar | Text, written: str | None) -> str:
     return " = ..." if written else ""
 
 
-def _stub(row: Row) -> str:
-    given = map(_parameter, row.given, defaults(row.given))
+def _call(row: Row) -> str:
+    """The declaration of `__call__`: in a line, or its parameters in as many as they take."""
+    given = [_parameter(*each) for each in zip(row.given, defaults(row.given), strict=True)]
     parameters = ["self", *given, "*", "stream: object = None"]
-    lines = [f"\nclass _{row.name}(Op):", "    def __call__("]
-    lines += [f"        {parameter}," for parameter in parameters]
-    doc = textwrap.indent(docstring(row), " " * 8).strip()
     result = _RESULTS.get(row.result, row.result)
-    lines += [f"    ) -> {result}:", f'        """{doc}', '        """']
-    lines += [f"\n{row.name}: _{row.name}\n"]
-    return "\n".join(lines)
+    call = f"    def __call__({', '.join(parameters)}) -> {result}: ..."
+    if len(call) <= _WIDTH:
+        return call
+    lines = textwrap.wrap(_whole(parameters), _WIDTH - 8, break_on_hyphens=False)
+    inside = [" " * 8 + line.replace("\0", " ") for line in lines]
+    return "\n".join(["    def __call__(", *inside, f"    ) -> {result}: ..."])
+
+
+def _whole(parameters: list[str]) -> str:
+    """A list of parameters in which lines break between two of them alone."""
+    return " ".join(f"{parameter},".replace(" ", "\0") for parameter in parameters)
 
 
 def text() -> str:
+    """The stubs; ops whose signatures are the same share the class of the first of them."""
     # The first row of an op is that of the default release.
     first = {row.name: row for row in reversed(ROWS)}
-    return HEADER + "".join(_stub(first[name]) for name in dict.fromkeys(r.name for r in ROWS))
+    sharing: dict[str, list[str]] = {}
+    for name in dict.fromkeys(row.name for row in ROWS):
+        sharing.setdefault(_call(first[name]), []).append(name)
+    stubs = [
+        "\n".join([f"\nclass _{names[0]}(Op):", call, *(f"{name}: _{names[0]}" for name in names)])
+        for call, names in sharing.items()
+    ]
+    return HEADER + "\n".join(stubs) + "\n"
 
 
 if __name__ == "__main__":

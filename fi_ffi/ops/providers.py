@@ -9,7 +9,7 @@ from fi_ffi.abi.tensor import Device
 from fi_ffi.errors import ArchitectureError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import machine
 from fi_ffi.ops.releases import fits
-from fi_ffi.ops.row import Row
+from fi_ffi.ops.row import Absent, Row
 
 
 def release_in_use() -> str | None:
@@ -43,7 +43,7 @@ def entry_for(row: Row, device: Device, module: str | None = None) -> Entry:
     # Here, not above: numpy takes longer to import than all of fi_ffi.
     from fi_ffi import reference
 
-    names = [arg.name for arg in row.args]
+    names = ["" if isinstance(arg, Absent) else arg.name for arg in row.args]
     compiled = _compiled(module)
     return reference.entry(row.module, row.signature, row.reference, compiled, row.formula, names)
 

@@ -2,7 +2,8 @@
 
 Each is registered as a TVM-FFI function, so that a call on CPU tensors goes
 through the same checks, packing, library call and error decoding as one on a
-GPU.  They are also what the GPU tests compare with.
+GPU.  Most are an op's formula in float64, rounded once: what results of a GPU are
+compared with.  Those of `KERNELS` have no formula, or round on the way.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from fi_ffi.abi import library
 from fi_ffi.abi.function import Entry, register
 from fi_ffi.abi.signature import Signature
@@ -19,8 +22,8 @@ from fi_ffi.errors import KernelNotFoundError
 from fi_ffi.families import FAMILIES
 from fi_ffi.loader import runtime
 from fi_ffi.reference import attention
-from fi_ffi.reference.arrays import over_arrays, store
-from fi_ffi.reference.formula import as_inputs
+from fi_ffi.reference.arrays import bits, over_arrays, store_changed
+from fi_ffi.reference.formula import OneOfMany, as_inputs
 
 # What a module was compiled for, where its kernels depend on it: names and values.
 Compiled = tuple[tuple[str, object], ...]
@@ -30,11 +33,11 @@ _FAMILIES = tuple(
 )
 _lock = threading.Lock()
 library.renew_after_fork(globals(), "_lock", threading.Lock)
-_entries: dict[tuple[str, str, str, Compiled], Entry] = {}
+_entries: dict[tuple[str, str, str, Compiled, str], Entry] = {}
 
 
 def kernels() -> dict[str, list[str]]:
-    """The entries there are, by module."""
+    """The entries that have a kernel of their own, by module."""
     found: dict[str, set[str]] = {module: {*names} for module, names in attention.KERNELS.items()}
     for family in _FAMILIES:
         for module, names in getattr(family, "KERNELS", {}).items():
@@ -48,10 +51,10 @@ def entry(
 ) -> Entry:  # fmt: skip
     """The numpy `kernel` of a module, as a TVM-FFI function with that signature.
 
-    `compiled` is for the attention families: `attention.reference_kernel`.  Where no reference
-    was written for the kernel its formula serves, which takes its arguments by `names`.
+    `compiled` is for the attention families: `attention.reference_kernel`.  Where no kernel
+    was written for the entry its formula serves, which takes its arguments by `names`.
     """
-    key = (module, kernel, str(signature), compiled)
+    key = (module, kernel, str(signature), compiled, formula)
     with _lock:
         if key not in _entries:
             function = _function(module, kernel, compiled) or from_formula(formula, names)
@@ -76,16 +79,34 @@ def _function(module: str, kernel: str, compiled: Compiled) -> Callable[..., Any
 
 
 def from_formula(formula: str, names: Sequence[str]) -> Callable[..., Any] | None:
-    """A kernel that computes an op's formula and rounds once; None where there is none."""
-    from fi_ffi.reference.exact import EXACT  # not above: it imports every family again
+    """A kernel that computes an op's formula and rounds once; None where there is none.
 
-    exact = EXACT.get(formula)
-    if exact is None:
+    `names` are the formula's for the arguments, "" for one that the op has not.
+    """
+    from fi_ffi.reference.exact import EXACT, MOVES  # not above: it imports every family again
+
+    exact, move = EXACT.get(formula), MOVES.get(formula)
+    if exact is None and move is None:
         return None
 
     def kernel(*values: Any) -> None:
         given = dict(zip(names, values, strict=True))
-        for name, expected in exact(as_inputs(given)).items():
-            store(given[name], expected[0])  # type: ignore[index]
+        given = {name: value for name, value in given.items() if name and value is not None}
+        if move is not None:
+            arrays = {name: _as_moved(value) for name, value in given.items()}
+            for name, after in move(arrays).items():
+                store_changed(arrays[name], after, arrays[name])
+        elif exact is not None:
+            inputs = as_inputs(given)
+            for name, expected in exact(inputs).items():
+                assert isinstance(expected, (tuple, OneOfMany)), f"{formula}: a judge has no value"
+                value = expected[0] if isinstance(expected, tuple) else expected.value()
+                store_changed(given[name], value, inputs[name])
 
     return kernel
+
+
+def _as_moved(value: Any) -> Any:
+    """Numbers as their bits: a dtype of numpy's extensions may change a NaN's on the way."""
+    is_moved = isinstance(value, np.ndarray) and value.dtype.kind not in "iub"
+    return bits(value) if is_moved else value

@@ -1,44 +1,56 @@
-"""The modules of gated activations in numpy, in float32 as `jit/activation.py` has them."""
+"""Gated activations in float64, from their definition: see exact.py."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 
-from fi_ffi.reference.arrays import Array, store
+from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.formula import Exact, Formula, Inputs
 
-_HALF, _ONE = np.float32(0.5), np.float32(1)
-_erf = np.vectorize(math.erf, otypes=[np.float32])
+# Float32 below its normal numbers is 0 in kernels compiled for fast arithmetic, and so is what
+# they divide by 2^126 or more.
+_FLUSHED = 2.0**-126
+# Of float32 arithmetic 2^-16 of the magnitude is allowed, and PTX's tanh is right to 2^-11.
+_SLACK, _TANH = 2.0**-16, 2.0**-11
 
-
-def _silu(x: Array) -> Array:
-    result: Array = x / (_ONE + np.exp(-x))
-    return result
-
-
-def _gelu(x: Array) -> Array:
-    result: Array = x * _HALF * (_ONE + _erf(x * np.float32(0.5**0.5)))
-    return result
+_erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
-def _gelu_tanh(x: Array) -> Array:
-    inner = np.float32(0.7978845608028654) * (x + np.float32(0.044715) * x * x * x)
-    result: Array = x * (_HALF * (_ONE + np.tanh(inner)))
-    return result
+def _halves(a: Inputs) -> tuple[Array, Array]:
+    d = a["input"].shape[1] // 2
+    return a["input"][:, :d], a["input"][:, d:]
 
 
-def _kernel(activation: Callable[[Array], Array]) -> Callable[[Array, Array, bool], None]:
-    def kernel(out: Array, input: Array, enable_pdl: bool) -> None:
-        gate, factor = np.split(input.astype(np.float32), 2, axis=1)
-        store(out, activation(gate) * factor)
-
-    return kernel
+def _result(x: Array, y: Array, value: Array, terms: Array) -> Exact:
+    """`terms`: the sum of what the value is a sum of, without their signs."""
+    flushed = (1 + np.abs(x)) * (1 + np.abs(y)) * _FLUSHED / _SLACK
+    return {"out": (value, terms + flushed)}
 
 
-_ACTIVATIONS = {"silu": _silu, "gelu": _gelu, "gelu_tanh": _gelu_tanh}
-KERNELS: dict[str, dict[str, Callable[..., None]]] = {
-    f"{name}_and_mul": {f"{name}_and_mul": _kernel(function)}
-    for name, function in _ACTIVATIONS.items()
+def silu_and_mul(a: Inputs) -> Exact:
+    x, y = _halves(a)
+    with np.errstate(over="ignore"):
+        value = x / (1 + np.exp(-x)) * y
+    return _result(x, y, value, np.abs(value))
+
+
+def gelu_and_mul(a: Inputs) -> Exact:
+    x, y = _halves(a)
+    tail = _erf(x / np.sqrt(2))
+    return _result(x, y, x * y * (1 + tail) / 2, np.abs(x * y) * (1 + np.abs(tail)) / 2)
+
+
+def gelu_tanh_and_mul(a: Inputs) -> Exact:
+    x, y = _halves(a)
+    tail = np.tanh(np.sqrt(2 / np.pi) * x * (1 + 0.044715 * x**2))
+    terms = np.abs(x * y) * (1 + np.abs(tail) * (1 + _TANH / _SLACK)) / 2
+    return _result(x, y, x * y * (1 + tail) / 2, terms)
+
+
+EXACT: dict[str, Formula] = {
+    "silu_and_mul": silu_and_mul,
+    "gelu_and_mul": gelu_and_mul,
+    "gelu_tanh_and_mul": gelu_tanh_and_mul,
 }

@@ -40,6 +40,20 @@ def over_arrays(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def bits(array: Array) -> Array:
+    """A view of the elements as numbers without a sign, which no copy changes."""
+    return array.view(f"u{array.itemsize}")
+
+
 def store(out: Array, value: Array) -> None:
-    """Write float32 values, rounded to nearest even in `out`'s dtype."""
+    """Write values, rounded to nearest even in `out`'s dtype."""
     out[...] = value.astype(out.dtype)
+
+
+def store_changed(out: Array, value: Array, before: Array) -> None:
+    """The same for what differs from `before`, `out` in the values' dtype: all else stays as it
+    is, bit for bit, whoever writes there meanwhile."""
+    value = np.asarray(value).astype(before.dtype)
+    # Any byte but 0 is a true bool: what was there may be another than is written.
+    changed = (bits(value) != bits(before)) | (out.dtype == np.bool_)
+    np.copyto(bits(out), bits(value.astype(out.dtype)), where=changed)

@@ -1,4 +1,8 @@
-"""Blocks with a scale each in numpy, as the kernels compute them."""
+"""Quantising blocks with a scale each in numpy, rounding where the kernels round.
+
+Which of two neighbouring numbers an element becomes is decided by the order of float32 products and
+reciprocals before it: the formulas of exact_block_scaled.py judge, and allow both.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,9 @@ import numpy as np
 
 from fi_ffi.reference.arrays import Array, store
 
-_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 # Rows that a tile of scales has, by the code of their layout; in rows where there is none.
 _TILES = {0: 128, 1: 8}
 _ROWS = 2
-
-
-def nvfp4_kv_dequant(
-    fp4_data: Array, block_scales: Array, global_scale: Array, output: Array
-) -> None:
-    halves = np.stack([fp4_data & 15, fp4_data >> 4], axis=-1).reshape(output.shape)
-    values = np.where(halves & 8, -_E2M1[halves & 7], _E2M1[halves & 7])
-    scales = block_scales.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    store(output, values * np.repeat(scales, 16, axis=1) * global_scale[0])
 
 
 def places(rows: int, cols: int, tile: int) -> Array:
@@ -31,20 +25,6 @@ def places(rows: int, cols: int, tile: int) -> Array:
     tiles = row // tile * -(-cols // 4) + col // 4
     found: Array = tiles * (4 * tile) + in_tile + col % 4
     return found
-
-
-def block_scale_interleave(scales: Array, interleaved: Array) -> None:
-    experts, rows, cols = scales.shape
-    interleaved[...] = 0
-    # As numbers: a dtype of numpy's extensions may change a NaN's bits when it is copied.
-    bits = interleaved.view(f"u{scales.itemsize}")
-    whole = bits.reshape(experts, len(bits) // max(experts, 1))
-    whole[:, places(rows, cols, 128)] = scales.view(f"u{scales.itemsize}")
-
-
-def block_scale_interleave_reverse(scales: Array, reversed: Array) -> None:
-    experts, rows, cols = scales.shape
-    reversed[...] = scales.reshape(experts, rows * cols)[:, places(rows, cols, 128)]
 
 
 def mxfp8_quantize(
@@ -130,11 +110,6 @@ def nvfp4_kv_quant(input: Array, global_scale: Array, output: Array, scales: Arr
 
 
 KERNELS: dict[str, dict[str, Callable[..., None]]] = {
-    "fp4_kv_dequant": {"nvfp4_kv_dequant": nvfp4_kv_dequant},
-    "fp4_quantization_90": {
-        "block_scale_interleave_sm100": block_scale_interleave,
-        "block_scale_interleave_reverse_sm100": block_scale_interleave_reverse,
-    },
     "mxfp8_quantization_sm100": {"mxfp8_quantize": mxfp8_quantize},
     "fp4_quantization_100": {"fp4_quantize": fp4_quantize},
     "fp4_kv_quant": {"nvfp4_kv_quant": nvfp4_kv_quant},

@@ -1,107 +1,120 @@
-"""The `cascade` module in numpy: float32 arithmetic, as `attention/cascade.cuh` has it.
+"""Merging attention states in float64, from their definition: see exact.py.
 
-Up to FlashInfer 0.7.1 its infinity is 5e4: the state that a merge of many begins with is at -5e4,
-and counts as one.
+A state over keys with logits l, to base 2, and values x is s = log2(sum(2^l)) and
+v = sum(2^(l - s) x); that of several sets of keys follows from theirs.  Up to FlashInfer 0.7.1 the
+kernels' infinity is 5e4: the state that a merge of many begins with is at -5e4 and counts as one,
+and two states at minus infinity itself are NaN.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import numpy as np
 
-from fi_ffi.reference.arrays import Array, store
+from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.formula import Exact, Formula, Inputs, OneOfMany
 
-# Threads that a block of `merge_states` has where there are no fewer sets than tokens.
-_THREADS = 128
-
-Weight = Callable[[Array, Array], Array]
-
-
-def _weight(s: Array, most: Array) -> Array:
-    weight: Array = np.exp2(s - most)
-    return weight
+# FlashInfer's minus infinity up to 0.7.1: the log-sum-exp of no keys.
+_NOTHING = -5e4
+_SLACK = 2.0**-16
+_HALF_SUBNORMAL = 2.0**-25  # half a step between float16's smallest numbers
 
 
-def _weight_of_empty_ones(s: Array, most: Array) -> Array:
-    """Of a state at minus infinity 0, also where all are."""
-    # The maximum of a NaN and a number is the number, as CUDA has it.
-    weight: Array = np.exp2(np.fmax(s - most, np.float32(-np.inf)))
-    return weight
+def _merged(v: Array, s: Array) -> tuple[Array, Array, Array]:
+    """Of states along axis 1: the output, the sum of its terms without their signs, and s."""
+    with np.errstate(invalid="ignore"):  # all at minus infinity: there are no keys
+        lse = np.logaddexp2.reduce(s, axis=1)
+        weights = np.where(s == -np.inf, 0, np.exp2(s - lse[:, None]))
+    value, terms = (np.einsum("nkhd,nkh->nhd", each, weights) for each in (v, np.abs(v)))
+    return value, terms, lse
 
 
-def _nothing(of: Weight) -> float:
-    """The log-sum-exp of no keys."""
-    return -5e4 if of is _weight else -np.inf
+def _exact(
+    names: tuple[str, str], v: Array, s: Array, v_error: float = 0.0, s_error: Array | float = 0.0
+) -> dict[str, tuple[Array, Array]]:
+    """`v_error`: the relative error of the partial values that the kernel merges; `s_error`,
+    (n, heads): the absolute one of their log-sum-exps."""
+    value, terms, lse = _merged(v, s)
+    # A log-sum-exp is right to what the sum of powers is, whatever was added to the logits.
+    of_sum = 1 + np.log2(s.shape[1]) + s_error / _SLACK + np.zeros(lse.shape)
+    # An error of a log-sum-exp is one of a weight, and of the sum of weights that divides it.
+    relative = v_error + 2 * np.log(2) * (s_error + np.zeros(lse.shape))[..., None]
+    least = _HALF_SUBNORMAL / _SLACK if v_error else 0.0
+    return {names[0]: (value, terms * (1 + relative / _SLACK) + least), names[1]: (lse, of_sum)}
 
 
-def _share(weight: Array, total: Array, of: Weight) -> Array:
-    share: Array = weight / total
-    return share if of is _weight else np.where(total > 0, share, np.float32(0))
+def merge_state_of_empty_ones(a: Inputs) -> Exact:
+    v, s = (np.stack([a[f"{name}_a"], a[f"{name}_b"]], axis=1) for name in "vs")
+    return _exact(("v_merged", "s_merged"), v, s)
 
 
-def _merge(v: Array, s: Array, v_b: Array, s_b: Array, of: Weight) -> tuple[Array, Array]:
-    most = np.fmax(s, s_b)
-    a, b = of(s, most), of(s_b, most)
-    total = a + b
-    share_a, share_b = (_share(weight, total, of)[..., None] for weight in (a, b))
-    merged: Array = share_a * v.astype(np.float32) + share_b * v_b.astype(np.float32)
-    return merged, np.log2(total) + most
+def merge_state_in_place_of_empty_ones(a: Inputs) -> Exact:
+    v, s = (np.stack([a[name], a[f"{name}_other"]], axis=1) for name in "vs")
+    chosen = a["mask"] != 0 if "mask" in a else np.full(len(v), True)
+    merged = {}
+    for name, (value, magnitude) in _exact(("v", "s"), v, s).items():
+        where = chosen.reshape(-1, *[1] * (value.ndim - 1))
+        merged[name] = np.where(where, value, a[name]), np.where(where, magnitude, 0)
+    return merged
 
 
-def merge_state(
-    v_a: Array, s_a: Array, v_b: Array, s_b: Array, v_merged: Array, s_merged: Array,
-    *, of: Weight = _weight,
-) -> None:  # fmt: skip
-    v, s_merged[...] = _merge(v_a, s_a, v_b, s_b, of)
-    store(v_merged, v)
+def _without_nothing(made: Exact, v: str, s: str) -> Exact:
+    """NaN where both states are at minus infinity itself, as in kernels that subtract them."""
+    (value, terms), (lse, of_sum) = made[v], made[s]  # type: ignore[misc]
+    is_nothing = lse == -np.inf
+    value = np.where(is_nothing[..., None], np.nan, value)
+    return {v: (value, terms), s: (np.where(is_nothing, np.nan, lse), of_sum)}
 
 
-def merge_state_in_place(
-    v: Array, s: Array, v_other: Array, s_other: Array, mask: Array | None, *, of: Weight = _weight
-) -> None:
-    merged, lse = _merge(v, s, v_other, s_other, of)
-    chosen = slice(None) if mask is None else mask.astype(bool)
-    v[chosen] = merged[chosen].astype(v.dtype)
-    s[chosen] = lse[chosen]
+def merge_state(a: Inputs) -> Exact:
+    return _without_nothing(merge_state_of_empty_ones(a), "v_merged", "s_merged")
 
 
-def _of_many(v: Array, s: Array, of: Weight) -> tuple[Array, Array]:
-    """The state of the sets along the second axis, and of the one that it begins with."""
-    nothing = _nothing(of)
-    most = np.fmax.reduce(s, axis=1, initial=nothing)
-    weights = of(s, most[:, None])
-    total = np.sum(weights, axis=1) + of(np.full_like(most, nothing), most)
-    merged = np.einsum("nkhd,nkh->nhd", v.astype(np.float32), weights)
-    if of is _weight:
-        return merged / total[..., None], most + np.log2(total)
-    divided = np.where(total[..., None] > 0, merged / total[..., None], np.float32(0))
-    return divided, most + np.log2(total)
+def merge_state_in_place(a: Inputs) -> Exact:
+    return _without_nothing(merge_state_in_place_of_empty_ones(a), "v", "s")
 
 
-def merge_states(
-    v: Array, s: Array, v_merged: Array, s_merged: Array, *, of: Weight = _weight
-) -> None:
-    n, sets, _, head_dim = v.shape
-    if sets < n and sets < 2:  # nothing is computed
-        v_merged[...] = v[:, 0] if sets else 0
-        s_merged[...] = s[:, 0] if sets else _nothing(of)
-        return
-    if sets >= n:
-        rows = _THREADS // min(head_dim // 8, 32)
-        parts = [_of_many(v[:, i::rows], s[:, i::rows], of) for i in range(rows)]
-        v = np.stack([part.astype(v.dtype) for part, _ in parts], axis=1)
-        s = np.stack([lse for _, lse in parts], axis=1)
-    merged, s_merged[...] = _of_many(v, s, of)
-    store(v_merged, merged)
+def _step(largest: float) -> float:
+    """The distance of 1 to the next number, in the dtype that has this largest one."""
+    return float(2 - 2 * np.frexp(largest)[0])
 
 
-_KERNELS: tuple[Callable[..., None], ...] = (merge_state, merge_state_in_place, merge_states)
-KERNELS: dict[str, dict[str, Callable[..., None]]] = {
-    "cascade": {kernel.__name__: kernel for kernel in _KERNELS}
-    | {
-        f"{kernel.__name__}_of_empty_ones": functools.partial(kernel, of=_weight_of_empty_ones)
-        for kernel in _KERNELS
-    }
+def merge_states(a: Inputs, nothing: float = _NOTHING) -> Exact:
+    v, s = a["v"], a["s"]
+    n, sets = s.shape[:2]
+    names = ("v_merged", "s_merged")
+    if sets == 1 < n:  # a copy
+        return {names[0]: (v[:, 0], np.abs(v[:, 0])), names[1]: (s[:, 0], np.ones_like(s[:, 0]))}
+    errors: tuple[float, Array | float] = (0.0, 0.0)
+    if n <= sets > 1:
+        # The rows of threads hand on partial values in v's dtype, and partial log-sum-exps in
+        # float32.
+        finite = np.abs(s, where=np.isfinite(s), out=np.zeros_like(s))
+        errors = _step(a["largest"]["v"]) / 2, 2.0**-24 * finite.max(axis=1)
+    v, s = (np.insert(x, 0, first, axis=1) for x, first in ((v, 0.0), (s, nothing)))
+    return _exact(names, v, s, *errors)
+
+
+def merge_states_of_empty_ones(a: Inputs) -> Exact:
+    """The same, but that of no sets the log-sum-exp is minus infinity itself."""
+    made = merge_states(a, -np.inf)
+    if a["s"].shape[1]:
+        return made
+
+    def is_nothing(got: Array) -> tuple[float, float]:
+        return 0.0, 0.0 if (got == -np.inf).all() else np.inf
+
+    none = np.full(a["s_merged"].shape, -np.inf)
+    return {**made, "s_merged": OneOfMany(lambda: none, is_nothing)}
+
+
+EXACT: dict[str, Formula] = {
+    formula.__name__: formula
+    for formula in (
+        merge_state,
+        merge_state_of_empty_ones,
+        merge_state_in_place,
+        merge_state_in_place_of_empty_ones,
+        merge_states,
+        merge_states_of_empty_ones,
+    )
 }

@@ -1,18 +1,16 @@
-"""The `concat_mla` module in numpy."""
+"""Concatenating MLA's keys, from its definition: see exact.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import numpy as np
 
 from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.formula import Inputs, Move
 
 
-def concat_mla_k(k: Array, k_nope: Array, k_rope: Array) -> None:
-    own = k_nope.shape[-1]
-    # As numbers: a dtype of numpy's extensions may change a NaN's bits when it is copied.
-    bits = f"u{k.itemsize}"
-    k.view(bits)[..., :own] = k_nope.view(bits)
-    k.view(bits)[..., own:] = k_rope.view(bits)
+def concat_mla_k(a: Inputs) -> dict[str, Array]:
+    heads = a["k_nope"].shape[1]
+    return {"k": np.concatenate([a["k_nope"], np.repeat(a["k_rope"], heads, axis=1)], axis=2)}
 
 
-KERNELS: dict[str, dict[str, Callable[..., None]]] = {"concat_mla": {"concat_mla_k": concat_mla_k}}
+MOVES: dict[str, Move] = {"concat_mla_k": concat_mla_k}

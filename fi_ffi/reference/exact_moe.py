@@ -1,7 +1,7 @@
 """Mixtures of experts in float64, and how far from them the kernels' roundings may lead.
 
-Written from the definition, not from the reference: weights come as the numbers they stand for,
-and what is quantised on the way is quantised here.  Each step carries a radius that the kernel's
+Weights come as the numbers they stand for, an array or what makes one for each expert, and what is
+quantised on the way is quantised here.  Each step carries a radius that the kernel's
 value is within.  Roundings are independent of one another, so what a sum makes of them grows as
 the root of their squares: five times that, or their plain sum where it is less.
 """
@@ -40,8 +40,8 @@ class Layer:
     x: Array
     experts: Array
     final: Array | None
-    w1: Array
-    w2: Array
+    w1: Any
+    w2: Any
     dtype: Any
     activation: str
     scales: dict[str, Array]

@@ -1,20 +1,68 @@
-"""The gated delta rule in numpy: token by token, in float64.
+"""The gated delta rule in float64, solved for pieces of a sequence at once.
 
-Unlike the kernel, which takes tiles of 64 tokens, it looks at `cu_seqlens`: on a GPU a
-sequence without tokens never ends, and one past the end is read past the tensors.
+Each token writes `u`, what is new of its value; those of a piece solve a triangular
+system.  With `xp` another array module than numpy, the work is done there.
+
+Unlike the kernel, which takes tiles of 64 tokens, it looks at `cu_seqlens`: on a GPU a sequence
+without tokens never ends, and one past the end is read past the tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from fi_ffi.reference.arrays import Array, store
+from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.formula import Formula
 
+# Tokens solved for at a time.
+_PIECE = 256
 _TILE = 64
+
+
+def _decay(alpha: Any, xp: Any) -> Any:
+    """[h, i, j]: what is left at token i of what token j wrote."""
+    heads, count = alpha.shape
+    decay = xp.zeros((heads, count, count))
+    for i in range(count):
+        if i:
+            decay[:, i, :i] = decay[:, i - 1, :i] * alpha[:, i, None]
+        decay[:, i, i] = 1
+    return decay
+
+
+def piece(q: Any, k: Any, v: Any, gates: Any, state: Any, xp: Any = np) -> tuple[Any, Any]:
+    """What tokens read, [h, n, v] (without the scale), and the state after them."""
+    alpha, beta = gates
+    decay = _decay(alpha, xp)
+    carried = xp.cumprod(alpha, axis=1)[:, :, None]
+    system = xp.tril(decay * (k @ k.transpose(0, 2, 1)), -1) * beta[:, :, None]
+    system += xp.eye(alpha.shape[1])
+    new = beta[:, :, None] * (v - carried * (k @ state.transpose(0, 2, 1)))
+    u = xp.linalg.solve(system, new)
+    read = (decay * (q @ k.transpose(0, 2, 1))) @ u + carried * (q @ state.transpose(0, 2, 1))
+    after = carried[:, -1:] * state + (decay[:, -1, :, None] * u).transpose(0, 2, 1) @ k
+    return read, after
+
+
+def sequence(
+    q: Any, k: Any, v: Any, gates: Any, state: Any, every: int = 0, xp: Any = np
+) -> tuple[Any, Any, list[Any]]:
+    """The same for a sequence of any length, and the states at its checkpoints."""
+    length, read, kept = q.shape[1], [], []
+    step = math.gcd(every, _PIECE)
+    for start in range(0, length, step):
+        span = slice(start, start + step)
+        gate = [of[:, span] for of in gates]
+        out, state = piece(q[:, span], k[:, span], v[:, span], gate, state, xp)
+        read.append(out)
+        tiles = -(-min(start + step, length) // _TILE)
+        if every and not tiles % (every // _TILE):
+            kept.append(state)
+    return xp.concatenate(read, axis=1), state, kept
 
 
 def _check_starts(cu_seqlens: Array, tokens: int) -> None:
@@ -26,53 +74,42 @@ def _check_starts(cu_seqlens: Array, tokens: int) -> None:
         raise ValueError(f"sequence {at} has {lengths[at]} tokens: a GPU would never end")
 
 
-def gdn_prefill(
-    output: Array,
-    output_state: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    cu_seqlens: Array,
-    input_state: Array | None,
-    alpha: Array | None,
-    beta: Array | None,
-    scale: float,
-    workspace_buffer: Array,
-    state_checkpoints: Array | None = None,
-    checkpoint_cu_starts: Array | None = None,
-    checkpoint_every_n_tokens: int = 0,
-) -> None:
-    del workspace_buffer
-    tokens, heads, size = output.shape
-    _check_starts(cu_seqlens, tokens)
-    scale = scale or size**-0.5
-    # A head of k (and q or v) serves as many heads of the output as there are more of those.
-    q, k, v = (np.repeat(x.astype(np.float64), heads // x.shape[1], axis=1) for x in (q, k, v))
-    gates = np.ones((2, tokens, heads))
-    for gate, given in zip(gates, (alpha, beta), strict=True):
-        if given is not None:
-            gate[...] = given
-    for i, (start, end) in enumerate(pairwise(cu_seqlens)):
-        state = np.zeros((heads, size, size))
-        if input_state is not None:
-            state[...] = input_state[i]
-        # The kernel keeps a checkpoint wherever so many tiles were begun, the last one too.
-        every = checkpoint_every_n_tokens
-        ends = range(every - _TILE + 1, end - start + 1, every) if every else ()
-        kept = {min(t + _TILE - 1, int(end - start)): n for n, t in enumerate(ends)}
-        for t in range(start, end):
-            state *= gates[0, t, :, None, None]
-            written = gates[1, t, :, None] * (v[t] - np.einsum("hvk,hk->hv", state, k[t]))
-            state += written[:, :, None] * k[t, :, None, :]
-            store(output[t], scale * np.einsum("hvk,hk->hv", state, q[t]))
-            if t - start + 1 in kept and state_checkpoints is not None:
-                assert checkpoint_cu_starts is not None
-                place = checkpoint_cu_starts[i] + kept[t - start + 1]
-                state_checkpoints[place] = state
-        output_state[i] = state
+def gdn_prefill(a: dict[str, Any], xp: Any = np) -> dict[str, tuple[Any, Any]]:
+    heads, size = a["output_state"].shape[1:3]
+    scale = a["scale"] or size**-0.5
+    every = a.get("checkpoint_every_n_tokens", 0)
+    # [head, token, ...]
+    q, k, v = (
+        xp.repeat(xp.asarray(a[name]).transpose(1, 0, 2), heads // a[name].shape[1], axis=0)
+        for name in "qkv"
+    )
+    ones = xp.ones((v.shape[1], heads))
+    gates = [xp.asarray(a[name]).T if name in a else ones.T for name in ("alpha", "beta")]
+    starts = np.asarray(a["cu_seqlens"]).astype(int)
+    _check_starts(starts, v.shape[1])
+    found: dict[str, list[Any]] = {"output": [], "output_state": [], "state_checkpoints": []}
+    sizes: dict[str, list[Any]] = {name: [] for name in found}
+    for i, (start, end) in enumerate(pairwise(starts)):
+        of_q, of_k, of_v = (x[:, start:end] for x in (q, k, v))
+        gate = [of[:, start:end] for of in gates]
+        state = (
+            xp.asarray(a["input_state"][i]) if "input_state" in a else xp.zeros((heads, size, size))
+        )
+        of_state = abs(state).max(axis=(1, 2)) + abs(of_v).max(axis=(1, 2))
+        read, state, kept = sequence(of_q, of_k, of_v, gate, state, every, xp)
+        found["output"].append(scale * read.transpose(1, 0, 2))
+        # What is read is a sum over keys: of length 1 as they are, at most that of a row.
+        of_read = scale * of_state[:, None] * xp.linalg.norm(of_q, axis=2)
+        sizes["output"].append(xp.broadcast_to(of_read.T[:, :, None], (end - start, heads, size)))
+        found["output_state"].append(state[None])
+        found["state_checkpoints"] += [one[None] for one in kept]
+        sizes["output_state"].append(xp.broadcast_to(of_state[:, None, None], state.shape)[None])
+        sizes["state_checkpoints"] += [sizes["output_state"][-1]] * len(kept)
+    return {
+        name: (xp.concatenate(values), xp.concatenate(sizes[name]))
+        for name, values in found.items()
+        if values and name in a
+    }
 
 
-# By module, and by entry.
-KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
-    "gdn_prefill_sm90": {"gdn_prefill": gdn_prefill},
-}
+EXACT: dict[str, Formula] = {"gdn_prefill": gdn_prefill}

@@ -15,6 +15,8 @@ import numpy as np
 
 from fi_ffi.abi.tensor import DTYPES, TensorDesc
 from fi_ffi.reference.arrays import Array, as_array, store
+from fi_ffi.reference.exact_gemm import bmm_fp8
+from fi_ffi.reference.formula import OneOfMany, as_inputs
 
 BLOCK = 128
 _E4M3_LIMIT = 448.0
@@ -23,13 +25,6 @@ _ALGORITHM_BYTES = 64  # of a cublasLtMatmulAlgo_t
 
 def _float32(x: Array) -> Array:
     return x.astype(np.float32)
-
-
-def bmm_fp8(
-    A: Array, B: Array, D: Array, A_scale: Array, B_scale: Array, workspace_buffer: Array,
-    cublas_handle: int = 0,
-) -> None:  # fmt: skip
-    store(D, np.matmul(_float32(A), _float32(B)) * (A_scale[0] * B_scale[0]))
 
 
 def bmm_fp8_get_algos(
@@ -51,7 +46,9 @@ def bmm_fp8_run_with_algo(
     count, algo_idx = rest[-2].size // _ALGORITHM_BYTES, rest[-1]
     if not 0 <= algo_idx < count:
         raise RuntimeError(f"algo_idx {algo_idx} out of range [0, {count})")
-    bmm_fp8(A, B, D, A_scale, B_scale, workspace_buffer)
+    made = bmm_fp8(as_inputs({"A": A, "B": B, "A_scale": A_scale, "B_scale": B_scale}))["D"]
+    assert isinstance(made, OneOfMany)
+    store(D, made.value())
 
 
 def _at(address: int, rows: int, columns: int, row_stride: int, dtype: np.dtype[Any]) -> Array:
@@ -199,7 +196,6 @@ def group_gemm_fp8_nt_groupwise(
 # By module, and by entry.
 KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
     "gemm": {
-        "bmm_fp8": bmm_fp8,
         "bmm_fp8_get_algos": bmm_fp8_get_algos,
         "bmm_fp8_run_with_algo": bmm_fp8_run_with_algo,
         "cutlass_segment_gemm": cutlass_segment_gemm,

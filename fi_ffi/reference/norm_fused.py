@@ -1,114 +1,106 @@
-"""The fused kernels of the `norm` module in numpy, rounding where they round."""
+"""Fused kernels of diffusion transformers in float64, from their definition: see exact.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
 
 import numpy as np
 
-from fi_ffi.reference.arrays import Array, store
-
-_E4M3_LIMIT = np.float32(448)
-
-
-def _frequencies(channels: int, base: float, factor: float, low: float, high: float) -> Array:
-    """How far each pair turns with one patch; slower from pair `low` to pair `high` on."""
-    pair = np.arange(channels // 2, dtype=np.float32)
-    fast: Array = np.float32(base) ** (-2 * pair / np.float32(max(channels, 1)))
-    if np.float32(factor) == 1:
-        return fast
-    high += 0.001 if abs(low - high) <= 1e-6 else 0.0
-    kept = 1 - np.clip((pair - np.float32(low)) / np.float32(high - low), 0, 1)
-    mixed: Array = fast / np.float32(factor) * (1 - kept) + fast * kept
-    return mixed.astype(np.float32)
+from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.formula import Exact, Formula, Inputs
 
 
-def _angles(
-    tokens: int, patches: tuple[int, int, int], channels: tuple[int, int, int], *yarn: float
-) -> Array:
-    """By how much each pair of a token's head turns."""
-    _, rows, columns = patches
-    at = np.arange(tokens) % int(np.prod(patches))
-    places = at // (rows * columns), at // columns % rows, at % columns
-    turns = [
-        place.astype(np.float32)[:, None] * _frequencies(count, *yarn)
-        for place, count in zip(places, channels, strict=True)
-    ]
-    return np.concatenate(turns, axis=1)
+def _speed(a: Inputs, pair: int, channels: int) -> float:
+    """How far a pair turns with one patch."""
+    speed = float(a["base"]) ** (-2 * pair / channels)
+    high = a["high"] if abs(a["high"] - a["low"]) > 1e-6 else a["low"] + 1e-3
+    slow = min(max((pair - a["low"]) / (high - a["low"]), 0.0), 1.0)
+    return float(speed * (1 - slow) + speed / a["factor"] * slow)
 
 
-def _turned(x: Array, angles: Array, interleave: bool) -> Array:
-    half = x.shape[-1] // 2
-    apart = slice(half), slice(half, None)
-    pairs = (slice(0, None, 2), slice(1, None, 2)) if interleave else apart
-    one, two = (x[..., part] for part in pairs)
-    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
-    turned = np.empty_like(x)
-    turned[..., pairs[0]] = one * cos - two * sin
-    turned[..., pairs[1]] = two * cos + one * sin
-    return turned
+def _turns(a: Inputs, tokens: int, pairs: int) -> Array:
+    """exp(i * angle) of each token and pair."""
+    axes = ("frame", "height", "width")
+    channels = {axis: a[f"num_{axis}_channels"] for axis in axes}
+    speeds = {axis: [_speed(a, i, n) for i in range(n // 2)] for axis, n in channels.items()}
+    angles = np.zeros((tokens, pairs))
+    for token in range(tokens):
+        patch, column = divmod(token % a["seq_len"], a["ppw"])
+        places = dict(zip(axes, (*divmod(patch, a["pph"]), column), strict=True))
+        angles[token] = [places[axis] * speed for axis in axes for speed in speeds[axis]]
+    turns: Array = np.exp(1j * angles)
+    return turns
 
 
-def _store(out: Array, x: Array, scale: float) -> None:
-    if out.dtype.itemsize == 1:
-        x = np.clip(x * np.float32(scale), -_E4M3_LIMIT, _E4M3_LIMIT)
-    store(out, x)
+def _rotated(a: Inputs, x: Array, turns: Array) -> tuple[Array, Array]:
+    """Heads turned pair by pair, and the length of each element's pair."""
+    size = x.shape[-1]
+    order = np.arange(size).reshape(-1, 2) if a["interleave"] else np.arange(size).reshape(2, -1).T
+    pairs = (x[..., order[:, 0]] + 1j * x[..., order[:, 1]]) * turns[:, None]
+    value, length = np.empty_like(x), np.empty_like(x)
+    value[..., order[:, 0]], value[..., order[:, 1]] = pairs.real, pairs.imag
+    length[..., order[:, 0]] = length[..., order[:, 1]] = np.abs(pairs)
+    return value, length
 
 
-def fused_qk_rmsnorm_rope(
-    qkv_in: Array, q_weight: Array, k_weight: Array, q_out: Array, k_out: Array, v_out: Array,
-    *numbers: Any,
-) -> None:  # fmt: skip
-    tokens, _, ppf, pph, ppw, frame, height, width, of_q, of_k, _, _, eps, base = numbers[:14]
-    interleave, factor, low, high, attention, is_normed, _, scale, v_scale = numbers[14:]
-    yarn = base, factor, low, high
-    angles = _angles(tokens, (ppf, pph, ppw), (frame, height, width), *yarn)
-    q, k, v = np.split(qkv_in.astype(np.float32), [of_q, of_q + of_k], axis=1)
-    for x, weight, out in ((q, q_weight, q_out), (k, k_weight, k_out)):
-        if is_normed:
-            count = np.float32(max(weight.size, 1))
-            square = np.sum(np.square(x), axis=(1, 2), keepdims=True, dtype=np.float32) / count
-            x = x * (1 / np.sqrt(square + np.float32(eps))) * weight.astype(np.float32)
-            # Not on the way to float8, which is coarser.
-            if out.dtype.itemsize > 1:
-                x = x.astype(out.dtype).astype(np.float32)
-        turned = _turned(x, angles, interleave)
-        _store(out, turned * np.float32(attention) if factor != 1 else turned, scale)
-    _store(v_out, v, v_scale)
+def fused_qk_rmsnorm_rope(a: Inputs) -> Exact:
+    heads = [len(a["q_weight"]), len(a["k_weight"])]
+    q, k, v = np.split(a["qkv_in"], np.cumsum(heads), axis=1)
+    turns = _turns(a, len(q), q.shape[-1] // 2)
+    yarn = a["attention_factor"] if a["factor"] != 1 else 1.0
+    limit, scale, of_v = np.inf, 1.0, 1.0
+    if a["output_fp8"]:
+        limit, scale, of_v = 448.0, a["output_quant_scale"], a["v_quant_scale"]
+    exact: dict[str, tuple[Array, Array]] = {}
+    for name, x in (("q", q), ("k", k)):
+        if a["is_qk_norm"]:
+            square = (x**2).sum(axis=(1, 2), keepdims=True) / max(math.prod(x.shape[1:]), 1)
+            x = x / np.sqrt(square + a["eps"]) * a[f"{name}_weight"]
+        value, length = _rotated(a, x, turns)
+        value, length = value * yarn * scale, length * yarn * scale
+        exact[f"{name}_out"] = np.clip(value, -limit, limit), length
+    # A copy, or one product before it is rounded.
+    copy = np.clip(v * of_v, -limit, limit)
+    exact["v_out"] = copy, np.abs(copy) * 2.0**-16
+    return exact
 
 
-_GATED, _SHIFTED = (0, 2), (1, 2)
+def _or(a: Inputs, name: str, number: float) -> Array:
+    """An optional tensor; entries are given one without elements for none."""
+    given: Array = a.get(name, np.empty(0))
+    return given if given.size else np.array(number)
 
 
-def fused_dit_layernorm(
-    input: Array, residual: Array, gate: Array, gate_bias: Array, gamma: Array, beta: Array,
-    scale: Array, scale_bias: Array, shift: Array, shift_bias: Array, residual_out: Array,
-    norm_out: Array, sf_out: Array, sf_scale: Array, input_sf_scale: Array, epsilon: float,
-    mode: int, output_format: int,
-) -> None:  # fmt: skip
-    x = input.astype(np.float32)
-    if input_sf_scale is not None and input_sf_scale.size:
-        x = x * input_sf_scale[0]
-    if mode in _GATED:
-        x = x * (gate.astype(np.float32) + gate_bias)
-    if residual is not None and residual.size:
-        x = x + residual.astype(np.float32)
-    store(residual_out, x)
-    mean, square = (np.mean(each, axis=-1, keepdims=True) for each in (x, np.square(x)))
-    variance = np.maximum(square - mean * mean, np.float32(0))
-    x = (x - mean) * (1 / np.sqrt(variance + np.float32(epsilon)))
-    if mode in _SHIFTED:
-        added = shift.astype(np.float32) + shift_bias
-        x = x * (1 + (scale.astype(np.float32) + scale_bias)) + added
+def _layernorm(a: Inputs) -> Exact:
+    """Each value beside the sum of its terms without their signs."""
+    gate, of_gate = 1.0, 1.0
+    if "gate" in a:
+        gate, of_gate = a["gate"] + a["gate_bias"], np.abs(a["gate"]) + np.abs(a["gate_bias"])
+    x, residual = a["input"] * _or(a, "input_sf_scale", 1.0), _or(a, "residual", 0.0)
+    total, of_total = x * gate + residual, np.abs(x) * of_gate + np.abs(residual)
+    mean = total.mean(axis=-1, keepdims=True)
+    variance = ((total - mean) ** 2).mean(axis=-1, keepdims=True) + a["epsilon"]
+    # The kernel's variance is a difference of two means.
+    lost = 1 + ((total**2).mean(axis=-1, keepdims=True) + mean**2) / variance
+    if "gamma" in a:
+        factor, of_factor, added = a["gamma"], np.abs(a["gamma"]), a["beta"]
+        of_added = np.abs(added)
     else:
-        x = x * gamma + beta
-    store(norm_out, x)
+        factor = 1 + a["scale"] + a["scale_bias"]
+        of_factor = 1 + np.abs(a["scale"]) + np.abs(a["scale_bias"])
+        added = a["shift"] + a["shift_bias"]
+        of_added = np.abs(a["shift"]) + np.abs(a["shift_bias"])
+    value = (total - mean) / np.sqrt(variance) * factor + added
+    terms = (of_total + np.abs(mean)) / np.sqrt(variance) * lost * of_factor + of_added
+    return {"residual_out": (total, of_total), "norm_out": (value, terms)}
 
 
-KERNELS: dict[str, dict[str, Callable[..., None]]] = {
-    "norm": {
-        "fused_qk_rmsnorm_rope": fused_qk_rmsnorm_rope,
-        "fused_dit_layernorm": fused_dit_layernorm,
-    }
+_LAYERNORMS = (
+    "fused_dit_gate_residual_layernorm_gamma_beta",
+    "fused_dit_residual_layernorm_scale_shift",
+    "fused_dit_gate_residual_layernorm_scale_shift",
+)
+EXACT: dict[str, Formula] = {
+    "fused_qk_rmsnorm_rope": fused_qk_rmsnorm_rope,
+    **dict.fromkeys(_LAYERNORMS, _layernorm),
 }

@@ -1,4 +1,4 @@
-"""The `page` module in numpy: the place of each new token, and a copy to it.
+"""The `page` module: the place of each new token, and a copy to it, bit for bit.
 
 Unlike `include/flashinfer/page.cuh`, it looks at the indices: on a GPU a wrong one
 writes to another request's page, or past the cache.
@@ -6,17 +6,21 @@ writes to another request's page, or past the cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
 from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.formula import Inputs, Move
 
-_HND = 1
+# FlashInfer's name and code of heads before tokens.
+_HND = ("HND", 1)
 
 
-def _places(
+def tokens_first(cache: Array, layout: str | int) -> Array:
+    """The same memory as [pages, tokens, heads, size]."""
+    return cache.swapaxes(1, 2) if layout in _HND else cache
+
+
+def places(
     requests: Array, positions: Array, indices: Array, indptr: Array, page_size: int, pages: int
 ) -> tuple[Array, Array]:
     """The page of each token and its entry in it."""
@@ -34,44 +38,31 @@ def _places(
     return page, positions % page_size
 
 
-def append_paged_kv_cache(
-    append_key: Array,
-    append_value: Array,
-    batch_indices: Array,
-    positions: Array,
-    paged_k_cache: Array,
-    paged_v_cache: Array,
-    kv_indices: Array,
-    kv_indptr: Array,
-    kv_last_page_len: Array,
-    layout: int,
-) -> None:
-    k, v = paged_k_cache, paged_v_cache
-    if layout == _HND:
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    place = _places(batch_indices, positions, kv_indices, kv_indptr, k.shape[1], len(k))
-    k[place], v[place] = append_key, append_value
+def _appended(a: Inputs, new: str, cache: str, layout: str | int = "NHD") -> Array:
+    """The cache with the new tokens in it."""
+    after: Array = a[cache].copy()
+    tokens = tokens_first(after, layout)
+    indices, indptr = a["kv_indices"], a["kv_indptr"]
+    where = (indices, indptr, tokens.shape[1], len(tokens))
+    tokens[places(a["batch_indices"], a["positions"], *where)] = a[new]
+    return after
 
 
-def append_paged_mla_kv_cache(
-    append_ckv: Array,
-    append_kpe: Array,
-    batch_indices: Array,
-    positions: Array,
-    ckv_cache: Array,
-    kpe_cache: Array,
-    kv_indices: Array,
-    kv_indptr: Array,
-    kv_last_page_len: Array,
-) -> None:
-    size, pages = ckv_cache.shape[1], len(ckv_cache)
-    place = _places(batch_indices, positions, kv_indices, kv_indptr, size, pages)
-    ckv_cache[place], kpe_cache[place] = append_ckv, append_kpe
+def append_paged_kv_cache(a: Inputs) -> dict[str, Array]:
+    return {
+        cache: _appended(a, new, cache, a["kv_layout"])
+        for new, cache in (("append_key", "paged_k_cache"), ("append_value", "paged_v_cache"))
+    }
 
 
-# By module, and by entry.
-KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
-    "page": {
-        kernel.__name__: kernel for kernel in (append_paged_kv_cache, append_paged_mla_kv_cache)
-    },
+def append_paged_mla_kv_cache(a: Inputs) -> dict[str, Array]:
+    return {
+        cache: _appended(a, new, cache)
+        for new, cache in (("append_ckv", "ckv_cache"), ("append_kpe", "kpe_cache"))
+    }
+
+
+MOVES: dict[str, Move] = {
+    "append_paged_kv_cache": append_paged_kv_cache,
+    "append_paged_mla_kv_cache": append_paged_mla_kv_cache,
 }

@@ -1,4 +1,4 @@
-"""The `quantization` module in numpy.
+"""Packing bits, from its definition: see exact.py.
 
 Unlike `include/flashinfer/quantization.cuh`, it looks at the indices: on a GPU a wrong one
 writes past the end.
@@ -7,27 +7,34 @@ writes past the end.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import numpy as np
 
 from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.formula import Inputs, Move
 
 
-def packbits(x: Array, bitorder: str, y: Array) -> None:
-    y[...] = np.packbits(x, bitorder=bitorder)  # type: ignore[call-overload]
+def _packed(x: Array, bitorder: str) -> Array:
+    powers = 2 ** np.arange(8) if bitorder == "little" else 2 ** np.arange(7, -1, -1)
+    whole = np.zeros(len(x) + -len(x) % 8, np.int64)
+    whole[: len(x)] = x
+    packed: Array = (whole.reshape(-1, 8) * powers).sum(axis=1).astype(np.uint8)
+    return packed
 
 
-def segment_packbits(
-    x: Array, input_indptr: Array, output_indptr: Array, bitorder: str, y: Array
-) -> None:
-    for i, (start, stop) in enumerate(itertools.pairwise(input_indptr)):
-        first, count = int(output_indptr[i]), -(-(int(stop) - int(start)) // 8)
-        if not (0 <= start <= stop <= len(x) and 0 <= first <= first + count <= len(y)):
+def packbits(a: Inputs) -> dict[str, Array]:
+    return {"y": _packed(a["x"], a["bitorder"])}
+
+
+def segment_packbits(a: Inputs) -> dict[str, Array]:
+    x, after = a["x"], a["y"].copy()
+    segments = itertools.pairwise(a["input_indptr"].tolist())
+    for i, (start, stop) in enumerate(segments):
+        first, count = int(a["output_indptr"][i]), -(-(stop - start) // 8)
+        if not (0 <= start <= stop <= len(x) and 0 <= first <= first + count <= len(after)):
             raise IndexError(f"segment {i} is not inside x, or its bits not inside y")
-        packbits(x[start:stop], bitorder, y[first : first + count])
+        after[first : first + count] = _packed(x[start:stop], a["bitorder"])
+    return {"y": after}
 
 
-KERNELS: dict[str, dict[str, Callable[..., None]]] = {
-    "quantization": {"packbits": packbits, "segment_packbits": segment_packbits}
-}
+MOVES: dict[str, Move] = {"packbits": packbits, "segment_packbits": segment_packbits}

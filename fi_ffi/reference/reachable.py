@@ -46,12 +46,16 @@ def around(p: Array, chosen: Array, at: float, within: float) -> list[tuple[floa
 
 
 class Filter:
-    """Whether so few tokens are above a pivot that a top-k and a top-p filter let it through."""
+    """Whether so few tokens are above a pivot that a top-k and a top-p filter let it through.
 
-    def __init__(self, p: Array, k: float, top_p: float) -> None:
+    `within` is what sums may be off, `slack(p)` by default.
+    """
+
+    def __init__(self, p: Array, k: float, top_p: float, within: float | None = None) -> None:
         self._order = -np.sort(-np.where(np.isnan(p), 0, p))
         self._sums = np.concatenate([[0.0], np.cumsum(self._order)])
-        self._k, self._top_p, self._within = k, top_p, slack(p)
+        self._k, self._top_p = k, top_p
+        self.within = slack(p) if within is None else within
 
     def above(self, pivot: float) -> tuple[int, float]:
         """How many are above it, and what they sum to."""
@@ -65,7 +69,7 @@ class Filter:
             return {False: 0.0}
         off = total - self._top_p
         decided = {off < 0: 0.0}
-        return decided | ({off >= 0: abs(off)} if abs(off) <= self._within else {})
+        return decided | ({off >= 0: abs(off)} if abs(off) < self.within else {})
 
 
 # The bounds of the next pivots, and how far a round is from ending with them.
@@ -74,7 +78,7 @@ Next = list[tuple[float, float, float]]
 
 def rejected(p: Array, kept: Filter, numbers: Iterable[float]) -> Iterator[int]:
     """The tokens that drawing again above a rising pivot may end with, NONE among them."""
-    within, order = slack(p), itertools.count()
+    within, order = kept.within, itertools.count()
     drawn, more = list[float](), iter(numbers)
     open_ones = [(0.0, next(order), 0, 0.0, 1.0)]
     for _ in range(_MOST):

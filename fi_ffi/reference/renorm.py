@@ -1,31 +1,122 @@
-"""Filters of whole rows in numpy: of probabilities, made to sum to 1 again, and of logits."""
+"""Filters of whole rows from their definition: see exact.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from fi_ffi.reference.arrays import Array, store
+from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.formula import Exact, Formula, Inputs, OneOfMany
 
-# As many elements as the radix kernel has buckets: smaller rows are searched, and then `top_p` is
-# of 1 and not of what the row sums to.
-_RADIX = 2048
+# Of the magnitude, 2^-16 is allowed; float32 below its normal numbers is 0 to the kernels.
+_SLACK = 2.0**-16
+_FLUSHED = 2.0**-126 / _SLACK
 _TINY = 1e-8
+# Smaller rows are searched, larger ones are counted in so many buckets.
+_BUCKETS = 2048
 
 
-def _parameters(array: Array | None, number: Any, rows: int) -> Array:
-    parameters: Array = np.broadcast_to(np.asarray(number if array is None else array), rows)
-    return parameters
+def _k_of(a: Inputs, i: int) -> int:
+    """A negative one is a large one to the kernel."""
+    given = a.get("maybe_top_k_arr")
+    return int(a["top_k_val"] if given is None else given[i]) % 2**32
 
 
-def _top_p(p: Array, top_p: float) -> Array:
+def _is_kept(x: Array, k: int) -> Array:
+    """Which have fewer than `k` above them."""
+    above = np.searchsorted(np.sort(-x), -x, side="left")
+    kept: Array = above < k
+    return kept
+
+
+def top_k_renorm_probs(a: Inputs) -> Exact:
+    value = np.zeros_like(a["probs"])
+    for i, p in enumerate(a["probs"]):
+        kept = np.where(_is_kept(p, _k_of(a, i)), p, 0)
+        value[i] = kept / max(kept.sum(), _TINY)
+    return {"renorm_probs": (value, value + _FLUSHED)}
+
+
+def top_k_mask_logits(a: Inputs) -> Exact:
+    """Nothing is rounded: the logits themselves, or -inf."""
+
+    right = np.empty_like(a["logits"])
+    for i, x in enumerate(a["logits"]):
+        right[i] = np.where(_is_kept(x, _k_of(a, i)), x, -np.inf)
+
+    def judge(got: Array) -> tuple[float, float]:
+        is_right = np.array_equal(got.astype(np.float64), right)
+        return (0.0, 0.0) if is_right else (np.inf, np.inf)
+
+    return {"mask_logits": OneOfMany(lambda: right, judge)}
+
+
+def top_p_slack(size: int, is_deterministic: bool) -> float:
+    """How far a kernel's sums of a row may be off.
+
+    Searched and counted deterministically, a few roundings; otherwise each bucket is a sum of up to
+    all elements one after another, whose errors are as good as random.
+    """
+    few = 256 + size / 512
+    return float(2.0**-24 * (few if size < _BUCKETS or is_deterministic else few + 16 * size**0.5))
+
+
+def top_p_error(p: Array, got: Array, top_p: float, within: float) -> tuple[float, float]:
+    """The error of a row that is to be the greatest of `p` that sum to `top_p`, over their sum.
+
+    What is kept is told by the result.  It must be all from some value on, be enough, and not be
+    enough without the least of it.
+    """
+    total, size = p.sum(), len(p)
+    if not (got >= 0).all():
+        return np.inf, np.inf
+    if not total > _TINY:
+        return _distance(got, p)
+    target = top_p * (total if size >= _BUCKETS else 1)
+    kept = got > 0
+    least = p[kept].min(initial=np.inf)
+    chosen = p >= least
+    mass, without = p[chosen].sum(), p[p > least].sum()
+    is_all = not (p[~chosen] > 2.0**-100).any()
+    slack = within * max(1.0, total)
+    is_enough = mass >= target - slack or is_all
+    if not is_enough and size >= _BUCKETS and target >= total - slack:
+        is_enough = _is_least(p, p[~chosen])
+    if not is_enough or (without >= target + slack and without > 0):
+        return np.inf, np.inf
+    # A search that ends before it has moved takes the sum of all to be 1.
+    sums = {float(mass), 1.0} if is_all and size < _BUCKETS and top_p < 1 else {float(mass)}
+    return min(
+        (_distance(got, np.where(chosen, p, 0) / one) for one in sums), key=lambda error: error[1]
+    )
+
+
+def _is_least(p: Array, lost: Array) -> bool:
+    """Whether what is lost lies together with the least of a row.
+
+    Where all are to be kept, sums of buckets that were rounded differently may fall short.  The
+    last bucket that has anything is then counted twice: of rows over several times 8 powers of
+    two the last 8, of others a quarter of one.
+    """
+    some = p[p > 0].astype(np.float32)
+    has_several = some.min().view(np.uint32) >> 26 != some.max().view(np.uint32) >> 26
+    shift = np.uint32(26 if has_several else 21)
+    bits = lost[lost > 0].astype(np.float32).view(np.uint32) >> shift
+    return bool((bits == some.min().view(np.uint32) >> shift).all())
+
+
+def _distance(got: Array, value: Array) -> tuple[float, float]:
+    error = np.abs(got - value)
+    allowed = np.abs(value) * (2.0**-24 + _SLACK) + 2 * _FLUSHED * _SLACK
+    return float(error.max(initial=0)), float((error / allowed).max(initial=0))
+
+
+def _top_p_renormed(p: Array, top_p: float) -> Array:
     """The greatest that sum to `top_p` or more, ties among them, over their sum."""
-    p = p.astype(np.float64)
     total = p.sum()
     target, size = top_p, len(p)
-    if size >= _RADIX:
+    if size >= _BUCKETS:
         target *= total
     elif top_p >= 1:
         return p / total if total > _TINY else p
@@ -33,7 +124,7 @@ def _top_p(p: Array, top_p: float) -> Array:
     enough = np.flatnonzero(np.cumsum(order) >= target)
     if len(enough):
         threshold = order[enough[0]]
-    elif size < _RADIX:
+    elif size < _BUCKETS:
         return np.where(p > 0, p, 0)
     else:
         threshold = order[-1]
@@ -42,46 +133,31 @@ def _top_p(p: Array, top_p: float) -> Array:
     return kept / total if total > _TINY else kept
 
 
-def top_p_renorm_probs(
-    probs: Array, renorm_probs: Array, maybe_top_p_arr: Array | None, top_p_val: float,
-    is_deterministic: bool = False, workspace: Array | None = None,
-) -> None:  # fmt: skip
-    parameters = _parameters(maybe_top_p_arr, top_p_val, len(probs))
-    for p, out, top_p in zip(probs, renorm_probs, parameters, strict=True):
-        store(out, _top_p(p, float(np.float32(top_p))))
+def top_p_renorm_probs(a: Inputs) -> Exact:
+    given: Any = a.get("maybe_top_p_arr")
+    rows = range(len(a["probs"]))
+    tops = [float(np.float32(a["top_p_val"] if given is None else given[i])) for i in rows]
+
+    def value() -> Array:
+        made = [_top_p_renormed(p, top_p) for p, top_p in zip(a["probs"], tops, strict=True)]
+        return np.reshape(made, a["probs"].shape)
+
+    def judge(got: Array) -> tuple[float, float]:
+        is_deterministic = bool(a.get("is_deterministic", True))
+        errors = [
+            top_p_error(
+                p, got[i].astype(np.float64), tops[i], top_p_slack(len(p), is_deterministic)
+            )
+            for i, p in enumerate(a["probs"])
+        ]
+        return max(errors, key=lambda error: error[1], default=(0.0, 0.0))
+
+    return {"renorm_probs": OneOfMany(value, judge)}
 
 
-def _kept(x: Array, k: int) -> Array:
-    """Which are not less than the k-th greatest; a negative `k` is a large one to the kernel."""
-    k %= 2**32
-    if not 0 < k < len(x):
-        return np.full(len(x), k > 0)
-    kept: Array = x >= np.partition(x, len(x) - k)[len(x) - k]
-    return kept
-
-
-def top_k_renorm_probs(
-    probs: Array, renorm_probs: Array, maybe_top_k_arr: Array | None, top_k_val: int, *_: Any
-) -> None:
-    parameters = _parameters(maybe_top_k_arr, top_k_val, len(probs))
-    for row, out, k in zip(probs, renorm_probs, parameters, strict=True):
-        p = row.astype(np.float32)
-        kept = np.where(_kept(p, int(k)), p, np.float32(0))
-        total = np.float32(kept.sum(dtype=np.float64))
-        store(out, kept * (np.float32(1) / max(total, np.float32(_TINY))))
-
-
-def top_k_mask_logits(
-    logits: Array, mask_logits: Array, maybe_top_k_arr: Array | None, top_k_val: int, *_: Any
-) -> None:
-    parameters = _parameters(maybe_top_k_arr, top_k_val, len(logits))
-    for row, out, k in zip(logits, mask_logits, parameters, strict=True):
-        x = row.astype(np.float32)
-        store(out, np.where(_kept(x, int(k)), x, np.float32(-np.inf)))
-
-
-RENORM: dict[str, Callable[..., None]] = {
-    kernel.__name__: kernel
-    for kernel in (top_p_renorm_probs, top_k_renorm_probs, top_k_mask_logits)
+RENORM: dict[str, Formula] = {
+    "top_k_renorm_probs": top_k_renorm_probs,
+    "top_k_renorm_probs_deterministic": top_k_renorm_probs,
+    "top_p_renorm_probs": top_p_renorm_probs,
+    "top_k_mask_logits": top_k_mask_logits,
 }
-RENORM["top_k_renorm_probs_deterministic"] = RENORM["top_k_renorm_probs"]

@@ -1,118 +1,124 @@
-"""The `rope` module in numpy: float32 arithmetic, as `include/flashinfer/pos_enc.cuh` has it.
+"""Ops of `fi_ffi.ops.table.rope` in float64, from their definition: see exact.py.
 
-Angles are of float64, where the kernels take powers, sines and cosines at the hardware's
-precision: see docs/rope.md.
+A pair of elements is a complex number, and a position turns it by an angle.  Unlike the kernels
+(`include/flashinfer/pos_enc.cuh`), formulas look at the positions and where requests begin.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
-from fi_ffi.reference.arrays import Array, store
+from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.formula import Exact, Formula, Inputs
+
+# Of an angle: the kernels' `__powf` and `__sincosf` are right to this, and to as much again for
+# each bit of the power's exponent (CUDA's programming guide, of -use_fast_math).
+_ANGLE = 2.0**-21
+# Bounds allow this much of the magnitude: FLOAT32_SLACK in cli/cases.py.
+_SLACK = 2.0**-16
 
 
-def rotated(x: Array, cos: Array, sin: Array, interleave: bool) -> Array:
-    """Heads [tokens, heads, size] in float32, their first elements turned by [tokens, pairs]."""
-    result: Array = x.astype(np.float32)
-    pairs = cos.shape[-1]
-    if interleave:
-        first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
-    else:
-        first, second = slice(0, pairs), slice(pairs, 2 * pairs)
-    a, b = result[..., first].copy(), result[..., second].copy()
-    cos, sin = cos[:, None].astype(np.float32), sin[:, None].astype(np.float32)
-    result[..., first] = a * cos - b * sin
-    result[..., second] = b * cos + a * sin
-    return result
+def turned(
+    x: Array, turn: Array, interleave: bool, angle_error: Array | float = 0.0
+) -> tuple[Array, Array]:
+    """Heads with their first pairs times `turn` [tokens, pairs], and the magnitude of errors.
 
-
-def _frequencies(
-    rotary_dim: int, rope_scale: float, rope_theta: float, slope: float = 0.0, shift: float = 0.0
-) -> Array:
-    """How much each pair turns from one position to the next.
-
-    Frequencies are divided by the scale where `slope * frequency + shift` is 0 or less, are as they
-    are where it is 1 or more, and something between the two in between.
+    What is not turned is copied: it has no error.
     """
-    own = rope_theta ** (-np.arange(0, rotary_dim, 2) / max(rotary_dim, 1))
-    kept = np.clip(own * slope + shift, 0, 1)
-    frequencies: Array = (1 - kept) * own / rope_scale + kept * own
-    return frequencies
+    pairs = turn.shape[-1]
+    step = 2 if interleave else 1
+    first = np.arange(pairs) * step
+    second = first + (1 if interleave else pairs)
+    product = (x[..., first] + 1j * x[..., second]) * turn[:, None]
+    value, magnitude = x.copy(), np.zeros_like(x)
+    value[..., first], value[..., second] = product.real, product.imag
+    error = np.broadcast_to(1 + np.asarray(angle_error) / _SLACK, turn.shape)[:, None]
+    size = (np.abs(x[..., first]) + np.abs(x[..., second])) * np.abs(turn)[:, None]
+    magnitude[..., first] = magnitude[..., second] = size * error
+    return value, magnitude
 
 
-def _smoothing(low: float, high: float, length: float) -> tuple[float, float]:
-    return length / (2 * np.pi * (high - low)), -low / (high - low)
+def _both(
+    a: Inputs, turn: Array, angle_error: Array | float = 0.0
+) -> dict[str, tuple[Array, Array]]:
+    return {
+        f"{name}_rope": turned(a[name], turn, a["interleave"], angle_error) for name in ("q", "k")
+    }
 
 
-def _apply(
-    q: Array, k: Array, q_rope: Array, k_rope: Array, tokens: Array | slice, positions: Array,
-    frequencies: Array, interleave: bool,
-) -> None:  # fmt: skip
-    angles = positions.astype(np.float64)[:, None] * frequencies
-    cos, sin = np.cos(angles), np.sin(angles)
-    for x, out in ((q, q_rope), (k, k_rope)):
-        store(out[tokens], rotated(x[tokens], cos, sin, interleave))
+def _rotary_dim(a: Inputs) -> int:
+    given = a["rotary_dim"]
+    return int(a["q"].shape[-1]) if given is None else int(given)
 
 
-def _ragged_positions(indptr: Array, offsets: Array, tokens: int) -> Array:
-    """The position of each token that is of a request."""
-    lengths = np.diff(indptr)
-    if indptr[0] or (lengths < 0).any() or indptr[-1] > tokens:
-        raise IndexError(f"indptr does not rise from 0 to {tokens} at most")
-    steps = np.arange(indptr[-1]) - np.repeat(indptr[:-1], lengths)
-    positions: Array = np.repeat(offsets, lengths) + steps
-    return positions
+def _waves(a: Inputs) -> tuple[Array, Array]:
+    """Each pair's frequency in radians, and how much an error in computing it is worth."""
+    pair = np.arange(_rotary_dim(a) // 2)
+    own = np.exp(-np.log(a["rope_theta"]) * 2 * pair / max(_rotary_dim(a), 1))
+    scaled = own / a["rope_scale"]
+    bits = 1 + np.abs(np.log2(own))
+    if "low_freq_factor" not in a:
+        return scaled, scaled * bits * _ANGLE
+    low, high = a["low_freq_factor"], a["high_freq_factor"]
+    # How many waves of a pair fit into the old context: above `high` a pair stays as it is, below
+    # `low` it is scaled, and in between it changes from the one to the other evenly.
+    waves = a["old_context_length"] * own / (2 * np.pi)
+    between = (waves - low) / (high - low)
+    mixed = (1 - between) * scaled + between * own
+    frequency = np.where(waves > high, own, np.where(waves < low, scaled, mixed))
+    slope = np.where((waves > high) | (waves < low), 0, waves / (high - low))
+    worth = frequency + slope * np.abs(own - scaled)
+    return frequency, worth * bits * _ANGLE
 
 
-def apply_rope(
-    q: Array, k: Array, q_rope: Array, k_rope: Array, indptr: Array, offsets: Array,
-    rotary_dim: int, interleave: bool, rope_scale: float, rope_theta: float, *smoothing: float,
-) -> None:  # fmt: skip
-    positions = _ragged_positions(indptr, offsets, len(q))
-    between = _smoothing(*smoothing) if smoothing else ()
-    frequencies = _frequencies(rotary_dim, rope_scale, rope_theta, *between)
-    _apply(q, k, q_rope, k_rope, slice(len(positions)), positions, frequencies, interleave)
+def _turned_by(a: Inputs, positions: Array) -> dict[str, tuple[Array, Array]]:
+    frequency, error = _waves(a)
+    return _both(
+        a, np.exp(1j * positions[:, None] * frequency), np.abs(positions)[:, None] * error
+    )  # fmt: skip
 
 
-def apply_rope_pos_ids(
-    q: Array, k: Array, q_rope: Array, k_rope: Array, pos_ids: Array,
-    rotary_dim: int, interleave: bool, rope_scale: float, rope_theta: float, *smoothing: float,
-) -> None:  # fmt: skip
-    between = _smoothing(*smoothing) if smoothing else ()
-    frequencies = _frequencies(rotary_dim, rope_scale, rope_theta, *between)
-    _apply(q, k, q_rope, k_rope, slice(None), pos_ids, frequencies, interleave)
+def apply_rope(a: Inputs) -> Exact:
+    """Tokens of no request stay as they are."""
+    ends = a["indptr"].astype(int)
+    if ends[0] or (np.diff(ends) < 0).any() or ends[-1] > len(a["q"]):
+        raise IndexError(f"indptr does not rise from 0 to {len(a['q'])} at most")
+    positions = np.zeros(ends[-1])
+    for start, end, offset in zip(ends, ends[1:], a["offsets"], strict=False):
+        positions[start:end] = offset + np.arange(end - start)
+    of_requests = a | {name: a[name][: ends[-1]] for name in "qk"}
+    made = {}
+    for name, (value, magnitude) in _turned_by(of_requests, positions).items():
+        rest = a[name][ends[-1] :]
+        made[name] = np.concatenate([value, rest]), np.concatenate([magnitude, np.zeros_like(rest)])
+    return made
 
 
-def looked_up(cos_sin_cache: Array, pos_ids: Array) -> tuple[Array, Array]:
-    """Cosines and sines of each token; the kernels do not look at the positions."""
-    inside = (pos_ids >= 0) & (pos_ids < len(cos_sin_cache))
+def apply_rope_pos_ids(a: Inputs) -> Exact:
+    return _turned_by(a, a["pos_ids"])
+
+
+def table(a: Inputs) -> Array:
+    """What each token's pairs are multiplied by, from the table."""
+    positions = a["pos_ids"].astype(int)
+    inside = (positions >= 0) & (positions < len(a["cos_sin_cache"]))
     if not inside.all():
         token = int(np.argmin(inside))
         raise IndexError(f"token {token} is at a position that the cache has not")
-    half = cos_sin_cache.shape[1] // 2
-    rows = cos_sin_cache[pos_ids]
-    return rows[:, :half], rows[:, half:]
+    rows = a["cos_sin_cache"][positions]
+    cos, sin = np.split(rows, 2, axis=1)
+    turn: Array = cos + 1j * sin
+    return turn
 
 
-def apply_rope_pos_ids_cos_sin_cache(
-    q: Array, k: Array, q_rope: Array, k_rope: Array, cos_sin_cache: Array, pos_ids: Array,
-    interleave: bool,
-) -> None:  # fmt: skip
-    cos, sin = looked_up(cos_sin_cache, pos_ids)
-    for x, out in ((q, q_rope), (k, k_rope)):
-        store(out, rotated(x, cos, sin, interleave))
+def apply_rope_pos_ids_cos_sin_cache(a: Inputs) -> Exact:
+    return _both(a, table(a))
 
 
-# By module, and by entry.
-KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
-    "rope": {
-        "apply_rope": apply_rope,
-        "apply_llama31_rope": apply_rope,
-        "apply_rope_pos_ids": apply_rope_pos_ids,
-        "apply_llama31_rope_pos_ids": apply_rope_pos_ids,
-        "apply_rope_pos_ids_cos_sin_cache": apply_rope_pos_ids_cos_sin_cache,
-    }
+EXACT: dict[str, Formula] = {
+    "apply_rope": apply_rope,
+    "apply_llama31_rope": apply_rope,
+    "apply_rope_pos_ids": apply_rope_pos_ids,
+    "apply_llama31_rope_pos_ids": apply_rope_pos_ids,
+    "apply_rope_pos_ids_cos_sin_cache": apply_rope_pos_ids_cos_sin_cache,
 }

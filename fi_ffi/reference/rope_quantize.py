@@ -1,92 +1,104 @@
-"""The quantising entries of the `rope` module in numpy, in float32 as its kernels are."""
+"""Ops of `fi_ffi.ops.table.rope_quantize` in float64, from their definition: see exact.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from fi_ffi.reference.arrays import Array
-from fi_ffi.reference.rope import looked_up, rotated
+from fi_ffi.reference.formula import Exact, Formula, Inputs
+from fi_ffi.reference.page import places, tokens_first
+from fi_ffi.reference.rope import table, turned
 
-_HND = 1
-
-
-def _quantised(x: Array, scale: float, dtype: Any) -> Array:
-    """Float32 values times the scale, rounded; beyond the dtype's range they are its largest."""
-    largest = np.float32(ml_dtypes.finfo(dtype).max)
-    values: Array = np.clip(x.astype(np.float32) * np.float32(scale), -largest, largest)
-    return values.astype(dtype)
+_Value = tuple[Array, Array]
 
 
-def rope_quantize(
-    q_rope_in: Array, k_rope_in: Array, q_nope_in: Array, k_nope_in: Array, q_rope_out: Array,
-    k_rope_out: Array, q_nope_out: Array, k_nope_out: Array, cos_sin_cache: Array, pos_ids: Array,
-    quant_scale_q: float, quant_scale_kv: float, interleave: bool, enable_pdl: bool,
-) -> None:  # fmt: skip
-    cos, sin = looked_up(cos_sin_cache, pos_ids)
-    for rope_in, nope_in, rope_out, nope_out, scale in (
-        (q_rope_in, q_nope_in, q_rope_out, q_nope_out, quant_scale_q),
-        (k_rope_in, k_nope_in, k_rope_out, k_nope_out, quant_scale_kv),
-    ):
-        rope_out[...] = _quantised(
-            rotated(rope_in, cos, sin, interleave), scale, rope_out.dtype
-        )  # fmt: skip
-        nope_out[...] = _quantised(nope_in, scale, nope_out.dtype)
+def _scaled(value: Array, magnitude: Array, scale: float, largest: float) -> _Value:
+    """Within the dtype's range, and beyond it the largest that it has."""
+    return np.clip(value * scale, -largest, largest), np.abs(magnitude) * scale
 
 
-def _places(
-    requests: Array, positions: Array, indices: Array, indptr: Array, page_size: int, pages: int
-) -> tuple[Array, Array]:
-    """The page of each token and its entry in it; unlike the kernel, it looks at the indices."""
-    first, end = indptr[:-1].astype(np.int64), indptr[1:]
-    if (requests >= len(first)).any() or (positions < 0).any():
-        raise IndexError("a token is of no request, or before its start")
-    slots = first[requests] + positions // page_size
-    if (slots >= end[requests]).any() or (slots >= len(indices)).any():
-        raise IndexError("a token is past its request's pages")
-    found = indices[slots]
-    if (found < 0).any() or (found >= pages).any():
-        raise IndexError("a token is in a page that the cache has not")
-    return found, positions % page_size
+def _parts(a: Inputs, of: str, scale: float, largest: float) -> tuple[_Value, _Value]:
+    """The part that is turned, and the rest."""
+    value, magnitude = turned(a[f"{of}_rope_in"], table(a), a["interleave"])
+    rest = a[f"{of}_nope_in"]
+    return _scaled(value, magnitude, scale, largest), _scaled(rest, rest, scale, largest)
 
 
-def rope_quantize_append_paged_kv_cache(
-    q_rope_in: Array, k_rope_in: Array, q_nope_in: Array, k_nope_in: Array, v_in: Array,
-    q_rope_out: Array, q_nope_out: Array, cos_sin_cache: Array, pos_ids: Array, k_cache: Array,
-    v_cache: Array, ckv_cache: Array, kpe_cache: Array, kv_indices: Array, kv_indptr: Array,
-    batch_indices: Array, positions: Array, kv_layout: int, page_size: int,
-    quant_scale_q: float, quant_scale_kv: float, interleave: bool, enable_pdl: bool,
-) -> None:  # fmt: skip
-    # Tokens of no request are padding.
-    kept = batch_indices >= 0
-    is_mla = not k_cache.size
-    k, v = (k_cache, v_cache) if kv_layout != _HND or is_mla else (
-        k_cache.swapaxes(1, 2), v_cache.swapaxes(1, 2)
+def _queries(a: Inputs) -> dict[str, _Value]:
+    rope, nope = _parts(a, "q", a["quant_scale_q"], a["largest"]["q_rope_out"])
+    return {"q_rope_out": rope, "q_nope_out": nope}
+
+
+def _keys(a: Inputs) -> tuple[_Value, _Value]:
+    return _parts(a, "k", a["quant_scale_kv"], a["largest"]["q_rope_out"])
+
+
+def rope_quantize(a: Inputs) -> Exact:
+    rope, nope = _keys(a)
+    return {**_queries(a), "k_rope_out": rope, "k_nope_out": nope}
+
+
+def _of_requests(a: Inputs) -> Inputs:
+    """The same without the tokens that are padding: those of no request."""
+    kept = a["batch_indices"] >= 0
+    names = (
+        "q_rope_in", "k_rope_in", "q_nope_in", "k_nope_in", "v_in", "pos_ids", "batch_indices",
+        "positions",
     )  # fmt: skip
-    requests, at = batch_indices[kept], positions[kept]
-    pages = len(ckv_cache if is_mla else k)
-    place = _places(requests, at, kv_indices, kv_indptr, page_size, pages)
-    cos, sin = looked_up(cos_sin_cache, pos_ids[kept])
-    dtype = q_rope_out.dtype
-    rope = _quantised(rotated(k_rope_in[kept], cos, sin, interleave), quant_scale_kv, dtype)
-    nope = _quantised(k_nope_in[kept], quant_scale_kv, dtype)
-    if is_mla:
-        kpe_cache[place], ckv_cache[place] = rope[:, 0], nope[:, 0]
-    else:
-        k[place] = np.concatenate([rope, nope], axis=-1)
-        v[place] = _quantised(v_in[kept], quant_scale_kv, dtype)
-    rope = _quantised(rotated(q_rope_in[kept], cos, sin, interleave), quant_scale_q, dtype)
-    q_rope_out[kept] = rope
-    q_nope_out[kept] = _quantised(q_nope_in[kept], quant_scale_q, dtype)
+    return a | {name: a[name][kept] for name in names if name in a}
 
 
-# By module, and by entry.
-KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
-    "rope": {
-        "rope_quantize": rope_quantize,
-        "rope_quantize_append_paged_kv_cache": rope_quantize_append_paged_kv_cache,
+def _written(a: Inputs, name: str, where: Any, new: _Value, layout: str | int = "NHD") -> _Value:
+    """A tensor with new values in some places, and their magnitude; what stays has no error."""
+    value, magnitude = a[name].copy(), np.zeros_like(a[name])
+    tokens_first(value, layout)[where], tokens_first(magnitude, layout)[where] = new
+    return value, magnitude
+
+
+def _place(a: Inputs, cache: Array) -> tuple[Array, Array]:
+    """Where the tokens of requests go in a cache [pages, entries, ...]."""
+    names = ("batch_indices", "positions", "kv_indices", "kv_indptr")
+    requests, positions, indices, indptr = (a[name].astype(int) for name in names)
+    return places(requests, positions, indices, indptr, cache.shape[1], len(cache))
+
+
+def _appended_queries(a: Inputs, kept: Inputs) -> dict[str, _Value]:
+    where = a["batch_indices"] >= 0
+    return {name: _written(a, name, where, new) for name, new in _queries(kept).items()}
+
+
+def rope_quantize_append_paged_kv_cache(a: Inputs) -> Exact:
+    kept = _of_requests(a)
+    rope, nope = _keys(kept)
+    values = _scaled(kept["v_in"], kept["v_in"], a["quant_scale_kv"], a["largest"]["q_rope_out"])
+    layout = a["kv_layout"]
+    place = _place(kept, tokens_first(a["k_cache"], layout))
+    keys = tuple(np.concatenate(pair, axis=-1) for pair in zip(rope, nope, strict=True))
+    return {
+        **_appended_queries(a, kept),
+        "k_cache": _written(a, "k_cache", place, (keys[0], keys[1]), layout),
+        "v_cache": _written(a, "v_cache", place, values, layout),
     }
+
+
+def rope_quantize_append_paged_mla_kv_cache(a: Inputs) -> Exact:
+    kept = _of_requests(a)
+    (rope, rope_size), (nope, nope_size) = _keys(kept)
+    place = _place(kept, a["ckv_cache"])
+    return {
+        **_appended_queries(a, kept),
+        "ckv_cache": _written(a, "ckv_cache", place, (nope[:, 0], nope_size[:, 0])),
+        "kpe_cache": _written(a, "kpe_cache", place, (rope[:, 0], rope_size[:, 0])),
+    }
+
+
+EXACT: dict[str, Formula] = {
+    formula.__name__: formula
+    for formula in (
+        rope_quantize,
+        rope_quantize_append_paged_kv_cache,
+        rope_quantize_append_paged_mla_kv_cache,
+    )
 }

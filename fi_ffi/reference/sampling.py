@@ -1,261 +1,230 @@
-"""The `sampling` module in numpy: the kernels' own algorithms, from the same random words.
+"""Ops of `fi_ffi.ops.table.sampling`, from their definition: see exact.py.
 
-Sums are in float64, where the kernels' are in float32 in an order of their own: a token that lies
-at the edge of another can differ.  `exact_sampling.py` judges with that in mind.
+A sampler's result is judged by what its random words and float32 rounding allow (`reachable.py`),
+and is on the CPU what they allow without any rounding.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
+from typing import Any
 
 import numpy as np
 
-from fi_ffi.reference.arrays import Array, store
+from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.formula import Exact, Formula, Inputs, OneOfMany
 from fi_ffi.reference.philox import uniforms
+from fi_ffi.reference.reachable import NONE, Filter, around, rejected, slack, tokens_judge
 from fi_ffi.reference.renorm import RENORM
 
-_HALF = np.float32(0.5)
-# Words that are made at a time: few rows need more rounds.
-_AT_ONCE = 8
-# The logarithms' factor, and what keeps 1 itself out, as the kernel has them.
-_LN2, _BELOW_ONE = float(np.float32(0.6931471806)), 1 - 2.0**-23
+_FEW = 16
+# Of what is allowed, 2^-16 of the magnitude: errors of `exp` that grow with its argument, and
+# float32 below its normal numbers, which is 0 to kernels compiled for fast arithmetic.
+_SLACK, _EXP, _ARGUMENT, _FLUSHED = 2.0**-16, 2.0**-20, 2.0**-22, 2.0**-126
+# PTX's logarithm: right to so much around 1, and relatively beyond.
+_LOG = 2.0**-21
 
 
-def softmax(
-    workspace_buffer: Array, logits: Array, output: Array, maybe_temperature_arr: Array | None,
-    temperature_val: float, enable_pdl: bool,
-) -> None:  # fmt: skip
-    """Logits at a temperature of 0 are multiplied by 0, as the kernel does."""
-    given = temperature_val if maybe_temperature_arr is None else maybe_temperature_arr
-    temperature = np.broadcast_to(np.asarray(given, np.float32), len(logits))
-    inverse = np.where(temperature == 0, np.float32(0), np.float32(1) / temperature)
-    scaled = (logits * inverse[:, None]).astype(np.float64)
-    powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    store(output, powers / powers.sum(axis=1, keepdims=True))
+def softmax(a: Inputs) -> Exact:
+    given = a.get("maybe_temperature_arr", np.full(len(a["logits"]), a["temperature_val"]))
+    given = given.astype(np.float32).astype(np.float64)[:, None]
+    with np.errstate(invalid="ignore"):  # of -inf at 0
+        scaled = np.where(given == 0, a["logits"] * 0, a["logits"] / np.where(given, given, 1))
+    greatest = scaled.max(axis=1, keepdims=True)
+    powers = np.exp(scaled - greatest)
+    value = powers / powers.sum(axis=1, keepdims=True)
+    argument = np.where(powers > 0, np.abs(scaled) + np.abs(greatest), 0)
+    return {"output": (value, (value * (_EXP + _ARGUMENT * argument) + _FLUSHED) / _SLACK)}
 
 
-def _pick(p: Array, chosen: Array, at: float) -> int:
-    """The first of the chosen at which their running sum exceeds `at`, else the last of them;
-    -1 where none is chosen."""
-    running = np.cumsum(np.where(chosen, p, 0), dtype=np.float64)
-    found = int(np.searchsorted(running, at, side="right"))
-    if found < len(p):
-        return found
-    last = np.flatnonzero(chosen)
-    return int(last[-1]) if len(last) else -1
+def _numbers(a: Inputs, i: int) -> Iterator[float]:
+    """The random numbers of an output, one after another."""
+    seed, offset = _word(a, "seed", i), _word(a, "offset", i)
+    for start in count(offset, _FEW):
+        yield from uniforms(seed, np.array([i]), start, _FEW)[0].astype(np.float64)
 
 
-class _Row:
-    """An output's random numbers, one after another."""
-
-    def __init__(self, number: int, seed: int, offset: int) -> None:
-        self._number, self._seed, self._offset = np.array([number]), seed, offset
-        self._drawn = self._draw()
-
-    def _draw(self) -> Iterator[Any]:
-        while True:
-            yield from uniforms(self._seed, self._number, self._offset, _AT_ONCE)[0]
-            self._offset += _AT_ONCE
-
-    def draw(self) -> Any:
-        return next(self._drawn)
+def _word(a: Inputs, name: str, i: int) -> int:
+    array = a.get(f"maybe_{name}_arr")
+    if array is None:
+        return int(a[f"{name}_val"] if f"{name}_val" in a else a[f"philox_{name}"])
+    return int(array[i if len(array) > 1 else 0])
 
 
-def _rejecting(p: Array, row: _Row, k: int, top_p: Any) -> int:
-    """Draw, and draw again above a rising pivot, until fewer than `k` and less than `top_p` are
-    above what was drawn."""
-    low, high, q = np.float32(0), np.float32(1), np.float32(1)
-
-    def above(pivot: Any) -> tuple[bool, Any]:
-        chosen = p > pivot
-        total = np.float32(p[chosen].sum(dtype=np.float64))
-        return bool(chosen.sum() < k and total < top_p), total
-
-    while True:
-        token = _pick(p, p > low, row.draw() * q)
-        if token < 0:
-            return -1
-        first = p[token]
-        second = (first + high) * _HALF
-        (is_right, of_first), (is_enough, of_second) = above(first), above(second)
-        if is_right:
-            return token
-        low, high, q = (first, second, of_first) if is_enough else (second, high, of_second)
-        if not low < high:
-            return token
+# What is allowed: `allowed(a, p, output's number, source's row, slack)`, of sums that may be off by
+# so many times `slack(p)`: by 1, or 0 for what is right without rounding.
+Allowed = Callable[[Inputs, Array, int, int, float], Iterable[int]]
 
 
-# Every sampler's random numbers, at the end of its arguments.
-_Seeds: TypeAlias = "tuple[Array | None, int, Array | None, int]"
+def _sampler(allowed: Allowed, source: str = "probs") -> Formula:
+    def formula(a: Inputs) -> Exact:
+        def at(i: int, times: float = 1.0) -> Iterable[int]:
+            of = i if a.get("maybe_indices") is None else int(a["maybe_indices"][i])
+            return allowed(a, a[source][of], i, of, times)
+
+        @functools.cache
+        def drawn() -> Array:
+            return np.array([next(iter(at(i, 0.0)), NONE) for i in range(len(a["output"]))], int)
+
+        made = {"output": OneOfMany(lambda: np.maximum(drawn(), 0), tokens_judge(at))}
+        if "valid" in a:
+            judge = tokens_judge(at, valid=True)
+            made["valid"] = OneOfMany(lambda: drawn() != NONE, judge)
+        return made
+
+    return formula
 
 
-def _rows(count: int, seeds: _Seeds) -> Iterator[_Row]:
-    seed_arr, seed, offset_arr, offset = seeds
-    for i in range(count):
-        yield _Row(i, _word(seed_arr, seed, i), _word(offset_arr, offset, i))
+def _drawn(p: Array, chosen: Array, at: float, within: float) -> list[int]:
+    return [token for _, token in around(p, chosen, at, within)] or [NONE]
 
 
-def _of(array: Array | None, number: Any, i: int) -> Any:
-    return number if array is None else array[i]
+def _from_probs(a: Inputs, p: Array, i: int, _: int, times: float) -> Iterable[int]:
+    return _drawn(p, p > 0, next(_numbers(a, i)), times * slack(p))
 
 
-def _word(array: Array | None, number: int, i: int) -> int:
-    """Of an array of one, all rows have that."""
-    return int(_of(array, number, i if array is not None and len(array) > 1 else 0))
+def _top(a: Inputs, name: str, at: int) -> float:
+    array = a.get(f"maybe_{name}_arr")
+    return float(a[f"{name}_val"] if array is None else array[at])
 
 
-def _sample(
-    probs: Array, output: Array, valid: Array, indices: Array | None, seeds: _Seeds,
-    choose: Callable[[Array, _Row, int, int], int],
-) -> None:  # fmt: skip
-    """`choose(p, row, output's number, probs' row)` for each output."""
-    for i, row in enumerate(_rows(len(output), seeds)):
-        of = i if indices is None else int(indices[i])
-        token = choose(probs[of], row, i, of)
-        output[i], valid[i] = max(token, 0), token >= 0
+def _top_k(a: Inputs, p: Array, i: int, at: int, times: float) -> Iterable[int]:
+    kept = Filter(p, int(_top(a, "top_k", at)), np.inf, times * slack(p))
+    return rejected(p, kept, _numbers(a, i))
 
 
-def sampling_from_probs(
-    probs: Array, output: Array, valid: Array, maybe_indices: Array | None, deterministic: bool,
-    *seeds: Any,
-) -> None:  # fmt: skip
-    def choose(p: Array, row: _Row, *_: int) -> int:
-        return _pick(p, p > 0, row.draw())
-
-    _sample(probs, output, valid, maybe_indices, seeds, choose)
+def _top_p(a: Inputs, p: Array, i: int, at: int, times: float) -> Iterable[int]:
+    top_p = float(np.float32(_top(a, "top_p", at)))
+    return rejected(p, Filter(p, np.inf, top_p, times * slack(p)), _numbers(a, i))
 
 
-def top_k_sampling_from_probs(
-    probs: Array, output: Array, valid: Array, maybe_indices: Array | None,
-    maybe_top_k_arr: Array | None, top_k_val: int, deterministic: bool, *seeds: Any,
-    by_row: bool = False,
-) -> None:  # fmt: skip
-    """`by_row`: an array is of the rows of probs, and not of the outputs."""
-
-    def choose(p: Array, row: _Row, i: int, of: int) -> int:
-        k = _of(maybe_top_k_arr, top_k_val, of if by_row else i)
-        return _rejecting(p, row, int(k), np.inf)
-
-    _sample(probs, output, valid, maybe_indices, seeds, choose)
+def _top_k_top_p(a: Inputs, p: Array, i: int, at: int, times: float) -> Iterable[int]:
+    k, top_p = int(_top(a, "top_k", at)), float(np.float32(_top(a, "top_p", at)))
+    return rejected(p, Filter(p, k, top_p, times * slack(p)), _numbers(a, i))
 
 
-def top_p_sampling_from_probs(
-    probs: Array, output: Array, valid: Array, maybe_indices: Array | None,
-    maybe_top_p_arr: Array | None, top_p_val: float, deterministic: bool, *seeds: Any,
-) -> None:  # fmt: skip
-    def choose(p: Array, row: _Row, i: int, of: int) -> int:
-        return _rejecting(p, row, len(p) + 1, np.float32(_of(maybe_top_p_arr, top_p_val, of)))
-
-    _sample(probs, output, valid, maybe_indices, seeds, choose)
+def _min_p(a: Inputs, p: Array, i: int, at: int, times: float) -> Iterable[int]:
+    greatest = np.float32(max(0.0, np.nanmax(p, initial=0.0)))
+    chosen = p >= float(greatest * np.float32(_top(a, "min_p", at)))
+    mass = float(p[chosen].sum())
+    return _drawn(p, chosen, next(_numbers(a, i)) * mass, 2 * times * slack(p))
 
 
-def top_k_top_p_sampling_from_probs(
-    probs: Array, output: Array, valid: Array, maybe_indices: Array | None,
-    maybe_top_k_arr: Array | None, top_k_val: float, maybe_top_p_arr: Array | None,
-    top_p_val: float, deterministic: bool, *seeds: Any,
-) -> None:  # fmt: skip
-    def choose(p: Array, row: _Row, i: int, of: int) -> int:
-        k, top_p = _of(maybe_top_k_arr, top_k_val, of), _of(maybe_top_p_arr, top_p_val, of)
-        return _rejecting(p, row, int(k), np.float32(top_p))
-
-    _sample(probs, output, valid, maybe_indices, seeds, choose)
+def _by_output(allowed: Allowed) -> Allowed:
+    """With an array of parameters that is of the outputs, and not of the rows of probs."""
+    return lambda a, p, i, of, times: allowed(a, p, i, i, times)
 
 
-def min_p_sampling_from_probs(
-    probs: Array, output: Array, valid: Array, maybe_indices: Array | None,
-    maybe_min_p_arr: Array | None, min_p_val: float, deterministic: bool, *seeds: Any,
-    by_row: bool = False,
-) -> None:  # fmt: skip
-    def choose(p: Array, row: _Row, i: int, of: int) -> int:
-        min_p = np.float32(_of(maybe_min_p_arr, min_p_val, of if by_row else i))
-        chosen = p >= np.fmax.reduce(p, initial=np.float32(0)) * min_p
-        return _pick(p, chosen, row.draw() * np.float32(p[chosen].sum(dtype=np.float64)))
-
-    _sample(probs, output, valid, maybe_indices, seeds, choose)
-
-
-def sampling_from_logits(
-    logits: Array, output: Array, maybe_indices: Array | None, deterministic: bool, *seeds: Any
-) -> None:
-    """The greatest of logits and Gumbel noise; each vector that the kernel loads has its own
-    subsequence."""
-    size = logits.shape[1]
+def _from_logits(a: Inputs, logits: Array, i: int, _: int, times: float) -> Iterable[int]:
+    size = len(logits)
     width = int(np.gcd(4, size))
-    seed_arr, seed, offset_arr, offset = seeds
-    for i in range(len(output)):
-        of = i if maybe_indices is None else int(maybe_indices[i])
-        vectors = np.arange(0, size, width, dtype=np.uint64) + np.uint64(i * size)
-        words = _word(seed_arr, seed, i), _word(offset_arr, offset, i)
-        drawn = uniforms(words[0], vectors, words[1], width)
-        noise = -_LN2 * np.log2(-np.log2(drawn.ravel().astype(np.float64) * _BELOW_ONE))
-        output[i] = np.argmax(logits[of] + noise)
+    vectors = np.arange(0, size, width, dtype=np.uint64) + np.uint64(i * size)
+    drawn = uniforms(_word(a, "seed", i), vectors, _word(a, "offset", i), width)
+    inner = -np.log2(drawn.ravel().astype(np.float64) * (1 - 2.0**-23))
+    score = logits - np.log(inner)
+    if np.isnan(score).any() or not np.isfinite(score).any():
+        return range(size)
+    # Of the outer logarithm's argument, and then its own.  As small as its error, it may be 0.
+    wrong = np.minimum(times * _LOG / inner, 1)
+    error = times * _LOG * (4 + np.abs(np.where(np.isfinite(score), score, 0)))
+    with np.errstate(divide="ignore"):
+        most = score - np.log1p(-wrong) + error
+    least = np.where(wrong < 1, score - np.log1p(wrong) - error, -np.inf)
+    may: list[int] = np.flatnonzero(np.isfinite(score) & (most >= least.max())).tolist()
+    return may
 
 
-def chain_speculative_sampling(
-    draft_probs: Array, draft_token_ids: Array, target_probs: Array, output_token_ids: Array,
-    output_accepted_token_num: Array, output_emitted_draft_token_num: Array, deterministic: bool,
-    *seeds: Any,
-) -> None:  # fmt: skip
-    count = draft_token_ids.shape[1]
-    for i, row in enumerate(_rows(len(draft_token_ids), seeds)):
-        tokens = draft_token_ids[i]
-
-        def is_taken(n: int, i: int = i, row: _Row = row, tokens: Array = tokens) -> bool:
-            drafted, wanted = draft_probs[i, n, tokens[n]], target_probs[i, n, tokens[n]]
-            return bool(row.draw() * drafted < wanted)
-
-        emitted = next((n for n in range(count) if not is_taken(n)), count)
-        # The one that was refused is looked at again, with another number.
-        accepted = emitted + sum([is_taken(n) for n in range(emitted, count)])
-        rest = target_probs[i, emitted]
-        if emitted < count:
-            rest = np.maximum(rest - draft_probs[i, emitted], np.float32(0))
-        total = np.float32(rest.sum(dtype=np.float64))
-        output_token_ids[i] = -1
-        output_token_ids[i, :emitted] = tokens[:emitted]
-        output_token_ids[i, emitted] = _pick(rest, rest > 0, row.draw() * total)
-        output_accepted_token_num[i] += accepted
-        output_emitted_draft_token_num[i] += emitted
+def _is_taken(drawn: float, drafted: float, wanted: float, times: float) -> set[bool]:
+    product = float(np.float32(drawn) * np.float32(drafted))
+    close = bool(times) and abs(product - wanted) <= times * 2.0**-23 * wanted
+    return {True, False} if close else {product < wanted}
 
 
-def _without_valid(kernel: Callable[..., None]) -> Callable[..., None]:
-    """As it was up to 0.6.6: no flags of what is valid."""
+def _chain_row(a: Inputs, i: int, times: float = 1.0) -> set[tuple[int, int, int]]:
+    """How many tokens may be emitted and how many accepted, and the token after those emitted."""
+    ids, numbers = a["draft_token_ids"][i].astype(int), _numbers(a, i)
+    length = len(ids)
+    drawn = [next(numbers) for _ in range(length + 2)]
+    found = set()
 
-    def run(probs: Array, output: Array, *others: Any) -> None:
-        kernel(probs, output, np.empty(len(output), np.bool_), *others)
+    def taken(n: int, number: int) -> set[bool]:
+        drafts, targets = a["draft_probs"][i, n], a["target_probs"][i, n]
+        return _is_taken(drawn[number], drafts[ids[n]], targets[ids[n]], times)
 
-    return run
+    for emitted in range(length + 1):
+        rest = a["target_probs"][i, emitted]
+        accepted, number = {emitted}, emitted
+        if emitted < length:
+            rest = np.maximum(rest - a["draft_probs"][i, emitted], 0)
+            if False in taken(emitted, number):
+                for n in range(emitted, length):
+                    number += 1
+                    accepted = {so + yes for so in accepted for yes in taken(n, number)}
+                number += 1
+            else:
+                accepted = set()
+        mass = drawn[number] * float(rest.sum())
+        tokens = _drawn(rest, rest > 0, mass, 2 * times * slack(rest))
+        found |= {(emitted, so, token) for so in accepted for token in tokens}
+        if emitted < length and True not in taken(emitted, emitted):
+            break
+    return found
 
 
-def _of_numbers(kernel: Callable[..., None]) -> Callable[..., None]:
-    """As it was in 0.6.3: a seed and an offset that are numbers."""
+def chain_speculative_sampling(a: Inputs) -> Exact:
+    ids = a["draft_token_ids"].astype(int)
 
-    def run(*values: Any) -> None:
-        *others, seed, offset = values
-        kernel(*others, None, seed, None, offset)
+    @functools.cache
+    def at(i: int, times: float = 1.0) -> set[tuple[int, int, int]]:
+        return _chain_row(a, i, times)
 
-    return run
+    # Of (emitted, accepted, token) what each tensor has in a row.
+    def tokens(i: int, found: tuple[int, int, int]) -> list[int]:
+        padding = [-1] * ids.shape[1]
+        return [*ids[i, : found[0]], found[2], *padding[found[0] :]]
 
+    def accepted(i: int, found: tuple[int, int, int]) -> int:
+        return int(a["output_accepted_token_num"][i]) + found[1]
 
-_SAMPLERS = (
-    sampling_from_probs,
-    top_k_sampling_from_probs,
-    top_p_sampling_from_probs,
-    top_k_top_p_sampling_from_probs,
-    min_p_sampling_from_probs,
-)
-_OTHERS = (sampling_from_logits, chain_speculative_sampling)
-_ENTRIES: dict[str, Callable[..., None]] = {"softmax": softmax, **RENORM}
-for _kernel in (*_SAMPLERS, *_OTHERS):
-    _first = _without_valid(_kernel) if _kernel in _SAMPLERS else _kernel
-    _ENTRIES |= {
-        _kernel.__name__: _kernel,
-        f"{_kernel.__name__}_without_valid": _first,
-        f"{_kernel.__name__}_of_numbers": _of_numbers(_first),
+    def emitted(i: int, found: tuple[int, int, int]) -> int:
+        return int(a["output_emitted_draft_token_num"][i]) + found[0]
+
+    def made(of: Callable[[int, tuple[int, int, int]], Any]) -> OneOfMany:
+        def judge(got: Array) -> tuple[float, float]:
+            right = all(
+                any(np.array_equal(one, of(i, found)) for found in at(i))
+                for i, one in enumerate(got)
+            )
+            return (0.0, 0.0) if right else (np.inf, np.inf)
+
+        return OneOfMany(lambda: np.array([of(i, min(at(i, 0.0))) for i in range(len(ids))]), judge)
+
+    return {
+        "output_token_ids": made(tokens),
+        "output_accepted_token_num": made(accepted),
+        "output_emitted_draft_token_num": made(emitted),
     }
-for _kernel in (top_k_sampling_from_probs, min_p_sampling_from_probs):
-    _ENTRIES[f"{_kernel.__name__}_by_row"] = functools.partial(_kernel, by_row=True)
 
-KERNELS: dict[str, dict[str, Callable[..., None]]] = {"sampling": _ENTRIES}
+
+_ALLOWED: dict[str, Allowed] = {
+    "sampling_from_probs": _from_probs,
+    "top_k_sampling_from_probs": _by_output(_top_k),
+    "top_p_sampling_from_probs": _top_p,
+    "top_k_top_p_sampling_from_probs": _top_k_top_p,
+    "min_p_sampling_from_probs": _by_output(_min_p),
+}
+_FORMULAS: dict[str, Formula] = {
+    **{name: _sampler(allowed) for name, allowed in _ALLOWED.items()},
+    "sampling_from_logits": _sampler(_from_logits, "logits"),
+    "chain_speculative_sampling": chain_speculative_sampling,
+}
+_VARIANTS = ("", "_without_valid", "_of_numbers")
+EXACT: dict[str, Formula] = {
+    "softmax": softmax,
+    **RENORM,
+    **{name + variant: formula for name, formula in _FORMULAS.items() for variant in _VARIANTS},
+    "top_k_sampling_from_probs_by_row": _sampler(_top_k),
+    "min_p_sampling_from_probs_by_row": _sampler(_min_p),
+}

@@ -1,99 +1,161 @@
-"""The `topk` module in numpy: the greatest of a row in order, ties by their index.
+"""Ops of `fi_ffi.ops.table.topk`, from their definition: see exact.py.
 
-The kernels give them in an order of their own unless they are asked to sort.
+Which of equal values are chosen is open unless a tie break says it, and so is the order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.formula import Exact, Formula, Inputs, OneOfMany
 
-_LARGE = 2  # the code of a tie break
-
-
-def _greatest(x: Array, k: int, tie_break: int) -> Array:
-    """The indices of the k greatest, the greatest first."""
-    values = x.astype(np.float64)
-    index = np.arange(len(x))
-    order: Array = np.lexsort((-index if tie_break == _LARGE else index, -values))
-    return order[:k]
+_SMALL, _LARGE = 1, 2
 
 
-def radix_topk(
-    input: Array, output_indices: Array, output_values: Array | None,
-    maybe_row_states_buffer: Array | None, top_k: int, sorted_output: bool = False,
-    deterministic: bool = False, tie_break: int = 0, dsa_graph_safe: bool = False,
-) -> None:  # fmt: skip
-    for i, x in enumerate(input):
-        chosen = _greatest(x, top_k, tie_break)
-        output_indices[i] = chosen
-        if output_values is not None:
-            output_values[i] = x[chosen]
+class Choice:
+    """The k greatest of a row: those that must be chosen, and those that share the last places."""
+
+    def __init__(self, x: Array, k: int, tie_break: int) -> None:
+        index = np.arange(len(x))
+        # The greatest first, of equal ones the first or, where the tie break says so, the last.
+        self.order = np.lexsort((-index if tie_break == _LARGE else index, -x))[:k]
+        last = np.partition(x, len(x) - k)[len(x) - k]
+        self.certain, self.tied = np.flatnonzero(x > last), np.flatnonzero(x == last)
+        self.open = k - len(self.certain)
+        if tie_break in (_SMALL, _LARGE):
+            chosen = self.tied[: self.open] if tie_break == _SMALL else self.tied[-self.open :]
+            self.certain = np.concatenate([self.certain, chosen])
+            self.tied, self.open = chosen[:0], 0
+
+    def allows(self, got: Array, names: Array) -> bool:
+        """Whether these are what the chosen ones are called by `names`, in any order."""
+        there = Counter(got.astype(np.int64).tolist())
+        wanted = Counter(names[self.certain].tolist())
+        others = there - wanted
+        tied = Counter(names[self.tied].tolist())
+        return not (wanted - there or others - tied) and others.total() == self.open
 
 
-def _windows(
-    input: Array, lengths: Array, starts: Array | None, k: int, tie_break: int
-) -> list[Array]:
-    """For each row the indices chosen of its window, from 0 there; all of them, in order, where
-    there are no more than k."""
-    found = []
-    for i, (x, length) in enumerate(zip(input, lengths, strict=True)):
-        start = 0 if starts is None else int(starts[i])
-        window = x[start : start + int(length)]
-        short = len(window) <= k
-        found.append(np.arange(len(window)) if short else _greatest(window, k, tie_break))
-    return found
+def _every(count: int, is_right: Callable[[int], bool]) -> tuple[float, float]:
+    """What a judge says: nothing here is rounded."""
+    right = all(is_right(i) for i in range(count))
+    return (0.0, 0.0) if right else (np.inf, np.inf)
 
 
-def radix_topk_page_table_transform(
-    input: Array, output_page_table: Array, src_page_table: Array,
-    maybe_row_to_batch: Array | None, lengths: Array, maybe_row_states_buffer: Array | None,
-    top_k: int, deterministic: bool = False, tie_break: int = 0, dsa_graph_safe: bool = False,
-    maybe_row_starts: Array | None = None, maybe_page_table_row_starts: Array | None = None,
-    maybe_output_raw_indices: Array | None = None, *, page_size: int = 1,
-) -> None:  # fmt: skip
-    starts = maybe_row_starts
-    if maybe_page_table_row_starts is not None:
-        starts = maybe_page_table_row_starts
-    output_page_table[...] = -1
-    if maybe_output_raw_indices is not None:
-        maybe_output_raw_indices[...] = -1
-    windows = _windows(input, lengths, maybe_row_starts, top_k, tie_break)
-    for i, chosen in enumerate(windows):
-        table = src_page_table[i if maybe_row_to_batch is None else int(maybe_row_to_batch[i])]
-        start = 0 if starts is None else int(starts[i])
-        pages = table[start + chosen // page_size]
-        output_page_table[i, : len(chosen)] = pages * page_size + chosen % page_size
-        if maybe_output_raw_indices is not None:
-            maybe_output_raw_indices[i, : len(chosen)] = chosen
+def radix_topk(a: Inputs) -> Exact:
+    x, k, tie_break = a["input"], a["output_indices"].shape[1], a.get("tie_break", 0)
+    names = np.arange(x.shape[1])
+    is_sorted = a.get("sorted_output", False)
+
+    def chosen() -> Array:
+        orders = [Choice(row, k, tie_break).order for row in x]
+        return np.reshape(orders, (len(x), k)).astype(np.int64)
+
+    def indices(got: Array) -> tuple[float, float]:
+        def is_right(i: int) -> bool:
+            if not Choice(x[i], k, tie_break).allows(got[i], names):
+                return False
+            values = x[i][got[i].astype(np.int64)]
+            return not is_sorted or bool((np.diff(values) <= 0).all())
+
+        return _every(len(x), is_right)
+
+    def values(got: Array) -> tuple[float, float]:
+        greatest = -np.sort(-x, axis=1)[:, :k]
+        found = got.astype(np.float64)
+        if not is_sorted:
+            found = -np.sort(-found, axis=1)
+        return _every(len(x), lambda i: np.array_equal(found[i], greatest[i]))
+
+    made = {"output_indices": OneOfMany(chosen, indices)}
+    if "output_values" in a:
+        found = OneOfMany(lambda: np.take_along_axis(x, chosen(), axis=1), values)
+        made["output_values"] = found
+    return made
 
 
-def _with_page_size(*values: Any) -> None:
-    """As it is from 0.6.18 on: the size of a page after the tie break."""
-    *first, page_size = values[:10]
-    radix_topk_page_table_transform(*first, *values[10:], page_size=page_size)
+Rows = Iterator[tuple[Array, Array]]
 
 
-def radix_topk_ragged_transform(
-    input: Array, output_indices: Array, offsets: Array, lengths: Array,
-    maybe_row_states_buffer: Array | None, top_k: int, deterministic: bool = False,
-    tie_break: int = 0, dsa_graph_safe: bool = False, maybe_row_starts: Array | None = None,
-) -> None:  # fmt: skip
-    output_indices[...] = -1
-    windows = _windows(input, lengths, maybe_row_starts, top_k, tie_break)
-    for i, chosen in enumerate(windows):
-        output_indices[i, : len(chosen)] = chosen + offsets[i]
+def _chosen(a: Inputs, output: str, rows: Callable[[], Rows]) -> OneOfMany:
+    """Of rows that are windows, with what the elements of a window are called."""
+    (count, k), tie_break = a[output].shape, a.get("tie_break", 0)
+
+    def padded(names: Array) -> Array:
+        return np.concatenate([names, np.full(k - len(names), -1)])
+
+    def value() -> Array:
+        found = np.full((count, k), -1)
+        for i, (window, names) in enumerate(rows()):
+            chosen = names if len(window) <= k else names[Choice(window, k, tie_break).order]
+            found[i] = padded(chosen)
+        return found
+
+    def judge(got: Array) -> tuple[float, float]:
+        windows = list(rows())
+
+        def is_right(i: int) -> bool:
+            window, names = windows[i]
+            if len(window) <= k:
+                return np.array_equal(got[i], padded(names))
+            return Choice(window, k, tie_break).allows(got[i], names)
+
+        return _every(count, is_right)
+
+    return OneOfMany(value, judge)
 
 
-KERNELS: dict[str, dict[str, Callable[..., None]]] = {
-    "topk": {
-        "radix_topk": radix_topk,
-        "radix_topk_page_table_transform": radix_topk_page_table_transform,
-        "radix_topk_page_table_transform_with_page_size": _with_page_size,
-        "radix_topk_ragged_transform": radix_topk_ragged_transform,
-    }
+def _starts(a: Inputs, *names: str) -> Array:
+    given: Any = next((a[name] for name in names if a.get(name) is not None), None)
+    starts: Array = np.zeros(len(a["lengths"])) if given is None else given
+    return starts.astype(int)
+
+
+def _windows(a: Inputs) -> Iterator[Array]:
+    lengths = a["lengths"].astype(int)
+    for x, start, length in zip(a["input"], _starts(a, "maybe_row_starts"), lengths, strict=True):
+        yield x[start : start + length]
+
+
+def radix_topk_page_table_transform(a: Inputs) -> Exact:
+    of = a.get("maybe_row_to_batch")
+    batch = np.arange(len(a["lengths"])) if of is None else of.astype(int)
+    starts = _starts(a, "maybe_page_table_row_starts", "maybe_row_starts")
+    size = a.get("page_size", 1)
+
+    def rows() -> Rows:
+        for window, start, row in zip(_windows(a), starts, batch, strict=True):
+            at = np.arange(len(window))
+            pages = a["src_page_table"][row].astype(np.int64)[start + at // size]
+            yield window, pages * size + at % size
+
+    def raw() -> Rows:
+        return ((window, np.arange(len(window))) for window in _windows(a))
+
+    made = {"output_page_table": _chosen(a, "output_page_table", rows)}
+    if "maybe_output_raw_indices" in a:
+        made["maybe_output_raw_indices"] = _chosen(a, "maybe_output_raw_indices", raw)
+    return made
+
+
+def radix_topk_ragged_transform(a: Inputs) -> Exact:
+    offsets = a["offsets"].astype(np.int64)
+
+    def rows() -> Rows:
+        for window, offset in zip(_windows(a), offsets, strict=True):
+            yield window, offset + np.arange(len(window))
+
+    return {"output_indices": _chosen(a, "output_indices", rows)}
+
+
+EXACT: dict[str, Formula] = {
+    "radix_topk": radix_topk,
+    "radix_topk_page_table_transform": radix_topk_page_table_transform,
+    "radix_topk_page_table_transform_with_page_size": radix_topk_page_table_transform,
+    "radix_topk_ragged_transform": radix_topk_ragged_transform,
 }

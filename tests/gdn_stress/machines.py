@@ -17,7 +17,7 @@ from stress_strength import IS_SANITIZED
 import fi_ffi
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.ops.functions import OPS
-from fi_ffi.reference import exact_gdn
+from fi_ffi.reference.gdn import gdn_prefill
 
 from attention import machines
 from calls import HostArray
@@ -106,7 +106,7 @@ class Cpu(machines.Cpu):
 
     def exact(self, inputs: dict[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """What a call must write, in float64, with the magnitude of each element."""
-        return exact_gdn.gdn_prefill(inputs)
+        return gdn_prefill(inputs)
 
     def close(self) -> None: ...
 
@@ -198,8 +198,8 @@ class Gpu(Cpu, machines.Gpu):
         # Many short sequences are so little work that numpy is done before it is launched.
         cupy = None if IS_SANITIZED or np.diff(inputs["cu_seqlens"]).max() < 64 else _cupy()
         if cupy is None:
-            return exact_gdn.gdn_prefill(inputs)
-        found = exact_gdn.gdn_prefill(inputs, cupy)
+            return gdn_prefill(inputs)
+        found = gdn_prefill(inputs, cupy)
         return {name: (cupy.asnumpy(x), cupy.asnumpy(size)) for name, (x, size) in found.items()}
 
     def close(self) -> None:

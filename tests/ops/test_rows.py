@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 
 import fi_ffi
 from fi_ffi import reference
+from fi_ffi.ops import functions
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.row import Row, Scalar, Tensor, defaults
+from fi_ffi.ops.row import Row, Scalar, Tensor, default_of, defaults
 from fi_ffi.ops.table import ROWS
 from fi_ffi.reference.exact import EXACT, MOVES
 
@@ -50,8 +53,7 @@ def test_docstring_tells_everything(row):
     assert max(map(len, doc.splitlines())) <= 100
 
 
-def test_a_new_row_is_a_function_at_once():
-    """A row of its own, for an entry that has a reference already."""
+def test_a_new_row_and_its_formula_are_a_function_at_once(monkeypatch):
     row = Row(
         "mine", "norm", "rmsnorm", "here", "Mine.",
         (
@@ -65,8 +67,49 @@ def test_a_new_row_is_a_function_at_once():
     )  # fmt: skip
     import numpy as np
 
+    monkeypatch.setitem(EXACT, "mine", lambda a: {"y": (a["x"] / 2 * a["w"], None)})
     y, x, w = (np.ones(s, np.float16) for s in ((2, 8), (2, 8), (8,)))
     Op(row)(y=y, x=2 * x, w=3 * w)
     assert (y == 3).all()
     with pytest.raises(fi_ffi.ArgumentError, match="mine: argument `w`"):
         Op(row)(y, x, w[:4])
+
+
+def test_stubs_have_each_ops_own_parameters():
+    """What mypy tells users of an op is what its call takes: names, types, defaults."""
+    stubs = ast.parse(Path(functions.__file__).with_suffix(".pyi").read_text())
+    calls = {
+        node.name: ast.unparse(node.body[0].args)
+        for node in stubs.body if isinstance(node, ast.ClassDef)
+    }  # fmt: skip
+    classes = {
+        node.target.id: node.annotation.id
+        for node in stubs.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.annotation, ast.Name)
+    }
+    assert classes.keys() == OPS.keys()
+    for name, op in OPS.items():
+        namespace = {}
+        exec(
+            f"from __future__ import annotations\ndef call({calls[classes[name]]}): ...", namespace
+        )
+        told = inspect.signature(namespace["call"]).parameters
+        own = inspect.signature(op).parameters
+        assert list(told) == ["self", *own], name
+        for parameter in own.values():
+            stub = told[parameter.name]
+            assert stub.kind == parameter.kind, (name, parameter)
+            is_given = stub.default is inspect.Parameter.empty
+            assert is_given == (parameter.default is inspect.Parameter.empty), (name, parameter)
+            assert stub.default in (parameter.default, ...), (name, parameter)
+        for arg in op.row.given:
+            assert told[arg.name].annotation == _annotation(arg), (name, arg.name)
+        assert told["stream"].annotation == "object"
+
+
+def _annotation(arg):
+    if isinstance(arg, Scalar):
+        return f"{arg.type.__name__} | None" if arg.size_of else arg.type.__name__
+    if isinstance(arg, Tensor):
+        return "TensorLike | None" if default_of(arg) else "TensorLike"
+    return f"Literal[{', '.join(map(repr, getattr(arg, 'words', ('NHD', 'HND'))))}]"

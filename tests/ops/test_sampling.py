@@ -9,7 +9,7 @@ from sampling_calls import ARRAYS, DRAWING, SAMPLERS, SEEDS, make, run
 
 import fi_ffi
 from fi_ffi.ops.functions import OPS
-from fi_ffi.reference.sampling import KERNELS
+from fi_ffi.reference import from_formula
 
 from helpers.cases import make_case
 from helpers.inputs.sampling import probabilities
@@ -264,14 +264,18 @@ def test_streams_at_once(machine, rng):
         assert case.error("valid", placed["valid"].get())[1] <= 1
 
 
+def kernel_of(name, variant=""):
+    row = next(row for row in OPS[name].rows if row.variant == variant)
+    return from_formula(row.formula, [arg.name for arg in row.args])
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_up_to_0_6_6_nothing_tells_what_is_valid(name, rng):
     """The older forms' references, beside that of the form with all arguments."""
     case = make(name, rng, n=5, without=SEEDS, seed_val=11, offset_val=3)
     values = [case.arrays.get(arg.name, case.scalars.get(arg.name)) for arg in OPS[name].row.args]
-    now, before, first = (
-        KERNELS["sampling"][name + variant] for variant in ("", "_without_valid", "_of_numbers")
-    )
+    variants = ("", "_without_valid", "_of_numbers")
+    now, before, first = (kernel_of(name, variant) for variant in variants)
     now(*values)
     tokens = case.arrays["output"].copy()
     without = [*values[:2], *values[3:]]
@@ -285,11 +289,11 @@ def test_a_seed_for_each_output(rng):
     """As it is from 0.7.2 on, where an array of parameters is of the rows, too."""
     n, h = 6, 200
     probs = np.tile(probabilities(rng, h), (n, 1))
-    seeds, offsets = rng.integers(0, 2**53, n), rng.integers(0, 2**53, n)
+    seeds, offsets = rng.integers(0, 2**63, n), rng.integers(0, 2**63, n)
     output, valid = np.zeros(n, np.int32), np.zeros(n, np.bool_)
     k = np.arange(1, n + 1, dtype=np.int32) * 20
     indices = rng.integers(0, n, n).astype(np.int32)
-    kernel = KERNELS["sampling"]["top_k_sampling_from_probs_by_row"]
+    kernel = kernel_of("top_k_sampling_from_probs", "_by_row")
     kernel(probs, output, valid, indices, k, 0, True, seeds, 0, offsets, 0)
     row = next(r for r in OPS["top_k_sampling_from_probs"].rows if r.variant == "_by_row")
     tables = {"probs": probs, "maybe_indices": indices, "maybe_top_k_arr": k,

@@ -9,7 +9,7 @@ from sampling_calls import APART, CLOSE, TOP_P, ends, run
 
 import fi_ffi
 from fi_ffi.ops.functions import OPS
-from fi_ffi.reference.exact_renorm import top_p_error
+from fi_ffi.reference.renorm import top_p_error
 
 from helpers.cases import make_case
 from helpers.inputs.sampling import probabilities

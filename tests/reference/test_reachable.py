@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fi_ffi.ops.functions import OPS
-from fi_ffi.reference.exact_renorm import top_p_error, top_p_slack
 from fi_ffi.reference.reachable import NONE, Filter, around, rejected, slack
+from fi_ffi.reference.renorm import top_p_error, top_p_slack
 
 from helpers.cases import make_case
 from helpers.inputs.sampling import probabilities

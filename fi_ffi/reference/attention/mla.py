@@ -7,8 +7,8 @@ import numpy as np
 from fi_ffi.abi.objects import Array as Object
 from fi_ffi.reference.arrays import Array, store
 from fi_ffi.reference.attention import caches, masks, plan
-from fi_ffi.reference.attention.core import attend
 from fi_ffi.reference.attention.variant import Call, Compiled
+from fi_ffi.reference.exact_attention import Options, exact
 
 
 def run(
@@ -37,7 +37,7 @@ def run(
         ckv, kpe = (caches.gathered(cache, *where) for cache in (ckv_cache, kpe_cache))
         q = np.concatenate((q_nope[rows], q_pe[rows]), axis=-1)
         k = np.concatenate((ckv, kpe), axis=-1)
-        out, sums = attend(q, k[:, None], ckv[:, None], sm_scale=sm_scale, causal=causal)
-        store(o[rows], out)
+        found = exact(q, k[:, None], ckv[:, None], Options(sm_scale, causal))
+        store(o[rows], found.out)
         if lse is not None:
-            store(lse[rows], sums * np.float32(np.log(2)) if return_lse_base_on_e else sums)
+            store(lse[rows], found.lse2 * (np.log(2) if return_lse_base_on_e else 1.0))

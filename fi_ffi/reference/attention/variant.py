@@ -15,7 +15,7 @@ import numpy as np
 
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.attention import masks
-from fi_ffi.reference.attention.core import Rope, attend
+from fi_ffi.reference.exact_attention import Options, exact
 
 _PLAIN, _ROPE_LLAMA, _ALIBI = range(3)
 # The kernels' infinity, negative, up to release 0.6.18.  A row that sees no key has this as
@@ -60,16 +60,19 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Variant:
-    """Attention with all its options set."""
+    """Attention with all its options set.
 
-    sm_scale: Array | float
-    causal: bool
-    window_left: int = -1
-    logits_soft_cap: float = 0.0
-    alibi_slopes: Array | None = None
-    rope: Rope | None = None
-    sink: Array | None = None
-    v_scale: Array | None = None
+    What the kernels do otherwise, and results are to be judged by: prefill rounds the
+    probabilities to the queries' dtype before it multiplies by the values (with fp8 queries:
+    to that fp8 dtype), and the heads that RoPE has turned to their own; tanh, exp2 and sines are
+    approximations, of about 2^-11 and 2^-22; and 5e4 stands for infinity, in prefill on logits
+    before `sm_scale`.  Hidden keys there count for `exp(-5e4 * sm_scale - largest logit)`.  From
+    `sm_scale` 0.003 on that is nothing, but the scales of fp8 queries and keys are part of it:
+    where those fill float8_e4m3fn it is about 1e-5, and fa3 sees what it should not (FlashInfer's
+    pull request 4401, after 0.6.18).
+    """
+
+    options: Options
     mask_of: MaskOf | None = None
     # fa3 writes a request without keys without a look at the sink.
     sink_needs_keys: bool = False
@@ -77,41 +80,38 @@ class Variant:
     def __call__(self, request: int, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
         """The output and logarithms of one request."""
         qo_len, kv_len = len(q), len(k)
-        if self.rope is not None and 0 < kv_len < qo_len:
+        if self.options.rope is not None and 0 < kv_len < qo_len:
             # The kernels compute positions in uint32: these would be about 2^32.
             raise ValueError(f"RoPE of {qo_len} queries, and {kv_len} keys: not fewer")
-        out, lse = attend(
-            q, k, v,
-            sm_scale=self.sm_scale,
-            causal=self.causal,
-            window_left=self.window_left,
-            logits_soft_cap=self.logits_soft_cap,
-            mask=self.mask_of(request, qo_len, kv_len) if self.mask_of else None,
-            alibi_slopes=self.alibi_slopes,
-            rope=self.rope,
-            sink=None if self.sink_needs_keys and not kv_len else self.sink,
-        )  # fmt: skip
-        if self.v_scale is not None:
-            out = out * self.v_scale[:, None]
-        return out, np.where(lse == -np.inf, NO_KEY, lse)
+        options = self.options
+        if self.mask_of:
+            options = replace(options, mask=self.mask_of(request, qo_len, kv_len))
+        if self.sink_needs_keys and not kv_len:
+            options = replace(options, sink=None)
+        found = exact(q, k, v, options)
+        return found.out, np.where(found.lse2 == -np.inf, NO_KEY, found.lse2)
 
 
 def cuda_cores(
     call: Call, slopes: Array | None, logits_soft_cap: float, sm_scale: float,
-    rope_rcp_scale: float, rope_rcp_theta: float, rounds: bool = False,
+    rope_rcp_scale: float, rope_rcp_theta: float,
 ) -> Variant:  # fmt: skip
     """The decode kernels, and what fa2's have in common with them."""
     compiled = call.compiled
     if compiled.pos_encoding_mode == _ALIBI and slopes is None:
         raise ValueError("a module compiled for ALiBi needs maybe_alibi_slopes")
-    turns = compiled.pos_encoding_mode == _ROPE_LLAMA
+    rope = None
+    if compiled.pos_encoding_mode == _ROPE_LLAMA:
+        rope = np.float64(1) / rope_rcp_scale, np.float64(1) / rope_rcp_theta
     return Variant(
-        sm_scale,
-        call.mask_mode == masks.CAUSAL,
-        call.window_left if compiled.use_sliding_window else -1,
-        logits_soft_cap if compiled.use_logits_soft_cap else 0.0,
-        slopes if compiled.pos_encoding_mode == _ALIBI else None,
-        Rope(rope_rcp_scale, rope_rcp_theta, rounds) if turns else None,
+        Options(
+            sm_scale,
+            call.mask_mode == masks.CAUSAL,
+            call.window_left if compiled.use_sliding_window else -1,
+            logits_soft_cap if compiled.use_logits_soft_cap else 0.0,
+            alibi_slopes=slopes if compiled.pos_encoding_mode == _ALIBI else None,
+            rope=rope,
+        )
     )
 
 
@@ -131,9 +131,7 @@ def fa2(
         mask_of = _custom(mask, mask_indptr)
     elif call.mask_mode == masks.MULTI_ITEM:
         mask_of = _multi_item(prefix_len, token_positions, max_item_len, token_positions_len)
-    common = cuda_cores(
-        call, slopes, logits_soft_cap, sm_scale, rope_rcp_scale, rope_rcp_theta, rounds=True
-    )
+    common = cuda_cores(call, slopes, logits_soft_cap, sm_scale, rope_rcp_scale, rope_rcp_theta)
     return replace(common, mask_of=mask_of)
 
 
@@ -155,14 +153,14 @@ def fa3(
     mask_of = None
     if call.mask_mode == masks.MULTI_ITEM:
         mask_of = _multi_item(prefix_len, token_positions, max_item_len, token_positions_len)
-    return Variant(
+    options = Options(
         sm_scale,
         call.mask_mode == masks.CAUSAL,
         _hopper_window(call),
         logits_soft_cap if call.compiled.use_logits_soft_cap else 0.0,
         v_scale=call.each(v_scales, v_scale),
-        mask_of=mask_of,
     )
+    return Variant(options, mask_of)
 
 
 def fa3_single(call: Call, v_scales: Array | None, logits_soft_cap: float, sm_scale: float,
@@ -183,20 +181,21 @@ def fa3_fp8(
     of_q = np.full(call.num_qo_heads, q_scale, np.float32) if q_scales is None else q_scales
     scale = of_q * call.each(k_scales, k_scale) * np.float32(sm_scale)
     causal = call.mask_mode == masks.CAUSAL
-    return Variant(scale, causal, v_scale=call.each(v_scales, v_scale))
+    return Variant(Options(scale, causal, v_scale=call.each(v_scales, v_scale)))
 
 
 def sink_fa2(call: Call, sink: Array, sm_scale: float) -> Variant:
     """fa2 with attention sinks: it has the window, whatever it was compiled for."""
     call.only(masks.NONE, masks.CAUSAL)
-    return Variant(sm_scale, call.mask_mode == masks.CAUSAL, call.window_left, sink=sink)
+    causal = call.mask_mode == masks.CAUSAL
+    return Variant(Options(sm_scale, causal, call.window_left, sink=sink))
 
 
 def sink_fa3(call: Call, sink: Array, sm_scale: float) -> Variant:
     """fa3 with attention sinks."""
     call.only(masks.NONE, masks.CAUSAL)
     causal, window = call.mask_mode == masks.CAUSAL, _hopper_window(call)
-    return Variant(sm_scale, causal, window, sink=sink, sink_needs_keys=True)
+    return Variant(Options(sm_scale, causal, window, sink=sink), sink_needs_keys=True)
 
 
 def _hopper_window(call: Call) -> int:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from fi_ffi.reference.arrays import Array, store
 from fi_ffi.reference.attention import caches
-from fi_ffi.reference.attention.core import attend
 from fi_ffi.reference.attention.variant import Compiled
+from fi_ffi.reference.exact_attention import Options, exact
 
 
 def _scale(scale: float, tensor: Array | None) -> float:
@@ -24,7 +22,7 @@ def xqa_wrapper(
     kv_scale_tensor: Array | None, q_seq_len: int, mask: Array | None, semaphores: Array,
     scratch: Array, enable_pdl: bool, *, compiled: Compiled,
 ) -> None:  # fmt: skip
-    """In float32; keys of fp8 have a scale, others have not, whatever is given."""
+    """Keys of fp8 have a scale, others have not, whatever is given."""
     if k_sf is not None or v_sf is not None:
         raise ValueError("keys of 4 bits need a GPU")
     if q_seq_len != 1 or mask is not None:
@@ -40,6 +38,6 @@ def xqa_wrapper(
         keys, values = caches.gathered(k_cache, *where), caches.gathered(v_cache, *where)
         if compiled.use_sliding_window:
             keys, values = keys[max(length - window, 0) :], values[max(length - window, 0) :]
-        out, _ = attend(q[request], keys, values, sm_scale=sm_scale, sink=flat)
         scale = of_kv * (rcp_out_scale if output.itemsize == 1 else 1.0)
-        store(output[request], out * np.float32(scale))
+        found = exact(q[request], keys, values, Options(sm_scale, sink=flat, v_scale=scale))
+        store(output[request], found.out)

@@ -1,0 +1,78 @@
+"""Formulas against their definitions in loops over elements (helpers/definitions.py, sampled.py).
+
+A formula judges a GPU's results, and rounded once it is what serves calls on the CPU: tests of
+these calls see how they are packed, and here is seen whether the formula is right.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fi_ffi.ops.table import ROWS
+from fi_ffi.reference import kernels
+from fi_ffi.reference.exact import MOVES
+from fi_ffi.reference.formula import as_inputs
+
+from helpers.cases import default_dtypes, make_case
+from helpers.inputs import inputs_of
+from helpers.sampled import DEFINITIONS
+
+OF_FORMULAS = {row.formula: row for row in reversed(ROWS)}
+
+
+# Options that are not at their neutral defaults, and sizes at which they matter.
+_QUANT = {"tables": {"scale": np.array([2.0**-9])}}
+_SCALES = {"quant_scale_q": 2.5, "quant_scale_kv": 30000.0}
+OPTIONS: dict[str, dict] = {
+    "packbits": {"bitorder": "big"}, "segment_packbits": {"bitorder": "big"},
+    "fused_qk_rmsnorm_rope": {
+        "n": 35, "factor": 4.0, "low": 3.0, "high": 9.5, "attention_factor": 1.2,
+        "output_quant_scale": 200.0, "v_quant_scale": 300.0, "interleave": False,
+    },
+    **{name: {"n": 60, "r": 60, "h": 150} for name in DEFINITIONS if "sampling_from" in name},
+    "radix_topk": {"tie_break": 2}, "radix_topk_ragged_transform": {"tie_break": 2},
+    "merge_states": {"n": 2}, "merge_states_of_empty_ones": {"n": 2},
+    **dict.fromkeys((name for name in DEFINITIONS if "_quant" in name), _QUANT),
+    **dict.fromkeys((name for name in DEFINITIONS if name.startswith("rope_quantize")), _SCALES),
+}  # fmt: skip
+
+
+def calls():
+    """Formulas in the shapes that their ops' calls come in, and with other dtypes and options."""
+    for formula, row in OF_FORMULAS.items():
+        if formula not in DEFINITIONS:
+            continue
+        first = default_dtypes(row)
+        last = {variable: names[-1] for variable, names in row.dtypes.items()}
+        yield pytest.param(row, first, {}, id=formula)
+        yield pytest.param(row, last, OPTIONS.get(formula, {}), id=f"{formula} options")
+        for name, more in (inputs_of(row).variants or {}).items():
+            yield pytest.param(row, first, more, id=f"{formula} {name}")
+
+
+def test_every_formula_is_checked_by_something_else():
+    """By its definition here, or by a kernel of its own that calls on the CPU are served by."""
+    others = {
+        f for f, row in OF_FORMULAS.items() if row.reference not in kernels().get(row.module, ())
+    }
+    assert others <= DEFINITIONS.keys() <= OF_FORMULAS.keys()
+
+
+@pytest.mark.parametrize(("row", "dtypes", "more"), [*calls()])
+def test_a_formula_is_its_definition(row, dtypes, more, rng):
+    small = inputs_of(row).small
+    sizes = {axis: more.get(axis, size) for axis, size in small.items()}
+    more = {name: value for name, value in more.items() if name not in small}
+    case = make_case(row, sizes, dtypes, rng, **more)
+    given = {**case.arrays, **case.scalars}
+    moves = row.formula in MOVES
+    wanted = DEFINITIONS[row.formula](given if moves else as_inputs(given))
+    assert wanted.keys() == case.expected.keys()
+    for name, value in wanted.items():
+        found = case.expected[name]
+        found = found[0] if isinstance(found, tuple) else found.value()
+        if moves:
+            assert found.tobytes() == value.tobytes(), name
+        else:  # Angles are of up to 10^7, whose sines float64 has to 10^-9.
+            np.testing.assert_allclose(found, value, rtol=1e-6, atol=1e-6, err_msg=name)
