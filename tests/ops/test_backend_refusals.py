@@ -220,7 +220,7 @@ BUFFERS = {
 def test_buffers_of_a_workspace(name, wrong):
     case, (make, words) = _of_workspaces(), BUFFERS[wrong]
     if (name, wrong) == ("staging", "None"):
-        _workspace(case, staging=None)  # it is then allocated
+        assert _workspace(case, staging=None).int_bytes  # its stages are then allocated
         return
     buffer = make()
     argument = f"{'page_locked_int' if name == 'staging' else name}_workspace_buffer"

@@ -125,7 +125,7 @@ def test_no_tokens(op, dtypes, rng):
     """Nothing is read, whatever the addresses and however few pages there are."""
     case = make_case(op.row, SIZES | {"nnz": 0}, dtypes, rng)
     descs = [fi_ffi.TensorDesc(4096, a.shape, a.dtype, device="cpu") for a in case.arrays.values()]
-    op(*descs, **case.scalars)
+    assert op(*descs, **case.scalars) is None
     nothing = {"num_pages": 0, "num_indices": 0, "b": 0, "b+1": 1}
     shapes = [[nothing.get(axis, SIZES.get(axis, 0)) for axis in arg.axis_names if axis != "nnz"]
               for arg in op.row.tensors]  # fmt: skip
@@ -136,7 +136,7 @@ def test_no_tokens(op, dtypes, rng):
         )
         for arg, shape in zip(op.row.tensors, shapes, strict=True)
     ]  # fmt: skip
-    op(*descs, **case.scalars)
+    assert op(*descs, **case.scalars) is None
 
 
 def test_the_checks_can_fail(rng):

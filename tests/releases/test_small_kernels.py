@@ -79,27 +79,35 @@ def test_bits(release, sources):
     assert "const dim3 nblks(batch_size);" in text
 
 
-@pytest.mark.parametrize("release", RELEASES)
-def test_kernels_of_diffusion_transformers(release, sources):
+def having(name: str) -> list[str]:
+    """The releases that have an op."""
+    return [release for release in RELEASES if row_of(name, release) is not None]
+
+
+@pytest.mark.parametrize("release", having("fused_qk_rmsnorm_rope"))
+def test_norms_with_rope(release, sources):
     """What ends the process, and the parts of a table."""
     row = row_of("fused_qk_rmsnorm_rope", release)
-    if row is not None:
-        text = sources(release, "include/flashinfer/norm/fused_qk_rmsnorm_rope.cuh")
-        assert "int MAX_HEADS = 32" in text and row.limits("<=")["num_heads_q"] == (32,)
-        sizes = [size for size in (32, 64, 128, 256, 512) if f"case {size}:" in text]
-        assert (*sizes,) == row.limits("in")["head_dim"]
-        assert "FLASHINFER_FUSED_CHECK(attention_factor == 1.0f);" in text
-        assert "FLASHINFER_FUSED_CHECK(offset == table_size);" in text
+    text = sources(release, "include/flashinfer/norm/fused_qk_rmsnorm_rope.cuh")
+    assert "int MAX_HEADS = 32" in text and row.limits("<=")["num_heads_q"] == (32,)
+    sizes = [size for size in (32, 64, 128, 256, 512) if f"case {size}:" in text]
+    assert (*sizes,) == row.limits("in")["head_dim"]
+    assert "FLASHINFER_FUSED_CHECK(attention_factor == 1.0f);" in text
+    assert "FLASHINFER_FUSED_CHECK(offset == table_size);" in text
+
+
+@pytest.mark.parametrize("release", having("fused_dit_gate_residual_layernorm_gamma_beta"))
+def test_kernels_of_diffusion_transformers(release, sources):
+    """The parts of a table, and the order of modes."""
     row = row_of("fused_dit_gate_residual_layernorm_gamma_beta", release)
-    if row is not None:
-        text = plain(sources(release, "include/flashinfer/norm/fused_dit_layernorm.cuh"))
-        (gate,) = (arg for arg in row.tensors if arg.name == "gate")
-        assert f"constexpr int gate_shift_scale_stride = {gate.parts};" in text
-        assert "FLASHINFER_FUSED_LN_CHECK(hidden_size == 3072);" in text
-        modes = text[text.index("enum class FusedLayerNormMode {") :].partition("}")[0]
-        order = ("GATE_RESIDUAL_GAMMA_BETA", "RESIDUAL_SCALE_SHIFT", "GATE_RESIDUAL_SCALE_SHIFT")
-        found = [word.strip(" ,") for word in modes.partition("{")[2].split(",")]
-        assert [word for word in found if word] == [*order]
+    text = plain(sources(release, "include/flashinfer/norm/fused_dit_layernorm.cuh"))
+    (gate,) = (arg for arg in row.tensors if arg.name == "gate")
+    assert f"constexpr int gate_shift_scale_stride = {gate.parts};" in text
+    assert "FLASHINFER_FUSED_LN_CHECK(hidden_size == 3072);" in text
+    modes = text[text.index("enum class FusedLayerNormMode {") :].partition("}")[0]
+    order = ("GATE_RESIDUAL_GAMMA_BETA", "RESIDUAL_SCALE_SHIFT", "GATE_RESIDUAL_SCALE_SHIFT")
+    found = [word.strip(" ,") for word in modes.partition("{")[2].split(",")]
+    assert [word for word in found if word] == [*order]
 
 
 @pytest.mark.parametrize("release", RELEASES)

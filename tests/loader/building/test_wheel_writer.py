@@ -102,4 +102,5 @@ def test_pip_installs_it_and_flashinfer_would_accept_it(wheel: KernelWheel, tmp_
         "assert set(provider.cuda_architectures) == {'sm90a'};"
         "assert set(provider.modules) == {'norm', 'page'}"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=target)
+    done = subprocess.run([sys.executable, "-c", script], cwd=target, check=False)
+    assert done.returncode == 0
