@@ -6,8 +6,6 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 
 import click
@@ -16,11 +14,11 @@ import fi_ffi
 from fi_ffi.cli import output
 from fi_ffi.errors import FiFfiError, LoaderError
 from fi_ffi.loader import cache, lock, machine, progress, runtime, search, sources, upkeep
+from fi_ffi.loader.urls import UNASKED, fetching, may_fetch
 from fi_ffi.ops.releases import fits
 from fi_ffi.ops.table import ROWS
 
 _MIN_DRIVER = (13, 0)  # the kernels are compiled with CUDA 13
-_OFFLINE = "FI_FFI_OFFLINE"
 _FETCH = "the first call fetches it, and so does `fi-ffi doctor --fetch`"
 
 
@@ -53,7 +51,7 @@ def doctor(
     """
     if sm is not None and not ops:
         raise click.UsageError("--sm goes with the names of ops")
-    with _network(fetch):
+    with fetching(fetch):
         if ops:
             _preflight(ops, sm, kernels, as_json)
             return
@@ -70,30 +68,9 @@ def doctor(
         sys.exit(1)
 
 
-# Whether what is not here is left alone because nobody said `--fetch`.
-_withheld = ContextVar("_withheld", default=False)
-
-
-@contextmanager
-def _network(allowed: bool) -> Iterator[None]:
-    """Nothing is fetched inside the block, unless that is allowed."""
-    if allowed or os.environ.get(_OFFLINE) == "1":
-        yield
-        return
-    before, token = os.environ.get(_OFFLINE), _withheld.set(True)
-    os.environ[_OFFLINE] = "1"
-    try:
-        yield
-    finally:
-        _withheld.reset(token)
-        os.environ.pop(_OFFLINE)
-        if before is not None:
-            os.environ[_OFFLINE] = before
-
-
 def _is_withheld(error: Exception) -> bool:
     """Whether an error is of what `--fetch` would have fetched."""
-    return _withheld.get() and isinstance(error, LoaderError) and f"{_OFFLINE}=1" in str(error)
+    return isinstance(error, LoaderError) and UNASKED in str(error)
 
 
 def _preflight(ops: tuple[str, ...], sm: str | None, kernels: str | None, as_json: bool) -> None:
@@ -212,7 +189,7 @@ def _kernels(kernels: str | None) -> Iterator[Finding]:
         return
     missing: dict[str, list[tuple[str, str]]] = {}
     modules = sorted({row.module for row in ROWS})
-    with progress.counter("modules", len(modules), quiet=_withheld.get()) as count:
+    with progress.counter("modules", len(modules), quiet=not may_fetch()) as count:
         for module in modules:
             count(module)
             yield from _module(module, missing)

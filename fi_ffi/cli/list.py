@@ -19,6 +19,7 @@ from fi_ffi.loader import search
 from fi_ffi.loader.catalogue import Catalogue, Module
 from fi_ffi.loader.kernels import KernelSource, open_source
 from fi_ffi.loader.uris import ModuleName
+from fi_ffi.loader.urls import fetching
 
 # Parameters with a column of their own.
 _OWN = ("backend", "head_dim")
@@ -31,20 +32,21 @@ _OWN = ("backend", "head_dim")
     help="A directory or wheel of kernels; by default the first place that has any.",
 )
 @click.option("--family", help="Only modules of this family, such as batch_prefill or norm.")
+@click.option("--fetch", is_flag=True, help="Fetch what is not here, to list it.")
 @click.option("--entries", is_flag=True, help="Open every module: its functions and GPUs too.")
 @click.option("--matrix", is_flag=True, help="Where each op can be called, by GPU, and why not.")
 @click.option("--release", help="With --matrix: of a release's wheels, such as 0.6.13.")
 @click.option("--cuda", help="With --matrix: of the wheels of a CUDA tag, such as cu130.")
 @click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
 def list(
-    kernels: Path | None, family: str | None, entries: bool, as_json: bool, matrix: bool,
-    release: str | None, cuda: str | None,
+    kernels: Path | None, family: str | None, fetch: bool, entries: bool, as_json: bool,
+    matrix: bool, release: str | None, cuda: str | None,
 ) -> None:  # fmt: skip
     """List the kernel modules at hand: family, dtypes, head sizes, backend, the ops they serve.
 
-    All of it is in the modules' names, so nothing is extracted or fetched for it but
-    with --entries.  --matrix is of the kernels in use, or where there are none, or a release
-    or a CUDA tag is named, of what FlashInfer publishes.
+    All of it is in the modules' names, so nothing is extracted for it but with --entries, and
+    nothing fetched but with --fetch.  --matrix is of the kernels in use, or where there are none,
+    or a release or a CUDA tag is named, of what FlashInfer publishes.
     """
     if matrix:
         from fi_ffi.cli.matrix import show
@@ -53,6 +55,11 @@ def list(
         return
     if release or cuda:
         raise click.UsageError("--release and --cuda go with --matrix")
+    with fetching(fetch):
+        _list(kernels, family, entries, as_json)
+
+
+def _list(kernels: Path | None, family: str | None, entries: bool, as_json: bool) -> None:
     catalogue = Catalogue.of(_source(kernels))
     modules = [module for module in catalogue if family in (None, module.family)]
     if family is not None and not modules:
@@ -82,7 +89,7 @@ def _source(kernels: Path | None) -> KernelSource:
     raise KernelNotFoundError(
         "no kernels in any of the places they come from:\n" + "\n".join(said) + "\n"
         "`fi-ffi build norm` makes some; FI_FFI_KERNELS or --kernels names a directory or a "
-        "flashinfer_jit_cache wheel."
+        "flashinfer_jit_cache wheel; --fetch fetches FlashInfer's."
     )
 
 

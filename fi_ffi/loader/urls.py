@@ -5,6 +5,9 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from urllib.parse import urljoin, urlsplit
 
 from fi_ffi.errors import FetchError
@@ -33,11 +36,34 @@ def is_file_url(url: str) -> bool:
     return url[:5].lower() == "file:"
 
 
-def refuse_offline(what: str) -> None:
-    """`FetchError` if FI_FFI_OFFLINE is set: `what` is what would have been fetched."""
-    if os.environ.get("FI_FFI_OFFLINE") == "1":
-        from fi_ffi.loader.cache import cache_root
+_fetching: ContextVar[bool] = ContextVar("fi_ffi.fetching", default=True)
+UNASKED = "nothing is fetched unasked"  # words of `refuse_offline`, by which its error is known
 
+
+@contextmanager
+def fetching(allowed: bool) -> Iterator[None]:
+    """Whether what is not on this machine may be fetched inside the block."""
+    token = _fetching.set(allowed and _fetching.get())
+    try:
+        yield
+    finally:
+        _fetching.reset(token)
+
+
+def may_fetch() -> bool:
+    """Whether a `fetching` block, if any is open, allows it."""
+    return _fetching.get()
+
+
+def refuse_offline(what: str) -> None:
+    """`FetchError` where nothing may be fetched: `what` is what would have been."""
+    from fi_ffi.loader.cache import cache_root
+
+    if not may_fetch():
+        raise FetchError(
+            f"{what} is not in the cache at {cache_root()}, and nothing is fetched unasked"
+        )
+    if os.environ.get("FI_FFI_OFFLINE") == "1":
         raise FetchError(
             f"FI_FFI_OFFLINE=1, and {what} is not in the cache at {cache_root()}: fetch it once "
             "where there is a network, or copy a cache that has it"

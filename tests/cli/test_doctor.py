@@ -91,6 +91,15 @@ def test_offline_stays_offline_and_is_named(bare, web):
     assert "FI_FFI_OFFLINE=1" in done.stdout and "not fetched yet" not in done.stdout
 
 
+def test_a_list_fetches_nothing_unasked(bare, web):
+    done = bare("list")
+    assert not web.seen and done.returncode == 1
+    assert "nothing is fetched unasked" in done.stderr and "--fetch" in done.stderr
+    done = bare("list", "--fetch", "--family", "norm")
+    assert web.seen and done.returncode == 0, done.stderr
+    assert "1 modules of http://" in done.stdout
+
+
 def test_an_answer_for_an_op_fetches_nothing(bare, web):
     done = bare("doctor", "rmsnorm", "--sm", "90", "--json")
     assert done.returncode == 0 and not web.seen, done.stdout + done.stderr
