@@ -89,6 +89,7 @@ def gdn_prefill(a: dict[str, Any], xp: Any = np) -> dict[str, tuple[Any, Any]]:
     _check_starts(starts, v.shape[1])
     found: dict[str, list[Any]] = {"output": [], "output_state": [], "state_checkpoints": []}
     sizes: dict[str, list[Any]] = {name: [] for name in found}
+    places: list[int] = []  # of checkpoints
     for i, (start, end) in enumerate(pairwise(starts)):
         of_q, of_k, of_v = (x[:, start:end] for x in (q, k, v))
         gate = [of[:, start:end] for of in gates]
@@ -102,9 +103,23 @@ def gdn_prefill(a: dict[str, Any], xp: Any = np) -> dict[str, tuple[Any, Any]]:
         of_read = scale * of_state[:, None] * xp.linalg.norm(of_q, axis=2)
         sizes["output"].append(xp.broadcast_to(of_read.T[:, :, None], (end - start, heads, size)))
         found["output_state"].append(state[None])
-        found["state_checkpoints"] += [one[None] for one in kept]
         sizes["output_state"].append(xp.broadcast_to(of_state[:, None, None], state.shape)[None])
-        sizes["state_checkpoints"] += [sizes["output_state"][-1]] * len(kept)
+        if kept:
+            first = int(a["checkpoint_cu_starts"][i])
+            places += range(first, first + len(kept))
+            found["state_checkpoints"] += kept
+            sizes["state_checkpoints"] += [sizes["output_state"][-1][0]] * len(kept)
+    if places:
+        of_places = zip(places, found["state_checkpoints"], sizes["state_checkpoints"], strict=True)
+        states = xp.array(a["state_checkpoints"])
+        of_states = xp.zeros_like(states)
+        for place, one, size_of in of_places:
+            states[place], of_states[place] = one, size_of
+        found["state_checkpoints"], sizes["state_checkpoints"] = [states], [of_states]
+    if starts[-1] < v.shape[1] and "output" in a:
+        # Tokens of no sequence stay as they are.
+        found["output"].append(xp.asarray(a["output"])[starts[-1] :])
+        sizes["output"].append(xp.zeros_like(found["output"][-1]))
     return {
         name: (xp.concatenate(values), xp.concatenate(sizes[name]))
         for name, values in found.items()

@@ -155,7 +155,7 @@ def test_names_of_symbols_reach_no_terminal(tmp_path):
     library.write_bytes(image.replace(b"x" * len(hostile), hostile))
     assert HOSTILE in json.loads(run("inspect", library, "--no-load", "--json"))["functions"]
     text = run("inspect", library, "--no-load")
-    assert f"__tvm_ffi_{ESCAPED}" in text or text.count(ESCAPED) > 1
+    assert text.replace("\n", "").count(ESCAPED) > 1  # of the file and of its function
     assert not [c for c in text if not c.isprintable() and c != "\n"]
 
 

@@ -51,11 +51,12 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize(("kind", "backend", "name"), TENSORS)
+@pytest.mark.parametrize(
+    ("kind", "backend", "name", "wrong"),
+    # Without an lse, none is written.
+    [(*of, wrong) for of in TENSORS for wrong in WRONG if (of[-1], wrong) != ("lse", "None")],
+)
 def test_each_tensor(kind, backend, name, wrong):
-    if (name, wrong) == ("lse", "None"):
-        return  # that is none
     change, words = WRONG[wrong]
     case, plan = planned(kind, backend)
     given = {name: change(fi_ffi.as_desc(case.memory[name]))}
