@@ -189,7 +189,9 @@ def test_a_gpu_that_is_not_there_leaves_nothing(rng, to_gpu, stream):
         lambda: fi_ffi.rmsnorm(there, there, weight, stream=stream),
         lambda: cuda.allocate(64, fi_ffi.parse_device("cuda:99")),
     ):
-        with pytest.raises((fi_ffi.LoaderError, fi_ffi.KernelError)) as caught:
+        # Of several GPUs it is known that the stream is another's.
+        refusals = (fi_ffi.LoaderError, fi_ffi.KernelError, fi_ffi.ArgumentError)
+        with pytest.raises(refusals) as caught:
             action()
         assert not isinstance(caught.value, fi_ffi.DeviceError)
         assert left() == 0
