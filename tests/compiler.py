@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fi_ffi.errors import BuildError
-from fi_ffi.loader.building.toolkit import find_cxx, find_toolkits
+from fi_ffi.loader.building.environment import find_cxx, find_toolkits
 from fi_ffi.loader.machine import CUDA_MAJOR
 
 

@@ -34,7 +34,7 @@ from fi_ffi.loader import (
     tvm_ffi,
     urls,
 )  # fmt: skip
-from fi_ffi.loader.building import toolkit
+from fi_ffi.loader.building import environment
 from fi_ffi.loader.kernels import KernelFile, open_source
 from fi_ffi.ops import cuda, providers
 from fi_ffi.ops.call.op import Op
@@ -335,23 +335,19 @@ def hang(patch: pytest.MonkeyPatch) -> None:
 
 def no_compiler(patch: pytest.MonkeyPatch) -> None:
     patch.setenv("CXX", "no-such-compiler")
-    toolkit.find_cxx()
+    environment.find_cxx()
 
 
 def not_linux(patch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from fi_ffi.loader.building import workshop
-
-    patch.setattr(workshop.sys, "platform", "darwin")
-    with workshop.open_workshop("0.6.13", ("8.7",), tmp_path, "torch", None):
+    patch.setattr(environment.sys, "platform", "darwin")
+    with environment.open_workshop("0.6.13", ("8.7",), tmp_path, "torch", None):
         pass
 
 
 def no_ensurepip(patch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from fi_ffi.loader.building import env
-
-    patch.setattr(env.importlib.util, "find_spec", lambda name: None)
+    patch.setattr(environment.importlib.util, "find_spec", lambda name: None)
     patch.setenv("PATH", "")
-    env._create(env.Environment(tmp_path / "env"))
+    environment._create(environment.Environment(tmp_path / "env"))
 
 
 LAST_AXIS = "A tensor whose last axis is not contiguous"

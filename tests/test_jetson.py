@@ -17,9 +17,9 @@ from fi_ffi.cli import build as build_command
 from fi_ffi.cli import main
 from fi_ffi.errors import ArgumentError, BuildError
 from fi_ffi.loader import cache, machine, runtime, search, sources
-from fi_ffi.loader.building import env, toolkit
+from fi_ffi.loader.building import environment
 from fi_ffi.loader.building.build import build
-from fi_ffi.loader.building.workshop import open_workshop
+from fi_ffi.loader.building.environment import open_workshop
 from fi_ffi.loader.kernels import open_source
 
 OTHER = "aarch64" if platform.machine() == "x86_64" else "x86_64"
@@ -187,14 +187,14 @@ def test_the_compiler_for_another_processor(
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BuildError, match=f"{OTHER}-linux-gnu-g\\+\\+ cannot be found"):
-        toolkit.find_cxx(OTHER)
+        environment.find_cxx(OTHER)
     compiler = tmp_path / f"{OTHER}-linux-gnu-g++"
     compiler.write_text("")
     compiler.chmod(0o755)
-    assert toolkit.find_cxx(OTHER) == compiler.name
+    assert environment.find_cxx(OTHER) == compiler.name
     with (
         pytest.raises(ArgumentError, match="riscv"),
-        open_workshop("0.6.13", ("8.7",), tmp_path, env.DEFAULT_TORCH, None, "riscv"),
+        open_workshop("0.6.13", ("8.7",), tmp_path, environment.DEFAULT_TORCH, None, "riscv"),
     ):
         pass
 

@@ -102,8 +102,7 @@ def test_what_is_raised_is_found(
 FRAME = re.compile(r"\w+: …: argument `[^`]*`: got |, expected |: argument `|`: got ")
 # Read by tools, or of values that only a library of another TVM-FFI makes.
 INTERNAL = ("cli/replaying", "abi/signature",
-            "watch/safetensors", "loader/lockfile", "loader/lockedit", "abi/values",
-            "loader/building/ninja")  # fmt: skip
+            "watch/safetensors", "loader/lockfile", "loader/lockedit", "abi/values")  # fmt: skip
 
 
 def text_of(node: ast.AST) -> str:

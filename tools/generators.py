@@ -43,13 +43,13 @@ def described(
     those `unlisted` modules that are asked for by name; `data` is the folder of the sources
     that none was generated for; `unavailable` has generators that failed, and why.
     """
-    from fi_ffi.loader.building import build, env, names
+    from fi_ffi.loader.building import build, environment, names
 
     architectures = names.parse_arch(arch)
     requests = [names.parse_request(name).as_json(release) for name in unlisted]
     with build.open_workshop(release, architectures, build_dir) as workshop:
         # A generator compiles a helper, which includes cuBLAS.
-        env.install_headers(workshop.environment, "cublas", workshop.toolkit, workshop.say)
+        environment.install_headers(workshop.environment, "cublas", workshop.toolkit, workshop.say)
         question = {"action": "sources", "requests": requests}
         answer: dict[str, Any] = build.ask(workshop, question, Path(__file__))
     return answer

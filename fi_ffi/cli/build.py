@@ -25,7 +25,7 @@ from fi_ffi.cli import INTERRUPTED
 from fi_ffi.cli.output import print_json
 from fi_ffi.loader.building.build import Available, available
 from fi_ffi.loader.building.build import build as build_wheel
-from fi_ffi.loader.building.env import DEFAULT_TORCH
+from fi_ffi.loader.building.environment import DEFAULT_TORCH, Progress
 from fi_ffi.loader.building.names import (
     DEFAULT_ARCH,
     DEFAULT_RELEASE,
@@ -34,7 +34,6 @@ from fi_ffi.loader.building.names import (
     parse_arch,
     with_options,
 )
-from fi_ffi.loader.building.workshop import Progress
 from fi_ffi.loader.cache import cache_root
 from fi_ffi.loader.machine import CPUS
 from fi_ffi.loader.progress import Pace, shown

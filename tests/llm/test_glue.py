@@ -130,7 +130,7 @@ def test_nvcc_compiles_the_kernels(tmp_path):
     reason = why_not_build()
     if reason is not None:
         pytest.skip(reason)
-    from fi_ffi.loader.building.toolkit import find_toolkits
+    from fi_ffi.loader.building.environment import find_toolkits
 
     source = tmp_path / "glue.cu"
     source.write_text(glue.SOURCE)

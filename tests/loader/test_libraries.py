@@ -12,7 +12,7 @@ import pytest
 
 from fi_ffi.errors import LoaderError
 from fi_ffi.loader import libraries
-from fi_ffi.loader.building.toolkit import find_cxx
+from fi_ffi.loader.building.environment import find_cxx
 from fi_ffi.ops.cuda import own_handle
 
 from fi_ffi import parse_device  # isort: skip

@@ -14,7 +14,7 @@ import fi_ffi
 from fi_ffi.cli import main
 from fi_ffi.errors import ArtifactError, BuildError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import cache, facts, runtime, sources
-from fi_ffi.loader.building import env, workshop
+from fi_ffi.loader.building import environment
 from fi_ffi.loader.kernels import ModuleFile, open_source
 
 from forking import in_child
@@ -75,7 +75,7 @@ def test_names_that_are_too_long(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(KernelNotFoundError, match="null byte"):
         runtime.load_file("a\0b.so")
     with pytest.raises(BuildError, match="File name too long; name another --build-dir"), \
-            workshop._locked(Path(LONG), print):  # fmt: skip
+            environment._locked(Path(LONG), print):  # fmt: skip
         pass
     monkeypatch.setenv("FI_FFI_CACHE_DIR", LONG)
     assert cache.find(SHA256, "norm.so") is None
@@ -133,6 +133,6 @@ def test_a_damaged_note_of_a_build(tmp_path: Path) -> None:
     folder.mkdir()
     for content in (b"", b"\xff\xfe", b"{"):
         folder.with_name("made.json").write_bytes(content)
-        env._once(folder, folder, {"a": "b"}, lambda: made.append(1))
-    env._once(folder, folder, {"a": "b"}, lambda: made.append(1))
+        environment._once(folder, folder, {"a": "b"}, lambda: made.append(1))
+    environment._once(folder, folder, {"a": "b"}, lambda: made.append(1))
     assert len(made) == 3

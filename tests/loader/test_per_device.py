@@ -14,7 +14,7 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Entry
 from fi_ffi.errors import BuildError
 from fi_ffi.loader import machine, per_device, runtime
-from fi_ffi.loader.building.toolkit import find_cxx
+from fi_ffi.loader.building.environment import find_cxx
 
 # As FlashInfer's launchers have them: a flag, and a pointer inside a lambda.
 SOURCE = """

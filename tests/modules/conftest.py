@@ -13,7 +13,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.errors import BuildError
-from fi_ffi.loader.building.toolkit import find_cxx
+from fi_ffi.loader.building.environment import find_cxx
 from fi_ffi.ops.modules import Module
 
 from pinned import download_pinned_wheel, pinned_wheel, testing_library, tvm_ffi_loaded

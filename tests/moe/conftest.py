@@ -14,7 +14,7 @@ import pytest
 from fi_ffi.abi.function import Entry
 from fi_ffi.errors import BuildError
 from fi_ffi.loader import runtime
-from fi_ffi.loader.building.toolkit import find_cxx
+from fi_ffi.loader.building.environment import find_cxx
 
 from pinned import download_pinned_wheel
 

@@ -11,7 +11,7 @@ import pytest
 
 from fi_ffi import file_signatures
 from fi_ffi.errors import BuildError
-from fi_ffi.loader.building.toolkit import find_cxx
+from fi_ffi.loader.building.environment import find_cxx
 from fi_ffi.loader.lock import the_lock
 from tools.bindings import Source, abi_type, read
 from tools.bindings.conditions import truth

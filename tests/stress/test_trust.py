@@ -19,7 +19,7 @@ import fi_ffi
 from fi_ffi.abi import library
 from fi_ffi.errors import ArtifactError, LoaderError
 from fi_ffi.loader import cache, elf, facts, held, runtime, search, sources, tvm_ffi
-from fi_ffi.loader.building.toolkit import find_cxx
+from fi_ffi.loader.building.environment import find_cxx
 from fi_ffi.loader.kernels import ModuleFile, open_source
 from fi_ffi.loader.wheel import Wheel
 

@@ -18,7 +18,7 @@ from urllib3.util import parse_url
 
 from fi_ffi.errors import ArtifactError, FetchError, FiFfiError, LoaderError
 from fi_ffi.loader import cache, facts, libraries, sources
-from fi_ffi.loader.building import env, workshop
+from fi_ffi.loader.building import environment as building
 from fi_ffi.loader.building.build import build
 from fi_ffi.loader.http import Client
 from fi_ffi.loader.kernels import ModuleFile
@@ -223,8 +223,8 @@ def test_programs_that_others_could_plant_are_not_run(
     script(environment / "bin" / "python", f"touch {ran}; exit 1")
     for name in ("lib/python3.11/site-packages/pip/a.py", "../0.6.13-9.0a/build.ninja"):
         script(environment / name, "")
-    needed = " ".join(env._NEEDED)
-    content = json.dumps({"needed": needed, "torch": env.DEFAULT_TORCH}, indent=1)
+    needed = " ".join(building._NEEDED)
+    content = json.dumps({"needed": needed, "torch": building.DEFAULT_TORCH}, indent=1)
     environment.with_name("env-0.6.13.json").write_text(content)
     with pytest.raises(FiFfiError):  # as it is, it is used
         build(["norm"], output=tmp_path)
@@ -243,7 +243,7 @@ def test_a_build_folder_of_another_user(root: Path, tmp_path: Path) -> None:
     another(folder)
     with (
         pytest.raises(ArtifactError, match=f"belongs to user {OTHER}"),
-        workshop._locked(folder, print),
+        building._locked(folder, print),
     ):
         pass
 

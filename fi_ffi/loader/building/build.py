@@ -12,9 +12,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import signal
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,7 +25,15 @@ from typing import Any
 
 from fi_ffi.errors import ArgumentError, BuildError
 from fi_ffi.loader import trust
-from fi_ffi.loader.building import env, toolkit
+from fi_ffi.loader.building.environment import (
+    DEFAULT_TORCH,
+    Missing,
+    Progress,
+    Report,
+    Workshop,
+    missing_part,
+    open_workshop,
+)
 from fi_ffi.loader.building.names import (
     DEFAULT_ARCH,
     DEFAULT_RELEASE,
@@ -30,19 +41,20 @@ from fi_ffi.loader.building.names import (
     parse_arch,
     parse_requests,
 )
-from fi_ffi.loader.building.ninja import (
-    MissingHeader,
-    MissingLibrary,
-    count_steps,
-    default_jobs,
-    run_ninja,
-    write_index,
-)
 from fi_ffi.loader.building.wheel_writer import KernelWheel, write_wheel
-from fi_ffi.loader.building.workshop import Progress, Report, Workshop, open_workshop
 from fi_ffi.loader.kernels import open_source
 
 _DRIVER = Path(__file__).with_name("driver.py")
+_NINJA_STATUS = "[%f/%t] "
+_STATUS = re.compile(r"^\[(\d+)/(\d+)\] ", re.MULTILINE)
+_TELLING = re.compile(
+    r"\berror\b|undefined reference|cannot find -l|No such file|Killed|out of memory|not found",
+    re.IGNORECASE,
+)
+_MEMORY_PER_JOB = 3 << 30  # what one nvcc process takes for FlashInfer's larger sources
+_KEPT = 400  # lines of output that are looked at after a failure
+_SHOWN = 8
+_PATIENCE_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -92,14 +104,139 @@ def _refuse(failed: dict[str, str], names: Sequence[str], workshop: Workshop) ->
         raise ArgumentError("build", "modules", got=repr(text), expected=expected)
 
 
-def _fetch(workshop: Workshop, missing: MissingHeader | MissingLibrary) -> None:
-    """Install what the compiler or the linker did not find."""
-    environment, say = workshop.environment, workshop.say
-    if isinstance(missing, MissingHeader):
-        env.install_headers(environment, missing.extra, workshop.toolkit, say)
-    else:
-        found = env.install_library(environment, missing.name, workshop.toolkit, say)
-        toolkit.add_link(workshop.link_folder, missing.name, found)
+# Ninja, over the build files that FlashInfer wrote
+
+
+class MissingPart(BuildError):
+    """A build that lacks a part of CUDA that the package index has."""
+
+    def __init__(self, part: Missing, log: str) -> None:
+        self.part = part
+        super().__init__(str(part), log)
+
+
+def default_jobs() -> int:
+    """As many compilers as there are processors, and as memory is likely to hold."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(len(os.sched_getaffinity(0)), memory // _MEMORY_PER_JOB))
+
+
+def write_index(folder: Path, module_files: Iterable[Path]) -> Path:
+    """One build file over those of all modules ever asked for in `folder`.
+
+    Ninja forgets what it knows of outputs that its build file does not name, and
+    would then make them again.
+    """
+    known = sorted({*folder.glob("*/build.ninja"), *module_files})
+    index = folder / "build.ninja"
+    lines = ["ninja_required_version = 1.3", *(f"subninja {_escape(path)}" for path in known)]
+    text = "\n".join(lines) + "\n"
+    if not index.is_file() or index.read_text() != text:
+        index.write_text(text)
+    return index
+
+
+def _escape(path: Path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def meaningful_lines(output: Sequence[str]) -> list[str]:
+    """The lines of a failed build that say why, the last ones if there are many."""
+    lines = [line for line in output if _TELLING.search(line) and len(line) < 600]
+    lines = [line for line in lines if not _STATUS.match(line)]
+    return (lines or [line[:600] for line in output if line.strip()])[-_SHOWN:]
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """End ninja and, through it, its compilers: it removes half-written outputs itself."""
+    if process.poll() is not None:
+        return
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(_PATIENCE_S)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+        return
+
+
+def _follow(process: subprocess.Popen[str], log: Path, step: Callable[[int, int], None]) -> str:
+    """Copy ninja's output to `log` and report each finished step; the last of the output."""
+    last: deque[str] = deque(maxlen=_KEPT)
+    assert process.stdout is not None
+    with log.open("a") as file:
+        for line in process.stdout:
+            file.write(line)
+            last.append(line)
+            if match := _STATUS.match(line):
+                step(int(match[1]), int(match[2]))
+    return "".join(last)
+
+
+def count_steps(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> int:
+    """How many steps `command` would run: ninja itself says so only when the first is done."""
+    done = subprocess.run(
+        [*command, "-n"],
+        cwd=folder,
+        env={**os.environ, **environment, "NINJA_STATUS": _NINJA_STATUS},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    match = _STATUS.search(done.stdout)
+    return int(match[2]) if match else 0
+
+
+def run_ninja(
+    command: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str],
+    log: Path,
+    step: Callable[[int, int], None],
+) -> None:
+    """Run ninja in `folder`; `step(finished, total)` is called as it goes.
+
+    It gets a process group of its own, so that an interruption reaches this process
+    first, which then ends ninja in order and leaves what is finished for the next time.
+    """
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    with log.open("a") as file:
+        file.write(f"# {started}\n$ {' '.join(command)}\n")
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, **environment, "NINJA_STATUS": _NINJA_STATUS},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        output = _follow(process, log, step)
+        code = process.wait()
+    finally:
+        _stop(process)
+    if code == 0:
+        return
+    if part := missing_part(output):
+        raise MissingPart(part, str(log))
+    raise BuildError(_explain(output.splitlines()), str(log))
+
+
+def _explain(lines: Sequence[str]) -> str:
+    failed = next((line.split()[-1] for line in lines if line.startswith("FAILED:")), None)
+    what = f"compiling {Path(failed).name} failed" if failed else "ninja failed"
+    text = "\n".join([f"{what}:", *meaningful_lines(lines)])
+    if re.search(r"\bKilled\b|out of memory", text):
+        text += "\nThe machine ran out of memory: use fewer --jobs."
+    return text
+
+
+# The build
 
 
 def _compile(workshop: Workshop, answer: Any, jobs: int) -> None:
@@ -118,18 +255,18 @@ def _compile(workshop: Workshop, answer: Any, jobs: int) -> None:
         name = f"{len(libraries)} modules" if len(libraries) > 1 else answer["modules"][0]["name"]
         workshop.report(Progress("compile", name, done, total, elapsed, remaining))
 
-    fetched: set[str] = set()
+    fetched: set[Missing] = set()
     while True:
         begun = time.monotonic()
         if total := count_steps(command, index.parent, workshop.variables()):
             step(0, total)
         try:
             run_ninja(command, index.parent, workshop.variables(), workshop.log, step)
-        except (MissingHeader, MissingLibrary) as error:
-            if str(error) in fetched:  # fetched, and it did not have what was missed
+        except MissingPart as error:
+            if error.part in fetched:  # fetched, and it did not have what was missed
                 raise
-            fetched.add(str(error))
-            _fetch(workshop, error)
+            fetched.add(error.part)
+            workshop.fetch(error.part)
         else:
             return
 
@@ -166,7 +303,7 @@ def build(
     output: Path | str = ".",
     build_dir: Path | None = None,
     jobs: int | None = None,
-    torch_requirement: str = env.DEFAULT_TORCH,
+    torch_requirement: str = DEFAULT_TORCH,
     report: Report | None = None,
     cpu: str | None = None,
     keep: bool = False,
@@ -203,7 +340,7 @@ def available(
     release: str = DEFAULT_RELEASE,
     arch: str | Iterable[str] = DEFAULT_ARCH,
     build_dir: Path | None = None,
-    torch_requirement: str = env.DEFAULT_TORCH,
+    torch_requirement: str = DEFAULT_TORCH,
     report: Report | None = None,
 ) -> list[Available]:
     """What `build` can make for `arch`: the families, then FlashInfer's own list of modules."""

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from fi_ffi.errors import ArgumentError, BuildError
-from fi_ffi.loader.building import env, ninja
-from fi_ffi.loader.building import toolkit as build_toolkit
-from fi_ffi.loader.building.build import _compile, available, build
+from fi_ffi.loader.building import environment as building
+from fi_ffi.loader.building.build import _compile, available, build, run_ninja, write_index
+from fi_ffi.loader.building.environment import Missing, Progress, Toolkit, Workshop, missing_part
 from fi_ffi.loader.building.names import (
     DEFAULT_RELEASE,
     FAMILIES,
@@ -27,9 +27,7 @@ from fi_ffi.loader.building.names import (
     parse_requests,
     with_options,
 )
-from fi_ffi.loader.building.toolkit import Toolkit
 from fi_ffi.loader.building.wheel_writer import KernelWheel, write_wheel
-from fi_ffi.loader.building.workshop import Progress
 
 
 @pytest.mark.parametrize(
@@ -161,10 +159,10 @@ def test_no_compiler_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(BuildError, match=r"no C\+\+ compiler: c\+\+ or g\+\+"):
-        build_toolkit.find_cxx()
+        building.find_cxx()
     monkeypatch.setenv("CXX", "icpx -std=c++17")
     with pytest.raises(BuildError, match="icpx"):
-        build_toolkit.find_cxx()
+        building.find_cxx()
 
 
 def _script(path: Path, text: str) -> Path:
@@ -192,7 +190,7 @@ def test_toolkits_are_found_behind_scripts(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "old"))
     monkeypatch.setenv("CUDA_PATH", str(tmp_path / "absent"))
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
-    found = build_toolkit.find_toolkits()
+    found = building.find_toolkits()
     assert found[:2] == [Toolkit(tmp_path / "old", "12.6"), Toolkit(tmp_path / "real", "13.0")]
     assert found[0].major == 12
 
@@ -200,9 +198,9 @@ def test_toolkits_are_found_behind_scripts(tmp_path: Path, monkeypatch: pytest.M
 def test_an_architecture_that_nvcc_does_not_know(tmp_path: Path) -> None:
     _fake_nvcc(tmp_path, "13.0")
     toolkit = Toolkit(tmp_path, "13.0")
-    build_toolkit.check_architectures(toolkit, ["8.7", "9.0a"])
+    building.check_architectures(toolkit, ["8.7", "9.0a"])
     with pytest.raises(ArgumentError, match=r"one of 8\.7, 9\.0 \(CUDA 13\.0"):
-        build_toolkit.check_architectures(toolkit, ["12.0f"])
+        building.check_architectures(toolkit, ["12.0f"])
 
 
 @pytest.mark.parametrize(
@@ -216,7 +214,7 @@ def test_an_architecture_that_nvcc_does_not_know(tmp_path: Path) -> None:
     ],
 )
 def test_missing_cuda_headers_are_recognised(line: str, extra: str | None) -> None:
-    assert build_toolkit.header_extra(f"x\n{line}\ny") == extra
+    assert missing_part(f"x\n{line}\ny") == (extra and Missing(extra))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +229,8 @@ def test_missing_cuda_headers_are_recognised(line: str, extra: str | None) -> No
     ],
 )
 def test_missing_cuda_libraries_are_recognised(line: str, name: str | None) -> None:
-    assert build_toolkit.missing_library(f"x\n{line}\ny") == name
+    part = missing_part(f"x\n{line}\ny")
+    assert (part and part.library) == name
 
 
 def test_a_library_is_linked_by_a_name_without_a_version(tmp_path: Path) -> None:
@@ -239,10 +238,10 @@ def test_a_library_is_linked_by_a_name_without_a_version(tmp_path: Path) -> None
     library.parent.mkdir(parents=True)
     library.write_text("")
     (library.parent / "libnvrtc-builtins.so.13.0").write_text("")
-    assert build_toolkit.find_library(tmp_path / "home", "libnvrtc.so.") == library
-    assert build_toolkit.find_library(tmp_path / "home", "libcublas.so.") is None
+    assert building.find_library(tmp_path / "home", "libnvrtc.so.") == library
+    assert building.find_library(tmp_path / "home", "libcublas.so.") is None
     for _ in range(2):  # a link that is there already is replaced
-        build_toolkit.add_link(tmp_path, "nvrtc", library)
+        building.add_link(tmp_path, "nvrtc", library)
     assert (tmp_path / "libnvrtc.so").resolve() == library
 
 
@@ -251,11 +250,13 @@ def _workshop(tmp_path: Path, ninja_says: str, said: list[str]) -> Any:
     script = _script(tmp_path / "ninja", ninja_says)
     links = tmp_path / "link"
     links.mkdir()
-    return SimpleNamespace(
+    workshop = SimpleNamespace(
         environment=SimpleNamespace(ninja=lambda: str(script)), toolkit="the toolkit",
         link_folder=links, log=tmp_path / "log", variables=dict, say=said.append,
         report=lambda progress: None,
     )  # fmt: skip
+    workshop.fetch = lambda missing: Workshop.fetch(workshop, missing)
+    return workshop
 
 
 def test_libraries_are_fetched_as_they_are_missed(
@@ -274,7 +275,7 @@ def test_libraries_are_fetched_as_they_are_missed(
         assert (environment, toolkit) == (workshop.environment, "the toolkit")
         return _script(tmp_path / "index" / f"lib{name}.so.13", "")
 
-    monkeypatch.setattr(env, "install_library", fetch)
+    monkeypatch.setattr(building, "install_library", fetch)
     answer = {"folder": str(tmp_path), "modules": []}
     _compile(workshop, answer, 1)
     assert fetched == [*wanted]
@@ -286,7 +287,7 @@ def test_a_library_that_is_missed_again_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workshop = _workshop(tmp_path, "echo 'ld: cannot find -lcublas'; exit 1", [])
-    monkeypatch.setattr(env, "install_library", lambda *_: _script(tmp_path / "lib", ""))
+    monkeypatch.setattr(building, "install_library", lambda *_: _script(tmp_path / "lib", ""))
     with pytest.raises(BuildError, match=r"libcublas\.so is missing"):
         _compile(workshop, {"folder": str(tmp_path), "modules": []}, 1)
 
@@ -294,7 +295,7 @@ def test_a_library_that_is_missed_again_is_an_error(
 def _ninja(tmp_path: Path, text: str, log: Path) -> list[tuple[int, int]]:
     steps: list[tuple[int, int]] = []
     script = _script(tmp_path / "ninja", text)
-    ninja.run_ninja([str(script)], tmp_path, {}, log, lambda *step: steps.append(step))
+    run_ninja([str(script)], tmp_path, {}, log, lambda *step: steps.append(step))
     return steps
 
 
@@ -337,7 +338,7 @@ def test_an_interruption_ends_ninja(tmp_path: Path) -> None:
     try:
         begun = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            ninja.run_ninja([str(script)], tmp_path, {}, tmp_path / "log", interrupt)
+            run_ninja([str(script)], tmp_path, {}, tmp_path / "log", interrupt)
         assert time.monotonic() - begun < 10
     finally:
         signal.signal(signal.SIGINT, before)
@@ -349,10 +350,10 @@ def test_the_index_keeps_all_modules(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "build.ninja").write_text("")
-    index = ninja.write_index(tmp_path, [tmp_path / "b" / "build.ninja"])
+    index = write_index(tmp_path, [tmp_path / "b" / "build.ninja"])
     assert index.read_text().count("subninja") == 2
     stamp = index.stat().st_mtime_ns
-    ninja.write_index(tmp_path, [])
+    write_index(tmp_path, [])
     assert index.stat().st_mtime_ns == stamp
 
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from fi_ffi.cli import build as command
 from fi_ffi.loader.building.build import Available
-from fi_ffi.loader.building.workshop import Progress
+from fi_ffi.loader.building.environment import Progress
 
 
 @pytest.fixture

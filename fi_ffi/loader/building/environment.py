@@ -1,0 +1,623 @@
+"""The environment of a build: FlashInfer's generators, the CUDA toolkit, a folder of its own.
+
+The generators run in a throw-away environment, one per release: it is made once and used
+again, by any Python, until its requirements change; its path is in every compiler command,
+so another one would mean compiling all over.  A toolkit is taken from CUDA_HOME, CUDA_PATH or
+PATH.  Pieces of CUDA that the machine lacks come from the package index, into folders of
+their own, so that they cannot disagree with those that torch brings.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from packaging.requirements import Requirement
+
+from fi_ffi.errors import ArgumentError, BuildError
+from fi_ffi.loader import cache, trust
+from fi_ffi.loader.building.names import parse_release
+from fi_ffi.loader.machine import CPUS, CUDA_MAJOR
+
+DEFAULT_TORCH = "torch==2.13.0"
+INDEX_CUDA = "13.0"  # the toolkit taken from the package index
+
+# What FlashInfer's generators import, beside torch; its other dependencies are for
+# running kernels.  Versions are taken from the requirements of the release.
+_NEEDED = (
+    "apache-tvm-ffi",
+    "filelock",
+    "jinja2",
+    "ninja",
+    "nvidia-ml-py",
+    "packaging",
+    "requests",
+)
+_ERROR_LINES = 6
+
+# What is linked with -l, and how its headers' names begin -> the extra of the `cuda-toolkit`
+# distribution that has it.
+PARTS = {
+    "cublas": "cublas",
+    "cublasLt": "cublas",
+    "curand": "curand",
+    "nvrtc": "nvrtc",
+    "cusparse": "cusparse",
+    "cusolver": "cusolver",
+    "nvml": "nvml",
+    "nvtx3": "nvtx",
+}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a build stands.
+
+    `stage` is "prepare", "compile" or "package"; `done` of `total` compiler and
+    linker runs are finished; times are in seconds, `remaining` None while unknown.
+    """
+
+    stage: str
+    message: str
+    done: int = 0
+    total: int = 0
+    elapsed: float = 0.0
+    remaining: float | None = None
+
+
+Report = Callable[[Progress], None]
+Say = Callable[[str], None]
+
+
+# The toolkit and the compiler
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """A CUDA toolkit: its folder and its release, such as "13.0"."""
+
+    home: Path
+    release: str
+
+    @property
+    def nvcc(self) -> Path:
+        return self.home / "bin" / "nvcc"
+
+    @property
+    def major(self) -> int:
+        return int(self.release.partition(".")[0])
+
+
+def _output(*command: str | Path) -> str:
+    """What a command prints on either stream; empty if it cannot be run."""
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+    except OSError:
+        return ""
+    return done.stdout
+
+
+def toolkit_of(nvcc: Path) -> Toolkit | None:
+    """The toolkit that `nvcc` belongs to, or None if it is not a working compiler."""
+    release = re.search(r"release (\d+\.\d+),", _output(nvcc, "--version"))
+    # `nvcc` on PATH may be a link or a script; the real one names its folder in a dry run.
+    top = re.search(r"^#\$ TOP=(.+)$", _output(nvcc, "-dryrun", "-c", "none.cu"), re.MULTILINE)
+    if release is None or top is None:
+        return None
+    return Toolkit(Path(top[1].strip()).resolve(), release[1])
+
+
+def find_toolkits() -> list[Toolkit]:
+    """The toolkits of this machine, the one that was named first before that on PATH."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates = [Path(home) / "bin" / "nvcc" for home in homes if home]
+    if on_path := shutil.which("nvcc"):
+        candidates.append(Path(on_path))
+    candidates.append(Path("/usr/local/cuda/bin/nvcc"))  # where NVIDIA's installers put it
+    found = (toolkit_of(nvcc) for nvcc in candidates if nvcc.is_file())
+    return list(dict.fromkeys(toolkit for toolkit in found if toolkit))
+
+
+def check_architectures(toolkit: Toolkit, architectures: Iterable[str]) -> None:
+    """Raise ArgumentError for an architecture that this nvcc cannot compile for."""
+    known = re.findall(r"compute_(\d+)\b", _output(toolkit.nvcc, "--list-gpu-arch"))
+    for architecture in architectures:
+        if known and re.sub(r"\D", "", architecture) not in known:
+            names = ", ".join(f"{number[:-1]}.{number[-1]}" for number in known)
+            raise ArgumentError(
+                "build", "arch", got=architecture, expected=f"one of {names} (CUDA "
+                f"{toolkit.release}; letters such as the a of 9.0a aside)"
+            )  # fmt: skip
+
+
+def find_cxx(cpu: str | None = None) -> str:
+    """The C++ compiler: CXX, or c++, g++ or clang++ on PATH; for another processor, its g++."""
+    names, package = ["c++", "g++", "clang++"], "g++"
+    if cpu is not None:
+        names, package = [f"{cpu}-linux-gnu-g++"], f"g++-{cpu.replace('_', '-')}-linux-gnu"
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else names
+    for name in candidates:
+        if shutil.which(name.split()[0]):
+            return name
+    fedora = "gcc-c++" if cpu is None else f"gcc-c++-{cpu}-linux-gnu"
+    raise BuildError(
+        f"no C++ compiler: {' or '.join(candidates)} cannot be found. Install one "
+        f"(Debian and Ubuntu: apt install {package}; Fedora: dnf install {fedora}), or name it in "
+        "CXX."
+    )
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A part of CUDA that a compiler (a header) or a linker (`library`) did not find."""
+
+    extra: str
+    library: str | None = None
+
+    def __str__(self) -> str:
+        if self.library:
+            return f"lib{self.library}.so is missing"
+        return f"headers of {self.extra} are missing"
+
+
+def missing_part(output: str) -> Missing | None:
+    """The part of CUDA that a build's output says is missing, if it is one."""
+    header = re.search(r"fatal error: ([\w/]+)[\w./]*: No such file", output)
+    for start, extra in PARTS.items():
+        if header and header[1].startswith(start):
+            return Missing(extra)
+    # GNU ld and gold, lld, mold
+    told = r"(?:cannot find -l|unable to find library -l|library not found: )(\w+)"
+    name = re.search(told, output)
+    return Missing(PARTS[name[1]], name[1]) if name and name[1] in PARTS else None
+
+
+def find_library(folder: Path, file: str) -> Path | None:
+    """The library whose file's name begins so, in the toolkit or package in `folder`."""
+    for pattern in ("lib64", "lib", "targets/*/lib"):
+        for candidate in sorted(folder.glob(f"{pattern}/{file}*")):
+            return candidate
+    return None
+
+
+def _stub_source(cuda_h: Path) -> str:
+    """C text that defines every function of the CUDA driver, to link against and never to run.
+
+    With the names there, the linker lists libcuda.so.1 as needed in the modules that
+    call it and in no other, as it would with the toolkit's own stub.
+    """
+    names = sorted(set(re.findall(r"\bcu[A-Z]\w+", cuda_h.read_text(errors="replace"))))
+    return "".join(f"int {name}(void) {{ return 999; }}\n" for name in names)
+
+
+def add_link(folder: Path, name: str, library: Path) -> None:
+    """Let `-l<name>` find a library whose file's name ends with its version."""
+    link = folder / f"lib{name}.so"
+    link.unlink(missing_ok=True)
+    link.symlink_to(library)
+
+
+def make_link_folder(toolkit: Toolkit, cxx: str, cudart: Path, folder: Path) -> Path:
+    """A folder for LIBRARY_PATH with libcudart.so and a stub of libcuda.so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    add_link(folder, "cudart", cudart)
+    stub = folder / "libcuda.so"
+    if not stub.exists():
+        source = folder / "libcuda.cpp"
+        header = toolkit.home / "include" / "cuda.h"
+        source.write_text(f'extern "C" {{\n{_stub_source(header)}}}\n')
+        command = [*cxx.split(), "-shared", "-fPIC", "-nostdlib", "-Wl,-soname,libcuda.so.1"]
+        output = _output(*command, "-o", str(stub), str(source))
+        if not stub.exists():
+            raise BuildError(f"the C++ compiler cannot make a library: {output.strip()}")
+    return folder
+
+
+# The environment of the generators, and pieces of CUDA beside it
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment with a release of flashinfer-python in it."""
+
+    root: Path
+
+    @property
+    def python(self) -> Path:
+        return self.root / "bin" / "python"
+
+    @property
+    def log(self) -> Path:
+        return self.root.with_name(self.root.name + ".log")
+
+    @property
+    def site_packages(self) -> Path:
+        # Of the Python that made the environment, which need not be the one running this.
+        found = sorted(self.root.glob("lib/python3.*/site-packages"))
+        return found[0] if found else self.root / "lib"
+
+    def ninja(self) -> str:
+        own = self.root / "bin" / "ninja"
+        found = str(own) if own.exists() else shutil.which("ninja")
+        if found is None:
+            raise BuildError(f"the environment {self.root} has no ninja", str(self.log))
+        return found
+
+    def requirement(self, name: str) -> str:
+        """What flashinfer-python says about the distribution `name`."""
+        for text in self._flashinfer().requires or ():
+            requirement = Requirement(text)
+            if requirement.name == name and requirement.marker is None:
+                return str(requirement)
+        return name
+
+    def licenses(self) -> dict[str, Path]:
+        """FlashInfer's licence texts, which a wheel of its kernels must carry."""
+        files = self._flashinfer().files or ()
+        paths = (Path(str(file.locate())) for file in files if "/licenses/" in str(file))
+        return {path.name: path for path in paths if path.is_file()}
+
+    def _flashinfer(self) -> importlib.metadata.Distribution:
+        found = importlib.metadata.distributions(
+            name="flashinfer-python", path=[str(self.site_packages)]
+        )
+        for distribution in found:
+            return distribution
+        raise BuildError(f"flashinfer-python is not in {self.root}", str(self.log))
+
+
+def _run(what: str, command: Sequence[str], log: Path) -> None:
+    """Run an installer with its output in `log`; BuildError with its last words."""
+    with log.open("a") as file:
+        file.write(f"$ {' '.join(command)}\n")
+        file.flush()
+        start = file.tell()
+        code = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False
+        ).returncode
+    if code:
+        with log.open(errors="replace") as text:
+            text.seek(start)
+            lines = [line.rstrip() for line in text if line.strip()]
+        telling = [line for line in lines if "error" in line.lower()] or lines
+        detail = "\n".join(telling[-_ERROR_LINES:])
+        raise BuildError(f"{what} failed:\n{detail}", str(log))
+
+
+def _create(environment: Environment) -> None:
+    """Make the empty environment, with uv where this Python cannot do it by itself."""
+    shutil.rmtree(environment.root, ignore_errors=True)
+    environment.root.parent.mkdir(parents=True, exist_ok=True)
+    what, uv = f"making the environment {environment.root}", shutil.which("uv")
+    if importlib.util.find_spec("ensurepip") is not None:
+        try:
+            _run(what, [sys.executable, "-m", "venv", str(environment.root)], environment.log)
+        except BuildError:
+            if uv is None:
+                raise
+            shutil.rmtree(environment.root, ignore_errors=True)
+        else:
+            return
+    if uv is None:
+        raise BuildError(
+            "this Python has no ensurepip and there is no uv on PATH; install either "
+            "(Debian and Ubuntu: apt install python3-venv)"
+        )
+    _run(what, [uv, "venv", "--python", sys.executable, str(environment.root)], environment.log)
+
+
+def _install(environment: Environment, *arguments: str) -> None:
+    """`pip install` by the environment's own pip, or by uv in one that uv made."""
+    if (environment.site_packages / "pip").is_dir():
+        command = [str(environment.python), "-I", "-m", "pip", "install"]
+    else:
+        uv = shutil.which("uv")
+        if uv is None:
+            raise BuildError(f"{environment.root} has no pip, and there is no uv on PATH")
+        command = [uv, "pip", "install", "--python", str(environment.python)]
+    wanted = [text for text in arguments if not text.startswith(("-", "/"))]
+    _run(f"installing {' '.join(wanted)}", [*command, *arguments], environment.log)
+
+
+def _once(
+    result: Path, telling: Path, content: Mapping[str, str], make: Callable[[], None]
+) -> None:
+    """Make the folder `result` unless `telling` is there and was made from the same `content`.
+
+    The marker beside it is written last: what was interrupted is done again.
+    """
+    marker = result.with_name(result.name + ".json")
+    text = json.dumps(dict(content), indent=1, sort_keys=True)
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{marker}.lock"):
+        if telling.exists() and marker.is_file() and marker.read_bytes() == text.encode():
+            return
+        marker.unlink(missing_ok=True)
+        make()
+        temporary = marker.with_name(marker.name + ".part")
+        temporary.write_text(text)
+        os.replace(temporary, marker)
+
+
+def prepare_environment(root: Path, release: str, torch: str, say: Say) -> Environment:
+    """The environment for `release` under the folder `root`, made if it is not there."""
+    environment = Environment(root / f"env-{release}")
+
+    def make() -> None:
+        created = environment.root / "created"  # interrupted before, it would have no pip
+        if not (created.exists() and environment.python.exists()):
+            say(f"making a virtual environment in {environment.root}")
+            _create(environment)
+            created.touch()
+        say(f"installing flashinfer-python {release}")
+        _install(environment, "--no-deps", f"flashinfer-python=={release}")
+        say(f"installing {torch} and what FlashInfer's generators import")
+        _install(environment, torch, *map(environment.requirement, _NEEDED))
+
+    content = {"torch": torch, "needed": " ".join(_NEEDED)}
+    # Its Python is a link, and leads nowhere once the Python that made it is gone.
+    _once(environment.root, environment.python, content, make)
+    return environment
+
+
+def _unpack(
+    environment: Environment,
+    name: str,
+    requirement: str,
+    say: Say,
+    *options: str,
+    libraries: bool = True,
+    cpu: str | None = None,
+) -> Path:
+    """Install NVIDIA's packages to the folder `name` beside the environment.
+
+    The result is the folder in it that has `include`.  Without `libraries`, which are large,
+    what a compiler reads in another folder stays as it is.
+    """
+    folder = environment.root.with_name(name)
+
+    def make() -> None:
+        say(f"installing {requirement}" + (f" of {cpu}" if cpu else ""))
+        shutil.rmtree(folder, ignore_errors=True)
+        _install(environment, "--target", str(folder), *options, requirement)
+        if not libraries:
+            for unused in folder.glob("nvidia/*/lib"):
+                shutil.rmtree(unused)
+
+    content = {"requirement": requirement} | ({"cpu": cpu} if cpu else {})
+    _once(folder, folder, content, make)
+    root = _cuda_root(folder)
+    if root is None:
+        raise BuildError(f"{requirement} has no headers in {folder}", str(environment.log))
+    return root
+
+
+def _cuda_root(folder: Path) -> Path | None:
+    """The folder that has `include`, in one that NVIDIA's packages were installed to."""
+    return next((root for root in folder.glob("nvidia/*") if (root / "include").is_dir()), None)
+
+
+def _headers_name(extra: str, release: str) -> str:
+    return f"cuda-{release}-{extra}"
+
+
+def install_headers(environment: Environment, extra: str, toolkit: Toolkit, say: Say) -> None:
+    """The headers of a CUDA library that the toolkit came without."""
+    requirement = f"cuda-toolkit[{extra}]=={toolkit.release}.*"
+    _unpack(environment, _headers_name(extra, toolkit.release), requirement, say, libraries=False)
+
+
+def install_library(environment: Environment, name: str, toolkit: Toolkit, say: Say) -> Path:
+    """A CUDA library that the toolkit came without, as it is linked with `-l<name>`."""
+    extra, release = PARTS[name], toolkit.release
+    requirement = f"cuda-toolkit[{extra}]=={release}.*"
+    root = _unpack(environment, f"{_headers_name(extra, release)}-lib", requirement, say)
+    found = find_library(root, f"lib{name}.so.")
+    if found is None:
+        raise BuildError(f"there is no lib{name}.so in {root}", str(environment.log))
+    return found
+
+
+def _find_cudart(environment: Environment, toolkit: Toolkit, say: Say, cpu: str | None) -> Path:
+    """The CUDA runtime library: the toolkit's own, or, where it has none, from the index.
+
+    Of another processor, it is what is linked with and never loaded.
+    """
+    file, release = f"libcudart.so.{CUDA_MAJOR}", toolkit.release
+    found = None if cpu else find_library(toolkit.home, file)
+    if found is None and cpu is None:
+        requirement = f"cuda-toolkit[cudart]=={release}.*"
+        found = find_library(_unpack(environment, f"cuda-{release}-cudart", requirement, say), file)
+    elif found is None:
+        options = ["--only-binary=:all:", "--no-deps"]
+        if (environment.site_packages / "pip").is_dir():
+            options += [f"--platform=manylinux{tag}_{cpu}" for tag in ("2014", "_2_17", "_2_28")]
+        else:
+            options.append(f"--python-platform={cpu}-manylinux_2_28")
+        requirement = f"nvidia-cuda-runtime=={release}.*"
+        name = f"cuda-{release}-cudart-{cpu}"
+        found = find_library(_unpack(environment, name, requirement, say, *options, cpu=cpu), file)
+    if found is None:
+        raise BuildError(f"no libcudart.so.{CUDA_MAJOR} for {toolkit.home}")
+    return found
+
+
+def _choose_toolkit(environment: Environment, say: Say) -> Toolkit:
+    """A toolkit of this machine if one is of the right major, else the package index's."""
+    found = find_toolkits()
+    for toolkit in found:
+        if toolkit.major == CUDA_MAJOR:
+            return toolkit
+    for toolkit in found:
+        say(f"{toolkit.nvcc} is of CUDA {toolkit.release}, not of CUDA {CUDA_MAJOR}: not used")
+    requirement = f"cuda-toolkit[nvcc,cccl]=={INDEX_CUDA}.*"
+    home = _unpack(environment, f"cuda-{INDEX_CUDA}-nvcc-cccl", requirement, say)
+    indexed = toolkit_of(home / "bin" / "nvcc")
+    if indexed is None:
+        raise BuildError(f"nvcc from the package index does not run: {home}/bin/nvcc")
+    return indexed
+
+
+# The workshop
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """All that a build needs but the modules' names."""
+
+    release: str
+    architectures: tuple[str, ...]
+    folder: Path
+    environment: Environment
+    toolkit: Toolkit
+    cxx: str
+    link_folder: Path
+    report: Report
+    # The processor that is compiled for, where it is not this machine's.
+    cpu: str | None = None
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "build.log"
+
+    def say(self, message: str) -> None:
+        self.report(Progress("prepare", message))
+
+    def fetch(self, missing: Missing) -> None:
+        """Install what the compiler or the linker did not find."""
+        if missing.library is None:
+            install_headers(self.environment, missing.extra, self.toolkit, self.say)
+        else:
+            found = install_library(self.environment, missing.library, self.toolkit, self.say)
+            add_link(self.link_folder, missing.library, found)
+
+    def variables(self) -> dict[str, str]:
+        """The variables that FlashInfer's build files and the compilers read."""
+        folders = (
+            self.environment.root.with_name(_headers_name(extra, self.toolkit.release))
+            for extra in dict.fromkeys(PARTS.values())
+        )
+        headers = [root / "include" for root in map(_cuda_root, folders) if root is not None]
+
+        def prepend(name: str, folders: Sequence[Path]) -> str:
+            return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get(name)])])
+
+        return {
+            "CUDA_HOME": str(self.toolkit.home),
+            "CXX": self.cxx,
+            # Searched after every folder on the command line, so that nothing here can
+            # hide a header of the toolkit itself.
+            "CPLUS_INCLUDE_PATH": prepend("CPLUS_INCLUDE_PATH", headers),
+            "C_INCLUDE_PATH": prepend("C_INCLUDE_PATH", headers),
+            "LIBRARY_PATH": prepend("LIBRARY_PATH", [self.link_folder]),
+            # The compilers' messages are read for missing headers and for the cause of a failure.
+            "LC_ALL": "C",
+            "FLASHINFER_CUDA_ARCH_LIST": " ".join(self.architectures),
+            "FLASHINFER_WORKSPACE_BASE": str(self.folder),
+            # A compiler for another processor does not look into LIBRARY_PATH.
+            **({"NVCC_CCBIN": self.cxx.split()[0]} if self.cpu else {}),
+        }
+
+
+@contextmanager
+def _unwritable_by_others() -> Iterator[None]:
+    """What a build makes, or the programs that it runs, is for this user alone to write."""
+    before = os.umask(0o077)
+    os.umask(before | 0o022)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def _open_root() -> Path:
+    """The cache's folder for builds, made if it is not there.
+
+    A Python, compilers and build files in it are run, so nobody else may have put them there.
+    """
+    with cache.writing(cache.cache_root() / "build"):
+        root = cache.make_folder("build")
+    trust.check_tree(root)
+    return root
+
+
+@contextmanager
+def _locked(folder: Path, say: Say) -> Iterator[None]:
+    """One build at a time in `folder`: a second waits, and finds what the first made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror
+        raise BuildError(f"{folder} cannot be made: {reason}; name another --build-dir") from error
+    trust.check_named(folder)
+    trust.check_tree(folder)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"waiting for another build in {folder}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def open_workshop(
+    release: str,
+    architectures: tuple[str, ...],
+    build_dir: Path | None,
+    torch: str = DEFAULT_TORCH,
+    report: Report | None = None,
+    cpu: str | None = None,
+) -> Iterator[Workshop]:
+    """Prepare the environment, the toolkit and the build folder, and hold the latter."""
+    if cpu not in (None, *CPUS):
+        raise ArgumentError("build", "cpu", got=cpu, expected=" or ".join(CPUS))
+    cpu = None if cpu == platform.machine() else cpu
+    release = parse_release(release)
+    if sys.platform != "linux":
+        raise BuildError("kernels can be built on Linux only")
+
+    def say(message: str) -> None:
+        if report:
+            report(Progress("prepare", message))
+
+    with _unwritable_by_others():
+        root = _open_root()
+        cxx = find_cxx(cpu)
+        environment = prepare_environment(root, release, torch, say)
+        toolkit = _choose_toolkit(environment, say)
+        check_architectures(toolkit, architectures)
+        say(f"using {toolkit.nvcc} of CUDA {toolkit.release}")
+        parts = [release, *architectures, *filter(None, [cpu])]
+        folder = (build_dir or root / "-".join(parts)).absolute()
+        with _locked(folder, say):
+            cudart = _find_cudart(environment, toolkit, say, cpu)
+            link_folder = make_link_folder(toolkit, cxx, cudart, folder / "link")
+            yield Workshop(
+                release,
+                architectures,
+                folder,
+                environment,
+                toolkit,
+                f"{cxx} -L{link_folder}" if cpu else cxx,
+                link_folder,
+                report or (lambda progress: None),
+                cpu,
+            )
