@@ -23,13 +23,11 @@ from fi_ffi.abi.signature import parse_signature
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.loader import (
     cache,
-    facts,
     held,
     lock,
     machine,
     runtime,
     search,
-    sources,
     trust,
     tvm_ffi,
     urls,
@@ -107,8 +105,8 @@ def another_gpus_stream(patch: pytest.MonkeyPatch) -> None:
 
 
 def unknown_sources(patch: pytest.MonkeyPatch) -> None:
-    patch.setenv(sources.SOURCES, "somewhere")
-    sources.kinds_asked()
+    patch.setenv(search.SOURCES, "somewhere")
+    search.kinds_asked()
 
 
 def no_kernels(patch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -160,7 +158,7 @@ def another_interface(built_wheel: Path) -> None:
 
 def another_cuda(built_wheel: Path) -> None:
     file = open_source(built_wheel).file("page")
-    facts.check_needed(file, facts.Facts(["libcudart.so.12"], [], []), machine.CUDART)
+    held.check_needed(file, held.Facts(["libcudart.so.12"], [], []), machine.CUDART)
 
 
 def damaged_object(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
@@ -208,7 +206,7 @@ def no_wheel(tmp_path: Path, name: str) -> None:
 def no_library(tmp_path: Path) -> None:
     file = tmp_path / "x.so"
     file.write_bytes(b"no library")
-    facts.facts_of(KernelFile(file).file())
+    held.facts_of(KernelFile(file).file())
 
 
 def offline(patch: pytest.MonkeyPatch) -> None:
@@ -426,7 +424,7 @@ RAISED: list[HERE] = [
      lambda: library.attach("/none.so")),
     ("After a fork", errors.LoaderError, after_a_fork),
     ("A library that does not load", errors.LoaderError, lambda: library.open_module("/none.so")),
-    ("No wheel for this machine", errors.LoaderError, lambda: sources.pinned("9.9.9")),
+    ("No wheel for this machine", errors.LoaderError, lambda: search.pinned("9.9.9")),
     (DISK, errors.LoaderError, full_disk),
     (DISK, errors.LoaderError, read_only_disk),
     ("A lock that cannot be read", errors.LoaderError, no_lock),

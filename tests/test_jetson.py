@@ -16,7 +16,7 @@ import fi_ffi
 from fi_ffi.cli import build as build_command
 from fi_ffi.cli import main
 from fi_ffi.errors import ArgumentError, BuildError
-from fi_ffi.loader import cache, machine, runtime, search, sources
+from fi_ffi.loader import cache, machine, runtime, search
 from fi_ffi.loader.building import environment
 from fi_ffi.loader.building.build import build
 from fi_ffi.loader.building.environment import open_workshop
@@ -29,7 +29,7 @@ OP = "append_paged_kv_cache"
 @pytest.fixture
 def jetson(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, built_wheel_sm87: Path) -> Path:
     """A cache with the wheel where `fi-ffi build` puts it, and no variable that names kernels."""
-    for name in (sources.KERNELS, sources.SOURCES, sources.WHEELS, sources.RELEASE):
+    for name in (search.KERNELS, search.SOURCES, search.WHEELS, search.RELEASE):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", str(tmp_path / "nobody"))
     libtvm_ffi = runtime.ensure_tvm_ffi()
@@ -137,7 +137,7 @@ def test_another_gpu_is_refused_by_name(jetson: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(machine, "capability", lambda device: (9, 0))
     monkeypatch.setattr(machine, "device_count", lambda: 1)
     monkeypatch.setattr(runtime, "_opened", lambda *_: pytest.fail("it was opened"))
-    monkeypatch.setenv(sources.SOURCES, "local")
+    monkeypatch.setenv(search.SOURCES, "local")
     runtime.use_source(None)
     with pytest.raises(fi_ffi.ArchitectureError) as caught:
         runtime.load("page", 0)

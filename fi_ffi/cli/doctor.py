@@ -13,7 +13,7 @@ import click
 import fi_ffi
 from fi_ffi.cli import output
 from fi_ffi.errors import FiFfiError, LoaderError
-from fi_ffi.loader import cache, lock, machine, progress, runtime, search, sources, upkeep
+from fi_ffi.loader import cache, lock, machine, progress, runtime, search, upkeep
 from fi_ffi.loader.urls import UNASKED, fetching, may_fetch
 from fi_ffi.ops.releases import fits
 from fi_ffi.ops.table import ROWS
@@ -184,7 +184,7 @@ def _kernels(kernels: str | None) -> Iterator[Finding]:
         yield Finding(name, "ok", f"FlashInfer {version}, {how}: {place.source.location}")
         found = True
     if not found:
-        advice = f"`fi-ffi build norm` makes them; {sources.KERNELS} or --kernels names others"
+        advice = f"`fi-ffi build norm` makes them; {search.KERNELS} or --kernels names others"
         yield Finding("kernels", "warn", "none", advice)
         return
     missing: dict[str, list[tuple[str, str]]] = {}

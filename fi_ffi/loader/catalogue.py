@@ -12,8 +12,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from fi_ffi.errors import ArgumentError, KernelNotFoundError
-from fi_ffi.loader.facts import facts_of
 from fi_ffi.loader.fatbin import CudaCode
+from fi_ffi.loader.held import facts_of
 from fi_ffi.loader.kernels import KernelDirectory, KernelSource, release_of
 from fi_ffi.loader.uris import ModuleName, Value, parse, uri
 from fi_ffi.loader.wheel import Wheel

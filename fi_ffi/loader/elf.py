@@ -36,7 +36,7 @@ _COMPANIONS = ("_metadata_", "_doc_")
 # e_machine to the name that wheels and `uname -m` use.
 _MACHINES = {"EM_X86_64": "x86_64", "EM_AARCH64": "aarch64"}
 
-_TEXT_TAGS = {"DT_NEEDED", "DT_SONAME", "DT_RUNPATH", "DT_RPATH"}
+_TEXT_TAGS = {"DT_NEEDED", "DT_RUNPATH", "DT_RPATH"}
 
 _SYMBOL = struct.Struct("<IBBHQQ")  # Elf64_Sym: name, info, other, shndx, value, size
 _BINDINGS = {1, 2}  # STB_GLOBAL, STB_WEAK: what dlsym finds
@@ -58,22 +58,23 @@ class ElfInfo:
     """"x86_64" or "aarch64"."""
     needed: tuple[str, ...]
     """DT_NEEDED, in the order the loader takes them."""
-    soname: str | None
     runpath: str | None
     """DT_RUNPATH, or DT_RPATH where there is no DT_RUNPATH."""
     functions: tuple[str, ...]
     """Exported TVM-FFI functions, without `FUNCTION_PREFIX`, sorted."""
     requires: tuple[str, ...]
     """libtvm_ffi symbols that must be there already when this file is loaded, sorted."""
-    versions: tuple[str, ...]
-    """Symbol versions asked of other libraries ("GLIBC_2.14", "GLIBCXX_3.4.21"), sorted."""
 
 
 class Window:
-    """A stretch of a file, read piece by piece and never past its end."""
+    """A stretch of a file, read piece by piece and never past its end.
+
+    It is a file object as well, as pyelftools wants one, which gives up after too many reads.
+    """
 
     def __init__(self, read: Callable[[int, int], bytes], start: int, size: int) -> None:
         self._read, self._start, self.size = read, start, size
+        self._position, self._reads_left = 0, _MAX_READS
 
     def at(self, offset: int, count: int) -> bytes:
         """Up to `count` bytes from `offset`; fewer at the end."""
@@ -86,15 +87,8 @@ class Window:
             raise ValueError(f"{size} bytes at offset {offset} of {self.size}")
         return Window(self._read, self._start + offset, size)
 
-
-class _Stream:
-    """The file object that pyelftools wants, over a window."""
-
-    def __init__(self, window: Window) -> None:
-        self._window, self._position, self._reads_left = window, 0, _MAX_READS
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._window.size}
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}
         self._position = base[whence] + offset
         return self._position
 
@@ -105,7 +99,7 @@ class _Stream:
         self._reads_left -= 1
         if self._reads_left < 0:
             raise ValueError("its tables refer to one another without end")
-        data = self._window.at(self._position, min(count, _MAX_READ))
+        data = self.at(self._position, min(count, _MAX_READ))
         self._position += len(data)
         return data
 
@@ -128,11 +122,9 @@ def inspect_elf(path: Source) -> ElfInfo:
         return ElfInfo(
             machine=machine,
             needed=tuple(tags.get("DT_NEEDED", ())),
-            soname=_first(tags, "DT_SONAME"),
-            runpath=_first(tags, "DT_RUNPATH") or _first(tags, "DT_RPATH"),
+            runpath=next(iter(tags.get("DT_RUNPATH") or tags.get("DT_RPATH") or ()), None),
             functions=functions,
             requires=requires,
-            versions=_versions(elf),
         )
 
 
@@ -181,7 +173,7 @@ def _open_elf(source: Source) -> Iterator[tuple[Any, Window]]:
         # Here because importing pyelftools costs more than reading a file with it.
         from elftools.elf.elffile import ELFFile
 
-        yield ELFFile(_Stream(window)), window
+        yield ELFFile(window), window
 
 
 @contextmanager
@@ -227,10 +219,6 @@ def _dynamic_tags(elf: Any) -> dict[str, list[str]]:
     return tags
 
 
-def _first(tags: dict[str, list[str]], tag: str) -> str | None:
-    return tags[tag][0] if tag in tags else None
-
-
 def _symbols(elf: Any, window: Window) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The TVM-FFI functions defined here and the libtvm_ffi symbols left undefined."""
     section = elf.get_section_by_name(".dynsym")
@@ -269,10 +257,3 @@ def _name(names: bytes, at: int) -> str:
 
 def _callable(info: int, other: int) -> bool:
     return info & 0xF == _STT_FUNC and info >> 4 in _BINDINGS and other & 3 in _VISIBLE
-
-
-def _versions(elf: Any) -> tuple[str, ...]:
-    section = elf.get_section_by_name(".gnu.version_r")
-    if section is None:
-        return ()
-    return tuple(sorted({aux.name for _need, auxes in section.iter_versions() for aux in auxes}))

@@ -29,7 +29,7 @@ from fi_ffi.loader import (
     tvm_ffi,
 )
 from fi_ffi.loader.elf import FUNCTION_PREFIX, inspect_elf
-from fi_ffi.loader.facts import Facts, check_needed, check_processor, facts_of, remember
+from fi_ffi.loader.held import Facts, check_needed, check_processor, facts_of, remember
 from fi_ffi.loader.kernels import KernelFile, KernelSource, ModuleFile
 
 

@@ -1,18 +1,308 @@
-"""Looking for a module: place by place, until one has it and the device can run it."""
+"""Looking for a module: place by place, until one has it and the device can run it.
+
+    explicit    what `use_kernels` or FI_FFI_KERNELS names; then nothing else is asked
+    installed   a flashinfer-jit-cache distribution, monolithic or one provider per SM
+    jit         FlashInfer's own cache of compiled modules, of the same release
+    local       wheels in FI_FFI_WHEELS, or in `wheels/` of the fi_ffi cache
+    remote      the pinned wheel: from the cache what was fetched before, else over HTTP
+
+FI_FFI_SOURCES names those to ask, in its own order; FI_FFI_RELEASE and FI_FFI_CUDA
+("cu130") force what is otherwise taken from the machine.  Nothing is ever compiled.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi import library
-from fi_ffi.errors import ArchitectureError, KernelNotFoundError, LoaderError
-from fi_ffi.loader import machine
-from fi_ffi.loader.facts import Facts, facts_of
-from fi_ffi.loader.fatbin import runs_on
-from fi_ffi.loader.kernels import KernelSource, ModuleFile, release_of
-from fi_ffi.loader.sources import Candidate, candidates
+from fi_ffi.errors import (
+    ArchitectureError,
+    ArgumentError,
+    FetchError,
+    FiFfiError,
+    KernelNotFoundError,
+    LoaderError,
+)
+from fi_ffi.loader import cache, machine, trust
+from fi_ffi.loader.fatbin import runs_on, sass_named
+from fi_ffi.loader.held import Facts, facts_of
+from fi_ffi.loader.kernels import (
+    InstalledKernels,
+    KernelDirectory,
+    KernelSource,
+    KernelWheel,
+    ModuleFile,
+    open_source,
+    release_of,
+)
+from fi_ffi.loader.lock import PinnedWheel, the_lock, this_platform
+from fi_ffi.loader.record import hex_of
+from fi_ffi.loader.wheel import Wheel
+
+if TYPE_CHECKING:
+    import importlib.metadata
+
+KERNELS, SOURCES, WHEELS = "FI_FFI_KERNELS", "FI_FFI_SOURCES", "FI_FFI_WHEELS"
+RELEASE, CUDA, VERIFY = "FI_FFI_RELEASE", "FI_FFI_CUDA", "FI_FFI_VERIFY"
+_WHOLE = (
+    "{} is fetched whole, once, to compare it with its sha256 in wheels.lock, which does not pin "
+    f"its RECORD. {VERIFY}=record fetches some megabytes of it instead, and trusts TLS alone."
+)
+# Seconds for which a server that could not be reached is not asked again.
+UNREACHABLE = 30.0
+
+
+# How the names of wheels for other processors end.
+_OTHERS = tuple(f"_{cpu}" for cpu in machine.CPUS if cpu != platform.machine())
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A place that was looked at: a source, or the reason why it is none."""
+
+    kind: str
+    source: KernelSource | None
+    note: str = ""
+
+
+def _installed(release: str | None) -> Iterator[Candidate]:
+    # Only here: it brings the email package, and most processes name their kernels.
+    import importlib.metadata
+
+    # By file name: asking every distribution for its name would read all their metadata.
+    found = [
+        importlib.metadata.Distribution.at(path)
+        for folder in dict.fromkeys(sys.path)
+        for path in sorted(Path(folder or ".").glob("flashinfer_jit_cache*.dist-info"))
+    ]
+    for distribution in found:
+        for root in _module_roots(distribution):
+            yield _of_release("installed", _of_distribution(distribution, root), release)
+    if not found:
+        yield Candidate("installed", None, "no flashinfer-jit-cache distribution is installed")
+
+
+def _module_roots(distribution: importlib.metadata.Distribution) -> list[Path]:
+    """The jit_cache folders of a distribution; a shim of the provider layout has none."""
+    roots = {}
+    for file in distribution.files or ():
+        if file.name.endswith(".so") and file.parent.parent.name == "jit_cache":
+            roots[str(file.parent.parent)] = Path(str(distribution.locate_file(file))).parent.parent
+    return list(roots.values())
+
+
+def _of_distribution(distribution: importlib.metadata.Distribution, root: Path) -> KernelDirectory:
+    hashes = {
+        Path(str(distribution.locate_file(file))): hex_of(f"sha256={file.hash.value}", str(file))
+        for file in distribution.files or ()
+        if file.name.endswith(".so") and file.hash is not None and file.hash.mode == "sha256"
+    }
+    if not hashes:  # by an installer that keeps none
+        return KernelDirectory(root, distribution.version)
+    return InstalledKernels(root, distribution.version, hashes)
+
+
+def _jit(release: str | None) -> Iterator[Candidate]:
+    base = Path(os.environ.get("FLASHINFER_WORKSPACE_BASE") or cache.expanded("~", "HOME"))
+    root = base / ".cache" / "flashinfer"
+    folders = sorted(root.glob("*/*/cached_ops")) if root.is_dir() else []
+    for folder in folders:
+        source = KernelDirectory(folder, folder.parent.parent.name)
+        if source.modules():
+            yield _of_release("jit", source, release)
+    if not folders:
+        yield Candidate("jit", None, f"FlashInfer has compiled nothing in {root}")
+
+
+def _local(release: str | None) -> Iterator[Candidate]:
+    named = os.environ.get(WHEELS)
+    folders = named.split(os.pathsep) if named else [str(cache.cache_root() / "wheels")]
+    if not named and Path(folders[0]).is_dir():
+        trust.check_root(cache.cache_root())
+        trust.check_owner(Path(folders[0]))
+    wheels = [
+        w for folder in folders for w in sorted(Path(folder).glob("flashinfer_jit_cache*.whl"))
+    ]
+    for wheel in wheels:
+        trust.check_named(wheel)
+        if not named:
+            trust.check_owner(wheel)
+        if wheel.stem.endswith(_OTHERS):
+            yield Candidate("local", None, f"{wheel} is not for {platform.machine()}")
+            continue
+        yield _of_release("local", KernelWheel(str(wheel), Wheel(wheel)), release)
+    if not wheels:
+        yield Candidate("local", None, f"no flashinfer_jit_cache wheel in {' or '.join(folders)}")
+
+
+def _remote(release: str | None) -> Iterator[Candidate]:
+    try:
+        yield Candidate("remote", PinnedKernels(pinned(release or the_lock().default_release)))
+    except LoaderError as error:
+        yield Candidate("remote", None, str(error))
+
+
+def _of_release(kind: str, source: KernelSource, release: str | None) -> Candidate:
+    found = release_of(source)
+    if release is not None and found is not None and found != release:
+        return Candidate(kind, None, f"{source.location} is of {found}, wanted is {release}")
+    return Candidate(kind, source)
+
+
+_KINDS: dict[str, Callable[[str | None], Iterator[Candidate]]] = {
+    "installed": _installed,
+    "jit": _jit,
+    "local": _local,
+    "remote": _remote,
+}
+
+
+def kinds_asked() -> list[str]:
+    """The kinds of places that are asked, in their order."""
+    named = os.environ.get(SOURCES)
+    if named is None:
+        return list(_KINDS)
+    kinds = [kind.strip() for kind in named.split(",") if kind.strip()]
+    unknown = [kind for kind in kinds if kind not in _KINDS]
+    if unknown:
+        raise ArgumentError("sources", SOURCES, got=unknown, expected=f"some of {list(_KINDS)}")
+    return kinds
+
+
+def candidates(explicit: str | os.PathLike[str] | None = None) -> Iterator[Candidate]:
+    """Every place that is asked for kernels, in order, one after the other as it is needed.
+
+    The first source found settles the release, unless FI_FFI_RELEASE does; places
+    with kernels of another release are passed over, and say so.
+    """
+    chosen = explicit or os.environ.get(KERNELS)
+    if chosen:
+        yield Candidate("explicit", open_source(chosen))
+        return
+    release = os.environ.get(RELEASE)
+    for kind in kinds_asked():
+        try:
+            for candidate in _KINDS[kind](release):
+                if candidate.source is not None:
+                    release = release or release_of(candidate.source)
+                yield candidate
+        except (FiFfiError, OSError) as error:  # a broken wheel is a reason, not an end
+            yield Candidate(kind, None, str(error))
+
+
+def pinned(release: str) -> PinnedWheel:
+    """The pinned wheel of a release for this machine; `LoaderError` names what there is.
+
+    The machine tells the platform, the CUDA version of its driver and the SM of its
+    first GPU; without a driver any will do, to be read and not run.
+    """
+    lock = the_lock()
+    here = [f for f in lock.kernels if (f.release, f.platform) == (release, this_platform())]
+    fitting = [f for f in here if _runs_here(f)]
+    if fitting:
+        return max(fitting, key=lambda file: _cuda_version(file.cuda))
+    listed = here or lock.kernels
+    names = sorted({" ".join(filter(None, (f.release, f.cuda, f.platform, f.sm))) for f in listed})
+    raise LoaderError(
+        f"{lock.path.name} pins no kernels of FlashInfer {release} that this machine "
+        f"({this_platform()}, {_machine()}) can run; it has {', '.join(names) or 'none'}"
+    )
+
+
+def _cuda_version(tag: str) -> tuple[int, int]:
+    """`cu134` is CUDA 13.4."""
+    return int(tag[2:-1]), int(tag[-1:])
+
+
+def _runs_here(file: PinnedWheel) -> bool:
+    forced, version = os.environ.get(CUDA), _cuda_version(file.cuda)
+    driver = machine.driver_version()
+    if forced:
+        return file.cuda == forced
+    # Within a major version a driver runs what a later minor's compiler made.
+    if version[0] != (driver or version)[0]:
+        return False
+    if file.sm is None or not machine.device_count():
+        return True
+    return sass_named(file.sm).runs_on(machine.capability(0))
+
+
+def _machine() -> str:
+    driver = machine.driver_version()
+    if driver is None:
+        return "no CUDA driver"
+    sms = [f"sm_{a}{b}" for a, b in map(machine.capability, range(machine.device_count()))]
+    return f"CUDA {driver[0]}.{driver[1]}, {' '.join(sms) or 'no GPU'}"
+
+
+_locks: dict[str, threading.RLock] = {}  # of pinned wheels, by their sha256
+library.renew_after_fork(globals(), "_locks", dict)
+
+
+class PinnedKernels:
+    """The pinned wheel as a source; nothing is fetched before a module is asked for."""
+
+    def __init__(self, pin: PinnedWheel) -> None:
+        self.pin, self.location = pin, pin.url
+        self.version: str | None = f"{pin.release}+{pin.cuda}"
+        # Why it could not be reached, and when: for a while nobody waits for it again.
+        self._refusal, self._refused_at = "", -UNREACHABLE
+        self._opened: KernelWheel | None = None
+
+    def _wheel(self) -> KernelWheel:
+        """The wheel, its directory fetched once; whole where only its sha256 is pinned."""
+        with _locks.setdefault(self.pin.sha256, threading.RLock()):
+            if self._opened is None:
+                if time.monotonic() - self._refused_at < UNREACHABLE:
+                    raise FetchError(self._refusal)
+                try:
+                    self._opened = _open_pinned(self.pin)
+                except FetchError as error:
+                    self._refusal, self._refused_at = str(error), time.monotonic()
+                    raise
+            return self._opened
+
+    @property
+    def trust(self) -> str:
+        return self._wheel().trust
+
+    def modules(self) -> list[str]:
+        return self._wheel().modules()
+
+    def file(self, module: str) -> ModuleFile:
+        return self._wheel().file(module)
+
+
+def _open_pinned(pin: PinnedWheel) -> KernelWheel:
+    from fi_ffi.loader.remote import RemoteWheel
+
+    verify = os.environ.get(VERIFY) or "full"
+    if verify not in ("full", "record"):
+        raise ArgumentError("sources", VERIFY, got=verify, expected="full or record")
+    with contextlib.ExitStack() as stack:
+        show: list[Callable[[Any], None]] = []
+
+        def report(progress: Any) -> None:
+            # Only here: what draws takes longer to import than a start, and most fetch nothing.
+            if not show:
+                from fi_ffi.loader.progress import reporter
+
+                print(_WHOLE.format(pin.file), file=sys.stderr)
+                show.append(stack.enter_context(reporter()) or (lambda progress: None))
+            show[0](progress)
+
+        wheel = RemoteWheel.of(pin, verify=verify, report=report)  # type: ignore[arg-type]
+    return KernelWheel(pin.url, wheel)
+
 
 _lock = threading.RLock()
 library.renew_after_fork(globals(), "_lock", threading.RLock)

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from fi_ffi.cli import main
 from fi_ffi.loader import search
-from fi_ffi.loader.sources import Candidate
+from fi_ffi.loader.search import Candidate
 from fi_ffi.loader.uris import uri
 
 DECODE = uri("batch_decode", release="0.6.13", dtype_q="bf16", dtype_kv="e4m3", head_dim_qk=192,

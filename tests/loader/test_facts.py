@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fi_ffi.loader import facts
+from fi_ffi.loader import held
 from fi_ffi.loader.kernels import ModuleFile, open_source
 from fi_ffi.ops.functions import OPS
 
@@ -53,12 +53,12 @@ def test_a_second_process_asks_nothing_again(built_wheel, tmp_path):
 
 
 def test_facts_are_the_files(norm):
-    found = facts.facts_of(norm)
+    found = held.facts_of(norm)
     assert [code.name for code in found.codes] == ["sm_90a"]
     assert "libcudart.so.13" in found.needed
     norm_rows = [op.row for op in OPS.values() if op.row.module == "norm"]
     assert {row.symbol for row in norm_rows} <= set(found.functions)
-    assert facts.facts_of(norm) == found
+    assert held.facts_of(norm) == found
 
 
 @pytest.mark.parametrize(
@@ -66,10 +66,10 @@ def test_facts_are_the_files(norm):
     ["", "{", "[]", "{}", '{"format": 0}', '{"format": 2, "data": {"codes": 7}}', "null", "\0"],
 )
 def test_damaged_facts_are_read_anew(norm, text):
-    before = facts.facts_of(norm)
-    path = facts._path(norm.sha256)
+    before = held.facts_of(norm)
+    path = held._path(norm.sha256)
     path.write_text(text)
-    assert facts.facts_of(norm) == before
+    assert held.facts_of(norm) == before
     assert json.loads(path.read_text())["data"]["functions"] == before.functions
 
 
@@ -83,17 +83,17 @@ def test_damaged_facts_are_read_anew(norm, text):
 )  # fmt: skip
 def test_facts_of_another_type_are_read_anew(norm, field, value):
     """A file that JSON reads, and that is of this format, may still be damaged."""
-    before = facts.facts_of(norm)
-    path = facts._path(norm.sha256)
+    before = held.facts_of(norm)
+    path = held._path(norm.sha256)
     whole = json.loads(path.read_text())
     if field == "codes":  # all that a code has, but for what is wrong
         value = [whole["data"]["codes"][0] | value[0]]
     path.write_text(json.dumps(whole | {"data": whole["data"] | {field: value}}))
-    assert facts.facts_of(norm) == before
+    assert held.facts_of(norm) == before
     assert json.loads(path.read_text()) == whole
 
 
 def test_a_cache_that_cannot_be_written_does_not_matter(norm, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path / "file" / "below"))
-    assert facts.facts_of(norm).functions
+    assert held.facts_of(norm).functions

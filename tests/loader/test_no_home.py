@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import fi_ffi
 from fi_ffi.cli import main
 from fi_ffi.errors import ArtifactError, BuildError, KernelNotFoundError, LoaderError
-from fi_ffi.loader import cache, facts, runtime, sources
+from fi_ffi.loader import cache, held, runtime, search
 from fi_ffi.loader.building import environment
 from fi_ffi.loader.kernels import ModuleFile, open_source
 
@@ -44,7 +44,7 @@ def test_no_home(tmp_path: Path) -> None:
         result = CliRunner().invoke(main, command)
         assert result.exit_code == 1
         assert "set FI_FFI_CACHE_DIR to a directory" in result.output.replace("\n", " ")
-    for look in (sources._local, sources._jit):
+    for look in (search._local, search._jit):
         with pytest.raises(LoaderError, match="home directory"):
             [*look(None)]
 
@@ -54,7 +54,7 @@ def test_no_home_and_kernels_that_are_named(testing_library: Path, tmp_path: Pat
     """Which need no cache: what would be noted there is asked for again."""
     file = ModuleFile("a", testing_library, cache.hash_of(testing_library.open("rb")),
                       cache.state_of(testing_library.stat()))  # fmt: skip
-    assert facts.facts_of(file).functions
+    assert held.facts_of(file).functions
     assert runtime.load_file(testing_library).facts.functions
 
 
@@ -123,9 +123,9 @@ NOTES = ["", "{", "[]", "null", "3", '{"format": 3}', '{"format": 3, "data": nul
 def test_a_damaged_note(text: str, root: Path, testing_library: Path) -> None:
     file = ModuleFile("a", testing_library, cache.hash_of(testing_library.open("rb")),
                       cache.state_of(testing_library.stat()))  # fmt: skip
-    expected = facts.facts_of(file)
-    facts._path(file.sha256).write_bytes(text.encode(errors="surrogatepass"))
-    assert facts.facts_of(file) == expected
+    expected = held.facts_of(file)
+    held._path(file.sha256).write_bytes(text.encode(errors="surrogatepass"))
+    assert held.facts_of(file) == expected
 
 
 def test_a_damaged_note_of_a_build(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fi_ffi.errors import ArtifactError, FetchError, LoaderError
-from fi_ffi.loader import sources
+from fi_ffi.loader import search
 from fi_ffi.loader.http import Client, Policy
 from fi_ffi.loader.lock import PinnedWheel
 from fi_ffi.loader.remote import RemoteWheel
@@ -479,7 +479,7 @@ def test_a_server_that_refused_is_not_waited_for_again_and_again(
         "1.2.3", "cu130", "linux-x86_64", "monolithic", PATH.rpartition("/")[2], web.url(PATH),
         sha256(WHEEL), "a test", len(WHEEL), record_sha256=RECORD,
     )  # fmt: skip
-    source = sources.PinnedKernels(pin)
+    source = search.PinnedKernels(pin)
     web.faults, web.always = [], status(403)
     with pytest.raises(FetchError) as first:
         source.modules()
@@ -489,6 +489,6 @@ def test_a_server_that_refused_is_not_waited_for_again_and_again(
     with pytest.raises(FetchError) as second:
         source.modules()
     assert (str(second.value), len(web.seen)) == (str(first.value), asked)
-    monkeypatch.setattr(sources, "UNREACHABLE", 0.0)
+    monkeypatch.setattr(search, "UNREACHABLE", 0.0)
     assert "norm" in source.modules()
     assert len(web.seen) > asked

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import fi_ffi
-from fi_ffi.loader import lock, machine, runtime, search, sources
+from fi_ffi.loader import lock, machine, runtime, search
 from fi_ffi.loader.kernels import KernelWheel, open_source, release_of
 
-VARIABLES = (*(getattr(sources, n) for n in ("KERNELS", "SOURCES", "WHEELS", "RELEASE", "CUDA")),)
+VARIABLES = (*(getattr(search, n) for n in ("KERNELS", "SOURCES", "WHEELS", "RELEASE", "CUDA")),)
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def bare(monkeypatch, tmp_path):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", str(tmp_path / "nobody"))
-    monkeypatch.setenv(sources.WHEELS, str(tmp_path / "nothing"))
+    monkeypatch.setenv(search.WHEELS, str(tmp_path / "nothing"))
     yield
     monkeypatch.undo()
     runtime.use_source(None)
@@ -35,7 +35,7 @@ def module_file(built_wheel) -> Path:
     return open_source(built_wheel).file("norm").path
 
 
-def looked_at() -> dict[str, sources.Candidate]:
+def looked_at() -> dict[str, search.Candidate]:
     runtime.use_source(None)
     return {place.kind: place for place in search.places()}
 
@@ -56,7 +56,7 @@ def test_a_bare_machine_has_only_the_pinned_wheel():
 
 
 def test_explicit_is_the_only_one(built_wheel, monkeypatch):
-    monkeypatch.setenv(sources.KERNELS, str(built_wheel))
+    monkeypatch.setenv(search.KERNELS, str(built_wheel))
     found = looked_at()
     assert list(found) == ["explicit"]
     assert search.release() == "0.6.13"
@@ -125,7 +125,7 @@ def test_flashinfers_own_compiled_modules(module_file, tmp_path, monkeypatch):
 
 def test_local_wheels(built_wheel, tmp_path, monkeypatch):
     shutil.copy(built_wheel, tmp_path)
-    monkeypatch.setenv(sources.WHEELS, os.pathsep.join([str(tmp_path / "no"), str(tmp_path)]))
+    monkeypatch.setenv(search.WHEELS, os.pathsep.join([str(tmp_path / "no"), str(tmp_path)]))
     place = looked_at()["local"]
     assert isinstance(place.source, KernelWheel)
     assert place.source.modules()[0] == "norm"
@@ -133,7 +133,7 @@ def test_local_wheels(built_wheel, tmp_path, monkeypatch):
 
 def test_a_broken_local_wheel_is_a_reason(built_wheel, tmp_path, monkeypatch):
     (tmp_path / "flashinfer_jit_cache-0.6.13.whl").write_bytes(built_wheel.read_bytes()[:5000])
-    monkeypatch.setenv(sources.WHEELS, str(tmp_path))
+    monkeypatch.setenv(search.WHEELS, str(tmp_path))
     place = looked_at()["local"]
     assert place.source is None
     assert "is not a readable wheel" in place.note
@@ -141,8 +141,8 @@ def test_a_broken_local_wheel_is_a_reason(built_wheel, tmp_path, monkeypatch):
 
 def test_places_of_another_release_are_passed_over(built_wheel, tmp_path, monkeypatch):
     shutil.copy(built_wheel, tmp_path)
-    monkeypatch.setenv(sources.WHEELS, str(tmp_path))
-    monkeypatch.setenv(sources.RELEASE, "0.6.18")
+    monkeypatch.setenv(search.WHEELS, str(tmp_path))
+    monkeypatch.setenv(search.RELEASE, "0.6.18")
     found = looked_at()
     assert found["local"].source is None
     assert "is of 0.6.13, wanted is 0.6.18" in found["local"].note
@@ -155,7 +155,7 @@ def test_the_first_source_settles_the_release(built_wheel, tmp_path, monkeypatch
         for info in old.infolist():
             name = info.filename.replace("-0.6.13+cu130.sm90a.dist-info", "-0.6.18+cu130.dist-info")
             new.writestr(name, old.read(info))
-    monkeypatch.setenv(sources.WHEELS, str(tmp_path))
+    monkeypatch.setenv(search.WHEELS, str(tmp_path))
     found = looked_at()
     assert release_of(found["local"].source) == "0.6.18"
     assert "0.6.18" in found["remote"].source.version
@@ -163,12 +163,12 @@ def test_the_first_source_settles_the_release(built_wheel, tmp_path, monkeypatch
 
 def test_sources_may_be_chosen_and_ordered(built_wheel, tmp_path, monkeypatch):
     shutil.copy(built_wheel, tmp_path)
-    monkeypatch.setenv(sources.WHEELS, str(tmp_path))
-    monkeypatch.setenv(sources.SOURCES, "remote, local")
+    monkeypatch.setenv(search.WHEELS, str(tmp_path))
+    monkeypatch.setenv(search.SOURCES, "remote, local")
     assert list(looked_at()) == ["remote", "local"]
-    monkeypatch.setenv(sources.SOURCES, "")
+    monkeypatch.setenv(search.SOURCES, "")
     assert looked_at() == {}
-    monkeypatch.setenv(sources.SOURCES, "local,cloud")
+    monkeypatch.setenv(search.SOURCES, "local,cloud")
     with pytest.raises(fi_ffi.ArgumentError, match="cloud"):
         looked_at()
 
@@ -198,13 +198,13 @@ def test_the_pin_is_chosen_by_the_machine(driver, forced, cuda, tmp_path, monkey
     lock.the_lock.cache_clear()
     monkeypatch.setattr(machine, "driver_version", lambda: driver)
     if forced:
-        monkeypatch.setenv(sources.CUDA, forced)
+        monkeypatch.setenv(search.CUDA, forced)
     try:
         if cuda is None:
             with pytest.raises(fi_ffi.LoaderError, match="pins no kernels of FlashInfer 0.6.13"):
-                sources.pinned("0.6.13")
+                search.pinned("0.6.13")
         else:
-            assert sources.pinned("0.6.13").cuda == cuda
+            assert search.pinned("0.6.13").cuda == cuda
     finally:
         lock.the_lock.cache_clear()
 
@@ -213,7 +213,7 @@ def test_a_release_that_is_not_pinned_names_those_that_are():
     with pytest.raises(
         fi_ffi.LoaderError, match=r"pins no kernels of FlashInfer 9\.9\.9"
     ) as caught:
-        sources.pinned("9.9.9")
+        search.pinned("9.9.9")
     assert "0.6.13 cu130 linux-x86_64" in str(caught.value)
 
 
@@ -224,8 +224,8 @@ def test_device_code_is_looked_at_before_anything_is_loaded(
     """On each device the wheel that has code for it, whichever comes first."""
     for wheel in (built_wheel, built_wheel_sm87):
         shutil.copy(wheel, tmp_path)
-    monkeypatch.setenv(sources.WHEELS, str(tmp_path))
-    monkeypatch.setenv(sources.SOURCES, "local")
+    monkeypatch.setenv(search.WHEELS, str(tmp_path))
+    monkeypatch.setenv(search.SOURCES, "local")
     monkeypatch.setattr(machine, "capability", lambda device: capability)
     runtime.use_source(None)
     if capability == (10, 0):
@@ -242,7 +242,7 @@ def test_device_code_is_looked_at_before_anything_is_loaded(
 
 
 def test_a_module_that_only_another_cuda_can_load(module_file, tmp_path):
-    from fi_ffi.loader.facts import Facts, check_needed
+    from fi_ffi.loader.held import Facts, check_needed
     from fi_ffi.loader.kernels import ModuleFile
 
     file = ModuleFile("norm", module_file, "0" * 64)

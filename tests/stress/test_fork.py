@@ -209,7 +209,7 @@ def test_locks_of_other_threads() -> None:
     """Another thread was loading, or looking an entry up, when this one forked."""
     from fi_ffi import reference
     from fi_ffi.abi import objects
-    from fi_ffi.loader import methods, remote, search, sources
+    from fi_ffi.loader import methods, remote, search
     from fi_ffi.ops.call import memory
 
     places = [(runtime, "_linking"), (search, "_lock"), (methods, "_lock"), (reference, "_lock"),
@@ -217,7 +217,7 @@ def test_locks_of_other_threads() -> None:
     has, leave = threading.Event(), threading.Event()
 
     def locks() -> list[threading.RLock]:
-        kept = [module._locks.setdefault("norm", threading.RLock()) for module in (remote, sources)]
+        kept = [module._locks.setdefault("norm", threading.RLock()) for module in (remote, search)]
         return [getattr(module, name) for module, name in places] + [
             runtime._lock_of("norm"),
             *kept,

@@ -18,7 +18,7 @@ from stress.swapping import flip, in_memory, library_bytes
 import fi_ffi
 from fi_ffi.abi import library
 from fi_ffi.errors import ArtifactError, LoaderError
-from fi_ffi.loader import cache, elf, facts, held, runtime, search, sources, tvm_ffi
+from fi_ffi.loader import cache, elf, held, runtime, search, tvm_ffi
 from fi_ffi.loader.building.environment import find_cxx
 from fi_ffi.loader.kernels import ModuleFile, open_source
 from fi_ffi.loader.wheel import Wheel
@@ -227,7 +227,7 @@ def test_facts_are_of_the_file_that_was_hashed(
     """Another library is there while it is read, and the first one again afterwards."""
     file = search.find_module("norm")[1]
     assert elf.inspect_elf(unpacked / TESTING_MEMBER).functions
-    facts._path(file.sha256).unlink()
+    held._path(file.sha256).unlink()
     real = elf.inspect_elf
 
     def swapped(where: str) -> object:
@@ -240,8 +240,8 @@ def test_facts_are_of_the_file_that_was_hashed(
             shutil.rmtree(place.parent)
             aside.rename(place.parent)
 
-    monkeypatch.setattr(elf, "inspect_elf", swapped)
-    assert facts.facts_of(file).functions == []
+    monkeypatch.setattr(held, "inspect_elf", swapped)
+    assert held.facts_of(file).functions == []
 
 
 def test_a_file_that_was_loaded_and_then_written_over(tmp_path: Path, good: bytes) -> None:
@@ -441,4 +441,4 @@ def test_another_users_module(place: Path) -> None:
             runtime.load("norm")
     else:
         assert isinstance(runtime.load("norm").file, ModuleFile)
-    assert sources.kinds_asked()
+    assert search.kinds_asked()

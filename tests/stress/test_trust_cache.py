@@ -17,7 +17,7 @@ import pytest
 from urllib3.util import parse_url
 
 from fi_ffi.errors import ArtifactError, FetchError, FiFfiError, LoaderError
-from fi_ffi.loader import cache, facts, libraries, sources
+from fi_ffi.loader import cache, held, libraries, search
 from fi_ffi.loader.building import environment as building
 from fi_ffi.loader.building.build import build
 from fi_ffi.loader.http import Client
@@ -154,14 +154,14 @@ def test_a_link_to_a_cache_where_all_can_write(
 def test_notes_of_others_are_not_believed(root: Path) -> None:
     """A note that tells a file's signatures is as good as the file."""
     file = ModuleFile("norm", stored(), SHA256)
-    facts.remember(file, facts.Facts(["libc.so.6"], ["forged"], []))
-    assert facts.facts_of(file).functions == ["forged"]
+    held.remember(file, held.Facts(["libc.so.6"], ["forged"], []))
+    assert held.facts_of(file).functions == ["forged"]
     for change in (lambda path: path.chmod(0o666), lambda path: path.parent.chmod(0o777), another):
-        facts.remember(file, facts.Facts(["libc.so.6"], ["forged"], []))
-        change(facts._path(SHA256))
+        held.remember(file, held.Facts(["libc.so.6"], ["forged"], []))
+        change(held._path(SHA256))
         with pytest.raises(ArtifactError, match="not an ELF file"):  # the file itself is asked
-            facts.facts_of(file)
-        facts._path(SHA256).parent.chmod(0o755)
+            held.facts_of(file)
+        held._path(SHA256).parent.chmod(0o755)
 
 
 @pytest.mark.parametrize("what", ["wheels", "wheel", "link", "open"])
@@ -170,7 +170,7 @@ def test_wheels_that_another_user_put_into_the_cache(what: str, root: Path) -> N
     wheel = root / "wheels" / WHEEL
     wheel.parent.mkdir(parents=True)
     wheel.write_bytes(make_wheel({MODULE: CONTENT}))
-    assert [place.source is not None for place in sources._local(None)] == [True]
+    assert [place.source is not None for place in search._local(None)] == [True]
     if what == "link":
         elsewhere = root.parent / "theirs.whl"
         wheel.rename(elsewhere)
@@ -181,7 +181,7 @@ def test_wheels_that_another_user_put_into_the_cache(what: str, root: Path) -> N
     else:
         another(wheel if what == "wheel" else wheel.parent)
     with pytest.raises(ArtifactError, match=r"belongs to user|can be written by every user"):
-        [*sources._local(None)]
+        [*search._local(None)]
 
 
 def script(path: Path, text: str) -> Path:

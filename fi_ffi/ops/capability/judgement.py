@@ -16,8 +16,8 @@ from fi_ffi import loader
 from fi_ffi.errors import ArgumentError, FiFfiError, printed
 from fi_ffi.loader import machine
 from fi_ffi.loader.catalogue import build_advice
-from fi_ffi.loader.facts import facts_of
 from fi_ffi.loader.fatbin import CudaCode
+from fi_ffi.loader.held import facts_of
 from fi_ffi.loader.kernels import KernelSource, open_source, release_of
 from fi_ffi.loader.listed import in_wheel, listed_in, recorded_releases
 from fi_ffi.loader.lock import the_lock
