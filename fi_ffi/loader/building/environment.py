@@ -386,7 +386,7 @@ def _unpack(
     """Install NVIDIA's packages to the folder `name` beside the environment.
 
     The result is the folder in it that has `include`.  Without `libraries`, which are large,
-    what a compiler reads in another folder stays as it is.
+    only the headers stay.
     """
     folder = environment.root.with_name(name)
 
@@ -411,46 +411,54 @@ def _cuda_root(folder: Path) -> Path | None:
     return next((root for root in folder.glob("nvidia/*") if (root / "include").is_dir()), None)
 
 
-def _headers_name(extra: str, release: str) -> str:
-    return f"cuda-{release}-{extra}"
+def _unpack_extra(
+    environment: Environment, extra: str, release: str, say: Say, part: str = ""
+) -> Path:
+    """An extra of `cuda-toolkit`.
+
+    Of a library, headers and (`part` "-lib") the whole are in folders of their own: a compiler
+    that reads the one is not disturbed by the other.
+    """
+    name = f"cuda-{release}-{extra.replace(',', '-')}{part}"
+    whole = part == "-lib" or extra not in PARTS.values()
+    requirement = f"cuda-toolkit[{extra}]=={release}.*"
+    return _unpack(environment, name, requirement, say, libraries=whole)
 
 
 def install_headers(environment: Environment, extra: str, toolkit: Toolkit, say: Say) -> None:
     """The headers of a CUDA library that the toolkit came without."""
-    requirement = f"cuda-toolkit[{extra}]=={toolkit.release}.*"
-    _unpack(environment, _headers_name(extra, toolkit.release), requirement, say, libraries=False)
+    _unpack_extra(environment, extra, toolkit.release, say)
 
 
 def install_library(environment: Environment, name: str, toolkit: Toolkit, say: Say) -> Path:
     """A CUDA library that the toolkit came without, as it is linked with `-l<name>`."""
-    extra, release = PARTS[name], toolkit.release
-    requirement = f"cuda-toolkit[{extra}]=={release}.*"
-    root = _unpack(environment, f"{_headers_name(extra, release)}-lib", requirement, say)
+    root = _unpack_extra(environment, PARTS[name], toolkit.release, say, "-lib")
     found = find_library(root, f"lib{name}.so.")
     if found is None:
         raise BuildError(f"there is no lib{name}.so in {root}", str(environment.log))
     return found
 
 
-def _find_cudart(environment: Environment, toolkit: Toolkit, say: Say, cpu: str | None) -> Path:
-    """The CUDA runtime library: the toolkit's own, or, where it has none, from the index.
+def _unpack_cudart(environment: Environment, toolkit: Toolkit, say: Say, cpu: str | None) -> Path:
+    """The package with the CUDA runtime; for another processor, to be linked with only."""
+    release = toolkit.release
+    if cpu is None:
+        return _unpack_extra(environment, "cudart", release, say)
+    options = ["--only-binary=:all:", "--no-deps"]
+    if (environment.site_packages / "pip").is_dir():
+        options += [f"--platform=manylinux{tag}_{cpu}" for tag in ("2014", "_2_17", "_2_28")]
+    else:
+        options.append(f"--python-platform={cpu}-manylinux_2_28")
+    requirement = f"nvidia-cuda-runtime=={release}.*"
+    name = f"cuda-{release}-cudart-{cpu}"
+    return _unpack(environment, name, requirement, say, *options, cpu=cpu)
 
-    Of another processor, it is what is linked with and never loaded.
-    """
-    file, release = f"libcudart.so.{CUDA_MAJOR}", toolkit.release
-    found = None if cpu else find_library(toolkit.home, file)
-    if found is None and cpu is None:
-        requirement = f"cuda-toolkit[cudart]=={release}.*"
-        found = find_library(_unpack(environment, f"cuda-{release}-cudart", requirement, say), file)
-    elif found is None:
-        options = ["--only-binary=:all:", "--no-deps"]
-        if (environment.site_packages / "pip").is_dir():
-            options += [f"--platform=manylinux{tag}_{cpu}" for tag in ("2014", "_2_17", "_2_28")]
-        else:
-            options.append(f"--python-platform={cpu}-manylinux_2_28")
-        requirement = f"nvidia-cuda-runtime=={release}.*"
-        name = f"cuda-{release}-cudart-{cpu}"
-        found = find_library(_unpack(environment, name, requirement, say, *options, cpu=cpu), file)
+
+def _find_cudart(environment: Environment, toolkit: Toolkit, say: Say, cpu: str | None) -> Path:
+    """The CUDA runtime library: the toolkit's own, or, where it has none, from the index."""
+    file = f"libcudart.so.{CUDA_MAJOR}"
+    own = None if cpu else find_library(toolkit.home, file)
+    found = own or find_library(_unpack_cudart(environment, toolkit, say, cpu), file)
     if found is None:
         raise BuildError(f"no libcudart.so.{CUDA_MAJOR} for {toolkit.home}")
     return found
@@ -464,8 +472,7 @@ def _choose_toolkit(environment: Environment, say: Say) -> Toolkit:
             return toolkit
     for toolkit in found:
         say(f"{toolkit.nvcc} is of CUDA {toolkit.release}, not of CUDA {CUDA_MAJOR}: not used")
-    requirement = f"cuda-toolkit[nvcc,cccl]=={INDEX_CUDA}.*"
-    home = _unpack(environment, f"cuda-{INDEX_CUDA}-nvcc-cccl", requirement, say)
+    home = _unpack_extra(environment, "nvcc,cccl", INDEX_CUDA, say)
     indexed = toolkit_of(home / "bin" / "nvcc")
     if indexed is None:
         raise BuildError(f"nvcc from the package index does not run: {home}/bin/nvcc")
@@ -508,7 +515,7 @@ class Workshop:
     def variables(self) -> dict[str, str]:
         """The variables that FlashInfer's build files and the compilers read."""
         folders = (
-            self.environment.root.with_name(_headers_name(extra, self.toolkit.release))
+            self.environment.root.with_name(f"cuda-{self.toolkit.release}-{extra}")
             for extra in dict.fromkeys(PARTS.values())
         )
         headers = [root / "include" for root in map(_cuda_root, folders) if root is not None]

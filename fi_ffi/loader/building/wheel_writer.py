@@ -61,7 +61,7 @@ class KernelWheel:
 
 
 _INIT = '''\
-"""Kernels of FlashInfer {release} for {architectures}, compiled with CUDA {cuda}."""
+"""Kernels of FlashInfer {release} for {gpus}, compiled with CUDA {cuda}."""
 
 from collections import namedtuple
 from pathlib import Path
@@ -106,7 +106,7 @@ _METADATA = """\
 Metadata-Version: 2.1
 Name: flashinfer-jit-cache
 Version: {version}
-Summary: Kernels of FlashInfer {release} for {architectures}, compiled with CUDA {cuda}
+Summary: Kernels of FlashInfer {release} for {gpus}, compiled with CUDA {cuda}
 License: Apache-2.0
 Keywords: {keywords}
 Requires-Python: >=3.9
@@ -114,7 +114,7 @@ Description-Content-Type: text/plain
 
 Compiled from the flashinfer-python {release} release by `fi-ffi build`; not a wheel
 published by FlashInfer. Modules:
-{modules}
+{listed}
 """
 
 _WHEEL = """\
@@ -128,30 +128,25 @@ Tag: {tag}
 def _texts(wheel: KernelWheel) -> dict[str, str]:
     """The members that are written rather than copied, RECORD excepted."""
     names = tuple(sorted(wheel.modules))
-    init = _INIT.format(
-        release=wheel.release, architectures=", ".join(wheel.architectures), cuda=wheel.cuda
-    )
-    meta = _BUILD_META.format(
-        version=wheel.version,
-        git_version=wheel.git_version,
-        cuda=wheel.cuda,
-        architectures=wheel.architectures,
-        modules=names,
-    )
-    metadata = _METADATA.format(
-        version=wheel.version,
-        release=wheel.release,
-        cuda=wheel.cuda,
-        architectures=", ".join(wheel.architectures),
-        keywords=",".join(["flashinfer", "cuda", *wheel.architectures]),
-        modules="\n".join(f"- {name}" for name in names),
-    )
-    return {
-        f"{PACKAGE}/__init__.py": init,
-        f"{PACKAGE}/_build_meta.py": meta,
-        f"{wheel.dist_info}/METADATA": metadata,
-        f"{wheel.dist_info}/WHEEL": _WHEEL.format(tag=f"{PYTHON_TAG}-{wheel.platform}"),
+    values = {
+        "release": wheel.release,
+        "version": wheel.version,
+        "git_version": wheel.git_version,
+        "cuda": wheel.cuda,
+        "architectures": wheel.architectures,
+        "modules": names,
+        "gpus": ", ".join(wheel.architectures),
+        "keywords": ",".join(["flashinfer", "cuda", *wheel.architectures]),
+        "listed": "\n".join(f"- {name}" for name in names),
+        "tag": f"{PYTHON_TAG}-{wheel.platform}",
     }
+    templates = {
+        f"{PACKAGE}/__init__.py": _INIT,
+        f"{PACKAGE}/_build_meta.py": _BUILD_META,
+        f"{wheel.dist_info}/METADATA": _METADATA,
+        f"{wheel.dist_info}/WHEEL": _WHEEL,
+    }
+    return {name: template.format_map(values) for name, template in templates.items()}
 
 
 def _sources(wheel: KernelWheel) -> dict[str, bytes | Path]:
@@ -177,14 +172,14 @@ def _member(name: str, size: int) -> zipfile.ZipInfo:
 
 def _copy(archive: zipfile.ZipFile, name: str, source: BinaryIO) -> tuple[str, str, int]:
     """Copy `source` into the archive; its line of RECORD."""
-    digest, size = hashlib.sha256(), 0
-    expected = source.seek(0, os.SEEK_END)
+    size = source.seek(0, os.SEEK_END)
     source.seek(0)
-    with archive.open(_member(name, expected), "w") as target:
+    digest = hashlib.sha256()
+    with archive.open(_member(name, size), "w") as target:
         while chunk := source.read(_CHUNK):
             target.write(chunk)
             digest.update(chunk)
-            size += len(chunk)
+        size = source.tell()
     encoded = base64.urlsafe_b64encode(digest.digest()).rstrip(b"=").decode()
     return name, f"sha256={encoded}", size
 
