@@ -388,6 +388,16 @@ def _(a):
     return {"out": _product(a["mat_a"], a["mat_b"])}
 
 
+@defines("fp8_quantize_1x128")
+def _(a):
+    values, scales = empty(a["input"]), a["outScaleFP8SF"].copy()
+    for i, j in np.ndindex(len(values), a["input"].shape[1] // 128):
+        piece = a["input"][i, 128 * j : 128 * j + 128]
+        scales[j, i] = max(map(abs, piece)) / 448 if any(piece) else 1.0
+        values[i, 128 * j : 128 * j + 128] = [x / scales[j, i] for x in piece]
+    return {"outValueE4M3": values, "outScaleFP8SF": scales}
+
+
 # ---------------------------------------------------------------- merged states
 
 
