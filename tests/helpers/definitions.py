@@ -588,6 +588,7 @@ _BYTES = [_small_float(code, 4, 3) for code in range(127)]
 
 def _nearest(x: float, table: list[float]) -> int:
     """The code of the number nearest to one that is not negative; of two the even one."""
+    x = float(np.float32(x))  # numpy's extensions round by way of it
     return min(range(len(table)), key=lambda code: (abs(table[code] - x), code % 2))
 
 

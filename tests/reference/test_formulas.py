@@ -35,7 +35,7 @@ OPTIONS: dict[str, dict] = {
     "mxfp8_quantize": {"sfSwizzleLayout": 1, "alignment": 128, "n": 9},
     "fp4_quantize": {
         "isSf8x4Layout": True, "isGlobalScaleInversed": True, "n": 9,
-        "tables": {"globalScale": np.array([0.02])},
+        "tables": {"globalScale": np.array([2.0**-6])},
     },
     "merge_states": {"n": 2}, "merge_states_of_empty_ones": {"n": 2},
     **dict.fromkeys((name for name in DEFINITIONS if "norm_quant" in name), _QUANT),

@@ -6,8 +6,8 @@ from typing import Any
 
 from fi_ffi.reference.arrays import Array, store_saturated
 from fi_ffi.reference.attention import caches
+from fi_ffi.reference.attention.formula import Options, exact
 from fi_ffi.reference.attention.variant import Compiled
-from fi_ffi.reference.exact_attention import Options, exact
 
 
 def _scale(scale: float, tensor: Array | None) -> float:
