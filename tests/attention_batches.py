@@ -10,7 +10,7 @@ import numpy as np
 from fi_ffi import reference
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.ops.row import KvLayout, Row, Scalar
-from fi_ffi.reference.exact_attention import Exact, exact_batch, from_pages
+from fi_ffi.reference.attention.formula import Exact, exact_batch, from_pages
 
 DTYPES = {
     "f16": np.float16,

@@ -23,7 +23,7 @@ from fi_ffi.ops.attention.options import (
     PrefillOptions,
 )
 from fi_ffi.ops.attention.plan import Plan
-from fi_ffi.reference.exact_attention import Exact, Options, exact_batch, from_pages
+from fi_ffi.reference.attention.formula import Exact, Options, exact_batch, from_pages
 
 HEADS, KV_HEADS, DIM, PAGE, PAGES = 4, 2, 64, 4, 12
 CKV, KPE = 512, 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fi_ffi.reference.arrays import Array
-from fi_ffi.reference.exact_attention import Exact, Options, exact_batch, from_pages
+from fi_ffi.reference.attention.formula import Exact, Options, exact_batch, from_pages
 
 from marks import Wrong
 

@@ -12,7 +12,7 @@ import fi_ffi
 from fi_ffi import TensorDesc
 from fi_ffi.cli.cuda import POISON
 from fi_ffi.reference.arrays import Array
-from fi_ffi.reference.exact_attention import Options, exact_batch, from_pages
+from fi_ffi.reference.attention.formula import Options, exact_batch, from_pages
 
 from marks import Missing, Wrong
 from marks.batches import (

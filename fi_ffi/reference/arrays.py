@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import ml_dtypes
 import numpy as np
 
 from fi_ffi.abi._cffi import ffi
@@ -48,6 +49,14 @@ def bits(array: Array) -> Array:
 def store(out: Array, value: Array) -> None:
     """Write values, rounded to nearest even in `out`'s dtype."""
     out[...] = value.astype(out.dtype)
+
+
+def store_saturated(out: Array, value: Array) -> None:
+    """The same, but fp8 holds its largest number for what is larger, as GPUs' conversions do."""
+    if out.itemsize == 1:
+        limit = float(ml_dtypes.finfo(out.dtype).max)
+        value = np.clip(value, -limit, limit)
+    store(out, value)
 
 
 def store_changed(out: Array, value: Array, before: Array) -> None:

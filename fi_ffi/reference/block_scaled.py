@@ -1,116 +1,221 @@
-"""Quantising blocks with a scale each in numpy, rounding where the kernels round.
+"""Blocks with a scale each in float64, from their formats' definitions: see exact.py.
 
-Which of two neighbouring numbers an element becomes is decided by the order of float32 products and
-reciprocals before it: the formulas of exact_block_scaled.py judge, and allow both.
+The kernels compute scales and quotients in float32, by reciprocals that are not the nearest: of two
+neighbouring numbers that such a quotient is between, either is right.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
 
-from fi_ffi.reference.arrays import Array, store
+from fi_ffi.reference.arrays import Array, bits
+from fi_ffi.reference.formula import Exact, Formula, Inputs, Move, OneOfMany
 
-# Rows that a tile of scales has, by the code of their layout; in rows where there is none.
-_TILES = {0: 128, 1: 8}
-_ROWS = 2
+_NEAR = 2.0**-18
+_E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float64)
+_E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+_FINITE = np.unique(_E4M3[np.isfinite(_E4M3)])
+# The order of scales: the rows of a tile, or `_ROWS` where they are in rows.
+_TILES, _ROWS = {0: 128, 1: 8}, 2
 
-
-def places(rows: int, cols: int, tile: int) -> Array:
-    """Where each scale of a matrix is, in tiles of `tile` rows and 4 columns."""
-    row, col = np.arange(rows)[:, None], np.arange(cols)
-    in_tile = row % 32 * 16 + row % tile // 32 * 4 if tile == 128 else row % tile * 4
-    tiles = row // tile * -(-cols // 4) + col // 4
-    found: Array = tiles * (4 * tile) + in_tile + col % 4
-    return found
+# ---------------------------------------------------------------- what is moved or scaled back
 
 
-def mxfp8_quantize(
-    input: Array, values: Array, scales: Array, layout: int | bool, alignment: int, pdl: bool
-) -> None:
-    (n, k), padded_k = input.shape, values.shape[1]
-    if isinstance(layout, bool):  # up to FlashInfer 0.6.6
-        layout = 0 if layout else _ROWS
-    blocks = input.astype(np.float32).reshape(n, k // 32, 32)
-    exponent = _exponents(np.abs(blocks).max(axis=-1) * np.float32(1 / 448))
-    values[...] = 0
-    scaled = np.ldexp(blocks, -exponent[..., None]).reshape(n, k)
-    store(values[:, :k], np.clip(scaled, -448, 448))
-    found = np.zeros((n, padded_k // 32), np.uint8)
-    found[:, : k // 32] = exponent + 127
-    _store_scales(scales, found, layout)
+def nvfp4_kv_dequant(a: Inputs) -> Exact:
+    values = _E2M1[_halves(a["fp4_data"])].reshape(a["output"].shape)
+    scales = a["block_scales"]
+    if "block_scales" not in a["largest"]:  # bytes
+        scales = _E4M3[scales.astype(int)]
+    value = values * scales.repeat(16, axis=1) * a["global_scale"]
+    return {"output": (value, np.abs(value))}
 
 
-def _exponents(scale: Array) -> Array:
-    """Of the powers of 2 that scales are rounded up to."""
-    mantissa, exponent = np.frexp(scale)
-    exponent = np.clip(np.where(mantissa == 0.5, exponent - 1, exponent), -127, 127)
-    found: Array = np.where(mantissa == 0, -127, exponent)
-    return found
+def _halves(packed: Array) -> Array:
+    """The two codes of each byte, the lower one first."""
+    codes = packed.astype(int)
+    return np.stack([codes % 16, codes // 16], axis=-1)
 
 
-def _store_scales(scales: Array, found: Array, layout: int) -> None:
-    scales[...] = 0
-    if layout == _ROWS:
-        scales[...] = found.reshape(-1)
-    else:
-        rows, cols = found.shape
-        scales[places(rows, cols, _TILES[layout])] = found
+def _in_tiles(scales: Array, tile: int) -> Array:
+    """Scales of matrices, tile after tile, and 0 where a tile has none."""
+    experts, rows, cols = scales.shape
+    whole = np.zeros((experts, -(-rows // tile) * tile, -(-cols // 4) * 4), scales.dtype)
+    whole[:, :rows, :cols] = scales
+    groups = max(tile // 32, 1)
+    tiles, columns = whole.shape[1] // tile, whole.shape[2] // 4
+    split = whole.reshape(experts, tiles, groups, tile // groups, columns, 4)
+    return np.ascontiguousarray(split.transpose(0, 1, 4, 3, 2, 5)).reshape(-1)
 
 
-def _store_e2m1(out: Array, blocks: Array) -> None:
-    """Rounded to even, and two to a byte."""
-    rounded = np.clip(blocks, -6, 6).astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
-    codes = rounded.reshape(len(out), -1, 2) if out.size else rounded.reshape(*out.shape, 2)
-    out[...] = codes[..., 0] | codes[..., 1] << 4
+def block_scale_interleave(a: Inputs) -> dict[str, Array]:
+    return {"interleavedBlockScale": _in_tiles(a["blockScale"], 128)}
 
 
-def _e4m3(scale: Array) -> tuple[Array, Array]:
-    """Scales rounded: their bytes, and what these are."""
-    rounded = np.clip(scale, 0, 448).astype(ml_dtypes.float8_e4m3fn)
-    return rounded.view(np.uint8), rounded.astype(np.float32)
+def block_scale_interleave_reverse(a: Inputs) -> dict[str, Array]:
+    tiled = a["blockScale"]
+    count = math.prod(tiled.shape[1:])
+    back = np.argsort(_in_tiles(np.arange(count).reshape(1, *tiled.shape[1:]), 128))
+    return {"reversedBlockScale": tiled.reshape(len(tiled), count)[:, back].reshape(tiled.shape)}
 
 
-def _over(blocks: Array, largest: Array, factor: Array) -> Array:
-    scaled: Array = blocks * np.where(largest == 0, np.float32(0), factor)[..., None]
-    return scaled
+# ---------------------------------------------------------------- what is quantised
 
 
-def fp4_quantize(
-    input: Array, global_scale: Array | None, values: Array, scales: Array, size: int,
-    is_power: bool, is_swizzled: bool, is_8x4: bool, *last: object,
-) -> None:  # fmt: skip
-    # `isGlobalScaleInversed` came with FlashInfer 0.6.11, before `enable_pdl`.
-    is_inverse = len(last) > 1 and bool(last[0])
-    blocks = input.astype(np.float32).reshape(len(input), -1, size) if input.size else None
-    if blocks is None:
-        return
+class _Scales:
+    """What each block's scale may be, by its bytes; the first is the nearest."""
+
+    def __init__(self, wanted: Array, rounded: Callable[[Array], Array]) -> None:
+        self.codes = [rounded(wanted * (1 + by)) for by in (0.0, -_NEAR, _NEAR)]
+
+    def are(self, place: Callable[[Array], Array]) -> OneOfMany:
+        """Every byte is a scale's in its place, and 0 in all others."""
+        placed = np.stack([place(codes) for codes in self.codes])
+
+        def are_right(got: Array) -> Array:
+            right: Array = (got == placed).any(axis=0)
+            return right
+
+        return OneOfMany(lambda: placed[0], _judge(are_right))
+
+
+def _judge(is_right: Callable[[Array], Array]) -> Callable[[Array], tuple[float, float]]:
+    def judge(got: Array) -> tuple[float, float]:
+        wrong = ~is_right(got)
+        return float(wrong.sum()), np.inf if wrong.any() else 0.0
+
+    return judge
+
+
+def _bytes_of_e4m3(x: Array) -> Array:
+    return bits(np.clip(x, 0, 448).astype(ml_dtypes.float8_e4m3fn)).astype(np.float64)
+
+
+def _bytes_of_e8m0(x: Array) -> Array:
+    """The exponents, and 127, of the least powers of 2 that are no less."""
+    mantissa, exponent = np.frexp(np.maximum(x, 2.0**-127))
+    exponents: Array = np.clip(np.where(mantissa == 0.5, exponent - 1, exponent), -127, 127)
+    return exponents + 127.0
+
+
+def _of_e4m3(codes: Array) -> Array:
+    value: Array = _E4M3[codes.astype(int)]
+    return value
+
+
+def _of_e8m0(codes: Array) -> Array:
+    value: Array = 2.0 ** (codes - 127)
+    return value
+
+
+def _quotients(
+    blocks: Array, scales: _Scales, decode: Callable[[Array], Array], of_all: float = 1.0
+) -> list[Array]:
+    """Elements over what their block's scale may be; 0, where all of a block are."""
+    # A scale that was rounded to 0 makes all but 0 too large.
+    values = (np.maximum(decode(codes), 1e-100) for codes in scales.codes)
+    return [blocks * (of_all / value)[..., None] for value in values]
+
+
+def _are_nearest(wanted: list[Array], found: Array, grid: Array) -> Array:
+    """Whether all elements of a block are the numbers of the grid nearest to the same quotients."""
+    right = np.zeros(found.shape[:-1], bool)
+    for quotients in wanted:
+        limited = np.clip(quotients, grid[0], grid[-1])
+        gaps = np.abs(grid - limited[..., None]).min(axis=-1)
+        right |= (np.abs(found - limited) <= gaps + _NEAR * np.abs(limited)).all(axis=-1)
+    return right
+
+
+def _in_layout(layout: int, padding: int = 0) -> Callable[[Array], Array]:
+    """What puts scales in their order, with so many columns of 0 more."""
+
+    def place(codes: Array) -> Array:
+        whole = np.pad(codes, ((0, 0), (0, padding)))
+        return whole.reshape(-1) if layout == _ROWS else _in_tiles(whole[None], _TILES[layout])
+
+    return place
+
+
+def mxfp8_quantize(a: Inputs) -> Exact:
+    (n, k), padded_k = a["input"].shape, a["valMxFP8"].shape[1]
+    blocks = a["input"].reshape(n, k // 32, 32)
+    scales = _Scales(np.abs(blocks).max(axis=-1) / 448, _bytes_of_e8m0)
+    wanted = _quotients(blocks, scales, _of_e8m0)
+    # Releases that name no order have two.
+    layout = a["sfSwizzleLayout"] if "sfSwizzleLayout" in a else 2 - 2 * a["isSfSwizzledLayout"]
+
+    def value() -> Array:
+        elements = np.clip(wanted[0], -448, 448).reshape(n, k)
+        return np.pad(elements, ((0, 0), (0, padded_k - k)))
+
+    def are_right(got: Array) -> Array:
+        found = got.astype(np.float64)
+        nearest = _are_nearest(wanted, found[:, :k].reshape(blocks.shape), _FINITE)
+        return np.hstack([nearest, found[:, k:] == 0])
+
+    return {
+        "valMxFP8": OneOfMany(value, _judge(are_right)),
+        "scaleFP8SF": scales.are(_in_layout(layout, (padded_k - k) // 32)),
+    }
+
+
+def _are_halves(wanted: list[Array], shape: tuple[int, ...]) -> OneOfMany:
+    """Elements of 4 bits, two to a byte."""
+
+    def value() -> Array:
+        rounded = np.clip(wanted[0], -6, 6).astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
+        low, high = rounded.reshape(*shape, 2).transpose(-1, *range(len(shape)))
+        packed: Array = low + 16.0 * high
+        return packed
+
+    def are_right(got: Array) -> Array:
+        found = _E2M1[_halves(got)].reshape(wanted[0].shape)
+        return _are_nearest(wanted, found, np.unique(_E2M1))
+
+    return OneOfMany(value, _judge(are_right))
+
+
+def fp4_quantize(a: Inputs) -> Exact:
+    (n, k), size = a["input"].shape, a["sfVecSize"]
+    blocks = a["input"].reshape(n, k // size, size)
     largest = np.abs(blocks).max(axis=-1)
-    if is_power:
-        exponent = _exponents(largest * np.float32(1 / 6))
-        codes, factor = (exponent + 127).astype(np.uint8), np.ldexp(np.float32(1), -exponent)
+    if a["sfUseUE8M0"]:
+        scales = _Scales(largest / 6, _bytes_of_e8m0)
+        wanted = _quotients(blocks, scales, _of_e8m0)
     else:
-        assert global_scale is not None
-        given = global_scale[0]
-        of_all = 1 / given if is_inverse else given
-        codes, scale = _e4m3(of_all * (largest * np.float32(1 / 6)))
-        factor = 1 / (scale * (1 / of_all))
-    _store_e2m1(values, _over(blocks, largest, factor))
-    _store_scales(scales, codes, int(is_8x4) if is_swizzled else _ROWS)
+        of_all = float(a["globalScale"][0])
+        of_all = 1 / of_all if a.get("isGlobalScaleInversed", False) else of_all
+        scales = _Scales(of_all * largest / 6, _bytes_of_e4m3)
+        wanted = _quotients(blocks, scales, _of_e4m3, of_all)
+    layout = int(a["isSf8x4Layout"]) if a["isSfSwizzledLayout"] else _ROWS
+    return {
+        "valueE2M1": _are_halves(wanted, a["valueE2M1"].shape),
+        "scaleFP8SF": scales.are(_in_layout(layout)),
+    }
 
 
-def nvfp4_kv_quant(input: Array, global_scale: Array, output: Array, scales: Array) -> None:
-    blocks = input.astype(np.float32).reshape(*scales.shape, 16)
-    largest = np.abs(blocks).max(axis=-1)
-    codes, scale = _e4m3(1 / global_scale[0] * (largest * np.float32(1 / 6)))
-    _store_e2m1(output, _over(blocks, largest, 1 / (scale * global_scale[0])))
-    scales[...] = codes
+def nvfp4_kv_quant(a: Inputs) -> Exact:
+    n, count = a["block_scales"].shape
+    blocks, of_all = a["input"].reshape(n, count, 16), 1 / float(a["global_scale"][0])
+    scales = _Scales(of_all * np.abs(blocks).max(axis=-1) / 6, _bytes_of_e4m3)
+    wanted = _quotients(blocks, scales, _of_e4m3, of_all)
+    return {
+        "fp4_output": _are_halves(wanted, a["fp4_output"].shape),
+        "block_scales": scales.are(lambda codes: codes),
+    }
 
 
-KERNELS: dict[str, dict[str, Callable[..., None]]] = {
-    "mxfp8_quantization_sm100": {"mxfp8_quantize": mxfp8_quantize},
-    "fp4_quantization_100": {"fp4_quantize": fp4_quantize},
-    "fp4_kv_quant": {"nvfp4_kv_quant": nvfp4_kv_quant},
+EXACT: dict[str, Formula] = {
+    "nvfp4_kv_dequant": nvfp4_kv_dequant,
+    "mxfp8_quantize": mxfp8_quantize,
+    "fp4_quantize": fp4_quantize,
+    "nvfp4_kv_quant": nvfp4_kv_quant,
+}
+MOVES: dict[str, Move] = {
+    "block_scale_interleave": block_scale_interleave,
+    "block_scale_interleave_reverse": block_scale_interleave_reverse,
 }

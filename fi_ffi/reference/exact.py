@@ -12,7 +12,6 @@ bit for bit.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 
 from fi_ffi.families import FAMILIES
 from fi_ffi.reference.formula import Formula, Move
@@ -20,8 +19,6 @@ from fi_ffi.reference.formula import Formula, Move
 EXACT: dict[str, Formula] = {}
 MOVES: dict[str, Move] = {}
 for _family in FAMILIES:
-    for _name in (f"fi_ffi.reference.{_family}", f"fi_ffi.reference.exact_{_family}"):
-        if importlib.util.find_spec(_name):
-            _module = importlib.import_module(_name)
-            EXACT.update(getattr(_module, "EXACT", {}))
-            MOVES.update(getattr(_module, "MOVES", {}))
+    _module = importlib.import_module(f"fi_ffi.reference.{_family}")
+    EXACT.update(getattr(_module, "EXACT", {}))
+    MOVES.update(getattr(_module, "MOVES", {}))

@@ -1,7 +1,7 @@
-"""References of `fi_ffi.ops.table.gemm` and `fi_ffi.ops.matmul`, in numpy: float32 arithmetic,
-rounded where the kernels round.
+"""Products of matrices and fp8 with scales of blocks, in float64: see exact.py.
 
-Products of segments are told by addresses, as the kernels are; these must be of the host.
+The kernels that are no ops of `fi_ffi.ops.table.gemm` follow (`fi_ffi.ops.matmul`): products of
+segments are told by addresses, which must be of the host here, and one is called by its algorithm.
 """
 
 from __future__ import annotations
@@ -15,16 +15,113 @@ import numpy as np
 
 from fi_ffi.abi.tensor import DTYPES, TensorDesc
 from fi_ffi.reference.arrays import Array, as_array, store
-from fi_ffi.reference.exact_gemm import bmm_fp8
-from fi_ffi.reference.formula import OneOfMany, as_inputs
+from fi_ffi.reference.formula import Exact, Formula, Inputs, Judge, OneOfMany, as_inputs
 
 BLOCK = 128
+_E4M3 = ml_dtypes.float8_e4m3fn
 _E4M3_LIMIT = 448.0
 _ALGORITHM_BYTES = 64  # of a cublasLtMatmulAlgo_t
+# Hopper's tensor cores add products of fp8 values, 32 at a time, in numbers of some 14 bits.  Of
+# the sum of the terms' sizes that costs an element less than this,
+_FP8_SLACK = 2.0**-10
+# and all elements together, of their norm, less than this after the first 32 terms; it grows
+# with the square root of how many there are.
+_FP8_NORM, _FP8_GROUP = 2.0**-10, 32
+_ROUNDED = 2.0**-8  # of the norm, for rounding to bfloat16
 
 
-def _float32(x: Array) -> Array:
-    return x.astype(np.float32)
+def _norm(x: Array) -> float:
+    """The root of the sum of squares, of values whose squares may be too large."""
+    largest = float(np.abs(x).max(initial=0.0))
+    return largest * float(np.linalg.norm(x / largest)) if largest else 0.0
+
+
+def fp8_products(value: Array, magnitude: Array, terms: int, doubt: Array | float = 0.0) -> Judge:
+    """Judges products of fp8 matrices that a GPU's tensor cores have added up.
+
+    `magnitude` is the sum of the sizes of what was added, `terms` how much of it there was in
+    numbers of few bits; `doubt` is how much else the value may be off.
+    """
+    norm = _ROUNDED + _FP8_NORM * max(terms / _FP8_GROUP, 1.0) ** 0.5
+
+    def judge(got: Array) -> tuple[float, float]:
+        if not value.size:
+            return 0.0, 0.0
+        info = ml_dtypes.finfo(got.dtype)
+        error = np.abs(got.astype(np.float64) - value)
+        error = np.where(np.isfinite(error), error, np.inf)
+        step = np.maximum(np.abs(value) * float(info.eps), float(info.smallest_subnormal))
+        each = (error / (step / 2 * (1 + 2.0**-10) + magnitude * _FP8_SLACK + doubt)).max()
+        of_all = _norm(error) if np.isfinite(error).all() else np.inf
+        least = np.maximum(doubt, float(info.smallest_subnormal))
+        allowed = norm * _norm(value) + _norm(np.broadcast_to(least, value.shape))
+        return float(error.max()), float(max(each, of_all / allowed))
+
+    return judge
+
+
+def bmm_fp8(a: Inputs) -> Exact:
+    scale = a["A_scale"][0] * a["B_scale"][0]
+    value = np.einsum("bmk,bkn->bmn", a["A"], a["B"], optimize=True) * scale
+    sizes = np.einsum("bmk,bkn->bmn", abs(a["A"]), abs(a["B"]), optimize=True) * abs(scale)
+    return {"D": OneOfMany(lambda: value, fp8_products(value, sizes, a["A"].shape[-1]))}
+
+
+def tinygemm2(a: Inputs) -> Exact:
+    bias = a.get("bias", np.zeros(1))
+    value = a["input"] @ a["weight"].T + bias
+    return {"output": (value, np.abs(a["input"]) @ np.abs(a["weight"].T) + np.abs(bias))}
+
+
+def router(a: Inputs) -> Exact:
+    sizes = np.abs(a["mat_a"]) @ np.abs(a["mat_b"])
+    return {"out": (a["mat_a"] @ a["mat_b"], sizes)}
+
+
+def _over_largest(x: Array, largest: Array) -> tuple[Array, Array]:
+    """Values over the scale that makes fp8's largest of `largest`, and the scale; what is larger
+    is clipped, and NaN stays NaN."""
+    scale = np.where(largest == 0, 1.0, largest / _E4M3_LIMIT)
+    clipped: Array = np.clip(x / scale, -_E4M3_LIMIT, _E4M3_LIMIT)
+    return clipped, scale
+
+
+def _over_rows(x: Array) -> tuple[Array, Array]:
+    """The same of rows in pieces of 128 columns: (rows, columns) and (rows, columns / 128)."""
+    pieces = x.reshape(len(x), x.shape[1] // BLOCK, BLOCK)
+    values, scales = _over_largest(pieces, np.abs(pieces).max(axis=-1, keepdims=True))
+    return values.reshape(x.shape), scales[..., 0]
+
+
+def fp8_quantize_1x128(a: Inputs) -> Exact:
+    before, count = a["outScaleFP8SF"], len(a["input"])
+    values, scales = _over_rows(a["input"])
+    after = before.copy()
+    after[:, :count] = scales.T
+
+    def judge(got: Array) -> tuple[float, float]:
+        rest = got[:, count:].astype(np.float64)
+        if not np.array_equal(rest, before[:, count:], equal_nan=True):
+            return np.inf, np.inf  # it wrote beyond its rows
+        error = np.abs(got[:, :count] - scales.T)
+        error = np.where(np.isfinite(error), error, np.inf)
+        return float(error.max(initial=0)), float((error / scales.T).max(initial=0) / 2.0**-20)
+
+    return {
+        "outValueE4M3": (values, np.abs(values)),
+        "outScaleFP8SF": OneOfMany(lambda: after, judge),
+    }
+
+
+EXACT: dict[str, Formula] = {
+    "bmm_fp8": bmm_fp8,
+    "tinygemm2": tinygemm2,
+    "tinygemm2_nobias": tinygemm2,
+    "mm_M1_16_K7168_N256": router,
+    "mm_M1_16_K7168_N128": router,
+    "mm_M1_16_K6144_N256": router,
+    "fp8_quantize_1x128": fp8_quantize_1x128,
+}
 
 
 def bmm_fp8_get_algos(
@@ -83,7 +180,7 @@ def cutlass_segment_gemm(
     ptrs, strides = (x_ptr, w_ptr, y_ptr), (x_ld, w_ld, y_ld)
     kinds = (empty_x_data.dtype, empty_x_data.dtype)
     for x, w, y in _products(all_problems, ptrs, strides, kinds, weight_column_major):
-        store(y, _float32(x) @ _float32(w) + _float32(y))
+        store(y, x.astype(float) @ w.astype(float) + y.astype(float))
 
 
 def cutlass_segment_gemm_sm90(
@@ -94,77 +191,47 @@ def cutlass_segment_gemm_sm90(
     ptrs, strides = (x_ptr, w_ptr, y_ptr), (x_stride, weight_stride, y_stride)
     kinds = (empty_x_data.dtype, empty_y_data.dtype)
     for x, w, y in _products(all_problems, ptrs, strides, kinds, weight_column_major):
-        store(y, _float32(x) @ _float32(w))
+        store(y, x.astype(float) @ w.astype(float))
 
 
-def _as_e4m3(values: Array) -> Array:
-    """Rounded to nearest even; what is too large becomes the largest, and NaN stays NaN."""
-    limited: Array = np.clip(values, -_E4M3_LIMIT, _E4M3_LIMIT)
-    return limited.astype(ml_dtypes.float8_e4m3fn)
+def _rounded(quantised: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Values as fp8 has them, and scales as float32 does."""
+    values, scales = quantised
+    return values.astype(_E4M3).astype(np.float64), scales.astype(np.float32).astype(np.float64)
 
 
-def _factor(largest: Array) -> Array:
-    one = np.float32(1)
-    factor: Array = np.where(largest != 0, np.float32(_E4M3_LIMIT) / _float32(largest), one)
-    return factor
-
-
-def quantised_rows(x: Array) -> tuple[Array, Array]:
-    """Rows in fp8, and the scale of each 128 columns: (rows, columns / 128) float32."""
-    pieces = _float32(x).reshape(len(x), x.shape[1] // BLOCK, BLOCK)
-    factor = _factor(np.abs(pieces).max(axis=-1))
-    return _as_e4m3(pieces * factor[..., None]).reshape(x.shape), np.float32(1) / factor
-
-
-def quantised_weight(weight: Array) -> tuple[Array, Array]:
-    """A weight in fp8, and a scale for each block of 128 x 128.
+def _over_blocks(weight: Array) -> tuple[Array, Array]:
+    """A weight's values over their scales, and a scale for each block of 128 x 128.
 
     As the kernel has it: in the j-th of b blocks of columns it looks for the largest value in
     the first 4 * (b - j) rows of a block alone, and what is larger than that is clipped.
     """
     n, k = weight.shape
     rows, columns = -(-n // BLOCK), k // BLOCK
-    values, scales = np.empty(weight.shape, ml_dtypes.float8_e4m3fn), np.empty((rows, columns))
-    for i in range(rows):
-        for j in range(columns):
-            where = np.s_[i * BLOCK : (i + 1) * BLOCK, j * BLOCK : (j + 1) * BLOCK]
-            block = _float32(weight[where])
-            factor = _factor(np.abs(block[: 4 * (columns - j)]).max())
-            values[where], scales[i, j] = _as_e4m3(block * factor), np.float32(1) / factor
-    return values, scales.astype(np.float32)
-
-
-def fp8_quantize_1x128(
-    input: Array, outValueE4M3: Array, outScaleFP8SF: Array, use_ue8m0: bool
-) -> None:
-    values, scales = quantised_rows(input)
-    outValueE4M3[...] = values
-    outScaleFP8SF[:, : len(input)] = scales.T
+    values, scales = np.empty(weight.shape), np.empty((rows, columns))
+    for i, j in np.ndindex(rows, columns):
+        where = np.s_[i * BLOCK : (i + 1) * BLOCK, j * BLOCK : (j + 1) * BLOCK]
+        largest = np.abs(weight[where][: 4 * (columns - j)]).max()
+        values[where], scales[i, j] = _over_largest(weight[where], largest)
+    return values, scales
 
 
 def run_gemm(
     input: Array, weight: Array, output: Array, scales_a: Array | None, scales_b: Array | None
 ) -> None:
-    """Partial products of 128 columns each, scaled and added."""
-    if scales_a is None:
-        input, row_scales = quantised_rows(input)
-    else:
-        row_scales = scales_a[:, : len(input)].T
-    if scales_b is None:
-        weight, scales_b = quantised_weight(weight)
-    total = np.zeros(output.shape, np.float32)
-    for j in range(weight.shape[1] // BLOCK):
-        columns = np.s_[:, j * BLOCK : (j + 1) * BLOCK]
-        of_rows = np.repeat(scales_b[:, j], BLOCK)[: len(weight)]
-        product = _float32(input[columns]) @ _float32(weight[columns]).T
-        total += product * row_scales[:, j, None] * of_rows
-    store(output, total)
+    """Rows and weights of bfloat16 are quantised first."""
+    a, b = input.astype(np.float64), weight.astype(np.float64)
+    a, of_a = _rounded(_over_rows(a)) if scales_a is None else (a, scales_a[:, : len(a)].T)
+    b, of_b = _rounded(_over_blocks(b)) if scales_b is None else (b, scales_b)
+    left, right = _scaled(a, of_a, (1, BLOCK)), _scaled(b, of_b, (BLOCK, BLOCK))
+    store(output, left @ right.T)
 
 
-def _spread(scales: Array, granularity: tuple[int, int], shape: tuple[int, int]) -> Array:
-    """A scale for each element, of one for each block."""
+def _scaled(x: Array, scales: Array, granularity: tuple[int, int]) -> Array:
+    """Elements times the scale of their block."""
     repeated = scales.repeat(granularity[0], axis=0).repeat(granularity[1], axis=1)
-    return repeated[: shape[0], : shape[1]]
+    scaled: Array = x.astype(np.float64) * repeated[: x.shape[0], : x.shape[1]]
+    return scaled
 
 
 def gemm_fp8_nt_groupwise(
@@ -173,8 +240,8 @@ def gemm_fp8_nt_groupwise(
     scale_major_mode: str, mma_sm: int,
 ) -> None:  # fmt: skip
     of_a, of_b = (SFA, SFB) if scale_major_mode == "K" else (SFA.T, SFB.T)
-    a = _float32(A) * _spread(of_a, (scale_granularity_m, scale_granularity_k), A.shape)
-    b = _float32(B) * _spread(of_b, (scale_granularity_n, scale_granularity_k), B.shape)
+    a = _scaled(A, of_a, (scale_granularity_m, scale_granularity_k))
+    b = _scaled(B, of_b, (scale_granularity_n, scale_granularity_k))
     store(C, a @ b.T)
 
 
@@ -193,7 +260,7 @@ def group_gemm_fp8_nt_groupwise(
         )  # fmt: skip
 
 
-# By module, and by entry.
+# By module, and by entry: those that are no ops of a table.
 KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
     "gemm": {
         "bmm_fp8_get_algos": bmm_fp8_get_algos,
@@ -201,7 +268,7 @@ KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
         "cutlass_segment_gemm": cutlass_segment_gemm,
     },
     "gemm_sm90": {"cutlass_segment_gemm_sm90": cutlass_segment_gemm_sm90},
-    "fp8_blockscale_gemm_90": {"fp8_quantize_1x128": fp8_quantize_1x128, "run_gemm": run_gemm},
+    "fp8_blockscale_gemm_90": {"run_gemm": run_gemm},
     "gemm_sm100": {
         "gemm_fp8_nt_groupwise": gemm_fp8_nt_groupwise,
         "group_gemm_fp8_nt_groupwise": group_gemm_fp8_nt_groupwise,

@@ -8,7 +8,7 @@ import numpy as np
 
 import fi_ffi
 from fi_ffi.ops.attention.backends import Kernel
-from fi_ffi.reference.exact_attention import exact
+from fi_ffi.reference.attention.formula import exact
 
 from attention import judge
 from attention.arrays import random

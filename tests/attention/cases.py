@@ -10,7 +10,7 @@ import numpy as np
 
 import fi_ffi
 from fi_ffi.ops.attention.options import DecodeOptions, MlaOptions, PrefillOptions
-from fi_ffi.reference.exact_attention import Exact, exact, from_pages
+from fi_ffi.reference.attention.formula import Exact, exact, from_pages
 
 from attention import judge
 from attention.arrays import bytes_of, first, random

@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fi_ffi.reference.exact_attention import Exact
+from fi_ffi.reference.attention.formula import Exact
 
 # What rounding to a dtype takes of a value at most: half a step.
 HALF_STEP = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fi_ffi.reference.exact_attention import from_pages
+from fi_ffi.reference.attention.formula import from_pages
 
 from attention.arrays import first, random
 from attention.batches import Batch

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fi_ffi.reference.exact_attention import Options
+from fi_ffi.reference.attention.formula import Options
 
 from attention.batches import Batch
 from attention.machines import Cpu

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.reference.exact_attention import Exact, Options, exact
+from fi_ffi.reference.attention.formula import Exact, Options, exact
 
 from attention import judge
 from attention.arrays import random

@@ -19,7 +19,7 @@ from xqa_calls import Spec as XqaSpec
 
 import fi_ffi
 from fi_ffi.ops.attention.rows.xqa import SEMAPHORES
-from fi_ffi.reference.exact_attention import Options, exact
+from fi_ffi.reference.attention.formula import Options, exact
 
 from plan_calls import KINDS, Case, aligned
 

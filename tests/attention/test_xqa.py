@@ -49,6 +49,19 @@ def test_against_float64(name, rng):
     assert Batch(SPECS[name], rng).check(HostArray) <= 1
 
 
+def test_fp8_outputs_are_scaled(rng):
+    """Of one key the output is its value, scaled and rounded; what is too large is the largest."""
+    scales = {"kv_scale": 0.5, "rcp_out_scale": 3.3}
+    batch = Batch(Spec(kv=FP8, lengths=(1, 1), options=scales), rng)
+    output = np.full(batch.arrays["q"].shape, np.nan, FP8)
+    pages = batch.arrays["page_table"][:, 0]
+    batch.values[pages[1], 0] = np.linspace(-448, 448, 2 * 128).reshape(2, 128)
+    fi_ffi.xqa(**{**batch.arrays, "output": output}, **scales)
+    exact = batch.values[pages, 0].astype(float).repeat(4, axis=1) * 0.5 * 3.3
+    assert (np.abs(exact) > 448).any()
+    assert (output[:, 0] == np.clip(exact, -448, 448).astype(FP8)).all()
+
+
 def test_the_judge_sees_a_wrong_result(rng):
     batch = Batch(SPECS["plain"], rng)
     right = batch.expected()

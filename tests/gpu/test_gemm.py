@@ -16,7 +16,7 @@ from fi_ffi.loader import libraries
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.ops.cuda import own_handle
 from fi_ffi.ops.functions import OPS
-from fi_ffi.reference.exact_gemm import fp8_products
+from fi_ffi.reference.gemm import fp8_products
 
 from attention.machines import Gpu
 from helpers.cases import make_case

@@ -14,7 +14,7 @@ from fi_ffi.ops import cuda
 from fi_ffi.ops.watch import watching
 from fi_ffi.ops.watch.call_record import CallRecord
 from fi_ffi.reference import moe_weights
-from fi_ffi.reference.exact_moe import ON_HOPPER, moe
+from fi_ffi.reference.moe import ON_HOPPER, moe
 
 from moe_layers import BF16, F8, F16, GATED, MODES, PLAIN, Made, make, part
 

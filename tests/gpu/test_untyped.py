@@ -23,7 +23,7 @@ from untyped_calls import (
 )
 
 import fi_ffi
-from fi_ffi.reference.exact_attention import Options, exact
+from fi_ffi.reference.attention.formula import Options, exact
 
 from attention import judge
 

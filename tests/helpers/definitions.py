@@ -388,6 +388,16 @@ def _(a):
     return {"out": _product(a["mat_a"], a["mat_b"])}
 
 
+@defines("fp8_quantize_1x128")
+def _(a):
+    values, scales = empty(a["input"]), a["outScaleFP8SF"].copy()
+    for i, j in np.ndindex(len(values), a["input"].shape[1] // 128):
+        piece = a["input"][i, 128 * j : 128 * j + 128]
+        scales[j, i] = max(map(abs, piece)) / 448 if any(piece) else 1.0
+        values[i, 128 * j : 128 * j + 128] = [x / scales[j, i] for x in piece]
+    return {"outValueE4M3": values, "outScaleFP8SF": scales}
+
+
 # ---------------------------------------------------------------- merged states
 
 
@@ -544,11 +554,13 @@ def _(a):
     return {"output": found}
 
 
-def _tiled(row: int, column: int, columns: int) -> int:
-    """Where a scale goes: tiles of 128 rows and 4 columns, in which 4 groups of 32 rows lie
+def _tiled(row: int, column: int, columns: int, tile: int = 128) -> int:
+    """Where a scale goes: tiles of 128 rows, or 8, and 4 columns, in which groups of 32 rows lie
     side by side."""
-    tile = row // 128 * -(-columns // 4) + column // 4
-    return tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4
+    first = 4 * tile * (row // tile * -(-columns // 4) + column // 4)
+    if tile == 8:
+        return first + row % 8 * 4 + column % 4
+    return first + row % 32 * 16 + row % 128 // 32 * 4 + column % 4
 
 
 @defines("block_scale_interleave")
@@ -568,3 +580,72 @@ def _(a):
         flat = tiled[expert].reshape(-1)
         found[expert, row, column] = flat[_tiled(row, column, tiled.shape[2])]
     return {"reversedBlockScale": found}
+
+
+_HALVES = [_small_float(code, 2, 1) for code in range(8)]
+_BYTES = [_small_float(code, 4, 3) for code in range(127)]
+
+
+def _nearest(x: float, table: list[float]) -> int:
+    """The code of the number nearest to one that is not negative; of two the even one."""
+    x = float(np.float32(x))  # numpy's extensions round by way of it
+    return min(range(len(table)), key=lambda code: (abs(table[code] - x), code % 2))
+
+
+def _power(x: float) -> int:
+    """The exponent, and 127, of the least power of 2 that is no less; 0 of 0."""
+    return next(code for code in range(255) if 2.0 ** (code - 127) >= x)
+
+
+def _blocks(x: np.ndarray, size: int, largest: float, of_all: float, is_power: bool):
+    """Elements over their block's scale, and the scales' bytes."""
+    quotients = empty(x)
+    codes = np.zeros((len(x), x.shape[1] // size))
+    for i, j in np.ndindex(codes.shape):
+        block = x[i, size * j : size * (j + 1)]
+        wanted = max(map(abs, block)) / largest * of_all
+        codes[i, j] = code = _power(wanted) if is_power else _nearest(wanted, _BYTES)
+        scale = 2.0 ** (code - 127) if is_power else _BYTES[code]
+        quotients[i, size * j : size * (j + 1)] = [each * of_all / scale for each in block]
+    return quotients, codes
+
+
+def _bytes_of_halves(quotients: np.ndarray) -> np.ndarray:
+    codes = [_nearest(abs(x), _HALVES) + 8 * (math.copysign(1, x) < 0) for x in quotients.flat]
+    pairs = zip(codes[0::2], codes[1::2], strict=True)
+    return np.array([low + 16 * high for low, high in pairs]).reshape(len(quotients), -1)
+
+
+def _ordered(codes: np.ndarray, layout: int, columns: int, like: np.ndarray) -> np.ndarray:
+    found = np.zeros(like.shape)
+    for (row, column), code in np.ndenumerate(codes):
+        in_rows = row * columns + column
+        at = in_rows if layout == 2 else _tiled(row, column, columns, (128, 8)[layout])
+        found[at] = code
+    return found
+
+
+@defines("mxfp8_quantize")
+def _(a):
+    quotients, codes = _blocks(a["input"], 32, 448, 1.0, True)
+    elements = np.zeros(a["valMxFP8"].shape)
+    elements[:, : quotients.shape[1]] = _in_range(quotients, 448)
+    layout = a["sfSwizzleLayout"] if "sfSwizzleLayout" in a else 0 if a["isSfSwizzledLayout"] else 2
+    scales = _ordered(codes, layout, elements.shape[1] // 32, a["scaleFP8SF"])
+    return {"valMxFP8": elements, "scaleFP8SF": scales}
+
+
+@defines("fp4_quantize")
+def _(a):
+    of_all = 1.0 if a["sfUseUE8M0"] else float(a["globalScale"][0])
+    of_all = 1 / of_all if a.get("isGlobalScaleInversed") else of_all
+    quotients, codes = _blocks(a["input"], a["sfVecSize"], 6, of_all, a["sfUseUE8M0"])
+    layout = 2 if not a["isSfSwizzledLayout"] else 1 if a["isSf8x4Layout"] else 0
+    scales = _ordered(codes, layout, codes.shape[1], a["scaleFP8SF"])
+    return {"valueE2M1": _bytes_of_halves(quotients), "scaleFP8SF": scales}
+
+
+@defines("nvfp4_kv_quant")
+def _(a):
+    quotients, codes = _blocks(a["input"], 16, 6, 1 / float(a["global_scale"][0]), False)
+    return {"fp4_output": _bytes_of_halves(quotients), "block_scales": codes}

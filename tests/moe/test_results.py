@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.reference.exact_moe import moe, worst
+from fi_ffi.reference.moe import moe, worst
 
 from moe_layers import BF16, F16, F32, GATED, MODES, PLAIN, Made, desc_of, make, part
 

@@ -13,7 +13,7 @@ from fi_ffi.loader import runtime
 from fi_ffi.ops import cuda
 from fi_ffi.ops.call import memory
 from fi_ffi.ops.matmul import products, rows
-from fi_ffi.reference.exact_gemm import fp8_products
+from fi_ffi.reference.gemm import fp8_products
 
 BF16, E4M3, E5M2 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 

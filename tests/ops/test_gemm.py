@@ -12,7 +12,7 @@ from fi_ffi.cli.cases import bound
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.releases import fits
-from fi_ffi.reference.exact_gemm import fp8_products
+from fi_ffi.reference.gemm import fp8_products
 
 from calls import EVERY_CALL
 from helpers.cases import make_case

@@ -10,7 +10,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.cli.cases import bound
-from fi_ffi.reference.exact_gemm import fp8_products
+from fi_ffi.reference.gemm import fp8_products
 
 BF16, E4M3, E5M2 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 

@@ -10,7 +10,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.loader import machine
-from fi_ffi.reference.exact_attention import Options, exact
+from fi_ffi.reference.attention.formula import Options, exact
 
 from plan_calls import DIM, HEADS, KV_HEADS, changed, refused
 

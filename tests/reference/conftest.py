@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fi_ffi.reference.exact_attention import Exact
+from fi_ffi.reference.attention.formula import Exact
 
 FLOAT32 = 2.0**-19
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fi_ffi.reference.attention import caches, masks
-from fi_ffi.reference.exact_attention import Exact, Options, exact, exact_batch, from_pages
+from fi_ffi.reference.attention.formula import Exact, Options, exact, exact_batch, from_pages
 
 # queries, keys, heads, key heads, and the sizes of a head of q and k, and of v
 SHAPES = [

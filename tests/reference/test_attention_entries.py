@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fi_ffi.ops.attention import rows
-from fi_ffi.reference.exact_attention import Options, exact_batch, from_pages
+from fi_ffi.reference.attention.formula import Options, exact_batch, from_pages
 
 from attention_batches import (
     DIM,

@@ -32,8 +32,13 @@ OPTIONS: dict[str, dict] = {
     },
     **{name: {"n": 60, "r": 60, "h": 150} for name in DEFINITIONS if "sampling_from" in name},
     "radix_topk": {"tie_break": 2}, "radix_topk_ragged_transform": {"tie_break": 2},
+    "mxfp8_quantize": {"sfSwizzleLayout": 1, "alignment": 128, "n": 9},
+    "fp4_quantize": {
+        "isSf8x4Layout": True, "isGlobalScaleInversed": True, "n": 9,
+        "tables": {"globalScale": np.array([2.0**-6])},
+    },
     "merge_states": {"n": 2}, "merge_states_of_empty_ones": {"n": 2},
-    **dict.fromkeys((name for name in DEFINITIONS if "_quant" in name), _QUANT),
+    **dict.fromkeys((name for name in DEFINITIONS if "norm_quant" in name), _QUANT),
     **dict.fromkeys((name for name in DEFINITIONS if name.startswith("rope_quantize")), _SCALES),
 }  # fmt: skip
 

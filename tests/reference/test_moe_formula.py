@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fi_ffi.reference.exact_moe import Layer, moe
+from fi_ffi.reference.moe import Layer, moe
 
 ACTIVATIONS = (
     "Gelu", "Relu", "Silu", "Swiglu", "Geglu", "SwigluBias", "Relu2", "SwigluStep", "GegluTanh",

@@ -62,6 +62,13 @@ def test_rounds_of_a_filter():
     assert tokens(Filter(P, 2, 0.4), 0.7, 0.1) == {0}
 
 
+def test_both_bounds_of_a_round_are_kept():
+    """0 is refused, and 0.51 is enough; 1 is refused, and halfway from it to 0.51 is not: 2, which
+    is below that, is not drawn."""
+    p = np.array([0.02, 0.1, 0.2, 0.38, 0.42])
+    assert {*rejected(p, Filter(p, 2, np.inf), iter([0.01, 0.05, 0.1]))} == {3}
+
+
 def test_no_token():
     zero = np.zeros(4)
     assert {*rejected(zero, Filter(zero, 1, np.inf), repeat(0.5))} == {NONE}

@@ -7,8 +7,8 @@ import numpy as np
 from fi_ffi.abi.objects import Array as Object
 from fi_ffi.reference.arrays import Array, store
 from fi_ffi.reference.attention import caches, masks, plan
+from fi_ffi.reference.attention.formula import Options, exact
 from fi_ffi.reference.attention.variant import Call, Compiled
-from fi_ffi.reference.exact_attention import Options, exact
 
 
 def run(
@@ -22,12 +22,12 @@ def run(
     A row that sees no key has a logarithm of minus infinity, unlike other entries'; the
     kernel writes -5e4 where it has split the request.
     """
-    Call(compiled, mask_mode, -1, num_heads, 1).only(masks.NONE, masks.CAUSAL)
+    call = Call(compiled, mask_mode, -1, num_heads, 1)
+    call.only(masks.NONE, masks.CAUSAL)
     if page_size != ckv_cache.shape[1]:
         raise ValueError(f"page_size is {page_size}; ckv_cache has pages of {ckv_cache.shape[1]}")
     planned = plan.load(plan.MLA, int_workspace, plan_info)
-    causal = mask_mode == masks.CAUSAL
-    if planned.causal and not causal:
+    if planned.causal and not call.causal:
         raise ValueError("planned for causal attention, which leaves out keys: plan again without")
     if planned.qo_indptr[-1] > len(q_nope):
         raise ValueError(f"q_nope has {len(q_nope)} rows; planned for {planned.qo_indptr[-1]}")
@@ -37,7 +37,7 @@ def run(
         ckv, kpe = (caches.gathered(cache, *where) for cache in (ckv_cache, kpe_cache))
         q = np.concatenate((q_nope[rows], q_pe[rows]), axis=-1)
         k = np.concatenate((ckv, kpe), axis=-1)
-        found = exact(q, k[:, None], ckv[:, None], Options(sm_scale, causal))
+        found = exact(q, k[:, None], ckv[:, None], Options(sm_scale, call.causal))
         store(o[rows], found.out)
         if lse is not None:
             store(lse[rows], found.lse2 * (np.log(2) if return_lse_base_on_e else 1.0))

@@ -15,7 +15,7 @@ import numpy as np
 
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.attention import masks
-from fi_ffi.reference.exact_attention import Options, exact
+from fi_ffi.reference.attention.formula import Options, exact
 
 _PLAIN, _ROPE_LLAMA, _ALIBI = range(3)
 # The kernels' infinity, negative, up to release 0.6.18.  A row that sees no key has this as
@@ -44,6 +44,10 @@ class Call(NamedTuple):
     num_kv_heads: int
     # Whether it has the tokens of each request in pages: multi-item scoring needs it.
     paged: bool = False
+
+    @property
+    def causal(self) -> bool:
+        return self.mask_mode == masks.CAUSAL
 
     def only(self, *mask_modes: int) -> None:
         if self.mask_mode not in mask_modes:
@@ -106,7 +110,7 @@ def cuda_cores(
     return Variant(
         Options(
             sm_scale,
-            call.mask_mode == masks.CAUSAL,
+            call.causal,
             call.window_left if compiled.use_sliding_window else -1,
             logits_soft_cap if compiled.use_logits_soft_cap else 0.0,
             alibi_slopes=slopes if compiled.pos_encoding_mode == _ALIBI else None,
@@ -126,11 +130,9 @@ def fa2(
     if call.window_left >= 0 and not call.compiled.use_sliding_window:
         # They would leave out the tiles that are outside, and show all of the others.
         raise ValueError(f"window_left {call.window_left} of a module without sliding windows")
-    mask_of: MaskOf | None = None
+    mask_of = _multi_item(call, prefix_len, token_positions, max_item_len, token_positions_len)
     if call.mask_mode == masks.CUSTOM:
         mask_of = _custom(mask, mask_indptr)
-    elif call.mask_mode == masks.MULTI_ITEM:
-        mask_of = _multi_item(prefix_len, token_positions, max_item_len, token_positions_len)
     common = cuda_cores(call, slopes, logits_soft_cap, sm_scale, rope_rcp_scale, rope_rcp_theta)
     return replace(common, mask_of=mask_of)
 
@@ -150,12 +152,10 @@ def fa3(
 ) -> Variant:  # fmt: skip
     """Batch prefill with fa3."""
     call.only(masks.NONE, masks.CAUSAL, *([masks.MULTI_ITEM] if call.paged else ()))
-    mask_of = None
-    if call.mask_mode == masks.MULTI_ITEM:
-        mask_of = _multi_item(prefix_len, token_positions, max_item_len, token_positions_len)
+    mask_of = _multi_item(call, prefix_len, token_positions, max_item_len, token_positions_len)
     options = Options(
         sm_scale,
-        call.mask_mode == masks.CAUSAL,
+        call.causal,
         _hopper_window(call),
         logits_soft_cap if call.compiled.use_logits_soft_cap else 0.0,
         v_scale=call.each(v_scales, v_scale),
@@ -180,22 +180,20 @@ def fa3_fp8(
         raise ValueError("fa3 has no sliding windows for fp8 queries")
     of_q = np.full(call.num_qo_heads, q_scale, np.float32) if q_scales is None else q_scales
     scale = of_q * call.each(k_scales, k_scale) * np.float32(sm_scale)
-    causal = call.mask_mode == masks.CAUSAL
-    return Variant(Options(scale, causal, v_scale=call.each(v_scales, v_scale)))
+    return Variant(Options(scale, call.causal, v_scale=call.each(v_scales, v_scale)))
 
 
 def sink_fa2(call: Call, sink: Array, sm_scale: float) -> Variant:
     """fa2 with attention sinks: it has the window, whatever it was compiled for."""
     call.only(masks.NONE, masks.CAUSAL)
-    causal = call.mask_mode == masks.CAUSAL
-    return Variant(Options(sm_scale, causal, call.window_left, sink=sink))
+    return Variant(Options(sm_scale, call.causal, call.window_left, sink=sink))
 
 
 def sink_fa3(call: Call, sink: Array, sm_scale: float) -> Variant:
     """fa3 with attention sinks."""
     call.only(masks.NONE, masks.CAUSAL)
-    causal, window = call.mask_mode == masks.CAUSAL, _hopper_window(call)
-    return Variant(Options(sm_scale, causal, window, sink=sink), sink_needs_keys=True)
+    options = Options(sm_scale, call.causal, _hopper_window(call), sink=sink)
+    return Variant(options, sink_needs_keys=True)
 
 
 def _hopper_window(call: Call) -> int:
@@ -216,8 +214,11 @@ def _custom(mask: Array | None, mask_indptr: Array | None) -> MaskOf:
 
 
 def _multi_item(
-    prefix_len: Array | None, token_positions: Array | None, max_item_len: Array | None, length: int
-) -> MaskOf:
+    call: Call, prefix_len: Array | None, token_positions: Array | None,
+    max_item_len: Array | None, length: int,
+) -> MaskOf | None:  # fmt: skip
+    if call.mask_mode != masks.MULTI_ITEM:
+        return None
     if prefix_len is None or token_positions is None or max_item_len is None:
         raise ValueError(
             "mask_mode_code 3 (multi-item scoring) needs maybe_prefix_len_ptr, "

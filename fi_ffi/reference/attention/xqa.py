@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from fi_ffi.reference.arrays import Array, store
+from fi_ffi.reference.arrays import Array, store_saturated
 from fi_ffi.reference.attention import caches
+from fi_ffi.reference.attention.formula import Options, exact
 from fi_ffi.reference.attention.variant import Compiled
-from fi_ffi.reference.exact_attention import Options, exact
 
 
 def _scale(scale: float, tensor: Array | None) -> float:
@@ -40,4 +40,4 @@ def xqa_wrapper(
             keys, values = keys[max(length - window, 0) :], values[max(length - window, 0) :]
         scale = of_kv * (rcp_out_scale if output.itemsize == 1 else 1.0)
         found = exact(q[request], keys, values, Options(sm_scale, sink=flat, v_scale=scale))
-        store(output[request], found.out)
+        store_saturated(output[request], found.out)

@@ -1,7 +1,7 @@
 """Attention in float64, written from its definition and not from the kernels.
 
-What attention's results are compared with, on the CPU and on a GPU: of one request at a
-time, one head after the other.  Beside each value stands what its rounding errors scale
+It serves the entries on the CPU, and results of a GPU are compared with it: of one request
+at a time, one head after the other.  Beside each value stands what its rounding errors scale
 with.
 """
 
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.attention import caches
 
 
 @dataclass(frozen=True)
@@ -135,30 +136,18 @@ def _one_head(
 
 
 def from_pages(
-    cache: Array,
-    indptr: Array,
-    indices: Array,
-    last_page_len: Array,
-    request: int,
+    cache: Array, indptr: Array, indices: Array, last_page_len: Array, request: int,
     layout: str = "NHD",
-) -> Array:
+) -> Array:  # fmt: skip
     """A request's tokens side by side, [kv_len, kv_heads, d], out of a paged cache.
 
     A cache without heads, [pages, page_size, d], is MLA's, and gives [kv_len, 1, d].
     """
-    parts = []
-    start, stop = int(indptr[request]), int(indptr[request + 1])
-    for at in range(start, stop):
-        page = cache[int(indices[at])]
-        if page.ndim == 2:
-            page = page[:, None, :]
-        elif layout == "HND":
-            page = np.moveaxis(page, 0, 1)
-        parts.append(page[: int(last_page_len[request])] if at == stop - 1 else page)
-    if parts:
-        return np.concatenate(parts)
-    heads = 1 if cache.ndim == 3 else cache.shape[1 if layout == "HND" else 2]
-    return np.empty((0, heads, cache.shape[-1]), cache.dtype)
+    if cache.ndim == 3:
+        cache = cache[:, :, None]
+    cache = caches.tokens_first(cache, ("NHD", "HND").index(layout))
+    length = int(caches.lengths(indptr, last_page_len, cache.shape[1])[request])
+    return caches.gathered(cache, indices, int(indptr[request]), length)
 
 
 def exact_batch(
