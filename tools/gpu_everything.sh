@@ -90,7 +90,7 @@ test_file() {
   printf '%-24s %3s %4s s  %s\n' "$name" "$?" "$(($(date +%s) - began))" "$(tail -n 1 "$work/$name.txt")"
 }
 export -f test_file
-long="sampling rope norm moe in_place topk gemm attention every_op interop blocks llm page untyped calls"
+long="bodies sampling rope norm moe in_place topk gemm attention every_op interop blocks llm page untyped calls"
 for name in $long; do echo "tests/gpu/test_$name.py"; done >"$work/files"
 ls tests/gpu/test_*.py tests/stress/test_gdn.py | grep -v -F -f "$work/files" -e test_leaks >>"$work/files"
 xargs -P $((10 * gpus)) -I{} bash -c 'test_file {}' <"$work/files" | tee "$work/table.txt"

@@ -1,4 +1,4 @@
-"""Plans over time on the CPU; tests/gpu/test_attention_plans.py has the same."""
+"""Plans over time: the same tests on the CPU, and (tests/gpu) on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention's results on the CPU, against float64; tests/gpu/test_attention.py has the same."""
+"""Attention's results against float64: the same tests on the CPU, and (tests/gpu) on a GPU."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from attention.tables import (
 
 
 @pytest.mark.parametrize("spec", PREFILL.values(), ids=PREFILL)
-def test_prefill(spec, machine, rng):
-    check_results(spec, machine, rng)
+def test_prefill(spec, machine, rng, record_property):
+    record_property("error_of_bound", check_results(spec, machine, rng))
 
 
 @pytest.mark.parametrize("spec", PREFILL_OPTIONS.values(), ids=PREFILL_OPTIONS)
-def test_prefill_options(spec, machine, rng):
-    check_results(spec, machine, rng)
+def test_prefill_options(spec, machine, rng, record_property):
+    record_property("error_of_bound", check_results(spec, machine, rng))
 
 
 @pytest.mark.parametrize("spec", DECODE.values(), ids=DECODE)
-def test_decode(spec, machine, rng):
-    check_results(spec, machine, rng)
+def test_decode(spec, machine, rng, record_property):
+    record_property("error_of_bound", check_results(spec, machine, rng))
 
 
 @pytest.mark.parametrize("spec", MLA.values(), ids=MLA)
-def test_mla(spec, machine, rng):
-    check_results(spec, machine, rng)
+def test_mla(spec, machine, rng, record_property):
+    record_property("error_of_bound", check_results(spec, machine, rng))
 
 
 @pytest.mark.parametrize("spec", SINGLE_PREFILL.values(), ids=SINGLE_PREFILL)
-def test_single_prefill(spec, machine, rng):
-    check_one(spec, machine, rng)
+def test_single_prefill(spec, machine, rng, record_property):
+    record_property("error_of_bound", check_one(spec, machine, rng))
 
 
 @pytest.mark.parametrize("spec", SINGLE_DECODE.values(), ids=SINGLE_DECODE)
-def test_single_decode(spec, machine, rng):
-    check_one(spec, machine, rng)
+def test_single_decode(spec, machine, rng, record_property):
+    record_property("error_of_bound", check_one(spec, machine, rng))

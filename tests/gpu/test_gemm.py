@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,25 +18,15 @@ from fi_ffi.ops.functions import OPS
 from fi_ffi.reference.gemm import fp8_products
 
 from attention.machines import Gpu
+from helpers.bodies import tests_of
 from helpers.cases import make_case
 from ops import test_block_scale_gemm as blocks
 from ops import test_gemm, test_segment_gemm
 from prepared_calls import OnGpu, settle
 
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
-# What the references alone compute here, or what is refused before it is known where it is, or
-# what an object in a kernel's place is told.
-_OF_THE_HOST = (
-    "test_groupwise",
-    "test_groupwise_in_groups",
-    "test_the_object_is_told_of_its_memory_before_each_product",
-    "test_the_object_is_told_of_no_product_that_is_refused",
-)
 
-for _module in (test_gemm, test_segment_gemm, blocks):
-    for _name, _test in inspect.getmembers(_module, inspect.isfunction):
-        if _name.startswith("test_") and _name not in _OF_THE_HOST:
-            globals()[_name] = _test
+globals().update(tests_of(test_gemm, test_segment_gemm, blocks))
 
 DTYPES = {"TA": "float8_e4m3fn", "TB": "float8_e4m3fn", "T": "bfloat16"}
 

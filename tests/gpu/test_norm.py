@@ -1,4 +1,4 @@
-"""The RMSNorm family on a GPU against float64, outputs poisoned before every call."""
+"""The RMSNorm family on a GPU: the tests of tests/ops/test_norm.py, and what only a GPU shows."""
 
 from __future__ import annotations
 
@@ -7,77 +7,23 @@ import zlib
 import ml_dtypes
 import numpy as np
 import pytest
+from every_op import check_on
 
 import fi_ffi
-from fi_ffi.cli.cases import Case
-from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 
-from calls import CALLS, HIDDEN, padded
+from calls import CALLS
+from helpers.bodies import tests_of
 from helpers.cases import make_case
+from ops import test_norm
 
-
-def run(op: Op, case: Case, to_gpu, stream: int, *, pad: int = 0, **more: object) -> float:
-    """Call on the GPU; returns the worst error as a fraction of its bound."""
-    arrays = {
-        arg.name: to_gpu(
-            padded(case.arrays[arg.name], pad)
-            if pad and "n" in arg.axis_names and not arg.contiguous
-            else case.arrays[arg.name]
-        )
-        for arg in op.row.tensors
-    }
-    op(*(array.desc() for array in arrays.values()), **case.scalars, stream=stream, **more)
-    worst = 0.0
-    for arg in op.row.tensors:
-        got = arrays[arg.name].get()
-        assert arrays[arg.name].intact(), f"{arg.name}: bytes outside the rows were written"
-        if arg.writes:
-            worst = max(worst, case.error(arg.name, got)[1])
-        else:
-            assert got.tobytes() == case.arrays[arg.name].tobytes(), f"{arg.name} was changed"
-    return worst
-
-
-@pytest.mark.parametrize("hidden", HIDDEN)
-@pytest.mark.parametrize(("op", "dtypes"), CALLS)
-def test_hidden_sizes(op, dtypes, hidden, rng, to_gpu, stream, record_property):
-    worst = 0.0
-    for rows in (1, 7, 130):
-        case = make_case(op.row, {"n": rows, "k": 3, "h": hidden}, dtypes, rng)
-        worst = max(worst, run(op, case, to_gpu, stream))
-    record_property("error_of_bound", worst)
-    assert worst <= 1
+globals().update(tests_of(test_norm))
 
 
 @pytest.mark.parametrize(("op", "dtypes"), CALLS)
-def test_65536_rows(op, dtypes, rng, to_gpu, stream):
+def test_65536_rows(op, dtypes, machine, rng):
     case = make_case(op.row, {"n": 65536, "k": 2, "h": 128}, dtypes, rng)
-    assert run(op, case, to_gpu, stream) <= 1
-
-
-@pytest.mark.parametrize(("op", "dtypes"), CALLS)
-def test_rows_apart(op, dtypes, rng, to_gpu, stream):
-    case = make_case(op.row, {"n": 33, "k": 5, "h": 256}, dtypes, rng)
-    assert run(op, case, to_gpu, stream, pad=16) <= 1
-
-
-@pytest.mark.parametrize("eps", [0.0, 1e-5, 0.5])
-@pytest.mark.parametrize(("op", "dtypes"), CALLS)
-def test_eps_and_pdl(op, dtypes, eps, rng, to_gpu, stream):
-    more = {"enable_pdl": True} if any(a.name == "enable_pdl" for a in op.row.args) else {}
-    case = make_case(op.row, {"n": 17, "k": 2, "h": 512}, dtypes, rng, eps=eps, **more)
-    assert run(op, case, to_gpu, stream) <= 1
-
-
-@pytest.mark.parametrize(("op", "dtypes"), CALLS)
-def test_no_rows(op, dtypes, rng, stream):
-    case = make_case(op.row, {"n": 0, "k": 2, "h": 64}, dtypes, rng)
-    empty = [
-        fi_ffi.TensorDesc(0 if not a.size else 4096, a.shape, a.dtype) for a in case.arrays.values()
-    ]
-    # Nothing is launched: the other addresses are not even memory.
-    op(*empty, **case.scalars, stream=stream)
+    assert check_on(machine, case) <= 1
 
 
 @pytest.mark.parametrize(("op", "dtypes"), CALLS)
@@ -94,15 +40,6 @@ def test_agrees_with_the_reference_kernel(op, dtypes, rng, to_gpu, stream):
         assert (np.abs(gpu.astype(np.float64) - cpu.astype(np.float64)) <= step).all()
         same = (gpu.view(f"u{gpu.itemsize}") == cpu.view(f"u{cpu.itemsize}")).mean()
         assert same > 0.99, f"{name}: only {same:.4f} of the values are the same bits"
-
-
-@pytest.mark.parametrize("name", ["rmsnorm", "qk_rmsnorm", "gemma_rmsnorm"])
-def test_in_place(name, rng, to_gpu, stream):
-    op = OPS[name]
-    case = make_case(op.row, {"n": 40, "k": 4, "h": 512}, {"T": "float16"}, rng)
-    x, weight = to_gpu(case.arrays["input"]), to_gpu(case.arrays["weight"])
-    op(x.desc(), x.desc(), weight.desc(), stream=stream)
-    assert case.error("out", x.get())[1] <= 1
 
 
 def test_heads_inside_a_fused_qkv_buffer(rng, to_gpu, stream):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-
+from helpers.bodies import tests_of
 from ops import test_norm_fused as on_host
 from prepared_calls import OnGpu
 
-for _name, _test in inspect.getmembers(on_host, inspect.isfunction):
-    if _name.startswith("test_"):
-        globals()[_name] = _test
+globals().update(tests_of(on_host))
 
 
 def test_a_graph_turns_by_the_last_numbers_of_any_call(machine, rng, to_gpu):

@@ -1,11 +1,6 @@
-"""Appending to a paged cache on a GPU: every bit of the caches, and nothing beside them.
-
-`check_append` is the same as in tests/ops/test_page.py.
-"""
+"""Appending to a paged cache on a GPU: the tests of tests/ops/test_page.py, and the limits."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,54 +8,14 @@ import pytest
 import fi_ffi
 from fi_ffi.ops.functions import OPS
 
-from calls import CALLS_PAGE, MOST_HEADS, at_the_end_of_uint32, bits, check_append, edges, padded
+from calls import MOST_HEADS, bits, check_append
+from helpers.bodies import tests_of
 from helpers.cases import make_case
-from helpers.inputs.page import page_tables
+from ops import test_page
 
-KV, MLA = OPS["append_paged_kv_cache"].row, OPS["append_paged_mla_kv_cache"].row
-MLA_SIZES = {"head_dim_ckv": 512, "head_dim_kpe": 64}
-PAGE_SIZES = (1, 3, 16, 64)
+KV = OPS["append_paged_kv_cache"].row
 
-
-@pytest.mark.parametrize("together", [False, True], ids=["apart", "together"])
-@pytest.mark.parametrize("page_size", PAGE_SIZES)
-@pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
-@pytest.mark.parametrize("dtype", KV.dtypes["T"])
-def test_heads_and_head_dims(dtype, kv_layout, page_size, together, rng, to_gpu, stream):
-    for heads in (1, 4, 8):
-        for head_dim in (64, 128, 256, 512):
-            sizes = {"nnz": 37, "b": 5, "page_size": page_size}
-            sizes |= {"num_kv_heads": heads, "head_dim": head_dim}
-            case = make_case(KV, sizes, {"T": dtype}, rng, kv_layout=kv_layout)
-            check_append(case, to_gpu, stream, together)
-
-
-@pytest.mark.parametrize("page_size", PAGE_SIZES)
-@pytest.mark.parametrize("dtype", MLA.dtypes["T"])
-def test_mla(dtype, page_size, rng, to_gpu, stream):
-    for nnz in (1, 37, 1000):
-        sizes = {"nnz": nnz, "b": 5, "page_size": page_size, **MLA_SIZES}
-        check_append(make_case(MLA, sizes, {"T": dtype}, rng), to_gpu, stream)
-
-
-@pytest.mark.parametrize("page_size", PAGE_SIZES)
-@pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
-def test_empty_requests_and_last_pages(kv_layout, page_size, rng, to_gpu, stream):
-    tables = page_tables(*edges(page_size), page_size, rng)
-    sizes = {"page_size": page_size, "num_kv_heads": 4, "head_dim": 128}
-    case = make_case(KV, sizes, {"T": "bfloat16"}, rng, tables, kv_layout=kv_layout)
-    check_append(case, to_gpu, stream)
-    sizes = {"page_size": page_size, **MLA_SIZES}
-    check_append(make_case(MLA, sizes, {"T": "bfloat16"}, rng, tables), to_gpu, stream)
-
-
-@pytest.mark.parametrize(("op", "dtypes"), CALLS_PAGE)
-def test_rows_apart(op, dtypes, rng, to_gpu, stream):
-    """Tokens and entries 16 elements from each other, which stay as they were."""
-    sizes = {"nnz": 50, "b": 3, "page_size": 7, "num_kv_heads": 2, "head_dim": 128, **MLA_SIZES}
-    case = make_case(op.row, sizes, dtypes, rng)
-    arrays = {name: padded(a, 16) if a.ndim > 1 else a for name, a in case.arrays.items()}
-    check_append(replace(case, arrays=arrays), to_gpu, stream)
+globals().update(tests_of(test_page))
 
 
 @pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
@@ -86,13 +41,6 @@ def test_the_most_heads_and_one_more(dtype, head_dim, most, rng, to_gpu, stream)
     descs = [to_gpu(array).desc() for array in case(most + 1).arrays.values()]
     with pytest.raises(fi_ffi.KernelError, match="AppendPagedKVCache failed"):
         kernel_entry(KV.module, KV.signature, KV.releases)(*descs, 0)
-
-
-@pytest.mark.parametrize(("op", "dtypes"), CALLS_PAGE)
-def test_as_many_tokens_as_the_kernel_counts(op, dtypes, rng, to_gpu, stream):
-    sizes = {"num_pages": 3, "page_size": 1023, "num_kv_heads": 1, "head_dim": 64, **MLA_SIZES}
-    case = make_case(op.row, sizes, dtypes, rng, at_the_end_of_uint32())
-    check_append(case, to_gpu, stream)
 
 
 @pytest.mark.parametrize(("stride", "wraps"), [(2**32 - 16, False), (2**32, True)])
@@ -143,15 +91,6 @@ def test_the_stride_limit_is_where_the_kernel_wraps(stride, wraps, rng, to_gpu, 
                 assert (bits(got[0, 1]) == bits(expected[2, 1])).all()
     finally:
         check(runtime.cudaFree(base))
-
-
-@pytest.mark.parametrize(("op", "dtypes"), CALLS_PAGE)
-def test_no_tokens(op, dtypes, rng, stream):
-    sizes = {"nnz": 0, "b": 2, "page_size": 4, "num_kv_heads": 2, "head_dim": 64, **MLA_SIZES}
-    case = make_case(op.row, sizes, dtypes, rng)
-    # Nothing is launched: the addresses are not even memory.
-    descs = [fi_ffi.TensorDesc(4096, a.shape, a.dtype) for a in case.arrays.values()]
-    op(*descs, **case.scalars, stream=stream)
 
 
 def test_split_tensors_of_cupy(rng, to_gpu, stream):

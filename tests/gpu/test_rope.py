@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import numpy as np
 import pytest
 from rope_calls import ANGLES, APPLY, COS_SIN, F16, QUANTISE, a_case, check_in_place
@@ -12,14 +10,12 @@ import fi_ffi
 from fi_ffi.loader.runtime import kernel_entry
 from fi_ffi.ops.functions import OPS
 
+from helpers.bodies import tests_of
 from helpers.cases import default_dtypes, make_case
 from helpers.inputs import inputs_of
 from ops import test_rope, test_rope_angles, test_rope_quantize
 
-for _module in (test_rope, test_rope_angles, test_rope_quantize):
-    for _name, _test in inspect.getmembers(_module, inspect.isfunction):
-        if _name.startswith("test_"):
-            globals()[f"{_name}_{_module.__name__.rpartition('test_')[2]}"] = _test
+globals().update(tests_of(test_rope, test_rope_angles, test_rope_quantize))
 
 
 def raw(name, machine):

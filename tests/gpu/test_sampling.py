@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import subprocess
 import sys
@@ -17,21 +16,15 @@ import fi_ffi
 from fi_ffi.loader import search
 from fi_ffi.ops.functions import OPS
 
+from helpers.bodies import tests_of
 from helpers.cases import make_case
 from ops import test_chain_sampling, test_sampling, test_sampling_filters, test_sampling_statistics
 
 TESTS = Path(__file__).parent.parent
 
-for _module in (
-    test_sampling,
-    test_sampling_statistics,
-    test_sampling_filters,
-    test_chain_sampling,
-):
-    for _name, _test in inspect.getmembers(_module, inspect.isfunction):
-        if _name.startswith("test_") and "machine" in inspect.signature(_test).parameters:
-            _of = _module.__name__.rpartition("test_")[2]
-            globals()[f"test_{_of}_{_name.removeprefix('test_')}"] = _test
+globals().update(
+    tests_of(test_sampling, test_sampling_statistics, test_sampling_filters, test_chain_sampling)
+)
 
 
 @pytest.mark.parametrize("name", ["softmax", "top_p_sampling_from_probs", "sampling_from_logits"])

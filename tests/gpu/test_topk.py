@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import numpy as np
 import pytest
 from every_op import check_on
@@ -12,11 +10,10 @@ from sampling_calls import run
 import fi_ffi
 from fi_ffi.ops.functions import OPS
 
+from helpers.bodies import tests_of
 from ops import test_topk as on_host
 
-for _name, _test in inspect.getmembers(on_host, inspect.isfunction):
-    if _name.startswith("test_") and "machine" in inspect.signature(_test).parameters:
-        globals()[_name] = _test
+globals().update(tests_of(on_host))
 
 
 def test_whether_a_block_has_room_for_a_row(machine):

@@ -1,10 +1,10 @@
-"""Appending to a paged cache on CPU tensors, through libtvm_ffi, bit for bit.
-
-`check_append` is the same as in tests/gpu/test_page.py.
+"""Appending to a paged cache, bit for bit: on the CPU, and where a test takes a `machine`, on a
+GPU as well (tests/gpu/test_page.py).
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -32,6 +32,7 @@ SIZES = {
     "nnz": 23, "b": 4, "page_size": 5, "num_kv_heads": 2, "head_dim": 64,
     "head_dim_ckv": 512, "head_dim_kpe": 64,
 }  # fmt: skip
+PAGE_SIZES = (1, 3, 16, 64)
 
 
 def ints(*values: int) -> np.ndarray:
@@ -58,49 +59,55 @@ def test_an_example_by_hand(kv_layout):
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["apart", "together"])
-@pytest.mark.parametrize("page_size", [1, 3, 16, 64])
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
 @pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
 @pytest.mark.parametrize("dtype", KV.dtypes["T"])
-def test_heads_and_head_dims(dtype, kv_layout, page_size, together, rng):
-    for heads, head_dim in ((1, 64), (4, 512), (8, 128), (1, 256)):
+def test_heads_and_head_dims(dtype, kv_layout, page_size, together, machine, rng):
+    every = [*itertools.product((1, 4, 8), (64, 128, 256, 512))]
+    for heads, head_dim in every if machine.is_gpu else rng.permutation(every)[:4].tolist():
         sizes = SIZES | {"page_size": page_size, "num_kv_heads": heads, "head_dim": head_dim}
         case = make_case(KV, sizes, {"T": dtype}, rng, kv_layout=kv_layout)
-        check_append(case, HostArray, None, together)
+        check_append(case, machine.place, machine.stream, together)
 
 
-@pytest.mark.parametrize("page_size", [1, 3, 16, 64])
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
 @pytest.mark.parametrize("dtype", MLA.dtypes["T"])
-def test_mla(dtype, page_size, rng):
-    case = make_case(MLA, SIZES | {"page_size": page_size}, {"T": dtype}, rng)
-    check_append(case, HostArray, None)
+def test_mla(dtype, page_size, machine, rng):
+    for nnz in (1, 37, 1000):
+        case = make_case(MLA, SIZES | {"nnz": nnz, "page_size": page_size}, {"T": dtype}, rng)
+        check_append(case, machine.place, machine.stream)
 
 
-@pytest.mark.parametrize("page_size", [1, 3, 16])
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
 @pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
-def test_empty_requests_and_last_pages(kv_layout, page_size, rng):
+def test_empty_requests_and_last_pages(kv_layout, page_size, machine, rng):
     new, before = edges(page_size)
     tables = page_tables(new, before, page_size, rng)
     lengths = fi_ffi.seq_lens(tables["kv_indptr"], tables["kv_last_page_len"], page_size)
     assert lengths.tolist() == [n + b for n, b in zip(new, before, strict=True)]
     assert {1, page_size} <= {*tables["kv_last_page_len"].tolist()}
-    sizes = {"page_size": page_size, "num_kv_heads": 4, "head_dim": 64}
-    case = make_case(KV, sizes, {"T": "bfloat16"}, rng, tables, kv_layout=kv_layout)
-    check_append(case, HostArray, None)
+    # Counts of tokens and requests are those of the tables.
+    sizes = {name: size for name, size in SIZES.items() if name not in ("nnz", "b")}
+    sizes |= {"page_size": page_size, "num_kv_heads": 4, "head_dim": 128}
+    for row, more in ((KV, {"kv_layout": kv_layout}), (MLA, {})):
+        case = make_case(row, sizes, {"T": "bfloat16"}, rng, tables, **more)
+        check_append(case, machine.place, machine.stream)
 
 
 @pytest.mark.parametrize(("op", "dtypes"), CALLS_PAGE)
-def test_rows_apart(op, dtypes, rng):
-    case = make_case(op.row, SIZES, dtypes, rng)
+def test_rows_apart(op, dtypes, machine, rng):
+    """Tokens and entries 16 elements from each other, which stay as they were."""
+    case = make_case(op.row, SIZES | {"nnz": 50, "page_size": 7, "head_dim": 128}, dtypes, rng)
     arrays = {name: padded(a, 16) if a.ndim > 1 else a for name, a in case.arrays.items()}
-    check_append(replace(case, arrays=arrays), HostArray, None)
+    check_append(replace(case, arrays=arrays), machine.place, machine.stream)
 
 
 @pytest.mark.parametrize(("op", "dtypes"), CALLS_PAGE)
-def test_as_many_tokens_as_the_kernel_counts(op, dtypes, rng):
+def test_as_many_tokens_as_the_kernel_counts(op, dtypes, machine, rng):
     sizes = {"num_pages": 3, "page_size": 1023, "num_kv_heads": 1, "head_dim": 64}
     case = make_case(op.row, SIZES | sizes | {"nnz": 3, "b": 2}, dtypes, rng,
                      at_the_end_of_uint32())  # fmt: skip
-    check_append(case, HostArray, None)
+    check_append(case, machine.place, machine.stream)
 
 
 @pytest.mark.parametrize("dtype", KV.dtypes["T"])
@@ -121,22 +128,25 @@ def test_every_pattern_of_bits_is_copied(dtype, rng):
 
 
 @pytest.mark.parametrize(("op", "dtypes"), CALLS_PAGE)
-def test_no_tokens(op, dtypes, rng):
+def test_no_tokens(op, dtypes, machine, rng):
     """Nothing is read, whatever the addresses and however few pages there are."""
     case = make_case(op.row, SIZES | {"nnz": 0}, dtypes, rng)
-    descs = [fi_ffi.TensorDesc(4096, a.shape, a.dtype, device="cpu") for a in case.arrays.values()]
-    assert op(*descs, **case.scalars) is None
+    descs = [
+        fi_ffi.TensorDesc(4096, a.shape, a.dtype, device=machine.device)
+        for a in case.arrays.values()
+    ]
+    assert op(*descs, **case.scalars, stream=machine.stream) is None
     nothing = {"num_pages": 0, "num_indices": 0, "b": 0, "b+1": 1}
     shapes = [[nothing.get(axis, SIZES.get(axis, 0)) for axis in arg.axis_names if axis != "nnz"]
               for arg in op.row.tensors]  # fmt: skip
     descs = [
         fi_ffi.TensorDesc(
             0, ([0] if "nnz" in arg.axis_names else []) + shape,
-            dtypes.get(arg.dtype, arg.dtype), device="cpu",
+            dtypes.get(arg.dtype, arg.dtype), device=machine.device,
         )
         for arg, shape in zip(op.row.tensors, shapes, strict=True)
     ]  # fmt: skip
-    assert op(*descs, **case.scalars) is None
+    assert op(*descs, **case.scalars, stream=machine.stream) is None
 
 
 def test_the_checks_can_fail(rng):

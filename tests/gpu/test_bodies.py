@@ -1,0 +1,26 @@
+"""Tests of tests/ops that a GPU runs as they are, with its own `machine`."""
+
+from __future__ import annotations
+
+from helpers.bodies import tests_of
+from ops import (
+    test_activation,
+    test_block_quantize,
+    test_block_scaled,
+    test_cascade,
+    test_concat,
+    test_dit_layernorm,
+    test_quantization,
+)
+
+globals().update(
+    tests_of(
+        test_activation,
+        test_block_quantize,
+        test_block_scaled,
+        test_cascade,
+        test_concat,
+        test_dit_layernorm,
+        test_quantization,
+    )
+)
