@@ -93,6 +93,50 @@ def stream() -> Iterator[int]:
     check(runtime.cudaStreamDestroy(made))
 
 
+class Gate:
+    """A word of host memory; a stream that waits for a number there is stuck until it has it.
+
+    While one is, nothing may be called that waits for the device, or that loads a kernel.
+    """
+
+    def __init__(self) -> None:
+        from cuda.bindings import runtime
+
+        from fi_ffi.abi._cffi import ffi
+        from fi_ffi.cli.cuda import check
+
+        flags = runtime.cudaHostAllocPortable | runtime.cudaHostAllocMapped
+        self.address = int(check(runtime.cudaHostAlloc(4096, flags)))
+        memory = ffi.buffer(ffi.cast("char *", self.address), 4)
+        self.word = memoryview(memory).cast("B").cast("I")
+        self.word[0] = 0
+
+    def hold(self, stream: int, number: int = 1) -> None:
+        """Let a stream wait until the word is so much or more."""
+        from cuda.bindings import driver
+
+        from fi_ffi.cli.cuda import check
+
+        check(driver.cuStreamWaitValue32(stream, self.address, number, 0))
+
+    def open(self, number: int = 2**30) -> None:
+        self.word[0] = number
+
+
+@pytest.fixture
+def gate(to_gpu, stream) -> Iterator[Gate]:
+    """Opened before the other fixtures synchronise with anything."""
+    from cuda.bindings import runtime
+
+    from fi_ffi.cli.cuda import check
+
+    made = Gate()
+    yield made
+    made.open()
+    check(runtime.cudaDeviceSynchronize())
+    check(runtime.cudaFreeHost(made.address))
+
+
 @pytest.fixture
 def machine(to_gpu, stream) -> Iterator[Gpu]:
     made = Gpu(to_gpu, stream)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.abi._cffi import ffi
 from fi_ffi.ops.functions import OPS
 
 from calls import EVERY_CALL
@@ -18,46 +17,6 @@ RMSNORM = OPS["rmsnorm"]
 @pytest.fixture
 def norms(rng, to_gpu):
     return norm_sets(rng, to_gpu)
-
-
-class Gate:
-    """A word in host memory that a stream waits for.
-
-    While one waits, nothing may be called that waits for the device or loads a kernel.
-    """
-
-    def __init__(self) -> None:
-        from cuda.bindings import runtime
-
-        from fi_ffi.cli.cuda import check
-
-        flags = runtime.cudaHostAllocPortable | runtime.cudaHostAllocMapped
-        self.address = int(check(runtime.cudaHostAlloc(4096, flags)))
-        self._word = ffi.cast("int32_t *", self.address)
-        self._word[0] = 0
-
-    def hold(self, stream: int) -> None:
-        from cuda.bindings import driver
-
-        from fi_ffi.cli.cuda import check
-
-        check(driver.cuStreamWaitValue32(stream, self.address, 1, 0))
-
-    def open(self) -> None:
-        self._word[0] = 1
-
-
-@pytest.fixture
-def gate(stream):
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-
-    made = Gate()
-    yield made
-    made.open()
-    check(runtime.cudaDeviceSynchronize())
-    check(runtime.cudaFreeHost(made.address))
 
 
 @pytest.fixture

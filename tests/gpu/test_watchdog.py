@@ -15,55 +15,15 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.abi._cffi import ffi
 from fi_ffi.ops import cuda
 from fi_ffi.ops.call import memory
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.watch import stream_progress, watching
 
 from helpers.cases import make_case
+from helpers.hangs import Hangs, silent, until
 
 LIMIT, LONG = 0.5, 60.0
-
-
-def silent(report: str) -> None:
-    """An `on_hang` that leaves the test's output alone."""
-
-
-def until(condition, seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.002)
-
-
-class Gate:
-    """A word of host memory; a stream that waits for a number there is stuck until it has it.
-
-    While one is, nothing may be called that waits for the device, or that loads a kernel.
-    """
-
-    def __init__(self) -> None:
-        from cuda.bindings import runtime
-
-        from fi_ffi.cli.cuda import check
-
-        flags = runtime.cudaHostAllocPortable | runtime.cudaHostAllocMapped
-        self.address = int(check(runtime.cudaHostAlloc(4096, flags)))
-        memory = ffi.buffer(ffi.cast("char *", self.address), 4)
-        self.word = memoryview(memory).cast("B").cast("I")
-        self.word[0] = 0
-
-    def hold(self, stream: int, number: int = 1) -> None:
-        """Let a stream wait until the word is so much or more."""
-        from cuda.bindings import driver
-
-        from fi_ffi.cli.cuda import check
-
-        check(driver.cuStreamWaitValue32(stream, self.address, number, 0))
-
-    def open(self, number: int = 2**30) -> None:
-        self.word[0] = number
 
 
 @pytest.fixture
@@ -77,20 +37,6 @@ def streams(stream):
     yield stream, int(other)
     check(runtime.cudaStreamSynchronize(other))
     check(runtime.cudaStreamDestroy(other))
-
-
-@pytest.fixture
-def gate(to_gpu, streams):
-    """Opened before the other fixtures synchronise with anything."""
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-
-    made = Gate()
-    yield made
-    made.open()
-    check(runtime.cudaDeviceSynchronize())
-    check(runtime.cudaFreeHost(made.address))
 
 
 class Calls:
@@ -138,25 +84,6 @@ def _nothing_is_left():
     yield
     assert watching.hooks == ()
     assert not [t.name for t in threading.enumerate() if t.name.startswith("fi_ffi.watchdog")]
-
-
-class Hangs:
-    """The block of a watchdog whose end is to raise `HangError`."""
-
-    def __init__(self, **options) -> None:
-        self.dog = fi_ffi.watchdog(LIMIT, **options)
-
-    def __enter__(self) -> Hangs:
-        self.dog.__enter__()
-        return self
-
-    def __exit__(self, *raised) -> None:
-        if raised[0] is not None:
-            self.dog.__exit__(*raised)
-            return
-        with pytest.raises(fi_ffi.HangError) as caught:
-            self.dog.__exit__(None, None, None)
-        self.error = caught.value
 
 
 def slot_of(stream: int) -> stream_progress.Slot | None:
@@ -318,7 +245,7 @@ def test_a_stuck_stream_is_reported_and_everything_finishes_later(calls, streams
     stuck, other = streams
     gate.hold(stuck)
     begin = time.monotonic()
-    with Hangs(on_hang=silent) as block:
+    with Hangs(LIMIT, on_hang=silent) as block:
         rms(stuck)
         for call in (rms, gemma, rms, rms, gemma):
             call(stuck)
@@ -364,7 +291,7 @@ def test_a_module_s_call_that_is_stuck(calls, streams, gate):
     entry = fi_ffi.module("norm").entry("rmsnorm")
     entry(*rms.descs, 1e-6, False, stream=stuck)  # kernels are loaded
     gate.hold(stuck)
-    with Hangs(on_hang=silent) as block:
+    with Hangs(LIMIT, on_hang=silent) as block:
         entry(*rms.descs, 1e-6, False, stream=stuck)
         rms(stuck)
         until(lambda: block.dog.reports)
@@ -385,7 +312,7 @@ def test_a_module_s_call_that_is_stuck(calls, streams, gate):
 def test_exit_raises_though_nothing_was_reported_before(calls, stream, gate, capsys):
     gate.hold(stream)
     begin = time.monotonic()
-    with Hangs():
+    with Hangs(LIMIT):
         calls[0](stream)
     assert LIMIT < time.monotonic() - begin < 4 * LIMIT
     assert f"rmsnorm, on cuda:0, stream {stream:#x}" in capsys.readouterr().err
@@ -479,7 +406,7 @@ def test_a_plans_run(to_gpu, rng, stream, gate):
     assert np.isfinite(outs[0].get()).all()
 
     gate.hold(stream)
-    with Hangs(on_hang=silent) as block:
+    with Hangs(LIMIT, on_hang=silent) as block:
         plan.run(*inputs, outs[1].desc(), stream=stream)
         until(lambda: block.dog.reports)
     (report,) = block.dog.reports

@@ -32,6 +32,7 @@ from fi_ffi.ops.watch import watchdog as module
 from fi_ffi.reference import norm
 
 from forking import in_child
+from helpers.hangs import Hangs, silent, until
 from plan_calls import Case
 
 LIMIT = 0.25
@@ -151,36 +152,6 @@ def gpu():
     return Gpu()
 
 
-class Hangs:
-    """The block of a watchdog whose end is to raise `HangError`."""
-
-    def __init__(self, **options) -> None:
-        self.dog = fi_ffi.watchdog(LIMIT, **options)
-
-    def __enter__(self) -> Hangs:
-        self.dog.__enter__()
-        return self
-
-    def __exit__(self, *raised) -> None:
-        if raised[0] is not None:
-            self.dog.__exit__(*raised)
-            return
-        with pytest.raises(fi_ffi.HangError) as caught:
-            self.dog.__exit__(None, None, None)
-        self.error = caught.value
-
-
-def silent(report: str) -> None:
-    """An `on_hang` that leaves the test's output alone."""
-
-
-def until(condition, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.002)
-
-
 def later(seconds: float, action) -> threading.Timer:
     timer = threading.Timer(seconds, action)
     timer.start()
@@ -244,7 +215,7 @@ def test_worker_threads_are_watched_and_waited_for(mine):
     mine.work = lambda: (started.set(), gate.wait(20))
     worker = threading.Thread(target=mine, name="the worker")
     try:
-        with Hangs(on_hang=silent) as block:
+        with Hangs(LIMIT, on_hang=silent) as block:
             worker.start()
             started.wait(20)
     finally:
@@ -413,7 +384,7 @@ def test_a_call_that_fails_is_over(mine):
 
 def test_a_stuck_stream(gpu, capsys):
     """The first call of it is told of, once, and what waits behind it counted."""
-    with Hangs() as block:
+    with Hangs(LIMIT) as block:
         gpu.launch("layernorm")
         gpu.work()
         blocked = gpu.launch("gemma_rmsnorm", returns=False)  # by the next, which is late first
@@ -480,7 +451,7 @@ def test_another_call_of_the_stream_can_get_stuck_later(gpu):
 
 
 def test_two_streams_are_judged_apart(gpu):
-    with Hangs(on_hang=silent) as block:
+    with Hangs(LIMIT, on_hang=silent) as block:
         gpu.launch(stream=1)
         gpu.launch("layernorm", stream=2)
         until(lambda: len(block.dog.reports) == 2)
@@ -503,7 +474,7 @@ def test_exit_waits_for_the_stream(gpu):
 def test_exit_raises_when_the_time_is_over(gpu, capsys):
     """The report comes first, and nothing of it needs the launching thread."""
     start = time.monotonic()
-    with Hangs() as block:
+    with Hangs(LIMIT) as block:
         gpu.launch()
     assert LIMIT < time.monotonic() - start < 10
     assert len(block.dog.reports) == 1
@@ -530,7 +501,7 @@ def test_nested_watchdogs_wait_for_their_own_calls(gpu):
     with fi_ffi.watchdog(LONG) as outer:
         gpu.launch("layernorm", stream=1)
         start = time.monotonic()
-        with Hangs(on_hang=silent) as inner:
+        with Hangs(LIMIT, on_hang=silent) as inner:
             gpu.launch(stream=2)
         assert inner.error.op == "rmsnorm"
         with fi_ffi.watchdog(LONG):
@@ -757,7 +728,7 @@ def test_other_arguments():
 
 
 def test_an_open_one_is_refused_and_a_closed_one_opens_again(gpu):
-    block = Hangs(on_hang=silent)
+    block = Hangs(LIMIT, on_hang=silent)
     dog = block.dog
     with pytest.raises(fi_ffi.ArgumentError, match="got one not open"):
         dog.__exit__(None, None, None)
@@ -798,7 +769,7 @@ def test_an_on_hang_that_blocks_does_not_block_the_exit(gpu, monkeypatch, capsys
     monkeypatch.setattr(module, "_PATIENCE", 0.3)
     gate = threading.Event()
     start = time.monotonic()
-    with Hangs(on_hang=lambda _: gate.wait(30)):
+    with Hangs(LIMIT, on_hang=lambda _: gate.wait(30)):
         gpu.launch()
     assert time.monotonic() - start < 10
     assert "a report was not taken within 0.3 s" in capsys.readouterr().err
