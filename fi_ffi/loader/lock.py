@@ -58,7 +58,9 @@ def lock_path() -> Path:
     """`FI_FFI_LOCK`, or the lock inside the installed package, or beside a source tree."""
     chosen = os.environ.get(ENVIRONMENT)
     if chosen:
-        return Path(chosen).expanduser()
+        from fi_ffi.loader.cache import expanded
+
+        return expanded(chosen, ENVIRONMENT)
     package = Path(__file__).resolve().parent.parent
     inside = package / "wheels.lock"
     return inside if inside.exists() else package.parent / "wheels.lock"

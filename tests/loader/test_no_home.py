@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import fi_ffi
 from fi_ffi.cli import main
 from fi_ffi.errors import ArtifactError, BuildError, KernelNotFoundError, LoaderError
-from fi_ffi.loader import cache, held, runtime, search
+from fi_ffi.loader import cache, held, lock, runtime, search
 from fi_ffi.loader.building import environment
 from fi_ffi.loader.kernels import ModuleFile, open_source
 
@@ -65,6 +65,9 @@ def test_a_home_that_nobody_has(monkeypatch: pytest.MonkeyPatch) -> None:
     for use in (open_source, runtime.load_file):
         with pytest.raises(LoaderError, match="'~nosuchuser/a'.*whole path"):
             use("~nosuchuser/a")
+    monkeypatch.setenv("FI_FFI_LOCK", "~nosuchuser/wheels.lock")
+    with pytest.raises(LoaderError, match="FI_FFI_LOCK is '~nosuchuser/wheels.lock'.*whole path"):
+        lock.lock_path()
 
 
 def test_names_that_are_too_long(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
