@@ -28,13 +28,15 @@ def orders(names: Sequence[str], more: int) -> list[str]:
     """fi_ffi with each other one, before and after it; each of all first and last, and each before
     and after every other; and `more` at random."""
     names = list(names)
+    # All processes of pytest-xdist draw alike: they collect the same tests.
+    draw = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID"))
     found = []
     for name in names:
         if name != "fi_ffi":
             found += [f"fi_ffi {name}", f"{name} fi_ffi"]
     found += [" ".join(names[i:] + names[:i]) for i in range(len(names))]
     found.append(" ".join(reversed(names)))
-    found += [" ".join(random.sample(names, len(names))) for _ in range(more)]
+    found += [" ".join(draw.sample(names, len(names))) for _ in range(more)]
     return list(dict.fromkeys(found))
 
 
