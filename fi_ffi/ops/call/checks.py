@@ -604,7 +604,7 @@ class Checks:
                 any_of = " or ".join(chosen)
                 test = f"{optional}__p and ({any_of})" if optional else any_of
                 lines.append(f"if {test}: refuse.overlap({descs})")
-        if self.form.bound:
+        if self.form.bound and self.tensors:
             lines.append("start0, end0, start1, end1, first, last = _held.memory")
             for _, arg in self.tensors:
                 p, end = f"{arg.name}__p", f"{arg.name}__end"
