@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 
 import pytest
 
@@ -163,3 +164,38 @@ def test_what_a_destroyed_stream_owned_is_given_back(monkeypatch):
     assert memory.stream_key(0, 5) == (0, 72)
     assert freed == [(0, 5)]
     assert "scratch" not in memory.owned((0, 72)) and "scratch" in memory.owned((0, 71))
+
+
+def test_ctrl_c_at_any_moment_loses_no_piece():
+    """The exception arrives before each instruction of what notes that a copy was queued."""
+
+    def interrupted(number: int) -> bool:
+        left = [number]
+
+        def trace(frame, event, argument):
+            if frame.f_code.co_filename != staging.__file__:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                left[0] -= 1
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+            return trace
+
+        pool = StagePool(GPU, pieces=[cuda._host(64).desc])
+        stage = pool.take(64)
+        sys.settrace(trace)
+        try:
+            pool.record(stage, 1)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+            assert pool.last is stage
+            assert pool.take(64) is stage
+        return False
+
+    moments = 0
+    while interrupted(moments):
+        moments += 1
+    assert moments > 20

@@ -75,15 +75,18 @@ class StagePool:
             stage.done.wait()
         if stage.desc.numel < count:
             assert self._most, "a piece that was given is too small"
-            stages.remove(stage)
-            stage = Stage.allocate(2 * count, self._device)
-            stages.append(stage)
+            larger = Stage.allocate(2 * count, self._device)
+            self._put_last(larger, instead_of=stage)
+            stage = larger
         return stage
+
+    def _put_last(self, stage: Stage, *, instead_of: Stage) -> None:
+        # In one assignment, so that an exception of a signal handler loses no piece.
+        self._stages = [*(one for one in self._stages if one is not instead_of), stage]
 
     def record(self, stage: Stage, stream: int) -> None:
         """Copies from a piece were queued: it is free when the stream has done them."""
-        self._stages.remove(stage)
-        self._stages.append(stage)
+        self._put_last(stage, instead_of=stage)
         if stage.done is not None:
             stage.done.record(stream)
 
