@@ -19,14 +19,13 @@ import flashinfer
 import numpy as np
 import torch
 from flashinfer.utils import determine_attention_backend
+from marks.batches import HEADS, KV_HEADS, PAGE
+from marks.gpu import event_time
+from marks.timing import Effort, Side, measure
 
 import fi_ffi
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.ops.attention.backends import POS_ENCODING_MODES, Kernel, choose_backend
-
-from marks.batches import HEADS, KV_HEADS, PAGE
-from marks.gpu import event_time
-from marks.timing import Effort, Side, measure
 
 Pair = tuple[str, Callable[[], object], Callable[[], object]]
 

@@ -25,9 +25,9 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(SOURCE), str(SOURCE / "tests")]
 
-from fi_ffi.loader import cache  # noqa: E402
-
 from loader.server import File, Server  # noqa: E402
+
+from fi_ffi.loader import cache  # noqa: E402
 
 MODULE_BYTES = 1_070_000  # about 950 of them make 1 GB
 

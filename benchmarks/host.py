@@ -27,8 +27,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from fi_ffi.cli.cuda import CudaError
-
 from marks import (
     Missing,
     Wrong,
@@ -46,6 +44,8 @@ from marks.about import about
 from marks.bench import Bench
 from marks.report import Entry, Line, Mark
 from marks.timing import Effort
+
+from fi_ffi.cli.cuda import CudaError
 
 _LONGEST = 200  # characters of a reason in the table; a traceback has the rest
 _WRAPPER = "BatchDecodeWithPagedKVCacheWrapper"

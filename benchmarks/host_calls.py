@@ -20,13 +20,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fi_ffi import __version__
-from fi_ffi.cli import output
-from fi_ffi.loader import runtime
-
 from marks.noop_kernel import kernels_replaced, noop
 from marks.turns import Timing, measure
 from marks.ways import EMPTY, PEER, PREPARED, find_peer, own_calls, peer_calls
+
+from fi_ffi import __version__
+from fi_ffi.cli import output
+from fi_ffi.loader import runtime
 
 # The ratios to other calls, and which calls those are.
 _RATIOS = ("of_empty", "of_tvm_ffi", "of_repeated")

@@ -35,7 +35,6 @@ import numpy as np
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples/llm"))
 
 from engine import Sampling, load_model
-
 from marks import Missing, Wrong, llm_host
 from marks.about import about
 from marks.llm_check import compare

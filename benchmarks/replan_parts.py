@@ -19,6 +19,9 @@ from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
+from marks.batches import HEAD_DIM, HEADS, KV_HEADS, PAGE
+from marks.gpu import Gpu
+from marks.peers import Peers
 
 import fi_ffi
 from fi_ffi.ops import cuda
@@ -26,10 +29,6 @@ from fi_ffi.ops.attention import plan as planning
 from fi_ffi.ops.attention.arrays import Arrays
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.staging import StagePool
-
-from marks.batches import HEAD_DIM, HEADS, KV_HEADS, PAGE
-from marks.gpu import Gpu
-from marks.peers import Peers
 
 _RUNS = 32
 _PAGES = 4096

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers import expectations, sampling
+from tests.helpers import expectations, sampling
 
 expectations.install()  # before any module is imported that has an `assert`
 
 from fi_ffi.loader.building.build import build  # noqa: E402
 
-from compiler import why_not_build  # noqa: E402
+from tests.helpers.compiler import why_not_build  # noqa: E402
 
 pytest_addoption = sampling.add_options
 # A wheel that has at least the modules of `built_wheel`, used instead of building one.

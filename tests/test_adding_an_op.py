@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-import adding_an_op
 import pytest
+
+from tests.helpers import adding_an_op
 
 
 @pytest.fixture(scope="module")

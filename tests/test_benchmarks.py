@@ -18,7 +18,7 @@ import pytest
 
 import fi_ffi
 
-from helpers.benchmarks import BENCHMARKS, kernels_replaced, noop
+from tests.helpers.benchmarks import BENCHMARKS, kernels_replaced, noop
 
 ON_CPU = functools.partial(fi_ffi.TensorDesc, device="cpu")
 

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from blocks import PAGES, ROOT, PageError, blocks_of, shown
-from blocks_page import run_page
+
+from tests.helpers.blocks import PAGES, ROOT, PageError, blocks_of, shown
+from tests.helpers.blocks_page import run_page
 
 IS_LONG = os.environ.get("FI_FFI_STRESS") == "long"
 

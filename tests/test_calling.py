@@ -12,8 +12,8 @@ from fi_ffi.abi.function import Entry, global_function, probe
 from fi_ffi.errors import KernelError
 from fi_ffi.loader import search
 
-import calling
-from pinned import pinned_wheel, testing_library, tvm_ffi_loaded
+from tests.helpers import calling
+from tests.helpers.pinned import pinned_wheel, testing_library, tvm_ffi_loaded
 
 __all__ = ["pinned_wheel", "testing_library", "tvm_ffi_loaded"]
 

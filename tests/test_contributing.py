@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from adding_an_op import files
 
 import fi_ffi
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.ops.table import ROWS
 from tools.entries import entries_of
+
+from tests.helpers.adding_an_op import files
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import coexistence
-import embedding
 import pytest
+
+from tests.helpers import coexistence, embedding
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "interop"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "checks")

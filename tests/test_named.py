@@ -10,10 +10,11 @@ from pathlib import Path
 
 import click
 import pytest
-from blocks import PAGES, ROOT, Block, blocks_of, parsed, shown
 
 import fi_ffi
 from fi_ffi.cli import main
+
+from tests.helpers.blocks import PAGES, ROOT, Block, blocks_of, parsed, shown
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=shown)
 ADDED = "fi_ffi.mhc_post"  # by who follows docs/adding-an-op.md

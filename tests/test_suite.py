@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import mutate  # noqa: E402
 
 CONFTEST = """
-from helpers import expectations, sampling
+from tests.helpers import expectations, sampling
 
 expectations.install()
 pytest_addoption = sampling.add_options
@@ -67,7 +67,7 @@ def run(folder: Path, *arguments: str) -> str:
     """What pytest prints in a folder with a suite of its own, and these plugins."""
     (folder / "conftest.py").write_text(CONFTEST)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", *arguments]
-    names = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)]), "PYTEST_ADDOPTS": ""}
+    names = {"PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": ""}
     done = subprocess.run(
         command, cwd=folder, env=os.environ | names, capture_output=True, text=True, check=False
     )

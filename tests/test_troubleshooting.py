@@ -19,7 +19,7 @@ from fi_ffi import errors
 from fi_ffi.loader import runtime
 from fi_ffi.ops.functions import OPS
 
-from raising import RAISED
+from tests.helpers.raising import RAISED
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "troubleshooting.md"

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 PACKAGES = ["fi_ffi.abi", "fi_ffi.loader", "fi_ffi.ops.watch.safetensors", "elftools", "tomlkit"]
 _MOST = 1 << 20  # bytes kept of what a run prints
@@ -29,7 +29,7 @@ def _fuzz(name: str, seconds: int, slow: int, folder: str) -> None:
     import atheris
 
     with atheris.instrument_imports(include=PACKAGES):
-        from stress.abi_abuse.parsers import feed, seeds_of
+        from tests.stress.abi_abuse.parsers import feed, seeds_of
 
     for number, seed in enumerate(seeds_of(name)):
         Path(folder, f"seed-{number}").write_bytes(seed)
@@ -74,7 +74,7 @@ def main() -> int:
         folder, name, seconds, slow = sys.argv[2:]
         _fuzz(name, int(seconds), int(slow), folder)
         return 0
-    from stress.abi_abuse.parsers import PARSERS
+    from tests.stress.abi_abuse.parsers import PARSERS
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join(PARSERS)}; all of them")

@@ -6,7 +6,6 @@ import numpy as np
 
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.attention.formula import Exact, Options, exact_batch, from_pages
-
 from marks import Wrong
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 32, 8, 128, 16

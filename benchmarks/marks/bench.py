@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import fi_ffi
-
 from marks.gpu import Gpu
 from marks.peers import Peers
 from marks.timing import Effort, Figure, Run, Side, measure, repeated

@@ -10,7 +10,6 @@ import numpy as np
 
 import fi_ffi
 from fi_ffi.reference.arrays import Array
-
 from marks import native
 from marks.batches import HEAD_DIM, HEADS, KV_HEADS, PAGE, SM_SCALE, Decoding
 from marks.bench import Bench

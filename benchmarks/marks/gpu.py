@@ -10,7 +10,6 @@ from cuda.bindings import runtime
 
 from fi_ffi.cli.cuda import POISON, DeviceArray, check, gpus
 from fi_ffi.reference.arrays import Array
-
 from marks import Missing
 from marks.peers import Peers
 from marks.timing import Run

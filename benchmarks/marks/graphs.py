@@ -8,7 +8,6 @@ from typing import Any
 
 import fi_ffi
 from fi_ffi import TensorDesc
-
 from marks.bench import Bench
 from marks.norms import HIDDEN, ROWS, Norm, checked
 from marks.report import Line

@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 
 import fi_ffi
-
 from marks.bench import Bench
 from marks.decoding import BATCH, Decode
 from marks.gpu import Cupti, event_time

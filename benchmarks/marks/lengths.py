@@ -15,7 +15,6 @@ import fi_ffi
 from fi_ffi import TensorDesc
 from fi_ffi.cli.cases import bound
 from fi_ffi.cli.cuda import POISON
-
 from marks import Wrong
 from marks.batches import random
 from marks.bench import Bench

@@ -19,7 +19,6 @@ from engine import Engine, Sampling, load_model
 from engine.device import Cpu, rows
 
 from fi_ffi.ops.attention import plan
-
 from marks.llm_models import MODELS, RandomWeights, config_of
 from marks.llm_sides import Ours, RandomPrompts, prefill
 

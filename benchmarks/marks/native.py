@@ -16,7 +16,6 @@ from typing import Any
 import cffi
 
 import fi_ffi
-
 from marks import Missing
 from marks.timing import Run
 

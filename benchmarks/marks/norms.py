@@ -11,7 +11,6 @@ import numpy as np
 import fi_ffi
 from fi_ffi import TensorDesc
 from fi_ffi.cli.cases import Case, case_of
-
 from marks import Missing, Wrong, native
 from marks.bench import Bench
 from marks.gpu import Gpu

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from fi_ffi.loader import runtime
-
 from marks import Missing
 
 # tvm_ffi first: fi_ffi takes the libtvm_ffi that is in the process already.

@@ -10,7 +10,6 @@ import numpy as np
 
 import fi_ffi
 from fi_ffi.reference.arrays import Array
-
 from marks.batches import HEAD_DIM, HEADS, KV_HEADS, Ragged
 from marks.bench import Bench
 from marks.plans import STEPS, Planner, lines

@@ -17,7 +17,6 @@ import numpy as np
 
 import fi_ffi
 from fi_ffi.cli.cases import Case
-
 from marks import Missing, Wrong
 from marks.bench import Bench
 from marks.gpu import need_gpu

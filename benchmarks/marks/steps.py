@@ -13,7 +13,6 @@ from fi_ffi import TensorDesc
 from fi_ffi.cli.cuda import POISON
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.attention.formula import Options, exact_batch, from_pages
-
 from marks import Missing, Wrong
 from marks.batches import (
     HEAD_DIM,

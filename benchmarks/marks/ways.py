@@ -18,7 +18,6 @@ from fi_ffi.cli.cases import bound
 from fi_ffi.loader import tvm_ffi as libtvm_ffi
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.attention.formula import Options, exact_batch, from_pages
-
 from marks.noop_kernel import Notes, kernels_replaced, noop_address, noop_call
 from marks.turns import STREAM, Call
 

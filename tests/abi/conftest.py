@@ -11,7 +11,7 @@ import pytest
 from fi_ffi.abi.function import Entry, register
 from fi_ffi.abi.signature import Signature
 
-from pinned import pinned_wheel, testing_library, tvm_ffi_loaded
+from tests.helpers.pinned import pinned_wheel, testing_library, tvm_ffi_loaded
 
 __all__ = ["callback", "echo", "pinned_wheel", "testing_library", "tvm_ffi_loaded"]
 

@@ -21,7 +21,7 @@ from fi_ffi.abi.objects import Tensor
 from fi_ffi.abi.tensor import DTYPES, Device
 from fi_ffi.errors import KernelError
 
-from allocating import CUDA, alloc, desc_of
+from tests.helpers.allocating import CUDA, alloc, desc_of
 
 
 class Ledger:

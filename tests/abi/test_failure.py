@@ -15,12 +15,13 @@ from typing import Any
 
 import cffi
 import pytest
-from stress_strength import scaled
 
 from fi_ffi.abi import failure, library, values
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Entry, global_function
 from fi_ffi.errors import FiFfiError, KernelError
+
+from tests.helpers.stress_strength import scaled
 
 
 def raising(error: BaseException) -> Callable[[], None]:

@@ -6,12 +6,13 @@ import gc
 from collections.abc import Callable, Sequence
 
 import pytest
-from frames import write_tensor
 
 from fi_ffi.abi.function import NO_STREAM, Entry, Frame, FrameLayout, Slot, make_array
 from fi_ffi.abi.objects import Array
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import KernelError
+
+from tests.helpers.frames import write_tensor
 
 DESCS = [
     TensorDesc(0, (2, 3), "float16", device="cpu"),

@@ -17,7 +17,7 @@ from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.tensor import DTYPES, TensorDesc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 
-from ids import shown
+from tests.helpers.ids import shown
 
 Array = np.ndarray[Any, Any]
 

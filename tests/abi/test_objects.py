@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from frames import write_tensor
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
@@ -26,6 +25,8 @@ from fi_ffi.abi.library import TypeIndex
 from fi_ffi.abi.objects import Array, Error, Function, Module, Object, String, Tensor, lent_count
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError, FiFfiError, KernelError, LoaderError
+
+from tests.helpers.frames import write_tensor
 
 
 def make_error(kind: bytes = b"ValueError", message: bytes = b"not so") -> Error:

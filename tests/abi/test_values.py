@@ -21,7 +21,7 @@ from fi_ffi.abi.tensor import DEVICE_TYPES, DTYPES, Device, TensorDesc, parse_de
 from fi_ffi.abi.values import unpack
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, KernelError
 
-from ids import shown
+from tests.helpers.ids import shown
 
 SCALARS = [None, True, False, 0, 1, -1, 2**63 - 1, -(2**63), 0.0, -0.0, 1e-300, math.inf, math.nan]
 # 7 bytes are kept inline, 8 on the heap.

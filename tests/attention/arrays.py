@@ -9,7 +9,7 @@ import numpy as np
 
 import fi_ffi
 
-from calls import padded
+from tests.helpers.calls import padded
 
 
 def random(rng: np.random.Generator, shape: Sequence[int], dtype: str, pad: int = 0) -> Any:

@@ -10,14 +10,14 @@ import fi_ffi
 from fi_ffi.ops.attention.backends import Kernel
 from fi_ffi.reference.attention.formula import exact
 
-from attention import judge
-from attention.arrays import random
-from attention.batches import Batch, draw
-from attention.cases import Case, Result, room_for
-from attention.machines import Cpu
-from attention.mla import MlaCase
-from attention.options import as_arguments, draw_extras, exact_options
-from attention.specs import Spec
+from tests.attention import judge
+from tests.attention.arrays import random
+from tests.attention.batches import Batch, draw
+from tests.attention.cases import Case, Result, room_for
+from tests.attention.machines import Cpu
+from tests.attention.mla import MlaCase
+from tests.attention.options import as_arguments, draw_extras, exact_options
+from tests.attention.specs import Spec
 
 
 def lengths(spec: Spec, machine: Cpu, rng: np.random.Generator) -> tuple[list[int], list[int]]:

@@ -12,14 +12,14 @@ import fi_ffi
 from fi_ffi.ops.attention.options import DecodeOptions, MlaOptions, PrefillOptions
 from fi_ffi.reference.attention.formula import Exact, exact, from_pages
 
-from attention import judge
-from attention.arrays import bytes_of, first, random
-from attention.batches import SPARE, Batch, paged, ragged
-from attention.machines import Cpu, intact
-from attention.options import as_arguments, draw_extras, exact_options
-from attention.samples import row_blocks, sample, some_heads
-from attention.specs import Spec
-from calls import padded
+from tests.attention import judge
+from tests.attention.arrays import bytes_of, first, random
+from tests.attention.batches import SPARE, Batch, paged, ragged
+from tests.attention.machines import Cpu, intact
+from tests.attention.options import as_arguments, draw_extras, exact_options
+from tests.attention.samples import row_blocks, sample, some_heads
+from tests.attention.specs import Spec
+from tests.helpers.calls import padded
 
 # What shows in a result that saw it, and does not where it was multiplied by 0.
 LARGE = {"float16": 1e3, "bfloat16": 1e3, "float8_e4m3fn": 400.0, "float8_e5m2": 1e3}

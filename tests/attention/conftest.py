@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from attention.machines import Cpu
+from tests.attention.machines import Cpu
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from fi_ffi.loader import machine as of_loader
 from fi_ffi.loader import search
 from fi_ffi.ops.attention.backends import Kernel, choose_backend
 
-from calls import HostArray
+from tests.helpers.calls import HostArray
 
 POISON = 0xFF
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from fi_ffi.reference.attention.formula import from_pages
 
-from attention.arrays import first, random
-from attention.batches import Batch
-from attention.cases import Case
+from tests.attention.arrays import first, random
+from tests.attention.batches import Batch
+from tests.attention.cases import Case
 
 CKV, KPE = 512, 64
 

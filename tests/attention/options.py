@@ -8,9 +8,9 @@ import numpy as np
 
 from fi_ffi.reference.attention.formula import Options
 
-from attention.batches import Batch
-from attention.machines import Cpu
-from attention.specs import Spec
+from tests.attention.batches import Batch
+from tests.attention.machines import Cpu
+from tests.attention.specs import Spec
 
 
 def draw_extras(spec: Spec, batch: Batch, rng: np.random.Generator) -> dict[str, Any]:

@@ -9,14 +9,14 @@ import pytest
 import fi_ffi
 from fi_ffi.reference.arrays import as_array
 
-from attention.arrays import bytes_of
-from attention.batches import draw
-from attention.cases import Case
-from attention.machines import Cpu
-from attention.pretend import Pretend, on_host
-from attention.serving import Service, graph_options
-from attention.specs import Spec
-from attention.tables import SERVED
+from tests.attention.arrays import bytes_of
+from tests.attention.batches import draw
+from tests.attention.cases import Case
+from tests.attention.machines import Cpu
+from tests.attention.pretend import Pretend, on_host
+from tests.attention.serving import Service, graph_options
+from tests.attention.specs import Spec
+from tests.attention.tables import SERVED
 
 _RAGGED = Spec(heads=2, kv_heads=1, dim=64, batch=4, queries=5, keys=60, causal=True)
 FAMILIES = {**SERVED, "ragged": _RAGGED}

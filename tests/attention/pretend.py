@@ -23,8 +23,8 @@ from fi_ffi.ops.attention import backends
 from fi_ffi.ops.call import compiled, op
 from fi_ffi.reference import arrays
 
-from attention.machines import Cpu
-from calls import HostArray
+from tests.attention.machines import Cpu
+from tests.helpers.calls import HostArray
 
 CPU = parse_device("cpu")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from attention.batches import Batch
+from tests.attention.batches import Batch
 
 # A request of more queries times keys than this is compared by some of its rows, a batch
 # of more requests by some of them, and MLA with more heads by some that lie side by side.

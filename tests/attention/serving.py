@@ -11,13 +11,13 @@ import pytest
 
 import fi_ffi
 
-from attention.arrays import bytes_of
-from attention.batches import SPARE, Batch, draw
-from attention.bodies import check_results
-from attention.cases import Case, Result
-from attention.machines import POISON, Cpu, part
-from attention.mla import MlaCase
-from attention.specs import Spec
+from tests.attention.arrays import bytes_of
+from tests.attention.batches import SPARE, Batch, draw
+from tests.attention.bodies import check_results
+from tests.attention.cases import Case, Result
+from tests.attention.machines import POISON, Cpu, part
+from tests.attention.mla import MlaCase
+from tests.attention.specs import Spec
 
 
 class Service:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
-from attention.specs import Spec
+from tests.attention.specs import Spec
 
 Table = dict[str, Spec]
 BACKENDS = ("fa2", "fa3")

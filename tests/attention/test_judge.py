@@ -11,10 +11,10 @@ import pytest
 import fi_ffi
 from fi_ffi.reference.attention.formula import Exact, Options, exact
 
-from attention import judge
-from attention.arrays import random
-from attention.bodies import make
-from attention.specs import Spec
+from tests.attention import judge
+from tests.attention.arrays import random
+from tests.attention.bodies import make
+from tests.attention.specs import Spec
 
 # family, backend, dtype of q, k and v, dtype of o
 KERNELS = [

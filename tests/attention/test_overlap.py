@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from overlapping import Named, interleaved
-from pod_calls import Batch as PodBatch
-from pod_calls import Spec as PodSpec
-from xqa_calls import FP8
-from xqa_calls import Batch as XqaBatch
-from xqa_calls import Spec as XqaSpec
 
 import fi_ffi
 from fi_ffi.ops.attention.rows.xqa import SEMAPHORES
 from fi_ffi.reference.attention.formula import Options, exact
 
-from plan_calls import KINDS, Case, aligned
+from tests.helpers.overlapping import Named, interleaved
+from tests.helpers.plan_calls import KINDS, Case, aligned
+from tests.helpers.pod_calls import Batch as PodBatch
+from tests.helpers.pod_calls import Spec as PodSpec
+from tests.helpers.xqa_calls import FP8
+from tests.helpers.xqa_calls import Batch as XqaBatch
+from tests.helpers.xqa_calls import Spec as XqaSpec
 
 BACKENDS = [(kind, backend) for kind in KINDS if kind != "decode" for backend in ("fa2", "fa3")]
 PLANNED = [*BACKENDS, ("decode", None)]

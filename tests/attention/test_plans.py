@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from attention import serving
-from attention.tables import FIXED_SPLIT, GRAPHS, REFUSED_OR_RIGHT, SERVED
+from tests.attention import serving
+from tests.attention.tables import FIXED_SPLIT, GRAPHS, REFUSED_OR_RIGHT, SERVED
 
 SERVICES = pytest.mark.parametrize("spec", SERVED.values(), ids=SERVED)
 

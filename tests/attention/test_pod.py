@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from pod_calls import Batch, Spec
 
 import fi_ffi
 
-from calls import HostArray
+from tests.helpers.calls import HostArray
+from tests.helpers.pod_calls import Batch, Spec
 
 SPECS = {
     "plain": Spec(),

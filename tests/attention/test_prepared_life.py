@@ -14,11 +14,11 @@ from fi_ffi.abi import tensor
 from fi_ffi.ops import attention
 from fi_ffi.ops.watch import watching
 
-from attention.arrays import bytes_of
-from attention.bodies import make
-from attention.machines import Cpu
-from attention.prepared import MACHINES, Runs, on_each, run_of, same
-from attention.tables import SERVED
+from tests.attention.arrays import bytes_of
+from tests.attention.bodies import make
+from tests.attention.machines import Cpu
+from tests.attention.prepared import MACHINES, Runs, on_each, run_of, same
+from tests.attention.tables import SERVED
 
 
 @pytest.fixture(params=MACHINES)

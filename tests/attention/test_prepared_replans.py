@@ -10,10 +10,10 @@ import pytest
 import fi_ffi
 from fi_ffi.ops.attention.plan import Plan
 
-from attention import serving
-from attention.batches import SPARE
-from attention.cases import Case
-from attention.prepared import (
+from tests.attention import serving
+from tests.attention.batches import SPARE
+from tests.attention.cases import Case
+from tests.attention.prepared import (
     EVERY_FAMILY,
     MACHINES,
     ROOM,
@@ -22,9 +22,9 @@ from attention.prepared import (
     on_each,
     run_of,
 )
-from attention.serving import Service
-from attention.tables import SERVED
-from prepared_calls import same_error
+from tests.attention.serving import Service
+from tests.attention.tables import SERVED
+from tests.helpers.prepared_calls import same_error
 
 
 @pytest.fixture(params=MACHINES)

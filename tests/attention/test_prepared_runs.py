@@ -7,9 +7,9 @@ import pytest
 
 import fi_ffi
 
-from attention.arrays import bytes_of
-from attention.prepared import EVERY_FAMILY, MACHINES, Runs, array_of, on_each, run_of, same
-from prepared_calls import same_error
+from tests.attention.arrays import bytes_of
+from tests.attention.prepared import EVERY_FAMILY, MACHINES, Runs, array_of, on_each, run_of, same
+from tests.helpers.prepared_calls import same_error
 
 
 @pytest.fixture(params=MACHINES)

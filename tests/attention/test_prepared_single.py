@@ -7,12 +7,12 @@ import pytest
 
 import fi_ffi
 
-from attention.arrays import bytes_of
-from attention.bodies import One
-from attention.machines import Cpu
-from attention.options import as_arguments
-from attention.tables import SINGLE_DECODE, SINGLE_PREFILL
-from prepared_calls import frame_of
+from tests.attention.arrays import bytes_of
+from tests.attention.bodies import One
+from tests.attention.machines import Cpu
+from tests.attention.options import as_arguments
+from tests.attention.tables import SINGLE_DECODE, SINGLE_PREFILL
+from tests.helpers.prepared_calls import frame_of
 
 SINGLES = {
     name: spec

@@ -7,8 +7,8 @@ import pytest
 
 import fi_ffi
 
-from attention.prepared import SERVICES, Runs, on_each, run_of
-from attention.tables import SERVED
+from tests.attention.prepared import SERVICES, Runs, on_each, run_of
+from tests.attention.tables import SERVED
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from attention.bodies import check_one, check_results
-from attention.tables import (
+from tests.attention.bodies import check_one, check_results
+from tests.attention.tables import (
     DECODE,
     MLA,
     PREFILL,

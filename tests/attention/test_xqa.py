@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from xqa_calls import BF16, F16, FP8, Batch, Spec
 
 import fi_ffi
 from fi_ffi.loader import machine
 
-from calls import HostArray
+from tests.helpers.calls import HostArray
+from tests.helpers.xqa_calls import BF16, F16, FP8, Batch, Spec
 
 SPECS = {
     "plain": Spec(),

@@ -18,7 +18,7 @@ from filelock import FileLock
 from fi_ffi.cli import main
 from fi_ffi.loader import cache
 
-from forking import in_child
+from tests.helpers.forking import in_child
 
 DAY = 86400
 

@@ -20,7 +20,7 @@ from fi_ffi.loader import runtime
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference.arrays import over_arrays
 
-from helpers.benchmarks import noop
+from tests.helpers.benchmarks import noop
 
 OF_DEMO = [*arguments(1, 8, np.random.default_rng())]
 SMALL = ("--device", "cpu", "--tokens", "3", "--hidden", "64")

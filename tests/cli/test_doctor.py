@@ -16,7 +16,7 @@ from fi_ffi.cli import cuda, main
 from fi_ffi.loader import lock, machine, runtime
 from fi_ffi.ops.table import ROWS
 
-from loader.server import File, Server, kernel_members, make_wheel, sha256
+from tests.loader.server import File, Server, kernel_members, make_wheel, sha256
 
 NAME = "flashinfer_jit_cache-0.6.13+cu130-cp39-abi3-linux.whl"
 MODULES = sorted({row.module for row in ROWS})

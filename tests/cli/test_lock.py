@@ -20,8 +20,8 @@ from fi_ffi.loader import cache
 from fi_ffi.loader.download import fetch_file
 from fi_ffi.loader.lock import PinnedWheel, lock_path, read_lock
 
-from loader import server as faults
-from loader.server import File, Server, kernel_members, make_wheel, record, sha256, status
+from tests.loader import server as faults
+from tests.loader.server import File, Server, kernel_members, make_wheel, record, sha256, status
 
 _TOOL = Path(__file__).parents[2] / "tools" / "pins.py"
 _spec = importlib.util.spec_from_file_location("pins", _TOOL)

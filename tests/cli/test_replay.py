@@ -25,10 +25,10 @@ from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.watch import watching
 from fi_ffi.ops.watch.dump import AFTER, BEFORE
 
-from helpers.cases import default_dtypes, make_case
-from helpers.inputs import inputs_of
-from plan_calls import KINDS, Case
-from prepared_calls import EVERY_OP, Placed, draw, placed
+from tests.helpers.cases import default_dtypes, make_case
+from tests.helpers.inputs import inputs_of
+from tests.helpers.plan_calls import KINDS, Case
+from tests.helpers.prepared_calls import EVERY_OP, Placed, draw, placed
 
 
 @pytest.fixture(autouse=True)

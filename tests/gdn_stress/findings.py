@@ -12,10 +12,10 @@ import pytest
 
 import fi_ffi
 
-from gdn_stress.lanes import HEAD_SIZE, TILE, Lane, Spec, make_case
-from gdn_stress.machines import Cpu
-from gdn_stress.plays import alone, bits
-from gdn_stress.scenarios import need_checkpoints
+from tests.gdn_stress.lanes import HEAD_SIZE, TILE, Lane, Spec, make_case
+from tests.gdn_stress.machines import Cpu
+from tests.gdn_stress.plays import alone, bits
+from tests.gdn_stress.scenarios import need_checkpoints
 
 # Tensors whose NaN reaches the sequence before: values and keys are multiplied by zero where
 # the tile goes on past the sequence, gates are masked, and queries are of their own row only.

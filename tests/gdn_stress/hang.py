@@ -14,8 +14,8 @@ import numpy as np
 
 import fi_ffi
 
-from gdn_stress.lanes import Lane, Spec
-from gdn_stress.machines import Cpu, Gpu
+from tests.gdn_stress.lanes import Lane, Spec
+from tests.gdn_stress.machines import Cpu, Gpu
 
 SECONDS = 5.0
 

@@ -12,9 +12,9 @@ from fi_ffi.abi.tensor import DTYPES
 from fi_ffi.cli.cases import Case
 from fi_ffi.ops.on_host import gdn_prefill_workspace_size
 
-from attention import machines
-from gdn_stress.machines import GUARD, OP, Cpu
-from helpers.inputs.gdn import make as ragged_sequences
+from tests.attention import machines
+from tests.gdn_stress.machines import GUARD, OP, Cpu
+from tests.helpers.inputs.gdn import make as ragged_sequences
 
 HEAD_SIZE, TILE = 128, 64
 CHECKPOINTS = ("state_checkpoints", "checkpoint_cu_starts")

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stress_strength import IS_SANITIZED
 
 import fi_ffi
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference.gdn import gdn_prefill
 
-from attention import machines
-from calls import HostArray
+from tests.attention import machines
+from tests.helpers.calls import HostArray
+from tests.helpers.stress_strength import IS_SANITIZED
 
 OP = OPS["gdn_prefill"]
 # Under compute-sanitizer kernels are 10 to 100 times slower, and a library's own kernels would be

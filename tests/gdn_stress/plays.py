@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import ml_dtypes
 import numpy as np
 
-from gdn_stress.lanes import Arrays, Lane, make_case
-from gdn_stress.machines import Cpu
+from tests.gdn_stress.lanes import Arrays, Lane, make_case
+from tests.gdn_stress.machines import Cpu
 
 # How far what a head of a sequence reads, and its state, may be from float64, as norms: steps
 # of the dtype, of its own norm.  The bound of each element is for the worst of roundings,

@@ -13,9 +13,9 @@ import pytest
 
 import fi_ffi
 
-from gdn_stress.lanes import HEAD_SIZE, Lane, Spec
-from gdn_stress.machines import OP, Cpu
-from gdn_stress.plays import alone, check, check_chain, check_exact, check_same, together
+from tests.gdn_stress.lanes import HEAD_SIZE, Lane, Spec
+from tests.gdn_stress.machines import OP, Cpu
+from tests.gdn_stress.plays import alone, check, check_chain, check_exact, check_same, together
 
 # Below, at and above the tile.
 AROUND_TILES = (1, 2, 31, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stress_strength import IS_SANITIZED
 
 import fi_ffi
 
-from attention.machines import Gpu
+from tests.attention.machines import Gpu
+from tests.helpers.stress_strength import IS_SANITIZED
 
 HERE = Path(__file__).parent
 
@@ -29,7 +29,7 @@ _NOT_SANITIZED = {
 def pytest_configure(config: pytest.Config) -> None:
     """Note which entries are called, where results are kept: for docs/coverage.md."""
     if os.environ.get("FI_FFI_RUN_GPU_TESTS") == "1" and os.environ.get("OUT"):
-        from calling import Calls
+        from tests.helpers.calling import Calls
 
         calls = Calls(Path(os.environ["OUT"]) / "entries-called.json")
         calls.watch()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 
-import adding_an_op
 import pytest
 
 import fi_ffi
 from fi_ffi.loader import search
+
+from tests.helpers import adding_an_op
 
 
 def test_the_pages_op_runs(tmp_path):

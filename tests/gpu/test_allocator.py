@@ -18,8 +18,8 @@ from fi_ffi.ops import cuda
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 
-from allocating import CUDA, alloc, desc_of
-from helpers.cases import make_case
+from tests.helpers.allocating import CUDA, alloc, desc_of
+from tests.helpers.cases import make_case
 
 
 @pytest.fixture

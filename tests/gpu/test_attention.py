@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attention import test_results
-from helpers.bodies import tests_of
+from tests.attention import test_results
+from tests.helpers.bodies import tests_of
 
 globals().update(tests_of(test_results))

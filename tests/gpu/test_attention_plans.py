@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attention import test_plans
-from helpers.bodies import tests_of
+from tests.attention import test_plans
+from tests.helpers.bodies import tests_of
 
 globals().update(tests_of(test_plans))

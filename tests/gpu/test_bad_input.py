@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from every_op import needs
-from stress.bad_input.memory import Room
-from stress.bad_input.rows import Call, one_call
 
 import fi_ffi
 from fi_ffi.ops.functions import OPS
 
-from attention.machines import Gpu
+from tests.attention.machines import Gpu
+from tests.helpers.every_op import needs
+from tests.stress.bad_input.memory import Room
+from tests.stress.bad_input.rows import Call, one_call
 
 CALLS = 40
 

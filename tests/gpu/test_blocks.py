@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("markdown_it", reason="finds the blocks")
 
-from blocks import PAGES, PageError, blocks_of, shown
-from blocks_page import run_page
+from tests.helpers.blocks import PAGES, PageError, blocks_of, shown
+from tests.helpers.blocks_page import run_page
 
 PATHS = ("FI_FFI_KERNELS", "FI_FFI_CACHE_DIR")
 

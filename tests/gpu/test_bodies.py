@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from helpers.bodies import tests_of
-from ops import (
+from tests.helpers.bodies import tests_of
+from tests.ops import (
     test_activation,
     test_block_quantize,
     test_block_scaled,

@@ -25,9 +25,9 @@ from fi_ffi.ops.row import Row
 from fi_ffi.ops.watch import watching
 from fi_ffi.ops.watch.dump import BEFORE
 
-from helpers.cases import make_case
-from helpers.inputs import inputs_of
-from prepared_calls import settle
+from tests.helpers.cases import make_case
+from tests.helpers.inputs import inputs_of
+from tests.helpers.prepared_calls import settle
 
 HEAD = re.compile(r"\[[^]]*\] #(\d+) (.*)")
 

@@ -15,7 +15,7 @@ import pytest
 import fi_ffi
 from fi_ffi.ops.functions import OPS
 
-from helpers.cases import make_case
+from tests.helpers.cases import make_case
 
 
 @pytest.fixture

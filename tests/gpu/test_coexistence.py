@@ -9,12 +9,13 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import coexistence
 import pytest
-from stress_strength import scaled
 
 import fi_ffi
 from fi_ffi.loader import search
+
+from tests.helpers import coexistence
+from tests.helpers.stress_strength import scaled
 
 NAMES = ("fi_ffi", "torch", "cupy", "jax", "tvm_ffi", "flashinfer")
 MISSING = coexistence.missing(NAMES)

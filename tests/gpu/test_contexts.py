@@ -9,7 +9,7 @@ import pytest
 import fi_ffi
 from fi_ffi.ops.functions import OPS
 
-from helpers.cases import make_case
+from tests.helpers.cases import make_case
 
 GDN = OPS["gdn_prefill"]
 SIZES = {

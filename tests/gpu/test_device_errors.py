@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from untyped_calls import BF16, mhc_post, poisoned, rounded, worst
 
 import fi_ffi
 from fi_ffi.loader import machine as of_loader
@@ -21,8 +20,9 @@ from fi_ffi.loader import search
 from fi_ffi.ops import cuda
 from fi_ffi.ops.functions import OPS
 
-from helpers.cases import make_case
-from ops.test_norm_fused import case as video_case
+from tests.helpers.cases import make_case
+from tests.helpers.untyped_calls import BF16, mhc_post, poisoned, rounded, worst
+from tests.ops.test_norm_fused import case as video_case
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pod_calls import Batch, Spec
-from stress_strength import scaled
 
 import fi_ffi
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.loader import per_device, search
 from fi_ffi.ops.functions import OPS
 
-from helpers.cases import make_case
-from moe_layers import make as make_layer
-from ops.test_threads import at_once
+from tests.helpers.cases import make_case
+from tests.helpers.moe_layers import make as make_layer
+from tests.helpers.pod_calls import Batch, Spec
+from tests.helpers.stress_strength import scaled
+from tests.ops.test_threads import at_once
 
 F16 = np.dtype(np.float16)
 HEADS, KV_HEADS, DIM, PAGE = 8, 2, 128, 16

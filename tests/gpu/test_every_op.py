@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from every_op import CALLS, check, draw
 
 import fi_ffi
 from fi_ffi.loader import machine, search
+
+from tests.helpers.every_op import CALLS, check, draw
 
 
 def needs(op) -> None:

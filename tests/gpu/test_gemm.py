@@ -17,12 +17,12 @@ from fi_ffi.ops.cuda import own_handle
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference.gemm import fp8_products
 
-from attention.machines import Gpu
-from helpers.bodies import tests_of
-from helpers.cases import make_case
-from ops import test_block_scale_gemm as blocks
-from ops import test_gemm, test_segment_gemm
-from prepared_calls import OnGpu, settle
+from tests.attention.machines import Gpu
+from tests.helpers.bodies import tests_of
+from tests.helpers.cases import make_case
+from tests.helpers.prepared_calls import OnGpu, settle
+from tests.ops import test_block_scale_gemm as blocks
+from tests.ops import test_gemm, test_segment_gemm
 
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 

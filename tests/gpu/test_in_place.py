@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from every_op import needs
 
 from fi_ffi.cli import cases
 from fi_ffi.cli.cases import Case
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.row import Row
 
-from calls import EVERY_CALL, padded
-from helpers.cases import make_case
+from tests.helpers.calls import EVERY_CALL, padded
+from tests.helpers.cases import make_case
+from tests.helpers.every_op import needs
 
 REPEATED = 20
 # So many elements beside each row, of tensors that need not be contiguous.

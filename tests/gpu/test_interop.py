@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import embedding
 import pytest
+
+from tests.helpers import embedding
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "interop"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "checks")

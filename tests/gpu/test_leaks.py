@@ -11,9 +11,10 @@ import subprocess
 import sys
 
 import pytest
-from stress import gauges
-from stress.children import TESTS, environment
-from stress_strength import scaled
+
+from tests.helpers.children import environment
+from tests.helpers.stress_strength import scaled
+from tests.stress import gauges
 
 HOUR = 3600
 COUNTS = {
@@ -30,7 +31,7 @@ COUNTS = {
 
 
 def run(kind: str) -> dict[str, object]:
-    command = [sys.executable, str(TESTS / "stress" / "leaking_gpu.py")]
+    command = [sys.executable, "-m", "tests.stress.leaking_gpu"]
     done = subprocess.run(
         [*command, kind, str(scaled(*COUNTS[kind]))], capture_output=True, text=True,
         env=environment(), timeout=2 * HOUR, check=False,

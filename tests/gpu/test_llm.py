@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from engine import Sampling
 from engine.device import Gpu, columns, rows
-from llm import conftest, test_glue, test_logits, test_serve, test_serving
-from llm.serving import KINDS
-from llm.test_glue import FLOATS, TEXT
 
 import fi_ffi
+
+from tests.llm import conftest, test_glue, test_logits, test_serve, test_serving
+from tests.llm.serving import KINDS
+from tests.llm.test_glue import FLOATS, TEXT
 
 serve, served = conftest.serve, test_serve.served
 

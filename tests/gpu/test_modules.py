@@ -13,7 +13,7 @@ import fi_ffi
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.modules import ModuleObject
 
-from helpers.cases import make_case
+from tests.helpers.cases import make_case
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 BF16 = np.dtype(ml_dtypes.bfloat16)

@@ -16,7 +16,7 @@ from fi_ffi.ops.watch.call_record import CallRecord
 from fi_ffi.reference import moe_weights
 from fi_ffi.reference.moe import ON_HOPPER, moe
 
-from moe_layers import BF16, F8, F16, GATED, MODES, PLAIN, Made, make, part
+from tests.helpers.moe_layers import BF16, F8, F16, GATED, MODES, PLAIN, Made, make, part
 
 IDS = [f"{mode}-{act.name}-{out.name}" for mode, act, out in MODES]
 each_mode = pytest.mark.parametrize(("mode", "act", "out"), MODES, ids=IDS)

@@ -7,15 +7,15 @@ import zlib
 import ml_dtypes
 import numpy as np
 import pytest
-from every_op import check_on
 
 import fi_ffi
 from fi_ffi.ops.functions import OPS
 
-from calls import CALLS
-from helpers.bodies import tests_of
-from helpers.cases import make_case
-from ops import test_norm
+from tests.helpers.bodies import tests_of
+from tests.helpers.calls import CALLS
+from tests.helpers.cases import make_case
+from tests.helpers.every_op import check_on
+from tests.ops import test_norm
 
 globals().update(tests_of(test_norm))
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from helpers.bodies import tests_of
-from ops import test_norm_fused as on_host
-from prepared_calls import OnGpu
+from tests.helpers.bodies import tests_of
+from tests.helpers.prepared_calls import OnGpu
+from tests.ops import test_norm_fused as on_host
 
 globals().update(tests_of(on_host))
 

@@ -8,10 +8,10 @@ import pytest
 import fi_ffi
 from fi_ffi.ops.functions import OPS
 
-from calls import MOST_HEADS, bits, check_append
-from helpers.bodies import tests_of
-from helpers.cases import make_case
-from ops import test_page
+from tests.helpers.bodies import tests_of
+from tests.helpers.calls import MOST_HEADS, bits, check_append
+from tests.helpers.cases import make_case
+from tests.ops import test_page
 
 KV = OPS["append_paged_kv_cache"].row
 

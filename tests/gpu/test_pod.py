@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from pod_calls import Batch, Spec
 
 import fi_ffi
+
+from tests.helpers.pod_calls import Batch, Spec
 
 SPECS = {
     "plain": Spec(),

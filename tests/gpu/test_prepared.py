@@ -8,8 +8,8 @@ import pytest
 import fi_ffi
 from fi_ffi.ops.functions import OPS
 
-from calls import EVERY_CALL
-from prepared_calls import OnGpu, draw, frame_of, norm_sets, settle
+from tests.helpers.calls import EVERY_CALL
+from tests.helpers.prepared_calls import OnGpu, draw, frame_of, norm_sets, settle
 
 RMSNORM = OPS["rmsnorm"]
 

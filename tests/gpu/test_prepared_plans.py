@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import fi_ffi
 
-from attention import test_prepared_replans as of_replans
-from attention import test_prepared_runs as of_runs
-from attention.prepared import SERVICES, Runs
+from tests.attention import test_prepared_replans as of_replans
+from tests.attention import test_prepared_runs as of_runs
+from tests.attention.prepared import SERVICES, Runs
 
 test_the_same_bits = of_runs.test_the_same_bits
 test_runs_that_are_repeated = of_runs.test_runs_that_are_repeated

@@ -12,7 +12,7 @@ import pytest
 import fi_ffi
 from fi_ffi.ops.functions import OPS
 
-from prepared_calls import norm_sets, settle
+from tests.helpers.prepared_calls import norm_sets, settle
 
 RMSNORM = OPS["rmsnorm"]
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from rope_calls import ANGLES, APPLY, COS_SIN, F16, QUANTISE, a_case, check_in_place
 
 import fi_ffi
 from fi_ffi.loader.runtime import kernel_entry
 from fi_ffi.ops.functions import OPS
 
-from helpers.bodies import tests_of
-from helpers.cases import default_dtypes, make_case
-from helpers.inputs import inputs_of
-from ops import test_rope, test_rope_angles, test_rope_quantize
+from tests.helpers.bodies import tests_of
+from tests.helpers.cases import default_dtypes, make_case
+from tests.helpers.inputs import inputs_of
+from tests.helpers.rope_calls import ANGLES, APPLY, COS_SIN, F16, QUANTISE, a_case, check_in_place
+from tests.ops import test_rope, test_rope_angles, test_rope_quantize
 
 globals().update(tests_of(test_rope, test_rope_angles, test_rope_quantize))
 

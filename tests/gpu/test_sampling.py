@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-import sampling_hang
-from sampling_calls import run
 
 import fi_ffi
 from fi_ffi.loader import search
 from fi_ffi.ops.functions import OPS
 
-from helpers.bodies import tests_of
-from helpers.cases import make_case
-from ops import test_chain_sampling, test_sampling, test_sampling_filters, test_sampling_statistics
-
-TESTS = Path(__file__).parent.parent
+from tests.helpers import sampling_hang
+from tests.helpers.bodies import tests_of
+from tests.helpers.cases import make_case
+from tests.helpers.children import environment
+from tests.helpers.sampling_calls import run
+from tests.ops import (
+    test_chain_sampling,
+    test_sampling,
+    test_sampling_filters,
+    test_sampling_statistics,
+)
 
 globals().update(
     tests_of(test_sampling, test_sampling_statistics, test_sampling_filters, test_chain_sampling)
@@ -82,11 +84,10 @@ def test_a_search_that_does_not_end(which, machine):
     watchdog tells of it, and the GPU serves others as before."""
     machine.need("sampling")
     release = tuple(int(part) for part in (search.release() or "0").split(".")[:3])
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, sampling_hang.__file__, which]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": path},
+        env=environment(),
     ) as process:  # fmt: skip
         try:
             out, err = process.communicate(timeout=sampling_hang.SECONDS + 60)

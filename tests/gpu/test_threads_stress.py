@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stress.children import done, environment
-from stress_strength import scaled
 
 import fi_ffi
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.ops.functions import OPS
 
-from forking import in_child
-from ops.test_threads import at_once
-from prepared_calls import norm_sets, settle
+from tests.helpers.children import done, environment
+from tests.helpers.forking import in_child
+from tests.helpers.prepared_calls import norm_sets, settle
+from tests.helpers.stress_strength import scaled
+from tests.ops.test_threads import at_once
 
 RMSNORM = OPS["rmsnorm"]
 THREADS = 16
@@ -142,7 +142,7 @@ def test_forks_after_use_are_refused(rng, to_gpu, machine, stream) -> None:
 
 WORKER = """
     import multiprocessing, os, sys
-    from stress.forked_gpu import norm
+    from tests.stress.forked_gpu import norm
 
     if __name__ == "__main__":
         if sys.argv[2] == "used":
@@ -170,7 +170,7 @@ EXIT = """
     from cuda.bindings import runtime
     import fi_ffi
     from fi_ffi.cli.cuda import DeviceArray, check
-    from stress.forked_gpu import use
+    from tests.stress.forked_gpu import use
     use()
     flags = runtime.cudaStreamNonBlocking
     stream, other = (int(check(runtime.cudaStreamCreateWithFlags(flags))) for _ in range(2))

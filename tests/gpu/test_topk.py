@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from every_op import check_on
-from sampling_calls import run
 
 import fi_ffi
 from fi_ffi.ops.functions import OPS
 
-from helpers.bodies import tests_of
-from ops import test_topk as on_host
+from tests.helpers.bodies import tests_of
+from tests.helpers.every_op import check_on
+from tests.helpers.sampling_calls import run
+from tests.ops import test_topk as on_host
 
 globals().update(tests_of(on_host))
 

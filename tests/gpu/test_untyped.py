@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from untyped_calls import (
+
+import fi_ffi
+from fi_ffi.reference.attention.formula import Options, exact
+
+from tests.attention import judge
+from tests.helpers.untyped_calls import (
     BF16,
     SUM,
     TANH,
@@ -21,11 +26,6 @@ from untyped_calls import (
     state_update,
     worst,
 )
-
-import fi_ffi
-from fi_ffi.reference.attention.formula import Options, exact
-
-from attention import judge
 
 ATTENTION = (
     "batch_attention_with_kv_cache_dtype_q_f16_dtype_kv_f16_dtype_o_f16_dtype_idx_i32_"

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from untyped_calls import (
+
+import fi_ffi
+
+from tests.helpers.untyped_calls import (
     BF16,
     HALF,
     call,
@@ -18,8 +21,6 @@ from untyped_calls import (
     module,
     poisoned,
 )
-
-import fi_ffi
 
 SMS = 16  # what the all-to-all may use: 4 channels
 

@@ -8,7 +8,10 @@ import time
 
 import numpy as np
 import pytest
-from untyped_calls import (
+
+import fi_ffi
+
+from tests.helpers.untyped_calls import (
     BF16,
     E4M3,
     call,
@@ -20,8 +23,6 @@ from untyped_calls import (
     unpacked,
     worst,
 )
-
-import fi_ffi
 
 
 @pytest.mark.parametrize("linear", [False, True], ids=["swizzled", "linear"])

@@ -20,8 +20,8 @@ from fi_ffi.ops.call import memory
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.watch import stream_progress, watching
 
-from helpers.cases import make_case
-from helpers.hangs import Hangs, silent, until
+from tests.helpers.cases import make_case
+from tests.helpers.hangs import Hangs, silent, until
 
 LIMIT, LONG = 0.5, 60.0
 

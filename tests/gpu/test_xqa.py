@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from xqa_calls import BF16, F16, FP8, Batch, Spec
 
 import fi_ffi
+
+from tests.helpers.xqa_calls import BF16, F16, FP8, Batch, Spec
 
 PLAIN = Spec(q=BF16, kv=BF16, page_size=16, group=4)
 IN_FP8 = Spec(q=F16, kv=FP8, page_size=64, group=8, window=200, lengths=(1, 64, 199, 200, 3000))

@@ -13,7 +13,6 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 try:
     import host_calls
-
     from marks import ways
     from marks.noop_kernel import kernels_replaced, noop
     from marks.turns import Call, Timing, measure

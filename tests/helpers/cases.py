@@ -15,7 +15,7 @@ from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor, Text
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.exact import MOVES
 
-from helpers.inputs import inputs_of
+from tests.helpers.inputs import inputs_of
 
 
 def default_dtypes(row: Row) -> dict[str, str]:

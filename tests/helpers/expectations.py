@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import numpy as np
 import pytest
 from _pytest.assertion import rewrite
 
-TESTS = Path(__file__).resolve().parents[1]
+HELPERS = Path(__file__).resolve().parent
+TESTS = HELPERS.parent
 _reached = 0
 
 
@@ -56,9 +58,10 @@ def install() -> None:
     pytest.raises, pytest.warns = _noted(pytest.raises), _noted(pytest.warns)
     for name in ("assert_allclose", "assert_array_equal", "assert_equal"):
         setattr(np.testing, name, _noted(getattr(np.testing, name)))
-    modules = (path.stem for path in TESTS.iterdir() if path.suffix in (".py", ""))
-    names = {name for name in modules if name.isidentifier()} - {"conftest", __package__}
-    pytest.register_assert_rewrite(*names)
+    folders = (path for path in TESTS.iterdir() if path.is_dir() and path != HELPERS)
+    names = {f"tests.{path.name}" for path in folders}
+    names |= {f"{__package__}.{path.stem}" for path in HELPERS.iterdir()}
+    pytest.register_assert_rewrite(*names.difference(sys.modules))
 
 
 @pytest.hookimpl(wrapper=True)

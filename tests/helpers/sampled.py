@@ -8,7 +8,7 @@ import numpy as np
 
 from fi_ffi.reference.philox import uniforms
 
-from helpers.definitions import DEFINITIONS, defines, empty
+from tests.helpers.definitions import DEFINITIONS, defines, empty
 
 __all__ = ["DEFINITIONS"]
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llm.serving import Serving
+
+from tests.llm.serving import Serving
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from engine import Engine, Request, Sampling, load
 from engine.checkpoint import make_tiny
-from llm.forward import Forward
+
+from tests.llm.forward import Forward
 
 KINDS = ("llama", "qwen3", "qwen3_next")
 # Half a step of each dtype, by which the operations of a model round.

@@ -11,7 +11,7 @@ import pytest
 from cuda.pathfinder import DynamicLibNotFoundError
 from engine import glue
 
-from compiler import why_not_build
+from tests.helpers.compiler import why_not_build
 
 FLOATS = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 TEXT = pytest.mark.parametrize("dtype", FLOATS)

@@ -9,9 +9,10 @@ import engine.model
 import numpy as np
 import pytest
 from engine import Sampling
-from llm.serving import KINDS, check_empty, greedy, texts
 
 import fi_ffi
+
+from tests.llm.serving import KINDS, check_empty, greedy, texts
 
 LENGTHS = (1, 5, 40, 17, 100)
 by_kind = pytest.mark.parametrize("kind", KINDS)

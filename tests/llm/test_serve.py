@@ -15,9 +15,10 @@ import requests
 import uvicorn
 from engine import Sampling, load
 from engine.checkpoint import make_tiny
-from llm.serving import check_empty
 from serve import application, begun
 from tokenizers import Tokenizer
+
+from tests.llm.serving import check_empty
 
 PROMPT = "Once upon a time"
 

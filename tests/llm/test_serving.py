@@ -11,7 +11,8 @@ from engine import Config, Sampling, load
 from engine.pages import Pages
 from engine.sampling import columns_of, keep
 from engine.weights import Weights
-from llm.serving import KINDS, check_empty, greedy, texts
+
+from tests.llm.serving import KINDS, check_empty, greedy, texts
 
 
 def test_more_requests_than_slots_and_pages(serve):

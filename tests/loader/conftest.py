@@ -14,8 +14,8 @@ import pytest
 import fi_ffi
 from fi_ffi.loader import lock, runtime
 
-from loader.server import File, Server, kernel_members, make_wheel, sha256
-from pinned import pinned_wheel, testing_library, tvm_ffi_loaded
+from tests.helpers.pinned import pinned_wheel, testing_library, tvm_ffi_loaded
+from tests.loader.server import File, Server, kernel_members, make_wheel, sha256
 
 __all__ = ["child", "install", "pinned_wheel", "testing_library", "tvm_ffi_loaded"]
 

@@ -21,8 +21,8 @@ from fi_ffi.loader import ranges
 from fi_ffi.loader.download import Downloaded, Report, fetch_file
 from fi_ffi.loader.http import Client
 
-from loader import server as faults
-from loader.server import QUICK, File, Server, changed, header, redirect, sha256, status, tree
+from tests.loader import server as faults
+from tests.loader.server import QUICK, File, Server, changed, header, redirect, sha256, status, tree
 
 CONTENT = random.Random(1).randbytes(3_000_000)
 SHA256 = sha256(CONTENT)

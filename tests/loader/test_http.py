@@ -18,8 +18,8 @@ from fi_ffi.loader.http import Client, Policy, Transient
 from fi_ffi.loader.ranges import Changed, NoRanges, RemotePieces
 from fi_ffi.loader.urls import check_url, redact, redirected
 
-from loader import server as faults
-from loader.server import QUICK, File, Server, changed, header, redirect, status
+from tests.loader import server as faults
+from tests.loader.server import QUICK, File, Server, changed, header, redirect, status
 
 CONTENT = bytes(range(256)) * 400
 

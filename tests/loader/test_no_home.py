@@ -17,7 +17,7 @@ from fi_ffi.loader import cache, held, lock, runtime, search
 from fi_ffi.loader.building import environment
 from fi_ffi.loader.kernels import ModuleFile, open_source
 
-from forking import in_child
+from tests.helpers.forking import in_child
 
 SHA256 = "0123456789abcdef" * 4
 LONG = "/tmp/" + "x" * 300

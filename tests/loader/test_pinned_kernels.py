@@ -14,7 +14,7 @@ import pytest
 
 from fi_ffi.loader import lock, runtime
 
-from loader.server import File, Server
+from tests.loader.server import File, Server
 
 PROGRAM = """
 import fi_ffi

@@ -22,8 +22,8 @@ from fi_ffi.loader.http import Client, Policy
 from fi_ffi.loader.lock import PinnedWheel
 from fi_ffi.loader.remote import RemoteWheel
 
-from loader import server as faults
-from loader.server import (
+from tests.loader import server as faults
+from tests.loader.server import (
     INFO,
     NORM,
     QUICK,

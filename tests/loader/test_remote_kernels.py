@@ -11,7 +11,7 @@ import pytest
 from fi_ffi.errors import ArgumentError, KernelNotFoundError
 from fi_ffi.loader import lock, runtime, search
 
-from loader.server import Server, kernel_members, sha256, tree
+from tests.loader.server import Server, kernel_members, sha256, tree
 
 
 def wheel_of(server: Server) -> bytes:

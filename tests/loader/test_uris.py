@@ -21,7 +21,7 @@ from fi_ffi.loader.building.names import DEFAULT_RELEASE, parse_request
 from fi_ffi.loader.uris import DTYPES, KINDS, ROWS, Number, Words, family_row, parse, uri
 from tools.generators import generated_names
 
-from compiler import why_not_build
+from tests.helpers.compiler import why_not_build
 
 DATA = json.loads((Path(__file__).parent / "data" / "uris.json").read_text())
 RELEASES = DATA["releases"]

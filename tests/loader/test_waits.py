@@ -26,8 +26,8 @@ from fi_ffi.loader.download import fetch_file
 from fi_ffi.loader.http import Client
 from fi_ffi.loader.remote import RemoteWheel
 
-from loader import server as faults
-from loader.server import NORM, QUICK, File, Server, kernel_members, make_wheel, sha256, tree
+from tests.loader import server as faults
+from tests.loader.server import NORM, QUICK, File, Server, kernel_members, make_wheel, sha256, tree
 
 CONTENT = bytes(range(256)) * 8000
 SHA256 = sha256(CONTENT)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from fi_ffi.errors import ArtifactError, LoaderError
 from fi_ffi.loader.wheel import Wheel, parse_record
 
-from loader.server import extract_all
+from tests.loader.server import extract_all
 
 INFO = "kernels-1.2.3+cu130.dist-info"
 MEMBER = "kernels/jit_cache/norm/norm.so"

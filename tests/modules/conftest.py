@@ -16,7 +16,12 @@ from fi_ffi.errors import BuildError
 from fi_ffi.loader.building.environment import find_cxx
 from fi_ffi.ops.modules import Module
 
-from pinned import download_pinned_wheel, pinned_wheel, testing_library, tvm_ffi_loaded
+from tests.helpers.pinned import (
+    download_pinned_wheel,
+    pinned_wheel,
+    testing_library,
+    tvm_ffi_loaded,
+)
 
 __all__ = ["pinned_wheel", "testing_library", "tvm_ffi_loaded"]
 

@@ -8,10 +8,10 @@ import random
 import signal
 from pathlib import Path
 
-from stress.swapping import library_bytes
-from stress_strength import scaled
-
 from fi_ffi.ops.modules.module import AtPath
+
+from tests.helpers.stress_strength import scaled
+from tests.stress.swapping import library_bytes
 
 STATIC = b"_ZZ16__tvm_ffi_abcdefk\0"
 

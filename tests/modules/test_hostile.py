@@ -19,7 +19,7 @@ from fi_ffi.abi.objects import CallArena, Function, Object, String, Tensor
 from fi_ffi.abi.signature import Signature
 from fi_ffi.ops.modules.entry import Life
 
-from ids import shown
+from tests.helpers.ids import shown
 
 MANY = 100_000
 

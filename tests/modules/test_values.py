@@ -12,7 +12,7 @@ import pytest
 import fi_ffi
 from fi_ffi.ops.modules import ArrayObject, MapObject, TensorObject
 
-from ids import shown
+from tests.helpers.ids import shown
 
 
 def owned(value: object) -> object:

@@ -16,7 +16,7 @@ from fi_ffi.errors import BuildError
 from fi_ffi.loader import runtime
 from fi_ffi.loader.building.environment import find_cxx
 
-from pinned import download_pinned_wheel
+from tests.helpers.pinned import download_pinned_wheel
 
 _folder = tempfile.TemporaryDirectory(prefix="fi-ffi-moe-")
 

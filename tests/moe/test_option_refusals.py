@@ -7,7 +7,7 @@ import pytest
 
 import fi_ffi
 
-from moe_layers import BF16, F8, F16, a, refused
+from tests.helpers.moe_layers import BF16, F8, F16, a, refused
 
 
 @pytest.mark.parametrize(

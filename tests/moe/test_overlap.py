@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from overlapping import Memory, axes, moved, shifts, span
 
 import fi_ffi
 
-import moe_layers
+from tests.helpers import moe_layers
+from tests.helpers.overlapping import Memory, axes, moved, shifts, span
 
 # Each mode, and whether it is called with biases and limits of the activation.
 MODES = [("half", True), ("fp8", False), ("fp8_block_scale", False), ("mxfp4", False),

@@ -8,8 +8,8 @@ import pytest
 
 import fi_ffi
 
-import moe_layers
-from moe_layers import F16, F32, a, refused
+from tests.helpers import moe_layers
+from tests.helpers.moe_layers import F16, F32, a, refused
 
 F64 = np.dtype(np.float64)
 

@@ -11,7 +11,7 @@ import pytest
 import fi_ffi
 from fi_ffi.reference.moe import moe, worst
 
-from moe_layers import BF16, F16, F32, GATED, MODES, PLAIN, Made, desc_of, make, part
+from tests.helpers.moe_layers import BF16, F16, F32, GATED, MODES, PLAIN, Made, desc_of, make, part
 
 IDS = [f"{mode}-{act.name}-{out.name}" for mode, act, out in MODES]
 SMALL = {"hidden": 128, "inter": 128, "experts": 3}

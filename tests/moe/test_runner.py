@@ -18,7 +18,7 @@ from fi_ffi.ops import cuda
 from fi_ffi.ops.moe import profile
 from fi_ffi.ops.moe.interface import INTERLEAVE, SET_INCLUDE_DIRS, Runner, of_release
 
-from moe_layers import F8, F16, make
+from tests.helpers.moe_layers import F8, F16, make
 
 VARIANTS = {"0.6.13": (), "0.6.7": ("-DBEFORE_0_6_8",), "0.6.18": ("-DABSOLUTE",)}
 each_variant = pytest.mark.parametrize("release", VARIANTS)

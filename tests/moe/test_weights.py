@@ -9,7 +9,7 @@ import pytest
 import fi_ffi
 from fi_ffi.reference import moe_weights
 
-from moe_layers import BF16, F16
+from tests.helpers.moe_layers import BF16, F16
 
 each_type = pytest.mark.parametrize("quant_type", ["fp4", "int4"])
 

@@ -12,10 +12,10 @@ from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference import norm
 
-from attention.machines import Cpu
-from attention.pretend import Pretend, current_stream
-from calls import EVERY_CALL
-from prepared_calls import Mine
+from tests.attention.machines import Cpu
+from tests.attention.pretend import Pretend, current_stream
+from tests.helpers.calls import EVERY_CALL
+from tests.helpers.prepared_calls import Mine
 
 
 @pytest.fixture

@@ -7,14 +7,14 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 import pytest
-from every_op import check_on, check_replayed
 
 import fi_ffi
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 
-from calls import EVERY_CALL
-from helpers.cases import make_case
+from tests.helpers.calls import EVERY_CALL
+from tests.helpers.cases import make_case
+from tests.helpers.every_op import check_on, check_replayed
 
 NAMES = ("silu_and_mul", "gelu_and_mul", "gelu_tanh_and_mul")
 CALLS = [call for call in EVERY_CALL if call.values[0].row.name in NAMES]

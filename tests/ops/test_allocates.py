@@ -18,7 +18,7 @@ from fi_ffi.ops.call import compiled
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 
-from allocating import alloc, desc_of
+from tests.helpers.allocating import alloc, desc_of
 
 ROW = replace(OPS["rmsnorm"].row, allocates=True)
 _numbers = count()

@@ -8,7 +8,7 @@ import pytest
 import fi_ffi
 from fi_ffi.loader import machine
 
-from plan_calls import KINDS, KV_HEADS, Case, aligned, changed, refused
+from tests.helpers.plan_calls import KINDS, KV_HEADS, Case, aligned, changed, refused
 
 E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
 PREFILL = ("ragged", "paged")

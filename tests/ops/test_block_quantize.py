@@ -7,7 +7,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from every_op import check_on, needs
 
 import fi_ffi
 from fi_ffi.cli.cases import Case
@@ -15,7 +14,8 @@ from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.releases import fits
 
-from helpers.cases import make_case
+from tests.helpers.cases import make_case
+from tests.helpers.every_op import check_on, needs
 
 DEQUANT, QUANTIZE, FP4, CACHE = (
     OPS[name] for name in ("nvfp4_kv_dequant", "mxfp8_quantize", "fp4_quantize", "nvfp4_kv_quant")

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from every_op import check_on, check_replayed, needs
 
 import fi_ffi
 from fi_ffi.abi.tensor import parse_device
@@ -15,7 +14,8 @@ from fi_ffi.loader import machine as of_loader
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.providers import entry_for
 
-from helpers.cases import make_case
+from tests.helpers.cases import make_case
+from tests.helpers.every_op import check_on, check_replayed, needs
 
 DEQUANT, TILES, ROWS_AGAIN, QUANTIZE, FP4, CACHE = (
     OPS[name]

@@ -25,9 +25,9 @@ from fi_ffi.ops.call.source import call_source
 from fi_ffi.ops.watch import watching
 from fi_ffi.ops.watch.call_log import open_by_environment
 
-from forking import in_child
-from plan_calls import KINDS, Case
-from prepared_calls import Mine
+from tests.helpers.forking import in_child
+from tests.helpers.plan_calls import KINDS, Case
+from tests.helpers.prepared_calls import Mine
 
 HEAD = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}) (\d+)\] #(\d+) (.*)")
 CALLS = Path(__file__).parents[2]

@@ -27,9 +27,9 @@ from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.row import KvLayout, Scalar, Tensor, Text
 from fi_ffi.reference import norm
 
-from plan_calls import KINDS
-from plan_calls import Case as PlanCase
-from prepared_calls import (
+from tests.helpers.plan_calls import KINDS
+from tests.helpers.plan_calls import Case as PlanCase
+from tests.helpers.prepared_calls import (
     EVERY_OP,
     EVERY_WAY,
     draw,

@@ -18,8 +18,8 @@ from fi_ffi.ops.call import launch, memory
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 
-from attention.pretend import current_stream
-from prepared_calls import EVERY_OP, Calls, Mine, draw, full, placed
+from tests.attention.pretend import current_stream
+from tests.helpers.prepared_calls import EVERY_OP, Calls, Mine, draw, full, placed
 
 HANDLES = [0, 1, 2, 0x51, 2**63, 2**64 - 1]
 

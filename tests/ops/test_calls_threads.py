@@ -10,8 +10,8 @@ import fi_ffi
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.ops.watch import watching
 
-from attention.pretend import current_stream
-from prepared_calls import Calls
+from tests.attention.pretend import current_stream
+from tests.helpers.prepared_calls import Calls
 
 
 def test_scopes_are_each_threads_own(gpu, mine):

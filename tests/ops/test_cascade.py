@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from every_op import check_on, check_replayed
 
 import fi_ffi
 from fi_ffi.cli.cases import Case
@@ -15,8 +14,9 @@ from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.releases import fits
 
-from calls import HostArray
-from helpers.cases import make_case
+from tests.helpers.calls import HostArray
+from tests.helpers.cases import make_case
+from tests.helpers.every_op import check_on, check_replayed
 
 PAIR, IN_PLACE, MANY = (
     OPS[name].row for name in ("merge_state", "merge_state_in_place", "merge_states")

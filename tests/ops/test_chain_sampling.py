@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from every_op import check_on
-from sampling_calls import run
 
 import fi_ffi
 from fi_ffi.ops.functions import OPS
 
-from helpers.cases import make_case
-from helpers.inputs.sampling import probabilities
+from tests.helpers.cases import make_case
+from tests.helpers.every_op import check_on
+from tests.helpers.inputs.sampling import probabilities
+from tests.helpers.sampling_calls import run
 
 NAME = "chain_speculative_sampling"
 

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from every_op import check_on, check_replayed
 
 import fi_ffi
 from fi_ffi.cli.cases import Case
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.releases import fits
 
-from calls import padded
-from helpers.cases import make_case
+from tests.helpers.calls import padded
+from tests.helpers.cases import make_case
+from tests.helpers.every_op import check_on, check_replayed
 
 OP = OPS["concat_mla_k"]
 DTYPES = OP.rows[0].dtypes["T"]

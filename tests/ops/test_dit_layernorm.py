@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from every_op import check_on, check_replayed
 
 import fi_ffi
 from fi_ffi.cli.cases import Case
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.releases import fits
 
-from helpers.cases import make_case
+from tests.helpers.cases import make_case
+from tests.helpers.every_op import check_on, check_replayed
 
 LAYERNORMS = (
     "fused_dit_gate_residual_layernorm_gamma_beta",

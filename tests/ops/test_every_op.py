@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from every_op import CALLS, check, draw
 
-from calls import HostArray
+from tests.helpers.calls import HostArray
+from tests.helpers.every_op import CALLS, check, draw
 
 
 @pytest.mark.parametrize(("op", "dtypes", "sizes", "more"), CALLS)

@@ -15,7 +15,7 @@ from fi_ffi.ops.call import memory
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.providers import entry_for
 
-from helpers.cases import make_case
+from tests.helpers.cases import make_case
 
 OP = OPS["gdn_prefill"]
 CHECKPOINTS = ("state_checkpoints", "checkpoint_cu_starts")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from every_op import check_on, check_replayed
 
 import fi_ffi
 from fi_ffi.cli.cases import bound
@@ -14,8 +13,9 @@ from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.releases import fits
 from fi_ffi.reference.gemm import fp8_products
 
-from calls import EVERY_CALL
-from helpers.cases import make_case
+from tests.helpers.calls import EVERY_CALL
+from tests.helpers.cases import make_case
+from tests.helpers.every_op import check_on, check_replayed
 
 BF16, E4M3, E5M2 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 BMM = [call for call in EVERY_CALL if call.values[0].row.name == "bmm_fp8"]

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from every_op import check_on
 
 import fi_ffi
 from fi_ffi.ops.functions import OPS
 
-from calls import CALLS, HIDDEN, padded
-from helpers.cases import make_case
+from tests.helpers.calls import CALLS, HIDDEN, padded
+from tests.helpers.cases import make_case
+from tests.helpers.every_op import check_on
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)

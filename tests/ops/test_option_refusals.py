@@ -8,7 +8,7 @@ import pytest
 
 import fi_ffi
 
-from plan_calls import DIM, HEADS, KV_HEADS, Case, changed, refused
+from tests.helpers.plan_calls import DIM, HEADS, KV_HEADS, Case, changed, refused
 
 E4M3 = "float8_e4m3fn"
 SLOPES = np.ones(HEADS, np.float32)

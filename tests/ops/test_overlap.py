@@ -16,7 +16,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from overlapping import (
+
+import fi_ffi
+from fi_ffi.cli.cases import Case
+from fi_ffi.ops.call.op import Op
+from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.row import Row, Tensor
+
+from tests.helpers.cases import default_dtypes, make_case
+from tests.helpers.inputs import inputs_of
+from tests.helpers.overlapping import (
     Joined,
     Named,
     axes,
@@ -30,15 +39,6 @@ from overlapping import (
     span,
     steps_of,
 )
-
-import fi_ffi
-from fi_ffi.cli.cases import Case
-from fi_ffi.ops.call.op import Op
-from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.row import Row, Tensor
-
-from helpers.cases import default_dtypes, make_case
-from helpers.inputs import inputs_of
 
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 _SEED = int(os.environ.get("FI_FFI_SEED", "0"))

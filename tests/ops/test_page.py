@@ -14,7 +14,7 @@ import fi_ffi
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.notation import axis_size
 
-from calls import (
+from tests.helpers.calls import (
     CALLS_PAGE,
     MOST_HEADS,
     HostArray,
@@ -24,8 +24,8 @@ from calls import (
     edges,
     padded,
 )
-from helpers.cases import make_case
-from helpers.inputs.page import page_tables
+from tests.helpers.cases import make_case
+from tests.helpers.inputs.page import page_tables
 
 KV, MLA = OPS["append_paged_kv_cache"].row, OPS["append_paged_mla_kv_cache"].row
 SIZES = {

@@ -18,7 +18,7 @@ import fi_ffi
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.plan import Plan
 
-from plan_calls import KINDS, OPTIONS, Case, aligned, changed, refused
+from tests.helpers.plan_calls import KINDS, OPTIONS, Case, aligned, changed, refused
 
 # A descriptor of memory that the host could read is of nothing, or of no elements.
 _DESCS = st.builds(

@@ -9,7 +9,17 @@ import pytest
 
 import fi_ffi
 
-from plan_calls import KEYWORDS, KINDS, OPTIONS, PAGE, PAGED, Case, changed, indptr, refused
+from tests.helpers.plan_calls import (
+    KEYWORDS,
+    KINDS,
+    OPTIONS,
+    PAGE,
+    PAGED,
+    Case,
+    changed,
+    indptr,
+    refused,
+)
 
 FP8 = "float8_e4m3fn"
 ARRAYS = [(kind, name) for kind in KINDS for name in Case(kind).arrays]

@@ -15,9 +15,9 @@ from fi_ffi.ops.call.prepared import Prepared
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.row import KvLayout, Scalar
 
-from helpers.cases import make_case
-from helpers.inputs import inputs_of
-from prepared_calls import (
+from tests.helpers.cases import make_case
+from tests.helpers.inputs import inputs_of
+from tests.helpers.prepared_calls import (
     EVERY_OP,
     EVERY_WAY,
     Placed,

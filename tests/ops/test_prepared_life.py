@@ -17,7 +17,7 @@ import fi_ffi
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.watch import watching
 
-from prepared_calls import EVERY_OP, draw, frame_of, placed
+from tests.helpers.prepared_calls import EVERY_OP, draw, frame_of, placed
 
 
 @pytest.mark.parametrize(("op", "dtypes", "more"), EVERY_OP)

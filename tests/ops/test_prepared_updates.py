@@ -7,7 +7,7 @@ import pytest
 import fi_ffi
 from fi_ffi.ops.functions import OPS
 
-from prepared_calls import Placed, draw, frame_of, full, placed
+from tests.helpers.prepared_calls import Placed, draw, frame_of, full, placed
 
 
 def test_updates_that_make_no_sense():

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from every_op import check_on, check_replayed
 
 import fi_ffi
 from fi_ffi.cli.cases import Case
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 
-from helpers.cases import make_case
+from tests.helpers.cases import make_case
+from tests.helpers.every_op import check_on, check_replayed
 
 WHOLE, SEGMENTS = OPS["packbits"].row, OPS["segment_packbits"].row
 ORDERS = ("big", "little")

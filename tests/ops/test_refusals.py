@@ -25,10 +25,10 @@ from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.notation import axis_size, parse_axis
 from fi_ffi.ops.row import KV_LAYOUTS, KvLayout, Row, Scalar, Tensor, default_of
 
-from calls import having
-from helpers.cases import default_dtypes, make_case
-from helpers.inputs import inputs_of
-from prepared_calls import same_error
+from tests.helpers.calls import having
+from tests.helpers.cases import default_dtypes, make_case
+from tests.helpers.inputs import inputs_of
+from tests.helpers.prepared_calls import same_error
 
 
 def a_case(row: Row, dtypes: dict[str, str], **more: int | str) -> Case:

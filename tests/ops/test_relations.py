@@ -15,7 +15,7 @@ from fi_ffi.ops.call.refuse import may_overlap
 from fi_ffi.ops.row import IN_PLACE, Absent, Row, Rule, Scalar, Tensor
 from fi_ffi.reference import norm
 
-from prepared_calls import refusal_of, same_error
+from tests.helpers.prepared_calls import refusal_of, same_error
 
 
 def elements(desc) -> set[int]:

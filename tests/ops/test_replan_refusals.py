@@ -8,7 +8,17 @@ import pytest
 import fi_ffi
 from fi_ffi.ops.attention import sizes
 
-from plan_calls import KINDS, KV_LENS, PAGE, PAGED, PAGES, QO_LENS, Case, changed, refused
+from tests.helpers.plan_calls import (
+    KINDS,
+    KV_LENS,
+    PAGE,
+    PAGED,
+    PAGES,
+    QO_LENS,
+    Case,
+    changed,
+    refused,
+)
 
 FIRST = {kind: next(iter(Case(kind).arrays)) for kind in KINDS}
 PAGE_INDPTR = {"paged": "paged_kv_indptr", "decode": "indptr", "mla": "kv_indptr"}

@@ -7,8 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from every_op import check_on, check_replayed
-from rope_calls import (
+
+from fi_ffi.ops.functions import OPS
+
+from tests.helpers.calls import bits, padded
+from tests.helpers.every_op import check_on, check_replayed
+from tests.helpers.rope_calls import (
     APPLY,
     CALLS_APPLY,
     COS_SIN,
@@ -19,10 +23,6 @@ from rope_calls import (
     check_in_place,
     judged,
 )
-
-from fi_ffi.ops.functions import OPS
-
-from calls import bits, padded
 
 both = pytest.mark.parametrize("interleave", [False, True], ids=["halves", "interleaved"])
 

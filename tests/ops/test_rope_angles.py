@@ -6,10 +6,11 @@ import math
 
 import numpy as np
 import pytest
-from every_op import check_on
-from rope_calls import ANGLES, F16, LLAMA_31, a_case
 
 from fi_ffi.ops.functions import OPS
+
+from tests.helpers.every_op import check_on
+from tests.helpers.rope_calls import ANGLES, F16, LLAMA_31, a_case
 
 both = pytest.mark.parametrize("interleave", [False, True], ids=["halves", "interleaved"])
 

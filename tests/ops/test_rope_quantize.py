@@ -7,15 +7,15 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 import pytest
-from every_op import check_on, check_replayed
-from rope_calls import CALLS_QUANTISE, QUANTISE, judged, part
 
 import fi_ffi
 from fi_ffi.ops.functions import OPS
 
-from calls import bits, edges, padded
-from helpers.cases import make_case
-from helpers.inputs.page import page_tables
+from tests.helpers.calls import bits, edges, padded
+from tests.helpers.cases import make_case
+from tests.helpers.every_op import check_on, check_replayed
+from tests.helpers.inputs.page import page_tables
+from tests.helpers.rope_calls import CALLS_QUANTISE, QUANTISE, judged, part
 
 APPENDING = QUANTISE[1:]
 KV, MLA = APPENDING

@@ -6,15 +6,15 @@ import re
 
 import numpy as np
 import pytest
-from rope_calls import ANGLES, APPLY, COS_SIN, QUANTISE
 
 import fi_ffi
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.notation import axis_size
 
-from helpers.cases import default_dtypes, make_case
-from helpers.inputs import inputs_of
-from prepared_calls import refusal_of, same_error
+from tests.helpers.cases import default_dtypes, make_case
+from tests.helpers.inputs import inputs_of
+from tests.helpers.prepared_calls import refusal_of, same_error
+from tests.helpers.rope_calls import ANGLES, APPLY, COS_SIN, QUANTISE
 
 
 def described(name, device="cpu", **more):

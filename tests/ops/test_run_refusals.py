@@ -8,7 +8,7 @@ import pytest
 
 import fi_ffi
 
-from plan_calls import KINDS, KV_HEADS, PAGE, PAGED, PAGES, Case, changed, refused
+from tests.helpers.plan_calls import KINDS, KV_HEADS, PAGE, PAGED, PAGES, Case, changed, refused
 
 CACHED = ("paged", "decode")
 BACKENDS = [(kind, backend) for kind in ("ragged", "paged", "mla") for backend in ("fa2", "fa3")]

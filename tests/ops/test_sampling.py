@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from every_op import check_on, check_replayed
-from sampling_calls import ARRAYS, DRAWING, SAMPLERS, SEEDS, make, run
 
 import fi_ffi
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference import from_formula
 
-from helpers.cases import make_case
-from helpers.inputs.sampling import probabilities
+from tests.helpers.cases import make_case
+from tests.helpers.every_op import check_on, check_replayed
+from tests.helpers.inputs.sampling import probabilities
+from tests.helpers.sampling_calls import ARRAYS, DRAWING, SAMPLERS, SEEDS, make, run
 
 # One token, odd sizes, whole vectors, a block of the kernel, and vocabularies.
 SIZES = (1, 2, 3, 5, 31, 128, 1000, 1024, 4096, 4099, 32000)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from every_op import check_on, check_replayed
-from sampling_calls import APART, CLOSE, TOP_P, ends, run
 
 import fi_ffi
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference.renorm import top_p_error
 
-from helpers.cases import make_case
-from helpers.inputs.sampling import probabilities
+from tests.helpers.cases import make_case
+from tests.helpers.every_op import check_on, check_replayed
+from tests.helpers.inputs.sampling import probabilities
+from tests.helpers.sampling_calls import APART, CLOSE, TOP_P, ends, run
 
 TOP_K = ("top_k_renorm_probs", "top_k_mask_logits")
 DTYPES = ("float32", "float16", "bfloat16")

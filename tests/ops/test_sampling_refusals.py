@@ -12,8 +12,8 @@ import fi_ffi
 from fi_ffi.ops.call import memory
 from fi_ffi.ops.functions import OPS
 
-from helpers.cases import make_case
-from ops.test_sampling_filters import SCRATCH, make
+from tests.helpers.cases import make_case
+from tests.ops.test_sampling_filters import SCRATCH, make
 
 
 @pytest.fixture

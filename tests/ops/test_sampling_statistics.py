@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sampling_calls import SAMPLERS, draws, filtered, run, surprise
 
-from helpers.inputs.sampling import probabilities
+from tests.helpers.inputs.sampling import probabilities
+from tests.helpers.sampling_calls import SAMPLERS, draws, filtered, run, surprise
 
 FILTERS = [
     ("sampling_from_probs", {}),

@@ -12,7 +12,7 @@ import fi_ffi
 from fi_ffi.loader import machine
 from fi_ffi.reference.attention.formula import Options, exact
 
-from plan_calls import DIM, HEADS, KV_HEADS, changed, refused
+from tests.helpers.plan_calls import DIM, HEADS, KV_HEADS, changed, refused
 
 E4M3 = "float8_e4m3fn"
 OPS = ("single_prefill", "single_decode")

@@ -22,8 +22,8 @@ from fi_ffi.ops.call import compiled
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 
-from plan_calls import KINDS, Case
-from prepared_calls import EVERY_OP, draw, full, placed
+from tests.helpers.plan_calls import KINDS, Case
+from tests.helpers.prepared_calls import EVERY_OP, draw, full, placed
 
 THREADS, ROUNDS = 8, 30
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from every_op import check_on, check_replayed
-from sampling_calls import run
 
 import fi_ffi
 from fi_ffi import reference
 from fi_ffi.ops.functions import OPS
 
-from helpers.cases import make_case
+from tests.helpers.cases import make_case
+from tests.helpers.every_op import check_on, check_replayed
+from tests.helpers.sampling_calls import run
 
 PLAIN, PAGES, RAGGED = (
     "radix_topk", "radix_topk_page_table_transform", "radix_topk_ragged_transform",

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from frames import write_tensor
 
 import fi_ffi
 from fi_ffi.abi._cffi import ffi
@@ -31,9 +30,10 @@ from fi_ffi.ops.watch import call_record, stream_progress, watching
 from fi_ffi.ops.watch import watchdog as module
 from fi_ffi.reference import norm
 
-from forking import in_child
-from helpers.hangs import Hangs, silent, until
-from plan_calls import Case
+from tests.helpers.forking import in_child
+from tests.helpers.frames import write_tensor
+from tests.helpers.hangs import Hangs, silent, until
+from tests.helpers.plan_calls import Case
 
 LIMIT = 0.25
 LONG = 30.0  # a limit that no test is to reach

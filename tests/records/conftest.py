@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from pinned import pinned_wheel, tvm_ffi_loaded
+from tests.helpers.pinned import pinned_wheel, tvm_ffi_loaded
 
 __all__ = ["pinned_wheel", "tvm_ffi_loaded"]

@@ -9,7 +9,7 @@ import pytest
 from fi_ffi.ops.attention import rows
 from fi_ffi.reference.attention.formula import Options, exact_batch, from_pages
 
-from attention_batches import (
+from tests.helpers.attention_batches import (
     DIM,
     DTYPES,
     HEADS,

@@ -9,7 +9,7 @@ from fi_ffi.errors import KernelError
 from fi_ffi.ops.attention import rows
 from fi_ffi.reference.attention import reference_kernel
 
-from attention_batches import DIM, HEADS, KV_HEADS, PAGE, QO_LENS, SCALE, Batch, call
+from tests.helpers.attention_batches import DIM, HEADS, KV_HEADS, PAGE, QO_LENS, SCALE, Batch, call
 
 FA2, FA3, FP8 = (rows.BATCH_PREFILL[name] for name in ("fa2", "fa3", "fa3_fp8"))
 WINDOW = (("use_sliding_window", True),)

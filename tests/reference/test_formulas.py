@@ -14,9 +14,9 @@ from fi_ffi.reference import kernels
 from fi_ffi.reference.exact import MOVES
 from fi_ffi.reference.formula import as_inputs
 
-from helpers.cases import default_dtypes, make_case
-from helpers.inputs import inputs_of
-from helpers.sampled import DEFINITIONS
+from tests.helpers.cases import default_dtypes, make_case
+from tests.helpers.inputs import inputs_of
+from tests.helpers.sampled import DEFINITIONS
 
 OF_FORMULAS = {row.formula: row for row in reversed(ROWS)}
 

@@ -11,8 +11,8 @@ from fi_ffi.ops.functions import OPS
 from fi_ffi.reference.reachable import NONE, Filter, around, rejected, slack
 from fi_ffi.reference.renorm import top_p_error, top_p_slack
 
-from helpers.cases import make_case
-from helpers.inputs.sampling import probabilities
+from tests.helpers.cases import make_case
+from tests.helpers.inputs.sampling import probabilities
 
 P = np.array([0.5, 0.25, 0.125, 0.125])
 ALL = np.ones(4, bool)

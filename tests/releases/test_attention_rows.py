@@ -10,7 +10,7 @@ from fi_ffi.ops.attention.rows import FORMS, ROWS, of_release
 from fi_ffi.ops.releases import FIRST, fits
 from fi_ffi.ops.row import KvLayout, Row, Tensor
 
-from bindings import RELEASES, added_parameters, exported, parameters
+from tests.releases.bindings import RELEASES, added_parameters, exported, parameters
 
 # Releases whose kernels can be called, the lock's and those around a change.
 CALLABLE = [

@@ -13,7 +13,7 @@ from fi_ffi.loader.lock import the_lock
 from tools.bindings import Source, read
 from tools.entries import entries_of
 
-from compiler import why_not_build
+from tests.helpers.compiler import why_not_build
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEFAULT = the_lock().default_release

@@ -8,7 +8,7 @@ from fi_ffi.loader.lock import the_lock
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.releases import fits
 
-from bindings import parameters
+from tests.releases.bindings import parameters
 
 OP = OPS["gdn_prefill"]
 RELEASES = ["0.6.3", "0.6.7", "0.6.8", "0.6.12", the_lock().default_release]

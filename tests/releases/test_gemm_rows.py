@@ -12,7 +12,7 @@ from fi_ffi.ops.matmul import rows
 from fi_ffi.ops.releases import fits
 from fi_ffi.ops.row import Row
 
-from bindings import RELEASES, exported, methods, parameters
+from tests.releases.bindings import RELEASES, exported, methods, parameters
 
 BLOCKSCALE = (
     "csrc/nv_internal/tensorrt_llm/kernels/cutlass_kernels/fp8_blockscale_gemm/"

@@ -22,7 +22,7 @@ from fi_ffi.ops.moe.interface import (
 from fi_ffi.ops.moe.modes import BLOCK, INT4_GROUP, MXFP4_GROUP
 from tools.bindings import Bindings, Source, read
 
-from bindings import RELEASES
+from tests.releases.bindings import RELEASES
 
 _BACKEND = "csrc/fused_moe/cutlass_backend/"
 _CUTLASS = "csrc/nv_internal/tensorrt_llm/kernels/cutlass_kernels/"

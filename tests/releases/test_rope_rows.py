@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 
 import pytest
-from rope_calls import APPLY, QUANTISE
 
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.table import rope
 
-from bindings import RELEASES, parameters
+from tests.helpers.rope_calls import APPLY, QUANTISE
+from tests.releases.bindings import RELEASES, parameters
 
 
 def flat(text: str) -> str:

@@ -14,7 +14,7 @@ from fi_ffi.ops.releases import fits
 from fi_ffi.ops.row import KV_LAYOUTS
 from fi_ffi.ops.table import ROWS
 
-from bindings import RELEASES, abi_type, exported, methods
+from tests.releases.bindings import RELEASES, abi_type, exported, methods
 
 
 def declared_by(release, row, sources) -> dict[str, Signature]:

@@ -10,7 +10,7 @@ from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.releases import fits
 from fi_ffi.ops.table import renorm, sampling, topk
 
-from bindings import RELEASES
+from tests.releases.bindings import RELEASES
 
 
 def row_of(name, release):

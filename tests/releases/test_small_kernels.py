@@ -8,7 +8,7 @@ from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.releases import fits
 from fi_ffi.ops.row import Row
 
-from bindings import RELEASES
+from tests.releases.bindings import RELEASES
 
 
 def row_of(name: str, release: str) -> Row | None:

@@ -16,7 +16,7 @@ from fi_ffi.loader import runtime
 from fi_ffi.loader import tvm_ffi as libtvm_ffi
 from fi_ffi.loader.tvm_ffi import Found
 
-from helpers.benchmarks import Call, Timing, host_calls, kernels_replaced, measure, noop, ways
+from tests.helpers.benchmarks import Call, Timing, host_calls, kernels_replaced, measure, noop, ways
 
 NAMES = [
     ways.EMPTY, ways.PREPARED, "prepared call, 3 new pointers, in a scope",

@@ -26,7 +26,7 @@ import pytest
 import fi_ffi
 from fi_ffi.loader import machine, runtime
 
-from helpers.benchmarks import Call, kernels_replaced, noop, ways
+from tests.helpers.benchmarks import Call, kernels_replaced, noop, ways
 
 
 class Budget(NamedTuple):

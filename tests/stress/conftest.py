@@ -9,8 +9,8 @@ import pytest
 
 import fi_ffi
 
-from gdn_stress.machines import Cpu, Gpu
-from gdn_stress.session import (  # noqa: F401  the hooks are pytest's
+from tests.gdn_stress.machines import Cpu, Gpu
+from tests.gdn_stress.session import (  # noqa: F401  the hooks are pytest's
     counted,
     pytest_runtest_makereport,
     pytest_terminal_summary,

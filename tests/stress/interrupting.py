@@ -9,7 +9,7 @@ import numpy as np
 
 import fi_ffi
 
-from plan_calls import KINDS, Case
+from tests.helpers.plan_calls import KINDS, Case
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 module = fi_ffi.module(sys.argv[1])

@@ -1,6 +1,6 @@
 """What tests/stress/test_leaks.py does many times over, each in a process of its own:
 
-    python leaking.py LIBRARY KIND COUNT [KIND COUNT]...
+    python -m tests.stress.leaking LIBRARY KIND COUNT [KIND COUNT]...
 
 prints what `gauges.run` found of each, as JSON.
 """
@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-from stress import gauges
 
 import fi_ffi
 from fi_ffi.abi import tensor
@@ -29,9 +28,10 @@ from fi_ffi.loader import runtime
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 
-from forking import in_child
-from plan_calls import KINDS, Case
-from prepared_calls import Mine, draw, placed
+from tests.helpers.forking import in_child
+from tests.helpers.plan_calls import KINDS, Case
+from tests.helpers.prepared_calls import Mine, draw, placed
+from tests.stress import gauges
 
 Work = tuple[Callable[[int], None], Mapping[str, Callable[[], int]]]
 RMSNORM = OPS["rmsnorm"]
@@ -218,7 +218,7 @@ def _bad_files(folder: Path, library: str) -> list[Path]:
 
 def _bad_wheel(folder: Path) -> Path:
     """A wheel with a member that is not what its RECORD says."""
-    from loader.server import NORM, make_wheel, record
+    from tests.loader.server import NORM, make_wheel, record
 
     path = folder / "flashinfer_jit_cache-0.6.13+cu130-py3-none-any.whl"
     text = record({NORM: b"what was recorded"})
@@ -256,7 +256,7 @@ def scopes(_: str) -> Work:
     """Stream scopes, empty and in use on a pretended GPU, nested and failing; watchdogs; logs."""
     import pytest
 
-    from attention.pretend import Pretend, current_stream
+    from tests.attention.pretend import Pretend, current_stream
 
     gpu = Pretend(pytest.MonkeyPatch())
     memory = [np.zeros((2, 8), np.float16), np.ones((2, 8), np.float16), np.ones(8, np.float16)]

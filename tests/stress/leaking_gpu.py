@@ -1,4 +1,7 @@
-"""What tests/gpu/test_leaks.py does many times over on a GPU: python leaking_gpu.py KIND COUNT."""
+"""What tests/gpu/test_leaks.py does many times over on a GPU.
+
+python -m tests.stress.leaking_gpu KIND COUNT
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 from cuda.bindings import runtime
-from stress import gauges
 
 import fi_ffi
 from fi_ffi.cli.cuda import DeviceArray, check
 from fi_ffi.loader import search
 from fi_ffi.ops.functions import OPS
 
-from helpers.cases import make_case
+from tests.helpers.cases import make_case
+from tests.stress import gauges
 
 Work = tuple[Callable[[int], None], Mapping[str, Callable[[], int]]]
 RMSNORM = OPS["rmsnorm"]

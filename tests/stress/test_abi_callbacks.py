@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from stress.abi_abuse.lab import Results, cases_of
 
-MODULE = "stress.abi_abuse.callbacks"
+from tests.stress.abi_abuse.lab import Results, cases_of
+
+MODULE = "tests.stress.abi_abuse.callbacks"
 RESULTS = Results(MODULE)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from stress.abi_abuse.lab import Results, cases_of
 
-MODULE = "stress.abi_abuse.returns"
+from tests.stress.abi_abuse.lab import Results, cases_of
+
+MODULE = "tests.stress.abi_abuse.returns"
 RESULTS = Results(MODULE)
 
 

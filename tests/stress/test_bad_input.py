@@ -3,14 +3,13 @@
     FI_FFI_STRESS=long python3 -m pytest -s tests/stress/test_bad_input.py
 
 At full length each family runs in a process of its own, so that a crash is told with its seed and
-the call it was in.  The seed repeats a run, with `.` and `tests` in PYTHONPATH:
+the call it was in.  The seed repeats a run, with `.` in PYTHONPATH:
 
     python3 -m stress.bad_input.run FAMILY COUNT SEED FILE
 """
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
@@ -21,29 +20,32 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stress.bad_input import rows
-from stress.bad_input.guard import guarded
-from stress.bad_input.memory import Room
-from stress.bad_input.run import run, subjects
-from stress_strength import LONG, scaled
 
 import fi_ffi
 from fi_ffi.families import FAMILIES
 from fi_ffi.ops.call.refuse import Refusals
 from fi_ffi.ops.functions import OPS
 
+from tests.helpers import children
+from tests.helpers.children import environment
+from tests.helpers.stress_strength import LONG, scaled
+from tests.stress.bad_input import rows
+from tests.stress.bad_input.guard import guarded
+from tests.stress.bad_input.memory import Room
+from tests.stress.bad_input.run import run, subjects
+
 # More than the 10,000 of docs/reliability.md: of some a descriptor cannot even be made.
 FULL, SHORT = 15_000, 50
-TESTS = Path(__file__).parents[1]
 NAMES = list(subjects())
 
 
 def in_a_child(name: str, count: int, number: int, journal: Path) -> str:
     """What a run in another process says; fails with the last call where it crashed."""
-    command = [sys.executable, "-X", "faulthandler", "-m", "stress.bad_input.run"]
+    command = [sys.executable, "-X", "faulthandler", "-m", "tests.stress.bad_input.run"]
     command += [name, str(count), str(number), str(journal)]
-    where = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-    done = subprocess.run(command, env=where, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(
+        command, env=environment(), cwd=children.ROOT, capture_output=True, text=True, timeout=1800
+    )
     last = journal.read_text() if journal.exists() else "none"
     told = f"{name} of seed {number}: exit {done.returncode}, the last call {last}"
     assert done.returncode == 0, told + done.stderr[-6000:]
@@ -76,10 +78,11 @@ def test_every_family_is_there():
 def test_a_crash_is_told_with_its_seed_and_call(tmp_path, monkeypatch):
     """A program that journals a call and dies in it."""
     journal = tmp_path / "journal"
-    (tmp_path / "stress" / "bad_input").mkdir(parents=True)
+    folder = tmp_path / "tests" / "stress" / "bad_input"
+    folder.mkdir(parents=True)
     dying = "import os, sys; open(sys.argv[4], 'w').write('the call'); os.kill(os.getpid(), 11)"
-    (tmp_path / "stress" / "bad_input" / "run.py").write_text(dying)
-    monkeypatch.setattr(sys.modules[__name__], "TESTS", tmp_path)
+    (folder / "run.py").write_text(dying)
+    monkeypatch.setattr(children, "ROOT", tmp_path)
     with pytest.raises(AssertionError, match=r"norm of seed 7: exit -11, the last call the call"):
         in_a_child("norm", 1, 7, journal)
 

@@ -20,12 +20,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from stress_strength import LONG, scaled
 
 from fi_ffi.loader import cache, upkeep
 from fi_ffi.loader.wheel import Wheel
 
-from forking import fork, in_child, wait
+from tests.helpers.forking import fork, in_child, wait
+from tests.helpers.stress_strength import LONG, scaled
 
 PROCESSES = scaled(32, 8)
 KILLS = scaled(200, 20)

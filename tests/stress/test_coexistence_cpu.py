@@ -6,11 +6,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import coexistence
 import pytest
-from stress_strength import scaled
 
 from fi_ffi.loader.kernels import open_source
+
+from tests.helpers import coexistence
+from tests.helpers.stress_strength import scaled
 
 NAMES = ("fi_ffi", "numpy", "torch", "tvm_ffi", "flashinfer", "jax")
 MISSING = coexistence.missing(NAMES)

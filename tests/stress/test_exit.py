@@ -6,8 +6,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from modules.conftest import compiled
-from stress.children import done
+
+from tests.helpers.children import done
+from tests.modules.conftest import compiled
 
 HERE = Path(__file__).parent
 
@@ -18,9 +19,9 @@ ALIVE = """
     import fi_ffi
     from fi_ffi.abi.objects import String, Tensor
     from fi_ffi.ops import cuda, graphs
-    from attention.pretend import Pretend
-    from plan_calls import KINDS, Case
-    from prepared_calls import Mine
+    from tests.attention.pretend import Pretend
+    from tests.helpers.plan_calls import KINDS, Case
+    from tests.helpers.prepared_calls import Mine
     from fi_ffi.reference import norm
 
     gpu = Pretend(pytest.MonkeyPatch())

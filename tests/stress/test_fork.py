@@ -11,9 +11,6 @@ import threading
 
 import numpy as np
 import pytest
-from modules.conftest import compiled
-from stress.children import done
-from stress.test_threads_stress import HERE
 
 import fi_ffi
 from fi_ffi.loader import machine as of_loader
@@ -21,9 +18,12 @@ from fi_ffi.loader import runtime
 from fi_ffi.ops import cuda, graphs
 from fi_ffi.ops.functions import OPS
 
-from forking import in_child
-from ops.conftest import gpu  # noqa: F401
-from plan_calls import KINDS, Case
+from tests.helpers.children import done
+from tests.helpers.forking import in_child
+from tests.helpers.plan_calls import KINDS, Case
+from tests.modules.conftest import compiled
+from tests.ops.conftest import gpu  # noqa: F401
+from tests.stress.test_threads_stress import HERE
 
 RMSNORM = OPS["rmsnorm"]
 REASON = "forked from one that had used a GPU"
@@ -264,7 +264,7 @@ MULTI = """
     import multiprocessing, sys
     import numpy as np
     import fi_ffi
-    from stress.forked import square
+    from tests.stress.forked import square
 
     if __name__ == "__main__":
         if sys.argv[2] == "used":

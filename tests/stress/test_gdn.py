@@ -6,20 +6,18 @@ held against float64 must be the same bits. `-m sanitizer` is a small one of eac
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from gdn_stress import findings, hang, scenarios
-from gdn_stress.lanes import Lane, Spec
-from gdn_stress.machines import OP, Cpu
-from gdn_stress.plays import check
-from gdn_stress.scenarios import EVERY, GQA, GVA
+from tests.gdn_stress import findings, hang, scenarios
+from tests.gdn_stress.lanes import Lane, Spec
+from tests.gdn_stress.machines import OP, Cpu
+from tests.gdn_stress.plays import check
+from tests.gdn_stress.scenarios import EVERY, GQA, GVA
+from tests.helpers.children import environment
 
-TESTS = Path(__file__).parents[1]
 DTYPES = pytest.mark.parametrize("dtype", OP.row.dtypes["T"])
 PLACES = pytest.mark.parametrize("in_place", [False, True], ids=["two places", "in place"])
 
@@ -132,11 +130,10 @@ def test_tokens_after_the_end(machine, rng, dtype):
 
 def child(machine: Cpu, which: str) -> tuple[int, str, str]:
     """Status, stdout and stderr of gdn_stress/hang.py, killed when its watchdog does not."""
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, hang.__file__, "gpu" if machine.is_gpu else "cpu", which]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": path},
+        env=environment(),
     ) as process:  # fmt: skip
         try:
             out, err = process.communicate(timeout=hang.SECONDS + 60)

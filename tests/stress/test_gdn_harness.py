@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -14,11 +12,11 @@ import pytest
 import fi_ffi
 from fi_ffi.reference.arrays import as_array
 
-from gdn_stress.lanes import Lane, Spec
-from gdn_stress.machines import Cpu
-from gdn_stress.plays import alone, check, check_chain
+from tests.gdn_stress.lanes import Lane, Spec
+from tests.gdn_stress.machines import Cpu
+from tests.gdn_stress.plays import alone, check, check_chain
+from tests.helpers.children import environment
 
-TESTS = Path(__file__).parents[1]
 STEPS = 4
 
 
@@ -145,11 +143,10 @@ def test_after():
 def test_a_hang_stops_the_session(tmp_path):
     test, result = tmp_path / "test_it.py", tmp_path / "result.xml"
     test.write_text(HANGING)
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pytest", "-p", "gdn_stress.session", "-s", str(test)]
+    command = [sys.executable, "-m", "pytest", "-p", "tests.gdn_stress.session", "-s", str(test)]
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", "--rootdir", tmp_path, f"--junitxml={result}"],
-        capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": path},
+        capture_output=True, text=True, timeout=60, env=environment(),
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "1 failed, 1 passed" in done.stdout

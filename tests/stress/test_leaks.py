@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from modules.conftest import compiled
-from stress import gauges
-from stress.children import environment
-from stress_strength import LONG, scaled
+
+from tests.helpers.children import environment
+from tests.helpers.stress_strength import LONG, scaled
+from tests.modules.conftest import compiled
+from tests.stress import gauges
 
 HERE = Path(__file__).parent
 COUNTS = {
@@ -38,9 +39,10 @@ HOUR = 3600
 def results(*kinds: str) -> dict[str, Any]:
     """What was found of each, by one program that has all of them in children."""
     wanted = [text for kind in kinds for text in (kind, str(scaled(*COUNTS[kind])))]
+    command = [sys.executable, "-m", "tests.stress.leaking", str(compiled(str(HERE / "counted.c")))]
     done = subprocess.run(
-        [sys.executable, str(HERE / "leaking.py"), str(compiled(str(HERE / "counted.c"))), *wanted],
-        capture_output=True, text=True, env=environment(), timeout=2 * HOUR, check=False,
+        [*command, *wanted], capture_output=True, text=True, env=environment(), timeout=2 * HOUR,
+        check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     found = [json.loads(line) for line in done.stdout.splitlines()]

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stress.packaged import MINORS, Bare, build, megabytes, members, pythons, run, source_tree
-from stress_strength import LONG
+
+from tests.helpers.stress_strength import LONG
+from tests.stress.packaged import MINORS, Bare, build, megabytes, members, pythons, run, source_tree
 
 # Megabytes; docs/reliability.md has what was measured.
 MOST_DOWNLOADED, MOST_INSTALLED = 50, 180

@@ -12,13 +12,14 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stress.abi_abuse.parsers import PARSERS, InMemory, feed, seeds_of
-from stress_strength import scaled
 
 from fi_ffi.abi.signature import parse_signature, parse_type
 from fi_ffi.errors import AbiError, ArtifactError, LoaderError
 from fi_ffi.loader import lock
 from fi_ffi.loader.record import parse_record
+
+from tests.helpers.stress_strength import scaled
+from tests.stress.abi_abuse.parsers import PARSERS, InMemory, feed, seeds_of
 
 TOKENS = [
     b"", b"<", b">", b"->", b"(0: ", b")", b", ", b"`", b"`. Expected 1 but got 2 arguments", b"\0",

@@ -14,16 +14,16 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from modules.conftest import compiled
-from stress.children import environment, start
-from stress_strength import LONG, scaled
 
 from fi_ffi.loader import cache, upkeep
 from fi_ffi.loader.wheel import Wheel
 
-from compiler import why_not_build
-from loader.conftest import LOCK
-from loader.server import INFO, NORM, File, Server, kernel_members, make_wheel, record
+from tests.helpers.children import environment, start
+from tests.helpers.compiler import why_not_build
+from tests.helpers.stress_strength import LONG, scaled
+from tests.loader.conftest import LOCK
+from tests.loader.server import INFO, NORM, File, Server, kernel_members, make_wheel, record
+from tests.modules.conftest import compiled
 
 HERE = Path(__file__).parent
 PATH = "/flashinfer_jit_cache-0.6.13+cu130-cp39-abi3-linux_x86_64.whl"

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from modules.conftest import compiled
-from stress.children import done
-from stress_strength import scaled
+
+from tests.helpers.children import done
+from tests.helpers.stress_strength import scaled
+from tests.modules.conftest import compiled
 
 HERE = Path(__file__).parent
 REFUSAL = (

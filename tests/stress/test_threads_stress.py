@@ -11,20 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from modules.conftest import compiled
-from stress.children import done
-from stress_strength import scaled
 
 import fi_ffi
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.loader import runtime
 from fi_ffi.ops.functions import OPS
 
-from attention.pretend import current_stream
-from ops.conftest import gpu, mine  # noqa: F401  the pretended GPU, and a kernel of ours
-from ops.test_threads import at_once
-from plan_calls import KINDS, Case
-from prepared_calls import draw, placed
+from tests.attention.pretend import current_stream
+from tests.helpers.children import done
+from tests.helpers.plan_calls import KINDS, Case
+from tests.helpers.prepared_calls import draw, placed
+from tests.helpers.stress_strength import scaled
+from tests.modules.conftest import compiled
+from tests.ops.conftest import gpu, mine  # noqa: F401  the pretended GPU, and a kernel of ours
+from tests.ops.test_threads import at_once
 
 HERE = Path(__file__).parent
 THREADS = 16
@@ -53,7 +53,7 @@ COLD = """
     import fi_ffi
     from fi_ffi.abi._cffi import ffi
     from fi_ffi.loader import runtime
-    from ops.test_threads import at_once
+    from tests.ops.test_threads import at_once
 
     same, others = sys.argv[1], sys.argv[2:]
     loaded, bad = [], same + ".none"

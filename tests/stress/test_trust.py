@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from stress.swapping import flip, in_memory, library_bytes
 
 import fi_ffi
 from fi_ffi.abi import library
@@ -23,9 +22,10 @@ from fi_ffi.loader.building.environment import find_cxx
 from fi_ffi.loader.kernels import ModuleFile, open_source
 from fi_ffi.loader.wheel import Wheel
 
-from forking import in_child
-from loader.server import make_wheel, record, sha256
-from pinned import TESTING_MEMBER, download_pinned_wheel, tvm_ffi_loaded
+from tests.helpers.forking import in_child
+from tests.helpers.pinned import TESTING_MEMBER, download_pinned_wheel, tvm_ffi_loaded
+from tests.loader.server import make_wheel, record, sha256
+from tests.stress.swapping import flip, in_memory, library_bytes
 
 __all__ = ["tvm_ffi_loaded"]
 

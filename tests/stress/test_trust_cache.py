@@ -25,7 +25,7 @@ from fi_ffi.loader.kernels import ModuleFile
 from fi_ffi.loader.urls import check_url, redirected
 from fi_ffi.loader.wheel import Wheel
 
-from loader.server import QUICK, File, Server, make_wheel, record, redirect, sha256
+from tests.loader.server import QUICK, File, Server, make_wheel, record, redirect, sha256
 
 OTHER = 54321
 CONTENT = os.urandom(5000)

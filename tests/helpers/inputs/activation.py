@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from helpers.inputs.family import Inputs
+from tests.helpers.inputs.family import Inputs
 
 _INPUTS = Inputs(small={"n": 4, "d": 16}, usual={"n": 32, "d": 4096})
 # By module, or by op.

@@ -12,7 +12,7 @@ from fi_ffi.ops.row import Row
 from fi_ffi.ops.table.block_scaled import ROWS_IN_ORDER, TILES_OF_128, layout_of, scales_of
 from fi_ffi.reference.arrays import Array
 
-from helpers.inputs.family import Inputs, Made
+from tests.helpers.inputs.family import Inputs, Made
 
 
 def make(

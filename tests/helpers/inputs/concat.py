@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from helpers.inputs.family import Inputs
+from tests.helpers.inputs.family import Inputs
 
 _HEADS = {"num_heads": 128, "nope_dim": 128, "rope_dim": 64}
 # By module, or by op.

@@ -11,7 +11,7 @@ from fi_ffi.ops.on_host import checkpoint_cu_starts
 from fi_ffi.ops.row import Row
 from fi_ffi.reference.arrays import Array
 
-from helpers.inputs.family import Inputs, Made
+from tests.helpers.inputs.family import Inputs, Made
 
 
 def make(

@@ -12,7 +12,7 @@ from fi_ffi.ops.row import Row
 from fi_ffi.ops.table.gemm import CUBLAS_BYTES
 from fi_ffi.reference.arrays import Array
 
-from helpers.inputs.family import Inputs, Made
+from tests.helpers.inputs.family import Inputs, Made
 
 
 def _scaled(

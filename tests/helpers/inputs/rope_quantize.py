@@ -10,8 +10,8 @@ import numpy as np
 from fi_ffi.ops.row import Row
 from fi_ffi.reference.arrays import Array
 
-from helpers.inputs import page, rope
-from helpers.inputs.family import Inputs, Made
+from tests.helpers.inputs import page, rope
+from tests.helpers.inputs.family import Inputs, Made
 
 
 def make(

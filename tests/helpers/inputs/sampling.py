@@ -10,7 +10,7 @@ import numpy as np
 from fi_ffi.ops.row import Row
 from fi_ffi.reference.arrays import Array
 
-from helpers.inputs.family import Inputs, Made
+from tests.helpers.inputs.family import Inputs, Made
 
 # What arrays of seeds are below: formulas are given them as float64.
 _MOST = 2**53

@@ -25,7 +25,7 @@ from fi_ffi.cli import main
 from fi_ffi.errors import LoaderError
 from fi_ffi.loader import cache, upkeep
 
-from forking import fork, in_child, wait
+from tests.helpers.forking import fork, in_child, wait
 
 
 def test_a_full_disk(sample: Any, small_disk: Path) -> None:

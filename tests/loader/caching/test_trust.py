@@ -13,7 +13,7 @@ import pytest
 from fi_ffi.errors import ArtifactError, LoaderError
 from fi_ffi.loader import trust
 
-from forking import in_child
+from tests.helpers.forking import in_child
 
 OTHER = 54321
 

@@ -10,10 +10,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from stress.abi_abuse.errors import MB, failure
-from stress.abi_abuse.lab import abuse
-from stress.abi_abuse.returns import OBJECTS, WITHOUT_FORM, counted
-
 from fi_ffi.abi import failure as failure_gate
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.failure import take_raised
@@ -23,6 +19,10 @@ from fi_ffi.abi.objects import Function, String
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.abi.values import make_function
 from fi_ffi.errors import KernelError
+
+from tests.stress.abi_abuse.errors import MB, failure
+from tests.stress.abi_abuse.lab import abuse
+from tests.stress.abi_abuse.returns import OBJECTS, WITHOUT_FORM, counted
 
 
 def lent(function: Callable[..., Any]) -> Function:
@@ -347,8 +347,8 @@ def case_objects_come_back_from_other_threads() -> None:
 
 
 def case_callbacks_leave_nothing() -> None:
-    from stress.abi_abuse.errors import _resident
-    from stress_strength import scaled
+    from tests.helpers.stress_strength import scaled
+    from tests.stress.abi_abuse.errors import _resident
 
     functions = [raising(ValueError("x" * 1000)), raising(NoTrace()), raising(MuteByExit())]
 

@@ -8,14 +8,14 @@ import threading
 import time
 from typing import Any
 
-from stress.abi_abuse.lab import abuse
-from stress.abi_abuse.returns import cell, counted
-
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.failure import take_raised
 from fi_ffi.abi.function import make_array
 from fi_ffi.abi.signature import parse_type, signature_from_mismatch
 from fi_ffi.errors import AbiError, KernelError
+
+from tests.stress.abi_abuse.lab import abuse
+from tests.stress.abi_abuse.returns import cell, counted
 
 MB = 2**20
 
@@ -64,7 +64,7 @@ def case_kinds_with_odd_names() -> None:
 
 
 def case_any_words() -> None:
-    from stress_strength import scaled
+    from tests.helpers.stress_strength import scaled
 
     seed = random.randrange(2**32)
     rng = random.Random(seed)
@@ -209,7 +209,7 @@ def case_signatures_of_a_megabyte() -> None:
 
 
 def case_failures_leave_nothing() -> None:
-    from stress_strength import scaled
+    from tests.helpers.stress_strength import scaled
 
     def fail(times: int) -> None:
         for _ in range(times):

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stress.children import environment
 
 from fi_ffi.errors import BuildError
 from fi_ffi.loader import runtime
 from fi_ffi.loader.building.environment import find_cxx
 
-from pinned import download_pinned_wheel
+from tests.helpers.children import environment
+from tests.helpers.pinned import download_pinned_wheel
 
 _SOURCE = Path(__file__).with_name("abuse.c")
 _folder = tempfile.TemporaryDirectory(prefix="fi-ffi-abuse-")
@@ -72,7 +72,7 @@ def _run(module: str, library: str) -> dict[str, str | None]:
     while len(found) < len(names):
         rest = names[len(found) :]
         done = subprocess.run(
-            [sys.executable, "-m", "stress.abi_abuse.lab", module, library, *rest],
+            [sys.executable, "-m", "tests.stress.abi_abuse.lab", module, library, *rest],
             capture_output=True, text=True, env=environment(), timeout=_SECONDS,
         )  # fmt: skip
         lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
@@ -119,6 +119,6 @@ class _Abuse:
 abuse = _Abuse()
 
 if __name__ == "__main__":
-    from stress.abi_abuse import lab  # the module that the cases import, not this `__main__`
+    from tests.stress.abi_abuse import lab  # the module that the cases import, not this `__main__`
 
     lab.main(*sys.argv[1:])

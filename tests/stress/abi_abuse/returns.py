@@ -7,14 +7,14 @@ import gc
 import random
 from typing import Any
 
-from stress.abi_abuse.lab import abuse
-
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Frame, FrameLayout, global_function, make_array, probe
 from fi_ffi.abi.library import TypeIndex
 from fi_ffi.abi.objects import OBJECT_TYPES, Object
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.errors import AbiError, FiFfiError
+
+from tests.stress.abi_abuse.lab import abuse
 
 PADDINGS = (0, 1, 0xDEADBEEF, 0xFFFFFFFF)
 PLAIN = {TypeIndex.NONE, TypeIndex.INT, TypeIndex.BOOL, TypeIndex.FLOAT, TypeIndex.OPAQUE_PTR}
@@ -350,7 +350,7 @@ def _random(rng: random.Random) -> None:
 
 
 def case_anything() -> None:
-    from stress_strength import scaled
+    from tests.helpers.stress_strength import scaled
 
     seed = random.randrange(2**32)
     rng = random.Random(seed)

@@ -7,13 +7,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import pod_calls
-import xqa_calls
 
 import fi_ffi
 
-import moe_layers
 from .functions import Known
+from tests.helpers import moe_layers, pod_calls, xqa_calls
 
 _F16 = np.float16
 # A tensor on a GPU that this machine has not, before the others are looked at.

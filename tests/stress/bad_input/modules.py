@@ -24,7 +24,7 @@ class Modules:
     """Calls of every_kind.cc's functions with anything."""
 
     def __init__(self) -> None:
-        from modules.conftest import compiled
+        from tests.modules.conftest import compiled
 
         self.module = fi_ffi.module(compiled("every_kind.cc"))
         names = [name for name in self.module.entries() if not name.startswith(_NOT)]

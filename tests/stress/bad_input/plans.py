@@ -20,7 +20,7 @@ from .guard import kernels_run, stopped
 from .judge import check_refusal
 from .memory import Room
 from .wrong import Wrong, another, built, changed, told, wrong_tensor
-from plan_calls import KINDS, OPTIONS, Case
+from tests.helpers.plan_calls import KINDS, OPTIONS, Case
 
 _RESULTS = ("o", "lse")
 _WORKSPACE = ("float", "int", "staging")

@@ -21,9 +21,9 @@ from .guard import kernels_run, stopped
 from .judge import check_refusal, check_signature_error
 from .memory import Room
 from .wrong import ALONE, ALWAYS, Wrong, another, built, told, wrong_tensor, wrong_value
-from calls import lacks
-from helpers.cases import make_case
-from helpers.inputs import inputs_of
+from tests.helpers.calls import lacks
+from tests.helpers.cases import make_case
+from tests.helpers.inputs import inputs_of
 
 _MOST = 3  # arguments at once
 _SLOW = 0.02  # seconds of a call, past which only one in so many that fit is made
@@ -220,7 +220,7 @@ def _call(call: Call, changes: dict[str, Any], must: bool, prepare: bool) -> str
 
 
 def _update(call: Call, values: dict[str, Any], wrong: dict[str, Wrong]) -> str:
-    from prepared_calls import frame_of
+    from tests.helpers.prepared_calls import frame_of
 
     made = call.op.prepare(**call.values, stream=call.stream)
     before = frame_of(made)

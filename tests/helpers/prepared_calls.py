@@ -16,9 +16,9 @@ from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor
 
-from calls import EVERY_CALL
-from helpers.cases import default_dtypes, make_case
-from helpers.inputs import inputs_of
+from tests.helpers.calls import EVERY_CALL
+from tests.helpers.cases import default_dtypes, make_case
+from tests.helpers.inputs import inputs_of
 
 _ALIGNMENT = 256  # of a scratch argument
 

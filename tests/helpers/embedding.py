@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "examples" / "interop" / "c_program"
+FOLDER = Path(__file__).parents[2] / "examples" / "interop" / "c_program"
 FIRST, WITH_CUDA = 0, 1  # the README's blocks
 _LEAST = "#include <Python.h>\nint main(void) { Py_Initialize(); return Py_FinalizeEx(); }\n"
 

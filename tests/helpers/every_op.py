@@ -13,10 +13,10 @@ from fi_ffi.loader import machine as of_loader
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 
-from calls import EVERY_CALL
-from helpers.cases import default_dtypes, make_case
-from helpers.inputs import inputs_of
-from prepared_calls import EVERY_OP
+from tests.helpers.calls import EVERY_CALL
+from tests.helpers.cases import default_dtypes, make_case
+from tests.helpers.inputs import inputs_of
+from tests.helpers.prepared_calls import EVERY_OP
 
 
 def _calls() -> Iterator[Any]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from blocks import ROOT
+from tests.helpers.blocks import ROOT
 
 LIMIT = 1800  # seconds, for a page with long blocks
 _LINKED = ("examples", "tools")
@@ -24,7 +24,7 @@ def run_page(page: Path, folder: Path, *options: str, **environment: str) -> str
     for name in _LINKED:
         (work / name).symlink_to(ROOT / name)
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "blocks_run.py"), str(page), *options],
+        [sys.executable, "-m", "tests.helpers.blocks_run", str(page), *options],
         cwd=work, env=_environment(folder) | environment, text=True, check=False,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LIMIT,
     )  # fmt: skip

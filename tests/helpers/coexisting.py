@@ -1,6 +1,6 @@
 """A process with several libraries, imported and used in a given order; run as a program.
 
-    python3 tests/coexisting.py "torch fi_ffi cupy" cpu|gpu [norm.so]
+    python3 -m tests.helpers.coexisting "torch fi_ffi cupy" cpu|gpu [norm.so]
 
 Each library computes something that is checked, on its own stream, and fails once on purpose.
 Prints, as JSON, which copies of shared libraries were mapped after each step.

@@ -15,7 +15,7 @@ from fi_ffi.cli.cases import Case
 from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.row import Row, Tensor
 
-from prepared_calls import room_for
+from tests.helpers.prepared_calls import room_for
 
 _BASE = 4096  # what the start of a memory is a multiple of
 _POISON = 0xA5

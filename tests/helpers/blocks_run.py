@@ -1,6 +1,6 @@
 """Run the blocks of one page, in order, in the current directory.
 
-    python tests/blocks_run.py PAGE [--gpu] [--long]
+    python -m tests.helpers.blocks_run PAGE [--gpu] [--long]
 
 One process for each page: what a block sets in fi_ffi or in the environment ends with it.
 """
@@ -20,7 +20,7 @@ import traceback
 import types
 from pathlib import Path
 
-from blocks import PARSED, Block, PageError, blocks_of
+from tests.helpers.blocks import PARSED, Block, PageError, blocks_of
 
 SH_LIMIT = 600  # seconds
 _FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

@@ -9,7 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers.children import ROOT
+
 PAGE = ROOT / "docs" / "adding-an-op.md"
 NAME = "mhc"
 _FILE = re.compile(r"`(fi_ffi/[\w/]+\.py)`:\n\n<!-- [^>]* -->\n```python\n(.*?)```", re.DOTALL)

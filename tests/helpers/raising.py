@@ -39,7 +39,7 @@ from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.row import Row, Tensor
 
-from plan_calls import Case
+from tests.helpers.plan_calls import Case
 
 X, W = np.ones((4, 64), np.float16), np.ones(64, np.float16)
 OUT = np.empty_like(X)

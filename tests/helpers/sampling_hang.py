@@ -12,10 +12,11 @@ import os
 import sys
 
 import numpy as np
-from sampling_calls import APART, CLOSE, TOP_P
 
 import fi_ffi
 from fi_ffi.cli.cuda import DeviceArray
+
+from tests.helpers.sampling_calls import APART, CLOSE, TOP_P
 
 SECONDS = 5.0
 

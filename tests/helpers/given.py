@@ -47,7 +47,7 @@ def on_host(tensor: Any) -> np.ndarray:
 
 def wheel_of(*modules: str) -> None:
     """A wheel of FlashInfer 0.6.13 that has these modules, with nothing in them, in this folder."""
-    from loader.server import record
+    from tests.loader.server import record
 
     members = {f"flashinfer_jit_cache/jit_cache/{name}/{name}.so": b"" for name in modules}
     wheel = "flashinfer_jit_cache-0.6.13+cu130-cp39-abi3-linux_x86_64.whl"
@@ -61,7 +61,7 @@ def testing_library() -> None:
     """libtvm_ffi_testing.so of the installed wheel, or of the pinned one, in this folder."""
     from fi_ffi.loader import runtime
 
-    from pinned import TESTING_MEMBER, download_pinned_wheel
+    from tests.helpers.pinned import TESTING_MEMBER, download_pinned_wheel
 
     here = Path(Path(TESTING_MEMBER).name)
     installed = Path(runtime.ensure_tvm_ffi().path).with_name(here.name)

@@ -11,7 +11,7 @@ import numpy as np
 from fi_ffi.cli.cases import Case
 from fi_ffi.ops.functions import OPS
 
-from helpers.cases import make_case
+from tests.helpers.cases import make_case
 
 SAMPLERS = (
     "sampling_from_probs", "top_k_sampling_from_probs", "top_p_sampling_from_probs",

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parent
+from tests.helpers.children import ROOT
 
 
 def missing(names: Iterable[str]) -> dict[str, str]:
@@ -42,11 +42,10 @@ def orders(names: Sequence[str], more: int) -> list[str]:
 
 def run(order: str, machine: str, kernels: Path | None, environment: Mapping[str, str]) -> Any:
     """One process; what it found mapped after each step."""
-    path = [str(HERE.parent), *filter(None, [environment.get("PYTHONPATH")]),
-            *filter(None, [os.environ.get("PYTHONPATH")])]  # fmt: skip
+    path = filter(None, (str(ROOT), environment.get("PYTHONPATH"), os.environ.get("PYTHONPATH")))
     given = [] if kernels is None else [str(kernels)]
     done = subprocess.run(
-        [sys.executable, str(HERE / "coexisting.py"), order, machine, *given],
+        [sys.executable, "-m", "tests.helpers.coexisting", order, machine, *given],
         env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(path)},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip

@@ -11,8 +11,8 @@ import fi_ffi
 from fi_ffi.cli.cases import Case
 from fi_ffi.ops.functions import OPS
 
-from calls import EVERY_CALL, bits
-from helpers.cases import make_case
+from tests.helpers.calls import EVERY_CALL, bits
+from tests.helpers.cases import make_case
 
 APPLY = (
     "apply_rope", "apply_llama31_rope", "apply_rope_pos_ids", "apply_llama31_rope_pos_ids",
