@@ -38,7 +38,7 @@ _MACHINES = {"EM_X86_64": "x86_64", "EM_AARCH64": "aarch64"}
 
 _TEXT_TAGS = {"DT_NEEDED", "DT_RUNPATH", "DT_RPATH"}
 
-_SYMBOL = struct.Struct("<IBBHQQ")  # Elf64_Sym: name, info, other, shndx, value, size
+SYMBOL = struct.Struct("<IBBHQQ")  # Elf64_Sym: name, info, other, shndx, value, size
 _BINDINGS = {1, 2}  # STB_GLOBAL, STB_WEAK: what dlsym finds
 _STT_FUNC = 2
 _VISIBLE = {0, 3}  # STV_DEFAULT, STV_PROTECTED
@@ -73,19 +73,19 @@ class Window:
     """
 
     def __init__(self, read: Callable[[int, int], bytes], start: int, size: int) -> None:
-        self._read, self._start, self.size = read, start, size
+        self._read, self.start, self.size = read, start, size
         self._position, self._reads_left = 0, _MAX_READS
 
     def at(self, offset: int, count: int) -> bytes:
         """Up to `count` bytes from `offset`; fewer at the end."""
         count = min(count, self.size - offset)
-        return self._read(self._start + offset, count) if offset >= 0 < count else b""
+        return self._read(self.start + offset, count) if offset >= 0 < count else b""
 
     def part(self, offset: int, size: int) -> Window:
         """The stretch of `size` bytes from `offset`; ValueError if it is not all inside."""
         if not 0 <= offset <= offset + size <= self.size:
             raise ValueError(f"{size} bytes at offset {offset} of {self.size}")
-        return Window(self._read, self._start + offset, size)
+        return Window(self._read, self.start + offset, size)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}
@@ -234,9 +234,9 @@ def _symbols(elf: Any, window: Window) -> tuple[tuple[str, ...], tuple[str, ...]
     functions: set[str] = set()
     requires: set[str] = set()
     table = _table(section, window)
-    if len(table) % _SYMBOL.size:
+    if len(table) % SYMBOL.size:
         raise ValueError(f"the dynamic symbol table has {len(table)} bytes")
-    for at, info, other, section_index, _value, _size in _SYMBOL.iter_unpack(table):
+    for at, info, other, section_index, _value, _size in SYMBOL.iter_unpack(table):
         if at not in wanted:
             continue
         name = _name(names, at)

@@ -1,26 +1,31 @@
-"""Variables of kernel files that are right for one GPU only, kept apart for each GPU.
+"""Kernel files that remember in static variables what holds for one GPU only.
 
-Some of FlashInfer's launchers remember in a static variable what holds for one device: that a
-kernel was allowed its shared memory (`is_initialized` of gdn_prefill_sm90 up to 0.6.13, and of
-kernels for SM100), or where its counters lie (`tbAssign` of POD).  On a process' second GPU the
-launch is then refused ("run failed"), or the kernel writes to the first one's memory.  These
-variables are in the file's symbol table, so whoever calls can give each GPU its own.
+Some of FlashInfer's launchers keep there that a kernel was allowed its shared memory
+(`is_initialized` of gdn_prefill_sm90 up to 0.6.13, and of kernels for SM100), or where its
+counters lie (`tbAssign` of POD).  On a process' second GPU the launch is then refused ("run
+failed"), or the kernel writes to the first one's memory.  A process that sees several GPUs
+therefore loads a copy of such a file for each further GPU that it calls the file's functions on.
 
-Nothing is done where a process sees one GPU.
+By default all copies of a file in a process share such a variable (STB_GNU_UNIQUE).  The
+symbol table of a copy makes it an ordinary one, which each copy has for itself.
 """
 
 from __future__ import annotations
 
+import hashlib
+import mmap
+import os
 import re
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.loader import cuda_errors, machine
-from fi_ffi.loader.elf import open_section
+from fi_ffi.abi.function import Entry
+from fi_ffi.loader import cuda_errors, held, machine
+from fi_ffi.loader.elf import FUNCTION_PREFIX, SYMBOL, open_section
+from fi_ffi.loader.kernels import ModuleFile
 
 # Modules that may have some: their symbol tables are read.
 _MODULES = re.compile(
@@ -28,50 +33,62 @@ _MODULES = re.compile(
 )
 # A static variable of a function, mangled: the function, then the variable's name.
 _VARIABLE = re.compile(
-    rb"_ZZ[\w.$]*?E(?:14is_initializedEbE(11initialized)|(8tbAssign))(?:_\d|__\d+_)?(?=\0)"
+    rb"_ZZ[\w.$]*?E(?:14is_initializedEbE11initialized|8tbAssign)(?:_\d|__\d+_)?(?=\0)"
 )
-_FLAG, _POINTER = 1, 8  # bytes
+_STB_GLOBAL, _STB_GNU_UNIQUE = 1, 10
+_INFO = 4  # bytes from a symbol's start to its st_info
 
-_lock = threading.RLock()
-library.renew_after_fork(globals(), "_lock", threading.RLock)
-_files: dict[Path, Banks | None] = {}
+_lock = threading.Lock()
+library.renew_after_fork(globals(), "_lock", threading.Lock)
+_copies: dict[str, Copies | None] = {}  # by the file's sha256
 
 Call = Callable[[Any, Any, int, Any], int]
 
 
-class Banks:
-    """A file's variables, and what they are on each device but the one they were last used on.
+class Copies:
+    """A kernel file, loaded once for each GPU; the first one has the file itself."""
 
-    One call at a time, which holds the lock to its end: a launcher reads them throughout.
-    Reentrant for signal handlers that launch.
-    """
+    def __init__(self, file: ModuleFile, handle: Any, variables: list[int]) -> None:
+        self._file, self._handle, self._variables = file, handle, variables
+        self._lock = threading.RLock()  # a signal handler may launch
+        self._by_device: dict[int, Any] = {}
 
-    def __init__(self, variables: list[memoryview]) -> None:
-        self._variables = variables
-        self._device: int | None = None
-        self._kept: dict[int, list[bytes]] = {}
-        self._lock = threading.RLock()
+    def handle(self, device: int) -> Any:
+        """The dlopen handle of a GPU's copy."""
+        with self._lock:
+            if device not in self._by_device:
+                self._by_device[device] = self._open_copy() if self._by_device else self._handle
+            return self._by_device[device]
 
-    def switch(self, device: int) -> None:
-        """Let the variables be a device's; on its first use they are as in a new process."""
-        if device == self._device:
-            return
-        if self._device is not None:
-            self._kept[self._device] = [bytes(variable) for variable in self._variables]
-            values = self._kept.get(device) or [bytes(len(v)) for v in self._variables]
-            for variable, value in zip(self._variables, values, strict=True):
-                variable[:] = value
-        self._device = device
-
-    def guard(self, call: Call) -> Call:
+    def function(self, symbol: str) -> Call:
         """A function of the file, on the device that is current when it is called."""
+        calls: dict[int, Call] = {}
 
-        def guarded(handle: Any, args: Any, count: int, result: Any) -> int:
-            with self._lock:
-                self.switch(_current_device())
-                return call(handle, args, count, result)
+        def dispatch(handle: Any, args: Any, count: int, result: Any) -> int:
+            device = _current_device()
+            call = calls.get(device)
+            if call is None:
+                owner = self.handle(device)
+                address = library.find_symbol(owner, FUNCTION_PREFIX + symbol)
+                call = calls[device] = Entry(symbol, address, owner=owner).address
+            return call(handle, args, count, result)
 
-        return guarded
+        return dispatch
+
+    def _open_copy(self) -> Any:
+        path = self._file.path
+        # Left open: the dynamic linker knows the copy by its descriptor's name.
+        fd = os.memfd_create(path.name, os.MFD_CLOEXEC)
+        source = held.descriptor(self._file.sha256)
+        with mmap.mmap(source, 0, access=mmap.ACCESS_COPY) as content:
+            if hashlib.sha256(content).hexdigest() != self._file.sha256:
+                raise held.changed(path, "after this process had loaded it")
+            for at in self._variables:
+                if content[at] >> 4 == _STB_GNU_UNIQUE:
+                    content[at] = _STB_GLOBAL << 4 | content[at] & 0xF
+            with open(fd, "wb", closefd=False) as copy:
+                copy.write(content)
+        return library.open_module(str(path), f"/proc/self/fd/{fd}")
 
 
 def _current_device() -> int:
@@ -82,26 +99,27 @@ def _current_device() -> int:
     return int(current[0])
 
 
-def guarded(path: Path, handle: Any, call: Call) -> Call:
-    """A function of a kernel file that may be called on several GPUs in turns."""
-    if not _MODULES.fullmatch(path.stem) or machine.device_count() < 2:
+def on_each_gpu(file: ModuleFile, handle: Any, symbol: str, call: Call) -> Call:
+    """A function of a loaded kernel file that may be called on several GPUs."""
+    if not _MODULES.fullmatch(file.path.stem) or machine.device_count() < 2:
         return call
     with _lock:
-        if path not in _files:
-            found = variables(path, handle)
-            _files[path] = Banks(found) if found else None
-        banks = _files[path]
-    return call if banks is None else banks.guard(call)
+        if file.sha256 not in _copies:
+            found = variables(file)
+            _copies[file.sha256] = Copies(file, handle, found) if found else None
+        copies = _copies[file.sha256]
+    return call if copies is None else copies.function(symbol)
 
 
-def variables(path: Path, handle: Any) -> list[memoryview]:
-    """The variables of a loaded file that hold for one GPU; all are zero when it is loaded."""
-    with open_section(path, ".dynstr") as names:
-        table = b"" if names is None else names.at(0, names.size)
-    found = []
-    for match in _VARIABLE.finditer(table):
-        address = library.find_symbol(handle, match[0].decode())
-        if address is not None:
-            size = _FLAG if match[1] else _POINTER
-            found.append(memoryview(ffi.buffer(address, size)).cast("B"))
-    return found
+def variables(file: ModuleFile) -> list[int]:
+    """Where a loaded file says how the variables that hold for one GPU are bound."""
+    name = f"/proc/self/fd/{held.descriptor(file.sha256)}"
+    with open_section(name, ".dynstr") as names:
+        text = b"" if names is None else names.at(0, names.size)
+    wanted = {match.start() for match in _VARIABLE.finditer(text)}
+    if not wanted:
+        return []
+    with open_section(name, ".dynsym") as symbols:
+        assert symbols is not None  # it has a table of their names
+        table = enumerate(SYMBOL.iter_unpack(symbols.at(0, symbols.size)))
+        return [symbols.start + i * SYMBOL.size + _INFO for i, (at, *_) in table if at in wanted]

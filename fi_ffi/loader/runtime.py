@@ -150,7 +150,7 @@ def kernel_entry(
 
 def _attested(module: str, declared: Signature, releases: str, device: int | None) -> Entry:
     loaded = load(module, device)
-    entry = exported(loaded.handle, loaded.file.path, declared.name)
+    entry = exported(loaded, declared.name)
     entry.name = f"{module}.{declared.name}"
     found = signature_of(loaded, entry, declared.name)
     if found is None or not found.same_types(declared):
@@ -184,14 +184,16 @@ def signature_of(loaded: Loaded, entry: Entry, symbol: str) -> Signature | None:
     return found
 
 
-def exported(handle: Any, path: Path, symbol: str) -> Entry:
+def exported(loaded: Loaded, symbol: str) -> Entry:
     """A function that a library exports."""
-    address = library.find_symbol(handle, FUNCTION_PREFIX + symbol)
+    address = library.find_symbol(loaded.handle, FUNCTION_PREFIX + symbol)
     if address is None:
-        names = ", ".join(inspect_elf(path).functions)
-        raise KernelNotFoundError(f"{path} exports no {symbol!r}; it exports: {names or 'none'}")
-    entry = Entry(symbol, address, owner=handle)
-    call = per_device.guarded(path, handle, entry.address)
+        names = ", ".join(loaded.facts.functions)
+        raise KernelNotFoundError(
+            f"{loaded.file.path} exports no {symbol!r}; it exports: {names or 'none'}"
+        )
+    entry = Entry(symbol, address, owner=loaded.handle)
+    call = per_device.on_each_gpu(loaded.file, loaded.handle, symbol, entry.address)
     entry.address = cuda_errors.spared(symbol, call, lambda: machine.load_cudart()[0])
     return entry
 
@@ -232,7 +234,7 @@ def file_signatures(path: str | os.PathLike[str]) -> dict[str, Signature | str]:
     found: dict[str, Signature | str] = {}
     for name in loaded.facts.functions:
         try:
-            found[name] = probe(exported(loaded.handle, loaded.file.path, name))
+            found[name] = probe(exported(loaded, name))
         except AbiError as error:
             found[name] = str(error)
     return found

@@ -48,7 +48,7 @@ class Recording:
         self._loaded = runtime.load_file(self.path)
 
     def entry(self, name: str) -> Entry:
-        return runtime.exported(self._loaded.handle, self.path, name)
+        return runtime.exported(self._loaded, name)
 
     def last(self) -> str:
         return str(self.entry("last")())

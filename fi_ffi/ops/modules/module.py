@@ -131,7 +131,7 @@ class Export(Unique):
 
     def _find(self, device: int | None) -> Entry:
         loaded, first = self.source.loaded(device), self.source.loaded(None)
-        entry = runtime.exported(loaded.handle, loaded.file.path, self.symbol)
+        entry = runtime.exported(loaded, self.symbol)
         entry.name = self.name
         if self._signature is not None and loaded.file.sha256 != first.file.sha256:
             found = runtime.signature_of(loaded, entry, self.symbol)
