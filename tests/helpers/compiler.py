@@ -1,14 +1,52 @@
-"""Whether this machine can compile kernels."""
+"""Compilers of this machine: libraries that tests make, and whether kernels can be built.
+
+A test that asks for one is skipped where there is none, and in a run of a sample, which takes
+neither a compiler nor the network.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
+import subprocess
+from pathlib import Path
+
+import pytest
+
 from fi_ffi.errors import BuildError
+from fi_ffi.loader import tvm_ffi
 from fi_ffi.loader.building.environment import find_cxx, find_toolkits
 from fi_ffi.loader.machine import CUDA_MAJOR
+
+from tests.helpers import sampling
+
+_LANGUAGES = {".c": ["-xc"], ".cc": ["-xc++", "-std=c++17"], ".cpp": ["-xc++", "-std=c++17"]}
+
+
+def cxx() -> list[str]:
+    """The command of a C++ compiler, or the test is skipped."""
+    sampling.only_in_full("needs a C++ compiler")
+    try:
+        return find_cxx().split()
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+def headers() -> Path:
+    """The include folder of the installed apache-tvm-ffi."""
+    distribution = importlib.metadata.distribution(tvm_ffi.PROJECT)
+    return Path(str(distribution.locate_file("tvm_ffi/include")))
+
+
+def library(source: Path, made: Path, *options: str) -> Path:
+    """A shared library of a C or C++ source, which may use tvm-ffi's headers."""
+    command = [*cxx(), *_LANGUAGES[source.suffix], "-shared", "-fPIC", f"-I{headers()}"]
+    subprocess.run([*command, str(source), "-o", str(made), *options], check=True, timeout=300)
+    return made
 
 
 def why_not_build() -> str | None:
     """Why kernels cannot be compiled on this machine, or None if they can be."""
+    sampling.only_in_full("compiles kernels")
     if not any(toolkit.major == CUDA_MAJOR for toolkit in find_toolkits()):
         return f"no nvcc of CUDA {CUDA_MAJOR} on this machine"
     try:

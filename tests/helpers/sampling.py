@@ -1,4 +1,5 @@
-"""What `python3 -m pytest` runs without arguments: of each test with many cases a few, drawn anew.
+"""What `python3 -m pytest` runs without arguments: of each test with many cases a few, drawn anew,
+and nothing that takes a compiler, the network or minutes.
 
 `--all` runs every case, and so does naming a file, a test or a marker.  The seed is in the header;
 `--sample-seed` repeats a draw.  All processes of pytest-xdist draw alike.
@@ -13,6 +14,13 @@ import pytest
 
 CASES = 12  # of a test, at most
 _SEED = pytest.StashKey[int | None]()
+_is_sample = False
+
+
+def only_in_full(why: str) -> None:
+    """Skip the test that asks in a run of a sample."""
+    if _is_sample:
+        pytest.skip(f"{why}: --all")
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -30,6 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
         if seed is None:
             seed = random.SystemRandom().randrange(2**32)
     config.stash[_SEED] = seed
+    global _is_sample
+    _is_sample = seed is not None
 
 
 @pytest.hookimpl(optionalhook=True)
