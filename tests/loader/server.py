@@ -278,9 +278,10 @@ def make_wheel(
     record_text: bytes | None = None,
     comment: bytes = b"",
     zip64: bool = False,
+    compression: int = zipfile.ZIP_DEFLATED,
 ) -> bytes:
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(out, "w", compression) as archive:
         archive.comment = comment
         for name, content in members.items():
             with archive.open(name, "w", force_zip64=zip64) as file:
