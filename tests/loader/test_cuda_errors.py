@@ -7,7 +7,7 @@ What a GPU would answer is pretended.
 from __future__ import annotations
 
 import contextlib
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 
@@ -32,13 +32,13 @@ class Watched:
     Without a driver the runtime gives the same error for ever, asked for or not.
     """
 
-    def __init__(self, runtime: Any) -> None:
+    def __init__(self, runtime):
         self._runtime, self.is_left, self.failures = runtime, False, 0
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name):
         function = getattr(self._runtime, name)
 
-        def call(*args: object) -> Any:
+        def call(*args):
             code = function(*args)
             if name == "cudaGetLastError":
                 self.is_left = False
@@ -50,7 +50,7 @@ class Watched:
 
 
 @pytest.fixture
-def real(monkeypatch: pytest.MonkeyPatch) -> Watched:
+def real(monkeypatch):
     """The CUDA runtime, on a machine where all it has to say is that there is no GPU."""
     try:
         runtime, path = machine.load_cudart()
@@ -78,7 +78,7 @@ FAILING = {
 }
 
 
-def _array() -> None:
+def _array():
     import numpy as np
 
     from fi_ffi.cli.cuda import DeviceArray
@@ -87,9 +87,7 @@ def _array() -> None:
 
 
 @pytest.mark.parametrize("name", FAILING)
-def test_nothing_is_left_of_a_failed_call(
-    name: str, real: Watched, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_left_of_a_failed_call(name, real, monkeypatch):
     from cuda.bindings import runtime as theirs
 
     asked: list[int] = []
@@ -101,7 +99,7 @@ def test_nothing_is_left_of_a_failed_call(
     assert asked, "cuda-python's runtime has a last error too"
 
 
-def test_a_failed_call_says_what_cuda_says(real: Any) -> None:
+def test_a_failed_call_says_what_cuda_says(real):
     code = real.cudaSetDevice(0)
     with pytest.raises(fi_ffi.KernelError) as caught:
         cuda.check(code, "cudaSetDevice")
@@ -113,43 +111,43 @@ def test_a_failed_call_says_what_cuda_says(real: Any) -> None:
 class Runtime:
     """A runtime whose calls end in one code, with the last error of a thread."""
 
-    def __init__(self, code: int, left: int = 0) -> None:
+    def __init__(self, code, left=0):
         self.code, self.left = code, left
         self.queries = 0
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name):
         if not name.startswith("cuda"):
             raise AttributeError(name)
         return self._fail
 
-    def _fail(self, *_: object) -> int:
+    def _fail(self, *_):
         self.left = self.code or self.left
         return self.code
 
-    def cudaGetLastError(self) -> int:
+    def cudaGetLastError(self):
         code, self.left = self.left, 0
         return code
 
-    def cudaGetErrorString(self, code: int) -> Any:
+    def cudaGetErrorString(self, code):
         self._text = ffi.new("char[]", WORDS.get(code, b"something else"))
         return self._text
 
-    def cudaStreamQuery(self, stream: Any) -> int:
+    def cudaStreamQuery(self, stream):
         assert int(ffi.cast("uintptr_t", stream)) == 2, "no stream that may be recording"
         self.queries += 1
         return self._fail()
 
-    def cudaStreamIsCapturing(self, stream: Any, status: Any) -> int:
+    def cudaStreamIsCapturing(self, stream, status):
         status[0] = 0
         # Of a stream that is asked about by a caller; of the own, it is not known to tell.
         return 0 if int(ffi.cast("uintptr_t", stream)) == 2 else self._fail()
 
 
 @pytest.fixture
-def pretended(monkeypatch: pytest.MonkeyPatch) -> Any:
+def pretended(monkeypatch):
     """Puts a pretended runtime in place."""
 
-    def install(code: int, left: int = 0, has_context: bool = True) -> Runtime:
+    def install(code, left=0, has_context=True):
         runtime = Runtime(code, left)
         monkeypatch.setattr(machine, "load_cudart", lambda: (runtime, "a pretended one"))
         monkeypatch.setattr(machine, "thread", machine._Thread())
@@ -161,7 +159,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Any:
     return install
 
 
-def is_told(error: fi_ffi.DeviceError, op: str) -> None:
+def is_told(error, op):
     assert (error.op, error.kind, error.code) == (op, "cudaErrorIllegalAddress", ILLEGAL)
     assert isinstance(error, fi_ffi.KernelError)
     assert not isinstance(error, ValueError), "no argument of this call is at fault"
@@ -182,14 +180,14 @@ CALLS = {
 }
 
 
-def made_event() -> cuda.Event:
+def made_event():
     event = object.__new__(cuda.Event)
     event._handle = ffi.NULL
     return event
 
 
 @pytest.mark.parametrize("op", CALLS)
-def test_a_lost_gpu_is_noticed_by_every_call(op: str, pretended: Any, monkeypatch: Any) -> None:
+def test_a_lost_gpu_is_noticed_by_every_call(op, pretended, monkeypatch):
     runtime = pretended(ILLEGAL)
     monkeypatch.setattr(machine, "device_count", lambda: 2)
     if op == "cudaStreamBeginCapture":  # as `cuda.current` asks first
@@ -201,23 +199,23 @@ def test_a_lost_gpu_is_noticed_by_every_call(op: str, pretended: Any, monkeypatc
     assert runtime.left == 0
 
 
-def test_an_event_that_is_not_done_leaves_nothing(pretended: Any) -> None:
+def test_an_event_that_is_not_done_leaves_nothing(pretended):
     runtime = pretended(NOT_READY)
     assert not made_event().is_done()
     assert runtime.left == 0, "the next kernel's launcher would take it for its own"
 
 
-def test_what_is_given_back_leaves_nothing(pretended: Any) -> None:
+def test_what_is_given_back_leaves_nothing(pretended):
     runtime = pretended(ILLEGAL)
     cuda.unless_cut_off(runtime.cudaEventDestroy, ffi.NULL)  # a finalizer: raises to nobody
     assert runtime.left == 0
 
 
-def kernel_error(message: str) -> fi_ffi.KernelError:
+def kernel_error(message):
     return fi_ffi.KernelError("mhc.mhc_post", "RuntimeError", message, "frames")
 
 
-def test_a_stale_error_is_named_and_forgotten(pretended: Any) -> None:
+def test_a_stale_error_is_named_and_forgotten(pretended):
     runtime = pretended(0, left=INVALID_DEVICE)
     blamed = kernel_error("mhc_post kernel launch failed with error code invalid device ordinal")
     found = machine.examined(blamed)
@@ -227,7 +225,7 @@ def test_a_stale_error_is_named_and_forgotten(pretended: Any) -> None:
     assert runtime.left == 0
 
 
-def test_a_kernel_s_own_error_stays_itself(pretended: Any) -> None:
+def test_a_kernel_s_own_error_stays_itself(pretended):
     """What its launch left behind is forgotten: the next launcher may ask for it."""
     runtime = pretended(0, left=1)
     own = kernel_error("FusedAddRMSNorm failed with error invalid argument")
@@ -236,7 +234,7 @@ def test_a_kernel_s_own_error_stays_itself(pretended: Any) -> None:
 
 
 @pytest.mark.parametrize("left", [ILLEGAL, 0], ids=["left", "asked for"])
-def test_a_lost_gpu_behind_a_kernel_s_error(left: int, pretended: Any) -> None:
+def test_a_lost_gpu_behind_a_kernel_s_error(left, pretended):
     runtime = pretended(ILLEGAL, left=left)
     own = kernel_error("run failed")
     found = machine.examined(own)
@@ -247,14 +245,14 @@ def test_a_lost_gpu_behind_a_kernel_s_error(left: int, pretended: Any) -> None:
     assert machine.examined(found) is found
 
 
-def test_a_thread_without_a_context_gets_none_by_asking(pretended: Any) -> None:
+def test_a_thread_without_a_context_gets_none_by_asking(pretended):
     runtime = pretended(ILLEGAL, has_context=False)
     own = kernel_error("run failed")
     assert machine.examined(own) is own
     assert runtime.queries == 0
 
 
-def test_a_device_that_is_not_there(pretended: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_is_not_there(pretended, monkeypatch):
     """What began it: cuda:1 on a machine with one GPU."""
     runtime = pretended(INVALID_DEVICE)
     monkeypatch.setattr(machine, "_device_count", 1)
@@ -273,7 +271,7 @@ class Exporter:
     __cuda_array_interface__: ClassVar = {"data": (64, False), "shape": (2,), "typestr": "<f4"}
 
 
-def test_no_argument_is_blamed_for_a_lost_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_argument_is_blamed_for_a_lost_gpu(monkeypatch):
     driver = pytest.importorskip("cuda.bindings.driver", reason="cuda-python is not installed")
     error = driver.CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
     monkeypatch.setattr(driver, "cuInit", lambda flags: (0,))
@@ -282,13 +280,13 @@ def test_no_argument_is_blamed_for_a_lost_gpu(monkeypatch: pytest.MonkeyPatch) -
         fi_ffi.as_desc(Exporter(), "rmsnorm", "input")
 
 
-def test_a_kernel_that_fails_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_fails_is_examined(monkeypatch):
     """Typed calls, repeated ones, prepared ones and entries: on a GPU, and not on the CPU."""
     import numpy as np
 
     seen: list[str] = []
 
-    def examine(error: fi_ffi.KernelError) -> fi_ffi.KernelError:
+    def examine(error):
         seen.append(error.op)
         return failure.lost(error.op, ILLEGAL)
 
@@ -309,10 +307,10 @@ def test_a_kernel_that_fails_is_examined(monkeypatch: pytest.MonkeyPatch) -> Non
 class Left:
     """A runtime with an error left once."""
 
-    def __init__(self, code: int) -> None:
+    def __init__(self, code):
         self._code = code
 
-    def cudaGetLastError(self) -> int:
+    def cudaGetLastError(self):
         code, self._code = self._code, 0
         return code
 
@@ -320,7 +318,7 @@ class Left:
 def test_a_launcher_that_would_end_the_process_is_not_called():
     called, runtime = [], Left(INVALID_DEVICE)
 
-    def call(*args: Any) -> int:
+    def call(*args):
         called.append(args)
         return 0
 

@@ -9,7 +9,6 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -35,10 +34,10 @@ class Symbol:
 
 
 class Strings:
-    def __init__(self) -> None:
+    def __init__(self):
         self.data = bytearray(1)
 
-    def add(self, text: str) -> int:
+    def add(self, text):
         self.data += text.encode() + b"\0"
         return len(self.data) - len(text) - 1
 
@@ -63,7 +62,7 @@ class Library:
     kind: int = 3  # ET_DYN
     extra: dict[str, bytes] = field(default_factory=dict)
 
-    def build(self) -> bytes:
+    def build(self):
         strings = Strings()
         symbols = bytes(24) + b"".join(self._symbol(each, strings) for each in self.symbols)
         tags = b"".join(struct.pack("<QQ", tag, strings.add(text)) for tag, text in self.tags)
@@ -77,7 +76,7 @@ class Library:
         return self._lay_out(sections)
 
     @staticmethod
-    def _symbol(symbol: Symbol, strings: Strings) -> bytes:
+    def _symbol(symbol, strings):
         return struct.pack(
             "<IBBHQQ",
             strings.add(symbol.name),
@@ -88,7 +87,7 @@ class Library:
             16,
         )
 
-    def _lay_out(self, sections: list[Section]) -> bytes:
+    def _lay_out(self, sections):
         names = Strings()
         sections.append(Section(".shstrtab", 3, b""))
         name_offsets = [names.add(section.name) for section in sections]
@@ -137,7 +136,7 @@ LIBRARY = Library(
 IMAGE = LIBRARY.build()
 
 
-def test_reads_the_whole_interface(tmp_path: Path) -> None:
+def test_reads_the_whole_interface(tmp_path):
     path = tmp_path / "norm.so"
     path.write_bytes(IMAGE)
     assert inspect_elf(path) == ElfInfo(
@@ -149,13 +148,13 @@ def test_reads_the_whole_interface(tmp_path: Path) -> None:
     )
 
 
-def test_reads_the_same_from_bytes_and_from_a_path_as_text(tmp_path: Path) -> None:
+def test_reads_the_same_from_bytes_and_from_a_path_as_text(tmp_path):
     path = tmp_path / "norm.so"
     path.write_bytes(IMAGE)
     assert inspect_elf(IMAGE) == inspect_elf(str(path)) == inspect_elf(path)
 
 
-def test_a_library_that_says_nothing_has_an_empty_interface() -> None:
+def test_a_library_that_says_nothing_has_an_empty_interface():
     assert inspect_elf(Library(machine=AARCH64).build()) == ElfInfo(
         machine="aarch64",
         needed=(),
@@ -165,11 +164,11 @@ def test_a_library_that_says_nothing_has_an_empty_interface() -> None:
     )
 
 
-def test_the_older_search_path_counts_where_the_newer_is_absent() -> None:
+def test_the_older_search_path_counts_where_the_newer_is_absent():
     assert inspect_elf(Library(tags=[(RPATH, "/old")]).build()).runpath == "/old"
 
 
-def test_a_name_inside_another_name_is_found() -> None:
+def test_a_name_inside_another_name_is_found():
     """Linkers store a name that ends another one only once."""
     image = bytearray(Library([Symbol("x__tvm_ffi_run"), Symbol("spare")]).build())
     names = image.index(b"\0x__tvm_ffi_run\0")
@@ -179,7 +178,7 @@ def test_a_name_inside_another_name_is_found() -> None:
     assert inspect_elf(bytes(image)).functions == ("run",)
 
 
-def test_a_section_is_read_only_where_it_is() -> None:
+def test_a_section_is_read_only_where_it_is():
     with open_section(IMAGE, ".nv_fatbin") as window:
         assert window is not None
         assert window.size == len(b"device code")
@@ -205,12 +204,12 @@ def test_a_section_is_read_only_where_it_is() -> None:
         (Library(kind=1).build(), "not a shared library"),
     ],
 )
-def test_says_what_is_wrong(image: bytes, reason: str) -> None:
+def test_says_what_is_wrong(image, reason):
     with pytest.raises(ArtifactError, match=reason):
         inspect_elf(image)
 
 
-def _with_header(name: str, **fields: int) -> bytes:
+def _with_header(name, **fields):
     """IMAGE with a field of one section's header overwritten."""
     positions = {"offset": 24, "size": 32, "link": 40, "info": 44, "entry_size": 56}
     image = bytearray(IMAGE)
@@ -243,24 +242,24 @@ def _with_header(name: str, **fields: int) -> bytes:
         IMAGE[:58] + struct.pack("<HH", 0, 0) + IMAGE[62:],
     ],
 )
-def test_a_table_that_lies_is_refused_at_once(image: bytes) -> None:
+def test_a_table_that_lies_is_refused_at_once(image):
     before = time.monotonic()
     with pytest.raises(ArtifactError):
         inspect_elf(image)
     assert time.monotonic() - before < 5
 
 
-def test_a_table_that_takes_too_many_reads_is_given_up() -> None:
+def test_a_table_that_takes_too_many_reads_is_given_up():
     with pytest.raises(ArtifactError, match="without end"):
         inspect_elf(Library(tags=[(FLAGS, "")] * 60_000).build())
 
 
-def test_a_symbol_name_without_end_is_refused() -> None:
+def test_a_symbol_name_without_end_is_refused():
     with pytest.raises(ArtifactError, match="symbol name of more than"):
         inspect_elf(Library([Symbol(FUNCTION_PREFIX + "x" * 5000)]).build())
 
 
-def test_a_directory_a_fifo_and_a_missing_file(tmp_path: Path) -> None:
+def test_a_directory_a_fifo_and_a_missing_file(tmp_path):
     with pytest.raises(ArtifactError, match="not a regular file"):
         inspect_elf(tmp_path)
     os.mkfifo(tmp_path / "pipe")
@@ -273,14 +272,14 @@ def test_a_directory_a_fifo_and_a_missing_file(tmp_path: Path) -> None:
         inspect_elf("nul\0inside")
 
 
-def test_the_message_names_the_file(tmp_path: Path) -> None:
+def test_the_message_names_the_file(tmp_path):
     path = tmp_path / "cut.so"
     path.write_bytes(IMAGE[:100])
     with pytest.raises(ArtifactError, match=f"^{path}: malformed: "):
         inspect_elf(path)
 
 
-def test_a_sparse_file_is_not_read_in_full(tmp_path: Path) -> None:
+def test_a_sparse_file_is_not_read_in_full(tmp_path):
     path = tmp_path / "sparse.so"
     path.write_bytes(_with_header(".dynsym", size=24 << 34))
     os.truncate(path, 1 << 40)
@@ -288,7 +287,7 @@ def test_a_sparse_file_is_not_read_in_full(tmp_path: Path) -> None:
         inspect_elf(path)
 
 
-def test_no_file_stays_open(tmp_path: Path) -> None:
+def test_no_file_stays_open(tmp_path):
     path = tmp_path / "cut.so"
     path.write_bytes(IMAGE[:100])
     before = len(os.listdir("/proc/self/fd"))
@@ -309,7 +308,7 @@ __attribute__((weak)) int __tvm_ffi_plan(void) { return 0; }
 """
 
 
-def test_a_library_from_a_c_compiler(tmp_path: Path) -> None:
+def test_a_library_from_a_c_compiler(tmp_path):
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("there is no C compiler on this machine to make a shared library with")
@@ -326,7 +325,7 @@ def test_a_library_from_a_c_compiler(tmp_path: Path) -> None:
     assert any(name.startswith("libc.so") for name in info.needed)
 
 
-def test_ten_thousand_symbols_take_no_time() -> None:
+def test_ten_thousand_symbols_take_no_time():
     symbols = [Symbol(f"_ZN10flashinfer{i}E", defined=bool(i % 2)) for i in range(10_000)]
     image = Library([*symbols, Symbol("__tvm_ffi_run")]).build()
     inspect_elf(IMAGE)  # imports pyelftools
@@ -335,7 +334,7 @@ def test_ten_thousand_symbols_take_no_time() -> None:
     assert time.perf_counter() - before < 0.25
 
 
-def _reads_or_refuses(image: bytes) -> None:
+def _reads_or_refuses(image):
     try:
         info = inspect_elf(image)
     except ArtifactError:
@@ -346,7 +345,7 @@ def _reads_or_refuses(image: bytes) -> None:
 @given(st.binary(max_size=300))
 @example(b"\x7fELF\x02\x01")
 @settings(deadline=2000)
-def test_arbitrary_bytes_are_refused(tail: bytes) -> None:
+def test_arbitrary_bytes_are_refused(tail):
     for image in (tail, b"\x7fELF\x02\x01\x01" + tail):
         with pytest.raises(ArtifactError):
             inspect_elf(image)
@@ -371,9 +370,7 @@ _HEADERS = struct.unpack_from("<Q", IMAGE, 40)[0]
     st.integers(0, len(IMAGE)) | st.just(len(IMAGE)),
 )
 @settings(deadline=5000, max_examples=500)
-def test_a_damaged_library_is_read_or_refused(
-    damage: list[tuple[int, int, int]], length: int
-) -> None:
+def test_a_damaged_library_is_read_or_refused(damage, length):
     image = bytearray(IMAGE)
     for at, value, width in damage:
         data = value.to_bytes(8, "little")[:width]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from fi_ffi.loader import held
-from fi_ffi.loader.kernels import ModuleFile, open_source
+from fi_ffi.loader.kernels import open_source
 from fi_ffi.ops.functions import OPS
 
 ATTEST = """
@@ -29,12 +28,12 @@ print(len(asked), "elftools" in sys.modules)
 
 
 @pytest.fixture
-def norm(built_wheel, tmp_path, monkeypatch) -> ModuleFile:
+def norm(built_wheel, tmp_path, monkeypatch):
     monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path))
     return open_source(built_wheel).file("norm")
 
 
-def attest(wheel: Path, **variables: str) -> list[str]:
+def attest(wheel, **variables):
     import os
 
     environment = os.environ | {"FI_FFI_KERNELS": str(wheel)} | variables

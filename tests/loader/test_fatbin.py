@@ -5,8 +5,6 @@ from __future__ import annotations
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Literal, cast
 
 import pytest
@@ -20,9 +18,7 @@ PTX, SASS, LTO_IR = 1, 2, 8
 ZSTD, A, F = 1 << 15, 1 << 20, 1 << 21
 
 
-def entry(
-    kind: int, sm: int, flags: int = 0, payload: bytes = bytes(16), header: int = 64
-) -> bytes:
+def entry(kind, sm, flags=0, payload=bytes(16), header=64):
     fields = struct.pack(
         "<HHIQIIHHIIIQ",
         *(kind, 0x101, header, len(payload), 0, 0, 8, 1, sm, 0, 0, 0x11 | flags),
@@ -30,20 +26,20 @@ def entry(
     return fields.ljust(header, b"\0") + payload
 
 
-def container(*entries: bytes, header: int = 16) -> bytes:
+def container(*entries, header=16):
     body = b"".join(entries)
     return struct.pack("<IHHQ", 0xBA55ED50, 1, header, len(body)).ljust(header, b"\0") + body
 
 
-def names(fatbin: bytes | Path) -> list[str]:
+def names(fatbin):
     return [code.name for code in architectures(fatbin)]
 
 
-def codes(*spelled: str) -> tuple[CudaCode, ...]:
+def codes(*spelled):
     return tuple(_code(name) for name in spelled)
 
 
-def _code(name: str) -> CudaCode:
+def _code(name):
     kind, _, number = name.partition("_")
     digits = number.rstrip("af")
     suffix = cast(Literal["", "a", "f"], number.removeprefix(digits))
@@ -63,12 +59,12 @@ def _code(name: str) -> CudaCode:
         (entry(PTX, 120, F, payload=b"", header=80), "compute_120f"),
     ],
 )
-def test_one_entry(made: bytes, name: str) -> None:
+def test_one_entry(made, name):
     assert architectures(container(made)) == (_code(name),)
     assert names(container(made)) == [name]
 
 
-def test_several_entries_in_several_containers_each_once_and_sorted() -> None:
+def test_several_entries_in_several_containers_each_once_and_sorted():
     fatbin = (
         container(entry(SASS, 90, A), entry(PTX, 80), entry(SASS, 100, F))
         + bytes(8)
@@ -80,7 +76,7 @@ def test_several_entries_in_several_containers_each_once_and_sorted() -> None:
 
 
 @pytest.mark.parametrize("fatbin", [b"", bytes(64), container(), container(entry(LTO_IR, 90, A))])
-def test_nothing_that_the_driver_would_load(fatbin: bytes) -> None:
+def test_nothing_that_the_driver_would_load(fatbin):
     assert architectures(fatbin) == ()
 
 
@@ -105,12 +101,12 @@ WHOLE = container(entry(SASS, 90, A), entry(PTX, 80, header=80)) + container(ent
         (bytes(5000) + WHOLE, "no fatbin container"),
     ],
 )
-def test_says_what_is_wrong(fatbin: bytes, reason: str) -> None:
+def test_says_what_is_wrong(fatbin, reason):
     with pytest.raises(ArtifactError, match=reason):
         architectures(fatbin)
 
 
-def test_a_claimed_size_is_not_believed() -> None:
+def test_a_claimed_size_is_not_believed():
     for at in (8, 24):  # the container's and the first entry's
         fatbin = bytearray(WHOLE)
         struct.pack_into("<Q", fatbin, at, (1 << 64) - 8)
@@ -137,9 +133,7 @@ def test_a_claimed_size_is_not_believed() -> None:
         ("compute_100f", [(10, 0), (10, 3)], [(9, 0), (11, 0), (12, 0)]),
     ],
 )
-def test_where_code_runs(
-    name: str, runs: Iterable[tuple[int, int]], does_not_run: Iterable[tuple[int, int]]
-) -> None:
+def test_where_code_runs(name, runs, does_not_run):
     for capability in runs:
         assert runs_on(codes(name), capability).ok, capability
     for capability in does_not_run:
@@ -155,7 +149,7 @@ def test_where_code_runs(
         (False, "compute_100 compute_100a compute_100f compute_120"),
     ],
 )
-def test_agrees_with_a_device(ran: bool, forms: str) -> None:
+def test_agrees_with_a_device(ran, forms):
     for name in forms.split():
         assert runs_on(codes(name), (9, 0)).ok is ran, name
 
@@ -175,7 +169,7 @@ def test_agrees_with_a_device(ran: bool, forms: str) -> None:
         ),
     ],
 )
-def test_the_reason_in_words(has: str, capability: tuple[int, int], reason: str) -> None:
+def test_the_reason_in_words(has, capability, reason):
     assert runs_on(codes(*has.split()), capability).reason == reason
 
 
@@ -186,18 +180,18 @@ extern "C" void run_NAME(float *y) { NAME<<<1, 32>>>(y, 2.f); }
 
 
 class Nvcc:
-    def __init__(self, path: str, folder: Path) -> None:
+    def __init__(self, path, folder):
         self._path, self._folder = path, folder
         listed = subprocess.run([path, "--list-gpu-arch"], check=True, capture_output=True)
         self._known = set(listed.stdout.decode().split())
         for name in ("one", "two"):
             (folder / f"{name}.cu").write_text(KERNEL.replace("NAME", name))
 
-    def known(self, names: Iterable[str]) -> list[str]:
+    def known(self, names):
         """Those that this nvcc can compile for; it lists them without suffixes."""
         return [each for each in names if f"compute_{_code(each).sm}" in self._known]
 
-    def library(self, names: Iterable[str], *flags: str, sources: Iterable[str] = ("one",)) -> Path:
+    def library(self, names, *flags, sources=("one",)):
         target = self._folder / "kernels.so"
         gencode = [
             f"-gencode=arch=compute_{name.partition('_')[2]},code={name}"
@@ -213,14 +207,14 @@ class Nvcc:
 
 
 @pytest.fixture(scope="module")
-def nvcc(tmp_path_factory: pytest.TempPathFactory) -> Nvcc:
+def nvcc(tmp_path_factory):
     path = shutil.which("nvcc")
     if path is None:
         pytest.skip("there is no nvcc on this machine to make fatbins with")
     return Nvcc(path, tmp_path_factory.mktemp("nvcc"))
 
 
-def test_nvcc_every_form_in_one_file(nvcc: Nvcc) -> None:
+def test_nvcc_every_form_in_one_file(nvcc):
     wanted = [
         *("sm_75", "sm_87", "compute_87", "sm_90", "sm_90a", "compute_90a"),
         *("sm_100f", "compute_100f", "sm_103a", "compute_110"),
@@ -230,20 +224,20 @@ def test_nvcc_every_form_in_one_file(nvcc: Nvcc) -> None:
 
 
 @pytest.mark.parametrize("mode", ["none", "size", "speed"])
-def test_nvcc_compressed_and_not_in_two_translation_units(nvcc: Nvcc, mode: str) -> None:
+def test_nvcc_compressed_and_not_in_two_translation_units(nvcc, mode):
     wanted = ["compute_80", "sm_90a"]
     library = nvcc.library(wanted, f"--compress-mode={mode}", sources=("one", "two"))
     assert names(library) == wanted
 
 
-def test_nvcc_relocatable_code_counts_once_it_is_linked(nvcc: Nvcc) -> None:
+def test_nvcc_relocatable_code_counts_once_it_is_linked(nvcc):
     wanted = ["sm_87", "sm_90a"]
     assert names(nvcc.library(wanted, "-rdc=true", sources=("one", "two"))) == wanted
     # Without a CUDA runtime nvcc skips the device link: nothing there can be loaded.
     assert names(nvcc.library(["sm_90a"], "-rdc=true", "-cudart=none")) == []
 
 
-def test_a_damaged_library_from_nvcc(nvcc: Nvcc) -> None:
+def test_a_damaged_library_from_nvcc(nvcc):
     image = bytearray(nvcc.library(["sm_90a"]).read_bytes())
     at = image.index(struct.pack("<IHH", 0xBA55ED50, 1, 16))
     image[at] ^= 0xFF
@@ -251,7 +245,7 @@ def test_a_damaged_library_from_nvcc(nvcc: Nvcc) -> None:
         architectures(bytes(image))
 
 
-def _reads_or_refuses(fatbin: bytes) -> None:
+def _reads_or_refuses(fatbin):
     try:
         found = architectures(fatbin)
     except ArtifactError:
@@ -262,7 +256,7 @@ def _reads_or_refuses(fatbin: bytes) -> None:
 @given(st.binary(max_size=200))
 @example(container(b"\xff" * 48))
 @settings(deadline=1000)
-def test_arbitrary_bytes_are_read_or_refused(data: bytes) -> None:
+def test_arbitrary_bytes_are_read_or_refused(data):
     _reads_or_refuses(data)
     _reads_or_refuses(container(data))
     _reads_or_refuses(container(entry(SASS, 90), data))
@@ -273,7 +267,7 @@ def test_arbitrary_bytes_are_read_or_refused(data: bytes) -> None:
     st.integers(0, len(WHOLE)) | st.just(len(WHOLE)),
 )
 @settings(deadline=1000, max_examples=500)
-def test_a_damaged_fatbin_is_read_or_refused(damage: list[tuple[int, bytes]], length: int) -> None:
+def test_a_damaged_fatbin_is_read_or_refused(damage, length):
     fatbin = bytearray(WHOLE)
     for at, data in damage:
         fatbin[at : at + len(data)] = data

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 import zipfile
-from pathlib import Path
 
 import pytest
 
@@ -16,7 +15,7 @@ META = '__version__ = "0.6.13+cu130"\n'
 
 
 @pytest.fixture(scope="session")
-def unpacked(built_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unpacked(built_wheel, tmp_path_factory):
     """The built wheel as `pip install --target` leaves it."""
     folder = tmp_path_factory.mktemp("unpacked")
     with zipfile.ZipFile(built_wheel) as archive:
@@ -25,20 +24,20 @@ def unpacked(built_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture
-def bare(unpacked: Path, tmp_path: Path) -> Path:
+def bare(unpacked, tmp_path):
     """A directory of modules and nothing else."""
     folder = tmp_path / "somewhere" / "kernels"
     shutil.copytree(unpacked / LAYOUT, folder)
     return folder
 
 
-def names(wheel: Path) -> list[str]:
+def names(wheel):
     with zipfile.ZipFile(wheel) as archive:
         return sorted(n.split("/")[2] for n in archive.namelist() if n.endswith(".so"))
 
 
 @pytest.mark.parametrize("below", ["", "flashinfer_jit_cache", LAYOUT])
-def test_every_level_of_an_installation(below: str, unpacked: Path, built_wheel: Path) -> None:
+def test_every_level_of_an_installation(below, unpacked, built_wheel):
     source = open_source(unpacked / below)
     assert source.modules() == names(built_wheel)
     assert "norm" in source.modules()
@@ -49,7 +48,7 @@ def test_every_level_of_an_installation(below: str, unpacked: Path, built_wheel:
     assert found.sha256 == hashlib.sha256(found.path.read_bytes()).hexdigest()
 
 
-def test_a_wheel(built_wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wheel(built_wheel, tmp_path, monkeypatch):
     monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path / "cache"))
     source = open_source(built_wheel)
     assert source.modules() == names(built_wheel)
@@ -63,12 +62,12 @@ def test_a_wheel(built_wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert archive.read(f"{LAYOUT}/page/page.so") == found.path.read_bytes()
 
 
-def test_the_same_file_from_either(unpacked: Path, built_wheel: Path) -> None:
+def test_the_same_file_from_either(unpacked, built_wheel):
     digests = [open_source(place).file("norm").sha256 for place in (unpacked, built_wheel)]
     assert digests[0] == digests[1]
 
 
-def test_modules_without_a_version(bare: Path) -> None:
+def test_modules_without_a_version(bare):
     source = open_source(bare)
     assert "norm" in source.modules()
     assert source.version is None
@@ -77,24 +76,24 @@ def test_modules_without_a_version(bare: Path) -> None:
 
 @pytest.mark.parametrize("file", ["_build_meta.py", "__init__.py"])
 @pytest.mark.parametrize("text", [META, META.replace('"', "'"), "# kernels\n" + META])
-def test_the_version_beside_the_modules(file: str, text: str, bare: Path) -> None:
+def test_the_version_beside_the_modules(file, text, bare):
     (bare.parent / file).write_text(text)
     assert open_source(bare).version == "0.6.13+cu130"
     assert release_of(open_source(bare)) == "0.6.13"
 
 
 @pytest.mark.parametrize("text", ["", "version = 1", "__version__ = version()\n", "\xff"])
-def test_no_version_where_nothing_tells_it(text: str, bare: Path) -> None:
+def test_no_version_where_nothing_tells_it(text, bare):
     (bare.parent / "_build_meta.py").write_text(text, encoding="latin-1")
     assert open_source(bare).version is None
 
 
-def test_a_version_that_is_given(bare: Path) -> None:
+def test_a_version_that_is_given(bare):
     (bare.parent / "_build_meta.py").write_text(META)
     assert KernelDirectory(bare, "0.7.1").version == "0.7.1"
 
 
-def test_only_modules_are_listed(bare: Path) -> None:
+def test_only_modules_are_listed(bare):
     for name in ("empty", ".hidden", "other"):
         (bare / name).mkdir()
     (bare / "other" / "different.so").write_bytes(b"")
@@ -104,22 +103,22 @@ def test_only_modules_are_listed(bare: Path) -> None:
     assert not {"empty", "other", "loose", "folder"} & {*open_source(bare).modules()}
 
 
-def test_a_directory_without_modules(tmp_path: Path) -> None:
+def test_a_directory_without_modules(tmp_path):
     assert open_source(tmp_path).modules() == []
 
 
-def test_the_home_directory(unpacked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_home_directory(unpacked, monkeypatch):
     monkeypatch.setenv("HOME", str(unpacked.parent))
     assert "norm" in open_source(f"~/{unpacked.name}").modules()
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_nothing_there(tmp_path):
     with pytest.raises(KernelNotFoundError, match=f"{tmp_path}/none: there is no such file"):
         open_source(tmp_path / "none")
 
 
 @pytest.mark.parametrize("name", ["kernels.txt", "norm.so", "kernels.whl.part"])
-def test_files_of_another_kind(name: str, tmp_path: Path) -> None:
+def test_files_of_another_kind(name, tmp_path):
     path = tmp_path / name
     path.write_text("text")
     with pytest.raises(ArtifactError, match="neither a directory nor a .whl file"):
@@ -127,16 +126,14 @@ def test_files_of_another_kind(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x05\x06" + bytes(18)])
-def test_wheels_that_are_none(content: bytes, tmp_path: Path) -> None:
+def test_wheels_that_are_none(content, tmp_path):
     path = tmp_path / "kernels-1-py3-none-any.whl"
     path.write_bytes(content)
     with pytest.raises(ArtifactError, match=str(path)):
         open_source(path)
 
 
-def test_a_wheel_that_was_damaged(
-    built_wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wheel_that_was_damaged(built_wheel, tmp_path, monkeypatch):
     """A byte of a module: its own file is refused, the others are as good as before."""
     monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / built_wheel.name
@@ -161,9 +158,7 @@ ODD = [
 
 
 @pytest.mark.parametrize("member", ODD)
-def test_members_of_odd_names_escape_nothing(
-    member: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_members_of_odd_names_escape_nothing(member, tmp_path, monkeypatch):
     monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / "kernels-1-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:

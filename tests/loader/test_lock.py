@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 from packaging.version import Version
@@ -14,7 +13,7 @@ from fi_ffi.loader import lock
 TEXT = lock.lock_path().read_text()
 
 
-def test_every_kernel_file() -> None:
+def test_every_kernel_file():
     kernels = lock.the_lock().kernels
     assert len({(k.release, k.cuda, k.platform, k.sm) for k in kernels}) == len(kernels) > 0
     for kernel in kernels:
@@ -28,7 +27,7 @@ def test_every_kernel_file() -> None:
     assert lock.the_lock().default_release in {kernel.release for kernel in kernels}
 
 
-def test_another_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_lock(tmp_path, monkeypatch):
     path = tmp_path / "other.lock"
     path.write_text(TEXT.replace('default = "', 'default = "9.'))
     monkeypatch.setenv("FI_FFI_LOCK", str(path))
@@ -36,7 +35,7 @@ def test_another_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lock.read_lock(lock.lock_path()).default_release.startswith("9.")
 
 
-def without(key: str) -> str:
+def without(key):
     return re.sub(rf"^{key} = .*$", "", TEXT, flags=re.MULTILINE)
 
 
@@ -62,7 +61,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_lock(name: str, tmp_path: Path) -> None:
+def test_a_damaged_lock(name, tmp_path):
     path = tmp_path / "wheels.lock"
     text = DAMAGED[name]
     path.write_bytes(b"\xff" if text is None else text.encode())
@@ -71,12 +70,12 @@ def test_a_damaged_lock(name: str, tmp_path: Path) -> None:
         lock.read_lock(path)
 
 
-def test_no_lock(tmp_path: Path) -> None:
+def test_no_lock(tmp_path):
     with pytest.raises(LoaderError, match="No such file"):
         lock.read_lock(tmp_path / "no.lock")
 
 
-def test_a_lock_without_kernels(tmp_path: Path) -> None:
+def test_a_lock_without_kernels(tmp_path):
     """What is left when the last of them is taken out, before a mirror's own come in."""
     path = tmp_path / "wheels.lock"
     path.write_text(TEXT.partition("[[kernels.files]]")[0])
@@ -84,7 +83,7 @@ def test_a_lock_without_kernels(tmp_path: Path) -> None:
     assert found.kernels == ()
 
 
-def test_sections_of_other_times(tmp_path: Path) -> None:
+def test_sections_of_other_times(tmp_path):
     """Locks had a section for libtvm_ffi, which is a dependency now."""
     path = tmp_path / "wheels.lock"
     path.write_text(f'{TEXT}\n[libtvm-ffi]\nversion = "0.1.15"\n')

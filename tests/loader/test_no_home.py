@@ -24,10 +24,10 @@ LONG = "/tmp/" + "x" * 300
 
 
 @pytest.fixture
-def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+def homeless(monkeypatch):
     """As in a container that was started with `--user`."""
 
-    def unknown(uid: int) -> None:
+    def unknown(uid):
         raise KeyError(f"getpwuid(): uid not found: {uid}")
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
@@ -36,7 +36,7 @@ def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("homeless")
-def test_no_home(tmp_path: Path) -> None:
+def test_no_home(tmp_path):
     says = "this user has no home directory.*set FI_FFI_CACHE_DIR"
     with pytest.raises(LoaderError, match=says):
         cache.find(SHA256, "norm.so")
@@ -50,7 +50,7 @@ def test_no_home(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("homeless")
-def test_no_home_and_kernels_that_are_named(testing_library: Path, tmp_path: Path) -> None:
+def test_no_home_and_kernels_that_are_named(testing_library, tmp_path):
     """Which need no cache: what would be noted there is asked for again."""
     file = ModuleFile("a", testing_library, cache.hash_of(testing_library.open("rb")),
                       cache.state_of(testing_library.stat()))  # fmt: skip
@@ -58,7 +58,7 @@ def test_no_home_and_kernels_that_are_named(testing_library: Path, tmp_path: Pat
     assert runtime.load_file(testing_library).facts.functions
 
 
-def test_a_home_that_nobody_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_that_nobody_has(monkeypatch):
     monkeypatch.setenv("FI_FFI_CACHE_DIR", "~nosuchuser/cache")
     with pytest.raises(LoaderError, match="FI_FFI_CACHE_DIR is '~nosuchuser/cache'.*whole path"):
         cache.cache_root()
@@ -70,7 +70,7 @@ def test_a_home_that_nobody_has(monkeypatch: pytest.MonkeyPatch) -> None:
         lock.lock_path()
 
 
-def test_names_that_are_too_long(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_are_too_long(root, monkeypatch):
     with pytest.raises(KernelNotFoundError, match="no such file or directory"):
         open_source(LONG)
     with pytest.raises(KernelNotFoundError, match="File name too long"):
@@ -90,19 +90,17 @@ def test_names_that_are_too_long(root: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert "File name too long" in result.output
 
 
-def test_a_file_that_cannot_be_read() -> None:
+def test_a_file_that_cannot_be_read():
     with pytest.raises(ArtifactError, match="mem cannot be read: Input/output error"):
         fi_ffi.module("/proc/self/mem")
 
 
-def test_what_is_made_is_for_its_user_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_made_is_for_its_user_alone(tmp_path, monkeypatch):
     """Also where nothing is taken from modes, and the folders above are not there."""
     root = tmp_path / "home" / ".cache" / "fi-ffi"
     monkeypatch.setenv("FI_FFI_CACHE_DIR", str(root))
 
-    def child() -> None:
+    def child():
         os.umask(0)
         path = cache.store([b"a"], cache.hashlib.sha256(b"a").hexdigest(), "a.so", "a test")
         assert cache.find(path.parent.name, "a.so") == path
@@ -123,7 +121,7 @@ NOTES = ["", "{", "[]", "null", "3", '{"format": 3}', '{"format": 3, "data": nul
 
 
 @pytest.mark.parametrize("text", NOTES, ids=range(len(NOTES)))
-def test_a_damaged_note(text: str, root: Path, testing_library: Path) -> None:
+def test_a_damaged_note(text, root, testing_library):
     file = ModuleFile("a", testing_library, cache.hash_of(testing_library.open("rb")),
                       cache.state_of(testing_library.stat()))  # fmt: skip
     expected = held.facts_of(file)
@@ -131,7 +129,7 @@ def test_a_damaged_note(text: str, root: Path, testing_library: Path) -> None:
     assert held.facts_of(file) == expected
 
 
-def test_a_damaged_note_of_a_build(tmp_path: Path) -> None:
+def test_a_damaged_note_of_a_build(tmp_path):
     folder, made = tmp_path / "made", []
     folder.mkdir()
     for content in (b"", b"\xff\xfe", b"{"):

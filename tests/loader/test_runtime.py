@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,17 +21,17 @@ RELEASE = "0.6.13"
 
 
 @pytest.fixture(autouse=True)
-def kernels(built_wheel: Path) -> Iterator[None]:
+def kernels(built_wheel):
     fi_ffi.use_kernels(built_wheel)
     yield
     runtime.use_source(None)
 
 
-def modules_of(wheel: Path) -> list[str]:
+def modules_of(wheel):
     return open_source(wheel).modules()
 
 
-def test_every_function_tells_its_signature(built_wheel: Path) -> None:
+def test_every_function_tells_its_signature(built_wheel):
     source = open_source(built_wheel)
     told = {name: runtime.file_signatures(source.file(name).path) for name in source.modules()}
     single_decode = next(name for name in told if name.startswith("single_decode"))
@@ -51,7 +50,7 @@ OF_RELEASE = [row for row in ROWS if SpecifierSet(row.releases).contains(RELEASE
 
 
 @pytest.mark.parametrize("row", OF_RELEASE, ids=lambda row: row.name)
-def test_rows_are_attested(row: fi_ffi.ops.row.Row, built_wheel: Path) -> None:
+def test_rows_are_attested(row, built_wheel):
     if row.module not in modules_of(built_wheel):
         pytest.skip(f"the built wheel has no {row.module}: it holds what builds in a minute")
     entry = runtime.kernel_entry(row.module, row.signature, row.releases)
@@ -71,7 +70,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_declaration_is_refused(name: str) -> None:
+def test_a_wrong_declaration_is_refused(name):
     declared = WRONG[name]
     for _ in range(2):  # it is not kept as good
         with pytest.raises(AbiError) as caught:
@@ -84,19 +83,19 @@ def test_a_wrong_declaration_is_refused(name: str) -> None:
     assert runtime.kernel_entry("norm", RMSNORM, "==0.6.13").name == "norm.rmsnorm"
 
 
-def test_a_symbol_that_is_not_exported() -> None:
+def test_a_symbol_that_is_not_exported():
     with pytest.raises(KernelNotFoundError, match="exports no 'no_such'; it exports:.* rmsnorm"):
         runtime.kernel_entry("norm", Signature("no_such", ()), "==0.6.13")
 
 
-def test_an_unknown_module_tells_what_there_is(built_wheel: Path) -> None:
+def test_an_unknown_module_tells_what_there_is(built_wheel):
     with pytest.raises(KernelNotFoundError) as caught:
         runtime.load("rope")
     for part in ("norm, page, single_decode", str(built_wheel), "fi-ffi build", " rope"):
         assert part in str(caught.value)
 
 
-def test_a_kernels_own_error_is_decoded() -> None:
+def test_a_kernels_own_error_is_decoded():
     """Host memory where the kernel wants a CUDA tensor: refused before any CUDA work."""
     entry = runtime.kernel_entry("norm", RMSNORM, "==0.6.13")
     desc = fi_ffi.TensorDesc(0x1000, (2, 64), "float16", device="cpu")
@@ -112,11 +111,11 @@ def test_a_kernels_own_error_is_decoded() -> None:
         entry(desc)
 
 
-def test_a_module_is_loaded_once() -> None:
+def test_a_module_is_loaded_once():
     assert runtime.load("norm") is runtime.load("norm")
 
 
-def test_loading_from_many_threads() -> None:
+def test_loading_from_many_threads():
     from concurrent.futures import ThreadPoolExecutor
 
     runtime.use_source(runtime.load("norm").source.location)
@@ -128,9 +127,7 @@ def test_loading_from_many_threads() -> None:
 
 
 @pytest.mark.parametrize("content", [None, "text"])
-def test_a_place_that_is_none(
-    content: str | None, child: Callable[..., str], tmp_path: Path
-) -> None:
+def test_a_place_that_is_none(content, child, tmp_path):
     place = tmp_path / "kernels"
     if content is not None:
         place.write_text(content)
@@ -147,7 +144,7 @@ def test_a_place_that_is_none(
     assert said.split()[0] in {KernelNotFoundError.__name__, ArtifactError.__name__}
 
 
-def test_a_file_that_is_no_module(tmp_path: Path) -> None:
+def test_a_file_that_is_no_module(tmp_path):
     (tmp_path / "norm").mkdir()
     path = tmp_path / "norm" / "norm.so"
     for content in (b"", b"text", b"\x7fELF" + bytes(100)):
@@ -157,7 +154,7 @@ def test_a_file_that_is_no_module(tmp_path: Path) -> None:
             runtime.load("norm")
 
 
-def test_a_path_that_is_no_utf8(built_wheel: Path, tmp_path: Path) -> None:
+def test_a_path_that_is_no_utf8(built_wheel, tmp_path):
     odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff \xfe"))
     (odd / "norm").mkdir(parents=True)
     shutil.copy(open_source(built_wheel).file("norm").path, odd / "norm" / "norm.so")
@@ -165,9 +162,7 @@ def test_a_path_that_is_no_utf8(built_wheel: Path, tmp_path: Path) -> None:
     assert runtime.kernel_entry("norm", RMSNORM, "==0.6.13").name == "norm.rmsnorm"
 
 
-def test_a_cudart_is_named_when_there_is_none(
-    child: Callable[..., str], built_wheel: Path, tmp_path: Path
-) -> None:
+def test_a_cudart_is_named_when_there_is_none(child, built_wheel, tmp_path):
     """The one library besides libtvm_ffi that kernels need."""
     code = """
         from fi_ffi.errors import LoaderError

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,18 +27,18 @@ FIND = """
 """
 
 
-def find(child: Callable[..., str], *path: Path, **environment: str) -> list[str]:
+def find(child, *path, **environment):
     return child(FIND, *path, **environment).splitlines()
 
 
-def test_what_is_loaded_is_used(tvm_ffi_loaded: str) -> None:
+def test_what_is_loaded_is_used(tvm_ffi_loaded):
     found = tvm_ffi.find()
     assert (found.path, found.origin) == (tvm_ffi_loaded, "already in this process")
     assert runtime.ensure_tvm_ffi().path == tvm_ffi_loaded
     assert runtime.tvm_ffi_version() > (0, 1, 0)
 
 
-def test_an_installed_copy(child: Callable[..., str], install: Callable[[str], Path]) -> None:
+def test_an_installed_copy(child, install):
     folder = install(f"apache-tvm-ffi=={OLDEST}")
     assert find(child, folder) == [f"installed {OLDEST}", str(folder / tvm_ffi.MEMBER)]
 
@@ -55,17 +54,13 @@ REFUSED = """
 """
 
 
-def test_an_installed_copy_that_is_not_accepted(
-    child: Callable[..., str], install: Callable[[str], Path]
-) -> None:
+def test_an_installed_copy_that_is_not_accepted(child, install):
     said = child(REFUSED, install(f"apache-tvm-ffi=={TOO_OLD}"))
     assert f"apache-tvm-ffi {TOO_OLD} is installed" in said
     assert f"`pip install 'apache-tvm-ffi{tvm_ffi.ACCEPTED}'`" in said
 
 
-def test_an_installed_copy_without_its_library(
-    child: Callable[..., str], install: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_an_installed_copy_without_its_library(child, install, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(install(f"apache-tvm-ffi=={OLDEST}"), broken)
     (broken / tvm_ffi.MEMBER).unlink()
@@ -86,7 +81,7 @@ BARE = """
 """
 
 
-def test_nothing_is_installed(child: Callable[..., str]) -> None:
+def test_nothing_is_installed(child):
     """Nothing is fetched then, and no installer is run."""
     said = child(BARE + REFUSED)
     assert said == (
@@ -95,7 +90,7 @@ def test_nothing_is_installed(child: Callable[..., str]) -> None:
     )
 
 
-def test_the_accepted_range_is_the_dependency() -> None:
+def test_the_accepted_range_is_the_dependency():
     text = (Path(tvm_ffi.__file__).parents[2] / "pyproject.toml").read_text()
     assert f'"{tvm_ffi.PROJECT}{tvm_ffi.ACCEPTED}",' in text
     # FlashInfer excludes these, and libraries before them have a shorter TVMFFIErrorCell.
@@ -103,9 +98,7 @@ def test_the_accepted_range_is_the_dependency() -> None:
         assert not SpecifierSet(tvm_ffi.ACCEPTED).contains(version)
 
 
-def test_the_tvm_ffi_packages_own_copy_is_shared(
-    child: Callable[..., str], install: Callable[[str], Path]
-) -> None:
+def test_the_tvm_ffi_packages_own_copy_is_shared(child, install):
     """Whichever is imported first, there is one library, and it serves both."""
     folder = install(f"apache-tvm-ffi=={NEWEST}")
     for first in (
@@ -128,9 +121,7 @@ def test_the_tvm_ffi_packages_own_copy_is_shared(
         assert child(code, folder, requirements) == str(folder / tvm_ffi.MEMBER)
 
 
-def test_a_copy_in_the_process_that_is_too_old(
-    child: Callable[..., str], install: Callable[[str], Path]
-) -> None:
+def test_a_copy_in_the_process_that_is_too_old(child, install):
     """Its errors are laid out otherwise, and reading one would crash."""
     path = install(f"apache-tvm-ffi=={TOO_OLD}") / tvm_ffi.MEMBER
     code = f"""
@@ -150,9 +141,7 @@ def test_a_copy_in_the_process_that_is_too_old(
         assert f"libtvm_ffi {TOO_OLD}" in said
 
 
-def test_two_copies_are_refused(
-    child: Callable[..., str], tvm_ffi_loaded: str, tmp_path: Path
-) -> None:
+def test_two_copies_are_refused(child, tvm_ffi_loaded, tmp_path):
     copies = [tmp_path / name / "libtvm_ffi.so" for name in ("one", "the other")]
     for copy in copies:
         copy.parent.mkdir()
@@ -175,9 +164,7 @@ def test_two_copies_are_refused(
     assert all(str(copy) in said for copy in copies)
 
 
-def test_a_copy_whose_file_was_replaced(
-    child: Callable[..., str], tvm_ffi_loaded: str, tmp_path: Path
-) -> None:
+def test_a_copy_whose_file_was_replaced(child, tvm_ffi_loaded, tmp_path):
     """As an upgrade in place does; the new file would be a second copy."""
     copy = tmp_path / "here" / "libtvm_ffi.so"
     copy.parent.mkdir()
@@ -233,15 +220,13 @@ SERVE = """
 
 
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
-def test_both_ends_of_the_accepted_range_serve_kernels(
-    version: str, child: Callable[..., str], install: Callable[[str], Path], built_wheel: Path
-) -> None:
+def test_both_ends_of_the_accepted_range_serve_kernels(version, child, install, built_wheel):
     folder = install(f"apache-tvm-ffi=={version}")
     code = SERVE.format(wheel=str(built_wheel))
     assert child(code, folder) == f"installed {version}"
 
 
-def test_a_file_that_is_no_library(child: Callable[..., str], tmp_path: Path) -> None:
+def test_a_file_that_is_no_library(child, tmp_path):
     """An installed library that does not load is told by its path."""
     info = tmp_path / "broken" / f"apache_tvm_ffi-{OLDEST}.dist-info"
     info.mkdir(parents=True)
@@ -264,7 +249,7 @@ def test_a_file_that_is_no_library(child: Callable[..., str], tmp_path: Path) ->
     assert "does not load as libtvm_ffi" in said
 
 
-def test_importing_the_loader_loads_nothing() -> None:
+def test_importing_the_loader_loads_nothing():
     code = (
         "import fi_ffi, fi_ffi.loader.runtime as r, fi_ffi.loader.tvm_ffi as t;"
         "assert t.in_process() is None"

@@ -57,14 +57,14 @@ print(path.stat().st_ino, cache.hash_of(path.open("rb")), flush=True)
 
 
 @pytest.fixture(autouse=True)
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def root(tmp_path, monkeypatch):
     monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("FI_FFI_PARANOID", raising=False)
     return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")
-def big_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def big_wheel(tmp_path_factory):
     """A wheel with a member of some MB that is work to decompress."""
     path = tmp_path_factory.mktemp("big") / "flashinfer_jit_cache-1+cu130-py3-none-any.whl"
     noise = random.Random(7)
@@ -77,19 +77,17 @@ def big_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _say(text: str) -> None:
+def _say(text):
     if LONG:
         print(f"\n{text}")
 
 
-def _norm(wheel: Path) -> str:
+def _norm(wheel):
     return next(name for name in Wheel(wheel).members if name.endswith("/norm.so"))
 
 
 @pytest.mark.parametrize("which", ["norm", "big"])
-def test_processes_on_a_cold_cache_extract_once(
-    which: str, root: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_processes_on_a_cold_cache_extract_once(which, root, tmp_path, request):
     wheel: Path = request.getfixturevalue("built_wheel" if which == "norm" else "big_wheel")
     member = _norm(wheel) if which == "norm" else MEMBER
     recorded = Wheel(wheel).record[member]
@@ -117,15 +115,15 @@ def test_processes_on_a_cold_cache_extract_once(
     )
 
 
-def test_kills_leave_what_the_next_start_repairs(big_wheel: Path, root: Path) -> None:
+def test_kills_leave_what_the_next_start_repairs(big_wheel, root):
     recorded = Wheel(big_wheel).record[MEMBER]
     path = cache.object_path(recorded.sha256, "big.so")
     chance = random.Random(time.time_ns())
 
-    def extract() -> None:
+    def extract():
         assert Wheel(big_wheel).extract(MEMBER) == path
 
-    def start() -> None:
+    def start():
         """A start: the right bytes, whatever was left."""
         extract()
         with path.open("rb") as file:
@@ -159,7 +157,7 @@ def test_kills_leave_what_the_next_start_repairs(big_wheel: Path, root: Path) ->
     _check_cleaning(left, root, start)
 
 
-def _seconds(extract: object, path: Path) -> float:
+def _seconds(extract, path):
     begun = time.perf_counter()
     assert in_child(extract) == 0  # type: ignore[arg-type]
     seconds = time.perf_counter() - begun
@@ -167,16 +165,16 @@ def _seconds(extract: object, path: Path) -> float:
     return seconds
 
 
-def _forget(path: Path) -> None:
+def _forget(path):
     """Make the cache cold again, its folders and stamp as they were left."""
     path.unlink()
 
 
-def temporaries(root: Path) -> list[str]:
+def temporaries(root):
     return os.listdir(root / "tmp") if (root / "tmp").exists() else []
 
 
-def _state(code: int, left: set[str], path: Path, had_company: bool) -> str:
+def _state(code, left, path, had_company):
     """What the victim was at when it was killed; `left` are its temporaries."""
     if code == 0:
         return "after the end"
@@ -186,7 +184,7 @@ def _state(code: int, left: set[str], path: Path, had_company: bool) -> str:
     return "before or after" if had_company else "after naming" if path.exists() else "before"
 
 
-def _check_cleaning(left: list[str], root: Path, start: object) -> None:
+def _check_cleaning(left, root, start):
     """A start removes half of them, old enough; a prune the others at once."""
     old = time.time() - cache.ORPHAN_AGE - 1
     half = left[: len(left) // 2]

@@ -42,21 +42,21 @@ EDITS = st.lists(
 SECONDS = 2
 
 
-def damaged(seed: bytes, edits: list[tuple[float, int, bytes, int]]) -> bytes:
+def damaged(seed, edits):
     for place, gone, token, times in edits:
         at = int(place * len(seed))
         seed = seed[:at] + token * times + seed[at + gone :]
     return seed
 
 
-def fed_in_time(name: str, data: bytes) -> None:
+def fed_in_time(name, data):
     started = time.process_time()
     feed(name, data)
     assert time.process_time() - started < SECONDS, (name, len(data), data[:200])
 
 
 @pytest.mark.parametrize("name", PARSERS)
-def test_damaged_ones(name: str) -> None:
+def test_damaged_ones(name):
     seeds = seeds_of(name)
     slow = name in ("lock", "elf", "wheel")
 
@@ -67,14 +67,14 @@ def test_damaged_ones(name: str) -> None:
         suppress_health_check=[*HealthCheck],
         database=None,
     )
-    def run(seed: bytes, edits: list[tuple[float, int, bytes, int]]) -> None:
+    def run(seed, edits):
         fed_in_time(name, damaged(seed, edits))
 
     run()
 
 
 @pytest.mark.parametrize("name", PARSERS)
-def test_seeds_and_what_is_random(name: str) -> None:
+def test_seeds_and_what_is_random(name):
     seeds = seeds_of(name)
     for seed in seeds:
         fed_in_time(name, seed)
@@ -91,7 +91,7 @@ def test_seeds_and_what_is_random(name: str) -> None:
     "name", ["signature", "refusal", "type", "elf", "fatbin", "record", "lock"]
 )
 @pytest.mark.parametrize("unit", [b"(", b"<", b"[", b'"', b"a,", b"{", b"\n", b"\x00", b"`"])
-def test_a_megabyte_of_one_thing(name: str, unit: bytes) -> None:
+def test_a_megabyte_of_one_thing(name, unit):
     """After what a real one begins with: neither quadratic nor recursive."""
     size = 2**20 // len(unit)
     before = seeds_of(name)[0][:60]
@@ -99,7 +99,7 @@ def test_a_megabyte_of_one_thing(name: str, unit: bytes) -> None:
         fed_in_time(name, data)
 
 
-def test_a_type_as_deep_as_may_be() -> None:
+def test_a_type_as_deep_as_may_be():
     deep = "Array<" * 32 + "int" + ">" * 32
     spelled = parse_type(deep)
     while spelled.args:
@@ -111,13 +111,13 @@ def test_a_type_as_deep_as_may_be() -> None:
 
 
 @pytest.mark.parametrize("unit", ["[", "{a=", "{"])
-def test_locks_nested_without_end(unit: str) -> None:
+def test_locks_nested_without_end(unit):
     text = "a = " + unit * 50_000
     with pytest.raises(LoaderError, match="in memory is not a readable lock"):
         lock.read_lock(InMemory(text.encode()))  # type: ignore[arg-type]
 
 
-def test_a_record_of_many_lines_is_read_in_time() -> None:
+def test_a_record_of_many_lines_is_read_in_time():
     line = "a/{}.so,sha256=hOxeCKkzGnVn_lKyPBfbnlN1lRpWpXEH3R1k-hRIrVo,32\n"
     text = "".join(line.format(i) for i in range(20_000)).encode()
     started = time.process_time()

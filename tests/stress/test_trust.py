@@ -9,7 +9,7 @@ import shutil
 import stat
 import subprocess
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("alone", "tvm_ffi_loaded")
 
 
 @pytest.fixture(scope="session")
-def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unpacked(tmp_path_factory):
     """The pinned libtvm_ffi wheel as pip leaves it."""
     folder = tmp_path_factory.mktemp("tvm-ffi")
     with zipfile.ZipFile(download_pinned_wheel()) as archive:
@@ -47,12 +47,12 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path):
     return tmp_path / "cache"
 
 
 @pytest.fixture
-def alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def alone(root, monkeypatch):
     """A cache of the test's own, no network, and no kernels but the test's."""
     monkeypatch.setenv("FI_FFI_CACHE_DIR", str(root))
     monkeypatch.setenv("FI_FFI_OFFLINE", "1")
@@ -65,7 +65,7 @@ def alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def as_root() -> None:
+def as_root():
     if os.geteuid() != 0:
         pytest.skip("only root can give files to another user")
 
@@ -74,16 +74,16 @@ Place = Callable[[], Path]
 
 
 @pytest.fixture
-def good() -> bytes:
+def good():
     return library_bytes(os.urandom(8))
 
 
 @pytest.fixture
-def bad() -> bytes:
+def bad():
     return library_bytes(os.urandom(8))
 
 
-def in_directory(folder: Path, content: bytes) -> Path:
+def in_directory(folder, content):
     """Kernels in a directory that the user names; the module's path."""
     path = folder / "kernels" / "norm" / "norm.so"
     path.parent.mkdir(parents=True)
@@ -92,7 +92,7 @@ def in_directory(folder: Path, content: bytes) -> Path:
     return path
 
 
-def in_wheel(folder: Path, content: bytes) -> Path:
+def in_wheel(folder, content):
     """Kernels in a wheel that the user names; where the module is in the cache."""
     wheel = folder / "flashinfer_jit_cache-0.6.13+cu130-cp39-abi3-linux_x86_64.whl"
     wheel.write_bytes(make_wheel({MODULE: content}))
@@ -100,7 +100,7 @@ def in_wheel(folder: Path, content: bytes) -> Path:
     return search.find_module("norm")[1].path
 
 
-def installed(folder: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> Path:
+def installed(folder, content, monkeypatch):
     """Kernels as a distribution that pip has installed."""
     path = folder / "site" / MODULE
     path.parent.mkdir(parents=True)
@@ -119,15 +119,13 @@ PLACES = {"directory": in_directory, "wheel": in_wheel, "installed": installed}
 
 
 @pytest.fixture(params=PLACES)
-def place(
-    request: pytest.FixtureRequest, tmp_path: Path, good: bytes, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def place(request, tmp_path, good, monkeypatch):
     """A good module in each place that kernels come from, found there by fi_ffi."""
     more = (monkeypatch,) if request.param == "installed" else ()
     return PLACES[request.param](tmp_path, good, *more)
 
 
-def replace(path: Path, content: bytes) -> Path:
+def replace(path, content):
     """Put another file into a file's place, as an update does; the old one's new name."""
     aside = path.with_name("aside")
     os.link(path, aside)
@@ -138,7 +136,7 @@ def replace(path: Path, content: bytes) -> Path:
     return aside
 
 
-def test_a_good_module_is_loaded(place: Path) -> None:
+def test_a_good_module_is_loaded(place):
     """What all the others would do, were nothing swapped."""
     loaded = runtime.load("norm")
     assert loaded.file.path == place
@@ -147,9 +145,7 @@ def test_a_good_module_is_loaded(place: Path) -> None:
 
 
 @pytest.mark.parametrize("at", [0, 5, 4096, -1])
-def test_a_swapped_byte_where_a_hash_is_known(
-    at: int, tmp_path: Path, good: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_swapped_byte_where_a_hash_is_known(at, tmp_path, good, monkeypatch):
     """A wheel's member, an installed file, and what a wheel has left in the cache."""
     path = installed(tmp_path, good, monkeypatch)
     flip(path, at)
@@ -166,7 +162,7 @@ def test_a_swapped_byte_where_a_hash_is_known(
     assert not in_memory(damaged)
 
 
-def test_a_swapped_byte_in_a_wheel(tmp_path: Path, good: bytes) -> None:
+def test_a_swapped_byte_in_a_wheel(tmp_path, good):
     wheel = tmp_path / "flashinfer_jit_cache-0.6.13+cu130-cp39-abi3-linux_x86_64.whl"
     wheel.write_bytes(make_wheel({MODULE: good}, record_text=record({MODULE: good[:-1] + b"!"})))
     runtime.use_source(wheel)
@@ -175,9 +171,7 @@ def test_a_swapped_byte_in_a_wheel(tmp_path: Path, good: bytes) -> None:
     assert not list((tmp_path / "cache" / "objects").rglob("*.so"))
 
 
-def test_replaced_between_the_check_and_the_loading(
-    place: Path, bad: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replaced_between_the_check_and_the_loading(place, bad, monkeypatch):
     asides = []
     monkeypatch.setattr(runtime.libraries, "prepare", lambda *_: asides.append(replace(place, bad)))
     with pytest.raises(LoaderError, match="was replaced or written to after"):
@@ -186,13 +180,11 @@ def test_replaced_between_the_check_and_the_loading(
     assert not in_memory(asides[0])
 
 
-def test_replaced_while_it_is_loaded(
-    place: Path, bad: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replaced_while_it_is_loaded(place, bad, monkeypatch):
     """The last check is done: what is loaded is what was checked, whatever the path leads to."""
     asides, real = [], library.open_module
 
-    def late(path: str, through: str | None = None) -> object:
+    def late(path, through=None):
         asides.append(replace(place, bad))
         return real(path, through)
 
@@ -203,10 +195,8 @@ def test_replaced_while_it_is_loaded(
 
 
 @pytest.mark.parametrize("keep_times", [False, True])
-def test_written_over_in_place(
-    keep_times: bool, place: Path, bad: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def write(*_: object) -> None:
+def test_written_over_in_place(keep_times, place, bad, monkeypatch):
+    def write(*_):
         status = place.stat()
         place.chmod(0o644)
         with place.open("r+b") as file:
@@ -221,16 +211,14 @@ def test_written_over_in_place(
     assert not in_memory(place)
 
 
-def test_facts_are_of_the_file_that_was_hashed(
-    place: Path, unpacked: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_facts_are_of_the_file_that_was_hashed(place, unpacked, monkeypatch):
     """Another library is there while it is read, and the first one again afterwards."""
     file = search.find_module("norm")[1]
     assert elf.inspect_elf(unpacked / TESTING_MEMBER).functions
     held._path(file.sha256).unlink()
     real = elf.inspect_elf
 
-    def swapped(where: str) -> object:
+    def swapped(where):
         aside = place.parent.rename(place.parent.with_name("aside"))
         place.parent.mkdir()
         shutil.copy(unpacked / TESTING_MEMBER, place)
@@ -244,7 +232,7 @@ def test_facts_are_of_the_file_that_was_hashed(
     assert held.facts_of(file).functions == []
 
 
-def test_a_file_that_was_loaded_and_then_written_over(tmp_path: Path, good: bytes) -> None:
+def test_a_file_that_was_loaded_and_then_written_over(tmp_path, good):
     """The linker would give the old one for it, with the new one's pages in it."""
     path = in_directory(tmp_path, good)
     runtime.load("norm")
@@ -257,7 +245,7 @@ def test_a_file_that_was_loaded_and_then_written_over(tmp_path: Path, good: byte
         runtime.load("norm")
 
 
-def test_many_libraries_one_after_the_other(tmp_path: Path) -> None:
+def test_many_libraries_one_after_the_other(tmp_path):
     """Each is its own, and what is loaded again takes no further descriptor."""
     handles = {}
     for name in "abcdefgh":
@@ -273,9 +261,7 @@ def test_many_libraries_one_after_the_other(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_library_that_needs_its_own_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_library_that_needs_its_own_folder(tmp_path, monkeypatch):
     """It is opened by its path; one that was replaced meanwhile is told, and not used."""
     source, path = tmp_path / "own.c", tmp_path / "own.so"
     source.write_text("int __tvm_ffi_own(void *h, void *a, int n, void *r) { return 0; }")
@@ -284,7 +270,7 @@ def test_a_library_that_needs_its_own_folder(
     real = library.open_module
     asides = []
 
-    def late(where: str, through: str | None = None) -> object:
+    def late(where, through=None):
         asides.append(replace(path, path.read_bytes() + b"other"))
         return real(where, through)
 
@@ -298,7 +284,7 @@ def test_a_library_that_needs_its_own_folder(
 
 
 @pytest.fixture
-def site(unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def site(unpacked, tmp_path, monkeypatch):
     """apache-tvm-ffi as it is installed, the only one; its library's path."""
     folder = tmp_path / "site"
     shutil.copytree(unpacked, folder)
@@ -308,7 +294,7 @@ def site(unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return folder / tvm_ffi.MEMBER
 
 
-def test_an_installed_libtvm_ffi(site: Path) -> None:
+def test_an_installed_libtvm_ffi(site):
     found = tvm_ffi.installed()
     assert found.path == str(site)
     flip(site)
@@ -317,12 +303,10 @@ def test_an_installed_libtvm_ffi(site: Path) -> None:
     assert not in_memory(site)
 
 
-def test_libtvm_ffi_that_is_replaced(
-    site: Path, bad: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_libtvm_ffi_that_is_replaced(site, bad, monkeypatch):
     digest, real = sha256(site.read_bytes()), tvm_ffi.find
 
-    def find() -> tvm_ffi.Found:
+    def find():
         found = real()
         assert found.path == str(site) and found.sha256 == digest
         replace(site, bad)
@@ -334,19 +318,17 @@ def test_libtvm_ffi_that_is_replaced(
     assert not in_memory(site)
 
 
-def test_libtvm_ffi_that_is_replaced_while_it_is_loaded(
-    site: Path, bad: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_libtvm_ffi_that_is_replaced_while_it_is_loaded(site, bad, monkeypatch):
     """A second libtvm_ffi would end this process, so what is opened is looked at in its place."""
     opened, wanted = [], os.stat(site).st_ino
 
     class Linker:
-        def dlopen(self, name: str, flags: int) -> None:
+        def dlopen(self, name, flags):
             replace(site, bad)
             opened.append(os.stat(name).st_ino)
             raise OSError("not now")
 
-        def new(self, kind: str) -> None:
+        def new(self, kind):
             raise AssertionError("nothing was opened")
 
     monkeypatch.setattr(library, "ffi", Linker())
@@ -355,7 +337,7 @@ def test_libtvm_ffi_that_is_replaced_while_it_is_loaded(
     assert opened == [wanted] != [os.stat(site).st_ino]
 
 
-def test_a_wheel_is_the_one_that_was_verified(tmp_path: Path, good: bytes, bad: bytes) -> None:
+def test_a_wheel_is_the_one_that_was_verified(tmp_path, good, bad):
     path = tmp_path / "kernels-1-py3-none-any.whl"
     path.write_bytes(make_wheel({MODULE: good}))
     wheel = Wheel(path, sha256=sha256(path.read_bytes()))
@@ -365,7 +347,7 @@ def test_a_wheel_is_the_one_that_was_verified(tmp_path: Path, good: bytes, bad: 
         wheel.extract(MODULE)
 
 
-def test_a_pipe_in_the_place_of_a_module(place: Path) -> None:
+def test_a_pipe_in_the_place_of_a_module(place):
     search.find_module("norm")
     place.unlink()
     os.mkfifo(place)
@@ -375,12 +357,12 @@ def test_a_pipe_in_the_place_of_a_module(place: Path) -> None:
         pass
 
 
-def writable_by_all(path: Path) -> None:
+def writable_by_all(path):
     path.chmod(0o666 if path.is_file() else 0o777)
 
 
 @pytest.mark.parametrize("up", [0, 1, 2])
-def test_what_every_user_can_write_in_a_directory(up: int, tmp_path: Path, good: bytes) -> None:
+def test_what_every_user_can_write_in_a_directory(up, tmp_path, good):
     path = in_directory(tmp_path, good)
     writable_by_all([path, *path.parents][up])
     with pytest.raises(LoaderError, match=r"can be written by every user .*chmod o-w"):
@@ -389,7 +371,7 @@ def test_what_every_user_can_write_in_a_directory(up: int, tmp_path: Path, good:
 
 
 @pytest.mark.usefixtures("as_root")
-def test_what_others_put_where_all_can_write(tmp_path: Path, good: bytes) -> None:
+def test_what_others_put_where_all_can_write(tmp_path, good):
     """A module folder that another user has put into one with the sticky bit."""
     path = in_directory(tmp_path, good)
     path.parents[1].chmod(0o1777)
@@ -400,7 +382,7 @@ def test_what_others_put_where_all_can_write(tmp_path: Path, good: bytes) -> Non
     assert not in_memory(path)
 
 
-def test_the_dlopen_calls_are_those_of_the_table() -> None:
+def test_the_dlopen_calls_are_those_of_the_table():
     """docs/threat-model.md has a row for each function that opens a library."""
     package, calls = Path(fi_ffi.__file__).parent, set()
     for path in package.rglob("*.py"):
@@ -418,7 +400,7 @@ def test_the_dlopen_calls_are_those_of_the_table() -> None:
     assert calls == told
 
 
-def test_the_threat_model_names_tests_that_are_there() -> None:
+def test_the_threat_model_names_tests_that_are_there():
     text = (DOCS / "threat-model.md").read_text()
     tests = Path(__file__).parents[1]
     named = set(re.findall(r"`(test_\w+)`", text))
@@ -431,7 +413,7 @@ def test_the_threat_model_names_tests_that_are_there() -> None:
     assert named <= there, named - there
 
 
-def test_another_users_module(place: Path) -> None:
+def test_another_users_module(place):
     """A place that the user names, or an installer filled, may be of anybody; the cache not."""
     if os.geteuid() != 0:
         pytest.skip("only root can give files to another user")

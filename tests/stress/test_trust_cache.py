@@ -35,44 +35,45 @@ WHEEL = "flashinfer_jit_cache-0.6.13+cu130-cp39-abi3-linux_x86_64.whl"
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def root(tmp_path, monkeypatch):
+    for name in ("FI_FFI_WHEELS", "FI_FFI_PARANOID"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path / "above" / "cache"))
-    monkeypatch.delenv("FI_FFI_WHEELS", raising=False)
     return tmp_path / "above" / "cache"
 
 
-def stored() -> Path:
+def stored():
     return cache.store([CONTENT], SHA256, "norm.so", "a test")
 
 
-def another(path: Path) -> None:
+def another(path):
     if os.geteuid() != 0:
         pytest.skip("only root can give files to another user")
     os.chown(path, OTHER, -1, follow_symlinks=False)
 
 
-def other_kind(make: Callable[[Path], object]) -> Callable[[Path], None]:
-    def change(path: Path) -> None:
+def other_kind(make):
+    def change(path):
         path.rename(path.with_name("aside"))
         make(path)
 
     return change
 
 
-def device(path: Path) -> None:
+def device(path):
     try:
         os.mknod(path, stat.S_IFCHR | 0o444, os.makedev(1, 5))  # zeros without end
     except OSError as error:
         pytest.skip(f"no device can be made here: {error}")
 
 
-def hard_link(path: Path) -> None:
+def hard_link(path):
     shutil.copy(path.with_name("aside"), path.with_name("theirs"))
     another(path.with_name("theirs"))
     os.link(path.with_name("theirs"), path)
 
 
-def linked(path: Path) -> None:
+def linked(path):
     path.symlink_to(path.with_name("aside"))
 
 
@@ -95,7 +96,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-def refused(match: str) -> None:
+def refused(match):
     """Neither found, nor put right behind the user's back."""
     for use in (lambda: cache.find(SHA256, "norm.so"), stored):
         with pytest.raises(ArtifactError, match=match):
@@ -103,7 +104,7 @@ def refused(match: str) -> None:
 
 
 @pytest.mark.parametrize("how", FILES)
-def test_files_of_the_cache_that_are_refused(how: str, root: Path) -> None:
+def test_files_of_the_cache_that_are_refused(how, root):
     change, match = FILES[how]
     change(stored())
     refused(match)
@@ -111,14 +112,14 @@ def test_files_of_the_cache_that_are_refused(how: str, root: Path) -> None:
 
 @pytest.mark.parametrize("how", FOLDERS)
 @pytest.mark.parametrize("up", [0, 1, 2])
-def test_folders_of_the_cache_that_are_refused(how: str, up: int, root: Path) -> None:
+def test_folders_of_the_cache_that_are_refused(how, up, root):
     change, match = FOLDERS[how]
     change(stored().parents[up])
     refused(match)
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o1777, 0o703])
-def test_cache_directories_that_are_refused(mode: int, root: Path) -> None:
+def test_cache_directories_that_are_refused(mode, root):
     stored()
     root.chmod(mode)
     refused("can be written by every user.*set FI_FFI_CACHE_DIR")
@@ -128,7 +129,37 @@ def test_cache_directories_that_are_refused(mode: int, root: Path) -> None:
     refused(f"belongs to user {OTHER}")
 
 
-def test_directories_above_the_cache_that_are_refused(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["tmp", "locks"])
+@pytest.mark.parametrize("how", FOLDERS)
+def test_folders_to_write_in_that_are_refused(how, folder, root):
+    """Where names could be taken first; what is only read is not asked of them."""
+    stored().unlink()
+    change, match = FOLDERS[how]
+    change(root / folder)
+    with pytest.raises(ArtifactError, match=match):
+        stored()
+
+
+def test_what_other_names_and_links_are_good(root, tmp_path):
+    """A backup made of hard links, and a link of one's own to another disk; not another user's."""
+    os.link(stored(), tmp_path / "backup")
+    assert cache.find(SHA256, "norm.so")
+    root.rename(tmp_path / "elsewhere")
+    root.symlink_to(tmp_path / "elsewhere")
+    assert stored() == cache.find(SHA256, "norm.so")
+    another(root)
+    refused(f"the link {root} belongs to user {OTHER}")
+
+
+def test_files_of_others_as_another_user_sees_them(root, monkeypatch):
+    if os.geteuid() == 0:
+        pytest.skip("root's files are trusted")
+    stored()
+    monkeypatch.setattr(os, "geteuid", lambda: OTHER)
+    refused(f"belongs to user {os.getuid()}.*runs as user {OTHER}")
+
+
+def test_directories_above_the_cache_that_are_refused(root, tmp_path):
     stored()
     root.parent.chmod(0o777)
     refused("above can be written by every user.*chmod o-w")
@@ -139,9 +170,7 @@ def test_directories_above_the_cache_that_are_refused(root: Path, tmp_path: Path
     tmp_path.chmod(0o700)
 
 
-def test_a_link_to_a_cache_where_all_can_write(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_link_to_a_cache_where_all_can_write(root, tmp_path, monkeypatch):
     stored()
     link = tmp_path / "link"
     link.symlink_to(root)
@@ -151,7 +180,7 @@ def test_a_link_to_a_cache_where_all_can_write(
     refused("above can be written by every user")
 
 
-def test_notes_of_others_are_not_believed(root: Path) -> None:
+def test_notes_of_others_are_not_believed(root):
     """A note that tells a file's signatures is as good as the file."""
     file = ModuleFile("norm", stored(), SHA256)
     held.remember(file, held.Facts(["libc.so.6"], ["forged"], []))
@@ -165,7 +194,7 @@ def test_notes_of_others_are_not_believed(root: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["wheels", "wheel", "link", "open"])
-def test_wheels_that_another_user_put_into_the_cache(what: str, root: Path) -> None:
+def test_wheels_that_another_user_put_into_the_cache(what, root):
     """Nobody named them: they are found because they lie there."""
     wheel = root / "wheels" / WHEEL
     wheel.parent.mkdir(parents=True)
@@ -184,14 +213,14 @@ def test_wheels_that_another_user_put_into_the_cache(what: str, root: Path) -> N
         [*search._local(None)]
 
 
-def script(path: Path, text: str) -> Path:
+def script(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return path
 
 
-def open_to_all(path: Path) -> None:
+def open_to_all(path):
     path.chmod(0o777)
 
 
@@ -209,9 +238,7 @@ PLANTED: dict[str, tuple[str, Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("what", PLANTED)
-def test_programs_that_others_could_plant_are_not_run(
-    what: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_programs_that_others_could_plant_are_not_run(what, root, tmp_path, monkeypatch):
     """What a build runs out of the cache: Python, pip, nvcc, ninja's files."""
     home = tmp_path / "cuda"
     says = f'echo "release 13.0, V13.0.1"; echo "#$ TOP={home}"; echo compute_90'
@@ -237,7 +264,7 @@ def test_programs_that_others_could_plant_are_not_run(
     assert not ran.exists()
 
 
-def test_a_build_folder_of_another_user(root: Path, tmp_path: Path) -> None:
+def test_a_build_folder_of_another_user(root, tmp_path):
     folder = tmp_path / "theirs"
     folder.mkdir()
     another(folder)
@@ -248,7 +275,7 @@ def test_a_build_folder_of_another_user(root: Path, tmp_path: Path) -> None:
         pass
 
 
-def test_the_folder_of_compiled_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_of_compiled_kernels(tmp_path, monkeypatch):
     """A name in /tmp that anybody could take, where HOME is not set."""
     monkeypatch.setenv(libraries.DEEPGEMM_FOLDER, str(tmp_path / "compiled"))
     libraries.check_deepgemm_folder()
@@ -257,7 +284,7 @@ def test_the_folder_of_compiled_kernels(tmp_path: Path, monkeypatch: pytest.Monk
         libraries.check_deepgemm_folder()
 
 
-def write_zip(path: Path, members: list[tuple[zipfile.ZipInfo | str, bytes]]) -> Path:
+def write_zip(path, members):
     """A wheel whose RECORD vouches for all of its members."""
     contents = {getattr(info, "filename", info): content for info, content in members}
     with warnings.catch_warnings(), zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -268,7 +295,7 @@ def write_zip(path: Path, members: list[tuple[zipfile.ZipInfo | str, bytes]]) ->
     return path
 
 
-def of_kind(kind: int) -> zipfile.ZipInfo:
+def of_kind(kind):
     info = zipfile.ZipInfo(MODULE)
     info.external_attr = (kind | 0o777) << 16
     return info
@@ -289,7 +316,7 @@ ZIPS: dict[str, tuple[list[tuple[zipfile.ZipInfo | str, bytes]], str]] = {
 
 
 @pytest.mark.parametrize("how", ZIPS)
-def test_wheels_that_are_refused(how: str, tmp_path: Path, root: Path) -> None:
+def test_wheels_that_are_refused(how, tmp_path, root):
     members, match = ZIPS[how]
     path = write_zip(tmp_path / WHEEL, members)
     with pytest.raises(ArtifactError, match=f"{match}.*get it from its publisher"):
@@ -297,7 +324,7 @@ def test_wheels_that_are_refused(how: str, tmp_path: Path, root: Path) -> None:
     assert not root.exists()
 
 
-def test_a_bomb_that_its_record_vouches_for(tmp_path: Path, root: Path) -> None:
+def test_a_bomb_that_its_record_vouches_for(tmp_path, root):
     path = write_zip(tmp_path / WHEEL, [(MODULE, bytes(64 << 20))])
     with pytest.raises(ArtifactError, match="no library is.*get it from its publisher"):
         Wheel(path).extract(MODULE)
@@ -305,7 +332,7 @@ def test_a_bomb_that_its_record_vouches_for(tmp_path: Path, root: Path) -> None:
 
 
 @pytest.mark.parametrize("declared", [100, 64 << 20])
-def test_a_bomb_that_does_not_say_so(declared: int, tmp_path: Path, root: Path) -> None:
+def test_a_bomb_that_does_not_say_so(declared, tmp_path, root):
     """Sizes of the directory, of the local header and of RECORD that are not the content's."""
     data = bytearray(write_zip(tmp_path / WHEEL, [(MODULE, bytes(64 << 20))]).read_bytes())
     real = struct.pack("<I", 64 << 20)
@@ -336,7 +363,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("url", REFUSED)
-def test_addresses_that_are_refused(url: str) -> None:
+def test_addresses_that_are_refused(url):
     with pytest.raises(FetchError):
         check_url(url)
     client = Client(QUICK)
@@ -350,7 +377,7 @@ def test_addresses_that_are_refused(url: str) -> None:
     "http://127.8.9.1/a", "http://[::1]:8/a", "http://LOCALHOST/a", "http://u:p@localhost/a",
     "https://134744072/a",
 ])  # fmt: skip
-def test_addresses_that_are_used_lead_where_they_were_checked(url: str) -> None:
+def test_addresses_that_are_used_lead_where_they_were_checked(url):
     """What sends the request reads the host as what checks it does."""
     check_url(url)
     parsed = parse_url(url)
@@ -364,7 +391,7 @@ def test_addresses_that_are_used_lead_where_they_were_checked(url: str) -> None:
     "http://evil.example/a", "http://127.0.0.1@evil.example/a", "//evil.example/a",
     "ftp://127.0.0.1/a", "file:///etc/passwd",
 ])  # fmt: skip
-def test_redirects_that_are_refused(target: str) -> None:
+def test_redirects_that_are_refused(target):
     with Server({"/file.whl": File(CONTENT)}) as web:
         web.faults.append(redirect(target))
         client = Client(QUICK)
@@ -376,7 +403,7 @@ def test_redirects_that_are_refused(target: str) -> None:
             redirected("https://example.com/a", target)
 
 
-def test_a_link_below_the_cache(root: Path, tmp_path: Path) -> None:
+def test_a_link_below_the_cache(root, tmp_path):
     """Nothing is written through a link that another user could have put there."""
     root.mkdir(parents=True, mode=0o700)
     (root / "tmp").symlink_to(tmp_path)

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,27 +23,35 @@ class Sample:
 
     root: Path
     content: bytes = CONTENT
-    sha256: str = hashlib.sha256(CONTENT).hexdigest()
     name: str = "norm.so"
 
     @property
-    def path(self) -> Path:
+    def sha256(self):
+        return hashlib.sha256(self.content).hexdigest()
+
+    @property
+    def path(self):
         return cache.object_path(self.sha256, self.name)
 
-    def store(self) -> Path:
+    def store(self, sha256=None, name=None):
         half = len(self.content) // 2
         chunks = [self.content[:half], self.content[half:]]
-        return cache.store(chunks, self.sha256, self.name, "a test")
+        return cache.store(chunks, sha256 or self.sha256, name or self.name, "a test")
 
-    def find(self, **how: bool) -> Path | None:
+    def find(self, **how):
         return cache.find(self.sha256, self.name, **how)
 
-    def temporaries(self) -> list[str]:
+    def files(self):
+        """All but stamps."""
+        found = (path for path in self.root.rglob("*") if path.is_file())
+        return sorted(path for path in found if path.suffix != ".stamp")
+
+    def temporaries(self):
         return os.listdir(self.root / "tmp") if (self.root / "tmp").exists() else []
 
 
 @pytest.fixture
-def sample(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sample]:
+def sample(monkeypatch):
     # Not below pytest's folder, which is closed to other users: some tests become one.
     parent = Path(tempfile.mkdtemp())
     parent.chmod(0o755)
@@ -55,7 +62,7 @@ def sample(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sample]:
 
 
 @pytest.fixture
-def small_disk(sample: Sample) -> Iterator[Path]:
+def small_disk(sample):
     """A file system of 64 KiB where the cache is to be; read-only mounts can be made of it."""
     sample.root.mkdir(mode=0o700)
     options = ["-t", "tmpfs", "-o", "size=64k,mode=700", "tmpfs", str(sample.root)]
@@ -65,9 +72,3 @@ def small_disk(sample: Sample) -> Iterator[Path]:
         pytest.skip(f"no file system can be mounted here: {error}")
     yield sample.root
     subprocess.run(["umount", str(sample.root)], check=True)
-
-
-@pytest.fixture
-def as_root() -> None:
-    if os.geteuid() != 0:
-        pytest.skip("only root can give files to another user")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import functools
@@ -14,10 +15,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import filelock
 import pytest
 from click.testing import CliRunner
 
@@ -28,7 +28,41 @@ from fi_ffi.loader import cache, upkeep
 from tests.helpers.forking import fork, in_child, wait
 
 
-def test_a_full_disk(sample: Any, small_disk: Path) -> None:
+def failing(number):
+    """A function of the system that fails."""
+
+    def fail(*arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def leftovers(sample):
+    return upkeep.items(sample.root, "leftover")
+
+
+@contextlib.contextmanager
+def held(what):
+    """The id of a child that is inside `what()`, and stays there until it is killed."""
+    reader, writer = os.pipe()
+
+    def hold():
+        with what():
+            os.write(writer, b".")
+            time.sleep(600)
+
+    pid = fork(hold)
+    try:
+        os.read(reader, 1)
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        assert wait(pid) == -signal.SIGKILL
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_full_disk(sample, small_disk):
     content = secrets.token_bytes(200_000)
     sha256 = hashlib.sha256(content).hexdigest()
     pieces = [content[at : at + 10_000] for at in range(0, len(content), 10_000)]
@@ -39,18 +73,14 @@ def test_a_full_disk(sample: Any, small_disk: Path) -> None:
     assert "No space left on device. 200,000 bytes are needed and" in text
     free = int(re.findall(r"and ([\d,]+) are free", text)[0].replace(",", ""))
     assert free < 65536
-    assert "fi-ffi cache prune" in text
-    assert "FI_FFI_CACHE_DIR" in text
-    assert sample.temporaries() == []
-    assert upkeep.items(sample.root, "object") == []
+    assert "fi-ffi cache prune" in text and "FI_FFI_CACHE_DIR" in text
+    assert sample.temporaries() == upkeep.items(sample.root, "object") == []
     assert cache.find(sha256, "big.so") is None
-    small = b"small enough"
-    digest = hashlib.sha256(small).hexdigest()
-    assert cache.store([small], digest, "small.so", "a test").read_bytes() == small
+    assert type(sample)(sample.root, b"small enough").store().read_bytes() == b"small enough"
 
 
-def test_a_file_that_may_not_get_so_large(sample: Any) -> None:
-    def child() -> None:
+def test_a_file_that_may_not_get_so_large(sample):
+    def child():
         resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, 70_000))
         with pytest.raises(LoaderError, match=r"File too large. at least 102,400 bytes"):
             sample.store()
@@ -61,18 +91,17 @@ def test_a_file_that_may_not_get_so_large(sample: Any) -> None:
     assert sample.store() == sample.find()
 
 
-def _damage(sample: Any) -> None:
+def _damage(sample):
     path = sample.store()
     path.chmod(0o644)
     path.write_bytes(b"damaged")
 
 
-def _kill_at(step: int, root: Path) -> None:
+def _kill_at(step, root):
     """Kill this process right before its `step`th use of a file or folder of the cache."""
-    seen = 0
-    within = str(root)
+    seen, within = 0, str(root)
 
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+    def hook(event, arguments):
         nonlocal seen
         # What is done to an open file (fchmod) has its number in place of a path.
         if event in ("open", "os.chmod", "os.utime") or event.startswith(("os.", "shutil.")):
@@ -86,15 +115,14 @@ def _kill_at(step: int, root: Path) -> None:
 
 
 @pytest.mark.parametrize("prepare", [lambda sample: None, _damage], ids=["cold", "damaged"])
-def test_a_process_killed_at_every_step(prepare: Callable[[Any], None], sample: Any) -> None:
-    def victim(step: int) -> None:
+def test_a_process_killed_at_every_step(prepare, sample):
+    def victim(step):
         _kill_at(step, sample.root)
         sample.store()
 
-    def next_start() -> None:
+    def next_start():
         assert sample.store().read_bytes() == sample.content
-        assert sample.find() == sample.path
-        assert sample.find(paranoid=True) == sample.path
+        assert sample.find() == sample.find(paranoid=True) == sample.path
 
     prepare(sample)
     ended, left = 0, set()
@@ -106,7 +134,7 @@ def test_a_process_killed_at_every_step(prepare: Callable[[Any], None], sample: 
         ended += 1
         left.add(len(sample.temporaries()))
         assert in_child(next_start) == 0
-        upkeep.prune(upkeep.items(sample.root, "leftover"), sample.root)
+        upkeep.prune(leftovers(sample), sample.root)
         assert sample.temporaries() == []
         upkeep.prune(upkeep.items(sample.root, "object"), sample.root)
         prepare(sample)
@@ -115,8 +143,8 @@ def test_a_process_killed_at_every_step(prepare: Callable[[Any], None], sample: 
     assert left == {0, 1}
 
 
-def test_a_cold_start_sweeps_what_ended_processes_left(sample: Any) -> None:
-    def victim() -> None:
+def test_a_cold_start_sweeps_what_ended_processes_left(sample):
+    def victim():
         with cache.temporary() as new:
             os.write(new.fd, b"half")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -132,60 +160,42 @@ def test_a_cold_start_sweeps_what_ended_processes_left(sample: Any) -> None:
     assert sample.temporaries() == []
 
 
-def test_what_a_running_process_writes_stays_however_old(sample: Any) -> None:
-    reader, writer = os.pipe()
-
-    def slow() -> None:
-        with cache.temporary():
-            os.write(writer, b".")
-            time.sleep(600)
-
-    pid = fork(slow)
-    try:
-        os.read(reader, 1)
+def test_what_a_running_process_writes_stays_however_old(sample):
+    with held(cache.temporary) as pid:
         (name,) = sample.temporaries()
         os.utime(sample.root / "tmp" / name, (0, 0))
         sample.store()
-        upkeep.prune(upkeep.items(sample.root, "leftover"), sample.root)
+        upkeep.prune(leftovers(sample), sample.root)
         assert sample.temporaries() == [name]
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        assert (
-            len(upkeep.items(sample.root, "leftover")) == 1
-        )  # not waited for: a zombie has ended too
-    finally:
-        assert wait(pid) == -signal.SIGKILL
-        os.close(reader)
-        os.close(writer)
+        assert len(leftovers(sample)) == 1  # not waited for: a zombie has ended too
 
 
 @pytest.mark.parametrize(("days", "expected"), [(6.9, 0), (7.1, 1)])
-def test_those_of_other_machines_stay_for_a_week(days: float, expected: int, sample: Any) -> None:
+def test_those_of_other_machines_stay_for_a_week(days, expected, sample):
     sample.store()
     name = f"{'0' * 16}.1.1.{'0' * 16}"
     written = time.time() - days * 86400
     for left in (name, "tmpabcdefgh", "not-ours"):
         (sample.root / "tmp" / left).write_bytes(b"x")
         os.utime(sample.root / "tmp" / left, (written, written))
-    found = {item.name for item in upkeep.items(sample.root, "leftover")}
+    found = {item.name for item in leftovers(sample)}
     assert found == ({name, "tmpabcdefgh"} if expected else set())
 
 
-def test_without_locks_only_age_tells(sample: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def flock(fd: int, operation: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
+def test_without_locks_only_age_tells(sample, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
     sample.store()
     left = cache.new_path(sample.root / "tmp")
     left.touch()
     for days, expected in ((0, 0), (6.9, 0), (7.1, 1)):
         then = time.time() - days * 86400
         os.utime(left, (then, then))
-        assert len(upkeep.items(sample.root, "leftover")) == expected
+        assert len(leftovers(sample)) == expected
 
 
-def test_leftovers_of_a_clock_that_was_wrong(sample: Any) -> None:
+def test_leftovers_of_a_clock_that_was_wrong(sample):
     """Dated to a time to come, as no date can have it: they are listed, and removed."""
     sample.store()
     left = cache.new_path(sample.root / "tmp")
@@ -204,15 +214,15 @@ def test_leftovers_of_a_clock_that_was_wrong(sample: Any) -> None:
     assert sample.temporaries() == []
 
 
-def test_two_threads_store_once(sample: Any) -> None:
+def test_two_threads_store_once(sample):
     made = []
 
-    def chunks() -> Any:
+    def chunks():
         made.append(1)
         time.sleep(0.1)
         yield sample.content
 
-    def store() -> None:
+    def store():
         cache.store(chunks(), sample.sha256, sample.name, "a test")
 
     threads = [threading.Thread(target=store) for _ in range(6)]
@@ -224,58 +234,40 @@ def test_two_threads_store_once(sample: Any) -> None:
     assert sample.find() == sample.path
 
 
-def test_a_holder_that_is_stopped_holds_nobody_up_for_ever(
-    sample: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reader, writer = os.pipe()
-
-    def hold() -> None:
-        with cache.filling(sample.sha256, sample.name):
-            os.write(writer, b".")
-            time.sleep(600)
-
-    pid = fork(hold)
-    try:
-        os.read(reader, 1)
+def test_a_holder_that_is_stopped_holds_nobody_up_for_ever(sample, monkeypatch):
+    with held(lambda: cache.filling(sample.sha256, sample.name)):
         monkeypatch.setattr(cache, "PATIENCE", 0.2)
         start = time.monotonic()
         assert sample.store().read_bytes() == sample.content
         assert time.monotonic() - start >= 0.2
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        wait(pid)
-        os.close(reader)
-        os.close(writer)
 
 
-@pytest.mark.parametrize("problem", [OSError(errno.ENOLCK, "No locks"), NotImplementedError()])
-def test_without_locks(problem: Exception, sample: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import filelock
-
-    def acquire(self: object, **options: object) -> None:
-        raise problem
-
-    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
-    assert sample.store().read_bytes() == sample.content
+def _no_locks(*arguments, **options):
+    raise NotImplementedError
 
 
-@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
-def test_without_hard_links(number: int, sample: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def link(*arguments: object) -> None:
-        raise OSError(number, os.strerror(number))
+WITHOUT = {
+    "locks": (filelock.FileLock, "acquire", failing(errno.ENOLCK)),
+    "locks at all": (filelock.FileLock, "acquire", _no_locks),
+    "hard links": (os, "link", failing(errno.EPERM)),
+    "hard links here": (os, "link", failing(errno.EOPNOTSUPP)),
+}
 
-    monkeypatch.setattr(os, "link", link)
+
+@pytest.mark.parametrize("what", WITHOUT)
+def test_file_systems_without(what, sample, monkeypatch):
+    monkeypatch.setattr(*WITHOUT[what])
     assert sample.store().read_bytes() == sample.content
     assert sample.find() == sample.path
 
 
-def test_a_good_file_is_never_replaced(sample: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_good_file_is_never_replaced(sample, monkeypatch):
     """Not even by a process that sees no locks and does not see the file, as on NFS."""
     path = sample.store()
     before = path.stat().st_ino
     real, asked = cache.find, []
 
-    def find(*arguments: Any, **how: Any) -> Path | None:
+    def find(*arguments, **how):
         asked.append(arguments)
         return None if len(asked) < 3 else real(*arguments, **how)
 
@@ -286,10 +278,10 @@ def test_a_good_file_is_never_replaced(sample: Any, monkeypatch: pytest.MonkeyPa
     assert sample.temporaries() == []
 
 
-def test_a_stale_handle_is_asked_again(sample: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stale_handle_is_asked_again(sample, monkeypatch):
     path, real, failures = sample.store(), os.lstat, [errno.ESTALE] * 2
 
-    def lstat(where: Any, **how: Any) -> os.stat_result:
+    def lstat(where, **how):
         if str(where) == str(path) and failures:
             raise OSError(failures.pop(), "Stale file handle")
         return real(where, **how)
@@ -299,12 +291,10 @@ def test_a_stale_handle_is_asked_again(sample: Any, monkeypatch: pytest.MonkeyPa
     assert failures == []
 
 
-def test_a_prune_between_making_the_folder_and_naming_the_file(
-    sample: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prune_between_making_the_folder_and_naming_the_file(sample, monkeypatch):
     real, pruned = os.link, []
 
-    def link(source: Any, path: Any) -> None:
+    def link(source, path):
         if not pruned:
             pruned.append(1)
             Path(path).parent.rmdir()
