@@ -1,4 +1,4 @@
-"""The pinned wheel as a source: what its pin vouches for, what is fetched, what the user is told."""
+"""The pinned wheel as a source: what its pin vouches for, and what the user is told."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def make(path, members=None, **how):
     return path
 
 
-def line(content=CONTENT, size=len(CONTENT)):
+def line(content=CONTENT, size=76_800):
     """RECORD of one member."""
     return f"{MEMBER},{digest(content)},{size}\n".encode()
 

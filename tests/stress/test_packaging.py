@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ except fi_ffi.ArgumentError as error:
 
 
 @pytest.fixture(scope="module")
-def backend(tmp_path_factory):
+def backend(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """hatchling in a folder of its own."""
     folder = tmp_path_factory.mktemp("hatchling")
     pip = (sys.executable, "-m", "pip", "install", "-q", "--target", folder)
@@ -48,13 +49,13 @@ def backend(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sdist(backend, tmp_path_factory):
+def sdist(backend: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = source_tree(tmp_path_factory.mktemp("tree"))
     return build("sdist", tree, tmp_path_factory.mktemp("sdist"), backend)
 
 
 @pytest.fixture(scope="module")
-def wheel(sdist, backend, tmp_path_factory):
+def wheel(sdist: Path, backend: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel that the sdist makes, as pip would have it."""
     folder = tmp_path_factory.mktemp("wheel")
     with tarfile.open(sdist) as archive:
@@ -63,14 +64,14 @@ def wheel(sdist, backend, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bare(wheel, tmp_path_factory):
+def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
     """This Python with fi_ffi and what pip brings for it; what that downloaded."""
     made = Bare.make(tmp_path_factory.mktemp("bare"), Path(sys.executable))
     yield made, made.install(wheel)
     shutil.rmtree(made.root)
 
 
-def test_the_sdist_has_what_it_takes(sdist):
+def test_the_sdist_has_what_it_takes(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "wheels.lock", "LICENSE", "README.md", "fi_ffi/py.typed"} <= names
@@ -78,13 +79,15 @@ def test_the_sdist_has_what_it_takes(sdist):
     assert not [name for name in names if "__pycache__" in name or name.endswith((".so", ".whl"))]
 
 
-def test_the_wheel_is_the_same_from_the_sdist(wheel, backend, tmp_path, tmp_path_factory):
+def test_the_wheel_is_the_same_from_the_sdist(
+    wheel: Path, backend: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     direct = build("wheel", source_tree(tmp_path_factory.mktemp("again")), tmp_path, backend)
     assert members(direct) == members(wheel)
     assert direct.name == wheel.name == "fi_ffi-0.1.0-py3-none-any.whl"
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = set(members(wheel))
     kinds = {name.rpartition(".")[2] for name in names if name.startswith("fi_ffi/")}
     assert kinds == {"py", "pyi", "typed", "h", "json", "lock"}
@@ -95,7 +98,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert wheel.stat().st_size < 1.5e6
 
 
-def test_what_pip_brings(bare):
+def test_what_pip_brings(bare: Installed) -> None:
     made, downloaded = bare
     installed = made.sizes()
     print("downloaded, MB:", downloaded, round(sum(downloaded.values()), 1))
@@ -116,7 +119,7 @@ def test_what_pip_brings(bare):
     assert not [n for n in installed if n.startswith("nvidia") and n != "nvidia-cuda-runtime"]
 
 
-def test_first_calls(bare):
+def test_first_calls(bare: Installed) -> None:
     made, _ = bare
     said = made("-c", FIRST_CALLS).split()
     assert said[:2] == ["rmsnorm", "0.1.0"]
@@ -130,7 +133,7 @@ import fi_ffi
 from fi_ffi import TensorDesc
 
 
-def normalise(out, x, weight, stream):
+def normalise(out: int, x: int, weight: int, stream: int) -> None:
     rows = TensorDesc(x, (32, 4096), "float16", device="cuda:0")
     result = TensorDesc(out, (32, 4096), "float16", device="cuda:0")
     scale = TensorDesc(weight, (4096,), "float16", device="cuda:0")
@@ -171,7 +174,7 @@ WRONG = {
 }
 
 
-def checked(made, text):
+def checked(made: Bare, text: str) -> str:
     """What `mypy --strict` says of a program against the installed package."""
     if importlib.util.find_spec("mypy") is None:
         pytest.skip("mypy is not installed: pip install '.[lint]'")
@@ -185,7 +188,7 @@ def checked(made, text):
     return done.stdout + done.stderr
 
 
-def test_a_users_program_is_checked(bare):
+def test_a_users_program_is_checked(bare: Installed) -> None:
     """Of the right calls nothing is said, and each wrong one is found, at its line."""
     made, _ = bare
     said = checked(made, USER + "\n".join(WRONG))
@@ -207,7 +210,7 @@ cache.store([b"x"], hashlib.sha256(b"x").hexdigest(), "stored.so", "a test")
 """
 
 
-def test_uninstalling_leaves_the_cache_alone(bare):
+def test_uninstalling_leaves_the_cache_alone(bare: Installed) -> None:
     """All that is left is where `fi-ffi cache` says.  It runs last of those that use `bare`."""
     made, _ = bare
     shutil.rmtree(made.root / "cache", ignore_errors=True)
@@ -230,7 +233,7 @@ def test_uninstalling_leaves_the_cache_alone(bare):
 @pytest.mark.skipif(not LONG, reason="FI_FFI_STRESS=long: one environment for each Python")
 @pytest.mark.parametrize("minor", MINORS)
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_every_python(kind, minor, wheel, sdist, tmp_path):
+def test_every_python(kind: str, minor: int, wheel: Path, sdist: Path, tmp_path: Path) -> None:
     found = pythons()
     print("found:", ", ".join(f"3.{n} ({path})" for n, path in found.items()))
     if minor not in found:
