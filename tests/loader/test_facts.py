@@ -1,16 +1,32 @@
-"""Facts are remembered by content, checked when in doubt, and never a reason to fail."""
+"""Facts are remembered by content, checked when in doubt, and never a reason to fail.
+
+And users without a home, names that lead nowhere, files that only look like files.
+"""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
+import pwd
+import stat
 
 import pytest
+from click.testing import CliRunner
 
-from fi_ffi.loader import held
-from fi_ffi.loader.kernels import open_source
+import fi_ffi
+from fi_ffi.cli import main
+from fi_ffi.errors import ArtifactError, BuildError, KernelNotFoundError, LoaderError
+from fi_ffi.loader import cache, held, lock, runtime, search
+from fi_ffi.loader.building import environment
+from fi_ffi.loader.kernels import KernelFile, open_source
 from fi_ffi.ops.functions import OPS
+
+from tests.helpers.children import done
+from tests.helpers.forking import in_child
+from tests.loader.server import sha256
+
+SHA256 = "0123456789abcdef" * 4
+LONG = "/tmp/" + "x" * 300
 
 ATTEST = """
 import sys
@@ -27,31 +43,16 @@ print(len(asked), "elftools" in sys.modules)
 """
 
 
-@pytest.fixture
-def norm(built_wheel, tmp_path, monkeypatch):
-    monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path))
-    return open_source(built_wheel).file("norm")
-
-
-def attest(wheel, **variables):
-    import os
-
-    environment = os.environ | {"FI_FFI_KERNELS": str(wheel)} | variables
-    command = [sys.executable, "-c", ATTEST]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
-
-
-def test_a_second_process_asks_nothing_again(built_wheel, tmp_path):
-    where = {"FI_FFI_CACHE_DIR": str(tmp_path)}
+def test_a_second_process_asks_nothing_again(built_wheel, root):
+    where = {"FI_FFI_CACHE_DIR": str(root), "FI_FFI_KERNELS": str(built_wheel)}
     # What a new cache needs of libtvm_ffi is not what is looked at here.
-    assert attest(built_wheel, **where)[0] == "2"
-    assert attest(built_wheel, **where) == ["0", "False"]
-    assert attest(built_wheel, FI_FFI_PARANOID="1", **where) == ["2", "True"]
+    assert done(ATTEST, **where)[1].startswith("2 ")
+    assert done(ATTEST, **where) == (0, "0 False\n", "")
+    assert done(ATTEST, FI_FFI_PARANOID="1", **where) == (0, "2 True\n", "")
 
 
-def test_facts_are_the_files(norm):
+def test_facts_are_the_files(built_wheel, root):
+    norm = open_source(built_wheel).file("norm")
     found = held.facts_of(norm)
     assert [code.name for code in found.codes] == ["sm_90a"]
     assert "libcudart.so.13" in found.needed
@@ -60,39 +61,127 @@ def test_facts_are_the_files(norm):
     assert held.facts_of(norm) == found
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "{", "[]", "{}", '{"format": 0}', '{"format": 2, "data": {"codes": 7}}', "null", "\0"],
-)
-def test_damaged_facts_are_read_anew(norm, text):
-    before = held.facts_of(norm)
-    path = held._path(norm.sha256)
-    path.write_text(text)
-    assert held.facts_of(norm) == before
-    assert json.loads(path.read_text())["data"]["functions"] == before.functions
+def note(**data):
+    facts = {"needed": [], "functions": [], "codes": [], "runpath": None, "signatures": {}}
+    return json.dumps({"format": held._FORMAT, "data": facts | data})
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("needed", [7]), ("functions", [None]), ("runpath", 5), ("signatures", {"rmsnorm": 1}),
-     ("codes", [{"kind": "sass", "sm": "90", "suffix": "a"}]),
-     ("codes", [{"kind": "cubin", "sm": 90, "suffix": "a"}]),
-     ("codes", [{"kind": "sass", "sm": 90, "suffix": "z"}])],
-    ids=str,
-)  # fmt: skip
-def test_facts_of_another_type_are_read_anew(norm, field, value):
-    """A file that JSON reads, and that is of this format, may still be damaged."""
-    before = held.facts_of(norm)
-    path = held._path(norm.sha256)
-    whole = json.loads(path.read_text())
-    if field == "codes":  # all that a code has, but for what is wrong
-        value = [whole["data"]["codes"][0] | value[0]]
-    path.write_text(json.dumps(whole | {"data": whole["data"] | {field: value}}))
-    assert held.facts_of(norm) == before
-    assert json.loads(path.read_text()) == whole
+NOTES = [
+    "", "{", "[]", "null", "3", "\0", "[" * 100_000, '{"format": 3}', '{"format": 0, "data": {}}',
+    '{"format": 3, "data": null}', '{"format": 3, "data": {"codes": 7}}',
+    note(needed=3), note(needed=[7]), note(functions=[None]), note(runpath=5),
+    note(signatures={"rmsnorm": 1}), note(needed=["\ud800"]), note(functions=["\ud800"]),
+    note(codes=[{"kind": []}]), note(codes=[{"kind": "sass", "sm": "90", "suffix": "a"}]),
+    note(codes=[{"kind": "cubin", "sm": 90, "suffix": "a"}]),
+    note(codes=[{"kind": "sass", "sm": 90, "suffix": "z"}]),
+]  # fmt: skip
 
 
-def test_a_cache_that_cannot_be_written_does_not_matter(norm, tmp_path, monkeypatch):
+@pytest.mark.parametrize("text", NOTES, ids=range(len(NOTES)))
+def test_a_damaged_note_is_made_anew(text, root, testing_library):
+    """Also one that JSON reads, and that is of this format."""
+    file = KernelFile(testing_library).file()
+    expected = held.facts_of(file)
+    path = held._path(file.sha256)
+    whole = path.read_bytes()
+    path.write_bytes(text.encode(errors="surrogatepass"))
+    assert held.facts_of(file) == expected
+    assert path.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_does_not_matter(testing_library, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path / "file" / "below"))
-    assert held.facts_of(norm).functions
+    assert held.facts_of(KernelFile(testing_library).file()).functions
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """As in a container that was started with `--user`."""
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME", "FI_FFI_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("homeless")
+def test_no_home(testing_library):
+    with pytest.raises(LoaderError, match="this user has no home directory.*set FI_FFI_CACHE_DIR"):
+        cache.find(SHA256, "norm.so")
+    for command in (["cache", "list"], ["cache", "prune"], ["cache", "verify"], ["build", "norm"]):
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 1
+        assert "set FI_FFI_CACHE_DIR to a directory" in result.output.replace("\n", " ")
+    for look in (search._local, search._jit):
+        with pytest.raises(LoaderError, match="home directory"):
+            [*look(None)]
+    # Kernels that are named need no cache: what would be noted there is asked for again.
+    assert held.facts_of(KernelFile(testing_library).file()).functions
+    assert runtime.load_file(testing_library).facts.functions
+
+
+def test_a_home_that_nobody_has(monkeypatch):
+    monkeypatch.setenv("FI_FFI_CACHE_DIR", "~nosuchuser/cache")
+    with pytest.raises(LoaderError, match="FI_FFI_CACHE_DIR is '~nosuchuser/cache'.*whole path"):
+        cache.cache_root()
+    for use in (open_source, runtime.load_file):
+        with pytest.raises(LoaderError, match="'~nosuchuser/a'.*whole path"):
+            use("~nosuchuser/a")
+    monkeypatch.setenv("FI_FFI_LOCK", "~nosuchuser/wheels.lock")
+    with pytest.raises(LoaderError, match="FI_FFI_LOCK is '~nosuchuser/wheels.lock'.*whole path"):
+        lock.lock_path()
+
+
+def test_names_that_are_too_long(root, monkeypatch, tmp_path):
+    with pytest.raises(KernelNotFoundError, match="no such file or directory"):
+        open_source(LONG)
+    with pytest.raises(KernelNotFoundError, match="File name too long"):
+        runtime.load_file(LONG)
+    with pytest.raises(KernelNotFoundError, match="null byte"):
+        runtime.load_file("a\0b.so")
+    locked = environment._locked(type(tmp_path)(LONG), print)
+    with pytest.raises(BuildError, match="File name too long; name another --build-dir"), locked:
+        pass
+    monkeypatch.setenv("FI_FFI_CACHE_DIR", LONG)
+    assert cache.find(SHA256, "norm.so") is None
+    with pytest.raises(LoaderError, match="File name too long; set FI_FFI_CACHE_DIR"):
+        cache.store([b""], SHA256, "norm.so", "a test")
+    for command in ("list", "prune", "verify"):
+        result = CliRunner().invoke(main, ["cache", command])
+        assert result.exit_code == 1
+        assert "File name too long" in result.output
+
+
+def test_a_file_that_cannot_be_read():
+    with pytest.raises(ArtifactError, match="mem cannot be read: Input/output error"):
+        fi_ffi.module("/proc/self/mem")
+
+
+def test_what_is_made_is_for_its_user_alone(tmp_path, monkeypatch):
+    """Also where nothing is taken from modes, and the folders above are not there."""
+    root = tmp_path / "home" / ".cache" / "fi-ffi"
+    monkeypatch.setenv("FI_FFI_CACHE_DIR", str(root))
+
+    def child():
+        os.umask(0)
+        path = cache.store([b"a"], sha256(b"a"), "a.so", "a test")
+        assert cache.find(path.parent.name, "a.so") == path
+
+    assert in_child(child) == 0
+    for folder in (root, root.parent, root.parent.parent):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700, folder
+    for path in root.rglob("*"):
+        assert not path.stat().st_mode & 0o022, path
+
+
+def test_a_damaged_note_of_a_build(tmp_path):
+    folder, made = tmp_path / "made", []
+    folder.mkdir()
+    for content in (b"", b"\xff\xfe", b"{"):
+        folder.with_name("made.json").write_bytes(content)
+        environment._once(folder, folder, {"a": "b"}, lambda: made.append(1))
+    environment._once(folder, folder, {"a": "b"}, lambda: made.append(1))
+    assert len(made) == 3

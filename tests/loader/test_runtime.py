@@ -1,39 +1,41 @@
-"""Loading modules and attesting their functions, on kernels as they are built."""
+"""Loading modules, attesting their functions, and what they need beside libtvm_ffi."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cuda.pathfinder
 import pytest
 from packaging.specifiers import SpecifierSet
 
 import fi_ffi
 from fi_ffi.abi.signature import Signature
-from fi_ffi.errors import AbiError, ArtifactError, KernelError, KernelNotFoundError, LoaderError
-from fi_ffi.loader import runtime
+from fi_ffi.errors import AbiError, KernelError, KernelNotFoundError, LoaderError
+from fi_ffi.loader import libraries, runtime
+from fi_ffi.loader.building.environment import find_cxx
 from fi_ffi.loader.kernels import open_source
+from fi_ffi.ops.cuda import own_handle
 from fi_ffi.ops.table import ROWS
+
+from tests.helpers.children import done
 
 RELEASE = "0.6.13"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def kernels(built_wheel):
     fi_ffi.use_kernels(built_wheel)
-    yield
+    yield open_source(built_wheel)
     runtime.use_source(None)
 
 
-def modules_of(wheel):
-    return open_source(wheel).modules()
-
-
-def test_every_function_tells_its_signature(built_wheel):
-    source = open_source(built_wheel)
-    told = {name: runtime.file_signatures(source.file(name).path) for name in source.modules()}
+def test_every_function_tells_its_signature(kernels):
+    told = {name: runtime.file_signatures(kernels.file(name).path) for name in kernels.modules()}
     single_decode = next(name for name in told if name.startswith("single_decode"))
     assert {*told["norm"]} >= {"rmsnorm", "layernorm", "fused_add_rmsnorm"}
     assert {*told["page"]} == {"append_paged_kv_cache", "append_paged_mla_kv_cache"}
@@ -50,8 +52,8 @@ OF_RELEASE = [row for row in ROWS if SpecifierSet(row.releases).contains(RELEASE
 
 
 @pytest.mark.parametrize("row", OF_RELEASE, ids=lambda row: row.name)
-def test_rows_are_attested(row, built_wheel):
-    if row.module not in modules_of(built_wheel):
+def test_rows_are_attested(row, kernels):
+    if row.module not in kernels.modules():
         pytest.skip(f"the built wheel has no {row.module}: it holds what builds in a minute")
     entry = runtime.kernel_entry(row.module, row.signature, row.releases)
     assert entry.name == f"{row.module}.{row.symbol}"
@@ -70,32 +72,28 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_declaration_is_refused(name):
+def test_a_wrong_declaration_is_refused(name, kernels):
     declared = WRONG[name]
     for _ in range(2):  # it is not kept as good
         with pytest.raises(AbiError) as caught:
             runtime.kernel_entry("norm", declared, ">=9.9,<10")
-    text = str(caught.value)
     path = runtime.load("norm").file.path
     for part in (str(declared), str(RMSNORM), ">=9.9,<10", RELEASE, str(path), "norm.rmsnorm"):
-        assert part in text
+        assert part in str(caught.value)
     # Neither is the module spoilt for a declaration that is right.
     assert runtime.kernel_entry("norm", RMSNORM, "==0.6.13").name == "norm.rmsnorm"
 
 
-def test_a_symbol_that_is_not_exported():
+def test_what_is_not_there(kernels):
     with pytest.raises(KernelNotFoundError, match="exports no 'no_such'; it exports:.* rmsnorm"):
         runtime.kernel_entry("norm", Signature("no_such", ()), "==0.6.13")
-
-
-def test_an_unknown_module_tells_what_there_is(built_wheel):
     with pytest.raises(KernelNotFoundError) as caught:
         runtime.load("rope")
-    for part in ("norm, page, single_decode", str(built_wheel), "fi-ffi build", " rope"):
+    for part in ("norm, page, single_decode", str(kernels.location), "fi-ffi build", " rope"):
         assert part in str(caught.value)
 
 
-def test_a_kernels_own_error_is_decoded():
+def test_a_kernels_own_error_is_decoded(kernels):
     """Host memory where the kernel wants a CUDA tensor: refused before any CUDA work."""
     entry = runtime.kernel_entry("norm", RMSNORM, "==0.6.13")
     desc = fi_ffi.TensorDesc(0x1000, (2, 64), "float16", device="cpu")
@@ -111,73 +109,176 @@ def test_a_kernels_own_error_is_decoded():
         entry(desc)
 
 
-def test_a_module_is_loaded_once():
-    assert runtime.load("norm") is runtime.load("norm")
+def test_loading_from_many_threads(kernels):
+    runtime.use_source(kernels.location)
 
+    def load(_):
+        return runtime.load("norm"), runtime.kernel_entry("norm", RMSNORM, "==0.6.13")
 
-def test_loading_from_many_threads():
-    from concurrent.futures import ThreadPoolExecutor
-
-    runtime.use_source(runtime.load("norm").source.location)
     with ThreadPoolExecutor(16) as pool:
-        entries = [
-            *pool.map(lambda _: runtime.kernel_entry("norm", RMSNORM, "==0.6.13"), range(64))
-        ]
-    assert len({id(entry) for entry in entries}) == 1
-
-
-@pytest.mark.parametrize("content", [None, "text"])
-def test_a_place_that_is_none(content, child, tmp_path):
-    place = tmp_path / "kernels"
-    if content is not None:
-        place.write_text(content)
-    code = """
-        from fi_ffi.errors import LoaderError
-        from fi_ffi.loader import runtime
-        try:
-            runtime.load("norm")
-        except LoaderError as error:
-            print(type(error).__name__, error)
-    """
-    said = child(code, FI_FFI_KERNELS=str(place))
-    assert str(place) in said
-    assert said.split()[0] in {KernelNotFoundError.__name__, ArtifactError.__name__}
+        found = [*pool.map(load, range(64))]
+    assert len({tuple(map(id, each)) for each in found}) == 1
 
 
 def test_a_file_that_is_no_module(tmp_path):
-    (tmp_path / "norm").mkdir()
     path = tmp_path / "norm" / "norm.so"
+    path.parent.mkdir()
     for content in (b"", b"text", b"\x7fELF" + bytes(100)):
         path.write_bytes(content)
         runtime.use_source(tmp_path)
         with pytest.raises(LoaderError, match=re.escape(str(path))):
             runtime.load("norm")
+    runtime.use_source(None)
 
 
-def test_a_path_that_is_no_utf8(built_wheel, tmp_path):
+def test_a_path_that_is_no_utf8(kernels, tmp_path):
     odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff \xfe"))
     (odd / "norm").mkdir(parents=True)
-    shutil.copy(open_source(built_wheel).file("norm").path, odd / "norm" / "norm.so")
+    shutil.copy(kernels.file("norm").path, odd / "norm" / "norm.so")
     runtime.use_source(odd)
     assert runtime.kernel_entry("norm", RMSNORM, "==0.6.13").name == "norm.rmsnorm"
 
 
-def test_a_cudart_is_named_when_there_is_none(child, built_wheel, tmp_path):
+NO_CUDART = """
+from fi_ffi.errors import LoaderError
+import cuda.pathfinder
+
+def missing(name):
+    raise cuda.pathfinder.DynamicLibNotFoundError("not on this machine")
+
+cuda.pathfinder.load_nvidia_dynamic_lib = missing
+from fi_ffi.loader import runtime
+try:
+    runtime.load("norm")
+except LoaderError as error:
+    print(error)
+"""
+
+
+def test_a_cudart_is_named_when_there_is_none(built_wheel, root):
     """The one library besides libtvm_ffi that kernels need."""
-    code = """
-        from fi_ffi.errors import LoaderError
-        import cuda.pathfinder
-
-        def missing(name):
-            raise cuda.pathfinder.DynamicLibNotFoundError("not on this machine")
-
-        cuda.pathfinder.load_nvidia_dynamic_lib = missing
-        from fi_ffi.loader import runtime
-        try:
-            runtime.load("norm")
-        except LoaderError as error:
-            print(error)
-    """
-    said = child(code, FI_FFI_KERNELS=str(built_wheel))
+    said = done(NO_CUDART, FI_FFI_KERNELS=str(built_wheel))[1]
     assert "libcudart.so.13 was not found" in said
     assert "pip install 'nvidia-cuda-runtime" in said
+
+
+# CUDA's other libraries.
+
+
+@pytest.fixture
+def forgotten():
+    libraries.load.cache_clear()
+    yield
+    libraries.load.cache_clear()
+
+
+@pytest.fixture
+def nowhere(monkeypatch, forgotten):
+    """No library is in this process; what is looked for is told as the test says."""
+    monkeypatch.setattr(libraries, "_in_process", lambda name: None)
+    return lambda find: monkeypatch.setattr(cuda.pathfinder, "load_nvidia_dynamic_lib", find)
+
+
+def test_other_libraries_are_left_to_the_linker(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(libraries, "load", loaded.append)
+    libraries.prepare([], ["libcudart.so.13", "libcuda.so.1", "libc.so.6", "libcublas_own.so.13"])
+    assert loaded == []
+
+
+@pytest.mark.parametrize(
+    ("file", "package"),
+    [
+        ("libcublas.so.13", "nvidia-cublas"),
+        ("libcublasLt.so.13", "nvidia-cublas"),
+        ("libnvrtc.so.13", "nvidia-cuda-nvrtc"),
+    ],
+)
+def test_one_that_is_nowhere_names_its_package(file, package, nowhere):
+    def absent(name):
+        raise cuda.pathfinder.DynamicLibNotFoundError(f"no {name}\nlisting: ...")
+
+    nowhere(absent)
+    with pytest.raises(LoaderError) as caught:
+        libraries.prepare([], ["libc.so.6", file])
+    told = str(caught.value)
+    assert file in told and f"pip install '{package}>=13,<14'" in told and "CUDA_HOME" in told
+    assert "listing" not in told
+
+
+def test_another_major_version_will_not_do(nowhere):
+    found = cuda.pathfinder.LoadedDL("/x/libcublas.so.12", False, 1, "elsewhere")
+    nowhere(lambda name: found)
+    with pytest.raises(LoaderError, match=r"libcublas\.so\.13 .*found /x/libcublas\.so\.12"):
+        libraries.load("libcublas.so.13")
+
+
+def test_nothing_of_the_name_in_the_process():
+    assert libraries._in_process("libcublas.so.99") is None
+    assert libraries._in_process("libc.so.6") is not None
+
+
+LOADS = """
+import sys
+from fi_ffi.abi import library
+from fi_ffi.loader import libraries, runtime
+
+for file in sys.argv[2:]:
+    print(libraries.load(file)[1])
+libraries.prepare([], sys.argv[2:])
+runtime.ensure_tvm_ffi()
+handle = library.open_module(sys.argv[1])
+print(library.find_symbol(handle, "user") is not None)
+"""
+
+
+def _library(folder, name, text, *flags):
+    source, made = folder / f"{name}.cpp", folder / name
+    source.write_text(f'extern "C" {{ {text} }}\n')
+    command = [*find_cxx().split(), "-shared", "-fPIC", "-o", str(made), str(source)]
+    subprocess.run([*command, f"-Wl,-soname,{name}", *flags], check=True, timeout=60)
+    return made
+
+
+def test_a_module_finds_what_it_needs(tmp_path):
+    """A module that calls cuBLAS, and a cuBLAS where only this package's search looks."""
+    home = tmp_path / "cuda" / "lib64"
+    home.mkdir(parents=True)
+    light = _library(home, "libcublasLt.so.13", "int cublasLtThing() { return 2; }")
+    heavy = _library(home, "libcublas.so.13", "int cublasThing() { return 1; }", str(light))
+    module = _library(
+        tmp_path, "module.so", "int cublasThing(); int user() { return cublasThing(); }",
+        "-Wl,--no-as-needed", str(heavy), str(light),
+    )  # fmt: skip
+    outside = {"CUDA_HOME": str(home.parent), "CUDA_PATH": str(home.parent), "LD_LIBRARY_PATH": ""}
+    code, out, err = done(LOADS, str(module), "libcublas.so.13", "libcublasLt.so.13", **outside)
+    assert code == 0, err
+    found = out.split()
+    assert found[-1] == "True"
+    # cuda-pathfinder prefers installed packages to CUDA_HOME; the second came with the first.
+    assert "libcublas" in found[0] and found[0].startswith("/")
+
+
+def test_what_a_module_makes_while_it_is_loaded(tmp_path, monkeypatch):
+    """A folder that cannot be made would end the process."""
+    functions = ["init", "set_deepgemm_jit_include_dirs"]
+    monkeypatch.setenv("TRTLLM_DG_CACHE_DIR", str(tmp_path / "own"))
+    libraries.prepare(functions, [])
+    assert (tmp_path / "own" / "cache").is_dir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRTLLM_DG_CACHE_DIR", str(tmp_path / "file" / "x"))
+    libraries.prepare(["init"], [])
+    with pytest.raises(LoaderError, match="TRTLLM_DG_CACHE_DIR may name another"):
+        libraries.prepare(functions, [])
+    monkeypatch.delenv("TRTLLM_DG_CACHE_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    libraries.prepare(functions, [])
+    assert (tmp_path / "home" / ".tensorrt_llm" / "tmp").is_dir()
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(libraries.tempfile, "gettempdir", lambda: str(tmp_path))
+    libraries.prepare(functions, [])
+    assert (tmp_path / "tensorrt_llm" / "tmp").is_dir()
+
+
+def test_there_is_no_handle_on_the_cpu():
+    assert own_handle("cublasLt", fi_ffi.parse_device("cpu")) == 0
