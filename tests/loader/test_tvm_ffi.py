@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,16 +16,29 @@ TOO_OLD = "0.1.7"
 
 FIND = """
     import sys
-    from fi_ffi.loader import tvm_ffi
+    from fi_ffi.errors import LoaderError
+    from fi_ffi.loader import runtime, tvm_ffi
 
-    found = tvm_ffi.find()
+    assert tvm_ffi.in_process() is None  # importing loads nothing
+    try:
+        found = tvm_ffi.find()
+        print(found.origin, found.path, sep="\\n")
+    except LoaderError as error:
+        print(error)
     assert "tvm_ffi" not in sys.modules
-    print(found.origin, found.path, sep="\\n")
 """
-
-
-def find(child, *path, **environment):
-    return child(FIND, *path, **environment).splitlines()
+LOAD = """
+    from fi_ffi.abi import library
+    from fi_ffi.abi._cffi import ffi
+    from fi_ffi.errors import LoaderError
+    from fi_ffi.loader import runtime
+    {before}
+    for _ in range(2):
+        try:
+            print(runtime.ensure_tvm_ffi().origin)
+        except LoaderError as error:
+            print(error)
+"""
 
 
 def test_what_is_loaded_is_used(tvm_ffi_loaded):
@@ -38,33 +48,17 @@ def test_what_is_loaded_is_used(tvm_ffi_loaded):
     assert runtime.tvm_ffi_version() > (0, 1, 0)
 
 
-def test_an_installed_copy(child, install):
+def test_an_installed_copy(child, install, tmp_path):
+    """Of the accepted range, and with its library."""
     folder = install(f"apache-tvm-ffi=={OLDEST}")
-    assert find(child, folder) == [f"installed {OLDEST}", str(folder / tvm_ffi.MEMBER)]
-
-
-REFUSED = """
-    from fi_ffi.errors import LoaderError
-    from fi_ffi.loader import tvm_ffi
-
-    try:
-        tvm_ffi.find()
-    except LoaderError as error:
-        print(error)
-"""
-
-
-def test_an_installed_copy_that_is_not_accepted(child, install):
-    said = child(REFUSED, install(f"apache-tvm-ffi=={TOO_OLD}"))
+    told = child(FIND, folder).splitlines()
+    assert told == [f"installed {OLDEST}", str(folder / tvm_ffi.MEMBER)]
+    said = child(FIND, install(f"apache-tvm-ffi=={TOO_OLD}"))
     assert f"apache-tvm-ffi {TOO_OLD} is installed" in said
     assert f"`pip install 'apache-tvm-ffi{tvm_ffi.ACCEPTED}'`" in said
-
-
-def test_an_installed_copy_without_its_library(child, install, tmp_path):
-    broken = tmp_path / "broken"
-    shutil.copytree(install(f"apache-tvm-ffi=={OLDEST}"), broken)
+    broken = Path(shutil.copytree(folder, tmp_path / "broken"))
     (broken / tvm_ffi.MEMBER).unlink()
-    assert "pip install --force-reinstall 'apache-tvm-ffi" in child(REFUSED, broken)
+    assert "pip install --force-reinstall 'apache-tvm-ffi" in child(FIND, broken)
 
 
 BARE = """
@@ -83,8 +77,7 @@ BARE = """
 
 def test_nothing_is_installed(child):
     """Nothing is fetched then, and no installer is run."""
-    said = child(BARE + REFUSED)
-    assert said == (
+    assert child(BARE + FIND) == (
         "apache-tvm-ffi is not installed, which has libtvm_ffi: "
         f"`pip install 'apache-tvm-ffi{tvm_ffi.ACCEPTED}'`"
     )
@@ -98,47 +91,33 @@ def test_the_accepted_range_is_the_dependency():
         assert not SpecifierSet(tvm_ffi.ACCEPTED).contains(version)
 
 
-def test_the_tvm_ffi_packages_own_copy_is_shared(child, install):
+@pytest.mark.parametrize("order", [("tvm_ffi", "ours"), ("ours", "tvm_ffi")])
+def test_the_tvm_ffi_packages_own_copy_is_shared(order, child, install):
     """Whichever is imported first, there is one library, and it serves both."""
     folder = install(f"apache-tvm-ffi=={NEWEST}")
-    for first in (
-        "import tvm_ffi; runtime.ensure_tvm_ffi()",
-        "runtime.ensure_tvm_ffi(); import tvm_ffi",
-    ):
-        code = f"""
-            from fi_ffi.loader import runtime
-            from fi_ffi.loader.tvm_ffi import in_process
-            {first}
-            from fi_ffi.abi.function import global_function, register
-            from fi_ffi.abi.signature import Signature
-            register("of.fi_ffi", Signature("f", ("int",), "int"), lambda x: x + 1)
-            assert tvm_ffi.get_global_func("of.fi_ffi")(2) == 3
-            tvm_ffi.register_global_func("of.tvm_ffi", lambda x: x + 2)
-            assert global_function("of.tvm_ffi")(2) == 4
-            print(in_process().path)
-        """
-        requirements = install("typing_extensions")
-        assert child(code, folder, requirements) == str(folder / tvm_ffi.MEMBER)
+    first = {"tvm_ffi": "import tvm_ffi", "ours": "runtime.ensure_tvm_ffi()"}
+    code = f"""
+        from fi_ffi.loader import runtime
+        from fi_ffi.loader.tvm_ffi import in_process
+        {"; ".join(first[name] for name in order)}
+        from fi_ffi.abi.function import global_function, register
+        from fi_ffi.abi.signature import Signature
+        register("of.fi_ffi", Signature("f", ("int",), "int"), lambda x: x + 1)
+        assert tvm_ffi.get_global_func("of.fi_ffi")(2) == 3
+        tvm_ffi.register_global_func("of.tvm_ffi", lambda x: x + 2)
+        assert global_function("of.tvm_ffi")(2) == 4
+        print(in_process().path)
+    """
+    assert child(code, folder, install("typing_extensions")) == str(folder / tvm_ffi.MEMBER)
 
 
 def test_a_copy_in_the_process_that_is_too_old(child, install):
     """Its errors are laid out otherwise, and reading one would crash."""
     path = install(f"apache-tvm-ffi=={TOO_OLD}") / tvm_ffi.MEMBER
-    code = f"""
-        from fi_ffi.abi._cffi import ffi
-        from fi_ffi.errors import LoaderError
-        from fi_ffi.loader import runtime
-
-        old = ffi.dlopen({str(path)!r})
-        for _ in range(2):
-            try:
-                runtime.ensure_tvm_ffi()
-            except LoaderError as error:
-                print(error)
-    """
-    for said in child(code).splitlines():
-        assert str(path) in said
-        assert f"libtvm_ffi {TOO_OLD}" in said
+    told = child(LOAD.format(before=f"old = ffi.dlopen({str(path)!r})")).splitlines()
+    assert len(told) == 2
+    for said in told:
+        assert str(path) in said and f"libtvm_ffi {TOO_OLD}" in said
 
 
 def test_two_copies_are_refused(child, tvm_ffi_loaded, tmp_path):
@@ -147,19 +126,11 @@ def test_two_copies_are_refused(child, tvm_ffi_loaded, tmp_path):
         copy.parent.mkdir()
         shutil.copy(tvm_ffi_loaded, copy)
     # Mapped, not loaded: two that are loaded may abort before anything can be said.
-    code = f"""
-        import mmap
-        from fi_ffi.errors import LoaderError
-        from fi_ffi.loader import runtime
-
-        files = [open(path, "rb") for path in {list(map(str, copies))!r}]
-        maps = [mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) for file in files]
-        try:
-            runtime.ensure_tvm_ffi()
-        except LoaderError as error:
-            print(error)
-    """
-    said = child(code)
+    mapped = (
+        f"import mmap; files = [open(path, 'rb') for path in {list(map(str, copies))!r}]; "
+        "maps = [mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) for file in files]"
+    )
+    said = child(LOAD.format(before=mapped))
     assert "two copies" in said
     assert all(str(copy) in said for copy in copies)
 
@@ -169,22 +140,18 @@ def test_a_copy_whose_file_was_replaced(child, tvm_ffi_loaded, tmp_path):
     copy = tmp_path / "here" / "libtvm_ffi.so"
     copy.parent.mkdir()
     shutil.copy(tvm_ffi_loaded, copy)
-    code = f"""
-        import os, shutil
-        from fi_ffi.abi._cffi import ffi
-        first = ffi.dlopen({str(copy)!r})
-        shutil.copy({str(copy)!r}, {str(copy.with_suffix(".new"))!r})
-        os.replace({str(copy.with_suffix(".new"))!r}, {str(copy)!r})
-
-        from fi_ffi.abi import library
-        from fi_ffi.loader import runtime
-        print(runtime.ensure_tvm_ffi().origin)
-        text = open("/proc/self/maps").read().splitlines()
-        print(len({{line.split()[4] for line in text if "libtvm_ffi.so" in line}}))
-        same = [ffi.cast("intptr_t", lib.TVMFFIGetVersion) for lib in (first, library.lib)]
-        assert same[0] == same[1]
+    replaced = (
+        f"import os, shutil; first = ffi.dlopen({str(copy)!r}); "
+        f"shutil.copy({str(copy)!r}, {str(copy)!r} + '.new'); "
+        f"os.replace({str(copy)!r} + '.new', {str(copy)!r})"
+    )
+    code = f"""{LOAD.format(before=replaced)}
+    text = open("/proc/self/maps").read().splitlines()
+    print(len({{line.split()[4] for line in text if "libtvm_ffi.so" in line}}))
+    same = [ffi.cast("intptr_t", lib.TVMFFIGetVersion) for lib in (first, library.lib)]
+    assert same[0] == same[1]
     """
-    assert child(code) == "already in this process\n1"
+    assert child(code) == "already in this process\n" * 2 + "1"
 
 
 SERVE = """
@@ -222,38 +189,18 @@ SERVE = """
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
 def test_both_ends_of_the_accepted_range_serve_kernels(version, child, install, built_wheel):
     folder = install(f"apache-tvm-ffi=={version}")
-    code = SERVE.format(wheel=str(built_wheel))
-    assert child(code, folder) == f"installed {version}"
+    assert child(SERVE.format(wheel=str(built_wheel)), folder) == f"installed {version}"
 
 
 def test_a_file_that_is_no_library(child, tmp_path):
     """An installed library that does not load is told by its path."""
     info = tmp_path / "broken" / f"apache_tvm_ffi-{OLDEST}.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: apache-tvm-ffi\nVersion: {OLDEST}\n"
-    )
+    metadata = f"Metadata-Version: 2.1\nName: apache-tvm-ffi\nVersion: {OLDEST}\n"
+    (info / "METADATA").write_text(metadata)
     library = tmp_path / "broken" / tvm_ffi.MEMBER
     library.parent.mkdir(parents=True)
     library.write_text("not a library")
-    code = """
-        from fi_ffi.errors import LoaderError
-        from fi_ffi.loader import runtime
-        try:
-            runtime.ensure_tvm_ffi()
-        except LoaderError as error:
-            print(error)
-    """
-    said = child(code, tmp_path / "broken")
+    said = child(LOAD.format(before=""), tmp_path / "broken")
     assert str(library) in said
     assert "does not load as libtvm_ffi" in said
-
-
-def test_importing_the_loader_loads_nothing():
-    code = (
-        "import fi_ffi, fi_ffi.loader.runtime as r, fi_ffi.loader.tvm_ffi as t;"
-        "assert t.in_process() is None"
-    )
-    environment = {**os.environ, "FI_FFI_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=False)
-    assert done.returncode == 0
