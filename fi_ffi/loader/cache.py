@@ -167,7 +167,7 @@ def _is_good(path: Path, sha256: str, sure: bool) -> bool:
             return False
         after = os.fstat(file.fileno())
     if state_of(before) == state_of(after):  # nobody wrote while it was read
-        _write_stamp(path, sha256, after)
+        _keep(stamp_path(path), _stamp(sha256, after))
     return True
 
 
@@ -241,7 +241,7 @@ def adopt(source: Path, sha256: str, name: str) -> Path:
             source.unlink()
     # After the other name is gone, which the change time tells too.
     with contextlib.suppress(OSError):
-        _write_stamp(path, sha256, os.lstat(path))
+        _keep(stamp_path(path), _stamp(sha256, os.lstat(path)))
     return path
 
 
@@ -372,10 +372,6 @@ def stamp_fits(path: Path, sha256: str, status: os.stat_result) -> bool:
 
 def _stamp(sha256: str, status: os.stat_result) -> bytes:
     return f"1 {sha256} {' '.join(map(str, state_of(status)))}\n".encode()
-
-
-def _write_stamp(path: Path, sha256: str, status: os.stat_result) -> None:
-    _keep(stamp_path(path), _stamp(sha256, status))
 
 
 # Notes: what was worked out once and is kept to save the time.

@@ -137,7 +137,8 @@ def open_section(source: Source, name: str) -> Iterator[Window | None]:
     """
     with _open_elf(source) as (elf, window):
         section = elf.get_section_by_name(name)
-        yield None if section is None else _content(section, window)
+        is_there = section is not None
+        yield window.part(section["sh_offset"], section["sh_size"]) if is_there else None
 
 
 def describe(source: Source) -> str:
@@ -195,12 +196,8 @@ def _opened(source: Source) -> Iterator[Window]:
         os.close(fd)
 
 
-def _content(section: Any, window: Window) -> Window:
-    return window.part(section["sh_offset"], section["sh_size"])
-
-
 def _table(section: Any, window: Window) -> bytes:
-    content = _content(section, window)
+    content = window.part(section["sh_offset"], section["sh_size"])
     if content.size > _MAX_TABLE:
         raise ValueError(f"section {section.name} has {content.size} bytes")
     return content.at(0, content.size)
@@ -239,21 +236,14 @@ def _symbols(elf: Any, window: Window) -> tuple[tuple[str, ...], tuple[str, ...]
     for at, info, other, section_index, _value, _size in SYMBOL.iter_unpack(table):
         if at not in wanted:
             continue
-        name = _name(names, at)
+        end = names.find(b"\0", at, at + _MAX_NAME)
+        if end < 0:
+            raise ValueError(f"a symbol name of more than {_MAX_NAME} bytes")
+        name = names[at:end].decode("ascii", "backslashreplace")
+        is_callable = info & 0xF == _STT_FUNC and info >> 4 in _BINDINGS and other & 3 in _VISIBLE
         if section_index == 0 and name.startswith(RUNTIME_PREFIX):
             requires.add(name)
-        elif section_index and name.startswith(FUNCTION_PREFIX) and _callable(info, other):
+        elif section_index and name.startswith(FUNCTION_PREFIX) and is_callable:
             functions.add(name.removeprefix(FUNCTION_PREFIX))
     operations = sorted(name for name in functions if not name.startswith(_COMPANIONS))
     return tuple(operations), tuple(sorted(requires))
-
-
-def _name(names: bytes, at: int) -> str:
-    end = names.find(b"\0", at, at + _MAX_NAME)
-    if end < 0:
-        raise ValueError(f"a symbol name of more than {_MAX_NAME} bytes")
-    return names[at:end].decode("ascii", "backslashreplace")
-
-
-def _callable(info: int, other: int) -> bool:
-    return info & 0xF == _STT_FUNC and info >> 4 in _BINDINGS and other & 3 in _VISIBLE

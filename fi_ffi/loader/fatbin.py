@@ -119,7 +119,11 @@ def _open_fatbin(source: Source) -> Iterator[Window | None]:
 def _codes(window: Window) -> Iterator[CudaCode]:
     """The code of every container; the linker puts one after another, one per object file."""
     offset = 0
-    while (offset := _skip_padding(window, offset)) < window.size:
+    while True:
+        ahead = window.at(offset, _MAX_PADDING)
+        offset += len(ahead) - len(ahead.lstrip(b"\0"))
+        if offset >= window.size:
+            return
         magic, version, header_size, size = _unpack(_CONTAINER, window, offset)
         if magic != MAGIC or version != _VERSION or header_size < _CONTAINER.size:
             raise ValueError(
@@ -142,25 +146,13 @@ def _entries(container: Window) -> Iterator[CudaCode]:
             )
         # Other kinds (link-time IR, for one) hold nothing that the driver loads by itself.
         if kind in _KINDS:
-            yield CudaCode(_KINDS[kind], _checked_sm(sm), _suffix(flags))
+            if sm not in _SM_RANGE:
+                raise ValueError(f"a fatbin entry is for architecture {sm}")
+            if flags & _ARCH_SPECIFIC and flags & _FAMILY_SPECIFIC:
+                raise ValueError(f"a fatbin entry has contradictory flags {flags:#x}")
+            narrow: Suffix = "f" if flags & _FAMILY_SPECIFIC else ""
+            yield CudaCode(_KINDS[kind], sm, "a" if flags & _ARCH_SPECIFIC else narrow)
         offset += header_size + payload_size
-
-
-def _checked_sm(sm: int) -> int:
-    if sm not in _SM_RANGE:
-        raise ValueError(f"a fatbin entry is for architecture {sm}")
-    return sm
-
-
-def _suffix(flags: int) -> Suffix:
-    if flags & _ARCH_SPECIFIC and flags & _FAMILY_SPECIFIC:
-        raise ValueError(f"a fatbin entry has contradictory flags {flags:#x}")
-    return "a" if flags & _ARCH_SPECIFIC else "f" if flags & _FAMILY_SPECIFIC else ""
-
-
-def _skip_padding(window: Window, offset: int) -> int:
-    ahead = window.at(offset, _MAX_PADDING)
-    return offset + len(ahead) - len(ahead.lstrip(b"\0"))
 
 
 def _unpack(layout: struct.Struct, window: Window, offset: int) -> tuple[int, ...]:

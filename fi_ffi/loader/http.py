@@ -7,7 +7,6 @@ environment).  Only https is spoken, and plain http with this machine itself.
 from __future__ import annotations
 
 import errno
-import functools
 import http.client
 import io
 import os
@@ -190,40 +189,6 @@ def _adapter(policy: Policy) -> Any:
     return Adapter()
 
 
-@dataclass
-class Response:
-    """An answer: its status, its headers, and its body as it comes."""
-
-    status: int
-    headers: Mapping[str, str]
-    url: str
-    _client: Client
-    _raw: Any
-
-    def chunks(self) -> Iterator[bytes]:
-        """The body, undecoded; `Transient` where it breaks off, stalls or trickles."""
-        from urllib3.exceptions import HTTPError
-
-        while True:
-            try:
-                chunk = self._raw.read1(_CHUNK, decode_content=False)
-            except (HTTPError, http.client.HTTPException, OSError) as error:
-                raise Transient(_reason(error)) from None
-            if not chunk:
-                return
-            self._client.moved += len(chunk)
-            yield chunk
-
-    def integer(self, name: str) -> int | None:
-        """A header that is a number; `FetchError` if it is anything else."""
-        text = self.headers.get(name)
-        if text is None:
-            return None
-        if not (text.isascii() and text.isdigit() and len(text) < 19):
-            raise FetchError(f"{redact(self.url)}: the server sent {name}: {text!r:.60}")
-        return int(text)
-
-
 class Client:
     """Sends requests; counts them, and the bytes of the bodies that came."""
 
@@ -234,8 +199,8 @@ class Client:
         self._local = threading.local()
 
     @contextmanager
-    def open(self, url: str, headers: Mapping[str, str] | None = None) -> Iterator[Response]:
-        """One try of a request: an answer of status 200, 206 or 416.
+    def open(self, url: str, headers: Mapping[str, str] | None = None) -> Iterator[Any]:
+        """One try of a request: an answer (of requests) of status 200, 206 or 416.
 
         Raises `Transient` where trying again may help, else `FetchError`.
         """
@@ -243,9 +208,23 @@ class Client:
         answer, final = self._follow(url, {"Accept-Encoding": "identity", **(headers or {})})
         try:
             _check_status(answer, final)
-            yield Response(answer.status_code, answer.headers, final, self, answer.raw)
+            yield answer
         finally:
             answer.close()
+
+    def chunks(self, answer: Any) -> Iterator[bytes]:
+        """Its body as it comes, undecoded; `Transient` where it breaks off, stalls or trickles."""
+        from urllib3.exceptions import HTTPError
+
+        while True:
+            try:
+                chunk = answer.raw.read1(_CHUNK, decode_content=False)
+            except (HTTPError, http.client.HTTPException, OSError) as error:
+                raise Transient(_reason(error)) from None
+            if not chunk:
+                return
+            self.moved += len(chunk)
+            yield chunk
 
     def _follow(self, url: str, headers: Mapping[str, str]) -> tuple[requests.Response, str]:
         first = url
@@ -356,16 +335,15 @@ def _reason(error: BaseException) -> str:
     for each in reversed(chain):
         if isinstance(each, OSError) and each.strerror:
             return str(each.strerror)
-    return _words(type(chain[-1]).__name__)
+    name = type(chain[-1]).__name__
+    return _WORDS.get(name, name)
 
 
-@functools.cache
-def _words(name: str) -> str:
-    return {
-        "IncompleteRead": "the connection was closed before the end",
-        "RemoteDisconnected": "the connection was closed without an answer",
-        "ReadTimeoutError": "the server sends nothing",
-        "ReadTimeout": "the server sends nothing",
-        "ConnectTimeoutError": "no connection in time",
-        "TimeoutError": "the server sends nothing",
-    }.get(name, name)
+_WORDS = {
+    "IncompleteRead": "the connection was closed before the end",
+    "RemoteDisconnected": "the connection was closed without an answer",
+    "ReadTimeoutError": "the server sends nothing",
+    "ReadTimeout": "the server sends nothing",
+    "ConnectTimeoutError": "no connection in time",
+    "TimeoutError": "the server sends nothing",
+}

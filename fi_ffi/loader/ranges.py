@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
-from types import TracebackType
+from typing import Any
 
 from fi_ffi.errors import ArtifactError, FetchError
-from fi_ffi.loader.http import Attempts, Client, Response, Transient
+from fi_ffi.loader.http import Attempts, Client, Transient
 from fi_ffi.loader.urls import redact
 
 MAX_FILE = 16 << 30  # bytes; the largest published wheel has 2.1 GB
-_MAX_SKIP = 1 << 16  # bytes; what a zip may have between two things that are read
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _NO_RANGE = re.compile(r"bytes \*/(\d{1,18})")
 
@@ -38,8 +38,8 @@ class Version:
     modified: str | None = None
 
     @classmethod
-    def of(cls, response: Response, total: int | None) -> Version:
-        return cls(total, response.headers.get("ETag"), response.headers.get("Last-Modified"))
+    def of(cls, answer: Any, total: int | None) -> Version:
+        return cls(total, answer.headers.get("ETag"), answer.headers.get("Last-Modified"))
 
     def same(self, other: Version) -> bool:
         if None not in (self.total, other.total) and self.total != other.total:
@@ -95,9 +95,9 @@ class RemotePieces:
         attempts, at = attempts or Attempts(self._client.policy, self.url, start), start
         while stop is None or at < stop:
             try:
-                with self._client.open(self.url, self._headers(at, stop)) as response:
-                    end = self._check(response, at, stop)
-                    for chunk in response.chunks():
+                with self._client.open(self.url, self._headers(at, stop)) as answer:
+                    end = self._check(answer, at, stop)
+                    for chunk in self._client.chunks(answer):
                         at += len(chunk)
                         if at > (MAX_FILE if end is None else end):
                             raise self._overrun(end)
@@ -117,39 +117,44 @@ class RemotePieces:
         validator = self._version.validator if self._version else None
         return {"Range": f"bytes={at}-"} | ({"If-Range": validator} if validator else {})
 
-    def _check(self, response: Response, start: int, stop: int | None) -> int | None:
+    def _check(self, answer: Any, start: int, stop: int | None) -> int | None:
         """Look at an answer's headers; returns where its body ends, if they tell."""
-        if response.status == 200:
+        length = self._length(answer)
+        if answer.status_code == 200:
             if start or stop is not None:
                 raise NoRanges(
                     f"{redact(self.url)}: the server sends whole files only, and this needs a "
                     "part. A pinned sha256 allows fetching the whole file"
                 )
-            total = response.integer("Content-Length")
-            self._same(Version.of(response, total))
-            return total
-        if response.status == 416:
-            found = _NO_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-            self._same(Version.of(response, int(found[1]) if found else None))
+            self._same(Version.of(answer, length))
+            return length
+        text = answer.headers.get("Content-Range", "none")
+        if answer.status_code == 416:
+            none = _NO_RANGE.fullmatch(text)
+            self._same(Version.of(answer, int(none[1]) if none else None))
             raise Changed(f"{redact(self.url)}: the server has no bytes {start} to {stop}")
-        first, end, total = self._content_range(response)
-        self._same(Version.of(response, total))
+        found = _CONTENT_RANGE.fullmatch(text)
+        if found is None or int(found[2]) >= int(found[3]):
+            raise self._wrong(
+                f"the server answers {answer.status_code} with the range {text!r:.80}"
+            )
+        first, end, total = int(found[1]), int(found[2]) + 1, int(found[3])
+        self._same(Version.of(answer, total))
         stop = total if stop is None else stop
         if (first, end) != (start, stop):
             asked = f"bytes {start}-{stop - 1}"
             raise self._wrong(f"asked for {asked}, the server sends {first}-{end - 1}")
-        length = response.integer("Content-Length")
         if length is not None and length != stop - start:
             raise self._wrong(f"asked for {stop - start} bytes, the server announces {length}")
         return end
 
-    def _content_range(self, response: Response) -> tuple[int, int, int]:
-        """First byte, the byte after the last, and the file's size, as a 206 tells them."""
-        text = response.headers.get("Content-Range", "none")
-        found = _CONTENT_RANGE.fullmatch(text)
-        if found is None or int(found[2]) >= int(found[3]):
-            raise self._wrong(f"the server answers {response.status} with the range {text!r:.80}")
-        return int(found[1]), int(found[2]) + 1, int(found[3])
+    def _length(self, answer: Any) -> int | None:
+        text = answer.headers.get("Content-Length")
+        if text is None:
+            return None
+        if not (text.isascii() and text.isdigit() and len(text) < 19):
+            raise FetchError(f"{redact(answer.url)}: the server sent Content-Length: {text!r:.60}")
+        return int(text)
 
     def _same(self, version: Version) -> None:
         total, pinned = version.total, self._pinned
@@ -171,11 +176,11 @@ class RemotePieces:
         )
 
 
-class PiecewiseFile:
-    """A read-only file over pieces: those kept in memory, and one stream.
+class RangeFile(io.RawIOBase):
+    """A file on a server: pieces of it that were kept, and what is read besides.
 
-    `expected` is a range that will be read from its start to its end: one request
-    serves it.  With `keep`, what was requested is added to `kept`.
+    `extent` is a range that will be read from its start to its end: one request serves it.
+    With `keep`, what was requested is added to `kept`, and a read gets all it asks for.
     """
 
     def __init__(
@@ -183,31 +188,23 @@ class PiecewiseFile:
         pieces: RemotePieces,
         kept: dict[int, bytes],
         size: int,
-        *,
-        expected: tuple[int, int] | None = None,
-        keep: bool = False,
+        extent: tuple[int, int] | None,
+        keep: bool,
     ) -> None:
         self._pieces, self._kept, self._size, self._keep = pieces, kept, size, keep
-        self._expected = expected or (0, 0)
+        self._extent = extent or (0, 0)
         self._at = 0
-        self._stream: Iterator[bytes] = iter(())
-        self._stream_end = 0
-        self._buffer, self._buffer_at = b"", 0  # what the stream gave, and where that begins
-
-    def __enter__(self) -> PiecewiseFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+        self._stream: Generator[bytes, None, None] | None = None
+        self._rest = b""  # of a chunk that came
+        self._stream_at, self._stream_end = 0, 0
 
     def close(self) -> None:
-        if hasattr(self._stream, "close"):  # a generator, with a connection
+        if self._stream is not None:  # a connection
             self._stream.close()
+        super().close()
+
+    def readable(self) -> bool:
+        return True
 
     def seekable(self) -> bool:
         return True
@@ -222,36 +219,32 @@ class PiecewiseFile:
         self._at = at
         return at
 
-    def read(self, size: int | None = -1) -> bytes:
-        start = self._at
-        stop = self._size if size is None or size < 0 else min(start + size, self._size)
+    def readinto(self, buffer: Any) -> int:
+        start, stop = self._at, min(self._at + len(buffer), self._size)
         if stop <= start:
-            return b""
+            return 0
         for at, piece in self._kept.items():
-            if at <= start and stop <= at + len(piece):
+            if at <= start < at + len(piece):
                 data = piece[start - at : stop - at]
                 break
         else:
-            data = self._request(start, stop)
+            data = self._fetched(start, stop)
+        buffer[: len(data)] = data
         self._at += len(data)
-        return data
+        return len(data)
 
-    def _request(self, start: int, stop: int) -> bytes:
-        first, last = self._expected
-        end = last if first <= start < stop <= last else stop
+    def _fetched(self, start: int, stop: int) -> bytes:
+        first, last = self._extent
+        end = last if first <= start < last else stop
         if self._keep:
             self._kept[start] = b"".join(self._pieces.stream(start, end))
             return self._kept[start][: stop - start]
-        skipped = start - self._buffer_at
-        if stop > self._stream_end or not 0 <= skipped <= len(self._buffer) + _MAX_SKIP:
-            self.close()
-            self._stream, self._stream_end = self._pieces.stream(start, end), end
-            self._buffer, self._buffer_at, skipped = b"", start, 0
-        while self._buffer_at + len(self._buffer) < stop:
-            chunk = next(self._stream, b"")
-            if not chunk:
-                break
-            self._buffer += chunk
-        data = self._buffer[skipped : stop - self._buffer_at]
-        self._buffer, self._buffer_at = self._buffer[skipped + len(data) :], start + len(data)
+        if self._stream is None or start != self._stream_at or start >= self._stream_end:
+            if self._stream is not None:
+                self._stream.close()
+            self._stream, self._rest = self._pieces.stream(start, end), b""
+            self._stream_at, self._stream_end = start, end
+        chunk = self._rest or next(self._stream, b"")
+        data, self._rest = chunk[: stop - start], chunk[stop - start :]
+        self._stream_at += len(data)
         return data

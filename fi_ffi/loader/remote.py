@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import logging
 import threading
 import urllib.request
@@ -25,7 +26,7 @@ from fi_ffi.loader.cache import State
 from fi_ffi.loader.download import Reporter, fetch_file
 from fi_ffi.loader.http import Client
 from fi_ffi.loader.lock import PinnedWheel
-from fi_ffi.loader.ranges import Changed, NoRanges, PiecewiseFile, RemotePieces
+from fi_ffi.loader.ranges import Changed, NoRanges, RangeFile, RemotePieces
 from fi_ffi.loader.urls import is_file_url, redact, refuse_offline
 from fi_ffi.loader.wheel import ReadableZip, WheelReader, open_same, verify_file
 
@@ -38,6 +39,7 @@ _TAIL = 22 + 20 + 56
 _END = b"PK\x05\x06"
 _LONGEST_TAIL = _TAIL + 0xFFFF
 _FORMAT = 3  # of the kept directories
+_BUFFER = 1 << 16  # bytes; more than a zip has between two things that are read
 
 _log = logging.getLogger(__name__)
 _locks: dict[str, threading.RLock] = {}  # held while a wheel, by its address, is begun again
@@ -74,7 +76,6 @@ class RemoteWheel(WheelReader):
         self._file: tuple[Path, State | None] | None = None
         self._index = Index(0, {})
         self._pieces = RemotePieces(url, self.client, size)
-        self._loading: int | None = None  # the thread that reads directory and RECORD
         self._stored = self._take_stored()
         if not self._stored:
             try:
@@ -106,23 +107,23 @@ class RemoteWheel(WheelReader):
                     self._recover(error)
             return super().extract(member)
 
-    def _open(self, extent: tuple[int, int] | None) -> AbstractContextManager[ReadableZip]:
+    def _open(
+        self, extent: tuple[int, int] | None, keep: bool
+    ) -> AbstractContextManager[ReadableZip]:
         if self._file is not None:
             return open_same(*self._file)
-        keep = self._loading == threading.get_ident()
-        if extent is not None and not keep:
-            refuse_offline(f"a member of {self.name}")
+        index = self._index
+        if keep:
+            return RangeFile(self._pieces, index.kept, index.size, extent, keep)
+        refuse_offline(f"a member of {self.name}")
+        if extent is not None:
             size = f"{extent[1] - extent[0]:,} bytes"
             _log.info("fetching a member of %s, %s, from %s", self.name, size, self._origin)
-        index = self._index
-        return PiecewiseFile(self._pieces, index.kept, index.size, expected=extent, keep=keep)
+        raw = RangeFile(self._pieces, index.kept, index.size, extent, keep)
+        return io.BufferedReader(raw, _BUFFER)
 
     def _load(self) -> None:
-        self._loading = threading.get_ident()
-        try:
-            super()._load()
-        finally:
-            self._loading = None
+        super()._load()
         if self._pinned_record:
             self.trust = "record-pinned"
         elif self._file is not None and (self._must_verify or not is_file_url(self.url)):
@@ -135,7 +136,7 @@ class RemoteWheel(WheelReader):
         """Use the directory and RECORD that the cache has, if they will do."""
         if self._sha256 is None or self._must_verify or is_file_url(self.url):
             return False
-        stored = _load_index(self._sha256)
+        stored = Index.load(self._sha256)
         if stored is None or cache.find(self._sha256, self.name) is not None:
             return False
         self._index = stored
@@ -164,7 +165,7 @@ class RemoteWheel(WheelReader):
                 break
         self._load()
         if self._sha256:
-            _store_index(self._sha256, self._index)
+            self._index.store(self._sha256)
 
     def _whole_file(self, *, fetch: bool) -> tuple[Path, State | None] | None:
         """The file on this machine, if it is there, or is to be fetched whole."""
@@ -176,14 +177,9 @@ class RemoteWheel(WheelReader):
             return path, verify_file(path, verified) if verified else None
         found = cache.find(self._sha256, self.name) if self._sha256 else None
         if found is None and fetch:
-            found = fetch_file(
-                self.url,
-                self.name,
-                sha256=self._sha256,
-                size=self._size,
-                client=self.client,
-                report=self._report,
-            ).path
+            pins = {"sha256": self._sha256, "size": self._size}
+            how = {"client": self.client, "report": self._report}
+            found = fetch_file(self.url, self.name, **pins, **how).path  # type: ignore[arg-type]
         return None if found is None else (found, None)
 
     def _recover(self, error: NoRanges | Changed | ArtifactError) -> None:
@@ -206,22 +202,20 @@ class Index:
     size: int
     kept: dict[int, bytes]
 
+    @staticmethod
+    def path(sha256: str) -> Path:
+        return cache.cache_root() / "indexes" / f"{sha256}.json"
 
-def _index_path(sha256: str) -> Path:
-    return cache.cache_root() / "indexes" / f"{sha256}.json"
+    @classmethod
+    def load(cls, sha256: str) -> Index | None:
+        """What was kept of a file; None where there is nothing, or nothing that can be read."""
+        data = cache.read_note(cls.path(sha256), _FORMAT)
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+            kept = {int(at): base64.b64decode(piece) for at, piece in data["kept"].items()}
+            return cls(int(data["size"]), kept)
+        return None
 
-
-def _load_index(sha256: str) -> Index | None:
-    """What was kept; None where there is nothing, or nothing that can be read."""
-    data = cache.read_note(_index_path(sha256), _FORMAT)
-    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-        kept = {int(at): base64.b64decode(piece) for at, piece in data["kept"].items()}
-        return Index(int(data["size"]), kept)
-    return None
-
-
-def _store_index(sha256: str, index: Index) -> None:
-    """Keep it; where the cache cannot be written it is fetched again next time."""
-    kept = {str(at): base64.b64encode(piece).decode() for at, piece in index.kept.items()}
-    data = {"size": index.size, "kept": kept}
-    cache.write_note(_index_path(sha256), _FORMAT, data)
+    def store(self, sha256: str) -> None:
+        """Keep it; where the cache cannot be written it is fetched again next time."""
+        kept = {str(at): base64.b64encode(piece).decode() for at, piece in self.kept.items()}
+        cache.write_note(self.path(sha256), _FORMAT, {"size": self.size, "kept": kept})

@@ -45,8 +45,7 @@ from fi_ffi.loader.kernels import (
     release_of,
 )
 from fi_ffi.loader.lock import PinnedWheel, the_lock, this_platform
-from fi_ffi.loader.record import hex_of
-from fi_ffi.loader.wheel import Wheel
+from fi_ffi.loader.wheel import Wheel, hex_of
 
 if TYPE_CHECKING:
     import importlib.metadata

@@ -95,7 +95,7 @@ def _recorded(record: str, path: Path) -> tuple[str, State] | tuple[None, None]:
     if line is None or line.count(",") != 2 or not line.split(",")[1]:
         return None, None
     from fi_ffi.loader.kernels import KernelFile
-    from fi_ffi.loader.record import parse_record
+    from fi_ffi.loader.wheel import parse_record
 
     recorded, found = parse_record(line.encode(), str(path))[MEMBER], KernelFile(path).file()
     if found.sha256 != recorded.sha256:

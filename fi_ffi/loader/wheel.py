@@ -6,7 +6,11 @@ differs is where the bytes come from.
 
 from __future__ import annotations
 
+import base64
+import binascii
+import csv
 import hashlib
+import io
 import os
 import re
 import stat
@@ -15,19 +19,17 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, Protocol, cast
 
 from fi_ffi.errors import ArtifactError, FiFfiError
 from fi_ffi.loader import cache
-from fi_ffi.loader.record import Recorded, parse_record
 
 # "record-pinned": RECORD has the sha256 that the lock has for it, and so every member.
 # "file-verified": the whole file had its pinned sha256.
 # "record-unpinned": members are as this file's own RECORD says, and nothing vouches for it.
 Trust = Literal["record-pinned", "file-verified", "record-unpinned"]
-
-__all__ = ["Recorded", "Trust", "Wheel", "WheelReader", "parse_record", "safe_name", "verify_file"]
 
 _CHUNK = 1 << 20
 # Bytes of a zip's directory and of RECORD, for which the largest published wheel needs
@@ -82,8 +84,13 @@ class WheelReader:
         self._infos: dict[str, zipfile.ZipInfo] = {}
         self._extents: dict[str, tuple[int, int]] = {}
 
-    def _open(self, extent: tuple[int, int] | None) -> AbstractContextManager[ReadableZip]:
-        """The file; `extent` is the part that will be read next to the zip's directory."""
+    def _open(
+        self, extent: tuple[int, int] | None, keep: bool
+    ) -> AbstractContextManager[ReadableZip]:
+        """The file; `extent` is the part that will be read next to the zip's directory.
+
+        With `keep`, it is of what every member needs: the directory and RECORD.
+        """
         raise NotImplementedError
 
     @property
@@ -103,7 +110,7 @@ class WheelReader:
     def _load(self) -> None:
         """Read the directory and RECORD."""
         try:
-            with self._open(None) as file, self._archive(file) as archive:
+            with self._open(None, True) as file, self._archive(file) as archive:
                 infos = archive.infolist()
                 ends = archive.start_dir
         except FiFfiError:
@@ -116,7 +123,7 @@ class WheelReader:
         record = self._record_member()
         self._extents = _extents(infos, ends)
         self.dist_info = record.rpartition("/")[0]
-        content = b"".join(self._chunks(record, self.members[record]))
+        content = b"".join(self._chunks(record, self.members[record], keep=True))
         self.record_sha256 = hashlib.sha256(content).hexdigest()
         if self._pinned_record not in (None, self.record_sha256):
             hashes = f"{self.record_sha256}, pinned is {self._pinned_record}"
@@ -143,12 +150,12 @@ class WheelReader:
     def _archive(self, file: ReadableZip) -> zipfile.ZipFile:
         return zipfile.ZipFile(cast(BinaryIO, _Bounded(file)))
 
-    def _chunks(self, member: str, size: int) -> Iterator[bytes]:
+    def _chunks(self, member: str, size: int, keep: bool = False) -> Iterator[bytes]:
         """The content, which must be of `size` bytes."""
         self._refuse_bombs(self._infos[member])
         try:
             with (
-                self._open(self._extents[member]) as source,
+                self._open(self._extents[member], keep) as source,
                 self._archive(source) as archive,
                 archive.open(member) as file,
             ):
@@ -198,7 +205,9 @@ class Wheel(WheelReader):
             self.trust = "file-verified"
         self._load()
 
-    def _open(self, extent: tuple[int, int] | None) -> AbstractContextManager[ReadableZip]:
+    def _open(
+        self, extent: tuple[int, int] | None, keep: bool
+    ) -> AbstractContextManager[ReadableZip]:
         return open_same(self.path, self._state)
 
 
@@ -285,3 +294,45 @@ def _extents(infos: list[zipfile.ZipInfo], end: int) -> dict[str, tuple[int, int
         stop = min(following[start], start + header + info.compress_size)
         extents[info.filename] = (start, max(start, stop))
     return extents
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What RECORD says of a member: sha256 (hex) and size in bytes."""
+
+    sha256: str
+    size: int
+
+
+def parse_record(text: bytes, origin: str) -> dict[str, Recorded]:
+    """The members that RECORD lists with a sha256 and a size."""
+    record: dict[str, Recorded] = {}
+    try:
+        for row in csv.reader(io.StringIO(text.decode("utf-8"))):
+            if len(row) != 3:
+                raise ArtifactError(
+                    f"{origin}: a line of RECORD has {len(row)} fields: {row!r:.100}"
+                )
+            name, digest, size = row
+            if digest and size:
+                if not (size.isascii() and size.isdigit() and len(size) < 19):
+                    said = f"RECORD has a size of {size!r:.40} for {name}"
+                    raise ArtifactError(f"{origin}: {said}")
+                found = Recorded(hex_of(digest, origin, name), int(size))
+                if record.setdefault(name, found) != found:
+                    raise ArtifactError(f"{origin}: RECORD has two lines for {name!r:.100}")
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ArtifactError(f"{origin}: RECORD is malformed: {error}") from error
+    return record
+
+
+def hex_of(digest: str, origin: str, name: str = "it") -> str:
+    """The sha256 of a RECORD's field."""
+    algorithm, _, value = digest.partition("=")
+    try:
+        raw = base64.b64decode(value + "=" * (-len(value) % 4), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError):
+        raw = b""
+    if algorithm != "sha256" or len(raw) != 32:
+        raise ArtifactError(f"{origin}: RECORD has no sha256 for {name}: {digest!r:.80}")
+    return raw.hex()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fi_ffi.abi.signature import parse_signature, parse_type
 from fi_ffi.errors import AbiError, ArtifactError, LoaderError
 from fi_ffi.loader import lock
-from fi_ffi.loader.record import parse_record
+from fi_ffi.loader.wheel import parse_record
 
 from tests.helpers.stress_strength import scaled
 from tests.stress.abi_abuse.parsers import PARSERS, InMemory, feed, seeds_of

@@ -26,8 +26,7 @@ from fi_ffi.errors import AbiError, ArtifactError, FiFfiError, LoaderError
 from fi_ffi.loader import cache, held, lock
 from fi_ffi.loader.elf import inspect_elf
 from fi_ffi.loader.fatbin import architectures, sass_named
-from fi_ffi.loader.record import parse_record
-from fi_ffi.loader.wheel import Wheel
+from fi_ffi.loader.wheel import Wheel, parse_record
 from fi_ffi.ops.modules.module import AtPath
 from fi_ffi.ops.watch import safetensors
 
