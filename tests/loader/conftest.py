@@ -2,64 +2,52 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
-import textwrap
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-import fi_ffi
 from fi_ffi.loader import lock, runtime
 
+from tests.helpers.children import ROOT, done
 from tests.helpers.pinned import pinned_wheel, testing_library, tvm_ffi_loaded
 from tests.loader.server import File, Server, kernel_members, make_wheel, sha256
 
 __all__ = ["child", "install", "pinned_wheel", "testing_library", "tvm_ffi_loaded"]
 
-SOURCE = Path(fi_ffi.__file__).parents[1]
-
 
 @pytest.fixture
-def child(tmp_path: Path) -> Callable[..., str]:
+def child():
     """Runs code in a process that has loaded nothing; returns what it prints."""
 
-    def run(code: str, *path: Path, **environment: str) -> str:
-        search = os.pathsep.join(map(str, [*path, SOURCE]))
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code)],
-            env={**os.environ, "PYTHONPATH": search, **environment},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout.strip()
+    def run(program, *path, **environment):
+        search = os.pathsep.join(map(str, [*path, ROOT]))
+        code, out, err = done(program, PYTHONPATH=search, **environment)
+        assert code == 0, out + err
+        return out.strip()
 
     return run
 
 
 @pytest.fixture(scope="session")
-def install(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def install(tmp_path_factory):
     """Installs a requirement into a folder of its own, once."""
-    done: dict[str, Path] = {}
 
-    def run(requirement: str) -> Path:
-        if requirement not in done:
-            folder = tmp_path_factory.mktemp("installed")
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-            subprocess.run([*pip, "--target", str(folder), requirement], check=True)
-            done[requirement] = folder
-        return done[requirement]
+    @functools.cache
+    def run(requirement):
+        folder = tmp_path_factory.mktemp("installed")
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        options = ["--no-compile", "--disable-pip-version-check", "--target", str(folder)]
+        subprocess.run([*pip, *options, requirement], check=True)
+        return folder
 
     return run
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def root(tmp_path, monkeypatch):
     """A cache of the test's own, and the network allowed."""
     monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("FI_FFI_OFFLINE", raising=False)
@@ -83,7 +71,7 @@ provenance = "a test"
 
 
 @pytest.fixture
-def remote_kernels(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def remote_kernels(root, tmp_path, monkeypatch):
     """A server with the only kernels there are; the lock in use pins them by sha256 alone."""
     wheel, path = make_wheel(kernel_members()), tmp_path / "wheels.lock"
     with Server({"/kernels.whl": File(wheel)}) as server:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import fi_ffi
@@ -14,7 +13,7 @@ ROOT = PACKAGE.parent
 NAME = re.compile(r"FI_FFI_[A-Z_]*")
 
 
-def tables() -> list[set[str]]:
+def tables():
     """The variables in the first column of each table."""
     found: list[set[str]] = []
     for line in (ROOT / "docs" / "environment.md").read_text().splitlines():
@@ -26,13 +25,13 @@ def tables() -> list[set[str]]:
     return found
 
 
-def sources() -> Iterator[tuple[Path, ast.Module]]:
+def sources():
     for path in PACKAGE.rglob("*.py"):
         if path.name != "_cffi.py":
             yield path, ast.parse(path.read_text())
 
 
-def test_every_variable_of_ours_is_told() -> None:
+def test_every_variable_of_ours_is_told():
     used = {
         name for path in PACKAGE.rglob("*.py*") if path.suffix in (".py", ".pyi")
         for name in NAME.findall(path.read_text())
@@ -41,11 +40,11 @@ def test_every_variable_of_ours_is_told() -> None:
     assert not [name for name in used if name.endswith("_")], "a name that is put together"
 
 
-def test_there_are_few() -> None:
+def test_there_are_few():
     assert len(tables()[0]) <= 16, "an argument, or a command's option, may do instead"
 
 
-def constants() -> dict[str, str]:
+def constants():
     """Module-level names that are strings, of the whole package."""
     found = {}
     for _, tree in sources():
@@ -62,7 +61,7 @@ def constants() -> dict[str, str]:
     return found
 
 
-def test_every_variable_of_others_is_told() -> None:
+def test_every_variable_of_others_is_told():
     """What is asked of os.environ by name; where a whole environment goes on, nothing is read."""
     known, read = constants(), set()
     for path, tree in sources():
@@ -89,7 +88,7 @@ def test_every_variable_of_others_is_told() -> None:
     assert told[1] - elsewhere <= read
 
 
-def test_variables_of_the_tests_are_told() -> None:
+def test_variables_of_the_tests_are_told():
     used = set()
     for folder in ("tests", "tools", "benchmarks", "examples"):
         for path in (ROOT / folder).rglob("*"):

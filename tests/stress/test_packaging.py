@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,6 @@ from tests.stress.packaged import MINORS, Bare, build, megabytes, members, pytho
 
 # Megabytes; docs/reliability.md has what was measured.
 MOST_DOWNLOADED, MOST_INSTALLED = 50, 180
-
-Installed = tuple[Bare, dict[str, float]]
 
 FIRST_CALLS = """
 import sys
@@ -40,7 +37,7 @@ except fi_ffi.ArgumentError as error:
 
 
 @pytest.fixture(scope="module")
-def backend(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def backend(tmp_path_factory):
     """hatchling in a folder of its own."""
     folder = tmp_path_factory.mktemp("hatchling")
     pip = (sys.executable, "-m", "pip", "install", "-q", "--target", folder)
@@ -49,13 +46,13 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sdist(backend: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sdist(backend, tmp_path_factory):
     tree = source_tree(tmp_path_factory.mktemp("tree"))
     return build("sdist", tree, tmp_path_factory.mktemp("sdist"), backend)
 
 
 @pytest.fixture(scope="module")
-def wheel(sdist: Path, backend: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(sdist, backend, tmp_path_factory):
     """The wheel that the sdist makes, as pip would have it."""
     folder = tmp_path_factory.mktemp("wheel")
     with tarfile.open(sdist) as archive:
@@ -64,14 +61,14 @@ def wheel(sdist: Path, backend: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
+def bare(wheel, tmp_path_factory):
     """This Python with fi_ffi and what pip brings for it; what that downloaded."""
     made = Bare.make(tmp_path_factory.mktemp("bare"), Path(sys.executable))
     yield made, made.install(wheel)
     shutil.rmtree(made.root)
 
 
-def test_the_sdist_has_what_it_takes(sdist: Path) -> None:
+def test_the_sdist_has_what_it_takes(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "wheels.lock", "LICENSE", "README.md", "fi_ffi/py.typed"} <= names
@@ -79,15 +76,13 @@ def test_the_sdist_has_what_it_takes(sdist: Path) -> None:
     assert not [name for name in names if "__pycache__" in name or name.endswith((".so", ".whl"))]
 
 
-def test_the_wheel_is_the_same_from_the_sdist(
-    wheel: Path, backend: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_the_wheel_is_the_same_from_the_sdist(wheel, backend, tmp_path, tmp_path_factory):
     direct = build("wheel", source_tree(tmp_path_factory.mktemp("again")), tmp_path, backend)
     assert members(direct) == members(wheel)
     assert direct.name == wheel.name == "fi_ffi-0.1.0-py3-none-any.whl"
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = set(members(wheel))
     kinds = {name.rpartition(".")[2] for name in names if name.startswith("fi_ffi/")}
     assert kinds == {"py", "pyi", "typed", "h", "json", "lock"}
@@ -98,28 +93,20 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert wheel.stat().st_size < 1.5e6
 
 
-def test_what_pip_brings(bare: Installed) -> None:
+def test_what_pip_brings(bare):
     made, downloaded = bare
     installed = made.sizes()
-    print("downloaded, MB:", downloaded, round(sum(downloaded.values()), 1))
-    print("installed, MB:", installed, round(sum(installed.values()), 1))
+    for what, sizes in (("downloaded", downloaded), ("installed", installed)):
+        print(f"{what}, MB:", sizes, round(sum(sizes.values()), 1))
     assert sum(downloaded.values()) < MOST_DOWNLOADED
     installed.pop("pip", None), installed.pop("setuptools", None)
     assert sum(installed.values()) < MOST_INSTALLED
-    heavy = {
-        "torch",
-        "tvm",
-        "flashinfer-python",
-        "cupy",
-        "jax",
-        "triton",
-        "scipy",
-    }
+    heavy = {*["torch", "tvm", "flashinfer-python", "cupy", "jax", "triton", "scipy"]}
     assert not heavy & {name.lower() for name in installed}
     assert not [n for n in installed if n.startswith("nvidia") and n != "nvidia-cuda-runtime"]
 
 
-def test_first_calls(bare: Installed) -> None:
+def test_first_calls(bare):
     made, _ = bare
     said = made("-c", FIRST_CALLS).split()
     assert said[:2] == ["rmsnorm", "0.1.0"]
@@ -174,7 +161,7 @@ WRONG = {
 }
 
 
-def checked(made: Bare, text: str) -> str:
+def checked(made, text):
     """What `mypy --strict` says of a program against the installed package."""
     if importlib.util.find_spec("mypy") is None:
         pytest.skip("mypy is not installed: pip install '.[lint]'")
@@ -188,7 +175,7 @@ def checked(made: Bare, text: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_a_users_program_is_checked(bare: Installed) -> None:
+def test_a_users_program_is_checked(bare):
     """Of the right calls nothing is said, and each wrong one is found, at its line."""
     made, _ = bare
     said = checked(made, USER + "\n".join(WRONG))
@@ -210,7 +197,7 @@ cache.store([b"x"], hashlib.sha256(b"x").hexdigest(), "stored.so", "a test")
 """
 
 
-def test_uninstalling_leaves_the_cache_alone(bare: Installed) -> None:
+def test_uninstalling_leaves_the_cache_alone(bare):
     """All that is left is where `fi-ffi cache` says.  It runs last of those that use `bare`."""
     made, _ = bare
     shutil.rmtree(made.root / "cache", ignore_errors=True)
@@ -233,7 +220,7 @@ def test_uninstalling_leaves_the_cache_alone(bare: Installed) -> None:
 @pytest.mark.skipif(not LONG, reason="FI_FFI_STRESS=long: one environment for each Python")
 @pytest.mark.parametrize("minor", MINORS)
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_every_python(kind: str, minor: int, wheel: Path, sdist: Path, tmp_path: Path) -> None:
+def test_every_python(kind, minor, wheel, sdist, tmp_path):
     found = pythons()
     print("found:", ", ".join(f"3.{n} ({path})" for n, path in found.items()))
     if minor not in found:

@@ -9,7 +9,6 @@ import shutil
 import stat
 import subprocess
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,15 +61,6 @@ def alone(root, monkeypatch):
     runtime.use_source(None)
     yield
     runtime.use_source(None)
-
-
-@pytest.fixture
-def as_root():
-    if os.geteuid() != 0:
-        pytest.skip("only root can give files to another user")
-
-
-Place = Callable[[], Path]
 
 
 @pytest.fixture
@@ -357,26 +347,28 @@ def test_a_pipe_in_the_place_of_a_module(place):
         pass
 
 
-def writable_by_all(path):
-    path.chmod(0o666 if path.is_file() else 0o777)
-
-
 @pytest.mark.parametrize("up", [0, 1, 2])
 def test_what_every_user_can_write_in_a_directory(up, tmp_path, good):
     path = in_directory(tmp_path, good)
-    writable_by_all([path, *path.parents][up])
+    open_to_all = [path, *path.parents][up]
+    open_to_all.chmod(0o666 if open_to_all.is_file() else 0o777)
     with pytest.raises(LoaderError, match=r"can be written by every user .*chmod o-w"):
         runtime.load("norm")
     assert not in_memory(path)
 
 
-@pytest.mark.usefixtures("as_root")
+def given_away(path):
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files to another user")
+    os.chown(path, OTHER, -1)
+
+
 def test_what_others_put_where_all_can_write(tmp_path, good):
     """A module folder that another user has put into one with the sticky bit."""
     path = in_directory(tmp_path, good)
     path.parents[1].chmod(0o1777)
     assert open_source(path.parents[1]).file("norm").path == path
-    os.chown(path.parent, OTHER, -1)
+    given_away(path.parent)
     with pytest.raises(LoaderError, match=f"was put by user {OTHER} where every user can"):
         runtime.load("norm")
     assert not in_memory(path)
@@ -415,9 +407,7 @@ def test_the_threat_model_names_tests_that_are_there():
 
 def test_another_users_module(place):
     """A place that the user names, or an installer filled, may be of anybody; the cache not."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can give files to another user")
-    os.chown(place, OTHER, -1)
+    given_away(place)
     if "objects" in place.parts:
         with pytest.raises(LoaderError, match=f"belongs to user {OTHER}"):
             runtime.load("norm")
