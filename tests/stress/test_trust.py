@@ -184,6 +184,22 @@ def test_replaced_while_it_is_loaded(place, bad, monkeypatch):
     assert in_memory(asides[0])
 
 
+def test_written_over_while_it_is_loaded(place, monkeypatch):
+    real = library.open_module
+
+    def late(path, through=None):
+        handle = real(path, through)
+        place.chmod(0o644)
+        with place.open("r+b") as file:  # not of its code
+            file.seek(-4, os.SEEK_END)
+            file.write(b"late")
+        return handle
+
+    monkeypatch.setattr(library, "open_module", late)
+    with pytest.raises(LoaderError, match="while it was loaded, and nothing of it is called"):
+        runtime.load("norm")
+
+
 @pytest.mark.parametrize("keep_times", [False, True])
 def test_written_over_in_place(keep_times, place, bad, monkeypatch):
     def write(*_):
