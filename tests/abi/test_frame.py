@@ -19,6 +19,7 @@ DESCS = [
     TensorDesc(0, (), "int64", device="cuda:1"),
     TensorDesc(0, (0, 4), "bfloat16", strides=(9, 2)),
 ]
+AS_OBJECT = pytest.mark.parametrize("as_object", [False, True])
 
 
 def make_frame(entry: Entry, slots: Sequence[Slot]) -> Frame:
@@ -27,22 +28,18 @@ def make_frame(entry: Entry, slots: Sequence[Slot]) -> Frame:
     return Frame(layout, slots, entry)
 
 
-def write(frame: Frame, values: Sequence[TensorDesc | float]) -> None:
+def call(frame: Frame, *values: TensorDesc | float) -> object:
     for i, value in enumerate(values):
         if isinstance(value, TensorDesc):
             write_tensor(frame, i, value)
         else:
             view = frame.floats if isinstance(value, float) else frame.words
             view[frame.layout.value(i)] = value
-
-
-def call(frame: Frame, *values: TensorDesc | float) -> object:
-    write(frame, values)
     frame.place_objects()
     return frame.call()
 
 
-@pytest.mark.parametrize("as_object", [False, True])
+@AS_OBJECT
 def test_slots_arrive_in_order(as_object: bool, callback: Callable[..., Entry]) -> None:
     calls: list[tuple[object, ...]] = []
     entry = callback(lambda *args: calls.append(args), 6)
@@ -61,24 +58,35 @@ def test_slots_arrive_in_order(as_object: bool, callback: Callable[..., Entry]) 
         assert [type(got[i]) for i in (1, 3, 4)] == [int, float, bool]
 
 
-@pytest.mark.parametrize("as_object", [False, True])
-def test_sizes_and_strides_are_each_calls_own(
+@AS_OBJECT
+def test_sizes_and_failures_are_each_calls_own(
     as_object: bool, callback: Callable[..., Entry]
 ) -> None:
-    """A frame is for all tensors of a kind; none gets the sizes of one before."""
+    """A frame is for all tensors of a kind; none gets the sizes of one before, and it goes on
+    after a call that failed."""
     seen: list[str] = []
-    kind = DESCS[0].kind
-    frame = make_frame(callback(lambda x: seen.append(repr(x))), [(kind, as_object)])
+
+    def sometimes(tensor: TensorDesc, number: int) -> int:
+        if number < 0:
+            raise ValueError(number)
+        seen.append(repr(tensor))
+        return tensor.ptr + number
+
+    frame = make_frame(callback(sometimes, 2), [(DESCS[0].kind, as_object), int])
     sent = [
         TensorDesc(0x1000, (n, 3), "float16", strides=(3 + n, 1), device="cpu") for n in range(9)
     ]
     for desc in sent:
-        call(frame, desc)
+        with pytest.raises(KernelError, match="ValueError: -1"):
+            call(frame, desc, -1)
+        assert call(frame, desc, 2) == 0x1002
     assert seen == [repr(desc) for desc in sent]
 
 
 def test_no_arguments(callback: Callable[..., Entry]) -> None:
-    assert call(make_frame(callback(lambda: 7, 0), [])) == 7
+    frame = make_frame(callback(lambda: 7, 0), [])
+    assert frame.words[frame.layout.before] == NO_STREAM  # nothing to put back
+    assert call(frame) == 7
 
 
 def test_results_are_owned_and_cleared(callback: Callable[..., Entry]) -> None:
@@ -94,29 +102,9 @@ def test_results_are_owned_and_cleared(callback: Callable[..., Entry]) -> None:
     assert array.use_count == 1
 
 
-def test_a_frame_survives_a_failure(callback: Callable[..., Entry]) -> None:
-    def sometimes(tensor: TensorDesc, number: int) -> int:
-        if number < 0:
-            raise ValueError(number)
-        return tensor.ptr + number
-
-    entry = callback(sometimes, 2)
-    for as_object in (False, True):
-        frame = make_frame(entry, [(DESCS[0].kind, as_object), int])
-        for _ in range(3):
-            with pytest.raises(KernelError, match="ValueError: -1"):
-                call(frame, DESCS[0].at(0x1000), -1)
-            assert call(frame, DESCS[0].at(0x1000), 2) == 0x1002
-
-
 def test_what_comes_last_comes_last() -> None:
     """Shapes of what a plan has bound lie behind those that each call writes."""
     layout = FrameLayout([2, None, 3, 1], last=[0])
     assert layout.first_dims == layout.dims[2] < layout.dims[3] < layout.dims[0]
     assert layout.dims[3] - layout.dims[2] == 6
     assert layout.words == layout.dims[0] + 4
-
-
-def test_a_new_frame_has_no_stream_to_put_back(callback: Callable[..., Entry]) -> None:
-    frame = make_frame(callback(lambda: 7, 0), [])
-    assert frame.words[frame.layout.before] == NO_STREAM

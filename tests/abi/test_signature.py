@@ -1,64 +1,54 @@
-"""Signatures: TVM-FFI's own spelling, read back."""
+"""Signatures and the types in them: TVM-FFI's own spelling, read back."""
 
 from __future__ import annotations
 
 import contextlib
 import string
+from collections.abc import Callable
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fi_ffi.abi.signature import Signature, parse_signature, signature_from_mismatch
+from fi_ffi.abi.signature import (
+    Signature,
+    TypeExpr,
+    parse_signature,
+    parse_type,
+    signature_from_mismatch,
+)
+from fi_ffi.abi.values import packer_of
 from fi_ffi.errors import AbiError
 
-# Printed by functions of FlashInfer 0.6.13 and of libtvm_ffi_testing.
+# Printed by functions of FlashInfer 0.6.13 and of libtvm_ffi_testing: parameters and result.
 REAL = {
-    "rmsnorm(0: DLTensor*, 1: DLTensor*, 2: DLTensor*, 3: float, 4: bool) -> void": Signature(
-        "rmsnorm", ("DLTensor*", "DLTensor*", "DLTensor*", "float", "bool")
+    "rmsnorm(0: DLTensor*, 1: float, 2: bool) -> void": (("DLTensor*", "float", "bool"), "void"),
+    "plan(0: DLTensor*, 1: Array<int>, 2: Optional<ffi.Tensor>) -> Array<int>": (
+        ("DLTensor*", "Array<int>", "Optional<ffi.Tensor>"), "Array<int>",
     ),
-    "plan(0: DLTensor*, 1: Array<int>, 2: Optional<ffi.Tensor>) -> Array<int>": Signature(
-        "plan", ("DLTensor*", "Array<int>", "Optional<ffi.Tensor>"), "Array<int>"
+    "f(0: Map<str, Array<int>>, 1: Variant<int, str, Array<int>>) -> Optional<Any>": (
+        ("Map<str, Array<int>>", "Variant<int, str, Array<int>>"), "Optional<Any>",
     ),
-    "f(0: Map<str, Array<int>>, 1: Variant<int, str, Array<int>>) -> Optional<Any>": Signature(
-        "f", ("Map<str, Array<int>>", "Variant<int, str, Array<int>>"), "Optional<Any>"
+    "apply(0: (0: int, 1: float) -> str, 1: int) -> (0: int) -> void": (
+        ("(0: int, 1: float) -> str", "int"), "(0: int) -> void",
     ),
-    "apply(0: (0: int, 1: float) -> str, 1: int) -> (0: int) -> void": Signature(
-        "apply", ("(0: int, 1: float) -> str", "int"), "(0: int) -> void"
-    ),
-    "nothing() -> void": Signature("nothing", ()),
-    "spaced ( 0 : int , 1 : float ) -> Map<int, int>": Signature(
-        "spaced", ("int", "float"), "Map<int, int>"
-    ),
-}
+    "nothing() -> void": ((), "void"),
+    "spaced ( 0 : int , 1 : float ) -> Map<int, int>": (("int", "float"), "Map<int, int>"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("text", REAL)
 def test_parse(text: str) -> None:
-    assert parse_signature(text) == REAL[text]
+    assert parse_signature(text) == Signature(text.partition("(")[0].strip(), *REAL[text])
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "rmsnorm",
-        "rmsnorm(",
-        "rmsnorm(0: int",
-        "rmsnorm(0: Array<int) -> void",
-        "rmsnorm(0: int)",
-        "rmsnorm(0: int) void",
-        "rmsnorm(0: int) ->",
-        "rmsnorm(1: int) -> void",
-        "rmsnorm(0: int, 0: int) -> void",
-        "rmsnorm(0: int, 2: int) -> void",
-        "rmsnorm(int) -> void",
-        "rmsnorm(0:) -> void",
-        "rmsnorm(0: int,) -> void",
-        "rmsnorm(, 0: int) -> void",
-        "rmsnorm(0: int)) -> void",
-    ],
-)
+MALFORMED = """
+    |f|f(|f(0: int|f(0: Array<int) -> void|f(0: int)|f(0: int) void|f(0: int) ->|f(1: int) -> void
+    |f(0: int, 0: int) -> void|f(0: int, 2: int) -> void|f(int) -> void|f(0:) -> void
+    |f(0: int,) -> void|f(, 0: int) -> void|f(0: int)) -> void"""
+
+
+@pytest.mark.parametrize("text", [part.strip() for part in MALFORMED.split("|")])
 def test_malformed(text: str) -> None:
     with pytest.raises(AbiError):
         parse_signature(text)
@@ -74,34 +64,32 @@ TYPES = st.recursive(
     ),
     max_leaves=8,
 )
+MISMATCH = "Mismatched number of arguments when calling: `{}`. Expected {} but got 512 arguments"
 
 
 @given(st.builds(Signature, NAMES, st.lists(TYPES, max_size=40).map(tuple), TYPES))
 def test_round_trip(signature: Signature) -> None:
     assert parse_signature(str(signature)) == signature
-    count = len(signature.params)
-    refusal = (
-        f"Mismatched number of arguments when calling: `{signature}`. "
-        f"Expected {count} but got 512 arguments"
-    )
+    refusal = MISMATCH.format(signature, len(signature.params))
     assert signature_from_mismatch(refusal) == signature
 
 
-@given(st.one_of(st.text(), st.text("f(<[{0:, int->)>]}")))
-def test_any_text(text: str) -> None:
+def read(parse: Callable[[str], object], text: str) -> None:
     with contextlib.suppress(AbiError):
-        assert isinstance(parse_signature(text), Signature)
+        assert parse(text) is not None
 
 
-MISMATCH = "Mismatched number of arguments when calling: `{}`. Expected {} but got 0 arguments"
-
-
-@given(st.text(), st.text(string.digits))
+@given(st.one_of(st.text(), st.text("f(<[{0:, int->)>]}")), st.text(string.digits))
 @example("f() -> void", "9" * 5000)  # longer than Python converts to an int
 @example("f() -> void", "٠")
-def test_any_refusal(text: str, count: str) -> None:
-    with contextlib.suppress(AbiError):
-        assert isinstance(signature_from_mismatch(MISMATCH.format(text, count)), Signature)
+def test_any_text(text: str, count: str) -> None:
+    read(parse_signature, text)
+    read(signature_from_mismatch, MISMATCH.format(text, count))
+
+
+@given(st.text(alphabet="<>(),-: *aT0", max_size=20))
+def test_any_text_as_a_type(text: str) -> None:
+    read(packer_of, text)
 
 
 @pytest.mark.parametrize(
@@ -118,3 +106,45 @@ def test_same_types_ignores_the_name() -> None:
     assert ours.same_types(Signature("ragged_run", ("int",)))
     assert not ours.same_types(Signature("run", ("int",), "int"))
     assert not ours.same_types(Signature("run", ("int", "int")))
+
+
+def typed(name: str, *args: TypeExpr | str) -> TypeExpr:
+    return TypeExpr(name, tuple(TypeExpr(arg) if isinstance(arg, str) else arg for arg in args))
+
+
+SPELLED = {
+    "int": typed("int"),
+    "ffi.Array": typed("Array"),
+    "std::string": typed("str"),
+    "const char*": typed("const char*"),
+    "Optional<int>": typed("Optional", "int"),
+    "Optional<Array<ffi.Tensor>>": typed("Optional", typed("Array", "ffi.Tensor")),
+    "Map<str, Array<int>>": typed("Map", "str", typed("Array", "int")),
+    "Tuple<int, str, DLTensor*>": typed("Tuple", "int", "str", "DLTensor*"),
+    "(0: int, 1: Array<int>) -> void": typed("ffi.Function"),
+    "Array<(0: int, 1: float) -> Map<str, int>>": typed("Array", "ffi.Function"),
+    "Map<str, (0: int) -> int>": typed("Map", "str", "ffi.Function"),
+    "std::function<void(int, float)>": typed("ffi.Function"),
+    "std::array<int, 3>": typed("Array", "int"),
+    "std::vector<std::optional<int>>": typed("Array", typed("Optional", "int")),
+    "Tuple<>": typed("Tuple"),
+    "RValueRef<ffi.Module>": typed("ffi.Module"),
+    "my.Object": typed("my.Object"),
+}
+
+
+@pytest.mark.parametrize("text", SPELLED)
+def test_types(text: str) -> None:
+    assert parse_type(text) == SPELLED[text]
+    assert callable(packer_of(text))
+    # As one parameter among others, too.
+    signature = Signature("f", ("int", text, "bool"), text)
+    assert parse_signature(str(signature)) == signature
+
+
+@pytest.mark.parametrize(
+    "text", ["Optional<int", "Map<str,>", "Optional<int>>", "A<B<C>", "int>", "a, b", "a)"]
+)
+def test_what_is_no_type(text: str) -> None:
+    with pytest.raises(AbiError, match="not a TVM-FFI type"):
+        packer_of(text)

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import subprocess
-import sys
-import textwrap
-import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -25,6 +22,8 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.streams import current_scope, stream, stream_context, stream_handle
 from fi_ffi.abi.tensor import Device, parse_device
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
+
+from tests.helpers.children import done
 
 CUDA0, CUDA1 = parse_device("cuda:0"), parse_device("cuda:1")
 
@@ -87,75 +86,88 @@ def test_handle(name: str) -> None:
 
 
 def test_special_handles() -> None:
-    assert stream_handle(0) == 0
-    assert stream_handle(2) == 2  # cudaStreamPerThread
-    assert stream_handle(2**64 - 1) == 2**64 - 1
+    for handle in (0, 2, 2**64 - 1):  # 2: cudaStreamPerThread
+        assert stream_handle(handle) == handle
     assert stream_handle(driver.CUstream(0)) == 0
 
 
+NO_STREAMS = [
+    None,
+    True,
+    np.True_,
+    1.0,
+    np.float32(1),
+    "5",
+    b"5",
+    (0, 5),
+    object(),
+    [],
+    np.zeros(2),
+]
+NO_STREAMS += [driver.CUdevice, LikeTorch, type("NoneInIt", (), {"cuda_stream": None})()]
+NO_STREAMS += [Protocol(x) for x in (None, 5, (0,), (0, 5, 6), (0, "5"), (0, True), [0, 5])]
+OUT_OF_RANGE = [-1, 2**64, 2**70, np.int8(-1), Protocol((0, -1))]
+
+
 @pytest.mark.parametrize(
-    "value",
-    [None, True, False, np.True_, 1.0, np.float32(1), "5", b"5", (0, 5), object(), [], np.zeros(2)]
-    + [driver.CUdevice, LikeTorch, type("NoneInIt", (), {"cuda_stream": None})()]
-    + [Protocol(answer) for answer in (None, 5, (0,), (0, 5, 6), (0, "5"), (0, True), [0, 5])],
+    ("kind", "values"),
+    [
+        (ArgumentTypeError, NO_STREAMS),
+        (ArgumentError, OUT_OF_RANGE),
+    ],
 )
-def test_no_stream(value: object) -> None:
-    with pytest.raises(ArgumentTypeError) as caught:
-        stream_handle(value, "rmsnorm")
-    assert (caught.value.op, caught.value.argument) == ("rmsnorm", "stream")
-
-
-@pytest.mark.parametrize("value", [-1, 2**64, 2**70, np.int8(-1), Protocol((0, -1))])
-def test_handle_out_of_range(value: object) -> None:
-    with pytest.raises(ArgumentError) as caught:
-        stream_handle(value, "rmsnorm")
-    assert (caught.value.op, caught.value.argument) == ("rmsnorm", "stream")
+def test_no_stream(kind: type[ArgumentError], values: list[object]) -> None:
+    for value in values:
+        with pytest.raises(ArgumentError) as caught:
+            stream_handle(value, "rmsnorm")
+        assert type(caught.value) is kind, value
+        assert (caught.value.op, caught.value.argument) == ("rmsnorm", "stream")
 
 
 def test_a_protocol_that_raises() -> None:
-    with pytest.raises(ArgumentError, match="destroyed") as caught:
+    with pytest.raises(ArgumentError, match="argument `stream`: .*destroyed"):
         stream_handle(Protocol(RuntimeError("the stream was destroyed")), "rmsnorm")
-    assert caught.value.argument == "stream"
+
+
+def launched_on(stream: object = None) -> int:
+    """What a call finds current."""
+    with stream_context(stream, CUDA0, "a"):
+        return current()
 
 
 def test_a_scope_is_current_from_its_first_use() -> None:
     with stream(0x10) as scope:
         assert current_scope() is scope
         assert current() == 0
-        with stream_context(None, CUDA0, "rmsnorm"):
-            assert current() == 0x10
+        assert launched_on() == 0x10
         assert current() == 0x10  # until the scope closes: setting it again would cost
+    assert current() == 0
+    stream_context(0x10, CUDA0, "never entered")
     assert current() == 0
 
 
-def test_scopes_nest() -> None:
-    with stream(0x10):
-        with stream_context(None, CUDA0, "a"):
-            assert current() == 0x10
-        with stream(0x20):
-            with stream_context(None, CUDA0, "b"):
-                assert current() == 0x20
-            with stream_context(0x30, CUDA0, "c"):
-                assert current() == 0x30
-            assert current() == 0x20
-        assert current() == 0x10
-        with stream_context(None, CUDA0, "d"):
-            assert current() == 0x10
-
-
-def test_the_inner_scope_is_used_first() -> None:
-    with stream(0x10):
-        with stream(0x20), stream_context(None, CUDA0, "a"):
-            assert current() == 0x20
-        with stream_context(None, CUDA0, "b"):
-            assert current() == 0x10
-
-
-def test_what_was_current_before_comes_back() -> None:
+@pytest.mark.parametrize("is_used_first", [True, False])
+def test_scopes_nest(is_used_first: bool) -> None:
     with stream_context(0x99, CUDA0, "outside"):
-        with stream(0x10), stream_context(None, CUDA0, "a"):
-            assert current() == 0x10
+        with stream(0x10):
+            if is_used_first:
+                assert launched_on() == 0x10
+            with stream(0x20):
+                assert launched_on() == 0x20
+                assert launched_on(0x30) == 0x30
+                assert current() == 0x20
+            assert current() == (0x10 if is_used_first else 0x99)
+            assert launched_on() == 0x10
         assert current() == 0x99
+
+
+def test_deep_nesting() -> None:
+    with ExitStack() as stack:
+        for number in range(1, 201):
+            stack.enter_context(stream(number))
+            stack.enter_context(stream_context(None, CUDA0, "a"))
+            assert current() == number
+    assert current() == 0
 
 
 def test_scopes_of_two_devices() -> None:
@@ -178,17 +190,14 @@ def test_a_scope_belongs_to_one_device() -> None:
             assert (current(CUDA0), current(CUDA1)) == (0x10, 0x20)
 
 
-def test_a_scope_may_be_opened_again() -> None:
+def test_a_scope_is_open_once_at_a_time() -> None:
     scope = stream(0x10)
     for device in (CUDA0, CUDA1):
         with scope, stream_context(None, device, "a"):
             assert current(device) == 0x10
+            with pytest.raises(ArgumentError, match="already open"), scope:
+                pass
         assert current(device) == 0
-
-
-def test_a_scope_is_not_open_twice() -> None:
-    with stream(0x10) as scope, pytest.raises(ArgumentError, match="already open"), scope:
-        pass
 
 
 def test_exceptions_leave_nothing_behind() -> None:
@@ -203,8 +212,7 @@ def test_scopes_close_in_order() -> None:
     outer, inner = stream(0x10), stream(0x20)
     outer.__enter__()
     inner.__enter__()
-    with stream_context(None, CUDA0, "a"):
-        pass
+    launched_on()
     with pytest.raises(ArgumentError, match="innermost"):
         outer.__exit__(None, None, None)
     assert current() == 0x20  # the refusal changed nothing
@@ -214,31 +222,20 @@ def test_scopes_close_in_order() -> None:
         outer.__exit__(None, None, None)
 
 
-def on_a_thread(function: Any) -> Any:
-    result: list[Any] = []
-
-    def run() -> None:
-        try:
-            result.append(function())
-        except BaseException as error:
-            result.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if isinstance(result[0], BaseException):
-        raise result[0]
-    return result[0]
+def on_a_thread(function: Any, *args: Any) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *args).result()
 
 
 def test_threads_have_their_own() -> None:
     def other() -> tuple[Any, int, int]:
         scope = current_scope()
-        with stream(0x20), stream_context(None, CUDA0, "b"):
-            inside = current()
+        with stream(0x20):
+            inside = launched_on()
         return scope, inside, current()
 
-    with stream(0x10), stream_context(None, CUDA0, "a"):
+    with stream(0x10):
+        launched_on()
         assert on_a_thread(other) == (None, 0x20, 0)
         assert current() == 0x10
 
@@ -259,52 +256,30 @@ def test_an_open_scope_is_of_its_thread() -> None:
     assert on_a_thread(again) == 0x10  # closed, it may go to another thread
 
 
-def test_a_scope_of_a_copied_context() -> None:
+@pytest.mark.parametrize("is_used_first", [True, False])
+def test_a_scope_of_a_copied_context(is_used_first: bool) -> None:
     """A thread that is given this one's context launches on the scope's stream, call by call:
     nothing stays set there, as nobody would put it back."""
 
     def other() -> tuple[Any, ...]:
-        with stream_context(None, CUDA0, "a"):
-            inside = current()
-        after = current()
-        with stream(0x30), stream_context(None, CUDA0, "b"):
-            own = current()
+        inside, after = launched_on(), current()
+        with stream(0x30):
+            own = launched_on()
         return current_scope(), inside, after, own, current()
 
-    for first_here in (True, False):
-        with stream(0x10) as scope:
-            if first_here:
-                with stream_context(None, CUDA0, "a"):
-                    pass
-            context = contextvars.copy_context()
-            assert on_a_thread(lambda c=context: c.run(other)) == (scope, 0x10, 0, 0x30, 0)
-            assert current() == (0x10 if first_here else 0)
-            with stream_context(None, CUDA0, "a"):
-                assert current() == 0x10
-        assert current() == 0
-
-
-def test_a_scope_of_a_copied_context_that_is_over() -> None:
-    """The context still has it: calls are launched on its stream, and nothing is left."""
-    with stream(0x10):
+    with stream(0x10) as scope:
+        if is_used_first:
+            launched_on()
         context = contextvars.copy_context()
-
-    def late() -> int:
-        with stream_context(None, CUDA0, "a"):
-            return current()
-
-    assert on_a_thread(lambda: context.run(late)) == 0x10
-    assert on_a_thread(current) == 0
-
-
-def launched_on(stream: object = None) -> int:
-    """What a call finds current."""
-    with stream_context(stream, CUDA0, "a"):
-        return current()
+        assert on_a_thread(context.run, other) == (scope, 0x10, 0, 0x30, 0)
+        assert current() == (0x10 if is_used_first else 0)
+        assert launched_on() == 0x10
+    assert current() == 0
+    # That is over, and the context still has it: nothing is left.
+    assert on_a_thread(context.run, lambda: (launched_on(), current())) == (0x10, 0)
 
 
-@pytest.mark.parametrize("kind", ["gather", "task group"])
-def test_asyncio_tasks_have_their_own(kind: str) -> None:
+def test_asyncio_tasks_have_their_own() -> None:
     """They take turns on one thread, at any place inside of a scope."""
 
     async def work(handle: int) -> None:
@@ -327,13 +302,7 @@ def test_asyncio_tasks_have_their_own(kind: str) -> None:
                 launched_on()
 
     async def main() -> None:
-        handles = range(0x100, 0x150, 0x10)
-        if kind == "gather":
-            await asyncio.gather(*map(work, handles))
-            return
-        async with asyncio.TaskGroup() as group:
-            for handle in handles:
-                group.create_task(work(handle))
+        await asyncio.gather(*map(work, range(0x100, 0x150, 0x10)))
 
     asyncio.run(main())
     assert current() == 0
@@ -370,44 +339,29 @@ def test_asyncio_tasks_inside_of_a_scope() -> None:
     assert current() == 0
 
 
-def test_an_asyncio_task_that_outlives_the_scope_it_was_made_in() -> None:
-    async def late(event: asyncio.Event) -> int:
+def test_asyncio_tasks_and_threads_that_have_the_context() -> None:
+    """Calls there are on the scope's stream, also when it is over, and nothing stays set."""
+
+    async def late(event: asyncio.Event) -> tuple[int, int]:
         await event.wait()
-        return launched_on()
+        return launched_on(), current()
 
     async def main() -> None:
         event = asyncio.Event()
         with stream(0x10):
             assert launched_on() == 0x10
             task = asyncio.create_task(late(event))
-            await asyncio.sleep(0)
+            for given, found in ((None, 0x10), (0x33, 0x33)):
+                assert await asyncio.to_thread(launched_on, given) == found
+                assert await asyncio.to_thread(current) == 0
+                assert launched_on() == 0x10
+        assert await asyncio.to_thread(current_scope) is None
         assert current() == 0
         event.set()
-        assert await task == 0x10
-        assert current() == 0, "a scope that is over was set, and nobody puts it back"
+        assert await task == (0x10, 0), "a scope that is over was set, and nobody puts it back"
 
     asyncio.run(main())
     assert current() == 0
-
-
-def test_asyncio_to_thread() -> None:
-    """It copies the context: calls there are on the scope's stream, and nothing stays set."""
-
-    async def main() -> None:
-        loop = asyncio.get_running_loop()
-        with ThreadPoolExecutor(1) as pool:
-            loop.set_default_executor(pool)
-            for handle in (0x10, 0x20):
-                with stream(handle):
-                    assert await asyncio.to_thread(launched_on) == handle
-                    assert await asyncio.to_thread(current) == 0
-                    assert launched_on() == handle
-                    assert await asyncio.to_thread(launched_on) == handle
-                    assert await asyncio.to_thread(launched_on, 0x33) == 0x33
-                    assert await asyncio.to_thread(current) == 0
-            assert await asyncio.to_thread(current_scope) is None
-
-    asyncio.run(main())
 
 
 def test_cancelled_tasks_leave_nothing() -> None:
@@ -455,32 +409,27 @@ LIMITED = """
 
     ensure_tvm_ffi()
     device, told = parse_device(f"cuda:{2**31 - 1}"), []
-    try:
-        swap(device, 0x10)
-    except KernelError as error:
-        told.append("swap")
-    try:
-        with stream_context(0x10, device, "a"):
-            told.append("a call was made")
-    except KernelError as error:
-        told.append("stream")
-    try:
+
+    def scope():
         with stream(0x10), stream_context(None, device, "a"):
             told.append("a call was made")
-    except KernelError as error:
-        told.append("scope")
+
+    for name, way in {
+        "swap": lambda: swap(device, 0x10),
+        "stream": lambda: stream_context(0x10, device, "a").__enter__(),
+        "scope": scope,
+    }.items():
+        try:
+            way()
+        except KernelError as error:
+            told.append(name)
     print(told, current_scope())
 """
 
 
 def test_the_code_of_setting_is_looked_at() -> None:
     """libtvm_ffi has no room for the streams of so many devices, and says so."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(LIMITED)], capture_output=True, text=True,
-        timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "['swap', 'stream', 'scope'] None"
+    assert done(LIMITED) == (0, "['swap', 'stream', 'scope'] None\n", "")
 
 
 @pytest.mark.parametrize("when", ["entering", "leaving", "inside"])
@@ -522,29 +471,13 @@ def test_no_stream_at_all() -> None:
         stream_context(None, CUDA0, "rmsnorm")
 
 
-def test_making_a_launch_changes_nothing() -> None:
-    stream_context(0x10, CUDA0, "never entered")
-    assert current() == 0
-
-
 def test_a_scope_keeps_its_stream_object_alive() -> None:
-    import weakref
-
     source = LikeTorch()
     alive = weakref.ref(source)
     scope = stream(source)
     del source
     with scope:
         assert alive() is not None
-
-
-def test_deep_nesting() -> None:
-    with ExitStack() as stack:
-        for number in range(1, 201):
-            stack.enter_context(stream(number))
-            stack.enter_context(stream_context(None, CUDA0, "a"))
-            assert current() == number
-    assert current() == 0
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`TensorDesc`: its fields, what it refuses, and the quick ways of making one."""
+"""`TensorDesc`: its fields, what it refuses, the quick ways of making one; dtypes and devices."""
 
 from __future__ import annotations
 
@@ -19,8 +19,21 @@ from hypothesis import strategies as st
 
 from fi_ffi.abi import tensor
 from fi_ffi.abi.interop import as_desc
-from fi_ffi.abi.tensor import DTYPES, TensorDesc, c_strides, make_desc
+from fi_ffi.abi.tensor import (
+    DEVICE_TYPES,
+    DTYPES,
+    Device,
+    TensorDesc,
+    c_strides,
+    device_from_code,
+    dtype_from_code,
+    make_desc,
+    parse_device,
+    parse_dtype,
+)
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
+
+from tests.helpers.ids import shown
 
 INT64 = 2**63 - 1
 
@@ -31,21 +44,19 @@ def desc(ptr: Any = 64, shape: Any = (2, 3), dtype: Any = "float16", **kwargs: A
 
 def test_fields() -> None:
     made = desc(4096, (2, 3, 4), "bfloat16", device="cuda:1")
-    assert made.ptr == 4096
-    assert made.shape == (2, 3, 4)
-    assert made.strides == (12, 4, 1)  # elements, not bytes
-    assert made.dtype is DTYPES["bfloat16"]
-    assert str(made.device) == "cuda:1"
-    assert made.numel == 24
-    assert made.span_bytes == 48
-    assert made.is_contiguous
+    assert (made.ptr, made.shape, made.strides) == (4096, (2, 3, 4), (12, 4, 1))  # in elements
+    assert made.dtype is DTYPES["bfloat16"] and str(made.device) == "cuda:1"
+    assert (made.numel, made.span_bytes, made.is_contiguous) == (24, 48, True)
     assert repr(made) == "TensorDesc(0x1000, bfloat16[2, 3, 4] on cuda:1)"
-
-
-def test_repr_tells_strides_that_are_not_row_major() -> None:
     assert repr(desc(strides=(1, 2))) == (
         "TensorDesc(0x40, float16[2, 3], strides=(1, 2) on cuda:0)"
     )
+    made = desc(shape=())
+    assert (made.shape, made.strides, made.numel, made.span_bytes) == ((), (), 1, 2)
+    made = desc(0, (0, 128))
+    assert (made.numel, made.span_bytes, made.strides) == (0, 0, (128, 1))
+    assert desc(0, (2**62 - 1,), "float16").numel == 2**62 - 1  # the largest that fits
+    assert desc(2**64 - 13, (2, 3), "float16").ptr == 2**64 - 13
 
 
 @pytest.mark.parametrize("name", ["ptr", "layout", "owner", "shape", "new"])
@@ -58,10 +69,9 @@ def test_immutable(name: str) -> None:
 
 
 def test_an_address_does_not_travel() -> None:
-    with pytest.raises(TypeError, match="pickled"):
-        pickle.dumps(desc())
-    with pytest.raises(TypeError):
-        copy.deepcopy(desc())
+    for way in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match="pickled"):
+            way(desc())
 
 
 def fields(made: TensorDesc) -> tuple[object, ...]:
@@ -115,22 +125,17 @@ def test_what_names_are_remembered_is_bounded() -> None:
     assert 0 < len(tensor._NAMED) <= tensor._MOST_NAMES
 
 
-def test_rank_0() -> None:
-    made = desc(shape=())
-    assert (made.shape, made.strides, made.numel) == ((), (), 1)
-    assert made.span_bytes == 2
-
-
-def test_no_elements_need_no_address() -> None:
-    made = desc(0, (0, 128))
-    assert (made.numel, made.span_bytes, made.strides) == (0, 0, (128, 1))
-
-
 @pytest.mark.parametrize("argument", ["shape", "strides"])
 def test_rank_limit(argument: str) -> None:
     assert desc(shape=(1,) * 64, strides=(1,) * 64).numel == 1
-    with pytest.raises(ArgumentError, match="64 at most"):
-        desc(**{"shape": (1,) * 64, argument: (1,) * 65})
+
+    class Endless:
+        def __iter__(self) -> Any:
+            return itertools.repeat(1)
+
+    for value in ((1,) * 65, itertools.repeat(1), Endless()):
+        with pytest.raises(ArgumentError, match="64 at most"):
+            desc(**{"shape": (1,) * 64, argument: value})
 
 
 def test_strides_of_another_rank() -> None:
@@ -138,14 +143,26 @@ def test_strides_of_another_rank() -> None:
         desc(strides=(1,))
 
 
-@pytest.mark.parametrize(
-    "value", [True, False, 1.0, 2.5, np.float32(1), np.True_, "1", None, 1j, b"1"]
-)
-@pytest.mark.parametrize("argument", ["shape", "strides"])
-def test_sizes_and_strides_are_integers(argument: str, value: object) -> None:
+NO_INTEGERS = [True, np.True_, 1.0, np.float32(1), np.float64(64), "1", b"1", None, 1j, []]
+NO_INTEGERS += [decimal.Decimal(64), fractions.Fraction(64), bytearray(b"64"), object()]
+
+
+@pytest.mark.parametrize("value", NO_INTEGERS, ids=shown)
+@pytest.mark.parametrize("argument", ["shape", "strides", "ptr"])
+def test_sizes_strides_and_addresses_are_integers(argument: str, value: object) -> None:
     desc(shape=(2, 1), strides=(1, 1))  # so that a quick key that equals the wrong one is there
-    with pytest.raises(ArgumentTypeError, match=argument):
-        desc(**{"shape": (2, 1), "strides": (1, 1), argument: (1, value)})
+    given = {argument: value if argument == "ptr" else (1, value)}
+    with pytest.raises(ArgumentTypeError) as caught:
+        desc(**{"shape": (2, 1), "strides": (1, 1), **given})
+    assert caught.value.argument == argument
+    if argument == "ptr":
+        with pytest.raises(ArgumentTypeError):
+            desc().at(value)  # type: ignore[arg-type]
+    if argument == "shape":
+        for bounds in ((0, value), (value, 2)):
+            with pytest.raises(ArgumentTypeError, match="two ints") as caught:
+                desc().rows(*bounds)  # type: ignore[arg-type]
+            assert caught.value.argument == "rows"
 
 
 @pytest.mark.parametrize("shape", [5, None, 1.0, "12", b"12"])
@@ -154,11 +171,22 @@ def test_a_shape_is_a_sequence(shape: object) -> None:
         desc(shape=shape)
 
 
-@pytest.mark.parametrize("size", [-1, -INT64, INT64 + 1, 10**30, pytest.param(10**5000, id="huge")])
+HUGE_NUMBER = pytest.param(10**5000, id="huge")
+
+
+@pytest.mark.parametrize("size", [-1, -INT64, INT64 + 1, 10**30, HUGE_NUMBER])
 def test_sizes_out_of_range(size: int) -> None:
     with pytest.raises(ArgumentError) as caught:
         desc(shape=(2, size))
     assert caught.value.argument == "shape"
+
+
+@pytest.mark.parametrize("ptr", [-1, 2**64, 2**64 - 12, HUGE_NUMBER])
+def test_address_out_of_range(ptr: int) -> None:
+    for way in (desc, desc().at):
+        with pytest.raises(ArgumentError) as caught:
+            way(ptr)
+        assert caught.value.argument == "ptr"
 
 
 @pytest.mark.parametrize(
@@ -178,29 +206,6 @@ def test_sizes_out_of_range(size: int) -> None:
 def test_overflow(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> None:
     with pytest.raises(ArgumentError, match="int64"):
         desc(0, shape, strides=strides)
-
-
-def test_the_largest_that_fits() -> None:
-    assert desc(0, (2**62 - 1,), "float16").numel == 2**62 - 1
-    assert desc(2**64 - 13, (2, 3), "float16").ptr == 2**64 - 13
-
-
-@pytest.mark.parametrize("ptr", [-1, 2**64, 2**64 - 12, pytest.param(10**5000, id="huge")])
-def test_address_out_of_range(ptr: int) -> None:
-    with pytest.raises(ArgumentError) as caught:
-        desc(ptr)
-    assert caught.value.argument == "ptr"
-
-
-@pytest.mark.parametrize(
-    "ptr",
-    [True, np.True_, 1.0, np.float32(64), np.float64(64), "64", b"64", bytearray(b"64"), None, 1j]
-    + [decimal.Decimal(64), fractions.Fraction(64), [], object()],
-)
-def test_an_address_is_an_integer(ptr: object) -> None:
-    with pytest.raises(ArgumentTypeError) as caught:
-        desc(ptr)
-    assert caught.value.argument == "ptr"
 
 
 def test_addresses_of_other_types() -> None:
@@ -373,24 +378,9 @@ def test_rows_like_numpy(size: int, start: int, stop: int) -> None:
     assert part.owner is array or part.owner is made.owner
 
 
-@pytest.mark.parametrize("wrong", [True, 1.0, "1", None, np.bool_(True), []])
-def test_rows_are_two_integers(wrong: Any) -> None:
-    for bounds in ((0, wrong), (wrong, 2)):
-        with pytest.raises(ArgumentTypeError, match="two ints") as caught:
-            desc().rows(*bounds)
-        assert caught.value.argument == "rows"
-
-
 def test_rows_of_rank_0() -> None:
     with pytest.raises(ArgumentError, match="rank 1 or more"):
         desc(shape=()).rows(0, 0)
-
-
-@pytest.mark.parametrize("ptr", [-1, 2**64, 2**64 - 12, True, 1.5, "64", None, object()])
-def test_at_refuses_what_is_no_address(ptr: Any) -> None:
-    with pytest.raises(ArgumentError) as caught:
-        desc().at(ptr)
-    assert caught.value.argument == "ptr"
 
 
 def test_what_is_kept_alive() -> None:
@@ -417,3 +407,76 @@ def test_made_of_a_derived_class() -> None:
     made = Derived(64, (2, 3), "float16")
     assert isinstance(made, TensorDesc)
     assert fields(as_desc(made)) == fields(desc())
+
+
+# Dtypes and devices.
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_every_spelling_of_a_dtype(name: str) -> None:
+    dtype = DTYPES[name]
+    spelled: list[object] = [name, dtype, f"torch.{name}"]  # what str() of a torch dtype says
+    spelled.append(copy.deepcopy(dtype))  # dtypes are compared by identity
+    if name == "float4_e2m1fn_x2":
+        assert (dtype.bits, dtype.lanes, dtype.itemsize) == (4, 2, 1)
+        assert dtype.numpy == np.uint8
+    else:
+        assert dtype.numpy.name == name
+        spelled += [dtype.numpy, dtype.numpy.type]
+    assert all(parse_dtype(one) is dtype for one in spelled)
+    assert dtype_from_code(dtype.code, dtype.bits, dtype.lanes) is dtype
+    assert repr(dtype) == name
+    assert dtype.numpy.itemsize == dtype.itemsize
+
+
+NO_DTYPES = [None, 2, 2.0, int, float, "half", "float8_e4m3", "", "complex64", np.complex64, []]
+
+
+@pytest.mark.parametrize("dtype", [*NO_DTYPES, object(), *map(np.dtype, (">f4", ">i8"))], ids=shown)
+def test_unknown_dtype(dtype: object) -> None:
+    with pytest.raises(ArgumentTypeError, match="float8_e4m3fn") as caught:
+        parse_dtype(dtype, op="rmsnorm", argument="out")
+    assert (caught.value.op, caught.value.argument) == ("rmsnorm", "out")
+
+
+def test_unknown_codes() -> None:
+    assert dtype_from_code(5, 64, 1) is None  # complex64
+    assert dtype_from_code(2, 16, 2) is None
+    assert device_from_code(10, 0) is None  # ROCm
+
+
+SPELLINGS = {
+    "cpu": ("cpu", 0), "cpu:0": ("cpu", 0), "cuda": ("cuda", 0), "cuda:7": ("cuda", 7),
+    "cuda_host": ("cuda_host", 0), "cuda_managed:1": ("cuda_managed", 1),
+    f"cuda:{2**31 - 1}": ("cuda", 2**31 - 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SPELLINGS)
+def test_every_spelling_of_a_device(text: str) -> None:
+    device = parse_device(text)
+    assert (device.type, device.index) == SPELLINGS[text]
+    assert device.type_code == DEVICE_TYPES[device.type]
+    assert device.is_cuda == (device.type == "cuda")
+    # Checks compare devices by identity, however the caller came by them.
+    same = (str(device), device, Device(device.type, device.index), copy.deepcopy(device))
+    assert all(parse_device(one) is device for one in same)
+    assert device_from_code(device.type_code, device.index) is device
+
+
+NO_DEVICES = ["", "gpu", "cuda:", "cuda:-1", "cuda:+1", "cuda: 1", "cuda:1:2", "cuda:x", "CUDA:0"]
+NO_DEVICES += [f"cuda:{2**31}", "cuda:" + "9" * 5000, "cuda:٣"]
+NO_DEVICES += [Device("tpu", 0), Device("cuda", -1), Device("cuda", 2**31)]  # made by hand
+
+
+@pytest.mark.parametrize("device", [*NO_DEVICES, None, 0, True, b"cuda", ("cuda", 0)], ids=shown)
+def test_no_device(device: object) -> None:
+    with pytest.raises(ArgumentTypeError) as caught:
+        parse_device(device, op="rmsnorm", argument="input")
+    assert (caught.value.op, caught.value.argument) == ("rmsnorm", "input")
+
+
+@given(st.text())
+def test_any_text_is_a_device_or_refused(text: str) -> None:
+    with contextlib.suppress(ArgumentTypeError):
+        assert parse_device(text).type in DEVICE_TYPES

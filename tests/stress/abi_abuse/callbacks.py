@@ -21,7 +21,7 @@ from fi_ffi.abi.values import make_function
 from fi_ffi.errors import KernelError
 
 from tests.stress.abi_abuse.errors import MB, failure
-from tests.stress.abi_abuse.lab import abuse
+from tests.stress.abi_abuse.lab import abuse, leaves_nothing
 from tests.stress.abi_abuse.returns import OBJECTS, WITHOUT_FORM, counted
 
 
@@ -36,24 +36,16 @@ def raising(error: BaseException) -> Function:
     return lent(function)
 
 
-class Mute(Exception):
-    def __str__(self) -> str:
-        raise ValueError("no words")
+def mute(error: BaseException | None) -> Exception:
+    """An exception whose own words cannot be had."""
 
+    class Mute(Exception):
+        def __str__(self) -> str:
+            if error is None:
+                return str(self)
+            raise error
 
-class MuteByExit(Exception):
-    def __str__(self) -> str:
-        raise SystemExit(3)
-
-
-class MuteByInterrupt(Exception):
-    def __str__(self) -> str:
-        raise KeyboardInterrupt
-
-
-class Endless(Exception):
-    def __str__(self) -> str:
-        return str(self)
+    return Mute()
 
 
 class NoText(Exception):
@@ -87,34 +79,38 @@ class NoTrace(Exception):
         raise KeyboardInterrupt("in the middle of it")
 
 
-ERRORS: dict[str, tuple[BaseException, str]] = {
-    "Exception": (Exception("plain"), "plain"),
-    "KeyboardInterrupt": (KeyboardInterrupt("stop"), "stop"),
-    "SystemExit": (SystemExit(3), "3"),
-    "MemoryError": (MemoryError(), ""),
-    "GeneratorExit": (GeneratorExit(), ""),
-    "StopIteration": (StopIteration(1), "1"),
-    "RecursionError": (RecursionError("deep"), "deep"),
-    "Mute": (Mute(), "(its message cannot be told: ValueError)"),
-    "MuteByExit": (MuteByExit(), "(its message cannot be told: SystemExit)"),
-    "MuteByInterrupt": (MuteByInterrupt(), "(its message cannot be told: KeyboardInterrupt)"),
-    "Endless": (Endless(), "(its message cannot be told: RecursionError)"),
-    "NoText": (NoText(), "(its message cannot be told: TypeError)"),
-    "SlyWords": (SlyWords(), "sly"),
-    "OfNoName": (OfNoName("words"), "words"),
-    "UnicodeError": (ValueError("half \udcff"), "half ?"),
-    "Large": (ValueError("x" * MB), "x" * MB),
-}
-KINDS = {"UnicodeError": "ValueError", "Large": "ValueError"}
+UNTOLD = "(its message cannot be told: {})"
+MUTE = [mute(error) for error in (ValueError("no words"), SystemExit(3), KeyboardInterrupt(), None)]
+LONG = f"before\0after 😀 {'é' * MB}"
+# The kind and the message that each must be told by.
+ERRORS: list[tuple[BaseException, str, str]] = [
+    (Exception("plain"), "Exception", "plain"),
+    (KeyError("key"), "KeyError", "'key'"),
+    (KeyboardInterrupt("stop"), "KeyboardInterrupt", "stop"),
+    (SystemExit(3), "SystemExit", "3"),
+    (MemoryError(), "MemoryError", ""),
+    (GeneratorExit(), "GeneratorExit", ""),
+    (StopIteration(1), "StopIteration", "1"),
+    (RecursionError("deep"), "RecursionError", "deep"),
+    (MUTE[0], "Mute", UNTOLD.format("ValueError")),
+    (MUTE[1], "Mute", UNTOLD.format("SystemExit")),
+    (MUTE[2], "Mute", UNTOLD.format("KeyboardInterrupt")),
+    (MUTE[3], "Mute", UNTOLD.format("RecursionError")),
+    (NoText(), "NoText", UNTOLD.format("TypeError")),
+    (SlyWords(), "SlyWords", "sly"),
+    (OfNoName("words"), "OfNoName", "words"),
+    (ValueError("half \udcff"), "ValueError", "half ?"),
+    (ValueError(LONG), "ValueError", LONG),
+]
 
 
 def case_exceptions_of_every_kind() -> None:
     for way in (abuse.call, abuse.on_thread):
-        for name, (error, message) in ERRORS.items():
+        for error, kind, message in ERRORS:
             function = raising(error)
             before = function.use_count
             told = failure(way, function)
-            assert (told.kind, told.message) == (KINDS.get(name, name), message), told
+            assert (told.kind, told.message) == (kind, message), told
             assert take_raised("again").kind == "UnknownError"
             assert function.use_count == before
 
@@ -169,7 +165,7 @@ def case_a_failed_callback_leaves_no_result() -> None:
     assert array.use_count == 1
 
 
-def case_an_exception_that_cannot_be_told_at_all() -> None:
+def case_ctrl_c_while_an_exception_is_told() -> None:
     for way in (abuse.call, abuse.on_thread):
         told = failure(way, raising(NoTrace()))
         assert (told.kind, told.message) == ("KeyboardInterrupt", "in the middle of it")
@@ -177,9 +173,6 @@ def case_an_exception_that_cannot_be_told_at_all() -> None:
 
 def case_what_an_exception_refers_to_is_gone() -> None:
     """Neither the frames nor the arguments of a callback that raised are kept."""
-
-    class Held:
-        pass
 
     seen: list[weakref.ref[Held]] = []
 
@@ -300,7 +293,7 @@ def case_results_of_every_kind() -> None:
     released = make_array([1])
     released.release()
     bad: list[Any] = [object(), 2**64, "\ud800", TensorDesc(0x1000, (2,), "uint8"), released]
-    bad += [{1, 2}, [object()], {1: 1j}, Mute]
+    bad += [{1, 2}, [object()], {1: 1j}, NoText]
     for way in (abuse.call, abuse.on_thread):
         for value in bad:
             told = failure(way, lent(lambda value=value: value))
@@ -322,16 +315,9 @@ def case_a_function_that_is_released_while_it_runs() -> None:
         gc.collect()
         return "done"
 
-    function = lent(last)
-    handle = function.handle
-    told = _call(handle, function.safe_call)
-    assert told == TypeIndex.SMALL_STR
-
-
-def _call(handle: Any, safe_call: Any) -> int:
-    result = ffi.new("TVMFFIAny *")
-    assert safe_call(handle, ffi.NULL, 0, result) == 0
-    return int(result.type_index)
+    function, result = lent(last), ffi.new("TVMFFIAny *")
+    assert function.safe_call(function.handle, ffi.NULL, 0, result) == 0
+    assert result.type_index == TypeIndex.SMALL_STR
 
 
 def case_objects_come_back_from_other_threads() -> None:
@@ -347,20 +333,11 @@ def case_objects_come_back_from_other_threads() -> None:
 
 
 def case_callbacks_leave_nothing() -> None:
-    from tests.helpers.stress_strength import scaled
-    from tests.stress.abi_abuse.errors import _resident
+    functions = [raising(ValueError("x" * 1000)), raising(NoTrace()), raising(MUTE[1])]
 
-    functions = [raising(ValueError("x" * 1000)), raising(NoTrace()), raising(MuteByExit())]
+    def fail() -> None:
+        for function in functions:
+            failure(abuse.call, function)
+        failure(abuse.on_thread, functions[0])
 
-    def fail(times: int) -> None:
-        for _ in range(times):
-            for function in functions:
-                failure(abuse.call, function)
-            failure(abuse.on_thread, functions[0])
-
-    fail(200)
-    gc.collect()
-    before = _resident()
-    fail(scaled(50_000, 1000))
-    gc.collect()
-    assert _resident() - before < 4 << 20
+    leaves_nothing(fail, 50_000, 1000)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import datetime
 import gc
+import itertools
 import sys
 from typing import Any
 
@@ -57,13 +59,13 @@ class Exporter:
         return self.device
 
 
-def refused(value: object, match: str = "", kind: type[Exception] = ArgumentError) -> None:
+def refused(value: object, match: str = "", kind: type[Exception] = ArgumentError) -> Exception:
     try:
         found = as_desc(value, "the op", "x")
     except kind as error:
         assert "argument `" in str(error) and match in str(error), error
-    else:
-        raise AssertionError(f"taken as {found!r}")
+        return error
+    raise AssertionError(f"taken as {found!r}")
 
 
 NEW = b"dltensor_versioned"
@@ -136,7 +138,8 @@ class PyCapsule:
 
 
 def case_what_is_no_capsule() -> None:
-    for value in (None, 7, "dltensor", PyCapsule(), type("PyCapsule", (), {})(), ctypes.c_void_p()):
+    looks = PyCapsule(), type("PyCapsule", (), {})()
+    for value in (None, 7, "dltensor", datetime.datetime_CAPI, *looks, ctypes.c_void_p()):
         made = Exporter()
         made.capsule = value
         refused(made, "not a fresh DLPack capsule")
@@ -166,45 +169,50 @@ class Broken:
 
 
 def case_exporters_that_raise() -> None:
-    errors = (ValueError("no"), BufferError(), RecursionError(), Mute(), OSError(2, "no file"))
-    for error in errors:
-        for where in ("device", "export"):
-            refused(Broken(error, where), "refused")
-    for final in (KeyboardInterrupt(), SystemExit(3)):
+    errors = (ValueError("no"), BufferError(), RecursionError(), OSError(2, "no file"))
+    for where in ("device", "export"):
+        for error in errors:
+            assert refused(Broken(error, where), f"refused: {error}").__cause__ is error
+        refused(Broken(Mute(), where), "refused")
+    for final in (KeyboardInterrupt(), SystemExit(3), MemoryError()):
         try:
             as_desc(Broken(final, "export"))
         except BaseException as caught:
             assert caught is final  # it is the caller's, and stays so
+        else:
+            raise AssertionError(final)
 
 
-INTERFACES: dict[str, Any] = {
-    "none": None,
-    "a list": [],
-    "empty": {},
-    "no data": {"shape": (2,), "typestr": "<f4"},
-    "data of one": {"shape": (2,), "typestr": "<f4", "data": (0,)},
-    "no text": {"shape": (2,), "typestr": 7, "data": (0x1000, False)},
-    "short": {"shape": (2,), "typestr": "", "data": (0x1000, False)},
-    "a size of 5000 digits": {"shape": (2,), "typestr": "<f" + "9" * 5000, "data": (0x1000, False)},
-    "negative": {"shape": (-2,), "typestr": "<f4", "data": (0x1000, False)},
-    "past int64": {"shape": (2**70,), "typestr": "<f4", "data": (0x1000, False)},
-    "strides of text": {
-        "shape": (2,), "typestr": "<f4", "data": (0x1000, False), "strides": ("a",),
-    },
-    "half a stride": {"shape": (2,), "typestr": "<f4", "data": (0x1000, False), "strides": (3,)},
-    "two strides": {"shape": (2,), "typestr": "<f4", "data": (0x1000, False), "strides": (4, 4)},
-    "a negative address": {"shape": (2,), "typestr": "<f4", "data": (-1, False)},
-    "a large address": {"shape": (2,), "typestr": "<f4", "data": (2**64, False)},
-    "a fraction": {"shape": (2,), "typestr": "<f4", "data": (4096.5, False)},
-    "big-endian": {"shape": (2,), "typestr": ">f4", "data": (0x1000, False)},
-}  # fmt: skip
+GOOD = {"shape": (2,), "typestr": "<f4", "data": (0x1000, False)}
+GONE = object()
+# What of `GOOD` is something else.
+INTERFACES: list[dict[str, Any]] = [
+    *({"data": data} for data in (
+        GONE, None, 0, (0,), (-1, False), (2**64, False), (4096.5, False), ("0x40", False),
+    )),
+    *({"typestr": text} for text in (
+        GONE, None, 7, "", "f", "<f", "<fx", "<f" + "9" * 5000, ">f4",
+    )),
+    *({"shape": shape} for shape in (GONE, 3, (-2,), (2.0,), (2**70,), itertools.count())),
+    *({"strides": strides} for strides in (("a",), ("4",), (3,), (4, 4))),
+]  # fmt: skip
+# numpy's protocol allows it; its first bytes are no address.
+BUFFERS = [bytes(64), bytearray(64), memoryview(bytes(64)), np.zeros(8)]
 
 
 def case_array_interfaces() -> None:
     for name in ("__array_interface__", "__cuda_array_interface__"):
-        for interface in INTERFACES.values():
-            made = type("Theirs", (), {name: property(lambda self, told=interface: told)})()
-            refused(made)
+
+        def interface(told: object, name: str = name) -> object:
+            return type("Theirs", (), {name: property(lambda _: told)})()
+
+        for changes in INTERFACES:
+            told = {key: value for key, value in (GOOD | changes).items() if value is not GONE}
+            refused(interface(told))
+        for data in BUFFERS:
+            refused(interface(GOOD | {"data": data}), "not an address and a flag")
+        for other in (None, [], {}):
+            refused(interface(other))
 
 
 def case_arrays_that_are_no_arrays() -> None:

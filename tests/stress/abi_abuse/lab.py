@@ -3,46 +3,29 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import json
+import os
 import subprocess
 import sys
-import tempfile
 import traceback
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from fi_ffi.errors import BuildError
 from fi_ffi.loader import runtime
-from fi_ffi.loader.building.environment import find_cxx
 
 from tests.helpers.children import environment
-from tests.helpers.pinned import download_pinned_wheel
+from tests.helpers.stress_strength import scaled
+from tests.modules.conftest import compiled
 
-_SOURCE = Path(__file__).with_name("abuse.c")
-_folder = tempfile.TemporaryDirectory(prefix="fi-ffi-abuse-")
 _SECONDS = 300
 
 
-@functools.cache
-def abuse_library() -> Path:
+def abuse_library() -> str:
     """abuse.c, compiled against the pinned TVM-FFI's headers."""
-    try:
-        compiler = find_cxx().split()
-    except BuildError as error:
-        pytest.skip(str(error))
-    with zipfile.ZipFile(download_pinned_wheel()) as archive:
-        headers = [name for name in archive.namelist() if name.startswith("tvm_ffi/include/")]
-        archive.extractall(_folder.name, headers)
-    path = Path(_folder.name) / "abuse.so"
-    include = Path(_folder.name) / "tvm_ffi" / "include"
-    command = [*compiler, "-xc", "-O0", "-shared", "-fPIC", "-pthread", f"-I{include}"]
-    subprocess.run([*command, str(_SOURCE), "-o", str(path)], check=True, timeout=120)
-    return path
+    return str(compiled(str(Path(__file__).with_name("abuse.c")), "-pthread"))
 
 
 def cases_of(module: str) -> dict[str, Callable[[], None]]:
@@ -52,18 +35,10 @@ def cases_of(module: str) -> dict[str, Callable[[], None]]:
     return cases | getattr(found, "CASES", {})
 
 
-class Results:
+@functools.cache
+def results(module: str) -> dict[str, str | None]:
     """What became of each case: None where it passed, else what is wrong."""
-
-    def __init__(self, module: str) -> None:
-        self._module = module
-        self._found: dict[str, str | None] | None = None
-
-    def check(self, name: str) -> None:
-        if self._found is None:
-            self._found = _run(self._module, str(abuse_library()))
-        problem = self._found[name]
-        assert problem is None, problem
+    return _run(module, abuse_library())
 
 
 def _run(module: str, library: str) -> dict[str, str | None]:
@@ -117,6 +92,22 @@ class _Abuse:
 
 
 abuse = _Abuse()
+
+
+def leaves_nothing(work: Callable[[], object], full: int, short: int) -> None:
+    """Done so often, it takes no more memory than after its first times."""
+
+    def resident() -> int:
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    for _ in range(200):
+        work()
+    before = resident()
+    for _ in range(scaled(full, short)):
+        work()
+    assert resident() - before < 4 << 20
+
 
 if __name__ == "__main__":
     from tests.stress.abi_abuse import lab  # the module that the cases import, not this `__main__`
