@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import pydoc
+import random
+import re
+import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,11 @@ import fi_ffi
 from fi_ffi.abi.signature import Signature
 from fi_ffi.loader.elf import inspect_elf
 from fi_ffi.loader.runtime import file_signatures
+from fi_ffi.ops.modules.module import AtPath
+
+from tests.helpers.children import ROOT, done
+from tests.helpers.stress_strength import scaled
+from tests.stress.swapping import library_bytes
 
 
 @pytest.fixture
@@ -35,17 +43,13 @@ def kernels(built_wheel):
     runtime.use_source(None)
 
 
-def test_by_path(every):
-    for path in (every.path, str(every.path), os.path.relpath(every.path)):
+def test_by_path(every, monkeypatch):
+    monkeypatch.chdir(every.path.parent)
+    for path in (every.path, str(every.path), "./every_kind.so", "every_kind.so"):
         found = fi_ffi.module(path)
-        assert found.path == every.path
+        assert found.path.samefile(every.path)
         assert (found.name, found.version) == ("every_kind", None)
         assert found.same_int(3) == 3
-
-
-def test_a_file_name_in_the_working_folder(every, monkeypatch):
-    monkeypatch.chdir(every.path.parent)
-    assert fi_ffi.module("every_kind.so").nothing() == 7
 
 
 def test_entries(every):
@@ -71,20 +75,6 @@ def test_what_is_printed(every, by_hand):
     text = str(every)
     assert text.startswith(repr(every))
     assert all(repr(every.entry(name)) in text for name in every.entries())
-
-
-@pytest.mark.parametrize("name", ["same_any", "same_array"])
-def test_values_inside_themselves(every, name):
-    """And inside so many others that there is no stack left: both are refused by name."""
-    ring, deep = [], []
-    ring.append(ring)
-    for _ in range(100_000):
-        deep = [deep]
-    for value in (ring, deep):
-        with pytest.raises(fi_ffi.ArgumentError, match=r"without end, expected values that C\+\+"):
-            every.entry(name)(value)
-    one, inner = every.entry(name)([1, [2]])
-    assert (one, [*inner]) == (1, [2])
 
 
 def test_help(every, testing_library):
@@ -116,28 +106,21 @@ def test_an_unknown_entry(every, name):
     assert ("the nearest: same_int" in str(caught.value)) == (name[1:].startswith("ame"))
 
 
-def test_an_unknown_attribute(every):
+def test_an_unknown_attribute(every, testing_library):
     with pytest.raises(AttributeError, match="the nearest: same_int"):
         _ = every.same_imt
     assert not hasattr(every, "same_imt")
     assert not hasattr(every, "__array_interface__")
+    with pytest.raises(fi_ffi.KernelNotFoundError):  # a companion is no entry
+        fi_ffi.module(testing_library).entry("_metadata_testing_dll_schema_id_int")
 
 
-def test_companions_are_no_entries(testing_library):
-    found = fi_ffi.module(testing_library)
-    with pytest.raises(fi_ffi.KernelNotFoundError):
-        found.entry("_metadata_testing_dll_schema_id_int")
-
-
-@pytest.mark.parametrize("name", [3, None, b"norm", object()])
+@pytest.mark.parametrize("name", [3, None, b"norm", object()], ids=range(4))
 def test_what_is_no_name(every, name):
     with pytest.raises(fi_ffi.ArgumentTypeError):
         fi_ffi.module(name)
     with pytest.raises(fi_ffi.ArgumentTypeError):
         every.entry(name)
-
-
-def test_no_name():
     with pytest.raises(fi_ffi.ArgumentError):
         fi_ffi.module("")
 
@@ -261,11 +244,9 @@ print(len(asked))
 
 
 def test_signatures_are_remembered_by_the_file_s_hash(fresh, tmp_path):
-    own = {**os.environ, "FI_FFI_CACHE_DIR": str(tmp_path / "cache")}
-    for environment, expected in [(own, "1"), (own, "0"), ({**own, "FI_FFI_PARANOID": "1"}, "1")]:
-        command = [sys.executable, "-c", REMEMBERS, str(fresh)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
+    own = {"FI_FFI_CACHE_DIR": str(tmp_path / "cache")}
+    for more, expected in [(own, "1"), (own, "0"), ({**own, "FI_FFI_PARANOID": "1"}, "1")]:
+        assert done(REMEMBERS, str(fresh), **more) == (0, f"{expected}\n", "")
 
 
 def test_flashinfer_s_modules(kernels):
@@ -312,3 +293,55 @@ def test_a_module_stays_after_the_kernels_are_others(kernels, built_wheel_sm87):
     with pytest.raises(fi_ffi.KernelNotFoundError):
         fi_ffi.module("norm")
     assert "append_paged_kv_cache" in fi_ffi.module("page").entries()
+
+
+# What tells typed functions from packed ones is read out of the very file that was loaded.
+
+STATIC = b"_ZZ16__tvm_ffi_abcdefk\0"
+
+
+def test_it_is_of_the_file_that_was_loaded(tmp_path: Path, tvm_ffi_loaded: object) -> None:
+    path = tmp_path / "a.so"
+    path.write_bytes(library_bytes(b"one") + STATIC)
+    found = AtPath(path)
+    new = tmp_path / "new.so"
+    new.write_bytes(library_bytes(b"two") + b"Mismatched number of arguments when calling")
+    os.replace(new, path)
+    assert found._evidence == (False, {"abcdef"})
+
+
+def test_an_interruption_while_it_is_read(tmp_path: Path, tvm_ffi_loaded: object) -> None:
+    path = tmp_path / "many.so"
+    path.write_bytes(library_bytes(os.urandom(8)) + STATIC * 300_000)
+    found = AtPath(path)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    raised = []
+    try:
+        for _ in range(scaled(200, 20)):
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(0.005, 0.03))
+            try:
+                AtPath._evidence.func(found)
+            except BaseException as error:
+                raised.append(type(error))
+            finally:
+                with contextlib.suppress(KeyboardInterrupt):
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert {*raised} == {KeyboardInterrupt}
+
+
+def test_every_type_in_the_page_s_table_is_taken():
+    from fi_ffi.abi.values import packer_of
+
+    text = (ROOT / "docs" / "modules.md").read_text()
+    table = text.partition("| type | takes | gives |")[2].partition("\n\n")[0]
+    spelled = re.findall(r"`([^`]+)`", "\n".join(r.split(" | ")[0] for r in table.splitlines()))
+    assert len(spelled) > 20
+    for text in spelled:
+        text = text.replace("<T>", "<int>").replace("<K, V>", "<str, int>").replace("...", "int")
+        assert callable(packer_of(text))

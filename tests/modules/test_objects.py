@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
-import threading
 import weakref
 
 import numpy as np
@@ -17,6 +14,10 @@ from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import AbiError, ArgumentError, KernelError, KernelNotFoundError
 from fi_ffi.ops import cuda
 from fi_ffi.ops.modules import FunctionObject, ModuleEntry, ModuleObject
+
+from tests.helpers.children import done
+from tests.ops.test_threads import at_once
+from tests.stress.abi_abuse.lab import leaves_nothing
 
 
 def lent():
@@ -57,11 +58,15 @@ def test_methods_have_signatures(every):
 
 
 def test_methods_are_looked_up_once(every):
+    """And no protocol asks an object for one."""
     counter = every.counter(0)
     first = counter.add
     before = every.lookups()
-    assert counter.add is first
-    assert counter.method("add") is first
+    assert counter.add is counter.method("add") is first
+    assert not hasattr(counter, "__array_interface__")
+    assert not hasattr(counter, "_private")
+    with pytest.raises(fi_ffi.ArgumentTypeError):
+        every.told_view(counter)
     assert every.lookups() == before
 
 
@@ -71,19 +76,8 @@ def test_a_method_that_is_not_there(every):
         counter.method("subtract")
     with pytest.raises(AttributeError, match="no method 'subtract'"):
         _ = counter.subtract
-    assert not hasattr(counter, "subtract")
     with pytest.raises(fi_ffi.ArgumentTypeError):
         counter.method(3)
-
-
-def test_protocols_ask_no_object_for_methods(every):
-    counter = every.counter(0)
-    before = every.lookups()
-    assert not hasattr(counter, "__array_interface__")
-    assert not hasattr(counter, "_private")
-    with pytest.raises(fi_ffi.ArgumentTypeError):
-        every.told_view(counter)
-    assert every.lookups() == before
 
 
 def test_methods_take_and_refuse_as_functions_do(every):
@@ -120,25 +114,18 @@ def test_a_packed_method(every):
         count.probe()
 
 
-def test_an_object_lives_as_long_as_its_methods(every):
-    before = every.live_counters()
-    add = every.counter(1).add
-    gc.collect()
-    assert every.live_counters() == before + 1
-    assert add(1) == 2
-    del add
-    assert every.live_counters() == before
-
-
-def test_an_object_that_nobody_refers_to_is_gone_at_once(every):
-    gc.disable()
+def test_an_object_lives_as_long_as_it_or_its_methods(every):
+    gc.disable()  # what nobody refers to is gone at once
     try:
         before = every.live_counters()
         counter = every.counter(1)
-        counter.add(1)
+        add = counter.add
         counter.fail.signature  # noqa: B018
         assert every.live_counters() == before + 1
         del counter
+        assert every.live_counters() == before + 1
+        assert add(1) == 2
+        del add
         assert every.live_counters() == before
     finally:
         gc.enable()
@@ -146,9 +133,9 @@ def test_an_object_that_nobody_refers_to_is_gone_at_once(every):
 
 def test_release(every):
     before = every.live_counters()
-    counter = every.counter(1)
-    add = counter.add
-    counter.release()
+    with every.counter(1) as counter:
+        add = counter.add
+        assert every.live_counters() == before + 1
     assert every.live_counters() == before
     with pytest.raises(ArgumentError, match="released") as caught:
         add(1)
@@ -159,14 +146,6 @@ def test_release(every):
         counter.method("value")
     assert repr(counter) == "<released object of every_kind.counter()>"
     counter.release()
-
-
-def test_as_a_context(every):
-    before = every.live_counters()
-    with every.counter(4) as counter:
-        assert counter.value() == 4
-        assert every.live_counters() == before + 1
-    assert every.live_counters() == before
 
 
 def test_objects_are_arguments_too(every):
@@ -187,7 +166,7 @@ def test_objects_are_arguments_too(every):
     assert counter.use_count == 1
 
 
-def test_arrays_of_objects(every):
+def test_arrays_and_other_objects(every):
     both = every.two_counters()
     assert [counter.value() for counter in both] == [1, 2]
     assert [counter.add(10) for counter in both] == [11, 12]
@@ -195,9 +174,6 @@ def test_arrays_of_objects(every):
     both.release()
     gc.collect()
     assert second.value() == 12
-
-
-def test_other_objects(every):
     hidden = every.hidden()
     assert every.takes_hidden(hidden) is True
     assert every.same_object(hidden).use_count == 2
@@ -247,39 +223,37 @@ def test_a_python_function_sees_tensors_and_objects(every):
     assert counter.use_count == 1
 
 
-def test_a_function_that_a_callee_keeps(every):
-    class Adds:
-        def __init__(self, more):
-            self.more = more
+class Adds:
+    def __init__(self, more):
+        self.more = more
 
-        def __call__(self, value):
-            return value + self.more
-
-    adds = Adds(5)
-    gone = weakref.ref(adds)
-    before = lent()
-    every.keep(adds)
-    del adds
-    gc.collect()
-    assert len(lent() - before) == 1
-    assert every.kept_value()(1) == 6
-    every.keep(None)
-    assert not lent() - before
-    gc.collect()
-    assert gone() is None
+    def __call__(self, value):
+        return value + self.more
 
 
-def test_a_tensor_that_a_callee_keeps(every):
+def called(found):
+    assert found(1) == 6
+
+
+def read(found):
+    assert found.tobytes() == np.arange(5, dtype=np.float32).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("make", "keep", "use"),
+    [(lambda: Adds(5), "keep", called), (lambda: np.arange(5, dtype="f4"), "keep_tensor", read)],
+    ids=["a function", "a tensor"],
+)
+def test_what_a_callee_keeps(every, make, keep, use):
     """Its memory stays as long as the callee refers to it, and no longer."""
-    x = floats(5)
-    gone, told = weakref.ref(x), x.tobytes()
-    before = lent()
-    every.keep_tensor(x)
-    del x
+    made = make()
+    gone, before = weakref.ref(made), lent()
+    every.entry(keep)(made)
+    del made
     gc.collect()
     assert len(lent() - before) == 1
     found = every.kept_value()
-    assert found.tobytes() == told
+    use(found)
     found.release()
     assert len(lent() - before) == 1
     every.keep(None)
@@ -306,24 +280,17 @@ def test_a_result_that_is_an_argument(every):
     assert gone() is None
 
 
-def test_a_descriptor_keeps_its_tensor(every):
+def test_memory_that_functions_and_objects_allocate(every):
     before = cuda.kernel_memory().count
-    desc = every.make_tensor((7,), "float32", "cpu").desc
-    gc.collect()
-    assert cuda.kernel_memory().count == before + 1
-    every.add_all(desc, [floats(7)], None)
-    del desc
-    gc.collect()
-    assert cuda.kernel_memory().count == before
-
-
-def test_memory_that_an_object_allocates(every):
-    before = cuda.kernel_memory().count
+    desc = every.make_tensor((7,), "float32", "cpu").desc  # which keeps its tensor
     counter = every.counter(1)
     counter.scratch(1000)
     counter.scratch(2000)
-    assert cuda.kernel_memory().count == before + 1
+    gc.collect()
+    assert cuda.kernel_memory().count == before + 2
+    every.add_all(desc, [floats(7)], None)
     counter.release()
+    del desc
     gc.collect()
     assert cuda.kernel_memory().count == before
 
@@ -354,50 +321,31 @@ def test_a_thousand_calls_leave_nothing(every):
     assert not lent() - others
 
 
-def resident() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096
-
-
 def test_no_memory_grows(every):
     big = "x" * 100_000
     x = floats(64)
 
-    def calls(count):
-        for _ in range(count):
-            every.same_std_string(big)
-            every.same_bytes(big.encode())
-            every.same_array([big, x, x])
-            every.counter(1).add(1)
+    def calls():
+        every.same_std_string(big)
+        every.same_bytes(big.encode())
+        every.same_array([big, x, x])
+        every.counter(1).add(1)
 
-    calls(300)
-    gc.collect()
-    before = resident()
-    calls(1500)
-    gc.collect()
-    assert resident() - before < 20 * 2**20
+    leaves_nothing(calls, 1500, 1500, 20 << 20)
 
 
 def test_objects_of_threads(every):
     """Calls of one object's methods, and of objects of their own, on several threads."""
-    shared, failures = every.counter(0), []
+    shared = every.counter(0)
 
-    def work():
-        try:
-            for i in range(200):
-                own = every.counter(i)
-                assert own.add(1) == i + 1
-                assert every.same_module(shared).kind == "test_counter"
-                assert list(every.same_numbers([i, i])) == [i, i]
-        except BaseException as error:
-            failures.append(error)
+    def work(_):
+        for i in range(200):
+            own = every.counter(i)
+            assert own.add(1) == i + 1
+            assert every.same_module(shared).kind == "test_counter"
+            assert list(every.same_numbers([i, i])) == [i, i]
 
-    threads = [threading.Thread(target=work) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    at_once(work, 6)
     assert shared.use_count == 1
 
 
@@ -429,6 +377,4 @@ print("done")
 @pytest.mark.parametrize("mode", ["kept tensor", "kept function", "kept object", "held", "scratch"])
 def test_what_is_left_at_exit(every, mode):
     """libtvm_ffi and the library outlive the interpreter."""
-    command = [sys.executable, "-c", AT_EXIT, str(every.path), mode]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+    assert done(AT_EXIT, str(every.path), mode) == (0, "done\n", "")

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import threading
+import collections
+import random
 
 import numpy as np
 import pytest
 
 import fi_ffi
 from fi_ffi import ArgumentError, ArgumentTypeError, KernelError
+from fi_ffi.abi.objects import Object
+
+from tests.helpers.stress_strength import scaled
+from tests.ops.test_threads import at_once
+from tests.stress.bad_input.judge import check_refusal
+from tests.stress.bad_input.memory import Room
+from tests.stress.bad_input.odd import ANYTHING, NOT_TENSORS, Interface
+from tests.stress.bad_input.wrong import wrong_tensor
 
 
 class Odd:
@@ -46,20 +55,60 @@ WRONG_TYPES = {
     "takes_hidden": [None, 1, "text", X, ODD],
     "same_any": [ODD, int, 1j, {1, 2}, object()],
 }
-CASES = [(name, value) for name, values in WRONG_TYPES.items() for value in values]
 
 
-@pytest.mark.parametrize(("name", "value"), CASES, ids=lambda value: f"{value!r:.20}")
-def test_wrong_types(every, name, value):
+@pytest.mark.parametrize("name", WRONG_TYPES)
+def test_wrong_types(every, name):
     entry = every.entry(name)
-    with pytest.raises(ArgumentTypeError) as caught:
-        entry(value)
-    error = caught.value
-    assert isinstance(error, TypeError)
-    assert error.op == f"every_kind.{name}"
-    assert error.argument == f"0: {entry.signature.params[0]}"
-    assert type(value).__name__ in str(error.got) or repr(value) in str(error.got)
-    assert error.expected
+    for value in WRONG_TYPES[name]:
+        with pytest.raises(ArgumentTypeError) as caught:
+            entry(value)
+        error = caught.value
+        assert isinstance(error, TypeError)
+        assert error.op == f"every_kind.{name}"
+        assert error.argument == f"0: {entry.signature.params[0]}"
+        assert type(value).__name__ in str(error.got) or repr(value) in str(error.got)
+        assert error.expected
+
+
+def test_anything_at_all(every, rng):
+    """It is refused in words that name it, or taken: by every function, in every place."""
+    draw = random.Random(int(rng.integers(2**63)))
+    # `fail` takes any text as its kind, and `add_all` looks at no size.
+    names = {*every.entries()} - {"fail", "fail_std", "add_all"}
+    room = Room({"x": np.zeros((2, 3), np.float32)})
+    desc = room.descs()["x"]
+    values = [made for made in ANYTHING if not isinstance(made(), Interface)]
+
+    def value(depth=0):
+        kind = draw.randrange(6)
+        if kind == 0:
+            made = wrong_tensor(draw, desc).make()
+            return made if isinstance(made, fi_ffi.TensorDesc) and room.holds(made) else desc
+        if kind == 1 and depth < 3:
+            items = [value(depth + 1) for _ in range(draw.randrange(4))]
+            return items if draw.random() < 0.7 else {str(i): v for i, v in enumerate(items)}
+        return draw.choice(values)()
+
+    outcomes = collections.Counter()
+    for name in sorted(name for name in names if every.entry(name).signature is not None):
+        count = len(every.entry(name).signature.params)
+        for _ in range(scaled(2000, 40)):
+            more = {"stream": "no stream", "device": draw.choice(NOT_TENSORS)()}
+            more = more if draw.random() < 0.05 else {}
+            given = count + (draw.choice([-1, 1, 600]) if draw.random() < 0.05 else 0)
+            try:
+                every.entry(name)(*[value() for _ in range(max(given, 0))], **more)
+                outcomes["taken"] += 1
+            except ArgumentError as error:
+                outcomes["refused"] += 1
+                check_refusal(error, [f"every_kind.{name}", "TensorDesc"], None)
+            except KernelError:
+                outcomes["the function's own"] += 1
+            except fi_ffi.LoaderError:
+                assert "device" in more
+    every.keep(None)
+    assert min(outcomes[one] for one in ("taken", "refused")) > 10
 
 
 WITHIN = [
@@ -77,42 +126,37 @@ WITHIN = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "argument"), WITHIN, ids=lambda value: f"{value!r:.30}")
-def test_wrong_types_inside_containers(every, name, value, argument):
-    with pytest.raises(ArgumentTypeError) as caught:
-        every.entry(name)(value)
-    assert caught.value.argument == argument
+def test_wrong_types_inside_containers(every):
+    for name, value, argument in WITHIN:
+        with pytest.raises(ArgumentTypeError) as caught:
+            every.entry(name)(value)
+        assert caught.value.argument == argument
 
 
-WRONG_VALUES = [
-    ("same_int", 2**63),
-    ("same_int", -(2**63) - 1),
-    ("same_int", 10**5000),
-    ("same_int", np.uint64(2**63)),
-    ("same_optional", 2**64),
-    ("same_numbers", [0, 2**63]),
-    ("same_shape", [2**63]),
-    ("same_float", 10**400),
-    ("same_pointer", -1),
-    ("same_pointer", 2**64),
-    ("same_pair", [1]),
-    ("same_pair", [1, "a", 2]),
-    ("same_str", "\ud800"),
-    ("c_text_length", "before \0 after"),
-    ("told_view", np.zeros(3, np.complex64)),
-    ("told_view", np.zeros(3, ">f4")),
-    ("same_either", 2**63),
-    ("same_any", 2**63),
-]
+WRONG_VALUES = {
+    "same_int": [2**63, -(2**63) - 1, 10**5000, np.uint64(2**63)],
+    "same_optional": [2**64],
+    "same_numbers": [[0, 2**63]],
+    "same_shape": [[2**63]],
+    "same_float": [10**400],
+    "same_pointer": [-1, 2**64],
+    "same_pair": [[1], [1, "a", 2]],
+    "same_str": ["\ud800"],
+    "c_text_length": ["before \0 after"],
+    "told_view": [np.zeros(3, np.complex64), np.zeros(3, ">f4")],
+    "same_either": [2**63],
+    "same_any": [2**63],
+}
 
 
-@pytest.mark.parametrize(("name", "value"), WRONG_VALUES, ids=range(len(WRONG_VALUES)))
-def test_wrong_values(every, name, value):
-    with pytest.raises(ArgumentError) as caught:
-        every.entry(name)(value)
-    assert not isinstance(caught.value, ArgumentTypeError)
-    assert caught.value.op == f"every_kind.{name}"
-    assert caught.value.argument.startswith("0: ")
+@pytest.mark.parametrize("name", WRONG_VALUES)
+def test_wrong_values(every, name):
+    for value in WRONG_VALUES[name]:
+        with pytest.raises(ArgumentError) as caught:
+            every.entry(name)(value)
+        assert not isinstance(caught.value, ArgumentTypeError)
+        assert caught.value.op == f"every_kind.{name}"
+        assert caught.value.argument.startswith("0: ")
 
 
 @pytest.mark.parametrize(
@@ -124,11 +168,8 @@ def test_wrong_numbers_of_arguments(every, name, args):
         every.entry(name)(*args)
     assert str(every.entry(name).signature.params[0] if args == () else "") in str(caught.value)
     assert f"every_kind.{name}(" in str(caught.value)  # the signature
-
-
-def test_keywords_are_no_arguments(every):
     with pytest.raises(TypeError):
-        every.same_int(value=1)
+        every.entry(name)(value=1)
 
 
 def test_nothing_is_run_and_nothing_kept(every):
@@ -145,38 +186,29 @@ def test_nothing_is_run_and_nothing_kept(every):
     assert every.live_counters() == before
 
 
-RELEASED = [("same_module", "counter"), ("same_object", "hidden"), ("same_any", "hidden"),
-            ("same_array", "hidden"), ("takes_hidden", "hidden")]  # fmt: skip
+def test_objects_that_were_released(every):
+    def tensor():
+        return every.make_tensor((1,), "int8", "cpu")
 
-
-@pytest.mark.parametrize(("name", "made_by"), RELEASED)
-def test_objects_that_were_released(every, name, made_by):
-    value = every.counter(1) if made_by == "counter" else every.hidden()
-    value.release()
-    with pytest.raises(ArgumentError, match="released") as caught:
-        every.entry(name)([value] if name == "same_array" else value)
-    assert caught.value.argument.startswith("0: ")
-
-
-def test_tensors_functions_and_containers_that_were_released(every):
-    made = {
-        "told_view": every.make_tensor((1,), "int8", "cpu"),
-        "same_tensor": every.make_tensor((1,), "int8", "cpu"),
-        "same_function": every.adder(1),
-        "same_numbers": every.same_numbers([1]),
-        "same_named": every.same_named({}),
-    }
+    makers = {
+        "same_module": lambda: every.counter(1), "same_object": every.hidden,
+        "same_any": every.hidden, "takes_hidden": every.hidden, "told_view": tensor,
+        "same_tensor": tensor, "same_function": lambda: every.adder(1),
+        "same_numbers": lambda: every.same_numbers([1]), "same_named": lambda: every.same_named({}),
+    }  # fmt: skip
+    made = {name: make() for name, make in makers.items()}
     for name, value in made.items():
         value.release()
-        with pytest.raises(ArgumentError, match="released"):
-            every.entry(name)(value)
-        assert "released" in repr(value)
+        for function, given in ((name, value), ("same_array", [value])):
+            with pytest.raises(ArgumentError, match="released") as caught:
+                every.entry(function)(given)
+            assert caught.value.argument.startswith("0: ")
+        assert type(value) is Object or "released" in repr(value)
     with pytest.raises(ArgumentError, match="released"):
         made["same_function"](1)
-    with pytest.raises(fi_ffi.FiFfiError, match="released"):
-        _ = made["told_view"].desc
-    with pytest.raises(fi_ffi.FiFfiError, match="released"):
-        made["told_view"].tobytes()
+    for use in (lambda: made["told_view"].desc, lambda: made["told_view"].tobytes()):
+        with pytest.raises(fi_ffi.FiFfiError, match="released"):
+            use()
 
 
 def test_objects_of_another_type(every):
@@ -214,11 +246,15 @@ def test_a_missing_stream(every):
         assert caught.value.op == "every_kind.add_all"
 
 
-@pytest.mark.parametrize("stream", ["0", 1.5, True, object(), -1, 2**64])
-def test_what_is_no_stream(every, stream):
-    with pytest.raises(ArgumentError) as caught:
-        every.told_view(on("cuda:0"), stream=stream)
-    assert caught.value.argument == "stream"
+def test_what_is_no_stream_and_no_device(every):
+    for stream in ("0", 1.5, True, object(), -1, 2**64):
+        with pytest.raises(ArgumentError) as caught:
+            every.told_view(on("cuda:0"), stream=stream)
+        assert caught.value.argument == "stream"
+    for device in (0, "gpu", "cuda:x", object()):
+        with pytest.raises(ArgumentTypeError) as caught:
+            every.nothing(device=device)
+        assert caught.value.argument == "device"
 
 
 def test_two_devices(every):
@@ -227,25 +263,10 @@ def test_two_devices(every):
     error = caught.value
     assert error.argument == "1: Optional<Array<ffi.Tensor>>[1]"
     assert "cuda:0, the device of `0: DLTensor*`" in str(error)
-    with pytest.raises(ArgumentError) as caught:
-        every.told_view(on("cuda:0"), stream=0, device="cuda:1")
-    assert (caught.value.argument, str(caught.value.got)) == ("device", "cuda:1")
-    with pytest.raises(ArgumentError) as caught:
-        every.told_view(on("cuda:0"), stream=0, device="cpu")
-    assert caught.value.argument == "device"
-
-
-@pytest.mark.parametrize("device", [0, "gpu", "cuda:x", object()])
-def test_what_is_no_device(every, device):
-    with pytest.raises(ArgumentTypeError) as caught:
-        every.nothing(device=device)
-    assert caught.value.argument == "device"
-
-
-def test_managed_memory_is_of_no_one_device(every):
-    with pytest.raises(ArgumentError) as caught:
-        every.told_view(on("cuda_managed:0"), stream=0)
-    assert caught.value.argument == "device"
+    for desc, device in (("cuda:0", "cuda:1"), ("cuda:0", "cpu"), ("cuda_managed:0", None)):
+        with pytest.raises(ArgumentError) as caught:  # managed memory is of no one device
+            every.told_view(on(desc), stream=0, device=device)
+        assert (caught.value.argument, str(caught.value.got)) == ("device", str(device))
 
 
 def test_a_scope_of_another_device(every):
@@ -269,21 +290,12 @@ def test_a_device_that_is_not_there(every):
 
 def test_refusals_on_many_threads(every):
     """A refusal names its own call's values."""
-    failures: list[BaseException] = []
 
     def work(number):
-        try:
-            for i in range(200):
-                with pytest.raises(ArgumentError) as caught:
-                    every.same_int(2**63 + number * 1000 + i)
-                assert caught.value.got == 2**63 + number * 1000 + i
-                assert every.same_int(i) == i
-        except BaseException as error:
-            failures.append(error)
+        for i in range(200):
+            with pytest.raises(ArgumentError) as caught:
+                every.same_int(2**63 + number * 1000 + i)
+            assert caught.value.got == 2**63 + number * 1000 + i
+            assert every.same_int(i) == i
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    at_once(work, 4)

@@ -1,6 +1,6 @@
-"""So many wrong calls of a family, with hypothesis; also as a program, for a run that may crash.
+"""So many wrong calls of a family; also as a program, for a run that may crash.
 
-python -m stress.bad_input.run FAMILY COUNT SEED JOURNAL
+python -m tests.stress.bad_input.run FAMILY COUNT SEED JOURNAL
 """
 
 from __future__ import annotations
@@ -15,15 +15,11 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
-
 from fi_ffi.families import FAMILIES
 
 from . import known
 from .functions import Functions
 from .guard import guarded
-from .modules import Modules
 from .plans import Plans
 from .rows import Call, one_call, one_signature, rows_of
 
@@ -75,7 +71,6 @@ def subjects(number: int = 0, first_only: bool = False) -> dict[str, Callable[[]
         **{name: functools.partial(Family, name, number, first_only) for name in FAMILIES},
         **{name: functools.partial(Functions, calls) for name, calls in others.items()},
         "plans": functools.partial(Plans, number),
-        "modules": Modules,
     }
 
 
@@ -86,21 +81,13 @@ def run(
     told = Journal(journal)
     outcomes: collections.Counter[str] = collections.Counter()
     subject = subjects(number, first_only)[name]()
-    checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
-
-    @seed(number)
-    @settings(max_examples=count, deadline=None, database=None, suppress_health_check=checks,
-              phases=[Phase.generate, Phase.shrink], report_multiple_bugs=False)  # fmt: skip
-    @given(draw=st.integers(0, 2**64 - 1))
-    def calls(draw: int) -> None:
-        # Evenly drawn from it: hypothesis' own random numbers are mostly the first of each choice.
-        try:
-            outcomes[subject(random.Random(draw), told)] += 1
-        except Exception as error:
-            raise AssertionError(f"{told.now}\n{type(error).__name__}: {error}") from error
-
+    numbers = random.Random(number)
     with guarded():
-        calls()
+        for draw in (numbers.getrandbits(64) for _ in range(count)):
+            try:
+                outcomes[subject(random.Random(draw), told)] += 1
+            except Exception as error:
+                raise AssertionError(f"{told.now}\n{type(error).__name__}: {error}") from error
     return outcomes
 
 

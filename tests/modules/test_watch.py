@@ -1,4 +1,4 @@
-"""Calls of `fi_ffi.module`'s functions inside a watchdog."""
+"""Calls of `fi_ffi.module`'s functions in a call log and inside a watchdog."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.cli.replaying.recorded import load
 from fi_ffi.ops.watch import watching
 from fi_ffi.ops.watch.call_record import CallRecord
+from fi_ffi.ops.watch.dump import BEFORE
 
 LIMIT, LONG = 0.25, 30.0
 THE_LINE = "every.apply_typed(waits, 7)"
@@ -57,3 +59,36 @@ def test_what_each_is_told_of(every):
     assert words[0] == f"float32[6] on cpu at {out.ctypes.data:#x}"
     assert words[2] == "list [3]"
     assert out.tolist() == [3] * 6
+
+
+def test_calls_are_told_before_and_after(every, tmp_path):
+    out = np.zeros(6, np.float32)
+    tensors = [np.full(6, i, np.float32) for i in (1, 2)]
+    path, folder = tmp_path / "log", tmp_path / "dumps"
+    with fi_ffi.call_log(5, path, dump=folder):
+        every.add_all(out, tensors, [3, 5])
+    every.add_all(out, tensors, [3, 5])
+    text = path.read_text()
+    assert text.count(f" {every.name}.add_all\n") == 2, "once as a name, and once as the entry"
+    assert f"  called: {__file__}:" in text
+    assert f"  0: float32[6] on cpu at {out.ctypes.data:#x}\n" in text
+    for i, tensor in enumerate(tensors):
+        assert f"  {f'1.{i}' if i else 1}: float32[6] on cpu at {tensor.ctypes.data:#x}" in text
+    assert "  2: list [3, 5]\n" in text
+    before, after = text.split(" after:\n")
+    assert "  0: min 0, max 0, mean 0, 0 NaN, 0 Inf\n" in before
+    assert "  0: min 13, max 13, mean 13, 0 NaN, 0 Inf\n" in after
+    (file,) = folder.glob(f"*{BEFORE}")
+    recorded = load(file)
+    assert recorded.after is not None
+    assert recorded.after["0"].tolist() == [13] * 6
+    assert recorded.tensors["1.1"].elements.tolist() == [2] * 6
+
+
+def test_a_call_that_fails(every, tmp_path):
+    path = tmp_path / "log"
+    with fi_ffi.call_log(3, path), pytest.raises(fi_ffi.KernelError):
+        every.fail("ValueError", "as it was told to")
+    text = path.read_text()
+    assert "  0: 'ValueError'\n  1: 'as it was told to'\n" in text
+    assert " raised KernelError: " in text
