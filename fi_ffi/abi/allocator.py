@@ -35,18 +35,13 @@ class Source(NamedTuple):
 
 
 def _take_host(count: int, device: Device | None = None, stream: int = 0) -> int:
-    size = -(-max(count, 1) // _ALIGNMENT) * _ALIGNMENT
-    block = library.c_library().aligned_alloc(_ALIGNMENT, size)
-    if block == ffi.NULL:
-        raise MemoryError(f"{count} bytes of host memory")
-    return library.address_of(block)
+    return library.address_of(library.aligned(count, _ALIGNMENT))
 
 
 def _free_host(address: int, device: Device | None = None, stream: int = 0) -> None:
     library.c_library().free(ffi.cast("void *", address))
 
 
-# libc's, not Python's: a tensor may be read after the interpreter has gone.
 HOST = Source(_take_host, _free_host)
 
 

@@ -11,7 +11,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.failure import STICKY, lost, message_of
@@ -29,6 +29,7 @@ from fi_ffi.abi.tensor import (
     frozen,
     make_desc,
     parse_device,
+    remember,
     tensor_kind,
 )
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, DeviceError, printed
@@ -70,7 +71,6 @@ _TYPESTR = {"f": "float", "i": "int", "u": "uint", "b": "bool"}
 
 
 Adapter = Callable[[Any, str, str], TensorDesc]
-_Kept = TypeVar("_Kept")
 
 
 def as_desc(value: object, op: str = "as_desc", argument: str = "value") -> TensorDesc:
@@ -114,15 +114,7 @@ def _adapter_of(kind: type) -> Adapter | None:
             break
     if found is None:
         found = _protocol_of(kind)
-    return found if found is None else _remember(_ADAPTERS, kind, found)
-
-
-def _remember(cache: dict[Any, _Kept], key: object, value: _Kept) -> _Kept:
-    """Put a value into a cache, which starts anew when it is full."""
-    if len(cache) >= _MOST_TYPES:
-        cache.clear()
-    cache[key] = value
-    return value
+    return found if found is None else remember(_ADAPTERS, kind, found, _MOST_TYPES)
 
 
 def _protocol_of(kind: type) -> Adapter | None:
@@ -133,15 +125,10 @@ def _protocol_of(kind: type) -> Adapter | None:
     if hasattr(kind, "__cuda_array_interface__"):
         return _from_cuda_array_interface
     if hasattr(kind, "__array_interface__"):
-        return _from_host_array_interface
+        return lambda value, op, argument: _from_array_interface(
+            value, value.__array_interface__, op, argument, "cpu"
+        )
     return None
-
-
-def _desc_adapter(kind: type, library: Any) -> Adapter:
-    def read(desc: Any, op: str, argument: str) -> TensorDesc:
-        return desc.at(desc.ptr, desc.owner)  # type: ignore[no-any-return]
-
-    return read
 
 
 def _numpy_adapter(kind: type, library: Any) -> Adapter:
@@ -159,7 +146,7 @@ def _numpy_adapter(kind: type, library: Any) -> Adapter:
                 return frozen(address, shape, c_strides(shape), found, array)
         desc = _from_array_interface(array, array.__array_interface__, op, argument, "cpu")
         if not desc.readonly:
-            _remember(kinds, (array.dtype, len(desc.shape)), desc.kind)
+            remember(kinds, (array.dtype, len(desc.shape)), desc.kind, _MOST_TYPES)
         return desc
 
     return read
@@ -215,7 +202,7 @@ def _torch_adapter(kind: type, torch: Any) -> Adapter:
         device = parse_device(f"{where.type}:{where.index or 0}" if where.type == "cuda" else "cpu")
         named = tensor.get_device() if where.type == "cuda" and has_cuda_only else where
         made = tensor_kind(dtype, device, tensor.dim())
-        return _remember(kinds, (tensor.dtype, named, tensor.dim()), made)
+        return remember(kinds, (tensor.dtype, named, tensor.dim()), made, _MOST_TYPES)
 
     return read
 
@@ -230,7 +217,7 @@ def _cupy_adapter(kind: type, library: Any) -> Adapter:
         if found is None:
             dtype = _array_dtype(array, array.dtype.str, op, argument)
             device = parse_device(f"cuda:{data.device_id}")
-            found = _remember(kinds, key, tensor_kind(dtype, device, len(shape)))
+            found = remember(kinds, key, tensor_kind(dtype, device, len(shape)), _MOST_TYPES)
         strides = tuple([step // itemsize for step in array.strides])
         if any(step % itemsize for step in array.strides):
             raise _odd_strides(op, argument, array.strides, found.dtype)
@@ -242,7 +229,7 @@ def _cupy_adapter(kind: type, library: Any) -> Adapter:
 
 # By module and name of a type that its arrays are of, or derive from.
 _LIBRARIES: dict[tuple[str, str], Callable[[type, Any], Adapter]] = {
-    ("fi_ffi.abi.tensor", "TensorDesc"): _desc_adapter,
+    ("fi_ffi.abi.tensor", "TensorDesc"): lambda *_: lambda desc, *_: desc.at(desc.ptr, desc.owner),
     ("numpy", "ndarray"): _numpy_adapter,
     ("torch", "Tensor"): _torch_adapter,
     ("cupy", "ndarray"): _cupy_adapter,
@@ -254,10 +241,6 @@ def _from_cuda_array_interface(value: Any, op: str, argument: str) -> TensorDesc
     interface = value.__cuda_array_interface__
     device = _cuda_device_of(_pointer_of(interface)[0])
     return _from_array_interface(value, interface, op, argument, device)
-
-
-def _from_host_array_interface(value: Any, op: str, argument: str) -> TensorDesc:
-    return _from_array_interface(value, value.__array_interface__, op, argument, "cpu")
 
 
 def _pointer_of(interface: dict[str, Any]) -> tuple[Any, Any]:

@@ -163,6 +163,17 @@ def read_bytes(array: Any) -> bytes:
     return bytes(ffi.buffer(array.data, size))
 
 
+def aligned(count: int, alignment: int) -> Any:
+    """A block of libc's memory, as a C pointer; `c_library().free` takes it back.
+
+    Not Python's: a callee may read it after the interpreter has gone.
+    """
+    block = c_library().aligned_alloc(alignment, -(-max(count, 1) // alignment) * alignment)
+    if block == ffi.NULL:
+        raise MemoryError(f"{count} bytes of host memory")
+    return block
+
+
 def address_of(pointer: Any) -> int:
     """A C pointer as an int."""
     return int(ffi.cast("uintptr_t", pointer))

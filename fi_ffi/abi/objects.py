@@ -175,10 +175,7 @@ class Tensor(Object):
     def from_desc(cls, desc: TensorDesc) -> Tensor:
         """A Tensor object over a tensor of the caller's, for callees that want no view."""
         size = _HEADER + 2 * _WORD * len(desc.shape)
-        # libc's memory: what a callee still has at exit is read after the interpreter is gone.
-        block = library.c_library().aligned_alloc(_ALIGNMENT, -(-size // _ALIGNMENT) * _ALIGNMENT)
-        if block == ffi.NULL:
-            raise MemoryError("a Tensor object's header")
+        block = library.aligned(size, _ALIGNMENT)
         try:
             managed, slot = ffi.cast("DLManagedTensor *", block), ffi.new("TVMFFIObjectHandle *")
             managed.manager_ctx = managed.deleter = ffi.NULL

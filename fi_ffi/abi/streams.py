@@ -17,7 +17,7 @@ from typing import Any
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.failure import check
-from fi_ffi.abi.tensor import Device
+from fi_ffi.abi.tensor import Device, remember
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 
 # cudaStreamPerThread; handles up to it are default streams, of the device that is current.
@@ -67,13 +67,12 @@ def swap(device: Device, handle: int) -> int:
     before = ffi.new("TVMFFIStreamHandle *")
     pointer = ffi.cast("void *", handle)
     check(library.lib.TVMFFIEnvSetStream(device.type_code, device.index, pointer, before), "stream")
-    return int(ffi.cast("uintptr_t", before[0]))
+    return library.address_of(before[0])
 
 
 def current_handle(device: Device) -> int:
     """The stream that is this thread's current one on `device`."""
-    pointer = library.lib.TVMFFIEnvGetStream(device.type_code, device.index)
-    return int(ffi.cast("uintptr_t", pointer))
+    return library.address_of(library.lib.TVMFFIEnvGetStream(device.type_code, device.index))
 
 
 class _Thread(threading.local):
@@ -107,9 +106,7 @@ def check_stream(handle: int, device: Device, op: str) -> None:
     if found != device.index:
         got, expected = f"a stream of cuda:{found}", f"a stream of {device}"
         raise ArgumentError(op, "stream", got=got, expected=expected)
-    if len(thread.checked) >= _MOST_CHECKED:
-        thread.checked.clear()
-    thread.checked[handle] = device
+    remember(thread.checked, handle, device, _MOST_CHECKED)
 
 
 class stream:  # a context manager reads as a verb

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 
 if TYPE_CHECKING:
     import numpy
+
+_Kept = TypeVar("_Kept")
 
 _INT64_MAX = 2**63 - 1
 MAX_RANK = 64
@@ -128,16 +131,13 @@ class Device:
 _DEVICES: dict[object, Device] = {}
 
 
-def _device(type_name: str, index: int) -> Device:
-    return _DEVICES.setdefault((type_name, index), Device(type_name, index))
-
-
 def device_from_code(type_code: int, index: int) -> Device | None:
     """The device for the fields of a `DLDevice`, or None where there can be no such device."""
     name = _TYPE_NAMES.get(type_code)
     if name is None or not 0 <= index <= _MAX_INDEX:
         return None
-    return _DEVICES.get((name, index)) or _device(name, index)
+    key = name, index
+    return _DEVICES.get(key) or _DEVICES.setdefault(key, Device(*key))
 
 
 def parse_device(device: object, *, op: str = "TensorDesc", argument: str = "device") -> Device:
@@ -157,17 +157,12 @@ def parse_device(device: object, *, op: str = "TensorDesc", argument: str = "dev
         name, _, index = device.partition(":")
         digits = index if ":" in device else "0"
         if name in DEVICE_TYPES and digits.isascii() and digits.isdigit() and len(digits) < 11:
-            number = int(digits)
-            if number <= _MAX_INDEX:
-                found = _device(name, number)
+            found = device_from_code(DEVICE_TYPES[name], int(digits))
+            if found is not None:
                 _DEVICES[device] = found
                 return found
-    raise ArgumentTypeError(
-        op,
-        argument,
-        got=printed(device),
-        expected=f"'<type>:<index>' with type in {[*DEVICE_TYPES]}",
-    )
+    expected = f"'<type>:<index>' with type in {[*DEVICE_TYPES]}"
+    raise ArgumentTypeError(op, argument, got=printed(device), expected=expected)
 
 
 class TensorKind:
@@ -417,20 +412,20 @@ def make_desc(
         got = f"{dtype_}{list(shape_)} with strides {strides_}"
         raise ArgumentError("TensorDesc", "shape", got=got, expected="a size within int64")
     if not readonly:
-        _remember(dtype, device, kind)
+        remember(_NAMED, (dtype, device, kind.rank), kind, _MOST_NAMES)
     described = frozen(0, shape_, strides_, kind, None)
     if type(ptr) is not int or not 0 <= ptr <= _INT64_MAX:
         ptr = _address(ptr, described.span_bytes, described)
     return frozen(ptr, shape_, strides_, kind, owner)
 
 
-def _remember(dtype: object, device: object, kind: TensorKind) -> None:
-    try:
-        if len(_NAMED) >= _MOST_NAMES:
-            _NAMED.clear()
-        _NAMED[dtype, device, kind.rank] = kind
-    except TypeError:  # a name that cannot be hashed is parsed each time
-        pass
+def remember(cache: dict[Any, _Kept], key: object, value: _Kept, most: int) -> _Kept:
+    """Put a value into a cache, which starts anew when it has so many."""
+    if len(cache) >= most:
+        cache.clear()
+    with contextlib.suppress(TypeError):  # of a key that cannot be hashed
+        cache[key] = value
+    return value
 
 
 def index_of(value: object) -> int:

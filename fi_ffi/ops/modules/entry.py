@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
@@ -27,7 +26,7 @@ from fi_ffi.abi.objects import (
 )
 from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.streams import current_scope, stream_context
-from fi_ffi.abi.tensor import Device, DType, TensorDesc, c_strides, parse_device
+from fi_ffi.abi.tensor import Device, DType, TensorDesc, parse_device
 from fi_ffi.abi.values import ints_of, pack_arguments, packer_of
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, KernelNotFoundError, printed
 from fi_ffi.ops import cuda
@@ -437,26 +436,18 @@ class TensorObject(Tensor):
     def device(self) -> Device:
         return self._desc.device
 
-    @property
-    def _is_contiguous(self) -> bool:
-        steps = zip(self.shape, self._desc.strides, c_strides(self.shape), strict=True)
-        return 0 in self.shape or all(size == 1 or at == step for size, at, step in steps)
-
     def tobytes(self) -> bytes:
         """The bytes of a contiguous tensor in host memory."""
         desc = self.desc
-        if desc.device.type != "cpu" or not self._is_contiguous:
-            got, expected = self._words(), "a contiguous tensor on the cpu"
-            raise ArgumentTypeError("TensorObject.tobytes", "self", got=got, expected=expected)
-        size = math.prod(desc.shape) * desc.dtype.itemsize
-        return bytes(ffi.buffer(ffi.cast("char *", desc.ptr), size))
-
-    def _words(self) -> str:
-        strides = "" if self._is_contiguous else f", strides={self._desc.strides}"
-        return f"{self.dtype}{list(self.shape)}{strides} on {self.device}"
+        if desc.device.type != "cpu" or not desc.is_contiguous:
+            expected = "a contiguous tensor on the cpu"
+            raise ArgumentTypeError(
+                "TensorObject.tobytes", "self", got=desc.layout, expected=expected
+            )
+        return bytes(ffi.buffer(ffi.cast("char *", desc.ptr), desc.numel * desc.dtype.itemsize))
 
     def __repr__(self) -> str:
-        return f"<tensor {self._words()}{', released' if self._handle is None else ''}>"
+        return f"<tensor {self._desc.layout}{', released' if self._handle is None else ''}>"
 
 
 _KINDS: dict[int, type[Any]] = {
