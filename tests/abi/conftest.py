@@ -7,6 +7,7 @@ from itertools import count
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from fi_ffi.abi.function import Entry, register
 from fi_ffi.abi.signature import Signature
@@ -16,6 +17,8 @@ from tests.helpers.pinned import pinned_wheel, testing_library, tvm_ffi_loaded
 __all__ = ["callback", "echo", "pinned_wheel", "testing_library", "tvm_ffi_loaded"]
 
 _numbers = count()
+settings.register_profile("no deadline", deadline=None)  # other work may have the processors
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(autouse=True)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from pathlib import Path
 
 import pytest
 
 from tests.helpers.children import done
-from tests.modules.conftest import compiled
-
-HERE = Path(__file__).parent
+from tests.stress.gauges import counted
 
 # Everything that can be alive at the end, on the CPU and on a pretended GPU, kept by globals.
 ALIVE = """
@@ -95,7 +92,7 @@ ENDS = {
 def test_silent_and_clean(end: str) -> None:
     code, status, last = ENDS[end]
     program = textwrap.dedent(ALIVE) + code
-    found, out, err = done(program, str(compiled(str(HERE / "counted.c"))), seconds=60)
+    found, out, err = done(program, counted(), seconds=60)
     assert (found, out) == (status, "")
     if not last:
         assert err == ""
@@ -145,4 +142,4 @@ def test_forked_children_that_end_as_programs_do() -> None:
             sys.exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     """)
-    assert done(program, str(compiled(str(HERE / "counted.c"))), seconds=60) == (0, "", "")
+    assert done(program, counted(), seconds=60) == (0, "", "")

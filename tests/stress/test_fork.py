@@ -8,6 +8,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +23,8 @@ from fi_ffi.ops.functions import OPS
 from tests.helpers.children import done
 from tests.helpers.forking import in_child
 from tests.helpers.plan_calls import KINDS, Case
-from tests.modules.conftest import compiled
 from tests.ops.conftest import gpu  # noqa: F401
-from tests.stress.test_threads_stress import HERE
+from tests.stress.gauges import counted
 
 RMSNORM = OPS["rmsnorm"]
 REASON = "forked from one that had used a GPU"
@@ -43,7 +44,7 @@ class Ways:
         RMSNORM(*self.descs, stream=stream)
         self.call = RMSNORM.prepare(*self.descs, stream=stream)
         self.loose = RMSNORM.prepare(*self.descs)
-        self.module = fi_ffi.module(compiled(str(HERE / "counted.c")))
+        self.module = fi_ffi.module(counted())
         self.graph = graphs.Graph(fi_ffi.parse_device("cuda:0"))
         self.graph._launch = lambda _: 0
         graphs._graphs.add(self.graph)
@@ -51,53 +52,46 @@ class Ways:
             self.loose()
         self.memory[0][...] = 7
 
-    def in_scope(self) -> None:
-        with fi_ffi.stream(self.stream):
-            self.loose()
-
-    def typed_in_scope(self) -> None:
-        with fi_ffi.stream(self.stream):
-            RMSNORM(*self.descs)
-
-    def watched(self) -> None:
-        with fi_ffi.watchdog(60):
+    def all(self) -> dict[str, Callable[[], object]]:
+        def typed() -> None:
             RMSNORM(*self.descs, stream=self.stream)
 
-    def logged(self) -> None:
-        with fi_ffi.call_log(3, os.devnull):
-            self.call()
+        def within(scope: Callable[[], Any], call: Callable[[], object]) -> Callable[[], None]:
+            def way() -> None:
+                with scope():
+                    call()
 
-    def captured(self) -> None:
-        with fi_ffi.capture(self.stream):
-            pass
+            return way
 
-    def all(self) -> dict[str, object]:
+        def scope() -> Any:
+            return fi_ffi.stream(self.stream)
+
         return {
-            "typed": lambda: RMSNORM(*self.descs, stream=self.stream),
-            "typed in a scope": self.typed_in_scope,
+            "typed": typed,
+            "typed in a scope": within(scope, lambda: RMSNORM(*self.descs)),
             "another layout": lambda: RMSNORM(
                 *(described(a[:1], device="cuda:0")[0] for a in self.memory[:2]),
                 self.descs[2], stream=self.stream,
             ),
             "another op": lambda: fi_ffi.gemma_rmsnorm(*self.descs, stream=self.stream),
             "prepared": self.call,
-            "prepared, in a scope": self.in_scope,
+            "prepared, in a scope": within(scope, self.loose),
             "prepare": lambda: RMSNORM.prepare(*self.descs, stream=self.stream)(),
             "module entry": lambda: self.module.entry("scale")(
                 self.descs[2], 1.0, stream=self.stream
             ),
             "graph": lambda: self.graph.launch(self.stream),
-            "capture": self.captured,
-            "watchdog": self.watched,
-            "call log": self.logged,
+            "capture": within(lambda: fi_ffi.capture(self.stream), lambda: None),
+            "watchdog": within(lambda: fi_ffi.watchdog(60), typed),
+            "call log": within(lambda: fi_ffi.call_log(3, os.devnull), self.call),
             "memory": lambda: fi_ffi.Workspace.allocate("cuda:0", 1024, 1024),
         }  # fmt: skip
 
 
-def refused(way: object) -> str:
+def refused(way: Callable[[], object]) -> str:
     """What was wrong with a refusal; "" where it is as it should be."""
     try:
-        way()  # type: ignore[operator]
+        way()
     except fi_ffi.LoaderError as error:
         text = str(error)
         return "" if REASON in text and "spawn" in text and "forkserver" in text else text
@@ -106,7 +100,7 @@ def refused(way: object) -> str:
     return "it was let through"
 
 
-def check(ways: dict[str, object]) -> None:
+def check(ways: dict[str, Callable[[], object]]) -> None:
     wrong = {name: told for name, way in ways.items() if (told := refused(way))}
     assert not wrong, wrong
 
@@ -134,7 +128,7 @@ def test_every_way_in_is_refused(gpu) -> None:  # noqa: F811
         assert in_child(child) == 0
         assert in_child(lambda: check({"open scope": ways.loose})) == 0
     for way in ("typed", "prepared", "prepared, in a scope", "graph"):
-        ways.all()[way]()  # type: ignore[operator]
+        ways.all()[way]()
     assert (ways.memory[0] != 7).all()
 
 
@@ -196,7 +190,7 @@ def test_forks_before_use() -> None:
     def child() -> None:
         assert not of_loader.is_cut_off()
         on_cpu()
-        module = fi_ffi.module(compiled(str(HERE / "counted.c")))
+        module = fi_ffi.module(counted())
         x = np.ones(4, np.float32)
         module.entry("scale")(x, 3.0)
         assert (x == 3).all()

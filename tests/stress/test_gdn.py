@@ -22,53 +22,25 @@ DTYPES = pytest.mark.parametrize("dtype", OP.row.dtypes["T"])
 PLACES = pytest.mark.parametrize("in_place", [False, True], ids=["two places", "in place"])
 
 
-@DTYPES
-def test_lengths_singly(machine, rng, dtype, record_property):
-    record_property("error_of_bound", scenarios.check_singly(machine, rng, dtype))
+# What each is checked with, beside a dtype.
+SCENARIOS = {
+    "lengths_singly": (scenarios.check_singly, [()]),
+    "lengths_mixed": (scenarios.check_lengths_mixed, [()]),
+    "single_tokens": (scenarios.check_single_tokens, [(n,) for n in (64, 128, 256, 512, 1024)]),
+    "a_long_sequence": (scenarios.check_long_among_single_tokens, [()]),
+    "heads": (scenarios.check_heads, [(pair,) for pair in GQA + GVA]),
+    "options": (scenarios.check_options, [(of, n) for n in EVERY for of in ((4, 2), (2, 4))]),
+    "checkpoints": (scenarios.check_checkpoints, [(n,) for n in EVERY if n]),
+    "back_to_back": (scenarios.check_back_to_back, [(50,), (500,)]),
+    "production": (scenarios.check_production, [()]),
+}
+CASES = [(name, given) for name, (_, each) in SCENARIOS.items() for given in each]
 
 
 @DTYPES
-def test_lengths_mixed(machine, rng, dtype, record_property):
-    record_property("error_of_bound", scenarios.check_lengths_mixed(machine, rng, dtype))
-
-
-@DTYPES
-@pytest.mark.parametrize("count", [64, 128, 256, 512, 1024])
-def test_single_tokens(machine, rng, count, dtype, record_property):
-    found = scenarios.check_single_tokens(machine, rng, dtype, count)
-    record_property("error_of_bound", found)
-
-
-@DTYPES
-def test_a_long_sequence_among_single_tokens(machine, rng, dtype, record_property):
-    found = scenarios.check_long_among_single_tokens(machine, rng, dtype)
-    record_property("error_of_bound", found)
-
-
-@DTYPES
-@pytest.mark.parametrize("heads", GQA + GVA, ids=lambda pair: f"{pair[0]} to {pair[1]}")
-def test_heads(machine, rng, heads, dtype, record_property):
-    record_property("error_of_bound", scenarios.check_heads(machine, rng, dtype, heads))
-
-
-@DTYPES
-@pytest.mark.parametrize("every", EVERY)
-@pytest.mark.parametrize("heads", [(4, 2), (2, 4)], ids=["GQA", "GVA"])
-def test_options(machine, rng, heads, every, dtype, record_property):
-    found = scenarios.check_options(machine, rng, dtype, heads, every)
-    record_property("error_of_bound", found)
-
-
-@DTYPES
-@pytest.mark.parametrize("every", [n for n in EVERY if n])
-def test_checkpoints(machine, rng, every, dtype, record_property):
-    record_property("error_of_bound", scenarios.check_checkpoints(machine, rng, dtype, every))
-
-
-@DTYPES
-@pytest.mark.parametrize("count", [50, 500])
-def test_back_to_back(machine, rng, count, dtype, record_property):
-    record_property("error_of_bound", scenarios.check_back_to_back(machine, rng, dtype, count))
+@pytest.mark.parametrize(("name", "given"), CASES, ids=lambda part: str(part).strip("(),"))
+def test_scenario(machine, rng, name, given, dtype, record_property):
+    record_property("error_of_bound", SCENARIOS[name][0](machine, rng, dtype, *given))
 
 
 @DTYPES
@@ -90,11 +62,6 @@ def test_the_state_in_place_or_apart(machine, rng, dtype):
 def test_streams(machine, rng, count, threads, record_property):
     """Of both dtypes."""
     record_property("error_of_bound", scenarios.check_streams(machine, rng, count, threads))
-
-
-@DTYPES
-def test_production(machine, rng, dtype, record_property):
-    record_property("error_of_bound", scenarios.check_production(machine, rng, dtype))
 
 
 @DTYPES

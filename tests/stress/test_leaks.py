@@ -9,17 +9,15 @@ import functools
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.helpers.children import environment
 from tests.helpers.stress_strength import LONG, scaled
-from tests.modules.conftest import compiled
 from tests.stress import gauges
+from tests.stress.gauges import counted
 
-HERE = Path(__file__).parent
 COUNTS = {
     "typed": (1_000_000, 2000),
     "prepared": (1_000_000, 2000),
@@ -39,7 +37,7 @@ HOUR = 3600
 def results(*kinds: str) -> dict[str, Any]:
     """What was found of each, by one program that has all of them in children."""
     wanted = [text for kind in kinds for text in (kind, str(scaled(*COUNTS[kind])))]
-    command = [sys.executable, "-m", "tests.stress.leaking", str(compiled(str(HERE / "counted.c")))]
+    command = [sys.executable, "-m", "tests.stress.leaking", counted()]
     done = subprocess.run(
         [*command, *wanted], capture_output=True, text=True, env=environment(), timeout=2 * HOUR,
         check=False,

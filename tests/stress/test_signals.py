@@ -23,7 +23,7 @@ from tests.helpers.compiler import why_not_build
 from tests.helpers.stress_strength import LONG, scaled
 from tests.loader.conftest import LOCK
 from tests.loader.server import INFO, NORM, File, Server, kernel_members, make_wheel, record
-from tests.modules.conftest import compiled
+from tests.stress.gauges import counted
 
 HERE = Path(__file__).parent
 PATH = "/flashinfer_jit_cache-0.6.13+cu130-cp39-abi3-linux_x86_64.whl"
@@ -56,15 +56,12 @@ def check_nothing_is_left(root: Path) -> None:
     assert all(verdict.problem == "" for verdict in upkeep.verify(root))
 
 
-FETCH = (
-    HEARS
-    + """
+FETCH = """
 import sys
 from fi_ffi.loader.remote import RemoteWheel
 print("ready", flush=True)
 print(RemoteWheel(sys.argv[1], verify="record").extract(sys.argv[2]))
 """
-)
 
 
 def test_during_a_fetch(root: Path) -> None:
@@ -73,7 +70,7 @@ def test_during_a_fetch(root: Path) -> None:
     with Server({PATH: File(wheel, etag='"one"')}) as web:
         for _ in range(scaled(20, 1)):
             web.bandwidth, web.seen[:] = 150_000, []
-            child = start(FETCH, web.url(PATH), NORM)
+            child = start(HEARS + FETCH, web.url(PATH), NORM)
             assert child.stdout.readline() == "ready\n"
             enough = random.uniform(66_000, 200_000)
             while web.sent < enough and child.poll() is None:
@@ -82,15 +79,13 @@ def test_during_a_fetch(root: Path) -> None:
             check_nothing_is_left(root)
             assert not [*root.glob("objects/*/*/norm.so")]
         web.bandwidth = None
-        child = start(FETCH, web.url(PATH), NORM)
+        child = start(HEARS + FETCH, web.url(PATH), NORM)
         out, err = child.communicate(timeout=60)
     assert (child.returncode, err) == (0, "")
     assert Path(out.split()[-1]).read_bytes() == kernel_members(4, 400_000)[NORM]
 
 
-EXTRACT = (
-    HEARS
-    + """
+EXTRACT = """
 import sys
 from pathlib import Path
 from fi_ffi.loader.wheel import Wheel
@@ -98,7 +93,6 @@ print("ready", flush=True)
 while True:
     Wheel(Path(sys.argv[1])).extract(sys.argv[2]).unlink()
 """
-)
 
 
 def test_during_an_extraction(root: Path, tmp_path: Path) -> None:
@@ -109,7 +103,7 @@ def test_during_an_extraction(root: Path, tmp_path: Path) -> None:
             archive.writestr(name, content)
         archive.writestr(f"{INFO}/RECORD", record(members))
     for _ in range(scaled(100, 3)):
-        child = start(EXTRACT, str(path), NORM)
+        child = start(HEARS + EXTRACT, str(path), NORM)
         assert child.stdout.readline() == "ready\n"
         time.sleep(random.uniform(0.1, 0.4))
         interrupted(child)
@@ -148,14 +142,11 @@ def names(pids: set[int]) -> set[str]:
     return found
 
 
-BUILD = (
-    HEARS
-    + """
+BUILD = """
 import sys
 from fi_ffi.cli import main
 main(sys.argv[1:])
 """
-)
 
 
 @pytest.mark.timeout(1800)
@@ -169,7 +160,7 @@ def test_during_a_build(
         pytest.skip(reason)
     monkeypatch.delenv("FI_FFI_CACHE_DIR")  # the compilers' environment may be there
     command = ["build", "page", "--build-dir", str(tmp_path / "b"), "--output", str(tmp_path)]
-    child = start(BUILD, *command)
+    child = start(HEARS + BUILD, *command)
     started: set[int] = set()
     while child.poll() is None and "cicc" not in names(started):
         started = descendants(child.pid)
@@ -186,22 +177,19 @@ def test_during_a_build(
         time.sleep(0.05)
     assert not names({pid for pid in started if is_alive(pid)})
     assert not [*tmp_path.glob("*.whl")] and not [*tmp_path.glob("b/**/page.so")]
-    child = start(BUILD, *command)
+    child = start(HEARS + BUILD, *command)
     _, err = child.communicate(timeout=1200)
     assert child.returncode == 0, err
     (wheel,) = tmp_path.glob("*.whl")
     assert [name for name in Wheel(wheel).members if name.endswith("/page.so")]
 
 
-COMMAND = (
-    HEARS
-    + """
+COMMAND = """
 import sys
 from fi_ffi.cli import main
 print("ready", flush=True)
 main(sys.argv[1:])
 """
-)
 
 
 def test_during_a_command(root: Path, tmp_path: Path) -> None:
@@ -211,7 +199,7 @@ def test_during_a_command(root: Path, tmp_path: Path) -> None:
         lock = tmp_path / "mine.lock"
         lock.write_text(LOCK.format(url=web.url(PATH), platform="any", sha256="0" * 64))
         command = ["lock", "verify", "--all", "--full", "--lock", str(lock), "--quiet"]
-        child = start(COMMAND, *command)
+        child = start(HEARS + COMMAND, *command)
         assert child.stdout.readline() == "ready\n"
         while not web.sent and child.poll() is None:
             time.sleep(0.01)
@@ -228,7 +216,7 @@ CALLS = (HERE / "interrupting.py").read_text()
 @pytest.mark.parametrize("what", ["calls", "plans", "blocks"])
 def test_during_many(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FI_FFI_CACHE_DIR")
-    child = start(CALLS, str(compiled(str(HERE / "counted.c"))), what)
+    child = start(CALLS, counted(), what)
     for _ in range(scaled(2000, 15)):
         assert child.stdout.readline() == "go\n", child.communicate()
         time.sleep(random.uniform(0.0005, 0.02))

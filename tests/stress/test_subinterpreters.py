@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.children import done
 from tests.helpers.stress_strength import scaled
-from tests.modules.conftest import compiled
+from tests.stress.gauges import counted
 
 HERE = Path(__file__).parent
 REFUSAL = (
@@ -29,7 +29,7 @@ def test_subinterpreters(kind: str, order: str) -> None:
         pytest.skip("3.12 corrupts its own memory when an isolated one imports the same first")
     if kind == "legacy" and not getattr(sys, "_is_gil_enabled", lambda: True)():
         pytest.skip("without a GIL none shares it")
-    library = str(compiled(str(HERE / "counted.c")))
+    library = counted()
     status, out, err = done(PROGRAM, kind, order, library, str(scaled(100_000, 100)))
     assert (status, err) == (0, "")
     *told, numbers = out.splitlines()

@@ -22,18 +22,17 @@ from tests.helpers.children import done
 from tests.helpers.plan_calls import KINDS, Case
 from tests.helpers.prepared_calls import draw, placed
 from tests.helpers.stress_strength import scaled
-from tests.modules.conftest import compiled
 from tests.ops.conftest import gpu, mine  # noqa: F401  the pretended GPU, and a kernel of ours
 from tests.ops.test_threads import at_once
+from tests.stress.gauges import counted
 
-HERE = Path(__file__).parent
 THREADS = 16
 RMSNORM = OPS["rmsnorm"]
 
 
-@pytest.fixture
-def counted() -> str:
-    return str(compiled(str(HERE / "counted.c")))
+@pytest.fixture(name="counted")
+def library() -> str:
+    return counted()
 
 
 def test_cold_loads(counted: str, tmp_path: Path) -> None:

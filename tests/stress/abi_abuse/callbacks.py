@@ -215,12 +215,12 @@ def case_an_error_on_its_way_up() -> None:
         abuse.fail_with(b"Kind", b"words " * (MB // 6), b"frame\n" * (MB // 6))
 
     function = lent(lower)
-    started = time.perf_counter()
+    started = time.process_time()
     told = failure(abuse.call, function, 100)
     assert told.message.endswith("fail_with: Kind: " + "words " * (MB // 6))
     assert len(told.message) < MB + 100 * 100
     assert len(told.backtrace) <= 1 << 16
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
 
 
 def case_recursion() -> None:

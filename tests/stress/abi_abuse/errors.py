@@ -161,14 +161,14 @@ def case_time_is_linear_in_the_words() -> None:
         # As bad as a message can be for who looks for a signature in it.
         before = b"Mismatched number of arguments when calling: `"
         words = before * (size // len(before))
-        started = time.perf_counter()
+        started = time.process_time()
         error = failure(abuse.fail_with, b"TypeError", words, words)
         for text in (error.message, f"{error.message}`. Expected " * 2):
             try:
                 signature_from_mismatch(text)
             except AbiError:
                 pass
-        return time.perf_counter() - started
+        return time.process_time() - started
 
     small = min(seconds(MB // 8) for _ in range(5))
     large = min(seconds(MB) for _ in range(3))
@@ -185,7 +185,7 @@ def case_signatures_of_a_megabyte() -> None:
         "f(0: " + "Array<" * 5000 + "int" + ">" * 5000 + ") -> void",
         "(" * MB,
     ):
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             signature = signature_from_mismatch(
                 f"{before}{body}`. Expected 1 but got 512 arguments"
@@ -195,7 +195,7 @@ def case_signatures_of_a_megabyte() -> None:
             assert len(str(error)) < 1000
         else:
             raise AssertionError(body[:100])
-        assert time.perf_counter() - started < 5, body[:100]
+        assert time.process_time() - started < 5, body[:100]
 
 
 def case_failures_leave_nothing() -> None:

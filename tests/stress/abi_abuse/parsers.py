@@ -7,7 +7,6 @@ quotes: what tools/fuzz.py found, and texts that were printed by real binaries.
 from __future__ import annotations
 
 import ast
-import functools
 import io
 import json
 import os
@@ -123,15 +122,13 @@ class Parser:
     seeds: Callable[[], list[bytes]]
 
 
-@functools.cache
-def _a_library() -> bytes:
+def _libraries() -> list[bytes]:
     """A small ELF file of this machine: libdl's or another's stub."""
-    for folder in ("/lib/x86_64-linux-gnu", "/lib/aarch64-linux-gnu", "/lib64"):
-        for name in ("libdl.so.2", "libutil.so.1", "librt.so.1"):
-            path = os.path.join(folder, name)
-            if os.path.exists(path):
-                return Path(path).read_bytes()
-    return b"\x7fELF\x02\x01\x01"
+    folders = ("/lib/x86_64-linux-gnu", "/lib/aarch64-linux-gnu", "/lib64")
+    names = ("libdl.so.2", "libutil.so.1", "librt.so.1")
+    paths = [Path(folder, name) for folder in folders for name in names]
+    there = [path.read_bytes() for path in paths if path.exists()]
+    return there[:1] or [b"\x7fELF\x02\x01\x01"]
 
 
 def _fatbins() -> list[bytes]:
@@ -157,34 +154,28 @@ def _containers() -> list[bytes]:
     return [struct.pack("<Q", len(header)) + header + bytes(8)]
 
 
-def _locks() -> list[bytes]:
-    return [lock.lock_path().read_bytes()]
-
-
-def _notes() -> list[bytes]:
-    return [b'{"format": 1, "data": {"a": [1, null]}}', b"[" * 100_000]
-
-
-def _evidences() -> list[bytes]:
-    return [
-        b"_ZZ14__tvm_ffi_rope\0Mismatched number of arguments when calling",
-        b"_ZZ" + b"9" * 9999,
-    ]
-
-
+NOTES = [b'{"format": 1, "data": {"a": [1, null]}}', b"[" * 100_000]
+EVIDENCES = [
+    b"_ZZ14__tvm_ffi_rope\0Mismatched number of arguments when calling",
+    b"_ZZ" + b"9" * 9999,
+]
 PARSERS: dict[str, Parser] = {
     "signature": Parser(_signature, AbiError, list),
     "refusal": Parser(_refusal, AbiError, list),
     "type": Parser(lambda data: packer_of(_text(data)), AbiError, list),
-    "elf": Parser(inspect_elf, ArtifactError, lambda: [_a_library()]),
+    "elf": Parser(inspect_elf, ArtifactError, _libraries),
     "fatbin": Parser(_fatbin, ArtifactError, _fatbins),
     "architecture": Parser(lambda data: sass_named(_text(data)), ArtifactError, list),
     "record": Parser(lambda data: parse_record(data, "x"), ArtifactError, list),
-    "lock": Parser(lambda data: lock.read_lock(_in_memory(data)), LoaderError, _locks),
+    "lock": Parser(
+        lambda data: lock.read_lock(_in_memory(data)),
+        LoaderError,
+        lambda: [lock.lock_path().read_bytes()],
+    ),
     "wheel": Parser(_wheel, ArtifactError, _wheels),
-    "note": Parser(_note, LoaderError, _notes),
+    "note": Parser(_note, LoaderError, lambda: NOTES),
     "call-log": Parser(_container, ArtifactError, _containers),
-    "metadata": Parser(_evidence, LoaderError, _evidences),
+    "metadata": Parser(_evidence, LoaderError, lambda: EVIDENCES),
 }
 
 
