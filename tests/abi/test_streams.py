@@ -386,19 +386,6 @@ def test_cancelled_tasks_leave_nothing() -> None:
     assert current() == 0
 
 
-def test_generators_that_suspend_a_scope() -> None:
-    """A generator runs in its caller's context: scopes that are not closed in order are told."""
-
-    def numbers() -> Iterator[int]:
-        with stream(0x20):
-            yield launched_on()
-            yield launched_on()
-
-    with stream(0x10):
-        assert [*numbers()] == [0x20, 0x20]
-        assert launched_on() == 0x10
-
-
 LIMITED = """
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (1 << 33, 1 << 33))

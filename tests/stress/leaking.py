@@ -28,6 +28,7 @@ from fi_ffi.loader import runtime
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 
+from tests.abi.test_interop import ArrayInterface, Legacy
 from tests.helpers.forking import in_child
 from tests.helpers.plan_calls import KINDS, Case
 from tests.helpers.prepared_calls import Mine, draw, placed
@@ -286,27 +287,10 @@ def scopes(_: str) -> Work:
 def descriptors(_: str) -> Work:
     """Tensors of other kinds, described; what they keep alive is let go of with them."""
     x = np.ones((4, 8), np.float32)
-    told = {**x.__array_interface__, "version": 3}
-
-    class Interface:
-        """An array of another library, which tells of it."""
-
-        __array_interface__ = told
-
-    class Capsule:
-        """One that lends a DLPack capsule."""
-
-        def __dlpack__(self, **options: object) -> object:
-            return x.__dlpack__()
-
-        def __dlpack_device__(self) -> tuple[int, int]:
-            return x.__dlpack_device__()
 
     def work(i: int) -> None:
-        fi_ffi.as_desc(x)
-        fi_ffi.as_desc(Interface())
-        fi_ffi.as_desc(Capsule())
-        fi_ffi.as_desc(x[i % 3 :])
+        for other in (x, ArrayInterface(x, version=3), Legacy(x), x[i % 3 :]):
+            fi_ffi.as_desc(other)
         if i % 10 == 0:
             with contextlib.suppress(fi_ffi.ArgumentTypeError):
                 fi_ffi.as_desc(object())
