@@ -6,6 +6,7 @@ room calls them.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -75,15 +76,12 @@ class _Unattached:
 
 
 lib: Any = _Unattached()
-_c: Any = None
 
 
+@functools.cache
 def c_library() -> Any:
     """The running process as a library: libc's dlopen and dlsym, Python's own C API."""
-    global _c
-    if _c is None:
-        _c = ffi.dlopen(None)
-    return _c
+    return ffi.dlopen(None)
 
 
 def attach(path: str, through: str | None = None) -> tuple[int, int, int]:

@@ -11,7 +11,6 @@ import operator
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
-from types import TracebackType
 from typing import Any
 
 from fi_ffi.abi import library
@@ -143,12 +142,7 @@ class stream:  # a context manager reads as a verb
             raise
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if scope_var.get() is not self:
             got = "a scope that is not the innermost of this thread or task"
             expected = "scopes closed in the reverse order of opening, where they were opened"

@@ -68,7 +68,7 @@ def pack_arguments(
 def pack(slot: Any, value: object, arena: CallArena, where: str) -> None:
     """Pack a value by its own type; a tensor becomes an object, which a callee may keep."""
     kind: Any = type(value)
-    packer = _BY_TYPE.get(kind) or _packer_of_type(kind)
+    packer = _packer_of_type(kind)
     if packer is None:
         expected = "None, a number, text, bytes, a dtype, a device, a tensor, an object, a function"
         _refuse(value, arena, where, f"{expected}, or a sequence or mapping of these")
@@ -369,25 +369,16 @@ def _variant(choices: list[tuple[str, Packer]]) -> Packer:
 _array = _container("Array", TypeIndex.ARRAY, pack, TypeIndex.LIST)
 _map = _mapping("Map", TypeIndex.MAP, pack, pack)
 
-_BY_TYPE: dict[type, Packer] = {
-    type(None): _none,
-    bool: _boolean,
-    int: _integer,
-    float: _float,
-    str: _text,
-    bytes: _bytes,
-    DType: _dtype,
-    Device: _device,
-    TensorDesc: _tensor,
-    list: _array,
-    tuple: _array,
-    dict: _map,
-}
+_OWN_TYPES: dict[type, Packer] = {
+    type(None): _none, DType: _dtype, Device: _device, TensorDesc: _tensor,
+}  # fmt: skip
 
 
 @functools.lru_cache(256)
 def _packer_of_type(kind: type) -> Packer | None:
-    """The packer of values of another Python type; None where they have no form."""
+    """The packer of values of a Python type; None where they have no form."""
+    if kind in _OWN_TYPES:
+        return _OWN_TYPES[kind]
     if issubclass(kind, Object):
         return _tensor if issubclass(kind, Tensor) else _any_object
     if _is_bool(kind):
