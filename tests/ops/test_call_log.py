@@ -183,14 +183,6 @@ def test_what_has_no_statistics(monkeypatch):
     monkeypatch.setattr(module, "MOST_BYTES", 15)
     assert of(np.zeros(8, np.float16)) == "no statistics: 16 bytes, more than 15"
     assert of(np.zeros(7, np.float16)).startswith("min 0,")
-    import ml_dtypes
-
-    array = np.ones(4, ml_dtypes.bfloat16)
-    desc = fi_ffi.as_desc(array)
-    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
-    said = module.statistics(desc, None)
-    assert said == "no statistics of bfloat16: ml_dtypes is not installed"
-    assert of(np.ones(4, np.float16)).startswith("min 1, max 1, mean 1")
 
 
 def test_nothing_at_level_0(mine, path):

@@ -73,6 +73,12 @@ def _activation(op: str, value: object) -> str:
     raise ArgumentError(op, "activation_type", got=printed(name), expected=expected)
 
 
+def _flags(op: str, *asked: object) -> frozenset[str]:
+    """The flags that are on."""
+    given = zip(FLAGS, asked, strict=True)
+    return frozenset([name for name, value in given if check_flag(op, name, value)])
+
+
 def _with_limits(op: str, name: str, *tensors: object) -> str:
     """The activation that serves one with these `swiglu_` tensors; raises where it takes none.
 
@@ -121,12 +127,10 @@ class FusedMoe:
         use_packed_weights: bool = False,
     ) -> None:
         self._op = op = "FusedMoe"
-        asked = (
-            use_deepseek_fp8_block_scale, use_w4_group_scaling, use_mxfp8_act_scaling,
+        flags = _flags(
+            op, use_deepseek_fp8_block_scale, use_w4_group_scaling, use_mxfp8_act_scaling,
             use_packed_weights,
         )  # fmt: skip
-        given = zip(FLAGS, asked, strict=True)
-        flags = frozenset(name for name, value in given if check_flag(op, name, value))
         act = parse_dtype(activation_dtype, op=op, argument="activation_dtype").name
         weight, output = (
             act if value is None else parse_dtype(value, op=op, argument=name).name
@@ -376,14 +380,11 @@ class FusedMoe:
             "num_tokens": num_tokens, "hidden_size": hidden_size, "inter_size": inter_size,
             "num_experts": num_experts, "top_k": top_k,
         }  # fmt: skip
-        sizes = {name: check_int(op, name, value, 1) for name, value in given.items()}
+        sizes = [check_int(op, name, value, 1) for name, value in given.items()]
         ranks = {"tp_size": tp_size, "tp_rank": tp_rank, "ep_size": ep_size, "ep_rank": ep_rank}
         for kind in ("tp", "ep"):
             size = check_int(op, f"{kind}_size", ranks[f"{kind}_size"], 1)
-            rank = check_int(op, f"{kind}_rank", ranks[f"{kind}_rank"], 0)
-            if rank >= size:
-                expected = f"less than {kind}_size = {size}"
-                raise ArgumentError(op, f"{kind}_rank", got=rank, expected=expected)
+            check_int(op, f"{kind}_rank", ranks[f"{kind}_rank"], 0, size - 1)
         activation = _activation(op, activation_type)
         if not self.device.is_cuda:
             return 0
@@ -392,7 +393,7 @@ class FusedMoe:
             raise KernelNotFoundError(f"{op}: {MODULE} of FlashInfer {releases} does not tell it")
         names = ("num_rows", "hidden_size", "inter_size", "num_experts_total", "experts_per_token")
         return self.runner.ask(
-            "get_workspace_size", **dict(zip(names, sizes.values(), strict=True)), **ranks,
+            "get_workspace_size", **dict(zip(names, sizes, strict=True)), **ranks,
             base_activation_type=self.number_of(op, activation),
         )  # fmt: skip
 
@@ -469,19 +470,17 @@ def cutlass_fused_moe(
     """
     if input_sf is not None:
         raise ArgumentError(_OP, "input_sf", got="a tensor", expected="None on Hopper")
-    asked = (
-        use_deepseek_fp8_block_scale, use_w4_group_scaling, use_mxfp8_act_scaling,
+    flags = _flags(
+        _OP, use_deepseek_fp8_block_scale, use_w4_group_scaling, use_mxfp8_act_scaling,
         use_packed_weights,
     )  # fmt: skip
-    for name, value in zip(FLAGS, asked, strict=True):
-        check_flag(_OP, name, value)
     x, out = as_desc(input, _OP, "input"), as_desc(output, _OP, "output")
     weights = as_desc(fc1_expert_weights, _OP, "fc1_expert_weights")
     if output_dtype is not None:
         wanted = parse_dtype(output_dtype, op=_OP, argument="output_dtype")
         if out.dtype is not wanted:
             raise ArgumentError(_OP, "output", got=out.layout, expected=f"output_dtype {wanted}")
-    _moe_for(x, weights, out, asked)(
+    _moe_for(x, weights, out, flags)(
         out, x, token_selected_experts, token_final_scales, weights, fc2_expert_weights,
         quant_scales, fc1_expert_biases=fc1_expert_biases, fc2_expert_biases=fc2_expert_biases,
         swiglu_alpha=swiglu_alpha, swiglu_beta=swiglu_beta, swiglu_limit=swiglu_limit,
@@ -492,18 +491,16 @@ def cutlass_fused_moe(
 
 
 def _moe_for(
-    x: TensorDesc, weights: TensorDesc, out: TensorDesc, asked: tuple[bool, ...]
+    x: TensorDesc, weights: TensorDesc, out: TensorDesc, flags: frozenset[str]
 ) -> FusedMoe:
     """The `FusedMoe` for these dtypes and flags on this device, made once."""
-    key = (x.device, x.dtype, weights.dtype, out.dtype, asked)
+    key = (x.device, x.dtype, weights.dtype, out.dtype, flags)
     moe = _made.get(key)
     if moe is None:
-        given = dict(zip(FLAGS, asked, strict=True))
-        flags = frozenset(name for name, value in given.items() if value)
         dtypes = (x.dtype.name, weights.dtype.name, out.dtype.name)
         # Refused here, errors name the arguments of the call.
         mode_of(_OP, *dtypes, flags, ("input", "fc1_expert_weights", "output"))
-        made = FusedMoe(*dtypes, device=x.device, **given)
+        made = FusedMoe(*dtypes, device=x.device, **dict.fromkeys(flags, True))
         made._op = _OP
         moe = _made.setdefault(key, made)
     return moe

@@ -159,7 +159,6 @@ GATED = frozenset({"Swiglu", "Geglu", "SwigluBias", "SwigluStep", "GegluTanh"})
 
 
 @functools.cache
-@functools.cache
 def of_release(release: str | None) -> Interface:
     """The interface of a release; the default release's where nothing tells which it is."""
     found = (one for one in INTERFACES if release is None or is_in(release, one.releases))

@@ -7,6 +7,7 @@ What is here follows the binding's own checks and what it does not check: `runMo
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,13 @@ class Scale:
     name: str
     forms: tuple[Form, ...]
 
+    @classmethod
+    def read(cls, text: str) -> Scale:
+        """From text such as "fc2_quant: float32[] | float32[experts]"."""
+        name, forms = text.split(": ")
+        found = re.findall(r"([^][ |]+)\[([^]]*)\]", forms)
+        return cls(name, tuple(Form(tuple(dtypes.split(",")), axes) for dtypes, axes in found))
+
 
 @dataclass(frozen=True)
 class Mode:
@@ -99,24 +107,8 @@ def int4_interleave(columns: int) -> int:
     return 4 if columns % 512 == 0 else 2 if columns % 256 == 0 else 1
 
 
-_F32 = ("float32",)
-_PER_EXPERT, _NUMBER = Form(_F32, "experts"), Form(_F32, "")
-_NOTHING = Form((*HALF, "float32", "uint8"), "0")
-
-
-def _mxfp4_groups(columns: str, rows: str) -> tuple[Form, ...]:
-    # FlashInfer's callers give four of them as one int32.
-    blocks = f"experts {columns}/{4 * MXFP4_GROUP}"
-    return Form(("uint8",), f"{blocks} 4*{rows}"), Form(("int32",), f"{blocks} {rows}")
-
-
-def _columns(axis: str) -> tuple[Form, ...]:
-    return Form(("A",), axis), Form(("A",), f"{axis} 1"), Form(("A",), f"1 {axis}")
-
-
-def _int4_groups(i: int) -> tuple[Form, ...]:
-    # bfloat16 whatever the activations are, and seen as their dtype by FlashInfer's callers.
-    return (Form(("bfloat16", "A"), f"experts groups{i} scales{i}"),)
+def _scales(*texts: str) -> tuple[Scale, ...]:
+    return tuple(map(Scale.read, texts))
 
 
 PLAIN = Mode(
@@ -124,20 +116,18 @@ PLAIN = Mode(
 )  # fmt: skip
 PER_TENSOR = Mode(
     "fp8", "fp8 with one scale for each expert", (FP8,), FP8, frozenset(), 1, 16,
-    scales=(
-        Scale("fc1_dequant", (_PER_EXPERT,)),
-        Scale("fc2_quant", (_NUMBER, _PER_EXPERT)),
-        Scale("fc2_dequant", (_PER_EXPERT,)),
-        Scale("fc1_input_dequant", (_NUMBER,)),
+    scales=_scales(
+        "fc1_dequant: float32[experts]", "fc2_quant: float32[] | float32[experts]",
+        "fc2_dequant: float32[experts]", "fc1_input_dequant: float32[]",
     ),
     outputs=HALF,
 )  # fmt: skip
 BLOCK_SCALE = Mode(
     "fp8_block_scale", "fp8 weights with a scale for each block of 128 by 128", ("bfloat16",), FP8,
     frozenset({"use_deepseek_fp8_block_scale"}), 1, BLOCK,
-    scales=(
-        Scale("fc1_scales", (Form(_F32, f"experts ROWS/{BLOCK} hidden_size/{BLOCK}"),)),
-        Scale("fc2_scales", (Form(_F32, f"experts hidden_size/{BLOCK} inter_size/{BLOCK}"),)),
+    scales=_scales(
+        "fc1_scales: float32[experts ROWS/128 hidden_size/128]",
+        "fc2_scales: float32[experts hidden_size/128 inter_size/128]",
     ),
     has_tactics=False,
 )  # fmt: skip
@@ -148,24 +138,28 @@ MXFP4 = Mode(
     "mxfp4", "MXFP4 weights with bfloat16 activations", ("bfloat16",), "uint8",
     frozenset({"use_w4_group_scaling"}), 2, 4 * MXFP4_GROUP,
     step=lambda columns: 4 * MXFP4_GROUP,
-    scales=(
-        Scale("fc1_weight_scales", _mxfp4_groups("hidden_size", "ROWS")),
-        Scale("fc2_weight_scales", _mxfp4_groups("inter_size", "hidden_size")),
+    # FlashInfer's callers give four of them as one int32.
+    scales=_scales(
+        "fc1_weight_scales: uint8[experts hidden_size/128 4*ROWS]"
+        " | int32[experts hidden_size/128 ROWS]",
+        "fc2_weight_scales: uint8[experts inter_size/128 4*hidden_size]"
+        " | int32[experts inter_size/128 hidden_size]",
     ),
 )  # fmt: skip
 INT4 = Mode(
     "int4", "int4 weights in groups of 128, activations quantised to fp8", HALF, "uint8",
     frozenset({"use_w4_group_scaling", "use_packed_weights"}), 2, INT4_GROUP,
     step=lambda columns: INT4_GROUP * int4_interleave(columns),
-    scales=(
-        Scale("fc1_weight_scales", _int4_groups(1)),
-        Scale("fc2_weight_scales", _int4_groups(2)),
-        Scale("fc1_act_scales", _columns("hidden_size")),
-        Scale("fc2_act_scales", _columns("inter_size")),
-        Scale("fc1_weight_zeros", (_NOTHING,)),
-        Scale("fc2_weight_zeros", (_NOTHING,)),
-        Scale("fc1_alpha", (_PER_EXPERT,)),
-        Scale("fc2_alpha", (_PER_EXPERT,)),
+    # Scales of weights are bfloat16 whatever the activations are, and seen as their dtype by
+    # FlashInfer's callers.
+    scales=_scales(
+        "fc1_weight_scales: bfloat16,A[experts groups1 scales1]",
+        "fc2_weight_scales: bfloat16,A[experts groups2 scales2]",
+        "fc1_act_scales: A[hidden_size] | A[hidden_size 1] | A[1 hidden_size]",
+        "fc2_act_scales: A[inter_size] | A[inter_size 1] | A[1 inter_size]",
+        "fc1_weight_zeros: float16,bfloat16,float32,uint8[0]",
+        "fc2_weight_zeros: float16,bfloat16,float32,uint8[0]",
+        "fc1_alpha: float32[experts]", "fc2_alpha: float32[experts]",
     ),
 )  # fmt: skip
 
@@ -241,14 +235,10 @@ def _count_rules(argument: str) -> tuple[Rule, ...]:
         "tokens * top_k": "tokens * experts of a token",
         "top_k * experts * ep_size": "experts of a token * experts of all ranks",
     }
-    return (
-        *(
-            Rule(argument, f"{count} <= {_INT32}", f"{told} of at most {_INT32}")
-            for count, told in most.items()
-        ),
-        Rule(argument, "top_k <= experts * ep_size",
-             "at most experts * ep_size for a token, which are all there are"),
-    )  # fmt: skip
+    counts = [Rule(argument, f"{count} <= {_INT32}", f"{told} of at most {_INT32}")
+              for count, told in most.items()]  # fmt: skip
+    expected = "at most experts * ep_size for a token, which are all there are"
+    return *counts, Rule(argument, "top_k <= experts * ep_size", expected)
 
 
 def _step_rule(axis: str, step: Callable[[int], int]) -> Rule:
@@ -261,18 +251,16 @@ def _int4_rules(gates: int) -> tuple[Rule, ...]:
     """As many scales of a row lie side by side as the kernel takes in one step."""
 
     def rule(i: int, columns: str, rows: str, times: int) -> Rule:
-        def holds(columns: int, rows: int, groups: int, scales: int) -> bool:
+        def wanted(columns: int, rows: int) -> tuple[int, int]:
             factor = int4_interleave(columns)
-            return groups * INT4_GROUP * factor == columns and scales == times * rows * factor
+            return columns // (INT4_GROUP * factor), times * rows * factor
 
-        def expected(columns: int, rows: int, *of: int) -> str:
-            factor = int4_interleave(columns)
-            shape = columns // (INT4_GROUP * factor), times * rows * factor
-            return "the shape [experts, {}, {}]".format(*shape)
+        def expected(groups: int, scales: int, *sizes: int) -> str:
+            return "the shape [experts, {}, {}]".format(*wanted(*sizes))
 
-        name = f"fits{i}"
-        of = f"{name}({columns}, {rows}, groups{i}, scales{i})"
-        return Rule(f"quant_scales_{i - 1}", of, expected, {name: holds})
+        name = f"wanted{i}"
+        holding = f"(groups{i}, scales{i}) == {name}({columns}, {rows})"
+        return Rule(f"quant_scales_{i - 1}", holding, expected, {name: wanted})
 
     return rule(1, "hidden_size", "inter_size", gates), rule(2, "inter_size", "hidden_size", 1)
 

@@ -13,6 +13,7 @@ from typing import Any
 from fi_ffi.abi.tensor import Device
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, KernelError, printed
 from fi_ffi.ops import cuda
+from fi_ffi.ops.call.arguments import INT64_MAX, check_int, shown
 from fi_ffi.ops.watch import watching
 from fi_ffi.ops.watch.call_record import CallRecord, place_of
 from fi_ffi.ops.watch.dump import MOST_BYTES, MOST_CALLS, Dump
@@ -68,7 +69,7 @@ class call_log:  # a verb, as `open` is
     ) -> None:
         _check_level("level", level)
         for name, value in (("max_dump_calls", max_dump_calls), ("max_dump_bytes", max_dump_bytes)):
-            _check_count(name, value)
+            check_int("call_log", name, value, 0, INT64_MAX)
         if not isinstance(dump_ops, str):
             got = type(dump_ops).__name__
             raise ArgumentTypeError("call_log", "dump_ops", got=got, expected="str")
@@ -99,18 +100,9 @@ class call_log:  # a verb, as `open` is
 def _check_level(name: str, level: object) -> None:
     expected = " or ".join(map(str, _LEVELS))
     if type(level) is not int:
-        got = f"{type(level).__name__} {printed(level)}"
-        raise ArgumentTypeError("call_log", name, got=got, expected=expected)
+        raise ArgumentTypeError("call_log", name, got=shown(level), expected=expected)
     if level not in _LEVELS:
         raise ArgumentError("call_log", name, got=level, expected=expected)
-
-
-def _check_count(name: str, value: object) -> None:
-    if type(value) is not int:
-        got = f"{type(value).__name__} {printed(value)}"
-        raise ArgumentTypeError("call_log", name, got=got, expected="int")
-    if value < 0:
-        raise ArgumentError("call_log", name, got=value, expected="0 or more")
 
 
 def _rearm_graphs() -> None:
@@ -138,9 +130,7 @@ def open_by_environment(environment: Mapping[str, str] = os.environ) -> call_log
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:
-    text = environment.get(name, "").strip()
-    if not text:
-        return default
+    text = environment.get(name, "").strip() or str(default)
     if not (text.isascii() and text.isdigit() and len(text) < 19):
         raise ArgumentError("call_log", name, got=printed(text), expected="a number")
     return int(text)
@@ -166,7 +156,7 @@ class Log:
         try:
             result = call()
         except BaseException as error:
-            self._say(number, f"raised {type(error).__name__}: {error}")
+            self._say(number, f"raised {_told(error)}")
             raise
         self._say(number, f"returned after {(time.monotonic() - start) * 1e6:.0f} us")
         if can_read:
@@ -218,20 +208,14 @@ class Log:
         """Write those of the arguments before a call, or of the results after it."""
         if self._level < STATISTICS:
             return
-        tensors = [
-            (arg.name, arg.tensor)
-            for arg in record.arguments
-            if arg.tensor is not None
-            and not arg.is_scratch
-            and (arg.reads if when == "before" else arg.writes)
-        ]
+        tensors = record.tensors("reads" if when == "before" else "writes")
 
         def lines() -> Iterator[str]:
-            for name, tensor in tensors:
+            for name, tensor in tensors.items():
                 try:
                     yield f"  {name}: {statistics(tensor, record.stream)}"
                 except Exception as error:
-                    yield f"  {name}: no statistics: {type(error).__name__}: {error}"
+                    yield f"  {name}: no statistics: {_told(error)}"
 
         if tensors:
             self._say(number, f"{when}:", lines)
@@ -242,7 +226,7 @@ class Log:
         try:
             stem, what = self._dump.before(number, record)
         except Exception as error:
-            stem, what = None, f"not dumped: {type(error).__name__}: {error}"
+            stem, what = None, f"not dumped: {_told(error)}"
         if what:
             self._say(number, what, level=NAMES)
         return stem
@@ -252,7 +236,7 @@ class Log:
         try:
             what = self._dump.after(stem, record, result)
         except Exception as error:
-            what = f"results not dumped: {type(error).__name__}: {error}"
+            what = f"results not dumped: {_told(error)}"
         self._say(number, what, level=NAMES)
 
     def _say(
@@ -267,9 +251,13 @@ class Log:
         try:
             said = [head, *lines()]
         except Exception as error:
-            said = [f"{head} cannot be told: {type(error).__name__}: {error}"]
+            said = [f"{head} cannot be told: {_told(error)}"]
         # A message may have lines of its own.
         self._writer.write("".join(line.replace("\n", "\n    ") + "\n" for line in said))
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _is_capturing(stream: int) -> bool:

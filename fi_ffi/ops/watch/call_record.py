@@ -91,6 +91,17 @@ class CallRecord:
         """The arguments as the entry is given them; listed when first asked for."""
         return self._list_arguments()
 
+    def tensors(self, *of: str) -> dict[str, TensorDesc]:
+        """The tensors whose elements mean something: all, or those that the entry `reads` or
+        `writes`."""
+        return {
+            arg.name: arg.tensor
+            for arg in self.arguments
+            if arg.tensor is not None
+            and not arg.is_scratch
+            and all(getattr(arg, one) for one in of)
+        }
+
     @property
     def op(self) -> str:
         """What was called, as its caller knows it; of a plan's calls, the plan's class."""
@@ -190,14 +201,8 @@ def of_values(
 ) -> CallRecord:  # fmt: skip
     """The record of a call of a function that no row describes."""
     # Not later: the values may be gone by then, or somebody else's.
-    arguments = arguments_of_values(values, tensors)
+    arguments = _arguments_of_values(values, tensors)
     return CallRecord(name, name, device, stream, lambda: arguments)
-
-
-def is_scratch(arg: Tensor) -> bool:
-    """Whether a tensor is memory for partial results, or a workspace that a plan makes its own."""
-    is_workspace = arg.writes and arg.dtype == "uint8" and arg.axes in _WORKSPACE_AXES
-    return arg.is_scratch or is_workspace
 
 
 def _arguments_of(variant: Variant, packed: Packed) -> list[Argument]:
@@ -211,14 +216,14 @@ def _arguments_of(variant: Variant, packed: Packed) -> list[Argument]:
 
 def _argument(variant: Variant, packed: Packed, i: int, arg: Arg) -> Argument:
     assert not isinstance(arg, TensorArray)
-    if isinstance(arg, Absent):
-        return Argument(arg.name, None, None)
-    if isinstance(arg, Tensor):
-        kind = variant.kind_of(arg)
-        if kind is None:
-            return Argument(arg.name, None, None)
+    kind = variant.kind_of(arg) if isinstance(arg, Tensor) else None
+    if isinstance(arg, Tensor) and kind is not None:
         tensor = packed.tensor(i, kind)
-        return Argument(arg.name, tensor, tensor.ptr, arg.reads, arg.writes, is_scratch(arg))
+        is_workspace = arg.writes and arg.dtype == "uint8" and arg.axes in _WORKSPACE_AXES
+        is_scratch = arg.is_scratch or is_workspace
+        return Argument(arg.name, tensor, tensor.ptr, arg.reads, arg.writes, is_scratch)
+    if isinstance(arg, (Absent, Tensor)):
+        return Argument(arg.name, None, None)
     at = packed.layout.value(i)
     value: Any = packed.words[at]
     address = packed.addresses[at]
@@ -235,13 +240,10 @@ def _argument(variant: Variant, packed: Packed, i: int, arg: Arg) -> Argument:
     return Argument(arg.name, None, value)
 
 
-def arguments_of_values(
+def _arguments_of_values(
     values: Sequence[Any], tensors: Sequence[tuple[str, TensorDesc]]
 ) -> list[Argument]:
-    """The arguments of a function that no row describes, by their numbers.
-
-    What it writes is not known, so all tensors may be.
-    """
+    """The arguments by their numbers.  What is written is not known, so all tensors may be."""
     of_value: dict[str, list[TensorDesc]] = {}
     for where, desc in tensors:
         of_value.setdefault(where.partition(":")[0], []).append(desc)

@@ -8,14 +8,12 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from fi_ffi.abi.function import array_values
 from fi_ffi.abi.objects import Array
-from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError, LoaderError
 from fi_ffi.loader import machine
 from fi_ffi.ops.watch import safetensors
@@ -41,7 +39,7 @@ class Dump:
         most_bytes: int = MOST_BYTES,
     ) -> None:  # fmt: skip
         self._folder = Path(folder)
-        self._patterns = [pattern.strip() for pattern in ops.split(",") if pattern.strip()]
+        self._patterns = [one.strip() for one in ops.split(",") if one.strip()] or ["*"]
         self._most_calls, self._most_bytes = most_calls, most_bytes
         self._lock = threading.Lock()
         self._calls = self._bytes = 0
@@ -64,22 +62,18 @@ class Dump:
         what to say of it.  Raises `OSError` and `KernelError`."""
         name, plan = record.qualname, record.plan
         is_planning = record.row is not None and record.row.symbol == "plan" and plan is not None
-        is_wanted = not self._patterns or any(
-            fnmatch.fnmatchcase(name, pattern) for pattern in self._patterns
-        )
-        if not is_wanted and not is_planning:
-            return None, ""
-        tensors, found = _tensors(record), None
+        is_wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in self._patterns)
+        found = None
         if is_planning:
-            found = _described(number, record), _stored(tensors, record.stream)
+            found = _described(number, record), _stored(record)
             with self._lock:
                 self._plans[plan] = found
         if not is_wanted:
             return None, ""
-        why_not = self._take(sum(map(_count, tensors.values())))
+        why_not = self._take(record)
         if why_not:
             return None, f"not dumped: {why_not}"
-        call, stored = found or (_described(number, record), _stored(tensors, record.stream))
+        call, stored = found or (_described(number, record), _stored(record))
         if plan is not None and not is_planning:
             with self._lock:
                 planned = self._plans.get(plan)
@@ -94,16 +88,17 @@ class Dump:
 
     def after(self, stem: str, record: CallRecord, result: Any) -> str:
         """Write what a call has written; what to say of it.  Raises as `before`."""
-        written = _tensors(record, only_written=True)
-        why_not = self._take(sum(map(_count, written.values())), calls=0)
+        why_not = self._take(record, "writes")
         if why_not:
             return f"results not dumped: {why_not}"
         words = {"format": FORMAT, "result": json.dumps(_result(result))}
-        safetensors.write(Path(stem + AFTER), _stored(written, record.stream), words)
+        safetensors.write(Path(stem + AFTER), _stored(record, "writes"), words)
         return f"dumped: {stem}{AFTER}"
 
-    def _take(self, count: int, calls: int = 1) -> str:
-        """Take room for so many bytes; why there is none."""
+    def _take(self, record: CallRecord, *of: str) -> str:
+        """Take room for these of a call's tensors; why there is none."""
+        tensors, calls = record.tensors(*of).values(), not of
+        count = sum(tensor.numel * tensor.dtype.itemsize for tensor in tensors)
         with self._lock:
             if self._calls + calls > self._most_calls:
                 return f"{self._most_calls} calls were (FI_FFI_DUMP_MAX_CALLS)"
@@ -113,23 +108,10 @@ class Dump:
             return ""
 
 
-def _tensors(record: CallRecord, only_written: bool = False) -> dict[str, TensorDesc]:
-    """The tensors whose elements are kept."""
+def _stored(record: CallRecord, *of: str) -> dict[str, Stored]:
     return {
-        arg.name: arg.tensor
-        for arg in record.arguments
-        if arg.tensor is not None and not arg.is_scratch and (arg.writes or not only_written)
-    }
-
-
-def _count(tensor: TensorDesc) -> int:
-    return tensor.numel * tensor.dtype.itemsize
-
-
-def _stored(tensors: Mapping[str, TensorDesc], stream: int | None) -> dict[str, Stored]:
-    return {
-        name: Stored(tensor.dtype, tensor.shape, read(tensor, stream))
-        for name, tensor in tensors.items()
+        name: Stored(tensor.dtype, tensor.shape, read(tensor, record.stream))
+        for name, tensor in record.tensors(*of).items()
     }
 
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import Any
-
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.tensor import Device, DType, TensorDesc
+from fi_ffi.abi.tensor import Device, TensorDesc
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda
 
 MOST_BYTES = 2**28  # of a tensor whose statistics are made
 _DEVICE_TO_HOST = 2  # cudaMemcpyDeviceToHost
-# The dtypes that numpy has by itself, and how the names of more of them begin.
-_OF_NUMPY = {"float16", "float32", "float64", "bool"}
-_INTEGERS = ("int", "uint")
 
 
 def read(tensor: TensorDesc, stream: int | None) -> bytes:
@@ -27,15 +21,15 @@ def read(tensor: TensorDesc, stream: int | None) -> bytes:
         return b""
     if tensor.is_contiguous:
         return _span(tensor.ptr, tensor.span_bytes, tensor.device, stream)
-    item, axes = tensor.dtype.itemsize, list(zip(tensor.shape, tensor.strides, strict=True))
-    first = sum(min(0, stride * (size - 1)) for size, stride in axes) * item
-    span = memoryview(_span(tensor.ptr + first, tensor.span_bytes, tensor.device, stream))
-    run = 1  # of elements that lie next to each other
-    while axes and (axes[-1][0] == 1 or axes[-1][1] == run):
-        run *= axes.pop()[0]
-    offsets = (range(0, stride * size, stride) if stride else [0] * size for size, stride in axes)
-    starts = (sum(steps) * item - first for steps in itertools.product(*offsets))
-    return b"".join(span[start : start + run * item] for start in starts)
+    import numpy
+
+    item = tensor.dtype.itemsize
+    strides = [stride * item for stride in tensor.strides]
+    steps = zip(strides, tensor.shape, strict=True)
+    first = sum(min(0, stride * (size - 1)) for stride, size in steps)
+    span = _span(tensor.ptr + first, tensor.span_bytes, tensor.device, stream)
+    elements: bytes = numpy.ndarray(tensor.shape, f"V{item}", span, -first, strides).tobytes()
+    return elements
 
 
 def _span(address: int, count: int, device: Device, stream: int | None) -> bytes:
@@ -66,32 +60,13 @@ def statistics(tensor: TensorDesc, stream: int | None) -> str:
         return f"no statistics of {tensor.dtype}: elements share bytes"
     if tensor.span_bytes > MOST_BYTES:
         return f"no statistics: {tensor.span_bytes} bytes, more than {MOST_BYTES}"
-    dtype = _numpy_dtype(tensor.dtype)
-    if dtype is None:
-        return f"no statistics of {tensor.dtype}: ml_dtypes is not installed"
-    return _statistics_of(read(tensor, stream), dtype)
-
-
-def _numpy_dtype(dtype: DType) -> Any:
-    """The dtype as numpy has it; None where that needs what is not installed."""
-    import numpy
-
-    if dtype.name in _OF_NUMPY or dtype.name.startswith(_INTEGERS):
-        return numpy.dtype(dtype.name)
-    try:
-        return dtype.numpy
-    except ImportError:
-        return None
-
-
-def _statistics_of(data: bytes, dtype: Any) -> str:
     import numpy as np
 
-    values = np.frombuffer(data, dtype)
-    if dtype.kind in "iub":
+    values = np.frombuffer(read(tensor, stream), tensor.dtype.numpy)
+    if values.dtype.kind in "iub":
         mean = values.mean(dtype="float64")
         return f"min {int(values.min())}, max {int(values.max())}, mean {mean:.6g}"
-    wide = values if dtype.itemsize > 2 else values.astype(np.float32)
+    wide = values if values.itemsize > 2 else values.astype(np.float32)
     nan, infinite = np.isnan(wide), np.isinf(wide)
     counts = f"{int(nan.sum())} NaN, {int(infinite.sum())} Inf"
     finite = wide[~(nan | infinite)]

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import math
-import numbers
 import os
 import threading
 import time
@@ -17,8 +15,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, HangError, printed
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, HangError
 from fi_ffi.ops import cuda
+from fi_ffi.ops.call.arguments import check_flag, check_number
 from fi_ffi.ops.call.memory import stream_key
 from fi_ffi.ops.watch import stream_progress, watching
 from fi_ffi.ops.watch.call_record import CallRecord, place_of
@@ -65,14 +64,11 @@ class watchdog:  # a context manager reads as a verb
         on_hang: Callable[[str], object] | None = None,
         abort: bool = False,
     ) -> None:
-        self.seconds = _seconds(seconds)
+        self.seconds = check_number("watchdog", "seconds", seconds, above=0)
         if on_hang is not None and not callable(on_hang):
             got = type(on_hang).__name__
             raise ArgumentTypeError("watchdog", "on_hang", got=got, expected="a callable or None")
-        if type(abort) is not bool:
-            got = type(abort).__name__
-            raise ArgumentTypeError("watchdog", "abort", got=got, expected="bool")
-        self.on_hang, self.abort = on_hang, abort
+        self.on_hang, self.abort = on_hang, check_flag("watchdog", "abort", abort)
         self.reports: list[str] = []
         self._watch: _Watch | None = None
 
@@ -109,20 +105,6 @@ class watchdog:  # a context manager reads as a verb
             watch.close()
         if hang is not None:
             raise HangError(hang.call.op, hang.report(self.seconds))
-
-
-def _seconds(value: object) -> float:
-    expected = "a finite number above 0"
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        got = f"{type(value).__name__} {printed(value)}"
-        raise ArgumentTypeError("watchdog", "seconds", got=got, expected=expected)
-    try:
-        seconds = float(value)
-    except OverflowError:  # an int
-        seconds = math.inf
-    if not 0 < seconds < math.inf:
-        raise ArgumentError("watchdog", "seconds", got=value, expected=expected)
-    return seconds
 
 
 def marked(record: CallRecord, call: Callable[[], Any]) -> Any:
