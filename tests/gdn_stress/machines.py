@@ -38,6 +38,9 @@ class Cpu(machines.Cpu):
     # Of a call: heads times tokens, and sequences.
     most_heads_tokens, most_sequences = 200, 16
 
+    # What is told of a test.
+    report: Callable[[str, object], object] = staticmethod(lambda name, value: None)
+
     def __init__(self) -> None:
         self.launches = 0
         self.is_hung = False
@@ -60,8 +63,9 @@ class Cpu(machines.Cpu):
     # Memory.
 
     def place(self, host: np.ndarray, guard: int = GUARD) -> Any:
-        if not host.size:
-            return machines.Nothing(host, self.device)
+        return self._copy(host, guard) if host.size else machines.Nothing(host, self.device)
+
+    def _copy(self, host: np.ndarray, guard: int) -> Any:
         return HostArray(host, guard=guard)
 
     def write(self, placed: Any, host: np.ndarray) -> None:
@@ -136,11 +140,6 @@ class Gpu(Cpu, machines.Gpu):
 
     def lengths(self, lengths: Sequence[int], heads: int) -> tuple[int, ...]:
         return tuple(lengths)
-
-    def place(self, host: np.ndarray, guard: int = GUARD) -> Any:
-        if not host.size:
-            return machines.Nothing(host, self.device)
-        return self._copy(host, guard)
 
     def write(self, placed: Any, host: np.ndarray) -> None:
         from cuda.bindings import runtime

@@ -8,38 +8,16 @@ from __future__ import annotations
 
 import os
 import sys
-import time
+from collections import defaultdict
 from collections.abc import Generator
-from dataclasses import dataclass
 
 import pytest
 
 import fi_ffi
 
-
-@dataclass
-class Count:
-    """What the scenarios of a session did on a machine."""
-
-    scenarios: int = 0
-    launches: int = 0
-    seconds: float = 0.0
-
-
-counts: dict[str, Count] = {}
+# Scenarios, launches and seconds of a session, by the machine's name.
+counts: defaultdict[str, list[float]] = defaultdict(lambda: [0, 0, 0.0])
 _hung = pytest.StashKey[bool]()
-
-
-class counted:
-    """Counts a scenario, the launches that its machine makes, and its time."""
-
-    def __init__(self, name: str) -> None:
-        self._count, self._start = counts.setdefault(name, Count()), time.monotonic()
-
-    def done(self, launches: int) -> None:
-        self._count.scenarios += 1
-        self._count.launches += launches
-        self._count.seconds += time.monotonic() - self._start
 
 
 @pytest.hookimpl(wrapper=True)
@@ -54,10 +32,9 @@ def pytest_runtest_makereport(
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for name, count in counts.items():
+    for name, (scenarios, launches, seconds) in counts.items():
         terminalreporter.write_line(
-            f"gdn stress: {count.launches} launches, {count.scenarios} scenarios, "
-            f"{count.seconds:.1f} s on {name}"
+            f"gdn stress: {launches} launches, {scenarios} scenarios, {seconds:.1f} s on {name}"
         )
 
 

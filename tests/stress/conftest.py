@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,7 +12,7 @@ import fi_ffi
 
 from tests.gdn_stress.machines import Cpu, Gpu
 from tests.gdn_stress.session import (  # noqa: F401  the hooks are pytest's
-    counted,
+    counts,
     pytest_runtest_makereport,
     pytest_terminal_summary,
     pytest_unconfigure,
@@ -34,8 +35,10 @@ def machine(
     request: pytest.FixtureRequest, kernels: None, record_property: Callable[[str, object], None]
 ) -> Iterator[Cpu]:
     made = Gpu() if request.param == "gpu" else Cpu()
-    count = counted(request.param)
+    made.report = record_property
+    start = time.monotonic()
     yield made
     made.close()
     record_property("launches", made.launches)
-    count.done(made.launches)
+    did = 1, made.launches, time.monotonic() - start
+    counts[request.param] = [sum(both) for both in zip(counts[request.param], did, strict=True)]
