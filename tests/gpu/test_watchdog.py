@@ -1,28 +1,31 @@
-"""Watchdogs on a GPU: streams that are held up by what they wait for, and let go again."""
+"""Watchdogs on a GPU: the streams of tests/ops/test_watchdog.py, and what only a GPU has."""
 
 from __future__ import annotations
 
-import os
+import contextlib
+import itertools
 import re
-import subprocess
-import sys
-import textwrap
 import threading
 import time
-from pathlib import Path
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.ops import cuda
 from fi_ffi.ops.call import memory
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.watch import stream_progress, watching
+from fi_ffi.ops.watch import stream_progress
 
+from tests.helpers import children
+from tests.helpers.bodies import tests_of
 from tests.helpers.cases import make_case
 from tests.helpers.hangs import Hangs, silent, until
+from tests.ops import test_watchdog
+from tests.ops.test_watchdog import _nothing_is_left  # noqa: F401  a fixture
 
+globals().update(tests_of(test_watchdog))
 LIMIT, LONG = 0.5, 60.0
 
 
@@ -49,7 +52,7 @@ class Calls:
         self.descs = [array.desc() for array in self.arrays]
 
     def __call__(self, stream: int) -> None:
-        self.op(*self.descs, stream=stream)  # the line reported
+        self.op(*self.descs, stream=stream)
 
     def poison(self) -> None:
         from cuda.bindings import runtime
@@ -79,11 +82,53 @@ def calls(to_gpu, rng, streams):
     return made
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_left():
-    yield
-    assert watching.hooks == ()
-    assert not [t.name for t in threading.enumerate() if t.name.startswith("fi_ffi.watchdog")]
+class Machine:
+    """Streams that are stuck before each call until they are told to do its work."""
+
+    def __init__(self, calls, streams, gates) -> None:
+        self.calls, self.streams = {call.op.row.name: call for call in calls}, streams
+        self._gates = dict(zip(streams, gates, strict=True))
+        self._launched, self._done = Counter(), Counter()
+
+    def descs(self, name: str) -> dict[str, fi_ffi.TensorDesc]:
+        call = self.calls[name]
+        return dict(zip(call.case.arrays, call.descs, strict=True))
+
+    def launch(self, name: str = "rmsnorm", stream: int | None = None) -> None:
+        stream = stream or self.streams[0]
+        self._launched[stream] += 1
+        self._gates[stream].hold(stream, self._launched[stream])
+        self.calls[name](stream)
+
+    def work(self, count: int = 1, stream: int | None = None) -> None:
+        """Let the next so many calls go."""
+        stream = stream or self.streams[0]
+        self._done[stream] += count
+        self._gates[stream].open(self._done[stream])
+
+    def left(self, stream: int | None = None) -> int:
+        """How many marks a stream has still to write."""
+        slot = slot_of(stream or self.streams[0])
+        return slot.issued - slot.value
+
+    def check(self) -> None:
+        """The results of what was called are right; waits for the device."""
+        assert all(self._launched[stream] == self._done[stream] for stream in self.streams)
+        self.calls["rmsnorm"].check()
+
+
+@pytest.fixture
+def machine(calls, streams, gate):
+    from cuda.bindings import runtime
+
+    from fi_ffi.cli.cuda import check
+
+    other = type(gate)()
+    yield Machine(calls, streams, (gate, other))
+    for one in (gate, other):
+        one.open()
+    check(runtime.cudaDeviceSynchronize())
+    check(runtime.cudaFreeHost(other.address))
 
 
 def slot_of(stream: int) -> stream_progress.Slot | None:
@@ -107,74 +152,19 @@ def test_a_chain_of_200_calls_on_two_streams(to_gpu, rng, streams, capsys):
         call.check()
 
 
-def test_the_end_of_the_block_waits_for_the_stream(calls, stream):
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-
-    size = 1 << 30
-    big = [check(runtime.cudaMalloc(size)) for _ in range(2)]
-    kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-    event = cuda.Event()
-    with fi_ffi.watchdog(LONG) as dog:
-        for _ in range(100):  # some 70 ms
-            check(runtime.cudaMemcpyAsync(big[0], big[1], size, kind, stream))
-        event.record(stream)
-        calls[0](stream)
-        assert not event.is_done(), "the block does not end before the stream has done its work"
-    assert event.is_done()
-    assert dog.reports == []
-    calls[0].check()
-    for pointer in big:
-        check(runtime.cudaFree(pointer))
-
-
-def test_a_stream_that_gets_on_is_never_late(calls, stream, gate):
-    """Eight calls that finish one after the other, in more than twice the limit in all."""
-    steps = 8
-
-    def let_go():
-        for i in range(1, steps + 1):
-            time.sleep(0.15)
-            gate.open(i)
-
-    start = time.monotonic()
-    with fi_ffi.watchdog(LIMIT) as dog:
-        for i in range(1, steps + 1):
-            gate.hold(stream, i)
-            calls[0](stream)
-        thread = threading.Thread(target=let_go)
-        thread.start()
-    assert time.monotonic() - start > 2 * LIMIT
-    thread.join()
-    assert dog.reports == []
-    calls[0].check()
-
-
 def test_threads_that_share_streams(calls, streams):
     """Marks of one stream come from several threads; watchdogs open and close meanwhile."""
-    failures = []
 
-    def run(stream, watches):
-        try:
-            for i in range(200):
-                if watches and i % 10 == 0:
-                    with fi_ffi.watchdog(LONG):
-                        calls[0](stream)
-                else:
-                    calls[0](stream)
-        except BaseException as error:
-            failures.append(error)
+    def run(job):
+        stream, watches = job
+        for i in range(200):
+            with fi_ffi.watchdog(LONG) if watches and i % 10 == 0 else contextlib.nullcontext():
+                calls[0](stream)
 
     before = [slot_of(stream).issued for stream in streams]
-    with fi_ffi.watchdog(LONG) as dog:
-        jobs = [(stream, watches) for stream in streams for watches in (False, True)]
-        threads = [threading.Thread(target=run, args=job) for job in jobs]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert failures == [] and dog.reports == []
+    with fi_ffi.watchdog(LONG) as dog, ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, itertools.product(streams, (False, True))))
+    assert dog.reports == []
     for stream, issued in zip(streams, before, strict=True):
         assert slot_of(stream).issued == slot_of(stream).value == issued + 400
     calls[0].check()
@@ -182,29 +172,18 @@ def test_threads_that_share_streams(calls, streams):
 
 def test_default_streams(calls):
     """0 and 1 are the legacy one; 2 is each thread's own, and so are its marks."""
-    keys = []
+    together = threading.Barrier(2)
 
-    def run():
+    def run(_):
+        together.wait()
         for handle in (0, 1, 2):
             calls[0](handle)
-        keys.append(memory.stream_key(0, 2))
+        return memory.stream_key(0, 2)
 
-    with fi_ffi.watchdog(LONG) as dog:
-        threads = [threading.Thread(target=run) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    with fi_ffi.watchdog(LONG) as dog, ThreadPoolExecutor(2) as pool:
+        keys = list(pool.map(run, range(2)))
     assert dog.reports == []
     assert len(set(keys)) == 2
-    calls[0].check()
-
-
-def test_scopes(calls, stream):
-    issued = slot_of(stream).issued
-    with fi_ffi.watchdog(LONG), fi_ffi.stream(stream):
-        calls[0].op(*calls[0].descs)
-    assert slot_of(stream).issued == issued + 1
     calls[0].check()
 
 
@@ -216,11 +195,12 @@ def test_repeated_and_prepared_calls_are_marked_too(calls, stream):
         calls[0](stream)
         prepared()
     assert slot_of(stream).issued == issued
-    with fi_ffi.watchdog(LONG):
+    with fi_ffi.watchdog(LONG), fi_ffi.stream(stream):
         for _ in range(3):
             calls[0](stream)
             prepared()
-    assert slot_of(stream).issued == slot_of(stream).value == issued + 6
+            calls[0].op(*calls[0].descs)
+    assert slot_of(stream).issued == slot_of(stream).value == issued + 9
     calls[0].check()
 
 
@@ -238,50 +218,6 @@ def test_a_call_that_fails_is_not_waited_for(rng, to_gpu, stream):
 
 
 # ---------------------------------------------------------------- what is stuck
-
-
-def test_a_stuck_stream_is_reported_and_everything_finishes_later(calls, streams, gate):
-    rms, gemma = calls
-    stuck, other = streams
-    gate.hold(stuck)
-    begin = time.monotonic()
-    with Hangs(LIMIT, on_hang=silent) as block:
-        rms(stuck)
-        for call in (rms, gemma, rms, rms, gemma):
-            call(stuck)
-        gemma(other)  # which is not stuck
-        until(lambda: block.dog.reports)
-        assert LIMIT < time.monotonic() - begin < 2.0
-        time.sleep(max(0.0, begin + 2.0 - time.monotonic()))
-    assert len(block.dog.reports) == 1, "once, however long"
-    assert block.error.op == "rmsnorm"
-    slot = slot_of(stuck)
-    assert (slot.issued - slot.value) == 6, "nothing has moved"
-    assert slot_of(other).issued == slot_of(other).value
-
-    source = Path(__file__).read_text().splitlines()
-    line = next(i for i, text in enumerate(source, 1) if text.endswith("  # the line reported"))
-    for report in (block.dog.reports[0], block.error.report):
-        lines = report.splitlines()
-        assert re.fullmatch(
-            r"fi_ffi.watchdog\(0.5\): rmsnorm has not finished, and its stream has not moved "
-            r"for \d\.\d\d s", lines[0],
-        )  # fmt: skip
-        assert lines[1].startswith(f"  called: {__file__}:{line} in __call__, thread 'MainThread'")
-        assert lines[2] == f"  entry: norm.rmsnorm, on cuda:0, stream {stuck:#x}"
-        assert lines[3] == "  host: the call has returned, its work is queued"
-        for name, array in zip(rms.case.arrays, rms.arrays, strict=True):
-            layout = array.desc().layout
-            assert f"  {name}: {layout} at {array.ptr:#x}" in lines
-        assert "  eps: 1e-06" in lines
-        assert lines[-1] == "  behind it: 5 later calls (3 rmsnorm, 2 gemma_rmsnorm)"
-
-    gate.open()
-    with fi_ffi.watchdog(LONG) as dog:
-        rms(stuck)
-    assert dog.reports == []
-    for call in calls:
-        call.check()
 
 
 def test_a_module_s_call_that_is_stuck(calls, streams, gate):
@@ -307,32 +243,6 @@ def test_a_module_s_call_that_is_stuck(calls, streams, gate):
         entry(*rms.descs, 1e-6, False, stream=stuck)
     assert dog.reports == []
     rms.check()
-
-
-def test_exit_raises_though_nothing_was_reported_before(calls, stream, gate, capsys):
-    gate.hold(stream)
-    begin = time.monotonic()
-    with Hangs(LIMIT):
-        calls[0](stream)
-    assert LIMIT < time.monotonic() - begin < 4 * LIMIT
-    assert f"rmsnorm, on cuda:0, stream {stream:#x}" in capsys.readouterr().err
-    gate.open()
-    calls[0].check()
-
-
-def test_an_exception_in_the_block_waits_for_no_stream(calls, stream, gate):
-    def block():
-        with fi_ffi.watchdog(LONG):
-            calls[0](stream)
-            raise ZeroDivisionError
-
-    gate.hold(stream)
-    begin = time.monotonic()
-    with pytest.raises(ZeroDivisionError):
-        block()
-    assert time.monotonic() - begin < 5
-    gate.open()
-    calls[0].check()
 
 
 def test_a_launch_that_blocks_behind_a_stuck_stream(calls, stream, gate):
@@ -365,21 +275,6 @@ def test_a_launch_that_blocks_behind_a_stuck_stream(calls, stream, gate):
     assert blocked.startswith("    not returned: rmsnorm, ") and "thread 'the filler'" in blocked
     print(f"{count} calls were queued before a launch blocked")
     calls[0].check()
-
-
-def test_nested_watchdogs_wait_for_their_own_calls(calls, streams, gate):
-    stuck, other = streams
-    gate.hold(stuck)
-    with fi_ffi.watchdog(LONG) as outer:
-        calls[0](stuck)
-        with fi_ffi.watchdog(LIMIT) as inner:
-            calls[1](other)
-            time.sleep(2 * LIMIT)
-        assert inner.reports == [], "the stuck call is not of its block"
-        gate.open()
-    assert outer.reports == []
-    for call in calls:
-        call.check()
 
 
 def test_a_plans_run(to_gpu, rng, stream, gate):
@@ -441,14 +336,10 @@ def test_abort_ends_a_process_whose_stream_is_stuck():
         fi_ffi.rmsnorm(x.desc(), x.desc(), w.desc(), stream=stream)
     print("never")
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (124, "held\n"), done.stderr
-    assert "fi_ffi.watchdog(0.5): rmsnorm has not finished" in done.stderr
-    assert "most recent call first" in done.stderr and " in __exit__\n" in done.stderr
+    status, out, err = children.done(program)
+    assert (status, out) == (124, "held\n"), err
+    assert "fi_ffi.watchdog(0.5): rmsnorm has not finished" in err
+    assert "most recent call first" in err and " in __exit__\n" in err
 
 
 # ---------------------------------------------------------------- graphs
@@ -523,7 +414,7 @@ def test_memory_for_marks_may_be_needed_while_another_stream_captures(calls, str
         call.check()
 
 
-# ---------------------------------------------------------------- more than one GPU, and time
+# ---------------------------------------------------------------- more than one GPU
 
 
 def test_two_devices_write_their_marks(calls, stream, rng):
@@ -550,38 +441,3 @@ def test_two_devices_write_their_marks(calls, stream, rng):
         array.free()
     with on_device(1):
         check(runtime.cudaStreamDestroy(theirs))
-
-
-def test_time_of_a_call(to_gpu, rng, stream, capsys):
-    """Printed: the host's microseconds a call, without a watchdog and with one or two."""
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-
-    call, count = Calls(to_gpu, rng, rows=1), 300
-
-    def measured() -> float:
-        best = float("inf")
-        for _ in range(20):
-            check(runtime.cudaStreamSynchronize(stream))
-            start = time.perf_counter()
-            for _ in range(count):
-                call(stream)
-            best = min(best, time.perf_counter() - start)
-        check(runtime.cudaStreamSynchronize(stream))
-        return best / count * 1e6
-
-    measured()
-    without = measured()
-    with fi_ffi.watchdog(LONG):
-        one = measured()
-        with fi_ffi.watchdog(LONG):
-            two = measured()
-    again = measured()
-    with capsys.disabled():
-        print(
-            f"\nrmsnorm on the host: {without:.2f} us without a watchdog ({again:.2f} after), "
-            f"{one:.2f} with one (+{one - without:.2f}), {two:.2f} with two (+{two - without:.2f})"
-        )
-    assert one - without < 100, "microseconds"
-    call.check()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,115 +11,89 @@ import pytest
 import fi_ffi
 
 from tests.helpers import moe_layers
-from tests.helpers.moe_layers import F16, F32, a, refused
+from tests.helpers.moe_layers import BF16, F8, F16, F32, a, refused
 
 F64 = np.dtype(np.float64)
-
-
-def other_dtype(array: np.ndarray) -> np.ndarray:
-    return np.zeros(array.shape, F64)
-
-
+QUANTISED = ("fp8", "fp8_block_scale", "mxfp4", "int4")
 TENSORS = (
-    "output", "token_selected_experts", "token_final_scales", "fc2_expert_weights",
-    "fc1_expert_biases", "fc2_expert_biases", "swiglu_alpha", "swiglu_beta", "swiglu_limit",
+    "output", "input", "token_selected_experts", "token_final_scales", "fc1_expert_weights",
+    "fc2_expert_weights", "fc1_expert_biases", "fc2_expert_biases", "swiglu_alpha", "swiglu_beta",
+    "swiglu_limit",
 )  # fmt: skip
+# Of these the sizes are that others are compared with.
+FIRST = {"output", "fc1_expert_weights", "token_selected_experts", "input"}
+
+
+def whole() -> moe_layers.Made:
+    return a("half", biases=True, limits=("alpha", "beta", "limit"))
 
 
 def elsewhere(array: np.ndarray) -> fi_ffi.TensorDesc:
     return fi_ffi.TensorDesc(4096, array.shape, array.dtype, device="cuda:0")
 
 
-def whole(mode="half"):
-    return a(mode, biases=True, limits=("alpha", "beta", "limit"))
+def strided(array: np.ndarray) -> np.ndarray:
+    wide = np.zeros((*array.shape[:-1], 2 * array.shape[-1]), array.dtype)
+    return wide[..., ::2] if array.size else np.zeros(1, array.dtype)
 
 
-@pytest.mark.parametrize("name", TENSORS)
-def test_dtypes(name):
-    made = whole()
-    made.tensors[name] = other_dtype(made.tensors[name])
-    refused(made, name)
+# What is done to a tensor, and what is expected of it then.
+CHANGES: dict[str, tuple[Any, str]] = {
+    "dtype": (lambda x: np.zeros(x.shape, F64), ""),
+    "rank": (lambda x: np.zeros((*x.shape, 3), x.dtype), ""),
+    "rows": (lambda x: np.concatenate([x, x[-1:]]), ""),
+    "columns": (lambda x: np.ascontiguousarray(x[..., :-1]), ""),
+    "strides": (strided, "contiguous"),
+    "odd": (lambda x: fi_ffi.as_desc(x).at(x.ctypes.data + 1), "multiple of"),
+    "null": (lambda x: fi_ffi.as_desc(x).at(0), "multiple of"),
+    "device": (elsewhere, ""),
+    "type": (lambda x: 3, ""),
+    "text": (lambda x: "x", ""),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_each_tensor(change):
+    function, expected = CHANGES[change]
+    kind = fi_ffi.ArgumentTypeError if change in ("type", "text") else fi_ffi.ArgumentError
+    for name in TENSORS:
+        made = whole()
+        made.tensors[name] = function(made.tensors[name])
+        with pytest.raises(kind) as caught:
+            made.call()
+        error, may = caught.value, {name}
+        if change in ("rows", "columns") and name in FIRST:
+            may = {*TENSORS}
+        if change == "device":  # `output` is compared with `input`, which says where the call is
+            may = {"output": {"input"}, "input": {"stream"}}.get(name, may)
+        assert error.op == "cutlass_fused_moe" and error.argument in may, str(error)
+        assert expected in str(error.expected)
+
+
+def test_tensors_that_there_must_be():
+    for name in ("output", "input", "token_selected_experts", "fc1_expert_weights",
+                 "fc2_expert_weights"):  # fmt: skip
+        made = whole()
+        made.tensors[name] = None
+        refused(made, name, fi_ffi.ArgumentTypeError)
 
 
 @pytest.mark.parametrize("name", ["input", "fc1_expert_weights"])
-@pytest.mark.parametrize("dtype", [F64, F32, np.dtype(np.int8), np.dtype(ml_dtypes.float8_e5m2)])
-def test_dtypes_that_tell_the_mode(name, dtype):
-    made = whole()
-    made.tensors[name] = np.zeros(made.tensors[name].shape, dtype)
-    refused(made, name)
-
-
-@pytest.mark.parametrize("name", ["input", "fc1_expert_weights", *TENSORS])
-def test_ranks_and_shapes(name):
-    for change in (lambda x: x[None], lambda x: np.concatenate([x, x[-1:]]), lambda x: x[..., :-1]):
+def test_dtypes_that_tell_the_mode(name):
+    for dtype in (F64, F32, np.dtype(np.int8), np.dtype(ml_dtypes.float8_e5m2)):
         made = whole()
-        made.tensors[name] = np.ascontiguousarray(change(made.tensors[name]))
-        with pytest.raises(fi_ffi.ArgumentError) as caught:
-            made.call()
-        # Of these the sizes are that others are compared with.
-        first = {"output", "fc1_expert_weights", "token_selected_experts"}
-        assert caught.value.argument == name or name in first, str(caught.value)
+        made.tensors[name] = np.zeros(made.tensors[name].shape, dtype)
+        refused(made, name)
 
 
-@pytest.mark.parametrize("name", ["input", "fc1_expert_weights", *TENSORS])
-def test_strides(name):
-    made = whole()
-    array = made.tensors[name]
-    wide = np.zeros((*array.shape[:-1], 2 * array.shape[-1]), array.dtype)
-    made.tensors[name] = wide[..., ::2]
-    assert "contiguous" in str(refused(made, name).expected)
+def test_biases_go_together():
+    for name in ("fc1_expert_biases", "fc2_expert_biases"):
+        made = whole()
+        del made.tensors[name]
+        assert "together" in str(refused(made, name).expected)
 
 
-@pytest.mark.parametrize("name", ["input", "fc1_expert_weights", *TENSORS])
-def test_addresses(name):
-    made = whole()
-    desc = fi_ffi.as_desc(made.tensors[name])
-    for address in (desc.ptr + 1, 0):
-        made.tensors[name] = desc.at(address)
-        assert "multiple of" in str(refused(made, name).expected)
-
-
-@pytest.mark.parametrize("name", ["input", "fc1_expert_weights", *TENSORS])
-def test_devices(name):
-    made = whole()
-    made.tensors[name] = elsewhere(made.tensors[name])
-    if name == "input":  # the others are compared with it
-        for other, array in made.tensors.items():
-            if other != "input":
-                desc = fi_ffi.as_desc(array)
-                made.tensors[other] = desc
-        made.tensors["output"] = fi_ffi.as_desc(made.tensors["output"])
-        with pytest.raises(fi_ffi.ArgumentError) as caught:
-            made.call()
-        assert caught.value.argument != "input"
-    else:  # the first is compared with the second
-        refused(made, "input" if name == "output" else name)
-
-
-@pytest.mark.parametrize("name", ["output", "input", "token_selected_experts",
-                                  "fc1_expert_weights", "fc2_expert_weights"])  # fmt: skip
-@pytest.mark.parametrize("value", [None, 3, "x", object()])
-def test_no_tensors(name, value):
-    made = whole()
-    made.tensors[name] = value
-    refused(made, name, fi_ffi.ArgumentTypeError)
-
-
-@pytest.mark.parametrize("name", ["token_final_scales", "swiglu_beta", "fc1_expert_biases"])
-def test_no_tensors_where_there_may_be_none(name):
-    made = whole()
-    made.tensors[name] = 3
-    refused(made, name, fi_ffi.ArgumentTypeError)
-
-
-@pytest.mark.parametrize("name", ["fc1_expert_biases", "fc2_expert_biases"])
-def test_biases_go_together(name):
-    made = whole()
-    del made.tensors[name]
-    assert "together" in str(refused(made, name).expected)
-
-
-def test_the_output_is_memory_apart():
+def test_the_output_is_memory_apart_that_can_be_written():
     for name in ("input", "fc2_expert_weights", "fc1_expert_biases"):
         made = whole()
         size = max(made.tensors["output"].size, made.tensors[name].size)
@@ -126,12 +102,12 @@ def test_the_output_is_memory_apart():
             array = made.tensors[one]
             made.tensors[one] = memory[: array.size].reshape(array.shape)
         assert f"`{name}`" in str(refused(made, "output").got)
-
-
-def test_the_output_can_be_written():
     made = whole()
     made.tensors["output"].setflags(write=False)
     assert "read-only" in str(refused(made, "output").got)
+
+
+# Sizes and experts.
 
 
 def test_a_token_has_an_expert_once():
@@ -141,40 +117,50 @@ def test_a_token_has_an_expert_once():
     assert not away.call().any()
 
 
-def rescaled(made) -> None:
-    """Give scales the shapes that the weights ask for, as far as there is one."""
-    rows, hidden = (made.tensors["fc1_expert_weights"].shape[1], made.tensors["input"].shape[1])
-    sizes = {"hidden": hidden, "inter": rows // 2, "rows": rows, "hidden_rows": hidden}
-    axes = {
-        "fp8_block_scale": [("rows", 128, "hidden", 128), ("hidden", 128, "inter", 128)],
-        "mxfp4": [("hidden", 128, "rows", 0.25), ("inter", 128, "hidden", 1)],
-    }.get(made.layer.mode, [])
-    for i, (one, n, other, m) in enumerate(axes):
-        shape = len(made.scales[i]), int(sizes[one] // n), int(sizes[other] // m)
-        made.scales[i] = np.zeros(shape, made.scales[i].dtype)
-    if made.layer.mode == "int4":
-        for i, size in ((2, hidden), (3, rows // 2)):
-            made.scales[i] = np.zeros(size, made.scales[i].dtype)
+def test_how_many_experts():
+    made = a("half", experts=0, top_k=1, chosen=np.zeros((7, 1), "i4"))
+    assert "experts of at least 1" in refused(made, "fc1_expert_weights").expected
+    refused(a("half", chosen=np.zeros((7, 0), "i4"), experts=2), "token_selected_experts")
+    made = a("half", chosen=np.zeros((7, 3), "i4"), experts=2)
+    refused(made, "token_selected_experts")
+    made.more["ep_size"] = 2
+    made.tensors["token_selected_experts"] = np.tile(np.array([2, 3, 1], "i4"), (7, 1))
+    made.call()
+    # Counters that would wrap.
+    refused(a("half"), "token_selected_experts", ep_size=2**30)
 
 
-@pytest.mark.parametrize("mode", ["half", "fp8", "fp8_block_scale", "mxfp4", "int4"])
+@pytest.mark.parametrize("mode", ["half", *QUANTISED])
 def test_sizes_are_multiples(mode):
-    step = {"half": 8, "fp8": 16}.get(mode, 128)
-    made = a(mode)
+    """Half of a step less: of the intermediate size, then of the hidden one."""
+    half = moe_layers.MULTIPLE[mode] // 2
     pack = 2 if mode in ("mxfp4", "int4") else 1
-    fc1, fc2 = made.tensors["fc1_expert_weights"], made.tensors["fc2_expert_weights"]
-    half = step // 2
-    # Half of a step less: of the intermediate size, then of the hidden one.
-    made.tensors["fc2_expert_weights"] = np.ascontiguousarray(fc2[..., : -(half // pack)])
-    made.tensors["fc1_expert_weights"] = np.ascontiguousarray(fc1[:, : -2 * half])
-    rescaled(made)
-    assert "inter_size" in str(refused(made, "fc1_expert_weights").expected)
-    made.tensors["fc2_expert_weights"] = np.ascontiguousarray(fc2[:, :-half])
-    made.tensors["fc1_expert_weights"] = np.ascontiguousarray(fc1[..., : -(half // pack)])
-    for name in ("input", "output"):
-        made.tensors[name] = np.ascontiguousarray(made.tensors[name][:, :-half])
-    rescaled(made)
-    assert "hidden_size" in str(refused(made, "output").expected)
+
+    def cut(*places: tuple[str, Any], scales: Any, refusal: str, told: str) -> None:
+        made = a(mode)
+        for name, at in places:
+            made.tensors[name] = np.ascontiguousarray(made.tensors[name][at])
+        hidden, rows = made.tensors["input"].shape[1], made.tensors["fc1_expert_weights"].shape[1]
+        for i, shape in scales(rows, hidden).get(mode, {}).items():
+            made.scales[i] = np.zeros(shape, made.scales[i].dtype)
+        assert told in str(refused(made, refusal).expected)
+
+    def scales(rows: int, hidden: int) -> dict[str, dict[int, tuple[int, ...]]]:
+        """Those of the shapes that the weights ask for, as far as there are any."""
+        inter, experts = rows // 2, 5
+        blocks = {
+            0: (experts, rows // 128, hidden // 128),
+            1: (experts, hidden // 128, inter // 128),
+        }
+        groups = {0: (experts, hidden // 128, 4 * rows), 1: (experts, inter // 128, hidden)}
+        columns = {2: (hidden,), 3: (inter,)}
+        return {"fp8_block_scale": blocks, "mxfp4": groups, "int4": columns}
+
+    short, both = np.s_[..., : -(half // pack)], np.s_[:, :-half]
+    cut(("fc2_expert_weights", short), ("fc1_expert_weights", np.s_[:, : -2 * half]), scales=scales,
+        refusal="fc1_expert_weights", told="inter_size")  # fmt: skip
+    cut(("fc2_expert_weights", both), ("fc1_expert_weights", short), ("input", both),
+        ("output", both), scales=scales, refusal="output", told="hidden_size")  # fmt: skip
 
 
 @pytest.mark.parametrize(("mode", "size"), [("mxfp4", 128), ("int4", 128), ("int4", 256),
@@ -189,87 +175,51 @@ def test_one_step_of_4_bit_weights(mode, size, of, monkeypatch):
     a(mode, **{"hidden": 1024, "inter": 1024, of: {128: 384, 256: 768, 512: 1024}[size]}).call()
 
 
-def test_mxfp4_is_of_bfloat16():
-    made = a("mxfp4")
-    for name in ("input", "output"):
-        made.tensors[name] = np.zeros(made.tensors[name].shape, np.float16)
-    assert "float16 activations" in str(refused(made, "fc1_expert_weights").got)
-
-
 def test_without_a_gate_the_first_weights_are_half():
-    made = a("half")
-    error = refused(made, "fc2_expert_weights", activation_type="Relu2")
+    error = refused(a("half"), "fc2_expert_weights", activation_type="Relu2")
     assert "inter_size = 48" in error.expected
-    plain = a("half", activation="Relu2")
-    refused(plain, "fc2_expert_weights", activation_type="Swiglu")
+    refused(a("half", activation="Relu2"), "fc2_expert_weights", activation_type="Swiglu")
 
 
-def test_no_experts():
-    made = a("half", experts=0, top_k=1, chosen=np.zeros((7, 1), "i4"))
-    assert "experts of at least 1" in refused(made, "fc1_expert_weights").expected
+# Scales.
 
 
-def test_no_expert_of_a_token():
-    made = a("half", chosen=np.zeros((7, 0), "i4"), experts=2)
-    refused(made, "token_selected_experts")
-
-
-def test_more_experts_of_a_token_than_there_are():
-    made = a("half", chosen=np.zeros((7, 3), "i4"), experts=2)
-    refused(made, "token_selected_experts")
-    made.more["ep_size"] = 2
-    made.tensors["token_selected_experts"] = np.tile(np.array([2, 3, 1], "i4"), (7, 1))
-    made.call()
-
-
-@pytest.mark.parametrize("mode", ["fp8", "fp8_block_scale", "mxfp4", "int4"])
+@pytest.mark.parametrize("mode", QUANTISED)
 def test_scales_are_counted(mode):
     made = a(mode)
     scales = made.scales
     for wrong in (scales[:-1], [*scales, scales[-1]], []):
         made.scales = wrong
-        expected = str(refused(made, "quant_scales").expected)
-        assert str(len(scales)) in expected
+        assert str(len(scales)) in str(refused(made, "quant_scales").expected)
     made = a("half")
     made.scales = scales
     refused(made, "quant_scales")
 
 
-@pytest.mark.parametrize("mode", ["fp8", "fp8_block_scale", "mxfp4", "int4"])
-def test_each_scale(mode):
-    count = len(a(mode).scales)
-    for i in range(count):
-        for change in ("dtype", "shape", "strides", "address", "device", "kind"):
-            made = a(mode)
-            scale = made.scales[i]
-            if change in ("strides", "address") and not scale.ndim | (change == "address"):
-                continue
-            if not scale.size and change in ("address",):
-                continue
-            made.scales[i] = _changed(scale, change)
-            kind = fi_ffi.ArgumentTypeError if change == "kind" else fi_ffi.ArgumentError
-            with pytest.raises(kind) as caught:
-                made.call()
-            assert caught.value.argument.startswith(f"quant_scales[{i}]"), str(caught.value)
+@pytest.mark.parametrize("mode", QUANTISED)
+@pytest.mark.parametrize("change", ["dtype", "rank", "strides", "odd", "device", "text"])
+def test_each_scale(mode, change):
+    for i, scale in enumerate(a(mode).scales):
+        if (change == "strides" and not scale.ndim) or (change == "odd" and not scale.size):
+            continue
+        made = a(mode)
+        made.scales[i] = CHANGES[change][0](scale)
+        kind = fi_ffi.ArgumentTypeError if change == "text" else fi_ffi.ArgumentError
+        with pytest.raises(kind) as caught:
+            made.call()
+        assert caught.value.argument.startswith(f"quant_scales[{i}]"), str(caught.value)
 
 
-def _changed(scale: np.ndarray, change: str):
-    desc = fi_ffi.as_desc(scale)
-    if change == "dtype":
-        return np.zeros(scale.shape, F64)
-    if change == "shape":
-        return np.zeros((*scale.shape, 3), scale.dtype)
-    if change == "strides":
-        wide = np.zeros((*scale.shape[:-1], 2 * scale.shape[-1]), scale.dtype)
-        return wide[..., ::2] if scale.size else np.zeros((1,), scale.dtype)
-    if change == "address":
-        return desc.at(desc.ptr + 1)
-    if change == "device":
-        return elsewhere(scale)
-    return "scale"
+def test_scales_of_4_bit_weights_lie_together():
+    made = a("int4")
+    rows = made.scales[0].shape[-1]
+    made.scales[0] = np.ascontiguousarray(made.scales[0][..., :-8])
+    error = refused(made, "quant_scales[0] (fc1_weight_scales)")
+    assert f"scales1 = {rows - 8}" in error.got
+    assert error.expected == f"the shape [experts, 3, {rows}]"
 
 
-@pytest.mark.parametrize("scales", [np.zeros(3, F32), "ab", 3, {}])
+@pytest.mark.parametrize("scales", [np.zeros(3, F32), "ab", {}])
 def test_scales_are_a_list(scales):
     made = a("half")
     with pytest.raises(fi_ffi.ArgumentTypeError, match="quant_scales"):
@@ -280,3 +230,167 @@ def test_int4_has_no_zero_points():
     made = a("int4")
     made.scales[4] = np.zeros(made.scales[0].shape, F16)
     refused(made, "quant_scales[4] (fc1_weight_zeros)")
+
+
+# Options.
+
+# Options with a value that none takes, and those with one of another type.
+VALUES: dict[str, tuple[object, ...]] = {
+    "tp_size": (0, 2**31), "ep_size": (0, 2**31), "tp_rank": (1, -1, 2**31),
+    "ep_rank": (1, -1, 2**31), "activation_type": ("swiglu",), "input_sf": (np.zeros(4, "u1"),),
+    "profile_ids": ((0,), (0, 0, 0), (1, 0), (0, 1), (-2, 0)),
+}  # fmt: skip
+TYPES: dict[str, tuple[object, ...]] = {
+    **dict.fromkeys(("tp_size", "ep_size", "tp_rank", "ep_rank"), (1.0, True, None, "1")),
+    **dict.fromkeys(("use_deepseek_fp8_block_scale", "use_w4_group_scaling", "use_packed_weights",
+                     "enable_alltoall", "enable_pdl"), (1, None, "yes")),
+    "activation_type": (3, None, 1.0, [], type("Listed", (), {"name": []})),
+    "profile_ids": (0, "00", (0, None), (0.0, 0), {0, 1}), "output_dtype": ("half",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "table"), [(fi_ffi.ArgumentError, VALUES),
+                                             (fi_ffi.ArgumentTypeError, TYPES)])  # fmt: skip
+def test_options(kind, table):
+    made = a("half")
+    for name, values in table.items():
+        for value in values:
+            error = refused(made, name, kind, **{name: value})
+            assert type(error) is kind
+
+
+def test_activations_by_name():
+    made = a("half")
+
+    class Enum:
+        name = "Swiglu"
+
+    assert made.worst(made.call(activation_type=Enum)) <= 1
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta", "limit"])
+@pytest.mark.parametrize("activation", ["Geglu", "Relu2", "SwigluStep"])
+def test_limits_of_activations_that_take_none(name, activation):
+    made = a("half", activation=activation, limits=(name,))
+    if (name, activation) == ("limit", "SwigluStep"):
+        assert np.isfinite(made.call().astype(np.float32)).all()
+        return
+    refused(made, f"swiglu_{name}")
+
+
+def test_the_output_dtype_is_the_outputs():
+    made = a("half")
+    made.call(output_dtype="float16")
+    refused(made, "output", output_dtype="bfloat16")
+    made.tensors["output"] = made.tensors["output"].astype(BF16)
+    refused(made, "output")
+
+
+# Modes and the class.
+
+
+def test_mxfp4_is_of_bfloat16():
+    made = a("mxfp4")
+    for name in ("input", "output"):
+        made.tensors[name] = np.zeros(made.tensors[name].shape, np.float16)
+    assert "float16 activations" in str(refused(made, "fc1_expert_weights").got)
+
+
+@pytest.mark.parametrize(
+    ("act", "weight", "flags"),
+    [
+        (F8, np.dtype(np.int64), {}),
+        (F8, np.dtype(np.int64), {"use_mxfp8_act_scaling": True}),
+        (BF16, np.dtype(np.int64), {}),
+        (F8, F8, {"use_mxfp8_act_scaling": True}),
+    ],
+)
+def test_what_needs_a_later_gpu(act, weight, flags):
+    made = a("half")
+    made.tensors["input"] = made.tensors["input"].astype(act)
+    made.tensors["fc1_expert_weights"] = np.zeros((5, 48, 8), weight)
+    with pytest.raises(fi_ffi.ArchitectureError, match="SM100"):
+        made.call(**flags)
+
+
+BLOCK_SCALE, W4, PACKED = ("use_deepseek_fp8_block_scale", "use_w4_group_scaling",
+                           "use_packed_weights")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("act", "weight", "flags"),
+    [
+        ("bfloat16", "float8_e4m3fn", ()),  # scales are asked for that it is not given
+        ("float16", "float8_e4m3fn", (BLOCK_SCALE,)), ("bfloat16", "bfloat16", (BLOCK_SCALE,)),
+        ("float8_e4m3fn", "float8_e4m3fn", (BLOCK_SCALE,)), ("bfloat16", "uint8", ()),
+        ("bfloat16", "uint8", (PACKED,)), ("bfloat16", "bfloat16", (PACKED,)),
+        ("float8_e4m3fn", "uint8", (W4,)), ("float16", "bfloat16", ()), ("float32", "float32", ()),
+        ("float8_e5m2", "float8_e5m2", ()), ("int8", "int8", ()),
+    ],
+)  # fmt: skip
+def test_modes_that_there_are_not(act, weight, flags):
+    with pytest.raises(fi_ffi.ArgumentError) as caught:
+        fi_ffi.FusedMoe(act, weight, "bfloat16", device="cpu", **dict.fromkeys(flags, True))
+    assert caught.value.argument in ("activation_dtype", "weight_dtype")
+
+
+@pytest.mark.parametrize(
+    ("argument", "kind", "given"),
+    [
+        *(("output_dtype", fi_ffi.ArgumentError, {"activation_dtype": "bfloat16",
+                                                  "output_dtype": wrong})
+          for wrong in ("float8_e4m3fn", "float32", "float16")),
+        ("output_dtype", fi_ffi.ArgumentError, {"activation_dtype": "float8_e4m3fn"}),
+        *((name, fi_ffi.ArgumentTypeError, {name: "no dtype"})
+          for name in ("activation_dtype", "weight_dtype", "output_dtype")),
+        ("device", fi_ffi.ArgumentTypeError, {"device": "gpu"}),
+        ("device", fi_ffi.ArgumentError, {"device": "cuda_host"}),
+        ("use_packed_weights", fi_ffi.ArgumentTypeError, {"use_packed_weights": 1}),
+    ],
+)  # fmt: skip
+def test_what_the_class_is_made_with(argument, kind, given):
+    with pytest.raises(kind) as caught:
+        fi_ffi.FusedMoe(**{"activation_dtype": "float16", **given})
+    assert caught.value.argument == argument
+
+
+def test_what_profiles_refuse():
+    made = a("half")
+    given = {name: made.tensors[name] for name in ("input", "fc1_expert_weights",
+                                                   "fc2_expert_weights")}  # fmt: skip
+    moe = fi_ffi.FusedMoe("float16", device="cpu")
+    moe.profile(**given, top_k=2)
+    x = given["input"]
+    for name, value, kind in (
+        ("top_k", 0, fi_ffi.ArgumentError), ("top_k", 6, fi_ffi.ArgumentError),
+        ("top_k", 2.0, fi_ffi.ArgumentTypeError), ("repeats", 0, fi_ffi.ArgumentError),
+        ("input", x[:0], fi_ffi.ArgumentError), ("input", x[:, :-1].copy(), fi_ffi.ArgumentError),
+        ("fc2_expert_weights", None, fi_ffi.ArgumentTypeError),
+        ("fc1_expert_biases", np.zeros((5, 48), F16), fi_ffi.ArgumentError),
+        ("tp_rank", 1, fi_ffi.ArgumentError), ("ep_size", 2**30, fi_ffi.ArgumentError),
+        ("input", elsewhere(x), fi_ffi.ArgumentError),
+    ):  # fmt: skip
+        with pytest.raises(kind) as caught:
+            moe.profile(**{**given, "top_k": 2, name: value})
+        assert caught.value.op == "FusedMoe.profile"
+
+
+def test_what_workspace_sizes_refuse():
+    moe = fi_ffi.FusedMoe("float16", device="cpu")
+    for i in range(5):
+        sizes = [4, 64, 64, 8, 2]
+        sizes[i] = 0
+        with pytest.raises(fi_ffi.ArgumentError):
+            moe.workspace_size(*sizes)
+    with pytest.raises(fi_ffi.ArgumentError, match="ep_rank"):
+        moe.workspace_size(4, 64, 64, 8, 2, ep_rank=1)
+
+
+def test_a_stream_is_asked_for_on_a_gpu():
+    """Before kernels are looked for."""
+    made = a("half")
+    made.tensors = {name: elsewhere(array) for name, array in made.tensors.items()}
+    for i, name in enumerate(made.tensors):  # apart
+        made.tensors[name] = made.tensors[name].at((i + 1) << 20)
+    refused(made, "stream")
+    refused(made, "stream", fi_ffi.ArgumentTypeError, stream="s")

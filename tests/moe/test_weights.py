@@ -108,8 +108,14 @@ def test_scales(size, groups, factor, rng):
     assert (moe_weights.deinterleave_scales(found, 16) == scales).all()
 
 
-WEIGHT = np.zeros((2, 32, 64), np.uint8)
+WEIGHT, SCALES = np.zeros((2, 32, 64), np.uint8), np.zeros((2, 16, 8), np.uint8)
+OUT, READONLY = np.zeros((2, 2, 64), np.uint8), WEIGHT.copy()
+READONLY.setflags(write=False)
 HUGE = fi_ffi.TensorDesc(4096, (1, 65536, 32768), "uint8", device="cpu")
+
+
+def on_gpu(array: np.ndarray) -> fi_ffi.TensorDesc:
+    return fi_ffi.TensorDesc(4096, array.shape, "uint8")
 
 
 @pytest.mark.parametrize(
@@ -123,50 +129,36 @@ HUGE = fi_ffi.TensorDesc(4096, (1, 65536, 32768), "uint8", device="cpu")
         (WEIGHT, WEIGHT.astype("f4"), {}, "weight_interleaved"),
         (WEIGHT, WEIGHT[:1].copy(), {}, "weight_interleaved"),
         (WEIGHT, WEIGHT, {}, "weight_interleaved"),
+        (WEIGHT, on_gpu(WEIGHT), {}, "weight_interleaved"),
+        (WEIGHT, READONLY, {}, "weight_interleaved"),
         (WEIGHT, WEIGHT.copy(), {"quant_type": "fp8"}, "quant_type"),
         (HUGE, HUGE.at(2**40), {}, "weight"),
+        (None, WEIGHT, {}, TypeError), (WEIGHT, 3, {}, TypeError),
+        (WEIGHT, WEIGHT.copy(), {"quant_type": 1}, TypeError),
     ],
-)
+)  # fmt: skip
 def test_what_weights_must_be(weight, target, more, argument):
-    with pytest.raises(fi_ffi.ArgumentError) as caught:
-        fi_ffi.interleave_moe_weights_for_sm90_mixed_gemm(weight, target, **more)
-    assert caught.value.argument == argument
-
-
-def test_weights_of_other_types_and_places():
-    for weight, target in ((None, WEIGHT), (WEIGHT, 3)):
+    call = fi_ffi.interleave_moe_weights_for_sm90_mixed_gemm
+    if argument is TypeError:
         with pytest.raises(fi_ffi.ArgumentTypeError):
-            fi_ffi.interleave_moe_weights_for_sm90_mixed_gemm(weight, target)
-    with pytest.raises(fi_ffi.ArgumentTypeError, match="quant_type"):
-        fi_ffi.interleave_moe_weights_for_sm90_mixed_gemm(WEIGHT, WEIGHT.copy(), 1)
-    there = fi_ffi.TensorDesc(4096, WEIGHT.shape, "uint8")
-    with pytest.raises(fi_ffi.ArgumentError, match="weight_interleaved"):
-        fi_ffi.interleave_moe_weights_for_sm90_mixed_gemm(WEIGHT, there)
-    readonly = WEIGHT.copy()
-    readonly.setflags(write=False)
-    with pytest.raises(fi_ffi.ArgumentError, match="read-only"):
-        fi_ffi.interleave_moe_weights_for_sm90_mixed_gemm(WEIGHT, readonly)
-
-
-SCALES = np.zeros((2, 16, 8), np.uint8)
-OUT = np.zeros((2, 2, 64), np.uint8)
+            call(weight, target, **more)
+        return
+    with pytest.raises(fi_ffi.ArgumentError) as caught:
+        call(weight, target, **more)
+    assert caught.value.argument == argument
 
 
 @pytest.mark.parametrize(
     ("scales", "target", "size", "argument"),
     [
-        (SCALES, OUT.copy(), 64, "group_size"),
-        (SCALES, OUT.copy(), 0, "group_size"),
-        (SCALES.astype(F16), OUT.copy(), 32, "scales"),
-        (SCALES, OUT.copy(), 128, "scales"),
-        (SCALES[0], OUT.copy(), 32, "scales"),
-        (SCALES[..., :6].copy(), OUT.copy(), 32, "scales"),
+        (SCALES, OUT.copy(), 64, "group_size"), (SCALES, OUT.copy(), 0, "group_size"),
+        (SCALES.astype(F16), OUT.copy(), 32, "scales"), (SCALES, OUT.copy(), 128, "scales"),
+        (SCALES[0], OUT.copy(), 32, "scales"), (SCALES[..., :6].copy(), OUT.copy(), 32, "scales"),
         (SCALES, OUT[:, :1].copy(), 32, "scales_interleaved"),
         (SCALES, OUT.astype("i1"), 32, "scales_interleaved"),
-        (fi_ffi.TensorDesc(4096, (2, 16, 8), "uint8"), OUT, 32, "scales"),
-        (SCALES, fi_ffi.TensorDesc(4096, (2, 2, 64), "uint8"), 32, "scales_interleaved"),
+        (on_gpu(SCALES), OUT, 32, "scales"), (SCALES, on_gpu(OUT), 32, "scales_interleaved"),
     ],
-)
+)  # fmt: skip
 def test_what_scales_must_be(scales, target, size, argument):
     with pytest.raises(fi_ffi.ArgumentError) as caught:
         fi_ffi.interleave_moe_scales_for_sm90_mixed_gemm(scales, target, size)
