@@ -1,14 +1,9 @@
-"""Call logs and dumps on a GPU: real streams, captures, replays, and a crash."""
+"""Call logs and dumps on a GPU: those of tests/ops/test_call_log.py, captures, replays, a crash."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import signal
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,113 +14,40 @@ from click.testing import CliRunner
 
 import fi_ffi
 from fi_ffi.cli import main
-from fi_ffi.cli.cases import Case
+from fi_ffi.loader import search
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.row import Row
-from fi_ffi.ops.watch import watching
 from fi_ffi.ops.watch.dump import BEFORE
+from fi_ffi.ops.watch.tensor_bytes import read as read_memory
 
+from tests.helpers import children
+from tests.helpers.bodies import tests_of
 from tests.helpers.cases import make_case
 from tests.helpers.inputs import inputs_of
-from tests.helpers.prepared_calls import settle
+from tests.helpers.prepared_calls import OnGpu, settle
+from tests.ops import test_call_log
+from tests.ops.test_call_log import _nothing_is_left, read  # noqa: F401  a fixture
 
-HEAD = re.compile(r"\[[^]]*\] #(\d+) (.*)")
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left():
-    yield
-    assert watching.hooks == ()
+globals().update(tests_of(test_call_log))
 
 
-def read(text: str) -> list[tuple[str, dict[str, str]]]:
-    """A log's pieces: what each says, and the lines under it by their names."""
-    found: list[tuple[str, dict[str, str]]] = []
-    for line in text.splitlines():
-        match = HEAD.fullmatch(line)
-        if match:
-            found.append((match[2], {}))
-        elif not line.startswith("    "):
-            name, _, value = line[2:].partition(": ")
-            found[-1][1][name] = value
-    return found
-
-
-def expected(array: np.ndarray) -> str:
-    wide = array.astype(np.float64).ravel()
-    finite = wide[np.isfinite(wide)]
-    numbers = f"min {finite.min():.6g}, max {finite.max():.6g}, mean "
-    return numbers + f"X, {np.isnan(wide).sum()} NaN, {np.isinf(wide).sum()} Inf"
-
-
-def check_statistics(said: str, array: np.ndarray) -> None:
-    """All but the mean to the letter; the mean to five digits."""
-    mean = float(re.search(r"mean (\S+),", said)[1])
-    assert re.sub(r"mean \S+,", "mean X,", said) == expected(array)
-    finite = array.astype(np.float64)
-    finite = finite[np.isfinite(finite)]
-    assert abs(mean - finite.mean()) <= 1e-5 * np.abs(finite).mean()
-
-
-def of_norm(rng: np.random.Generator, name: str = "rmsnorm", dtype: str = "bfloat16") -> Case:
-    row = OPS[name].row
-    dtypes = {variable: of[0] for variable, of in row.dtypes.items()} | {"T": dtype}
-    return make_case(row, {"n": 33, "h": 1024}, dtypes, rng)
-
-
-def place(case: Case, to_gpu: Callable[..., Any]) -> dict[str, Any]:
-    from cuda.bindings import runtime
-
-    placed = {name: to_gpu(array) for name, array in case.arrays.items()}
-    runtime.cudaDeviceSynchronize()  # streams here wait for no other
-    return placed
-
-
-def descs(placed: dict[str, Any]) -> dict[str, fi_ffi.TensorDesc]:
-    return {name: array.desc() for name, array in placed.items()}
+@pytest.fixture
+def placed(rng, to_gpu) -> OnGpu:
+    """An rmsnorm on the GPU."""
+    row = OPS["rmsnorm"].row
+    return OnGpu(make_case(row, {"n": 33, "h": 1024}, {"T": "bfloat16"}, rng), to_gpu)
 
 
 # ---------------------------------------------------------------- logs
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_statistics_are_numpys(rng, to_gpu, stream, tmp_path, dtype):
-    case = of_norm(rng, dtype=dtype)
-    case.arrays["input"][3, 5] = np.nan
-    case.arrays["input"][4, 7] = -np.inf
-    placed = place(case, to_gpu)
-    path = tmp_path / "log"
-    with fi_ffi.call_log(5, path):
-        fi_ffi.rmsnorm(**descs(placed), stream=stream)
-    (name, arguments), (_, before), (returned, _), (_, after) = read(path.read_text())
-    assert name == "rmsnorm" and returned.startswith("returned after")
-    assert arguments["entry"] == f"norm.rmsnorm, on cuda:0, stream {stream:#x}"
-    assert arguments["input"].endswith(f"on cuda:0 at {placed['input'].ptr:#x}")
-    check_statistics(before["input"], case.arrays["input"])
-    check_statistics(before["weight"], case.arrays["weight"])
-    check_statistics(after["out"], placed["out"].get())
-
-
-def test_statistics_of_fp8(rng, to_gpu, stream, tmp_path):
-    case = of_norm(rng, "rmsnorm_quant")
-    placed = place(case, to_gpu)
-    path = tmp_path / "log"
-    with fi_ffi.call_log(5, path):
-        fi_ffi.rmsnorm_quant(**descs(placed), **case.scalars, stream=stream)
-    after = read(path.read_text())[-1][1]
-    check_statistics(after["out"], placed["out"].get())
-    assert case.error("out", placed["out"].get())[1] <= 1
-
-
-def test_statistics_are_in_the_streams_order(rng, to_gpu, stream, tmp_path):
+def test_statistics_are_in_the_streams_order(placed, to_gpu, stream, tmp_path):
     """What is queued before the call is in them; it is waited for."""
     from cuda.bindings import runtime
 
     from fi_ffi.cli.cuda import check
 
-    case = of_norm(rng)
-    placed = place(case, to_gpu)
-    later = to_gpu(np.full_like(case.arrays["input"], 3))
+    x = placed.arrays["input"]
+    later = to_gpu(np.full_like(placed.case.arrays["input"], 3))
     check(runtime.cudaDeviceSynchronize())
     size = 1 << 28
     big = [check(runtime.cudaMalloc(size)) for _ in range(2)]
@@ -134,20 +56,17 @@ def test_statistics_are_in_the_streams_order(rng, to_gpu, stream, tmp_path):
     with fi_ffi.call_log(5, path):
         for _ in range(50):
             check(runtime.cudaMemcpyAsync(big[0], big[1], size, kind, stream))
-        check(runtime.cudaMemcpyAsync(placed["input"].ptr, later.ptr, later.nbytes, kind, stream))
-        fi_ffi.rmsnorm(**descs(placed), stream=stream)
+        check(runtime.cudaMemcpyAsync(x.ptr, later.ptr, later.nbytes, kind, stream))
+        fi_ffi.rmsnorm(**placed.descs, stream=stream)
     for pointer in big:
         check(runtime.cudaFree(pointer))
-    before = read(path.read_text())[1][1]
-    assert before["input"] == "min 3, max 3, mean 3, 0 NaN, 0 Inf"
+    (said,) = read(path)
+    assert said.under("before:")["input"] == "min 3, max 3, mean 3, 0 NaN, 0 Inf"
 
 
-def test_all_ways_of_calling(rng, to_gpu, stream, tmp_path):
-    case = of_norm(rng)
-    placed = place(case, to_gpu)
-    given = descs(placed)
+def test_all_ways_of_calling(placed, stream, tmp_path):
+    given, path = placed.descs, tmp_path / "log"
     prepared = fi_ffi.rmsnorm.prepare(**given, stream=stream)
-    path = tmp_path / "log"
     for _ in range(2):
         fi_ffi.rmsnorm(**given, stream=stream)
     with fi_ffi.call_log(1, path):
@@ -158,51 +77,46 @@ def test_all_ways_of_calling(rng, to_gpu, stream, tmp_path):
         with fi_ffi.watchdog(30.0):
             fi_ffi.rmsnorm(**given, stream=stream)
     prepared()
-    assert [name for name, _ in read(path.read_text())] == ["rmsnorm"] * 4
+    assert [said.heads for said in read(path)] == [["rmsnorm"]] * 4
     settle(stream)
-    assert case.error("out", placed["out"].get())[1] <= 1
+    assert placed.is_right()
 
 
-def test_nothing_is_read_while_a_graph_is_recorded(rng, to_gpu, stream, tmp_path):
+def test_nothing_is_read_while_a_graph_is_recorded(placed, stream, tmp_path):
     """It is recorded all the same, and its launches are told."""
-    case = of_norm(rng)
-    placed = place(case, to_gpu)
-    fi_ffi.rmsnorm(**descs(placed), stream=stream)
+    fi_ffi.rmsnorm(**placed.descs, stream=stream)
     settle(stream)
     path, folder = tmp_path / "log", tmp_path / "dumps"
     with fi_ffi.call_log(5, path, dump=folder):
         with fi_ffi.capture(stream) as graph:
-            fi_ffi.rmsnorm(**descs(placed))
-        placed["out"]._copy_to(case.arrays["out"])
+            fi_ffi.rmsnorm(**placed.descs)
+        placed.arrays["out"]._copy_to(placed.case.arrays["out"])
         graph.launch(stream)
     assert graph.nodes == 1
     settle(stream)
-    assert case.error("out", placed["out"].get())[1] <= 1
-    heads = [name for name, _ in read(path.read_text())]
-    assert heads[:2] == ["rmsnorm", "is recorded into a graph, and not run: nothing is read"]
-    assert heads[3:] == ["Graph was recorded", "Graph is launched"]
+    assert placed.is_right()
+    call, *graphs = read(path)
+    assert call.heads[:2] == ["rmsnorm", "is recorded into a graph, and not run: nothing is read"]
+    assert [said.name for said in graphs] == ["Graph was recorded", "Graph is launched"]
     assert [*folder.iterdir()] == []
     graph.launch(stream)
     settle(stream)
 
 
-def test_an_address_that_cannot_be_read_leaves_no_error_behind(rng, to_gpu, stream):
+def test_an_address_that_cannot_be_read_leaves_no_error_behind(placed, stream):
     """Launchers ask CUDA for the last error: the next call must not be given the log's."""
     from cuda.bindings import runtime
 
     from fi_ffi.cli.cuda import check
-    from fi_ffi.ops.watch.tensor_bytes import read as read_memory
 
-    case = of_norm(rng)
-    placed = place(case, to_gpu)
     gone = check(runtime.cudaMalloc(1 << 28))
     check(runtime.cudaFree(gone))
     desc = fi_ffi.TensorDesc(int(gone), (64,), "float32")
     with pytest.raises(fi_ffi.KernelError, match="CUDA error"):
         read_memory(desc, stream)
-    fi_ffi.rmsnorm(**descs(placed), stream=stream)
+    fi_ffi.rmsnorm(**placed.descs, stream=stream)
     settle(stream)
-    assert case.error("out", placed["out"].get())[1] <= 1
+    assert placed.is_right()
 
 
 CRASH = """
@@ -233,30 +147,22 @@ CRASH = """
 
 @pytest.mark.parametrize("level", [3, 5])
 def test_a_kernel_that_crashes_leaves_its_arguments(tmp_path, level):
-    path = tmp_path / "%i.log"
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(CRASH)],
-        env={**os.environ, "FI_FFI_LOG_LEVEL": str(level), "FI_FFI_LOG_DEST": str(path),
-             "FI_FFI_DUMP_DIR": str(tmp_path / "dumps")},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == -signal.SIGABRT, done.stdout + done.stderr
-    address, code = done.stdout.split()
+    given = {"FI_FFI_LOG_LEVEL": str(level), "FI_FFI_LOG_DEST": str(tmp_path / "%i.log"),
+             "FI_FFI_DUMP_DIR": str(tmp_path / "dumps")}  # fmt: skip
+    status, out, err = children.done(CRASH, seconds=300, **given)
+    assert status == -signal.SIGABRT, out + err
+    address, code = out.split()
     assert code == "700", "an illegal address"
     (log,) = tmp_path.glob("*.log")
-    pieces = read(log.read_text())
-    starts = [i for i, (name, _) in enumerate(pieces) if name == "rmsnorm"]
-    assert len(starts) == 2
-    first, last = (pieces[i][1] for i in starts)
-    assert first["eps"] == "0.125" and last["eps"] == "0.25"
-    assert last["input"] == f"float16[8, 512] on cuda:0 at {address}"
-    assert "stream 0x" in last["entry"]
-    rest = [name for name, _ in pieces[starts[1] :]]
+    first, last = read(log)
+    assert first.values["eps"] == "0.125" and last.values["eps"] == "0.25"
+    assert last.values["input"] == f"float16[8, 512] on cuda:0 at {address}"
+    assert "stream 0x" in last.values["entry"]
     if level == 5:
-        assert "no statistics: KernelError" in pieces[starts[1] + 1][1]["input"]
+        assert "no statistics: KernelError" in last.under("before:")["input"]
         # Each call is waited for, so that it is this one that failed.
-        assert "700" in pieces[-1][1]["out"] or "700" in pieces[-2][1].get("out", "")
-    assert any(name.startswith("not dumped: ") for name in rest), rest
+        assert "700" in last.under("after:")["out"]
+    assert any(head.startswith("not dumped: ") for head in last.heads), last.heads
     dumps = [file for file in (tmp_path / "dumps").iterdir() if file.name.endswith(BEFORE)]
     assert len(dumps) == 1, "the first call's"
 
@@ -287,37 +193,20 @@ def check_replays(path: Path) -> None:
     replayed(path, "--device", "cpu")
 
 
-def needs(row: Row) -> None:
-    """Skip the test where the kernels in use lack the row's module."""
-    from fi_ffi.loader import search
-
-    if not any(row.module in source.modules() for source in search.sources()):
-        pytest.skip(f"no module {row.module} in FI_FFI_KERNELS")
-
-
-@pytest.mark.parametrize("name", ["rmsnorm", "fused_add_rmsnorm", "rmsnorm_quant", "layernorm"])
-def test_norms_replay(rng, to_gpu, stream, tmp_path, name):
-    dtype = "bfloat16"
-    case = of_norm(rng, name, dtype)
-    placed = place(case, to_gpu)
-    (path,) = dumped(tmp_path, lambda: OPS[name](**descs(placed), **case.scalars, stream=stream))
-    settle(stream)
-    assert all(case.error(out, placed[out].get())[1] <= 1 for out in case.expected)
-    check_replays(path)
-
-
-@pytest.mark.parametrize("name", ["append_paged_kv_cache", "gdn_prefill", "silu_and_mul",
+@pytest.mark.parametrize("name", ["rmsnorm", "fused_add_rmsnorm", "rmsnorm_quant", "layernorm",
+                                  "append_paged_kv_cache", "gdn_prefill", "silu_and_mul",
                                   "merge_states"])  # fmt: skip
-def test_others_replay(rng, to_gpu, stream, tmp_path, name):
-    if name not in OPS:
-        pytest.skip(f"there is no {name}")
+def test_ops_replay(rng, to_gpu, stream, tmp_path, name):
     op = OPS[name]
-    needs(op.row)
+    if not any(op.row.module in source.modules() for source in search.sources()):
+        pytest.skip(f"no module {op.row.module} in FI_FFI_KERNELS")
     dtypes = {variable: of[0] for variable, of in op.row.dtypes.items()}
-    case = make_case(op.row, inputs_of(op.row).small, dtypes, rng)
-    placed = place(case, to_gpu)
-    (path,) = dumped(tmp_path, lambda: op(**descs(placed), **case.scalars, stream=stream))
+    sizes = {"n": 33, "h": 1024} if op.row.module == "norm" else inputs_of(op.row).small
+    placed = OnGpu(make_case(op.row, sizes, dtypes, rng), to_gpu)
+    (path,) = dumped(tmp_path, lambda: op(**placed.descs, **placed.case.scalars, stream=stream))
     settle(stream)
+    if op.row.module == "norm":
+        assert placed.is_right()
     check_replays(path)
 
 

@@ -1,4 +1,7 @@
-"""Call logs: what they say at each level, where it goes, and what a crash leaves of it."""
+"""Call logs: what they say at each level, where it goes, and what a crash leaves of it.
+
+Tests that take a `machine` run on a GPU as well: tests/gpu/test_call_log.py.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,8 @@ import io
 import os
 import re
 import signal
-import subprocess
 import sys
-import textwrap
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,17 @@ import fi_ffi
 from fi_ffi.ops.call import launch
 from fi_ffi.ops.call.checks import Form
 from fi_ffi.ops.call.source import call_source
+from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.watch import watching
 from fi_ffi.ops.watch.call_log import open_by_environment
 
+from tests.helpers import children
+from tests.helpers.cases import make_case
 from tests.helpers.forking import in_child
 from tests.helpers.plan_calls import KINDS, Case
 from tests.helpers.prepared_calls import Mine
 
 HEAD = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}) (\d+)\] #(\d+) (.*)")
-CALLS = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -123,26 +126,44 @@ def test_strides_and_addresses(mine, path):
     )
 
 
-def _expected(array: np.ndarray) -> str:
+def same_statistics(said: str, array: np.ndarray) -> bool:
+    """Whether these are the array's: to the letter, but the mean to five digits."""
     wide = array.astype(np.float64).ravel()
     finite = wide[np.isfinite(wide)]
-    counts = f"{np.isnan(wide).sum()} NaN, {np.isinf(wide).sum()} Inf"
-    numbers = f"min {finite.min():.6g}, max {finite.max():.6g}, mean {finite.mean():.6g}"
-    return f"{numbers}, {counts}"
+    start = f"min {finite.min():.6g}, max {finite.max():.6g}, mean "
+    end = f", {np.isnan(wide).sum()} NaN, {np.isinf(wide).sum()} Inf"
+    assert said.startswith(start) and said.endswith(end), said
+    mean = float(said.removeprefix(start).removesuffix(end))
+    return bool(abs(mean - finite.mean()) <= 1e-5 * np.abs(finite).mean())
 
 
-def test_statistics(mine, path):
-    mine.x[0, 3] = np.nan
-    mine.x[1, 5] = np.inf
-    mine.x[2, :2] = -np.inf
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [("rmsnorm", "float16"), ("rmsnorm", "bfloat16"), ("rmsnorm_quant", "bfloat16")],
+)
+def test_statistics(op, dtype, machine, rng, path):
+    row = OPS[op].row
+    dtypes = {variable: of[0] for variable, of in row.dtypes.items()} | {"T": dtype}
+    case = make_case(row, {"n": 33, "h": 1024}, dtypes, rng)
+    x = case.arrays["input"]
+    x[3, 5], x[4, 7], x[5, :2] = np.nan, np.inf, -np.inf
+    placed = {name: machine.place(array) for name, array in case.arrays.items()}
+    machine.synchronize()
     with fi_ffi.call_log(5, path):
-        mine.op(*mine.descs, mine.w, factor=0.5)
+        OPS[op](**{name: one.desc() for name, one in placed.items()}, **case.scalars,
+                stream=machine.stream)  # fmt: skip
     (said,) = read(path)
     heads = [head.split(" after ")[0] for head in said.heads]
-    assert heads == ["mine_too", "before:", "returned", "after:"]
-    assert said.under("before:") == {"x": _expected(mine.x), "w": _expected(mine.w)}
-    assert said.under("after:") == {"y": _expected(mine.y)}
-    assert "1 NaN, 3 Inf" in said.under("before:")["x"]
+    assert heads == [op, "before:", "returned", "after:"]
+    place = machine.device + ("" if machine.stream is None else f", stream {machine.stream:#x}")
+    assert said.values["entry"].endswith(f"norm.{op}, on {place}")
+    desc = placed["input"].desc()
+    assert said.values["input"] == f"{dtype}[33, 1024] on {machine.device} at {desc.ptr:#x}"
+    before, after = said.under("before:"), said.under("after:")
+    assert "1 NaN, 3 Inf" in before["input"]
+    assert before.keys() == placed.keys() - {"out"} and after.keys() == {"out"}
+    for name, told in (before | after).items():
+        assert same_statistics(told, placed[name].get()), name
 
 
 def test_statistics_of_rows_apart(mine, path):
@@ -151,7 +172,7 @@ def test_statistics_of_rows_apart(mine, path):
     x[...] = np.random.default_rng().standard_normal((4, 16))
     with fi_ffi.call_log(5, path):
         mine.op(mine.y, x)
-    assert read(path)[0].under("before:")["x"] == _expected(np.array(x))
+    assert same_statistics(read(path)[0].under("before:")["x"], x)
 
 
 @pytest.mark.parametrize("dtype", [*fi_ffi.DTYPES])
@@ -168,7 +189,7 @@ def test_statistics_of_every_dtype(dtype):
         mean = array.mean(dtype=np.float64)
         assert said == f"min {int(array.min())}, max {int(array.max())}, mean {mean:.6g}"
     else:
-        assert said == _expected(array)
+        assert same_statistics(said, array)
 
 
 def test_what_has_no_statistics(monkeypatch):
@@ -216,10 +237,12 @@ def test_typed_and_prepared_calls(mine, path):
         prepared()
         prepared.update(factor=5.0)
         prepared()
-    assert [said.values["factor"] for said in read(path)] == ["3.0", "3.0", "3.0", "4.0", "5.0"]
+        with fi_ffi.watchdog(30.0):
+            prepared()
+    assert [said.values["factor"] for said in read(path)] == [*["3.0"] * 3, "4.0", "5.0", "5.0"]
     mine.op(*mine.descs, factor=6.0)
     prepared()
-    assert len(read(path)) == 5
+    assert len(read(path)) == 6
     assert mine.is_done(5.0)
 
 
@@ -228,18 +251,21 @@ def test_plans_and_their_runs(kind, path):
     case = Case(kind)
     plan = case.plan()
     case.run(plan)
+    method = {"ragged": "ragged_run", "paged": "paged_run"}.get(kind, "run")
+    given = {name: case.memory[name] for name in case.run_names}
+    prepared = fi_ffi.prepare(getattr(plan, method), **given)
+    prepared()
     with fi_ffi.call_log(3, path):
         case.run(plan)
         case.replan(plan)
         case.run(plan)
-        case.run(plan)
+        prepared()
         case.plan()
     case.check()
-    method = {"ragged": "ragged_run", "paged": "paged_run"}.get(kind, "run")
     name = type(plan).__name__
     told = read(path)
-    run, replan = f"{name}.{method}", f"{name}.replan"
-    assert [said.name for said in told] == [run, replan, run, run, name]
+    names = [method, "replan", method, "call"]
+    assert [said.name for said in told] == [*(f"{name}.{one}" for one in names), name]
     for said in told:
         assert said.values["plan"].startswith(f"{name}, ")
         assert plan.module in said.values["plan"]
@@ -248,17 +274,6 @@ def test_plans_and_their_runs(kind, path):
     where = case.memory[first]
     assert told[0].values[first].endswith(f"{list(where.shape)} on cpu at {where.ctypes.data:#x}")
     assert "page_size" in told[4].values or kind in ("ragged", "mla")
-
-
-def test_prepared_runs(path):
-    case = Case("decode")
-    plan = case.plan()
-    call = fi_ffi.prepare(plan.run, **{name: case.memory[name] for name in case.run_names})
-    call()
-    with fi_ffi.call_log(1, path):
-        call()
-    assert [said.name for said in read(path)] == ["BatchDecodePlan.call"]
-    case.check()
 
 
 def test_single_requests(path):
@@ -424,24 +439,31 @@ def test_a_watchdog_beside_a_log(mine, path):
     assert len(read(path)) == 3
 
 
-def test_what_is_wrong_to_ask_for(tmp_path):
-    def refused(argument: str, *args: Any, **options: Any) -> None:
-        with pytest.raises(fi_ffi.ArgumentError, match=f"call_log: argument `{argument}`"):
-            fi_ffi.call_log(*args, **options)
+@pytest.mark.parametrize(
+    ("given", "kind", "told"),
+    [
+        *(({"level": level}, fi_ffi.ArgumentError, "level.*0 or 1 or 3 or 5")
+          for level in (2, -1, 10)),
+        *(({"level": level}, fi_ffi.ArgumentTypeError, "level.*0 or 1 or 3 or 5")
+          for level in ("3", 3.0, True, None)),
+        *(({"dest": dest}, fi_ffi.ArgumentTypeError, "dest.*stdout, stderr or a path")
+          for dest in (3, None, "", b"log")),
+        ({"dump": "file/folder"}, fi_ffi.ArgumentError, "dump.*a directory that can be made"),
+        ({"dump": "file"}, fi_ffi.ArgumentError, "dump.*a directory that can be made"),
+        ({"max_dump_calls": -1}, fi_ffi.ArgumentError, "max_dump_calls"),
+        ({"max_dump_bytes": 1.5}, fi_ffi.ArgumentTypeError, "max_dump_bytes"),
+        ({"dump_ops": ["rmsnorm"]}, fi_ffi.ArgumentTypeError, "dump_ops"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_to_ask_for(given, kind, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(kind, match=f"(?s)call_log: argument `{told}") as caught:
+        fi_ffi.call_log(**given)
+    assert type(caught.value) is kind
 
-    for level in (2, -1, 10):
-        refused("level", level)
-    for level in ("3", 3.0, True, None):
-        with pytest.raises(fi_ffi.ArgumentTypeError, match="0 or 1 or 3 or 5"):
-            fi_ffi.call_log(level)
-    for dest in (3, None, "", b"log"):
-        with pytest.raises(fi_ffi.ArgumentTypeError, match="stdout, stderr or a path"):
-            fi_ffi.call_log(1, dest)
-    refused("dump", dump=tmp_path / "file" / "folder") if (tmp_path / "file").touch() else None
-    refused("dump", dump=tmp_path / "file")
-    refused("max_dump_calls", dump=tmp_path, max_dump_calls=-1)
-    refused("max_dump_bytes", dump=tmp_path, max_dump_bytes=1.5)
-    refused("dump_ops", dump=tmp_path, dump_ops=["rmsnorm"])
+
+def test_a_closed_log_opens_no_block():
     log = fi_ffi.call_log(0)
     log.close()
     with pytest.raises(fi_ffi.ArgumentError, match="one that is closed"), log:
@@ -455,12 +477,9 @@ def test_threads(mine, path):
         for _ in range(20):
             fi_ffi.rmsnorm(*(np.ones(shape, np.float16) for shape in ((2, 8), (2, 8), 8)))
 
-    with fi_ffi.call_log(5, path):
-        threads = [threading.Thread(target=work, name=f"worker {i}") for i in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    with fi_ffi.call_log(5, path), ThreadPoolExecutor(4) as pool:
+        for job in [pool.submit(work) for _ in range(4)]:
+            job.result()
     told = read(path)
     assert len(told) == 80
     for said in told:
@@ -518,23 +537,13 @@ ENDS = {
 }
 
 
-def child(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": str(CALLS), **environment},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("dest", ["stdout", "stderr", "file"])
 def test_a_crash_leaves_the_calls_arguments(end, dest, path):
     given = {"FI_FFI_LOG_LEVEL": "5", "FI_FFI_LOG_DEST": str(path) if dest == "file" else dest}
-    done = child(KILLED.replace("DIE", ENDS[end]), **given)
-    assert done.returncode == -getattr(signal, end), done.stderr
-    text = {"stdout": done.stdout, "stderr": done.stderr, "file": ""}[dest]
-    if dest == "file":
-        text = path.read_text()
+    status, out, err = children.done(KILLED.replace("DIE", ENDS[end]), **given)
+    assert status == -getattr(signal, end), err
+    text = {"stdout": out, "stderr": err}[dest] if dest != "file" else path.read_text()
     # Handlers of signals write to stderr as well, after all of these.
     text = "".join(takewhile(lambda line: line.startswith(("[", "  ")), text.splitlines(True)))
     first, last = read(text)
@@ -566,9 +575,9 @@ def test_the_environment():
 
 
 def test_a_wrong_environment_is_told_at_once():
-    done = child("import fi_ffi", FI_FFI_LOG_LEVEL="7")
-    assert done.returncode == 1
-    assert "argument `FI_FFI_LOG_LEVEL`: got 7, expected 0 or 1 or 3 or 5" in done.stderr
+    status, _, err = children.done("import fi_ffi", FI_FFI_LOG_LEVEL="7")
+    assert status == 1
+    assert "argument `FI_FFI_LOG_LEVEL`: got 7, expected 0 or 1 or 3 or 5" in err
 
 
 @pytest.mark.parametrize("level", ["0", "1", "3"])
@@ -585,9 +594,9 @@ def test_what_a_level_imports(level):
             watching.called("mine", print, (x, 3), [("0", x)], parse_device("cpu"))
         print("numpy" in sys.modules, "fi_ffi.ops.watch.call_log" in sys.modules)
     """
-    done = child(code, FI_FFI_LOG_LEVEL=level)
-    assert done.stdout.strip() == f"False {level != '0'}", done.stderr
-    assert done.stderr.count("mine") == (0 if level == "0" else 1 if level == "1" else 2)
+    _, out, err = children.done(code, FI_FFI_LOG_LEVEL=level)
+    assert out.strip() == f"False {level != '0'}", err
+    assert err.count("mine") == {"0": 0, "1": 1, "3": 2}[level]
 
 
 # ---------------------------------------------------------------- a pretended GPU
@@ -613,7 +622,7 @@ def test_streams(mine, cuda, path):
     first, second = read(path)
     assert first.values["entry"].endswith(", on cuda:0, stream 0x51")
     assert second.values["entry"].endswith(", on cuda:0, stream 0x61")
-    assert first.under("after:")["y"] == _expected(mine.y)
+    assert same_statistics(first.under("after:")["y"], mine.y)
     copies = [entry for entry in cuda.runtime.log if entry[0] == "copy"]
     assert [stream for _, stream in copies] == [0x51, 0x51, 0x61, 0x61]
 
