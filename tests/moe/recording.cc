@@ -19,10 +19,6 @@ using tvm::ffi::TensorView;
 
 constexpr int64_t kGemm1 = 3, kGemm2 = 5;
 
-struct Alloc {
-  void AllocData(DLTensor* tensor) {}
-};
-
 class Writer {
  public:
   std::ostringstream out;
@@ -32,28 +28,21 @@ class Writer {
     out << "] ";
     return *this;
   }
-  Writer& put(Optional<TensorView> view) {
-    if (view.has_value()) return put(view.value());
+  template <typename T>
+  Writer& put(Optional<T> value) {
+    if (value.has_value()) return put(value.value());
     out << "none ";
     return *this;
   }
-  Writer& put(Optional<Array<Tensor>> tensors) {
-    if (!tensors.has_value()) {
-      out << "none ";
-      return *this;
-    }
+  Writer& put(Array<Tensor> tensors) {
     out << "{ ";
-    for (Tensor one : tensors.value()) put(TensorView(one));
+    for (Tensor one : tensors) put(TensorView(one));
     out << "} ";
     return *this;
   }
-  Writer& put(Optional<Array<int64_t>> ints) {
-    if (!ints.has_value()) {
-      out << "none ";
-      return *this;
-    }
+  Writer& put(Array<int64_t> ints) {
     out << "( ";
-    for (int64_t one : ints.value()) out << one << " ";
+    for (int64_t one : ints) out << one << " ";
     out << ") ";
     return *this;
   }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -18,13 +16,6 @@ SMALL = {"hidden": 128, "inter": 128, "experts": 3}
 each_mode = pytest.mark.parametrize(("mode", "act", "out"), MODES, ids=IDS)
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int.from_bytes(os.urandom(8), "little")
-    print(f"seed {seed}")  # shown with a failure
-    return np.random.default_rng(seed)
-
-
 @each_mode
 @pytest.mark.parametrize("activation", [*GATED, *PLAIN])
 def test_activations(mode, act, out, activation, rng):
@@ -33,31 +24,30 @@ def test_activations(mode, act, out, activation, rng):
         assert made.worst(made.call()) <= 1
 
 
-def test_the_gate_with_tanh(rng):
-    """Only later releases' kernels have it."""
-    made = make(rng, "half", F16, F16, activation="GegluTanh")
+@pytest.mark.parametrize("given", [{"activation": "GegluTanh"},  # of later releases' kernels
+                                   {"activation": "SwigluStep", "limits": ("limit",)}])  # fmt: skip
+def test_activations_of_16_bits_alone(given, rng):
+    made = make(rng, "half", F16, F16, **given)
     assert made.worst(made.call()) <= 1
 
 
-@each_mode
-@pytest.mark.parametrize("tokens", [1, 2, 65, 130])
-def test_tokens(mode, act, out, tokens, rng):
-    made = make(rng, mode, act, out, tokens=tokens, hidden=128, inter=128)
-    assert made.worst(made.call()) <= 1
+SHAPES = {
+    **{f"{n} tokens": {"tokens": n, "hidden": 128, "inter": 128} for n in (0, 1, 2, 65, 130)},
+    **{f"{n} experts of a token": {"top_k": n, "experts": 9, "hidden": 128, "inter": 128}
+       for n in range(1, 9)},
+    # int4's scales lie together in fours, twos or ones, as the columns are multiples of.
+    **{f"{h} by {i}": {"hidden": h, "inter": i, "tokens": 3, "experts": 2}
+       for h, i in ((128, 256), (256, 128), (512, 640), (384, 1024))},
+    "one expert has all tokens": {"tokens": 9, "top_k": 1, "chosen": np.full((9, 1), 3, np.int32)},
+    "a single expert": {"experts": 1, "top_k": 1},
+    "no final scales": {"final": False, "top_k": 3},
+}  # fmt: skip
 
 
 @each_mode
-@pytest.mark.parametrize("top_k", range(1, 9))
-def test_top_k(mode, act, out, top_k, rng):
-    made = make(rng, mode, act, out, top_k=top_k, experts=9, hidden=128, inter=128)
-    assert made.worst(made.call()) <= 1
-
-
-@each_mode
-@pytest.mark.parametrize("sizes", [(128, 256), (256, 128), (512, 640), (384, 1024)])
-def test_sizes(mode, act, out, sizes, rng):
-    """int4's scales lie together in fours, twos or ones, as the columns are multiples of."""
-    made = make(rng, mode, act, out, hidden=sizes[0], inter=sizes[1], tokens=3, experts=2)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(mode, act, out, shape, rng):
+    made = make(rng, mode, act, out, **SHAPES[shape])
     assert made.worst(made.call()) <= 1
 
 
@@ -67,31 +57,12 @@ def test_small_and_odd_sizes_of_16_bits(sizes, rng):
     assert made.worst(made.call()) <= 1
 
 
-@each_mode
-def test_one_expert_has_all_tokens_and_others_none(mode, act, out, rng):
-    chosen = np.full((9, 1), 3, np.int32)
-    made = make(rng, mode, act, out, tokens=9, top_k=1, chosen=chosen)
-    assert made.worst(made.call()) <= 1
-
-
-@each_mode
-def test_a_single_expert(mode, act, out, rng):
-    made = make(rng, mode, act, out, experts=1, top_k=1)
-    assert made.worst(made.call()) <= 1
-
-
 def test_experts_that_nobody_has_add_nothing(rng):
     chosen = np.array([[0, -1], [5, 2], [-1, -1], [2**31 - 1, 5]], np.int32)
     made = make(rng, "half", F16, F16, tokens=4, experts=5, chosen=chosen)
     got = made.call()
     assert made.worst(got) <= 1
     assert not got[2].any() and not got[3].any()
-
-
-@each_mode
-def test_without_final_scales(mode, act, out, rng):
-    made = make(rng, mode, act, out, final=False, top_k=3)
-    assert made.worst(made.call()) <= 1
 
 
 @pytest.mark.parametrize("activation", ["Swiglu", "SwigluBias"])
@@ -105,11 +76,6 @@ def test_alpha_beta_and_limit(mode, act, out, limits, activation, rng):
     without = make(rng, mode, act, out, activation=activation)
     layer = part(made, layer={"limits": without.layer.limits})
     assert layer.worst(made.call()) > 1, "they changed nothing"
-
-
-def test_the_step_with_a_limit_of_each_expert(rng):
-    made = make(rng, "half", F16, F16, activation="SwigluStep", limits=("limit",))
-    assert made.worst(made.call()) <= 1
 
 
 @pytest.mark.parametrize("out", [F16, BF16])
@@ -177,12 +143,6 @@ def test_ranks_of_tensors_sum_to_the_whole(ranks, rng):
         assert one.worst(got) <= 1
         total += got
     assert worst(total, made.layer) <= 1.5
-
-
-@each_mode
-def test_no_tokens(mode, act, out, rng):
-    made = make(rng, mode, act, out, tokens=0)
-    assert not made.call().size
 
 
 @each_mode

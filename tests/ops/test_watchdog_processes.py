@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 
-import fi_ffi
 from fi_ffi.ops.watch.watchdog import EXIT_STATUS
+
+from tests.helpers import children
 
 PROGRAM = """
 import sys
@@ -35,18 +32,12 @@ def slow(seconds):
 """
 
 
-def child(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM + textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": str(Path(fi_ffi.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+def child(code: str) -> tuple[int, str, str]:
+    return children.done(PROGRAM + textwrap.dedent(code), seconds=60)
 
 
 def test_abort_ends_the_process_with_everybodys_tracebacks():
-    done = child("""
+    status, out, err = child("""
         def main():
             with fi_ffi.watchdog(0.2, abort=True):
                 slow(50.0)
@@ -57,15 +48,15 @@ def test_abort_ends_the_process_with_everybodys_tracebacks():
         finally:
             print("never")
     """)
-    assert (done.returncode, done.stdout) == (EXIT_STATUS, "") and EXIT_STATUS == 124
-    assert done.stderr.startswith("fi_ffi.watchdog(0.2): slow has not returned")
-    assert "  seconds: 50.0" in done.stderr
+    assert (status, out) == (EXIT_STATUS, "") and EXIT_STATUS == 124
+    assert err.startswith("fi_ffi.watchdog(0.2): slow has not returned")
+    assert "  seconds: 50.0" in err
     for function in ("main", "slow", "_report"):
-        assert re.search(rf'File ".*", line \d+ in {function}\n', done.stderr)
+        assert re.search(rf'File ".*", line \d+ in {function}\n', err)
 
 
 def test_abort_takes_place_though_on_hang_fails_or_blocks():
-    done = child("""
+    status, out, err = child("""
         def on_hang(report):
             print(report.splitlines()[0], flush=True)
             raise ValueError("mine")
@@ -73,28 +64,28 @@ def test_abort_takes_place_though_on_hang_fails_or_blocks():
         with fi_ffi.watchdog(0.2, on_hang=on_hang, abort=True):
             slow(50.0)
     """)
-    assert done.returncode == 124 and "slow has not returned" in done.stdout
-    assert "ValueError: mine" in done.stderr and "most recent call first" in done.stderr
-    done = child("""
+    assert status == 124 and "slow has not returned" in out
+    assert "ValueError: mine" in err and "most recent call first" in err
+    status, out, err = child("""
         from fi_ffi.ops.watch import watchdog
         watchdog._LAST_PATIENCE = 0.5
         with fi_ffi.watchdog(0.2, on_hang=lambda report: time.sleep(50.0), abort=True):
             slow(50.0)
     """)
-    assert done.returncode == 124
+    assert status == 124
 
 
 def test_a_process_may_exit_with_a_watchdog_open():
-    done = child("""
+    status, _, err = child("""
         fi_ffi.watchdog(5.0).__enter__()
         slow(0.01)
     """)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (status, err) == (0, "")
 
 
 @pytest.mark.parametrize("stderr", ["None", "Closed()"])
 def test_without_a_stderr_of_python_the_process_has_one(stderr):
-    done = child(f"""
+    status, _, err = child(f"""
         class Closed:
             def write(self, text): raise ValueError("closed")
             def flush(self): pass
@@ -103,16 +94,16 @@ def test_without_a_stderr_of_python_the_process_has_one(stderr):
         with fi_ffi.watchdog(0.1):
             slow(0.3)
     """)
-    assert done.returncode == 0
-    assert "slow has not returned" in done.stderr
+    assert status == 0
+    assert "slow has not returned" in err
 
 
 def test_importing_fi_ffi_imports_no_watchdog():
-    done = child("""
+    status, out, err = child("""
         names = ("call_record", "stream_progress", "watchdog")
         late = {f"fi_ffi.ops.watch.{name}" for name in names}
         print(*sorted(late & before))
         assert fi_ffi.watchdog is fi_ffi.watchdog
         assert "fi_ffi.ops.watch.watchdog" in sys.modules and "watchdog" in dir(fi_ffi)
     """)
-    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+    assert (status, out.strip()) == (0, ""), err
