@@ -49,44 +49,45 @@ def need_checkpoints(every: int) -> None:
         pytest.skip(f"kernels of releases {OP.row.releases} keep no checkpoints")
 
 
-# Lengths and heads.
+# Lengths and heads, and launches that none waits for.
 
 
-@DTYPES
-def test_lengths_singly(machine, rng, dtype):
+def singly(rng, dtype):
     heads = itertools.cycle(HEADS)
-    specs = [Spec((length,), *next(heads), dtype) for length in LENGTHS]
-    check(machine, [Lane(machine, spec, rng) for spec in specs])
+    return [(Spec((length,), *next(heads), dtype), 1, 1) for length in LENGTHS]
 
 
-@DTYPES
-def test_lengths_mixed(machine, rng, dtype):
+def several(rng, dtype):
     """Sequences of every length in a call, in several orders."""
-    lanes = []
-    for heads in HEADS:
-        lengths = tuple(int(n) for n in rng.permutation([*LENGTHS, *AROUND_TILES]))
-        lanes.append(Lane(machine, Spec(lengths, *heads, dtype), rng, steps=2, inputs=2))
-    check(machine, lanes)
+    orders = [rng.permutation([*LENGTHS, *AROUND_TILES]) for _ in HEADS]
+    return [
+        (Spec(tuple(map(int, order)), *heads, dtype), 2, 2)
+        for order, heads in zip(orders, HEADS, strict=True)
+    ]
+
+
+# What makes the configurations of lanes, each with how many launches of how many different tensors.
+LAUNCHES = {
+    "lengths singly": singly,
+    "lengths mixed": several,
+    **{f"{n} single tokens": lambda rng, dtype, n=n:
+       [(Spec((1,) * n, 1, 2 if n < 512 else 1, dtype), 2, 1)] for n in (64, 128, 256, 512, 1024)},
+    "a long one among single tokens": lambda rng, dtype:
+        [(Spec((*(1,) * 32, 1024, *(1,) * 32), 2, 4, dtype), 2, 2)],
+    **{f"{heads[0]} to {heads[1]} heads": lambda rng, dtype, heads=heads:
+       [(Spec((130, 1, 64, 70), *heads, dtype), 10, 2)] for heads in GQA + GVA},
+    # None waits for another, and each has outputs of its own.
+    **{f"{n} back to back": lambda rng, dtype, n=n: [(mixed(dtype), n, 5)] for n in (50, 500)},
+}  # fmt: skip
 
 
 @DTYPES
-@pytest.mark.parametrize("count", [64, 128, 256, 512, 1024])
-def test_single_tokens(machine, rng, count, dtype):
-    heads = (1, 2) if count < 512 else (1, 1)
-    check(machine, [Lane(machine, Spec((1,) * count, *heads, dtype), rng, steps=2)])
-
-
-@DTYPES
-def test_a_long_sequence_among_single_tokens(machine, rng, dtype):
-    lengths = (*(1,) * 32, 1024, *(1,) * 32)
-    check(machine, [Lane(machine, Spec(lengths, 2, 4, dtype), rng, steps=2, inputs=2)])
-
-
-@DTYPES
-@pytest.mark.parametrize("heads", GQA + GVA, ids=lambda pair: f"{pair[0]} to {pair[1]}")
-def test_heads(machine, rng, heads, dtype):
-    spec = Spec((130, 1, 64, 70), *heads, dtype)
-    check(machine, [Lane(machine, spec, rng, machine.rounds(10), inputs=2)])
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_launches(machine, rng, kind, dtype):
+    check(machine, [
+        Lane(machine, spec, rng, steps if steps < 10 else machine.rounds(steps), inputs)
+        for spec, steps, inputs in LAUNCHES[kind](rng, dtype)
+    ])  # fmt: skip
 
 
 # Options.
@@ -121,14 +122,7 @@ def test_checkpoints(machine, rng, every, dtype):
     check(machine, [Lane(machine, spec, rng, steps=2) for spec in specs])
 
 
-# Launches one after another, and at the same time.
-
-
-@DTYPES
-@pytest.mark.parametrize("count", [50, 500])
-def test_back_to_back(machine, rng, count, dtype):
-    """Launches that none waits for, each with outputs of its own."""
-    check(machine, [Lane(machine, mixed(dtype), rng, machine.rounds(count), inputs=5)])
+# Chains, and launches at the same time.
 
 
 @DTYPES
