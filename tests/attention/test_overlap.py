@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.ops.attention.rows.xqa import SEMAPHORES
+from fi_ffi.ops.attention.rows import SEMAPHORES
 from fi_ffi.reference.attention.formula import Options, exact
 
 from tests.helpers.overlapping import Named, interleaved

@@ -57,7 +57,7 @@ def test_calls_one_after_another_share_semaphores(rng, to_gpu, stream):
 
 def test_scratch_of_the_callers(rng, to_gpu, stream):
     from fi_ffi.loader import machine
-    from fi_ffi.ops.attention.rows.xqa import SCRATCH_BYTES
+    from fi_ffi.ops.attention.rows import SCRATCH_BYTES
 
     size = SCRATCH_BYTES * machine.multiprocessors(0)
     options = {

@@ -23,13 +23,15 @@ from fi_ffi.ops.attention.options import (
     PrefillOptions,
 )
 from fi_ffi.ops.attention.plan import Plan
-from fi_ffi.reference.attention.formula import Exact, Options, exact_batch, from_pages
+from fi_ffi.reference.attention.formula import Exact, Options, exact, exact_batch, from_pages
 
 HEADS, KV_HEADS, DIM, PAGE, PAGES = 4, 2, 64, 4, 12
 CKV, KPE = 512, 64
 QO_LENS, KV_LENS = (3, 1, 0, 5), (7, 5, 2, 9)
 KINDS = ("ragged", "paged", "decode", "mla")
 PAGED = KINDS[1:]
+SINGLES = ("single_prefill", "single_decode")
+RUN_INDICES = {"paged": "paged_kv_indices", "decode": "paged_kv_indices", "mla": "kv_indices"}
 
 _CLASSES = {
     "ragged": fi_ffi.BatchPrefillPlan, "paged": fi_ffi.BatchPrefillPlan,
@@ -158,6 +160,37 @@ class Case:
         assert (error <= 2.0**-9 * (1 + expected.magnitude)).all()
         assert np.isfinite(self.memory["lse"][:rows]).all()
         assert np.isnan(self.memory["o"][rows:]).all()
+
+    def bytes(self) -> dict[str, bytes]:
+        return {name: array.tobytes() for name, array in self.memory.items()}
+
+
+class Single:
+    """A call of `single_prefill` or `single_decode`: its "plan" is the options of its runs."""
+
+    queries, keys = 5, 9
+
+    def __init__(self, op: str, dtype: Any = "float16", heads: int = HEADS, **options: Any) -> None:
+        self.op, self.options, rng = op, options, np.random.default_rng()
+        rows = (self.queries,) if op == "single_prefill" else ()
+        shapes = {"q": (*rows, heads, DIM)} | dict.fromkeys("kv", (self.keys, KV_HEADS, DIM))
+        self.memory = {n: rng.standard_normal(shape).astype(dtype) for n, shape in shapes.items()}
+        self.memory["o"] = np.full((*rows, heads, DIM), np.nan, np.float16)
+        self.memory["lse"] = np.full((*rows, heads), np.nan, np.float32)
+        self.run_names = list(self.memory)
+        self.memory["tmp"] = np.full(64, 0xA5, np.uint8)
+
+    def plan(self, **options: Any) -> dict[str, Any]:
+        return self.options | options
+
+    def run(self, plan: dict[str, Any] | None = None, **changes: Any) -> None:
+        getattr(fi_ffi, self.op)(**self.memory | (plan or self.options) | changes)
+
+    def check(self) -> None:
+        q, k, v = (self.memory[name] for name in "qkv")
+        expected = exact(q.reshape(-1, *q.shape[-2:]), k, v, Options(DIM**-0.5)).out
+        error = np.abs(self.memory["o"].reshape(expected.shape) - expected)
+        assert (error <= 2.0**-8).all() and np.isfinite(self.memory["lse"]).all()
 
     def bytes(self) -> dict[str, bytes]:
         return {name: array.tobytes() for name, array in self.memory.items()}

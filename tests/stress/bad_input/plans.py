@@ -46,9 +46,10 @@ class Plan:
     """Wrong calls around a plan of one kind."""
 
     def __init__(self, kind: str, number: int) -> None:
-        chosen = random.Random(f"{number} {kind}").choice(["fa2", "fa3"])
-        backend = {} if kind == "decode" else {"backend": chosen}
-        self.kind, self.case = kind, PlanCase(kind, **backend)
+        rng = random.Random(f"{number} {kind}")
+        options = {"backend": rng.choice(["fa2", "fa3"])} if kind != "decode" else {}
+        options |= {"enable_cuda_graph": rng.random() < 0.5}
+        self.kind, self.case = kind, PlanCase(kind, **options)
         self.plan = self.case.plan()
         self._ready()
         method = {"ragged": "ragged_run", "paged": "paged_run"}.get(kind, "run")
