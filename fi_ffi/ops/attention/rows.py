@@ -1,0 +1,451 @@
+"""The entries of FlashInfer's attention modules, argument by argument.
+
+A family's modules differ in what they were compiled for, and their names say it
+(`fi_ffi.loader.uris`); their entries are the same.  fa3 is for SM90, and has another row,
+as has its fp8 form.  The arguments after `enable_pdl` are those that
+`flashinfer/jit/attention/modules.py` adds to the binding's.
+
+The names here are of the first form of each row; `of_release` has the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from fi_ffi.errors import KernelNotFoundError
+from fi_ffi.ops.releases import OLDEST, fits, forms_of, span_of
+from fi_ffi.ops.row import Arg, KvLayout, PlanInfo, Row, Scalar, Tensor, Vector
+
+_Dtypes = dict[str, tuple[str, ...]]
+F16 = ("float16", "bfloat16")
+FP8 = ("float8_e4m3fn", "float8_e5m2")
+# Query heads for each key head that decode kernels were compiled for.
+DECODE_GROUPS = (1, 2, 3, 4, 8)
+# The forms of each row, by the first.
+FORMS: dict[Row, tuple[Row, ...]] = {}
+
+_HEADS = ("num_qo_heads >= 1", "num_kv_heads >= 1", "page_size >= 1",
+          "num_qo_heads % num_kv_heads == 0")  # fmt: skip
+_FAR = 2**63  # caches are addressed in 64 bits
+
+
+def of_release(row: Row, release: str) -> Row:
+    """The form that a row has in a release; `KernelNotFoundError` where it has none."""
+    for form in FORMS[row]:
+        if fits(form, release):
+            return form
+    raise KernelNotFoundError(
+        f"{row.name} can be called in FlashInfer {span_of(FORMS[row])}; "
+        f"the kernels in use are of {release}"
+    )
+
+
+def _row(family: str, symbol: str, variant: str, source: str, doc: str, *args: Arg,
+         **fields: Any) -> Row:  # fmt: skip
+    """The first form of a row, with what most entries have in common."""
+    more: dict[str, Any] = {
+        "releases": f">={OLDEST}", "dtypes": {"Q": F16, "KV": F16 + FP8, "O": F16},
+        "requires": _HEADS, "vector": Vector(("head_dim_qk", "head_dim_vo")),
+        "offset_limit": 2**31,
+    } | fields  # fmt: skip
+    name = f"{family}.{symbol}"
+    forms = forms_of(
+        Row(name, family, symbol, f"csrc/{source}", doc, args, variant=variant, **more)
+    )
+    FORMS[forms[0]] = forms
+    return forms[0]
+
+
+# Arguments that entries share.
+
+
+def _index(name: str, axes: str, doc: str, host: bool = False) -> Tensor:
+    return Tensor(name, axes, "int32", doc, contiguous=True, host=host)
+
+
+def _maybe(name: str, axes: str, dtype: str, doc: str, since: str = "") -> Tensor:
+    return Tensor(
+        name, axes, dtype, doc, as_object=True, optional=True, contiguous=True, since=since
+    )
+
+
+def _number(
+    name: str, doc: str, type_: type[int] | type[float] | type[bool] = float, since: str = ""
+) -> Scalar:
+    return Scalar(name, type_, None, doc, since=since)
+
+
+_WORKSPACE = (
+    Tensor("float_workspace_buffer", "float_bytes", "uint8", "partial results", writes=True),
+    Tensor("int_workspace_buffer", "int_bytes", "uint8", "the schedule", writes=True),
+)
+_STAGING = Tensor(
+    "page_locked_int_workspace_buffer", "int_bytes", "uint8", "the schedule, on its way",
+    writes=True, host=True,
+)  # fmt: skip
+_Q = Tensor("q", "nnz_qo num_qo_heads head_dim_qk", "Q", "queries")
+_K = Tensor("k", "nnz_kv num_kv_heads head_dim_qk", "KV", "keys", kv=True)
+_V = Tensor("v", "nnz_kv num_kv_heads head_dim_vo", "KV", "values", kv=True)
+_TMP = Tensor("tmp", "tmp_bytes", "uint8", "partial results", writes=True)
+_OUT = Tensor("o", "nnz_qo num_qo_heads head_dim_vo", "O", "the output", writes=True, reads=False)
+_OUT_FA2 = replace(_OUT, contiguous=True)  # fa2's kernels work its strides out themselves
+_LSE = Tensor(
+    "maybe_lse", "nnz_qo num_qo_heads", "float32",
+    "gets the logarithm to base 2 of each row's sum of exponentials",
+    optional=True, contiguous=True, writes=True, reads=False,
+)  # fmt: skip
+_PAGED_K = Tensor(
+    "paged_k_cache", "num_pages page_size num_kv_heads head_dim_qk", "KV", "the keys' pages",
+    kv=True, offset_limit=_FAR, stride_limit=2**32,
+)  # fmt: skip
+_PAGED_V = replace(
+    _PAGED_K, name="paged_v_cache", axes="num_pages page_size num_kv_heads head_dim_vo",
+    doc="the values' pages",
+)  # fmt: skip
+_PAIR = ("paged_k_cache", "paged_v_cache")
+_PAGES = (
+    _index("paged_kv_indptr", "b+1", "where each request's pages start"),
+    _index("paged_kv_indices", "num_indices", "the pages"),
+    _index("paged_kv_last_page_len", "b", "tokens in each request's last page"),
+)
+_QO_INDPTR = _index("qo_indptr", "b+1", "where each request's queries start")
+_MASK_MODE = _number("mask_mode_code", "0 none, 1 causal, 2 custom, 3 multi-item scoring", int)
+_WINDOW = _number("window_left", "tokens to the left that are seen; -1: all", int)
+_PDL = _number("enable_pdl", "programmatic dependent launch", bool)
+_CAUSAL = _number("causal", "whether each query sees the tokens up to its own", bool)
+_SLOPES = _maybe("maybe_alibi_slopes", "num_qo_heads", "float32", "ALiBi's slopes")
+_SOFT_CAP = _number("logits_soft_cap", "logits become cap * tanh(logits / cap); 0: not")
+_SM_SCALE = _number("sm_scale", "what q @ k is multiplied by")
+_FA2_SCALARS = (
+    _SOFT_CAP,
+    _SM_SCALE,
+    _number("rope_rcp_scale", "1 / rope_scale"),
+    _number("rope_rcp_theta", "1 / rope_theta"),
+)
+_SIZES = (
+    _number("total_num_rows", "queries in all", int),
+    _number("batch_size", "requests", int),
+    _number("num_qo_heads", "heads of the queries", int),
+    _number("num_kv_heads", "heads of keys and values", int),
+    _number("page_size", "tokens in a page", int),
+    _number("enable_cuda_graph", "keep the launch the same for other lengths", bool),
+)
+_HEAD_DIMS = (
+    _number("head_dim_qk", "of queries and keys", int),
+    _number("head_dim_vo", "of values and output", int),
+)
+
+
+def _plan(family: str, variant: str, source: str, *args: Arg, **fields: Any) -> Row:
+    """The row of a planner: workspaces, then host arrays and numbers."""
+    return _row(
+        family, "plan", variant, source, "Schedule a batch.", *_WORKSPACE, _STAGING, *args,
+        dtypes={}, vector=Vector(()), result="Array<int>", **fields,
+    )  # fmt: skip
+
+
+# What modules.py adds to prefill, by kernel.
+
+_MULTI_ITEM = (
+    _maybe("maybe_prefix_len_ptr", "b", "uint32", "tokens of each request's prefix"),
+    _maybe("maybe_token_pos_in_items_ptr", "num_positions", "uint16",
+           "each token's place in its item"),
+    _maybe("maybe_max_item_len_ptr", "b", "uint16", "tokens of each request's longest item"),
+)  # fmt: skip
+_ITEMS_LEN = _number("token_pos_in_items_len", "positions for each request", int)
+_BLOCK_SCALES = (
+    _maybe("maybe_k_cache_sf", "num_k_sf", "uint8", "block scales of NVFP4 keys", "0.6.10"),
+    _maybe("maybe_v_cache_sf", "num_v_sf", "uint8", "block scales of NVFP4 values", "0.6.10"),
+)
+
+
+def _scale(of: str, heads: str) -> Tensor:
+    return _maybe(f"maybe_scale_{of}", heads, "float32", f"scale of each head of {of}")
+
+
+_SCALE_V = _scale("v", "num_kv_heads")
+_SCALES = (_scale("q", "num_qo_heads"), _scale("k", "num_kv_heads"), _SCALE_V)
+_SCALARS = tuple(_number(f"scale_{of}_scalar", f"scale of {of}") for of in "qkv")
+_MASK = _maybe("maybe_custom_mask", "mask_bytes", "uint8", "the packed mask")
+_MASK_INDPTR = _maybe("maybe_mask_indptr", "b+1", "int32", "where each request's mask starts")
+_OF_FP8: tuple[Arg, ...] = (*_SCALES, _SM_SCALE, *_SCALARS)
+_OF_ONE: dict[str, tuple[Arg, ...]] = {
+    "fa2": (_MASK, _SLOPES, *_BLOCK_SCALES, *_FA2_SCALARS),
+    "fa3": (_SCALE_V, _SOFT_CAP, _SM_SCALE, _SCALARS[2]),
+    "fa3_fp8": _OF_FP8,
+}
+_OF_BATCH: dict[str, tuple[Arg, ...]] = {
+    "fa2": (_MASK, _MASK_INDPTR, _SLOPES, *_MULTI_ITEM, *_BLOCK_SCALES, *_FA2_SCALARS, _ITEMS_LEN),
+    "fa3": (*_MULTI_ITEM, _SCALE_V, _SOFT_CAP, _SM_SCALE, _SCALARS[2], _ITEMS_LEN),
+    "fa3_fp8": _OF_FP8,
+}
+_SINK = (
+    replace(_maybe("sink", "num_qo_heads", "float32", "a logit of each head, part of the sum"),
+            optional=False),
+    _SM_SCALE,
+)  # fmt: skip
+_SAME: _Dtypes = {"Q": F16, "KV": F16, "O": F16}
+_DTYPES: dict[str, _Dtypes] = {
+    "fa2": {"Q": F16, "KV": F16 + FP8, "O": F16},
+    "fa3": _SAME,
+    "fa3_fp8": {"Q": FP8, "KV": FP8, "O": F16},
+}
+
+
+def _source(family: str, kind: str) -> str:
+    return f"{family}{'' if kind == 'fa2' else '_sm90'}_jit_binding.cu"
+
+
+# One request.
+
+_OF_DECODE = (_SLOPES, *_FA2_SCALARS)
+_LONE_K = replace(_K, contiguous=True)
+SINGLE_DECODE = _row(
+    "single_decode", "run", "", "single_decode_jit_binding.cu", "Attention of one query.",
+    Tensor("q", "num_qo_heads head_dim_qk", "Q", "the query", contiguous=True),
+    _LONE_K, replace(_LONE_K, name="v", doc="values"), _TMP,
+    replace(_OUT_FA2, axes="num_qo_heads head_dim_qk"), replace(_LSE, axes="num_qo_heads"),
+    KvLayout(strided=False), _WINDOW, *_OF_DECODE, requires=(*_HEADS, "nnz_kv >= 1"),
+)  # fmt: skip
+
+SINGLE_PREFILL = {
+    kind: _row(
+        "single_prefill", "run", "" if kind == "fa2" else f"_{kind}",
+        _source("single_prefill", kind), "Attention of one request.", _Q, _K, _V, _TMP,
+        _OUT_FA2 if kind == "fa2" else _OUT, _LSE, _MASK_MODE, KvLayout(), _WINDOW, *args,
+        dtypes=_DTYPES[kind], nothing_axis="nnz_qo",
+    )
+    for kind, args in _OF_ONE.items()
+}  # fmt: skip
+
+# Batches.
+
+BATCH_DECODE_PLAN = _plan(
+    "batch_decode", "", "batch_decode_jit_binding.cu",
+    _index("indptr", "b+1", "where each request's pages start", host=True),
+    *_SIZES[1:], _WINDOW, _SOFT_CAP, *_HEAD_DIMS,
+    Tensor("empty_q_data", "0", "uint8", "of the query's dtype", host=True),
+    Tensor("empty_kv_data", "0", "uint8", "of the cache's dtype", host=True),
+)  # fmt: skip
+
+BATCH_DECODE_RUN = _row(
+    "batch_decode", "run", "", "batch_decode_jit_binding.cu", "Attention of a query a request.",
+    *_WORKSPACE, PlanInfo(),
+    Tensor("q", "b num_qo_heads head_dim_qk", "Q", "queries"), _PAGED_K, _PAGED_V, *_PAGES,
+    replace(_OUT_FA2, axes="b num_qo_heads head_dim_vo"), replace(_LSE, axes="b num_qo_heads"),
+    KvLayout(), _WINDOW, _PDL, *_OF_DECODE, same_strides=_PAIR, nothing_axis="b",
+)  # fmt: skip
+
+_FA3_PLAN = (
+    _index("qo_indptr", "b+1", "where each request's queries start", host=True),
+    _index("kv_indptr", "b+1", "where each request's pages (or tokens) start", host=True),
+    _index("kv_len_arr", "b", "tokens of each request", host=True),
+    *_SIZES, *_HEAD_DIMS, _CAUSAL, _WINDOW,
+)  # fmt: skip
+_FA2_PLAN = (
+    *_FA3_PLAN,
+    _number("fixed_split_size", "pages of each piece that a request is split in; -1: any", int),
+    _number("disable_split_kv", "whether requests are never split", bool),
+    _number("num_colocated_ctas", "blocks that another kernel takes", int),
+    _number(
+        "uniform_q_len", "queries of every request, with CUDA graphs; 0: any", int, since="0.6.16"
+    ),
+)
+
+
+def _batch(family: str, kind: str, prefix: str, *args: Arg) -> tuple[Row, ...]:
+    """A batch-prefill family's rows: plan, ragged_run, paged_run."""
+    source, dtypes = _source("batch_prefill", kind), _DTYPES[kind] if not prefix else _SAME
+    variant = prefix + ("" if kind == "fa2" else f"_{kind}")
+    out = _OUT_FA2 if kind == "fa2" else _OUT
+    tail = (out, _LSE, _MASK_MODE, KvLayout(), _WINDOW, _PDL, *args)
+    return (
+        _plan(family, variant, source, *(_FA2_PLAN if kind == "fa2" else _FA3_PLAN)),
+        _row(
+            family, "ragged_run", variant, source, "Attention over keys and values side by side.",
+            *_WORKSPACE, PlanInfo(), _Q, _K, _V, _QO_INDPTR,
+            _index("kv_indptr", "b+1", "where each request's keys start"),
+            *tail, dtypes=dtypes, nothing_axis="nnz_qo",
+        ),
+        _row(
+            family, "paged_run", variant, source, "Attention over a paged cache.",
+            *_WORKSPACE, PlanInfo(), _Q, _PAGED_K, _PAGED_V, _QO_INDPTR, *_PAGES,
+            *tail, dtypes=dtypes, same_strides=_PAIR, nothing_axis="nnz_qo",
+        ),
+    )  # fmt: skip
+
+
+# Of each kernel: plan, ragged_run, paged_run.
+BATCH_PREFILL = {kind: _batch("batch_prefill", kind, "", *args) for kind, args in _OF_BATCH.items()}
+BATCH_PREFILL_SINK = {
+    kind: _batch("batch_prefill_with_attention_sink", kind, "_sink", *_SINK)
+    for kind in ("fa2", "fa3")
+}
+
+# Multi-head latent attention over a paged cache.  From 0.7.0 on the planner leaves the copy to
+# the device to its caller, and returns a tuple.
+_MLA_RELEASES = ">=0.6.3,<0.7.0"
+# Before, a page's place was computed in 32 bits, and the tile before the first was loaded for
+# a request without keys.
+_SOUND = "0.6.11"
+
+
+def _caches(**more: Any) -> tuple[Tensor, Tensor]:
+    return (
+        Tensor("ckv_cache", "num_pages page_size head_dim_ckv", "KV",
+               "compressed keys and values", stride_limit=2**32, **more),
+        Tensor("kpe_cache", "num_pages page_size head_dim_kpe", "KV",
+               "keys' part with the encoding", stride_limit=2**32, **more),
+    )  # fmt: skip
+
+
+def _mla(kind: str) -> tuple[Row, Row]:
+    variant = "" if kind == "fa2" else f"_{kind}"
+    source = f"batch_mla{'_sm90' if variant else ''}_binding.cu"
+    heads = _number("num_heads", "heads of the queries", int)
+    planned = _plan(
+        "batch_mla", variant, source,
+        _index("qo_indptr", "b+1", "where each request's queries start", host=True),
+        _index("kv_indptr", "b+1", "where each request's pages start", host=True),
+        _index("kv_len", "b", "tokens of each request", host=True),
+        heads, _number("head_dim_o", "of the output", int), _CAUSAL, releases=_MLA_RELEASES,
+    )  # fmt: skip
+    run = _row(
+        "batch_mla", "run", variant, source, "Multi-head latent attention over a paged cache.",
+        *_WORKSPACE, PlanInfo(),
+        Tensor("q_nope", "nnz_qo num_heads head_dim_ckv", "Q", "queries, absorbed"),
+        Tensor("q_pe", "nnz_qo num_heads head_dim_kpe", "Q", "queries' part with the encoding"),
+        *_caches(offset_limit=2**32, until=_SOUND), *_caches(offset_limit=_FAR, since=_SOUND),
+        _index("kv_indices", "num_indices", "the pages"),
+        Tensor("o", "nnz_qo num_heads head_dim_ckv", "Q", "the output", writes=True, reads=False),
+        replace(_LSE, axes="nnz_qo num_heads", doc="gets the log-sum-exp of each row"),
+        _MASK_MODE, heads, _number("page_size", "tokens in a page", int), _SM_SCALE,
+        _number("return_lse_base_on_e", "natural logarithms, not those to base 2", bool),
+        _number("ckv_scale", "scale of an fp8 cache's compressed keys and values", since="0.6.14"),
+        _number("kpe_scale", "scale of an fp8 cache's part with the encoding", since="0.6.14"),
+        replace(_maybe("maybe_ckv_scale_arr", "num_scales", "float32", "scales of an fp8 cache",
+                       "0.6.18"), as_object=False),
+        releases=_MLA_RELEASES, dtypes={"Q": F16, "KV": F16},
+        vector=Vector(("head_dim_ckv", "head_dim_kpe")), nothing_axis="nnz_qo",
+        requires=("num_heads >= 1", "page_size >= 1", "head_dim_ckv in (512,)",
+                  "head_dim_kpe in (64,)"),
+    )  # fmt: skip
+    return planned, run
+
+
+# Of each kernel: plan, run.
+BATCH_MLA = {kind: _mla(kind) for kind in ("fa2", "fa3")}
+# Runs whose every request needs a key.
+NEED_KEYS = frozenset(
+    form for _, run in BATCH_MLA.values() for form in FORMS[run]
+    if form.releases.endswith(f"<{_SOUND}")
+)  # fmt: skip
+
+# xqa, decode attention for queries that share keys.  The kernels turn the caches' strides into
+# heads, read those of the keys for both, and count heads in 32 bits.  A request's pieces meet in
+# `scratch`, where their sum is found by whoever is last to count up its semaphore, which is 0
+# again then.
+
+_ONE: dict[str, Any] = {"optional": True, "contiguous": True}
+_CACHE = "num_pages page_size num_kv_heads head_dim"
+# Rows of queries, of at most 256 elements and two numbers each, for every piece of a request;
+# there are no more pieces than multiprocessors.
+_ROWS, _HEAD_DIM = 32, 256
+SCRATCH_BYTES = _ROWS * (4 * _HEAD_DIM + 8) + 1024
+SEMAPHORES = 2**18  # of requests and heads of keys; their product is not more
+
+XQA = _row(
+    "xqa", "xqa_wrapper", "", "flashinfer_xqa_binding.cu",
+    "Attention of one query of each request over a paged cache.",
+    _number("run_sm90_fp8_mha", "in fp8, by the kernel for Hopper", bool),
+    _number("multiProcessorCount", "multiprocessors to use", int),
+    _number("nbKHeads", "heads of the keys", int),
+    _number("slidingWinSize", "the last keys that are seen; 0: all", int),
+    _number("qScale", "of the queries"),
+    Tensor("qScaleTensor", "1", "float32", "the same, on the device", **_ONE),
+    Tensor("output", "b 1 num_qo_heads head_dim", "O", "the output", writes=True, reads=False,
+           contiguous=True),
+    _number("rcpOutScale", "what the output is multiplied by, where it is fp8"),
+    Tensor("q", "b 1 num_qo_heads head_dim", "Q", "the queries", contiguous=True),
+    Tensor("attentionSinks", "num_kv_heads group", "float32", "a logit more", **_ONE),
+    Tensor("kCacheVLLM", _CACHE, "KV", "the keys' pages", offset_limit=_FAR),
+    Tensor("vCacheVLLM", _CACHE, "KV", "the values' pages", offset_limit=_FAR),
+    Tensor("kSfCacheVLLM", _CACHE, "uint8", "scales of 4-bit keys", optional=True, since="0.6.7"),
+    Tensor("vSfCacheVLLM", _CACHE, "uint8", "scales of 4-bit values", optional=True,
+           since="0.6.7"),
+    Tensor("kvCachePageList", "b max_pages", "int32", "each request's pages", contiguous=True),
+    _number("maxSeqLen", "keys that the pages have room for", int),
+    Tensor("seqLen", "b 1", "uint32", "each request's keys", contiguous=True),
+    _number("batchSize", "requests", int),
+    _number("kvCacheScale", "of keys and values"),
+    Tensor("kvScaleTensor", "1", "float32", "the same, on the device", **_ONE),
+    _number("qSeqLen", "queries of each request", int),
+    Tensor("qCuSeqLens", "b+1", "uint32", "where each request's queries start", since="0.6.16",
+           **_ONE),
+    Tensor("mask", "b q_seq_len mask_words", "uint16", "bits", **_ONE),
+    Tensor("semaphores", "num_semaphores", "uint32", "0, and so afterwards", writes=True,
+           contiguous=True, bytes=4 * SEMAPHORES, zeroed=True),
+    Tensor("scratch", "scratch_size", "uint8", "partial results", writes=True, reads=False,
+           contiguous=True, alignment=128, bytes_per_multiprocessor=SCRATCH_BYTES),
+    _number("enable_pdl", "programmatic dependent launch", bool),
+    dtypes={"Q": F16, "KV": (*F16, "float8_e4m3fn"), "O": (*F16, "float8_e4m3fn")},
+    vector=Vector(("head_dim",)), same_strides=("kCacheVLLM", "vCacheVLLM"),
+    requires=(*_HEADS, "page_size in (16, 32, 64, 128)", "head_dim % 16 == 0",
+              f"b * num_kv_heads <= {SEMAPHORES}"), capabilities=(9, 10, 11, 12),
+    nothing_axis="b", offset_limit=_FAR,
+)  # fmt: skip
+
+# POD: a request's prefill and a batch's decode in one launch.  Both kinds of cache are handed
+# over as NHD views, whatever their order.
+
+
+def _of(part: str, *args: Arg) -> tuple[Arg, ...]:
+    """Arguments of the prefill (p) or of the decode (d)."""
+    return tuple(replace(arg, name=f"{arg.name}_{part}") for arg in args)
+
+
+_LAYOUT = _number("layout", "0: tokens before heads", int)
+_UNUSED_SLOPES = Tensor(
+    "maybe_alibi_slopes", "num_qo_heads", "float32", "ALiBi's slopes: unused", **_ONE
+)
+_QUERIES, _QUERY = "qo_len num_qo_heads head_dim", "b num_qo_heads head_dim"
+_POD_PREFILL = (
+    Tensor("q", _QUERIES, "Q", "the request's queries"),
+    Tensor("k", "kv_len num_kv_heads head_dim", "KV", "its keys"),
+    Tensor("v", "kv_len num_kv_heads head_dim", "KV", "its values"),
+    Tensor("tmp", "tmp_size", "uint8", "partial results", writes=True, reads=False, alignment=16),
+    replace(_OUT_FA2, axes=_QUERIES, doc="its output"),
+    replace(_LSE, axes="qo_len num_qo_heads"),
+    _MASK_MODE,
+    _LAYOUT,
+    _WINDOW,
+    Tensor("maybe_custom_mask", "mask_bytes", "uint8", "which keys each query sees", **_ONE),
+    _UNUSED_SLOPES,
+    *_FA2_SCALARS,
+)
+_POD_DECODE = (
+    Tensor("q", _QUERY, "Q", "a query of each request"),
+    replace(_PAGED_K, axes=_CACHE, kv=False),
+    replace(_PAGED_V, axes=_CACHE, kv=False),
+    _index("qo_indptr", "b+1", "where each request's query is"),
+    *_PAGES,
+    replace(_OUT_FA2, axes=_QUERY, doc="their outputs"),
+    replace(_LSE, axes="b num_qo_heads"),
+    _MASK_MODE,
+    _LAYOUT,
+    _WINDOW,
+    Tensor("maybe_custom_mask", "d_mask_bytes", "uint8", "unused", **_ONE),
+    Tensor("maybe_mask_indptr", "d_mask_indptr", "int32", "unused", **_ONE),
+    _UNUSED_SLOPES,
+    *_FA2_SCALARS,
+)
+POD = _row(
+    "pod", "pod_with_kv_cache_tensor", "", "pod_jit_binding.cu",
+    "A request's prefill and a batch's decode in one launch.",
+    *_of("p", *_POD_PREFILL), *_of("d", *_WORKSPACE), PlanInfo(), *_of("d", *_POD_DECODE), _PDL,
+    same_strides=("paged_k_cache_d", "paged_v_cache_d"), offset_limit=_FAR,
+    requires=(*_HEADS, "qo_len >= 1", "kv_len >= 1", "b >= 1"),
+)  # fmt: skip
+
+ROWS = tuple(FORMS)
