@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +20,6 @@ POS_ENCODING_MODES = {"NONE": 0, "ROPE_LLAMA": 1, "ALIBI": 2}
 NON_CAUSAL, CAUSAL, CUSTOM, MULTI_ITEM_SCORING = range(4)
 BACKENDS = ("auto", "fa2", "fa3")
 
-SHORT = {
-    "float16": "f16", "bfloat16": "bf16", "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2",
-}  # fmt: skip
 # csrc/*_sm90_kernel_inst.jinja and the static_asserts of hopper/prefill_sm90.cuh
 _FA3_HEAD_DIMS = ((64, 64), (128, 128), (256, 256), (192, 128))
 _FA3_FP8_HEAD_DIMS = ((128, 128), (256, 256))
@@ -49,23 +47,16 @@ class Kernel:
 
     def module(self, backend: str, of: str | None = None) -> str:
         """The module's name in a release, or in that of the kernels in use."""
-        from fi_ffi.loader.uris import uri  # as late as can be: it has a large table
-
-        of = of or release()
-        if self.family == "batch_mla":
-            return uri(
-                self.family, release=of, backend=backend, dtype_q=SHORT[self.q_data_type],
-                dtype_kv=SHORT[self.kv_data_type], dtype_o=SHORT[self.o_data_type],
-                head_dim_ckv=self.head_dim_qk, head_dim_kpe=self.head_dim_vo,
-            )  # fmt: skip
         parameters: dict[str, Any] = {
-            "dtype_q": SHORT[self.q_data_type],
-            "dtype_kv": SHORT[self.kv_data_type],
-            "dtype_o": SHORT[self.o_data_type],
-            "head_dim_qk": self.head_dim_qk,
-            "head_dim_vo": self.head_dim_vo,
-            "use_sliding_window": self.use_sliding_window,
+            "dtype_q": self.q_data_type,
+            "dtype_kv": self.kv_data_type,
+            "dtype_o": self.o_data_type,
         }
+        if self.family == "batch_mla":
+            parameters |= {"head_dim_ckv": self.head_dim_qk, "head_dim_kpe": self.head_dim_vo}
+            return module_name(self.family, of, backend=backend, **parameters)
+        parameters |= {"head_dim_qk": self.head_dim_qk, "head_dim_vo": self.head_dim_vo}
+        parameters["use_sliding_window"] = self.use_sliding_window
         if "decode" not in self.family:
             parameters["backend"] = backend
         if "sink" not in self.family:
@@ -73,7 +64,20 @@ class Kernel:
             parameters["use_logits_soft_cap"] = self.use_logits_soft_cap
             if "prefill" in self.family:
                 parameters["use_fp16_qk_reduction"] = self.use_fp16_qk_reduction
-        return uri(self.family, release=of, **parameters)
+        return module_name(self.family, of, **parameters)
+
+
+def module_name(family: str, of: str | None = None, **parameters: Any) -> str:
+    """A module's name in a release, or in that of the kernels in use, by what it is compiled
+    for."""
+    return _module_name(family, of or release(), **parameters)
+
+
+@functools.lru_cache(256)
+def _module_name(family: str, of: str, **parameters: Any) -> str:
+    from fi_ffi.loader.uris import uri  # as late as can be: it has a large table
+
+    return uri(family, release=of, **parameters)
 
 
 def release() -> str:

@@ -10,7 +10,7 @@ from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.ops.attention import sizes
 from fi_ffi.ops.attention.arrays import Batch, read_ints
 from fi_ffi.ops.attention.options import DecodeKeywords, DecodeOptions
-from fi_ffi.ops.attention.plan import SIZE_ONLY, Plan, WorkspaceSize
+from fi_ffi.ops.attention.plan import Plan
 from fi_ffi.ops.attention.rows import BATCH_DECODE_PLAN, BATCH_DECODE_RUN
 from fi_ffi.ops.attention.run import Values, softmax_scale
 from fi_ffi.ops.attention.workspace import Workspace
@@ -75,17 +75,6 @@ class BatchDecodePlan(Plan):
         **options: Unpack[DecodeKeywords],
     ) -> None:
         super().__init__((indptr, indices, last_page_len), device, workspace, stream, options)
-
-    @classmethod
-    def workspace_size(
-        cls,
-        indptr: TensorLike,
-        indices: TensorLike | None,
-        last_page_len: TensorLike,
-        **arguments: Any,
-    ) -> WorkspaceSize:
-        """Bytes of the float and int workspaces that a plan of these arguments needs."""
-        return cls(indptr, indices, last_page_len, workspace=SIZE_ONLY, **arguments).size
 
     def replan(
         self,

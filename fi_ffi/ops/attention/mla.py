@@ -11,7 +11,7 @@ from fi_ffi.ops.attention import sizes
 from fi_ffi.ops.attention.arrays import Batch
 from fi_ffi.ops.attention.backends import CAUSAL, NON_CAUSAL, choose_backend
 from fi_ffi.ops.attention.options import MlaKeywords, MlaOptions
-from fi_ffi.ops.attention.plan import SIZE_ONLY, Plan, WorkspaceSize
+from fi_ffi.ops.attention.plan import Plan
 from fi_ffi.ops.attention.rows import BATCH_MLA, NEED_KEYS
 from fi_ffi.ops.attention.run import Values, softmax_scale
 from fi_ffi.ops.attention.workspace import Workspace
@@ -66,19 +66,6 @@ class BatchMlaPlan(Plan):
     ) -> None:
         arrays = qo_indptr, kv_indptr, kv_indices, kv_len_arr
         super().__init__(arrays, device, workspace, stream, options)
-
-    @classmethod
-    def workspace_size(
-        cls,
-        qo_indptr: TensorLike,
-        kv_indptr: TensorLike,
-        kv_indices: TensorLike | None,
-        kv_len_arr: TensorLike,
-        **arguments: Any,
-    ) -> WorkspaceSize:
-        """Bytes of the float and int workspaces that a plan of these arguments needs."""
-        arrays = qo_indptr, kv_indptr, kv_indices, kv_len_arr
-        return cls(*arrays, workspace=SIZE_ONLY, **arguments).size
 
     def replan(
         self,

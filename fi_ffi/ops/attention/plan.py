@@ -53,7 +53,7 @@ class WorkspaceSize(NamedTuple):
 
 
 # Stands for a workspace where only its size is asked for.
-SIZE_ONLY: Any = object()
+_SIZE_ONLY: Any = object()
 
 # Arguments of the planners that are a batch's arrays, and which.
 _PLANNED_ARRAYS = {
@@ -106,7 +106,7 @@ class Plan:
         self, arrays: Sequence[object], device: object, workspace: object, stream: object,
         options: Mapping[str, Any],
     ) -> None:  # fmt: skip
-        if not (workspace is None or workspace is SIZE_ONLY or isinstance(workspace, Workspace)):
+        if not (workspace is None or workspace is _SIZE_ONLY or isinstance(workspace, Workspace)):
             got = type(workspace).__name__
             raise ArgumentTypeError(self.op, "workspace", got=got, expected="a Workspace or None")
         self.workspace = workspace if isinstance(workspace, Workspace) else None
@@ -144,7 +144,7 @@ class Plan:
         batch = self.read(arrays)
         self._max_rows = getattr(self.options, "max_total_num_rows", None) or batch.rows
         self._max_indices = self.options.max_num_indices or batch.num_indices
-        if workspace is SIZE_ONLY:
+        if workspace is _SIZE_ONLY:
             self.needs, self._placed = self._need(batch, is_exact=True)
         else:
             self.schedule(batch, stream)
@@ -160,6 +160,13 @@ class Plan:
         """Whether it can be made for a GPU (`sm=90`), with kernels of a `release` and a `cuda`
         tag, with these of the plan's options: see `Op.supports`."""
         return asked_of(cls.__name__, sm, **asked)
+
+    @classmethod
+    def workspace_size(cls, *arrays: Any, **arguments: Any) -> WorkspaceSize:
+        """Bytes of the float and int workspaces that a plan of these arguments needs."""
+        made: Any = cls
+        size: WorkspaceSize = made(*arrays, workspace=_SIZE_ONLY, **arguments).size
+        return size
 
     @property
     def size(self) -> WorkspaceSize:
@@ -326,13 +333,9 @@ class Plan:
             self._planned_in = workspace, placed
         _, frame = planner.compiled.pack(planner)
         try:
-            words, base, size = frame.addresses, stage.ptr, batch.size
-            for word, start in self._starts:
-                words[word] = base + start
-            for word, more in self._lengths:
-                words[word] = size + more
-            for word in self._rows:
-                words[word] = batch.room_for_rows
+            words, given = frame.addresses, (stage.ptr, batch.size, batch.room_for_rows)
+            for word, of, more in self._changing:
+                words[word] = given[of] + more
             with watching.running(self):
                 launch(frame, handle if self.device.is_cuda else None)
             return frame.take_result()  # type: ignore[no-any-return]
@@ -343,25 +346,23 @@ class Plan:
         self, workspace: Workspace, stage: TensorDesc, placed: Arrays, batch: Batch
     ) -> None:
         """Bind the planner to a workspace and to where arrays are in a stage; find the words of
-        its frames that each batch has others of."""
+        its frames that each batch has others of: how much more they are than the stage's address
+        (0), the number of requests (1) or of queries (2)."""
         planner, count = self._planner, placed.kernel_bytes
         planner.put("float_workspace_buffer", workspace.float_buffer)
         planner.put("int_workspace_buffer", workspace.int_buffer.rows(0, count))
         planner.put(_STAGING, stage.rows(0, count))
-        # The words of addresses, and where these are in the stage.
-        self._starts = [(planner.word(_STAGING), 0)]
-        # The words of lengths, and how much more these are than the number of requests.
-        self._lengths = [(planner.word("batch_size"), 0)] if planner.has("batch_size") else []
+        words = ((_STAGING, 0), ("batch_size", 1), ("total_num_rows", 2))
+        self._changing = [(planner.word(name), of, 0) for name, of in words if planner.has(name)]
         descs = placed.descs(stage, {name: len(view) for name, view in batch.views.items()})
         for arg in planner.compiled.row.tensors:
             name = _PLANNED_ARRAYS.get(arg.name)
             if name is not None:
                 planner.put(arg.name, descs[name])
-                self._starts.append((planner.word(arg.name), placed.where(name)[0]))
-                self._lengths.append(
-                    (planner.word(arg.name, 1), len(batch.views[name]) - batch.size)
-                )
-        self._rows = [planner.word("total_num_rows")] if planner.has("total_num_rows") else []
+                self._changing += [
+                    (planner.word(arg.name), 0, placed.where(name)[0]),
+                    (planner.word(arg.name, 1), 1, len(batch.views[name]) - batch.size),
+                ]
 
     def _workspace(self, float_bytes: int, int_bytes: int) -> Workspace:
         workspace = self.workspace

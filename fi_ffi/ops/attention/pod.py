@@ -9,7 +9,7 @@ from typing import Any
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.ops import cuda
 from fi_ffi.ops.attention.arrays import int32_array
-from fi_ffi.ops.attention.backends import NON_CAUSAL, SHORT, release
+from fi_ffi.ops.attention.backends import NON_CAUSAL, module_name
 from fi_ffi.ops.attention.masks import check_causal, packed_mask
 from fi_ffi.ops.attention.plan import Packing
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
@@ -170,11 +170,9 @@ class PodPlan(BatchPrefillPlan):
         }  # fmt: skip
 
     def _scale(self, name: str, value: object) -> float:
-        return check_number(self.op, name, value, 0.0) if value is not None else self._default_scale
-
-    @property
-    def _default_scale(self) -> float:
-        return float(self.options.head_dim_qk**-0.5)
+        if value is None:
+            return float(self.options.head_dim_qk**-0.5)
+        return check_number(self.op, name, value, 0.0)
 
     def _check_stream(self, stream: object) -> None:
         if not self.device.is_cuda:
@@ -209,12 +207,9 @@ class PodPlan(BatchPrefillPlan):
         values.put(**descs, maybe_custom_mask_p=packed, mask_mode_code_p=mode)
 
     def _pod_module(self, window_left_p: int) -> str:
-        from fi_ffi.loader.uris import uri  # as late as can be: it has a large table
-
-        kernel = self.options.kernel
-        return uri(
-            "pod", release=release(), dtype_q=SHORT[kernel.q_data_type],
-            dtype_kv=SHORT[kernel.kv_data_type], dtype_o=SHORT[kernel.o_data_type],
-            head_dim=kernel.head_dim_qk, use_sliding_window_p=window_left_p >= 0,
-            use_sliding_window_d=self.options.window_left >= 0,
+        chosen = self.options
+        return module_name(
+            "pod", dtype_q=chosen.q_data_type, dtype_kv=chosen.kv_data_type,
+            dtype_o=chosen.o_data_type, head_dim=chosen.head_dim_qk,
+            use_sliding_window_p=window_left_p >= 0, use_sliding_window_d=chosen.window_left >= 0,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from fi_ffi.ops.attention import sizes
 from fi_ffi.ops.attention.arrays import Batch
 from fi_ffi.ops.attention.backends import choose_backend
 from fi_ffi.ops.attention.options import PrefillKeywords, PrefillOptions
-from fi_ffi.ops.attention.plan import SIZE_ONLY, Plan, WorkspaceSize
+from fi_ffi.ops.attention.plan import Plan
 from fi_ffi.ops.attention.rows import BATCH_PREFILL, BATCH_PREFILL_SINK, FP8
 from fi_ffi.ops.attention.run import BoundRow, Values, only_with, softmax_scale
 from fi_ffi.ops.attention.workspace import Workspace
@@ -83,11 +83,6 @@ class BatchPrefillPlan(Plan):
     ) -> None:
         paged = paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
         super().__init__((qo_indptr, kv_indptr, *paged), device, workspace, stream, options)
-
-    @classmethod
-    def workspace_size(cls, qo_indptr: TensorLike, **arguments: Any) -> WorkspaceSize:
-        """Bytes of the float and int workspaces that a plan of these arguments needs."""
-        return cls(qo_indptr, workspace=SIZE_ONLY, **arguments).size
 
     def replan(
         self,

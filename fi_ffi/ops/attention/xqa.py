@@ -8,7 +8,7 @@ from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import Device, TensorDesc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import machine
-from fi_ffi.ops.attention.backends import SHORT, in_use, multiprocessors, release
+from fi_ffi.ops.attention.backends import in_use, module_name, multiprocessors
 from fi_ffi.ops.attention.rows import XQA
 from fi_ffi.ops.attention.run import Values, compiled_row, launched
 from fi_ffi.ops.call.arguments import check_choice, check_int, check_number
@@ -82,7 +82,11 @@ def xqa(
     window = check_int(_OP, "sliding_win_size", sliding_win_size, 0)
     dtypes = {"Q": q.dtype.name, "KV": caches[0].dtype.name, "O": output.dtype.name}
     _check_dtypes(q, caches[0], output)
-    module = _module(dtypes, page_size, head_dim, heads // kv_heads, window > 0)
+    module = module_name(
+        "xqa", input_dtype=dtypes["Q"], output_dtype=dtypes["O"], kv_cache_dtype=dtypes["KV"],
+        page_size=page_size, head_dim=head_dim, head_group_ratio=heads // kv_heads,
+        use_sliding_window=window > 0,
+    )  # fmt: skip
     values = Values(_OP, compiled_row(row, module, dtypes, _OP, device), "xqa", {})
     most = multiprocessors(device)
     count = most if sm_count is None else check_int(_OP, "sm_count", sm_count, 1)
@@ -149,13 +153,3 @@ def _scale(name: str, value: object, plain: str, tensor: str) -> dict[str, objec
 
 def _on_hopper(device: Device) -> bool:
     return device.is_cuda and machine.capability(device.index)[0] == _HOPPER
-
-
-def _module(dtypes: dict[str, str], page_size: int, head_dim: int, group: int, window: bool) -> str:
-    from fi_ffi.loader.uris import uri  # as late as can be: it has a large table
-
-    return uri(
-        "xqa", release=release(), input_dtype=SHORT[dtypes["Q"]], output_dtype=SHORT[dtypes["O"]],
-        kv_cache_dtype=SHORT[dtypes["KV"]], page_size=page_size, head_dim=head_dim,
-        head_group_ratio=group, use_sliding_window=window,
-    )  # fmt: skip
