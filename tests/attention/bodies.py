@@ -96,7 +96,8 @@ class One:
             )
         return self.machine.place(np.full(need, 0xFF, np.uint8))
 
-    def run(self) -> tuple[Result, Any]:
+    def arguments(self) -> tuple[Any, list[Any], dict[str, Any], Result, Any]:
+        """The function, its arguments and options, and what it writes: outputs, and `tmp`."""
         spec, place = self.spec, self.machine.place
         decode = spec.family == "single_decode"
         shape = (len(self.q), spec.heads, spec.value_dim)
@@ -106,15 +107,20 @@ class One:
         written = Result(place(out), place(lse[0] if decode else lse) if spec.lse else None)
         options = as_arguments(spec, self.extras, self.machine) | {
             "pos_encoding_mode": spec.mode, "window_left": spec.window_left,
-            "logits_soft_cap": spec.cap, "stream": self.machine.stream,
+            "logits_soft_cap": spec.cap,
         }  # fmt: skip
         if not decode:
             options |= {"causal": spec.causal, "backend": spec.backend}
         call = fi_ffi.single_decode if decode else fi_ffi.single_prefill
         tmp = self.scratch()
-        tensors = (place(q), self.stored(self.k), self.stored(self.v), tmp, written.o)
-        descs = [tensor.desc() for tensor in tensors]
-        call(*descs, None if written.lse is None else written.lse.desc(), **options)
+        self.kept = (place(q), self.stored(self.k), self.stored(self.v), tmp, written.o)
+        given = [tensor.desc() for tensor in self.kept]
+        given.append(None if written.lse is None else written.lse.desc())
+        return call, given, options, written, tmp
+
+    def run(self) -> tuple[Result, Any]:
+        call, given, options, written, tmp = self.arguments()
+        call(*given, **options, stream=self.machine.stream)
         return written, tmp
 
     def error(self, written: Result) -> float:

@@ -106,6 +106,22 @@ class Runs:
         stream = self.machine.stream if stream == 0 else stream
         return fi_ffi.prepare(run, **self.tensors(out), stream=stream, **options)
 
+    def run(self, out=None, **more):
+        """The run itself, of these tensors."""
+        options = self.case.run_options(self.batch) | {"stream": self.machine.stream} | more
+        run_of(self.plan)(**self.tensors(out) | options)
+
+    def replan(self):
+        self.case.replan(self.plan, self.batch)
+
+    def check(self, *ways, out=None):
+        """Each of these ways of a run gives what the batch says; without any, the last has."""
+        for go in ways or [lambda: None]:
+            if ways:
+                self.clear(out)
+            go()
+            self.case.check(self.batch, out or self.out)
+
     def full(self):
         """A run in full, of a plan of its own."""
         plan = self.case.plan(self.batch)

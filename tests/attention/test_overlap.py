@@ -117,7 +117,7 @@ def test_pod_one_after_another(rng):
     batch, call = of_pod()
     for _ in range(3):
         got = call.one_after_another(rng)
-        for part, (out, size, _) in batch.expected().items():
+        for part, (out, size, _, _) in batch.expected().items():
             assert (np.abs(got[f"o_{part}"] - out) <= size * 2.0**-9).all()
 
 

@@ -2,52 +2,187 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
 import pytest
 
-from tests.attention import serving
+import fi_ffi
+
+from tests.attention.arrays import bytes_of
+from tests.attention.batches import Batch
+from tests.attention.bodies import check_results
+from tests.attention.cases import Case, Result
+from tests.attention.serving import Service, exact_workspace, graph_options, refused
 from tests.attention.tables import FIXED_SPLIT, GRAPHS, REFUSED_OR_RIGHT, SERVED
 
 SERVICES = pytest.mark.parametrize("spec", SERVED.values(), ids=SERVED)
 
 
 @SERVICES
-@pytest.mark.parametrize("more", [{}, {"enable_cuda_graph": True}], ids=["plain", "graph"])
-def test_exact_workspace(spec, more, machine, rng):
-    serving.check_exact_workspace(spec, machine, rng, **more)
-
-
-@SERVICES
-def test_stale_plans(spec, machine, rng):
-    serving.check_stale(spec, machine, rng)
+@pytest.mark.parametrize("graph", [False, True], ids=["plain", "graph"])
+def test_exact_workspace(spec, graph, machine, rng):
+    """`workspace_size` is enough for the planner and the run; one byte less is refused."""
+    service = Service(spec, machine, rng)
+    case, batch = service.case, service.batch()
+    more = graph_options(service) if graph else {}
+    rows = case.rows if graph else batch.rows
+    workspace, placed = exact_workspace(case, batch, **more)
+    plan = case.plan(batch, workspace=workspace, **more)
+    case.check(batch, case.run(plan, batch, case.outputs(rows)))
+    assert all(array.intact() for array in placed), "bytes beside the workspace"
+    for i, size in enumerate(case.workspace_size(batch, **more)):
+        if size:
+            less = (int(i == 0), int(i == 1))
+            workspace, _ = exact_workspace(case, batch, less, **more)
+            with pytest.raises(fi_ffi.ArgumentError, match=f"got {size - 1} bytes.* {size} bytes"):
+                case.plan(batch, workspace=workspace, **more)
 
 
 @SERVICES
 def test_many_replans(spec, machine, rng):
-    serving.check_many_replans(spec, machine, rng)
+    """Replans one after the other, none waited for: each run has its own plan's lengths."""
+    service = Service(spec, machine, rng)
+    case, plan = service.case, None
+    batches = [service.batch() for _ in range(machine.rounds(200))]
+    kept = [case.outputs(batch.rows) for batch in batches]
+    workspace = fi_ffi.Workspace.allocate(machine.device, 1 << 27, 1 << 22)
+    case.inputs(0)  # placed before anything is queued
+    machine.delay(machine.stream)
+    for batch, out in zip(batches, kept, strict=True):
+        if plan is None:
+            plan = case.plan(batch, workspace=workspace)
+        else:
+            case.replan(plan, batch)
+        case.run(plan, batch, out)
+    machine.synchronize()
+    for batch, out in zip(batches, kept, strict=True):
+        case.check(batch, out)
 
 
 @SERVICES
 def test_another_stream(spec, machine, rng):
-    serving.check_another_stream(spec, machine, rng)
+    """A run on another stream waits for its plan, and a replan for such a run."""
+    service = Service(spec, machine, rng)
+    case = service.case
+    planning, running = machine.streams(2)
+    workspace = fi_ffi.Workspace.allocate(machine.device, 1 << 27, 1 << 22)
+    batches = [service.batch() for _ in range(6)]
+    kept = [case.outputs(batch.rows) for batch in batches]
+    case.inputs(0)  # placed before anything is queued
+    plan = None
+    for turn, (batch, out) in enumerate(zip(batches, kept, strict=True)):
+        machine.delay(planning if turn % 2 else running)
+        if plan is None:
+            plan = case.plan(batch, planning, workspace=workspace)
+        else:
+            case.replan(plan, batch, planning)
+        case.run(plan, batch, out, planning if turn == 4 else running)
+    machine.synchronize()
+    for batch, out in zip(batches, kept, strict=True):
+        case.check(batch, out)
 
 
 @pytest.mark.parametrize(
     "names", [("prefill fa2", "prefill fa3"), ("decode", "prefill fa2"), ("mla fa2", "mla fa3")]
 )
 def test_two_plans_interleaved(names, machine, rng):
-    serving.check_interleaved(tuple(SERVED[name] for name in names), machine, rng)
+    """Two plans on two streams, with a workspace each, that neither waits for."""
+    services = [Service(spec, machine, rng) for spec in map(SERVED.get, names)]
+    streams = machine.streams(2)
+    work: list[list[tuple[Batch, Result]]] = []
+    for service in services:
+        batches = [service.batch() for _ in range(machine.rounds(50))]
+        work.append([(batch, service.case.outputs(batch.rows)) for batch in batches])
+    spaces = [fi_ffi.Workspace.allocate(machine.device, 1 << 27, 1 << 22) for _ in range(2)]
+    plans: list[Any] = [None, None]
+    for service, stream in zip(services, streams, strict=True):
+        service.case.inputs(0)
+        machine.delay(stream)
+    for turn in range(len(work[0])):
+        for i, (service, stream) in enumerate(zip(services, streams, strict=True)):
+            batch, out = work[i][turn]
+            if plans[i] is None:
+                plans[i] = service.case.plan(batch, stream, workspace=spaces[i])
+            else:
+                service.case.replan(plans[i], batch, stream)
+            service.case.run(plans[i], batch, out, stream)
+    machine.synchronize()
+    for service, done in zip(services, work, strict=True):
+        for batch, out in done:
+            service.case.check(batch, out)
 
 
 @pytest.mark.parametrize("spec", FIXED_SPLIT.values(), ids=FIXED_SPLIT)
 def test_fixed_split_size_does_not_depend_on_the_batch(spec, machine, rng):
-    serving.check_fixed_split(spec, machine, rng)
+    """With `fixed_split_size`, requests of a batch come out as they do alone, bit for bit."""
+    spec = replace(spec, plan={"fixed_split_size": 2})
+    service = Service(spec, machine, rng)
+    case = service.case
+    kv = [int(n) for n in rng.integers(spec.queries, service.most_keys, spec.batch)]
+    whole = case.batch([spec.queries] * spec.batch, kv)
+    together = case.run(case.plan(whole), whole)
+    case.check(whole, together)
+    assert whole.indices is not None and whole.last_page_len is not None
+    for i in range(spec.batch):
+        pages = whole.indices[whole.kv_indptr[i] : whole.kv_indptr[i + 1]]
+        alone = Batch(
+            [whole.qo[i]], [whole.kv[i]], np.array([0, spec.queries], np.int32),
+            np.array([0, len(pages)], np.int32), pages, whole.last_page_len[[i]],
+        )  # fmt: skip
+        rows = slice(i * spec.queries, (i + 1) * spec.queries)
+        lone = Case(spec, machine, rng, spec.queries, case.room)
+        lone.tensors = case.tensors | {"q": case.tensors["q"][rows]}
+        result = lone.run(lone.plan(alone), alone)
+        for name in ("o", "lse"):
+            ours, theirs = getattr(result, name).get(), getattr(together, name).get()[rows]
+            assert bytes_of(ours) == bytes_of(theirs), f"{name} of request {i}: {whole.kv=}"
 
 
 @pytest.mark.parametrize("spec", GRAPHS.values(), ids=GRAPHS)
 def test_graphs(spec, machine, rng):
-    serving.check_graph(spec, machine, rng)
+    """One captured run serves other lengths after a replan; refused replans change nothing."""
+    service = Service(spec, machine, rng)
+    case, batch = service.case, service.batch()
+    options = graph_options(service)
+    workspace, placed = exact_workspace(case, batch, **options)
+    plan = case.plan(batch, workspace=workspace, **options)
+    out = case.outputs()
+    case.check(batch, case.run(plan, batch, out))
+    current = batch
+    replay = machine.capture(lambda: case.run(plan, current, out))
+
+    def play() -> None:
+        for array in (out.o, out.lse):
+            machine.poison(array, machine.stream)
+        replay()
+        machine.synchronize()
+        case.check(batch, out)
+
+    for _ in range(machine.rounds(50)):
+        batch = service.batch()
+        case.replan(plan, batch)
+        play()
+    for wrong in refused(service, batch):
+        with pytest.raises(fi_ffi.ArgumentError):
+            case.replan(plan, wrong)
+        play()
+    assert all(array.intact() for array in placed), "bytes beside the workspace"
+
+    def replan_inside() -> None:
+        with pytest.raises(fi_ffi.ArgumentError, match="captur"):
+            case.replan(plan, batch)
+        case.run(plan, batch, out)
+
+    if machine.is_gpu:
+        machine.capture(replan_inside)
+        play()
 
 
 @pytest.mark.parametrize("spec", REFUSED_OR_RIGHT.values(), ids=REFUSED_OR_RIGHT)
 def test_refused_or_right(spec, machine, rng):
-    serving.check_refused_or_right(spec, machine, rng)
+    """What a kernel may not be able to do is refused, not done wrong."""
+    with contextlib.suppress(fi_ffi.ArgumentError):
+        check_results(spec, machine, rng)

@@ -22,7 +22,6 @@ from tests.attention.prepared import (
     on_each,
     run_of,
 )
-from tests.attention.serving import Service
 from tests.attention.tables import SERVED
 from tests.helpers.prepared_calls import same_error
 
@@ -56,19 +55,12 @@ def test_runs_after_replans(spec, more, machine, rng):
             with pytest.raises(fi_ffi.ArgumentError, match="as planned") as caught:
                 call()
             with pytest.raises(fi_ffi.ArgumentError) as in_full:
-                run_of(made.plan)(**made.tensors(), stream=machine.stream,
-                                  **made.case.run_options(batch))  # fmt: skip
+                made.run(**made.case.run_options(batch))
             assert same_error(caught.value, in_full.value)
-            made.rows, made.out = rows, made.case.outputs(rows)
-            made.batch = batch
+            made.rows, made.out, made.batch = rows, made.case.outputs(rows), batch
             call = made.prepare()
         made.batch = batch
-        call()
-        out = made.out
-        made.case.check(batch, out)
-        made.clear()
-        call()
-        made.case.check(batch, out)
+        made.check(call, call)
 
 
 class Growing:
@@ -145,75 +137,51 @@ def test_updates_hold_through_replans(spec, machine, rng):
     for by in (lambda d: d, lambda d: d.ptr):
         call.update(o=by(tensors["o"]), lse=by(tensors["lse"]))
         for _ in range(2):
-            made.case.replan(made.plan, made.batch)
-            made.clear(other)
+            made.replan()
             made.clear()
-            call()
-            made.case.check(made.batch, other)
+            made.check(call, out=other)
             assert np.isnan(made.out.o.get().astype(float)).all()
         back = made.tensors()
         call.update(o=by(back["o"]))
         call.update(lse=by(back["lse"]))
-        made.case.replan(made.plan, made.batch)
-        call()
-        made.case.check(made.batch, made.out)
+        made.replan()
+        made.check(call)
 
 
 @SERVICES
 def test_two_plans_of_one_workspace(spec, machine, rng):
     """The one that does not hold it is stale, prepared or not, until it is planned again."""
-    service = Service(spec, machine, rng)
-    case = service.case
     workspace = fi_ffi.Workspace.allocate(machine.device, *ROOM[machine.is_gpu])
-    batch = service.batch()
-    plans = [case.plan(batch, workspace=workspace)]
-    outs = [case.outputs(batch.rows) for _ in range(2)]
-
-    def prepare(i):
-        tensors = [*case.inputs(batch.rows), outs[i].o.desc(), outs[i].lse.desc()]
-        return fi_ffi.prepare(run_of(plans[i]), *tensors, stream=machine.stream,
-                              **case.run_options(batch))  # fmt: skip
-
-    def run(i):
-        tensors = [*case.inputs(batch.rows), outs[i].o.desc(), outs[i].lse.desc()]
-        run_of(plans[i])(*tensors, stream=machine.stream, **case.run_options(batch))
-
-    calls = [prepare(0)]
-    calls[0]()
-    run(0)
-    plans.append(case.plan(batch, workspace=workspace))
-    calls.append(prepare(1))
+    plans = [Runs(spec, machine, rng, workspace=workspace)]
+    calls = [plans[0].prepare()]
+    plans[0].check(calls[0], plans[0].run)
+    plans.append(Runs(spec, machine, rng, workspace=workspace))
+    calls.append(plans[1].prepare())
     for holder in (1, 0, 1):
-        case.replan(plans[holder], batch)
-        for out in outs:
-            for placed in (out.o, out.lse):
-                machine.poison(placed, machine.stream)
-        for use in (calls[1 - holder], lambda: run(1 - holder)) * 2:  # noqa: B023
+        other = plans[1 - holder]
+        plans[holder].replan()
+        other.clear()
+        for use in (calls[1 - holder], other.run) * 2:
             with pytest.raises(fi_ffi.ArgumentError, match="a stale plan") as caught:
                 use()
-            assert caught.value.op == plans[0].op
-        with pytest.raises(fi_ffi.ArgumentError, match="a stale plan"):
-            prepare(1 - holder)
-        calls[holder]()
-        case.check(batch, outs[holder])
-        run(holder)
-        case.check(batch, outs[holder])
-        assert np.isnan(outs[1 - holder].o.get().astype(float)).all()
+            assert caught.value.op == other.plan.op
+        for use in (other.prepare, lambda: other.plan.plan_info):  # noqa: B023
+            with pytest.raises(fi_ffi.ArgumentError, match="a stale plan"):
+                use()
+        plans[holder].check(calls[holder], plans[holder].run)
+        assert np.isnan(other.out.o.get().astype(float)).all()
 
 
 @EVERY_FAMILY
-def test_a_replan_that_fails_leaves_what_it_was(spec, machine, rng, monkeypatch):
+def test_a_replan_that_fails_leaves_what_it_was(spec, machine, rng):
     """Runs of the batch before go on as they would in full: prepared, repeated or neither."""
     made = Runs(spec, machine, rng)
-    call, options = made.prepare(), made.case.run_options(made.batch)
-    run_of(made.plan)(**made.tensors(), stream=machine.stream, **options)
+    call = made.prepare()
+    made.run()
     args, arrays = made.case.arguments(made.batch)
     with pytest.raises(fi_ffi.ArgumentError):
         made.plan.replan(np.zeros(1), *args[1:], **arrays)
-    for go in (call, lambda: run_of(made.plan)(**made.tensors(), stream=machine.stream, **options)):
-        made.clear()
-        go()
-        made.case.check(made.batch, made.out)
+    made.check(call, made.run)
 
 
 @SERVICES
@@ -222,11 +190,7 @@ def test_room_of_prepared_runs(spec, machine, rng):
     told = []
     for prepared in (False, True):
         made = Runs(spec, machine, rng, enable_cuda_graph=True)
-        if prepared:
-            made.prepare()
-        else:
-            run_of(made.plan)(**made.tensors(), stream=machine.stream,
-                              **made.case.run_options(made.batch))  # fmt: skip
+        (made.prepare if prepared else made.run)()
         room = dict(made.plan.room)
         assert room == {"pages": made.case.room}
         wrong = serving.refused(made.service, made.batch)
@@ -243,12 +207,9 @@ def test_graph_plans_with_prepared_runs(spec, machine, rng):
     """One prepared run, captured (on the CPU: repeated), serves other lengths after replans."""
     made = Runs(spec, machine, rng, enable_cuda_graph=True)
     call = made.prepare()
-    call()
-    made.case.check(made.batch, made.out)
+    made.check(call)
     replay = machine.capture(call)
     for _ in range(4):
-        batch = made.service.batch()
-        made.case.replan(made.plan, batch)
-        made.clear()
-        replay()
-        made.case.check(batch, made.out)
+        made.batch = made.service.batch()
+        made.replan()
+        made.check(replay)

@@ -1,4 +1,7 @@
-"""Runs that are prepared and runs that are repeated: the same bits as runs in full."""
+"""Runs that are prepared and runs that are repeated: the same bits as runs in full.
+
+And calls for one request, prepared.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,21 @@ import pytest
 import fi_ffi
 
 from tests.attention.arrays import bytes_of
+from tests.attention.bodies import One
+from tests.attention.machines import Cpu
 from tests.attention.prepared import EVERY_FAMILY, MACHINES, Runs, array_of, on_each, run_of, same
-from tests.helpers.prepared_calls import same_error
+from tests.attention.tables import SINGLE_DECODE, SINGLE_PREFILL
+from tests.helpers.prepared_calls import frame_of, same_error
 
 
 @pytest.fixture(params=MACHINES)
 def machine(request, monkeypatch):
     yield from on_each(request.param, monkeypatch)
+
+
+def taller(desc):
+    shape = (desc.shape[0] + 1, *desc.shape[1:])
+    return fi_ffi.TensorDesc(desc.ptr, shape, desc.dtype, device=desc.device)
 
 
 @EVERY_FAMILY
@@ -85,8 +96,7 @@ def test_runs_that_are_repeated(spec, machine, rng):
             tensors["lse"] = None
         scale = {} if i % 2 else {"sm_scale": 0.125 * (1 + i % 4)}
         run(**tensors, stream=machine.stream, **options | scale)
-        plan = made.case.plan(made.batch)
-        alone = made.case.outputs(made.rows)
+        plan, alone = made.case.plan(made.batch), made.case.outputs(made.rows)
         there = made.tensors(alone) | {"lse": alone.lse.desc() if tensors.get("lse") else None}
         run_of(plan)(**there, stream=machine.stream, **options | scale)
         assert same(out, alone), i
@@ -103,10 +113,7 @@ def test_a_repeated_run_is_refused_as_one_in_full(spec, machine, rng):
     for name, desc in good.items():
         for ptr in (0, 1, desc.ptr + 1, 2**63 + 1):
             wrong.append({name: desc.at(ptr)})
-        taller = fi_ffi.TensorDesc(
-            desc.ptr, (desc.shape[0] + 1, *desc.shape[1:]), desc.dtype, device=desc.device
-        )
-        wrong += [{name: taller}, {name: "tensor"}, {name: 7}, {name: np.zeros(3)}]
+        wrong += [{name: taller(desc)}, {name: "tensor"}, {name: 7}, {name: np.zeros(3)}]
         if name != "lse":
             wrong.append({name: None})
     wrong += [{"sm_scale": bad} for bad in (0.0, -1.0, "1", np.nan)]
@@ -146,10 +153,7 @@ def test_updates_that_fail_change_nothing(spec, machine, rng):
     tensors = made.tensors()
     for name, desc in tensors.items():
         others = {n: d.ptr for n, d in tensors.items() if n != name}
-        taller = fi_ffi.TensorDesc(
-            desc.ptr, (desc.shape[0] + 1, *desc.shape[1:]), desc.dtype, device=desc.device
-        )
-        for wrong in (-1, 0, 1, 2**64, "tensor", True, 1.0, None, taller, np.zeros(3)):
+        for wrong in (-1, 0, 1, 2**64, "tensor", True, 1.0, None, taller(desc), np.zeros(3)):
             with pytest.raises(fi_ffi.ArgumentError) as caught:
                 call.update(**others | {name: wrong})
             error = caught.value
@@ -162,6 +166,58 @@ def test_updates_that_fail_change_nothing(spec, machine, rng):
     with pytest.raises(TypeError):
         call.update(tensors["o"])
     assert packed(call) == before
-    made.case.replan(made.plan, made.batch)
+    made.replan()
+    made.check(call)
+
+
+# Calls for one request.
+
+ONES = {
+    name: spec
+    for table in (SINGLE_PREFILL, SINGLE_DECODE)
+    for name, spec in table.items()
+    if spec.lengths[0][1] < 600 and spec.lengths[0][0] < 60
+}
+
+
+@pytest.mark.parametrize("spec", ONES.values(), ids=ONES)
+def test_single(spec, rng):
+    one = One(spec, Cpu(), rng)
+    written, _ = one.run()
+    function, given, options, mine, _ = one.arguments()
+    call = fi_ffi.prepare(function, *given, **options)
     call()
-    made.case.check(made.batch, made.out)
+    assert bytes_of(mine.o.get()) == bytes_of(written.o.get())
+    assert mine.lse is None or bytes_of(mine.lse.get()) == bytes_of(written.lse.get())
+    again = np.full_like(mine.o.get(), np.nan)
+    desc = fi_ffi.as_desc(again)
+    for o in (desc, desc.ptr):
+        call.update(o=o)
+        call()
+        assert bytes_of(again) == bytes_of(written.o.get())
+        again[...] = np.nan
+
+
+@pytest.mark.parametrize("table", [SINGLE_PREFILL, SINGLE_DECODE], ids=["prefill", "decode"])
+def test_updates_of_single_calls(table, rng):
+    spec = next(s for s in table.values() if s.lengths[0][1] <= 100 and s.lse)
+    function, given, options, mine, _ = (one := One(spec, Cpu(), rng)).arguments()
+    op, call = spec.family, fi_ffi.prepare(function, *given, **options)
+    before = frame_of(call)
+    for name in ("sm_scale", "window_left", "mask_mode_code", "maybe_lse", "temperature"):
+        with pytest.raises(fi_ffi.ArgumentError, match="prepare another call") as caught:
+            call.update(**{name: 1})
+        assert caught.value.op == op
+    for name in ("q", "k", "v", "o", "lse"):
+        for wrong in (-1, 1, 0, "tensor", None, np.zeros((1, 1))):
+            with pytest.raises(fi_ffi.ArgumentError) as caught:
+                call.update(**{name: wrong})
+            assert (caught.value.op, caught.value.argument) == (op, name)
+    held = call.take()
+    with pytest.raises(fi_ffi.ArgumentError, match=f"^{op}: argument `self`"):
+        call()
+    call.give(held)
+    assert frame_of(call) == before
+    call.update(lse=mine.lse.desc(), o=mine.o.desc())
+    call()
+    assert np.isfinite(mine.o.get().astype(float)).all() and one.kept

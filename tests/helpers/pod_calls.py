@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 import fi_ffi
+from fi_ffi.reference.attention.formula import Exact, Options, exact, exact_batch, from_pages
 
 PAGE = 16
 
@@ -26,20 +27,6 @@ class Spec:
     layout: str = "NHD"
     lse: bool = True
     scale: float | None = None
-
-
-def attention(q: Any, k: Any, v: Any, visible: Any, scale: float) -> tuple[Any, Any, Any]:
-    """The output, the magnitude of its terms, and log2 of the sums, in float64; NHD."""
-    group = q.shape[1] // k.shape[1]
-    k, v = (np.repeat(x.astype(np.float64), group, axis=1) for x in (k, v))
-    logits = np.einsum("qhd,khd->hqk", q.astype(np.float64), k) * scale
-    logits = np.where(visible, logits, -np.inf)
-    top = logits.max(-1, keepdims=True)
-    weights = np.exp(logits - top)
-    total = weights.sum(-1, keepdims=True)
-    weights /= total
-    out, size = (np.einsum("hqk,khd->qhd", weights, x) for x in (v, np.abs(v)))
-    return out, size, (top + np.log(total))[..., 0].T / np.log(2)
 
 
 class Batch:
@@ -94,20 +81,18 @@ class Batch:
             made["custom_mask_p"] = np.packbits(self.visible, bitorder="little")
         return made | {"tmp_p": np.zeros(max(tmp_bytes, 16), np.uint8)}
 
-    def expected(self) -> dict[str, tuple[Any, Any, Any]]:
+    def expected(self) -> dict[str, Exact]:
+        """Of the prefill (p) and of the decode (d), in float64."""
         scale = self.spec.scale or self.spec.head_dim**-0.5
-        a = self.given
-        found = {"p": attention(a["q_p"], a["k_p"], a["v_p"], self.visible, scale)}
-        each = []
-        for i, length in enumerate(self.spec.lengths):
-            pages = self.indices[self.indptr[i] : self.indptr[i + 1]]
-            k, v = (
-                a[name][pages].reshape(-1, *a[name].shape[2:])[:length]
-                for name in ("paged_k_cache_d", "paged_v_cache_d")
-            )
-            each.append(attention(a["q_d"][i : i + 1], k, v, True, scale))
-        found["d"] = tuple(np.concatenate(parts) for parts in zip(*each, strict=True))
-        return found
+        a, each = self.given, np.arange(len(self.spec.lengths) + 1)
+
+        def keys(request: int) -> tuple[Any, Any]:
+            where = self.indptr, self.indices, self.last, request
+            k, v = (from_pages(a[f"paged_{of}_cache_d"], *where) for of in "kv")
+            return k, v
+
+        prefill = exact(a["q_p"], a["k_p"], a["v_p"], Options(scale, mask=self.visible))
+        return {"p": prefill, "d": exact_batch(a["q_d"], each, keys, Options(scale))}
 
     def run(self, plan: Any, place: Callable[..., Any], stream: object, tmp: int) -> float:
         """Run it; the largest error as a fraction of its bound."""
@@ -120,7 +105,7 @@ class Batch:
             sm_scale_d=spec.scale, stream=stream,
         )  # fmt: skip
         worst = 0.0
-        for part, (out, size, lse) in self.expected().items():
+        for part, (out, size, lse, _) in self.expected().items():
             got = placed[f"o_{part}"].get().astype(np.float64)
             error = np.abs(got - out) / (size * 2.0**-9)
             worst = max(worst, float(np.nan_to_num(error, nan=np.inf).max()))

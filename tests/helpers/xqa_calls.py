@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 import fi_ffi
+from fi_ffi.reference.attention.formula import Options, exact
 
 F16, BF16, FP8 = np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 
@@ -71,27 +72,17 @@ class Batch:
         spec, options = self.spec, self.spec.options
         of_kv = float(np.ravel(options.get("kv_scale", 1.0))[0]) if spec.kv is FP8 else 1.0
         scale = float(np.ravel(options.get("q_scale", 1.0))[0]) * of_kv / spec.head_dim**0.5
-        out = np.empty(self.arrays["q"].shape)
-        size = np.empty(out.shape)
+        sink = np.ravel(options["sinks"]) if "sinks" in options else None
+        how = Options(scale, window_left=spec.window - 1, sink=sink, v_scale=of_kv)
+        table = self.arrays["page_table"]
+        found = []
         for request, length in enumerate(spec.lengths):
-            position = np.arange(max(length - spec.window, 0) if spec.window else 0, length)
-            page = self.arrays["page_table"][request, position // spec.page_size]
             k, v = (
-                c[page, position % spec.page_size].astype(np.float64)
-                for c in (self.keys, self.values)
+                cache[table[request]].reshape(-1, *cache.shape[2:])[:length]
+                for cache in (self.keys, self.values)
             )
-            for head in range(out.shape[2]):
-                kv_head = head // spec.group
-                logits = k[:, kv_head] @ self.arrays["q"][request, 0, head].astype(np.float64)
-                logits *= scale
-                extra = []
-                if "sinks" in options:
-                    extra = [float(options["sinks"][kv_head, head % spec.group])]
-                top = max([*logits, *extra])
-                weights = np.exp(logits - top)
-                weights /= weights.sum() + sum(np.exp(e - top) for e in extra)
-                out[request, 0, head] = of_kv * weights @ v[:, kv_head]
-                size[request, 0, head] = of_kv * weights @ np.abs(v[:, kv_head])
+            found.append(exact(self.arrays["q"][request], k, v, how))
+        out, size = (np.stack([getattr(one, of) for one in found]) for of in ("out", "magnitude"))
         return out, size
 
     def check(self, place: Callable[[np.ndarray], Any], stream: object = None) -> float:
