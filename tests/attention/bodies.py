@@ -13,9 +13,8 @@ from fi_ffi.reference.attention.formula import exact
 from tests.attention import judge
 from tests.attention.arrays import random
 from tests.attention.batches import Batch, draw
-from tests.attention.cases import Case, Result, room_for
+from tests.attention.cases import Case, MlaCase, Result, room_for
 from tests.attention.machines import Cpu
-from tests.attention.mla import MlaCase
 from tests.attention.options import as_arguments, draw_extras, exact_options
 from tests.attention.specs import Spec
 

@@ -17,10 +17,12 @@ from tests.attention.arrays import bytes_of, first, random
 from tests.attention.batches import SPARE, Batch, paged, ragged
 from tests.attention.machines import Cpu, intact
 from tests.attention.options import as_arguments, draw_extras, exact_options
-from tests.attention.samples import row_blocks, sample, some_heads
 from tests.attention.specs import Spec
 from tests.helpers.calls import padded
 
+# A request of more queries times keys than this is compared by some of its rows, a batch
+# of more requests by some of them, and MLA with more heads by some that lie side by side.
+ALL_ROWS, ALL_REQUESTS, SOME_HEADS = 1 << 16, 16, 8
 # What shows in a result that saw it, and does not where it was multiplied by 0.
 LARGE = {"float16": 1e3, "bfloat16": 1e3, "float8_e4m3fn": 400.0, "float8_e5m2": 1e3}
 PLANS = {
@@ -283,3 +285,74 @@ def room_for(spec: Spec, kv: list[int]) -> int:
     if spec.page_size:
         return SPARE + sum(-(-n // spec.page_size) for n in kv) + 2
     return sum(kv) + SPARE
+
+
+# Multi-head latent attention: two parts of each query, and of each token of the cache.
+
+CKV, KPE = 512, 64
+
+
+class MlaCase(Case):
+    """A `Case` whose keys are compressed, and whose values are the first part of the keys."""
+
+    def _inputs(self) -> dict[str, Any]:
+        spec, rng = self.spec, self.rng
+        made = {}
+        for name, size in (("q", CKV), ("q_pe", KPE)):
+            made[name] = random(rng, (self.rows, spec.heads, size), spec.dtype, spec.pad)
+        for name, size in (("ckv", CKV), ("kpe", KPE)):
+            made[name] = random(rng, (self.room, spec.page_size, size), spec.dtype, spec.pad)
+        return made
+
+    def caches(self) -> list[str]:
+        return ["ckv", "kpe"]
+
+    def arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        indices = None if self.spec.indices_at_run else batch.indices
+        lengths = np.array(batch.kv, np.int32)
+        return (batch.qo_indptr, batch.kv_indptr, indices, lengths), {}
+
+    def inputs(self, rows: int) -> list[Any]:
+        parts = [first(self.placed(name).desc(), rows) for name in ("q", "q_pe")]
+        return [*parts, *(self.placed(name).desc() for name in self.caches())]
+
+    def run_options(self, batch: Batch) -> dict[str, Any]:
+        made = super().run_options(batch)
+        if "paged_kv_indices" in made:
+            made["kv_indices"] = made.pop("paged_kv_indices")
+        return made
+
+    def keys(self, batch: Batch, request: int) -> tuple[Any, Any]:
+        tables = batch.kv_indptr, batch.indices, batch.last_page_len, request
+        ckv, kpe = (from_pages(self.tensors[name], *tables) for name in ("ckv", "kpe"))
+        return np.concatenate((ckv, kpe), axis=-1), ckv
+
+    def queries(self, rows: slice) -> Any:
+        return np.concatenate([self.tensors[name][rows] for name in ("q", "q_pe")], axis=-1)
+
+
+# Which of many results are compared: the formula in float64 takes longer than a GPU.
+
+
+def sample(batch: Batch, rng: np.random.Generator) -> list[int]:
+    """Requests to compare: all, or the first and last ones, the longest and some others."""
+    count = len(batch.qo)
+    if count <= ALL_REQUESTS:
+        return list(range(count))
+    some = rng.permutation(count)[: ALL_REQUESTS - 6].tolist()
+    longest = int(np.argmax(batch.kv))
+    return sorted({0, 1, 2, 3, longest, count - 1, *some})
+
+
+def row_blocks(qo: int, kv: int, whole: bool, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Rows to compare: all, or the first and last ones, those around tiles' ends and some."""
+    if not qo or whole or qo * kv <= ALL_ROWS:
+        return [(0, qo)] if qo else []
+    starts = {0, qo - 3, int(rng.integers(0, qo)), *(n for n in (63, 127, 191) if n < qo)}
+    return [(a, min(a + 3, qo)) for a in sorted(starts) if a >= 0]
+
+
+def some_heads(heads: int, rng: np.random.Generator) -> slice:
+    """Heads to compare, of queries that share their keys."""
+    first = int(rng.integers(0, max(heads - SOME_HEADS, 0) + 1))
+    return slice(first, min(first + SOME_HEADS, heads))

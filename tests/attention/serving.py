@@ -10,9 +10,8 @@ import numpy as np
 import fi_ffi
 
 from tests.attention.batches import SPARE, Batch, draw
-from tests.attention.cases import Case
+from tests.attention.cases import Case, MlaCase
 from tests.attention.machines import POISON, Cpu, part
-from tests.attention.mla import MlaCase
 from tests.attention.specs import Spec
 
 

@@ -36,16 +36,13 @@ def pack_custom_mask(masks: Masks) -> Bytes:
     import numpy as np
 
     if isinstance(masks, (list, tuple)):
-        each: Sequence[object] = masks
+        each = [_boolean(mask, (2,), f" for request {i}") for i, mask in enumerate(masks)]
     else:
-        array = _boolean(masks)
-        if array.ndim not in (2, 3):
-            raise _refused(f"bool of shape {array.shape}", "shape [qo_len, kv_len]")
+        array = _boolean(masks, (2, 3))
         each = [array] if array.ndim == 2 else list(array)
     if not each:
         raise _refused("no masks", "one for each request")
-    packed = [np.packbits(_checked(mask, i), bitorder="little") for i, mask in enumerate(each)]
-    return np.concatenate(packed)
+    return np.concatenate([np.packbits(mask, bitorder="little") for mask in each])
 
 
 def alibi_slopes(num_heads: int) -> Slopes:
@@ -64,38 +61,28 @@ def alibi_slopes(num_heads: int) -> Slopes:
     return np.exp2(-8.0 * np.concatenate([first, between])).astype(np.float32)
 
 
-def _boolean(value: object) -> numpy.ndarray[Any, Any]:
-    """Anything numpy reads, if it is boolean."""
+def _boolean(value: object, ranks: tuple[int, ...], where: str = "") -> numpy.ndarray[Any, Any]:
+    """Anything numpy reads, if it is boolean and of a mask's rank."""
     import numpy as np
 
+    if where and isinstance(value, (list, tuple)):
+        raise _refused(f"{type(value).__name__}{where}")
     try:
         array = np.asarray(value)
     except Exception as error:  # the exporter's own: a GPU's array, for one
-        got = f"a {type(value).__qualname__} that refused: {error}"
-        raise _wrong_type(got) from error
+        raise _refused(f"a {type(value).__qualname__} that refused: {error}") from error
     if array.dtype != np.bool_:
-        raise _wrong_type(f"{type(value).__qualname__} of {array.dtype}")
+        raise _refused(f"{type(value).__qualname__} of {array.dtype}")
+    if array.ndim not in ranks:
+        raise _refused(f"bool of shape {array.shape}{where}", "shape [qo_len, kv_len]")
     return array
 
 
-def _checked(mask: object, request: int) -> numpy.ndarray[Any, Any]:
-    """One request's mask."""
-    if isinstance(mask, (list, tuple)):
-        raise _wrong_type(f"{type(mask).__name__} for request {request}")
-    array = _boolean(mask)
-    if array.ndim != 2:
-        got = f"bool of shape {array.shape} for request {request}"
-        raise _refused(got, "shape [qo_len, kv_len]")
-    return array
-
-
-def _wrong_type(got: str) -> ArgumentTypeError:
-    expected = "a boolean host array for each request"
-    return ArgumentTypeError("pack_custom_mask", "masks", got=got, expected=expected)
-
-
-def _refused(got: str, expected: str) -> ArgumentError:
-    return ArgumentError("pack_custom_mask", "masks", got=got, expected=expected)
+def _refused(got: str, expected: str = "") -> ArgumentError:
+    """What is no boolean array, or where the array is not what is expected."""
+    error = ArgumentError if expected else ArgumentTypeError
+    expected = expected or "a boolean host array for each request"
+    return error("pack_custom_mask", "masks", got=got, expected=expected)
 
 
 def packed_mask(

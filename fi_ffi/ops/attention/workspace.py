@@ -105,8 +105,6 @@ class Workspace:
 
     def require(self, op: str, float_bytes: int, int_bytes: int) -> None:
         """Raise `ArgumentError` with both figures where it is too small."""
-        if self.has(float_bytes, int_bytes):
-            return
         for name, have, need in (
             ("float_workspace_buffer", self.float_bytes, float_bytes),
             ("int_workspace_buffer", self.int_bytes, int_bytes),
