@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import re
 
 import pytest
 
+from fi_ffi.loader.lock import the_lock
+
 from tests.helpers import adding_an_op
+
+# Those tests that are made from rows.
+OF_ROWS = [f"tests/ops/test_{name}.py" for name in ("rows", "refusals", "prepared", "every_op")]
+RELEASE = f"test_rows_are_what_the_release_declares[{the_lock().default_release}]"
+OF_RELEASE = f"tests/releases/test_rows.py::{RELEASE}"
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     return adding_an_op.follow(tmp_path_factory.mktemp("adding"))
+
+
+def run(copy, *tests: str) -> str:
+    return adding_an_op.run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
 
 
 def test_it_takes_under_30_lines():
@@ -23,31 +35,26 @@ def test_it_takes_under_30_lines():
     assert max(map(len, lines)) <= 100
 
 
+def test_its_code_is_annotated():
+    """CI's mypy is strict: what a reader copies must pass it."""
+    for path, text in adding_an_op.files().items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.returns is not None, path
+                assert all(arg.annotation for arg in node.args.args), path
+
+
 def test_what_every_op_must_pass(copy):
-    """Those tests that are made from rows, of the new op."""
-    tests = ["tests/ops/test_rows.py", "tests/ops/test_refusals.py", "tests/ops/test_prepared.py",
-             "tests/ops/test_every_op.py"]  # fmt: skip
-    out = adding_an_op.run(
-        copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "mhc_post", *tests
-    )
-    passed = int(re.search(r"(\d+) passed", out)[1])
-    assert passed >= 16, out
+    passed = int(re.search(r"(\d+) passed", run(copy, "-k", "mhc_post", *OF_ROWS))[1])
+    assert passed >= 16
 
 
 def test_the_row_is_what_the_release_declares(copy):
-    tests = "tests/releases/test_rows.py"
-    out = adding_an_op.run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests,
-                           "-k", "releases_declare or release_declares")  # fmt: skip
-    assert " passed" in out
-
-
-def test_a_wrong_row_does_not_pass(copy, tmp_path):
-    """An argument less, and a formula that is another's."""
+    """And one with an argument less is not."""
+    assert "1 passed" in run(copy, OF_RELEASE)
     row = copy / "fi_ffi" / "ops" / "table" / "mhc.py"
     text = row.read_text()
-    try:
-        row.write_text(re.sub(r" +Tensor\(\"post_layer_mix.*\n", "", text))
-        with pytest.raises(AssertionError, match="0.6.13"):
-            test_the_row_is_what_the_release_declares(copy)
-    finally:
-        row.write_text(text)
+    row.write_text(re.sub(r" +Tensor\(\"post_layer_mix.*\n", "", text))
+    with pytest.raises(AssertionError, match="0.6.13"):
+        run(copy, OF_RELEASE)
+    row.write_text(text)

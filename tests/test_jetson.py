@@ -48,10 +48,12 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, arguments, catch_exceptions=False)
 
 
-def asked(*arguments: str, code: int) -> list[dict[str, Any]]:
+def asked(*arguments: str, code: int) -> dict[str, Any]:
     result = run("doctor", *arguments, "--json")
     assert result.exit_code == code, result.output
-    return json.loads(result.stdout)
+    (answer,) = json.loads(result.stdout)
+    assert answer["works"] == (code == 0)
+    return answer
 
 
 def test_it_is_found_without_a_variable(jetson: Path) -> None:
@@ -59,48 +61,35 @@ def test_it_is_found_without_a_variable(jetson: Path) -> None:
     assert Path(source.location).parent == jetson / "wheels"
     assert [code.name for code in facts.codes] == ["sm_87"]
     assert search.release() == "0.6.13"
-    assert file.path.is_file()
-
-
-def test_inspect_shows_sm_87(jetson: Path) -> None:
-    result = run("inspect", str(search.find_module("page")[1].path), "--json")
-    found = json.loads(result.stdout)
-    assert found["architectures"] == ["sm_87"]
-    assert found["machine"] == platform.machine()
+    found = json.loads(run("inspect", str(file.path), "--json").stdout)
+    assert (found["architectures"], found["machine"]) == (["sm_87"], platform.machine())
     assert found["functions"][OP].startswith("(DLTensor")  # asked of the function, without a GPU
 
 
-def test_yes_for_a_jetson(jetson: Path) -> None:
-    (answer,) = asked(OP, "--sm", "87", code=0)
-    assert answer["works"] and answer["sm"] == 87
-    assert "compiled for sm_87" in answer["reason"] and "entry attested" in answer["reason"]
-    assert "yes" in run("doctor", OP, "--sm", "8.7").stdout
-
-
-def test_no_for_an_h100_with_the_reason(jetson: Path) -> None:
-    (answer,) = asked(OP, "--sm", "90", code=1)
-    assert not answer["works"]
-    assert "sm_87 only" in answer["reason"]
-    assert answer["build"] == "fi-ffi build --release 0.6.13 --arch 9.0a page"
-
-
-def test_no_for_an_op_that_lacks_its_module(jetson: Path) -> None:
-    yes, no = sorted(asked(OP, "rmsnorm", "--sm", "87", code=1), key=lambda a: -a["works"])
-    assert yes["works"] and no["op"] == "rmsnorm"
-    assert "has no module norm" in no["reason"]
-    assert no["build"] == "fi-ffi build --release 0.6.13 --arch 8.7 norm"
-    text = run("doctor", "rmsnorm", "--sm", "87").stdout
-    assert f"`{no['build']}` makes it, and puts it where it is found" in text
-
-
-def test_no_for_what_is_for_hopper(jetson: Path) -> None:
-    for name in ("gdn_prefill", "cutlass_fused_moe"):
-        (answer,) = asked(name, "--sm", "87", code=1)
-        assert "9.x" in answer["reason"] and answer["build"] is None
+@pytest.mark.parametrize(
+    ("sm", "op", "reasons", "arch"),
+    [
+        ("87", OP, ["compiled for sm_87", "entry attested"], None),
+        ("90", OP, ["sm_87 only"], "9.0a page"),
+        ("87", "rmsnorm", ["has no module norm"], "8.7 norm"),
+        ("87", "gdn_prefill", ["9.x"], None),
+        ("87", "cutlass_fused_moe", ["9.x"], None),
+    ],
+)
+def test_yes_or_no_with_the_reason(
+    jetson: Path, sm: str, op: str, reasons: list[str], arch: str | None
+) -> None:
+    works = "compiled for" in reasons[0]
+    answer = asked(op, "--sm", sm, code=0 if works else 1)
+    assert answer["sm"] == int(sm) and all(reason in answer["reason"] for reason in reasons)
+    assert answer["build"] == (arch and f"fi-ffi build --release 0.6.13 --arch {arch}")
+    text = run("doctor", op, "--sm", f"{sm[0]}.{sm[1]}").stdout
+    assert f" {'yes' if works else 'no'} " in text
+    assert (f"`{answer['build']}` makes it, and puts it where it is found" in text) == bool(arch)
 
 
 def test_a_familys_entry_is_not_said_to_be_attested(built_wheel: Path) -> None:
-    (answer,) = asked("single_decode", "--sm", "90", "--kernels", str(built_wheel), code=0)
+    answer = asked("single_decode", "--sm", "90", "--kernels", str(built_wheel), code=0)
     runtime.use_source(None)
     assert "compiled for sm_90a" in answer["reason"] and "attested" not in answer["reason"]
 
@@ -110,7 +99,7 @@ def test_no_where_the_entry_is_another(jetson: Path, monkeypatch: pytest.MonkeyP
         raise fi_ffi.AbiError("the binary does not have the declared interface")
 
     monkeypatch.setattr(runtime, "kernel_entry", refuse)
-    (answer,) = asked(OP, "--sm", "87", code=1)
+    answer = asked(OP, "--sm", "87", code=1)
     assert "declared interface" in answer["reason"]
 
 
@@ -121,15 +110,15 @@ def test_no_where_the_driver_is_old(jetson: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cuda, "driver_version", lambda: (12, 6))
     monkeypatch.setattr(machine, "device_count", lambda: 1)
     monkeypatch.setattr(machine, "capability", lambda device: (8, 7))
-    (answer,) = asked(OP, code=1)
+    answer = asked(OP, code=1)
     assert "driver: CUDA 12.6" in answer["reason"] and "13.0 or later" in answer["reason"]
 
 
 def test_what_cannot_be_told_is_no_answer(jetson: Path) -> None:
+    wrong = [("no_such_op", "--sm", "87"), ("--sm", "87")]
     if not machine.device_count():
-        assert run("doctor", OP).exit_code == 2  # no GPU, and none named
-    assert run("doctor", "no_such_op", "--sm", "87").exit_code == 2
-    assert run("doctor", "--sm", "87").exit_code == 2
+        wrong.append((OP,))  # no GPU, and none named
+    assert [run("doctor", *arguments).exit_code for arguments in wrong] == [2] * len(wrong)
 
 
 def test_another_gpu_is_refused_by_name(jetson: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,8 @@ import pytest
 import fi_ffi
 from fi_ffi.cli import main
 
-from tests.helpers.blocks import PAGES, ROOT, Block, blocks_of, parsed, shown
+from tests.helpers.blocks import PAGES, ROOT, blocks_of, parsed, shown
 
-each_page = pytest.mark.parametrize("page", PAGES, ids=shown)
 ADDED = "fi_ffi.mhc_post"  # by who follows docs/adding-an-op.md
 
 
@@ -28,15 +27,10 @@ def spans(page: Path) -> list[str]:
 
 def commands(page: Path) -> list[str]:
     """The lines that call fi-ffi: in spans of code, and in blocks that a shell runs."""
-    shell = [line for block in blocks_of(page) for line in _shell_lines(block)]
-    return [line for line in spans(page) + shell if re.match(r"(\w+=\S* )*fi-ffi( |$)", line)]
-
-
-def _shell_lines(block: Block) -> list[str]:
-    if block.language != "sh":
-        return []
-    lines = block.code.replace("\\\n", " ").splitlines()
-    return [part.strip() for line in lines for part in re.split(r"&&|\|\||[|;]", line)]
+    shell = [block.code.replace("\\\n", " ") for block in blocks_of(page) if block.language == "sh"]
+    parts = re.split(r"&&|\|\||[|;\n]", "\n".join(shell))
+    lines = spans(page) + [part.strip() for part in parts]
+    return [line for line in lines if re.match(r"(\w+=\S* )*fi-ffi( |$)", line)]
 
 
 def check_command(line: str) -> None:
@@ -72,24 +66,18 @@ def test_a_command_that_is_not_there_is_noticed(line):
         check_command(line)
 
 
-def _leaves(command: click.Command, name: str = "fi-ffi") -> Iterator[tuple[str, click.Command]]:
-    if not isinstance(command, click.Group):
-        yield name, command
-        return
-    context = click.Context(command)
-    for part in command.list_commands(context):
-        found = command.get_command(context, part)
-        assert found is not None
-        yield from _leaves(found, f"{name} {part}")
+def leaves(command: click.Command) -> Iterator[click.Command]:
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            yield from leaves(command.get_command(context, name))
+    else:
+        yield command
 
 
 def test_every_command_takes_json():
-    without = {
-        name
-        for name, command in _leaves(main)
-        if not any("--json" in parameter.opts for parameter in command.params)
-    }
-    assert without == set()
+    for command in leaves(main):
+        assert any("--json" in parameter.opts for parameter in command.params), command.name
     assert "Each takes `--json`." in (ROOT / "README.md").read_text()
 
 
@@ -108,14 +96,11 @@ def lost(span: str) -> str:
     return ""
 
 
-@each_page
-def test_names_exist(page):
-    assert not [span for span in spans(page) if lost(span)]
-
-
-def test_a_name_that_is_not_there_is_noticed():
+def test_names_exist():
     assert lost("fi_ffi.rmsnorms(x)") == "fi_ffi.rmsnorms"
     assert not lost("fi_ffi.rmsnorm.prepare(out)")
+    for page in PAGES:
+        assert not [span for span in spans(page) if lost(span)], shown(page)
 
 
 def test_extras_exist():

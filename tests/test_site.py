@@ -87,12 +87,8 @@ INDEX = (
 
 def small_site(root: Path, changes: dict[str, str]) -> subprocess.CompletedProcess[str]:
     docs = root / "docs"
-    pages = {
-        "index.md": INDEX,
-        "page.md": PAGE,
-        "other.md": "# Another\n",
-        "examples.md": "# All\n",
-    }
+    pages = {"index.md": INDEX, "page.md": PAGE}
+    pages |= {"other.md": "# Another\n", "examples.md": "# All\n"}
     docs.mkdir(parents=True)
     (root / "examples").mkdir()
     (root / "examples" / "x.py").write_text("print(1)\n")

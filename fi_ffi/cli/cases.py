@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 
 from fi_ffi.ops.row import Row
+from fi_ffi.reference import EXACT, MOVES
 from fi_ffi.reference.arrays import Array
-from fi_ffi.reference.exact import EXACT, MOVES
 from fi_ffi.reference.formula import Judge, as_inputs
 
 # Of the magnitude, for float32 arithmetic before the last rounding: 128 steps of float32.

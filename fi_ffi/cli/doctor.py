@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import click
@@ -15,6 +15,10 @@ from fi_ffi.cli import output
 from fi_ffi.errors import FiFfiError, LoaderError
 from fi_ffi.loader import cache, lock, machine, progress, runtime, search, upkeep
 from fi_ffi.loader.urls import UNASKED, fetching, may_fetch
+from fi_ffi.ops.capability.judgement import Query
+from fi_ffi.ops.capability.known_issues import KNOWN_ISSUES
+from fi_ffi.ops.capability.matrix import Line, lines
+from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.releases import fits
 from fi_ffi.ops.table import ROWS
 
@@ -53,7 +57,7 @@ def doctor(
         raise click.UsageError("--sm goes with the names of ops")
     with fetching(fetch):
         if ops:
-            _preflight(ops, sm, kernels, as_json)
+            _answer_for(ops, sm, kernels, as_json)
             return
         findings = [finding for check in _CHECKS for finding in _guarded(check, kernels)]
     if as_json:
@@ -71,25 +75,6 @@ def doctor(
 def _is_withheld(error: Exception) -> bool:
     """Whether an error is of what `--fetch` would have fetched."""
     return isinstance(error, LoaderError) and UNASKED in str(error)
-
-
-def _preflight(ops: tuple[str, ...], sm: str | None, kernels: str | None, as_json: bool) -> None:
-    from fi_ffi.cli.preflight import preflight, show
-
-    # Of another machine's GPU, this one's driver says nothing.
-    checks = (_python, _libtvm_ffi) if sm else (_python, _gpus, _cudart, _libtvm_ffi)
-    found = [finding for check in checks for finding in _guarded(check, kernels)]
-    unfit = [
-        f"{f.check}: {f.found}. {f.advice}".strip() for f in found if f.status in ("warn", "fail")
-    ]
-    answers = preflight(ops, sm, kernels, unfit)
-    if as_json:
-        output.print_json([asdict(answer) for answer in answers])
-        works = all(answer.works for answer in answers)
-    else:
-        works = show(answers)
-    if not works:
-        sys.exit(1)
 
 
 def _guarded(
@@ -206,9 +191,6 @@ def _known_cases(kernels: str | None) -> Iterator[Finding]:
     """What vLLM's users run into, of the first GPU there is and the kernels in use."""
     if not machine.device_count():
         return
-    from fi_ffi.ops.capability.judgement import Query
-    from fi_ffi.ops.capability.known_issues import KNOWN_ISSUES
-
     query = Query.of(machine.capability(0))
     for issue in KNOWN_ISSUES:
         able = [support.op for support in issue.found(query) if support]
@@ -257,3 +239,79 @@ def _attestation(module: str, device: int | None) -> Iterator[Finding]:
 
 
 _CHECKS = (_python, _gpus, _cudart, _libtvm_ffi, _cache, _kernels, _known_cases)
+
+
+# Yes or no for ops
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Whether an op can be called on a GPU, and why; `build` makes what is missing."""
+
+    op: str
+    sm: int
+    works: bool
+    reason: str
+    build: str | None = None
+
+
+def _answer_for(names: Sequence[str], sm: str | None, kernels: str | None, as_json: bool) -> None:
+    """Say of each op whether it can be called, and exit with 1 unless all can.
+
+    What is asked of a GPU that is not here (`sm`) is answered from the kernels' own headers, and
+    their entries are attested all the same: neither takes a GPU.
+    """
+    known = [*lines()]
+    for name in names:
+        if name not in [line.op for line in known]:
+            ops = ", ".join(dict.fromkeys(line.op for line in known))
+            raise click.UsageError(f"no op {name!r}; there are {ops}")
+    if sm is None and not machine.device_count():
+        raise click.UsageError("this process sees no GPU: --sm 87 asks for one that is not here")
+    # Of another machine's GPU, this one's driver says nothing.
+    checks = (_python, _libtvm_ffi) if sm else (_python, _gpus, _cudart, _libtvm_ffi)
+    found = [finding for check in checks for finding in _guarded(check, kernels)]
+    lacking = [
+        f"{f.check}: {f.found}. {f.advice}".strip() for f in found if f.status in ("warn", "fail")
+    ]
+    if kernels:
+        runtime.use_source(kernels)
+    query = Query.of(sm)
+    wanted = [line for line in known if line.op in names]
+    answers = [_answer(line, query, None if sm else 0, lacking) for line in wanted]
+    if as_json:
+        output.print_json([asdict(answer) for answer in answers])
+    else:
+        rows = [(a.op, f"sm_{a.sm}", "yes" if a.works else "no", a.reason) for a in answers]
+        output.print_table("", ("op", "GPU", "", "why"), rows)
+        for build in dict.fromkeys(a.build for a in answers if a.build and not a.works):
+            click.echo(f"`{build}` makes it, and puts it where it is found.")
+    if not all(answer.works for answer in answers):
+        sys.exit(1)
+
+
+def _answer(line: Line, query: Query, device: int | None, missing: list[str]) -> Answer:
+    assert query.capability is not None
+    major, minor = query.capability
+    found = line.ask(query)
+    works, reason = bool(found), found.reason
+    if works and missing:  # then the kernel is not even loaded
+        works, reason = False, "; ".join(missing)
+    elif works and query.sources:
+        try:
+            reason += "; entry attested" if _attest(line.op, query.release, device) else ""
+        except FiFfiError as error:
+            works, reason = False, str(error)
+    elif works:
+        reason += ", and nothing is here yet: it is fetched when it is first called"
+    return Answer(line.name, 10 * major + minor, works, reason, found.build)
+
+
+def _attest(name: str, release: str, device: int | None) -> bool:
+    """Raise where an op's entry is not the declared one; whether there was one to ask."""
+    rows = OPS[name].rows if name in OPS else ()
+    row = next((row for row in rows if fits(row, release)), None)
+    if row is None or row.factory:  # of a family, or made by its module: judged by its file alone
+        return False
+    runtime.kernel_entry(row.module, row.signature, row.releases, device)
+    return True

@@ -4,6 +4,12 @@ Each is registered as a TVM-FFI function, so that a call on CPU tensors goes
 through the same checks, packing, library call and error decoding as one on a
 GPU.  Most are an op's formula in float64, rounded once: what results of a GPU are
 compared with.  Those of `KERNELS` have no formula, or round on the way.
+
+`EXACT` has the ops in float64, written from their definition and not from the kernels.  Each
+formula gives, for every tensor that the op writes, the value and the magnitude that its rounding
+errors scale with; `largest` in its inputs has the largest value of each tensor's dtype, where it
+has one.  Those that only move what they are given (`MOVES`) take it as it is, and give the tensors
+they write as they must be afterwards, bit for bit.
 """
 
 from __future__ import annotations
@@ -23,7 +29,7 @@ from fi_ffi.families import FAMILIES
 from fi_ffi.loader import runtime
 from fi_ffi.reference import attention
 from fi_ffi.reference.arrays import bits, over_arrays, store_changed
-from fi_ffi.reference.formula import OneOfMany, as_inputs
+from fi_ffi.reference.formula import Formula, Move, OneOfMany, as_inputs
 
 # What a module was compiled for, where its kernels depend on it: names and values.
 Compiled = tuple[tuple[str, object], ...]
@@ -31,6 +37,11 @@ Compiled = tuple[tuple[str, object], ...]
 _FAMILIES = tuple(
     importlib.import_module(f"fi_ffi.reference.{name}") for name in (*FAMILIES, "moe")
 )
+EXACT: dict[str, Formula] = {}
+MOVES: dict[str, Move] = {}
+for _family in _FAMILIES:
+    EXACT |= getattr(_family, "EXACT", {})
+    MOVES |= getattr(_family, "MOVES", {})
 _lock = threading.Lock()
 library.renew_after_fork(globals(), "_lock", threading.Lock)
 _entries: dict[tuple[str, str, str, Compiled, str], Entry] = {}
@@ -83,8 +94,6 @@ def from_formula(formula: str, names: Sequence[str]) -> Callable[..., Any] | Non
 
     `names` are the formula's for the arguments, "" for one that the op has not.
     """
-    from fi_ffi.reference.exact import EXACT, MOVES  # not above: it imports every family again
-
     exact, move = EXACT.get(formula), MOVES.get(formula)
     if exact is None and move is None:
         return None

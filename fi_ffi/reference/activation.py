@@ -1,4 +1,4 @@
-"""Gated activations in float64, from their definition: see exact.py."""
+"""Gated activations in float64, from their definition."""
 
 from __future__ import annotations
 

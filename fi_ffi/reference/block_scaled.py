@@ -1,4 +1,4 @@
-"""Blocks with a scale each in float64, from their formats' definitions: see exact.py.
+"""Blocks with a scale each in float64, from their formats' definitions.
 
 The kernels compute scales and quotients in float32, by reciprocals that are not the nearest: of two
 neighbouring numbers that such a quotient is between, either is right.

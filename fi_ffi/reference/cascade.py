@@ -1,4 +1,4 @@
-"""Merging attention states in float64, from their definition: see exact.py.
+"""Merging attention states in float64, from their definition.
 
 A state over keys with logits l, to base 2, and values x is s = log2(sum(2^l)) and
 v = sum(2^(l - s) x); that of several sets of keys follows from theirs.  Up to FlashInfer 0.7.1 the

@@ -1,4 +1,4 @@
-"""Concatenating MLA's keys, from its definition: see exact.py."""
+"""Concatenating MLA's keys, from its definition."""
 
 from __future__ import annotations
 

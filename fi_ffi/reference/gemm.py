@@ -1,4 +1,4 @@
-"""Products of matrices and fp8 with scales of blocks, in float64: see exact.py.
+"""Products of matrices and fp8 with scales of blocks, in float64.
 
 The kernels that are no ops of `fi_ffi.ops.table.gemm` follow (`fi_ffi.ops.matmul`): products of
 segments are told by addresses, which must be of the host here, and one is called by its algorithm.

@@ -1,4 +1,4 @@
-"""The `norm` module in float64, from its ops' definitions: see exact.py.
+"""The `norm` module in float64, from its ops' definitions.
 
 The fused ops store the sum rounded to the residual's dtype and normalise it unrounded.
 """

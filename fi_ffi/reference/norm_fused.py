@@ -1,4 +1,4 @@
-"""Fused kernels of diffusion transformers in float64, from their definition: see exact.py."""
+"""Fused kernels of diffusion transformers in float64, from their definition."""
 
 from __future__ import annotations
 

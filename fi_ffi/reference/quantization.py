@@ -1,4 +1,4 @@
-"""Packing bits, from its definition: see exact.py.
+"""Packing bits, from its definition.
 
 Unlike `include/flashinfer/quantization.cuh`, it looks at the indices: on a GPU a wrong one
 writes past the end.

@@ -1,4 +1,4 @@
-"""Filters of whole rows from their definition: see exact.py."""
+"""Filters of whole rows from their definition."""
 
 from __future__ import annotations
 

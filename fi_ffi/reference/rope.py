@@ -1,4 +1,4 @@
-"""Ops of `fi_ffi.ops.table.rope` in float64, from their definition: see exact.py.
+"""Ops of `fi_ffi.ops.table.rope` in float64, from their definition.
 
 A pair of elements is a complex number, and a position turns it by an angle.  Unlike the kernels
 (`include/flashinfer/pos_enc.cuh`), formulas look at the positions and where requests begin.

@@ -1,4 +1,4 @@
-"""Ops of `fi_ffi.ops.table.rope_quantize` in float64, from their definition: see exact.py."""
+"""Ops of `fi_ffi.ops.table.rope_quantize` in float64, from their definition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ops of `fi_ffi.ops.table.sampling`, from their definition: see exact.py.
+"""Ops of `fi_ffi.ops.table.sampling`, from their definition.
 
 A sampler's result is judged by what its random words and float32 rounding allow (`reachable.py`),
 and is on the CPU what they allow without any rounding.

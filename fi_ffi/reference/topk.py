@@ -1,4 +1,4 @@
-"""Ops of `fi_ffi.ops.table.topk`, from their definition: see exact.py.
+"""Ops of `fi_ffi.ops.table.topk`, from their definition.
 
 Which of equal values are chosen is open unless a tie break says it, and so is the order.
 """

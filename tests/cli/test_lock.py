@@ -37,6 +37,10 @@ BUILT = "flashinfer_jit_cache-0.6.13+cu130.sm90a-cp39-abi3-linux_x86_64.whl"
 PATH = "/store/flashinfer_jit_cache-0.6.13%2Bcu130-cp39-abi3-manylinux_2_28_x86_64.whl"
 TODAY = datetime.date.today().isoformat()
 
+TAGS = {
+    "release": "0.6.13", "cuda": "cu130", "platform": "linux-x86_64", "layout": "monolithic",
+    "file": NAME,
+}  # fmt: skip
 LOCK = f"""\
 # a comment at the top
 schema = 1
@@ -56,6 +60,9 @@ file = "first.whl"
 sha256 = "{"0" * 64}"
 provenance = "nobody"
 """
+
+
+Run = Callable[..., Any]
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +86,7 @@ def web() -> Iterator[Server]:
 
 
 @pytest.fixture
-def run(path: Path) -> Callable[..., Any]:
+def run(path: Path) -> Run:
     def lock(*arguments: object, code: int = 0, json_too: bool = True) -> Any:
         words = [*map(str, arguments), "--lock", str(path), *(["--json"] if json_too else [])]
         if words[0] == "verify":
@@ -97,7 +104,7 @@ def entry_of(path: Path, file: str = NAME) -> PinnedWheel:
     return entry
 
 
-def test_add_a_file(run: Callable[..., Any], path: Path, tmp_path: Path) -> None:
+def test_add_a_file(run: Run, path: Path, tmp_path: Path) -> None:
     path.chmod(0o640)
     (tmp_path / NAME).write_bytes(WHEEL)
     done = run("add", tmp_path / NAME)
@@ -105,20 +112,13 @@ def test_add_a_file(run: Callable[..., Any], path: Path, tmp_path: Path) -> None
     assert path.read_text().startswith(LOCK + "\n[[kernels.files]]\nrelease = ")
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert entry_of(path) == PinnedWheel(
-        release="0.6.13",
-        cuda="cu130",
-        platform="linux-x86_64",
-        layout="monolithic",
-        file=NAME,
-        url=f"https://example.invalid/v0.6.13/{PATH.rpartition('/')[2]}",
-        sha256=sha256(WHEEL),
-        size=len(WHEEL),
-        record_sha256=sha256(record(MEMBERS)),
+        **TAGS, url=f"https://example.invalid/v0.6.13/{PATH.rpartition('/')[2]}",
+        sha256=sha256(WHEEL), size=len(WHEEL), record_sha256=sha256(record(MEMBERS)),
         provenance=f"hashed here, {TODAY}",
-    )
+    )  # fmt: skip
 
 
-def test_add_what_was_built_here(run: Callable[..., Any], path: Path, tmp_path: Path) -> None:
+def test_add_what_was_built_here(run: Run, path: Path, tmp_path: Path) -> None:
     (tmp_path / BUILT).write_bytes(WHEEL)
     run("add", tmp_path / BUILT)
     entry = entry_of(path, BUILT)
@@ -130,7 +130,7 @@ def test_add_what_was_built_here(run: Callable[..., Any], path: Path, tmp_path: 
     assert "unreachable" in run("verify", BUILT, code=1)
 
 
-def test_options_win(run: Callable[..., Any], path: Path, tmp_path: Path) -> None:
+def test_options_win(run: Run, path: Path, tmp_path: Path) -> None:
     other = tmp_path / "kernels-1.0-py3-none-any.whl"
     other.write_bytes(WHEEL)
     text = run("add", other, code=1)
@@ -144,7 +144,7 @@ def test_options_win(run: Callable[..., Any], path: Path, tmp_path: Path) -> Non
     assert (entry.provenance, entry.url) == ("me", "https://mine.invalid/k.whl")
 
 
-def test_add_an_address(run: Callable[..., Any], path: Path, web: Server) -> None:
+def test_add_an_address(run: Run, path: Path, web: Server) -> None:
     text = run("add", web.url(PATH), json_too=False)
     assert f"added {NAME}" in text
     entry = entry_of(path)
@@ -155,7 +155,7 @@ def test_add_an_address(run: Callable[..., Any], path: Path, web: Server) -> Non
 
 
 def test_a_bar_where_there_is_a_terminal(
-    run: Callable[..., Any], web: Server, monkeypatch: pytest.MonkeyPatch
+    run: Run, web: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     web.bandwidth = 500_000
@@ -164,7 +164,7 @@ def test_a_bar_where_there_is_a_terminal(
     assert "/s" in text
 
 
-def test_adding_again(run: Callable[..., Any], path: Path, tmp_path: Path) -> None:
+def test_adding_again(run: Run, path: Path, tmp_path: Path) -> None:
     """An entry that others vouched for gets what only the file tells."""
     text = LOCK.replace("first.whl", NAME).replace("0" * 64, sha256(WHEEL))
     text = text.replace("nobody", "published by somebody; not verified here")
@@ -181,14 +181,14 @@ def test_adding_again(run: Callable[..., Any], path: Path, tmp_path: Path) -> No
     assert path.read_text() == before
 
 
-def test_what_is_no_wheel(run: Callable[..., Any], path: Path, tmp_path: Path) -> None:
+def test_what_is_no_wheel(run: Run, path: Path, tmp_path: Path) -> None:
     (tmp_path / NAME).write_bytes(b"no zip")
     assert "not a readable wheel" in run("add", tmp_path / NAME, code=1)
     assert "No such file" in run("add", tmp_path / "none.whl", code=1)
     assert path.read_text() == LOCK
 
 
-def test_a_lock_that_cannot_be_read(run: Callable[..., Any], path: Path, tmp_path: Path) -> None:
+def test_a_lock_that_cannot_be_read(run: Run, path: Path, tmp_path: Path) -> None:
     (tmp_path / NAME).write_bytes(WHEEL)
     for text in ("schema = 2", "[", "\xff"):
         path.write_text(text, encoding="latin-1")
@@ -198,29 +198,16 @@ def test_a_lock_that_cannot_be_read(run: Callable[..., Any], path: Path, tmp_pat
 
 
 def pin(path: Path, web: Server, **more: str) -> None:
-    keys = {
-        "release": "0.6.13",
-        "cuda": "cu130",
-        "platform": "linux-x86_64",
-        "layout": "monolithic",
-        "file": NAME,
-        "url": web.url(PATH),
-        "sha256": sha256(WHEEL),
-        "provenance": "a test",
-    } | more
+    keys = TAGS | {"url": web.url(PATH), "sha256": sha256(WHEEL), "provenance": "a test"} | more
     lines = "".join(f'{key} = "{value}"\n' for key, value in keys.items())
     path.write_text(f"{LOCK}\n[[kernels.files]]\n{lines}")
 
 
-def test_verify(run: Callable[..., Any], path: Path, web: Server) -> None:
+def test_verify(run: Run, path: Path, web: Server) -> None:
     pin(path, web)
     [found] = run("verify", NAME)["files"]
-    assert found["status"] == "ok"
-    assert (found["size"], found["record"], found["sha256"]) == (
-        "not pinned",
-        "not pinned",
-        "not checked",
-    )
+    got = [found[key] for key in ("status", "size", "record", "sha256")]
+    assert got == ["ok", "not pinned", "not pinned", "not checked"]
     assert web.sent < 3000
     pin(path, web, **{"record-sha256": sha256(record(MEMBERS))})
     [found] = run("verify", web.url(PATH), "--full")["files"]
@@ -228,7 +215,7 @@ def test_verify(run: Callable[..., Any], path: Path, web: Server) -> None:
     assert "ok" in run("verify", "0.6.13", json_too=False)
 
 
-def test_verify_what_differs(run: Callable[..., Any], path: Path, web: Server) -> None:
+def test_verify_what_differs(run: Run, path: Path, web: Server) -> None:
     pin(path, web, **{"record-sha256": "1" * 64})
     assert '"record": "wrong"' in run("verify", NAME, code=1)
     pin(path, web, sha256="1" * 64)
@@ -238,7 +225,7 @@ def test_verify_what_differs(run: Callable[..., Any], path: Path, web: Server) -
     assert '"size": "wrong"' in run("verify", NAME, code=1)
 
 
-def test_verify_what_cannot_be_reached(run: Callable[..., Any], path: Path, web: Server) -> None:
+def test_verify_what_cannot_be_reached(run: Run, path: Path, web: Server) -> None:
     pin(path, web)
     web.always = status(403)
     text = run("verify", NAME, code=1)
@@ -248,9 +235,7 @@ def test_verify_what_cannot_be_reached(run: Callable[..., Any], path: Path, web:
     assert run("verify", NAME)["files"][0]["status"] == "ok"
 
 
-def test_verify_fails_where_it_cannot_look(
-    run: Callable[..., Any], path: Path, web: Server
-) -> None:
+def test_verify_fails_where_it_cannot_look(run: Run, path: Path, web: Server) -> None:
     pin(path, web)
     web.files[PATH].ranges = False
     text = run("verify", NAME, code=1)
@@ -259,9 +244,7 @@ def test_verify_fails_where_it_cannot_look(
     assert run("verify", NAME, "--full")["files"][0]["status"] == "ok"
 
 
-def test_verify_fails_where_one_of_two_cannot_be_reached(
-    run: Callable[..., Any], path: Path, web: Server
-) -> None:
+def test_verify_fails_where_one_of_two_cannot_be_reached(run: Run, path: Path, web: Server) -> None:
     pin(path, web)
     path.write_text(
         path.read_text().replace("https://example.invalid", web.url("/nothing"))
@@ -271,35 +254,21 @@ def test_verify_fails_where_one_of_two_cannot_be_reached(
     assert ('"unreachable"' in text, '"ok"' in text) == (True, True)
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "https://[",
-        "https://h:port/x.whl",
-        "https://",
-        "https:///x.whl",
-        "ftp://h/x.whl",
-        "http://h/x",
-    ],
-)
-def test_add_of_no_address(run: Callable[..., Any], path: Path, url: str) -> None:
-    assert run("add", url, code=1).startswith("Error: ")
+def test_addresses_that_are_none(run: Run, path: Path) -> None:
+    for url in ("https://[", "https://h:port/x.whl", "https://", "https:///x.whl", "ftp://h/x.whl",
+                "http://h/x"):  # fmt: skip
+        assert run("add", url, code=1).startswith("Error: ")
     assert path.read_text() == LOCK
 
 
-@pytest.mark.parametrize(
-    "url", ["https://u:SECRET@h/x.whl", "https://u:SECRET/PW@h/x.whl", "https://u:SEC#RET@h"]
-)
-def test_no_password_is_shown(run: Callable[..., Any], url: str) -> None:
-    for text in (
-        run("add", url, code=1),
-        run("verify", url, code=1),
-        run("pin-record", url, code=1),
-    ):
-        assert "SEC" not in text and "RET" not in text and "PW" not in text
+def test_no_password_is_shown(run: Run) -> None:
+    for url in ("https://u:SECRET@h/x.whl", "https://u:SECRET/PW@h/x.whl", "https://u:SEC#RET@h"):
+        for command in ("add", "verify", "pin-record"):
+            text = run(command, url, code=1)
+            assert "SEC" not in text and "RET" not in text and "PW" not in text
 
 
-def test_pin_record(run: Callable[..., Any], path: Path, web: Server) -> None:
+def test_pin_record(run: Run, path: Path, web: Server) -> None:
     pin(path, web)
     text = run("pin-record", NAME, json_too=False)
     assert "trusts what the server sent today" in text
@@ -311,7 +280,7 @@ def test_pin_record(run: Callable[..., Any], path: Path, web: Server) -> None:
     assert "pinned is" in run("pin-record", NAME, code=1)
 
 
-def test_pin_record_of_a_verified_file(run: Callable[..., Any], path: Path, web: Server) -> None:
+def test_pin_record_of_a_verified_file(run: Run, path: Path, web: Server) -> None:
     pin(path, web)
     fetch_file(web.url(PATH), NAME, sha256=sha256(WHEEL))
     web.always = faults.other_bytes
@@ -320,7 +289,7 @@ def test_pin_record_of_a_verified_file(run: Callable[..., Any], path: Path, web:
     assert entry_of(path).record_sha256 == sha256(record(MEMBERS))
 
 
-def test_unknown_names(run: Callable[..., Any]) -> None:
+def test_unknown_names(run: Run) -> None:
     for command in ("verify", "pin-record"):
         assert "first.whl" in run(command, "nothing.whl", code=1)
 
@@ -340,14 +309,12 @@ def test_the_lock_in_use(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: 
         (NAME, "0.6.13 linux-x86_64 monolithic cu130"),
         (BUILT, "0.6.13 linux-x86_64 monolithic cu130 sm90a"),
         (BUILT.replace("sm90a", "sm87.sm90a"), "0.6.13 linux-x86_64 monolithic cu130"),
-        (
-            "flashinfer_jit_cache_sm90a-0.7.0.post1+cu134-cp39-abi3-manylinux_2_28_aarch64.whl",
-            "0.7.0.post1 linux-aarch64 provider cu134 sm90a",
-        ),
+        ("flashinfer_jit_cache_sm90a-0.7.0.post1+cu134-cp39-abi3-manylinux_2_28_aarch64.whl",
+         "0.7.0.post1 linux-aarch64 provider cu134 sm90a"),
         ("flashinfer_jit_cache-0.7.0.post1-py3-none-any.whl", "0.7.0.post1 monolithic"),
         ("other-1.0+local-py3-none-any.whl", "1.0"),
     ],
-)
+)  # fmt: skip
 def test_names(name: str, expected: str) -> None:
     assert " ".join(pins.describe(name).values()) == expected
 

@@ -17,13 +17,16 @@ import pytest
 from click.testing import CliRunner, Result
 
 import fi_ffi
+from fi_ffi import reference
+from fi_ffi.abi.tensor import parse_device
 from fi_ffi.cli import main
-from fi_ffi.cli.replaying import compare
-from fi_ffi.cli.replaying.recorded import load
+from fi_ffi.cli.replay import Placed as Replaced
+from fi_ffi.cli.replay import load
 from fi_ffi.errors import ArtifactError
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.watch import watching
+from fi_ffi.ops.watch import safetensors, tensor_bytes, watching
 from fi_ffi.ops.watch.dump import AFTER, BEFORE
+from fi_ffi.reference import norm as kernels
 
 from tests.helpers.cases import default_dtypes, make_case
 from tests.helpers.inputs import inputs_of
@@ -74,6 +77,19 @@ def rewrite(path: Path, document: dict[str, Any], body: bytes) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + body)
 
 
+def edit(path: Path, change: Callable[[dict[str, Any]], object], to: Path | None = None) -> None:
+    """Rewrite what a file says of its call."""
+    document, body = header(path)
+    call = json.loads(document["__metadata__"]["call"])
+    change(call)
+    document["__metadata__"]["call"] = json.dumps(call)
+    rewrite(to or path, document, body)
+
+
+def after_of(path: Path) -> Path:
+    return Path(str(path).replace(BEFORE, AFTER))
+
+
 def norm(folder: Path, rows: int = 3, dtype: str = "bfloat16") -> tuple[Path, dict[str, Any]]:
     """A dumped rmsnorm, and its arrays after it."""
     row = OPS["rmsnorm"].row
@@ -88,7 +104,7 @@ def norm(folder: Path, rows: int = 3, dtype: str = "bfloat16") -> tuple[Path, di
 def test_what_is_in_the_files(folder):
     path, arrays = norm(folder)
     assert path.name.startswith(f"{os.getpid()}-") and path.name.endswith(f"-rmsnorm{BEFORE}")
-    after = Path(str(path).replace(BEFORE, AFTER))
+    after = after_of(path)
     assert {*folder.iterdir()} == {path, after}
     for file in (path, after):
         assert file.stat().st_mode & 0o777 == 0o600
@@ -118,8 +134,6 @@ def test_what_is_in_the_files(folder):
 @pytest.mark.parametrize("dtype", [*fi_ffi.DTYPES])
 def test_every_dtype_is_kept(folder, dtype):
     """Bit by bit, rows apart or not."""
-    from fi_ffi.ops.watch import safetensors, tensor_bytes
-
     rng = np.random.default_rng()
     size = fi_ffi.DTYPES[dtype].itemsize
     whole = rng.integers(0, 256, (3, 4, 6 * size), np.uint8)
@@ -139,8 +153,6 @@ def test_every_dtype_is_kept(folder, dtype):
 
 
 def test_axes_in_any_order():
-    from fi_ffi.ops.watch.tensor_bytes import read
-
     array = np.random.default_rng().integers(0, 2**15, (3, 4, 5, 6), np.int16)
     for axes in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2), (0, 2, 1, 3)):
         for part in (array, array[1:, :, ::2], array[:, 2:3], array[..., 1:2], array[::-1]):
@@ -148,7 +160,7 @@ def test_axes_in_any_order():
             strides = [step // 2 for step in view.strides]
             where = view.ctypes.data
             desc = fi_ffi.TensorDesc(where, view.shape, "int16", strides=strides, device="cpu")
-            assert read(desc.at(where), None) == view.tobytes()
+            assert tensor_bytes.read(desc.at(where), None) == view.tobytes()
 
 
 def test_limits(folder):
@@ -188,8 +200,6 @@ def test_only_the_ops_that_are_named(folder):
 
 
 def test_a_full_disk_is_told_and_the_call_is_made(folder, monkeypatch):
-    from fi_ffi.ops.watch import safetensors
-
     def fail(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -205,7 +215,11 @@ def test_a_full_disk_is_told_and_the_call_is_made(folder, monkeypatch):
 # ---------------------------------------------------------------- replays
 
 
-@pytest.mark.parametrize(("op", "dtypes", "more"), EVERY_OP)
+# A router's weight is transposed, and is read number by number: one of the three will do.
+ONCE = [one for one in EVERY_OP if not one.id.startswith("mm_M1_16_K7168")]
+
+
+@pytest.mark.parametrize(("op", "dtypes", "more"), ONCE)
 def test_every_op(folder, op, dtypes, more):
     (made,) = placed(draw(op.row, dtypes, more), more, 1)
     (path,) = dumped(folder, lambda: op(**made.values))
@@ -214,7 +228,6 @@ def test_every_op(folder, op, dtypes, more):
     written = {arg.name for arg in op.row.tensors if arg.writes and arg.name in made.arrays}
     scratch = {arg.name for arg in op.row.tensors if arg.is_scratch}
     assert {*names} == written - scratch
-    assert compare.has_definition(op.row)
     assert any(of["to"] == "the definition in float64" for of in found["compared"])
 
 
@@ -237,7 +250,7 @@ def test_a_run_that_leaves_rows_as_they_are(folder):
     assert (case.memory["o"][9:] == 77).all() and len(case.memory["o"]) == 32
     replayed(path, "--bits")
     # An element more that was written is seen.
-    after = Path(str(path).replace(BEFORE, AFTER))
+    after = after_of(path)
     document, body = header(after)
     start, _ = document["o"]["data_offsets"]
     at = start + 2 * 20 * 4 * 64
@@ -289,16 +302,17 @@ def test_tensors_that_share_memory(folder):
     assert k_cache.address < v_cache.address < k_cache.address + k_cache.span
 
 
-def test_prepared_calls(folder):
-    x, out = np.ones((4, 16), np.float16), np.zeros((4, 16), np.float16)
-    prepared = fi_ffi.rmsnorm.prepare(out, x, x[0])
-    (path,) = dumped(folder, prepared)
+def test_prepared_calls_and_views_of_larger_tensors(folder):
+    """A column of a matrix, of which few bytes are in the file."""
+    whole = np.ones((64, 8192), np.float16)
+    x, out, weight = whole[:, 64:192], np.empty((64, 128), np.float16), np.ones(128, np.float16)
+    (path,) = dumped(folder, fi_ffi.rmsnorm.prepare(out, x, weight))
     replayed(path, "--bits")
 
 
 def test_a_call_that_came_to_no_end(folder):
     path, _ = norm(folder)
-    Path(str(path).replace(BEFORE, AFTER)).unlink()
+    after_of(path).unlink()
     found = replayed(path, "--bits")
     assert not found["came_to_its_end"]
     assert [of["to"] for of in found["compared"]] == ["the definition in float64"]
@@ -314,7 +328,7 @@ def test_either_file_or_what_their_names_have_in_common(folder):
 def test_results_that_differ(folder):
     """One step in one element is told with --bits, and a larger error without."""
     path, arrays = norm(folder, rows=5)
-    after = Path(str(path).replace(BEFORE, AFTER))
+    after = after_of(path)
     document, body = header(after)
     out = np.frombuffer(body, ml_dtypes.bfloat16).reshape(5, 64).copy()
     assert (out == arrays["out"]).all()
@@ -336,9 +350,6 @@ def test_results_that_differ(folder):
 
 def test_a_kernel_that_is_wrong_is_seen(folder, monkeypatch):
     """By the definition, where the dump has the same error."""
-    from fi_ffi import reference
-    from fi_ffi.reference import norm as kernels
-
     right = reference.from_formula("rmsnorm", [arg.name for arg in fi_ffi.rmsnorm.row.args])
 
     def wrong(out, *others):
@@ -376,24 +387,32 @@ def test_a_run_whose_plan_was_made_before(folder):
     assert "planned before the log was open" in refused(path)
 
 
+def dumped_entry(folder: Path, name: str) -> Path:
+    """A call of a function that no row describes."""
+    desc = fi_ffi.as_desc(np.ones(4, np.float16))
+    call = lambda: watching.called(name, lambda: None, (desc, 2), [("0", desc)], None)  # noqa: E731
+    (path,) = dumped(folder, call)
+    return path
+
+
 def test_a_function_that_no_row_describes(folder):
-    x = np.ones(4, np.float16)
-    desc = fi_ffi.as_desc(x)
-    (path,) = dumped(
-        folder, lambda: watching.called("some/entry", lambda: None, (desc, 2), [("0", desc)], None)
-    )
+    path = dumped_entry(folder, "some/entry")
     assert "some_entry" in path.name
     assert "no row describes some/entry" in refused(path)
     assert load(path).tensors["0"].elements.tolist() == [1] * 4
 
 
+def test_names_of_calls_are_plain_and_short_in_names_of_files(folder):
+    """Also those of functions, which are whatever a library exports."""
+    path = dumped_entry(folder, "../" + "\x1b\u00e9/" * 400)
+    assert path.parent == folder and len(path.name) < 150
+    assert path.name.isascii() and path.name.isprintable()
+
+
 def test_a_row_that_there_is_no_more(folder):
     path, _ = norm(folder)
-    document, body = header(path)
-    call = json.loads(document["__metadata__"]["call"])
-    call["row"]["signature"] = call["row"]["signature"].replace("float", "int")
-    document["__metadata__"]["call"] = json.dumps(call)
-    rewrite(path, document, body)
+    signature = str(OPS["rmsnorm"].row.signature).replace("float", "int")
+    edit(path, lambda call: call["row"].update(signature=signature))
     assert "has no row rmsnorm" in refused(path)
 
 
@@ -407,10 +426,7 @@ def test_no_such_file_device_or_kernels(folder):
 def test_arguments_that_the_op_refuses(folder):
     """What a file says is checked as what a caller says."""
     path, _ = norm(folder)
-    document, body = header(path)
-    words = document["__metadata__"]
-    words["call"] = words["call"].replace('"value": 0.25', '"value": -1.0')
-    rewrite(path, document, body)
+    edit(path, lambda call: call["arguments"][3].update(value=-1.0))
     assert "eps" in refused(path)
 
 
@@ -444,7 +460,7 @@ def test_files_that_are_wrong(folder):
         for suffix in (BEFORE, AFTER):
             file = Path(str(path).replace(BEFORE, suffix))
             right = file.read_bytes()
-            for _ in range(150):
+            for _ in range(40):
                 wrong = _changed(rng, right)
                 file.write_bytes(wrong)
                 try:
@@ -457,7 +473,7 @@ def test_files_that_are_wrong(folder):
                     raise
             file.write_bytes(right)
         load(path)
-    assert seen > 300
+    assert seen > 80
 
 
 @pytest.mark.parametrize(
@@ -508,16 +524,16 @@ def test_memory_is_bounded_by_what_the_files_hold(folder, of):
     else:
         case = Case("decode")
         path = dumped(folder, lambda: case.run(case.plan()))[-1]
-    document, body = header(path)
-    call = json.loads(document["__metadata__"]["call"])
-    for arg in [*call["arguments"], *call.get("plan", {}).get("arguments", [])]:
-        if of == "strides" and arg["name"] == "input":
-            arg["strides"][0] = 2**30
-        elif of == "scratch" and arg.get("scratch"):
-            arg["shape"], arg["strides"] = [2**31], [1]
-    document["__metadata__"]["call"] = json.dumps(call)
+
+    def change(call: dict[str, Any]) -> None:
+        for arg in [*call["arguments"], *call.get("plan", {}).get("arguments", [])]:
+            if of == "strides" and arg["name"] == "input":
+                arg["strides"][0] = 2**30
+            elif of == "scratch" and arg.get("scratch"):
+                arg["shape"], arg["strides"] = [2**31], [1]
+
     wrong = folder / f"wrong{BEFORE}"
-    rewrite(wrong, document, body)
+    edit(path, change, wrong)
     assert wrong.stat().st_size < 40_000
     command = [sys.executable, "-c", MEASURED, str(path), str(wrong)]
     code, megabytes, text = subprocess.run(
@@ -533,44 +549,16 @@ def test_what_a_dump_says_reaches_no_terminal(folder):
     """Names of arguments and of what was called, in tables and in errors."""
     path, _ = norm(folder)
     hostile, escaped = "\x1b[2J\x07\u202e", r"\x1b[2J\x07\u202e"
-    document, body = header(path)
-    words = document["__metadata__"]
-    right = words["call"]
-    words["call"] = right.replace('"op": "rmsnorm"', f'"op": {json.dumps(hostile)}')
-    rewrite(path, document, body)
+    edit(path, lambda call: call.update(op=hostile))
     in_a_table = replay(path).output
-    words["call"] = right.replace('"name": "out"', f'"name": {json.dumps(hostile)}')
-    rewrite(path, document, body)
+    edit(path, lambda call: call["arguments"][0].update(name=hostile))
     for text in (in_a_table, refused(path)):
         assert escaped in text
         assert not [c for c in text if not c.isprintable() and c != "\n"]
 
 
-def test_names_of_calls_are_plain_and_short_in_names_of_files(folder):
-    """Also those of functions, which are whatever a library exports."""
-    x = np.ones(4, np.float16)
-    desc = fi_ffi.as_desc(x)
-    name = "../" + "\x1b\u00e9/" * 400
-    (path,) = dumped(
-        folder, lambda: watching.called(name, lambda: None, (desc, 2), [("0", desc)], None)
-    )
-    assert path.parent == folder and len(path.name) < 150
-    assert path.name.isascii() and path.name.isprintable()
-
-
-def test_views_of_larger_tensors_are_replayed(folder):
-    """A column of a matrix, of which few bytes are in the file."""
-    whole = np.ones((64, 8192), np.float16)
-    x, out, weight = whole[:, 64:192], np.empty((64, 128), np.float16), np.ones(128, np.float16)
-    (path,) = dumped(folder, lambda: fi_ffi.rmsnorm(out, x, weight, eps=1e-6))
-    replayed(path)
-
-
 def test_placed_arrays_are_as_aligned_as_they_were(folder):
     """What a kernel loads at a time must be where it was."""
-    from fi_ffi.abi.tensor import parse_device
-    from fi_ffi.cli.replaying.rerun import Placed as Replaced
-
     case = draw(OPS["rmsnorm"].row, {"T": "float16"}, {})
     made = Placed(case)
     (path,) = dumped(folder, lambda: fi_ffi.rmsnorm(**made.values))

@@ -12,8 +12,8 @@ from fi_ffi.abi.tensor import DTYPES
 from fi_ffi.cli.cases import Case, case_of
 from fi_ffi.ops.notation import axis_size
 from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor, Text
+from fi_ffi.reference import MOVES
 from fi_ffi.reference.arrays import Array
-from fi_ffi.reference.exact import MOVES
 
 from tests.helpers.inputs import inputs_of
 

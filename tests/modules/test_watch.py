@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.cli.replaying.recorded import load
+from fi_ffi.cli.replay import load
 from fi_ffi.ops.watch import watching
 from fi_ffi.ops.watch.call_record import CallRecord
 from fi_ffi.ops.watch.dump import BEFORE

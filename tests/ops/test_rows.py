@@ -16,7 +16,7 @@ from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.row import Row, Scalar, Tensor, default_of, defaults
 from fi_ffi.ops.table import ROWS
-from fi_ffi.reference.exact import EXACT, MOVES
+from fi_ffi.reference import EXACT, MOVES
 
 ROW_IDS = [f"{row.name} {row.releases}" for row in ROWS]
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from fi_ffi.ops.table import ROWS
-from fi_ffi.reference import kernels
-from fi_ffi.reference.exact import MOVES
+from fi_ffi.reference import MOVES, kernels
 from fi_ffi.reference.formula import as_inputs
 
 from tests.helpers.cases import default_dtypes, make_case

@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 
 from fi_ffi.abi.signature import Signature
 from fi_ffi.loader.lock import the_lock
-from tools.bindings import Function, Source, abi_type, read
-
-__all__ = ["RELEASES", "abi_type", "added_parameters", "exported", "methods", "parameters"]
+from tools.bindings import Function, Source, read
 
 # Every release the lock pins kernels of, and the newest one.
 RELEASES = sorted({file.release for file in the_lock().kernels} | {"0.7.2.post1"})

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
+import ml_dtypes
+import numpy as np
 import pytest
 
 from fi_ffi.abi.signature import Signature
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.matmul import rows as matmul
 from fi_ffi.ops.releases import fits
-from fi_ffi.ops.row import KV_LAYOUTS
-from fi_ffi.ops.table import ROWS
+from fi_ffi.ops.table import ROWS, rope
 
-from tests.releases.bindings import RELEASES, abi_type, exported, methods
+from tests.helpers.rope_calls import APPLY, QUANTISE
+from tests.releases.bindings import RELEASES, exported, methods, parameters
 
 
 def declared_by(release, row, sources) -> dict[str, Signature]:
@@ -45,48 +45,38 @@ def test_rows_are_what_the_release_declares(release, sources):
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_kernels_clamp_as_the_row_says(release, sources):
-    """The one thing that changed in what an op computes and not in its arguments."""
-    text = sources(release, "include/flashinfer/norm.cuh")
-    fixed = "fminf(output_vec[j], 448.0f)" in text
-    (row,) = [row for row in OPS["rmsnorm_quant"].rows if fits(row, release)]
-    assert fixed == (row.variant == "")
+def test_names_are_the_bindings(release, sources):
+    """Of RoPE, but for the codes of words and layouts."""
+    declared = parameters(sources(release, rope.SOURCE))
+    rows = [OPS[name].row for name in (*APPLY, *QUANTISE)]
+    for row in rows:
+        wanted = [name.removesuffix("_code") for name in declared[row.symbol]]
+        assert [arg.name for arg in row.args] == wanted
+    assert {row.symbol for row in rows} == declared.keys()
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_pages_are_what_the_rows_say(release, sources):
-    """What page.cuh compiles for, loads at a time, launches and counts in."""
-    text = " ".join(sources(release, "include/flashinfer/page.cuh").split())
-    utils = sources(release, "include/flashinfer/utils.cuh")
-    append = text[text.index("cudaError_t AppendPagedKVCache(") :]
-    dispatch = utils[utils.index("#define DISPATCH_HEAD_DIM(") :].partition("#define DISPATCH_I")[0]
-    rows = {
-        name: next(row for row in OPS[name].rows if fits(row, release))
-        for name in ("append_paged_kv_cache", "append_paged_mla_kv_cache")
-    }
-    kv, mla = rows.values()
-
-    sizes = tuple(int(size) for size in re.findall(r"case (\d+):", dispatch))
-    assert sizes == kv.limits("in")["head_dim"]
-    width = f"std::max({kv.vector.bytes} / sizeof(DType), HEAD_DIM / {kv.vector.threads})"
-    threads = "uint32_t bdx = HEAD_DIM / vec_size; uint32_t bdy = num_heads;"
-    assert f"vec_size = {width}; {threads}" in append
-    assert kv.block == ("num_kv_heads",)
-    assert f"HEAD_CKV_DIM = {mla.limits('in')['head_dim_ckv'][0]};" in append
-    assert f"HEAD_KPE_DIM = {mla.limits('in')['head_dim_kpe'][0]};" in append
-    # Two elements, or 16 bytes: the row asks for 16 bytes of both.
-    later = "std::max(uint32_t(16 / sizeof(DType)), uint32_t(HEAD_CKV_DIM / 128));"
-    assert ("vec_size = 2;" in append) != (f"vec_size = {later}" in append)
-    assert mla.vector.bytes == 16
-
-    strides = re.findall(r"(\w+) stride_(?:page|n|h|page_ckv|page_kpe|n_ckv|n_kpe);", text)
-    assert set(strides) == {"uint32_t"} and len(strides) == 7
-    limits = {arg.stride_limit for row in rows.values() for arg in row.tensors if arg.writes}
-    assert limits == {2**32}
-    assert "void divmod(uint32_t n," in sources(release, "include/flashinfer/fastdiv.cuh")
-    codes = re.findall(r"k(NHD|HND) = (\d)U", sources(release, "include/flashinfer/layout.cuh"))
-    assert {name: int(code) for name, code in codes} == KV_LAYOUTS
-    assert "k/v strides must be identical" in sources(release, "csrc/page.cu")
+def test_products_are_what_the_release_declares(release, sources):
+    """The entries behind `fi_ffi.ops.matmul`, exported or methods of an object."""
+    for symbol in {row.symbol for row in matmul.ROWS}:
+        known = [row for row in matmul.ROWS if row.symbol == symbol]
+        text = sources(release, known[0].source)
+        if known[0].factory:
+            found = {name: (made.signature, [*made.names]) for name, made in methods(text).items()}
+        else:
+            names = parameters(text)
+            found = {name: (made, names[name]) for name, made in exported(text).items()}
+        fitting = [row for row in known if fits(row, release)]
+        if not fitting:
+            assert symbol not in found
+            continue
+        (row,) = fitting
+        assert row.signature.same_types(found[symbol][0])
+        assert [arg.name for arg in row.args] == found[symbol][1]
+    of_object = methods(sources(release, matmul.RUN_GEMM.source))
+    size = of_object["get_workspace_size"].signature
+    assert (size.params, size.result) == (("int",) * 3, "int")
+    assert of_object["configure_workspace"].signature.params == ("DLTensor*",)
 
 
 def test_first_rows_are_of_the_default_release():
@@ -103,10 +93,8 @@ def test_no_release_fits_two_rows_of_an_op():
 
 
 def test_settling_on_a_release_changes_what_the_op_takes():
-    import numpy as np
-
     op = OPS["rmsnorm_quant"]
-    out = np.zeros((2, 8), op.row.dtypes and __import__("ml_dtypes").float8_e4m3fn)
+    out = np.zeros((2, 8), ml_dtypes.float8_e4m3fn)
     x, weight = np.ones((2, 8), np.float16), np.ones(8, np.float16)
     try:
         op.select_release("0.6.3")
@@ -121,28 +109,3 @@ def test_settling_on_a_release_changes_what_the_op_takes():
     finally:
         op.select_release(None)
     assert fits(op.row, the_lock().default_release)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("TensorView", "DLTensor*"),
-        ("ffi::Tensor", "ffi.Tensor"),
-        ("const Optional<ffi::Tensor>&", "Optional<ffi.Tensor>"),
-        ("Array<int64_t>", "Array<int>"),
-        ("Optional<Array<int64_t>>", "Optional<Array<int>>"),
-        ("double", "float"),
-    ],
-)
-def test_types_as_tvm_ffi_prints_them(text, expected):
-    assert abi_type(text) == expected
-
-
-def test_the_parser_reads_a_real_binding_as_the_binary_does(sources, built_wheel):
-    from fi_ffi.loader.kernels import open_source
-    from fi_ffi.loader.runtime import file_signatures
-
-    default = the_lock().default_release
-    declared = exported(sources(default, "csrc/flashinfer_norm_binding.cu"))
-    binary = file_signatures(Path(open_source(built_wheel).file("norm").path))
-    assert declared == binary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import signal
@@ -16,7 +17,14 @@ import pytest
 
 from fi_ffi.errors import ArgumentError, BuildError
 from fi_ffi.loader.building import environment as building
-from fi_ffi.loader.building.build import _compile, available, build, run_ninja, write_index
+from fi_ffi.loader.building.build import (
+    _compile,
+    _package,
+    available,
+    build,
+    run_ninja,
+    write_index,
+)
 from fi_ffi.loader.building.environment import Missing, Progress, Toolkit, Workshop, missing_part
 from fi_ffi.loader.building.names import (
     DEFAULT_RELEASE,
@@ -28,6 +36,7 @@ from fi_ffi.loader.building.names import (
     with_options,
 )
 from fi_ffi.loader.building.wheel_writer import KernelWheel, write_wheel
+from fi_ffi.loader.cache import cache_root
 
 
 @pytest.mark.parametrize(
@@ -35,26 +44,26 @@ from fi_ffi.loader.building.wheel_writer import KernelWheel, write_wheel
     [
         ("9.0a", ("9.0a",)),
         ("9.0", ("9.0a",)),
-        ("9.0a 8.7", ("8.7", "9.0a")),
-        (["10.0a", "8.7,9.0a", "8.7"], ("8.7", "9.0a", "10.0a")),
-        (["12.0f"], ("12.0f",)),
+        (["10.0a", "8.7,9.0a", "8.7", "12.0f"], ("8.7", "9.0a", "10.0a", "12.0f")),
     ],
 )
 def test_architectures(given: str | list[str], expected: tuple[str, ...]) -> None:
     assert parse_arch(given) == expected
 
 
-@pytest.mark.parametrize("given", ["", "sm_90", "90", "9.0b", "7.0", "9", "9.0a;rm", []])
-def test_architectures_refused(given: str | list[str]) -> None:
-    with pytest.raises(ArgumentError, match="argument `arch`"):
-        parse_arch(given)
-
-
-def test_releases() -> None:
+def test_what_is_refused_before_anything_is_done() -> None:
+    for given in ("", "sm_90", "90", "9.0b", "7.0", "9", "9.0a;rm", []):
+        with pytest.raises(ArgumentError, match="argument `arch`"):
+            parse_arch(given)
     assert parse_release("0.7.2.post1") == "0.7.2.post1"
     for text in ("", "latest", "0.6.13+cu130", "../0.6.13", "0"):
         with pytest.raises(ArgumentError, match="argument `release`"):
             parse_release(text)
+    for names in ([], "norm"):
+        with pytest.raises(ArgumentError, match="a sequence of at least one name"):
+            parse_requests(names, ("9.0a",))
+    with pytest.raises(ArgumentError, match="argument `jobs`: got 0"):
+        build(["norm"], jobs=0)
 
 
 def test_exact_names_are_left_to_flashinfer() -> None:
@@ -123,12 +132,6 @@ def test_fa3_needs_its_architecture() -> None:
         parse_requests(["batch_prefill:backend=fa3"], ("8.7",))
 
 
-def test_no_names_or_a_bare_string_is_refused() -> None:
-    for names in ([], "norm"):
-        with pytest.raises(ArgumentError, match="a sequence of at least one name"):
-            parse_requests(names, ("9.0a",))
-
-
 def test_options_are_spread_over_the_families_that_take_them() -> None:
     names = ["norm", "single_decode", "batch_prefill:dtype=f16"]
     spread = with_options(names, {"dtype": ["f16", "bf16"], "backend": ["fa2", "fa3"]})
@@ -148,11 +151,6 @@ def test_every_family_has_known_options() -> None:
     for name, family in FAMILIES.items():
         assert parse_request(name).family is family
         assert with_options([name], {option: ["x"] for option in family.options}) != [name]
-
-
-def test_jobs_are_checked_before_anything_is_done() -> None:
-    with pytest.raises(ArgumentError, match="argument `jobs`: got 0"):
-        build(["norm"], jobs=0)
 
 
 def test_no_compiler_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,33 +202,21 @@ def test_an_architecture_that_nvcc_does_not_know(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "extra"),
+    ("line", "missing"),
     [
-        ("a.h:25:10: fatal error: cublasLt.h: No such file or directory", "cublas"),
-        ("a.h:25:10: fatal error: curand_kernel.h: No such file or directory", "curand"),
-        ("a.h:25:10: fatal error: nvtx3/nvToolsExt.h: No such file or directory", "nvtx"),
+        ("a.h:25:10: fatal error: cublasLt.h: No such file or directory", Missing("cublas")),
+        ("a.h:25:10: fatal error: nvtx3/nvToolsExt.h: No such file or directory", Missing("nvtx")),
         ("a.h:25:10: fatal error: my.h: No such file or directory", None),
-        ("error: expected ;", None),
-    ],
-)
-def test_missing_cuda_headers_are_recognised(line: str, extra: str | None) -> None:
-    assert missing_part(f"x\n{line}\ny") == (extra and Missing(extra))
-
-
-@pytest.mark.parametrize(
-    ("line", "name"),
-    [
-        ("/usr/bin/ld: cannot find -lnvrtc: No such file or directory", "nvrtc"),
-        ("/usr/bin/ld.gold: error: cannot find -lcublasLt", "cublasLt"),
-        ("ld.lld: error: unable to find library -lcublas", "cublas"),
-        ("mold: fatal: library not found: curand", "curand"),
+        ("/usr/bin/ld: cannot find -lnvrtc: No such file or directory", Missing("nvrtc", "nvrtc")),
+        ("/usr/bin/ld.gold: error: cannot find -lcublasLt", Missing("cublas", "cublasLt")),
+        ("ld.lld: error: unable to find library -lcublas", Missing("cublas", "cublas")),
+        ("mold: fatal: library not found: curand", Missing("curand", "curand")),
         ("/usr/bin/ld: cannot find -lmine", None),
         ("error: expected ;", None),
     ],
 )
-def test_missing_cuda_libraries_are_recognised(line: str, name: str | None) -> None:
-    part = missing_part(f"x\n{line}\ny")
-    assert (part and part.library) == name
+def test_missing_parts_of_cuda_are_recognised(line: str, missing: Missing | None) -> None:
+    assert missing_part(f"x\n{line}\ny") == missing
 
 
 def test_a_library_is_linked_by_a_name_without_a_version(tmp_path: Path) -> None:
@@ -366,6 +352,21 @@ def test_a_real_wheel(built_wheel: Path) -> None:
         assert any("single_decode" in name for name in names)
 
 
+def test_names_that_are_none_suggest_known_ones(built_wheel_sm87: Path, tmp_path: Path) -> None:
+    """Also one that only looks like a family's."""
+    name = "batch_mla_attention_dtype_q_f16_dtype_kv_f16_dtype_o_f16_dtype_idx_i64"
+    with pytest.raises(ArgumentError, match="got 'norn'.*; did you mean norm"):
+        build(["norn", name, "page"], arch="8.7", output=tmp_path)
+    answer = cache_root() / "build" / f"{DEFAULT_RELEASE}-8.7" / "answer.json"
+    assert json.loads(answer.read_text())["failed"] == dict.fromkeys(["norn", name], "unknown")
+
+
+def test_what_is_available(built_wheel_sm87: Path) -> None:
+    entries = {entry.name: entry for entry in available(arch="8.7")}
+    assert (entries["page"].kind, entries["page"].sources) == ("module", 2)
+    assert {name for name, entry in entries.items() if entry.kind == "family"} == set(FAMILIES)
+
+
 def test_a_second_build_compiles_nothing(built_wheel_sm87: Path, tmp_path: Path) -> None:
     seen: list[Progress] = []
     again = build(["page"], arch="8.7", output=tmp_path, report=seen.append)
@@ -373,44 +374,26 @@ def test_a_second_build_compiles_nothing(built_wheel_sm87: Path, tmp_path: Path)
     assert [progress.stage for progress in seen if progress.stage == "compile"] == []
 
 
-def test_an_unknown_module_suggests_known_ones(built_wheel_sm87: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match="did you mean norm"):
-        build(["norn"], arch="8.7", output=tmp_path)
-
-
-def test_a_name_that_only_looks_like_a_familys(built_wheel_sm87: Path, tmp_path: Path) -> None:
-    name = "batch_mla_attention_dtype_q_f16_dtype_kv_f16_dtype_o_f16_dtype_idx_i64"
-    with pytest.raises(ArgumentError, match="did you mean batch_mla_attention_dtype_q_f16"):
-        build(["page", name], arch="8.7", output=tmp_path)
-
-
-def test_what_is_available(built_wheel_sm87: Path) -> None:
-    entries = {entry.name: entry for entry in available(arch="8.7")}
-    assert entries["page"].kind == "module"
-    assert entries["page"].sources == 2
-    assert {name for name, entry in entries.items() if entry.kind == "family"} == set(FAMILIES)
-
-
 @pytest.mark.parametrize("keep", [True, False])
-def test_a_build_adds_to_the_wheel_that_is_there(
-    built_wheel_sm87: Path, tmp_path: Path, keep: bool
-) -> None:
+def test_a_build_adds_to_the_wheel_that_is_there(tmp_path: Path, keep: bool) -> None:
     """With what was there bit for bit, and without `keep` in its place."""
-    there = tmp_path / built_wheel_sm87.name
-    with zipfile.ZipFile(built_wheel_sm87) as archive:
-        page = Path(archive.extract("flashinfer_jit_cache/jit_cache/page/page.so", tmp_path))
-        names = {name for name in archive.namelist() if name.endswith(".so")}
-    old = KernelWheel(
-        DEFAULT_RELEASE, "13.0", ("sm87",), f"linux_{platform.machine()}", {"older": page}
+    files = {name: tmp_path / f"{name}.so" for name in ("older", "page", "both")}
+    for name, file in files.items():
+        file.write_bytes(name.encode())
+    tags = (DEFAULT_RELEASE, "13.0", ("sm87",), f"linux_{platform.machine()}")
+    there = write_wheel(
+        KernelWheel(*tags, dict.fromkeys(("older", "both"), files["older"])), tmp_path
     )
-    assert write_wheel(old, tmp_path) == there
-    seen: list[Progress] = []
-    build(["page"], arch="8.7", output=tmp_path, keep=keep, report=seen.append)
+    workshop = SimpleNamespace(
+        cpu=None, toolkit=Toolkit(tmp_path, "13.0"), environment=SimpleNamespace(licenses=dict),
+        report=(seen := []).append,
+    )  # fmt: skip
+    made = [{"name": name, "library": str(files[name])} for name in ("page", "both")]
+    answer = {"release": tags[0], "architectures": tags[2], "git_version": "", "modules": made}
+    assert _package(workshop, answer, tmp_path, keep) == there
     with zipfile.ZipFile(there) as archive:
-        got = {name for name in archive.namelist() if name.endswith(".so")}
-        kept = "flashinfer_jit_cache/jit_cache/older/older.so"
-        assert got == names | ({kept} if keep else set())
-        if keep:
-            assert archive.read(kept) == page.read_bytes()
-    verb = "adding to" if keep else "replacing"
-    assert any(progress.message.startswith(verb) for progress in seen)
+        names = [name for name in archive.namelist() if name.endswith(".so")]
+        got = {Path(name).stem: archive.read(name).decode() for name in names}
+    assert got == {"page": "page", "both": "both"} | ({"older": "older"} if keep else {})
+    (progress,) = seen
+    assert progress.message.startswith("adding to" if keep else "replacing")

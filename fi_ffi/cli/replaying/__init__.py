@@ -1,1 +1,0 @@
-"""What `fi-ffi replay` is made of: dumps read, calls made again, results compared."""
