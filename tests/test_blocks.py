@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,31 +13,17 @@ from tests.helpers.blocks_page import run_page
 IS_LONG = os.environ.get("FI_FFI_STRESS") == "long"
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory) -> Path:
-    """A fresh cache with what every call needs, fetched once for all pages."""
-    folder = tmp_path_factory.mktemp("blocks") / "cache"
-    program = "from fi_ffi.loader import runtime; runtime.ensure_tvm_ffi()"
-    environment = os.environ | {"FI_FFI_CACHE_DIR": str(folder)}
-    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), environment.get("PYTHONPATH", "")))
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=300)
-    return folder
-
-
-def run(page: Path, folder: Path, cache: Path) -> str:
-    own = folder / "cache"
-    if cache.exists():  # not where libtvm_ffi is installed
-        shutil.copytree(cache, own)
+def run(page: Path, folder: Path) -> str:
     options = ["--long"] if IS_LONG else []
-    return run_page(page, folder, *options, FI_FFI_CACHE_DIR=str(own))
+    return run_page(page, folder, *options, FI_FFI_CACHE_DIR=str(folder / "cache"))
 
 
 WITH_BLOCKS = [page for page in PAGES if "```" in page.read_text()]
 
 
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=shown)
-def test_blocks(page, tmp_path, cache):
-    became = run(page, tmp_path, cache)
+def test_blocks(page, tmp_path):
+    became = run(page, tmp_path)
     print(became)
     assert became.strip()
 
@@ -90,10 +73,10 @@ assert open("made").read() == "3\\n"
 """
 
 
-def test_what_is_right_passes(tmp_path, cache):
+def test_what_is_right_passes(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(GOOD)
-    became = [line.split(": ", 2)[2] for line in run(page, tmp_path, cache).splitlines()]
+    became = [line.split(": ", 2)[2] for line in run(page, tmp_path).splitlines()]
     assert became == ["run", "compared", "run", "compared", "skipped: needs a GPU", "left out",
                       "run", "run"]  # fmt: skip
 
@@ -109,6 +92,20 @@ def test_what_is_right_passes(tmp_path, cache):
         ("exit 3", "exit 4", "exit status 4"),
         ("echo $((x = 3)) > made", "no-such-command", "exit status 127"),
         ("exit 3", "if", "syntax error"),
+    ],
+)
+def test_what_is_wrong_fails(old, new, said, tmp_path):
+    page = tmp_path / "page.md"
+    assert old in GOOD
+    page.write_text(GOOD.replace(old, new))
+    with pytest.raises(AssertionError) as failure:
+        run(page, tmp_path)
+    assert said in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
         ("needs: gpu", "needs: luck", "unknown mark `needs: luck"),
         ("needs: gpu", "need: gpu", "unknown mark `need: gpu"),
         ("not run: needs a machine nobody has", "not run: because", "unknown mark `not run: bec"),
@@ -121,31 +118,27 @@ def test_what_is_right_passes(tmp_path, cache):
         ("```cpp", "    indented", "has no language"),
     ],
 )
-def test_what_is_wrong_fails(old, new, said, tmp_path, cache):
+def test_marks_that_are_wrong_are_refused(old, new, said, tmp_path):
     page = tmp_path / "page.md"
     assert old in GOOD
     page.write_text(GOOD.replace(old, new))
-    with pytest.raises(AssertionError) as failure:
-        run(page, tmp_path, cache)
-    assert said in str(failure.value)
+    with pytest.raises(PageError, match=said):
+        blocks_of(page)
 
 
 @pytest.mark.parametrize(
     ("language", "text"), [("json", "{'a': 1}"), ("toml", "a = "), ("python", "fi_ffi.rmsnorm(x)")]
 )
-def test_what_is_compared_can_fail(language, text, tmp_path, cache):
+def test_what_is_compared_can_fail(language, text, tmp_path):
     page = tmp_path / "page.md"
     mark = "<!-- signature -->\n" if language == "python" else ""
     page.write_text(f"{mark}```{language}\n{text}\n```\n")
     with pytest.raises(AssertionError, match=f"the {language} block is wrong"):
-        run(page, tmp_path, cache)
+        run(page, tmp_path)
 
 
 def test_the_pages_are_seen():
     """What is read here is what stands there: a fence that is lost would be one that passes."""
     readme = ROOT / "README.md"
     fences = [line for line in readme.read_text().splitlines() if line.startswith("```")]
-    try:
-        assert len(blocks_of(readme)) == len(fences) // 2
-    except PageError as error:
-        pytest.fail(str(error))
+    assert len(blocks_of(readme)) == len(fences) // 2

@@ -76,21 +76,9 @@ def leave_a_temporary(root: Path) -> None:
     assert in_child(victim) == -signal.SIGKILL
 
 
-def test_help() -> None:
-    for name in ("list", "prune", "verify"):
-        assert name in run("--help").output
-        assert "--json" in run(name, "--help").output
-
-
 def test_an_empty_cache(root: Path) -> None:
-    assert document("list") == {
-        "root": str(root),
-        "objects": [],
-        "builds": [],
-        "downloads": [],
-        "leftovers": [],
-        "total": 0,
-    }
+    groups = {name: [] for name in ("objects", "builds", "downloads", "leftovers")}
+    assert document("list") == {"root": str(root), **groups, "total": 0}
     assert f"0 files in {root}" in run("list").output
     assert document("prune", "--all")["freed"] == 0
     assert document("verify")["verified"] == 0
@@ -153,13 +141,11 @@ def test_prune_by_age(root: Path) -> None:
     assert not old.parent.parent.exists()
     assert new.exists()
     assert sorted(p.name for p in (root / "build").iterdir()) == ["env-old.json.lock", "new-build"]
-
-
-def test_a_use_makes_a_file_young(root: Path) -> None:
-    path = store(b"old", "old.so", days=31)
-    assert cache.find(path.parent.name, "old.so") == path
+    # A use makes a file young.
+    used = store(b"old", "old.so", days=31)
+    assert cache.find(used.parent.name, "old.so") == used
     assert document("prune", "--older-than", 30)["removed"] == []
-    assert document("prune", "--older-than", 0)["freed"] == 3
+    assert document("prune", "--older-than", 0)["freed"] > 6
 
 
 def test_prune_builds(root: Path) -> None:
@@ -183,6 +169,7 @@ def test_a_running_build_is_left_alone(root: Path) -> None:
         assert "kept build 0.6.13-9.0a: a build is running" in result.stderr
     assert running.exists()
     assert len(document("prune", "--builds")["removed"]) == 2
+    assert "exclude each other" in run("prune", "--all", "--builds", code=2).output
 
 
 def test_prune_all_leaves_what_is_not_the_caches(root: Path) -> None:
@@ -229,10 +216,6 @@ def test_a_mapped_file_outlives_its_removal() -> None:
         assert not path.exists()
         assert mapped[:] == b"norm" * 5000
         assert store(b"norm" * 5000, "norm.so") == path
-
-
-def test_exclusive_options() -> None:
-    assert "exclude each other" in run("prune", "--all", "--builds", code=2).output
 
 
 def test_verify_and_repair() -> None:

@@ -301,9 +301,9 @@ def test_a_plans_calls_are_reported_with_the_plan(monkeypatch):
 
 def test_single_requests_and_compiled_callers(monkeypatch):
     """The op has the caller's name for it; a function compiled from a row is no caller."""
-    from fi_ffi.reference.attention import single
+    from fi_ffi.reference.attention import runs
 
-    taken = slowed(monkeypatch, single, "cuda_cores")
+    taken = slowed(monkeypatch, runs, "cuda_cores")
     q, kv, tmp = np.zeros((4, 64), np.float16), np.zeros((5, 2, 64), np.float16), np.zeros(64, "u1")
     namespace = {"fi_ffi": fi_ffi}
     exec("def compiled(*args): fi_ffi.single_decode(*args)", namespace)

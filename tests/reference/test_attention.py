@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fi_ffi.reference.attention import caches, masks
-from fi_ffi.reference.attention.formula import Exact, Options, exact, exact_batch, from_pages
+from fi_ffi.reference.attention.formula import Options, exact, exact_batch, from_pages
 
 # queries, keys, heads, key heads, and the sizes of a head of q and k, and of v
 SHAPES = [
@@ -21,27 +21,13 @@ SHAPES = [
     (1, 1, 1, 1, 64, 64),
     (3, 0, 4, 2, 64, 64),
     (0, 7, 4, 1, 64, 64),
+    (40, 7, 8, 2, 64, 64),
 ]
-MORE_QUERIES = (40, 7, 8, 2, 64, 64)
-OPTIONS = {
-    "plain": (),
-    "causal": ("causal",),
-    "window": ("window",),
-    "soft cap": ("cap",),
-    "mask": ("mask",),
-    "alibi": ("alibi",),
-    "rope": ("rope",),
-    "sink": ("sink",),
-    "scales": ("scales",),
-    "items": ("items",),
-    "causal window cap": ("causal", "window", "cap"),
-    "mask window alibi": ("mask", "window", "alibi"),
-    "alibi cap": ("alibi", "cap"),
-    "causal rope window cap": ("causal", "rope", "window", "cap"),
-    "causal window sink": ("causal", "window", "sink"),
-    "causal scales sink": ("causal", "scales", "sink"),
-    "mask rope": ("mask", "rope"),
-}
+OPTIONS = [
+    "plain", "causal", "window", "cap", "mask", "alibi", "rope", "sink", "scales", "items",
+    "causal window cap", "mask window alibi", "alibi cap", "causal rope window cap",
+    "causal window sink", "causal scales sink", "mask rope",
+]  # fmt: skip
 
 
 def turned(head: np.ndarray, position: int, scale: float, theta: float) -> list[float]:
@@ -108,13 +94,13 @@ def inputs(shape: tuple[int, ...], rng: np.random.Generator, scale: float = 1.0)
 
 
 def options(
-    names: tuple[str, ...], shape: tuple[int, ...], rng: np.random.Generator
+    names: str, shape: tuple[int, ...], rng: np.random.Generator
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same options for `attend` and for `Options`."""
     qo_len, kv_len, heads, _, dim, _ = shape
     ours: dict[str, Any] = {"sm_scale": dim**-0.5}
     theirs: dict[str, Any] = {"sm_scale": dim**-0.5}
-    for name in names:
+    for name in names.replace("plain", "").split():
         if name == "scales":
             ours["sm_scale"] = theirs["sm_scale"] = rng.uniform(0.05, 0.3, heads)
         elif name == "rope":
@@ -139,7 +125,7 @@ def options(
     return ours, theirs
 
 
-@pytest.mark.parametrize("names", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("names", OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_float64(shape, names, rng, error):
     arrays = inputs(shape, rng)
@@ -152,33 +138,6 @@ def test_against_float64(shape, names, rng, error):
     blind = expected.lse2 == -np.inf
     assert (lse[blind] == -np.inf).all() and (out[blind] == 0).all()
     assert not expected.out[blind].any() and not expected.magnitude[blind].any()
-
-
-@pytest.mark.parametrize(
-    "names", [(), ("causal",), ("window", "cap"), ("mask",), ("sink",)], ids=str
-)
-def test_more_queries_than_keys(names, rng, error):
-    arrays = inputs(MORE_QUERIES, rng)
-    ours, theirs = options(names, MORE_QUERIES, rng)
-    out, lse = attend(*arrays, **ours)
-    expected = exact(*arrays, Options(**theirs))
-    assert error(expected, out, lse) <= 1
-    assert (lse[:33] == -np.inf).all() == (names == ("causal",))
-
-
-@pytest.mark.parametrize(
-    "name", ["causal", "window", "cap", "mask", "alibi", "rope", "sink", "items", "scales"]
-)
-def test_each_option_is_seen(name, rng, error):
-    """Without the option, results are far from what they are with it."""
-    shape = (33, 60, 8, 2, 64, 64)
-    arrays = inputs(shape, rng)
-    ours, _ = options((), shape, rng)
-    _, theirs = options((name,), shape, rng)
-    expected = exact(*arrays, Options(**theirs))
-    out, lse = attend(*arrays, **ours)
-    assert not error(expected, out) <= 100
-    assert not error(expected, expected.out.astype(np.float32), lse) <= 100
 
 
 @pytest.mark.parametrize("what", ["out", "lse"])
@@ -197,37 +156,6 @@ def test_large_logits(rng, error):
     out, lse = attend(*arrays, sm_scale=1.0)
     assert np.abs(lse).max() > 1e3
     assert error(exact(*arrays, Options(1.0)), out, lse) <= 1
-
-
-def test_head_order(rng):
-    """Query head h reads key head h // (heads / kv_heads): one after the other by hand."""
-    q, k, v = inputs((3, 10, 6, 2, 64, 64), rng)
-    together = exact(q, k, v, Options(0.2)).out
-    for h in range(6):
-        alone = exact(q[:, [h]], k[:, [h // 3]], v[:, [h // 3]], Options(0.2)).out
-        assert np.allclose(alone[:, 0], together[:, h], atol=1e-12)
-
-
-def test_rope_leaves_relative_positions(rng):
-    """Turned by their positions, q @ k depends on the distance alone."""
-    arrays = inputs((1, 1, 2, 2, 64, 64), rng)
-    turned = exact(*arrays, Options(1.0, rope=(1.0, 1e4)))
-    assert np.allclose(turned.lse2, exact(*arrays, Options(1.0)).lse2, atol=1e-9)
-
-
-def test_alibi_counts_from_the_start(rng):
-    """Every row is shifted by slope * (kv_len - qo_len): seen in the logarithms only."""
-    q, k, v = inputs((4, 30, 2, 2, 64, 64), rng)
-    slopes = np.array([0.25, 0.5], np.float32)
-    found = exact(q, k, v, Options(0.1, alibi_slopes=slopes))
-    relative = (np.arange(30) - (26 + np.arange(4))[:, None])[None] * slopes[:, None, None]
-    logits = np.einsum("ihd,jhd->hij", q, k) * 0.1 + relative
-    sums = np.exp(logits).sum(-1)
-    by_hand = np.einsum("hij,jhd->ihd", np.exp(logits) / sums[..., None], v)
-    assert np.allclose(found.out, by_hand, atol=1e-5)
-    np.testing.assert_allclose(
-        found.lse2, (np.log2(sums) + 26 * slopes[:, None] * np.log2(np.e)).T, 1e-5
-    )
 
 
 def test_packed_masks(rng):
@@ -293,21 +221,18 @@ def test_a_batch_is_its_requests(rng):
         assert (array == np.concatenate([getattr(one, name) for one in alone])).all()
 
 
-@pytest.mark.parametrize("names", [(), ("causal",), ("mask",)], ids=str)
-@pytest.mark.parametrize("shape", [(20, 20, 8, 8, 64, 64), (33, 33, 8, 2, 128, 128)], ids=str)
-def test_against_torch(shape, names, rng, error):
+@pytest.mark.parametrize("names", ["plain", "causal", "mask"])
+def test_against_torch(names, rng, error):
     torch = pytest.importorskip("torch")
+    shape = (33, 33, 8, 2, 128, 128)
     arrays = inputs(shape, rng)
     ours, _ = options(names, shape, rng)
     if "mask" in ours:
         ours["mask"] |= np.eye(shape[0], dtype=bool)  # torch has no rows that see nothing
-    out = exact(*arrays, Options(**ours)).out.astype(np.float32)
+    found = exact(*arrays, Options(**ours))
     q, k, v = (torch.from_numpy(x.astype(np.float64).swapaxes(0, 1)[None].copy()) for x in arrays)
     mask = torch.from_numpy(ours["mask"]) if "mask" in ours else None
     theirs = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, mask, is_causal="causal" in names, scale=ours["sm_scale"], enable_gqa=True
+        q, k, v, mask, is_causal=names == "causal", scale=ours["sm_scale"], enable_gqa=True
     )
-    result = theirs[0].numpy().swapaxes(0, 1)
-    scale = exact(*arrays, Options(**options((), shape, rng)[1]))
-    expected = Exact(result, np.maximum(scale.magnitude, np.abs(result)), scale.lse2, scale.spread)
-    assert error(expected, out) <= 1
+    assert error(found, theirs[0].numpy().swapaxes(0, 1).astype(np.float32)) <= 1

@@ -20,6 +20,7 @@ from fi_ffi.ops import attention
 from fi_ffi.ops.attention import backends, plan, single
 from fi_ffi.ops.attention.rows import BATCH_MLA, FORMS, ROWS, of_release
 from fi_ffi.ops.call import compiled
+from fi_ffi.reference.attention.formula import Options, exact
 
 # One of each form that an entry has.
 RELEASES = ["0.6.3", "0.6.12", "0.6.13", "0.6.14", "0.6.16", "0.6.18"]
@@ -75,22 +76,9 @@ def kernels_of(monkeypatch, seen):
     attention.forget()
 
 
-def exact(q, k, v, causal, scale=DIM**-0.5):
-    """One request in float64, and what bounds its rounding."""
-    q, k, v = (np.swapaxes(x.astype(np.float64), 0, 1) for x in (q, k, v))
-    k, v = (np.repeat(x, len(q) // len(x), 0) for x in (k, v))
-    logits = q @ np.swapaxes(k, 1, 2) * scale
-    if causal:
-        last_seen = np.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
-        logits = np.where(np.arange(k.shape[1]) <= last_seen, logits, -np.inf)
-    weights = np.exp(logits - logits.max(2, keepdims=True))
-    weights /= weights.sum(2, keepdims=True)
-    return np.swapaxes(weights @ v, 0, 1), np.swapaxes(weights @ np.abs(v), 0, 1)
-
-
 def assert_right(out, q, k, v, causal, scale=DIM**-0.5):
-    expected, magnitude = exact(q, k, v, causal, scale)
-    assert (np.abs(out - expected) <= BOUND * magnitude).all()  # false for NaN as well
+    right = exact(q, k, v, Options(scale, causal))
+    assert (np.abs(out - right.out) <= BOUND * right.magnitude).all()  # false for NaN as well
 
 
 def drawn(*shape):
@@ -123,11 +111,7 @@ class Paged:
 def test_batch_prefill(release, backend, kernels_of, seen):
     kernels_of(release)
     qo, kv = starts(QO), starts(KV)
-    q, k, v = (
-        drawn(sum(QO), HEADS, DIM),
-        drawn(sum(KV), KV_HEADS, DIM),
-        drawn(sum(KV), KV_HEADS, DIM),
-    )
+    q, (k, v) = drawn(sum(QO), HEADS, DIM), drawn(2, sum(KV), KV_HEADS, DIM)
     sizes = {"num_qo_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim_qk": DIM}
     more = {**sizes, "causal": True, "backend": backend, "device": "cpu"}
     paged = Paged(k, v)
@@ -153,11 +137,7 @@ def test_batch_prefill(release, backend, kernels_of, seen):
 @pytest.mark.parametrize("release", RELEASES)
 def test_batch_decode(release, kernels_of):
     kernels_of(release)
-    q, k, v = (
-        drawn(len(KV), HEADS, DIM),
-        drawn(sum(KV), KV_HEADS, DIM),
-        drawn(sum(KV), KV_HEADS, DIM),
-    )
+    q, (k, v) = drawn(len(KV), HEADS, DIM), drawn(2, sum(KV), KV_HEADS, DIM)
     paged, out, kv = Paged(k, v), np.full_like(q, np.nan), starts(KV)
     made = fi_ffi.BatchDecodePlan(
         paged.indptr, paged.indices, paged.last, page_size=PAGE, num_qo_heads=HEADS,

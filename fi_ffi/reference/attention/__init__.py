@@ -10,10 +10,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from fi_ffi.reference.attention import batch, mla, plan, single, variant
-from fi_ffi.reference.attention.pod import pod_with_kv_cache_tensor
+from fi_ffi.reference.attention import plan, runs, variant
 from fi_ffi.reference.attention.variant import Compiled
-from fi_ffi.reference.attention.xqa import xqa_wrapper
 
 _Kernels = dict[str, Callable[..., Any]]
 
@@ -21,20 +19,20 @@ _Kernels = dict[str, Callable[..., Any]]
 def _batch(suffix: str, kind: int, parse: Callable[..., variant.Variant]) -> _Kernels:
     return {
         f"plan{suffix}": functools.partial(plan.prefill, kind),
-        f"ragged_run{suffix}": functools.partial(batch.ragged_run, kind, parse),
-        f"paged_run{suffix}": functools.partial(batch.paged_run, kind, parse),
+        f"ragged_run{suffix}": functools.partial(runs.ragged_run, kind, parse),
+        f"paged_run{suffix}": functools.partial(runs.paged_run, kind, parse),
     }
 
 
 # They take what was compiled in as `compiled`: `reference_kernel`.
 KERNELS: dict[str, _Kernels] = {
-    "single_decode": {"run": single.decode},
+    "single_decode": {"run": runs.single_decode},
     "single_prefill": {
-        "run": functools.partial(single.prefill, variant.fa2_single),
-        "run_fa3": functools.partial(single.prefill, variant.fa3_single),
-        "run_fa3_fp8": functools.partial(single.prefill, variant.fa3_fp8),
+        "run": functools.partial(runs.single_prefill, variant.fa2_single),
+        "run_fa3": functools.partial(runs.single_prefill, variant.fa3_single),
+        "run_fa3_fp8": functools.partial(runs.single_prefill, variant.fa3_fp8),
     },
-    "batch_decode": {"plan": plan.decode, "run": batch.decode_run},
+    "batch_decode": {"plan": plan.decode, "run": runs.batch_decode},
     "batch_prefill": {
         **_batch("", plan.FA2, variant.fa2),
         **_batch("_fa3", plan.FA3, variant.fa3),
@@ -45,13 +43,11 @@ KERNELS: dict[str, _Kernels] = {
         **_batch("_sink_fa3", plan.FA3, variant.sink_fa3),
     },
     "batch_mla": {
-        "plan": plan.mla,
-        "run": mla.run,
-        "plan_fa3": plan.mla,
-        "run_fa3": mla.run,
+        **dict.fromkeys(("plan", "plan_fa3"), plan.mla),
+        **dict.fromkeys(("run", "run_fa3"), runs.mla_run),
     },
-    "xqa": {"xqa_wrapper": xqa_wrapper},
-    "pod": {"pod_with_kv_cache_tensor": pod_with_kv_cache_tensor},
+    "xqa": {"xqa_wrapper": runs.xqa_wrapper},
+    "pod": {"pod_with_kv_cache_tensor": runs.pod_with_kv_cache_tensor},
 }
 
 

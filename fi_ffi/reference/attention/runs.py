@@ -1,0 +1,251 @@
+"""The entries that run attention: of one request, of a batch, MLA's, POD's and XQA's.
+
+Causal attention of more queries than keys is by its definition here: the first queries see
+no key, and their output is 0.  The kernels show such queries keys that they should not see
+(fa2, where `kv_len + first query - qo_len` goes below 0 in uint32) or give them the mean of
+the values (fa3, where all logits of a tile are the same).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fi_ffi.abi.objects import Array as Object
+from fi_ffi.reference.arrays import Array, store, store_saturated
+from fi_ffi.reference.attention import caches, masks, plan
+from fi_ffi.reference.attention.caches import gathered, tokens_first
+from fi_ffi.reference.attention.formula import Options, exact
+from fi_ffi.reference.attention.variant import (
+    Call,
+    Compiled,
+    Variant,
+    cuda_cores,
+    fa2,
+    fa2_single,
+)
+
+_Keys = Callable[[int], tuple[Array, Array]]
+
+
+def _write(o: Array, lse: Array | None, where: Any, result: tuple[Array, Array]) -> None:
+    """Write some rows of the output, and of the logarithms if they are wanted."""
+    store(o[where], result[0])
+    if lse is not None:
+        store(lse[where], result[1])
+
+
+def single_decode(
+    q: Array, k: Array, v: Array, tmp: Array, o: Array, lse: Array | None, layout: int,
+    window_left: int, *more: Any, compiled: Compiled,
+) -> None:  # fmt: skip
+    """single_decode's `run`: one query, which is the request's last token."""
+    k, v = tokens_first(k, layout), tokens_first(v, layout)
+    variant = cuda_cores(Call(compiled, masks.NONE, window_left, len(q), k.shape[1]), *more)
+    out, sums = variant(0, q[None], k, v)
+    _write(o, lse, ..., (out[0], sums[0]))
+
+
+def single_prefill(
+    parse: Callable[..., Variant], q: Array, k: Array, v: Array, tmp: Array, o: Array,
+    lse: Array | None, mask_mode: int, layout: int, window_left: int, *more: Any,
+    compiled: Compiled,
+) -> None:  # fmt: skip
+    """single_prefill's `run`."""
+    k, v = tokens_first(k, layout), tokens_first(v, layout)
+    if parse is fa2_single and mask_mode == masks.CAUSAL and len(k) < len(q):
+        raise ValueError(f"causal attention needs kv_len {len(k)} to be qo_len {len(q)} or more")
+    variant = parse(Call(compiled, mask_mode, window_left, q.shape[1], k.shape[1]), *more)
+    _write(o, lse, ..., variant(0, q, k, v))
+
+
+def _attend(
+    variant: Variant, qo_indptr: Array, q: Array, keys: _Keys, o: Array, lse: Array | None
+) -> None:
+    """Write every request's rows; those of no request stay as they are."""
+    if qo_indptr[-1] > len(q):
+        raise ValueError(f"q has {len(q)} rows; what was planned has {qo_indptr[-1]}")
+    for request, (start, stop) in enumerate(itertools.pairwise(qo_indptr)):
+        rows = slice(start, stop)
+        _write(o, lse, rows, variant(request, q[rows], *keys(request)))
+
+
+def _check_window(planned: plan.Lengths, window_left: int) -> None:
+    if planned.window_left != window_left:
+        raise ValueError(f"window_left is {window_left}; planned for {planned.window_left}")
+
+
+def ragged_run(
+    kind: int, parse: Callable[..., Variant], float_workspace: Array, int_workspace: Array,
+    plan_info: Object, q: Array, k: Array, v: Array, qo_indptr: Array, kv_indptr: Array, o: Array,
+    lse: Array | None, mask_mode: int, layout: int, window_left: int, enable_pdl: bool, *more: Any,
+    compiled: Compiled,
+) -> None:  # fmt: skip
+    """`ragged_run`: keys and values side by side."""
+    planned = plan.load(kind, int_workspace, plan_info)
+    k, v = tokens_first(k, layout), tokens_first(v, layout)
+    kv_len = planned.kv_len
+    if kind == plan.FA2:
+        _check_window(planned, window_left)
+        planned.must_have("qo_indptr", planned.qo_indptr, qo_indptr)
+        planned.must_have("kv_indptr", planned.kv_indptr, kv_indptr)
+        kv_len = np.diff(planned.kv_indptr)
+    stops = planned.kv_indptr[:-1] + kv_len
+    if stops.max(initial=0) > len(k):
+        raise ValueError(f"k has {len(k)} rows; what was planned has {stops.max()}")
+
+    def keys(request: int) -> tuple[Array, Array]:
+        rows = slice(planned.kv_indptr[request], stops[request])
+        return k[rows], v[rows]
+
+    variant = parse(Call(compiled, mask_mode, window_left, q.shape[1], k.shape[1]), *more)
+    _attend(variant, planned.qo_indptr, q, keys, o, lse)
+
+
+def _paged(
+    planned: plan.Lengths, kv_len: Array, k_cache: Array, v_cache: Array, indices: Array
+) -> _Keys:
+    def keys(request: int) -> tuple[Array, Array]:
+        where = indices, int(planned.kv_indptr[request]), int(kv_len[request])
+        return gathered(k_cache, *where), gathered(v_cache, *where)
+
+    return keys
+
+
+def paged_run(
+    kind: int, parse: Callable[..., Variant], float_workspace: Array, int_workspace: Array,
+    plan_info: Object, q: Array, k_cache: Array, v_cache: Array, qo_indptr: Array,
+    kv_indptr: Array, indices: Array, last_page_len: Array, o: Array, lse: Array | None,
+    mask_mode: int, layout: int, window_left: int, enable_pdl: bool, *more: Any,
+    compiled: Compiled,
+) -> None:  # fmt: skip
+    """`paged_run`: keys and values in the pages of a cache."""
+    planned = plan.load(kind, int_workspace, plan_info)
+    k_cache, v_cache = tokens_first(k_cache, layout), tokens_first(v_cache, layout)
+    kv_len = planned.kv_len
+    if kind == plan.FA2:
+        _check_window(planned, window_left)
+        planned.must_have("qo_indptr", planned.qo_indptr, qo_indptr)
+        planned.must_have("paged_kv_indptr", planned.kv_indptr, kv_indptr)
+        kv_len = caches.lengths(planned.kv_indptr, last_page_len, k_cache.shape[1])
+    call = Call(compiled, mask_mode, window_left, q.shape[1], k_cache.shape[2], paged=True)
+    keys = _paged(planned, kv_len, k_cache, v_cache, indices)
+    _attend(parse(call, *more), planned.qo_indptr, q, keys, o, lse)
+
+
+def batch_decode(
+    float_workspace: Array, int_workspace: Array, plan_info: Object, q: Array, k_cache: Array,
+    v_cache: Array, kv_indptr: Array, indices: Array, last_page_len: Array, o: Array,
+    lse: Array | None, layout: int, window_left: int, enable_pdl: bool, *more: Any,
+    compiled: Compiled,
+) -> None:  # fmt: skip
+    """batch_decode's `run`: one query a request, which is its last token."""
+    planned = plan.load(plan.DECODE, int_workspace, plan_info)
+    planned.must_have("paged_kv_indptr", planned.kv_indptr, kv_indptr)
+    k_cache, v_cache = tokens_first(k_cache, layout), tokens_first(v_cache, layout)
+    kv_len = caches.lengths(planned.kv_indptr, last_page_len, k_cache.shape[1])
+    call = Call(compiled, masks.NONE, window_left, q.shape[1], k_cache.shape[2])
+    keys = _paged(planned, kv_len, k_cache, v_cache, indices)
+    _attend(cuda_cores(call, *more), planned.qo_indptr, q, keys, o, lse)
+
+
+def mla_run(
+    float_workspace: Array, int_workspace: Array, plan_info: Object, q_nope: Array, q_pe: Array,
+    ckv_cache: Array, kpe_cache: Array, indices: Array, o: Array, lse: Array | None,
+    mask_mode: int, num_heads: int, page_size: int, sm_scale: float, return_lse_base_on_e: bool,
+    *, compiled: Compiled,
+) -> None:  # fmt: skip
+    """batch_mla's `run`.
+
+    A row that sees no key has a logarithm of minus infinity, unlike other entries'; the
+    kernel writes -5e4 where it has split the request.
+    """
+    call = Call(compiled, mask_mode, -1, num_heads, 1)
+    call.only(masks.NONE, masks.CAUSAL)
+    if page_size != ckv_cache.shape[1]:
+        raise ValueError(f"page_size is {page_size}; ckv_cache has pages of {ckv_cache.shape[1]}")
+    planned = plan.load(plan.MLA, int_workspace, plan_info)
+    if planned.causal and not call.causal:
+        raise ValueError("planned for causal attention, which leaves out keys: plan again without")
+    if planned.qo_indptr[-1] > len(q_nope):
+        raise ValueError(f"q_nope has {len(q_nope)} rows; planned for {planned.qo_indptr[-1]}")
+    for request, length in enumerate(planned.kv_len):
+        rows = slice(planned.qo_indptr[request], planned.qo_indptr[request + 1])
+        where = indices, int(planned.kv_indptr[request]), int(length)
+        ckv, kpe = (gathered(cache, *where) for cache in (ckv_cache, kpe_cache))
+        q = np.concatenate((q_nope[rows], q_pe[rows]), axis=-1)
+        k = np.concatenate((ckv, kpe), axis=-1)
+        found = exact(q, k[:, None], ckv[:, None], Options(sm_scale, call.causal))
+        base = np.log(2) if return_lse_base_on_e else 1.0
+        _write(o, lse, rows, (found.out, found.lse2 * base))
+
+
+_OF_PREFILL = 15  # arguments of POD's prefill
+
+
+def pod_with_kv_cache_tensor(*values: Any, compiled: Compiled) -> None:
+    """Windows are what the arguments say, as in the module that was compiled for them."""
+    _pod_prefill(*values[:_OF_PREFILL])
+    _pod_decode(*values[_OF_PREFILL:])
+
+
+def _pod_prefill(
+    q: Array, k: Array, v: Array, tmp: Array, o: Array, lse: Array | None, mask_mode: int,
+    layout: int, window_left: int, mask: Array | None, slopes: Array | None, *numbers: float,
+) -> None:  # fmt: skip
+    single_prefill(
+        fa2_single, q, k, v, tmp, o, lse, mask_mode, layout, window_left, mask, slopes,
+        None, None, *numbers, compiled=Compiled(use_sliding_window=window_left >= 0),
+    )  # fmt: skip
+
+
+def _pod_decode(
+    float_workspace: Array, int_workspace: Array, info: Any, q: Array, k: Array, v: Array,
+    qo_indptr: Array, kv_indptr: Array, indices: Array, last_page_len: Array, o: Array,
+    lse: Array | None, mask_mode: int, layout: int, window_left: int, mask: Array | None,
+    mask_indptr: Array | None, slopes: Array | None, soft_cap: float, sm_scale: float,
+    rope_rcp_scale: float, rope_rcp_theta: float, enable_pdl: bool,
+) -> None:  # fmt: skip
+    paged_run(
+        plan.FA2, fa2, float_workspace, int_workspace, info, q, k, v, qo_indptr,
+        kv_indptr, indices, last_page_len, o, lse, mask_mode, layout, window_left, enable_pdl,
+        mask, mask_indptr, slopes, None, None, None, None, None, soft_cap, sm_scale,
+        rope_rcp_scale, rope_rcp_theta, 0,
+        compiled=Compiled(use_sliding_window=window_left >= 0),
+    )  # fmt: skip
+
+
+def _scale(scale: float, tensor: Array | None) -> float:
+    return scale if tensor is None else float(tensor[0])
+
+
+def xqa_wrapper(
+    run_sm90_fp8_mha: bool, sm_count: int, num_kv_heads: int, window: int, q_scale: float,
+    q_scale_tensor: Array | None, output: Array, rcp_out_scale: float, q: Array,
+    sinks: Array | None, k_cache: Array, v_cache: Array, k_sf: Array | None, v_sf: Array | None,
+    page_table: Array, max_seq_len: int, seq_lens: Array, batch_size: int, kv_scale: float,
+    kv_scale_tensor: Array | None, q_seq_len: int, mask: Array | None, semaphores: Array,
+    scratch: Array, enable_pdl: bool, *, compiled: Compiled,
+) -> None:  # fmt: skip
+    """Keys of fp8 have a scale, others have not, whatever is given."""
+    if k_sf is not None or v_sf is not None:
+        raise ValueError("keys of 4 bits need a GPU")
+    if q_seq_len != 1 or mask is not None:
+        raise ValueError("one query of each request, and no mask")
+    if semaphores.any():
+        raise ValueError("the semaphores are not zero")
+    of_kv = _scale(kv_scale, kv_scale_tensor) if k_cache.itemsize == 1 else 1.0
+    sm_scale = _scale(q_scale, q_scale_tensor) * of_kv / q.shape[-1] ** 0.5
+    flat = None if sinks is None else sinks.reshape(-1)
+    for request in range(batch_size):
+        length = int(seq_lens[request, 0])
+        where: tuple[Any, ...] = page_table[request], 0, length
+        keys, values = gathered(k_cache, *where), gathered(v_cache, *where)
+        if compiled.use_sliding_window:
+            keys, values = keys[max(length - window, 0) :], values[max(length - window, 0) :]
+        scale = of_kv * (rcp_out_scale if output.itemsize == 1 else 1.0)
+        found = exact(q[request], keys, values, Options(sm_scale, sink=flat, v_scale=scale))
+        store_saturated(output[request], found.out)
