@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 import fi_ffi
 from fi_ffi.cli import main
@@ -79,6 +80,8 @@ def test_every_command_takes_json():
     for command in leaves(main):
         assert any("--json" in parameter.opts for parameter in command.params), command.name
     assert "Each takes `--json`." in (ROOT / "README.md").read_text()
+    shown = CliRunner().invoke(main, ["--help"]).output
+    assert all(f"  {name} " in shown for name in main.list_commands(click.Context(main)))
 
 
 def lost(span: str) -> str:

@@ -49,17 +49,11 @@ def test_lines(kernels):
 def test_json(kernels):
     document = json.loads(run("--kernels", kernels, "--json", "--family", "batch_prefill").output)
     assert document["version"] == "0.6.13+cu130"
-    (module,) = document["modules"]
-    assert module == {
-        "module": FA3,
-        "family": "batch_prefill",
-        "dtypes": {"dtype_q": "f16", "dtype_kv": "f16", "dtype_o": "f16", "dtype_idx": "i32"},
-        "head_dims": [128, 128],
-        "backend": "fa3",
-        "options": {},
-        "ops": [],
-        "size": 10,
-    }
+    dtypes = dict.fromkeys(("dtype_q", "dtype_kv", "dtype_o"), "f16") | {"dtype_idx": "i32"}
+    assert document["modules"] == [{
+        "module": FA3, "family": "batch_prefill", "dtypes": dtypes, "head_dims": [128, 128],
+        "backend": "fa3", "options": {}, "ops": [], "size": 10,
+    }]  # fmt: skip
     norm = json.loads(run("--kernels", kernels, "--json", "--family", "norm").output)
     assert "rmsnorm" in norm["modules"][0]["ops"]
 
@@ -85,22 +79,19 @@ def test_entries_of_a_real_wheel(built_wheel):
     assert modules["single_decode"]["entries"] == ["run"]
 
 
-def test_without_kernels_it_says_where_they_come_from(monkeypatch):
+def test_the_first_place_with_modules_is_listed(monkeypatch, kernels):
+    """And without any it says where they come from."""
+    monkeypatch.setenv("FI_FFI_KERNELS", kernels)
+    search.use_source(None)
+    assert "4 modules of" in run().output
     places = [Candidate("installed", None, "nothing is installed"), Candidate("jit", None)]
     monkeypatch.setattr(search, "places", lambda: iter(places))
     result = run()
     assert result.exit_code == 1
     for text in ("installed: nothing is installed", "FI_FFI_KERNELS", "fi-ffi build norm"):
         assert text in result.output
-
-
-def test_the_first_place_with_modules_is_listed(monkeypatch, kernels):
-    monkeypatch.setenv("FI_FFI_KERNELS", kernels)
+    monkeypatch.undo()
     search.use_source(None)
-    try:
-        assert "4 modules of" in run().output
-    finally:
-        search.use_source(None)
 
 
 def test_the_matrix_of_a_release():
@@ -115,10 +106,14 @@ def test_the_matrix_of_a_release():
     assert "--family OP has the reasons" in lines[-1]
 
 
-def test_the_matrix_of_an_op_has_its_reasons():
+def test_the_matrix_of_an_op_has_its_reasons(kernels):
     result = run("--matrix", "--release", "0.6.13", "--family", "gdn_prefill")
     assert "it is written for GPUs of compute capability 9.x" in result.output
     assert "gdn_prefill_sm90 is in FlashInfer 0.6.13's cu130 wheels" in result.output
+    result = run("--matrix", "--release", "0.6.13", "--family", "rmsnrm")
+    assert result.exit_code == 1
+    assert "no op or family 'rmsnrm'; there are rmsnorm, " in result.output
+    assert run("--kernels", kernels, "--release", "0.6.13").exit_code == 2
 
 
 def test_the_matrix_of_kernels_as_json(built_wheel):
@@ -134,10 +129,3 @@ def test_the_matrix_of_kernels_as_json(built_wheel):
     case = document["cases"]["mxfp4-moe"]
     assert case["cause"]
     assert case["answers"]["90"][0]["status"] == "missing"
-
-
-def test_the_matrix_refuses_what_is_no_op(kernels):
-    result = run("--matrix", "--release", "0.6.13", "--family", "rmsnrm")
-    assert result.exit_code == 1
-    assert "no op or family 'rmsnrm'; there are rmsnorm, " in result.output
-    assert run("--kernels", kernels, "--release", "0.6.13").exit_code == 2

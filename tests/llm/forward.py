@@ -119,7 +119,7 @@ class Forward:
         out = self.off(out * silu(z.reshape(n, vh, d)))
         return self.off(out.reshape(n, -1) @ w[at + "out_proj.weight"].T)
 
-    def spread(self, tokens, step: float, runs: int = 8) -> np.ndarray:
+    def spread(self, tokens, step: float, runs: int = 3) -> np.ndarray:
         """Of each token's logits, how far they move where every operation is off by `step`.
 
         The root of the mean square, the most of some runs: what no computation with such
