@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import functools
 import importlib
 import importlib.util
-import json
 import shutil
 import subprocess
 import sys
@@ -166,14 +164,6 @@ def test_lengths_are_drawn_for_each_call(host):
     assert seen[:1000] != seen[1000:2000] != seen[2000:]
 
 
-def test_long_rows_are_asked_for_by_name(host):
-    assert host.chosen("lengths") == ["lengths", "lengths-torch"]
-    assert host.chosen("lengths-memory, tens") == ["tensordesc", "lengths-memory"]
-    assert host.chosen("") == [row for row in host.ROWS if row != "lengths-memory"]
-    with pytest.raises(argparse.ArgumentTypeError, match="is none of prepared"):
-        host.chosen("other")
-
-
 def test_marks(host):
     mark, entry = host.Mark, host.report.entry
     figure = importlib.import_module("marks.timing").Figure
@@ -241,15 +231,3 @@ def test_function_calls_leave_kernels_out(monkeypatch):
     assert with_kernel.python == without.python
     assert with_kernel.in_c == without.in_c
     assert 0 < with_kernel.python.total() < 50
-
-
-def test_function_calls_has_its_rows(monkeypatch, capsys, tmp_path):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    counting = importlib.import_module("function_calls")
-    file = tmp_path / "counts.json"
-    monkeypatch.setattr(sys, "argv", ["", "--json", str(file), "--where", "later run"])
-    counting.main()
-    counts = json.loads(file.read_text())
-    assert {"replan, as many requests", "first run after it", "later run"} <= counts.keys()
-    assert counts["later run"]["python"] <= counts["first run after it"]["python"]
-    assert "| later run | " in capsys.readouterr().out

@@ -48,7 +48,15 @@ def is_seen(i: int, j: int, place: int, o: dict[str, Any]) -> bool:
         return False
     if o.get("window_left", -1) >= 0 and j < place - o["window_left"]:
         return False
+    if o.get("items") is not None and not sees_item(place, j, *o["items"]):
+        return False
     return o.get("mask") is None or bool(o["mask"][i, j])
+
+
+def sees_item(place: int, j: int, prefix: int, counts: np.ndarray) -> bool:
+    """After a prefix a token sees that, and so many of its own item: itself the last."""
+    own = int(counts[place - prefix]) if place >= prefix else place + 1
+    return j <= place and (j < prefix or place - j < own)
 
 
 def logit(q, k, i: int, j: int, head: int, o: dict[str, Any]) -> float:
@@ -109,8 +117,8 @@ def options(
             prefix, last = int(rng.integers(0, max(kv_len - qo_len, 0) + 1)), 0
             counts = [last := 0 if rng.random() < 0.2 else last + 1 for _ in range(kv_len - prefix)]
             positions = np.array([*counts, 0], np.uint16)
-            theirs["items"] = prefix, positions
-            ours["mask"] = masks.multi_item(qo_len, kv_len, prefix, positions, 65535)
+            ours["items"] = prefix, positions
+            theirs["mask"] = masks.multi_item(qo_len, kv_len, prefix, positions, 65535)
         else:
             value: Any = {
                 "causal": True,

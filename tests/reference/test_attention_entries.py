@@ -25,6 +25,7 @@ from tests.helpers.attention_batches import (
     poisoned,
     starts,
 )
+from tests.reference.test_attention import sees_item
 
 # What a kernel writes as the logarithm of a row that sees no key.
 NO_KEY = -5e4
@@ -199,8 +200,15 @@ def test_multi_item_scoring(backend, rng, error):
         maybe_prefix_len_ptr=prefix, maybe_token_pos_in_items_ptr=positions.ravel(),
         maybe_max_item_len_ptr=np.array([2, 3, 11], np.uint16), token_pos_in_items_len=24,
     )  # fmt: skip
-    expected = batch.expected(lambda b: Options(SCALE, items=(int(prefix[b]), positions[b])))
-    assert error(expected, batch.o, batch.lse) <= 1
+
+    def seen(b: int) -> Options:
+        qo_len, kv_len = np.diff(batch.qo_indptr)[b], batch.kv_lens[b]
+        places = range(kv_len - qo_len, kv_len)
+        items = int(prefix[b]), positions[b]
+        mask = [[sees_item(place, j, *items) for j in range(kv_len)] for place in places]
+        return Options(SCALE, mask=np.array(mask))
+
+    assert error(batch.expected(seen), batch.o, batch.lse) <= 1
 
 
 @pytest.mark.parametrize("window", [-1, 2])

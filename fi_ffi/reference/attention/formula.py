@@ -24,8 +24,7 @@ class Options:
     `sm_scale`, `v_scale` and `sink` are numbers or one for each query head.  `mask` says
     which keys each query sees, [qo_len, kv_len], beside the other conditions.
     `alibi_slopes`: logits + slope * (key - query), both counted from the request's start,
-    whatever `kv_len - qo_len` is.  `rope`: scale and theta.  `items`: the length of the
-    prefix, and for each token after it how many of its own item it sees, itself the last.
+    whatever `kv_len - qo_len` is.  `rope`: scale and theta.
     """
 
     sm_scale: float | Array
@@ -37,7 +36,6 @@ class Options:
     rope: tuple[float, float] | None = None
     sink: float | Array | None = None
     v_scale: float | Array = 1.0
-    items: tuple[int, Array] | None = None
 
 
 class Exact(NamedTuple):
@@ -86,11 +84,6 @@ def _seen(qo_len: int, kv_len: int, options: Options) -> Array:
         conditions.append(place - j <= options.window_left)
     if options.mask is not None:
         conditions.append(options.mask.astype(bool))
-    if options.items is not None:
-        prefix, counts = options.items
-        own = np.array([0] * prefix + [int(n) for n in counts] + [0])[np.maximum(place, 0)]
-        in_item = (place >= prefix) & (j >= prefix) & (place - j >= own)
-        conditions += [j <= place, ~in_item]
     seen: Array = np.logical_and.reduce(conditions)
     return seen
 
