@@ -3,24 +3,6 @@
 from __future__ import annotations
 
 from tests.helpers.bodies import tests_of
-from tests.ops import (
-    test_activation,
-    test_block_quantize,
-    test_block_scaled,
-    test_cascade,
-    test_concat,
-    test_dit_layernorm,
-    test_quantization,
-)
+from tests.ops import test_activation, test_cascade, test_quantization, test_results
 
-globals().update(
-    tests_of(
-        test_activation,
-        test_block_quantize,
-        test_block_scaled,
-        test_cascade,
-        test_concat,
-        test_dit_layernorm,
-        test_quantization,
-    )
-)
+globals().update(tests_of(test_activation, test_cascade, test_quantization, test_results))

@@ -22,7 +22,7 @@ from fi_ffi.ops.functions import OPS
 
 from tests.helpers.cases import make_case
 from tests.helpers.untyped_calls import BF16, mhc_post, poisoned, rounded, worst
-from tests.ops.test_norm_fused import case as video_case
+from tests.ops.test_norm import case as video_case
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,12 +1,9 @@
-"""Fused kernels of diffusion transformers on a GPU: tests/ops/test_norm_fused.py, and more."""
+"""Fused kernels of diffusion transformers on a GPU: what tests/ops does not have."""
 
 from __future__ import annotations
 
-from tests.helpers.bodies import tests_of
 from tests.helpers.prepared_calls import OnGpu
-from tests.ops import test_norm_fused as on_host
-
-globals().update(tests_of(on_host))
+from tests.ops import test_norm as on_host
 
 
 def test_a_graph_turns_by_the_last_numbers_of_any_call(machine, rng, to_gpu):

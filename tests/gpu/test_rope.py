@@ -1,4 +1,4 @@
-"""Rotary embeddings on a GPU: the tests of tests/ops/test_rope*.py."""
+"""Rotary embeddings on a GPU: the tests of tests/ops/test_rope.py."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tests.helpers.bodies import tests_of
 from tests.helpers.cases import default_dtypes, make_case
 from tests.helpers.inputs import inputs_of
 from tests.helpers.rope_calls import ANGLES, APPLY, COS_SIN, F16, QUANTISE, a_case, check_in_place
-from tests.ops import test_rope, test_rope_angles, test_rope_quantize
+from tests.ops import test_rope
 
-globals().update(tests_of(test_rope, test_rope_angles, test_rope_quantize))
+globals().update(tests_of(test_rope))
 
 
 def raw(name, machine):

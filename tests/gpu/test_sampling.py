@@ -17,16 +17,9 @@ from tests.helpers.bodies import tests_of
 from tests.helpers.cases import make_case
 from tests.helpers.children import environment
 from tests.helpers.sampling_calls import run
-from tests.ops import (
-    test_chain_sampling,
-    test_sampling,
-    test_sampling_filters,
-    test_sampling_statistics,
-)
+from tests.ops import test_sampling, test_sampling_statistics
 
-globals().update(
-    tests_of(test_sampling, test_sampling_statistics, test_sampling_filters, test_chain_sampling)
-)
+globals().update(tests_of(test_sampling, test_sampling_statistics))
 
 
 @pytest.mark.parametrize("name", ["softmax", "top_p_sampling_from_probs", "sampling_from_logits"])

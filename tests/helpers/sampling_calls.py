@@ -111,26 +111,3 @@ def surprise(counts: np.ndarray, expected: np.ndarray) -> float:
     z = NormalDist().inv_cdf(1 - _ALPHA)
     allowed: float = freedom * (1 - spread + z * spread**0.5) ** 3
     return chi / allowed
-
-
-def ends(p: np.ndarray, top_p: float) -> bool:
-    """Whether the search for what sums to `top_p` ends, as FlashInfer 0.6.8 to 0.6.13 make it of
-    rows of less than 2048: by thirds, in float32."""
-    p, target = p.astype(np.float32), np.float32(top_p)
-    two, three = np.float32(2), np.float32(3)
-    low, high, seen = np.float32(0), p.max(initial=np.float32(0)), set()
-    while (low, high) not in seen:
-        seen.add((low, high))
-        first, second = (high + two * low) / three, (two * high + low) / three
-        least = min(high, p[p > low].min(initial=high))
-        most = max(low, p[p <= high].max(initial=low))
-        sums = [np.float32(p[p > pivot].sum(dtype=np.float64)) for pivot in (first, second)]
-        if sums[1] >= target:
-            low = second
-        elif sums[0] >= target:
-            low, high = first, min(second, most)
-        else:
-            high = min(first, most)
-        if least == most:
-            return True
-    return False

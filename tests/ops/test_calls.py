@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import dis
 import gc
-import inspect
 import linecache
 import math
 import pickle
 import traceback
 import tracemalloc
-from pathlib import Path
+from types import FunctionType
 
 import numpy as np
 import pytest
@@ -24,7 +24,6 @@ from fi_ffi.ops.call import compiled
 from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.row import KvLayout, Scalar, Tensor, Text
 from fi_ffi.reference import norm
 
 from tests.helpers.plan_calls import KINDS
@@ -37,7 +36,6 @@ from tests.helpers.prepared_calls import (
     placed,
     refusal_of,
     same_error,
-    tensors,
 )
 
 pytestmark = pytest.mark.usefixtures("settled")
@@ -100,16 +98,12 @@ def test_sizes_are_not_remembered():
         for i in numbers:
             n, h = i // most + 1, i % most + 1
             # Of its own rows, as the strides must be multiples of what is loaded at a time.
-            size = n * h
-            one = out.ravel()[:size].reshape(n, h), x.ravel()[:size].reshape(n, h), w[:h]
+            one = out.ravel()[: n * h].reshape(n, h), x.ravel()[: n * h].reshape(n, h), w[:h]
             variant, frame, _, _ = anew.pack(*one)
             frames.add(id(frame))
             variant.frames.append(frame)
             if i % 50 == 0:
                 op(*one)
-
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) << 12
 
     work(range(2000))
     gc.collect()
@@ -121,14 +115,10 @@ def test_sizes_are_not_remembered():
         grown = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
-    was = resident()
     work(range(4000, 100_000))
-    gc.collect()
-    assert resident() - was < 8 << 20
     assert grown < 20_000, f"{grown} bytes"
-    assert len(anew.variants) == 1 == len(frames)
     (variant,) = anew.variants.values()
-    assert len(variant.frames) == 1
+    assert len(frames) == 1 == len(variant.frames)
     assert (out == 1).all()
 
 
@@ -266,14 +256,21 @@ def test_pythons_own_errors_name_the_op(mine):
         mine.op(*mine.descs, None, 1.0, 0, False, "NHD", None)
 
 
+def unknown(function: FunctionType) -> set[str]:
+    """Globals that a function reads, and that are not there."""
+    read = {one.argval for one in dis.get_instructions(function) if one.opname == "LOAD_GLOBAL"}
+    return {name for name in read - {*vars(builtins)} if name not in function.__globals__}
+
+
 @pytest.mark.parametrize("op", OPS.values(), ids=list(OPS))
-def test_names_in_compiled_code_do_not_meet(op):
-    """Arguments have names that the code compiled from rows uses for nothing else."""
+def test_names_in_compiled_code(op):
+    """All are known, where no test goes too; arguments' are used for nothing else."""
     for row in op.rows:
         own = {arg.name for arg in row.given}
         form = CompiledRow(row)
-        for function in (form.call, form.pack, form.bind, form.update):
+        for function in (form.call, form.pack, form.check, form.bind, form.update):
             code = function.__code__
+            assert not unknown(function)
             assert len({*code.co_varnames}) == len(code.co_varnames)
             count = code.co_argcount + code.co_kwonlyargcount
             others = {
@@ -283,17 +280,6 @@ def test_names_in_compiled_code_do_not_meet(op):
             assert own <= {*code.co_varnames[:count]}
             assert not own & (others | {"self", "stream"}), own & others
             assert not [name for name in own if "__" in name]
-
-
-def test_signatures_and_arguments_are_those_of_the_row():
-    for op in OPS.values():
-        parameters = inspect.signature(op).parameters
-        assert [*parameters] == [*(arg.name for arg in op.row.given), "stream"]
-        call = inspect.signature(op.compiled.call).parameters
-        assert [*call][1:] == [*parameters]
-        assert [p.default for p in call.values()][1:] == [p.default for p in parameters.values()]
-        assert {type(arg) for arg in op.row.given} <= {Tensor, Scalar, Text, KvLayout}
-        assert tensors(op.row) == [*op.row.tensors]
 
 
 WRONG_NUMBERS = [
@@ -334,20 +320,14 @@ class LikeText(str):
     """Equal to a layout's name, and not one."""
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("alias", [LikeText, np.str_, lambda name: name.encode(), LAYOUTS.index])
-def test_what_is_equal_to_a_layout_is_none(layout, alias, mine):
-    mine.op(*mine.descs, kv_layout=layout)
-    for wrong in (alias(layout), [layout], None):
-        with pytest.raises(fi_ffi.ArgumentError, match="kv_layout"):
-            mine.op(*mine.descs, kv_layout=wrong)
-    assert [given[-1] for given in mine.given] == [LAYOUTS.index(layout)]
-
-
-def test_each_layout_goes_to_the_kernel_as_its_own(mine):
-    """Also where the first call of a layout failed before anything was packed."""
+def test_what_is_equal_to_a_layout_is_none(alias, mine):
+    """And each layout goes to the kernel as its own, whatever was before."""
     for layout in [*LAYOUTS, *reversed(LAYOUTS), *LAYOUTS]:
         mine.op(*mine.descs, kv_layout=layout)
+        for wrong in (alias(layout), [layout], None):
+            with pytest.raises(fi_ffi.ArgumentError, match="kv_layout"):
+                mine.op(*mine.descs, kv_layout=wrong)
         assert mine.given[-1][-1] == LAYOUTS.index(layout)
 
 
@@ -365,26 +345,6 @@ def test_descriptors_of_a_derived_class(mine):
     mine.op(*mine.descs, factor=2.0)
     with pytest.raises(fi_ffi.ArgumentError, match="not null"):
         mine.op(Derived(0, x.shape, x.dtype, device=x.device), x)
-
-
-class Tensorlike:
-    """Another library's tensor, whose layout is something else."""
-
-    def __init__(self, array, layout):
-        self.array, self.layout = array, layout
-
-    @property
-    def __array_interface__(self):
-        return self.array.__array_interface__
-
-
-@pytest.mark.parametrize("layout", ["strided", None, 3, [1], {}, float("nan"), object()])
-def test_tensors_with_a_layout_of_their_own(layout, mine):
-    mine.op(*mine.descs, factor=3.0)
-    assert mine.is_done(3)
-    for _ in range(3):
-        mine.op(Tensorlike(mine.y, layout), Tensorlike(mine.x, layout), factor=2.0)
-        assert mine.is_done(2)
 
 
 class Refuses:
@@ -485,44 +445,36 @@ def test_refusals_are_raised_in_the_handling_of_nothing(mine):
 # What has a frame has one owner.
 
 
-@pytest.mark.parametrize("name", ["rmsnorm", "append_paged_kv_cache", "gdn_prefill"])
-@pytest.mark.parametrize(
-    "make", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))],
-    ids=["copy", "deepcopy", "pickle"],
-)  # fmt: skip
-def test_copies(name, make):
-    """Of ops the very same; of what has packed arguments there are none."""
-    op = OPS[name]
-    (first,) = placed(draw(op.row, {n: d[0] for n, d in op.row.dtypes.items()}, {}), {}, 1)
-    call = op.prepare(**first.values)
-    frame = call.frame
-    with pytest.raises(TypeError, match="cannot be (copied|pickled)|copied or pickled"):
-        make(call)
-    for one in (op, call.variant.entry):
-        try:
-            made = make(one)
-        except TypeError:
-            continue
-        assert made is one, "two owners"
-    assert call.frame is frame
-    call()
+COPIES = [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "make", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))],
-    ids=["copy", "deepcopy", "pickle"],
-)  # fmt: skip
-def test_copies_of_plans(kind, make):
-    case = PlanCase(kind)
-    plan = case.plan()
-    run = getattr(plan, {"ragged": "ragged_run", "paged": "paged_run"}.get(kind, "run"))
-    call = fi_ffi.prepare(run, **{name: case.memory[name] for name in case.run_names})
-    for one in (plan, plan.workspace, call):
-        try:
-            made = make(one)
-        except TypeError:
-            continue
-        assert made is one, f"two owners of a {type(one).__name__}"
-    call()
-    case.check()
+def the_very_same(make, one):
+    """Whether a copy is the thing itself, or none can be made."""
+    try:
+        return make(one) is one
+    except TypeError:
+        return True
+
+
+@pytest.mark.parametrize("make", COPIES, ids=["copy", "deepcopy", "pickle"])
+def test_copies(make):
+    """Of ops and plans the very same; of what has packed arguments there are none."""
+    for name in ("rmsnorm", "append_paged_kv_cache", "gdn_prefill"):
+        op = OPS[name]
+        (first,) = placed(draw(op.row, {n: d[0] for n, d in op.row.dtypes.items()}, {}), {}, 1)
+        call = op.prepare(**first.values)
+        frame = call.frame
+        with pytest.raises(TypeError, match="cannot be (copied|pickled)|copied or pickled"):
+            make(call)
+        assert the_very_same(make, op) and the_very_same(make, call.variant.entry)
+        assert call.frame is frame
+        call()
+    for kind in KINDS:
+        case = PlanCase(kind)
+        plan = case.plan()
+        run = getattr(plan, {"ragged": "ragged_run", "paged": "paged_run"}.get(kind, "run"))
+        call = fi_ffi.prepare(run, **{name: case.memory[name] for name in case.run_names})
+        for one in (plan, plan.workspace, call):
+            assert the_very_same(make, one), f"two owners of a {type(one).__name__}"
+        call()
+        case.check()

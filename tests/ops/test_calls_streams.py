@@ -8,6 +8,7 @@ import itertools
 import os
 import signal
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -402,3 +403,28 @@ def test_forks(gpu, mine):
         assert os.waitstatus_to_exitcode(status) == 0
         calls.typed(None)
     assert mine.given
+
+
+def test_scopes_are_each_threads_own(gpu, mine):
+    """A scope open on one thread is none on another, where prepared calls need their own."""
+    calls, told = Calls(mine), []
+
+    def work():
+        try:
+            calls.call()
+        except fi_ffi.ArgumentError as error:
+            told.append(error.argument)
+        with fi_ffi.stream(0x61):
+            calls.call()
+            told.append(current_stream())
+        told.append(current_stream())
+
+    with fi_ffi.stream(0x51):
+        calls.call()
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert told == ["stream", 0x61, 0]
+        gpu.seen.clear()
+        calls.call()
+        assert {*gpu.seen} == {0x51}

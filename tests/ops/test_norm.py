@@ -1,68 +1,66 @@
-"""The RMSNorm family against float64: the same tests on the CPU, and (tests/gpu) on a GPU."""
+"""Norms: clamped values, copied ones, and parts of one table; on the CPU, and on a GPU."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.cli.cases import Case
 from fi_ffi.ops.functions import OPS
 
-from tests.helpers.calls import CALLS, HIDDEN, padded
 from tests.helpers.cases import make_case
-from tests.helpers.every_op import check_on
+from tests.ops.test_results import DIT, VIDEO
+
+OP = OPS["fused_qk_rmsnorm_rope"]
 
 
-@pytest.mark.parametrize("hidden", HIDDEN)
-@pytest.mark.parametrize(("op", "dtypes"), CALLS)
-def test_hidden_sizes(op, dtypes, hidden, machine, rng, record_property):
-    worst = 0.0
-    for rows in (1, 7, 130) if machine.is_gpu else (7,):
-        case = make_case(op.row, {"n": rows, "k": 3, "h": hidden}, dtypes, rng)
-        worst = max(worst, check_on(machine, case))
-    record_property("error_of_bound", worst)
-    assert worst <= 1
+def case(rng, n=100, heads=(4, 3, 2), head_dim=128, output="bfloat16", **numbers: Any) -> Case:
+    """A call of `fused_qk_rmsnorm_rope`."""
+    axes = ("num_heads_q", "num_heads_k", "num_heads_v")
+    sizes = {"n": n, "head_dim": head_dim, **dict(zip(axes, heads, strict=True))}
+    if output == "float8_e4m3fn":
+        numbers = {"output_quant_scale": 3.5, "v_quant_scale": 0.7} | numbers
+    return make_case(OP.row, sizes, {"T": "bfloat16", "O": output}, rng, **VIDEO | numbers)
 
 
-@pytest.mark.parametrize(("op", "dtypes"), CALLS)
-def test_rows_apart_keep_their_gaps(op, dtypes, machine, rng):
-    case = make_case(op.row, {"n": 33, "k": 5, "h": 256}, dtypes, rng)
-    arrays = {
-        arg.name: padded(case.arrays[arg.name], 16)
-        if "n" in arg.axis_names and not arg.contiguous
-        else case.arrays[arg.name]
-        for arg in op.row.tensors
-    }
-    assert check_on(machine, replace(case, arrays=arrays)) <= 1
+@pytest.mark.parametrize("output", OP.row.dtypes["O"])
+def test_values_are_copied(output, machine, rng):
+    """Bit for bit to bfloat16; and clamped to float8."""
+    made = case(rng, 40, output=output, v_quant_scale=1.0)
+    made.arrays["qkv_in"][0, -1, :4] = [1e4, -1e4, 0.0, -0.0]
+    machine.need("norm")
+    placed = {name: machine.place(array) for name, array in made.arrays.items()}
+    descs = {name: array.desc() for name, array in placed.items()}
+    OP(**descs, **made.scalars, stream=machine.stream)
+    values, got = made.arrays["qkv_in"][:, -2:], placed["v_out"].get()
+    if output == "float8_e4m3fn":
+        values = np.clip(values.astype(np.float32), -448, 448).astype(got.dtype)
+    assert got.tobytes() == np.ascontiguousarray(values).tobytes()
 
 
-@pytest.mark.parametrize("eps", [0.0, 1e-5, 0.5, 3])
-@pytest.mark.parametrize(("op", "dtypes"), CALLS)
-def test_eps_and_pdl(op, dtypes, eps, machine, rng):
-    more = {"enable_pdl": True} if any(a.name == "enable_pdl" for a in op.row.args) else {}
-    case = make_case(op.row, {"n": 17, "k": 2, "h": 512}, dtypes, rng, eps=eps, **more)
-    assert check_on(machine, case) <= 1
-
-
-@pytest.mark.parametrize(("op", "dtypes"), CALLS)
-def test_no_rows(op, dtypes, machine, rng):
-    case = make_case(op.row, {"n": 0, "k": 2, "h": 64}, dtypes, rng)
-    # Nothing is launched: the other addresses are not even memory.
-    descs = [
-        fi_ffi.TensorDesc(4096 if a.size else 0, a.shape, a.dtype, device=machine.device)
-        for a in case.arrays.values()
-    ]
-    assert op(*descs, **case.scalars, stream=machine.stream) is None
-
-
-@pytest.mark.parametrize("name", ["rmsnorm", "qk_rmsnorm", "gemma_rmsnorm"])
-def test_in_place(name, machine, rng):
-    case = make_case(OPS[name].row, {"n": 40, "k": 4, "h": 512}, {"T": "float16"}, rng)
-    x, weight = (machine.place(case.arrays[of]) for of in ("input", "weight"))
-    OPS[name](x.desc(), x.desc(), weight.desc(), stream=machine.stream)
-    assert x.intact() and case.error("out", x.get())[1] <= 1
+def test_parts_of_one_table(machine, rng):
+    """Gate, scale and shift where a model has them: three of the six parts of one tensor."""
+    name = DIT[2]
+    table = rng.standard_normal((2, 5, 6, 3072))
+    parts = {"gate": 2, "scale": 4, "shift": 5}
+    tables = {n: table[:, :, i] for n, i in parts.items()}
+    made = make_case(OPS[name].row, {"n": 2, "num_rows": 5}, {"T": "bfloat16"}, rng, tables)
+    machine.need("norm")
+    whole = machine.place(table.astype(made.arrays["gate"].dtype))
+    placed = {n: machine.place(array) for n, array in made.arrays.items() if n not in parts}
+    descs = {n: array.desc() for n, array in placed.items()}
+    strides = (5 * 6 * 3072, 6 * 3072, 1)
+    for part, i in parts.items():
+        address = whole.desc().ptr + i * 3072 * 2
+        descs[part] = fi_ffi.TensorDesc(
+            address, (2, 5, 3072), "bfloat16", strides=strides, device=whole.desc().device
+        )
+    OPS[name](**descs, stream=machine.stream)
+    for out in ("residual_out", "norm_out"):
+        assert made.error(out, placed[out].get())[1] <= 1
 
 
 def test_quantised_values_are_clamped_as_the_kernel_does():
@@ -75,16 +73,6 @@ def test_quantised_values_are_clamped_as_the_kernel_does():
         fi_ffi.rmsnorm_quant(out, x, weight, scale)
         assert out[0, :2].astype(float).tolist() == [448, -448]
         assert out[1].astype(float).tolist() == [448] * 4
-
-
-def test_a_repeated_call_reads_its_new_arguments(rng):
-    """Frames are reused: neither addresses nor scalars may stay from the call before."""
-    row = OPS["rmsnorm"].row
-    for _ in range(3):
-        eps = float(rng.uniform(0, 2))
-        case = make_case(row, {"n": 4, "h": 32}, {"T": "float16"}, rng, eps=eps)
-        fi_ffi.rmsnorm(**case.arrays, eps=eps)
-        assert case.error("out", case.arrays["out"])[1] <= 1
 
 
 def test_stream_is_allowed_and_unused_on_the_cpu(rng):

@@ -260,44 +260,32 @@ def test_a_kernel_that_fails_leaves_it_usable(mine):
     assert mine.is_done(2)
 
 
-def test_a_watchdog_sees_it(mine):
-    call = mine.op.prepare(mine.y, mine.x, factor=2.0)
+def test_a_watchdog_sees_calls(mine):
+    """Prepared or not; one that hangs is told of with the arguments that it has by then."""
+    call, seen, reports, leave = mine.op.prepare(mine.y, mine.x), [], [], threading.Event()
     call.update(factor=3.0)
-    seen = []
-
-    def look():
-        seen.extend(watching.hooks)
-
-    mine.work = look
-    with fi_ffi.watchdog(30):
-        call()
-        assert mine.is_done(3)
+    ways = call, lambda: mine.op(mine.y, mine.x, factor=3.0)
+    mine.work = lambda: seen.append(len(watching.hooks))
+    for way in ways:
         with fi_ffi.watchdog(30):
-            call.update(factor=2.0)
-            call()
-    assert len(seen) == 3
-    assert mine.is_done(2)
-    call.update(factor=4.0)
-    mine.work = lambda: None
-    call()
-    assert mine.is_done(4)
-
-
-def test_a_watchdog_reports_it(mine):
-    """A prepared call that hangs is told of with the arguments that it has by then."""
-    call = mine.op.prepare(mine.y, mine.x, factor=2.0)
-    call.update(factor=2.75)
-    leave = threading.Event()
-    mine.work = lambda: leave.wait(30)
-    reports = []
+            way()
+            assert mine.is_done(3)
+            with fi_ffi.watchdog(30):
+                way()
+        way()
+    assert seen == [1, 2, 0] * 2
 
     def tell(text):
         reports.append(text)
         leave.set()
 
-    with fi_ffi.watchdog(0.2, on_hang=tell):
-        call()
-    assert len(reports) == 1 and "mine" in reports[0] and "2.75" in reports[0], reports
+    call.update(factor=2.75)
+    mine.work = lambda: leave.wait(30)
+    for way in (call, lambda: mine.op(mine.y, mine.x, factor=2.75)):
+        leave.clear()
+        with fi_ffi.watchdog(0.2, on_hang=tell):
+            way()
+    assert len(reports) == 2 and all("mine" in r and "2.75" in r for r in reports), reports
 
 
 def test_kernels_that_change(mine):

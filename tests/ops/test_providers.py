@@ -10,7 +10,7 @@ from packaging.specifiers import SpecifierSet
 
 import fi_ffi
 from fi_ffi.abi.tensor import parse_device
-from fi_ffi.loader import runtime
+from fi_ffi.loader import machine, runtime
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.providers import entry_for
@@ -39,8 +39,6 @@ def test_an_op_the_release_lacks_says_which_have_it():
 
 
 def test_a_gpu_that_is_not_there_is_told(built_wheel):
-    from fi_ffi.loader import machine
-
     index = machine.device_count()
     with pytest.raises(fi_ffi.LoaderError, match=f"there is no cuda:{index}"):
         entry_for(ROW, parse_device(f"cuda:{index}"))
@@ -67,17 +65,8 @@ def test_an_op_takes_the_form_of_its_kernels():
     assert fits(new, "0.7.2.post1")
 
 
-RELEASES = [
-    "0.6.2",
-    "0.6.3",
-    "0.6.8",
-    "0.6.13",
-    "0.6.14",
-    "0.6.100",
-    "0.7.0",
-    "1.0.0",
-    "0.6.13.post1",
-]
+RELEASES = ["0.6.2", "0.6.3", "0.6.8", "0.6.13", "0.6.14", "0.6.100", "0.7.0", "1.0.0",
+            "0.6.13.post1"]  # fmt: skip
 SPECIFIERS = [*{row.releases for row in ROWS}, ">=0.6.4,<0.7", ">=0", "<1"]
 
 
@@ -86,3 +75,16 @@ def test_releases_are_compared_as_packaging_does(release):
     for specifier in SPECIFIERS:
         row = replace(ROW, releases=specifier)
         assert fits(row, release) == SpecifierSet(specifier).contains(release, prereleases=True)
+
+
+ABLE = [(op.row, op.row.capabilities) for op in OPS.values() if op.row.capabilities]
+
+
+@pytest.mark.parametrize(("row", "able"), ABLE, ids=[row.name for row, _ in ABLE])
+def test_gpus_that_a_kernel_is_not_for(row, able, monkeypatch):
+    """No such GPU is here: the machine is said to have one."""
+    for major in {7, 8, 9, 10, 11, 12} - {*able}:
+        monkeypatch.setattr(machine, "capability", lambda _, major=major: (major, 0))
+        words = " or ".join(rf"{known}\.x" for known in able)
+        with pytest.raises(fi_ffi.ArchitectureError, match=rf"{words}; cuda:0 has {major}\.0"):
+            entry_for(row, parse_device("cuda:0"))

@@ -1,7 +1,10 @@
-"""Packing bits, bit for bit: on the CPU, and (tests/gpu) on a GPU."""
+"""Bits, blocks with a scale each, and concatenated keys, by hand: on the CPU, and on a GPU."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -11,28 +14,21 @@ from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 
 from tests.helpers.cases import make_case
-from tests.helpers.every_op import check_on, check_replayed
+from tests.helpers.every_op import check_on, needs
 
+DEQUANT, QUANTIZE, FP4, CACHE, TILES, ROWS_AGAIN, OP = (
+    OPS[name]
+    for name in (
+        "nvfp4_kv_dequant", "mxfp8_quantize", "fp4_quantize", "nvfp4_kv_quant",
+        "block_scale_interleave", "block_scale_interleave_reverse", "concat_mla_k",
+    )
+)  # fmt: skip
 WHOLE, SEGMENTS = OPS["packbits"].row, OPS["segment_packbits"].row
 ORDERS = ("big", "little")
-# A byte and its neighbours, a block of 2048 bits, several.
-COUNTS = (1, 7, 8, 9, 63, 2040, 2047, 2048, 2049, 4096, 10_001, 1 << 17)
 
 
-def whole(rng, n: int, order: str) -> Case:
-    return make_case(WHOLE, {"n": n}, {}, rng, bitorder=order)
-
-
-def segments(rng, lengths, order: str, **more) -> Case:
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    sizes = {"n": int(starts[-1]), "b": len(lengths)}
-    return make_case(SEGMENTS, sizes, {}, rng, {"input_indptr": starts} | more, bitorder=order)
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("n", COUNTS)
-def test_counts(n, order, machine, rng):
-    assert check_on(machine, whole(rng, n, order)) == 0
+def rows_of(rng, n: int, k: int, dtype: str = "bfloat16", **more: Any) -> Case:
+    return make_case(QUANTIZE.row, {"n": n, "k": k}, {"T": dtype}, rng, **more)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -48,16 +44,6 @@ def test_many_bits(order, machine, rng):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_segments(order, machine, rng):
-    """Empty ones, whole bytes, some bits, and longer than a block packs at a time."""
-    for lengths in (
-        [1], [0], [0, 0, 5, 0], [8, 16, 0, 3], [2048, 2049, 2047, 1, 9], [10_001, 5, 70_000],
-        rng.integers(0, 300, 1000),
-    ):  # fmt: skip
-        assert check_on(machine, segments(rng, lengths, order)) == 0
-
-
-@pytest.mark.parametrize("order", ORDERS)
 def test_segments_in_any_place(order, machine, rng):
     """In another order, and with bytes between them, which stay as they are."""
     lengths = np.array([13, 0, 64, 7, 300])
@@ -66,15 +52,12 @@ def test_segments_in_any_place(order, machine, rng):
     assert len({at for p, n in zip(places, needs, strict=False) for at in range(p, p + n)}) == sum(
         needs
     )
-    made = segments(rng, lengths, order, output_indptr=places)
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    tables = {"input_indptr": starts, "output_indptr": places}
+    made = make_case(SEGMENTS, {"n": int(starts[-1]), "b": 5}, {}, rng, tables, bitorder=order)
     before, after = made.arrays["y"], made.expected["y"][0]
     assert len(after) == 111 and (after[26:40] == before[26:40]).all()
     assert check_on(machine, made) == 0
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_recorded_and_replayed(order, machine, rng):
-    assert check_replayed(machine, whole(rng, 5000, order)) == 0
 
 
 def test_an_example_by_hand(machine):
@@ -103,39 +86,6 @@ def test_an_example_by_hand(machine):
     )
 
 
-def test_nothing(machine, rng):
-    assert check_on(machine, whole(rng, 0, "big")) == 0
-    none = segments(rng, [], "big")
-    assert none.arrays["input_indptr"].tolist() == [0] and none.arrays["y"].size
-    assert check_on(machine, none) == 0
-
-
-@pytest.mark.parametrize("count", [0, 1, 3, 100])
-def test_bytes_that_are_too_few_or_too_many(count):
-    x, y = np.zeros(13, bool), np.zeros(count, np.uint8)
-    with pytest.raises(fi_ffi.ArgumentError, match="a byte for every 8 bits begun"):
-        fi_ffi.packbits(x, "big", y)
-
-
-@pytest.mark.parametrize("order", ["Big", "", None, 0, True, b"big", "big ", ["big"]])
-def test_orders(order):
-    x, y = np.zeros(8, bool), np.full(1, 7, np.uint8)
-    starts = np.array([0, 8], np.int32)
-    for _ in range(2):
-        with pytest.raises(fi_ffi.ArgumentError, match="`bitorder`.*'big' or 'little'"):
-            fi_ffi.packbits(x, order, y)
-        with pytest.raises(fi_ffi.ArgumentError, match="`bitorder`.*'big' or 'little'"):
-            fi_ffi.segment_packbits(x, starts, starts // 8, order, y)
-        assert y[0] == 7
-        fi_ffi.packbits(x, "big", np.zeros(1, np.uint8))
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.float16])
-def test_numbers_are_no_bits(dtype):
-    with pytest.raises(fi_ffi.ArgumentError, match="bool"):
-        fi_ffi.packbits(np.zeros(8, dtype), "big", np.zeros(1, np.uint8))
-
-
 @pytest.mark.parametrize(
     ("starts", "places"),
     [([0, 9], [0, 1]), ([0, 5], [2, 3]), ([0, -1], [0, 1]), ([3, 1], [0, 1]), ([0, 5], [-1, 0])],
@@ -160,8 +110,122 @@ def test_starts_of_bytes(rng):
     assert (np.diff(indptr) == (lengths + 7) // 8).all()
 
 
-def test_more_than_a_grid_has():
-    bits = fi_ffi.TensorDesc(16, (2**31 * 2048,), "bool", device="cpu")
-    y = fi_ffi.TensorDesc(16, (2**31 * 256,), "uint8", device="cpu")
-    with pytest.raises(fi_ffi.ArgumentError, match="n = 4398046511104 of at most 4398046509056"):
-        fi_ffi.packbits(bits, "big", y)
+def test_a_power_of_2_is_no_more_than_needed(machine):
+    """448 of it is 448, and what is just larger takes the next power."""
+    needs(QUANTIZE, machine)
+    x = np.zeros((1, 96), ml_dtypes.bfloat16)
+    x[0, 0], x[0, 32], x[0, 64] = 448 * 2.0**5, -449 * 2.0**5, 2.0**-3
+    x[0, 33] = -452 * 2.0**5
+    made = rows_of(np.random.default_rng(), 1, 96, tables={"input": x}, sfSwizzleLayout=2)
+    assert check_on(machine, made) == 0
+    QUANTIZE(**made.arrays, **made.scalars)
+    assert made.arrays["scaleFP8SF"].tolist() == [127 + 5, 127 + 6, 127 - 11]
+    assert made.arrays["valMxFP8"][0, [0, 64]].astype(float).tolist() == [448, 256]
+
+
+def test_nothing_but_zeros(machine):
+    needs(QUANTIZE, machine)
+    x = np.zeros((2, 64), np.float16)
+    made = rows_of(np.random.default_rng(), 2, 64, "float16", tables={"input": x})
+    QUANTIZE(**made.arrays, **made.scalars)
+    assert not made.arrays["valMxFP8"].view(np.uint8).any()
+    assert not made.arrays["scaleFP8SF"].any()
+
+
+def test_a_row_of_fp4_by_hand(rng):
+    """The largest is 6 of its scale, and halves are rounded to even."""
+    x = np.zeros((1, 32), np.float32)
+    x[0, :9] = [6, 5, 3.5, 2.5, 1.75, 0.25, 0.75, -0.25, -6]
+    x[0, 16] = 0.75
+    tables = {"input": x, "globalScale": np.array([1.0])}
+    sizes, more = {"n": 1, "half": 16}, {"isSfSwizzledLayout": False}
+    made = make_case(FP4.row, sizes, {"T": "bfloat16"}, rng, tables, **more)
+    FP4(**made.arrays, **made.scalars)
+    codes = made.arrays["valueE2M1"][0]
+    halves = np.stack([codes & 15, codes >> 4], axis=-1).reshape(-1)
+    assert halves[:9].tolist() == [7, 6, 6, 4, 4, 0, 2, 8, 15]
+    assert halves[16] == 7
+    assert made.arrays["scaleFP8SF"].view(ml_dtypes.float8_e4m3fn).astype(float).tolist() == [
+        1, 0.125,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", CACHE.row.dtypes["T"])
+def test_caches_to_4_bits_and_back(dtype, machine, rng):
+    needs(CACHE, machine)
+    for n, blocks in ((1, 1), (5, 3), (2, 129)):
+        made = make_case(CACHE.row, {"n": n, "blocks": blocks}, {"T": dtype}, rng)
+        assert check_on(machine, made) == 0
+        CACHE(**made.arrays)
+        back = np.zeros((n, 16 * blocks), made.arrays["input"].dtype)
+        quantised = [made.arrays[name] for name in ("fp4_output", "block_scales", "global_scale")]
+        DEQUANT(*quantised, back)
+        x = made.arrays["input"].astype(float).reshape(n, blocks, 16)
+        error = np.abs(back.astype(float).reshape(x.shape) - x).max(axis=-1)
+        assert (error <= np.abs(x).max(axis=-1) / 5).all()
+
+
+def test_every_byte_and_every_scale(machine, rng):
+    """All pairs of 4-bit numbers with all scales; a NaN of a scale makes NaN of its block."""
+    data = np.arange(256).repeat(8).reshape(1, -1).repeat(256, axis=0)
+    scales = np.arange(256).reshape(-1, 1).repeat(256, axis=1)
+    tables = {"fp4_data": data, "block_scales": scales, "global_scale": np.array([0.25])}
+    dtypes = {"T": "bfloat16", "S": "uint8"}
+    made = make_case(DEQUANT.row, {"n": 256, "blocks": 256}, dtypes, rng, tables)
+    value, _ = made.expected["output"]
+
+    def judge(got: np.ndarray) -> tuple[float, float]:
+        found = got.astype(np.float64)
+        return (0.0, 0.0 if np.array_equal(found, value, equal_nan=True) else np.inf)
+
+    assert np.isnan(value[[127, 255]]).all() and np.isnan(value).sum() == 2 * 4096
+    made.expected["output"] = judge
+    assert check_on(machine, made) == 0
+
+
+def test_a_tile_by_hand():
+    scales = (np.arange(128)[:, None] * 2 + np.arange(4) // 2).astype(np.uint8).reshape(1, 128, 4)
+    tiled = np.full(512, 0xFF, np.uint8)
+    fi_ffi.block_scale_interleave(scales, tiled)
+    for row in range(128):
+        for col in range(4):
+            assert tiled[16 * (row % 32) + 4 * (row // 32) + col] == scales[0, row, col]
+
+
+def test_tiles_and_back(machine, rng):
+    needs(ROWS_AGAIN, machine)
+    sizes = {"n": 2, "rows": 256, "cols": 8}
+    made = make_case(TILES.row, sizes, {"T": "uint8"}, rng)
+    back = np.zeros_like(made.arrays["blockScale"])
+    TILES(**made.arrays)
+    ROWS_AGAIN(made.arrays["interleavedBlockScale"].reshape(back.shape), back)
+    assert (back == made.arrays["blockScale"]).all()
+
+
+def test_keys_by_hand():
+    k = np.zeros((2, 128, 192), np.float16)
+    nope = np.arange(2 * 128 * 128, dtype=np.float32).reshape(2, 128, 128).astype(np.float16)
+    rope = -np.arange(128, dtype=np.float16).reshape(2, 1, 64)
+    fi_ffi.concat_mla_k(k, nope, rope)
+    for token in range(2):
+        for head in range(128):
+            assert (k[token, head, :128] == nope[token, head]).all()
+            assert (k[token, head, 128:] == rope[token, 0]).all()
+
+
+def test_one_part_for_all_heads(machine, rng):
+    """A stride of 0: every head's own part is the same memory."""
+    made = make_case(OP.row, {"n": 5, "num_heads": 128, "nope_dim": 128, "rope_dim": 64},
+                     {"T": "bfloat16"}, rng)  # fmt: skip
+    machine.need(OP.row.module)
+    placed = {name: machine.place(array) for name, array in made.arrays.items()}
+    descs = {name: array.desc() for name, array in placed.items()}
+    shape, token = made.arrays["k_nope"].shape, 128 * 128
+    descs["k_nope"] = fi_ffi.TensorDesc(
+        descs["k_nope"].ptr, shape, "bfloat16", strides=(token, 0, 1), device=descs["k"].device
+    )
+    OP(**descs, stream=machine.stream)
+    got = placed["k"].get().view(np.uint16)
+    own = made.arrays["k_nope"].view(np.uint16)[:, :1]
+    assert (got[..., :128] == own).all()
+    assert (got[..., 128:] == made.arrays["k_rope"].view(np.uint16)).all()

@@ -1,57 +1,48 @@
-"""Sampled tokens, one by one: on the CPU, and (tests/gpu) on a GPU."""
+"""Samplers, chains and filters of whole rows: tokens that can be told, and their scratch."""
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.ops.call import memory
 from fi_ffi.ops.functions import OPS
-from fi_ffi.reference import from_formula
+from fi_ffi.reference.renorm import top_p_error
 
 from tests.helpers.cases import make_case
-from tests.helpers.every_op import check_on, check_replayed
-from tests.helpers.inputs.sampling import probabilities
-from tests.helpers.sampling_calls import ARRAYS, DRAWING, SAMPLERS, SEEDS, make, run
+from tests.helpers.every_op import check_on
+from tests.helpers.inputs.sampling import ends, probabilities
+from tests.helpers.sampling_calls import (
+    APART,
+    ARRAYS,
+    CLOSE,
+    DRAWING,
+    SAMPLERS,
+    SEEDS,
+    TOP_P,
+    make,
+    run,
+)
+from tests.ops.test_results import CHAIN, SCRATCH, TOP_K
 
-# One token, odd sizes, whole vectors, a block of the kernel, and vocabularies.
-SIZES = (1, 2, 3, 5, 31, 128, 1000, 1024, 4096, 4099, 32000)
-LARGE = (128256, 128257, 262144, 1048575)
-
-
-@pytest.mark.parametrize("dtype", ["int32", "int64"])
-@pytest.mark.parametrize("name", DRAWING)
-def test_vocabularies(name, dtype, machine, rng):
-    for h in SIZES + LARGE * machine.is_gpu:
-        for without in ((), (*SEEDS, *ARRAYS, "maybe_indices")):
-            case = make(name, rng, h=h, dtype=dtype, without=without)
-            assert check_on(machine, case) <= 1, h
-
-
-@pytest.mark.parametrize("name", DRAWING)
-def test_many_outputs(name, machine, rng):
-    for n, r in ((1, 1), (300, 300), (500, 3)):
-        without = ARRAYS if r < n else ()
-        assert check_on(machine, make(name, rng, n=n, r=r, h=64, without=without)) <= 1
+FILTERED = ("maybe_temperature_arr", *ARRAYS)
 
 
-@pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0, 6.0, 20.0])
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_flat_and_peaked_rows(name, spread, machine, rng):
-    for h in (50, 3000):
-        tables = {"probs": probabilities(rng, 9, h, spread=spread)}
-        assert check_on(machine, make(name, rng, n=9, h=h, tables=tables)) <= 1
+def of_rows(name, rng, n=5, h=100, dtype="float32", tables=None, **more):
+    sizes = {"n": n, "h": h, "workspace_size": 2**20}
+    return make_case(OPS[name].row, sizes, {"T": dtype}, rng, tables, **more)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_ties_and_single_tokens(name, machine, rng):
-    """Two values only; one token only; a sum that is not 1."""
-    h = 64
-    two = rng.choice([0.5, 1.0], (9, h))
-    one = np.eye(h)[rng.integers(0, h, 9)]
-    almost = probabilities(rng, 9, h)
-    for probs in (two / two.sum(1, keepdims=True), one, 0.9 * almost, 0.999 * one):
-        assert check_on(machine, make(name, rng, n=9, h=h, tables={"probs": probs})) <= 1
+def chain(rng, n, s, h, tables=None):
+    return make_case(OPS[CHAIN].row, {"n": n, "s": s, "h": h}, {"S": "int64"}, rng, tables)
+
+
+def judged(case, got):
+    return all(case.error(out, got[out])[1] <= 1 for out in case.expected)
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan])
@@ -62,8 +53,7 @@ def test_rows_without_a_token(name, value, machine, rng):
     probs[[1, 4]] = value
     case = make(name, rng, n=6, tables={"probs": probs}, without=(*SEEDS, *ARRAYS, "maybe_indices"))
     got = run(machine, name, case.arrays, **case.scalars)
-    assert case.error("output", got["output"])[1] <= 1
-    assert case.error("valid", got["valid"])[1] <= 1
+    assert judged(case, got)
     # Of a row of zeros, 0 is the greatest: min_p leaves all of them.
     expected = [True, False, True, True, False, True]
     if name == "min_p_sampling_from_probs" and value == 0:
@@ -105,13 +95,6 @@ def test_the_same_words_are_the_same_tokens(name, machine, rng):
     assert (one == two).all()
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("name", DRAWING)
-def test_deterministic_or_not(name, deterministic, machine, rng):
-    case = make(name, rng, n=33, h=5000, deterministic=deterministic)
-    assert check_on(machine, case) <= 1
-
-
 @pytest.mark.parametrize("name", DRAWING)
 def test_outputs_share_rows(name, machine, rng):
     """More outputs than rows, each with words of its own."""
@@ -139,8 +122,7 @@ def test_filters_that_leave_little(name, machine, rng):
         case = make(name, rng, n=40, h=300, tables={"probs": probs},
                     without=(*ARRAYS, "maybe_indices"), **more)  # fmt: skip
         got = run(machine, name, case.arrays, **case.scalars)
-        assert case.error("output", got["output"])[1] <= 1
-        assert case.error("valid", got["valid"])[1] <= 1
+        assert judged(case, got)
         if more.get("top_k_val") == 1 or more.get("top_p_val") == 1e-6:
             assert (got["output"] == probs.argmax(axis=1)).all()
             assert got["valid"].all()
@@ -157,14 +139,6 @@ def test_k_of_0_in_an_array_leaves_no_token(machine, rng):
     assert got["valid"].tolist() == [False, True, False, True]
 
 
-@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
-def test_logits(scale, machine, rng):
-    for h in (1, 7, 64, 5000):
-        logits = scale * rng.standard_normal((20, h))
-        case = make("sampling_from_logits", rng, n=20, h=h, tables={"logits": logits})
-        assert check_on(machine, case) <= 1
-
-
 def test_masked_logits_are_never_drawn(machine, rng):
     logits = rng.standard_normal((30, 100)).astype(np.float32)
     logits[:, ::2] = -np.inf
@@ -172,19 +146,6 @@ def test_masked_logits_are_never_drawn(machine, rng):
     tokens = run(machine, "sampling_from_logits", case.arrays, **case.scalars)["output"]
     assert case.error("output", tokens)[1] <= 1
     assert (tokens % 2 == 1).all()
-
-
-@pytest.mark.parametrize("name", [*DRAWING, "chain_speculative_sampling"])
-def test_replayed(name, machine, rng):
-    sizes = {"n": 5, "r": 5, "s": 3, "h": 4096}
-    tables = {}
-    if "chain" in name:  # which adds to what its results were
-        names = ("output_accepted_token_num", "output_emitted_draft_token_num")
-        tables = {name: np.full(5, -1) for name in names}
-    case = make_case(OPS[name].row, sizes, {"I": "int32", "S": "int64"}, rng, tables)
-    for counts in tables:
-        case.expected.pop(counts)
-    assert check_replayed(machine, case) <= 1
 
 
 def test_a_graph_draws_anew_from_arrays_that_change(machine, rng):
@@ -245,61 +206,217 @@ def test_a_prepared_call_draws_on(machine, rng):
     assert len(seen) == 5
 
 
-def test_streams_at_once(machine, rng):
-    """Each call's tokens are its own, whatever else runs."""
-    machine.need("sampling")
-    cases, calls = [], []
-    for stream in machine.streams(4):
-        case = make("top_p_sampling_from_probs", rng, n=50, h=4096)
-        placed = {key: machine.place(array) for key, array in case.arrays.items()}
-        cases.append((case, placed))
-        descs = {key: array.desc() for key, array in placed.items()}
-        calls.append((descs, case.scalars, stream))
-    for _ in range(machine.rounds(20)):
-        for descs, scalars, stream in calls:
-            fi_ffi.top_p_sampling_from_probs(**descs, **scalars, stream=stream)
-    machine.synchronize()
-    for case, placed in cases:
-        assert case.error("output", placed["output"].get())[1] <= 1
-        assert case.error("valid", placed["valid"].get())[1] <= 1
+def test_a_temperature_of_0_makes_all_equal(machine, rng):
+    case = of_rows("softmax", rng, 4, 100, temperature_val=0.0, without=FILTERED)
+    assert check_on(machine, case) <= 1
+    got = run(machine, "softmax", case.arrays, **case.scalars)["output"]
+    assert (np.abs(got - 0.01) < 1e-7).all()
 
 
-def kernel_of(name, variant=""):
-    row = next(row for row in OPS[name].rows if row.variant == variant)
-    return from_formula(row.formula, [arg.name for arg in row.args])
+def test_masked_logits(machine, rng):
+    """-inf is a probability of 0, whole slices of it too; a row of it alone has none."""
+    for h in (100, 50000):
+        logits = rng.standard_normal((4, h)).astype(np.float32)
+        logits[0, ::3] = -np.inf
+        logits[1, :-1] = -np.inf
+        logits[2, : h // 2] = -np.inf
+        case = of_rows("softmax", rng, 4, h, tables={"logits": logits}, without=FILTERED)
+        assert check_on(machine, case) <= 1
+        logits[3] = -np.inf
+        arrays = case.arrays | {"logits": logits}
+        got = run(machine, "softmax", arrays, **case.scalars)["output"]
+        assert (got[logits == -np.inf][: h // 3] == 0).all()
+        assert np.isnan(got[3]).all() and np.isfinite(got[:3]).all()
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_up_to_0_6_6_nothing_tells_what_is_valid(name, rng):
-    """The older forms' references, beside that of the form with all arguments."""
-    case = make(name, rng, n=5, without=SEEDS, seed_val=11, offset_val=3)
-    values = [case.arrays.get(arg.name, case.scalars.get(arg.name)) for arg in OPS[name].row.args]
-    variants = ("", "_without_valid", "_of_numbers")
-    now, before, first = (kernel_of(name, variant) for variant in variants)
-    now(*values)
-    tokens = case.arrays["output"].copy()
-    without = [*values[:2], *values[3:]]
-    for kernel, given in ((before, without), (first, [*without[:-4], 11, 3])):
-        case.arrays["output"][...] = -1
-        kernel(*given)
-        assert (case.arrays["output"] == tokens).all()
+@pytest.mark.parametrize("name", TOP_K)
+def test_ties_are_all_kept(name, machine, rng):
+    source = rng.integers(1, 5, (8, 600)) / 1024
+    source[7] = source[7, 0]
+    for k in (1, 100, 300, 599):
+        tables = {OPS[name].row.tensors[0].name: source}
+        case = of_rows(name, rng, 8, 600, "bfloat16", tables, without=FILTERED, top_k_val=k)
+        assert check_on(machine, case) <= 1
+        out = case.row.tensors[1].name
+        got = run(machine, name, case.arrays, **case.scalars)[out].astype(np.float64)
+        kept = got > (0 if name == "top_k_renorm_probs" else -np.inf)
+        assert (kept.sum(axis=1) >= k).all() and kept[7].all()
 
 
-def test_a_seed_for_each_output(rng):
-    """As it is from 0.7.2 on, where an array of parameters is of the rows, too."""
-    n, h = 6, 200
-    probs = np.tile(probabilities(rng, h), (n, 1))
-    seeds, offsets = rng.integers(0, 2**63, n), rng.integers(0, 2**63, n)
-    output, valid = np.zeros(n, np.int32), np.zeros(n, np.bool_)
-    k = np.arange(1, n + 1, dtype=np.int32) * 20
-    indices = rng.integers(0, n, n).astype(np.int32)
-    kernel = kernel_of("top_k_sampling_from_probs", "_by_row")
-    kernel(probs, output, valid, indices, k, 0, True, seeds, 0, offsets, 0)
-    row = next(r for r in OPS["top_k_sampling_from_probs"].rows if r.variant == "_by_row")
-    tables = {"probs": probs, "maybe_indices": indices, "maybe_top_k_arr": k,
-              "maybe_seed_arr": seeds, "maybe_offset_arr": offsets}  # fmt: skip
-    sizes = {"n": n, "r": n, "h": h, "seeds": n, "offsets": n}
-    case = make_case(row, sizes, {"I": "int32", "S": "int64"}, rng, tables)
-    assert case.error("output", output)[1] <= 1
-    output[...] = (output + 1) % h
-    assert case.error("output", output)[1] > 1
+@pytest.mark.parametrize("name", TOP_K)
+def test_an_array_of_k(name, machine, rng):
+    """0 leaves nothing, and as many as there are, or more, leave all."""
+    k = np.array([0, 1, 2, 99, 100, 101, 2**31 - 1])
+    case = of_rows(name, rng, 7, 100, tables={"maybe_top_k_arr": k})
+    assert check_on(machine, case) <= 1
+    out = case.row.tensors[1].name
+    got = run(machine, name, case.arrays, **case.scalars)[out]
+    kept = got > (0 if name == "top_k_renorm_probs" else -np.inf)
+    assert kept.sum(axis=1).tolist() == [0, 1, 2, 99, 100, 100, 100]
+
+
+def test_a_search_that_would_not_end_is_known():
+    """So that no test here hangs a GPU; tests/gpu has one that does."""
+    assert ends(np.array(APART), TOP_P) and not ends(np.array(CLOSE), TOP_P)
+
+
+def test_top_p_of_rows_of_zeros_and_of_one_token(machine, rng):
+    for h in (50, 4000):
+        probs = probabilities(rng, 4, h)
+        probs[1] = 0
+        probs[2] = np.eye(h)[3]
+        case = of_rows("top_p_renorm_probs", rng, 4, h, tables={"probs": probs})
+        assert check_on(machine, case) <= 1
+        got = run(machine, "top_p_renorm_probs", case.arrays, **case.scalars)["renorm_probs"]
+        assert (got[1] == 0).all() and got[2, 3] == 1 and got[2].sum() == 1
+
+
+def test_what_may_be_lost_of_all(rng):
+    """At 1.0: of a flat row some of those within a quarter of the least's power of two."""
+    p = np.full(5000, 2.0**-12)
+    p[:100] = 2.0**-13 * rng.uniform(1, 1.25, 100)
+    p = p.astype(np.float32).astype(float)
+    order = np.argsort(p)
+
+    def error(lost, top_p):
+        got = p.copy()
+        got[lost] = 0
+        return top_p_error(p, got / got.sum(), top_p, 2.0**-19)[1]
+
+    assert error(order[:20], 1.0) <= 1 and error([], 1.0) <= 1
+    assert error(order[:20], 0.9999) == np.inf  # enough without, or not enough with
+    assert error(order[:150], 1.0) > 1 and error(order[-3:], 1.0) > 1
+
+
+def test_drafts_that_are_the_target(machine, rng):
+    """All are taken."""
+    target = probabilities(rng, 50, 5, 40)
+    ids = rng.integers(0, 40, (50, 4))
+    tables = {"target_probs": target, "draft_probs": target[:, :4], "draft_token_ids": ids}
+    case = chain(rng, 50, 4, 40, tables)
+    got = run(machine, CHAIN, case.arrays, **case.scalars)
+    assert judged(case, got)
+    assert (got["output_token_ids"][:, :4] == ids).all()
+    name = "output_emitted_draft_token_num"
+    assert (got[name] == case.arrays[name] + 4).all()
+
+
+def test_drafts_that_the_target_never_has(machine, rng):
+    """None is taken, and the first token is the target's."""
+    n, s, h = 50, 3, 40
+    target, draft = np.zeros((n, s + 1, h), np.float32), np.zeros((n, s, h), np.float32)
+    target[:, :, : h // 2] = probabilities(rng, n, s + 1, h // 2)
+    draft[:, :, h // 2 :] = probabilities(rng, n, s, h // 2)
+    ids = rng.integers(h // 2, h, (n, s))
+    tables = {"target_probs": target, "draft_probs": draft, "draft_token_ids": ids}
+    case = chain(rng, n, s, h, tables)
+    got = run(machine, CHAIN, case.arrays, **case.scalars)
+    assert judged(case, got)
+    tokens = got["output_token_ids"]
+    assert (tokens[:, 0] < h // 2).all() and (tokens[:, 0] >= 0).all()
+    assert (tokens[:, 1:] == -1).all()
+    for name in ("output_accepted_token_num", "output_emitted_draft_token_num"):
+        assert (got[name] == case.arrays[name]).all()
+
+
+def test_certain_targets(machine, rng):
+    """One token at each position: taken where it was drafted, and given where it was not."""
+    n, s, h = 30, 4, 16
+    wanted = rng.integers(0, h, (n, s + 1))
+    target = np.eye(h, dtype=np.float32)[wanted]
+    ids = wanted[:, :s].copy()
+    wrong_from = rng.integers(0, s + 1, n)
+    for row, first in zip(ids, wrong_from, strict=True):
+        row[first:] = (row[first:] + 1) % h
+    tables = {"target_probs": target, "draft_probs": np.full((n, s, h), 1 / h),
+              "draft_token_ids": ids}  # fmt: skip
+    case = chain(rng, n, s, h, tables)
+    got = run(machine, CHAIN, case.arrays, **case.scalars)
+    assert judged(case, got)
+    for i, first in enumerate(wrong_from):
+        expected = [*wanted[i, : first + 1], *[-1] * (s - first)]
+        assert got["output_token_ids"][i].tolist() == expected
+    name = "output_emitted_draft_token_num"
+    assert (got[name] - case.arrays[name] == wrong_from).all()
+
+
+def test_counts_are_added_to(machine, rng):
+    case = chain(rng, 20, 3, 30)
+    arrays, before = dict(case.arrays), None
+    names = ("output_accepted_token_num", "output_emitted_draft_token_num")
+    for _ in range(3):
+        got = run(machine, CHAIN, arrays, **case.scalars)
+        grown = [got[name] - arrays[name] for name in names]
+        assert before is None or all((a == b).all() for a, b in zip(grown, before, strict=True))
+        before, arrays = grown, arrays | {name: got[name] for name in names}
+
+
+def test_what_top_p_renorm_needs():
+    size = fi_ffi.top_p_renorm_workspace_size
+    assert size(1000, 2047) == 0 == size(0, 4096)
+    # A state of 384 bytes, 2048 buckets of 12, and two buffers of 256 floats for 64 or less.
+    assert size(2, 2048) == 768 + 2 * 2048 * 12 + 2 * 2 * 1024
+    assert size(1, 128256) == 512 + 2048 * 12 + 2 * 4 * 4096
+    for wrong in (-1, 1.5, "1", None):
+        with pytest.raises(fi_ffi.ArgumentError):
+            size(wrong, 4096)
+        with pytest.raises(fi_ffi.ArgumentError):
+            size(1, wrong)
+
+
+def test_scratch_grows_with_what_it_is_for(rng):
+    """A stream's own: each call has enough, and what is enough is kept."""
+    seen = []
+    for n, h in ((1, 4096), (20, 4096), (3, 4096), (1, 128), (200, 4096)):
+        case = of_rows("top_p_renorm_probs", rng, n, h, without=SCRATCH)
+        fi_ffi.top_p_renorm_probs(**case.arrays, **case.scalars)
+        assert case.error("renorm_probs", case.arrays["renorm_probs"])[1] <= 1
+        (own,) = [
+            of for name, of in memory._owned[memory.HOST].items()
+            if name[0] == "top_p_renorm_probs"
+        ]  # fmt: skip
+        have = own.desc.shape[0]
+        assert have >= fi_ffi.top_p_renorm_workspace_size(n, h)
+        seen.append(have)
+    assert seen == sorted(seen)
+
+
+def test_a_capture_finds_scratch_or_says_what_to_do(gpu, rng):
+    """None can be made while a stream records; nor more of it."""
+    row = OPS["top_p_renorm_probs"].row
+    calls = []
+    for n in (1, 30):
+        case = of_rows("top_p_renorm_probs", rng, n, 4096, without=SCRATCH)
+        placed = {key: gpu.place(array) for key, array in case.arrays.items()}
+        calls.append(({key: array.desc() for key, array in placed.items()}, case.scalars, placed))
+    stream = gpu.streams(1)[0]
+    (small, few, kept), (large, many, _) = calls
+    gpu.runtime.capturing.add(stream)
+    with pytest.raises(fi_ffi.ArgumentError, match="before the capture"):
+        fi_ffi.top_p_renorm_probs(**small, **few, stream=stream)
+    gpu.runtime.capturing.clear()
+    fi_ffi.top_p_renorm_probs(**small, **few, stream=stream)
+    gpu.runtime.capturing.add(stream)
+    fi_ffi.top_p_renorm_probs(**small, **few, stream=stream)
+    with pytest.raises(fi_ffi.ArgumentError, match=f"{row.name}.*before the capture"):
+        fi_ffi.top_p_renorm_probs(**large, **many, stream=stream)
+    assert kept
+
+
+def test_the_examples_of_the_page(rng):
+    page = (Path(__file__).parent.parent.parent / "docs" / "sampling.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    logits = rng.standard_normal((4, 1000)).astype(np.float32)
+    known = {
+        "logits": logits, "probs": np.empty_like(logits), "tokens": np.full(4, -1, np.int32),
+        "valid": np.zeros(4, np.bool_), "seed": 5, "offset": 0, "stream": None,
+    }  # fmt: skip
+    exec(first, known)
+    assert known["valid"].all() and known["offset"] == 32
+    ranks = (logits > np.take_along_axis(logits, known["tokens"][:, None], 1)).sum(axis=1)
+    assert (ranks < 50).all()
+    assert (np.count_nonzero(known["probs"], axis=1) == 50).all()
+    x = rng.standard_normal((3, 100)).astype(np.float16)
+    more = {"fi_ffi": fi_ffi, "x": x, "stream": None, "values": np.zeros((3, 7), np.float16)}
+    exec(second, more | {"indices": (indices := np.zeros((3, 7), np.int32))})
+    assert (np.sort(indices) == np.sort(np.argsort(-x, kind="stable")[:, :7])).all()

@@ -22,6 +22,7 @@ from fi_ffi.ops.call import compiled
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 
+from tests.attention.pretend import current_stream
 from tests.helpers.plan_calls import KINDS, Case
 from tests.helpers.prepared_calls import EVERY_OP, draw, full, placed
 
@@ -248,29 +249,31 @@ def test_kernels_that_are_forgotten_under_plans():
     at_once(work)
 
 
-def test_watchdogs_that_come_and_go(mine):
-    """Calls on other threads are watched or not, and right in any case."""
-    stop = threading.Event()
+def test_streams_of_their_own(gpu, mine):
+    """Typed and prepared calls of one op: each on its own thread's stream, in its own frame."""
+    found = threading.local()
+    mine.work = lambda: setattr(found, "stream", current_stream())
 
     def work(number: int) -> None:
-        if number < 2:
-            for _ in range(ROUNDS // 3):
-                with fi_ffi.watchdog(60):
-                    pass
-            if number == 0:
-                stop.set()
-            return
-        rng = np.random.default_rng()
-        x = rng.standard_normal((4, 16)).astype(np.float16)
+        x = np.full((4, 16), number + 1, np.float16)
         y = np.full_like(x, np.nan)
-        call = mine.op.prepare(y, x, factor=2.0)
-        while not stop.is_set():
-            call()
-            assert (y == x * np.float16(2)).all()
-            mine.op(as_desc(y), as_desc(x), factor=3.0)
-            assert (y == x * np.float16(3)).all()
+        descs = [
+            fi_ffi.TensorDesc(a.ctypes.data, a.shape, "float16", device="cuda:0") for a in (y, x)
+        ]
+        call, handle = mine.op.prepare(*descs, factor=2.0), 0x100 + number
+        for i in range(2 * ROUNDS):
+            if i % 3 == 0:
+                mine.op(*descs, factor=2.0, stream=handle)
+            else:
+                with fi_ffi.stream(handle):
+                    call() if i % 3 == 1 else mine.op(*descs, factor=2.0)
+            assert found.stream == handle and (y == 2 * x).all() and not current_stream()
+            y[...] = np.nan
 
     at_once(work)
+    for variant in mine.op.compiled.variants.values():
+        assert 1 <= len(variant.frames) <= THREADS
+        assert len({id(frame) for frame in variant.frames}) == len(variant.frames)
 
 
 def test_errors_are_their_own_threads(mine):

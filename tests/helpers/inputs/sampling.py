@@ -59,7 +59,45 @@ def make(
     scalars = {name: value for name, value in numbers.items() if name in names} | scalars
     if row.name == "top_k_top_p_sampling_from_probs":
         scalars["top_k_val"] = float(max(1, int(scalars["top_k_val"])))
-    return {**made, **(tables or {})}, sizes, scalars
+    made |= tables or {}
+    if row.name == "top_k_mask_logits":
+        made.setdefault("logits", 4 * rng.standard_normal((n, h)))
+    if row.name == "top_p_renorm_probs" and h < 2048:
+        whole = "maybe_top_p_arr" in without
+        top_p = np.full(n, scalars["top_p_val"]) if whole else made["maybe_top_p_arr"]
+        made["probs"] = that_end(np.asarray(made["probs"]), top_p, rng)
+    return made, sizes, scalars
+
+
+def that_end(rows: Array, top_p: Array, rng: np.random.Generator) -> Array:
+    """The rows, a little different where a kernel would search for ever: docs/sampling.md."""
+    while not all(of >= 1 or ends(p, of) for p, of in zip(rows, top_p, strict=True)):
+        rows = rows * (1 + 1e-5 * rng.standard_normal(rows.shape))
+        rows = rows / np.maximum(rows.sum(axis=1, keepdims=True), 1e-9)
+    return rows
+
+
+def ends(p: Array, top_p: float) -> bool:
+    """Whether the search for what sums to `top_p` ends, as FlashInfer 0.6.8 to 0.6.13 make it of
+    rows of less than 2048: by thirds, in float32."""
+    p, target = p.astype(np.float32), np.float32(top_p)
+    two, three = np.float32(2), np.float32(3)
+    low, high, seen = np.float32(0), p.max(initial=np.float32(0)), set()
+    while (low, high) not in seen:
+        seen.add((low, high))
+        first, second = (high + two * low) / three, (two * high + low) / three
+        least = min(high, p[p > low].min(initial=high))
+        most = max(low, p[p <= high].max(initial=low))
+        sums = [np.float32(p[p > pivot].sum(dtype=np.float64)) for pivot in (first, second)]
+        if sums[1] >= target:
+            low = second
+        elif sums[0] >= target:
+            low, high = first, min(second, most)
+        else:
+            high = min(first, most)
+        if least == most:
+            return True
+    return False
 
 
 def _chain(rng: np.random.Generator, n: int, s: int, h: int) -> dict[str, Array]:
