@@ -330,7 +330,8 @@ class Stopped(Exception):
 @pytest.mark.parametrize("number", [signal.SIGALRM, signal.SIGINT])
 @pytest.mark.parametrize("scope", [None, 0x61])
 def test_interrupts_leave_no_stream_set(number, scope, gpu, mine, monkeypatch):
-    """400 of them, at any place of a call: what was current before is, right after."""
+    """400 of them, at any place of a call or an update: what was current before is, right after,
+    and a prepared call is no less usable."""
     # pytest's keeps what was raised where it cannot be, and so every frame below.
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     calls, rng = Calls(mine), np.random.default_rng()
@@ -345,6 +346,7 @@ def test_interrupts_leave_no_stream_set(number, scope, gpu, mine, monkeypatch):
         signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 4e-4))
         for _ in range(2000):  # an exception may be lost, in a destructor say
             calls.typed(0x51)
+            calls.call.update(factor=2.0)
             calls.call()
 
     outer = fi_ffi.stream(scope) if scope else contextlib.nullcontext()

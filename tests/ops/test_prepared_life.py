@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import signal
 import sys
 import threading
 import tracemalloc
@@ -183,39 +181,6 @@ def test_what_an_interrupt_lost_is_found_again(mine):
         with pytest.raises(fi_ffi.ArgumentError, match="in use"):
             call()
     call.give(held)
-    call()
-    assert mine.is_done(2)
-
-
-class Stopped(Exception):
-    """What the signal raises."""
-
-
-@with_gil
-def test_signals_leave_it_usable(mine, monkeypatch):
-    """A few hundred, at any place of a launch or an update."""
-    # pytest's keeps what was raised where it cannot be, and so every frame below.
-    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
-
-    def stop(*_):
-        raise Stopped
-
-    call, rng = mine.op.prepare(mine.y, mine.x, factor=2.0), np.random.default_rng()
-    before = signal.signal(signal.SIGALRM, stop)
-    try:
-        for _ in range(300):
-            with contextlib.suppress(Stopped, fi_ffi.KernelError):
-                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 3e-4))
-                for _ in range(1000):  # an exception may be lost, in a destructor say
-                    call.update(factor=2.0)
-                    call()
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            call.update(factor=2.0)
-            call()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    mine.y[...] = np.nan
     call()
     assert mine.is_done(2)
 

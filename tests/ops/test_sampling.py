@@ -95,20 +95,6 @@ def test_the_same_words_are_the_same_tokens(name, machine, rng):
     assert (one == two).all()
 
 
-@pytest.mark.parametrize("name", DRAWING)
-def test_outputs_share_rows(name, machine, rng):
-    """More outputs than rows, each with words of its own."""
-    flat = rng.uniform(1, 2, (200, 50))
-    source = {"logits": flat} if "logits" in name else {"probs": flat / flat.sum(1, keepdims=True)}
-    for dtype in ("int32", "int64"):
-        case = make(name, rng, n=200, r=200, h=50, dtype=dtype, without=ARRAYS,
-                    tables={"maybe_indices": rng.integers(0, 2, 200), **source})  # fmt: skip
-        assert check_on(machine, case) <= 1
-        tokens = run(machine, name, case.arrays, **case.scalars)["output"]
-        if "top" not in name and "min" not in name:  # which may leave one token
-            assert len({*tokens[case.arrays["maybe_indices"] == 0]}) > 1
-
-
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if "top" in name])
 def test_filters_that_leave_little(name, machine, rng):
     """One token, or the fewest there can be, and none: all of it ends."""

@@ -5,6 +5,7 @@ With a GIL they take turns at any bytecode; without one (3.14t) they do run at o
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import textwrap
@@ -134,6 +135,9 @@ def test_a_prepared_call_that_is_shared(mine):
     def use(number: int) -> None:
         for i in range(10 * ROUNDS):
             try:
+                if number == 0 and i % 50 == 0:  # it is found again by one of them, and by no two
+                    with contextlib.suppress(IndexError):
+                        call.take()
                 if i % 3:
                     call()
                 else:
@@ -148,29 +152,6 @@ def test_a_prepared_call_that_is_shared(mine):
     call.update(factor=2.0)
     call()
     assert mine.is_done(2)
-
-
-def test_a_shared_call_that_was_lost(mine):
-    """It is found again by one of the threads, and by no two."""
-    call, inside = mine.op.prepare(mine.y, mine.x, factor=2.0), []
-
-    def work():
-        inside.append(1)
-        assert len(inside) == 1
-        inside.pop()
-
-    mine.work = work
-
-    def use(number: int) -> None:
-        for i in range(5 * ROUNDS):
-            try:
-                if number == 0 and i % 5 == 0:
-                    call.take()
-                call()
-            except (fi_ffi.ArgumentError, IndexError):
-                pass
-
-    at_once(use)
 
 
 def test_kinds_are_one_object_whoever_asks():
