@@ -16,10 +16,8 @@ import numpy as np
 from fi_ffi.ops.row import Row
 from fi_ffi.reference import EXACT, MOVES
 from fi_ffi.reference.arrays import Array
-from fi_ffi.reference.formula import Judge, as_inputs
+from fi_ffi.reference.formula import SLACK, Judge, as_inputs
 
-# Of the magnitude, for float32 arithmetic before the last rounding: 128 steps of float32.
-FLOAT32_SLACK = 2.0**-16
 # Of the magnitude, for arithmetic whose intermediate results are rounded: steps of their dtype.
 ROUNDING_STEPS = 0.75
 
@@ -50,7 +48,7 @@ class Case:
             return (0.0, 0.0) if same else (np.inf, np.inf)
         if value.size == 0:
             return 0.0, 0.0
-        slack = FLOAT32_SLACK
+        slack = SLACK
         if self.row.rounding:
             slack = ROUNDING_STEPS * float(ml_dtypes.finfo(self._rounded_to).eps)
         difference = np.abs(got.astype(np.float64) - value)
@@ -65,9 +63,7 @@ class Case:
         return self.arrays[of.name].dtype
 
 
-def bound(
-    value: Array, magnitude: Array, dtype: np.dtype[Any], slack: float = FLOAT32_SLACK
-) -> Array:
+def bound(value: Array, magnitude: Array, dtype: np.dtype[Any], slack: float = SLACK) -> Array:
     """The error allowed at each element: half a step of the dtype, and the arithmetic's slack."""
     info = ml_dtypes.finfo(dtype)
     half_step = np.maximum(np.abs(value) * float(info.eps), float(info.smallest_subnormal)) / 2

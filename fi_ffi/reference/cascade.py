@@ -11,11 +11,10 @@ from __future__ import annotations
 import numpy as np
 
 from fi_ffi.reference.arrays import Array
-from fi_ffi.reference.formula import Exact, Formula, Inputs, OneOfMany
+from fi_ffi.reference.formula import SLACK, Exact, Formula, Inputs, OneOfMany
 
 # FlashInfer's minus infinity up to 0.7.1: the log-sum-exp of no keys.
 _NOTHING = -5e4
-_SLACK = 2.0**-16
 _HALF_SUBNORMAL = 2.0**-25  # half a step between float16's smallest numbers
 
 
@@ -35,11 +34,11 @@ def _exact(
     (n, heads): the absolute one of their log-sum-exps."""
     value, terms, lse = _merged(v, s)
     # A log-sum-exp is right to what the sum of powers is, whatever was added to the logits.
-    of_sum = 1 + np.log2(s.shape[1]) + s_error / _SLACK + np.zeros(lse.shape)
+    of_sum = 1 + np.log2(s.shape[1]) + s_error / SLACK + np.zeros(lse.shape)
     # An error of a log-sum-exp is one of a weight, and of the sum of weights that divides it.
     relative = v_error + 2 * np.log(2) * (s_error + np.zeros(lse.shape))[..., None]
-    least = _HALF_SUBNORMAL / _SLACK if v_error else 0.0
-    return {names[0]: (value, terms * (1 + relative / _SLACK) + least), names[1]: (lse, of_sum)}
+    least = _HALF_SUBNORMAL / SLACK if v_error else 0.0
+    return {names[0]: (value, terms * (1 + relative / SLACK) + least), names[1]: (lse, of_sum)}
 
 
 def merge_state_of_empty_ones(a: Inputs) -> Exact:

@@ -11,6 +11,8 @@ import numpy as np
 
 from fi_ffi.reference.arrays import Array
 
+# Of the magnitude that bounds allow for float32 arithmetic before the last rounding: 128 steps.
+SLACK = 2.0**-16
 Inputs = dict[str, Any]
 # What judges a result that may be one of many: the largest error, and that as a fraction of
 # what is allowed (1 or less is right).

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 
 from fi_ffi.reference.arrays import Array
-from fi_ffi.reference.formula import Exact, Formula, Inputs, OneOfMany
+from fi_ffi.reference.formula import SLACK, Exact, Formula, Inputs, OneOfMany
 
-# Of the magnitude, 2^-16 is allowed; float32 below its normal numbers is 0 to the kernels.
-_SLACK = 2.0**-16
-_FLUSHED = 2.0**-126 / _SLACK
+# Float32 below its normal numbers is 0 to the kernels.
+_FLUSHED = 2.0**-126 / SLACK
 _TINY = 1e-8
 # Smaller rows are searched, larger ones are counted in so many buckets.
 _BUCKETS = 2048
@@ -108,7 +107,7 @@ def _is_least(p: Array, lost: Array) -> bool:
 
 def _distance(got: Array, value: Array) -> tuple[float, float]:
     error = np.abs(got - value)
-    allowed = np.abs(value) * (2.0**-24 + _SLACK) + 2 * _FLUSHED * _SLACK
+    allowed = np.abs(value) * (2.0**-24 + SLACK) + 2 * _FLUSHED * SLACK
     return float(error.max(initial=0)), float((error / allowed).max(initial=0))
 
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 import numpy as np
 
 from fi_ffi.reference.arrays import Array
-from fi_ffi.reference.formula import Exact, Formula, Inputs
+from fi_ffi.reference.formula import SLACK, Exact, Formula, Inputs
 
 # Of an angle: the kernels' `__powf` and `__sincosf` are right to this, and to as much again for
 # each bit of the power's exponent (CUDA's programming guide, of -use_fast_math).
 _ANGLE = 2.0**-21
-# Bounds allow this much of the magnitude: FLOAT32_SLACK in cli/cases.py.
-_SLACK = 2.0**-16
 
 
 def turned(
@@ -32,7 +30,7 @@ def turned(
     product = (x[..., first] + 1j * x[..., second]) * turn[:, None]
     value, magnitude = x.copy(), np.zeros_like(x)
     value[..., first], value[..., second] = product.real, product.imag
-    error = np.broadcast_to(1 + np.asarray(angle_error) / _SLACK, turn.shape)[:, None]
+    error = np.broadcast_to(1 + np.asarray(angle_error) / SLACK, turn.shape)[:, None]
     size = (np.abs(x[..., first]) + np.abs(x[..., second])) * np.abs(turn)[:, None]
     magnitude[..., first] = magnitude[..., second] = size * error
     return value, magnitude

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 
 from fi_ffi.reference.arrays import Array
-from fi_ffi.reference.formula import Exact, Formula, Inputs, OneOfMany
+from fi_ffi.reference.formula import SLACK, Exact, Formula, Inputs, OneOfMany
 from fi_ffi.reference.philox import uniforms
 from fi_ffi.reference.reachable import NONE, Filter, around, rejected, slack, tokens_judge
 from fi_ffi.reference.renorm import RENORM
 
 _FEW = 16
-# Of what is allowed, 2^-16 of the magnitude: errors of `exp` that grow with its argument, and
-# float32 below its normal numbers, which is 0 to kernels compiled for fast arithmetic.
-_SLACK, _EXP, _ARGUMENT, _FLUSHED = 2.0**-16, 2.0**-20, 2.0**-22, 2.0**-126
+# Errors of `exp` that grow with its argument, and float32 below its normal numbers, which is 0 to
+# kernels compiled for fast arithmetic.
+_EXP, _ARGUMENT, _FLUSHED = 2.0**-20, 2.0**-22, 2.0**-126
 # PTX's logarithm: right to so much around 1, and relatively beyond.
 _LOG = 2.0**-21
 
@@ -36,7 +36,7 @@ def softmax(a: Inputs) -> Exact:
     powers = np.exp(scaled - greatest)
     value = powers / powers.sum(axis=1, keepdims=True)
     argument = np.where(powers > 0, np.abs(scaled) + np.abs(greatest), 0)
-    return {"output": (value, (value * (_EXP + _ARGUMENT * argument) + _FLUSHED) / _SLACK)}
+    return {"output": (value, (value * (_EXP + _ARGUMENT * argument) + _FLUSHED) / SLACK)}
 
 
 def _numbers(a: Inputs, i: int) -> Iterator[float]:
