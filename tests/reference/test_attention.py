@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fi_ffi.reference.attention import caches, masks
+from fi_ffi.reference.attention import formula, masks
 from fi_ffi.reference.attention.formula import Options, exact, exact_batch, from_pages
 
 # queries, keys, heads, key heads, and the sizes of a head of q and k, and of v
@@ -205,16 +205,16 @@ def test_pages(layout, rng):
     order = rng.permutation(9).astype(np.int32)
     indptr, last = np.array([0, 3, 3, 9]), np.array([1, 0, 4])
     stored = cache.swapaxes(1, 2).copy() if layout == "HND" else cache
-    view = caches.tokens_first(stored, ["NHD", "HND"].index(layout))
-    lengths = caches.lengths(indptr, last, 4)
+    view = formula.tokens_first(stored, ["NHD", "HND"].index(layout))
+    lengths = formula.lengths(indptr, last, 4)
     assert lengths.tolist() == [9, 0, 24]
     for request in range(3):
-        ours = caches.gathered(view, order, indptr[request], lengths[request])
+        ours = formula.gathered(view, order, indptr[request], lengths[request])
         theirs = from_pages(stored, indptr, order, last, request, layout)
         by_hand = [cache[order[indptr[request] + n // 4], n % 4] for n in range(lengths[request])]
         assert (ours == np.reshape(by_hand, ours.shape)).all() and (theirs == ours).all()
     with pytest.raises(ValueError, match="page 9 of a cache that has 9"):
-        caches.gathered(view, np.array([9]), 0, 1)
+        formula.gathered(view, np.array([9]), 0, 1)
 
 
 def test_a_batch_is_its_requests(rng):

@@ -16,9 +16,8 @@ import numpy as np
 
 from fi_ffi.abi.objects import Array as Object
 from fi_ffi.reference.arrays import Array, store, store_saturated
-from fi_ffi.reference.attention import caches, masks, plan
-from fi_ffi.reference.attention.caches import gathered, tokens_first
-from fi_ffi.reference.attention.formula import Options, exact
+from fi_ffi.reference.attention import masks, plan
+from fi_ffi.reference.attention.formula import Options, exact, gathered, lengths, tokens_first
 from fi_ffi.reference.attention.variant import (
     Call,
     Compiled,
@@ -130,7 +129,7 @@ def paged_run(
         _check_window(planned, window_left)
         planned.must_have("qo_indptr", planned.qo_indptr, qo_indptr)
         planned.must_have("paged_kv_indptr", planned.kv_indptr, kv_indptr)
-        kv_len = caches.lengths(planned.kv_indptr, last_page_len, k_cache.shape[1])
+        kv_len = lengths(planned.kv_indptr, last_page_len, k_cache.shape[1])
     call = Call(compiled, mask_mode, window_left, q.shape[1], k_cache.shape[2], paged=True)
     keys = _paged(planned, kv_len, k_cache, v_cache, indices)
     _attend(parse(call, *more), planned.qo_indptr, q, keys, o, lse)
@@ -146,7 +145,7 @@ def batch_decode(
     planned = plan.load(plan.DECODE, int_workspace, plan_info)
     planned.must_have("paged_kv_indptr", planned.kv_indptr, kv_indptr)
     k_cache, v_cache = tokens_first(k_cache, layout), tokens_first(v_cache, layout)
-    kv_len = caches.lengths(planned.kv_indptr, last_page_len, k_cache.shape[1])
+    kv_len = lengths(planned.kv_indptr, last_page_len, k_cache.shape[1])
     call = Call(compiled, masks.NONE, window_left, q.shape[1], k_cache.shape[2])
     keys = _paged(planned, kv_len, k_cache, v_cache, indices)
     _attend(cuda_cores(call, *more), planned.qo_indptr, q, keys, o, lse)
