@@ -28,16 +28,6 @@ class Axis:
         """The size; all its names must be known."""
         return (sum(sizes[name] * times for name, times in self.terms) + self.more) // self.over
 
-    def unknown(self, sizes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
-        """The terms that are not known."""
-        return tuple(term for term in self.terms if term[0] not in sizes)
-
-    def solve(self, size: int, sizes: Mapping[str, int]) -> int | None:
-        """What the one unknown name must be for this size; None where nothing will do."""
-        ((name, times),) = self.unknown(sizes)
-        rest = size * self.over - self.size({**sizes, name: 0})
-        return None if rest < 0 or rest % times else rest // times
-
 
 @functools.cache
 def parse_axis(text: str) -> Axis:

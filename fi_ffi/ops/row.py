@@ -116,6 +116,12 @@ class Scalar(Ranged):
         return self.type.__name__
 
 
+PDL = Scalar(
+    "enable_pdl", bool, False,
+    "programmatic dependent launch (SM90 and later): start while the previous kernel drains",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Text(Ranged):
     """A text argument, one of a few words."""

@@ -8,16 +8,14 @@ and with fewer elements than that it would be launched with no threads.
 from __future__ import annotations
 
 from fi_ffi.ops.releases import forms_of
-from fi_ffi.ops.row import Row, Scalar, Tensor, Vector
+from fi_ffi.ops.row import PDL, Row, Tensor, Vector
 
 _ARGS = (
     Tensor("out", "n d", "T", "the product; shares no memory with `input`",
            writes=True, reads=False, contiguous=True),
     Tensor("input", "n 2*d", "T", "what is activated, and beside it the other factor",
            contiguous=True),
-    Scalar("enable_pdl", bool, False,
-           "programmatic dependent launch (SM90 and later): "
-           "start while the previous kernel drains"),
+    PDL,
 )  # fmt: skip
 
 

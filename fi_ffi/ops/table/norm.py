@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from fi_ffi.ops.releases import forms_of
-from fi_ffi.ops.row import Row, Scalar, Tensor, Vector
+from fi_ffi.ops.row import PDL, Row, Scalar, Tensor, Vector
 
 _SOURCE = "csrc/flashinfer_norm_binding.cu"
 _T = {"T": ("float16", "bfloat16")}
@@ -18,10 +18,6 @@ _T_QUANT = _T | {"O": ("float8_e4m3fn", "float8_e5m2")}
 
 _OUT: dict[str, Any] = {"writes": True, "reads": False}
 _EPS = Scalar("eps", float, 1e-6, "added to the mean square before the root", low=0.0)
-_PDL = Scalar(
-    "enable_pdl", bool, False,
-    "programmatic dependent launch (SM90 and later): start while the previous kernel drains",
-)  # fmt: skip
 _WEIGHT = Tensor("weight", "h", "T", "scale of each column")
 # 0.6.16 no longer clamps float8_e5m2 to the range of float8_e4m3fn.
 _DIVIDED = "the output is divided by it, then clamped to "
@@ -39,7 +35,7 @@ def _row(name: str, doc: str, *args: Tensor | Scalar, symbol: str = "", **more: 
 
 
 def _quant_rows(name: str, doc: str, *tensors: Tensor) -> tuple[Row, ...]:
-    row = _row(name, doc, *tensors, *_SCALES, _EPS, _PDL, dtypes=_T_QUANT)
+    row = _row(name, doc, *tensors, *_SCALES, _EPS, PDL, dtypes=_T_QUANT)
     return forms_of(row, {"0.6.16": {"variant": "_full_range"}})
 
 
@@ -50,14 +46,14 @@ _NORM = (
     Tensor("input", "n h", "T", "rows to normalise"),
     _WEIGHT,
     _EPS,
-    _PDL,
+    PDL,
 )
 _FUSED_ADD = (
     Tensor("input", "n h", "T", "gets the normalised rows", writes=True),
     _RESIDUAL,
     _WEIGHT,
     _EPS,
-    _PDL,
+    PDL,
 )
 
 ROWS = (
@@ -74,7 +70,7 @@ ROWS = (
         Tensor("input", "n k h", "T", "(tokens, heads, head_dim)"),
         _WEIGHT,
         _EPS,
-        _PDL,
+        PDL,
         symbol="rmsnorm",
         in_place=_IN_PLACE,
     ),

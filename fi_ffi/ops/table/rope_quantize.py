@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from fi_ffi.ops.row import Absent, KvLayout, Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.row import PDL, Absent, KvLayout, Row, Rule, Scalar, Tensor, Vector
 from fi_ffi.ops.table.rope import (
     INDEX,
     INPUTS,
@@ -24,10 +24,6 @@ from fi_ffi.ops.table.rope import (
 )
 
 _QUANTISED = INPUTS | {"O": ("float8_e4m3fn", "float8_e5m2")} | INDEX
-_PDL = Scalar(
-    "enable_pdl", bool, False,
-    "programmatic dependent launch (SM90 and later): start while the previous kernel drains",
-)  # fmt: skip
 _SCALES = (
     Scalar("quant_scale_q", float, 1.0, "queries are multiplied by it", low=0.0),
     Scalar("quant_scale_kv", float, 1.0, "keys and values are multiplied by it", low=0.0),
@@ -70,7 +66,7 @@ def _quantising(
     count, values = f"(num_qo_heads + {heads})", f" + {heads}" * of_values
     told = f"{count} * (1 + no_rope_dim / rope_dim, rounded up)"
     return row(
-        name, doc, *args, *_SCALES, INTERLEAVE, _PDL,
+        name, doc, *args, *_SCALES, INTERLEAVE, PDL,
         dtypes=_QUANTISED, vector=Vector(("rope_dim", "no_rope_dim")), in_place=(),
         requires=(
             "rope_dim >= 1", f"rope_dim % {WIDE} == 0", f"no_rope_dim % {WIDE} == 0",

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from fi_ffi.ops.releases import forms_of
-from fi_ffi.ops.row import Arg, Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.row import PDL, Arg, Row, Rule, Scalar, Tensor, Vector
 from fi_ffi.ops.table import renorm
 
 _SOURCE = "csrc/flashinfer_sampling_binding.cu"
@@ -161,8 +161,7 @@ _SOFTMAX = Row(
         Tensor("maybe_temperature_arr", "n", "float32", "`temperature_val` of each row",
                **_MAYBE),
         Scalar("temperature_val", float, 1.0, "what logits are divided by", low=0.0),
-        Scalar("enable_pdl", bool, False, "programmatic dependent launch (SM90 and later): start "
-               "while the previous kernel drains"),
+        PDL,
     ),
     dtypes={},
     releases=">=0.6.3",
