@@ -11,7 +11,7 @@ import fi_ffi
 from fi_ffi.cli.cases import Case
 from fi_ffi.ops.functions import OPS
 
-from tests.helpers.calls import EVERY_CALL, bits
+from tests.helpers.calls import bits
 from tests.helpers.cases import make_case
 
 APPLY = (
@@ -23,11 +23,6 @@ QUANTISE = (
     "rope_quantize_append_paged_mla_kv_cache",
 )  # fmt: skip
 COS_SIN = APPLY[-1]
-CALLS_APPLY, CALLS_QUANTISE = (
-    [call for call in EVERY_CALL if call.values[0].row.name in names] for names in (APPLY, QUANTISE)
-)
-
-
 SIZES = {
     "nnz": 9, "num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 128, "b": 3, "rotary_dim": 128,
     "max_seq_len": 70,

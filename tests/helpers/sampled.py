@@ -61,13 +61,19 @@ def _(a):
     return {"renorm_probs": found}
 
 
-def _uniforms(a: dict, i: int):
-    """An output's random numbers; what makes them has its own tests."""
-    seed, offset = (
+def _seed(a: dict) -> tuple[int, int]:
+    """The seed and the offset, from arrays or from numbers."""
+    found = (
         int(a[f"maybe_{name}_arr"][0]) if f"maybe_{name}_arr" in a
         else a.get(f"{name}_val", a.get(f"philox_{name}"))
         for name in ("seed", "offset")
     )  # fmt: skip
+    return tuple(found)
+
+
+def _uniforms(a: dict, i: int):
+    """An output's random numbers; what makes them has its own tests."""
+    seed, offset = _seed(a)
     yield from map(float, uniforms(seed, np.array([i]), offset, 200)[0])
 
 
@@ -161,11 +167,7 @@ def _(a):
     for i in range(len(a["output"])):
         logits = a["logits"][int(a["maybe_indices"][i]) if "maybe_indices" in a else i]
         width = math.gcd(4, len(logits))
-        seed, offset = (
-            int(a[f"maybe_{name}_arr"][0]) if f"maybe_{name}_arr" in a
-            else a.get(f"{name}_val", a.get(f"philox_{name}"))
-            for name in ("seed", "offset")
-        )  # fmt: skip
+        seed, offset = _seed(a)
         scores = []
         for j, x in enumerate(logits):
             first = np.array([i * len(logits) + j - j % width])

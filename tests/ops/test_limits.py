@@ -5,7 +5,7 @@ Tensors lie at addresses that nothing is at: refused is what is wrong before mem
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -263,10 +263,12 @@ FINE: list[tuple[Any, Mapping[str, Any]]] = [
 ]  # fmt: skip
 
 
-def _params(table: list[Any]) -> Iterator[Any]:
-    for i, (names, *rest) in enumerate(table):
-        for name in (names,) if isinstance(names, str) else names:
-            yield pytest.param(name, *rest, id=f"{name}-{i}")
+def _params(table: list[Any]) -> list[Any]:
+    return [
+        pytest.param(name, *rest, id=f"{name}-{i}")
+        for i, (names, *rest) in enumerate(table)
+        for name in ((names,) if isinstance(names, str) else names)
+    ]
 
 
 @pytest.mark.parametrize(("name", "change", "argument", "words"), _params(REFUSED))

@@ -42,12 +42,13 @@ def test_tensors_of_other_layouts():
     assert not other.differs(expected)
     before = frame_of(call)
     desc = other.descs["input"]
+    (rows, columns), at = desc.shape, desc.ptr
     for wrong in (
-        fi_ffi.TensorDesc(desc.ptr, (2, 64), "float16", device="cpu"),
-        fi_ffi.TensorDesc(desc.ptr, (3, 64), "bfloat16", device="cpu"),
-        fi_ffi.TensorDesc(desc.ptr, (3, 64), "float16", strides=(128, 1), device="cpu"),
-        fi_ffi.TensorDesc(desc.ptr, (3, 64), "float16", device="cuda:0"),
-        fi_ffi.TensorDesc(desc.ptr, (3, 1, 64), "float16", device="cpu"),
+        fi_ffi.TensorDesc(at, (rows - 1, columns), "float16", device="cpu"),
+        fi_ffi.TensorDesc(at, desc.shape, "bfloat16", device="cpu"),
+        fi_ffi.TensorDesc(at, desc.shape, "float16", strides=(2 * columns, 1), device="cpu"),
+        fi_ffi.TensorDesc(at, desc.shape, "float16", device="cuda:0"),
+        fi_ffi.TensorDesc(at, (rows, 1, columns), "float16", device="cpu"),
     ):
         with pytest.raises(fi_ffi.ArgumentError, match="as it was prepared") as caught:
             call.update(input=wrong)

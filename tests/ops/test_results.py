@@ -409,7 +409,7 @@ def is_within(op: Op, sizes: Mapping[str, int], options: Options) -> bool:
     return all(size <= most.get(axis, (size,))[0] for axis, size in sizes.items())
 
 
-@pytest.mark.parametrize(("line", "op", "dtypes"), _params())
+@pytest.mark.parametrize(("line", "op", "dtypes"), list(_params()))
 def test_is_right(line, op, dtypes, machine, rng, record_property):
     needs(op, machine)
     worst, made = 0.0, set()
