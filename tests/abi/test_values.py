@@ -13,8 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Entry, array_values, global_function, make_array
+from fi_ffi.abi.objects import CallArena
 from fi_ffi.abi.tensor import DEVICE_TYPES, DTYPES, Device, TensorDesc, parse_device
+from fi_ffi.abi.values import packer_of
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, KernelError
 
 from tests.helpers.ids import shown
@@ -153,3 +156,12 @@ def test_tensors_are_seen_as_they_are(
     # As a result it would name memory that is gone when the caller looks.
     with pytest.raises(KernelError, match="ArgumentTypeError: .*`result`"):
         callback(lambda desc: desc)(desc)
+
+
+def test_a_choice_that_was_not_taken_leaves_nothing() -> None:
+    """Its tensors would count as the call's."""
+    arena, slot = CallArena("op"), ffi.new("TVMFFIAny *")
+    pack = packer_of("Variant<Tuple<ffi.Tensor, int>, Tuple<ffi.Tensor, str>>")
+    pack(slot[0], (np.zeros(2), "a"), arena, "x")
+    assert [where for where, _ in arena.descs] == ["x[0]"]
+    arena.end()
