@@ -192,7 +192,7 @@ EXPORT(call_with) {
 
 /* (function): the type index of the result that its failure leaves; -1 where it succeeds. */
 EXPORT(left_by) {
-  TVMFFIAny found = {0};
+  TVMFFIAny found = {.type_index = kTVMFFIInt};
   int code = call(args[0].v_ptr, NULL, 0, &found);
   TVMFFIObjectHandle error = NULL;
   TVMFFIErrorMoveFromRaised(&error);
