@@ -49,6 +49,7 @@ def test_slots_arrive_in_order(as_object: bool, callback: Callable[..., Entry]) 
     values = [
         (first.at(0x1000), -(2**63), second.at(0x2000), 1.5, True, third),
         (first.at(2**63), 2**63 - 1, second.at(0x3000), float("-inf"), False, third.at(0x4000)),
+        (first, 0, second, 0.0, True, third),
     ]
     for each in values:
         assert call(frame, *each) is None
