@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.abi._cffi import ffi
 from fi_ffi.ops.attention.plan import Plan
 
 from tests.attention import serving
@@ -61,6 +62,20 @@ def test_runs_after_replans(spec, more, machine, rng):
             call = made.prepare()
         made.batch = batch
         made.check(call, call)
+
+
+@EVERY_FAMILY
+def test_runs_are_given_what_the_last_plan_returned(spec, machine, rng):
+    """A frame that a run has left is the next one's, with the info of the plan made since."""
+    made = Runs(spec, machine, rng)
+    for _ in range(3):
+        made.run()
+        made.replan()
+        call = made.prepare()
+        frame = call.take()
+        info = int(ffi.cast("uintptr_t", made.plan._info.handle))
+        assert info in frame.addresses.tolist()
+        call.give(frame)
 
 
 class Growing:

@@ -199,6 +199,11 @@ def test_pages_that_a_run_brings(kind):
         refused(case, name, words, case.run, plan, **{name: wrong})
     case.run(plan, **{name: case.indices})
     case.check()
+    case.replan(plan)  # with pages: runs bring none any more
+    words = "got an array, expected None: the plan has them"
+    refused(case, name, words, case.run, plan, **{name: case.indices})
+    case.run(plan)
+    case.check()
 
 
 NOT_NUMBERS = (True, "1", b"1", [1.0], 1j, object())
