@@ -14,14 +14,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.ops.attention.options import (
-    DecodeKeywords,
-    DecodeOptions,
-    MlaKeywords,
-    MlaOptions,
-    PrefillKeywords,
-    PrefillOptions,
-)
+from fi_ffi.ops.attention.options import DecodeKeywords, MlaKeywords, PrefillKeywords
 from fi_ffi.ops.attention.plan import Plan
 from fi_ffi.reference.attention.formula import Exact, Options, exact, exact_batch, from_pages
 
@@ -37,13 +30,11 @@ _CLASSES = {
     "ragged": fi_ffi.BatchPrefillPlan, "paged": fi_ffi.BatchPrefillPlan,
     "decode": fi_ffi.BatchDecodePlan, "mla": fi_ffi.BatchMlaPlan,
 }  # fmt: skip
-OPTIONS = {
-    "ragged": PrefillOptions, "paged": PrefillOptions, "decode": DecodeOptions, "mla": MlaOptions,
-}  # fmt: skip
-KEYWORDS = {
-    "ragged": PrefillKeywords, "paged": PrefillKeywords, "decode": DecodeKeywords,
+OPTIONS = {kind: cls.options_class for kind, cls in _CLASSES.items()}
+KEYWORDS = dict.fromkeys(KINDS[:2], PrefillKeywords) | {
+    "decode": DecodeKeywords,
     "mla": MlaKeywords,
-}  # fmt: skip
+}
 _HEADS = {"num_qo_heads": HEADS, "num_kv_heads": KV_HEADS}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "ragged": {**_HEADS, "head_dim_qk": DIM},

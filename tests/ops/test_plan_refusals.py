@@ -50,6 +50,18 @@ def test_the_right_ones_are_right(kind, graph):
         case.replan(plan)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_of_other_numbers_of_requests(kind):
+    case = Case(kind)
+    plan = case.plan()
+    case.run(plan)
+    for qo_lens, kv_lens in (((2, 4), (4, 9)), ((1,) * 9, (3,) * 9), (QO_LENS, KV_LENS)):
+        other = Case(kind, qo_lens, kv_lens)
+        other.replan(plan)
+        other.run(plan)
+        other.check()
+
+
 # Index arrays.
 
 
