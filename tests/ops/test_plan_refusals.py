@@ -522,6 +522,16 @@ def test_another_number_of_requests(kind):
         not_replanned(case, plan, other.arrays, FIRST[kind], words)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_launch_that_is_not_the_captured_one(kind):
+    """As the planner says, which has written by then: neither plan holds."""
+    case, plan = captured(kind)
+    plan._captured = [-1]
+    with pytest.raises(fi_ffi.ArgumentError, match=r"got launch \[.* expected the captured \[-1\]"):
+        case.replan(plan)
+    refused(case, "self", "stale plan", case.run, plan)
+
+
 # What grows, an option that makes room for one more, and batches with one and with two more.
 MORE = {
     "queries": (("ragged", "paged", "mla"), "max_total_num_rows", 9,
