@@ -88,6 +88,15 @@ def _each(value: Any, heads: int) -> Any:
     return value if np.ndim(value) == 0 else np.repeat(value, heads // len(value)).astype(float)
 
 
+def seen_of_items(prefix: int, counts: np.ndarray, rows: int, keys: int) -> np.ndarray:
+    """What the last queries of a request see of so many keys: the prefix, and their own item;
+    `counts` says of each token after the prefix how many of its item it sees, itself the last."""
+    place, j = keys - rows + np.arange(rows)[:, None], np.arange(keys)
+    own = np.array([0] * prefix + [int(n) for n in counts] + [0])[np.maximum(place, 0)]
+    in_other = (place >= prefix) & (j >= prefix) & (place - j >= own)
+    return (j <= place) & ~in_other
+
+
 def exact_options(
     spec: Spec, extras: dict[str, Any], request: int, rows: tuple[int, int], end: int,
     no_sink: bool,
@@ -100,19 +109,17 @@ def exact_options(
     rope = None
     if spec.mode == "ROPE_LLAMA":
         rope = spec.rope or (1.0, 1e4)
-    items = None
+    mask = extras["mask"][request][slice(*rows), :end] if spec.mask else None
     if spec.items:
-        prefix, counts = extras["items"][request]
-        items = (prefix, counts.astype(int))
+        mask = seen_of_items(*extras["items"][request], rows[1] - rows[0], end)
     return Options(
         sm_scale=scale,
         causal=spec.causal,
         window_left=spec.window_left,
         logits_soft_cap=spec.cap,
-        mask=extras["mask"][request][slice(*rows), :end] if spec.mask else None,
+        mask=mask,
         alibi_slopes=extras.get("alibi_slopes"),
         rope=rope,
         sink=None if no_sink else extras.get("sink"),
         v_scale=_each(extras.get("v_scale", 1.0), spec.heads),
-        items=items,
     )
