@@ -23,7 +23,6 @@ from pathlib import Path
 
 from fi_ffi.errors import LoaderError
 from fi_ffi.loader.http import Policy
-from fi_ffi.loader.wheel import WheelReader
 
 # Patient enough for a busy machine, and quick.
 QUICK = Policy(tries=3, first_wait=0.01, longest_wait=1.0, connect_timeout=2, read_timeout=1.0)
@@ -80,7 +79,7 @@ class Server:
     bandwidth: float | None = None  # bytes/s
     certificate: Path | None = None
 
-    def __enter__(self) -> Server:
+    def __enter__(self):
         handler = type("Handler", (_Handler,), {"owner": self})
         self._http = _HttpServer(("127.0.0.1", 0), handler)
         self._stop = threading.Event()
@@ -92,21 +91,21 @@ class Server:
         self._thread.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error):
         self._stop.set()
         self._http.shutdown()
         self._http.server_close()
         self._thread.join(5)
 
-    def url(self, path: str, host: str = "127.0.0.1") -> str:
+    def url(self, path, host="127.0.0.1"):
         scheme = "https" if self.certificate else "http"
         return f"{scheme}://{host}:{self._http.server_address[1]}{path}"
 
     @property
-    def sent(self) -> int:
+    def sent(self):
         return sum(seen.sent for seen in self.seen)
 
-    def wait(self, seconds: float) -> None:
+    def wait(self, seconds):
         """Sleep, unless the server is to end."""
         self._stop.wait(seconds)
 
@@ -114,7 +113,7 @@ class Server:
 class _HttpServer(ThreadingHTTPServer):
     daemon_threads = True
 
-    def handle_error(self, request: object, client_address: object) -> None:
+    def handle_error(self, request, client_address):
         # Clients that give up, and connections cut on purpose, are what these tests are about.
         if not isinstance(sys.exc_info()[1], OSError | ValueError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
@@ -126,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 20
     disable_nagle_algorithm = True  # a header and a short body are two writes
 
-    def do_GET(self) -> None:
+    def do_GET(self):
         answer = self._normal()
         owner = self.owner
         fault = owner.faults.pop(0) if owner.faults else owner.always
@@ -138,12 +137,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def do_CONNECT(self) -> None:
+    def do_CONNECT(self):
         self.owner.seen.append(Seen("CONNECT", self.path, dict(self.headers), 0))
         self.close_connection = True
         self.send_error(502, "no way through")
 
-    def _normal(self) -> Answer:
+    def _normal(self):
         file = self.owner.files.get(self.path.partition("?")[0])
         if file is None:
             return Answer(404, {}, b"no such file")
@@ -161,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers["Content-Range"] = f"bytes {first}-{last}/{total}"
         return Answer(206, headers, file.content[first : last + 1])
 
-    def _send(self, answer: Answer) -> None:
+    def _send(self, answer):
         self.owner.wait(answer.delay)
         self.send_response(answer.status)
         headers = {"Content-Length": str(len(answer.body))} | answer.headers
@@ -172,14 +171,15 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         body = answer.body if answer.cut is None else answer.body[: answer.cut]
-        self.close_connection = answer.cut is not None or length_lies(headers, body)
+        lies = headers["Content-Length"] != str(len(body))
+        self.close_connection = answer.cut is not None or lies
         self._write(body, answer)
         if answer.reset:
             hard = struct.pack("ii", 1, 0)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, hard)
             self.connection.close()
 
-    def _write(self, body: bytes, answer: Answer) -> None:
+    def _write(self, body, answer):
         begun = time.monotonic()
         for at in range(0, len(body), answer.piece):
             if self.owner._stop.is_set():
@@ -193,93 +193,83 @@ class _Handler(BaseHTTPRequestHandler):
             if pause > 0:
                 self.owner.wait(pause)
 
-    def log_message(self, *words: object) -> None:
+    def log_message(self, *words):
         pass
 
 
-def length_lies(headers: dict[str, str], body: bytes) -> bool:
-    return headers["Content-Length"] != str(len(body))
-
-
-def changed(**fields: object) -> Fault:
+def changed(**fields):
     """An answer with other fields."""
     return lambda answer: dataclasses.replace(answer, **fields)  # type: ignore[arg-type]
 
 
-def header(name: str, value: str) -> Fault:
+def header(name, value):
     return lambda answer: dataclasses.replace(answer, headers=answer.headers | {name: value})
 
 
-def status(code: int, **headers: str) -> Fault:
+def status(code, **headers):
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return lambda answer: Answer(code, named, b"" if 300 <= code < 400 else b"an explanation")
 
 
-def redirect(location: str, code: int = 302) -> Fault:
+def redirect(location, code=302):
     return status(code, Location=location)
 
 
-def good(answer: Answer) -> Answer:
+def good(answer):
     return answer
 
 
-def stall(answer: Answer) -> Answer:
+def stall(answer):
     """Half of the body, and then nothing for a long time."""
     half = max(1, len(answer.body) // 2)
     return dataclasses.replace(answer, piece=half, pause=10.0)
 
 
-def trickle(answer: Answer) -> Answer:
+def trickle(answer):
     return dataclasses.replace(answer, piece=1, pause=0.02)
 
 
-def truncate(answer: Answer) -> Answer:
+def truncate(answer):
     return dataclasses.replace(answer, cut=len(answer.body) // 2)
 
 
-def reset(answer: Answer) -> Answer:
+def reset(answer):
     return dataclasses.replace(answer, cut=len(answer.body) // 2, reset=True)
 
 
-def other_bytes(answer: Answer) -> Answer:
+def other_bytes(answer):
     return dataclasses.replace(answer, body=bytes(255 - byte for byte in answer.body))
 
 
-def whole(answer: Answer) -> Answer:
-    """200 and too much, as by a server that does not look at Range."""
-    headers = {k: v for k, v in answer.headers.items() if k != "Content-Range"}
-    return dataclasses.replace(answer, status=200, headers=headers, body=answer.body * 3)
-
-
-def shifted(answer: Answer) -> Answer:
+def shifted(answer):
     """Another range than the one asked for."""
     first, rest = answer.headers["Content-Range"].removeprefix("bytes ").split("-", 1)
     return header("Content-Range", f"bytes {int(first) + 1}-{rest}")(answer)
 
 
-def longer(answer: Answer) -> Answer:
+def longer(answer):
     """A Content-Length, and a body, larger than the range."""
     return dataclasses.replace(answer, body=answer.body + b"more")
 
 
-def digest(content: bytes) -> str:
+def digest(content):
     raw = hashlib.sha256(content).digest()
     return "sha256=" + base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
 
-def record(members: dict[str, bytes]) -> bytes:
+def record(members):
     lines = [f"{name},{digest(content)},{len(content)}\n" for name, content in members.items()]
     return "".join([*lines, f"{INFO}/RECORD,,\n"]).encode()
 
 
 def make_wheel(
-    members: dict[str, bytes],
+    members,
     *,
-    record_text: bytes | None = None,
-    comment: bytes = b"",
-    zip64: bool = False,
-    compression: int = zipfile.ZIP_DEFLATED,
-) -> bytes:
+    record_text=None,
+    comment=b"",
+    zip64=False,
+    compression=zipfile.ZIP_DEFLATED,
+):
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", compression) as archive:
         archive.comment = comment
@@ -290,7 +280,7 @@ def make_wheel(
     return out.getvalue()
 
 
-def kernel_members(count: int = 20, size: int = 50_000) -> dict[str, bytes]:
+def kernel_members(count=20, size=50_000):
     """Modules that do not compress much, as machine code does not, `norm` among them."""
     rng = random.Random(7)
     names = ["norm", *(f"module_{number}" for number in range(count - 1))]
@@ -298,11 +288,11 @@ def kernel_members(count: int = 20, size: int = 50_000) -> dict[str, bytes]:
     return {path: rng.randbytes(size) + bytes(size // 4) for path in paths}
 
 
-def sha256(content: bytes) -> str:
+def sha256(content):
     return hashlib.sha256(content).hexdigest()
 
 
-def tree(root: Path) -> list[str]:
+def tree(root):
     """The files of a cache that hold anything: stamps and locks do not."""
     files = (path for path in root.rglob("*") if path.is_file())
     return sorted(
@@ -310,7 +300,7 @@ def tree(root: Path) -> list[str]:
     )
 
 
-def extract_all(wheel: WheelReader) -> None:
+def extract_all(wheel):
     """Members as RECORD has them, or errors of ours."""
     for member in wheel.members:
         with contextlib.suppress(LoaderError):

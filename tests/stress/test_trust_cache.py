@@ -10,8 +10,6 @@ import stat
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from urllib3.util import parse_url
@@ -77,7 +75,7 @@ def linked(path):
     path.symlink_to(path.with_name("aside"))
 
 
-FILES: dict[str, tuple[Callable[[Path], None], str]] = {
+FILES = {
     "all can write": (lambda path: path.chmod(0o446), "written by every user.*remove it"),
     "the group can write": (lambda path: path.chmod(0o464), "written by all of group.*remove it"),
     "another user's": (another, f"belongs to user {OTHER}.*Remove it"),
@@ -87,7 +85,7 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a device": (other_kind(device), "is a device.*remove it"),
     "a directory": (other_kind(os.mkdir), "is a directory.*remove it"),
 }
-FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
+FOLDERS = {
     "all can write": (lambda path: path.chmod(0o707), "written by every user.*remove it"),
     "all, with the sticky bit": (lambda path: path.chmod(0o1707), "written by every user"),
     "the group can write": (lambda path: path.chmod(0o770), "written by all of group.*remove it"),
@@ -224,7 +222,7 @@ def open_to_all(path):
     path.chmod(0o777)
 
 
-PLANTED: dict[str, tuple[str, Callable[[Path], None], str]] = {
+PLANTED = {
     "the cache": ("", open_to_all, "can be written by every user"),
     "its owner": ("", another, f"belongs to user {OTHER}"),
     "build": ("build", open_to_all, "can be written by every user"),
@@ -301,7 +299,7 @@ def of_kind(kind):
     return info
 
 
-ZIPS: dict[str, tuple[list[tuple[zipfile.ZipInfo | str, bytes]], str]] = {
+ZIPS = {
     "up": ([(f"../{MODULE}", b"a")], "leads out of the wheel"),
     "up in the middle": ([(f"a/../../{MODULE}", b"a")], "leads out of the wheel"),
     "absolute": ([(f"/{MODULE}", b"a")], "leads out of the wheel"),
