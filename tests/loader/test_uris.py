@@ -210,6 +210,9 @@ def test_refusals(family, release, params, message):
 def test_strangers_are_not_read():
     for name in ("", "nor", "norm2", "norm\n", "single_decode", "../norm", "fused_moe_91"):
         assert parse(name) is None
+    sized = uri("single_decode", release="0.6.13", dtype_q="f16", head_dim_qk=64)
+    for size in ("0", "064", "-64", "²"):
+        assert parse(sized.replace("_64_", f"_{size}_")) is None
     with pytest.raises(ArgumentError, match="argument `release`"):
         parse("norm", "x")
 
