@@ -6,8 +6,6 @@ import ctypes
 import functools
 import importlib
 import importlib.util
-import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -16,6 +14,7 @@ import pytest
 
 import fi_ffi
 
+from tests.helpers import compiler
 from tests.helpers.benchmarks import BENCHMARKS, kernels_replaced, noop
 
 ON_CPU = functools.partial(fi_ffi.TensorDesc, device="cpu")
@@ -201,12 +200,11 @@ extern "C" int __tvm_ffi_probe(void *, const Any *a, int32_t count, Any *) {
 """
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_an_entry_is_called_from_cpp(host, tmp_path):
     native = importlib.import_module("marks.native")
     source, library = tmp_path / "probe.cpp", tmp_path / "probe.so"
     source.write_text(PROBE)
-    subprocess.run(["g++", "-shared", "-fPIC", source, "-o", library], check=True)
+    compiler.library(source, library)
     values = fi_ffi.TensorDesc(4096, (2, 3), "float16"), None, 7, True, 0.5
     assert native.entry_loop(library, "probe", values, 0)(100) > 0
     with pytest.raises(RuntimeError, match="the entry called from C\\+\\+ returned 1"):

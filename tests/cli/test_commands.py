@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,8 @@ from fi_ffi.loader import runtime
 from fi_ffi.loader.kernels import open_source
 from fi_ffi.loader.wheel import Wheel
 from fi_ffi.ops.functions import OPS
+
+from tests.helpers import compiler
 
 
 def run(*arguments: object, code: int = 0) -> str:
@@ -126,11 +127,10 @@ ESCAPED = r"\x1b]0;owned\x07\x1b[2J"
 
 
 def test_names_of_symbols_reach_no_terminal(tmp_path):
-    compiler = shutil.which("cc") or pytest.skip("needs a C compiler")
     source, library = tmp_path / "named.c", tmp_path / f"{HOSTILE}.so"
     hostile = HOSTILE.encode()
     source.write_text("void __tvm_ffi_" + "x" * len(hostile) + "(void) {}\n")
-    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True)
+    compiler.library(source, library)
     image = library.read_bytes()
     assert b"x" * len(hostile) in image
     library.write_bytes(image.replace(b"x" * len(hostile), hostile))

@@ -6,8 +6,11 @@ neither a compiler nor the network.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,9 @@ from fi_ffi.loader.machine import CUDA_MAJOR
 
 from tests.helpers import sampling
 
-_LANGUAGES = {".c": ["-xc"], ".cc": ["-xc++", "-std=c++17"], ".cpp": ["-xc++", "-std=c++17"]}
+_CXX = ["-xc++", "-std=c++17"]
+_LANGUAGES = {".c": ["-xc"], ".cc": _CXX, ".cpp": _CXX}
+_folder = tempfile.TemporaryDirectory(prefix="fi-ffi-compiled-")
 
 
 def cxx() -> list[str]:
@@ -39,9 +44,21 @@ def headers() -> Path:
 
 def library(source: Path, made: Path, *options: str) -> Path:
     """A shared library of a C or C++ source, which may use tvm-ffi's headers."""
-    command = [*cxx(), *_LANGUAGES[source.suffix], "-shared", "-fPIC", f"-I{headers()}"]
+    command = [*cxx(), *_LANGUAGES[source.suffix], "-shared", "-fPIC", "-O0", f"-I{headers()}"]
     subprocess.run([*command, str(source), "-o", str(made), *options], check=True, timeout=300)
     return made
+
+
+@functools.cache
+def compiled(source: Path, *options: str) -> Path:
+    """The same, made once."""
+    return library(source, Path(_folder.name) / f"{source.stem}{''.join(options)}.so", *options)
+
+
+def nvcc() -> str:
+    """The CUDA compiler on the path, or the test is skipped."""
+    sampling.only_in_full("needs nvcc")
+    return shutil.which("nvcc") or pytest.skip("there is no nvcc on this machine")
 
 
 def why_not_build() -> str | None:

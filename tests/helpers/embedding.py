@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import sampling
+
 FOLDER = Path(__file__).parents[2] / "examples" / "interop" / "c_program"
 FIRST, WITH_CUDA = 0, 1  # the README's blocks
 _LEAST = "#include <Python.h>\nint main(void) { Py_Initialize(); return Py_FinalizeEx(); }\n"
@@ -53,6 +55,7 @@ def run(script: str, folder: Path, **more: str) -> subprocess.CompletedProcess[s
 
 def _known(folder: Path) -> dict[str, str]:
     """The environment, once it is known that an embedded Python can be built and run at all."""
+    sampling.only_in_full("compiles a program")
     if shutil.which("cc") is None:
         pytest.skip("there is no C compiler")
     if not (folder / "bin").exists():

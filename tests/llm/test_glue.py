@@ -11,6 +11,7 @@ import pytest
 from cuda.pathfinder import DynamicLibNotFoundError
 from engine import glue
 
+from tests.helpers import compiler
 from tests.helpers.compiler import why_not_build
 
 FLOATS = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -130,11 +131,10 @@ def test_nvcc_compiles_the_kernels(tmp_path):
     reason = why_not_build()
     if reason is not None:
         pytest.skip(reason)
-    from fi_ffi.loader.building.environment import find_toolkits
 
     source = tmp_path / "glue.cu"
     source.write_text(glue.SOURCE)
-    nvcc = str(find_toolkits()[0].nvcc)
+    nvcc = compiler.nvcc()
     for dtype in FLOATS:
         flags = ["-DFLOAT16"] if dtype == "float16" else []
         command = [nvcc, "-cubin", "-arch=sm_90", *flags, "-o", str(tmp_path / "o"), str(source)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import struct
 import subprocess
 import time
@@ -16,6 +15,8 @@ from hypothesis import strategies as st
 from fi_ffi.errors import ArtifactError, LoaderError
 from fi_ffi.loader.elf import FUNCTION_PREFIX, ElfInfo, inspect_elf, open_section
 from fi_ffi.loader.fatbin import CudaCode, architectures, runs_on, sass_named
+
+from tests.helpers import compiler
 
 FUNC, OBJECT = 2, 1
 LOCAL, GLOBAL, WEAK = 0, 1, 2
@@ -241,12 +242,8 @@ __attribute__((weak)) int __tvm_ffi_plan(void) { return 0; }
 
 
 def test_a_library_from_a_c_compiler(tmp_path):
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("there is no C compiler on this machine to make a shared library with")
     (tmp_path / "k.c").write_text(C_SOURCE)
-    flags = ["-shared", "-fPIC", "-Wl,-rpath,$ORIGIN/../lib", "-o", str(tmp_path / "k.so")]
-    subprocess.run([compiler, str(tmp_path / "k.c"), *flags], check=True)
+    compiler.library(tmp_path / "k.c", tmp_path / "k.so", "-Wl,-rpath,$ORIGIN/../lib")
     info = inspect_elf(tmp_path / "k.so")
     assert info.functions == ("add", "plan")
     assert info.requires == ("TVMFFIErrorSetRaised",)
@@ -454,9 +451,7 @@ extern "C" void run_NAME(float *y) { NAME<<<1, 32>>>(y, 2.f); }
 @pytest.fixture(scope="module")
 def nvcc(tmp_path_factory):
     """Compiles two sources for those of the architectures that it knows; it and these."""
-    path = shutil.which("nvcc")
-    if path is None:
-        pytest.skip("there is no nvcc on this machine to make fatbins with")
+    path = compiler.nvcc()
     folder = tmp_path_factory.mktemp("nvcc")
     listed = subprocess.run([path, "--list-gpu-arch"], check=True, capture_output=True)
     for name in ("one", "two"):

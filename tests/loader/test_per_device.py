@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,9 +12,10 @@ import pytest
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Entry
-from fi_ffi.errors import ArtifactError, BuildError
+from fi_ffi.errors import ArtifactError
 from fi_ffi.loader import machine, per_device, runtime
-from fi_ffi.loader.building.environment import find_cxx
+
+from tests.helpers import compiler
 
 # As FlashInfer's launchers have them: a flag, and a pointer inside a lambda.  BASE: compilers let
 # variables of one name be shared by all libraries of a process.
@@ -77,14 +77,9 @@ class Gpus:
 
 @pytest.fixture
 def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gpus:
-    try:
-        compiler = str(find_cxx())
-    except BuildError as error:
-        pytest.skip(str(error))
     source, made = tmp_path / "statics.cc", Gpus(tmp_path / "gdn_prefill_sm90.so")
     source.write_text(SOURCE)
-    options = ["-shared", "-fPIC", "-O1", "-std=c++17", f"-DBASE={next(BASES)}"]
-    subprocess.run([compiler, *options, source, "-o", made.path], check=True, timeout=60)
+    compiler.library(source, made.path, "-O1", f"-DBASE={next(BASES)}")
     monkeypatch.setattr(machine, "device_count", lambda: 2)
     monkeypatch.setattr(machine, "load_cudart", lambda: (made, "a pretended one"))
     return made

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,11 +16,11 @@ import fi_ffi
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import AbiError, KernelError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import libraries, runtime
-from fi_ffi.loader.building.environment import find_cxx
 from fi_ffi.loader.kernels import open_source
 from fi_ffi.ops.cuda import own_handle
 from fi_ffi.ops.table import ROWS
 
+from tests.helpers import compiler
 from tests.helpers.children import done
 
 RELEASE = "0.6.13"
@@ -235,9 +234,7 @@ print(library.find_symbol(handle, "user") is not None)
 def _library(folder, name, text, *flags):
     source, made = folder / f"{name}.cpp", folder / name
     source.write_text(f'extern "C" {{ {text} }}\n')
-    command = [*find_cxx().split(), "-shared", "-fPIC", "-o", str(made), str(source)]
-    subprocess.run([*command, f"-Wl,-soname,{name}", *flags], check=True, timeout=60)
-    return made
+    return compiler.library(source, made, f"-Wl,-soname,{name}", *flags)
 
 
 def test_a_module_finds_what_it_needs(tmp_path):

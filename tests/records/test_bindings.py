@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import zipfile
 from pathlib import Path
 
 import pytest
 
 from fi_ffi import file_signatures
 from fi_ffi.errors import BuildError
-from fi_ffi.loader.building.environment import find_cxx
 from fi_ffi.loader.lock import the_lock
 from tools.bindings import Source, abi_type, read
 from tools.bindings.conditions import truth
 from tools.bindings.flashinfer import Reader, architectures, defines
 from tools.bindings.types import PRINTED
 from tools.entries import entries_of
+
+from tests.helpers.compiler import library
 
 
 def export(text: str, **defines: str):
@@ -207,17 +206,9 @@ def recorded_types() -> set[str]:
     return {t for f in functions for t in (*f.signature.params, f.signature.result)}
 
 
-def test_types_are_what_a_binary_prints(pinned_wheel, tvm_ffi_loaded, tmp_path):
+def test_types_are_what_a_binary_prints(tvm_ffi_loaded, tmp_path):
     """A function of every type that the record has, compiled and asked."""
-    try:
-        compiler = find_cxx()
-    except BuildError as error:
-        pytest.skip(str(error))
     cpp = [kind for kind in PRINTED if kind != "void"] + [*_COMPOSED.values(), "Kind"]
-    with zipfile.ZipFile(pinned_wheel) as wheel:
-        for name in wheel.namelist():
-            if name.startswith("tvm_ffi/include/"):
-                wheel.extract(name, tmp_path)
     results = [kind for kind in cpp if "TensorView" not in kind]  # a view cannot be returned
     headers = ("tvm_ffi.h", "container/tuple.h", "container/variant.h", "extra/module.h")
     source = tmp_path / "types.cc"
@@ -231,11 +222,7 @@ def test_types_are_what_a_binary_prints(pinned_wheel, tvm_ffi_loaded, tmp_path):
             f"TVM_FFI_DLL_EXPORT_TYPED_FUNC(result_{i}, result_{i});\n" for i in range(len(results))
         )
     )
-    library = tmp_path / "types.so"
-    include = tmp_path / "tvm_ffi" / "include"
-    command = [compiler, "-std=c++17", "-shared", "-fPIC", f"-I{include}", str(source)]
-    subprocess.run([*command, "-o", str(library)], check=True, timeout=300)
-    found = file_signatures(library)
+    found = file_signatures(library(source, tmp_path / "types.so"))
     expected = tuple(abi_type(kind, {"Kind": "int"}) for kind in cpp)
     assert found["types"].params == expected
     for i, kind in enumerate(results):

@@ -8,6 +8,8 @@ import zipfile
 
 import pytest
 
+from tests.helpers import sampling
+
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory):
@@ -16,6 +18,7 @@ def sources(tmp_path_factory):
 
     def read(release: str, source: str) -> str:
         wheel = folder / f"flashinfer_python-{release}-py3-none-any.whl"
+        sampling.only_in_full("downloads FlashInfer's releases")
         if not wheel.exists():
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
             command += ["--only-binary=:all:", "--dest", str(folder)]

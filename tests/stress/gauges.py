@@ -23,9 +23,9 @@ FREE_GPU_BYTES = 4 << 20  # the driver takes memory in pieces of 2 MB
 
 def counted() -> str:
     """counted.c as a library, which knows how many of its errors are alive."""
-    from tests.modules.conftest import compiled
+    from tests.helpers.compiler import compiled
 
-    return str(compiled(str(Path(__file__).with_name("counted.c"))))
+    return str(compiled(Path(__file__).with_name("counted.c")))
 
 
 def read(more: Mapping[str, Callable[[], int]]) -> dict[str, int]:

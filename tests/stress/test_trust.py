@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import stat
-import subprocess
 import zipfile
 from pathlib import Path
 
@@ -17,10 +16,10 @@ import fi_ffi
 from fi_ffi.abi import library
 from fi_ffi.errors import ArtifactError, LoaderError
 from fi_ffi.loader import cache, elf, held, runtime, search, tvm_ffi
-from fi_ffi.loader.building.environment import find_cxx
 from fi_ffi.loader.kernels import ModuleFile, open_source
 from fi_ffi.loader.wheel import Wheel
 
+from tests.helpers import compiler
 from tests.helpers.forking import in_child
 from tests.helpers.pinned import TESTING_MEMBER, download_pinned_wheel, tvm_ffi_loaded
 from tests.loader.server import make_wheel, record, sha256
@@ -271,8 +270,7 @@ def test_a_library_that_needs_its_own_folder(tmp_path, monkeypatch):
     """It is opened by its path; one that was replaced meanwhile is told, and not used."""
     source, path = tmp_path / "own.c", tmp_path / "own.so"
     source.write_text("int __tvm_ffi_own(void *h, void *a, int n, void *r) { return 0; }")
-    options = ["-shared", "-fPIC", "-Wl,-rpath,$ORIGIN"]
-    subprocess.run([find_cxx(), "-x", "c", *options, str(source), "-o", str(path)], check=True)
+    compiler.library(source, path, "-Wl,-rpath,$ORIGIN")
     real = library.open_module
     asides = []
 

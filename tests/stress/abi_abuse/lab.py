@@ -17,15 +17,15 @@ from typing import Any
 from fi_ffi.loader import runtime
 
 from tests.helpers.children import environment
+from tests.helpers.compiler import compiled
 from tests.helpers.stress_strength import scaled
-from tests.modules.conftest import compiled
 
 _SECONDS = 300
 
 
 def abuse_library() -> str:
     """abuse.c, compiled against the pinned TVM-FFI's headers."""
-    return str(compiled(str(Path(__file__).with_name("abuse.c")), "-pthread"))
+    return str(compiled(Path(__file__).with_name("abuse.c"), "-pthread"))
 
 
 def cases_of(module: str) -> dict[str, Callable[[], None]]:
