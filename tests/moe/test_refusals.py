@@ -126,8 +126,8 @@ def test_how_many_experts():
     made.more["ep_size"] = 2
     made.tensors["token_selected_experts"] = np.tile(np.array([2, 3, 1], "i4"), (7, 1))
     made.call()
-    # Counters that would wrap.
-    refused(a("half"), "token_selected_experts", ep_size=2**30)
+    for ranks in (2**27, 2**30):  # counters would wrap: of all tokens, of one token
+        refused(a("half"), "token_selected_experts", ep_size=ranks)
 
 
 @pytest.mark.parametrize("mode", ["half", *QUANTISED])

@@ -158,6 +158,7 @@ def test_segments_recorded_and_replayed(backend, machine, rng):
 REFUSED: dict[str, tuple[Callable[[dict], object], str]] = {
     "lengths": (lambda a: a.update(seg_lens=None), "seg_indptr or seg_lens"),
     "too many rows": (lambda a: a.update(seg_lens=[1, 2, 4]), "3 as many|the rows of `x`"),
+    "too few rows": (lambda a: a.update(seg_lens=[1, 2, 2]), "the rows of `x`"),
     "batch_size": (lambda a: a.update(batch_size=4), "as many segments"),
     "a negative length": (lambda a: a.update(seg_lens=[1, -1, 6]), "seg_lens"),
     "falling": (lambda a: a.update(seg_indptr=[0, 4, 2, 6]), "do not decrease"),

@@ -69,8 +69,8 @@ def test_abort_takes_place_though_on_hang_fails_or_blocks():
     status, out, err = child("""
         from fi_ffi.ops.watch import watchdog
         watchdog._LAST_PATIENCE = 0.5
-        with fi_ffi.watchdog(0.2, on_hang=lambda report: time.sleep(50.0), abort=True):
-            slow(50.0)
+        with fi_ffi.watchdog(0.2, on_hang=lambda report: time.sleep(500.0), abort=True):
+            slow(500.0)
     """)
     assert status == 124
 
