@@ -15,6 +15,8 @@ import pytest
 import fi_ffi
 from fi_ffi.ops.functions import OPS
 
+from tests.helpers import sampling
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 MISSING = [n for n in ("sphinx", "myst_parser", "furo") if importlib.util.find_spec(n) is None]
@@ -24,6 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def build(docs: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    sampling.only_in_full("builds the site")
     options = ["-W", "--keep-going", "-n", "-q"]
     command = [sys.executable, "-m", "sphinx", *options, str(docs), str(out)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

@@ -11,6 +11,7 @@ import pytest
 
 from fi_ffi.loader import lock, runtime
 
+from tests.helpers import sampling
 from tests.helpers.children import ROOT, done
 from tests.helpers.pinned import pinned_wheel, testing_library, tvm_ffi_loaded
 from tests.loader.server import File, Server, kernel_members, make_wheel, sha256
@@ -37,6 +38,7 @@ def install(tmp_path_factory):
 
     @functools.cache
     def run(requirement):
+        sampling.only_in_full("installs from the package index")
         folder = tmp_path_factory.mktemp("installed")
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
         options = ["--no-compile", "--disable-pip-version-check", "--target", str(folder)]

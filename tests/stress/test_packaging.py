@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import sampling
 from tests.helpers.stress_strength import LONG
 
 # Megabytes; docs/reliability.md has what was measured.
@@ -100,6 +101,7 @@ class Bare:
 
     @classmethod
     def make(cls, root, python):
+        sampling.only_in_full("installs from the package index")
         # Not of a virtual environment: the new one would have its packages' parent.
         base = run(python, "-c", "import sys; print(sys._base_executable)")
         run(base, "-m", "venv", root / "venv")
