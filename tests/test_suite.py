@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import mutate  # noqa: E402
 
+from tests.helpers import sampling  # noqa: E402
+
 CONFTEST = """
 from tests.helpers import expectations, sampling
 
@@ -92,12 +94,14 @@ def test_a_sample_is_drawn_alike_by_its_seed(tmp_path):
         printed = run(tmp_path, *arguments)
         return set(re.findall(r"(?:PASSED.*|)::(test_\w+(?:\[\d+\])?)", printed)), printed
 
+    (tmp_path / "tests" / "stress").mkdir(parents=True)
+    (tmp_path / "tests" / "stress" / "test_long.py").write_text("def test_long(): assert True")
     first, printed = ran("-n", "2")
-    assert len(first) == 13 and "test_one" in first, printed
+    assert len(first) == sampling.CASES + 1 and "test_one" in first, printed
     seed = re.search(r"--sample-seed (\d+)", printed)[1]
     assert ran("--sample-seed", seed)[0] == first
     assert ran("--sample-seed", str(int(seed) + 1))[0] != first
-    assert len(ran("--all")[0]) == len(ran("test_many.py")[0]) == 41
+    assert len(ran("--all")[0]) == len(ran("test_many.py", "tests")[0]) == 42
 
 
 def test_every_fault_of_the_table_can_be_put_in():

@@ -45,7 +45,8 @@ def headers() -> Path:
 def library(source: Path, made: Path, *options: str) -> Path:
     """A shared library of a C or C++ source, which may use tvm-ffi's headers."""
     command = [*cxx(), *_LANGUAGES[source.suffix], "-shared", "-fPIC", "-O0", f"-I{headers()}"]
-    subprocess.run([*command, str(source), "-o", str(made), *options], check=True, timeout=300)
+    command += [str(source), "-xnone", *options, "-o", str(made)]
+    subprocess.run(command, check=True, timeout=300)
     return made
 
 

@@ -1,6 +1,6 @@
-"""What `python3 -m pytest` runs without arguments: of each test with many cases a few, drawn anew,
-and nothing that takes a compiler, the network or minutes.
+"""What `python3 -m pytest` runs without arguments: of each test with many cases a few, drawn anew.
 
+Left out is what takes a compiler, the network or minutes, and the folders `LEFT_OUT`.
 `--all` runs every case, and so does naming a file, a test or a marker.  The seed is in the header;
 `--sample-seed` repeats a draw.  All processes of pytest-xdist draw alike.
 """
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
-CASES = 12  # of a test, at most
+CASES = 8  # of a test, at most
+LEFT_OUT = ("llm", "releases", "speed", "stress")  # folders of tests/
 _SEED = pytest.StashKey[int | None]()
 _is_sample = False
 
@@ -52,7 +54,13 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     seed = config.stash[_SEED]
     if seed is None:
         return []
-    return [f"{CASES} cases of each test at most (--all: every one): --sample-seed {seed}"]
+    told = f"{CASES} cases of each test at most, without tests/{{{','.join(LEFT_OUT)}}}"
+    return [f"{told} (--all: everything): --sample-seed {seed}"]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    is_left_out = collection_path.name in LEFT_OUT and collection_path.parent.name == "tests"
+    return True if is_left_out and config.stash[_SEED] is not None else None
 
 
 @pytest.hookimpl(tryfirst=True)

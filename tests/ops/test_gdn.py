@@ -128,12 +128,16 @@ _WRONG = [
       for starts in ([], [1, 2], [0, 2, 2], [0, 2, 1], [[0, 1]], None)),
     *((fi_ffi.checkpoint_cu_starts, ([0, 5], every), "checkpoint_every_n_tokens")
       for every in (0, -64, 63, 65, 64.0, True, None, "64")),
-    *((fi_ffi.gdn_prefill_workspace_size, (device,), "")
-      for device in ("cuda:99", "gpu", None, 3.5)),
+    *((fi_ffi.gdn_prefill_workspace_size, (device,), "device") for device in ("gpu", None, 3.5)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("function", "args", "argument"), _WRONG)
 def test_what_is_refused_on_the_host(function, args, argument):
-    with pytest.raises(fi_ffi.FiFfiError, match=f"argument `{argument}`" if argument else ""):
+    with pytest.raises(fi_ffi.FiFfiError, match=f"argument `{argument}`"):
         function(*args)
+
+
+def test_a_gpu_that_is_not_there_has_no_workspace():
+    with pytest.raises(fi_ffi.LoaderError, match="there is no cuda:99"):
+        fi_ffi.gdn_prefill_workspace_size("cuda:99")

@@ -11,7 +11,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable
-from itertools import count
+from itertools import count, cycle
 
 import numpy as np
 import pytest
@@ -93,17 +93,23 @@ def test_prepared_calls_of_their_own(op, dtypes, more):
 def test_many_sizes_while_variants_are_forgotten(mine, monkeypatch):
     """Variants that fill up, and are dropped, under calls that are being made."""
     monkeypatch.setattr(compiled, "_MOST_VARIANTS", 2)
-    stop = threading.Event()
+    ended = []
 
     def work(number: int) -> None:
         if number == 0:
-            for release in ["0.6.13", None, "0.7.0"] * ROUNDS:
-                mine.op.select_release(release)
+            releases = cycle(["0.6.13", None, "0.7.0"])
+            while len(ended) < THREADS - 1:
+                mine.op.select_release(next(releases))
                 mine.op.forget()
-            stop.set()
             return
+        try:
+            call_with_many_sizes()
+        finally:
+            ended.append(number)
+
+    def call_with_many_sizes() -> None:
         rng = np.random.default_rng()
-        while not stop.is_set():
+        for _ in range(ROUNDS):
             rows, pad = int(rng.integers(1, 9)), 8 * int(rng.integers(0, 9))
             x = rng.standard_normal((rows, 16 + pad)).astype(np.float16)[:, :16]
             y = np.full((rows, 16), np.nan, np.float16)
