@@ -76,7 +76,7 @@ def _memory(row: Row) -> str:
     said = []
     if row.together:
         said.append(f"{', '.join(row.together)} are given together.")
-    if row.apart:
+    if any(arg.writes for arg in row.tensors) and len(row.tensors) > 1:
         pairs = " or ".join(" and ".join(pair) for pair in row.in_place)
         but = f"; {pairs} may be one" if pairs else ""
         said.append(f"What is written shares no memory with other tensors{but}.")

@@ -305,9 +305,7 @@ class Row:
     result: str = "void"
     # The kernel makes tensors itself: its calls are given memory for them.
     allocates: bool = False
-    # What is written shares no memory with any other tensor, but for the pairs in `in_place`,
-    # which may be the same memory.
-    apart: bool = False
+    # Pairs that may be the same memory; what is written shares none with any other tensor.
     in_place: tuple[tuple[str, str], ...] = ()
     # Major compute capabilities that the kernel was written for; any, where there is none.
     capabilities: tuple[int, ...] = ()

@@ -97,7 +97,7 @@ def _segments(out: str, weights: str, inputs: tuple[str, ...], outputs: tuple[st
             f"d_in >= {step}", "d_out >= 8", f"d_in % {step} == 0", "d_out % 8 == 0",
             f"n <= {INT}", f"d_in <= {INT}", f"d_out <= {INT}",
         ),
-        vector=Vector(("d_in", "d_out")), offset_limit=2**63, apart=True,
+        vector=Vector(("d_in", "d_out")), offset_limit=2**63,
     )  # fmt: skip
 
 
@@ -209,7 +209,7 @@ def _blocks(scales: str, axes: tuple[str, str], granularity: str) -> Rule:
 
 _GROUPWISE: dict[str, Any] = {
     "module": "gemm_sm100", "doc": "", "releases": ">=0.6.3", "dtypes": {"T": FP8, "O": F16},
-    "apart": True, "capabilities": (10,), **_ANY,
+    "capabilities": (10,), **_ANY,
     "requires": (
         "k >= 128", "n >= 8", "k % 128 == 0", "n % 8 == 0", f"m * n <= {INT}", f"m <= {INT}",
         _blocks("SFA", ("a0", "a1"), "m"), _blocks("SFB", ("b0", "b1"), "n"),

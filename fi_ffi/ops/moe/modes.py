@@ -332,5 +332,5 @@ def row_of(
         "cutlass_fused_moe" if is_run else f"cutlass_fused_moe.{method}", MODULE, method, SOURCE,
         "", args, allowed, interface.releases, variant=f".{mode.name}", offset_limit=2**63,
         vector=Vector(()), together=("fc1_expert_biases", "fc2_expert_biases"),
-        allocates=True, apart=True, capabilities=(9,), requires=(*limits, *rules),
+        allocates=True, capabilities=(9,), requires=(*limits, *rules),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from fi_ffi.ops.row import Row, Rule, Scalar, Tensor, Vector
 
 _QUANT_TYPES = {"int4": 0, "fp4": 1}
 _INT32 = 2**31 - 1
-_ANY: dict[str, Any] = {"offset_limit": 2**63, "vector": Vector(()), "apart": True}
+_ANY: dict[str, Any] = {"offset_limit": 2**63, "vector": Vector(())}
 _WRITTEN: dict[str, Any] = {"doc": "", "contiguous": True, "writes": True, "reads": False}
 
 # 16 rows of 32 bytes change places among one another; values are counted in 32 bits.

@@ -86,7 +86,6 @@ _ROW = Row(
     ),
     nothing_axis="num_seqs",
     together=tuple(arg.name for arg in _CHECKPOINTS),
-    apart=True,
     in_place=(("output_state", "input_state"),),
     capabilities=(9,),
 )

@@ -66,7 +66,6 @@ BMM: dict[str, Any] = {
     ),
     "capabilities": (8, 9, 10, 11, 12),  # of the first, from 8.9 on
     "lacks": ({"TA": "float8_e5m2", "TB": "float8_e5m2"},),
-    "apart": True,
 }
 
 
@@ -100,7 +99,7 @@ def _tiny(name: str, *bias: Tensor, since: str) -> tuple[Row, ...]:
         # with more than one (256 of k for each of four warps) results were wrong now and then, and
         # it hung at k = 5120, where stages are used again.
         requires=(*always, "k <= 1024"),
-        offset_limit=2**63, vector=Vector(()), apart=True, capabilities=(9, 10, 11, 12),
+        offset_limit=2**63, vector=Vector(()), capabilities=(9, 10, 11, 12),
     )  # fmt: skip
     return forms_of(row, {"0.6.14": {"requires": always}})
 
@@ -123,7 +122,7 @@ def _router(
             Scalar("launch_with_pdl", bool, True, _PDL),
         ),
         {"T": _BF16}, releases,
-        offset_limit=2**63, vector=Vector(()), apart=True,
+        offset_limit=2**63, vector=Vector(()),
         requires=("n <= 16",),
     )  # fmt: skip
 
@@ -136,7 +135,6 @@ BLOCKSCALE: dict[str, Any] = {
     "releases": ">=0.6.3",
     "offset_limit": 2**63,
     "vector": Vector(()),
-    "apart": True,
     "capabilities": (9,),
 }
 

@@ -41,7 +41,7 @@ def _row(
     return Row(
         name, "page", name, _SOURCE, doc, args,
         dtypes=_T, releases=">=0.6.3", offset_limit=2**63, requires=(*requires, *_LIMITS),
-        nothing_axis="nnz", apart=True, **fields,
+        nothing_axis="nnz", **fields,
     )  # fmt: skip
 
 

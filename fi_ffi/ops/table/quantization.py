@@ -54,6 +54,5 @@ ROWS = (
         requires=(f"n <= {2**31 - 1}", f"b <= {2**31 - 1}"),
         nothing_axis="b",
         # Bits that are written over the starts would send other threads' anywhere.
-        apart=True,
     ),
 )  # fmt: skip

@@ -80,8 +80,7 @@ _LIMITS = ("h >= 1", f"h <= {_INT}", f"n <= {_INT}")
 
 
 def _row(name: str, doc: str, args: tuple[Any, ...], releases: str, **more: Any) -> Row:
-    fields = {"apart": True, **more}
-    return Row(name, "sampling", name, _SOURCE, doc, args, releases=releases, **fields)
+    return Row(name, "sampling", name, _SOURCE, doc, args, releases=releases, **more)
 
 
 def _in_and_out(source: str, out: str, dtype: str, doc: str) -> tuple[Tensor, Tensor]:

@@ -112,7 +112,7 @@ def row(
     fields: dict[str, Any] = {
         "symbol": name, "dtypes": INPUTS | INDEX, "vector": Vector(("head_dim",), dtype="T"),
         "requires": ("num_qo_heads >= 1", MOST, *requires), "nothing_axis": "nnz",
-        "apart": True, "in_place": (("q_rope", "q"), ("k_rope", "k")),
+        "in_place": (("q_rope", "q"), ("k_rope", "k")),
     } | more  # fmt: skip
     return Row(
         name, "rope", source=SOURCE, doc=doc, args=args, releases=">=0.6.3", offset_limit=2**63,

@@ -168,7 +168,6 @@ _SOFTMAX = Row(
     vector=_FLOATS,
     # A grid's second dimension has a block for each slice.
     requires=("h >= 1", f"h <= {_SLICE * (2**16 - 1)}", f"n <= {_INT}"),
-    apart=True,
     in_place=(("output", "logits"),),
 )  # fmt: skip
 

@@ -68,7 +68,6 @@ def _forms(
         vector=Vector(("d",), dtype="T"),
         offset_limit=2**63,
         requires=(*_LIMITS, rule_of_shared_rows("input", "d"), *limited, *requires),
-        apart=True,
         **more,
     )  # fmt: skip
     return forms_of(row, later)
