@@ -15,6 +15,7 @@ import pytest
 import fi_ffi
 from fi_ffi.abi.function import make_array, probe
 from fi_ffi.ops import cuda
+from fi_ffi.ops.call import memory
 from fi_ffi.ops.moe import profile
 from fi_ffi.ops.moe.interface import INTERLEAVE, SET_INCLUDE_DIRS, Runner, of_release
 
@@ -191,6 +192,19 @@ def test_the_workspace_is_given_back(recording, rng):
     before = cuda.kernel_memory().count
     launched(recording, "0.6.13", make(rng, "half", F16, F16))
     assert cuda.kernel_memory().count == before
+
+
+def test_a_frame_whose_tensor_a_callee_keeps_serves_no_other_call(recording, rng, monkeypatch):
+    made, moe = make(rng, "fp8", F8, F16), moe_of(recording, "0.6.13", "fp8")
+    made.call_of(moe)
+    (variant,) = next(iter(moe._calls.values())).variants.values()
+    frame, kept = variant.frames.pop(), []
+    monkeypatch.setattr(memory, "keep", kept.append)
+    with make_array([next(iter(frame._objects.values()))]):  # as a callee might
+        variant.give_back(frame)
+        assert (kept, variant.frames) == ([frame], [])
+    variant.give_back(frame)
+    assert (kept, variant.frames) == ([frame], [frame])
 
 
 def test_frames_let_their_arrays_go(recording, rng):

@@ -119,3 +119,14 @@ def test_memory_stays_apart():
     room = Placed(draw(op.row, {"T": "float16"}, {}))
     call.update(output_state=room.addresses["output_state"])
     call()
+
+
+@pytest.mark.parametrize("rows", [-1, 1])
+def test_an_address_inside_what_is_written(rows):
+    op = OPS["rmsnorm"]
+    (made,) = placed(draw(op.row, {"T": "float16"}, {}), {}, 1)
+    call = op.prepare(**made.values)
+    before, out = frame_of(call), made.descs["out"]
+    with pytest.raises(fi_ffi.ArgumentError, match=r"overlaps `(input|out)`"):
+        call.update(input=out.ptr + rows * out.strides[0] * out.dtype.itemsize)
+    assert frame_of(call) == before

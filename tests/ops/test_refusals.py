@@ -311,3 +311,26 @@ def test_anything_anywhere(data):
             return
         assert not isinstance(arg, Tensor), f"{arg.name}={value!r} was accepted"
         assert value in KV_LAYOUTS if isinstance(arg, KvLayout) else type(value) in (arg.type, int)
+
+
+@pytest.mark.parametrize("stride", [1, 4, 8])
+def test_rows_that_share_one_element_are_not_written(stride):
+    """Nine elements a row, so that any stride is one that the kernel can load."""
+    x, weight = np.ones((4, 9), np.float16), np.ones(9, np.float16)
+    memory = np.full(64, np.nan, np.float16)
+    out = np.lib.stride_tricks.as_strided(memory, (4, 9), (2 * stride, 2))
+    with pytest.raises(fi_ffi.ArgumentError, match="elements that do not overlap") as caught:
+        fi_ffi.rmsnorm(out, x, weight)
+    assert caught.value.argument == "out" and np.isnan(memory).all()
+    fi_ffi.rmsnorm(np.lib.stride_tricks.as_strided(memory, (4, 9), (18, 2)), x, weight, eps=0.0)
+    assert (memory[:36] == 1).all() and np.isnan(memory[36:]).all()
+
+
+@pytest.mark.parametrize("past", [1, 2, 64])
+def test_offsets_end_where_the_kernel_stops_counting(past):
+    """The last element of the second row is the first that is too far."""
+    limit = OPS["rmsnorm"].row.offset_limit
+    x = fi_ffi.TensorDesc(1 << 20, (2, 9), "float16", strides=(limit - 9 + past, 1), device="cpu")
+    with pytest.raises(fi_ffi.ArgumentError, match=f"offsets below {limit} elements") as caught:
+        fi_ffi.rmsnorm(np.ones((2, 9), np.float16), x, np.ones(9, np.float16))
+    assert caught.value.argument == "input"

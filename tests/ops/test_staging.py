@@ -199,3 +199,11 @@ def test_ctrl_c_at_any_moment_loses_no_piece():
     while interrupted(moments):
         moments += 1
     assert moments > 20
+
+
+def test_a_table_that_is_larger_than_the_last(monkeypatch):
+    made = Copies(monkeypatch)
+    small = made.staged(5)
+    large = made.staged(5, bytes(5 << 14))
+    assert large[0] != small[0]
+    assert made.staged(5)[0] == large[0]
