@@ -109,3 +109,10 @@ def test_what_comes_last_comes_last() -> None:
     assert layout.first_dims == layout.dims[2] < layout.dims[3] < layout.dims[0]
     assert layout.dims[3] - layout.dims[2] == 6
     assert layout.words == layout.dims[0] + 4
+
+
+def test_a_result_that_is_taken_is_gone(callback: Callable[..., Entry]) -> None:
+    frame = make_frame(callback(lambda: 7, 0), [])
+    assert call(frame) == 7
+    assert frame.peek_result() is None
+    assert not any(frame.words[frame.layout.result :][:2])

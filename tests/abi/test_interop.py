@@ -339,3 +339,12 @@ def test_torch_tensors_that_no_kernel_can_read(name: str, torch: Any) -> None:
         with pytest.raises(ArgumentError, match=re.escape(words)):
             fi_ffi.rmsnorm(make(torch), torch.ones(3, 4), torch.ones(4))
         as_desc(torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("data", [b"\x10\x20", np.zeros(2, np.uint8), [0x1000, False], (0x1000,)])
+def test_what_is_no_pair_of_an_address_and_a_flag(data: object) -> None:
+    """The bytes of a buffer, which may be two, would be taken for an address."""
+    for exporter in (ArrayInterface, CudaArrayInterface):
+        value = exporter(random_array((4,)), data=data)
+        with pytest.raises(ArgumentError, match="not an address and a flag"):
+            as_desc(value)

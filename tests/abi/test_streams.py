@@ -512,3 +512,28 @@ def test_streams_of_no_gpu_of_their_own_are_not_asked(two_gpus):
             stream_context(handle, device, "an_op")
     stream_context(150, parse_device("cpu"), "an_op")
     assert two_gpus == [99, 99]  # and what is not told is not remembered
+
+
+def test_a_signal_while_a_scope_opens_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its exception arrives when the scope is current, before the block is entered."""
+    real, signals = streams.scope_var, [KeyboardInterrupt]
+
+    class Interrupted:
+        get = real.get
+
+        def set(self, value: Any) -> None:
+            real.set(value)
+            if signals:
+                raise signals.pop()
+
+    scope = stream(0x30)
+    with stream(0x20) as outer:
+        with monkeypatch.context() as patch:
+            patch.setattr(streams, "scope_var", Interrupted())
+            with pytest.raises(KeyboardInterrupt):
+                scope.__enter__()
+        found = current_scope()
+        real.set(outer)
+        assert found is outer
+        with scope:
+            assert current_scope() is scope

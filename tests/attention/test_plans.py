@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.ops.attention.arrays import Arrays
 
 from tests.attention.arrays import bytes_of
 from tests.attention.batches import Batch
@@ -186,3 +188,12 @@ def test_refused_or_right(spec, machine, rng):
     """What a kernel may not be able to do is refused, not done wrong."""
     with contextlib.suppress(fi_ffi.ArgumentError):
         check_results(spec, machine, rng)
+
+
+def test_room_for_as_many_requests_as_have_starts():
+    """Where each request's pages start takes one number more than there are requests."""
+    arrays = Arrays(1000, ["indptr"], size=3)
+    most = arrays.where("indptr")[1] - 1
+    for size in (1, most, most + 1, 2 * most):
+        batch: Any = SimpleNamespace(size=size, num_indices=0, views={"indptr": None})
+        assert arrays.holds(1000, batch) == (size <= most)

@@ -35,3 +35,20 @@ def test_prefill(g, lens):
 @given(g=GEOMETRIES, pages=st.lists(LENGTHS, min_size=1, max_size=40))
 def test_decode(g, pages):
     assert is_within(sizes.decode(g, len(pages), pages), sizes.decode(g, len(pages), None))
+
+
+def test_partial_results_have_a_logarithm_each():
+    """Of a batch that is split: a float32 for each element of a partial result, and one for each
+    of its rows."""
+    lens = [300, 5], [3000, 700]
+    narrow, wide = (
+        sizes.prefill_fa2(sizes.Geometry(8, 2, head_dim, 16, 132, 9), *lens, 305).float_bytes
+        for head_dim in (64, 128)
+    )
+    elements = wide - narrow
+    assert elements > 0 and narrow == elements + elements // 64
+    of_decode = [
+        sizes.decode(sizes.Geometry(8, 2, d, 16, 132, 9), 2, [100, 200]) for d in (64, 128)
+    ]
+    elements = of_decode[1].float_bytes - of_decode[0].float_bytes
+    assert elements > 0 and of_decode[0].float_bytes == elements + elements // 64
