@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tools" / "mutants.toml"
 MOST_SURVIVORS = 2
 NEVER = ("memory", "trust")  # subjects of which none may survive
-_PATIENCE = 900  # seconds: a fault that hangs is seen
+_LONGEST, _PATIENCE = 120, 900  # seconds, of a test and of all: a fault that hangs is seen
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ class Checkouts:
 
 
 def _fails(root: Path, tests: str) -> tuple[bool, str]:
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command += ["-o", f"timeout={_LONGEST}", *tests.split()]
     # Compiled code would outlive a fault that is put in and out within one second.
     names = {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
