@@ -44,11 +44,6 @@ def parse_axis(text: str) -> Axis:
     return Axis(tuple(terms.items()), more, int(over or 1))
 
 
-def axis_size(text: str, sizes: Mapping[str, int]) -> int:
-    """The size of an axis whose names are all known."""
-    return parse_axis(text).size(sizes)
-
-
 _WORDS = frozenset({"and", "or", "not", "in", "if", "else", "is", "None", "True", "False"})
 # A name that is no function's; a text, and the e of a number, are passed over.
 _NAME = re.compile(r"'[^']*'|(?<![\w.])([A-Za-z_]\w*)(?![\w(])")

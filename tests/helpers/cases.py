@@ -10,7 +10,7 @@ import numpy as np
 
 from fi_ffi.abi.tensor import DTYPES
 from fi_ffi.cli.cases import Case, case_of
-from fi_ffi.ops.notation import axis_size
+from fi_ffi.ops.notation import parse_axis
 from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor, Text
 from fi_ffi.reference import MOVES
 from fi_ffi.reference.arrays import Array
@@ -51,7 +51,7 @@ def make_case(
         if arg.name in without:
             continue
         axes = arg.axes_in(values.get("kv_layout", "NHD"))
-        shape = [axis_size(name, sizes) for name in axes]
+        shape = [parse_axis(name).size(sizes) for name in axes]
         dtype = DTYPES[dtypes.get(arg.dtype, arg.dtype)].numpy
         if tables and arg.name in tables:
             arrays[arg.name] = _placed(tables[arg.name].astype(dtype), arg)

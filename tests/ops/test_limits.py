@@ -13,7 +13,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.notation import axis_size
+from fi_ffi.ops.notation import parse_axis
 from fi_ffi.ops.releases import fits
 from fi_ffi.ops.row import Row, Scalar
 
@@ -47,7 +47,7 @@ def described(row: Row, **changes: Any) -> dict[str, Any]:
     for arg in row.tensors:
         if arg.name not in case.arrays:
             continue
-        shape = [axis_size(axis, sizes) for axis in arg.axis_names]
+        shape = [parse_axis(axis).size(sizes) for axis in arg.axis_names]
         fields: dict[str, Any] = {"dtype": row.dtypes.get(arg.dtype, (arg.dtype,))[0]}
         steps = [int(np.prod(shape[k + 1 :], dtype=object)) * arg.parts for k in range(len(shape))]
         steps[-1:] = [1]

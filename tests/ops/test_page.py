@@ -12,7 +12,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.notation import axis_size
+from fi_ffi.ops.notation import parse_axis
 
 from tests.helpers.calls import (
     CALLS_PAGE,
@@ -200,7 +200,7 @@ def described(row, dtype: str, **sizes: int) -> dict[str, fi_ffi.TensorDesc]:
     sizes = SIZES | {"num_pages": 9, "num_indices": 7} | sizes
 
     def size(axis: str) -> int:
-        return axis_size(axis, sizes)
+        return parse_axis(axis).size(sizes)
 
     return {
         arg.name: fi_ffi.TensorDesc(

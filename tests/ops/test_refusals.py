@@ -22,7 +22,7 @@ import fi_ffi
 from fi_ffi.cli.cases import Case
 from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.notation import axis_size, parse_axis
+from fi_ffi.ops.notation import parse_axis
 from fi_ffi.ops.row import KV_LAYOUTS, KvLayout, Row, Scalar, Tensor, default_of
 
 from tests.helpers.calls import having
@@ -213,7 +213,7 @@ def test_sizes_that_are_too_small(op, dtypes):
         sizes = {**least, **inputs_of(op.row).small, axis: 0}
         values = {}
         for arg in op.row.tensors:
-            shape = [axis_size(axis, sizes) for axis in arg.axis_names]
+            shape = [parse_axis(axis).size(sizes) for axis in arg.axis_names]
             values[arg.name] = fi_ffi.TensorDesc(
                 16, shape, op.row.dtypes.get(arg.dtype, (arg.dtype,))[0], device="cpu"
             )
