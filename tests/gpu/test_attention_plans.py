@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from tests.attention import test_plans
-from tests.helpers.bodies import tests_of
+from tests.helpers.bodies import bodies_of
 
-globals().update(tests_of(test_plans))
+globals().update(bodies_of(test_plans))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.helpers.bodies import tests_of
+from tests.helpers.bodies import bodies_of
 from tests.ops import test_activation, test_cascade, test_quantization, test_results
 
-globals().update(tests_of(test_activation, test_cascade, test_quantization, test_results))
+globals().update(bodies_of(test_activation, test_cascade, test_quantization, test_results))

@@ -20,14 +20,14 @@ from fi_ffi.ops.watch.dump import BEFORE
 from fi_ffi.ops.watch.tensor_bytes import read as read_memory
 
 from tests.helpers import children
-from tests.helpers.bodies import tests_of
+from tests.helpers.bodies import bodies_of
 from tests.helpers.cases import make_case
 from tests.helpers.inputs import inputs_of
 from tests.helpers.prepared_calls import OnGpu, settle
 from tests.ops import test_call_log
 from tests.ops.test_call_log import _nothing_is_left, read  # noqa: F401  a fixture
 
-globals().update(tests_of(test_call_log))
+globals().update(bodies_of(test_call_log), path=test_call_log.path)
 
 
 @pytest.fixture

@@ -255,7 +255,7 @@ assert (np.abs(x.get() - 1) < 1e-3).all()
 bad = {"torch", "tvm_ffi", "flashinfer"} & set(sys.modules)
 assert not bad, bad
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    assert not subprocess.run([sys.executable, "-c", program], timeout=120).returncode
 
 
 def test_kernels_for_another_gpu_are_refused_by_name(case, to_gpu, stream, sm87_wheel, tmp_path):

@@ -66,7 +66,7 @@ def environment(norm: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping
 
 
 @pytest.fixture(scope="module")
-def running(norm: Path, environment: Mapping[str, str]) -> Iterator[dict[str, Future[None]]]:
+def running(norm: Path, environment: Mapping[str, str]) -> Iterator[dict[str, Future[list[str]]]]:
     """All orders, some at a time: most of it is imports."""
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         yield {
@@ -76,8 +76,8 @@ def running(norm: Path, environment: Mapping[str, str]) -> Iterator[dict[str, Fu
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_in_order(order: str, running: dict[str, Future[None]]) -> None:
-    running[order].result(timeout=570)
+def test_in_order(order: str, running: dict[str, Future[list[str]]]) -> None:
+    assert running[order].result(timeout=570) == [*order.split(), "all"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,5 +15,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def test_runs(name):
     command = [sys.executable, str(EXAMPLES / name)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if "KernelNotFoundError" in done.stderr:
+        pytest.skip(done.stderr[done.stderr.rindex("KernelNotFoundError") :].partition("\n")[0])
     assert done.returncode == 0, done.stderr
     assert done.stdout

@@ -18,7 +18,7 @@ from fi_ffi.ops.functions import OPS
 from fi_ffi.reference.gemm import fp8_products
 
 from tests.attention.machines import Gpu
-from tests.helpers.bodies import tests_of
+from tests.helpers.bodies import bodies_of
 from tests.helpers.cases import make_case
 from tests.helpers.prepared_calls import OnGpu, settle
 from tests.ops import test_block_scale_gemm as blocks
@@ -26,7 +26,7 @@ from tests.ops import test_gemm, test_segment_gemm
 
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 
-globals().update(tests_of(test_gemm, test_segment_gemm, blocks))
+globals().update(bodies_of(test_gemm, test_segment_gemm, blocks))
 
 DTYPES = {"TA": "float8_e4m3fn", "TB": "float8_e4m3fn", "T": "bfloat16"}
 

@@ -11,13 +11,13 @@ import pytest
 import fi_ffi
 from fi_ffi.ops.functions import OPS
 
-from tests.helpers.bodies import tests_of
+from tests.helpers.bodies import bodies_of
 from tests.helpers.calls import CALLS
 from tests.helpers.cases import make_case
 from tests.helpers.every_op import check_on
 from tests.ops import test_norm
 
-globals().update(tests_of(test_norm))
+globals().update(bodies_of(test_norm))
 
 
 @pytest.mark.parametrize(("op", "dtypes"), CALLS)

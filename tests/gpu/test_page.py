@@ -8,14 +8,14 @@ import pytest
 import fi_ffi
 from fi_ffi.ops.functions import OPS
 
-from tests.helpers.bodies import tests_of
+from tests.helpers.bodies import bodies_of
 from tests.helpers.calls import MOST_HEADS, bits, check_append
 from tests.helpers.cases import make_case
 from tests.ops import test_page
 
 KV = OPS["append_paged_kv_cache"].row
 
-globals().update(tests_of(test_page))
+globals().update(bodies_of(test_page))
 
 
 @pytest.mark.parametrize("kv_layout", ["NHD", "HND"])

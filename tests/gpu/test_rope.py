@@ -9,13 +9,13 @@ import fi_ffi
 from fi_ffi.loader.runtime import kernel_entry
 from fi_ffi.ops.functions import OPS
 
-from tests.helpers.bodies import tests_of
+from tests.helpers.bodies import bodies_of
 from tests.helpers.cases import default_dtypes, make_case
 from tests.helpers.inputs import inputs_of
 from tests.helpers.rope_calls import ANGLES, APPLY, COS_SIN, F16, QUANTISE, a_case, check_in_place
 from tests.ops import test_rope
 
-globals().update(tests_of(test_rope))
+globals().update(bodies_of(test_rope))
 
 
 def raw(name, machine):

@@ -8,12 +8,12 @@ import pytest
 import fi_ffi
 from fi_ffi.ops.functions import OPS
 
-from tests.helpers.bodies import tests_of
+from tests.helpers.bodies import bodies_of
 from tests.helpers.every_op import check_on
 from tests.helpers.sampling_calls import run
 from tests.ops import test_topk as on_host
 
-globals().update(tests_of(on_host))
+globals().update(bodies_of(on_host))
 
 
 def test_whether_a_block_has_room_for_a_row(machine):

@@ -19,13 +19,13 @@ from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.watch import stream_progress
 
 from tests.helpers import children
-from tests.helpers.bodies import tests_of
+from tests.helpers.bodies import bodies_of
 from tests.helpers.cases import make_case
 from tests.helpers.hangs import Hangs, silent, until
 from tests.ops import test_watchdog
 from tests.ops.test_watchdog import _nothing_is_left  # noqa: F401  a fixture
 
-globals().update(tests_of(test_watchdog))
+globals().update(bodies_of(test_watchdog))
 LIMIT, LONG = 0.5, 60.0
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 
-def tests_of(*modules: ModuleType) -> dict[str, Callable[..., object]]:
+def bodies_of(*modules: ModuleType) -> dict[str, Callable[..., object]]:
     """The tests of other modules that take a `machine`, under names that say whose they are."""
     found = {
         f"test_{module.__name__.rpartition('test_')[2]}_{name.removeprefix('test_')}": test

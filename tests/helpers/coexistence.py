@@ -55,8 +55,13 @@ def run(order: str, machine: str, kernels: Path | None, environment: Mapping[str
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def check(order: str, machine: str, kernels: Path | None, environment: Mapping[str, str]) -> None:
-    """One libtvm_ffi and one CUDA runtime, and fi_ffi brings neither where one is there."""
+def check(
+    order: str, machine: str, kernels: Path | None, environment: Mapping[str, str]
+) -> list[str]:
+    """One libtvm_ffi and one CUDA runtime, and fi_ffi brings neither where one is there.
+
+    What was in the process, step by step: each library of the order, and then all.
+    """
     steps = run(order, machine, kernels, environment)
     before: dict[str, list[str]] = {}
     for step in steps:
@@ -72,3 +77,4 @@ def check(order: str, machine: str, kernels: Path | None, environment: Mapping[s
         alone = run(others, machine, kernels, environment)[-1]["mapped"]["libcudart"]
         assert len(alone) >= len(before["libcudart"]), f"{order}: {before['libcudart']}"
         pytest.xfail(f"{others} alone map {len(alone)} CUDA runtimes: {alone}")
+    return [step["after"] for step in steps]

@@ -40,7 +40,7 @@ def norm() -> Path | None:
 
 @pytest.mark.parametrize("order", TAKEN, ids=map(str, range(len(TAKEN))))
 def test_in_order(order: str, environment: Mapping[str, str], norm: Path | None) -> None:
-    coexistence.check(order, "cpu", norm, environment)
+    assert coexistence.check(order, "cpu", norm, environment) == [*order.split(), "all"]
 
 
 @pytest.mark.parametrize("name", NAMES)
