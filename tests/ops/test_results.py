@@ -534,6 +534,8 @@ def test_scratch_serves_calls_of_any_size(name, machine, rng):
         range(2), few + many * machine.is_gpu, ("float32", "bfloat16"), BOTH
     ):
         more = known(op, {"deterministic": deterministic, "without": (own,)})
+        if "page_table" in name and sizes in many and not deterministic:
+            continue  # refused: blocks that share a row take its values in no order
         sizes = {**inputs_of(op.row).small, **sizes}
         case = make_case(op.row, sizes, {"T": dtype}, rng, **more)
         placed, descs = placed_of(machine, case)
