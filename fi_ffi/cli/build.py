@@ -6,20 +6,12 @@ import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import click
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from rich.progress import Progress as Bar
 
 from fi_ffi.cli import INTERRUPTED
 from fi_ffi.cli.output import print_json
@@ -36,69 +28,21 @@ from fi_ffi.loader.building.names import (
 )
 from fi_ffi.loader.cache import cache_root
 from fi_ffi.loader.machine import CPUS
-from fi_ffi.loader.progress import Pace, shown
+from fi_ffi.loader.progress import shown
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+@contextmanager
+def _reporter(quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
+    with shown(quiet) as display:
 
+        def report(progress: Progress) -> None:
+            assert display is not None
+            if progress.stage == "compile":
+                display.step(f"compiling {progress.message}", progress.done, progress.total)
+            else:
+                display.say(progress.message)
 
-def _remaining(progress: Progress) -> str:
-    return "" if progress.remaining is None else f"about {_clock(progress.remaining)} left"
-
-
-class _Lines:
-    """Progress as plain lines on standard error."""
-
-    def __init__(self) -> None:
-        self._pace = Pace()
-
-    def __call__(self, progress: Progress) -> None:
-        if progress.stage != "compile":
-            click.echo(progress.message, err=True)
-            return
-        if not self._pace.due(progress.done >= progress.total):
-            return
-        left = _remaining(progress)
-        click.echo(
-            f"compiling {progress.message}: {progress.done}/{progress.total} in "
-            f"{_clock(progress.elapsed)}" + (f", {left}" if left else ""),
-            err=True,
-        )
-
-
-class _Bars:
-    """Progress as a bar, with the messages above it."""
-
-    def __init__(self, bar: Bar) -> None:
-        self._bar = bar
-        self._task: TaskID | None = None
-
-    def __call__(self, progress: Progress) -> None:
-        if progress.stage != "compile":
-            self._bar.console.print(progress.message, markup=False, soft_wrap=True)
-            return
-        if self._task is None:
-            self._task = self._bar.add_task("compiling", total=progress.total, remaining="")
-        self._bar.update(
-            self._task,
-            completed=progress.done,
-            total=progress.total,
-            remaining=_remaining(progress),
-        )
-
-
-def _reporter(quiet: bool) -> AbstractContextManager[Callable[[Progress], None] | None]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[remaining]}"),
-    )
-    return shown(quiet, _Lines, _Bars, *columns)
+        yield report if display else None
 
 
 def _families_json() -> list[dict[str, Any]]:

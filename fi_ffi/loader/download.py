@@ -32,13 +32,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Report:
-    """How far a download is: bytes, bytes per second, and seconds that remain."""
+    """How far a download is, in bytes."""
 
     name: str
     done: int
     total: int | None
-    rate: float
-    remaining: float | None
 
 
 Reporter = Callable[[Report], None]
@@ -162,7 +160,7 @@ class _Transfer:
         self._remote = RemotePieces(url, client, size)
         self._attempts = Attempts(client.policy, url)
         self._digest = hashlib.sha256()
-        self._begun, self._begun_at, self._told = time.monotonic(), 0, float("-inf")
+        self._begun_at, self._told = 0, float("-inf")
 
     def run(self, sha256: str | None) -> str:
         """Fetch it all; its sha256."""
@@ -248,7 +246,5 @@ class _Transfer:
         now, total = time.monotonic(), self._remote.total
         if self._report is None or (now - self._told < _REPORT_EVERY and self.done != total):
             return
-        rate = max(0, self.done - self._begun_at) / max(now - self._begun, 1e-9)
-        remaining = (total - self.done) / rate if total is not None and rate else None
         self._told = now
-        self._report(Report(self._name, self.done, total, rate, remaining))
+        self._report(Report(self._name, self.done, total))

@@ -6,8 +6,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import TypeVar
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -15,9 +14,9 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
     TaskID,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -27,95 +26,94 @@ from fi_ffi.loader.download import Report, Reporter
 _LINE_EVERY_S = 10.0  # between lines where there is no terminal
 
 
-class Pace:
-    """When the next line of progress is due."""
+class Lines:
+    """Progress as lines: one every ten seconds, and one at the end."""
 
-    def __init__(self) -> None:
-        self._last = float("-inf")
+    def __init__(self, in_bytes: bool) -> None:
+        self._in_bytes, self._last = in_bytes, float("-inf")
+        self._begun: dict[str, tuple[float, int]] = {}
 
-    def due(self, last: bool) -> bool:
-        """Whether a line is due now; the last one always is."""
-        now = time.monotonic()
-        if now - self._last < _LINE_EVERY_S and not last:
-            return False
-        self._last = now
-        return True
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
 
-
-_Shown = TypeVar("_Shown")
-
-
-@contextmanager
-def shown(
-    quiet: bool,
-    lines: Callable[[], _Shown],
-    bar: Callable[[Progress], _Shown],
-    *columns: ProgressColumn,
-    transient: bool = False,
-) -> Iterator[_Shown | None]:
-    """What shows progress on standard error: `bar` on a terminal, else `lines`, or nothing."""
-    console = Console(stderr=True, highlight=False)
-    if quiet:
-        yield None
-    elif not console.is_terminal:
-        yield lines()
-    else:
-        with Progress(*columns, console=console, transient=transient) as progress:
-            yield bar(progress)
-
-
-class _Lines:
-    def __init__(self) -> None:
-        self._pace = Pace()
-
-    def __call__(self, report: Report) -> None:
-        if not self._pace.due(report.done == report.total):
+    def step(self, name: str, done: int, total: int | None, each: str = "") -> None:
+        if each:
+            self.say(f"{name}: {done + 1} of {total}, {each}")
             return
-        total = f" of {report.total / 1e6:,.1f}" if report.total is not None else ""
-        left = f", {report.remaining:.0f} s left" if report.remaining is not None else ""
-        text = f"{report.done / 1e6:,.1f}{total} MB, {report.rate / 1e6:,.1f} MB/s{left}"
-        print(f"{report.name}: {text}", file=sys.stderr, flush=True)
+        now = time.monotonic()
+        begun, before = self._begun.setdefault(name, (now, done))
+        if now - self._last < _LINE_EVERY_S and done != total:
+            return
+        self._last = now
+        rate = (done - before) / max(now - begun, 1e-9)
+        amounts = [n for n in (done, total) if n is not None]
+        if self._in_bytes:
+            text = " of ".join(f"{n / 1e6:,.1f}" for n in amounts) + f" MB, {rate / 1e6:,.1f} MB/s"
+        else:
+            text = "/".join(map(str, amounts)) + f" in {_clock(now - begun)}"
+        left = f", about {_clock((total - done) / rate)} left" if total and rate else ""
+        self.say(f"{name}: {text}{left}")
 
 
-class _Bar:
+class Bars:
+    """Progress as a bar for each name, with what is said above them."""
+
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
         self._tasks: dict[str, TaskID] = {}
 
-    def __call__(self, report: Report) -> None:
-        if report.name not in self._tasks:
-            self._tasks[report.name] = self._bar.add_task(report.name)
-        task = self._tasks[report.name]
-        self._bar.update(task, completed=report.done, total=report.total)
+    def say(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, soft_wrap=True)
+
+    def step(self, name: str, done: int, total: int | None, each: str = "") -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._bar.add_task(name)
+        task = self._tasks[name]
+        self._bar.update(task, completed=done, total=total, description=each or name)
 
 
-def reporter(quiet: bool = False) -> AbstractContextManager[Reporter | None]:
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@contextmanager
+def shown(
+    quiet: bool, *, in_bytes: bool = False, transient: bool = False
+) -> Iterator[Lines | Bars | None]:
+    """What shows steps on standard error: bars on a terminal, else lines; None if `quiet`."""
+    console = Console(stderr=True, highlight=False)
+    if quiet:
+        yield None
+    elif not console.is_terminal:
+        yield Lines(in_bytes)
+    else:
+        of_bytes = (DownloadColumn(), TransferSpeedColumn())
+        amounts = of_bytes if in_bytes else (MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), *amounts, TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=transient) as progress:
+            yield Bars(progress)
+
+
+@contextmanager
+def reporter(quiet: bool = False) -> Iterator[Reporter | None]:
     """What to pass as `report=` to whatever downloads."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    return shown(quiet, _Lines, _Bar, *columns, transient=True)
+
+    def report(at: Report) -> None:
+        assert display is not None
+        display.step(at.name, at.done, at.total)
+
+    with shown(quiet, in_bytes=True, transient=True) as display:
+        yield report if display else None
 
 
 @contextmanager
 def counter(name: str, total: int, quiet: bool = False) -> Iterator[Callable[[str], None]]:
     """Show which of so many things is worked at; called with each one's name as it begins."""
-
-    def lines() -> Callable[[str], None]:
-        numbers = itertools.count(1)
-        return lambda each: print(
-            f"{name}: {next(numbers)} of {total}, {each}", file=sys.stderr, flush=True
-        )
-
-    def bar(progress: Progress) -> Callable[[str], None]:
-        task = progress.add_task(name, total=total)
-        numbers = itertools.count()
-        return lambda each: progress.update(task, completed=next(numbers), description=each)
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with shown(quiet, lines, bar, *columns, transient=True) as count:
-        yield count or (lambda each: None)
+    numbers = itertools.count()
+    with shown(quiet, transient=True) as display:
+        if display:
+            yield lambda each: display.step(name, next(numbers), total, each)
+        else:
+            yield lambda each: None

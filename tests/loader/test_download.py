@@ -18,7 +18,7 @@ from dataclasses import replace
 import pytest
 
 from fi_ffi.errors import ArtifactError, FetchError, LoaderError
-from fi_ffi.loader import cache, methods, ranges, runtime
+from fi_ffi.loader import cache, methods, progress, ranges, runtime
 from fi_ffi.loader.download import Downloaded, fetch_file
 from fi_ffi.loader.http import Client
 from fi_ffi.loader.remote import RemoteWheel
@@ -87,8 +87,25 @@ def test_a_file(web, root):
     assert done == sorted(done) and done[-1] == len(CONTENT)
     assert 2 <= len(reports) <= 10
     assert {(report.name, report.total) for report in reports} == {(NAME, len(CONTENT))}
-    assert reports[-1].remaining == 0
-    assert 1_000_000 < reports[-1].rate < 30_000_000
+
+
+def test_lines_of_progress(monkeypatch, capsys):
+    """One in ten seconds, and the last; rates are of what came since the first."""
+    clock = iter([0.0, 9.0, 12.0, 13.0, 13.0, 75.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    lines = progress.Lines(in_bytes=True)
+    for done in (1_000_000, 2_000_000, 7_000_000, 10_000_000):
+        lines.step("a.whl", done, 10_000_000)
+    lines = progress.Lines(in_bytes=False)
+    for done in (0, 62):
+        lines.step("compiling", done, 93)
+    assert capsys.readouterr().err.splitlines() == [
+        "a.whl: 1.0 of 10.0 MB, 0.0 MB/s",
+        "a.whl: 7.0 of 10.0 MB, 0.5 MB/s, about 0:06 left",
+        "a.whl: 10.0 of 10.0 MB, 0.7 MB/s, about 0:00 left",
+        "compiling: 0/93 in 0:00",
+        "compiling: 62/93 in 1:02, about 0:31 left",
+    ]
 
 
 def test_an_empty_file(web):

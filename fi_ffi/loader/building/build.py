@@ -46,14 +46,14 @@ from fi_ffi.loader.kernels import open_source
 
 _DRIVER = Path(__file__).with_name("driver.py")
 _NINJA_STATUS = "[%f/%t] "
-_STATUS = re.compile(r"^\[(\d+)/(\d+)\] ", re.MULTILINE)
+_STATUS = re.compile(r"\[(\d+)/(\d+)\] ")
 _TELLING = re.compile(
     r"\berror\b|undefined reference|cannot find -l|No such file|Killed|out of memory|not found",
     re.IGNORECASE,
 )
 _MEMORY_PER_JOB = 3 << 30  # what one nvcc process takes for FlashInfer's larger sources
 _KEPT = 400  # lines of output that are looked at after a failure
-_SHOWN = 8
+_SHOWN, _LONGEST = 8, 600  # lines, and their characters
 _PATIENCE_S = 15.0
 
 
@@ -140,13 +140,6 @@ def _escape(path: Path) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
-def meaningful_lines(output: Sequence[str]) -> list[str]:
-    """The lines of a failed build that say why, the last ones if there are many."""
-    lines = [line for line in output if _TELLING.search(line) and len(line) < 600]
-    lines = [line for line in lines if not _STATUS.match(line)]
-    return (lines or [line[:600] for line in output if line.strip()])[-_SHOWN:]
-
-
 def _stop(process: subprocess.Popen[str]) -> None:
     """End ninja and, through it, its compilers: it removes half-written outputs itself."""
     if process.poll() is not None:
@@ -162,33 +155,6 @@ def _stop(process: subprocess.Popen[str]) -> None:
         return
 
 
-def _follow(process: subprocess.Popen[str], log: Path, step: Callable[[int, int], None]) -> str:
-    """Copy ninja's output to `log` and report each finished step; the last of the output."""
-    last: deque[str] = deque(maxlen=_KEPT)
-    assert process.stdout is not None
-    with log.open("a") as file:
-        for line in process.stdout:
-            file.write(line)
-            last.append(line)
-            if match := _STATUS.match(line):
-                step(int(match[1]), int(match[2]))
-    return "".join(last)
-
-
-def count_steps(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> int:
-    """How many steps `command` would run: ninja itself says so only when the first is done."""
-    done = subprocess.run(
-        [*command, "-n"],
-        cwd=folder,
-        env={**os.environ, **environment, "NINJA_STATUS": _NINJA_STATUS},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    match = _STATUS.search(done.stdout)
-    return int(match[2]) if match else 0
-
-
 def run_ninja(
     command: Sequence[str],
     folder: Path,
@@ -201,36 +167,48 @@ def run_ninja(
     It gets a process group of its own, so that an interruption reaches this process
     first, which then ends ninja in order and leaves what is finished for the next time.
     """
-    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    last: deque[str] = deque(maxlen=_KEPT)
     with log.open("a") as file:
-        file.write(f"# {started}\n$ {' '.join(command)}\n")
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env={**os.environ, **environment, "NINJA_STATUS": _NINJA_STATUS},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        output = _follow(process, log, step)
-        code = process.wait()
-    finally:
-        _stop(process)
+        file.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')}\n$ {' '.join(command)}\n")
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, **environment, "NINJA_STATUS": _NINJA_STATUS},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                file.write(line)
+                last.append(line)
+                if match := _STATUS.match(line):
+                    step(int(match[1]), int(match[2]))
+            code = process.wait()
+        finally:
+            _stop(process)
     if code == 0:
         return
-    if part := missing_part(output):
+    if part := missing_part("".join(last)):
         raise MissingPart(part, str(log))
-    raise BuildError(_explain(output.splitlines()), str(log))
+    raise BuildError(_explain(last), str(log))
 
 
-def _explain(lines: Sequence[str]) -> str:
+def _explain(output: Iterable[str]) -> str:
+    """Why a build failed: the lines that tell, or the last ones."""
+    lines = [line.rstrip("\n") for line in output]
     failed = next((line.split()[-1] for line in lines if line.startswith("FAILED:")), None)
     what = f"compiling {Path(failed).name} failed" if failed else "ninja failed"
-    text = "\n".join([f"{what}:", *meaningful_lines(lines)])
+    telling = [
+        line for line in lines
+        if _TELLING.search(line) and len(line) < _LONGEST and not _STATUS.match(line)
+    ]  # fmt: skip
+    shown = telling or [line[:_LONGEST] for line in lines if line.strip()]
+    text = "\n".join([f"{what}:", *shown[-_SHOWN:]])
     if re.search(r"\bKilled\b|out of memory", text):
         text += "\nThe machine ran out of memory: use fewer --jobs."
     return text
@@ -247,19 +225,14 @@ def _compile(workshop: Workshop, answer: Any, jobs: int) -> None:
     libraries = [module["library"] for module in answer["modules"]]
     ninja = workshop.environment.ninja()
     command = [ninja, "-f", str(index), "-j", str(jobs), *libraries]
-    begun = 0.0
+    name = answer["modules"][0]["name"] if len(libraries) == 1 else f"{len(libraries)} modules"
 
     def step(done: int, total: int) -> None:
-        elapsed = time.monotonic() - begun
-        remaining = elapsed / done * (total - done) if done else None
-        name = f"{len(libraries)} modules" if len(libraries) > 1 else answer["modules"][0]["name"]
-        workshop.report(Progress("compile", name, done, total, elapsed, remaining))
+        workshop.report(Progress("compile", name, done, total))
 
+    workshop.say(f"compiling {name}; the log is {workshop.log}")
     fetched: set[Missing] = set()
     while True:
-        begun = time.monotonic()
-        if total := count_steps(command, index.parent, workshop.variables()):
-            step(0, total)
         try:
             run_ninja(command, index.parent, workshop.variables(), workshop.log, step)
         except MissingPart as error:

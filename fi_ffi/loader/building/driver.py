@@ -50,9 +50,8 @@ def reason(error: BaseException) -> str:
 class _Skipped:
     """Stands in a list of specs for a generator that failed."""
 
-    def __init__(self, generator: str, reason: str, again: Callable[[], Any]) -> None:
-        self.name = f"(failed) {generator} {id(self)}"
-        self.generator, self.reason, self.again = generator, reason, again
+    def __init__(self, generator: str, reason: str) -> None:
+        self.name, self.generator, self.reason = f"(failed) {generator}", generator, reason
 
     def __iter__(self) -> Iterator[_Skipped]:
         """For generators that give several specs."""
@@ -71,14 +70,14 @@ def _tolerant(name: str, generator: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return generator(*args, **kwargs)
         except Exception as error:
-            again = lambda: generator(*args, **kwargs)  # noqa: E731
-            return _Skipped(name, reason(error), again)
+            return _Skipped(name, reason(error))
 
     return call
 
 
-def everything() -> tuple[dict[str, Any], list[_Skipped]]:
-    """FlashInfer's list of what it builds ahead of time, with everything turned on."""
+def everything(*, download: bool = False) -> tuple[dict[str, Any], list[_Skipped]]:
+    """FlashInfer's list of what it builds ahead of time, with everything turned on; and the
+    generators that failed, as some do without `download`."""
     aot = importlib.import_module("flashinfer.aot")
     for home in ("flashinfer.aot", "flashinfer.jit.attention", "flashinfer.jit.comm"):
         names = vars(importlib.import_module(home))  # where the list gets its generators from
@@ -89,10 +88,11 @@ def everything() -> tuple[dict[str, Any], list[_Skipped]]:
     # The parameters are named as the settings are, some with an underscore after.
     wanted = inspect.signature(aot.gen_all_modules).parameters
     asked = os.environ.get(_NO_DOWNLOAD)
-    os.environ[_NO_DOWNLOAD] = "1"
+    if not download:
+        os.environ[_NO_DOWNLOAD] = "1"
     specs = aot.gen_all_modules(**{name: settings[name.rstrip("_")] for name in wanted})
     if asked is None:
-        del os.environ[_NO_DOWNLOAD]
+        os.environ.pop(_NO_DOWNLOAD, None)
     skipped = [spec for spec in specs if isinstance(spec, _Skipped)]
     # Some specs (those of CuTe-DSL) are no libraries and have no build file.
     found = {spec.name: spec for spec in specs if hasattr(spec, "write_ninja")}
@@ -114,16 +114,6 @@ def generate(request: dict[str, Any]) -> Any:
     return generator(**{name: known[name] for name in wanted if name in known})
 
 
-def _complete(listed: dict[str, Any], skipped: list[_Skipped]) -> None:
-    """Try the generators that failed once more, with downloads allowed this time."""
-    for entry in skipped:
-        try:
-            spec = entry.again()
-            listed[spec.name] = spec
-        except Exception as error:
-            print(f"{entry.generator}: {error}")
-
-
 def _resolve(requests: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """Specs by request, reasons for those that failed, and all names of the list if consulted."""
     specs: dict[str, Any] = {}
@@ -137,9 +127,9 @@ def _resolve(requests: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, 
     # What the options in an exact name lead to is wanted only if it has that very name.
     exact = [request["text"] for request in requests if request["exact"]]
     open_names = [text for text in exact if text not in specs or specs[text].name != text]
-    listed, skipped = everything() if open_names else ({}, [])
+    listed = everything()[0] if open_names else {}
     if any(text not in listed for text in open_names):
-        _complete(listed, skipped)
+        listed = everything(download=True)[0]
     for text in open_names:
         specs.pop(text, None)
         failed.pop(text, None)

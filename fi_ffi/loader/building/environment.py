@@ -66,15 +66,13 @@ class Progress:
     """Where a build stands.
 
     `stage` is "prepare", "compile" or "package"; `done` of `total` compiler and
-    linker runs are finished; times are in seconds, `remaining` None while unknown.
+    linker runs are finished.
     """
 
     stage: str
     message: str
     done: int = 0
     total: int = 0
-    elapsed: float = 0.0
-    remaining: float | None = None
 
 
 Report = Callable[[Progress], None]
@@ -304,20 +302,15 @@ def _create(environment: Environment) -> None:
     environment.root.parent.mkdir(parents=True, exist_ok=True)
     what, uv = f"making the environment {environment.root}", shutil.which("uv")
     if importlib.util.find_spec("ensurepip") is not None:
-        try:
-            _run(what, [sys.executable, "-m", "venv", str(environment.root)], environment.log)
-        except BuildError:
-            if uv is None:
-                raise
-            shutil.rmtree(environment.root, ignore_errors=True)
-        else:
-            return
-    if uv is None:
+        command = [sys.executable, "-m", "venv"]
+    elif uv is not None:
+        command = [uv, "venv", "--python", sys.executable]
+    else:
         raise BuildError(
             "this Python has no ensurepip and there is no uv on PATH; install either "
             "(Debian and Ubuntu: apt install python3-venv)"
         )
-    _run(what, [uv, "venv", "--python", sys.executable, str(environment.root)], environment.log)
+    _run(what, [*command, str(environment.root)], environment.log)
 
 
 def _install(environment: Environment, *arguments: str) -> None:

@@ -91,7 +91,7 @@ class Request:
 
     @property
     def backend(self) -> str:
-        return self.options.get("backend") or (self.module.backend if self.module else "")
+        return self.module.backend if self.module else self.options.get("backend", "")
 
     def as_json(self, release: str = DEFAULT_RELEASE) -> dict[str, object]:
         """What the driver in the build environment is told."""
@@ -122,27 +122,6 @@ def _driver_arguments(row: Row, params: Mapping[str, Value]) -> dict[str, Value]
     return found
 
 
-def _exact(name: str) -> Request:
-    """A request for one module, with the family that its name points to, if it does."""
-    module = parse(name)
-    family = FAMILIES.get(module.family) if module else None
-    options = _options(module.params) if module and family else {}
-    known = {key: value for key, value in options.items() if key in getattr(family, "options", ())}
-    return Request(name, family, known, exact=True, module=module)
-
-
-def _options(params: Mapping[str, Value]) -> dict[str, str]:
-    """The options that say what the parameters of a module do."""
-    found = {
-        "dtype": params.get("dtype_q"),
-        "kv_dtype": params.get("dtype_kv"),
-        "head_dim": f"{params.get('head_dim_qk')}x{params.get('head_dim_vo')}",
-        "backend": params.get("backend"),
-        **{key: str(int(bool(params.get(key)))) for key in OPTIONS if key.startswith("use_")},
-    }
-    return {key: str(value) for key, value in found.items()}
-
-
 def _params(options: Mapping[str, str], wanted: set[str]) -> dict[str, Value]:
     """The parameters that options say something of; the table has the rest."""
     value = {name: options.get(name, option.default) for name, option in OPTIONS.items()}
@@ -171,7 +150,7 @@ def parse_request(text: str) -> Request:
     if family is None:
         if colon or not re.fullmatch(r"\w+", name):
             raise _error("modules", repr(text), f"a module name, or one of {', '.join(FAMILIES)}")
-        return _exact(name)
+        return Request(name, exact=True, module=parse(name))
     options: dict[str, str] = {}
     for item in filter(None, rest.split(",")):
         key, _, value = item.partition("=")

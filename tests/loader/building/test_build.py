@@ -70,22 +70,19 @@ def test_exact_names_are_left_to_flashinfer() -> None:
     assert parse_request("norm").as_json() == {"text": "norm", "exact": True}
 
 
-def test_options_are_read_out_of_an_exact_name() -> None:
+def test_an_exact_name_tells_its_backend_and_takes_no_options() -> None:
     name = (
         "single_prefill_with_kv_cache_dtype_q_bf16_dtype_kv_bf16_dtype_o_bf16_head_dim_qk_192_"
         "head_dim_vo_128_posenc_0_use_swa_True_use_logits_cap_False_f16qk_False_sm90"
     )
-    request = parse_request(name)
-    assert request.exact
-    assert request.family is FAMILIES["single_prefill"]
-    assert request.options == {
-        "dtype": "bf16",
-        "kv_dtype": "bf16",
-        "head_dim": "192x128",
-        "use_sliding_window": "1",
-        "use_logits_soft_cap": "0",
-        "backend": "fa3",
-    }
+    assert parse_request(name).exact
+    with pytest.raises(ArgumentError, match=r"expected 9\.0a, which 'single_prefill"):
+        parse_requests([name], ("8.7",))
+    arguments = parse_request(name).as_json()["arguments"]
+    assert arguments.items() >= {
+        "dtype_q": "torch.bfloat16", "head_dim_qk": 192, "head_dim_vo": 128,
+        "use_sliding_window": True, "use_logits_soft_cap": False, "backend": "fa3",
+    }.items()  # fmt: skip
     assert with_options([name, "batch_mla"], {"dtype": ["bf16"]}) == [name, "batch_mla:dtype=bf16"]
 
 
