@@ -16,7 +16,8 @@ import click
 from fi_ffi.cli import output
 from fi_ffi.errors import FiFfiError, KernelNotFoundError
 from fi_ffi.loader import search
-from fi_ffi.loader.catalogue import Catalogue, Module
+from fi_ffi.loader.catalogue import Module, modules_of
+from fi_ffi.loader.held import facts_of
 from fi_ffi.loader.kernels import KernelSource, open_source
 from fi_ffi.loader.uris import ModuleName
 from fi_ffi.loader.urls import fetching
@@ -65,16 +66,18 @@ def list(
 
 
 def _list(kernels: Path | None, family: str | None, entries: bool, as_json: bool) -> None:
-    catalogue = Catalogue.of(_source(kernels))
-    modules = [module for module in catalogue if family in (None, module.family)]
-    if family is not None and not modules:
-        raise click.ClickException(_no_family(catalogue, family))
-    listed = [_described(catalogue, module, entries) for module in modules]
+    source = _source(kernels)
+    modules = modules_of(source).values()
+    chosen = [module for module in modules if family in (None, module.family)]
+    if family is not None and not chosen:
+        shown = ", ".join(sorted({module.family for module in modules})) or "none"
+        raise click.ClickException(f"{source.location} has no modules of {family}; it has {shown}")
+    listed = [_described(source, module, entries) for module in chosen]
     if as_json:
-        document = {"kernels": catalogue.source.location, "version": catalogue.source.version}
+        document = {"kernels": source.location, "version": source.version}
         output.print_json({**document, "modules": listed})
     else:
-        _print(catalogue, listed)
+        _print(source, listed)
 
 
 def _source(kernels: Path | None) -> KernelSource:
@@ -98,13 +101,7 @@ def _source(kernels: Path | None) -> KernelSource:
     )
 
 
-def _no_family(catalogue: Catalogue, family: str) -> str:
-    families = sorted({module.family for module in catalogue})
-    shown = ", ".join(families) or "none"
-    return f"{catalogue.source.location} has no modules of {family}; it has {shown}"
-
-
-def _described(catalogue: Catalogue, module: Module, entries: bool) -> dict[str, Any]:
+def _described(source: KernelSource, module: Module, entries: bool) -> dict[str, Any]:
     parsed = module.parsed
     found: dict[str, Any] = {
         "module": module.name,
@@ -118,8 +115,9 @@ def _described(catalogue: Catalogue, module: Module, entries: bool) -> dict[str,
     }
     if entries:
         try:
-            found["entries"] = catalogue.entries(module.name)
-            found["architectures"] = [code.name for code in catalogue.architectures(module.name)]
+            facts = facts_of(source.file(module.name))
+            found["entries"] = facts.functions
+            found["architectures"] = [code.name for code in facts.codes]
         except FiFfiError as error:  # one bad file hides no others
             found["error"] = str(error)
     return found
@@ -141,10 +139,10 @@ def _ops(module: Module) -> tuple[str, ...]:
     return (*dict.fromkeys(r.name for r in ROWS if r.module in (module.name, module.family)),)
 
 
-def _print(catalogue: Catalogue, listed: Sequence[dict[str, Any]]) -> None:
+def _print(source: KernelSource, listed: Sequence[dict[str, Any]]) -> None:
     """A line for each module.  Not a table of `output`: names must stay whole, to be copied."""
-    version = catalogue.source.version or "of unknown release"
-    click.echo(f"{len(listed)} modules of {catalogue.source.location}, FlashInfer {version}")
+    version = source.version or "of unknown release"
+    click.echo(f"{len(listed)} modules of {source.location}, FlashInfer {version}")
     family_of = operator.itemgetter("family")
     for family, group in itertools.groupby(sorted(listed, key=family_of), family_of):
         modules = (*group,)

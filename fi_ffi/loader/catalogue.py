@@ -1,19 +1,17 @@
 """What an artifact has, read out of its modules' names; and what is nearest to what it lacks.
 
-Nothing is extracted or fetched for it: only `entries` and `architectures` open a module.
+Nothing is extracted or fetched for it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from fi_ffi.errors import ArgumentError, KernelNotFoundError
-from fi_ffi.loader.fatbin import CudaCode
-from fi_ffi.loader.held import facts_of
+from fi_ffi.errors import ArgumentError
 from fi_ffi.loader.kernels import KernelDirectory, KernelSource, release_of
 from fi_ffi.loader.uris import ModuleName, Value, parse, uri
 from fi_ffi.loader.wheel import Wheel
@@ -38,77 +36,35 @@ class Module:
         return self.parsed.family if self.parsed else self.name
 
 
-class Catalogue:
+def modules_of(source: KernelSource) -> dict[str, Module]:
     """The modules of a source, by name, sorted."""
-
-    def __init__(self, source: KernelSource, modules: Mapping[str, Module]) -> None:
-        self.source, self.modules, self.release = source, modules, release_of(source)
-
-    @classmethod
-    def of(cls, source: KernelSource) -> Catalogue:
-        release, names, sizes = release_of(source), source.modules(), _sizes(source)
-        return cls(source, {n: Module(n, _read(n, release), sizes.get(n)) for n in names})
-
-    def __iter__(self) -> Iterator[Module]:
-        return iter(self.modules.values())
-
-    def __len__(self) -> int:
-        return len(self.modules)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.modules
-
-    def family(self, name: str) -> list[Module]:
-        return [module for module in self if module.family == name]
-
-    def entries(self, name: str) -> tuple[str, ...]:
-        """The functions a module exports; fetches or extracts it."""
-        return tuple(facts_of(self.source.file(self._known(name))).functions)
-
-    def architectures(self, name: str) -> tuple[CudaCode, ...]:
-        """What a module's device code was compiled for; fetches or extracts it."""
-        return tuple(facts_of(self.source.file(self._known(name))).codes)
-
-    def nearest(self, name: str, count: int = _NEAREST) -> list[Module]:
-        """The modules most like `name`, the nearest first.
-
-        Of the same family those with the fewest other parameters, and among them
-        those with the closest head sizes; for a name of no known family, those
-        that are spelled alike.
-        """
-        wanted = _read(name, self.release)
-        related = self.family(wanted.family) if wanted else []
-        if not related and not (wanted and wanted.params):
-            return [self.modules[close] for close in get_close_matches(name, self.modules, count)]
-        params = wanted.params if wanted else {}
-        return sorted(related, key=lambda module: _distance(params, module))[:count]
-
-    def missing(self, name: str, arch: str | None = None) -> KernelNotFoundError:
-        """The error for a module that is not here; `arch` is the device's, such as "9.0a"."""
-        return KernelNotFoundError(explain_missing(self.source, name, self.release, arch))
-
-    def _known(self, name: str) -> str:
-        if name not in self.modules:
-            raise self.missing(name)
-        return name
+    release, names, sizes = release_of(source), source.modules(), _sizes(source)
+    return {name: Module(name, _read(name, release), sizes.get(name)) for name in names}
 
 
-def explain_missing(
-    source: KernelSource, module: str, release: str | None = None, arch: str | None = None
-) -> str:
-    """Why a source has no `module`: what is nearest, and the build line that would make it."""
-    return f"{without(source, module)}\n{build_advice(module, release or release_of(source), arch)}"
+def nearest(source: KernelSource, name: str, count: int = _NEAREST) -> list[Module]:
+    """The modules of a source that are most like `name`, the nearest first.
+
+    Of the same family those with the fewest other parameters, and among them
+    those with the closest head sizes; for a name of no known family, those
+    that are spelled alike.
+    """
+    modules, wanted = modules_of(source), _read(name, release_of(source))
+    related = [m for m in modules.values() if wanted and m.family == wanted.family]
+    if not related and not (wanted and wanted.params):
+        return [modules[close] for close in get_close_matches(name, modules, count)]
+    params = wanted.params if wanted else {}
+    return sorted(related, key=lambda module: _distance(params, module))[:count]
 
 
 def without(source: KernelSource, module: str) -> str:
     """That a source lacks `module`, and the nearest it has."""
-    catalogue = Catalogue.of(source)
-    wanted, near = _read(module, catalogue.release), catalogue.nearest(module)
+    wanted, near = _read(module, release_of(source)), nearest(source, module)
     text = f"{source.location} has no module {module}; "
     if near:
         lines = [f"\n    {found.name}{_difference(wanted, found.parsed)}" for found in near]
         return text + "the nearest it has:" + "".join(lines)
-    families = sorted({found.family for found in catalogue})
+    families = sorted({found.family for found in modules_of(source).values()})
     more = f" and {len(families) - 12} more" if len(families) > 12 else ""
     return f"{text}it has {', '.join(families[:12]) or 'none at all'}{more}"
 

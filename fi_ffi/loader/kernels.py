@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -64,12 +65,16 @@ def release_of(source: KernelSource) -> str | None:
 
 
 class KernelDirectory:
-    """Modules lying in a directory: the jit_cache itself, or what it is installed in."""
+    """Modules lying in a directory: the jit_cache itself, or what it is installed in.
 
-    trust = "unverified"
+    With `hashes`, those of the RECORD of a distribution that installed them.
+    """
 
-    def __init__(self, location: Path, version: str | None = None) -> None:
-        self.location = str(location)
+    def __init__(
+        self, location: Path, version: str | None = None, hashes: Mapping[Path, str] | None = None
+    ) -> None:
+        self.location, self._hashes = str(location), hashes
+        self.trust = "record-unpinned" if hashes else "unverified"
         candidates = (location, location / "jit_cache", location / LAYOUT)
         self.root = next((root for root in candidates if _modules_in(root)), location)
         self.version = version or self._written_version()
@@ -78,7 +83,15 @@ class KernelDirectory:
         return _modules_in(self.root)
 
     def file(self, module: str) -> ModuleFile:
-        return _hashed(module, self.root / module / f"{module}.so")
+        found = _hashed(module, self.root / module / f"{module}.so")
+        recorded = self._hashes.get(found.path) if self._hashes else found.sha256
+        if recorded != found.sha256:
+            raise ArtifactError(
+                f"{found.path}: sha256 is {found.sha256}, and the RECORD of the distribution "
+                f"has {recorded or 'none'}: reinstall it, or name {self.root} in FI_FFI_KERNELS "
+                "to use it as it is"
+            )
+        return found
 
     def _written_version(self) -> str | None:
         for name in ("_build_meta.py", "__init__.py"):
@@ -135,27 +148,6 @@ class KernelFile:
 
     def file(self, module: str = "") -> ModuleFile:
         return _hashed(self.path.stem, self.path)
-
-
-class InstalledKernels(KernelDirectory):
-    """The modules that a distribution has installed, checked against its RECORD."""
-
-    trust = "record-unpinned"
-
-    def __init__(self, location: Path, version: str, hashes: dict[Path, str]) -> None:
-        super().__init__(location, version)
-        self._hashes = hashes
-
-    def file(self, module: str) -> ModuleFile:
-        found = super().file(module)
-        recorded = self._hashes.get(found.path)
-        if recorded != found.sha256:
-            raise ArtifactError(
-                f"{found.path}: sha256 is {found.sha256}, and the RECORD of the distribution "
-                f"has {recorded or 'none'}: reinstall it, or name {self.root} in FI_FFI_KERNELS "
-                "to use it as it is"
-            )
-        return found
 
 
 def _hashed(module: str, path: Path) -> ModuleFile:

@@ -13,6 +13,7 @@ FI_FFI_SOURCES names those to ask, in its own order; FI_FFI_RELEASE and FI_FFI_C
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import platform
 import sys
@@ -36,7 +37,6 @@ from fi_ffi.loader import cache, machine, trust
 from fi_ffi.loader.fatbin import runs_on, sass_named
 from fi_ffi.loader.held import Facts, facts_of
 from fi_ffi.loader.kernels import (
-    InstalledKernels,
     KernelDirectory,
     KernelSource,
     KernelWheel,
@@ -105,9 +105,7 @@ def _of_distribution(distribution: importlib.metadata.Distribution, root: Path) 
         for file in distribution.files or ()
         if file.name.endswith(".so") and file.hash is not None and file.hash.mode == "sha256"
     }
-    if not hashes:  # by an installer that keeps none
-        return KernelDirectory(root, distribution.version)
-    return InstalledKernels(root, distribution.version, hashes)
+    return KernelDirectory(root, distribution.version, hashes)  # some installers keep none
 
 
 def _jit(release: str | None) -> Iterator[Candidate]:
@@ -307,39 +305,31 @@ _lock = threading.RLock()
 library.renew_after_fork(globals(), "_lock", threading.RLock)
 
 
-class _Places:
-    """Those looked at so far, in order, and those that come next."""
-
-    def __init__(self, found: list[Candidate], following: Iterator[Candidate]) -> None:
-        self.found, self.following = found, following
-
-
-_places = _Places([], candidates())
+# Those looked at so far, in order, and those that come next.
+_places: tuple[list[Candidate], Iterator[Candidate]] = ([], candidates())
 
 
 def use_source(location: str | os.PathLike[str] | None) -> None:
     """Take kernels from `location` alone from now on, or (None) look for them again."""
     global _places
     if location is None:
-        _places = _Places([], candidates())
+        _places = [], candidates()
     else:
-        _places = _Places(list(candidates(os.fspath(location))), iter(()))
+        _places = [*candidates(os.fspath(location))], iter(())
 
 
 def places() -> Iterator[Candidate]:
     """Every place that is asked for kernels, in order; each is looked at once."""
     # Of one choice from the first to the last, whatever another thread chooses meanwhile.
-    places, done = _places, 0
+    (found, following), done = _places, 0
     while True:
         with _lock:
-            if done == len(places.found):
-                following = next(places.following, None)
-                if following is None:
-                    return
-                places.found.append(following)
-            place = places.found[done]
+            if done == len(found):
+                found += itertools.islice(following, 1)
+            if done == len(found):
+                return
+        yield found[done]
         done += 1
-        yield place
 
 
 def sources() -> Iterator[KernelSource]:

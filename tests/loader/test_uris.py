@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fi_ffi.errors import ArgumentError, KernelNotFoundError
+from fi_ffi.errors import ArgumentError
 from fi_ffi.loader.building.build import available
 from fi_ffi.loader.building.names import DEFAULT_RELEASE, parse_request
-from fi_ffi.loader.catalogue import Catalogue, build_advice, explain_missing, without
+from fi_ffi.loader.catalogue import build_advice, modules_of, nearest, without
 from fi_ffi.loader.kernels import open_source
 from fi_ffi.loader.uris import DTYPES, KINDS, ROWS, Number, Words, family_row, parse, uri
 from tools.generators import generated_names
@@ -261,43 +261,39 @@ def name(family: str, **params: object) -> str:
 
 def test_a_whole_artifact_without_opening_a_module(published):
     begun = time.process_time()
-    catalogue = Catalogue.of(published)
+    modules = modules_of(published)
     assert time.process_time() - begun < 1  # it takes 30 ms
-    assert (len(catalogue), catalogue.release) == (950, "0.6.13")
-    assert all(module.parsed for module in catalogue)
-    prefill = catalogue.family("batch_prefill")
+    assert len(modules) == 950
+    assert all(module.parsed for module in modules.values())
+    prefill = [module for module in modules.values() if module.family == "batch_prefill"]
     assert {module.parsed.backend for module in prefill} == {"fa2", "fa3"}
     assert {module.parsed.head_dims for module in prefill} >= {(64, 64), (192, 128), (256, 256)}
-    assert "norm" in catalogue
-    assert catalogue.modules["norm"].size is None
+    assert modules["norm"].size is None
 
 
 def test_a_real_wheel(built_wheel):
-    catalogue = Catalogue.of(open_source(built_wheel))
-    assert {"norm", "page", "single_decode"} <= {module.family for module in catalogue}
-    assert "rmsnorm" in catalogue.entries("norm")
-    assert "append_paged_kv_cache" in catalogue.entries("page")
-    assert [code.name for code in catalogue.architectures("page")] == ["sm_90a"]
-    (decode,) = catalogue.family("single_decode")
+    source = open_source(built_wheel)
+    modules = modules_of(source)
+    assert {"norm", "page", "single_decode"} <= {module.family for module in modules.values()}
+    (decode,) = [module for module in modules.values() if module.family == "single_decode"]
     assert decode.parsed.head_dims == (128, 128)
     assert set(decode.parsed.dtypes.values()) == {"f16"}
-    file = open_source(built_wheel).file("page").path
-    assert catalogue.modules["page"].size == file.stat().st_size
+    assert modules["page"].size == source.file("page").path.stat().st_size
 
 
 def test_a_directory_of_modules(tmp_path):
     for module in ("norm", "mine"):
         (tmp_path / module).mkdir()
         (tmp_path / module / f"{module}.so").write_bytes(b"12345")
-    catalogue = Catalogue.of(open_source(tmp_path))
-    assert [(m.name, m.family, m.size) for m in catalogue] == [
+    modules = modules_of(open_source(tmp_path))
+    assert [(m.name, m.family, m.size) for m in modules.values()] == [
         ("mine", "mine", 5), ("norm", "norm", 5),
     ]  # fmt: skip
-    assert catalogue.modules["mine"].parsed is None
+    assert modules["mine"].parsed is None
 
 
 @pytest.mark.parametrize(
-    ("family", "wanted", "nearest"),
+    ("family", "wanted", "expected"),
     [
         # Another head size is nearer than another dtype of all tensors.
         ("batch_prefill", {"dtype_q": "bf16", "head_dim_qk": 96, "backend": "fa3"},
@@ -313,35 +309,29 @@ def test_a_directory_of_modules(tmp_path):
          [{"dtype_q": "e4m3", "dtype_o": "bf16", "head_dim_qk": 128, "backend": "fa3"}]),
     ],
 )  # fmt: skip
-def test_nearest(published, family, wanted, nearest):
-    found = Catalogue.of(published).nearest(name(family, **wanted), count=len(nearest))
-    assert {module.name for module in found} == {name(family, **params) for params in nearest}
+def test_nearest(published, family, wanted, expected):
+    found = nearest(published, name(family, **wanted), count=len(expected))
+    assert {module.name for module in found} == {name(family, **params) for params in expected}
 
 
 def test_nearest_of_names_without_parameters(published):
-    catalogue = Catalogue.of(published)
-    assert catalogue.nearest("norn")[0].name == "norm"
-    assert {m.name for m in catalogue.nearest("fused_moe_89")} <= {
+    assert nearest(published, "norn")[0].name == "norm"
+    assert {m.name for m in nearest(published, "fused_moe_89")} <= {
         f"fused_moe_{arch}" for arch in ("90", "100", "103", "120")
     }
 
 
-def test_missing_names_the_nearest_and_the_build_line(published):
+def test_what_is_missing_names_the_nearest_and_the_build_line(published):
     wanted = name("batch_prefill", dtype_q="bf16", head_dim_qk=96, backend="fa3")
-    error = Catalogue.of(published).missing(wanted, arch="9.0a")
-    assert isinstance(error, KernelNotFoundError)
-    text = str(error)
+    text = without(published, wanted)
     assert text.startswith(f"the wheel has no module {wanted}; the nearest it has:\n")
     near = name("batch_prefill", dtype_q="bf16", head_dim_qk=128, backend="fa3")
     assert f"    {near} (head_dim 128x128, not 96x96)\n" in text
-    assert f"`fi-ffi build --release 0.6.13 --arch 9.0a {wanted}` makes it" in text
+    assert build_advice(wanted, "0.6.13", "9.0a").startswith(
+        f"`fi-ffi build --release 0.6.13 --arch 9.0a {wanted}` makes it"
+    )
     # The line is one that the build understands: it calls a generator with what was read.
     assert parse_request(wanted).as_json("0.6.13")["arguments"]["head_dim_qk"] == 96
-
-
-def test_what_cannot_be_opened_is_missing(published):
-    with pytest.raises(KernelNotFoundError, match="has no module norn; the nearest"):
-        Catalogue.of(published).entries("norn")
 
 
 def test_sources_with_little():
@@ -353,7 +343,7 @@ def test_sources_with_little():
 
 
 def test_a_release_that_lacks_the_module():
-    text = explain_missing(Source("norm", version="0.6.18"), "gdn_prefill_sm90")
+    text = build_advice("gdn_prefill_sm90", "0.6.18")
     assert "FlashInfer 0.6.18 has no such module: the name is of a release before 0.6.14." in text
     assert "fi-ffi build" not in text
 
