@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -93,8 +94,9 @@ def prune(
         wanted += items(root, "build")
     if everything or older_than is not None:
         kinds: tuple[upkeep.Kind, ...] = ("object", "download", "note", "build")
-        found = [item for kind in kinds for item in items(root, kind)]
-        wanted += found if older_than is None else upkeep.unused_since(found, older_than)
+        limit = time.time() - (older_than or 0) * 86400
+        found = (item for kind in kinds for item in items(root, kind))
+        wanted += [item for item in found if everything or item.last_use <= limit]
     _print_pruned(upkeep.prune(wanted, root, dry_run=dry_run), root, dry_run, as_json)
 
 

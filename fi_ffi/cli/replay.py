@@ -227,17 +227,8 @@ class CannotReplay(FiFfiError, ValueError):
     """A dumped call lacks what it would need to be made again."""
 
 
-@dataclass(frozen=True)
-class Rerun:
-    """What a call gave this time."""
-
-    # What was written.
-    after: dict[str, Array]
-    result: Any
-
-
-def rerun(recorded: Recorded, device: Device) -> Rerun:
-    """Make a dumped call again on a device.
+def rerun(recorded: Recorded, device: Device) -> tuple[dict[str, Array], Any]:
+    """Make a dumped call again on a device: what it wrote this time, and its result.
 
     Raises `CannotReplay`, and what the call itself would.
     """
@@ -256,7 +247,7 @@ def rerun(recorded: Recorded, device: Device) -> Rerun:
     result = calling.make(info)
     written = [name for name, of in recorded.tensors.items() if of.writes and not of.is_scratch]
     after = calling.placed.get(written)
-    return Rerun(after, array_values(result) if isinstance(result, ArrayObject) else result)
+    return after, array_values(result) if isinstance(result, ArrayObject) else result
 
 
 def _row(recorded: Recorded) -> Row:
@@ -406,13 +397,10 @@ def _groups(tensors: Iterable[RecordedTensor]) -> Iterator[list[RecordedTensor]]
     group: list[RecordedTensor] = []
     end = 0
     for tensor in sorted(tensors, key=lambda tensor: tensor.address):
-        if not tensor.span:
-            yield [tensor]
-            continue
-        if group and tensor.address >= end:
+        if group and (tensor.address >= end or not tensor.span):
             yield group
-            group = []
-        end = max(end, tensor.address + tensor.span) if group else tensor.address + tensor.span
+            group, end = [], 0
+        end = max(end, tensor.address + tensor.span)
         group.append(tensor)
     if group:
         yield group
@@ -449,9 +437,9 @@ class Compared:
         return "ok" if self.error_of_bound <= 1 else "fail"
 
 
-def filled(array: Array, fill: int) -> Array:
-    """An array like it with this in every byte."""
-    found: Array = np.full(array.nbytes, fill, np.uint8).view(array.dtype).reshape(array.shape)
+def _poison_like(array: Array) -> Array:
+    """An array like it with `POISON` in every byte."""
+    found: Array = np.full(array.nbytes, POISON, np.uint8).view(array.dtype).reshape(array.shape)
     return found
 
 
@@ -463,25 +451,46 @@ def without_unwritten(recorded: Recorded, after: Mapping[str, Array]) -> dict[st
         tensor, then = recorded.tensors[name], (recorded.after or {}).get(name)
         if then is None or tensor.reads or tensor.elements is None:
             continue
-        poison = bits(filled(got, POISON))
+        poison = bits(_poison_like(got))
         unwritten = (bits(got) == poison) & (bits(then) == bits(tensor.elements))
         got[unwritten] = then[unwritten]
     return found
 
 
 def beside(
-    recorded: Recorded, got: Mapping[str, Array], wanted: Mapping[str, Array], to: str
+    recorded: Recorded, results: Mapping[str, Array], others: Mapping[str, Array], to: str
 ) -> Iterator[Compared]:
-    """Results beside others: what the first call wrote, or what the reference does."""
-    for name, expected in wanted.items():
-        if name in got:
-            yield compared(name, to, got[name], expected, _eps(recorded.tensors, name))
+    """Results beside others, by steps of a dtype: what the first call wrote, or the reference."""
+    for name, wanted in others.items():
+        if name not in results:
+            continue
+        got = results[name]
+        if (bits(got) == bits(wanted)).all():
+            yield Compared(name, to, True, 0.0, 0.0)
+        elif got.dtype.kind in "iub":
+            yield Compared(name, to, False, np.inf, np.inf)
+        else:
+            yield Compared(name, to, False, *_error(got, wanted, _eps(recorded.tensors, name)))
+
+
+def _error(got: Array, wanted: Array, eps: float) -> tuple[float, float]:
+    """The largest error of numbers, and the largest as a fraction of what is allowed."""
+    with np.errstate(all="ignore"):
+        a, b = got.astype(np.float64), wanted.astype(np.float64)
+        alike = (a == b) | (np.isnan(a) & np.isnan(b))
+        difference = np.where(alike, 0.0, np.abs(a - b))
+        difference = np.where(np.isfinite(difference), difference, np.inf)
+        sizes = np.where(np.isfinite(b), np.abs(b), 0.0)
+    largest = sizes.max(axis=-1, keepdims=True, initial=0.0) if b.ndim else sizes
+    smallest = float(ml_dtypes.finfo(got.dtype).smallest_subnormal)
+    allowed = np.maximum(_STEPS * eps * (sizes + largest), smallest)
+    return float(difference.max()), float((difference / allowed).max())
 
 
 def with_definition(row: Row, recorded: Recorded, got: Mapping[str, Array]) -> Iterator[Compared]:
     """Results beside the op's definition in float64."""
     arrays = {
-        name: of.elements.copy() if of.reads else filled(of.elements, POISON)
+        name: of.elements.copy() if of.reads else _poison_like(of.elements)
         for name, of in recorded.tensors.items()
         if of.elements is not None and not of.is_scratch
     }
@@ -493,34 +502,12 @@ def with_definition(row: Row, recorded: Recorded, got: Mapping[str, Array]) -> I
             yield Compared(name, "the definition in float64", fraction == 0, error, fraction)
 
 
-def compared(name: str, to: str, got: Array, wanted: Array, eps: float) -> Compared:
-    """Two results: numbers by steps of a dtype, all else bit by bit."""
-    is_same = bool((bits(got) == bits(wanted)).all())
-    if is_same:
-        return Compared(name, to, True, 0.0, 0.0)
-    if got.dtype.kind in "iub":
-        return Compared(name, to, False, np.inf, np.inf)
-    with np.errstate(all="ignore"):
-        a, b = got.astype(np.float64), wanted.astype(np.float64)
-        alike = (a == b) | (np.isnan(a) & np.isnan(b))
-        difference = np.where(alike, 0.0, np.abs(a - b))
-        difference = np.where(np.isfinite(difference), difference, np.inf)
-        sizes = np.where(np.isfinite(b), np.abs(b), 0.0)
-    largest = sizes.max(axis=-1, keepdims=True, initial=0.0) if b.ndim else sizes
-    smallest = float(ml_dtypes.finfo(got.dtype).smallest_subnormal)
-    allowed = np.maximum(_STEPS * eps * (sizes + largest), smallest)
-    return Compared(name, to, False, float(difference.max()), float((difference / allowed).max()))
-
-
 def _eps(tensors: Mapping[str, RecordedTensor], name: str) -> float:
     """The step of a result's dtype, or of the coarsest dtype that the call reads."""
     dtypes = {of.dtype for of in tensors.values() if of.reads and not of.is_scratch}
     dtypes.add(tensors[name].dtype)
-    steps = []
-    for dtype in dtypes:
-        if dtype.lanes == 1 and dtype.numpy.kind not in "iub":
-            steps.append(float(ml_dtypes.finfo(dtype.numpy).eps))
-    return max(steps, default=0.0)
+    numbers = [of.numpy for of in dtypes if of.lanes == 1 and of.numpy.kind not in "iub"]
+    return max((float(ml_dtypes.finfo(dtype).eps) for dtype in numbers), default=0.0)
 
 
 # The command
@@ -555,7 +542,9 @@ def replay(file: Path, device: str | None, kernels: str | None, bits: bool, as_j
         compared, facts = _replayed(recorded, where)
     except (FiFfiError, OSError, MemoryError) as error:
         raise _NotReplayed(f"cannot be replayed: {error}") from error
-    wrong = [of for of in compared if of.status != "ok" or (bits and _differs(of))]
+    wrong = [of for of in compared if of.status != "ok"]
+    if bits:
+        wrong += [of for of in compared if of.to == "the dump" and not (of.is_same or of in wrong)]
     if as_json:
         rows = [asdict(of) | {"status": of.status} for of in compared]
         output.print_json({**facts, "compared": rows, "ok": not wrong})
@@ -564,10 +553,6 @@ def replay(file: Path, device: str | None, kernels: str | None, bits: bool, as_j
     if wrong:
         told = ", ".join(f"{of.name} and {of.to}" for of in wrong)
         raise output.Failure(f"these differ: {told}")
-
-
-def _differs(of: Compared) -> bool:
-    return of.to == "the dump" and not of.is_same
 
 
 def _device(recorded: Recorded, given: str | None) -> Device:
@@ -581,17 +566,17 @@ def _device(recorded: Recorded, given: str | None) -> Device:
 
 
 def _replayed(recorded: Recorded, where: Device) -> tuple[list[Compared], dict[str, Any]]:
-    made, row = rerun(recorded, where), recorded.row
+    (after, result), row = rerun(recorded, where), recorded.row
     assert row is not None
-    got = without_unwritten(recorded, made.after)
+    got = without_unwritten(recorded, after)
     compared = [*beside(recorded, got, recorded.after or {}, "the dump")]
     if row.formula in EXACT or row.formula in MOVES:
-        compared += with_definition(row, recorded, made.after)
+        compared += with_definition(row, recorded, after)
     elif where.is_cuda:
-        by_reference = rerun(recorded, _CPU).after
-        compared += beside(recorded, made.after, by_reference, "the reference on the CPU")
-    if made.result is not None and recorded.result is not None and str(where) == recorded.device:
-        same = made.result == recorded.result
+        by_reference, _ = rerun(recorded, _CPU)
+        compared += beside(recorded, after, by_reference, "the reference on the CPU")
+    if result is not None and recorded.result is not None and str(where) == recorded.device:
+        same = result == recorded.result
         compared.append(Compared("(result)", "the dump", same, 0.0, 0.0 if same else float("inf")))
     document = recorded.document
     facts = {
@@ -610,15 +595,9 @@ def _print(path: Path, facts: dict[str, Any], compared: list[Compared]) -> None:
     if not facts["came_to_its_end"]:
         told.append(("results", "none in the dump: the call did not come to its end"))
     output.print_table(str(path), ("", ""), told)
-    rows = [
-        (
-            of.name,
-            of.to,
-            "the same bits" if of.is_same else f"{of.max_error:.2e}",
-            f"{of.error_of_bound:.2f}",
-            of.status,
-        )
-        for of in compared
-    ]
+    rows = []
+    for of in compared:
+        error = "the same bits" if of.is_same else f"{of.max_error:.2e}"
+        rows.append((of.name, of.to, error, f"{of.error_of_bound:.2f}", of.status))
     columns = ("result", "compared with", "max error", "of bound", "")
     output.print_table("Results", columns, rows, numbers=columns[3:4])

@@ -30,7 +30,7 @@ import shutil
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -178,12 +178,11 @@ def filling(sha256: str, name: str) -> Iterator[Path | None]:
     For work that should not be done twice at once and that comes before `store`, such
     as a download; `store` itself needs no such care.
     """
-    path = object_path(sha256, name)
     found = find(sha256, name)
     if found is not None:
         yield found
         return
-    with turn(sha256, _replaced(path)):
+    with turn(sha256):
         yield find(sha256, name)
 
 
@@ -283,19 +282,6 @@ def _sync(path: Path, flags: int) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _replaced(path: Path) -> Callable[[], bool]:
-    """What tells whether there is another file, or one at last, since this was called."""
-
-    def inode() -> int | None:
-        try:
-            return os.lstat(path).st_ino
-        except OSError:
-            return None
-
-    before = inode()
-    return lambda: inode() not in (before, None)
 
 
 @contextlib.contextmanager
@@ -504,8 +490,8 @@ def remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def turn(key: str, done: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Hold the lock of `key`; go on without it after `done()`, or PATIENCE, or where none works.
+def turn(key: str) -> Iterator[None]:
+    """Hold the lock of `key`; go on without it after PATIENCE, or where none works.
 
     A thread that has it already gets it again.
     """
@@ -514,13 +500,13 @@ def turn(key: str, done: Callable[[], bool] = lambda: False) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         # No directory to put it in, or a file system that has none.
         with contextlib.suppress(OSError, NotImplementedError):
-            if path not in keys and _acquire(path, done, stack):
+            if path not in keys and _acquire(path, stack):
                 keys.add(path)
                 stack.callback(keys.discard, path)
         yield
 
 
-def _acquire(path: Path, done: Callable[[], bool], stack: contextlib.ExitStack) -> bool:
+def _acquire(path: Path, stack: contextlib.ExitStack) -> bool:
     from filelock import FileLock, Timeout  # takes longer to import than a warm load
 
     make_folder("locks")
@@ -536,8 +522,6 @@ def _acquire(path: Path, done: Callable[[], bool], stack: contextlib.ExitStack) 
             return True
         except Timeout:
             removed_at_exit.discard(path)  # another process's
-            if done():
-                break
             time.sleep(_POLL)
     return False
 

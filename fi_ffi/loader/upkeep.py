@@ -87,12 +87,6 @@ def total(root: Path) -> int:
     return _weigh(root)[0] if os.path.isdir(root) else 0
 
 
-def unused_since(items: Iterable[Item], days: float) -> list[Item]:
-    """Those that were last used that many days ago, or before."""
-    limit = time.time() - days * 86400
-    return [item for item in items if item.last_use <= limit]
-
-
 def _item(kind: Kind, path: Path) -> Item | None:
     """What lies there, if it is of the kind."""
     status = os.lstat(path)
