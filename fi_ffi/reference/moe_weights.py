@@ -3,52 +3,32 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import numpy as np
 
 from fi_ffi.reference.arrays import Array
 
 _ROWS, _COLUMNS = 16, 64  # of values that change places among one another
-_HALF = _ROWS // 2
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _FP4 = np.concatenate([E2M1, -E2M1])
 _INT4 = np.array([*range(8), *range(-8, 0)], np.float32)
 
 
-def _fp4_moves() -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """(row, column) of a value, and where it goes: two rows' values of a column share a byte."""
-    for row in range(_HALF):
-        for lane in range(_COLUMNS // 2):
-            to_row = row + lane // 8 % 2 * _HALF
-            to_byte = lane // 16 * 16 + lane % 4 * 4 + lane % 8 // 4 * 2
-            for part in range(2):
-                for upper in range(2):
-                    source = (row + upper * _HALF, 2 * lane + part)
-                    yield source, (to_row, 2 * (to_byte + part) + upper)
-
-
-def _int4_moves() -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Values move four at a time."""
-    for row in range(_HALF):
-        for lane in range(_COLUMNS // 4):
-            to_row = row + lane % 8 // 4 * _HALF
-            to_four = lane // 8 * 8 + lane % 4 * 2
-            for upper in range(2):
-                for i in range(4):
-                    source = (row + upper * _HALF, 4 * lane + i)
-                    yield source, (to_row, 4 * (to_four + upper) + i)
+# What a place in a block is made of (for fp4 the upper half of the rows or the lower, the row in
+# it, 16 columns' pairs of which 8, 4 and 1, and which of a pair), and their order after the move:
+# two rows' values of a column share a byte.  Of int4 four values move at a time.
+_MOVES = {
+    "fp4": ((2, 8, 2, 2, 2, 4, 2), (3, 1, 2, 5, 4, 6, 0)),
+    "int4": ((2, 8, 2, 2, 4, 4), (3, 1, 2, 4, 0, 5)),
+}
 
 
 @functools.cache
 def order(quant_type: str) -> Array:
     """Where each value of a block comes from, as places in the flat block."""
-    moves = _fp4_moves() if quant_type == "fp4" else _int4_moves()
-    found: Array = np.full(_ROWS * _COLUMNS, -1)
-    for (row, column), (to_row, to_column) in moves:
-        found[to_row * _COLUMNS + to_column] = row * _COLUMNS + column
-    return found
+    shape, axes = _MOVES[quant_type]
+    return np.arange(_ROWS * _COLUMNS).reshape(shape).transpose(axes).ravel()
 
 
 def codes(packed: Array) -> Array:
