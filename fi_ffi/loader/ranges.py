@@ -48,12 +48,6 @@ class Version:
             return self.etag == other.etag
         return not (self.modified and other.modified) or self.modified == other.modified
 
-    @property
-    def validator(self) -> str | None:
-        """What If-Range may carry: a weak ETag does not vouch for single bytes."""
-        strong = self.etag if self.etag and not self.etag.startswith("W/") else None
-        return strong or self.modified
-
 
 class RemotePieces:
     """A file on a server, which must stay the same from the first request to the last.
@@ -93,9 +87,15 @@ class RemotePieces:
         failures of a transfer that takes several calls.
         """
         attempts, at = attempts or Attempts(self._client.policy, self.url, start), start
+
+        def headers(at: int) -> dict[str, str]:
+            # What changed meanwhile is told by the answer's own headers, or by its sha256.
+            whole = not at and stop is None
+            return {} if whole else {"Range": f"bytes={at}-{'' if stop is None else stop - 1}"}
+
         while stop is None or at < stop:
             try:
-                with self._client.open(self.url, self._headers(at, stop)) as answer:
+                with self._client.open(self.url, headers(at)) as answer:
                     end = self._check(answer, at, stop)
                     for chunk in self._client.chunks(answer):
                         at += len(chunk)
@@ -108,14 +108,6 @@ class RemotePieces:
                 raise Transient(f"the answer ended at byte {at} of {end}")
             except Transient as error:
                 attempts.failed(error)
-
-    def _headers(self, at: int, stop: int | None) -> dict[str, str]:
-        if stop is not None:
-            return {"Range": f"bytes={at}-{stop - 1}"}
-        if not at:
-            return {}
-        validator = self._version.validator if self._version else None
-        return {"Range": f"bytes={at}-"} | ({"If-Range": validator} if validator else {})
 
     def _check(self, answer: Any, start: int, stop: int | None) -> int | None:
         """Look at an answer's headers; returns where its body ends, if they tell."""

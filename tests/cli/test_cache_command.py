@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import signal
 import time
@@ -207,15 +206,6 @@ def test_unfinished_downloads(root: Path) -> None:
     ]
     assert names(document("prune", "--older-than", 0)["removed"]) == ["a.part"]
     assert {path.suffix for path in folder.iterdir()} <= {".lock"}
-
-
-def test_a_mapped_file_outlives_its_removal() -> None:
-    path = store(b"norm" * 5000, "norm.so")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-        run("prune", "--all")
-        assert not path.exists()
-        assert mapped[:] == b"norm" * 5000
-        assert store(b"norm" * 5000, "norm.so") == path
 
 
 def test_verify_and_repair() -> None:

@@ -304,19 +304,8 @@ def test_a_kernel_that_fails_is_examined(monkeypatch):
     assert seen == ["norm.rmsnorm"]
 
 
-class Left:
-    """A runtime with an error left once."""
-
-    def __init__(self, code):
-        self._code = code
-
-    def cudaGetLastError(self):
-        code, self._code = self._code, 0
-        return code
-
-
 def test_a_launcher_that_would_end_the_process_is_not_called():
-    called, runtime = [], Left(INVALID_DEVICE)
+    called, runtime = [], Runtime(0, left=INVALID_DEVICE)
 
     def call(*args):
         called.append(args)

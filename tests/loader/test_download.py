@@ -122,7 +122,6 @@ def test_what_passes(web, root, fault, ranges):
     assert tree(root) == [OBJECT]
     if ranges and fault is faults.truncate:
         assert web.sent == len(CONTENT)  # nothing twice
-        assert [seen.headers.get("If-Range") for seen in web.seen] == [None, '"one"', '"one"']
 
 
 def test_goes_on_where_another_process_stopped(web, root):
@@ -178,8 +177,6 @@ def test_a_file_that_changes_on_the_way(web, root, etags):
     web.faults = [swap]
     assert fetch(web).path.read_bytes() == CONTENT
     assert tree(root) == [OBJECT]
-    # A weak ETag does not vouch for single bytes.
-    assert not [seen for seen in web.seen if "W/" in seen.headers.get("If-Range", "")]
 
 
 def test_another_content_than_the_pinned_one(web, root):
@@ -215,12 +212,6 @@ def test_errors_leave_nothing(web, root, fault, match):
     with pytest.raises(FetchError, match=match):
         fetch(web)
     assert tree(root) == []
-
-
-def test_a_server_that_goes_on_elsewhere(web):
-    web.faults = [faults.truncate, faults.shifted]
-    with pytest.raises(FetchError, match="asked for bytes 1500000-2999999"):
-        fetch(web)
 
 
 def test_a_server_that_never_gets_further(web):

@@ -47,16 +47,6 @@ def test_store_and_find(sample):
     assert (cache.find(sample.sha256, "b.so"), sample.find()) == (other, path)
 
 
-def test_what_is_made_is_for_reading_and_the_root_for_its_user(sample):
-    before = os.umask(0)
-    try:
-        path = sample.store()
-    finally:
-        os.umask(before)
-    assert (mode(path), mode(sample.root)) == (0o444, 0o700)
-    assert {mode(folder) for folder in sample.root.rglob("*") if folder.is_dir()} == {0o755}
-
-
 ASTRAY = [("0" * 64, name) for name in ("", ".", "..", "a/b.so", "/a.so", ".stamp", "a\0b")]
 
 
