@@ -28,7 +28,8 @@ _MOVES = {
 def order(quant_type: str) -> Array:
     """Where each value of a block comes from, as places in the flat block."""
     shape, axes = _MOVES[quant_type]
-    return np.arange(_ROWS * _COLUMNS).reshape(shape).transpose(axes).ravel()
+    places: Array = np.arange(_ROWS * _COLUMNS).reshape(shape).transpose(axes).ravel()
+    return places
 
 
 def codes(packed: Array) -> Array:

@@ -372,6 +372,7 @@ def claiming(at):
         (container(entry(SASS, 90)[:40]), "cut off after 40 bytes"),
         (container(entry(SASS, 90)[:-1]), "claims 64 [+] 16 bytes where its container has 79"),
         (container(entry(SASS, 90, header=48)[:4] + bytes(60)), "claims 0 [+] 0 bytes"),
+        (container(entry(PTX, 90), entry(SASS, 90)[:-1]), "where its container has 79"),
         (container(entry(SASS, 0)), "architecture 0"),
         (container(entry(SASS, 1 << 31)), "architecture 2147483648"),
         (container(entry(SASS, 90, A | F)), "contradictory flags"),

@@ -116,6 +116,7 @@ def test_a_broken_line_that_moves_gets_there():
         (status(400), "answers '400.*nothing"),
         (status(302), "a redirect to nowhere"),
         (faults.shifted, "asked for bytes 1000-59999, the server sends 1001-59999"),
+        (header("Content-Range", "bytes 1000-5000/102400"), "the server sends 1000-5000"),
         (faults.longer, "asked for 59000 bytes, the server announces 59004"),
         (header("Content-Length", "100"), "announces 100"),
         (header("Content-Length", "-7"), "Content-Length: '-7'"),

@@ -201,6 +201,7 @@ def test_what_is_no_source(name, content, says, built_wheel, tmp_path):
 
 ODD = {
     "jit_cache/a/b/a/b.so": [],
+    "jit_cache/a/b.so": [],
     "jit_cache/evil/evil.so/evil.so": [],
     "flashinfer_jit_cache/jit_cache/evil/evil.so": ["evil"],
 }

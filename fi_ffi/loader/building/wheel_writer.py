@@ -1,8 +1,7 @@
 """Writes a wheel of kernel modules in the layout of `flashinfer-jit-cache`.
 
 The same modules give the same bytes: members are sorted and carry a fixed time.
-Files are hashed while they are copied, and the wheel appears under its name only
-when it is complete.
+The wheel appears under its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -18,13 +17,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 PACKAGE = "flashinfer_jit_cache"
 # The tag of the upstream wheels. No library in them depends on Python at all.
 PYTHON_TAG = "cp39-abi3"
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip member can have
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -161,41 +158,24 @@ def _sources(wheel: KernelWheel) -> dict[str, bytes | Path]:
     return dict(sorted(members.items(), key=lambda item: (".dist-info/" in item[0], item[0])))
 
 
-def _member(name: str, size: int) -> zipfile.ZipInfo:
-    info = zipfile.ZipInfo(name, date_time=_EPOCH)
-    info.file_size = size  # zipfile decides by it whether the member needs the zip64 form
-    info.compress_type = zipfile.ZIP_DEFLATED
-    info.create_system = 3  # Unix: the upper half of external_attr is a mode
-    info.external_attr = (0o100755 if name.endswith(".so") else 0o100644) << 16
-    return info
-
-
-def _copy(archive: zipfile.ZipFile, name: str, source: BinaryIO) -> tuple[str, str, int]:
-    """Copy `source` into the archive; its line of RECORD."""
-    size = source.seek(0, os.SEEK_END)
-    source.seek(0)
-    digest = hashlib.sha256()
-    with archive.open(_member(name, size), "w") as target:
-        while chunk := source.read(_CHUNK):
-            target.write(chunk)
-            digest.update(chunk)
-        size = source.tell()
-    encoded = base64.urlsafe_b64encode(digest.digest()).rstrip(b"=").decode()
-    return name, f"sha256={encoded}", size
-
-
 def _write_members(archive: zipfile.ZipFile, wheel: KernelWheel) -> None:
     record: list[tuple[str, str, int | str]] = []
+
+    def write(name: str, content: bytes) -> None:
+        info = zipfile.ZipInfo(name, date_time=_EPOCH)
+        info.compress_type = zipfile.ZIP_DEFLATED
+        info.create_system = 3  # Unix: the upper half of external_attr is a mode
+        info.external_attr = (0o100755 if name.endswith(".so") else 0o100644) << 16
+        archive.writestr(info, content)
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=")
+        record.append((name, f"sha256={digest.decode()}", len(content)))
+
     for name, source in _sources(wheel).items():
-        if isinstance(source, Path):
-            with source.open("rb") as file:
-                record.append(_copy(archive, name, file))
-        else:
-            record.append(_copy(archive, name, io.BytesIO(source)))
+        write(name, source.read_bytes() if isinstance(source, Path) else source)
     own_name = f"{wheel.dist_info}/RECORD"
     lines = io.StringIO()
     csv.writer(lines, lineterminator="\n").writerows([*record, (own_name, "", "")])
-    _copy(archive, own_name, io.BytesIO(lines.getvalue().encode()))
+    write(own_name, lines.getvalue().encode())
 
 
 def write_wheel(wheel: KernelWheel, output: Path) -> Path:
