@@ -16,6 +16,7 @@ from fi_ffi.cli import cuda, main
 from fi_ffi.loader import lock, machine, runtime
 from fi_ffi.ops.table import ROWS
 
+from tests.loader.conftest import LOCK
 from tests.loader.server import File, Server, kernel_members, make_wheel, sha256
 
 NAME = "flashinfer_jit_cache-0.6.13+cu130-cp39-abi3-linux.whl"
@@ -34,13 +35,8 @@ def web() -> Iterator[Server]:
 def bare(web: Server, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """The command in a process that knows kernels from the lock alone, with an empty cache."""
     wheel = web.files[f"/{NAME}"].content
-    pins = {
-        "release": "0.6.13", "cuda": "cu130", "platform": lock.this_platform(),
-        "layout": "monolithic", "file": NAME, "url": web.url(f"/{NAME}"), "sha256": sha256(wheel),
-        "provenance": "verified here",
-    }  # fmt: skip
-    text = lock.lock_path().read_text().partition("[[kernels.files]]")[0] + "[[kernels.files]]\n"
-    (tmp_path / "wheels.lock").write_text(text + "".join(f'{k} = "{v}"\n' for k, v in pins.items()))
+    pins = {"url": web.url(f"/{NAME}"), "platform": lock.this_platform(), "sha256": sha256(wheel)}
+    (tmp_path / "wheels.lock").write_text(LOCK.replace("1.2.3", "0.6.13").format(**pins))
     library = runtime.ensure_tvm_ffi().path
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FI_FFI_")} | {
         "FI_FFI_LOCK": str(tmp_path / "wheels.lock"),
