@@ -1,11 +1,8 @@
-"""Mixtures of experts in float64, and how far from them the kernels' roundings may lead; and the
-entries of `fused_moe_90`, which compute a layer out of a call's tensors.
+"""Mixtures of experts in float64, and the entries of `fused_moe_90`, which compute a layer out of
+a call's tensors.
 
-Weights come as the numbers they stand for, an array or what makes one for each expert, and what is
-quantised on the way is quantised here: the second product's input depends on that rounding
-(`tests/reference/test_moe_formula.py::test_modes`).  Each step carries a radius that the kernel's
-value is within.  Roundings are independent of one another, so what a sum makes of them grows as
-the root of their squares: five times that, or their plain sum where it is less.
+Weights come as the numbers they stand for, an array or what makes one for each expert.  What the
+kernels always round or quantise on the way is so here: the second product's input depends on it.
 """
 
 from __future__ import annotations
@@ -29,13 +26,8 @@ ACTIVATIONS = (
     "Identity",
 )  # fmt: skip
 
-_SIGMAS = 5.0
 _BLOCK = 128
 _E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-# What of a sum of magnitudes is lost where float32 accumulates, and where Hopper's fp8
-# instructions do, which keep about 14 bits: with and without float32 after each 128.
-_FLOAT32 = 2.0**-16
-ON_HOPPER = {"fp8": 2.0**-11, "fp8_block_scale": 2.0**-12, "int4": 2.0**-12}
 
 
 @dataclass
@@ -61,21 +53,10 @@ class Layer:
     limits: dict[str, Array] | None = None
     first_expert: int = 0
     adds_bias2: bool = True
-    accumulated: float = _FLOAT32
 
 
-# Modes of which all tactics keep results between the products in 16 bits: a rounding that is
-# certain is made here too, because what is quantised afterwards depends on it.
+# Modes of which all kernels keep results between the products in 16 bits.
 _QUANTISING = ("fp8", "fp8_block_scale", "int4")
-
-_Near = tuple[Array, Array]  # a value, and the radius that the kernel's is within
-
-
-def half_step(value: Array, dtype: Any) -> Array:
-    """Half a step of a 16-bit dtype at a value."""
-    info = ml_dtypes.finfo(dtype)
-    step: Array = np.maximum(np.abs(value) * float(info.eps), float(info.smallest_subnormal)) / 2
-    return step * 1.001
 
 
 def _in(value: Array, dtype: Any) -> Array:
@@ -87,44 +68,13 @@ def _e4m3(value: Array) -> Array:
     return _in(np.clip(value, -448.0, 448.0), _E4M3)
 
 
-def _through(rounding: Callable[[Array], Array], value: Array, radius: Array) -> _Near:
-    """A value rounded, and what it is at most off by where the rounding goes the other way."""
-    middle = rounding(value)
-    low, high = middle - rounding(value - radius), rounding(value + radius) - middle
-    return middle, np.maximum(low, high)
-
-
-def _rounded(layer: Layer, value: Array, radius: Array) -> _Near:
-    """A value in the layer's dtype, where the kernels of its mode always round to it."""
-    return _through(lambda x: _in(x, layer.dtype), value, radius)
-
-
-def _quantised(value: Array, radius: Array) -> _Near:
-    return _through(_e4m3, value, radius)
-
-
-def _grouped(value: Array, radius: Array) -> _Near:
+def _grouped(value: Array) -> Array:
     """Quantised with a scale for each 128, and back."""
-    groups, around = value.reshape(len(value), -1, _BLOCK), radius.reshape(len(value), -1, _BLOCK)
+    groups = value.reshape(len(value), -1, _BLOCK)
     largest = np.abs(groups).max(axis=-1, keepdims=True)
-    # The scale is the largest's, and so is its error.
-    at = np.abs(groups).argmax(axis=-1)[..., None]
-    off = np.take_along_axis(around, at, axis=-1) / np.maximum(largest, 1e-300) + 2.0**-22
     scale = np.where(largest > 0, 448.0 / np.maximum(largest, 1e-300), 1.0)
-    scaled = groups * scale
-    middle, step = _quantised(scaled, around * scale + np.abs(scaled) * off)
-    back, error = middle / scale, step / scale + np.abs(middle / scale) * off
-    return back.reshape(value.shape), error.reshape(value.shape)
-
-
-def _times(rows: _Near, weight: Array, accumulated: float) -> _Near:
-    """Rows times the rows of a matrix."""
-    value, radius = rows
-    sure = radius @ np.abs(weight).T
-    likely = _SIGMAS * np.sqrt(radius**2 @ (weight**2).T)
-    return value @ weight.T, np.minimum(sure, likely) + accumulated * (
-        np.abs(value) @ np.abs(weight).T
-    )
+    back: Array = (_e4m3(groups * scale) / scale).reshape(value.shape)
+    return back
 
 
 def _sigmoid(value: Array) -> Array:
@@ -166,95 +116,54 @@ def _active(name: str, gate: Array, linear: Array, limits: dict[str, float]) -> 
     return np.asarray(gated[name](gate) * linear)
 
 
-def _activated(layer: Layer, expert: int, product: _Near) -> _Near:
-    """The activation, and the farthest that it is at the corners of what may be its inputs."""
-    limits = {name: float(each[expert]) for name, each in (layer.limits or {}).items()}
-    value, radius = product
-    inter = layer.w2.shape[-1]
-    gate, linear = value[:, -inter:], value[:, :inter]
-    around, beside = radius[:, -inter:], radius[:, :inter]
-    middle = _active(layer.activation, gate, linear, limits)
-    farthest = np.zeros_like(middle)
-    for i in (-1, 0, 1):
-        for j in (-1, 1):
-            corner = _active(layer.activation, gate + i * around, linear + j * beside, limits)
-            farthest = np.maximum(farthest, np.abs(corner - middle))
-    if layer.activation == "Gelu":  # other tactics have the approximation
-        farthest = farthest + np.abs(_gelu_tanh(gate) - middle)
-    return middle, 1.05 * farthest + _FLOAT32 * np.abs(middle)
-
-
-def _between(layer: Layer, expert: int, active: _Near) -> _Near:
+def _between(layer: Layer, expert: int, value: Array) -> Array:
     """What goes into the second product."""
-    value, radius = active
     if layer.mode == "fp8":
-        quant = layer.scales["quant"][expert]
-        return _quantised(value * quant, radius * quant)
+        return _e4m3(value * layer.scales["quant"][expert])
     if layer.mode not in _QUANTISING:
-        return value, radius + half_step(np.abs(value) + radius, layer.dtype)
-    value, radius = _rounded(layer, value, radius)
+        return value
+    value = _in(value, layer.dtype)
     if layer.mode == "fp8_block_scale":
-        return _grouped(value, radius)
-    scale = layer.scales["pre2"]
-    return _quantised(*_rounded(layer, value * scale, radius * np.abs(scale)))
+        return _grouped(value)
+    return _e4m3(_in(value * layer.scales["pre2"], layer.dtype))
 
 
-def _input(layer: Layer, rows: Array) -> _Near:
-    nothing = np.zeros_like(rows)
+def _input(layer: Layer, rows: Array) -> Array:
     if layer.mode == "fp8_block_scale":
-        return _grouped(rows, nothing)
-    if layer.mode == "int4":
-        return _quantised(_in(rows * layer.scales["pre1"], layer.dtype), nothing)
-    return rows, nothing
+        return _grouped(rows)
+    return _e4m3(_in(rows * layer.scales["pre1"], layer.dtype)) if layer.mode == "int4" else rows
 
 
-def _expert(layer: Layer, expert: int, rows: Array) -> _Near:
+def _expert(layer: Layer, expert: int, rows: Array) -> Array:
     """What one expert makes of rows, its second bias included."""
-    ones = np.ones(len(layer.w1))
-    value, radius = _times(_input(layer, rows), layer.w1[expert], layer.accumulated)
-    scale = layer.scales.get("fc1", ones)[expert]
-    value, radius = value * scale, radius * abs(scale)
-    bias = np.zeros(1) if layer.bias1 is None else layer.bias1[expert]
+    ones, inter = np.ones(len(layer.w1)), layer.w2.shape[-1]
+    value = _input(layer, rows) @ layer.w1[expert].T * layer.scales.get("fc1", ones)[expert]
     if layer.mode in _QUANTISING:
-        value, radius = _rounded(layer, value, radius)
-    else:  # before the bias is added, after it, or not at all
-        radius = radius + half_step(np.abs(value) + np.abs(bias) + radius, layer.dtype)
-    value = value + bias
-    active = _activated(layer, expert, (value, radius))
-    value, radius = _times(_between(layer, expert, active), layer.w2[expert], layer.accumulated)
-    scale = layer.scales.get("fc2", ones)[expert]
-    value, radius = value * scale, radius * abs(scale)
-    radius = radius + half_step(np.abs(value) + radius, layer.dtype)
+        value = _in(value, layer.dtype)
+    if layer.bias1 is not None:
+        value = value + layer.bias1[expert]
+    limits = {name: float(each[expert]) for name, each in (layer.limits or {}).items()}
+    # The gate is the second half, and what it multiplies the first.
+    active = _active(layer.activation, value[:, -inter:], value[:, :inter], limits)
+    value = _between(layer, expert, active) @ layer.w2[expert].T
+    value = value * layer.scales.get("fc2", ones)[expert]
     if layer.bias2 is not None and layer.adds_bias2:
         value = value + layer.bias2[expert]
-    return value, radius
+    return np.asarray(value)
 
 
-def moe(layer: Layer) -> _Near:
-    """The results [tokens, hidden], and how far the kernels' may be from each."""
+def moe(layer: Layer) -> Array:
+    """The results [tokens, hidden]."""
     total = np.zeros((len(layer.x), layer.w2.shape[1]))
-    radius, magnitude = np.zeros_like(total), np.zeros_like(total)
     for expert in range(len(layer.w1)):
         tokens, slots = np.nonzero(layer.experts == layer.first_expert + expert)
         if not len(tokens):
             continue
-        value, around = _expert(layer, expert, layer.x[tokens])
         weight = np.ones((len(tokens), 1))
         if layer.final is not None:
             weight = layer.final[tokens, slots][:, None].astype(np.float64)
-        total[tokens] += weight * value
-        radius[tokens] += np.abs(weight) * around
-        magnitude[tokens] += np.abs(weight * value)
-    # Tactics that sum in the epilogue round each term, and each sum.
-    sums = layer.experts.shape[1] + 1 if layer.experts.shape[1] > 1 else 1
-    return total, radius + sums * half_step(magnitude + radius, layer.dtype)
-
-
-def worst(got: Array, layer: Layer) -> float:
-    """The largest error as a fraction of what is allowed; infinite where it is no number."""
-    expected, allowed = moe(layer)
-    error = np.abs(got.astype(np.float64) - expected) / np.maximum(allowed, 1e-300)
-    return float(np.where(np.isnan(error), np.inf, error).max(initial=0.0))
+        total[tokens] += weight * _expert(layer, expert, layer.x[tokens])
+    return total
 
 
 _Matrix = Callable[[int], Array]
@@ -348,7 +257,7 @@ def run_moe(
         first,
         adds_bias2=tp_rank == 0,
     )
-    store(output, moe(layer)[0])
+    store(output, moe(layer))
 
 
 def _number(array: Array | None) -> Array | None:

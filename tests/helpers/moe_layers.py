@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.reference.moe import Layer, worst
+from fi_ffi.reference.moe import Layer
+
+from tests.helpers.moe_bounds import worst
 
 F8, BF16 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.bfloat16)
 F16, F32 = np.dtype(np.float16), np.dtype(np.float32)
