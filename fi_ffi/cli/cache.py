@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import click
@@ -48,10 +47,9 @@ def list_(as_json: bool) -> None:
     files = [(i.name, f"{i.size:,}", str(i.sha256)[:12], _day(i)) for i in groups["objects"]]
     click.echo(f"{len(files)} files in {root}")
     _print_table(("file", "bytes", "sha256", "last use"), files)
-    builds = [(i.name, f"{i.size:,}", _day(i)) for i in groups["builds"]]
-    _print_table(("build", "bytes", "last written"), builds)
-    unfinished = [(i.name, f"{i.size:,}", _day(i)) for i in groups["downloads"]]
-    _print_table(("unfinished download", "bytes", "last written"), unfinished)
+    for kind, found in (("build", groups["builds"]), ("unfinished download", groups["downloads"])):
+        rows = [(item.name, f"{item.size:,}", _day(item)) for item in found]
+        _print_table((kind, "bytes", "last written"), rows)
     left = groups["leftovers"]
     if left:
         freed = f"{sum(item.size for item in left):,} bytes"
@@ -97,28 +95,21 @@ def prune(
         limit = time.time() - (older_than or 0) * 86400
         found = (item for kind in kinds for item in items(root, kind))
         wanted += [item for item in found if everything or item.last_use <= limit]
-    _print_pruned(upkeep.prune(wanted, root, dry_run=dry_run), root, dry_run, as_json)
-
-
-def _print_pruned(done: upkeep.Pruned, root: Path, dry_run: bool, as_json: bool) -> None:
+    removed, kept = upkeep.prune(wanted, root, dry_run=dry_run)
+    freed = sum(item.size for item in removed)
     if as_json:
-        kept = [_document(item) | {"reason": reason} for item, reason in done.kept]
-        removed = [*map(_document, done.removed)]
-        document = {"root": str(root), "dry_run": dry_run, "removed": removed, "kept": kept}
-        output.print_json(document | {"freed": done.freed})
+        documents = [_document(item) | {"reason": reason} for item, reason in kept]
+        document = {"root": str(root), "dry_run": dry_run, "removed": [*map(_document, removed)]}
+        output.print_json(document | {"kept": documents, "freed": freed})
     else:
-        _print_items("would remove" if dry_run else "removed", done.removed)
-        for item, reason in done.kept:
+        verb = "would remove" if dry_run else "removed"
+        for item in removed:
+            click.echo(f"{verb} {item.kind} {item.name} ({item.size:,} bytes)")
+        for item, reason in kept:
             click.echo(f"kept {item.kind} {item.name}: {reason}", err=True)
-        verb = "would be freed" if dry_run else "freed"
-        click.echo(f"{done.freed:,} bytes {verb} in {root}")
-    if done.kept:
+        click.echo(f"{freed:,} bytes {'would be freed' if dry_run else 'freed'} in {root}")
+    if kept:
         sys.exit(1)
-
-
-def _print_items(verb: str, done: Sequence[Item]) -> None:
-    for item in done:
-        click.echo(f"{verb} {item.kind} {item.name} ({item.size:,} bytes)")
 
 
 @cache.command()

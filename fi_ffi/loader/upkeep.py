@@ -12,9 +12,9 @@ import re
 import stat
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from fi_ffi.errors import ArtifactError, LoaderError
 from fi_ffi.loader import cache, trust
@@ -44,25 +44,12 @@ class Item:
     sha256: str | None = None
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What hashing an object again has shown; `problem` is empty where it is well."""
 
     item: Item
     problem: str = ""
     removed: bool = False
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """What was removed, and what was to be and was not, with the reason."""
-
-    removed: tuple[Item, ...]
-    kept: tuple[tuple[Item, str], ...]
-
-    @property
-    def freed(self) -> int:
-        return sum(item.size for item in self.removed)
 
 
 def items(root: Path, kind: Kind) -> list[Item]:
@@ -148,8 +135,11 @@ def _build_lock(folder: Path) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def prune(wanted: Iterable[Item], root: Path, *, dry_run: bool = False) -> Pruned:
-    """Remove the items, but for what a build or a download is at work on.
+def prune(
+    wanted: Iterable[Item], root: Path, *, dry_run: bool = False
+) -> tuple[list[Item], list[tuple[Item, str]]]:
+    """Remove the items, but for what a build or a download is at work on: what was removed,
+    and what was not, with the reason.
 
     A file that a process has loaded stays in its memory; on a network file system
     that holds only for the processes of this machine.
@@ -176,7 +166,7 @@ def prune(wanted: Iterable[Item], root: Path, *, dry_run: bool = False) -> Prune
                 removed.append(item)
             except (OSError, LoaderError) as error:
                 kept.append((item, getattr(error, "strerror", None) or str(error)))
-    return Pruned(tuple(removed), tuple(kept))
+    return removed, kept
 
 
 def verify(root: Path, *, repair: bool = False) -> Iterator[Verdict]:
@@ -212,8 +202,8 @@ def _repair(item: Item, root: Path) -> Verdict:
         try:
             _remove(item, root)
         except OSError as error:
-            return replace(verdict, problem=f"{verdict.problem} (not removed: {error.strerror})")
-        return replace(verdict, removed=True)
+            return verdict._replace(problem=f"{verdict.problem} (not removed: {error.strerror})")
+        return verdict._replace(removed=True)
 
 
 def _remove(item: Item, root: Path) -> None:
