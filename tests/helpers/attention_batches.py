@@ -22,7 +22,6 @@ HEADS, KV_HEADS, DIM, PAGE = 8, 2, 64, 5
 SCALE = DIM**-0.5
 # A batch with requests of no keys, of no queries, and of one.
 QO_LENS, KV_LENS = [3, 2, 0, 1, 7], [11, 0, 4, 1, 30]
-LAYOUTS = ["NHD", "HND"]
 
 
 def call(row: Row, compiled: tuple[tuple[str, object], ...] = (), **given: Any) -> Any:
@@ -97,7 +96,7 @@ class Batch:
         } | given
         return call(row, **self.workspaces, **given)
 
-    def run(self, row: Row, info: Any, layout: str, compiled: Any = (), **given: Any) -> None:
+    def run(self, row: Row, info: Any, compiled: Any = (), **given: Any) -> None:
         """Run over the pages, or over keys and values side by side as the row has it."""
         workspaces = {k: v for k, v in self.workspaces.items() if "page_locked" not in k}
         if "ragged" in row.symbol:
@@ -108,13 +107,10 @@ class Batch:
             arrays = {"paged_k_cache": self.caches[0], "paged_v_cache": self.caches[1],
                       "paged_kv_indptr": self.page_indptr, "paged_kv_indices": self.indices,
                       "paged_kv_last_page_len": self.last}  # fmt: skip
-        if layout == "HND":
-            for name in set(arrays) & {"k", "v", "paged_k_cache", "paged_v_cache"}:
-                arrays[name] = arrays[name].swapaxes(-3, -2).copy()
         if "decode" not in row.module:
             arrays["qo_indptr"] = self.qo_indptr
         given = {"plan_info_vec": info, "q": self.q, "o": self.o, "maybe_lse": self.lse,
-                 "kv_layout": LAYOUTS.index(layout), **workspaces, **arrays} | given  # fmt: skip
+                 "kv_layout": 0, **workspaces, **arrays} | given  # fmt: skip
         call(row, compiled, **given)
 
     def expected(self, options: Any) -> Exact:

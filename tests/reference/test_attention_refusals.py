@@ -1,4 +1,7 @@
-"""What the attention entries' references refuse: what the kernels would do wrong unasked."""
+"""What the attention entries' references refuse: what the kernels would do wrong unasked.
+
+And what they leave alone.  Their results, through the plans and functions: tests/attention.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,19 @@ import pytest
 from fi_ffi.errors import KernelError
 from fi_ffi.ops.attention import rows
 from fi_ffi.reference.attention import reference_kernel
+from fi_ffi.reference.attention.formula import Options
 
-from tests.helpers.attention_batches import DIM, HEADS, KV_HEADS, PAGE, QO_LENS, SCALE, Batch, call
+from tests.helpers.attention_batches import (
+    DIM,
+    HEADS,
+    KV_HEADS,
+    PAGE,
+    QO_LENS,
+    SCALE,
+    Batch,
+    call,
+    poisoned,
+)
 
 FA2, FA3, FP8 = (rows.BATCH_PREFILL[name] for name in ("fa2", "fa3", "fa3_fp8"))
 WINDOW = (("use_sliding_window", True),)
@@ -63,7 +77,7 @@ def test_a_plan_of_another_kind(rng):
     batch = Batch(rng)
     for info, of in ((plan_decode(batch), "decode"), (batch.plan(FA3[0], True), "fa3 prefill")):
         with pytest.raises(KernelError, match=f"of {of}, not a plan of fa2 prefill"):
-            batch.run(FA2[2], info, "NHD", sm_scale=SCALE)
+            batch.run(FA2[2], info, sm_scale=SCALE)
 
 
 @pytest.mark.parametrize("which", [1, 2], ids=["ragged", "paged"])
@@ -74,10 +88,10 @@ def test_other_lengths_than_planned(which, name, rng):
     name = "paged_kv_indptr" if name == "kv_indptr" and which == 2 else name
     array = {"paged_kv_indptr": batch.page_indptr}.get(name, getattr(batch, name, None)).copy()
     room = np.append(array, [0, 0]).astype(np.int32)
-    batch.run(FA2[which], info, "NHD", sm_scale=SCALE, **{name: room})
+    batch.run(FA2[which], info, sm_scale=SCALE, **{name: room})
     array[2] += 1
     with pytest.raises(KernelError, match=f"{name} is not what was planned"):
-        batch.run(FA2[which], info, "NHD", sm_scale=SCALE, **{name: array})
+        batch.run(FA2[which], info, sm_scale=SCALE, **{name: array})
 
 
 @pytest.mark.parametrize(
@@ -112,14 +126,14 @@ def test_runs(row, compiled, given, words, rng):
     window = 3 if "window_left" in given else -1
     info = batch.plan(plan, row.symbol == "paged_run", window_left=window)
     with pytest.raises(KernelError, match=words):
-        batch.run(row, info, "NHD", compiled, **{"sm_scale": SCALE} | given)
+        batch.run(row, info, compiled, **{"sm_scale": SCALE} | given)
     assert np.isnan(batch.lse[0]).all() or "pages" in words
 
 
 def test_more_queries_than_keys(rng):
     """By its definition causal attention of them is 0; single prefill has always refused it."""
     batch = Batch(rng, qo_lens=[9], kv_lens=[4])
-    batch.run(FA2[2], batch.plan(FA2[0], True), "NHD", sm_scale=SCALE, mask_mode_code=1)
+    batch.run(FA2[2], batch.plan(FA2[0], True), sm_scale=SCALE, mask_mode_code=1)
     assert (batch.o[:5] == 0).all() and (batch.lse[:5] == -5e4).all()
     k, v = batch.keys(0)
     given = {"q": batch.q, "k": k, "v": v, "tmp": EMPTY, "o": batch.o, "sm_scale": SCALE}
@@ -159,3 +173,64 @@ def test_mla(rng):
 def test_words_of_a_module_name():
     with pytest.raises(TypeError, match="use_sliding_windows"):
         reference_kernel("batch_decode", "run", use_sliding_windows=True)
+
+
+IGNORED = {
+    "window_left": 3, "logits_soft_cap": 2.0,
+    "maybe_alibi_slopes": np.linspace(0.1, 0.5, HEADS, dtype=np.float32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_what_was_not_compiled_in(name, rng, error):
+    """Decode and single prefill do not look at it."""
+    batch = Batch(rng, "f16", "f16", [1], [33])
+    k, v = batch.keys(0)
+    given = {"k": k, "v": v, "tmp": EMPTY, "sm_scale": SCALE, name: IGNORED[name]}
+    call(rows.SINGLE_DECODE, q=batch.q[0], o=batch.o[0], **given)
+    assert error(batch.expected(Options(SCALE)), batch.o) <= 1
+    batch.o[...] = np.nan
+    call(rows.SINGLE_PREFILL["fa2"], q=batch.q, o=batch.o, **given)
+    assert error(batch.expected(Options(SCALE)), batch.o) <= 1
+    if name == "logits_soft_cap":
+        batch.o[...] = np.nan
+        info = batch.plan(FA3[0], True)
+        batch.run(FA3[2], info, sm_scale=SCALE, **{name: IGNORED[name]})
+        assert error(batch.expected(Options(SCALE)), batch.o) <= 1
+
+
+@pytest.mark.parametrize("backend", ["fa2", "fa3"])
+def test_requests_without_keys(backend, rng):
+    """Theirs is the kernels' minus infinity; fa3 forgets their sinks, and fa2 does not."""
+    batch = Batch(rng)
+    batch.run(rows.BATCH_PREFILL[backend][2], batch.plan(rows.BATCH_PREFILL[backend][0], True), sm_scale=SCALE)  # fmt: skip
+    assert (batch.lse[3:5] == -5e4).all() and (batch.o[3:5] == 0).all()
+    plan, _, run = rows.BATCH_PREFILL_SINK[backend]
+    sink = rng.normal(0, 2, HEADS).astype(np.float32)
+    batch.run(run, batch.plan(plan, True), sink=sink, sm_scale=SCALE)
+    expected = -5e4 if backend == "fa3" else sink * np.log2(np.e)
+    assert np.allclose(batch.lse[3:5], expected, rtol=1e-6)
+
+
+def test_rows_of_no_request_stay(rng):
+    batch = Batch(rng)
+    batch.q = np.concatenate((batch.q, batch.q))
+    batch.o, batch.lse = poisoned(batch.q.shape), poisoned(batch.q.shape[:2], np.float32)
+    batch.run(FA2[2], batch.plan(FA2[0], True), sm_scale=SCALE)
+    for written in batch.o, batch.lse:
+        finite = np.isfinite(written.astype(np.float32))
+        assert finite[: sum(QO_LENS)].all() and not finite[sum(QO_LENS) :].any()
+
+
+def test_a_plan_is_in_both_workspaces_and_nothing_else(rng):
+    batch = Batch(rng)
+    info = batch.plan(FA3[0], True)
+    device, staging = (batch.workspaces[f"{x}int_workspace_buffer"] for x in ("", "page_locked_"))
+    used = 12 * len(QO_LENS) + 8
+    assert (device[:used] == staging[:used]).all() and (device[used:] == 0xFF).all()
+    assert (batch.workspaces["float_workspace_buffer"] == 0xFF).all()
+    # fa3 reads its lengths there and not from the run's arguments.
+    batch.qo_indptr = np.zeros_like(batch.qo_indptr)
+    batch.last = np.zeros_like(batch.last)
+    batch.run(FA3[2], info, sm_scale=SCALE)
+    assert np.isfinite(batch.lse).all()
