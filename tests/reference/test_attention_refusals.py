@@ -203,7 +203,8 @@ def test_what_was_not_compiled_in(name, rng, error):
 def test_requests_without_keys(backend, rng):
     """Theirs is the kernels' minus infinity; fa3 forgets their sinks, and fa2 does not."""
     batch = Batch(rng)
-    batch.run(rows.BATCH_PREFILL[backend][2], batch.plan(rows.BATCH_PREFILL[backend][0], True), sm_scale=SCALE)  # fmt: skip
+    plan, _, run = rows.BATCH_PREFILL[backend]
+    batch.run(run, batch.plan(plan, True), sm_scale=SCALE)
     assert (batch.lse[3:5] == -5e4).all() and (batch.o[3:5] == 0).all()
     plan, _, run = rows.BATCH_PREFILL_SINK[backend]
     sink = rng.normal(0, 2, HEADS).astype(np.float32)
