@@ -112,7 +112,9 @@ class MissingPart(BuildError):
 
     def __init__(self, part: Missing, log: str) -> None:
         self.part = part
-        super().__init__(str(part), log)
+        extra, library = part
+        what = f"lib{library}.so is" if library else f"headers of {extra} are"
+        super().__init__(f"{what} missing", log)
 
 
 def default_jobs() -> int:

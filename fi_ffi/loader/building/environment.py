@@ -159,17 +159,9 @@ def find_cxx(cpu: str | None = None) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Missing:
-    """A part of CUDA that a compiler (a header) or a linker (`library`) did not find."""
-
-    extra: str
-    library: str | None = None
-
-    def __str__(self) -> str:
-        if self.library:
-            return f"lib{self.library}.so is missing"
-        return f"headers of {self.extra} are missing"
+Missing = tuple[str, str]
+"""A part of CUDA that was not found: an extra of `cuda-toolkit`, and the library's name for `-l`
+("" where the compiler looked for a header)."""
 
 
 def missing_part(output: str) -> Missing | None:
@@ -177,11 +169,11 @@ def missing_part(output: str) -> Missing | None:
     header = re.search(r"fatal error: ([\w/]+)[\w./]*: No such file", output)
     for start, extra in PARTS.items():
         if header and header[1].startswith(start):
-            return Missing(extra)
+            return extra, ""
     # GNU ld and gold, lld, mold
     told = r"(?:cannot find -l|unable to find library -l|library not found: )(\w+)"
     name = re.search(told, output)
-    return Missing(PARTS[name[1]], name[1]) if name and name[1] in PARTS else None
+    return (PARTS[name[1]], name[1]) if name and name[1] in PARTS else None
 
 
 def find_library(folder: Path, file: str) -> Path | None:
@@ -374,7 +366,6 @@ def _unpack(
     say: Say,
     *options: str,
     libraries: bool = True,
-    cpu: str | None = None,
 ) -> Path:
     """Install NVIDIA's packages to the folder `name` beside the environment.
 
@@ -384,15 +375,14 @@ def _unpack(
     folder = environment.root.with_name(name)
 
     def make() -> None:
-        say(f"installing {requirement}" + (f" of {cpu}" if cpu else ""))
+        say(f"installing {requirement}")
         shutil.rmtree(folder, ignore_errors=True)
         _install(environment, "--target", str(folder), *options, requirement)
         if not libraries:
             for unused in folder.glob("nvidia/*/lib"):
                 shutil.rmtree(unused)
 
-    content = {"requirement": requirement} | ({"cpu": cpu} if cpu else {})
-    _once(folder, folder, content, make)
+    _once(folder, folder, {"requirement": requirement}, make)
     root = _cuda_root(folder)
     if root is None:
         raise BuildError(f"{requirement} has no headers in {folder}", str(environment.log))
@@ -444,7 +434,7 @@ def _unpack_cudart(environment: Environment, toolkit: Toolkit, say: Say, cpu: st
         options.append(f"--python-platform={cpu}-manylinux_2_28")
     requirement = f"nvidia-cuda-runtime=={release}.*"
     name = f"cuda-{release}-cudart-{cpu}"
-    return _unpack(environment, name, requirement, say, *options, cpu=cpu)
+    return _unpack(environment, name, requirement, say, *options)
 
 
 def _find_cudart(environment: Environment, toolkit: Toolkit, say: Say, cpu: str | None) -> Path:
@@ -499,11 +489,12 @@ class Workshop:
 
     def fetch(self, missing: Missing) -> None:
         """Install what the compiler or the linker did not find."""
-        if missing.library is None:
-            install_headers(self.environment, missing.extra, self.toolkit, self.say)
+        extra, library = missing
+        if library:
+            found = install_library(self.environment, library, self.toolkit, self.say)
+            add_link(self.link_folder, library, found)
         else:
-            found = install_library(self.environment, missing.library, self.toolkit, self.say)
-            add_link(self.link_folder, missing.library, found)
+            install_headers(self.environment, extra, self.toolkit, self.say)
 
     def variables(self) -> dict[str, str]:
         """The variables that FlashInfer's build files and the compilers read."""
