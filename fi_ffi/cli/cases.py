@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,13 +16,10 @@ import numpy as np
 from fi_ffi.ops.row import Row
 from fi_ffi.reference import EXACT, MOVES
 from fi_ffi.reference.arrays import Array
-from fi_ffi.reference.formula import SLACK, Judge, as_inputs
+from fi_ffi.reference.formula import SLACK, Expected, as_inputs
 
 # Of the magnitude, for arithmetic whose intermediate results are rounded: steps of their dtype.
 ROUNDING_STEPS = 0.75
-
-
-Expected: TypeAlias = "tuple[Array, Array | None] | Judge"
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ from fi_ffi.loader.lock import PinnedWheel, the_lock, this_platform
 from fi_ffi.loader.wheel import Wheel, hex_of
 
 if TYPE_CHECKING:
-    import importlib.metadata
+    pass
 
 KERNELS, SOURCES, WHEELS = "FI_FFI_KERNELS", "FI_FFI_SOURCES", "FI_FFI_WHEELS"
 RELEASE, CUDA, VERIFY = "FI_FFI_RELEASE", "FI_FFI_CUDA", "FI_FFI_VERIFY"
@@ -84,28 +84,19 @@ def _installed(release: str | None) -> Iterator[Candidate]:
         for path in sorted(Path(folder or ".").glob("flashinfer_jit_cache*.dist-info"))
     ]
     for distribution in found:
-        for root in _module_roots(distribution):
-            yield _of_release("installed", _of_distribution(distribution, root), release)
+        # By the folder of modules, of which a shim of the provider layout has none.
+        hashes: dict[Path, dict[Path, str]] = {}
+        for file in distribution.files or ():
+            if file.name.endswith(".so") and file.parent.parent.name == "jit_cache":
+                path = Path(str(distribution.locate_file(file)))
+                known = hashes.setdefault(path.parent.parent, {})
+                if file.hash is not None and file.hash.mode == "sha256":  # not every installer's
+                    known[path] = hex_of(f"sha256={file.hash.value}", str(file))
+        for root, known in hashes.items():
+            source = KernelDirectory(root, distribution.version, known)
+            yield _of_release("installed", source, release)
     if not found:
         yield Candidate("installed", None, "no flashinfer-jit-cache distribution is installed")
-
-
-def _module_roots(distribution: importlib.metadata.Distribution) -> list[Path]:
-    """The jit_cache folders of a distribution; a shim of the provider layout has none."""
-    roots = {}
-    for file in distribution.files or ():
-        if file.name.endswith(".so") and file.parent.parent.name == "jit_cache":
-            roots[str(file.parent.parent)] = Path(str(distribution.locate_file(file))).parent.parent
-    return list(roots.values())
-
-
-def _of_distribution(distribution: importlib.metadata.Distribution, root: Path) -> KernelDirectory:
-    hashes = {
-        Path(str(distribution.locate_file(file))): hex_of(f"sha256={file.hash.value}", str(file))
-        for file in distribution.files or ()
-        if file.name.endswith(".so") and file.hash is not None and file.hash.mode == "sha256"
-    }
-    return KernelDirectory(root, distribution.version, hashes)  # some installers keep none
 
 
 def _jit(release: str | None) -> Iterator[Candidate]:

@@ -31,9 +31,9 @@ class OneOfMany:
 
 
 # For every tensor that is written the value, and the magnitude that its rounding errors scale
-# with (None where every bit must be the value's); or one value and the judge of all
-# (the judge alone where a kernel of its own serves calls).
-Exact: TypeAlias = "Mapping[str, tuple[Array, Array | None] | OneOfMany | Judge]"
+# with (None where every bit must be the value's); or one value and the judge of all.
+Expected: TypeAlias = "tuple[Array, Array | None] | OneOfMany"
+Exact: TypeAlias = "Mapping[str, Expected]"
 Formula: TypeAlias = "Callable[[Inputs], Exact]"
 Move: TypeAlias = "Callable[[Inputs], dict[str, Array]]"
 

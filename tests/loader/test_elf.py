@@ -230,28 +230,6 @@ def test_a_sparse_file_is_not_read_in_full(tmp_path):
         inspect_elf(path)
 
 
-C_SOURCE = """
-int TVMFFIErrorSetRaised(const char*);
-int puts(const char*);
-static int hidden(void) { return puts(""); }
-__attribute__((visibility("hidden"))) int __tvm_ffi_hidden(void) { return 0; }
-int __tvm_ffi_value = 1;
-int __tvm_ffi_add(void) { return TVMFFIErrorSetRaised("x") + __tvm_ffi_hidden() + hidden(); }
-__attribute__((weak)) int __tvm_ffi_plan(void) { return 0; }
-"""
-
-
-def test_a_library_from_a_c_compiler(tmp_path):
-    (tmp_path / "k.c").write_text(C_SOURCE)
-    compiler.library(tmp_path / "k.c", tmp_path / "k.so", "-Wl,-rpath,$ORIGIN/../lib")
-    info = inspect_elf(tmp_path / "k.so")
-    assert info.functions == ("add", "plan")
-    assert info.requires == ("TVMFFIErrorSetRaised",)
-    assert info.runpath == "$ORIGIN/../lib"
-    assert info.machine == os.uname().machine
-    assert any(name.startswith("libc.so") for name in info.needed)
-
-
 def test_ten_thousand_symbols_take_no_time():
     symbols = [Symbol(f"_ZN10flashinfer{i}E", defined=bool(i % 2)) for i in range(10_000)]
     image = Library([*symbols, Symbol("__tvm_ffi_run")]).build()

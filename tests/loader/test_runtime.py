@@ -33,20 +33,6 @@ def kernels(built_wheel):
     runtime.use_source(None)
 
 
-def test_every_function_tells_its_signature(kernels):
-    told = {name: runtime.file_signatures(kernels.file(name).path) for name in kernels.modules()}
-    single_decode = next(name for name in told if name.startswith("single_decode"))
-    assert {*told["norm"]} >= {"rmsnorm", "layernorm", "fused_add_rmsnorm"}
-    assert {*told["page"]} == {"append_paged_kv_cache", "append_paged_mla_kv_cache"}
-    assert {*told[single_decode]} == {"run"}
-    for functions in told.values():
-        for name, signature in functions.items():
-            assert isinstance(signature, Signature), signature
-            assert signature.name == name
-            assert signature.params
-            assert fi_ffi.parse_signature(str(signature)) == signature
-
-
 OF_RELEASE = [row for row in ROWS if SpecifierSet(row.releases).contains(RELEASE)]
 
 
