@@ -286,7 +286,7 @@ def test_ninja_progress(tmp_path: Path) -> None:
 def test_a_failure_shows_the_compilers_words(tmp_path: Path) -> None:
     log = tmp_path / "log"
     text = (
-        "echo '[1/2] nvcc -Werror good.cu'\n"
+        "echo '[1/2] nvcc --error-limit good.cu'\n"
         "echo 'FAILED: [code=2] /x/bad.cuda.o '\n"
         "echo 'a.cu(3): error: identifier \"foo\" is undefined'\n"
         "echo 'ninja: build stopped: subcommand failed.'; exit 1"
