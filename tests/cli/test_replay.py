@@ -300,6 +300,9 @@ def test_tensors_that_share_memory(folder):
     recorded = load(paths[2])
     k_cache, v_cache = (recorded.tensors[f"paged_{of}_cache"] for of in "kv")
     assert k_cache.address < v_cache.address < k_cache.address + k_cache.span
+    again = Replaced(recorded.tensors.values(), parse_device("cpu"))
+    k, v = (again.desc(f"paged_{of}_cache") for of in "kv")
+    assert v.ptr - k.ptr == v_cache.address - k_cache.address
 
 
 def test_prepared_calls_and_views_of_larger_tensors(folder):

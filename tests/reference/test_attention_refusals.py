@@ -213,6 +213,14 @@ def test_requests_without_keys(backend, rng):
     assert np.allclose(batch.lse[3:5], expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("which", [1, 2], ids=["ragged", "paged"])
+def test_runs_of_fa2_are_given_their_lengths_again(which, rng, error):
+    batch = Batch(rng)
+    info = batch.plan(FA2[0], which == 2, kv_len_arr=np.zeros(len(batch.kv_lens), np.int32))
+    batch.run(FA2[which], info, sm_scale=SCALE)
+    assert error(batch.expected(Options(SCALE)), batch.o) <= 1
+
+
 def test_rows_of_no_request_stay(rng):
     batch = Batch(rng)
     batch.q = np.concatenate((batch.q, batch.q))
