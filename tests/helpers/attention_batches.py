@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from fi_ffi import reference
@@ -12,12 +11,6 @@ from fi_ffi.abi.interop import as_desc
 from fi_ffi.ops.row import KvLayout, Row, Scalar
 from fi_ffi.reference.attention.formula import Exact, exact_batch, from_pages
 
-DTYPES = {
-    "f16": np.float16,
-    "bf16": ml_dtypes.bfloat16,
-    "e4m3": ml_dtypes.float8_e4m3fn,
-    "e5m2": ml_dtypes.float8_e5m2,
-}
 HEADS, KV_HEADS, DIM, PAGE = 8, 2, 64, 5
 SCALE = DIM**-0.5
 # A batch with requests of no keys, of no queries, and of one.
@@ -44,8 +37,8 @@ def starts(lengths: list[int]) -> np.ndarray:
     return np.cumsum([0, *lengths]).astype(np.int32)
 
 
-def drawn(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    return rng.standard_normal(shape).astype(np.float32).astype(DTYPES[dtype])
+def drawn(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.standard_normal(shape).astype(np.float16)
 
 
 def poisoned(shape: tuple[int, ...], dtype: Any = np.float16) -> np.ndarray:
@@ -62,8 +55,7 @@ class Batch:
     """Queries, a paged cache and the same keys side by side, planned."""
 
     def __init__(
-        self, rng: np.random.Generator, q: str = "f16", kv: str = "f16",
-        qo_lens: list[int] = QO_LENS, kv_lens: list[int] = KV_LENS,
+        self, rng: np.random.Generator, qo_lens: list[int] = QO_LENS, kv_lens: list[int] = KV_LENS
     ) -> None:  # fmt: skip
         self.qo_indptr, self.kv_indptr = starts(qo_lens), starts(kv_lens)
         self.kv_lens = np.array(kv_lens, np.int32)
@@ -72,9 +64,9 @@ class Batch:
         last = [n and (n - 1) % PAGE + 1 for n in kv_lens]
         self.last = np.array(last, np.int32)
         self.indices = rng.permutation(sum(pages) + 3).astype(np.int32)
-        self.q = drawn(rng, (sum(qo_lens), HEADS, DIM), q)
+        self.q = drawn(rng, (sum(qo_lens), HEADS, DIM))
         shape = (len(self.indices), PAGE, KV_HEADS, DIM)
-        self.caches = [drawn(rng, shape, kv) for _ in "kv"]
+        self.caches = [drawn(rng, shape) for _ in "kv"]
         self.workspaces = workspaces()
         self.o, self.lse = poisoned(self.q.shape), poisoned(self.q.shape[:2], np.float32)
 

@@ -184,7 +184,7 @@ IGNORED = {
 @pytest.mark.parametrize("name", IGNORED)
 def test_what_was_not_compiled_in(name, rng, error):
     """Decode and single prefill do not look at it."""
-    batch = Batch(rng, "f16", "f16", [1], [33])
+    batch = Batch(rng, [1], [33])
     k, v = batch.keys(0)
     given = {"k": k, "v": v, "tmp": EMPTY, "sm_scale": SCALE, name: IGNORED[name]}
     call(rows.SINGLE_DECODE, q=batch.q[0], o=batch.o[0], **given)
