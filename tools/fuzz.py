@@ -4,7 +4,7 @@
     python3 tools/fuzz.py                       # every parser, a minute each
     python3 tools/fuzz.py --seconds 600 refusal # one of them, longer
 
-A parser (tests/stress/abi_abuse/parsers.py) may raise its own error and nothing else, and
+A parser (tests/stress/parsers.py) may raise its own error and nothing else, and
 takes no longer than --slow seconds.  What it finds is printed as a line for
 tests/stress/corpus/NAME.txt, which every run and tests/stress/test_parsers.py begin with.
 """
@@ -29,7 +29,7 @@ def _fuzz(name: str, seconds: int, slow: int, folder: str) -> None:
     import atheris
 
     with atheris.instrument_imports(include=PACKAGES):
-        from tests.stress.abi_abuse.parsers import feed, seeds_of
+        from tests.stress.parsers import feed, seeds_of
 
     for number, seed in enumerate(seeds_of(name)):
         Path(folder, f"seed-{number}").write_bytes(seed)
@@ -74,7 +74,7 @@ def main() -> int:
         folder, name, seconds, slow = sys.argv[2:]
         _fuzz(name, int(seconds), int(slow), folder)
         return 0
-    from tests.stress.abi_abuse.parsers import PARSERS
+    from tests.stress.parsers import PARSERS
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join(PARSERS)}; all of them")

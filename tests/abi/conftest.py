@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
 
+from fi_ffi.abi import library
 from fi_ffi.abi.function import Entry, register
 from fi_ffi.abi.signature import Signature
 
+from tests.helpers.compiler import compiled
 from tests.helpers.pinned import pinned_wheel, testing_library, tvm_ffi_loaded
 
 __all__ = ["callback", "echo", "pinned_wheel", "testing_library", "tvm_ffi_loaded"]
@@ -43,3 +48,36 @@ def echo(testing_library: object) -> Entry:
     from fi_ffi.abi.function import global_function
 
     return global_function("testing.echo")
+
+
+class Abuse:
+    """abuse.c: an attribute is one of its functions, unchecked and undecorated."""
+
+    def __init__(self) -> None:
+        self.path = str(compiled(Path(__file__).with_name("abuse.c"), "-pthread"))
+        self._module = library.open_module(self.path)
+
+    def __getattr__(self, name: str) -> Entry:
+        made = Entry(name, library.find_symbol(self._module, f"__tvm_ffi_{name}"))
+        setattr(self, name, made)
+        return made
+
+    @contextlib.contextmanager
+    def balanced(self) -> Iterator[None]:
+        """The block leaves no object of abuse.c's behind."""
+        before = self.alive()
+        yield
+        gc.collect()
+        assert self.alive() == before, f"{self.alive() - before} objects more"
+
+
+@pytest.fixture(scope="session")
+def abuse(tvm_ffi_loaded: str) -> Abuse:
+    return Abuse()
+
+
+@pytest.fixture
+def silent(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """cffi tells on stderr of an exception that escaped a callback, where nobody hears it."""
+    yield
+    assert capfd.readouterr().err == ""

@@ -1,8 +1,11 @@
-"""Other libraries' tensors as descriptors; tests/stress/abi_abuse has those that lie."""
+"""Other libraries' tensors as descriptors, and what lies about itself."""
 
 from __future__ import annotations
 
+import ctypes
+import datetime
 import gc
+import itertools
 import re
 import sys
 import weakref
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.tensor import DTYPES, TensorDesc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
@@ -341,10 +345,198 @@ def test_torch_tensors_that_no_kernel_can_read(name: str, torch: Any) -> None:
         as_desc(torch.ones(3, 4))
 
 
-@pytest.mark.parametrize("data", [b"\x10\x20", np.zeros(2, np.uint8), [0x1000, False], (0x1000,)])
-def test_what_is_no_pair_of_an_address_and_a_flag(data: object) -> None:
-    """The bytes of a buffer, which may be two, would be taken for an address."""
-    for exporter in (ArrayInterface, CudaArrayInterface):
-        value = exporter(random_array((4,)), data=data)
-        with pytest.raises(ArgumentError, match="not an address and a flag"):
-            as_desc(value)
+# Tensors of others with silly fields, which are refused before anything is read by them.
+
+_new = ctypes.pythonapi.PyCapsule_New
+_new.restype = ctypes.py_object
+_new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+_set_name = ctypes.pythonapi.PyCapsule_SetName
+_set_name.argtypes = [ctypes.py_object, ctypes.c_char_p]
+_names: list[bytes] = []
+
+
+class Capsule:
+    """One DLPack capsule, made by hand."""
+
+    def __init__(self, *, name: bytes = b"dltensor", device: Any = (1, 0), **fields: Any) -> None:
+        self.kept: list[Any] = []
+        self.device = device
+        versioned = name == b"dltensor_versioned"
+        kind = "DLManagedTensorVersioned *" if versioned else "DLManagedTensor *"
+        self.managed = ffi.new(kind)
+        if versioned:
+            self.managed.version.major = fields.pop("major", 1)
+            self.managed.version.minor = fields.pop("minor", 0)
+            self.managed.flags = fields.pop("flags", 0)
+        tensor = self.managed.dl_tensor
+        tensor.data, tensor.ndim = ffi.cast("void *", 0x1000), fields.pop("ndim", 2)
+        told = fields.pop("told", device)
+        tensor.device.device_type, tensor.device.device_id = told
+        code, bits, lanes = fields.pop("dtype", (2, 32, 1))
+        tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes = code, bits, lanes
+        tensor.byte_offset = fields.pop("byte_offset", 0)
+        for key, usual in (("shape", (2, 3)), ("strides", None)):
+            dims = fields.pop(key, usual)
+            if dims is not None:
+                self.kept.append(ffi.new("int64_t[]", dims))
+                setattr(tensor, key, self.kept[-1])
+        assert not fields, fields
+        _names.append(name)  # a capsule keeps the pointer
+        self.capsule: Any = _new(int(ffi.cast("intptr_t", self.managed)), _names[-1], None)
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self.capsule
+
+    def __dlpack_device__(self) -> Any:
+        return self.device
+
+
+NEW = b"dltensor_versioned"
+SILLY: dict[str, tuple[dict[str, Any], str]] = {
+    "negative ndim": ({"ndim": -1}, "-1 dimensions"),
+    "least ndim": ({"ndim": -(2**31)}, "dimensions"),
+    "65 dimensions": ({"ndim": 65, "shape": (1,) * 65}, "65 dimensions"),
+    "most dimensions": ({"ndim": 2**31 - 1}, "2147483647 dimensions"),
+    "no shape": ({"shape": None}, "without a shape"),
+    "negative size": ({"shape": (2, -3)}, "(2, -3)"),
+    "past int64": ({"shape": (2**62, 2**62)}, "within int64"),
+    "strides past int64": ({"strides": (2**62, 2**62)}, "within int64"),
+    "least stride": ({"strides": (-(2**63), 1)}, "strides"),
+    "an offset past the end": ({"byte_offset": 2**64 - 0x1001}, "room for"),
+    "no lanes": ({"dtype": (2, 32, 0)}, "dtype 2:32:0"),
+    "of no dtype": ({"dtype": (255, 255, 65535)}, "dtype 255:255:65535"),
+    "complex": ({"dtype": (5, 64, 1)}, "dtype 5:64:1"),
+    "version 0": ({"name": NEW, "major": 0}, "DLPack version 0"),
+    "version 2": ({"name": NEW, "major": 2}, "DLPack version 2"),
+    "a version of the future": ({"name": NEW, "major": 2**32 - 1}, "DLPack version 4294967295"),
+    "consumed": ({"name": b"used_dltensor"}, "not a fresh DLPack capsule"),
+    "consumed, new": ({"name": b"used_dltensor_versioned"}, "not a fresh DLPack capsule"),
+    "another's capsule": ({"name": b"arrow_array"}, "not a fresh DLPack capsule"),
+    "a name with quotes": ({"name": b'dltensor" "dltensor'}, "not a fresh DLPack capsule"),
+    "an empty name": ({"name": b""}, "not a fresh DLPack capsule"),
+    "no utf-8": ({"name": b"dl\xff\xfe"}, "argument"),
+    "another device": ({"device": (1, 0), "told": (2, 0)}, "device 2:0"),
+    "another GPU": ({"device": (2, 1), "told": (2, 0)}, "device 2:0"),
+    "a host tensor of a GPU": ({"device": (2, 0), "told": (1, 0)}, "device 1:0"),
+    "no such device": ({"device": (1, 0), "told": (77, -3)}, "device 77:-3"),
+    "GPU -1": ({"device": (2, -1)}, "device 2:-1"),
+    "device type 0": ({"device": (0, 0)}, "device 0:0"),
+    "a large device": ({"device": (2**80, 2**80), "told": (1, 0)}, "device"),
+    "a device that is text": ({"device": ("cpu", "0"), "told": (1, 0)}, "refused"),
+    "no device": ({"device": None, "told": (1, 0)}, "refused"),
+    "a device of three": ({"device": (1, 0, 0), "told": (1, 0)}, "refused"),
+}
+
+
+@pytest.mark.parametrize("name", SILLY)
+def test_a_capsule_with_silly_fields(name: str) -> None:
+    fields, words = SILLY[name]
+    made = Capsule(**fields)
+    before = sys.getrefcount(made.capsule)
+    with pytest.raises(ArgumentError, match=re.escape(words)):
+        as_desc(made)
+    gc.collect()
+    after = sys.getrefcount(made.capsule)  # in the `assert` it would have one more
+    assert after == before
+
+
+def test_capsules_that_are_fine() -> None:
+    assert as_desc(Capsule()).shape == (2, 3)
+    assert as_desc(Capsule(byte_offset=24)).ptr == 0x1018
+    assert as_desc(Capsule(name=NEW, minor=99, flags=1)).readonly
+    assert as_desc(Capsule(strides=(0, 0))).strides == (0, 0)
+    assert as_desc(Capsule(ndim=0, shape=None)).shape == ()
+    assert as_desc(Capsule(ndim=64, shape=(1,) * 64)).shape == (1,) * 64
+    assert as_desc(Capsule(device=(3, 0), told=(1, 0))).device.type == "cuda_host"
+    assert as_desc(Capsule(device=(2, 1), told=(13, 1))).device.type == "cuda"
+
+
+class PyCapsule:
+    """Not Python's; its repr says otherwise."""
+
+    def __repr__(self) -> str:
+        return '<capsule object "dltensor" at 0x1000>'
+
+
+def test_what_is_no_capsule() -> None:
+    nameless = Capsule().capsule
+    _set_name(nameless, None)
+    looks = nameless, PyCapsule(), type("PyCapsule", (), {})()
+    for value in (None, 7, "dltensor", datetime.datetime_CAPI, *looks, ctypes.c_void_p()):
+        made = Capsule()
+        made.capsule = value
+        refused(made, "not a fresh DLPack capsule")
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise SystemExit(3)
+
+
+class Broken:
+    """Raises where it is told to."""
+
+    def __init__(self, error: BaseException, where: str) -> None:
+        self.error, self.where = error, where
+
+    def __repr__(self) -> str:
+        raise self.error
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        if self.where == "device":
+            raise self.error
+        return (1, 0)
+
+    def __dlpack__(self, **_: Any) -> object:
+        raise self.error
+
+
+def test_exporters_that_raise() -> None:
+    for where in ("device", "export"):
+        for error in (ValueError("no"), BufferError(), RecursionError(), OSError(2, "no file")):
+            assert refused(Broken(error, where), re.escape(f"refused: {error}")).__cause__ is error
+        refused(Broken(Mute(), where), "refused")
+    for final in (KeyboardInterrupt(), SystemExit(3), MemoryError()):
+        with pytest.raises(type(final)) as caught:
+            as_desc(Broken(final, "export"))
+        assert caught.value is final  # it is the caller's, and stays so
+
+
+GOOD = {"shape": (2,), "typestr": "<f4", "data": (0x1000, False)}
+GONE = object()
+# What of `GOOD` is something else.
+INTERFACES: list[dict[str, Any]] = [
+    *({"data": data} for data in (
+        GONE, None, 0, (0,), (-1, False), (2**64, False), (4096.5, False), ("0x40", False),
+    )),
+    *({"typestr": text} for text in (
+        GONE, None, 7, "", "f", "<f", "<fx", "<f" + "9" * 5000, ">f4",
+    )),
+    *({"shape": shape} for shape in (GONE, 3, (-2,), (2.0,), (2**70,), itertools.count())),
+    *({"strides": strides} for strides in (("a",), ("4",), (3,), (4, 4))),
+]  # fmt: skip
+# The bytes of a buffer, which numpy's protocol allows, would be taken for an address.
+INTERFACES += [
+    {"data": data} for data in (b"\x10\x20", bytearray(64), np.zeros(2), [0x1000, False])
+]
+
+
+@pytest.mark.parametrize("name", ["__array_interface__", "__cuda_array_interface__"])
+def test_interfaces_with_silly_fields(name: str) -> None:
+    wrong: list[object] = [None, [], {}]
+    for changes in INTERFACES:
+        told = GOOD | changes
+        wrong.append({key: value for key, value in told.items() if value is not GONE})
+    for told in wrong:
+        theirs = type("Theirs", (), {name: property(lambda _, told=told: told)})
+        with pytest.raises(ArgumentError, match="argument `"):
+            as_desc(theirs())
+
+
+def test_arrays_that_are_no_arrays() -> None:
+    class Sly(np.ndarray):  # type: ignore[type-arg]
+        @property
+        def __array_interface__(self) -> Any:  # type: ignore[override]
+            raise RuntimeError("sly")
+
+    refused(np.zeros(3).view(Sly), "sly")

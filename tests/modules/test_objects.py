@@ -17,7 +17,7 @@ from fi_ffi.ops.modules import FunctionObject, ModuleEntry, ModuleObject
 
 from tests.helpers.children import done
 from tests.ops.test_threads import at_once
-from tests.stress.abi_abuse.lab import leaves_nothing
+from tests.stress.gauges import leaves_nothing
 
 
 def lent():
@@ -331,7 +331,7 @@ def test_no_memory_grows(every):
         every.same_array([big, x, x])
         every.counter(1).add(1)
 
-    leaves_nothing(calls, 1500, 1500, 20 << 20)
+    leaves_nothing(calls, 1500, 20 << 20)
 
 
 def test_objects_of_threads(every):

@@ -72,3 +72,13 @@ def excess(found: Mapping[str, object]) -> list[str]:
         for name, more in grown.items()
         if more > bounds.get(name, 0)
     ]
+
+
+def leaves_nothing(work: Callable[[], object], count: int, most: int = 4 << 20) -> None:
+    """Done so often, it takes few bytes more of memory than after its first times."""
+    for _ in range(200):
+        work()
+    before = read({})["rss"]
+    for _ in range(count):
+        work()
+    assert read({})["rss"] - before < most

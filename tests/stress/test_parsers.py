@@ -19,7 +19,7 @@ from fi_ffi.loader import lock
 from fi_ffi.loader.wheel import parse_record
 
 from tests.helpers.stress_strength import scaled
-from tests.stress.abi_abuse.parsers import PARSERS, InMemory, feed, seeds_of
+from tests.stress.parsers import PARSERS, InMemory, feed, seeds_of
 
 TOKENS = [
     b"", b"<", b">", b"->", b"(0: ", b")", b", ", b"`", b"`. Expected 1 but got 2 arguments", b"\0",
@@ -90,7 +90,10 @@ def test_seeds_and_what_is_random(name):
 @pytest.mark.parametrize(
     "name", ["signature", "refusal", "type", "elf", "fatbin", "record", "lock"]
 )
-@pytest.mark.parametrize("unit", [b"(", b"<", b"[", b'"', b"a,", b"{", b"\n", b"\x00", b"`"])
+@pytest.mark.parametrize("unit", [
+    b"(", b"<", b"[", b'"', b"a,", b"{", b"\n", b"\x00", b"`", b">", b"0: int, ", b"Array<",
+    b"Mismatched number of arguments when calling: `",
+])  # fmt: skip
 def test_a_megabyte_of_one_thing(name, unit):
     """After what a real one begins with: neither quadratic nor recursive."""
     size = 2**20 // len(unit)

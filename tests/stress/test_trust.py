@@ -410,17 +410,10 @@ def test_the_dlopen_calls_are_those_of_the_table():
 def test_a_page_names_tests_that_are_there(page):
     text, tests = (DOCS / page).read_text(), Path(__file__).parents[1]
     named = set(re.findall(r"`(test_\w+)`", text))
-    if page == "reliability.md":
-        table = text.partition("| test, or case of `test_abuse` |")[2].partition("\n\n")[0]
-        named |= {
-            name
-            for row in table.splitlines()
-            for name in re.findall(r"`(\w+)`", row.rpartition(" | ")[2])
-        }
     there = {
         name
         for path in tests.rglob("*.py")
-        for name in re.findall(r"^def (?:case_)?(\w+)", path.read_text(), re.MULTILINE)
+        for name in re.findall(r"^def (\w+)", path.read_text(), re.MULTILINE)
     }
     assert len(named) > 20
     assert named <= there, named - there

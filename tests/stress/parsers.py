@@ -29,7 +29,7 @@ from fi_ffi.loader.wheel import Wheel, parse_record
 from fi_ffi.ops.modules.module import AtPath
 from fi_ffi.ops.watch import safetensors
 
-CORPUS = Path(__file__).parents[1] / "corpus"
+CORPUS = Path(__file__).parent / "corpus"
 
 
 class InMemory:
