@@ -14,7 +14,7 @@ from fi_ffi.abi.objects import Object
 
 from tests.helpers.stress_strength import scaled
 from tests.ops.test_threads import at_once
-from tests.stress.bad_input.judge import check_refusal
+from tests.stress.bad_input.guard import check_refusal
 from tests.stress.bad_input.memory import Room
 from tests.stress.bad_input.odd import ANYTHING, NOT_TENSORS, Interface
 from tests.stress.bad_input.wrong import wrong_tensor

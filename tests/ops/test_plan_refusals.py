@@ -463,6 +463,7 @@ def test_buffers_of_a_workspace():
     wrong("int_workspace_buffer", "got cpu, expected cuda:0", float=there["float"])
     wrong(locked, "got cuda:0, expected memory on the host", **there)
     wrong(locked, "got 16 bytes, expected 1048576 bytes or more", staging=memory["staging"][:16])
+    wrong(locked, "expected 0 bytes or more", int=memory["int"][:0])
     managed = {n: changed(memory[n], device="cuda_managed:0") for n in ("float", "int")}
     wrong("float_workspace_buffer", "cuda_managed:0, expected cpu or cuda", **managed)
     both = memory["float"]

@@ -1,20 +1,18 @@
 """Any argument of anything replaced by any wrong thing: `bad_input` has what is replaced and why.
 
-    FI_FFI_STRESS=long python3 -m pytest -s tests/stress/test_bad_input.py
+    FI_FFI_STRESS=long python3 -X faulthandler -m pytest -s tests/stress/test_bad_input.py
 
-At full length each family runs in a process of its own, so that a crash is told with its seed and
-the call it was in.  The seed repeats a run:
+A failure tells its call, and a crash has its seed before it, which repeats the run:
 
-    python3 -m tests.stress.bad_input.run FAMILY COUNT SEED FILE
+    FI_FFI_STRESS=long python3 -c "from tests.stress.test_bad_input import run; run('norm', 9**5, 7)"
 """
 
 from __future__ import annotations
 
+import collections
 import random
-import subprocess
-import sys
-import time
-from pathlib import Path
+import resource
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,62 +23,81 @@ from fi_ffi.families import FAMILIES
 from fi_ffi.ops.call.refuse import Refusals
 from fi_ffi.ops.functions import OPS
 
-from tests.helpers import children
-from tests.helpers.children import environment
 from tests.helpers.stress_strength import LONG, scaled
-from tests.stress.bad_input import rows
+from tests.stress.bad_input import known, rows
+from tests.stress.bad_input.functions import Functions
 from tests.stress.bad_input.guard import guarded
 from tests.stress.bad_input.memory import Room
-from tests.stress.bad_input.run import run, subjects
 
 # More than the 10,000 of docs/reliability.md: of some a descriptor cannot even be made.
 FULL, SHORT = 15_000, 50
-MORE = {"plans": 1000, "single": 300}  # of which there is no other test of anything anywhere
-NAMES = list(subjects())
+MORE = {"single": 300}  # of which there is no other test of anything anywhere
+FUNCTIONS = {
+    "matmul": known.MATMUL, "moe": known.MOE, "single": known.SINGLE, "host": known.HOST,
+}  # fmt: skip
+MOST_MEMORY = 12 << 30
+
+# A subject makes one wrong call and returns what became of it; before, it tells of the call.
+Subject = Callable[[random.Random, Callable[[str], None]], str]
 
 
-def in_a_child(name: str, count: int, number: int, journal: Path) -> str:
-    """What a run in another process says; fails with the last call where it crashed."""
-    command = [sys.executable, "-X", "faulthandler", "-m", "tests.stress.bad_input.run"]
-    command += [name, str(count), str(number), str(journal)]
-    done = subprocess.run(
-        command, env=environment(), cwd=children.ROOT, capture_output=True, text=True, timeout=1800
-    )
-    last = journal.read_text() if journal.exists() else "none"
-    told = f"{name} of seed {number}: exit {done.returncode}, the last call {last}"
-    assert done.returncode == 0, told + done.stderr[-6000:]
-    return done.stdout
+class Family:
+    """Wrong calls of a family's rows, of the default release where it is short; a right call of
+    each serves many times."""
+
+    def __init__(self, family: str, number: int) -> None:
+        self.rows, self.number = rows.rows_of(family, not LONG), number
+        # Right calls of each row, of other dtypes and variants.
+        self.kinds = scaled(6, 1)
+        self._calls: dict[tuple[int, int], rows.Call] = {}
+
+    def __call__(self, rng: random.Random, tell: Callable[[str], None]) -> str:
+        at = rng.randrange(len(self.rows)), rng.randrange(self.kinds)
+        if at not in self._calls:
+            self._calls[at] = rows.Call(self.rows[at[0]], random.Random(f"{self.number} {at}"))
+        # Taken out while it is used: after a failure there may be anything in its room.
+        call = self._calls.pop(at)
+        outcome = (rows.one_signature if rng.random() < 0.04 else rows.one_call)(call, rng, tell)
+        self._calls[at] = call
+        return outcome
+
+
+def run(name: str, count: int, number: int) -> collections.Counter[str]:
+    """So many calls, of a seed; how many came to what.  Raises for the first that is wrong."""
+    is_family = name in FAMILIES
+    subject: Subject = Family(name, number) if is_family else Functions(FUNCTIONS[name])
+    outcomes, told = collections.Counter[str](), [""]
+    numbers = random.Random(number)
+    with guarded():
+        for draw in (numbers.getrandbits(64) for _ in range(count)):
+            try:
+                rng = random.Random(draw)
+                outcomes[subject(rng, lambda text: told.__setitem__(0, text))] += 1
+            except Exception as error:
+                raise AssertionError(f"{told[0]}\n{type(error).__name__}: {error}") from error
+    return outcomes
+
+
+@pytest.fixture
+def bounded():
+    """What asks for all memory gets a MemoryError, and the machine stays usable."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    if LONG:
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*FAMILIES, *FUNCTIONS])
 # Numpy's, of values that are no numbers.
 @pytest.mark.filterwarnings("ignore")
-def test_is_refused_or_right(name, tmp_path):
+def test_is_refused_or_right(name, bounded):
     number = random.SystemRandom().randrange(2**32)
-    print(f"seed {number}")
-    count, started = scaled(FULL, MORE.get(name, SHORT)), time.monotonic()
-    if LONG:
-        print(in_a_child(name, count, number, tmp_path / "journal"), end="")
-        print(f"{time.monotonic() - started:.0f} s")
-        return
-    run(name, count, number, first_only=True)
-
-
-def test_every_family_is_there():
-    assert set(FAMILIES) < set(NAMES)
-
-
-def test_a_crash_is_told_with_its_seed_and_call(tmp_path, monkeypatch):
-    """A program that journals a call and dies in it."""
-    journal = tmp_path / "journal"
-    folder = tmp_path / "tests" / "stress" / "bad_input"
-    folder.mkdir(parents=True)
-    dying = "import os, sys; open(sys.argv[4], 'w').write('the call'); os.kill(os.getpid(), 11)"
-    (folder / "run.py").write_text(dying)
-    monkeypatch.setattr(children, "ROOT", tmp_path)
-    with pytest.raises(AssertionError, match=r"norm of seed 7: exit -11, the last call the call"):
-        in_a_child("norm", 1, 7, journal)
+    print(f"seed {number}", flush=True)  # also before a crash
+    found = run(name, scaled(FULL, MORE.get(name, SHORT)), number)
+    assert found.total() and found["refused"]
+    print(f"{name}: {found.total()} calls: {dict(found.most_common())}")
 
 
 # Each kind of abuse, let through: the machinery must see it.
@@ -106,7 +123,7 @@ def test_what_gets_through_is_seen(what, monkeypatch):
     for of, name, loose in LET_THROUGH[what]:
         monkeypatch.setattr(of, name, loose)
     with pytest.raises(AssertionError):
-        run("norm", 400, 1, first_only=True)
+        run("norm", 400, 1)
 
 
 def _call() -> rows.Call:

@@ -17,8 +17,7 @@ import numpy as np
 import fi_ffi
 
 from . import odd
-from .guard import kernels_run, stopped
-from .judge import check_refusal
+from .guard import check_refusal, kernels_run, stopped
 from .memory import Room
 from .wrong import Wrong, another, built, told, wrong_tensor
 

@@ -1,4 +1,4 @@
-"""Keeps the CPU's reference kernels from memory that is not there.
+"""What a refusal must be, and what keeps the CPU's reference kernels from memory that is not there.
 
 An address cannot be held against how much memory lies behind it: a call that fits its row may be
 of memory that nobody has.  Such a call ends here, before a kernel looks at anything.
@@ -7,9 +7,10 @@ of memory that nobody has.  Such a call ends here, before a kernel looks at anyt
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
+import fi_ffi
 from fi_ffi import errors
 from fi_ffi.reference import arrays
 
@@ -52,3 +53,26 @@ def kernels_run(can: bool) -> Iterator[None]:
         yield
     finally:
         guard.is_open = True
+
+
+def check_refusal(
+    error: BaseException, ops: Collection[str], arguments: Collection[str] | None
+) -> None:
+    """A typed error that names the op and one of its arguments, in its fields and in its text."""
+    assert isinstance(error, fi_ffi.ArgumentError), (
+        f"{type(error).__name__} from the inside: {error}"
+    )
+    text = str(error)
+    assert error.op in ops, f"of {error.op}, not of {ops}: {text}"
+    assert text.startswith(f"{error.op}: argument `{error.argument}`: got "), text
+    assert str(error.expected), text
+    assert text.endswith(f", expected {error.expected}"), text
+    assert not text.startswith(f"{error.op}: argument `{error.argument}`: got , "), text
+    assert len(text) < 2000, f"{len(text)} letters: {text[:300]}"
+    assert arguments is None or error.argument in arguments, text
+
+
+def check_signature_error(error: TypeError, op: str) -> None:
+    """Python's own words for a missing or an unknown argument name the function as well."""
+    assert type(error) is TypeError
+    assert str(error).startswith(f"{op}() "), str(error)

@@ -17,8 +17,7 @@ from fi_ffi.cli.cases import case_of
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor
 
-from .guard import kernels_run, stopped
-from .judge import check_refusal, check_signature_error
+from .guard import check_refusal, check_signature_error, kernels_run, stopped
 from .memory import Room
 from .wrong import ALONE, ALWAYS, Wrong, another, built, told, wrong_tensor, wrong_value
 from tests.helpers.calls import lacks

@@ -18,7 +18,7 @@ import fi_ffi
 from fi_ffi.ops.row import Absent, Row, Scalar, Tensor, default_of
 
 from . import odd
-from .judge import check_refusal
+from .guard import check_refusal
 
 ALWAYS, ALONE, MAYBE = "always", "alone", "maybe"
 
