@@ -10,7 +10,6 @@ import contextvars
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -83,12 +82,8 @@ def test_handle(name: str) -> None:
     handle = stream_handle(HANDLES[name])
     assert type(handle) is int
     assert handle == 5
-
-
-def test_special_handles() -> None:
-    for handle in (0, 2, 2**64 - 1):  # 2: cudaStreamPerThread
-        assert stream_handle(handle) == handle
-    assert stream_handle(driver.CUstream(0)) == 0
+    for special in (0, 2, 2**64 - 1):  # 2: cudaStreamPerThread
+        assert stream_handle(special) == special
 
 
 NO_STREAMS = [
@@ -110,11 +105,7 @@ OUT_OF_RANGE = [-1, 2**64, 2**70, np.int8(-1), Protocol((0, -1))]
 
 
 @pytest.mark.parametrize(
-    ("kind", "values"),
-    [
-        (ArgumentTypeError, NO_STREAMS),
-        (ArgumentError, OUT_OF_RANGE),
-    ],
+    ("kind", "values"), [(ArgumentTypeError, NO_STREAMS), (ArgumentError, OUT_OF_RANGE)]
 )
 def test_no_stream(kind: type[ArgumentError], values: list[object]) -> None:
     for value in values:
@@ -161,26 +152,10 @@ def test_scopes_nest(is_used_first: bool) -> None:
         assert current() == 0x99
 
 
-def test_deep_nesting() -> None:
-    with ExitStack() as stack:
-        for number in range(1, 201):
-            stack.enter_context(stream(number))
-            stack.enter_context(stream_context(None, CUDA0, "a"))
-            assert current() == number
-    assert current() == 0
-
-
-def test_scopes_of_two_devices() -> None:
-    with (
-        stream(0x10),
-        stream_context(None, CUDA0, "a"),
-        stream(0x20),
-        stream_context(None, CUDA1, "b"),
-    ):
-        assert (current(CUDA0), current(CUDA1)) == (0x10, 0x20)
-
-
 def test_a_scope_belongs_to_one_device() -> None:
+    inner = stream(0x20)
+    with stream(0x10), stream_context(None, CUDA0, "a"), inner, stream_context(None, CUDA1, "b"):
+        assert (current(CUDA0), current(CUDA1)) == (0x10, 0x20)
     with stream(0x10):
         with stream_context(None, CUDA0, "a"):
             pass
@@ -200,14 +175,6 @@ def test_a_scope_is_open_once_at_a_time() -> None:
         assert current(device) == 0
 
 
-def test_exceptions_leave_nothing_behind() -> None:
-    with pytest.raises(ZeroDivisionError), stream(0x10), stream_context(None, CUDA0, "a"):
-        raise ZeroDivisionError
-    assert current() == 0
-    with pytest.raises(KeyboardInterrupt), stream_context(0x20, CUDA0, "a"):
-        raise KeyboardInterrupt
-
-
 def test_scopes_close_in_order() -> None:
     outer, inner = stream(0x10), stream(0x20)
     outer.__enter__()
@@ -225,19 +192,6 @@ def test_scopes_close_in_order() -> None:
 def on_a_thread(function: Any, *args: Any) -> Any:
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function, *args).result()
-
-
-def test_threads_have_their_own() -> None:
-    def other() -> tuple[Any, int, int]:
-        scope = current_scope()
-        with stream(0x20):
-            inside = launched_on()
-        return scope, inside, current()
-
-    with stream(0x10):
-        launched_on()
-        assert on_a_thread(other) == (None, 0x20, 0)
-        assert current() == 0x10
 
 
 def test_an_open_scope_is_of_its_thread() -> None:
@@ -298,42 +252,11 @@ def test_asyncio_tasks_have_their_own() -> None:
                 await asyncio.sleep(0)
                 assert launched_on() == handle
             await asyncio.sleep(0)
-            with pytest.raises(ArgumentError, match="an open fi_ffi.stream"):
+            with pytest.raises(ArgumentError, match="got None.* an open fi_ffi.stream"):
                 launched_on()
 
     async def main() -> None:
         await asyncio.gather(*map(work, range(0x100, 0x150, 0x10)))
-
-    asyncio.run(main())
-    assert current() == 0
-
-
-def test_asyncio_tasks_inside_of_a_scope() -> None:
-    """A task has the scope that was open where it was made, until it opens its own; however
-    late they close, each sets what is its own."""
-
-    async def child(own: int | None, result: list[int]) -> None:
-        await asyncio.sleep(0)
-        result.append(launched_on())
-        if own is not None:
-            with stream(own):
-                await asyncio.sleep(0)
-                result.append(launched_on())
-                await asyncio.sleep(0)
-        result.append(launched_on())
-
-    async def main() -> None:
-        with stream(0x10):
-            assert launched_on() == 0x10
-            seen: list[list[int]] = [[], [], []]
-            tasks = [
-                asyncio.create_task(child(own, seen[i])) for i, own in enumerate((None, 0x20, 0x30))
-            ]
-            await asyncio.sleep(0)
-            assert launched_on() == 0x10
-            await asyncio.gather(*tasks)
-            assert launched_on() == 0x10
-            assert seen == [[0x10, 0x10], [0x10, 0x20, 0x10], [0x10, 0x30, 0x10]]
 
     asyncio.run(main())
     assert current() == 0
@@ -359,28 +282,6 @@ def test_asyncio_tasks_and_threads_that_have_the_context() -> None:
         assert current() == 0
         event.set()
         assert await task == (0x10, 0), "a scope that is over was set, and nobody puts it back"
-
-    asyncio.run(main())
-    assert current() == 0
-
-
-def test_cancelled_tasks_leave_nothing() -> None:
-    async def work(handle: int, started: asyncio.Event) -> None:
-        with stream(handle):
-            launched_on()
-            started.set()
-            await asyncio.sleep(60)
-
-    async def main() -> None:
-        tasks = []
-        for handle in (0x10, 0x20, 0x30):
-            started = asyncio.Event()
-            tasks.append(asyncio.create_task(work(handle, started)))
-            await started.wait()
-        for i in (1, 2, 0):  # in any order
-            tasks[i].cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await tasks[i]
 
     asyncio.run(main())
     assert current() == 0
@@ -451,11 +352,6 @@ def test_interrupts_of_a_scope(when: str, monkeypatch: pytest.MonkeyPatch) -> No
             assert launched_on() == 0x10
         assert launched_on() == 0x40
     assert current() == 0
-
-
-def test_no_stream_at_all() -> None:
-    with pytest.raises(ArgumentError, match=r"rmsnorm: argument `stream`: got None"):
-        stream_context(None, CUDA0, "rmsnorm")
 
 
 def test_a_scope_keeps_its_stream_object_alive() -> None:

@@ -6,14 +6,13 @@ import contextlib
 import copy
 import decimal
 import fractions
-import gc
 import itertools
 import pickle
-import weakref
 from typing import Any
 
 import numpy as np
 import pytest
+from cuda.bindings import driver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,6 +82,9 @@ def fields(made: TensorDesc) -> tuple[object, ...]:
 
 
 def test_the_same_arguments_by_other_types() -> None:
+    class Derived(TensorDesc):  # the quick ways are `TensorDesc`'s own
+        __slots__ = ()
+
     made = desc()
     others = [
         desc(shape=[2, 3]),
@@ -92,7 +94,9 @@ def test_the_same_arguments_by_other_types() -> None:
         desc(device="cuda"),
         desc(strides=(3, 1)),
         desc(strides=[np.int64(3), np.uint8(1)]),
-        desc(np.uint64(64)),
+        *map(desc, (np.int64(64), np.uint64(64), np.array(64), driver.CUdeviceptr(64))),
+        as_desc(Derived(64, (2, 3), "float16")),
+        made.at(np.uint64(64)),
     ]
     for other in others:
         assert fields(other) == fields(made)
@@ -133,14 +137,11 @@ def test_rank_limit(argument: str) -> None:
         def __iter__(self) -> Any:
             return itertools.repeat(1)
 
+    with pytest.raises(ArgumentError, match="2 strides"):
+        desc(strides=(1,))
     for value in ((1,) * 65, itertools.repeat(1), Endless()):
         with pytest.raises(ArgumentError, match="64 at most"):
             desc(**{"shape": (1,) * 64, argument: value})
-
-
-def test_strides_of_another_rank() -> None:
-    with pytest.raises(ArgumentError, match="2 strides"):
-        desc(strides=(1,))
 
 
 NO_INTEGERS = [True, np.True_, 1.0, np.float32(1), np.float64(64), "1", b"1", None, 1j, []]
@@ -206,20 +207,6 @@ def test_address_out_of_range(ptr: int) -> None:
 def test_overflow(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> None:
     with pytest.raises(ArgumentError, match="int64"):
         desc(0, shape, strides=strides)
-
-
-def test_addresses_of_other_types() -> None:
-    from cuda.bindings import driver
-
-    for ptr in (np.int64(4096), np.uint64(4096), np.array(4096), driver.CUdeviceptr(4096)):
-        assert desc(ptr).ptr == 4096
-        assert type(desc(ptr).ptr) is int
-
-
-@pytest.mark.parametrize("argument", ["dtype", "device"])
-def test_unhashable(argument: str) -> None:
-    with pytest.raises(ArgumentTypeError, match=argument):
-        desc(**{argument: []})
 
 
 SHAPES = st.lists(st.integers(0, 5), max_size=6).map(tuple)
@@ -346,22 +333,6 @@ def test_the_quick_way_refuses_the_same_sizes(size: int, dtype: str) -> None:
                 assert made_or_refused(lambda s=shape: desc(0, s, dtype, device="cpu")) == slowly
 
 
-@given(SHAPES.filter(len), st.sampled_from(["float16", "int64"]), st.data())
-def test_at_and_rows_make_the_same(shape: Any, dtype: str, data: st.DataObject) -> None:
-    strides = tuple(data.draw(st.integers(-9, 99)) for _ in shape)
-    made = TensorDesc(2**20, shape, dtype, strides=strides, device="cpu")
-    ptr = data.draw(ADDRESSES)
-    slowly = made_or_refused(lambda: make_desc(ptr, shape, dtype, strides, "cpu"))
-    assert made_or_refused(lambda: made.at(ptr)) == slowly
-    start = data.draw(st.integers(0, shape[0]))
-    stop = data.draw(st.integers(start, shape[0]))
-    rows = made.rows(start, stop)
-    at = made.ptr + start * strides[0] * made.dtype.itemsize
-    part = (stop - start, *shape[1:])
-    assert fields(rows) == fields(make_desc(at, part, dtype, strides, "cpu"))
-    assert fields(made.rows(Index(start), np.int64(stop))) == fields(rows)  # type: ignore[arg-type]
-
-
 @given(st.integers(1, 6), st.integers(-3, 9), st.integers(-3, 9))
 def test_rows_like_numpy(size: int, start: int, stop: int) -> None:
     array = np.zeros((size, 4), np.float16)[:, ::-2]
@@ -369,6 +340,8 @@ def test_rows_like_numpy(size: int, start: int, stop: int) -> None:
     if not 0 <= start <= stop <= size:
         with pytest.raises(ArgumentError, match=f"rows within 0 to {size}"):
             made.rows(start, stop)
+        with pytest.raises(ArgumentError, match="rank 1 or more"):
+            desc(shape=()).rows(0, 0)
         return
     part = made.rows(start, stop)
     assert (part.shape, part.strides) == ((stop - start, 2), made.strides)
@@ -376,37 +349,9 @@ def test_rows_like_numpy(size: int, start: int, stop: int) -> None:
         assert part.ptr == as_desc(array[start:stop]).ptr
     assert part.kind is made.kind
     assert part.owner is array or part.owner is made.owner
-
-
-def test_rows_of_rank_0() -> None:
-    with pytest.raises(ArgumentError, match="rank 1 or more"):
-        desc(shape=()).rows(0, 0)
-
-
-def test_what_is_kept_alive() -> None:
-    """`at` keeps what it is given; `rows` is of the memory of its whole."""
-    array = np.zeros((4, 3), np.float16)
-    alive = weakref.ref(array)
-    whole = as_desc(array)
-    part, moved = whole.rows(1, 3), whole.at(64)
-    assert moved.owner is None and whole.at(64, "mine").owner == "mine"
-    del array, whole
-    gc.collect()
-    assert alive() is not None
-    del part
-    gc.collect()
-    assert alive() is None
-
-
-def test_made_of_a_derived_class() -> None:
-    """The quick ways are `TensorDesc`'s own."""
-
-    class Derived(TensorDesc):
-        __slots__ = ()
-
-    made = Derived(64, (2, 3), "float16")
-    assert isinstance(made, TensorDesc)
-    assert fields(as_desc(made)) == fields(desc())
+    assert fields(made.rows(Index(start), np.int64(stop))) == fields(part)  # type: ignore[arg-type]
+    moved = made.at(64)
+    assert moved.owner is None and made.at(64, "mine").owner == "mine"
 
 
 # Dtypes and devices.
@@ -469,7 +414,7 @@ NO_DEVICES += [f"cuda:{2**31}", "cuda:" + "9" * 5000, "cuda:٣"]
 NO_DEVICES += [Device("tpu", 0), Device("cuda", -1), Device("cuda", 2**31)]  # made by hand
 
 
-@pytest.mark.parametrize("device", [*NO_DEVICES, None, 0, True, b"cuda", ("cuda", 0)], ids=shown)
+@pytest.mark.parametrize("device", [*NO_DEVICES, None, 0, True, b"cuda", []], ids=shown)
 def test_no_device(device: object) -> None:
     with pytest.raises(ArgumentTypeError) as caught:
         parse_device(device, op="rmsnorm", argument="input")

@@ -216,13 +216,6 @@ def test_python_functions_as_arguments(every):
     assert caught.value.kind == "LookupError"
 
 
-def test_a_python_function_sees_tensors_and_objects(every):
-    x, counter, seen = floats(), every.counter(3), []
-    every.apply(lambda tensor, made: seen.append((tensor.ptr, tensor.shape)), [x, counter])
-    assert seen == [(x.__array_interface__["data"][0], (3,))]
-    assert counter.use_count == 1
-
-
 class Adds:
     def __init__(self, more):
         self.more = more
@@ -280,73 +273,36 @@ def test_a_result_that_is_an_argument(every):
     assert gone() is None
 
 
-def test_memory_that_functions_and_objects_allocate(every):
-    before = cuda.kernel_memory().count
-    desc = every.make_tensor((7,), "float32", "cpu").desc  # which keeps its tensor
-    counter = every.counter(1)
-    counter.scratch(1000)
-    counter.scratch(2000)
-    gc.collect()
-    assert cuda.kernel_memory().count == before + 2
-    every.add_all(desc, [floats(7)], None)
-    counter.release()
-    del desc
-    gc.collect()
-    assert cuda.kernel_memory().count == before
-
-
-def test_a_thousand_calls_leave_nothing(every):
-    x, y = floats(16), floats(16)
-    keep = every.counter(0)
-    others = lent()
+def test_many_calls_leave_nothing(every):
+    """By several threads; of objects, references and memory."""
+    x, y, keep = floats(16), floats(16), every.counter(0)
+    others, big = lent(), "x" * 100_000
     before = every.live_counters(), cuda.kernel_memory().count, keep.use_count
-    for i in range(1000):
-        every.add_all(x, [y, y, y], [1, 2, 3])
-        assert keep.add(1) == i + 1
-        made = every.counter(i)
-        assert made.add(1) == i + 1
-        every.same_any([made, {"key": [x, "text" * i]}, lambda: None, b"bytes"])
-        every.make_tensor((i,), "uint8", "cpu")
+
+    def calls():
+        out = floats(16)
+        every.add_all(out, [y, y, y], [1, 2, 3])
+        with every.counter(5) as made:
+            assert made.add(1) == 6
+            made.scratch(1000)
+            every.same_any([made, {"key": [x, "text"]}, lambda: None, b"bytes"])
+            assert every.same_module(keep).kind == "test_counter"
+        every.make_tensor((3,), "uint8", "cpu").desc  # noqa: B018  which keeps its tensor
         every.same_tensor(x)
-        every.apply_typed(lambda value: value, 3)
-        every.keep(made)
+        seen = []
+        every.apply(lambda tensor, made: seen.append((tensor.ptr, tensor.shape)), [x, keep])
+        assert seen == [(x.__array_interface__["data"][0], (16,))]
+        every.same_std_string(big), every.same_bytes(big.encode()), every.same_array([big, x])
         with pytest.raises(fi_ffi.ArgumentError):
             every.many(1, 1.0, True, x, y, [x, y], "NHD", 1, [1, 2], None)
         with pytest.raises(KernelError):
             every.fail("ValueError", "each time")
-    every.keep(None)
-    del made
+
+    at_once(lambda _: [calls() for _ in range(20)], 6)
+    leaves_nothing(calls, 600, 20 << 20)
     gc.collect()
     assert (every.live_counters(), cuda.kernel_memory().count, keep.use_count) == before
     assert not lent() - others
-
-
-def test_no_memory_grows(every):
-    big = "x" * 100_000
-    x = floats(64)
-
-    def calls():
-        every.same_std_string(big)
-        every.same_bytes(big.encode())
-        every.same_array([big, x, x])
-        every.counter(1).add(1)
-
-    leaves_nothing(calls, 1500, 20 << 20)
-
-
-def test_objects_of_threads(every):
-    """Calls of one object's methods, and of objects of their own, on several threads."""
-    shared = every.counter(0)
-
-    def work(_):
-        for i in range(200):
-            own = every.counter(i)
-            assert own.add(1) == i + 1
-            assert every.same_module(shared).kind == "test_counter"
-            assert list(every.same_numbers([i, i])) == [i, i]
-
-    at_once(work, 6)
-    assert shared.use_count == 1
 
 
 AT_EXIT = """
