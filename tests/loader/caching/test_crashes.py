@@ -303,3 +303,14 @@ def test_a_prune_between_making_the_folder_and_naming_the_file(sample, monkeypat
     monkeypatch.setattr(os, "link", link)
     assert sample.store().read_bytes() == sample.content
     assert pruned
+
+
+def test_who_waits_for_a_process_that_is_killed_takes_over(sample):
+    """Two of a cold cache do not both extract; nor does the second wait for ever."""
+    with held(lambda: cache.filling(sample.sha256, sample.name)) as pid:
+        waiting = fork(sample.store)
+        time.sleep(0.3)
+        assert os.waitid(os.P_PID, waiting, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        os.kill(pid, signal.SIGKILL)
+        assert wait(waiting) == 0
+    assert sample.find() == sample.path
