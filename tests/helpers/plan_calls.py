@@ -30,6 +30,7 @@ _CLASSES = {
     "ragged": fi_ffi.BatchPrefillPlan, "paged": fi_ffi.BatchPrefillPlan,
     "decode": fi_ffi.BatchDecodePlan, "mla": fi_ffi.BatchMlaPlan,
 }  # fmt: skip
+_RUNS = {"ragged": "ragged_run", "paged": "paged_run"}
 OPTIONS = {kind: cls.options_class for kind, cls in _CLASSES.items()}
 KEYWORDS = dict.fromkeys(KINDS[:2], PrefillKeywords) | {
     "decode": DecodeKeywords,
@@ -121,9 +122,16 @@ class Case:
     def replan(self, plan: Plan, **changes: Any) -> None:
         plan.replan(**(self.arrays | changes))  # type: ignore[attr-defined]
 
+    def run_of(self, plan: Plan) -> Callable[..., None]:
+        """The plan's method that runs this kind."""
+        run: Callable[..., None] = getattr(plan, _RUNS.get(self.kind, "run"))
+        return run
+
     def run(self, plan: Plan, **changes: Any) -> None:
-        method = {"ragged": "ragged_run", "paged": "paged_run"}.get(self.kind, "run")
-        getattr(plan, method)(**({name: self.memory[name] for name in self.run_names} | changes))
+        self.run_of(plan)(**({name: self.memory[name] for name in self.run_names} | changes))
+
+    def prepared(self, plan: Plan) -> Any:
+        return fi_ffi.prepare(self.run_of(plan), **{n: self.memory[n] for n in self.run_names})
 
     def keys(self, request: int) -> tuple[np.ndarray, np.ndarray]:
         if self.kind == "ragged":

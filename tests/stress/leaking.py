@@ -7,13 +7,11 @@ prints what `gauges.run` found of each, as JSON.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import gc
 import json
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -25,8 +23,8 @@ import fi_ffi
 from fi_ffi.abi import tensor
 from fi_ffi.abi.objects import Object
 from fi_ffi.loader import runtime
-from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
+from fi_ffi.reference import norm
 
 from tests.abi.test_interop import ArrayInterface, Legacy
 from tests.helpers.forking import in_child
@@ -39,81 +37,49 @@ RMSNORM = OPS["rmsnorm"]
 EXPECTED = (fi_ffi.FiFfiError, OSError)
 
 
-def _sets(count: int = 2):
-    return placed(draw(RMSNORM.row, {"T": "float16"}, {}), {}, count)
+def refused(call: Callable[[], object]) -> None:
+    with contextlib.suppress(fi_ffi.ArgumentError):
+        call()
 
 
-def _uses(op: Op = RMSNORM) -> Mapping[str, Callable[[], int]]:
-    """How many references to the entries' function objects there are."""
-    variants = op.compiled.variants
-
-    def count() -> int:
-        entries = {id(v.entry): v.entry for v in variants.values() if v.entry is not None}
-        return sum(
-            entry.owner.use_count for entry in entries.values() if isinstance(entry.owner, Object)
-        )
-
-    return {"uses": count, "frames": lambda: sum(len(v.frames) for v in variants.values())}
+def described(array: np.ndarray, shape: tuple[int, ...], at: int = 0) -> fi_ffi.TensorDesc:
+    return fi_ffi.TensorDesc(array.ctypes.data + at, shape, "float16", device="cpu")
 
 
-def typed(_: str) -> Work:
-    """An op with descriptors, with arrays, by name, and refused."""
-    sets = _sets()
-    descs = [[*made.descs.values()] for made in sets]
-    arrays = [[*made.arrays.values()] for made in sets]
-
-    def work(i: int) -> None:
-        if i % 4 == 0:
-            RMSNORM(*arrays[i % 2])
-        elif i % 4 == 3:
-            RMSNORM(**sets[i % 2].values)
-        else:
-            RMSNORM(*descs[i % 2])
-        if i % 50 == 0:
-            with contextlib.suppress(fi_ffi.ArgumentError):
-                RMSNORM(*descs[0], eps=-1.0)
-
-    return work, _uses()
-
-
-def prepared(_: str) -> Work:
-    """Launched, updated by address and by tensor, refused, and made anew."""
-    sets = _sets()
+def calls(_: str) -> Work:
+    """An op: with descriptors, with arrays, by name, with addresses described anew, refused; and
+    prepared: launched, updated by address and by tensor, refused, made anew."""
+    sets = placed(draw(RMSNORM.row, {"T": "float16"}, {}), {}, 2)
     call = RMSNORM.prepare(**sets[0].values)
+    memory, variants = np.ones(1 << 16, np.float16), RMSNORM.compiled.variants
 
     def work(i: int) -> None:
-        call.update(**sets[i % 2].addresses)
+        one = sets[i % 2]
+        RMSNORM(*one.descs.values())
+        # Every tenth has sizes of its own.
+        rows, width = (1 + i // 10 % 40, 8) if i % 10 else (1 + i % 2000, 8 * (1 + i // 2000 % 4))
+        out, x = (described(memory, (rows, width), at) for at in (0, 1 << 16))
+        if i % 10:
+            RMSNORM(out, x, described(memory, (8,), 1 << 15))
+        call.update(**one.addresses)
         call()
         if i % 10 == 0:
-            call.update(**sets[i % 2].arrays)
-            RMSNORM.prepare(**sets[i % 2].values)()
-            with contextlib.suppress(fi_ffi.ArgumentError):
-                call.update(eps=-1.0)
+            RMSNORM(*one.arrays.values())
+            RMSNORM(**one.values)
+            call.update(**one.arrays)
+            RMSNORM.prepare(**one.values)()
+            refused(lambda: call.update(eps=-1.0))
+            refused(lambda: RMSNORM(*one.descs.values(), eps=-1.0))
 
-    return work, _uses()
+    def uses() -> int:
+        """References to the entries' function objects."""
+        owners = {id(v.entry): v.entry.owner for v in variants.values() if v.entry is not None}
+        return sum(owner.use_count for owner in owners.values() if isinstance(owner, Object))
 
-
-def pointers(_: str) -> Work:
-    """Addresses described anew for each call; every tenth has sizes of its own."""
-    memory = np.ones(1 << 16, np.float16)
-    start = memory.ctypes.data
-
-    def work(i: int) -> None:
-        assert memory.size  # which is alive as long as this is
-        rows = 1 + i // 10 % 40 if i % 10 else 1 + i % 2000
-        width = 8 if i % 10 else 8 * (1 + i // 2000 % 4)
-        out, x = (
-            fi_ffi.TensorDesc(start + at, (rows, width), "float16", device="cpu")
-            for at in (0, 1 << 16)
-        )
-        weight = fi_ffi.TensorDesc(start, (width,), "float16", device="cpu")
-        if i % 10:
-            RMSNORM(out, x, fi_ffi.TensorDesc(start + (1 << 15), (8,), "float16", device="cpu"))
-        else:
-            fi_ffi.as_desc(weight)
-
-    known = {"names": lambda: len(tensor._NAMED), "kinds": lambda: len(tensor._KINDS)}
-    return work, _uses() | known
+    return work, {
+        "uses": uses, "frames": lambda: sum(len(v.frames) for v in variants.values()),
+        "names": lambda: len(tensor._NAMED), "kinds": lambda: len(tensor._KINDS),
+    }  # fmt: skip
 
 
 def untyped(library: str) -> Work:
@@ -136,27 +102,17 @@ def plans(_: str) -> Work:
     """Every kind of plan: made, made again for another batch, run, run prepared."""
     cases = [Case(kind) for kind in KINDS]
     kept = [case.plan() for case in cases]
-    calls = []
-    for case, plan in zip(cases, kept, strict=True):
-        method = {"ragged": "ragged_run", "paged": "paged_run"}.get(case.kind, "run")
-        tensors = {name: case.memory[name] for name in case.run_names}
-        calls.append(fi_ffi.prepare(getattr(plan, method), **tensors))
+    calls = [case.prepared(plan) for case, plan in zip(cases, kept, strict=True)]
 
     def work(i: int) -> None:
-        at = i % len(KINDS)
-        case = cases[at]
-        if i // len(KINDS) % 3:
-            case.replan(kept[at])
-            if i // len(KINDS) % 30 == 1:
-                calls[at]()
-        else:
-            made = case.plan()
-            # The workspace is taken from the plan that had it.
-            case.replan(kept[at])
-            if i // len(KINDS) % 30 == 0:
-                with contextlib.suppress(fi_ffi.ArgumentError):
-                    case.run(made)
-                case.run(kept[at])
+        turn, at = divmod(i, len(KINDS))
+        case, made = cases[at], None if turn % 3 else cases[at].plan()
+        case.replan(kept[at])  # the workspace is taken from the plan that had it
+        if turn % 30 == 1:
+            calls[at]()
+        elif turn % 30 == 0:
+            refused(lambda: case.run(made))
+            case.run(kept[at])
 
     return work, {}
 
@@ -166,8 +122,6 @@ def errors(library: str) -> Work:
     module = fi_ffi.module(library)
     fail, live = module.entry("fail"), module.entry("live")
     mine, kept = Mine(), list[BaseException]()
-    from fi_ffi.reference import norm
-
     norm.KERNELS["norm"][mine.row.name] = mine.kernel
 
     def odd() -> None:
@@ -176,19 +130,14 @@ def errors(library: str) -> Work:
 
     mine.work = odd
     call = mine.op.prepare(mine.y, mine.x)
+    ways = [*(functools.partial(fail, n) for n in range(3)), call, lambda: mine.op(*mine.descs)]
 
     def work(i: int) -> None:
         try:
-            if i % 5 < 3:
-                fail(i % 5)
-            elif i % 5 == 3:
-                call()
-            else:
-                mine.op(*mine.descs)
+            ways[i % 5]()
         except fi_ffi.KernelError as error:
             assert (error.__cause__ is not None) == (i % 5 == 1)
-            if i % 2:
-                kept.append(error)
+            kept.extend([error] * (i % 2))
             if len(kept) == 50:
                 kept.clear()
         else:
@@ -202,55 +151,43 @@ def errors(library: str) -> Work:
     return work, {"live": alive}
 
 
-def _bad_files(folder: Path, library: str) -> list[Path]:
-    """Files that look like libraries, and cannot be."""
-    good = Path(library).read_bytes()
-    made = {
-        "truncated": good[: len(good) // 2], "head": good[:70], "empty": b"",
-        "text": b"a wheel this is not\n" * 50, "noise": os.urandom(5000),
-        # The machine in the ELF header: another's.
-        "arch": good[:18] + (183 if good[18:20] != b"\xb7\0" else 62).to_bytes(2, "little")
-        + good[20:],
-    }  # fmt: skip
-    for name, content in made.items():
-        (folder / f"{name}.so").write_bytes(content)
-    return [folder / f"{name}.so" for name in made] + [folder / "none.so", folder]
-
-
-def _bad_wheel(folder: Path) -> Path:
-    """A wheel with a member that is not what its RECORD says."""
-    from tests.loader.server import NORM, make_wheel, record
-
-    path = folder / "flashinfer_jit_cache-0.6.13+cu130-py3-none-any.whl"
-    text = record({NORM: b"what was recorded"})
-    path.write_bytes(make_wheel({NORM: b"other bytes 1234!"}, record_text=text))
-    return path
-
-
 def loads(library: str) -> Work:
     """Files that cannot be loaded, each again and again; a wheel with a bad member."""
+    from tests.loader.server import NORM, make_wheel, record
+
     runtime.ensure_tvm_ffi()  # which may be in the usual cache
-    folder = Path(tempfile.mkdtemp(prefix="fi-ffi-bad-"))
+    kept = tempfile.TemporaryDirectory(prefix="fi-ffi-bad-")
+    folder, good = Path(kept.name), Path(library).read_bytes()
     os.environ["FI_FFI_CACHE_DIR"] = str(folder / "cache")
-    files, wheel = _bad_files(folder, library), _bad_wheel(folder)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    # The machine in the ELF header: another's.
+    machine = (183 if good[18:20] != b"\xb7\0" else 62).to_bytes(2, "little")
+    bad = {
+        "truncated": good[: len(good) // 2], "head": good[:70], "empty": b"",
+        "text": b"a wheel this is not\n" * 50, "noise": os.urandom(5000),
+        "arch": good[:18] + machine + good[20:],
+    }  # fmt: skip
+    for name, content in bad.items():
+        (folder / f"{name}.so").write_bytes(content)
+    # Of which a member is not what its RECORD says.
+    wheel = folder / "flashinfer_jit_cache-0.6.13+cu130-py3-none-any.whl"
+    text = record({NORM: b"what was recorded"})
+    wheel.write_bytes(make_wheel({NORM: b"other bytes 1234!"}, record_text=text))
+    files = [*(folder / f"{name}.so" for name in [*bad, "none"]), folder, wheel]
 
     def work(i: int) -> None:
-        at = i % (len(files) + 1)
+        assert kept.name  # the files are there as long as this is
+        file = files[i % len(files)]
         try:
-            if at < len(files):
-                fi_ffi.module(files[at])
+            if file != wheel:
+                fi_ffi.module(file)
             else:
                 fi_ffi.use_kernels(wheel)
                 runtime.load("norm")
         except EXPECTED:
             return
-        raise AssertionError(f"{files[at] if at < len(files) else wheel} was loaded")
+        raise AssertionError(f"{file} was loaded")
 
-    def left() -> int:
-        return sum(1 for path in (folder / "cache" / "tmp").glob("*"))
-
-    return work, {"left": left}
+    return work, {"left": lambda: len([*(folder / "cache" / "tmp").glob("*")])}
 
 
 def scopes(_: str) -> Work:
@@ -292,8 +229,7 @@ def descriptors(_: str) -> Work:
         for other in (x, ArrayInterface(x, version=3), Legacy(x), x[i % 3 :]):
             fi_ffi.as_desc(other)
         if i % 10 == 0:
-            with contextlib.suppress(fi_ffi.ArgumentTypeError):
-                fi_ffi.as_desc(object())
+            refused(lambda: fi_ffi.as_desc(object()))
             fi_ffi.TensorDesc(x.ctypes.data, (i % 7 + 1,), "bfloat16", device="cuda:0")
 
     return work, {"references": lambda: sys.getrefcount(x)}
@@ -305,12 +241,8 @@ def leaky(_: str) -> Work:
     return lambda i: kept.append(float(i)), {}
 
 
-KINDS_OF_WORK: dict[str, Callable[[str], Work]] = {
-    made.__name__: made
-    for made in (
-        typed, prepared, pointers, untyped, plans, errors, loads, scopes, descriptors, leaky,
-    )
-}  # fmt: skip
+MADE = (calls, untyped, plans, errors, loads, scopes, descriptors, leaky)
+KINDS_OF_WORK: dict[str, Callable[[str], Work]] = {made.__name__: made for made in MADE}
 
 
 def main(kind: str, count: int, library: str) -> None:

@@ -31,12 +31,9 @@ ALIVE = """
     loose(), call()
     cases = [Case(kind) for kind in KINDS]
     plans = [case.plan() for case in cases]
-    runs = []
-    for case, plan in zip(cases, plans):
-        method = {"ragged": "ragged_run", "paged": "paged_run"}.get(case.kind, "run")
-        run = getattr(plan, method)
-        runs.append(fi_ffi.prepare(run, **{n: case.memory[n] for n in case.run_names}))
-        runs[-1]()
+    runs = [case.prepared(plan) for case, plan in zip(cases, plans)]
+    for run in runs:
+        run()
     on_gpu = cases[2].cls(**cases[2].arrays, **cases[2].options, device="cuda:0")
     event, device_memory = cuda.Event(), cuda.allocate(64, descs[0].device)
     graph = graphs.Graph(descs[0].device)
@@ -136,7 +133,7 @@ def test_forked_children_that_end_as_programs_do() -> None:
         if not pid:
             freed = []
             gpu.runtime.cudaEventDestroy = gpu.runtime.cudaGraphExecDestroy = freed.append
-            del call, loose, plans, runs, on_gpu, event, device_memory, graph, plan, run
+            del call, loose, plans, runs, on_gpu, event, device_memory, graph, run
             gc.collect()
             assert not freed
             sys.exit(0)

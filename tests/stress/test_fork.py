@@ -146,8 +146,7 @@ def test_plans_are_refused(gpu, kind: str, devices: int) -> None:  # noqa: F811
 
     with fi_ffi.stream(0x51):
         plan = case.cls(**case.arrays, **case.options, device="cuda:0")
-        method = {"ragged": "ragged_run", "paged": "paged_run"}.get(kind, "run")
-        run, tensors = getattr(plan, method), descs(case.run_names)
+        run, tensors = case.run_of(plan), descs(case.run_names)
         run(**tensors)
         call = fi_ffi.prepare(run, **tensors)
         call()

@@ -19,9 +19,7 @@ from tests.stress import gauges
 from tests.stress.gauges import counted
 
 COUNTS = {
-    "typed": (1_000_000, 2000),
-    "prepared": (1_000_000, 2000),
-    "pointers": (1_000_000, 2000),
+    "calls": (1_000_000, 2000),
     "untyped": (1_000_000, 2000),
     "plans": (100_000, 600),
     "errors": (100_000, 2000),

@@ -96,9 +96,7 @@ class Everything:
         self.module = fi_ffi.module(counted)
         self.case = Case(KINDS[number % len(KINDS)])
         self.plan = self.case.plan()
-        method = {"ragged": "ragged_run", "paged": "paged_run"}.get(self.case.kind, "run")
-        tensors = {name: self.case.memory[name] for name in self.case.run_names}
-        self.prepared_run = fi_ffi.prepare(getattr(self.plan, method), **tensors)
+        self.prepared_run = self.case.prepared(self.plan)
 
     def load(self) -> None:
         with pytest.raises(fi_ffi.KernelNotFoundError, match=f"none_{self.number}"):
