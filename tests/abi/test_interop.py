@@ -417,6 +417,7 @@ SILLY: dict[str, tuple[dict[str, Any], str]] = {
     "no utf-8": ({"name": b"dl\xff\xfe"}, "argument"),
     "another device": ({"device": (1, 0), "told": (2, 0)}, "device 2:0"),
     "another GPU": ({"device": (2, 1), "told": (2, 0)}, "device 2:0"),
+    "another GPU's managed": ({"device": (2, 1), "told": (13, 0)}, "device 13:0"),
     "a host tensor of a GPU": ({"device": (2, 0), "told": (1, 0)}, "device 1:0"),
     "no such device": ({"device": (1, 0), "told": (77, -3)}, "device 77:-3"),
     "GPU -1": ({"device": (2, -1)}, "device 2:-1"),

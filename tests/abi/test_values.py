@@ -115,6 +115,7 @@ class Name(str, enum.Enum):
 
 
 MEANING = [(np.int64(1), 1), (np.float32(1), 1.0), (np.True_, True), (Colour.RED, 1)]
+MEANING += [(type("Sly", (str,), {"encode": None})("text"), "text")]
 MEANING += [(Name.NHD, "nhd"), (bytearray(b"x"), b"x")]
 MEANING += [(Device("cuda", 3), parse_device("cuda:3"))]  # one that was made by hand
 

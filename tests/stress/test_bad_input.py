@@ -24,21 +24,13 @@ from fi_ffi.ops.call.refuse import Refusals
 from fi_ffi.ops.functions import OPS
 
 from tests.helpers.stress_strength import LONG, scaled
-from tests.stress.bad_input import known, rows
-from tests.stress.bad_input.functions import Functions
+from tests.stress.bad_input import rows
 from tests.stress.bad_input.guard import guarded
 from tests.stress.bad_input.memory import Room
 
 # More than the 10,000 of docs/reliability.md: of some a descriptor cannot even be made.
 FULL, SHORT = 15_000, 50
-MORE = {"single": 300}  # of which there is no other test of anything anywhere
-FUNCTIONS = {
-    "matmul": known.MATMUL, "moe": known.MOE, "single": known.SINGLE, "host": known.HOST,
-}  # fmt: skip
 MOST_MEMORY = 12 << 30
-
-# A subject makes one wrong call and returns what became of it; before, it tells of the call.
-Subject = Callable[[random.Random, Callable[[str], None]], str]
 
 
 class Family:
@@ -52,6 +44,7 @@ class Family:
         self._calls: dict[tuple[int, int], rows.Call] = {}
 
     def __call__(self, rng: random.Random, tell: Callable[[str], None]) -> str:
+        """One wrong call, told of before; what became of it."""
         at = rng.randrange(len(self.rows)), rng.randrange(self.kinds)
         if at not in self._calls:
             self._calls[at] = rows.Call(self.rows[at[0]], random.Random(f"{self.number} {at}"))
@@ -64,8 +57,7 @@ class Family:
 
 def run(name: str, count: int, number: int) -> collections.Counter[str]:
     """So many calls, of a seed; how many came to what.  Raises for the first that is wrong."""
-    is_family = name in FAMILIES
-    subject: Subject = Family(name, number) if is_family else Functions(FUNCTIONS[name])
+    subject = Family(name, number)
     outcomes, told = collections.Counter[str](), [""]
     numbers = random.Random(number)
     with guarded():
@@ -89,13 +81,13 @@ def bounded():
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", [*FAMILIES, *FUNCTIONS])
+@pytest.mark.parametrize("name", FAMILIES)
 # Numpy's, of values that are no numbers.
 @pytest.mark.filterwarnings("ignore")
 def test_is_refused_or_right(name, bounded):
     number = random.SystemRandom().randrange(2**32)
     print(f"seed {number}", flush=True)  # also before a crash
-    found = run(name, scaled(FULL, MORE.get(name, SHORT)), number)
+    found = run(name, scaled(FULL, SHORT), number)
     assert found.total() and found["refused"]
     print(f"{name}: {found.total()} calls: {dict(found.most_common())}")
 
