@@ -53,31 +53,18 @@ def test_methods_have_signatures(every):
     assert repr(counter) == "<test_counter of every_kind.counter()>"
     assert (counter.kind, counter.device) == ("test_counter", None)
     assert add(5) == 15
-    assert counter.add(-1) == 14
-    assert counter.value() == 14
-
-
-def test_methods_are_looked_up_once(every):
-    """And no protocol asks an object for one."""
-    counter = every.counter(0)
-    first = counter.add
     before = every.lookups()
-    assert counter.add is counter.method("add") is first
-    assert not hasattr(counter, "__array_interface__")
-    assert not hasattr(counter, "_private")
-    with pytest.raises(fi_ffi.ArgumentTypeError):
-        every.told_view(counter)
-    assert every.lookups() == before
-
-
-def test_a_method_that_is_not_there(every):
-    counter = every.counter(0)
+    assert counter.add is counter.method("add") is add  # looked up once
+    assert not hasattr(counter, "__array_interface__") and not hasattr(counter, "_private")
+    assert every.lookups() == before  # and no protocol asks an object for one
+    assert counter.add(-1) == 14
     with pytest.raises(KernelNotFoundError, match="no method 'subtract'"):
         counter.method("subtract")
     with pytest.raises(AttributeError, match="no method 'subtract'"):
         _ = counter.subtract
     with pytest.raises(fi_ffi.ArgumentTypeError):
         counter.method(3)
+    assert counter.value() == 14
 
 
 def test_methods_take_and_refuse_as_functions_do(every):
@@ -114,25 +101,15 @@ def test_a_packed_method(every):
         count.probe()
 
 
-def test_an_object_lives_as_long_as_it_or_its_methods(every):
-    gc.disable()  # what nobody refers to is gone at once
-    try:
-        before = every.live_counters()
-        counter = every.counter(1)
-        add = counter.add
-        counter.fail.signature  # noqa: B018
-        assert every.live_counters() == before + 1
-        del counter
-        assert every.live_counters() == before + 1
-        assert add(1) == 2
-        del add
-        assert every.live_counters() == before
-    finally:
-        gc.enable()
-
-
 def test_release(every):
+    """An object lives as long as it or its methods, or until it is released."""
     before = every.live_counters()
+    add = every.counter(1).add
+    gc.collect()
+    assert every.live_counters() == before + 1 and add(1) == 2
+    del add
+    gc.collect()
+    assert every.live_counters() == before
     with every.counter(1) as counter:
         add = counter.add
         assert every.live_counters() == before + 1
