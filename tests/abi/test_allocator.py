@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,7 +22,6 @@ from fi_ffi.errors import KernelError
 
 from tests.helpers.allocating import CUDA, alloc, desc_of
 from tests.helpers.children import done
-from tests.ops.test_threads import at_once
 
 
 class Ledger:
@@ -160,24 +158,6 @@ def test_the_process_s_allocator_is_left_alone(host: Allocator, ledger: Ledger) 
         check(swap(ffi.NULL, 1, ffi.NULL), "allocator")
         check(swap(before[0], 0, ffi.NULL), "allocator")
     fails_outside()
-
-
-def test_threads_allocate_and_free_for_each_other(host: Allocator) -> None:
-    """Every tensor is freed by another thread than allocated it, all at once."""
-    count, each = 8, 200
-    made: list[list[Tensor]] = [[] for _ in range(count)]
-    barrier = threading.Barrier(count)
-
-    def work(i: int) -> None:
-        with host.installed():
-            made[i] = [alloc((i + 1, n + 1), "uint8") for n in range(each)]
-        barrier.wait(60)
-        for n, tensor in enumerate(made[(i + 1) % count]):
-            assert desc_of(tensor).shape == ((i + 1) % count + 1, n + 1)
-            tensor.release()
-
-    at_once(work, count)
-    assert host.count == 0
 
 
 class Mute(Exception):

@@ -156,21 +156,6 @@ def test_a_callback_may_keep_its_argument(callback: Callable[..., Entry]) -> Non
     assert array_values(kept[0]) == [1, 2]
 
 
-def test_functions_call_through_the_library(
-    callback: Callable[..., Entry], testing_library: object
-) -> None:
-    """C++ calls a Python function it was given, and hands its result or its error on."""
-    apply = global_function("testing.apply")
-    add = callback(lambda a, b: a + b, 2)
-    before = add.owner.use_count
-    assert apply(add.owner, 2, 3) == 5
-    with pytest.raises(KernelError, match="ZeroDivisionError"):
-        apply(callback(lambda a: a // 0).owner, 2)
-    with pytest.raises(KernelError, match="Mismatched number of arguments"):
-        apply(add.owner, 2)
-    assert add.owner.use_count == before
-
-
 def test_modules(testing_library: Path) -> None:
     load = global_function("ffi.ModuleLoadFromFile")
     with load(str(testing_library)) as module:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import string
-from collections.abc import Callable
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fi_ffi.abi.signature import (
@@ -72,24 +70,6 @@ def test_round_trip(signature: Signature) -> None:
     assert parse_signature(str(signature)) == signature
     refusal = MISMATCH.format(signature, len(signature.params))
     assert signature_from_mismatch(refusal) == signature
-
-
-def read(parse: Callable[[str], object], text: str) -> None:
-    with contextlib.suppress(AbiError):
-        assert parse(text) is not None
-
-
-@given(st.one_of(st.text(), st.text("f(<[{0:, int->)>]}")), st.text(string.digits))
-@example("f() -> void", "9" * 5000)  # longer than Python converts to an int
-@example("f() -> void", "٠")
-def test_any_text(text: str, count: str) -> None:
-    read(parse_signature, text)
-    read(signature_from_mismatch, MISMATCH.format(text, count))
-
-
-@given(st.text(alphabet="<>(),-: *aT0", max_size=20))
-def test_any_text_as_a_type(text: str) -> None:
-    read(packer_of, text)
 
 
 @pytest.mark.parametrize(

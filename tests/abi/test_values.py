@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.function import Entry, array_values, global_function, make_array
+from fi_ffi.abi.function import Entry, array_values, make_array
 from fi_ffi.abi.objects import CallArena
 from fi_ffi.abi.tensor import DEVICE_TYPES, DTYPES, Device, TensorDesc, parse_device
 from fi_ffi.abi.values import packer_of
@@ -55,45 +53,12 @@ def test_round_trips(echo: Entry, callback: Callable[..., Entry]) -> None:
         assert made.use_count == 1 and same(array_values(made)[0], value)
 
 
-LEAVES = st.one_of(
-    st.integers(-(2**63), 2**63 - 1),
-    st.floats(),
-    st.text(st.characters(exclude_categories=["Cs"])),
-    st.binary(),
-    st.sampled_from([None, True, *DTYPE_VALUES, *DEVICES]),
-)
-
-
-@given(st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4), max_leaves=12))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_nested_arrays(value: Any) -> None:
-    def packed(value: Any) -> Any:
-        return make_array([packed(element) for element in value]) if type(value) is list else value
-
-    def check(found: Any, value: Any) -> None:
-        if type(value) is not list:
-            assert same(found, value)
-            return
-        for pair in zip(array_values(found), value, strict=True):
-            check(*pair)
-
-    check(global_function("testing.echo")(packed(value)) if value else packed(value), value)
-
-
-def test_typed_functions_of_the_library_take_them(testing_library: object) -> None:
-    for name, value in {
-        "int": 5, "float": 2.5, "bool": True, "string": "a\0b and more", "bytes": b"\0\xff",
-        "dtype": DTYPES["bfloat16"], "device": parse_device("cuda:3"), "opt_int": None,
-        "opt_str": "x",
-    }.items():  # fmt: skip
-        assert same(global_function(f"testing.schema_id_{name}")(value), value), name
-    found = global_function("testing.schema_id_arr_str")(["a", "b\0"])
-    assert array_values(found) == ["a", "b\0"]
-    with pytest.raises(KernelError, match="TypeError: Mismatched type .* Expected `int` but got"):
-        global_function("testing.schema_id_int")("5")
-
-
-REFUSED = {2**63: "int64", -(2**63) - 1: "int64", 2**64: "int64", -(10**5000): "int64"}
+REFUSED = {
+    2**63: "int64",
+    -(2**63) - 1: "int64",
+    2**64: "int64",
+    -(10**5000): "int64",
+}
 REFUSED |= dict.fromkeys(("\ud800", "12345678\udfff", "\0\ud800"), "surrogate")
 
 
