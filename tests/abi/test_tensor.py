@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda.bindings import driver
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fi_ffi.abi import tensor
@@ -274,63 +274,47 @@ class Index:
         return self.value
 
 
-SIZES = st.one_of(
-    st.integers(0, 9),
-    st.just(0),
-    st.integers(-2, 2**64),
-    st.sampled_from([2**31, 2**32, 2**61, 2**62, 2**63 - 1, 2**63]),
-    st.integers(0, 9).map(np.int64),
-    st.integers(0, 9).map(np.uint8),
-    st.integers(0, 9).map(Index),
-    st.booleans(),
-    st.booleans().map(np.bool_),
-    st.sampled_from([1.0, None, "1", np.float32(1)]),
-)
-ADDRESSES = st.one_of(
-    st.integers(0, 2**20), st.integers(2**63 - 99, 2**63 + 99), st.integers(2**64 - 99, 2**64),
-    st.integers(-2, 0), st.integers(0, 99).map(np.uint64), st.booleans(), st.just("64"),
-)  # fmt: skip
-KINDS = st.tuples(
-    st.sampled_from(["float16", "int8", "float64", "float4_e2m1fn_x2", np.float32, "half"]),
-    st.sampled_from(["cuda:0", "cpu", "cuda", "cuda:7", "gpu"]),
-)
-
-
-def made_or_refused(make: Any) -> object:
+def made_or_refused(make: Any, *args: Any, **kwargs: Any) -> object:
     try:
-        return fields(make())
+        return fields(make(*args, **kwargs))
     except ArgumentError as error:
         return type(error), str(error)
 
 
-@settings(max_examples=1500, deadline=None)
-@given(st.lists(SIZES, max_size=5).map(tuple), ADDRESSES, KINDS)
-def test_the_quick_way_makes_the_same(shape: Any, ptr: Any, kind: Any) -> None:
-    """And refuses the same, in the same words; also when its names are known."""
-    dtype, device = kind
-    slowly = made_or_refused(lambda: make_desc(ptr, shape, dtype, None, device))
-    for _ in range(2):
-        quickly = made_or_refused(lambda: TensorDesc(ptr, shape, dtype, device=device))
-        assert quickly == slowly
-        # Here its names are known: `make_desc` has met them for a shape that is right.
+ODD_SIZES = [
+    2**31,
+    2**32,
+    2**61,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64,
+    -1,
+    True,
+    np.True_,
+    1.0,
+    None,
+    "1",
+]
+ODD_SIZES += [np.float32(1), np.int64(3), np.uint8(2), Index(2)]
+PLACES = [(64, "int8", "cpu"), (0, "float16", "cuda:7"), (2**64 - 9, "float64", "cpu")]
+PLACES += [(2**63 + 9, np.float32, "cuda"), (-1, "int8", "cpu"), (np.uint64(9), "half", "cpu")]
+PLACES += [(True, "float16", "gpu"), ("64", "float4_e2m1fn_x2", "cpu")]
+
+
+@pytest.mark.parametrize("size", ODD_SIZES, ids=shown)
+def test_the_quick_way_makes_the_same(size: Any) -> None:
+    """And refuses the same, in the same words; also of tensors without elements, whose strides
+    are written as int64 all the same."""
+    for rank, (ptr, dtype, device) in itertools.product((1, 2, 3), PLACES):
         with contextlib.suppress(ArgumentError):
-            make_desc(0, (1,) * len(shape), dtype, None, device)
-
-
-HUGE = [2**31, 2**32, 2**61, 2**62, 2**63 - 1, 2**63, 2**64]
-
-
-@pytest.mark.parametrize("size", HUGE)
-@pytest.mark.parametrize("dtype", ["int8", "float16", "float64"])
-def test_the_quick_way_refuses_the_same_sizes(size: int, dtype: str) -> None:
-    """Also of tensors without elements, whose strides are written as int64 all the same."""
-    for rank in (1, 2, 3, 4):
-        for others in itertools.product((0, 1, 2, 5), repeat=rank - 1):
+            make_desc(0, (1,) * rank, dtype, None, device)  # so that its names are known
+        for others in itertools.product((0, 1, 5), repeat=rank - 1):
             for at in range(rank):
                 shape = (*others[:at], size, *others[at:])
-                make_desc(0, (1,) * rank, dtype, None, "cpu")  # so that its names are known
-                slowly = made_or_refused(lambda s=shape: make_desc(0, s, dtype, None, "cpu"))
-                assert made_or_refused(lambda s=shape: desc(0, s, dtype, device="cpu")) == slowly
+                slowly = made_or_refused(make_desc, ptr, shape, dtype, None, device)
+                quickly = made_or_refused(TensorDesc, ptr, shape, dtype, device=device)
+                assert quickly == slowly
 
 
 @given(st.integers(1, 6), st.integers(-3, 9), st.integers(-3, 9))

@@ -141,3 +141,11 @@ def test_what_is_refused_on_the_host(function, args, argument):
 def test_a_gpu_that_is_not_there_has_no_workspace():
     with pytest.raises(fi_ffi.LoaderError, match="there is no cuda:99"):
         fi_ffi.gdn_prefill_workspace_size("cuda:99")
+
+
+def test_a_state_that_is_partly_the_same_memory():
+    made, room = case(70, 2, without=CHECKPOINTS), np.full((3, 4, 128, 128), np.nan, np.float32)
+    for one, other in ((room[:2], room[1:]), (room[1:], room[:2])):
+        with pytest.raises(fi_ffi.ArgumentError, match="the very same memory, or memory apart"):
+            OP(**made.arrays | {"input_state": one, "output_state": other}, **made.scalars)
+    assert np.isnan(room).all()

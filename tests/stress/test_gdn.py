@@ -209,21 +209,6 @@ def test_streams(machine, rng, count, threads):
     check(machine, lanes, threads, exact_steps=3)
 
 
-@DTYPES
-def test_production(machine, rng, dtype):
-    """Chains of a model's layer on four streams."""
-    lengths = ((1, 64, 100, 1, 257, 30), (512,), (1,) * 8, (129, 300))
-    specs = [
-        Spec(each, 16, 32, dtype, chained=True, in_place=bool(i % 2))
-        for i, each in enumerate(lengths)
-    ]
-    lanes = [
-        Lane(machine, spec, rng, machine.rounds(20), inputs=2, stream=stream)
-        for spec, stream in zip(specs, machine.streams(machine.rounds(4)), strict=False)
-    ]
-    check(machine, lanes, exact_steps=2)
-
-
 def check_graph(machine, rng, dtype: str, in_place: bool, steps: int) -> None:
     """A chain captured once and replayed."""
     spec = mixed(dtype, chained=True, in_place=in_place)
@@ -248,33 +233,6 @@ def test_graph(machine, rng, in_place, dtype):
 
 
 # Refusals.
-
-
-@DTYPES
-def test_overlaps(machine, rng, dtype):
-    """A state that is only partly the same memory is refused, and nothing is written."""
-    lane = Lane(machine, mixed(dtype), rng)
-    lane.reset()
-    before = lane.read(0)
-    count, heads, *_ = before["output_state"].shape
-    room = machine.place(np.full((count + 1, heads, HEAD_SIZE, HEAD_SIZE), np.nan, np.float32))
-    base, shape = room.desc(), (count, heads, HEAD_SIZE, HEAD_SIZE)
-
-    def state(offset: int) -> fi_ffi.TensorDesc:
-        return fi_ffi.TensorDesc(base.ptr + offset, shape, "float32", device=machine.device)
-
-    scalars, descs = lane.drawn_of(0)[1], lane.descs(0)
-    for offset in (4 * HEAD_SIZE**2 * heads, 4 * HEAD_SIZE**2, 64):
-        for first, second in ((0, offset), (offset, 0)):
-            wrong = {"input_state": state(first), "output_state": state(second)}
-            with pytest.raises(fi_ffi.ArgumentError, match="the very same memory, or memory apart"):
-                machine.call(**descs | wrong, **scalars, stream=lane.stream)
-    with pytest.raises(fi_ffi.ArgumentError, match="expected memory apart"):
-        machine.call(**descs | {"output": descs["q"]}, **scalars, stream=lane.stream)
-    machine.settle()
-    assert np.isnan(room.get()).all() and room.intact()
-    for name, array in lane.read(0).items():
-        assert array.tobytes() == before[name].tobytes()
 
 
 # Findings: what FlashInfer's kernel does that its callers would not expect, and the reference does
