@@ -121,13 +121,6 @@ Tensor make_tensor(Shape shape, DLDataType dtype, DLDevice device) {
 }
 EXPORT(make_tensor)
 
-int64_t stream_of(DLDevice device) {
-  return reinterpret_cast<int64_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));
-}
-int64_t stream_for(TensorView tensor) { return stream_of(tensor.device()); }
-EXPORT(stream_of)
-EXPORT(stream_for)
-
 void fail(String kind, String message) { throw Error(kind, message, ""); }
 void fail_std() { throw std::runtime_error("from the standard library"); }
 EXPORT(fail)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,6 @@ import pytest
 
 import fi_ffi
 from fi_ffi.cli.replay import load
-from fi_ffi.ops.watch import watching
-from fi_ffi.ops.watch.call_record import CallRecord
 from fi_ffi.ops.watch.dump import BEFORE
 
 LIMIT, LONG = 0.25, 30.0
@@ -38,27 +35,6 @@ def test_one_that_blocks_is_reported(every):
     assert f"  called: {__file__}:{number} in test_one_that_blocks_is_reported" in lines[1]
     assert lines[2] == f"  entry: {every.name}.apply_typed, on the host"
     assert lines[4].startswith("  0: function <function ") and lines[5] == "  1: 7"
-
-
-def test_what_each_is_told_of(every):
-    """Tensors by layout and address, other values in words."""
-    out = np.zeros(6, np.float32)
-    told = deque[CallRecord]()
-    with fi_ffi.watchdog(LONG) as dog:
-        watching.add(told)
-        try:
-            every.add_all(out, [np.ones(6, np.float32)], [3])
-            with pytest.raises(fi_ffi.KernelError):
-                every.fail("ValueError", "as it was told to")
-        finally:
-            watching.remove(told)
-    assert dog.reports == []
-    assert [call.op for call in told] == [f"{every.name}.add_all", f"{every.name}.fail"]
-    assert all(call.is_over for call in told)
-    words = [str(arg) for arg in told[0].arguments]
-    assert words[0] == f"float32[6] on cpu at {out.ctypes.data:#x}"
-    assert words[2] == "list [3]"
-    assert out.tolist() == [3] * 6
 
 
 def test_calls_are_told_before_and_after(every, tmp_path):
