@@ -262,31 +262,6 @@ def test_asyncio_tasks_have_their_own() -> None:
     assert current() == 0
 
 
-def test_asyncio_tasks_and_threads_that_have_the_context() -> None:
-    """Calls there are on the scope's stream, also when it is over, and nothing stays set."""
-
-    async def late(event: asyncio.Event) -> tuple[int, int]:
-        await event.wait()
-        return launched_on(), current()
-
-    async def main() -> None:
-        event = asyncio.Event()
-        with stream(0x10):
-            assert launched_on() == 0x10
-            task = asyncio.create_task(late(event))
-            for given, found in ((None, 0x10), (0x33, 0x33)):
-                assert await asyncio.to_thread(launched_on, given) == found
-                assert await asyncio.to_thread(current) == 0
-                assert launched_on() == 0x10
-        assert await asyncio.to_thread(current_scope) is None
-        assert current() == 0
-        event.set()
-        assert await task == (0x10, 0), "a scope that is over was set, and nobody puts it back"
-
-    asyncio.run(main())
-    assert current() == 0
-
-
 LIMITED = """
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (1 << 33, 1 << 33))

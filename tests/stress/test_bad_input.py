@@ -50,7 +50,7 @@ class Family:
             self._calls[at] = rows.Call(self.rows[at[0]], random.Random(f"{self.number} {at}"))
         # Taken out while it is used: after a failure there may be anything in its room.
         call = self._calls.pop(at)
-        outcome = (rows.one_signature if rng.random() < 0.04 else rows.one_call)(call, rng, tell)
+        outcome = rows.one_call(call, rng, tell)
         self._calls[at] = call
         return outcome
 

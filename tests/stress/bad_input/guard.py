@@ -70,9 +70,3 @@ def check_refusal(
     assert not text.startswith(f"{error.op}: argument `{error.argument}`: got , "), text
     assert len(text) < 2000, f"{len(text)} letters: {text[:300]}"
     assert arguments is None or error.argument in arguments, text
-
-
-def check_signature_error(error: TypeError, op: str) -> None:
-    """Python's own words for a missing or an unknown argument name the function as well."""
-    assert type(error) is TypeError
-    assert str(error).startswith(f"{op}() "), str(error)

@@ -17,7 +17,7 @@ from fi_ffi.cli.cases import case_of
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor
 
-from .guard import check_refusal, check_signature_error, kernels_run, stopped
+from .guard import check_refusal, kernels_run, stopped
 from .memory import Room
 from .wrong import ALONE, ALWAYS, Wrong, another, built, told, wrong_tensor, wrong_value
 from tests.helpers.calls import lacks
@@ -242,34 +242,3 @@ def _is_never_updated(call: Call, values: dict[str, Any], wrong: dict[str, Wrong
     tensors = [name for name in values if name in call.descs and type(values[name]) is int]
     others = {name: one for name, one in wrong.items() if name not in tensors}
     return call.must_refuse(others) or any(values[name] == 0 for name in tensors)
-
-
-def one_signature(call: Call, rng: random.Random, tell: Callable[[str], None]) -> str:
-    """An argument missing, one too many, an unknown name."""
-    values: dict[str, Any] = dict(call.values)
-    args: list[Any] = []
-    kind = rng.choice(["missing", "unknown", "too many", "twice"])
-    tell(f"{call.row.name} of {call.row.releases}: {kind}")
-    if kind == "missing":
-        for name in rng.sample([*values], rng.randint(1, len(values))):
-            del values[name]
-    elif kind == "unknown":
-        values[rng.choice(["temperature", "Eps", "self", "values", "settled", "_", "_values"])] = 1
-    elif kind == "too many":
-        args, values = [1] * 60, {}
-    else:
-        args = [next(iter(values.values()))]
-    try:
-        with kernels_run(False):
-            call.op(*args, **values)
-    except fi_ffi.ArgumentError as error:
-        check_refusal(error, [call.row.name], [arg.name for arg in call.row.given])
-    except TypeError as error:
-        check_signature_error(error, call.row.name)
-    except fi_ffi.KernelError as error:
-        assert stopped(error), error
-        assert kind == "missing"
-    else:
-        assert kind == "missing"
-    assert call.room.is_untouched()
-    return f"signature {kind}"
