@@ -50,6 +50,11 @@ def echo(testing_library: object) -> Entry:
     return global_function("testing.echo")
 
 
+def cell(*fields: int) -> bytes:
+    """What abuse.c puts behind an object's header."""
+    return b"".join(field.to_bytes(8, "little") for field in fields)
+
+
 class Abuse:
     """abuse.c: an attribute is one of its functions, unchecked and undecorated."""
 

@@ -27,8 +27,7 @@ from fi_ffi.abi.objects import Function
 from fi_ffi.abi.values import make_function
 from fi_ffi.errors import KernelError
 
-from tests.abi.conftest import Abuse
-from tests.abi.test_returns import cell
+from tests.abi.conftest import Abuse, cell
 from tests.stress.gauges import leaves_nothing
 
 

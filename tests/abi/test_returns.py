@@ -20,7 +20,7 @@ from fi_ffi.abi.tensor import parse_device
 from fi_ffi.errors import AbiError, KernelError
 from fi_ffi.ops.modules.entry import Origin, adopted
 
-from tests.abi.conftest import Abuse
+from tests.abi.conftest import Abuse, cell
 
 PADDINGS = (0, 1, 0xDEADBEEF, 0xFFFFFFFF)
 # A view, an rvalue reference, and indices that TVM-FFI keeps for later.
@@ -33,10 +33,6 @@ ORIGIN = Origin("origin", None, False)
 def refused(function: Any, *args: Any, match: str | None = None) -> None:
     with pytest.raises(AbiError, match=match and re.escape(match)):
         function(*args)
-
-
-def cell(*fields: int) -> bytes:
-    return b"".join(field.to_bytes(8, "little") for field in fields)
 
 
 def address_of(memory: Any) -> int:
