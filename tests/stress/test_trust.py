@@ -24,11 +24,10 @@ from tests.helpers.forking import in_child
 from tests.helpers.pinned import TESTING_MEMBER, download_pinned_wheel, tvm_ffi_loaded
 from tests.loader.server import make_wheel, record, sha256
 from tests.stress.swapping import flip, in_memory, library_bytes
+from tests.stress.test_trust_cache import MODULE, OTHER, another
 
 __all__ = ["tvm_ffi_loaded"]
 
-OTHER = 54321
-MODULE = "flashinfer_jit_cache/jit_cache/norm/norm.so"
 INFO = "flashinfer_jit_cache-0.6.13+cu130.dist-info"
 DOCS = Path(fi_ffi.__file__).parents[1] / "docs"
 
@@ -362,18 +361,12 @@ def test_what_every_user_can_write_in_a_directory(up, tmp_path, good):
     assert not in_memory(path)
 
 
-def given_away(path):
-    if os.geteuid() != 0:
-        pytest.skip("only root can give files to another user")
-    os.chown(path, OTHER, -1)
-
-
 def test_what_others_put_where_all_can_write(tmp_path, good):
     """A module folder that another user has put into one with the sticky bit."""
     path = in_directory(tmp_path, good)
     path.parents[1].chmod(0o1777)
     assert open_source(path.parents[1]).file("norm").path == path
-    given_away(path.parent)
+    another(path.parent)
     with pytest.raises(LoaderError, match=f"was put by user {OTHER} where every user can"):
         runtime.load("norm")
     assert not in_memory(path)
@@ -412,7 +405,7 @@ def test_a_page_names_tests_that_are_there(page):
 
 def test_another_users_module(place):
     """A place that the user names, or an installer filled, may be of anybody; the cache not."""
-    given_away(place)
+    another(place)
     if "objects" in place.parts:
         with pytest.raises(LoaderError, match=f"belongs to user {OTHER}"):
             runtime.load("norm")
