@@ -6,6 +6,8 @@ import datetime
 import decimal
 import enum
 import fractions
+import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -47,12 +49,35 @@ class _Device(_Capsule):
         return (99, -1)
 
 
+# What of a good interface is something else; `...` is not there.  The bytes of a buffer, which
+# numpy's protocol allows, would be taken for an address.
+INTERFACES: list[dict[str, Any]] = [
+    *({"data": data} for data in (
+        ..., None, 0, (0,), (-1, False), (2**64, False), (4096.5, False), ("0x40", False),
+        b"\x10\x20", bytearray(64), np.zeros(2), [0x1000, False],
+    )),
+    *({"typestr": text} for text in (
+        ..., None, 7, "", "f", "<f", "<fx", "<f3", "<V2", "<f" + "9" * 5000, ">f4",
+    )),
+    *({"shape": shape} for shape in (
+        ..., 3, "abc", (-1,), (2.0,), (2**70,), (2**40, 2**40), (1,) * 100, itertools.count(),
+    )),
+    *({"strides": strides} for strides in (
+        3, ("a", "b"), ("4", 4), (2,), (1, 1), (4, 4, 4), (2**63, 2),
+    )),
+]  # fmt: skip
+
+
 class Interface:
     """An array by numpy's protocol, of anything."""
 
     def __init__(self, **fields: Any) -> None:
         whole = {"shape": (2, 2), "typestr": "<f2", "data": (4096, False), "version": 3}
-        self.__array_interface__ = {k: v for k, v in (whole | fields).items() if v is not ...}
+        self._fields = {k: v for k, v in (whole | fields).items() if v is not ...}
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return self._fields
 
 
 class _Index:
@@ -122,15 +147,7 @@ _ARRAYS: list[Callable[[], Any]] = [
     lambda: np.lib.stride_tricks.as_strided(np.zeros(1, np.float16), (4, 16), (0, 0)),
     lambda: np.zeros(4, [("a", "u1"), ("b", "<f4")])["b"], _scalar,
     _BadExporter, _Capsule, _Device,
-    lambda: Interface(shape=(-1,)), lambda: Interface(shape="abc"),
-    lambda: Interface(shape=(2**70,)), lambda: Interface(shape=(2**40, 2**40)),
-    lambda: Interface(typestr="<f3"), lambda: Interface(typestr=""),
-    lambda: Interface(typestr=None), lambda: Interface(typestr="<V2"),
-    lambda: Interface(data=...), lambda: Interface(data=("x", False)),
-    lambda: Interface(data=(-1, False)), lambda: Interface(data=(2**64, False)),
-    lambda: Interface(data=None), lambda: Interface(strides=(1, 1)),
-    lambda: Interface(strides=(2,)), lambda: Interface(strides=3),
-    lambda: Interface(strides=(2**63, 2)), lambda: Interface(shape=(1,) * 100),
+    *(functools.partial(Interface, **changes) for changes in INTERFACES),
 ]  # fmt: skip
 
 NOT_TENSORS = [*_NOTHING, *_NUMBERS, *_ARRAYS[:7]]
