@@ -230,7 +230,8 @@ def wrong_numbers(arg: Any) -> tuple[object, ...]:
     if not isinstance(arg, Scalar):
         return ()
     none = () if default_of(arg) == "None" else (None,)  # which stands for a size
-    return "1", 1j, [1.0], math.nan, math.inf, -1.0, -math.inf, "é", *none
+    large = (2**63, -(2**63) - 1) if arg.type is int else (10**400,)
+    return "1", 1j, [1.0], math.nan, math.inf, -1.0, -math.inf, "é", *large, *none
 
 
 @having(lambda row: any(map(wrong_numbers, row.args)))
