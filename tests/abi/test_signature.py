@@ -74,8 +74,13 @@ def test_round_trip(signature: Signature) -> None:
 
 @pytest.mark.parametrize(
     "message",
-    ["", "CUDA error", MISMATCH.format("f(0: int) -> void", 2), MISMATCH.format("f(", 0)],
-)
+    [
+        "", "CUDA error", MISMATCH.format("f(0: int) -> void", 2), MISMATCH.format("f(", 0),
+        MISMATCH.format("f() -> void", "9" * 5000),  # longer than Python converts to an int
+        MISMATCH.format("f() -> void", "٠"),
+    ],
+    ids=range(6),
+)  # fmt: skip
 def test_refusals_without_a_signature(message: str) -> None:
     with pytest.raises(AbiError):
         signature_from_mismatch(message)
