@@ -26,6 +26,11 @@ class ArgumentError(FiFfiError, ValueError):
         self.op, self.argument, self.got, self.expected = op, argument, got, expected
         super().__init__(f"{op}: argument `{argument}`: got {_text(got)}, expected {expected}")
 
+    def of(self, op: str, argument: str) -> ArgumentError:
+        """The same of an op's argument, which a part of is what this error is about."""
+        got = f"{self.argument} {_text(self.got)}"
+        return type(self)(op, argument, got=got, expected=self.expected)
+
 
 _MOST_TEXT = 1000
 

@@ -90,11 +90,16 @@ def as_desc(value: object, op: str = "as_desc", argument: str = "value") -> Tens
             raise ArgumentTypeError(op, argument, got=got, expected=_TENSOR)
     try:
         return adapter(value, op, argument)
-    except (ArgumentError, DeviceError, MemoryError):
+    except ArgumentError as error:
+        if error.op == op:
+            raise
+        made = error.of(op, argument)  # of the descriptor that it was to become
+    except (DeviceError, MemoryError):
         raise
     except Exception as error:  # the exporter refused: say whose words these are
         got = f"a {kind.__module__}.{kind.__qualname__} that refused: {message_of(error)}"
         raise ArgumentError(op, argument, got=got, expected="an exportable tensor") from error
+    raise made
 
 
 # How tensors of a type are read, looked up once a type.

@@ -188,6 +188,12 @@ def test_redirects(web, code):
     assert [seen.path for seen in web.seen][1:] == ["/elsewhere", "/store/abc"]
 
 
+def test_a_redirect_out_of_this_machine_without_tls(web):
+    web.always = redirect("http://192.0.2.1/file.whl")
+    with pytest.raises(FetchError, match="192.0.2.1/file.whl: only https is used"):
+        read(web)
+
+
 def test_a_loop_of_redirects(web):
     web.always = redirect("/file.whl?token=secret")
     refused(web, "more than 10 redirects", tries=11)

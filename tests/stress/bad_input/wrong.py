@@ -18,7 +18,7 @@ import fi_ffi
 from fi_ffi.ops.row import Absent, Row, Scalar, Tensor, default_of
 
 from . import odd
-from .guard import FIELDS, check_refusal
+from .guard import check_refusal
 
 ALWAYS, ALONE, MAYBE = "always", "alone", "maybe"
 
@@ -201,5 +201,5 @@ def built(wrong: dict[str, Wrong]) -> dict[str, Any] | None:
     try:
         return {name: one.make() for name, one in wrong.items()}
     except fi_ffi.ArgumentError as error:
-        check_refusal(error, ["TensorDesc"], FIELDS)
+        check_refusal(error, ["TensorDesc"], ["ptr", "shape", "dtype", "strides", "device"])
         return None
