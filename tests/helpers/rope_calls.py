@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-import fi_ffi
 from fi_ffi.cli.cases import Case
 from fi_ffi.ops.functions import OPS
 
@@ -69,36 +68,3 @@ def check_in_place(machine: Any, case: Case) -> float:
     others = {name: array for name, array in got.items() if name not in ("q", "k")}
     assert not changed(case, others)
     return judged(case, got)
-
-
-def part(machine: Any, placed: Any, whole: np.ndarray, view: np.ndarray) -> fi_ffi.TensorDesc:
-    """The descriptor of a view of a host array where that was placed."""
-    start = view.ctypes.data - whole.ctypes.data
-    strides = [step // view.itemsize for step in view.strides]
-    return fi_ffi.TensorDesc(
-        placed.desc().ptr + start, view.shape, view.dtype, strides=strides, device=machine.device
-    )
-
-
-def check_fused(machine: Any, case: Case, whole: np.ndarray, views: Mapping[str, Any]) -> float:
-    """In place, q and k being views of one buffer whose other elements stay as they are.
-
-    `views` get each of them from a buffer of `whole`'s shape.
-    """
-    machine.need(case.row.module)
-    before = whole.copy()
-    for name, view in views.items():
-        view(before)[...] = case.arrays[name]
-    buffer = machine.place(before)
-    placed = {n: machine.place(a) for n, a in case.arrays.items() if a.ndim < 3}
-    descs = {name: array.desc() for name, array in placed.items()}
-    for name, view in views.items():
-        descs[name] = descs[f"{name}_rope"] = part(machine, buffer, before, view(before))
-    OPS[case.row.name](**descs, **case.scalars, stream=machine.stream)
-    after = buffer.get()
-    assert buffer.intact()
-    worst = judged(case, {f"{name}_rope": view(after) for name, view in views.items()})
-    for view in views.values():
-        view(after)[...] = view(before)
-    assert (bits(after) == bits(before)).all(), "elements that are no queries nor keys were written"
-    return worst

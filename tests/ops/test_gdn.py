@@ -42,15 +42,6 @@ def test_heads_and_checkpoints(heads, dtype):
         check(case(300, 3, *heads, dtype, checkpoint_every_n_tokens=every))
 
 
-OPTIONAL = ("input_state", "alpha", "beta", "workspace_buffer")
-
-
-@pytest.mark.parametrize("without", [(), *[(name,) for name in OPTIONAL], OPTIONAL], ids=str)
-@pytest.mark.parametrize("scale", [0.0, 0.3])
-def test_options(without, scale):
-    check(case(without=(*without, *CHECKPOINTS), scale=scale))
-
-
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 129, 257])
 def test_lengths(length):
     check(case(length + 5, tables={"cu_seqlens": np.array([0, 4, length + 4, length + 5])}))

@@ -17,23 +17,37 @@ from fi_ffi.ops.notation import parse_axis
 from fi_ffi.ops.releases import fits
 from fi_ffi.ops.row import Row, Scalar
 
+from tests.helpers.calls import MOST_HEADS
 from tests.helpers.cases import default_dtypes, make_case
 from tests.helpers.inputs import inputs_of
 from tests.helpers.prepared_calls import refusal_of, same_error
 from tests.helpers.rope_calls import ANGLES, APPLY, COS_SIN, LLAMA_31, QUANTISE
 from tests.helpers.sampling_calls import SAMPLERS
-from tests.ops.test_results import DIT, GATED, PAGES, PLAIN, ROUTERS, TOP_KS, WHOLE_ROWS
+from tests.ops.test_results import (
+    APPENDS,
+    DIT,
+    GATED,
+    MERGES,
+    PAGES,
+    PLAIN,
+    ROUTERS,
+    TOP_KS,
+    WHOLE_ROWS,
+)
 
 _INT = 2**31 - 1
 KV, MLA = QUANTISE[1:]
+_MOST_PAGES = {"num_indices": 2**32 // 48, "page_size": 48}
 
 
 def described(row: Row, **changes: Any) -> dict[str, Any]:
-    """A right call's arguments but for changes of sizes, numbers, or (as a dict) a tensor's fields.
+    """A right call's arguments but for changes of sizes, dtypes, numbers, or (as a dict) a tensor's
+    fields.
 
     A tensor that is said to be another one is that one.
     """
     rng = np.random.default_rng()
+    dtypes = {name: changes.get(name, dtype) for name, dtype in default_dtypes(row).items()}
     case = make_case(row, inputs_of(row).small, default_dtypes(row), rng)
     sizes = {
         axis: size
@@ -48,7 +62,7 @@ def described(row: Row, **changes: Any) -> dict[str, Any]:
         if arg.name not in case.arrays:
             continue
         shape = [parse_axis(axis).size(sizes) for axis in arg.axis_names]
-        fields: dict[str, Any] = {"dtype": row.dtypes.get(arg.dtype, (arg.dtype,))[0]}
+        fields: dict[str, Any] = {"dtype": dtypes.get(arg.dtype, arg.dtype)}
         steps = [int(np.prod(shape[k + 1 :], dtype=object)) * arg.parts for k in range(len(shape))]
         steps[-1:] = [1]
         if arg.transposed:
@@ -213,6 +227,19 @@ REFUSED: list[Refused] = [
        "multiple of 64") for n in (1, 63, 65, 100)),
     ("gdn_prefill", {"workspace_size": 127}, "workspace_buffer", "128 bytes or more"),
     ("gdn_prefill", {"output": "v"}, "output", "memory apart"),
+    # Attention states and paged caches.
+    (MERGES[:2], {"num_heads": 129}, "", "one thread block covers them"),
+    ("merge_states", {"num_heads": 129, "n": 3, "num_index_sets": 2}, "v", "1024 threads"),
+    ("merge_states", {"num_heads": 2**16, "n": 1, "num_index_sets": 2}, "",
+     "num_heads = 65536 of at most 65535"),
+    ("merge_state", {"n": 2**20 + 1, "num_heads": 32, "head_dim": 128}, "",
+     "offsets below 4294967296"),
+    *((APPENDS[0], {"T": dtype, "head_dim": dim, "num_kv_heads": most + 1}, "",
+       f"num_kv_heads of at most {most}: one thread") for dtype, dim, most in MOST_HEADS),
+    (APPENDS, _MOST_PAGES | {"num_indices": 2**32 // 48 + 1}, "", " of at most"),
+    (APPENDS, {"nnz": 2**31 - 2**10 + 1}, "", "nnz = 2147482625 of at most 2147482624"),
+    *((APPENDS, {axis: 0}, "", f"{axis} of at least 1, for nnz")
+      for axis in ("num_pages", "num_indices", "b")),
     # Products.
     ("bmm_fp8", {"A": {"dtype": "float8_e5m2"}, "B": {"dtype": "float8_e5m2"}}, "A",
      "got float8_e5m2"),
@@ -248,6 +275,16 @@ FINE: list[tuple[Any, Mapping[str, Any]]] = [
     (QUANTISE[:2], {"no_rope_dim": 0}),
     (QUANTISE[0], {"no_rope_dim": 48}),
     ("concat_mla_k", {"n": 2**24}),
+    (MERGES, {"num_heads": 128}),
+    ("merge_states", {"num_heads": 129, "n": 2, "num_index_sets": 2}),
+    *((APPENDS[0], {"T": dtype, "head_dim": dim, "num_kv_heads": most})
+      for dtype, dim, most in MOST_HEADS),
+    *((APPENDS, sizes) for sizes in (_MOST_PAGES, {"nnz": 2**31 - 2**10})),
+    # Strides have a limit; offsets are added up in 64 bits.
+    *((APPENDS, {"T": "float8_e4m3fn", axis: size})
+      for axis, size in (("num_pages", 2**31), ("nnz", 2**30))),
+    # Nothing is read.
+    *((APPENDS, {"nnz": 0, axis: 0}) for axis in ("num_pages", "num_indices", "b")),
     ("fused_qk_rmsnorm_rope", {"attention_factor": 1.1, "factor": 1.5}),
     (SAMPLERS, {"n": 5, "r": 3, "maybe_top_k_arr": None, "maybe_min_p_arr": None}),
     ("top_p_sampling_from_probs", {"n": 5, "r": 3}),

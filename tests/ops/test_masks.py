@@ -126,16 +126,6 @@ def test_masks_that_are_none(value, type_, words):
     assert (caught.value.op, caught.value.argument) == ("pack_custom_mask", "masks")
 
 
-def test_a_packed_mask_is_what_attention_sees(rng):
-    """A mask that is causal, packed, gives what causal attention gives."""
-    q, k, v = (rng.standard_normal((n, 2, 64)).astype(np.float16) for n in (5, 9, 9))
-    tmp, outs = np.zeros(16, np.uint8), [np.full_like(q, np.nan) for _ in range(2)]
-    causal = np.arange(9) <= np.arange(5)[:, None] + 4
-    fi_ffi.single_prefill(q, k, v, tmp, outs[0], custom_mask=fi_ffi.pack_custom_mask(causal))
-    fi_ffi.single_prefill(q, k, v, tmp, outs[1], causal=True)
-    assert (outs[0] == outs[1]).all()
-
-
 def exponents(num_heads: int) -> list[Fraction]:
     """ALiBi's slopes as powers of 2, by the recursion of the authors' own code."""
     closest = 1

@@ -1,4 +1,4 @@
-"""Norms: clamped values, copied ones, and parts of one table; on the CPU, and on a GPU."""
+"""Norms: clamped values and copied ones; on the CPU, and on a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fi_ffi.cli.cases import Case
 from fi_ffi.ops.functions import OPS
 
 from tests.helpers.cases import make_case
-from tests.ops.test_results import DIT, VIDEO
+from tests.ops.test_results import VIDEO
 
 OP = OPS["fused_qk_rmsnorm_rope"]
 
@@ -39,28 +39,6 @@ def test_values_are_copied(output, machine, rng):
     if output == "float8_e4m3fn":
         values = np.clip(values.astype(np.float32), -448, 448).astype(got.dtype)
     assert got.tobytes() == np.ascontiguousarray(values).tobytes()
-
-
-def test_parts_of_one_table(machine, rng):
-    """Gate, scale and shift where a model has them: three of the six parts of one tensor."""
-    name = DIT[2]
-    table = rng.standard_normal((2, 5, 6, 3072))
-    parts = {"gate": 2, "scale": 4, "shift": 5}
-    tables = {n: table[:, :, i] for n, i in parts.items()}
-    made = make_case(OPS[name].row, {"n": 2, "num_rows": 5}, {"T": "bfloat16"}, rng, tables)
-    machine.need("norm")
-    whole = machine.place(table.astype(made.arrays["gate"].dtype))
-    placed = {n: machine.place(array) for n, array in made.arrays.items() if n not in parts}
-    descs = {n: array.desc() for n, array in placed.items()}
-    strides = (5 * 6 * 3072, 6 * 3072, 1)
-    for part, i in parts.items():
-        address = whole.desc().ptr + i * 3072 * 2
-        descs[part] = fi_ffi.TensorDesc(
-            address, (2, 5, 3072), "bfloat16", strides=strides, device=whole.desc().device
-        )
-    OPS[name](**descs, stream=machine.stream)
-    for out in ("residual_out", "norm_out"):
-        assert made.error(out, placed[out].get())[1] <= 1
 
 
 def test_quantised_values_are_clamped_as_the_kernel_does():

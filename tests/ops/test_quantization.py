@@ -1,4 +1,4 @@
-"""Bits, blocks with a scale each, and concatenated keys, by hand: on the CPU, and on a GPU."""
+"""Bits, and blocks with a scale each, by hand: on the CPU, and on a GPU."""
 
 from __future__ import annotations
 
@@ -10,19 +10,14 @@ import pytest
 
 import fi_ffi
 from fi_ffi.cli.cases import Case
-from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 
 from tests.helpers.cases import make_case
 from tests.helpers.every_op import check_on, needs
 
-DEQUANT, QUANTIZE, FP4, CACHE, TILES, ROWS_AGAIN, OP = (
-    OPS[name]
-    for name in (
-        "nvfp4_kv_dequant", "mxfp8_quantize", "fp4_quantize", "nvfp4_kv_quant",
-        "block_scale_interleave", "block_scale_interleave_reverse", "concat_mla_k",
-    )
-)  # fmt: skip
+DEQUANT, QUANTIZE, FP4 = (
+    OPS[name] for name in ("nvfp4_kv_dequant", "mxfp8_quantize", "fp4_quantize")
+)
 WHOLE, SEGMENTS = OPS["packbits"].row, OPS["segment_packbits"].row
 ORDERS = ("big", "little")
 
@@ -58,32 +53,6 @@ def test_segments_in_any_place(order, machine, rng):
     before, after = made.arrays["y"], made.expected["y"][0]
     assert len(after) == 111 and (after[26:40] == before[26:40]).all()
     assert check_on(machine, made) == 0
-
-
-def test_an_example_by_hand(machine):
-    machine.need(WHOLE.module)
-    bits = np.array([1, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1], bool)
-
-    def packed(op: Op, *args: object) -> list[int]:
-        places = [machine.place(a) if isinstance(a, np.ndarray) else a for a in args]
-        given = [a if isinstance(a, str) else a.desc() for a in places]
-        op(*given, stream=machine.stream)
-        return places[-1].get().tolist()
-
-    two = np.full(2, 0xFF, np.uint8)
-    assert packed(OPS["packbits"], bits, "big", two) == [0b10110011, 0b10100000]
-    assert packed(OPS["packbits"], bits, "little", two) == [0b11001101, 0b00000101]
-    starts, three = np.array([0, 4, 7, 11], np.int32), np.full(3, 0xFF, np.uint8)
-    indptr = fi_ffi.packed_indptr(starts)
-    assert indptr.tolist() == [0, 1, 2, 3]
-    got = packed(OPS["segment_packbits"], bits, starts, indptr, "big", three)
-    assert got == [0b10110000, 0b00100000, 0b11010000]
-    # A mask as the attention plans take it.
-    mask = np.array([[True, False, True], [True, True, False]])
-    flat = np.ascontiguousarray(mask.reshape(-1))
-    assert packed(OPS["packbits"], flat, "little", np.zeros(1, np.uint8)) == list(
-        fi_ffi.pack_custom_mask(mask)
-    )
 
 
 @pytest.mark.parametrize(
@@ -150,21 +119,6 @@ def test_a_row_of_fp4_by_hand(rng):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", CACHE.row.dtypes["T"])
-def test_caches_to_4_bits_and_back(dtype, machine, rng):
-    needs(CACHE, machine)
-    for n, blocks in ((1, 1), (5, 3), (2, 129)):
-        made = make_case(CACHE.row, {"n": n, "blocks": blocks}, {"T": dtype}, rng)
-        assert check_on(machine, made) == 0
-        CACHE(**made.arrays)
-        back = np.zeros((n, 16 * blocks), made.arrays["input"].dtype)
-        quantised = [made.arrays[name] for name in ("fp4_output", "block_scales", "global_scale")]
-        DEQUANT(*quantised, back)
-        x = made.arrays["input"].astype(float).reshape(n, blocks, 16)
-        error = np.abs(back.astype(float).reshape(x.shape) - x).max(axis=-1)
-        assert (error <= np.abs(x).max(axis=-1) / 5).all()
-
-
 def test_every_byte_and_every_scale(machine, rng):
     """All pairs of 4-bit numbers with all scales; a NaN of a scale makes NaN of its block."""
     data = np.arange(256).repeat(8).reshape(1, -1).repeat(256, axis=0)
@@ -181,51 +135,3 @@ def test_every_byte_and_every_scale(machine, rng):
     assert np.isnan(value[[127, 255]]).all() and np.isnan(value).sum() == 2 * 4096
     made.expected["output"] = judge
     assert check_on(machine, made) == 0
-
-
-def test_a_tile_by_hand():
-    scales = (np.arange(128)[:, None] * 2 + np.arange(4) // 2).astype(np.uint8).reshape(1, 128, 4)
-    tiled = np.full(512, 0xFF, np.uint8)
-    fi_ffi.block_scale_interleave(scales, tiled)
-    for row in range(128):
-        for col in range(4):
-            assert tiled[16 * (row % 32) + 4 * (row // 32) + col] == scales[0, row, col]
-
-
-def test_tiles_and_back(machine, rng):
-    needs(ROWS_AGAIN, machine)
-    sizes = {"n": 2, "rows": 256, "cols": 8}
-    made = make_case(TILES.row, sizes, {"T": "uint8"}, rng)
-    back = np.zeros_like(made.arrays["blockScale"])
-    TILES(**made.arrays)
-    ROWS_AGAIN(made.arrays["interleavedBlockScale"].reshape(back.shape), back)
-    assert (back == made.arrays["blockScale"]).all()
-
-
-def test_keys_by_hand():
-    k = np.zeros((2, 128, 192), np.float16)
-    nope = np.arange(2 * 128 * 128, dtype=np.float32).reshape(2, 128, 128).astype(np.float16)
-    rope = -np.arange(128, dtype=np.float16).reshape(2, 1, 64)
-    fi_ffi.concat_mla_k(k, nope, rope)
-    for token in range(2):
-        for head in range(128):
-            assert (k[token, head, :128] == nope[token, head]).all()
-            assert (k[token, head, 128:] == rope[token, 0]).all()
-
-
-def test_one_part_for_all_heads(machine, rng):
-    """A stride of 0: every head's own part is the same memory."""
-    made = make_case(OP.row, {"n": 5, "num_heads": 128, "nope_dim": 128, "rope_dim": 64},
-                     {"T": "bfloat16"}, rng)  # fmt: skip
-    machine.need(OP.row.module)
-    placed = {name: machine.place(array) for name, array in made.arrays.items()}
-    descs = {name: array.desc() for name, array in placed.items()}
-    shape, token = made.arrays["k_nope"].shape, 128 * 128
-    descs["k_nope"] = fi_ffi.TensorDesc(
-        descs["k_nope"].ptr, shape, "bfloat16", strides=(token, 0, 1), device=descs["k"].device
-    )
-    OP(**descs, stream=machine.stream)
-    got = placed["k"].get().view(np.uint16)
-    own = made.arrays["k_nope"].view(np.uint16)[:, :1]
-    assert (got[..., :128] == own).all()
-    assert (got[..., 128:] == made.arrays["k_rope"].view(np.uint16)).all()

@@ -285,6 +285,12 @@ def test_rows_that_share_one_element_are_not_written(stride):
     assert (memory[:36] == 1).all() and np.isnan(memory[36:]).all()
 
 
+def test_one_row_that_is_read_for_all():
+    x, out = np.ones((1, 16), np.float16), np.full((4, 16), np.nan, np.float16)
+    fi_ffi.rmsnorm(out, np.broadcast_to(x, (4, 16)), x[0], eps=0.0)
+    assert (out == 1).all()
+
+
 @pytest.mark.parametrize("past", [1, 2, 64])
 def test_offsets_end_where_the_kernel_stops_counting(past):
     """The last element of the second row is the first that is too far."""

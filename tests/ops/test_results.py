@@ -47,10 +47,12 @@ TOP_KS = PLAIN, PAGES, RAGGED = (
 )  # fmt: skip
 ROUTERS = tuple(name for name, op in OPS.items() if op.row.module == "dsv3_router_gemm")
 CHAIN = "chain_speculative_sampling"
+MERGES = ("merge_state", "merge_state_in_place", "merge_states")
+APPENDS = ("append_paged_kv_cache", "append_paged_mla_kv_cache")
 # What is moved, or quantised by a rule that is exact, has no bound: it is the same bits.
 BIT_FOR_BIT = {
     "packbits", "segment_packbits", "concat_mla_k", "block_scale_interleave", "mxfp8_quantize",
-    "block_scale_interleave_reverse", "fp4_quantize", "nvfp4_kv_quant",
+    "block_scale_interleave_reverse", "fp4_quantize", "nvfp4_kv_quant", *APPENDS,
 }  # fmt: skip
 BOTH = (False, True)
 
@@ -141,6 +143,13 @@ def _quantised(rng: np.random.Generator, sizes: Mapping[str, int]) -> dict[str, 
     rows[5] = np.linspace(-7, 7, 256)
     rows[6, :128], rows[6, 128:] = 1e-20, 1e20
     return {"input": rows}
+
+
+def _far_sums(offset: float, spread: float) -> Tables:
+    """Logarithms far from 0, and so far apart that a set counts for nothing."""
+    return lambda rng, sizes: {
+        "s": rng.standard_normal((sizes["n"], sizes["num_index_sets"], 3)) * spread + offset
+    }
 
 
 _WITHOUT_ALL = {"without": (*SEEDS, *FILTERED, "maybe_indices", *SCRATCH)}
@@ -381,6 +390,29 @@ LINES: dict[str, Line] = {
         grid(use_pdl=BOTH), on_gpu=[(2, 1024, 2880), (37, 256, 4096), (3, 4096, 14336),
                                     (16, 28672, 1088)]),
     "routers": Line(ROUTERS, "n", lines_of(1, 2, 7, 15, 16), grid(launch_with_pdl=BOTH)),
+    "two states": Line(MERGES[:2], "head_dim n num_heads", [
+        (dim, n, heads) for dim in (64, 128, 256, 512) for n, heads in ((1, 1), (33, 4), (7, 32))],
+        [{}, {"without": ("mask",)}], every_dtype=True),
+    # Where the kernel for many sets begins, and where its rows of threads have one set each, or
+    # none, or several, in and past what is loaded ahead.
+    "many states": Line(MERGES[2:], "head_dim n num_index_sets num_heads", [
+        (dim, *each, 2) for dim in (64, 128, 256, 512) for each in (
+            (1, 1), (2, 1), (1, 2), (5, 2), (2, 2), (2, 5), (3, 16), (3, 17), (1, 64), (1, 65),
+            (2, 300), (7, 0), (7, 6), (7, 7))], every_dtype=True),
+    **{f"states of sums by {spread} from {offset}": Line(
+        MERGES[2:], "n num_index_sets num_heads head_dim", [(50, 8, 3, 128), (8, 50, 3, 128)],
+        tables=_far_sums(offset, spread))
+       for offset, spread in ((0, 40), (3000, 1), (-20000, 200))},
+    # As many as a block of 1024 threads has, and one more where a head has a block; and none.
+    "heads of states": Line(MERGES, "head_dim num_heads n num_index_sets", [
+        (64, 128, 3, 2), (128, 64, 3, 2), (256, 32, 3, 2), (512, 32, 3, 2), (64, 0, 3, 2)]),
+    "more heads of states": Line(MERGES[2:], "head_dim num_heads n num_index_sets", [
+        (64, 129, 2, 2), (128, 65, 2, 2), (256, 33, 2, 2), (512, 33, 2, 2)]),
+    "appended": Line(APPENDS[:1], "page_size num_kv_heads head_dim nnz b", [
+        (size, heads, dim, 23, 4) for size in (1, 3, 16, 64) for heads in (1, 4, 8)
+        for dim in (64, 128, 256, 512)], _KV, every_dtype=True),
+    "appended parts": Line(APPENDS[1:], "page_size nnz b", [
+        (size, n, 4) for size in (1, 3, 16, 64) for n in (1, 37, 1000)], every_dtype=True),
     "rows in pieces": Line(["fp8_quantize_1x128"], "n k128",
                            [(n, k) for n in (1, 3, 4, 5, 130) for k in (1, 3, 56)]),
     "pieces of extremes": Line(["fp8_quantize_1x128"], "n k128", [(8, 2)], tables=_quantised),
@@ -436,10 +468,9 @@ def test_every_line_has_its_options():
         assert {name for each in line.each for name in each} <= names | {"without"}, about
 
 
-# By rows alone, for every op that is not of another file's.
+# By rows alone, for every op but the gated delta rule: test_gdn.py.
 
-ELSEWHERE = ("gdn_prefill_sm90", "cascade", "page")
-EVERY = [op for op in OPS.values() if op.row.module not in ELSEWHERE]
+EVERY = [op for op in OPS.values() if op.row.module != "gdn_prefill_sm90"]
 
 
 def of_ops(has: Callable[[Op], object]) -> pytest.MarkDecorator:

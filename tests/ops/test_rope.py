@@ -1,15 +1,13 @@
-"""Rotary embeddings: angles by hand, fused buffers, caches, and what stays as it was."""
+"""Rotary embeddings: tokens of no request, a cache's other entries, NaN, what is out of range."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-import fi_ffi
 from fi_ffi.ops.functions import OPS
 
 from tests.helpers.calls import bits
@@ -17,15 +15,10 @@ from tests.helpers.cases import default_dtypes, make_case
 from tests.helpers.every_op import check_on
 from tests.helpers.inputs import inputs_of
 from tests.helpers.rope_calls import (
-    ANGLES,
     APPLY,
     F16,
-    LLAMA_31,
     QUANTISE,
     a_case,
-    check_fused,
-    judged,
-    part,
 )
 
 KV = QUANTISE[1]
@@ -49,34 +42,6 @@ def call(machine, case, tensors):
     return {name: tensor.get() for name, tensor in tensors.items()}
 
 
-@both
-@pytest.mark.parametrize("name", APPLY)
-def test_a_part_of_a_head(name, interleave, machine, rng):
-    """What is not rotated is copied, bit for bit."""
-    for head_dim, rotary_dim in ((64, 48 - 8 * interleave), (128, 96), (256, 64), (512, 480)):
-        case = a_case(name, F16, rng, head_dim=head_dim, rotary_dim=rotary_dim,
-                      interleave=interleave)  # fmt: skip
-        got = call(machine, case, placed(machine, case))
-        assert judged(case, got) <= 1
-        for x in ("q", "k"):
-            rest, after = case.arrays[x][..., rotary_dim:], got[f"{x}_rope"][..., rotary_dim:]
-            assert (bits(after) == bits(rest)).all()
-
-
-@both
-@pytest.mark.parametrize("name", APPLY)
-def test_inside_a_fused_buffer(name, interleave, machine, rng):
-    """(tokens, heads of q, k and v, head_dim), and each head's q, k and v side by side."""
-    case = a_case(name, F16, rng, num_qo_heads=4, num_kv_heads=2, interleave=interleave)
-    whole = rng.standard_normal((9, 8, 128)).astype(np.float16)
-    views = {"q": lambda a: a[:, :4], "k": lambda a: a[:, 4:6]}
-    assert check_fused(machine, case, whole, views) <= 1
-    case = a_case(name, F16, rng, num_qo_heads=3, num_kv_heads=3, interleave=interleave)
-    whole = rng.standard_normal((9, 3, 3, 128)).astype(np.float16)
-    views = {"q": lambda a: a[:, :, 0], "k": lambda a: a[:, :, 1]}
-    assert check_fused(machine, case, whole, views) <= 1
-
-
 @pytest.mark.parametrize("name", ["apply_rope", "apply_llama31_rope"])
 def test_requests_of_any_length(name, machine, rng):
     """None, one token, and more than a thread block has; tokens of no request stay as they were."""
@@ -98,13 +63,6 @@ def test_requests_of_any_length(name, machine, rng):
 
     expected = {out: judge(out) for out in case.expected}
     assert check_on(machine, replace(case, expected=expected)) <= 1
-    positions = np.concatenate([np.arange(n) + o for n, o in zip(lengths, offsets, strict=True)])
-    same = a_case(name + "_pos_ids", F16, rng, {"pos_ids": positions}, nnz=end)
-    for x in ("q", "k"):
-        same.arrays[x][...] = case.arrays[x][:end]
-    OPS[name](**case.arrays)
-    OPS[name + "_pos_ids"](**same.arrays)
-    assert (bits(case.arrays["q_rope"][:end]) == bits(same.arrays["q_rope"])).all()
 
 
 @both
@@ -121,51 +79,6 @@ def test_nan_and_infinity_stay_in_their_pairs(interleave, machine, rng):
         machine.need("rope")
         OPS[name](**descs, **case.scalars, stream=machine.stream)
         assert (np.isfinite(placed["q_rope"].get().astype(np.float32)) == expected).all()
-
-
-def wave(i: int, size: int, theta: float, scale: float, smooth: tuple[float, ...]) -> float:
-    """Radians that pair i turns at each position, as Llama 3.1's authors have it."""
-    own = 1 / theta ** (2 * i / size)
-    if not smooth:
-        return own / scale
-    low, high, context = smooth
-    length = 2 * math.pi / own
-    if length < context / high:
-        return own
-    if length > context / low:
-        return own / scale
-    kept = (context / length - low) / (high - low)
-    return (1 - kept) * own / scale + kept * own
-
-
-@both
-@pytest.mark.parametrize("name", ANGLES)
-def test_an_example_by_hand(name, interleave, machine):
-    """Pairs of (1, 0) become (cos, sin), and of (0, 1) become (-sin, cos)."""
-    machine.need("rope")
-    halves = np.arange(128) % 2 == 0 if interleave else np.arange(128) < 64
-    q = np.zeros((3, 1, 128), np.float16)
-    k = q.copy()
-    q[..., halves], k[..., ~halves] = 1, 1
-    arrays = {"q": q, "k": k, "q_rope": q.copy(), "k_rope": k.copy()}
-    positions = [3, 4, 5]
-    if "pos_ids" in name:
-        arrays["pos_ids"] = np.array(positions)
-    else:
-        arrays |= {"indptr": np.array([0, 3]), "offsets": np.array([3])}
-    placed = {n: machine.place(array) for n, array in arrays.items()}
-    OPS[name](
-        **{n: a.desc() for n, a in placed.items()}, interleave=interleave, stream=machine.stream
-    )
-    options = (5e5, 8.0, (1.0, 4.0, 8192.0)) if name in LLAMA_31 else (1e4, 1.0, ())
-    for token, position in enumerate(positions):
-        angle = np.array([position * wave(i, 128, *options) for i in range(64)])
-        turned_q, turned_k = placed["q_rope"].get()[token, 0], placed["k_rope"].get()[token, 0]
-        for got, expected in (
-            (turned_q[halves], np.cos(angle)), (turned_q[~halves], np.sin(angle)),
-            (turned_k[halves], -np.sin(angle)), (turned_k[~halves], np.cos(angle)),
-        ):  # fmt: skip
-            assert np.abs(got - expected).max() < 2.0**-11 + 2.0**-16
 
 
 def random_bytes(array, rng):
@@ -210,47 +123,6 @@ def test_what_is_in_the_cache_stays(name, machine, rng):
             kept = np.setdiff1d(np.arange(23), left_out)
             cut = replace(case, expected={out: (value[kept], magnitude[kept])})
             assert cut.error(out, got[out][kept])[1] <= 1
-
-
-@both
-def test_parts_of_one_buffer(interleave, machine, rng):
-    """Heads whose rotated part comes first, of inputs and of outputs."""
-    machine.need("rope")
-    case = quantising("rope_quantize", rng, interleave=interleave)
-    descs, wholes = {}, {}
-    for x in ("q", "k"):
-        for end in ("in", "out"):
-            pair = [case.arrays[f"{x}_{which}_{end}"] for which in ("rope", "nope")]
-            whole = np.concatenate(pair, axis=-1)
-            buffer = wholes[x, end] = machine.place(whole)
-            for which, view in (("rope", whole[..., :64]), ("nope", whole[..., 64:])):
-                descs[f"{x}_{which}_{end}"] = part(machine, buffer, whole, view)
-    tables = {n: machine.place(case.arrays[n]) for n in ("cos_sin_cache", "pos_ids")}
-    descs |= {n: tensor.desc() for n, tensor in tables.items()}
-    fi_ffi.rope_quantize(**descs, **case.scalars, stream=machine.stream)
-    got = {}
-    for x in ("q", "k"):
-        after = wholes[x, "out"].get()
-        got |= {f"{x}_rope_out": after[..., :64], f"{x}_nope_out": after[..., 64:]}
-    assert judged(case, got) <= 1
-    assert all(whole.intact() for whole in wholes.values())
-
-
-@pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
-def test_keys_and_values_in_one_tensor(kv_layout, machine, rng):
-    machine.need("rope")
-    case = quantising(KV, rng, kv_layout=kv_layout)
-    names = ("k_cache", "v_cache")
-    whole = machine.place(np.stack([case.arrays[name] for name in names], axis=1))
-    tensors = placed(machine, replace(case, arrays={
-        n: a for n, a in case.arrays.items() if n not in names}))  # fmt: skip
-    descs = {n: tensor.desc() for n, tensor in tensors.items()}
-    descs |= zip(names, fi_ffi.split_paged_kv_cache(whole.desc()), strict=True)
-    OPS[KV](**descs, **case.scalars, stream=machine.stream)
-    after = whole.get()
-    got = {n: tensor.get() for n, tensor in tensors.items()}
-    assert judged(case, got | {name: after[:, i] for i, name in enumerate(names)}) <= 1
-    assert whole.intact()
 
 
 @pytest.mark.parametrize("name", QUANTISE)

@@ -1,9 +1,6 @@
-"""Samplers, chains and filters of whole rows: tokens that can be told, and their scratch."""
+"""Samplers and filters of whole rows: tokens that can be told, and their scratch."""
 
 from __future__ import annotations
-
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +24,7 @@ from tests.helpers.sampling_calls import (
     make,
     run,
 )
-from tests.ops.test_results import CHAIN, SCRATCH, TOP_K
+from tests.ops.test_results import SCRATCH, TOP_K
 
 FILTERED = ("maybe_temperature_arr", *ARRAYS)
 
@@ -35,10 +32,6 @@ FILTERED = ("maybe_temperature_arr", *ARRAYS)
 def of_rows(name, rng, n=5, h=100, dtype="float32", tables=None, **more):
     sizes = {"n": n, "h": h, "workspace_size": 2**20}
     return make_case(OPS[name].row, sizes, {"T": dtype}, rng, tables, **more)
-
-
-def chain(rng, n, s, h, tables=None):
-    return make_case(OPS[CHAIN].row, {"n": n, "s": s, "h": h}, {"S": "int64"}, rng, tables)
 
 
 def judged(case, got):
@@ -125,15 +118,6 @@ def test_k_of_0_in_an_array_leaves_no_token(machine, rng):
     assert got["valid"].tolist() == [False, True, False, True]
 
 
-def test_masked_logits_are_never_drawn(machine, rng):
-    logits = rng.standard_normal((30, 100)).astype(np.float32)
-    logits[:, ::2] = -np.inf
-    case = make("sampling_from_logits", rng, n=30, tables={"logits": logits})
-    tokens = run(machine, "sampling_from_logits", case.arrays, **case.scalars)["output"]
-    assert case.error("output", tokens)[1] <= 1
-    assert (tokens % 2 == 1).all()
-
-
 def test_a_graph_draws_anew_from_arrays_that_change(machine, rng):
     """Seeds and offsets in memory, which change between replays; numbers cannot."""
     name, n = "top_p_sampling_from_probs", 64
@@ -170,26 +154,6 @@ def copy_to(machine, placed, new):
 
     kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
     check(runtime.cudaMemcpyAsync(placed.ptr, new.ptr, new.nbytes, kind, machine.stream))
-
-
-def test_a_prepared_call_draws_on(machine, rng):
-    """An offset that each launch moves on."""
-    name = "top_k_sampling_from_probs"
-    machine.need("sampling")
-    case = make(name, rng, n=32, h=500, without=(*SEEDS, *ARRAYS), top_k_val=200, seed_val=3)
-    placed = {key: machine.place(array) for key, array in case.arrays.items()}
-    descs = {key: array.desc() for key, array in placed.items()}
-    call = OPS[name].prepare(**descs, **case.scalars, stream=machine.stream)
-    seen = set()
-    for step in range(5):
-        call.update(offset_val=32 * step)
-        call()
-        machine.synchronize()
-        tokens = placed["output"].get()
-        scalars = case.scalars | {"offset_val": 32 * step}
-        assert (tokens == run(machine, name, case.arrays, **scalars)["output"]).all()
-        seen.add(tuple(tokens))
-    assert len(seen) == 5
 
 
 def test_a_temperature_of_0_makes_all_equal(machine, rng):
@@ -274,69 +238,6 @@ def test_what_may_be_lost_of_all(rng):
     assert error(order[:150], 1.0) > 1 and error(order[-3:], 1.0) > 1
 
 
-def test_drafts_that_are_the_target(machine, rng):
-    """All are taken."""
-    target = probabilities(rng, 50, 5, 40)
-    ids = rng.integers(0, 40, (50, 4))
-    tables = {"target_probs": target, "draft_probs": target[:, :4], "draft_token_ids": ids}
-    case = chain(rng, 50, 4, 40, tables)
-    got = run(machine, CHAIN, case.arrays, **case.scalars)
-    assert judged(case, got)
-    assert (got["output_token_ids"][:, :4] == ids).all()
-    name = "output_emitted_draft_token_num"
-    assert (got[name] == case.arrays[name] + 4).all()
-
-
-def test_drafts_that_the_target_never_has(machine, rng):
-    """None is taken, and the first token is the target's."""
-    n, s, h = 50, 3, 40
-    target, draft = np.zeros((n, s + 1, h), np.float32), np.zeros((n, s, h), np.float32)
-    target[:, :, : h // 2] = probabilities(rng, n, s + 1, h // 2)
-    draft[:, :, h // 2 :] = probabilities(rng, n, s, h // 2)
-    ids = rng.integers(h // 2, h, (n, s))
-    tables = {"target_probs": target, "draft_probs": draft, "draft_token_ids": ids}
-    case = chain(rng, n, s, h, tables)
-    got = run(machine, CHAIN, case.arrays, **case.scalars)
-    assert judged(case, got)
-    tokens = got["output_token_ids"]
-    assert (tokens[:, 0] < h // 2).all() and (tokens[:, 0] >= 0).all()
-    assert (tokens[:, 1:] == -1).all()
-    for name in ("output_accepted_token_num", "output_emitted_draft_token_num"):
-        assert (got[name] == case.arrays[name]).all()
-
-
-def test_certain_targets(machine, rng):
-    """One token at each position: taken where it was drafted, and given where it was not."""
-    n, s, h = 30, 4, 16
-    wanted = rng.integers(0, h, (n, s + 1))
-    target = np.eye(h, dtype=np.float32)[wanted]
-    ids = wanted[:, :s].copy()
-    wrong_from = rng.integers(0, s + 1, n)
-    for row, first in zip(ids, wrong_from, strict=True):
-        row[first:] = (row[first:] + 1) % h
-    tables = {"target_probs": target, "draft_probs": np.full((n, s, h), 1 / h),
-              "draft_token_ids": ids}  # fmt: skip
-    case = chain(rng, n, s, h, tables)
-    got = run(machine, CHAIN, case.arrays, **case.scalars)
-    assert judged(case, got)
-    for i, first in enumerate(wrong_from):
-        expected = [*wanted[i, : first + 1], *[-1] * (s - first)]
-        assert got["output_token_ids"][i].tolist() == expected
-    name = "output_emitted_draft_token_num"
-    assert (got[name] - case.arrays[name] == wrong_from).all()
-
-
-def test_counts_are_added_to(machine, rng):
-    case = chain(rng, 20, 3, 30)
-    arrays, before = dict(case.arrays), None
-    names = ("output_accepted_token_num", "output_emitted_draft_token_num")
-    for _ in range(3):
-        got = run(machine, CHAIN, arrays, **case.scalars)
-        grown = [got[name] - arrays[name] for name in names]
-        assert before is None or all((a == b).all() for a, b in zip(grown, before, strict=True))
-        before, arrays = grown, arrays | {name: got[name] for name in names}
-
-
 def test_what_top_p_renorm_needs():
     size = fi_ffi.top_p_renorm_workspace_size
     assert size(1000, 2047) == 0 == size(0, 4096)
@@ -387,22 +288,3 @@ def test_a_capture_finds_scratch_or_says_what_to_do(gpu, rng):
     with pytest.raises(fi_ffi.ArgumentError, match=f"{row.name}.*before the capture"):
         fi_ffi.top_p_renorm_probs(**large, **many, stream=stream)
     assert kept
-
-
-def test_the_examples_of_the_page(rng):
-    page = (Path(__file__).parent.parent.parent / "docs" / "sampling.md").read_text()
-    first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    logits = rng.standard_normal((4, 1000)).astype(np.float32)
-    known = {
-        "logits": logits, "probs": np.empty_like(logits), "tokens": np.full(4, -1, np.int32),
-        "valid": np.zeros(4, np.bool_), "seed": 5, "offset": 0, "stream": None,
-    }  # fmt: skip
-    exec(first, known)
-    assert known["valid"].all() and known["offset"] == 32
-    ranks = (logits > np.take_along_axis(logits, known["tokens"][:, None], 1)).sum(axis=1)
-    assert (ranks < 50).all()
-    assert (np.count_nonzero(known["probs"], axis=1) == 50).all()
-    x = rng.standard_normal((3, 100)).astype(np.float16)
-    more = {"fi_ffi": fi_ffi, "x": x, "stream": None, "values": np.zeros((3, 7), np.float16)}
-    exec(second, more | {"indices": (indices := np.zeros((3, 7), np.int32))})
-    assert (np.sort(indices) == np.sort(np.argsort(-x, kind="stable")[:, :7])).all()
