@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 import fi_ffi
+from fi_ffi.ops.attention.backends import Kernel
 from fi_ffi.ops.attention.options import DecodeOptions, MlaOptions, PrefillOptions
 from fi_ffi.reference.attention.formula import Exact, exact, from_pages
 
 from tests.attention import judge
-from tests.attention.arrays import bytes_of, first, random
-from tests.attention.batches import SPARE, Batch, paged, ragged
-from tests.attention.machines import Cpu, intact
+from tests.attention.batches import SPARE, Batch, bytes_of, draw, first, paged, ragged, random
+from tests.attention.machines import POISON, Cpu, intact, part
 from tests.attention.options import as_arguments, draw_extras, exact_options
-from tests.attention.specs import Spec
+from tests.attention.tables import Spec
 from tests.helpers.calls import padded
 
 # A request of more queries times keys than this is compared by some of its rows, a batch
@@ -52,17 +52,22 @@ class Case:
         self.spec, self.machine, self.rng, self.rows, self.room = spec, machine, rng, rows, room
         self._placed: dict[str, Any] = {}
         self._extra: dict[int, dict[str, Any]] = {}
-        plan_class, options = PLANS[spec.family]
-        self.plan_class: Any = plan_class
-        chosen = options(**spec.options())
-        self.backend = "cuda cores"
-        if spec.family != "batch_decode":
-            op = chosen.op
+        kernel, op = self._kernel()
+        self.backend, module_of = "cuda cores", ""
+        if "decode" not in spec.family:
             is_paged = bool(spec.page_size)
-            self.backend = machine.backend(op, spec.backend, chosen.kernel, spec.mask, is_paged)
-        self.module = chosen.kernel.module("" if "decode" in spec.family else self.backend)
+            self.backend = machine.backend(op, spec.backend, kernel, spec.mask, is_paged)
+            module_of = self.backend
+        self.module = kernel.module(module_of)
         machine.need(self.module)
         self.tensors = self._inputs()
+
+    def _kernel(self) -> tuple[Kernel, str]:
+        """What is compiled for it, and the op that says so."""
+        self.plan_class: Any
+        self.plan_class, options = PLANS[self.spec.family]
+        chosen = options(**self.spec.options())
+        return chosen.kernel, chosen.op
 
     def _inputs(self) -> dict[str, Any]:
         spec, rng = self.spec, self.rng
@@ -280,13 +285,6 @@ class Case:
                 assert same and placed.intact(), f"{name} was written to"
 
 
-def room_for(spec: Spec, kv: list[int]) -> int:
-    """Pages or ragged keys, with some that belong to nobody."""
-    if spec.page_size:
-        return SPARE + sum(-(-n // spec.page_size) for n in kv) + 2
-    return sum(kv) + SPARE
-
-
 # Multi-head latent attention: two parts of each query, and of each token of the cache.
 
 CKV, KPE = 512, 64
@@ -356,3 +354,176 @@ def some_heads(heads: int, rng: np.random.Generator) -> slice:
     """Heads to compare, of queries that share their keys."""
     first = int(rng.integers(0, max(heads - SOME_HEADS, 0) + 1))
     return slice(first, min(first + SOME_HEADS, heads))
+
+
+# Calls for one request.
+
+
+def row_of(desc: fi_ffi.TensorDesc) -> fi_ffi.TensorDesc:
+    """The only row of a tensor."""
+    assert desc.shape[0] == 1
+    return fi_ffi.TensorDesc(
+        desc.ptr, desc.shape[1:], desc.dtype, strides=desc.strides[1:], device=desc.device
+    )
+
+
+class SingleCase(Case):
+    """A `Case` of one request, for `single_prefill` and `single_decode`: there is no plan."""
+
+    def _kernel(self) -> tuple[Kernel, str]:
+        spec = self.spec
+        kernel = Kernel(
+            spec.family, spec.dtype, spec.kv, spec.o, spec.dim, spec.value_dim, spec.mode,
+            spec.window_left >= 0, spec.cap > 0,
+        )  # fmt: skip
+        self.function = getattr(fi_ffi, spec.family)
+        self.scratch: list[Any] = []
+        return kernel, spec.family
+
+    def plan(self, batch: Batch, stream: Any = None, **more: Any) -> Any:
+        return None
+
+    def given(self, batch: Batch, into: Result) -> tuple[list[Any], dict[str, Any]]:
+        """The function's arguments, with `tmp` of as many bytes as are asked for, and its
+        options."""
+        spec, (qo,), (kv,) = self.spec, batch.qo, batch.kv
+        heads = spec.heads, spec.kv_heads
+        options = self.run_options(batch) | {
+            "pos_encoding_mode": spec.mode, "window_left": spec.window_left,
+            "logits_soft_cap": spec.cap,
+        }  # fmt: skip
+        q, k, v = self.inputs(qo)
+        o, lse = into.o.desc(), None if into.lse is None else into.lse.desc()
+        if spec.family == "single_decode":
+            q, o, lse = row_of(q), row_of(o), lse and row_of(lse)
+            size, sizes = fi_ffi.single_decode_workspace_size, (kv, *heads, spec.dim)
+        else:
+            options |= {"causal": spec.causal, "backend": spec.backend}
+            size, sizes = fi_ffi.single_prefill_workspace_size, (qo, kv, *heads, spec.value_dim)
+        need = self.machine.bytes_for_one(size, *sizes)
+        self.scratch.append(self.machine.place(np.full(need, POISON, np.uint8)))
+        return [q, k, v, self.scratch[-1].desc(), o, lse], options
+
+    def run(self, plan: Any, batch: Batch, into: Result | None = None, stream: Any = None,
+            **changes: Any) -> Result:  # fmt: skip
+        into = into or self.outputs()
+        args, options = self.given(batch, into)
+        stream = self.machine.stream if stream is None else stream
+        self.function(*args, **options | changes, stream=stream)
+        return into
+
+    def check(self, batch: Batch, result: Result) -> float:
+        assert intact(self.scratch), "bytes beside tmp"
+        return super().check(batch, result)
+
+
+def kind_of(spec: Spec) -> type[Case]:
+    kinds = {"batch_mla": MlaCase, "single_prefill": SingleCase, "single_decode": SingleCase}
+    return kinds.get(spec.family, Case)
+
+
+def lengths(spec: Spec, machine: Cpu, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    """Queries and keys of each request, as many as the machine is for."""
+    most = machine.most_keys
+    if spec.lengths:
+        kv = [min(n, most) for _, n in spec.lengths]
+        qo = [min(n, most, k or n) for (n, _), k in zip(spec.lengths, kv, strict=True)]
+        return qo, kv
+    count = min(spec.batch, machine.most_requests)
+    qo, kv = draw(count, min(spec.queries, most), min(spec.keys, most), spec.page_size or 1, rng,
+                  no_keys=spec.no_keys)  # fmt: skip
+    return [1] * count if spec.family == "batch_decode" else qo, kv
+
+
+def make(spec: Spec, machine: Cpu, rng: np.random.Generator) -> tuple[Any, Batch]:
+    """A case of one batch, and what belongs to no request poisoned."""
+    qo, kv = lengths(spec, machine, rng)
+    room = sum(kv) + SPARE * (not spec.family.startswith("single"))
+    if spec.page_size:
+        room = SPARE + sum(-(-n // spec.page_size) for n in kv) + 2
+    case = kind_of(spec)(spec, machine, rng, sum(qo), room)
+    batch = case.batch(qo, kv)
+    case.poison(batch)
+    return case, batch
+
+
+def check_results(spec: Spec, machine: Cpu, rng: np.random.Generator) -> float:
+    """Plan, run, compare; returns the largest error as a fraction of its bound."""
+    case, batch = make(spec, machine, rng)
+    plan = case.plan(batch)
+    found = case.check(batch, case.run(plan, batch))
+    case.check_inputs()
+    return found
+
+
+# Batches of many lengths over one cache, as a server plans them.
+
+
+class Service:
+    """One cache that batches of many lengths are planned over."""
+
+    def __init__(self, spec: Spec, machine: Cpu, rng: np.random.Generator) -> None:
+        self.spec, self.rng = spec, rng
+        self.most_keys = min(spec.keys, machine.most_keys)
+        self.rows = spec.batch * spec.queries
+        room = SPARE + spec.batch * -(-self.most_keys // spec.page_size) + 2
+        self.case = kind_of(spec)(spec, machine, rng, self.rows, room)
+        for name in self.case.caches():
+            self.case.tensors[name][:SPARE] = np.nan  # no batch has these pages
+
+    def batch(self) -> Batch:
+        """Another batch of the same number of requests."""
+        spec = self.spec
+        size = spec.page_size
+        qo, kv = draw(spec.batch, spec.queries, self.most_keys, size, self.rng,
+                      no_keys=spec.no_keys)  # fmt: skip
+        if spec.family == "batch_decode":
+            qo = [1] * spec.batch
+        elif spec.family == "batch_mla":
+            # As many that the number of blocks that work together stays the same.
+            qo = [spec.queries] * spec.batch
+            kv = [max(n, spec.queries) for n in kv]
+        return self.case.batch(qo, kv)
+
+
+def exact_workspace(
+    case: Case, batch: Batch, less: tuple[int, int] = (0, 0), **more: Any
+) -> tuple[fi_ffi.Workspace, list[Any]]:
+    """A workspace of just as many bytes as are asked for, or fewer, poisoned."""
+    sizes = case.workspace_size(batch, **more)
+    device = case.machine.device
+    placed = [case.machine.place(np.full(max(n, 16), POISON, np.uint8)) for n in sizes]
+    counts = [n - m for n, m in zip(sizes, less, strict=True)]
+    parts = [part(array, n, device) for array, n in zip(placed, counts, strict=True)]
+    return fi_ffi.Workspace(*parts), placed
+
+
+# CUDA graphs; on the CPU a run is repeated instead of a graph.
+
+
+def graph_options(service: Service) -> dict[str, Any]:
+    """Room for every batch of a service."""
+    made = {"enable_cuda_graph": True, "max_num_indices": service.case.room}
+    if service.spec.family != "batch_decode":
+        made["max_total_num_rows"] = service.rows
+    return made
+
+
+def refused(service: Service, like: Batch) -> list[Batch]:
+    """Batches that would change what was captured."""
+    assert like.indices is not None and like.last_page_len is not None
+    fewer = service.case.batch(like.qo[:-1], like.kv[:-1])
+    past = like.indices.copy()
+    past[0] = service.case.room + 5  # a page that the cache has not
+    wrong = [fewer, replace(like, indices=past)]
+    if service.spec.family != "batch_decode":
+        more = [n + service.rows for n in like.qo]
+        starts = np.cumsum([0, *more]).astype(np.int32)
+        wrong.append(replace(like, qo=more, qo_indptr=starts))
+    counts = np.diff(like.kv_indptr) + service.case.room
+    starts = np.cumsum([0, *counts]).astype(np.int32)
+    full = np.full(len(like.last_page_len), service.spec.page_size, np.int32)
+    pages = np.zeros(starts[-1], np.int32)
+    kv = [int(n) * service.spec.page_size for n in counts]
+    wrong.append(replace(like, kv=kv, kv_indptr=starts, indices=pages, last_page_len=full))
+    return wrong

@@ -10,7 +10,7 @@ from fi_ffi.reference.attention.formula import Options
 
 from tests.attention.batches import Batch
 from tests.attention.machines import Cpu
-from tests.attention.specs import Spec
+from tests.attention.tables import Spec
 
 
 def draw_extras(spec: Spec, batch: Batch, rng: np.random.Generator) -> dict[str, Any]:

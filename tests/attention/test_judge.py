@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,9 @@ import fi_ffi
 from fi_ffi.reference.attention.formula import Exact, Options, exact
 
 from tests.attention import judge
-from tests.attention.arrays import random
-from tests.attention.bodies import make
-from tests.attention.specs import Spec
+from tests.attention.batches import random
+from tests.attention.cases import make
+from tests.attention.tables import Spec
 
 # family, backend, dtype of q, k and v, dtype of o
 KERNELS = [
@@ -40,68 +41,72 @@ def fraction(kernel: Any, right: Exact, got: Exact, keys: int, with_lse: bool = 
     return judge.worst(right, out, got.lse2.astype(np.float32) if with_lse else None, how, keys)
 
 
+def without(keys: int, key: int) -> Options:
+    seen = np.ones((QUERIES, keys), bool)
+    seen[:, key] = False
+    return replace(RIGHT, mask=seen)
+
+
+def causal(keys: int, shift: int) -> Options:
+    """Each row sees so many keys more than it is to."""
+    places = keys - QUERIES + shift + np.arange(QUERIES)
+    return Options(DIM**-0.5, mask=np.arange(keys) <= places[:, None])
+
+
+WINDOW = replace(RIGHT, window_left=9)
+# What is right, and what must not be taken for it.
+WRONG: dict[str, tuple[Options, Callable[[int, np.random.Generator], Options]]] = {
+    "a smaller scale": (RIGHT, lambda *_: replace(RIGHT, sm_scale=0.95 * DIM**-0.5)),
+    "a larger scale": (RIGHT, lambda *_: replace(RIGHT, sm_scale=1.05 * DIM**-0.5)),
+    "without the first key": (RIGHT, lambda keys, _: without(keys, 0)),
+    "without the last key of all": (RIGHT, lambda keys, _: without(keys, keys - QUERIES)),
+    "without a key": (RIGHT, lambda keys, rng: without(keys, int(rng.integers(keys)))),
+    "a key less": (RIGHT, lambda keys, _: causal(keys, -1)),
+    "a key more": (RIGHT, lambda keys, _: causal(keys, 1)),
+    "a wider window": (WINDOW, lambda *_: replace(WINDOW, window_left=10)),
+}
+
+
 @pytest.fixture(params=[20, 60, 300])
 def keys(request) -> int:
     return request.param
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=" ".join)
-class TestBounds:
-    @pytest.fixture
-    def tensors(self, kernel, keys, rng) -> list[Any]:
-        shapes = ((QUERIES, HEADS), (keys, KV_HEADS), (keys, KV_HEADS))
-        return [random(rng, (*shape, DIM), kernel[2]).astype(np.float64) for shape in shapes]
+@pytest.fixture(params=KERNELS, ids=" ".join)
+def kernel(request) -> Any:
+    return request.param
 
-    def test_what_is_right(self, kernel, keys, tensors):
-        right = exact(*tensors, RIGHT)
-        assert fraction(kernel, right, right, keys) <= 1
 
-    @pytest.mark.parametrize("factor", [0.95, 1.05])
-    def test_a_wrong_scale(self, kernel, keys, tensors, factor):
-        wrong = exact(*tensors, replace(RIGHT, sm_scale=DIM**-0.5 * factor))
-        assert fraction(kernel, exact(*tensors, RIGHT), wrong, keys) > 1
+@pytest.fixture
+def tensors(kernel, keys, rng) -> list[Any]:
+    shapes = ((QUERIES, HEADS), (keys, KV_HEADS), (keys, KV_HEADS))
+    return [random(rng, (*shape, DIM), kernel[2]).astype(np.float64) for shape in shapes]
 
-    @pytest.mark.parametrize("which", ["first", "last", "any"])
-    def test_a_key_left_out(self, kernel, keys, tensors, which, rng):
-        seen = np.ones((QUERIES, keys), bool)
-        seen[:, {"first": 0, "last": keys - QUERIES, "any": rng.integers(keys)}[which]] = False
-        wrong = exact(*tensors, replace(RIGHT, mask=seen))
-        assert fraction(kernel, exact(*tensors, RIGHT), wrong, keys) > 1
 
-    @pytest.mark.parametrize("shift", [-1, 1])
-    def test_causal_off_by_one(self, kernel, keys, tensors, shift):
-        places = keys - QUERIES + shift + np.arange(QUERIES)
-        seen = np.arange(keys) <= places[:, None]
-        wrong = exact(*tensors, Options(DIM**-0.5, mask=seen))
-        assert fraction(kernel, exact(*tensors, RIGHT), wrong, keys) > 1
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong(what, kernel, keys, tensors, rng):
+    options, wrong = WRONG[what]
+    right = exact(*tensors, options)
+    assert fraction(kernel, right, right, keys) <= 1
+    assert fraction(kernel, right, exact(*tensors, wrong(keys, rng)), keys) > 1
 
-    def test_a_window_off_by_one(self, kernel, keys, tensors):
-        right = exact(*tensors, replace(RIGHT, window_left=9))
-        wrong = exact(*tensors, replace(RIGHT, window_left=10))
-        assert fraction(kernel, right, wrong, keys) > 1
 
-    def test_values_of_another_head(self, kernel, keys, tensors):
-        q, k, v = tensors
-        wrong = exact(q, k, v[:, ::-1], RIGHT)
-        assert fraction(kernel, exact(*tensors, RIGHT), wrong, keys, with_lse=False) > 1
-
-    def test_nan(self, kernel, keys, tensors):
-        right = exact(*tensors, RIGHT)
-        for name in ("out", "lse2"):
-            wrong = getattr(right, name).copy()
-            wrong[3, 1] = np.nan
-            assert fraction(kernel, right, right._replace(**{name: wrong}), keys) == np.inf
-
-    def test_rows_that_see_no_key(self, kernel, keys, tensors):
-        seen = np.ones((QUERIES, keys), bool)
-        seen[5] = False
-        right = exact(*tensors, replace(RIGHT, mask=seen))
-        written = right.lse2.copy()
-        for value in (-np.inf, -5e4):
-            written[5] = value
-            assert fraction(kernel, right, right._replace(lse2=written), keys) <= 1
-        written[5] = 0
-        assert fraction(kernel, right, right._replace(lse2=written), keys) == np.inf
+def test_wrong_numbers(kernel, keys, tensors):
+    """Values of another head, NaN, and what rows that see no key may say."""
+    (q, k, v), right = tensors, exact(*tensors, RIGHT)
+    assert fraction(kernel, right, exact(q, k, v[:, ::-1], RIGHT), keys, with_lse=False) > 1
+    for name in ("out", "lse2"):
+        wrong = getattr(right, name).copy()
+        wrong[3, 1] = np.nan
+        assert fraction(kernel, right, right._replace(**{name: wrong}), keys) == np.inf
+    seen = np.ones((QUERIES, keys), bool)
+    seen[5] = False
+    right = exact(*tensors, replace(RIGHT, mask=seen))
+    written = right.lse2.copy()
+    for value, is_right in ((-np.inf, True), (-5e4, True), (0, False)):
+        written[5] = value
+        found = fraction(kernel, right, right._replace(lse2=written), keys)
+        assert found <= 1 if is_right else found == np.inf
 
 
 PAGED = Spec(page_size=16, causal=True, keys=60)

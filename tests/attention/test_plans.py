@@ -13,11 +13,16 @@ import pytest
 import fi_ffi
 from fi_ffi.ops.attention.arrays import Arrays
 
-from tests.attention.arrays import bytes_of
-from tests.attention.batches import Batch
-from tests.attention.bodies import check_results
-from tests.attention.cases import Case, Result
-from tests.attention.serving import Service, exact_workspace, graph_options, refused
+from tests.attention.batches import Batch, bytes_of
+from tests.attention.cases import (
+    Case,
+    Result,
+    Service,
+    check_results,
+    exact_workspace,
+    graph_options,
+    refused,
+)
 from tests.attention.tables import FIXED_SPLIT, GRAPHS, REFUSED_OR_RIGHT, SERVED
 
 SERVICES = pytest.mark.parametrize("spec", SERVED.values(), ids=SERVED)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 import weakref
 
 import numpy as np
@@ -12,10 +11,9 @@ import pytest
 import fi_ffi
 from fi_ffi.abi import tensor
 from fi_ffi.ops import attention
-from fi_ffi.ops.watch import watching
 
-from tests.attention.arrays import bytes_of
-from tests.attention.bodies import make
+from tests.attention.batches import bytes_of
+from tests.attention.cases import make
 from tests.attention.machines import Cpu
 from tests.attention.prepared import MACHINES, SERVICES, Runs, on_each, run_of, same
 from tests.attention.tables import SERVED
@@ -51,38 +49,31 @@ def test_without_lse(machine, rng):
 
 
 def test_owners(rng):
-    """What a prepared run is of is kept alive, also by address of nobody, and then let go."""
+    """What a prepared run is of is kept alive, also through replans, and then let go."""
     made = Runs(SERVED["decode"], Cpu(), rng)
 
     class Watched(np.ndarray):
         pass
 
-    def fresh():
-        return made.out.o.get().view(Watched)
+    tensors = [made.out.o.get().view(Watched) for _ in range(2)]
+    refs = [weakref.ref(tensor) for tensor in tensors]
 
-    first, second = fresh(), fresh()
-    refs = [weakref.ref(first), weakref.ref(second)]
-    call = fi_ffi.prepare(run_of(made.plan), **made.tensors() | {"o": first})
-    del first
-    gc.collect()
-    assert refs[0]() is not None
+    def alive():
+        gc.collect()
+        return [ref() is not None for ref in refs]
+
+    call = fi_ffi.prepare(run_of(made.plan), **made.tensors() | {"o": tensors.pop(0)})
     made.replan()
     call()
-    gc.collect()
-    assert refs[0]() is not None and np.isfinite(refs[0]().astype(float)).all()
-    call.update(o=second)
-    del second
-    gc.collect()
-    assert refs[0]() is None and refs[1]() is not None
+    assert alive() == [True, True] and np.isfinite(refs[0]().astype(float)).all()
+    call.update(o=tensors.pop())
+    assert alive() == [False, True]
     made.replan()
     call()
-    gc.collect()
-    assert np.isfinite(refs[1]().astype(float)).all()
+    assert alive() == [False, True] and np.isfinite(refs[1]().astype(float)).all()
     call.update(o=made.tensors()["o"].ptr)
-    gc.collect()
-    assert refs[1]() is None
-    call()
-    made.check()
+    assert alive() == [False, False]
+    made.check(call)
 
 
 def test_options_of_one_run_are_not_those_of_the_next(rng):
@@ -118,51 +109,15 @@ def test_kernels_that_change_under_a_plan(rng):
     made.check(call)
 
 
-def test_a_watchdog_sees_prepared_runs(rng):
-    made = Runs(SERVED["prefill fa2"], Cpu(), rng)
-    call, seen = made.prepare(), []
-    real = watching.watched
-
-    def watched(frame, *args):
-        seen.append(frame.variant.compiled.row.name)
-        return real(frame, *args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watching, "watched", watched)
-        with fi_ffi.watchdog(30):
-            call()
-            made.run()
-            made.run()
-            made.replan()
-            call()
-    launched = [name for name in seen if "plan" not in name]
-    assert len(launched) == 4 and len(seen) == 5, seen
-    made.check()
-
-
-def test_threads_use_a_prepared_run_in_turns(rng):
+def test_one_thread_at_a_time_uses_a_prepared_run(rng):
     made = Runs(SERVED["decode"], Cpu(), rng)
-    call, failed = made.prepare(), []
+    call = made.prepare()
     held = call.take()
-    with pytest.raises(fi_ffi.ArgumentError, match="BatchDecodePlan.*in use"):
-        call()
-    with pytest.raises(fi_ffi.ArgumentError, match="BatchDecodePlan.*in use"):
-        call.update(o=made.tensors()["o"])
+    for use in (call, lambda: call.update(o=made.tensors()["o"])):
+        with pytest.raises(fi_ffi.ArgumentError, match="BatchDecodePlan.*in use"):
+            use()
     call.give(held)
-
-    def work():
-        try:
-            call()
-        except BaseException as error:
-            failed.append(error)
-
-    for _ in range(4):
-        made.clear()
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
-        made.check()
-    assert not failed
+    made.check(call)
 
 
 def test_a_plan_is_prepared_by_a_method_that_runs_it(rng):
@@ -249,20 +204,10 @@ def test_runs_on_other_streams_wait(spec, how, gpu, rng):
 def test_a_stream_of_the_same_number(gpu, rng):
     """Other types for the plan's own stream: what they name is launched on."""
     made = Runs(SERVED["decode"], gpu, rng)
-
-    class Stream:
-        def __init__(self, handle):
-            self.handle = handle
-
-        def __cuda_stream__(self):
-            return (0, self.handle)
-
-    made.plan.run(**made.tensors(), stream=gpu.stream)
-    for stream in (np.int64(gpu.stream), Stream(gpu.stream), Stream(0x99), np.uint64(0x99)):
+    for stream in (gpu.stream, np.int64(gpu.stream), np.uint64(0x99)):
         gpu.seen.clear()
         made.plan.run(**made.tensors(), stream=stream)
-        handle = stream.handle if isinstance(stream, Stream) else int(stream)
-        assert {*gpu.seen} == {handle}
+        assert {*gpu.seen} == {int(stream)}
     for wrong in (True, float(gpu.stream), str(gpu.stream), -1, 2**64):
         with pytest.raises(fi_ffi.ArgumentError, match="`stream`"):
             made.plan.run(**made.tensors(), stream=wrong)

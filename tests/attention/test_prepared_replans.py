@@ -11,9 +11,8 @@ import fi_ffi
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.ops.attention.plan import Plan
 
-from tests.attention import serving
 from tests.attention.batches import SPARE
-from tests.attention.cases import Case
+from tests.attention.cases import Case, refused
 from tests.attention.prepared import (
     EVERY_FAMILY,
     MACHINES,
@@ -208,7 +207,7 @@ def test_room_of_prepared_runs(spec, machine, rng):
         (made.prepare if prepared else made.run)()
         room = dict(made.plan.room)
         assert room == {"pages": made.case.room}
-        wrong = serving.refused(made.service, made.batch)
+        wrong = refused(made.service, made.batch)
         for batch in wrong:
             with pytest.raises(fi_ffi.ArgumentError) as caught:
                 made.case.replan(made.plan, batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.attention.bodies import check_one, check_results
+from tests.attention.cases import check_results
 from tests.attention.tables import (
     DECODE,
     MLA,
@@ -12,34 +12,39 @@ from tests.attention.tables import (
     PREFILL_OPTIONS,
     SINGLE_DECODE,
     SINGLE_PREFILL,
+    Table,
 )
 
 
-@pytest.mark.parametrize("spec", PREFILL.values(), ids=PREFILL)
+def of(table: Table) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("spec", table.values(), ids=table)
+
+
+@of(PREFILL)
 def test_prefill(spec, machine, rng, record_property):
     record_property("error_of_bound", check_results(spec, machine, rng))
 
 
-@pytest.mark.parametrize("spec", PREFILL_OPTIONS.values(), ids=PREFILL_OPTIONS)
+@of(PREFILL_OPTIONS)
 def test_prefill_options(spec, machine, rng, record_property):
     record_property("error_of_bound", check_results(spec, machine, rng))
 
 
-@pytest.mark.parametrize("spec", DECODE.values(), ids=DECODE)
+@of(DECODE)
 def test_decode(spec, machine, rng, record_property):
     record_property("error_of_bound", check_results(spec, machine, rng))
 
 
-@pytest.mark.parametrize("spec", MLA.values(), ids=MLA)
+@of(MLA)
 def test_mla(spec, machine, rng, record_property):
     record_property("error_of_bound", check_results(spec, machine, rng))
 
 
-@pytest.mark.parametrize("spec", SINGLE_PREFILL.values(), ids=SINGLE_PREFILL)
+@of(SINGLE_PREFILL)
 def test_single_prefill(spec, machine, rng, record_property):
-    record_property("error_of_bound", check_one(spec, machine, rng))
+    record_property("error_of_bound", check_results(spec, machine, rng))
 
 
-@pytest.mark.parametrize("spec", SINGLE_DECODE.values(), ids=SINGLE_DECODE)
+@of(SINGLE_DECODE)
 def test_single_decode(spec, machine, rng, record_property):
-    record_property("error_of_bound", check_one(spec, machine, rng))
+    record_property("error_of_bound", check_results(spec, machine, rng))

@@ -10,9 +10,6 @@ from tests.attention.prepared import SERVICES, Runs
 
 test_the_same_bits = of_runs.test_the_same_bits
 test_runs_that_are_repeated = of_runs.test_runs_that_are_repeated
-test_a_repeated_run_is_refused_as_one_in_full = (
-    of_runs.test_a_repeated_run_is_refused_as_one_in_full
-)
 test_updates_that_fail_change_nothing = of_runs.test_updates_that_fail_change_nothing
 test_runs_after_replans = of_replans.test_runs_after_replans
 test_a_plans_own_workspace_grows = of_replans.test_a_plans_own_workspace_grows_under_a_prepared_run

@@ -9,7 +9,7 @@ import pytest
 import fi_ffi
 
 from tests.helpers.moe_bounds import moe, worst
-from tests.helpers.moe_layers import BF16, F16, F32, GATED, MODES, PLAIN, Made, desc_of, make, part
+from tests.helpers.moe_layers import BF16, F16, F32, GATED, MODES, PLAIN, Made, make, part
 
 IDS = [f"{mode}-{act.name}-{out.name}" for mode, act, out in MODES]
 SMALL = {"hidden": 128, "inter": 128, "experts": 3}
@@ -224,21 +224,6 @@ def test_inputs_are_left_alone(rng):
         before = {name: made.tensors[name].tobytes() for name in names}
         made.call()
         assert before == {name: made.tensors[name].tobytes() for name in names}
-
-
-def test_tensors_of_other_kinds(rng):
-    made = make(rng, "half", F16, F16)
-    got = made.call().copy()
-    again = made.call(lambda array: Described(array))
-    assert desc_of(again).ptr and got.tobytes() == again.array.tobytes()
-
-
-class Described:
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-
-    def desc(self) -> fi_ffi.TensorDesc:
-        return fi_ffi.as_desc(self.array)
 
 
 def test_the_reference_numbers_activations_alike():

@@ -64,11 +64,6 @@ def test_it_is_a_permutation(quant_type, rng):
     assert (there != weight).any()
 
 
-def test_the_types_differ(rng):
-    weight = random_weights(rng, 1, 16, 32)
-    assert (moe_weights.interleave(weight, "fp4") != moe_weights.interleave(weight, "int4")).any()
-
-
 @each_type
 def test_no_experts(quant_type):
     empty = np.zeros((0, 16, 32), np.uint8)

@@ -117,15 +117,6 @@ def test_arguments(mine, path):
     assert mine.is_done(2.0)
 
 
-def test_strides_and_addresses(mine, path):
-    wide = np.zeros((4, 32), np.float16)
-    with fi_ffi.call_log(3, path):
-        mine.op(mine.y, wide[:, 8:24])
-    assert read(path)[0].values["x"] == (
-        f"float16[4, 16], strides=(32, 1) on cpu at {wide.ctypes.data + 16:#x}"
-    )
-
-
 def same_statistics(said: str, array: np.ndarray) -> bool:
     """Whether these are the array's: to the letter, but the mean to five digits."""
     wide = array.astype(np.float64).ravel()
@@ -276,18 +267,6 @@ def test_plans_and_their_runs(kind, path):
     where = case.memory[first]
     assert told[0].values[first].endswith(f"{list(where.shape)} on cpu at {where.ctypes.data:#x}")
     assert "page_size" in told[4].values or kind in ("ragged", "mla")
-
-
-def test_single_requests(path):
-    q, kv = np.zeros((4, 64), np.float16), np.zeros((5, 2, 64), np.float16)
-    tmp, out = np.zeros(64, np.uint8), np.full_like(q, np.nan)
-    with fi_ffi.call_log(3, path):
-        fi_ffi.single_decode(q, kv, kv, tmp, out)
-        fi_ffi.single_prefill(q[None], kv, kv, tmp, out[None])
-    decode, prefill = read(path)
-    assert (decode.name, prefill.name) == ("single_decode", "single_prefill")
-    assert decode.values["maybe_lse"] == "None"
-    assert prefill.values["mask_mode_code"] == "0"
 
 
 def test_a_function_that_no_row_describes(mine, path):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import os
 import signal
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -72,18 +70,6 @@ def test_scopes(outer, gpu, mine):
         with pytest.raises(fi_ffi.ArgumentError, match="`stream`.*an open fi_ffi.stream") as caught:
             way(None)
         assert caught.value.op == "mine_too"
-
-
-def test_the_first_call_of_a_scope_may_be_any(gpu, mine):
-    """It is what makes the scope's stream current."""
-    calls = Calls(mine)
-    for first, then in itertools.permutations(calls.ways, 2):
-        with fi_ffi.stream(0x51):
-            for way in (first, then):
-                gpu.seen.clear()
-                way(None)
-                assert {*gpu.seen} == {0x51}
-        assert current_stream() == 0
 
 
 def test_wrong_streams(gpu, mine):
@@ -240,63 +226,6 @@ def test_more_streams_than_are_remembered(gpu, mine, monkeypatch):
     assert len(launch._thread.pointers) <= 10
 
 
-def test_asyncio_tasks(gpu, mine):
-    """Tasks that take turns inside of their scopes: each call is on its own task's stream."""
-    calls, seen = Calls(mine), []
-    mine.work = lambda: seen.append(current_stream())
-
-    async def work(handle):
-        for way in calls.ways * 3:
-            with fi_ffi.stream(handle):
-                for _ in range(3):
-                    await asyncio.sleep(0)
-                    way(None)
-                    assert seen[-1] == handle
-                with fi_ffi.stream(handle + 1):
-                    way(None)
-                    assert seen[-1] == handle + 1
-                    await asyncio.sleep(0)
-                    way(None)
-                    assert seen[-1] == handle + 1
-                way(0x7)
-                assert seen[-1] == 0x7
-                await asyncio.sleep(0)
-                way(None)
-                assert seen[-1] == handle
-            await asyncio.sleep(0)
-            with pytest.raises(fi_ffi.ArgumentError, match="an open fi_ffi.stream"):
-                way(None)
-
-    async def main():
-        await asyncio.gather(*(work(handle) for handle in (0x100, 0x200, 0x300)))
-
-    asyncio.run(main())
-    assert current_stream() == 0
-    assert len(seen) == 3 * 9 * 7
-
-
-def test_asyncio_to_thread(gpu, mine):
-    """A call on a thread that was given the task's context: on its stream, which is not left."""
-    calls, seen = Calls(mine), []
-    mine.work = lambda: seen.append(current_stream())
-
-    async def main():
-        with fi_ffi.stream(0x51):
-            for way in calls.ways:
-                way(None)
-                await asyncio.to_thread(way, None)
-                assert await asyncio.to_thread(current_stream) == 0
-                with fi_ffi.stream(0x61):
-                    await asyncio.to_thread(way, None)
-                await asyncio.to_thread(way, 0x71)
-                assert await asyncio.to_thread(current_stream) == 0
-                way(None)
-                assert seen == [0x51, 0x51, 0x61, 0x71, 0x51]
-                seen.clear()
-
-    asyncio.run(main())
-
-
 def test_a_stream_that_cannot_be_set(gpu, mine, monkeypatch):
     """The code of setting it is looked at: the kernel is not called on another stream."""
     calls = Calls(mine)
@@ -405,28 +334,3 @@ def test_forks(gpu, mine):
         assert os.waitstatus_to_exitcode(status) == 0
         calls.typed(None)
     assert mine.given
-
-
-def test_scopes_are_each_threads_own(gpu, mine):
-    """A scope open on one thread is none on another, where prepared calls need their own."""
-    calls, told = Calls(mine), []
-
-    def work():
-        try:
-            calls.call()
-        except fi_ffi.ArgumentError as error:
-            told.append(error.argument)
-        with fi_ffi.stream(0x61):
-            calls.call()
-            told.append(current_stream())
-        told.append(current_stream())
-
-    with fi_ffi.stream(0x51):
-        calls.call()
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
-        assert told == ["stream", 0x61, 0]
-        gpu.seen.clear()
-        calls.call()
-        assert {*gpu.seen} == {0x51}

@@ -63,19 +63,6 @@ def test_the_same_bits(op, dtypes, more):
     assert not others[4].differs(expected)
 
 
-@pytest.mark.parametrize(("op", "dtypes", "more"), EVERY_OP)
-def test_scalars(op, dtypes, more):
-    """Prepared with other numbers, and updated to these."""
-    case, numbers = draw(op.row, dtypes, more), draw(op.row, dtypes, more).scalars
-    names = [arg.name for arg in op.row.args if isinstance(arg, Scalar)]
-    expected, got = placed(case, more, 2)
-    full(op.row, expected)
-    call = op.prepare(**got.descs, **{**case.scalars, **{name: numbers[name] for name in names}})
-    call.update(**{name: case.scalars[name] for name in names})
-    call()
-    assert not got.differs(expected)
-
-
 WRONG_TENSORS = [
     -1, INT64, 2**64, 2**64 - 1, 1 << 70, "tensor", 7.5, [1], True, None, object(),
     np.zeros((3, 3), np.complex64), np.zeros(0, np.float16),
@@ -228,12 +215,93 @@ def test_what_cannot_be_prepared(wrong):
 def test_prepare_refuses_as_the_call_does():
     op = OPS["rmsnorm"]
     (first,) = placed(draw(op.row, {"T": "float16"}, {}), {}, 1)
-    for wrong in ({"eps": -1.0}, {"out": None}, {"input": first.arrays["weight"]}, {"eps": "1"}):
-        values = first.values | wrong
-        for prepare in (lambda values=values: op.prepare(**values),
-                        lambda values=values: fi_ffi.prepare(op, **values)):  # fmt: skip
-            with pytest.raises(fi_ffi.ArgumentError) as caught:
-                prepare()
-            assert same_error(caught.value, refusal_of(op.row, values))
+    values = first.values | {"eps": -1.0}
+    with pytest.raises(fi_ffi.ArgumentError) as caught:
+        fi_ffi.prepare(op, **values)
+    assert same_error(caught.value, refusal_of(op.row, values))
     with pytest.raises(TypeError, match="rmsnorm"):
         op.prepare(**first.values, temperature=1)
+
+
+def test_updates_that_make_no_sense():
+    op = OPS["append_paged_kv_cache"]
+    case = draw(op.row, {"T": "float16"}, {})
+    (first,) = placed(case, {}, 1)
+    call = op.prepare(**first.values)
+    before = frame_of(call)
+    with pytest.raises(fi_ffi.ArgumentError, match="kv_layout.*prepare another call"):
+        call.update(kv_layout="HND")
+    with pytest.raises(TypeError, match="temperature"):
+        call.update(temperature=1)
+    with pytest.raises(TypeError, match="positional"):
+        call.update(*[None] * (len(op.row.args) + 1))
+    with pytest.raises(TypeError, match="multiple values"):
+        call.update(first.arrays["append_key"], append_key=first.arrays["append_key"])
+    assert frame_of(call) == before
+    call.update()
+    assert frame_of(call) == before
+    call()
+
+
+def test_tensors_of_other_layouts():
+    """A tensor of equal sizes, strides, dtype and device is like it; any other is not."""
+    op = OPS["rmsnorm"]
+    case = draw(op.row, {"T": "float16"}, {})
+    expected, first, other = placed(case, {}, 3)
+    full(op.row, expected)
+    call = op.prepare(**first.values)
+    call.update(**other.descs)
+    call()
+    assert not other.differs(expected)
+    before = frame_of(call)
+    desc = other.descs["input"]
+    (rows, columns), at = desc.shape, desc.ptr
+    for wrong in (
+        fi_ffi.TensorDesc(at, (rows - 1, columns), "float16", device="cpu"),
+        fi_ffi.TensorDesc(at, desc.shape, "bfloat16", device="cpu"),
+        fi_ffi.TensorDesc(at, desc.shape, "float16", strides=(2 * columns, 1), device="cpu"),
+        fi_ffi.TensorDesc(at, desc.shape, "float16", device="cuda:0"),
+        fi_ffi.TensorDesc(at, (rows, 1, columns), "float16", device="cpu"),
+    ):
+        with pytest.raises(fi_ffi.ArgumentError, match="as it was prepared") as caught:
+            call.update(input=wrong)
+        assert (caught.value.op, caught.value.argument) == ("rmsnorm", "input")
+        assert frame_of(call) == before
+
+
+def test_memory_that_is_only_read_may_be_read_only():
+    op = OPS["rmsnorm"]
+    case = draw(op.row, {"T": "float16"}, {})
+    expected, first, other = placed(case, {}, 3)
+    full(op.row, expected)
+    for prepare_with, update_to in ((first, other), (other, first)):
+        read_only = prepare_with.arrays["input"].view()
+        read_only.flags.writeable = False
+        call = op.prepare(**prepare_with.values | {"input": read_only})
+        read_only = update_to.arrays["weight"].view()
+        read_only.flags.writeable = False
+        call.update(weight=read_only, input=update_to.arrays["input"], out=update_to.arrays["out"])
+        call()
+        assert not update_to.differs(expected)
+    read_only = first.arrays["out"].view()
+    read_only.flags.writeable = False
+    with pytest.raises(fi_ffi.ArgumentError, match=r"`out`.*read-only"):
+        call.update(out=read_only)
+
+
+def test_optional_tensors_stay_as_they_were_prepared():
+    op = OPS["gdn_prefill"]
+    case = draw(op.row, {"T": "float16"}, {"without": ("alpha", "input_state")})
+    expected, first = placed(case, {}, 2)
+    full(op.row, expected)
+    call = op.prepare(**first.values)
+    before = frame_of(call)
+    for given in (first.arrays["beta"], first.addresses["beta"]):
+        with pytest.raises(fi_ffi.ArgumentError, match="None, as it was prepared"):
+            call.update(alpha=given)
+    with pytest.raises(fi_ffi.ArgumentError, match="beta"):
+        call.update(beta=None)
+    assert frame_of(call) == before
+    call.update(alpha=None, input_state=None)  # as they are
+    call()
+    assert not first.differs(expected)

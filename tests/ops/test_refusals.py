@@ -224,9 +224,13 @@ def test_sizes_that_are_too_small(op, dtypes):
             op(**values, **others)
 
 
+class LikeText(str):
+    """Equal to a layout's name, and not one."""
+
+
 def wrong_numbers(arg: Any) -> tuple[object, ...]:
     if isinstance(arg, KvLayout):
-        return "nhd", "", None, 0, 1, b"NHD", ["NHD"], np.str_("NHD")
+        return "nhd", "", None, 0, 1, b"NHD", ["NHD"], np.str_("NHD"), LikeText("NHD")
     if not isinstance(arg, Scalar):
         return ()
     none = () if default_of(arg) == "None" else (None,)  # which stands for a size

@@ -21,7 +21,6 @@ from fi_ffi.abi.interop import as_desc
 from fi_ffi.ops import attention
 from fi_ffi.ops.call import compiled
 from fi_ffi.ops.call.op import Op
-from fi_ffi.ops.functions import OPS
 
 from tests.attention.pretend import current_stream
 from tests.helpers.plan_calls import KINDS, Case
@@ -67,25 +66,6 @@ def test_first_calls(op, dtypes, more):
     full(op.row, expected)
     fresh = Op(*op.rows)
     at_once(lambda i: fresh(**mine[i].values))
-    for made in mine:
-        assert not made.differs(expected)
-
-
-@pytest.mark.parametrize(("op", "dtypes", "more"), EVERY_OP)
-def test_prepared_calls_of_their_own(op, dtypes, more):
-    case, times = draw(op.row, dtypes, more), 5
-    expected, *mine = placed(case, more, THREADS + 1)
-    for _ in range(2 * times):  # of ops in place each call goes on from the one before
-        full(op.row, expected)
-
-    def work(i: int) -> None:
-        call = op.prepare(**mine[i].values)
-        for _ in range(times):
-            call.update(**mine[i].addresses)
-            call()
-            op(**mine[i].values)
-
-    at_once(work)
     for made in mine:
         assert not made.differs(expected)
 
@@ -282,19 +262,6 @@ def test_errors_are_their_own_threads(mine):
             assert caught.value.message == f"thread {number}"
 
     at_once(work)
-
-
-def test_ops_that_are_asked_for_first_by_many():
-    """What is compiled when it is first needed is the same for all."""
-    for op in OPS.values():
-        fresh, made = Op(*op.rows), []
-        at_once(
-            lambda _, fresh=fresh, made=made: made.append(
-                (fresh.compiled.call, fresh.compiled.bind)
-            )
-        )
-        assert len(made) == THREADS
-        assert all(call.__name__ == op.row.name for call, _ in made)
 
 
 GIL = """

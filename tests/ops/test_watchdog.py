@@ -12,6 +12,7 @@ import time
 from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,33 +24,20 @@ from fi_ffi.abi.tensor import parse_device
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.ops.call import memory
 from fi_ffi.ops.call.compiled import Variant
-from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.providers import entry_for
-from fi_ffi.ops.row import Row, Scalar, Tensor
 from fi_ffi.ops.watch import call_record, stream_progress, watching
 from fi_ffi.ops.watch import watchdog as module
-from fi_ffi.reference import norm
 
 from tests.helpers.forking import in_child
 from tests.helpers.frames import write_tensor
 from tests.helpers.hangs import Hangs, silent, until
 from tests.helpers.plan_calls import Case
+from tests.helpers.prepared_calls import Mine
 
 LIMIT = 0.25
 LONG = 30.0  # a limit that no test is to reach
 CUDA, CPU = parse_device("cuda:0"), parse_device("cpu")
-# A row of its own, whose kernel does what the test says.
-ROW = Row(
-    "mine", "norm", "mine", "here", "Mine.",
-    (
-        Tensor("y", "n h", "T", "result", writes=True, reads=False),
-        Tensor("x", "n h", "T", "argument"),
-        Tensor("w", "h", "T", "not there", optional=True),
-        Scalar("factor", float, 1.5, "factor"),
-    ),
-    {"T": ("float16",)}, ">=0",
-)  # fmt: skip
 
 
 def threads() -> list[str]:
@@ -63,25 +51,8 @@ def _nothing_is_left():
     assert threads() == []
 
 
-class Mine:
-    """An op whose kernel does `work` first, and its arguments."""
-
-    def __init__(self) -> None:
-        self.work = lambda: None
-        self.op = Op(ROW)
-        rng = np.random.default_rng()
-        self.x = rng.standard_normal((4, 24)).astype(np.float16)[:, :16]
-        self.y = np.full((4, 16), np.nan, np.float16)
-
-    def kernel(self, y, x, w, factor):
-        self.work()
-        y[...] = x * factor
-
-    def __call__(self) -> None:
-        self.op(self.y, self.x, factor=2.0)  # the line that reports name
-
-    def check(self) -> None:
-        assert (self.y == self.x * np.float16(2)).all()
+def call(mine: Mine) -> None:
+    mine.op(*mine.descs, factor=2.0)  # the line that reports name
 
 
 THE_LINE = next(
@@ -89,18 +60,6 @@ THE_LINE = next(
     for i, line in enumerate(Path(__file__).read_text().splitlines(), 1)
     if line.endswith("  # the line that reports name")
 )
-
-
-@pytest.fixture
-def mine(monkeypatch):
-    from fi_ffi import reference
-
-    made = Mine()
-    monkeypatch.setitem(norm.KERNELS["norm"], "mine", made.kernel)
-    # What was registered for another test's kernel is not this one's.
-    for key in [key for key in reference._entries if key[1] == "mine"]:
-        del reference._entries[key]
-    return made
 
 
 class Gpu:
@@ -197,35 +156,40 @@ def test_a_blocked_call_is_reported_while_the_main_thread_is_stuck(mine):
 
     start = time.monotonic()
     with fi_ffi.watchdog(LIMIT, on_hang=on_hang) as dog:
-        mine()
+        call(mine)
         waited = time.monotonic() - start
-    mine.check()
+    assert mine.is_done(2)
     assert LIMIT < waited < 10
     assert dog.reports == taken
     (report,) = taken
     lines = report.splitlines()
-    assert re.fullmatch(r"fi_ffi.watchdog\(0.25\): mine has not returned for \d.\d\d s", lines[0])
-    assert lines[1].startswith(f"  called: {__file__}:{THE_LINE} in __call__, thread 'MainThread'")
+    assert re.fullmatch(
+        r"fi_ffi.watchdog\(0.25\): mine_too has not returned for \d.\d\d s", lines[0]
+    )
+    assert lines[1].startswith(f"  called: {__file__}:{THE_LINE} in call, thread 'MainThread'")
     assert lines[2:] == [
-        "  entry: fi_ffi.reference.norm.mine, on cpu",
+        "  entry: fi_ffi.reference.norm.mine_too, on cpu",
         "  host: the call has not returned",
         f"  y: float16[4, 16] on cpu at {mine.y.ctypes.data:#x}",
-        f"  x: float16[4, 16], strides=(24, 1) on cpu at {mine.x.ctypes.data:#x}",
+        f"  x: float16[4, 16] on cpu at {mine.x.ctypes.data:#x}",
         "  w: None",
         "  factor: 2.0",
+        "  count: 0",
+        "  flag: False",
+        "  kv_layout: 'NHD'",
     ]
 
 
 def test_stderr_has_the_report_where_nobody_takes_it(mine, capsys):
     mine.work = lambda: time.sleep(3 * LIMIT)
     with fi_ffi.watchdog(LIMIT) as dog:
-        mine()
+        call(mine)
     assert len(dog.reports) == 1, "once for a stuck call"
     assert capsys.readouterr().err == dog.reports[0] + "\n"
     mine.work = lambda: None
     with fi_ffi.watchdog(LONG) as dog:
-        mine()
-    mine.check()
+        call(mine)
+    assert mine.is_done(2)
     assert (dog.reports, capsys.readouterr().err) == ([], "")
 
 
@@ -245,7 +209,7 @@ def slowed(monkeypatch, kernels, name: str) -> list[str]:
 def test_worker_threads_are_watched_and_waited_for(mine):
     started, gate = threading.Event(), threading.Event()
     mine.work = lambda: (started.set(), gate.wait(20))
-    worker = threading.Thread(target=mine, name="the worker")
+    worker = threading.Thread(target=call, args=(mine,), name="the worker")
     try:
         with Hangs(LIMIT, on_hang=silent) as block:
             worker.start()
@@ -253,18 +217,18 @@ def test_worker_threads_are_watched_and_waited_for(mine):
     finally:
         gate.set()
         worker.join()
-    assert block.error.op == "mine"
+    assert block.error.op == "mine_too"
     assert isinstance(block.error, TimeoutError)
     for report in (str(block.error), block.error.report, *block.dog.reports):
-        assert "mine has not returned" in report
-        assert f":{THE_LINE} in __call__, thread 'the worker'" in report
+        assert "mine_too has not returned" in report
+        assert f":{THE_LINE} in call, thread 'the worker'" in report
     assert len(block.dog.reports) == 1
 
 
 def test_exit_waits_for_a_worker(mine):
     started, gate = threading.Event(), threading.Event()
     mine.work = lambda: (started.set(), gate.wait(20))
-    worker = threading.Thread(target=mine)
+    worker = threading.Thread(target=call, args=(mine,))
     with fi_ffi.watchdog(LONG):
         worker.start()
         started.wait(20)
@@ -323,9 +287,9 @@ def test_a_call_after_a_refused_run_is_not_the_plans(mine):
     with fi_ffi.watchdog(LIMIT, on_hang=taken.append):
         with pytest.raises(fi_ffi.ArgumentError):
             case.run(plan, lse=np.zeros((1, 1), np.float64))
-        mine()
+        call(mine)
     assert "plan:" not in taken[0]
-    assert "): mine has not" in taken[0]
+    assert "): mine_too has not" in taken[0]
 
 
 @pytest.fixture
@@ -340,14 +304,14 @@ def told():
 def test_repeated_and_prepared_calls_are_recorded_too(mine, told):
     """They take short cuts where no watchdog is open."""
     watching.remove(told)
-    prepared = mine.op.prepare(mine.y, mine.x, factor=2.0)
-    for call in (mine, mine, prepared, prepared):
-        call()
+    prepared = mine.op.prepare(*mine.descs, factor=2.0)
+    for way in (partial(call, mine), prepared) * 2:
+        way()
     assert len(told) == 0
     watching.add(told)
-    mine()
+    call(mine)
     prepared()
-    assert [call.op for call in told] == ["mine", "mine"]
+    assert [call.op for call in told] == ["mine_too", "mine_too"]
     assert all(call.is_over for call in told)
     repeated, launched = told
     assert repeated.line == THE_LINE
@@ -355,35 +319,9 @@ def test_repeated_and_prepared_calls_are_recorded_too(mine, told):
     both = ([(a.name, str(a), a.value) for a in c.arguments] for c in (repeated, launched))
     assert next(both) == next(both)
     watching.remove(told)
-    mine()
+    call(mine)
     assert len(told) == 2
-    mine.check()
-
-
-@pytest.mark.parametrize("kind", ["ragged", "paged", "decode", "mla"])
-def test_repeated_and_prepared_runs_are_recorded_too(kind, told):
-    case = Case(kind)
-    method = {"ragged": "ragged_run", "paged": "paged_run"}.get(kind, "run")
-    plan = case.plan()
-    given = {name: case.memory[name] for name in case.run_names}
-    prepared = fi_ffi.prepare(getattr(plan, method), **given)
-    for _ in range(2):
-        case.run(plan)
-        prepared()
-    assert {call.op for call in told} == {case.op}
-    assert [call.method for call in told] == ["__init__", *[method, "__call__"] * 2]
-    assert all(call.plan is plan and call.is_over for call in told)
-    case.check()
-
-
-def test_a_call_that_fails_is_over(mine):
-    def fail():
-        raise ValueError("no")
-
-    mine.work = fail
-    with fi_ffi.watchdog(LONG) as dog, pytest.raises(fi_ffi.KernelError):
-        mine()
-    assert dog.reports == []
+    assert mine.is_done(2)
 
 
 # ---------------------------------------------------------------- streams
@@ -543,63 +481,6 @@ def test_nested_watchdogs_wait_for_their_own_calls(machine):
     timer.join()
     assert machine.left(one) == machine.left(other) == 0, "the outer one has the inner one's too"
     assert (outer.reports, len(inner.dog.reports)) == ([], 1)
-
-
-def test_watchdogs_of_several_threads(machine):
-    """Each is told of all calls, and each judges by its own limit."""
-    opened, launched = threading.Barrier(3), threading.Barrier(3)
-    dogs = []
-
-    def watch(seconds):
-        with fi_ffi.watchdog(seconds, on_hang=silent) as dog:
-            dogs.append(dog)
-            opened.wait()
-            launched.wait()
-            if seconds == LIMIT:
-                until(lambda: dog.reports)
-                machine.work()
-
-    workers = [threading.Thread(target=watch, args=(s,)) for s in (LIMIT, LONG)]
-    for worker in workers:
-        worker.start()
-    opened.wait()
-    assert len(threads()) == 2
-    machine.launch()
-    launched.wait()
-    for worker in workers:
-        worker.join(20)
-    assert {dog.seconds: len(dog.reports) for dog in dogs} == {LIMIT: 1, LONG: 0}
-
-
-def test_many_threads_launch_and_watch(gpu, mine):
-    """Numbers reach each stream's queue in their order; nothing is lost, nothing is late."""
-    stop = threading.Event()
-
-    def launch(stream):
-        for _ in range(300):
-            gpu.launch(stream=stream)
-
-    def watch():
-        for _ in range(15):
-            with fi_ffi.watchdog(LONG):
-                mine()
-
-    def finish():
-        while not stop.is_set() or any(gpu.queues.values()):
-            for stream in (1, 2):
-                gpu.work(len(gpu.queues[stream]), stream)
-            time.sleep(0.001)
-
-    with ThreadPoolExecutor(6) as pool:
-        finisher = pool.submit(finish)
-        with fi_ffi.watchdog(LONG) as dog:
-            jobs = [(launch, 1), (launch, 1), (launch, 2), (watch,), (watch,)]
-            for job in [pool.submit(*job) for job in jobs]:
-                job.result(60)
-        stop.set()
-        finisher.result(20)
-    assert dog.reports == []
-    assert [gpu.progress.slot((0, s)).value for s in (1, 2)] == [600, 300]
 
 
 # ---------------------------------------------------------------- slots
@@ -764,7 +645,7 @@ def test_what_on_hang_raises_is_printed_and_watching_goes_on(gpu, capsys):
 
     def on_hang(report):
         taken.append(report)
-        raise SystemExit("mine") if len(taken) == 1 else RuntimeError("yours")
+        raise SystemExit("mine_too") if len(taken) == 1 else RuntimeError("yours")
 
     with fi_ffi.watchdog(LIMIT, on_hang=on_hang):
         gpu.launch()
@@ -806,8 +687,8 @@ def test_a_plan_that_cannot_be_told_is_no_reason_to_be_silent(gpu):
 def test_the_hot_path_is_left_alone_where_none_is_open(mine, monkeypatch):
     monkeypatch.setattr(call_record, "CallRecord", None)
     monkeypatch.setattr(watching, "watched", None)
-    mine()
-    mine.check()
+    call(mine)
+    assert mine.is_done(2)
 
 
 # ---------------------------------------------------------------- forks
@@ -815,7 +696,7 @@ def test_the_hot_path_is_left_alone_where_none_is_open(mine, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_a_forked_child_has_none_of_its_parents_watchdogs(gpu, mine):
-    mine()
+    call(mine)
 
     def run():
         nonlocal dog
@@ -824,17 +705,17 @@ def test_a_forked_child_has_none_of_its_parents_watchdogs(gpu, mine):
         assert stream_progress.progress._slots == {} and stream_progress.progress._lock.acquire(
             blocking=False
         )
-        mine()
+        call(mine)
         taken = []
         mine.work = lambda: until(lambda: taken)
         with dog:  # the parent's object; open there, and not here
             mine.work = lambda: None
-            mine()
+            call(mine)
         with fi_ffi.watchdog(LIMIT, on_hang=taken.append) as own:
             mine.work = lambda: until(lambda: taken)
-            mine()
+            call(mine)
         assert len(own.reports) == 1
-        mine.check()
+        assert mine.is_done(2)
 
     before, held = stream_progress.progress, threading.Event()
     done = threading.Event()
