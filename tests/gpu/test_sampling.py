@@ -18,9 +18,9 @@ from tests.helpers.bodies import bodies_of
 from tests.helpers.cases import make_case
 from tests.helpers.children import environment
 from tests.helpers.sampling_calls import run
-from tests.ops import test_sampling, test_sampling_statistics
+from tests.ops import test_sampling
 
-globals().update(bodies_of(test_sampling, test_sampling_statistics))
+globals().update(bodies_of(test_sampling))
 
 
 @pytest.mark.parametrize("name", ["softmax", "top_p_sampling_from_probs", "sampling_from_logits"])

@@ -1,9 +1,8 @@
-"""Calls of the samplers, and what their tokens' distributions must be: for the CPU and a GPU."""
+"""Calls of the samplers: for the CPU and a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,6 @@ SAMPLERS = (
 DRAWING = (*SAMPLERS, "sampling_from_logits")
 ARRAYS = ("maybe_top_k_arr", "maybe_top_p_arr", "maybe_min_p_arr")
 SEEDS = ("maybe_seed_arr", "maybe_offset_arr")
-# The chance that a right distribution is refused.
-_ALPHA = 1e-6
 # Neighbours among the floats.  Thirds between two of them are rounded to the lower one: the search
 # for what sums to TOP_P stays where it was.
 CLOSE = [float.fromhex(f"0x1.0f8a{end}p-3") for end in ("46", "44", "44", "46", "40")]
@@ -50,64 +47,3 @@ def run(
     made = {arg.name: placed[arg.name] for arg in OPS[name].row.tensors if arg.name in placed}
     assert all(array.intact() for array in made.values())
     return {key: array.get() for key, array in made.items()}
-
-
-def draws(machine: Any, name: str, source: np.ndarray, count: int, **more: Any) -> np.ndarray:
-    """So many tokens of one row."""
-    row = OPS[name].row
-    first = next(arg.name for arg in row.tensors)
-    arrays = {
-        first: source[None].astype(np.float32),
-        "output": np.full(count, -1, np.int32),
-        "maybe_indices": np.zeros(count, np.int32),
-    }
-    if any(arg.name == "valid" for arg in row.tensors):
-        arrays["valid"] = np.zeros(count, np.bool_)
-    got = run(machine, name, arrays, **more)
-    assert got.get("valid", np.ones(1, np.bool_)).all()
-    tokens: np.ndarray = got["output"]
-    assert ((tokens >= 0) & (tokens < len(source))).all()
-    return tokens
-
-
-def filtered(name: str, source: np.ndarray, **given: Any) -> np.ndarray:
-    """A sampler's distribution, from its definition, in float64."""
-    if name == "sampling_from_logits":
-        powers = np.exp(source.astype(np.float64) - source.max())
-        whole: np.ndarray = powers / powers.sum()
-        return whole
-    p = source.astype(np.float32).astype(np.float64)
-    order = np.argsort(-p)
-    is_less = p[order][None] > p[:, None]
-    above, mass = is_less.sum(1), (is_less * p[order][None]).sum(1)
-    kept = p > 0
-    if "top_k_val" in given:
-        kept &= above < given["top_k_val"]
-    if "top_p_val" in given:
-        kept &= mass < given["top_p_val"]
-    if "min_p_val" in given:
-        kept &= p >= p.max() * given["min_p_val"]
-    left: np.ndarray = np.where(kept, p, 0) / p[kept].sum()
-    return left
-
-
-def surprise(counts: np.ndarray, expected: np.ndarray) -> float:
-    """Chi-square of counts over what is allowed of it: more than 1 is another distribution."""
-    total = counts.sum()
-    if counts[expected == 0].any():
-        return np.inf
-    order = np.argsort(expected)
-    counts, expected = counts[order], expected[order] * total
-    # Those that are expected less than 8 times are one.
-    rare = int(np.searchsorted(np.cumsum(expected), 8.0, side="left")) + 1
-    starts = np.concatenate([[0], np.arange(rare, len(expected))])
-    counts, expected = (np.add.reduceat(of, starts) for of in (counts, expected))
-    freedom = len(counts) - 1
-    if freedom < 1:
-        return 0.0
-    chi = float(((counts - expected) ** 2 / expected).sum())
-    # Wilson and Hilferty's approximation of the quantile.
-    spread = 2 / (9 * freedom)
-    z = NormalDist().inv_cdf(1 - _ALPHA)
-    allowed: float = freedom * (1 - spread + z * spread**0.5) ** 3
-    return chi / allowed

@@ -10,9 +10,6 @@ import pytest
 
 import fi_ffi
 from fi_ffi.abi.function import register
-from fi_ffi.loader import machine as machine_of_loader
-from fi_ffi.loader import runtime
-from fi_ffi.ops import cuda
 from fi_ffi.ops.call import memory
 from fi_ffi.ops.matmul import products, rows
 from fi_ffi.reference.gemm import fp8_products
@@ -141,31 +138,6 @@ def test_what_is_quantised_first_gives_the_same(machine, rng):
         made.placed["weight_scale"].desc(), other.desc(), stream=machine.stream,
     )  # fmt: skip
     assert other.get().tobytes() == made.placed["out"].get().tobytes()
-
-
-def test_block_scales_in_every_order_of_sizes(machine, rng):
-    """The object keeps what it was asked before: fewer rows, more, another depth."""
-    machine.need(MODULE)
-    calls = [
-        Blocks(machine, rng, m, n, k, False, weight_fp8)
-        for m, n, k in [(40, 64, 256), (1, 128, 1024), (100, 64, 128), (2, 256, 512)]
-        for weight_fp8 in (True, False)
-    ]
-    for made in calls:
-        made.call()
-    machine.synchronize()
-    assert max(made.worst() for made in calls) <= 1
-
-
-def test_block_scales_on_streams_of_their_own(machine, rng):
-    machine.need(MODULE)
-    streams = machine.streams(3)
-    calls = [Blocks(machine, rng, 16, 128, 512, False, False) for _ in range(9)]
-    machine.synchronize()
-    for i, made in enumerate(calls):
-        made.call(stream=streams[i % 3])
-    machine.synchronize()
-    assert max(made.worst() for made in calls) <= 1
 
 
 def test_block_scales_recorded_and_replayed(machine, rng):
@@ -313,7 +285,6 @@ class Object:
 
     def __init__(self, monkeypatch) -> None:
         self.told: list[tuple] = []
-        runtime.ensure_tvm_ffi()
         run, tell = rows.RUN_GEMM.signature, rows.CONFIGURE.signature
         entries = {
             declared.name: register(f"tests.{id(self)}.{declared.name}", declared, self.method(
@@ -326,12 +297,6 @@ class Object:
         monkeypatch.setattr(products, "_rows", {})
         for compiled in (products.RUN_GEMM, products.CONFIGURE):
             monkeypatch.setattr(compiled, "find_entry", lambda row, _: entries[row.symbol])
-        for name, answer in (("multiprocessors", 4), ("shared_memory", 1 << 16),
-                             ("device_count", 1), ("make_current", 0)):  # fmt: skip
-            monkeypatch.setattr(machine_of_loader, name, lambda *_, answer=answer: answer)
-        monkeypatch.setattr(cuda, "is_capturing", lambda stream: False)
-        monkeypatch.setattr(cuda, "allocate", self.allocate)
-        monkeypatch.setattr(memory, "stream_key", lambda device, stream: (device, stream))
         monkeypatch.setattr(memory, "_owned", {})
 
     def method(self, name):
@@ -341,15 +306,9 @@ class Object:
 
         return call
 
-    @staticmethod
-    def allocate(count, device, zeroed=False):
-        made = cuda._host(count)
-        desc = fi_ffi.TensorDesc(made.desc.ptr, (count,), "uint8", device=device)
-        return cuda.Memory(desc, lambda _: None, made)
-
 
 @pytest.fixture
-def told(monkeypatch):
+def told(gpu, monkeypatch):
     made = Object(monkeypatch)
     yield made.told
     for compiled in (products.RUN_GEMM, products.CONFIGURE):

@@ -5,7 +5,6 @@ Tests that take a `machine` run on a GPU as well: tests/gpu/test_call_log.py.
 
 from __future__ import annotations
 
-import inspect
 import io
 import os
 import re
@@ -20,9 +19,6 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.ops.call import launch
-from fi_ffi.ops.call.checks import Form
-from fi_ffi.ops.call.source import call_source
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.watch import watching
 from fi_ffi.ops.watch.call_log import open_by_environment
@@ -203,15 +199,6 @@ def test_nothing_at_level_0(mine, path):
         mine.op(*mine.descs)
     assert not path.exists()
     assert mine.is_done(1.5)
-
-
-def test_calls_have_no_word_of_logs(mine):
-    """A call tests once whether anybody watches, where it is launched, and nothing else."""
-    for row in (mine.row, fi_ffi.rmsnorm.row):
-        source = call_source(Form(row))
-        assert "watching" not in source and not re.search(r"\blog", source)
-    source = inspect.getsource(launch.launch)
-    assert source.count("watching.hooks") == 1 and "log" not in source
 
 
 # ---------------------------------------------------------------- every way of calling

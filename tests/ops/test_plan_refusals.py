@@ -39,17 +39,6 @@ INDICES = {"paged": "paged_kv_indices", "decode": "indices", "mla": "kv_indices"
 Wrong = Iterator[tuple[Any, str]]
 
 
-@pytest.mark.parametrize("graph", [False, True], ids=["", "graph"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_right_ones_are_right(kind, graph):
-    case = Case(kind, enable_cuda_graph=graph)
-    plan = case.plan()
-    for _ in range(2):
-        case.run(plan)
-        case.check()
-        case.replan(plan)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_of_other_numbers_of_requests(kind):
     case = Case(kind)
@@ -385,23 +374,6 @@ def test_workspaces_and_devices(kind):
     refused(case, "workspace", "cuda:0", case.plan, device="cuda:0", workspace=elsewhere)
     here = case.workspace()
     refused(case, "workspace", "one on cpu", case.plan, device="cuda:0", workspace=here)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_workspaces_that_are_too_small(kind):
-    case = Case(kind, enable_cuda_graph=True)
-    need = case.cls.workspace_size(**case.arrays, **case.options, device="cpu")
-    assert min(need) > 0
-    for name, have in zip(("float", "int"), need, strict=True):
-        for count in (have - 1, 16, 0):
-            small = workspace_of(case, **{name: case.memory[name][:count]}, staging=None)
-            words = rf"got {count} bytes, expected {have} bytes"
-            refused(case, f"{name}_workspace_buffer", words, case.plan, workspace=small)
-    enough = {n: case.memory[n][:size] for n, size in zip(("float", "int"), need, strict=True)}
-    case.run(case.plan(workspace=workspace_of(case, **enough)))
-    case.check()
-    assert (case.memory["float"][need[0] :] == 0xA5).all()
-    assert (case.memory["int"][need[1] :] == 0xA5).all()
 
 
 @pytest.mark.parametrize("kind", ["ragged", "paged", "decode"])

@@ -12,6 +12,8 @@ import fi_ffi
 from fi_ffi.cli.cases import bound
 from fi_ffi.reference.gemm import fp8_products
 
+from tests.helpers.calls import padded
+
 BF16, E4M3, E5M2 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 
 
@@ -65,16 +67,11 @@ class Segments:
         return worst
 
 
-def padded(array: np.ndarray, pad: int) -> np.ndarray:
-    """The same values, in rows that lie `pad` elements apart."""
-    wide = np.full((len(array), array.shape[1] + pad), np.nan, array.dtype)
-    wide[:, : array.shape[1]] = array
-    return wide[:, : array.shape[1]]
-
-
 KINDS = ("one", "empty", "ones", "nothing", "many", "long")
-WAYS = [(dtype, column, backend) for dtype in (np.float16, BF16) for column in (True, False)
+# Dtypes of rows and of results, whether weights are column-major, and the backend.
+WAYS = [(dtype, dtype, column, backend) for dtype in (np.float16, BF16) for column in (True, False)
         for backend in ("auto", "sm80", "sm90")]  # fmt: skip
+WAYS += [(dtype, out, True, "auto") for dtype in (E4M3, E5M2) for out in (np.float16, BF16)]
 
 
 def need(machine, backend: str) -> None:
@@ -82,23 +79,11 @@ def need(machine, backend: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("dtype", "column_major", "backend"), WAYS)
-def test_segments(dtype, column_major, backend, kind, machine, rng):
+@pytest.mark.parametrize(("dtype", "out_dtype", "column_major", "backend"), WAYS)
+def test_segments(dtype, out_dtype, column_major, backend, kind, machine, rng):
     need(machine, backend)
-    lengths = segments_of(kind, rng)
-    made = Segments(machine, rng, lengths, dtype, dtype, column_major)
+    made = Segments(machine, rng, segments_of(kind, rng), dtype, out_dtype, column_major)
     made.call(backend=backend)
-    assert made.worst() <= 1
-
-
-@pytest.mark.parametrize("out_dtype", [np.float16, BF16])
-@pytest.mark.parametrize("dtype", [E4M3, E5M2])
-@pytest.mark.parametrize("kind", KINDS)
-def test_segments_of_fp8(kind, dtype, out_dtype, machine, rng):
-    need(machine, "sm90")
-    lengths = segments_of(kind, rng)
-    made = Segments(machine, rng, lengths, dtype, out_dtype, True)
-    made.call()
     assert made.worst() <= 1
 
 

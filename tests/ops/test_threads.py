@@ -22,7 +22,6 @@ from fi_ffi.ops import attention
 from fi_ffi.ops.call import compiled
 from fi_ffi.ops.call.op import Op
 
-from tests.attention.pretend import current_stream
 from tests.helpers.plan_calls import KINDS, Case
 from tests.helpers.prepared_calls import EVERY_OP, draw, full, placed
 
@@ -156,28 +155,6 @@ def test_kinds_are_one_object_whoever_asks():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_plans_of_their_own(kind):
-    """A plan for each thread: planned, replanned, run and run prepared, with others' at work."""
-
-    def work(number: int) -> None:
-        case = Case(kind)
-        plan = case.plan()
-        run = getattr(plan, {"ragged": "ragged_run", "paged": "paged_run"}.get(kind, "run"))
-        call = fi_ffi.prepare(run, **{name: case.memory[name] for name in case.run_names})
-        for i in range(ROUNDS // 5):
-            case.memory["o"][...] = np.nan
-            if i % 2:
-                case.replan(plan)
-            if i % 3:
-                call()
-            else:
-                case.run(plan)
-            case.check()
-
-    at_once(work)
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_one_plan_that_many_threads_run(kind):
     """Into outputs of their own, while nobody plans."""
     case = Case(kind)
@@ -212,54 +189,6 @@ def test_kernels_that_are_forgotten_under_plans():
             case.memory["o"][...] = np.nan
             case.run(case.plan())
             case.check()
-
-    at_once(work)
-
-
-def test_streams_of_their_own(gpu, mine):
-    """Typed and prepared calls of one op: each on its own thread's stream, in its own frame."""
-    found = threading.local()
-    mine.work = lambda: setattr(found, "stream", current_stream())
-
-    def work(number: int) -> None:
-        x = np.full((4, 16), number + 1, np.float16)
-        y = np.full_like(x, np.nan)
-        descs = [
-            fi_ffi.TensorDesc(a.ctypes.data, a.shape, "float16", device="cuda:0") for a in (y, x)
-        ]
-        call, handle = mine.op.prepare(*descs, factor=2.0), 0x100 + number
-        for i in range(2 * ROUNDS):
-            if i % 3 == 0:
-                mine.op(*descs, factor=2.0, stream=handle)
-            else:
-                with fi_ffi.stream(handle):
-                    call() if i % 3 == 1 else mine.op(*descs, factor=2.0)
-            assert found.stream == handle and (y == 2 * x).all() and not current_stream()
-            y[...] = np.nan
-
-    at_once(work)
-    for variant in mine.op.compiled.variants.values():
-        assert 1 <= len(variant.frames) <= THREADS
-        assert len({id(frame) for frame in variant.frames}) == len(variant.frames)
-
-
-def test_errors_are_their_own_threads(mine):
-    """What a kernel raises is raised where it was called, in those words."""
-    local = threading.local()
-
-    def fail():
-        raise ValueError(f"thread {local.number}")
-
-    mine.work = fail
-
-    def work(number: int) -> None:
-        local.number = number
-        y, x = np.full_like(mine.y, np.nan), mine.x.copy()
-        call = mine.op.prepare(y, x)
-        for i in range(ROUNDS):
-            with pytest.raises(fi_ffi.KernelError) as caught:
-                call() if i % 2 else mine.op(as_desc(y), as_desc(x))
-            assert caught.value.message == f"thread {number}"
 
     at_once(work)
 

@@ -413,19 +413,6 @@ def test_another_call_of_the_stream_can_get_stuck_later(machine):
     assert "): gemma_rmsnorm has not" in second and "behind it: no later call" in second
 
 
-def test_two_streams_are_judged_apart(machine):
-    one, other = machine.streams
-    with Hangs(LIMIT, on_hang=silent) as block:
-        machine.launch(stream=one)
-        machine.launch("gemma_rmsnorm", stream=other)
-        until(lambda: len(block.dog.reports) == 2)
-        machine.work(stream=one)
-    assert block.error.op == "gemma_rmsnorm"
-    streams = {int(re.search("stream (0x[0-9a-f]+)", text)[1], 16) for text in block.dog.reports}
-    assert streams == {one, other}
-    machine.work(stream=other)
-
-
 def test_exit_waits_for_the_stream(machine):
     with fi_ffi.watchdog(LONG) as dog:
         machine.launch()
