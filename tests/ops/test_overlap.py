@@ -6,18 +6,15 @@ tried is drawn, each time from the same seed: of FI_FFI_SEED, if set.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-import fi_ffi
 from fi_ffi.cli.cases import Case
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
@@ -27,7 +24,6 @@ from tests.helpers.cases import default_dtypes, make_case
 from tests.helpers.inputs import inputs_of
 from tests.helpers.overlapping import (
     Joined,
-    Named,
     axes,
     interleaved,
     is_listed,
@@ -251,106 +247,3 @@ def test_one_right_after_another(name):
             joined = moved(case.arrays, a, b, after, steps[a])
             op(**joined.arrays, **case.scalars)
             assert {n: x.tobytes() for n, x in joined.arrays.items()} == expected
-
-
-# Products that are called by other names than a row's.
-
-
-def blocks(rng: np.random.Generator, input_fp8: bool, weight_fp8: bool) -> Named:
-    """A product with as many rows as columns, so that every matrix is as large as the output."""
-    of = (E4M3 if fp8 else BF16 for fp8 in (input_fp8, weight_fp8))
-    x, w = (rng.standard_normal((128, 128)).astype(dtype) for dtype in of)
-    arrays = {"input": x, "weight": w}
-    if input_fp8:
-        arrays["input_scale"] = np.ones((1, 128), np.float32)
-    if weight_fp8:
-        arrays["weight_scale"] = np.ones((1, 1), np.float32)
-    arrays["out"] = np.full((128, 128), np.nan, BF16)
-    name = "fp8_blockscale_gemm_sm90"
-    return Named(name, arrays, ("out",), fi_ffi.fp8_blockscale_gemm_sm90)
-
-
-def groupwise(rng: np.random.Generator) -> Named:
-    a, b = (rng.standard_normal((128, 128)).astype(E4M3) for _ in range(2))
-    arrays = {
-        "a": a, "b": b, "a_scale": np.ones((1, 128), np.float32),
-        "b_scale": np.ones((1, 1), np.float32), "out": np.full((128, 128), np.nan, BF16),
-        "workspace_buffer": np.zeros(216 << 10, np.uint8),
-    }  # fmt: skip
-    run = functools.partial(fi_ffi.gemm_fp8_nt_groupwise, scale_major_mode="MN")
-    return Named("gemm_fp8_nt_groupwise", arrays, ("out", "workspace_buffer"), run, step=64)
-
-
-def in_groups(rng: np.random.Generator) -> Named:
-    arrays = {
-        "a": rng.standard_normal((128, 128)).astype(E4M3),
-        "b": rng.standard_normal((2, 128, 128)).astype(E4M3),
-        "a_scale": np.ones((1, 128), np.float32), "b_scale": np.ones((2, 1, 1), np.float32),
-        "m_indptr": np.array([0, 64, 128], np.int32), "out": np.full((128, 128), np.nan, BF16),
-    }  # fmt: skip
-    name = "group_gemm_fp8_nt_groupwise"
-    return Named(name, arrays, ("out",), fi_ffi.group_gemm_fp8_nt_groupwise)
-
-
-def segments(rng: np.random.Generator) -> Named:
-    arrays = {
-        "x": rng.standard_normal((6, 16)).astype(np.float16),
-        "weights": rng.standard_normal((3, 16, 16)).astype(np.float16),
-        "out": np.full((6, 16), np.nan, np.float16),
-    }
-    options = {"batch_size": 3, "weight_column_major": True, "seg_lens": [1, 3, 2]}
-    return Named(
-        "segment_gemm", arrays, ("out",), functools.partial(fi_ffi.segment_gemm, **options)
-    )
-
-
-def tiny(rng: np.random.Generator, bias: bool) -> Named:
-    arrays = {name: rng.standard_normal((64, 64)).astype(BF16) for name in ("input", "weight")}
-    if bias:
-        arrays["bias"] = rng.standard_normal(64).astype(BF16)
-    arrays["out"] = np.full((64, 64), np.nan, BF16)
-    name = "tinygemm2" if bias else "tinygemm2_nobias"
-    return Named(name, arrays, ("out",), fi_ffi.tinygemm_bf16, known_as={"out": "output"})
-
-
-def algorithms(rng: np.random.Generator, name: str) -> Named:
-    row = OPS["bmm_fp8"].row
-    sizes = {"b": 2, "m": 16, "n": 16, "k": 32, "workspace_size": 216 << 10}
-    arrays = dict(make_case(row, sizes, default_dtypes(row), rng).arrays)
-    arrays["algo_buffer"] = np.zeros(256, np.uint8)
-    fi_ffi.bmm_fp8_get_algos(**arrays)
-    if name == "bmm_fp8_get_algos":
-        written = ("algo_buffer", "D", "workspace_buffer")
-        return Named(name, arrays, written, fi_ffi.bmm_fp8_get_algos, step=256)
-    run = functools.partial(fi_ffi.bmm_fp8_run_with_algo, algo_idx=0)
-    return Named(name, arrays, ("D", "workspace_buffer"), run, step=256)
-
-
-PRODUCTS: dict[str, Callable[[np.random.Generator], Named]] = {
-    "blocks bf16": lambda rng: blocks(rng, False, False),
-    "blocks fp8 weight": lambda rng: blocks(rng, False, True),
-    "blocks fp8": lambda rng: blocks(rng, True, True),
-    "groupwise": groupwise,
-    "in groups": in_groups,
-    "segments": segments,
-    "tiny": lambda rng: tiny(rng, False),
-    "tiny with a bias": lambda rng: tiny(rng, True),
-    "an algorithm": lambda rng: algorithms(rng, "bmm_fp8_run_with_algo"),
-    "algorithms": lambda rng: algorithms(rng, "bmm_fp8_get_algos"),
-}
-
-
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_products(name):
-    rng = seeded(name)
-    made = PRODUCTS[name](rng)
-    for array in made.arrays.values():
-        if array.dtype == np.float32:
-            array[...] = 1
-    assert made.check(rng) > 4
-    apart = Joined(made.arrays)
-    made.run(**apart.arrays)
-    for _ in range(3):
-        beside = made.one_after_another(rng)
-        for one, array in beside.items():
-            assert array.tobytes() == apart.arrays[one].tobytes(), one
