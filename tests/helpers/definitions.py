@@ -1,4 +1,4 @@
-"""Ops from their definitions, by their formulas' names: loops over elements, Python's numbers."""
+"""Ops from their definitions, by their formulas' names: plain arithmetic on float64 arrays."""
 
 from __future__ import annotations
 
@@ -26,20 +26,16 @@ def empty(like: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- norms
 
 
-def _root(row, eps: float) -> float:
-    return math.sqrt(math.fsum(x * x for x in row) / len(row) + eps)
+def _over_root(x: np.ndarray, eps: float, axis: int | tuple[int, ...] = -1) -> np.ndarray:
+    return x / np.sqrt(np.mean(x * x, axis, keepdims=True) + eps)
 
 
-def _rms(a: dict, rows: np.ndarray, bias: float = 0.0) -> np.ndarray:
-    out = empty(rows)
-    for at in np.ndindex(rows.shape[:-1]):
-        root = _root(rows[at], a["eps"])
-        out[at] = [x / root * (bias + w) for x, w in zip(rows[at], a["weight"], strict=True)]
-    return out
+def _rms(a: dict, x: np.ndarray, bias: float = 0.0) -> np.ndarray:
+    return _over_root(x, a["eps"]) * (bias + a["weight"])
 
 
 def _in_range(x: np.ndarray, limit: float) -> np.ndarray:
-    return np.array([max(-limit, min(limit, each)) for each in x.flat]).reshape(x.shape)
+    return np.clip(x, -limit, limit)
 
 
 @defines("rmsnorm", "qk_rmsnorm")
@@ -79,19 +75,13 @@ for _name in ("rmsnorm_quant", "fused_add_rmsnorm_quant"):
     defines(f"{_name}_full_range")(_quantised(None))
 
 
-def _standardised(row, eps: float) -> list[float]:
-    mean = math.fsum(row) / len(row)
-    root = _root([x - mean for x in row], eps)
-    return [(x - mean) / root for x in row]
+def _standardised(x: np.ndarray, eps: float) -> np.ndarray:
+    return _over_root(x - x.mean(-1, keepdims=True), eps)
 
 
 @defines("layernorm")
 def _(a):
-    out = empty(a["input"])
-    for i, row in enumerate(a["input"]):
-        columns = zip(_standardised(row, a["eps"]), a["gamma"], a["beta"], strict=True)
-        out[i] = [x * gamma + beta for x, gamma, beta in columns]
-    return {"out": out}
+    return {"out": _standardised(a["input"], a["eps"]) * a["gamma"] + a["beta"]}
 
 
 @defines(
@@ -100,20 +90,15 @@ def _(a):
     "fused_dit_gate_residual_layernorm_scale_shift",
 )
 def _(a):
-    total, out = empty(a["input"]), empty(a["input"])
-    for at in np.ndindex(total.shape[:-1]):
-        for j, x in enumerate(a["input"][at]):
-            if "input_sf_scale" in a:
-                x *= a["input_sf_scale"][0]
-            if "gate" in a:
-                x *= a["gate"][at][j] + a["gate_bias"][j]
-            total[at][j] = x + (a["residual"][at][j] if "residual" in a else 0.0)
-        for j, x in enumerate(_standardised(total[at], a["epsilon"])):
-            if "gamma" in a:
-                out[at][j] = x * a["gamma"][j] + a["beta"][j]
-            else:
-                factor = 1 + a["scale"][at][j] + a["scale_bias"][j]
-                out[at][j] = x * factor + a["shift"][at][j] + a["shift_bias"][j]
+    total = a["input"] * a.get("input_sf_scale", np.ones(1))[0]
+    if "gate" in a:
+        total = total * (a["gate"] + a["gate_bias"])
+    total = total + a.get("residual", 0.0)
+    out = _standardised(total, a["epsilon"])
+    if "gamma" in a:
+        out = out * a["gamma"] + a["beta"]
+    else:
+        out = out * (1 + a["scale"] + a["scale_bias"]) + a["shift"] + a["shift_bias"]
     return {"residual_out": total, "norm_out": out}
 
 
@@ -131,27 +116,25 @@ def _yarn(a: dict, pair: int, channels: int) -> float:
 @defines("fused_qk_rmsnorm_rope")
 def _(a):
     (nq, _), nk = a["q_weight"].shape, len(a["k_weight"])
+    tokens = np.arange(len(a["qkv_in"]))
     whole = (a["ppf"] * a["pph"] * a["ppw"], a["pph"] * a["ppw"], a["ppw"], 1)
     channels = [a[f"num_{axis}_channels"] for axis in ("frame", "height", "width")]
+    angles = np.stack([
+        tokens % before // after * _yarn(a, pair, count)
+        for (before, after), count in zip(itertools.pairwise(whole), channels, strict=True)
+        for pair in range(count // 2)
+    ], axis=-1)  # fmt: skip
     scale = a["output_quant_scale"] if a["output_fp8"] else 1.0
     of_v = a["v_quant_scale"] if a["output_fp8"] else 1.0
     limit = 448.0 if a["output_fp8"] else math.inf
-    found = {"q_out": empty(a["q_out"]), "k_out": empty(a["k_out"])}
-    for t, token in enumerate(a["qkv_in"]):
-        places = [t % before // after for before, after in itertools.pairwise(whole)]
-        angles = [
-            place * _yarn(a, pair, count)
-            for place, count in zip(places, channels, strict=True)
-            for pair in range(count // 2)
-        ]
-        for name, x in (("q", token[:nq]), ("k", token[nq : nq + nk])):
-            weight = a[f"{name}_weight"]
-            if a["is_qk_norm"]:
-                x = x / _root(x.ravel(), a["eps"]) * weight
-            if a["factor"] != 1:
-                x = x * a["attention_factor"]
-            turned = [_turned(head, angles, a["interleave"]) for head in x]
-            found[f"{name}_out"][t] = _in_range(np.array(turned) * scale, limit)
+    found = {}
+    for name, x in (("q", a["qkv_in"][:, :nq]), ("k", a["qkv_in"][:, nq : nq + nk])):
+        if a["is_qk_norm"]:
+            x = _over_root(x, a["eps"], (1, 2)) * a[f"{name}_weight"]
+        if a["factor"] != 1:
+            x = x * a["attention_factor"]
+        turned = _turned(x, np.cos(angles), np.sin(angles), a["interleave"])
+        found[f"{name}_out"] = _in_range(turned * scale, limit)
     return found | {"v_out": _in_range(a["qkv_in"][:, nq + nk :] * of_v, limit)}
 
 
@@ -160,12 +143,8 @@ def _(a):
 
 def _gated(activation: Callable[[float], float]):
     def definition(a):
-        size = a["input"].shape[1] // 2
-        rows = [
-            [activation(gate) * x for gate, x in zip(row[:size], row[size:], strict=True)]
-            for row in a["input"]
-        ]
-        return {"out": np.array(rows)}
+        gate, x = np.split(a["input"], 2, axis=1)
+        return {"out": np.vectorize(activation)(gate) * x}
 
     return definition
 
@@ -182,16 +161,15 @@ defines("gelu_tanh_and_mul")(_gated(_gelu_tanh))
 # ---------------------------------------------------------------- rotary embeddings
 
 
-def _turned(head, angles, interleave: bool) -> list[float]:
-    """The first pairs of a head turned, each by its angle."""
-    found = [float(x) for x in head]
-    for i, angle in enumerate(angles):
-        one, two = (2 * i, 2 * i + 1) if interleave else (i, i + len(angles))
-        cos, sin = (angle.real, angle.imag) if isinstance(angle, complex) else (
-            math.cos(angle), math.sin(angle)
-        )  # fmt: skip
-        found[one] = head[one] * cos - head[two] * sin
-        found[two] = head[two] * cos + head[one] * sin
+def _turned(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleave: bool) -> np.ndarray:
+    """The first pairs of each token's heads turned, [tokens, heads, size] by [tokens, pairs]."""
+    found, pairs = x.copy(), cos.shape[1]
+    cos, sin = cos[:, None], sin[:, None]
+    one, two = (np.s_[0 : 2 * pairs : 2], np.s_[1 : 2 * pairs : 2]) if interleave else (
+        np.s_[:pairs], np.s_[pairs : 2 * pairs]
+    )  # fmt: skip
+    found[..., one] = x[..., one] * cos - x[..., two] * sin
+    found[..., two] = x[..., two] * cos + x[..., one] * sin
     return found
 
 
@@ -209,57 +187,38 @@ def _frequency(a: dict, pair: int, rotary_dim: int) -> float:
     return (1 - smooth) * own / a["rope_scale"] + smooth * own
 
 
-def _roped(a: dict, positions: list) -> dict:
+def _roped(a: dict, positions: np.ndarray) -> dict:
     dim = a["rotary_dim"] or a["q"].shape[2]
-    speeds = [_frequency(a, pair, dim) for pair in range(dim // 2)]
-    found = {f"{name}_rope": empty(a[name]) for name in "qk"}
-    for name, token in itertools.product("qk", range(len(a["q"]))):
-        angles = [] if positions[token] is None else [positions[token] * s for s in speeds]
-        found[f"{name}_rope"][token] = [
-            _turned(head, angles, a["interleave"]) for head in a[name][token]
-        ]
-    return found
+    speeds = np.array([_frequency(a, pair, dim) for pair in range(dim // 2)])
+    angles = np.multiply.outer(positions, speeds)
+    return {
+        f"{name}_rope": _turned(a[name], np.cos(angles), np.sin(angles), a["interleave"])
+        for name in "qk"
+    }
 
 
 @defines("apply_rope", "apply_llama31_rope")
 def _(a):
-    positions: list = [None] * len(a["q"])
+    positions = np.zeros(len(a["q"]))  # what no request has is not turned
     for request, offset in enumerate(a["offsets"]):
-        for step, token in enumerate(range(*map(int, a["indptr"][request : request + 2]))):
-            positions[token] = int(offset) + step
+        start, end = map(int, a["indptr"][request : request + 2])
+        positions[start:end] = offset + np.arange(end - start)
     return _roped(a, positions)
 
 
 @defines("apply_rope_pos_ids", "apply_llama31_rope_pos_ids")
 def _(a):
-    return _roped(a, [int(position) for position in a["pos_ids"]])
+    return _roped(a, a["pos_ids"].astype(float))
 
 
-def _of_table(a: dict, token: int) -> list[complex]:
-    row = a["cos_sin_cache"][int(a["pos_ids"][token])]
-    half = len(row) // 2
-    return [complex(row[i], row[half + i]) for i in range(half)]
+def _by_table(a: dict, x: np.ndarray) -> np.ndarray:
+    cos, sin = np.split(a["cos_sin_cache"][a["pos_ids"].astype(int)], 2, axis=1)
+    return _turned(x, cos, sin, a["interleave"])
 
 
 @defines("apply_rope_pos_ids_cos_sin_cache")
 def _(a):
-    return {
-        f"{name}_rope": np.array([
-            [_turned(head, _of_table(a, token), a["interleave"]) for head in heads]
-            for token, heads in enumerate(a[name])
-        ])
-        for name in "qk"
-    }  # fmt: skip
-
-
-def _quantised_parts(a: dict, token: int, of: str) -> tuple[np.ndarray, np.ndarray]:
-    limit = a["largest"]["q_rope_out"]
-    scale = a["quant_scale_q" if of == "q" else "quant_scale_kv"]
-    angles = _of_table(a, token)
-    turned = [_turned(head, angles, a["interleave"]) for head in a[f"{of}_rope_in"][token]]
-    return _in_range(np.array(turned) * scale, limit), _in_range(
-        a[f"{of}_nope_in"][token] * scale, limit
-    )
+    return {f"{name}_rope": _by_table(a, a[name]) for name in "qk"}
 
 
 @defines(
@@ -268,71 +227,67 @@ def _quantised_parts(a: dict, token: int, of: str) -> tuple[np.ndarray, np.ndarr
     "rope_quantize_append_paged_mla_kv_cache",
 )
 def _(a):
+    limit = a["largest"]["q_rope_out"]
     names = [
         name for name in ("q_rope_out", "q_nope_out", "k_rope_out", "k_nope_out", "k_cache",
                           "v_cache", "ckv_cache", "kpe_cache") if name in a
     ]  # fmt: skip
     found = {name: a[name].copy() for name in names}
-    for token in range(len(a["pos_ids"])):
-        if "batch_indices" in a and a["batch_indices"][token] < 0:
-            continue
-        found["q_rope_out"][token], found["q_nope_out"][token] = _quantised_parts(a, token, "q")
-        rope, nope = _quantised_parts(a, token, "k")
-        if "k_rope_out" in a:
-            found["k_rope_out"][token], found["k_nope_out"][token] = rope, nope
-            continue
-        if "ckv_cache" in a:
-            page, entry = _place(a, token, a["ckv_cache"].shape[1])
-            found["kpe_cache"][page, entry], found["ckv_cache"][page, entry] = rope[0], nope[0]
-            continue
-        is_hnd = a["kv_layout"] == "HND"
-        page, entry = _place(a, token, a["k_cache"].shape[2 if is_hnd else 1])
-        v = _in_range(a["v_in"][token] * a["quant_scale_kv"], a["largest"]["q_rope_out"])
-        for head in range(len(v)):
-            where = (page, head, entry) if is_hnd else (page, entry, head)
-            found["k_cache"][where] = [*rope[head], *nope[head]]
-            found["v_cache"][where] = v[head]
+    kept = a.get("batch_indices", np.zeros(len(a["pos_ids"]))) >= 0
+
+    def parts(of: str, scale: float) -> tuple[np.ndarray, np.ndarray]:
+        turned = _by_table(a, a[f"{of}_rope_in"]) * scale
+        return tuple(_in_range(x, limit)[kept] for x in (turned, a[f"{of}_nope_in"] * scale))
+
+    found["q_rope_out"][kept], found["q_nope_out"][kept] = parts("q", a["quant_scale_q"])
+    rope, nope = parts("k", a["quant_scale_kv"])
+    if "k_rope_out" in a:
+        found["k_rope_out"][kept], found["k_nope_out"][kept] = rope, nope
+    elif "ckv_cache" in a:
+        _append(a, found["kpe_cache"], rope[:, 0], kept)
+        _append(a, found["ckv_cache"], nope[:, 0], kept)
+    else:
+        v = _in_range(a["v_in"] * a["quant_scale_kv"], limit)[kept]
+        _append(a, found["k_cache"], np.concatenate((rope, nope), axis=-1), kept)
+        _append(a, found["v_cache"], v, kept)
     return found
 
 
 # ---------------------------------------------------------------- what only moves
 
 
-def _place(a: dict, token: int, page_size: int) -> tuple[int, int]:
-    """The page of a token, and its entry in it."""
-    request, position = int(a["batch_indices"][token]), int(a["positions"][token])
-    slot = int(a["kv_indptr"][request]) + position // page_size
-    return int(a["kv_indices"][slot]), position % page_size
+def _append(a: dict, cache: np.ndarray, new: np.ndarray, kept: np.ndarray | slice) -> None:
+    """Each token's entry into its page, in place."""
+    is_hnd = a.get("kv_layout") == "HND"
+    size = cache.shape[2 if is_hnd else 1]
+    request, position = (a[name][kept].astype(int) for name in ("batch_indices", "positions"))
+    page = a["kv_indices"].astype(int)[a["kv_indptr"].astype(int)[request] + position // size]
+    if is_hnd:
+        cache[page, :, position % size] = new
+    else:
+        cache[page, position % size] = new
 
 
 @defines("append_paged_kv_cache")
 def _(a):
     found = {f"paged_{x}_cache": a[f"paged_{x}_cache"].copy() for x in "kv"}
-    is_hnd = a["kv_layout"] == "HND"
-    for name, new in (("k", a["append_key"]), ("v", a["append_value"])):
-        cache = found[f"paged_{name}_cache"]
-        for token, head in itertools.product(*map(range, new.shape[:2])):
-            page, entry = _place(a, token, cache.shape[2 if is_hnd else 1])
-            cache[(page, head, entry) if is_hnd else (page, entry, head)] = new[token, head]
+    for cache, new in zip(found.values(), ("append_key", "append_value"), strict=True):
+        _append(a, cache, a[new], np.s_[:])
     return found
 
 
 @defines("append_paged_mla_kv_cache")
 def _(a):
-    found = {name: a[f"{name}_cache"].copy() for name in ("ckv", "kpe")}
-    for name, cache in found.items():
-        for token, new in enumerate(a[f"append_{name}"]):
-            cache[_place(a, token, cache.shape[1])] = new
-    return {f"{name}_cache": cache for name, cache in found.items()}
+    found = {f"{name}_cache": a[f"{name}_cache"].copy() for name in ("ckv", "kpe")}
+    for name in ("ckv", "kpe"):
+        _append(a, found[f"{name}_cache"], a[f"append_{name}"], np.s_[:])
+    return found
 
 
 @defines("concat_mla_k")
 def _(a):
-    k = a["k"].copy()
-    for token, head in itertools.product(*map(range, k.shape[:2])):
-        own = a["k_nope"].shape[2]
-        k[token, head, :own] = a["k_nope"][token, head]
-        k[token, head, own:] = a["k_rope"][token, 0]
+    k, own = a["k"].copy(), a["k_nope"].shape[2]
+    k[..., :own], k[..., own:] = a["k_nope"], a["k_rope"]
     return {"k": k}
 
 
@@ -363,60 +318,49 @@ def _(a):
 # ---------------------------------------------------------------- products
 
 
-def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """[n, k] times [k, m], one k after another."""
-    total = np.zeros((len(x), y.shape[1]))
-    for column, row in zip(x.T, y, strict=True):
-        total += np.multiply.outer(column, row)
-    return total
-
-
 @defines("bmm_fp8")
 def _(a):
-    scale = a["A_scale"][0] * a["B_scale"][0]
-    products = [_product(x, y) * scale for x, y in zip(a["A"], a["B"], strict=True)]
-    return {"D": np.array(products)}
+    return {"D": a["A"] @ a["B"] * a["A_scale"][0] * a["B_scale"][0]}
 
 
 @defines("tinygemm2", "tinygemm2_nobias")
 def _(a):
-    return {"output": _product(a["input"], a["weight"].T) + a.get("bias", 0.0)}
+    return {"output": a["input"] @ a["weight"].T + a.get("bias", 0.0)}
 
 
 @defines("mm_M1_16_K7168_N256", "mm_M1_16_K7168_N128", "mm_M1_16_K6144_N256")
 def _(a):
-    return {"out": _product(a["mat_a"], a["mat_b"])}
+    return {"out": a["mat_a"] @ a["mat_b"]}
 
 
 @defines("fp8_quantize_1x128")
 def _(a):
-    values, scales = empty(a["input"]), a["outScaleFP8SF"].copy()
-    for i, j in np.ndindex(len(values), a["input"].shape[1] // 128):
-        piece = a["input"][i, 128 * j : 128 * j + 128]
-        scales[j, i] = max(map(abs, piece)) / 448 if any(piece) else 1.0
-        values[i, 128 * j : 128 * j + 128] = [x / scales[j, i] for x in piece]
-    return {"outValueE4M3": values, "outScaleFP8SF": scales}
+    pieces, scales = a["input"].reshape(len(a["input"]), -1, 128), a["outScaleFP8SF"].copy()
+    largest = abs(pieces).max(axis=-1)
+    of_pieces = np.where(largest > 0, largest / 448, 1.0)
+    scales[:, : len(pieces)] = of_pieces.T
+    return {
+        "outValueE4M3": (pieces / of_pieces[..., None]).reshape(a["input"].shape),
+        "outScaleFP8SF": scales,
+    }
 
 
 # ---------------------------------------------------------------- merged states
 
 
-def _of_states(states) -> tuple[np.ndarray, float]:
-    """Of (value, log-sum-exp) pairs: each is its sum of powers, and the powers' mean of values."""
-    sums = [2.0**s for _, s in states]
-    total = math.fsum(sums)
-    value = sum(of_one / total * v for of_one, (v, _) in zip(sums, states, strict=True))
-    return value, math.log2(total)
+def _of_states(v: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of sets along the first axis: each is its sum of powers, and the powers' mean of values."""
+    powers = 2.0**s
+    total = powers.sum(axis=0)
+    return (powers[..., None] * v).sum(axis=0) / total[..., None], np.log2(total)
 
 
 def _merges(value: str, s: str, *states: tuple[str, str]):
     def definition(a):
         found = {value: a[value].copy(), s: a[s].copy()}
-        for at in np.ndindex(found[s].shape):
-            if "mask" in a and not a["mask"][at[0]]:
-                continue
-            given = [(a[of_v][at], a[of_s][at]) for of_v, of_s in states]
-            found[value][at], found[s][at] = _of_states(given)
+        kept = a["mask"] != 0 if "mask" in a else np.s_[:]
+        given = (np.stack([a[name][kept] for name in names]) for names in zip(*states, strict=True))
+        found[value][kept], found[s][kept] = _of_states(*given)
         return found
 
     return definition
@@ -431,11 +375,8 @@ for _suffix in ("", "_of_empty_ones"):
 
 @defines("merge_states", "merge_states_of_empty_ones")
 def _(a):
-    found = {"v_merged": empty(a["v_merged"]), "s_merged": empty(a["s_merged"])}
-    for i, head in np.ndindex(found["s_merged"].shape):
-        states = list(zip(a["v"][i, :, head], a["s"][i, :, head], strict=True))
-        found["v_merged"][i, head], found["s_merged"][i, head] = _of_states(states)
-    return found
+    v, s = _of_states(*(a[name].swapaxes(0, 1) for name in "vs"))
+    return {"v_merged": v, "s_merged": s}
 
 
 # ---------------------------------------------------------------- the gated delta rule

@@ -1,4 +1,4 @@
-"""Formulas against their definitions in loops over elements (helpers/definitions.py, sampled.py).
+"""Formulas against their definitions (helpers/definitions.py, sampled.py).
 
 A formula judges a GPU's results, and rounded once it is what serves calls on the CPU: tests of
 these calls see how they are packed, and here is seen whether the formula is right.
