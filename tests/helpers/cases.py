@@ -16,6 +16,7 @@ from fi_ffi.reference import MOVES
 from fi_ffi.reference.arrays import Array
 
 from tests.helpers.inputs import inputs_of
+from tests.helpers.inputs.family import Call
 
 
 def default_dtypes(row: Row) -> dict[str, str]:
@@ -41,11 +42,13 @@ def make_case(
     make, of_dtypes = inputs_of(row).make, inputs_of(row).of_dtypes
     if of_dtypes is not None:
         scalars = {**of_dtypes(dtypes), **scalars}
+    call = Call(row, dict(tables or {}), dict(sizes), scalars, without, rng)
     if make is not None:
-        tables, sizes, scalars = make(row, tables, sizes, scalars, without, rng)
+        make(call)
+    tables, sizes = call.tables, call.sizes
     values = {
         arg.name: _value(arg, rng) for arg in row.args if isinstance(arg, (Scalar, Text, KvLayout))
-    } | scalars
+    } | call.scalars
     arrays: dict[str, Array] = {}
     for arg in row.tensors:
         if arg.name in without:
@@ -53,7 +56,7 @@ def make_case(
         axes = arg.axes_in(values.get("kv_layout", "NHD"))
         shape = [parse_axis(name).size(sizes) for name in axes]
         dtype = DTYPES[dtypes.get(arg.dtype, arg.dtype)].numpy
-        if tables and arg.name in tables:
+        if arg.name in tables:
             arrays[arg.name] = _placed(tables[arg.name].astype(dtype), arg)
         elif row.formula in MOVES:
             count = math.prod(shape) * dtype.itemsize

@@ -2,54 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
-
 import numpy as np
 
 from fi_ffi.ops.notation import round_up
-from fi_ffi.ops.row import Row
 from fi_ffi.ops.table.block_scaled import ROWS_IN_ORDER, TILES_OF_128, layout_of, scales_of
-from fi_ffi.reference.arrays import Array
 
-from tests.helpers.inputs.family import Inputs, Made
+from tests.helpers.inputs.family import Call, Inputs
 
 
-def make(
-    row: Row, tables: Mapping[str, Array] | None, sizes: Mapping[str, int],
-    scalars: dict[str, Any], without: Collection[str], rng: np.random.Generator,
-) -> Made:  # fmt: skip
-    made = dict(tables or {})
-    if row.name == "nvfp4_kv_dequant":
-        n, blocks = sizes["n"], sizes["blocks"]
-        made.setdefault("fp4_data", rng.integers(0, 256, (n, 8 * blocks)))
+def make(call: Call) -> None:
+    sizes, scalars, rng, n = call.sizes, call.scalars, call.rng, call.sizes["n"]
+    if call.row.name == "nvfp4_kv_dequant":
         # Any scale but a NaN.
         codes = np.array([code for code in range(256) if code % 128 < 127], np.uint8)
-        made.setdefault("block_scales", rng.choice(codes, (n, blocks)))
-        made.setdefault("global_scale", np.exp(rng.uniform(-4, 1, 1)))
-        return made, sizes, scalars
-    if row.name == "mxfp8_quantize":
+        call.default(
+            fp4_data=rng.integers(0, 256, (n, 8 * sizes["blocks"])),
+            block_scales=rng.choice(codes, (n, sizes["blocks"])),
+            global_scale=np.exp(rng.uniform(-4, 1, 1)),
+        )
+    elif call.row.name == "mxfp8_quantize":
         layout = scalars.get("sfSwizzleLayout", TILES_OF_128)
         if not scalars.get("isSfSwizzledLayout", True):
             layout = ROWS_IN_ORDER
-        padded_k = round_up(sizes["k"], scalars.get("alignment", 32))
-        more = {"padded_k": padded_k, "num_scales": scales_of(sizes["n"], padded_k, layout)}
-        return made, {**sizes, **more}, scalars
-    if row.name == "nvfp4_kv_quant":
-        made.setdefault("global_scale", np.exp(rng.uniform(-4, -1, 1)))
-        return made, sizes, scalars
-    if row.name == "fp4_quantize":
-        is_power = scalars.get("sfUseUE8M0", False)
-        scalars = {"sfVecSize": 32 if is_power else 16} | scalars
+        sizes["padded_k"] = padded_k = round_up(sizes["k"], scalars.get("alignment", 32))
+        sizes["num_scales"] = scales_of(n, padded_k, layout)
+    elif call.row.name == "nvfp4_kv_quant":
+        call.default(global_scale=np.exp(rng.uniform(-4, -1, 1)))
+    elif call.row.name == "fp4_quantize":
+        scalars.setdefault("sfVecSize", 32 if scalars.get("sfUseUE8M0", False) else 16)
         layout = layout_of(
             scalars.get("isSfSwizzledLayout", True), scalars.get("isSf8x4Layout", False)
         )
         # As many as of blocks of 32 in a row that is so long.
         length = 2 * sizes["half"] // scalars["sfVecSize"] * 32
-        made.setdefault("globalScale", np.exp(rng.uniform(1, 4, 1)))
-        return made, {**sizes, "num_scales": scales_of(sizes["n"], length, layout)}, scalars
-    tiles = round_up(sizes["rows"], 128) * round_up(sizes["cols"], 4)
-    return made, {**sizes, "swizzled": sizes["n"] * tiles}, scalars
+        call.default(globalScale=np.exp(rng.uniform(1, 4, 1)))
+        sizes["num_scales"] = scales_of(n, length, layout)
+    else:
+        sizes["swizzled"] = n * round_up(sizes["rows"], 128) * round_up(sizes["cols"], 4)
 
 
 # By module, or by op.

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
-
-import numpy as np
-
-from fi_ffi.ops.row import Row
-from fi_ffi.reference.arrays import Array
-
-from tests.helpers.inputs.family import Inputs, Made
+from tests.helpers.inputs.family import Call, Inputs
 
 
-def make(
-    row: Row, tables: Mapping[str, Array] | None, sizes: Mapping[str, int],
-    scalars: dict[str, Any], without: Collection[str], rng: np.random.Generator,
-) -> Made:  # fmt: skip
+def make(call: Call) -> None:
     """A mask of 0 and others."""
-    made = dict(tables or {})
-    if "mask" not in without:
-        made.setdefault("mask", rng.integers(0, 3, sizes["n"]))
-    return made, sizes, scalars
+    if "mask" not in call.without:
+        call.default(mask=call.rng.integers(0, 3, call.sizes["n"]))
 
 
 _SMALL = {"n": 4, "num_index_sets": 3, "num_heads": 2, "head_dim": 64}

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from fi_ffi.ops.row import Row
 from fi_ffi.reference.arrays import Array
 
-# Tensors that are not simply random, every size, and the numbers.
-Made = tuple[Mapping[str, Array], Mapping[str, int], dict[str, Any]]
+
+@dataclass
+class Call:
+    """A call that is being made up: its `tables` are the tensors that are not simply random,
+    those that were given among them; then all sizes by axis, and the numbers."""
+
+    row: Row
+    tables: dict[str, Array]
+    sizes: dict[str, int]
+    scalars: dict[str, Any]
+    without: Collection[str]
+    rng: np.random.Generator
+
+    def default(self, **tables: Any) -> None:
+        """Tensors, where they were not given."""
+        self.tables = {**tables, **self.tables}
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Sizes of calls, and inputs that depend on one another.
 
-    `small` are sizes by axis of calls with few elements, `usual` larger ones.
-    `make(row, tables, sizes, scalars, without, rng)` gives tensors by name that are not simply
-    random (the given `tables` among them), all sizes, and the numbers.  `variants` are shapes
-    that an op's calls come in, by name: what `make_case` is told.  `of_dtypes` gives numbers that
-    follow from the dtypes of the row's variables.
+    `small` are sizes by axis of calls with few elements, `usual` larger ones.  `make` fills in a
+    call.  `variants` are shapes that an op's calls come in, by name: what `make_case` is told.
+    `of_dtypes` gives numbers that follow from the dtypes of the row's variables.
     """
 
     small: Mapping[str, int]
     usual: Mapping[str, int]
-    make: Callable[..., Made] | None = None
+    make: Callable[[Call], None] | None = None
     variants: Mapping[str, Mapping[str, Any]] | None = None
     of_dtypes: Callable[[Mapping[str, str]], Mapping[str, Any]] | None = None

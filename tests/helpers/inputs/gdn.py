@@ -2,53 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
-
 import numpy as np
 
 from fi_ffi.ops.on_host import checkpoint_cu_starts
-from fi_ffi.ops.row import Row
 from fi_ffi.reference.arrays import Array
 
-from tests.helpers.inputs.family import Inputs, Made
+from tests.helpers.inputs.family import Call, Inputs
 
 
-def make(
-    row: Row, tables: Mapping[str, Array] | None, sizes: Mapping[str, int],
-    scalars: dict[str, Any], without: Collection[str], rng: np.random.Generator,
-) -> Made:  # fmt: skip
+def make(call: Call) -> None:
     """Inputs of the gated delta rule, its sizes, and its scalars.
 
     Keys and queries are of length 1, gates from 0 to 1, and the state before has columns of
     length 1, as what a layer hands on has.
     """
+    sizes, rng = call.sizes, call.rng
     tokens, heads, size = sizes["total_seq_len"], sizes["num_v_heads"], sizes["head_size"]
     of_q = sizes["num_q_heads"]
-    sizes = {**sizes, "num_sab_heads": max(of_q, heads), "num_k_heads": min(of_q, heads)}
-    made = dict(tables or {})
-    if "cu_seqlens" not in made:
+    sizes |= {"num_sab_heads": max(of_q, heads), "num_k_heads": min(of_q, heads)}
+    if "cu_seqlens" not in call.tables:
         inner = rng.choice(np.arange(1, tokens), sizes["num_seqs"] - 1, replace=False)
-        made["cu_seqlens"] = np.array([0, *sorted(inner), tokens])
-    sizes["num_seqs"] = count = len(made["cu_seqlens"]) - 1
+        call.tables["cu_seqlens"] = np.array([0, *sorted(inner), tokens])
+    sizes["num_seqs"] = count = len(call.tables["cu_seqlens"]) - 1
 
     def unit(*shape: int) -> Array:
         values: Array = rng.standard_normal(shape)
         values /= np.linalg.norm(values, axis=-1, keepdims=True)
         return values
 
-    made.setdefault("q", unit(tokens, of_q, size))
-    made.setdefault("k", unit(tokens, sizes["num_k_heads"], size))
-    made.setdefault("input_state", unit(count, sizes["num_sab_heads"], size, size))
-    made.setdefault("alpha", rng.uniform(0.7, 1, (tokens, sizes["num_sab_heads"])))
-    made.setdefault("beta", rng.uniform(0, 1, (tokens, sizes["num_sab_heads"])))
-    every = scalars.get("checkpoint_every_n_tokens", 64 * ("state_checkpoints" not in without))
-    if any(arg.name == "checkpoint_every_n_tokens" for arg in row.args):
-        scalars = scalars | {"checkpoint_every_n_tokens": every}
+    call.default(
+        q=unit(tokens, of_q, size), k=unit(tokens, sizes["num_k_heads"], size),
+        input_state=unit(count, sizes["num_sab_heads"], size, size),
+        alpha=rng.uniform(0.7, 1, (tokens, sizes["num_sab_heads"])),
+        beta=rng.uniform(0, 1, (tokens, sizes["num_sab_heads"])),
+    )  # fmt: skip
+    name = "checkpoint_every_n_tokens"
+    every = call.scalars.get(name, 64 * ("state_checkpoints" not in call.without))
+    if any(arg.name == name for arg in call.row.args):
+        call.scalars[name] = every
     if every:
-        made["checkpoint_cu_starts"] = checkpoint_cu_starts(made["cu_seqlens"], every)
-        sizes["total_checkpoints"] = int(made["checkpoint_cu_starts"][-1])
-    return made, sizes, scalars
+        starts = checkpoint_cu_starts(call.tables["cu_seqlens"], every)
+        call.tables["checkpoint_cu_starts"] = starts
+        sizes["total_checkpoints"] = int(starts[-1])
 
 
 _CHECKPOINTS = ("state_checkpoints", "checkpoint_cu_starts")

@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
-
 import numpy as np
 
 from fi_ffi.loader import machine
-from fi_ffi.ops.row import Row
 from fi_ffi.ops.table.gemm import CUBLAS_BYTES
-from fi_ffi.reference.arrays import Array
 
-from tests.helpers.inputs.family import Inputs, Made
+from tests.helpers.inputs.family import Call, Inputs
 
 
-def _scaled(
-    row: Row, tables: Mapping[str, Array] | None, sizes: Mapping[str, int],
-    scalars: dict[str, Any], without: Collection[str], rng: np.random.Generator,
-) -> Made:  # fmt: skip
+def _scaled(call: Call) -> None:
     """Scales that keep products in float16's range, and as much scratch as a GPU wants."""
-    made = dict(tables or {})
-    for name in ("A_scale", "B_scale"):
-        made.setdefault(name, np.exp(rng.uniform(-5, -2, 1)))
+    of_a, of_b = np.exp(call.rng.uniform(-5, -2, (2, 1)))
+    call.default(A_scale=of_a, B_scale=of_b)
     count = machine.multiprocessors(0) if machine.device_count() else 1
-    room = max(sizes.get("workspace_size", 0), count * CUBLAS_BYTES)
-    return made, {**sizes, "workspace_size": room}, scalars
+    room = max(call.sizes.get("workspace_size", 0), count * CUBLAS_BYTES)
+    call.sizes["workspace_size"] = room
 
 
-def _padded(
-    row: Row, tables: Mapping[str, Array] | None, sizes: Mapping[str, int],
-    scalars: dict[str, Any], without: Collection[str], rng: np.random.Generator,
-) -> Made:  # fmt: skip
+def _padded(call: Call) -> None:
     """Room for the scales of 4 rows at a time."""
-    return tables or {}, {**sizes, "n4": -(-sizes["n"] // 4) * 4}, scalars
+    call.sizes["n4"] = -(-call.sizes["n"] // 4) * 4
 
 
 _ROUTER = Inputs(small={"n": 3}, usual={"n": 16})

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
+from tests.helpers.inputs.family import Call, Inputs
 
-from fi_ffi.ops.row import Row
-from fi_ffi.reference.arrays import Array
-
-from tests.helpers.inputs.family import Inputs, Made
+_CHANNELS = ("num_frame_channels", "num_height_channels", "num_width_channels")
 
 
-def make(
-    row: Row, tables: Mapping[str, Array] | None, sizes: Mapping[str, int],
-    scalars: dict[str, Any], without: Collection[str], rng: np.random.Generator,
-) -> Made:  # fmt: skip
+def make(call: Call) -> None:
     """Patches and channels in three directions, no two of which are the same."""
-    pair = sizes["head_dim"] // 2
+    pair = call.sizes["head_dim"] // 2
     height, width = pair // 3, pair // 3 + 1
-    numbers = {"ppf": 2, "pph": 3, "ppw": 5} | scalars
-    numbers.setdefault("seq_len", numbers["ppf"] * numbers["pph"] * numbers["ppw"])
-    numbers.setdefault("num_frame_channels", 2 * (pair - height - width))
-    numbers.setdefault("num_height_channels", 2 * height)
-    numbers.setdefault("num_width_channels", 2 * width)
-    return tables or {}, sizes, numbers
+    numbers = {"ppf": 2, "pph": 3, "ppw": 5} | call.scalars
+    channels = dict(zip(_CHANNELS, (pair - height - width, height, width), strict=True))
+    call.scalars = {
+        "seq_len": numbers["ppf"] * numbers["pph"] * numbers["ppw"],
+        **{name: 2 * count for name, count in channels.items()}, **numbers,
+    }  # fmt: skip
 
 
 def of_dtypes(dtypes: Mapping[str, str]) -> dict[str, Any]:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fi_ffi.ops.row import Row
 from fi_ffi.reference.arrays import Array
 
-from tests.helpers.inputs.family import Inputs, Made
+from tests.helpers.inputs.family import Call, Inputs
 
 # Pages of a cache that no request has.
 SPARE_PAGES = 3
 
 
-def make(
-    row: Row, tables: Mapping[str, Array] | None, sizes: Mapping[str, int],
-    scalars: dict[str, Any], without: Collection[str], rng: np.random.Generator,
-) -> Made:  # fmt: skip
+def make(call: Call) -> None:
     """The given tables, or random ones."""
-    if tables is None:
-        tables = random_tables(sizes["nnz"], sizes["b"], sizes["page_size"], rng)
-    return tables, {**_sizes_of(tables), **sizes}, scalars
+    sizes = call.sizes
+    if not call.tables:
+        call.tables = random_tables(sizes["nnz"], sizes["b"], sizes["page_size"], call.rng)
+    call.sizes = {**_sizes_of(call.tables), **sizes}
 
 
 def random_tables(

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
-
 import numpy as np
 
 from fi_ffi.ops.on_host import packed_indptr
-from fi_ffi.ops.row import Row
-from fi_ffi.reference.arrays import Array
 
-from tests.helpers.inputs.family import Inputs, Made
+from tests.helpers.inputs.family import Call, Inputs
 
 # Bytes that no segment has.
 SPARE = 3
 
 
-def make(
-    row: Row, tables: Mapping[str, Array] | None, sizes: Mapping[str, int],
-    scalars: dict[str, Any], without: Collection[str], rng: np.random.Generator,
-) -> Made:  # fmt: skip
+def make(call: Call) -> None:
     """Bits, and where segments start: some of them may be empty."""
-    made, n = dict(tables or {}), sizes["n"]
-    made.setdefault("x", rng.integers(0, 2, n))
-    if row.name == "packbits":
-        return made, {**sizes, "n": len(made["x"]), "num_bytes": -(-len(made["x"]) // 8)}, scalars
-    if "input_indptr" not in made:
-        inner = np.sort(rng.integers(0, n + 1, sizes["b"] - 1))
-        made["input_indptr"] = np.array([0, *inner, n])
-    made.setdefault("output_indptr", packed_indptr(made["input_indptr"]))
-    ends = made["output_indptr"][:-1] + -(-np.diff(made["input_indptr"]) // 8)
-    sizes = {**sizes, "n": len(made["x"]), "b": len(made["input_indptr"]) - 1}
-    return made, {**sizes, "num_bytes": int(max(ends, default=0)) + SPARE}, scalars
+    sizes, n = call.sizes, call.sizes["n"]
+    call.default(x=call.rng.integers(0, 2, n))
+    sizes["n"] = count = len(call.tables["x"])
+    if call.row.name == "packbits":
+        sizes["num_bytes"] = -(-count // 8)
+        return
+    inner = np.sort(call.rng.integers(0, n + 1, sizes["b"] - 1))
+    call.default(input_indptr=np.array([0, *inner, n]))
+    starts = call.tables["input_indptr"]
+    call.default(output_indptr=packed_indptr(starts))
+    ends = call.tables["output_indptr"][:-1] + -(-np.diff(starts) // 8)
+    sizes |= {"b": len(starts) - 1, "num_bytes": int(max(ends, default=0)) + SPARE}
 
 
 # By module, or by op.

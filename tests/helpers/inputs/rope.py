@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
-from fi_ffi.ops.row import Row
 from fi_ffi.reference.arrays import Array
 
-from tests.helpers.inputs.family import Inputs, Made
+from tests.helpers.inputs.family import Call, Inputs
 
 # Positions are below this where nothing says how many there are.
 _MOST = 4096
@@ -22,23 +20,19 @@ def cosines_and_sines(positions: int, rotary_dim: int, rng: np.random.Generator)
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def make(
-    row: Row, tables: Mapping[str, Array] | None, sizes: Mapping[str, int],
-    scalars: dict[str, Any], without: Collection[str], rng: np.random.Generator,
-) -> Made:  # fmt: skip
+def make(call: Call) -> None:
     """Positions; tokens dealt out to requests of any length, none among them; and a table."""
-    made = dict(tables or {})
+    sizes, rng = call.sizes, call.rng
     tokens, most = sizes["nnz"], _MOST
-    if any(arg.name == "cos_sin_cache" for arg in row.args):
+    if any(arg.name == "cos_sin_cache" for arg in call.row.args):
         most = sizes["max_seq_len"]
         size = next(axis for axis in ("rotary_dim", "rope_dim") if axis in sizes)
-        made.setdefault("cos_sin_cache", cosines_and_sines(most, sizes[size], rng))
-    if "indptr" not in made:
-        inner = np.sort(rng.integers(0, tokens + 1, max(sizes["b"] - 1, 0)))
-        made["indptr"] = np.array([0, *inner, tokens])[: sizes["b"] + 1]
-    made.setdefault("offsets", rng.integers(0, most, len(made["indptr"]) - 1))
-    made.setdefault("pos_ids", rng.integers(0, most, tokens))
-    return made, {**sizes, "b": len(made["indptr"]) - 1}, _apart(scalars)
+        call.default(cos_sin_cache=cosines_and_sines(most, sizes[size], rng))
+    inner = np.sort(rng.integers(0, tokens + 1, max(sizes["b"] - 1, 0)))
+    call.default(indptr=np.array([0, *inner, tokens])[: sizes["b"] + 1])
+    sizes["b"] = count = len(call.tables["indptr"]) - 1
+    call.default(offsets=rng.integers(0, most, count), pos_ids=rng.integers(0, most, tokens))
+    call.scalars = _apart(call.scalars)
 
 
 def _apart(scalars: dict[str, Any]) -> dict[str, Any]:

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
-
-import numpy as np
-
-from fi_ffi.ops.row import Row
-from fi_ffi.reference.arrays import Array
-
 from tests.helpers.inputs import page, rope
-from tests.helpers.inputs.family import Inputs, Made
+from tests.helpers.inputs.family import Call, Inputs
 
 
-def make(
-    row: Row, tables: Mapping[str, Array] | None, sizes: Mapping[str, int],
-    scalars: dict[str, Any], without: Collection[str], rng: np.random.Generator,
-) -> Made:  # fmt: skip
+def make(call: Call) -> None:
     """Where tokens go to, as in `page.make`, and their positions."""
-    if any(arg.name == "positions" for arg in row.args):
-        tables, sizes, scalars = page.make(row, tables, sizes, scalars, without, rng)
-    return rope.make(row, tables, sizes, scalars, without, rng)
+    if any(arg.name == "positions" for arg in call.row.args):
+        page.make(call)
+    rope.make(call)
 
 
 _OWN = Inputs(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from fi_ffi.ops.row import Row
 from fi_ffi.reference.arrays import Array
 
-from tests.helpers.inputs.family import Inputs, Made
+from tests.helpers.inputs.family import Call, Inputs
 
 # What arrays of seeds are below: formulas are given them as float64.
 _MOST = 2**53
@@ -23,13 +22,12 @@ def probabilities(rng: np.random.Generator, *shape: int, spread: float = 2.0) ->
     return rows
 
 
-def make(
-    row: Row, tables: Mapping[str, Array] | None, sizes: Mapping[str, int],
-    scalars: dict[str, Any], without: Collection[str], rng: np.random.Generator,
-) -> Made:  # fmt: skip
+def make(call: Call) -> None:
     """Probabilities and parameters; each output from a row of its own or from any."""
+    sizes, rng, row = call.sizes, call.rng, call.row
     names, n, h = {arg.name for arg in row.args}, sizes["n"], sizes["h"]
-    sizes = {"seeds": 1, "offsets": 1, **sizes}
+    for axis in ("seeds", "offsets"):
+        sizes.setdefault(axis, 1)
     if "r" in sizes:
         sizes["r"] = max(sizes["r"], n)
     for arg in row.tensors:
@@ -37,36 +35,32 @@ def make(
             need = max(arg.bytes, arg.bytes_for(sizes) if arg.bytes_for else 0)
             sizes["workspace_size"] = max(need, sizes["workspace_size"])
     count = sizes.get("r", n)
-    made = {
-        "probs": probabilities(rng, count, h),
-        "maybe_indices": rng.integers(0, max(count, 1), n),
-        "maybe_top_k_arr": rng.integers(1, h + 1, count),
-        "maybe_top_p_arr": rng.uniform(0.05, 1, count),
-        "maybe_min_p_arr": rng.uniform(0, 1, count),
-        "maybe_temperature_arr": np.exp(rng.uniform(-1, 1, count)),
-        "maybe_seed_arr": rng.integers(0, _MOST, sizes["seeds"]),
-        "maybe_offset_arr": rng.integers(0, _MOST, sizes["offsets"]),
-        "valid": np.zeros(n),
-    }
+    call.default(
+        probs=probabilities(rng, count, h), maybe_indices=rng.integers(0, max(count, 1), n),
+        maybe_top_k_arr=rng.integers(1, h + 1, count),
+        maybe_top_p_arr=rng.uniform(0.05, 1, count), maybe_min_p_arr=rng.uniform(0, 1, count),
+        maybe_temperature_arr=np.exp(rng.uniform(-1, 1, count)),
+        maybe_seed_arr=rng.integers(0, _MOST, sizes["seeds"]),
+        maybe_offset_arr=rng.integers(0, _MOST, sizes["offsets"]), valid=np.zeros(n),
+    )  # fmt: skip
     if "draft_probs" in names:
-        made |= _chain(rng, n, sizes["s"], h)
+        call.default(**_chain(rng, n, sizes["s"], h))
+    if row.name == "top_k_mask_logits":
+        call.default(logits=4 * rng.standard_normal((n, h)))
     numbers = {
         "seed_val": int(rng.integers(-(2**63), 2**63)), "offset_val": int(rng.integers(0, 2**63)),
         "philox_seed": int(rng.integers(-(2**63), 2**63)),
         "philox_offset": int(rng.integers(0, 2**63)),
         "top_k_val": int(rng.integers(1, h + 1)), "top_p_val": float(rng.uniform(0.05, 1)),
     }  # fmt: skip
-    scalars = {name: value for name, value in numbers.items() if name in names} | scalars
+    known = {name: value for name, value in numbers.items() if name in names}
+    call.scalars = scalars = known | call.scalars
     if row.name == "top_k_top_p_sampling_from_probs":
         scalars["top_k_val"] = float(max(1, int(scalars["top_k_val"])))
-    made |= tables or {}
-    if row.name == "top_k_mask_logits":
-        made.setdefault("logits", 4 * rng.standard_normal((n, h)))
     if row.name == "top_p_renorm_probs" and h < 2048:
-        whole = "maybe_top_p_arr" in without
-        top_p = np.full(n, scalars["top_p_val"]) if whole else made["maybe_top_p_arr"]
-        made["probs"] = that_end(np.asarray(made["probs"]), top_p, rng)
-    return made, sizes, scalars
+        whole = "maybe_top_p_arr" in call.without
+        top_p = np.full(n, scalars["top_p_val"]) if whole else call.tables["maybe_top_p_arr"]
+        call.tables["probs"] = that_end(np.asarray(call.tables["probs"]), top_p, rng)
 
 
 def that_end(rows: Array, top_p: Array, rng: np.random.Generator) -> Array:

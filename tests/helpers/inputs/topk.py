@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
-
 import numpy as np
 
-from fi_ffi.ops.row import Row
-from fi_ffi.reference.arrays import Array
-
-from tests.helpers.inputs.family import Inputs, Made
+from tests.helpers.inputs.family import Call, Inputs
 
 # Floats that a block has room for on an H100: page tables of longer rows are deterministic.
 ROOM = 57592
 
 
-def make(
-    row: Row, tables: Mapping[str, Array] | None, sizes: Mapping[str, int],
-    scalars: dict[str, Any], without: Collection[str], rng: np.random.Generator,
-) -> Made:  # fmt: skip
+def make(call: Call) -> None:
     """Rows with ties, of which some parts are shorter than what is chosen."""
+    sizes, rng, scalars = call.sizes, call.rng, call.scalars
     n, d = sizes["n"], sizes["d"]
-    sizes = {**sizes, "b": sizes.get("b", n), "m": sizes.get("m", d)}
+    sizes |= {"b": sizes.get("b", n), "m": sizes.get("m", d)}
     lengths = rng.integers(0, d + 1, n)
     starts = rng.integers(0, d - lengths + 1)
-    made = {
-        "input": np.round(rng.standard_normal((n, d)), 2),
-        "lengths": lengths,
-        "maybe_row_starts": starts,
-        "maybe_page_table_row_starts": starts,
-        "offsets": rng.integers(0, 2**20, n),
-        "maybe_row_to_batch": rng.integers(0, max(sizes["b"], 1), n),
-        "src_page_table": rng.integers(0, 2**20, (sizes["b"], sizes["m"])),
-    }
-    names = {arg.name for arg in row.args}
-    numbers: dict[str, Any] = {"top_k": sizes["top_k"]}
+    call.default(
+        input=np.round(rng.standard_normal((n, d)), 2), lengths=lengths, maybe_row_starts=starts,
+        maybe_page_table_row_starts=starts, offsets=rng.integers(0, 2**20, n),
+        maybe_row_to_batch=rng.integers(0, max(sizes["b"], 1), n),
+        src_page_table=rng.integers(0, 2**20, (sizes["b"], sizes["m"])),
+    )  # fmt: skip
+    if any(arg.name == "top_k" for arg in call.row.args):
+        scalars.setdefault("top_k", sizes["top_k"])
     is_ordered = scalars.get("tie_break") or scalars.get("dsa_graph_safe")
-    if row.name == "radix_topk_page_table_transform" and d > ROOM and not is_ordered:
-        numbers["deterministic"] = True
-    scalars = {name: value for name, value in numbers.items() if name in names} | scalars
-    return {**made, **(tables or {})}, sizes, scalars
+    if call.row.name == "radix_topk_page_table_transform" and d > ROOM and not is_ordered:
+        scalars.setdefault("deterministic", True)
 
 
 _STARTS = ("maybe_row_starts", "maybe_page_table_row_starts")
