@@ -31,11 +31,6 @@ SPECS = {
 }
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 @pytest.mark.parametrize("name", SPECS)
 def test_against_float64(name, rng):
     if name == "no request":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,6 +78,25 @@ class HostArray:
         shape, strides = (*self.array.shape, self.array.itemsize), (*self.array.strides, 1)
         np.ndarray(shape, bool, outside.data, self.guard, strides)[...] = False
         return bool((self.whole[outside] == self.POISON).all())
+
+
+def called(
+    function: Callable[..., object], arrays: Mapping[str, np.ndarray],
+    place: Callable[[np.ndarray], Any], written: Collection[str] = (), **options: Any,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """What a call makes of these arrays where `place` puts them: all of them after it.
+
+    What is not written stays as it was, and so does the memory around all of it.
+    """
+    placed = {name: place(array) for name, array in arrays.items()}
+    function(**{name: array.desc() for name, array in placed.items()}, **options)
+    got = {name: array.get() for name, array in placed.items()}
+    for name, array in placed.items():
+        assert array.intact(), f"{name}: bytes outside it were written"
+        if name not in written:
+            same = bits(got[name]).tobytes() == bits(arrays[name]).tobytes()
+            assert same, f"{name} was changed"
+    return got
 
 
 CACHES = ("paged_k_cache", "paged_v_cache")

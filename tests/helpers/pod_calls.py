@@ -11,6 +11,8 @@ import numpy as np
 import fi_ffi
 from fi_ffi.reference.attention.formula import Exact, Options, exact, exact_batch, from_pages
 
+from tests.helpers.calls import called
+
 PAGE = 16
 
 
@@ -96,24 +98,18 @@ class Batch:
 
     def run(self, plan: Any, place: Callable[..., Any], stream: object, tmp: int) -> float:
         """Run it; the largest error as a fraction of its bound."""
-        spec = self.spec
-        arrays = self.arrays(tmp)
-        placed = {name: place(array) for name, array in arrays.items()}
-        plan.run(
-            **{name: array.desc() for name, array in placed.items()}, causal_p=spec.causal,
+        spec, written = self.spec, ("o_p", "o_d", "lse_p", "lse_d", "tmp_p")
+        found = called(
+            plan.run, self.arrays(tmp), place, written, causal_p=spec.causal,
             kv_layout_p=spec.layout, kv_layout_d=spec.layout, sm_scale_p=spec.scale,
             sm_scale_d=spec.scale, stream=stream,
         )  # fmt: skip
         worst = 0.0
         for part, (out, size, lse, _) in self.expected().items():
-            got = placed[f"o_{part}"].get().astype(np.float64)
+            got = found[f"o_{part}"].astype(np.float64)
             error = np.abs(got - out) / (size * 2.0**-9)
             worst = max(worst, float(np.nan_to_num(error, nan=np.inf).max()))
             if spec.lse:
-                error = np.abs(placed[f"lse_{part}"].get() - lse) / 2.0**-10
+                error = np.abs(found[f"lse_{part}"] - lse) / 2.0**-10
                 worst = max(worst, float(np.nan_to_num(error, nan=np.inf).max()))
-        for name, array in placed.items():
-            assert array.intact(), f"{name}: bytes outside it were written"
-            if name not in ("o_p", "o_d", "lse_p", "lse_d", "tmp_p"):
-                assert array.get().tobytes() == arrays[name].tobytes(), f"{name} was changed"
         return worst

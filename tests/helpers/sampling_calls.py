@@ -10,6 +10,7 @@ import numpy as np
 from fi_ffi.cli.cases import Case
 from fi_ffi.ops.functions import OPS
 
+from tests.helpers.calls import called
 from tests.helpers.cases import make_case
 
 SAMPLERS = (
@@ -40,10 +41,7 @@ def run(
     machine: Any, name: str, arrays: Mapping[str, np.ndarray], **scalars: Any
 ) -> dict[str, np.ndarray]:
     """What an op makes of these arrays, on a machine."""
-    machine.need(OPS[name].row.module)
-    placed = {key: machine.place(array) for key, array in arrays.items()}
-    descs = {key: array.desc() for key, array in placed.items()}
-    OPS[name](**descs, **scalars, stream=machine.stream)
-    made = {arg.name: placed[arg.name] for arg in OPS[name].row.tensors if arg.name in placed}
-    assert all(array.intact() for array in made.values())
-    return {key: array.get() for key, array in made.items()}
+    op = OPS[name]
+    machine.need(op.row.module)
+    written = [arg.name for arg in op.row.tensors if arg.writes]
+    return called(op, arrays, machine.place, written, **scalars, stream=machine.stream)

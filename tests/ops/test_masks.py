@@ -11,11 +11,6 @@ import fi_ffi
 from fi_ffi.ops.attention.arrays import mask_bytes
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng()
-
-
 def masks_of(rng, lens):
     return [rng.random(shape) < 0.5 for shape in lens]
 

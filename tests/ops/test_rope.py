@@ -20,6 +20,7 @@ from tests.helpers.rope_calls import (
     QUANTISE,
     a_case,
 )
+from tests.helpers.sampling_calls import run
 
 KV = QUANTISE[1]
 both = pytest.mark.parametrize("interleave", [False, True], ids=["halves", "interleaved"])
@@ -31,15 +32,8 @@ def quantising(name, rng, tables=None, **more):
     return make_case(row, sizes, default_dtypes(row) | {"T": "bfloat16"}, rng, tables, **more)
 
 
-def placed(machine, case):
-    machine.need("rope")
-    return {name: machine.place(array) for name, array in case.arrays.items()}
-
-
-def call(machine, case, tensors):
-    descs = {name: tensor.desc() for name, tensor in tensors.items()}
-    OPS[case.row.name](**descs, **case.scalars, stream=machine.stream)
-    return {name: tensor.get() for name, tensor in tensors.items()}
+def call(machine, case):
+    return run(machine, case.row.name, case.arrays, **case.scalars)
 
 
 @pytest.mark.parametrize("name", ["apply_rope", "apply_llama31_rope"])
@@ -74,11 +68,8 @@ def test_nan_and_infinity_stay_in_their_pairs(interleave, machine, rng):
         partner = (7, 71) if interleave else (70, 6)
         expected = np.ones(x.shape, bool)
         expected[1, 2, [6, partner[0]]] = expected[4, 0, [70, partner[1]]] = False
-        placed = {n: machine.place(a) for n, a in case.arrays.items()}
-        descs = {n: a.desc() for n, a in placed.items()}
-        machine.need("rope")
-        OPS[name](**descs, **case.scalars, stream=machine.stream)
-        assert (np.isfinite(placed["q_rope"].get().astype(np.float32)) == expected).all()
+        got = call(machine, case)["q_rope"]
+        assert (np.isfinite(got.astype(np.float32)) == expected).all()
 
 
 def random_bytes(array, rng):
@@ -109,7 +100,7 @@ def test_what_is_in_the_cache_stays(name, machine, rng):
         case.arrays["batch_indices"][left_out] = -1
         for out in ("q_rope_out", "q_nope_out"):
             random_bytes(case.arrays[out], rng)
-        got = call(machine, case, placed(machine, case))
+        got = call(machine, case)
         for cache in caches:
             where = touched(case, case.arrays[cache])
             assert 0 < where.sum() < where.size
@@ -132,7 +123,7 @@ def test_beyond_the_range(name, machine, rng):
     x = case.arrays["q_nope_in"]
     x[0, 0, :4] = np.inf, -np.inf, np.nan, 1e4
     largest = float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
-    got = call(machine, case, placed(machine, case))
+    got = call(machine, case)
     q = got["q_nope_out"].astype(np.float64)
     assert q[0, 0, [0, 1, 3]].tolist() == [largest, -largest, largest] and np.isnan(q[0, 0, 2])
     keys = got.get("k_nope_out", got.get("ckv_cache", got.get("k_cache")))
