@@ -4,6 +4,7 @@ and nothing written."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -35,7 +36,6 @@ PREFILL = ("ragged", "paged")
 PLANNED = [(kind, backend) for kind in ("ragged", "paged", "mla") for backend in ("fa2", "fa3")]
 PLANNED += [("decode", "")]
 CALLS = [*PLANNED, ("single_prefill", "fa2"), ("single_prefill", "fa3"), ("single_decode", "")]
-EVERY_PLAN = pytest.mark.parametrize(("kind", "backend"), PLANNED)
 EVERY_CALL = pytest.mark.parametrize(("kind", "backend"), CALLS)
 SLOPES = np.ones(HEADS, np.float32)
 Wrong = Iterator[tuple[Any, str]]
@@ -120,93 +120,6 @@ def test_outputs(kind, backend):
     for dtype in ("float16", "int32", "bfloat16"):
         given = {"lse": changed(case.memory["lse"], dtype=dtype)}
         refused(case, "lse", f"got {dtype}, expected float32", case.run, plan, **given)
-
-
-@EVERY_PLAN
-def test_what_differs_from_the_plan(kind, backend):
-    case, plan = planned(kind, backend)
-    inputs = [name for name in case.run_names if name != "lse"]
-    first, words = inputs[0], "got bfloat16, expected float16"
-    for desc in (_longer(fi_ffi.as_desc(case.memory[first]), 0), case.memory[first][:-1]):
-        # The outputs too: all agree with each other, and not with the plan.
-        outputs = {n: changed(case.memory[n], shape=(desc.shape[0], *case.memory[n].shape[1:]))
-                   for n in ("o", "lse")}  # fmt: skip
-        rows = "b = 4" if kind == "decode" else "nnz_qo = 9"
-        given = {first: desc} | outputs
-        refused(case, first, f"expected {rows}, as planned", case.run, plan, **given)
-    every = {name: case.memory[name].astype(ml_dtypes.bfloat16) for name in inputs}
-    for name, array in every.items():
-        refused(case, name, words, case.run, plan, **{name: array})
-    refused(case, first, words, case.run, plan, **every)
-
-
-@pytest.mark.parametrize(("kind", "backend"), [call for call in CALLS if call[0] != "mla"])
-def test_layouts(kind, backend):
-    case, plan = planned(kind, backend)
-    names = case.run_names[1:3]
-    hnd = {name: case.memory[name].swapaxes(-3, -2).copy() for name in names}
-    words = "as planned|num_kv_heads = 2|page_size = 4|heads"
-    refused(case, None, words, case.run, plan, **hnd)
-    refused(case, None, words, case.run, plan, kv_layout="HND")
-    for name in names:
-        refused(case, None, "", case.run, plan, **{name: hnd[name]})
-    for value in ("nhd", "", None, 0, b"NHD", ["NHD"], np.array(["NHD", "HND"]), np.ones(2)):
-        refused(case, "kv_layout", "expected 'NHD' or 'HND'", case.run, plan, kv_layout=value)
-    case.run(plan, **hnd, kv_layout="HND")
-    case.check()
-
-
-@pytest.mark.parametrize("kind", PAGED)
-def test_caches(kind):
-    case, plan = planned(kind)
-    top = int(case.indices.max())
-    caches = {n: case.memory[n] for n in case.run_names if "cache" in n}
-    for name, cache in caches.items():
-        other = changed(cache, shape=(len(cache), PAGE - 1, *cache.shape[2:]))
-        refused(case, name, f"page_size = {PAGE}", case.run, plan, **{name: other})
-    few = {name: cache[:top] for name, cache in caches.items()}
-    words = f"expected num_pages of at least {top + 1}, as planned"
-    refused(case, next(iter(caches)), words, case.run, plan, **few)
-    if kind != "mla":
-        wide = np.zeros((PAGES, 2, PAGE, KV_HEADS, DIM), np.float16)[:, 0]
-        words = r"got strides \(1024, .* expected \(512, .* those of `paged_k_cache`"
-        refused(case, "paged_v_cache", words, case.run, plan, paged_v_cache=wide)
-    case.run(plan, **{name: cache[: top + 1] for name, cache in caches.items()})
-    case.check()
-
-
-def test_fewer_keys_than_planned():
-    case, plan = planned("ragged")
-    few = {name: case.memory[name][:-1] for name in ("k", "v")}
-    words = r"got float16\[22, 2, 64\] .* expected nnz_kv of at least 23, as planned"
-    refused(case, "k", words, case.run, plan, **few)
-    refused(case, "v", "nnz_kv = 23", case.run, plan, v=few["v"])
-
-
-@pytest.mark.parametrize("kind", PAGED)
-def test_pages_that_a_run_brings(kind):
-    case, name = Case(kind), RUN_INDICES[kind]
-    words = "got an array, expected None: the plan has them"
-    refused(case, name, words, case.run, case.plan(), **{name: case.indices})
-    plan = case.plan(**{next(n for n in case.arrays if n.endswith("indices")): None})
-    for wrong, words in (
-        (None, "got None, expected an array on the device"),
-        (case.indices[:-1], "expected num_indices of at least 8, as planned"),
-        (case.indices.astype(np.int64), "got int64, expected int32"),
-        (case.indices[None], "expected rank 1"),
-        (np.repeat(case.indices, 2)[::2], "expected a contiguous tensor"),
-        (changed(case.indices, device="cuda:0"), "got cuda:0, expected cpu"),
-        (changed(case.indices, ptr=0), "not null"),
-        ([0, 1], "builtins.list"),
-    ):
-        refused(case, name, words, case.run, plan, **{name: wrong})
-    case.run(plan, **{name: case.indices})
-    case.check()
-    case.replan(plan)  # with pages: runs bring none any more
-    words = "got an array, expected None: the plan has them"
-    refused(case, name, words, case.run, plan, **{name: case.indices})
-    case.run(plan)
-    case.check()
 
 
 NOT_NUMBERS = (True, "1", b"1", [1.0], 1j, object())
@@ -340,59 +253,6 @@ def test_what_runs_bring(kind, backend, options, brought):
     case.run(plan, **brought)
 
 
-def test_lengths_of_what_runs_bring():
-    for kind in PREFILL:
-        case = Case(kind)
-        plan = case.plan(use_custom_mask=True)
-        for size in (0, _BYTES - 1, _BYTES + 1, 8 * _BYTES):
-            words = rf"got uint8\[{size}\] .*expected {_BYTES} bytes, as the lengths say"
-            mask = np.zeros(size, np.uint8)
-            refused(case, "custom_mask", words, case.run, plan, custom_mask=mask)
-        case.run(plan, custom_mask=np.full(_BYTES, 255, np.uint8))
-        case.check(mask=None)
-    case, name = Case("paged"), "token_pos_in_items_len"
-    plan = case.plan(use_multi_item_scoring=True)
-    for value in (-1, 2**31, True, 1.0, "5"):
-        refused(case, name, "int", case.run, plan, **_ITEMS | {name: value})
-    for value in (0, 4, 6):
-        words = rf"got uint16\[20\] .*expected {4 * value} positions: {name} for each of 4"
-        given = _ITEMS | {name: value}
-        refused(case, "token_pos_in_items_ptr", words, case.run, plan, **given)
-
-
-@pytest.mark.parametrize("kind", [*PREFILL, "decode", *SINGLES])
-def test_rope_that_was_not_planned(kind):
-    for name in ("rope_scale", "rope_theta"):
-        for mode in ("NONE", "ALIBI"):
-            case, plan = planned(kind, pos_encoding_mode=mode)
-            words = "got 1.0, expected None without pos_encoding_mode='ROPE_LLAMA'"
-            refused(case, name, words, case.run, plan, **{name: 1.0})
-
-
-_LACKS = "expected None: fa2 lacks it \\(backend='fa3' {}has it\\)"
-_NONE_HAS = r"got ndarray, expected None: .*\(none of these kernels has it\)"
-_EACH_Q, _EACH_K = np.ones(HEADS, np.float32), np.ones(KV_HEADS, np.float32)
-# Kinds, backends, scales that these lack, and who has them.
-SCALES = [
-    *((kind, "fa2", "v_scale", value, _LACKS.format("")) for value in (0.5, _EACH_K)
-      for kind in (*PREFILL, "single_prefill")),
-    *((kind, "fa2", "q_scale", _EACH_Q, _LACKS.format("with fp8 queries "))
-      for kind in (*PREFILL, "single_prefill")),
-    ("paged", "fa3", "k_scale", _EACH_K, r"\(backend='fa3' with fp8 queries has it\)"),
-    ("decode", "", "q_scale", _EACH_Q, _NONE_HAS),
-    ("decode", "", "k_scale", _EACH_K, _NONE_HAS),
-]  # fmt: skip
-
-
-def test_scales_that_kernels_lack():
-    for kind, backend, name, value, words in SCALES:
-        case, plan = planned(kind, backend)
-        refused(case, name, words, case.run, plan, **{name: value})
-    case, plan = planned("paged", "fa2")
-    case.run(plan, v_scale=1)
-    case.check()
-
-
 @pytest.mark.parametrize("kind", PREFILL)
 def test_scales_of_fp8(kind):
     case = Case(kind, q_data_type=E4M3, head_dim_qk=128)
@@ -417,85 +277,213 @@ def test_scales_of_fp8(kind):
         refused(case, "o", f"got {dtype}, expected float16", case.run, plan, o=other)
 
 
-def test_keys_of_other_dtypes():
+# What is wrong of one run: kinds and backends, options, the argument, words, and what it is given.
+
+
+def longer_first(case: Any, change: int) -> dict[str, Any]:
+    """Queries and outputs of another number: all agree with each other, and not with the plan."""
+    names = (case.run_names[0], "o", "lse")
+    first = case.memory[names[0]].shape[0] + change
+    return {n: changed(case.memory[n], shape=(first, *case.memory[n].shape[1:])) for n in names}
+
+
+def first_of(case: Any) -> str:
+    return case.run_names[0]
+
+
+def as_hnd(case: Any, *places: int) -> dict[str, np.ndarray]:
+    names = (case.run_names[place] for place in places)
+    return {name: case.memory[name].swapaxes(-3, -2).copy() for name in names}
+
+
+def caches(case: Any, last: int) -> dict[str, np.ndarray]:
+    """The caches' pages up to the last that is used, and some more or less."""
+    end = int(case.indices.max()) + 1 + last
+    return {n: case.memory[n][:end] for n in case.run_names if "cache" in n}
+
+
+def thinner_pages(case: Any, name: str) -> dict[str, Any]:
+    pages, _, *rest = case.memory[name].shape
+    return {name: changed(case.memory[name], shape=(pages, PAGE - 1, *rest))}
+
+
+def in_dtype(case: Any, dtype: Any, *names: str) -> dict[str, np.ndarray]:
+    return {name: case.memory[name].astype(dtype) for name in names}
+
+
+def inputs(case: Any) -> list[str]:
+    return [name for name in case.run_names if name not in ("o", "lse")]
+
+
+_PAGED = [(kind, "") for kind in PAGED]
+_BOTH = [(kind, "fa2") for kind in (*PREFILL, "single_prefill")]
+_WITH_HEADS = [call for call in CALLS if call[0] != "mla"]
+_DECODE = [("decode", "")]
+_ONE, _PREFILL_1, _DECODE_1 = ([(op, "") for op in ops] for ops in (SINGLES, *zip(SINGLES)))
+_LACKS = "expected None: fa2 lacks it \\(backend='fa3' {}has it\\)"
+_NONE_HAS = r"got ndarray, expected None: .*\(none of these kernels has it\)"
+_EACH_Q, _EACH_K = np.ones(HEADS, np.float32), np.ones(KV_HEADS, np.float32)
+_OTHER = "as planned|num_kv_heads = 2|page_size = 4|heads"
+_MASK = {"use_custom_mask": True}
+_ITEM, _POSITIONS = "token_pos_in_items_len", "token_pos_in_items_ptr"
+_NEED = (Single.queries * Single.keys + 7) // 8
+_FULL = np.full(_NEED, 255, np.uint8)
+_ALIBI = {"pos_encoding_mode": "ALIBI", "alibi_slopes": SLOPES}
+_FEW = {"causal": True}, {"pos_encoding_mode": "ROPE_LLAMA"}
+_KV = ("paged_k_cache", "paged_v_cache")
+_INDICES = {"paged": "paged_kv_indices", "decode": "indices", "mla": "kv_indices"}
+WRONG: list[tuple[Any, dict[str, Any], Any, str, Any]] = [
+    # Other sizes, dtypes and layouts than were planned.
+    *((calls, {}, first_of, f"expected {rows}, as planned", partial(longer_first, change=change))
+      for calls, rows in ((PLANNED[:-1], "nnz_qo = 9"), (_DECODE, "b = 4")) for change in (-1, 1)),
+    (PLANNED, {}, first_of, "got bfloat16, expected float16",
+     lambda c: in_dtype(c, ml_dtypes.bfloat16, *inputs(c))),
+    *((PLANNED, {}, lambda c, i=i: inputs(c)[i], "got bfloat16, expected float16",
+       lambda c, i=i: in_dtype(c, ml_dtypes.bfloat16, inputs(c)[i])) for i in (0, -1)),
+    *((_WITH_HEADS, {}, None, words, lambda c, places=places: as_hnd(c, *places))
+      for places, words in (((1, 2), _OTHER), ((1,), ""), ((2,), ""))),
+    (_WITH_HEADS, {}, None, _OTHER, {"kv_layout": "HND"}),
+    *((_WITH_HEADS, {}, "kv_layout", "expected 'NHD' or 'HND'", {"kv_layout": value})
+      for value in ("nhd", "", None, 0, b"NHD", ["NHD"], np.array(["NHD", "HND"]), np.ones(2))),
+    *((_PAGED, {}, lambda c, i=i: [*caches(c, 0)][i], f"page_size = {PAGE}",
+       lambda c, i=i: thinner_pages(c, [*caches(c, 0)][i])) for i in (0, 1)),
+    (_PAGED, {}, lambda c: next(iter(caches(c, 0))),
+     r"expected num_pages of at least \d+, as planned", partial(caches, last=-1)),
+    (_PAGED[:2], {}, "paged_v_cache",
+     r"got strides \(1024, .* expected \(512, .* those of `paged_k_cache`",
+     {"paged_v_cache": np.zeros((PAGES, 2, PAGE, KV_HEADS, DIM), np.float16)[:, 0]}),
+    ([("ragged", "")], {}, "k",
+     r"got float16\[22, 2, 64\] .* expected nnz_kv of at least 23, as planned",
+     lambda c: {name: c.memory[name][:-1] for name in ("k", "v")}),
+    ([("ragged", "")], {}, "v", "nnz_kv = 23", lambda c: {"v": c.memory["v"][:-1]}),
+    *(([("paged", "")], {"kv_data_type": E4M3}, _KV[0], f"expected {E4M3}",
+       lambda c, other=other: in_dtype(c, other, *_KV))
+      for other in (np.float16, ml_dtypes.float8_e5m2, ml_dtypes.bfloat16)),
+    # Pages that a run brings, or is to bring.
+    *(([(kind, "")], options, name, words, lambda c, name=name, of=of: {name: of(c.indices)})
+      for kind, name in RUN_INDICES.items() for options, words, of in (
+        ({}, "got an array, expected None: the plan has them", lambda x: x),
+        *(({_INDICES[kind]: None}, *wrong) for wrong in (
+            ("got None, expected an array on the device", lambda x: None),
+            ("expected num_indices of at least 8, as planned", lambda x: x[:-1]),
+            ("got int64, expected int32", lambda x: x.astype(np.int64)),
+            ("expected rank 1", lambda x: x[None]),
+            ("expected a contiguous tensor", lambda x: np.repeat(x, 2)[::2]),
+            ("got cuda:0, expected cpu", lambda x: changed(x, device="cuda:0")),
+            ("not null", lambda x: changed(x, ptr=0)), ("builtins.list", lambda x: [0, 1]))))),
+    # Masks, items, positions and scales.
+    *(([(kind, "")], _MASK, "custom_mask",
+       rf"got uint8\[{size}\] .*expected {_BYTES} bytes, as the lengths say",
+       {"custom_mask": np.zeros(size, np.uint8)})
+      for kind in PREFILL for size in (0, _BYTES - 1, _BYTES + 1, 8 * _BYTES)),
+    *(([("paged", "")], {"use_multi_item_scoring": True}, _ITEM, "int", _ITEMS | {_ITEM: value})
+      for value in (-1, 2**31, True, 1.0, "5")),
+    *(([("paged", "")], {"use_multi_item_scoring": True}, _POSITIONS,
+       rf"got uint16\[20\] .*expected {4 * value} positions: {_ITEM} for each of 4",
+       _ITEMS | {_ITEM: value}) for value in (0, 4, 6)),
+    *(([(kind, "") for kind in (*PREFILL, "decode", *SINGLES)], {"pos_encoding_mode": mode}, name,
+       "got 1.0, expected None without pos_encoding_mode='ROPE_LLAMA'", {name: 1.0})
+      for name in ("rope_scale", "rope_theta") for mode in ("NONE", "ALIBI")),
+    *((_BOTH, {}, "v_scale", _LACKS.format(""), {"v_scale": value}) for value in (0.5, _EACH_K)),
+    (_BOTH, {}, "q_scale", _LACKS.format("with fp8 queries "), {"q_scale": _EACH_Q}),
+    ([("paged", "fa3")], {}, "k_scale", r"\(backend='fa3' with fp8 queries has it\)",
+     {"k_scale": _EACH_K}),
+    (_DECODE, {}, "q_scale", _NONE_HAS, {"q_scale": _EACH_Q}),
+    (_DECODE, {}, "k_scale", _NONE_HAS, {"k_scale": _EACH_K}),
+    # Calls for one request.
+    *((_ONE, {}, "window_left", "int", {"window_left": value})
+      for value in (-2, 2**31, 1.0, True, None, "1")),
+    *((_ONE, {}, "pos_encoding_mode", "'NONE'", {"pos_encoding_mode": value})
+      for value in ("none", "", None, 0, "ROPE")),
+    (_ONE, {}, "logits_soft_cap", "ALIBI", _ALIBI | {"logits_soft_cap": 1.0}),
+    *((_PREFILL_1, {}, name, "expected bool", {name: value})
+      for name in ("causal", "use_fp16_qk_reduction") for value in (None, 1, "yes", np.True_)),
+    # With queries of one dtype and keys of another it is no backend that has it.
+    *((_ONE, {}, name if dtype == "int32" or name == "v" else None, f"{dtype}|bf16",
+       lambda c, name=name, dtype=dtype: {name: changed(c.memory[name], dtype=dtype)})
+      for dtype in ("int32", "bfloat16") for name in ("q", "k", "v")),
+    *((_PREFILL_1, {}, "custom_mask", f"expected {_NEED} bytes: see pack_custom_mask",
+       {"custom_mask": np.resize(_FULL, size)})
+      for size in (0, _NEED - 1, _NEED + 1, Single.queries * Single.keys)),
+    *((_PREFILL_1, {}, "custom_mask", "", {"custom_mask": wrong})
+      for wrong in (_FULL[None], _FULL.astype(bool), np.repeat(_FULL, 2)[::2], 3, "mask")),
+    (_PREFILL_1, {}, "causal", "False with custom_mask", {"custom_mask": _FULL, "causal": True}),
+    *((_PREFILL_1, {}, "backend", words, given) for given, words in (
+        ({"backend": "fa4"}, "got 'fa4', expected 'auto' or 'fa2' or 'fa3'"),
+        ({"backend": None}, "got None"),
+        ({"custom_mask": _FULL, "backend": "fa3"},
+         "'fa3', expected 'fa2': fa3 has no custom masks"),
+        ({"pos_encoding_mode": "ALIBI", "backend": "fa3"}, "'fa2': fa3 has no pos_encoding_mode"),
+        ({"use_fp16_qk_reduction": True, "backend": "fa3"}, "'fa2': fa3 has no use_fp16"))),
+    *((_PREFILL_1, {}, "k", "expected 5 keys or more",
+       lambda c, more=more: {n: c.memory[n][: c.queries - 1] for n in "kv"} | more)
+      for more in _FEW),
+    (_PREFILL_1, {"dtype": FP8}, "backend", f"got 'fa2', expected what a backend has: fa2 has no "
+     f"{E4M3} queries; fa3 has head", {"backend": "fa2"}),
+    (_PREFILL_1, {"dtype": FP8}, None, "", lambda c: in_dtype(c, np.float16, "k")),
+    (_DECODE_1, {"dtype": FP8}, "q", "float16 or bfloat16", {}),
+    (_PREFILL_1, {"heads": 3}, None, "multiple of num_kv_heads = 2", {}),
+    *((_DECODE_1, {"heads": heads}, "q",
+       "expected 1, 2, 3, 4, 8 heads for each of k's 2; single_prefill has any", {})
+      for heads in (3, 10, 12, 14, 32)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(WRONG)))
+def test_is_refused(number):
+    calls, options, argument, words, change = WRONG[number]
+    for kind, backend in calls:
+        case, plan = planned(kind, backend, **options)
+        given = change(case) if callable(change) else change
+        name = argument(case) if callable(argument) else argument
+        refused(case, name, words, case.run, plan, **given)
+
+
+def test_what_is_next_to_it_is_fine():
+    for kind, backend in _WITH_HEADS:
+        case, plan = planned(kind, backend)
+        case.run(plan, **as_hnd(case, 1, 2), kv_layout="HND")
+        case.check()
+    for kind in PAGED:
+        case, plan = planned(kind)
+        case.run(plan, **caches(case, 0))
+        case.check()
+        case, plan = planned(kind, **{_INDICES[kind]: None})
+        case.run(plan, **{RUN_INDICES[kind]: case.indices})
+        case.check()
+        # With pages: runs bring none any more.
+        case.replan(plan, **{_INDICES[kind]: case.indices})
+        words, given = "got an array, expected None: the plan has them", {
+            RUN_INDICES[kind]: case.indices
+        }  # fmt: skip
+        refused(case, RUN_INDICES[kind], words, case.run, plan, **given)
+        case.run(plan)
+        case.check()
+    for kind in PREFILL:
+        case, plan = planned(kind, use_custom_mask=True)
+        case.run(plan, custom_mask=np.full(_BYTES, 255, np.uint8))
+        case.check(mask=None)
+    case, plan = planned("paged", "fa2")
+    case.run(plan, v_scale=1)
+    case.check()
     case, plan = planned("paged", kv_data_type=E4M3)
-    names = ("paged_k_cache", "paged_v_cache")
-    for other in (np.float16, ml_dtypes.float8_e5m2, ml_dtypes.bfloat16):
-        caches = {n: case.memory[n].astype(other) for n in names}
-        refused(case, names[0], f"expected {E4M3}", case.run, plan, **caches)
-    case.run(plan, **{n: case.memory[n].astype(FP8) for n in names})
-    assert np.isfinite(case.memory["o"]).all() and case.memory["o"].shape[-1] == DIM
-
-
-# Calls for one request.
+    case.run(plan, **in_dtype(case, FP8, *_KV))
+    assert np.isfinite(case.memory["o"]).all()
+    case = Single("single_prefill")
+    case.run(**{name: case.memory[name][: case.queries - 1] for name in "kv"})
+    case.run(custom_mask=_FULL)
+    case.check()
 
 
 @pytest.mark.parametrize("op", SINGLES)
-def test_options_of_one_request(op):
+def test_unknown_words_of_one_request(op):
     case = Single(op)
-    for value in (-2, 2**31, 1.0, True, None, "1"):
-        refused(case, "window_left", "int", case.run, window_left=value)
-    for value in ("none", "", None, 0, "ROPE"):
-        refused(case, "pos_encoding_mode", "'NONE'", case.run, pos_encoding_mode=value)
-    both = {"pos_encoding_mode": "ALIBI", "alibi_slopes": SLOPES, "logits_soft_cap": 1.0}
-    refused(case, "logits_soft_cap", "ALIBI", case.run, **both)
-    for name in ("causal", "use_fp16_qk_reduction") if op == "single_prefill" else ():
-        for value in (None, 1, "yes", np.True_):
-            refused(case, name, "expected bool", case.run, **{name: value})
     before = case.bytes()
     with pytest.raises(TypeError, match=rf"{op}\(\) .*'page_size'"):
         case.run(page_size=1)
     with pytest.raises(TypeError, match=rf"{op}\(\) missing"):
         getattr(fi_ffi, op)()
     assert case.bytes() == before
-    for dtype in ("int32", "bfloat16"):
-        for name in ("q", "k", "v"):
-            # With queries of one dtype and keys of another it is no backend that has it.
-            argument = name if dtype == "int32" or name == "v" else None
-            other = changed(case.memory[name], dtype=dtype)
-            refused(case, argument, f"{dtype}|bf16", case.run, **{name: other})
-
-
-def test_masks_and_backends_of_one_request():
-    case = Single("single_prefill")
-    need = (case.queries * case.keys + 7) // 8
-    mask = np.full(need, 255, np.uint8)
-    for size in (0, need - 1, need + 1, case.queries * case.keys):
-        words = f"expected {need} bytes: see pack_custom_mask"
-        refused(case, "custom_mask", words, case.run, custom_mask=np.resize(mask, size))
-    for wrong in (mask[None], mask.astype(bool), np.repeat(mask, 2)[::2], 3, "mask"):
-        refused(case, "custom_mask", "", case.run, custom_mask=wrong)
-    refused(case, "causal", "False with custom_mask", case.run, custom_mask=mask, causal=True)
-    for given, words in (
-        ({"backend": "fa4"}, "got 'fa4', expected 'auto' or 'fa2' or 'fa3'"),
-        ({"backend": None}, "got None"),
-        ({"custom_mask": mask, "backend": "fa3"}, "'fa3', expected 'fa2': fa3 has no custom masks"),
-        ({"pos_encoding_mode": "ALIBI", "backend": "fa3"}, "'fa2': fa3 has no pos_encoding_mode"),
-        ({"use_fp16_qk_reduction": True, "backend": "fa3"}, "'fa2': fa3 has no use_fp16"),
-    ):
-        refused(case, "backend", words, case.run, **given)
-    few = {name: case.memory[name][: case.queries - 1] for name in "kv"}
-    for given in ({"causal": True}, {"pos_encoding_mode": "ROPE_LLAMA"}):
-        refused(case, "k", "expected 5 keys or more", case.run, **few, **given)
-    case.run(**few)
-    case.run(custom_mask=mask)
-    case.check()
-
-
-def test_dtypes_and_heads_of_one_request():
-    case = Single("single_prefill", FP8)
-    words = f"got 'fa2', expected what a backend has: fa2 has no {E4M3} queries; fa3 has head"
-    refused(case, "backend", words, case.run, backend="fa2")
-    mixed = case.memory["k"].astype(np.float16)
-    refused(case, None, "", case.run, k=mixed)
-    case = Single("single_decode", FP8)
-    refused(case, "q", "float16 or bfloat16", case.run)
-    case = Single("single_prefill", heads=3)
-    refused(case, None, "multiple of num_kv_heads = 2", case.run)
-    for heads in (3, 10, 12, 14, 32):
-        case = Single("single_decode", heads=heads)
-        words = "expected 1, 2, 3, 4, 8 heads for each of k's 2; single_prefill has any"
-        refused(case, "q", words, case.run)
 
 
 @pytest.mark.parametrize("op", SINGLES)
