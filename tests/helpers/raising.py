@@ -8,6 +8,7 @@ fixtures' names (`patch` is pytest's monkeypatch).
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -55,6 +56,41 @@ def rmsnorm(out: object = OUT, x: object = X, weight: object = W, **more: Any) -
     fi_ffi.rmsnorm(out, x, weight, **more)
 
 
+def patched(target: object, name: str, value: object, call: Callable[[], object]) -> Callable:
+    """A call while an attribute is another."""
+
+    def made(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(target, name, value)
+        call()
+
+    return made
+
+
+def in_environment(name: str, value: str, call: Callable[[], object]) -> Callable:
+    def made(patch: pytest.MonkeyPatch) -> None:
+        patch.setenv(name, value)
+        call()
+
+    return made
+
+
+def of_file(text: bytes, call: Callable[[Path], object], mode: int = 0o644) -> Callable:
+    """A call of a file with this text."""
+
+    def made(tmp_path: Path) -> None:
+        file = tmp_path / "file.so"
+        file.write_bytes(text)
+        file.chmod(mode)
+        call(file)
+
+    return made
+
+
+def disk(number: int) -> None:
+    with cache.writing(Path("norm.so"), 10**6):
+        raise OSError(number, os.strerror(number))
+
+
 def read_only() -> None:
     out = np.empty_like(X)
     out.flags.writeable = False
@@ -100,24 +136,9 @@ def in_use() -> None:
         call.give(frame)
 
 
-def another_gpus_stream(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(streams, "device_of", lambda handle: 1)
-    rmsnorm(desc(4096, (4, 64)), desc(65536, (4, 64)), desc(8192, (64,)), stream=0x5000)
-
-
-def unknown_sources(patch: pytest.MonkeyPatch) -> None:
-    patch.setenv(search.SOURCES, "somewhere")
-    search.kinds_asked()
-
-
 def no_kernels(patch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     search.use_source(tmp_path)
     search.find_module("norm")
-
-
-def other_release(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(search, "release", lambda: "0.5.0")
-    providers.check_available(OPS["rmsnorm"].row, CUDA)
 
 
 def no_function(built_wheel: Path) -> None:
@@ -129,12 +150,6 @@ def for_another_gpu(patch: pytest.MonkeyPatch, built_wheel: Path) -> None:
     patch.setattr(machine, "capability", lambda device: (8, 7))
     search.use_source(built_wheel)
     search.find_module("norm", 0)
-
-
-def written_for_others(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(machine, "capability", lambda device: (8, 7))
-    row = next(op.row for op in OPS.values() if op.row.capabilities)
-    providers.check_available(row, CUDA)
 
 
 def for_another_processor(built_wheel: Path, tmp_path: Path) -> None:
@@ -165,54 +180,23 @@ def writable(tmp_path: Path, mode: int, check: Callable[[Path], object]) -> None
     check(folder)
 
 
-def writable_object(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    file.chmod(0o666)
-    trust.check_object(file, file.lstat())
-
-
 def no_wheel(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
     file.write_bytes(b"no zip archive")
     open_source(file).modules()
 
 
-def no_library(tmp_path: Path) -> None:
-    file = tmp_path / "x.so"
-    file.write_bytes(b"no library")
-    held.facts_of(KernelFile(file).file())
+def with_tvm_ffi(version: str) -> Callable:
+    """Look for it where there is one of this version, without its library."""
 
+    def made(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
+        info = tmp_path / f"apache_tvm_ffi-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Name: apache-tvm-ffi\nVersion: {version}\n")
+        patch.setattr(sys, "path", [str(tmp_path)])
+        tvm_ffi.installed()
 
-def offline(patch: pytest.MonkeyPatch) -> None:
-    patch.setenv("FI_FFI_OFFLINE", "1")
-    urls.refuse_offline("norm.so")
-
-
-def no_tvm_ffi(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(sys, "path", [])
-    tvm_ffi.installed()
-
-
-def install_tvm_ffi(folder: Path, version: str, patch: pytest.MonkeyPatch) -> None:
-    info = folder / f"apache_tvm_ffi-{version}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Name: apache-tvm-ffi\nVersion: {version}\n")
-    patch.setattr(sys, "path", [str(folder)])
-
-
-def other_tvm_ffi(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
-    install_tvm_ffi(tmp_path, "0.2", patch)
-    tvm_ffi.installed()
-
-
-def tvm_ffi_without_its_library(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
-    install_tvm_ffi(tmp_path, "0.1.15", patch)
-    tvm_ffi.installed()
-
-
-def no_gpu() -> None:
-    machine._attribute.__wrapped__(machine.device_count(), 75)
+    return made
 
 
 def no_cudart(patch: pytest.MonkeyPatch) -> None:
@@ -223,38 +207,6 @@ def no_cudart(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(cuda.pathfinder, "load_nvidia_dynamic_lib", nowhere)
     machine.load_cudart.__wrapped__()
-
-
-def old_tvm_ffi(patch: pytest.MonkeyPatch) -> None:
-    path = runtime.ensure_tvm_ffi().path
-    patch.setattr(library, "_OLDEST", (0, 1, 10**6))
-    library.attach(path)
-
-
-def after_a_fork(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(machine, "_is_cut_off", True)
-    machine.refuse_after_fork()
-
-
-def full_disk() -> None:
-    with cache.writing(Path("norm.so"), 10**6):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def read_only_disk() -> None:
-    with cache.writing(Path("norm.so"), 10**6):
-        raise OSError(errno.EROFS, "Read-only file system")
-
-
-def no_lock(tmp_path: Path) -> None:
-    file = tmp_path / "wheels.lock"
-    file.write_text("no = 1")
-    lock.read_lock(file)
-
-
-def no_cuda_bindings(patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(sys.modules, "cuda.bindings", None)
-    cuda._runtime()
 
 
 def fails_without_words() -> None:
@@ -287,11 +239,6 @@ def hang(patch: pytest.MonkeyPatch) -> None:
     raise errors.HangError("slow", reports[0])
 
 
-def no_compiler(patch: pytest.MonkeyPatch) -> None:
-    patch.setenv("CXX", "no-such-compiler")
-    environment.find_cxx()
-
-
 def not_linux(patch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     patch.setattr(environment.sys, "platform", "darwin")
     with environment.open_workshop("0.6.13", ("8.7",), tmp_path, "torch", None):
@@ -317,7 +264,9 @@ RAISED: list[HERE] = [
      lambda: rmsnorm(desc(4096, (4, 64)), desc(0, (4, 64)), desc(8192, (64,)))),
     ("Tensors on different devices", errors.ArgumentError,
      lambda: rmsnorm(desc(4096, (4, 64)), X, desc(8192, (64,)))),
-    ("Tensors on different devices", errors.ArgumentError, another_gpus_stream),
+    ("Tensors on different devices", errors.ArgumentError,
+     patched(streams, "device_of", lambda handle: 1, lambda: rmsnorm(
+         desc(4096, (4, 64)), desc(65536, (4, 64)), desc(8192, (64,)), stream=0x5000))),
     ("A wrong dtype", errors.ArgumentError, lambda: rmsnorm(x=X.astype(np.float64))),
     ("A wrong dtype", errors.ArgumentError, lambda: fi_ffi.BatchDecodePlan(
         np.array([0, 1]), np.array([0]), np.array([1]), num_qo_heads=1, num_kv_heads=1,
@@ -335,7 +284,8 @@ RAISED: list[HERE] = [
     ("Capture refused", errors.ArgumentError, lambda: fi_ffi.capture(0)),
     ("A name of `supports` or `build` that is none", errors.ArgumentError,
      lambda: fi_ffi.rmsnorm.supports(sm="hopper")),
-    ("An environment variable that cannot be", errors.ArgumentError, unknown_sources),
+    ("An environment variable that cannot be", errors.ArgumentError,
+     in_environment(search.SOURCES, "somewhere", search.kinds_asked)),
     ("ArgumentTypeError", errors.ArgumentTypeError, lambda: rmsnorm(x=[1, 2])),
     ("ArgumentTypeError", errors.ArgumentTypeError, lambda: fi_ffi.TensorDesc(64, (1,), "half")),
     ("ArgumentTypeError", errors.ArgumentTypeError,
@@ -345,10 +295,14 @@ RAISED: list[HERE] = [
     ("No kernels of a module", errors.KernelNotFoundError, no_kernels),
     ("A place that is not there", errors.KernelNotFoundError, lambda: open_source("/none")),
     ("A place that is not there", errors.KernelNotFoundError, lambda: runtime.load_file("/")),
-    ("A release mismatch", errors.KernelNotFoundError, other_release),
+    ("A release mismatch", errors.KernelNotFoundError,
+     patched(search, "release", lambda: "0.5.0",
+             lambda: providers.check_available(OPS["rmsnorm"].row, CUDA))),
     ("A function that is not in the library", errors.KernelNotFoundError, no_function),
     ("Kernels for another GPU", errors.ArchitectureError, for_another_gpu),
-    ("An op that was written for other GPUs", errors.ArchitectureError, written_for_others),
+    ("An op that was written for other GPUs", errors.ArchitectureError,
+     patched(machine, "capability", lambda device: (8, 7), lambda: providers.check_available(
+         next(op.row for op in OPS.values() if op.row.capabilities), CUDA))),
     ("A library for another processor", errors.ArchitectureError, for_another_processor),
     ("An interface that is not the declared one", errors.AbiError, another_interface),
     ("A sha256 that is another", errors.ArtifactError, installed_and_changed),
@@ -358,29 +312,38 @@ RAISED: list[HERE] = [
      lambda tmp_path: writable(tmp_path, 0o777, trust.check_folder)),
     ("Permission refused", errors.ArtifactError,
      lambda tmp_path: writable(tmp_path, 0o777, trust.check_named)),
-    ("Permission refused", errors.ArtifactError, writable_object),
+    ("Permission refused", errors.ArtifactError,
+     of_file(b"", lambda file: trust.check_object(file, file.lstat()), 0o666)),
     (DAMAGED, errors.ArtifactError, lambda tmp_path: no_wheel(tmp_path, "kernels.txt")),
     (DAMAGED, errors.ArtifactError, lambda tmp_path: no_wheel(tmp_path, "kernels.whl")),
-    (DAMAGED, errors.ArtifactError, no_library),
-    ("Offline", errors.FetchError, offline),
-    ("No GPU", errors.LoaderError, no_gpu),
+    (DAMAGED, errors.ArtifactError,
+     of_file(b"no library", lambda file: held.facts_of(KernelFile(file).file()))),
+    ("Offline", errors.FetchError,
+     in_environment("FI_FFI_OFFLINE", "1", lambda: urls.refuse_offline("norm.so"))),
+    ("No GPU", errors.LoaderError,
+     lambda: machine._attribute.__wrapped__(machine.device_count(), 75)),
     ("libcudart is missing", errors.LoaderError, no_cudart),
-    (TVM_FFI, errors.LoaderError, old_tvm_ffi),
-    (TVM_FFI, errors.LoaderError, no_tvm_ffi),
-    (TVM_FFI, errors.LoaderError, other_tvm_ffi),
-    (TVM_FFI, errors.LoaderError, tvm_ffi_without_its_library),
+    (TVM_FFI, errors.LoaderError, patched(library, "_OLDEST", (0, 1, 10**6),
+                                          lambda: library.attach(runtime.ensure_tvm_ffi().path))),
+    (TVM_FFI, errors.LoaderError, patched(sys, "path", [], tvm_ffi.installed)),
+    (TVM_FFI, errors.LoaderError, with_tvm_ffi("0.2")),
+    (TVM_FFI, errors.LoaderError, with_tvm_ffi("0.1.15")),
     (TVM_FFI, errors.LoaderError, lambda: library.attach("/none.so")),
-    ("After a fork", errors.LoaderError, after_a_fork),
+    ("After a fork", errors.LoaderError,
+     patched(machine, "_is_cut_off", True, machine.refuse_after_fork)),
     ("A library that does not load", errors.LoaderError, lambda: library.open_module("/none.so")),
-    (DISK, errors.LoaderError, full_disk),
-    (DISK, errors.LoaderError, read_only_disk),
-    ("A lock that cannot be read", errors.LoaderError, no_lock),
-    ("What else a call needs", errors.LoaderError, no_cuda_bindings),
+    (DISK, errors.LoaderError, lambda: disk(errno.ENOSPC)),
+    (DISK, errors.LoaderError, lambda: disk(errno.EROFS)),
+    ("A lock that cannot be read", errors.LoaderError,
+     of_file(b"no = 1", lock.read_lock)),
+    ("What else a call needs", errors.LoaderError,
+     lambda patch: (patch.setitem(sys.modules, "cuda.bindings", None), cuda._runtime())),
     ("KernelError", errors.KernelError, fails_without_words),
     ("KernelError", errors.KernelError, lambda: cuda.check(1, "cudaMemcpyAsync")),
     ("DeviceError", errors.DeviceError, lambda: cuda.check(700, "cudaEventRecord")),
     ("HangError", errors.HangError, hang),
-    ("BuildError", errors.BuildError, no_compiler),
+    ("BuildError", errors.BuildError,
+     in_environment("CXX", "no-such-compiler", environment.find_cxx)),
     ("BuildError", errors.BuildError, not_linux),
     ("BuildError", errors.BuildError, no_ensurepip),
 ]  # fmt: skip
