@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.ops.attention.arrays import mask_bytes
 
 
 def masks_of(rng, lens):
@@ -37,21 +36,6 @@ def test_each_bit_of_a_batch(rng):
         assert not any(bit(own, at) for at in range(qo_len * kv_len, 8 * len(own)))
         start = stop
     assert start == len(packed)
-
-
-def test_it_is_where_a_plan_looks(rng):
-    masks = masks_of(rng, LENS)
-    starts = mask_bytes(*zip(*LENS, strict=True))
-    packed = fi_ffi.pack_custom_mask(masks)
-    assert starts[-1] == len(packed)
-    for mask, start, stop in zip(masks, starts, starts[1:], strict=False):
-        assert (fi_ffi.pack_custom_mask(mask) == packed[start:stop]).all()
-
-
-def test_known_bytes():
-    mask = np.array([[True, False, True, True, False], [False, False, True, True, True]])
-    assert fi_ffi.pack_custom_mask(mask).tolist() == [0b10001101, 0b00000011]
-    assert fi_ffi.pack_custom_mask([mask[:, :4], mask]).tolist() == [0b11001101, 141, 3]
 
 
 @pytest.mark.parametrize("arrange", [tuple, list, np.stack])

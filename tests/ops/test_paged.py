@@ -77,15 +77,6 @@ def test_the_largest_numbers():
     assert (requests.tolist(), positions.tolist()) == ([0, 0], [MOST - 2, MOST - 1])
 
 
-def test_they_fit_each_other():
-    """From pages to positions, as docs/paged-kv-cache.md has it."""
-    lengths = fi_ffi.seq_lens(np.array([0, 2, 2, 5]), np.array([1, 0, 4]), 4)
-    assert lengths.tolist() == [5, 0, 12]
-    requests, positions = fi_ffi.batch_indices_positions([0, 2, 2, 5], lengths)
-    assert requests.tolist() == [0, 0, 2, 2, 2]
-    assert positions.tolist() == [3, 4, 9, 10, 11]
-
-
 VALUE, TYPE = fi_ffi.ArgumentError, fi_ffi.ArgumentTypeError
 NO_ARRAYS = [None, 1.5, "0", b"0", [0.0], [0, True], [0, None], [[0]], np.array([0.5]),
              np.array([False]), np.array(["0"]), np.array([None]), object(), {0: 0},
