@@ -29,7 +29,6 @@ from fi_ffi.reference import norm
 from tests.helpers.plan_calls import KINDS
 from tests.helpers.plan_calls import Case as PlanCase
 from tests.helpers.prepared_calls import (
-    EVERY_OP,
     EVERY_WAY,
     draw,
     full,
@@ -42,26 +41,8 @@ pytestmark = pytest.mark.usefixtures("settled")
 
 
 @pytest.mark.parametrize(("op", "dtypes", "more"), EVERY_WAY)
-def test_the_same_bits(op, dtypes, more):
-    """The first call, the second and the third, in memory of their own."""
-    case = draw(op.row, dtypes, more)
-    expected, *others = placed(case, more, 5)
-    full(op.row, expected)
-    for made in others:
-        op(**made.values)
-        assert not made.differs(expected)
-    scalars = draw(op.row, dtypes, more).scalars | {
-        name: value for name, value in case.scalars.items() if type(value) is not float
-    }
-    expected, got = placed(case, more, 2)
-    expected.scalars = got.scalars = scalars
-    full(op.row, expected)
-    op(**got.values)
-    assert not got.differs(expected)
-
-
-@pytest.mark.parametrize(("op", "dtypes", "more"), EVERY_OP)
 def test_by_place_and_by_keyword(op, dtypes, more):
+    """The same bits in memory of their own; then of other numbers."""
     case = draw(op.row, dtypes, more)
     expected, first, second, third = placed(case, more, 4)
     full(op.row, expected)
@@ -69,7 +50,15 @@ def test_by_place_and_by_keyword(op, dtypes, more):
     ordered = [third.values.get(arg.name) for arg in op.row.given]
     op(**dict(reversed(second.values.items())), stream=None)
     op(*ordered)
-    assert not second.differs(expected) and not third.differs(expected)
+    assert not any(made.differs(expected) for made in (first, second, third))
+    numbers = draw(op.row, dtypes, more).scalars
+    expected, got = placed(case, more, 2)
+    for name, value in numbers.items():
+        if type(value) is float:
+            expected.scalars[name] = got.scalars[name] = value
+    full(op.row, expected)
+    op(**got.values)
+    assert not got.differs(expected)
 
 
 def test_sizes_and_strides_are_each_calls_own(mine):
