@@ -41,7 +41,7 @@ from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.row import Row, Tensor
 
-from tests.helpers.plan_calls import Case
+from tests.helpers.plan_calls import Case, aligned
 
 X, W = np.ones((4, 64), np.float16), np.ones(64, np.float16)
 OUT = np.empty_like(X)
@@ -104,12 +104,6 @@ def overlapping() -> None:
 
 def small_workspace() -> None:
     Case("decode").plan(workspace=fi_ffi.Workspace(np.zeros(2**20, np.uint8), aligned(16)))
-
-
-def aligned(size: int) -> np.ndarray:
-    memory = np.zeros(size + 256, np.uint8)
-    start = -memory.ctypes.data % 256
-    return memory[start : start + size]
 
 
 def stale_plan() -> None:

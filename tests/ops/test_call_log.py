@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -436,25 +435,6 @@ def test_a_closed_log_opens_no_block():
     log.close()
     with pytest.raises(fi_ffi.ArgumentError, match="one that is closed"), log:
         pass
-
-
-def test_threads(mine, path):
-    """Every call's lines stay together."""
-
-    def work():
-        for _ in range(20):
-            fi_ffi.rmsnorm(*(np.ones(shape, np.float16) for shape in ((2, 8), (2, 8), 8)))
-
-    with fi_ffi.call_log(5, path), ThreadPoolExecutor(4) as pool:
-        for job in [pool.submit(work) for _ in range(4)]:
-            job.result()
-    told = read(path)
-    assert len(told) == 80
-    for said in told:
-        assert set(said.under("before:")) == {"input", "weight"}
-        assert set(said.values) == {
-            "called", "entry", "out", "input", "weight", "eps", "enable_pdl",
-        }  # fmt: skip
 
 
 # ---------------------------------------------------------------- processes

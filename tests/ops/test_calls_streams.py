@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import signal
 import sys
 
@@ -303,34 +302,3 @@ def test_interrupts_leave_no_stream_set(number, scope, gpu, mine, monkeypatch):
     assert mine.is_done(2)
     call()
     assert mine.is_done(2)
-
-
-def test_forks(gpu, mine):
-    """A child of a process that has used a GPU cannot: each way of a call says so, and launches
-    nothing; the parent goes on."""
-    calls = Calls(mine)
-
-    def refused(way, stream):
-        try:
-            way(stream)
-        except fi_ffi.LoaderError as error:
-            return "fork" in str(error)
-        return False
-
-    with fi_ffi.stream(0x51):
-        for way in calls.ways:
-            way(None)
-            way(0x61)
-        mine.given.clear()
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                told = [refused(way, stream) for way in calls.ways for stream in (None, 0x61)]
-                code = 0 if all(told) and not mine.given else 2
-            finally:
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        assert os.waitstatus_to_exitcode(status) == 0
-        calls.typed(None)
-    assert mine.given
