@@ -77,6 +77,10 @@ def test_frames_are_given_back():
         with pytest.raises(fi_ffi.ArgumentError):
             op(**first.values | {"eps": "1"})
     assert len(variant.frames) <= 2
+    call = op.prepare(**first.values)
+    before = call.frame
+    call.change({"eps": 0.5})  # an update that packs it anew
+    assert call.frame is not before and variant.frames[-1] is before
 
 
 with_gil = pytest.mark.skipif(
