@@ -97,11 +97,6 @@ def read_only() -> None:
     rmsnorm(out)
 
 
-def overlapping() -> None:
-    gate = np.ones((4, 128), np.float16)
-    fi_ffi.silu_and_mul(gate[:, 32:96], gate)
-
-
 def small_workspace() -> None:
     Case("decode").plan(workspace=fi_ffi.Workspace(np.zeros(2**20, np.uint8), aligned(16)))
 

@@ -1,7 +1,7 @@
 """Outputs that share memory with another tensor: refused, but for the pairs that a row lists.
 
-Made from rows, for every op; then for products that are called by other names.  Some of what is
-tried is drawn, each time from the same seed: of FI_FFI_SEED, if set.
+Made from rows, for every op.  Some of what is tried is drawn, each time from the same seed: of
+FI_FFI_SEED, if set.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import zlib
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -36,7 +35,6 @@ from tests.helpers.overlapping import (
     steps_of,
 )
 
-BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 _SEED = int(os.environ.get("FI_FFI_SEED", "0"))
 
 
