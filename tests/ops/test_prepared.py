@@ -292,3 +292,14 @@ def test_optional_tensors_stay_as_they_were_prepared():
     call.update(alpha=None, input_state=None)  # as they are
     call()
     assert not first.differs(expected)
+
+
+@pytest.mark.parametrize("rows", [-1, 1])
+def test_an_address_inside_what_is_written(rows):
+    op = OPS["rmsnorm"]
+    (made,) = placed(draw(op.row, {"T": "float16"}, {}), {}, 1)
+    call = op.prepare(**made.values)
+    before, out = frame_of(call), made.descs["out"]
+    with pytest.raises(fi_ffi.ArgumentError, match=r"overlaps `(input|out)`"):
+        call.update(input=out.ptr + rows * out.strides[0] * out.dtype.itemsize)
+    assert frame_of(call) == before
