@@ -80,7 +80,7 @@ def test_frames_are_given_back():
     call = op.prepare(**first.values)
     before = call.frame
     call.change({"eps": 0.5})  # an update that packs it anew
-    assert call.frame is not before and variant.frames[-1] is before
+    assert call.frame is not before and call.variant.frames[-1] is before
 
 
 with_gil = pytest.mark.skipif(
