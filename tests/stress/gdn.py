@@ -29,7 +29,8 @@ from fi_ffi.reference.gdn import gdn_prefill
 
 from tests.attention import machines
 from tests.helpers.calls import HostArray
-from tests.helpers.inputs.gdn import make as ragged_sequences
+from tests.helpers.inputs.family import Call
+from tests.helpers.inputs.gdn import make as fill_in
 from tests.helpers.stress_strength import IS_SANITIZED
 
 OP = OPS["gdn_prefill"]
@@ -228,9 +229,9 @@ def draw(spec: Spec, rng: np.random.Generator) -> tuple[Arrays, dict[str, Any]]:
     scalars: dict[str, Any] = {"scale": spec.scale}
     if spec.every:
         scalars["checkpoint_every_n_tokens"] = spec.every
-    made, sizes, scalars = ragged_sequences(
-        row, {"cu_seqlens": starts}, sizes, scalars, without, rng
-    )
+    call = Call(row, {"cu_seqlens": starts}, sizes, scalars, without, rng)
+    fill_in(call)
+    made = call.tables
     rows = (sizes["total_seq_len"], spec.v_heads)
     # Tokens of different sizes, so that one taken for another is seen.
     spread = np.exp(rng.uniform(-2, 2, (*rows, 1)))
