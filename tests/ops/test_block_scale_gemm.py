@@ -154,6 +154,17 @@ def test_block_scales_recorded_and_replayed(machine, rng):
             assert made.worst() <= 1
 
 
+def test_block_scales_on_streams_of_their_own(machine, rng):
+    machine.need(MODULE)
+    streams = machine.streams(3)
+    calls = [Blocks(machine, rng, 16, 128, 512, False, False) for _ in range(9)]
+    machine.synchronize()
+    for i, made in enumerate(calls):
+        made.call(stream=streams[i % 3])
+    machine.synchronize()
+    assert max(made.worst() for made in calls) <= 1
+
+
 def test_block_scales_with_memory_of_the_callers(machine, rng):
     machine.need(MODULE)
     made = Blocks(machine, rng, 16, 64, 256, False, False)

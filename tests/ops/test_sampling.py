@@ -24,7 +24,7 @@ from tests.helpers.sampling_calls import (
     make,
     run,
 )
-from tests.ops.test_results import SCRATCH, TOP_K
+from tests.ops.test_results import CHAIN, SCRATCH, TOP_K
 
 FILTERED = ("maybe_temperature_arr", *ARRAYS)
 
@@ -250,3 +250,62 @@ def test_a_capture_finds_scratch_or_says_what_to_do(gpu, rng):
     with pytest.raises(fi_ffi.ArgumentError, match=f"{row.name}.*before the capture"):
         fi_ffi.top_p_renorm_probs(**large, **many, stream=stream)
     assert kept
+
+
+def test_a_graph_draws_anew_from_arrays_that_change(machine, rng):
+    """Seeds and offsets in memory, which change between replays; numbers cannot."""
+    name, n = "top_p_sampling_from_probs", 64
+    machine.need("sampling")
+    case = make(name, rng, n=n, h=1000, without=(*ARRAYS, "maybe_indices"), top_p_val=0.9)
+    placed = {key: machine.place(array) for key, array in case.arrays.items()}
+    descs = {key: array.desc() for key, array in placed.items()}
+
+    def launch():
+        OPS[name](**descs, **case.scalars, stream=machine.stream)
+
+    launch()
+    machine.synchronize()
+    replay, seen = machine.capture(launch), []
+    for offset in (0, 32, 64, 0):
+        new = machine.place(np.array([offset], np.int64))
+        copy_to(machine, placed["maybe_offset_arr"], new)
+        replay()
+        machine.synchronize()
+        tokens = placed["output"].get()
+        arrays = case.arrays | {"maybe_offset_arr": np.array([offset], np.int64)}
+        assert (tokens == run(machine, name, arrays, **case.scalars)["output"]).all()
+        seen.append(tuple(tokens))
+    assert len({*seen}) == 3 and seen[0] == seen[3]
+
+
+def copy_to(machine, placed, new):
+    if not machine.is_gpu:
+        placed.array[...] = new.array
+        return
+    from cuda.bindings import runtime
+
+    from fi_ffi.cli.cuda import check
+
+    kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+    check(runtime.cudaMemcpyAsync(placed.ptr, new.ptr, new.nbytes, kind, machine.stream))
+
+
+def test_certain_targets(machine, rng):
+    """One token at each position: taken where it was drafted, and given where it was not."""
+    n, s, h = 30, 4, 16
+    wanted = rng.integers(0, h, (n, s + 1))
+    target = np.eye(h, dtype=np.float32)[wanted]
+    ids = wanted[:, :s].copy()
+    wrong_from = rng.integers(0, s + 1, n)
+    for row, first in zip(ids, wrong_from, strict=True):
+        row[first:] = (row[first:] + 1) % h
+    tables = {"target_probs": target, "draft_probs": np.full((n, s, h), 1 / h),
+              "draft_token_ids": ids}  # fmt: skip
+    case = make_case(OPS[CHAIN].row, {"n": n, "s": s, "h": h}, {"S": "int64"}, rng, tables)
+    got = run(machine, CHAIN, case.arrays, **case.scalars)
+    assert judged(case, got)
+    for i, first in enumerate(wrong_from):
+        expected = [*wanted[i, : first + 1], *[-1] * (s - first)]
+        assert got["output_token_ids"][i].tolist() == expected
+    name = "output_emitted_draft_token_num"
+    assert (got[name] - case.arrays[name] == wrong_from).all()
