@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-CASES = 8  # of a test, at most
+CASES = 6  # of a test, at most
 LEFT_OUT = ("llm", "releases", "speed", "stress")  # folders of tests/
 _SEED = pytest.StashKey[int | None]()
 _is_sample = False
