@@ -57,6 +57,43 @@ def test_fp8_outputs_are_scaled(rng):
     assert (output[:, 0] == np.clip(exact, -448, 448).astype(FP8)).all()
 
 
+@pytest.mark.parametrize("sm_count", [None, 1, 132, 10**6])
+def test_a_semaphore_for_each_request_and_head(sm_count, rng):
+    options = {"semaphores": np.zeros(4 * 2, np.uint32), "sm_count": sm_count}
+    assert Batch(Spec(options=options), rng).check(HostArray) <= 1
+
+
+def test_a_grid_has_room_for_so_many(monkeypatch, rng):
+    """Requests, and heads of the keys; on Hopper with fp8 keys, their product."""
+    monkeypatch.setattr(machine, "capability", lambda index: (9, 0))
+    monkeypatch.setattr(machine, "multiprocessors", lambda index: 132)
+
+    def refused(requests: int, heads: int, keys: str, less: int = 0) -> str:
+        shapes = {
+            "q": (requests, 1, 2 * heads, 128), "k_cache": (9, 16, heads, 128),
+            "v_cache": (9, 16, heads, 128), "page_table": (requests, 2),
+            "seq_lens": (requests, 1), "output": (requests, 1, 2 * heads, 128),
+            "semaphores": (requests * heads - less,), "workspace_buffer": (1 << 24,),
+        }  # fmt: skip
+        dtypes = {
+            "k_cache": keys, "v_cache": keys, "page_table": "int32", "seq_lens": "uint32",
+            "semaphores": "uint32", "workspace_buffer": "uint8",
+        }  # fmt: skip
+        descs = {
+            name: fi_ffi.TensorDesc(i << 40, shape, dtypes.get(name, "bfloat16"), device="cuda:0")
+            for i, (name, shape) in enumerate(shapes.items(), 1)
+        }
+        with pytest.raises(fi_ffi.ArgumentError) as caught:
+            fi_ffi.xqa(**descs, stream=0)
+        return str(caught.value)
+
+    assert "b = 65536 of at most 65535" in refused(2**16, 1, "bfloat16")
+    assert "num_kv_heads = 65536 of at most 65535" in refused(1, 2**16, "bfloat16")
+    assert "b * num_kv_heads of at most 65535" in refused(2**14, 4, "float8_e4m3fn")
+    # One semaphore too few, and nothing else.
+    assert f"{4 * 2**16} bytes or more" in refused(2**14, 4, "bfloat16", 1)
+
+
 def test_the_judge_sees_a_wrong_result(rng):
     batch = Batch(SPECS["plain"], rng)
     right = batch.expected()
@@ -92,8 +129,8 @@ def _wrong() -> dict[str, tuple[str, object, str]]:
         "sinks": ("sinks", np.zeros((4, 2), f32), "num_kv_heads = 2"),
         "sinks in float16": ("sinks", np.zeros((2, 4), F16), "float32"),
         "multiprocessors": ("sm_count", 0, "from 1"),
-        "too many of them": ("sm_count", 10**6, "at most"),
-        "semaphores": ("semaphores", np.zeros(4, np.int32), "uint32"),
+        "semaphores of int32": ("semaphores", np.zeros(8, np.int32), "uint32"),
+        "a semaphore too few": ("semaphores", np.zeros(7, np.uint32), "32 bytes or more"),
         "workspace": ("workspace_buffer", np.zeros(100, np.uint8), "bytes or more"),
         "text": ("q", "queries", "Tensor"),
         "none": ("k_cache", None, "Tensor"),

@@ -55,13 +55,19 @@ def test_calls_one_after_another_share_semaphores(rng, to_gpu, stream):
             assert run(SPECS[name], rng, to_gpu, stream) <= 1
 
 
-def test_scratch_of_the_callers(rng, to_gpu, stream):
+@pytest.mark.parametrize("sm_count", [None, 1, 7, 10**6])
+@pytest.mark.parametrize("name", ["split", "plain", "many", "fp8, window"])
+def test_scratch_of_the_callers(name, sm_count, rng, to_gpu, stream):
+    """A counter for each request and head of the keys: none beside them is counted up."""
     from fi_ffi.loader import machine
     from fi_ffi.ops.attention.rows import SCRATCH_BYTES
 
+    spec = SPECS[name]
     size = SCRATCH_BYTES * machine.multiprocessors(0)
     options = {
         "workspace_buffer": np.zeros(size, np.uint8),
-        "semaphores": np.zeros(2**18, np.uint32),
+        "semaphores": np.zeros(len(spec.lengths) * spec.kv_heads, np.uint32),
+        "sm_count": sm_count,
     }
-    assert run(replace(SPECS["split"], options=options), rng, to_gpu, stream) <= 1
+    for _ in range(2):
+        assert run(replace(spec, options=options), rng, to_gpu, stream) <= 1

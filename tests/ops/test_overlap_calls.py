@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.ops.attention.rows import SEMAPHORES
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference.attention.formula import Options, exact
 
@@ -158,7 +157,7 @@ def pod(rng: np.random.Generator) -> Made:
 
 def xqa(rng: np.random.Generator, **spec: Any) -> Made:
     batch = xqa_calls.Batch(xqa_calls.Spec(lengths=(1, 17), **spec), rng)
-    scratch = {"workspace_buffer": aligned(1 << 17), "semaphores": np.zeros(SEMAPHORES, np.uint32)}
+    scratch = {"workspace_buffer": aligned(1 << 17), "semaphores": np.zeros(4, np.uint32)}
     written = ("output", *scratch)
     return Named("xqa", batch.arrays | scratch, written, fi_ffi.xqa, step=128), None
 

@@ -10,12 +10,13 @@ The names here are of the first form of each row; `of_release` has the others.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from fi_ffi.errors import KernelNotFoundError
 from fi_ffi.ops.releases import OLDEST, fits, forms_of, span_of
-from fi_ffi.ops.row import Arg, KvLayout, PlanInfo, Row, Scalar, Tensor, Vector
+from fi_ffi.ops.row import Arg, KvLayout, PlanInfo, Row, Rule, Scalar, Tensor, Vector
 
 _Dtypes = dict[str, tuple[str, ...]]
 F16 = ("float16", "bfloat16")
@@ -353,7 +354,19 @@ _CACHE = "num_pages page_size num_kv_heads head_dim"
 # there are no more pieces than multiprocessors.
 _ROWS, _HEAD_DIM = 32, 256
 SCRATCH_BYTES = _ROWS * (4 * _HEAD_DIM + 8) + 1024
-SEMAPHORES = 2**18  # of requests and heads of keys; their product is not more
+_GRID = 2**16 - 1  # blocks along a grid's second and third dimension
+
+
+def semaphore_bytes(sizes: Mapping[str, int]) -> int:
+    """A counter for each request and head of the keys, which both kernels number in that order."""
+    return 4 * sizes["b"] * sizes["num_kv_heads"]
+
+
+# The kernel for Hopper has both in one dimension of its grid, the other one has two for them.
+_IN_A_GRID = Rule(
+    "q", f"not run_sm90_fp8_mha or b * num_kv_heads <= {_GRID}",
+    f"b * num_kv_heads of at most {_GRID}: the kernel has a block for each",
+)  # fmt: skip
 
 XQA = _row(
     "xqa", "xqa_wrapper", "", "flashinfer_xqa_binding.cu",
@@ -385,15 +398,15 @@ XQA = _row(
            **_ONE),
     Tensor("mask", "b q_seq_len mask_words", "uint16", "bits", **_ONE),
     Tensor("semaphores", "num_semaphores", "uint32", "0, and so afterwards", writes=True,
-           contiguous=True, bytes=4 * SEMAPHORES, zeroed=True),
+           contiguous=True, bytes_for=semaphore_bytes, zeroed=True),
     Tensor("scratch", "scratch_size", "uint8", "partial results", writes=True, reads=False,
            contiguous=True, alignment=128, bytes_per_multiprocessor=SCRATCH_BYTES),
     _number("enable_pdl", "programmatic dependent launch", bool),
     dtypes={"Q": F16, "KV": (*F16, "float8_e4m3fn"), "O": (*F16, "float8_e4m3fn")},
     vector=Vector(("head_dim",)), same_strides=("kCacheVLLM", "vCacheVLLM"),
     requires=(*_HEADS, "page_size in (16, 32, 64, 128)", "head_dim % 16 == 0",
-              f"b * num_kv_heads <= {SEMAPHORES}"), capabilities=(9, 10, 11, 12),
-    nothing_axis="b", offset_limit=_FAR,
+              f"b <= {_GRID}", f"num_kv_heads <= {_GRID}", _IN_A_GRID),
+    capabilities=(9, 10, 11, 12), nothing_axis="b", offset_limit=_FAR,
 )  # fmt: skip
 
 # POD: a request's prefill and a batch's decode in one launch.  Both kinds of cache are handed

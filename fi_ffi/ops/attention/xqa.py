@@ -57,7 +57,7 @@ def xqa(
         sinks: [num_kv_heads, num_q_heads / num_kv_heads] float32: a logit more for each head.
         q_scale, kv_scale: numbers, or [1] float32 on the device; kv_scale is of fp8 caches.
         sliding_win_size: the last keys that are seen, the newest among them; 0: all.
-        sm_count: multiprocessors to use; all of the device's.
+        sm_count: multiprocessors to use; without it, and at most, all of the device's.
 
     The module is compiled for the dtypes, the page's and the head's size, the number of query
     heads that share keys, and whether there is a window.  On SM90 fp8 caches take a kernel that
@@ -89,9 +89,7 @@ def xqa(
     )  # fmt: skip
     values = Values(_OP, compiled_row(row, module, dtypes, _OP, device), "xqa", {})
     most = multiprocessors(device)
-    count = most if sm_count is None else check_int(_OP, "sm_count", sm_count, 1)
-    if count > most:
-        raise ArgumentError(_OP, "sm_count", got=count, expected=f"at most {most}")
+    count = most if sm_count is None else min(check_int(_OP, "sm_count", sm_count, 1), most)
     values.put(
         run_sm90_fp8_mha=_on_hopper(device) and caches[0].dtype.itemsize == 1,
         multiProcessorCount=count, nbKHeads=kv_heads, slidingWinSize=window, output=output,

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # that of a thread's own default stream is the same for all threads.
 StreamKey = tuple[int, int]
 HOST: StreamKey = -1, 0  # what the CPU has instead
+# A stream's own memory is of so many bytes at least: it seldom grows, which a capture forbids.
+_LEAST = 1 << 20
 
 _lock = threading.Lock()
 renew_after_fork(globals(), "_lock", threading.Lock)
@@ -121,7 +123,7 @@ def scratch_for(
                 raise refuse.error(arg.name, "none", expected)
             if own is not None:
                 keep(own)
-            own = mine[name] = cuda.allocate(max(need, 2 * have), device, arg.zeroed)
+            own = mine[name] = cuda.allocate(max(need, 2 * have, _LEAST), device, arg.zeroed)
         if not hold(own) and is_captured:
             keep(own)  # another library's graph uses it
         return _typed(arg, own)
