@@ -34,12 +34,12 @@ Generated from the op table by tools/generate_ops_docs.py. `help(fi_ffi.NAME)` s
 what is aligned how, how far offsets reach, what may be the same memory.
 
 A tensor is a `TensorDesc` or anything with a tensor protocol; a shape names its axes, and the
-same name is the same size. T and other capitals are dtypes, which a line below the arguments
-names. An argument that is `REQUIRED` has to be given, although one before it need not be. Every
-call takes `stream=` as well; on `device="cpu"` it runs the reference. *SMs* are
-those that FlashInfer {release} compiles the module for, [matrix.md](matrix.md) says more.
-Arguments are those of {release}; where another release has others, the op takes those of the
-kernels in use.
+same name is the same size; for [1] a tensor of no axis will do. T and other capitals are dtypes,
+which a line below the arguments names. An argument that is `REQUIRED` has to be given, although
+one before it need not be. Every call takes `stream=` as well; on `device="cpu"` it runs the
+reference. *SMs* are those that FlashInfer {release} compiles the module for, [matrix.md](matrix.md)
+says more. Arguments are those of {release}; where another release has others, the op takes those
+of the kernels in use.
 """
 
 
@@ -67,7 +67,7 @@ def _kind(arg: Arg) -> str:
         words = getattr(arg, "words", ())
         return " or ".join(map(repr, words)) if words else kind.__name__
     shape = ", ".join(arg.axis_names)
-    marks = [f"[{shape}] {arg.dtype}"]
+    marks = [f"[{shape}]{f' or [{shape}, 1]' if arg.column else ''} {arg.dtype}"]
     marks += ["written"] if arg.writes else []
     marks += ["or None"] if default_of(arg) else []
     return ", ".join(marks)

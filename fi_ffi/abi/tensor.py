@@ -363,6 +363,16 @@ def frozen(
     return made  # type: ignore[no-any-return]
 
 
+def as_vector(desc: TensorDesc) -> TensorDesc:
+    """View a tensor without its last axes of one element; of no axis, as one of one element."""
+    shape, strides = desc.shape or (1,), desc.strides or (1,)
+    while len(shape) > 1 and shape[-1] == 1:
+        shape, strides = shape[:-1], strides[:-1]
+    kind = desc.kind
+    made = tensor_kind(kind.dtype, kind.device, len(shape), kind.readonly)
+    return frozen(desc.ptr, shape, strides, made, desc)
+
+
 def c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Row-major strides of `shape`, in elements."""
     strides, step = [], 1

@@ -26,6 +26,7 @@ def _argument(arg: Arg) -> str:
         if arg.size_of:
             default, least = " or None = None", "up to " * arg.or_less
             low += f", {least}the size of {arg.size_of}"
+        low += f"; not read beside {arg.instead}" if arg.instead else ""
         return f"{arg.name} ({arg.type.__name__}{default}{low}): {arg.doc}."
     if not isinstance(arg, Tensor):
         return f"{arg.name}: an Array object."
@@ -38,7 +39,8 @@ def _argument(arg: Arg) -> str:
     how += [f"one of {arg.parts} parts, side by side"] if arg.parts > 1 else []
     how += [f"aligned to {arg.alignment} bytes"] if arg.alignment > 1 else []
     shape = ", ".join(arg.axis_names)
-    return f"{arg.name} ({'; '.join([f'[{shape}] {arg.dtype}', *how])}): {arg.doc}."
+    shape = f"[{shape}] or [{shape}, 1]" if arg.column else f"[{shape}]"
+    return f"{arg.name} ({'; '.join([f'{shape} {arg.dtype}', *how])}): {arg.doc}."
 
 
 def _indented(text: str) -> str:

@@ -68,12 +68,23 @@ class Tensor(Ranged):
     bytes: int = 0
     bytes_per_multiprocessor: int = 0
     bytes_for: Any = None  # Callable[[Mapping[str, int]], int]
+    # Scalars that `bytes_for` is given beside the sizes.
+    bytes_given: tuple[str, ...] = ()
+    # The kernel is told how large it is, and makes do with any size.
+    any_size: bool = False
     # Zero before the first call; each call leaves it so.
     zeroed: bool = False
+    # Each element may have an axis of its own: [n, 1] stands for [n].
+    column: bool = False
 
     @property
     def is_scratch(self) -> bool:
         return bool(self.bytes or self.bytes_per_multiprocessor or self.bytes_for)
+
+    @property
+    def is_loose(self) -> bool:
+        """Whether its elements may be given with fewer or more axes: [] and [1, 1] for [1]."""
+        return self.column or (self.axes == "1" and not self.is_scratch)
 
     @property
     def axis_names(self) -> tuple[str, ...]:
@@ -95,9 +106,9 @@ class Scalar(Ranged):
     """A scalar argument, passed by value.
 
     `default` is None where the caller must give it; `low` and `high` are the least and the
-    greatest value allowed.  With `size_of` it is the size of that axis, which None (then the
-    default) stands for; or less, with `or_less`.  With `library` it is a handle of that library
-    of CUDA; 0 stands for fi_ffi's own of the device.
+    greatest value allowed, unless there is the tensor that is read `instead`.  With `size_of` it
+    is the size of that axis, which None (then the default) stands for; or less, with `or_less`.
+    With `library` it is a handle of that library of CUDA; 0 stands for fi_ffi's own of the device.
     """
 
     name: str
@@ -110,6 +121,7 @@ class Scalar(Ranged):
     size_of: str = ""
     or_less: bool = False
     library: str = ""
+    instead: str = ""
 
     @property
     def abi_type(self) -> str:

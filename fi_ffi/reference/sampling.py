@@ -23,6 +23,8 @@ _FEW = 16
 # Errors of `exp` that grow with its argument, and float32 below its normal numbers, which is 0 to
 # kernels compiled for fast arithmetic.
 _EXP, _ARGUMENT, _FLUSHED = 2.0**-20, 2.0**-22, 2.0**-126
+# Kernels count subsequences of random words so far, and begin again.
+_SUBSEQUENCES, _AT_ONCE = np.uint64(2**32), 2**18
 # PTX's logarithm: right to so much around 1, and relatively beyond.
 _LOG = 2.0**-21
 
@@ -120,7 +122,7 @@ def _by_output(allowed: Allowed) -> Allowed:
 def _from_logits(a: Inputs, logits: Array, i: int, _: int, times: float) -> Iterable[int]:
     size = len(logits)
     width = int(np.gcd(4, size))
-    vectors = np.arange(0, size, width, dtype=np.uint64) + np.uint64(i * size)
+    vectors = (np.arange(0, size, width, dtype=np.uint64) + np.uint64(i * size)) % _SUBSEQUENCES
     drawn = uniforms(_word(a, "seed", i), vectors, _word(a, "offset", i), width)
     inner = -np.log2(drawn.ravel().astype(np.float64) * (1 - 2.0**-23))
     score = logits - np.log(inner)
@@ -134,6 +136,42 @@ def _from_logits(a: Inputs, logits: Array, i: int, _: int, times: float) -> Iter
     least = np.where(wrong < 1, score - np.log1p(wrong) - error, -np.inf)
     may: list[int] = np.flatnonzero(np.isfinite(score) & (most >= least.max())).tolist()
     return may
+
+
+def sampling_from_logits(a: Inputs) -> Exact:
+    """More random numbers than a kernel counts take too long here: then each token is drawn with
+    one number, from the same distribution."""
+    made = _sampler(_from_logits, "logits")(a)
+    if len(a["output"]) * a["logits"].shape[1] <= int(_SUBSEQUENCES):
+        return made
+    judge: Any = made["output"]
+    return {"output": OneOfMany(lambda: _with_one_number(a), judge)}
+
+
+def _with_one_number(a: Inputs) -> Array:
+    """A token of each row's distribution for each output."""
+    count, logits = len(a["output"]), a["logits"]
+    of: Any = a.get("maybe_indices")
+    rows = np.arange(count) if of is None else of.astype(int)
+    numbers = np.concatenate([
+        uniforms(_words(a, "seed", part), part, _words(a, "offset", part), 1)[:, 0]
+        for part in np.array_split(np.arange(count), -(-count // _AT_ONCE))
+    ]).astype(np.float64)  # fmt: skip
+    tokens = np.zeros(count, int)
+    for row in np.unique(rows):
+        with np.errstate(invalid="ignore"):
+            sums = np.cumsum(np.exp(logits[row] - np.nanmax(logits[row])))
+        at = rows == row
+        # The last number is 1: of the last token that has any probability.
+        tokens[at] = np.searchsorted(sums, numbers[at] * sums[-1], side="left")
+    last: Array = np.minimum(tokens, logits.shape[1] - 1)
+    return last
+
+
+def _words(a: Inputs, name: str, outputs: Array) -> Any:
+    """What `_word` gives, for several outputs."""
+    array = a.get(f"maybe_{name}_arr")
+    return array[outputs] if array is not None and len(array) > 1 else _word(a, name, 0)
 
 
 def _is_taken(drawn: float, drafted: float, wanted: float, times: float) -> set[bool]:
@@ -217,7 +255,7 @@ _ALLOWED: dict[str, Allowed] = {
 }
 _FORMULAS: dict[str, Formula] = {
     **{name: _sampler(allowed) for name, allowed in _ALLOWED.items()},
-    "sampling_from_logits": _sampler(_from_logits, "logits"),
+    "sampling_from_logits": sampling_from_logits,
     "chain_speculative_sampling": chain_speculative_sampling,
 }
 _VARIANTS = ("", "_without_valid", "_of_numbers")

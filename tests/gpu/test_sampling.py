@@ -12,12 +12,13 @@ import fi_ffi
 from fi_ffi.loader import search
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.ops.functions import OPS
+from fi_ffi.reference import sampling as reference
 
 from tests.helpers import sampling_hang
 from tests.helpers.bodies import bodies_of
 from tests.helpers.cases import make_case
 from tests.helpers.children import environment
-from tests.helpers.sampling_calls import run
+from tests.helpers.sampling_calls import SAMPLERS, run
 from tests.ops import test_sampling
 
 globals().update(bodies_of(test_sampling))
@@ -34,6 +35,61 @@ def test_tokens_are_the_references(name, machine, rng):
         assert np.abs(got - case.arrays["output"]).max() < 1e-6
     else:
         assert (got == case.arrays["output"]).mean() > 0.99
+
+
+def test_draws_beyond_what_the_kernel_counts(machine, rng):
+    """Random numbers of 2**32 elements, and again the first ones: some of them are judged."""
+    count, size = 60_000, 100_000
+    assert count * size > 2**32
+    logits = rng.standard_normal((3, size), np.float32)
+    arrays = {
+        "logits": logits, "output": np.full(count, -1, np.int32),
+        "maybe_indices": rng.integers(0, 3, count).astype(np.int32),
+    }  # fmt: skip
+    words = {"seed_val": int(rng.integers(2**62)), "offset_val": int(rng.integers(2**30))}
+    tokens = run(machine, "sampling_from_logits", arrays, **words)["output"]
+    assert ((tokens >= 0) & (tokens < size)).all()
+    first = -(-(2**32) // size)
+    chosen = [0, first - 1, first, first + 1, count - 1, *rng.integers(0, count, 60)]
+    for i in chosen:
+        row = logits[arrays["maybe_indices"][i]].astype(np.float64)
+        assert tokens[i] in reference._from_logits(words, row, int(i), 0, 1.0), i
+
+
+@pytest.mark.parametrize("name", ["sampling_from_logits", *SAMPLERS])
+def test_five_million_draws_of_a_row(name, machine, rng):
+    """As often as their probability says, and none that is filtered out."""
+    count, size = 5_000_000, 32000
+    x = rng.standard_normal((1, size), np.float32)
+    p = np.exp(x, dtype=np.float32)
+    p /= p.sum()
+    arrays = {
+        "output": np.full(count, -1, np.int32), "maybe_indices": np.zeros(count, np.int32),
+        **({"logits": x} if "logits" in name else {"probs": p, "valid": np.zeros(count, bool)}),
+    }  # fmt: skip
+    wanted, scalars = p[0].astype(np.float64), {"seed_val": int(rng.integers(2**62))}
+    order = np.sort(wanted)[::-1]
+    if "top_k" in name:
+        scalars["top_k_val"] = 500.0 if "top_p" in name else 500
+        wanted = np.where(wanted >= order[499], wanted, 0)
+    if "top_p" in name:
+        scalars["top_p_val"] = 0.5
+        least = order[np.searchsorted(order.cumsum(), 0.5)]
+        wanted = np.where(p[0] >= least, wanted, 0)
+        if "top_k" in name:
+            wanted = np.where(p[0] >= order[499], wanted, 0)
+    if "min_p" in name:
+        scalars["min_p_val"] = 0.1
+        wanted = np.where(p[0] >= np.float32(0.1) * p[0].max(), wanted, 0)
+    got = run(machine, name, arrays, **scalars)
+    assert "valid" not in got or got["valid"].all()
+    counts = np.bincount(got["output"], minlength=size)
+    # A token at the edge may be on either side of it.
+    assert counts[wanted == 0].sum() <= 5e-4 * count
+    wanted *= count / wanted.sum()
+    # The samplers' sums in float32 move probability from token to token.
+    error = np.abs(counts - wanted) - 8 * np.sqrt(wanted + 1) - 0.02 * wanted
+    assert error.max() <= 2e-3 * count / size + 50
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

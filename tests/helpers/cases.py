@@ -98,6 +98,11 @@ def _aligned(array: Array, alignment: int) -> Array:
     return copy
 
 
+def aligned(count: int, alignment: int) -> Array:
+    """So many bytes of zero, at an address that is a multiple of `alignment`."""
+    return _aligned(np.zeros(count, np.uint8), alignment)
+
+
 def _value(arg: Scalar | Text | KvLayout, rng: np.random.Generator) -> Any:
     """The default, or something positive where there is none."""
     if isinstance(arg, Text):

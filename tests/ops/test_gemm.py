@@ -10,7 +10,7 @@ import fi_ffi
 from fi_ffi.cli.cases import bound
 from fi_ffi.ops.functions import OPS
 
-from tests.helpers.cases import make_case
+from tests.helpers.cases import aligned, make_case
 from tests.helpers.sampling_calls import run
 
 BF16 = ml_dtypes.bfloat16
@@ -25,6 +25,21 @@ def test_bmm_of_a_nan(machine, rng):
     got = run(machine, "bmm_fp8", case.arrays)["D"].astype(float)
     assert np.isnan(got[0, 2]).all()
     assert np.isfinite(np.delete(got, 2, axis=1)).all()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_bmm_takes_a_scale_as_it_comes(shape, machine, rng):
+    """Of no axis, as a maximum has it, or of several; and any workspace."""
+    dtypes = {"TA": "float8_e4m3fn", "TB": "float8_e4m3fn", "T": "bfloat16"}
+    case = make_case(OPS["bmm_fp8"].row, {"b": 2, "m": 20, "n": 64, "k": 128}, dtypes, rng)
+    for of in ("A_scale", "B_scale"):
+        case.arrays[of] = case.arrays[of].reshape(shape)
+    for size in (0, 256, 1 << 16):
+        case.arrays["workspace_buffer"] = aligned(size, 256)
+        got = run(machine, "bmm_fp8", case.arrays)["D"]
+        assert case.error("D", got)[1] <= 1
+    with pytest.raises(fi_ffi.ArgumentError, match="A_scale"):
+        run(machine, "bmm_fp8", case.arrays | {"A_scale": np.ones((1, 2), np.float32)})
 
 
 @pytest.mark.parametrize("room", [1, 3, 100])

@@ -85,7 +85,7 @@ def wrong_tensors(
     `mask` has the bits that its address must not have.
     """
     step = (mask + 1) // desc.dtype.itemsize
-    yield changed(desc, shape=(*desc.shape, 1)), "rank"
+    yield changed(desc, shape=(*desc.shape, 2 if arg.is_loose else 1)), "rank"
     yield changed(desc, dtype="int32" if desc.dtype.name == "float64" else "float64"), "float64"
     yield changed(desc, ptr=0, strides=desc.strides), "not null"
     yield changed(desc, strides=[2 * s for s in desc.strides]), "stride"
@@ -244,7 +244,8 @@ def test_each_number_and_layout(op, dtypes):
     values = described(case)
     for arg in op.row.args:
         for value in wrong_numbers(arg):
-            call_refused(op, case, values | {arg.name: value}, arg.name)
+            instead = {name: None for name in [getattr(arg, "instead", "")] if name}
+            call_refused(op, case, values | {arg.name: value} | instead, arg.name)
 
 
 @having(lambda row: any(isinstance(arg, KvLayout) for arg in row.args))

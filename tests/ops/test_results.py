@@ -25,7 +25,7 @@ from tests.helpers.inputs import inputs_of
 from tests.helpers.inputs.page import page_tables
 from tests.helpers.inputs.sampling import probabilities
 from tests.helpers.rope_calls import ANGLES, APPLY, COS_SIN, LLAMA_31, QUANTISE
-from tests.helpers.sampling_calls import ARRAYS, DRAWING, SAMPLERS, SEEDS
+from tests.helpers.sampling_calls import ARRAYS, DRAWING, SAMPLERS, SEEDS, run
 
 Options = Mapping[str, Any]
 # Tables of a call, by what makes them of its sizes.
@@ -615,3 +615,18 @@ def test_the_same_each_time(name, machine, rng):
             op(**descs, **case.scalars, stream=machine.stream)
             seen.add(b"".join(placed[out].get().tobytes() for out in outs))
         assert len(seen) == 1
+
+
+@of_ops(lambda op: any(arg.axes == "1" and arg.is_loose for arg in op.row.tensors))
+def test_one_element_of_any_rank(op, machine, rng):
+    """As a maximum has it, or kept in axes: the same bytes."""
+    needs(op, machine)
+    more = known(op, {"deterministic": True})
+    case = make_case(op.row, inputs_of(op.row).small, dtypes_of(op, rng), rng, **more)
+    ones = [arg.name for arg in op.row.tensors if arg.axes == "1" and arg.is_loose]
+    written = [arg.name for arg in op.row.tensors if arg.writes and not arg.is_scratch]
+    wanted = run(machine, op.row.name, case.arrays, **case.scalars)
+    for shape in ((), (1, 1)):
+        arrays = case.arrays | {name: case.arrays[name].reshape(shape) for name in ones}
+        got = run(machine, op.row.name, arrays, **case.scalars)
+        assert all(got[name].tobytes() == wanted[name].tobytes() for name in written), shape

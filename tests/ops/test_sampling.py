@@ -8,9 +8,10 @@ import pytest
 import fi_ffi
 from fi_ffi.ops.call import memory
 from fi_ffi.ops.functions import OPS
+from fi_ffi.reference import sampling as reference
 from fi_ffi.reference.renorm import top_p_error
 
-from tests.helpers.cases import make_case
+from tests.helpers.cases import aligned, make_case
 from tests.helpers.every_op import check_on
 from tests.helpers.inputs.sampling import ends, probabilities
 from tests.helpers.sampling_calls import (
@@ -183,6 +184,103 @@ def test_top_p_of_rows_of_zeros_and_of_one_token(machine, rng):
         assert (got[1] == 0).all() and got[2, 3] == 1 and got[2].sum() == 1
 
 
+@pytest.mark.parametrize("is_deterministic", [True, False])
+def test_the_workspace_is_as_large_as_it_must_be(is_deterministic, machine, rng):
+    """And no byte less; what lies beside it is not written."""
+    for n, h in ((1, 2048), (5, 4096), (3, 50_000)):
+        case = of_rows("top_p_renorm_probs", rng, n, h, is_deterministic=is_deterministic)
+        need = fi_ffi.top_p_renorm_workspace_size(n, h, is_deterministic)
+        case.arrays["workspace"] = aligned(need, 128)
+        got = run(machine, "top_p_renorm_probs", case.arrays, **case.scalars)
+        assert judged(case, got)
+        case.arrays["workspace"] = aligned(need - 1, 128)
+        with pytest.raises(fi_ffi.ArgumentError, match=f"{need} bytes or more"):
+            run(machine, "top_p_renorm_probs", case.arrays, **case.scalars)
+
+
+# What each filter is given in the numbers' place, and numbers that would be refused alone.
+BESIDE = {
+    "maybe_temperature_arr": ("temperature_val", (0.0, -1.0)),
+    "maybe_top_k_arr": ("top_k_val", (0, -5, 2**31)),
+    "maybe_top_p_arr": ("top_p_val", (0.0, 2.5, -1.0)),
+    "maybe_min_p_arr": ("min_p_val", (0.0, -0.5)),
+}
+FILTERING = [
+    (name, array) for name, op in OPS.items() for array in BESIDE
+    if op.row.module == "sampling" and array in [arg.name for arg in op.row.tensors]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "array"), FILTERING)
+def test_a_number_for_each_row_in_a_column(name, array, machine, rng):
+    """[n, 1] is [n]; and the number beside it is not looked at."""
+    case = make(name, rng, n=6, h=300, without=("maybe_indices",)) if name in DRAWING else (
+        of_rows(name, rng, 6, 3000))  # fmt: skip
+    written = [arg.name for arg in OPS[name].row.tensors if arg.writes and not arg.is_scratch]
+    wanted = run(machine, name, case.arrays, **case.scalars)
+    assert judged(case, wanted)
+    column = case.arrays | {array: case.arrays[array].reshape(-1, 1)}
+    scalar, values = BESIDE[array]
+    of_type = type(case.scalars[scalar])
+    for arrays in (case.arrays, column):
+        for value in map(of_type, values):
+            got = run(machine, name, arrays, **case.scalars | {scalar: value})
+            assert all(got[out].tobytes() == wanted[out].tobytes() for out in written)
+    without = {key: value for key, value in case.arrays.items() if key != array}
+    with pytest.raises(fi_ffi.ArgumentError, match=scalar):
+        run(machine, name, without, **case.scalars | {scalar: of_type(values[-1])})
+    for shape in ((1, 6), (3, 2), (6, 1, 2)):
+        wrong = np.resize(case.arrays[array], shape)
+        with pytest.raises(fi_ffi.ArgumentError, match=array):
+            run(machine, name, case.arrays | {array: wrong}, **case.scalars)
+    every_other = np.repeat(case.arrays[array], 2).reshape(-1, 2)[:, :1]
+    with pytest.raises(fi_ffi.ArgumentError, match="contiguous"):
+        OPS[name](**case.arrays | {array: every_other}, **case.scalars)
+
+
+def test_draws_beyond_what_a_kernel_counts(rng):
+    """Their numbers begin again; on the CPU they have one each, of the same distribution."""
+    count, size = 80_000, 2**16 + 4
+    assert count * size > 2**32
+    logits = np.full((2, size), -np.inf, np.float32)
+    chosen = [3, 70, size - 1]
+    logits[0, chosen], logits[1, chosen[:2]] = np.log([0.2, 0.5, 0.3]), np.log([0.9, 0.1])
+    rows = (np.arange(count) % 4 == 0).astype(np.int32)
+    tokens = np.full(count, -1, np.int32)
+    seed = int(rng.integers(2**62))
+    fi_ffi.sampling_from_logits(logits, tokens, rows, seed_val=seed)
+    for row, wanted in enumerate(np.exp(logits[:, chosen].astype(float))):
+        of_row = tokens[rows == row]
+        parts = [(of_row == token).mean() for token in chosen]
+        assert sum(parts) == 1 and np.abs(np.array(parts) - wanted).max() < 7 / len(of_row) ** 0.5
+    again = np.full(count, -1, np.int32)
+    arrays = {name: np.full(count, value, np.uint64) for name, value in
+              (("seed_val", seed), ("offset_val", 0))}  # fmt: skip
+    assert reference._with_one_number(
+        {"output": again, "logits": logits.astype(float), "maybe_indices": rows,
+         "maybe_seed_arr": arrays["seed_val"], "maybe_offset_arr": arrays["offset_val"]}
+    ).tolist() == tokens.tolist()  # fmt: skip
+    # As a kernel counts them: output 2**16 has the numbers of the first.
+    first, later = (
+        list(reference._from_logits({"seed_val": 5, "offset_val": 0}, x, i, 0, 1.0))
+        for x in [rng.standard_normal(2**16)] for i in (1, 2**16 + 1)
+    )  # fmt: skip
+    assert first == later
+
+
+def test_draws_that_would_repeat_others():
+    """Where output i starts, i * h of 2**32, another has started."""
+    cuda = {"device": "cuda:0"}
+    for h, most in ((2**20, 2**12), (2**17, 2**15), (128256, 2**24), (3 * 2**18, 2**14)):
+        arrays = {
+            "logits": fi_ffi.TensorDesc(1 << 40, (1, h), "float32", **cuda),
+            "output": fi_ffi.TensorDesc(2 << 40, (most + 1,), "int32", **cuda),
+            "maybe_indices": fi_ffi.TensorDesc(3 << 40, (most + 1,), "int32", **cuda),
+        }
+        with pytest.raises(fi_ffi.ArgumentError, match="gcd"):
+            fi_ffi.sampling_from_logits(**arrays, stream=0)
+
+
 def test_what_may_be_lost_of_all(rng):
     """At 1.0: of a flat row some of those within a quarter of the least's power of two."""
     p = np.full(5000, 2.0**-12)
@@ -206,6 +304,9 @@ def test_what_top_p_renorm_needs():
     # A state of 384 bytes, 2048 buckets of 12, and two buffers of 256 floats for 64 or less.
     assert size(2, 2048) == 768 + 2 * 2048 * 12 + 2 * 2 * 1024
     assert size(1, 128256) == 512 + 2048 * 12 + 2 * 4 * 4096
+    assert size(2, 4096) - size(2, 4096, False) == 2 * 2048 * 4  # floats instead of 64 bits
+    with pytest.raises(fi_ffi.ArgumentTypeError, match="is_deterministic"):
+        size(2, 4096, 1)
     for wrong in (-1, 1.5, "1", None):
         with pytest.raises(fi_ffi.ArgumentError):
             size(wrong, 4096)
@@ -234,7 +335,7 @@ def test_a_capture_finds_scratch_or_says_what_to_do(gpu, rng):
     """None can be made while a stream records; nor more of it."""
     row = OPS["top_p_renorm_probs"].row
     calls = []
-    for n in (1, 30):
+    for n in (1, 300):
         case = of_rows("top_p_renorm_probs", rng, n, 4096, without=SCRATCH)
         placed = {key: gpu.place(array) for key, array in case.arrays.items()}
         calls.append(({key: array.desc() for key, array in placed.items()}, case.scalars, placed))

@@ -6,6 +6,7 @@ of a row stands in a source, a test of its own compares the two.
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -418,10 +419,10 @@ def test_the_workspace_of_top_p_renorm(release, row, sources):
     assert "probs[batchId * vocabSize + i]" in text and row.offset_limit == 2**31
     python = sources(release, "sampling.py")
     body = re.search(r"align256 = lambda.*?ws_size = \(.*?\n    \)\n", python, re.DOTALL)
-    for n, h in ((1, 2048), (3, 32000), (100, 128256)):
-        known = {"batch_size": n, "vocab_size": h, "is_deterministic": True}
+    for n, h, of in itertools.product((1, 3, 100), (2048, 32000, 128256), (True, False)):
+        known = {"batch_size": n, "vocab_size": h, "is_deterministic": of}
         exec(re.sub(r"^    ", "", body[0], flags=re.MULTILINE), known)
-        assert renorm.top_p_renorm_workspace_size(n, h) == known["ws_size"]
+        assert renorm.top_p_renorm_workspace_size(n, h, of) == known["ws_size"]
 
 
 @each_release

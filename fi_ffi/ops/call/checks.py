@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from fi_ffi.abi.function import FrameLayout
 from fi_ffi.abi.tensor import DTYPES
-from fi_ffi.ops.call.refuse import PLANNED
+from fi_ffi.ops.call.refuse import PLANNED, unlimited
 from fi_ffi.ops.notation import Axis, names_in, parse_axis, replaced
 from fi_ffi.ops.row import (
     IN_PLACE,
@@ -123,6 +123,8 @@ class Checks:
             there = f"{name} is not None and " if self._may_be_none(arg) else ""
             told = f"describe({name}, {self.form.op!r}, {self.form.names.get(name, name)!r})"
             lines.append(f"if {there}type({name}) is not TensorDesc: {name} = {told}")
+            if arg.is_loose:
+                lines.append(f"if {there}{name}.kind.rank != 1: {name} = as_vector({name})")
         return lines
 
     @staticmethod
@@ -284,15 +286,22 @@ class Checks:
             if isinstance(arg, Scalar):
                 checked = f"{name} = refuse.number({name!r}, {name})"
                 none = f"{name} is not None and " if arg.size_of else ""
-                lines.append(f"if {none}({' or '.join(_wrong_numbers(arg))}): {checked}")
+                wrong = _wrong_numbers(arg)
+                if arg.instead:
+                    any_number = _wrong_numbers(unlimited(arg))
+                    limits = " or ".join(part for part in wrong if part not in any_number)
+                    wrong = [*any_number, f"{arg.instead} is None and ({limits})"]
+                    is_free = f"{arg.instead} is not None"
+                    checked = f"{name} = refuse.number({name!r}, {name}, {is_free})"
+                lines.append(f"if {none}({' or '.join(wrong)}): {checked}")
                 if arg.size_of:
                     size = self.sizes[arg.size_of]
-                    wrong = f"{name} > {size}" if arg.or_less else f"{name} != {size}"
+                    other = f"{name} > {size}" if arg.or_less else f"{name} != {size}"
                     told = f"refuse.size_of({name!r}, {name}, {size})"
-                    lines += [f"if {name} is None: {name} = {size}", f"elif {wrong}: {told}"]
+                    lines += [f"if {name} is None: {name} = {size}", f"elif {other}: {told}"]
             elif isinstance(arg, Text):
-                wrong = f"type({name}) is not str or {name} not in texts{i}"
-                lines.append(f"if {wrong}: refuse.text({name!r}, {name})")
+                unknown = f"type({name}) is not str or {name} not in texts{i}"
+                lines.append(f"if {unknown}: refuse.text({name!r}, {name})")
         return lines
 
     # Scratch memory: its size may depend on those of other tensors.
@@ -310,7 +319,8 @@ class Checks:
                 continue
             name, need = arg.name, f"variant.scratch[{i}]"
             if arg.bytes_for:
-                sizes = ", ".join(f"{axis!r}: {size}" for axis, size in self.sizes.items())
+                known = self.sizes | {given: given for given in arg.bytes_given}
+                sizes = ", ".join(f"{axis!r}: {size}" for axis, size in known.items())
                 need = f"{need} + variant.bytes_for[{i}]({{{sizes}}})"
             own = f"variant.take_scratch({i}, need, stream, {self.is_packing})"
             (axis,) = arg.axis_names
@@ -321,8 +331,9 @@ class Checks:
                 f"need = {need}",
                 f"if {name} is None: {name} = {own}",
                 *self._read(arg, [f"{name}__d0"]),
-                f"if {have} < need: refuse.scratch({name!r}, {have}, need)",
-            ]
+                *([] if arg.any_size else
+                  [f"if {have} < need: refuse.scratch({name!r}, {have}, need)"]),
+            ]  # fmt: skip
             self.sizes.setdefault(axis, f"{name}__d0")
         return lines
 

@@ -12,7 +12,15 @@ from typing import Any
 
 from fi_ffi.abi.function import ARRAY, Entry, Frame, Slot, c_text
 from fi_ffi.abi.interop import as_desc
-from fi_ffi.abi.tensor import DTYPES, Device, TensorDesc, TensorKind, parse_device, tensor_kind
+from fi_ffi.abi.tensor import (
+    DTYPES,
+    Device,
+    TensorDesc,
+    TensorKind,
+    as_vector,
+    parse_device,
+    tensor_kind,
+)
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda
 from fi_ffi.ops.call import memory
@@ -281,8 +289,8 @@ class CompiledRow:
         row = self.row
         namespace: dict[str, Any] = {
             "KEEP": KEEP, "KV_LAYOUTS": KV_LAYOUTS, "TensorDesc": TensorDesc, "gcd": math.gcd,
-            "add_variant": self._add_variant, "check_stream": memory.check_stream,
-            "describe": as_desc, "exchanged": exchanged,
+            "add_variant": self._add_variant, "as_vector": as_vector,
+            "check_stream": memory.check_stream, "describe": as_desc, "exchanged": exchanged,
             "inf": math.inf, "launch": launch, "refuse": self.refuse, "variants": self.variants,
             repr(REQUIRED): REQUIRED,
         }  # fmt: skip

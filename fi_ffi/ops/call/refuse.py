@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fi_ffi.abi.tensor import TensorDesc, c_strides, is_row_major
@@ -57,6 +58,11 @@ def check_number(op: str, name: str, arg: Scalar, value: Any) -> Any:
     return value
 
 
+def unlimited(arg: Scalar) -> Scalar:
+    """The scalar without limits of its own."""
+    return replace(arg, low=None, high=None, multiple_of=1)
+
+
 class Refusals:
     """Errors that name the op and its arguments as the caller knows them.
 
@@ -100,9 +106,13 @@ class Refusals:
         got = "what was planned" if desc is None else desc.layout
         raise self.error(argument, got, expected)
 
-    def number(self, name: str, value: Any) -> Any:
-        """A number that cannot be written as it is: converted, or refused."""
-        return check_number(self.op, self.name(name), self._scalars[name], value)
+    def number(self, name: str, value: Any, is_free: bool = False) -> Any:
+        """A number that cannot be written as it is: converted, or refused.
+
+        With `is_free`, whatever its value is: the kernel does not look at it.
+        """
+        arg = self._scalars[name]
+        return check_number(self.op, self.name(name), unlimited(arg) if is_free else arg, value)
 
     def text(self, name: str, value: object) -> NoReturn:
         expected = " or ".join(map(repr, self._texts[name].words))

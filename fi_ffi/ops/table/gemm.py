@@ -35,9 +35,10 @@ _SCALES = (
     Tensor("A_scale", "1", "float32", "A is multiplied by it"),
     Tensor("B_scale", "1", "float32", "B is multiplied by it"),
     Tensor("workspace_buffer", "workspace_size", "uint8", writes=True, reads=False,
-           contiguous=True, alignment=256, bytes_per_multiprocessor=CUBLAS_BYTES,
-           doc="scratch of 216 KiB for each multiprocessor (32 MiB will do) that no other stream "
-               "uses; without it each stream has its own of fi_ffi's"),
+           contiguous=True, alignment=256, bytes_per_multiprocessor=CUBLAS_BYTES, any_size=True,
+           doc="scratch that no other stream uses, of any size: what has no room is not chosen. "
+               "NVIDIA recommends 32 MiB; without it each stream has its own of fi_ffi's, of "
+               "216 KiB for each multiprocessor"),
 )  # fmt: skip
 BMM_ARGS = (*_MATRICES, Tensor("D", "b m n", "T", "the products", **_OUT), *_SCALES)
 BMM: dict[str, Any] = {

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
+from fi_ffi.ops.call.arguments import check_flag
 from fi_ffi.ops.notation import round_up
 from fi_ffi.ops.releases import forms_of
 from fi_ffi.ops.row import MULTIPROCESSORS, Row, Rule, Scalar, Tensor, Vector
@@ -20,7 +21,8 @@ from fi_ffi.ops.row import MULTIPROCESSORS, Row, Rule, Scalar, Tensor, Vector
 _SOURCE = "csrc/flashinfer_sampling_binding.cu"
 _INT = 2**31 - 1
 _OUT: dict[str, Any] = {"writes": True, "reads": False, "contiguous": True}
-_MAYBE: dict[str, Any] = {"optional": True, "contiguous": True}
+# What rows are filtered by: a number for each.
+MAYBE: dict[str, Any] = {"optional": True, "contiguous": True, "column": True}
 
 # A block for each multiprocessor runs at once; on the GPUs with the least shared memory it has
 # room for so many elements of 4 bytes.
@@ -55,16 +57,22 @@ _BUCKETS, _COUNTER_BYTES, _ITEMSIZE = 2048, 384, 4
 
 
 def top_p_renorm_bytes(sizes: Mapping[str, int]) -> int:
-    """What `workspace` needs: nothing for rows that are searched instead."""
+    """What `workspace` needs: nothing for rows that are searched instead.
+
+    Sums of buckets are of 64 bits where they are deterministic, and else floats.
+    """
     n, h = sizes["n"], sizes["h"]
     if h < _BUCKETS:
         return 0
     buffer = _aligned(_ITEMSIZE * _aligned(h // 32) * n)
-    counts = _aligned(8 * _BUCKETS * n) + _aligned(4 * _BUCKETS * n)
+    of_sum = 8 if sizes.get("is_deterministic", True) else 4
+    counts = _aligned(of_sum * _BUCKETS * n) + _aligned(4 * _BUCKETS * n)
     return _aligned(_COUNTER_BYTES * n) + counts + 2 * buffer
 
 
-def top_p_renorm_workspace_size(batch_size: int, vocab_size: int) -> int:
+def top_p_renorm_workspace_size(
+    batch_size: int, vocab_size: int, is_deterministic: bool = True
+) -> int:
     """Bytes that `workspace` of `top_p_renorm_probs` needs for so many rows of so many tokens."""
     sizes = {"n": batch_size, "h": vocab_size}
     for argument, size in zip(("batch_size", "vocab_size"), sizes.values(), strict=True):
@@ -73,7 +81,9 @@ def top_p_renorm_workspace_size(batch_size: int, vocab_size: int) -> int:
             raise ArgumentTypeError(op, argument, got=f"{printed(size)}", expected=expected)
         if size < 0:
             raise ArgumentError(op, argument, got=size, expected=expected)
-    return top_p_renorm_bytes(sizes)
+    op = "top_p_renorm_workspace_size"
+    is_deterministic = check_flag(op, "is_deterministic", is_deterministic)
+    return top_p_renorm_bytes(sizes | {"is_deterministic": is_deterministic})
 
 
 _LIMITS = ("h >= 1", f"h <= {_INT}", f"n <= {_INT}")
@@ -93,9 +103,9 @@ def _in_and_out(source: str, out: str, dtype: str, doc: str) -> tuple[Tensor, Te
 _T: dict[str, tuple[str, ...]] = {"T": ("float32", "float16", "bfloat16")}
 _TOP_K = (
     Tensor("maybe_top_k_arr", "n", "int32", "`top_k_val` of each row; 0 leaves nothing",
-           **_MAYBE),
+           **MAYBE),
     Scalar("top_k_val", int, _INT, "how many are left, and with them those equal to the last",
-           low=1, high=_INT),
+           low=1, high=_INT, instead="maybe_top_k_arr"),
 )  # fmt: skip
 _DETERMINISTIC = Scalar(
     "is_deterministic", bool, True,
@@ -103,16 +113,16 @@ _DETERMINISTIC = Scalar(
 )  # fmt: skip
 _WORKSPACE = Tensor(
     "workspace", "workspace_size", "uint8", writes=True, reads=False, contiguous=True,
-    alignment=128, bytes_for=top_p_renorm_bytes, since="0.6.7",
-    doc="scratch of `top_p_renorm_workspace_size(n, h)` bytes that no other stream uses; without "
-        "it each stream has its own of fi_ffi's",
+    alignment=128, bytes_for=top_p_renorm_bytes, bytes_given=("is_deterministic",), since="0.6.7",
+    doc="scratch of `top_p_renorm_workspace_size(n, h, is_deterministic)` bytes that no other "
+        "stream uses; without it each stream has its own of fi_ffi's",
 )  # fmt: skip
 
 # Sums of buckets that fall short of `top_p` by a rounding count the last twice: 1 loses some of a
 # row, more than 1 any part of it, until it is out of reach.
 _ALL = 4.0
 _WITHIN_REACH = Rule(
-    "top_p_val", f"top_p_val <= 1 or top_p_val >= {_ALL}",
+    "top_p_val", f"maybe_top_p_arr or top_p_val <= 1 or top_p_val >= {_ALL}",
     f"at most 1.0, or {_ALL} for all of a row",
 )  # fmt: skip
 
@@ -123,9 +133,9 @@ _TOP_P_ROW = _row(
     (
         *_in_and_out("probs", "renorm_probs", "float32", "rows that sum to 1"),
         Tensor("maybe_top_p_arr", "n", "float32", "`top_p_val` of each row",
-               **_MAYBE),
+               **MAYBE),
         Scalar("top_p_val", float, _ALL, "what is left sums to so much at least; 4.0 keeps all, "
-               "while 1.0 may lose the least probable", low=0.0),
+               "while 1.0 may lose the least probable", low=0.0, instead="maybe_top_p_arr"),
         replace(_DETERMINISTIC, since="0.6.7"),
         _WORKSPACE,
     ),

@@ -7,6 +7,7 @@ probabilities without being asked how long they are.  docs/sampling.md says what
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -72,6 +73,12 @@ _ROW_FOR_EACH = Rule(
     "maybe_indices or n <= r",
     "as long as there are rows at most, unless there are `maybe_indices`",
 )
+# Output i starts at subsequence i * h, of 2**32; from here on, where another did.
+_NUMBERS_OF_ITS_OWN = Rule(
+    "output", f"n * gcd(h, {2**32}) <= {2**32}",
+    "of 2**32 / gcd(h, 2**32) tokens at most: those after are drawn with the numbers of the first",
+    using={"gcd": math.gcd},
+)  # fmt: skip
 _FLOATS = Vector(("h",), dtype="float32")
 _LIMITS: dict[str, Any] = {
     "vector": _FLOATS,
@@ -117,19 +124,20 @@ def _seeded(
 
 
 def _array(name: str, dtype: str, doc: str) -> Tensor:
-    return Tensor(name, "r", dtype, doc, **_MAYBE)
+    return Tensor(name, "r", dtype, doc, **renorm.MAYBE)
 
 
 _TOP_K_ARR = _array("maybe_top_k_arr", "I", "`top_k_val` of each row, of the outputs' dtype")
 _TOP_P_ARR = _array("maybe_top_p_arr", "float32", "`top_p_val` of each row")
 _MIN_P_ARR = _array("maybe_min_p_arr", "float32", "`min_p_val` of each row")
 _TOP_K = Scalar("top_k_val", int, _INT, "how many of the most probable tokens are left",
-                low=1, high=_INT)  # fmt: skip
+                low=1, high=_INT, instead=_TOP_K_ARR.name)  # fmt: skip
 _TOP_K_FLOAT = replace(_TOP_K, type=float, default=float(_INT), doc=f"{_TOP_K.doc}, a whole number")
 _TOP_P = Scalar("top_p_val", float, 1.0, "what the most probable tokens that are left sum to at "
-                "least; with 0 no row has a token", low=0.0)  # fmt: skip
+                "least; with 0 no row has a token", low=0.0,
+                instead=_TOP_P_ARR.name)  # fmt: skip
 _MIN_P = Scalar("min_p_val", float, 0.0, "of the greatest probability, the part that a token must "
-                "have to be left", low=0.0)  # fmt: skip
+                "have to be left", low=0.0, instead=_MIN_P_ARR.name)  # fmt: skip
 
 
 # For few rows, which the blocks for 8192 elements each share.
@@ -159,8 +167,9 @@ _SOFTMAX = Row(
         Tensor("output", "n h", "float32", "probabilities; may be `logits` itself",
                **_OUT),
         Tensor("maybe_temperature_arr", "n", "float32", "`temperature_val` of each row",
-               **_MAYBE),
-        Scalar("temperature_val", float, 1.0, "what logits are divided by", low=0.0),
+               **renorm.MAYBE),
+        Scalar("temperature_val", float, 1.0, "what logits are divided by", low=0.0,
+               instead="maybe_temperature_arr"),
         PDL,
     ),
     dtypes={},
@@ -185,8 +194,8 @@ ROWS = (
             replace(_DETERMINISTIC, doc="no matter: it always is"),
         ),
         dtypes=_DTYPES,
-        # Each element of an output has words of its own, counted in 32 bits.
-        **_LIMITS | {"requires": (f"n * h <= {2**32}", *_LIMITS["requires"])},
+        # The words of an output's elements are counted in 32 bits.
+        **_LIMITS | {"requires": (*_LIMITS["requires"], _NUMBERS_OF_ITS_OWN)},
     ),
     *_sampler(
         "top_k_sampling_from_probs",

@@ -32,7 +32,8 @@ def make(call: Call) -> None:
         sizes["r"] = max(sizes["r"], n)
     for arg in row.tensors:
         if arg.is_scratch:
-            need = max(arg.bytes, arg.bytes_for(sizes) if arg.bytes_for else 0)
+            given = {name: call.scalars[name] for name in arg.bytes_given if name in call.scalars}
+            need = max(arg.bytes, arg.bytes_for(sizes | given) if arg.bytes_for else 0)
             sizes["workspace_size"] = max(need, sizes["workspace_size"])
     count = sizes.get("r", n)
     call.default(
