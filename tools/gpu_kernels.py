@@ -52,6 +52,13 @@ def _options() -> Iterator[tuple[str, dict[str, object]]]:
     fp8 = {"dtype_q": "e4m3", "dtype_o": "f16", "head_dim_qk": 128, "backend": "fa3"}
     yield "batch_prefill", fp8
     yield "single_prefill", fp8
+    for family in ("single_prefill", "batch_prefill"):
+        yield family, fp8 | {"head_dim_qk": 64}
+        for dtype in ("f16", "bf16"):
+            yield family, {"dtype_q": dtype, "dtype_kv": "u8", "head_dim_qk": 128}
+    # What it gets wrong: tests/gpu/test_attention_wrong.py.
+    alibi = {"pos_encoding_mode": 2, "use_logits_soft_cap": True}
+    yield "single_prefill", {"dtype_q": "f16", "head_dim_qk": 128} | alibi
     for backend in ("fa2", "fa3"):
         apart = {"dtype_q": "bf16", "head_dim_qk": 192, "head_dim_vo": 128, "backend": backend}
         yield "batch_prefill", apart

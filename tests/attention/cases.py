@@ -308,7 +308,8 @@ class MlaCase(Case):
     def arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
         indices = None if self.spec.indices_at_run else batch.indices
         lengths = np.array(batch.kv, np.int32)
-        return (batch.qo_indptr, batch.kv_indptr, indices, lengths), {}
+        starts = np.append(batch.kv_indptr, np.int32([9, -9]))  # the last are of no request
+        return (batch.qo_indptr, starts, indices, lengths), {}
 
     def inputs(self, rows: int) -> list[Any]:
         parts = [first(self.placed(name).desc(), rows) for name in ("q", "q_pe")]

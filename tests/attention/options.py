@@ -64,20 +64,26 @@ def as_arguments(spec: Spec, extras: dict[str, Any], machine: Cpu) -> dict[str, 
         packed = [np.packbits(mask.ravel(), bitorder="little") for mask in extras["mask"]]
         made["custom_mask"] = machine.place(np.concatenate(packed)).desc()
     if spec.items:
-        made |= _items_as_arguments(extras["items"], machine)
+        made |= _items_as_arguments(extras["items"], extras["batch"].qo[-1], machine)
     return made
 
 
-def _items_as_arguments(items: list[tuple[int, np.ndarray]], machine: Cpu) -> dict[str, Any]:
+def _items_as_arguments(
+    items: list[tuple[int, np.ndarray]], last_queries: int, machine: Cpu
+) -> dict[str, Any]:
+    """Positions end where the last request's do: nothing reads those that would fill its row."""
     prefixes = np.array([prefix for prefix, _ in items], np.uint32)
     width = 1 + max(len(counts) for _, counts in items)
     positions = np.zeros((len(items), width), np.uint16)
     for row, (_, counts) in zip(positions, items, strict=True):
         row[: len(counts)] = counts
     longest = np.array([counts.max(initial=0) for _, counts in items], np.uint16)
+    unread = width - max(len(items[-1][1]), min(last_queries, width))
     return {
         "prefix_len_ptr": machine.place(prefixes).desc(),
-        "token_pos_in_items_ptr": machine.place(positions.ravel()).desc(),
+        "token_pos_in_items_ptr": machine.place(
+            positions.ravel()[: positions.size - unread]
+        ).desc(),
         "token_pos_in_items_len": width,
         "max_item_len_ptr": machine.place(longest).desc(),
     }

@@ -157,13 +157,17 @@ PREFILL: Table = {
     **under("scales", table(FA3, RAGGED_OR_PAGED, each("scales", "v numbers", "qkv numbers",
                                                         "v heads"))),
     **under("split", table(FA2, PAGED[4:], each("plan", {"fixed_split_size": 3},
-                                                {"disable_split_kv": True}),
+                                                {"disable_split_kv": True},
+                                                {"num_colocated_ctas": 250}),
                            causal=True, queries=90, keys=3000)),
     **under("mask", table(FA2, RAGGED_OR_PAGED, mask=True)),
     "mask, auto": Spec(mask=True, backend="auto", **PAGES_16),
     **under("no queries", table(BOTH, RAGGED_OR_PAGED, lengths=((0, 70), (0, 0), (0, 1)))),
     **under("items", table(BOTH, PAGED[2:6], items=True, no_keys=False, queries=300, keys=700)),
     **under("items, few queries", table(BOTH, items=True, no_keys=False, keys=1500, **PAGES_16)),
+    **under("items, causal", table(BOTH, each("page_size", 1, 5, 16), each("heads", 4, 32),
+                                   [{"lengths": ((37, 54),)}, {"lengths": ((81, 97), (81, 97))}],
+                                   kv_heads=4, causal=True, items=True)),
 }  # fmt: skip
 
 FP8 = {"dtype": "float8_e4m3fn", "o_dtype": "float16"}
@@ -182,10 +186,15 @@ PREFILL_OPTIONS: Table = {
     **under("cap", table(BOTH, each("cap", 1.0, 30.0), RAGGED_OR_PAGED, CAUSAL)),
     **under("rope", table(ROPES, RAGGED_OR_PAGED, CAUSAL, mode="ROPE_LLAMA")),
     **under("alibi", table(RAGGED_OR_PAGED, CAUSAL, mode="ALIBI")),
+    **under("items", table([{"cap": 30.0}, {"cap": 30.0, "backend": "fa3"}, {"mode": "ROPE_LLAMA"}],
+                           each("heads", 4, 32), lengths=((37, 54),), kv_heads=4, causal=True,
+                           items=True, **PAGES_16)),
     **under("fp8 keys", table(PAGED[2:6] + [{}], CAUSAL, kv_dtype="float8_e4m3fn")),
     "fp8 keys, scales": Spec(kv_dtype="float8_e4m3fn", scales="qk numbers", **PAGES_16),
     **under("fp8", table(RAGGED_OR_PAGED, CAUSAL, each("scales", "", "qkv numbers", "qkv heads"),
                          backend="fa3", heads=8, **FP8)),
+    **under("fp8, narrow", table(RAGGED_OR_PAGED, CAUSAL, backend="fa3", dim=64, heads=8,
+                                 scales="qkv heads", **FP8)),
     "fp8, auto": Spec(backend="auto", **FP8),
     **under("head sizes apart", table(BOTH, RAGGED, CAUSAL, **WIDE)),
     # fa3 has no paged keys with these: "auto" takes fa2 then.
@@ -260,6 +269,8 @@ SINGLE_PREFILL: Table = {
                               **_ONE)),
     **under("fp8", table(RAGGED, CAUSAL, each("scales", "", "qkv numbers", "qkv heads"),
                          lengths=((150, 300),), backend="fa3", **FP8, **_ONE)),
+    **under("fp8, narrow", table(CAUSAL, lengths=((150, 300),), backend="fa3", dim=64, **FP8,
+                                 **_ONE)),
 }  # fmt: skip
 
 _LONE = {"family": "single_decode"}

@@ -113,7 +113,8 @@ def test_arrays(kind, name):
     given = case.arrays | case.options | {name: array.astype(np.int64)}
     refused(case, name, "int64", case.cls.workspace_size, **given, device="cpu")
     if not name.endswith("indices"):
-        for other in (array[:-1].copy(), np.append(array, array[-1:])):
+        more = [] if (kind, name) == ("mla", "kv_indptr") else [np.append(array, array[-1:])]
+        for other in (array[:-1].copy(), *more):
             # The first array says how many there are; then it is the next that does not fit.
             argument = None if is_first else name
             refused(case, argument, "elements", case.plan, **{name: other})
@@ -127,6 +128,21 @@ def test_pages_after_the_last_requests_are_not_looked_at(kind):
     more = np.concatenate([case.indices, np.full(5000, -1, np.int32)])
     case.run(case.plan(**{INDICES[kind]: more}))
     case.check()
+
+
+def test_starts_after_the_last_requests_are_not_looked_at():
+    """Of MLA, as FlashInfer calls it; they may decrease."""
+    case = Case("mla")
+    more = {"kv_indptr": np.append(case.page_indptr, np.int32([0, -1]))}
+    plan = case.plan(**more)
+    case.run(plan)
+    case.check()
+    other, longer = Case("paged"), {"paged_kv_indptr": more["kv_indptr"]}
+    refused(other, "paged_kv_indptr", "got 7 elements, expected 5", other.plan, **longer)
+    other = Case("mla", kv_lens=(5, 7, 9, 12))
+    plan.replan(**other.arrays | {"kv_indptr": np.append(other.page_indptr, np.int32([1]))})
+    other.run(plan)
+    other.check()
 
 
 def test_numbers_that_int32_does_not_hold():
@@ -202,7 +218,8 @@ def test_options_of_wrong_types_and_values(kind):
         for value in TYPES[type_]:
             error = refused(case, name, "", case.plan, **{name: value})
             assert isinstance(error, fi_ffi.ArgumentTypeError)
-        low = [0, -1] if type_ is int and name != "window_left" else []
+        low = [-1, 0] if type_ is int and name != "window_left" else []
+        low = low[: 1 if name == "num_colocated_ctas" else None]
         for value in [*VALUES[type_], *low, *([None] if hint is type_ else [])]:
             refused(case, name, "", case.plan, **{name: value})
 
@@ -269,7 +286,7 @@ FA3_LACKS = [
 NOBODY_HAS = [
     _FP8 | {"logits_soft_cap": 1.0},
     _FP8 | {"window_left": 3},
-    {"q_data_type": E5M2, "head_dim_qk": 64},
+    {"q_data_type": E5M2, "head_dim_qk": 96},
     _FP8 | {"kv_data_type": E5M2},
     _FP8 | {"kv_data_type": "float16"},
     {"kv_data_type": "bfloat16"},
@@ -285,7 +302,7 @@ TOGETHER: list[tuple[tuple[str, ...], dict[str, Any], str, str]] = [
        f"got {group} for each of num_kv_heads, expected 1, 2, 3, 4, 8 .*BatchPrefillPlan")
       for group in (5, 6, 7, 9, 12, 16, 64)),
     *((("paged",), {a: True, b: True}, b, f"False with {a}")
-      for a, b in (_MASKS[:2], _MASKS[1:], _MASKS[::2])),
+      for a, b in (_MASKS[:2], _MASKS[1:])),
     (("paged",), {"fixed_split_size": 1, "disable_split_kv": True}, "disable_split_kv",
      "False with fixed_split_size"),
     (("paged",), {"fixed_split_size": 1, "window_left": 3}, "fixed_split_size",
@@ -316,7 +333,8 @@ TOGETHER: list[tuple[tuple[str, ...], dict[str, Any], str, str]] = [
       for given in NOBODY_HAS for asked in ("auto", "fa2", "fa3")),
     *((PREFILL, {name: value, "backend": "fa3"}, name,
        f"got {value}, .*backend='fa2': fa3 never splits")
-      for name, value in (("fixed_split_size", 1), ("disable_split_kv", True))),
+      for name, value in (("fixed_split_size", 1), ("disable_split_kv", True),
+                          ("num_colocated_ctas", 1))),
 ]  # fmt: skip
 
 
@@ -398,9 +416,10 @@ def test_a_workspace_that_no_machine_has(kind):
         given = {"num_heads": 2**31 - 1, "max_total_num_rows": 2**31 - 1}
         refused(case, "qo_indptr", "work items", case.plan, workspace=None, **given)
         return
-    names = {"num_qo_heads", "num_kv_heads", "head_dim_qk", "head_dim"} & case.options.keys()
-    given = dict.fromkeys(names, 2**20)
-    given |= {} if kind == "decode" else {"max_total_num_rows": 2**31 - 1}
+    given = {"head_dim": 2**28, "num_qo_heads": 16}
+    if kind != "decode":
+        given = dict.fromkeys(("num_qo_heads", "num_kv_heads", "head_dim_qk"), 2**20)
+        given["max_total_num_rows"] = 2**31 - 1
     words = r"got None, expected \d+ and \d+ bytes, which could not be allocated"
     refused(case, "workspace", words, case.plan, workspace=None, **given)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,6 +30,41 @@ def test_prefill(g, lens):
     for backend, exact in (("fa2", sizes.prefill_fa2), ("fa3", sizes.prefill_fa3)):
         most = sizes.prefill_most(g, backend, len(lens), sum(lens))
         assert is_within(exact(g, lens, lens, sum(lens)), most)
+
+
+# What FlashInfer's planner sets aside: `PrefillPlan` of 0.6.13, compiled for the host, on 132
+# multiprocessors.  Options, queries and keys (pages) of each request; bytes, and whether it splits.
+_PLANNED = [
+    ((32, 4, 128, 16), {}, [100, 3], [4, 9], (19021824, 585, True)),
+    ((32, 4, 128, 16), {}, [100, 3], [400, 9], (135266304, 1264, True)),
+    ((8, 2, 128, 16), {}, [300, 5], [3000, 700], (64991232, 2859, True)),
+    ((8, 2, 128, 16), {"num_colocated_ctas": 200}, [300, 5], [3000, 700], (16379904, 1663, True)),
+    ((8, 2, 64, 1), {}, [1] * 20, [5000] * 20, (3993600, 1752, True)),
+    ((8, 2, 64, 1), {"window_left": 100}, [1] * 20, [5000] * 20, (0, 328, False)),
+    ((4, 4, 256, 16), {"fixed_split_size": 3}, [40, 2], [100, 1], (9210880, 659, True)),
+    ((32, 4, 128, 16), {"enable_cuda_graph": True}, [100, 3], [4, 9], (139493376, 1330, True)),
+]
+
+
+@pytest.mark.parametrize(("heads", "options", "queries", "pages", "planned"), _PLANNED)
+def test_prefill_takes_what_the_planner_does(heads, options, queries, pages, planned):
+    geometry = sizes.Geometry(*heads, 132, 9, **options)
+    need = sizes.prefill_fa2(geometry, queries, pages, sum(queries))
+    assert (need.float_bytes, need.int_bytes, need.split) == planned
+
+
+def test_a_workspace_that_the_most_does_not_fit():
+    """Of 128 MiB, as FlashInfer's wrappers have: what this batch takes, and not what others do."""
+    geometry, lens = sizes.Geometry(32, 4, 128, 16, 132, 9), ([100, 3], [4, 9])
+    most = sizes.prefill_most(geometry, "fa2", 2, 103)
+    exact = sizes.prefill_fa2(geometry, *lens, 103)
+    assert exact.float_bytes < 2**27 < most.float_bytes == 139493376
+
+
+def test_decode_of_requests_that_fill_the_gpu():
+    geometry = sizes.Geometry(64, 8, 128, 16, 132, 9)
+    assert sizes.decode(geometry, 4096, [3] * 4096).float_bytes == 0
+    assert sizes.decode(geometry, 263, [30] * 263).float_bytes > 0
 
 
 @settings(max_examples=300, deadline=None)

@@ -24,8 +24,10 @@ _ON_HOST = ("cpu", "cuda_host")
 INT32_MAX = 2**31 - 1
 
 
-def int32_array(op: str, argument: str, given: object, length: int | None = None) -> memoryview:
-    """The values of an int32 array on the host, as they lie in its memory."""
+def int32_array(
+    op: str, argument: str, given: object, length: int | None = None, may_be_longer: bool = False
+) -> memoryview:
+    """The values of an int32 array on the host, as they lie in its memory: so many, or all."""
     try:
         view = memoryview(given)  # type: ignore[arg-type]
         is_plain = view.format == "i" and view.ndim == 1 and view.c_contiguous
@@ -33,8 +35,11 @@ def int32_array(op: str, argument: str, given: object, length: int | None = None
         is_plain = False
     if not is_plain:
         view = _memory(_described(op, argument, given))
+    if may_be_longer and length is not None:
+        view = view[:length]
     if length is not None and len(view) != length:
-        got, expected = f"{len(view)} elements", f"{length} elements"
+        more = " or more" if may_be_longer else ""
+        got, expected = f"{len(view)} elements", f"{length} elements{more}"
         raise ArgumentError(op, argument, got=got, expected=expected)
     return view
 
@@ -89,8 +94,11 @@ class Indptr:
 
     __slots__ = ("_counts", "_values", "size", "total", "view")
 
-    def __init__(self, op: str, argument: str, given: object, length: int | None = None) -> None:
-        self.view = int32_array(op, argument, given, length)
+    def __init__(
+        self, op: str, argument: str, given: object, length: int | None = None,
+        may_be_longer: bool = False,
+    ) -> None:  # fmt: skip
+        self.view = int32_array(op, argument, given, length, may_be_longer)
         values = self._values = self.view.tolist()
         # Requests, and things of all of them.
         self.size = len(values) - 1
@@ -129,6 +137,8 @@ class Batch:
             it, requests have a query each), `kv_indptr`, and of a paged cache `indices` and
             either `last_page_len` or `kv_len`.
         given: these arrays; pages may be None where runs bring them.
+        may_be_longer: `kv_indptr` may have entries after those of the requests, which nothing
+            reads.
     """
 
     __slots__ = (
@@ -137,8 +147,9 @@ class Batch:
     )  # fmt: skip
 
     def __init__(
-        self, op: str, names: Mapping[str, str], given: Sequence[object], page_size: int = 1
-    ) -> None:
+        self, op: str, names: Mapping[str, str], given: Sequence[object], page_size: int = 1,
+        may_be_longer: bool = False,
+    ) -> None:  # fmt: skip
         self._op, self._names, self._page_size = op, names, page_size
         arrays = dict(zip(names, given, strict=True))
         # Arrays by what they are, as planners read them and as they are sent to the device.
@@ -148,7 +159,7 @@ class Batch:
         if "qo_indptr" in names:
             self.qo = Indptr(op, names["qo_indptr"], arrays["qo_indptr"])
             self.views["qo_indptr"], count = self.qo.view, self.qo.size + 1
-        kv = self.kv = Indptr(op, names["kv_indptr"], arrays["kv_indptr"], count)
+        kv = self.kv = Indptr(op, names["kv_indptr"], arrays["kv_indptr"], count, may_be_longer)
         self.views["kv_indptr"] = kv.view
         # Requests, queries of all of them, and the queries that runs have room for.
         self.size = kv.size

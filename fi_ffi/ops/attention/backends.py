@@ -22,7 +22,7 @@ BACKENDS = ("auto", "fa2", "fa3")
 
 # csrc/*_sm90_kernel_inst.jinja and the static_asserts of hopper/prefill_sm90.cuh
 _FA3_HEAD_DIMS = ((64, 64), (128, 128), (256, 256), (192, 128))
-_FA3_FP8_HEAD_DIMS = ((128, 128), (256, 256))
+_FA3_FP8_HEAD_DIMS = ((64, 64), (128, 128), (256, 256))
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,9 @@ class BatchMlaPlan(Plan):
 
     Args:
         qo_indptr: [b+1] int32 on the host: where each request's queries start.
-        kv_indptr: [b+1] int32 on the host: where each request's pages start.
-        kv_indices: [kv_indptr[-1] or more] int32 on the host: pages; None where each run
+        kv_indptr: [b+1 or more] int32 on the host: where each request's pages start; entries
+            after the first b+1 are not read.
+        kv_indices: [kv_indptr[b] or more] int32 on the host: pages; None where each run
             is given them on the device.
         kv_len_arr: [b] int32 on the host: tokens of each request.
         {options}
@@ -51,6 +52,7 @@ class BatchMlaPlan(Plan):
         "kv_len": "kv_len_arr",
     }  # fmt: skip
     run_arrays: Mapping[str, str] = {"kv_indices": "indices"}
+    kv_indptr_may_be_longer = True
 
     def __init__(
         self,

@@ -132,7 +132,9 @@ class PrefillKeywords(_HeadDim, _Scores, _Queries, _Graphs, total=False):
     page_size: Annotated[int | None, _count("tokens in a page; None for ragged keys")]
     use_fp16_qk_reduction: Annotated[bool, _flag("float16 sums in q @ k (fa2, float16 queries)")]
     use_custom_mask: Annotated[bool, _flag("runs bring a packed mask (`pack_custom_mask`); fa2")]
-    use_multi_item_scoring: Annotated[bool, _flag("runs bring prefix and item lengths")]
+    use_multi_item_scoring: Annotated[
+        bool, _flag("runs bring prefix and item lengths; the mask is causal, too")
+    ]
     use_attention_sink: Annotated[
         bool, _flag("runs bring `sink`, a logit of each head, part of the softmax's sum (GPT-OSS)")
     ]
@@ -144,6 +146,15 @@ class PrefillKeywords(_HeadDim, _Scores, _Queries, _Graphs, total=False):
         ),
     ]
     disable_split_kv: Annotated[bool, _flag("requests are not split among blocks; fa2")]
+    num_colocated_ctas: Annotated[
+        int,
+        Option(
+            "blocks of another kernel that runs at the same time: requests are split in so many "
+            "fewer; fa2",
+            partial(check_int, low=0),
+            0,
+        ),
+    ]
 
 
 class DecodeKeywords(_Heads, _Scores, _Graphs):
@@ -288,6 +299,8 @@ class PrefillOptions(Options, op="BatchPrefillPlan", keywords=PrefillKeywords):
             raise self.refuse("disable_split_kv", True, "False with fixed_split_size")
         modes = ("causal", "use_custom_mask", "use_multi_item_scoring")
         chosen = [name for name in modes if getattr(self, name)]
+        if chosen == [modes[0], modes[2]]:  # whose mask is causal
+            return
         if len(chosen) > 1:
             raise self.refuse(chosen[1], True, f"False with {chosen[0]}: the mask is one of them")
 
@@ -327,7 +340,7 @@ class PrefillOptions(Options, op="BatchPrefillPlan", keywords=PrefillKeywords):
         return Geometry(
             self.num_qo_heads, self.num_kv_heads, self.head_dim_vo, self.page_size or 1, *machine,
             self.enable_cuda_graph, self.window_left, self.fixed_split_size or -1,
-            self.disable_split_kv or self.sees_past_window,
+            self.disable_split_kv or self.sees_past_window, self.num_colocated_ctas,
         )  # fmt: skip
 
 

@@ -91,6 +91,8 @@ class Plan:
     _max_indices: int
     # What callers know the batch's arrays as, by what they are; the first counts requests.
     names: Mapping[str, str]
+    # Whether `kv_indptr` may have entries that are of no request.
+    kv_indptr_may_be_longer: ClassVar[bool] = False
     # The methods that run it.
     runs: Sequence[str] = ("run",)
     # What every run of a class is given, by the row's names.
@@ -186,7 +188,9 @@ class Plan:
 
     def read(self, arrays: Sequence[object]) -> Batch:
         """Read and check a batch's arrays."""
-        batch = Batch(self.op, self.names, arrays, self.options.page_size or 1)
+        batch = Batch(
+            self.op, self.names, arrays, self.options.page_size or 1, self.kv_indptr_may_be_longer
+        )
         if self._planner_needs_kv_len:
             batch.use_kv_len()
         return batch

@@ -111,7 +111,7 @@ class BatchPrefillPlan(Plan):
         )  # fmt: skip
         is_fp8 = chosen.q_data_type in FP8
         if self.backend == "fa3":
-            for name in ("fixed_split_size", "disable_split_kv"):
+            for name in ("fixed_split_size", "disable_split_kv", "num_colocated_ctas"):
                 if getattr(chosen, name):
                     expected = "its default, or backend='fa2': fa3 never splits requests"
                     raise self.refuse(name, getattr(chosen, name), expected)
@@ -129,7 +129,7 @@ class BatchPrefillPlan(Plan):
 
     def facts(self) -> dict[str, Any]:
         mask = {"mask_mode_code": self.options.mask_mode}
-        return super().facts() | mask | {"num_colocated_ctas": 0, "uniform_q_len": 0}
+        return super().facts() | mask | {"uniform_q_len": 0}
 
     @property
     def names(self) -> Mapping[str, str]:  # type: ignore[override]
@@ -239,8 +239,11 @@ class BatchPrefillPlan(Plan):
             alibi_slopes: [num_qo_heads] float32, with "ALIBI".
             custom_mask: [bytes] uint8 with `use_custom_mask`: see `pack_custom_mask`.
             prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len,
-            max_item_len_ptr: with `use_multi_item_scoring`: [b] uint32, [b *
-                token_pos_in_items_len] uint16, int, [b] uint16.
+            max_item_len_ptr: with `use_multi_item_scoring`: [b] uint32, [positions] uint16,
+                int, [b] uint16.  Request i's positions, one for each token after its prefix,
+                start at `i * token_pos_in_items_len`.  Without CUDA graphs, what follows
+                those of the last request may be left out: one for each of its queries is the
+                least, and is enough where its prefix has all keys before them.
             sink: [num_qo_heads] float32 with `use_attention_sink`.
             q_scale, k_scale, v_scale: numbers that q, k and v are multiplied by; with fp8
                 queries also [heads] float32.  fa2 has no `v_scale`.
@@ -323,10 +326,13 @@ class BatchPrefillPlan(Plan):
             values.option(name, value)
         if is_planned:
             length, name = "token_pos_in_items_len", "token_pos_in_items_ptr"
-            need = check_int(self.op, length, items[length], 0) * self._batch.size
+            each, (*_, last) = check_int(self.op, length, items[length], 0), self._batch.qo_lens
+            most, least = each * self._batch.size, each * (self._batch.size - 1)
+            least += each if self.options.enable_cuda_graph else min(last, each)
             desc = as_desc(items[name], self.op, name)
-            if desc.shape != (need,):
-                expected = f"{need} positions: {length} for each of {self._batch.size} requests"
+            if len(desc.shape) != 1 or not least <= desc.shape[0] <= most:
+                expected = f"{least} to {most} positions: {length} for each of the "
+                expected += f"{self._batch.size} requests; of the last, at least its queries'"
                 raise self.refuse(name, desc.layout, expected)
 
     def _apply_mask(self, values: Values, custom_mask: Any) -> None:

@@ -1,8 +1,8 @@
 """How much workspace a plan takes: what the planners of scheduler.cuh set aside.
 
-Where a planner sizes by how it splits requests, which takes it a search, these are the
-most that any split can take.  With CUDA graphs the planners size for the worst
-themselves, and these are exact; so they are for fa3 and MLA.
+Those of prefill and MLA are exact: prefill's planner finds how it splits requests by a search,
+which is done here as well.  Decode's searches for as many blocks as its kernel fits on the GPU,
+which nobody tells: of decode these are the most that any split can take.
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ class Geometry:
     window_left: int = -1
     fixed_split_size: int = -1
     disable_split_kv: bool = False
+    num_colocated_ctas: int = 0
+
+    @property
+    def most_split(self) -> int:
+        """Pieces that fa2's planner splits requests in, where they are not more unsplit."""
+        return max(2 * self.multiprocessors - self.num_colocated_ctas, 0) // self.num_kv_heads
 
     @property
     def group_size(self) -> int:
@@ -42,7 +48,7 @@ class Geometry:
 @dataclass(frozen=True)
 class Need:
     """Bytes of the float and of the int workspace; `split` says whether requests are split
-    (None: the planner's search decides)."""
+    (None: it depends on their lengths)."""
 
     float_bytes: int
     int_bytes: int
@@ -75,28 +81,44 @@ def _cta_tile_q(packed_qo_len: int, geometry: Geometry) -> int:
 def prefill_fa2(g: Geometry, qo_lens: Sequence[int], kv_pages: Sequence[int], rows: int) -> Need:
     """`PrefillPlan`: `rows` are the queries that there is room for."""
     batch_size = len(qo_lens)
-    most_split = 2 * g.multiprocessors // g.num_kv_heads
     if g.enable_cuda_graph:
         longest = (rows - batch_size + 1) & 0xFFFFFFFF
         cta_tile_q = _cta_tile_q(longest * g.group_size, g)
-        tiles = _tiles(qo_lens, g.group_size, cta_tile_q)
-        bound = _ceil(rows * g.group_size, cta_tile_q) + batch_size - 1
-        padded = max(most_split, bound)
     else:
         cta_tile_q = _cta_tile_q(sum(qo_lens) * g.group_size // batch_size, g)
-        tiles = _tiles(qo_lens, g.group_size, cta_tile_q)
-        padded = max(most_split, sum(tiles))
-    split: bool | None = g.enable_cuda_graph or (None if sum(tiles) <= most_split else False)
+    seen = [max(n, 1) for n in _seen(g, kv_pages, cta_tile_q)]
+    tiles = _tiles(qo_lens, g.group_size, cta_tile_q)
     if g.disable_split_kv:
-        split = False
+        chunk = max(seen)
     elif g.fixed_split_size > 0:
-        chunks = [_ceil(max(n, 1), g.fixed_split_size) for n in _seen(g, kv_pages, cta_tile_q)]
-        split = max(chunks) > 1
-        if not g.enable_cuda_graph:
-            padded = sum(a * b for a, b in zip(tiles, chunks, strict=True))
-    if split is False and not g.enable_cuda_graph:
-        padded = sum(tiles)
+        chunk = g.fixed_split_size
+    else:
+        # With CUDA graphs it is settled that requests are split, and in how many pieces at most.
+        chunk = 0 if g.enable_cuda_graph else _chunk(g, tiles, seen)
+    split = chunk < max(seen)
+    if g.enable_cuda_graph:
+        bound = _ceil(rows * g.group_size, cta_tile_q) + batch_size - 1
+        padded = max(g.most_split, bound)
+    else:
+        padded = _pieces(tiles, seen, chunk)
     return _fa2_need(g, batch_size, rows, padded, cta_tile_q, split)
+
+
+def _pieces(tiles: Sequence[int], seen: Sequence[int], chunk: int) -> int:
+    return sum([a * -(-n // chunk) for a, n in zip(tiles, seen, strict=True)])
+
+
+def _chunk(g: Geometry, tiles: Sequence[int], seen: Sequence[int]) -> int:
+    """`PrefillBinarySearchKVChunkSize`: the fewest pages of a piece that make no more pieces than
+    blocks run at a time."""
+    low, high = max(128 // g.page_size, 1), max(seen)
+    while low < high:
+        middle = (low + high) // 2
+        if _pieces(tiles, seen, middle) > g.most_split:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 def _fa2_need(
@@ -122,9 +144,8 @@ def prefill_most(g: Geometry, backend: str, batch_size: int, rows: int) -> Need:
         return _fa3_need(g, batch_size, rows, rows // tile + batch_size)
     cta_tile_q = _cta_tile_q(rows * g.group_size // batch_size, g)
     tiles = rows * g.group_size // cta_tile_q + batch_size
-    most_split = 2 * g.multiprocessors // g.num_kv_heads
-    split = False if g.disable_split_kv or tiles > most_split + batch_size else None
-    padded = tiles if split is False else max(most_split, tiles)
+    split = False if g.disable_split_kv or tiles > g.most_split + batch_size else None
+    padded = tiles if split is False else max(g.most_split, tiles)
     return _fa2_need(g, batch_size, rows, padded, cta_tile_q, split)
 
 
@@ -166,7 +187,11 @@ def decode(g: Geometry, batch_size: int, kv_pages: Sequence[int] | None) -> Need
 
     Without `kv_pages`, as much as any requests can take.
     """
-    grid = _DECODE_BLOCKS_PER_SM * g.multiprocessors // g.num_kv_heads
+    blocks = _DECODE_BLOCKS_PER_SM * g.multiprocessors
+    if kv_pages is not None and batch_size * g.num_kv_heads >= blocks:
+        # Requests alone fill the GPU: they are not split.
+        return Need(0, _ints(batch_size, batch_size, batch_size + 1) + 4, False)
+    grid = blocks // g.num_kv_heads
     padded = max(grid, batch_size)
     if kv_pages is None:
         padded = grid + batch_size
