@@ -63,6 +63,7 @@ __version__ = "0.1.0"
 
 # What is imported when it is first asked for, and from where.
 _ATTENTION = (
+    "BatchAttentionPlan",
     "BatchDecodePlan",
     "BatchMlaPlan",
     "BatchPrefillPlan",

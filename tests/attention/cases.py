@@ -10,7 +10,12 @@ import numpy as np
 
 import fi_ffi
 from fi_ffi.ops.attention.backends import Kernel
-from fi_ffi.ops.attention.options import DecodeOptions, MlaOptions, PrefillOptions
+from fi_ffi.ops.attention.options import (
+    AttentionOptions,
+    DecodeOptions,
+    MlaOptions,
+    PrefillOptions,
+)
 from fi_ffi.reference.attention.formula import Exact, exact, from_pages
 
 from tests.attention import judge
@@ -27,9 +32,14 @@ ALL_ROWS, ALL_REQUESTS, SOME_HEADS = 1 << 16, 16, 8
 LARGE = {"float16": 1e3, "bfloat16": 1e3, "float8_e4m3fn": 400.0, "float8_e5m2": 1e3}
 PLANS = {
     "batch_prefill": (fi_ffi.BatchPrefillPlan, PrefillOptions),
+    "batch_attention": (fi_ffi.BatchAttentionPlan, AttentionOptions),
     "batch_decode": (fi_ffi.BatchDecodePlan, DecodeOptions),
     "batch_mla": (fi_ffi.BatchMlaPlan, MlaOptions),
 }
+
+
+# Whose kernels are of no backend.
+ONE_BACKEND = ("batch_attention", "batch_decode", "single_decode")
 
 
 @dataclass
@@ -53,8 +63,8 @@ class Case:
         self._placed: dict[str, Any] = {}
         self._extra: dict[int, dict[str, Any]] = {}
         kernel, op = self._kernel()
-        self.backend, module_of = "cuda cores", ""
-        if "decode" not in spec.family:
+        self.backend, module_of = getattr(self.plan_class, "backend", "cuda cores"), ""
+        if spec.family not in ONE_BACKEND:
             is_paged = bool(spec.page_size)
             self.backend = machine.backend(op, spec.backend, kernel, spec.mask, is_paged)
             module_of = self.backend
@@ -285,12 +295,27 @@ class Case:
                 assert same and placed.intact(), f"{name} was written to"
 
 
+class LengthsCase(Case):
+    """A `Case` whose plan is given the tokens of each request."""
+
+    def arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        indices = None if self.spec.indices_at_run else batch.indices
+        lengths = np.array(batch.kv, np.int32)
+        return (batch.qo_indptr, batch.kv_indptr, indices, lengths), {}
+
+    def run_options(self, batch: Batch) -> dict[str, Any]:
+        made = super().run_options(batch)
+        if "paged_kv_indices" in made:
+            made["kv_indices"] = made.pop("paged_kv_indices")
+        return made
+
+
 # Multi-head latent attention: two parts of each query, and of each token of the cache.
 
 CKV, KPE = 512, 64
 
 
-class MlaCase(Case):
+class MlaCase(LengthsCase):
     """A `Case` whose keys are compressed, and whose values are the first part of the keys."""
 
     def _inputs(self) -> dict[str, Any]:
@@ -306,20 +331,13 @@ class MlaCase(Case):
         return ["ckv", "kpe"]
 
     def arguments(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        indices = None if self.spec.indices_at_run else batch.indices
-        lengths = np.array(batch.kv, np.int32)
-        starts = np.append(batch.kv_indptr, np.int32([9, -9]))  # the last are of no request
-        return (batch.qo_indptr, starts, indices, lengths), {}
+        (qo_indptr, kv_indptr, *more), options = super().arguments(batch)
+        starts = np.append(kv_indptr, np.int32([9, -9]))  # the last are of no request
+        return (qo_indptr, starts, *more), options
 
     def inputs(self, rows: int) -> list[Any]:
         parts = [first(self.placed(name).desc(), rows) for name in ("q", "q_pe")]
         return [*parts, *(self.placed(name).desc() for name in self.caches())]
-
-    def run_options(self, batch: Batch) -> dict[str, Any]:
-        made = super().run_options(batch)
-        if "paged_kv_indices" in made:
-            made["kv_indices"] = made.pop("paged_kv_indices")
-        return made
 
     def keys(self, batch: Batch, request: int) -> tuple[Any, Any]:
         tables = batch.kv_indptr, batch.indices, batch.last_page_len, request
@@ -419,7 +437,12 @@ class SingleCase(Case):
 
 
 def kind_of(spec: Spec) -> type[Case]:
-    kinds = {"batch_mla": MlaCase, "single_prefill": SingleCase, "single_decode": SingleCase}
+    kinds = {
+        "batch_attention": LengthsCase,
+        "batch_mla": MlaCase,
+        "single_prefill": SingleCase,
+        "single_decode": SingleCase,
+    }
     return kinds.get(spec.family, Case)
 
 

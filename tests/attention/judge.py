@@ -36,9 +36,9 @@ ANGLE = 4 * 2.0**-21
 # A row that sees no key: the kernels' logarithm is about -5e4 to base 2, or -infinity.
 NO_KEY = -3e4
 # Requests of no more keys are not split: 128 // page_size pages are the least piece of the
-# planners, `kv_len_limit` is MLA's, and calls for one request have their own.
-LEAST_PIECE = {"batch_prefill": 64, "batch_decode": 64, "single_prefill": 256,
-               "single_decode": 256, "batch_mla": 32}  # fmt: skip
+# planners, `kv_len_limit` is MLA's and batch attention's, and calls for one request have their own.
+LEAST_PIECE = {"batch_attention": 64, "batch_prefill": 64, "batch_decode": 64,
+               "single_prefill": 256, "single_decode": 256, "batch_mla": 32}  # fmt: skip
 
 
 @dataclass(frozen=True)

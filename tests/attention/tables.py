@@ -69,6 +69,11 @@ class Spec:
         """The plan's options."""
         same = {"page_size": self.page_size or None, "q_data_type": self.dtype}
         same |= {"kv_data_type": self.kv_dtype or None} | dict(self.plan)
+        if self.family == "batch_attention":
+            return same | {
+                "num_qo_heads": self.heads, "num_kv_heads": self.kv_heads, "causal": self.causal,
+                "head_dim_qk": self.dim, "logits_soft_cap": self.cap,
+            }  # fmt: skip
         if self.family == "batch_mla":
             return same | {
                 "num_heads": self.heads, "causal": self.causal, "backend": self.backend
@@ -229,6 +234,35 @@ DECODE: Table = {
     **under("fp8 keys", table(GROUPS, PAGED[3:5], kv_dtype="float8_e4m3fn", **_DECODE)),
 }  # fmt: skip
 
+_ATTENTION = {"family": "batch_attention", "page_size": 16}
+ATTENTION: Table = {
+    **table(KINDS, CAUSAL, **_ATTENTION),
+    **under("pages", table(PAGED, causal=True, family="batch_attention")),
+    **under("group", table(
+        [{"heads": 2, "kv_heads": 2}, {"heads": 8, "kv_heads": 2}, {"heads": 8, "kv_heads": 1},
+         {"heads": 10, "kv_heads": 2}, {"heads": 32, "kv_heads": 8}], CAUSAL, **_ATTENTION,
+    )),
+    **under("many", table(each("batch", 1, 64, 512), queries=20, keys=200, causal=True,
+                          **_ATTENTION)),
+    # A prefill beside decodes, split and not; requests without keys or queries among them.
+    **under("mixed", table([
+        {"lengths": ((300, 20000), (1, 9000), (0, 3), (1, 1), (1, 0), (5, 5))},
+        {"lengths": ((1, 32768), (3, 5))}, {"lengths": ((4096, 4096), (1, 130))},
+        {"lengths": ((1, 0), (0, 0))},
+    ], each("kv_heads", 1, 2), causal=True, heads=2, **_ATTENTION)),
+    "long, all keys": Spec(lengths=((200, 30000), (1, 70)), heads=2, kv_heads=1, **_ATTENTION),
+    "rows apart": Spec(pad=16, causal=True, **_ATTENTION),
+    "rows apart HND": Spec(pad=16, layout="HND", causal=True, **_ATTENTION),
+    "without lse": Spec(lse=False, **_ATTENTION),
+    "pages at the run": Spec(indices_at_run=True, **_ATTENTION),
+    "scale": Spec(sm_scale=0.25, causal=True, **_ATTENTION),
+    "scales": Spec(scales="kv numbers", causal=True, **_ATTENTION),
+    "scales, split": Spec(scales="kv numbers", lengths=((1, 9000), (90, 5000)), **_ATTENTION),
+    **under("cap", table(each("cap", 1.0, 30.0), CAUSAL, **_ATTENTION)),
+    **under("fp8 keys", table(CAUSAL, each("scales", "", "kv numbers"), kv_dtype="float8_e4m3fn",
+                              **_ATTENTION)),
+}  # fmt: skip
+
 _MLA = {"family": "batch_mla", "dtype": "bfloat16", "dim": 512}
 _MLA_16 = _MLA | {"heads": 16, "page_size": 16, "queries": 3}
 _ONE_QUERY = {"queries": 1, "keys": 900}
@@ -293,6 +327,7 @@ SERVED: Table = {
     "prefill fa2": Spec(backend="fa2", causal=True, **_SMALL),
     "prefill fa3": Spec(backend="fa3", causal=True, **_SMALL),
     "decode": Spec(family="batch_decode", **_SMALL | {"queries": 1}),
+    "attention": Spec(family="batch_attention", causal=True, **_SMALL | {"dim": 128}),
     **{f"mla {backend}": Spec(**_SMALL | _MLA | {"backend": backend, "heads": 16, "queries": 1})
        for backend in BACKENDS},
 }  # fmt: skip

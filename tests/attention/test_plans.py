@@ -55,7 +55,7 @@ def test_many_replans(spec, machine, rng):
     case, plan = service.case, None
     batches = [service.batch() for _ in range(machine.rounds(200))]
     kept = [case.outputs(batch.rows) for batch in batches]
-    workspace = fi_ffi.Workspace.allocate(machine.device, 1 << 27, 1 << 22)
+    workspace = fi_ffi.Workspace.allocate(machine.device, 1 << 27, 1 << 23)
     case.inputs(0)  # placed before anything is queued
     machine.delay(machine.stream)
     for batch, out in zip(batches, kept, strict=True):
@@ -75,7 +75,7 @@ def test_another_stream(spec, machine, rng):
     service = Service(spec, machine, rng)
     case = service.case
     planning, running = machine.streams(2)
-    workspace = fi_ffi.Workspace.allocate(machine.device, 1 << 27, 1 << 22)
+    workspace = fi_ffi.Workspace.allocate(machine.device, 1 << 27, 1 << 23)
     batches = [service.batch() for _ in range(6)]
     kept = [case.outputs(batch.rows) for batch in batches]
     case.inputs(0)  # placed before anything is queued
@@ -103,7 +103,7 @@ def test_two_plans_interleaved(names, machine, rng):
     for service in services:
         batches = [service.batch() for _ in range(machine.rounds(50))]
         work.append([(batch, service.case.outputs(batch.rows)) for batch in batches])
-    spaces = [fi_ffi.Workspace.allocate(machine.device, 1 << 27, 1 << 22) for _ in range(2)]
+    spaces = [fi_ffi.Workspace.allocate(machine.device, 1 << 27, 1 << 23) for _ in range(2)]
     plans: list[Any] = [None, None]
     for service, stream in zip(services, streams, strict=True):
         service.case.inputs(0)

@@ -6,6 +6,7 @@ import pytest
 
 from tests.attention.cases import check_results
 from tests.attention.tables import (
+    ATTENTION,
     DECODE,
     MLA,
     PREFILL,
@@ -32,6 +33,11 @@ def test_prefill_options(spec, machine, rng, record_property):
 
 @of(DECODE)
 def test_decode(spec, machine, rng, record_property):
+    record_property("error_of_bound", check_results(spec, machine, rng))
+
+
+@of(ATTENTION)
+def test_attention(spec, machine, rng, record_property):
     record_property("error_of_bound", check_results(spec, machine, rng))
 
 

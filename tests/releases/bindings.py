@@ -33,13 +33,14 @@ def parameters(source: str, added: Sequence[Added] = ()) -> dict[str, list[str]]
 def _read(text: str, added: Sequence[Added]) -> dict[str, Function]:
     """The functions of a source with these parameters added to what a generator adds them to."""
     more = "".join(f", {parameter.declaration}" for parameter in added)
-    defines = {"ADDITIONAL_FUNC_PARAMS": more}
+    defines = {"ADDITIONAL_FUNC_PARAMS": more, "PROFILER_FUNC_PARAMS": ""}
     source = Source("binding", text, defines)
     return dict(read([source], is_switch=lambda macro: True).exports)
 
 
 # The generator of each attention family in `jit/attention/modules.py`; the first there is.
 _GENERATORS = {
+    "batch_attention": ("_gen_batch_attention_module", "gen_batch_attention_module"),
     "single_decode": ("gen_single_decode_module",),
     "single_prefill": ("gen_single_prefill_module",),
     "batch_decode": ("gen_batch_decode_module",),
@@ -95,10 +96,12 @@ def _run(body: list[ast.stmt], known: dict[str, Any]) -> ast.expr | None:
                             known)  # fmt: skip
             if returned is not None:
                 return returned
-        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value is not None:
+            annotated = isinstance(statement, ast.AnnAssign)
+            target = statement.target if annotated else statement.targets[0]
             words = _list(statement.value, known)
-            if words is not None:
-                known[statement.targets[0].id] = words
+            if words is not None and isinstance(target, ast.Name):
+                known[target.id] = words
     return None
 
 

@@ -20,7 +20,7 @@ CALLABLE = [
 ]  # fmt: skip
 IDS = [row.name + row.variant for row in ROWS]
 # What bindings call the order of a cache's axes.
-LAYOUT = ("layout", "kv_layout_code")
+LAYOUT = ("layout", "kv_layout_code", "layout_code")
 
 
 def of(release: str, first: Row) -> Row | None:

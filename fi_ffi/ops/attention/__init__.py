@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fi_ffi.ops.attention.batch_attention import BatchAttentionPlan
 from fi_ffi.ops.attention.decode import BatchDecodePlan
 from fi_ffi.ops.attention.masks import alibi_slopes, pack_custom_mask
 from fi_ffi.ops.attention.mla import BatchMlaPlan
@@ -19,6 +20,7 @@ from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.attention.xqa import xqa
 
 __all__ = [
+    "BatchAttentionPlan",
     "BatchDecodePlan",
     "BatchMlaPlan",
     "BatchPrefillPlan",

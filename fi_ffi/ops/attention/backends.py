@@ -56,9 +56,10 @@ class Kernel:
             parameters |= {"head_dim_ckv": self.head_dim_qk, "head_dim_kpe": self.head_dim_vo}
             return module_name(self.family, of, backend=backend, **parameters)
         parameters |= {"head_dim_qk": self.head_dim_qk, "head_dim_vo": self.head_dim_vo}
-        parameters["use_sliding_window"] = self.use_sliding_window
-        if "decode" not in self.family:
-            parameters["backend"] = backend
+        if self.family != "batch_attention":
+            parameters["use_sliding_window"] = self.use_sliding_window
+            if "decode" not in self.family:
+                parameters["backend"] = backend
         if "sink" not in self.family:
             parameters["pos_encoding_mode"] = POS_ENCODING_MODES[self.pos_encoding_mode]
             parameters["use_logits_soft_cap"] = self.use_logits_soft_cap

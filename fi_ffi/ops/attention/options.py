@@ -23,6 +23,7 @@ from fi_ffi.ops.attention.backends import (
     check_encoding,
     check_soft_cap,
     data_type,
+    fa2_lacks,
 )
 from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP8
 from fi_ffi.ops.attention.sizes import Geometry
@@ -162,6 +163,31 @@ class DecodeKeywords(_Heads, _Scores, _Graphs):
 
     head_dim: Annotated[int, _count("size of a head")]
     page_size: Annotated[int, _count("tokens in a page")]
+
+
+class _Attention(_HeadDim):
+    page_size: Annotated[int, _count("tokens in a page")]
+
+
+class AttentionKeywords(_Attention, _Graphs, total=False):
+    """Of `BatchAttentionPlan`."""
+
+    head_dim_vo: Annotated[
+        int | None, _count("size of a head of v and the output; None for head_dim_qk")
+    ]
+    causal: Annotated[bool, _flag("query i of a request sees keys up to `kv_len - qo_len + i`")]
+    q_data_type: Annotated[
+        object, _dtype("dtype of q and the output: float16 or bfloat16", "bfloat16", *F16)
+    ]
+    kv_data_type: Annotated[
+        object, _dtype("dtype of k and v: that of q, which None is for, or fp8", None, *F16, *FP8)
+    ]
+    logits_soft_cap: Annotated[
+        float, Option("c > 0 makes logits `c * tanh(logits / c)`", check_soft_cap, 0.0)
+    ]
+    max_total_num_rows: Annotated[
+        int | None, _count("with CUDA graphs, the most queries of replans; None for this batch's")
+    ]
 
 
 class _Mla(TypedDict):
@@ -368,6 +394,28 @@ class DecodeOptions(Options, op="BatchDecodePlan", keywords=DecodeKeywords):
         return Geometry(
             self.num_qo_heads, self.num_kv_heads, self.head_dim, self.page_size, *machine,
             self.enable_cuda_graph, self.window_left,
+        )  # fmt: skip
+
+
+class AttentionOptions(Options, op="BatchAttentionPlan", keywords=AttentionKeywords):
+    """The options of `BatchAttentionPlan`."""
+
+    family = "batch_attention"
+    pos_encoding_mode, window_left = "NONE", -1
+
+    def check_together(self) -> None:
+        self._set_default("head_dim_vo", self.head_dim_qk)
+        self._set_default("kv_data_type", self.q_data_type)
+        self.o_data_type = self.q_data_type
+        self._check_heads()
+        lacks = fa2_lacks(self.kernel)
+        if lacks:
+            raise self.refuse("kv_data_type", self.kv_data_type, f"{self.q_data_type}: {lacks}")
+
+    def geometry(self, machine: tuple[int, int]) -> Geometry:
+        return Geometry(
+            self.num_qo_heads, self.num_kv_heads, self.head_dim_vo, self.page_size, *machine,
+            self.enable_cuda_graph,
         )  # fmt: skip
 
 

@@ -284,6 +284,28 @@ BATCH_PREFILL_SINK = {
     for kind in ("fa2", "fa3")
 }
 
+# Prefill and decode requests of a batch in one persistent launch.  It turns page numbers into
+# offsets in 32 bits, and loads values from where the keys' strides say.
+_POOL_K = replace(_PAGED_K, name="k_cache", offset_limit=2**32)
+BATCH_ATTENTION = (
+    _plan(
+        "batch_attention", "", "batch_attention_jit_binding.cu",
+        _index("qo_indptr", "b+1", "where each request's queries start", host=True),
+        _index("kv_indptr", "b+1", "where each request's pages start", host=True),
+        _index("kv_len", "b", "tokens of each request", host=True),
+        *_SIZES[1:4], _number("head_dim_o", "of the output", int), _CAUSAL,
+    ),
+    _row(
+        "batch_attention", "run", "", "batch_attention_jit_binding.cu",
+        "Attention over a paged cache, of prefills and decodes at once.",
+        *_WORKSPACE, PlanInfo(), _Q, _POOL_K,
+        replace(_POOL_K, name="v_cache", axes=_PAGED_V.axes, doc=_PAGED_V.doc),
+        _index("kv_indices", "num_indices", "the pages"), _OUT_FA2, _LSE, _MASK_MODE, KvLayout(),
+        *_SIZES[2:5], _number("v_scale", "what the output is multiplied by"), _SM_SCALE, _SOFT_CAP,
+        *_BLOCK_SCALES, same_strides=("k_cache", "v_cache"), nothing_axis="nnz_qo",
+    ),
+)  # fmt: skip
+
 # Multi-head latent attention over a paged cache.  From 0.7.0 on the planner leaves the copy to
 # the device to its caller, and returns a tuple.
 _MLA_RELEASES = ">=0.6.3,<0.7.0"

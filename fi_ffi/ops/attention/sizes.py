@@ -15,6 +15,8 @@ _ALIGNMENT = 16
 _DECODE_BLOCKS_PER_SM = 16
 # Work items that MLA's planner has room for, whatever it is given (`max_total_num_works`).
 MLA_MAX_WORKS = 16384
+# The same of `BatchAttention`'s, for the tiles of 128 rows and for those of 16 (it does look).
+_ATTENTION_WORKS, _ATTENTION_TILES = 65536, (128, 16)
 # Up to so many tiles fa3's planner gives each head its own work items.
 _FA3_FEW_TILES = 4096
 
@@ -203,6 +205,19 @@ def decode(g: Geometry, batch_size: int, kv_pages: Sequence[int] | None) -> Need
     int_bytes = aligned(_ints(padded, padded, padded + 1) + 4) + padded
     partial = 4 * g.num_qo_heads * padded
     return Need(aligned(partial * g.head_dim_vo) + partial, int_bytes)
+
+
+def attention(g: Geometry) -> Need:
+    """`TwoStageHolisticPlan`, which sets the same aside for every batch."""
+    blocks = g.multiprocessors * (1 if g.head_dim_vo >= 256 else 2)
+    pieces = 4 * blocks * sum(_ATTENTION_TILES)
+    # Of each kind of tile eight arrays of work items, and where each block's start.
+    arrays = [_ATTENTION_WORKS] * 9 * len(_ATTENTION_TILES)
+    rows = pieces * g.num_kv_heads
+    return Need(
+        aligned(rows * 2 * g.head_dim_vo) + rows * 4,
+        _ints(*arrays, len(_ATTENTION_TILES), pieces, pieces, 1),
+    )
 
 
 def mla_cluster(g: Geometry, qo_lens: Sequence[int]) -> int:

@@ -8,8 +8,14 @@ from typing import Any
 
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.attention.backends import Kernel, backend_for, check_encoding, check_soft_cap
-from fi_ffi.ops.attention.options import DecodeOptions, MlaOptions, PrefillOptions
+from fi_ffi.ops.attention.options import (
+    AttentionOptions,
+    DecodeOptions,
+    MlaOptions,
+    PrefillOptions,
+)
 from fi_ffi.ops.attention.rows import (
+    BATCH_ATTENTION,
     BATCH_DECODE_RUN,
     BATCH_MLA,
     BATCH_PREFILL,
@@ -27,6 +33,7 @@ from fi_ffi.ops.row import Row
 _PLAN = {"num_qo_heads": 8, "num_kv_heads": 8, "page_size": 16}
 _GIVEN: dict[str, dict[str, Any]] = {
     "BatchPrefillPlan": {**_PLAN, "head_dim_qk": 128},
+    "BatchAttentionPlan": {**_PLAN, "head_dim_qk": 128},
     "BatchDecodePlan": {**_PLAN, "head_dim": 128},
     "BatchMlaPlan": {"num_heads": 16, "page_size": 16},
 }
@@ -89,6 +96,11 @@ def _decode(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
     return DecodeOptions(**_GIVEN[op] | dict(given)).kernel, "", BATCH_DECODE_RUN
 
 
+def _attention(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
+    del query
+    return AttentionOptions(**_GIVEN[op] | dict(given)).kernel, "", BATCH_ATTENTION[1]
+
+
 def _mla(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
     options = MlaOptions(**_GIVEN[op] | dict(given))
     backend, _ = backend_for(op, options.backend, options.kernel, query.capability)
@@ -131,6 +143,7 @@ def _single_decode(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
 
 _CHOICES: dict[str, Callable[[str, Query, Mapping[str, Any]], _Choice]] = {
     "BatchPrefillPlan": _prefill,
+    "BatchAttentionPlan": _attention,
     "BatchDecodePlan": _decode,
     "BatchMlaPlan": _mla,
     "single_prefill": _single_prefill,
@@ -150,6 +163,7 @@ _SINKS = {
 SAMPLES: dict[str, dict[str, dict[str, Any]]] = {
     "BatchPrefillPlan": _FA | {"fa2, fp8 keys": {"backend": "fa2", "kv_data_type": "float8_e4m3fn"}}
     | _FP8_QUERIES | _SINKS,
+    "BatchAttentionPlan": {"": {}, "fp8 keys": {"kv_data_type": "float8_e4m3fn"}},
     "BatchDecodePlan": {"": {}, "fp8 keys": {"kv_data_type": "float8_e4m3fn"}},
     "BatchMlaPlan": _FA,
     "single_prefill": _FA,

@@ -32,6 +32,7 @@ KERNELS: dict[str, _Kernels] = {
         "run_fa3": functools.partial(runs.single_prefill, variant.fa3_single),
         "run_fa3_fp8": functools.partial(runs.single_prefill, variant.fa3_fp8),
     },
+    "batch_attention": {"plan": plan.attention, "run": runs.attention_run},
     "batch_decode": {"plan": plan.decode, "run": runs.batch_decode},
     "batch_prefill": {
         **_batch("", plan.FA2, variant.fa2),

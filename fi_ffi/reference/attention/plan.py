@@ -18,8 +18,8 @@ from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.attention.variant import Compiled
 
 # Which planner: a plan is for runs of its own kind, as vectors of different lengths are.
-FA2, FA3, DECODE, MLA = range(4)
-_NAMES = ("fa2 prefill", "fa3 prefill", "decode", "MLA")
+FA2, FA3, DECODE, MLA, ATTENTION = range(5)
+_NAMES = ("fa2 prefill", "fa3 prefill", "decode", "MLA", "batch attention")
 
 
 class Lengths(NamedTuple):
@@ -124,6 +124,19 @@ def mla(
     end = batch_size + 1
     lengths = Lengths(-1, causal, qo_indptr[:end], kv_indptr[:end], kv_len)
     return save(MLA, lengths, int_workspace, staging)
+
+
+def attention(
+    float_workspace: Array, int_workspace: Array, staging: Array, qo_indptr: Array,
+    kv_indptr: Array, kv_len: Array, batch_size: int, num_qo_heads: int, num_kv_heads: int,
+    head_dim_o: int, causal: bool, *, compiled: Compiled,
+) -> Object:  # fmt: skip
+    """`plan` of batch attention."""
+    _check_heads(num_qo_heads, num_kv_heads)
+    _check_sizes(batch_size, qo_indptr=(qo_indptr, 1), kv_indptr=(kv_indptr, 1), kv_len=(kv_len, 0))
+    end = batch_size + 1
+    lengths = Lengths(-1, causal, qo_indptr[:end], kv_indptr[:end], kv_len[:batch_size])
+    return save(ATTENTION, lengths, int_workspace, staging)
 
 
 def _check_heads(num_qo_heads: int, num_kv_heads: int) -> None:

@@ -135,6 +135,29 @@ def paged_run(
     _attend(parse(call, *more), planned.qo_indptr, q, keys, o, lse)
 
 
+def attention_run(
+    float_workspace: Array, int_workspace: Array, plan_info: Object, q: Array, k_cache: Array,
+    v_cache: Array, indices: Array, o: Array, lse: Array | None, mask_mode: int, layout: int,
+    num_qo_heads: int, num_kv_heads: int, page_size: int, v_scale: float, sm_scale: float,
+    soft_cap: float, k_sf: Array | None, v_sf: Array | None, *, compiled: Compiled,
+) -> None:  # fmt: skip
+    """batch_attention's `run`."""
+    if k_sf is not None or v_sf is not None:
+        raise ValueError("keys of 4 bits need a GPU")
+    planned = plan.load(plan.ATTENTION, int_workspace, plan_info)
+    k_cache, v_cache = tokens_first(k_cache, layout), tokens_first(v_cache, layout)
+    call = Call(compiled, mask_mode, -1, num_qo_heads, num_kv_heads, paged=True)
+    call.only(masks.NONE, masks.CAUSAL)
+    if planned.causal != call.causal:
+        raise ValueError("planned with another mask: plan again")
+    if page_size != k_cache.shape[1]:
+        raise ValueError(f"page_size is {page_size}; k_cache has pages of {k_cache.shape[1]}")
+    soft_cap = soft_cap if compiled.use_logits_soft_cap else 0.0
+    options = Options(sm_scale, call.causal, logits_soft_cap=soft_cap, v_scale=v_scale)
+    keys = _paged(planned, planned.kv_len, k_cache, v_cache, indices)
+    _attend(Variant(options), planned.qo_indptr, q, keys, o, lse)
+
+
 def batch_decode(
     float_workspace: Array, int_workspace: Array, plan_info: Object, q: Array, k_cache: Array,
     v_cache: Array, kv_indptr: Array, indices: Array, last_page_len: Array, o: Array,
