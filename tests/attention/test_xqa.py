@@ -27,6 +27,18 @@ SPECS = {
     "q_scale": Spec(options={"q_scale": 0.25}),
     "q_scale tensor": Spec(options={"q_scale": np.array([0.25], np.float32)}),
     "kv_scale tensor": Spec(kv=FP8, options={"kv_scale": np.array([1.5], np.float32)}),
+    "drafts": Spec(queries=4, lengths=(4, 16, 17, 300)),
+    "a tree of drafts": Spec(queries=4, tree=True, lengths=(4, 5, 65, 300)),
+    "many drafts": Spec(queries=40, tree=True, lengths=(40, 41, 300)),
+    "drafts, HND": Spec(queries=3, tree=True, layout="HND", lengths=(4, 64)),
+    "drafts, fp8": Spec(
+        q=F16, kv=FP8, queries=5, tree=True, lengths=(5, 70), options={"kv_scale": 0.5}
+    ),
+    "drafts, sinks": Spec(
+        queries=4,
+        lengths=(9, 70),
+        options={"sinks": np.linspace(-2, 3, 8, dtype=np.float32).reshape(2, 4)},
+    ),
     "sinks": Spec(options={"sinks": np.linspace(-2, 3, 8, dtype=np.float32).reshape(2, 4)}),
 }
 
@@ -102,11 +114,57 @@ def test_the_judge_sees_a_wrong_result(rng):
     assert batch.check(HostArray) > 1
 
 
+def _wrong_drafts() -> dict[str, tuple[dict[str, object], str, str]]:
+    mask = np.ones((2, 4, 2), np.uint16)
+    sinks = np.zeros((2, 3), np.float32)
+    return {
+        "no mask": ({"mask": None}, "mask", "which keys of the queries"),
+        "words of a mask": ({"mask": mask[..., :1]}, "mask", "(2, 4, 2)"),
+        "bytes of a mask": ({"mask": mask.astype(np.uint8)}, "mask", "uint16"),
+        "a mask at an odd address": (
+            {"mask": np.zeros(17, np.uint16)[1:].reshape(2, 4, 2)}, "mask", "4 bytes"),
+        "a window": ({"sliding_win_size": 20}, "sliding_win_size", "whole tiles"),
+        "an output of one query": (
+            {"output": np.zeros((2, 1, 8, 128), BF16)}, "output", "rank 5"),
+        "one query": ({"q": np.zeros((2, 1, 1, 8, 128), BF16)}, "q", "one in rank 4"),
+        "sinks of heads that rows split": (
+            {"q": np.zeros((2, 1, 12, 6, 128), BF16), "mask": np.ones((2, 12, 2), np.uint16),
+             "sinks": sinks}, "sinks", "begin at another head"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _wrong_drafts())
+def test_refusals_of_several_queries(name, rng):
+    given, argument, words = _wrong_drafts()[name]
+    batch = Batch(Spec(queries=4, lengths=(4, 30)), rng)
+    with pytest.raises(fi_ffi.ArgumentError) as caught:
+        fi_ffi.xqa(**(batch.arrays | given))
+    error = caught.value
+    assert error.op == "xqa" and error.argument == argument, error
+    assert words in str(error), error
+    assert np.isnan(batch.arrays["output"].astype(float)).all()
+
+
+def test_one_query_has_no_mask(rng):
+    batch = Batch(SPECS["plain"], rng)
+    with pytest.raises(fi_ffi.ArgumentError, match="None with one query"):
+        fi_ffi.xqa(**batch.arrays, mask=np.ones((4, 1, 2), np.uint16))
+
+
+def test_many_queries_need_more_semaphores(rng):
+    """A counter for each block of 32 rows, of queries and the heads that share their keys."""
+    spec = Spec(queries=9, lengths=(9, 30), options={"semaphores": np.zeros(2 * 2 * 2, np.uint32)})
+    assert Batch(spec, rng).check(HostArray) <= 1
+    few = replace(spec, options={"semaphores": np.zeros(2 * 2 * 2 - 1, np.uint32)})
+    with pytest.raises(fi_ffi.ArgumentError, match="32 bytes or more"):
+        Batch(few, rng).check(HostArray)
+
+
 def _wrong() -> dict[str, tuple[str, object, str]]:
     f32 = np.float32
     return {
         "rank of q": ("q", np.zeros((4, 8, 128), BF16), "rank 4"),
-        "two queries": ("q", np.zeros((4, 2, 8, 128), BF16), "rank 4"),
+        "two beams": ("q", np.zeros((4, 2, 8, 128), BF16), "rank 4"),
         "heads of q": ("q", np.zeros((4, 1, 7, 128), BF16), "a multiple of the cache's 2"),
         "q in float32": ("q", np.zeros((4, 1, 8, 128), f32), "float16 or bfloat16"),
         "head size of q": ("q", np.zeros((4, 1, 8, 64), BF16), "head_dim = 128"),

@@ -26,6 +26,19 @@ SPECS = {
         "sinks": np.linspace(-2, 3, 8, dtype=np.float32).reshape(2, 4)}),
     "sinks, split": replace(PLAIN, lengths=(8000,), options={
         "sinks": np.linspace(-2, 3, 8, dtype=np.float32).reshape(2, 4)}),
+    # Four drafted queries: what is causal, and trees; alone in a tile, and over its end.
+    "drafts": replace(PLAIN, queries=4, lengths=(4, 16, 17, 300)),
+    "drafts, tree": replace(PLAIN, queries=4, tree=True, lengths=(4, 5, 66, 257, 258, 259)),
+    "drafts, split": replace(PLAIN, queries=4, tree=True, lengths=(8000, 4), kv_heads=1),
+    "drafts, many": replace(PLAIN, queries=4, tree=True, lengths=tuple(range(4, 200)), kv_heads=3),
+    "drafts, HND": replace(PLAIN, queries=4, tree=True, layout="HND", lengths=(4, 300)),
+    "drafts, q_scale": replace(PLAIN, queries=4, lengths=(70,), options={
+        "q_scale": np.array([0.25], np.float32)}),
+    "drafts, sinks": replace(PLAIN, queries=4, lengths=(70, 3000), options={
+        "sinks": np.linspace(-2, 3, 8, dtype=np.float32).reshape(2, 4)}),
+    # More rows than a block has: another module, which takes any number.
+    "many drafts": replace(PLAIN, queries=40, tree=True, lengths=(40, 41, 300, 5000)),
+    "fp8, drafts": replace(IN_FP8, window=0, queries=4, tree=True, lengths=(4, 64, 3000)),
     "fp8, window": IN_FP8,
     "fp8, HND": replace(IN_FP8, layout="HND"),
     "fp8, scales": replace(IN_FP8, options={"q_scale": 0.5, "kv_scale": 1.5}),

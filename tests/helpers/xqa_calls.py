@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ml_dtypes
@@ -27,6 +27,8 @@ class Spec:
     group: int = 4
     head_dim: int = 128
     window: int = 0
+    queries: int = 1
+    tree: bool = False  # what the queries see of each other: any, or what is causal
     lengths: tuple[int, ...] = (1, 16, 17, 300)
     kv_heads: int = 2
     layout: str = "NHD"
@@ -47,13 +49,23 @@ class Batch:
         heads = spec.kv_heads * spec.group
         cache = sum(count) + 3, spec.page_size, spec.kv_heads, spec.head_dim
         self.keys, self.values = (self._cache(cache, table, rng) for _ in range(2))
-        q = rng.standard_normal((len(count), 1, heads, spec.head_dim))
+        several = (spec.queries,) if spec.queries > 1 else ()
+        q = rng.standard_normal((len(count), 1, *several, heads, spec.head_dim))
         self.arrays = {
             "q": q.astype(spec.q),
             "k_cache": self.keys, "v_cache": self.values, "page_table": table,
             "seq_lens": np.array(spec.lengths, np.uint32).reshape(-1, 1),
             "output": np.full(q.shape, np.nan, spec.q),
         }  # fmt: skip
+        self.seen = np.tri(spec.queries, dtype=bool)[None].repeat(len(count), 0)
+        if spec.tree:
+            self.seen &= rng.random(self.seen.shape) < 0.5
+            self.seen |= np.eye(spec.queries, dtype=bool)
+        if several:
+            width = 32 * -(-spec.queries // 32)
+            bits = np.zeros((*self.seen.shape[:2], width), bool)
+            bits[..., : spec.queries] = self.seen
+            self.arrays["mask"] = np.packbits(bits, axis=2, bitorder="little").view(np.uint16)
         if spec.layout == "HND":
             for name in ("k_cache", "v_cache"):
                 self.arrays[name] = np.ascontiguousarray(self.arrays[name].swapaxes(1, 2))
@@ -76,6 +88,7 @@ class Batch:
         scale = float(np.ravel(options.get("q_scale", 1.0))[0]) * of_kv / spec.head_dim**0.5
         sink = np.ravel(options["sinks"]) if "sinks" in options else None
         how = Options(scale, window_left=spec.window - 1, sink=sink, v_scale=of_kv)
+        count = spec.queries
         table = self.arrays["page_table"]
         found = []
         for request, length in enumerate(spec.lengths):
@@ -83,9 +96,13 @@ class Batch:
                 cache[table[request]].reshape(-1, *cache.shape[2:])[:length]
                 for cache in (self.keys, self.values)
             )
-            found.append(exact(self.arrays["q"][request], k, v, how))
+            before = np.ones((count, length - count), bool)
+            mask = np.hstack((before, self.seen[request]))
+            q = self.arrays["q"][request].reshape(count, *self.arrays["q"].shape[-2:])
+            found.append(exact(q, k, v, replace(how, mask=mask)))
         out, size = (np.stack([getattr(one, of) for one in found]) for of in ("out", "magnitude"))
-        return out, size
+        shape = self.arrays["q"].shape
+        return out.reshape(shape), size.reshape(shape)
 
     def check(self, place: Callable[[np.ndarray], Any], stream: object = None) -> float:
         """Call it; the largest error as a fraction of its bound."""

@@ -374,8 +374,8 @@ _ONE: dict[str, Any] = {"optional": True, "contiguous": True}
 _CACHE = "num_pages page_size num_kv_heads head_dim"
 # Rows of queries, of at most 256 elements and two numbers each, for every piece of a request;
 # there are no more pieces than multiprocessors.
-_ROWS, _HEAD_DIM = 32, 256
-SCRATCH_BYTES = _ROWS * (4 * _HEAD_DIM + 8) + 1024
+XQA_ROWS, _HEAD_DIM = 32, 256
+SCRATCH_BYTES = XQA_ROWS * (4 * _HEAD_DIM + 8) + 1024
 _GRID = 2**16 - 1  # blocks along a grid's second and third dimension
 
 
@@ -390,9 +390,7 @@ _IN_A_GRID = Rule(
     f"b * num_kv_heads of at most {_GRID}: the kernel has a block for each",
 )  # fmt: skip
 
-XQA = _row(
-    "xqa", "xqa_wrapper", "", "flashinfer_xqa_binding.cu",
-    "Attention of one query of each request over a paged cache.",
+_XQA_ARGS: tuple[Arg, ...] = (
     _number("run_sm90_fp8_mha", "in fp8, by the kernel for Hopper", bool),
     _number("multiProcessorCount", "multiprocessors to use", int),
     _number("nbKHeads", "heads of the keys", int),
@@ -424,12 +422,51 @@ XQA = _row(
     Tensor("scratch", "scratch_size", "uint8", "partial results", writes=True, reads=False,
            contiguous=True, alignment=128, bytes_per_multiprocessor=SCRATCH_BYTES),
     _number("enable_pdl", "programmatic dependent launch", bool),
-    dtypes={"Q": F16, "KV": (*F16, "float8_e4m3fn"), "O": (*F16, "float8_e4m3fn")},
-    vector=Vector(("head_dim",)), same_strides=("kCacheVLLM", "vCacheVLLM"),
-    requires=(*_HEADS, "page_size in (16, 32, 64, 128)", "head_dim % 16 == 0",
-              f"b <= {_GRID}", f"num_kv_heads <= {_GRID}", _IN_A_GRID),
-    capabilities=(9, 10, 11, 12), nothing_axis="b", offset_limit=_FAR,
 )  # fmt: skip
+_XQA: dict[str, Any] = {
+    "dtypes": {"Q": F16, "KV": (*F16, "float8_e4m3fn"), "O": (*F16, "float8_e4m3fn")},
+    "vector": Vector(("head_dim",)), "same_strides": ("kCacheVLLM", "vCacheVLLM"),
+    "requires": (*_HEADS, "page_size in (16, 32, 64, 128)", "head_dim % 16 == 0",
+                 f"b <= {_GRID}", f"num_kv_heads <= {_GRID}", _IN_A_GRID),
+    "capabilities": (9, 10, 11, 12), "nothing_axis": "b", "offset_limit": _FAR,
+}  # fmt: skip
+XQA = _row(
+    "xqa", "xqa_wrapper", "", "flashinfer_xqa_binding.cu",
+    "Attention of one query of each request over a paged cache.", *_XQA_ARGS, **_XQA,
+)  # fmt: skip
+
+
+# Several queries a request, for speculative decoding: `XQA_ROWS` rows of queries and heads are a
+# block's, and so are a counter and the pieces.
+
+
+def query_blocks(q_seq_len: int, group: int) -> int:
+    """Blocks that the queries of a request are, for each head of keys."""
+    return -(-q_seq_len * group // XQA_ROWS)
+
+
+def _counters(sizes: Mapping[str, int]) -> int:
+    group = sizes["num_qo_heads"] // max(sizes["num_kv_heads"], 1)
+    return semaphore_bytes(sizes) * query_blocks(sizes["q_seq_len"], group)
+
+
+def _of_several(arg: Arg) -> Arg:
+    """An argument of `xqa` as it is for several queries."""
+    if not isinstance(arg, Tensor):
+        return arg
+    if arg.name in ("q", "output"):
+        return replace(arg, axes="b 1 q_seq_len num_qo_heads head_dim")
+    if arg.name == "mask":
+        return replace(arg, alignment=4)
+    return replace(arg, bytes_for=_counters) if arg.name == "semaphores" else arg
+
+
+XQA_SPEC_DEC = _row(
+    "xqa", "xqa_wrapper", "_spec_dec", "flashinfer_xqa_binding.cu",
+    "Attention of several queries of each request over a paged cache.",
+    *map(_of_several, _XQA_ARGS), **_XQA,
+)  # fmt: skip
+
 
 # POD: a request's prefill and a batch's decode in one launch.  Both kinds of cache are handed
 # over as NHD views, whatever their order.

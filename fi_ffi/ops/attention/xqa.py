@@ -1,4 +1,5 @@
-"""`xqa`: decode attention by TensorRT-LLM's kernels, of one query of each request, no plan."""
+"""`xqa`: decode attention by TensorRT-LLM's kernels, of one query of each request or several
+drafted ones, without a plan."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ from fi_ffi.abi.tensor import Device, TensorDesc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.backends import in_use, module_name, multiprocessors
-from fi_ffi.ops.attention.rows import XQA
+from fi_ffi.ops.attention.rows import XQA, XQA_ROWS, XQA_SPEC_DEC, query_blocks
 from fi_ffi.ops.attention.run import Values, compiled_row, launched
-from fi_ffi.ops.call.arguments import check_choice, check_int, check_number
+from fi_ffi.ops.call.arguments import check_choice, check_int, check_number, shown
 from fi_ffi.ops.row import KV_LAYOUTS, as_nhd
 
 _OP = "xqa"
@@ -39,30 +40,37 @@ def xqa(
     sm_count: int | None = None,
     enable_pdl: bool = False,
     rcp_out_scale: float = 1.0,
+    mask: TensorLike | None = None,
     stream: object = None,
 ) -> Values:
-    """Attention of one query of each request over a paged cache, without a plan.
+    """Attention of a query, or of several drafted ones, of each request over a paged cache.
 
     Args:
-        q: [batch_size, 1, num_q_heads, head_dim] float16 or bfloat16; output: the same,
-            written, of q's dtype (or float8_e4m3fn, with keys of that dtype); contiguous.
+        q: [batch_size, 1, num_q_heads, head_dim] float16 or bfloat16, or with several queries
+            (speculative decoding) [batch_size, 1, q_seq_len, num_q_heads, head_dim]; output: the
+            same, written, of q's dtype (or float8_e4m3fn, with keys of that dtype); contiguous.
         k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim], or with "HND" the
             middle axes exchanged, of q's dtype or float8_e4m3fn; with the same strides, which
             are multiples of head_dim.  Pages have 16, 32, 64 or 128 tokens.
         page_table: [batch_size, max_pages] int32: each request's pages.
-        seq_lens: [batch_size, 1] uint32: each request's keys, 1 or more.
+        seq_lens: [batch_size, 1] uint32: each request's keys, 1 or more; those of several queries
+            are the last of them, so q_seq_len or more.
         workspace_buffer: uint8, scratch that no other stream uses; semaphores: uint32,
-            [batch_size * num_kv_heads] or more, 0 before the first call and again after each.
-            Without them each stream has its own of fi_ffi's.
+            [batch_size * num_kv_heads] or more (for every 32 queries times heads that share a
+            key, where there are more), 0 before the first call and again after each.  Without
+            them each stream has its own of fi_ffi's.
         sinks: [num_kv_heads, num_q_heads / num_kv_heads] float32: a logit more for each head.
         q_scale, kv_scale: numbers, or [1] float32 on the device; kv_scale is of fp8 caches.
         sliding_win_size: the last keys that are seen, the newest among them; 0: all.
+        mask: with several queries, [batch_size, q_seq_len, 2 * ceil(q_seq_len / 32)] uint16: bit j
+            of row i (the lowest first, 16 a word) says whether query i sees the key of query j.
+            Every query sees all keys before, and is to see its own.
         sm_count: multiprocessors to use; without it, and at most, all of the device's.
 
     The module is compiled for the dtypes, the page's and the head's size, the number of query
     heads that share keys, and whether there is a window.  On SM90 fp8 caches take a kernel that
-    multiplies in fp8.  Speculative decoding (several queries of a request) and 4-bit caches
-    are not here: `fi_ffi.module` reaches them.
+    multiplies in fp8, if there is one query: with several it sees what is causal, whatever the
+    mask is.  4-bit caches are not here: `fi_ffi.module` reaches them.
 
     Raises `ArgumentError` and `ArgumentTypeError` before anything is launched,
     `ArchitectureError` on GPUs before SM90, `KernelNotFoundError` where there is no such module.
@@ -74,30 +82,33 @@ def xqa(
     caches = [_cache(name, tensor, kv_layout) for name, tensor in given.items()]
     table = as_desc(page_table, _OP, "page_table")
     page_size, kv_heads, head_dim = caches[0].shape[1:]
-    batch, heads = _heads(q, kv_heads)
+    batch, queries, heads = _heads(q, kv_heads)
     if len(table.shape) != 2:
         raise ArgumentError(_OP, "page_table", got=table.layout, expected="rank 2 (b max_pages)")
     device = q.device
-    (row,) = in_use((XQA,), device)
+    (row,) = in_use((XQA if queries == 1 else XQA_SPEC_DEC,), device)
     window = check_int(_OP, "sliding_win_size", sliding_win_size, 0)
     dtypes = {"Q": q.dtype.name, "KV": caches[0].dtype.name, "O": output.dtype.name}
     _check_dtypes(q, caches[0], output)
+    bits = _check_several(mask, batch, queries, heads // kv_heads, window, sinks is not None)
     module = module_name(
         "xqa", input_dtype=dtypes["Q"], output_dtype=dtypes["O"], kv_cache_dtype=dtypes["KV"],
         page_size=page_size, head_dim=head_dim, head_group_ratio=heads // kv_heads,
-        use_sliding_window=window > 0,
+        use_sliding_window=window > 0, q_seq_len=queries,
     )  # fmt: skip
     values = Values(_OP, compiled_row(row, module, dtypes, _OP, device), "xqa", {})
     most = multiprocessors(device)
     count = most if sm_count is None else min(check_int(_OP, "sm_count", sm_count, 1), most)
     values.put(
-        run_sm90_fp8_mha=_on_hopper(device) and caches[0].dtype.itemsize == 1,
-        multiProcessorCount=count, nbKHeads=kv_heads, slidingWinSize=window, output=output,
+        run_sm90_fp8_mha=queries == 1 and _on_hopper(device) and caches[0].dtype.itemsize == 1,
+        # Each block of queries makes as many pieces, and all of them have to fit the scratch.
+        multiProcessorCount=max(count // query_blocks(queries, heads // kv_heads), 1),
+        nbKHeads=kv_heads, slidingWinSize=window, output=output,
         rcpOutScale=check_number(_OP, "rcp_out_scale", rcp_out_scale, 0.0), q=q,
         attentionSinks=sinks,
         kCacheVLLM=caches[0], vCacheVLLM=caches[1], kvCachePageList=table,
-        maxSeqLen=table.shape[1] * page_size, seqLen=seq_lens, batchSize=batch, qSeqLen=1,
-        semaphores=semaphores, scratch=workspace_buffer, enable_pdl=enable_pdl,
+        maxSeqLen=table.shape[1] * page_size, seqLen=seq_lens, batchSize=batch, qSeqLen=queries,
+        mask=bits, semaphores=semaphores, scratch=workspace_buffer, enable_pdl=enable_pdl,
         **_scale("q_scale", q_scale, "qScale", "qScaleTensor"),
         **_scale("kv_scale", kv_scale, "kvCacheScale", "kvScaleTensor"),
     )  # fmt: skip
@@ -117,15 +128,46 @@ def _cache(name: str, tensor: TensorLike, kv_layout: str) -> TensorDesc:
     return as_nhd(desc, kv_layout)
 
 
-def _heads(q: TensorDesc, kv_heads: int) -> tuple[int, int]:
-    """Requests, and heads of their queries."""
-    if len(q.shape) != 4 or q.shape[1] != 1 or q.shape[2] >= _MOST:
+def _heads(q: TensorDesc, kv_heads: int) -> tuple[int, int, int]:
+    """Requests, queries of each, and heads of these."""
+    rank = len(q.shape)
+    if rank not in (4, 5) or q.shape[1] != 1 or max(q.shape[2:-1]) >= _MOST:
         expected = f"rank 4 (batch_size 1 num_q_heads head_dim), and less than {_MOST} heads"
         raise ArgumentError(_OP, "q", got=q.layout, expected=expected)
-    if not q.shape[2] or q.shape[2] % kv_heads:
+    if rank == 5 and q.shape[2] < 2:
+        expected = "two queries or more in rank 5, and one in rank 4"
+        raise ArgumentError(_OP, "q", got=q.layout, expected=expected)
+    heads = q.shape[-2]
+    if not heads or heads % kv_heads:
         expected = f"heads in a multiple of the cache's {kv_heads}"
         raise ArgumentError(_OP, "q", got=q.layout, expected=expected)
-    return q.shape[0], q.shape[2]
+    return q.shape[0], q.shape[2] if rank == 5 else 1, heads
+
+
+def _check_several(
+    mask: object, batch: int, queries: int, group: int, window: int, has_sinks: bool
+) -> TensorDesc | None:
+    """The mask of several queries; raise where the kernels get these wrong."""
+    if queries == 1:
+        if mask is not None:
+            expected = "None with one query of each request"
+            raise ArgumentError(_OP, "mask", got=shown(mask), expected=expected)
+        return None
+    if mask is None:
+        expected = "which keys of the queries each of them sees"
+        raise ArgumentError(_OP, "mask", got="None", expected=expected)
+    desc, shape = as_desc(mask, _OP, "mask"), (batch, queries, 2 * -(-queries // 32))
+    if desc.shape != shape:
+        expected = f"shape {shape}: a bit for each query, in words of 16, two at a time"
+        raise ArgumentError(_OP, "mask", got=desc.layout, expected=expected)
+    if window:
+        expected = "0 with several queries: the kernel hides whole tiles of keys alone"
+        raise ArgumentError(_OP, "sliding_win_size", got=window, expected=expected)
+    if has_sinks and query_blocks(queries, group) > 1 and XQA_ROWS % group:
+        got = f"{queries} queries of {group} heads that share keys"
+        expected = f"None: {XQA_ROWS} rows that the kernel takes at once begin at another head then"
+        raise ArgumentError(_OP, "sinks", got=got, expected=expected)
+    return desc
 
 
 def _check_dtypes(q: TensorDesc, k: TensorDesc, output: TensorDesc) -> None:

@@ -47,7 +47,7 @@ KERNELS: dict[str, _Kernels] = {
         **dict.fromkeys(("plan", "plan_fa3"), plan.mla),
         **dict.fromkeys(("run", "run_fa3"), runs.mla_run),
     },
-    "xqa": {"xqa_wrapper": runs.xqa_wrapper},
+    "xqa": dict.fromkeys(("xqa_wrapper", "xqa_wrapper_spec_dec"), runs.xqa_wrapper),
     "pod": {"pod_with_kv_cache_tensor": runs.pod_with_kv_cache_tensor},
 }
 

@@ -244,6 +244,13 @@ def _scale(scale: float, tensor: Array | None) -> float:
     return scale if tensor is None else float(tensor[0])
 
 
+def _of_drafts(words: Array, length: int) -> Array:
+    """What queries see of their request's keys, the last of which are their own."""
+    count = len(words)
+    bits = np.unpackbits(words.view(np.uint8), axis=1, count=count, bitorder="little")
+    return np.hstack((np.ones((count, length - count), bool), bits.astype(bool)))
+
+
 def xqa_wrapper(
     run_sm90_fp8_mha: bool, sm_count: int, num_kv_heads: int, window: int, q_scale: float,
     q_scale_tensor: Array | None, output: Array, rcp_out_scale: float, q: Array,
@@ -255,19 +262,24 @@ def xqa_wrapper(
     """Keys of fp8 have a scale, others have not, whatever is given."""
     if k_sf is not None or v_sf is not None:
         raise ValueError("keys of 4 bits need a GPU")
-    if q_seq_len != 1 or mask is not None:
-        raise ValueError("one query of each request, and no mask")
+    if (q_seq_len > 1) != (mask is not None):
+        raise ValueError("a mask with several queries of each request, and no mask with one")
     if semaphores.any():
         raise ValueError("the semaphores are not zero")
     of_kv = _scale(kv_scale, kv_scale_tensor) if k_cache.itemsize == 1 else 1.0
     sm_scale = _scale(q_scale, q_scale_tensor) * of_kv / q.shape[-1] ** 0.5
     flat = None if sinks is None else sinks.reshape(-1)
+    q, output = (x.reshape(batch_size, q_seq_len, *x.shape[-2:]) for x in (q, output))
     for request in range(batch_size):
         length = int(seq_lens[request, 0])
+        if length < q_seq_len:
+            raise ValueError(f"request {request} has {length} keys for {q_seq_len} queries")
+        seen = None if mask is None else _of_drafts(mask[request], length)
         where: tuple[Any, ...] = page_table[request], 0, length
         keys, values = gathered(k_cache, *where), gathered(v_cache, *where)
         if compiled.use_sliding_window:
             keys, values = keys[max(length - window, 0) :], values[max(length - window, 0) :]
         scale = of_kv * (rcp_out_scale if output.itemsize == 1 else 1.0)
-        found = exact(q[request], keys, values, Options(sm_scale, sink=flat, v_scale=scale))
+        options = Options(sm_scale, sink=flat, v_scale=scale, mask=seen)
+        found = exact(q[request], keys, values, options)
         store_saturated(output[request], found.out)
