@@ -452,3 +452,21 @@ class _radix_topk_ragged_transform(Op):
         stream: object = None,
     ) -> None: ...
 radix_topk_ragged_transform: _radix_topk_ragged_transform
+
+class _fused_topk_deepseek(Op):
+    def __call__(
+        self, scores: TensorLike, bias: TensorLike, n_group: int, topk_group: int, topk: int,
+        routed_scaling_factor: float, topk_values: TensorLike, topk_indices: TensorLike,
+        launch_with_pdl: bool = False, routing_replay_out: TensorLike | None = None, *,
+        stream: object = None,
+    ) -> None: ...
+fused_topk_deepseek: _fused_topk_deepseek
+
+class _seq_chunk_cumsum(Op):
+    def __call__(
+        self, seq_idx: TensorLike, chunk_indices: TensorLike, chunk_offsets: TensorLike,
+        output: TensorLike, tile_state: TensorLike | None = None, chunk_size: int = ...,
+        num_logical_chunks: int | None = None, num_seqs: int | None = None, *,
+        stream: object = None,
+    ) -> None: ...
+seq_chunk_cumsum: _seq_chunk_cumsum

@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from tests.helpers.bodies import bodies_of
-from tests.ops import test_activation, test_cascade, test_quantization, test_results
+from tests.ops import (
+    test_activation,
+    test_cascade,
+    test_mamba,
+    test_quantization,
+    test_results,
+    test_routing,
+)
 
-globals().update(bodies_of(test_activation, test_cascade, test_quantization, test_results))
+globals().update(
+    bodies_of(
+        test_activation, test_cascade, test_mamba, test_quantization, test_results, test_routing
+    )
+)

@@ -12,7 +12,6 @@ from tests.attention import judge
 from tests.helpers.untyped_calls import (
     BF16,
     SUM,
-    TANH,
     call,
     float64,
     judged,
@@ -21,8 +20,6 @@ from tests.helpers.untyped_calls import (
     module,
     poisoned,
     rounded,
-    routing,
-    sigmoid,
     state_update,
     worst,
 )
@@ -85,61 +82,6 @@ def test_mhc_pre(splits, block, repeats, rng, to_gpu, stream):
     judged(outs[0], post, off * post)
     judged(outs[1], comb, 8 * off[..., None] * comb)
     judged(outs[2], layer, rounded(BF16, layer) + off * magnitude)
-
-
-@pytest.mark.parametrize("dtypes", [("f4", "f4"), ("f2", "f4"), (BF16, "f4"), (BF16, BF16)],
-                         ids=str)  # fmt: skip
-@pytest.mark.parametrize(("experts", "groups", "kept"), [(256, 8, 4), (384, 1, 1), (96, 1, 1)])
-def test_dsv3_routing(dtypes, experts, groups, kept, rng, to_gpu, stream):
-    tokens, top_k, factor = 130, 8, 2.5
-    of_scores, of_bias = map(np.dtype, dtypes)
-    scores = rng.standard_normal((tokens, experts)).astype(of_scores)
-    bias = rng.uniform(-2, 2, experts).astype(of_bias)
-    values = to_gpu(poisoned((tokens, top_k), of_scores))
-    indices = to_gpu(poisoned((tokens, top_k), np.int32))
-    replay = to_gpu(poisoned((tokens + 3, top_k), np.int16))
-    call(module("dsv3_fused_routing").NoAuxTc, to_gpu(scores), to_gpu(bias), groups, kept, top_k,
-         factor, values, indices, False, replay, stream=stream)  # fmt: skip
-    got = indices.get()
-    assert ((got >= 0) & (got < experts)).all()
-    assert (replay.get()[:tokens] == got).all() and (replay.get()[tokens:] == -1).all()
-    # Where tanh.approx does not decide, the experts are these.
-    chosen, gap = routing(scores, bias, groups, kept, top_k)
-    clear = gap > 4 * TANH
-    assert clear.mean() > 0.4
-    mine = np.zeros_like(chosen)
-    np.put_along_axis(mine, got.astype(np.int64), True, axis=1)
-    assert (mine.sum(1) == top_k).all()
-    assert (mine == chosen)[clear].all()
-    share = np.take_along_axis(sigmoid(float64(scores)), got.astype(np.int64), axis=1)
-    total = share.sum(1, keepdims=True)
-    expected = factor * share / total
-    off = factor * TANH / total * (1 + top_k * share / total)
-    judged(values, expected, rounded(of_scores, expected) + off)
-
-
-@pytest.mark.parametrize("index_dtype", [np.int32, np.int64])
-@pytest.mark.parametrize("sequences", [1, 6, 1023, 1024, 3000])
-@pytest.mark.parametrize("with_workspace", [False, True])
-def test_seq_chunk_cumsum(index_dtype, sequences, with_workspace, rng, to_gpu, stream):
-    """Sequences in chunks of 64, a piece for each part of one in a chunk; some have no token."""
-    found = module("mamba_seq_chunk_cumsum")
-    size = found.seq_chunk_cumsum_tile_state_size(sequences)
-    assert (size > 0) == (sequences > 1023)
-    lengths = rng.integers(0, 150, sequences) * rng.integers(0, 3, sequences)
-    lengths[-1] = 1
-    of_token = np.repeat(np.arange(sequences), lengths)
-    starts = np.arange(len(of_token))
-    new = (starts % 64 == 0) | (np.diff(of_token, prepend=-1) != 0)
-    pieces = starts[new]
-    out = to_gpu(poisoned((sequences + 1,), np.int32))
-    state = to_gpu(poisoned((max(size, 1),), np.uint8)) if with_workspace else None
-    call(found.seq_chunk_cumsum, to_gpu(of_token.astype(index_dtype)),
-         to_gpu((pieces // 64).astype(np.int32)), to_gpu((pieces % 64).astype(np.int32)), out,
-         state, 64, len(pieces), sequences, stream=stream)  # fmt: skip
-    counts = np.bincount(of_token[new], minlength=sequences)
-    assert (out.get() == np.concatenate([[0], np.cumsum(counts)])).all()
-    assert out.intact()
 
 
 @pytest.mark.parametrize(

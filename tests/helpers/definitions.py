@@ -590,3 +590,43 @@ def _(a):
 def _(a):
     quotients, codes = _blocks(a["input"], 16, 6, 1 / float(a["global_scale"][0]), False)
     return {"fp4_output": _bytes_of_halves(quotients), "block_scales": codes}
+
+
+# ---------------------------------------------------------------- experts of a token
+
+
+@defines("fused_topk_deepseek")
+def _(a):
+    n, k = a["topk_indices"].shape
+    chosen, weights = np.zeros((n, k)), np.zeros((n, k))
+    experts = range(a["scores"].shape[1])
+    each = len(experts) // a["n_group"]
+    for i, logits in enumerate(a["scores"]):
+        share = [1 / (1 + math.exp(-x)) for x in logits]
+        rank = [share[j] + a["bias"][j] for j in experts]
+        groups = [[j for j in experts if j // each == group] for group in range(a["n_group"])]
+        if a["n_group"] > 1:
+            groups.sort(key=lambda those: -sum(sorted(rank[j] for j in those)[-2:]))
+        left = [j for those in groups[: a["topk_group"]] for j in those]
+        best = sorted(left, key=lambda j: -rank[j])[:k]
+        total = sum(share[j] for j in best)
+        chosen[i], weights[i] = best, [a["routed_scaling_factor"] * share[j] / total for j in best]
+    found = {"topk_values": weights, "topk_indices": chosen}
+    if "routing_replay_out" in a:
+        found["routing_replay_out"] = a["routing_replay_out"].copy()
+        found["routing_replay_out"][:n] = chosen
+    return found
+
+
+# ---------------------------------------------------------------- pieces of sequences
+
+
+@defines("seq_chunk_cumsum")
+def _(a):
+    """Each sequence's pieces counted one by one."""
+    found = [0]
+    starts = zip(a["chunk_indices"], a["chunk_offsets"], strict=True)
+    of_pieces = [int(a["seq_idx"][int(c * a["chunk_size"] + at)]) for c, at in starts]
+    for sequence in range(len(a["output"]) - 1):
+        found.append(found[-1] + of_pieces.count(sequence))
+    return {"output": np.array(found)}

@@ -90,24 +90,6 @@ def mhc_pre(dots, squares, residual, scale, base, *, k, eps, post_factor, repeat
     return post, comb, layer, magnitude, np.abs(logits).max(1)
 
 
-def _chosen(scores, count):
-    """Which are the largest of each row, and by how much they are."""
-    ordered = np.sort(scores, axis=1)[:, ::-1]
-    gap = ordered[:, count - 1] - ordered[:, count] if count < scores.shape[1] else np.inf
-    return scores >= ordered[:, count - 1 : count], np.broadcast_to(gap, len(scores))
-
-
-def routing(scores, bias, groups, kept, top_k):
-    """Which experts each token goes to, and the least distance at which that was decided."""
-    biased = sigmoid(float64(scores)) + float64(bias)
-    by_group = biased.reshape(len(biased), groups, -1)
-    two = np.sort(by_group, axis=2)[:, :, -2:].sum(2)
-    stay, group_gap = _chosen(two, kept)
-    left = np.where(np.repeat(stay, by_group.shape[2], axis=1), biased, -np.inf)
-    chosen, gap = _chosen(left, top_k)
-    return chosen, np.minimum(gap, group_gap / 2)
-
-
 def state_update(state, x, dt, a, b, c, d, z, dt_bias, softplus):
     """One step of Mamba for states [n, heads, dim, dstate]: results and bounds of both."""
     state, x, dt, a, b, c, d = map(float64, (state, x, dt, a, b, c, d))
