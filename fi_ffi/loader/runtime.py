@@ -20,6 +20,7 @@ from fi_ffi.abi.signature import Signature, parse_signature
 from fi_ffi.errors import AbiError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import (
     cache,
+    cubins,
     cuda_errors,
     held,
     libraries,
@@ -127,6 +128,7 @@ def _opened(file: ModuleFile, facts: Facts) -> Any:
             check_processor(file.path, inspect_elf(opened.name).machine)
             raise failed
         opened.keep(in_place=in_place)
+    cubins.serve(handle, str(file.path))
     return handle
 
 
@@ -194,6 +196,7 @@ def exported(loaded: Loaded, symbol: str) -> Entry:
         )
     entry = Entry(symbol, address, owner=loaded.handle)
     call = per_device.on_each_gpu(loaded.file, loaded.handle, symbol, entry.address)
+    call = cubins.telling(loaded.handle, symbol, call)
     entry.address = cuda_errors.spared(symbol, call, lambda: machine.load_cudart()[0])
     return entry
 

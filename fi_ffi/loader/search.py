@@ -73,16 +73,22 @@ class Candidate:
     note: str = ""
 
 
+def distributions(name: str) -> list[Path]:
+    """The metadata of installed distributions whose names begin so, `name-1.2.dist-info`."""
+    # By file name: asking every distribution for its name would read all their metadata.
+    folders = dict.fromkeys(sys.path)
+    return [
+        path
+        for folder in folders
+        for path in sorted(Path(folder or ".").glob(f"{name}*.dist-info"))
+    ]
+
+
 def _installed(release: str | None) -> Iterator[Candidate]:
     # Only here: it brings the email package, and most processes name their kernels.
     import importlib.metadata
 
-    # By file name: asking every distribution for its name would read all their metadata.
-    found = [
-        importlib.metadata.Distribution.at(path)
-        for folder in dict.fromkeys(sys.path)
-        for path in sorted(Path(folder or ".").glob("flashinfer_jit_cache*.dist-info"))
-    ]
+    found = [*map(importlib.metadata.Distribution.at, distributions("flashinfer_jit_cache"))]
     for distribution in found:
         # By the folder of modules, of which a shim of the provider layout has none.
         hashes: dict[Path, dict[Path, str]] = {}
@@ -99,9 +105,14 @@ def _installed(release: str | None) -> Iterator[Candidate]:
         yield Candidate("installed", None, "no flashinfer-jit-cache distribution is installed")
 
 
-def _jit(release: str | None) -> Iterator[Candidate]:
+def flashinfer_folder() -> Path:
+    """Where FlashInfer itself keeps what it has compiled and fetched."""
     base = Path(os.environ.get("FLASHINFER_WORKSPACE_BASE") or cache.expanded("~", "HOME"))
-    root = base / ".cache" / "flashinfer"
+    return base / ".cache" / "flashinfer"
+
+
+def _jit(release: str | None) -> Iterator[Candidate]:
+    root = flashinfer_folder()
     folders = sorted(root.glob("*/*/cached_ops")) if root.is_dir() else []
     for folder in folders:
         source = KernelDirectory(folder, folder.parent.parent.name)

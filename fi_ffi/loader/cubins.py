@@ -1,0 +1,249 @@
+"""Device code that modules fetch themselves, given to them by the sha256 that they name.
+
+FlashInfer's modules over NVIDIA's own kernels (`fmha_gen`, `fmha_cudnn_gen`, `trtllm_gemm`,
+`fused_moe_trtllm_sm100` and their like) have no kernels inside.  Such a module exports
+`FlashInferSetCubinCallback`, and calls back with the path and the sha256 of the file that it
+needs (`include/flashinfer/cubin_loader.h` of a release).  It is looked for in the folder that
+FLASHINFER_CUBIN_DIR names, and then in these places, those of them that FI_FFI_SOURCES has:
+
+    installed   a flashinfer-cubin distribution
+    jit         what FlashInfer itself has fetched
+    remote      FLASHINFER_CUBINS_REPOSITORY: from the cache what was fetched before, else over HTTP
+
+The content counts and not where it lay: what has another sha256 is passed over.
+
+C++ calls here from any thread, and no exception can go through it: a failure is kept for the
+call that it belongs to, which raises it once C++ has returned.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import stat
+import threading
+from _thread import interrupt_main
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fi_ffi.abi import failure, library
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.errors import ArtifactError, DeviceError, KernelNotFoundError, LoaderError
+from fi_ffi.loader import search
+from fi_ffi.loader.urls import redact
+
+FOLDER, REPOSITORY = "FLASHINFER_CUBIN_DIR", "FLASHINFER_CUBINS_REPOSITORY"
+NO_DOWNLOAD = "FLASHINFER_NO_DOWNLOAD"
+# FlashInfer's own, `flashinfer/jit/cubin_loader.py`.
+SERVER = "https://edge.urm.nvidia.com/artifactory/sw-kernelinferencelibrary-public-generic-local/"
+
+_DISTRIBUTION, _LAYOUT = "flashinfer_cubin", "flashinfer_cubin/cubins"
+_SHA256 = re.compile("[0-9a-fA-F]{64}")
+_PART = re.compile(r"(?!\.\.?$)[A-Za-z0-9_.+-]{1,255}")
+_MOST = 2**31 - 1  # bytes: the module takes the size as an int
+
+_log = logging.getLogger(__name__)
+
+
+# Where it is.
+
+
+def find(name: str, sha256: str) -> bytes:
+    """The content of the file that a module calls `name`, a path, and that has this sha256.
+
+    Raises `ArtifactError` for what is no such path or hash, and `KernelNotFoundError`, with what
+    every place had to say, where none has it.
+    """
+    if not all(map(_PART.fullmatch, name.split("/"))):
+        raise ArtifactError(f"a module asks for the device code {name!r:.300}, which is no path")
+    if not _SHA256.fullmatch(sha256):
+        raise ArtifactError(
+            f"a module asks for the device code {name} by {sha256!r:.80}, which is no sha256"
+        )
+    said = []
+    kinds = search.kinds_asked()
+    for place in _folders(kinds):
+        try:
+            return _read(place, name, sha256.lower())
+        except LoaderError as error:
+            said.append(str(error))
+    if "remote" in kinds:
+        try:
+            return _fetched(name, sha256.lower())
+        except LoaderError as error:
+            said.append(str(error))
+    text = "\n".join(f"  {line}" for line in said or ["no place is asked"])
+    raise KernelNotFoundError(
+        f"no device code {name} with sha256 {sha256}:\n{text}\n"
+        f"`pip install flashinfer-cubin` of the module's release brings it, and {FOLDER} names a "
+        "folder with it"
+    )
+
+
+def _folders(kinds: list[str]) -> Iterator[Path]:
+    if named := os.environ.get(FOLDER):
+        yield Path(named)
+    if "installed" in kinds:
+        yield from (info.parent / _LAYOUT for info in search.distributions(_DISTRIBUTION))
+    if "jit" in kinds:
+        with contextlib.suppress(LoaderError):  # a user without a home
+            yield search.flashinfer_folder() / "cubins"
+
+
+def _read(folder: Path, name: str, sha256: str) -> bytes:
+    """A file of a folder; it is hashed as it was read, so whose it is does not matter."""
+    try:
+        path, root = (folder / name).resolve(strict=True), folder.resolve()
+        if not path.is_relative_to(root):
+            raise ArtifactError(f"{folder / name} leads out of {folder}, to {path}: it is not read")
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST:
+                raise ArtifactError(f"{path} is no file of at most 2 GiB")
+            content = file.read(_MOST)
+    except (OSError, RuntimeError) as error:  # a loop of links is the latter, up to Python 3.12
+        reason = getattr(error, "strerror", None) or error
+        raise KernelNotFoundError(f"{folder / name}: {reason}") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise ArtifactError(f"{path}: sha256 is {found}, and the module asks for {sha256}")
+    return content
+
+
+def _fetched(name: str, sha256: str) -> bytes:
+    from fi_ffi.loader.download import fetch_file  # only here: most processes fetch nothing
+
+    base = os.environ.get(REPOSITORY) or SERVER
+    if os.environ.get(NO_DOWNLOAD):
+        raise LoaderError(f"{redact(base)}: {NO_DOWNLOAD} is set, and nothing is fetched")
+    try:
+        # The end of a name that is too long for the cache, whose files are known by their hash.
+        kept = name.rpartition("/")[2][-200:]
+        found = fetch_file(f"{base.rstrip('/')}/{name}", kept, sha256=sha256)
+    except OSError as error:
+        if isinstance(error, LoaderError):
+            raise
+        raise LoaderError(f"{redact(base)}: {error}") from error
+    return _read(found.path.parent, found.path.name, sha256)
+
+
+# Giving it to a module.
+
+
+class Server:
+    """Answers one library's calls for device code, as long as the process lives."""
+
+    def __init__(self, path: str, take: Any, set_callback: Any) -> None:
+        self._path = path
+        self._take = ffi.cast("void (*)(char *, int)", take)
+        self._set = ffi.cast("void (*)(void *)", set_callback)
+        # What went wrong in the call that each thread is in, and on threads that are in none.
+        self._calls: dict[int, list[BaseException]] = {}
+        self._elsewhere: list[BaseException] = []
+        self._callback = ffi.callback("void(char *, char *)", self._answer, onerror=self._escaped)
+        self._set(self._callback)
+
+    def close(self) -> None:
+        """Call Python no more: the library raises an error of its own instead."""
+        self._set(ffi.NULL)
+
+    def _answer(self, name: Any, sha256: Any) -> None:
+        # What the thread was given last would be taken for the answer.
+        self._take(b"", 0)
+        try:
+            words = (b"" if word == ffi.NULL else ffi.string(word) for word in (name, sha256))
+            content = find(*(word.decode("utf-8", "backslashreplace") for word in words))
+            self._take(content, len(content))
+        except BaseException as error:  # none may reach the C++ that called
+            self._keep(error)
+
+    def _escaped(
+        self, kind: type[BaseException], error: BaseException, frames: TracebackType | None
+    ) -> None:
+        """A Ctrl-C that came before or after the above."""
+        self._take(b"", 0)
+        self._keep(error)
+
+    def _keep(self, error: BaseException) -> None:
+        call = self._calls.get(threading.get_ident())
+        if call is not None:
+            call.append(error)
+            return
+        if isinstance(error, KeyboardInterrupt):
+            interrupt_main()  # it comes again once C++ has returned
+            return
+        # On a thread of the library's own, or in a call that was not made through fi_ffi.
+        if self._calls:
+            self._elsewhere.append(error)
+        _log.error("%s got no device code: %s", self._path, failure.message_of(error))
+
+    def telling(self, name: str, call: Callable[..., int]) -> Callable[..., int]:
+        """A function of the library that raises what kept its device code from it."""
+
+        def told(handle: Any, args: Any, count: int, result: Any) -> int:
+            thread = threading.get_ident()
+            before = self._calls.get(thread)  # of the call that this one is made in
+            failures: list[BaseException] = []
+            self._calls[thread] = failures
+            try:
+                code = call(handle, args, count, result)
+            finally:
+                if before is None:
+                    del self._calls[thread]
+                else:
+                    self._calls[thread] = before
+                elsewhere = self._elsewhere[:]
+                if not self._calls:
+                    self._elsewhere.clear()
+            self._raise(name, code, failures, elsewhere)
+            return code
+
+        return told
+
+    def _raise(
+        self, name: str, code: int, own: list[BaseException], elsewhere: list[BaseException]
+    ) -> None:
+        # An interrupt goes on even where the library did without the file.
+        found = next((error for error in own if not isinstance(error, Exception)), None)
+        if code and found is None:
+            found = next(iter([*own, *elsewhere]), None)
+        if found is None:
+            for error in own:
+                _log.warning("%s goes without device code: %s", name, failure.message_of(error))
+            return
+        if code:
+            behind = failure.take_kernel_error(name)
+            if isinstance(behind, DeviceError) or not isinstance(behind, Exception):
+                raise behind
+            raise found from behind
+        raise found
+
+
+_servers: dict[int, Server] = {}  # by the dlopen handle
+
+
+def serve(handle: Any, path: str) -> None:
+    """Answer a library's calls for device code, if it has such."""
+    set_callback = library.find_symbol(handle, "FlashInferSetCubinCallback")
+    take = library.find_symbol(handle, "FlashInferSetCurrentCubin")
+    address = library.address_of(handle)
+    if set_callback is not None and take is not None and address not in _servers:
+        _servers[address] = Server(path, take, set_callback)
+
+
+def telling(handle: Any, name: str, call: Callable[..., int]) -> Callable[..., int]:
+    """A function of a library; see `Server.telling`."""
+    server = _servers.get(library.address_of(handle))
+    return call if server is None else server.telling(name, call)
+
+
+@atexit.register
+def _close() -> None:
+    for server in _servers.values():
+        server.close()
