@@ -33,6 +33,10 @@ RUNTIME_PREFIX = "TVMFFI"
 # return describes the function, and they are not operations of the module.
 _COMPANIONS = ("_metadata_", "_doc_")
 
+# Variables that a library of TVM's compiler, or one with modules inside, has filled in as it is
+# loaded: `loader/imports.py`.
+_CONTEXT_PREFIX, _CONTEXT = "__TVM", ("__tvm_ffi__library_ctx", "__tvm_ffi__library_bin")
+
 # e_machine to the name that wheels and `uname -m` use.
 _MACHINES = {"EM_X86_64": "x86_64", "EM_AARCH64": "aarch64"}
 
@@ -40,7 +44,7 @@ _TEXT_TAGS = {"DT_NEEDED", "DT_RUNPATH", "DT_RPATH"}
 
 SYMBOL = struct.Struct("<IBBHQQ")  # Elf64_Sym: name, info, other, shndx, value, size
 _BINDINGS = {1, 2}  # STB_GLOBAL, STB_WEAK: what dlsym finds
-_STT_FUNC = 2
+_STT_OBJECT, _STT_FUNC = 1, 2
 _VISIBLE = {0, 3}  # STV_DEFAULT, STV_PROTECTED
 
 # A kernel module needs some 900 reads, and tables of some 20 kB.
@@ -64,6 +68,8 @@ class ElfInfo:
     """Exported TVM-FFI functions, without `FUNCTION_PREFIX`, sorted."""
     requires: tuple[str, ...]
     """libtvm_ffi symbols that must be there already when this file is loaded, sorted."""
+    context: tuple[str, ...] = ()
+    """Exported variables that are filled in as it is loaded, sorted."""
 
 
 class Window:
@@ -118,13 +124,14 @@ def inspect_elf(path: Source) -> ElfInfo:
                 f"made for machine {elf['e_machine']}, not for {' or '.join(_MACHINES.values())}"
             )
         tags = _dynamic_tags(elf)
-        functions, requires = _symbols(elf, window)
+        functions, requires, context = _symbols(elf, window)
         return ElfInfo(
             machine=machine,
             needed=tuple(tags.get("DT_NEEDED", ())),
             runpath=next(iter(tags.get("DT_RUNPATH") or tags.get("DT_RPATH") or ()), None),
             functions=functions,
             requires=requires,
+            context=context,
         )
 
 
@@ -216,8 +223,9 @@ def _dynamic_tags(elf: Any) -> dict[str, list[str]]:
     return tags
 
 
-def _symbols(elf: Any, window: Window) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The TVM-FFI functions defined here and the libtvm_ffi symbols left undefined."""
+def _symbols(elf: Any, window: Window) -> tuple[tuple[str, ...], ...]:
+    """The TVM-FFI functions defined here, the libtvm_ffi symbols left undefined, and the variables
+    to be filled in."""
     section = elf.get_section_by_name(".dynsym")
     if section is None:
         raise ValueError("it has no dynamic symbol table")
@@ -226,10 +234,13 @@ def _symbols(elf: Any, window: Window) -> tuple[tuple[str, ...], tuple[str, ...]
     # middle of another (linkers merge tails), so any occurrence counts.
     wanted = {
         match.start()
-        for match in re.finditer(f"{FUNCTION_PREFIX}|{RUNTIME_PREFIX}".encode(), names)
+        for match in re.finditer(
+            f"{FUNCTION_PREFIX}|{RUNTIME_PREFIX}|{_CONTEXT_PREFIX}".encode(), names
+        )
     }
     functions: set[str] = set()
     requires: set[str] = set()
+    context: set[str] = set()
     table = _table(section, window)
     if len(table) % SYMBOL.size:
         raise ValueError(f"the dynamic symbol table has {len(table)} bytes")
@@ -240,10 +251,15 @@ def _symbols(elf: Any, window: Window) -> tuple[tuple[str, ...], tuple[str, ...]
         if end < 0:
             raise ValueError(f"a symbol name of more than {_MAX_NAME} bytes")
         name = names[at:end].decode("ascii", "backslashreplace")
-        is_callable = info & 0xF == _STT_FUNC and info >> 4 in _BINDINGS and other & 3 in _VISIBLE
+        is_found = info >> 4 in _BINDINGS and other & 3 in _VISIBLE
+        is_callable = is_found and info & 0xF == _STT_FUNC
         if section_index == 0 and name.startswith(RUNTIME_PREFIX):
             requires.add(name)
         elif section_index and name.startswith(FUNCTION_PREFIX) and is_callable:
             functions.add(name.removeprefix(FUNCTION_PREFIX))
+        elif not name.startswith(_CONTEXT_PREFIX) and name not in _CONTEXT:
+            continue
+        elif section_index and is_found and info & 0xF == _STT_OBJECT:
+            context.add(name)
     operations = sorted(name for name in functions if not name.startswith(_COMPANIONS))
-    return tuple(operations), tuple(sorted(requires))
+    return tuple(operations), tuple(sorted(requires)), tuple(sorted(context))

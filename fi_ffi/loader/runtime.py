@@ -16,6 +16,7 @@ from typing import Any
 
 from fi_ffi.abi import library
 from fi_ffi.abi.function import Entry, probe
+from fi_ffi.abi.objects import Object
 from fi_ffi.abi.signature import Signature, parse_signature
 from fi_ffi.errors import AbiError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import (
@@ -23,6 +24,7 @@ from fi_ffi.loader import (
     cubins,
     cuda_errors,
     held,
+    imports,
     libraries,
     machine,
     per_device,
@@ -42,6 +44,8 @@ class Loaded:
     file: ModuleFile
     facts: Facts
     handle: Any
+    # The module object that libtvm_ffi has made of it, where it has modules inside.
+    root: Object | None = None
 
 
 _locks: dict[str | Path, threading.RLock] = {}  # of modules by their names, of files
@@ -108,12 +112,12 @@ def load(module: str, device: int | None = None) -> Loaded:
             ensure_tvm_ffi()
             machine.load_cudart()
             libraries.prepare(facts.functions, facts.needed)
-            modules[key] = Loaded(source, file, facts, _opened(file, facts))
+            modules[key] = Loaded(source, file, facts, *_opened(file, facts))
         return modules[key]
 
 
-def _opened(file: ModuleFile, facts: Facts) -> Any:
-    """dlopen the very file that was hashed."""
+def _opened(file: ModuleFile, facts: Facts) -> tuple[Any, Object | None]:
+    """dlopen the very file that was hashed, and fill in what it wants filled in."""
     # One at a time: the descriptor that a library is first opened by has to stay open.
     with _linking, held.checked(file.path, file.sha256, file.state) as opened:
         # What looks for others in its own folder has to be opened there; in the cache it is alone.
@@ -128,8 +132,10 @@ def _opened(file: ModuleFile, facts: Facts) -> Any:
             check_processor(file.path, inspect_elf(opened.name).machine)
             raise failed
         opened.keep(in_place=in_place)
-    cubins.serve(handle, str(file.path))
-    return handle
+        cubins.serve(handle, str(file.path))
+        name = str(file.path) if in_place else opened.name
+        root = imports.fill_in(handle, str(file.path), name, facts.context)
+    return handle, root
 
 
 def kernel_entry(
@@ -223,7 +229,7 @@ def load_file(path: str | os.PathLike[str]) -> Loaded:
             if any(name.startswith("libcudart.so") for name in facts.needed):
                 machine.load_cudart()
             libraries.prepare(facts.functions, facts.needed)
-            _files[key] = Loaded(source, file, facts, _opened(file, facts))
+            _files[key] = Loaded(source, file, facts, *_opened(file, facts))
         return _files[key]
 
 

@@ -122,6 +122,7 @@ def test_reads_the_whole_interface(tmp_path):
         runpath="$ORIGIN",
         functions=("kept", "plan", "run"),
         requires=("TVMFFIErrorSetRaised",),
+        context=("__tvm_ffi__library_ctx",),
     )
     assert inspect_elf(IMAGE) == inspect_elf(str(path)) == inspect_elf(path)
     nothing = ElfInfo(machine="aarch64", needed=(), runpath=None, functions=(), requires=())

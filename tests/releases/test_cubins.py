@@ -257,6 +257,7 @@ PROGRAM = """
 import os, signal, sys, threading, time
 import fi_ffi
 path, name, sha256 = sys.argv[1:4]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent may have it ignored
 module = fi_ffi.module(path)
 """
 

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 
 from fi_ffi.abi import library
-from fi_ffi.abi.function import Entry
-from fi_ffi.abi.objects import Unique
+from fi_ffi.abi.function import Entry, library_function
+from fi_ffi.abi.objects import Function, Unique
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import (
     AbiError,
@@ -26,7 +26,7 @@ from fi_ffi.loader import held, machine, runtime
 from fi_ffi.loader.elf import FUNCTION_PREFIX
 from fi_ffi.loader.fatbin import runs_on
 from fi_ffi.loader.runtime import Loaded
-from fi_ffi.ops.modules.entry import ModuleEntry
+from fi_ffi.ops.modules.entry import Life, ModuleEntry, Origin
 
 # What a typed function's refusal begins with; its code has the words.
 _REFUSAL = b"Mismatched number of arguments when calling"
@@ -202,6 +202,11 @@ class Module(Unique):
         if not isinstance(name, str):
             got = f"{type(name).__name__} {printed(name)}"
             raise ArgumentTypeError(f"{self.name}.entry", "name", got=got, expected="a str")
+        inside = self._inside(name)
+        if inside is not None:
+            if checked:
+                inside.probe()
+            return inside
         export = Export(self._source, name)
         asks = self._source.tells_signatures(name)
         signature = None
@@ -210,6 +215,17 @@ class Module(Unique):
         if checked and signature is None:
             raise AbiError(f"{export.name} takes any arguments: it has no signature of its own")
         return ModuleEntry(export.name, export.entry, signature, asks=asks, doc=export.doc())
+
+    def _inside(self, name: str) -> ModuleEntry | None:
+        """A function of a module that the library has inside, and does not export itself."""
+        loaded = self._source.loaded(None)
+        if loaded.root is None or name in loaded.facts.functions:
+            return None
+        function = library_function("ffi.ModuleGetFunction")(loaded.root, name, True)
+        if not isinstance(function, Function):
+            return None
+        origin = Origin(self.name, None, asks=False)
+        return origin.entry_of(function, f"{self.name}.{name}", Life(function.handle), function)
 
     def signatures(self) -> dict[str, Signature | None]:
         """The signature of every function, None of those that are called unchecked."""
