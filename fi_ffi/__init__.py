@@ -52,7 +52,11 @@ if TYPE_CHECKING:
     from fi_ffi.ops.graphs import Graph as Graph
     from fi_ffi.ops.graphs import capture as capture
     from fi_ffi.ops.matmul import *  # noqa: F403
+    from fi_ffi.ops.modules import function as function
+    from fi_ffi.ops.modules import functions as functions
     from fi_ffi.ops.modules import module as module
+    from fi_ffi.ops.modules import object_type as object_type
+    from fi_ffi.ops.modules import object_types as object_types
     from fi_ffi.ops.moe import *  # noqa: F403
     from fi_ffi.ops.prepare import prepare as prepare
     from fi_ffi.ops.table.renorm import top_p_renorm_workspace_size as top_p_renorm_workspace_size
@@ -102,7 +106,11 @@ _LATER |= {
     "call_log": "fi_ffi.ops.watch.call_log",
     "capture": "fi_ffi.ops.graphs",
     "file_signatures": "fi_ffi.loader.runtime",
+    "function": "fi_ffi.ops.modules",
+    "functions": "fi_ffi.ops.modules",
     "module": "fi_ffi.ops.modules",
+    "object_type": "fi_ffi.ops.modules",
+    "object_types": "fi_ffi.ops.modules",
     "prepare": "fi_ffi.ops.prepare",
     "top_p_renorm_workspace_size": "fi_ffi.ops.table.renorm",
     "watchdog": "fi_ffi.ops.watch.watchdog",

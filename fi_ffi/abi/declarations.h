@@ -75,6 +75,54 @@ typedef int (*TVMFFISafeCallType)(void *handle, const TVMFFIAny *args, int32_t n
                                   TVMFFIAny *result);
 typedef struct { TVMFFISafeCallType safe_call; void *cpp_call; } TVMFFIFunctionCell;
 
+/* What a library tells of the types it registers */
+typedef int (*TVMFFIFieldGetter)(void *field, TVMFFIAny *result);
+typedef int (*TVMFFIFieldSetter)(void *field, const TVMFFIAny *value);
+typedef int (*TVMFFIObjectCreator)(TVMFFIObjectHandle *result);
+typedef struct {
+  TVMFFIByteArray name;
+  TVMFFIByteArray doc;
+  TVMFFIByteArray metadata;
+  int64_t flags;
+  int64_t size;
+  int64_t alignment;
+  int64_t offset;
+  TVMFFIFieldGetter getter;
+  void *setter;
+  TVMFFIAny default_value_or_factory;
+  int32_t field_static_type_index;
+} TVMFFIFieldInfo;
+typedef struct {
+  TVMFFIByteArray name;
+  TVMFFIByteArray doc;
+  TVMFFIByteArray metadata;
+  int64_t flags;
+  TVMFFIAny method;
+} TVMFFIMethodInfo;
+typedef struct {
+  TVMFFIByteArray doc;
+  TVMFFIObjectCreator creator;
+  int32_t total_size;
+  int32_t structural_eq_hash_kind;
+} TVMFFITypeMetadata;
+typedef struct TVMFFITypeInfo {
+  int32_t type_index;
+  int32_t type_depth;
+  TVMFFIByteArray type_key;
+  const struct TVMFFITypeInfo **type_ancestors;
+  uint64_t type_key_hash;
+  int32_t num_fields;
+  int32_t num_methods;
+  const TVMFFIFieldInfo *fields;
+  const TVMFFIMethodInfo *methods;
+  const TVMFFITypeMetadata *metadata;
+} TVMFFITypeInfo;
+typedef struct {
+  const TVMFFIAny *data;
+  int32_t size;
+  int32_t begin_index;
+} TVMFFITypeAttrColumn;
+
 /* An owned object is its header followed by its cell; these pairs are ours, so
  * that no code adds sizes to pointers. */
 typedef struct { TVMFFIObject header; TVMFFIByteArray cell; } FiFfiBytesObject;
@@ -102,6 +150,8 @@ int TVMFFITensorFromDLPack(DLManagedTensor *from, int32_t require_alignment,
                            int32_t require_contiguous, TVMFFIObjectHandle *out);
 int TVMFFIStringFromByteArray(const TVMFFIByteArray *input, TVMFFIAny *out);
 int TVMFFITypeKeyToIndex(const TVMFFIByteArray *type_key, int32_t *out_tindex);
+const TVMFFITypeInfo *TVMFFIGetTypeInfo(int32_t type_index);
+const TVMFFITypeAttrColumn *TVMFFIGetTypeAttrColumn(const TVMFFIByteArray *attr_name);
 
 /* tvm/ffi/extra/c_env_api.h */
 typedef void *TVMFFIStreamHandle;

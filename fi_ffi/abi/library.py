@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +78,10 @@ class _Unattached:
 
 lib: Any = _Unattached()
 
+# libtvm_ffi leaves the locking of its tables of functions and types to its callers, and a cffi
+# call runs without the GIL.  What a library registers it registers while it is loaded.
+tables = threading.RLock()
+
 
 @functools.cache
 def c_library() -> Any:
@@ -116,7 +121,8 @@ def open_module(path: str, through: str | None = None) -> Any:
     """
     c = c_library()
     c.dlerror()  # looks the function up, which would forget the error later on
-    handle = c.dlopen(os.fsencode(through or path), RTLD_NOW | RTLD_LOCAL)
+    with tables:
+        handle = c.dlopen(os.fsencode(through or path), RTLD_NOW | RTLD_LOCAL)
     if handle == ffi.NULL:
         raise LoaderError(f"{path} does not load: {_dlerror().replace(through or path, path)}")
     return handle
@@ -193,3 +199,6 @@ def renew_after_fork(names: dict[str, Any], name: str, make: Callable[[], Any]) 
     The thread that held the lock is not in the child to give it back.
     """
     os.register_at_fork(after_in_child=lambda: names.update({name: make()}))
+
+
+renew_after_fork(globals(), "tables", threading.RLock)

@@ -13,6 +13,7 @@ left, so none is given: what a callee still refers to is kept in `_lent`, and lo
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from fi_ffi.abi import library
@@ -292,13 +293,14 @@ def lent_count() -> int:
 class CallArena(Unique):
     """Holds what the arguments of one call need until it is over.
 
-    `descs` are all tensors among them, each with the name of its argument.
+    `descs` are all tensors among them, each with the name of its argument.  `adopt` makes the
+    objects that Python functions among them are given what their makers know them as.
     """
 
-    __slots__ = ("_owned", "descs", "keep", "op")
+    __slots__ = ("_owned", "adopt", "descs", "keep", "op")
 
-    def __init__(self, op: str) -> None:
-        self.op = op
+    def __init__(self, op: str, adopt: Callable[[Any], Any] | None = None) -> None:
+        self.op, self.adopt = op, adopt
         self.keep: list[object] = []
         self.descs: list[tuple[str, TensorDesc]] = []
         self._owned: list[Object] = []
@@ -314,17 +316,11 @@ class CallArena(Unique):
             self._owned.pop().release()
 
 
-# libtvm_ffi leaves the locking of its global table to its callers, and a cffi call
-# runs without the GIL.
-_table = threading.Lock()
-library.renew_after_fork(globals(), "_table", threading.Lock)
-
-
 def find_global(name: str) -> Function:
     """A function of libtvm_ffi's global table; `LoaderError` where it has none of that name."""
     array, _buffer = library.byte_array(name.encode())
     slot = ffi.new("TVMFFIObjectHandle *")
-    with _table:
+    with library.tables:
         check(library.lib.TVMFFIFunctionGetGlobal(array, slot), name)
     if slot[0] == ffi.NULL:
         raise LoaderError(f"libtvm_ffi has no global function {name!r}")
@@ -334,5 +330,5 @@ def find_global(name: str) -> Function:
 def set_global(name: str, function: Function) -> None:
     """Put a function into libtvm_ffi's global table, in place of the one of that name."""
     array, _buffer = library.byte_array(name.encode())
-    with _table:
+    with library.tables:
         check(library.lib.TVMFFIFunctionSetGlobal(array, function.handle, 1), name)

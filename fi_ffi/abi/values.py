@@ -241,7 +241,7 @@ def _function(slot: Any, value: Any, arena: CallArena, where: str) -> None:
         _function_object(slot, value, arena, where)
     elif callable(value) and not isinstance(value, type):
         name = getattr(value, "__name__", type(value).__name__)
-        made = arena.own(make_function(str(name), value))
+        made = arena.own(make_function(str(name), value, adopt=arena.adopt))
         slot.type_index, slot.v_ptr = TypeIndex.FUNCTION, made.handle
     elif value is not None:  # a null function, which TVM-FFI's own type may be
         _refuse(value, arena, where, "a function")
@@ -530,8 +530,9 @@ _SAFE_CALL = "int(void *, const TVMFFIAny *, int32_t, TVMFFIAny *)"
 
 
 def make_function(
-    name: str, function: Callable[..., Any], signature: Signature | None = None
-) -> Function:
+    name: str, function: Callable[..., Any], signature: Signature | None = None,
+    adopt: Callable[[Any], Any] | None = None,
+) -> Function:  # fmt: skip
     """A Function object that calls a Python function; an exception becomes a TVM-FFI error.
 
     With a signature it refuses a wrong number of arguments in the same words as a compiled
@@ -546,7 +547,7 @@ def make_function(
                     f"Mismatched number of arguments when calling: `{signature}`. "
                     f"Expected {len(signature.params)} but got {count} arguments"
                 )
-            value = function(*(_argument(args[i]) for i in range(count)))
+            value = function(*(_argument(args[i], adopt) for i in range(count)))
             _pack_result(owned, value, arena)
             result[0] = owned[0]
         except BaseException as error:
@@ -577,6 +578,8 @@ def _pack_result(result: Any, value: object, arena: CallArena) -> None:
     check(library.lib.TVMFFIAnyViewToOwnedAny(view, result), arena.op)
 
 
-def _argument(slot: Any) -> Any:
+def _argument(slot: Any, adopt: Callable[[Any], Any] | None) -> Any:
     value = unpack(slot, owned=False)
-    return value.described() if isinstance(value, Tensor) else value  # seen as the view it is of
+    if isinstance(value, Tensor):
+        return value.described(value)  # seen as the view it is of
+    return value if adopt is None else adopt(value)

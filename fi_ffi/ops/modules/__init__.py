@@ -6,9 +6,17 @@ from fi_ffi.ops.modules.entry import (
     MapObject,
     ModuleEntry,
     ModuleObject,
+    ReflectedObject,
     TensorObject,
 )
 from fi_ffi.ops.modules.module import Module, module
+from fi_ffi.ops.modules.registry import (
+    ObjectType,
+    function,
+    functions,
+    object_type,
+    object_types,
+)
 
 __all__ = [
     "ArrayObject",
@@ -17,6 +25,12 @@ __all__ = [
     "Module",
     "ModuleEntry",
     "ModuleObject",
+    "ObjectType",
+    "ReflectedObject",
     "TensorObject",
+    "function",
+    "functions",
     "module",
+    "object_type",
+    "object_types",
 ]

@@ -7,9 +7,10 @@ the device of its tensors.  Objects that come back have methods, which are entri
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
@@ -24,10 +25,11 @@ from fi_ffi.abi.objects import (
     Tensor,
     Unique,
 )
+from fi_ffi.abi.reflection import Field, Method, TypeInfo, get_field, set_field, type_info
 from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.streams import current_scope, stream_context
 from fi_ffi.abi.tensor import Device, DType, TensorDesc, parse_device
-from fi_ffi.abi.values import ints_of, pack_arguments, packer_of
+from fi_ffi.abi.values import ints_of, pack, pack_arguments, packer_of
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, KernelNotFoundError, printed
 from fi_ffi.ops import cuda
 from fi_ffi.ops.watch import watching
@@ -41,10 +43,10 @@ _NOTHING = contextlib.nullcontext()
 class Life(Unique):
     """What a method or function object is called through, until its owner is released."""
 
-    __slots__ = ("handle",)
+    __slots__ = ("_handle",)
 
     def __init__(self, handle: Any) -> None:
-        self.handle = handle
+        self._handle = handle
 
 
 class ModuleEntry(Unique):
@@ -69,13 +71,24 @@ class ModuleEntry(Unique):
         home: Device | None = None,
         asks: bool = False,
         doc: str = "",
+        is_method: bool = False,
     ) -> None:
         self.name = name
         self._find, self._life, self._home, self._asks = find, life, home, asks
         self._doc = doc
+        # The first argument of a method, which `bound_to` gives and its signature leaves out.
+        self._is_method, self._bound = is_method, None
         self._declare(signature)
 
+    def bound_to(self, owner: ReflectedObject) -> ModuleEntry:
+        """A method of one object, which is kept alive with it."""
+        made = object.__new__(ModuleEntry)
+        made.__dict__.update(self.__dict__, _bound=owner, _home=owner.origin.home)
+        return made
+
     def _declare(self, signature: Signature | None) -> None:
+        if signature is not None and self._is_method:
+            signature = Signature(signature.name, signature.params[1:], signature.result)
         self.signature = signature
         params = () if signature is None else signature.params
         self._packers = [(packer_of(text), f"{i}: {text}") for i, text in enumerate(params)]
@@ -127,9 +140,13 @@ class ModuleEntry(Unique):
             device: the GPU of a call none of whose tensors is on one ("cuda:0").
         """
         self._check_alive()
-        arena = CallArena(self.name)
+        # Of no entry, which may keep an object: it may keep a Python function that it is given.
+        origin = Origin(self.name, self._home, self._asks)
+        arena = CallArena(self.name, functools.partial(adopted, origin=origin))
         try:
             packed = self._pack(args, arena)
+            if self._bound is not None:
+                args = (self._bound, *args)
             place, needs_stream = _place_of(arena, device, self._home)
             if place is None:
                 return self._invoke(self._find(None), packed, args, arena, None)
@@ -142,7 +159,10 @@ class ModuleEntry(Unique):
             arena.end()
 
     def _check_alive(self) -> None:
-        if self._life is not None and self._life.handle is None:
+        life: Life | ReflectedObject | None = self._life
+        if self._bound is not None:
+            life = self._bound
+        if life is not None and life._handle is None:
             expected = "an object still held"
             raise ArgumentError(self.name, "self", got="one that was released", expected=expected)
 
@@ -151,6 +171,9 @@ class ModuleEntry(Unique):
         if packers is not None and len(args) != len(packers):
             got, expected = f"{len(args)} of them", f"{len(packers)}, for {self!r}"
             raise ArgumentTypeError(self.name, "*args", got=got, expected=expected)
+        if self._bound is not None:
+            args = (self._bound, *args)
+            packers = None if packers is None else [(pack, "self"), *packers]
         try:
             return pack_arguments(args, arena, packers)
         except RecursionError:
@@ -236,7 +259,9 @@ def adopted(value: Any, origin: Origin) -> Any:
             return ints_of(value)
     kind = _KINDS.get(index)
     if kind is None:
-        return value
+        if type(value) is not Object or type_info(index) is None:
+            return value
+        kind = ReflectedObject
     made = value.moved_to(kind)
     made._begin(origin)
     return made
@@ -269,7 +294,7 @@ class ModuleObject(Module):
 
     def release(self) -> None:
         """Give it back now: its methods cannot be called any more."""
-        self._life.handle = None
+        self._life._handle = None
         super().release()
 
     def method(self, name: str, *, checked: bool | None = None) -> ModuleEntry:
@@ -313,6 +338,120 @@ class ModuleObject(Module):
         return f"<{self.kind} of {self.origin.name}()>"
 
 
+class ReflectedObject(Object):
+    """An object of a type that a library registered: its fields and methods are attributes.
+
+        matcher.accept_token(5, False)
+        point.x = 3.0
+
+    An attribute that Python's side has already (`release`, `handle`, `method`, ...) goes before
+    one of the library's; `field`, `set_field` and `method` reach any by its name.
+    """
+
+    __slots__ = ("_type", "origin")
+    _type: TypeInfo
+    origin: Origin
+
+    def _begin(self, origin: Origin) -> None:
+        self.origin = origin
+        found = type_info(library.type_index_of(self._handle))
+        assert found is not None
+        self._type = found
+
+    @property
+    def type_key(self) -> str:
+        """The name that its type is registered under."""
+        return self._type.key
+
+    @property
+    def device(self) -> Device | None:
+        """The GPU it was made on, if its call named one: that of its methods' calls."""
+        return self.origin.home
+
+    def field(self, name: str) -> Any:
+        """The value of a field, read anew; `AttributeError` where there is none of that name."""
+        found = self._member(name, Field)
+        value = get_field(self, found, f"{self.type_key}.{name}")
+        return adopted(value, Origin(f"{self.type_key}.{name}", self.origin.home, False))
+
+    def set_field(self, name: str, value: object) -> None:
+        """Set a field; `AttributeError` where it is read-only, or there is none of that name.
+
+        The library converts the value, or refuses it: `KernelError`.
+        """
+        found = self._member(name, Field)
+        if found.setter == ffi.NULL:
+            raise AttributeError(f"`{name}` of a {self.type_key} is read-only")
+        set_field(self, found, value, f"{self.type_key}.{name}")
+
+    def method(self, name: str) -> ModuleEntry:
+        """A method by name; `AttributeError` where there is none.
+
+        It is checked against its signature where its library tells its types.
+        """
+        return method_entry(self._type, self._member(name, Method)).bound_to(self)
+
+    def _member(self, name: str, kind: type[_Member]) -> _Member:
+        found = self._type.member(name) if isinstance(name, str) else None
+        if isinstance(found, kind):
+            return found
+        names = [known for known, one in self._type.members().items() if isinstance(one, kind)]
+        what = kind.__name__.lower()
+        raise AttributeError(unknown(f"a {self.type_key} has no {what} {name!r}", name, names))
+
+    def __getattr__(self, name: str) -> Any:
+        # No protocol asks a library; and `_type` itself is not there before `_begin`.
+        if name.startswith("__") or name in ReflectedObject.__slots__:
+            raise AttributeError(name)
+        found = self._type.member(name)
+        if isinstance(found, Field):
+            return self.field(name)
+        if isinstance(found, Method):
+            return self.method(name)
+        names = self._type.members()
+        raise AttributeError(unknown(f"a {self.type_key} has no {name!r}", name, names))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if hasattr(ReflectedObject, name):
+            object.__setattr__(self, name, value)
+        else:
+            self.set_field(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *self._type.members()})
+
+    def __repr__(self) -> str:
+        released = "released " if self._handle is None else ""
+        return f"<{released}{self.type_key} of {self.origin.name}()>"
+
+
+_Member = TypeVar("_Member", Field, Method)
+# By type and name; a method that was registered anew has another function.
+_METHODS: dict[tuple[int, str], tuple[Method, ModuleEntry]] = {}
+
+
+def method_entry(kind: TypeInfo, method: Method) -> ModuleEntry:
+    """A method of any object of a type; it asks for its signature where it is known to have one."""
+    known, made = _METHODS.get((kind.index, method.name), (None, None))
+    if made is None or known is not method:
+        name = f"{kind.key}.{method.name}"
+        entry = Entry.of(method.function, name)
+        made = ModuleEntry(
+            name, lambda device: entry, None, doc=method.doc, is_method=not method.is_static
+        )
+        if method.is_typed:
+            with contextlib.suppress(AbiError):  # of several forms, say
+                made.probe()
+        _METHODS[kind.index, method.name] = method, made
+    return made
+
+
+def unknown(what: str, name: object, names: Iterable[str]) -> str:
+    """Say that there is none of a name, with the nearest there are."""
+    near = difflib.get_close_matches(name, [*names]) if isinstance(name, str) else ()
+    return f"{what}{'; the nearest: ' if near else ''}{', '.join(near)}"
+
+
 class FunctionObject(Function):
     """A function that a call returned.  It may take any arguments: it is called unchecked,
     until `probe` has asked for its signature."""
@@ -337,7 +476,7 @@ class FunctionObject(Function):
         return self._entry(*args, stream=stream, device=device)
 
     def release(self) -> None:
-        self._life.handle = None
+        self._life._handle = None
         super().release()
 
     def __repr__(self) -> str:

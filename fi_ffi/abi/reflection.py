@@ -1,0 +1,196 @@
+"""What libtvm_ffi's tables have of functions and of types of objects.
+
+A library puts functions into the global table by their names, and tells of each type of its
+objects the name, the ancestors, the fields and the methods.  All of it is done while it is
+loaded, and stays as long as the process.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+from fi_ffi.abi import library
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.failure import check
+from fi_ffi.abi.function import Entry, array_values, library_function
+from fi_ffi.abi.library import TypeIndex
+from fi_ffi.abi.objects import CallArena, Function, Object
+from fi_ffi.abi.values import pack, unpack
+from fi_ffi.errors import LoaderError
+
+# TVMFFIFieldFlagBitMask
+_WRITABLE, _IS_STATIC, _SETTER_IS_FUNCTION = 1 << 0, 1 << 2, 1 << 11
+_INIT = "__ffi_init__"
+
+
+class Field(NamedTuple):
+    """A field of a type: where it is in an object, and what reads and writes it."""
+
+    name: str
+    doc: str
+    offset: int
+    getter: Any
+    setter: Any  # NULL where it is read-only
+    setter_is_function: bool
+
+
+class Method(NamedTuple):
+    """A method of a type: its function, whose first argument is the object unless it is static."""
+
+    name: str
+    doc: str
+    is_static: bool
+    is_typed: bool
+    function: Function
+
+
+class TypeInfo:
+    """A registered type of objects; `type_info` makes them, one for each."""
+
+    __slots__ = ("_counts", "_members", "_tables", "index", "key")
+
+    def __init__(self, index: int) -> None:
+        with library.tables:
+            own = library.lib.TVMFFIGetTypeInfo(index)
+            # From ffi.Object on; a type's entry stays where it is.
+            self._tables = [*own.type_ancestors[0 : own.type_depth], own]
+            self.index, self.key = index, _text(own.type_key)
+        self._counts: list[tuple[int, int]] = []
+        self._members: dict[str, Field | Method] = {}
+
+    def members(self) -> dict[str, Field | Method]:
+        """Fields and methods by name; a type's own go before those of its ancestors."""
+        with library.tables:
+            # A library that is loaded later may tell more.
+            counts = [(table.num_fields, table.num_methods) for table in self._tables]
+            if counts != self._counts:
+                found: dict[str, Field | Method] = {}
+                for table in self._tables:
+                    for field in table.fields[0 : table.num_fields]:
+                        found[_text(field.name)] = _field(field)
+                    for method in table.methods[0 : table.num_methods]:
+                        found[_text(method.name)] = _method(method)
+                self._members, self._counts = found, counts
+        return self._members
+
+    def member(self, name: str) -> Field | Method | None:
+        """A field or method by its name."""
+        return self._members.get(name) or self.members().get(name)
+
+    def constructor(self) -> Method | None:
+        """The function that makes an object of the type itself, if there is one."""
+        with library.tables:
+            own = self._tables[-1]
+            for method in own.methods[0 : own.num_methods]:
+                if _text(method.name) == _INIT:
+                    return _method(method)
+            name, _buffer = library.byte_array(_INIT.encode())
+            column = library.lib.TVMFFIGetTypeAttrColumn(name)
+            at = self.index - column.begin_index if column != ffi.NULL else -1
+            if not 0 <= at < (column.size if at >= 0 else 0):
+                return None
+            made = column.data[at]
+            if made.type_index != TypeIndex.FUNCTION:
+                return None
+            # Made of the fields by libtvm_ffi: it takes any number, and names too.
+            return Method(_INIT, "", True, False, unpack(made, owned=False))
+
+    def derives_from(self, other: TypeInfo) -> bool:
+        return any(table.type_index == other.index for table in self._tables)
+
+
+def _text(array: Any) -> str:
+    return library.read_bytes(array).decode(errors="replace")
+
+
+def _field(field: Any) -> Field:
+    setter = field.setter if field.flags & _WRITABLE else ffi.NULL
+    is_function = bool(field.flags & _SETTER_IS_FUNCTION)
+    return Field(
+        _text(field.name), _text(field.doc), field.offset, field.getter, setter, is_function
+    )
+
+
+def _method(method: Any) -> Method:
+    is_static, is_typed = bool(method.flags & _IS_STATIC), tells_types(_text(method.metadata))
+    function = unpack(method.method, owned=False)
+    return Method(_text(method.name), _text(method.doc), is_static, is_typed, function)
+
+
+def tells_types(metadata: str) -> bool:
+    """Whether a function's metadata (JSON) has its types: a packed function's has none."""
+    try:
+        schema = json.loads(json.loads(metadata)["type_schema"])
+        return "args" in schema or "named_args" in schema
+    except (ValueError, TypeError, LookupError):
+        return False
+
+
+_TYPES: dict[int, TypeInfo] = {}
+_INDICES: dict[str, int] = {}
+
+
+def registered_types() -> dict[str, int]:
+    """The type index of every registered type, by its name."""
+    with library.tables, library_function("ffi.GetRegisteredTypeKeys")() as keys:
+        for key in array_values(keys):
+            if key not in _INDICES:
+                array, _buffer = library.byte_array(key.encode())
+                slot = ffi.new("int32_t *")
+                check(library.lib.TVMFFITypeKeyToIndex(array, slot), key)
+                _INDICES[key] = slot[0]
+    return _INDICES
+
+
+def type_info(index: int) -> TypeInfo | None:
+    """What the table has of a type; None where it has none, which libtvm_ffi would abort for."""
+    found = _TYPES.get(index)
+    if found is None and index in registered_types().values():
+        found = _TYPES.setdefault(index, TypeInfo(index))
+    return found
+
+
+def get_field(value: Object, field: Field, where: str) -> Any:
+    """The value of an object's field: a Python value, or an owned object."""
+    address, result = _address_of(value, field), ffi.new("TVMFFIAny *")
+    check(field.getter(address, result), where)
+    return unpack(result, owned=True)
+
+
+def set_field(value: Object, field: Field, content: object, where: str) -> None:
+    """Write an object's field, which must be writable; it converts or refuses the value."""
+    arena, slot = CallArena(where), ffi.new("TVMFFIAny *")
+    address = _address_of(value, field)
+    try:
+        pack(slot[0], content, arena, "value")
+        if field.setter_is_function:
+            packed, result = ffi.new("TVMFFIAny[2]"), ffi.new("TVMFFIAny *")
+            packed[0].type_index, packed[0].v_ptr = TypeIndex.OPAQUE_PTR, address
+            packed[1] = slot[0]
+            check(library.lib.TVMFFIFunctionCall(field.setter, packed, 2, result), where)
+            unpack(result, owned=True)
+        else:
+            check(ffi.cast("TVMFFIFieldSetter", field.setter)(address, slot), where)
+    finally:
+        arena.end()
+
+
+def _address_of(value: Object, field: Field) -> Any:
+    return ffi.cast("char *", value.handle) + field.offset
+
+
+def function_is_typed(name: str) -> bool:
+    """Whether a function of the global table is known to have types."""
+    try:
+        metadata = library_function("ffi.GetGlobalFuncMetadata")(name)
+    except LoaderError:  # a libtvm_ffi from before it
+        return False
+    return tells_types(metadata if isinstance(metadata, str) else "")
+
+
+def global_names() -> list[str]:
+    """The names of all functions in libtvm_ffi's global table."""
+    with library.tables:
+        item = Entry.of(library_function("ffi.FunctionListGlobalNamesFunctor")(), "names")
+        return [item(i) for i in range(item(-1))]

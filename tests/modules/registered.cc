@@ -1,0 +1,60 @@
+// Types and functions that are registered, none exported, and that misbehave.
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/object.h>
+#include <tvm/ffi/reflection/overload.h>
+#include <tvm/ffi/reflection/registry.h>
+#include <tvm/ffi/string.h>
+
+using namespace tvm::ffi;
+
+class OddObj : public Object {
+ public:
+  int64_t release;
+  int64_t handle = 6;
+  int64_t fails = 0;
+  explicit OddObj(int64_t value) : release(value) {}
+  static constexpr bool _type_mutable = true;
+  TVM_FFI_DECLARE_OBJECT_INFO_FINAL("fi_ffi_tests.Odd", OddObj, Object);
+};
+
+class Odd : public ObjectRef {
+ public:
+  TVM_FFI_DEFINE_OBJECT_REF_METHODS_NULLABLE(Odd, ObjectRef, OddObj);
+};
+
+static int fail(void*, TVMFFIAny*) {
+  TVMFFIErrorSetRaisedFromCStr("ValueError", "no value today");
+  return -1;
+}
+
+static int fail_to_set(void*, const TVMFFIAny*) {
+  TVMFFIErrorSetRaisedFromCStr("ValueError", "no value today");
+  return -1;
+}
+
+TVM_FFI_STATIC_INIT_BLOCK() {
+  namespace refl = tvm::ffi::reflection;
+  refl::OverloadObjectDef<OddObj>()
+      .def(refl::init<int64_t>())
+      .def_rw("release", &OddObj::release)
+      .def_rw("_handle", &OddObj::handle)
+      .def("field", [](const OddObj*) { return 7; })
+      .def("itself", [](Odd self) { return self; })
+      .def("either", [](const OddObj*, int64_t value) { return value; })
+      .def("either", [](const OddObj*, String text) { return static_cast<int64_t>(text.size()); });
+  // By hand: a field whose getter fails, and a method that takes any number of arguments.
+  TVMFFIFieldInfo field{};
+  field.name = {"fails", 5};
+  field.flags = kTVMFFIFieldFlagBitMaskWritable;
+  field.getter = fail;
+  field.setter = reinterpret_cast<void*>(fail_to_set);
+  TVMFFIAny nothing{};
+  field.default_value_or_factory = nothing;
+  TVMFFITypeRegisterField(OddObj::RuntimeTypeIndex(), &field);
+  static Function packed = Function::FromPacked(
+      [](PackedArgs args, Any* result) { *result = static_cast<int64_t>(args.size()); });
+  TVMFFIMethodInfo method{};
+  method.name = {"packed", 6};
+  method.method = AnyView(packed).CopyToTVMFFIAny();
+  TVMFFITypeRegisterMethod(OddObj::RuntimeTypeIndex(), &method);
+}
