@@ -25,13 +25,25 @@ MEMBER = "xgrammar/libxgrammar_bindings.so"
 _folder = tempfile.TemporaryDirectory(prefix="fi-ffi-xgrammar-")
 
 # Every printable character, and some tokens of several; the last ends a text.
-VOCABULARY = [chr(i) for i in range(32, 127)] + ['{"', '": ', "true", "false", "name", "age", "</s>"]
+VOCABULARY = [chr(i) for i in range(32, 127)] + [
+    '{"',
+    '": ',
+    "true",
+    "false",
+    "name",
+    "age",
+    "</s>",
+]
 STOP = len(VOCABULARY) - 1
 SCHEMA = {
     "type": "object",
-    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "ok": {"type": "boolean"}},
+    "properties": {
+        "name": {"type": "string"},
+        "age": {"type": "integer"},
+        "ok": {"type": "boolean"},
+    },
     "required": ["name", "age", "ok"],
-}
+}  # fmt: skip
 SETTINGS = (True, None, None, True, None, False)  # of compile_json_schema
 
 

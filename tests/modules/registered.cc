@@ -50,11 +50,11 @@ TVM_FFI_STATIC_INIT_BLOCK() {
   field.setter = reinterpret_cast<void*>(fail_to_set);
   TVMFFIAny nothing{};
   field.default_value_or_factory = nothing;
-  TVMFFITypeRegisterField(OddObj::RuntimeTypeIndex(), &field);
+  TVM_FFI_CHECK_SAFE_CALL(TVMFFITypeRegisterField(OddObj::_GetOrAllocRuntimeTypeIndex(), &field));
   static Function packed = Function::FromPacked(
       [](PackedArgs args, Any* result) { *result = static_cast<int64_t>(args.size()); });
   TVMFFIMethodInfo method{};
   method.name = {"packed", 6};
   method.method = AnyView(packed).CopyToTVMFFIAny();
-  TVMFFITypeRegisterMethod(OddObj::RuntimeTypeIndex(), &method);
+  TVM_FFI_CHECK_SAFE_CALL(TVMFFITypeRegisterMethod(OddObj::_GetOrAllocRuntimeTypeIndex(), &method));
 }

@@ -182,7 +182,10 @@ def test_hostile_types(hostile):
     assert odd.either.signature is None  # of two forms
     assert (odd.either(2), odd.either("text")) == (2, 4)
     assert not hasattr(odd, "__array_interface__") and not hasattr(odd, "__len__")
-    assert odd.itself().use_count == 2 and odd.use_count == 1
+    twin = odd.itself()
+    assert twin.use_count == 2
+    twin.release()
+    assert odd.use_count == 1
     with pytest.raises(TypeError, match="no copy, and no pickle"):
         __import__("copy").copy(odd)
     del odd

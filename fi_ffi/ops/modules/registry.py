@@ -95,8 +95,8 @@ def _check_name(op: str, name: object) -> None:
 class ObjectType(Unique):
     """A registered type: called, it makes an object; its static methods are attributes.
 
-        Grammar = fi_ffi.object_type("xgrammar.tvm_ffi_binding.Grammar")
-        grammar = Grammar.from_regex("[0-9]+", False)
+    Grammar = fi_ffi.object_type("xgrammar.tvm_ffi_binding.Grammar")
+    grammar = Grammar.from_regex("[0-9]+", False)
     """
 
     __slots__ = ("_info",)
