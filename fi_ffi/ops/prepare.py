@@ -16,23 +16,29 @@ from fi_ffi.ops.call.prepared import Prepared
 def prepare(function: Callable[..., Any], *args: Any, stream: object = None, **kwargs: Any) -> Any:
     """The call `function(*args, **kwargs)`, checked and packed, and not made.
 
-    `function` is an op (`fi_ffi.rmsnorm`), `single_prefill`, `single_decode` or `xqa`, or a run
-    of a plan (`plan.run`, `plan.paged_run`, `plan.ragged_run`).  What is returned is called to
+    `function` is an op (`fi_ffi.rmsnorm`), another function that launches kernels (`xqa`,
+    `segment_gemm`, `cutlass_fused_moe`), a `FusedMoe`, or a run of a plan (`plan.run`,
+    `plan.paged_run`, `plan.ragged_run`).  What is returned is called to
     launch it, on `stream`, or without one on that of the scope that is open then; its `update`
     changes tensors.  A plan's prepared run holds through `replan`: the next launch packs it anew.
 
     Raises what the call would, and `ArgumentTypeError` for another function.
     """
     from fi_ffi.ops.attention.plan import Plan, PreparedRun
-    from fi_ffi.ops.attention.run import Launched
 
-    if isinstance(function, (Op, Launched)):
-        return function.prepare(*args, stream=stream, **kwargs)
+    if isinstance(function, Op) or _is_launching(function):
+        return function.prepare(*args, stream=stream, **kwargs)  # type: ignore[attr-defined]
     plan, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
     if not isinstance(plan, Plan) or name not in plan.runs:
-        expected = "an op, single_prefill, single_decode, xqa, or a run of a plan"
+        expected = "a function of fi_ffi's that launches kernels, or a run of a plan"
         raise ArgumentTypeError("prepare", "function", got=printed(function), expected=expected)
     return PreparedRun(plan, function, _by_name(plan, function, args, kwargs), stream)
+
+
+def _is_launching(function: object) -> bool:
+    """Whether it is a function or an object of ours that has a `prepare` of its own."""
+    is_ours = str(getattr(function, "__module__", "")).partition(".")[0] == "fi_ffi"
+    return is_ours and hasattr(function, "prepare") and not isinstance(function, type)
 
 
 def _by_name(

@@ -22,11 +22,11 @@ from tests.helpers.bodies import bodies_of
 from tests.helpers.cases import make_case
 from tests.helpers.prepared_calls import OnGpu, settle
 from tests.ops import test_block_scale_gemm as blocks
-from tests.ops import test_gemm, test_segment_gemm
+from tests.ops import test_gemm, test_launching, test_segment_gemm
 
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 
-globals().update(bodies_of(test_gemm, test_segment_gemm, blocks))
+globals().update(bodies_of(test_gemm, test_segment_gemm, blocks, test_launching))
 
 DTYPES = {"TA": "float8_e4m3fn", "TB": "float8_e4m3fn", "T": "bfloat16"}
 

@@ -193,9 +193,10 @@ def test_what_it_says_of_itself():
     assert "eps=0.25" in repr(call)
 
 
-@pytest.mark.parametrize("wrong", [len, 7, None, "rmsnorm", np.zeros(3), Prepared, fi_ffi])
+@pytest.mark.parametrize("wrong", [len, 7, None, "rmsnorm", np.zeros(3), Prepared, fi_ffi,
+                                   fi_ffi.FusedMoe, fi_ffi.module])  # fmt: skip
 def test_what_cannot_be_prepared(wrong):
-    with pytest.raises(fi_ffi.ArgumentTypeError, match="an op, single_prefill"):
+    with pytest.raises(fi_ffi.ArgumentTypeError, match="launches kernels, or a run"):
         fi_ffi.prepare(wrong)
 
 

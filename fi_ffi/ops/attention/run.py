@@ -17,7 +17,7 @@ from fi_ffi.abi.tensor import Device, TensorKind
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.ops.call.arguments import check_number, shown
 from fi_ffi.ops.call.compiled import CompiledRow, Variant
-from fi_ffi.ops.call.prepared import Prepared, prepare_call
+from fi_ffi.ops.call.prepared import Prepared, prepare_call, prepared_by_caller
 from fi_ffi.ops.row import Row, Scalar, Tensor
 
 if TYPE_CHECKING:
@@ -329,38 +329,6 @@ class Launched(Generic[_P]):
 
 
 launched = Launched
-
-
-def _named_by_caller(kind: type[Any]) -> type[Prepared]:
-    """A class of prepared calls whose `update` takes the names that the caller knows."""
-
-    def update(self: Prepared, **tensors: Any) -> None:
-        """Change tensors, by the function's names for them: addresses, or tensors of their
-        layout.
-
-        Raises `ArgumentError` and `ArgumentTypeError`, and changes nothing then.
-        """
-        refuse = self.compiled.refuse
-        names = {refuse.name(arg.name): arg.name for arg in self.compiled.row.tensors}
-        unknown = next((name for name in tensors if name not in names), None)
-        if unknown is not None:
-            expected = f"one of {', '.join(names)}; prepare another call for other options"
-            raise ArgumentError(refuse.op, "update", got=unknown, expected=expected)
-        kind.update(self, **{names[name]: value for name, value in tensors.items()})
-
-    return type(kind.__name__, (kind,), {"__slots__": (), "update": update})
-
-
-def prepared_by_caller(made: Prepared) -> Prepared:
-    """A prepared call whose tensors are named as its caller does."""
-    named: Any = made
-    kind: Any = type(made)
-    found = _named.get(kind) or _named.setdefault(kind, _named_by_caller(kind))
-    named.__class__ = found
-    return made
-
-
-_named: dict[Any, Any] = {}
 
 
 def only_with(

@@ -153,11 +153,14 @@ class Prepared(PackedCall):
         self.variant, self.given, self.masks = variant, given, masks
         self.owners = descs
         self.spans = tuple(desc.span_bytes if desc else 0 for desc in descs)
-        self._is_plain = frame is not None and not (row.allocates or frame.has_objects)
+        is_more = row.allocates or row.result != "void"
+        self._is_plain = frame is not None and not (is_more or frame.has_objects)
         return frame  # type: ignore[no-any-return]
 
-    def __call__(self) -> None:
-        """Launch it.  Raises `ArgumentError` without a stream, and `KernelError`."""
+    def __call__(self) -> Any:
+        """Launch it; what its entry returns.  Raises `ArgumentError` without a stream, and
+        `KernelError`."""
+        result = None
         try:
             frame = self.take()
         except IndexError:
@@ -166,12 +169,13 @@ class Prepared(PackedCall):
             if self._is_plain:
                 launch(frame, self.stream)
             elif frame is not None:
-                self.variant.run(frame, self.stream)
+                result = self.variant.run(frame, self.stream)
         finally:
             self.give(frame)
         if not self._is_plain and frame is not None and frame.is_referred_to:
             keep(frame)  # a callee has a Tensor object of it
             self.hold(self._pack(self._given_now()))
+        return result
 
     def update(self, /, *args: Any, **kwargs: Any) -> None:
         """Change arguments: by name, or by place in the op's order.
@@ -254,3 +258,35 @@ def prepare_call(compiled: CompiledRow, arguments: dict[str, Any], stream: objec
         elif isinstance(arg, KvLayout):
             given.setdefault(arg.name, arg.default)
     return _class_of(compiled)(compiled, given, stream)
+
+
+def _named_by_caller(kind: type[Any]) -> type[Prepared]:
+    """A class of prepared calls whose `update` takes the names that the caller knows."""
+
+    def update(self: Prepared, **tensors: Any) -> None:
+        """Change tensors, by the function's names for them: addresses, or tensors of their
+        layout.
+
+        Raises `ArgumentError` and `ArgumentTypeError`, and changes nothing then.
+        """
+        refuse = self.compiled.refuse
+        names = {refuse.name(arg.name): arg.name for arg in self.compiled.row.tensors}
+        unknown = next((name for name in tensors if name not in names), None)
+        if unknown is not None:
+            expected = f"one of {', '.join(names)}; prepare another call for other options"
+            raise ArgumentError(refuse.op, "update", got=unknown, expected=expected)
+        kind.update(self, **{names[name]: value for name, value in tensors.items()})
+
+    return type(kind.__name__, (kind,), {"__slots__": (), "update": update})
+
+
+def prepared_by_caller(made: Prepared) -> Prepared:
+    """A prepared call whose tensors are named as its caller does."""
+    named: Any = made
+    kind: Any = type(made)
+    found = _named.get(kind) or _named.setdefault(kind, _named_by_caller(kind))
+    named.__class__ = found
+    return made
+
+
+_named: dict[Any, Any] = {}

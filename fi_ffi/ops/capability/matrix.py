@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+from fi_ffi.errors import ArgumentError
 from fi_ffi.ops import attention as public
 from fi_ffi.ops.capability.attention import SAMPLES, judge_attention
-from fi_ffi.ops.capability.judgement import Query, Support, judge
+from fi_ffi.ops.capability.judgement import Query, Sm, Support, judge
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows as matmul
 from fi_ffi.ops.moe import interface as moe
+from fi_ffi.ops.moe.weights import WEIGHTS
 from fi_ffi.ops.row import Row
+from fi_ffi.ops.table.gemm import FP8
 
 # Rows that are no ops of the table: those of packages in `fi_ffi/ops` whose functions do
 # something around the entries they call.  Attention's options name modules: they are judged by
 # `capability.attention`.
 PACKAGES = {"matmul": matmul.ROWS}
+# The functions that call what is not called as its row: the function, and how it is asked to.
+_CALLED_BY = {
+    "cutlass_segment_gemm": ("segment_gemm", "sm80"),
+    "cutlass_segment_gemm_sm90": ("segment_gemm", "sm90"),
+}
 # Those that FlashInfer's wheels are made for, and a Jetson: ten times the capability.
 SMS = (75, 80, 87, 89, 90, 100, 103, 110, 120, 121)
 
@@ -59,13 +68,45 @@ def lines() -> Iterator[Line]:
     """Every op of the table, and what is called by packages of their own."""
     for name, op in OPS.items():
         yield Line(name, "", op.row.module, partial(judge, name, op.rows))
-    for package, name, forms in package_entries():
-        yield Line(name, "", package, partial(judge, name, forms))
-    name = "cutlass_fused_moe"
+    for package, entry, forms in package_entries():
+        name, way = _CALLED_BY.get(entry, (entry, ""))
+        yield Line(name, way, package, partial(judge, name, forms))
+    name = "tinygemm_bf16"
+    yield Line(name, "", "matmul", partial(judge, name, OPS["tinygemm2"].rows))
     rows = [entry_row(moe.MODULE, "run_moe", one.releases, (9,)) for one in moe.INTERFACES]
-    yield Line(name, "", moe.MODULE, partial(judge, name, rows))
+    for name in ("cutlass_fused_moe", "FusedMoe"):
+        yield Line(name, "", moe.MODULE, partial(judge, name, rows))
+    name = WEIGHTS.row.name
+    yield Line(name, "", moe.MODULE, partial(judge, name, [WEIGHTS.row]))
     for name in public.__all__:
         if hasattr(getattr(public, name), "supports"):
             for label, options in SAMPLES.get(name, {"": {}}).items():
                 ask = partial(judge_attention, name, options=options)
                 yield Line(name, label, "attention", ask)
+
+
+def judge_call(
+    name: str,
+    sm: Sm = None,
+    *,
+    release: str | None = None,
+    cuda: str | None = None,
+    dtypes: object = None,
+    kernels: str | os.PathLike[str] | None = None,
+    backend: str = "auto",
+) -> Support:
+    """Judge whether a function that has lines of its own can be called.
+
+    `backend` is of `segment_gemm`, which chooses between two.
+    """
+    query = Query.of(sm, release, cuda, dtypes, kernels)
+    found = {line.options: line for line in lines() if line.op == name}
+    if backend == "auto" and len(found) > 1:
+        is_hopper = query.capability is None or query.capability[0] == 9
+        is_fp8 = any({*names} & {*FP8} for names in query.dtypes.values())
+        backend = "sm90" if is_hopper or is_fp8 else "sm80"
+    elif backend == "auto":
+        (backend,) = found
+    if backend not in found:
+        raise ArgumentError(name, "backend", got=backend, expected=" or ".join(["auto", *found]))
+    return found[backend].ask(query)

@@ -31,6 +31,7 @@ def select_release(release: str | None) -> None:
     for op in (products.GET_ALGOS, products.RUN_WITH_ALGO):
         op.forget()
         op.select_release(release)
+    products.tinygemm_row.cache_clear()
     for compiled in (
         products.RUN_GEMM, products.CONFIGURE, products.GROUPWISE, products.GROUP_GROUPWISE,
         segment.SM80, segment.SM90,

@@ -8,6 +8,7 @@ with scales of blocks are entries of `gemm_sm100`.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Sequence
 from numbers import Integral
@@ -20,16 +21,18 @@ from fi_ffi.abi.tensor import Device, parse_dtype
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.call.arguments import INT64_MAX, check_int
 from fi_ffi.ops.call.compiled import CompiledRow
+from fi_ffi.ops.call.launching import Launch, PreparedSteps, launching, prepare_row
 from fi_ffi.ops.call.memory import scratch_for
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows
 from fi_ffi.ops.matmul.rows import E4M3
 from fi_ffi.ops.providers import check_available, release_in_use
-from fi_ffi.ops.row import Tensor
+from fi_ffi.ops.row import Row, Tensor
 
 if TYPE_CHECKING:
     from fi_ffi.loader.methods import ModuleObject
+    from fi_ffi.ops.call.prepared import Prepared
 
 GET_ALGOS, RUN_WITH_ALGO = Op(*rows.GET_ALGOS), Op(*rows.RUN_WITH_ALGO)
 _BLOCK_SCALE = "fp8_blockscale_gemm_sm90"
@@ -46,6 +49,23 @@ GROUPWISE = CompiledRow(rows.GROUPWISE, names=_NAMES)
 GROUP_GROUPWISE = CompiledRow(rows.GROUP_GROUPWISE, names=_NAMES)
 
 
+@functools.cache
+def tinygemm_row(row: Row) -> CompiledRow:
+    """A row of either, whose tensors are named as the function has them."""
+    return CompiledRow(row, op="tinygemm_bf16", names={"output": "out"})
+
+
+def _prepare_tinygemm(
+    input: TensorLike, out: TensorLike, bias: TensorLike | None, stream: object, **given: Any
+) -> Prepared:  # fmt: skip
+    op = OPS["tinygemm2_nobias" if bias is None else "tinygemm2"]
+    if as_desc(input, "tinygemm_bf16", "input").device.is_cuda and not op.has_release:
+        op.select_release(release_in_use())
+    more = {} if bias is None else {"bias": bias}
+    return prepare_row(tinygemm_row(op.row), stream, input=input, output=out, **more, **given)
+
+
+@launching(_prepare_tinygemm)
 def tinygemm_bf16(
     input: TensorLike,
     weight: TensorLike,
@@ -73,11 +93,9 @@ def tinygemm_bf16(
 # cuBLASLt's algorithms: asked for once, then called without asking again.
 
 
-_TENSORS = ("A", "B", "D", "A_scale", "B_scale", "algo_buffer", "workspace_buffer")
-
-
-def _call_algos(op: Op, tensors: tuple[Any, ...], handle: int, stream: object, **more: Any) -> Any:
-    values, name = dict(zip(_TENSORS, tensors, strict=True)) | more, op.row.name
+def _with_handle(op: Op, cublas_handle: int, **values: Any) -> dict[str, Any]:
+    """What the row in force is given."""
+    name, handle = op.row.name, cublas_handle
     left = values["A"] = as_desc(values["A"], name, "A")
     if left.device.is_cuda and not op.has_release:
         op.select_release(release_in_use())
@@ -85,9 +103,14 @@ def _call_algos(op: Op, tensors: tuple[Any, ...], handle: int, stream: object, *
         values["cublas_handle"] = handle
     elif handle:  # from FlashInfer 0.7 on, the kernels make their own
         raise ArgumentError(name, "cublas_handle", got=handle, expected="0")
-    return op(**values, stream=stream)
+    return values
 
 
+def _prepare_algos(op: Op, stream: object, **given: Any) -> Prepared:
+    return op.prepare(**_with_handle(op, **given), stream=stream)
+
+
+@launching(functools.partial(_prepare_algos, GET_ALGOS))
 def bmm_fp8_get_algos(
     A: TensorLike,
     B: TensorLike,
@@ -110,11 +133,15 @@ def bmm_fp8_get_algos(
 
     What it writes is for this shape, these dtypes and this GPU.
     """
-    tensors = (A, B, D, A_scale, B_scale, algo_buffer, workspace_buffer)
-    count: int = _call_algos(GET_ALGOS, tensors, cublas_handle, stream)
+    values = _with_handle(
+        GET_ALGOS, cublas_handle, A=A, B=B, D=D, A_scale=A_scale, B_scale=B_scale,
+        algo_buffer=algo_buffer, workspace_buffer=workspace_buffer,
+    )  # fmt: skip
+    count: int = GET_ALGOS(**values, stream=stream)
     return count
 
 
+@launching(functools.partial(_prepare_algos, RUN_WITH_ALGO))
 def bmm_fp8_run_with_algo(
     A: TensorLike,
     B: TensorLike,
@@ -136,8 +163,11 @@ def bmm_fp8_run_with_algo(
 
     An algorithm of another shape or GPU is refused by cuBLASLt, with a `KernelError`.
     """
-    tensors = (A, B, D, A_scale, B_scale, algo_buffer, workspace_buffer)
-    _call_algos(RUN_WITH_ALGO, tensors, cublas_handle, stream, algo_idx=algo_idx)
+    values = _with_handle(
+        RUN_WITH_ALGO, cublas_handle, A=A, B=B, D=D, A_scale=A_scale, B_scale=B_scale,
+        algo_buffer=algo_buffer, workspace_buffer=workspace_buffer, algo_idx=algo_idx,
+    )  # fmt: skip
+    RUN_WITH_ALGO(**values, stream=stream)
 
 
 # Scales of blocks, SM90.
@@ -166,6 +196,15 @@ def _expect(device: Device, m: int, n: int, k: int) -> int:
     return most
 
 
+def _prepare_blockscale(stream: object, **tensors: Any) -> PreparedSteps:
+    prepared = PreparedSteps(_BLOCK_SCALE, tensors, _checked_gemm, stream)
+    device = as_desc(tensors["input"], _BLOCK_SCALE, "input").device
+    if device.is_cuda:
+        check_available(rows.RUN_GEMM, device)
+    return prepared
+
+
+@launching(_prepare_blockscale)
 def fp8_blockscale_gemm_sm90(
     input: TensorLike,
     weight: TensorLike,
@@ -197,35 +236,47 @@ def fp8_blockscale_gemm_sm90(
     GPUs other than Hopper's.
     Upstream: flashinfer/gemm/gemm_base.py, csrc/fp8_blockscale_gemm_sm90_binding.cu.
     """
+    _checked_gemm(input, weight, input_scale, weight_scale, out, workspace_buffer)(stream)
+
+
+def _checked_gemm(
+    input: TensorLike, weight: TensorLike, input_scale: TensorLike | None,
+    weight_scale: TensorLike | None, out: TensorLike | None, workspace_buffer: TensorLike | None,
+) -> Launch:  # fmt: skip
+    """A product that is checked, and what launches it on a stream."""
     values = (input, weight, out, input_scale, weight_scale)
     device = as_desc(input, _BLOCK_SCALE, "input").device
-    if not device.is_cuda:
-        RUN_GEMM.call(None, *values, stream=stream)
-        return
     descs, sizes = RUN_GEMM.check(*values)
+    if not device.is_cuda:
+        return lambda stream: RUN_GEMM.call(None, *descs.values(), stream=stream)
     m, n, depth = sizes["m"], sizes["n"], sizes["k128"]
     if not m:
-        return
+        return lambda stream: None
     left, right = descs["input"], descs["weight"]
-    room = None
+    given = None
     if workspace_buffer is not None:
-        room = as_desc(workspace_buffer, _BLOCK_SCALE, _ROOM.name)
-        CONFIGURE.check(room)
-        if room.device is not device:
+        given = as_desc(workspace_buffer, _BLOCK_SCALE, _ROOM.name)
+        CONFIGURE.check(given)
+        if given.device is not device:
             expected = f"{device}, the device of `input`"
-            raise RUN_GEMM.refuse.error(_ROOM.name, room.device, expected)
-        RUN_GEMM.refuse.apart(_ROOM.name, room, descs)
-    handle_for(stream, device, _BLOCK_SCALE)  # a missing one is told first
-    check_available(rows.RUN_GEMM, device)
-    with _lock:
-        most = _expect(device, m, n, depth * _BLOCK)
-        need = _bytes(most, left.dtype.name, right.dtype.name, n, depth * _BLOCK)
-        if room is None:
-            room = scratch_for(RUN_GEMM.refuse, _ROOM, device, need, stream, False)
-        elif room.numel < need:
-            RUN_GEMM.refuse.scratch(_ROOM.name, room.numel, need)
-        CONFIGURE.call(None, room, stream=stream)
-        RUN_GEMM.call(None, *descs.values(), stream=stream)
+            raise RUN_GEMM.refuse.error(_ROOM.name, given.device, expected)
+        RUN_GEMM.refuse.apart(_ROOM.name, given, descs)
+
+    def launch(stream: object) -> None:
+        handle_for(stream, device, _BLOCK_SCALE)  # a missing one is told first
+        check_available(rows.RUN_GEMM, device)
+        with _lock:
+            most = _expect(device, m, n, depth * _BLOCK)
+            need = _bytes(most, left.dtype.name, right.dtype.name, n, depth * _BLOCK)
+            room = given
+            if room is None:
+                room = scratch_for(RUN_GEMM.refuse, _ROOM, device, need, stream, False)
+            elif room.numel < need:
+                RUN_GEMM.refuse.scratch(_ROOM.name, room.numel, need)
+            CONFIGURE.call(None, room, stream=stream)
+            RUN_GEMM.call(None, *descs.values(), stream=stream)
+
+    return launch
 
 
 def fp8_blockscale_gemm_workspace_size(
@@ -268,6 +319,16 @@ def _granularity(op: str, value: Sequence[int]) -> tuple[int, ...]:
     raise ArgumentError(op, "scale_granularity_mnk", got=value, expected=expected)
 
 
+def _prepare_groupwise(
+    stream: object, scale_granularity_mnk: Sequence[int], scale_major_mode: str, mma_sm: int,
+    **given: Any,
+) -> Prepared:  # fmt: skip
+    sizes = _granularity("gemm_fp8_nt_groupwise", scale_granularity_mnk)
+    tensors = (given[name] for name in ("workspace_buffer", "a", "b", "a_scale", "b_scale", "out"))
+    return prepare_row(GROUPWISE, stream, *tensors, *sizes, scale_major_mode, mma_sm)
+
+
+@launching(_prepare_groupwise)
 def gemm_fp8_nt_groupwise(
     a: TensorLike,
     b: TensorLike,
@@ -302,6 +363,18 @@ def gemm_fp8_nt_groupwise(
     )  # fmt: skip
 
 
+def _prepare_grouped(
+    stream: object, scale_granularity_mnk: Sequence[int], scale_major_mode: str, mma_sm: int,
+    **given: Any,
+) -> Prepared:  # fmt: skip
+    sizes = _granularity("group_gemm_fp8_nt_groupwise", scale_granularity_mnk)
+    tensors = (given[name] for name in ("a", "b", "a_scale", "b_scale", "out", "m_indptr"))
+    return prepare_row(
+        GROUP_GROUPWISE, stream, None, None, *tensors, None, None, *sizes, scale_major_mode, mma_sm
+    )
+
+
+@launching(_prepare_grouped)
 def group_gemm_fp8_nt_groupwise(
     a: TensorLike,
     b: TensorLike,

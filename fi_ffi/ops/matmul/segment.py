@@ -23,6 +23,7 @@ from fi_ffi.ops.call.arguments import (
     check_int_array,
 )
 from fi_ffi.ops.call.compiled import CompiledRow
+from fi_ffi.ops.call.launching import Launch, PreparedSteps, launching
 from fi_ffi.ops.call.staging import Staged, staged
 from fi_ffi.ops.matmul import rows
 from fi_ffi.ops.table.gemm import FP8
@@ -157,6 +158,16 @@ def _row_stride(desc: TensorDesc) -> int:
     return desc.strides[-2] if desc.shape[-2] > 1 else desc.shape[-1]
 
 
+def _prepare_segments(
+    x: Any, weights: Any, out: Any, stream: object, **others: Any
+) -> PreparedSteps:  # fmt: skip
+    def check(**tensors: Any) -> Launch:
+        return _checked_launch(**tensors, **others)
+
+    return PreparedSteps(_OP, {"x": x, "weights": weights, "out": out}, check, stream)
+
+
+@launching(_prepare_segments)
 def segment_gemm(
     x: TensorLike,
     weights: TensorLike,
@@ -191,20 +202,37 @@ def segment_gemm(
     Upstream: flashinfer/gemm/gemm_base.py (SegmentGEMMWrapper), csrc/group_gemm_sm90.cu,
     csrc/group_gemm.cu.
     """
+    _checked_launch(
+        x, weights, batch_size, weight_column_major, out, seg_lens, seg_indptr, weight_indices,
+        backend,
+    )(stream)  # fmt: skip
+
+
+def _checked_launch(
+    x: Any, weights: Any, batch_size: Any, weight_column_major: Any, out: Any, seg_lens: Any,
+    seg_indptr: Any, weight_indices: Any, backend: Any,
+) -> Launch:  # fmt: skip
+    """A call that is checked, and what launches it on a stream."""
     segments = (seg_lens, seg_indptr, batch_size)
     call = _checked(x, weights, out, weight_column_major, segments, weight_indices)
     chosen, device = _backend(backend, call), call.x.device
-    handle = handle_for(stream, device, _OP)  # a missing one is told first
-    if not call.starts[-1]:
-        return
-    count = machine.multiprocessors(device.index) if device.is_cuda else 1
-    tables = _tables(call)
-    with cuda.current(device), staged(
-        device, handle, tables.data.cast("B"), _SCRATCH * count
-    ) as place:  # fmt: skip
-        if chosen == "sm80":
-            _zero(call.out, handle)
-        _launch(chosen, call, place, tables.shape[1], stream)
+    tables: list[numpy.ndarray[Any, Any]] = []
+
+    def launch(stream: object) -> None:
+        handle = handle_for(stream, device, _OP)  # a missing one is told first
+        if not call.starts[-1]:
+            return
+        count = machine.multiprocessors(device.index) if device.is_cuda else 1
+        if not tables:
+            tables.append(_tables(call))
+        with cuda.current(device), staged(
+            device, handle, tables[0].data.cast("B"), _SCRATCH * count
+        ) as place:  # fmt: skip
+            if chosen == "sm80":
+                _zero(call.out, handle)
+            _launch(chosen, call, place, tables[0].shape[1], stream)
+
+    return launch
 
 
 def _launch(backend: str, call: _CheckedCall, place: Staged, count: int, stream: object) -> None:

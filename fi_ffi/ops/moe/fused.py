@@ -4,9 +4,10 @@ the one for its dtypes, flags and device."""
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Entry, make_array
@@ -23,6 +24,7 @@ from fi_ffi.errors import (
 )
 from fi_ffi.ops.call.arguments import check_flag, check_int, shown
 from fi_ffi.ops.call.compiled import CompiledRow
+from fi_ffi.ops.call.launching import launching, prepare_row
 from fi_ffi.ops.moe import profile, weights
 from fi_ffi.ops.moe.interface import (
     ACTIVATIONS,
@@ -39,6 +41,10 @@ from fi_ffi.ops.moe.modes import SWIGLU, Mode, mode_of, row_of
 from fi_ffi.ops.moe.profile import Profile
 from fi_ffi.ops.providers import entry_for
 from fi_ffi.ops.row import Row
+
+if TYPE_CHECKING:
+    from fi_ffi.ops.call.prepared import Prepared
+    from fi_ffi.ops.capability.judgement import Support
 
 _OP = "cutlass_fused_moe"
 # Which of alpha, beta and limit an activation takes.
@@ -223,6 +229,47 @@ class FusedMoe:
         stream: object = None,
     ) -> None:
         """Compute; the arguments are those of `cutlass_fused_moe`."""
+        op = self._op
+        compiled, values = self._fill(
+            output, input, token_selected_experts, token_final_scales, fc1_expert_weights,
+            fc2_expert_weights, quant_scales, fc1_expert_biases, fc2_expert_biases, swiglu_alpha,
+            swiglu_beta, swiglu_limit, tp_size, tp_rank, ep_size, ep_rank, enable_alltoall,
+            activation_type, profile_ids, enable_pdl, stream,
+        )  # fmt: skip
+        try:
+            compiled.call(self, *values, stream=stream)
+        except KernelError as error:
+            if self.device.is_cuda or error.kind != "ValueError":
+                raise
+            # The CPU's reference looks at the experts; on a GPU nobody can.
+            name, expected = "token_selected_experts", "distinct experts for each token"
+            raise ArgumentError(op, name, got=error.message, expected=expected) from None
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Prepared:
+        """A call with these arguments that is packed once, to be launched many times: see
+        `fi_ffi.prepare`."""
+        bound = inspect.signature(self.__call__).bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        compiled, values = self._fill(**given, is_launched=False)
+        return prepare_row(compiled, given["stream"], *values)
+
+    @classmethod
+    def supports(cls, sm: Any = None, **asked: Any) -> Support:
+        """Whether one can be made for a GPU (`sm=90`): see `Op.supports`, which takes the same."""
+        from fi_ffi.ops.capability.matrix import judge_call
+
+        return judge_call(cls.__name__, sm, **asked)
+
+    def _fill(
+        self, output: Any, input: Any, token_selected_experts: Any, token_final_scales: Any,
+        fc1_expert_weights: Any, fc2_expert_weights: Any, quant_scales: Any,
+        fc1_expert_biases: Any, fc2_expert_biases: Any, swiglu_alpha: Any, swiglu_beta: Any,
+        swiglu_limit: Any, tp_size: Any, tp_rank: Any, ep_size: Any, ep_rank: Any,
+        enable_alltoall: Any, activation_type: Any, profile_ids: Any, enable_pdl: Any,
+        stream: object, is_launched: bool = True,
+    ) -> tuple[CompiledRow, tuple[Any, ...]]:  # fmt: skip
+        """The compiled row of a call, and what it is given."""
         op, x = self._op, as_desc(input, self._op, "input")
         if x.device is not self.device:
             raise ArgumentError(op, "input", got=x.device, expected=self.device)
@@ -231,24 +278,21 @@ class FusedMoe:
             activation = _with_limits(op, activation, swiglu_alpha, swiglu_beta, swiglu_limit)
         scales = self._scales(op, quant_scales)
         key = activation in GATED, self.mode.forms_of(scales) if scales else ()
-        compiled = self._calls.get(key) or self._add_call(key, stream)
+        compiled = self._calls.get(key)
+        if compiled is None:
+            if is_launched:
+                handle_for(stream, self.device, op)  # a missing one is told first
+            compiled = self._add_call(key)
         number = self._numbers.get(activation)
         if number is None:
             number = self.number_of(op, activation)
         ids = 0 if profile_ids is None else self._ids(op, profile_ids)
-        try:
-            compiled.call(
-                self, output, x, token_selected_experts, token_final_scales, fc1_expert_weights,
-                fc1_expert_biases, fc2_expert_weights, fc2_expert_biases, swiglu_alpha,
-                swiglu_beta, swiglu_limit, tp_size, tp_rank, ep_size, ep_rank, enable_alltoall,
-                ids, enable_pdl, number, *scales, stream=stream,
-            )  # fmt: skip
-        except KernelError as error:
-            if self.device.is_cuda or error.kind != "ValueError":
-                raise
-            # The CPU's reference looks at the experts; on a GPU nobody can.
-            name, expected = "token_selected_experts", "distinct experts for each token"
-            raise ArgumentError(op, name, got=error.message, expected=expected) from None
+        return compiled, (
+            output, x, token_selected_experts, token_final_scales, fc1_expert_weights,
+            fc1_expert_biases, fc2_expert_weights, fc2_expert_biases, swiglu_alpha,
+            swiglu_beta, swiglu_limit, tp_size, tp_rank, ep_size, ep_rank, enable_alltoall,
+            ids, enable_pdl, number, *scales,
+        )  # fmt: skip
 
     def _scales(self, op: str, given: object) -> list[TensorDesc]:
         if given is not None and not isinstance(given, (list, tuple)):
@@ -265,8 +309,7 @@ class FusedMoe:
             for i, one in enumerate(scales)
         ]
 
-    def _add_call(self, key: tuple[bool, tuple[int, ...]], stream: object) -> CompiledRow:
-        handle_for(stream, self.device, self._op)  # a missing one is told first
+    def _add_call(self, key: tuple[bool, tuple[int, ...]]) -> CompiledRow:
         row = row_of(self.interface, "run_moe", self.mode, self.dtypes, *key)
         names, find = self.mode.scale_names, self._find_entry
         made = CompiledRow(row, op=self._op, names=names, find_entry=find)
@@ -407,6 +450,12 @@ def forget() -> None:
     _made.clear()
 
 
+def _prepare(**given: Any) -> Prepared:
+    moe, given = _moe_of(**given)
+    return moe.prepare(**given)
+
+
+@launching(_prepare)
 def cutlass_fused_moe(
     output: TensorLike,
     input: TensorLike,
@@ -468,6 +517,27 @@ def cutlass_fused_moe(
     Raises `ArgumentError` and `ArgumentTypeError` before anything is launched.
     Upstream: flashinfer/fused_moe/core.py, csrc/fused_moe/cutlass_backend.
     """
+    moe, given = _moe_of(
+        output, input, fc1_expert_weights, output_dtype, input_sf, use_deepseek_fp8_block_scale,
+        use_w4_group_scaling, use_mxfp8_act_scaling, use_packed_weights,
+    )  # fmt: skip
+    moe(
+        **given, token_selected_experts=token_selected_experts,
+        token_final_scales=token_final_scales, fc2_expert_weights=fc2_expert_weights,
+        quant_scales=quant_scales, fc1_expert_biases=fc1_expert_biases,
+        fc2_expert_biases=fc2_expert_biases, swiglu_alpha=swiglu_alpha, swiglu_beta=swiglu_beta,
+        swiglu_limit=swiglu_limit, tp_size=tp_size, tp_rank=tp_rank, ep_size=ep_size,
+        ep_rank=ep_rank, enable_alltoall=enable_alltoall, activation_type=activation_type,
+        profile_ids=profile_ids, enable_pdl=enable_pdl, stream=stream,
+    )  # fmt: skip
+
+
+def _moe_of(
+    output: TensorLike, input: TensorLike, fc1_expert_weights: TensorLike, output_dtype: object,
+    input_sf: TensorLike | None, use_deepseek_fp8_block_scale: bool, use_w4_group_scaling: bool,
+    use_mxfp8_act_scaling: bool, use_packed_weights: bool, **others: Any,
+) -> tuple[FusedMoe, dict[str, Any]]:  # fmt: skip
+    """The `FusedMoe` of a call, and what that is called with."""
     if input_sf is not None:
         raise ArgumentError(_OP, "input_sf", got="a tensor", expected="None on Hopper")
     flags = _flags(
@@ -480,14 +550,8 @@ def cutlass_fused_moe(
         wanted = parse_dtype(output_dtype, op=_OP, argument="output_dtype")
         if out.dtype is not wanted:
             raise ArgumentError(_OP, "output", got=out.layout, expected=f"output_dtype {wanted}")
-    _moe_for(x, weights, out, flags)(
-        out, x, token_selected_experts, token_final_scales, weights, fc2_expert_weights,
-        quant_scales, fc1_expert_biases=fc1_expert_biases, fc2_expert_biases=fc2_expert_biases,
-        swiglu_alpha=swiglu_alpha, swiglu_beta=swiglu_beta, swiglu_limit=swiglu_limit,
-        tp_size=tp_size, tp_rank=tp_rank, ep_size=ep_size, ep_rank=ep_rank,
-        enable_alltoall=enable_alltoall, activation_type=activation_type,
-        profile_ids=profile_ids, enable_pdl=enable_pdl, stream=stream,
-    )  # fmt: skip
+    given = {"output": out, "input": x, "fc1_expert_weights": weights, **others}
+    return _moe_for(x, weights, out, flags), given
 
 
 def _moe_for(

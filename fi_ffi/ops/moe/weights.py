@@ -8,6 +8,8 @@ from fi_ffi.abi.interop import TensorLike
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.call.arguments import check_choice, check_int
 from fi_ffi.ops.call.compiled import CompiledRow
+from fi_ffi.ops.call.launching import launching, prepare_row
+from fi_ffi.ops.call.prepared import Prepared
 from fi_ffi.ops.moe.interface import INTERLEAVE, MODULE, SOURCE, W4_RELEASES
 from fi_ffi.ops.row import Row, Rule, Scalar, Tensor, Vector
 
@@ -17,7 +19,7 @@ _ANY: dict[str, Any] = {"offset_limit": 2**63, "vector": Vector(())}
 _WRITTEN: dict[str, Any] = {"doc": "", "contiguous": True, "writes": True, "reads": False}
 
 # 16 rows of 32 bytes change places among one another; values are counted in 32 bits.
-_WEIGHTS = CompiledRow(
+WEIGHTS = CompiledRow(
     Row(
         INTERLEAVE.signature.name, MODULE, INTERLEAVE.signature.name, SOURCE, "",
         (
@@ -63,9 +65,18 @@ _SCALES = {32: _scales("uint8", 4, 4), 128: _scales("bfloat16", 4, 1)}
 
 def forget() -> None:
     """Drop what was learnt of the kernels, after their source changed."""
-    _WEIGHTS.forget()
+    WEIGHTS.forget()
 
 
+def _number(quant_type: object) -> int:
+    return _QUANT_TYPES[check_choice(WEIGHTS.refuse.op, "quant_type", quant_type, _QUANT_TYPES)]
+
+
+def _prepare(weight: Any, weight_interleaved: Any, quant_type: Any, stream: object) -> Prepared:
+    return prepare_row(WEIGHTS, stream, weight, weight_interleaved, _number(quant_type))
+
+
+@launching(_prepare)
 def interleave_moe_weights_for_sm90_mixed_gemm(
     weight: TensorLike,
     weight_interleaved: TensorLike,
@@ -85,8 +96,7 @@ def interleave_moe_weights_for_sm90_mixed_gemm(
     Raises `ArgumentError` and `ArgumentTypeError`; `KernelNotFoundError` for releases that have
     another order.  Upstream: flashinfer/fused_moe/core.py, moe_gemm_mixed_utils.cu.
     """
-    number = _QUANT_TYPES[check_choice(_WEIGHTS.refuse.op, "quant_type", quant_type, _QUANT_TYPES)]
-    _WEIGHTS.call(None, weight, weight_interleaved, number, stream=stream)
+    WEIGHTS.call(None, weight, weight_interleaved, _number(quant_type), stream=stream)
 
 
 def interleave_moe_scales_for_sm90_mixed_gemm(

@@ -1,0 +1,133 @@
+"""Functions that do something around the entries they call: called, prepared, and asked about."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast
+
+from fi_ffi.abi.interop import as_desc
+from fi_ffi.abi.streams import handle_for
+from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.errors import ArgumentError
+from fi_ffi.ops.call.compiled import CompiledRow
+from fi_ffi.ops.call.prepared import Prepared, prepare_call, prepared_by_caller, tensor_like
+
+if TYPE_CHECKING:
+    from fi_ffi.ops.capability.judgement import Support
+
+_P = ParamSpec("_P")
+_Result = TypeVar("_Result", covariant=True)
+Launch = Callable[[object], None]
+
+
+class Launching(Protocol[_P, _Result]):
+    """A function that launches kernels."""
+
+    __name__: str
+
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _Result: ...
+
+    def prepare(self, *args: _P.args, **kwargs: _P.kwargs) -> Any:
+        """The same call checked and packed, and not made: see `fi_ffi.prepare`."""
+
+    def supports(self, sm: Any = None, **asked: Any) -> Support:
+        """Whether it can be called on a GPU: see `Op.supports`."""
+
+
+def launching(
+    prepare: Callable[..., Any],
+) -> Callable[[Callable[_P, _Result]], Launching[_P, _Result]]:
+    """Give a public function its `prepare` and its `supports`.
+
+    `prepare` gets the call's arguments by name, with defaults and `stream`.  What `supports`
+    tells is that of the function's lines in `fi_ffi.ops.capability.matrix`.
+    """
+
+    def given(function: Callable[_P, _Result]) -> Launching[_P, _Result]:
+        signature, made = inspect.signature(function), cast(Any, function)
+
+        def prepared(*args: Any, **kwargs: Any) -> Any:
+            """The same call checked and packed, and not made: see `fi_ffi.prepare`."""
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}.prepare() {error}") from None
+            bound.apply_defaults()
+            return prepare(**bound.arguments)
+
+        def supports(sm: Any = None, **asked: Any) -> Support:
+            """Whether it can be called on a GPU (`sm=90`; without it, on the first there is):
+            see `Op.supports`, which takes the same."""
+            from fi_ffi.ops.capability.matrix import judge_call
+
+            return judge_call(function.__name__, sm, **asked)
+
+        made.prepare, made.supports = prepared, supports
+        return cast("Launching[_P, _Result]", function)
+
+    return given
+
+
+def prepare_row(compiled: CompiledRow, stream: object, *args: Any, **kwargs: Any) -> Prepared:
+    """A prepared call of a row, whose tensors are named as its caller does."""
+    values, _ = compiled.bind(*args, **kwargs)
+    return prepared_by_caller(prepare_call(compiled, values, stream))
+
+
+class PreparedSteps:
+    """A call of several steps that is checked: `call()` launches it, `call.update(...)` changes
+    tensors.
+
+    Made by `prepare` of `segment_gemm` and `fp8_blockscale_gemm_sm90`.  It launches on the
+    stream it was prepared for or, prepared without one, on that of the scope that is open then.
+    Tensors that it was given are kept alive; memory given by address must stay valid.
+    """
+
+    def __init__(
+        self, op: str, tensors: dict[str, Any], check: Callable[..., Launch], stream: object
+    ) -> None:
+        self.op, self._check, self._stream = op, check, stream
+        # A Ctrl-C between an update's steps leaves the call as it was.
+        self._lock = threading.Lock()
+        self._tensors: dict[str, TensorDesc | None] = {
+            name: None if value is None else as_desc(value, op, name)
+            for name, value in tensors.items()
+        }
+        self._launch = check(**self._tensors)
+        if stream is not None:  # raises for what is no stream
+            first = next(desc for desc in self._tensors.values() if desc is not None)
+            handle_for(stream, first.device, op)
+
+    def __call__(self) -> None:
+        """Launch it.  Raises `ArgumentError` without a stream, and `KernelError`."""
+        self._launch(self._stream)
+
+    def update(self, **tensors: Any) -> None:
+        """Change tensors, by the function's names for them: addresses, or tensors of their
+        layout.
+
+        Raises `ArgumentError` and `ArgumentTypeError`, and changes nothing then.
+        """
+        with self._lock:
+            changed = dict(self._tensors)
+            for name, value in tensors.items():
+                if name not in changed:
+                    expected = f"one of {', '.join(changed)}; prepare another call for others"
+                    raise self._error("update", name, expected)
+                changed[name] = tensor_like(self._error, self.op, name, changed[name], value)
+            self._launch, self._tensors = self._check(**changed), changed
+
+    def _error(self, argument: str, got: object, expected: object) -> ArgumentError:
+        return ArgumentError(self.op, argument, got=got, expected=str(expected))
+
+    def __repr__(self) -> str:
+        given = (f"{name}={desc.ptr:#x}" for name, desc in self._tensors.items() if desc)
+        return f"<prepared {self.op}({', '.join(given)})>"
+
+    def __copy__(self) -> PreparedSteps:
+        raise TypeError("a prepared call has packed arguments of its own and cannot be copied")
+
+    def __reduce_ex__(self, protocol: Any) -> str:
+        raise TypeError("a prepared call is of this process and cannot be copied or pickled")
