@@ -363,13 +363,14 @@ def _stamp(sha256: str, status: os.stat_result) -> bytes:
 # Notes: what was worked out once and is kept to save the time.
 
 
-def read_note(path: Path, form: int) -> Any:
-    """What was written to `path`, below the cache's root, in this form; None otherwise.
+def read_note(path: Path, form: int, root: Path | None = None) -> Any:
+    """What was written to `path`, below the cache's root (or another), in this form; None
+    otherwise.
 
     None, too, for a damaged note, and for one that another user could have written.
     """
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        if not trust.folders_exist(cache_root(), path.parent):
+        if not trust.folders_exist(root or cache_root(), path.parent):
             return None
         status = os.lstat(path)
         trust.check_object(path, status)

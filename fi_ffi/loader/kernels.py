@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fi_ffi.errors import ArtifactError, KernelNotFoundError
-from fi_ffi.loader import cache, trust
+from fi_ffi.loader import cache, seed, trust
 from fi_ffi.loader.wheel import Wheel, WheelReader
 
 LAYOUT = "flashinfer_jit_cache/jit_cache"
@@ -129,9 +129,23 @@ class KernelWheel:
         return sorted(self._members)
 
     def file(self, module: str) -> ModuleFile:
-        member = self._members[module]
-        path = self._wheel.extract(member)
-        return ModuleFile(module, path, self._wheel.record[member].sha256)
+        found = self.kept(module)
+        if found is None:
+            member = self._members[module]
+            path = self._wheel.extract(member)
+            found = ModuleFile(module, path, self._wheel.record[member].sha256)
+        return found
+
+    def kept(self, module: str) -> ModuleFile | None:
+        """A module that the cache has, or the seed cache."""
+        recorded = self._wheel.record.get(self._members[module])
+        if recorded is None:  # extracting says so
+            return None
+        path = cache.find(recorded.sha256, f"{module}.so")
+        if path is not None:
+            return ModuleFile(module, path, recorded.sha256)
+        seeded = seed.find(recorded.sha256, f"{module}.so")
+        return seeded and ModuleFile(module, seeded.path, recorded.sha256, seeded.state)
 
 
 class KernelFile:

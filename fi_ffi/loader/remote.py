@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 from fi_ffi.abi import library
 from fi_ffi.errors import ArtifactError
-from fi_ffi.loader import cache
+from fi_ffi.loader import cache, seed
 from fi_ffi.loader.cache import State
 from fi_ffi.loader.download import Reporter, fetch_file
 from fi_ffi.loader.http import Client
@@ -176,6 +176,9 @@ class RemoteWheel(WheelReader):
             verified = self._sha256 if self._must_verify else None
             return path, verify_file(path, verified) if verified else None
         found = cache.find(self._sha256, self.name) if self._sha256 else None
+        seeded = seed.find(self._sha256, self.name) if self._sha256 and not found else None
+        if seeded is not None:
+            return seeded.path, seeded.state
         if found is None and fetch:
             pins = {"sha256": self._sha256, "size": self._size}
             how = {"client": self.client, "report": self._report}
@@ -209,7 +212,11 @@ class Index:
     @classmethod
     def load(cls, sha256: str) -> Index | None:
         """What was kept of a file; None where there is nothing, or nothing that can be read."""
-        data = cache.read_note(cls.path(sha256), _FORMAT)
+        path = cls.path(sha256)
+        data = cache.read_note(path, _FORMAT)
+        seeded = seed.note(path) if data is None else None
+        if seeded is not None:
+            data = cache.read_note(seeded, _FORMAT, seeded.parents[1])
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
             kept = {int(at): base64.b64decode(piece) for at, piece in data["kept"].items()}
             return cls(int(data["size"]), kept)

@@ -1,0 +1,102 @@
+"""A second cache that is only read, such as one in a container image: `FI_FFI_SEED_CACHE`.
+
+It has the cache's layout, and is looked at after the cache and before the network.  Nothing is
+written into it, and none of its stamps is believed: each file is hashed.  One that only this user
+and root could change is loaded where it lies; another's is copied into the cache, hashed as it
+is copied, so that whose it is does not matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from fi_ffi.abi import library
+from fi_ffi.errors import ArtifactError, LoaderError
+from fi_ffi.loader import cache, trust
+
+ENVIRONMENT = "FI_FFI_SEED_CACHE"
+
+_CHUNK = 1 << 20
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+# Files that this process has hashed, as they were then.
+_hashed: dict[Path, tuple[cache.State, str]] = {}
+library.renew_after_fork(globals(), "_hashed", dict)
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """A file with the content that was asked for; `state` as it was hashed, of one that lies in
+    the seed, and None of one that was copied into the cache."""
+
+    path: Path
+    state: cache.State | None
+
+
+def seed_root() -> Path | None:
+    """The directory that FI_FFI_SEED_CACHE names; `LoaderError` where there is none."""
+    chosen = os.environ.get(ENVIRONMENT)
+    if not chosen:
+        return None
+    root = cache.expanded(chosen, ENVIRONMENT).absolute()
+    if not root.is_dir():
+        raise LoaderError(
+            f"{ENVIRONMENT} names {root}, which is no directory: name a cache that was filled, "
+            "or unset it"
+        )
+    return root
+
+
+def find(sha256: str, name: str) -> Seeded | None:
+    """The seed's file with this content; None where there is none, or it has other content."""
+    root = seed_root()
+    if root is None:
+        return None
+    path = root / cache.object_path(sha256, name).relative_to(cache.cache_root())
+    with contextlib.suppress(OSError), _opened(path) as file:
+        before = cache.state_of(os.fstat(file.fileno()))
+        if _hashed.get(path) != (before, sha256):
+            if cache.hash_of(file) != sha256:
+                return None
+            _hashed[path] = before, sha256
+        if _is_safe(root, path):
+            return Seeded(path, before)
+        file.seek(0)
+        chunks = iter(lambda: file.read(_CHUNK), b"")
+        return Seeded(cache.store(chunks, sha256, name, str(path), size=before[0]), None)
+    return None
+
+
+def note(path: Path) -> Path | None:
+    """The seed's counterpart of a note of the cache, where only this user and root could have
+    written it."""
+    root = seed_root()
+    if root is None:
+        return None
+    found = root / path.relative_to(cache.cache_root())
+    return found if _is_safe(root, found) else None
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    fd = os.open(path, _READ)
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise FileNotFoundError(path)
+        yield file
+
+
+def _is_safe(root: Path, path: Path) -> bool:
+    """Whether only this user and root can change a file, or what its path leads to."""
+    try:
+        if not trust.folders_exist(root, path.parent):
+            return False
+        trust.check_object(path, os.lstat(path))
+    except (ArtifactError, OSError):
+        return False
+    return True
