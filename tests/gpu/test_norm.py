@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.cli.cuda import check
 from fi_ffi.ops.functions import OPS
 
 from tests.helpers.bodies import bodies_of
@@ -18,6 +19,8 @@ from tests.helpers.every_op import check_on
 from tests.ops import test_norm
 
 globals().update(bodies_of(test_norm))
+
+BF16 = ml_dtypes.bfloat16
 
 
 @pytest.mark.parametrize(("op", "dtypes"), CALLS)
@@ -40,6 +43,47 @@ def test_agrees_with_the_reference_kernel(op, dtypes, rng, to_gpu, stream):
         assert (np.abs(gpu.astype(np.float64) - cpu.astype(np.float64)) <= step).all()
         same = (gpu.view(f"u{gpu.itemsize}") == cpu.view(f"u{cpu.itemsize}")).mean()
         assert same > 0.99, f"{name}: only {same:.4f} of the values are the same bits"
+
+
+def test_layernorm_of_more_elements_than_an_int_counts(machine, rng):
+    """The same rows again and again, and in front of each time a row of its own."""
+    from cuda.bindings import runtime
+
+    machine.need("norm")
+    n, h, block = 175_000, 12_288, 1_000
+    assert 2**31 < n * h <= 2**32 and n % block == 0
+    rows = rng.standard_normal((block, h), np.float32).astype(BF16)
+    own = rng.standard_normal((n // block, h), np.float32).astype(BF16)
+    gamma, beta = (machine.place(rng.standard_normal(h, np.float32)) for _ in range(2))
+    to_device, to_host = (
+        getattr(runtime.cudaMemcpyKind, f"cudaMemcpy{way}")
+        for way in ("HostToDevice", "DeviceToHost")
+    )
+    pointers = [check(runtime.cudaMalloc(2 * n * h)) for _ in range(2)]
+    try:
+        check(runtime.cudaMemset(pointers[1], 0xFF, 2 * n * h))
+        for i, row in enumerate(own):
+            start = pointers[0] + i * rows.nbytes
+            check(runtime.cudaMemcpy(start, rows.ctypes.data, rows.nbytes, to_device))
+            check(runtime.cudaMemcpy(start, row.ctypes.data, row.nbytes, to_device))
+        check(runtime.cudaDeviceSynchronize())
+        x, out = (fi_ffi.TensorDesc(p, (n, h), "bfloat16", device="cuda:0") for p in pointers)
+        fi_ffi.layernorm(out, x, gamma.desc(), beta.desc(), stream=machine.stream)
+        machine.synchronize()
+        got = np.empty((n // block, block, h), BF16)
+        check(runtime.cudaMemcpy(got.ctypes.data, pointers[1], got.nbytes, to_host))
+    finally:
+        for pointer in pointers:
+            check(runtime.cudaFree(pointer))
+    bits = got.view(np.uint16)
+    assert (bits[1:, 1:] == bits[0, 1:]).all()
+    judged = np.concatenate([own, rows[1:]]).astype(np.float64)
+    found = np.concatenate([got[:, 0], got[0, 1:]]).astype(np.float64)
+    mean, deviation = judged.mean(1, keepdims=True), judged.std(1, keepdims=True)
+    scale, shift = gamma.get().astype(np.float64), beta.get().astype(np.float64)
+    wanted = (judged - mean) / np.sqrt(deviation**2 + 1e-6) * scale + shift
+    size = np.abs(wanted - shift) + np.abs(shift) + np.abs(scale)
+    assert (np.abs(found - wanted) <= 2.0**-8 * size).all()
 
 
 def test_heads_inside_a_fused_qkv_buffer(rng, to_gpu, stream):

@@ -97,7 +97,6 @@ Refused = tuple[Any, Mapping[str, Any], str, str]
 REFUSED: list[Refused] = [
     *((GATED, {"d": d}, "out", f"d = {d} to be a multiple of 8") for d in (1, 2, 12, 20, 3420)),
     (GATED, {"n": 2**31}, "out", f"n = {2**31} of at most {_INT}"),
-    ("layernorm", {"n": 2**21 + 1, "h": 1024}, "", "offsets below 2147483648"),
     # Rotary embeddings.
     *((ANGLES, {"head_dim": dim, "rotary_dim": part, "interleave": way}, "rotary_dim",
        "a multiple of 8 (of 16 where head_dim is 512)")
@@ -157,6 +156,8 @@ REFUSED: list[Refused] = [
         ({"num_heads_q": 33}, "", "num_heads_q = 33 of at most 32"),
         ({"num_heads_k": 33}, "", "num_heads_k = 33 of at most 32"),
         ({"num_heads_v": 33}, "", "num_heads_v = 33 of at most 32"))),
+    ("layernorm", {"n": 2**20 + 1, "h": 4096}, "", "offsets below 4294967296"),
+    ("layernorm", {"n": 2**20, "h": 2049}, "input", "2147483648 elements in rows of an odd size"),
     # Blocks with a scale each.
     ("nvfp4_kv_dequant", {"blocks": 48 * 1024 - 3}, "", f"of at most {48 * 1024 - 4}"),
     *(("block_scale_interleave", {"rows": 100, "cols": 3, "swizzled": wrong, "n": 1},
@@ -295,6 +296,14 @@ FINE: list[tuple[Any, Mapping[str, Any]]] = [
     ("gdn_prefill", {"alpha": "beta"}),  # what is only read may be the same
     ("gdn_prefill", {"output_state": "input_state"}),
     ("bmm_fp8", {"b": 1, "m": 2**27, "k": 16, "n": 16}),
+    # More elements than an int32 counts.
+    *(("layernorm", {"n": n, "h": h}) for n, h in ((2**20, 4096), (175_000, 12_288), (2**20, 2047))),
+    (("rmsnorm", "gemma_rmsnorm", "fused_add_rmsnorm", "gemma_fused_add_rmsnorm", "rmsnorm_quant",
+      "fused_add_rmsnorm_quant"), {"n": 175_000, "h": 12_288}),
+    ("qk_rmsnorm", {"n": 16_800, "k": 1024, "h": 128}),
+    # Draws of one row.
+    ((*SAMPLERS, "sampling_from_logits"), {"n": 5_000_000, "r": 1, "h": 128256,
+     "maybe_top_k_arr": None, "maybe_min_p_arr": None}),
     (("tinygemm2", "tinygemm2_nobias"), {"k": 1024}),
     *((name, {}) for name in OPS),
 ]  # fmt: skip

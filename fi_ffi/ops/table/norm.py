@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from fi_ffi.ops.releases import forms_of
-from fi_ffi.ops.row import PDL, Row, Scalar, Tensor, Vector
+from fi_ffi.ops.row import PDL, Row, Rule, Scalar, Tensor, Vector
 
 _SOURCE = "csrc/flashinfer_norm_binding.cu"
 _T = {"T": ("float16", "bfloat16")}
@@ -115,7 +115,12 @@ ROWS = (
         _EPS,
         dtypes={"T": ("bfloat16",)},
         vector=Vector(("h",), bytes=4, dtype="T"),  # pairs of bfloat16, and so pairs of float32
-        offset_limit=2**31,
+        # Pairs are counted in an int, or single elements where they do not go up in pairs.
+        requires=(
+            "h >= 1", f"n <= {2**31 - 1}",
+            Rule("input", f"h % 2 == 0 or n * h <= {2**31}",
+                 f"of at most {2**31} elements in rows of an odd size"),
+        ),
         in_place=_IN_PLACE,
     ),
 )
