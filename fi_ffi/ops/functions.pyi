@@ -62,8 +62,9 @@ fused_qk_rmsnorm_rope: _fused_qk_rmsnorm_rope
 
 class _fused_dit_gate_residual_layernorm_gamma_beta(Op):
     def __call__(
-        self, input: TensorLike, residual: TensorLike, gate: TensorLike, gate_bias: TensorLike,
-        gamma: TensorLike, beta: TensorLike, residual_out: TensorLike, norm_out: TensorLike,
+        self, input: TensorLike, residual: TensorLike, gate: TensorLike,
+        gate_bias: TensorLike | None = None, gamma: TensorLike = ..., beta: TensorLike = ...,
+        residual_out: TensorLike = ..., norm_out: TensorLike = ...,
         input_sf_scale: TensorLike | None = None, epsilon: float = 1e-06, *, stream: object = None,
     ) -> None: ...
 fused_dit_gate_residual_layernorm_gamma_beta: _fused_dit_gate_residual_layernorm_gamma_beta
@@ -71,17 +72,20 @@ fused_dit_gate_residual_layernorm_gamma_beta: _fused_dit_gate_residual_layernorm
 class _fused_dit_residual_layernorm_scale_shift(Op):
     def __call__(
         self, input: TensorLike, residual: TensorLike | None = None, scale: TensorLike = ...,
-        scale_bias: TensorLike = ..., shift: TensorLike = ..., shift_bias: TensorLike = ...,
-        residual_out: TensorLike = ..., norm_out: TensorLike = ...,
-        input_sf_scale: TensorLike | None = None, epsilon: float = 1e-06, *, stream: object = None,
+        scale_bias: TensorLike | None = None, shift: TensorLike = ...,
+        shift_bias: TensorLike | None = None, residual_out: TensorLike = ...,
+        norm_out: TensorLike = ..., input_sf_scale: TensorLike | None = None,
+        epsilon: float = 1e-06, *, stream: object = None,
     ) -> None: ...
 fused_dit_residual_layernorm_scale_shift: _fused_dit_residual_layernorm_scale_shift
 
 class _fused_dit_gate_residual_layernorm_scale_shift(Op):
     def __call__(
-        self, input: TensorLike, residual: TensorLike, gate: TensorLike, gate_bias: TensorLike,
-        scale: TensorLike, scale_bias: TensorLike, shift: TensorLike, shift_bias: TensorLike,
-        residual_out: TensorLike, norm_out: TensorLike, input_sf_scale: TensorLike | None = None,
+        self, input: TensorLike, residual: TensorLike, gate: TensorLike,
+        gate_bias: TensorLike | None = None, scale: TensorLike = ...,
+        scale_bias: TensorLike | None = None, shift: TensorLike = ...,
+        shift_bias: TensorLike | None = None, residual_out: TensorLike = ...,
+        norm_out: TensorLike = ..., input_sf_scale: TensorLike | None = None,
         epsilon: float = 1e-06, *, stream: object = None,
     ) -> None: ...
 fused_dit_gate_residual_layernorm_scale_shift: _fused_dit_gate_residual_layernorm_scale_shift

@@ -74,6 +74,8 @@ class Tensor(Ranged):
     any_size: bool = False
     # Zero before the first call; each call leaves it so.
     zeroed: bool = False
+    # None stands for zeros, of which each device has some.
+    or_zeros: bool = False
     # Each element may have an axis of its own: [n, 1] stands for [n].
     column: bool = False
 
@@ -244,7 +246,7 @@ class Rule(Ranged):
 def default_of(arg: Arg) -> str | None:
     """The Python default of an argument as it is written; None where it must be given."""
     if isinstance(arg, Tensor):
-        return "None" if arg.optional or arg.is_scratch else None
+        return "None" if arg.optional or arg.is_scratch or arg.or_zeros else None
     if isinstance(arg, Scalar) and arg.size_of:
         return "None"
     default = getattr(arg, "default", None)

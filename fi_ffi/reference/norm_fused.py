@@ -75,7 +75,8 @@ def _layernorm(a: Inputs) -> Exact:
     """Each value beside the sum of its terms without their signs."""
     gate, of_gate = 1.0, 1.0
     if "gate" in a:
-        gate, of_gate = a["gate"] + a["gate_bias"], np.abs(a["gate"]) + np.abs(a["gate_bias"])
+        bias = _or(a, "gate_bias", 0.0)
+        gate, of_gate = a["gate"] + bias, np.abs(a["gate"]) + np.abs(bias)
     x, residual = a["input"] * _or(a, "input_sf_scale", 1.0), _or(a, "residual", 0.0)
     total, of_total = x * gate + residual, np.abs(x) * of_gate + np.abs(residual)
     mean = total.mean(axis=-1, keepdims=True)
@@ -86,10 +87,11 @@ def _layernorm(a: Inputs) -> Exact:
         factor, of_factor, added = a["gamma"], np.abs(a["gamma"]), a["beta"]
         of_added = np.abs(added)
     else:
-        factor = 1 + a["scale"] + a["scale_bias"]
-        of_factor = 1 + np.abs(a["scale"]) + np.abs(a["scale_bias"])
-        added = a["shift"] + a["shift_bias"]
-        of_added = np.abs(a["shift"]) + np.abs(a["shift_bias"])
+        biases = {name: _or(a, f"{name}_bias", 0.0) for name in ("scale", "shift")}
+        factor = 1 + a["scale"] + biases["scale"]
+        of_factor = 1 + np.abs(a["scale"]) + np.abs(biases["scale"])
+        added = a["shift"] + biases["shift"]
+        of_added = np.abs(a["shift"]) + np.abs(biases["shift"])
     value = (total - mean) / np.sqrt(variance) * factor + added
     terms = (of_total + np.abs(mean)) / np.sqrt(variance) * lost * of_factor + of_added
     return {"residual_out": (total, of_total), "norm_out": (value, terms)}

@@ -297,7 +297,8 @@ FINE: list[tuple[Any, Mapping[str, Any]]] = [
     ("gdn_prefill", {"output_state": "input_state"}),
     ("bmm_fp8", {"b": 1, "m": 2**27, "k": 16, "n": 16}),
     # More elements than an int32 counts.
-    *(("layernorm", {"n": n, "h": h}) for n, h in ((2**20, 4096), (175_000, 12_288), (2**20, 2047))),
+    *(("layernorm", {"n": n, "h": h})
+      for n, h in ((2**20, 4096), (175_000, 12_288), (2**20, 2047))),
     (("rmsnorm", "gemma_rmsnorm", "fused_add_rmsnorm", "gemma_fused_add_rmsnorm", "rmsnorm_quant",
       "fused_add_rmsnorm_quant"), {"n": 175_000, "h": 12_288}),
     ("qk_rmsnorm", {"n": 16_800, "k": 1024, "h": 128}),

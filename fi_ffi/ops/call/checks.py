@@ -120,6 +120,9 @@ class Checks:
         lines = []
         for _, arg in self.tensors:
             name = arg.name
+            if arg.or_zeros:
+                first = self.tensors[0][1]
+                lines.append(f"if {name} is None: {name} = zeros({first.name}.device, {arg.axes})")
             there = f"{name} is not None and " if self._may_be_none(arg) else ""
             told = f"describe({name}, {self.form.op!r}, {self.form.names.get(name, name)!r})"
             lines.append(f"if {there}type({name}) is not TensorDesc: {name} = {told}")

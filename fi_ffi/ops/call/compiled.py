@@ -292,7 +292,7 @@ class CompiledRow:
             "add_variant": self._add_variant, "as_vector": as_vector,
             "check_stream": memory.check_stream, "describe": as_desc, "exchanged": exchanged,
             "inf": math.inf, "launch": launch, "refuse": self.refuse, "variants": self.variants,
-            repr(REQUIRED): REQUIRED,
+            repr(REQUIRED): REQUIRED, "zeros": memory.zeros,
         }  # fmt: skip
         namespace |= FUNCTIONS
         for rule in row.rules:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.library import renew_after_fork
 from fi_ffi.abi.streams import PER_THREAD, handle_for
-from fi_ffi.abi.tensor import DTYPES, Device, TensorDesc
+from fi_ffi.abi.tensor import DTYPES, Device, TensorDesc, parse_device
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda
 from fi_ffi.ops.row import Tensor
@@ -127,6 +128,14 @@ def scratch_for(
         if not hold(own) and is_captured:
             keep(own)  # another library's graph uses it
         return _typed(arg, own)
+
+
+@functools.cache
+def zeros(device: Device, count: int) -> TensorDesc:
+    """So many float32 of 0, which whoever has no other may read."""
+    of = device if device.is_cuda else parse_device("cpu")
+    memory = cuda.allocate(4 * count, of, zeroed=True)
+    return TensorDesc(memory.desc.ptr, (count,), "float32", device=of).at(memory.desc.ptr, memory)
 
 
 def _typed(arg: Tensor, memory: cuda.Memory, owner: object = None) -> TensorDesc:

@@ -117,9 +117,13 @@ ROWS = (
         vector=Vector(("h",), bytes=4, dtype="T"),  # pairs of bfloat16, and so pairs of float32
         # Pairs are counted in an int, or single elements where they do not go up in pairs.
         requires=(
-            "h >= 1", f"n <= {2**31 - 1}",
-            Rule("input", f"h % 2 == 0 or n * h <= {2**31}",
-                 f"of at most {2**31} elements in rows of an odd size"),
+            "h >= 1",
+            f"n <= {2**31 - 1}",
+            Rule(
+                "input",
+                f"h % 2 == 0 or n * h <= {2**31}",
+                f"of at most {2**31} elements in rows of an odd size",
+            ),
         ),
         in_place=_IN_PLACE,
     ),

@@ -3,7 +3,7 @@
 `fused_qk_rmsnorm_rope` (`include/flashinfer/norm/fused_qk_rmsnorm_rope.cuh`) has a thread block
 of a warp for each head, and ends the process where its numbers do not fit each other.  The layer
 norms (`fused_dit_layernorm.cuh`) are for 3072 elements, read what they multiply and shift by from
-tables of six parts, and read each bias whether there is one or not.
+tables of six parts, and read each bias whether there is one or not: zeros stand for none.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _from_table(*names: str) -> tuple[Tensor, ...]:
     pairs = (
         (
             Tensor(name, _ROWS_OF, doc=f"the {name} of each row, a part of a table", **_TABLE),
-            Tensor(f"{name}_bias", "3072", doc=f"added to `{name}`", **_BIAS),
+            Tensor(f"{name}_bias", "3072", doc=f"added to `{name}`", or_zeros=True, **_BIAS),
         )
         for name in names
     )

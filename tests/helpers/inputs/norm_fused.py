@@ -39,7 +39,11 @@ INPUTS: dict[str, Inputs] = {
         make=make,
         of_dtypes=of_dtypes,
     ),
-    "fused_dit_gate_residual_layernorm_gamma_beta": _layernorm("input_sf_scale"),
-    "fused_dit_residual_layernorm_scale_shift": _layernorm("residual", "input_sf_scale"),
-    "fused_dit_gate_residual_layernorm_scale_shift": _layernorm("input_sf_scale"),
+    "fused_dit_gate_residual_layernorm_gamma_beta": _layernorm("input_sf_scale", "gate_bias"),
+    "fused_dit_residual_layernorm_scale_shift": _layernorm(
+        "residual", "input_sf_scale", "scale_bias", "shift_bias"
+    ),
+    "fused_dit_gate_residual_layernorm_scale_shift": _layernorm(
+        "input_sf_scale", "gate_bias", "scale_bias", "shift_bias"
+    ),
 }
