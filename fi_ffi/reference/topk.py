@@ -1,6 +1,7 @@
 """Ops of `fi_ffi.ops.table.topk`, from their definition.
 
-Which of equal values are chosen is open unless a tie break says it, and so is the order.
+Which of equal values are chosen is open unless a tie break says it, and then the order is that of
+their places (or of values, sorted); so it is of rows that are chosen whole.  Otherwise it is open.
 """
 
 from __future__ import annotations
@@ -20,10 +21,16 @@ _SMALL, _LARGE = 1, 2
 class Choice:
     """The k greatest of a row: those that must be chosen, and those that share the last places."""
 
-    def __init__(self, x: Array, k: int, tie_break: int) -> None:
+    def __init__(self, x: Array, k: int, tie_break: int, is_sorted: bool = False) -> None:
         index = np.arange(len(x))
         # The greatest first, of equal ones the first or, where the tie break says so, the last.
-        self.order = np.lexsort((-index if tie_break == _LARGE else index, -x))[:k]
+        order = np.lexsort((-index if tie_break == _LARGE else index, -x))[:k]
+        # Sorted by where they are, and then maybe by what they are, which leaves equal ones so.
+        self.is_in_order = tie_break in (_SMALL, _LARGE) or (k == len(x) and not is_sorted)
+        if self.is_in_order:
+            order = np.sort(order)
+            order = order[np.argsort(-x[order], kind="stable")] if is_sorted else order
+        self.order = order
         last = np.partition(x, len(x) - k)[len(x) - k]
         self.certain, self.tied = np.flatnonzero(x > last), np.flatnonzero(x == last)
         self.open = k - len(self.certain)
@@ -33,7 +40,9 @@ class Choice:
             self.tied, self.open = chosen[:0], 0
 
     def allows(self, got: Array, names: Array) -> bool:
-        """Whether these are what the chosen ones are called by `names`, in any order."""
+        """Whether these are what the chosen ones are called by `names`, in an order that may be."""
+        if self.is_in_order:
+            return np.array_equal(got, names[self.order])
         there = Counter(got.astype(np.int64).tolist())
         wanted = Counter(names[self.certain].tolist())
         others = there - wanted
@@ -53,12 +62,12 @@ def radix_topk(a: Inputs) -> Exact:
     is_sorted = a.get("sorted_output", False)
 
     def chosen() -> Array:
-        orders = [Choice(row, k, tie_break).order for row in x]
+        orders = [Choice(row, k, tie_break, is_sorted).order for row in x]
         return np.reshape(orders, (len(x), k)).astype(np.int64)
 
     def indices(got: Array) -> tuple[float, float]:
         def is_right(i: int) -> bool:
-            if not Choice(x[i], k, tie_break).allows(got[i], names):
+            if not Choice(x[i], k, tie_break, is_sorted).allows(got[i], names):
                 return False
             values = x[i][got[i].astype(np.int64)]
             return not is_sorted or bool((np.diff(values) <= 0).all())

@@ -46,9 +46,50 @@ def test_a_tie_break_takes_the_first_or_the_last(machine, rng):
     for tie_break, others in ((1, [0, 1]), (2, [99, 97])):
         case = make(PLAIN, rng, 2, 100, 5, tables={"input": rows}, tie_break=tie_break)
         got = run(machine, PLAIN, case.arrays, **case.scalars)["output_indices"]
-        assert sorted(got[0].tolist()) == sorted([3, 50, 98, *others])
+        assert got[0].tolist() == sorted([3, 50, 98, *others])
         last = [0, 1, 2, 3, 4] if tie_break == 1 else [95, 96, 97, 98, 99]
-        assert sorted(got[1].tolist()) == last
+        assert got[1].tolist() == last
+        scalars = case.scalars | {"sorted_output": True}
+        got = run(machine, PLAIN, case.arrays, **scalars)["output_indices"]
+        assert got.tolist() == [[3, 50, 98, *sorted(others)], last]
+
+
+@pytest.mark.parametrize("tie_break", [1, 2])
+@pytest.mark.parametrize("name", [PLAIN, PAGES, RAGGED])
+def test_equal_rows_in_order(name, tie_break, machine, rng):
+    """Of elements that are all equal, the first or the last, the first of them first."""
+    for n, d, k in ((4, 300, 20), (2, 5000, 2048), (74, 16 * 1024, 512)):
+        rows = np.repeat(rng.standard_normal((n, 1)), d, axis=1)
+        tables = {
+            "input": rows, "lengths": np.full(n, d), "offsets": np.zeros(n),
+            "src_page_table": np.tile(np.arange(d), (n, 1)),
+        }  # fmt: skip
+        wanted = {arg.name for arg in OPS[name].row.tensors}
+        tables = {key: table for key, table in tables.items() if key in wanted}
+        sizes = {"n": n, "d": d, "m": d, "b": n, "top_k": k, "workspace_size": 2**20}
+        without = ("maybe_row_starts", "maybe_row_to_batch", "maybe_page_table_row_starts")
+        case = make_case(OPS[name].row, sizes, {"T": "float32"}, rng, tables, without,
+                         tie_break=tie_break)  # fmt: skip
+        got = run(machine, name, case.arrays, **case.scalars)
+        first = 0 if tie_break == 1 else d - k
+        out = "output_page_table" if name == PAGES else "output_indices"
+        assert (got[out] == np.arange(first, first + k)).all()
+        assert name != PLAIN or (got["output_values"] == case.arrays["input"][:, :1]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_of_a_row_is_itself(dtype, machine, rng):
+    """As many as there are: unsorted, each where it was; sorted, the greatest first."""
+    for d, more in ((1, {}), (300, {}), (2048, {"tie_break": 2}), (5000, {"deterministic": True}),
+                    (131072, {"deterministic": True})):  # fmt: skip
+        case = make(PLAIN, rng, 2, d, d, dtype, **more)
+        got = run(machine, PLAIN, case.arrays, **case.scalars)
+        assert (got["output_indices"] == np.arange(d)).all()
+        assert got["output_values"].tobytes() == case.arrays["input"].tobytes()
+    case = make(PLAIN, rng, 2, 300, 300, dtype, sorted_output=True)
+    got = run(machine, PLAIN, case.arrays, **case.scalars)
+    assert all(case.error(out, got[out])[1] <= 1 for out in case.expected)
+    assert (np.diff(got["output_values"].astype(float), axis=1) <= 0).all()
 
 
 def test_a_row_that_is_chosen_whole(machine, rng):
