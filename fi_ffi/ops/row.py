@@ -59,6 +59,8 @@ class Tensor(Ranged):
     stride_limit: int = 2**63
     # The address is a multiple of so many bytes, whatever the kernel loads at a time.
     alignment: int = 1
+    # Loaded as the row's `vector` says; otherwise `alignment` alone holds.
+    in_vectors: bool = True
     # In memory the last two axes are the other way round: the last but one has stride 1.
     transposed: bool = False
     # It is one of so many parts of a contiguous tensor, which lie beside each other.

@@ -20,7 +20,8 @@ def as_array(desc: TensorDesc) -> Array:
     """A writable array over a CPU descriptor's memory, which it does not keep alive."""
     if desc.device.type != "cpu":
         raise ArgumentError("reference", "device", got=desc.device, expected="cpu")
-    dtype = desc.dtype.numpy
+    # Two numbers of 4 bits are a byte.
+    dtype = np.dtype(np.uint8) if desc.dtype.lanes == 2 else desc.dtype.numpy
     if desc.numel == 0:
         return np.empty(desc.shape, dtype)
     buffer = ffi.buffer(ffi.cast("char *", desc.ptr), desc.span_bytes)

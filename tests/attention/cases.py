@@ -24,12 +24,19 @@ from tests.attention.machines import POISON, Cpu, intact, part
 from tests.attention.options import as_arguments, draw_extras, exact_options
 from tests.attention.tables import Spec
 from tests.helpers.calls import padded
+from tests.helpers.untyped_calls import E2M1, E4M3
 
 # A request of more queries times keys than this is compared by some of its rows, a batch
 # of more requests by some of them, and MLA with more heads by some that lie side by side.
 ALL_ROWS, ALL_REQUESTS, SOME_HEADS = 1 << 16, 16, 8
 # What shows in a result that saw it, and does not where it was multiplied by 0.
-LARGE = {"float16": 1e3, "bfloat16": 1e3, "float8_e4m3fn": 400.0, "float8_e5m2": 1e3}
+LARGE = {
+    "float16": 1e3,
+    "bfloat16": 1e3,
+    "float8_e4m3fn": 400.0,
+    "float8_e5m2": 1e3,
+    "uint8": 400.0,
+}
 PLANS = {
     "batch_prefill": (fi_ffi.BatchPrefillPlan, PrefillOptions),
     "batch_attention": (fi_ffi.BatchAttentionPlan, AttentionOptions),
@@ -56,6 +63,8 @@ class Case:
     `rows` is how many queries there are, `room` how many pages or ragged keys.
     """
 
+    plan_class: Any = None  # of batches
+
     def __init__(
         self, spec: Spec, machine: Cpu, rng: np.random.Generator, rows: int, room: int
     ) -> None:
@@ -74,7 +83,6 @@ class Case:
 
     def _kernel(self) -> tuple[Kernel, str]:
         """What is compiled for it, and the op that says so."""
-        self.plan_class: Any
         self.plan_class, options = PLANS[self.spec.family]
         chosen = options(**self.spec.options())
         return chosen.kernel, chosen.op
@@ -103,6 +111,14 @@ class Case:
     def caches(self) -> list[str]:
         return ["k", "v"]
 
+    def scaling(self) -> list[str]:
+        """The tensors that poison of the caches is in."""
+        return self.caches()
+
+    def whole(self, name: str) -> Any:
+        """The numbers of a cache."""
+        return self.tensors[name]
+
     def poison(self, batch: Batch) -> None:
         """Make what belongs to no request show in the results of those that see it.
 
@@ -113,7 +129,7 @@ class Case:
         """
         assert not self._placed
         large = LARGE[self.spec.kv]
-        for name in self.caches():
+        for name in self.scaling():
             cache = self.tensors[name]
             if batch.indices is None:
                 axis = 1 if self.spec.layout == "HND" else 0
@@ -215,7 +231,7 @@ class Case:
         """A request's keys and values, [tokens, heads, size]."""
         found = []
         for name in self.caches():
-            cache = self.tensors[name]
+            cache = self.whole(name)
             if batch.indices is None:
                 rows = slice(batch.kv_indptr[request], batch.kv_indptr[request + 1])
                 found.append(np.swapaxes(cache, 0, 1)[rows] if self.spec.layout == "HND"
@@ -436,7 +452,62 @@ class SingleCase(Case):
         return super().check(batch, result)
 
 
+# Keys and values of 4 bits.
+
+
+class Fp4Case(Case):
+    """A `Case` with NVFP4 keys and values: the scale of every 16 is in a tensor of its own."""
+
+    def _inputs(self) -> dict[str, Any]:
+        spec, rng = self.spec, self.rng
+        made = {"q": random(rng, (self.rows, spec.heads, spec.dim), spec.dtype, spec.pad)}
+        tokens = [self.room, spec.page_size] if spec.page_size else [self.room]
+        at = len(tokens) - (spec.layout == "HND")
+        shape = [*tokens[:at], spec.kv_heads, *tokens[at:]]
+        whole = [shape[0], 2, *shape[1:]] if spec.together else shape
+        for name in ("both",) if spec.together else ("k", "v"):
+            packed = rng.integers(0, 256, (*whole, spec.dim // 2), np.uint8)
+            # Of all sizes: those of values are of their results' magnitude.
+            scales = (2.0 ** rng.uniform(-4, 0, (*whole, spec.dim // 16))).astype(E4M3)
+            if spec.pad:
+                packed, scales = padded(packed, 8 * spec.pad), padded(scales, spec.pad)
+            made |= {name: packed, f"{name}_sf": scales}
+        if spec.together:
+            for i, name in enumerate("kv"):
+                made |= {name: made["both"][:, i], f"{name}_sf": made["both_sf"][:, i]}
+        return made
+
+    def scaling(self) -> list[str]:
+        return ["k_sf", "v_sf"]
+
+    def whole(self, name: str) -> Any:
+        with np.errstate(invalid="ignore"):
+            return dequantised(self.tensors[name], self.tensors[f"{name}_sf"])
+
+    def run_options(self, batch: Batch) -> dict[str, Any]:
+        if self.spec.together:
+            scales = fi_ffi.split_paged_kv_cache(self.placed("both_sf").desc())
+        else:
+            scales = self.placed("k_sf").desc(), self.placed("v_sf").desc()
+        names = "k_cache_sf", "v_cache_sf"
+        return super().run_options(batch) | dict(zip(names, scales, strict=True))
+
+
+class SingleFp4Case(Fp4Case, SingleCase):
+    """The same, of one request."""
+
+
+def dequantised(packed: Any, scales: Any) -> Any:
+    """The numbers that bytes [..., d / 2] and scales [..., d / 16] stand for."""
+    numbers = np.empty((*packed.shape[:-1], 2 * packed.shape[-1]))
+    numbers[..., ::2], numbers[..., 1::2] = E2M1[packed % 16], E2M1[packed // 16]
+    blocks = numbers.reshape(*scales.shape, 16) * scales.astype(np.float64)[..., None]
+    return blocks.reshape(numbers.shape)
+
+
 def kind_of(spec: Spec) -> type[Case]:
+    if spec.kv == "uint8":
+        return SingleFp4Case if spec.family.startswith("single") else Fp4Case
     kinds = {
         "batch_attention": LengthsCase,
         "batch_mla": MlaCase,

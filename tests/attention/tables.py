@@ -209,6 +209,31 @@ PREFILL_OPTIONS: Table = {
     "sink, auto": Spec(backend="auto", **SINK),
 }  # fmt: skip
 
+# Keys and values of 4 bits, with the scales of their blocks.
+_FP4: dict[str, Any] = {"kv_dtype": "uint8"}
+_DTYPES = each("dtype", "float16", "bfloat16")
+NVFP4: Table = {
+    **table(_DTYPES, RAGGED + PAGED, CAUSAL, **_FP4),
+    **under("group", table(_DTYPES, RAGGED_OR_PAGED, [
+        {"heads": 1, "kv_heads": 1}, {"heads": 8, "kv_heads": 1}, {"heads": 10, "kv_heads": 2},
+    ], causal=True, **_FP4)),
+    **under("decode", table(_DTYPES, PAGED[4:], batch=64, queries=1, keys=900, **_FP4)),
+    **under("long", table(RAGGED_OR_PAGED, [
+        {"lengths": ((1, 32768), (3, 5))}, {"lengths": ((300, 20000), (0, 3), (1, 1))},
+    ], causal=True, heads=2, kv_heads=1, **_FP4)),
+    **under("rows apart", table(RAGGED + PAGED[4:], pad=16, **_FP4)),
+    **under("scales", table(RAGGED_OR_PAGED, scales="qk numbers", **_FP4)),
+    "without lse": Spec(lse=False, **PAGES_16, **_FP4),
+    "pages at the run": Spec(indices_at_run=True, **PAGES_16, **_FP4),
+    "mask": Spec(mask=True, **PAGES_16, **_FP4),
+    "auto": Spec(backend="auto", **PAGES_16, **_FP4),
+    **under("single", table(_DTYPES, [{"lengths": (pair,)} for pair in (
+        (1, 1), (33, 200), (130, 513), (77, 2000))], RAGGED, CAUSAL, family="single_prefill",
+        **_FP4)),
+    **under("single, rows apart", table(RAGGED, lengths=((33, 90),), pad=16,
+                                        family="single_prefill", **_FP4)),
+}  # fmt: skip
+
 _DECODE = {"family": "batch_decode"}
 GROUPS = [{"heads": 2 * g, "kv_heads": 2} for g in (1, 2, 3, 4, 8)]
 DECODE: Table = {

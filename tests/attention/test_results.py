@@ -9,6 +9,7 @@ from tests.attention.tables import (
     ATTENTION,
     DECODE,
     MLA,
+    NVFP4,
     PREFILL,
     PREFILL_OPTIONS,
     SINGLE_DECODE,
@@ -28,6 +29,11 @@ def test_prefill(spec, machine, rng, record_property):
 
 @of(PREFILL_OPTIONS)
 def test_prefill_options(spec, machine, rng, record_property):
+    record_property("error_of_bound", check_results(spec, machine, rng))
+
+
+@of(NVFP4)
+def test_nvfp4(spec, machine, rng, record_property):
     record_property("error_of_bound", check_results(spec, machine, rng))
 
 

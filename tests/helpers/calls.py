@@ -45,8 +45,9 @@ def having(has: Callable[[Row], object] = bool) -> pytest.MarkDecorator:
 
 
 def padded(array: np.ndarray, pad: int) -> np.ndarray:
-    """The same values, with `pad` elements of NaN between rows of the last axis."""
-    wide = np.full((*array.shape[:-1], array.shape[-1] + pad), np.nan, array.dtype)
+    """The same values, with `pad` elements of NaN (or all bits) between rows of the last axis."""
+    poison = np.iinfo(array.dtype).max if array.dtype.kind in "iu" else np.nan
+    wide = np.full((*array.shape[:-1], array.shape[-1] + pad), poison, array.dtype)
     wide[..., : array.shape[-1]] = array
     return wide[..., : array.shape[-1]]
 

@@ -10,7 +10,7 @@ from typing import Any
 from fi_ffi.abi.tensor import Device, DType, parse_dtype
 from fi_ffi.errors import ArgumentError, printed
 from fi_ffi.loader import machine
-from fi_ffi.ops.attention.rows import F16, FP8, of_release
+from fi_ffi.ops.attention.rows import F16, FP4, FP8, of_release
 from fi_ffi.ops.call.arguments import check_choice, check_number
 from fi_ffi.ops.providers import release_in_use
 from fi_ffi.ops.row import Row
@@ -45,11 +45,17 @@ class Kernel:
         """By the names that the rows have for them."""
         return {"Q": self.q_data_type, "KV": self.kv_data_type, "O": self.o_data_type}
 
+    def kind(self, backend: str) -> str:
+        """The rows of a backend for these dtypes: their place in a family's."""
+        if self.q_data_type in FP8:
+            return f"{backend}_fp8"
+        return f"{backend}_fp4" if self.kv_data_type in FP4 else backend
+
     def module(self, backend: str, of: str | None = None) -> str:
         """The module's name in a release, or in that of the kernels in use."""
         parameters: dict[str, Any] = {
             "dtype_q": self.q_data_type,
-            "dtype_kv": self.kv_data_type,
+            "dtype_kv": FP4[0] if self.kv_data_type in FP4 else self.kv_data_type,
             "dtype_o": self.o_data_type,
         }
         if self.family == "batch_mla":
@@ -162,8 +168,8 @@ def fa2_lacks(kernel: Kernel) -> str:
         return f"fa2 has no {kernel.q_data_type} queries"
     if kernel.use_fp16_qk_reduction and kernel.q_data_type != "float16":
         return f"fa2 has use_fp16_qk_reduction for float16 queries, not {kernel.q_data_type}"
-    if kernel.pos_encoding_mode == "ROPE_LLAMA" and kernel.kv_data_type in FP8:
-        return "fa2 has no pos_encoding_mode 'ROPE_LLAMA' for fp8 keys"
+    if kernel.pos_encoding_mode == "ROPE_LLAMA" and kernel.kv_data_type not in F16:
+        return "fa2 has no pos_encoding_mode 'ROPE_LLAMA' for keys of 8 or 4 bits"
     if kernel.family in ("batch_mla", "batch_prefill_with_attention_sink"):
         return ""
     same_width = kernel.kv_data_type in F16 and kernel.kv_data_type != kernel.q_data_type

@@ -25,7 +25,7 @@ from fi_ffi.ops.attention.backends import (
     data_type,
     fa2_lacks,
 )
-from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP8
+from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP4, FP8
 from fi_ffi.ops.attention.sizes import Geometry
 from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int
 
@@ -80,7 +80,14 @@ class _Heads(TypedDict):
 class _Scores(TypedDict, total=False):
     q_data_type: Annotated[object, _dtype("dtype of q", "float16", *F16, *FP8)]
     kv_data_type: Annotated[
-        object, _dtype("dtype of k and v; None for that of q", None, *F16, *FP8)
+        object,
+        _dtype(
+            "dtype of k and v; None for that of q; uint8 for NVFP4, two numbers in a byte",
+            None,
+            *F16,
+            *FP8,
+            *FP4,
+        ),
     ]
     o_data_type: Annotated[
         object, Option("dtype of the output; None for that of q, or float16 where q is fp8", None)
@@ -274,6 +281,8 @@ class Options:
         """Keys are of the queries' dtype, and so is the output, unless said."""
         q = self.q_data_type
         self._set_default("kv_data_type", q)
+        if self.kv_data_type in FP4:
+            vars(self)["kv_data_type"] = FP4[0]  # what modules are called after
         allowed = F16 if q in FP8 else (q,)
         self._set_default("o_data_type", allowed[0], partial(data_type, allowed=allowed))
         check_encoding(self.op, self.pos_encoding_mode, self.logits_soft_cap)
@@ -311,6 +320,10 @@ class PrefillOptions(Options, op="BatchPrefillPlan", keywords=PrefillKeywords):
         self._check_heads()
         self._check_scores()
         self._check_masks()
+        for name in ("head_dim_qk", "head_dim_vo"):
+            if self.kv_data_type in FP4 and getattr(self, name) % 64:
+                expected = "a multiple of 64, for keys and values of 4 bits"
+                raise self.refuse(name, getattr(self, name), expected)
         if self.use_attention_sink:
             self._check_sink()
 
@@ -382,6 +395,9 @@ class DecodeOptions(Options, op="BatchDecodePlan", keywords=DecodeKeywords):
         if self.q_data_type in FP8:
             expected = "float16 or bfloat16: for fp8 queries see BatchPrefillPlan"
             raise self.refuse("q_data_type", self.q_data_type, expected)
+        if self.kv_data_type in FP4:
+            expected = "float16, bfloat16 or fp8: for keys of 4 bits see BatchPrefillPlan"
+            raise self.refuse("kv_data_type", self.kv_data_type, expected)
         group = self.num_qo_heads // self.num_kv_heads
         if group not in DECODE_GROUPS:
             known = ", ".join(map(str, DECODE_GROUPS))

@@ -11,8 +11,8 @@ from fi_ffi.ops.attention.arrays import Batch
 from fi_ffi.ops.attention.backends import choose_backend
 from fi_ffi.ops.attention.options import PrefillKeywords, PrefillOptions
 from fi_ffi.ops.attention.plan import Plan
-from fi_ffi.ops.attention.rows import BATCH_PREFILL, BATCH_PREFILL_SINK, FP8
-from fi_ffi.ops.attention.run import BoundRow, Values, only_with, softmax_scale
+from fi_ffi.ops.attention.rows import BATCH_PREFILL, BATCH_PREFILL_SINK, FP4, FP8
+from fi_ffi.ops.attention.run import BoundRow, Values, block_scales, only_with, softmax_scale
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import check_int
 from fi_ffi.ops.row import Row
@@ -118,7 +118,10 @@ class BatchPrefillPlan(Plan):
         if chosen.use_multi_item_scoring and is_fp8:
             expected = "False: the kernels for fp8 queries lack it"
             raise self.refuse("use_multi_item_scoring", True, expected)
-        return self._families[self.backend + ("_fp8" if is_fp8 else "")]
+        if chosen.kv_data_type in FP4 and "ragged_run" not in self.runs:
+            expected = "another: only BatchPrefillPlan has keys and values of 4 bits"
+            raise self.refuse("kv_data_type", chosen.kv_data_type, expected)
+        return self._families[chosen.kernel.kind(self.backend)]
 
     @property
     def _families(self) -> Mapping[str, Sequence[Row]]:
@@ -189,6 +192,8 @@ class BatchPrefillPlan(Plan):
         lse: TensorLike | None = None,
         *,
         kv_layout: str = "NHD",
+        k_cache_sf: TensorLike | None = None,
+        v_cache_sf: TensorLike | None = None,
         stream: object = None,
         **options: Any,
     ) -> None:
@@ -201,7 +206,7 @@ class BatchPrefillPlan(Plan):
                 first two axes exchanged; v: the same with head_dim_vo.
             o: [rows of q, num_qo_heads, head_dim_vo], written.
             lse: [rows of q, num_qo_heads] float32, written: log2 of the sum of exponentials.
-            options: see `paged_run`.
+            k_cache_sf, v_cache_sf, options: see `paged_run`.
         """
         if self.options.page_size not in (None, 1):
             expected = "paged_run, which this was planned for (page_size)"
@@ -210,6 +215,7 @@ class BatchPrefillPlan(Plan):
             raise self.refuse("self", "ragged_run", "paged_run: only that has multi-item scoring")
         bound = self.bound_run(_RAGGED, False)
         values = self._values(bound, q, o, lse, kv_layout, options)
+        self._put_scales(values, k_cache_sf, v_cache_sf, k=k, v=v)
         values.put(k=k, v=v)
         self.run_packed(bound, values.values, stream)
 
@@ -223,6 +229,8 @@ class BatchPrefillPlan(Plan):
         *,
         kv_layout: str = "NHD",
         paged_kv_indices: TensorLike | None = None,
+        k_cache_sf: TensorLike | None = None,
+        v_cache_sf: TensorLike | None = None,
         stream: object = None,
         **options: Any,
     ) -> None:
@@ -247,6 +255,11 @@ class BatchPrefillPlan(Plan):
             sink: [num_qo_heads] float32 with `use_attention_sink`.
             q_scale, k_scale, v_scale: numbers that q, k and v are multiplied by; with fp8
                 queries also [heads] float32.  fa2 has no `v_scale`.
+            k_cache_sf, v_cache_sf: with keys and values of 4 bits (NVFP4, `kv_data_type`
+                uint8), whose tensors have head_dim / 2 bytes a head: the scales of each 16
+                of a head, float8_e4m3fn, in the shape of the keys (or values) but for the
+                last axis, head_dim / 16, and with an eighth of their strides.  What scales
+                all of a tensor is `k_scale`, and of values a factor of the output.
             enable_pdl: programmatic dependent launch (SM90 and later).
         """
         if self.options.page_size is None:
@@ -254,11 +267,22 @@ class BatchPrefillPlan(Plan):
         has_indices = self.check_indices("paged_kv_indices", paged_kv_indices)
         bound = self.bound_run(_PAGED, has_indices)
         values = self._values(bound, q, o, lse, kv_layout, options)
+        self._put_scales(
+            values, k_cache_sf, v_cache_sf, paged_k_cache=paged_k_cache,
+            paged_v_cache=paged_v_cache,
+        )  # fmt: skip
         values.put(
             paged_k_cache=paged_k_cache, paged_v_cache=paged_v_cache,
             paged_kv_indices=paged_kv_indices,
         )  # fmt: skip
         self.run_packed(bound, values.values, stream)
+
+    def _put_scales(self, values: Values, k_sf: Any, v_sf: Any, **tensors: Any) -> None:
+        """The block scales of these keys and values."""
+        dtype = self.options.kv_data_type
+        if dtype in FP4 or k_sf is not None or v_sf is not None:
+            descs = {name: as_desc(given, self.op, name) for name, given in tensors.items()}
+            block_scales(values, dtype, descs, k_cache_sf=k_sf, v_cache_sf=v_sf)
 
     def _values(
         self, bound: BoundRow, q: Any, o: Any, lse: Any, kv_layout: str, options: dict[str, Any]

@@ -21,6 +21,11 @@ from fi_ffi.ops.row import Arg, KvLayout, PlanInfo, Row, Rule, Scalar, Tensor, V
 _Dtypes = dict[str, tuple[str, ...]]
 F16 = ("float16", "bfloat16")
 FP8 = ("float8_e4m3fn", "float8_e5m2")
+# Keys and values of 4 bits (NVFP4): two e2m1 numbers in a byte, the first in its lower half, and a
+# scale in e4m3 for every 16 of a head.  The dtypes that their tensors may have.
+FP4 = ("uint8", "float4_e2m1fn_x2")
+SCALES = ("float8_e4m3fn", "uint8")
+FP4_BLOCK = 16
 # Query heads for each key head that decode kernels were compiled for.
 DECODE_GROUPS = (1, 2, 3, 4, 8)
 # The forms of each row, by the first.
@@ -161,6 +166,27 @@ _BLOCK_SCALES = (
 )
 
 
+def _in_blocks(of: str, axes: str, what: str) -> Tensor:
+    """The scales of keys or values of 4 bits: where those lie that they scale."""
+    return Tensor(
+        f"maybe_{of}_cache_sf", f"{axes}/{FP4_BLOCK}", "SF", f"block scales of the {what}",
+        as_object=True, optional=True, kv=True, alignment=4, in_vectors=False, offset_limit=_FAR,
+        since="0.6.10",
+    )  # fmt: skip
+
+
+def _packed(of: Tensor) -> Tensor:
+    """The same keys or values in 4 bits each."""
+    return replace(of, axes=f"{of.axes}/2", alignment=8, in_vectors=False)
+
+
+def _with_scales(args: tuple[Arg, ...], k: Tensor, v: Tensor) -> tuple[Arg, ...]:
+    """What modules.py adds to fa2's prefill, for keys and values of 4 bits."""
+    at = args.index(_BLOCK_SCALES[0])
+    scales = _in_blocks("k", k.axes, "keys"), _in_blocks("v", v.axes, "values")
+    return (*args[:at], *scales, *args[at + 2 :])
+
+
 def _scale(of: str, heads: str) -> Tensor:
     return _maybe(f"maybe_scale_{of}", heads, "float32", f"scale of each head of {of}")
 
@@ -187,6 +213,10 @@ _SINK = (
     _SM_SCALE,
 )  # fmt: skip
 _SAME: _Dtypes = {"Q": F16, "KV": F16, "O": F16}
+_IN_4_BITS: dict[str, Any] = {
+    "dtypes": {"Q": F16, "KV": FP4, "O": F16, "SF": SCALES}, "releases": ">=0.6.10",
+    "requires": (*_HEADS, "head_dim_qk % 64 == 0", "head_dim_vo % 64 == 0"),
+}  # fmt: skip
 _DTYPES: dict[str, _Dtypes] = {
     "fa2": {"Q": F16, "KV": F16 + FP8, "O": F16},
     "fa3": _SAME,
@@ -219,6 +249,12 @@ SINGLE_PREFILL = {
     )
     for kind, args in _OF_ONE.items()
 }  # fmt: skip
+SINGLE_PREFILL["fa2_fp4"] = _row(
+    "single_prefill", "run", "_fp4", _source("single_prefill", "fa2"),
+    "Attention of one request, over keys and values of 4 bits.", _Q, _packed(_K), _packed(_V), _TMP,
+    _OUT_FA2, _LSE, _MASK_MODE, KvLayout(), _WINDOW, *_with_scales(_OF_ONE["fa2"], _K, _V),
+    nothing_axis="nnz_qo", **_IN_4_BITS,
+)  # fmt: skip
 
 # Batches.
 
@@ -279,6 +315,24 @@ def _batch(family: str, kind: str, prefix: str, *args: Arg) -> tuple[Row, ...]:
 
 # Of each kernel: plan, ragged_run, paged_run.
 BATCH_PREFILL = {kind: _batch("batch_prefill", kind, "", *args) for kind, args in _OF_BATCH.items()}
+_TAIL_FP4 = (_OUT_FA2, _LSE, _MASK_MODE, KvLayout(), _WINDOW, _PDL)
+BATCH_PREFILL["fa2_fp4"] = (
+    BATCH_PREFILL["fa2"][0],
+    _row(
+        "batch_prefill", "ragged_run", "_fp4", _source("batch_prefill", "fa2"),
+        "Attention over keys and values of 4 bits, side by side.",
+        *_WORKSPACE, PlanInfo(), _Q, _packed(_K), _packed(_V), _QO_INDPTR,
+        _index("kv_indptr", "b+1", "where each request's keys start"),
+        *_TAIL_FP4, *_with_scales(_OF_BATCH["fa2"], _K, _V), nothing_axis="nnz_qo", **_IN_4_BITS,
+    ),
+    _row(
+        "batch_prefill", "paged_run", "_fp4", _source("batch_prefill", "fa2"),
+        "Attention over a paged cache of 4 bits.",
+        *_WORKSPACE, PlanInfo(), _Q, _packed(_PAGED_K), _packed(_PAGED_V), _QO_INDPTR, *_PAGES,
+        *_TAIL_FP4, *_with_scales(_OF_BATCH["fa2"], _PAGED_K, _PAGED_V), same_strides=_PAIR,
+        nothing_axis="nnz_qo", **_IN_4_BITS,
+    ),
+)  # fmt: skip
 BATCH_PREFILL_SINK = {
     kind: _batch("batch_prefill_with_attention_sink", kind, "_sink", *_SINK)
     for kind in ("fa2", "fa3")

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec
 
 from fi_ffi.abi.function import Frame
 from fi_ffi.abi.interop import as_desc
-from fi_ffi.abi.tensor import Device, TensorKind
+from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.ops.attention.rows import FP4
 from fi_ffi.ops.call.arguments import check_number, shown
 from fi_ffi.ops.call.compiled import CompiledRow, Variant
 from fi_ffi.ops.call.prepared import Prepared, prepare_call, prepared_by_caller
@@ -49,6 +50,7 @@ NEUTRAL = {
     "scale_v_scalar": 1.0, "uniform_q_len": 0, "ckv_scale": 1.0, "kpe_scale": 1.0,
 }  # fmt: skip
 _MASK = 2**64 - 1
+_OF_KIND = {"": "", "fp8": " with fp8 queries", "fp4": " with keys of 4 bits"}
 _compiled_rows: dict[tuple[object, ...], CompiledRow] = {}
 
 
@@ -66,11 +68,13 @@ def compiled_row(
     key = (row, module, op, device, tuple((bound or {}).items()), known, not_less, first)
     found = _compiled_rows.get(key)
     if found is None:
-        own = {name: (dtype,) for name, dtype in dtypes.items() if name in row.dtypes}
+        own = {
+            name: FP4 if dtype in FP4 else (dtype,)
+            for name, dtype in dtypes.items()
+            if name in row.dtypes
+        }
         pairs = (f"{more} >= {less}" for more, less in not_less)
-        form = replace(
-            row, dtypes=dict[str, tuple[str, ...]](own), requires=(*row.requires, *pairs)
-        )
+        form = replace(row, dtypes={**row.dtypes, **own}, requires=(*row.requires, *pairs))
         made = CompiledRow(
             form,
             module,
@@ -139,8 +143,8 @@ class Values:
         )
         who = "none of these kernels has it"
         if having:
-            backend, _, fp8 = having[0].partition("_")
-            who = f"backend={backend!r}{' with fp8 queries' if fp8 else ''} has it"
+            backend, _, of = having[0].partition("_")
+            who = f"backend={backend!r}{_OF_KIND[of]} has it"
         expected = f"None: {self.backend} lacks it ({who})"
         return ArgumentError(self.op, name, got=shown(value), expected=expected)
 
@@ -193,6 +197,33 @@ class Values:
                 # The kernels get its reciprocal, as a float32.
                 given = check_number(self.op, name, value, 1e-30)
                 self.put(**{name.replace("rope_", "rope_rcp_"): 1.0 / given})
+
+
+def block_scales(
+    values: Values, kv_data_type: str, tensors: Mapping[str, TensorDesc], **scales: object
+) -> None:
+    """Set the block scales of keys and values of 4 bits: `k_cache_sf` and `v_cache_sf`, of the
+    `tensors` in this order.
+
+    The kernels find scales by the strides of what they scale, over 8.
+    """
+    op, is_fp4 = values.op, kv_data_type in FP4
+    for (name, given), (of, desc) in zip(scales.items(), tensors.items(), strict=True):
+        if (given is not None) != is_fp4:
+            expected = "scales, for keys and values of 4 bits" if is_fp4 else "None"
+            expected += "" if is_fp4 else f": {of} is of {kv_data_type}, not of 4 bits"
+            raise ArgumentError(op, name, got=shown(given), expected=expected)
+        if given is None:
+            continue
+        found = as_desc(given, op, name)
+        pairs = zip(desc.shape[:-1], desc.strides[:-1], found.strides[:-1], strict=False)
+        if len(found.shape) == len(desc.shape) and any(
+            size > 1 and (ours != 8 * theirs or theirs % 4) for size, ours, theirs in pairs
+        ):
+            got = f"strides {found.strides} beside {desc.strides}"
+            expected = f"an eighth of `{of}`'s strides, in multiples of 4"
+            raise ArgumentError(op, name, got=got, expected=expected)
+        values.option(name, found)
 
 
 class BoundRow:

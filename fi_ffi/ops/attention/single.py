@@ -16,8 +16,14 @@ from fi_ffi.ops.attention.backends import (
     multiprocessors,
 )
 from fi_ffi.ops.attention.masks import check_causal, packed_mask
-from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP8, SINGLE_DECODE, SINGLE_PREFILL
-from fi_ffi.ops.attention.run import Values, compiled_row, launched, softmax_scale
+from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP4, FP8, SINGLE_DECODE, SINGLE_PREFILL
+from fi_ffi.ops.attention.run import (
+    Values,
+    block_scales,
+    compiled_row,
+    launched,
+    softmax_scale,
+)
 from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int
 from fi_ffi.ops.row import KV_LAYOUTS
 
@@ -200,6 +206,8 @@ def single_prefill(
     q_scale: TensorLike | float | None = None,
     k_scale: TensorLike | float | None = None,
     v_scale: TensorLike | float | None = None,
+    k_cache_sf: TensorLike | None = None,
+    v_cache_sf: TensorLike | None = None,
     stream: object = None,
 ) -> Values:
     """Attention of many queries of one request.
@@ -208,7 +216,7 @@ def single_prefill(
         q: [qo_len, num_qo_heads, head_dim_qk]; o: [qo_len, num_qo_heads, head_dim_vo],
             written.
         k: [kv_len, num_kv_heads, head_dim_qk], or with "HND" the first axes exchanged; v:
-            the same with head_dim_vo.
+            the same with head_dim_vo.  uint8 is for NVFP4, two numbers in a byte.
         tmp: uint8 for partial results: `single_prefill_workspace_size` tells how many.
         lse: [qo_len, num_qo_heads] float32, written: log2 of the sum of exponentials.
         causal: query i sees keys up to `kv_len - qo_len + i`; kv_len is qo_len or more.
@@ -224,7 +232,7 @@ def single_prefill(
     q, k, v, tmp, out = _describe(op, q=q, k=k, v=v, tmp=tmp, o=o)
     kv_len, kv_heads = _sizes(op, q, k, v, kv_layout, 3)
     qo_len, qo_heads, head_dim = q.shape
-    head_dim_vo = v.shape[-1]
+    head_dim_vo = v.shape[-1] * (2 if v.dtype.name in FP4 else 1)
     kernel = _kernel("single_prefill", op, (q, k, out), (head_dim, head_dim_vo), pos_encoding_mode,
                      window_left, logits_soft_cap, use_fp16_qk_reduction)  # fmt: skip
     chosen, _ = choose_backend(op, backend, kernel, q.device, custom_mask is not None)
@@ -232,7 +240,7 @@ def single_prefill(
     if pos_encoding_mode == "ROPE_LLAMA" and 0 < kv_len < qo_len:
         expected = f"{qo_len} keys or more (or none) with pos_encoding_mode='ROPE_LLAMA'"
         raise ArgumentError(op, "k", got=k.layout, expected=expected)
-    rows, kind = SINGLE_PREFILL, chosen + ("_fp8" if kernel.q_data_type in FP8 else "")
+    rows, kind = SINGLE_PREFILL, kernel.kind(chosen)
     (row,) = in_use((rows[kind],), q.device)
     if chosen == "fa2" and kv_heads and not qo_heads % kv_heads:
         sms = multiprocessors(q.device)
@@ -243,6 +251,9 @@ def single_prefill(
     scale = softmax_scale(op, sm_scale, head_dim)
     for of, value in (("q", q_scale), ("k", k_scale), ("v", v_scale)):
         scale = values.scale(of, value, scale)
+    block_scales(
+        values, kernel.kv_data_type, {"k": k, "v": v}, k_cache_sf=k_cache_sf, v_cache_sf=v_cache_sf
+    )
     values.positions(pos_encoding_mode, rope_scale, rope_theta, alibi_slopes)
     mask, mode = packed_mask(op, custom_mask, causal, (qo_len, kv_len))
     values.put(
@@ -264,12 +275,14 @@ def _kernel(
     cap = check_soft_cap(op, "logits_soft_cap", logits_soft_cap)
     check_encoding(op, mode, cap)
     q, kv, o = (desc.dtype.name for desc in dtypes)
-    of_q = F16 if family == "single_decode" else F16 + FP8
+    is_decode = family == "single_decode"
+    of_q, of_kv = F16 + (() if is_decode else FP8), F16 + FP8 + (() if is_decode else FP4)
     of_o = (q,) if q in F16 else F16
-    for name, dtype, allowed in (("q", q, of_q), ("k", kv, F16 + FP8), ("o", o, of_o)):
+    for name, dtype, allowed in (("q", q, of_q), ("k", kv, of_kv), ("o", o, of_o)):
         if dtype not in allowed:
             raise ArgumentError(op, name, got=dtype, expected=" or ".join(allowed))
     if max(dims) >= 2**29:  # more digits than a module's name has
         argument, got = ("q", dims[0]) if dims[0] > dims[1] else ("v", dims[1])
         raise ArgumentError(op, argument, got=f"head_dim = {got}", expected="64, 128, 256 or such")
+    kv = FP4[0] if kv in FP4 else kv
     return Kernel(family, q, kv, o, *dims, mode, window >= 0, cap > 0, use_fp16_qk_reduction)

@@ -233,9 +233,11 @@ class Checks:
             told = f"refuse.size({arg.name!r}, {arg.name}, {text!r}, {wanted}, {fixed!r})"
             return [f"if {size} != {wanted}: {told}"]
         ((name, times),) = unknown
-        assert axis.over == 1, f"{self.row.name}: {arg.name} alone has {name}"
         found, rest = f"size__{name}", self._expression(axis, without=name)
         self.sizes[name], self.fixed_by[name] = found, arg.name
+        if axis.over > 1:  # several numbers in each element
+            assert (len(axis.terms), times, axis.more) == (1, 1, 0), f"{self.row.name}: {text}"
+            return [f"{found} = {size} * {axis.over}"]
         minus = "" if rest == "0" else f" - ({rest})"
         unsolved = f"refuse.unsolved({arg.name!r}, {arg.name}, {text!r}, {size}, {rest}, {times})"
         if times == 1:
@@ -412,6 +414,8 @@ class Checks:
 
     def _vector_axis(self, arg: Tensor) -> str | None:
         """The axis that is loaded several elements at a time."""
+        if not arg.in_vectors:
+            return None
         named = (parse_axis(text).names for text in arg.axis_names)
         return next((n for names in named for n in names if n in self.row.vector.axes), None)
 

@@ -77,10 +77,6 @@ def _of_family(op: str, query: Query) -> Support:
 _Choice = tuple[Kernel, str, Row]
 
 
-def _kind(backend: str, kernel: Kernel) -> str:
-    return backend + ("_fp8" if kernel.q_data_type in FP8 else "")
-
-
 def _prefill(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
     options = PrefillOptions(**_GIVEN[op] | dict(given))
     kernel, is_paged = options.kernel, options.page_size is not None
@@ -88,7 +84,7 @@ def _prefill(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
         op, options.backend, kernel, query.capability, options.use_custom_mask, is_paged
     )
     rows = BATCH_PREFILL_SINK if options.use_attention_sink else BATCH_PREFILL
-    return kernel, backend, rows[_kind(backend, kernel)][2 if is_paged else 1]
+    return kernel, backend, rows[kernel.kind(backend)][2 if is_paged else 1]
 
 
 def _decode(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
@@ -133,7 +129,7 @@ def _single_prefill(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
     backend, _ = backend_for(
         op, asked["backend"], kernel, query.capability, asked["use_custom_mask"]
     )
-    return kernel, backend, SINGLE_PREFILL[_kind(backend, kernel)]
+    return kernel, backend, SINGLE_PREFILL[kernel.kind(backend)]
 
 
 def _single_decode(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:

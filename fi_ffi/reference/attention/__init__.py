@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from fi_ffi.reference.attention import plan, runs, variant
+from fi_ffi.reference.attention import fp4, plan, runs, variant
 from fi_ffi.reference.attention.variant import Compiled
 
 _Kernels = dict[str, Callable[..., Any]]
@@ -31,6 +31,7 @@ KERNELS: dict[str, _Kernels] = {
         "run": functools.partial(runs.single_prefill, variant.fa2_single),
         "run_fa3": functools.partial(runs.single_prefill, variant.fa3_single),
         "run_fa3_fp8": functools.partial(runs.single_prefill, variant.fa3_fp8),
+        "run_fp4": fp4.single_prefill,
     },
     "batch_attention": {"plan": plan.attention, "run": runs.attention_run},
     "batch_decode": {"plan": plan.decode, "run": runs.batch_decode},
@@ -38,6 +39,8 @@ KERNELS: dict[str, _Kernels] = {
         **_batch("", plan.FA2, variant.fa2),
         **_batch("_fa3", plan.FA3, variant.fa3),
         **_batch("_fa3_fp8", plan.FA3, variant.fa3_fp8),
+        "ragged_run_fp4": fp4.ragged_run,
+        "paged_run_fp4": fp4.paged_run,
     },
     "batch_prefill_with_attention_sink": {
         **_batch("_sink", plan.FA2, variant.sink_fa2),
