@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fi_ffi.ops.attention.batch_attention import BatchAttentionPlan
+from fi_ffi.ops.attention.cascade import MultiLevelCascadePlan, SharedPrefixPlan
 from fi_ffi.ops.attention.decode import BatchDecodePlan
 from fi_ffi.ops.attention.masks import alibi_slopes, pack_custom_mask
 from fi_ffi.ops.attention.mla import BatchMlaPlan
@@ -16,6 +17,11 @@ from fi_ffi.ops.attention.single import (
     single_prefill,
     single_prefill_workspace_size,
 )
+from fi_ffi.ops.attention.sparse import (
+    BlockSparseAttentionPlan,
+    VariableBlockSparseAttentionPlan,
+    pack_block_mask,
+)
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.attention.xqa import xqa
 
@@ -24,10 +30,15 @@ __all__ = [
     "BatchDecodePlan",
     "BatchMlaPlan",
     "BatchPrefillPlan",
+    "BlockSparseAttentionPlan",
+    "MultiLevelCascadePlan",
     "PodPlan",
+    "SharedPrefixPlan",
+    "VariableBlockSparseAttentionPlan",
     "Workspace",
     "WorkspaceSize",
     "alibi_slopes",
+    "pack_block_mask",
     "pack_custom_mask",
     "single_decode",
     "single_decode_workspace_size",

@@ -601,6 +601,16 @@ class Plan:
         return has_indices
 
 
+class NotOf:
+    """A run of the class derived from that a plan has not: asking for it is an `AttributeError`."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._words = f"{owner.__name__!r} has no {name!r}"
+
+    def __get__(self, instance: object, owner: type | None = None) -> NoReturn:
+        raise AttributeError(self._words)
+
+
 class Packing:
     """Stands for the stream of a run that is packed and not launched."""
 

@@ -11,7 +11,7 @@ from fi_ffi.ops import cuda
 from fi_ffi.ops.attention.arrays import int32_array
 from fi_ffi.ops.attention.backends import NON_CAUSAL, module_name
 from fi_ffi.ops.attention.masks import check_causal, packed_mask
-from fi_ffi.ops.attention.plan import Packing
+from fi_ffi.ops.attention.plan import NotOf, Packing
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.attention.rows import POD
 from fi_ffi.ops.attention.run import Values
@@ -52,6 +52,8 @@ class PodPlan(BatchPrefillPlan):
     }  # fmt: skip
     run_workspaces = ("float_workspace_buffer_d", "int_workspace_buffer_d")
     runs = ("run",)
+    ragged_run: Any = NotOf()
+    paged_run: Any = NotOf()
 
     def __init__(
         self,

@@ -87,6 +87,14 @@ def _prefill(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
     return kernel, backend, rows[kernel.kind(backend)][2 if is_paged else 1]
 
 
+def _sparse(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
+    """A prefill over pages, with another name for its heads' size."""
+    del op
+    changed = dict(given)
+    changed["head_dim_qk"] = changed.pop("head_dim", 128)
+    return _prefill("BatchPrefillPlan", query, changed)
+
+
 def _decode(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
     del query
     return DecodeOptions(**_GIVEN[op] | dict(given)).kernel, "", BATCH_DECODE_RUN
@@ -139,6 +147,8 @@ def _single_decode(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
 
 _CHOICES: dict[str, Callable[[str, Query, Mapping[str, Any]], _Choice]] = {
     "BatchPrefillPlan": _prefill,
+    "BlockSparseAttentionPlan": _sparse,
+    "VariableBlockSparseAttentionPlan": _sparse,
     "BatchAttentionPlan": _attention,
     "BatchDecodePlan": _decode,
     "BatchMlaPlan": _mla,

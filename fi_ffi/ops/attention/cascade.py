@@ -1,0 +1,343 @@
+"""Cascades: attention over keys that requests share, level by level, and the levels merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.errors import ArgumentError
+from fi_ffi.ops import functions
+from fi_ffi.ops.attention.arrays import Indptr, host_ints
+from fi_ffi.ops.attention.prefill import BatchPrefillPlan
+from fi_ffi.ops.attention.workspace import Workspace
+from fi_ffi.ops.call.arguments import check_int
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# What no level can know: where its keys are in the request.
+_OF_PLACES = ("window_left", "pos_encoding_mode", "use_multi_item_scoring", "use_custom_mask",
+              "use_attention_sink")  # fmt: skip
+
+_ARRAYS = ("qo_indptr", "kv_indptr", "paged_kv_indptr", "paged_kv_indices",
+           "paged_kv_last_page_len")  # fmt: skip
+_MERGED = (64, 128, 256, 512)  # sizes of heads
+
+
+class CascadeKeywords(TypedDict, total=False):
+    """Of a prefill's options, those that all levels have."""
+
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim_qk: int
+    head_dim_vo: int | None
+    q_data_type: object
+    kv_data_type: object
+    o_data_type: object
+    backend: str
+    logits_soft_cap: float
+    use_fp16_qk_reduction: bool
+    fixed_split_size: int | None
+    disable_split_kv: bool
+    enable_cuda_graph: bool
+    max_total_num_rows: int | None
+    max_num_indices: int | None
+
+
+class _Cascade:
+    """Plans of levels whose results are merged; the last is that of each request alone."""
+
+    op: str
+    levels: tuple[BatchPrefillPlan, ...]
+
+    def _check_options(self, options: Mapping[str, object]) -> None:
+        for name in _OF_PLACES:
+            if name in options:
+                raise TypeError(f"{self.op}() got an unexpected keyword argument {name!r}")
+        size = options.get("head_dim_vo") or options.get("head_dim_qk")
+        if size not in _MERGED and size is not None:
+            raise self._refuse("head_dim_qk", size, f"one of {_MERGED}, which can be merged")
+
+    def _replan(self, arrays: Sequence[dict[str, Any]], stream: object) -> None:
+        """Plan every level anew; none, where any is refused."""
+        for level, each in zip(self.levels, arrays, strict=True):
+            level.read([each.get(name) for name in _ARRAYS])
+        for level, each in zip(self.levels, arrays, strict=True):
+            level.replan(**each, stream=stream)
+
+    def _refuse(self, argument: str, got: object, expected: str) -> ArgumentError:
+        return ArgumentError(self.op, argument, got=got, expected=expected)
+
+    def _workspaces(
+        self, given: Sequence[Workspace | None] | None, count: int
+    ) -> Sequence[Workspace | None]:
+        if given is not None and len(given) != count:
+            raise self._refuse(
+                "workspaces", f"{len(given)} of them", f"{count}: one for each level"
+            )
+        return given or [None] * count
+
+    def _merged(
+        self, runs: Sequence[Any], o: TensorLike, lse: TensorLike, tmp_o: TensorLike,
+        tmp_lse: TensorLike, stream: object,
+    ) -> None:  # fmt: skip
+        """Run the last level into `o`, and each other one into `tmp_o`, merged into `o`."""
+        given = {"o": o, "lse": lse, "tmp_o": tmp_o, "tmp_lse": tmp_lse}
+        descs = {name: as_desc(tensor, self.op, name) for name, tensor in given.items()}
+        for name, like in (("tmp_o", "o"), ("tmp_lse", "lse")):
+            one, other = descs[name], descs[like]
+            if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+                raise self._refuse(
+                    name, one.layout, f"another tensor like `{like}`: {other.layout}"
+                )
+            if _overlap(one, other):
+                raise self._refuse(name, f"memory of `{like}`", "memory of its own")
+        # The first level into memory that is nobody's result: what is refused is so before `o` is
+        # written.
+        *others, last = runs
+        for run in others[:1]:
+            run(descs["tmp_o"], descs["tmp_lse"])
+        last(descs["o"], descs["lse"])
+        for i, run in enumerate(others):
+            if i:
+                run(descs["tmp_o"], descs["tmp_lse"])
+            functions.merge_state_in_place(
+                descs["o"], descs["lse"], descs["tmp_o"], descs["tmp_lse"], stream=stream
+            )
+
+
+class MultiLevelCascadePlan(_Cascade):
+    """Attention over pages that groups of requests share, in levels, and over each request's own.
+
+    Level 0 has what most requests share, and the last level what each has alone.  A level's
+    "request" is a group: consecutive queries that see the same pages of it.
+
+    Args:
+        qo_indptr_arr: for each level [groups + 1] int32 on the host: where each group's queries
+            start; all levels end with the same number.
+        paged_kv_indptr_arr, paged_kv_indices_arr, paged_kv_last_page_len_arr: each level's pages,
+            as of `BatchPrefillPlan`.
+        causal: of the last level: queries see all keys of those before.
+        workspaces: a `Workspace` for each level; they are allocated otherwise.
+        page_size, options: of `BatchPrefillPlan`, for all levels: heads, `head_dim_qk`, dtypes,
+            `logits_soft_cap`, `backend`.  Windows and position encodings are not among them: a
+            level counts positions within itself.
+        device, stream: as in `BatchPrefillPlan`.
+
+    `levels` are the plans.  Raises as `BatchPrefillPlan` does.
+    Upstream: flashinfer/cascade.py (MultiLevelCascadeAttentionWrapper).
+    """
+
+    op = "MultiLevelCascadePlan"
+
+    def __init__(
+        self,
+        qo_indptr_arr: Sequence[TensorLike],
+        paged_kv_indptr_arr: Sequence[TensorLike],
+        paged_kv_indices_arr: Sequence[TensorLike],
+        paged_kv_last_page_len_arr: Sequence[TensorLike],
+        *,
+        page_size: int,
+        causal: bool = False,
+        workspaces: Sequence[Workspace | None] | None = None,
+        device: object = None,
+        stream: object = None,
+        **options: Unpack[CascadeKeywords],
+    ) -> None:
+        self._check_options(options)
+        arrays = self._arrays(
+            qo_indptr_arr, paged_kv_indptr_arr, paged_kv_indices_arr, paged_kv_last_page_len_arr
+        )
+        last = len(arrays) - 1
+        more: dict[str, Any] = {"page_size": page_size, "device": device, "stream": stream}
+        more |= options
+        self.levels = tuple(
+            BatchPrefillPlan(
+                **each, causal=causal if i == last else False, workspace=workspace, **more
+            )
+            for i, (each, workspace) in enumerate(
+                zip(arrays, self._workspaces(workspaces, len(arrays)), strict=True)
+            )
+        )
+
+    def _arrays(self, *given: Sequence[TensorLike]) -> list[dict[str, Any]]:
+        """Each level's arrays, by their names in `BatchPrefillPlan`."""
+        names = ("qo_indptr", "paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
+        for name, each in zip(names, given, strict=True):
+            if len(each) != len(given[0]) or not len(each):
+                expected = f"{max(len(given[0]), 1)}: an array for each level, as of qo_indptr_arr"
+                raise self._refuse(f"{name}_arr", f"{len(each)} arrays", expected)
+        totals = [Indptr(self.op, "qo_indptr_arr", each).total for each in given[0]]
+        if len({*totals}) > 1:
+            raise self._refuse("qo_indptr_arr", f"{totals} queries", "the same in every level")
+        return [dict(zip(names, level, strict=True)) for level in zip(*given, strict=True)]
+
+    def replan(
+        self,
+        qo_indptr_arr: Sequence[TensorLike],
+        paged_kv_indptr_arr: Sequence[TensorLike],
+        paged_kv_indices_arr: Sequence[TensorLike],
+        paged_kv_last_page_len_arr: Sequence[TensorLike],
+        *,
+        stream: object = None,
+    ) -> None:
+        """Plan another batch of as many levels with the same options, in the same workspaces."""
+        arrays = self._arrays(
+            qo_indptr_arr, paged_kv_indptr_arr, paged_kv_indices_arr, paged_kv_last_page_len_arr
+        )
+        if len(arrays) != len(self.levels):
+            expected = f"{len(self.levels)} levels, as planned"
+            raise self._refuse("qo_indptr_arr", f"{len(arrays)} levels", expected)
+        self._replan(arrays, stream)
+
+    def run(
+        self,
+        q: TensorLike,
+        paged_k_cache: TensorLike,
+        paged_v_cache: TensorLike,
+        o: TensorLike,
+        lse: TensorLike,
+        tmp_o: TensorLike,
+        tmp_lse: TensorLike,
+        *,
+        stream: object = None,
+        **options: Any,
+    ) -> None:
+        """Attention of `q` over all levels' pages of a cache into `o`, on `stream`.
+
+        Args:
+            q, paged_k_cache, paged_v_cache, o, lse: as in `BatchPrefillPlan.paged_run`; float16 or
+                bfloat16 outputs, head_dim 64, 128 or 256, contiguous.
+            tmp_o, tmp_lse: like `o` and `lse`: a level's results, before they are merged.
+            options: of `BatchPrefillPlan.paged_run`: `kv_layout`, `sm_scale`, scales.
+        """
+
+        def level(plan: BatchPrefillPlan) -> Any:
+            def run(out: TensorDesc, sums: TensorDesc) -> None:
+                plan.paged_run(
+                    q, paged_k_cache, paged_v_cache, out, sums, stream=stream, **options
+                )  # fmt: skip
+
+            return run
+
+        self._merged([level(plan) for plan in self.levels], o, lse, tmp_o, tmp_lse, stream)
+
+
+class SharedPrefixPlan(_Cascade):
+    """Attention over keys that all requests share, side by side, and over each request's pages.
+
+    Args:
+        num_shared: keys that all requests share, 1 or more.
+        qo_indptr: [b+1] int32 on the host: where each request's queries start; None: one each.
+        paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len: each request's own pages, as of
+            `BatchPrefillPlan`.
+        causal: of each request's own keys: queries see all that are shared.
+        workspaces: one for the shared keys, and one for the requests' own.
+        page_size, options, device, stream: as in `MultiLevelCascadePlan`.
+
+    `levels` are the plans.  Raises as `BatchPrefillPlan` does.
+    Upstream: flashinfer/cascade.py (BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
+    BatchPrefillWithSharedPrefixPagedKVCacheWrapper).
+    """
+
+    op = "SharedPrefixPlan"
+
+    def __init__(
+        self,
+        num_shared: int,
+        qo_indptr: TensorLike | None,
+        paged_kv_indptr: TensorLike,
+        paged_kv_indices: TensorLike,
+        paged_kv_last_page_len: TensorLike,
+        *,
+        page_size: int,
+        causal: bool = False,
+        workspaces: Sequence[Workspace | None] | None = None,
+        device: object = None,
+        stream: object = None,
+        **options: Unpack[CascadeKeywords],
+    ) -> None:
+        self._check_options(options)
+        shared, own = self._arrays(
+            num_shared, qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
+        )
+        of_shared, of_own = self._workspaces(workspaces, 2)
+        where: dict[str, Any] = {"device": device, "stream": stream, **options}
+        self.levels = (
+            BatchPrefillPlan(**shared, workspace=of_shared, **where),
+            BatchPrefillPlan(
+                **own, page_size=page_size, causal=causal, workspace=of_own, **where
+            ),
+        )  # fmt: skip
+
+    def _arrays(
+        self, num_shared: int, qo_indptr: TensorLike | None, indptr: TensorLike,
+        indices: TensorLike, last_page_len: TensorLike,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+        check_int(self.op, "num_shared", num_shared, 1, 2**31 - 1)
+        starts: Any = qo_indptr
+        if starts is None:
+            count = Indptr(self.op, "paged_kv_indptr", indptr).size
+            starts = host_ints(range(count + 1))
+        total = Indptr(self.op, "qo_indptr", starts).total
+        own = {
+            "qo_indptr": starts, "paged_kv_indptr": indptr, "paged_kv_indices": indices,
+            "paged_kv_last_page_len": last_page_len,
+        }  # fmt: skip
+        shared = {"qo_indptr": host_ints([0, total]), "kv_indptr": host_ints([0, num_shared])}
+        return shared, own
+
+    def replan(
+        self,
+        num_shared: int,
+        qo_indptr: TensorLike | None,
+        paged_kv_indptr: TensorLike,
+        paged_kv_indices: TensorLike,
+        paged_kv_last_page_len: TensorLike,
+        *,
+        stream: object = None,
+    ) -> None:
+        """Plan another batch with the same options, in the same workspaces."""
+        arrays = self._arrays(
+            num_shared, qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
+        )
+        self._replan(arrays, stream)
+
+    def run(
+        self,
+        q: TensorLike,
+        k_shared: TensorLike,
+        v_shared: TensorLike,
+        paged_k_cache: TensorLike,
+        paged_v_cache: TensorLike,
+        o: TensorLike,
+        lse: TensorLike,
+        tmp_o: TensorLike,
+        tmp_lse: TensorLike,
+        *,
+        stream: object = None,
+        **options: Any,
+    ) -> None:
+        """Attention of `q` over the shared keys and each request's own into `o`, on `stream`.
+
+        Args:
+            k_shared, v_shared: [num_shared or more, num_kv_heads, head_dim], or with "HND" the
+                first two axes exchanged.
+            others: as in `MultiLevelCascadePlan.run`.
+        """
+        shared, own = self.levels
+
+        def of_shared(out: TensorDesc, sums: TensorDesc) -> None:
+            shared.ragged_run(q, k_shared, v_shared, out, sums, stream=stream, **options)
+
+        def of_own(out: TensorDesc, sums: TensorDesc) -> None:
+            own.paged_run(q, paged_k_cache, paged_v_cache, out, sums, stream=stream, **options)
+
+        self._merged([of_shared, of_own], o, lse, tmp_o, tmp_lse, stream)
+
+
+def _overlap(one: TensorDesc, other: TensorDesc) -> bool:
+    """Whether two contiguous tensors share bytes."""
+    return one.ptr < other.ptr + other.span_bytes and other.ptr < one.ptr + one.span_bytes

@@ -1,0 +1,350 @@
+"""Block-sparse attention: a prefill whose requests are rows of blocks, and whose pages are columns.
+
+Which blocks there are is the same for all heads (`BlockSparseAttentionPlan`), or each key head has
+rows, columns and blocks of its own (`VariableBlockSparseAttentionPlan`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.abi.tensor import TensorDesc, make_desc
+from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.ops.attention.arrays import Batch, Indptr, host_ints
+from fi_ffi.ops.attention.masks import pack_custom_mask
+from fi_ffi.ops.attention.plan import NotOf
+from fi_ffi.ops.attention.prefill import BatchPrefillPlan
+from fi_ffi.ops.attention.workspace import Workspace
+from fi_ffi.ops.call.arguments import check_int
+
+if TYPE_CHECKING:
+    import numpy
+    import numpy.typing
+    from typing_extensions import Unpack
+
+    from fi_ffi.ops.attention.masks import Bytes
+
+    _Array = numpy.ndarray[Any, numpy.dtype[Any]]
+
+
+class SparseKeywords(TypedDict, total=False):
+    """Of a prefill's options, those that blocks leave open; and where it is planned."""
+
+    q_data_type: object
+    kv_data_type: object
+    o_data_type: object
+    backend: str
+    logits_soft_cap: float
+    use_fp16_qk_reduction: bool
+    use_custom_mask: bool
+    disable_split_kv: bool
+    device: object
+    workspace: Workspace | None
+    stream: object
+
+
+def pack_block_mask(mask: numpy.typing.ArrayLike, indptr: TensorLike, M: int) -> Bytes:
+    """`custom_mask` of boolean blocks [nnz, R, C]: True where a query of a block sees a key.
+
+    Blocks are in the order of a `BlockSparseAttentionPlan`'s `indices`, and `indptr` says which are
+    of which row of blocks; of the last row's blocks the rows past `M` are left out.
+
+    Raises `ArgumentError` where they are not as many as `indptr` says.
+    """
+    import numpy as np
+
+    op, blocks, rows = (
+        "pack_block_mask",
+        np.asarray(mask),
+        Indptr("pack_block_mask", "indptr", indptr),
+    )
+    if blocks.dtype != np.bool_ or blocks.ndim != 3 or len(blocks) != rows.total:
+        got = f"{blocks.dtype} of shape {blocks.shape}"
+        raise ArgumentError(op, "mask", got=got, expected=f"bool of shape ({rows.total}, R, C)")
+    height = blocks.shape[1]
+    if not (rows.size - 1) * height < check_int(op, "M", M, 1) <= rows.size * height:
+        expected = f"rows that {rows.size} rows of blocks of {height} hold"
+        raise ArgumentError(op, "M", got=M, expected=expected)
+    parts = np.split(blocks, rows.view.tolist()[1:-1])
+    return pack_custom_mask(
+        [part.swapaxes(0, 1).reshape(height, -1)[: M - i * height] for i, part in enumerate(parts)]
+    )
+
+
+class BlockSparseAttentionPlan(BatchPrefillPlan):
+    """Attention whose mask is a block-sparse matrix of M rows (queries) and N columns (keys).
+
+    Args:
+        indptr: [ceil(M / R) + 1] int32 on the host: where each row of blocks starts in `indices`.
+        indices: [indptr[-1] or more] int32 on the host: columns of blocks, below N / C.
+        M, N: queries, and keys: a multiple of C.  R, C: rows and columns of a block.
+        num_qo_heads, num_kv_heads, head_dim: heads of the queries and of the keys, and their size.
+        options: of `BatchPrefillPlan`: `q_data_type`, `kv_data_type`, `o_data_type`, `backend`,
+            `logits_soft_cap`, `disable_split_kv`, and `use_custom_mask` where runs bring what is
+            seen of each block (`pack_block_mask`).
+        device, workspace, stream: as in `BatchPrefillPlan`.
+
+    Raises as `BatchPrefillPlan` does.
+    Upstream: flashinfer/sparse.py (BlockSparseAttentionWrapper), csrc/batch_prefill.cu.
+    """
+
+    op = "BlockSparseAttentionPlan"
+    runs: Sequence[str] = ("run",)
+    ragged_run: Any = NotOf()
+    # What of a prefill's options depends on where queries and keys are, which blocks do not say.
+    lacks: Sequence[str] = (
+        "page_size", "head_dim_qk", "head_dim_vo", "causal", "window_left", "pos_encoding_mode",
+        "use_multi_item_scoring", "enable_cuda_graph", "max_total_num_rows", "max_num_indices",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        indptr: TensorLike,
+        indices: TensorLike,
+        *,
+        M: int,
+        N: int,
+        R: int,
+        C: int,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        **options: Unpack[SparseKeywords],
+    ) -> None:
+        sizes = {"M": M, "N": N, "R": R, "C": C}
+        for name, value in sizes.items():
+            check_int(self.op, name, value, 1)
+        if N % C:
+            raise self.refuse("N", N, f"a multiple of C = {C}")
+        self.M, self.N, self.R, self.C = M, N, R, C
+        _refuse_options(self.op, self.lacks, options)
+        super().__init__(
+            **self._arrays(indptr, indices), page_size=C, num_qo_heads=num_qo_heads,
+            num_kv_heads=num_kv_heads, head_dim_qk=head_dim, **options,
+        )  # fmt: skip
+
+    def _arrays(self, indptr: TensorLike, indices: TensorLike) -> dict[str, Any]:
+        """The batch: a request for each row of blocks."""
+        rows = -(-self.M // self.R)
+        blocks = Indptr(self.op, "indptr", indptr, rows + 1)
+        return {
+            "qo_indptr": host_ints([*range(0, self.M, self.R), self.M]),
+            "paged_kv_indptr": blocks.view, "paged_kv_indices": indices,
+            "paged_kv_last_page_len": host_ints([self.C] * rows),
+        }  # fmt: skip
+
+    @property
+    def names(self) -> Mapping[str, str]:  # type: ignore[override]
+        return dict(super().names) | {"kv_indptr": "indptr", "indices": "indices"}
+
+    def read(self, arrays: Sequence[object]) -> Batch:
+        batch = super().read(arrays)
+        if batch.num_pages > self.N // self.C:
+            expected = f"columns of blocks below N / C = {self.N // self.C}"
+            raise self.refuse("indices", batch.max_page, expected)
+        return batch
+
+    def replan(  # type: ignore[override]
+        self, indptr: TensorLike, indices: TensorLike, *, stream: object = None
+    ) -> None:
+        """Plan other blocks of a matrix of the same size, in the same workspace."""
+        super().replan(**self._arrays(indptr, indices), stream=stream)
+
+    def run(
+        self,
+        q: TensorLike,
+        k: TensorLike,
+        v: TensorLike,
+        o: TensorLike,
+        lse: TensorLike | None = None,
+        *,
+        stream: object = None,
+        **options: Any,
+    ) -> None:
+        """Attention of `q` over the blocks of `k` and `v` into `o`, on `stream`.
+
+        Args:
+            q: [M, num_qo_heads, head_dim]; o: the same, written.
+            k, v: [N, num_kv_heads, head_dim], with the same strides.
+            lse: [M, num_qo_heads] float32, written: log2 of the sum of exponentials.
+            options: of `BatchPrefillPlan.paged_run`: `custom_mask`, `sm_scale` and the scales.
+        """
+        pages = []
+        for name, given in (("k", k), ("v", v)):
+            desc = as_desc(given, self.op, name)
+            if len(desc.shape) != 3 or desc.shape[0] != self.N:
+                expected = f"rank 3, and N = {self.N} rows, as planned"
+                raise self.refuse(name, desc.layout, expected)
+            shape = (self.N // self.C, self.C, *desc.shape[1:])
+            pages.append(_viewed(desc, shape, (self.C * desc.strides[0], *desc.strides)))
+        super().paged_run(q, pages[0], pages[1], o, lse, stream=stream, **options)
+
+    paged_run: Any = NotOf()
+
+
+class VariableBlockSparseAttentionPlan(BatchPrefillPlan):
+    """Attention whose mask is blocks of any sizes, others for each key head.
+
+    Args:
+        block_mask_map: [num_kv_heads, MB, NB] bool on the host: which blocks there are.
+        block_row_sz: [num_kv_heads, MB] integers on the host: queries of each row of blocks.
+        block_col_sz: [num_kv_heads, NB] integers on the host: keys of each column.
+            Each head's add up to as many.
+        num_qo_heads, num_kv_heads, head_dim: heads of the queries and of the keys, and their size.
+        options: as of `BlockSparseAttentionPlan`.
+        device, workspace, stream: as in `BatchPrefillPlan`.
+
+    Raises as `BatchPrefillPlan` does.
+    Upstream: flashinfer/sparse.py (VariableBlockSparseAttentionWrapper), csrc/batch_prefill.cu.
+    """
+
+    op = "VariableBlockSparseAttentionPlan"
+    runs: Sequence[str] = ("run",)
+    ragged_run: Any = NotOf()
+
+    def __init__(
+        self,
+        block_mask_map: numpy.typing.ArrayLike,
+        block_row_sz: numpy.typing.ArrayLike,
+        block_col_sz: numpy.typing.ArrayLike,
+        *,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        **options: Unpack[SparseKeywords],
+    ) -> None:
+        check_int(self.op, "num_kv_heads", num_kv_heads, 1)
+        if check_int(self.op, "num_qo_heads", num_qo_heads, 1) % num_kv_heads:
+            expected = f"a multiple of num_kv_heads = {num_kv_heads}"
+            raise self.refuse("num_qo_heads", num_qo_heads, expected)
+        self.num_kv_heads, self.group = num_kv_heads, num_qo_heads // num_kv_heads
+        _refuse_options(self.op, BlockSparseAttentionPlan.lacks, options)
+        # Each key head is so many requests, of queries with as many heads as share it.
+        super().__init__(
+            **self._arrays(block_mask_map, block_row_sz, block_col_sz), page_size=1,
+            num_qo_heads=self.group, num_kv_heads=1, head_dim_qk=head_dim, **options,
+        )  # fmt: skip
+
+    def _arrays(self, mask: Any, rows: Any, columns: Any) -> dict[str, Any]:
+        """The batch: a request for each row of blocks of each head, pages of one key."""
+        import numpy as np
+
+        heads = self.num_kv_heads
+        blocks = _host(self.op, "block_mask_map", mask, (heads, None, None), "b")
+        row_sizes = _host(self.op, "block_row_sz", rows, (heads, blocks.shape[1]), "iu")
+        sizes = _host(self.op, "block_col_sz", columns, (heads, blocks.shape[2]), "iu")
+        for name, each in (("block_row_sz", row_sizes), ("block_col_sz", sizes)):
+            totals = each.sum(axis=1, dtype=np.int64)
+            if each.min() < 0 or totals.min() != totals.max() or totals[0] * heads >= 2**31:
+                expected = "sizes of 0 or more that add up to the same for every head, below 2**31"
+                raise self.refuse(name, f"sums {totals.tolist()}", expected)
+        self.qo_len, self.kv_len = int(row_sizes[0].sum()), int(sizes[0].sum())
+        ends = np.cumsum(sizes, axis=None)
+        starts = (ends - sizes.ravel()).reshape(sizes.shape)
+        chosen = np.nonzero(blocks)
+        lengths = sizes[chosen[0], chosen[2]].astype(np.int64)
+        first = np.cumsum(lengths) - lengths
+        indices = np.repeat(starts[chosen[0], chosen[2]] - first, lengths)
+        indices = indices + np.arange(len(indices))
+        counts = (blocks * sizes[:, None]).sum(axis=2, dtype=np.int64).ravel()
+        each_start = np.concatenate(([0], np.cumsum(row_sizes, axis=None)))
+        return {
+            "qo_indptr": each_start.astype(np.int32),
+            "paged_kv_indptr": np.concatenate(([0], np.cumsum(counts))).astype(np.int32),
+            "paged_kv_indices": indices.astype(np.int32),
+            "paged_kv_last_page_len": np.ones(len(counts), np.int32),
+        }
+
+    def replan(  # type: ignore[override]
+        self,
+        block_mask_map: numpy.typing.ArrayLike,
+        block_row_sz: numpy.typing.ArrayLike,
+        block_col_sz: numpy.typing.ArrayLike,
+        *,
+        stream: object = None,
+    ) -> None:
+        """Plan other blocks with the same options, in the same workspace."""
+        arrays = self._arrays(block_mask_map, block_row_sz, block_col_sz)
+        super().replan(**arrays, stream=stream)
+
+    def run(
+        self,
+        q: TensorLike,
+        k: TensorLike,
+        v: TensorLike,
+        o: TensorLike,
+        lse: TensorLike | None = None,
+        *,
+        stream: object = None,
+        **options: Any,
+    ) -> None:
+        """Attention of `q` over its blocks of `k` and `v` into `o`, on `stream`.
+
+        All tensors are contiguous, and have the key heads first.
+
+        Args:
+            q: [num_kv_heads, qo_len, num_qo_heads / num_kv_heads, head_dim]: the heads that share
+                keys beside each other, which FlashInfer copies them to; o: the same, written.
+            k, v: [num_kv_heads, kv_len, head_dim].
+            lse: [num_kv_heads, qo_len, num_qo_heads / num_kv_heads] float32, written: log2 of the
+                sum of exponentials.
+            options: of `BatchPrefillPlan.paged_run`: `sm_scale` and the scales that are numbers.
+        """
+        heads, queries, keys = self.num_kv_heads, self.qo_len, self.kv_len
+        many, dim = heads * queries, self.options.head_dim_qk
+        views = [
+            self._flat("q", q, (heads, queries, self.group, dim), (many, self.group, dim)),
+            self._flat("k", k, (heads, keys, dim), (heads * keys, 1, 1, dim)),
+            self._flat("v", v, (heads, keys, dim), (heads * keys, 1, 1, dim)),
+            self._flat("o", o, (heads, queries, self.group, dim), (many, self.group, dim)),
+        ]
+        if lse is not None:
+            views.append(self._flat("lse", lse, (heads, queries, self.group), (many, self.group)))
+        super().paged_run(*views, stream=stream, **options)
+
+    def _flat(
+        self, name: str, given: TensorLike, shape: tuple[int, ...], flat: tuple[int, ...]
+    ) -> TensorDesc:
+        desc = as_desc(given, self.op, name)
+        if desc.shape != shape or not desc.is_contiguous:
+            raise self.refuse(name, desc.layout, f"shape {shape}, contiguous, as planned")
+        return _viewed(desc, flat, None)
+
+    paged_run: Any = NotOf()
+
+
+def _viewed(
+    desc: TensorDesc, shape: tuple[int, ...], strides: tuple[int, ...] | None
+) -> TensorDesc:
+    """The same memory with other axes."""
+    return make_desc(desc.ptr, shape, desc.dtype, strides, desc.device, desc.readonly, desc)
+
+
+def _refuse_options(op: str, lacks: Sequence[str], options: Mapping[str, Any]) -> None:
+    for name in lacks:
+        if name in options:
+            raise TypeError(f"{op}() got an unexpected keyword argument {name!r}")
+
+
+def _host(op: str, name: str, given: Any, shape: tuple[int | None, ...], kinds: str) -> _Array:
+    """A host array of these kinds of elements and this shape, None for any size but 0."""
+    import numpy as np
+
+    try:
+        array = np.asarray(given)
+    except Exception as error:  # the exporter's own: a GPU's array, for one
+        got = f"a {type(given).__qualname__} that refused: {error}"
+        raise ArgumentTypeError(op, name, got=got, expected="an array on the host") from error
+    fits = len(array.shape) == len(shape) and all(
+        have == want or (want is None and have)
+        for have, want in zip(array.shape, shape, strict=True)
+    )
+    if not fits or array.dtype.kind not in kinds:
+        words = ", ".join("any" if size is None else str(size) for size in shape)
+        expected = f"{'booleans' if kinds == 'b' else 'integers'} of shape ({words})"
+        raise ArgumentError(
+            op, name, got=f"{array.dtype} of shape {array.shape}", expected=expected
+        )
+    return array

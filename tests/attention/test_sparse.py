@@ -1,0 +1,163 @@
+"""Block-sparse attention and cascades on CPU tensors, against dense attention in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import fi_ffi
+
+from tests.helpers.calls import HostArray
+from tests.helpers.sparse_calls import DIM, SPECS, Sparse, drawn
+
+HEADS = {"num_qo_heads": 4, "num_kv_heads": 2}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_against_float64(name, rng):
+    assert SPECS[name].check(rng, HostArray, "cpu", None) <= 1
+
+
+def test_the_judge_sees_a_wrong_result(rng, monkeypatch):
+    """A block more than there is."""
+    blocks = fi_ffi.BlockSparseAttentionPlan.run
+
+    def run(self, q, k, v, o, lse, **more):
+        self.replan(np.int32([0, 1, 2, 3]), np.int32([0, 1, 2]))
+        blocks(self, q, k, v, o, lse, **more)
+
+    monkeypatch.setattr(fi_ffi.BlockSparseAttentionPlan, "run", run)
+    assert Sparse(density=0.9).check(rng, HostArray, "cpu", None) > 1
+
+
+def blocks(indptr=(0, 1, 3), indices=(0, 1, 3), **options):
+    sizes = {"M": 20, "N": 64, "R": 16, "C": 16, "head_dim": DIM, **HEADS}
+    return fi_ffi.BlockSparseAttentionPlan(
+        np.int32(indptr), np.int32(indices), device="cpu", **sizes | options
+    )
+
+
+def variable(mask=None, rows=((3, 4),) * 2, columns=((5, 6, 7),) * 2, **options):
+    mask = np.ones((2, 2, 3), bool) if mask is None else mask
+    return fi_ffi.VariableBlockSparseAttentionPlan(
+        mask, np.array(rows), np.array(columns), head_dim=DIM, device="cpu", **HEADS | options
+    )
+
+
+def cascade(**changes):
+    level = [np.int32([0, 2]), np.int32([0, 1]), np.int32([0]), np.int32([3])]
+    given = {
+        "qo_indptr_arr": [level[0]] * 2, "paged_kv_indptr_arr": [level[1]] * 2,
+        "paged_kv_indices_arr": [level[2]] * 2, "paged_kv_last_page_len_arr": [level[3]] * 2,
+        "page_size": 4, "head_dim_qk": DIM, "device": "cpu", **HEADS,
+    }  # fmt: skip
+    return fi_ffi.MultiLevelCascadePlan(**given | changes)
+
+
+def prefix(**changes):
+    given = {
+        "num_shared": 5, "qo_indptr": None, "paged_kv_indptr": np.int32([0, 1]),
+        "paged_kv_indices": np.int32([0]), "paged_kv_last_page_len": np.int32([3]),
+        "page_size": 4, "head_dim_qk": DIM, "device": "cpu", **HEADS,
+    }  # fmt: skip
+    return fi_ffi.SharedPrefixPlan(**given | changes)
+
+
+PLANS = {
+    "rows of blocks": (lambda: blocks(indptr=(0, 3)), "indptr", "3 elements"),
+    "a column past the last": (lambda: blocks(indices=(0, 1, 4)), "indices", "below N / C = 4"),
+    "columns that are cut": (lambda: blocks(N=60), "N", "a multiple of C = 16"),
+    "no rows": (lambda: blocks(M=0), "M", "from 1"),
+    "variable: blocks": (lambda: variable(np.ones((3, 2, 3), bool)), "block_mask_map", "booleans"),
+    "variable: numbers": (lambda: variable(np.ones((2, 2, 3))), "block_mask_map", "booleans"),
+    "variable: rows": (lambda: variable(rows=((3, 4), (3, 5))), "block_row_sz", "the same for"),
+    "variable: below 0": (lambda: variable(rows=((8, -1), (3, 4))), "block_row_sz", "0 or more"),
+    "variable: columns": (lambda: variable(columns=((5, 6),) * 2), "block_col_sz", "integers of"),
+    "variable: heads": (lambda: variable(num_qo_heads=3), "num_qo_heads", "a multiple of"),
+    "levels": (lambda: cascade(paged_kv_indices_arr=[]), "paged_kv_indices_arr", "for each level"),
+    "queries of levels": (
+        lambda: cascade(qo_indptr_arr=[np.int32([0, 2]), np.int32([0, 3])]), "qo_indptr_arr",
+        "the same in every level"),
+    "workspaces": (lambda: cascade(workspaces=[None]), "workspaces", "one for each level"),
+    "heads that cannot be merged": (lambda: cascade(head_dim_qk=96), "head_dim_qk", "be merged"),
+    "shared keys": (lambda: prefix(num_shared=0), "num_shared", "from 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_refusals_of_plans(name):
+    make, argument, words = PLANS[name]
+    with pytest.raises(fi_ffi.ArgumentError, match=words) as caught:
+        make()
+    assert caught.value.argument == argument
+    assert caught.value.op.endswith("Plan")
+
+
+def test_options_that_depend_on_places():
+    for option in ("window_left", "pos_encoding_mode"):
+        for make in (blocks, variable, cascade, prefix):
+            with pytest.raises(TypeError, match=option):
+                make(**{option: 1})
+
+
+@pytest.mark.parametrize("plan", [blocks, variable])
+def test_runs_of_other_kinds_are_not_there(plan):
+    made = plan()
+    for run in ("paged_run", "ragged_run"):
+        with pytest.raises(AttributeError, match=f"has no '{run}'"):
+            getattr(made, run)
+    assert type(made).supports(sm=90, head_dim=64)
+
+
+def test_refusals_of_runs(rng):
+    q, k = drawn(rng, 20, 4, DIM), drawn(rng, 64, 2, DIM)
+    o = np.full_like(q, np.nan)
+    with pytest.raises(fi_ffi.ArgumentError, match="N = 64 rows, as planned"):
+        blocks().run(q, k, k[:48], o)
+    with pytest.raises(fi_ffi.ArgumentError, match="nnz_qo = 20"):
+        blocks().run(q[:16], k, k.copy(), o)
+    with pytest.raises(fi_ffi.ArgumentError, match="contiguous, as planned"):
+        variable().run(q, k, k, o)
+    assert np.isnan(o).all()
+
+
+def test_refusals_of_cascades(rng):
+    q, cache = drawn(rng, 2, 4, DIM), drawn(rng, 1, 4, 2, DIM)
+    o, lse = np.full_like(q, np.nan), np.full((2, 4), np.nan, np.float32)
+    plan = cascade()
+    for changed, words in (
+        ({"tmp_o": o}, "memory of its own"),
+        ({"tmp_lse": lse[:1].copy()}, "another tensor like `lse`"),
+        ({"paged_v_cache": cache[:, :3]}, "page_size"),
+    ):
+        given = {
+            "q": q, "paged_k_cache": cache, "paged_v_cache": cache.copy(), "o": o, "lse": lse,
+            "tmp_o": o.copy(), "tmp_lse": lse.copy(),
+        }  # fmt: skip
+        with pytest.raises(fi_ffi.ArgumentError, match=words):
+            plan.run(**given | changed)
+        assert np.isnan(o).all() and np.isnan(lse).all()
+    one = [np.int32([0, 2]), np.int32([0, 1]), np.int32([0]), np.int32([3])]
+    with pytest.raises(fi_ffi.ArgumentError, match="2 levels, as planned"):
+        plan.replan(*([each] for each in one))
+
+
+def test_a_replan_of_levels_is_of_all_or_none(rng):
+    plan, before = cascade(), None
+    before = [level.plan_info for level in plan.levels]
+    good = [np.int32([0, 2]), np.int32([0, 1]), np.int32([0]), np.int32([4])]
+    bad = [*good[:3], np.int32([9])]
+    with pytest.raises(fi_ffi.ArgumentError, match="from 1 to 4"):
+        plan.replan(*map(list, zip(good, bad, strict=True)))
+    assert [level.plan_info for level in plan.levels] == before
+
+
+def test_masks_of_blocks():
+    mask = np.zeros((2, 2, 3), bool)
+    mask[0, 0, 0] = mask[1, 0, 2] = True
+    packed = fi_ffi.pack_block_mask(mask, np.int32([0, 1, 2]), 3)
+    # The first row of blocks has 6 bits, the second, of one row, 3.
+    assert packed.tolist() == [1, 4]
+    for wrong, words in (((mask[:1], 3), "shape \\(2, R, C\\)"), ((mask, 5), "2 rows of blocks")):
+        with pytest.raises(fi_ffi.ArgumentError, match=words):
+            fi_ffi.pack_block_mask(wrong[0], np.int32([0, 1, 2]), wrong[1])
