@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from fi_ffi.ops.attention import *  # noqa: F403
     from fi_ffi.ops.graphs import Graph as Graph
     from fi_ffi.ops.graphs import capture as capture
+    from fi_ffi.ops.mamba import selective_state_update as selective_state_update
     from fi_ffi.ops.matmul import *  # noqa: F403
     from fi_ffi.ops.modules import function as function
     from fi_ffi.ops.modules import functions as functions
@@ -117,6 +118,7 @@ _LATER |= {
     "object_type": "fi_ffi.ops.modules",
     "object_types": "fi_ffi.ops.modules",
     "prepare": "fi_ffi.ops.prepare",
+    "selective_state_update": "fi_ffi.ops.mamba",
     "top_p_renorm_workspace_size": "fi_ffi.ops.table.renorm",
     "watchdog": "fi_ffi.ops.watch.watchdog",
 }

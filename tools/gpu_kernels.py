@@ -74,6 +74,8 @@ def _rest() -> Iterator[tuple[str, dict[str, object]]]:
     yield "xqa", xqa | {"page_size": 64, "head_group_ratio": 8} | fp8
     yield "selective_state_update", _SSU
     yield "selective_state_update", _SSU | {"ssu_arch": "sm90"}
+    drafts = {"state_dtype": "bf16", "stateIndex_dtype": "i32", "ntokens_mtp": 4}
+    yield "selective_state_update", _SSU | drafts | {"ssu_arch": "sm90"}
 
 
 _SSU = {

@@ -43,10 +43,15 @@ class Tensor(Ranged):
     reads: bool = True
     # The entry takes a Tensor object, not a view (`ffi.Tensor` in its signature).
     as_object: bool = False
-    # Every element adjacent; otherwise only those of the last axis need be.
+    # Every element adjacent; otherwise only those of the last axis need be, or of so many of the
+    # last axes.
     contiguous: bool = False
-    # None where there is none.
+    packed: int = 1
+    # Along so many of the last axes all elements are one: their strides are 0.
+    broadcast: int = 0
+    # None where there is none; or the entry could do without it, and the op cannot.
     optional: bool = False
+    entry_optional: bool = False
     # There is always one for the entry: without elements, where there is none.
     empty: bool = False
     # On the host, whatever device the others are on.
@@ -102,7 +107,8 @@ class Tensor(Ranged):
     @property
     def abi_type(self) -> str:
         kind = "ffi.Tensor" if self.as_object else "DLTensor*"
-        return f"Optional<{kind}>" if self.optional and not self.empty else kind
+        is_optional = (self.optional or self.entry_optional) and not self.empty
+        return f"Optional<{kind}>" if is_optional else kind
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,17 @@ from tests.ops import (
     test_quantization,
     test_results,
     test_routing,
+    test_state_update,
 )
 
 globals().update(
     bodies_of(
-        test_activation, test_cascade, test_mamba, test_quantization, test_results, test_routing
+        test_activation,
+        test_cascade,
+        test_mamba,
+        test_quantization,
+        test_results,
+        test_routing,
+        test_state_update,
     )
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import fi_ffi
 from fi_ffi.reference.attention.formula import Options, exact
 
 from tests.attention import judge
@@ -20,7 +19,6 @@ from tests.helpers.untyped_calls import (
     module,
     poisoned,
     rounded,
-    state_update,
     worst,
 )
 
@@ -28,7 +26,6 @@ ATTENTION = (
     "batch_attention_with_kv_cache_dtype_q_f16_dtype_kv_f16_dtype_o_f16_dtype_idx_i32_"
     "head_dim_qk_128_head_dim_vo_128_posenc_0_use_logits_soft_cap_false_use_profiler_false"
 )
-STATE = "selective_state_update_s_f32_i_bf16_w_bf16_a_f32_si_i64_d_64_ds_128_nt_1_cs_i32_na_i32"
 EPS = {"rms": 1e-5, "pre": 3e-3, "sinkhorn": 1e-4}
 
 
@@ -82,64 +79,6 @@ def test_mhc_pre(splits, block, repeats, rng, to_gpu, stream):
     judged(outs[0], post, off * post)
     judged(outs[1], comb, 8 * off[..., None] * comb)
     judged(outs[2], layer, rounded(BF16, layer) + off * magnitude)
-
-
-@pytest.mark.parametrize(
-    ("suffix", "algorithm"), [("", 0), ("", 1), ("", 2), ("_sm90", 0), ("_sm90", 1), ("_sm90", 2),
-                              ("_sm90", 3)],
-)  # fmt: skip
-@pytest.mark.parametrize(("batch", "gated", "softplus"), [(3, True, True), (70, False, False)])
-@pytest.mark.parametrize("steps", [False, True], ids=["one", "steps"])
-def test_selective_state_update(
-    suffix, algorithm, batch, gated, softplus, steps, rng, to_gpu, stream
-):
-    """Weights of a head, not of its elements, are told by strides of 0."""
-    if steps and algorithm > 1:
-        pytest.skip("several steps are the simple kernel's below SM100")
-    entry = module(STATE + suffix).selective_state_update
-    heads, groups, dim, width, slots = 8, 2, 64, 128, batch + 9
-    state = rng.standard_normal((slots, heads, dim, width)).astype(np.float32)
-    x = rng.standard_normal((batch, heads, dim)).astype(BF16)
-    dt = rng.uniform(0.05, 1.0, (batch, heads)).astype(BF16)
-    a = -rng.uniform(0.1, 3, heads).astype(np.float32)
-    b, c = (rng.standard_normal((batch, groups, width)).astype(BF16) for _ in "bc")
-    d, bias = rng.standard_normal(heads).astype(BF16), rng.uniform(0, 0.5, heads).astype(BF16)
-    z = rng.standard_normal((batch, heads, dim)).astype(BF16) if gated else None
-    where = rng.permutation(slots)[:batch].astype(np.int64)
-    padded = batch // 2  # reads and writes no state; its output is not looked at
-    told = where.copy()
-    told[padded] = -1
-    table = to_gpu(state)
-    out = to_gpu(poisoned((batch, 1, heads, dim) if steps else (batch, heads, dim), BF16))
-
-    def wide(array, *more):
-        device = to_gpu(array)
-        desc = device.desc()
-        shape, strides = (*array.shape, *more), (*desc.strides, *[0] * len(more))
-        if array.ndim > 1 and steps:
-            shape, strides = (shape[0], 1, *shape[1:]), (strides[0], *strides)
-        return fi_ffi.TensorDesc(device.ptr, shape, desc.dtype, strides=strides, device="cuda:0")
-
-    args = [table.desc(), wide(x), wide(dt, dim), wide(a, dim, width), wide(b), wide(c),
-            wide(d, dim), wide(z) if gated else None, wide(bias, dim), softplus,
-            to_gpu(told).desc(), None, -1, None, out.desc(), False, None, None, None, None,
-            int(steps), None, None, algorithm]  # fmt: skip
-    if not suffix and algorithm > 1:
-        with pytest.raises(fi_ffi.KernelError, match="Unsupported SSU algorithm"):
-            entry(*args, stream=stream)
-        assert (table.get() == state).all() and np.isnan(float64(out.get())).all()
-        return
-    entry(*args, stream=stream)
-    new, off_new, expected, off = state_update(state[where], x, dt, a, b, c, d, z, bias, softplus)
-    kept = np.arange(batch) != padded
-    got = table.get()
-    assert worst(1.05 * new[kept], new[kept], off_new[kept]) > 1
-    assert worst(got[where[kept]], new[kept], off_new[kept]) <= 1
-    others = np.setdiff1d(np.arange(slots), where[kept])
-    assert (got[others] == state[others]).all()
-    assert table.intact() and out.intact()
-    assert worst(1.05 * expected[kept], expected[kept], off[kept]) > 1
-    assert worst(out.get().reshape(expected.shape)[kept], expected[kept], off[kept]) <= 1
 
 
 @pytest.mark.parametrize("dtype", [np.float16, BF16], ids=str)

@@ -90,30 +90,6 @@ def mhc_pre(dots, squares, residual, scale, base, *, k, eps, post_factor, repeat
     return post, comb, layer, magnitude, np.abs(logits).max(1)
 
 
-def state_update(state, x, dt, a, b, c, d, z, dt_bias, softplus):
-    """One step of Mamba for states [n, heads, dim, dstate]: results and bounds of both."""
-    state, x, dt, a, b, c, d = map(float64, (state, x, dt, a, b, c, d))
-    dt = dt + float64(dt_bias)
-    dt = np.log1p(np.exp(dt)) if softplus else dt
-    off_dt = 2.0**-18 * (1 + np.abs(dt)) if softplus else 2.0**-23 * (1 + np.abs(dt))
-    heads = x.shape[1] // b.shape[1]
-    b, c = (np.repeat(array, heads, axis=1)[:, :, None, :] for array in (b, c))
-    x4, dt4, off4 = x[..., None], dt[:, :, None, None], off_dt[:, :, None, None]
-    decay = np.exp(a[:, None, None] * dt4)
-    off_decay = decay * (np.abs(a)[:, None, None] * off4 + 2.0**-21 * (2 + np.abs(np.log(decay))))
-    new = state * decay + b * dt4 * x4
-    sizes = np.abs(state * decay) + np.abs(b * dt4 * x4)
-    off_new = np.abs(state) * off_decay + np.abs(b * x4) * off4 + 2.0**-21 * sizes
-    out = (new * c).sum(-1) + d[:, None] * x
-    off_out = (off_new * np.abs(c)).sum(-1)
-    off_out += SUM * (np.abs(new * c).sum(-1) + np.abs(d[:, None] * x))
-    if z is not None:
-        gate = float64(z) * sigmoid(float64(z))
-        off_out = off_out * np.abs(gate) + np.abs(out * gate) * 2.0**-18 * (1 + np.abs(float64(z)))
-        out = out * gate
-    return new, off_new + 1e-30, out, off_out + rounded(BF16, out)
-
-
 def unpacked(packed):
     """Two e2m1 numbers of each byte, the low half first."""
     halves = np.stack([packed & 15, packed >> 4], axis=-1)

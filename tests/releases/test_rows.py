@@ -8,6 +8,7 @@ import pytest
 
 from fi_ffi.abi.signature import Signature
 from fi_ffi.loader.lock import the_lock
+from fi_ffi.ops import mamba
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows as matmul
 from fi_ffi.ops.releases import fits
@@ -109,3 +110,15 @@ def test_settling_on_a_release_changes_what_the_op_takes():
     finally:
         op.select_release(None)
     assert fits(op.row, the_lock().default_release)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_states_are_what_the_release_declares(release, sources):
+    """Of every kind of call: the entry of Mamba's modules, compiled for each."""
+    for kind in ("one", "steps", "sequences"):
+        row = mamba.row_of(kind, 1, 2)
+        declared = exported(sources(release, row.source))[row.symbol]
+        assert row.signature.same_types(declared) is fits(row, release)
+        if fits(row, release):
+            wanted = parameters(sources(release, row.source))[row.symbol]
+            assert [arg.name for arg in row.args] == ["out" if n == "output" else n for n in wanted]

@@ -338,10 +338,13 @@ _P = ParamSpec("_P")
 
 
 class Launched(Generic[_P]):
-    """A function that fills in what a row's entry is given, and launches it."""
+    """A function that fills in what a row's entry is given, and launches it.
 
-    def __init__(self, fill: Callable[_P, Values]) -> None:
-        self._fill = fill
+    `ask` tells whether it can be called: by name, with a GPU and what `supports` is told.
+    """
+
+    def __init__(self, fill: Callable[_P, Values], ask: Callable[..., Support] = asked_of) -> None:
+        self._fill, self._ask = fill, ask
         functools.update_wrapper(self, fill)
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> None:
@@ -356,7 +359,7 @@ class Launched(Generic[_P]):
         """Whether it can be called on a GPU (`sm=90`), with kernels of a `release` and a
         `cuda` tag, with these dtypes, head size and options (`q_data_type`, `kv_data_type`,
         `o_data_type`, `head_dim`, `head_dim_vo`, and the call's own): see `Op.supports`."""
-        return asked_of(self.__name__, sm, **asked)  # type: ignore[attr-defined]
+        return self._ask(self.__name__, sm, **asked)  # type: ignore[attr-defined]
 
 
 launched = Launched

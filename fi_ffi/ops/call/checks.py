@@ -414,7 +414,7 @@ class Checks:
 
     def _vector_axis(self, arg: Tensor) -> str | None:
         """The axis that is loaded several elements at a time."""
-        if not arg.in_vectors:
+        if arg.broadcast or not arg.in_vectors:
             return None
         named = (parse_axis(text).names for text in arg.axis_names)
         return next((n for names in named for n in names if n in self.row.vector.axes), None)
@@ -494,11 +494,14 @@ class Checks:
         if arg.transposed:
             dims = [*dims[:-2], dims[-1], dims[-2]]
             steps = [*steps[:-2], steps[-1], steps[-2]]
-        wrong = [f"{steps[-1]} != 1"]
+        rank -= arg.broadcast
+        wrong = [f"{step} != 0" for step in steps[rank:]]
+        dims, steps = dims[:rank], steps[:rank]
+        wrong.append(f"{steps[-1]} != 1")
         inner = f"{dims[-1]} * {arg.parts}" if arg.parts > 1 else dims[-1]
         for k in reversed(range(rank - 1)):
             stride = steps[k]
-            if arg.contiguous or arg.parts > 1:
+            if arg.contiguous or arg.parts > 1 or k >= rank - arg.packed:
                 wrong.append(f"{stride} != {inner}")
             else:
                 least = inner if arg.writes else "0"
@@ -522,6 +525,8 @@ class Checks:
         if arg.contiguous:
             return " * ".join(dims) or "1"
         last = len(dims) - 1
+        if arg.broadcast:
+            dims, last = dims[: -arg.broadcast], last - arg.broadcast
         terms = [
             size if k == last and not arg.transposed else f"({size} - 1) * {name}__s{k}"
             for k, size in enumerate(dims)

@@ -161,6 +161,14 @@ class Refusals:
     ) -> str:
         if tensor.contiguous and not is_row_major(shape, strides):
             return f"a contiguous tensor{how}"
+        if tensor.broadcast:
+            count = len(shape) - tensor.broadcast
+            if any(strides[count:]):
+                return f"strides of 0 along the last {tensor.broadcast} axes"
+            shape, strides = shape[:count], strides[:count]
+        count = tensor.packed
+        if count > 1 and not is_row_major(shape[-count:], strides[-count:]):
+            return f"the last {count} axes without gaps between them"
         if strides and strides[-1] != 1:
             return f"a last axis with stride 1{how}"
         # The stride of an axis of one element is never used.

@@ -1,0 +1,380 @@
+"""`selective_state_update`: Mamba's states, a token or a few further.
+
+A module is compiled for dtypes, for the sizes of a head and of its state, and for so many tokens.
+What the rows demand beyond the binding's checks follows the kernels, in
+`include/flashinfer/mamba/`: those of several tokens find a group's B and C, and a head's x, by the
+sizes alone, and are compiled for heads in a power of 2 to a group.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.abi.tensor import TensorDesc, frozen, tensor_kind
+from fi_ffi.errors import ArgumentError
+from fi_ffi.loader import machine
+from fi_ffi.ops.attention.backends import module_name
+from fi_ffi.ops.attention.run import Launched, Values, compiled_row
+from fi_ffi.ops.call.arguments import check_choice, check_int
+from fi_ffi.ops.row import Absent, Arg, Row, Rule, Scalar, Tensor, Vector
+
+if TYPE_CHECKING:
+    from fi_ffi.abi.tensor import Device
+    from fi_ffi.ops.capability.judgement import Support
+
+_OP = FAMILY = "selective_state_update"
+_INT = 2**31 - 1
+_FLOATS = ("float32", "bfloat16", "float16")
+_INTS = ("int32", "int64")
+ALGORITHMS = {"auto": 0, "simple": 1, "vertical": 2, "horizontal": 3, "async_horizontal": 1}
+# Heads of a group that the kernels of several tokens are compiled for.
+RATIOS = (1, 2, 4, 8, 16, 32, 64)
+# x's axes, and those of B and C with groups for heads: of one token for each request, of several,
+# and of sequences one after another.
+_TOKENS = {"one": "b", "steps": "b t", "sequences": "tokens"}
+
+
+def _rule(argument: str, axis: str, least: str, what: str) -> Rule:
+    return Rule(argument, f"not {argument} or {axis} >= {least}", f"{what}, or more")
+
+
+def _rules(kind: str, read: int, written: int) -> Iterator[Rule]:
+    """What optional tensors must be of, where there are any."""
+    state, states = "state_batch_indices", "intermediate_states_buffer"
+    yield _rule(state, "indices", "b", "an index for each request")
+    yield _rule(f"dst_{state}", "targets", "b", "an index for each request")
+    if kind == "one":
+        return
+    most = "t" if kind == "steps" else "cache_steps"
+    if read == 2:
+        yield _rule(state, "width", most, "an index for each token")
+    if written == 2:
+        yield _rule(f"dst_{state}", "depth", most, "an index for each token")
+    yield _rule("num_accepted_tokens", "accepted", "b", "a number for each request")
+    yield Rule("B", f"ngroups and nheads // ngroups in {RATIOS}",
+               f"groups of {', '.join(map(str, RATIOS))} heads each")  # fmt: skip
+    yield Rule(
+        "cache_steps", f"not {states} or cache_steps == steps", f"the second size of {states}"
+    )
+    if kind == "steps":
+        yield Rule("cache_steps", f"not {states} or cache_steps >= t",
+                   "as many as x has tokens for each request, or more")  # fmt: skip
+    # States are then kept where they are in `state`.
+    yield Rule(states, f"not {states} or intermediate_state_indices or entries >= slots",
+               "an entry for each state, without intermediate_state_indices")  # fmt: skip
+
+
+@functools.cache
+def row_of(kind: str, read: int, written: int) -> Row:
+    """The row for so many axes of `state_batch_indices` and `dst_state_batch_indices`."""
+    tokens = _TOKENS[kind]
+    of_heads, of_groups = f"{tokens} nheads dim", f"{tokens} ngroups dstate"
+    of_token: dict[str, Any] = {"packed": 2, "offset_limit": 2**63}
+    maybe: dict[str, Any] = {"doc": "", "optional": True}
+    args: tuple[Arg, ...] = (
+        Tensor("state", "slots nheads dim dstate", "S", "", writes=True, packed=3,
+               offset_limit=2**63),
+        Tensor("x", of_heads, "T", "", **of_token),
+        Tensor("dt", of_heads, "W", "", broadcast=1),
+        Tensor("A", "nheads dim dstate", "A", "", broadcast=2),
+        Tensor("B", of_groups, "T", "", **of_token),
+        Tensor("C", of_groups, "T", "", **of_token),
+        Tensor("D", "nheads dim", "W", "", broadcast=1),
+        Tensor("z", of_heads, "T", **maybe, **of_token),
+        Tensor("dt_bias", "nheads dim", "W", broadcast=1, **maybe),
+        Scalar("dt_softplus", bool, False, ""),
+        Tensor("state_batch_indices", " ".join(("indices", "width")[:read]), "I", **maybe),
+        Tensor("dst_state_batch_indices", " ".join(("targets", "depth")[:written]), "I", **maybe),
+        Scalar("pad_slot_id", int, -1, "", low=-(2**31), high=_INT),
+        Absent("state_scale", "Optional<DLTensor*>"),
+        Tensor("out", of_heads, "T", "", writes=True, reads=False, contiguous=kind == "one",
+               **of_token),
+        Scalar("disable_state_update", bool, False, ""),
+        Tensor("intermediate_states_buffer", "entries steps nheads dim dstate", "S", writes=True,
+               contiguous=True, **maybe),
+        Tensor("intermediate_state_indices", "b", "I", contiguous=True, **maybe),
+        Absent("intermediate_state_scales", "Optional<DLTensor*>"),
+        Absent("rand_seed", "Optional<DLTensor*>"),
+        Scalar("cache_steps", int, 0, "", low=0, high=_INT),
+        # Of sequences, which no other tensor has the number of.
+        Tensor("cu_seqlens", "b+1", "L", "", optional=kind != "sequences", entry_optional=True,
+               contiguous=True),
+        Tensor("num_accepted_tokens", "accepted", "N", contiguous=True, **maybe),
+        Scalar("algorithm", int, 0, ""),
+    )  # fmt: skip
+    return Row(
+        _OP, FAMILY, _OP, "csrc/flashinfer_mamba_binding.cu", "", args,
+        dict.fromkeys("STWA", _FLOATS) | dict.fromkeys("ILN", _INTS),
+        ">=0.6.7", vector=Vector(("dim", "dstate")), offset_limit=2**63,
+        requires=(
+            "nheads >= 1", "nheads <= 65535", "dim >= 16", "dim % 16 == 0", "dstate >= 32",
+            "dstate % 8 == 0", "nheads % ngroups == 0", f"slots <= {_INT}", f"b <= {_INT}",
+            "slots >= b", f"nheads * dim * dstate <= {_INT}", *_rules(kind, read, written),
+        ),
+        nothing_axis="tokens" if kind == "sequences" else "b",
+    )  # fmt: skip
+
+
+def module_of(device: Device | None, release: str | None = None, **compiled: Any) -> str:
+    """The module that is compiled for these, named as FlashInfer's generator names them."""
+    major = machine.capability(device.index)[0] if device is not None and device.is_cuda else 9
+    return module_name(FAMILY, release, ssu_arch=_arch(major), **_DEFAULTS | compiled)
+
+
+def _arch(major: int) -> str:
+    return "sm100" if major >= 10 else "sm90" if major == 9 else ""
+
+
+# What FlashInfer compiles for where a call has no such tensor, or `supports` is not told.
+_DEFAULTS: dict[str, Any] = {
+    "stateIndex_dtype": "int32", "cu_seqlens_dtype": "int32", "num_accepted_tokens_dtype": "int32",
+    "ntokens_mtp": 1, "state_scale_dtype": None, "philox_rounds": 0,
+}  # fmt: skip
+_SAMPLE: dict[str, Any] = {
+    "state_dtype": "float32", "input_dtype": "bfloat16", "weight_dtype": "bfloat16",
+    "matrixA_dtype": "float32", "dim": 64, "dstate": 128,
+}  # fmt: skip
+
+
+def _supports(
+    op: str, sm: Any = None, *, release: str | None = None, cuda: str | None = None,
+    kernels: str | os.PathLike[str] | None = None, **compiled: Any,
+) -> Support:  # fmt: skip
+    from fi_ffi.ops.capability.judgement import Query
+
+    return judge_states(op, Query.of(sm, release, cuda, None, kernels), compiled)
+
+
+def judge_states(op: str, query: Any, compiled: Any) -> Support:
+    """Whether there is a module that is compiled for these."""
+    from fi_ffi.ops.capability.judgement import REFUSED, Support, judge
+
+    unknown = next((name for name in compiled if name not in _DEFAULTS | _SAMPLE), None)
+    if unknown is not None:
+        raise TypeError(f"{op}.supports() got an unexpected keyword argument {unknown!r}")
+    major = query.capability[0] if query.capability else 9
+    given = _DEFAULTS | _SAMPLE | dict(compiled)
+
+    def module(release: str) -> str:
+        return module_name(FAMILY, release, ssu_arch=_arch(major), **given)
+
+    try:
+        return judge(op, [row_of("one", 1, 1)], query, module)
+    except ArgumentError as error:
+        return Support(op, REFUSED, str(error), release=query.release)
+
+
+def _viewed(desc: TensorDesc, shape: tuple[int, ...], strides: tuple[int, ...]) -> TensorDesc:
+    kind = tensor_kind(desc.dtype, desc.device, len(shape), desc.readonly)
+    return frozen(desc.ptr, shape, strides, kind, desc)
+
+
+def _spread(desc: TensorDesc, sizes: tuple[int, ...]) -> TensorDesc:
+    """The same value along more axes, of these sizes."""
+    return _viewed(desc, (*desc.shape, *sizes), (*desc.strides, *[0] * len(sizes)))
+
+
+def _with_steps(desc: TensorDesc) -> TensorDesc:
+    """One token of each request as a row of one."""
+    (b, *shape), (step, *strides) = desc.shape, desc.strides
+    return _viewed(desc, (b, 1, *shape), (step, step, *strides))
+
+
+@functools.partial(Launched, ask=_supports)
+def selective_state_update(
+    state: TensorLike,
+    x: TensorLike,
+    dt: TensorLike,
+    A: TensorLike,
+    B: TensorLike,
+    C: TensorLike,
+    D: TensorLike,
+    z: TensorLike | None = None,
+    dt_bias: TensorLike | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: TensorLike | None = None,
+    pad_slot_id: int = -1,
+    *,
+    out: TensorLike,
+    disable_state_update: bool = False,
+    intermediate_states_buffer: TensorLike | None = None,
+    intermediate_state_indices: TensorLike | None = None,
+    cache_steps: int = 0,
+    algorithm: str = "auto",
+    dst_state_batch_indices: TensorLike | None = None,
+    cu_seqlens: TensorLike | None = None,
+    num_accepted_tokens: TensorLike | None = None,
+    stream: object = None,
+) -> Values:
+    """Take Mamba's states a token further, or several, and read them.
+
+    For each head, with `dt = softplus(dt + dt_bias)` (or without softplus):
+    `state = state * exp(A * dt) + dt * x * B`, `out = state @ C + D * x`, times `silu(z)`.
+
+    Args:
+        state: [slots, nheads, dim, dstate] float32, bfloat16 or float16: the states of all
+            requests, written in place.  Slots may lie apart.
+        x: [b, nheads, dim], a token of each request; or [b, t, nheads, dim], t tokens of each; or
+            with `cu_seqlens` [tokens, nheads, dim], all requests' one after another.
+        dt: as x without dim, or as x with a stride of 0 there; A: [nheads], D: [nheads] and
+            dt_bias: [nheads], or as FlashInfer has them [nheads, dim, dstate] and [nheads, dim],
+            with strides of 0.
+        B, C: as x, [..., ngroups, dstate]; nheads is a multiple of ngroups.
+        z: as x; out: as x, of x's dtype, written.
+        state_batch_indices: [b] or [b, width] int32 or int64: where each request's state is in
+            `state`; the i-th without.  `pad_slot_id` there is of no request: its state is taken to
+            be 0, and not written.
+        dst_state_batch_indices: where states are written, if not there: [b], or one for each token
+            [b, width].  With one token for each request it has `pad_slot_id` where
+            `state_batch_indices` has.
+        disable_state_update: leaves `state` as it is.
+        intermediate_states_buffer: [entries, cache_steps, nheads, dim, dstate], of several tokens:
+            gets the state after each, and `state` stays as it is; `intermediate_state_indices`
+            [b] has the entry of each request.
+        cache_steps: of sequences the most tokens that one has, with `intermediate_states_buffer`
+            its second size; x of one token is then taken as of several.
+        algorithm: "auto", "simple", "vertical" or "horizontal".
+        cu_seqlens: [b + 1]: where each request's tokens start, and the end; none has more than
+            `cache_steps`.
+        num_accepted_tokens: [b]: how many of its last tokens each request has accepted: it goes on
+            from `state_batch_indices[i, accepted - 1]`.
+
+    Indices are on the GPU and are not looked at before the launch.  Not here, and reached by
+    `fi_ffi.module`: states of int16 with scales, and stochastic rounding.  Raises `ArgumentError`
+    and `ArgumentTypeError` before anything is launched, `KernelNotFoundError` where there is no
+    such module.
+    Upstream: flashinfer/mamba/selective_state_update.py, csrc/selective_state_update.cu.
+    """
+    call = _Call(_described(state, x, dt, A, B, C, D, z, dt_bias, out), cu_seqlens, cache_steps)
+    check_choice(_OP, "algorithm", algorithm, tuple(ALGORITHMS))
+    call.optional(
+        state_batch_indices=state_batch_indices, dst_state_batch_indices=dst_state_batch_indices,
+        intermediate_states_buffer=intermediate_states_buffer,
+        intermediate_state_indices=intermediate_state_indices,
+        num_accepted_tokens=num_accepted_tokens,
+    )  # fmt: skip
+    values = call.values()
+    values.put(
+        dt_softplus=dt_softplus, pad_slot_id=pad_slot_id, cache_steps=call.cache_steps,
+        disable_state_update=disable_state_update, algorithm=ALGORITHMS[algorithm],
+    )  # fmt: skip
+    return values
+
+
+def _described(*tensors: TensorLike | None) -> dict[str, TensorDesc | None]:
+    names = ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "out")
+    both = zip(names, tensors, strict=True)
+    optional = ("z", "dt_bias")
+    return {
+        name: None if tensor is None and name in optional else as_desc(tensor, _OP, name)
+        for name, tensor in both
+    }
+
+
+class _Call:
+    """A call's tensors as the kernels take them, and what its module is compiled for."""
+
+    def __init__(
+        self, given: dict[str, TensorDesc | None], cu_seqlens: Any, cache_steps: Any
+    ) -> None:
+        self.given = given
+        self.cache_steps = check_int(_OP, "cache_steps", cache_steps, 0, _INT)
+        state, x = self._there("state"), self._there("x")
+        if len(state.shape) != 4:
+            expected = "rank 4 (slots nheads dim dstate)"
+            raise ArgumentError(_OP, "state", got=state.layout, expected=expected)
+        self.device, (_, _, self.dim, self.dstate) = x.device, state.shape
+        self.kind, rank = "steps", len(x.shape)
+        if cu_seqlens is not None:
+            self.kind = "sequences"
+            given["cu_seqlens"] = as_desc(cu_seqlens, _OP, "cu_seqlens")
+            if not self.cache_steps:
+                expected = "the most tokens that a sequence has, with cu_seqlens"
+                raise ArgumentError(_OP, "cache_steps", got=0, expected=expected)
+        elif rank == 3 and not self.cache_steps:
+            self.kind = "one"
+        for name, rank_of, sizes in (
+            ("dt", rank, (self.dim,)), ("A", 3, (self.dim, self.dstate)), ("D", 2, (self.dim,)),
+            ("dt_bias", 2, (self.dim,)),
+        ):  # fmt: skip
+            desc = given[name]
+            if desc is not None and len(desc.shape) == rank_of - len(sizes):
+                given[name] = _spread(desc, sizes)
+        if self.kind == "steps" and rank == 3:  # the kernels of several tokens, with one
+            for name in ("x", "dt", "B", "C", "z", "out"):
+                desc = given[name]
+                if desc is not None and len(desc.shape) == 3:
+                    given[name] = _with_steps(desc)
+
+    def _there(self, name: str) -> TensorDesc:
+        desc = self.given[name]
+        assert desc is not None
+        return desc
+
+    def optional(self, **tensors: TensorLike | None) -> None:
+        """Take what a call may have besides, and judge what goes together."""
+        for name, tensor in tensors.items():
+            self.given[name] = None if tensor is None else as_desc(tensor, _OP, name)
+            if self.kind == "one" and tensor is not None and name not in _OF_ONE:
+                raise self._not_none(name, "with one token for each request and no cache_steps")
+        given = self.given
+        if given["intermediate_states_buffer"] and given["dst_state_batch_indices"]:
+            raise self._not_none("dst_state_batch_indices", "with intermediate_states_buffer")
+        if given["num_accepted_tokens"] and not given["state_batch_indices"]:
+            expected = "indices, with num_accepted_tokens"
+            raise ArgumentError(_OP, "state_batch_indices", got=None, expected=expected)
+
+    def _not_none(self, name: str, why: str) -> ArgumentError:
+        return ArgumentError(_OP, name, got=self._there(name).layout, expected=f"None: {why}")
+
+    def _rank(self, name: str) -> int:
+        """The axes of an optional tensor of one or two."""
+        desc = self.given[name]
+        if desc is None:
+            return 1
+        if len(desc.shape) not in (1, 2):
+            expected = "rank 1 (b) or 2 (b tokens)"
+            raise ArgumentError(_OP, name, got=desc.layout, expected=expected)
+        return len(desc.shape)
+
+    def values(self) -> Values:
+        """The row's values, with the tensors among them."""
+        row = row_of(self.kind, *(self._rank(name) for name in _OF_ONE))
+        dtypes: dict[str, str] = {}
+        compiled: dict[str, Any] = {"ntokens_mtp": 1, "dim": self.dim, "dstate": self.dstate}
+        for arg in row.tensors:
+            desc = self.given.get(arg.name)
+            if desc is None or arg.dtype in dtypes:
+                continue
+            name, allowed = desc.dtype.name, row.dtypes[arg.dtype]
+            if name not in allowed:
+                raise ArgumentError(_OP, arg.name, got=name, expected=" or ".join(allowed))
+            dtypes[arg.dtype] = compiled[_COMPILED[arg.dtype]] = name
+        if self.kind == "sequences":
+            compiled["ntokens_mtp"] = self.cache_steps
+        elif self.kind == "steps":
+            x = self._there("x")
+            if len(x.shape) == 4:
+                compiled["ntokens_mtp"] = x.shape[1]
+        others = {name: allowed[0] for name, allowed in row.dtypes.items()}
+        module = FAMILY
+        if all(type(size) is str or 0 < size < _MOST for size in compiled.values()):
+            module = module_of(self.device, **compiled)
+        # Sizes that no module has are refused by the checks.
+        found = compiled_row(row, module, others | dtypes, _OP, self.device)
+        values = Values(_OP, found, "", {})
+        values.put(**self.given)
+        return values
+
+
+_OF_ONE = ("state_batch_indices", "dst_state_batch_indices")
+_MOST = 10**9
+# Which of a module's dtypes each variable is.
+_COMPILED = {
+    "S": "state_dtype", "T": "input_dtype", "W": "weight_dtype", "A": "matrixA_dtype",
+    "I": "stateIndex_dtype", "L": "cu_seqlens_dtype", "N": "num_accepted_tokens_dtype",
+}  # fmt: skip
