@@ -61,7 +61,7 @@ TensorLike: TypeAlias = (
 )
 
 _CAPSULES = {b"dltensor": "DLManagedTensor *", b"dltensor_versioned": "DLManagedTensorVersioned *"}
-_READ_ONLY = 1  # DLPACK_FLAG_BITMASK_READ_ONLY
+_READ_ONLY, _PADDED = 1 << 0, 1 << 2  # DLPACK_FLAG_BITMASK_*
 _NO_SYNC = -1  # DLPack: the consumer orders its work itself
 _PLAIN = "a dense tensor with memory of its own on a CPU or CUDA device"
 _TENSOR = "a TensorDesc, or an object with __dlpack__ or a (CUDA) array interface"
@@ -198,7 +198,7 @@ def _torch_adapter(kind: type, torch: Any) -> Adapter:
         if what:
             raise ArgumentError(op, argument, got=what, expected=_PLAIN)
         dtype = DTYPES.get(str(tensor.dtype).removeprefix("torch."))
-        if dtype is None:
+        if dtype is None or dtype.shares_bytes:  # of which torch has names alone
             expected = f"one of {list(DTYPES)}"
             raise ArgumentError(op, argument, got=f"dtype {tensor.dtype}", expected=expected)
         where = tensor.device
@@ -284,7 +284,7 @@ def _array_dtype(value: Any, typestr: str, op: str, argument: str) -> DType:
     if name not in DTYPES and typestr[0] != ">":
         # ml_dtypes' types have no kind of their own here; the dtype's name tells them.
         name = str(getattr(getattr(value, "dtype", None), "name", ""))
-    if name not in DTYPES:
+    if name not in DTYPES or DTYPES[name].shares_bytes:  # of which numpy has one in a byte
         got = f"dtype {getattr(value, 'dtype', typestr)}"
         raise ArgumentError(op, argument, got=got, expected=f"one of {list(DTYPES)}")
     return DTYPES[name]
@@ -356,6 +356,8 @@ def _open_capsule(capsule: object) -> tuple[Any, bool]:
         return managed.dl_tensor, False
     if managed.version.major != 1:
         raise TypeError(f"DLPack version {managed.version.major}, not 1")
+    if managed.flags & _PADDED:
+        raise TypeError("elements smaller than a byte with a byte for each, not packed")
     return managed.dl_tensor, bool(managed.flags & _READ_ONLY)
 
 

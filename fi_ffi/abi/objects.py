@@ -297,10 +297,11 @@ class CallArena(Unique):
     objects that Python functions among them are given what their makers know them as.
     """
 
-    __slots__ = ("_owned", "adopt", "descs", "keep", "op")
+    __slots__ = ("_owned", "adopt", "descs", "is_result", "keep", "op")
 
     def __init__(self, op: str, adopt: Callable[[Any], Any] | None = None) -> None:
         self.op, self.adopt = op, adopt
+        self.is_result = False  # of a callback: what it refers to has to outlive the call
         self.keep: list[object] = []
         self.descs: list[tuple[str, TensorDesc]] = []
         self._owned: list[Object] = []

@@ -27,7 +27,7 @@ class DType:
     """An element type; the instances in `DTYPES` are the only ones.
 
     `code`, `bits` and `lanes` are the fields of a `DLDataType` (dlpack.h);
-    `itemsize` is in bytes, of one packed element.
+    `itemsize` is in bytes, of one packed element, or of the byte that it shares with others.
     """
 
     name: str
@@ -37,7 +37,16 @@ class DType:
 
     @property
     def itemsize(self) -> int:
-        return self.bits * self.lanes // 8
+        return (self.bits * self.lanes + 7) // 8
+
+    @property
+    def shares_bytes(self) -> bool:
+        """Whether an element is less than a byte: two lie in each, the first in its low half."""
+        return self.bits * self.lanes < 8
+
+    def bytes_of(self, count: int) -> int:
+        """The bytes of so many elements side by side."""
+        return (count * self.bits * self.lanes + 7) // 8
 
     @property
     def numpy(self) -> numpy.dtype[Any]:
@@ -45,7 +54,8 @@ class DType:
         import ml_dtypes
         import numpy
 
-        if self.lanes > 1:
+        # ml_dtypes has a byte for each element of its own int4, uint4 and float4_e2m1fn.
+        if self.lanes > 1 or self.shares_bytes:
             return numpy.dtype(numpy.uint8)
         return numpy.dtype(getattr(ml_dtypes, self.name, self.name))
 
@@ -54,7 +64,7 @@ class DType:
 
 
 _INT, _UINT, _FLOAT, _BFLOAT, _BOOL = 0, 1, 2, 4, 6
-_FLOAT8_E4M3FN, _FLOAT8_E5M2, _FLOAT4_E2M1FN = 10, 12, 17
+_FLOAT8_E4M3FN, _FLOAT8_E5M2, _FLOAT8_E8M0FNU, _FLOAT4_E2M1FN = 10, 12, 14, 17
 
 DTYPES: dict[str, DType] = {
     dtype.name: dtype
@@ -65,8 +75,13 @@ DTYPES: dict[str, DType] = {
         DType("float64", _FLOAT, 64),
         DType("float8_e4m3fn", _FLOAT8_E4M3FN, 8),
         DType("float8_e5m2", _FLOAT8_E5M2, 8),
+        DType("float8_e8m0fnu", _FLOAT8_E8M0FNU, 8),
         # Two values in a byte, as FlashInfer and torch's float4_e2m1fn_x2 have it.
         DType("float4_e2m1fn_x2", _FLOAT4_E2M1FN, 4, 2),
+        # Two in a byte as well, and counted one by one, as DLPack has them.
+        DType("float4_e2m1fn", _FLOAT4_E2M1FN, 4),
+        DType("int4", _INT, 4),
+        DType("uint4", _UINT, 4),
         DType("int8", _INT, 8),
         DType("int16", _INT, 16),
         DType("int32", _INT, 32),
@@ -296,7 +311,7 @@ class TensorDesc(_Fields):
     @property
     def span_bytes(self) -> int:
         """Bytes from the lowest to past the highest element."""
-        return span(self.shape, self.strides) * self.kind.itemsize
+        return self.dtype.bytes_of(span(self.shape, self.strides))
 
     @property
     def is_contiguous(self) -> bool:
@@ -330,7 +345,11 @@ class TensorDesc(_Fields):
         if not shape or not 0 <= start <= stop <= shape[0]:
             expected = f"rows within 0 to {shape[0]}" if shape else "a tensor of rank 1 or more"
             raise ArgumentError("TensorDesc", "rows", got=(start, stop), expected=expected)
-        ptr = self.ptr + start * strides[0] * self.kind.itemsize
+        dtype, before = self.kind.dtype, start * strides[0]
+        if dtype.shares_bytes and before % 2 and stop > start:
+            expected = f"rows that begin with a byte: {dtype} has two in each"
+            raise ArgumentError("TensorDesc", "rows", got=(start, stop), expected=expected)
+        ptr = self.ptr + before * dtype.bits * dtype.lanes // 8
         return frozen(ptr, (stop - start, *shape[1:]), strides, self.kind, self.owner)
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
@@ -415,6 +434,8 @@ def make_desc(
         raise ArgumentError(
             "TensorDesc", "strides", got=strides_, expected=f"{len(shape_)} strides for {shape_}"
         )
+    if dtype_.shares_bytes:
+        _check_shared(dtype_, dtype, shape_, strides_)
     kind = tensor_kind(dtype_, device_, len(shape_), readonly)
     # Sizes first: c_strides of a huge shape may itself be past int64.
     reach = sum(abs(st) * max(n - 1, 0) for n, st in zip(shape_, strides_, strict=True)) + 1
@@ -427,6 +448,19 @@ def make_desc(
     if type(ptr) is not int or not 0 <= ptr <= _INT64_MAX:
         ptr = _address(ptr, described.span_bytes, described)
     return frozen(ptr, shape_, strides_, kind, owner)
+
+
+def _check_shared(
+    dtype: DType, told: object, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> None:
+    """Refuse a tensor of elements that share bytes where they may not do so."""
+    if not isinstance(told, (str, DType)):
+        got = f"{printed(told)}, which has a byte for each element"
+        expected = f"the name {dtype.name!r} for two in a byte, or 'int8' or 'uint8' for the bytes"
+        raise ArgumentTypeError("TensorDesc", "dtype", got=got, expected=expected)
+    if not is_row_major(shape, strides):
+        expected = f"row-major strides: elements of {dtype} share bytes"
+        raise ArgumentError("TensorDesc", "strides", got=strides, expected=expected)
 
 
 def remember(cache: dict[Any, _Kept], key: object, value: _Kept, most: int) -> _Kept:

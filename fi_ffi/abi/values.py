@@ -203,6 +203,9 @@ def _view(slot: Any, value: Any, arena: CallArena, where: str) -> None:
 
 def _tensor(slot: Any, value: Any, arena: CallArena, where: str) -> None:
     desc = _described(value, arena, where)
+    if arena.is_result and desc is value and desc.owner is None:
+        expected = "a tensor with an owner: what it is a view of may be gone when it is read"
+        raise ArgumentTypeError(arena.op, where, got=value, expected=expected)
     made = value if isinstance(value, Tensor) else arena.own(Tensor.from_desc(desc))
     slot.type_index, slot.v_ptr = TypeIndex.TENSOR, made.handle
 
@@ -570,9 +573,7 @@ def make_function(
 
 def _pack_result(result: Any, value: object, arena: CallArena) -> None:
     """Write a callback's result: unlike an argument, it must own what it refers to."""
-    if isinstance(value, TensorDesc):
-        expected = "a Tensor object: a view would outlive what it is a view of"
-        raise ArgumentTypeError(arena.op, "result", got=value, expected=expected)
+    arena.is_result = True
     view = ffi.new("TVMFFIAny *")
     pack(view[0], value, arena, "result")
     check(library.lib.TVMFFIAnyViewToOwnedAny(view, result), arena.op)

@@ -9,6 +9,7 @@ addresses as aligned.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -68,7 +69,7 @@ class RecordedTensor:
         if 0 in self.shape:
             return 0
         steps = zip(self.strides, self.shape, strict=True)
-        return (sum(stride * (size - 1) for stride, size in steps) + 1) * self.dtype.itemsize
+        return self.dtype.bytes_of(sum(stride * (size - 1) for stride, size in steps) + 1)
 
 
 @dataclass(frozen=True)
@@ -189,12 +190,11 @@ def _check_spans(made: Recorded) -> None:
 def _elements(
     path: Path, name: str, dtype: DType, shape: tuple[int, ...], data: memoryview
 ) -> Array:
-    count = dtype.itemsize
-    for size in shape:
-        count *= size
+    count = dtype.bytes_of(math.prod(shape))
     if len(data) != count:
         raise ArtifactError(f"{path}: {name} has {len(data)} bytes, and {count} elements' need")
-    return np.frombuffer(data, dtype.numpy).reshape(shape)
+    found = np.frombuffer(data, dtype.numpy)
+    return found if dtype.shares_bytes else found.reshape(shape)
 
 
 def row_of(path: Path, described: Mapping[str, Any]) -> Row:

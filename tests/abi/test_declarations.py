@@ -170,6 +170,8 @@ def test_dlpack_constants(pinned_wheel: Path) -> None:
         header = archive.read("tvm_ffi/include/dlpack/dlpack.h").decode()
     assert re.search(r"#define DLPACK_FLAG_BITMASK_READ_ONLY \(1UL << 0UL\)", header)
     assert interop._READ_ONLY == 1 << 0
+    assert re.search(r"#define DLPACK_FLAG_BITMASK_IS_SUBBYTE_TYPE_PADDED \(1UL << 2UL\)", header)
+    assert interop._PADDED == 1 << 2
     assert re.search(r"#define DLPACK_MAJOR_VERSION 1\b", header)
 
 

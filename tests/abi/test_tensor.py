@@ -10,6 +10,7 @@ import itertools
 import pickle
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from cuda.bindings import driver
@@ -212,7 +213,11 @@ def test_overflow(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> No
 SHAPES = st.lists(st.integers(0, 5), max_size=6).map(tuple)
 
 
-@given(SHAPES, st.sampled_from([name for name in DTYPES if name != "float4_e2m1fn_x2"]))
+# Of which numpy's elements are not the same bytes.
+PACKED = {name for name, dtype in DTYPES.items() if dtype.lanes > 1 or dtype.shares_bytes}
+
+
+@given(SHAPES, st.sampled_from(sorted({*DTYPES} - PACKED)))
 def test_row_major_like_numpy(shape: tuple[int, ...], dtype: str) -> None:
     made = desc(0, shape, dtype, device="cpu")
     if 0 not in shape:  # where there are no elements, strides mean nothing and numpy's differ
@@ -346,9 +351,10 @@ def test_every_spelling_of_a_dtype(name: str) -> None:
     dtype = DTYPES[name]
     spelled: list[object] = [name, dtype, f"torch.{name}"]  # what str() of a torch dtype says
     spelled.append(copy.deepcopy(dtype))  # dtypes are compared by identity
-    if name == "float4_e2m1fn_x2":
-        assert (dtype.bits, dtype.lanes, dtype.itemsize) == (4, 2, 1)
-        assert dtype.numpy == np.uint8
+    if name in PACKED:
+        assert (dtype.bits, dtype.lanes) == (4, 2 if name.endswith("_x2") else 1)
+        assert (dtype.numpy, dtype.itemsize) == (np.uint8, 1)
+        spelled += [getattr(ml_dtypes, name)] if hasattr(ml_dtypes, name) else []
     else:
         assert dtype.numpy.name == name
         spelled += [dtype.numpy, dtype.numpy.type]
@@ -356,6 +362,27 @@ def test_every_spelling_of_a_dtype(name: str) -> None:
     assert dtype_from_code(dtype.code, dtype.bits, dtype.lanes) is dtype
     assert repr(dtype) == name
     assert dtype.numpy.itemsize == dtype.itemsize
+
+
+@pytest.mark.parametrize("name", ["int4", "uint4", "float4_e2m1fn"])
+def test_elements_that_share_bytes(name: str) -> None:
+    made = TensorDesc(64, (3, 5), name, device="cpu")
+    assert (made.numel, made.span_bytes, made.dtype.bytes_of(15)) == (15, 8, 8)
+    assert made.rows(2, 3).ptr == 64 + 5 and made.rows(1, 1).shape == (0, 5)
+    with pytest.raises(ArgumentError, match="two in each"):
+        made.rows(1, 2)
+    assert TensorDesc(64, (3, 4), name, device="cpu").rows(1, 3).ptr == 66
+    assert TensorDesc(2**64 - 9, (3, 5), name, device="cpu").ptr == 2**64 - 9
+    with pytest.raises(ArgumentError, match="an address with room"):
+        TensorDesc(2**64 - 8, (3, 5), name, device="cpu")
+    with pytest.raises(ArgumentError, match="row-major strides"):
+        TensorDesc(64, (4, 4), name, strides=(8, 1), device="cpu")
+    # ml_dtypes has a byte for each: by its dtype the memory would be read as twice as many.
+    for dtype in (getattr(ml_dtypes, name), np.dtype(getattr(ml_dtypes, name))):
+        with pytest.raises(ArgumentTypeError, match="a byte for each element"):
+            TensorDesc(64, (3, 5), dtype, device="cpu")
+        with pytest.raises(ArgumentError, match=f"dtype {name}"):
+            as_desc(np.zeros((3, 5), dtype))
 
 
 NO_DTYPES = [None, 2, 2.0, int, float, "half", "float8_e4m3", "", "complex64", np.complex64, []]

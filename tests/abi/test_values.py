@@ -119,9 +119,12 @@ def test_tensors_are_seen_as_they_are(
     callback(seen.append)(desc)
     with echo(desc) as tensor:  # an object: what is kept of it is safe
         assert repr(tensor.described()) == repr(seen[0]) == repr(desc)
-    # As a result it would name memory that is gone when the caller looks.
-    with pytest.raises(KernelError, match="ArgumentTypeError: .*`result`"):
-        callback(lambda desc: desc)(desc)
+    with callback(lambda desc: [(desc,)])(desc) as outer:  # which keeps the argument's object
+        assert outer.use_count == 1
+    # Without an owner it would name memory that may be gone when the caller looks.
+    for result in (desc, [desc], {"a": (1, desc)}):
+        with pytest.raises(KernelError, match=r"ArgumentTypeError: .*`result.*an owner"):
+            callback(lambda _, result=result: result)(desc)
 
 
 def test_a_choice_that_was_not_taken_leaves_nothing() -> None:

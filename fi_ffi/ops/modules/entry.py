@@ -583,7 +583,7 @@ class TensorObject(Tensor):
             raise ArgumentTypeError(
                 "TensorObject.tobytes", "self", got=desc.layout, expected=expected
             )
-        return bytes(ffi.buffer(ffi.cast("char *", desc.ptr), desc.numel * desc.dtype.itemsize))
+        return bytes(ffi.buffer(ffi.cast("char *", desc.ptr), desc.dtype.bytes_of(desc.numel)))
 
     def __repr__(self) -> str:
         return f"<tensor {self._desc.layout}{', released' if self._handle is None else ''}>"

@@ -98,7 +98,7 @@ class Dump:
     def _take(self, record: CallRecord, *of: str) -> str:
         """Take room for these of a call's tensors; why there is none."""
         tensors, calls = record.tensors(*of).values(), not of
-        count = sum(tensor.numel * tensor.dtype.itemsize for tensor in tensors)
+        count = sum(tensor.dtype.bytes_of(tensor.numel) for tensor in tensors)
         with self._lock:
             if self._calls + calls > self._most_calls:
                 return f"{self._most_calls} calls were (FI_FFI_DUMP_MAX_CALLS)"

@@ -20,10 +20,11 @@ from fi_ffi.errors import ArtifactError
 _METADATA = "__metadata__"
 _MOST_HEADER = 2**26
 _LENGTH = struct.Struct("<Q")
-# What the format calls dtypes.  One that it has no name for, of two values a byte, goes as bytes.
+# What the format calls dtypes.  Those of two values a byte go as bytes.
 _NAMES = {
     "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float4_e2m1fn_x2": "U8",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+    "float4_e2m1fn_x2": "U8", "float4_e2m1fn": "U8", "int4": "U8", "uint4": "U8",
     "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64",
     "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64", "bool": "BOOL",
 }  # fmt: skip
@@ -46,6 +47,8 @@ def write(path: Path, tensors: Mapping[str, Stored], words: Mapping[str, str]) -
     for name, tensor in tensors.items():
         start, end = end, end + len(tensor.data)
         dtype, shape = _NAMES[tensor.dtype.name], list(tensor.shape)
+        if tensor.dtype.shares_bytes:
+            shape = [len(tensor.data)]
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

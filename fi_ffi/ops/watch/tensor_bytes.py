@@ -56,7 +56,7 @@ def statistics(tensor: TensorDesc, stream: int | None) -> str:
     """
     if not tensor.numel:
         return "no elements"
-    if tensor.dtype.lanes > 1:
+    if tensor.dtype.lanes > 1 or tensor.dtype.shares_bytes:
         return f"no statistics of {tensor.dtype}: elements share bytes"
     if tensor.span_bytes > MOST_BYTES:
         return f"no statistics: {tensor.span_bytes} bytes, more than {MOST_BYTES}"
