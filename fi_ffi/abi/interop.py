@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.failure import STICKY, lost, message_of
 from fi_ffi.abi.library import c_library
-from fi_ffi.abi.objects import dims_of
+from fi_ffi.abi.objects import Tensor, dims_of
 from fi_ffi.abi.tensor import (
     DTYPES,
     Device,
@@ -110,6 +110,8 @@ _MOST_TYPES = 256
 def _adapter_of(kind: type) -> Adapter | None:
     """The adapter for a type: of the library that it is from, or else of a protocol."""
     found: Adapter | None = None
+    if issubclass(kind, Tensor):  # of TVM-FFI, also one that a call returned
+        return remember(_ADAPTERS, kind, lambda value, *_: value.described(value), _MOST_TYPES)
     for base in kind.__mro__:
         make = _LIBRARIES.get((base.__module__, base.__qualname__))
         # A type of that name which is not the library's own has the protocols only.
@@ -297,7 +299,7 @@ def _from_dlpack(value: Any, op: str, argument: str) -> TensorDesc:
         got = f"DLPack device {int(type_code)}:{int(index)}"
         raise ArgumentError(op, argument, got=got, expected="a CPU or CUDA tensor")
     capsule = _export(value, {"stream": _NO_SYNC} if device.is_cuda else {})
-    tensor, readonly = _open_capsule(capsule)
+    tensor, readonly = open_capsule(capsule)
     told = tensor.device
     if told.device_type != type_code or told.device_id != index:
         _check_device(device, told.device_type, told.device_id, op, argument)
@@ -338,7 +340,7 @@ def _export(value: Any, no_sync: dict[str, int]) -> object:
         return value.__dlpack__()
 
 
-def _open_capsule(capsule: object) -> tuple[Any, bool]:
+def open_capsule(capsule: object) -> tuple[Any, bool]:
     """The `DLTensor` inside a DLPack capsule, and whether it is read-only.
 
     `PyCapsule_GetPointer` is Python's own C function, called without the GIL.

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from fi_ffi.abi.export import Exported
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ def tensor_kind(dtype: DType, device: Device, rank: int, readonly: bool = False)
     return _KINDS.get(key) or _KINDS.setdefault(key, TensorKind(*key))
 
 
-class _Fields:
+class _Fields(Exported):
     __slots__ = ("kind", "owner", "ptr", "shape", "strides")
     ptr: int
     shape: tuple[int, ...]
@@ -351,6 +352,16 @@ class TensorDesc(_Fields):
             raise ArgumentError("TensorDesc", "rows", got=(start, stop), expected=expected)
         ptr = self.ptr + before * dtype.bits * dtype.lanes // 8
         return frozen(ptr, (stop - start, *shape[1:]), strides, self.kind, self.owner)
+
+    def _to_export(self) -> tuple[TensorDesc, object, int | None]:
+        owner = self.owner
+        if isinstance(owner, Exported):  # which may be released before what is exported
+            return self, *owner._to_export()[1:]
+        from fi_ffi.abi.streams import current_scope
+
+        scope = current_scope() if self.device.is_cuda else None
+        is_here = scope is not None and scope.device in (None, self.device)
+        return self, self, scope.handle if scope is not None and is_here else None
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"TensorDesc is immutable; make a new one to change `{name}`")

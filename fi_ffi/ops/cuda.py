@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from fi_ffi.abi import export
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.allocator import HOST, Allocator, Source
 from fi_ffi.abi.streams import PER_THREAD
@@ -170,6 +171,17 @@ class Event:
         """Let a stream's further work wait until it is done."""
         code = machine.load_cudart()[0].cudaStreamWaitEvent(pointer(stream), self._handle, 0)
         check(code, "cudaStreamWaitEvent")
+
+
+def _order(device: Device, before: int, after: int) -> None:
+    """Let a stream's further work wait for what is queued on another."""
+    with current(device):
+        done = Event()
+        done.record(before)
+        done.hold(after)
+
+
+export.order = _order
 
 
 class Memory:

@@ -250,6 +250,45 @@ def test_a_result_that_is_an_argument(every):
     assert gone() is None
 
 
+@pytest.mark.parametrize("way", ["tensor", "its desc"])
+@pytest.mark.parametrize("export", [np.asarray, np.from_dlpack], ids=lambda one: one.__name__)
+def test_what_is_exported_outlives_the_object(every, way, export):
+    """`release` gives back the object's own reference; the array has another."""
+    allocator = cuda.kernel_memory()
+    before = allocator.count
+    made = every.make_tensor((3, 5), "float32", "cpu")
+    array = export(made if way == "tensor" else made.desc)
+    array[...] = 7
+    assert made.tobytes() == array.tobytes() == np.full((3, 5), 7, np.float32).tobytes()
+    made.release()
+    gc.collect()
+    assert allocator.count == before + 1 and (array == 7).all()
+    del made, array
+    gc.collect()
+    assert allocator.count == before
+
+
+def test_a_released_tensor_is_not_exported(every):
+    made = every.make_tensor((3,), "float32", "cpu")
+    desc = made.desc
+    made.release()
+    for one in (made, desc):
+        for export in (np.asarray, np.from_dlpack):
+            with pytest.raises(fi_ffi.FiFfiError, match="released"):
+                export(one)
+
+
+def test_returned_tensors_are_tensors_to_numpy_and_to_ops(every):
+    x = floats(8).astype(np.float16).reshape(2, 4)
+    made = every.same_tensor(x)
+    assert np.asarray(made).dtype == np.float16 and (np.asarray([made, made])[1] == x).all()
+    out, expected = (np.zeros((2, 4), np.float16) for _ in range(2))
+    weight = np.ones(4, np.float16)
+    fi_ffi.rmsnorm(out, made, weight)
+    fi_ffi.rmsnorm(expected, x, weight)
+    assert (out == expected).all() and out.any()
+
+
 def test_many_calls_leave_nothing(every):
     """By several threads; of objects, references and memory."""
     x, y, keep = floats(16), floats(16), every.counter(0)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.export import Exported
 from fi_ffi.abi.function import Entry, library_function, probe
 from fi_ffi.abi.library import TypeIndex
 from fi_ffi.abi.objects import (
@@ -27,7 +28,7 @@ from fi_ffi.abi.objects import (
 )
 from fi_ffi.abi.reflection import Field, Method, TypeInfo, get_field, set_field, type_info
 from fi_ffi.abi.signature import Signature
-from fi_ffi.abi.streams import current_scope, stream_context
+from fi_ffi.abi.streams import current_handle, current_scope, stream_context
 from fi_ffi.abi.tensor import Device, DType, TensorDesc, parse_device
 from fi_ffi.abi.values import ints_of, pack, pack_arguments, packer_of
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, KernelNotFoundError, printed
@@ -192,7 +193,8 @@ class ModuleEntry(Unique):
                 value = invoke()
         if not isinstance(value, Object):
             return value
-        return adopted(value, Origin(self.name, place or self._home, self._asks))
+        stream = None if place is None else current_handle(place)
+        return adopted(value, Origin(self.name, place or self._home, self._asks, stream))
 
 
 def _place_of(arena: CallArena, told: object, home: Device | None) -> tuple[Device | None, bool]:
@@ -240,6 +242,7 @@ class Origin(NamedTuple):
     name: str
     home: Device | None
     asks: bool
+    stream: int | None = None  # of the call, on a GPU
 
     def entry_of(self, function: Function, name: str, life: Life, owner: object) -> ModuleEntry:
         """A function as an entry, unchecked until it was asked for its signature."""
@@ -372,7 +375,8 @@ class ReflectedObject(Object):
         """The value of a field, read anew; `AttributeError` where there is none of that name."""
         found = self._member(name, Field)
         value = get_field(self, found, f"{self.type_key}.{name}")
-        return adopted(value, Origin(f"{self.type_key}.{name}", self.origin.home, False))
+        origin = self.origin._replace(name=f"{self.type_key}.{name}", asks=False)
+        return adopted(value, origin)
 
     def set_field(self, name: str, value: object) -> None:
         """Set a field; `AttributeError` where it is read-only, or there is none of that name.
@@ -547,21 +551,33 @@ class MapObject(Object, Mapping[Any, Any]):
         return repr(dict(self)) if self._handle is not None else "<released mapping>"
 
 
-class TensorObject(Tensor):
-    """A tensor that a call returned; `desc` is what ops and entries take."""
+class TensorObject(Tensor, Exported):
+    """A tensor that a call returned; `desc` is what ops and entries take.
 
-    __slots__ = ("_desc", "origin")
+    numpy, cupy, torch and others read it in place, and keep its memory with what they make of it.
+    """
+
+    __slots__ = ("_desc", "_held", "origin")
 
     def _begin(self, origin: Origin) -> None:
         self.origin = origin
-        # It keeps the reference, which is given back when both are gone.
-        self._desc = self.described(self._handle)
+        self._desc = self.described()
+        self._held: Any = None
 
     @property
     def desc(self) -> TensorDesc:
         """Its address and layout, valid until `release`, or as long as this is referred to."""
         _ = self.handle
-        return self._desc
+        return self._desc.at(self._desc.ptr, self)
+
+    def _to_export(self) -> tuple[TensorDesc, object, int | None]:
+        if self._held is None:
+            # A reference of its own, which `release` leaves to what is exported.
+            handle = self.handle
+            library.lib.TVMFFIObjectIncRef(handle)
+            held = ffi.cast("TVMFFIObjectHandle", handle)
+            self._held = ffi.gc(held, library.lib.TVMFFIObjectDecRef)
+        return self._desc, self, self.origin.stream
 
     @property
     def shape(self) -> tuple[int, ...]:
