@@ -146,6 +146,42 @@ def test_bmm_on_many_threads(machine, rng):
     assert all(call.is_right() for call in calls)
 
 
+@pytest.mark.parametrize(
+    ("n", "scales"),
+    [
+        (64, [1, 2]),
+        (64, [2, 1]),
+        (256, [1, 2, 4]),
+        (256, [8, 1, 2]),
+    ],
+)
+@pytest.mark.parametrize("m", [1, 40])
+def test_a_scale_for_each_row_of_a_weight_is_not_read_so(m, n, scales, machine):
+    """docs/gemm.md: of [n, k / 128] the kernels take row i for columns 128 * i to 128 * i + 127."""
+    hopper(machine, blocks.MODULE)
+    k = 128
+    of_w = np.full((n, 1), scales[-1], np.float32)
+    of_w[: len(scales), 0] = scales
+    arrays = {
+        "input": np.ones((m, k), E4M3), "weight": np.ones((n, k), E4M3),
+        "out": np.full((m, n), np.nan, BF16),
+        "input_scale": np.ones((1, -(-m // 4) * 4), np.float32), "weight_scale": of_w,
+    }  # fmt: skip
+    placed = {name: machine.place(array) for name, array in arrays.items()}
+    descs = [placed[name].desc() for name in arrays]
+    runner = fi_ffi.module(blocks.MODULE).init(device="cuda:0")
+    room = machine.place(np.zeros(max(runner.get_workspace_size(m, n, k), 256), np.uint8))
+    runner.configure_workspace(room.desc(), stream=machine.stream)
+    runner.run_gemm(*descs, stream=machine.stream)
+    machine.synchronize()
+    got = placed["out"].get().astype(float)
+    assert (got == k * np.repeat(of_w[: -(-n // 128), 0], 128)[:n]).all()
+    assert (got != k * of_w[:, 0]).any(axis=1).all(), "it is right, and need not be refused"
+    given = dict(zip(arrays, descs, strict=True))
+    with pytest.raises(fi_ffi.ArgumentError, match="weight_scale"):
+        fi_ffi.fp8_blockscale_gemm_sm90(**given, stream=machine.stream)
+
+
 def test_block_scales_on_many_threads(machine, rng):
     """One object serves them all, one after the other."""
     hopper(machine, blocks.MODULE)

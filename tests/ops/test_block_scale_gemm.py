@@ -83,7 +83,7 @@ class Blocks:
     def call(self, stream=None, **more):
         descs = {name: array.desc() for name, array in self.placed.items()}
         stream = self.machine.stream if stream is None else stream
-        fi_ffi.fp8_blockscale_gemm_sm90(**descs, **more, stream=stream)
+        fi_ffi.fp8_blockscale_gemm_sm90(**descs | more, stream=stream)
 
     def worst(self) -> float:
         got = self.placed["out"].get()
@@ -138,6 +138,27 @@ def test_what_is_quantised_first_gives_the_same(machine, rng):
         made.placed["weight_scale"].desc(), other.desc(), stream=machine.stream,
     )  # fmt: skip
     assert other.get().tobytes() == made.placed["out"].get().tobytes()
+
+
+@pytest.mark.parametrize("m", [1, 7, 30, 32, 129])
+def test_scales_without_their_room(m, machine, rng):
+    """The first m columns of those that there are, as FlashInfer's tests slice them."""
+    machine.need(MODULE)
+    made = Blocks(machine, rng, m, 128, 384, True, True)
+    placed = made.placed["input_scale"]
+    whole = placed.desc()
+    room = whole.shape[1]
+    sliced = fi_ffi.TensorDesc(
+        whole.ptr, (3, m), "float32", strides=(room, 1), device=whole.device
+    )  # fmt: skip
+    made.call(input_scale=sliced)
+    assert made.worst() <= 1
+    if m % 4:
+        apart = fi_ffi.TensorDesc(
+            whole.ptr, (2, m), "float32", strides=(room + 4, 1), device=whole.device
+        )  # fmt: skip
+        with pytest.raises(fi_ffi.ArgumentError, match="input_scale"):
+            made.call(input_scale=apart)
 
 
 def test_block_scales_recorded_and_replayed(machine, rng):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.streams import handle_for
-from fi_ffi.abi.tensor import Device, parse_dtype
+from fi_ffi.abi.tensor import Device, TensorDesc, frozen, parse_dtype
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.call.arguments import INT64_MAX, check_int
 from fi_ffi.ops.call.compiled import CompiledRow
@@ -27,6 +27,7 @@ from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows
 from fi_ffi.ops.matmul.rows import E4M3
+from fi_ffi.ops.notation import round_up
 from fi_ffi.ops.providers import check_available, release_in_use
 from fi_ffi.ops.row import Row, Tensor
 
@@ -222,10 +223,10 @@ def fp8_blockscale_gemm_sm90(
             of 128, 20480 at most.
         weight: [n, k] bfloat16 (with a bfloat16 input) or float8_e4m3fn; n is a multiple of 64.
         input_scale: of an fp8 input, [k / 128, m rounded up to a multiple of 4] float32, as
-            `fp8_quantize_1x128` writes it.  That is not [m, k / 128], which FlashInfer's
-            documentation says and its kernels do not read.
+            `fp8_quantize_1x128` writes it, or the first m columns of that.  That is not
+            [m, k / 128], which FlashInfer's documentation says and its kernels do not read.
         weight_scale: of an fp8 weight, [n / 128 rounded up, k / 128] float32: for each block of
-            128 x 128.
+            128 x 128; not [n, k / 128], of which the kernels read the first rows so: docs/gemm.md.
         out: [m, n] bfloat16, written.
         workspace_buffer: uint8 scratch for what is quantised, of as many bytes as
             `fp8_blockscale_gemm_workspace_size` tells; without it each stream has its own of
@@ -244,6 +245,8 @@ def _checked_gemm(
     weight_scale: TensorLike | None, out: TensorLike | None, workspace_buffer: TensorLike | None,
 ) -> Launch:  # fmt: skip
     """A product that is checked, and what launches it on a stream."""
+    if input_scale is not None:
+        input_scale = _with_room(as_desc(input_scale, _BLOCK_SCALE, "input_scale"))
     values = (input, weight, out, input_scale, weight_scale)
     device = as_desc(input, _BLOCK_SCALE, "input").device
     descs, sizes = RUN_GEMM.check(*values)
@@ -277,6 +280,17 @@ def _checked_gemm(
             RUN_GEMM.call(None, *descs.values(), stream=stream)
 
     return launch
+
+
+def _with_room(scales: TensorDesc) -> TensorDesc:
+    """View the first m columns of scales as all the m4 that there are: kernels read those too."""
+    if len(scales.shape) != 2:
+        return scales
+    count, rows = scales.shape
+    room = round_up(rows, 4)
+    if room == rows or scales.strides != (room, 1):
+        return scales
+    return frozen(scales.ptr, (count, room), (room, 1), scales.kind, scales)
 
 
 def fp8_blockscale_gemm_workspace_size(
