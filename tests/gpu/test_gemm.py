@@ -227,6 +227,33 @@ def test_what_flashinfer_says_of_scales_is_not_what_its_kernels_read(machine, rn
     assert fraction > 1
 
 
+@pytest.mark.parametrize(("k", "m"), [(1024, 6144), (1088, 6144), (2880, 32), (2880, 6144),
+                                      (4096, 6144)])  # fmt: skip
+def test_how_often_tinygemm_is_wrong(k, m, machine, rng, record_property):
+    """docs/gemm.md: before 0.6.14 now and then of more than 1024 columns, and never of those that
+    are allowed.  The entry itself is called, which refuses no size."""
+    machine.need("tinygemm2")
+    if of_loader.capability(0)[0] not in OPS["tinygemm2_nobias"].row.capabilities:
+        pytest.skip("for Hopper and later")
+    entry = fi_ffi.module("tinygemm2").tinygemm2_nobias_op
+    wrong = 0
+    for _ in range(20):
+        x, weight = (rng.standard_normal(shape).astype(BF16) for shape in ((4, k), (m, k)))
+        placed = [machine.place(array) for array in (x, weight, np.full((4, m), np.nan, BF16))]
+        a, b = x.astype(float), weight.astype(float).T
+        value, allowed = a @ b, abs(a) @ abs(b) * 2.0**-12 + 2.0**-8 * abs(a @ b) + 1e-3
+        for i in range(10):
+            machine.poison(placed[2], machine.stream)
+            entry(*(array.desc() for array in placed), bool(i % 2), stream=machine.stream)
+            machine.synchronize()
+            error = abs(placed[2].get().astype(float) - value)
+            wrong += not (error <= allowed).all()
+    print(f"{wrong} of 200 products of {k} columns and {m} outputs are wrong")
+    record_property("wrong", wrong)
+    may_be_wrong = any(rule.argument == "input" for rule in OPS["tinygemm2_nobias"].row.rules)
+    assert wrong == 0 or (may_be_wrong and k > 1024)
+
+
 def test_products_of_other_gpus_are_refused(machine, rng):
     """Nothing is launched, and nothing written."""
     if of_loader.capability(0)[0] == 10:

@@ -99,7 +99,10 @@ def _tiny(name: str, *bias: Tensor, since: str) -> tuple[Row, ...]:
         # A warp that had to wait looked at the first of its stages, whichever it was to use next:
         # with more than one (256 of k for each of four warps) results were wrong now and then, and
         # it hung at k = 5120, where stages are used again.
-        requires=(*always, "k <= 1024"),
+        requires=(*always, Rule(
+            "input", "k <= 1024", "k of 1024 at most: before FlashInfer 0.6.14 the kernel gives "
+            "wrong results now and then for more, which docs/gemm.md shows",
+        )),
         offset_limit=2**63, vector=Vector(()), capabilities=(9, 10, 11, 12),
     )  # fmt: skip
     return forms_of(row, {"0.6.14": {"requires": always}})
