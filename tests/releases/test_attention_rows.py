@@ -39,6 +39,9 @@ def test_forms_are_what_the_release_declares(first, release, sources):
     binding = sources(release, first.source)
     declared = exported(binding, added)[first.symbol]
     row = of(release, first)
+    if row is None and first.variant == "_fp4":
+        assert "maybe_k_cache_sf" not in {part.name for part in added}
+        return
     if row is None:
         # Its planner leaves a copy to the caller, and says so in what it returns.
         assert first.module == "batch_mla" and release.startswith("0.7")
@@ -51,6 +54,8 @@ def test_forms_are_what_the_release_declares(first, release, sources):
         assert name in LAYOUT if isinstance(arg, KvLayout) else name == arg.name
     dtypes = {part.name: part.dtype for part in added if part.dtype and part.name in names}
     ours = {arg.name: arg.dtype for arg in row.args if isinstance(arg, Tensor)}
+    # Bytes for the binding; callers have them in the dtype that they are of.
+    ours = {name: "uint8" if dtype == "SF" else dtype for name, dtype in ours.items()}
     assert dtypes == {name: ours[name] for name in dtypes}
 
 
@@ -88,7 +93,13 @@ def test_the_first_forms_are_of_the_default_release():
 @pytest.mark.parametrize("release", CALLABLE)
 @pytest.mark.parametrize("first", ROWS, ids=IDS)
 def test_every_release_has_one_form(first, release):
-    assert of_release(first, release) is of(release, first)
+    form = of(release, first)
+    if form is None:
+        assert first.variant == "_fp4"
+        with pytest.raises(fi_ffi.KernelNotFoundError, match=">=0.6.10"):
+            of_release(first, release)
+        return
+    assert of_release(first, release) is form
 
 
 @pytest.mark.parametrize("release", ["0.7.0", "0.7.2.post1", "0.6.2"])
