@@ -34,7 +34,14 @@ from typing import Any
 
 from fi_ffi.abi import failure, library
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.errors import ArtifactError, DeviceError, KernelNotFoundError, LoaderError
+from fi_ffi.abi.function import PROBE_ARGUMENTS
+from fi_ffi.errors import (
+    ArtifactError,
+    DeviceError,
+    KernelError,
+    KernelNotFoundError,
+    LoaderError,
+)
 from fi_ffi.loader import search
 from fi_ffi.loader.urls import redact
 
@@ -60,13 +67,15 @@ def find(name: str, sha256: str) -> bytes:
     Raises `ArtifactError` for what is no such path or hash, and `KernelNotFoundError`, with what
     every place had to say, where none has it.
     """
-    if not all(map(_PART.fullmatch, name.split("/"))):
+    # The modules have a slash too many: the folder's name ends with one.
+    parts = [part for part in name.split("/") if part]
+    if not parts or name.startswith("/") or not all(map(_PART.fullmatch, parts)):
         raise ArtifactError(f"a module asks for the device code {name!r:.300}, which is no path")
     if not _SHA256.fullmatch(sha256):
         raise ArtifactError(
             f"a module asks for the device code {name} by {sha256!r:.80}, which is no sha256"
         )
-    said = []
+    name, said = "/".join(parts), []
     kinds = search.kinds_asked()
     for place in _folders(kinds):
         try:
@@ -81,8 +90,8 @@ def find(name: str, sha256: str) -> bytes:
     text = "\n".join(f"  {line}" for line in said or ["no place is asked"])
     raise KernelNotFoundError(
         f"no device code {name} with sha256 {sha256}:\n{text}\n"
-        f"`pip install flashinfer-cubin` of the module's release brings it, and {FOLDER} names a "
-        "folder with it"
+        f"`pip install flashinfer-cubin` of the module's release brings all but cuDNN's; {FOLDER} "
+        "names a folder with others"
     )
 
 
@@ -146,6 +155,8 @@ class Server:
         # What went wrong in the call that each thread is in, and on threads that are in none.
         self._calls: dict[int, list[BaseException]] = {}
         self._elsewhere: list[BaseException] = []
+        # What went wrong last: a library may keep that it got nothing, and fail again.
+        self._last: BaseException | None = None
         self._callback = ffi.callback("void(char *, char *)", self._answer, onerror=self._escaped)
         self._set(self._callback)
 
@@ -171,6 +182,7 @@ class Server:
         self._keep(error)
 
     def _keep(self, error: BaseException) -> None:
+        self._last = error
         call = self._calls.get(threading.get_ident())
         if call is not None:
             call.append(error)
@@ -201,7 +213,10 @@ class Server:
                 elsewhere = self._elsewhere[:]
                 if not self._calls:
                     self._elsewhere.clear()
-            self._raise(name, code, failures, elsewhere)
+            if failures or elsewhere:
+                self._raise(name, code, failures, elsewhere)
+            elif code and self._last is not None and count < PROBE_ARGUMENTS:
+                self._raise_again(name, self._last)
             return code
 
         return told
@@ -223,6 +238,15 @@ class Server:
                 raise behind
             raise found from behind
         raise found
+
+    def _raise_again(self, name: str, last: BaseException) -> None:
+        behind = failure.take_raised(name)
+        if isinstance(behind, KernelError) and "cubin" in behind.message:
+            raise KernelNotFoundError(
+                f"{failure.message_of(last) or type(last).__name__}\nThe module was told so by an earlier call and keeps "
+                "it: start the process again"
+            ) from behind
+        raise behind
 
 
 _servers: dict[int, Server] = {}  # by the dlopen handle

@@ -31,6 +31,15 @@ static int64_t size_of_any(tvm::ffi::String name, tvm::ffi::String sha256) {
   return static_cast<int64_t>(getCubin(name, sha256).size());
 }
 
+// Asks once in a process.
+static tvm::ffi::Bytes get_kept(tvm::ffi::String name, tvm::ffi::String sha256) {
+  static std::string kept = getCubin(name, sha256);
+  if (kept.empty()) throw std::runtime_error("Failed to load cubin for " + std::string(name));
+  return tvm::ffi::Bytes(kept);
+}
+
+static void fail() { throw std::runtime_error("not about device code"); }
+
 // Calls Python, which may call this library again, and then gets its file.
 static tvm::ffi::Bytes get_after(tvm::ffi::Function before, tvm::ffi::String name,
                                  tvm::ffi::String sha256) {
@@ -38,7 +47,7 @@ static tvm::ffi::Bytes get_after(tvm::ffi::Function before, tvm::ffi::String nam
   return get(name, sha256);
 }
 
-// A thread that goes on asking while the interpreter ends; `exit` waits for it to have asked.
+// A thread that goes on asking while the interpreter ends.
 static void ask_for_ever(tvm::ffi::String name, tvm::ffi::String sha256) {
   std::thread([name, sha256] {
     for (;;) {
@@ -55,5 +64,7 @@ static void ask_for_ever(tvm::ffi::String name, tvm::ffi::String sha256) {
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(get, asking::get);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(size_on_a_thread, asking::size_on_a_thread);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(size_of_any, asking::size_of_any);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(get_kept, asking::get_kept);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(fail, asking::fail);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(get_after, asking::get_after);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(ask_for_ever, asking::ask_for_ever);

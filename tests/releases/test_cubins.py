@@ -87,6 +87,25 @@ def test_every_release_is_given_its_device_code(release, asking, folder):
     assert module.get(NAME, SHA256.upper()) == CONTENT
 
 
+def test_a_slash_too_many(module, folder):
+    """FlashInfer's modules put one after a folder's name that ends with one."""
+    assert module.get(NAME.replace("/", "//"), SHA256) == CONTENT
+
+
+def test_a_library_that_keeps_that_it_got_nothing(module, folder):
+    """As cuDNN's: it does not ask again."""
+    name = "kept.cubin"
+    with pytest.raises(KernelNotFoundError, match="no device code kept"):
+        module.get_kept(name, SHA256)
+    (folder / name).write_bytes(CONTENT)
+    with pytest.raises(KernelNotFoundError, match="keeps it: start the process again") as caught:
+        module.get_kept(name, SHA256)
+    assert "no device code kept.cubin" in str(caught.value)
+    assert isinstance(caught.value.__cause__, KernelError)
+    with pytest.raises(KernelError, match="not about device code"):
+        module.fail()
+
+
 def test_an_installed_distribution(module, tmp_path, monkeypatch):
     put(tmp_path / "flashinfer_cubin" / "cubins")
     (tmp_path / "flashinfer_cubin" / "__init__.py").write_text("raise RuntimeError('imported')")
@@ -139,7 +158,7 @@ def refused(module, kind, words, name=NAME, sha256=SHA256):
 
 
 @pytest.mark.parametrize(
-    "name", ["../k.cubin", "a/../../k.cubin", "/etc/hostname", "a//b", "", "a/./b", "a\nb", "a\\b"]
+    "name", ["../k.cubin", "a/../../k.cubin", "/etc/hostname", "//", "", "a/./b", "a\nb", "a\\b"]
 )
 def test_paths_that_lead_elsewhere(module, folder, name):
     (folder.parent / "k.cubin").write_bytes(CONTENT)
