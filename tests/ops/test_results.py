@@ -15,6 +15,7 @@ import pytest
 
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.notation import FUNCTIONS
 from fi_ffi.ops.row import Tensor
 from fi_ffi.ops.table import norm
 
@@ -386,7 +387,8 @@ LINES: dict[str, Line] = {
                                         [{"without": SCRATCH}]),
     # Until 0.6.14 only as far as a warp needs one stage: test_limits.py.
     "few rows": Line(["tinygemm2", "tinygemm2_nobias"], "n m k", [
-        (1, 16, 64), (8, 16, 256), (9, 48, 320), (2, 1024, 960), (37, 256, 1024)],
+        (1, 16, 64), (3, 16, 72), (4, 32, 360), (8, 64, 720), (8, 16, 256), (9, 48, 320),
+        (2, 1024, 960), (5, 64, 1000), (37, 256, 1024)],
         grid(use_pdl=BOTH), on_gpu=[(2, 1024, 2880), (37, 256, 4096), (3, 4096, 14336),
                                     (16, 28672, 1088)]),
     "routers": Line(ROUTERS, "n", lines_of(1, 2, 7, 15, 16), grid(launch_with_pdl=BOTH)),
@@ -438,7 +440,10 @@ def known(op: Op, options: Options) -> dict[str, Any]:
 def is_within(op: Op, sizes: Mapping[str, int], options: Options) -> bool:
     """Whether the row of the kernels in use has the size."""
     most = op.row.limits("<=")
-    return all(size <= most.get(axis, (size,))[0] for axis, size in sizes.items())
+    of_sizes = [rule for rule in op.row.rules if {*rule.names} <= sizes.keys()]
+    return all(size <= most.get(axis, (size,))[0] for axis, size in sizes.items()) and all(
+        eval(rule.holds, {**FUNCTIONS, **rule.using}, dict(sizes)) for rule in of_sizes
+    )
 
 
 @pytest.mark.parametrize(("line", "op", "dtypes"), list(_params()))

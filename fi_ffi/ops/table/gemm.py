@@ -80,7 +80,8 @@ _BMM = Row(
 def _tiny(name: str, *bias: Tensor, since: str) -> tuple[Row, ...]:
     plus = " + bias" if bias else ""
     always = (
-        "k >= 64", "m >= 16", "k % 64 == 0", "m % 16 == 0",
+        # Rows are copied by TMA: so many bytes apart, and 0 past their end.
+        "k >= 64", "m >= 16", "k % 8 == 0", "m % 16 == 0",
         # The output is counted in an int, and blocks of 8 rows by the grid's second axis.
         f"n * m <= {_INT}", f"n <= {8 * 65535}", f"m * k <= {_INT}", f"n * k <= {_INT}",
     )  # fmt: skip
