@@ -68,28 +68,27 @@ def test_five_million_draws_of_a_row(name, machine, rng):
         **({"logits": x} if "logits" in name else {"probs": p, "valid": np.zeros(count, bool)}),
     }  # fmt: skip
     wanted, scalars = p[0].astype(np.float64), {"seed_val": int(rng.integers(2**62))}
-    order = np.sort(wanted)[::-1]
+    order, at_edge = np.sort(wanted)[::-1], np.zeros(size, bool)
     if "top_k" in name:
         scalars["top_k_val"] = 500.0 if "top_p" in name else 500
         wanted = np.where(wanted >= order[499], wanted, 0)
     if "top_p" in name:
         scalars["top_p_val"] = 0.5
-        least = order[np.searchsorted(order.cumsum(), 0.5)]
-        wanted = np.where(p[0] >= least, wanted, 0)
-        if "top_k" in name:
-            wanted = np.where(p[0] >= order[499], wanted, 0)
+        edge = int(np.searchsorted(order.cumsum(), 0.5))
+        wanted = np.where(wanted >= order[edge], wanted, 0)
+        at_edge = (p[0] <= order[edge - 3]) & (p[0] >= order[edge + 3])
     if "min_p" in name:
         scalars["min_p_val"] = 0.1
         wanted = np.where(p[0] >= np.float32(0.1) * p[0].max(), wanted, 0)
     got = run(machine, name, arrays, **scalars)
     assert "valid" not in got or got["valid"].all()
     counts = np.bincount(got["output"], minlength=size)
-    # A token at the edge may be on either side of it.
-    assert counts[wanted == 0].sum() <= 5e-4 * count
+    # Where sums in float32 end, a token may be on either side of it.
+    assert not counts[(wanted == 0) & ~at_edge].any()
     wanted *= count / wanted.sum()
-    # The samplers' sums in float32 move probability from token to token.
-    error = np.abs(counts - wanted) - 8 * np.sqrt(wanted + 1) - 0.02 * wanted
-    assert error.max() <= 2e-3 * count / size + 50
+    # They move some of the probability from token to token, too.
+    error = np.abs(counts - wanted) - 8 * np.sqrt(wanted + 1) - 0.02 * wanted - 50
+    assert error[~at_edge].max() <= 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
