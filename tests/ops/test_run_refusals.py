@@ -381,6 +381,12 @@ WRONG: list[tuple[Any, dict[str, Any], Any, str, Any]] = [
     *(([("paged", "")], {"use_multi_item_scoring": True}, _POSITIONS,
        rf"got uint16\[20\] .*expected {4 * value} positions: {_ITEM} for each of 4",
        _ITEMS | {_ITEM: value}) for value in (0, 4, 6)),
+    *(([("paged", "")], {"use_multi_item_scoring": True}, _POSITIONS,
+       r"expected 24 positions: .*, or 23 and more: the last has 5 queries",
+       _ITEMS | {_ITEM: 6, _POSITIONS: np.zeros(count, np.uint16)}) for count in (22, 25)),
+    ([("paged", "")], {"use_multi_item_scoring": True, "enable_cuda_graph": True}, _POSITIONS,
+     r"expected 24 positions: token_pos_in_items_len for each of 4 requests$",
+     _ITEMS | {_ITEM: 6, _POSITIONS: np.zeros(23, np.uint16)}),
     *(([(kind, "") for kind in (*PREFILL, "decode", *SINGLES)], {"pos_encoding_mode": mode}, name,
        "got 1.0, expected None without pos_encoding_mode='ROPE_LLAMA'", {name: 1.0})
       for name in ("rope_scale", "rope_theta") for mode in ("NONE", "ALIBI")),
@@ -418,8 +424,8 @@ WRONG: list[tuple[Any, dict[str, Any], Any, str, Any]] = [
     *((_PREFILL_1, {}, "k", "expected 5 keys or more",
        lambda c, more=more: {n: c.memory[n][: c.queries - 1] for n in "kv"} | more)
       for more in _FEW),
-    (_PREFILL_1, {"dtype": FP8}, "backend", f"got 'fa2', expected what a backend has: fa2 has no "
-     f"{E4M3} queries; fa3 has head", {"backend": "fa2"}),
+    (_PREFILL_1, {"dtype": FP8}, "backend",
+     f"got 'fa2', expected 'fa3': fa2 has no {E4M3} queries", {"backend": "fa2"}),
     (_PREFILL_1, {"dtype": FP8}, None, "", lambda c: in_dtype(c, np.float16, "k")),
     (_DECODE_1, {"dtype": FP8}, "q", "float16 or bfloat16", {}),
     (_PREFILL_1, {"heads": 3}, None, "multiple of num_kv_heads = 2", {}),

@@ -355,8 +355,9 @@ class BatchPrefillPlan(Plan):
             least += each if self.options.enable_cuda_graph else min(last, each)
             desc = as_desc(items[name], self.op, name)
             if len(desc.shape) != 1 or not least <= desc.shape[0] <= most:
-                expected = f"{least} to {most} positions: {length} for each of the "
-                expected += f"{self._batch.size} requests; of the last, at least its queries'"
+                expected = f"{most} positions: {length} for each of {self._batch.size} requests"
+                if least < most:
+                    expected += f", or {least} and more: the last has {last} queries"
                 raise self.refuse(name, desc.layout, expected)
 
     def _apply_mask(self, values: Values, custom_mask: Any) -> None:
