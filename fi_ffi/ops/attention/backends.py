@@ -131,7 +131,9 @@ def check_soft_cap(op: str, argument: str, value: object) -> float:
 def check_encoding(op: str, mode: str, logits_soft_cap: float) -> None:
     """`ArgumentError` for what the kernels get wrong: they scale twice."""
     if mode == "ALIBI" and logits_soft_cap > 0:
-        expected = "0 with pos_encoding_mode='ALIBI': the kernels apply sm_scale twice"
+        expected = (
+            "0 with pos_encoding_mode='ALIBI': the kernels apply sm_scale twice (docs/attention.md)"
+        )
         raise ArgumentError(op, "logits_soft_cap", got=logits_soft_cap, expected=expected)
 
 

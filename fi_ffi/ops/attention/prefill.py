@@ -158,7 +158,7 @@ class BatchPrefillPlan(Plan):
         if chosen.causal:
             batch.check_keys("with causal=True")
         if chosen.pos_encoding_mode == "ROPE_LLAMA":
-            batch.check_keys("with pos_encoding_mode='ROPE_LLAMA'")
+            batch.check_keys("with pos_encoding_mode='ROPE_LLAMA' (docs/attention.md)")
         if chosen.use_multi_item_scoring:
             batch.check_keys("with use_multi_item_scoring=True")
         if chosen.use_custom_mask:

@@ -239,6 +239,7 @@ def single_prefill(
     causal = check_causal(op, causal, k, (qo_len, kv_len))
     if pos_encoding_mode == "ROPE_LLAMA" and 0 < kv_len < qo_len:
         expected = f"{qo_len} keys or more (or none) with pos_encoding_mode='ROPE_LLAMA'"
+        expected += " (docs/attention.md)"
         raise ArgumentError(op, "k", got=k.layout, expected=expected)
     rows, kind = SINGLE_PREFILL, kernel.kind(chosen)
     (row,) = in_use((rows[kind],), q.device)
