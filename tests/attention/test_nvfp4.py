@@ -10,6 +10,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.ops.attention.backends import Kernel
 
 from tests.attention import judge
 from tests.attention.cases import E4M3, dequantised, make
@@ -114,6 +115,14 @@ def test_plans_that_are_refused(changes, words):
     starts = np.int32([0, 2])
     with pytest.raises(fi_ffi.ArgumentError, match=words):
         fi_ffi.BatchPrefillPlan(starts, kv_indptr=starts, device="cpu", **given | changes)
+
+
+def test_modules_are_called_after_what_each_release_does():
+    kernel = Kernel("batch_prefill", "float16", "uint8", "float16", 128, 128)
+    for release, word in (("0.6.10", "u8"), ("0.6.16", "u8"), ("0.6.18", "fp4x2_e2m1")):
+        assert f"_dtype_kv_{word}_" in kernel.module("fa2", release)
+    with pytest.raises(fi_ffi.ArgumentError, match="dtype_kv"):
+        kernel.module("fa2", "0.6.9")
 
 
 def test_where_there_are_none():

@@ -13,6 +13,7 @@ from fi_ffi.loader import machine
 from fi_ffi.ops.attention.rows import F16, FP4, FP8, of_release
 from fi_ffi.ops.call.arguments import check_choice, check_number
 from fi_ffi.ops.providers import release_in_use
+from fi_ffi.ops.releases import is_in
 from fi_ffi.ops.row import Row
 
 # flashinfer/utils.py: PosEncodingMode and MaskMode
@@ -53,9 +54,12 @@ class Kernel:
 
     def module(self, backend: str, of: str | None = None) -> str:
         """The module's name in a release, or in that of the kernels in use."""
+        kv, of = self.kv_data_type, of or release()
+        if kv in FP4:  # called after the tensor's dtype, and from 0.6.18 on after the kernel's
+            kv = FP4[is_in(of, ">=0.6.18")]
         parameters: dict[str, Any] = {
             "dtype_q": self.q_data_type,
-            "dtype_kv": FP4[0] if self.kv_data_type in FP4 else self.kv_data_type,
+            "dtype_kv": kv,
             "dtype_o": self.o_data_type,
         }
         if self.family == "batch_mla":
