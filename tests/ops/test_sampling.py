@@ -233,6 +233,9 @@ def test_a_number_for_each_row_in_a_column(name, array, machine, rng):
         wrong = np.resize(case.arrays[array], shape)
         with pytest.raises(fi_ffi.ArgumentError, match=array):
             run(machine, name, case.arrays | {array: wrong}, **case.scalars)
+    two = np.asfortranarray(np.resize(case.arrays[array], (6, 2)))  # the first of them side by side
+    with pytest.raises(fi_ffi.ArgumentError, match=f"{array}.*rank 1"):
+        OPS[name](**case.arrays | {array: two}, **case.scalars)
     every_other = np.repeat(case.arrays[array], 2).reshape(-1, 2)[:, :1]
     with pytest.raises(fi_ffi.ArgumentError, match="contiguous"):
         OPS[name](**case.arrays | {array: every_other}, **case.scalars)
