@@ -71,6 +71,7 @@ _ATTENTION = (
     "BatchAttentionPlan",
     "BatchDecodePlan",
     "BatchMlaPlan",
+    "BatchPodPlan",
     "BatchPrefillPlan",
     "BlockSparseAttentionPlan",
     "MultiLevelCascadePlan",

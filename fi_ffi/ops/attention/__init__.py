@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fi_ffi.ops.attention.batch_attention import BatchAttentionPlan
+from fi_ffi.ops.attention.batch_pod import BatchPodPlan
 from fi_ffi.ops.attention.cascade import MultiLevelCascadePlan, SharedPrefixPlan
 from fi_ffi.ops.attention.decode import BatchDecodePlan
 from fi_ffi.ops.attention.masks import alibi_slopes, pack_custom_mask
@@ -29,6 +30,7 @@ __all__ = [
     "BatchAttentionPlan",
     "BatchDecodePlan",
     "BatchMlaPlan",
+    "BatchPodPlan",
     "BatchPrefillPlan",
     "BlockSparseAttentionPlan",
     "MultiLevelCascadePlan",

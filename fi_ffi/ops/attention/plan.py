@@ -99,6 +99,8 @@ class Plan:
     run_given: Sequence[str] = ()
     # What arrays of the plan are called in runs' rows, and the float and int workspaces.
     run_arrays: Mapping[str, str] = {}
+    # What the schedule is called in runs' rows.
+    run_info: ClassVar[str] = "plan_info_vec"
     run_workspaces: ClassVar[Sequence[str]] = ("float_workspace_buffer", "int_workspace_buffer")
 
     def __init_subclass__(cls) -> None:
@@ -483,7 +485,7 @@ class Plan:
         """Bind what changes with each schedule: its info, and how long arrays are."""
         assert self._info is not None
         info = int(ffi.cast("uintptr_t", self._info.handle))
-        changed = bound.changed("plan_info_vec", 0, info)
+        changed = bound.changed(self.run_info, 0, info)
         if counts:
             for name, array in self.run_arrays.items():
                 if array in counts:
@@ -524,7 +526,7 @@ class Plan:
         made.own_sizes = tuple(facts[axis] for axis in own)
         for name, value in values.items():
             made.put(name, value)
-        made.put("plan_info_vec", 0)
+        made.put(self.run_info, 0)
         self._bind_workspace(made, workspace)
         self._bind_schedule(made, self._counts)
         self.fill_defaults(made.template)

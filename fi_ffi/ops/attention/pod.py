@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.ops import cuda
@@ -16,11 +16,41 @@ from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.attention.rows import POD
 from fi_ffi.ops.attention.run import Values
 from fi_ffi.ops.attention.single import check_tmp, prefill_bytes
+from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int, check_number
 from fi_ffi.ops.row import KV_LAYOUTS, Row, as_nhd
 
 # The kernel's decode half is compiled for tiles of so many rows, and plans have to agree.
 _MOST_GROUP = 16
+# What its kernel is not told, or has one of.
+_NOT_OF_POD = (
+    "backend", "causal", "enable_cuda_graph", "head_dim_qk", "head_dim_vo", "kv_indptr",
+    "logits_soft_cap", "max_num_indices", "max_total_num_rows", "pos_encoding_mode",
+    "use_attention_sink", "use_custom_mask", "use_fp16_qk_reduction", "use_multi_item_scoring",
+)  # fmt: skip
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class _Sizes(TypedDict):
+    num_qo_heads: int
+    num_kv_heads: int
+    page_size: int
+
+
+class PodKeywords(_Sizes, total=False):
+    """Of a prefill's options, those that its kernel has; and where it is planned."""
+
+    window_left: int
+    q_data_type: object
+    kv_data_type: object
+    o_data_type: object
+    fixed_split_size: int | None
+    disable_split_kv: bool
+    device: object
+    stream: object
+
+
 # The kind of run, after those of prefill plans.
 _POD = 2
 
@@ -52,6 +82,10 @@ class PodPlan(BatchPrefillPlan):
     }  # fmt: skip
     run_workspaces = ("float_workspace_buffer_d", "int_workspace_buffer_d")
     runs = ("run",)
+    # The row of its run, and what callers know the lengths of last pages as.
+    pod: ClassVar[Row] = POD
+    family: ClassVar[str] = "pod"
+    last_page_len: ClassVar[str] = "paged_kv_last_page_len"
     ragged_run: Any = NotOf()
     paged_run: Any = NotOf()
 
@@ -61,15 +95,17 @@ class PodPlan(BatchPrefillPlan):
         *,
         paged_kv_last_page_len: TensorLike,
         head_dim: int,
-        **options: Any,
+        paged_kv_indices: TensorLike | None = None,
+        workspace: Workspace | None = None,
+        **options: Unpack[PodKeywords],
     ) -> None:
-        for name in ("backend", "head_dim_qk", "enable_cuda_graph", "causal", "kv_indptr"):
+        for name in _NOT_OF_POD:
             if name in options:
                 raise TypeError(f"{self.op}() got an unexpected keyword argument {name!r}")
         super().__init__(
             self._each_one(paged_kv_last_page_len), paged_kv_indptr=paged_kv_indptr,
             paged_kv_last_page_len=paged_kv_last_page_len, head_dim_qk=head_dim, backend="fa2",
-            **options,
+            paged_kv_indices=paged_kv_indices, workspace=workspace, **options,
         )  # fmt: skip
 
     def choose_rows(self) -> Sequence[Row]:
@@ -77,13 +113,13 @@ class PodPlan(BatchPrefillPlan):
         if chosen.num_qo_heads // chosen.num_kv_heads > _MOST_GROUP:
             expected = f"at most {_MOST_GROUP} for each of the {chosen.num_kv_heads} of keys"
             raise self.refuse("num_qo_heads", chosen.num_qo_heads, expected)
-        return (*super().choose_rows(), POD)
+        return (*super().choose_rows(), self.pod)
 
     def _each_one(self, last_page_len: TensorLike) -> Any:
         """One query for each request."""
-        count = len(int32_array(self.op, "paged_kv_last_page_len", last_page_len))
+        count = len(int32_array(self.op, self.last_page_len, last_page_len))
         if not count:
-            raise self.refuse("paged_kv_last_page_len", "no requests", "one or more")
+            raise self.refuse(self.last_page_len, "no requests", "one or more")
         return array("i", range(count + 1))
 
     def replan(  # type: ignore[override]
@@ -211,7 +247,7 @@ class PodPlan(BatchPrefillPlan):
     def _pod_module(self, window_left_p: int) -> str:
         chosen = self.options
         return module_name(
-            "pod", dtype_q=chosen.q_data_type, dtype_kv=chosen.kv_data_type,
+            self.family, dtype_q=chosen.q_data_type, dtype_kv=chosen.kv_data_type,
             dtype_o=chosen.o_data_type, head_dim=chosen.head_dim_qk,
             use_sliding_window_p=window_left_p >= 0, use_sliding_window_d=chosen.window_left >= 0,
         )  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 
 from fi_ffi.errors import KernelNotFoundError
 from fi_ffi.ops.releases import OLDEST, fits, forms_of, span_of
-from fi_ffi.ops.row import Arg, KvLayout, PlanInfo, Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.row import Arg, IntArray, KvLayout, PlanInfo, Row, Rule, Scalar, Tensor, Vector
 
 _Dtypes = dict[str, tuple[str, ...]]
 F16 = ("float16", "bfloat16")
@@ -572,6 +572,37 @@ POD = _row(
     *_of("p", *_POD_PREFILL), *_of("d", *_WORKSPACE), PlanInfo(), *_of("d", *_POD_DECODE), _PDL,
     same_strides=("paged_k_cache_d", "paged_v_cache_d"), offset_limit=_FAR,
     requires=(*_HEADS, "qo_len >= 1", "kv_len >= 1", "b >= 1"),
+)  # fmt: skip
+
+# The same of a batch of prefills, over pages as well.
+_QUERIES_P, _CACHE_P = "nnz_p num_qo_heads head_dim", "num_pages_p page_size num_kv_heads head_dim"
+_BATCH_POD_PREFILL = (
+    Tensor("q", _QUERIES_P, "Q", "the prefills' queries"),
+    replace(_PAGED_K, axes=_CACHE_P, kv=False),
+    replace(_PAGED_V, axes=_CACHE_P, kv=False),
+    _index("qo_indptr", "b_p+1", "where each prefill's queries start"),
+    _index("paged_kv_indptr", "b_p+1", "where each prefill's pages start"),
+    _index("paged_kv_indices", "num_indices_p", "the prefills' pages"),
+    _index("paged_kv_last_page_len", "b_p", "tokens in each prefill's last page"),
+    replace(_OUT_FA2, axes=_QUERIES_P, doc="their outputs"),
+    replace(_LSE, axes="nnz_p num_qo_heads"),
+    _MASK_MODE,
+    _LAYOUT,
+    _WINDOW,
+    Tensor("maybe_custom_mask", "p_mask_bytes", "uint8", "not read", **_ONE),
+    Tensor("maybe_mask_indptr", "p_mask_indptr", "int32", "not read", **_ONE),
+    _UNUSED_SLOPES,
+    *_FA2_SCALARS,
+)
+BATCH_POD = _row(
+    "batch_pod", "batch_pod_with_kv_cache_tensor", "", "batch_pod_jit_binding.cu",
+    "A batch's prefills and another's decode in one launch.",
+    *_of("p", *_WORKSPACE), IntArray("plan_info_vec_p"), *_of("p", *_BATCH_POD_PREFILL),
+    *_of("d", *_WORKSPACE), PlanInfo(name="plan_info_vec_d"), *_of("d", *_POD_DECODE), _PDL,
+    Tensor("sm_aware_sched", "num_counters", "int32", "counters of blocks: set to zero first",
+           writes=True, reads=False, contiguous=True),
+    same_strides=("paged_k_cache_d", "paged_v_cache_d"), offset_limit=_FAR,
+    requires=(*_HEADS, "nnz_p >= 1", "b >= 1"),
 )  # fmt: skip
 
 ROWS = tuple(FORMS)

@@ -67,13 +67,14 @@ def judge_attention(op: str, query: Query, options: Mapping[str, Any]) -> Suppor
 
 def _of_family(op: str, query: Query) -> Support:
     """Judge what has no options here by any module of its rows' family."""
-    family = op.lower().removesuffix("plan")
+    family = _FAMILIES.get(op) or op.lower().removesuffix("plan")
     rows = [row for row in FORMS if row.name.partition(".")[0] == family]
     if not rows:
         raise TypeError(f"{op} has no rows to tell what it needs")
     return judge(op, FORMS[rows[0]], query)
 
 
+_FAMILIES = {"BatchPodPlan": "batch_pod"}
 _Choice = tuple[Kernel, str, Row]
 
 

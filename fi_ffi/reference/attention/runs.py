@@ -240,6 +240,16 @@ def _pod_decode(
     )  # fmt: skip
 
 
+_OF_BATCH = 22  # arguments of each half of the batched one
+
+
+def batch_pod_with_kv_cache_tensor(*values: Any, compiled: Compiled) -> None:
+    """Both halves are prefills over pages; the last arguments are a flag and counters."""
+    *halves, enable_pdl, _ = values
+    for start in (0, _OF_BATCH):
+        _pod_decode(*[*halves[start : start + _OF_BATCH], enable_pdl])
+
+
 def _scale(scale: float, tensor: Array | None) -> float:
     return scale if tensor is None else float(tensor[0])
 
