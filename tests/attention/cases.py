@@ -45,8 +45,10 @@ PLANS = {
 }
 
 
-# Whose kernels are of no backend.
-ONE_BACKEND = ("batch_attention", "batch_decode", "single_decode")
+# Those whose kernels have one backend, which modules are not called after.
+ONE_BACKEND = {
+    "batch_attention": "persistent", "batch_decode": "cuda cores", "single_decode": "cuda cores",
+}  # fmt: skip
 
 
 @dataclass
@@ -72,7 +74,7 @@ class Case:
         self._placed: dict[str, Any] = {}
         self._extra: dict[int, dict[str, Any]] = {}
         kernel, op = self._kernel()
-        self.backend, module_of = getattr(self.plan_class, "backend", "cuda cores"), ""
+        self.backend, module_of = ONE_BACKEND.get(spec.family, ""), ""
         if spec.family not in ONE_BACKEND:
             is_paged = bool(spec.page_size)
             self.backend = machine.backend(op, spec.backend, kernel, spec.mask, is_paged)
