@@ -91,6 +91,7 @@ _ATTENTION = (
 )
 _MOE = (
     "FusedMoe",
+    "bgmv_moe",
     "cutlass_fused_moe",
     "interleave_moe_scales_for_sm90_mixed_gemm",
     "interleave_moe_weights_for_sm90_mixed_gemm",

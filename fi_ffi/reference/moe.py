@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import tensors_of
 from fi_ffi.reference import moe_weights
 from fi_ffi.reference.arrays import Array, as_array, store
@@ -281,7 +282,48 @@ def interleave_weights(weight: Array, weight_interleaved: Array, quant_type: int
     weight_interleaved[...] = moe_weights.interleave(weight, "fp4" if quant_type else "int4")
 
 
+def _at(address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """An array over memory that a table tells of."""
+    count = math.prod(shape) * dtype.itemsize
+    memory = ffi.buffer(ffi.cast("char *", int(address)), count)
+    return np.frombuffer(memory, dtype).reshape(shape).astype(np.float64)
+
+
+def _pairs(tokens: Array, adapters: Array) -> list[tuple[int, int, int]]:
+    """Those that have a token with an adapter, with both."""
+    known = [(i, int(t)) for i, t in enumerate(tokens) if 0 <= t < len(adapters)]
+    return [(i, t, int(adapters[t])) for i, t in known if adapters[t] >= 0]
+
+
+def bgmv_moe_shrink(
+    y: Array, x: Array, w_ptr: Array, sorted_token_ids: Array, expert_ids: Array,
+    lora_indices: Array, lora_stride: int,
+) -> None:  # fmt: skip
+    shape = y.shape[2], x.shape[1]
+    for i in range(len(y)):
+        for pair, token, adapter in _pairs(sorted_token_ids, lora_indices):
+            address = w_ptr[i, expert_ids[pair]] + adapter * lora_stride * x.itemsize
+            found = _at(address, shape, x.dtype) @ x[token].astype(np.float64)
+            store(y[i, pair], y[i, pair].astype(np.float64) + found)
+
+
+def bgmv_moe_expand(
+    y: Array, x: Array, w_ptr: Array, sorted_token_ids: Array, expert_ids: Array,
+    topk_weights: Array, lora_indices: Array, slice_start_loc: Array, first_feat_out: int,
+    lora_stride: int,
+) -> None:  # fmt: skip
+    shape = first_feat_out, x.shape[2]
+    total = y.astype(np.float64)
+    for i, start in enumerate(slice_start_loc):
+        for pair, token, adapter in _pairs(sorted_token_ids, lora_indices):
+            address = w_ptr[i, expert_ids[pair]] + adapter * lora_stride * x.itemsize
+            found = _at(address, shape, x.dtype) @ x[i, pair].astype(np.float64)
+            total[token, start : start + first_feat_out] += found * float(topk_weights[pair])
+    store(y, total)
+
+
 KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
+    "bgmv_moe": {"bgmv_moe_shrink": bgmv_moe_shrink, "bgmv_moe_expand": bgmv_moe_expand},
     "fused_moe_90": {
         "interleave_moe_weights_for_sm90_mixed_gemm": interleave_weights,
         **{

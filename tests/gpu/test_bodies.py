@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.helpers.bodies import bodies_of
 from tests.ops import (
     test_activation,
+    test_bgmv_moe,
     test_cascade,
     test_mamba,
     test_quantization,
@@ -16,6 +17,7 @@ from tests.ops import (
 globals().update(
     bodies_of(
         test_activation,
+        test_bgmv_moe,
         test_cascade,
         test_mamba,
         test_quantization,

@@ -19,7 +19,6 @@ from tests.helpers.untyped_calls import (
     module,
     poisoned,
     rounded,
-    worst,
 )
 
 ATTENTION = (
@@ -79,64 +78,6 @@ def test_mhc_pre(splits, block, repeats, rng, to_gpu, stream):
     judged(outs[0], post, off * post)
     judged(outs[1], comb, 8 * off[..., None] * comb)
     judged(outs[2], layer, rounded(BF16, layer) + off * magnitude)
-
-
-@pytest.mark.parametrize("dtype", [np.float16, BF16], ids=str)
-@pytest.mark.parametrize(("wide", "rank"), [(384, 8), (768, 16), (1344, 32), (2048, 64)])
-@pytest.mark.parametrize("tokens", [3, 20])
-def test_bgmv_moe(dtype, wide, rank, tokens, rng, to_gpu, stream):
-    """They add to what is there.
-
-    A pair whose token has no adapter, or that has no token, is left as it is.
-    """
-    found, slices, experts, adapters, top_k = module("bgmv_moe"), 2, 4, 3, 2
-    pairs = tokens * top_k + 1
-    of_pair = np.append(np.repeat(np.arange(tokens), top_k), tokens)  # the last has no token
-    of_expert = rng.integers(0, experts, pairs)
-    adapter = rng.integers(-1, adapters, tokens)
-    adapter[0] = 1
-    used = [i for i in range(pairs - 1) if adapter[of_pair[i]] >= 0]
-    x = rng.standard_normal((tokens, wide)).astype(dtype)
-    down = rng.standard_normal((slices, adapters, experts, rank, wide)).astype(dtype)
-    up = rng.standard_normal((slices, adapters, experts, wide, rank)).astype(dtype)
-    ids = [to_gpu(array.astype(np.int64)) for array in (of_pair, of_expert, adapter)]
-
-    def table(weights):
-        device = to_gpu(weights)
-        step = [side * weights.itemsize for side in (weights[0].size, weights[0, 0, 0].size)]
-        at = np.arange(slices)[:, None] * step[0] + np.arange(experts) * step[1]
-        return to_gpu((device.ptr + at).astype(np.int64)), weights[0, 0].size
-
-    first = poisoned((slices, pairs, rank), dtype)
-    first[:, used] = 0
-    shrunk = to_gpu(first)
-    pointers, stride = table(down)
-    call(found.bgmv_moe_shrink, shrunk, to_gpu(x), pointers, *ids, stride, stream=stream)
-    own = down[:, adapter[of_pair[used]], of_expert[used]]
-    row = float64(x)[of_pair[used]]
-    expected = np.einsum("spkw,pw->spk", float64(own), row)
-    magnitude = np.einsum("spkw,pw->spk", np.abs(float64(own)), np.abs(row))
-    got = shrunk.get()
-    bound = rounded(dtype, expected) + SUM * magnitude
-    assert worst(1.05 * expected, expected, bound) > 1
-    assert worst(got[:, used], expected, bound) <= 1
-    rest = [i for i in range(pairs) if i not in used]
-    assert np.isnan(float64(got[:, rest])).all() and shrunk.intact()
-
-    weights = rng.uniform(0.1, 1, pairs).astype(np.float32)
-    begun = rng.standard_normal((tokens, slices * wide)).astype(np.float32)
-    out = to_gpu(begun)
-    pointers, stride = table(up)
-    call(found.bgmv_moe_expand, out, shrunk, pointers, *ids[:2], to_gpu(weights), ids[2],
-         to_gpu(np.arange(slices) * wide), wide, stride, stream=stream)  # fmt: skip
-    expected, magnitude = float64(begun), np.abs(float64(begun))
-    for pair in used:
-        own, token = float64(up[:, adapter[of_pair[pair]], of_expert[pair]]), of_pair[pair]
-        hidden, weight = float64(got[:, pair]), float(weights[pair])
-        expected[token] += weight * np.einsum("swk,sk->sw", own, hidden).reshape(-1)
-        part = np.einsum("swk,sk->sw", np.abs(own), np.abs(hidden))
-        magnitude[token] += weight * part.reshape(-1)
-    judged(out, expected, SUM * magnitude)
 
 
 @pytest.mark.parametrize("causal", [False, True])

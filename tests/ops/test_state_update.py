@@ -205,6 +205,7 @@ def wrong(call: StateCall, argument: str, **changes) -> None:
         ("x", lambda a: a["x"][..., :8]),
         ("x", lambda a: np.repeat(a["x"], 2, axis=1)[:, ::2]),
         ("dt", lambda a: np.repeat(a["dt"][..., None], 16, axis=-1)),  # values of their own
+        ("dt", lambda a: np.lib.stride_tricks.as_strided(a["dt"], (3, 4, 16), (8, 2, 2))),
         ("dt", lambda a: a["dt"][:, :3]),
         ("A", lambda a: np.repeat(a["A"], 2)[::2]),
         ("B", lambda a: a["B"].astype(np.float32)),

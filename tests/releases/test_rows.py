@@ -11,6 +11,7 @@ from fi_ffi.loader.lock import the_lock
 from fi_ffi.ops import mamba
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows as matmul
+from fi_ffi.ops.moe import lora
 from fi_ffi.ops.releases import fits
 from fi_ffi.ops.table import ROWS, rope
 
@@ -122,3 +123,14 @@ def test_states_are_what_the_release_declares(release, sources):
         if fits(row, release):
             wanted = parameters(sources(release, row.source))[row.symbol]
             assert [arg.name for arg in row.args] == ["out" if n == "output" else n for n in wanted]
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_adapters_are_what_the_release_declares(release, sources):
+    for row in lora.ROWS:
+        declared = declared_by(release, row, sources)
+        assert (row.symbol in declared) is fits(row, release)
+        if declared:
+            assert row.signature.same_types(declared[row.symbol])
+            names = parameters(sources(release, row.source))[row.symbol]
+            assert [arg.name for arg in row.args] == names

@@ -15,6 +15,7 @@ from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.mamba import FAMILY, judge_states
 from fi_ffi.ops.matmul import rows as matmul
 from fi_ffi.ops.moe import interface as moe
+from fi_ffi.ops.moe import lora
 from fi_ffi.ops.moe.weights import WEIGHTS
 from fi_ffi.ops.row import Row
 from fi_ffi.ops.table.gemm import FP8
@@ -22,7 +23,7 @@ from fi_ffi.ops.table.gemm import FP8
 # Rows that are no ops of the table: those of packages in `fi_ffi/ops` whose functions do
 # something around the entries they call.  Attention's options name modules: they are judged by
 # `capability.attention`.
-PACKAGES = {"matmul": matmul.ROWS}
+PACKAGES = {"matmul": matmul.ROWS, "moe": lora.ROWS}
 # The functions that call what is not called as its row: the function, and how it is asked to.
 _CALLED_BY = {
     "cutlass_segment_gemm": ("segment_gemm", "sm80"),

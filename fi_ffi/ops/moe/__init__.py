@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from fi_ffi.ops.moe import fused, lora
 from fi_ffi.ops.moe.deepgemm import set_deepgemm_jit_include_dirs
 from fi_ffi.ops.moe.fused import FusedMoe, cutlass_fused_moe
-from fi_ffi.ops.moe.fused import forget as forget
+from fi_ffi.ops.moe.lora import bgmv_moe
 from fi_ffi.ops.moe.weights import (
     interleave_moe_scales_for_sm90_mixed_gemm,
     interleave_moe_weights_for_sm90_mixed_gemm,
@@ -12,8 +13,15 @@ from fi_ffi.ops.moe.weights import (
 
 __all__ = [
     "FusedMoe",
+    "bgmv_moe",
     "cutlass_fused_moe",
     "interleave_moe_scales_for_sm90_mixed_gemm",
     "interleave_moe_weights_for_sm90_mixed_gemm",
     "set_deepgemm_jit_include_dirs",
 ]
+
+
+def forget() -> None:
+    """Drop what was learnt from earlier calls, after the source of kernels changed."""
+    fused.forget()
+    lora.forget()
