@@ -297,7 +297,7 @@ def _pairs(tokens: Array, adapters: Array) -> list[tuple[int, int, int]]:
 
 def bgmv_moe_shrink(
     y: Array, x: Array, w_ptr: Array, sorted_token_ids: Array, expert_ids: Array,
-    lora_indices: Array, lora_stride: int,
+    lora_indices: Array, lora_stride: int, per_pair_input: bool = False,
 ) -> None:  # fmt: skip
     shape = y.shape[2], x.shape[1]
     for i in range(len(y)):
@@ -310,7 +310,7 @@ def bgmv_moe_shrink(
 def bgmv_moe_expand(
     y: Array, x: Array, w_ptr: Array, sorted_token_ids: Array, expert_ids: Array,
     topk_weights: Array, lora_indices: Array, slice_start_loc: Array, first_feat_out: int,
-    lora_stride: int,
+    lora_stride: int, finalize: bool = True,
 ) -> None:  # fmt: skip
     shape = first_feat_out, x.shape[2]
     total = y.astype(np.float64)

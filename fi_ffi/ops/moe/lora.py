@@ -19,9 +19,11 @@ from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 from fi_ffi.ops import cuda
 from fi_ffi.ops.call.compiled import CompiledRow
+from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.call.staging import staged
 from fi_ffi.ops.providers import check_available
-from fi_ffi.ops.row import Row, Scalar, Tensor, Vector
+from fi_ffi.ops.releases import forms_of
+from fi_ffi.ops.row import Absent, Row, Scalar, Tensor, Vector
 
 if TYPE_CHECKING:
     from fi_ffi.abi.tensor import Device
@@ -58,30 +60,36 @@ CHECKS = Row(
     ),
     requires=(f"h in {WIDTHS}", f"pairs <= {_INT}", f"n <= {_INT}"), **_FIELDS,
 )  # fmt: skip
-SHRINK = Row(
+# Since then pairs may have rows of x of their own, and results be kept apart: not asked for.
+_LATER = "0.6.16"
+SHRINK = forms_of(Row(
     "bgmv_moe_shrink", symbol="bgmv_moe_shrink", args=(
         Tensor("y", "slices pairs rank", "T", writes=True, **_PLAIN), _X, _TABLE, *_PAIRS,
-        _ADAPTERS, _STRIDE,
+        _ADAPTERS, _STRIDE, Absent("per_pair_input", "bool", since=_LATER),
     ),
     **_FIELDS,
-)  # fmt: skip
-EXPAND = Row(
+))  # fmt: skip
+EXPAND = forms_of(Row(
     "bgmv_moe_expand", symbol="bgmv_moe_expand", args=(
         Tensor("y", "n total", "float32", writes=True, **_PLAIN),
         Tensor("x", "slices pairs rank", "T", **_PLAIN), _TABLE, *_PAIRS, _WEIGHTS, _ADAPTERS,
         Tensor("slice_start_loc", "slices", "int64", **_PLAIN),
         Scalar("first_feat_out", int, None, ""), _STRIDE,
+        Absent("finalize", "bool", value=1, since=_LATER),
     ),
     **_FIELDS,
-)  # fmt: skip
-ROWS = (SHRINK, EXPAND)
-_checks, _shrink, _expand = (CompiledRow(row, op=_OP) for row in (CHECKS, SHRINK, EXPAND))
+))  # fmt: skip
+ROWS = (*SHRINK, *EXPAND)
+_checks = CompiledRow(CHECKS, op=_OP)
+_shrink, _expand = (Op(*forms, op=_OP) for forms in (SHRINK, EXPAND))
 
 
 def forget() -> None:
     """Drop what was learnt from earlier calls, after the source of kernels changed."""
-    for compiled in (_checks, _shrink, _expand):
-        compiled.forget()
+    _checks.forget()
+    for op in (_shrink, _expand):
+        op.forget()
+        op.select_release(None)
 
 
 def _listed(name: str, given: Any, x: TensorDesc, num_experts: int | None) -> list[TensorDesc]:
@@ -212,9 +220,9 @@ def bgmv_moe(
         pairs = descs["sorted_token_ids"], descs["expert_ids"]
         adapters, weights = descs["lora_indices"], descs["topk_weights"]
         with _on_default_stream(device, handle):
-            _shrink.call(None, middle, left, of_a, *pairs, adapters, a[0].strides[0], stream=stream)
-            _expand.call(
-                None, output, middle, of_b, *pairs, weights, adapters, starts, feat,
+            _shrink(middle, left, of_a, *pairs, adapters, a[0].strides[0], stream=stream)
+            _expand(
+                output, middle, of_b, *pairs, weights, adapters, starts, feat,
                 b[0].strides[0], stream=stream,
             )  # fmt: skip
 
