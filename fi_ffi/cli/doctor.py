@@ -20,6 +20,7 @@ from fi_ffi.ops.capability.known_issues import KNOWN_ISSUES
 from fi_ffi.ops.capability.matrix import Line, lines
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.releases import fits
+from fi_ffi.ops.row import Row
 from fi_ffi.ops.table import ROWS
 
 _MIN_DRIVER = (13, 0)  # the kernels are compiled with CUDA 13
@@ -173,7 +174,8 @@ def _kernels(kernels: str | None) -> Iterator[Finding]:
         yield Finding("kernels", "warn", "none", advice)
         return
     missing: dict[str, list[tuple[str, str]]] = {}
-    modules = sorted({row.module for row in ROWS})
+    first = 0 if machine.device_count() else None
+    modules = sorted({_module_of(row, first) for row in ROWS})
     with progress.counter("modules", len(modules), quiet=not may_fetch()) as count:
         for module in modules:
             count(module)
@@ -219,11 +221,15 @@ def _module(module: str, missing: dict[str, list[tuple[str, str]]]) -> Iterator[
         yield from _attestation(module, device)
 
 
+def _module_of(row: Row, device: int | None) -> str:
+    return row.module_on(None if device is None else machine.capability(device))
+
+
 def _attestation(module: str, device: int | None) -> Iterator[Finding]:
     attested = []
     release = search.release()
     for row in ROWS:
-        if row.module != module or (release and not fits(row, release)):
+        if _module_of(row, device) != module or (release and not fits(row, release)):
             continue
         try:
             runtime.kernel_entry(module, row.signature, row.releases, device)
@@ -313,5 +319,5 @@ def _attest(name: str, release: str, device: int | None) -> bool:
     row = next((row for row in rows if fits(row, release)), None)
     if row is None or row.factory:  # of a family, or made by its module: judged by its file alone
         return False
-    runtime.kernel_entry(row.module, row.signature, row.releases, device)
+    runtime.kernel_entry(_module_of(row, device), row.signature, row.releases, device)
     return True

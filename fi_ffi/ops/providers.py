@@ -35,6 +35,8 @@ def entry_for(row: Row, device: Device, module: str | None = None) -> Entry:
 
         check_available(row, device)
         name = module or row.module
+        if row.modules and name == row.module:
+            name = row.module_on(machine.capability(device.index))
         if row.factory:
             from fi_ffi.loader.methods import method_entry
 
@@ -53,13 +55,11 @@ def check_available(row: Row, device: Device) -> None:
     from fi_ffi.loader import search
 
     if row.capabilities:
-        major, minor = machine.capability(device.index)
-        if major not in row.capabilities:
-            able = " or ".join(f"{known}.x" for known in row.capabilities)
-            raise ArchitectureError(
-                f"{row.name} is written for GPUs of compute capability {able}; "
-                f"{device} has {major}.{minor}"
-            )
+        capability = machine.capability(device.index)
+        refusal = row.lacks_gpu(capability)
+        if refusal:
+            major, minor = capability
+            raise ArchitectureError(f"{row.name} {refusal}; {device} has {major}.{minor}")
     release = search.release()
     if release is not None and not fits(row, release):
         raise KernelNotFoundError(

@@ -329,10 +329,26 @@ class Row:
     allocates: bool = False
     # Pairs that may be the same memory; what is written shares none with any other tensor.
     in_place: tuple[tuple[str, str], ...] = ()
-    # Major compute capabilities that the kernel was written for; any, where there is none.
+    # Major compute capabilities that the kernel was written for; any, where there is none.  And why
+    # what is compiled for others is of no use.
     capabilities: tuple[int, ...] = ()
+    elsewhere: str = ""
+    # The modules of GPUs that have another than `module`, by compute capability.
+    modules: Mapping[tuple[int, int], str] = field(default_factory=dict)
     # Dtypes that the kernel does not take together, by variable.
     lacks: tuple[dict[str, str], ...] = ()
+
+    def module_on(self, capability: tuple[int, int] | None) -> str:
+        """The module that has the entry for a GPU."""
+        return self.module if capability is None else self.modules.get(capability, self.module)
+
+    def lacks_gpu(self, capability: tuple[int, int] | None) -> str:
+        """What the kernel was written for, where that is not such a GPU."""
+        if capability is None or not self.capabilities or capability[0] in self.capabilities:
+            return ""
+        able = " or ".join(f"{known}.x" for known in self.capabilities)
+        why = f" ({self.elsewhere})" if self.elsewhere else ""
+        return f"is written for GPUs of compute capability {able}{why}"
 
     @property
     def conditions(self) -> tuple[Condition, ...]:

@@ -51,6 +51,18 @@ ANSWERS = [
     # Nothing would help.
     ("gdn_prefill", {"sm": 100, "release": DEFAULT}, "refused",
      "it is written for GPUs of compute capability 9.x", None),
+    ("fp4_quantize", {"sm": 90, "release": DEFAULT}, "refused",
+     "it is written for GPUs of compute capability 10.x or 11.x or 12.x (for others "
+     "fp4_quantization_90 has it empty: it would be launched and write nothing)", None),
+    ("nvfp4_kv_quant", {"sm": 90, "release": DEFAULT}, "refused",
+     "(compiled for others it makes all numbers 0)", None),
+    ("mxfp8_quantize", {"sm": 80, "release": DEFAULT}, "refused",
+     "(for others mxfp8_quantization_sm100 has it empty", None),
+    # A GPU has a module of its own.
+    *(("fp4_quantize", {"sm": sm, "release": DEFAULT}, "built", f"fp4_quantization_{name} is in",
+       None) for sm, name in ((100, "100"), (103, "103"), (120, "120f"), (121, "120f"))),
+    ("block_scale_interleave", {"sm": 120, "release": DEFAULT}, "built",
+     "fp4_quantization_120f is in", None),
     ("gdn_prefill", {"sm": 90, "release": "0.6.18"}, "refused",
      "it is in FlashInfer >=0.6.3,<0.6.14, not in 0.6.18", None),
     ("BatchMlaPlan", {"sm": 90, "release": "0.7.2.post1"}, "refused",

@@ -232,7 +232,7 @@ def judge(
     if row is None:
         reason = f"it is in FlashInfer {span_of(forms)}, not in {release}"
         return Support(op, REFUSED, reason, release=release)
-    name = module(release) if module else row.module
+    name = module(release) if module else row.module_on(query.capability)
     refusal = _cuda_refusal(query) or _dtype_refusal(row, query) or _sm_refusal(row, query)
     if refusal:
         is_other_cuda = query.cuda_major != machine.CUDA_MAJOR
@@ -288,12 +288,8 @@ def _dtype_refusal(row: Row, query: Query) -> str:
 
 
 def _sm_refusal(row: Row, query: Query) -> str:
-    if query.capability is None or not row.capabilities:
-        return ""
-    if query.capability[0] in row.capabilities:
-        return ""
-    able = " or ".join(f"{known}.x" for known in row.capabilities)
-    return f"it is written for GPUs of compute capability {able}"
+    refusal = row.lacks_gpu(query.capability)
+    return f"it {refusal}" if refusal else ""
 
 
 def _available(name: str, query: Query) -> tuple[str, str, str | None]:

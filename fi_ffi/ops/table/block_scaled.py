@@ -1,8 +1,9 @@
 """Numbers in blocks with a scale each: 4-bit caches, scales' order, and quantising to 8 and 4 bits.
 
 The quantising kernels (`csrc/nv_internal/tensorrt_llm/kernels/quantization.cuh`) have a body for
-SM100 and later only: elsewhere they would be launched and write nothing.  `nvfp4_kv_dequant`'s
-launch fails untold where a row's scales do not fit a block's shared memory.
+SM100 and later only: FlashInfer builds them for SM90 too, where they are launched and write
+nothing.  `nvfp4_kv_dequant`'s launch fails untold where a row's scales do not fit a block's shared
+memory.
 """
 
 from __future__ import annotations
@@ -15,6 +16,16 @@ from fi_ffi.ops.releases import forms_of
 from fi_ffi.ops.row import Absent, Row, Rule, Scalar, Tensor, Vector
 
 _INT = 2**31
+# What kernels without a body are compiled to.
+_EMPTY = "for others {} has it empty: it would be launched and write nothing"
+# The same sources, compiled for a GPU each; for those of 12.x together.
+_FP4_MODULES = {
+    capability: f"fp4_quantization_{name}"
+    for capability, name in (
+        ((9, 0), "90"), ((10, 0), "100"), ((10, 3), "103"), ((11, 0), "110"), ((12, 0), "120f"),
+        ((12, 1), "120f"),
+    )
+}  # fmt: skip
 _THOP = "csrc/nv_internal/tensorrt_llm/thop"
 _OUT: dict[str, Any] = {"writes": True, "reads": False, "contiguous": True}
 # Scales in 48 kB of shared memory, beside one number.
@@ -52,7 +63,7 @@ def _row(
 def _interleave(name: str, doc: str, *args: Tensor, **more: Any) -> Row:
     return _row(
         name, "fp4_quantization_90", f"{_THOP}/fp4Op.cpp", doc, *args, symbol=f"{name}_sm100",
-        releases=">=0.6.3", capabilities=(9,), **more,
+        releases=">=0.6.3", capabilities=(9, 10, 11, 12), modules=_FP4_MODULES, **more,
     )  # fmt: skip
 
 
@@ -97,6 +108,7 @@ _MXFP8 = _row(
              _ARE_SCALES, _COUNT, until=_LAYOUTS),
     ),
     capabilities=(10, 11, 12),
+    elsewhere=_EMPTY.format("mxfp8_quantization_sm100"),
 )  # fmt: skip
 _FP4 = _row(
     "fp4_quantize",
@@ -142,7 +154,9 @@ _FP4 = _row(
              "a scale for every sfVecSize elements, in whole tiles where they are in tiles",
              _COUNT),
     ),
-    capabilities=(10,),
+    capabilities=(10, 11, 12),
+    elsewhere=_EMPTY.format("fp4_quantization_90"),
+    modules=_FP4_MODULES,
 )  # fmt: skip
 
 
@@ -199,6 +213,7 @@ ROWS = (
         releases=">=0.6.7",
         requires=("blocks >= 1", f"n <= {_INT - 1}"),
         capabilities=(10, 11, 12),
+        elsewhere="compiled for others it makes all numbers 0",
     ),
     *forms_of(_FP4),
 )  # fmt: skip
