@@ -242,9 +242,10 @@ class Server:
     def _raise_again(self, name: str, last: BaseException) -> None:
         behind = failure.take_raised(name)
         if isinstance(behind, KernelError) and "cubin" in behind.message:
+            told = failure.message_of(last) or type(last).__name__
             raise KernelNotFoundError(
-                f"{failure.message_of(last) or type(last).__name__}\nThe module was told so by an earlier call and keeps "
-                "it: start the process again"
+                f"{told}\nThe module was told so by an earlier call and keeps it: start the "
+                "process again"
             ) from behind
         raise behind
 
