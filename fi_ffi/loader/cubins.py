@@ -155,8 +155,8 @@ class Server:
         # What went wrong in the call that each thread is in, and on threads that are in none.
         self._calls: dict[int, list[BaseException]] = {}
         self._elsewhere: list[BaseException] = []
-        # What went wrong last: a library may keep that it got nothing, and fail again.
-        self._last: BaseException | None = None
+        # What went wrong last, in words: a library may keep that it got nothing, and fail again.
+        self._last = ""
         self._callback = ffi.callback("void(char *, char *)", self._answer, onerror=self._escaped)
         self._set(self._callback)
 
@@ -182,7 +182,7 @@ class Server:
         self._keep(error)
 
     def _keep(self, error: BaseException) -> None:
-        self._last = error
+        self._last = failure.message_of(error) or type(error).__name__
         call = self._calls.get(threading.get_ident())
         if call is not None:
             call.append(error)
@@ -215,8 +215,8 @@ class Server:
                     self._elsewhere.clear()
             if failures or elsewhere:
                 self._raise(name, code, failures, elsewhere)
-            elif code and self._last is not None and count < PROBE_ARGUMENTS:
-                self._raise_again(name, self._last)
+            elif code and self._last and count < PROBE_ARGUMENTS:
+                self._raise_again(name)
             return code
 
         return told
@@ -239,12 +239,11 @@ class Server:
             raise found from behind
         raise found
 
-    def _raise_again(self, name: str, last: BaseException) -> None:
-        behind = failure.take_raised(name)
+    def _raise_again(self, name: str) -> None:
+        behind = failure.take_kernel_error(name)
         if isinstance(behind, KernelError) and "cubin" in behind.message:
-            told = failure.message_of(last) or type(last).__name__
             raise KernelNotFoundError(
-                f"{told}\nThe module was told so by an earlier call and keeps it: start the "
+                f"{self._last}\nThe module was told so by an earlier call and keeps it: start the "
                 "process again"
             ) from behind
         raise behind

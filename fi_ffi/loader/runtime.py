@@ -202,7 +202,7 @@ def exported(loaded: Loaded, symbol: str) -> Entry:
         )
     entry = Entry(symbol, address, owner=loaded.handle)
     call = per_device.on_each_gpu(loaded.file, loaded.handle, symbol, entry.address)
-    call = cubins.telling(loaded.handle, symbol, call)
+    call = cubins.telling(loaded.handle, f"{loaded.file.module}.{symbol}", call)
     entry.address = cuda_errors.spared(symbol, call, lambda: machine.load_cudart()[0])
     return entry
 

@@ -104,6 +104,7 @@ def test_a_library_that_keeps_that_it_got_nothing(module, folder):
     assert isinstance(caught.value.__cause__, KernelError)
     with pytest.raises(KernelError, match="not about device code"):
         module.fail()
+    assert module.get_after.signature == module.entry("get_after", checked=True).signature
 
 
 def test_an_installed_distribution(module, tmp_path, monkeypatch):
