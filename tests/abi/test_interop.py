@@ -18,6 +18,7 @@ import pytest
 import fi_ffi
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.interop import as_desc
+from fi_ffi.abi.library import c_library
 from fi_ffi.abi.tensor import DTYPES, TensorDesc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 
@@ -513,3 +514,27 @@ def test_interfaces_with_silly_fields(name: str) -> None:
         theirs = type("Theirs", (), {name: property(lambda _, told=told: told)})
         with pytest.raises(ArgumentError, match="argument `"):
             as_desc(theirs())
+
+
+def test_elements_that_are_padded_to_bytes() -> None:
+    """DLPack has them packed where it does not say otherwise."""
+    array = np.zeros(4, np.uint8)
+
+    class Exporter:
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return (1, 0)
+
+        def __dlpack__(self, **asked: Any) -> object:
+            capsule = array.__dlpack__(max_version=(1, 0))
+            name = b"dltensor_versioned"
+            pointer = c_library().PyCapsule_GetPointer(ffi.cast("void *", id(capsule)), name)
+            managed = ffi.cast("DLManagedTensorVersioned *", pointer)
+            managed.flags |= flags
+            managed.dl_tensor.dtype.bits = 4
+            return capsule
+
+    flags = 0
+    assert as_desc(Exporter()).layout == "uint4[4] on cpu"
+    flags = 1 << 2
+    with pytest.raises(ArgumentError, match="a byte for each, not packed"):
+        as_desc(Exporter())
