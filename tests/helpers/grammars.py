@@ -62,7 +62,8 @@ def package() -> Path:
         return folder
     sampling.only_in_full("installs xgrammar from the package index")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
-    command = [*pip, "--disable-pip-version-check", "--target", str(folder), WHEEL]
+    quick = ["--disable-pip-version-check", "--retries", "1", "--timeout", "20"]
+    command = [*pip, *quick, "--target", str(folder), WHEEL]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"no {WHEEL} in the index, or no network: {done.stderr.strip()[-200:]}")

@@ -178,7 +178,9 @@ def test_hostile_types(hostile):
     assert odd.field("_handle") == 6 and odd.method("field")() == 7
     odd.set_field("release", 9)
     assert odd.field("release") == 9 and odd.use_count == 1
-    assert odd.packed.signature is None and odd.packed(1, "two") == 3
+    assert odd.packed.signature is None and odd.packed(1, "two") == 3 and odd.packed() == 1
+    with pytest.raises(ArgumentTypeError, match="argument `1`: got object"):
+        odd.packed(1, object())
     assert odd.either.signature is None  # of two forms
     assert (odd.either(2), odd.either("text")) == (2, 4)
     assert not hasattr(odd, "__array_interface__") and not hasattr(odd, "__len__")
@@ -255,3 +257,22 @@ print(total())
 
 def test_what_is_left_at_exit(testing_library):
     assert done(AT_EXIT, str(testing_library)) == (0, "7\n", "")
+
+
+def test_the_log_numbers_a_method_s_arguments(hostile, tmp_path):
+    odd = fi_ffi.object_type("fi_ffi_tests.Odd")(5)
+    with_log = """
+import sys
+import numpy as np
+import fi_ffi
+
+fi_ffi.module(sys.argv[1])
+odd = fi_ffi.object_type("fi_ffi_tests.Odd")(5)
+fi_ffi.call_log(3, sys.argv[2])
+assert odd.packed(np.zeros((2, 3), np.float32), 7) == 3
+"""
+    log = tmp_path / "log"
+    assert done(with_log, str(hostile.path), str(log)) == (0, "", "")
+    lines = [line.strip() for line in log.read_text().splitlines()]
+    assert any(line.startswith("0: float32[2, 3] on cpu") for line in lines) and "1: 7" in lines
+    assert odd.use_count == 1

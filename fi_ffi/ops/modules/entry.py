@@ -146,8 +146,6 @@ class ModuleEntry(Unique):
         arena = CallArena(self.name, functools.partial(adopted, origin=origin))
         try:
             packed = self._pack(args, arena)
-            if self._bound is not None:
-                args = (self._bound, *args)
             place, needs_stream = _place_of(arena, device, self._home)
             if place is None:
                 return self._invoke(self._find(None), packed, args, arena, None)
@@ -173,8 +171,9 @@ class ModuleEntry(Unique):
             got, expected = f"{len(args)} of them", f"{len(packers)}, for {self!r}"
             raise ArgumentTypeError(self.name, "*args", got=got, expected=expected)
         if self._bound is not None:
-            args = (self._bound, *args)
-            packers = None if packers is None else [(pack, "self"), *packers]
+            # Numbered as they are given: the object is not among them.
+            packers = packers or [(pack, str(i)) for i in range(len(args))]
+            args, packers = (self._bound, *args), [(pack, "self"), *packers]
         try:
             return pack_arguments(args, arena, packers)
         except RecursionError:
@@ -185,7 +184,8 @@ class ModuleEntry(Unique):
         self, entry: Entry, packed: Any, args: tuple[Any, ...], arena: CallArena,
         place: Device | None,
     ) -> Any:  # fmt: skip
-        invoke = functools.partial(entry.invoke, packed, len(args))
+        count = len(args) + (self._bound is not None)
+        invoke = functools.partial(entry.invoke, packed, count)
         with cuda.kernel_memory().installed():
             if watching.hooks:
                 value = watching.called(self.name, invoke, args, arena.descs, place)
