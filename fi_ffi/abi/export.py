@@ -104,7 +104,8 @@ class Exported:
             raise ExportError(what, "copy", got=copy, expected="None or False: nothing is copied")
         if dl_device is not None and tuple(dl_device) != here:
             raise ExportError(what, "dl_device", got=dl_device, expected=f"{here} or None")
-        if stream is not None and (type(stream) is not int or stream < _NO_ORDER):
+        is_int = isinstance(stream, int) and not isinstance(stream, bool)
+        if stream is not None and (not is_int or stream < _NO_ORDER):
             expected = "a stream's handle, None, or -1"
             raise ArgumentTypeError(what, "stream", got=printed(stream), expected=expected)
         if desc.device.is_cuda and stream != _NO_ORDER and source is not None and order is not None:
