@@ -143,6 +143,8 @@ def test_every_dtype_is_kept(folder, dtype):
         ((24, 12, 1), whole[:, ::2]),
     ):
         shape = (*part.shape[:2], 6)
+        if fi_ffi.DTYPES[dtype].shares_bytes:
+            strides, shape, part = (48, 12, 1), (*shape[:1], 4, 12), whole[: len(part)]
         desc = fi_ffi.TensorDesc(whole.ctypes.data, shape, dtype, strides=strides, device="cpu")
         got = tensor_bytes.read(desc, None)
         assert got == part.tobytes()
