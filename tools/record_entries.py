@@ -57,6 +57,13 @@ _SAMPLES: tuple[tuple[str, dict[str, Value]], ...] = (
     ("single_prefill", {**_FP8, "head_dim_qk": 128, "backend": "fa3"}),
     ("fmha_v2", {"input_layout": "packed_qkv", "input_dtype": "f16", "output_dtype": "f16"}),
 )
+# Families that are read from their sources alone: their generators need what the build environment
+# lacks (NVSHMEM), or cannot be asked by a module's name.
+_ALONE = {
+    "batch_decode_mla": ("csrc/batch_decode_mla_binding.cu",),
+    "checkpointing_ssu": ("csrc/checkpointing_ssu_jit_binding.cu",),
+    "mixed_comm": ("csrc/mixed_comm.cu",),
+}
 
 
 def asked_for(release: str) -> list[str]:
@@ -86,14 +93,26 @@ def entries(answer: dict[str, Any]) -> dict[str, Any]:
             what["listed"] = False
         groups.setdefault(json.dumps(what), ([], what))[0].append(module["name"])
     release = answer["release"]
+    made = [
+        (names, {"modules": _boxes(names, release), "count": len(names), **what})
+        for names, what in groups.values()
+    ]
+    made += [([family], _alone(reader, family)) for family in _ALONE]
     return {
         "about": ABOUT_ENTRIES,
         "release": release,
-        "groups": [
-            {"modules": _boxes(names, release), "count": len(names), **what}
-            for names, what in sorted(groups.values(), key=lambda group: group[0])
-        ],
+        "groups": [group for _, group in sorted(made, key=lambda pair: pair[0])],
     }
+
+
+def _alone(reader: Reader, family: str) -> dict[str, Any]:
+    """The record of a family whose generator is not asked."""
+    paths = [str(reader.data / source) for source in _ALONE[family]]
+    module = {"sources": paths, "cflags": [], "cuda_cflags": []}
+    return {
+        "modules": [{"family": family}], "count": 1, "sources": reader.files(module),
+        "entries": _written(reader.bindings(module).exports), "listed": False,
+    }  # fmt: skip
 
 
 def _written(functions: dict[str, Any]) -> dict[str, Any]:

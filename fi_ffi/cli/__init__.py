@@ -20,6 +20,7 @@ _COMMANDS = {
     "cache": "List, prune and verify the cache.",
     "demo": "Run the ops on what this machine has, and check every result.",
     "doctor": "Look at everything a call needs, and say what to do about it.",
+    "fetch": "Put modules into the cache, of an image or a machine without a GPU.",
     "inspect": "Show a kernel file's functions, architectures and needs.",
     "list": "List kernel modules and what they serve.",
     "lock": "Keep wheels.lock: add files, verify them, pin their RECORDs.",

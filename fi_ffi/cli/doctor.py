@@ -12,12 +12,13 @@ import click
 
 import fi_ffi
 from fi_ffi.cli import output
-from fi_ffi.errors import FiFfiError, LoaderError
+from fi_ffi.cli.names import Named, named
+from fi_ffi.errors import FiFfiError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import cache, lock, machine, progress, runtime, search, upkeep
 from fi_ffi.loader.urls import UNASKED, fetching, may_fetch
 from fi_ffi.ops.capability.judgement import Query
 from fi_ffi.ops.capability.known_issues import KNOWN_ISSUES
-from fi_ffi.ops.capability.matrix import Line, lines
+from fi_ffi.ops.capability.matrix import Line
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.releases import fits
 from fi_ffi.ops.row import Row
@@ -38,27 +39,28 @@ class Finding:
 
 
 @click.command()
-@click.argument("ops", nargs=-1, metavar="[OP]...")
-@click.option("--sm", help="With OP: a GPU that need not be here, such as 87 or 9.0.")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--sm", help="With NAME: a GPU that need not be here, such as 87 or 9.0.")
 @click.option("--kernels", help="Directory or wheel of kernels (default: FI_FFI_KERNELS).")
 @click.option("--fetch", is_flag=True, help="Fetch what is not here, and look at it too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def doctor(
-    ops: tuple[str, ...], sm: str | None, kernels: str | None, fetch: bool, as_json: bool
+    names: tuple[str, ...], sm: str | None, kernels: str | None, fetch: bool, as_json: bool
 ) -> None:
     """Look at the driver, GPUs, CUDA runtime, libtvm_ffi, cache and kernels.
 
     Nothing is fetched without --fetch. Exits with 1 where something is broken; a missing GPU
     or missing kernels are warnings, because the reference kernels run without them.
 
-    With OPs: whether each can be called here, yes or no with the reason. Exits with 1
-    unless all can, and with 2 where that cannot be told.
+    With NAMEs, of ops (`rmsnorm`), modules (`norm`) and entries (`norm.rmsnorm`): whether each can
+    be called here, yes or no with the reason. Exits with 1 unless all can, and with 2 where that
+    cannot be told.
     """
-    if sm is not None and not ops:
-        raise click.UsageError("--sm goes with the names of ops")
+    if sm is not None and not names:
+        raise click.UsageError("--sm goes with names")
     with fetching(fetch):
-        if ops:
-            _answer_for(ops, sm, kernels, as_json)
+        if names:
+            _answer_for(names, sm, kernels, as_json)
             return
         findings = [finding for check in _CHECKS for finding in _guarded(check, kernels)]
     if as_json:
@@ -262,16 +264,15 @@ class Answer:
 
 
 def _answer_for(names: Sequence[str], sm: str | None, kernels: str | None, as_json: bool) -> None:
-    """Say of each op whether it can be called, and exit with 1 unless all can.
+    """Say of each op, module or entry whether it can be called; exit with 1 unless all can.
 
     What is asked of a GPU that is not here (`sm`) is answered from the kernels' own headers, and
     their entries are attested all the same: neither takes a GPU.
     """
-    known = [*lines()]
-    for name in names:
-        if name not in [line.op for line in known]:
-            ops = ", ".join(dict.fromkeys(line.op for line in known))
-            raise click.UsageError(f"no op {name!r}; there are {ops}")
+    if kernels:
+        runtime.use_source(kernels)
+    query = Query.of(sm)
+    wanted = named(names, query.sources, query.release)
     if sm is None and not machine.device_count():
         raise click.UsageError("this process sees no GPU: --sm 87 asks for one that is not here")
     # Of another machine's GPU, this one's driver says nothing.
@@ -280,11 +281,8 @@ def _answer_for(names: Sequence[str], sm: str | None, kernels: str | None, as_js
     lacking = [
         f"{f.check}: {f.found}. {f.advice}".strip() for f in found if f.status in ("warn", "fail")
     ]
-    if kernels:
-        runtime.use_source(kernels)
-    query = Query.of(sm)
-    wanted = [line for line in known if line.op in names]
-    answers = [_answer(line, query, None if sm else 0, lacking) for line in wanted]
+    device = None if sm else 0
+    answers = [_answer(one, line, query, device, lacking) for one in wanted for line in one.lines]
     if as_json:
         output.print_json([asdict(answer) for answer in answers])
     else:
@@ -296,7 +294,9 @@ def _answer_for(names: Sequence[str], sm: str | None, kernels: str | None, as_js
         sys.exit(1)
 
 
-def _answer(line: Line, query: Query, device: int | None, missing: list[str]) -> Answer:
+def _answer(
+    one: Named, line: Line, query: Query, device: int | None, missing: list[str]
+) -> Answer:  # fmt: skip
     assert query.capability is not None
     major, minor = query.capability
     found = line.ask(query)
@@ -305,12 +305,27 @@ def _answer(line: Line, query: Query, device: int | None, missing: list[str]) ->
         works, reason = False, "; ".join(missing)
     elif works and query.sources:
         try:
+            reason += _exported(one, query, device) if one.module else ""
             reason += "; entry attested" if _attest(line.op, query.release, device) else ""
         except FiFfiError as error:
             works, reason = False, str(error)
     elif works:
         reason += ", and nothing is here yet: it is fetched when it is first called"
     return Answer(line.name, 10 * major + minor, works, reason, found.build)
+
+
+def _exported(one: Named, query: Query, device: int | None) -> str:
+    """What a module exports; raises where an entry is none of it."""
+    from fi_ffi.ops.modules.module import unknown
+
+    if not any(one.module in source.modules() for source in query.sources):
+        return ""  # a family, or it is not here
+    _, file, facts = search.find_module(one.module, device)
+    if one.symbol and one.symbol not in facts.functions:
+        raise KernelNotFoundError(unknown(str(file.path), one.symbol, facts.functions))
+    if one.symbol:
+        return "; exported"
+    return f"; it exports {', '.join(facts.functions)}"
 
 
 def _attest(name: str, release: str, device: int | None) -> bool:

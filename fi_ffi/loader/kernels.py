@@ -145,7 +145,9 @@ class KernelWheel:
         if path is not None:
             return ModuleFile(module, path, recorded.sha256)
         seeded = seed.find(recorded.sha256, f"{module}.so")
-        return seeded and ModuleFile(module, seeded.path, recorded.sha256, seeded.state)
+        if seeded is None:
+            return None
+        return ModuleFile(module, seeded.path, recorded.sha256, seeded.state)
 
 
 class KernelFile:

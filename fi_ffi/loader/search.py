@@ -198,15 +198,16 @@ def candidates(explicit: str | os.PathLike[str] | None = None) -> Iterator[Candi
             yield Candidate(kind, None, str(error))
 
 
-def pinned(release: str) -> PinnedWheel:
+def pinned(release: str, capability: tuple[int, int] | None = None) -> PinnedWheel:
     """The pinned wheel of a release for this machine; `LoaderError` names what there is.
 
     The machine tells the platform, the CUDA version of its driver and the SM of its
-    first GPU; without a driver any will do, to be read and not run.
+    first GPU, unless it is that of a `capability`; without a driver any will do, to be read and
+    not run.
     """
     lock = the_lock()
     here = [f for f in lock.kernels if (f.release, f.platform) == (release, this_platform())]
-    fitting = [f for f in here if _runs_here(f)]
+    fitting = [f for f in here if _runs_here(f, capability)]
     if fitting:
         return max(fitting, key=lambda file: _cuda_version(file.cuda))
     listed = here or lock.kernels
@@ -222,7 +223,7 @@ def _cuda_version(tag: str) -> tuple[int, int]:
     return int(tag[2:-1]), int(tag[-1:])
 
 
-def _runs_here(file: PinnedWheel) -> bool:
+def _runs_here(file: PinnedWheel, capability: tuple[int, int] | None) -> bool:
     forced, version = os.environ.get(CUDA), _cuda_version(file.cuda)
     driver = machine.driver_version()
     if forced:
@@ -230,9 +231,11 @@ def _runs_here(file: PinnedWheel) -> bool:
     # Within a major version a driver runs what a later minor's compiler made.
     if version[0] != (driver or version)[0]:
         return False
-    if file.sm is None or not machine.device_count():
+    if capability is None and machine.device_count():
+        capability = machine.capability(0)
+    if file.sm is None or capability is None:
         return True
-    return sass_named(file.sm).runs_on(machine.capability(0))
+    return sass_named(file.sm).runs_on(capability)
 
 
 def _machine() -> str:
@@ -279,6 +282,10 @@ class PinnedKernels:
 
     def file(self, module: str) -> ModuleFile:
         return self._wheel().file(module)
+
+    def kept(self, module: str) -> ModuleFile | None:
+        """A module that needs not be fetched."""
+        return self._wheel().kept(module)
 
 
 def _open_pinned(pin: PinnedWheel) -> KernelWheel:

@@ -1,4 +1,4 @@
-"""A seed cache: what it has is not fetched, nothing is written into it, and none of it is believed."""
+"""A seed cache: what it has is not fetched, nothing is written into it, nothing is believed."""
 
 from __future__ import annotations
 

@@ -186,6 +186,7 @@ _COMPOSED = {
     "Array<str>": "Array<String>",
     "Array<ffi.Tensor>": "Array<Tensor>",
     "Array<Array<int>>": "Array<Array<int64_t>>",
+    "Map<int, int>": "Map<int, int>",
     "Variant<float, ffi.Tensor>": "Variant<double, Tensor>",
     "Tuple<Array<int>, Array<int>, int>": "Tuple<Array<int64_t>, Array<int64_t>, int64_t>",
     "Tuple<Array<int>, Array<int>>": "Tuple<Array<int64_t>, Array<int64_t>>",
@@ -210,7 +211,13 @@ def test_types_are_what_a_binary_prints(tvm_ffi_loaded, tmp_path):
     """A function of every type that the record has, compiled and asked."""
     cpp = [kind for kind in PRINTED if kind != "void"] + [*_COMPOSED.values(), "Kind"]
     results = [kind for kind in cpp if "TensorView" not in kind]  # a view cannot be returned
-    headers = ("tvm_ffi.h", "container/tuple.h", "container/variant.h", "extra/module.h")
+    headers = (
+        "tvm_ffi.h",
+        "container/map.h",
+        "container/tuple.h",
+        "container/variant.h",
+        "extra/module.h",
+    )
     source = tmp_path / "types.cc"
     source.write_text(
         "".join(f"#include <tvm/ffi/{header}>\n" for header in headers)

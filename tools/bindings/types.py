@@ -12,6 +12,7 @@ from tools.bindings.cpp import split
 PRINTED = {
     "TensorView": "DLTensor*",
     "Tensor": "ffi.Tensor",
+    "Shape": "ffi.Shape",
     "Module": "ffi.Module",
     "Function": "ffi.Function",
     "double": "float",
@@ -28,8 +29,9 @@ PRINTED = {
     "DLDataType": "DataType",
     "DLDevice": "Device",
     "void": "void",
+    "void*": "void*",
 }
-_GENERIC = re.compile(r"(Optional|Array|Tuple|Variant)<(.*)>")
+_GENERIC = re.compile(r"(Optional|Array|Map|Tuple|Variant)<(.*)>")
 _WORDS = re.compile(r"\b(?:const|ffi|tvm|struct|enum)\b(?:\s*::)?|&|^::")
 
 

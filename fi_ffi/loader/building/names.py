@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from fi_ffi.errors import ArgumentError
-from fi_ffi.loader.uris import DTYPES, ModuleName, Row, Value, family_row, parse
+from fi_ffi.loader.uris import DTYPES, ModuleName, Row, Value, family_row, parse, uri
 
 DEFAULT_RELEASE = "0.6.13"
 DEFAULT_ARCH = ("9.0a",)
@@ -92,6 +92,13 @@ class Request:
     @property
     def backend(self) -> str:
         return self.module.backend if self.module else self.options.get("backend", "")
+
+    def module_in(self, release: str) -> str:
+        """The one module that is asked for, as a release calls it."""
+        if self.family is None:
+            return self.text
+        row = family_row(self.family.name, release)
+        return uri(self.family.name, release=release, **_params(self.options, set(row.kinds)))
 
     def as_json(self, release: str = DEFAULT_RELEASE) -> dict[str, object]:
         """What the driver in the build environment is told."""

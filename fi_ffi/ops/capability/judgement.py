@@ -248,7 +248,8 @@ def judge(
 
 
 def _devices_that_called(module: str, symbol: str, query: Query) -> list[str]:
-    """The devices of the GPU's compute capability on which the release's entry was called."""
+    """The devices of the GPU's compute capability on which the release's entry was called, or
+    without a symbol, any of its module's."""
     family, symbol = key_of(module, symbol)
     wanted = query.capability, query.release
     return [
@@ -257,7 +258,7 @@ def _devices_that_called(module: str, symbol: str, query: Query) -> list[str]:
         if (run.capability, run.release) == wanted
         # A family by itself stands for any backend of it.
         and any(
-            symbol == entry and family in (known, known.partition(":")[0])
+            symbol in ("", entry) and family in (known, known.partition(":")[0])
             for known, entry in run.entries
         )
     ]

@@ -103,7 +103,7 @@ class Export(Unique):
         loaded = source.loaded(None)
         functions = loaded.facts.functions
         if symbol not in functions:
-            raise KernelNotFoundError(_unknown(str(loaded.file.path), symbol, functions))
+            raise KernelNotFoundError(unknown(str(loaded.file.path), symbol, functions))
         self._signature: Signature | None = None
         self._find(None)
 
@@ -144,7 +144,8 @@ class Export(Unique):
         return entry
 
 
-def _unknown(path: str, symbol: str, functions: list[str]) -> str:
+def unknown(path: str, symbol: str, functions: list[str]) -> str:
+    """That a library lacks a function, and the nearest it exports."""
     near = difflib.get_close_matches(symbol, functions)
     nearest = f"; the nearest: {', '.join(near)}" if near else ""
     return f"{path} exports no {symbol!r}{nearest}; it exports: {', '.join(functions) or 'none'}"

@@ -1,0 +1,157 @@
+"""`fi-ffi fetch`: modules of the pinned wheel into the cache, of an image for instance."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import click
+
+from fi_ffi.cli import output
+from fi_ffi.cli.names import Named, named
+from fi_ffi.errors import ArchitectureError, FiFfiError, KernelNotFoundError
+from fi_ffi.loader import cache, progress, search
+from fi_ffi.loader.building.names import FAMILIES, parse_arch, parse_request
+from fi_ffi.loader.catalogue import without
+from fi_ffi.loader.fatbin import runs_on
+from fi_ffi.loader.held import facts_of
+from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.search import PinnedKernels
+from fi_ffi.loader.uris import parse
+from fi_ffi.ops.capability.judgement import REFUSED, Query, capability_of
+
+_FEW = 3  # modules of a family that are named
+
+Capability = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Put:
+    """A module that is in the cache, or the reason why it is not."""
+
+    module: str
+    status: str  # "fetched", "there" or "fail"
+    path: str = ""
+    sha256: str = ""
+    size: int = 0
+    architectures: tuple[str, ...] = ()
+    problem: str = ""
+
+
+@click.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.option("--release", help="FlashInfer release (default: that of wheels.lock).")
+@click.option("--arch", multiple=True, help="GPU architecture that has to be in it, such as 9.0a.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was put as JSON.")
+@click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
+def fetch(
+    names: tuple[str, ...], release: str | None, arch: tuple[str, ...], as_json: bool, quiet: bool
+) -> None:
+    """Put modules into the cache, so that calls need no network: no GPU is needed for it.
+
+    A NAME is an op (`rmsnorm`), a module (`norm`), an entry (`norm.rmsnorm`), or a family with
+    options as `fi-ffi build` has them (`batch_prefill:backend=fa3,dtype=bf16`). They come out of
+    the wheel that wheels.lock pins; what the cache has is not fetched again.
+
+    Exits with 1 unless all are there, and with 2 for a name that stands for nothing.
+    """
+    release = release or the_lock().default_release
+    wanted = [capability_of(text) for text in parse_arch(arch)] if arch else []
+    capabilities = [one for one in wanted if one is not None]
+    sources = _sources(release, capabilities)
+    modules = _modules(names, sources, release, capabilities)
+    found = []
+    with progress.counter("modules", len(modules) * len(sources), quiet) as count:
+        for source, module in itertools.product(sources, modules):
+            count(module)
+            found.append(_put(source, module, capabilities if len(sources) == 1 else []))
+    if as_json:
+        document = {"cache": str(cache.cache_root()), "release": release}
+        output.print_json(document | {"modules": [asdict(one) for one in found]})
+    else:
+        _print(found)
+    if any(one.status == "fail" for one in found):
+        sys.exit(1)
+
+
+def _print(found: Sequence[Put]) -> None:
+    rows = [
+        (one.module, one.status, f"{one.size:,}" if one.size else "", one.sha256[:12],
+         one.problem or " ".join(one.architectures))
+        for one in found
+    ]  # fmt: skip
+    columns = ("module", "", "bytes", "sha256", "compiled for")
+    output.print_table("", columns, rows, numbers=["bytes"])
+    there = [one for one in found if one.status != "fail"]
+    new = sum(one.size for one in there if one.status == "fetched")
+    click.echo(f"{len(there)} modules in {cache.cache_root()}, {new:,} bytes of them new")
+
+
+def _sources(release: str, capabilities: Sequence[Capability]) -> list[PinnedKernels]:
+    """The pinned wheels: one, or where wheels are of a single SM, one for each architecture."""
+    pins = [search.pinned(release, one) for one in capabilities] or [search.pinned(release)]
+    return [PinnedKernels(pin) for pin in dict.fromkeys(pins)]
+
+
+def _modules(
+    names: Sequence[str], sources: Sequence[PinnedKernels], release: str,
+    capabilities: Sequence[Capability],
+) -> list[str]:  # fmt: skip
+    """The modules that the names stand for, each once."""
+    found: list[str] = []
+    for name in names:
+        if name.partition(":")[0] in FAMILIES:
+            found.append(parse_request(name).module_in(release))
+            continue
+        # What follows the rules of names is known without the wheel.
+        is_known = parse(name.rpartition(".")[0] or name, release) is not None
+        (one,) = named([name], () if is_known else sources, release)
+        found += [one.module] if one.module else _of_op(one, release, capabilities)
+    for module in found:
+        if parse(module, release) is None:
+            _refuse_families(module, sources)
+    return [*dict.fromkeys(found)]
+
+
+def _refuse_families(name: str, sources: Sequence[PinnedKernels]) -> None:
+    """`UsageError` for a name that many modules share, with some of them."""
+    every = {module for source in sources for module in source.modules()}
+    members = sorted(one for one in every if (found := parse(one)) and found.family == name)
+    if name not in every and members:
+        some = "".join(f"\n  {module}" for module in members[:_FEW])
+        raise click.UsageError(
+            f"{name} is a family of {len(members)} modules: name those you need, such as{some}\n"
+            f"`fi-ffi list --fetch --family {name}` has all"
+        )
+
+
+def _of_op(one: Named, release: str, capabilities: Sequence[Capability]) -> list[str]:
+    """The modules of an op: of each way to ask for it that not all of the GPUs refuse."""
+    asked: list[Capability | None] = [*capabilities] or [None]
+    answers = [line.ask(Query.of(sm, release)) for line in one.lines for sm in asked]
+    able = [answer.module for answer in answers if answer.status != REFUSED]
+    if not able:
+        raise KernelNotFoundError(str(answers[0]))
+    return able
+
+
+def _put(source: PinnedKernels, module: str, capabilities: Sequence[Capability]) -> Put:
+    """Have a module in the cache; what goes wrong is of this module alone."""
+    try:
+        if module not in source.modules():
+            raise KernelNotFoundError(without(source, module))
+        was_there = source.kept(module) is not None
+        file = source.file(module)
+        codes = facts_of(file).codes
+        for capability in capabilities:
+            verdict = runs_on(codes, capability)
+            if not verdict.ok:
+                raise ArchitectureError(f"{module} {verdict.reason}")
+    except FiFfiError as error:
+        return Put(module, "fail", problem=str(error))
+    return Put(
+        module, "there" if was_there else "fetched", str(file.path), file.sha256,
+        file.path.stat().st_size, tuple(code.name for code in codes),
+    )  # fmt: skip

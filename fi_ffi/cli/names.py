@@ -1,0 +1,96 @@
+"""What a name on the command line stands for: an op, a module, or an entry of one."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+
+import click
+
+from fi_ffi.errors import LoaderError
+from fi_ffi.loader.kernels import KernelSource
+from fi_ffi.loader.listed import listed_in
+from fi_ffi.loader.uris import parse
+from fi_ffi.ops.capability.judgement import gpu_runs, judge
+from fi_ffi.ops.capability.matrix import Line, entry_row, lines
+from fi_ffi.ops.table import ROWS
+
+_NEAREST = 5
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a name stands for; `lines` answer for it.
+
+    `module` is that of a module or an entry, whose function is `symbol`; both are "" of an op.
+    """
+
+    name: str
+    lines: tuple[Line, ...]
+    module: str = ""
+    symbol: str = ""
+
+
+def named(names: Sequence[str], sources: Sequence[KernelSource], release: str) -> list[Named]:
+    """What the names stand for; `UsageError` with the nearest for one that stands for nothing."""
+    known = [*lines()]
+    return [_named(name, known, sources, release) for name in dict.fromkeys(names)]
+
+
+def _named(name: str, known: list[Line], sources: Sequence[KernelSource], release: str) -> Named:
+    own = tuple(line for line in known if line.op == name)
+    if own:
+        return Named(name, own)
+    if _is_module(name, sources, release):
+        return _of(name, name, "")
+    module, dot, symbol = name.rpartition(".")
+    if dot and symbol and _is_module(module, sources, release):
+        return _of(name, module, symbol)
+    having = _entries().get(name, [])
+    if len(having) == 1:
+        return _of(name, having[0], name)
+    if having:
+        choice = " or ".join(f"{module}.{name}" for module in having)
+        raise click.UsageError(f"{name!r} is an entry of several modules: say {choice}")
+    everything = {line.op for line in known} | {*_modules(sources, release)} | {*_entries()}
+    everything |= {f"{module}.{entry}" for entry, all_of in _entries().items() for module in all_of}
+    near = get_close_matches(name, sorted(everything), _NEAREST, 0.5)
+    ops = dict.fromkeys(line.op for line in known)
+    hint = f"the nearest: {', '.join(near)}" if near else f"the ops are {', '.join(ops)}"
+    raise click.UsageError(f"no op, module or entry {name!r}; {hint}")
+
+
+def _of(name: str, module: str, symbol: str) -> Named:
+    row = entry_row(module, symbol)
+    return Named(name, (Line(name, "", module, partial(judge, name, [row])),), module, symbol)
+
+
+def _is_module(name: str, sources: Sequence[KernelSource], release: str) -> bool:
+    return parse(name, release) is not None or name in _modules(sources, release)
+
+
+def _modules(sources: Sequence[KernelSource], release: str) -> Iterator[str]:
+    """The modules at hand, and the families that FlashInfer lists."""
+    for source in sources:
+        try:
+            yield from source.modules()
+        except LoaderError:  # which those who ask for its modules are told
+            continue
+    listed = listed_in(release)
+    if listed is not None:
+        yield from dict.fromkeys(box.family for box, _ in listed.modules)
+
+
+def _entries() -> dict[str, list[str]]:
+    """The entries that are known by name: of rows, and of what was called on a GPU."""
+    found: dict[str, list[str]] = defaultdict(list)
+    called = ((key, entry) for run in gpu_runs() for key, entry in sorted(run.entries))
+    for key, entry in itertools.chain(((row.module, row.symbol) for row in ROWS), called):
+        module = key.partition(":")[0]
+        if module not in found[entry]:
+            found[entry].append(module)
+    return found

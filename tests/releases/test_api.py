@@ -1,0 +1,174 @@
+"""tools/data/flashinfer-api.toml against FlashInfer's own names, fi_ffi's, and the entries."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+import pytest
+
+import fi_ffi
+from tools.api_map import Row, release, rows
+from tools.entries import entries_of
+
+# Packages of FlashInfer's whose `__init__` exports are for its users.
+PACKAGES = (
+    "attention", "comm", "cudnn", "cute_dsl", "dsv3_ops", "fused_moe", "gemm", "grouped_mm",
+    "logits_processor", "mamba", "mla", "moe_ep", "parallel_attention", "quantization",
+)  # fmt: skip
+OF_VLLM = "vLLM: "
+NAMES = [row for row in rows() if not row.section.startswith(OF_VLLM)]
+OPERATORS = [row for row in rows() if row.section.startswith(OF_VLLM)]
+# How many there are in each of vLLM's groups, where a row may answer for two dtypes or directions.
+GROUPS = {
+    "routed to FlashInfer today": 12, "dense layers": 5, "quantised linear layers": 6,
+    "attention-like layers": 6, "communication": 4, "LoRA": 3, "caches": 4, "other": 5,
+}  # fmt: skip
+
+
+def label(row: Row) -> str:
+    return f"{row.section}.{row.name}"
+
+
+def test_the_names_are_fi_ffis():
+    for row in rows():
+        for name in row.ops:
+            assert name in fi_ffi.__all__, f"{label(row)}: no fi_ffi.{name}"
+            assert getattr(fi_ffi, name) is not None
+
+
+def test_the_entries_are_in_the_catalogue():
+    record = entries_of(release())
+    for row in rows():
+        for entry in row.entries:
+            family, _, symbol = entry.rpartition(".")
+            groups = record.of_family(family)
+            assert groups, f"{label(row)}: FlashInfer {release()} has no modules of {family}"
+            found = any(symbol in group.entries for group in groups)
+            assert found, f"{label(row)}: {family} exports no {symbol}"
+
+
+def test_each_row_answers():
+    assert all(row.ops or row.entries or row.reason for row in rows())
+    # Both of a name's places, where FlashInfer exports it twice, say the same.
+    said: dict[str, set[tuple[object, ...]]] = {}
+    for row in NAMES:
+        said.setdefault(row.name, set()).add((row.ops, row.entries, row.reason))
+    assert not {name for name, answers in said.items() if len(answers) > 1}
+
+
+def test_every_operator_of_vllms_has_a_row():
+    found = Counter(row.section.removeprefix(OF_VLLM) for row in OPERATORS)
+    assert found == GROUPS
+
+
+@pytest.mark.parametrize("text", [
+    "rmsnorm", "fi_ffi rmsnorm", "none", "fi_ffi: rmsnorm and more", "entry:", "",
+])  # fmt: skip
+def test_what_is_no_row(text):
+    with pytest.raises(ValueError, match="is none of the forms"):
+        Row.read("flashinfer.norm", "rmsnorm", text)
+
+
+def test_a_row_may_have_both():
+    row = Row.read("a", "b", "fi_ffi: c, d entry: e.f, g.h | a remark")
+    assert (row.ops, row.entries, row.remark) == (("c", "d"), ("e.f", "g.h"), "a remark")
+    assert Row.read("a", "b", "none: a reason | more").reason == "a reason"
+
+
+# Against the release's own sources
+
+
+Modules = Mapping[str, ast.Module]
+
+
+@pytest.fixture(scope="module")
+def modules(release_wheel) -> Modules:
+    """FlashInfer's Python, by the modules' names."""
+    found = {}
+    with zipfile.ZipFile(release_wheel(release())) as archive:
+        for name in archive.namelist():
+            if name.startswith("flashinfer/") and name.endswith(".py") and "/data/" not in name:
+                module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+                found[module] = ast.parse(archive.read(name))
+    return found
+
+
+def bound(tree: ast.Module) -> Iterator[str]:
+    """The names that a module binds, whatever they hang on."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, (ast.ImportFrom, ast.Import)):
+            yield from ((alias.asname or alias.name) for alias in node.names)
+        elif isinstance(node, ast.Assign):
+            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
+
+
+def exported(tree: ast.Module) -> set[str]:
+    """What a package's `__init__` takes from its modules: all, or what it says."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            with contextlib.suppress(ValueError):  # one that is put together of others
+                return {*ast.literal_eval(node.value)}
+    return {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level == 1
+        for alias in node.names
+    }
+
+
+def marked(tree: ast.Module) -> set[str]:
+    """The functions and classes that are marked as FlashInfer's interface."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            parts: list[ast.AST] = [node, *node.body]
+        elif isinstance(node, ast.FunctionDef):
+            parts = [node]
+        else:
+            continue
+        decorators = [d for part in parts for d in getattr(part, "decorator_list", ())]
+        if any("flashinfer_api" in ast.unparse(d) for d in decorators):
+            found.add(node.name)
+    methods = {
+        each.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        for each in node.body
+        if isinstance(each, ast.FunctionDef)
+    }
+    return found - methods
+
+
+def is_public(name: str) -> bool:
+    """Whether a name is for users: compilers' parts, versions and modules are not."""
+    return not name.startswith(("_", "gen_")) and name not in ("*", "__version__")
+
+
+def test_every_name_is_flashinfers(modules):
+    for row in NAMES:
+        assert row.section in modules, f"no module {row.section}"
+        names = {*bound(modules[row.section])}
+        stars = "*" in names and any(
+            row.name in bound(tree)
+            for name, tree in modules.items()
+            if name.startswith(f"{row.section}.")
+        )
+        assert row.name in names or stars, f"{label(row)} is not there"
+
+
+def test_no_public_name_lacks_a_row(modules):
+    known = {row.name for row in NAMES}
+    packages = ["flashinfer", *(f"flashinfer.{name}" for name in PACKAGES)]
+    wanted = {name for package in packages for name in exported(modules[package])}
+    for module, tree in modules.items():
+        if ".jit." not in module:
+            wanted |= marked(tree)
+    here = {name.rpartition(".")[2] for name in modules}
+    lacking = sorted(name for name in wanted - known - here if is_public(name))
+    assert not lacking, f"no row of tools/data/flashinfer-api.toml: {', '.join(lacking)}"
