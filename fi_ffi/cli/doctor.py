@@ -14,7 +14,7 @@ import fi_ffi
 from fi_ffi.cli import output
 from fi_ffi.cli.names import Named, named
 from fi_ffi.errors import FiFfiError, KernelNotFoundError, LoaderError
-from fi_ffi.loader import cache, lock, machine, progress, runtime, search, upkeep
+from fi_ffi.loader import cache, lock, machine, progress, runtime, search, seed, upkeep
 from fi_ffi.loader.urls import UNASKED, fetching, may_fetch
 from fi_ffi.ops.capability.judgement import Query
 from fi_ffi.ops.capability.known_issues import KNOWN_ISSUES
@@ -156,6 +156,9 @@ def _cache(kernels: str | None) -> Iterator[Finding]:
         yield Finding("cache", "warn", f"{found}: {error.strerror}", advice)
         return
     yield Finding("cache", "ok", found)
+    seeded = seed.seed_root()
+    if seeded is not None:
+        yield Finding("seed cache", "ok", f"{seeded}, which is only read")
 
 
 def _kernels(kernels: str | None) -> Iterator[Finding]:

@@ -92,6 +92,12 @@ def test_an_image_whose_cache_is_a_seed(fetch, web, tmp_path):
     (put,) = json.loads(done.stdout)["modules"]
     assert put["status"] == "there" and put["path"].startswith(str(tmp_path / "baked"))
     assert len(web.seen) == seen
+    told = fetch("doctor", "--json", FI_FFI_SEED_CACHE=str(tmp_path / "baked"))
+    found = {one["check"]: one for one in json.loads(told.stdout)}
+    assert found["seed cache"]["found"] == f"{tmp_path / 'baked'}, which is only read"
+    told = fetch("doctor", "--json", FI_FFI_SEED_CACHE=str(tmp_path / "nothing"))
+    found = {one["check"]: one for one in json.loads(told.stdout)}
+    assert "which is no directory" in found["cache"]["found"] and told.returncode == 1
 
 
 def test_one_that_is_not_there_hides_no_other(fetch):

@@ -221,6 +221,19 @@ def test_a_whole_wheel_in_the_seed(remote_kernels, root, tmp_path, monkeypatch):
     assert len(remote_kernels.seen) == 1
 
 
+def test_one_who_believes_nothing_hashes_again(seeded, monkeypatch):
+    """With its times put back, what was written over is as it was hashed; but for its content."""
+    path, _ = found()
+    assert seed.find(sha256(CONTENT), "norm.so") is not None
+    state = cache.state_of(path.stat())
+    path.chmod(0o644)
+    path.write_bytes(CONTENT[:-1] + b"\1")
+    monkeypatch.setattr(cache, "state_of", lambda status: state)  # of a disk that hides it
+    assert seed.find(sha256(CONTENT), "norm.so") is not None
+    monkeypatch.setenv("FI_FFI_PARANOID", "1")
+    assert seed.find(sha256(CONTENT), "norm.so") is None
+
+
 def test_a_seed_that_is_none(root, monkeypatch, tmp_path):
     monkeypatch.setenv(seed.ENVIRONMENT, str(tmp_path / "nothing"))
     with pytest.raises(LoaderError, match=r"FI_FFI_SEED_CACHE names .*nothing, which is no dir"):
