@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, cast
@@ -46,16 +45,11 @@ def launching(
     """
 
     def given(function: Callable[_P, _Result]) -> Launching[_P, _Result]:
-        signature, made = inspect.signature(function), cast(Any, function)
+        made = cast(Any, function)
 
         def prepared(*args: Any, **kwargs: Any) -> Any:
             """The same call checked and packed, and not made: see `fi_ffi.prepare`."""
-            try:
-                bound = signature.bind(*args, **kwargs)
-            except TypeError as error:
-                raise TypeError(f"{function.__name__}.prepare() {error}") from None
-            bound.apply_defaults()
-            return prepare(**bound.arguments)
+            return prepare(**given_by_name(function, function.__name__, args, kwargs))
 
         def supports(sm: Any = None, **asked: Any) -> Support:
             """Whether it can be called on a GPU (`sm=90`; without it, on the first there is):
@@ -68,6 +62,20 @@ def launching(
         return cast("Launching[_P, _Result]", function)
 
     return given
+
+
+def given_by_name(
+    function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """A call's arguments by name, with the defaults of those left out."""
+    import inspect  # here: it takes longer to import than a first call
+
+    try:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{name}.prepare() {error}") from None
+    bound.apply_defaults()
+    return dict(bound.arguments)
 
 
 def prepare_row(compiled: CompiledRow, stream: object, *args: Any, **kwargs: Any) -> Prepared:

@@ -4,7 +4,6 @@ the one for its dtypes, flags and device."""
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,7 +23,7 @@ from fi_ffi.errors import (
 )
 from fi_ffi.ops.call.arguments import check_flag, check_int, shown
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.call.launching import launching, prepare_row
+from fi_ffi.ops.call.launching import given_by_name, launching, prepare_row
 from fi_ffi.ops.moe import profile, weights
 from fi_ffi.ops.moe.interface import (
     ACTIVATIONS,
@@ -248,9 +247,7 @@ class FusedMoe:
     def prepare(self, *args: Any, **kwargs: Any) -> Prepared:
         """A call with these arguments that is packed once, to be launched many times: see
         `fi_ffi.prepare`."""
-        bound = inspect.signature(self.__call__).bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
+        given = given_by_name(self.__call__, self._op, args, kwargs)
         compiled, values = self._fill(**given, is_launched=False)
         return prepare_row(compiled, given["stream"], *values)
 
