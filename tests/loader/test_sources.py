@@ -342,6 +342,28 @@ def test_the_pin_is_chosen_by_the_machine(driver, forced, cuda, tmp_path, monkey
         assert search.pinned("0.6.13").cuda == cuda
 
 
+def test_the_pin_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
+    """Of wheels of one SM each, that of the GPU which is named, whatever the machine has."""
+    entry = {"release": "0.7.1", "cuda": "cu130", "layout": "provider", "provenance": "none"}
+    entry |= {"platform": lock.this_platform()}
+    text = TEXT
+    for number, sm in enumerate(("sm90a", "sm100a")):
+        own = entry | {"sm": sm, "file": f"{sm}.whl", "sha256": str(number) * 64}
+        text += "\n[[kernels.files]]\n" + "".join(f'{k} = "{v}"\n' for k, v in own.items())
+    (tmp_path / "wheels.lock").write_text(text)
+    monkeypatch.setenv(lock.ENVIRONMENT, str(tmp_path / "wheels.lock"))
+    lock.the_lock.cache_clear()
+    monkeypatch.setattr(machine, "driver_version", lambda: None)
+    for count in (0, 1):
+        monkeypatch.setattr(machine, "device_count", lambda count=count: count)
+        monkeypatch.setattr(machine, "capability", lambda device: (10, 0))
+        assert search.pinned("0.7.1", (9, 0)).sm == "sm90a"
+        assert search.pinned("0.7.1", (10, 0)).sm == "sm100a"
+        with pytest.raises(LoaderError, match=r"pins no kernels of FlashInfer 0\.7\.1"):
+            search.pinned("0.7.1", (8, 0))
+    assert search.pinned("0.7.1").sm == "sm100a"
+
+
 def test_a_release_that_is_not_pinned_names_those_that_are():
     says = r"pins no kernels of FlashInfer 9\.9\.9 .*0\.6\.13 cu130 linux-x86_64"
     with pytest.raises(LoaderError, match=says):
