@@ -211,8 +211,8 @@ def attention(g: Geometry) -> Need:
     """`TwoStageHolisticPlan`, which sets the same aside for every batch."""
     blocks = g.multiprocessors * (1 if g.head_dim_vo >= 256 else 2)
     pieces = 4 * blocks * sum(_ATTENTION_TILES)
-    # Of each kind of tile eight arrays of work items, and where each block's start.
-    arrays = [_ATTENTION_WORKS] * 9 * len(_ATTENTION_TILES)
+    # Of each kind of tile nine arrays of work items, and where each block's start.
+    arrays = [_ATTENTION_WORKS] * 10 * len(_ATTENTION_TILES)
     rows = pieces * g.num_kv_heads
     return Need(
         aligned(rows * 2 * g.head_dim_vo) + rows * 4,
