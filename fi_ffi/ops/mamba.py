@@ -230,7 +230,8 @@ def selective_state_update(
             be 0, and not written.
         dst_state_batch_indices: where states are written, if not there: [b], or one for each token
             [b, width].  With one token for each request it has `pad_slot_id` where
-            `state_batch_indices` has.
+            `state_batch_indices` has.  No request may write where another reads: the order in
+            which a GPU takes requests is not known.
         disable_state_update: leaves `state` as it is.
         intermediate_states_buffer: [entries, cache_steps, nheads, dim, dstate], of several tokens:
             gets the state after each, and `state` stays as it is; `intermediate_state_indices`

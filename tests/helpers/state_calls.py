@@ -66,10 +66,12 @@ class StateCall:
         self.arrays["state_batch_indices"] = self._places(width, padded)
 
     def write_to(self, *padded: int, width: int = 0) -> None:
-        self.arrays["dst_state_batch_indices"] = self._places(width, padded)
+        """Write states where none is read: requests are not in order on a GPU."""
+        read = self.arrays.get("state_batch_indices", np.arange(self.b))
+        self.arrays["dst_state_batch_indices"] = self._places(width, padded, read)
 
-    def _places(self, width: int, padded: tuple[int, ...]) -> np.ndarray:
-        slots = len(self.arrays["state"])
+    def _places(self, width: int, padded: tuple[int, ...], but: Any = ()) -> np.ndarray:
+        slots = np.setdiff1d(np.arange(len(self.arrays["state"])), but)
         count = self.b * max(width, 1)
         places = self.rng.permutation(slots)[:count].astype(self.index)
         assert len(places) == count, "too few slots for each to be another"

@@ -49,7 +49,8 @@ def _rank(rng, desc, arg, row) -> Wrong:
     shapes = [(), (*shape, 1), (1, *shape), shape[:-1], shape[1:], (desc.numel,)]
     shapes += [(1,) * 64, (1,) * 65]
     chosen = rng.choice([other for other in shapes if len(other) != len(shape)])
-    return _to(f"rank {len(chosen)}", desc, ALWAYS if arg else MAYBE, shape=chosen, strides=None)
+    refused = ALWAYS if arg and not arg.is_loose else MAYBE
+    return _to(f"rank {len(chosen)}", desc, refused, shape=chosen, strides=None)
 
 
 def _size(rng, desc, arg, row) -> Wrong:
