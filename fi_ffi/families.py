@@ -8,5 +8,5 @@ from __future__ import annotations
 
 FAMILIES = (
     "norm", "norm_fused", "activation", "rope", "rope_quantize", "page", "concat", "gdn", "cascade",
-    "gemm", "quantization", "block_scaled", "sampling", "topk", "routing", "mamba",
+    "gemm", "quantization", "block_scaled", "sampling", "topk", "routing", "mamba", "gemm_sm100",
 )  # fmt: skip

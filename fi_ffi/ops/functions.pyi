@@ -474,3 +474,33 @@ class _seq_chunk_cumsum(Op):
         stream: object = None,
     ) -> None: ...
 seq_chunk_cumsum: _seq_chunk_cumsum
+
+class _fp4_gemm(Op):
+    def __call__(
+        self, mat1: TensorLike, mat2: TensorLike, mat1Scale: TensorLike, mat2Scale: TensorLike,
+        globalScale: TensorLike, out: TensorLike, workspace_buffer: TensorLike | None = None,
+        tactic: int = -1, *, stream: object = None,
+    ) -> None: ...
+fp4_gemm: _fp4_gemm
+
+class _mxfp8_gemm(Op):
+    def __call__(
+        self, mat1: TensorLike, mat2: TensorLike, mat1Scale: TensorLike, mat2Scale: TensorLike,
+        out: TensorLike, workspace_buffer: TensorLike | None = None, tactic: int = -1, *,
+        stream: object = None,
+    ) -> None: ...
+mxfp8_gemm: _mxfp8_gemm
+
+class _bf16_gemm(Op):
+    def __call__(
+        self, mat1: TensorLike, mat2: TensorLike, out: TensorLike,
+        workspace_buffer: TensorLike | None = None, tactic: int = -1, *, stream: object = None,
+    ) -> None: ...
+bf16_gemm: _bf16_gemm
+
+class _tgv_gemm(Op):
+    def __call__(
+        self, mat1: TensorLike, mat2: TensorLike, bias: TensorLike | None = None, tactic: int = -1,
+        out: TensorLike = ..., pdl: bool = False, *, stream: object = None,
+    ) -> None: ...
+tgv_gemm: _tgv_gemm

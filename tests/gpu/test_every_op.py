@@ -15,8 +15,9 @@ def needs(op) -> None:
     row = op.row
     if row.capabilities and machine.capability(0)[0] not in row.capabilities:
         pytest.skip(f"{row.name} is for compute capability {row.capabilities}")
-    if row.module not in next(iter(search.sources())).modules():
-        pytest.skip(f"FI_FFI_KERNELS has no module {row.module}")
+    module = row.module_on(machine.capability(0))
+    if module not in next(iter(search.sources())).modules():
+        pytest.skip(f"FI_FFI_KERNELS has no module {module}")
 
 
 @pytest.mark.parametrize(("op", "dtypes", "sizes", "more"), CALLS)

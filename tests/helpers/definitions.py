@@ -630,3 +630,49 @@ def _(a):
     for sequence in range(len(a["output"]) - 1):
         found.append(found[-1] + of_pieces.count(sequence))
     return {"output": np.array(found)}
+
+
+# ---------------------------------------------------------------- products for SM100
+
+
+def _scaled(a: dict, name: str, value: Callable, scale: Callable, size: int) -> np.ndarray:
+    """Each element times its block's scale, which is looked up in its place."""
+    codes, scales = a[name], a[f"{name}Scale"]
+    columns = codes.shape[1] * (2 if size == 16 else 1)
+    found = np.zeros((len(codes), columns))
+    for i, j in np.ndindex(found.shape):
+        at = _tiled(i, j // size, columns // size)
+        found[i, j] = value(codes, i, j) * scale(int(scales[at]))
+    return found
+
+
+@defines("fp4_gemm")
+def _(a):
+    def number(codes, i, j):
+        byte = int(codes[i, j // 2])
+        return _small_float(byte >> 4 if j % 2 else byte & 15, 2, 1)
+
+    left, right = (
+        _scaled(a, name, number, lambda code: _small_float(code, 4, 3), 16)
+        for name in ("mat1", "mat2")
+    )
+    return {"out": a["globalScale"][0] * left @ right.T}
+
+
+@defines("mxfp8_gemm")
+def _(a):
+    left, right = (
+        _scaled(a, name, lambda x, i, j: x[i, j], lambda code: 2.0 ** (code - 127), 32)
+        for name in ("mat1", "mat2")
+    )
+    return {"out": left @ right.T}
+
+
+@defines("bf16_gemm")
+def _(a):
+    return {"out": np.einsum("mk,nk->mn", a["mat1"], a["mat2"])}
+
+
+@defines("tgv_gemm")
+def _(a):
+    return {"out": np.einsum("mk,kn->nm", a["mat1"], a["mat2"]) + a.get("bias", 0.0)}

@@ -170,6 +170,8 @@ def test_nothing_to_do(op, dtypes, more):
     """A call that writes nothing is prepared, launched and updated like any other."""
     if op.row.module == "gdn_prefill_sm90":
         pytest.skip("every sequence has a token: test_gdn.py has no sequence")
+    if op.row.name == "seq_chunk_cumsum":
+        pytest.skip("the number of all pieces is always written: test_mamba.py has no sequence")
     sizes = {**inputs_of(op.row).small, "n": 0, "nnz": 0}
     told = {name: value for name, value in more.items() if name != "in place"}
     case = make_case(op.row, sizes, dtypes, np.random.default_rng(), **told)

@@ -1,0 +1,122 @@
+"""Matrix products for SM100 and later: of 4-bit and MXFP8 numbers with a scale each block, and of
+16-bit ones for few rows.
+
+They were built for these GPUs and never run.  Scales are in tiles of 128 rows and 4 columns, as
+`fp4_quantize` and `mxfp8_quantize` write them.  Where a workspace is too small for a tactic, the
+kernels take memory of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fi_ffi.ops.row import Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.table.gemm import F16
+
+_INT = 2**31 - 1
+_OUT: dict[str, Any] = {"writes": True, "reads": False, "contiguous": True, "alignment": 16}
+_IN: dict[str, Any] = {"contiguous": True, "alignment": 16}
+_FIELDS: dict[str, Any] = {"vector": Vector(()), "offset_limit": 2**63}
+# What FlashInfer gives them.
+_WORKSPACE = Tensor(
+    "workspace_buffer", "workspace_size", "uint8", "scratch of 32 MiB; without it each stream has "
+    "its own of fi_ffi's", writes=True, reads=False, contiguous=True, alignment=256, bytes=32 << 20,
+)  # fmt: skip
+_TACTIC = Scalar(
+    "tactic", int, -1, "which of the kernels, of as many as `{}_tactic_num` of the module tells; "
+    "-1 for its own choice", low=-1,
+)  # fmt: skip
+
+
+def _tactic(of: str) -> Scalar:
+    return Scalar(_TACTIC.name, int, -1, _TACTIC.doc.format(of), low=-1)
+
+
+def _scales(name: str, axis: str, rows: str, columns: str) -> tuple[Tensor, Rule]:
+    """Bytes in whole tiles, and how many there are."""
+    doc = "scales' bytes, in tiles of 128 rows and 4 columns"
+    count = f"{axis} == round_up({rows}, 128) * round_up({columns}, 4)"
+    expected = f"whole tiles of 128 rows and 4 columns for {rows} rows"
+    return Tensor(name, axis, "uint8", doc, **_IN), Rule(name, count, expected)
+
+
+def _other(module: str, capabilities: tuple[tuple[int, int], ...]) -> dict[tuple[int, int], str]:
+    return dict.fromkeys(capabilities, module)
+
+
+_SM120 = ((12, 0), (12, 1))
+_A4, _A4_RULE = _scales("mat1Scale", "scales_a", "m", "half // 8")
+_B4, _B4_RULE = _scales("mat2Scale", "scales_b", "n", "half // 8")
+_A8, _A8_RULE = _scales("mat1Scale", "scales_a", "m", "k // 32")
+_B8, _B8_RULE = _scales("mat2Scale", "scales_b", "n", "k // 32")
+_SIZES = (f"m <= {_INT}", f"n <= {_INT}")
+
+ROWS = (
+    Row(
+        "fp4_gemm", "fp4_gemm_cutlass", "fp4_gemm", "csrc/fp4_gemm_cutlass.cu",
+        "Products of NVFP4 matrices, a scale for every 16 elements of a row: "
+        "`out = globalScale * (mat1 * mat1Scale) @ (mat2 * mat2Scale).T`.",
+        (
+            Tensor("mat1", "m half", "uint8", "two e2m1 numbers a byte, the first in its lower "
+                   "half", **_IN),
+            Tensor("mat2", "n half", "uint8", "the same, a row for each column of the output",
+                   **_IN),
+            _A4, _B4,
+            Tensor("globalScale", "1", "float32", "multiplies all: 1 / (the global scales that the "
+                   "two were quantised with)"),
+            Tensor("out", "m n", "O", "the products", **_OUT),
+            _WORKSPACE, _tactic("fp4_gemm"),
+        ),
+        {"O": F16}, ">=0.6.3", **_FIELDS, allocates=True, capabilities=(10, 11, 12),
+        modules=_other("fp4_gemm_cutlass_sm120", _SM120),
+        requires=("half >= 16", "half % 16 == 0", "n % 32 == 0",
+                  f"half <= {_INT // 2}", *_SIZES, _A4_RULE, _B4_RULE),
+    ),
+    Row(
+        "mxfp8_gemm", "mxfp8_gemm_cutlass", "mxfp8_gemm", "csrc/mxfp8_gemm_cutlass.cu",
+        "Products of MXFP8 matrices, a power of 2 for every 32 elements of a row: "
+        "`out = (mat1 * mat1Scale) @ (mat2 * mat2Scale).T`.",
+        (
+            Tensor("mat1", "m k", "float8_e4m3fn", "rows", **_IN),
+            Tensor("mat2", "n k", "float8_e4m3fn", "a row for each column of the output", **_IN),
+            _A8, _B8,
+            Tensor("out", "m n", "O", "the products", **_OUT),
+            _WORKSPACE, _tactic("mxfp8_gemm"),
+        ),
+        {"O": F16}, ">=0.6.4", **_FIELDS, allocates=True, capabilities=(10, 11, 12),
+        modules=_other("mxfp8_gemm_cutlass_sm120", _SM120),
+        requires=("k >= 32", "k % 32 == 0", "n % 32 == 0", f"k <= {_INT}", *_SIZES,
+                  _A8_RULE, _B8_RULE),
+    ),
+    Row(
+        "bf16_gemm", "bf16_gemm_cutlass", "bf16_gemm", "csrc/bf16_gemm_cutlass.cu",
+        "Products of bfloat16 matrices: `out = mat1 @ mat2.T`.",
+        (
+            Tensor("mat1", "m k", "bfloat16", "rows", **_IN),
+            Tensor("mat2", "n k", "bfloat16", "a row for each column of the output", **_IN),
+            Tensor("out", "m n", "O", "the products", **_OUT),
+            _WORKSPACE, _tactic("bf16_gemm"),
+        ),
+        {"O": ("bfloat16", "float16", "float32")}, ">=0.6.3", **_FIELDS, allocates=True,
+        capabilities=(10,),
+        requires=("k >= 8", "k % 8 == 0", "n % 8 == 0", f"k <= {_INT}", *_SIZES),
+    ),
+    Row(
+        "tgv_gemm", "tgv_gemm_bf16", "tgv_gemm", "csrc/tgv_gemm.cu",
+        "Products for few columns: `out = (mat1 @ mat2 + bias[:, None]).T`.",
+        (
+            Tensor("mat1", "m k", "T", "a layer's weights", **_IN),
+            Tensor("mat2", "k n", "T", "inputs, column-major: the transpose of a contiguous "
+                   "(n, k)", transposed=True, **_IN),
+            Tensor("bias", "m", "T", "is added to each of n", contiguous=True, optional=True),
+            _tactic("tgv_gemm"),
+            Tensor("out", "n m", "T", "the products", **_OUT),
+            Scalar("pdl", bool, False, "programmatic dependent launch: start while the previous "
+                   "kernel drains"),
+        ),
+        {"T": ("bfloat16",)}, ">=0.6.3", **_FIELDS, capabilities=(10,),
+        requires=("k >= 8", "k % 8 == 0", "m % 8 == 0",
+                  # In bytes each fits an int.
+                  f"m * n <= {2**30 - 1}", f"m * k <= {2**30 - 1}", f"n * k <= {2**30 - 1}"),
+    ),
+)  # fmt: skip

@@ -1,0 +1,64 @@
+"""Products of `fi_ffi.ops.table.gemm_sm100`, from their definition."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.formula import Exact, Formula, Inputs
+
+_E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float64)
+_E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+
+
+def _in_rows(tiled: Array, rows: int, columns: int) -> Array:
+    """Scales out of tiles of 128 rows and 4 columns: of a tile's rows, each 32nd lie together."""
+    tiles = tiled.astype(int)
+    # By tiles of rows, then by those of columns.
+    split = tiles.reshape(-(-rows // 128), -(-columns // 4), 32, 4, 4)
+    whole: Array = split.transpose(0, 3, 2, 1, 4).reshape(128 * len(split), 4 * split.shape[1])
+    return whole[:rows, :columns]
+
+
+def _numbers(packed: Array) -> Array:
+    codes = packed.astype(int)
+    values: Array = _E2M1[np.stack([codes % 16, codes // 16], axis=-1)]
+    return values.reshape(len(packed), 2 * packed.shape[1])
+
+
+def _product(left: Array, right: Array, factor: float = 1.0) -> Exact:
+    value, size = left @ right.T, np.abs(left) @ np.abs(right).T
+    return {"out": (factor * value, abs(factor) * size)}
+
+
+def fp4_gemm(a: Inputs) -> Exact:
+    scaled = []
+    for name in ("mat1", "mat2"):
+        values = _numbers(a[name])
+        scales = _in_rows(a[f"{name}Scale"], len(values), values.shape[1] // 16)
+        scaled.append(values * _E4M3[scales].repeat(16, axis=1))
+    return _product(scaled[0], scaled[1], float(a["globalScale"][0]))
+
+
+def mxfp8_gemm(a: Inputs) -> Exact:
+    scaled = []
+    for name in ("mat1", "mat2"):
+        scales = _in_rows(a[f"{name}Scale"], len(a[name]), a[name].shape[1] // 32)
+        scaled.append(a[name] * (2.0 ** (scales - 127.0)).repeat(32, axis=1))
+    return _product(scaled[0], scaled[1])
+
+
+def bf16_gemm(a: Inputs) -> Exact:
+    return _product(a["mat1"], a["mat2"])
+
+
+def tgv_gemm(a: Inputs) -> Exact:
+    value, size = a["mat2"].T @ a["mat1"].T, np.abs(a["mat2"].T) @ np.abs(a["mat1"].T)
+    bias = a.get("bias", np.zeros(1))
+    return {"out": (value + bias, size + np.abs(bias))}
+
+
+EXACT: dict[str, Formula] = {
+    "fp4_gemm": fp4_gemm, "mxfp8_gemm": mxfp8_gemm, "bf16_gemm": bf16_gemm, "tgv_gemm": tgv_gemm,
+}  # fmt: skip
