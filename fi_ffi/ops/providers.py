@@ -56,10 +56,12 @@ def check_available(row: Row, device: Device) -> None:
 
     if row.capabilities:
         capability = machine.capability(device.index)
-        refusal = row.lacks_gpu(capability)
-        if refusal:
+        others = row.other_gpus(capability)
+        if others:
             major, minor = capability
-            raise ArchitectureError(f"{row.name} {refusal}; {device} has {major}.{minor}")
+            raise ArchitectureError(
+                f"{row.name} is written for {others}; {device} has {major}.{minor}"
+            )
     release = search.release()
     if release is not None and not fits(row, release):
         raise KernelNotFoundError(

@@ -342,13 +342,13 @@ class Row:
         """The module that has the entry for a GPU."""
         return self.module if capability is None else self.modules.get(capability, self.module)
 
-    def lacks_gpu(self, capability: tuple[int, int] | None) -> str:
-        """What the kernel was written for, where that is not such a GPU."""
+    def other_gpus(self, capability: tuple[int, int] | None) -> str:
+        """The GPUs that the kernel was written for, where this is none of them."""
         if capability is None or not self.capabilities or capability[0] in self.capabilities:
             return ""
         able = " or ".join(f"{known}.x" for known in self.capabilities)
         why = f" ({self.elsewhere})" if self.elsewhere else ""
-        return f"is written for GPUs of compute capability {able}{why}"
+        return f"GPUs of compute capability {able}{why}"
 
     @property
     def conditions(self) -> tuple[Condition, ...]:

@@ -95,12 +95,12 @@ def test_refusals_of_runs(name, run):
 
 
 def test_its_planner_sets_the_same_aside_for_every_batch():
-    """As read in `TwoStageHolisticPlan`: two kinds of tiles with nine arrays of 65,536 each, and
+    """As read in `TwoStageHolisticPlan`: two kinds of tiles with ten arrays of 65,536 each, and
     the most pieces of queries that so many blocks can make, of 16 bits and their logarithms."""
     h100 = sizes.Geometry(32, 8, 128, 16, 132, 9)
     pieces = 4 * 2 * 132 * (128 + 16)
     need = sizes.attention(h100)
-    assert need.int_bytes == 2 * 9 * 65536 * 4 + 16 + 2 * 4 * pieces + 4
+    assert need.int_bytes == 2 * 10 * 65536 * 4 + 16 + 2 * 4 * pieces + 4
     assert need.float_bytes == pieces * 8 * (2 * 128 + 4)
     one_block = sizes.attention(sizes.Geometry(32, 8, 256, 16, 132, 9))
     assert one_block.float_bytes == pieces // 2 * 8 * (2 * 256 + 4)

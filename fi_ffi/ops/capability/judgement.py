@@ -289,8 +289,8 @@ def _dtype_refusal(row: Row, query: Query) -> str:
 
 
 def _sm_refusal(row: Row, query: Query) -> str:
-    refusal = row.lacks_gpu(query.capability)
-    return f"it {refusal}" if refusal else ""
+    others = row.other_gpus(query.capability)
+    return f"it is written for {others}" if others else ""
 
 
 def _available(name: str, query: Query) -> tuple[str, str, str | None]:
