@@ -21,7 +21,7 @@ EVERY_FAMILY = pytest.mark.parametrize("spec", FAMILIES.values(), ids=FAMILIES)
 SERVICES = pytest.mark.parametrize("spec", SERVED.values(), ids=SERVED)
 MACHINES = ["cpu", "pretended gpu"]
 # Bytes of both workspaces, without and with a GPU.
-ROOM = [(1 << 24, 1 << 20), (1 << 27, 1 << 22)]
+ROOM = [(1 << 24, 1 << 23), (1 << 27, 1 << 23)]
 
 
 def on_each(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cpu]:
@@ -66,6 +66,8 @@ def names_of(plan):
         return ["q_nope", "q_pe", "ckv_cache", "kpe_cache", "o", "lse"]
     if plan.options.page_size is None:
         return ["q", "k", "v", "o", "lse"]
+    if isinstance(plan, fi_ffi.BatchAttentionPlan):
+        return ["q", "k_cache", "v_cache", "o", "lse"]
     return ["q", "paged_k_cache", "paged_v_cache", "o", "lse"]
 
 
