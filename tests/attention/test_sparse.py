@@ -152,6 +152,12 @@ def test_a_replan_of_levels_is_of_all_or_none(rng):
     assert [level.plan_info for level in plan.levels] == before
 
 
+def test_cascades_are_asked_for_like_prefills():
+    for plan in (fi_ffi.MultiLevelCascadePlan, fi_ffi.SharedPrefixPlan):
+        assert plan.supports(sm=90, release="0.6.13", q_data_type="bfloat16")
+        assert not plan.supports(sm=90, q_data_type="float8_e4m3fn", logits_soft_cap=1.0)
+
+
 def test_masks_of_blocks():
     mask = np.zeros((2, 2, 3), bool)
     mask[0, 0, 0] = mask[1, 0, 2] = True

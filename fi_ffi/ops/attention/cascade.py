@@ -11,11 +11,14 @@ from fi_ffi.errors import ArgumentError
 from fi_ffi.ops import functions
 from fi_ffi.ops.attention.arrays import Indptr, host_ints
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
+from fi_ffi.ops.attention.run import asked_of
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import check_int
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from fi_ffi.ops.capability.judgement import Support
 
 # What no level can know: where its keys are in the request.
 _OF_PLACES = ("window_left", "pos_encoding_mode", "use_multi_item_scoring", "use_custom_mask",
@@ -51,6 +54,15 @@ class _Cascade:
 
     op: str
     levels: tuple[BatchPrefillPlan, ...]
+
+    @classmethod
+    def supports(cls, sm: Any = None, **asked: Any) -> Support:
+        """Whether its levels can be planned and merged on a GPU (`sm=90`), with these of the
+        prefill's options: see `Op.supports`."""
+        found = asked_of(cls.__name__, sm, **asked)
+        where = {name: asked[name] for name in ("release", "cuda", "kernels") if name in asked}
+        merged = functions.merge_state_in_place.supports(sm, **where)
+        return merged if found and not merged else found
 
     def _check_options(self, options: Mapping[str, object]) -> None:
         for name in _OF_PLACES:

@@ -88,6 +88,11 @@ def _prefill(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
     return kernel, backend, rows[kernel.kind(backend)][2 if is_paged else 1]
 
 
+def _cascade(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
+    del op
+    return _prefill("BatchPrefillPlan", query, given)
+
+
 def _sparse(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
     """A prefill over pages, with another name for its heads' size."""
     del op
@@ -150,6 +155,8 @@ _CHOICES: dict[str, Callable[[str, Query, Mapping[str, Any]], _Choice]] = {
     "BatchPrefillPlan": _prefill,
     "BlockSparseAttentionPlan": _sparse,
     "VariableBlockSparseAttentionPlan": _sparse,
+    "MultiLevelCascadePlan": _cascade,
+    "SharedPrefixPlan": _cascade,
     "BatchAttentionPlan": _attention,
     "BatchDecodePlan": _decode,
     "BatchMlaPlan": _mla,
