@@ -35,7 +35,7 @@ _ROW = Row(
                high=8),
         Scalar("topk_group", int, None, "how many groups are chosen", low=1, high=8),
         Scalar("topk", int, None, "how many experts are chosen", low=1, high=8),
-        Scalar("routed_scaling_factor", float, None, "what a token's weights add up to"),
+        Scalar("routed_scaling_factor", float, None, "what a token's weights add up to", low=0.0),
         Tensor("topk_values", "n k", "T", "the weights", **_OUT),
         Tensor("topk_indices", "n k", "int32", "the experts", **_OUT),
         Scalar("launch_with_pdl", bool, False, "programmatic dependent launch (SM90 and later): "

@@ -39,7 +39,7 @@ INPUTS: dict[str, Inputs] = {
     "mxfp8_gemm": Inputs({"m": 3, "n": 32, "k": 96}, {"m": 64, "n": 160, "k": 256}, make, _OWN),
     "bf16_gemm": Inputs({"m": 3, "n": 8, "k": 16}, {"m": 48, "n": 80, "k": 512}, make, _OWN),
     "tgv_gemm": Inputs(
-        {"m": 8, "n": 3, "k": 16}, {"m": 256, "n": 8, "k": 512}, make,
+        {"m": 16, "n": 3, "k": 16}, {"m": 256, "n": 8, "k": 512}, make,
         {"no bias": {"without": ("bias",)}},
     ),
 }  # fmt: skip
