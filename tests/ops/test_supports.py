@@ -208,8 +208,8 @@ def test_the_matrix_agrees_with_the_list():
     asked = {line.name: line.ask for line in lines()}
     listed = listed_in(DEFAULT)
     for name, op in OPS.items():
-        codes = listed.codes(op.row.module)
         for sm in SMS:
+            codes = listed.codes(op.row.module_on(capability_of(sm)))
             answer = asked[name](replace(Query.of(sm, DEFAULT, "cu130"), cpu="x86_64"))
             assert answer.reason
             capability = capability_of(sm)
