@@ -37,7 +37,7 @@ _OWN = {"own scratch": {"without": ("workspace_buffer",)}}
 INPUTS: dict[str, Inputs] = {
     "fp4_gemm": Inputs({"m": 3, "n": 32, "half": 48}, {"m": 64, "n": 160, "half": 128}, make, _OWN),
     "mxfp8_gemm": Inputs({"m": 3, "n": 32, "k": 96}, {"m": 64, "n": 160, "k": 256}, make, _OWN),
-    "bf16_gemm": Inputs({"m": 3, "n": 8, "k": 16}, {"m": 48, "n": 80, "k": 512}, make, _OWN),
+    "bf16_gemm": Inputs({"m": 3, "n": 16, "k": 16}, {"m": 48, "n": 80, "k": 512}, make, _OWN),
     "tgv_gemm": Inputs(
         {"m": 16, "n": 3, "k": 16}, {"m": 256, "n": 8, "k": 512}, make,
         {"no bias": {"without": ("bias",)}},
