@@ -16,7 +16,7 @@ from generated import write_or_check  # noqa: E402
 import fi_ffi  # noqa: E402
 from fi_ffi.families import FAMILIES  # noqa: E402
 from fi_ffi.loader.lock import the_lock  # noqa: E402
-from fi_ffi.ops import attention, moe  # noqa: E402
+from fi_ffi.ops import attention  # noqa: E402
 from fi_ffi.ops.attention.rows import FORMS  # noqa: E402
 from fi_ffi.ops.call.op import Op  # noqa: E402
 from fi_ffi.ops.capability.judgement import listed_codes  # noqa: E402
@@ -149,11 +149,9 @@ def _packages() -> Iterator[str]:
 
 
 def _moe() -> Iterator[str]:
+    """What follows the table of its package: the module whose methods have no rows."""
     release = the_lock().default_release
-    yield f"## Family: moe\n\n{_first_line(moe.__doc__)} These are public:\n"
-    for name in moe.__all__:
-        yield f"- `fi_ffi.{name}`: {_first_line(getattr(moe, name).__doc__)}"
-    yield f"\nThey call module `{interface.MODULE}`, of which they use, in {release}:\n"
+    yield f"The others call module `{interface.MODULE}`, of which they use, in {release}:\n"
     made = interface.of_release(release)
     for function in (made.init, *made.methods.values(), interface.INTERLEAVE):
         yield f"- `{function.signature.name}({', '.join(function.names)})`"
@@ -179,7 +177,6 @@ def _contents(families: dict[str, Sequence[Op]]) -> Iterator[str]:
         public = getattr(importlib.import_module(f"fi_ffi.ops.{package}"), "__all__", ())
         links = ", ".join(f"`{name}`" for name in public)
         yield f"- **[{package}](#family-{_anchor(package)})**: {links}"
-    yield "- **[moe](#family-moe)**: " + ", ".join(f"`{name}`" for name in moe.__all__)
     yield "- **[attention](#family-attention)**: " + ", ".join(
         f"`{name}`" for name in attention.__all__
     )

@@ -61,14 +61,22 @@ class Layer:
                 off[token, columns] += weight * (np.abs(up) @ (error + SUM * np.abs(middle)))
         return value, off
 
-    def run(self, machine) -> np.ndarray:
+    def run(self, machine, *, is_prepared: bool = False) -> np.ndarray:
         machine.need("bgmv_moe")
         placed = {name: machine.place(array) for name, array in self.arrays.items()}
         lists = {"lora_a_weights": self.a, "lora_b_weights": self.b}
         weights = {name: [machine.place(each) for each in those] for name, those in lists.items()}
         descs = {name: array.desc() for name, array in placed.items()}
         descs |= {name: [one.desc() for one in those] for name, those in weights.items()}
-        fi_ffi.bgmv_moe(**descs, num_experts=EXPERTS, stream=machine.stream)
+        options = {"num_experts": EXPERTS, "stream": machine.stream}
+        if is_prepared:  # for another x, which is then exchanged
+            other = machine.place(np.zeros_like(self.arrays["x"]))
+            call = fi_ffi.bgmv_moe.prepare(**descs | {"x": other.desc()}, **options)
+            call()
+            call.update(x=descs["x"])
+            call()
+        else:
+            fi_ffi.bgmv_moe(**descs, **options)
         machine.synchronize()
         assert all(array.intact() for array in placed.values())
         return placed["out"].get()
@@ -93,6 +101,13 @@ def test_layers(dtype, wide, columns, rank, machine, rng):
     """Few pairs, which blocks share, and more than 32."""
     for tokens in (1, 3, 20):
         assert Layer(rng, dtype, wide, columns, rank, tokens).worst(machine) <= 1
+
+
+def test_prepared(machine, rng):
+    layer = Layer(rng)
+    value, off = layer.exact()
+    got = layer.run(machine, is_prepared=True).astype(np.float64)
+    assert (np.abs(got - value) <= off).all()
 
 
 def test_in_the_order_of_the_stream(machine, rng):

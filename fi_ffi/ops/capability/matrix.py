@@ -28,7 +28,10 @@ PACKAGES = {"matmul": matmul.ROWS, "moe": lora.ROWS}
 _CALLED_BY = {
     "cutlass_segment_gemm": ("segment_gemm", "sm80"),
     "cutlass_segment_gemm_sm90": ("segment_gemm", "sm90"),
+    "bgmv_moe_shrink": ("bgmv_moe", ""),
 }
+# What those call besides.
+_CALLED_THEN = {"bgmv_moe_expand"}
 # Those that FlashInfer's wheels are made for, and a Jetson: ten times the capability.
 SMS = (75, 80, 87, 89, 90, 100, 103, 110, 120, 121)
 
@@ -72,7 +75,8 @@ def lines() -> Iterator[Line]:
         yield Line(name, "", op.row.module, partial(judge, name, op.rows))
     for package, entry, forms in package_entries():
         name, way = _CALLED_BY.get(entry, (entry, ""))
-        yield Line(name, way, package, partial(judge, name, forms))
+        if entry not in _CALLED_THEN:
+            yield Line(name, way, package, partial(judge, name, forms))
     name = "tinygemm_bf16"
     yield Line(name, "", "matmul", partial(judge, name, OPS["tinygemm2"].rows))
     rows = [entry_row(moe.MODULE, "run_moe", one.releases, (9,)) for one in moe.INTERFACES]

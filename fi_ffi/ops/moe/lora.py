@@ -19,6 +19,7 @@ from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 from fi_ffi.ops import cuda
 from fi_ffi.ops.call.compiled import CompiledRow
+from fi_ffi.ops.call.launching import Launch, PreparedSteps, launching
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.call.staging import staged
 from fi_ffi.ops.providers import check_available
@@ -148,6 +149,16 @@ def _checked_weights(
     return rank, feat
 
 
+def _prepare(
+    lora_a_weights: Any, lora_b_weights: Any, num_experts: Any, stream: object, **tensors: Any
+) -> PreparedSteps:
+    def check(**tensors: Any) -> Launch:
+        return _checked(lora_a_weights, lora_b_weights, num_experts, **tensors)
+
+    return PreparedSteps(_OP, tensors, check, stream)
+
+
+@launching(_prepare)
 def bgmv_moe(
     x: TensorLike,
     lora_a_weights: Sequence[TensorLike],
@@ -185,6 +196,18 @@ def bgmv_moe(
     is launched, `ArchitectureError` on GPUs before SM90.
     Upstream: flashinfer/fused_moe/bgmv_moe.py, csrc/bgmv_moe/moe_bgmv_ops.cu.
     """
+    _checked(
+        lora_a_weights, lora_b_weights, num_experts, x, sorted_token_ids, expert_ids, lora_indices,
+        topk_weights, out,
+    )(stream)  # fmt: skip
+
+
+def _checked(
+    lora_a_weights: Sequence[TensorLike], lora_b_weights: Sequence[TensorLike],
+    num_experts: int | None, x: TensorLike, sorted_token_ids: TensorLike, expert_ids: TensorLike,
+    lora_indices: TensorLike, topk_weights: TensorLike, out: TensorLike,
+) -> Launch:  # fmt: skip
+    """A call that is checked, and what launches it on a stream."""
     given = (x, sorted_token_ids, expert_ids, lora_indices, topk_weights, out)
     descs, sizes = _checks.check(*given)
     left, output, device = descs["x"], descs["out"], descs["x"].device
@@ -199,32 +222,36 @@ def bgmv_moe(
     for name, weights in (("lora_a_weights", a), ("lora_b_weights", b)):
         own = {f"{name}[{i}]": desc for i, desc in enumerate(weights)}
         _checks.refuse.apart("out", output, own)
-    handle = handle_for(stream, device, _OP)
-    if device.is_cuda:
-        check_available(CHECKS, device)
-        if cuda.is_capturing(handle):
-            expected = "a stream that records no graph: the kernels run on the default stream"
-            raise ArgumentError(_OP, "stream", got=f"{handle:#x}", expected=expected)
-    if not sizes["n"]:
-        return
-    shape = len(a), sizes["pairs"], rank
-    count = shape[0] * shape[1] * rank * left.dtype.itemsize
-    tables = _tables(a, b, feat)
-    with cuda.current(device), staged(device, handle, tables.data.cast("B"), count) as place:
-        _zero(output.ptr, output.numel * 4, device, handle)
-        if not sizes["pairs"]:
+
+    def launch(stream: object) -> None:
+        handle = handle_for(stream, device, _OP)
+        if device.is_cuda:
+            check_available(CHECKS, device)
+            if cuda.is_capturing(handle):
+                expected = "a stream that records no graph: the kernels run on the default stream"
+                raise ArgumentError(_OP, "stream", got=f"{handle:#x}", expected=expected)
+        if not sizes["n"]:
             return
-        _zero(place.scratch, count, device, handle)
-        of_a, of_b, starts = _placed(place.address, len(a), a[0].shape[1], device)
-        middle = TensorDesc(place.scratch, shape, left.dtype.name, device=device)
-        pairs = descs["sorted_token_ids"], descs["expert_ids"]
-        adapters, weights = descs["lora_indices"], descs["topk_weights"]
-        with _on_default_stream(device, handle):
-            _shrink(middle, left, of_a, *pairs, adapters, a[0].strides[0], stream=stream)
-            _expand(
-                output, middle, of_b, *pairs, weights, adapters, starts, feat,
-                b[0].strides[0], stream=stream,
-            )  # fmt: skip
+        shape = len(a), sizes["pairs"], rank
+        count = shape[0] * shape[1] * rank * left.dtype.itemsize
+        tables = _tables(a, b, feat)
+        with cuda.current(device), staged(device, handle, tables.data.cast("B"), count) as place:
+            _zero(output.ptr, output.numel * 4, device, handle)
+            if not sizes["pairs"]:
+                return
+            _zero(place.scratch, count, device, handle)
+            of_a, of_b, starts = _placed(place.address, len(a), a[0].shape[1], device)
+            middle = TensorDesc(place.scratch, shape, left.dtype.name, device=device)
+            pairs = descs["sorted_token_ids"], descs["expert_ids"]
+            adapters, weights = descs["lora_indices"], descs["topk_weights"]
+            with _on_default_stream(device, handle):
+                _shrink(middle, left, of_a, *pairs, adapters, a[0].strides[0], stream=stream)
+                _expand(
+                    output, middle, of_b, *pairs, weights, adapters, starts, feat,
+                    b[0].strides[0], stream=stream,
+                )  # fmt: skip
+
+    return launch
 
 
 def _tables(a: list[TensorDesc], b: list[TensorDesc], feat: int) -> Any:
