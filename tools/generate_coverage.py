@@ -15,6 +15,7 @@ from generated import write_or_check  # noqa: E402
 
 from fi_ffi.loader.lock import the_lock  # noqa: E402
 from fi_ffi.loader.uris import family_row, parse  # noqa: E402
+from fi_ffi.ops import mamba  # noqa: E402
 from fi_ffi.ops.attention.rows import FORMS  # noqa: E402
 from fi_ffi.ops.capability.judgement import gpu_runs, key_of  # noqa: E402
 from fi_ffi.ops.capability.matrix import package_entries  # noqa: E402
@@ -87,6 +88,7 @@ def typed() -> set[Key]:
     found = {(key_of(row.module, "")[0], row.symbol) for row in ROWS if fits(row, RELEASE)}
     for _, _, forms in package_entries():
         found |= {(key_of(row.module, "")[0], row.symbol) for row in forms if fits(row, RELEASE)}
+    found.add((mamba.FAMILY, mamba.row_of("one", 1, 1).symbol))
     for row in FORMS:
         backend = "fa3" if "fa3" in row.variant else "fa2"
         has_choice = "backend" in family_row(row.module, RELEASE).kinds

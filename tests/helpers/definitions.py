@@ -92,13 +92,14 @@ def _(a):
 def _(a):
     total = a["input"] * a.get("input_sf_scale", np.ones(1))[0]
     if "gate" in a:
-        total = total * (a["gate"] + a["gate_bias"])
+        total = total * (a["gate"] + a.get("gate_bias", 0.0))
     total = total + a.get("residual", 0.0)
     out = _standardised(total, a["epsilon"])
     if "gamma" in a:
         out = out * a["gamma"] + a["beta"]
     else:
-        out = out * (1 + a["scale"] + a["scale_bias"]) + a["shift"] + a["shift_bias"]
+        scale, shift = (a[name] + a.get(f"{name}_bias", 0.0) for name in ("scale", "shift"))
+        out = out * (1 + scale) + shift
     return {"residual_out": total, "norm_out": out}
 
 
@@ -416,9 +417,14 @@ def _(a):
 
 
 def _greatest(a: dict, x, k: int) -> list[int]:
-    """The greatest first, of equal ones the first, or with a tie break of 2 the last."""
-    sign = -1 if a.get("tie_break") == 2 else 1
-    return sorted(range(len(x)), key=lambda i: (-x[i], sign * i))[:k]
+    """The greatest first, of equal ones the first, or with a tie break of 2 the last; with a tie
+    break, or all of them, in the order of their places unless they are sorted."""
+    tie_break, is_sorted = a.get("tie_break", 0), a.get("sorted_output", False)
+    sign = -1 if tie_break == 2 else 1
+    chosen = sorted(range(len(x)), key=lambda i: (-x[i], sign * i))[:k]
+    if tie_break:
+        return sorted(chosen, key=lambda i: (-x[i] if is_sorted else 0, i))
+    return chosen if is_sorted or k < len(x) else sorted(chosen)
 
 
 @defines("radix_topk")

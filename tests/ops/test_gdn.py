@@ -80,7 +80,7 @@ def test_workspaces_of_fi_ffis_own():
         memory.scratch_for(OP.compiled.refuse, arg, cpu, need, None, False) for _ in range(2)
     )
     assert first.ptr == again.ptr
-    assert first.shape == (128,)
+    assert first.numel >= 128
     own = memory.scratch_for(OP.compiled.refuse, arg, cpu, need, None, True)
     assert own.ptr != first.ptr and own.owner is not None
     assert first.ptr % arg.alignment == 0

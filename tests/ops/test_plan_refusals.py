@@ -231,7 +231,7 @@ def test_dtypes(kind):
         for value in ("half", 1, "", False, 0, object(), ["float16"], np.zeros(2)):
             error = refused(case, name, "'float16'", case.plan, **{name: value})
             assert isinstance(error, fi_ffi.ArgumentTypeError)
-        for value in ("float32", np.int32, fi_ffi.DTYPES["uint8"]):
+        for value in ("float32", np.int32, fi_ffi.DTYPES["int8"]):
             refused(case, name, "expected .*float16", case.plan, **{name: value})
     refused(case, "q_data_type", "got None", case.plan, q_data_type=None)
 

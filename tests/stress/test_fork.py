@@ -201,12 +201,12 @@ def test_forks_before_use() -> None:
 def test_locks_of_other_threads() -> None:
     """Another thread was loading, or looking an entry up, when this one forked."""
     from fi_ffi import reference
-    from fi_ffi.abi import objects
+    from fi_ffi.abi import library
     from fi_ffi.loader import methods, remote, search
     from fi_ffi.ops.call import memory
 
     places = [(runtime, "_linking"), (search, "_lock"), (methods, "_lock"), (reference, "_lock"),
-              (objects, "_table"), (memory, "_lock")]  # fmt: skip
+              (library, "tables"), (memory, "_lock")]  # fmt: skip
     has, leave = threading.Event(), threading.Event()
 
     def locks() -> list[threading.RLock]:
