@@ -81,6 +81,12 @@ def _dtypes(row: Row) -> str:
     return ", ".join(f"{name} is {' or '.join(types)}" for name, types in row.dtypes.items())
 
 
+def _a_gpu(row: Row) -> tuple[int, int] | None:
+    """A GPU that has another module than the row's own, of a form that is only for such."""
+    others = {capability[0] for capability in row.modules}
+    return next(iter(row.modules)) if others and others == {*row.capabilities} else None
+
+
 def _sms(module: str, row: Row) -> str:
     """What the default release compiles a module, or a family's modules, for."""
     codes = listed_codes(module, the_lock().default_release) or ()
@@ -140,10 +146,15 @@ def _packages() -> Iterator[str]:
         yield "|---|---|---|---|---|---|---|"
         for _, name, forms in group:
             first = forms[0]
-            cells = (
-                f"`{name}`", f"`{first.module}`", f"`{first.source}`", span_of(forms),
-                str(len(first.args)), _dtypes(first), _sms(first.module, first),
-            )  # fmt: skip
+            # One of each module: those of other GPUs have sources and arguments of their own.
+            of_modules = {form.source: form for form in reversed(forms)}.values()
+            modules = {form.module_on(_a_gpu(form)): form for form in reversed(of_modules)}
+            ways = [
+                (f"`{module}`", f"`{form.source}`", str(len(form.args)), _sms(module, form))
+                for module, form in modules.items()
+            ]
+            module, source, count, sms = (", ".join(each) for each in zip(*ways, strict=True))
+            cells = f"`{name}`", module, source, span_of(forms), count, _dtypes(first), sms
             yield f"| {' | '.join(map(_escaped, cells))} |"
         yield ""
 

@@ -333,6 +333,8 @@ class Row:
     # what is compiled for others is of no use.
     capabilities: tuple[int, ...] = ()
     elsewhere: str = ""
+    # Those that other forms of the row are for, which are called otherwise.
+    also: tuple[int, ...] = ()
     # The modules of GPUs that have another than `module`, by compute capability.
     modules: Mapping[tuple[int, int], str] = field(default_factory=dict)
     # Dtypes that the kernel does not take together, by variable.
@@ -346,7 +348,7 @@ class Row:
         """The GPUs that the kernel was written for, where this is none of them."""
         if capability is None or not self.capabilities or capability[0] in self.capabilities:
             return ""
-        able = " or ".join(f"{known}.x" for known in self.capabilities)
+        able = " or ".join(f"{known}.x" for known in sorted({*self.capabilities, *self.also}))
         why = f" ({self.elsewhere})" if self.elsewhere else ""
         return f"GPUs of compute capability {able}{why}"
 
@@ -392,3 +394,8 @@ class Row:
     def signature(self) -> Signature:
         """What the binary must say of itself."""
         return Signature(self.symbol, tuple(arg.abi_type for arg in self.args), self.result)
+
+
+def form_on(forms: Sequence[Row], capability: tuple[int, int] | None) -> Row:
+    """The form for a GPU; the first, where none is."""
+    return next((form for form in forms if not form.other_gpus(capability)), forms[0])

@@ -237,7 +237,7 @@ def _scaled(x: Array, scales: Array, granularity: tuple[int, int]) -> Array:
 def gemm_fp8_nt_groupwise(
     float_workspace_buffer: Array, A: Array, B: Array, SFA: Array, SFB: Array, C: Array,
     scale_granularity_m: int, scale_granularity_n: int, scale_granularity_k: int,
-    scale_major_mode: str, mma_sm: int,
+    scale_major_mode: str, mma_sm: int = 1,
 ) -> None:  # fmt: skip
     of_a, of_b = (SFA, SFB) if scale_major_mode == "K" else (SFA.T, SFB.T)
     a = _scaled(A, of_a, (scale_granularity_m, scale_granularity_k))
@@ -248,7 +248,7 @@ def gemm_fp8_nt_groupwise(
 def group_gemm_fp8_nt_groupwise(
     int_workspace_buffer: Array, float_workspace_buffer: Array, A: Array, B: Array, SFA: Array,
     SFB: Array, D: Array, m_indptr: Array, n: int, k: int, scale_granularity_m: int,
-    scale_granularity_n: int, scale_granularity_k: int, scale_major_mode: str, mma_sm: int,
+    scale_granularity_n: int, scale_granularity_k: int, scale_major_mode: str, mma_sm: int = 1,
 ) -> None:  # fmt: skip
     granularity = (scale_granularity_m, scale_granularity_n, scale_granularity_k)
     for i, (start, end) in enumerate(itertools.pairwise(m_indptr.tolist())):

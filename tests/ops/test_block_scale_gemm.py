@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import ml_dtypes
@@ -10,6 +11,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.abi.function import register
+from fi_ffi.loader import machine
 from fi_ffi.ops.call import memory
 from fi_ffi.ops.matmul import products, rows
 from fi_ffi.reference.gemm import fp8_products
@@ -213,22 +215,36 @@ def block_scales(rng, rows: int, k: int, granularity: int) -> np.ndarray:
     return np.exp(rng.uniform(-3, 1, shape)).astype(np.float32)
 
 
+def of_sm120(forms):
+    """The form of GPUs of compute capability 12.x, whose reference runs here as the other's."""
+    (form,) = (form for row, form in forms.items() if row.capabilities == (12,))
+    return form
+
+
+@pytest.mark.parametrize("sm", [100, 120])
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 @pytest.mark.parametrize(("mode", "gm"), GROUPED)
-def test_groupwise(mode, gm, dtype, rng):
-    m, n, k = 260, 136, 384
+def test_groupwise(mode, gm, dtype, sm, rng):
+    m, n, k = (260, 136, 384) if sm == 100 else (256 if gm == 128 else 257, 256, 384)
     a, b = (rng.standard_normal((rows, k)).astype(dtype) for rows in (m, n))
     of_a, of_b = block_scales(rng, m, k, gm), block_scales(rng, n, k, 128)
     out = np.full((m, n), np.nan, BF16)
     scales = (of_a, of_b) if mode == "K" else tuple(map(np.ascontiguousarray, (of_a.T, of_b.T)))
-    fi_ffi.gemm_fp8_nt_groupwise(a, b, *scales, mode, 1, (gm, 128, 128), out)
+
+    def product(mode):
+        if sm == 100:
+            fi_ffi.gemm_fp8_nt_groupwise(a, b, *scales, mode, 1, (gm, 128, 128), out)
+        else:
+            of_sm120(products.GROUPWISE).call(None, None, a, b, *scales, out, gm, 128, 128, mode)
+
+    product(mode)
     left = a.astype(float) * spread(of_a, a.shape, gm)
     right = b.astype(float) * spread(of_b, b.shape, 128)
     judge = fp8_products(left @ right.T, abs(left) @ abs(right.T), 128)
     assert judge(out)[1] <= 1
     other = "K" if mode == "MN" else "MN"
     with pytest.raises(fi_ffi.ArgumentError, match="[ab]_scale"):
-        fi_ffi.gemm_fp8_nt_groupwise(a, b, *scales, other, 1, (gm, 128, 128), out)
+        product(other)
 
 
 @pytest.mark.parametrize("mode", ["MN", "K"])
@@ -249,6 +265,115 @@ def test_groupwise_in_groups(mode, rng):
         right = b[i].astype(float) * spread(of_b[i], (n, k), 128)
         judge = fp8_products(left[rows] @ right.T, abs(left[rows]) @ abs(right.T), 128)
         assert judge(out[rows])[1] <= 1
+
+
+@pytest.mark.parametrize("mode", ["MN", "K"])
+def test_one_group_on_sm120(mode, rng):
+    m, n, k = 20, 256, 256
+    a, b = (rng.standard_normal(shape).astype(E4M3) for shape in ((m, k), (1, n, k)))
+    of_a, of_b = block_scales(rng, m, k, 1), block_scales(rng, n, k, 128)
+    scales, starts = (of_a, of_b[None]), np.array([4, 20], np.int32)
+    if mode == "MN":
+        scales = np.ascontiguousarray(of_a.T), np.ascontiguousarray(of_b.T)[None]
+    out = np.full((m, n), np.nan, np.float16)
+    form = of_sm120(products.GROUP_GROUPWISE)
+    form.call(None, None, None, a, b, *scales, out, starts, None, None, 1, 128, 128, mode)
+    left, right = a.astype(float) * spread(of_a, a.shape, 1), b[0].astype(float)
+    left, right = left[4:], right * spread(of_b, (n, k), 128)
+    assert fp8_products(left @ right.T, abs(left) @ abs(right.T), 128)(out[4:])[1] <= 1
+    assert np.isnan(out[:4].astype(float)).all()
+
+
+SM120_REFUSES = [
+    # m, n, k, groups (0: not in groups), gm, mode; the argument, and words.
+    ((8, 136, 128, 0, 1, "K"), "b", "multiple of 128"),
+    ((8, 64, 128, 0, 1, "K"), "b", "multiple of 128"),
+    ((136, 128, 128, 0, 128, "K"), "a", "whole blocks"),
+    ((8, 136, 128, 1, 1, "K"), "b", "multiple of 128"),
+    ((136, 128, 128, 1, 128, "K"), "a", "whole blocks"),
+    ((8, 128, 128, 2, 1, "K"), "b", "one matrix"),
+    ((256, 128, 256, 1, 128, "MN"), "a_scale", "scale_major_mode='K'"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "argument", "told"), SM120_REFUSES)
+def test_what_sm120_refuses(sizes, argument, told):
+    """Where a block is not whole its kernels compute nothing and say nothing."""
+    m, n, k, groups, gm, mode = sizes
+    several = (groups,) * bool(groups)
+
+    def scales(*size: int) -> np.ndarray:
+        return np.ones(size if mode == "K" else size[::-1], np.float32)
+
+    of_b = scales(-(-n // 128), k // 128)
+    given = [
+        np.ones((m, k), E4M3), np.ones((*several, n, k), E4M3), scales(-(-m // gm), k // 128),
+        np.tile(of_b, (*several, 1, 1)), np.zeros((m, n), np.float16),
+    ]  # fmt: skip
+    form, scratch, more = of_sm120(products.GROUPWISE), (None,), ()
+    if groups:
+        form, scratch = of_sm120(products.GROUP_GROUPWISE), (None, None)
+        more = np.linspace(0, m, groups + 1).astype(np.int32), None, None
+    with pytest.raises(fi_ffi.ArgumentError, match=told) as caught:
+        form.call(None, *scratch, *given, *more, gm, 128, 128, mode)
+    assert caught.value.argument == argument
+    assert (given[4] == 0).all()
+
+
+@pytest.mark.parametrize("k", [128, 256])
+def test_scales_of_many_rows_in_groups(k):
+    """In mode MN the kernels of either find only the first of several rows of such scales."""
+    a, b, starts = np.ones((256, k), E4M3), np.ones((1, 128, k), E4M3), np.array([0, 256], np.int32)
+    of_a, of_b = np.ones((k // 128, 2), np.float32), np.ones((1, k // 128, 1), np.float32)
+    out = np.zeros((256, 128), np.float16)
+    call = functools.partial(
+        fi_ffi.group_gemm_fp8_nt_groupwise, a, b, of_a, of_b, starts, (128, 128, 128), out=out
+    )
+    if k == 128:
+        call()
+        assert (out == 128).all()
+    else:
+        with pytest.raises(fi_ffi.ArgumentError, match="first alone"):
+            call()
+        assert (out == 0).all()
+
+
+@pytest.fixture
+def forgotten():
+    """Nothing of a pretended GPU stays."""
+    yield
+    for form in (*products.GROUPWISE.values(), *products.GROUP_GROUPWISE.values()):
+        form.forget()
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(("capability", "told"), [((10, 3), 1), ((12, 0), 0), ((12, 1), 0)])
+def test_a_gpu_has_a_form(grouped, capability, told, gpu, forgotten, monkeypatch):
+    """On a GPU that is pretended: what its entry is given, with `mma_sm` last or without it."""
+    monkeypatch.setattr(machine, "capability", lambda index: capability)
+    monkeypatch.setattr(memory, "_owned", {})
+    got = []
+    for row, form in (products.GROUP_GROUPWISE if grouped else products.GROUPWISE).items():
+        name = f"tests.form.{capability}.{row.symbol}.{len(row.args)}"
+        entry = register(name, row.signature, lambda *values: got.append(values))
+        monkeypatch.setattr(form, "find_entry", lambda row, _, entry=entry: entry)
+    several = (1,) * grouped
+    shapes = [(8, 128), (*several, 128, 128), (8, 1), (*several, 1, 1), (8, 128), (2,)]
+    dtypes = ["float8_e4m3fn"] * 2 + ["float32"] * 2 + ["float16", "int32"]
+    descs = [
+        fi_ffi.TensorDesc((i + 1) << 24, shape, dtype)
+        for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
+    ]
+    names = ["a", "b", "a_scale", "b_scale", "out", "m_indptr"][: 5 + grouped]
+    given = dict(zip(names, descs, strict=False), scale_major_mode="K", mma_sm=2)
+    function = fi_ffi.group_gemm_fp8_nt_groupwise if grouped else fi_ffi.gemm_fp8_nt_groupwise
+    function(**given, stream=5)
+    function.prepare(**given, stream=5)()
+    for values in got:
+        assert values[len(values) - 4 - told :] == (1, 128, 128, "K", 2)[: 4 + told]
+    assert len(got) == 2
+    with pytest.raises(fi_ffi.ArgumentError, match="mma_sm"):
+        function(**given | {"mma_sm": 3}, stream=5)
 
 
 # Ops, a call of ones that is right and its results, what is changed, the argument, and words.

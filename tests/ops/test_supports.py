@@ -63,6 +63,12 @@ ANSWERS = [
        None) for sm, name in ((100, "100"), (103, "103"), (120, "120f"), (121, "120f"))),
     ("block_scale_interleave", {"sm": 120, "release": DEFAULT}, "built",
      "fp4_quantization_120f is in", None),
+    # Or is called in a form of its own.
+    *((f"{name}gemm_fp8_nt_groupwise", {"sm": sm, "release": DEFAULT}, "built",
+       f"gemm_sm{of} is in", None) for sm, of in ((100, 100), (103, 100), (120, 120), (121, 120))
+      for name in ("", "group_")),
+    ("gemm_fp8_nt_groupwise", {"sm": 90, "release": DEFAULT}, "refused",
+     "it is written for GPUs of compute capability 10.x or 12.x", None),
     ("gdn_prefill", {"sm": 90, "release": "0.6.18"}, "refused",
      "it is in FlashInfer >=0.6.3,<0.6.14, not in 0.6.18", None),
     ("BatchMlaPlan", {"sm": 90, "release": "0.7.2.post1"}, "refused",

@@ -60,9 +60,9 @@ def test_names_are_the_bindings(release, sources):
 @pytest.mark.parametrize("release", RELEASES)
 def test_products_are_what_the_release_declares(release, sources):
     """The entries behind `fi_ffi.ops.matmul`, exported or methods of an object."""
-    for symbol in {row.symbol for row in matmul.ROWS}:
-        known = [row for row in matmul.ROWS if row.symbol == symbol]
-        text = sources(release, known[0].source)
+    for symbol, source in {(row.symbol, row.source) for row in matmul.ROWS}:
+        known = [row for row in matmul.ROWS if (row.symbol, row.source) == (symbol, source)]
+        text = sources(release, source)
         if known[0].factory:
             found = {name: (made.signature, [*made.names]) for name, made in methods(text).items()}
         else:

@@ -23,7 +23,7 @@ from fi_ffi.loader.listed import in_wheel, listed_in, recorded_releases
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.loader.uris import parse
 from fi_ffi.ops.releases import fits, span_of
-from fi_ffi.ops.row import Row, Tensor
+from fi_ffi.ops.row import Row, Tensor, form_on
 
 # What the GPU tests have called: they write it, and tools/record_called.py merges it in here.
 GPU_RUNS = Path(loader.__file__).with_name("data") / "called.json"
@@ -228,10 +228,11 @@ def judge(
     `module` names the module in a release, where its row only names a family.
     """
     release = query.release
-    row = next((form for form in forms if fits(form, release)), None)
-    if row is None:
+    fitting = [form for form in forms if fits(form, release)]
+    if not fitting:
         reason = f"it is in FlashInfer {span_of(forms)}, not in {release}"
         return Support(op, REFUSED, reason, release=release)
+    row = form_on(fitting, query.capability)
     name = module(release) if module else row.module_on(query.capability)
     refusal = _cuda_refusal(query) or _dtype_refusal(row, query) or _sm_refusal(row, query)
     if refusal:

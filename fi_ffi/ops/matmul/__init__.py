@@ -33,7 +33,7 @@ def select_release(release: str | None) -> None:
         op.select_release(release)
     products.tinygemm_row.cache_clear()
     for compiled in (
-        products.RUN_GEMM, products.CONFIGURE, products.GROUPWISE, products.GROUP_GROUPWISE,
-        segment.SM80, segment.SM90,
+        products.RUN_GEMM, products.CONFIGURE, segment.SM80, segment.SM90,
+        *products.GROUPWISE.values(), *products.GROUP_GROUPWISE.values(),
     ):  # fmt: skip
         compiled.forget()

@@ -3,11 +3,12 @@ algorithms of `bmm_fp8`, and fp8 products with scales of blocks.
 
 `fp8_blockscale_gemm_90` (SM90) makes an object that quantises what is not in fp8 into memory it
 was told of before, and lays it out for the most rows that it was ever asked about.  The others
-with scales of blocks are entries of `gemm_sm100`.
+with scales of blocks are entries of `gemm_sm100`, and called otherwise of `gemm_sm120`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import Device, TensorDesc, frozen, parse_dtype
-from fi_ffi.errors import ArgumentError
+from fi_ffi.errors import ArgumentError, LoaderError
+from fi_ffi.loader import machine
 from fi_ffi.ops.call.arguments import INT64_MAX, check_int
 from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.call.launching import Launch, PreparedSteps, launching, prepare_row
@@ -29,7 +31,7 @@ from fi_ffi.ops.matmul import rows
 from fi_ffi.ops.matmul.rows import E4M3
 from fi_ffi.ops.notation import round_up
 from fi_ffi.ops.providers import check_available, release_in_use
-from fi_ffi.ops.row import Row, Tensor
+from fi_ffi.ops.row import Row, Tensor, form_on
 
 if TYPE_CHECKING:
     from fi_ffi.loader.methods import ModuleObject
@@ -46,8 +48,10 @@ _NAMES = {
     "A": "a", "B": "b", "SFA": "a_scale", "SFB": "b_scale", "C": "out", "D": "out",
     "float_workspace_buffer": "workspace_buffer",
 }  # fmt: skip
-GROUPWISE = CompiledRow(rows.GROUPWISE, names=_NAMES)
-GROUP_GROUPWISE = CompiledRow(rows.GROUP_GROUPWISE, names=_NAMES)
+GROUPWISE, GROUP_GROUPWISE = (
+    {row: CompiledRow(row, names=_NAMES) for row in forms}
+    for forms in (rows.GROUPWISE, rows.GROUP_GROUPWISE)
+)
 
 
 @functools.cache
@@ -319,7 +323,7 @@ def _bytes(rows: int, of_input: str, of_weight: str, n: int, k: int) -> int:
     return need
 
 
-# Scales of blocks, SM100.
+# Scales of blocks, SM100 and SM120.
 
 
 def _granularity(op: str, value: Sequence[int]) -> tuple[int, ...]:
@@ -333,13 +337,27 @@ def _granularity(op: str, value: Sequence[int]) -> tuple[int, ...]:
     raise ArgumentError(op, "scale_granularity_mnk", got=value, expected=expected)
 
 
+def _form(forms: dict[Row, CompiledRow], a: TensorDesc, mma_sm: int) -> tuple[CompiledRow, Any]:
+    """The form of the GPU that `a` is on, and what only that of SM100 is told."""
+    capability = None
+    if a.device.is_cuda:
+        # Where there is no such GPU the call says so, after what is wrong with its arguments.
+        with contextlib.suppress(LoaderError):
+            capability = machine.capability(a.device.index)
+    row = form_on([*forms], capability)
+    check_int(row.name, "mma_sm", mma_sm, 1, 2)
+    return forms[row], (mma_sm,) if any(arg.name == "mma_sm" for arg in row.args) else ()
+
+
 def _prepare_groupwise(
     stream: object, scale_granularity_mnk: Sequence[int], scale_major_mode: str, mma_sm: int,
     **given: Any,
 ) -> Prepared:  # fmt: skip
     sizes = _granularity("gemm_fp8_nt_groupwise", scale_granularity_mnk)
+    given["a"] = as_desc(given["a"], "gemm_fp8_nt_groupwise", "a")
+    form, more = _form(GROUPWISE, given["a"], mma_sm)
     tensors = (given[name] for name in ("workspace_buffer", "a", "b", "a_scale", "b_scale", "out"))
-    return prepare_row(GROUPWISE, stream, *tensors, *sizes, scale_major_mode, mma_sm)
+    return prepare_row(form, stream, *tensors, *sizes, scale_major_mode, *more)
 
 
 @launching(_prepare_groupwise)
@@ -356,24 +374,28 @@ def gemm_fp8_nt_groupwise(
     workspace_buffer: TensorLike | None = None,
     stream: object = None,
 ) -> None:
-    """`out = (a * a_scale) @ (b * b_scale).T`, with a scale for each block; SM100.
+    """`out = (a * a_scale) @ (b * b_scale).T`, with a scale for each block; SM100 and SM120.
 
     Args:
         a: [m, k] and b: [n, k], both float8_e4m3fn or both float8_e5m2; k is a multiple of 128,
-            n of 8, and m of 4.
+            n of 8, and m of 4; on SM120 n is one of 128, and m of gm.
         a_scale: float32, one for each block of `a`: [m / gm, k / 128] in mode "K",
             [k / 128, m / gm] in mode "MN"; b_scale: the same of `b`.
         scale_granularity_mnk: (gm, 128, 128), where gm is 1 or 128.
         out: [m, n] float16 or bfloat16, written.
-        mma_sm: 1, or 2 for products of two multiprocessors, quicker for many rows.
+        mma_sm: 1, or 2 for products of two multiprocessors, quicker for many rows; the kernels of
+            SM120 have no use for it.
         workspace_buffer: uint8 scratch, 32 MiB; without it each stream has its own of fi_ffi's.
 
-    Upstream: flashinfer/gemm/gemm_base.py, csrc/gemm_groupwise_sm100.cu.
+    Upstream: flashinfer/gemm/gemm_base.py, csrc/gemm_groupwise_sm100.cu,
+    csrc/gemm_groupwise_sm120.cu.
     """
     granularity = _granularity("gemm_fp8_nt_groupwise", scale_granularity_mnk)
-    GROUPWISE.call(
-        None, workspace_buffer, a, b, a_scale, b_scale, out, *granularity, scale_major_mode,
-        mma_sm, stream=stream,
+    left = as_desc(a, "gemm_fp8_nt_groupwise", "a")
+    form, more = _form(GROUPWISE, left, mma_sm)
+    form.call(
+        None, workspace_buffer, left, b, a_scale, b_scale, out, *granularity, scale_major_mode,
+        *more, stream=stream,
     )  # fmt: skip
 
 
@@ -382,9 +404,11 @@ def _prepare_grouped(
     **given: Any,
 ) -> Prepared:  # fmt: skip
     sizes = _granularity("group_gemm_fp8_nt_groupwise", scale_granularity_mnk)
+    given["a"] = as_desc(given["a"], "group_gemm_fp8_nt_groupwise", "a")
+    form, more = _form(GROUP_GROUPWISE, given["a"], mma_sm)
     tensors = (given[name] for name in ("a", "b", "a_scale", "b_scale", "out", "m_indptr"))
     return prepare_row(
-        GROUP_GROUPWISE, stream, None, None, *tensors, None, None, *sizes, scale_major_mode, mma_sm
+        form, stream, None, None, *tensors, None, None, *sizes, scale_major_mode, *more
     )
 
 
@@ -402,20 +426,25 @@ def group_gemm_fp8_nt_groupwise(
     *,
     stream: object = None,
 ) -> None:
-    """`gemm_fp8_nt_groupwise` of rows in groups, each with a matrix of its own; SM100.
+    """`gemm_fp8_nt_groupwise` of rows in groups, each with a matrix of its own; SM100 and SM120.
 
     Args:
-        a: [m, k]; b: [groups, n, k]; a_scale: as of `gemm_fp8_nt_groupwise`; b_scale: one such
-            for each group.
+        a: [m, k]; b: [groups, n, k], on SM120 of one group: FlashInfer knows of wrong products
+            where there are more; a_scale: as of `gemm_fp8_nt_groupwise`; b_scale: one such for
+            each group.
         m_indptr: [groups + 1] int32: where each group's rows start, and the end; multiples of 4.
             It is on the GPU and is not looked at before the launch.
         out: [m, n] float16 or bfloat16, written.
-        others: as of `gemm_fp8_nt_groupwise`.
+        others: as of `gemm_fp8_nt_groupwise`; scales of 128 rows in mode "K", unless m or k is
+            128 at most (docs/gemm.md).
 
-    Upstream: flashinfer/gemm/gemm_base.py, csrc/group_gemm_fp8_groupwise_sm100.cu.
+    Upstream: flashinfer/gemm/gemm_base.py, csrc/group_gemm_fp8_groupwise_sm100.cu,
+    csrc/group_gemm_fp8_groupwise_sm120.cu.
     """
     granularity = _granularity("group_gemm_fp8_nt_groupwise", scale_granularity_mnk)
-    GROUP_GROUPWISE.call(
-        None, None, None, a, b, a_scale, b_scale, out, m_indptr, None, None, *granularity,
-        scale_major_mode, mma_sm, stream=stream,
+    left = as_desc(a, "group_gemm_fp8_nt_groupwise", "a")
+    form, more = _form(GROUP_GROUPWISE, left, mma_sm)
+    form.call(
+        None, None, None, left, b, a_scale, b_scale, out, m_indptr, None, None, *granularity,
+        scale_major_mode, *more, stream=stream,
     )  # fmt: skip

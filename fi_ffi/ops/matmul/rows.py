@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fi_ffi.ops.row import Row, Rule, Scalar, Tensor, Text, Vector
+from fi_ffi.ops.row import Arg, Row, Rule, Scalar, Tensor, Text, Vector
 from fi_ffi.ops.table.gemm import BLOCKSCALE, BMM, BMM_ARGS, F16, FP8, HANDLE
 
 INT = 2**31 - 1
@@ -185,10 +185,8 @@ CONFIGURE = Row(
 )  # fmt: skip
 
 _GRANULARITY = tuple(Scalar(f"scale_granularity_{axis}", int, None, "") for axis in "mnk")
-_MODE = (
-    Text("scale_major_mode", ("MN", "K"), None, "", "std::string"),
-    Scalar("mma_sm", int, 1, "", low=1, high=2),
-)
+_MODE = Text("scale_major_mode", ("MN", "K"), None, "", "std::string")
+_MMA_SM = Scalar("mma_sm", int, 1, "", low=1, high=2)
 
 
 def _blocks(scales: str, axes: tuple[str, str], granularity: str) -> Rule:
@@ -209,47 +207,83 @@ def _blocks(scales: str, axes: tuple[str, str], granularity: str) -> Rule:
 
 _GROUPWISE: dict[str, Any] = {
     "module": "gemm_sm100", "doc": "", "releases": ">=0.6.3", "dtypes": {"T": FP8, "O": F16},
-    "capabilities": (10,), **_ANY,
+    "capabilities": (10,), "also": (12,), **_ANY,
     "requires": (
         "k >= 128", "n >= 8", "k % 128 == 0", "n % 8 == 0", f"m * n <= {INT}", f"m <= {INT}",
         _blocks("SFA", ("a0", "a1"), "m"), _blocks("SFB", ("b0", "b1"), "n"),
     ),
 }  # fmt: skip
+# What differs on SM120, whose entries have the same names: they are not told of `mma_sm`, and their
+# kernels want whole blocks of rows and of columns (where one is not, nothing is computed or said).
+_SM120: dict[str, Any] = {
+    "modules": {(12, 0): "gemm_sm120", (12, 1): "gemm_sm120"}, "capabilities": (12,),
+    "also": (10,),
+}  # fmt: skip
+_WHOLE = (
+    "n % 128 == 0",
+    Rule("A", "m % scale_granularity_m == 0", "whole blocks of scale_granularity_m rows"),
+    *_GROUPWISE["requires"],
+)
+# In mode MN the launcher takes the number of blocks for that of rows, from which it has how far
+# apart the scales of a block of columns are.
+_STRIDE = Rule(
+    "SFA",
+    "scale_granularity_m == 1 or scale_major_mode == 'K' or k == 128 or m <= 128",
+    "scale_major_mode='K', where scales are of 128 rows: of several rows of scales the kernels "
+    "find the first alone",
+)
 # What FlashInfer gives these kernels: 32 MiB.
 _SCRATCH: dict[str, Any] = {**_WORKSPACE, "writes": True, "reads": False,
                             "bytes_per_multiprocessor": 216 << 10}  # fmt: skip
 
-GROUPWISE = Row(
-    "gemm_fp8_nt_groupwise", symbol="gemm_fp8_nt_groupwise",
-    source="csrc/gemm_sm100_binding.cu",
-    args=(
-        Tensor("float_workspace_buffer", "workspace_size", **_SCRATCH),
-        Tensor("A", "m k", "T", "", **_IN),
-        Tensor("B", "n k", "T", "", **_IN),
-        Tensor("SFA", "a0 a1", "float32", "", **_IN),
-        Tensor("SFB", "b0 b1", "float32", "", **_IN),
-        Tensor("C", "m n", "O", "", **_OUT),
-        *_GRANULARITY, *_MODE,
-    ),
-    **_GROUPWISE | {"requires": ("m % 4 == 0", *_GROUPWISE["requires"])},
+_ARGS: tuple[Arg, ...] = (
+    Tensor("float_workspace_buffer", "workspace_size", **_SCRATCH),
+    Tensor("A", "m k", "T", "", **_IN),
+    Tensor("B", "n k", "T", "", **_IN),
+    Tensor("SFA", "a0 a1", "float32", "", **_IN),
+    Tensor("SFB", "b0 b1", "float32", "", **_IN),
+    Tensor("C", "m n", "O", "", **_OUT),
+    *_GRANULARITY, _MODE,
 )  # fmt: skip
-GROUP_GROUPWISE = Row(
-    "group_gemm_fp8_nt_groupwise", symbol="group_gemm_fp8_nt_groupwise",
-    source="csrc/group_gemm_sm100_binding.cu",
-    args=(
-        Tensor("int_workspace_buffer", "workspace_size", **_SCRATCH),
-        Tensor("float_workspace_buffer", "float_size", **_SCRATCH),
-        Tensor("A", "m k", "T", "", **_IN),
-        Tensor("B", "groups n k", "T", "", **_IN),
-        Tensor("SFA", "a0 a1", "float32", "", **_IN),
-        Tensor("SFB", "groups b0 b1", "float32", "", **_IN),
-        Tensor("D", "m n", "O", "", **_OUT),
-        Tensor("m_indptr", "groups+1", "int32", "", **_PLAIN),
-        Scalar("n", int, None, "", size_of="n"), Scalar("k", int, None, "", size_of="k"),
-        *_GRANULARITY, *_MODE,
+GROUPWISE = (
+    Row(
+        "gemm_fp8_nt_groupwise", symbol="gemm_fp8_nt_groupwise",
+        source="csrc/gemm_sm100_binding.cu", args=(*_ARGS, _MMA_SM),
+        **_GROUPWISE | {"requires": ("m % 4 == 0", *_GROUPWISE["requires"])},
     ),
-    **_GROUPWISE,
+    Row(
+        "gemm_fp8_nt_groupwise", symbol="gemm_fp8_nt_groupwise",
+        source="csrc/gemm_sm120_binding.cu", args=_ARGS,
+        **_GROUPWISE | _SM120 | {"requires": _WHOLE},
+    ),
+)  # fmt: skip
+_GROUP_ARGS: tuple[Arg, ...] = (
+    Tensor("int_workspace_buffer", "workspace_size", **_SCRATCH),
+    Tensor("float_workspace_buffer", "float_size", **_SCRATCH),
+    Tensor("A", "m k", "T", "", **_IN),
+    Tensor("B", "groups n k", "T", "", **_IN),
+    Tensor("SFA", "a0 a1", "float32", "", **_IN),
+    Tensor("SFB", "groups b0 b1", "float32", "", **_IN),
+    Tensor("D", "m n", "O", "", **_OUT),
+    Tensor("m_indptr", "groups+1", "int32", "", **_PLAIN),
+    Scalar("n", int, None, "", size_of="n"), Scalar("k", int, None, "", size_of="k"),
+    *_GRANULARITY, _MODE,
+)  # fmt: skip
+GROUP_GROUPWISE = (
+    Row(
+        "group_gemm_fp8_nt_groupwise", symbol="group_gemm_fp8_nt_groupwise",
+        source="csrc/group_gemm_sm100_binding.cu", args=(*_GROUP_ARGS, _MMA_SM),
+        **_GROUPWISE | {"requires": (*_GROUPWISE["requires"], _STRIDE)},
+    ),
+    Row(
+        "group_gemm_fp8_nt_groupwise", symbol="group_gemm_fp8_nt_groupwise",
+        source="csrc/group_gemm_sm120_binding.cu", args=_GROUP_ARGS,
+        **_GROUPWISE | _SM120 | {"requires": (*_WHOLE, _STRIDE, Rule(
+            "B", "groups == 1", "one matrix: FlashInfer knows of wrong products where there are "
+            "more on GPUs of compute capability 12.x",
+        ))},
+    ),
 )  # fmt: skip
 
-ROWS = (*GET_ALGOS, *RUN_WITH_ALGO, SEGMENT_SM80, SEGMENT_SM90, RUN_GEMM, GROUPWISE,
-        GROUP_GROUPWISE)  # fmt: skip
+ROWS = (*GET_ALGOS, *RUN_WITH_ALGO, SEGMENT_SM80, SEGMENT_SM90, RUN_GEMM, *GROUPWISE,
+        *GROUP_GROUPWISE)  # fmt: skip
