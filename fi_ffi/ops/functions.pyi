@@ -490,6 +490,7 @@ class _mxfp8_gemm(Op):
         stream: object = None,
     ) -> None: ...
 mxfp8_gemm: _mxfp8_gemm
+bmm_mxfp8: _mxfp8_gemm
 
 class _bf16_gemm(Op):
     def __call__(
@@ -497,6 +498,7 @@ class _bf16_gemm(Op):
         workspace_buffer: TensorLike | None = None, tactic: int = -1, *, stream: object = None,
     ) -> None: ...
 bf16_gemm: _bf16_gemm
+bmm_bf16: _bf16_gemm
 
 class _tgv_gemm(Op):
     def __call__(

@@ -53,6 +53,29 @@ def bf16_gemm(a: Inputs) -> Exact:
     return _product(a["mat1"], a["mat2"])
 
 
+def _each(product: Formula, a: Inputs) -> Exact:
+    """A product of each of the matrices."""
+    found = [
+        product(dict(a) | {name: a[name][i] for name in ("mat1", "mat2")})["out"]
+        for i in range(len(a["mat1"]))
+    ]
+    value, size = (np.stack(each) for each in zip(*found, strict=True))
+    return {"out": (value, size)}
+
+
+def bmm_bf16(a: Inputs) -> Exact:
+    return _each(bf16_gemm, a)
+
+
+def bmm_mxfp8(a: Inputs) -> Exact:
+    scaled = {}
+    for name in ("mat1", "mat2"):
+        b, rows, k = a[name].shape
+        scales = _in_rows(a[f"{name}Scale"], b * rows, k // 32).reshape(b, rows, k // 32)
+        scaled[name] = a[name] * (2.0 ** (scales - 127.0)).repeat(32, axis=2)
+    return _each(bf16_gemm, scaled)
+
+
 def tgv_gemm(a: Inputs) -> Exact:
     value, size = a["mat2"].T @ a["mat1"].T, np.abs(a["mat2"].T) @ np.abs(a["mat1"].T)
     bias = a.get("bias", np.zeros(1))
@@ -61,4 +84,5 @@ def tgv_gemm(a: Inputs) -> Exact:
 
 EXACT: dict[str, Formula] = {
     "fp4_gemm": fp4_gemm, "mxfp8_gemm": mxfp8_gemm, "bf16_gemm": bf16_gemm, "tgv_gemm": tgv_gemm,
+    "bmm_bf16": bmm_bf16, "bmm_mxfp8": bmm_mxfp8,
 }  # fmt: skip

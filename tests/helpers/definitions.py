@@ -679,6 +679,23 @@ def _(a):
     return {"out": np.einsum("mk,nk->mn", a["mat1"], a["mat2"])}
 
 
+@defines("bmm_bf16")
+def _(a):
+    return {"out": np.einsum("bmk,bnk->bmn", a["mat1"], a["mat2"])}
+
+
+@defines("bmm_mxfp8")
+def _(a):
+    """As of one tall matrix, of which each product has its rows."""
+    (b, m, k), n = a["mat1"].shape, a["mat2"].shape[1]
+    tall = a | {"mat1": a["mat1"].reshape(b * m, k), "mat2": a["mat2"].reshape(b * n, k)}
+    left, right = (
+        _scaled(tall, name, lambda x, i, j: x[i, j], lambda code: 2.0 ** (code - 127), 32)
+        for name in ("mat1", "mat2")
+    )
+    return {"out": np.einsum("bmk,bnk->bmn", left.reshape(b, m, k), right.reshape(b, n, k))}
+
+
 @defines("tgv_gemm")
 def _(a):
     return {"out": np.einsum("mk,kn->nm", a["mat1"], a["mat2"]) + a.get("bias", 0.0)}

@@ -50,6 +50,30 @@ _B4, _B4_RULE = _scales("mat2Scale", "scales_b", "n", "half // 8")
 _A8, _A8_RULE = _scales("mat1Scale", "scales_a", "m", "k // 32")
 _B8, _B8_RULE = _scales("mat2Scale", "scales_b", "n", "k // 32")
 _SIZES = (f"m <= {_INT}", f"n <= {_INT}")
+# From one product to the next the kernels count in an int.
+_BATCH: tuple[str | Rule, ...] = (
+    *_SIZES, f"k <= {_INT}", f"b <= {_INT}",
+    *(
+        Rule(name, f"b == 1 or {elements} <= {_INT}",
+             f"of {elements} of at most {_INT} where there are several matrices")
+        for name, elements in (("mat1", "m * k"), ("mat2", "n * k"), ("out", "m * n"))
+    ),
+)  # fmt: skip
+
+
+def _batched(name: str, axis: str, rows: str) -> tuple[Tensor, Rule, Rule]:
+    """Scales of several MXFP8 matrices, whose rows are counted on from one to the next: the kernels
+    want each matrix's in tiles of its own, and the launcher no more than all rows have."""
+    tensor, count = _scales(name, axis, f"b * {rows}", "k // 32")
+    whole = Rule(
+        name.removesuffix("Scale"), f"b == 1 or {rows} % 128 == 0",
+        "a multiple of 128 rows in each of several matrices: the scales of others share tiles",
+    )  # fmt: skip
+    return tensor, whole, count
+
+
+_A8B, *_A8B_RULES = _batched("mat1Scale", "scales_a", "m")
+_B8B, *_B8B_RULES = _batched("mat2Scale", "scales_b", "n")
 
 ROWS = (
     Row(
@@ -100,6 +124,34 @@ ROWS = (
         {"O": ("bfloat16", "float16", "float32")}, ">=0.6.3", **_FIELDS, allocates=True,
         capabilities=(10,),
         requires=("k >= 8", "k % 8 == 0", "n % 8 == 0", f"k <= {_INT}", *_SIZES),
+    ),
+    Row(
+        "bmm_bf16", "bf16_gemm_cutlass", "bf16_gemm", "csrc/bf16_gemm_cutlass.cu",
+        "Several products of bfloat16 matrices: `out[i] = mat1[i] @ mat2[i].T`.",
+        (
+            Tensor("mat1", "b m k", "bfloat16", "rows", **_IN),
+            Tensor("mat2", "b n k", "bfloat16", "a row for each column of the output", **_IN),
+            Tensor("out", "b m n", "O", "the products", **_OUT),
+            _WORKSPACE, _tactic("bf16_gemm"),
+        ),
+        {"O": ("bfloat16", "float16", "float32")}, ">=0.6.3", **_FIELDS, allocates=True,
+        capabilities=(10,),
+        requires=("k >= 8", "k % 8 == 0", "n % 8 == 0", *_BATCH),
+    ),
+    Row(
+        "bmm_mxfp8", "mxfp8_gemm_cutlass", "mxfp8_gemm", "csrc/mxfp8_gemm_cutlass.cu",
+        "Several products of MXFP8 matrices, a power of 2 for every 32 elements of a row: "
+        "`out[i] = (mat1[i] * mat1Scale[i]) @ (mat2[i] * mat2Scale[i]).T`.",
+        (
+            Tensor("mat1", "b m k", "float8_e4m3fn", "rows", **_IN),
+            Tensor("mat2", "b n k", "float8_e4m3fn", "a row for each column of the output", **_IN),
+            _A8B, _B8B,
+            Tensor("out", "b m n", "O", "the products", **_OUT),
+            _WORKSPACE, _tactic("mxfp8_gemm"),
+        ),
+        {"O": F16}, ">=0.6.4", **_FIELDS, allocates=True, capabilities=(10, 11, 12),
+        modules=_other("mxfp8_gemm_cutlass_sm120", _SM120),
+        requires=("k >= 32", "k % 32 == 0", "n % 32 == 0", *_BATCH, *_A8B_RULES, *_B8B_RULES),
     ),
     Row(
         "tgv_gemm", "tgv_gemm_bf16", "tgv_gemm", "csrc/tgv_gemm.cu",

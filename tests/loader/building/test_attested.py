@@ -26,8 +26,9 @@ BUILDS = [
     ("tgv_gemm_bf16", (10, 0), ("tgv_gemm",)),
     ("fp4_gemm_cutlass", (10, 0), ("fp4_gemm",)),
     ("fp4_gemm_cutlass_sm120", (12, 0), ("fp4_gemm",)),
-    ("mxfp8_gemm_cutlass", (10, 0), ("mxfp8_gemm",)),
-    ("bf16_gemm_cutlass", (10, 0), ("bf16_gemm",)),
+    ("mxfp8_gemm_cutlass", (10, 0), ("mxfp8_gemm", "bmm_mxfp8")),
+    ("mxfp8_gemm_cutlass_sm120", (12, 0), ("mxfp8_gemm", "bmm_mxfp8")),
+    ("bf16_gemm_cutlass", (10, 0), ("bf16_gemm", "bmm_bf16")),
 ]
 _ATTEST = """
 import sys
