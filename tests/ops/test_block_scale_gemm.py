@@ -115,7 +115,7 @@ def test_a_bfloat16_weight_is_clipped(machine, rng):
     machine.need(MODULE)
     weight = rng.uniform(-1, 1, (128, 256)).astype(BF16)
     weight[100, 200] = 64
-    made = Blocks(machine, rng, 8, 128, 256, False, False, weight)
+    made = Blocks(machine, rng, 64, 128, 256, False, False, weight)
     made.call()
     assert made.worst() <= 1
     ideal = made.arrays["input"].astype(float) @ weight.T.astype(float)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows as matmul
 from fi_ffi.ops.moe import lora
 from fi_ffi.ops.releases import fits
-from fi_ffi.ops.table import ROWS, rope
+from fi_ffi.ops.table import ROWS, gemm_sm100, rope
 
 from tests.helpers.rope_calls import APPLY, QUANTISE
 from tests.releases.bindings import RELEASES, exported, methods, parameters
@@ -44,6 +46,16 @@ def test_rows_are_what_the_release_declares(release, sources):
         assert rows[0].signature.same_types(declared[rows[0].symbol]), release
         names = [arg.name for arg in rows[0].args]
         assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_modules_of_other_gpus_declare_the_same(release, sources):
+    """Of products: a module of its own, of a source of its name."""
+    for row in gemm_sm100.ROWS:
+        for module in {*row.modules.values()} if fits(row, release) else ():
+            declared = declared_by(release, replace(row, source=f"csrc/{module}.cu"), sources)
+            if declared or release == the_lock().default_release:
+                assert row.signature.same_types(declared[row.symbol]), module
 
 
 @pytest.mark.parametrize("release", RELEASES)

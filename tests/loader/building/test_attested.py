@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.matmul import rows
+from fi_ffi.ops.row import form_on
 
 _FP4 = ("fp4_quantize", "block_scale_interleave", "block_scale_interleave_reverse")
 # A module, the GPU it is built for, and the ops that it serves there.
@@ -29,21 +31,31 @@ BUILDS = [
     ("mxfp8_gemm_cutlass", (10, 0), ("mxfp8_gemm", "bmm_mxfp8")),
     ("mxfp8_gemm_cutlass_sm120", (12, 0), ("mxfp8_gemm", "bmm_mxfp8")),
     ("bf16_gemm_cutlass", (10, 0), ("bf16_gemm", "bmm_bf16")),
+    *(
+        (f"gemm_sm{sm}", (sm // 10, 0), ("gemm_fp8_nt_groupwise", "group_gemm_fp8_nt_groupwise"))
+        for sm in (100, 120)
+    ),
 ]
 _ATTEST = """
 import sys
 from fi_ffi.loader import runtime
 from fi_ffi.ops.functions import OPS
-for name in sys.argv[2:]:
-    row = OPS[name].row
+from fi_ffi.ops.matmul import rows
+from fi_ffi.ops.row import form_on
+for name in sys.argv[3:]:
+    forms = OPS[name].rows if name in OPS else [row for row in rows.ROWS if row.name == name]
+    row = form_on(forms, (int(sys.argv[2]), 0))
     runtime.kernel_entry(sys.argv[1], row.signature, row.releases, None)
 """
 
 
 @pytest.mark.parametrize(("module", "capability", "ops"), BUILDS, ids=lambda given: str(given))
 def test_it_is_the_module_that_the_rows_name(module, capability, ops):
-    assert {OPS[name].row.module_on(capability) for name in ops} == {module}
-    assert all(capability[0] in OPS[name].row.capabilities for name in ops)
+    for name in ops:
+        forms = OPS[name].rows if name in OPS else [row for row in rows.ROWS if row.name == name]
+        row = form_on(forms, capability)
+        assert row.module_on(capability) == module
+        assert capability[0] in row.capabilities
 
 
 @pytest.mark.parametrize(("module", "capability", "ops"), BUILDS, ids=lambda given: str(given))
@@ -57,6 +69,6 @@ def test_what_is_built_is_what_the_rows_say(module, capability, ops, tmp_path):
     assert subprocess.run(command, check=False).returncode == 0
     (wheel,) = tmp_path.glob("*.whl")
     subprocess.run(
-        [sys.executable, "-c", _ATTEST, module, *ops],
+        [sys.executable, "-c", _ATTEST, module, str(capability[0]), *ops],
         env=os.environ | {"FI_FFI_KERNELS": str(wheel)}, check=True,
     )  # fmt: skip
