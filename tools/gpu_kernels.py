@@ -72,6 +72,13 @@ def _rest() -> Iterator[tuple[str, dict[str, object]]]:
     yield "xqa", xqa | {"input_dtype": "bf16", "page_size": 16, "head_group_ratio": 4}
     fp8 = {"input_dtype": "f16", "kv_cache_dtype": "e4m3", "use_sliding_window": True}
     yield "xqa", xqa | {"page_size": 64, "head_group_ratio": 8} | fp8
+    out = {"output_dtype": "e4m3", "kv_cache_dtype": "e4m3", "input_dtype": "f16"}
+    yield "xqa", xqa | fp8 | out | {"page_size": 64, "head_group_ratio": 8}
+    yield "xqa", xqa | out | {"page_size": 64, "head_group_ratio": 8, "q_seq_len": 4}
+    decode = {"dtype_q": "f16", "dtype_o": "e4m3", "head_dim_qk": 128}
+    yield "single_decode", decode
+    for keys in ("f16", "e4m3"):
+        yield "batch_decode", decode | {"dtype_kv": keys}
     yield "selective_state_update", _SSU
     yield "selective_state_update", _SSU | {"ssu_arch": "sm90"}
     drafts = {"state_dtype": "bf16", "stateIndex_dtype": "i32", "ntokens_mtp": 4}

@@ -257,6 +257,9 @@ DECODE: Table = {
     **under("rope", table(ROPES, GROUPS[::2], mode="ROPE_LLAMA", **_DECODE, **PAGES_16)),
     **under("alibi", table(GROUPS[::2], mode="ALIBI", **_DECODE, **PAGES_16)),
     **under("fp8 keys", table(GROUPS, PAGED[3:5], kv_dtype="float8_e4m3fn", **_DECODE)),
+    **under("fp8 outputs", table([{"keys": 60}, {"lengths": ((1, 20000), (1, 1), (1, 0))}],
+                                 each("kv_dtype", "", "float8_e4m3fn"), GROUPS[::2],
+                                 o_dtype="float8_e4m3fn", **_DECODE, **PAGES_16)),
 }  # fmt: skip
 
 _ATTENTION = {"family": "batch_attention", "page_size": 16}
@@ -344,6 +347,7 @@ SINGLE_DECODE: Table = {
     **under("rope", table(ROPES, RAGGED, lengths=((1, 400),), mode="ROPE_LLAMA", **_LONE)),
     **under("alibi", table(GROUPS[::2], lengths=((1, 700),), mode="ALIBI", **_LONE)),
     **under("fp8 keys", table(RAGGED, _KEYS[1:5], kv_dtype="float8_e4m3fn", **_LONE)),
+    **under("fp8 outputs", table(RAGGED, _KEYS[1:], o_dtype="float8_e4m3fn", **_LONE)),
 }  # fmt: skip
 
 # Plans over time: small batches, so that many can be compared.

@@ -39,6 +39,13 @@ SPECS = {
     # More rows than a block has: another module, which takes any number.
     "many drafts": replace(PLAIN, queries=40, tree=True, lengths=(40, 41, 300, 5000)),
     "fp8, drafts": replace(IN_FP8, window=0, queries=4, tree=True, lengths=(4, 64, 3000)),
+    "fp8 outputs": replace(IN_FP8, out=FP8, options={"rcp_out_scale": 20.0}),
+    "fp8 outputs, one request": replace(IN_FP8, out=FP8, lengths=(5,)),
+    "fp8 outputs, split": replace(IN_FP8, out=FP8, lengths=(8000, 1), kv_heads=1, window=7000,
+                                  options={"rcp_out_scale": 0.5, "kv_scale": 1.5}),
+    "fp8 outputs, many": replace(IN_FP8, out=FP8, lengths=tuple(range(1, 200)), kv_heads=3),
+    "fp8 outputs of drafts": replace(IN_FP8, out=FP8, window=0, queries=4, tree=True,
+                                     lengths=(4, 64, 3000), options={"rcp_out_scale": 8.0}),
     "fp8, window": IN_FP8,
     "fp8, HND": replace(IN_FP8, layout="HND"),
     "fp8, scales": replace(IN_FP8, options={"q_scale": 0.5, "kv_scale": 1.5}),

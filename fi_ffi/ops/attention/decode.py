@@ -109,7 +109,9 @@ class BatchDecodePlan(Plan):
         """Attention of `q` over the pages of a cache into `o`, on `stream`.
 
         Args:
-            q: [b, num_qo_heads, head_dim]; o: the same, contiguous, written.
+            q: [b, num_qo_heads, head_dim]; o: the same, contiguous, written, in the plan's
+                `o_data_type`.  fp8 is rounded to from the largest magnitude down, and where a
+                request is split, each piece's output is rounded to it before they are merged.
             lse: [b, num_qo_heads] float32, written: log2 of the sum of exponentials.
             others: as in `BatchPrefillPlan.paged_run`.
         """

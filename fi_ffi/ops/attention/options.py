@@ -24,6 +24,7 @@ from fi_ffi.ops.attention.backends import (
     check_soft_cap,
     data_type,
     fa2_lacks,
+    output_type,
 )
 from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP4, FP8
 from fi_ffi.ops.attention.sizes import Geometry
@@ -90,7 +91,11 @@ class _Scores(TypedDict, total=False):
         ),
     ]
     o_data_type: Annotated[
-        object, Option("dtype of the output; None for that of q, or float16 where q is fp8", None)
+        object,
+        Option(
+            "dtype of the output; None for that of q, or float16 where q is fp8; decode has fp8",
+            None,
+        ),
     ]
     window_left: Annotated[
         int,
@@ -218,6 +223,8 @@ class Options:
     op: ClassVar[str]
     table: ClassVar[Mapping[str, Option]]
     required: ClassVar[frozenset[str]]
+    # Whether the kernels can round their output to fp8.
+    has_fp8_outputs: ClassVar[bool] = False
 
     def __init_subclass__(cls, op: str, keywords: Any) -> None:
         hints = get_type_hints(keywords, include_extras=True)
@@ -283,8 +290,8 @@ class Options:
         self._set_default("kv_data_type", q)
         if self.kv_data_type in FP4:
             vars(self)["kv_data_type"] = FP4[0]  # what modules are called after
-        allowed = F16 if q in FP8 else (q,)
-        self._set_default("o_data_type", allowed[0], partial(data_type, allowed=allowed))
+        of_output = partial(output_type, q=q, is_decode=self.has_fp8_outputs)
+        self._set_default("o_data_type", F16[0] if q in FP8 else q, of_output)
         check_encoding(self.op, self.pos_encoding_mode, self.logits_soft_cap)
 
     def _set_default(self, name: str, default: object, check: Check | None = None) -> None:
@@ -386,7 +393,7 @@ class PrefillOptions(Options, op="BatchPrefillPlan", keywords=PrefillKeywords):
 class DecodeOptions(Options, op="BatchDecodePlan", keywords=DecodeKeywords):
     """The options of `BatchDecodePlan`."""
 
-    family = "batch_decode"
+    family, has_fp8_outputs = "batch_decode", True
 
     def check_together(self) -> None:
         self.head_dim_qk = self.head_dim_vo = self.head_dim

@@ -231,6 +231,8 @@ def _source(family: str, kind: str) -> str:
 # One request.
 
 _OF_DECODE = (_SLOPES, *_FA2_SCALARS)
+# Decode kernels store each element of their outputs alone, those of pieces too, and so in fp8.
+_DECODE_DTYPES: _Dtypes = {"Q": F16, "KV": F16 + FP8, "O": F16 + FP8}
 _LONE_K = replace(_K, contiguous=True)
 SINGLE_DECODE = _row(
     "single_decode", "run", "", "single_decode_jit_binding.cu", "Attention of one query.",
@@ -238,6 +240,7 @@ SINGLE_DECODE = _row(
     _LONE_K, replace(_LONE_K, name="v", doc="values"), _TMP,
     replace(_OUT_FA2, axes="num_qo_heads head_dim_qk"), replace(_LSE, axes="num_qo_heads"),
     KvLayout(strided=False), _WINDOW, *_OF_DECODE, requires=(*_HEADS, "nnz_kv >= 1"),
+    dtypes=_DECODE_DTYPES,
 )  # fmt: skip
 
 SINGLE_PREFILL = {
@@ -272,6 +275,7 @@ BATCH_DECODE_RUN = _row(
     Tensor("q", "b num_qo_heads head_dim_qk", "Q", "queries"), _PAGED_K, _PAGED_V, *_PAGES,
     replace(_OUT_FA2, axes="b num_qo_heads head_dim_vo"), replace(_LSE, axes="b num_qo_heads"),
     KvLayout(), _WINDOW, _PDL, *_OF_DECODE, same_strides=_PAIR, nothing_axis="b",
+    dtypes=_DECODE_DTYPES,
 )  # fmt: skip
 
 _FA3_PLAN = (

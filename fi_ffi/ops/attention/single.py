@@ -14,6 +14,7 @@ from fi_ffi.ops.attention.backends import (
     choose_backend,
     in_use,
     multiprocessors,
+    output_type,
 )
 from fi_ffi.ops.attention.masks import check_causal, packed_mask
 from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP4, FP8, SINGLE_DECODE, SINGLE_PREFILL
@@ -147,7 +148,8 @@ def single_decode(
     """Attention of one query over the keys of one request.
 
     Args:
-        q: [num_qo_heads, head_dim]; o: the same, written; all tensors contiguous.
+        q: [num_qo_heads, head_dim]; o: the same, written, of q's dtype or fp8; all tensors
+            contiguous.
         k, v: [kv_len, num_kv_heads, head_dim], or with "HND" the first axes exchanged.
             num_qo_heads is 1, 2, 3, 4 or 8 times num_kv_heads.
         tmp: uint8 for partial results: `single_decode_workspace_size` tells how many.
@@ -278,10 +280,10 @@ def _kernel(
     q, kv, o = (desc.dtype.name for desc in dtypes)
     is_decode = family == "single_decode"
     of_q, of_kv = F16 + (() if is_decode else FP8), F16 + FP8 + (() if is_decode else FP4)
-    of_o = (q,) if q in F16 else F16
-    for name, dtype, allowed in (("q", q, of_q), ("k", kv, of_kv), ("o", o, of_o)):
+    for name, dtype, allowed in (("q", q, of_q), ("k", kv, of_kv)):
         if dtype not in allowed:
             raise ArgumentError(op, name, got=dtype, expected=" or ".join(allowed))
+    output_type(op, "o", o, q, is_decode)
     if max(dims) >= 2**29:  # more digits than a module's name has
         argument, got = ("q", dims[0]) if dims[0] > dims[1] else ("v", dims[1])
         raise ArgumentError(op, argument, got=f"head_dim = {got}", expected="64, 128, 256 or such")

@@ -7,7 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from fi_ffi.errors import ArgumentError
-from fi_ffi.ops.attention.backends import Kernel, backend_for, check_encoding, check_soft_cap
+from fi_ffi.ops.attention.backends import (
+    Kernel,
+    backend_for,
+    check_encoding,
+    check_soft_cap,
+    output_type,
+)
 from fi_ffi.ops.attention.options import (
     AttentionOptions,
     DecodeOptions,
@@ -126,6 +132,7 @@ def _single_kernel(
     asked = {**known, **given}
     q = asked["q_data_type"]
     o = asked["o_data_type"] or ("float16" if q in FP8 else q)
+    output_type(op, "o_data_type", o, q, family == "single_decode")
     cap = check_soft_cap(op, "logits_soft_cap", asked["logits_soft_cap"])
     mode = asked["pos_encoding_mode"]
     check_encoding(op, mode, cap)
@@ -178,7 +185,10 @@ SAMPLES: dict[str, dict[str, dict[str, Any]]] = {
     "BatchPrefillPlan": _FA | {"fa2, fp8 keys": {"backend": "fa2", "kv_data_type": "float8_e4m3fn"}}
     | _FP8_QUERIES | _SINKS,
     "BatchAttentionPlan": {"": {}, "fp8 keys": {"kv_data_type": "float8_e4m3fn"}},
-    "BatchDecodePlan": {"": {}, "fp8 keys": {"kv_data_type": "float8_e4m3fn"}},
+    "BatchDecodePlan": {
+        "": {}, "fp8 keys": {"kv_data_type": "float8_e4m3fn"},
+        "fp8 outputs": {"o_data_type": "float8_e4m3fn"},
+    },
     "BatchMlaPlan": _FA,
     "single_prefill": _FA,
     "single_decode": {"": {}},

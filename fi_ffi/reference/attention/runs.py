@@ -32,7 +32,7 @@ _Keys = Callable[[int], tuple[Array, Array]]
 
 def _write(o: Array, lse: Array | None, where: Any, result: tuple[Array, Array]) -> None:
     """Write some rows of the output, and of the logarithms if they are wanted."""
-    store(o[where], result[0])
+    store_saturated(o[where], result[0])
     if lse is not None:
         store(lse[where], result[1])
 
