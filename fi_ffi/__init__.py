@@ -88,6 +88,7 @@ _ATTENTION = (
     "single_prefill",
     "single_prefill_workspace_size",
     "xqa",
+    "xqa_mla",
 )
 _MOE = (
     "FusedMoe",

@@ -15,7 +15,7 @@ import fi_ffi
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference.attention.formula import Options, exact
 
-from tests.helpers import moe_layers, pod_calls, xqa_calls
+from tests.helpers import moe_layers, pod_calls, xqa_calls, xqa_mla_calls
 from tests.helpers.cases import default_dtypes, make_case
 from tests.helpers.overlapping import Joined, Named, interleaved
 from tests.helpers.plan_calls import KINDS, Case, aligned
@@ -162,6 +162,14 @@ def xqa(rng: np.random.Generator, **spec: Any) -> Made:
     return Named("xqa", batch.arrays | scratch, written, fi_ffi.xqa, step=128), None
 
 
+def xqa_mla(rng: np.random.Generator) -> Made:
+    spec = xqa_mla_calls.Spec(lengths=(1, 17), apart=True, options={"q_scale": 0.07})
+    batch = xqa_mla_calls.Batch(spec, rng)
+    scratch = {"workspace_buffer": aligned(1 << 16), "semaphores": np.zeros(4, np.uint32)}
+    run = functools.partial(fi_ffi.xqa_mla, **spec.options)
+    return Named("xqa_mla", batch.arrays | scratch, ("output", *scratch), run, step=128), None
+
+
 # Experts.
 
 
@@ -200,6 +208,7 @@ CALLS: dict[str, tuple[Callable[[np.random.Generator], Any], int]] = {
     "pod": (pod, 40),
     "xqa": (xqa, 30),
     "xqa fp8": (functools.partial(xqa, kv=xqa_calls.FP8, group=8), 30),
+    "xqa_mla": (xqa_mla, 20),
     "experts": (functools.partial(experts, mode="half", **WITH_ALL), 10),
     **{f"experts {mode}": (functools.partial(experts, mode=mode), 5)
        for mode in ("fp8", "fp8_block_scale", "mxfp4", "int4")},

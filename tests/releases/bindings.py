@@ -14,9 +14,10 @@ from tools.bindings import Function, Source, read
 RELEASES = sorted({file.release for file in the_lock().kernels} | {"0.7.2.post1"})
 
 
-def exported(source: str, added: Sequence[Added] = ()) -> dict[str, Signature]:
+def exported(source: str, added: Sequence[Added] = (), **defines: str) -> dict[str, Signature]:
     """Every function that a binding source exports, by the exported name."""
-    return {symbol: function.signature for symbol, function in _read(source, added).items()}
+    found = _read(source, added, defines)
+    return {symbol: function.signature for symbol, function in found.items()}
 
 
 def methods(source: str) -> dict[str, Function]:
@@ -25,15 +26,18 @@ def methods(source: str) -> dict[str, Function]:
     return {name: method for found in objects.values() for name, method in found.items()}
 
 
-def parameters(source: str, added: Sequence[Added] = ()) -> dict[str, list[str]]:
+def parameters(
+    source: str, added: Sequence[Added] = (), **defines: str
+) -> dict[str, list[str]]:  # fmt: skip
     """What the parameters of every exported function are called."""
-    return {symbol: [*function.names] for symbol, function in _read(source, added).items()}
+    found = _read(source, added, defines)
+    return {symbol: [*function.names] for symbol, function in found.items()}
 
 
-def _read(text: str, added: Sequence[Added]) -> dict[str, Function]:
+def _read(text: str, added: Sequence[Added], more_defines: dict[str, str]) -> dict[str, Function]:
     """The functions of a source with these parameters added to what a generator adds them to."""
     more = "".join(f", {parameter.declaration}" for parameter in added)
-    defines = {"ADDITIONAL_FUNC_PARAMS": more, "PROFILER_FUNC_PARAMS": ""}
+    defines = {"ADDITIONAL_FUNC_PARAMS": more, "PROFILER_FUNC_PARAMS": "", **more_defines}
     source = Source("binding", text, defines)
     return dict(read([source], is_switch=lambda macro: True).exports)
 

@@ -24,7 +24,7 @@ from fi_ffi.ops.attention.sparse import (
     pack_block_mask,
 )
 from fi_ffi.ops.attention.workspace import Workspace
-from fi_ffi.ops.attention.xqa import xqa
+from fi_ffi.ops.attention.xqa import xqa, xqa_mla
 
 __all__ = [
     "BatchAttentionPlan",
@@ -47,4 +47,5 @@ __all__ = [
     "single_prefill",
     "single_prefill_workspace_size",
     "xqa",
+    "xqa_mla",
 ]

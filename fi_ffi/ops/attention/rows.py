@@ -525,6 +525,42 @@ XQA_SPEC_DEC = _row(
     *map(_of_several, _XQA_ARGS), **_XQA,
 )  # fmt: skip
 
+# Latent attention by the same kernels, for SM120: 128 heads of queries and one of keys, of which
+# the values are the first 512 elements.  `q_scale` is all that logits are multiplied by but
+# `kv_scale`.  Each request has four blocks and two buffers in `scratch`, of 128 rows of
+# probabilities for a tile of keys, 64 bytes each, and two numbers; nothing counts semaphores up.
+MLA_HEADS, MLA_DIM, MLA_DIM_VO = 128, 576, 512
+_MLA_BUFFERS = 2 * MLA_HEADS * (64 + 8)
+_MLA_CACHE = "num_pages 1 page_size head_dim"
+XQA_MLA = _row(
+    "xqa_mla", "xqa_wrapper_mla", "", "flashinfer_xqa_binding.cu",
+    "Multi-head latent attention of one query of each request over a paged cache.",
+    _number("multiProcessorCount", "multiprocessors to use", int),
+    _number("qScale", "what logits are multiplied by"),
+    Tensor("qScaleTensor", "1", "float32", "the same, on the device", **_ONE),
+    Tensor("output", f"b 1 num_qo_heads {MLA_DIM_VO}", "bfloat16", "the output", writes=True,
+           reads=False, contiguous=True),
+    Tensor("q", "b 1 num_qo_heads head_dim", "Q", "the queries, absorbed", contiguous=True),
+    Tensor("kCacheVLLM", _MLA_CACHE, "Q", "the keys' pages", offset_limit=_FAR),
+    Tensor("vCacheVLLM", _MLA_CACHE, "Q", "the values' pages", offset_limit=_FAR),
+    Tensor("kvCachePageList", "b max_pages", "int32", "each request's pages", contiguous=True),
+    _number("maxSeqLen", "keys that the pages have room for", int),
+    Tensor("seqLen", "b 1", "uint32", "each request's keys", contiguous=True),
+    _number("batchSize", "requests", int),
+    _number("kvCacheScale", "of keys and values"),
+    Tensor("kvScaleTensor", "1", "float32", "the same, on the device", **_ONE),
+    Tensor("semaphores", "num_semaphores", "uint32", "0, and so afterwards", writes=True,
+           contiguous=True, bytes_for=lambda sizes: 4 * sizes["b"], zeroed=True),
+    Tensor("scratch", "scratch_size", "uint8", "partial results", writes=True, reads=False,
+           contiguous=True, alignment=128, bytes_for=lambda sizes: _MLA_BUFFERS * sizes["b"]),
+    _number("enable_pdl", "programmatic dependent launch", bool),
+    dtypes={"Q": ("bfloat16", "float8_e4m3fn")}, vector=Vector(("head_dim",)),
+    same_strides=("kCacheVLLM", "vCacheVLLM"), capabilities=(12,), nothing_axis="b",
+    offset_limit=_FAR,
+    requires=(f"num_qo_heads in ({MLA_HEADS},)", f"head_dim in ({MLA_DIM},)",
+              "page_size in (16, 32, 64, 128)", f"b <= {_GRID}"),
+)  # fmt: skip
+
 
 # POD: a request's prefill and a batch's decode in one launch.  Both kinds of cache are handed
 # over as NHD views, whatever their order.

@@ -1,21 +1,21 @@
 """`xqa`: decode attention by TensorRT-LLM's kernels, of one query of each request or several
-drafted ones, without a plan."""
+drafted ones, without a plan; and `xqa_mla`, the same of a latent cache."""
 
 from __future__ import annotations
 
 import numbers
 
 from fi_ffi.abi.interop import TensorLike, as_desc
-from fi_ffi.abi.tensor import Device, TensorDesc
+from fi_ffi.abi.tensor import Device, TensorDesc, make_desc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.backends import in_use, module_name, multiprocessors
-from fi_ffi.ops.attention.rows import XQA, XQA_ROWS, XQA_SPEC_DEC, query_blocks
+from fi_ffi.ops.attention.rows import XQA, XQA_MLA, XQA_ROWS, XQA_SPEC_DEC, query_blocks
 from fi_ffi.ops.attention.run import Values, compiled_row, launched
 from fi_ffi.ops.call.arguments import check_choice, check_int, check_number, shown
 from fi_ffi.ops.row import KV_LAYOUTS, as_nhd
 
-_OP = "xqa"
+_OP, _MLA = "xqa", "xqa_mla"
 _HOPPER = 9
 # Of sizes that are part of a module's name, or count its heads.
 _MOST = 2**29
@@ -109,10 +109,97 @@ def xqa(
         kCacheVLLM=caches[0], vCacheVLLM=caches[1], kvCachePageList=table,
         maxSeqLen=table.shape[1] * page_size, seqLen=seq_lens, batchSize=batch, qSeqLen=queries,
         mask=bits, semaphores=semaphores, scratch=workspace_buffer, enable_pdl=enable_pdl,
-        **_scale("q_scale", q_scale, "qScale", "qScaleTensor"),
-        **_scale("kv_scale", kv_scale, "kvCacheScale", "kvScaleTensor"),
+        **_scale(_OP, "q_scale", q_scale, "qScale", "qScaleTensor"),
+        **_scale(_OP, "kv_scale", kv_scale, "kvCacheScale", "kvScaleTensor"),
     )  # fmt: skip
     return values
+
+
+@launched
+def xqa_mla(
+    q: TensorLike,
+    k_cache: TensorLike,
+    v_cache: TensorLike,
+    page_table: TensorLike,
+    seq_lens: TensorLike,
+    output: TensorLike,
+    workspace_buffer: TensorLike | None = None,
+    semaphores: TensorLike | None = None,
+    *,
+    q_scale: TensorLike | float = 1.0,
+    kv_scale: TensorLike | float = 1.0,
+    sm_count: int | None = None,
+    enable_pdl: bool = False,
+    stream: object = None,
+) -> Values:
+    """Multi-head latent attention of one query of each request over a paged cache, on SM120.
+
+    Args:
+        q: [batch_size, 1, 128, 576] float8_e4m3fn or bfloat16: the absorbed queries, 512, and
+            their part with the encoding, 64.
+        k_cache, v_cache: [num_pages, page_size, 576] of q's dtype, or with an axis of 1, the
+            head, before or after `page_size`: commonly one tensor.  The values are the first 512
+            of `v_cache`.  Both have the same strides.  Pages have 16, 32, 64 or 128 tokens.
+        page_table: [batch_size, max_pages] int32: each request's pages.
+        seq_lens: [batch_size, 1] uint32: each request's keys, 1 or more.
+        output: [batch_size, 1, 128, 512] bfloat16, written; contiguous, as q is.
+        workspace_buffer: uint8, scratch that no other stream uses, 18432 bytes a request;
+            semaphores: uint32, [batch_size] or more, 0.  Without them each stream has its own of
+            fi_ffi's.
+        q_scale, kv_scale: numbers, or [1] float32 on the device.  Logits are multiplied by
+            both, and by nothing else: the softmax's scale is part of `q_scale`.  The output is
+            multiplied by `kv_scale`, in bfloat16 as well.
+        sm_count: without effect, as in FlashInfer: requests are not split.
+
+    The tokens after a request's last are read and multiplied by 0: they may hold anything but
+    NaN and infinities.  Probabilities are rounded to q's dtype.
+
+    Raises `ArgumentError` and `ArgumentTypeError` before anything is launched,
+    `ArchitectureError` on other GPUs, `KernelNotFoundError` where there is no such module.
+    Upstream: flashinfer/xqa.py, csrc/xqa/mla_sm120.cu.
+    """
+    q = as_desc(q, _MLA, "q")
+    given = {"k_cache": k_cache, "v_cache": v_cache}
+    keys, values_ = (_latent(name, tensor) for name, tensor in given.items())
+    table = as_desc(page_table, _MLA, "page_table")
+    for name, desc, rank in (("q", q, 4), ("page_table", table, 2)):
+        if len(desc.shape) != rank:
+            raise ArgumentError(_MLA, name, got=desc.layout, expected=f"rank {rank}")
+    if q.dtype.name not in XQA_MLA.dtypes["Q"]:
+        expected = " or ".join(XQA_MLA.dtypes["Q"])
+        raise ArgumentError(_MLA, "q", got=q.dtype, expected=expected)
+    page_size, own = keys.shape[2], q.dtype.name
+    (row,) = in_use((XQA_MLA,), q.device)
+    module = module_name(
+        "xqa_mla", input_dtype=own, kv_cache_dtype=own, page_size=page_size,
+        use_sliding_window=False,
+    )  # fmt: skip
+    values = Values(_MLA, compiled_row(row, module, {"Q": own}, _MLA, q.device), "xqa_mla", {})
+    most = multiprocessors(q.device)
+    values.put(
+        multiProcessorCount=most if sm_count is None else check_int(_MLA, "sm_count", sm_count, 1),
+        output=output, q=q, kCacheVLLM=keys, vCacheVLLM=values_, kvCachePageList=table,
+        maxSeqLen=table.shape[1] * page_size, seqLen=seq_lens, batchSize=q.shape[0],
+        semaphores=semaphores, scratch=workspace_buffer, enable_pdl=enable_pdl,
+        **_scale(_MLA, "q_scale", q_scale, "qScale", "qScaleTensor"),
+        **_scale(_MLA, "kv_scale", kv_scale, "kvCacheScale", "kvScaleTensor"),
+    )  # fmt: skip
+    return values
+
+
+def _latent(name: str, tensor: TensorLike) -> TensorDesc:
+    """A cache of one head, which stands before the tokens: the kernel takes the strides so."""
+    desc = as_desc(tensor, _MLA, name)
+    shape, strides = list(desc.shape), list(desc.strides)
+    if len(shape) == 4 and 1 in shape[1:3]:
+        at = 1 if shape[1] == 1 else 2
+        del shape[at], strides[at]
+    if len(shape) != 3 or not 0 < min(shape[1:]) <= max(shape[1:]) < _MOST:
+        expected = "(num_pages page_size 576), with an axis of 1 beside page_size or without"
+        raise ArgumentError(_MLA, name, got=desc.layout, expected=expected)
+    shape.insert(1, 1)
+    strides.insert(1, strides[1])
+    return make_desc(desc.ptr, tuple(shape), desc.dtype, tuple(strides), desc.device, owner=desc)
 
 
 def _cache(name: str, tensor: TensorLike, kv_layout: str) -> TensorDesc:
@@ -184,11 +271,11 @@ def _check_dtypes(q: TensorDesc, k: TensorDesc, output: TensorDesc) -> None:
         raise ArgumentError(_OP, "output", got=output.dtype, expected=expected)
 
 
-def _scale(name: str, value: object, plain: str, tensor: str) -> dict[str, object]:
+def _scale(op: str, name: str, value: object, plain: str, tensor: str) -> dict[str, object]:
     """A scale as the entry has it: a number, and the same on the device where it is there."""
     if isinstance(value, numbers.Real):
-        return {plain: check_number(_OP, name, value, 0.0), tensor: None}
-    return {plain: 1.0, tensor: as_desc(value, _OP, name)}
+        return {plain: check_number(op, name, value, 0.0), tensor: None}
+    return {plain: 1.0, tensor: as_desc(value, op, name)}
 
 
 def _on_hopper(device: Device) -> bool:

@@ -51,6 +51,7 @@ KERNELS: dict[str, _Kernels] = {
         **dict.fromkeys(("run", "run_fa3"), runs.mla_run),
     },
     "xqa": dict.fromkeys(("xqa_wrapper", "xqa_wrapper_spec_dec"), runs.xqa_wrapper),
+    "xqa_mla": {"xqa_wrapper_mla": runs.xqa_wrapper_mla},
     "batch_pod": {"batch_pod_with_kv_cache_tensor": runs.batch_pod_with_kv_cache_tensor},
     "pod": {"pod_with_kv_cache_tensor": runs.pod_with_kv_cache_tensor},
 }

@@ -293,3 +293,24 @@ def xqa_wrapper(
         options = Options(sm_scale, sink=flat, v_scale=scale, mask=seen)
         found = exact(q[request], keys, values, options)
         store_saturated(output[request], found.out)
+
+
+def xqa_wrapper_mla(
+    sm_count: int, q_scale: float, q_scale_tensor: Array | None, output: Array, q: Array,
+    k_cache: Array, v_cache: Array, page_table: Array, max_seq_len: int, seq_lens: Array,
+    batch_size: int, kv_scale: float, kv_scale_tensor: Array | None, semaphores: Array,
+    scratch: Array, enable_pdl: bool, *, compiled: Compiled,
+) -> None:  # fmt: skip
+    """The values are the first elements of their cache; keys of 16 bits are scaled, too."""
+    if semaphores.any():
+        raise ValueError("the semaphores are not zero")
+    of_kv = _scale(kv_scale, kv_scale_tensor)
+    options = Options(_scale(q_scale, q_scale_tensor) * of_kv, v_scale=of_kv)
+    k_cache, v_cache = k_cache.swapaxes(1, 2), v_cache[..., : output.shape[-1]].swapaxes(1, 2)
+    for request in range(batch_size):
+        length = int(seq_lens[request, 0])
+        if length < 1:
+            raise ValueError(f"request {request} has no keys")
+        where: tuple[Any, ...] = page_table[request], 0, length
+        keys, values = gathered(k_cache, *where), gathered(v_cache, *where)
+        store(output[request], exact(q[request], keys, values, options).out)
