@@ -185,10 +185,7 @@ SAMPLES: dict[str, dict[str, dict[str, Any]]] = {
     "BatchPrefillPlan": _FA | {"fa2, fp8 keys": {"backend": "fa2", "kv_data_type": "float8_e4m3fn"}}
     | _FP8_QUERIES | _SINKS,
     "BatchAttentionPlan": {"": {}, "fp8 keys": {"kv_data_type": "float8_e4m3fn"}},
-    "BatchDecodePlan": {
-        "": {}, "fp8 keys": {"kv_data_type": "float8_e4m3fn"},
-        "fp8 outputs": {"o_data_type": "float8_e4m3fn"},
-    },
+    "BatchDecodePlan": {"": {}, "fp8 keys": {"kv_data_type": "float8_e4m3fn"}},
     "BatchMlaPlan": _FA,
     "single_prefill": _FA,
     "single_decode": {"": {}},
