@@ -338,6 +338,24 @@ def test_scales_of_many_rows_in_groups(k):
         assert (out == 0).all()
 
 
+@pytest.mark.parametrize(("groups", "n"), [(1, 136), (2, 256), (2, 136)])
+def test_columns_of_several_groups(groups, n):
+    """The kernels of SM100 find no scales of a second matrix whose last block is not whole."""
+    a, b = np.ones((8, 128), E4M3), np.ones((groups, n, 128), E4M3)
+    of_a, of_b = np.ones((8, 1), np.float32), np.ones((groups, 2, 1), np.float32)
+    starts, out = np.linspace(0, 8, groups + 1).astype(np.int32), np.zeros((8, n), np.float16)
+    call = functools.partial(
+        fi_ffi.group_gemm_fp8_nt_groupwise, a, b, of_a, of_b, starts, scale_major_mode="K", out=out
+    )
+    if groups == 1 or n % 128 == 0:
+        call()
+        assert (out == 128).all()
+    else:
+        with pytest.raises(fi_ffi.ArgumentError, match="several matrices"):
+            call()
+        assert (out == 0).all()
+
+
 @pytest.fixture
 def forgotten():
     """Nothing of a pretended GPU stays."""

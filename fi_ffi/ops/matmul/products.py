@@ -429,11 +429,11 @@ def group_gemm_fp8_nt_groupwise(
     """`gemm_fp8_nt_groupwise` of rows in groups, each with a matrix of its own; SM100 and SM120.
 
     Args:
-        a: [m, k]; b: [groups, n, k], on SM120 of one group: FlashInfer knows of wrong products
-            where there are more; a_scale: as of `gemm_fp8_nt_groupwise`; b_scale: one such for
-            each group.
-        m_indptr: [groups + 1] int32: where each group's rows start, and the end; multiples of 4.
-            It is on the GPU and is not looked at before the launch.
+        a: [m, k]; b: [groups, n, k], where n of several groups is a multiple of 128.  On SM120
+            there is one group: FlashInfer knows of wrong products where there are more.
+        a_scale: as of `gemm_fp8_nt_groupwise`; b_scale: one such for each group.
+        m_indptr: [groups + 1] int32: where each group's rows start, and the end; multiples of 4,
+            and of gm.  It is on the GPU and is not looked at before the launch.
         out: [m, n] float16 or bfloat16, written.
         others: as of `gemm_fp8_nt_groupwise`; scales of 128 rows in mode "K", unless m or k is
             128 at most (docs/gemm.md).

@@ -273,7 +273,10 @@ GROUP_GROUPWISE = (
     Row(
         "group_gemm_fp8_nt_groupwise", symbol="group_gemm_fp8_nt_groupwise",
         source="csrc/group_gemm_sm100_binding.cu", args=(*_GROUP_ARGS, _MMA_SM),
-        **_GROUPWISE | {"requires": (*_GROUPWISE["requires"], _STRIDE)},
+        **_GROUPWISE | {"requires": (*_GROUPWISE["requires"], _STRIDE, Rule(
+            "B", "groups == 1 or n % 128 == 0", "a multiple of 128 columns in each of several "
+            "matrices: the kernels count whole blocks of scales from one to the next",
+        ))},
     ),
     Row(
         "group_gemm_fp8_nt_groupwise", symbol="group_gemm_fp8_nt_groupwise",
