@@ -11,7 +11,6 @@ import fi_ffi
 from fi_ffi.loader import machine
 
 from tests.helpers.calls import HostArray
-from tests.helpers.plan_calls import aligned
 from tests.helpers.xqa_mla_calls import BF16, FP8, Batch, Spec
 
 SCALE = 192**-0.5
@@ -54,7 +53,7 @@ def test_memory_of_the_callers(rng):
     """A counter and two buffers for each request."""
     given = {
         "semaphores": np.zeros(4, np.uint32),
-        "workspace_buffer": aligned(4 * 18432),
+        "workspace_buffer": HostArray(np.zeros(4 * 18432, np.uint8)).array,
     }
     options = {"q_scale": SCALE, "sm_count": 7}
     batch = Batch(Spec(options=options), rng)

@@ -15,7 +15,7 @@ import fi_ffi
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference.attention.formula import Options, exact
 
-from tests.helpers import moe_layers, pod_calls, xqa_calls, xqa_mla_calls
+from tests.helpers import cases, moe_layers, pod_calls, xqa_calls, xqa_mla_calls
 from tests.helpers.cases import default_dtypes, make_case
 from tests.helpers.overlapping import Joined, Named, interleaved
 from tests.helpers.plan_calls import KINDS, Case, aligned
@@ -165,7 +165,10 @@ def xqa(rng: np.random.Generator, **spec: Any) -> Made:
 def xqa_mla(rng: np.random.Generator) -> Made:
     spec = xqa_mla_calls.Spec(lengths=(1, 17), apart=True, options={"q_scale": 0.07})
     batch = xqa_mla_calls.Batch(spec, rng)
-    scratch = {"workspace_buffer": aligned(1 << 16), "semaphores": np.zeros(4, np.uint32)}
+    scratch = {
+        "workspace_buffer": cases.aligned(1 << 16, 128),
+        "semaphores": np.zeros(4, np.uint32),
+    }
     run = functools.partial(fi_ffi.xqa_mla, **spec.options)
     return Named("xqa_mla", batch.arrays | scratch, ("output", *scratch), run, step=128), None
 
