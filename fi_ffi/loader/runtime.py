@@ -91,9 +91,11 @@ def _attach(found: tvm_ffi.Found) -> tuple[int, int, int]:
     if found.sha256 is None:
         return library.attach(found.path)
     with held.checked(Path(found.path), found.sha256, found.state) as opened:
-        version = library.attach(found.path, opened.name)
-        opened.keep()
-    return version
+        try:
+            return library.attach(found.path, opened.name)
+        finally:
+            # One that is refused may stay loaded by this name.
+            opened.keep()
 
 
 def tvm_ffi_version() -> tuple[int, int, int]:

@@ -204,3 +204,24 @@ def test_a_file_that_is_no_library(child, tmp_path):
     said = child(LOAD.format(before=""), tmp_path / "broken")
     assert str(library) in said
     assert "does not load as libtvm_ffi" in said
+
+
+REFUSED = """
+    from fi_ffi.abi import library
+    from fi_ffi.errors import LoaderError
+    from fi_ffi.loader import runtime, tvm_ffi
+    import os
+
+    oldest, library._OLDEST = library._OLDEST, (0, 1, 10**6)
+    try:
+        runtime.ensure_tvm_ffi()
+    except LoaderError as error:
+        print("works with" in str(error))
+    library._OLDEST = oldest
+    print(os.path.samefile(f"/proc/self/fd/{os.dup(0) - 1}", tvm_ffi.find().path))
+"""
+
+
+def test_one_that_is_refused_is_taken_for_no_other(child):
+    """The linker knows it by its descriptor's name: that is not given to another file."""
+    assert child(REFUSED).split() == ["True", "True"]
