@@ -100,11 +100,13 @@ def traced(call: Call, start: Start, stop: Stop) -> None:
     with call.scope():
         for _ in range(2):  # puts the scope's stream in place, and fills what is remembered
             exec(code, names)
+        gc.disable()  # others' callbacks of a collection are not the call's
         start(code)
         try:
             exec(code, names)
         finally:
             stop()
+            gc.enable()
 
 
 def instructions(call: Call) -> Counter[Line]:
