@@ -14,6 +14,7 @@ from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.attention.run import asked_of
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import check_int
+from fi_ffi.ops.call.refuse import may_overlap
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -104,7 +105,7 @@ class _Cascade:
                 raise self._refuse(
                     name, one.layout, f"another tensor like `{like}`: {other.layout}"
                 )
-            if _overlap(one, other):
+            if may_overlap(one, other):
                 raise self._refuse(name, f"memory of `{like}`", "memory of its own")
         # The first level into memory that is nobody's result: what is refused is so before `o` is
         # written.
@@ -348,8 +349,3 @@ class SharedPrefixPlan(_Cascade):
             own.paged_run(q, paged_k_cache, paged_v_cache, out, sums, stream=stream, **options)
 
         self._merged([of_shared, of_own], o, lse, tmp_o, tmp_lse, stream)
-
-
-def _overlap(one: TensorDesc, other: TensorDesc) -> bool:
-    """Whether two contiguous tensors share bytes."""
-    return one.ptr < other.ptr + other.span_bytes and other.ptr < one.ptr + one.span_bytes
