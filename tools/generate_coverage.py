@@ -72,7 +72,7 @@ def listed(record: Entries) -> set[Key]:
 def built(record: Entries) -> dict[str, set[str]]:
     """The entries of the modules that are built, by family."""
     found: dict[str, set[str]] = defaultdict(set)
-    for name in gpu_kernels.names(gpu_kernels.PARTS):
+    for name in gpu_kernels.names(gpu_kernels.PARTS, RELEASE):
         parsed = parse(name, RELEASE)
         group = record.of(name)
         if group is None:  # of a family that was read once, for all its modules

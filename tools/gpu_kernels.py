@@ -1,21 +1,25 @@
 """The kernel modules that the GPU tests are run with, by name, one a line.
 
-    python tools/gpu_kernels.py [core | options | gdn | rest | moe]
+    python tools/gpu_kernels.py [--release 0.7.2.post1] [core | options | gdn | rest | moe]
 
 `core` is what most tests need; `options` has a module for every option that FlashInfer
 compiles in: sliding windows, soft caps, position encodings, fp8, head sizes that differ;
 `gdn` is the gated delta rule's prefill, which alone takes a quarter of an hour to build;
 `rest` is everything else that a decoder needs: activations, RoPE, sampling, GEMMs and so on;
 `moe` is the fused mixture of experts, 182 sources.
+
+What the release does not have is left out, with a word on stderr.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterable, Iterator
 
+from fi_ffi.errors import ArgumentError
 from fi_ffi.loader.lock import the_lock
-from fi_ffi.loader.uris import uri
+from fi_ffi.loader.uris import parse, uri
 
 _HEAD_DIMS = (64, 128, 256)
 _OPTIONS = (
@@ -55,7 +59,7 @@ def _options() -> Iterator[tuple[str, dict[str, object]]]:
     for family in ("single_prefill", "batch_prefill"):
         yield family, fp8 | {"head_dim_qk": 64}
         for dtype in ("f16", "bf16"):
-            yield family, {"dtype_q": dtype, "dtype_kv": "u8", "head_dim_qk": 128}
+            yield family, {"dtype_q": dtype, "dtype_kv": "fp4", "head_dim_qk": 128}
     # What it gets wrong: tests/gpu/test_attention_wrong.py.
     alibi = {"pos_encoding_mode": 2, "use_logits_soft_cap": True}
     yield "single_prefill", {"dtype_q": "f16", "head_dim_qk": 128} | alibi
@@ -108,14 +112,29 @@ _FAMILIES = {"core": _core, "options": _options, "rest": _rest}
 PARTS = tuple(sorted({*_PLAIN, *_FAMILIES}))
 
 
-def names(parts: Iterable[str]) -> Iterator[str]:
-    """The modules of these parts."""
-    release = the_lock().default_release
+def names(parts: Iterable[str], release: str) -> Iterator[str]:
+    """The modules of these parts, as a release calls them."""
     for part in parts:
-        yield from _PLAIN.get(part, ())
+        for name in _PLAIN.get(part, ()):
+            if parse(name, release):
+                yield name
+            else:
+                _leave_out(f"{name}: FlashInfer {release} has no such module")
         for family, parameters in _FAMILIES.get(part, tuple)():
-            yield uri(family, release=release, **parameters)
+            try:
+                yield uri(family, release=release, **parameters)
+            except ArgumentError as error:
+                _leave_out(f"{family} of FlashInfer {release}: {error}")
+
+
+def _leave_out(why: str) -> None:
+    print(f"left out: {why}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    print(*names(sys.argv[1:] or ["core", "options"]), sep="\n")
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--release", default=the_lock().default_release)
+    options.add_argument("parts", nargs="*", metavar="PART")
+    given = options.parse_args()
+    for name in names(given.parts or ["core", "options"], given.release):
+        print(name)

@@ -177,17 +177,35 @@ def kinds_asked() -> list[str]:
     return kinds
 
 
+def _release_wanted() -> str | None:
+    """FI_FFI_RELEASE."""
+    named = os.environ.get(RELEASE)
+    if named:
+        from packaging.version import InvalidVersion, Version  # few name one
+
+        try:
+            Version(named)
+        except InvalidVersion as error:
+            expected = "a version such as 0.6.13"
+            raise ArgumentError("sources", RELEASE, got=repr(named), expected=expected) from error
+    return named or None
+
+
 def candidates(explicit: str | os.PathLike[str] | None = None) -> Iterator[Candidate]:
     """Every place that is asked for kernels, in order, one after the other as it is needed.
 
     The first source found settles the release, unless FI_FFI_RELEASE does; places
-    with kernels of another release are passed over, and say so.
+    with kernels of another release are passed over, and say so.  A directory that does not tell
+    its release is of that one.
     """
     chosen = explicit or os.environ.get(KERNELS)
     if chosen:
-        yield Candidate("explicit", open_source(chosen))
+        source, wanted = open_source(chosen), _release_wanted()
+        if isinstance(source, KernelDirectory):
+            source.version = source.version or wanted
+        yield Candidate("explicit", source)
         return
-    release = os.environ.get(RELEASE)
+    release = _release_wanted()
     for kind in kinds_asked():
         try:
             for candidate in _KINDS[kind](release):

@@ -44,6 +44,13 @@ DTYPES = {
     "fp4_e2m1": "float4_e2m1fn_x2",
     "fp4x2_e2m1": "float4_e2m1fn_x2",
 }
+# Spellings of NVFP4, and of the bytes that it is kept in: the first that a release's names have.
+_ALSO = {
+    "fp4": ("fp4x2_e2m1", "u8"),
+    "u8": ("fp4x2_e2m1",),
+    "uint8": ("fp4x2_e2m1",),
+    "fp4_e2m1": ("fp4x2_e2m1",),
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,10 @@ class Words:
             # By type too: 1 and True are the same key of a dictionary.
             if is_long or (known == value and type(known) is type(value)):
                 return text
+        also = _ALSO.get(value, ()) if isinstance(value, str) else ()
+        for other in also:
+            if other in self.words:
+                return self.words[other]
         raise ValueError(value)
 
     def value(self, text: str) -> Value:
@@ -379,7 +390,8 @@ def family_row(family: str, release: str) -> Row:
 def uri(family: str, *, release: str, **params: Value) -> str:
     """The name of the module of `family` compiled for `params`, as `release` has it.
 
-    Dtypes may be short or long names ("f16", "float16").  What is left out has the
+    Dtypes may be short or long names ("f16", "float16"); "fp4" is NVFP4, however the release
+    calls it.  What is left out has the
     value that FlashInfer's published wheels have most: keys, values and outputs of the
     query's dtype, int32 indices, equal head sizes, no option, fa2.  ArgumentError
     for a parameter or a value that the family does not have in this release.

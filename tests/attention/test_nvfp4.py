@@ -119,7 +119,7 @@ def test_plans_that_are_refused(changes, words):
 
 def test_modules_are_called_after_what_each_release_does():
     kernel = Kernel("batch_prefill", "float16", "uint8", "float16", 128, 128)
-    for release, word in (("0.6.10", "u8"), ("0.6.16", "u8"), ("0.6.18", "fp4x2_e2m1")):
+    for release, word in (("0.6.10", "u8"), ("0.6.16", "u8"), ("0.7.1", "fp4x2_e2m1")):
         assert f"_dtype_kv_{word}_" in kernel.module("fa2", release)
     with pytest.raises(fi_ffi.ArgumentError, match="dtype_kv"):
         kernel.module("fa2", "0.6.9")

@@ -27,7 +27,10 @@ _NOT_SANITIZED = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Note which entries are called, where results are kept: for docs/coverage.md."""
+    """Every op takes the form of the kernels' release, before a case is made for it; and which
+    entries are called is noted, where results are kept: for docs/coverage.md."""
+    if os.environ.get("FI_FFI_RUN_GPU_TESTS") == "1":
+        fi_ffi.use_kernels(os.environ["FI_FFI_KERNELS"])
     if os.environ.get("FI_FFI_RUN_GPU_TESTS") == "1" and os.environ.get("OUT"):
         from tests.helpers.calling import Calls
 
@@ -54,13 +57,6 @@ def _leave_out(items: list[pytest.Item]) -> None:
             reasons.append(_AT_ONCE)
         for reason in reasons:
             item.add_marker(pytest.mark.skip(reason=f"under compute-sanitizer: {reason}"))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def kernels() -> None:
-    """Every op takes the form of the kernels' release, before a case is made for it."""
-    if os.environ.get("FI_FFI_RUN_GPU_TESTS") == "1":
-        fi_ffi.use_kernels(os.environ["FI_FFI_KERNELS"])
 
 
 @pytest.fixture

@@ -147,6 +147,19 @@ def test_a_wheel(built_wheel, unpacked, root):
         assert found.path.read_bytes() == (unpacked / LAYOUT / module / f"{module}.so").read_bytes()
 
 
+def test_a_directory_is_of_the_release_that_is_named(modules, monkeypatch):
+    """Where it does not tell its own, and only then."""
+    monkeypatch.setenv(search.RELEASE, "0.7.2.post1")
+    monkeypatch.setenv(search.KERNELS, str(modules))
+    assert release_of(looked_at()["explicit"].source) == "0.7.2.post1"
+    assert search.release() == "0.7.2.post1"
+    (modules.parent / "_build_meta.py").write_text(META)
+    assert release_of(looked_at()["explicit"].source) == "0.6.13"
+    monkeypatch.setenv(search.RELEASE, "newest")
+    with pytest.raises(fi_ffi.ArgumentError, match="FI_FFI_RELEASE.*'newest'.*a version such as"):
+        looked_at()
+
+
 META = '__version__ = "0.6.13+cu130"\n'
 VERSIONS = {META: "0.6.13+cu130", "# kernels\n" + META.replace('"', "'"): "0.6.13+cu130"}
 VERSIONS |= dict.fromkeys(["", "version = 1", "__version__ = version()\n", "\xff"])

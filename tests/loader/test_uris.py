@@ -164,6 +164,19 @@ def test_long_names_of_dtypes_and_local_versions():
     assert "_dtype_kv_fp4x2_e2m1_" in uri("batch_decode", dtype_kv="float4_e2m1fn_x2", **new)
 
 
+def test_keys_of_4_bits_have_a_name_in_every_release():
+    given = {"dtype_q": "bf16", "head_dim_qk": 64}
+    for release, word in (("0.6.10", "u8"), ("0.6.13", "u8"), ("0.7.2.post1", "fp4x2_e2m1")):
+        for dtype in ("fp4", "u8", "uint8"):
+            name = uri("batch_decode", release=release, dtype_kv=dtype, **given)
+            assert f"_dtype_kv_{word}_" in name
+    xqa = {"input_dtype": "bf16", "page_size": 16, "head_dim": 128, "head_group_ratio": 4}
+    name = uri("xqa", release="0.7.0", kv_cache_dtype="fp4", use_sliding_window=False, **xqa)
+    assert "_kv_cache_u8_" in name
+    with pytest.raises(ArgumentError, match="argument `dtype_kv`: got 'fp4'"):
+        uri("batch_decode", release="0.6.9", dtype_kv="fp4", **given)
+
+
 def test_what_a_name_says():
     case = {"dtype_q": "e4m3", "dtype_o": "bf16", "head_dim_qk": 192, "head_dim_vo": 128}
     found = parse(uri("batch_prefill", release="0.6.13", backend="fa3", **case))

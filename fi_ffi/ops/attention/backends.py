@@ -13,7 +13,6 @@ from fi_ffi.loader import machine
 from fi_ffi.ops.attention.rows import F16, FP4, FP8, of_release
 from fi_ffi.ops.call.arguments import check_choice, check_number
 from fi_ffi.ops.providers import release_in_use
-from fi_ffi.ops.releases import is_in
 from fi_ffi.ops.row import Row
 
 # flashinfer/utils.py: PosEncodingMode and MaskMode
@@ -56,7 +55,7 @@ class Kernel:
         """The module's name in a release, or in that of the kernels in use."""
         kv, of = self.kv_data_type, of or release()
         if kv in FP4:  # called after the tensor's dtype, and from 0.6.18 on after the kernel's
-            kv = FP4[is_in(of, ">=0.6.18")]
+            kv = "fp4"
         parameters: dict[str, Any] = {
             "dtype_q": self.q_data_type,
             "dtype_kv": kv,
