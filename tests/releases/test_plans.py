@@ -14,16 +14,18 @@ import pytest
 import fi_ffi
 from fi_ffi import reference
 from fi_ffi.abi.function import register
+from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.loader.runtime import ensure_tvm_ffi
 from fi_ffi.ops import attention
 from fi_ffi.ops.attention import backends, plan, single
-from fi_ffi.ops.attention.rows import BATCH_MLA, FORMS, ROWS, of_release
+from fi_ffi.ops.attention.rows import BATCH_MLA, FORMS, ROWS, WITH_COPY, of_release
 from fi_ffi.ops.call import compiled
+from fi_ffi.ops.releases import is_in
 from fi_ffi.reference.attention.formula import Options, exact
 
 # One of each form that an entry has.
-RELEASES = ["0.6.3", "0.6.12", "0.6.13", "0.6.14", "0.6.16", "0.6.18"]
+RELEASES = ["0.6.3", "0.6.12", "0.6.13", "0.6.14", "0.6.16", "0.6.18", "0.7.0", "0.7.2.post1"]
 NEUTRAL = {"uniform_q_len": 0, "ckv_scale": 1.0, "kpe_scale": 1.0, "maybe_ckv_scale_arr": None}
 HEADS, KV_HEADS, DIM, PAGE = 4, 2, 64, 4
 QO, KV = [3, 1, 5], [9, 4, 13]
@@ -59,7 +61,12 @@ def kernels_of(monkeypatch, seen):
             first_names = [arg.name for arg in first.args]
             assert more == {name: NEUTRAL[name] for name in more}
             seen.append((row.name, row.releases, *more))
-            return inner(*(given.pop(name, None) for name in first_names))
+            if row.result != WITH_COPY:
+                return inner(*(given.pop(name, None) for name in first_names))
+            # What it would have copied stays in the stage.
+            elsewhere = np.zeros(given["int_workspace_buffer"].shape, np.uint8)
+            given["int_workspace_buffer"] = as_desc(elsewhere)
+            return [inner(*(given.pop(name, None) for name in first_names)), elsewhere.size]
 
         name = f"fi_ffi.tests.release.{next(_numbers)}"
         return register(name, row.signature, run)
@@ -130,7 +137,7 @@ def test_batch_prefill(release, backend, kernels_of, seen):
             rows, keys = slice(*qo[i : i + 2]), slice(*kv[i : i + 2])
             assert_right(out[rows], q[rows], k[keys], v[keys], True)
     planned = [more for name, _, *more in seen if name == "batch_prefill.plan"]
-    later = release in ("0.6.16", "0.6.18") and backend == "fa2"
+    later = is_in(release, ">=0.6.16") and backend == "fa2"
     assert planned == [["uniform_q_len"] if later else []] * 2
 
 
@@ -203,10 +210,36 @@ def test_mla_of_requests_without_keys(release, kernels_of):
         mla_plan([5, 0])
 
 
-def test_mla_of_0_7_is_out_of_reach(kernels_of):
-    kernels_of("0.7.2.post1")
-    with pytest.raises(fi_ffi.KernelNotFoundError, match=">=0.6.3,<0.7.0.*0.7.2.post1"):
-        mla_plan([5, 1])
+@pytest.mark.parametrize("release", RELEASES)
+def test_mla_of_another_batch(release, kernels_of):
+    """What the planner leaves in the stage is sent with each plan: runs, and prepared ones."""
+    kernels_of(release)
+    made = None
+    for lens in ([9, 4, 13], [30, 1, 2], [2, 2, 2]):
+        keys = np.array(lens, np.int32)
+        pages = -(-keys // PAGE)
+        indices = np.random.default_rng().permutation(pages.sum()).astype(np.int32)
+        batch = starts([1] * 3), starts(pages), indices, keys
+        q_nope, q_pe = drawn(3, 16, 512) / np.float16(8), drawn(3, 16, 64)
+        caches = drawn(len(indices), PAGE, 512), drawn(len(indices), PAGE, 64)
+        out = np.full_like(q_nope, np.nan)
+        if made is None:
+            made = fi_ffi.BatchMlaPlan(
+                *batch, num_heads=16, page_size=PAGE, q_data_type="float16", device="cpu"
+            )
+        else:
+            made.replan(*batch)
+        assert len(made.plan_info) == 7
+        tensors = q_nope, q_pe, *caches, out
+        for run, given in ((made.run, tensors), (fi_ffi.prepare(made.run, *tensors), ())):
+            out[...] = np.nan
+            run(*given)
+            for i, length in enumerate(lens):
+                at = indices[batch[1][i] : batch[1][i + 1]]
+                ckv, kpe = (cache[at].reshape(-1, cache.shape[2])[:length] for cache in caches)
+                q = np.concatenate([q_nope[i : i + 1], q_pe[i : i + 1]], 2)
+                k = np.concatenate([ckv, kpe], 1)[:, None]
+                assert_right(out[i : i + 1], q, k, ckv[:, None], False, 192**-0.5)
 
 
 def test_a_gpu_s_rows_are_of_the_kernels_release(monkeypatch):
@@ -216,4 +249,5 @@ def test_a_gpu_s_rows_are_of_the_kernels_release(monkeypatch):
         found = backends.in_use(rows, parse_device("cuda:0"))
         assert found == tuple(of_release(row, release) for row in rows)
         assert backends.in_use(rows, parse_device("cpu")) == rows
-    assert len({of_release(rows[1], release) for release in RELEASES}) == len(FORMS[rows[1]])
+    for row in rows:
+        assert len({of_release(row, release) for release in RELEASES}) == len(FORMS[row])

@@ -23,6 +23,7 @@ from fi_ffi.ops import cuda
 from fi_ffi.ops.attention.arrays import Arrays, Batch
 from fi_ffi.ops.attention.backends import in_use, multiprocessors
 from fi_ffi.ops.attention.options import Options
+from fi_ffi.ops.attention.rows import WITH_COPY
 from fi_ffi.ops.attention.run import BoundRow, Values, asked_of, compiled_row
 from fi_ffi.ops.attention.sizes import Need, aligned
 from fi_ffi.ops.attention.workspace import Workspace
@@ -304,12 +305,12 @@ class Plan:
             placed.write(stage.words, batch.views)
             if is_cuda:
                 workspace.take(handle)
-            info = self._plan(workspace, stage.desc, placed, batch, handle)
+            info, start = self._plan(workspace, stage.desc, placed, batch, handle)
             if self.options.enable_cuda_graph:
                 # Until it is found the same, neither the old plan nor the new one holds.
                 workspace.generation += 1
                 self.check_launch(array_values(info), stage.desc, batch)
-            self._send(workspace, stage.desc, placed, handle)
+            self._send(workspace, stage.desc, placed, start, handle)
             workspace.stages.record(stage, handle)
             workspace.generation += 1
             self._generation, self._info = workspace.generation, info
@@ -330,9 +331,9 @@ class Plan:
 
     def _plan(
         self, workspace: Workspace, stage: TensorDesc, placed: Arrays, batch: Batch, handle: int
-    ) -> Array:
-        """Call the planner, which reads the arrays in the stage: what it returns is the plan's
-        info."""
+    ) -> tuple[Array, int]:
+        """Call the planner, which reads the arrays in the stage: it returns the plan's info.  Then
+        where in the stage that starts which it has not copied itself."""
         planner = self._planner
         if self._planned_in != (workspace, placed):
             self._bind_places(workspace, stage, placed, batch)
@@ -344,7 +345,10 @@ class Plan:
                 words[word] = given[of] + more
             with watching.running(self):
                 launch(frame, handle if self.device.is_cuda else None)
-            return frame.take_result()  # type: ignore[no-any-return]
+            result = frame.take_result()
+            if planner.compiled.row.result == WITH_COPY:
+                return array_values(result)[0], 0
+            return result, placed.kernel_bytes
         finally:
             planner.give_back(frame)
 
@@ -387,8 +391,11 @@ class Plan:
         workspace.require(self.op, float_bytes, int_bytes)
         return workspace
 
-    def _send(self, workspace: Workspace, stage: TensorDesc, placed: Arrays, handle: int) -> None:
-        start, count = placed.kernel_bytes, placed.end - placed.kernel_bytes
+    def _send(
+        self, workspace: Workspace, stage: TensorDesc, placed: Arrays, start: int, handle: int
+    ) -> None:
+        """Copy the stage to the int workspace, from `start` on."""
+        count = placed.end - start
         target, source = workspace.int_buffer.ptr + start, stage.ptr + start
         if not count:
             return

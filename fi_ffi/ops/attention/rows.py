@@ -48,7 +48,7 @@ def of_release(row: Row, release: str) -> Row:
 
 
 def _row(family: str, symbol: str, variant: str, source: str, doc: str, *args: Arg,
-         **fields: Any) -> Row:  # fmt: skip
+         later: Mapping[str, Mapping[str, Any]] | None = None, **fields: Any) -> Row:  # fmt: skip
     """The first form of a row, with what most entries have in common."""
     more: dict[str, Any] = {
         "releases": f">={OLDEST}", "dtypes": {"Q": F16, "KV": F16 + FP8, "O": F16},
@@ -57,7 +57,7 @@ def _row(family: str, symbol: str, variant: str, source: str, doc: str, *args: A
     } | fields  # fmt: skip
     name = f"{family}.{symbol}"
     forms = forms_of(
-        Row(name, family, symbol, f"csrc/{source}", doc, args, variant=variant, **more)
+        Row(name, family, symbol, f"csrc/{source}", doc, args, variant=variant, **more), later
     )
     FORMS[forms[0]] = forms
     return forms[0]
@@ -365,8 +365,8 @@ BATCH_ATTENTION = (
 )  # fmt: skip
 
 # Multi-head latent attention over a paged cache.  From 0.7.0 on the planner leaves the copy to
-# the device to its caller, and returns a tuple.
-_MLA_RELEASES = ">=0.6.3,<0.7.0"
+# the device to its caller, and returns how many bytes that is, after the plan's info.
+WITH_COPY = "Tuple<Array<int>, int>"
 # Before, a page's place was computed in 32 bits, and the tile before the first was loaded for
 # a request without keys.
 _SOUND = "0.6.11"
@@ -390,7 +390,8 @@ def _mla(kind: str) -> tuple[Row, Row]:
         _index("qo_indptr", "b+1", "where each request's queries start", host=True),
         _index("kv_indptr", "b+1", "where each request's pages start", host=True),
         _index("kv_len", "b", "tokens of each request", host=True),
-        heads, _number("head_dim_o", "of the output", int), _CAUSAL, releases=_MLA_RELEASES,
+        heads, _number("head_dim_o", "of the output", int), _CAUSAL,
+        later={"0.7.0": {"result": WITH_COPY}},
     )  # fmt: skip
     run = _row(
         "batch_mla", "run", variant, source, "Multi-head latent attention over a paged cache.",
@@ -407,7 +408,7 @@ def _mla(kind: str) -> tuple[Row, Row]:
         _number("kpe_scale", "scale of an fp8 cache's part with the encoding", since="0.6.14"),
         replace(_maybe("maybe_ckv_scale_arr", "num_scales", "float32", "scales of an fp8 cache",
                        "0.6.18"), as_object=False),
-        releases=_MLA_RELEASES, dtypes={"Q": F16, "KV": F16},
+        dtypes={"Q": F16, "KV": F16},
         vector=Vector(("head_dim_ckv", "head_dim_kpe")), nothing_axis="nnz_qo",
         requires=("num_heads >= 1", "page_size >= 1", "head_dim_ckv in (512,)",
                   "head_dim_kpe in (64,)"),
