@@ -128,6 +128,12 @@ def open_module(path: str, through: str | None = None) -> Any:
     return handle
 
 
+def in_process(file: str) -> Any | None:
+    """The handle of a library that is loaded under this name, or None."""
+    handle = c_library().dlopen(os.fsencode(file), RTLD_NOW | os.RTLD_NOLOAD)
+    return None if handle == ffi.NULL else handle
+
+
 def find_symbol(module: Any, name: str) -> Any | None:
     """The address of an exported symbol, or None."""
     c = c_library()

@@ -26,8 +26,8 @@ Source = str | os.PathLike[str] | bytes
 FUNCTION_PREFIX = "__tvm_ffi_"
 """What an exported TVM-FFI function's symbol begins with; its name is the rest."""
 
-RUNTIME_PREFIX = "TVMFFI"
-"""What every C symbol of libtvm_ffi begins with."""
+RUNTIME = re.compile(r"TVMFFI|_Z\w*3tvm3ffi")
+"""What symbols of libtvm_ffi match: its C interface, and C++ of its namespace."""
 
 # tvm-ffi exports these companions of a function under the same prefix: what they
 # return describes the function, and they are not operations of the module.
@@ -43,7 +43,8 @@ _MACHINES = {"EM_X86_64": "x86_64", "EM_AARCH64": "aarch64"}
 _TEXT_TAGS = {"DT_NEEDED", "DT_RUNPATH", "DT_RPATH"}
 
 SYMBOL = struct.Struct("<IBBHQQ")  # Elf64_Sym: name, info, other, shndx, value, size
-_BINDINGS = {1, 2}  # STB_GLOBAL, STB_WEAK: what dlsym finds
+_STB_GLOBAL, _STB_WEAK = 1, 2
+_BINDINGS = {_STB_GLOBAL, _STB_WEAK}  # what dlsym finds
 _STT_OBJECT, _STT_FUNC = 1, 2
 _VISIBLE = {0, 3}  # STV_DEFAULT, STV_PROTECTED
 
@@ -67,7 +68,8 @@ class ElfInfo:
     functions: tuple[str, ...]
     """Exported TVM-FFI functions, without `FUNCTION_PREFIX`, sorted."""
     requires: tuple[str, ...]
-    """libtvm_ffi symbols that must be there already when this file is loaded, sorted."""
+    """libtvm_ffi symbols that must be there already when this file is loaded, sorted; not weak
+    ones, without which it loads."""
     context: tuple[str, ...] = ()
     """Exported variables that are filled in as it is loaded, sorted."""
 
@@ -133,6 +135,15 @@ def inspect_elf(path: Source) -> ElfInfo:
             requires=requires,
             context=context,
         )
+
+
+def defined_versions(path: Source) -> tuple[str, ...]:
+    """The versions of symbols that a library defines, as `GLIBCXX_3.4.30`, in its own order."""
+    with _open_elf(path) as (elf, _):
+        section = elf.get_section_by_name(".gnu.version_d")
+        # The first name of each; those that follow are the versions it came after.
+        found = section.iter_versions() if section is not None else ()
+        return tuple(next(names).name for _, names in found)
 
 
 @contextmanager
@@ -234,9 +245,7 @@ def _symbols(elf: Any, window: Window) -> tuple[tuple[str, ...], ...]:
     # middle of another (linkers merge tails), so any occurrence counts.
     wanted = {
         match.start()
-        for match in re.finditer(
-            f"{FUNCTION_PREFIX}|{RUNTIME_PREFIX}|{_CONTEXT_PREFIX}".encode(), names
-        )
+        for match in re.finditer(f"{FUNCTION_PREFIX}|{_CONTEXT_PREFIX}".encode(), names)
     }
     functions: set[str] = set()
     requires: set[str] = set()
@@ -245,15 +254,18 @@ def _symbols(elf: Any, window: Window) -> tuple[tuple[str, ...], ...]:
     if len(table) % SYMBOL.size:
         raise ValueError(f"the dynamic symbol table has {len(table)} bytes")
     for at, info, other, section_index, _value, _size in SYMBOL.iter_unpack(table):
-        if at not in wanted:
+        is_undefined = not section_index and info >> 4 == _STB_GLOBAL
+        if at not in wanted and not is_undefined:
             continue
         end = names.find(b"\0", at, at + _MAX_NAME)
+        if end < 0 and at not in wanted:  # a template's of somebody else
+            continue
         if end < 0:
             raise ValueError(f"a symbol name of more than {_MAX_NAME} bytes")
         name = names[at:end].decode("ascii", "backslashreplace")
         is_found = info >> 4 in _BINDINGS and other & 3 in _VISIBLE
         is_callable = is_found and info & 0xF == _STT_FUNC
-        if section_index == 0 and name.startswith(RUNTIME_PREFIX):
+        if is_undefined and RUNTIME.match(name):
             requires.add(name)
         elif section_index and name.startswith(FUNCTION_PREFIX) and is_callable:
             functions.add(name.removeprefix(FUNCTION_PREFIX))

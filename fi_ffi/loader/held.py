@@ -27,7 +27,7 @@ from fi_ffi.loader.elf import inspect_elf
 from fi_ffi.loader.fatbin import CudaCode, architectures
 from fi_ffi.loader.kernels import ModuleFile
 
-_FORMAT = 4  # of the stored facts; another one is not read
+_FORMAT = 5  # of the stored facts; another one is not read
 
 _kept: dict[tuple[int, int], tuple[int, str]] = {}  # of device and inode: descriptor, sha256
 
@@ -124,11 +124,13 @@ class Facts:
     signatures: dict[str, str] = field(default_factory=dict)
     # Variables that are filled in as it is loaded.
     context: list[str] = field(default_factory=list)
+    # What libtvm_ffi has to define.
+    requires: list[str] = field(default_factory=list)
 
     def is_sound(self) -> bool:
         """Whether everything is of its type: they may be read from a damaged file."""
         words = [*self.needed, *self.functions, *self.signatures, *self.signatures.values()]
-        words += [*self.context, self.runpath or ""]
+        words += [*self.context, *self.requires, self.runpath or ""]
         return all(isinstance(word, str) and word.isascii() for word in words) and all(
             code.kind in ("sass", "ptx") and type(code.sm) is int and code.suffix in ("", "a", "f")
             for code in self.codes
@@ -155,6 +157,7 @@ def facts_of(file: ModuleFile) -> Facts:
             raise ArtifactError(str(error).replace(opened.name, str(file.path))) from error
     found = Facts(list(info.needed), list(info.functions), list(codes), info.runpath)
     found.context += info.context
+    found.requires += info.requires
     remember(file, found)
     return found
 

@@ -76,11 +76,10 @@ def load(file: str) -> tuple[Any, str]:
 
 def _in_process(file: str) -> Any:
     """A library that is loaded under this name, whose symbols then serve what is loaded next."""
-    mode = os.RTLD_NOW | os.RTLD_GLOBAL
     # cffi's own dlopen expects a reason for a failure, and here there is none.
-    if library.c_library().dlopen(file.encode(), mode | os.RTLD_NOLOAD) == ffi.NULL:
+    if library.in_process(file) is None:
         return None
-    return ffi.dlopen(file, mode)
+    return ffi.dlopen(file, os.RTLD_NOW | os.RTLD_GLOBAL)
 
 
 def _absent(file: str, name: str, reason: str) -> LoaderError:

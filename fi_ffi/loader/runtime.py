@@ -26,6 +26,7 @@ from fi_ffi.loader import (
     held,
     imports,
     libraries,
+    linking,
     machine,
     per_device,
     search,
@@ -111,7 +112,6 @@ def load(module: str, device: int | None = None) -> Loaded:
         if key not in modules:
             source, file, facts = search.find_module(module, device)
             check_needed(file, facts, machine.CUDART)
-            ensure_tvm_ffi()
             machine.load_cudart()
             libraries.prepare(facts.functions, facts.needed)
             modules[key] = Loaded(source, file, facts, *_opened(file, facts))
@@ -120,8 +120,10 @@ def load(module: str, device: int | None = None) -> Loaded:
 
 def _opened(file: ModuleFile, facts: Facts) -> tuple[Any, Object | None]:
     """dlopen the very file that was hashed, and fill in what it wants filled in."""
+    found = ensure_tvm_ffi()
     # One at a time: the descriptor that a library is first opened by has to stay open.
     with _linking, held.checked(file.path, file.sha256, file.state) as opened:
+        linking.check(file.path, facts.requires, facts.needed, found)
         # What looks for others in its own folder has to be opened there; in the cache it is alone.
         in_place = file.state is not None and "$ORIGIN" in (facts.runpath or "")
         failed: LoaderError | None = None
@@ -132,7 +134,7 @@ def _opened(file: ModuleFile, facts: Facts) -> tuple[Any, Object | None]:
         if failed is not None:
             # The dynamic linker's words for another processor are that there is no such file.
             check_processor(file.path, inspect_elf(opened.name).machine)
-            raise failed
+            raise linking.explained(failed, file.path, found)
         opened.keep(in_place=in_place)
         cubins.serve(handle, str(file.path))
         name = str(file.path) if in_place else opened.name
@@ -227,7 +229,6 @@ def load_file(path: str | os.PathLike[str]) -> Loaded:
             source = KernelFile(where)
             file = source.file()
             facts = facts_of(file)
-            ensure_tvm_ffi()
             if any(name.startswith("libcudart.so") for name in facts.needed):
                 machine.load_cudart()
             libraries.prepare(facts.functions, facts.needed)

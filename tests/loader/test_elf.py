@@ -99,6 +99,9 @@ LIBRARY = Library(
         Symbol("__tvm_ffi_elsewhere", defined=False),
         Symbol("not__tvm_ffi_run"),
         Symbol("TVMFFIErrorSetRaised", defined=False),
+        Symbol("_ZTIN3tvm3ffi5ErrorE", defined=False, kind=OBJECT),
+        Symbol("TVMFFIOptional", defined=False, binding=WEAK),
+        Symbol("_ZN7cutlass" + 2000 * "x", defined=False),
         Symbol("TVMFFIDefinedHere"),
         Symbol("cudaLaunchKernel", defined=False),
     ],
@@ -121,7 +124,7 @@ def test_reads_the_whole_interface(tmp_path):
         needed=("libcudart.so.13", "libc.so.6"),
         runpath="$ORIGIN",
         functions=("kept", "plan", "run"),
-        requires=("TVMFFIErrorSetRaised",),
+        requires=("TVMFFIErrorSetRaised", "_ZTIN3tvm3ffi5ErrorE"),
         context=("__tvm_ffi__library_ctx",),
     )
     assert inspect_elf(IMAGE) == inspect_elf(str(path)) == inspect_elf(path)

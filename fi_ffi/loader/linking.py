@@ -1,0 +1,110 @@
+"""What a library leaves for others to define: whether this process has it, or in words what has.
+
+The dynamic linker names one symbol that it did not find, and nobody who has it.  So libtvm_ffi is
+asked before a library is loaded, for all that the library requires of it: kernels that were
+compiled with a later apache-tvm-ffi may need what an earlier one lacks.  What is left (the C++
+runtime, CUDA's, the driver) the linker looks for before it runs any of the library's code, and its
+words get what was looked at and what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from fi_ffi.abi import library
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.errors import LoaderError
+from fi_ffi.loader import machine, tvm_ffi
+from fi_ffi.loader.elf import RUNTIME, defined_versions
+
+# Made by tools/record_symbols.py: symbols that not every apache-tvm-ffi exports, and those that do.
+SYMBOLS = Path(__file__).with_name("data") / "tvm_ffi.json"
+
+_VERSION = re.compile(r"(?P<library>/\S+): version `(?P<family>\w+?)_[\d.]+' not found")
+_SYMBOL = re.compile(r"undefined symbol: (?P<symbol>\w+)(, version (?P<version>\S+))?")
+_BUILD = "`fi-ffi build` makes it on this one"
+
+
+def check(path: Path, requires: Sequence[str], needed: Sequence[str], found: tvm_ffi.Found) -> None:
+    """Raise `LoaderError` where libtvm_ffi lacks symbols that the library at `path` requires.
+
+    A library that it needs may define them: one that is not in this process is left to the linker,
+    which knows where it lies.
+    """
+    missing = [name for name in requires if library.find_symbol(ffi.NULL, name) is None]
+    for file in needed if missing else ():
+        handle = library.in_process(file)
+        if handle is None:
+            return
+        missing = [name for name in missing if library.find_symbol(handle, name) is None]
+    if missing:
+        raise _lacking(path, missing, found)
+
+
+def _lacking(path: Path, missing: Sequence[str], found: tvm_ffi.Found) -> LoaderError:
+    return LoaderError(
+        f"{path} needs {', '.join(missing)}, which the libtvm_ffi of this process lacks "
+        f"({found.path}, {found.origin}): {_who_has(missing)}"
+    )
+
+
+def _who_has(symbols: Sequence[str]) -> str:
+    """Which apache-tvm-ffi exports the symbols, and how to get it."""
+    known = json.loads(SYMBOLS.read_text())
+    unknown = [symbol for symbol in symbols if symbol not in known["symbols"]]
+    again = "and start this process again"
+    if unknown:
+        return (
+            f"no {tvm_ffi.PROJECT} from {known['oldest']} to {known['newest']} has "
+            f"{', '.join(unknown)}. If it was compiled with a later one: "
+            f"`pip install -U {tvm_ffi.PROJECT}`, {again}"
+        )
+    has = tvm_ffi.PROJECT + ",".join(sorted({known["symbols"][symbol] for symbol in symbols}))
+    return f"{has} has it: `pip install '{has},<0.2'`, {again}"
+
+
+def explained(error: LoaderError, path: Path, found: tvm_ffi.Found) -> LoaderError:
+    """The dynamic linker's refusal of the library at `path`, with what to do about it."""
+    told, advice = str(error), ""
+    if match := _VERSION.search(told):
+        advice = _about_runtime(match["library"], match["family"])
+    elif match := _SYMBOL.search(told):
+        if RUNTIME.match(match["symbol"]):
+            return _lacking(path, [match["symbol"]], found)
+        advice = _about_cuda(match["symbol"], match["version"] or "")
+    return LoaderError(f"{told}. {advice}") if advice else error
+
+
+def _about_runtime(path: str, family: str) -> str:
+    """About a C or C++ library, which lacks a version of its symbols."""
+    numbers: list[tuple[int, ...]] = []
+    with contextlib.suppress(LoaderError):
+        for name in defined_versions(path):
+            if match := re.fullmatch(rf"{family}_([\d.]+)", name):
+                numbers.append(tuple(map(int, match[1].split("."))))
+    newest = ".".join(map(str, max(numbers, default=())))
+    has = f"{path} has {family} up to {newest}" if newest else f"{path} has no {family}"
+    newer = _BUILD
+    if family != "GLIBC":  # which is the system's, and comes with it alone
+        newer = f"take a newer one, as conda's libstdcxx-ng is, or {_BUILD}"
+    return f"{has}: it was compiled on a newer system; {newer}"
+
+
+def _about_cuda(symbol: str, version: str) -> str:
+    """About a function that CUDA's runtime or the driver lacks."""
+    if version == machine.CUDART:
+        return (
+            f"{machine.load_cudart()[1]} lacks it: it was compiled with a later CUDA "
+            f"{machine.CUDA_MAJOR}; `pip install -U 'nvidia-cuda-runtime>=13,<14'`"
+        )
+    if re.match(r"cu[A-Z]", symbol) and not version:
+        driver = machine.driver_version()
+        has = f"driver is of CUDA {driver[0]}.{driver[1]}" if driver else "machine has no driver"
+        return (
+            f"It is a function of the NVIDIA driver's libcuda, and this {has}: install a newer one"
+        )
+    return ""
