@@ -20,13 +20,13 @@ from fi_ffi.loader.building.build import build as build_wheel
 from fi_ffi.loader.building.environment import DEFAULT_TORCH, Progress
 from fi_ffi.loader.building.names import (
     DEFAULT_ARCH,
-    DEFAULT_RELEASE,
     FAMILIES,
     OPTIONS,
     parse_arch,
     with_options,
 )
 from fi_ffi.loader.cache import cache_root
+from fi_ffi.loader.lock import wanted_release
 from fi_ffi.loader.machine import CPUS
 from fi_ffi.loader.progress import shown
 
@@ -112,7 +112,12 @@ def _interruptible() -> Iterator[None]:
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--release", default=DEFAULT_RELEASE, show_default=True, help="FlashInfer release.")
+@click.option(
+    "--release",
+    default=wanted_release,
+    show_default="FI_FFI_RELEASE, or that of wheels.lock",
+    help="FlashInfer release.",
+)
 @click.option(
     "--arch",
     multiple=True,

@@ -16,7 +16,7 @@ from fi_ffi.cli.names import Named, named
 from fi_ffi.errors import FiFfiError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import cache, lock, machine, progress, runtime, search, seed, upkeep
 from fi_ffi.loader.urls import UNASKED, fetching, may_fetch
-from fi_ffi.ops.capability.judgement import Query
+from fi_ffi.ops.capability.judgement import Query, how_built
 from fi_ffi.ops.capability.known_issues import KNOWN_ISSUES
 from fi_ffi.ops.capability.matrix import Line
 from fi_ffi.ops.functions import OPS
@@ -175,12 +175,15 @@ def _kernels(kernels: str | None) -> Iterator[Finding]:
         yield Finding(name, "ok", f"FlashInfer {version}, {how}: {place.source.location}")
         found = True
     if not found:
-        advice = f"`fi-ffi build norm` makes them; {search.KERNELS} or --kernels names others"
+        build = f"`fi-ffi build --release {lock.wanted_release()} norm`"
+        advice = f"{build} makes them; {search.KERNELS} or --kernels names others"
         yield Finding("kernels", "warn", "none", advice)
         return
     missing: dict[str, list[tuple[str, str]]] = {}
     first = 0 if machine.device_count() else None
-    modules = sorted({_module_of(row, first) for row in ROWS})
+    release = search.release()
+    of_release = [row for row in ROWS if release is None or fits(row, release)]
+    modules = sorted({_module_of(row, first) for row in of_release})
     with progress.counter("modules", len(modules), quiet=not may_fetch()) as count:
         for module in modules:
             count(module)
@@ -303,7 +306,7 @@ def _answer(
     assert query.capability is not None
     major, minor = query.capability
     found = line.ask(query)
-    works, reason = bool(found), found.reason
+    works, reason, build = bool(found), found.reason, found.build
     if works and missing:  # then the kernel is not even loaded
         works, reason = False, "; ".join(missing)
     elif works and query.sources:
@@ -313,8 +316,20 @@ def _answer(
         except FiFfiError as error:
             works, reason = False, str(error)
     elif works:
-        reason += ", and nothing is here yet: it is fetched when it is first called"
-    return Answer(line.name, 10 * major + minor, works, reason, found.build)
+        works, reason = _would_be_fetched(query, reason)
+        build = build if works else how_built(found.module, query)[0]
+    return Answer(line.name, 10 * major + minor, works, reason, build)
+
+
+def _would_be_fetched(query: Query, reason: str) -> tuple[bool, str]:
+    """Of kernels that are not here: whether there is a pinned wheel to fetch them out of."""
+    if "remote" not in search.kinds_asked():
+        return False, f"{reason}, and nothing is here: {search.SOURCES} leaves out `remote`"
+    try:
+        search.pinned(query.release, query.capability)
+    except LoaderError as error:
+        return False, f"nothing is here, and {error}"
+    return True, f"{reason}, and nothing is here yet: it is fetched when it is first called"
 
 
 def _exported(one: Named, query: Query, device: int | None) -> str:

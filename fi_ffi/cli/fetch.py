@@ -17,7 +17,7 @@ from fi_ffi.loader.building.names import FAMILIES, parse_arch, parse_request
 from fi_ffi.loader.catalogue import without
 from fi_ffi.loader.fatbin import runs_on
 from fi_ffi.loader.held import facts_of
-from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.lock import wanted_release
 from fi_ffi.loader.search import PinnedKernels
 from fi_ffi.loader.uris import parse
 from fi_ffi.ops.capability.judgement import REFUSED, Query, capability_of
@@ -42,7 +42,9 @@ class Put:
 
 @click.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
-@click.option("--release", help="FlashInfer release (default: that of wheels.lock).")
+@click.option(
+    "--release", help="FlashInfer release (default: FI_FFI_RELEASE, or that of wheels.lock)."
+)
 @click.option("--arch", multiple=True, help="GPU architecture that has to be in it, such as 9.0a.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was put as JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
@@ -57,7 +59,7 @@ def fetch(
 
     Exits with 1 unless all are there, and with 2 for a name that stands for nothing.
     """
-    release = release or the_lock().default_release
+    release = release or wanted_release()
     wanted = [capability_of(text) for text in parse_arch(arch)] if arch else []
     capabilities = [one for one in wanted if one is not None]
     sources = _sources(release, capabilities)

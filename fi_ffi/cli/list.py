@@ -19,6 +19,7 @@ from fi_ffi.loader import search
 from fi_ffi.loader.catalogue import Module, modules_of
 from fi_ffi.loader.held import facts_of
 from fi_ffi.loader.kernels import KernelSource, open_source
+from fi_ffi.loader.lock import wanted_release
 from fi_ffi.loader.uris import ModuleName
 from fi_ffi.loader.urls import fetching
 from fi_ffi.ops.capability.judgement import WORDS, Query, Support
@@ -96,8 +97,8 @@ def _source(kernels: Path | None) -> KernelSource:
         said.append(f"  {place.kind}: {note}")
     raise KernelNotFoundError(
         "no kernels in any of the places they come from:\n" + "\n".join(said) + "\n"
-        "`fi-ffi build norm` makes some; FI_FFI_KERNELS or --kernels names a directory or a "
-        "flashinfer_jit_cache wheel; --fetch fetches FlashInfer's."
+        f"`fi-ffi build --release {wanted_release()} norm` makes some; FI_FFI_KERNELS or --kernels "
+        "names a directory or a flashinfer_jit_cache wheel; --fetch fetches FlashInfer's."
     )
 
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from fi_ffi.errors import LoaderError
+from fi_ffi.errors import ArgumentError, LoaderError
 
 SCHEMA = 1
 ENVIRONMENT = "FI_FFI_LOCK"
+RELEASE = "FI_FFI_RELEASE"
+_VERSION = re.compile(r"\d+(\.\d+){1,3}((a|b|rc)\d+)?(\.(post|dev)\d+)?")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,24 @@ def lock_path() -> Path:
 def the_lock() -> Lock:
     """The lock in use, read once."""
     return read_lock(lock_path())
+
+
+def wanted_release() -> str:
+    """The FlashInfer release to look for where no kernels tell one: FI_FFI_RELEASE, or the
+    lock's default.
+
+    Raises `ArgumentError` where the variable has no version.
+    """
+    chosen = os.environ.get(RELEASE)
+    return parse_release(chosen, RELEASE) if chosen else the_lock().default_release
+
+
+def parse_release(text: str, argument: str = "release") -> str:
+    """A release such as 0.6.13 or 0.7.2.post1."""
+    if not _VERSION.fullmatch(text):
+        expected = f"a version such as {the_lock().default_release}"
+        raise ArgumentError("kernels", argument, got=repr(text), expected=expected)
+    return text
 
 
 def read_lock(path: Path) -> Lock:

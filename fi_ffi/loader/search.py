@@ -44,14 +44,14 @@ from fi_ffi.loader.kernels import (
     open_source,
     release_of,
 )
-from fi_ffi.loader.lock import PinnedWheel, the_lock, this_platform
+from fi_ffi.loader.lock import RELEASE, PinnedWheel, the_lock, this_platform, wanted_release
 from fi_ffi.loader.wheel import Wheel, hex_of
 
 if TYPE_CHECKING:
     pass
 
 KERNELS, SOURCES, WHEELS = "FI_FFI_KERNELS", "FI_FFI_SOURCES", "FI_FFI_WHEELS"
-RELEASE, CUDA, VERIFY = "FI_FFI_RELEASE", "FI_FFI_CUDA", "FI_FFI_VERIFY"
+CUDA, VERIFY = "FI_FFI_CUDA", "FI_FFI_VERIFY"
 _WHOLE = (
     "{} is fetched whole, once, to compare it with its sha256 in wheels.lock, which does not pin "
     f"its RECORD. {VERIFY}=record fetches some megabytes of it instead, and trusts TLS alone."
@@ -71,6 +71,8 @@ class Candidate:
     kind: str
     source: KernelSource | None
     note: str = ""
+    # The one architecture that it has code for, where its name says so.
+    sm: str | None = None
 
 
 def distributions(name: str) -> list[Path]:
@@ -144,10 +146,16 @@ def _local(release: str | None) -> Iterator[Candidate]:
 
 
 def _remote(release: str | None) -> Iterator[Candidate]:
+    wanted = release or wanted_release()
+    gpus = [*map(machine.capability, range(machine.device_count()))]
     try:
-        yield Candidate("remote", PinnedKernels(pinned(release or the_lock().default_release)))
+        # Of wheels of one SM each, one for every kind of GPU there is.
+        pins = dict.fromkeys([pinned(wanted, gpu) for gpu in gpus] or [pinned(wanted)])
     except LoaderError as error:
         yield Candidate("remote", None, str(error))
+        return
+    for pin in pins:
+        yield Candidate("remote", PinnedKernels(pin), sm=pin.sm)
 
 
 def _of_release(kind: str, source: KernelSource, release: str | None) -> Candidate:
@@ -227,13 +235,27 @@ def pinned(release: str, capability: tuple[int, int] | None = None) -> PinnedWhe
     here = [f for f in lock.kernels if (f.release, f.platform) == (release, this_platform())]
     fitting = [f for f in here if _runs_here(f, capability)]
     if fitting:
-        return max(fitting, key=lambda file: _cuda_version(file.cuda))
-    listed = here or lock.kernels
+        return max(fitting, key=lambda file: (_cuda_version(file.cuda), _nearness(file)))
+    of_release = [f for f in lock.kernels if f.release == release]
+    if not of_release:
+        others = sorted({f.release for f in lock.kernels})
+        raise LoaderError(
+            f"{lock.path.name} pins no kernels of FlashInfer {release}, so none are fetched; "
+            f"it has those of {', '.join(others) or 'no release'}"
+        )
+    listed = here or of_release
     names = sorted({" ".join(filter(None, (f.release, f.cuda, f.platform, f.sm))) for f in listed})
+    able = f"compute capability {capability[0]}.{capability[1]}" if capability else _machine()
     raise LoaderError(
         f"{lock.path.name} pins no kernels of FlashInfer {release} that this machine "
-        f"({this_platform()}, {_machine()}) can run; it has {', '.join(names) or 'none'}"
+        f"({this_platform()}, {able}) can run; it has {', '.join(names)}"
     )
+
+
+def _nearness(file: PinnedWheel) -> tuple[int, int]:
+    """Of code that a GPU runs, that of the latest architecture is the nearest, or for it alone."""
+    code = sass_named(file.sm) if file.sm else None
+    return (code.sm, ("", "f", "a").index(code.suffix)) if code else (0, 0)
 
 
 def _cuda_version(tag: str) -> tuple[int, int]:
@@ -244,10 +266,9 @@ def _cuda_version(tag: str) -> tuple[int, int]:
 def _runs_here(file: PinnedWheel, capability: tuple[int, int] | None) -> bool:
     forced, version = os.environ.get(CUDA), _cuda_version(file.cuda)
     driver = machine.driver_version()
-    if forced:
-        return file.cuda == forced
     # Within a major version a driver runs what a later minor's compiler made.
-    if version[0] != (driver or version)[0]:
+    fits = file.cuda == forced if forced else version[0] == (driver or version)[0]
+    if not fits:
         return False
     if capability is None and machine.device_count():
         capability = machine.capability(0)
@@ -381,6 +402,12 @@ def find_module(module: str, device: int | None = None) -> tuple[KernelSource, M
         if place.source is None:
             said.append(f"{place.kind}: {place.note}")
             continue
+        if place.sm and device is not None:
+            named = runs_on([sass_named(place.sm)], machine.capability(device))
+            if not named.ok:
+                wrong_code = True
+                said.append(f"{place.kind}: {place.source.location}: {named.reason}")
+                continue
         try:
             if module not in place.source.modules():
                 said.append(f"{place.kind}: {_lack(place.source, module)}")
@@ -416,4 +443,5 @@ def _advice(module: str, device: int | None) -> str:
         major, minor = machine.capability(device)
         # From SM90 on FlashInfer's kernels use what only the very architecture has.
         arch = f"{major}.{minor}" + ("a" if major >= 9 else "")
-    return f"{build_advice(module, release(), arch)} FI_FFI_KERNELS names a wheel."
+    advice = build_advice(module, release() or wanted_release(), arch)
+    return f"{advice} FI_FFI_KERNELS names a wheel."

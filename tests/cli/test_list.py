@@ -88,7 +88,11 @@ def test_the_first_place_with_modules_is_listed(monkeypatch, kernels):
     monkeypatch.setattr(search, "places", lambda: iter(places))
     result = run()
     assert result.exit_code == 1
-    for text in ("installed: nothing is installed", "FI_FFI_KERNELS", "fi-ffi build norm"):
+    for text in (
+        "installed: nothing is installed",
+        "FI_FFI_KERNELS",
+        "fi-ffi build --release 0.6.13 norm",
+    ):
         assert text in result.output
     monkeypatch.undo()
     search.use_source(None)

@@ -256,14 +256,15 @@ def digest(content):
     return "sha256=" + base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
 
-def record(members):
+def record(members, info=INFO):
     lines = [f"{name},{digest(content)},{len(content)}\n" for name, content in members.items()]
-    return "".join([*lines, f"{INFO}/RECORD,,\n"]).encode()
+    return "".join([*lines, f"{info}/RECORD,,\n"]).encode()
 
 
 def make_wheel(
     members,
     *,
+    info=INFO,
     record_text=None,
     comment=b"",
     zip64=False,
@@ -275,7 +276,8 @@ def make_wheel(
         for name, content in members.items():
             with archive.open(name, "w", force_zip64=zip64) as file:
                 file.write(content)
-        archive.writestr(f"{INFO}/RECORD", record(members) if record_text is None else record_text)
+        text = record(members, info) if record_text is None else record_text
+        archive.writestr(f"{info}/RECORD", text)
     return out.getvalue()
 
 

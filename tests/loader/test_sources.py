@@ -16,6 +16,7 @@ from fi_ffi.errors import ArtifactError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import lock, machine, runtime, search
 from fi_ffi.loader.held import Facts, check_needed
 from fi_ffi.loader.kernels import LAYOUT, KernelDirectory, KernelWheel, open_source, release_of
+from fi_ffi.ops.capability.judgement import Query
 
 from tests.loader.server import make_wheel, sha256
 
@@ -360,13 +361,19 @@ def test_the_pin_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
     entry = {"release": "0.7.1", "cuda": "cu130", "layout": "provider", "provenance": "none"}
     entry |= {"platform": lock.this_platform()}
     text = TEXT
-    for number, sm in enumerate(("sm90a", "sm100a")):
+    for number, sm in enumerate(("sm90a", "sm100f", "sm100a", "sm103a", "sm120f")):
         own = entry | {"sm": sm, "file": f"{sm}.whl", "sha256": str(number) * 64}
         text += "\n[[kernels.files]]\n" + "".join(f'{k} = "{v}"\n' for k, v in own.items())
     (tmp_path / "wheels.lock").write_text(text)
     monkeypatch.setenv(lock.ENVIRONMENT, str(tmp_path / "wheels.lock"))
     lock.the_lock.cache_clear()
     monkeypatch.setattr(machine, "driver_version", lambda: None)
+
+    def chosen(*gpus):
+        monkeypatch.setattr(machine, "device_count", lambda: len(gpus))
+        monkeypatch.setattr(machine, "capability", lambda device: gpus[device])
+        return " ".join(place.sm for place in search._remote("0.7.1"))
+
     for count in (0, 1):
         monkeypatch.setattr(machine, "device_count", lambda count=count: count)
         monkeypatch.setattr(machine, "capability", lambda device: (10, 0))
@@ -375,10 +382,22 @@ def test_the_pin_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
         with pytest.raises(LoaderError, match=r"pins no kernels of FlashInfer 0\.7\.1"):
             search.pinned("0.7.1", (8, 0))
     assert search.pinned("0.7.1").sm == "sm100a"
+    # The nearest of those that it runs, and each kind of GPU's own.
+    assert chosen((10, 0)) == "sm100a"
+    assert chosen((10, 3)) == "sm103a"
+    assert chosen((12, 0), (9, 0), (12, 1), (9, 0)) == "sm120f sm90a"
+
+
+def test_a_release_that_is_none(monkeypatch):
+    monkeypatch.setenv(search.RELEASE, "latest")
+    with pytest.raises(fi_ffi.ArgumentError, match="FI_FFI_RELEASE`: got 'latest'.*such as 0.6.13"):
+        lock.wanted_release()
+    monkeypatch.setenv(search.RELEASE, "0.7.2.post1")
+    assert lock.wanted_release() == Query.of().release == "0.7.2.post1"
 
 
 def test_a_release_that_is_not_pinned_names_those_that_are():
-    says = r"pins no kernels of FlashInfer 9\.9\.9 .*0\.6\.13 cu130 linux-x86_64"
+    says = r"pins no kernels of FlashInfer 9\.9\.9, so none are fetched; it has those of .*0\.6\.13"
     with pytest.raises(LoaderError, match=says):
         search.pinned("9.9.9")
 

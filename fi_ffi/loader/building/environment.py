@@ -28,7 +28,7 @@ from packaging.requirements import Requirement
 
 from fi_ffi.errors import ArgumentError, BuildError
 from fi_ffi.loader import cache, trust
-from fi_ffi.loader.building.names import parse_release
+from fi_ffi.loader.lock import parse_release
 from fi_ffi.loader.machine import CPUS, CUDA_MAJOR
 
 DEFAULT_TORCH = "torch==2.13.0"

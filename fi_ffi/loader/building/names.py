@@ -217,10 +217,3 @@ def parse_arch(values: str | Iterable[str]) -> tuple[str, ...]:
         suffix = "a" if text == "9.0" else match[3]
         found.add((int(match[1]), int(match[2]), suffix))
     return tuple(f"{major}.{minor}{suffix}" for major, minor, suffix in sorted(found))
-
-
-def parse_release(text: str) -> str:
-    """A release such as 0.6.13 or 0.7.2.post1."""
-    if not re.fullmatch(r"\d+(\.\d+){1,3}((a|b|rc)\d+)?(\.(post|dev)\d+)?", text):
-        raise _error("release", repr(text), f"a version such as {DEFAULT_RELEASE}")
-    return text

@@ -91,12 +91,12 @@ def _module_name(family: str, of: str, **parameters: Any) -> str:
 
 
 def release() -> str:
-    """The release of the kernels in use, or the lock's default where there are none."""
+    """The release of the kernels in use, or the one that is wanted where there are none."""
     found = release_in_use()
     if found is None:
-        from fi_ffi.loader.lock import the_lock
+        from fi_ffi.loader.lock import wanted_release
 
-        found = the_lock().default_release
+        found = wanted_release()
     return found
 
 

@@ -20,7 +20,7 @@ from fi_ffi.loader.fatbin import CudaCode
 from fi_ffi.loader.held import facts_of
 from fi_ffi.loader.kernels import KernelSource, open_source, release_of
 from fi_ffi.loader.listed import in_wheel, listed_in, recorded_releases
-from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.lock import the_lock, wanted_release
 from fi_ffi.loader.uris import parse
 from fi_ffi.ops.releases import fits, span_of
 from fi_ffi.ops.row import Row, Tensor, form_on
@@ -124,7 +124,7 @@ class Query:
         found = release or next(filter(None, map(release_of, sources)), None)
         capability = capability_of(sm) if sm is not None else _first_gpu()
         return cls(
-            capability, found or the_lock().default_release, cuda or _tag(sources) or DEFAULT_CUDA,
+            capability, found or wanted_release(), cuda or _tag(sources) or DEFAULT_CUDA,
             sources, _dtype_names(dtypes),
         )  # fmt: skip
 
@@ -237,7 +237,7 @@ def judge(
     refusal = _cuda_refusal(query) or _dtype_refusal(row, query) or _sm_refusal(row, query)
     if refusal:
         is_other_cuda = query.cuda_major != machine.CUDA_MAJOR
-        build = _build(name, query)[0] if is_other_cuda else None
+        build = how_built(name, query)[0] if is_other_cuda else None
         return Support(op, REFUSED, refusal, build, name, release)
     status, reason, build = _available(name, query)
     if status == BUILT and query.capability is not None:
@@ -334,7 +334,7 @@ def _published(name: str, query: Query) -> tuple[str, str, str | None]:
     if listed_in(release) is None:
         recorded = ", ".join(recorded_releases())
         reason = f"what the wheels of {release} have is not recorded, only of {recorded}"
-        return UNKNOWN, reason, _build(name, query)[0]
+        return UNKNOWN, reason, how_built(name, query)[0]
     codes = listed_codes(name, query.release)
     if codes is None:
         return _missing(f"FlashInfer {release} does not build {name} ahead of time", name, query)
@@ -351,19 +351,20 @@ def _published(name: str, query: Query) -> tuple[str, str, str | None]:
 
 
 def _pin(query: Query) -> str:
-    """A remark where the lock pins no such wheel."""
+    """A remark where the lock pins no such wheel, of this CUDA or of a minor version beside it."""
+    cuda = f"cu{query.cuda_major}"
     for file in the_lock().kernels:
-        if (file.release, file.cuda) == (query.release, query.cuda):
+        if file.release == query.release and file.cuda.startswith(cuda):
             return ""
     return ", of which wheels.lock pins none"
 
 
 def _missing(reason: str, name: str, query: Query) -> tuple[str, str, str | None]:
-    build, advice = _build(name, query)
+    build, advice = how_built(name, query)
     return MISSING, reason if build or not advice else f"{reason}. {advice.rstrip('.')}", build
 
 
-def _build(name: str, query: Query) -> tuple[str | None, str]:
+def how_built(name: str, query: Query) -> tuple[str | None, str]:
     """The command that makes a module, and the sentence it is in, or why there is none."""
     if parse(name, query.release) is None and _is_family(name):
         arch = query.architecture or "9.0a"

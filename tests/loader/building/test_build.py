@@ -30,13 +30,13 @@ from fi_ffi.loader.building.names import (
     DEFAULT_RELEASE,
     FAMILIES,
     parse_arch,
-    parse_release,
     parse_request,
     parse_requests,
     with_options,
 )
 from fi_ffi.loader.building.wheel_writer import KernelWheel, write_wheel
 from fi_ffi.loader.cache import cache_root
+from fi_ffi.loader.lock import parse_release
 
 
 @pytest.mark.parametrize(
