@@ -16,7 +16,7 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.errors import AbiError, LoaderError
 
 # Linux dlfcn.h, the same on x86_64 and aarch64.
-RTLD_NOW, RTLD_LOCAL, RTLD_GLOBAL = 0x2, 0x0, 0x100
+RTLD_LAZY, RTLD_NOW, RTLD_LOCAL, RTLD_GLOBAL = 0x1, 0x2, 0x0, 0x100
 
 # What the structures in declarations.h must measure for any of this to be safe.
 _SIZES = {
@@ -113,16 +113,18 @@ def attach(path: str, through: str | None = None) -> tuple[int, int, int]:
     return found
 
 
-def open_module(path: str, through: str | None = None) -> Any:
+def open_module(path: str, through: str | None = None, *, lazily: bool = False) -> Any:
     """dlopen a kernel module, its symbols local to it; it is never closed.
 
-    `through` is another name of the same file, which it is opened by.  Raises
+    `through` is another name of the same file, which it is opened by.  A function that nothing
+    defines is an error; `lazily`, the process ends where one is called.  Raises
     `LoaderError` with the dynamic linker's own words.
     """
     c = c_library()
     c.dlerror()  # looks the function up, which would forget the error later on
+    mode = RTLD_LAZY if lazily else RTLD_NOW
     with tables:
-        handle = c.dlopen(os.fsencode(through or path), RTLD_NOW | RTLD_LOCAL)
+        handle = c.dlopen(os.fsencode(through or path), mode | RTLD_LOCAL)
     if handle == ffi.NULL:
         raise LoaderError(f"{path} does not load: {_dlerror().replace(through or path, path)}")
     return handle

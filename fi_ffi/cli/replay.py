@@ -27,12 +27,13 @@ from fi_ffi.abi.tensor import DTYPES, Device, DType, TensorDesc, make_desc, pars
 from fi_ffi.cli import output
 from fi_ffi.cli.cases import case_of
 from fi_ffi.errors import ArtifactError, FiFfiError
-from fi_ffi.loader import machine, runtime
+from fi_ffi.loader import machine, runtime, search
 from fi_ffi.ops import cuda
 from fi_ffi.ops.attention.rows import FORMS
 from fi_ffi.ops.attention.workspace import FLOAT_BYTES, INT_BYTES
 from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.releases import fits
 from fi_ffi.ops.row import PlanInfo, Row, Tensor
 from fi_ffi.ops.watch import safetensors
 from fi_ffi.ops.watch.dump import AFTER, BEFORE, FORMAT, PLAN
@@ -202,9 +203,13 @@ def row_of(path: Path, described: Mapping[str, Any]) -> Row:
     forms = [form for forms in FORMS.values() for form in forms]
     rows = [row for op in OPS.values() for row in op.rows] + forms
     wanted = tuple(described[key] for key in ("name", "variant", "signature"))
-    for row in rows:
-        if (row.name, row.variant, str(row.signature)) == wanted:
+    found = [row for row in rows if (row.name, row.variant, str(row.signature)) == wanted]
+    release = search.release()
+    for row in found:
+        if release is None or fits(row, release):
             return row
+    if found:  # of another release, as the call then says
+        return found[0]
     raise ArtifactError(f"{path}: this version of fi_ffi has no row {' '.join(map(str, wanted))}")
 
 

@@ -146,6 +146,21 @@ def defined_versions(path: Source) -> tuple[str, ...]:
         return tuple(next(names).name for _, names in found)
 
 
+def undefined(path: Source) -> tuple[str, ...]:
+    """The symbols that a library leaves to others to define, sorted; not weak ones."""
+    with _open_elf(path) as (elf, _):
+        table = elf.get_section_by_name(".dynsym")
+        return tuple(
+            sorted(
+                symbol.name
+                for symbol in (table.iter_symbols() if table is not None else ())
+                if symbol["st_shndx"] == "SHN_UNDEF"
+                and symbol["st_info"]["bind"] == "STB_GLOBAL"
+                and symbol.name
+            )
+        )
+
+
 @contextmanager
 def open_section(source: Source, name: str) -> Iterator[Window | None]:
     """The content of one section, None where there is no such section.

@@ -14,18 +14,20 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.errors import LoaderError
 from fi_ffi.loader import machine, tvm_ffi
-from fi_ffi.loader.elf import RUNTIME, defined_versions
+from fi_ffi.loader.elf import RUNTIME, defined_versions, undefined
 
 # Made by tools/record_symbols.py: symbols that not every apache-tvm-ffi exports, and those that do.
 SYMBOLS = Path(__file__).with_name("data") / "tvm_ffi.json"
 
 _VERSION = re.compile(r"(?P<library>/\S+): version `(?P<family>\w+?)_[\d.]+' not found")
 _SYMBOL = re.compile(r"undefined symbol: (?P<symbol>\w+)(, version (?P<version>\S+))?")
+_FLASHINFER = re.compile(r"_Z\w*10flashinfer")
 _BUILD = "`fi-ffi build` makes it on this one"
 
 
@@ -65,6 +67,32 @@ def _who_has(symbols: Sequence[str]) -> str:
         )
     has = tvm_ffi.PROJECT + ",".join(sorted({known["symbols"][symbol] for symbol in symbols}))
     return f"{has} has it: `pip install '{has},<0.2'`, {again}"
+
+
+def open_module(path: Path, through: str | None, opened: str) -> Any:
+    """The library at `path`, loaded by the name `through`; `opened` is a name that is read by.
+
+    From 0.7 on FlashInfer's dispatchers name instances of their templates that no planner chooses
+    and that are not compiled, and its own loader binds functions as they are called.  So those may
+    be undefined; whatever else a library lacks is refused, as it always is.
+    """
+    try:
+        return library.open_module(str(path), through)
+    except LoaderError as error:
+        left_out = _SYMBOL.search(str(error))
+        if left_out is None or not _FLASHINFER.match(left_out["symbol"]):
+            raise
+    handle = library.open_module(str(path), through, lazily=True)
+    missing = [
+        name
+        for name in undefined(opened)
+        if not _FLASHINFER.match(name)
+        and library.find_symbol(ffi.NULL, name) is None
+        and library.find_symbol(handle, name) is None
+    ]
+    if missing:
+        raise LoaderError(f"{path} does not load: undefined symbol: {missing[0]}")
+    return handle
 
 
 def explained(error: LoaderError, path: Path, found: tvm_ffi.Found) -> LoaderError:

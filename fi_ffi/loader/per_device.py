@@ -88,7 +88,8 @@ class Copies:
                     content[at] = _STB_GLOBAL << 4 | content[at] & 0xF
             with open(fd, "wb", closefd=False) as copy:
                 copy.write(content)
-        return library.open_module(str(path), f"/proc/self/fd/{fd}")
+        # The file itself is loaded: what it leaves undefined was judged then.
+        return library.open_module(str(path), f"/proc/self/fd/{fd}", lazily=True)
 
 
 def _current_device() -> int:

@@ -128,7 +128,8 @@ def _opened(file: ModuleFile, facts: Facts) -> tuple[Any, Object | None]:
         in_place = file.state is not None and "$ORIGIN" in (facts.runpath or "")
         failed: LoaderError | None = None
         try:
-            handle = library.open_module(str(file.path), None if in_place else opened.name)
+            through = None if in_place else opened.name
+            handle = linking.open_module(file.path, through, opened.name)
         except LoaderError as error:
             failed = error
         if failed is not None:

@@ -12,7 +12,7 @@ pytest.importorskip("markdown_it", reason="finds the blocks")
 from tests.helpers.blocks import PAGES, PageError, blocks_of, shown
 from tests.helpers.blocks_page import run_page
 
-PATHS = ("FI_FFI_KERNELS", "FI_FFI_CACHE_DIR")
+PATHS = ("FI_FFI_KERNELS", "FI_FFI_RELEASE", "FI_FFI_CACHE_DIR")
 
 
 def _is_of_a_gpu(page: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from typing import Any
 
 import numpy as np
@@ -288,6 +289,7 @@ def test_in_turns_from_one_thread(places, rng):
 def test_from_several_threads(places):
     """Two threads of each GPU, each with work, a stream and a current device of its own."""
     need("norm")
+    captured = threading.Barrier(4)
 
     def run(index: int) -> None:
         from cuda.bindings import runtime
@@ -298,10 +300,15 @@ def test_from_several_threads(places):
             mine = int(rng.integers(2))
             check(runtime.cudaSetDevice(mine))
             work = Work(place, rng)
+            # Each captures a graph: nobody may wait for a whole device until all have.
+            captured.wait(60)
             for _ in range(scaled(3000, 60)):
                 work.poison()
                 work.make(int(rng.integers(6)))
                 assert current() == mine
+        except BaseException:
+            captured.abort()
+            raise
         finally:
             if place is not None:
                 place.close()

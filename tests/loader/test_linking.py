@@ -208,3 +208,28 @@ def test_an_older_driver(needing):
 def test_any_other_symbol(needing):
     with pytest.raises(LoaderError, match="does not load: .*undefined symbol: no_such$"):
         fi_ffi.module(needing("no_such"))
+
+
+VARIANTS = """
+#include <tvm/ffi/c_api.h>
+extern int variant(void) __asm__("_ZN10flashinfer7VariantILj32EEEiv");
+extern int other(void) __asm__("{other}");
+__attribute__((visibility("default"))) int __tvm_ffi_found(void *self, const TVMFFIAny *args,
+                                                           int32_t count, TVMFFIAny *result) {{
+  result->type_index = kTVMFFIInt;
+  result->v_int64 = count == 0 ? 7 : count == 1 ? variant() : other();
+  return 0;
+}}
+"""
+
+
+def test_a_variant_that_flashinfer_leaves_out(compiled):
+    """As in batch_prefill of 0.7: dispatched to, chosen by no planner, and not compiled."""
+    text = VARIANTS.format(other="_ZN10flashinfer7VariantILj48EEEiv")
+    assert fi_ffi.module(compiled("variants.so", text)).found() == 7
+
+
+def test_what_else_it_lacks_is_refused(compiled):
+    text = VARIANTS.format(other="nobody_has_this")
+    with pytest.raises(LoaderError, match="does not load: undefined symbol: nobody_has_this"):
+        fi_ffi.module(compiled("variants_and_more.so", text)).found()
