@@ -1,7 +1,7 @@
 """Merging attention states in float64, from their definition.
 
 A state over keys with logits l, to base 2, and values x is s = log2(sum(2^l)) and
-v = sum(2^(l - s) x); that of several sets of keys follows from theirs.  Up to FlashInfer 0.7.1 the
+v = sum(2^(l - s) x); that of several sets of keys follows from theirs.  Before FlashInfer 0.7.0 the
 kernels' infinity is 5e4: the state that a merge of many begins with is at -5e4 and counts as one,
 and two states at minus infinity itself are NaN.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.formula import SLACK, Exact, Formula, Inputs, OneOfMany
 
-# FlashInfer's minus infinity up to 0.7.1: the log-sum-exp of no keys.
+# FlashInfer's minus infinity before 0.7.0: the log-sum-exp of no keys.
 _NOTHING = -5e4
 _HALF_SUBNORMAL = 2.0**-25  # half a step between float16's smallest numbers
 

@@ -6,12 +6,18 @@ import ast
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from packaging.version import Version
+
 from fi_ffi.abi.signature import Signature
 from fi_ffi.loader.lock import the_lock
 from tools.bindings import Function, Source, read
 
-# Every release the lock pins kernels of, and the newest one.
-RELEASES = sorted({file.release for file in the_lock().kernels} | {"0.7.2.post1"})
+# Every release the lock pins kernels of, those that changed something since, and the newest one.
+RELEASES = sorted(
+    {file.release for file in the_lock().kernels}
+    | {"0.6.14", "0.6.15", "0.6.16", "0.6.17", "0.7.0", "0.7.1", "0.7.2.post1"},
+    key=Version,
+)
 
 
 def exported(source: str, added: Sequence[Added] = (), **defines: str) -> dict[str, Signature]:

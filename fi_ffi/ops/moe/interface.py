@@ -136,7 +136,8 @@ INTERFACES = (
     _interface(">=0.6.15,<0.6.16", _FUSED_FINALIZE, _NEITHER, _OCCUPANCY, True),
     _interface(">=0.6.16,!=0.6.17.*,<0.7", _HUMMING, _SITU, _WORKSPACE, True),
     _interface("==0.6.17.*", _FUSED_FINALIZE, _SITU, _WORKSPACE, True),
-    _interface(">=0.7", _HUMMING, "", _WORKSPACE, True),
+    _interface(">=0.7,<0.7.2", _HUMMING, "clamped_relu2_limit", _WORKSPACE, True),
+    _interface(">=0.7.2", _HUMMING, "", _WORKSPACE, True),
 )
 
 # The releases in which 4-bit weights and their scales are laid out as `weights` says.

@@ -1,7 +1,7 @@
 """Gated activations: FlashInfer's `silu_and_mul`, `gelu_and_mul` and `gelu_tanh_and_mul`.
 
 The kernel (`include/flashinfer/activation.cuh`) takes both tensors as contiguous unasked, and
-a thread block for each row.  Up to 0.7.1 it loads 16 bytes at a time wherever a half starts,
+a thread block for each row.  Up to 0.7.0 it loads 16 bytes at a time wherever a half starts,
 and with fewer elements than that it would be launched with no threads.
 """
 
@@ -35,7 +35,7 @@ def _rows(name: str, doc: str) -> tuple[Row, ...]:
         offset_limit=2**63,
         requires=("d % 8 == 0", *always),
     )
-    return forms_of(row, {"0.7.2": {"requires": always}})
+    return forms_of(row, {"0.7.1": {"requires": always}})
 
 
 ROWS = (

@@ -132,7 +132,7 @@ _FP4 = _row(
            since="0.6.11"),
     Scalar("enable_pdl", bool, False, "programmatic dependent launch"),
     # Without a recipe of another kind.
-    Absent("nvfp44Over6Code", "int", since="0.7.2"),
+    Absent("nvfp44Over6Code", "int", since="0.7.1"),
     dtypes={"T": ("float16", "bfloat16")},
     releases=">=0.6.3",
     offset_limit=2**63,

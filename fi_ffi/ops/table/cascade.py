@@ -24,7 +24,7 @@ def _tensor(name: str, axes: str, doc: str, **more: Any) -> Tensor:
 
 
 def _rows(name: str, doc: str, *args: Tensor, **more: Any) -> tuple[Row, ...]:
-    """Since 0.7.2 states that are empty merge to an empty one, not to NaN."""
+    """Since 0.7.0 states that are empty merge to an empty one, not to NaN."""
     fields: dict[str, Any] = {
         "dtypes": {"T": ("float16", "bfloat16")},
         "vector": Vector(("head_dim",), threads=32),
@@ -35,7 +35,7 @@ def _rows(name: str, doc: str, *args: Tensor, **more: Any) -> tuple[Row, ...]:
         name, "cascade", name, "csrc/flashinfer_cascade_binding.cu", doc, args,
         releases=">=0.6.3", **(fields | more),
     )  # fmt: skip
-    return forms_of(row, {"0.7.2": {"variant": "_of_empty_ones"}})
+    return forms_of(row, {"0.7.0": {"variant": "_of_empty_ones"}})
 
 
 ROWS = (

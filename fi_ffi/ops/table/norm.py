@@ -19,12 +19,12 @@ _T_QUANT = _T | {"O": ("float8_e4m3fn", "float8_e5m2")}
 _OUT: dict[str, Any] = {"writes": True, "reads": False}
 _EPS = Scalar("eps", float, 1e-6, "added to the mean square before the root", low=0.0)
 _WEIGHT = Tensor("weight", "h", "T", "scale of each column")
-# 0.6.16 no longer clamps float8_e5m2 to the range of float8_e4m3fn.
+# 0.6.18 no longer clamps float8_e5m2 to the range of float8_e4m3fn.
 _DIVIDED = "the output is divided by it, then clamped to "
 _SCALES = (
     Scalar("scale", float, None, f"{_DIVIDED}±448", until="0.6.7"),
-    Tensor("scale", "1", "float32", f"{_DIVIDED}±448", since="0.6.7", until="0.6.16"),
-    Tensor("scale", "1", "float32", f"{_DIVIDED}O's range", since="0.6.16"),
+    Tensor("scale", "1", "float32", f"{_DIVIDED}±448", since="0.6.7", until="0.6.18"),
+    Tensor("scale", "1", "float32", f"{_DIVIDED}O's range", since="0.6.18"),
 )
 _RESIDUAL = Tensor("residual", "n h", "T", "gets `input + residual`, rounded to T", writes=True)
 
@@ -36,7 +36,7 @@ def _row(name: str, doc: str, *args: Tensor | Scalar, symbol: str = "", **more: 
 
 def _quant_rows(name: str, doc: str, *tensors: Tensor) -> tuple[Row, ...]:
     row = _row(name, doc, *tensors, *_SCALES, _EPS, PDL, dtypes=_T_QUANT)
-    return forms_of(row, {"0.6.16": {"variant": "_full_range"}})
+    return forms_of(row, {"0.6.18": {"variant": "_full_range"}})
 
 
 # A thread reads its own elements of a row, twice, before it writes the same ones.
