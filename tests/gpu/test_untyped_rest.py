@@ -39,8 +39,8 @@ def test_fp4_to_float_on_the_host(linear, rng):
         expected = values * np.repeat(wide, group, axis=1)
         stored = scales.reshape(-1) if linear else swizzled(scales)
         out = poisoned((rows, columns), np.float32)
-        found.e2m1_and_ufp8sf_scale_to_float_sm100(packed, stored, factor, out, group, kind,
-                                                   not linear)  # fmt: skip
+        call(found.e2m1_and_ufp8sf_scale_to_float_sm100, packed, stored, factor, out, group, kind,
+             not linear, stream=None)  # fmt: skip
         assert worst(out, expected, 2.0**-22 * np.abs(expected) + 1e-30) <= 1
     out = poisoned((rows, columns), np.float32)
     found.mxfp4_dequantize_host(packed, scales, out, 32)

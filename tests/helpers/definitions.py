@@ -432,9 +432,10 @@ def _(a):
     k = a["output_indices"].shape[1]
     chosen = [_greatest(a, x, k) for x in a["input"]]
     found = {"output_indices": np.array(chosen)}
-    if "output_values" in a:
-        rows = zip(a["input"], chosen, strict=True)
-        found["output_values"] = np.array([[x[i] for i in row] for x, row in rows])
+    for name in ("output_values", "maybe_output_values"):
+        if name in a:
+            rows = zip(a["input"], chosen, strict=True)
+            found[name] = np.array([[x[i] for i in row] for x, row in rows])
     return found
 
 

@@ -40,8 +40,10 @@ def make(
 def run(
     machine: Any, name: str, arrays: Mapping[str, np.ndarray], **scalars: Any
 ) -> dict[str, np.ndarray]:
-    """What an op makes of these arrays, on a machine."""
+    """What an op makes of these arrays, on a machine; also by the names that they have in
+    releases in which none of them is optional."""
     op = OPS[name]
     machine.need(op.row.module)
     written = [arg.name for arg in op.row.tensors if arg.writes]
-    return called(op, arrays, machine.place, written, **scalars, stream=machine.stream)
+    got = called(op, arrays, machine.place, written, **scalars, stream=machine.stream)
+    return got | {name.removeprefix("maybe_"): array for name, array in got.items()}
