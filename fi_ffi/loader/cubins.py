@@ -26,6 +26,7 @@ import os
 import re
 import stat
 import threading
+import time
 from _thread import interrupt_main
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -125,17 +126,27 @@ def _read(folder: Path, name: str, sha256: str) -> bytes:
     return content
 
 
+# Servers that could not be reached: why, and when.
+_unreachable: dict[str, tuple[str, float]] = {}
+
+
 def _fetched(name: str, sha256: str) -> bytes:
     from fi_ffi.loader.download import fetch_file  # only here: most processes fetch nothing
+    from fi_ffi.loader.http import Unreachable
 
     base = os.environ.get(REPOSITORY) or SERVER
     if os.environ.get(NO_DOWNLOAD):
         raise LoaderError(f"{redact(base)}: {NO_DOWNLOAD} is set, and nothing is fetched")
+    refusal, at = _unreachable.get(base, ("", -search.UNREACHABLE))
+    if time.monotonic() - at < search.UNREACHABLE:
+        raise LoaderError(refusal)
     try:
         # The end of a name that is too long for the cache, whose files are known by their hash.
         kept = name.rpartition("/")[2][-200:]
         found = fetch_file(f"{base.rstrip('/')}/{name}", kept, sha256=sha256)
     except OSError as error:
+        if isinstance(error, Unreachable):
+            _unreachable[base] = str(error), time.monotonic()
         if isinstance(error, LoaderError):
             raise
         raise LoaderError(f"{redact(base)}: {error}") from error

@@ -62,6 +62,10 @@ class Transient(Exception):
         super().__init__(reason)
 
 
+class Unreachable(FetchError):
+    """A server did not answer, or not in time, as often as it was tried."""
+
+
 class Attempts:
     """Counts the failures of one transfer, waits between tries, and gives up."""
 
@@ -91,7 +95,7 @@ class Attempts:
         self.total += 1
         tries = f"{self._failures} {'try' if self._failures == 1 else 'tries'}"
         if self._failures >= policy.tries:
-            raise FetchError(
+            raise Unreachable(
                 f"{self._where}: {error.reason}; gave up after {tries}. Check the network and the "
                 "proxy settings, or try later: what is already here is kept"
             )
@@ -100,7 +104,7 @@ class Attempts:
         if error.wait is not None:
             wait = error.wait
         if wait > policy.longest_wait:
-            raise FetchError(
+            raise Unreachable(
                 f"{self._where}: {error.reason}; after {tries} the server asks to wait "
                 f"{wait:.0f} s, which is longer than {policy.longest_wait:.0f} s. Try again later"
             )

@@ -11,14 +11,15 @@ import functools
 import os
 import re
 import tempfile
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.errors import ArtifactError, LoaderError
-from fi_ffi.loader import trust
+from fi_ffi.loader import machine, trust
+from fi_ffi.loader.fatbin import CudaCode, runs_on
 from fi_ffi.loader.machine import CUDA_MAJOR
 
 # As cuda-pathfinder calls them -> the package of the index that has them.
@@ -35,15 +36,23 @@ _NAME = re.compile(r"lib(\w+)\.so\.\d+")
 # A function of modules that compile DeepGEMM's kernels, if they are told to.
 _COMPILES = "set_deepgemm_jit_include_dirs"
 DEEPGEMM_FOLDER = "TRTLLM_DG_CACHE_DIR"
+# A function of modules that copy a number from the current GPU as they are loaded, and throw where
+# that fails (`configureKernel` of csrc/xqa/mla_sm120.cu); nothing catches it.
+_ASKS_GPU = "xqa_wrapper_mla"
 
 
-def prepare(functions: Container[str], needed: Iterable[str]) -> None:
-    """Bring what a module needs that exports these functions and needs these libraries.
+def prepare(
+    functions: Container[str], needed: Iterable[str], codes: Sequence[CudaCode] = ()
+) -> None:
+    """Bring what a module needs that exports these functions, needs these libraries and has this
+    device code.
 
     Raises `LoaderError` where something is missing.
     """
     if _COMPILES in functions:
         check_deepgemm_folder()
+    if _ASKS_GPU in functions:
+        check_gpu(codes)
     for file in needed:
         match = _NAME.fullmatch(file)
         if match and match[1] in PACKAGES:
@@ -86,6 +95,24 @@ def _absent(file: str, name: str, reason: str) -> LoaderError:
     return LoaderError(
         f"{file} was not found: `pip install '{PACKAGES[name]}>={CUDA_MAJOR},<{CUDA_MAJOR + 1}'` "
         f"(or fi-ffi[gemm]), or set CUDA_HOME to a CUDA {CUDA_MAJOR} toolkit ({reason})"
+    )
+
+
+def check_gpu(codes: Sequence[CudaCode]) -> None:
+    """Raise `LoaderError` where a module that calls its GPU as it is loaded could not.
+
+    The process would end.
+    """
+    why = "this process sees none"
+    if machine.device_count():
+        device = machine.current_device()
+        verdict = runs_on(codes, machine.capability(device))
+        if verdict.ok:
+            return
+        why = f"cuda:{device}, which is current, is another: it {verdict.reason}"
+    raise LoaderError(
+        f"the module asks its GPU when it is loaded, and would end the process: {why}. "
+        "`fi-ffi inspect --no-load` reads the file alone"
     )
 
 

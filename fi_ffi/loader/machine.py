@@ -146,6 +146,15 @@ def make_current(device: int) -> int | None:
     return None if current[0] == device else int(current[0])
 
 
+def current_device() -> int:
+    """The device that is this thread's current one."""
+    runtime, current = load_cudart()[0], ffi.new("int *")
+    code = runtime.cudaGetDevice(current)
+    if code:
+        raise cuda_errors.failed(runtime, code, "cudaGetDevice")
+    return int(current[0])
+
+
 def multiprocessors(device: int) -> int:
     """How many streaming multiprocessors a device has."""
     return _attribute(device, _MULTIPROCESSORS)

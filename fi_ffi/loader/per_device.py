@@ -21,9 +21,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fi_ffi.abi import library
-from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Entry
-from fi_ffi.loader import cuda_errors, held, machine
+from fi_ffi.loader import held, machine
 from fi_ffi.loader.elf import FUNCTION_PREFIX, SYMBOL, open_section
 from fi_ffi.loader.kernels import ModuleFile
 
@@ -65,7 +64,7 @@ class Copies:
         calls: dict[int, Call] = {}
 
         def dispatch(handle: Any, args: Any, count: int, result: Any) -> int:
-            device = _current_device()
+            device = machine.current_device()
             call = calls.get(device)
             if call is None:
                 owner = self.handle(device)
@@ -90,14 +89,6 @@ class Copies:
                 copy.write(content)
         # The file itself is loaded: what it leaves undefined was judged then.
         return library.open_module(str(path), f"/proc/self/fd/{fd}", lazily=True)
-
-
-def _current_device() -> int:
-    runtime, current = machine.load_cudart()[0], ffi.new("int *")
-    code = runtime.cudaGetDevice(current)
-    if code:
-        raise cuda_errors.failed(runtime, code, "cudaGetDevice")
-    return int(current[0])
 
 
 def on_each_gpu(file: ModuleFile, handle: Any, symbol: str, call: Call) -> Call:

@@ -113,7 +113,7 @@ def load(module: str, device: int | None = None) -> Loaded:
             source, file, facts = search.find_module(module, device)
             check_needed(file, facts, machine.CUDART)
             machine.load_cudart()
-            libraries.prepare(facts.functions, facts.needed)
+            libraries.prepare(facts.functions, facts.needed, facts.codes)
             modules[key] = Loaded(source, file, facts, *_opened(file, facts))
         return modules[key]
 
@@ -232,7 +232,7 @@ def load_file(path: str | os.PathLike[str]) -> Loaded:
             facts = facts_of(file)
             if any(name.startswith("libcudart.so") for name in facts.needed):
                 machine.load_cudart()
-            libraries.prepare(facts.functions, facts.needed)
+            libraries.prepare(facts.functions, facts.needed, facts.codes)
             _files[key] = Loaded(source, file, facts, *_opened(file, facts))
         return _files[key]
 

@@ -44,7 +44,7 @@ for _family in _FAMILIES:
     MOVES |= getattr(_family, "MOVES", {})
 _lock = threading.Lock()
 library.renew_after_fork(globals(), "_lock", threading.Lock)
-_entries: dict[tuple[str, str, str, Compiled, str], Entry] = {}
+_entries: dict[tuple[str, str, str, Compiled, str, tuple[str, ...]], Entry] = {}
 
 
 def kernels() -> dict[str, list[str]]:
@@ -65,7 +65,7 @@ def entry(
     `compiled` is for the attention families: `attention.reference_kernel`.  Where no kernel
     was written for the entry its formula serves, which takes its arguments by `names`.
     """
-    key = (module, kernel, str(signature), compiled, formula)
+    key = (module, kernel, str(signature), compiled, formula, tuple(names))
     with _lock:
         if key not in _entries:
             function = _function(module, kernel, compiled) or from_formula(formula, names)

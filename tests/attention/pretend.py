@@ -48,6 +48,7 @@ class Runtime:
     def __init__(self) -> None:
         self.log: list[tuple[object, ...]] = []
         self.capturing: set[int] = set()
+        self.non_blocking: set[int] = set()
         self.device, self.devices = 0, 1
         self._handles = itertools.count(0x1000, 16)
 
@@ -101,6 +102,10 @@ class Runtime:
 
     def cudaStreamGetId(self, stream: Any, number: Any) -> int:
         number[0] = int(ffi.cast("uintptr_t", stream))
+        return 0
+
+    def cudaStreamGetFlags(self, stream: Any, flags: Any) -> int:
+        flags[0] = int(int(ffi.cast("uintptr_t", stream)) in self.non_blocking)
         return 0
 
     def cudaStreamIsCapturing(self, stream: Any, status: Any) -> int:

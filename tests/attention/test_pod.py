@@ -9,6 +9,7 @@ import pytest
 
 import fi_ffi
 
+from tests.attention.prepared import on_each
 from tests.helpers.calls import HostArray
 from tests.helpers.pod_calls import Batch, Spec
 
@@ -43,6 +44,38 @@ def test_the_judge_sees_a_wrong_result(batch):
     right = batch.expected()
     batch.spec, batch.expected = replace(batch.spec, causal=True), lambda: right
     assert batch.run(batch.plan(device="cpu"), HostArray, None, 1 << 20) > 1
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    yield from on_each("pretended gpu", monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["capturing", "non_blocking"])
+def test_a_prepared_run_is_refused_where_a_run_is(kind, batch, gpu):
+    """When it is launched: a stream captures now and not then, and a scope's may be any."""
+    arrays = {name: gpu.place(array) for name, array in batch.arrays(1 << 20).items()}
+    given = {name: array.desc() for name, array in arrays.items()}
+    plan = batch.plan(device=gpu.device, stream=gpu.stream)
+    call = fi_ffi.prepare(plan.run, **given, stream=gpu.stream)
+    in_scope = fi_ffi.prepare(plan.run, **given)
+    call()
+    assert not np.isnan(arrays["o_p"].get()).any() and not np.isnan(arrays["o_d"].get()).any()
+    refused = getattr(gpu.runtime, kind)
+    refused.add(gpu.stream)
+    for name in ("o_p", "o_d"):
+        gpu.poison(arrays[name], gpu.stream)
+    with pytest.raises(fi_ffi.ArgumentError, match="PodPlan: argument `stream`"):
+        call()
+    with fi_ffi.stream(gpu.stream):
+        with pytest.raises(fi_ffi.ArgumentError, match="PodPlan: argument `stream`"):
+            in_scope()
+        with pytest.raises(fi_ffi.ArgumentError, match="PodPlan: argument `stream`"):
+            plan.run(**given)
+    assert np.isnan(arrays["o_p"].get()).all() and np.isnan(arrays["o_d"].get()).all()
+    refused.clear()
+    call()
+    assert not np.isnan(arrays["o_p"].get()).any()
 
 
 RUNS = {

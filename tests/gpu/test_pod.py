@@ -67,4 +67,8 @@ def test_streams_that_do_not_wait_are_refused(rng, to_gpu, stream, waiting_strea
     plan = batch.plan(stream=stream)
     with pytest.raises(fi_ffi.ArgumentError, match="cudaStreamNonBlocking"):
         plan.run(**{name: array.desc() for name, array in arrays.items()}, stream=stream)
+    given = {name: array.desc() for name, array in arrays.items()}
+    call = fi_ffi.prepare(plan.run, **given, stream=stream)
+    with pytest.raises(fi_ffi.ArgumentError, match="cudaStreamNonBlocking"):
+        call()
     assert np.isnan(arrays["o_p"].get()).all()

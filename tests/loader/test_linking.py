@@ -162,6 +162,21 @@ def test_the_record_of_symbols_is_libtvm_ffis():
         assert SpecifierSet(versions).contains(installed.version) == (symbol in has), symbol
 
 
+ASKS = """
+#include <stdlib.h>
+__attribute__((constructor)) static void ask(void) { abort(); }
+__attribute__((visibility("default"))) int __tvm_ffi_xqa_wrapper_mla(void) { return -1; }
+"""
+
+
+def test_a_module_that_asks_its_gpu_as_it_is_loaded(child, compiled):
+    """It ends the process, as here, where the GPU is not its own; also of a machine without one."""
+    path = compiled("asks.so", ASKS)
+    told = child(LOAD.replace("PATHS", repr(str(path))))
+    assert told.startswith("the module asks its GPU when it is loaded, and would end the process")
+    assert "sees none" in told or "has no device code" in told
+
+
 # What the dynamic linker refuses.
 
 

@@ -390,6 +390,19 @@ def test_several_logs(mine, tmp_path):
     assert mine.is_done(1.5)
 
 
+def test_a_closed_log_keeps_no_file_open(mine, path):
+    def opened():
+        links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+        return sum(os.path.exists(link) and os.path.samefile(link, path) for link in links)
+
+    for _ in range(3):
+        with fi_ffi.call_log(1, path):
+            mine.op(*mine.descs)
+            assert opened() == 1
+    assert opened() == 0
+    assert len(read(path)) == 3
+
+
 def test_a_watchdog_beside_a_log(mine, path):
     """Each sees all calls, whichever was opened or closed first."""
     inner = []

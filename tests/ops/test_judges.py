@@ -143,6 +143,11 @@ def test_the_judge_sees_what_is_wrong(rng):
     wrong = value.copy()
     wrong[3, 4] += abs(value).max()
     assert judge(wrong.astype(BF16))[1] > 1
+    # One element alone, by more than 14 bits of an accumulator leave out, and by as much.
+    for part, is_wrong in ((2.0**-8, True), (2.0**-11, False)):
+        wrong = value.copy()
+        wrong[3, 4] += part * (abs(a[3]) @ abs(b[:, 4]))
+        assert (judge(wrong.astype(np.float32).astype(BF16))[1] > 1) == is_wrong
 
 
 # Ops whose results are numbers to be told one by one, and what a row of each must not become.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import math
 import os
@@ -178,6 +179,24 @@ def test_a_blocked_call_is_reported_while_the_main_thread_is_stuck(mine):
         "  flag: False",
         "  kv_layout: 'NHD'",
     ]
+
+
+def test_a_reported_call_that_is_over_is_kept_no_longer(mine):
+    """In a server's watchdog, which stays open: neither it nor what it was given."""
+    gate = threading.Event()
+    mine.work = lambda: gate.wait(20)
+
+    def records():
+        gc.collect()
+        return sum(type(each) is call_record.CallRecord for each in gc.get_objects())
+
+    before = records()
+    with fi_ffi.watchdog(LIMIT, on_hang=lambda report: gate.set()) as dog:
+        for _ in range(4):
+            gate.clear()
+            call(mine)
+        assert len(dog.reports) == 4
+        until(lambda: records() <= before + 1)  # the last one, by the thread that reported it
 
 
 def test_stderr_has_the_report_where_nobody_takes_it(mine, capsys):

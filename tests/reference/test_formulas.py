@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import fi_ffi
+from fi_ffi import reference
 from fi_ffi.ops.table import ROWS
 from fi_ffi.reference import MOVES, kernels
 from fi_ffi.reference.formula import as_inputs
@@ -18,6 +20,22 @@ from tests.helpers.inputs import inputs_of
 from tests.helpers.sampled import DEFINITIONS
 
 OF_FORMULAS = {row.formula: row for row in reversed(ROWS)}
+
+
+def test_arguments_of_one_signature_are_known_by_their_names():
+    """Two rows may call the same symbol's arguments otherwise: each has an entry of its own."""
+    row = next(row for row in ROWS if row.name == "silu_and_mul")
+    names = [arg.name for arg in row.args]
+    x = np.random.default_rng().standard_normal((4, 16)).astype(np.float16)
+    expected = x[:, :8] / (1 + np.exp(-x[:, :8].astype(np.float64))) * x[:, 8:]
+    for out_first in (True, False):
+        order = names if out_first else [names[1], names[0], *names[2:]]
+        found = reference.entry(row.module, row.signature, row.reference, (), row.formula, order)
+        out = np.full((4, 8), np.nan, np.float16)
+        given = {names[0]: out, names[1]: x}
+        rest = [False] * (len(names) - 2)
+        found(*(fi_ffi.as_desc(given[name]) for name in order[:2]), *rest)
+        np.testing.assert_allclose(out, expected, rtol=1e-2, atol=1e-3)
 
 
 # Options that are not at their neutral defaults, and sizes at which they matter.

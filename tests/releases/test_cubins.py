@@ -14,10 +14,11 @@ import pytest
 
 import fi_ffi
 from fi_ffi.errors import ArtifactError, KernelError, KernelNotFoundError
+from fi_ffi.loader import cubins, http, search
 
 from tests.helpers import compiler
 from tests.helpers.children import done, start
-from tests.loader.server import File, Server, other_bytes, status
+from tests.loader.server import File, Server, good, other_bytes, reset, status
 from tests.releases.bindings import RELEASES
 
 HEADER = "include/flashinfer/cubin_loader.h"
@@ -199,6 +200,25 @@ def test_what_is_no_file(module, folder):
 def test_servers_that_have_another_file_or_none(module, web, fault, words):
     web.always = fault
     refused(module, KernelNotFoundError, words)
+
+
+def test_a_server_that_is_not_reached_is_not_asked_at_every_call(module, web, monkeypatch):
+    """Not for that file, nor for another; later, and at another address, it is."""
+    monkeypatch.setattr(http.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(cubins, "_unreachable", {})
+    web.always = reset
+    refused(module, KernelNotFoundError, "gave up after")
+    asked = len(web.seen)
+    assert asked
+    refused(module, KernelNotFoundError, "gave up after")
+    refused(module, KernelNotFoundError, "gave up after", "other.cubin")
+    assert len(web.seen) == asked
+    web.always = good
+    monkeypatch.setenv("FLASHINFER_CUBINS_REPOSITORY", web.url("/base"))
+    assert module.get(NAME, SHA256) == CONTENT
+    monkeypatch.setenv("FLASHINFER_CUBINS_REPOSITORY", web.url("/base/"))
+    monkeypatch.setattr(search, "UNREACHABLE", 0.0)
+    assert module.get(NAME, SHA256) == CONTENT
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,9 @@ class BatchPodPlan(PodPlan):
     def facts(self) -> dict[str, Any]:
         return super().facts() | {"window_left_p": self.options.window_left}
 
+    def check_stream(self, stream: object) -> None:
+        pass  # its counters are reset on the stream itself
+
     def launch_frame(self, frame: Frame, stream: object) -> None:
         handle = self.stream(stream) if self.device.is_cuda else None
         event = self.prefill.hold(handle)

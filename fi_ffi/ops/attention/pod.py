@@ -6,12 +6,13 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
+from fi_ffi.abi.function import Frame
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.ops import cuda
 from fi_ffi.ops.attention.arrays import int32_array
 from fi_ffi.ops.attention.backends import NON_CAUSAL, module_name
 from fi_ffi.ops.attention.masks import check_causal, packed_mask
-from fi_ffi.ops.attention.plan import NotOf, Packing
+from fi_ffi.ops.attention.plan import NotOf
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.attention.rows import POD
 from fi_ffi.ops.attention.run import Values
@@ -171,8 +172,6 @@ class PodPlan(BatchPrefillPlan):
             sm_scale_p, sm_scale_d: 1 / sqrt(head_dim) by default.
             stream: one that waits for the legacy default stream.
         """
-        if not isinstance(stream, Packing):
-            self._check_stream(stream)
         for layout, part in ((kv_layout_p, "p"), (kv_layout_d, "d")):
             check_choice(self.op, f"kv_layout_{part}", layout, tuple(KV_LAYOUTS))
         window = check_int(self.op, "window_left_p", window_left_p, -1)
@@ -212,7 +211,12 @@ class PodPlan(BatchPrefillPlan):
             return float(self.options.head_dim_qk**-0.5)
         return check_number(self.op, name, value, 0.0)
 
-    def _check_stream(self, stream: object) -> None:
+    def launch_frame(self, frame: Frame, stream: object) -> None:
+        self.check_stream(stream)
+        super().launch_frame(frame, stream)
+
+    def check_stream(self, stream: object) -> None:
+        """Raise where a launch on this stream would not wait until the counter is reset."""
         if not self.device.is_cuda:
             return
         handle = self.stream(stream)
