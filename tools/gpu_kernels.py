@@ -55,6 +55,7 @@ def _options() -> Iterator[tuple[str, dict[str, object]]]:
         yield "batch_prefill", {"dtype_q": "f16", "head_dim_qk": 128, "backend": "fa3"} | option
     fp8 = {"dtype_q": "e4m3", "dtype_o": "f16", "head_dim_qk": 128, "backend": "fa3"}
     yield "batch_prefill", fp8
+    yield "batch_prefill", fp8 | {"use_sliding_window": True}  # right from 0.6.15 on
     yield "single_prefill", fp8
     for family in ("single_prefill", "batch_prefill"):
         yield family, fp8 | {"head_dim_qk": 64}

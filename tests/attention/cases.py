@@ -81,6 +81,8 @@ class Case:
             module_of = self.backend
         self.module = kernel.module(module_of)
         machine.need(self.module)
+        if "decode" in spec.family:
+            machine.need_group(spec.heads // spec.kv_heads)
         self.tensors = self._inputs()
 
     def _kernel(self) -> tuple[Kernel, str]:

@@ -11,7 +11,13 @@ import pytest
 import fi_ffi
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.loader import search
-from fi_ffi.ops.attention.backends import Kernel, choose_backend
+from fi_ffi.ops.attention.backends import (
+    Kernel,
+    choose_backend,
+    decode_groups,
+    fa3_lacks,
+    release,
+)
 
 from tests.helpers.calls import HostArray
 
@@ -52,6 +58,9 @@ class Cpu:
         """The backend that is served when `asked` is."""
         device = fi_ffi.parse_device(self.device)
         return choose_backend(op, asked, kernel, device, custom_mask, is_paged)[0]
+
+    def need_group(self, group: int) -> None:
+        """Skip the test where the kernels in use are not for so many heads for one of keys."""
 
     def rounds(self, count: int) -> int:
         """How often to do what a GPU test does `count` times."""
@@ -102,6 +111,9 @@ class Gpu(Cpu):
     ) -> str:
         if asked == "fa3" and of_loader.capability(0) != (9, 0):
             pytest.skip("fa3 is for SM90 GPUs")
+        later = fa3_lacks(kernel, custom_mask, is_paged, release())
+        if asked == "fa3" and later and not fa3_lacks(kernel, custom_mask, is_paged):
+            pytest.skip(later)
         return super().backend(op, asked, kernel, custom_mask, is_paged)
 
     def need(self, module: str) -> None:
@@ -109,6 +121,10 @@ class Gpu(Cpu):
         if not any(module in source.modules() for source in sources):
             where = " and ".join(source.location for source in sources)
             pytest.skip(f"no module {module} in {where}")
+
+    def need_group(self, group: int) -> None:
+        if group not in decode_groups(release()):
+            pytest.skip(f"decode of FlashInfer {release()} has no group of {group}")
 
     def rounds(self, count: int) -> int:
         return count

@@ -200,6 +200,7 @@ PREFILL_OPTIONS: Table = {
                          backend="fa3", heads=8, **FP8)),
     **under("fp8, narrow", table(RAGGED_OR_PAGED, CAUSAL, backend="fa3", dim=64, heads=8,
                                  scales="qkv heads", **FP8)),
+    **under("fp8, window", table(WINDOWS, RAGGED_OR_PAGED, CAUSAL, backend="fa3", **FP8)),
     "fp8, auto": Spec(backend="auto", **FP8),
     **under("head sizes apart", table(BOTH, RAGGED, CAUSAL, **WIDE)),
     # fa3 has no paged keys with these: "auto" takes fa2 then.
@@ -236,9 +237,12 @@ NVFP4: Table = {
 
 _DECODE = {"family": "batch_decode"}
 GROUPS = [{"heads": 2 * g, "kv_heads": 2} for g in (1, 2, 3, 4, 8)]
+LATER_GROUPS = [{"heads": 2 * g, "kv_heads": 2} for g in (6, 16)]  # of releases since
 DECODE: Table = {
     **table(KINDS, PAGED, **_DECODE),
-    **under("group", table(GROUPS, each("dim", 64, 128), keys=500, **_DECODE, **PAGES_16)),
+    **under("group", table(GROUPS + LATER_GROUPS, each("dim", 64, 128), keys=500, **_DECODE,
+                           **PAGES_16)),
+    **under("group of 256", table(LATER_GROUPS, dim=256, keys=500, **_DECODE, **PAGES_16)),
     **under("many", table(each("batch", 1, 64, 512), each("page_size", 1, 16), **_DECODE)),
     **under("long", table([{"lengths": ((1, 32768),)}, {"lengths": ((1, 32768), (1, 1), (1, 9999))},
                            {"lengths": ((1, 0), (1, 20000), (1, 0))}],
@@ -256,7 +260,8 @@ DECODE: Table = {
     **under("cap", table(each("cap", 1.0, 30.0), **_DECODE, **PAGES_16)),
     **under("rope", table(ROPES, GROUPS[::2], mode="ROPE_LLAMA", **_DECODE, **PAGES_16)),
     **under("alibi", table(GROUPS[::2], mode="ALIBI", **_DECODE, **PAGES_16)),
-    **under("fp8 keys", table(GROUPS, PAGED[3:5], kv_dtype="float8_e4m3fn", **_DECODE)),
+    **under("fp8 keys", table(GROUPS + LATER_GROUPS, PAGED[3:5], kv_dtype="float8_e4m3fn",
+                              **_DECODE)),
     **under("fp8 outputs", table([{"keys": 60}, {"lengths": ((1, 20000), (1, 1), (1, 0))}],
                                  each("kv_dtype", "", "float8_e4m3fn"), GROUPS[::2],
                                  o_dtype="float8_e4m3fn", **_DECODE, **PAGES_16)),
@@ -339,7 +344,7 @@ _LONE = {"family": "single_decode"}
 _KEYS = [{"lengths": ((1, n),)} for n in (1, 17, 256, 257, 5000, 32768)]
 SINGLE_DECODE: Table = {
     **table(KINDS, _KEYS, RAGGED, **_LONE),
-    **under("group", table(GROUPS, lengths=((1, 700),), **_LONE)),
+    **under("group", table(GROUPS + LATER_GROUPS, lengths=((1, 700),), **_LONE)),
     "without lse": Spec(lengths=((1, 700),), lse=False, **_LONE),
     "scales": Spec(lengths=((1, 70),), scales="qk numbers", **_LONE),
     **under("window", table(WINDOWS, RAGGED, lengths=((1, 700),), **_LONE)),

@@ -10,13 +10,13 @@ from fi_ffi.ops.attention import sizes
 
 LENGTHS = st.one_of(st.just(0), st.just(1), st.integers(0, 40), st.integers(0, 5000))
 GEOMETRIES = st.builds(
-    lambda kv_heads, group, head_dim, page_size, sms, major, disable_split_kv: sizes.Geometry(
-        kv_heads * group, kv_heads, head_dim, page_size, sms, major,
-        disable_split_kv=disable_split_kv,
+    lambda kv_heads, group, head_dim, page_size, sms, major, unsplit, by_query: sizes.Geometry(
+        kv_heads * group, kv_heads, head_dim, page_size, sms, major, disable_split_kv=unsplit,
+        by_query=by_query,
     ),
     st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 3, 8]), st.sampled_from([64, 128, 256]),
     st.sampled_from([1, 16, 64]), st.sampled_from([1, 16, 132]), st.sampled_from([8, 9]),
-    st.booleans(),
+    st.booleans(), st.booleans(),
 )  # fmt: skip
 
 
@@ -45,6 +45,21 @@ _PLANNED = [
     ((4, 4, 256, 16), {"fixed_split_size": 3}, [40, 2], [100, 1], (9210880, 659, True)),
     ((32, 4, 128, 16), {"enable_cuda_graph": True}, [100, 3], [4, 9], (139493376, 1330, True)),
 ]
+
+
+# The same of 0.7.2.post1.
+_BY_QUERY = {"by_query": True}
+_PLANNED += [
+    ((32, 4, 128, 16), _BY_QUERY, [100, 3], [4, 9], (2377728, 576, True)),
+    ((32, 4, 128, 16), _BY_QUERY, [100, 3], [400, 9], (16908288, 1200, True)),
+    ((8, 2, 128, 16), _BY_QUERY, [300, 5], [3000, 700], (16247808, 2728, True)),
+    ((8, 2, 64, 1), _BY_QUERY, [1] * 20, [5000] * 20, (998400, 1620, True)),
+    ((8, 2, 64, 1), _BY_QUERY | {"window_left": 100}, [1] * 20, [5000] * 20, (0, 328, False)),
+    ((4, 4, 256, 16), _BY_QUERY | {"fixed_split_size": 3}, [40, 2], [100, 1],
+     (9210880, 620, True)),
+    ((32, 4, 128, 16), _BY_QUERY | {"enable_cuda_graph": True}, [100, 3], [4, 9],
+     (17436672, 1330, True)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("heads", "options", "queries", "pages", "planned"), _PLANNED)

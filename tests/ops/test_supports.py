@@ -183,8 +183,19 @@ def test_attention_by_its_options():
     assert odd.status == "missing"
     assert "head_dim_qk_96" in odd.build
     assert odd.build.startswith(f"fi-ffi build --release {DEFAULT} --arch 9.0a batch_prefill_with")
-    fp8 = ask(sm=90, release=DEFAULT, q_data_type="float8_e4m3fn", window_left=5)
+    window = {"sm": 90, "q_data_type": "float8_e4m3fn", "window_left": 5}
+    fp8 = ask(release=DEFAULT, **window)
     assert fp8.status == "refused"
+    assert "fa3 has window_left for fp8 queries in FlashInfer >=0.6.15, not in" in fp8.reason
+    assert ask(release="0.6.18", **window).status != "refused"
+    for release, group, status in (
+        ("0.6.13", 6, "refused"), ("0.6.18", 6, "built"), ("0.6.18", 16, "refused"),
+        ("0.7.2.post1", 16, "built"), ("0.7.2.post1", 5, "refused"),
+    ):  # fmt: skip
+        found = fi_ffi.BatchDecodePlan.supports(
+            sm=90, release=release, num_qo_heads=group, num_kv_heads=1
+        )
+        assert found.status == status, found
     with pytest.raises(TypeError, match="unexpected keyword argument 'heads'"):
         ask(sm=90, release=DEFAULT, heads=3)
 

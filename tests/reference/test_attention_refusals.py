@@ -106,7 +106,7 @@ def test_other_lengths_than_planned(which, name, rng):
         (FA2[2], (), {"window_left": 3}, "window_left 3 of a module without sliding windows"),
         (FA2[2], WINDOW, {"window_left": 4}, "window_left is 4; planned for 3"),
         (FA3[2], WINDOW, {"window_left": -1}, "window_left -1 of an fa3 module with sliding"),
-        (FP8[2], WINDOW, {"window_left": 3}, "fa3 has no sliding windows for fp8 queries"),
+        (FP8[2], WINDOW, {"window_left": -1}, "window_left -1 of an fa3 module with sliding"),
         (FA2[2], ALIBI, {}, "compiled for ALiBi needs maybe_alibi_slopes"),
         (FA2[2], (), {"kv_layout": 2}, "layout 2 is neither 0"),
         (

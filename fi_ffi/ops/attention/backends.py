@@ -10,9 +10,10 @@ from typing import Any
 from fi_ffi.abi.tensor import Device, DType, parse_dtype
 from fi_ffi.errors import ArgumentError, printed
 from fi_ffi.loader import machine
-from fi_ffi.ops.attention.rows import F16, FP4, FP8, of_release
+from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP4, FP8, of_release
 from fi_ffi.ops.call.arguments import check_choice, check_number
 from fi_ffi.ops.providers import release_in_use
+from fi_ffi.ops.releases import is_in
 from fi_ffi.ops.row import Row
 
 # flashinfer/utils.py: PosEncodingMode and MaskMode
@@ -145,6 +146,19 @@ def check_soft_cap(op: str, argument: str, value: object) -> float:
     return cap
 
 
+def decode_groups(of: str | None) -> list[int]:
+    """Query heads for each key head that decode kernels of a release are for; of any, for None."""
+    return [
+        group for group, since in DECODE_GROUPS.items() if not (since and of) or is_in(of, since)
+    ]
+
+
+def release_for(device: Device) -> str | None:
+    """The release of the kernels that a device runs; None for the CPU, whose reference has all
+    that any release has."""
+    return release() if device.is_cuda else None
+
+
 def check_encoding(op: str, mode: str, logits_soft_cap: float) -> None:
     """`ArgumentError` for what the kernels get wrong: they scale twice."""
     if mode == "ALIBI" and logits_soft_cap > 0:
@@ -154,9 +168,15 @@ def check_encoding(op: str, mode: str, logits_soft_cap: float) -> None:
         raise ArgumentError(op, "logits_soft_cap", got=logits_soft_cap, expected=expected)
 
 
-def fa3_lacks(kernel: Kernel, use_custom_mask: bool, is_paged: bool = False) -> str:
+# Before, fa3's main loop for fp8 ended at the first tile that a window hides a part of.
+FP8_WINDOWS = ">=0.6.15"
+
+
+def fa3_lacks(
+    kernel: Kernel, use_custom_mask: bool, is_paged: bool = False, of: str | None = None
+) -> str:
     """Why fa3 cannot serve this; "" where it can.  As `is_fa3_backend_supported` has it,
-    and the head sizes that its kernels are written for."""
+    and the head sizes that its kernels are written for.  `of` is a release."""
     fp8 = kernel.q_data_type in FP8
     if use_custom_mask:
         return "fa3 has no custom masks"
@@ -168,9 +188,8 @@ def fa3_lacks(kernel: Kernel, use_custom_mask: bool, is_paged: bool = False) -> 
         return f"fa3 takes {kernel.q_data_type} queries with keys of that dtype only"
     if fp8 and kernel.use_logits_soft_cap:
         return "fa3 has no logits_soft_cap for fp8 queries"
-    if fp8 and kernel.use_sliding_window:
-        # FlashInfer compiles it, and its main loop ends at the first tile that is part hidden.
-        return "fa3 has no window_left for fp8 queries"
+    if fp8 and kernel.use_sliding_window and of is not None and not is_in(of, FP8_WINDOWS):
+        return f"fa3 has window_left for fp8 queries in FlashInfer {FP8_WINDOWS}, not in {of}"
     dims = kernel.head_dim_qk, kernel.head_dim_vo
     known = _FA3_FP8_HEAD_DIMS if fp8 else _FA3_HEAD_DIMS
     if dims not in known and kernel.family != "batch_mla":
@@ -205,7 +224,9 @@ def choose_backend(
 ) -> tuple[str, str]:
     """The backend on a device, and why."""
     capability = machine.capability(device.index) if device.is_cuda else None
-    return backend_for(op, backend, kernel, capability, use_custom_mask, is_paged, str(device))
+    return backend_for(
+        op, backend, kernel, capability, use_custom_mask, is_paged, str(device), release_for(device)
+    )
 
 
 def backend_for(
@@ -216,11 +237,13 @@ def backend_for(
     use_custom_mask: bool = False,
     is_paged: bool = False,
     where: str = "the GPU",
+    of: str | None = None,
 ) -> tuple[str, str]:
-    """The backend on GPUs of a compute capability, and why: as asked, or with "auto" as
-    FlashInfer's `determine_attention_backend` has it.  None is the CPU's reference."""
+    """The backend on GPUs of a compute capability, with kernels of a release, and why: as asked,
+    or with "auto" as FlashInfer's `determine_attention_backend` has it.  Without a capability it
+    is the CPU's reference."""
     asked = check_choice(op, "backend", backend, BACKENDS)
-    lacks = {"fa2": fa2_lacks(kernel), "fa3": fa3_lacks(kernel, use_custom_mask, is_paged)}
+    lacks = {"fa2": fa2_lacks(kernel), "fa3": fa3_lacks(kernel, use_custom_mask, is_paged, of)}
     if capability is not None and capability != (9, 0):
         lacks["fa3"] = "fa3 is for SM90, and {} is SM{}{}".format(where, *capability)
     chosen, why = asked, "it was asked for"

@@ -9,6 +9,7 @@ from fi_ffi.abi.interop import TensorLike
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.ops.attention import sizes
 from fi_ffi.ops.attention.arrays import Batch, read_ints
+from fi_ffi.ops.attention.backends import release_for
 from fi_ffi.ops.attention.options import DecodeKeywords, DecodeOptions
 from fi_ffi.ops.attention.plan import Plan
 from fi_ffi.ops.attention.rows import BATCH_DECODE_PLAN, BATCH_DECODE_RUN
@@ -29,8 +30,9 @@ class BatchDecodePlan(Plan):
     """A batch of requests with one query each, planned once on the host and run for every layer.
 
     The kernels use no tensor cores and read keys and values once: the quickest for few
-    query heads a key head.  For many (or any not among 1, 2, 3, 4 and 8), `BatchPrefillPlan`
-    with `qo_indptr = range(b + 1)` does the same on tensor cores.
+    query heads a key head.  For many (or any not among 1, 2, 3, 4 and 8, from 0.6.18 on 6,
+    from 0.7.1 on 16) `BatchPrefillPlan` with `qo_indptr = range(b + 1)` does the same on tensor
+    cores.
 
     Args:
         indptr: [b+1] int32 on the host: where each request's pages start in `indices`.
@@ -149,6 +151,7 @@ class BatchDecodePlan(Plan):
         values.positions(self.options.pos_encoding_mode, rope_scale, rope_theta, alibi_slopes)
 
     def choose_rows(self) -> Sequence[Row]:
+        self.options.check_group(release_for(self.device))
         return BATCH_DECODE_PLAN, BATCH_DECODE_RUN
 
     def facts(self) -> dict[str, Any]:

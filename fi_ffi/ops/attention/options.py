@@ -23,10 +23,11 @@ from fi_ffi.ops.attention.backends import (
     check_encoding,
     check_soft_cap,
     data_type,
+    decode_groups,
     fa2_lacks,
     output_type,
 )
-from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP4, FP8
+from fi_ffi.ops.attention.rows import F16, FP4, FP8
 from fi_ffi.ops.attention.sizes import Geometry
 from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int
 
@@ -405,9 +406,12 @@ class DecodeOptions(Options, op="BatchDecodePlan", keywords=DecodeKeywords):
         if self.kv_data_type in FP4:
             expected = "float16, bfloat16 or fp8: for keys of 4 bits see BatchPrefillPlan"
             raise self.refuse("kv_data_type", self.kv_data_type, expected)
-        group = self.num_qo_heads // self.num_kv_heads
-        if group not in DECODE_GROUPS:
-            known = ", ".join(map(str, DECODE_GROUPS))
+
+    def check_group(self, of: str | None) -> None:
+        """Refuse as many queries' heads for each of keys as kernels of a release are not for."""
+        group, groups = self.num_qo_heads // self.num_kv_heads, decode_groups(of)
+        if group not in groups:
+            known = ", ".join(map(str, groups))
             expected = (
                 f"{known} for each of num_kv_heads; BatchPrefillPlan, one query each, has any"
             )

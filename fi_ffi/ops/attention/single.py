@@ -12,12 +12,14 @@ from fi_ffi.ops.attention.backends import (
     check_encoding,
     check_soft_cap,
     choose_backend,
+    decode_groups,
     in_use,
     multiprocessors,
     output_type,
+    release_for,
 )
 from fi_ffi.ops.attention.masks import check_causal, packed_mask
-from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP4, FP8, SINGLE_DECODE, SINGLE_PREFILL
+from fi_ffi.ops.attention.rows import F16, FP4, FP8, SINGLE_DECODE, SINGLE_PREFILL
 from fi_ffi.ops.attention.run import (
     Values,
     block_scales,
@@ -151,7 +153,8 @@ def single_decode(
         q: [num_qo_heads, head_dim]; o: the same, written, of q's dtype or fp8; all tensors
             contiguous.
         k, v: [kv_len, num_kv_heads, head_dim], or with "HND" the first axes exchanged.
-            num_qo_heads is 1, 2, 3, 4 or 8 times num_kv_heads.
+            num_qo_heads is 1, 2, 3, 4 or 8 times num_kv_heads, from 0.6.18 on also 6 and from
+            0.7.1 on 16 times.
         tmp: uint8 for partial results: `single_decode_workspace_size` tells how many.
         lse: [num_qo_heads] float32, written: log2 of the sum of exponentials.
         others: as in `BatchDecodePlan` and its `run`.
@@ -163,8 +166,9 @@ def single_decode(
     q, k, v, tmp, out = _describe(op, q=q, k=k, v=v, tmp=tmp, o=o)
     kv_len, kv_heads = _sizes(op, q, k, v, kv_layout, 2)
     group, rest = divmod(q.shape[0], max(kv_heads, 1))
-    if rest or group not in DECODE_GROUPS:
-        known = ", ".join(map(str, DECODE_GROUPS))
+    groups = decode_groups(release_for(q.device))
+    if rest or group not in groups:
+        known = ", ".join(map(str, groups))
         expected = f"{known} heads for each of k's {kv_heads}; single_prefill has any multiple"
         raise ArgumentError(op, "q", got=q.layout, expected=expected)
     kernel = _kernel("single_decode", op, (q, k, out), (q.shape[1],) * 2, pos_encoding_mode,

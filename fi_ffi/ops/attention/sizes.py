@@ -19,6 +19,8 @@ MLA_MAX_WORKS = 16384
 _ATTENTION_WORKS, _ATTENTION_TILES = 65536, (128, 16)
 # Up to so many tiles fa3's planner gives each head its own work items.
 _FA3_FEW_TILES = 4096
+# Releases whose fa2 planner counts partial results by queries.
+BY_QUERY = ">=0.7.1"
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Geometry:
     fixed_split_size: int = -1
     disable_split_kv: bool = False
     num_colocated_ctas: int = 0
+    # Whether fa2's partial results are counted by queries, and not by queries and heads of a group.
+    by_query: bool = False
 
     @property
     def most_split(self) -> int:
@@ -133,8 +137,9 @@ def _fa2_need(
         mask = aligned(int_bytes) - int_bytes + padded if g.enable_cuda_graph else 0
         return Need(0, int_bytes + mask, split)
     int_bytes = aligned(int_bytes) + 4 * (rows + 1)
-    int_bytes = aligned(int_bytes) + padded
-    partial = 4 * g.num_qo_heads * padded * cta_tile_q
+    if g.enable_cuda_graph or not g.by_query:
+        int_bytes = aligned(int_bytes) + padded
+    partial = 4 * g.num_qo_heads * _ceil(padded * cta_tile_q, g.group_size if g.by_query else 1)
     return Need(aligned(partial * g.head_dim_vo) + partial, int_bytes, split)
 
 

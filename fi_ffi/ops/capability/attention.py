@@ -88,8 +88,9 @@ def _prefill(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
     options = PrefillOptions(**_GIVEN[op] | dict(given))
     kernel, is_paged = options.kernel, options.page_size is not None
     backend, _ = backend_for(
-        op, options.backend, kernel, query.capability, options.use_custom_mask, is_paged
-    )
+        op, options.backend, kernel, query.capability, options.use_custom_mask, is_paged,
+        of=query.release,
+    )  # fmt: skip
     rows = BATCH_PREFILL_SINK if options.use_attention_sink else BATCH_PREFILL
     return kernel, backend, rows[kernel.kind(backend)][2 if is_paged else 1]
 
@@ -108,8 +109,9 @@ def _sparse(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
 
 
 def _decode(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
-    del query
-    return DecodeOptions(**_GIVEN[op] | dict(given)).kernel, "", BATCH_DECODE_RUN
+    options = DecodeOptions(**_GIVEN[op] | dict(given))
+    options.check_group(query.release)
+    return options.kernel, "", BATCH_DECODE_RUN
 
 
 def _attention(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
@@ -148,8 +150,9 @@ def _single_prefill(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
     kernel, asked = _single_kernel("single_prefill", op, _SINGLE | _SINGLE_PREFILL, given)
     check_choice(op, "backend", asked["backend"], ("auto", "fa2", "fa3"))
     backend, _ = backend_for(
-        op, asked["backend"], kernel, query.capability, asked["use_custom_mask"]
-    )
+        op, asked["backend"], kernel, query.capability, asked["use_custom_mask"],
+        of=query.release,
+    )  # fmt: skip
     return kernel, backend, SINGLE_PREFILL[kernel.kind(backend)]
 
 

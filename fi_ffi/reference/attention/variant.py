@@ -175,12 +175,12 @@ def fa3_fp8(
 ) -> Variant:  # fmt: skip
     """Prefill with fa3 and fp8 queries, keys and values, single and batch."""
     call.only(masks.NONE, masks.CAUSAL)
-    if _hopper_window(call) >= 0:
-        # Its main loop ends at the first tile that a window hides a part of.
-        raise ValueError("fa3 has no sliding windows for fp8 queries")
     of_q = np.full(call.num_qo_heads, q_scale, np.float32) if q_scales is None else q_scales
     scale = of_q * call.each(k_scales, k_scale) * np.float32(sm_scale)
-    return Variant(Options(scale, call.causal, v_scale=call.each(v_scales, v_scale)))
+    options = Options(
+        scale, call.causal, _hopper_window(call), v_scale=call.each(v_scales, v_scale)
+    )
+    return Variant(options)
 
 
 def sink_fa2(call: Call, sink: Array, sm_scale: float) -> Variant:
