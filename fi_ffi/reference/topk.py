@@ -1,7 +1,8 @@
 """Ops of `fi_ffi.ops.table.topk`, from their definition.
 
 Which of equal values are chosen is open unless a tie break says it, and then the order is that of
-their places (or of values, sorted); so it is of rows that are chosen whole.  Otherwise it is open.
+their places (or of values, sorted), from 0.6.18 on only of calls that are deterministic; so it is
+of rows that are chosen whole.  Otherwise it is open.
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ _SMALL, _LARGE = 1, 2
 class Choice:
     """The k greatest of a row: those that must be chosen, and those that share the last places."""
 
-    def __init__(self, x: Array, k: int, tie_break: int, is_sorted: bool = False) -> None:
+    def __init__(
+        self, x: Array, k: int, tie_break: int, is_sorted: bool = False, is_ordered: bool = True
+    ) -> None:
+        """`is_ordered`: whether a tie break says the order, too."""
         index = np.arange(len(x))
         # The greatest first, of equal ones the first or, where the tie break says so, the last.
         order = np.lexsort((-index if tie_break == _LARGE else index, -x))[:k]
         # Sorted by where they are, and then maybe by what they are, which leaves equal ones so.
-        self.is_in_order = tie_break in (_SMALL, _LARGE) or (k == len(x) and not is_sorted)
+        is_ordered &= tie_break in (_SMALL, _LARGE)
+        self.is_in_order = is_ordered or (k == len(x) and not is_sorted)
         if self.is_in_order:
             order = np.sort(order)
             order = order[np.argsort(-x[order], kind="stable")] if is_sorted else order
@@ -56,10 +61,14 @@ def _every(count: int, is_right: Callable[[int], bool]) -> tuple[float, float]:
     return (0.0, 0.0) if right else (np.inf, np.inf)
 
 
-def radix_topk(a: Inputs) -> Exact:
+def _is_ordered(a: Inputs, with_tie_breaks: bool) -> bool:
+    return with_tie_breaks or bool(a.get("deterministic"))
+
+
+def radix_topk(a: Inputs, with_tie_breaks: bool = True) -> Exact:
     x, k, tie_break = a["input"], a["output_indices"].shape[1], a.get("tie_break", 0)
     names = np.arange(x.shape[1])
-    is_sorted = a.get("sorted_output", False)
+    is_sorted, is_ordered = a.get("sorted_output", False), _is_ordered(a, with_tie_breaks)
 
     def chosen() -> Array:
         orders = [Choice(row, k, tie_break, is_sorted).order for row in x]
@@ -67,7 +76,7 @@ def radix_topk(a: Inputs) -> Exact:
 
     def indices(got: Array) -> tuple[float, float]:
         def is_right(i: int) -> bool:
-            if not Choice(x[i], k, tie_break, is_sorted).allows(got[i], names):
+            if not Choice(x[i], k, tie_break, is_sorted, is_ordered).allows(got[i], names):
                 return False
             values = x[i][got[i].astype(np.int64)]
             return not is_sorted or bool((np.diff(values) <= 0).all())
@@ -91,8 +100,9 @@ def radix_topk(a: Inputs) -> Exact:
 Rows = Iterator[tuple[Array, Array]]
 
 
-def _chosen(a: Inputs, output: str, rows: Callable[[], Rows]) -> OneOfMany:
+def _chosen(a: Inputs, output: str, rows: Callable[[], Rows], with_tie_breaks: bool) -> OneOfMany:
     """Of rows that are windows, with what the elements of a window are called."""
+    is_ordered = _is_ordered(a, with_tie_breaks)
     (count, k), tie_break = a[output].shape, a.get("tie_break", 0)
 
     def padded(names: Array) -> Array:
@@ -112,7 +122,7 @@ def _chosen(a: Inputs, output: str, rows: Callable[[], Rows]) -> OneOfMany:
             window, names = windows[i]
             if len(window) <= k:
                 return np.array_equal(got[i], padded(names))
-            return Choice(window, k, tie_break).allows(got[i], names)
+            return Choice(window, k, tie_break, False, is_ordered).allows(got[i], names)
 
         return _every(count, is_right)
 
@@ -131,7 +141,7 @@ def _windows(a: Inputs) -> Iterator[Array]:
         yield x[start : start + length]
 
 
-def radix_topk_page_table_transform(a: Inputs) -> Exact:
+def radix_topk_page_table_transform(a: Inputs, with_tie_breaks: bool = True) -> Exact:
     of = a.get("maybe_row_to_batch")
     batch = np.arange(len(a["lengths"])) if of is None else of.astype(int)
     starts = _starts(a, "maybe_page_table_row_starts", "maybe_row_starts")
@@ -146,25 +156,34 @@ def radix_topk_page_table_transform(a: Inputs) -> Exact:
     def raw() -> Rows:
         return ((window, np.arange(len(window))) for window in _windows(a))
 
-    made = {"output_page_table": _chosen(a, "output_page_table", rows)}
+    made = {"output_page_table": _chosen(a, "output_page_table", rows, with_tie_breaks)}
     if "maybe_output_raw_indices" in a:
-        made["maybe_output_raw_indices"] = _chosen(a, "maybe_output_raw_indices", raw)
+        made["maybe_output_raw_indices"] = _chosen(
+            a, "maybe_output_raw_indices", raw, with_tie_breaks
+        )
     return made
 
 
-def radix_topk_ragged_transform(a: Inputs) -> Exact:
+def radix_topk_ragged_transform(a: Inputs, with_tie_breaks: bool = True) -> Exact:
     offsets = a["offsets"].astype(np.int64)
 
     def rows() -> Rows:
         for window, offset in zip(_windows(a), offsets, strict=True):
             yield window, offset + np.arange(len(window))
 
-    return {"output_indices": _chosen(a, "output_indices", rows)}
+    return {"output_indices": _chosen(a, "output_indices", rows, with_tie_breaks)}
+
+
+def _later(formula: Callable[[Inputs, bool], Exact]) -> Formula:
+    """The formula of releases in which a tie break says nothing of the order."""
+    return lambda a: formula(a, False)
 
 
 EXACT: dict[str, Formula] = {
     "radix_topk": radix_topk,
+    "radix_topk_in_any_order": _later(radix_topk),
     "radix_topk_page_table_transform": radix_topk_page_table_transform,
-    "radix_topk_page_table_transform_with_page_size": radix_topk_page_table_transform,
+    "radix_topk_page_table_transform_with_page_size": _later(radix_topk_page_table_transform),
     "radix_topk_ragged_transform": radix_topk_ragged_transform,
+    "radix_topk_ragged_transform_in_any_order": _later(radix_topk_ragged_transform),
 }

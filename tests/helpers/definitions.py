@@ -427,7 +427,7 @@ def _greatest(a: dict, x, k: int) -> list[int]:
     return chosen if is_sorted or k < len(x) else sorted(chosen)
 
 
-@defines("radix_topk")
+@defines("radix_topk", "radix_topk_in_any_order")
 def _(a):
     k = a["output_indices"].shape[1]
     chosen = [_greatest(a, x, k) for x in a["input"]]
@@ -470,7 +470,7 @@ def _(a):
     return found
 
 
-@defines("radix_topk_ragged_transform")
+@defines("radix_topk_ragged_transform", "radix_topk_ragged_transform_in_any_order")
 def _(a):
     k = a["output_indices"].shape[1]
     rows = zip(_of_windows(a, k), a["offsets"], strict=True)

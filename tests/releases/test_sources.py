@@ -442,6 +442,16 @@ def test_the_workspace_of_top_p_renorm(release, row, sources):
 
 
 @each_release
+def test_what_a_tie_break_says(release, sources):
+    """Of the order: nothing more, since it does not make a call deterministic."""
+    text = sources(release, "csrc/topk.cu")
+    assert text.count("deterministic = true;") in (0, 3 * ("tie_break" in text))
+    for name in ("radix_topk", "radix_topk_page_table_transform", "radix_topk_ragged_transform"):
+        says_nothing = "tie_break" in text and "deterministic = true;" not in text
+        assert says_nothing == bool(row_of(name, release).variant)
+
+
+@each_release
 def test_rows_that_blocks_share(release, sources):
     """What a group of blocks has of the scratch, and what a block may choose of its own row."""
     text = sources(release, "include/flashinfer/topk.cuh")

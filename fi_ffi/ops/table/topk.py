@@ -134,6 +134,8 @@ _PAGE_SIZE = Scalar(
 )  # fmt: skip
 _RAW = Tensor("maybe_output_raw_indices", "n top_k", doc="gets the indices in the rows",
               writes=True, reads=False, optional=True, since=_PAGED, **_INDEX)  # fmt: skip
+# Since then a tie break alone says nothing of the order (also where there are page tables).
+_IN_ANY_ORDER = {"0.6.18": {"variant": "_in_any_order"}}
 _LONG_TABLES = (
     Rule("src_page_table", "m >= d", "m of at least d", until=_PAGED),
     Rule("src_page_table", "m * page_size >= d", "m * page_size of at least d", since=_PAGED),
@@ -147,6 +149,7 @@ ROWS = (
         _INPUT, _INDICES, _VALUES, _MAYBE_VALUES, _STATES, _TOP_K,
         _SORTED, _DETERMINISTIC, _TIE_BREAK, _GRAPH_SAFE,
         requires=("d >= top_k",),
+        later=_IN_ANY_ORDER,
     ),
     *_forms(
         "radix_topk_page_table_transform",
@@ -172,5 +175,6 @@ ROWS = (
         _INDICES,
         Tensor("offsets", "n", doc="what is added to each row's indices", **_INDEX),
         _LENGTHS, _STATES, _TOP_K, _DETERMINISTIC, _TIE_BREAK, _GRAPH_SAFE, _STARTS,
+        later=_IN_ANY_ORDER,
     ),
 )  # fmt: skip
