@@ -24,9 +24,9 @@ sys.path.insert(0, str(ROOT))
 
 from fi_ffi.loader.building.names import DEFAULT_RELEASE  # noqa: E402
 from fi_ffi.loader.listed import Box  # noqa: E402
+from fi_ffi.loader.sources.modules import Reader, architectures  # noqa: E402
 from fi_ffi.loader.uris import ROWS, Value, uri  # noqa: E402
 from tools import boxes  # noqa: E402
-from tools.bindings.flashinfer import Reader, architectures  # noqa: E402
 from tools.entries import Entry  # noqa: E402
 from tools.generators import described  # noqa: E402
 

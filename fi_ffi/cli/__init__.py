@@ -24,6 +24,7 @@ _COMMANDS = {
     "inspect": "Show a kernel file's functions, architectures and needs.",
     "list": "List kernel modules and what they serve.",
     "lock": "Keep wheels.lock: add files, verify them, pin their RECORDs.",
+    "release": "Compare the sources of FlashInfer releases, and record what they have.",
     "replay": "Make a dumped call again and compare its results.",
 }
 

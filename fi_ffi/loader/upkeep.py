@@ -27,7 +27,7 @@ _PLACES: dict[Kind, tuple[tuple[str, ...], ...]] = {
     "object": ((*_OBJECTS, "[^.].*"),),
     "build": (("build", ".*"),),
     "download": (("downloads", r".*\.part"),),
-    "note": (("facts", ".*", r".*\.json"), ("indexes", r".*\.json")),
+    "note": (("facts", ".*", r".*\.json"), ("indexes", r".*\.json"), ("sources", r".*\.json")),
     "leftover": (("tmp", ".*"), (*_OBJECTS, r"\..*\.stamp")),
 }
 

@@ -10,10 +10,10 @@ import pytest
 from fi_ffi import file_signatures
 from fi_ffi.errors import BuildError
 from fi_ffi.loader.lock import the_lock
-from tools.bindings import Source, abi_type, read
-from tools.bindings.conditions import truth
-from tools.bindings.flashinfer import Reader, architectures, defines
-from tools.bindings.types import PRINTED
+from fi_ffi.loader.sources import Source, abi_type, read
+from fi_ffi.loader.sources.conditions import truth
+from fi_ffi.loader.sources.modules import Reader, architectures, defines
+from fi_ffi.loader.sources.types import PRINTED
 from tools.entries import entries_of
 
 from tests.helpers.compiler import library

@@ -10,7 +10,7 @@ from packaging.version import Version
 
 from fi_ffi.abi.signature import Signature
 from fi_ffi.loader.lock import the_lock
-from tools.bindings import Function, Source, read
+from fi_ffi.loader.sources import Function, Source, read
 
 # Every release the lock pins kernels of, those that changed something since, and the newest one.
 RELEASES = sorted(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fi_ffi.loader.lock import the_lock
-from tools.bindings import Source, read
+from fi_ffi.loader.sources import Source, read
 from tools.entries import entries_of
 
 from tests.helpers.compiler import why_not_build

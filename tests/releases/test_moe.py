@@ -7,6 +7,7 @@ import re
 import pytest
 
 from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.sources import Bindings, Source, read
 from fi_ffi.ops.moe.interface import (
     ACTIVATIONS,
     GATED,
@@ -20,7 +21,6 @@ from fi_ffi.ops.moe.interface import (
     of_release,
 )
 from fi_ffi.ops.moe.modes import BLOCK, INT4_GROUP, MXFP4_GROUP
-from tools.bindings import Bindings, Source, read
 
 from tests.releases.bindings import RELEASES
 

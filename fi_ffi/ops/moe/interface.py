@@ -134,8 +134,9 @@ INTERFACES = (
     _interface(">=0.6.8,<0.6.9", _INIT, _NEITHER, {}),
     _interface(">=0.6.3,<0.6.8", _INIT, f"{_NEITHER} swizzled_input_sf", {}),
     _interface(">=0.6.15,<0.6.16", _FUSED_FINALIZE, _NEITHER, _OCCUPANCY, True),
-    _interface(">=0.6.16,!=0.6.17.*,<0.7", _HUMMING, _SITU, _WORKSPACE, True),
-    _interface("==0.6.17.*", _FUSED_FINALIZE, _SITU, _WORKSPACE, True),
+    _interface(">=0.6.16,<0.6.16.post3", _HUMMING, _SITU, _WORKSPACE, True),
+    _interface(">=0.6.16.post3,<0.6.18", _FUSED_FINALIZE, _SITU, _WORKSPACE, True),
+    _interface(">=0.6.18,<0.7", _HUMMING, _SITU, _WORKSPACE, True),
     _interface(">=0.7,<0.7.2", _HUMMING, "clamped_relu2_limit", _WORKSPACE, True),
     _interface(">=0.7.2", _HUMMING, "", _WORKSPACE, True),
 )

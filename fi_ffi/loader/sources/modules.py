@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tools.bindings.exports import EXPORT, Bindings, Source, read
+from fi_ffi.loader.sources.exports import EXPORT, Bindings, Source, read
 
 # Where a quoted name is looked for after the folder of the file itself, below `data`.
 _FOLDERS = ("csrc", "include", "csrc/nv_internal", "csrc/nv_internal/include")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from tools.bindings.conditions import IsSwitch, truth
+from fi_ffi.loader.sources.conditions import IsSwitch, truth
 
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _STRING = re.compile(r'"(?:\\.|[^"\\\n])*"' + r"|'(?:\\.|[^'\\\n])*'")
@@ -130,8 +130,8 @@ def statements(text: str) -> Iterator[Statement]:
     """What the namespaces of a text declare, whatever namespace it is in."""
     text, doubt = _STRING.sub('""', text), False
     start = position = 0
-    while position < len(text):
-        char = text[position]
+    while match := _ENDING.search(text, position):
+        position, char = match.start(), match[0]
         if char == DOUBT:
             doubt = True
         elif char == SURE:
@@ -141,7 +141,7 @@ def statements(text: str) -> Iterator[Statement]:
             start = position + 1
         elif char == "{":
             head = text[start:position]
-            if re.search(r'\bnamespace\b[\w:\s\x01\x02]*$|\bextern\s*""\s*$', head):
+            if _SCOPE.search(head):
                 start = position + 1
             else:
                 end = closing(text, position)
@@ -155,6 +155,9 @@ def statements(text: str) -> Iterator[Statement]:
         position += 1
 
 
+# Where a declaration may end, and what opens a namespace.
+_ENDING = re.compile("[;{}(\x01\x02]")
+_SCOPE = re.compile(r'\bnamespace\b[\w:\s\x01\x02]*$|\bextern\s*""\s*$')
 # A macro's use needs no semicolon.
 _is_macro_call = re.compile(r"\s*[A-Z][A-Z0-9_]+\s*\(", re.ASCII).match
 
@@ -165,16 +168,20 @@ def _statement(text: str, body: str | None, doubt: bool) -> Statement:
     return Statement(mark + clean, body)
 
 
-_CLOSING = {"(": ")", "{": "}", "[": "]"}
+_BRACKETS = {
+    opening: (re.compile(f"[{re.escape(opening + close)}]"), close)
+    for opening, close in ("()", "{}", "[]")
+}
 
 
 def closing(text: str, start: int) -> int:
     """Where the bracket at `start` is closed; the end where it is not."""
-    opening, close, depth = text[start], _CLOSING[text[start]], 0
-    for position in range(start, len(text)):
-        depth += (text[position] == opening) - (text[position] == close)
+    pattern, close = _BRACKETS[text[start]]
+    depth = 0
+    for match in pattern.finditer(text, start):
+        depth += -1 if match[0] == close else 1
         if not depth:
-            return position
+            return match.start()
     return len(text) - 1
 
 

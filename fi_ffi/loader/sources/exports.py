@@ -9,16 +9,19 @@ from dataclasses import dataclass, field
 
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import BuildError
-from tools.bindings import cpp
-from tools.bindings.conditions import IsSwitch
-from tools.bindings.types import abi_type
+from fi_ffi.loader.sources import cpp
+from fi_ffi.loader.sources.conditions import IsSwitch
+from fi_ffi.loader.sources.types import abi_type
 
 EXPORT = "TVM_FFI_DLL_EXPORT_TYPED_FUNC"
-_EXPORT = re.compile(EXPORT + r"\s*\(\s*(\w+)\s*,\s*&?\s*([\w:]+)\s*\)\s*$")
+_EXPORT = re.compile(EXPORT + r"\s*\(\s*(\w+)\s*,\s*&?\s*([\w:]+)(?:<[^()]*>)?\s*\)\s*$")
 _USING = re.compile(r"using\s+(\w+)\s*=\s*(.+)$")
 _ENUM = re.compile(r"enum\s+(?:class\s+|struct\s+)?(\w+)\b")
 # Words before a function's result that are none of it.
-_SPECIFIERS = r"(?:(?:static|inline|extern|constexpr|virtual|__host__|TVM_FFI_INLINE)\s+|\"\"\s*)*"
+_SPECIFIERS = (
+    r"(?:template\s*<[^<>]*>\s*)?"
+    r"(?:(?:static|inline|extern|constexpr|virtual|__host__|TVM_FFI_INLINE)\s+|\"\"\s*)*"
+)
 _FUNCTION = re.compile(_SPECIFIERS + r"(?P<result>[\w:]+(?:\s*<.*>)?[\s&]+)(?P<name>[\w:]+)\s*\(")
 _CLASS = re.compile(r"(?:class|struct)\s+(\w+)\s*(?:final\s*)?:[^:].*\bModuleObj\b")
 # How this code base names what is a macro inside parameters.
@@ -46,10 +49,14 @@ class Source:
 
 @dataclass
 class Bindings:
-    """What a module's sources export, by name; `objects` has methods by class and name."""
+    """What a module's sources export, by name; `objects` has methods by class and name.
+
+    `unread` has, by the exported name, why its function cannot be told.
+    """
 
     exports: dict[str, Function] = field(default_factory=dict)
     objects: dict[str, dict[str, Function]] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
 
 
 # The text of what a source includes by a name, given (path of the source, name), or None.
@@ -60,18 +67,20 @@ def read(
     sources: Iterable[Source],
     include: Include = lambda path, name: None,
     is_switch: IsSwitch = lambda name: False,
+    is_lenient: bool = False,
 ) -> Bindings:
     """What all sources export together.
 
     `is_switch` says of a macro that it is set on the command line or nowhere.  `BuildError`
     names what cannot be told: an export that nothing declares, a type of no known name, a
-    condition on a macro of which nothing is known.
+    condition on a macro of which nothing is known.  Where `is_lenient`, such an export is in
+    `unread`.
     """
     found = Bindings()
     for source in sources:
         if EXPORT in source.text:
             try:
-                _Reader(source, include, is_switch).add(found)
+                _Reader(source, include, is_switch).add(found, is_lenient)
             except BuildError as error:
                 raise BuildError(f"{source.path}: {error}") from error
     return found
@@ -89,17 +98,22 @@ class _Reader:
         self.known = _aliases(self.scope)
         self.declared = _functions(self.scope)
 
-    def add(self, found: Bindings) -> None:
+    def add(self, found: Bindings, is_lenient: bool) -> None:
         exports = [(match, s) for s in self.scope if (match := _EXPORT.search(s.text))]
         if len(exports) != self.text.count(EXPORT):
             raise BuildError(f"{self.text.count(EXPORT)} exports, of which {len(exports)} are read")
         for match, statement in exports:
             name = match[1]
-            if not statement.is_sure:
-                raise BuildError(f"whether {name} is exported depends on an unknown macro")
-            if name in found.exports:
-                raise BuildError(f"{name} is exported twice")
-            found.exports[name] = self.exported(name, match[2].rpartition("::")[2])
+            try:
+                if not statement.is_sure:
+                    raise BuildError(f"whether {name} is exported depends on an unknown macro")
+                if name in found.exports:
+                    raise BuildError(f"{name} is exported twice")
+                found.exports[name] = self.exported(name, match[2].rpartition("::")[2])
+            except BuildError as error:
+                if not is_lenient:
+                    raise
+                found.unread[name] = str(error)
         for statement in self.scope:
             if match := _CLASS.search(statement.text):
                 found.objects[match[1]] = dict(_methods(self.text, match[1], self.known))

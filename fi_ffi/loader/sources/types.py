@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from fi_ffi.errors import BuildError
-from tools.bindings.cpp import split
+from fi_ffi.loader.sources.cpp import split
 
 # What TVM-FFI's own headers make of them; a test compiles a function of each and asks it.
 PRINTED = {
@@ -15,6 +15,8 @@ PRINTED = {
     "Shape": "ffi.Shape",
     "Module": "ffi.Module",
     "Function": "ffi.Function",
+    "ObjectRef": "ffi.Object",
+    "Any": "Any",
     "double": "float",
     "float": "float",
     "int64_t": "int",

@@ -9,7 +9,7 @@ them (`types.py`); `tests/records/test_bindings.py` holds both against binaries.
 
 from __future__ import annotations
 
-from tools.bindings.exports import Bindings, Function, Source, read
-from tools.bindings.types import abi_type
+from fi_ffi.loader.sources.exports import Bindings, Function, Source, read
+from fi_ffi.loader.sources.types import abi_type
 
 __all__ = ["Bindings", "Function", "Source", "abi_type", "read"]

@@ -1,0 +1,170 @@
+"""What FlashInfer's Python says of modules, read from its text: nothing of it is run.
+
+Generators of attention add parameters to the bindings' own; every generator names its modules.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+MODULES = "jit/attention/modules.py"
+# The generator of each attention family in `MODULES`, by the first of these names that is there.
+_GENERATORS = {
+    "batch_attention": ("_gen_batch_attention_module", "gen_batch_attention_module"),
+    "batch_decode": ("gen_batch_decode_module",),
+    "batch_pod": ("gen_batch_pod_module",),
+    "batch_prefill": ("_gen_batch_prefill_module", "gen_batch_prefill_module"),
+    "batch_prefill_with_attention_sink": ("gen_batch_prefill_attention_sink_module",),
+    "pod": ("gen_pod_module",),
+    "single_decode": ("gen_single_decode_module",),
+    "single_prefill": ("gen_single_prefill_module",),
+}  # fmt: skip
+_DTYPES = {
+    "float": "float32", "uint8_t": "uint8", "int32_t": "int32", "uint16_t": "uint16",
+    "uint32_t": "uint32",
+}  # fmt: skip
+
+
+class Added(NamedTuple):
+    """A parameter that a generator adds: as C++ has it, and the dtype of a tensor's elements."""
+
+    declaration: str
+    name: str
+    dtype: str
+
+
+def added_parameters(modules: str, family: str, backend: str, fp8: bool) -> list[Added]:
+    """What a family's generator puts for ADDITIONAL_FUNC_PARAMS, from the text of `MODULES`.
+
+    Its arguments are lists of names and dtypes: of tensors, then of numbers.  Empty where the
+    family has no such generator.
+    """
+    functions = {f.name: f for f in ast.parse(modules).body if isinstance(f, ast.FunctionDef)}
+    named = [name for name in _GENERATORS.get(family, ()) if name in functions]
+    if not named:
+        return []
+    known: dict[str, Any] = {"backend": backend, "fp8_enabled": fp8}
+    call = _run(functions[named[0]].body, known)
+    assert isinstance(call, ast.Call)
+    values = [_list(argument, known) for argument in call.args]
+    tensors, tensor_types, numbers, number_types = (v for v in values if v is not None)
+    optional = ("ffi::Tensor", "Optional<ffi::Tensor>")
+    parts = [
+        Added(f"{optional[name.startswith('maybe')]} {name}", name, _DTYPES[kind])
+        for name, kind in zip(tensors, tensor_types, strict=True)
+    ]
+    parts += [
+        Added(f"{kind} {name}", name, "") for kind, name in zip(number_types, numbers, strict=True)
+    ]
+    return parts
+
+
+def _run(body: list[ast.stmt], known: dict[str, Any]) -> ast.expr | None:
+    for statement in body:
+        if isinstance(statement, ast.Return):
+            return statement.value
+        if isinstance(statement, ast.If):
+            branch = statement.body if _holds(statement.test, known) else statement.orelse
+            returned = _run(branch, known)
+            if returned is not None:
+                return returned
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value is not None:
+            is_plain = isinstance(statement, ast.Assign)
+            target = statement.targets[0] if is_plain else statement.target  # type: ignore[union-attr]
+            words = _list(statement.value, known)
+            if words is not None and isinstance(target, ast.Name):
+                known[target.id] = words
+    return None
+
+
+def _holds(test: ast.expr, known: Mapping[str, Any]) -> bool:
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return not _holds(test.operand, known)
+    if isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.Eq):
+        return bool(known[ast.unparse(test.left)] == ast.literal_eval(test.comparators[0]))
+    return bool(known[ast.unparse(test)])
+
+
+def _list(value: ast.expr, known: Mapping[str, Any]) -> list[str] | None:
+    """A list of words, written out or by its name."""
+    if isinstance(value, ast.Name):
+        found = known.get(value.id)
+        return found if isinstance(found, list) else None
+    if isinstance(value, ast.List) and all(isinstance(part, ast.Constant) for part in value.elts):
+        return list(ast.literal_eval(value))
+    return None
+
+
+class Generator(NamedTuple):
+    """A function that makes or names modules: its parameters, and the names as it writes them."""
+
+    parameters: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+def generators(path: str, text: str) -> dict[str, Generator]:
+    """The functions `gen_…` and `get_…_uri` of a Python file, by "module:function".
+
+    A name is written as Python has it, with `{…}` for what a parameter gives.
+    """
+    module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    found = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef) and _is_generator(node.name):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            names = tuple(dict.fromkeys(_names(node)))
+            parameters = tuple(argument.arg for argument in arguments)
+            found[f"flashinfer.{module}:{node.name}"] = Generator(parameters, names)
+    return found
+
+
+def _is_generator(name: str) -> bool:
+    plain = name.lstrip("_")
+    return plain.startswith("gen_") or (plain.startswith("get_") and plain.endswith("_uri"))
+
+
+def _names(function: ast.FunctionDef) -> Iterator[str]:
+    """What is given to `gen_jit_spec`, or, of a function that only makes a name, returned."""
+    assigned = {
+        node.targets[0].id: node.value
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    for node in ast.walk(function):
+        value: ast.expr | None = None
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("gen_jit_spec"):
+            named = [word.value for word in node.keywords if word.arg == "name"]
+            value = next(iter([*node.args[:1], *named]), None)
+        elif isinstance(node, ast.Return) and function.name.endswith("_uri"):
+            value = node.value
+        if isinstance(value, ast.Name):
+            value = assigned.get(value.id)
+        if value is not None and (text := _template(value)):
+            yield text
+
+
+def _template(value: ast.expr) -> str:
+    """The text that an expression gives, with `{…}` for what it does not write out."""
+    if isinstance(value, ast.Constant) and isinstance(value.value, str):
+        return value.value
+    if isinstance(value, ast.JoinedStr):
+        return "".join(map(_template, value.values))
+    if isinstance(value, ast.FormattedValue):
+        return "{" + ast.unparse(value.value) + "}"
+    if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add):
+        return _template(value.left) + _template(value.right)
+    if isinstance(value, ast.IfExp):
+        return f"{{{ast.unparse(value)}}}"
+    return ""
+
+
+def templates(text: str) -> dict[str, str]:
+    """The C++ that a Python file keeps in strings, by the strings' names."""
+    return {
+        node.targets[0].id: node.value.value
+        for node in ast.parse(text).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    }  # fmt: skip

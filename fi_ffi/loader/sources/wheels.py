@@ -1,0 +1,182 @@
+"""The wheels of flashinfer-python: found through pip's settings, kept in the cache, and read.
+
+Nothing of a wheel is run or installed.  What its sources declare is worked out once and kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.utils import InvalidWheelFilename, parse_wheel_filename
+
+from fi_ffi.errors import ArgumentError, ArtifactError, BuildError
+from fi_ffi.loader import cache
+from fi_ffi.loader.building.names import parse_release
+from fi_ffi.loader.sources.interface import Interface, interface_of
+from fi_ffi.loader.urls import redact, refuse_offline
+
+PROJECT = "flashinfer-python"
+_FORMAT = 1  # of the kept notes
+_READ = ("flashinfer/data/csrc/", "flashinfer/data/include/")
+_MAX_TEXT = 64 << 20  # bytes of one file
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class SourceWheel:
+    """A wheel of flashinfer-python on this machine.
+
+    Files are named as rows name them: `csrc/norm.cu`, `include/flashinfer/norm.cuh`,
+    `jit/activation.py`.
+    """
+
+    release: str
+    path: Path
+    sha256: str
+
+    @functools.cached_property
+    def _archive(self) -> zipfile.ZipFile:
+        try:
+            return zipfile.ZipFile(self.path)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise ArtifactError(f"{self.path} is not a readable wheel: {error}") from error
+
+    @functools.cached_property
+    def members(self) -> dict[str, str]:
+        """The members that are sources, by the name they have here."""
+        found = {}
+        for member in self._archive.namelist():
+            if member.startswith(_READ):
+                found[member.removeprefix("flashinfer/data/")] = member
+            elif member.startswith("flashinfer/") and "/data/" not in member:
+                found[member.removeprefix("flashinfer/")] = member
+        return found
+
+    def text(self, name: str) -> str:
+        """A file's text; KeyError where the release has none of the name."""
+        info = self._archive.getinfo(self.members[name])
+        if info.file_size > _MAX_TEXT:
+            raise ArtifactError(f"{self.path}: {info.filename} has {info.file_size} bytes")
+        try:
+            return self._archive.read(info).decode(errors="replace")
+        except (OSError, zipfile.BadZipFile) as error:
+            raise ArtifactError(f"{self.path}: {info.filename} cannot be read: {error}") from error
+
+    def interface(self) -> Interface:
+        """All that the sources declare; of a wheel that was read before, as it was kept."""
+        note = cache.cache_root() / "sources" / f"{self.sha256}.json"
+        kept = cache.read_note(note, _FORMAT)
+        if isinstance(kept, dict) and kept.get("reader") == _reader():
+            return Interface.from_json(kept["interface"])
+        found = interface_of(self.release, sorted(self.members), self.text)
+        cache.write_note(note, _FORMAT, {"reader": _reader(), "interface": found.as_json()})
+        return found
+
+
+@functools.cache
+def _reader() -> str:
+    """What is kept was read by this very code."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def open_release(release: str) -> SourceWheel:
+    """The wheel of a release such as "0.6.13", or at a path.
+
+    A release that is not in the cache is fetched with pip, from wherever its settings say.
+    `BuildError` where pip cannot, `ArtifactError` for a damaged file, `ArgumentError` for
+    what is neither a release nor a wheel.
+    """
+    if release.endswith(".whl"):
+        return _local(Path(release))
+    release = parse_release(release)
+    note = cache.cache_root() / "sources" / f"release-{release}.json"
+    known = cache.read_note(note, _FORMAT)
+    if isinstance(known, dict):
+        found = cache.find(known.get("sha256", ""), known.get("file", ""))
+        if found is not None:
+            return SourceWheel(release, found, known["sha256"])
+    wheel = _fetch(release)
+    cache.write_note(note, _FORMAT, {"sha256": wheel.sha256, "file": wheel.path.name})
+    return wheel
+
+
+def _local(path: Path) -> SourceWheel:
+    try:
+        name, version, _, _ = parse_wheel_filename(path.name)
+        if name != PROJECT:
+            raise InvalidWheelFilename(path.name)
+        with path.open("rb") as file:
+            sha256 = cache.hash_of(file)
+    except (InvalidWheelFilename, OSError) as error:
+        expected = f"a release such as 0.6.13, or the path of a wheel of {PROJECT}"
+        raise ArgumentError("release", "RELEASE", got=str(path), expected=expected) from error
+    return SourceWheel(str(version), path, sha256)
+
+
+def published() -> tuple[str, ...]:
+    """The releases of flashinfer-python that pip finds, the oldest first.
+
+    Those that were yanked, and those without a wheel for any machine, are not among them.
+    """
+    output = _pip("listing the releases", "index", "versions", "--only-binary=:all:", PROJECT)
+    line = re.search(r"^Available versions: (.+)$", output, re.MULTILINE)
+    if line is None:
+        raise BuildError(f"pip names no releases of {PROJECT}: {output.strip()[-200:]}")
+    return tuple(reversed(line[1].split(", ")))
+
+
+def _fetch(release: str) -> SourceWheel:
+    what, wanted = f"{PROJECT} {release}", f"{PROJECT}=={release}"
+    refuse_offline(what)
+    report = _pip(
+        f"looking for {what}", "install", "--dry-run", "--ignore-installed", "--no-deps",
+        "--only-binary=:all:", "--quiet", "--report", "-", wanted,
+    )  # fmt: skip
+    (found,) = json.loads(report)["install"]
+    address = found["download_info"]["url"]
+    name = address.rpartition("/")[2]
+    sha256 = found["download_info"]["archive_info"]["hashes"]["sha256"]
+    path = cache.find(sha256, name)
+    if path is None:
+        with tempfile.TemporaryDirectory() as folder:
+            _pip(
+                f"fetching {what}", "download", "--no-deps", "--only-binary=:all:", "--quiet",
+                "--dest", folder, wanted,
+            )  # fmt: skip
+            (file,) = Path(folder).iterdir()
+            with file.open("rb") as content:
+                chunks = iter(lambda: content.read(_CHUNK), b"")
+                path = cache.store(chunks, sha256, file.name, redact(address))
+    return SourceWheel(release, path, sha256)
+
+
+def _pip(what: str, command: str, *arguments: str) -> str:
+    """What pip prints, or, in an environment of uv's that has none, the pip that uv brings."""
+    uv = shutil.which("uv")
+    if importlib.util.find_spec("pip") is not None:
+        python: Sequence[str] = [sys.executable]
+    elif uv is not None:
+        python = [uv, "run", "--quiet", "--no-project", "--with", "pip", "python"]
+    else:
+        raise BuildError(f"{what} failed: this Python has no pip, and there is no uv on PATH")
+    done = subprocess.run(
+        [*python, "-m", "pip", "--disable-pip-version-check", command, *arguments],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        raise BuildError(f"{what} failed:\n" + "\n".join(lines or done.stderr.splitlines()[-3:]))
+    return done.stdout

@@ -1,0 +1,183 @@
+"""Every entry that rows and interfaces declare, held against what a release's sources declare."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from fi_ffi.abi.signature import Signature
+from fi_ffi.loader.sources.exports import Function
+from fi_ffi.loader.sources.interface import VARIANTS, Interface, Key, Variant
+from fi_ffi.ops import mamba
+from fi_ffi.ops.attention.rows import FORMS
+from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.matmul import rows as matmul
+from fi_ffi.ops.moe import interface as moe
+from fi_ffi.ops.moe import lora
+from fi_ffi.ops.releases import is_in
+from fi_ffi.ops.row import Row
+
+_DEEPGEMM = "csrc/fused_moe/cutlass_backend/deepgemm_jit_setup.cu"
+
+FITS, DIFFERS, GONE, UNCOVERED, ABSENT = "fits", "differs", "gone", "uncovered", "absent"
+# What each answer means, for people.
+ANSWERS = {
+    FITS: "a row is of the release, and its binding takes the same",
+    DIFFERS: "a row says that it is of the release, and its binding takes something else",
+    GONE: "a row says that it is of the release, which does not export the entry",
+    UNCOVERED: "the release exports the entry, and no row is of the release",
+    ABSENT: "no row is of the release, and the release has no such entry",
+}
+WRONG = (DIFFERS, GONE)
+# What rows call otherwise than bindings do.
+_ALIASES = {
+    "input": ("self",), "kv_layout": ("kv_layout_code", "layout", "layout_code"),
+    "out": ("output",),
+}  # fmt: skip
+# Why entries that releases export have no row of theirs.
+REFUSED: tuple[tuple[str, str, str], ...] = (
+    ("batch_mla.", ">=0.7", "its planner leaves a copy to the caller, and says so in its result"),
+    ("fused_moe_90.interleave_", ">=0.6.3", "weights are laid out in another way"),
+    ("selective_state_update", "<0.6.7", "its kernels take fewer tokens and dtypes"),
+)
+
+
+def why_refused(name: str, release: str) -> str:
+    """Why an entry has no row of a release; "" where nobody has said it."""
+    found = (why for start, of, why in REFUSED if name.startswith(start) and is_in(release, of))
+    return next(found, "")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an entry takes in some releases (a version specifier); `names` as the row has them."""
+
+    releases: str
+    signature: Signature
+    names: tuple[str, ...]
+
+    def takes(self, function: Function) -> bool:
+        """Whether a function has these parameters, of these types and names, and this result."""
+        return self.signature.same_types(function.signature) and all(
+            theirs in (ours, "", *_ALIASES.get(ours, ()))
+            for ours, theirs in zip(self.names, function.names, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Declared:
+    """An entry with a row or an interface here: where its binding is, and its forms."""
+
+    name: str
+    module: str
+    key: Key
+    forms: tuple[Form, ...]
+
+    def form(self, release: str) -> Form | None:
+        """The form of a release; None where it has none."""
+        return next((form for form in self.forms if is_in(release, form.releases)), None)
+
+    def function(self, interface: Interface) -> Function | None:
+        """What the release's binding declares."""
+        source, variant, name = self.key
+        found = interface.of(source, variant, name)
+        if found is None and "*." in name:  # a method, whatever its class is called
+            methods = {
+                key.name.rpartition(".")[2]: functions[0]
+                for key, functions in interface.exports.items()
+                if (key.source, key.variant) == (source, variant) and "." in key.name
+            }
+            found = methods.get(name.removeprefix("*."))
+        return found
+
+    def answer(self, interface: Interface) -> str:
+        """Whether the entry can be called in a release as it is declared here."""
+        form, function = self.form(interface.release), self.function(interface)
+        if function is None:
+            return ABSENT if form is None else GONE
+        if form is not None:
+            return FITS if form.takes(function) else DIFFERS
+        # Of a binding that is called in several ways, another may be all that the release has.
+        others = (each for each in declared() if each.key == self.key and each is not self)
+        return ABSENT if any(each.form(interface.release) for each in others) else UNCOVERED
+
+
+def _entry(row: Row, variant: str = "", label: str = "") -> tuple[str, str, Key]:
+    name = f"*.{row.symbol}" if row.factory else row.symbol
+    return label or row.name, row.module, Key(row.source, variant, name)
+
+
+def _form(row: Row) -> Form:
+    return Form(row.releases, row.signature, tuple(arg.name for arg in row.args))
+
+
+def _of_rows(rows: Iterable[Row]) -> Iterator[tuple[tuple[str, str, Key], Form]]:
+    for row in rows:
+        yield _entry(row), _form(row)
+
+
+def _of_attention() -> Iterator[tuple[tuple[str, str, Key], Form]]:
+    for first, forms in FORMS.items():
+        words = first.variant.replace("_", " ").strip()
+        backend = "fa3" if "fa3" in first.variant else "fa2"
+        named = Variant(first.module, backend, "fp8" in first.variant).name
+        variant = named if first.source in VARIANTS else ""
+        if first.module.startswith("xqa"):
+            variant = first.module
+        label = f"{first.name} ({words})" if words else first.name
+        for form in forms:
+            yield _entry(form, variant, label), _form(form)
+
+
+def _of_states() -> Iterator[tuple[tuple[str, str, Key], Form]]:
+    for kind in ("one", "steps", "sequences"):
+        row = mamba.row_of(kind, 1, 2)
+        yield _entry(row, label=f"{row.name} ({kind})"), _form(row)
+
+
+def _of_moe() -> Iterator[tuple[tuple[str, str, Key], Form]]:
+    for one in moe.INTERFACES:
+        methods = {f"*.{name}": function for name, function in one.methods.items()}
+        for name, function in {"init": one.init, **methods}.items():
+            label = f"{moe.MODULE}.{name.removeprefix('*.')}"
+            form = Form(one.releases, function.signature, function.names)
+            yield (label, moe.MODULE, Key(moe.SOURCE, "", name)), form
+    for source, function, releases in (
+        (moe.SOURCE, moe.INTERLEAVE, moe.W4_RELEASES),
+        (_DEEPGEMM, moe.SET_INCLUDE_DIRS, ">=0.6.3"),
+    ):
+        name = function.signature.name
+        form = Form(releases, function.signature, function.names)
+        yield (f"{moe.MODULE}.{name}", moe.MODULE, Key(source, "", name)), form
+
+
+@functools.cache
+def declared() -> tuple[Declared, ...]:
+    """All entries, each with its forms in all releases."""
+    found: dict[tuple[str, str, Key], list[Form]] = {}
+    everything = (
+        _of_rows(row for op in OPS.values() for row in op.rows), _of_attention(), _of_states(),
+        _of_rows(matmul.ROWS), _of_rows((*lora.SHRINK, *lora.EXPAND)), _of_moe(),
+    )  # fmt: skip
+    for part in everything:
+        for entry, form in part:
+            found.setdefault(entry, []).append(form)
+    merged: dict[tuple[str, Key], Declared] = {}
+    for (name, module, key), forms in found.items():
+        merged[name, key] = Declared(name, module, key, tuple(forms))
+    return tuple(merged.values())
+
+
+def answers(interface: Interface) -> dict[Declared, str]:
+    """What each entry is in a release."""
+    return {entry: entry.answer(interface) for entry in declared()}
+
+
+def without_row(interface: Interface) -> list[Key]:
+    """The exports of a release that no entry here is of."""
+    named = {(entry.key.source, entry.key.name.rpartition("*.")[2]) for entry in declared()}
+    return [
+        key for key in (*interface.exports, *interface.unread)
+        if (key.source, key.name.rpartition(".")[2]) not in named
+    ]  # fmt: skip

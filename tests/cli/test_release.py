@@ -1,0 +1,310 @@
+"""`fi-ffi release`: two small releases whose difference is known, and two that were published."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+
+import pytest
+from click.testing import CliRunner
+
+from fi_ffi.abi.signature import Signature
+from fi_ffi.cli import main
+from fi_ffi.errors import ArgumentError, ArtifactError
+from fi_ffi.loader import cache
+from fi_ffi.loader.sources import Function
+from fi_ffi.loader.sources.compare import changes
+from fi_ffi.loader.sources.wheels import open_release
+from fi_ffi.ops.declared import GONE, declared
+
+from tests.helpers import sampling
+
+HASHES = "0123456789abcdef0", "123456789abcdef01", "23456789abcdef012"
+PAGE = """
+#include "tvm_ffi_utils.h"
+using tvm::ffi::Tensor;
+void append_paged_mla_kv_cache(TensorView append_ckv, TensorView append_kpe,
+                               TensorView batch_indices, TensorView positions,
+                               TensorView ckv_cache, TensorView kpe_cache, TensorView kv_indices,
+                               TensorView kv_indptr, {more}TensorView kv_last_page_len);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(append_paged_mla_kv_cache, append_paged_mla_kv_cache);
+"""
+# An entry that nobody has a row of, of which everything changes that can.
+PLAIN = """
+// TVM_FFI_DLL_EXPORT_TYPED_FUNC is no export here.
+{result} mix({parameters}) {{ }}
+void kept(TensorView x) {{ }}
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(mix, mix);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(kept, kept);
+"""
+EXPORT = "void {0}(TensorView x) {{ }}\nTVM_FFI_DLL_EXPORT_TYPED_FUNC({0}, {0});\n"
+GENERATED = "void Run(TensorView x{0}) {{ }}\nTVM_FFI_DLL_EXPORT_TYPED_FUNC(run, Run);\n"
+DECODE = """
+void Decode(TensorView q, TensorView k, TensorView v, TensorView tmp, TensorView o,
+            Optional<TensorView> maybe_lse, int64_t layout,
+            int64_t window_left ADDITIONAL_FUNC_PARAMS);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(run, Decode);
+"""
+MODULES = """
+def gen_single_decode_module(dtype_q{parameter}):
+    uri = get_single_decode_uri(dtype_q)
+    tensors = ["maybe_alibi_slopes"]
+    kinds = ["float"]
+    numbers = ["logits_soft_cap", "sm_scale", "rope_rcp_scale", "rope_rcp_theta"{more}]
+    types = ["double", "double", "double", "double"{type}]
+    return gen_customize_single_decode_module(uri, dtype_q, tensors, kinds, numbers, types)
+
+
+def get_single_decode_uri(dtype_q):
+    return f"single_decode_{{dtype_q}}{suffix}"
+"""
+ACTIVATION = '''
+template = r"""
+{{% set func_name = act_func_name ~ '_and_mul' %}}
+void {{{{ func_name }}}}(TensorView out, TensorView input, bool enable_pdl) {{ }}
+TVM_FFI_DLL_EXPORT_TYPED_FUNC({{{{ func_name }}}}, {{{{ func_name }}}});
+"""
+functions = {{
+    "silu": silu_text,{more}
+}}
+'''
+OLD = {
+    "data/csrc/flashinfer_page_binding.cu": PAGE.format(more=""),
+    "data/csrc/plain.cu": PLAIN.format(
+        result="void", parameters="TensorView a, int64_t b, double c, bool d"
+    ),
+    "data/csrc/went.cu": EXPORT.format("went"),
+    "data/csrc/here.cu": EXPORT.format("moves"),
+    f"data/csrc/made/k_{HASHES[0]}.cu": GENERATED.format(""),
+    f"data/csrc/made/k_{HASHES[1]}.cu": GENERATED.format(", int64_t n"),
+    "data/csrc/single_decode_jit_binding.cu": DECODE,
+    "jit/attention/modules.py": MODULES.format(parameter="", more="", type="", suffix=""),
+    "jit/activation.py": ACTIVATION.format(more=""),
+    "jit/old.py": 'def gen_old_module():\n    return gen_jit_spec("old", [])\n',
+}
+NEW = {
+    "data/csrc/flashinfer_page_binding.cu": PAGE.format(more="int64_t page_size, "),
+    "data/csrc/plain.cu": PLAIN.format(
+        result="int64_t", parameters="TensorView alpha, Optional<int64_t> b, bool d, double e"
+    ),
+    "data/csrc/there.cu": EXPORT.format("moves"),
+    "data/csrc/unclear.cu": "TVM_FFI_DLL_EXPORT_TYPED_FUNC(unclear, nowhere);\n",
+    f"data/csrc/made/k_{HASHES[0]}.cu": GENERATED.format(""),
+    f"data/csrc/made/k_{HASHES[2]}.cu": GENERATED.format(", double n"),
+    "data/csrc/single_decode_jit_binding.cu": DECODE,
+    "jit/attention/modules.py": MODULES.format(
+        parameter=", stride", more=', "v_scale"', type=', "double"', suffix="_abi2"
+    ),
+    "jit/activation.py": ACTIVATION.format(more='\n    "gelu": gelu_text,'),
+    "jit/new.py": 'def gen_new_module(arch):\n    return gen_jit_spec(f"new_{arch}", [])\n',
+}
+EXPECTED = """\
+FlashInfer 0.6.13 -> 0.6.13.post1
+
+Signatures that changed (3)
+---------------------------
+append_paged_mla_kv_cache [csrc/flashinfer_page_binding.cu]: 9 -> 10 parameters
+    +8 page_size: int
+mix [csrc/plain.cu]: 4 -> 4 parameters
+    renamed 0 a: DLTensor* => alpha: DLTensor*
+    retyped 1 b: int => b: Optional<int>
+    -2 c: float
+    +3 e: float
+    result -> void => int
+run [csrc/single_decode_jit_binding.cu, single_decode]: 13 -> 14 parameters
+    +13 v_scale: float
+
+Exports that moved (1)
+----------------------
+moves [csrc/here.cu] -> moves [csrc/there.cu]
+
+Exports of generated sources that changed (1)
+---------------------------------------------
+run [csrc/made/k_*.cu]: 2 -> 2 signatures
+
+Exports that went (1)
+---------------------
+csrc/went.cu: went
+
+Exports that came (2)
+---------------------
+csrc/unclear.cu: unclear
+jit/activation.py: gelu_and_mul
+
+Modules (0 families)
+--------------------
+
+Generators
+----------
+went: flashinfer.jit.old:gen_old_module makes old
+came: flashinfer.jit.new:gen_new_module makes new_{arch}
+changed: flashinfer.jit.attention.modules:gen_single_decode_module, of single_decode
+    parameters +stride
+changed: flashinfer.jit.attention.modules:get_single_decode_uri, of single_decode
+    names single_decode_{dtype_q} -> single_decode_{dtype_q}_abi2
+
+Exports whose parameters cannot be told (1)
+-------------------------------------------
+0.6.13.post1: unclear [csrc/unclear.cu]: unclear is exported and not declared
+"""
+ROWS = {
+    "append_paged_mla_kv_cache: fits -> differs": ["+8 page_size: int"],
+    "single_decode.run: fits -> differs": ["+13 v_scale: float"],
+    "gelu_and_mul: gone -> fits": [],
+}
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def wheels(tmp_path, own_cache):
+    """The two releases' wheels."""
+    made = []
+    for release, files in (("0.6.13", OLD), ("0.6.13.post1", NEW)):
+        path = tmp_path / f"flashinfer_python-{release}-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, text in files.items():
+                archive.writestr(f"flashinfer/{name}", text)
+        made.append(str(path))
+    return made
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(main, ["release", *arguments])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_two_releases_of_a_known_difference(wheels):
+    output = run("diff", *wheels, code=1)
+    summary, rows = output.split("\n\n")[1:3]
+    assert output.replace(f"{summary}\n\n{rows}\n\n", "") == EXPECTED
+    old, new, both = summary.splitlines()
+    assert old.startswith("0.6.13: 6 names exported in 7 files of csrc, 8 entries; of ")
+    assert new.startswith("0.6.13.post1: 6 names exported in 7 files of csrc, 8 entries; of ")
+    assert both.startswith(
+        "6 entries in both, 3 of them with other parameters; 2 came, 1 went, 1 moved; "
+    )
+    found: dict[str, list[str]] = {}
+    last = ""
+    for line in rows.splitlines()[2:]:
+        if line.startswith("    "):
+            found[last].append(line.strip())
+        else:
+            last = line.partition("  [")[0]
+            found[last] = []
+    gone = {line for line in found if line.endswith(": gone -> gone")}
+    assert {line: found[line] for line in found if line not in gone} == ROWS
+    # All other entries that a row is of, which neither of the two small releases has.
+    named = {line.partition(": ")[0] for line in found}
+    rest = [entry.name for entry in declared() if entry.form("0.6.13")]
+    assert sorted({*rest} - named) == ["silu_and_mul"]
+    assert len(gone) == len({*rest}) - 4
+
+
+def test_json_has_what_the_text_has(wheels):
+    document = json.loads(run("diff", *wheels, "--json", code=1))
+    (mix,) = (each for each in document["changed"] if each["name"] == "mix")
+    assert mix["old"] == {
+        "params": [["a", "DLTensor*"], ["b", "int"], ["c", "float"], ["d", "bool"]],
+        "result": "void",
+    }
+    assert [(c["kind"], c["old"], c["new"]) for c in mix["changes"]] == [
+        ("renamed", 0, 0), ("retyped", 1, 1), ("removed", 2, None), ("added", None, 3),
+        ("result", None, None),
+    ]  # fmt: skip
+    (row,) = (each for each in document["rows"] if each["name"] == "append_paged_mla_kv_cache")
+    assert (row["before"], row["after"], row["touched"]) == ("fits", "differs", True)
+    assert [m["new"]["source"] for m in document["moved"]] == ["csrc/there.cu"]
+    assert [g["name"] for g in document["gone"]] == ["went"]
+    assert {g["name"] for g in document["came"]} == {"unclear", "gelu_and_mul"}
+    assert document["generators"]["changed"].keys() == {
+        "flashinfer.jit.attention.modules:gen_single_decode_module",
+        "flashinfer.jit.attention.modules:get_single_decode_uri",
+    }
+    without = {(key["source"], key["name"]) for key in document["without_row"]}
+    assert ("csrc/plain.cu", "kept") in without
+    assert not any(source == "jit/activation.py" for source, _ in without)
+
+
+def test_what_was_read_is_kept(wheels):
+    first = open_release(wheels[0])
+    fresh = first.interface()
+    (note,) = (cache.cache_root() / "sources").glob("*.json")
+    text = note.read_text()
+    assert open_release(wheels[0]).interface() == fresh
+    # What another reader kept is read again.
+    note.write_text(text.replace('"reader": "', '"reader": "x').replace("append_ckv", "other"))
+    assert open_release(wheels[0]).interface() == fresh
+    assert note.read_text() == text
+
+
+CHANGES = {
+    "nothing": ("a:int b:float", "a:int b:float", []),
+    "the last": ("a:int", "a:int b:float", ["+1 b: float"]),
+    "the first": ("a:int b:int", "b:int", ["-0 a: int"]),
+    "the type": ("a:int b:int", "a:int b:float", ["retyped 1 b: int => b: float"]),
+    "the type, further back": (
+        "a:int b:int", "n:bool a:int b:float", ["+0 n: bool", "retyped 1>2 b: int => b: float"],
+    ),
+    "the name": ("a:int b:int", "a:int c:int", ["renamed 1 b: int => c: int"]),
+    "name and type": ("a:int b:int", "a:int c:float", ["-1 b: int", "+1 c: float"]),
+    "the order": ("a:int b:float", "b:float a:int", ["+0 b: float", "-1 b: float"]),
+    "more for less": (
+        "a:int x:int z:int", "a:int p:int q:int z:int", ["-1 x: int", "+1 p: int", "+2 q: int"],
+    ),
+}  # fmt: skip
+
+
+def function(text: str) -> Function:
+    pairs = [word.split(":") for word in text.split()]
+    return Function(Signature("f", tuple(t for _, t in pairs)), tuple(n for n, _ in pairs))
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_changes(case):
+    old, new, expected = CHANGES[case]
+    assert [*map(str, changes(function(old), function(new)))] == expected
+
+
+def test_bad_input(tmp_path, own_cache):
+    other = tmp_path / "norm-1.0-py3-none-any.whl"
+    other.touch()
+    absent = tmp_path / "flashinfer_python-0.6.13-py3-none-any.whl"
+    for name in (str(other), str(absent), str(tmp_path / "x.whl")):
+        with pytest.raises(ArgumentError, match="expected a release such as 0.6.13, or the path"):
+            open_release(name)
+    with pytest.raises(ArgumentError, match="expected a version such as"):
+        open_release("latest")
+    absent.write_bytes(b"no zip")
+    with pytest.raises(ArtifactError, match="is not a readable wheel"):
+        open_release(str(absent)).interface()
+
+
+def test_the_real_pair():
+    """FlashInfer 0.6.13 and 0.7.2.post1: counts of what is in the wheels, and of what changed."""
+    sampling.only_in_full("downloads FlashInfer's releases")
+    document = json.loads(run("diff", "0.6.13", "0.7.2.post1", "--json"))
+    assert (document["old"]["names"], document["old"]["files"]) == (186, 78)
+    assert (document["new"]["names"], document["new"]["files"]) == (477, 1078)
+    assert document["common"] == 238 and len(document["changed"]) == 50
+    assert [(g["source"], g["name"]) for g in document["gone"]] == [
+        ("csrc/gdn_prefill_launcher.cu", "gdn_prefill")
+    ]
+    counts = {
+        (each["source"], each["name"]): tuple(len(each[of]["params"]) for of in ("old", "new"))
+        for each in document["changed"]
+    }
+    assert counts["csrc/batch_mla_binding.cu", "run"] == (15, 18)
+    assert counts["csrc/batch_mla_sm90_binding.cu", "run"] == (15, 18)
+    assert counts["csrc/flashinfer_gemm_binding.cu", "bmm_fp8"] == (7, 6)
+    (plan,) = (
+        each for each in document["changed"]
+        if (each["source"], each["name"]) == ("csrc/batch_mla_binding.cu", "plan")
+    )  # fmt: skip
+    assert [c["after"] for c in plan["changes"]] == ["Tuple<Array<int>, int>"]
+    wrong = [row["name"] for row in document["rows"] if GONE in (row["before"], row["after"])]
+    assert not wrong and len(document["rows"]) > 120
