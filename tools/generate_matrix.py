@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,11 +13,17 @@ sys.path.insert(0, str(ROOT))
 
 from generated import write_or_check  # noqa: E402
 
-from fi_ffi.loader.listed import WHEELS, recorded_releases  # noqa: E402
+from fi_ffi.loader.listed import (  # noqa: E402
+    WHEELS,
+    entries_in,
+    known_releases,
+    recorded_releases,
+)
 from fi_ffi.loader.lock import the_lock  # noqa: E402
 from fi_ffi.ops.capability.judgement import Query, Support, gpu_runs  # noqa: E402
 from fi_ffi.ops.capability.known_issues import KNOWN_ISSUES, KnownIssue  # noqa: E402
 from fi_ffi.ops.capability.matrix import SMS, lines  # noqa: E402
+from fi_ffi.ops.declared import declared  # noqa: E402
 
 TARGET = ROOT / "docs" / "matrix.md"
 CUDA, CPU = "cu130", "x86_64"
@@ -72,12 +79,59 @@ def _by_sm(release: str) -> Iterator[str]:
 
 
 def _by_release() -> Iterator[str]:
-    releases = recorded_releases()
+    releases, every = recorded_releases(), known_releases()
     yield f"## By release: SM90, {CUDA}\n"
-    yield f"| op | {' | '.join(releases)} |\n|---|{'---|' * len(releases)}"
+    yield (
+        f"*Releases* are those, of the {len(every)} that the package index has from {every[0]} to "
+        f"{every[-1]}, whose kernels take what is called here, for SM90 or SM100; the others are "
+        "those whose list of modules is recorded.\n"
+    )
+    yield f"| op | releases | {' | '.join(releases)} |\n|---|---|{'---|' * len(releases)}"
     for line in lines():
         cells = [SIGNS[line.ask(_query(90, release)).status] for release in releases]
-        yield f"| {line.name} | {' | '.join(cells)} |"
+        having = [
+            any(line.ask(_query(sm, release)).status != "refused" for sm in (90, 100))
+            for release in every
+        ]
+        span = _span(every, having)
+        yield f"| {line.name} | {span} | {' | '.join(cells)} |"
+    yield ""
+
+
+def _span(every: tuple[str, ...], having: list[bool]) -> str:
+    """The releases that have something, in words."""
+    if all(having) or not any(having):
+        return "all" if all(having) else "none"
+    found, number = [], 0
+    for has, of in itertools.groupby(having):
+        first, number = number, number + len([*of])
+        ends = every[first], every[number - 1]
+        start = f"from {ends[0]} " if first else ""
+        end = f"to {ends[1]}" if number < len(every) else ""
+        found += [ends[0] if ends[0] == ends[1] else f"{start}{end}".strip()] if has else []
+    return ", ".join(found)
+
+
+def _releases() -> Iterator[str]:
+    """Every release: what its sources export, how much of that has a row, and what was run."""
+    yield "## Every release\n"
+    yield (
+        "Entries are what a release's sources export, methods and what generators make of a "
+        "binding included, as `fi-ffi release record` reads them; *rows* are the entries that are "
+        "typed here and fit, of which `tests/releases` compares each with the release's sources. "
+        "No release that the package index publishes is left out.\n"
+    )
+    yield "| release | entries | rows | list of modules | kernels pinned | called on |"
+    yield "|---|---|---|---|---|---|"
+    pinned = {file.release for file in the_lock().kernels}
+    for release in known_releases():
+        fitting = sum(entry.form(release) is not None for entry in declared())
+        devices = sorted({run.device for run in gpu_runs() if run.release == release})
+        yield (
+            f"| {release} | {entries_in(release)} | {fitting} "
+            f"| {'recorded' if release in recorded_releases() else ''} "
+            f"| {'yes' if release in pinned else ''} | {', '.join(devices)} |"
+        )
     yield ""
 
 
@@ -125,7 +179,7 @@ def _cell(answer: Support) -> str:
 def text() -> str:
     devices = ", ".join(sorted({run.device for run in gpu_runs()})) or "none yet"
     found = [HEADER.format(devices=devices), *_by_sm(the_lock().default_release)]
-    found += [*_by_release(), *_by_cuda(), "## What vLLM's users run into\n"]
+    found += [*_by_release(), *_releases(), *_by_cuda(), "## What vLLM's users run into\n"]
     for issue in KNOWN_ISSUES:
         found += _issue(issue)
     return "\n".join(found).rstrip() + "\n"

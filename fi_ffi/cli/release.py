@@ -8,16 +8,20 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
 
 from fi_ffi.cli.output import print_json, printable
+from fi_ffi.loader.lock import the_lock
 from fi_ffi.loader.sources.compare import Change, Difference, changes, compare, family_of
 from fi_ffi.loader.sources.exports import Function
 from fi_ffi.loader.sources.generators import Generator
 from fi_ffi.loader.sources.interface import Interface, Key
-from fi_ffi.loader.sources.wheels import open_release
+from fi_ffi.loader.sources.wheels import open_release, published
+from fi_ffi.loader.uris import version_of
 from fi_ffi.ops.declared import (
     ABSENT,
     FITS,
@@ -28,6 +32,7 @@ from fi_ffi.ops.declared import (
     why_refused,
     without_row,
 )
+from fi_ffi.ops.releases import OLDEST
 
 _WIDTH = 120  # characters of two templates that are shown whole
 
@@ -93,6 +98,53 @@ def diff(old: str, new: str, as_json: bool) -> None:
             click.echo(printable(line))
     if any({each.before, each.after} & {*WRONG} for each in rows):
         sys.exit(1)
+
+
+@release.command()
+@click.argument("releases", nargs=-1, metavar="[RELEASE]...")
+@click.option("--modules", is_flag=True, help="Ask the generators, too: modules and names.")
+@click.option("--check", is_flag=True, help="Write nothing; exit with 1 where a file is stale.")
+@click.option(
+    "--to",
+    "root",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=".",
+    help="The checkout whose records are written; by default this folder.",
+)
+@click.option(
+    "--build-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where the generators write; by default a folder of the cache.",
+)
+def record(
+    releases: tuple[str, ...], modules: bool, check: bool, root: Path, build_dir: Path | None
+) -> None:
+    """Record what releases declare, for the rows, the matrix and the tests of a checkout.
+
+    A RELEASE is read from its wheel; without one, every release that pip finds is, from
+    the oldest that rows are of. With --modules the release's generators are asked as well
+    (an environment as of `fi-ffi build`, some minutes, no GPU): which modules it lists,
+    what they export and what they are called.
+    """
+    from fi_ffi.loader.sources.record import recorded  # builds environments, which diff does not
+
+    oldest = version_of(OLDEST)
+    chosen = releases or [each for each in published() if version_of(each) >= oldest]
+    files = recorded(
+        root, chosen, the_lock().default_release, partial(click.echo, err=True),
+        with_generators=modules, build_dir=build_dir,
+    )  # fmt: skip
+    stale = [path for path, content in files.items() if not _has(path, content)]
+    for path in stale:
+        if not check:
+            path.write_text(files[path])
+        click.echo(f"{path}: {'stale' if check else 'written'}")
+    if check and stale:
+        sys.exit(1)
+
+
+def _has(path: Path, content: str) -> bool:
+    return path.exists() and path.read_text() == content
 
 
 def text(difference: Difference, rows: Sequence[Touched]) -> Iterator[str]:

@@ -98,6 +98,27 @@ def recorded_releases() -> tuple[str, ...]:
 
 
 @functools.cache
+def _releases() -> Any:
+    return json.loads(_DATA.with_name("releases.json").read_text())["releases"]
+
+
+def known_releases() -> tuple[str, ...]:
+    """The releases of flashinfer-python whose sources rows are held against, in their order."""
+    return tuple(_releases())
+
+
+def sha256_of(release: str) -> str | None:
+    """The sha256 of a release's wheel; None of one that is not known."""
+    about = _releases().get(release)
+    return str(about["sha256"]) if about else None
+
+
+def entries_in(release: str) -> int:
+    """How much a known release's sources export."""
+    return int(_releases()[release]["entries"])
+
+
+@functools.cache
 def listed_in(release: str) -> Listed | None:
     """The list of a release; None where it was not recorded."""
     about = _data()["releases"].get(release)

@@ -37,7 +37,6 @@ _ALIASES = {
 }  # fmt: skip
 # Why entries that releases export have no row of theirs.
 REFUSED: tuple[tuple[str, str, str], ...] = (
-    ("batch_mla.", ">=0.7", "its planner leaves a copy to the caller, and says so in its result"),
     ("fused_moe_90.interleave_", ">=0.6.3", "weights are laid out in another way"),
     ("selective_state_update", "<0.6.7", "its kernels take fewer tokens and dtypes"),
 )

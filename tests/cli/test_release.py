@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -12,13 +15,14 @@ from fi_ffi.abi.signature import Signature
 from fi_ffi.cli import main
 from fi_ffi.errors import ArgumentError, ArtifactError
 from fi_ffi.loader import cache
-from fi_ffi.loader.sources import Function
+from fi_ffi.loader.sources import Function, record
 from fi_ffi.loader.sources.compare import changes
 from fi_ffi.loader.sources.wheels import open_release
 from fi_ffi.ops.declared import GONE, declared
 
 from tests.helpers import sampling
 
+ROOT = Path(__file__).parents[2]
 HASHES = "0123456789abcdef0", "123456789abcdef01", "23456789abcdef012"
 PAGE = """
 #include "tvm_ffi_utils.h"
@@ -282,6 +286,54 @@ def test_bad_input(tmp_path, own_cache):
     absent.write_bytes(b"no zip")
     with pytest.raises(ArtifactError, match="is not a readable wheel"):
         open_release(str(absent)).interface()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder with the records of this checkout."""
+    root = tmp_path / "checkout"
+    for name in (record.RELEASES, record.MODULES, record.NAMES):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    return root
+
+
+def test_a_release_is_recorded(wheels, checkout):
+    path = checkout / record.RELEASES
+    before = json.loads(path.read_text())["releases"]
+    asked = ("record", wheels[1], "--to", str(checkout))
+    assert run(*asked, "--check", code=1).endswith(f"{path}: stale\n")
+    assert json.loads(path.read_text())["releases"] == before
+    assert run(*asked).endswith(f"{path}: written\n")
+    after = json.loads(path.read_text())["releases"]
+    sha256 = hashlib.sha256(Path(wheels[1]).read_bytes()).hexdigest()
+    made = {"sha256": sha256, "names": 6, "files": 7, "entries": 8}
+    assert after == before | {"0.6.13.post1": made}
+    assert [*after][17:20] == ["0.6.12", "0.6.13", "0.6.13.post1"]
+    assert "written" not in run(*asked) and "stale" not in run(*asked, "--check")
+    result = CliRunner().invoke(main, ["release", "record", "0.6.13", "--to", str(checkout / "x")])
+    assert result.exit_code == 1 and "expected a checkout of the repository" in result.output
+
+
+def test_what_is_recorded_is_written_alike():
+    """Reading a record and writing it changes nothing; of a release, only its part is replaced."""
+    modules = json.loads((ROOT / record.MODULES).read_text())
+    again = record.with_modules(modules, {})
+    assert record.text_of_groups(again | {"about": modules["about"]}) == (
+        ROOT / record.MODULES
+    ).read_text()  # fmt: skip
+    flags = {"cflags": [], "cuda_cflags": ["-gencode=arch=compute_90a,code=sm_90a"], "sources": []}
+    answer = {"modules": [{"name": "norm", **flags}], "unavailable": {}, "architectures": []}
+    fresh = record.with_modules(modules, {"0.6.12": answer})
+    assert fresh["releases"]["0.6.12"] == {"count": 1, "unknown": []}
+    of_it = [group for group in fresh["groups"] if "0.6.12" in group["releases"]]
+    assert of_it == [{"family": "norm", "compiled_for": "sm90a", "releases": ["0.6.12"]}]
+    rest = [
+        g | {"releases": [r for r in g["releases"] if r != "0.6.12"]} for g in modules["groups"]
+    ]
+    assert [g for g in fresh["groups"] if g not in of_it] == [g for g in rest if g["releases"]]
+    names = json.loads((ROOT / record.NAMES).read_text())
+    assert record.text_of_names(names) == (ROOT / record.NAMES).read_text()
 
 
 def test_the_real_pair():

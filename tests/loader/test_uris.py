@@ -1,7 +1,7 @@
 """Module names: built and read as FlashInfer's own generators do; what a source of them lacks.
 
 `data/uris.json` has what the generators of every supported release answered
-(`tools/record_uris.py` made it); those of the default release are asked again here.
+(`fi-ffi release record` made it); those of the default release are asked again here.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader.building.build import available
+from fi_ffi.loader.building.described import generated_names
 from fi_ffi.loader.building.names import DEFAULT_RELEASE, parse_request
 from fi_ffi.loader.catalogue import build_advice, modules_of, nearest, without
 from fi_ffi.loader.kernels import open_source
 from fi_ffi.loader.uris import DTYPES, KINDS, ROWS, Number, Words, family_row, parse, uri
-from tools.generators import generated_names
 
 from tests.helpers.compiler import why_not_build
 

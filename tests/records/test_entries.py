@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from fi_ffi.loader.fatbin import sass_named
 from fi_ffi.loader.listed import WHEELS, Box, code_named, in_wheel, listed_in, recorded_releases
 from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.sources import boxes
 from fi_ffi.loader.uris import parse, uri
-from tools import boxes
 from tools.entries import entries_of
 
 DEFAULT = the_lock().default_release

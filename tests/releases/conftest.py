@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
+import functools
 
 import pytest
 
+from fi_ffi.loader.sources.interface import Interface
+from fi_ffi.loader.sources.wheels import SourceWheel, open_release
+
 from tests.helpers import sampling
+from tests.releases.bindings import RELEASES, SOME
 
 
 @pytest.fixture(scope="session")
-def release_wheel(tmp_path_factory):
-    """The wheel of a flashinfer-python release, from the package index."""
-    folder = tmp_path_factory.mktemp("flashinfer-python")
+def release_wheel():
+    """The wheel of a flashinfer-python release: out of the cache, or from the package index."""
 
-    def get(release: str) -> Path:
-        wheel = folder / f"flashinfer_python-{release}-py3-none-any.whl"
+    @functools.cache
+    def get(release: str) -> SourceWheel:
         sampling.only_in_full("downloads FlashInfer's releases")
-        if not wheel.exists():
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-            command += ["--only-binary=:all:", "--dest", str(folder)]
-            subprocess.run([*command, f"flashinfer-python=={release}"], check=True, timeout=300)
-        return wheel
+        return open_release(release)
 
     return get
 
@@ -32,10 +28,31 @@ def release_wheel(tmp_path_factory):
 @pytest.fixture(scope="session")
 def sources(release_wheel):
     """The text of a file of a flashinfer-python release."""
+    return lambda release, source: release_wheel(release).text(source)
 
-    def read(release: str, source: str) -> str:
-        name = source if source.endswith(".py") else f"data/{source}"
-        with zipfile.ZipFile(release_wheel(release)) as archive:
-            return archive.read(f"flashinfer/{name}").decode()
 
-    return read
+@pytest.fixture(scope="session")
+def interface(release_wheel):
+    """All that a flashinfer-python release declares."""
+
+    @functools.cache
+    def get(release: str) -> Interface:
+        return release_wheel(release).interface()
+
+    return get
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the releases that only `--all` reads."""
+    if config.option.all:
+        return
+    rest = {*RELEASES} - SOME
+
+    def is_left_out(item: pytest.Item) -> bool:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        return "tests/releases/" in item.path.as_posix() and given.get("release") in rest
+
+    left = [item for item in items if is_left_out(item)]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if not is_left_out(item)]

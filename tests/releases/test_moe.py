@@ -7,14 +7,12 @@ import re
 import pytest
 
 from fi_ffi.loader.lock import the_lock
-from fi_ffi.loader.sources import Bindings, Source, read
 from fi_ffi.ops.moe.interface import (
     ACTIVATIONS,
     GATED,
     INTERFACES,
     INTERLEAVE,
     MODULE,
-    SET_INCLUDE_DIRS,
     W4_RELEASES,
     activation_numbers,
     is_in,
@@ -27,41 +25,21 @@ from tests.releases.bindings import RELEASES
 _BACKEND = "csrc/fused_moe/cutlass_backend/"
 _CUTLASS = "csrc/nv_internal/tensorrt_llm/kernels/cutlass_kernels/"
 BINDING = f"{_BACKEND}flashinfer_cutlass_fused_moe_binding.cu"
-# Beside those of the lock: the others whose interface is another than their neighbours'.
-ALL = sorted({*RELEASES, "0.6.8", "0.6.9", "0.6.10", "0.6.14", "0.6.15", "0.6.16", "0.6.17"})
-each_release = pytest.mark.parametrize("release", ALL)
-
-
-def exported(release: str, sources) -> Bindings:
-    found = Bindings()
-    for name in (BINDING, f"{_BACKEND}deepgemm_jit_setup.cu"):
-        more = read([Source(name, sources(release, name))], is_switch=lambda macro: True)
-        found.exports |= more.exports
-        found.objects |= more.objects
-    return found
+each_release = pytest.mark.parametrize("release", RELEASES)
 
 
 @each_release
-def test_interfaces(release, sources):
-    found = exported(release, sources)
-    interface = of_release(release)
-    functions = found.exports["init"], *found.objects["FusedMoeRunner"].values()
-    named = {function.signature.name: function for function in functions}
-    for function in (interface.init, *interface.methods.values()):
-        theirs = named[function.signature.name]
-        assert function.signature.same_types(theirs.signature), function.signature.name
-        assert function.names == theirs.names
-    # What is there and not declared, nobody here calls.
-    rest = {*found.objects["FusedMoeRunner"]} - {*interface.methods}
+def test_methods_without_an_interface(release, interface):
+    """What is there and not declared, nobody here calls."""
+    names = interface(release).of_source(BINDING)
+    methods = {name.rpartition(".")[2] for name in names if name.startswith("FusedMoeRunner.")}
     known = {"get_tactic_num", "run_moe_min_latency", "get_valid_tactics_for_shape",
              "get_tactic_supports_activation_fusion"}  # fmt: skip
-    assert rest <= known
-    dirs = found.exports["set_deepgemm_jit_include_dirs"]
-    assert dirs.signature.same_types(SET_INCLUDE_DIRS.signature)
+    assert methods - {*of_release(release).methods} <= known
 
 
 @each_release
-def test_4_bit_weights(release, sources):
+def test_4_bit_weights(release, sources, interface):
     """The order of weights is that of the default release where it is said to be."""
     default = the_lock().default_release
     names = [f"{_CUTLASS}moe_gemm/moe_gemm_mixed_utils.cu",
@@ -72,7 +50,7 @@ def test_4_bit_weights(release, sources):
         same = False
     assert same == is_in(release, W4_RELEASES)
     if same:
-        interleave = exported(release, sources).exports[INTERLEAVE.signature.name]
+        interleave = interface(release).of(BINDING, "", INTERLEAVE.signature.name)
         assert interleave.signature.same_types(INTERLEAVE.signature)
         assert interleave.names == INTERLEAVE.names
 
@@ -129,5 +107,5 @@ def test_what_decides_of_fp8_and_fp4(release, sources):
 
 def test_the_default_releases_is_first():
     assert is_in(the_lock().default_release, INTERFACES[0].releases)
-    for release in (*ALL, "0.6.7", "0.6.18.post1", "0.6.19"):
+    for release in (*RELEASES, "0.6.19"):
         assert sum(is_in(release, one.releases) for one in INTERFACES) == 1, release

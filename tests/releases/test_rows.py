@@ -1,96 +1,79 @@
-"""The declared rows against the binding sources of each supported FlashInfer release."""
+"""The declared rows and interfaces against the sources of every release of FlashInfer."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from fi_ffi.abi.signature import Signature
+from fi_ffi.loader.listed import known_releases, recorded_releases, sha256_of
 from fi_ffi.loader.lock import the_lock
-from fi_ffi.ops import mamba
+from fi_ffi.loader.sources.wheels import published
+from fi_ffi.ops.declared import ABSENT, FITS, UNCOVERED, answers, declared, why_refused
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows as matmul
-from fi_ffi.ops.moe import lora
-from fi_ffi.ops.releases import fits
-from fi_ffi.ops.table import ROWS, gemm_sm100, rope
+from fi_ffi.ops.releases import OLDEST, fits, is_in
+from fi_ffi.ops.table import ROWS, gemm_sm100
 
-from tests.helpers.rope_calls import APPLY, QUANTISE
-from tests.releases.bindings import RELEASES, exported, methods, parameters
+from tests.helpers import sampling
+from tests.releases.bindings import RELEASES
 
-
-def declared_by(release, row, sources) -> dict[str, Signature]:
-    """What the row's source exports in a release, if that has it."""
-    try:
-        text = sources(release, row.source)
-    except KeyError:
-        return {}
-    if row.factory:
-        found = methods(text) if row.factory in exported(text) else {}
-        return {name: method.signature for name, method in found.items()}
-    # A template's entry has the name that it is filled in with.
-    return exported(text.replace("{{ func_name }}", row.symbol))
+each_release = pytest.mark.parametrize("release", RELEASES)
 
 
-@pytest.mark.parametrize("release", RELEASES)
-def test_rows_are_what_the_release_declares(release, sources):
-    for op in OPS.values():
-        rows = [row for row in op.rows if fits(row, release)]
-        if not rows:
-            assert op.row.symbol not in declared_by(release, op.row, sources)
-            continue
-        assert len(rows) == 1, f"{op.__name__}: {len(rows)} rows for {release}"
-        declared = declared_by(release, rows[0], sources)
-        assert rows[0].signature.same_types(declared[rows[0].symbol]), release
-        names = [arg.name for arg in rows[0].args]
-        assert len(names) == len(set(names))
+def test_every_release_is_known():
+    """What pip finds now, from the oldest on, is recorded, and nothing else is."""
+    sampling.only_in_full("asks the package index")
+    found = published()
+    newest = found.index(RELEASES[-1])
+    assert found[found.index(OLDEST) : newest + 1] == RELEASES == known_releases()
+    assert {*recorded_releases()} < {*RELEASES}
 
 
-@pytest.mark.parametrize("release", RELEASES)
-def test_modules_of_other_gpus_declare_the_same(release, sources):
+@each_release
+def test_rows_are_what_the_release_declares(release, interface):
+    """Types, names and results of every entry that a row or an interface is of."""
+    found = answers(interface(release))
+    for entry, answer in found.items():
+        if answer == UNCOVERED:
+            assert why_refused(entry.name, release), f"{entry.name}: no row is of {release}"
+        else:
+            what = f"{entry.name}: {answer}\nours {entry.form(release)}\ntheirs {entry.key}"
+            assert answer in (FITS, ABSENT), what
+    assert sum(answer == FITS for answer in found.values()) >= 100
+
+
+@each_release
+def test_the_sources_are_what_is_recorded(release, release_wheel, interface):
+    """The wheel is the one that was read, and all of it was."""
+    found = interface(release)
+    assert release_wheel(release).sha256 == sha256_of(release)
+    unread = {key.source.partition("/")[2].partition("/")[0] for key in found.unread}
+    assert len(found.unread) <= 8 and not unread & {
+        entry.key.source.partition("/")[2].partition("/")[0] for entry in declared()
+    }
+
+
+@each_release
+def test_modules_of_other_gpus_declare_the_same(release, interface):
     """Of products: a module of its own, of a source of its name."""
     for row in gemm_sm100.ROWS:
         for module in {*row.modules.values()} if fits(row, release) else ():
-            declared = declared_by(release, replace(row, source=f"csrc/{module}.cu"), sources)
-            if declared or release == the_lock().default_release:
-                assert row.signature.same_types(declared[row.symbol]), module
+            theirs = interface(release).of(f"csrc/{module}.cu", "", row.symbol)
+            if theirs or release == the_lock().default_release:
+                assert row.signature.same_types(theirs.signature), module
 
 
-@pytest.mark.parametrize("release", RELEASES)
-def test_names_are_the_bindings(release, sources):
-    """Of RoPE, but for the codes of words and layouts."""
-    declared = parameters(sources(release, rope.SOURCE))
-    rows = [OPS[name].row for name in (*APPLY, *QUANTISE)]
-    for row in rows:
-        wanted = [name.removesuffix("_code") for name in declared[row.symbol]]
-        assert [arg.name for arg in row.args] == wanted
-    assert {row.symbol for row in rows} == declared.keys()
-
-
-@pytest.mark.parametrize("release", RELEASES)
-def test_products_are_what_the_release_declares(release, sources):
-    """The entries behind `fi_ffi.ops.matmul`, exported or methods of an object."""
-    for symbol, source in {(row.symbol, row.source) for row in matmul.ROWS}:
-        known = [row for row in matmul.ROWS if (row.symbol, row.source) == (symbol, source)]
-        text = sources(release, source)
-        if known[0].factory:
-            found = {name: (made.signature, [*made.names]) for name, made in methods(text).items()}
-        else:
-            names = parameters(text)
-            found = {name: (made, names[name]) for name, made in exported(text).items()}
-        fitting = [row for row in known if fits(row, release)]
-        if not fitting:
-            assert symbol not in found
-            continue
-        (row,) = fitting
-        assert row.signature.same_types(found[symbol][0])
-        assert [arg.name for arg in row.args] == found[symbol][1]
-    of_object = methods(sources(release, matmul.RUN_GEMM.source))
-    size = of_object["get_workspace_size"].signature
+@each_release
+def test_workspaces_of_products_are_what_the_release_declares(release, interface):
+    """Methods that no row is of, and that `fi_ffi.ops.matmul` calls."""
+    methods = {
+        name.rpartition(".")[2]: function.signature
+        for name, function in interface(release).of_source(matmul.RUN_GEMM.source).items()
+    }
+    size = methods["get_workspace_size"]
     assert (size.params, size.result) == (("int",) * 3, "int")
-    assert of_object["configure_workspace"].signature.params == ("DLTensor*",)
+    assert methods["configure_workspace"].params == ("DLTensor*",)
 
 
 def test_first_rows_are_of_the_default_release():
@@ -98,11 +81,11 @@ def test_first_rows_are_of_the_default_release():
         assert fits(op.rows[0], the_lock().default_release)
 
 
-def test_no_release_fits_two_rows_of_an_op():
-    releases = [*RELEASES, "0.6.6", "0.6.7", "0.6.15", "0.6.15.post1", "0.6.16", "0.6.18.post1"]
-    for op in OPS.values():
-        for release in releases:
-            assert sum(fits(row, release) for row in op.rows) <= 1, (op, release)
+def test_no_release_fits_two_forms_of_an_entry():
+    for entry in declared():
+        for release in (*RELEASES, "0.6.19", "0.8.0"):
+            fitting = [form for form in entry.forms if is_in(release, form.releases)]
+            assert len(fitting) <= 1, (entry.name, release)
     assert len(ROWS) == sum(len(op.rows) for op in OPS.values())
 
 
@@ -123,27 +106,3 @@ def test_settling_on_a_release_changes_what_the_op_takes():
     finally:
         op.select_release(None)
     assert fits(op.row, the_lock().default_release)
-
-
-@pytest.mark.parametrize("release", RELEASES)
-def test_states_are_what_the_release_declares(release, sources):
-    """Of every kind of call: the entry of Mamba's modules, compiled for each."""
-    for kind in ("one", "steps", "sequences"):
-        row = mamba.row_of(kind, 1, 2)
-        declared = exported(sources(release, row.source))[row.symbol]
-        assert row.signature.same_types(declared) is fits(row, release)
-        if fits(row, release):
-            wanted = parameters(sources(release, row.source))[row.symbol]
-            assert [arg.name for arg in row.args] == ["out" if n == "output" else n for n in wanted]
-
-
-@pytest.mark.parametrize("release", RELEASES)
-def test_adapters_are_what_the_release_declares(release, sources):
-    for forms in (lora.SHRINK, lora.EXPAND):
-        fitting = [row for row in forms if fits(row, release)]
-        declared = declared_by(release, forms[0], sources)
-        assert len(fitting) == (forms[0].symbol in declared)
-        for row in fitting:
-            assert row.signature.same_types(declared[row.symbol])
-            names = parameters(sources(release, row.source))[row.symbol]
-            assert [arg.name for arg in row.args] == names

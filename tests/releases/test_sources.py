@@ -12,15 +12,13 @@ from typing import Any
 
 import pytest
 
-from fi_ffi.ops.attention.backends import FP8_WINDOWS, decode_groups
-from fi_ffi.ops.attention.sizes import BY_QUERY
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul.rows import RUN_GEMM
-from fi_ffi.ops.releases import fits, is_in
+from fi_ffi.ops.releases import fits
 from fi_ffi.ops.row import KV_LAYOUTS, Row
 from fi_ffi.ops.table import renorm, rope, sampling, topk
 
-from tests.releases.bindings import RELEASES, exported, parameters
+from tests.releases.bindings import RELEASES
 
 each_release = pytest.mark.parametrize("release", RELEASES)
 _TENSORRT = "csrc/nv_internal/tensorrt_llm/kernels"
@@ -262,10 +260,8 @@ def test_rope(release, sources, flat):
 
 
 @pytest.mark.parametrize(("release", "row"), rows_with("gdn_prefill", "0.6.7", "0.6.8"))
-def test_the_gated_delta_rule(release, row, flat, sources):
+def test_the_gated_delta_rule(release, row, flat):
     """Sizes and limits; checkpoints are kept as the helper counts them."""
-    names = parameters(sources(release, row.source))[row.symbol]
-    assert [arg.name for arg in row.args] == names
     delta = flat(release, DELTA)
     assert row.limits("in") == {"head_size": (128,)} and "total_seq_len >= num_seqs" in row.requires
     states = [arg for arg in row.tensors if arg.name in ("input_state", "output_state")]
@@ -280,11 +276,11 @@ def test_the_gated_delta_rule(release, row, flat, sources):
 
 
 @each_release
-def test_block_scaled_products(release, flat, sources):
+def test_block_scaled_products(release, flat, interface):
     assert RUN_GEMM.limits("<=")["k128"] == (20480 // 128,)
     text = flat(release, f"{_BLOCKSCALE}.cu")
     assert text.count("max_shape_m_4_align_ * shape_k * sizeof(__nv_fp8_e4m3)") >= 2
-    init = exported(sources(release, RUN_GEMM.source))["init"]
+    init = interface(release).of(RUN_GEMM.source, "", "init").signature
     assert init.result == "ffi.Module" and not init.params
     # A handle of either library will do: it is used as cuBLASLt's, which has no stream.
     if fits(OPS["bmm_fp8"].rows[0], release):
@@ -323,8 +319,8 @@ def test_routers_and_small_products(release, flat):
 def test_activations(release, flat):
     """Whole vectors of 16 bytes, or the widest that a half is a multiple of."""
     launcher, row = flat(release, "jit/activation.py"), row_of("silu_and_mul", release)
-    assert "config.blockDim = std::min(d / vec_size, " in launcher
-    needs_vectors = "if (d % max_vec_size == 0)" not in launcher
+    needs_vectors = "uint32_t vec_size = 16 / sizeof(c_type);" in launcher
+    assert needs_vectors != ("if (d % max_vec_size == 0)" in launcher)
     assert row.limits("%") == ({"d": (16 // 2,)} if needs_vectors else {})
     assert row.vector.bytes == 16
 
@@ -341,19 +337,6 @@ def test_states(release, flat, sources):
     assert large.index("dim3 nblks(seq_len, num_heads);") < large.index("uint32_t bdy = num_heads;")
     has_5e4 = "constexpr float inf = 5e4;" in sources(release, "include/flashinfer/math.cuh")
     assert has_5e4 == (row_of("merge_states", release).variant == "")
-
-
-@each_release
-def test_attention_that_later_releases_have(release, sources):
-    """Groups of heads that decode is for, fa3's windows with fp8, and how partial results count."""
-    text = sources(release, "include/flashinfer/utils.cuh")
-    groups = re.findall(r"constexpr size_t GROUP_SIZE = (\d+);", text)
-    assert decode_groups(release) == [*map(int, groups)]
-    loop = sources(release, "include/flashinfer/attention/hopper/quantization/mainloop_mma.cuh")
-    has_windows = "for (; kv_tile_idx > swa_begin_kv_tile_idx; --kv_tile_idx) {" in loop
-    assert is_in(release, FP8_WINDOWS) == has_windows
-    planner = sources(release, "include/flashinfer/attention/scheduler.cuh")
-    assert is_in(release, BY_QUERY) == ("num_qo_heads * max_partial_rows * head_dim_vo" in planner)
 
 
 @each_release
@@ -439,16 +422,6 @@ def test_the_workspace_of_top_p_renorm(release, row, sources):
         known = {"batch_size": n, "vocab_size": h, "is_deterministic": of}
         exec(re.sub(r"^    ", "", body[0], flags=re.MULTILINE), known)
         assert renorm.top_p_renorm_workspace_size(n, h, of) == known["ws_size"]
-
-
-@each_release
-def test_what_a_tie_break_says(release, sources):
-    """Of the order: nothing more, since it does not make a call deterministic."""
-    text = sources(release, "csrc/topk.cu")
-    assert text.count("deterministic = true;") in (0, 3 * ("tie_break" in text))
-    for name in ("radix_topk", "radix_topk_page_table_transform", "radix_topk_ragged_transform"):
-        says_nothing = "tie_break" in text and "deterministic = true;" not in text
-        assert says_nothing == bool(row_of(name, release).variant)
 
 
 @each_release

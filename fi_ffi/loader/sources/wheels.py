@@ -24,11 +24,14 @@ from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 from fi_ffi.errors import ArgumentError, ArtifactError, BuildError
 from fi_ffi.loader import cache
 from fi_ffi.loader.building.names import parse_release
+from fi_ffi.loader.listed import sha256_of
 from fi_ffi.loader.sources.interface import Interface, interface_of
 from fi_ffi.loader.urls import redact, refuse_offline
 
 PROJECT = "flashinfer-python"
+_FILE = "flashinfer_python-{}-py3-none-any.whl"
 _FORMAT = 1  # of the kept notes
+_READERS = ("conditions", "cpp", "exports", "generators", "interface", "types")
 _READ = ("flashinfer/data/csrc/", "flashinfer/data/include/")
 _MAX_TEXT = 64 << 20  # bytes of one file
 _CHUNK = 1 << 20
@@ -88,7 +91,7 @@ class SourceWheel:
 @functools.cache
 def _reader() -> str:
     """What is kept was read by this very code."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    files = [Path(__file__).with_name(f"{name}.py") for name in _READERS]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -96,20 +99,20 @@ def open_release(release: str) -> SourceWheel:
     """The wheel of a release such as "0.6.13", or at a path.
 
     A release that is not in the cache is fetched with pip, from wherever its settings say.
-    `BuildError` where pip cannot, `ArtifactError` for a damaged file, `ArgumentError` for
-    what is neither a release nor a wheel.
+    `BuildError` where pip cannot, `ArtifactError` for a damaged file, or another than the one
+    that was recorded, `ArgumentError` for what is neither a release nor a wheel.
     """
     if release.endswith(".whl"):
         return _local(Path(release))
     release = parse_release(release)
     note = cache.cache_root() / "sources" / f"release-{release}.json"
-    known = cache.read_note(note, _FORMAT)
-    if isinstance(known, dict):
-        found = cache.find(known.get("sha256", ""), known.get("file", ""))
-        if found is not None:
-            return SourceWheel(release, found, known["sha256"])
+    kept = cache.read_note(note, _FORMAT)
+    sha256 = sha256_of(release) or (kept["sha256"] if isinstance(kept, dict) else None)
+    found = cache.find(sha256, _FILE.format(release)) if sha256 else None
+    if sha256 and found is not None:
+        return SourceWheel(release, found, sha256)
     wheel = _fetch(release)
-    cache.write_note(note, _FORMAT, {"sha256": wheel.sha256, "file": wheel.path.name})
+    cache.write_note(note, _FORMAT, {"sha256": wheel.sha256})
     return wheel
 
 
@@ -146,9 +149,11 @@ def _fetch(release: str) -> SourceWheel:
         "--only-binary=:all:", "--quiet", "--report", "-", wanted,
     )  # fmt: skip
     (found,) = json.loads(report)["install"]
-    address = found["download_info"]["url"]
-    name = address.rpartition("/")[2]
+    address, name = found["download_info"]["url"], _FILE.format(release)
     sha256 = found["download_info"]["archive_info"]["hashes"]["sha256"]
+    recorded = sha256_of(release)
+    if recorded not in (None, sha256):
+        raise ArtifactError(f"{redact(address)}: sha256 is {sha256}, recorded is {recorded}")
     path = cache.find(sha256, name)
     if path is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -159,7 +164,7 @@ def _fetch(release: str) -> SourceWheel:
             (file,) = Path(folder).iterdir()
             with file.open("rb") as content:
                 chunks = iter(lambda: content.read(_CHUNK), b"")
-                path = cache.store(chunks, sha256, file.name, redact(address))
+                path = cache.store(chunks, sha256, name, redact(address))
     return SourceWheel(release, path, sha256)
 
 

@@ -142,7 +142,7 @@ INTERFACES = (
 )
 
 # The releases in which 4-bit weights and their scales are laid out as `weights` says.
-W4_RELEASES = ">=0.6.10,!=0.6.16.*,<0.6.18"
+W4_RELEASES = ">=0.6.10,!=0.6.16,!=0.6.16.post1,!=0.6.16.post2,<0.6.18"
 INTERLEAVE = Function.read(
     "interleave_moe_weights_for_sm90_mixed_gemm", "tensor weight weight_interleaved, int quant_type"
 )

@@ -1,6 +1,6 @@
 """What FlashInfer's generators say that only the records need: names, and sources of modules.
 
-As a script (`python -I generators.py ANSWER`) it runs in the build environment, beside the
+As a script (`python -I described.py ANSWER`) it runs in the build environment, beside the
 package's own driver, of which it is an extension.
 """
 
@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-DRIVER = ROOT / "fi_ffi" / "loader" / "building" / "driver.py"
+DRIVER = Path(__file__).with_name("driver.py")
 
 
 def generated_names(
@@ -25,11 +24,11 @@ def generated_names(
 
     A request has a `text` of its own, a `generator` ("module:function") and its `arguments`.
     """
-    from fi_ffi.loader.building import build, names
+    from fi_ffi.loader.building import build, environment, names
 
     architectures = names.parse_arch(arch)
-    with build.open_workshop(release, architectures, build_dir) as workshop:
-        question = {"action": "names", "requests": list(requests)}
+    with environment.open_workshop(release, architectures, build_dir) as workshop:
+        question: dict[str, object] = {"action": "names", "requests": list(requests)}
         answer = build.ask(workshop, question, Path(__file__))
     return answer["names"], answer["failed"]
 
@@ -47,10 +46,10 @@ def described(
 
     architectures = names.parse_arch(arch)
     requests = [names.parse_request(name).as_json(release) for name in unlisted]
-    with build.open_workshop(release, architectures, build_dir) as workshop:
+    with environment.open_workshop(release, architectures, build_dir) as workshop:
         # A generator compiles a helper, which includes cuBLAS.
         environment.install_headers(workshop.environment, "cublas", workshop.toolkit, workshop.say)
-        question = {"action": "sources", "requests": requests}
+        question: dict[str, object] = {"action": "sources", "requests": requests}
         answer: dict[str, Any] = build.ask(workshop, question, Path(__file__))
     return answer
 
