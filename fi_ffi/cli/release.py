@@ -177,6 +177,8 @@ def text(difference: Difference, rows: Sequence[Touched]) -> Iterator[str]:
     )  # fmt: skip
     yield from _section(f"Exports that went ({len(difference.gone)})", _by_source(difference.gone))
     yield from _section(f"Exports that came ({len(difference.came)})", _by_source(difference.came))
+    rest = [key for key in without_row(new) if key in old.exports]
+    yield from _section(f"Exports of both without a row here ({len(rest)})", _by_source(rest))
     yield from _section(f"Modules ({len(difference.families)} families)", _families(difference))
     yield from _section("Generators", _generators(difference))
     unread = [(i.release, key, why) for i in (old, new) for key, why in i.unread.items()]

@@ -135,6 +135,11 @@ Exports that came (2)
 csrc/unclear.cu: unclear
 jit/activation.py: gelu_and_mul
 
+Exports of both without a row here (3)
+--------------------------------------
+csrc/made/k_*.cu: run
+csrc/plain.cu: kept, mix
+
 Modules (0 families)
 --------------------
 

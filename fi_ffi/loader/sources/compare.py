@@ -50,11 +50,9 @@ def _of_parameters(old: Function, new: Function) -> Iterator[Change]:
     a, b = _named(old), _named(new)
     for tag, i, i_end, j, j_end in SequenceMatcher(None, *_keys(a, b), False).get_opcodes():
         pairs = list(zip(range(i, i_end), range(j, j_end), strict=False))
-        # Of what was replaced, what kept its type at its place has another name.
-        is_renamed = tag == "replace" and i_end - i == j_end - j
-        if is_renamed:
-            is_renamed = any(a[x][1] == b[y][1] for x, y in pairs)
-        for x, y in pairs if tag == "equal" or is_renamed else ():
+        # As many as there were, at their places: what kept its type has another name.
+        is_in_place = tag == "equal" or (tag == "replace" and i_end - i == j_end - j)
+        for x, y in pairs if is_in_place else ():
             (name, kind), (new_name, new_kind) = a[x], b[y]
             before, after = f"{name}: {kind}", f"{new_name}: {new_kind}"
             if name != new_name and kind != new_kind:
@@ -64,7 +62,7 @@ def _of_parameters(old: Function, new: Function) -> Iterator[Change]:
                 yield Change(RENAMED, x, y, before, after)
             elif kind != new_kind:
                 yield Change(RETYPED, x, y, before, after)
-        if tag != "equal" and not is_renamed:
+        if not is_in_place:
             yield from (Change(REMOVED, x, None, ": ".join(a[x]), "") for x in range(i, i_end))
             yield from (Change(ADDED, None, y, "", ": ".join(b[y])) for y in range(j, j_end))
 
