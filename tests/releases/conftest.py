@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import pytest
 
@@ -15,12 +16,21 @@ from tests.releases.bindings import RELEASES, SOME
 
 @pytest.fixture(scope="session")
 def release_wheel():
-    """The wheel of a flashinfer-python release: out of the cache, or from the package index."""
+    """The wheel of a flashinfer-python release: out of the cache, or from the package index.
+
+    Also in tests that have a cache of their own, or no network.
+    """
+    before = {name: os.environ.get(name) for name in ("FI_FFI_CACHE_DIR", "FI_FFI_OFFLINE")}
 
     @functools.cache
     def get(release: str) -> SourceWheel:
         sampling.only_in_full("downloads FlashInfer's releases")
-        return open_release(release)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in before.items():
+                patch.delenv(name, raising=False)
+                if value is not None:
+                    patch.setenv(name, value)
+            return open_release(release)
 
     return get
 
