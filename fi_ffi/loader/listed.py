@@ -1,7 +1,7 @@
 """Which modules FlashInfer builds ahead of time in a release, and for which GPUs.
 
 `data/modules.json` has what the generators of some releases list and the architectures in
-their compiler flags (`tools/record_entries.py` makes it).  They were asked for more
+their compiler flags (`fi-ffi release record --modules` makes it).  They were asked for more
 architectures than wheels are published for: `WHEELS` says for which.
 """
 
