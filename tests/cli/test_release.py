@@ -13,11 +13,12 @@ from click.testing import CliRunner
 
 from fi_ffi.abi.signature import Signature
 from fi_ffi.cli import main
-from fi_ffi.errors import ArgumentError, ArtifactError
+from fi_ffi.errors import ArgumentError, ArtifactError, BuildError, FetchError
 from fi_ffi.loader import cache
+from fi_ffi.loader.listed import sha256_of
 from fi_ffi.loader.sources import Function, record
 from fi_ffi.loader.sources.compare import changes
-from fi_ffi.loader.sources.wheels import open_release
+from fi_ffi.loader.sources.wheels import open_release, published
 from fi_ffi.ops.declared import GONE, declared
 
 from tests.helpers import sampling
@@ -174,9 +175,15 @@ def wheels(tmp_path, own_cache):
     made = []
     for release, files in (("0.6.13", OLD), ("0.6.13.post1", NEW)):
         path = tmp_path / f"flashinfer_python-{release}-py3-none-any.whl"
+        info = f"flashinfer_python-{release}.dist-info"
+        metadata = f"Metadata-Version: 2.1\nName: flashinfer-python\nVersion: {release}\n"
+        tags = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         with zipfile.ZipFile(path, "w") as archive:
             for name, text in files.items():
                 archive.writestr(f"flashinfer/{name}", text)
+            archive.writestr(f"{info}/METADATA", metadata)
+            archive.writestr(f"{info}/WHEEL", tags)
+            archive.writestr(f"{info}/RECORD", "")
         made.append(str(path))
     return made
 
@@ -249,6 +256,35 @@ def test_what_was_read_is_kept(wheels):
     note.write_text(text.replace('"reader": "', '"reader": "x').replace("append_ckv", "other"))
     assert open_release(wheels[0]).interface() == fresh
     assert note.read_text() == text
+
+
+def test_releases_come_from_where_pip_is_told(wheels, monkeypatch):
+    """Here from a folder: once, and then out of the cache."""
+    folder = Path(wheels[0]).parent
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    sha256 = hashlib.sha256(Path(wheels[1]).read_bytes()).hexdigest()
+    monkeypatch.setenv("FI_FFI_OFFLINE", "1")
+    with pytest.raises(FetchError, match=r"flashinfer-python 0.6.13.post1"):
+        open_release("0.6.13.post1")
+    monkeypatch.delenv("FI_FFI_OFFLINE")
+    assert published() == ("0.6.13", "0.6.13.post1")
+    first = open_release("0.6.13.post1")
+    assert (first.release, first.sha256) == ("0.6.13.post1", sha256)
+    assert first.path.is_relative_to(cache.cache_root())
+    assert first.interface() == open_release(wheels[1]).interface()
+    # That of a release that is recorded has to be the recorded file.
+    with pytest.raises(ArtifactError, match=f"recorded is {sha256_of('0.6.13')}"):
+        open_release("0.6.13")
+    with pytest.raises(BuildError, match=r"looking for flashinfer-python 0.9 failed:\nERROR"):
+        open_release("0.9")
+    for wheel in wheels:
+        Path(wheel).unlink()
+    monkeypatch.setenv("FI_FFI_OFFLINE", "1")
+    assert open_release("0.6.13.post1") == first
+    monkeypatch.delenv("FI_FFI_OFFLINE")
+    with pytest.raises(BuildError, match="listing the releases failed"):
+        published()
 
 
 CHANGES = {

@@ -150,7 +150,8 @@ def _fetch(release: str) -> SourceWheel:
     )  # fmt: skip
     (found,) = json.loads(report)["install"]
     address, name = found["download_info"]["url"], _FILE.format(release)
-    sha256 = found["download_info"]["archive_info"]["hashes"]["sha256"]
+    about = found["download_info"]["archive_info"]
+    sha256 = about["hashes"]["sha256"] if "hashes" in about else about["hash"].partition("=")[2]
     recorded = sha256_of(release)
     if recorded not in (None, sha256):
         raise ArtifactError(f"{redact(address)}: sha256 is {sha256}, recorded is {recorded}")
