@@ -1,7 +1,7 @@
 """FlashInfer's releases: which rows are of one, and the forms that an entry has had.
 
 Read from the binding sources and `jit/attention/modules.py` of every release from 0.6.3 to
-0.7.2.post1; `tests/releases` holds the rows against those that kernels are pinned of.
+0.7.2.post1; `tests/releases` holds the rows against each.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ OLDEST = "0.6.3"
 FIRST = "0.6.13"
 
 
-_PLAIN = re.compile(r"\d+\.\d+\.\d+")  # a release without a suffix
-_BOUND = re.compile(r"(>=|<)(\d+(?:\.\d+)*)")
-_SPAN = re.compile(r">=(\d+(?:\.\d+)*)(?:,<(\d+(?:\.\d+)*))?")
+_PLAIN = re.compile(r"\d+\.\d+\.\d+(?:\.post[1-9]\d*)?")  # a release as they are published
+_NUMBER = r"(\d+(?:\.\d+)*(?:\.post[1-9]\d*)?)"
+_BOUND = re.compile(f"(>=|<){_NUMBER}")
+_SPAN = re.compile(f">={_NUMBER}(?:,<{_NUMBER})?")
 
 
 @functools.cache
@@ -47,7 +48,8 @@ def fits(row: Row, release: str) -> bool:
 
 
 def _number(release: str) -> tuple[int, ...]:
-    return tuple(map(int, release.split(".")))
+    """Something to compare: a release's posts come after it, and before the next one."""
+    return tuple(int(part.removeprefix("post")) for part in release.split("."))
 
 
 def _bounds(releases: str) -> tuple[str, str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 import fi_ffi
+from fi_ffi.loader.listed import known_releases
 from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.notation import Condition, names_in, replaced, round_up
-from fi_ffi.ops.releases import forms_of, span_of
+from fi_ffi.ops.releases import forms_of, is_in, span_of
 from fi_ffi.ops.row import Row, Rule, Scalar, Tensor
 
 
@@ -126,6 +128,28 @@ def test_rounding_up(step):
     for size in range(30):
         up = round_up(size, step)
         assert up % step == 0 and size <= up < size + step
+
+
+SPECIFIERS = (
+    ">=0.6.3", "<0.7", ">=0.6.16,<0.6.16.post3", ">=0.6.16.post3,<0.6.18", ">=0.7.2.post1",
+    "<0.7.2.post1", ">=0.6.10,!=0.6.16,<0.6.18", "==0.6.17.*",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("releases", SPECIFIERS)
+def test_a_release_is_in_a_specifier_as_packaging_says(releases):
+    specifier = SpecifierSet(releases)
+    for release in (*known_releases(), "0.6.13rc1", "0.8.0", "0.6.2", "0.7"):
+        assert is_in(release, releases) == specifier.contains(release, prereleases=True), release
+
+
+def test_spans_with_posts():
+    number = Scalar("n", int, 0, "", since="0.6.16.post3", until="0.7.2.post1")
+    forms = forms_of(replace(row_of(), args=(number,)))
+    assert {form.releases: len(form.args) for form in forms} == {
+        ">=0.6.3,<0.6.16.post3": 0, ">=0.6.16.post3,<0.7.2.post1": 1, ">=0.7.2.post1": 0,
+    }  # fmt: skip
+    assert span_of(forms) == ">=0.6.3" and span_of(forms[1:]) == ">=0.6.16.post3"
 
 
 def test_forms_of_a_row():
