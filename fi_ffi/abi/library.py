@@ -113,6 +113,15 @@ def attach(path: str, through: str | None = None) -> tuple[int, int, int]:
     return found
 
 
+def open_global(path: str, through: str | None = None) -> None:
+    """dlopen a library whose symbols serve what is loaded after it; it is never closed.
+
+    `through` is another name of the same file, which it is opened by.  Raises
+    `LoaderError` with the dynamic linker's own words.
+    """
+    _dlopen(path, through, RTLD_NOW | RTLD_GLOBAL)
+
+
 def open_module(path: str, through: str | None = None, *, lazily: bool = False) -> Any:
     """dlopen a kernel module, its symbols local to it; it is never closed.
 
@@ -120,11 +129,14 @@ def open_module(path: str, through: str | None = None, *, lazily: bool = False) 
     defines is an error; `lazily`, the process ends where one is called.  Raises
     `LoaderError` with the dynamic linker's own words.
     """
+    return _dlopen(path, through, (RTLD_LAZY if lazily else RTLD_NOW) | RTLD_LOCAL)
+
+
+def _dlopen(path: str, through: str | None, mode: int) -> Any:
     c = c_library()
     c.dlerror()  # looks the function up, which would forget the error later on
-    mode = RTLD_LAZY if lazily else RTLD_NOW
     with tables:
-        handle = c.dlopen(os.fsencode(through or path), mode | RTLD_LOCAL)
+        handle = c.dlopen(os.fsencode(through or path), mode)
     if handle == ffi.NULL:
         raise LoaderError(f"{path} does not load: {_dlerror().replace(through or path, path)}")
     return handle

@@ -6,6 +6,12 @@ it looks at any of them, and its error spells out every parameter:
     Mismatched number of arguments when calling:
     `rmsnorm(0: DLTensor*, 1: DLTensor*, 2: DLTensor*, 3: float, 4: bool) -> void`.
     Expected 5 but got 0 arguments
+
+A function of CuTe DSL has words of its own, which also name its parameters, tell the shapes
+and dtypes that it was compiled for, and leave out that it returns nothing:
+
+    Expects 3 parameters when calling:
+    `scale(x: Tensor([n0, 128], bfloat16), factor: float32, mask: None)`
 """
 
 from __future__ import annotations
@@ -20,33 +26,51 @@ from fi_ffi.errors import AbiError
 # Two patterns, each found in time linear in the message.
 _BEFORE = "Mismatched number of arguments when calling: `"
 _AFTER = re.compile(r"`\. Expected (?P<count>\d+) but got \d+ arguments")
+_CUTE = re.compile(r"Expects (?P<count>\d{1,3}) parameters when calling: `(?P<text>[^`]+)`")
 _OPEN, _CLOSE = "(<[{", ")>]}"
 
 
 @dataclass(frozen=True)
 class Signature:
-    """Name, parameter types in order, and result type, in TVM-FFI's own spelling."""
+    """Name, parameter types in order, and result type, in TVM-FFI's own spelling.
+
+    `named` is what a function of CuTe DSL says of each parameter: its name and its type in
+    CuTe's spelling, such as "x: Tensor([n0, 128], bfloat16)", where n0 stands for any size.
+    """
 
     name: str
     params: tuple[str, ...]
     result: str = "void"
+    named: tuple[str, ...] = ()
+
+    @property
+    def spelled(self) -> tuple[str, ...]:
+        """Each parameter as the function's own account of itself has it."""
+        return self.named or tuple(f"{i}: {param}" for i, param in enumerate(self.params))
 
     def __str__(self) -> str:
-        params = ", ".join(f"{i}: {param}" for i, param in enumerate(self.params))
-        return f"{self.name}({params}) -> {self.result}"
+        result = "" if self.named else f" -> {self.result}"
+        return f"{self.name}({', '.join(self.spelled)}){result}"
 
     def same_types(self, other: Signature) -> bool:
-        """Equal but for the name (one entry may be exported under several)."""
+        """Equal but for the name (one entry may be exported under several) and `named`."""
         return (self.params, self.result) == (other.params, other.result)
 
 
 def parse_signature(text: str) -> Signature:
-    """Parse `name(0: T0, 1: T1, ...) -> R`; `AbiError` where it is anything else."""
+    """Parse `name(0: T0, 1: T1, ...) -> R`, or CuTe's `name(a: T0, b: T1, ...)`.
+
+    `AbiError` where it is anything else.
+    """
     name, paren, rest = text.partition("(")
     parts = split_top(rest) if paren else None
     if parts is None:
         raise AbiError(f"not a TVM-FFI signature: {text!r:.300}")
     inner, tail = parts
+    if inner and not tail and all(_NAMED.match(part) for part in inner):
+        named = tuple(part.strip() for part in inner)
+        types = tuple(_of_cute(part.partition(":")[2]) for part in named)
+        return Signature(name.strip(), types, named=named)
     params = []
     for index, part in enumerate(inner):
         number, colon, param = part.partition(":")
@@ -59,15 +83,47 @@ def parse_signature(text: str) -> Signature:
     return Signature(name.strip(), tuple(params), result)
 
 
+_NAMED = re.compile(r"\s*[A-Za-z_]\w*: ?\S")
+
+# How CuTe's spelling of a type begins -> the type of TVM-FFI that such a parameter takes.
+_OF_CUTE = {
+    r"Tensor\(": "DLTensor*",
+    r"Shape\(": "ffi.Shape",
+    r"(Stream|DataPointer)$": "void*",
+    r"None$": "None",
+    r"(u?int\d+$|Int\()": "int",
+    r"(bool$|Bool\()": "bool",
+    r"(b?float\w+$|Float\()": "float",
+}
+
+
+def _of_cute(text: str, depth: int = 0) -> str:
+    """The TVM-FFI type that a parameter of CuTe takes."""
+    text = text.strip()
+    inner = text.removeprefix("Tuple[") if depth <= _DEEPEST else text
+    if inner != text and (parts := split_top(inner.removesuffix("]") + ")")):
+        return f"Tuple<{', '.join(_of_cute(part, depth + 1) for part in parts[0])}>"
+    for pattern, name in _OF_CUTE.items():
+        if re.match(pattern, text):
+            return name
+    raise AbiError(f"not a type of CuTe's: {text!r:.200}")
+
+
 def signature_from_mismatch(message: str) -> Signature:
     """The signature inside the refusal of a call with a wrong number of arguments."""
+    if told := _CUTE.search(message):
+        return _counted(told["text"], told["count"], message)
     start = message.find(_BEFORE) + len(_BEFORE)
     last = deque(_AFTER.finditer(message, start) if start >= len(_BEFORE) else (), maxlen=1)
     if not last:
         raise AbiError(f"the function's refusal tells no signature: {message!r:.300}")
     found = last[0]
-    signature = parse_signature(message[start : found.start()])
-    if str(len(signature.params)) != found["count"]:
+    return _counted(message[start : found.start()], found["count"], message)
+
+
+def _counted(text: str, count: str, message: str) -> Signature:
+    signature = parse_signature(text)
+    if str(len(signature.params)) != count:
         raise AbiError(f"{len(signature.params)} parameters in the refusal {message!r:.300}")
     return signature
 

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -162,16 +162,37 @@ def undefined(path: Source) -> tuple[str, ...]:
 
 
 @contextmanager
-def open_section(source: Source, name: str) -> Iterator[Window | None]:
-    """The content of one section, None where there is no such section.
+def open_sections(source: Source, names: Iterable[str]) -> Iterator[dict[str, Window]]:
+    """The content of those of the sections `names` that there are.
 
     A ValueError raised inside the `with` block becomes an ArtifactError that
     names `source`: the block too only judges what the file says.
     """
     with _open_elf(source) as (elf, window):
-        section = elf.get_section_by_name(name)
-        is_there = section is not None
-        yield window.part(section["sh_offset"], section["sh_size"]) if is_there else None
+        sections = {name: elf.get_section_by_name(name) for name in names}
+        yield {
+            name: window.part(section["sh_offset"], section["sh_size"])
+            for name, section in sections.items()
+            if section is not None and section["sh_type"] != "SHT_NOBITS"
+        }
+
+
+@contextmanager
+def open_section(source: Source, name: str) -> Iterator[Window | None]:
+    """The content of one section, None where there is no such section; see `open_sections`."""
+    with open_sections(source, [name]) as found:
+        yield found.get(name)
+
+
+def open_image(window: Window) -> Any:
+    """An ELF file that lies in another, as pyelftools has it; ValueError for none."""
+    from elftools.common.exceptions import ELFError
+    from elftools.elf.elffile import ELFFile
+
+    try:
+        return ELFFile(window)
+    except ELFError as error:
+        raise ValueError(f"no ELF file: {error}") from error
 
 
 def describe(source: Source) -> str:

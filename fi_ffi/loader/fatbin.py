@@ -1,8 +1,9 @@
 """Which GPU architectures a library's device code was compiled for.
 
 Reads the headers in the `.nv_fatbin` section and never a payload, so neither a
-GPU nor a decompressor is needed; docs/fatbin.md has the layout and how each
-part of it was established.
+GPU nor a decompressor is needed.  A library that CuTe DSL made has no such section:
+its cubins, which are ELF files, lie among its read-only data.  docs/fatbin.md has the
+layout and how each part of it was established.
 """
 
 from __future__ import annotations
@@ -15,10 +16,18 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from fi_ffi.errors import ArtifactError
-from fi_ffi.loader.elf import Source, Window, malformed, open_section
+from fi_ffi.loader.elf import Source, Window, malformed, open_image, open_sections
 
 SECTION = ".nv_fatbin"
 MAGIC = 0xBA55ED50
+# Where a compiler puts constants, and where it puts them that may be far from the code.
+_READ_ONLY = (".rodata", ".lrodata")
+# The header of an ELF file: 64 bits, little-endian, of CUDA's newest interface.
+_CUBIN = re.compile(rb"\x7fELF\x02\x01\x01\x41\x08.{9}\xbe\0", re.DOTALL)
+_NOTE = ".note.nv.tkinfo"
+_ARCH_OPTION = re.compile(rb"-arch sm_(\d{2,3})([af]?)\b")
+_MAX_NOTE = 1 << 16
+_PIECE = 1 << 20
 
 _CONTAINER = struct.Struct("<IHHQ")  # magic, version, header size, size of all entries
 _ENTRY = struct.Struct("<HHIQIIHHIIIQ")  # as far as the flags; the rest varies by kind
@@ -86,8 +95,12 @@ def architectures(source: Source) -> tuple[CudaCode, ...]:
     (what `nvcc -fatbin` writes).  Empty where there is no device code that the
     driver would load.  ArtifactError where it is malformed.
     """
-    with _open_fatbin(source) as window:
-        found = set() if window is None else set(_codes(window))
+    with _open_fatbin(source) as windows:
+        fatbin = windows.pop(SECTION, None)
+        if fatbin is not None:
+            found = set(_codes(fatbin))
+        else:
+            found = {code for window in windows.values() for code in _cubins(window)}
     return tuple(sorted(found, key=lambda code: (code.sm, code.suffix, code.kind != "sass")))
 
 
@@ -107,13 +120,30 @@ def runs_on(codes: Iterable[CudaCode], capability: tuple[int, int]) -> Verdict:
 
 
 @contextmanager
-def _open_fatbin(source: Source) -> Iterator[Window | None]:
+def _open_fatbin(source: Source) -> Iterator[dict[str, Window]]:
     if isinstance(source, bytes) and source[:4] != b"\x7fELF":
         with malformed(source):
-            yield Window(lambda offset, count: source[offset : offset + count], 0, len(source))
+            window = Window(lambda offset, count: source[offset : offset + count], 0, len(source))
+            yield {SECTION: window}
     else:
-        with open_section(source, SECTION) as window:
-            yield window
+        with open_sections(source, (SECTION, *_READ_ONLY)) as windows:
+            yield windows
+
+
+def _cubins(window: Window) -> Iterator[CudaCode]:
+    """The code of every cubin that lies in `window` as it is."""
+    for start in _found(_CUBIN, window):
+        cubin = open_image(window.part(start, window.size - start))
+        sm = cubin["e_flags"] >> 8 & 0xFF
+        # Its header is the same with any suffix; the options that it was compiled with are not.
+        note = cubin.get_section_by_name(_NOTE)
+        text = b"" if note is None or note["sh_size"] > _MAX_NOTE else note.data()
+        told = _ARCH_OPTION.search(text)
+        if sm not in _SM_RANGE or (told and int(told[1]) != sm):
+            raise ValueError(
+                f"a cubin for architecture {sm}, compiled with {told[0].decode() if told else '-'}"
+            )
+        yield CudaCode("sass", sm, cast(Suffix, told[2].decode() if told else "a"))
 
 
 def _codes(window: Window) -> Iterator[CudaCode]:
@@ -132,6 +162,13 @@ def _codes(window: Window) -> Iterator[CudaCode]:
             )
         yield from _entries(window.part(offset + header_size, size))
         offset += header_size + size
+
+
+def _found(pattern: re.Pattern[bytes], window: Window) -> Iterator[int]:
+    """Where a short pattern occurs in `window`, which may be large."""
+    for start in range(0, window.size, _PIECE):
+        piece = window.at(start, _PIECE + _MAX_PADDING)
+        yield from (start + at for m in pattern.finditer(piece) if (at := m.start()) < _PIECE)
 
 
 def _entries(container: Window) -> Iterator[CudaCode]:

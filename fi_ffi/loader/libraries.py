@@ -68,7 +68,7 @@ def load(file: str) -> tuple[Any, str]:
     """
     match = _NAME.fullmatch(file)
     assert match is not None, file
-    loaded = _in_process(file)
+    loaded = in_process(file)
     if loaded is not None:
         return loaded, "already in this process"
     from cuda.pathfinder import load_nvidia_dynamic_lib
@@ -77,13 +77,13 @@ def load(file: str) -> tuple[Any, str]:
         path = load_nvidia_dynamic_lib(match[1]).abs_path or file
     except (RuntimeError, OSError) as error:
         raise _absent(file, match[1], str(error).partition("\n")[0]) from error
-    loaded = _in_process(file)
+    loaded = in_process(file)
     if loaded is None:
         raise _absent(file, match[1], f"found {path}, which is another")
     return loaded, path
 
 
-def _in_process(file: str) -> Any:
+def in_process(file: str) -> Any:
     """A library that is loaded under this name, whose symbols then serve what is loaded next."""
     # cffi's own dlopen expects a reason for a failure, and here there is none.
     if library.in_process(file) is None:

@@ -23,6 +23,7 @@ from fi_ffi.loader import (
     cache,
     cubins,
     cuda_errors,
+    cute_runtime,
     held,
     imports,
     libraries,
@@ -113,9 +114,16 @@ def load(module: str, device: int | None = None) -> Loaded:
             source, file, facts = search.find_module(module, device)
             check_needed(file, facts, machine.CUDART)
             machine.load_cudart()
-            libraries.prepare(facts.functions, facts.needed, facts.codes)
+            _prepare(facts)
             modules[key] = Loaded(source, file, facts, *_opened(file, facts))
         return modules[key]
+
+
+def _prepare(facts: Facts) -> None:
+    """Bring the libraries that a module needs; `LoaderError` where one is missing."""
+    libraries.prepare(facts.functions, facts.needed, facts.codes)
+    if cute_runtime.FILE in facts.needed:
+        cute_runtime.load()
 
 
 def _opened(file: ModuleFile, facts: Facts) -> tuple[Any, Object | None]:
@@ -232,7 +240,7 @@ def load_file(path: str | os.PathLike[str]) -> Loaded:
             facts = facts_of(file)
             if any(name.startswith("libcudart.so") for name in facts.needed):
                 machine.load_cudart()
-            libraries.prepare(facts.functions, facts.needed, facts.codes)
+            _prepare(facts)
             _files[key] = Loaded(source, file, facts, *_opened(file, facts))
         return _files[key]
 

@@ -10,9 +10,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fi_ffi.errors import ArtifactError, LoaderError
 from fi_ffi.loader.cache import State
+
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution
 
 PROJECT = "apache-tvm-ffi"
 MEMBER = "tvm_ffi/lib/libtvm_ffi.so"
@@ -21,13 +25,13 @@ MEMBER = "tvm_ffi/lib/libtvm_ffi.so"
 ACCEPTED = ">=0.1.12,<0.2"
 
 _SONAME = "libtvm_ffi.so"
-_MAPPED = re.compile(r"\s(/\S.*/libtvm_ffi\.so)( \(deleted\))?$", re.MULTILINE)
+_MAPPED = r"\s(/\S.*/{})( \(deleted\))?$"
 _INSTALL = f"`pip install '{PROJECT}{ACCEPTED}'`"
 
 
 @dataclass(frozen=True)
 class Found:
-    """A libtvm_ffi: where it is, and why that one."""
+    """A shared library: where it is, and why that one."""
 
     path: str
     origin: str
@@ -42,21 +46,23 @@ def find() -> Found:
     return in_process() or installed()
 
 
-def in_process() -> Found | None:
+def in_process(soname: str = _SONAME) -> Found | None:
     """The copy mapped into this process; `LoaderError` where there are two."""
     try:
         maps = Path("/proc/self/maps").read_text(errors="replace")
     except OSError:
         return None
-    mapped = sorted(set(_MAPPED.findall(maps)))
+    pattern = _MAPPED.format(re.escape(soname))
+    mapped = sorted(set(re.findall(pattern, maps, re.MULTILINE)))
     if len(mapped) > 1:
+        name, copies = soname.removesuffix(".so"), " and ".join(map("".join, mapped))
         raise LoaderError(
-            f"two copies of libtvm_ffi are in this process: {' and '.join(map(''.join, mapped))}. "
+            f"two copies of {name} are in this process: {copies}. "
             "Their objects cannot be mixed: import the one that came second in a process of its own"
         )
     for path, deleted in mapped:
         # Of a file that was replaced since, only the soname leads to the copy in use.
-        return Found(_SONAME if deleted else path, "already in this process")
+        return Found(soname if deleted else path, "already in this process")
     return None
 
 
@@ -85,23 +91,32 @@ def installed() -> Found:
             f"{_INSTALL.replace('install', 'install --force-reinstall')}"
         )
     origin = f"installed {distribution.version}"
-    sha256, state = _recorded(distribution.read_text("RECORD") or "", path)
+    return recorded(distribution, MEMBER, origin)
+
+
+def recorded(distribution: Distribution, member: str, origin: str) -> Found:
+    """A library of an installed distribution, which is as its RECORD has it."""
+    path = Path(str(distribution.locate_file(member)))
+    sha256, state = _recorded(distribution, member, path)
     return Found(str(path), origin, sha256, state)
 
 
-def _recorded(record: str, path: Path) -> tuple[str, State] | tuple[None, None]:
+def _recorded(
+    distribution: Distribution, member: str, path: Path
+) -> tuple[str, State] | tuple[None, None]:
     """The sha256 that RECORD has for the library, which has it; None where RECORD has none."""
-    line = next((line for line in record.splitlines() if line.startswith(f"{MEMBER},")), None)
+    record = distribution.read_text("RECORD") or ""
+    line = next((line for line in record.splitlines() if line.startswith(f"{member},")), None)
     if line is None or line.count(",") != 2 or not line.split(",")[1]:
         return None, None
     from fi_ffi.loader.kernels import KernelFile
     from fi_ffi.loader.wheel import parse_record
 
-    recorded, found = parse_record(line.encode(), str(path))[MEMBER], KernelFile(path).file()
-    if found.sha256 != recorded.sha256:
+    wanted, found = parse_record(line.encode(), str(path))[member], KernelFile(path).file()
+    if found.sha256 != wanted.sha256:
         raise ArtifactError(
-            f"{path}: sha256 is {found.sha256}, and the RECORD of apache-tvm-ffi has "
-            f"{recorded.sha256}: reinstall it"
+            f"{path}: sha256 is {found.sha256}, and the RECORD of {distribution.metadata['Name']} "
+            f"has {wanted.sha256}: reinstall it"
         )
     assert found.state is not None
     return found.sha256, found.state

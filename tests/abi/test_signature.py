@@ -86,6 +86,53 @@ def test_refusals_without_a_signature(message: str) -> None:
         signature_from_mismatch(message)
 
 
+# As functions that CuTe DSL 4.7.1 made say it.
+CUTE = {
+    "run(h0: Tensor([n0, 32, 128, 128], float32), b: Tensor([n1, n2, n3], bfloat16))": (
+        "DLTensor*", "DLTensor*",
+    ),
+    "__call__(a: None, scale: float32, heads: int32, cached: bool, g: Tensor([n4], uint8))": (
+        "None", "float", "int", "bool", "DLTensor*",
+    ),
+    "f(at: DataPointer, on: Stream, n: Shape([n0, 4]), two: Tuple[Tensor([8], uint8), Int(3)])": (
+        "void*", "void*", "ffi.Shape", "Tuple<DLTensor*, int>",
+    ),
+}  # fmt: skip
+EXPECTS = "Expects {} parameters when calling: `{}`"
+
+
+@pytest.mark.parametrize("text", CUTE)
+def test_what_cute_says(text: str) -> None:
+    found = signature_from_mismatch(EXPECTS.format(len(CUTE[text]), text))
+    assert (found.params, found.result) == (CUTE[text], "void")
+    # Names and shapes are kept, and are what it is printed by.
+    assert str(found) == text
+    assert parse_signature(text) == found
+    assert f"{found.name}({', '.join(found.spelled)})" == text
+    assert found.same_types(Signature("any", CUTE[text]))
+    assert all(callable(packer_of(param)) for param in found.params)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "f(x: Tensor([1], int8)", "f(x: Thing(1))", "f(x: Tensor([1], int8)) -> void", "f(x: )",
+        "f(0: Tensor([1], int8))", f"f(x: {'Tuple[' * 50}int32{']' * 50})", "f(x: Tuple[int32)",
+    ],
+    ids=range(7),
+)  # fmt: skip
+def test_what_cute_does_not_say(text: str) -> None:
+    with pytest.raises(AbiError):
+        parse_signature(text)
+    with pytest.raises(AbiError):
+        signature_from_mismatch(EXPECTS.format(1, text))
+
+
+def test_cute_counts_its_parameters() -> None:
+    with pytest.raises(AbiError, match="1 parameters in the refusal"):
+        signature_from_mismatch(EXPECTS.format(2, "f(x: int32)"))
+
+
 def test_same_types_ignores_the_name() -> None:
     ours = Signature("run", ("int",))
     assert ours.same_types(Signature("ragged_run", ("int",)))

@@ -8,6 +8,7 @@ fixtures' names (`patch` is pytest's monkeypatch).
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import os
 import sys
 import time
@@ -25,6 +26,7 @@ from fi_ffi.abi.signature import parse_signature
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.loader import (
     cache,
+    cute_runtime,
     held,
     lock,
     machine,
@@ -156,10 +158,13 @@ def another_interface(built_wheel: Path) -> None:
 
 
 def installed_and_changed(tmp_path: Path) -> None:
-    file = tmp_path / "libtvm_ffi.so"
+    file, info = tmp_path / tvm_ffi.MEMBER, tmp_path / "apache_tvm_ffi-0.1.15.dist-info"
+    for folder in (file.parent, info):
+        folder.mkdir(parents=True)
     file.write_bytes(b"another")
-    line = f"{tvm_ffi.MEMBER},sha256={'A' * 43},7\n"
-    tvm_ffi._recorded(line, file)
+    (info / "METADATA").write_text("Name: apache-tvm-ffi\nVersion: 0.1.15\n")
+    (info / "RECORD").write_text(f"{tvm_ffi.MEMBER},sha256={'A' * 43},7\n")
+    tvm_ffi.recorded(importlib.metadata.Distribution.at(info), tvm_ffi.MEMBER, "installed")
 
 
 def writable(tmp_path: Path, mode: int, check: Callable[[Path], object]) -> None:
@@ -318,6 +323,8 @@ RAISED: list[HERE] = [
     (TVM_FFI, errors.LoaderError, with_tvm_ffi("0.2")),
     (TVM_FFI, errors.LoaderError, with_tvm_ffi("0.1.15")),
     (TVM_FFI, errors.LoaderError, lambda: library.attach("/none.so")),
+    ("CuTe DSL's runtime is missing", errors.LoaderError,
+     patched(sys, "path", [], cute_runtime.installed)),
     ("After a fork", errors.LoaderError,
      patched(machine, "_is_cut_off", True, machine.refuse_after_fork)),
     ("A library that does not load", errors.LoaderError, lambda: library.open_module("/none.so")),

@@ -470,6 +470,72 @@ def test_what_nvcc_makes(wanted, flags, nvcc):
             architectures(bytes(image))
 
 
+# Cubins as they are, among read-only data: what CuTe DSL makes.
+
+
+def cubin(sm, option="", **changed):
+    """An ELF file of device code, compiled with an option."""
+    note = b"\1\0\0\0 ptxas\0 -O 3 " + option.encode() + b" -m 64 \0"
+    made = bytearray(Library(machine=190, kind=2, extra={".note.nv.tkinfo": note}).build())
+    made[7:9] = bytes([0x41, changed.get("version", 8)])
+    made[48:52] = struct.pack("<I", 0x6000004 | sm << 8)
+    return bytes(made)
+
+
+def holding(*cubins, section=".rodata", before=100, **more):
+    data = bytes(before) + bytes(3).join(cubins)
+    return Library(LIBRARY.symbols, extra={section: data, **more}).build()
+
+
+CUBIN = cubin(90, "-arch sm_90a")
+
+
+def test_a_cubin_among_constants():
+    assert names(holding(CUBIN)) == names(holding(CUBIN, section=".lrodata")) == ["sm_90a"]
+    both = cubin(100, "-arch sm_100f"), CUBIN, cubin(80, "-arch sm_80"), CUBIN
+    assert names(holding(*both)) == ["sm_80", "sm_90a", "sm_100f"]
+    # Without the note nobody says that it runs anywhere else.
+    assert names(holding(cubin(120))) == ["sm_120a"]
+    # Where pieces meet that the file is read in.
+    for before in range((1 << 20) - 80, (1 << 20) + 2, 16):
+        assert names(holding(CUBIN, before=before)) == ["sm_90a"]
+
+
+def test_what_is_no_cubin_among_constants():
+    assert names(holding(b"\x7fELF", IMAGE)) == names(holding(cubin(90, version=7))) == []
+    assert names(holding(CUBIN, section=".data")) == []
+    # What the compiler registers is all that the driver is given.
+    assert names(holding(CUBIN, **{".nv_fatbin": WHOLE})) == names(WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (holding(cubin(3)), "a cubin for architecture 3, compiled with -$"),
+        (holding(cubin(90, "-arch sm_100a")), "architecture 90, compiled with -arch sm_100a"),
+        (holding(CUBIN[:100]), "malformed"),
+    ],
+)
+def test_a_damaged_cubin(image, reason):
+    with pytest.raises(ArtifactError, match=reason):
+        architectures(image)
+
+
+def test_cubins_that_nvcc_makes(tmp_path):
+    (tmp_path / "one.cu").write_text(KERNEL)
+    for name in ("sm_80", "sm_90", "sm_90a", "sm_100f", "sm_120a"):
+        made = tmp_path / f"{name}.cubin"
+        command = [compiler.nvcc(), "-cubin", f"-arch={name}", "-o", str(made)]
+        subprocess.run([*command, str(tmp_path / "one.cu")], check=True)
+        assert names(holding(made.read_bytes())) == [name]
+
+
+@given(*damage(len(holding(CUBIN))))
+@settings(deadline=5000, max_examples=200)
+def test_damaged_constants_are_read_or_refused(edits, length):
+    assert reads_or_refuses(damaged(holding(CUBIN), edits, length))
+
+
 def reads_or_refuses(fatbin):
     try:
         found = architectures(fatbin)

@@ -160,7 +160,7 @@ def forgotten():
 @pytest.fixture
 def nowhere(monkeypatch, forgotten):
     """No library is in this process; what is looked for is told as the test says."""
-    monkeypatch.setattr(libraries, "_in_process", lambda name: None)
+    monkeypatch.setattr(libraries, "in_process", lambda name: None)
     return lambda find: monkeypatch.setattr(cuda.pathfinder, "load_nvidia_dynamic_lib", find)
 
 
@@ -199,8 +199,8 @@ def test_another_major_version_will_not_do(nowhere):
 
 
 def test_nothing_of_the_name_in_the_process():
-    assert libraries._in_process("libcublas.so.99") is None
-    assert libraries._in_process("libc.so.6") is not None
+    assert libraries.in_process("libcublas.so.99") is None
+    assert libraries.in_process("libc.so.6") is not None
 
 
 LOADS = """

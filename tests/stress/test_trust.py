@@ -283,7 +283,7 @@ def site(unpacked, tmp_path, monkeypatch):
     folder = tmp_path / "site"
     shutil.copytree(unpacked, folder)
     monkeypatch.setattr("sys.path", [str(folder)])
-    monkeypatch.setattr(tvm_ffi, "in_process", lambda: None)
+    monkeypatch.setattr(tvm_ffi, "in_process", lambda *soname: None)
     monkeypatch.setattr(runtime, "_tvm_ffi", None)
     return folder / tvm_ffi.MEMBER
 
@@ -372,7 +372,7 @@ def test_what_others_put_where_all_can_write(tmp_path, good):
     assert not in_memory(path)
 
 
-OPENING = ("dlopen", "attach", "open_module", "load_nvidia_dynamic_lib")
+OPENING = ("dlopen", "attach", "open_module", "open_global", "load_nvidia_dynamic_lib")
 BY_TVM_FFI = "ffi.Module.load_from_file.so"
 
 

@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 from fi_ffi.abi import library
@@ -91,8 +92,11 @@ class ModuleEntry(Unique):
         if signature is not None and self._is_method:
             signature = Signature(signature.name, signature.params[1:], signature.result)
         self.signature = signature
-        params = () if signature is None else signature.params
-        self._packers = [(packer_of(text), f"{i}: {text}") for i, text in enumerate(params)]
+        self._packers = (
+            []
+            if signature is None
+            else list(zip(map(packer_of, signature.params), signature.spelled, strict=True))
+        )
         # Of the instance: `help` prints it.
         self.__doc__ = f"{self!r}\n\n{self._doc}".rstrip()
 
@@ -119,7 +123,7 @@ class ModuleEntry(Unique):
     def __repr__(self) -> str:
         if self.signature is None:
             return f"{self.name}(*args), unchecked"
-        return str(Signature(self.name, self.signature.params, self.signature.result))
+        return str(replace(self.signature, name=self.name))
 
     def probe(self) -> Signature:
         """Ask the function for its signature, and check calls against it from now on.

@@ -22,7 +22,7 @@ from fi_ffi.errors import (
     KernelNotFoundError,
     printed,
 )
-from fi_ffi.loader import held, machine, runtime
+from fi_ffi.loader import cute_runtime, held, machine, runtime
 from fi_ffi.loader.elf import FUNCTION_PREFIX
 from fi_ffi.loader.fatbin import runs_on
 from fi_ffi.loader.runtime import Loaded
@@ -79,6 +79,8 @@ class AtPath(Unique):
             library.find_symbol(self._loaded.handle, f"{FUNCTION_PREFIX}_metadata_{symbol}")
             is not None
         ):
+            return True
+        if cute_runtime.FILE in self._loaded.facts.needed:  # CuTe DSL makes typed ones alone
             return True
         has_refusals, typed = self._evidence
         return has_refusals and (not typed or symbol in typed)
