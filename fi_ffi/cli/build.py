@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -25,6 +25,7 @@ from fi_ffi.loader.building.names import (
     parse_arch,
     with_options,
 )
+from fi_ffi.loader.building.options import Option
 from fi_ffi.loader.cache import cache_root
 from fi_ffi.loader.lock import wanted_release
 from fi_ffi.loader.machine import CPUS
@@ -51,8 +52,8 @@ def _families_json() -> list[dict[str, Any]]:
             "name": family.name,
             "doc": family.doc,
             "options": {
-                name: {"default": OPTIONS[name].default, "values": OPTIONS[name].expected}
-                for name in family.options
+                name: {"default": option.default, "values": option.expected}
+                for name, option in family.options.items()
             },
         }
         for family in FAMILIES.values()
@@ -74,15 +75,22 @@ def _print_json(entries: list[Available], release: str, arch: tuple[str, ...]) -
     print_json(document)
 
 
+def _print_options(title: str, options: Mapping[str, Option]) -> None:
+    click.echo(title)
+    for name, option in options.items():
+        values = f"{option.expected} (default {option.default})"
+        click.echo(f"  {name}={values}" + (f": {option.doc}" if option.values else ""))
+
+
 def _print_list(entries: list[Available], release: str, arch: tuple[str, ...]) -> None:
     click.echo(f"FlashInfer {release} for {' '.join(arch)}")
     click.echo("Families, to be followed by options as in `single_decode:dtype=bf16`:")
     for family in FAMILIES.values():
-        click.echo(f"  {family.name:<16}{family.doc}; {', '.join(family.options)}")
-    click.echo("Options:")
-    for name, option in OPTIONS.items():
-        values = f"{option.expected} (default {option.default})"
-        click.echo(f"  {name}={values}" + (f": {option.doc}" if option.values else ""))
+        click.echo(f"  {family.name:<18}{family.doc}; {', '.join(family.options)}")
+    _print_options("Options:", OPTIONS)
+    for family in FAMILIES.values():
+        if family.call is not None:
+            _print_options(f"Options of {family.name}:", family.options)
     click.echo("Modules, with the number of files to compile:")
     for entry in entries:
         if entry.kind == "module":

@@ -31,6 +31,7 @@ from fi_ffi.loader.building.environment import (
     Progress,
     Report,
     Workshop,
+    install_cute_dsl,
     missing_part,
     open_workshop,
 )
@@ -38,6 +39,7 @@ from fi_ffi.loader.building.names import (
     DEFAULT_ARCH,
     DEFAULT_RELEASE,
     FAMILIES,
+    Request,
     parse_arch,
     parse_requests,
 )
@@ -45,6 +47,7 @@ from fi_ffi.loader.building.wheel_writer import KernelWheel, write_wheel
 from fi_ffi.loader.kernels import open_source
 
 _DRIVER = Path(__file__).with_name("driver.py")
+_CUTE_DRIVER = Path(__file__).with_name("cute_driver.py")
 _NINJA_STATUS = "[%f/%t] "
 _STATUS = re.compile(r"\[(\d+)/(\d+)\] ")
 _TELLING = re.compile(
@@ -246,6 +249,32 @@ def _compile(workshop: Workshop, answer: Any, jobs: int) -> None:
             return
 
 
+def _make_cute(workshop: Workshop, requests: Sequence[Request]) -> list[dict[str, str]]:
+    """Compile kernels of CuTe DSL for every architecture; their modules."""
+    if workshop.cpu is not None:
+        expected = "this machine's, for which CuTe DSL compiles"
+        raise ArgumentError("build", "cpu", got=workshop.cpu, expected=expected)
+    dsl = install_cute_dsl(workshop.environment, workshop.say)
+    made: list[dict[str, str]] = []
+    for done, architecture in enumerate(workshop.architectures):
+        name = f"{len(requests)} of CuTe DSL for {architecture}"
+        workshop.report(Progress("compile", name, done, len(workshop.architectures)))
+        major, _, minor = architecture.rstrip("af").partition(".")
+        question: dict[str, object] = {
+            "packages": str(dsl.packages),
+            "runtime": str(dsl.runtime),
+            "cxx": workshop.cxx,
+            "arch": f"sm_{architecture.replace('.', '')}",
+            "capability": [int(major), int(minor)],
+            "folder": str(workshop.folder / dsl.packages.name),
+            "requests": [request.as_json(workshop.release) for request in requests],
+        }
+        answer = ask(workshop, question, _CUTE_DRIVER)
+        _refuse(answer["failed"], [], workshop)
+        made += answer["modules"]
+    return made
+
+
 def _package(workshop: Workshop, answer: Any, output: Path, keep: bool) -> Path:
     made = {module["name"]: Path(module["library"]) for module in answer["modules"]}
     wheel = KernelWheel(
@@ -301,12 +330,14 @@ def build(
     with opened as workshop:
         workshop.log.unlink(missing_ok=True)
         workshop.say("asking FlashInfer's generators for the sources")
-        answer = ask(
-            workshop,
-            {"action": "generate", "requests": [request.as_json(release) for request in requests]},
-        )
+        of_cute = [request for request in requests if request.is_cute]
+        others = [request.as_json(release) for request in requests if not request.is_cute]
+        answer = ask(workshop, {"action": "generate", "requests": others})
         _refuse(answer["failed"], answer["names"], workshop)
-        _compile(workshop, answer, jobs or default_jobs())
+        if answer["modules"]:
+            _compile(workshop, answer, jobs or default_jobs())
+        if of_cute:
+            answer["modules"] += _make_cute(workshop, of_cute)
         return _package(workshop, answer, Path(output), keep)
 
 

@@ -45,6 +45,11 @@ _NEEDED = (
     "packaging",
     "requests",
 )
+# The compiler of CuTe DSL, and the parts that it comes in; its own other requirements are for
+# running kernels and for disassembling them.
+CUTE_DSL = "4.7.1"
+_CUTE_PARTS = ("", "-libs-base", "-libs-core", f"-libs-cu{CUDA_MAJOR}")
+_CUTE_NEEDS = ("cuda-bindings>=13,<14", "cuda-pathfinder", "numpy", "typing-extensions")
 _ERROR_LINES = 6
 
 # What is linked with -l, and how its headers' names begin -> the extra of the `cuda-toolkit`
@@ -406,6 +411,35 @@ def _unpack_extra(
     whole = part == "-lib" or extra not in PARTS.values()
     requirement = f"cuda-toolkit[{extra}]=={release}.*"
     return _unpack(environment, name, requirement, say, libraries=whole)
+
+
+@dataclass(frozen=True)
+class CuteDsl:
+    """CuTe DSL, in a folder of its own: its packages, and where its runtime library is."""
+
+    packages: Path
+
+    @property
+    def runtime(self) -> Path:
+        return self.packages / "nvidia_cutlass_dsl" / f"cu{CUDA_MAJOR}" / "lib"
+
+
+def install_cute_dsl(environment: Environment, say: Say) -> CuteDsl:
+    """CuTe DSL for the environment's Python, as FlashInfer's release accepts it."""
+    accepted = Requirement(environment.requirement("nvidia-cutlass-dsl")).specifier
+    wanted = f"=={CUTE_DSL}" if accepted.contains(CUTE_DSL, prereleases=True) else str(accepted)
+    folder = environment.root.with_name(f"cute-dsl{re.sub(r'[^0-9a-z.]+', '-', wanted)}")
+    parts = [f"nvidia-cutlass-dsl{part}{wanted}" for part in _CUTE_PARTS]
+
+    def make() -> None:
+        say(f"installing nvidia-cutlass-dsl{wanted}")
+        shutil.rmtree(folder, ignore_errors=True)
+        # Without what they require: a second compiler, for CUDA 12, and a disassembler.
+        _install(environment, "--no-deps", "--target", str(folder), *parts, *_CUTE_NEEDS)
+
+    content = {"parts": " ".join(parts), "needs": " ".join(_CUTE_NEEDS)}
+    _once(folder, folder, content | {"python": environment.site_packages.parent.name}, make)
+    return CuteDsl(folder)
 
 
 def install_headers(environment: Environment, extra: str, toolkit: Toolkit, say: Say) -> None:

@@ -13,29 +13,14 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from fi_ffi.errors import ArgumentError
+from fi_ffi.loader.building import cute
+from fi_ffi.loader.building.options import Option
 from fi_ffi.loader.uris import DTYPES, ModuleName, Row, Value, family_row, parse, uri
 
 DEFAULT_RELEASE = "0.6.13"
 DEFAULT_ARCH = ("9.0a",)
 
 _FLAGS = {"0": False, "1": True}
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option of a family: the values it takes (None: see `form`) and its default."""
-
-    values: tuple[str, ...] | None
-    default: str
-    doc: str
-    form: str = ""
-
-    def accepts(self, value: str) -> bool:
-        return value in self.values if self.values else bool(re.fullmatch(self.form, value))
-
-    @property
-    def expected(self) -> str:
-        return " or ".join(self.values) if self.values else self.doc
 
 
 OPTIONS = {
@@ -54,23 +39,35 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Family:
-    """Modules that one of FlashInfer's generators makes from a few options."""
+    """Modules that FlashInfer makes from a few options.
 
-    name: str  # also in the table of module names, which has the generator
-    options: tuple[str, ...]
+    One of its generators does, or the call of a kernel of CuTe DSL.
+    """
+
+    name: str  # also in the table of module names, which has the generator, or of calls
+    options: Mapping[str, Option]
     doc: str
+    call: cute.CuteCall | None = None
+
+
+def _taking(*names: str) -> dict[str, Option]:
+    return {name: OPTIONS[name] for name in names}
 
 
 _ATTENTION = ("dtype", "kv_dtype", "head_dim", "use_sliding_window", "use_logits_soft_cap")
 FAMILIES = {
     family.name: family
     for family in (
-        Family("single_decode", _ATTENTION, "decode attention of one request"),
-        Family("batch_decode", _ATTENTION, "decode attention over a paged KV cache"),
-        Family("single_prefill", (*_ATTENTION, "backend"), "prefill attention of one request"),
-        Family("batch_prefill", (*_ATTENTION, "backend"), "prefill attention, ragged and paged"),
-        Family("batch_mla", ("dtype", "backend"),
+        Family("single_decode", _taking(*_ATTENTION), "decode attention of one request"),
+        Family("batch_decode", _taking(*_ATTENTION), "decode attention over a paged KV cache"),
+        Family("single_prefill", _taking(*_ATTENTION, "backend"),
+               "prefill attention of one request"),
+        Family("batch_prefill", _taking(*_ATTENTION, "backend"),
+               "prefill attention, ragged and paged"),
+        Family("batch_mla", _taking("dtype", "backend"),
                "multi-head latent attention over a paged cache"),
+        *(Family(name, cute.OPTIONS[name], f"CuTe DSL: {cute.DOCS[name]}", call)
+          for name, call in cute.CALLS.items()),
     )
 }  # fmt: skip
 
@@ -93,16 +90,31 @@ class Request:
     def backend(self) -> str:
         return self.module.backend if self.module else self.options.get("backend", "")
 
+    @property
+    def is_cute(self) -> bool:
+        """Whether it is a call of a kernel of CuTe DSL."""
+        return self.family is not None and self.family.call is not None
+
     def module_in(self, release: str) -> str:
         """The one module that is asked for, as a release calls it."""
         if self.family is None:
             return self.text
+        if self.is_cute:
+            raise _error(
+                "modules",
+                repr(self.text),
+                "a module's name: what CuTe DSL makes is "
+                "called as FlashInfer calls it when it compiles it",
+            )
         row = family_row(self.family.name, release)
         return uri(self.family.name, release=release, **_params(self.options, set(row.kinds)))
 
     def as_json(self, release: str = DEFAULT_RELEASE) -> dict[str, object]:
         """What the driver in the build environment is told."""
         question: dict[str, object] = {"text": self.text, "exact": self.exact}
+        if self.family is not None and self.family.call is not None:
+            given = {name: option.default for name, option in self.family.options.items()}
+            return question | self.family.call.as_json({**given, **self.options})
         module = self.module and (parse(self.text, release) or self.module)
         if module is not None:
             row, params = module.row, module.params
@@ -164,8 +176,9 @@ def parse_request(text: str) -> Request:
         if key not in family.options or key in options:
             known = ", ".join(f"{option}=…" for option in family.options)
             raise _error("modules", f"{item!r} in {text!r}", f"{known}, each at most once")
-        if not OPTIONS[key].accepts(value):
-            raise _error(f"modules, {text!r}, {key}", repr(value), OPTIONS[key].expected)
+        if not family.options[key].accepts(value):
+            expected = family.options[key].expected
+            raise _error(f"modules, {text!r}, {key}", repr(value), expected)
         options[key] = value
     return Request(text, family, options)
 
@@ -193,7 +206,7 @@ def with_options(names: Sequence[str], choices: Mapping[str, Sequence[str]]) -> 
         if request.exact:
             result.append(name)
             continue
-        taken = request.family.options if request.family else ()
+        taken = request.family.options if request.family else {}
         keys = [key for key in taken if choices.get(key) and key not in request.options]
         unused -= set(keys)
         for values in product(*(choices[key] for key in keys)):

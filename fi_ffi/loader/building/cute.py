@@ -1,0 +1,286 @@
+"""Kernels written in CuTe DSL that `fi-ffi build` makes, and the calls that FlashInfer compiles.
+
+FlashInfer's list of what it builds ahead of time has none of them: it compiles one when it is
+called, for the shapes, dtypes and flags of that call.  So each family here is such a call, its
+options are what the kernel is compiled for, and `cute_driver.py` makes it in the build
+environment without a GPU.  The modules have the names by which FlashInfer caches its objects;
+where it caches none, the names are made of the options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fi_ffi.loader.building.options import Option
+from fi_ffi.loader.uris import DTYPES
+
+Options = Mapping[str, str]
+Arguments = dict[str, Any]
+
+
+def tensor(dtype: str, *shape: int) -> dict[str, object]:
+    """A tensor that stands for any whose dtype and whose compiled sizes are these."""
+    return {"tensor": DTYPES[dtype], "shape": list(shape)}
+
+
+@dataclass(frozen=True)
+class CuteCall:
+    """A call that makes FlashInfer compile kernels.
+
+    `function` is what is called, as "module:function"; `module` and `name` are what modules are
+    called by that FlashInfer does not cache.
+    """
+
+    function: str
+    module: str
+    arguments: Callable[[Options], Arguments]
+    name: Callable[[Options], list[str]]
+
+    def as_json(self, options: Options) -> dict[str, object]:
+        """What the driver in the build environment is told."""
+        return {
+            "function": self.function,
+            "module": self.module,
+            "arguments": self.arguments(options),
+            "name": "_".join(self.name(options)),
+        }
+
+
+def _numbers(options: Options, *names: str) -> list[int]:
+    return [int(options[name]) for name in names]
+
+
+def _gdn_decode(options: Options) -> Arguments:
+    batch, tokens, q_heads, v_heads = _numbers(options, "batch", "tokens", "q_heads", "v_heads")
+    state, index = options["state"], options["indices"]
+    states = tensor(state, batch, v_heads, 128, 128)
+    found: Arguments = {
+        "q": tensor("bf16", batch, tokens, q_heads, 128),
+        "k": tensor("bf16", batch, tokens, q_heads, 128),
+        "v": tensor("bf16", batch, tokens, v_heads, 128),
+        "state": None,
+        "A_log": tensor("f32", v_heads),
+        "a": tensor("bf16", batch, tokens, v_heads),
+        "dt_bias": tensor(options["dt_bias"], v_heads),
+        "b": tensor("bf16", batch, tokens, v_heads),
+        "use_qk_l2norm": options["l2norm"] == "1",
+        "disable_state_update": options["update"] == "0",
+        "backend": "flashinfer",
+    }
+    if options["pool"] == "0":
+        return {**found, "state": states}
+    found |= {"initial_state": states, "initial_state_indices": tensor(index, batch)}
+    if options["split"] == "1":
+        found["output_state_indices"] = tensor(index, batch)
+    if options["steps"] == "1":
+        found["intermediate_states_buffer"] = tensor(state, batch, tokens, v_heads, 128, 128)
+    return found
+
+
+def _gdn_prefill(options: Options) -> Arguments:
+    q_heads, v_heads, length, count = 16, 32, 128, 2  # the kernel takes any
+    state = tensor(options["state"], count, v_heads, 128, 128)
+    gate = tensor("f32", length, v_heads)
+    checkpoints = options["checkpoints"] == "1"
+    return {
+        "q": tensor(options["dtype"], length, q_heads, 128),
+        "k": tensor(options["dtype"], length, q_heads, 128),
+        "v": tensor(options["dtype"], length, v_heads, 128),
+        "g": gate if options["alpha"] == "1" else None,
+        "beta": gate if options["beta"] == "1" else None,
+        "initial_state": state if options["initial_state"] == "1" else None,
+        "output_final_state": True,
+        "cu_seqlens": tensor(options["cu_seqlens"], count + 1),
+        "output_state": state,
+        "state_checkpoints": tensor(options["state"], 4, v_heads, 128, 128)
+        if checkpoints
+        else None,
+        "checkpoint_cu_starts": tensor(options["cu_seqlens"], count + 1) if checkpoints else None,
+        "checkpoint_every_n_tokens": 64 if checkpoints else 0,
+        "state_indices": tensor("i32", count) if options["indices"] == "1" else None,
+        "use_cp": False,
+        "backend": "flashinfer",
+    }
+
+
+def _gdn_prefill_name(options: Options) -> list[str]:
+    dtype, state = DTYPES[options["dtype"]], DTYPES[options["state"]]
+
+    def flag(option: str, name: str, suffix: str = "") -> str:
+        return name + suffix if options[option] == "1" else f"no{name}"
+
+    return [
+        dtype,
+        flag("alpha", "alpha"),
+        flag("beta", "beta"),
+        flag("initial_state", "init", f"_{state}"),
+        state,
+        flag("checkpoints", "checkpoints", f"_{state}"),
+        flag("indices", "indices", "_int32"),
+        DTYPES[options["cu_seqlens"]],
+    ]
+
+
+def _kda_decode(options: Options) -> Arguments:
+    batch, tokens, heads, size = _numbers(options, "batch", "tokens", "heads", "head_size")
+    each = tensor("bf16", batch, tokens, heads, size)
+    gate = options["gate"] == "1"
+    return {
+        "q": each,
+        "k": each,
+        "v": each,
+        "g": each,
+        "beta": tensor("bf16", batch, tokens, heads),
+        "A_log": tensor("f32", heads) if gate else None,
+        "dt_bias": tensor("f32", heads * size) if gate else None,
+        "initial_state": tensor("bf16", batch, heads, size, size),
+        "output_final_state": True,
+        "use_gate_in_kernel": gate,
+        "backend": "cute-dsl",
+    }
+
+
+def _kda_decode_name(options: Options) -> list[str]:
+    gate = "gate" if options["gate"] == "1" else "nogate"
+    return [f"{name[0]}{options[name]}" for name in ("batch", "tokens", "heads")] + [
+        f"d{options['head_size']}",
+        gate,
+    ]
+
+
+def _rmsnorm(options: Options) -> Arguments:
+    return {
+        "dtype_str": DTYPES[options["dtype"]],
+        "H": int(options["hidden_size"]),
+        "weight_bias": float(options["weight_bias"]),
+        "enable_pdl": False,
+        "sm_version": "sm",
+        "contiguous": options["contiguous"] == "1",
+    }
+
+
+def _rmsnorm_name(options: Options) -> list[str]:
+    strided = [] if options["contiguous"] == "1" else ["strided"]
+    return [
+        DTYPES[options["dtype"]],
+        options["hidden_size"],
+        f"bias{options['weight_bias']}",
+        *strided,
+    ]
+
+
+def _rmsnorm_fp4quant(options: Options) -> Arguments:
+    return {
+        "hidden_size": int(options["hidden_size"]),
+        "block_size": int(options["block_size"]),
+        "is_fp16": options["dtype"] == "f16",
+        "sm_version": "sm",
+        "scale_format": options["scale"],
+        "is_sf_swizzled_layout": options["swizzled"] == "1",
+        "enable_pdl": False,
+    }
+
+
+def _rmsnorm_fp4quant_name(options: Options) -> list[str]:
+    layout = "swizzled" if options["swizzled"] == "1" else "rows"
+    return [
+        DTYPES[options["dtype"]],
+        options["hidden_size"],
+        f"{options['scale']}x{options['block_size']}",
+        layout,
+    ]
+
+
+def _cached(options: Options) -> list[str]:
+    """FlashInfer has a name for it."""
+    return []
+
+
+CALLS = {
+    "gdn_decode": CuteCall(
+        "flashinfer.gdn_decode:gated_delta_rule_decode_pretranspose", "gdn_decode",
+        _gdn_decode, _cached,
+    ),
+    "gdn_prefill": CuteCall(
+        "flashinfer.gdn_prefill:chunk_gated_delta_rule", "gdn_prefill_sm90",
+        _gdn_prefill, _gdn_prefill_name,
+    ),
+    "kda_decode": CuteCall(
+        "flashinfer.kda_kernels.recurrent_kda:run_recurrent_kda", "recurrent_kda",
+        _kda_decode, _kda_decode_name,
+    ),
+    "rmsnorm_cute": CuteCall(
+        "flashinfer.norm.kernels.rmsnorm:_get_compiled_rmsnorm_kernel", "rmsnorm",
+        _rmsnorm, _rmsnorm_name,
+    ),
+    "rmsnorm_fp4quant": CuteCall(
+        "flashinfer.cute_dsl.rmsnorm_fp4quant:_get_compiled_kernel", "rmsnorm_fp4quant",
+        _rmsnorm_fp4quant, _rmsnorm_fp4quant_name,
+    ),
+}  # fmt: skip
+
+
+def _count(default: int, doc: str) -> Option:
+    return Option(None, str(default), doc, r"[1-9]\d{0,5}")
+
+
+def _flag(default: str, doc: str) -> Option:
+    return Option(("0", "1"), default, doc)
+
+
+_FLOATS = Option(("f16", "bf16"), "bf16", "type of inputs and outputs")
+OPTIONS: dict[str, dict[str, Option]] = {
+    "gdn_decode": {
+        "batch": _count(64, "requests of a call, by which FlashInfer chooses a kernel"),
+        "tokens": _count(1, "new tokens of each request"),
+        "q_heads": _count(16, "heads of queries and keys"),
+        "v_heads": _count(32, "heads of values"),
+        "state": Option(("f32", "bf16"), "f32", "type of the states"),
+        "dt_bias": Option(("f32", "bf16"), "f32", "type of dt_bias"),
+        "indices": Option(("i32", "i64"), "i32", "type of indices into the pool of states"),
+        "pool": _flag("1", "states in a pool"),
+        "split": _flag("0", "states written elsewhere than read"),
+        "steps": _flag("0", "states kept after each token"),
+        "update": _flag("1", "final states written"),
+        "l2norm": _flag("1", "queries and keys normalised"),
+    },
+    "gdn_prefill": {
+        "dtype": _FLOATS,
+        "state": Option(("f32", "bf16", "f16", "e4m3", "e5m2"), "f32", "type of the states"),
+        "cu_seqlens": Option(("i32", "i64"), "i64", "type of cu_seqlens"),
+        "alpha": _flag("1", "with a forget gate"),
+        "beta": _flag("1", "with an update gate"),
+        "initial_state": _flag("1", "with initial states"),
+        "checkpoints": _flag("0", "states kept on the way"),
+        "indices": _flag("0", "states in a pool"),
+    },
+    "kda_decode": {
+        "batch": _count(64, "requests of a call, by which FlashInfer chooses a kernel"),
+        "tokens": _count(1, "new tokens of each request"),
+        "heads": _count(16, "heads"),
+        "head_size": Option(("64", "128"), "128", "size of a head"),
+        "gate": _flag("1", "the gate is computed by the kernel"),
+    },
+    "rmsnorm_cute": {
+        "dtype": _FLOATS,
+        "hidden_size": _count(4096, "hidden size"),
+        "weight_bias": Option(("0", "1"), "0", "what is added to the weight"),
+        "contiguous": _flag("1", "rows one after another"),
+    },
+    "rmsnorm_fp4quant": {
+        "dtype": _FLOATS,
+        "hidden_size": _count(4096, "hidden size"),
+        "block_size": Option(("16", "32"), "16", "numbers that share a scale"),
+        "scale": Option(("e4m3", "ue8m0"), "e4m3", "type of the scales"),
+        "swizzled": _flag("0", "scales as tensor cores read them"),
+    },
+}
+DOCS = {
+    "gdn_decode": "gated delta rule, new tokens of many requests",
+    "gdn_prefill": "gated delta rule, whole sequences (needs 9.0a)",
+    "kda_decode": "Kimi delta attention, new tokens of many requests",
+    "rmsnorm_cute": "RMS norm",
+    "rmsnorm_fp4quant": "RMS norm and quantisation to fp4",
+}

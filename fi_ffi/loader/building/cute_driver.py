@@ -1,0 +1,264 @@
+"""Makes FlashInfer compile kernels of CuTe DSL; runs in the build environment only.
+
+A plain script, as `driver.py` is: `python -I cute_driver.py ANSWER` reads a question as JSON
+from its standard input and writes the answer as JSON to the file ANSWER.
+
+FlashInfer's own functions are called, with tensors of the CPU that say they are a GPU's.  What
+they compile is caught: exported as an object, and linked into a module.  What they launch then
+does nothing.  So a kernel is the one that FlashInfer would choose and compile for such a call.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_KERNELS = "nvidia_cutlass_dsl"
+_CUDA = 2  # kDLCUDA of dlpack.h
+_DEVICE_AT = 8  # of a DLTensor: after its address
+# By compute capability: multiprocessors, and the shared memory that a block can have, of the
+# GPU that a kernel is chosen for.
+_GPUS = {
+    (8, 0): ("A100", 108, 166912),
+    (8, 9): ("L40S", 142, 101376),
+    (9, 0): ("H100", 132, 232448),
+    (10, 0): ("B200", 148, 232448),
+    (12, 0): ("RTX PRO 6000", 188, 101376),
+}
+_LONGEST = 200  # a name that ends in .so and has room for what a cache adds
+
+
+def _sibling(name: str) -> Any:
+    """The plain script of this name beside this one."""
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"fi_ffi_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def module_name(directory: str, kernel: str) -> str:
+    """What FlashInfer's cache calls a directory and a file in it, as one name."""
+    import hashlib
+
+    name = re.sub(r"\W", "_", f"{directory}_{kernel}", flags=re.ASCII)
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 18]}_h{digest}"
+
+
+class Maker:
+    """Compiles what is caught into modules in a folder, and remembers their names."""
+
+    def __init__(self, question: dict[str, Any]) -> None:
+        self.arch, self.folder = question["arch"], Path(question["folder"])
+        self.cxx, self.runtime = question["cxx"].split(), Path(question["runtime"])
+        self.request: dict[str, Any] = {}
+        self.names: list[str] = []
+        # Whether FlashInfer has given what is compiled now a name.
+        self._is_named = False
+
+    def cached(
+        self, module_name: str, kernel_name: str, compile_fn: Any, *_: Any, **__: Any
+    ) -> Any:
+        """In place of FlashInfer's `build_and_load_cute_dsl_kernel`."""
+        self._is_named = True
+        try:
+            return self._make(module_name, kernel_name, compile_fn)
+        finally:
+            self._is_named = False
+
+    def compiled(self, compile_fn: Callable[..., Any], function: Any, *args: Any) -> Any:
+        """In place of CuTe's own compilation, which `compile_fn` is."""
+        if self._is_named:
+            return compile_fn()
+        name = getattr(function, "__name__", None) or type(function).__name__
+        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip("_")).lower()
+        kernel = "_".join(filter(None, [words, self.request["name"]]))
+        return self._make(self.request["module"], kernel, compile_fn)
+
+    def _make(self, module: str, kernel: str, compile_fn: Callable[[], Any]) -> Any:
+        sanitized = re.sub(r"\W", "_", kernel, flags=re.ASCII)
+        name = module_name(f"{module}_{self.arch.replace('_', '')}_cute_dsl", sanitized)
+        target = self.folder / name / f"{name}.so"
+        if not target.exists():
+            print(f"compiling {name}", flush=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            made = target.with_suffix(".o")
+            compile_fn().export_to_c(str(made), function_name=f"{module}_{sanitized}")
+            self._link(made, target)
+            made.unlink()
+        if name not in self.names:
+            self.names.append(name)
+        return lambda *args, **kwargs: None
+
+    def _link(self, made: Path, target: Path) -> None:
+        part = target.with_suffix(".part")
+        command = [*self.cxx, "-shared", "-o", str(part), str(made), f"-L{self.runtime}"]
+        command += ["-lcute_dsl_runtime", "-Wl,-z,now"]
+        subprocess.run(command, check=True)
+        os.replace(part, target)
+
+
+# Tensors of the CPU that say they are a GPU's
+
+
+class _AsCuda:
+    """What CuTe reads of a tensor: DLPack, with the device put into it."""
+
+    def __init__(self, tensor: Any) -> None:
+        self._tensor = tensor
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return _CUDA, 0
+
+    def __dlpack__(self, **_: object) -> Any:
+        torch, ctypes = importlib.import_module("torch"), importlib.import_module("ctypes")
+        with torch._C.DisableTorchFunction():
+            capsule = torch.Tensor.__dlpack__(self._tensor.detach())
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        device = pointer(capsule, b"dltensor") + _DEVICE_AT
+        ctypes.cast(device, ctypes.POINTER(ctypes.c_int32))[0] = _CUDA
+        return capsule
+
+
+def _pretend(capability: tuple[int, int]) -> Any:
+    """The torch mode in which tensors are on a GPU of this capability, and torch has it."""
+    torch = importlib.import_module("torch")
+    overrides = importlib.import_module("torch.overrides")
+    near = min(_GPUS, key=lambda known: (known[0] != capability[0], abs(known[1] - capability[1])))
+    name, multiprocessors, shared_memory = _GPUS[near]
+    properties = types.SimpleNamespace(
+        name=f"NVIDIA {name}",
+        major=capability[0],
+        minor=capability[1],
+        multi_processor_count=multiprocessors,
+        shared_memory_per_block_optin=shared_memory,
+    )
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.current_stream = lambda *_, **__: types.SimpleNamespace(cuda_stream=0)
+    torch.cuda.get_device_capability = lambda *_, **__: capability
+    torch.cuda.get_device_properties = lambda *_, **__: properties
+    torch.cuda.get_device_name = lambda *_, **__: properties.name
+    torch.version.cuda = torch.version.cuda or "13.0"
+    device = torch.device("cuda:0")
+
+    def placed(value: Any) -> Any:
+        is_device = isinstance(value, torch.device) or (
+            isinstance(value, str) and value.startswith("cuda")
+        )
+        return "cpu" if is_device else value
+
+    class OnCuda(overrides.TorchFunctionMode):  # type: ignore[name-defined,misc]
+        def __torch_function__(
+            self, function: Any, _: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if function == torch.Tensor.device.__get__:
+                return device
+            if function == torch.Tensor.is_cuda.__get__:
+                return True
+            if function == torch.Tensor.cuda:
+                return args[0]
+            kwargs = {key: placed(value) for key, value in (kwargs or {}).items()}
+            return function(*map(placed, args), **kwargs)
+
+    return OnCuda()
+
+
+@contextmanager
+def _caught(maker: Maker) -> Iterator[None]:
+    """Hand what CuTe compiles to `maker`."""
+    torch = importlib.import_module("torch")
+    runtime = importlib.import_module("cutlass.cute.runtime")
+    compiler = importlib.import_module("cutlass.base_dsl.compiler")
+    driver = importlib.import_module("cuda.bindings.driver")
+    cache: Any = importlib.import_module("flashinfer.jit.cute_dsl_core")
+    begin, compile_fn = runtime._Tensor.__init__, compiler.CompileCallable._compile
+
+    def from_tensor(self: Any, tensor: Any, *args: Any, **kwargs: Any) -> None:
+        begin(
+            self, _AsCuda(tensor) if isinstance(tensor, torch.Tensor) else tensor, *args, **kwargs
+        )
+
+    def streamed(value: Any) -> Any:
+        """A stream is taken from TVM-FFI, where all other modules take it from."""
+        if isinstance(value, driver.CUstream):
+            return runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
+        return value
+
+    def compiled(self: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        args = tuple(map(streamed, args))
+        kwargs = {key: streamed(value) for key, value in kwargs.items()}
+        return maker.compiled(lambda: compile_fn(self, function, *args, **kwargs), function)
+
+    runtime._Tensor.__init__ = from_tensor
+    compiler.CompileCallable._compile = compiled
+    cache.build_and_load_cute_dsl_kernel = maker.cached
+    yield
+
+
+def _value(value: Any, capability: tuple[int, int]) -> Any:
+    """An argument of the call: a tensor by its dtype and shape, "sm" for the GPU's number."""
+    if isinstance(value, dict):
+        torch = importlib.import_module("torch")
+        return torch.zeros(value["shape"], dtype=getattr(torch, value["tensor"]))
+    return 10 * capability[0] + capability[1] if value == "sm" else value
+
+
+def answer(question: dict[str, Any]) -> dict[str, Any]:
+    """Make the modules of every request; those that failed, with the reason."""
+    packages = Path(question["packages"])
+    sys.path[:0] = [str(packages / _KERNELS / "dsl_packages"), str(packages)]
+    os.environ["CUTE_DSL_ARCH"] = question["arch"]
+    plain, capability = _sibling("driver"), tuple(question["capability"])
+    for name in ("flashinfer", "flashinfer.cute_dsl"):
+        plain._load_bare_package(name)
+    maker = Maker(question)
+    failed: dict[str, str] = {}
+    result: dict[str, Any] = {"modules": [], "failed": failed}
+    with _caught(maker), _pretend(capability):
+        for request in question["requests"]:
+            maker.request, maker.names = request, []
+            home, _, function = request["function"].partition(":")
+            try:
+                parents = home.split(".")
+                for end in range(2, len(parents)):
+                    if ".".join(parents[:end]) not in sys.modules:
+                        plain._load_bare_package(".".join(parents[:end]))
+                called = getattr(importlib.import_module(home), function)
+                arguments = request["arguments"].items()
+                called(**{key: _value(value, capability) for key, value in arguments})
+            except Exception as error:
+                failed[request["text"]] = (
+                    f"FlashInfer or CuTe DSL refused it: {plain.reason(error)}"
+                )
+                continue
+            if not maker.names:
+                failed[request["text"]] = "FlashInfer compiled nothing for it with CuTe DSL"
+            result["modules"] += [
+                {
+                    "request": request["text"],
+                    "name": name,
+                    "library": str(maker.folder / name / f"{name}.so"),
+                }
+                for name in maker.names
+            ]
+    return result
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(answer(json.load(sys.stdin))))
