@@ -52,20 +52,32 @@ def _numbers(options: Options, *names: str) -> list[int]:
     return [int(options[name]) for name in names]
 
 
+def _gdn_token(options: Options, batch: int, tokens: int, q_heads: int, v_heads: int) -> Arguments:
+    return {
+        "q": tensor("bf16", batch, tokens, q_heads, 128),
+        "k": tensor("bf16", batch, tokens, q_heads, 128),
+        "v": tensor("bf16", batch, tokens, v_heads, 128),
+        "A_log": tensor("f32", v_heads),
+        "a": tensor(options["a"], batch, tokens, v_heads),
+        "dt_bias": tensor(options["dt_bias"], v_heads),
+        "b": tensor(options["b"], batch, tokens, v_heads),
+        "use_qk_l2norm": options["l2norm"] == "1",
+    }
+
+
+def _gdn_decode_keys_first(options: Options) -> Arguments:
+    batch, q_heads, v_heads = _numbers(options, "batch", "q_heads", "v_heads")
+    states = tensor("f32", batch, v_heads, 128, 128)
+    return {**_gdn_token(options, batch, 1, q_heads, v_heads), "state": states}
+
+
 def _gdn_decode(options: Options) -> Arguments:
     batch, tokens, q_heads, v_heads = _numbers(options, "batch", "tokens", "q_heads", "v_heads")
     state, index = options["state"], options["indices"]
     states = tensor(state, batch, v_heads, 128, 128)
     found: Arguments = {
-        "q": tensor("bf16", batch, tokens, q_heads, 128),
-        "k": tensor("bf16", batch, tokens, q_heads, 128),
-        "v": tensor("bf16", batch, tokens, v_heads, 128),
+        **_gdn_token(options, batch, tokens, q_heads, v_heads),
         "state": None,
-        "A_log": tensor("f32", v_heads),
-        "a": tensor("bf16", batch, tokens, v_heads),
-        "dt_bias": tensor(options["dt_bias"], v_heads),
-        "b": tensor("bf16", batch, tokens, v_heads),
-        "use_qk_l2norm": options["l2norm"] == "1",
         "disable_state_update": options["update"] == "0",
         "backend": "flashinfer",
     }
@@ -81,44 +93,45 @@ def _gdn_decode(options: Options) -> Arguments:
 
 def _gdn_prefill(options: Options) -> Arguments:
     q_heads, v_heads, length, count = 16, 32, 128, 2  # the kernel takes any
-    state = tensor(options["state"], count, v_heads, 128, 128)
     gate = tensor("f32", length, v_heads)
-    checkpoints = options["checkpoints"] == "1"
+
+    def states(option: str, count: int = count) -> dict[str, object] | None:
+        dtype = options[option]
+        return None if dtype == "0" else tensor(dtype, count, v_heads, 128, 128)
+
+    checkpoints = options["checkpoints"] != "0"
     return {
         "q": tensor(options["dtype"], length, q_heads, 128),
         "k": tensor(options["dtype"], length, q_heads, 128),
         "v": tensor(options["dtype"], length, v_heads, 128),
         "g": gate if options["alpha"] == "1" else None,
         "beta": gate if options["beta"] == "1" else None,
-        "initial_state": state if options["initial_state"] == "1" else None,
+        "initial_state": states("initial_state"),
         "output_final_state": True,
         "cu_seqlens": tensor(options["cu_seqlens"], count + 1),
-        "output_state": state,
-        "state_checkpoints": tensor(options["state"], 4, v_heads, 128, 128)
-        if checkpoints
-        else None,
+        "output_state": states("state"),
+        "state_checkpoints": states("checkpoints", 4),
         "checkpoint_cu_starts": tensor(options["cu_seqlens"], count + 1) if checkpoints else None,
         "checkpoint_every_n_tokens": 64 if checkpoints else 0,
-        "state_indices": tensor("i32", count) if options["indices"] == "1" else None,
+        "state_indices": None if options["indices"] == "0" else tensor(options["indices"], count),
         "use_cp": False,
         "backend": "flashinfer",
     }
 
 
 def _gdn_prefill_name(options: Options) -> list[str]:
-    dtype, state = DTYPES[options["dtype"]], DTYPES[options["state"]]
-
-    def flag(option: str, name: str, suffix: str = "") -> str:
-        return name + suffix if options[option] == "1" else f"no{name}"
+    def there(option: str, name: str) -> str:
+        value = options[option]
+        return f"no{name}" if value == "0" else name if value == "1" else f"{name}_{DTYPES[value]}"
 
     return [
-        dtype,
-        flag("alpha", "alpha"),
-        flag("beta", "beta"),
-        flag("initial_state", "init", f"_{state}"),
-        state,
-        flag("checkpoints", "checkpoints", f"_{state}"),
-        flag("indices", "indices", "_int32"),
+        DTYPES[options["dtype"]],
+        there("alpha", "alpha"),
+        there("beta", "beta"),
+        there("initial_state", "init"),
+        DTYPES[options["state"]],
+        there("checkpoints", "checkpoints"),
+        there("indices", "indices"),
         DTYPES[options["cu_seqlens"]],
     ]
 
@@ -203,6 +216,10 @@ CALLS = {
         "flashinfer.gdn_decode:gated_delta_rule_decode_pretranspose", "gdn_decode",
         _gdn_decode, _cached,
     ),
+    "gdn_decode_keys_first": CuteCall(
+        "flashinfer.gdn_decode:gated_delta_rule_decode", "gdn_decode",
+        _gdn_decode_keys_first, _cached,
+    ),
     "gdn_prefill": CuteCall(
         "flashinfer.gdn_prefill:chunk_gated_delta_rule", "gdn_prefill_sm90",
         _gdn_prefill, _gdn_prefill_name,
@@ -230,31 +247,39 @@ def _flag(default: str, doc: str) -> Option:
     return Option(("0", "1"), default, doc)
 
 
+_STATES = ("f32", "bf16", "f16", "e4m3", "e5m2")
+_GATE = Option(("bf16", "f16", "f32"), "bf16", "type of this gate")
+_TOKEN = {
+    "batch": _count(64, "requests of a call, by which FlashInfer chooses a kernel"),
+    "q_heads": _count(16, "heads of queries and keys"),
+    "v_heads": _count(32, "heads of values"),
+    "a": _GATE,
+    "b": _GATE,
+    "dt_bias": Option(("f32", "bf16"), "f32", "type of dt_bias"),
+    "l2norm": _flag("1", "queries and keys normalised"),
+}
 _FLOATS = Option(("f16", "bf16"), "bf16", "type of inputs and outputs")
 OPTIONS: dict[str, dict[str, Option]] = {
     "gdn_decode": {
-        "batch": _count(64, "requests of a call, by which FlashInfer chooses a kernel"),
+        **_TOKEN,
         "tokens": _count(1, "new tokens of each request"),
-        "q_heads": _count(16, "heads of queries and keys"),
-        "v_heads": _count(32, "heads of values"),
         "state": Option(("f32", "bf16"), "f32", "type of the states"),
-        "dt_bias": Option(("f32", "bf16"), "f32", "type of dt_bias"),
         "indices": Option(("i32", "i64"), "i32", "type of indices into the pool of states"),
         "pool": _flag("1", "states in a pool"),
         "split": _flag("0", "states written elsewhere than read"),
         "steps": _flag("0", "states kept after each token"),
         "update": _flag("1", "final states written"),
-        "l2norm": _flag("1", "queries and keys normalised"),
     },
+    "gdn_decode_keys_first": _TOKEN,
     "gdn_prefill": {
         "dtype": _FLOATS,
-        "state": Option(("f32", "bf16", "f16", "e4m3", "e5m2"), "f32", "type of the states"),
+        "state": Option(_STATES, "f32", "type of the final states"),
         "cu_seqlens": Option(("i32", "i64"), "i64", "type of cu_seqlens"),
         "alpha": _flag("1", "with a forget gate"),
         "beta": _flag("1", "with an update gate"),
-        "initial_state": _flag("1", "with initial states"),
-        "checkpoints": _flag("0", "states kept on the way"),
-        "indices": _flag("0", "states in a pool"),
+        "initial_state": Option(("0", *_STATES), "f32", "type of initial states, 0: none"),
+        "checkpoints": Option(("0", *_STATES), "0", "type of states kept on the way"),
+        "indices": Option(("0", "i32", "i64"), "0", "type of indices into a pool of states"),
     },
     "kda_decode": {
         "batch": _count(64, "requests of a call, by which FlashInfer chooses a kernel"),
@@ -279,6 +304,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
 }
 DOCS = {
     "gdn_decode": "gated delta rule, new tokens of many requests",
+    "gdn_decode_keys_first": "the same over states as [key, value], a token of each request",
     "gdn_prefill": "gated delta rule, whole sequences (needs 9.0a)",
     "kda_decode": "Kimi delta attention, new tokens of many requests",
     "rmsnorm_cute": "RMS norm",

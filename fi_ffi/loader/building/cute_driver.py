@@ -26,6 +26,7 @@ from typing import Any
 _KERNELS = "nvidia_cutlass_dsl"
 _CUDA = 2  # kDLCUDA of dlpack.h
 _DEVICE_AT = 8  # of a DLTensor: after its address
+_ALIGNMENT = 256
 # By compute capability: multiprocessors, and the shared memory that a block can have, of the
 # GPU that a kernel is chosen for.
 _GPUS = {
@@ -94,9 +95,10 @@ class Maker:
         target = self.folder / name / f"{name}.so"
         if not target.exists():
             print(f"compiling {name}", flush=True)
+            compiled = compile_fn()
             target.parent.mkdir(parents=True, exist_ok=True)
             made = target.with_suffix(".o")
-            compile_fn().export_to_c(str(made), function_name=f"{module}_{sanitized}")
+            compiled.export_to_c(str(made), function_name=f"{module}_{sanitized}")
             self._link(made, target)
             made.unlink()
         if name not in self.names:
@@ -129,8 +131,11 @@ class _AsCuda:
             capsule = torch.Tensor.__dlpack__(self._tensor.detach())
         pointer = ctypes.pythonapi.PyCapsule_GetPointer
         pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-        device = pointer(capsule, b"dltensor") + _DEVICE_AT
-        ctypes.cast(device, ctypes.POINTER(ctypes.c_int32))[0] = _CUDA
+        made = pointer(capsule, b"dltensor")
+        ctypes.cast(made + _DEVICE_AT, ctypes.POINTER(ctypes.c_int32))[0] = _CUDA
+        if not self._tensor.storage_offset():
+            # Nobody reads there, and what CUDA allocates begins so.
+            ctypes.cast(made, ctypes.POINTER(ctypes.c_int64))[0] &= -_ALIGNMENT
         return capsule
 
 
@@ -219,6 +224,11 @@ def _value(value: Any, capability: tuple[int, int]) -> Any:
     return 10 * capability[0] + capability[1] if value == "sm" else value
 
 
+def _plain(text: str) -> str:
+    """Text without the colours of a terminal."""
+    return re.sub(r"\x1b\[[\d;]*m", "", text)
+
+
 def answer(question: dict[str, Any]) -> dict[str, Any]:
     """Make the modules of every request; those that failed, with the reason."""
     packages = Path(question["packages"])
@@ -244,7 +254,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
                 called(**{key: _value(value, capability) for key, value in arguments})
             except Exception as error:
                 failed[request["text"]] = (
-                    f"FlashInfer or CuTe DSL refused it: {plain.reason(error)}"
+                    f"FlashInfer or CuTe DSL refused it: {_plain(plain.reason(error))}"
                 )
                 continue
             if not maker.names:
