@@ -49,6 +49,7 @@ from fi_ffi.ops.on_host import (
 if TYPE_CHECKING:
     from fi_ffi.loader.runtime import file_signatures as file_signatures
     from fi_ffi.ops.attention import *  # noqa: F403
+    from fi_ffi.ops.gdn import gdn_decode as gdn_decode
     from fi_ffi.ops.graphs import Graph as Graph
     from fi_ffi.ops.graphs import capture as capture
     from fi_ffi.ops.mamba import selective_state_update as selective_state_update
@@ -117,6 +118,7 @@ _LATER |= {
     "file_signatures": "fi_ffi.loader.runtime",
     "function": "fi_ffi.ops.modules",
     "functions": "fi_ffi.ops.modules",
+    "gdn_decode": "fi_ffi.ops.gdn",
     "module": "fi_ffi.ops.modules",
     "object_type": "fi_ffi.ops.modules",
     "object_types": "fi_ffi.ops.modules",

@@ -112,6 +112,17 @@ def copy_to_device(target: int, source: int, count: int, stream: int) -> None:
     check(code, "cudaMemcpyAsync")
 
 
+def copy_now(target: int, source: int, count: int, device: Device) -> None:
+    """Copy from host memory, and wait for that; no capture forbids it."""
+    if not device.is_cuda:
+        ffi.memmove(pointer(target), pointer(source), count)
+        return
+    with current(device), relaxed():
+        copy_to_device(target, source, count, PER_THREAD)
+        (error,) = _runtime().cudaStreamSynchronize(PER_THREAD)
+        check(int(error), "cudaStreamSynchronize")
+
+
 def synchronize(device: Device) -> None:
     """Wait for all work of a device."""
     with current(device):

@@ -85,6 +85,14 @@ class Tensor(Ranged):
     or_zeros: bool = False
     # Each element may have an axis of its own: [n, 1] stands for [n].
     column: bool = False
+    # How the entry has it, where that is another view of the same memory: for each of its axes
+    # those of `axes`, by number.  Several are one axis there, and have to lie side by side.
+    view: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def entry_rank(self) -> int:
+        """The rank that the entry has it in."""
+        return len(self.view or self.axis_names)
 
     @property
     def is_scratch(self) -> bool:
@@ -216,12 +224,17 @@ class TensorArray(Ranged):
 
 @dataclass(frozen=True)
 class Absent(Ranged):
-    """An argument of the entry that the op has not: a tensor without elements, a number, a bool,
-    or of an optional type none."""
+    """An argument of the entry that the op has not: a tensor without an address, a number, a bool,
+    or of an optional type none.
+
+    An entry that looks at a tensor's layout before it leaves it alone is told this `shape`.
+    """
 
     name: str
     abi_type: str = "DLTensor*"
     value: int = 0
+    dtype: str = "uint8"
+    shape: tuple[int, ...] = (0,)
 
 
 Arg = Tensor | Scalar | Text | KvLayout | IntArray | TensorArray | Absent

@@ -1,6 +1,6 @@
-"""The gated delta rule in float64, solved for pieces of a sequence at once.
+"""The gated delta rule in float64: sequences solved for pieces at once, and single tokens.
 
-Each token writes `u`, what is new of its value; those of a piece solve a triangular
+Of a sequence each token writes `u`, what is new of its value; those of a piece solve a triangular
 system.  With `xp` another array module than numpy, the work is done there.
 
 Unlike the kernel, which takes tiles of 64 tokens, it looks at `cu_seqlens`: on a GPU a sequence
@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fi_ffi.reference.arrays import Array
-from fi_ffi.reference.formula import Formula
+from fi_ffi.reference.formula import SLACK, Exact, Formula, Inputs
 
 # Tokens solved for at a time.
 _PIECE = 256
@@ -127,4 +127,151 @@ def gdn_prefill(a: dict[str, Any], xp: Any = np) -> dict[str, tuple[Any, Any]]:
     }
 
 
-EXACT: dict[str, Formula] = {"gdn_prefill": gdn_prefill}
+# float32's errors: of exponentials, which grow with what is raised to, of `log1p`, which is
+# absolute near 0, of a sum over keys, and of a length.
+_EXP, _LOG, _SUM, _LENGTH = 2.0**-21, 2.0**-20, 2.0**-18, 2.0**-20
+
+
+class _Value:
+    """A number, and how far float32 may be from it."""
+
+    __slots__ = ("off", "value")
+
+    def __init__(self, value: Any, off: Any) -> None:
+        self.value, self.off = value, off
+
+
+def _decay_of(a: Inputs, i: int, t: int) -> _Value:
+    """How much of each head's state is kept before a token."""
+    x = a["a"][i, t] + a["dt_bias"]
+    step = np.where(x <= 20, np.log1p(np.exp(np.minimum(x, 20))), x)
+    rate = np.exp(a["A_log"])
+    value = np.exp(-rate * step)
+    off = value * (rate * _LOG * (1 + step) + _EXP * (2 + rate * step * (1 + np.abs(a["A_log"]))))
+    return _Value(value, off)
+
+
+def _share_of(a: Inputs, i: int, t: int) -> _Value:
+    """How much of a token is written, for each head."""
+    x = a["b"][i, t]
+    value = 1 / (1 + np.exp(-x))
+    return _Value(value, value * _EXP * (2 + np.abs(x)))
+
+
+def _of_length_1(x: Array, heads: int, is_normalized: bool, scale: float = 1.0) -> Array:
+    if is_normalized:
+        x = x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6)
+    return np.repeat(x * scale, heads // len(x), axis=0)
+
+
+def _step(state: _Value, q: Array, k: Array, v: Array, keep: _Value, share: _Value) -> _Value:
+    """Take every head's state [v, k] a token further, in place; what it reads."""
+    h, kept = state.value, keep.value[:, None, None]
+    state.off = state.off * kept + np.abs(h) * (keep.off[:, None, None] + _EXP * kept)
+    h = h * kept
+    k_row = k[:, None, :]
+    known = (h * k_row).sum(-1)
+    off_known = (state.off * np.abs(k_row)).sum(-1) + (_SUM + _LENGTH) * np.abs(h * k_row).sum(-1)
+    part = share.value[:, None]
+    new = part * (v - known)
+    off_new = part * off_known + share.off[:, None] * np.abs(v - known)
+    off_new += _EXP * part * (np.abs(v) + np.abs(known))
+    more = new[..., None] * k_row
+    state.off = state.off + off_new[..., None] * np.abs(k_row)
+    state.off += _LENGTH * np.abs(more) + _EXP * (np.abs(h) + np.abs(more))
+    state.value = h + more
+    q_row = q[:, None, :]
+    read = (state.value * q_row).sum(-1)
+    off_read = (state.off * np.abs(q_row)).sum(-1)
+    off_read += (_SUM + _LENGTH) * np.abs(state.value * q_row).sum(-1)
+    return _Value(read, off_read)
+
+
+class _Slots(NamedTuple):
+    """Where a request's state is read and written; None: from nothing, and nowhere.  Whether
+    anybody knows what comes of it."""
+
+    source: int | None
+    target: int | None
+    is_undefined: bool = False
+
+
+def _slots_of(a: Inputs, i: int, padding: str) -> _Slots:
+    """What negative indices are taken for: slot 0 ("null slot"), or none."""
+    if "initial_state_indices" not in a:
+        return _Slots(i, i)
+    source = int(a["initial_state_indices"][i])
+    targets = a["output_state_indices" if "output_state_indices" in a else "initial_state_indices"]
+    target = int(targets[i])
+    if source < 0 and padding != "null slot":
+        return _Slots(None, None)
+    is_undefined = source < 0
+    if target < 0 and padding == "none":
+        return _Slots(source, None)
+    return _Slots(max(source, 0), max(target, 0), is_undefined)
+
+
+def _decode(a: Inputs, padding: str, is_zero: bool = False) -> dict[str, tuple[Array, Array]]:
+    """`padding` says what negative indices are: of bfloat16 states and of one token where it is
+    written slot 0, of several tokens no slot.  With `is_zero` such a request reads zeros."""
+    b, tokens, heads, size = a["v"].shape
+    before = a["state"].reshape(-1, heads, size, size)
+    states, off_states = before.copy(), np.zeros_like(before)
+    out, off_out = a["output"].copy(), np.zeros_like(a["output"])
+    buffer = a.get("intermediate_states_buffer")
+    each = off_each = None
+    if buffer is not None:
+        each = buffer.reshape(b, tokens, heads, size, size).copy()
+        off_each = np.zeros_like(each)
+    stays = a["disable_state_update"] or (buffer is not None and padding == "null slot")
+    for i in range(b):
+        slots = _slots_of(a, i, padding)
+        for slot in slots[:2]:
+            if slot is not None and slot >= len(before):
+                raise IndexError(f"request {i} has state {slot} of {len(before)}")
+        if slots.source is None:
+            if is_zero:
+                out[i] = 0
+            continue
+        state = _Value(before[slots.source], 0.0)
+        for t in range(tokens):
+            q, k = (
+                _of_length_1(a[name][i, t], heads, a["use_qk_l2norm"], scale)
+                for name, scale in (("q", a["scale"]), ("k", 1.0))
+            )
+            keep, share = _decay_of(a, i, t), _share_of(a, i, t)
+            read = _step(state, q, k, a["v"][i, t], keep, share)
+            out[i, t], off_out[i, t] = read.value, np.inf if slots.is_undefined else read.off
+            if each is not None and off_each is not None:
+                off = np.inf if slots.is_undefined else state.off
+                each[i, t], off_each[i, t] = state.value, off
+        if slots.target is not None and not stays:
+            states[slots.target] = state.value
+            off_states[slots.target] = np.inf if slots.is_undefined else state.off
+    of_state = a["state"].shape
+    found: dict[str, tuple[Array, Array]] = {
+        "output": (out, off_out / SLACK),
+        "state": (states.reshape(of_state), off_states.reshape(of_state) / SLACK),
+    }
+    if buffer is not None and each is not None and off_each is not None:
+        off_each = off_each.reshape(buffer.shape) / SLACK
+        found["intermediate_states_buffer"] = each.reshape(buffer.shape), off_each
+    return found
+
+
+def _decode_of_keys(a: Inputs) -> Exact:
+    """States as [key, value]."""
+    heads, size = a["v"].shape[2:]
+    turned = a["state"].reshape(-1, heads, size, size).swapaxes(-1, -2)
+    found = dict(_decode({**a, "state": turned}, "none"))
+    values, off = (each.swapaxes(-1, -2).reshape(a["state"].shape) for each in found["state"])
+    return {**found, "state": (values, off)}
+
+
+EXACT: dict[str, Formula] = {
+    "gdn_prefill": gdn_prefill,
+    "gdn_decode": lambda a: _decode(a, "null slot"),
+    "gdn_decode_float32": lambda a: _decode(a, "written to null slot", is_zero=True),
+    "gdn_decode_float32_tokens": lambda a: _decode(a, "none"),
+    "gdn_decode_float32_keys": _decode_of_keys,
+}

@@ -44,8 +44,8 @@ def parameters(row: Row) -> str:
 def frame_layout(row: Row, last: frozenset[str] = frozenset()) -> FrameLayout:
     """Where a row's arguments are in a frame; shapes of those in `last` come last."""
     ranks = [
-        len(arg.axis_names) if isinstance(arg, Tensor)
-        else 1 if isinstance(arg, Absent) and arg.abi_type == "DLTensor*"
+        arg.entry_rank if isinstance(arg, Tensor)
+        else len(arg.shape) if isinstance(arg, Absent) and arg.abi_type == "DLTensor*"
         else None
         for arg in row.slots
     ]  # fmt: skip

@@ -145,12 +145,12 @@ class Variant:
         if isinstance(arg, Tensor):
             kind = self.kind_of(arg)
             if kind is None:
-                return self._nothing if arg.empty else None
+                return self._nothing(Absent(arg.name)) if arg.empty else None
             return kind, arg.as_object
         if isinstance(arg, Absent):
             if arg.abi_type.startswith("Optional<"):
                 return None
-            return {"int": int, "bool": bool}.get(arg.abi_type, self._nothing)
+            return {"int": int, "bool": bool}.get(arg.abi_type) or self._nothing(arg)
         if isinstance(arg, TensorArray):
             slots = self.compiled.row.slots
             first = slots.index(arg.items[0])
@@ -162,13 +162,15 @@ class Variant:
         return int if isinstance(arg, KvLayout) else ARRAY
 
     def kind_of(self, arg: Tensor) -> TensorKind | None:
-        """The kind of a tensor argument; None where there is none."""
-        return self.kinds.get(arg.name) or self.compiled.bound_kinds.get(arg.name)
+        """The kind of a tensor argument as the entry has it; None where there is none."""
+        kind = self.kinds.get(arg.name) or self.compiled.bound_kinds.get(arg.name)
+        if kind is None or not arg.view:
+            return kind
+        return tensor_kind(kind.dtype, kind.device, arg.entry_rank, kind.readonly)
 
-    @property
-    def _nothing(self) -> Slot:
-        """A tensor without elements, which has no address."""
-        return tensor_kind(DTYPES["uint8"], self.device, 1), False
+    def _nothing(self, arg: Absent) -> Slot:
+        """A tensor that has no address."""
+        return tensor_kind(DTYPES[arg.dtype], self.device, len(arg.shape)), False
 
     def start(self) -> None:
         """Find the entry that serves it, once."""

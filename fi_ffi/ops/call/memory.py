@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.library import renew_after_fork
 from fi_ffi.abi.streams import PER_THREAD, handle_for
-from fi_ffi.abi.tensor import DTYPES, Device, TensorDesc, parse_device
+from fi_ffi.abi.tensor import DTYPES, Device, TensorDesc, frozen, parse_device
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda
 from fi_ffi.ops.row import Tensor
@@ -25,6 +25,7 @@ StreamKey = tuple[int, int]
 HOST: StreamKey = -1, 0  # what the CPU has instead
 # A stream's own memory is of so many bytes at least: it seldom grows, which a capture forbids.
 _LEAST = 1 << 20
+_LEAST_NUMBERS = 1024
 
 _lock = threading.Lock()
 renew_after_fork(globals(), "_lock", threading.Lock)
@@ -136,6 +137,21 @@ def zeros(device: Device, count: int) -> TensorDesc:
     of = device if device.is_cuda else parse_device("cpu")
     memory = cuda.allocate(4 * count, of, zeroed=True)
     return TensorDesc(memory.desc.ptr, (count,), "float32", device=of).at(memory.desc.ptr, memory)
+
+
+def counting(device: Device, count: int) -> TensorDesc:
+    """The numbers from 0 on as int32, so many, which whoever has no other may read."""
+    numbers = _numbers(device, max(1 << (count - 1).bit_length(), _LEAST_NUMBERS))
+    return frozen(numbers.ptr, (count,), (1,), numbers.kind, numbers.owner)
+
+
+@functools.cache
+def _numbers(device: Device, count: int) -> TensorDesc:
+    of = device if device.is_cuda else parse_device("cpu")
+    memory = cuda.allocate(4 * count, of)
+    numbers = ffi.new("int32_t[]", list(range(count)))
+    cuda.copy_now(memory.desc.ptr, int(ffi.cast("uintptr_t", numbers)), 4 * count, of)
+    return TensorDesc(memory.desc.ptr, (count,), "int32", device=of).at(memory.desc.ptr, memory)
 
 
 def _typed(arg: Tensor, memory: cuda.Memory, owner: object = None) -> TensorDesc:

@@ -7,12 +7,14 @@ and launches it.
 from __future__ import annotations
 
 import itertools
+import operator
 import re
 from collections.abc import Callable, Sequence
 
 from fi_ffi.abi.library import TypeIndex
 from fi_ffi.ops.call.checks import Checks, Form, parameters
 from fi_ffi.ops.row import (
+    Absent,
     Arg,
     IntArray,
     KvLayout,
@@ -184,9 +186,14 @@ class _Writer(Checks):
         return [f"dims__d0 = pack_dims({', '.join(dims)})"] if self._written() else []
 
     def _dims(self, arg: Arg) -> list[str]:
-        if not isinstance(arg, Tensor):
-            return ["0", "1"]  # a tensor without elements
+        if isinstance(arg, Absent):
+            steps = itertools.accumulate(reversed(arg.shape[1:]), operator.mul, initial=1)
+            return [*map(str, arg.shape), *reversed([str(step) for step in steps])]
+        assert isinstance(arg, Tensor)
         name, rank = arg.name, len(arg.axis_names)
+        if arg.view:
+            sizes = (" * ".join(self.dims[name][k] for k in axes) for axes in arg.view)
+            return [*sizes, *(f"{name}__s{axes[-1]}" for axes in arg.view)]
         layout = next((other for _, other in self.given if isinstance(other, KvLayout)), None)
         if arg.kv and layout is not None and not layout.strided:
             return [f"*{name}.shape", f"*{name}.strides"]

@@ -12,6 +12,8 @@ from fi_ffi.ops import attention as public
 from fi_ffi.ops.capability.attention import SAMPLES, judge_attention
 from fi_ffi.ops.capability.judgement import Query, Sm, Support, judge
 from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.gdn import FAMILY as GDN_DECODE
+from fi_ffi.ops.gdn import judge_decode
 from fi_ffi.ops.mamba import FAMILY, judge_states
 from fi_ffi.ops.matmul import rows as matmul
 from fi_ffi.ops.moe import interface as moe
@@ -85,6 +87,7 @@ def lines() -> Iterator[Line]:
     name = WEIGHTS.row.name
     yield Line(name, "", moe.MODULE, partial(judge, name, [WEIGHTS.row]))
     yield Line(FAMILY, "", FAMILY, partial(judge_states, FAMILY, compiled={}))
+    yield Line(GDN_DECODE, "", GDN_DECODE, partial(judge_decode, GDN_DECODE, compiled={}))
     for name in public.__all__:
         if hasattr(getattr(public, name), "supports"):
             for label, options in SAMPLES.get(name, {"": {}}).items():

@@ -1,0 +1,496 @@
+"""`gdn_decode`: the gated delta rule a token further, or several.
+
+The kernels are written in CuTe DSL (`flashinfer/gdn_kernels/`): numbers of heads and tokens, the
+scale, and what else a kernel is compiled for, are in its module's name, and which kernel serves a
+call depends on how many states there are.  `Kernel` has both, as FlashInfer chooses and names
+them.  What the rows demand follows the kernels: addresses that they load from, and in how many bits
+they count.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.abi.tensor import Device, TensorDesc
+from fi_ffi.errors import ArgumentError
+from fi_ffi.loader import machine
+from fi_ffi.ops.attention.run import Launched, Values, compiled_row
+from fi_ffi.ops.call import memory
+from fi_ffi.ops.call.arguments import check_choice, check_flag, check_number
+from fi_ffi.ops.row import Absent, Arg, Row, Scalar, Tensor, Vector
+
+if TYPE_CHECKING:
+    from fi_ffi.ops.capability.judgement import Support
+
+_OP = FAMILY = "gdn_decode"
+_RELEASES = ">=0.7.2"
+_SIZE = 128  # of a head's keys, and of its values
+_INT = 2**31
+LAYOUTS = ("VK", "KV")
+# Of a Hopper, which a call is judged for where there is no GPU.
+_CAPABILITY, _MULTIPROCESSORS = (9, 0), 132
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a module is compiled for."""
+
+    h: int  # heads of q and k
+    hv: int  # heads of v, and of states
+    t: int = 1  # tokens of each request
+    # Of all requests: the least number of them that the same kernels serve.
+    states: int = 1
+    state_dtype: str = "bfloat16"
+    dt_bias_dtype: str = "float32"
+    gate_dtypes: tuple[str, str] = ("bfloat16", "bfloat16")  # of `a` and `b`
+    index_dtype: str = "int32"
+    state_layout: str = "VK"
+    is_indexed: bool = True
+    # States are written where they are read.
+    is_same_pool: bool = True
+    keeps_each: bool = False
+    disable_state_update: bool = False
+    use_qk_l2norm: bool = True
+    scale: float = _SIZE**-0.5
+
+    @property
+    def kind(self) -> str:
+        """Which arguments it takes."""
+        if self.state_dtype == "bfloat16":
+            return "bfloat16" if self.t == 1 else "bfloat16_tokens"
+        if self.state_layout == "KV":
+            return "float32_keys"
+        return "float32" if self.t == 1 else "float32_tokens"
+
+    def names(self, capability: tuple[int, int], multiprocessors: int) -> tuple[str, str]:
+        """The module's name on such a GPU, and its function's."""
+        major, minor = capability
+        arch = f"{major}{minor}{'a' if major >= 9 else ''}"
+        make = self._of_bfloat16 if self.state_dtype == "bfloat16" else self._of_float32
+        group, parts = make(f"sm_{arch}", major >= 10, multiprocessors)
+        name = _kernel_name(*parts)
+        return f"{group}_sm{arch}_cute_dsl_{name}", f"{group}_{name}"
+
+    def _of_bfloat16(self, arch: str, is_packed: bool, sms: int) -> tuple[str, Sequence[object]]:
+        wide, tile = self._tile(sms)
+        is_off = self.disable_state_update or (wide and self.keeps_each)
+        before = (self.t, self.h, self.hv, _SIZE, _SIZE, -1, (-1,), tile)
+        after = (is_off, self.keeps_each, self.use_qk_l2norm, self.scale, 1.0, 20.0, is_packed,
+                 self.is_same_pool)  # fmt: skip
+        dtypes = ("float32", self.dt_bias_dtype, self.index_dtype)
+        if not wide:
+            parts: tuple[object, ...] = ("mtp_ilp4", arch, "mtp_bf16_dynB", *before, 4, *after)
+            parts += (False, False, False, False, dtypes)
+        elif self.t == 1:
+            parts = ("wide_vec_t1", arch, "v3_mtp_bf16_tiled_dynB", *before, *after, dtypes)
+        else:
+            parts = ("wide_vec", arch, "v3_mtp_bf16_tiled_dynB", *before, *after)
+            parts += (False, 0, False, False, False, dtypes)
+        return "gdn_decode_bf16_state", parts
+
+    def _tile(self, multiprocessors: int) -> tuple[bool, int]:
+        """Whether the kernel that loads 16 bytes at a time serves it, and rows of a block."""
+        states = self.states
+        if states >= (512 if self.t == 1 else 128):
+            return True, 128 if states >= 1024 else 64 if states >= 512 else 32
+        if states <= 128:
+            return False, 16
+        full = (tile for tile in (128, 64) if states * (_SIZE // tile) >= 4 * multiprocessors)
+        return False, next(full, 32)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether that kernel serves it, which takes fewer arguments of a single token."""
+        return self._tile(_MULTIPROCESSORS)[0]
+
+    def _of_float32(self, arch: str, is_packed: bool, _: int) -> tuple[str, Sequence[object]]:
+        sizes = (self.t, self.h, self.hv, _SIZE, _SIZE)
+        a, b = self.gate_dtypes
+        parts: tuple[object, ...]
+        dtypes: tuple[str, ...]
+        if self.state_layout == "KV":
+            of_input = ("bfloat16",) * 3
+            dtypes = ("float32", "float32", a, self.dt_bias_dtype, *of_input, b, "bfloat16")
+            size = "small" if self.states < _SMALL * self.hv else "big"
+            parts = (arch, size, *sizes, dtypes, self.scale, self.use_qk_l2norm)
+            return "gdn_decode_nontranspose", parts
+        if self.t == 1:
+            dtypes = ("float32", "float32", a, self.dt_bias_dtype, b, "bfloat16")
+            strides = (_SIZE * _SIZE, _SIZE, 1) if self.is_indexed else (0, 0, 0)
+            more = (dtypes, self.scale, self.use_qk_l2norm, self.is_indexed, *strides)
+            return "gdn_decode_pretranspose", ("decode", arch, *sizes, *more)
+        tile, rows, is_shared = self._rows()
+        layouts = tuple((axis,) for axis in (0, 2, 0, 3, 3, 3, 2, 3, 0, 0))
+        dtypes_of = ("float32", self.dt_bias_dtype, self.index_dtype, layouts)
+        kernel = "inline" if self.states <= 128 else "warp"
+        parts = (kernel, arch, *sizes, self.t, self.disable_state_update, False, None, self.scale,
+                 self.use_qk_l2norm, tile, 4, dtypes_of, rows, is_shared, is_packed, False,
+                 False)  # fmt: skip
+        return "gdn_decode_mtp", parts
+
+    def _rows(self) -> tuple[int, int, bool]:
+        """Of float32 states and several tokens: rows of a block, rows that a warp takes at once,
+        and whether values are in shared memory."""
+        states, is_short = self.states, self.t <= 2
+        if states <= 128:
+            return (8, 2, False) if states <= 64 else (16, 4, False)
+        if states <= 1024:
+            return (16, 2, False) if states <= 448 and is_short else (32, 4, False)
+        return (64, 8, False) if is_short and not self.disable_state_update else (64, 4, True)
+
+
+# Requests of the smaller kernel of states as [key, value].
+_SMALL = 32
+
+
+def least_states(b: int, hv: int, multiprocessors: int, state_layout: str = "VK") -> int:
+    """The least number of states that are served as those of `b` requests."""
+    if state_layout == "KV":
+        return _SMALL * hv if b >= _SMALL else 1
+    steps = (1, 65, 128, 129, 2 * multiprocessors, 449, 512, 1024, 1025)
+    return max(step for step in steps if step <= max(b * hv, 1))
+
+
+_LONGEST = 180
+
+
+def _kernel_name(*parts: object) -> str:
+    """A kernel's name of what it is compiled for, as FlashInfer joins it."""
+    name = "_".join(map(_part, parts))
+    if len(name) <= _LONGEST:
+        return name
+    return f"{name[:_LONGEST]}_h{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+
+
+def _part(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, tuple):
+        return "t" + "x".join(map(_part, value))
+    if isinstance(value, float):
+        return str(value).replace(".", "_").replace("-", "m").replace("+", "p")
+    if isinstance(value, int):
+        return str(value).replace("-", "m")
+    return re.sub(r"\W", "_", str(value))
+
+
+def row_of(kernel: Kernel, symbol: str = "") -> Row:
+    """The row of a kernel's function; without a `symbol` that of the CPU's reference, which is told
+    what modules are compiled for."""
+    kind, t, one = kernel.kind, "t", kernel.t == 1
+    if one:
+        t = "1"
+    is_bf16 = kernel.state_dtype == "bfloat16"
+    has_slots = kernel.is_indexed and kind != "float32_keys"
+    # Of CPU memory, numpy's is no further aligned than this.
+    at: dict[str, Any] = {"alignment": 32 if is_bf16 and symbol else 16, "in_vectors": False}
+    of_state: dict[str, Any] = {"dtype": kernel.state_dtype, "contiguous": True, **at}
+    if kind == "float32" and has_slots:  # slots may lie apart
+        of_state |= {"contiguous": False, "packed": 3, "in_vectors": True}
+    elif not is_bf16:
+        of_state["view"] = ((0, 1), (2,), (3,))
+    if kind == "float32_tokens":
+        of_state["offset_limit"] = _INT
+    args: dict[str, Arg] = {
+        "state": Tensor("state", f"{'slots' if has_slots else 'b'} HV 128 size", doc="",
+                        writes=True, **of_state),
+        "A_log": Tensor("A_log", "HV", "float32", "", contiguous=True, **at),
+        "a": Tensor("a", f"b {t} HV", "GA", "", in_vectors=False),
+        "dt_bias": Tensor("dt_bias", "HV", "D", "", contiguous=True, **at),
+        "q": Tensor("q", f"b {t} H 128", "bfloat16", "", **at),
+        "k": Tensor("k", f"b {t} H 128", "bfloat16", "", **at),
+        "v": Tensor("v", f"b {t} HV 128", "bfloat16", "", **at),
+        "b": Tensor("b", f"b {t} HV", "GB", "", in_vectors=False),
+        "output": Tensor("output", f"b {t} HV 128", "bfloat16", "", writes=True, reads=False, **at),
+    }  # fmt: skip
+    for name in ("initial_state_indices", "output_state_indices"):
+        if kind == "float32" and not has_slots:
+            args[name] = Absent(name, dtype="int32")
+        else:
+            args[name] = Tensor(name, "b", "I", "", contiguous=True, **at)
+    if kernel.keeps_each:
+        args["each"] = Tensor(
+            "intermediate_states_buffer", f"b {t} HV 128 128", kernel.state_dtype, "", writes=True,
+            reads=False, contiguous=True, view=((0, 1, 2), (3,), (4,)), offset_limit=_INT, **at
+        )  # fmt: skip
+    else:
+        shape = (1, 1, 1, _SIZE) if is_bf16 else (0, _SIZE, _SIZE)
+        args["each"] = Absent("intermediate_states_buffer", dtype=kernel.state_dtype, shape=shape)
+    order = _order(kernel, args)
+    if not symbol:
+        order += (
+            Scalar("scale", float, None, ""), Scalar("use_qk_l2norm", bool, None, ""),
+            Scalar("disable_state_update", bool, None, ""),
+        )  # fmt: skip
+    floats = ("bfloat16", "float16", "float32")
+    gates = floats if kind in ("float32", "float32_keys") else ("bfloat16",)
+    return Row(
+        _OP, FAMILY, symbol or _OP, f"flashinfer/gdn_kernels/{_SOURCES[kind]}.py", "", order,
+        {"GA": gates, "GB": gates, "D": ("float32", "bfloat16"),
+         "I": ("int32",) if kind in ("float32", "float32_keys") else ("int32", "int64")},
+        _RELEASES, variant="" if is_bf16 else f"_{kind}",
+        vector=Vector(("size",)), offset_limit=2**63,
+        requires=("size in (128,)", "H >= 1", "HV % H == 0", f"b <= {_INT - 1}"),
+        nothing_axis="b", capabilities=(9, 10, 12),
+    )  # fmt: skip
+
+
+_SOURCES = {
+    "bfloat16": "gdn_decode_bf16_state", "bfloat16_tokens": "gdn_decode_bf16_state",
+    "float32": "gdn_decode_pretranspose", "float32_tokens": "gdn_decode_mtp",
+    "float32_keys": "gdn_decode_nontranspose",
+}  # fmt: skip
+
+
+def _order(kernel: Kernel, args: dict[str, Arg]) -> tuple[Arg, ...]:
+    """The arguments as the kernel's function takes them."""
+    indices = (args["initial_state_indices"], args["output_state_indices"])
+    gated = tuple(args[name] for name in ("A_log", "a", "dt_bias", "q", "k", "v", "b", "output"))
+    starts = Absent("cu_seqlens", dtype="int32")
+    if kernel.kind == "float32_keys":
+        names = ("q", "k", "v", "a", "b", "A_log", "dt_bias", "state", "initial_state_indices",
+                 "output")  # fmt: skip
+        return starts, *(args[name] for name in names)
+    if kernel.kind == "float32":
+        return args["state"], *gated, *indices, starts
+    both = (args["state"], args["each"], *gated, *indices)
+    places = Absent("ssm_state_indices", dtype="int32", shape=(0, kernel.t))
+    if kernel.kind == "float32_tokens":
+        window, of_head = {"dtype": "bfloat16", "shape": (0, 0, 0, 0)}, (kernel.hv,)
+        return (
+            *both, starts, places, Absent("replayssm_rawv", **window),  # type: ignore[arg-type]
+            Absent("replayssm_rawk", **window),  # type: ignore[arg-type]
+            Absent("replayssm_g", dtype="float32", shape=of_head),
+            Absent("replayssm_beta", dtype="float32", shape=of_head),
+            Scalar("cache_intermediate_states", bool, None, ""),
+        )  # fmt: skip
+    if kernel.t == 1 and kernel.is_wide:
+        return both
+    return *both, Absent("accepted_steps", dtype="int32"), places
+
+
+def module_of(kernel: Kernel, device: Device | None = None) -> str:
+    """The module that is compiled for a kernel, on a device or a Hopper."""
+    return _names_on(kernel, device)[0]
+
+
+def _names_on(kernel: Kernel, device: Device | None) -> tuple[str, str]:
+    if device is None or not device.is_cuda:
+        return kernel.names(_CAPABILITY, _MULTIPROCESSORS)
+    return kernel.names(machine.capability(device.index), _multiprocessors(device))
+
+
+def _multiprocessors(device: Device) -> int:
+    return machine.multiprocessors(device.index) if device.is_cuda else _MULTIPROCESSORS
+
+
+@functools.lru_cache(4096)
+def _values_of(kernel: Kernel, device: Device) -> Values:
+    """What the calls of a kernel there are given alike."""
+    module, symbol = FAMILY, ""
+    if device.is_cuda:
+        module, symbol = _names_on(kernel, device)
+    found = compiled_row(_row_of(kernel, symbol), module, {}, _OP, device)
+    values = Values(_OP, found, "", {})
+    values.put(
+        cache_intermediate_states=kernel.keeps_each, scale=kernel.scale,
+        use_qk_l2norm=kernel.use_qk_l2norm, disable_state_update=kernel.disable_state_update,
+    )  # fmt: skip
+    return values
+
+
+_row_of = functools.lru_cache(4096)(row_of)
+
+
+def _supports(
+    op: str, sm: Any = None, *, release: str | None = None, cuda: str | None = None,
+    kernels: str | os.PathLike[str] | None = None, **compiled: Any,
+) -> Support:  # fmt: skip
+    from fi_ffi.ops.capability.judgement import Query
+
+    return judge_decode(op, Query.of(sm, release, cuda, None, kernels), compiled)
+
+
+# Qwen3-Next's heads.
+_SAMPLE: dict[str, Any] = {"h": 16, "hv": 32, "b": 1}
+
+
+def judge_decode(op: str, query: Any, compiled: Any) -> Support:
+    """Whether there is a module compiled for these: fields of `Kernel`, for `b` requests."""
+    from fi_ffi.ops.capability.judgement import judge
+
+    try:
+        given = {**_SAMPLE, **compiled}
+        b, layout = given.pop("b"), given.get("state_layout", "VK")
+        kernel = Kernel(states=least_states(b, given["hv"], _MULTIPROCESSORS, layout), **given)
+    except TypeError:
+        known = {"b", *Kernel.__dataclass_fields__} - {"states"}
+        unknown = next(name for name in compiled if name not in known)
+        raise TypeError(f"{op}.supports() got an unexpected keyword argument {unknown!r}") from None
+    capability = query.capability or _CAPABILITY
+    module, symbol = kernel.names(capability, _MULTIPROCESSORS)
+    return judge(op, [row_of(kernel, symbol)], query, lambda _: module)
+
+
+@functools.partial(Launched, ask=_supports)
+def gdn_decode(
+    q: TensorLike,
+    k: TensorLike,
+    v: TensorLike,
+    state: TensorLike,
+    A_log: TensorLike,
+    a: TensorLike,
+    dt_bias: TensorLike,
+    b: TensorLike,
+    scale: float | None = None,
+    *,
+    output: TensorLike,
+    use_qk_l2norm: bool = True,
+    initial_state_indices: TensorLike | None = None,
+    output_state_indices: TensorLike | None = None,
+    intermediate_states_buffer: TensorLike | None = None,
+    disable_state_update: bool = False,
+    state_layout: str = "VK",
+    stream: object = None,
+) -> Values:
+    """Take the states of the gated delta rule a token further, or several, and read them.
+
+    For each head of v, with the head of q and k that it shares, q and k divided by their lengths
+    (`x / sqrt(sum(x * x) + 1e-6)`, with `use_qk_l2norm`), `g = exp(-exp(A_log) * softplus(a +
+    dt_bias))` and `beta = sigmoid(b)`: `state *= g`, `state += beta * outer(v - state @ k, k)`,
+    `output = scale * state @ q`.
+
+    Args:
+        q, k: [b, t, H, 128] bfloat16, t tokens of each request.
+        v: [b, t, HV, 128] bfloat16; HV is a multiple of H.
+        state: [slots, HV, 128, 128] bfloat16 or float32, as [value, key], written in place: all
+            requests' states, or without `initial_state_indices` [b, HV, 128, 128].  Slots of
+            float32 may lie apart, with one token.
+        A_log: [HV] float32.
+        a, b: [b, t, HV] bfloat16; beside float32 states and one token float16 and float32 too.
+        dt_bias: [HV] float32 or bfloat16.
+        scale: of the output; None for 1 / sqrt(128).
+        output: [b, t, HV, 128] bfloat16, written.
+        initial_state_indices: [b] int32, or of bfloat16 states or several tokens int64: where each
+            request's state is.  No two requests write one slot, or one that another reads: the
+            order in which a GPU takes them is not known.  What is negative is of no request: of
+            bfloat16 states slot 0 stands for it, which is written, and what is read of it is
+            undefined; of float32 states nothing is written, but with one token zeros in `output`.
+        output_state_indices: [b], of the same dtype: where states are written, if not there.
+            Negative ones are slot 0, or of float32 states and several tokens none.
+        intermediate_states_buffer: [b, t, HV, 128, 128], of the states' dtype, with several tokens:
+            gets the state after each.  bfloat16 states then stay as they are.
+        disable_state_update: leaves `state` as it is, with several tokens.
+        state_layout: "VK", or "KV" for float32 states as [key, value], with one token and no
+            indices.
+
+    H, HV, t, dtypes, `scale` and the options are compiled into modules, which
+    `gdn_decode.supports(...)` names.  Indices are on the GPU and are not looked at before the
+    launch.  Raises `ArgumentError` and `ArgumentTypeError` before anything is launched,
+    `KernelNotFoundError` where there is no such module.
+    Upstream: flashinfer/gdn_decode.py, flashinfer/gdn_kernels/.
+    """
+    q, v, state = (
+        x if type(x) is TensorDesc else as_desc(x, _OP, name)
+        for x, name in ((q, "q"), (v, "v"), (state, "state"))
+    )
+    dt_bias, a, b = (
+        x if type(x) is TensorDesc else as_desc(x, _OP, name)
+        for x, name in ((dt_bias, "dt_bias"), (a, "a"), (b, "b"))
+    )
+    if len(q.shape) != 4 or len(v.shape) != 4:
+        name, desc = ("v", v) if len(q.shape) == 4 else ("q", q)
+        raise ArgumentError(_OP, name, got=desc.layout, expected="rank 4 (b t heads 128)")
+    requests, tokens, heads, _ = q.shape
+    state_dtype = state.dtype.name
+    if state_dtype not in ("bfloat16", "float32"):
+        raise ArgumentError(_OP, "state", got=state.dtype, expected="bfloat16 or float32")
+    index_dtype = "int32"
+    if initial_state_indices is not None:
+        if type(initial_state_indices) is not TensorDesc:
+            name = "initial_state_indices"
+            initial_state_indices = as_desc(initial_state_indices, _OP, name)
+        index_dtype = initial_state_indices.dtype.name
+    is_one, is_indexed = tokens == 1, initial_state_indices is not None
+    for name, value in (
+        ("use_qk_l2norm", use_qk_l2norm), ("disable_state_update", disable_state_update)
+    ):  # fmt: skip
+        if type(value) is not bool:
+            check_flag(_OP, name, value)
+    if state_layout != "VK":
+        _check_keys_first(state_layout, state_dtype, is_one, is_indexed)
+    if is_one and (disable_state_update or intermediate_states_buffer is not None):
+        _refuse_of_one(disable_state_update, intermediate_states_buffer)
+    if not is_indexed and (output_state_indices is not None or not (is_one or _bf16(state_dtype))):
+        _refuse_unindexed(output_state_indices)
+    if intermediate_states_buffer is not None:
+        name = "intermediate_states_buffer"
+        intermediate_states_buffer = as_desc(intermediate_states_buffer, _OP, name)
+        _check_first(name, intermediate_states_buffer, requests, tokens)
+    if not is_indexed:
+        _check_first("state", state, requests)
+    states = least_states(requests, v.shape[2], _multiprocessors(q.device), state_layout)
+    kernel = Kernel(
+        heads, v.shape[2], tokens, states, state_dtype, dt_bias.dtype.name,
+        (a.dtype.name, b.dtype.name), index_dtype, state_layout, is_indexed,
+        output_state_indices is None, intermediate_states_buffer is not None,
+        disable_state_update, use_qk_l2norm,
+        _SIZE**-0.5 if scale is None else check_number(_OP, "scale", scale),
+    )  # fmt: skip
+    alike = _values_of(kernel, q.device)
+    if not is_indexed and "initial_state_indices" in alike.index:
+        initial_state_indices = memory.counting(q.device, requests)
+    values = alike.fresh()
+    values.put(
+        q=q, k=k, v=v, state=state, A_log=A_log, a=a, dt_bias=dt_bias, b=b, output=output,
+        initial_state_indices=initial_state_indices,
+        output_state_indices=(
+            initial_state_indices if output_state_indices is None else output_state_indices
+        ),
+        intermediate_states_buffer=intermediate_states_buffer,
+    )  # fmt: skip
+    return values
+
+
+def _check_first(name: str, desc: TensorDesc, *sizes: int) -> None:
+    """A tensor has what `q` has first: requests, and tokens of each."""
+    if desc.shape[: len(sizes)] != sizes:
+        expected = f"[{', '.join(map(str, sizes))}, ...], as q has requests and tokens"
+        raise ArgumentError(_OP, name, got=desc.layout, expected=expected)
+
+
+def _bf16(dtype: str) -> bool:
+    return dtype == "bfloat16"
+
+
+def _check_keys_first(layout: object, state_dtype: str, is_one: bool, is_indexed: bool) -> None:
+    check_choice(_OP, "state_layout", layout, LAYOUTS)
+    if state_dtype != "float32" or not is_one or is_indexed:
+        expected = "'VK', or float32 states, one token and no initial_state_indices"
+        raise ArgumentError(_OP, "state_layout", got=layout, expected=expected)
+
+
+def _refuse_of_one(disable_state_update: bool, buffer: object) -> None:
+    expected = "with several tokens: q is of one"
+    if disable_state_update:
+        raise ArgumentError(_OP, "disable_state_update", got=True, expected=f"True {expected}")
+    got = as_desc(buffer, _OP, "intermediate_states_buffer").layout
+    raise ArgumentError(_OP, "intermediate_states_buffer", got=got, expected=f"None but {expected}")
+
+
+def _refuse_unindexed(output_state_indices: object) -> None:
+    if output_state_indices is not None:
+        got = as_desc(output_state_indices, _OP, "output_state_indices").layout
+        expected = "None without initial_state_indices"
+        raise ArgumentError(_OP, "output_state_indices", got=got, expected=expected)
+    expected = "indices, with float32 states and several tokens"
+    raise ArgumentError(_OP, "initial_state_indices", got=None, expected=expected)
