@@ -127,6 +127,7 @@ class Scalar(Ranged):
     greatest value allowed, unless there is the tensor that is read `instead`.  With `size_of` it
     is the size of that axis, which None (then the default) stands for; or less, with `or_less`.
     With `library` it is a handle of that library of CUDA; 0 stands for fi_ffi's own of the device.
+    The entry is given an expression of sizes instead of 0, where `zero` has one.
     """
 
     name: str
@@ -140,6 +141,7 @@ class Scalar(Ranged):
     or_less: bool = False
     library: str = ""
     instead: str = ""
+    zero: str = ""
 
     @property
     def abi_type(self) -> str:
@@ -227,7 +229,8 @@ class Absent(Ranged):
     """An argument of the entry that the op has not: a tensor without an address, a number, a bool,
     or of an optional type none.
 
-    An entry that looks at a tensor's layout before it leaves it alone is told this `shape`.
+    An entry that looks at a tensor's layout before it leaves it alone is told this `shape`.  A
+    number may be one of sizes, as "num_seqs * heads": `of`.
     """
 
     name: str
@@ -235,6 +238,7 @@ class Absent(Ranged):
     value: int = 0
     dtype: str = "uint8"
     shape: tuple[int, ...] = (0,)
+    of: str = ""
 
 
 Arg = Tensor | Scalar | Text | KvLayout | IntArray | TensorArray | Absent
@@ -352,6 +356,10 @@ class Row:
     modules: Mapping[tuple[int, int], str] = field(default_factory=dict)
     # Dtypes that the kernel does not take together, by variable.
     lacks: tuple[dict[str, str], ...] = ()
+    # The op's parameters, where their order is not the entry's.
+    order: tuple[str, ...] = ()
+    # The row of the module that is compiled for these dtypes, by tensor: those that are there.
+    compiled_for: Callable[[Row, Mapping[str, str]], Row] | None = None
 
     def module_on(self, capability: tuple[int, int] | None) -> str:
         """The module that has the entry for a GPU."""
@@ -386,8 +394,11 @@ class Row:
 
     @property
     def given(self) -> tuple[Arg, ...]:
-        """The arguments that the op has, in the ABI's order: all but the absent ones."""
-        return tuple(arg for arg in self.slots if not isinstance(arg, (Absent, TensorArray)))
+        """The arguments that the op has, in its order: all but the absent ones."""
+        found = [arg for arg in self.slots if not isinstance(arg, (Absent, TensorArray))]
+        if self.order:
+            found.sort(key=lambda arg: self.order.index(arg.name))
+        return tuple(found)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fi_ffi.reference.arrays import Array
-from fi_ffi.reference.formula import SLACK, Exact, Formula, Inputs
+from fi_ffi.reference.arrays import Array, store_changed
+from fi_ffi.reference.formula import SLACK, Exact, Formula, Inputs, as_inputs
 
 # Tokens solved for at a time.
 _PIECE = 256
@@ -49,9 +49,11 @@ def piece(q: Any, k: Any, v: Any, gates: Any, state: Any, xp: Any = np) -> tuple
 
 
 def sequence(
-    q: Any, k: Any, v: Any, gates: Any, state: Any, every: int = 0, xp: Any = np
-) -> tuple[Any, Any, list[Any]]:
-    """The same for a sequence of any length, and the states at its checkpoints."""
+    q: Any, k: Any, v: Any, gates: Any, state: Any, every: int = 0, xp: Any = np,
+    is_whole: bool = False,
+) -> tuple[Any, Any, list[Any]]:  # fmt: skip
+    """The same for a sequence of any length, and the states at its checkpoints: wherever so many
+    tiles have begun or, where only what `is_whole` counts, so many tokens are over."""
     length, read, kept = q.shape[1], [], []
     step = math.gcd(every, _PIECE)
     for start in range(0, length, step):
@@ -59,8 +61,9 @@ def sequence(
         gate = [of[:, span] for of in gates]
         out, state = piece(q[:, span], k[:, span], v[:, span], gate, state, xp)
         read.append(out)
-        tiles = -(-min(start + step, length) // _TILE)
-        if every and not tiles % (every // _TILE):
+        done = min(start + step, length)
+        tokens = done if is_whole else -(-done // _TILE) * _TILE
+        if every and not tokens % every:
             kept.append(state)
     return xp.concatenate(read, axis=1), state, kept
 
@@ -74,7 +77,9 @@ def _check_starts(cu_seqlens: Array, tokens: int) -> None:
         raise ValueError(f"sequence {at} has {lengths[at]} tokens: a GPU would never end")
 
 
-def gdn_prefill(a: dict[str, Any], xp: Any = np) -> dict[str, tuple[Any, Any]]:
+def gdn_prefill(
+    a: dict[str, Any], xp: Any = np, is_whole: bool = False
+) -> dict[str, tuple[Any, Any]]:
     heads, size = a["output_state"].shape[1:3]
     scale = a["scale"] or size**-0.5
     every = a.get("checkpoint_every_n_tokens", 0)
@@ -97,7 +102,7 @@ def gdn_prefill(a: dict[str, Any], xp: Any = np) -> dict[str, tuple[Any, Any]]:
             xp.asarray(a["input_state"][i]) if "input_state" in a else xp.zeros((heads, size, size))
         )
         of_state = abs(state).max(axis=(1, 2)) + abs(of_v).max(axis=(1, 2))
-        read, state, kept = sequence(of_q, of_k, of_v, gate, state, every, xp)
+        read, state, kept = sequence(of_q, of_k, of_v, gate, state, every, xp, is_whole)
         found["output"].append(scale * read.transpose(1, 0, 2))
         # What is read is a sum over keys: of length 1 as they are, at most that of a row.
         of_read = scale * of_state[:, None] * xp.linalg.norm(of_q, axis=2)
@@ -125,6 +130,61 @@ def gdn_prefill(a: dict[str, Any], xp: Any = np) -> dict[str, tuple[Any, Any]]:
         for name, values in found.items()
         if values and name in a
     }
+
+
+def gdn_prefill_cute(a: dict[str, Any], xp: Any = np) -> dict[str, tuple[Any, Any]]:
+    """The same by the kernels in CuTe DSL: states may be in pools, sequences may have no tokens,
+    whose states are then left alone, and checkpoints are of whole pieces."""
+    starts = np.asarray(a["cu_seqlens"]).astype(int)
+    there = np.flatnonzero(np.diff(starts))
+    slots = np.asarray(a.get("state_indices", np.arange(len(starts) - 1))).astype(int)[there]
+    pool = xp.asarray(a["output_state"])
+    states, of_states = xp.array(pool), xp.zeros_like(pool)
+    if not len(there):
+        return {"output_state": (states, of_states)}
+    if slots.min() < 0 or slots.max() >= len(states):
+        raise IndexError(f"states {slots.min()} to {slots.max()} of {len(states)}")
+    given = {**a, "cu_seqlens": np.append(starts[there], starts[-1]), "output_state": pool[slots]}
+    for name, places in (("input_state", slots), ("checkpoint_cu_starts", there)):
+        if name in a:
+            given[name] = a[name][places]
+    found = gdn_prefill(given, xp, is_whole=True)
+    states[slots], of_states[slots] = found["output_state"]
+    return {**found, "output_state": (states, of_states)}
+
+
+def _prefill_kernel(*values: Any) -> None:
+    """The same on what the entry is given: other views of the tensors."""
+    given = dict(zip(_PREFILL, values, strict=True))
+    heads, size = given["output_state"].shape[1:3]
+    turned: dict[str, Any] = {"q": (0, 2, 1)} | dict.fromkeys(("k", "v", "output"), (1, 2, 0))
+    arrays = {
+        name: value.transpose(turned[name]) if name in turned else value
+        for name, value in given.items()
+        if value is not None
+    }
+    for name, shape in (("alpha", (-1, heads)), ("beta", (-1, heads)),
+                        ("state_checkpoints", (-1, heads, size, size))):  # fmt: skip
+        if name in arrays:
+            arrays[name] = arrays[name].reshape(shape)
+    inputs = as_inputs(arrays)
+    for name, (value, _) in gdn_prefill_cute(inputs).items():
+        store_changed(arrays[name], value, inputs[name])
+
+
+_PREFILL = (
+    "q", "k", "v", "output", "alpha", "beta", "output_state", "input_state", "state_indices",
+    "state_checkpoints", "checkpoint_cu_starts", "workspace_buffer", "cu_seqlens", "scale",
+    "num_q_heads", "num_k_heads", "num_v_heads", "num_sab_heads", "num_seqs", "total_checkpoints",
+    "checkpoint_every_n_tokens", "grid_x",
+)  # fmt: skip
+KERNELS = {
+    "gdn_prefill_sm90": {
+        "gdn_prefill_cute": lambda *values: _prefill_kernel(
+            *values[:8], *[None] * (len(_PREFILL) - len(values)), *values[8:]
+        )
+    }
+}
 
 
 # float32's errors: of exponentials, which grow with what is raised to, of `log1p`, which is
@@ -270,6 +330,7 @@ def _decode_of_keys(a: Inputs) -> Exact:
 
 EXACT: dict[str, Formula] = {
     "gdn_prefill": gdn_prefill,
+    "gdn_prefill_cute": gdn_prefill_cute,
     "gdn_decode": lambda a: _decode(a, "null slot"),
     "gdn_decode_float32": lambda a: _decode(a, "written to null slot", is_zero=True),
     "gdn_decode_float32_tokens": lambda a: _decode(a, "none"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from fi_ffi.loader.listed import known_releases, recorded_releases, sha256_of
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.loader.sources.wheels import published
+from fi_ffi.ops import gdn
 from fi_ffi.ops.declared import ABSENT, FITS, UNCOVERED, answers, declared, why_refused
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows as matmul
@@ -106,3 +109,61 @@ def test_settling_on_a_release_changes_what_the_op_takes():
     finally:
         op.select_release(None)
     assert fits(op.row, the_lock().default_release)
+
+
+# What kernels in CuTe DSL call what rows have other names for.
+_CUTE_NAMES = {
+    "h0_source": "state", "o": "output", "b_gate": "b", "h0_indices": "initial_state_indices",
+    "h0_out_indices": "output_state_indices", "intermediate_states": "intermediate_states_buffer",
+    "init_state": "input_state", "tensormaps": "workspace_buffer",
+}  # fmt: skip
+
+
+def launched(text: str, function: str) -> list[str]:
+    """The parameters of a function in CuTe DSL that are not compiled into it, by rows' names."""
+    definitions = [
+        node for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef) and node.name == function
+        and any("cute.jit" in ast.unparse(of) for of in node.decorator_list)
+    ]  # fmt: skip
+    (found,) = definitions
+    names = [
+        arg.arg.removeprefix("g_") for arg in found.args.args
+        if "Constexpr" not in ast.unparse(arg.annotation or ast.Constant(0))
+    ]  # fmt: skip
+    return [_CUTE_NAMES.get(name, name) for name in names if name not in ("self", "stream")]
+
+
+def text_of(sources, release, row) -> str:
+    return str(sources(release, row.source.removeprefix("flashinfer/")))
+
+
+@each_release
+def test_kernels_in_python_take_what_rows_say(release, sources):
+    """Modules are compiled without those that a call has not: then the row has "None" for it."""
+    for row in OPS["gdn_prefill"].rows:
+        if fits(row, release) and row.source.endswith(".py"):
+            wanted = launched(text_of(sources, release, row), "__call__")
+            wanted = ["output_state" if name == "state" else name for name in wanted]
+            assert [arg.name for arg in row.args] == wanted
+
+
+_DECODE = [
+    ("_run_wide_vec_t1", {"states": 1024}),
+    ("_run_wide_vec", {"t": 2, "states": 1024}),
+    ("run_gdn_decode_bf16state_mtp_ilp4", {}),
+    ("run_gdn_decode_kernel_small_batch_pretranspose", {"state_dtype": "float32"}),
+    ("run_gdn_verify_kernel_mtp", {"t": 2, "state_dtype": "float32", "states": 1024}),
+    ("run_gdn_verify_kernel_mtp_inline", {"t": 2, "state_dtype": "float32", "keeps_each": True}),
+    ("run_gdn_decode_kernel_big_batch_nontranspose",
+     {"state_dtype": "float32", "state_layout": "KV", "is_indexed": False, "states": 1024}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "compiled"), _DECODE, ids=[name for name, _ in _DECODE])
+@each_release
+def test_decoding_kernels_take_what_rows_say(release, function, compiled, sources):
+    kernel = gdn.Kernel(16, 32, **compiled)
+    row = gdn.row_of(kernel, kernel.names((9, 0), 132)[1])
+    if fits(row, release):
+        assert [arg.name for arg in row.args] == launched(text_of(sources, release, row), function)

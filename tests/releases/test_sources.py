@@ -157,7 +157,9 @@ TEXTS_OF_OPS: dict[str, dict[str, dict[str, int | None]]] = {
 
 
 def row_of(name: str, release: str) -> Row | None:
-    return next((row for row in OPS[name].rows if fits(row, release)), None)
+    """The row of a release's kernel, where that is compiled from C++."""
+    found = (row for row in OPS[name].rows if fits(row, release))
+    return next((row for row in found if not row.source.endswith(".py")), None)
 
 
 def rows_with(name: str, *more: str) -> list[Any]:

@@ -99,7 +99,9 @@ class Variant:
             for arg in row.tensors
             if (desc := given.get(arg.name)) is not None
         } | compiled.bound_dtypes
-        self.itemsizes = {name: DTYPES[dtype].itemsize for name, dtype in self.dtypes.items()}
+        # Of tensors that are not there too: any will do.
+        some = {name: names[0] for name, names in row.dtypes.items() if names} | self.dtypes
+        self.itemsizes = {name: DTYPES[dtype].itemsize for name, dtype in some.items()}
         self.scratch = _Scratch(self)
         self.bytes_for: dict[int, Callable[[Mapping[str, int]], int]] = {}
         for i, arg in enumerate(row.slots):
@@ -148,7 +150,7 @@ class Variant:
                 return self._nothing(Absent(arg.name)) if arg.empty else None
             return kind, arg.as_object
         if isinstance(arg, Absent):
-            if arg.abi_type.startswith("Optional<"):
+            if arg.abi_type == "None" or arg.abi_type.startswith("Optional<"):
                 return None
             return {"int": int, "bool": bool}.get(arg.abi_type) or self._nothing(arg)
         if isinstance(arg, TensorArray):
@@ -175,11 +177,14 @@ class Variant:
     def start(self) -> None:
         """Find the entry that serves it, once."""
         if self.entry is None:
-            compiled = self.compiled
+            compiled, row = self.compiled, self.compiled.row
             if compiled.find_entry is not None:
-                entry = compiled.find_entry(compiled.row, self.device)
+                entry = compiled.find_entry(row, self.device)
+            elif row.compiled_for is not None and self.device.is_cuda:
+                there = {name: kind.dtype.name for name, kind in self.kinds.items() if kind}
+                entry = entry_for(row.compiled_for(row, there), self.device)
             else:
-                entry = entry_for(compiled.row, self.device, compiled.module)
+                entry = entry_for(row, self.device, compiled.module)
             self.target = LaunchTarget(self.device, compiled.refuse.op)
             self.entry = entry
 

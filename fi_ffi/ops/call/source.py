@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from fi_ffi.abi.library import TypeIndex
 from fi_ffi.ops.call.checks import Checks, Form, parameters
+from fi_ffi.ops.notation import replaced
 from fi_ffi.ops.row import (
     Absent,
     Arg,
@@ -160,8 +161,14 @@ class _Writer(Checks):
                 value = arg.name
                 if arg.library:
                     value = f"{value} or variant.library_handle({arg.library!r})"
+                if arg.zero:
+                    value = f"{value} or {replaced(arg.zero, self.sizes)}"
                 view = "frame.floats" if arg.type is float else words
                 lines.append(f"{view}[{word}] = {value}")
+        for i, other in enumerate(self.row.args):
+            if isinstance(other, Absent) and other.of:
+                number = replaced(other.of, self.sizes)
+                lines.append(f"{words}[{self.layout.value(i)}] = {number}")
         if self._written():
             lines.append("frame.dims[:] = dims__d0")
         for i, arg in self.tensors:

@@ -1,4 +1,5 @@
-"""The gated delta rule's prefill on SM90: the entry of FlashInfer's `gdn_prefill_sm90`.
+"""The gated delta rule's prefill on SM90: the entry of FlashInfer's `gdn_prefill_sm90`, and from
+0.6.14 on kernels in CuTe DSL, one for each combination of dtypes and of tensors that are there.
 
 What the rows demand beyond the launcher's own checks follows the kernel, in
 `include/flashinfer/flat/hopper/`: it was compiled for heads of 128 elements and keeps
@@ -8,10 +9,13 @@ sequence without tokens.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from fi_ffi.ops.releases import forms_of
-from fi_ffi.ops.row import Row, Scalar, Tensor, Vector
+from fi_ffi.ops.row import Absent, Arg, Row, Rule, Scalar, Tensor, Vector
 
 _TOKENS = "total_seq_len"
 _GATE: dict[str, Any] = {"dtype": "float32", "contiguous": True, "optional": True}
@@ -90,4 +94,103 @@ _ROW = Row(
     capabilities=(9,),
 )
 
-ROWS = forms_of(_ROW)
+_CUTE = "gdn_prefill_sm90_sm90a_cute_dsl_fully_fused_delta_rule_sm90_"
+# The most common of the modules.
+CUTE_MODULE = f"{_CUTE}bfloat16_alpha_beta_init_float32_float32_nocheckpoints_noindices_int64"
+# Another view of q, k, v and output: the axis of tokens and that of a head, which TMA takes.
+_KEYS_LAST, _KEYS_FIRST = ((0,), (2,), (1,)), ((2,), (0,), (1,))
+_FLOATS = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+_OLD_DTYPES = dict.fromkeys(("S", "S0", "C"), ("float32",)) | dict.fromkeys(("L", "L0"), ("int64",))
+_OF_OLD: dict[str, Any] = {arg.name: arg for arg in (*_ARGS, *_CHECKPOINTS)}
+
+
+def _as(name: str, **changed: Any) -> Any:
+    """An argument of the compiled kernel's, as the one in CuTe DSL has it."""
+    return replace(_OF_OLD[name], since="", **changed)
+
+
+def _size(name: str, of: str = "") -> Absent:
+    return Absent(name, "int", of=of or name)
+
+
+_POOL = "slots num_sab_heads head_size head_size"
+_FREE: dict[str, Any] = {"axes": _POOL, "offset_limit": None}
+_CUTE_ARGS: tuple[Arg, ...] = (
+    _as("q", view=_KEYS_LAST, alignment=16),
+    _as("k", view=_KEYS_FIRST, alignment=16),
+    _as("v", view=_KEYS_FIRST, alignment=16),
+    _as("output", view=_KEYS_FIRST, alignment=16),
+    _as("alpha", view=((0, 1),), alignment=16),
+    _as("beta", view=((0, 1),), alignment=16),
+    _as("output_state", dtype="S", **_FREE, alignment=16,
+        doc="the state after each sequence, as [value, key]; may be `input_state` itself"),
+    _as("input_state", dtype="S0", **_FREE, alignment=16),
+    Tensor("state_indices", "num_seqs", "I", "where each sequence's state is in `input_state` and "
+           "`output_state`, which are pools then: each slot once", contiguous=True, optional=True,
+           since="0.7.0"),
+    _as("state_checkpoints", dtype="C", view=((0, 1, 2, 3),), alignment=16),
+    _as("checkpoint_cu_starts", dtype="L0", alignment=8),
+    _as("workspace_buffer"),
+    _as("cu_seqlens", dtype="L", alignment=8,
+        doc="where each sequence starts, and the end: from 0, and not decreasing; the state after "
+            "a sequence without tokens is not written"),
+    _as("scale", zero="head_size ** -0.5"),
+    *map(_size, ("num_q_heads", "num_k_heads", "num_v_heads", "num_sab_heads", "num_seqs")),
+    _size("total_checkpoints", "(total_checkpoints or 1)"),
+    _as("checkpoint_every_n_tokens"),
+    _size("grid_x", "num_seqs * num_sab_heads"),
+)  # fmt: skip
+
+
+def _compiled_for(row: Row, dtypes: Mapping[str, str]) -> Row:
+    """The row of the module for tensors of these dtypes: those that are not there have no type."""
+    return _row_for(row, tuple(dtypes.items()))
+
+
+@functools.cache
+def _row_for(row: Row, dtypes: tuple[tuple[str, str], ...]) -> Row:
+    of = dict(dtypes)
+    there = {
+        "alpha": "alpha" if "alpha" in of else "noalpha",
+        "beta": "beta" if "beta" in of else "nobeta",
+        "init": f"init_{of['input_state']}" if "input_state" in of else "noinit",
+        "state": of["output_state"],
+        "checkpoints": f"checkpoints_{of['state_checkpoints']}"
+        if "state_checkpoints" in of
+        else "nocheckpoints",
+        "indices": f"indices_{of['state_indices']}" if "state_indices" in of else "noindices",
+    }
+    module = f"{_CUTE}{'_'.join((of['q'], *there.values(), of['cu_seqlens']))}"
+    args = tuple(
+        Absent(arg.name, "None")
+        if isinstance(arg, Tensor) and arg.optional and arg.name not in of
+        else replace(arg, optional=False) if isinstance(arg, Tensor) else arg
+        for arg in row.args
+    )  # fmt: skip
+    symbol = module.replace("_sm90a_cute_dsl", "", 1)
+    return replace(row, module=module, modules={}, symbol=symbol, args=args)
+
+
+_ROW_CUTE = replace(
+    _ROW,
+    args=_CUTE_ARGS,
+    source="flashinfer/gdn_kernels/delta_rule_dsl/delta_rule_sm90.py",
+    modules={(9, 0): CUTE_MODULE},
+    variant="_cute",
+    releases=">=0.6.14",
+    dtypes={"T": ("bfloat16", "float16"), **_OLD_DTYPES},
+    requires=(
+        *(each for each in _ROW.requires if each != f"{_TOKENS} >= num_seqs"),
+        Rule("output_state", "state_indices or slots == num_seqs",
+             "a state for each sequence, without state_indices"),
+    ),
+    order=(*(arg.name for arg in _ARGS), *(arg.name for arg in _CHECKPOINTS), "state_indices"),
+    compiled_for=_compiled_for,
+)  # fmt: skip
+
+_NEW_DTYPES = {
+    "T": ("bfloat16", "float16"), "S": _FLOATS, "S0": _FLOATS, "C": _FLOATS,
+    "L": ("int64", "int32"), "L0": ("int64", "int32"), "I": ("int32", "int64"),
+}  # fmt: skip
+
+ROWS = (*forms_of(_ROW), *forms_of(_ROW_CUTE, {"0.7.0": {"dtypes": _NEW_DTYPES}}))
