@@ -11,6 +11,7 @@ from engine import Sampling
 from engine.device import Gpu, columns, rows
 
 import fi_ffi
+from fi_ffi.ops.functions import OPS
 
 from tests.llm import conftest, test_glue, test_logits, test_serve, test_serving
 from tests.llm.serving import KINDS
@@ -29,7 +30,8 @@ for _module in (test_glue, test_logits, test_serve, test_serving):
 @pytest.fixture
 def where(machine):
     pytest.importorskip("nvmath", reason="nvmath-python is not installed: fi-ffi[llm-gpu]")
-    for module in ("norm", "page", "rope", "silu_and_mul", "sampling", "gdn_prefill_sm90"):
+    gdn = OPS["gdn_prefill"].row.module_on((9, 0))
+    for module in ("norm", "page", "rope", "silu_and_mul", "sampling", gdn):
         machine.need(module)
     return "cuda:0"
 

@@ -80,6 +80,21 @@ def test_neighbours_do_not_matter(serve, kind, where):
         assert first == again
 
 
+@pytest.mark.parametrize("way", ["decoded", "prefilled"])
+def test_states_a_token_further(serve, way, where, monkeypatch):
+    """A hybrid's decoding steps by `gdn_decode`, and as prompts of one token."""
+    if way == "prefilled":
+        monkeypatch.setattr(engine.model.Model, "decoded", engine.model.Model.prefilled)
+    serving = serve("qwen3_next", torch_dtype="bfloat16")
+    made = serving.engine()
+    if not made.model.has_decode:
+        pytest.skip("the kernels in use have no gdn_decode for these heads")
+    drawn = Sampling(max_tokens=12, ignore_eos=True)
+    requests = [made.submit(serving.prompt(n), drawn) for n in (1, 5, 40)]
+    made.run()
+    assert all(serving.error(request) <= 1 for request in requests)
+
+
 def test_other_numbers_of_heads(serve):
     """Five query heads a key head: prefill's kernels decode, on tensor cores."""
     serving = serve("qwen3", num_attention_heads=5, num_key_value_heads=1)

@@ -83,6 +83,12 @@ class Model:
         self.unit = self.device.put(unit.astype(self.device.get(like).dtype))
         size = fi_ffi.gdn_prefill_workspace_size(self.device.name) if self.device.is_gpu else 0
         self.gdn_scratch = self.device.empty((size,), "uint8") if size else None
+        self.has_decode = config.dtype == "bfloat16" and (
+            not self.device.is_gpu
+            or bool(fi_ffi.gdn_decode.supports(
+                h=config.key_heads, hv=config.value_heads, state_dtype="float32"
+            ))
+        )  # fmt: skip
 
     def clear(self, slot):
         """Forget what a slot's request before has left."""
@@ -168,28 +174,43 @@ class Model:
 
     def linear_attention(self, layer, x, batch, i):
         """A gated DeltaNet layer: its requests' states go from their slots and back."""
-        config, device, n, b = self.config, self.device, x.shape[0], batch.slots.shape[0]
+        config, n, b = self.config, x.shape[0], batch.slots.shape[0]
         qkvz = self.linear("qkvz", x, layer["qkvz"])
         ba = self.linear("ba", x, layer["ba"])
         q, k, v = self.convolved(layer, qkvz, batch, i)
-        for part in (q, k):
-            fi_ffi.qk_rmsnorm(part, part, self.unit, 1e-6 / HEAD, **self.pdl)
         heads = config.value_heads
-        alpha, beta = (self.scratch(name, n, heads, dtype="float32") for name in ("alpha", "beta"))
-        device.launch("decays", (-(-n * heads // 256), 1), 256,
-                      alpha, beta, ba, layer["a_log"], layer["dt_bias"], n, heads)  # fmt: skip
-        state = self.scratch("state", b, heads, HEAD, HEAD, dtype="float32", most=self.slots)
-        pool = columns_of_slot(self.states, i)
-        device.take(state, pool, batch.slots)
-        out = self.scratch("delta", n, heads, HEAD)
-        fi_ffi.gdn_prefill(out, state, q, k, v, batch.starts, state, alpha, beta,
-                           workspace_buffer=self.gdn_scratch)  # fmt: skip
-        device.give(pool, state, batch.slots)
+        out, pool = self.scratch("delta", n, heads, HEAD), columns_of_slot(self.states, i)
+        if self.has_decode and n == b:  # a token of each request
+            self.decoded(out, layer, pool, q, k, v, ba, batch)
+        else:
+            self.prefilled(out, layer, pool, q, k, v, ba, batch)
         flat = view(out, n * heads, HEAD)
         fi_ffi.rmsnorm(flat, flat, layer["norm"], config.eps, **self.pdl)
         out = view(out, n, config.value_size)
         self.gate(out, columns(qkvz, config.conv_size, config.value_size), True)
         return self.linear("x", out, layer["out"])
+
+    def decoded(self, out, layer, pool, q, k, v, ba, batch):
+        """States where they are, and gates from what they are made of."""
+        n, heads = out.shape[:2]
+        b, a = (columns(ba, at, 1, heads) for at in (0, heads))
+        q, k, v, out = (view(x, n, 1, x.shape[1], HEAD) for x in (q, k, v, out))
+        fi_ffi.gdn_decode(q, k, v, pool, layer["a_log"], a, layer["dt_bias"], b, output=out,
+                          initial_state_indices=batch.slots)  # fmt: skip
+
+    def prefilled(self, out, layer, pool, q, k, v, ba, batch):
+        """Any tokens of each request, its state in memory beside the others'."""
+        device, n, b, heads = self.device, q.shape[0], batch.slots.shape[0], v.shape[1]
+        for part in (q, k):
+            fi_ffi.qk_rmsnorm(part, part, self.unit, 1e-6 / HEAD, **self.pdl)
+        alpha, beta = (self.scratch(name, n, heads, dtype="float32") for name in ("alpha", "beta"))
+        device.launch("decays", (-(-n * heads // 256), 1), 256,
+                      alpha, beta, ba, layer["a_log"], layer["dt_bias"], n, heads)  # fmt: skip
+        state = self.scratch("state", b, heads, HEAD, HEAD, dtype="float32", most=self.slots)
+        device.take(state, pool, batch.slots)
+        fi_ffi.gdn_prefill(out, state, q, k, v, batch.starts, state, alpha, beta,
+                           workspace_buffer=self.gdn_scratch)  # fmt: skip
+        device.give(pool, state, batch.slots)
 
     def convolved(self, layer, qkvz, batch, i):
         """q, k and v after the short convolution, each in memory of its own."""
