@@ -8,12 +8,14 @@ from tests.ops import (
     test_bgmv_moe,
     test_cascade,
     test_gdn_decode,
+    test_gdn_forms,
     test_mamba,
     test_quantization,
     test_results,
     test_routing,
     test_state_update,
 )
+from tests.ops.test_gdn_forms import form  # noqa: F401  # a fixture of theirs
 
 globals().update(
     bodies_of(
@@ -21,6 +23,7 @@ globals().update(
         test_bgmv_moe,
         test_cascade,
         test_gdn_decode,
+        test_gdn_forms,
         test_mamba,
         test_quantization,
         test_results,

@@ -25,7 +25,7 @@ from fi_ffi.cli.cases import Case
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.on_host import gdn_prefill_workspace_size
-from fi_ffi.reference.gdn import gdn_prefill
+from fi_ffi.reference import EXACT
 
 from tests.attention import machines
 from tests.helpers.calls import HostArray
@@ -103,7 +103,10 @@ class Cpu(machines.Cpu):
 
     def exact(self, inputs: dict[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """What a call must write, in float64, with the magnitude of each element."""
-        return gdn_prefill(inputs)
+        return EXACT[OP.row.formula](inputs)  # type: ignore[return-value]
+
+    def need_for(self, arrays: Arrays) -> None:
+        """Skip where no module is compiled for these tensors."""
 
     def close(self) -> None: ...
 
@@ -114,7 +117,7 @@ class Gpu(Cpu, machines.Gpu):
     def __init__(self) -> None:
         if of_loader.capability(0)[0] != 9:
             pytest.skip(f"gdn_prefill is for SM90 GPUs, and this one is {of_loader.capability(0)}")
-        self.need(OP.row.module)
+        self.need(OP.row.module_on(of_loader.capability(0)))
         self._arrays: list[Any] = []
         machines.Gpu.__init__(self, self._copy, 0)
         (self.stream,) = self.streams(1)
@@ -170,10 +173,16 @@ class Gpu(Cpu, machines.Gpu):
     def exact(self, inputs: dict[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         # Many short sequences are so little work that numpy is done before it is launched.
         cupy = None if IS_SANITIZED or np.diff(inputs["cu_seqlens"]).max() < 64 else _cupy()
+        exact: Any = EXACT[OP.row.formula]
+        found = exact(inputs) if cupy is None else exact(inputs, cupy)
         if cupy is None:
-            return gdn_prefill(inputs)
-        found = gdn_prefill(inputs, cupy)
+            return dict(found)
         return {name: (cupy.asnumpy(x), cupy.asnumpy(size)) for name, (x, size) in found.items()}
+
+    def need_for(self, arrays: Arrays) -> None:
+        if OP.row.compiled_for is not None:
+            dtypes = {name: fi_ffi.as_desc(array).dtype.name for name, array in arrays.items()}
+            self.need(OP.row.compiled_for(OP.row, dtypes).module)
 
     def close(self) -> None:
         """Give everything back; nothing where a kernel hangs, for that would never end."""
@@ -221,10 +230,12 @@ class Spec:
 def draw(spec: Spec, rng: np.random.Generator) -> tuple[Arrays, dict[str, Any]]:
     """Fresh tensors of one launch on the host, what is written poisoned, and its scalars."""
     row, without = OP.row, {*spec.without, WORKSPACE, *(() if spec.every else CHECKPOINTS)}
+    without.add("state_indices")
     starts = np.cumsum([0, *spec.lengths])
     sizes = {
         "total_seq_len": int(starts[-1]) + spec.spare, "num_seqs": len(spec.lengths),
         "num_q_heads": spec.q_heads, "num_v_heads": spec.v_heads, "head_size": HEAD_SIZE,
+        "slots": len(spec.lengths),
     }  # fmt: skip
     scalars: dict[str, Any] = {"scale": spec.scale}
     if spec.every:
@@ -240,7 +251,8 @@ def draw(spec: Spec, rng: np.random.Generator) -> tuple[Arrays, dict[str, Any]]:
     for arg in row.tensors:
         if arg.name in without:
             continue
-        dtype = DTYPES[spec.dtype if arg.dtype == "T" else arg.dtype].numpy
+        usual = row.dtypes.get(arg.dtype, (arg.dtype,))[0]
+        dtype = DTYPES[spec.dtype if arg.dtype == "T" else usual].numpy
         if arg.reads:
             arrays[arg.name] = np.ascontiguousarray(made[arg.name].astype(dtype))
         else:
@@ -274,6 +286,7 @@ class Lane:
         # As many sequences and tokens in all, in another order.
         orders = [spec.lengths[i:] + spec.lengths[:i] for i in range(min(inputs, steps))]
         self.drawn = drawn or [draw(replace(spec, lengths=order), rng) for order in orders]
+        machine.need_for(self.drawn[0][0])
         written = [arg.name for arg in OP.row.tensors if arg.writes and arg.name != WORKSPACE]
         if spec.chained:
             written.remove("output_state")
