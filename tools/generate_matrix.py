@@ -136,13 +136,14 @@ def _releases() -> Iterator[str]:
 
 
 def _by_cuda() -> Iterator[str]:
-    release = the_lock().default_release
-    line = next(iter(lines()))
     pins = ", ".join(f"{f.release} {f.cuda} {f.platform}" for f in the_lock().kernels)
-    yield "## By CUDA tag\n\n| tag | |\n|---|---|"
+    yield "## By CUDA tag\n\n| tag | its driver | the x86_64 wheel is compiled for |\n|---|---|---|"
     for tag in sorted({cuda for cuda, _ in WHEELS}):
-        answer = line.ask(_query(90, release, tag))
-        yield f"| {tag} | {'as above' if answer else f'refused for every op: {answer.reason}'} |"
+        yield f"| {tag} | of CUDA {tag[2:4]} or later | {WHEELS[tag, CPU]} |"
+    yield (
+        "\nWhat was run on a GPU was of CUDA 13, and is *built* for another. Kernels of one CUDA are "
+        "loaded in a process, with its runtime ([loading.md](loading.md#which-cuda))."
+    )
     yield f"\nWheels that wheels.lock pins: {pins}.\n"
 
 

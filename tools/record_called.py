@@ -20,9 +20,14 @@ def merged(record: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     """The record with one more run in it."""
     key = ("device", "capability", "release")
     runs = [dict(old) for old in record["runs"]]
-    same = next((old for old in runs if all(old[k] == run[k] for k in key)), None)
+    # Of kernels of CUDA 13 that is left unsaid.
+    cuda = {"cuda": run["cuda"]} if run.get("cuda", 13) != 13 else {}
+    wanted = {name: run[name] for name in key} | cuda
+    same = next(
+        (old for old in runs if {k: v for k, v in old.items() if k != "entries"} == wanted), None
+    )
     if same is None:
-        same = {name: run[name] for name in key} | {"entries": {}}
+        same = wanted | {"entries": {}}
         runs.append(same)
     entries = {family: {*names} for family, names in same["entries"].items()}
     for family, names in run["entries"].items():

@@ -179,12 +179,21 @@ typedef struct {
 } FiFfiDlInfo;
 int dladdr(const void *addr, FiFfiDlInfo *info);
 
-/* cuda_runtime_api.h: what is asked of a machine before a kernel is loaded for it */
-int cudaDriverGetVersion(int *driverVersion);
-int cudaGetDeviceCount(int *count);
-int cudaDeviceGetAttribute(int *value, int attr, int device);
+/* cuda_runtime_api.h, the same in CUDA 12 and 13: the device of a thread */
 int cudaGetDevice(int *device);
 int cudaSetDevice(int device);
+
+/* memory of plans and of kernels that allocate */
+int cudaMalloc(void **devPtr, size_t size);
+int cudaFree(void *devPtr);
+int cudaFreeHost(void *ptr);
+int cudaMallocAsync(void **devPtr, size_t size, void *hStream);
+int cudaFreeAsync(void *devPtr, void *hStream);
+int cudaMemsetAsync(void *devPtr, int value, size_t count, void *stream);
+int cudaMemset2DAsync(void *devPtr, size_t pitch, int value, size_t width, size_t height,
+                      void *stream);
+int cudaStreamSynchronize(void *stream);
+int cudaDeviceSynchronize(void);
 
 /* what is asked once a call has failed */
 int cudaGetLastError(void);
@@ -198,6 +207,7 @@ int cublasLtCreate(void **lightHandle);
 int cudaMemcpyAsync(void *dst, const void *src, size_t count, int kind, void *stream);
 int cudaEventCreateWithFlags(void **event, unsigned int flags);
 int cudaEventRecord(void *event, void *stream);
+int cudaEventElapsedTime(float *ms, void *start, void *end);
 int cudaEventQuery(void *event);
 int cudaEventSynchronize(void *event);
 int cudaEventDestroy(void *event);
@@ -221,7 +231,13 @@ int cudaGraphLaunch(void *graphExec, void *stream);
 int cudaGraphExecDestroy(void *graphExec);
 int cudaGraphDestroy(void *graph);
 
-/* cuda.h, of libcuda.so.1: a CUdeviceptr is an integer, a cuuint32_t 32 bits of one */
+/* cuda.h, of libcuda.so.1, the same for every CUDA: what is asked of a machine */
+int cuInit(unsigned int Flags);
+int cuDriverGetVersion(int *driverVersion);
+int cuDeviceGetCount(int *count);
+int cuDeviceGetAttribute(int *pi, int attrib, int dev);
+
+/* a CUdeviceptr is an integer, a cuuint32_t 32 bits of one */
 int cuStreamWriteValue32_v2(void *stream, unsigned long long addr, uint32_t value,
                             unsigned int flags);
 

@@ -133,6 +133,11 @@ def _interruptible() -> Iterator[None]:
     show_default=True,
     help="GPU architecture such as 9.0a or 8.7; repeat it, or give a list, for several.",
 )
+@click.option(
+    "--cuda",
+    metavar="RELEASE",
+    help="CUDA of the kernels, such as 12.8, or 12 for any; by default what the driver runs.",
+)
 @click.option("--dtype", multiple=True, help="For families: f16 or bf16.")
 @click.option("--head-dim", multiple=True, help="For families: 64, 128, 256 or 192x128.")
 @click.option("--backend", multiple=True, help="For prefill and MLA families: fa2 or fa3.")

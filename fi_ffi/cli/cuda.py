@@ -16,6 +16,7 @@ from cuda.bindings import driver, runtime
 from fi_ffi.abi import failure
 from fi_ffi.abi.tensor import TensorDesc, parse_dtype
 from fi_ffi.errors import FiFfiError
+from fi_ffi.loader import machine
 from fi_ffi.reference.arrays import Array
 
 POISON = 0xFF  # every byte of fresh memory: NaN in each floating-point dtype
@@ -72,10 +73,11 @@ def gpus() -> list[Gpu]:
     found = []
     error, count = driver.cuDeviceGetCount()
     for index in range(count if int(error) == 0 else 0):
-        properties = check(runtime.cudaGetDeviceProperties(index))
-        name = properties.name.decode(errors="replace").rstrip("\0")
-        capability = (properties.major, properties.minor)
-        found.append(Gpu(index, name, capability, properties.totalGlobalMem))
+        # Of the driver, which tells whatever CUDA it is of.
+        device = check(driver.cuDeviceGet(index))
+        name = check(driver.cuDeviceGetName(256, device)).decode(errors="replace").rstrip("\0")
+        memory = int(check(driver.cuDeviceTotalMem(device)))
+        found.append(Gpu(index, name, machine.capability(index), memory))
     return found
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +26,6 @@ from fi_ffi.ops.releases import fits
 from fi_ffi.ops.row import Row
 from fi_ffi.ops.table import ROWS
 
-_MIN_DRIVER = (13, 0)  # the kernels are compiled with CUDA 13
 _FETCH = "the first call fetches it, and so does `fi-ffi doctor --fetch`"
 
 
@@ -110,16 +111,21 @@ def _python(kernels: str | None) -> Iterator[Finding]:
 def _gpus(kernels: str | None) -> Iterator[Finding]:
     from fi_ffi.cli import cuda
 
+    if kernels:
+        runtime.use_source(kernels)
     version = cuda.driver_version()
     if version is None:
         advice = "install NVIDIA's driver; without one the reference kernels run, on the CPU"
         yield Finding("driver", "warn", "no CUDA driver", advice)
         return
     text = "CUDA {}.{}".format(*version)
-    if version >= _MIN_DRIVER:
+    needed = search.cuda_of_kernels() or min(machine.CUDA_MAJORS)
+    if version[0] >= needed:
         yield Finding("driver", "ok", text)
     else:
-        advice = "update it: the kernels need CUDA {}.{} or later".format(*_MIN_DRIVER)
+        advice = f"update it: the kernels need CUDA {needed}.0 or later"
+        if version[0] in machine.CUDA_MAJORS:
+            advice += f", or `fi-ffi build --cuda {version[0]}` makes others"
         yield Finding("driver", "fail", text, advice)
     found = cuda.gpus()
     for gpu in found:
@@ -137,6 +143,35 @@ def _sm(capability: tuple[int, int]) -> str:
 
 def _cudart(kernels: str | None) -> Iterator[Finding]:
     yield Finding("cudart", "ok", machine.load_cudart()[1])
+    major, driver = machine.cuda_major(), machine.driver_version()
+    bindings = _version_of("cuda_bindings")
+    if bindings and driver and int(bindings.partition(".")[0]) > driver[0]:
+        found = f"{bindings}, and the driver is of CUDA {driver[0]}.{driver[1]}"
+        yield Finding("cuda-bindings", "fail", found, f"`pip install 'fi_ffi[cu{driver[0]}]'`")
+    torch = _torch()
+    if torch and torch[1].partition(".")[0] != str(major):
+        found = f"{torch[0]} is of CUDA {torch[1]}, the kernels' runtime of CUDA {major}"
+        advice = (
+            f"not in one process: a torch of CUDA {major}, or kernels of CUDA "
+            f"{torch[1].partition('.')[0]}"
+        )
+        yield Finding("torch", "warn", found, advice)
+
+
+def _version_of(name: str) -> str:
+    """The version of an installed distribution, by its metadata's name; "" of none."""
+    found = search.distributions(f"{name}-")
+    return found[0].name.split("-")[1] if found else ""
+
+
+def _torch() -> tuple[str, str] | None:
+    """The installed torch and its CUDA, as its files say; None where it has none, or is none."""
+    for info in search.distributions("torch-"):
+        with contextlib.suppress(OSError):
+            text = (info.parent / "torch" / "version.py").read_text()
+            if cuda := re.search(r"^cuda\b.*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE):
+                return f"torch {_version_of('torch')}", cuda[1]
+    return None
 
 
 def _libtvm_ffi(kernels: str | None) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from fi_ffi.abi import library
 from fi_ffi.errors import LoaderError
 from fi_ffi.loader import held, libraries, tvm_ffi
-from fi_ffi.loader.machine import CUDA_MAJOR
+from fi_ffi.loader.machine import CUDA_MAJORS
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution
@@ -26,11 +26,9 @@ FILE = "libcute_dsl_runtime.so"
 ACCEPTED = ">=4.7"
 TRIED = "4.7.1 and 4.8.1"
 
-# That of this CUDA first; a driver serves a runtime of an older CUDA as well.
-_MAJORS = sorted((12, 13), key=lambda major: major != CUDA_MAJOR)
 _PROJECT = "nvidia-cutlass-dsl-libs-cu{}"
 _MEMBER = "nvidia_cutlass_dsl/cu{}/lib/" + FILE
-_INSTALL = f"`pip install --no-deps '{_PROJECT.format(CUDA_MAJOR)}{ACCEPTED}'` (or fi-ffi[cute])"
+_INSTALL = f"`pip install --no-deps '{_PROJECT.format(CUDA_MAJORS[0])}{ACCEPTED}'` (or fi-ffi[cute])"
 _lock = threading.RLock()
 library.renew_after_fork(globals(), "_lock", threading.RLock)
 
@@ -66,7 +64,7 @@ def installed() -> tvm_ffi.Found:
     from packaging.specifiers import SpecifierSet
 
     refused = "is not installed"
-    for major in _MAJORS:
+    for major in CUDA_MAJORS:  # a driver serves a runtime of an older CUDA as well
         name, member = _PROJECT.format(major), _MEMBER.format(major)
         try:
             distribution: Distribution = importlib.metadata.distribution(name)

@@ -16,12 +16,13 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fi_ffi.errors import AbiError, ArchitectureError, ArtifactError, LoaderError
+from fi_ffi.errors import ArchitectureError, ArtifactError, LoaderError
 from fi_ffi.loader import cache, trust
 from fi_ffi.loader.elf import inspect_elf
 from fi_ffi.loader.fatbin import CudaCode, architectures
@@ -168,14 +169,10 @@ def remember(file: ModuleFile, facts: Facts) -> None:
         cache.write_note(_path(file.sha256), _FORMAT, asdict(facts))
 
 
-def check_needed(file: ModuleFile, facts: Facts, cudart: str) -> None:
-    """Refuse a file made for another CUDA than the one this process has."""
-    others = [name for name in facts.needed if name.startswith("libcudart.so.") and name != cudart]
-    if others:
-        raise AbiError(
-            f"{file.path} needs {others[0]}, and fi_ffi runs on {cudart}: it was compiled with "
-            "another CUDA. Use a wheel of the cu13x series"
-        )
+def cuda_of(facts: Facts) -> int | None:
+    """The major version of the CUDA that a file is of; None where it needs no runtime of it."""
+    found = (re.fullmatch(r"libcudart\.so\.(\d+)[\d.]*", name) for name in facts.needed)
+    return next((int(match[1]) for match in found if match), None)
 
 
 def check_processor(path: Path, machine: str) -> None:

@@ -1,36 +1,44 @@
-"""What must be there before a kernel module is loaded, beside libtvm_ffi and CUDA's runtime.
+"""What must be there before a kernel module is loaded, beside libtvm_ffi: CUDA's libraries.
 
-CUDA's other libraries: a module names them by file (`libcublas.so.13`), and the dynamic linker
-takes what this process has under that name.  They are brought here first, from wherever they
-are installed, and loaded globally.  And a folder that some modules make while they are loaded.
+A module names them by file (`libcudart.so.13`, `libcublas.so.12`), and the dynamic linker takes
+what this process has under that name.  They are brought here first, from wherever they are
+installed, and loaded globally.  And a folder that some modules make while they are loaded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
+import sys
 import tempfile
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.errors import ArtifactError, LoaderError
-from fi_ffi.loader import machine, trust
+from fi_ffi.loader import trust
 from fi_ffi.loader.fatbin import CudaCode, runs_on
-from fi_ffi.loader.machine import CUDA_MAJOR
 
-# As cuda-pathfinder calls them -> the package of the index that has them.
+# The package of the index that has a library; those of CUDA 12 have its number in their names.
 PACKAGES = {
+    "cudart": "nvidia-cuda-runtime",
     "cublas": "nvidia-cublas",
     "cublasLt": "nvidia-cublas",
     "nvrtc": "nvidia-cuda-nvrtc",
 }
-CUBLAS_LT = f"libcublasLt.so.{CUDA_MAJOR}"
+# The extra of fi_ffi that brings a library, by the CUDA.
+_EXTRAS = {
+    12: {"cudart": "cu12", "cublas": "gemm-cu12", "cublasLt": "gemm-cu12", "nvrtc": "gemm-cu12"},
+    13: {"cudart": "cu13", "cublas": "gemm", "cublasLt": "gemm", "nvrtc": "gemm"},
+}
+# What a library needs and may lie where only it is looked for.
+_FIRST = {"cublas": "cublasLt"}
 
-_NAME = re.compile(r"lib(\w+)\.so\.\d+")
+_NAME = re.compile(r"lib(\w+)\.so\.(\d+)")
 
 
 # A function of modules that compile DeepGEMM's kernels, if they are told to.
@@ -55,14 +63,19 @@ def prepare(
         check_gpu(codes)
     for file in needed:
         match = _NAME.fullmatch(file)
-        if match and match[1] in PACKAGES:
+        if match and match[1] in PACKAGES and match[1] != "cudart":
             load(file)
+
+
+def package(name: str, major: int) -> str:
+    """The distribution that has a library of a CUDA, in the index's own name."""
+    return f"{PACKAGES[name]}-cu12" if major == 12 else PACKAGES[name]
 
 
 @functools.cache
 def load(file: str) -> tuple[Any, str]:
     """A library as a cffi library, and where it was found: a copy that this process has, or
-    else what cuda-pathfinder finds in installed packages, conda, CUDA_HOME and the system.
+    else that of installed packages, the system, conda or CUDA_HOME.
 
     Raises `LoaderError`, with the package that has it, where it is nowhere.
     """
@@ -71,16 +84,34 @@ def load(file: str) -> tuple[Any, str]:
     loaded = in_process(file)
     if loaded is not None:
         return loaded, "already in this process"
-    from cuda.pathfinder import load_nvidia_dynamic_lib
+    if match[1] in _FIRST:
+        with contextlib.suppress(LoaderError):  # or the linker finds it
+            load(file.replace(match[1], _FIRST[match[1]]))
+    said = []
+    for path in _places(file):
+        try:
+            found = ffi.dlopen(path, os.RTLD_NOW | os.RTLD_GLOBAL)
+        except OSError as error:
+            said.append(str(error).partition("\n")[0])
+            continue
+        return found, path
+    raise _absent(file, match[1], int(match[2]), said[0])
 
-    try:
-        path = load_nvidia_dynamic_lib(match[1]).abs_path or file
-    except (RuntimeError, OSError) as error:
-        raise _absent(file, match[1], str(error).partition("\n")[0]) from error
-    loaded = in_process(file)
-    if loaded is None:
-        raise _absent(file, match[1], f"found {path}, which is another")
-    return loaded, path
+
+def _places(file: str) -> Iterator[str]:
+    """Where a library may be: a path, or its name, by which the dynamic linker finds it."""
+    for folder in dict.fromkeys(sys.path):
+        # Packages of CUDA 13 share a folder; each of CUDA 12 has its own.
+        yield from map(str, sorted(Path(folder or ".").glob(f"nvidia/*/lib/{file}")))
+    yield file
+    roots = [
+        os.environ.get("CONDA_PREFIX"),
+        os.environ.get("CUDA_PATH"),
+        os.environ.get("CUDA_HOME"),
+    ]
+    for root in filter(None, (*roots, "/usr/local/cuda")):
+        for lib in ("lib64", "lib", "targets/*/lib"):
+            yield from map(str, sorted(Path(root).glob(f"{lib}/{file}")))
 
 
 def in_process(file: str) -> Any:
@@ -91,10 +122,18 @@ def in_process(file: str) -> Any:
     return ffi.dlopen(file, os.RTLD_NOW | os.RTLD_GLOBAL)
 
 
-def _absent(file: str, name: str, reason: str) -> LoaderError:
+def requirement(name: str, major: int) -> str:
+    """What pip is asked for, for a library of this major version of CUDA."""
+    return f"{package(name, major)}>={major},<{major + 1}"
+
+
+def _absent(file: str, name: str, major: int, reason: str) -> LoaderError:
+    wanted = requirement(name, major)
+    extra = _EXTRAS.get(major, {}).get(name)
+    also = f" (or fi_ffi[{extra}])" if extra else ""
     return LoaderError(
-        f"{file} was not found: `pip install '{PACKAGES[name]}>={CUDA_MAJOR},<{CUDA_MAJOR + 1}'` "
-        f"(or fi-ffi[gemm]), or set CUDA_HOME to a CUDA {CUDA_MAJOR} toolkit ({reason})"
+        f"{file} was not found: `pip install '{wanted}'`{also}, or set CUDA_HOME to a CUDA "
+        f"{major} toolkit ({reason})"
     )
 
 
@@ -103,6 +142,8 @@ def check_gpu(codes: Sequence[CudaCode]) -> None:
 
     The process would end.
     """
+    from fi_ffi.loader import machine  # which loads its runtime by this module
+
     why = "this process sees none"
     if machine.device_count():
         device = machine.current_device()

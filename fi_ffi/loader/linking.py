@@ -19,7 +19,7 @@ from typing import Any
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.errors import LoaderError
-from fi_ffi.loader import machine, tvm_ffi
+from fi_ffi.loader import libraries, machine, tvm_ffi
 from fi_ffi.loader.elf import RUNTIME, defined_versions, undefined
 
 # Made by tools/record_symbols.py: symbols that not every apache-tvm-ffi exports, and those that do.
@@ -124,10 +124,11 @@ def _about_runtime(path: str, family: str) -> str:
 
 def _about_cuda(symbol: str, version: str) -> str:
     """About a function that CUDA's runtime or the driver lacks."""
-    if version == machine.CUDART:
+    if match := re.fullmatch(r"libcudart\.so\.(\d+)", version):
+        wanted = libraries.requirement("cudart", int(match[1]))
         return (
-            f"{machine.load_cudart()[1]} lacks it: it was compiled with a later CUDA "
-            f"{machine.CUDA_MAJOR}; `pip install -U 'nvidia-cuda-runtime>=13,<14'`"
+            f"{machine.load_cudart()[1]} lacks it: it was compiled with a later CUDA {match[1]}; "
+            f"`pip install -U '{wanted}'`"
         )
     if re.match(r"cu[A-Z]", symbol) and not version:
         driver = machine.driver_version()

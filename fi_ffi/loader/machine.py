@@ -1,56 +1,168 @@
-"""What this machine is, asked of the CUDA runtime: driver version and devices.
+"""What this machine is, and which CUDA this process runs on.
 
-No context is made, and nothing is imported: the kernels need this library anyway.
+Driver and devices are asked of the driver, which is the same for every CUDA; no context is made.
+The CUDA runtime is that of the kernels: they name it by file (`libcudart.so.12`, `.so.13`).  A
+process has one: kernels of another CUDA are refused before anything is loaded.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import re
+import sys
 import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from fi_ffi.abi import failure, streams
+from fi_ffi.abi import failure, library, streams
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.errors import KernelError, LoaderError
-from fi_ffi.loader import cuda_errors
+from fi_ffi.errors import AbiError, KernelError, LoaderError
+from fi_ffi.loader import cuda_errors, libraries
 
-CUDA_MAJOR = 13  # of the runtime that fi_ffi loads, and so of the kernels it can serve
+CUDA_MAJORS = (13, 12)  # of the kernels that fi_ffi can serve, the preferred first
 CPUS = ("x86_64", "aarch64")  # that there are kernels for
-CUDART = f"libcudart.so.{CUDA_MAJOR}"
+DRIVER = "libcuda.so.1"
 
-# cudaDeviceAttr of driver_types.h
+# CUdevice_attribute of cuda.h
 _MULTIPROCESSORS, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 16, 75, 76
-_SHARED_MEMORY = 97  # cudaDevAttrMaxSharedMemoryPerBlockOptin
+_SHARED_MEMORY = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 
-_NOT_INITIALIZED = 3  # cudaErrorInitializationError: what a forked child is told
+_NO_DRIVER = 100  # CUDA_ERROR_NO_DEVICE
+_NOT_INITIALIZED = 3  # CUDA_ERROR_NOT_INITIALIZED: what a forked child is told
 _START_OTHERWISE = (
     "fork before the first use of a GPU, or start processes with multiprocessing's "
     "`spawn` or `forkserver`"
 )
+# A runtime's file, as a process has it mapped; wheels that bundle one put a hash into its name.
+_MAPPED = re.compile(
+    r"\s(/\S.*/libcudart(?:-\w+)?\.so\.(\d+)[\w.]*)(?: \(deleted\))?$", re.MULTILINE
+)
 # Whether this process was forked off another that had used a GPU by then.
 _is_cut_off = False
 
+# The runtime that is in use: a cffi library, where it was found, its major version.
+_runtime: tuple[Any, str, int] | None = None
+_lock = threading.RLock()
+library.renew_after_fork(globals(), "_lock", threading.RLock)
 
-@functools.cache
+
+def _no_kernels() -> int | None:
+    return None
+
+
+# Tells the major version that the kernels in use are of, or None; the search for them fills it in.
+ask_kernels: Callable[[], int | None] = _no_kernels
+
+
+def cudart(major: int) -> str:
+    """The file of a CUDA runtime."""
+    return f"libcudart.so.{major}"
+
+
+def runtimes_in_process() -> dict[int, str]:
+    """The CUDA runtimes that are mapped into this process: their files by major version."""
+    try:
+        maps = Path("/proc/self/maps").read_text(errors="replace")
+    except OSError:
+        return {}
+    return {int(major): path for path, major in _MAPPED.findall(maps)}
+
+
+def majors_here() -> tuple[int, ...]:
+    """The major versions of CUDA that kernels may be of in this process, the best first.
+
+    Those that the driver runs; of them that of the runtime which is here, if one is.
+    """
+    here = (_runtime[2],) if _runtime else tuple(runtimes_in_process())
+    driver = driver_version()
+    return tuple(
+        major for major in CUDA_MAJORS
+        if (not here or major in here) and (driver is None or major <= driver[0])
+    )  # fmt: skip
+
+
 def load_cudart() -> tuple[Any, str]:
     """The CUDA runtime as a cffi library, and where it was found.
 
-    cuda-pathfinder looks at installed packages, conda, CUDA_HOME and the system.
+    That of the kernels in use; where there are none, the best one that is installed here.
+    Raises `LoaderError` where there is none.
     """
-    refuse_after_fork()
-    from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
+    if _runtime is None:
+        refuse_after_fork()
+        here = tuple(runtimes_in_process())
+        told = None if here else ask_kernels()
+        majors = here or ((told,) if told else majors_here()) or CUDA_MAJORS[-1:]
+        for major in majors[:-1]:
+            try:
+                return use_cuda(major)
+            except LoaderError:  # the next may be installed
+                continue
+        return use_cuda(majors[-1])
+    return _runtime[:2]
 
-    try:
-        path = load_nvidia_dynamic_lib("cudart").abs_path or CUDART
-        runtime = ffi.dlopen(path)
-        failure.examine = examined
-        return runtime, path
-    except (DynamicLibNotFoundError, OSError) as error:
+
+def use_cuda(major: int, wanted_by: str = "") -> tuple[Any, str]:
+    """Load the runtime of a CUDA, if it is not here; `wanted_by` is the file that needs it.
+
+    Raises `AbiError` where this process has another, `LoaderError` where it is not installed.
+    """
+    global _runtime
+    with _lock:
+        check_cuda(major, wanted_by)
+        if _runtime is None or _runtime[2] != major:
+            refuse_after_fork()
+            found, place = libraries.load(cudart(major))
+            _runtime = found, runtimes_in_process().get(major, place), major
+            failure.examine = examined
+        return _runtime[:2]
+
+
+def cuda_major() -> int:
+    """The major version of the CUDA that this process runs on."""
+    load_cudart()
+    assert _runtime is not None
+    return _runtime[2]
+
+
+def check_cuda(major: int, wanted_by: str = "") -> None:
+    """Raise `AbiError` for a CUDA beside which this process has another."""
+    wanted_by = wanted_by or "what is asked for"
+    if major not in CUDA_MAJORS:
+        raise AbiError(
+            f"{wanted_by} needs {cudart(major)}, and fi_ffi serves kernels of CUDA "
+            f"{' and '.join(map(str, sorted(CUDA_MAJORS)))}"
+        )
+    here = {_runtime[2]: _runtime[1]} if _runtime else runtimes_in_process()
+    if here and major not in here:
+        other, path = next(iter(here.items()))
+        raise AbiError(
+            f"{wanted_by} needs {cudart(major)}, and this process has {cudart(other)} "
+            f"({path}{_torch_here(other)}): a process has one CUDA. Use kernels of CUDA {other} "
+            f"here (`fi-ffi build --cuda {other}` makes some), or these in a process of their own"
+        )
+
+
+def _torch_here(major: int) -> str:
+    """A remark on the torch that has brought a CUDA, if one has."""
+    torch = sys.modules.get("torch")
+    cuda = getattr(getattr(torch, "version", None), "cuda", None)
+    if not isinstance(cuda, str) or cuda.partition(".")[0] != str(major):
+        return ""
+    return f"; torch {getattr(torch, '__version__', '')} is of CUDA {cuda}"
+
+
+def check_driver(major: int, wanted_by: str) -> None:
+    """Raise `LoaderError` where this machine's driver runs no kernels of a CUDA."""
+    driver = driver_version()
+    if driver is not None and driver[0] < major:
         raise LoaderError(
-            f"{CUDART} was not found: `pip install 'nvidia-cuda-runtime>=13,<14'`, "
-            f"or set CUDA_HOME to a CUDA {CUDA_MAJOR} toolkit ({error})"
-        ) from error
+            f"{wanted_by} is of CUDA {major}, and the driver of this machine is of CUDA "
+            f"{driver[0]}.{driver[1]}: update the driver, or use kernels of CUDA {driver[0]} "
+            f"(`fi-ffi build --cuda {driver[0]}` makes some, `pip install 'fi_ffi[cu{driver[0]}]'` "
+            "brings what they need)"
+        )
 
 
 def is_cut_off() -> bool:
@@ -70,11 +182,22 @@ def refuse_after_fork() -> None:
         )
 
 
-def _ask(function: str, *arguments: int) -> int | None:
-    value, runtime = ffi.new("int *"), load_cudart()[0]
-    code = getattr(runtime, function)(value, *arguments)
-    cuda_errors.check_lost(runtime, code, function)
-    return value[0] if code == 0 else None
+@functools.cache
+def load_driver() -> Any:
+    """CUDA's driver as a cffi library, or None where there is none."""
+    try:
+        return ffi.dlopen(DRIVER)
+    except OSError:
+        return None
+
+
+def _ask(function: str, *arguments: int) -> tuple[int, int]:
+    """What the driver says: an error, 0 for none, and a number."""
+    value, driver = ffi.new("int *"), load_driver()
+    if driver is None:
+        return _NO_DRIVER, 0
+    code = driver.cuInit(0) or getattr(driver, function)(value, *arguments)
+    return int(code), int(value[0])
 
 
 def examined(error: KernelError) -> KernelError:
@@ -84,8 +207,10 @@ def examined(error: KernelError) -> KernelError:
 
 def driver_version() -> tuple[int, int] | None:
     """The CUDA version the driver supports, or None where there is no driver."""
-    number = _ask("cudaDriverGetVersion")
-    return (number // 1000, number % 1000 // 10) if number else None
+    driver, value = load_driver(), ffi.new("int *")
+    if driver is None or driver.cuDriverGetVersion(value) or not value[0]:
+        return None
+    return value[0] // 1000, value[0] % 1000 // 10
 
 
 _device_count = 0
@@ -95,8 +220,9 @@ def device_count() -> int:
     """GPUs that this process sees; asked once there is one."""
     global _device_count
     if not _device_count:
-        _device_count = _ask("cudaGetDeviceCount") or 0
-        if _device_count > 1 and hasattr(load_cudart()[0], "cudaStreamGetDevice"):
+        code, count = _ask("cuDeviceGetCount")
+        _device_count = 0 if code else count
+        if _device_count > 1:
             streams.device_of = device_of_stream
     return _device_count
 
@@ -104,6 +230,8 @@ def device_count() -> int:
 def device_of_stream(handle: int) -> int | None:
     """The device of a stream; None while it records a graph, which asking would spoil."""
     runtime, found = load_cudart()[0], ffi.new("int *")
+    if not hasattr(runtime, "cudaStreamGetDevice"):
+        return None
     stream = ffi.cast("void *", handle)
     code = runtime.cudaStreamIsCapturing(stream, found)
     if not code:
@@ -167,11 +295,10 @@ def shared_memory(device: int) -> int:
 
 @functools.cache
 def _attribute(device: int, attribute: int) -> int:
-    value, count = _ask("cudaDeviceGetAttribute", attribute, device), device_count()
-    if value is None:
-        runtime = load_cudart()[0]
-        hint = _hint(runtime.cudaGetDeviceCount(ffi.new("int *")))
-        cuda_errors.forget(runtime)
+    count = device_count()
+    code, value = _ask("cuDeviceGetAttribute", attribute, device)
+    if code:
+        hint = _hint(code)
         if not count and not hint:
             hint = ': `fi-ffi doctor` tells why; with device="cpu" numpy kernels run'
         raise LoaderError(f"there is no cuda:{device}: this process sees {count} GPUs{hint}")
@@ -190,16 +317,13 @@ def capability(device: int) -> tuple[int, int]:
     return _attribute(device, _CAPABILITY_MAJOR), _attribute(device, _CAPABILITY_MINOR)
 
 
-_forget_cudart = load_cudart.cache_clear
-
-
 def _cut_off() -> None:
     """In a forked child: what is remembered must not let a call through."""
-    global _is_cut_off
+    global _is_cut_off, _runtime
     if _device_count:
         _is_cut_off = True
         thread.bound.clear()
-        _forget_cudart()
+        _runtime = None
         failure.examine = None
 
 

@@ -34,7 +34,7 @@ from fi_ffi.loader import (
     tvm_ffi,
 )
 from fi_ffi.loader.elf import FUNCTION_PREFIX, inspect_elf
-from fi_ffi.loader.held import Facts, check_needed, check_processor, facts_of, remember
+from fi_ffi.loader.held import Facts, check_processor, cuda_of, facts_of, remember
 from fi_ffi.loader.kernels import KernelFile, KernelSource, ModuleFile
 
 
@@ -112,8 +112,14 @@ def load(module: str, device: int | None = None) -> Loaded:
         key, modules = (module, device), _modules
         if key not in modules:
             source, file, facts = search.find_module(module, device)
-            check_needed(file, facts, machine.CUDART)
-            machine.load_cudart()
+            cuda = cuda_of(facts)
+            if cuda is not None:  # refused before anything is loaded
+                machine.check_cuda(cuda, str(file.path))
+                if device is not None:
+                    machine.check_driver(cuda, str(file.path))
+                machine.use_cuda(cuda, str(file.path))
+            else:
+                machine.load_cudart()
             _prepare(facts)
             modules[key] = Loaded(source, file, facts, *_opened(file, facts))
         return modules[key]
@@ -238,8 +244,10 @@ def load_file(path: str | os.PathLike[str]) -> Loaded:
             source = KernelFile(where)
             file = source.file()
             facts = facts_of(file)
-            if any(name.startswith("libcudart.so") for name in facts.needed):
-                machine.load_cudart()
+            cuda = cuda_of(facts)
+            if cuda is not None:
+                machine.check_cuda(cuda, str(where))
+                machine.use_cuda(cuda, str(where))
             _prepare(facts)
             _files[key] = Loaded(source, file, facts, *_opened(file, facts))
         return _files[key]

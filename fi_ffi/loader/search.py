@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import os
 import platform
+import re
 import sys
 import threading
 import time
@@ -35,7 +36,7 @@ from fi_ffi.errors import (
 )
 from fi_ffi.loader import cache, machine, trust
 from fi_ffi.loader.fatbin import runs_on, sass_named
-from fi_ffi.loader.held import Facts, facts_of
+from fi_ffi.loader.held import Facts, cuda_of, facts_of
 from fi_ffi.loader.kernels import (
     KernelDirectory,
     KernelSource,
@@ -60,6 +61,8 @@ _WHOLE = (
 UNREACHABLE = 30.0
 
 
+_CUDA_TAG = re.compile(r"\bcu(\d{2})\d\b")  # in a version's local part: cu130.sm90a
+_LOOKED_AT = 3  # modules, of a source whose version does not name its CUDA
 # How the names of wheels for other processors end.
 _OTHERS = tuple(f"_{cpu}" for cpu in machine.CPUS if cpu != platform.machine())
 
@@ -227,9 +230,9 @@ def candidates(explicit: str | os.PathLike[str] | None = None) -> Iterator[Candi
 def pinned(release: str, capability: tuple[int, int] | None = None) -> PinnedWheel:
     """The pinned wheel of a release for this machine; `LoaderError` names what there is.
 
-    The machine tells the platform, the CUDA version of its driver and the SM of its
+    The machine tells the platform, the CUDA versions that its driver runs and the SM of its
     first GPU, unless it is that of a `capability`; without a driver any will do, to be read and
-    not run.
+    not run.  Where this process has a CUDA runtime, it is for that one.
     """
     lock = the_lock()
     here = [f for f in lock.kernels if (f.release, f.platform) == (release, this_platform())]
@@ -260,19 +263,23 @@ def _nearness(file: PinnedWheel) -> tuple[int, int]:
 
 def _cuda_version(tag: str) -> tuple[int, int]:
     """`cu134` is CUDA 13.4."""
-    return int(tag[2:-1]), int(tag[-1:])
+    match = re.fullmatch(r"cu(\d{2})(\d)", tag)
+    if match is None:
+        raise ArgumentError("sources", CUDA, got=tag, expected="a tag such as cu130")
+    return int(match[1]), int(match[2])
 
 
 def _runs_here(file: PinnedWheel, capability: tuple[int, int] | None) -> bool:
     forced, version = os.environ.get(CUDA), _cuda_version(file.cuda)
-    driver = machine.driver_version()
     # Within a major version a driver runs what a later minor's compiler made.
-    fits = file.cuda == forced if forced else version[0] == (driver or version)[0]
+    fits = file.cuda == forced if forced else version[0] in machine.majors_here()
     if not fits:
         return False
+    if file.sm is None:
+        return True
     if capability is None and machine.device_count():
         capability = machine.capability(0)
-    if file.sm is None or capability is None:
+    if capability is None:
         return True
     return sass_named(file.sm).runs_on(capability)
 
@@ -389,6 +396,30 @@ def release() -> str | None:
     """FlashInfer's release of the kernels in use, or None where nothing tells."""
     first = next(sources(), None)
     return None if first is None else release_of(first)
+
+
+def cuda_of_kernels() -> int | None:
+    """The major version of the CUDA that the kernels in use are of, by the first source's version
+    or by what its modules need; None where nothing tells.  Nothing is fetched."""
+    forced = os.environ.get(CUDA)
+    if forced:
+        return _cuda_version(forced)[0]
+    try:
+        source = next(sources(), None)
+        if source is None:
+            return None
+        tag = _CUDA_TAG.search((source.version or "").partition("+")[2])
+        if tag:
+            return int(tag[1])
+        if isinstance(source, PinnedKernels):
+            return None
+        found = (cuda_of(facts_of(source.file(module))) for module in source.modules()[:_LOOKED_AT])
+        return next(filter(None, found), None)
+    except (FiFfiError, OSError):  # told to those who ask for a module
+        return None
+
+
+machine.ask_kernels = cuda_of_kernels
 
 
 def find_module(module: str, device: int | None = None) -> tuple[KernelSource, ModuleFile, Facts]:

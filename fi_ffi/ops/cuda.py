@@ -1,6 +1,7 @@
-"""What plans and kernels need of CUDA: memory (through cuda-python), copies, events, handles.
+"""What plans and kernels need of CUDA: memory, copies, events, handles.
 
-Kernels are launched elsewhere; nothing here knows of them.
+All of it by the runtime that the kernels run on.  Kernels are launched elsewhere; nothing here
+knows of them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.allocator import HOST, Allocator, Source
 from fi_ffi.abi.streams import PER_THREAD
 from fi_ffi.abi.tensor import DTYPES, Device, TensorDesc, parse_device
-from fi_ffi.errors import DeviceError, KernelError, LoaderError
+from fi_ffi.errors import DeviceError, KernelError
 from fi_ffi.loader import cuda_errors, machine
 
 _HOST_TO_DEVICE = 1  # cudaMemcpyHostToDevice
@@ -126,14 +127,14 @@ def copy_now(target: int, source: int, count: int, device: Device) -> None:
 def synchronize(device: Device) -> None:
     """Wait for all work of a device."""
     with current(device):
-        (error,) = _runtime().cudaDeviceSynchronize()
-    check(int(error), "cudaDeviceSynchronize")
+        check(machine.load_cudart()[0].cudaDeviceSynchronize(), "cudaDeviceSynchronize")
 
 
 def clear(address: int, pitch: int, width: int, rows: int, stream: int) -> None:
     """Queue the setting to zero of `width` bytes in each row, which lie `pitch` bytes apart."""
-    (error,) = _runtime().cudaMemset2DAsync(address, pitch, 0, width, rows, stream)
-    check(int(error), "cudaMemset2DAsync")
+    runtime = machine.load_cudart()[0]
+    code = runtime.cudaMemset2DAsync(pointer(address), pitch, 0, width, rows, pointer(stream))
+    check(code, "cudaMemset2DAsync")
 
 
 def is_capturing(stream: int) -> bool:
@@ -151,13 +152,14 @@ def waits_for_default(stream: int) -> bool:
 
 
 class Event:
-    """A CUDA event without timing; one that was never recorded is done."""
+    """A CUDA event, without timing unless it is asked for; one that was never recorded is done."""
 
     __slots__ = ("__weakref__", "_handle")
 
-    def __init__(self) -> None:
+    def __init__(self, timing: bool = False) -> None:
         runtime, handle = machine.load_cudart()[0], ffi.new("void **")
-        check(runtime.cudaEventCreateWithFlags(handle, _NO_TIMING), "cudaEventCreate")
+        flags = 0 if timing else _NO_TIMING
+        check(runtime.cudaEventCreateWithFlags(handle, flags), "cudaEventCreate")
         self._handle = handle[0]
         weakref.finalize(self, unless_cut_off, runtime.cudaEventDestroy, self._handle)
 
@@ -177,6 +179,14 @@ class Event:
     def wait(self) -> None:
         """Block this thread until it is done."""
         check(machine.load_cudart()[0].cudaEventSynchronize(self._handle), "cudaEventSynchronize")
+
+    def milliseconds_since(self, start: Event) -> float:
+        """The time between two events with timing that are done."""
+        runtime, found = machine.load_cudart()[0], ffi.new("float *")
+        check(
+            runtime.cudaEventElapsedTime(found, start._handle, self._handle), "cudaEventElapsedTime"
+        )
+        return float(found[0])
 
     def hold(self, stream: int) -> None:
         """Let a stream's further work wait until it is done."""
@@ -205,51 +215,38 @@ class Memory:
         weakref.finalize(self, free, *arguments)
 
 
-def _runtime() -> Any:
-    try:
-        from cuda.bindings import runtime
-    except ImportError as error:
-        raise LoaderError(
-            "cuda-bindings allocates workspaces and is not installed: "
-            "`pip install 'cuda-bindings>=13,<14'`, or pass buffers of your own"
-        ) from error
-    return runtime
-
-
 def _bytes(address: int, count: int, device: Device) -> TensorDesc:
     return TensorDesc(address, (count,), DTYPES["uint8"], device=device)
 
 
 def allocate(count: int, device: Device, zeroed: bool = False) -> Memory:
-    """Device memory from cuda-python; host memory where the device is the CPU."""
+    """Device memory; host memory where the device is the CPU."""
     if not device.is_cuda:
         return _host(count)
-    runtime = _runtime()
     with current(device), relaxed():
-        error, address = runtime.cudaMalloc(max(count, 1))
-        check(int(error), f"cudaMalloc of {count} bytes on {device}")
-        memory = Memory(_bytes(int(address), count, device), _free, runtime.cudaFree, int(address))
+        runtime, slot = machine.load_cudart()[0], ffi.new("void **")
+        check(runtime.cudaMalloc(slot, max(count, 1)), f"cudaMalloc of {count} bytes on {device}")
+        memory = _owned(slot[0], count, device, runtime.cudaFree)
         if zeroed:  # on the stream that no capture of another forbids
-            (error,) = runtime.cudaMemsetAsync(int(address), 0, count, PER_THREAD)
-            check(int(error), "cudaMemsetAsync")
-            (error,) = runtime.cudaStreamSynchronize(PER_THREAD)
-            check(int(error), "cudaStreamSynchronize")
+            stream = pointer(PER_THREAD)
+            check(runtime.cudaMemsetAsync(slot[0], 0, count, stream), "cudaMemsetAsync")
+            check(runtime.cudaStreamSynchronize(stream), "cudaStreamSynchronize")
     return memory
 
 
 def allocate_page_locked(count: int, device: Device) -> Memory:
-    """Page-locked host memory from cuda-python; plain memory where the device is the CPU."""
+    """Page-locked host memory; plain memory where the device is the CPU."""
     if not device.is_cuda:
         return _host(count)
-    runtime = _runtime()
     with current(device), relaxed():
-        error, address = runtime.cudaHostAlloc(max(count, 1), 0)
-    check(int(error), f"cudaHostAlloc of {count} bytes")
-    return Memory(_bytes(int(address), count, _CPU), _free, runtime.cudaFreeHost, int(address))
+        runtime, slot = machine.load_cudart()[0], ffi.new("void **")
+        check(runtime.cudaHostAlloc(slot, max(count, 1), 0), f"cudaHostAlloc of {count} bytes")
+    return _owned(slot[0], count, _CPU, runtime.cudaFreeHost)
 
 
-def _free(free: Callable[[int], Any], address: int) -> None:
-    unless_cut_off(lambda place: int(free(place)[0]), address)
+def _owned(place: Any, count: int, device: Device, free: Callable[[Any], int]) -> Memory:
+    desc = _bytes(int(ffi.cast("uintptr_t", place)), count, device)
+    return Memory(desc, unless_cut_off, free, place)
 
 
 def _host(count: int) -> Memory:
@@ -261,18 +258,19 @@ def _host(count: int) -> Memory:
 
 @functools.cache
 def kernel_memory() -> Allocator:
-    """Memory for kernels that allocate: cuda-python's pool on a GPU, the host's on the CPU."""
+    """Memory for kernels that allocate: the device's pool on a GPU, the host's on the CPU."""
     return Allocator({"cpu": HOST, "cuda": Source(_take_in_order, _free_in_order)})
 
 
 def _take_in_order(count: int, device: Device, stream: int) -> int:
     """Memory from the device's pool, for work that is queued on the stream after this."""
     with current(device):
-        error, address = _runtime().cudaMallocAsync(max(count, 1), stream)
-    if int(error):
-        forget(int(error), "cudaMallocAsync")
-        raise MemoryError(f"cudaMallocAsync of {count} bytes on {device}: CUDA error {int(error)}")
-    return int(address)
+        slot = ffi.new("void **")
+        code = machine.load_cudart()[0].cudaMallocAsync(slot, max(count, 1), pointer(stream))
+    if code:
+        forget(code, "cudaMallocAsync")
+        raise MemoryError(f"cudaMallocAsync of {count} bytes on {device}: CUDA error {code}")
+    return int(ffi.cast("uintptr_t", slot[0]))
 
 
 def _free_in_order(address: int, device: Device, stream: int) -> None:
@@ -280,8 +278,8 @@ def _free_in_order(address: int, device: Device, stream: int) -> None:
     if machine.is_cut_off():
         return
     with current(device):
-        (error,) = _runtime().cudaFreeAsync(address, stream)
-    check(int(error), f"cudaFreeAsync on {device}")
+        code = machine.load_cudart()[0].cudaFreeAsync(pointer(address), pointer(stream))
+    check(code, f"cudaFreeAsync on {device}")
 
 
 def own_handle(library: str, device: Device) -> int:
@@ -302,7 +300,7 @@ def own_handle(library: str, device: Device) -> int:
 def _make_cublas_lt(device: Device) -> int:
     from fi_ffi.loader import libraries  # not above: few programs need it
 
-    cublas, slot = libraries.load(libraries.CUBLAS_LT)[0], ffi.new("void **")
+    cublas, slot = libraries.load(f"libcublasLt.so.{machine.cuda_major()}")[0], ffi.new("void **")
     with current(device), relaxed():
         status = cublas.cublasLtCreate(slot)
     if status:

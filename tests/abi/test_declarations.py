@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 import subprocess
 import sys
@@ -12,12 +11,13 @@ from typing import Any
 
 import cffi
 import pytest
-from cuda.pathfinder import load_nvidia_dynamic_lib
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.library import TypeIndex
 from fi_ffi.abi.tensor import DEVICE_TYPES, DTYPES
+
+from tests.helpers import cuda_runtimes
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADERS = ("dlpack/dlpack.h", "tvm/ffi/c_api.h", "tvm/ffi/extra/c_env_api.h")
@@ -109,13 +109,16 @@ def test_function(name: str, theirs: cffi.FFI, tvm_ffi_loaded: str) -> None:
     assert unqualified(ffi.typeof(ours)) == unqualified(theirs.typeof(upstream))
 
 
+# Of CUDA 12 and 13 the same; a runtime of 12 from the index.
+CUDA_HEADERS = {12: "nvidia/cuda_runtime/include", 13: "nvidia/cu13/include"}
+
+
+@pytest.mark.parametrize("major", CUDA_HEADERS)
 @pytest.mark.parametrize("name", CUDA_FUNCTIONS)
-def test_cuda_function(name: str) -> None:
+def test_cuda_function(name: str, major: int) -> None:
     """By text: those headers are C++ that cffi does not read."""
-    header = importlib.metadata.distribution("nvidia-cuda-runtime").locate_file(
-        "nvidia/cu13/include/cuda_runtime_api.h"
-    )
-    text = Path(str(header)).read_text().replace(" __dv(0)", "")
+    header = cuda_runtimes.folder(major) / CUDA_HEADERS[major] / "cuda_runtime_api.h"
+    text = header.read_text().replace(" __dv(0)", "")
     upstream = re.search(rf"(cudaError_t|const char\*) +CUDARTAPI {name}\(([^)]*)\);", text)
     assert upstream is not None
     result, arguments = upstream[1], "" if upstream[2] == "void" else upstream[2]
@@ -128,7 +131,7 @@ def test_cuda_function(name: str) -> None:
     # cffi tells no `const`.
     named = [part.replace("const ", "").strip() for part in parameters]
     types = [re.sub(r"\w+$", "", part).replace(" ", "") for part in named]
-    declared = ffi.typeof(getattr(ffi.dlopen(load_nvidia_dynamic_lib("cudart").abs_path), name))
+    declared = ffi.typeof(getattr(ffi.dlopen(str(cuda_runtimes.library(major))), name))
     assert [arg.cname.replace(" ", "") for arg in declared.args] == types
     assert declared.result.cname == ("char *" if result == "const char*" else "int")  # an enum
 

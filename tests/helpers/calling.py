@@ -65,6 +65,7 @@ class Calls:
             "device": found[0].name,
             "capability": [*found[0].capability],
             "release": release or "unknown",
+            "cuda": search.cuda_of_kernels() or 13,
             "entries": {key: sorted(names) for key, names in sorted(entries.items())},
         }
         self._path.write_text(json.dumps(record, indent=1) + "\n")

@@ -28,6 +28,7 @@ from fi_ffi.loader import (
     cache,
     cute_runtime,
     held,
+    libraries,
     lock,
     machine,
     runtime,
@@ -194,13 +195,24 @@ def with_tvm_ffi(version: str) -> Callable:
 
 
 def no_cudart(patch: pytest.MonkeyPatch) -> None:
-    import cuda.pathfinder
+    patch.setattr(libraries, "in_process", lambda file: None)
+    patch.setattr(libraries, "_places", lambda file: ["/nowhere.so"])
+    libraries.load.__wrapped__(machine.cudart(12))
 
-    def nowhere(name: str) -> None:
-        raise cuda.pathfinder.DynamicLibNotFoundError("nowhere")
 
-    patch.setattr(cuda.pathfinder, "load_nvidia_dynamic_lib", nowhere)
-    machine.load_cudart.__wrapped__()
+def with_another_cuda(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(machine, "_runtime", (None, "/x/libcudart.so.13", 13))
+    machine.check_cuda(12, "norm.so")
+
+
+def with_an_old_driver(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(machine, "driver_version", lambda: (12, 6))
+    machine.check_driver(13, "norm.so")
+
+
+def no_old_nvcc(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(environment, "find_toolkits", list)
+    environment.choose_toolkit(environment.Environment(Path("/none")), "12.8", print)
 
 
 def fails_without_words() -> None:
@@ -246,6 +258,7 @@ def no_ensurepip(patch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 LAST_AXIS = "A tensor whose last axis is not contiguous"
+ANOTHER_CUDA = "Another CUDA"
 DAMAGED = "A file that is damaged, or no wheel at all"
 TVM_FFI = "libtvm_ffi is missing, too old, or there twice"
 DISK = "A disk that is full, or cannot be written"
@@ -317,6 +330,9 @@ RAISED: list[HERE] = [
     ("No GPU", errors.LoaderError,
      lambda: machine._attribute.__wrapped__(machine.device_count(), 75)),
     ("libcudart is missing", errors.LoaderError, no_cudart),
+    (ANOTHER_CUDA, errors.AbiError, with_another_cuda),
+    (ANOTHER_CUDA, errors.AbiError, lambda: machine.check_cuda(11, "norm.so")),
+    (ANOTHER_CUDA, errors.LoaderError, with_an_old_driver),
     (TVM_FFI, errors.LoaderError, patched(library, "_OLDEST", (0, 1, 10**6),
                                           lambda: library.attach(runtime.ensure_tvm_ffi().path))),
     (TVM_FFI, errors.LoaderError, patched(sys, "path", [], tvm_ffi.installed)),
@@ -332,12 +348,11 @@ RAISED: list[HERE] = [
     (DISK, errors.LoaderError, lambda: disk(errno.EROFS)),
     ("A lock that cannot be read", errors.LoaderError,
      of_file(b"no = 1", lock.read_lock)),
-    ("What else a call needs", errors.LoaderError,
-     lambda patch: (patch.setitem(sys.modules, "cuda.bindings", None), cuda._runtime())),
     ("KernelError", errors.KernelError, fails_without_words),
     ("KernelError", errors.KernelError, lambda: cuda.check(1, "cudaMemcpyAsync")),
     ("DeviceError", errors.DeviceError, lambda: cuda.check(700, "cudaEventRecord")),
     ("HangError", errors.HangError, hang),
+    ("BuildError", errors.BuildError, no_old_nvcc),
     ("BuildError", errors.BuildError,
      in_environment("CXX", "no-such-compiler", environment.find_cxx)),
     ("BuildError", errors.BuildError, not_linux),

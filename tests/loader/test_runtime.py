@@ -8,7 +8,6 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cuda.pathfinder
 import pytest
 from packaging.specifiers import SpecifierSet
 
@@ -126,13 +125,10 @@ def test_a_path_that_is_no_utf8(kernels, tmp_path):
 
 NO_CUDART = """
 from fi_ffi.errors import LoaderError
-import cuda.pathfinder
+from fi_ffi.loader import libraries, runtime
 
-def missing(name):
-    raise cuda.pathfinder.DynamicLibNotFoundError("not on this machine")
-
-cuda.pathfinder.load_nvidia_dynamic_lib = missing
-from fi_ffi.loader import runtime
+libraries.in_process = lambda file: None
+libraries._places = lambda file: [f"/nowhere/{file}"]
 try:
     runtime.load("norm")
 except LoaderError as error:
@@ -161,7 +157,7 @@ def forgotten():
 def nowhere(monkeypatch, forgotten):
     """No library is in this process; what is looked for is told as the test says."""
     monkeypatch.setattr(libraries, "in_process", lambda name: None)
-    return lambda find: monkeypatch.setattr(cuda.pathfinder, "load_nvidia_dynamic_lib", find)
+    return lambda find: monkeypatch.setattr(libraries, "_places", find)
 
 
 def test_other_libraries_are_left_to_the_linker(monkeypatch):
@@ -180,22 +176,12 @@ def test_other_libraries_are_left_to_the_linker(monkeypatch):
     ],
 )
 def test_one_that_is_nowhere_names_its_package(file, package, nowhere):
-    def absent(name):
-        raise cuda.pathfinder.DynamicLibNotFoundError(f"no {name}\nlisting: ...")
-
-    nowhere(absent)
+    nowhere(lambda name: [f"/nowhere/{name}"])
     with pytest.raises(LoaderError) as caught:
         libraries.prepare([], ["libc.so.6", file])
     told = str(caught.value)
     assert file in told and f"pip install '{package}>=13,<14'" in told and "CUDA_HOME" in told
-    assert "listing" not in told
-
-
-def test_another_major_version_will_not_do(nowhere):
-    found = cuda.pathfinder.LoadedDL("/x/libcublas.so.12", False, 1, "elsewhere")
-    nowhere(lambda name: found)
-    with pytest.raises(LoaderError, match=r"libcublas\.so\.13 .*found /x/libcublas\.so\.12"):
-        libraries.load("libcublas.so.13")
+    assert "/nowhere/lib" in told, "the linker's own words"
 
 
 def test_nothing_of_the_name_in_the_process():
@@ -238,7 +224,7 @@ def test_a_module_finds_what_it_needs(tmp_path):
     assert code == 0, err
     found = out.split()
     assert found[-1] == "True"
-    # cuda-pathfinder prefers installed packages to CUDA_HOME; the second came with the first.
+    # Installed packages are preferred to CUDA_HOME; the second came with the first.
     assert "libcublas" in found[0] and found[0].startswith("/")
 
 

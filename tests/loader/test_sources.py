@@ -14,7 +14,6 @@ from packaging.version import Version
 import fi_ffi
 from fi_ffi.errors import ArtifactError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import lock, machine, runtime, search
-from fi_ffi.loader.held import Facts, check_needed
 from fi_ffi.loader.kernels import LAYOUT, KernelDirectory, KernelWheel, open_source, release_of
 from fi_ffi.ops.capability.judgement import Query
 
@@ -424,13 +423,6 @@ def test_device_code_is_looked_at_before_anything_is_loaded(
         source, _, facts = search.find_module("page", 0)
         assert [code.sm for code in facts.codes] == [capability[0] * 10 + capability[1]]
         assert ("sm87" in source.version) == (capability == (8, 7))
-
-
-def test_a_module_that_only_another_cuda_can_load(modules):
-    file = open_source(modules).file("norm")
-    check_needed(file, Facts(["libcudart.so.13"], [], []), machine.CUDART)
-    with pytest.raises(fi_ffi.AbiError, match="needs libcudart.so.12, and fi_ffi runs on"):
-        check_needed(file, Facts(["libcudart.so.12", "libc.so.6"], [], []), machine.CUDART)
 
 
 def test_other_kernels_are_chosen_while_places_are_asked():

@@ -74,9 +74,13 @@ ANSWERS = [
     ("BatchMlaPlan", {"sm": 90, "release": "0.7.2.post1"}, "built", "_planabi2_sm90 is in", None),
     ("rmsnorm", {"sm": 90, "release": "0.6.8"}, "unknown", "",
      "fi-ffi build --release 0.6.8 --arch 9.0a norm"),
-    *(("rmsnorm", {"sm": 90, "cuda": cuda}, "refused",
-       "libcudart.so.12, and fi_ffi runs on libcudart.so.13",
-       f"fi-ffi build --release {DEFAULT} --arch 9.0a norm") for cuda in ("cu128", "cu129")),
+    # Built for it; what was called on a GPU was of CUDA 13.
+    *(("rmsnorm", {"sm": 90, "cuda": cuda}, "built",
+       f"norm is in FlashInfer {DEFAULT}'s {cuda} wheels, of which wheels.lock pins none; "
+       "not run here on such a GPU", None) for cuda in ("cu128", "cu129")),
+    ("rmsnorm", {"sm": 90, "cuda": "cu118"}, "refused",
+     "libcudart.so.11, and fi_ffi serves those of cu12x and cu13x",
+     f"fi-ffi build --release {DEFAULT} --arch 9.0a norm"),
 ]  # fmt: skip
 
 

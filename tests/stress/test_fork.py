@@ -247,6 +247,7 @@ def test_another_librarys_use_is_told_of(monkeypatch) -> None:
             return lambda *_: 3
 
     monkeypatch.setattr(of_loader, "load_cudart", lambda: (Runtime(), ""))
+    monkeypatch.setattr(of_loader, "load_driver", Runtime)
     of_loader._attribute.cache_clear()
     for ask in (lambda: of_loader.capability(0), lambda: of_loader.make_current(0)):
         with pytest.raises(fi_ffi.LoaderError, match="forked from a process that had used CUDA"):

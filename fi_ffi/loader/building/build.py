@@ -308,13 +308,15 @@ def build(
     report: Report | None = None,
     cpu: str | None = None,
     keep: bool = False,
+    cuda: str | None = None,
 ) -> Path:
     """Build `modules` of FlashInfer `release` for the GPUs of `arch`; the wheel's path.
 
     `modules` are exact names, or families with options (see `available`); `arch` is in
     the form of FLASHINFER_CUDA_ARCH_LIST, such as "8.7" or ("9.0a",); `jobs` compilers
     run at once; `cpu` is "x86_64" or "aarch64", by default this machine's; with `keep`,
-    a wheel of the same name in `output` keeps its other modules.
+    a wheel of the same name in `output` keeps its other modules; `cuda` is the release of the
+    toolkit, "12.8", or its major version, by default the one that this machine's driver runs.
     `report` is told of every step, on the calling thread.  ArgumentError
     for a name, release or architecture that cannot be; BuildError, with the path of a
     log, when a tool is missing or fails.
@@ -326,7 +328,7 @@ def build(
     if cpu not in (None, platform.machine()) and any(request.is_cute for request in requests):
         expected = "this machine's, which is all that CuTe DSL compiles for here"
         raise ArgumentError("build", "cpu", got=cpu, expected=expected)
-    opened = open_workshop(release, architectures, build_dir, torch_requirement, report, cpu)
+    opened = open_workshop(release, architectures, build_dir, torch_requirement, report, cpu, cuda)
     with opened as workshop:
         workshop.log.unlink(missing_ok=True)
         workshop.say("asking FlashInfer's generators for the sources")
@@ -348,10 +350,14 @@ def available(
     build_dir: Path | None = None,
     torch_requirement: str = DEFAULT_TORCH,
     report: Report | None = None,
+    cuda: str | None = None,
 ) -> list[Available]:
     """What `build` can make for `arch`: the families, then FlashInfer's own list of modules."""
     architectures = parse_arch(arch)
-    with open_workshop(release, architectures, build_dir, torch_requirement, report) as workshop:
+    opened = open_workshop(
+        release, architectures, build_dir, torch_requirement, report, cuda=cuda
+    )  # fmt: skip
+    with opened as workshop:
         workshop.say("asking FlashInfer's generators what they can make")
         answer = ask(workshop, {"action": "list"})
     families = [Available(family.name, "family", note=family.doc) for family in FAMILIES.values()]

@@ -4,7 +4,8 @@ The generators run in a throw-away environment, one per release: it is made once
 again, by any Python, until its requirements change; its path is in every compiler command,
 so another one would mean compiling all over.  A toolkit is taken from CUDA_HOME, CUDA_PATH or
 PATH.  Pieces of CUDA that the machine lacks come from the package index, into folders of
-their own, so that they cannot disagree with those that torch brings.
+their own, so that they cannot disagree with those that torch brings.  The index has an nvcc from
+CUDA 13 on; its packages of CUDA 12 have headers, libraries and ptxas.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ from filelock import FileLock, Timeout
 from packaging.requirements import Requirement
 
 from fi_ffi.errors import ArgumentError, BuildError
-from fi_ffi.loader import cache, trust
+from fi_ffi.loader import cache, libraries, trust
 from fi_ffi.loader.lock import parse_release
-from fi_ffi.loader.machine import CPUS, CUDA_MAJOR
+from fi_ffi.loader.machine import CPUS, CUDA_MAJORS, majors_here
 
 DEFAULT_TORCH = "torch==2.13.0"
-INDEX_CUDA = "13.0"  # the toolkit taken from the package index
+INDEX_CUDA = "13.0"  # the toolkit taken from the package index, where no other is asked for
+_FIRST_INDEXED = 13  # the first major version of which the index has an nvcc
+_FIRST_OF_FAMILIES = (12, 9)  # the first nvcc that compiles for a family, such as 12.0f
 
 # What FlashInfer's generators import, beside torch; its other dependencies are for
 # running kernels.  Versions are taken from the requirements of the release.
@@ -48,7 +51,7 @@ _NEEDED = (
 # The compiler of CuTe DSL, and the parts that it comes in; its own other requirements are for
 # running kernels and for disassembling them.
 CUTE_DSL = "4.7.1"
-_CUTE_PARTS = ("", "-libs-base", "-libs-core", f"-libs-cu{CUDA_MAJOR}")
+_CUTE_PARTS = ("", "-libs-base", "-libs-core", f"-libs-cu{CUDA_MAJORS[0]}")
 _CUTE_NEEDS = ("cuda-bindings>=13,<14", "cuda-pathfinder", "numpy", "typing-extensions")
 _ERROR_LINES = 6
 
@@ -102,6 +105,11 @@ class Toolkit:
     def major(self) -> int:
         return int(self.release.partition(".")[0])
 
+    @property
+    def tag(self) -> str:
+        """As the names of wheels have it: cu130."""
+        return "cu" + self.release.replace(".", "")
+
 
 def _output(*command: str | Path) -> str:
     """What a command prints on either stream; empty if it cannot be run."""
@@ -130,7 +138,9 @@ def find_toolkits() -> list[Toolkit]:
     candidates = [Path(home) / "bin" / "nvcc" for home in homes if home]
     if on_path := shutil.which("nvcc"):
         candidates.append(Path(on_path))
-    candidates.append(Path("/usr/local/cuda/bin/nvcc"))  # where NVIDIA's installers put it
+    # Where NVIDIA's installers put them.
+    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+    candidates += sorted(Path("/usr/local").glob("cuda-*/bin/nvcc"), reverse=True)
     found = (toolkit_of(nvcc) for nvcc in candidates if nvcc.is_file())
     return list(dict.fromkeys(toolkit for toolkit in found if toolkit))
 
@@ -138,7 +148,14 @@ def find_toolkits() -> list[Toolkit]:
 def check_architectures(toolkit: Toolkit, architectures: Iterable[str]) -> None:
     """Raise ArgumentError for an architecture that this nvcc cannot compile for."""
     known = re.findall(r"compute_(\d+)\b", _output(toolkit.nvcc, "--list-gpu-arch"))
+    has_families = tuple(map(int, toolkit.release.split("."))) >= _FIRST_OF_FAMILIES
     for architecture in architectures:
+        if architecture.endswith("f") and not has_families:
+            raise ArgumentError(
+                "build", "arch", got=architecture,
+                expected=f"one architecture such as {architecture[:-1]}a: nvcc of CUDA "
+                f"{toolkit.release} knows no families, which came with 12.9",
+            )  # fmt: skip
         if known and re.sub(r"\D", "", architecture) not in known:
             names = ", ".join(f"{number[:-1]}.{number[-1]}" for number in known)
             raise ArgumentError(
@@ -374,8 +391,7 @@ def _unpack(
 ) -> Path:
     """Install NVIDIA's packages to the folder `name` beside the environment.
 
-    The result is the folder in it that has `include`.  Without `libraries`, which are large,
-    only the headers stay.
+    Without `libraries`, which are large, only the headers stay.
     """
     folder = environment.root.with_name(name)
 
@@ -388,15 +404,23 @@ def _unpack(
                 shutil.rmtree(unused)
 
     _once(folder, folder, {"requirement": requirement}, make)
-    root = _cuda_root(folder)
-    if root is None:
+    if not _cuda_roots(folder):
         raise BuildError(f"{requirement} has no headers in {folder}", str(environment.log))
-    return root
+    return folder
 
 
-def _cuda_root(folder: Path) -> Path | None:
-    """The folder that has `include`, in one that NVIDIA's packages were installed to."""
-    return next((root for root in folder.glob("nvidia/*") if (root / "include").is_dir()), None)
+def _cuda_roots(folder: Path) -> list[Path]:
+    """The folders that have `include`, in one that NVIDIA's packages were installed to.
+
+    Those of CUDA 13 share one; of CUDA 12 each has its own.
+    """
+    return sorted(root for root in folder.glob("nvidia/*") if (root / "include").is_dir())
+
+
+def _find_in(folder: Path, file: str) -> Path | None:
+    """The library whose file's name begins so, in a folder of NVIDIA's packages."""
+    found = (find_library(root, file) for root in _cuda_roots(folder))
+    return next(filter(None, found), None)
 
 
 def _unpack_extra(
@@ -421,7 +445,7 @@ class CuteDsl:
 
     @property
     def runtime(self) -> Path:
-        return self.packages / "nvidia_cutlass_dsl" / f"cu{CUDA_MAJOR}" / "lib"
+        return self.packages / "nvidia_cutlass_dsl" / f"cu{CUDA_MAJORS[0]}" / "lib"
 
 
 def install_cute_dsl(environment: Environment, say: Say) -> CuteDsl:
@@ -449,10 +473,10 @@ def install_headers(environment: Environment, extra: str, toolkit: Toolkit, say:
 
 def install_library(environment: Environment, name: str, toolkit: Toolkit, say: Say) -> Path:
     """A CUDA library that the toolkit came without, as it is linked with `-l<name>`."""
-    root = _unpack_extra(environment, PARTS[name], toolkit.release, say, "-lib")
-    found = find_library(root, f"lib{name}.so.")
+    folder = _unpack_extra(environment, PARTS[name], toolkit.release, say, "-lib")
+    found = _find_in(folder, f"lib{name}.so.")
     if found is None:
-        raise BuildError(f"there is no lib{name}.so in {root}", str(environment.log))
+        raise BuildError(f"there is no lib{name}.so in {folder}", str(environment.log))
     return found
 
 
@@ -466,34 +490,57 @@ def _unpack_cudart(environment: Environment, toolkit: Toolkit, say: Say, cpu: st
         options += [f"--platform=manylinux{tag}_{cpu}" for tag in ("2014", "_2_17", "_2_28")]
     else:
         options.append(f"--python-platform={cpu}-manylinux_2_28")
-    requirement = f"nvidia-cuda-runtime=={release}.*"
+    requirement = f"{libraries.package('cudart', toolkit.major)}=={release}.*"
     name = f"cuda-{release}-cudart-{cpu}"
     return _unpack(environment, name, requirement, say, *options)
 
 
 def _find_cudart(environment: Environment, toolkit: Toolkit, say: Say, cpu: str | None) -> Path:
     """The CUDA runtime library: the toolkit's own, or, where it has none, from the index."""
-    file = f"libcudart.so.{CUDA_MAJOR}"
+    file = f"libcudart.so.{toolkit.major}"
     own = None if cpu else find_library(toolkit.home, file)
-    found = own or find_library(_unpack_cudart(environment, toolkit, say, cpu), file)
+    found = own or _find_in(_unpack_cudart(environment, toolkit, say, cpu), file)
     if found is None:
-        raise BuildError(f"no libcudart.so.{CUDA_MAJOR} for {toolkit.home}")
+        raise BuildError(f"no {file} for {toolkit.home}")
     return found
 
 
-def _choose_toolkit(environment: Environment, say: Say) -> Toolkit:
-    """A toolkit of this machine if one is of the right major, else the package index's."""
+def parse_cuda(text: str | None) -> str:
+    """The release of CUDA to build with, such as "12.8", or a major version, "12".
+
+    Without one it is the major version that kernels here are to be of.
+    """
+    if text is None:
+        return str(next(iter(majors_here()), CUDA_MAJORS[-1]))
+    match = re.fullmatch(r"(\d+)(?:\.(\d+))?", text)
+    if match is None or int(match[1]) not in CUDA_MAJORS:
+        expected = "a release of CUDA 12 or 13, such as 12.8 or 13.0, or 12 or 13 for any"
+        raise ArgumentError("build", "cuda", got=text, expected=expected)
+    return text
+
+
+def choose_toolkit(environment: Environment, cuda: str, say: Say) -> Toolkit:
+    """A toolkit of this machine if one is of that release, else the package index's."""
     found = find_toolkits()
     for toolkit in found:
-        if toolkit.major == CUDA_MAJOR:
+        if cuda in (toolkit.release, str(toolkit.major)):
             return toolkit
     for toolkit in found:
-        say(f"{toolkit.nvcc} is of CUDA {toolkit.release}, not of CUDA {CUDA_MAJOR}: not used")
-    home = _unpack_extra(environment, "nvcc,cccl", INDEX_CUDA, say)
-    indexed = toolkit_of(home / "bin" / "nvcc")
-    if indexed is None:
-        raise BuildError(f"nvcc from the package index does not run: {home}/bin/nvcc")
-    return indexed
+        say(f"{toolkit.nvcc} is of CUDA {toolkit.release}, not of CUDA {cuda}: not used")
+    if int(cuda.partition(".")[0]) < _FIRST_INDEXED:
+        here = ", ".join(toolkit.release for toolkit in found) or "none"
+        raise BuildError(
+            f"no nvcc of CUDA {cuda} on this machine (there is: {here}), and the package index has "
+            f"none before CUDA {_FIRST_INDEXED}: install NVIDIA's CUDA {cuda} toolkit and name its "
+            "folder in CUDA_HOME. JetPack has one in /usr/local/cuda"
+        )
+    release = cuda if "." in cuda else INDEX_CUDA
+    folder = _unpack_extra(environment, "nvcc,cccl", release, say)
+    for root in _cuda_roots(folder):
+        indexed = toolkit_of(root / "bin" / "nvcc")
+        if indexed is not None:
+            return indexed
+    raise BuildError(f"nvcc from the package index does not run: {folder}/nvidia/*/bin/nvcc")
 
 
 # The workshop
@@ -536,7 +583,7 @@ class Workshop:
             self.environment.root.with_name(f"cuda-{self.toolkit.release}-{extra}")
             for extra in dict.fromkeys(PARTS.values())
         )
-        headers = [root / "include" for root in map(_cuda_root, folders) if root is not None]
+        headers = [root / "include" for folder in folders for root in _cuda_roots(folder)]
 
         def prepend(name: str, folders: Sequence[Path]) -> str:
             return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get(name)])])
@@ -610,12 +657,13 @@ def open_workshop(
     torch: str = DEFAULT_TORCH,
     report: Report | None = None,
     cpu: str | None = None,
+    cuda: str | None = None,
 ) -> Iterator[Workshop]:
     """Prepare the environment, the toolkit and the build folder, and hold the latter."""
     if cpu not in (None, *CPUS):
         raise ArgumentError("build", "cpu", got=cpu, expected=" or ".join(CPUS))
     cpu = None if cpu == platform.machine() else cpu
-    release = parse_release(release)
+    release, cuda = parse_release(release), parse_cuda(cuda)
     if sys.platform != "linux":
         raise BuildError("kernels can be built on Linux only")
 
@@ -627,10 +675,12 @@ def open_workshop(
         root = _open_root()
         cxx = find_cxx(cpu)
         environment = prepare_environment(root, release, torch, say)
-        toolkit = _choose_toolkit(environment, say)
+        toolkit = choose_toolkit(environment, cuda, say)
         check_architectures(toolkit, architectures)
         say(f"using {toolkit.nvcc} of CUDA {toolkit.release}")
-        parts = [release, *architectures, *filter(None, [cpu])]
+        # Another nvcc compiles all over, and would do so whenever the two took turns.
+        tag = [] if toolkit.release == INDEX_CUDA else [toolkit.tag]
+        parts = [release, *architectures, *filter(None, [cpu]), *tag]
         folder = (build_dir or root / "-".join(parts)).absolute()
         with _locked(folder, say):
             cudart = _find_cudart(environment, toolkit, say, cpu)

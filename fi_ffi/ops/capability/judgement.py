@@ -30,7 +30,7 @@ GPU_RUNS = Path(loader.__file__).with_name("data") / "called.json"
 _COMMAND = re.compile(r"`(fi-ffi build [^`]+)` makes it")
 _SM = re.compile(r"(?:sm_?)?(\d{1,2})\.?(\d)[af]?")
 _CUDA = re.compile(r"cu(\d{2})(\d)")
-DEFAULT_CUDA = f"cu{machine.CUDA_MAJOR}0"
+DEFAULT_CUDA = f"cu{machine.CUDA_MAJORS[0]}0"
 # Places that are on this machine: asking them fetches nothing.
 _LOCAL = ("explicit", "installed", "jit", "local")
 
@@ -194,6 +194,8 @@ class GpuRun:
     # Of FlashInfer, whose kernels they were.
     release: str
     entries: frozenset[tuple[str, str]]
+    # The major version of the CUDA that they were compiled with.
+    cuda: int = 13
 
 
 @functools.cache
@@ -204,6 +206,7 @@ def gpu_runs() -> tuple[GpuRun, ...]:
         GpuRun(
             run["device"], (run["capability"][0], run["capability"][1]), run["release"],
             frozenset((family, e) for family, names in run["entries"].items() for e in names),
+            run.get("cuda", 13),
         )
         for run in data["runs"]
     )  # fmt: skip
@@ -236,7 +239,7 @@ def judge(
     name = module(release) if module else row.module_on(query.capability)
     refusal = _cuda_refusal(query) or _dtype_refusal(row, query) or _sm_refusal(row, query)
     if refusal:
-        is_other_cuda = query.cuda_major != machine.CUDA_MAJOR
+        is_other_cuda = query.cuda_major not in machine.CUDA_MAJORS
         build = how_built(name, query)[0] if is_other_cuda else None
         return Support(op, REFUSED, refusal, build, name, release)
     status, reason, build = _available(name, query)
@@ -252,11 +255,11 @@ def _devices_that_called(module: str, symbol: str, query: Query) -> list[str]:
     """The devices of the GPU's compute capability on which the release's entry was called, or
     without a symbol, any of its module's."""
     family, symbol = key_of(module, symbol)
-    wanted = query.capability, query.release
+    wanted = query.capability, query.release, query.cuda_major
     return [
         run.device
         for run in gpu_runs()
-        if (run.capability, run.release) == wanted
+        if (run.capability, run.release, run.cuda) == wanted
         # A family by itself stands for any backend of it.
         and any(
             symbol in ("", entry) and family in (known, known.partition(":")[0])
@@ -266,11 +269,12 @@ def _devices_that_called(module: str, symbol: str, query: Query) -> list[str]:
 
 
 def _cuda_refusal(query: Query) -> str:
-    if query.cuda_major == machine.CUDA_MAJOR:
+    if query.cuda_major in machine.CUDA_MAJORS:
         return ""
+    served = " and ".join(f"cu{major}x" for major in sorted(machine.CUDA_MAJORS))
     return (
-        f"{query.cuda} kernels need libcudart.so.{query.cuda_major}, and fi_ffi runs on "
-        f"{machine.CUDART}: use a wheel of the cu{machine.CUDA_MAJOR}x series"
+        f"{query.cuda} kernels need {machine.cudart(query.cuda_major)}, and fi_ffi serves those of "
+        f"{served} wheels"
     )
 
 

@@ -84,8 +84,8 @@ FP8_MOE = KnownIssue(
     "the headers are (FlashInfer's Python does): by nvcc, which `TRTLLM_DG_NVCC_COMPILER` names, "
     "or `CUDA_HOME`, or PATH (deep_gemm/compiler.cuh). Where there is none, or one of a CUDA newer "
     "than the driver's, such calls fail.",
-    "Look at the file's own CUDA, not at the machine's: the tag in its wheel's name. fi_ffi takes "
-    "files of CUDA 13 only, in which the switches are on, and asks no other version. It leaves "
+    "Look at the file's own CUDA, not at the machine's: the tag in its wheel's name: from "
+    "cu128 on the switches are on. fi_ffi asks no other version. It leaves "
     "DeepGEMM off, so that nothing is compiled; to have it, install nvcc (`pip install "
     "'cuda-toolkit[nvcc,cccl]==13.0.*'`) and give `set_deepgemm_jit_include_dirs` the folder "
     "`flashinfer/data/csrc/nv_internal/tensorrt_llm` of the flashinfer-python wheel.",

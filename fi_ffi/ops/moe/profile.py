@@ -100,23 +100,9 @@ def _least(times: tuple[float, ...]) -> int:
 @contextmanager
 def _elapsed(stream: int) -> Iterator[list[float]]:
     """The milliseconds between the beginning and the end of what is queued in the block."""
-    from cuda.bindings import runtime
-
-    def call(name: str, *args: Any) -> Any:
-        error, *result = getattr(runtime, name)(*args)
-        cuda.check(int(error), name)
-        return result[0] if result else None
-
-    found: list[float] = []
-    events: list[Any] = []
-    try:
-        for _ in range(2):
-            events.append(call("cudaEventCreate"))
-        call("cudaEventRecord", events[0], stream)
-        yield found
-        call("cudaEventRecord", events[1], stream)
-        call("cudaEventSynchronize", events[1])
-        found.append(float(call("cudaEventElapsedTime", *events)))
-    finally:
-        for event in events:
-            runtime.cudaEventDestroy(event)
+    start, end, found = cuda.Event(timing=True), cuda.Event(timing=True), list[float]()
+    start.record(stream)
+    yield found
+    end.record(stream)
+    end.wait()
+    found.append(end.milliseconds_since(start))

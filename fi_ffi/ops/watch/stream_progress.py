@@ -5,7 +5,6 @@ How far a stream has come is read from that memory, without a call of CUDA.
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from fi_ffi.loader import machine
 from fi_ffi.ops import cuda
 from fi_ffi.ops.call.memory import StreamKey
 
-DRIVER = "libcuda.so.1"
 _SLOTS = 1024  # in a page, of 4 bytes each
 _PORTABLE_AND_MAPPED = 1 | 2  # cudaHostAllocPortable | cudaHostAllocMapped
 _MASK = 2**32 - 1
@@ -117,12 +115,11 @@ class StreamProgress:
         self._free += [Slot(page, i, address + 4 * i) for i in reversed(range(_SLOTS))]
 
 
-@functools.cache
 def _driver() -> Any:
-    try:
-        return ffi.dlopen(DRIVER)
-    except OSError as error:
-        raise LoaderError(f"{DRIVER}, which a watchdog needs, does not load: {error}") from error
+    driver = machine.load_driver()
+    if driver is None:
+        raise LoaderError(f"{machine.DRIVER}, which a watchdog needs, does not load")
+    return driver
 
 
 def _write(stream: int, address: int, number: int) -> None:
