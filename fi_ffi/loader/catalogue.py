@@ -69,14 +69,20 @@ def without(source: KernelSource, module: str) -> str:
     return f"{text}it has {', '.join(families[:12]) or 'none at all'}{more}"
 
 
-def build_advice(module: str, release: str | None = None, arch: str | None = None) -> str:
-    """How to get a module made: the `fi-ffi build` line, or why there can be none."""
+def build_advice(
+    module: str, release: str | None = None, arch: str | None = None, is_for_arch: bool = False
+) -> str:
+    """How to get a module made: the `fi-ffi build` line, or why there can be none.
+
+    The architecture is the one in the module's name, unless it is known to be for `arch`.
+    """
     # Only here: it is the build's choice, and a name alone leads to nothing else of it.
     from fi_ffi.loader.building.names import DEFAULT_ARCH, DEFAULT_RELEASE
 
     release = release or DEFAULT_RELEASE
     found, any_release = parse(module, release), parse(module)
-    given, arch = arch, _arch_in(module) or arch or DEFAULT_ARCH[0]
+    named = None if is_for_arch else _arch_in(module)
+    given, arch = arch, named or arch or DEFAULT_ARCH[0]
     if found is None and any_release is not None:
         return _other_release(any_release, release)
     build = f"fi-ffi build --release {release} --arch {arch}"

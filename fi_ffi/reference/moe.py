@@ -18,7 +18,7 @@ import numpy as np
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import tensors_of
-from fi_ffi.reference import moe_weights
+from fi_ffi.reference import moe_blocks, moe_weights
 from fi_ffi.reference.arrays import Array, as_array, store
 
 # By FlashInfer's number of each.
@@ -37,7 +37,8 @@ class Layer:
     [experts, hidden, inter]; `dtype` is of the results, and of what is between the products.
 
     `scales` are the mode's: of fp8 `fc1`, `quant`, `fc2` for each expert; of int4 `pre1` and
-    `pre2` for each column, `fc1` and `fc2` for each expert.
+    `pre2` for each column, `fc1` and `fc2` for each expert; of blocks `fc1` and `fc2`, and the
+    scales of all that activations are quantised with, `all1` and `all2`, for each expert.
     """
 
     mode: str
@@ -57,7 +58,16 @@ class Layer:
 
 
 # Modes of which all kernels keep results between the products in 16 bits.
-_QUANTISING = ("fp8", "fp8_block_scale", "int4")
+_QUANTISING = (
+    "fp8", "fp8_block_scale", "int4", "nvfp4", "nvfp4_packed", "fp8_mxfp4", "mxfp8_mxfp4", "mxfp8",
+)  # fmt: skip
+# What the activations of a mode come as, or are quantised to, and what its weights are.
+_BLOCKED = {
+    "nvfp4": (moe_blocks.NVFP4, moe_blocks.NVFP4), "fp8_mxfp4": (None, moe_blocks.MXFP4),
+    "nvfp4_packed": (moe_blocks.NVFP4, moe_blocks.NVFP4),
+    "mxfp8_mxfp4": (moe_blocks.MXFP8, moe_blocks.MXFP4),
+    "mxfp8": (moe_blocks.MXFP8, moe_blocks.MXFP8),
+}  # fmt: skip
 
 
 def _in(value: Array, dtype: Any) -> Array:
@@ -119,17 +129,26 @@ def _active(name: str, gate: Array, linear: Array, limits: dict[str, float]) -> 
 
 def _between(layer: Layer, expert: int, value: Array) -> Array:
     """What goes into the second product."""
-    if layer.mode == "fp8":
+    if "quant" in layer.scales:
         return _e4m3(value * layer.scales["quant"][expert])
     if layer.mode not in _QUANTISING:
         return value
     value = _in(value, layer.dtype)
+    to, _ = _BLOCKED.get(layer.mode, (None, None))
+    if to is not None:
+        return to.quantised(value, _of_all(layer, "all2", expert))
     if layer.mode == "fp8_block_scale":
         return _grouped(value)
     return _e4m3(_in(value * layer.scales["pre2"], layer.dtype))
 
 
-def _input(layer: Layer, rows: Array) -> Array:
+def _of_all(layer: Layer, name: str, expert: int) -> float:
+    return float(layer.scales[name][expert]) if name in layer.scales else 1.0
+
+
+def _input(layer: Layer, expert: int, rows: Array) -> Array:
+    if layer.mode == "nvfp4":
+        return moe_blocks.NVFP4.quantised(rows, _of_all(layer, "all1", expert))
     if layer.mode == "fp8_block_scale":
         return _grouped(rows)
     return _e4m3(_in(rows * layer.scales["pre1"], layer.dtype)) if layer.mode == "int4" else rows
@@ -138,7 +157,7 @@ def _input(layer: Layer, rows: Array) -> Array:
 def _expert(layer: Layer, expert: int, rows: Array) -> Array:
     """What one expert makes of rows, its second bias included."""
     ones, inter = np.ones(len(layer.w1)), layer.w2.shape[-1]
-    value = _input(layer, rows) @ layer.w1[expert].T * layer.scales.get("fc1", ones)[expert]
+    value = _input(layer, expert, rows) @ layer.w1[expert].T * layer.scales.get("fc1", ones)[expert]
     if layer.mode in _QUANTISING:
         value = _in(value, layer.dtype)
     if layer.bias1 is not None:
@@ -170,12 +189,16 @@ def moe(layer: Layer) -> Array:
 _Matrix = Callable[[int], Array]
 
 
+# How many numbers are in an element of weights that come packed.
+_HELD = {"uint8": 2, "int64": 16}
+
+
 class _Matrices:
     """Every expert's weights as the numbers they stand for, made when they are asked for."""
 
-    def __init__(self, weight: Array, matrix: _Matrix, is_packed: bool) -> None:
+    def __init__(self, weight: Array, matrix: _Matrix) -> None:
         experts, rows, columns = weight.shape
-        self.shape: tuple[int, int, int] = experts, rows, columns * (2 if is_packed else 1)
+        self.shape: tuple[int, int, int] = experts, rows, columns * _HELD.get(weight.dtype.name, 1)
         self._matrix = matrix
 
     def __len__(self) -> int:
@@ -187,6 +210,9 @@ class _Matrices:
 
 def _matrix(mode: str, weight: Array, scales: Sequence[Array], i: int) -> _Matrix:
     """Of an expert, its matrix of product `i`."""
+    if mode in _BLOCKED:
+        of_blocks = [scale for scale in scales if scale.ndim == 3]
+        return moe_blocks.matrices(weight, of_blocks[i], _BLOCKED[mode][1])
 
     def blocks(expert: int) -> Array:
         wide = np.kron(scales[i][expert], np.ones((_BLOCK, _BLOCK)))
@@ -215,36 +241,50 @@ _PACKED: dict[str, tuple[str, Any, Callable[[Array, Array], Array]]] = {
 _SCALES: dict[str, dict[str, int]] = {
     "half": {}, "fp8": {"fc1": 0, "quant": 1, "fc2": 2}, "fp8_block_scale": {}, "mxfp4": {},
     "int4": {"pre1": 2, "pre2": 3, "fc1": 6, "fc2": 7},
+    "nvfp4": {"all1": 0, "fc1": 2, "all2": 3, "fc2": 5},
+    "nvfp4_packed": {"fc1": 2, "all2": 3, "fc2": 5},
+    "fp8_mxfp4": {"fc1": 1, "quant": 2, "fc2": 4},
+    "mxfp8_mxfp4": {},  # no kernel looks at what the products are multiplied with
+    "mxfp8": {"fc1": 1, "fc2": 3},
 }  # fmt: skip
+# Those of which there is one for all experts, or one for each.
+_SHARED = ("quant", "all1", "all2")
 
 
 def _numbers(mode: str, scales: Sequence[Array], experts: int) -> dict[str, Array]:
     found = {name: np.ravel(scales[i]).astype(np.float64) for name, i in _SCALES[mode].items()}
-    if "quant" in found:  # one for all, or one for each
-        found["quant"] = np.broadcast_to(found["quant"], experts)
-    return found
+    return found | {
+        name: np.broadcast_to(found[name], experts) for name in _SHARED if name in found
+    }
 
 
 def run_moe(
     mode: str, output: Array, input: Array, token_selected_experts: Array,
     token_final_scales: Array | None, fc1_expert_weights: Array, fc1_expert_biases: Array | None,
-    fc2_expert_weights: Array, fc2_expert_biases: Array | None, quant_scales: Any, input_sf: None,
-    swiglu_alpha: Array | None, swiglu_beta: Array | None, swiglu_limit: Array | None, *more: Any,
+    fc2_expert_weights: Array, fc2_expert_biases: Array | None, quant_scales: Any,
+    input_sf: Array | None, swiglu_alpha: Array | None, swiglu_beta: Array | None,
+    swiglu_limit: Array | None, swizzled_input_sf: bool, tp_size: int, tp_rank: int, ep_size: int,
+    ep_rank: int, *more: Any,
 ) -> None:  # fmt: skip
     """Write `output`; the weights are of this rank's experts."""
-    _, _, tp_rank, _, ep_rank, *_, number = more
+    *_, number = more
     scales = [] if quant_scales is None else [as_array(one) for one in tensors_of(quant_scales)]
     count = len(fc1_expert_weights)
     first = count * ep_rank
     _check_distinct(token_selected_experts, first, count)
     limits = {"alpha": swiglu_alpha, "beta": swiglu_beta, "limit": swiglu_limit}
     w1, w2 = (
-        _Matrices(weight, _matrix(mode, weight, scales, i), mode in _PACKED)
+        _Matrices(weight, _matrix(mode, weight, scales, i))
         for i, weight in enumerate((fc1_expert_weights, fc2_expert_weights))
     )
+    x = input
+    if input_sf is not None:
+        of, _ = _BLOCKED[mode]
+        assert of is not None
+        x = moe_blocks.activations(input, input_sf, swizzled_input_sf, of)
     layer = Layer(
         mode,
-        input.astype(np.float64),
+        x.astype(np.float64),
         token_selected_experts,
         token_final_scales,
         w1,

@@ -81,9 +81,15 @@ def e8m0(scales: Array) -> Array:
     return np.where(scales == 0xFF, np.nan, np.ldexp(np.float32(1), scales.astype(np.int32) - 127))
 
 
+def fp4(packed: Array) -> Array:
+    """The numbers of 4 bits in bytes."""
+    values: Array = _FP4[codes(packed)]
+    return values
+
+
 def mxfp4(weight: Array, scales: Array) -> Array:
     """One expert's matrix, of bytes and E8M0 scales in the natural order."""
-    values: Array = _FP4[codes(weight)] * np.repeat(e8m0(scales), 32, axis=-1)
+    values: Array = fp4(weight) * np.repeat(e8m0(scales), 32, axis=-1)
     return values
 
 

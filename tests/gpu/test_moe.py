@@ -1,4 +1,6 @@
-"""`cutlass_fused_moe` on a GPU against float64: every mode, tactic and kind of routing."""
+"""`cutlass_fused_moe` on a GPU against float64: every mode that it has kernels for, every tactic
+and kind of routing.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +10,40 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.loader import search
+from fi_ffi.loader import machine, search
 from fi_ffi.ops import cuda
+from fi_ffi.ops.moe.interface import MODULE, MODULES
+from fi_ffi.ops.moe.modes import MODES
 from fi_ffi.ops.watch import watching
 from fi_ffi.ops.watch.call_record import CallRecord
 from fi_ffi.reference import moe_weights
 
 from tests.helpers.moe_bounds import ON_HOPPER, moe
-from tests.helpers.moe_layers import BF16, F8, F16, GATED, MODES, PLAIN, Made, make, part
+from tests.helpers.moe_layers import BF16, EVERY, F8, F16, GATED, PLAIN, Made, make, part
 
-IDS = [f"{mode}-{act.name}-{out.name}" for mode, act, out in MODES]
-each_mode = pytest.mark.parametrize(("mode", "act", "out"), MODES, ids=IDS)
+
+def _capability() -> tuple[int, int]:
+    """The GPU's; Hopper's, where there is none."""
+    try:
+        return machine.capability(0) if machine.device_count() else (9, 0)
+    except fi_ffi.FiFfiError:
+        return 9, 0
+
+
+_ABLE = {mode.name for mode in MODES if _capability()[0] in mode.capabilities}
+HERE = [one for one in EVERY if one[0] in _ABLE] or EVERY[:1]
+IDS = [f"{mode}-{act.name}-{out.name}" for mode, act, out in HERE]
+each_mode = pytest.mark.parametrize(("mode", "act", "out"), HERE, ids=IDS)
 # One of each: what does not depend on the dtypes.
-each_kind = pytest.mark.parametrize(("mode", "act", "out"), MODES[1::2], ids=IDS[1::2])
+each_kind = pytest.mark.parametrize(("mode", "act", "out"), HERE[1::2], ids=IDS[1::2])
+on_hopper = pytest.mark.skipif(_capability()[0] != 9, reason="these kernels are Hopper's")
 SMALL = {"hidden": 256, "inter": 128}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels() -> None:
     try:
-        search.find_module("fused_moe_90", 0)
+        search.find_module(MODULES.get(_capability(), MODULE), 0)
     except fi_ffi.LoaderError as error:
         pytest.skip(str(error).partition("\n")[0])
 
@@ -421,6 +437,7 @@ def test_no_tokens(stream):
     made.call(nowhere, stream=stream)
 
 
+@on_hopper
 @pytest.mark.parametrize("quant_type", ["fp4", "int4"])
 def test_the_order_of_4_bit_weights(quant_type, rng, to_gpu, stream):
     weight = rng.integers(0, 256, (3, 208, 160), dtype=np.uint8)
@@ -457,6 +474,7 @@ def deepgemm_headers():
     return Path(spec.origin).parent / "data" / "csrc" / "nv_internal" / "tensorrt_llm"
 
 
+@on_hopper
 @pytest.mark.parametrize("tokens", [5, 100])
 def test_deepgemm(tokens, deepgemm_headers, rng, to_gpu, stream, record_property):
     """The kernels that are compiled in the call; others for few tokens."""

@@ -26,7 +26,12 @@ _FLOAT32 = 2.0**-16
 ON_HOPPER = {"fp8": 2.0**-11, "fp8_block_scale": 2.0**-12, "int4": 2.0**-12}
 # Modes of which all tactics keep results between the products in 16 bits: a rounding that is
 # certain is made here too, because what is quantised afterwards depends on it.
-_QUANTISING = ("fp8", "fp8_block_scale", "int4")
+_QUANTISING = (
+    "fp8", "fp8_block_scale", "int4", "nvfp4", "nvfp4_packed", "fp8_mxfp4", "mxfp8_mxfp4", "mxfp8",
+)  # fmt: skip
+# How far from the quotient is what Blackwell's kernels round to elements and scales of blocks:
+# they multiply by reciprocals that are not the nearest.
+_RECIPROCAL = 2.0**-18
 
 _Near = tuple[Array, Array]  # a value, and the radius that the kernel's is within
 
@@ -71,6 +76,46 @@ def _grouped(value: Array, radius: Array) -> _Near:
     middle, step = _quantised(scaled, around * scale + np.abs(scaled) * off)
     back, error = middle / scale, step / scale + np.abs(middle / scale) * off
     return back.reshape(value.shape), error.reshape(value.shape)
+
+
+def _e2m1(value: Array) -> Array:
+    clipped = np.clip(value, -6.0, 6.0)
+    return clipped.astype(ml_dtypes.float4_e2m1fn).astype(np.float64)
+
+
+def _e8m0(value: Array) -> Array:
+    """The least power of 2 that is no less."""
+    found: Array = 2.0 ** np.ceil(np.log2(np.maximum(value, 2.0**-127)))
+    return found
+
+
+def _in_blocks(value: Array, radius: Array, size: int, of_all: float | None = None) -> _Near:
+    """Quantised with a scale for each block: to 4 bits and e4m3's, where there is a scale of all,
+    which stays in; else to fp8 and powers of 2.
+
+    A block's scale follows its largest element, and with a scale of the next number all of its
+    elements are others.
+    """
+    blocks, around = (x.reshape(len(x), -1, size) for x in (value, radius))
+    around = around + _RECIPROCAL * np.abs(blocks)
+    largest = np.abs(blocks).max(axis=-1, keepdims=True)
+    off = around.max(axis=-1, keepdims=True) + _RECIPROCAL * largest
+    all_ = 1.0 if of_all is None else of_all
+
+    def quantised(x: Array, most: Array) -> Array:
+        most = np.maximum(most, 0.0)
+        if of_all is None:
+            scale = _e8m0(most / 448.0)
+            return _e4m3(x / scale) * scale
+        scale = _e4m3(all_ * most / 6.0)
+        return _e2m1(x * all_ / np.where(scale > 0, scale, np.inf)) * scale
+
+    middle = quantised(blocks, largest)
+    error = np.zeros_like(middle)
+    for most in (largest - off, largest, largest + off):
+        for x in (blocks - around, blocks, blocks + around):
+            error = np.maximum(error, np.abs(quantised(x, most) - middle))
+    return middle.reshape(value.shape), error.reshape(value.shape)
 
 
 def _times(rows: _Near, weight: Array, accumulated: float) -> _Near:
@@ -140,7 +185,7 @@ def _activated(layer: Layer, expert: int, product: _Near) -> _Near:
 def _between(layer: Layer, expert: int, active: _Near) -> _Near:
     """What goes into the second product."""
     value, radius = active
-    if layer.mode == "fp8":
+    if "quant" in layer.scales:
         quant = layer.scales["quant"][expert]
         return _quantised(value * quant, radius * quant)
     if layer.mode not in _QUANTISING:
@@ -148,12 +193,18 @@ def _between(layer: Layer, expert: int, active: _Near) -> _Near:
     value, radius = _rounded(layer, value, radius)
     if layer.mode == "fp8_block_scale":
         return _grouped(value, radius)
+    if layer.mode.startswith("nvfp4"):
+        return _in_blocks(value, radius, 16, layer.scales["all2"][expert])
+    if layer.mode.startswith("mxfp8"):
+        return _in_blocks(value, radius, 32)
     scale = layer.scales["pre2"]
     return _quantised(*_rounded(layer, value * scale, radius * np.abs(scale)))
 
 
-def _input(layer: Layer, rows: Array) -> _Near:
+def _input(layer: Layer, expert: int, rows: Array) -> _Near:
     nothing = np.zeros_like(rows)
+    if layer.mode == "nvfp4":
+        return _in_blocks(rows, nothing, 16, layer.scales["all1"][expert])
     if layer.mode == "fp8_block_scale":
         return _grouped(rows, nothing)
     if layer.mode == "int4":
@@ -164,7 +215,7 @@ def _input(layer: Layer, rows: Array) -> _Near:
 def _expert(layer: Layer, expert: int, rows: Array, accumulated: float) -> _Near:
     """What one expert makes of rows, its second bias included."""
     ones = np.ones(len(layer.w1))
-    value, radius = _times(_input(layer, rows), layer.w1[expert], accumulated)
+    value, radius = _times(_input(layer, expert, rows), layer.w1[expert], accumulated)
     scale = layer.scales.get("fc1", ones)[expert]
     value, radius = value * scale, radius * abs(scale)
     bias = np.zeros(1) if layer.bias1 is None else layer.bias1[expert]

@@ -6,6 +6,7 @@ The numbers are made from the natural weights with ml_dtypes, not with what is t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -19,6 +20,7 @@ from tests.helpers.moe_bounds import worst
 
 F8, BF16 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.bfloat16)
 F16, F32 = np.dtype(np.float16), np.dtype(np.float32)
+U8, I64 = np.dtype(np.uint8), np.dtype(np.int64)
 GATED = ("Swiglu", "Geglu", "SwigluBias", "SwigluStep")
 PLAIN = ("Gelu", "Relu", "Silu", "Relu2", "Identity")
 
@@ -28,14 +30,30 @@ MODES = [
     ("fp8_block_scale", BF16, BF16), ("mxfp4", BF16, BF16),
     ("int4", F16, F16), ("int4", BF16, BF16),
 ]  # fmt: skip
+# Those of Blackwell alone.
+BLACKWELL = [
+    ("nvfp4", F16, F16), ("nvfp4", BF16, BF16), ("nvfp4_packed", U8, BF16),
+    ("nvfp4_packed", I64, F16), ("fp8_mxfp4", F8, F16), ("fp8_mxfp4", F8, BF16),
+    ("mxfp8_mxfp4", F8, F16), ("mxfp8_mxfp4", F8, BF16), ("mxfp8", F8, F16), ("mxfp8", F8, BF16),
+]  # fmt: skip
+EVERY = MODES + BLACKWELL
 FLAGS: dict[str, dict[str, bool]] = {
     "half": {},
     "fp8": {},
     "fp8_block_scale": {"use_deepseek_fp8_block_scale": True},
     "mxfp4": {"use_w4_group_scaling": True},
     "int4": {"use_w4_group_scaling": True, "use_packed_weights": True},
+    "nvfp4": {},
+    "nvfp4_packed": {},
+    "fp8_mxfp4": {},
+    "mxfp8_mxfp4": {"use_mxfp8_act_scaling": True},
+    "mxfp8": {"use_mxfp8_act_scaling": True},
 }
-MULTIPLE = {"half": 8, "fp8": 16, "fp8_block_scale": 128, "mxfp4": 128, "int4": 128}
+# mxfp8's is 64, of which only every other serves as the intermediate size of a gate.
+MULTIPLE = {
+    "half": 8, "fp8": 16, "fp8_block_scale": 128, "mxfp4": 128, "int4": 128, "nvfp4": 32,
+    "nvfp4_packed": 32, "fp8_mxfp4": 128, "mxfp8_mxfp4": 128, "mxfp8": 128,
+}  # fmt: skip
 # Multiples that 4-bit modes refuse: one step of their kernels.
 TOO_SMALL = {"mxfp4": (128,), "int4": (128, 256, 512)}
 
@@ -105,8 +123,7 @@ def make(
     rows = 2 * inter if activation in (*GATED, "GegluTanh") else inter
     weights = _WEIGHTS[mode](rng, act, experts, rows, hidden, inter)
     ids = routing(rng, tokens, experts, top_k) if chosen is None else chosen
-    x = rng.standard_normal((tokens, hidden)).astype(np.float32)
-    x = x.astype(F8 if mode == "fp8" else act)
+    x, number, sf = _input(rng, mode, act, tokens, hidden)
     tensors = {
         "output": _poison((tokens, hidden), out), "input": x, "token_selected_experts": ids,
         "token_final_scales": rng.random(ids.shape, np.float32) + np.float32(0.1),
@@ -114,8 +131,10 @@ def make(
     }  # fmt: skip
     if not final:
         del tensors["token_final_scales"]
+    if sf is not None:
+        tensors["input_sf"] = sf
     layer = Layer(
-        mode, _number(x), ids, _number(tensors["token_final_scales"]) if final else None,
+        mode, number, ids, _number(tensors["token_final_scales"]) if final else None,
         weights["w1"], weights["w2"], out, activation, weights["numbers"],
     )  # fmt: skip
     if biases:
@@ -124,9 +143,10 @@ def make(
             tensors[f"fc{i}_expert_biases"] = bias
             setattr(layer, f"bias{i}", _number(bias))
     scales = weights["scales"]
-    if mode == "fp8" and not per_expert_quant:
-        scales[1] = np.array(scales[1][0])
-        layer.scales["quant"] = np.repeat(_number(scales[1]), experts)
+    if not per_expert_quant:
+        for name, i in SHARED[mode].items():
+            scales[i] = np.array(scales[i][0])
+            layer.scales[name] = np.repeat(_number(scales[i]), experts)
     if limits:
         layer.limits = {}
         for name, low, high in (("alpha", 0.5, 2.0), ("beta", -1.0, 1.0), ("limit", 0.3, 1.0)):
@@ -221,8 +241,101 @@ def _int4(rng, act, experts, rows, hidden, inter) -> dict[str, Any]:
     return made
 
 
+# Which of the scales may be one for all experts.
+SHARED = {
+    "fp8": {"quant": 1}, "nvfp4": {"all1": 0, "all2": 3}, "nvfp4_packed": {"all1": 0, "all2": 3},
+    "fp8_mxfp4": {"quant": 2},
+}  # fmt: skip
+
+
+def tiles(scales: np.ndarray, rows: int) -> np.ndarray:
+    """[..., n, columns] bytes in tiles of 128 rows and 4 columns, of so many rows, which are
+    more or less than whole tiles of sizes that are refused.  Where there are none it is poison."""
+    whole = -(-scales.shape[-1] // 4) * 4
+    # Past a row's end they are multiplied with zeros.
+    scales = np.pad(scales, [*[(0, 0)] * (scales.ndim - 1), (0, whole - scales.shape[-1])])
+    *lead, n, columns = scales.shape
+    most = max(-(-n // 128) * 128, rows)
+    found = np.full((*lead, most * whole), 0x7F, np.uint8)
+    row, column = np.arange(n)[:, None], np.arange(columns)
+    tile = (row // 128 * (whole // 4) + column // 4) * 512
+    found[..., tile + row % 32 * 16 + row % 128 // 32 * 4 + column % 4] = scales
+    return np.ascontiguousarray(found[..., : rows * whole]).reshape(*lead, rows, whole)
+
+
+def _e4m3_bytes(rng, shape, most: float) -> np.ndarray:
+    return rng.uniform(most / 4, most, shape).astype(np.float32).astype(F8).view(U8)
+
+
+def _of_blocks(elements: np.ndarray, scales: np.ndarray, dtype: Any) -> np.ndarray:
+    size = elements.shape[-1] // scales.shape[-1]
+    return _number(elements) * np.repeat(_number(scales.view(dtype)), size, axis=-1)
+
+
+def _fp4_codes(rng, shape) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes, and the numbers in them."""
+    codes = rng.integers(0, 16, shape, dtype=U8)
+    return _packed(codes), codes.view(ml_dtypes.float4_e2m1fn).astype(np.float64)
+
+
+def _input(rng, mode, act, tokens, hidden) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Activations, the numbers they stand for, and their scales where they have some."""
+    if mode == "nvfp4_packed":
+        x, elements = _fp4_codes(rng, (tokens, hidden))
+        scales = _e4m3_bytes(rng, (tokens, hidden // 16), 200.0)
+        sf = tiles(scales, -(-tokens // 128) * 128).reshape(-1)
+        return x.view(act), _of_blocks(elements, scales, F8), sf
+    x = rng.standard_normal((tokens, hidden)).astype(np.float32)
+    if mode in ("mxfp8", "mxfp8_mxfp4"):
+        x = (64 * x).astype(F8)
+        scales = rng.integers(119, 123, (tokens, hidden // 32), dtype=U8)
+        sf = tiles(scales, -(-tokens // 128) * 128).reshape(-1)
+        return x, _of_blocks(x, scales, ml_dtypes.float8_e8m0fnu), sf
+    x = x.astype(act)
+    return x, _number(x), None
+
+
+def _blocked(rng, act, experts, rows, hidden, inter, *, mode: str) -> dict[str, Any]:
+    """Weights of Blackwell's modes: 4 bits in int64, or fp8, and scales in int32."""
+    made: dict[str, Any] = {"scales": [], "numbers": {}}
+    is_e4m3 = mode.startswith("nvfp4")
+    size, dtype = (16, F8) if is_e4m3 else (32, ml_dtypes.float8_e8m0fnu)
+    step = 64 if is_e4m3 else 128
+    gates = rows // inter
+    for i, (n, k) in ((1, (rows, hidden)), (2, (hidden, inter))):
+        padded = gates * -(-inter // step) * step if i == 1 else -(-n // 128) * 128
+        if mode == "mxfp8":
+            weight = (8 * rng.standard_normal((experts, n, k))).astype(np.float32).astype(F8)
+            elements, lowest = _number(weight), 117
+        else:
+            weight, elements = _fp4_codes(rng, (experts, n, k))
+            weight, lowest = weight.view(I64), 121
+        shape = (experts, n, k // size)
+        scales = rng.integers(lowest, lowest + 4, shape, dtype=U8)
+        if is_e4m3:
+            scales = _e4m3_bytes(rng, shape, 50.0)
+        made[f"fc{i}"], made[f"w{i}"] = weight, _of_blocks(elements, scales, dtype)
+        of_all = rng.uniform(200, 500, experts) if is_e4m3 else rng.uniform(20, 60, experts)
+        alpha = rng.uniform(0.5, 1.5, experts)
+        if is_e4m3:  # what both sides are larger by than numbers of about 1
+            of_input = 3 * 125 if mode == "nvfp4_packed" and i == 1 else of_all
+            alpha = alpha / (of_input * 3 * 32 * np.sqrt(k))
+        if mode == "fp8_mxfp4" and i == 2:
+            alpha = alpha / 40
+        has_of_all = is_e4m3 or (mode == "fp8_mxfp4" and i == 2)
+        if has_of_all:
+            made["scales"].append(of_all.astype(np.float32))
+            name = f"all{i}" if is_e4m3 else "quant"
+            made["numbers"][name] = _number(made["scales"][-1])
+        made["scales"] += [tiles(scales, padded).view(np.int32), alpha.astype(np.float32)]
+        if mode != "mxfp8_mxfp4":  # whose kernels do not look at it
+            made["numbers"][f"fc{i}"] = _number(made["scales"][-1])
+    return made
+
+
 _WEIGHTS = {
     "half": _half, "fp8": _fp8, "fp8_block_scale": _block_scale, "mxfp4": _mxfp4, "int4": _int4,
+    **{mode: partial(_blocked, mode=mode) for mode in dict.fromkeys(m for m, _, _ in BLACKWELL)},
 }  # fmt: skip
 
 
@@ -235,7 +348,7 @@ def part(made: Made, **changed: Any) -> Made:
 
 def a(mode: str, **more: Any) -> Made:
     """A layer of the first dtypes of a mode."""
-    _, act, out = next(one for one in MODES if one[0] == mode)
+    _, act, out = next(one for one in EVERY if one[0] == mode)
     return make(np.random.default_rng(), mode, act, out, **more)
 
 

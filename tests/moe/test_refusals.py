@@ -11,10 +11,12 @@ import pytest
 import fi_ffi
 
 from tests.helpers import moe_layers
-from tests.helpers.moe_layers import BF16, F8, F16, F32, a, refused
+from tests.helpers.moe_layers import BF16, F16, F32, a, refused
 
 F64 = np.dtype(np.float64)
 QUANTISED = ("fp8", "fp8_block_scale", "mxfp4", "int4")
+BLOCKED = ("nvfp4", "nvfp4_packed", "fp8_mxfp4", "mxfp8_mxfp4", "mxfp8")
+WITH_SF = ("nvfp4_packed", "mxfp8_mxfp4", "mxfp8")
 TENSORS = (
     "output", "input", "token_selected_experts", "token_final_scales", "fc1_expert_weights",
     "fc2_expert_weights", "fc1_expert_biases", "fc2_expert_biases", "swiglu_alpha", "swiglu_beta",
@@ -184,7 +186,7 @@ def test_without_a_gate_the_first_weights_are_half():
 # Scales.
 
 
-@pytest.mark.parametrize("mode", QUANTISED)
+@pytest.mark.parametrize("mode", [*QUANTISED, *BLOCKED])
 def test_scales_are_counted(mode):
     made = a(mode)
     scales = made.scales
@@ -196,7 +198,7 @@ def test_scales_are_counted(mode):
     refused(made, "quant_scales")
 
 
-@pytest.mark.parametrize("mode", QUANTISED)
+@pytest.mark.parametrize("mode", [*QUANTISED, *BLOCKED])
 @pytest.mark.parametrize("change", ["dtype", "rank", "strides", "odd", "device", "text"])
 def test_each_scale(mode, change):
     for i, scale in enumerate(a(mode).scales):
@@ -217,6 +219,102 @@ def test_scales_of_4_bit_weights_lie_together():
     error = refused(made, "quant_scales[0] (fc1_weight_scales)")
     assert f"scales1 = {rows - 8}" in error.got
     assert error.expected == f"the shape [experts, 3, {rows}]"
+
+
+@pytest.mark.parametrize("mode", BLOCKED)
+def test_scales_of_blocks_are_in_whole_tiles(mode):
+    """Rows and columns of the binding's own count."""
+    for i, scale in enumerate(a(mode).scales):
+        for axis in (1, 2) if scale.ndim == 3 else ():
+            made = a(mode)
+            more = [(0, int(k == axis)) for k in range(3)]
+            made.scales[i] = np.pad(scale, more)
+            with pytest.raises(fi_ffi.ArgumentError) as caught:
+                made.call()
+            error, shape = caught.value, ", ".join(map(str, scale.shape[1:]))
+            assert error.argument.startswith(f"quant_scales[{i}] (fc")
+            assert error.expected == f"the shape [experts, {shape}]"
+
+
+@pytest.mark.parametrize("mode", BLOCKED)
+def test_sizes_of_blocks_are_multiples(mode):
+    """The sizes that are multiples of half of what they should be."""
+    step = {"nvfp4": 32, "nvfp4_packed": 32, "mxfp8": 64}.get(mode, 128)
+    for of in ("hidden", "inter"):
+        made = a(mode, hidden=256, inter=256)
+        name = "fc1_expert_weights" if of == "hidden" else "fc2_expert_weights"
+        held = {"int64": 16}.get(made.tensors[name].dtype.name, 1)
+        cut = slice(0, (256 - step // 2) // held)
+        made.tensors[name] = np.ascontiguousarray(made.tensors[name][..., cut])
+        if of == "inter":
+            first = made.tensors["fc1_expert_weights"]
+            made.tensors["fc1_expert_weights"] = first[:, : 2 * (256 - step // 2)].copy()
+        else:
+            held = {"uint8": 2, "int64": 16}.get(made.tensors["input"].dtype.name, 1)
+            first = made.tensors["input"][:, : (256 - step // 2) // held]
+            made.tensors["input"] = np.ascontiguousarray(first)
+            made.tensors["output"] = made.tensors["output"][:, : 256 - step // 2].copy()
+            second = made.tensors["fc2_expert_weights"][:, : 256 - step // 2]
+            made.tensors["fc2_expert_weights"] = np.ascontiguousarray(second)
+        with pytest.raises(fi_ffi.ArgumentError) as caught:
+            made.call()
+        # 16 numbers of an int64 may be more than the half.
+        assert f"{of}_size" in str(caught.value.expected) or held > step // 2
+
+
+@pytest.mark.parametrize(("mode", "activation", "inter", "good"), [
+    ("nvfp4", "Relu2", 64, 96), ("nvfp4_packed", "Silu", 160, 224), ("mxfp8", "Swiglu", 192, 256),
+])  # fmt: skip
+def test_scales_that_begin_elsewhere(mode, activation, inter, good):
+    """The binding counts an expert's rows otherwise than the kernels, which take whole tiles."""
+    made = a(mode, inter=inter, activation=activation, hidden=128)
+    error = refused(made, "fc1_expert_weights")
+    assert f"inter_size = {inter}" in error.got and "128" in error.expected
+    assert (-good) % 128 < 64 <= (-inter) % 128
+    made = a(mode, inter=good, activation=activation, hidden=128)
+    assert made.worst(made.call()) <= 1
+    other = {"nvfp4": "Swiglu", "nvfp4_packed": "Geglu", "mxfp8": "Relu2"}[mode]
+    made = a(mode, inter=inter, activation=other, hidden=128)  # there they are the same
+    assert made.worst(made.call()) <= 1
+
+
+# Scales of activations that come quantised.
+
+
+@pytest.mark.parametrize("mode", WITH_SF)
+def test_scales_of_activations_there_must_be(mode):
+    made = a(mode)
+    sf = made.tensors.pop("input_sf")
+    assert refused(made, "input_sf").got is None
+    made.tensors["input_sf"] = sf
+    for wrong in (sf[:-1].copy(), sf.view(np.int8), sf.astype(F32), sf[None, None], strided(sf)):
+        made.tensors["input_sf"] = wrong
+        refused(made, "input_sf")
+    made.tensors["input_sf"] = "x"
+    refused(made, "input_sf", fi_ffi.ArgumentTypeError)
+    made.tensors["input_sf"] = sf
+    for wrong in (1, None, "yes"):
+        refused(made, "swizzled_input_sf", fi_ffi.ArgumentTypeError, swizzled_input_sf=wrong)
+
+
+@pytest.mark.parametrize("mode", ["half", *QUANTISED, "nvfp4", "fp8_mxfp4"])
+def test_scales_of_activations_that_come_without(mode):
+    made = a(mode)
+    made.tensors["input_sf"] = np.zeros(4096, np.uint8)
+    assert refused(made, "input_sf").expected.startswith("None with")
+    refused(a(mode), "swizzled_input_sf", fi_ffi.ArgumentTypeError, swizzled_input_sf=1)
+
+
+def test_scales_in_rows_are_as_long_as_the_kernels_count_them():
+    """96 of hidden are 6 scales, and 8 with what fills the tile."""
+    made = a("nvfp4_packed", hidden=96)
+    made.more["swizzled_input_sf"] = False
+    made.tensors["input_sf"] = np.zeros((7, 6), np.uint8)
+    assert "multiples of 128 and 4" in refused(made, "input_sf").expected
+    made.tensors["input_sf"] = np.zeros((14, 4), np.uint8)
+    assert "columns" in refused(made, "input_sf").expected
+    made.tensors["input_sf"] = np.zeros((7, 8), np.uint8)
+    assert not made.call().any()
 
 
 @pytest.mark.parametrize("scales", [np.zeros(3, F32), "ab", {}])
@@ -243,7 +341,8 @@ VALUES: dict[str, tuple[object, ...]] = {
 TYPES: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("tp_size", "ep_size", "tp_rank", "ep_rank"), (1.0, True, None, "1")),
     **dict.fromkeys(("use_deepseek_fp8_block_scale", "use_w4_group_scaling", "use_packed_weights",
-                     "enable_alltoall", "enable_pdl"), (1, None, "yes")),
+                     "use_mxfp8_act_scaling", "enable_alltoall", "enable_pdl",
+                     "swizzled_input_sf"), (1, None, "yes")),
     "activation_type": (3, None, 1.0, [], type("Listed", (), {"name": []})),
     "profile_ids": (0, "00", (0, None), (0.0, 0), {0, 1}), "output_dtype": ("half",),
 }  # fmt: skip
@@ -296,25 +395,9 @@ def test_mxfp4_is_of_bfloat16():
     assert "float16 activations" in str(refused(made, "fc1_expert_weights").got)
 
 
-@pytest.mark.parametrize(
-    ("act", "weight", "flags"),
-    [
-        (F8, np.dtype(np.int64), {}),
-        (F8, np.dtype(np.int64), {"use_mxfp8_act_scaling": True}),
-        (BF16, np.dtype(np.int64), {}),
-        (F8, F8, {"use_mxfp8_act_scaling": True}),
-    ],
-)
-def test_what_needs_a_later_gpu(act, weight, flags):
-    made = a("half")
-    made.tensors["input"] = made.tensors["input"].astype(act)
-    made.tensors["fc1_expert_weights"] = np.zeros((5, 48, 8), weight)
-    with pytest.raises(fi_ffi.ArchitectureError, match="SM100"):
-        made.call(**flags)
-
-
 BLOCK_SCALE, W4, PACKED = ("use_deepseek_fp8_block_scale", "use_w4_group_scaling",
                            "use_packed_weights")  # fmt: skip
+MXFP8 = "use_mxfp8_act_scaling"
 
 
 @pytest.mark.parametrize(
@@ -326,6 +409,9 @@ BLOCK_SCALE, W4, PACKED = ("use_deepseek_fp8_block_scale", "use_w4_group_scaling
         ("bfloat16", "uint8", (PACKED,)), ("bfloat16", "bfloat16", (PACKED,)),
         ("float8_e4m3fn", "uint8", (W4,)), ("float16", "bfloat16", ()), ("float32", "float32", ()),
         ("float8_e5m2", "float8_e5m2", ()), ("int8", "int8", ()),
+        ("bfloat16", "int64", (MXFP8,)), ("uint8", "int64", (MXFP8,)), ("uint8", "uint8", ()),
+        ("float8_e4m3fn", "int64", (W4,)), ("bfloat16", "bfloat16", (MXFP8,)),
+        ("int32", "int64", ()),
     ],
 )  # fmt: skip
 def test_modes_that_there_are_not(act, weight, flags):
@@ -338,8 +424,8 @@ def test_modes_that_there_are_not(act, weight, flags):
     ("argument", "kind", "given"),
     [
         *(("output_dtype", fi_ffi.ArgumentError, {"activation_dtype": "bfloat16",
-                                                  "output_dtype": wrong})
-          for wrong in ("float8_e4m3fn", "float32", "float16")),
+                                                  "weight_dtype": weight, "output_dtype": wrong})
+          for wrong in ("float8_e4m3fn", "float32", "float16") for weight in (None, "int64")),
         ("output_dtype", fi_ffi.ArgumentError, {"activation_dtype": "float8_e4m3fn"}),
         *((name, fi_ffi.ArgumentTypeError, {name: "no dtype"})
           for name in ("activation_dtype", "weight_dtype", "output_dtype")),

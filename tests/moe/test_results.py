@@ -9,11 +9,24 @@ import pytest
 import fi_ffi
 
 from tests.helpers.moe_bounds import moe, worst
-from tests.helpers.moe_layers import BF16, F16, F32, GATED, MODES, PLAIN, Made, make, part
+from tests.helpers.moe_layers import (
+    BF16,
+    BLACKWELL,
+    EVERY,
+    F16,
+    F32,
+    GATED,
+    PLAIN,
+    SHARED,
+    U8,
+    Made,
+    make,
+    part,
+)
 
-IDS = [f"{mode}-{act.name}-{out.name}" for mode, act, out in MODES]
+IDS = [f"{mode}-{act.name}-{out.name}" for mode, act, out in EVERY]
 SMALL = {"hidden": 128, "inter": 128, "experts": 3}
-each_mode = pytest.mark.parametrize(("mode", "act", "out"), MODES, ids=IDS)
+each_mode = pytest.mark.parametrize(("mode", "act", "out"), EVERY, ids=IDS)
 
 
 @each_mode
@@ -69,7 +82,7 @@ def test_experts_that_nobody_has_add_nothing(rng):
 @pytest.mark.parametrize(
     "limits", [("alpha",), ("beta",), ("limit",), ("alpha", "beta", "limit"), ("beta", "limit")]
 )
-@pytest.mark.parametrize(("mode", "act", "out"), MODES[1::3], ids=IDS[1::3])
+@pytest.mark.parametrize(("mode", "act", "out"), EVERY[1::3], ids=IDS[1::3])
 def test_alpha_beta_and_limit(mode, act, out, limits, activation, rng):
     made = make(rng, mode, act, out, activation=activation, limits=limits)
     assert made.worst(made.call()) <= 1
@@ -83,6 +96,46 @@ def test_one_quantisation_scale_for_all_experts(out, rng):
     made = make(rng, "fp8", np.dtype(ml_dtypes.float8_e4m3fn), out, per_expert_quant=False)
     assert made.scales[1].ndim == 0
     assert made.worst(made.call()) <= 1
+
+
+@pytest.mark.parametrize("mode", ["nvfp4", "nvfp4_packed", "fp8_mxfp4"])
+def test_one_scale_of_all_experts_activations(mode, rng):
+    act, out = next((act, out) for one, act, out in BLACKWELL if one == mode)
+    made = make(rng, mode, act, out, per_expert_quant=False)
+    assert [scale.ndim for scale in made.scales].count(0) == len(SHARED[mode])
+    assert made.worst(made.call()) <= 1
+
+
+@pytest.mark.parametrize("mode", ["nvfp4_packed", "mxfp8", "mxfp8_mxfp4"])
+@pytest.mark.parametrize("tokens", [5, 130])
+def test_orders_and_shapes_of_the_scales_of_activations(mode, tokens, rng):
+    dtype = ml_dtypes.float8_e4m3fn if mode == "nvfp4_packed" else ml_dtypes.float8_e8m0fnu
+    act, out = next((act, out) for one, act, out in BLACKWELL if one == mode)
+    made = make(rng, mode, act, out, tokens=tokens, hidden=384)
+    tiles, expected = made.tensors["input_sf"], made.call().tobytes()
+    columns = 384 // (16 if mode == "nvfp4_packed" else 32)
+    padded = -(-tokens // 128) * 128
+    assert tiles.size == padded * columns
+    row, column = np.arange(tokens)[:, None], np.arange(columns)
+    tile = (row // 128 * (columns // 4) + column // 4) * 512
+    rows = tiles[tile + row % 32 * 16 + row % 128 // 32 * 4 + column % 4]
+    more = np.concatenate([tiles, tiles[:512]])
+    for given, is_swizzled in (
+        (tiles.view(dtype), True), (tiles.reshape(padded, columns), True), (more, True),
+        (rows, False), (rows.reshape(-1).view(dtype), False),
+    ):  # fmt: skip
+        made.tensors["input_sf"] = np.ascontiguousarray(given)
+        assert made.call(swizzled_input_sf=is_swizzled).tobytes() == expected
+    if tokens > 128:  # enough of them, and in another order
+        made.tensors["input_sf"] = tiles
+        assert made.worst(made.call(swizzled_input_sf=False)) > 1
+
+
+def test_packed_activations_are_bytes_or_int64(rng):
+    made = make(rng, "nvfp4_packed", U8, F16, hidden=160)
+    expected = made.call().tobytes()
+    made.tensors["input"] = made.tensors["input"].view(np.int64)
+    assert made.call().tobytes() == expected
 
 
 def of_ranks(made: Made, ranks: int) -> list[Made]:
@@ -218,7 +271,7 @@ def test_the_judge_sees_what_is_wrong(mode, act, out, rng):
 
 
 def test_inputs_are_left_alone(rng):
-    for mode, act, out in MODES:
+    for mode, act, out in EVERY:
         made = make(rng, mode, act, out, biases=True)
         names = [name for name in made.tensors if name != "output"]
         before = {name: made.tensors[name].tobytes() for name in names}

@@ -14,12 +14,13 @@ import pytest
 
 import fi_ffi
 from fi_ffi.abi.function import make_array, probe
+from fi_ffi.loader import search
 from fi_ffi.ops import cuda
 from fi_ffi.ops.call import memory
 from fi_ffi.ops.moe import profile
 from fi_ffi.ops.moe.interface import INTERLEAVE, SET_INCLUDE_DIRS, Runner, of_release
 
-from tests.helpers.moe_layers import F8, F16, make
+from tests.helpers.moe_layers import EVERY, F8, F16, FLAGS, I64, U8, make
 
 VARIANTS = {"0.6.13": (), "0.6.7": ("-DBEFORE_0_6_8",), "0.6.18": ("-DABSOLUTE",)}
 each_variant = pytest.mark.parametrize("release", VARIANTS)
@@ -36,12 +37,14 @@ def runner_of(recording, release: str, *more: str) -> Runner:
     return Runner(made, interface, str(module.path))
 
 
+# Activations and weights of modes, whose results are float16.
+DTYPES = {"half": (F16, F16), "fp8": (F8, F8), "nvfp4": (F16, I64), "nvfp4_packed": (U8, I64),
+          "mxfp8": (F8, F8)}  # fmt: skip
+
+
 def moe_of(recording, release: str, mode: str = "half") -> fi_ffi.FusedMoe:
     """On the host's memory, with the recording object for its kernels."""
-    if mode == "fp8":
-        moe = fi_ffi.FusedMoe("float8_e4m3fn", output_dtype="float16", device="cpu")
-    else:
-        moe = fi_ffi.FusedMoe(F16, device="cpu")
+    moe = fi_ffi.FusedMoe(*DTYPES[mode], F16, device="cpu", **FLAGS[mode])
     moe._runner = runner_of(recording, release)
     return moe
 
@@ -130,6 +133,28 @@ def test_scales_arrive_and_are_those_of_the_call(release, recording, rng):
         assert words[8:14] == ["{", *map(shown, made.scales), "}"]
         assert words[14:18] == ["none"] * 4
     assert len(moe._calls) == 2, "by the scales' forms, not by sizes"
+
+
+@each_variant
+def test_scales_of_activations_arrive_with_their_order(release, recording, rng):
+    moe, module = moe_of(recording, release, "nvfp4_packed"), recording(*VARIANTS[release])
+    made = make(rng, "nvfp4_packed", U8, F16)
+    made.more = {}
+    for order in (True, False) if release != "0.6.7" else (True,):
+        made.tensors["input_sf"] = np.zeros(128 * 8, np.uint8)
+        made.call_of(moe, swizzled_input_sf=order)
+        words = module.last().split()[1:]
+        assert words[8:16] == ["{", *map(shown, made.scales), "}"]
+        assert words[16:20] == [shown(made.tensors["input_sf"]), "none", "none", "none"]
+        rest = [("yes" if order else "no"), "1", "0"] if release != "0.6.7" else ["1", "0", "1"]
+        assert words[20:23] == rest
+    if release == "0.6.7":
+        with pytest.raises(fi_ffi.KernelNotFoundError, match="swizzled_input_sf"):
+            made.call_of(moe, swizzled_input_sf=False)
+    made = make(rng, "nvfp4", F16, F16)
+    made.more = {}
+    made.call_of(moe_of(recording, release, "nvfp4"), swizzled_input_sf=False)
+    assert module.last().split()[17] == "none"
 
 
 def test_calls_of_any_sizes_share_a_frame(recording, rng):
@@ -323,17 +348,70 @@ def test_nothing_is_chosen_for_block_scales(rng):
     assert not moe.mode.has_tactics
 
 
-def test_a_gpu_that_is_not_hopper(monkeypatch):
+ABLE = {
+    "half": (9, 10, 11, 12), "fp8": (9, 10, 11, 12), "fp8_block_scale": (9,), "mxfp4": (9,),
+    "int4": (9,), "nvfp4": (10, 11, 12), "nvfp4_packed": (10, 11, 12), "fp8_mxfp4": (10, 11, 12),
+    "mxfp8_mxfp4": (10, 11, 12), "mxfp8": (10,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("mode", "act", "out"), EVERY)
+def test_gpus_of_each_mode(mode, act, out, monkeypatch, rng):
+    """Which module is looked for on a GPU, and what is said on another."""
+    from fi_ffi.loader import machine, runtime
+
+    weight = make(rng, mode, act, out).tensors["fc1_expert_weights"].dtype
+
+    def look(module: str, *args: object) -> None:
+        raise fi_ffi.KernelNotFoundError(module)
+
+    monkeypatch.setattr(runtime, "kernel_entry", look)
+    monkeypatch.setattr(search, "release", lambda: "0.6.13")
+    for capability, module in (
+        ((9, 0), "90"), ((10, 0), "100"), ((10, 3), "103"), ((11, 0), "100"), ((12, 0), "120"),
+        ((12, 1), "120"), ((8, 9), ""), ((13, 0), ""),
+    ):  # fmt: skip
+        monkeypatch.setattr(machine, "capability", lambda index, given=capability: given)
+        moe = fi_ffi.FusedMoe(act, weight, out, **FLAGS[mode])
+        if module and capability[0] in ABLE[mode]:
+            with pytest.raises(fi_ffi.KernelNotFoundError, match=f"^fused_moe_{module}$"):
+                moe.tactics  # noqa: B018
+            continue
+        told = f"cuda:0 has compute capability {capability[0]}.{capability[1]}; {mode} "
+        with pytest.raises(fi_ffi.ArchitectureError, match=told):
+            moe.tactics  # noqa: B018
+        assert not fi_ffi.FusedMoe.supports(capability, mode=mode, release="0.6.13")
+
+
+@pytest.mark.parametrize(("release", "mode"), [("0.6.5", "mxfp8"), ("0.6.9", "mxfp8_mxfp4")])
+def test_modes_of_later_releases(release, mode, recording, monkeypatch, rng):
+    """MXFP8 is of 0.6.6, and before 0.6.10 the binding wants scales for a gate that is not there;
+    its profiler runs it from 0.6.15 on."""
     from fi_ffi.loader import machine
 
-    monkeypatch.setattr(machine, "capability", lambda index: (8, 9))
-    with pytest.raises(fi_ffi.ArchitectureError, match="compute capability 9.0; cuda:0 has 8.9"):
-        fi_ffi.FusedMoe("float16").tactics  # noqa: B018
+    monkeypatch.setattr(machine, "capability", lambda index: (10, 0))
+    monkeypatch.setattr(search, "release", lambda: release)
+    _, act, out = next(one for one in EVERY if one[0] == mode)
+    made = make(rng, mode, act, out)
+    weight = made.tensors["fc1_expert_weights"].dtype
+    moe = fi_ffi.FusedMoe(act, weight, out, device="cpu", **FLAGS[mode])
+    if mode == "mxfp8":
+        with pytest.raises(fi_ffi.KernelNotFoundError, match="mxfp8 .* laid out"):
+            moe.make_runner()
+    moe._runner = runner_of(recording, "0.6.13")
+    moe._runner.release_in_use = "0.6.9"
+    with pytest.raises(fi_ffi.KernelNotFoundError, match="has no Relu2 with MXFP"):
+        moe.number_of("op", "Relu2")
+    assert moe.number_of("op", "Swiglu") == 3
+    if mode == "mxfp8":
+        given = {name: made.tensors[name] for name in PROFILED}
+        with pytest.raises(fi_ffi.KernelNotFoundError, match="the profiler of FlashInfer 0.6.9"):
+            moe.profile(**given, top_k=2)
 
 
 @pytest.mark.parametrize("release", ["0.6.3", "0.6.9", "0.6.16", "0.6.18", "0.7.2.post1"])
 def test_4_bit_weights_of_other_releases(release, monkeypatch):
-    from fi_ffi.loader import machine, search
+    from fi_ffi.loader import machine
 
     monkeypatch.setattr(machine, "capability", lambda index: (9, 0))
     monkeypatch.setattr(search, "release", lambda: release)

@@ -13,12 +13,13 @@ from fi_ffi.ops.moe.interface import (
     INTERFACES,
     INTERLEAVE,
     MODULE,
+    MODULES,
     W4_RELEASES,
     activation_numbers,
     is_in,
     of_release,
 )
-from fi_ffi.ops.moe.modes import BLOCK, INT4_GROUP, MXFP4_GROUP
+from fi_ffi.ops.moe.modes import BLOCK, INT4_GROUP, MODES, MXFP4_GROUP, MXFP8, MXFP8_MXFP4, NVFP4
 
 from tests.releases.bindings import RELEASES
 
@@ -87,6 +88,52 @@ def test_groups_and_blocks(release, sources):
     scales = sources(release, f"{_CUTLASS}fp8_blockscale_gemm/fp8_blockscale_gemm_kernel.cuh")
     for name in ("ScaleGranKA", "ScaleGranNB", "ScaleGranKB"):
         assert f"constexpr int {name} = {BLOCK};" in scales
+
+
+@each_release
+def test_modules_of_gpus(release, sources):
+    """Which module FlashInfer takes on which GPU, and what each is compiled for."""
+    text = sources(release, "fused_moe/core.py")
+    chosen = text[text.index("def get_cutlass_fused_moe_module") :].partition("raise")[0]
+    pattern = r"backend (?:in \((.*?)\)|== (.*?)):\s*module = gen_cutlass_fused_moe_sm(\d+)"
+    found = re.findall(pattern, chosen)
+    theirs = {name: arch for several, one, arch in found
+              for name in re.findall(r"\d+", several or one)}  # fmt: skip
+    ours = {(9, 0): MODULE, **MODULES}
+    for (major, minor), module in ours.items():
+        assert module == f"fused_moe_{theirs[f'{major}{minor}']}"
+    assert {*theirs} - {f"{major}{minor}" for major, minor in ours} <= {"89", "107"}
+    generators = sources(release, "jit/fused_moe.py")
+    for (major, _), module in MODULES.items():
+        start = generators.index(f"def gen_cutlass_fused_moe_sm{module.rpartition('_')[2]}_module")
+        majors = re.findall(r"supported_major_versions=\[(.*?)\]", generators[start:])
+        assert str(major) in majors[0].split(", ")
+
+
+@each_release
+def test_scales_of_blocks(release, sources):
+    """Since when modes are as they are here, and how the binding counts scales."""
+    text, header = (
+        sources(release, BINDING),
+        sources(release, f"{_CUTLASS}include/moe_gemm_kernels.h"),
+    )
+    assert f"NVFP4BlockScaleVectorSize = {NVFP4.blocks.size};" in header
+    assert f"MXFPXBlockScaleVectorSize = {MXFP8.blocks.size};" in header
+    assert ("isWMxfp8AMxfp8Quant" in text) == is_in(release, MXFP8.releases)
+    counted = re.findall(r"alignToSfDim\(\s*inter_size, TmaWarpSpecializedGroupedGemmInput::(\w+)\)"
+                         r"(?: \*\s*(\w+))?", text)  # fmt: skip
+    gates = {f"{kind} * {times}" for kind, times in counted if times}
+    plain = {"MinNDimAlignmentMXFPX * fc1_n_mult", "MinKDimAlignmentNVFP4 * 2"}
+    if is_in(release, MXFP8_MXFP4.gateless):
+        assert gates == plain
+    else:
+        assert "MinNDimAlignmentMXFPX * 2" in gates
+    told = text.partition("mProfiler->init(")[2].partition(";")[0]
+    assert ("mUseMxfp8ActScaling" in told) == is_in(release, MXFP8.profiled)
+    kernels = sources(release, f"{_BACKEND}cutlass_fused_moe_kernels.cuh")
+    # What MXFP8 times MXFP4 is multiplied with is taken from nowhere.
+    assert "mxfp8_mxfp4.fc1.global_scale" not in kernels
+    assert {mode.releases for mode in MODES} == {"", W4_RELEASES, MXFP8.releases}
 
 
 @each_release

@@ -373,7 +373,10 @@ def how_built(name: str, query: Query) -> tuple[str | None, str]:
     if parse(name, query.release) is None and _is_family(name):
         arch = query.architecture or "9.0a"
         return f"fi-ffi build --release {query.release} --arch {arch} {name}", ""
-    advice = build_advice(name, query.release, query.architecture)
+    codes = listed_codes(name, query.release) or ()
+    # What a name says is one of the GPUs that FlashInfer compiles the module for.
+    is_for_it = query.capability is not None and _runs(codes, query)
+    advice = build_advice(name, query.release, query.architecture, is_for_arch=is_for_it)
     found = _COMMAND.search(advice)
     return (found[1] if found else None), advice
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-from fi_ffi.errors import ArgumentError
+from fi_ffi.errors import ArgumentError, printed
 from fi_ffi.ops import attention as public
 from fi_ffi.ops.capability.attention import SAMPLES, judge_attention
 from fi_ffi.ops.capability.judgement import Query, Sm, Support, judge
@@ -18,6 +19,7 @@ from fi_ffi.ops.mamba import FAMILY, judge_states
 from fi_ffi.ops.matmul import rows as matmul
 from fi_ffi.ops.moe import interface as moe
 from fi_ffi.ops.moe import lora
+from fi_ffi.ops.moe.modes import MODES
 from fi_ffi.ops.moe.weights import WEIGHTS
 from fi_ffi.ops.row import Row
 from fi_ffi.ops.table.gemm import FP8
@@ -64,11 +66,16 @@ def package_entries() -> Iterator[tuple[str, str, tuple[Row, ...]]]:
 
 
 def entry_row(
-    module: str, symbol: str, releases: str = ">=0.6.3", capabilities: tuple[int, ...] = ()
+    module: str,
+    symbol: str,
+    releases: str = ">=0.6.3",
+    capabilities: tuple[int, ...] = (),
+    modules: Mapping[tuple[int, int], str] | None = None,
 ) -> Row:
     """What can be judged of an entry that has no row of its own."""
     name = f"{module}.{symbol}"
-    return Row(name, module, symbol, "", "", (), {}, releases, capabilities=capabilities)
+    more: dict[str, Any] = {"capabilities": capabilities, "modules": modules or {}}
+    return Row(name, module, symbol, "", "", (), {}, releases, **more)
 
 
 def lines() -> Iterator[Line]:
@@ -81,9 +88,11 @@ def lines() -> Iterator[Line]:
             yield Line(name, way, package, partial(judge, name, forms))
     name = "tinygemm_bf16"
     yield Line(name, "", "matmul", partial(judge, name, OPS["tinygemm2"].rows))
-    rows = [entry_row(moe.MODULE, "run_moe", one.releases, (9,)) for one in moe.INTERFACES]
     for name in ("cutlass_fused_moe", "FusedMoe"):
-        yield Line(name, "", moe.MODULE, partial(judge, name, rows))
+        for mode in MODES:
+            releases = mode.releases or ">=0.6.3"
+            row = entry_row(moe.MODULE, "run_moe", releases, mode.capabilities, moe.MODULES)
+            yield Line(name, mode.name, moe.MODULE, partial(judge, name, [row]))
     name = WEIGHTS.row.name
     yield Line(name, "", moe.MODULE, partial(judge, name, [WEIGHTS.row]))
     yield Line(FAMILY, "", FAMILY, partial(judge_states, FAMILY, compiled={}))
@@ -104,13 +113,19 @@ def judge_call(
     dtypes: object = None,
     kernels: str | os.PathLike[str] | None = None,
     backend: str = "auto",
+    mode: str = MODES[0].name,
 ) -> Support:
     """Judge whether a function that has lines of its own can be called.
 
-    `backend` is of `segment_gemm`, which chooses between two.
+    `backend` is of `segment_gemm`, which chooses between two; `mode` is of `cutlass_fused_moe` and
+    `FusedMoe`: one of docs/moe.md's.
     """
     query = Query.of(sm, release, cuda, dtypes, kernels)
     found = {line.options: line for line in lines() if line.op == name}
+    if MODES[0].name in found:
+        if mode not in found:
+            raise ArgumentError(name, "mode", got=printed(mode), expected=" or ".join(found))
+        return found[mode].ask(query)
     if backend == "auto" and len(found) > 1:
         is_hopper = query.capability is None or query.capability[0] == 9
         is_fp8 = any({*names} & {*FP8} for names in query.dtypes.values())

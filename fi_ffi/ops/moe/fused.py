@@ -39,6 +39,7 @@ from fi_ffi.ops.moe.interface import (
 from fi_ffi.ops.moe.modes import SWIGLU, Mode, mode_of, row_of
 from fi_ffi.ops.moe.profile import Profile
 from fi_ffi.ops.providers import entry_for
+from fi_ffi.ops.releases import is_in
 from fi_ffi.ops.row import Row
 
 if TYPE_CHECKING:
@@ -110,13 +111,17 @@ class FusedMoe:
             128 by 128 of them.
         use_w4_group_scaling: weights of 4 bits, two in a uint8: MXFP4, or with
             `use_packed_weights` int4, for which activations are quantised to fp8.
-        use_mxfp8_act_scaling: refused: FlashInfer has kernels for it from SM100 on.
+        use_mxfp8_act_scaling: float8_e4m3fn activations with a scale for every 32 of a row, and
+            weights of MXFP4 (int64) or MXFP8.
+
+    Of int64 are NVFP4 and MXFP4 weights, 16 numbers in each; with uint8 or int64 activations
+    these come as NVFP4 too.  They are for Blackwell, built and never run.
 
     docs/moe.md has the modes, and what weights and scales have to look like.  Its calls may be
     made from several threads; the kernels' own object makes them one after the other.
 
-    Raises `ArgumentError`, `ArgumentTypeError`, and `ArchitectureError` for what is not of
-    Hopper.  Kernels are looked for with the first call.
+    Raises `ArgumentError` and `ArgumentTypeError`.  Kernels are looked for with the first call,
+    which raises `ArchitectureError` for a GPU that the mode is not for.
     """
 
     def __init__(
@@ -164,7 +169,7 @@ class FusedMoe:
 
     def make_runner(self) -> Runner:
         """Make another object of the kernels, whose allocations are its own."""
-        return make_runner(self._op, self.mode.flags, self.dtypes, self.device)
+        return make_runner(self._op, self.mode, self.dtypes, self.device)
 
     @property
     def runner(self) -> Runner:
@@ -196,10 +201,18 @@ class FusedMoe:
         """The number of an activation in the release of its kernels."""
         if not self._numbers:
             release = self.runner.release_in_use if self.has_kernels else None
-            self._numbers = activation_numbers(release)
+            has_gateless = release is None or is_in(release, self.mode.gateless)
+            self._numbers = {
+                name: number
+                for name, number in activation_numbers(release).items()
+                if has_gateless or name in GATED
+            }
         if activation not in self._numbers:
             release = self.runner.release_in_use
-            raise KernelNotFoundError(f"{op}: {MODULE} of FlashInfer {release} has no {activation}")
+            with_ = f" with {self.mode.about}" if self.mode.gateless else ""
+            raise KernelNotFoundError(
+                f"{op}: {MODULE} of FlashInfer {release} has no {activation}{with_}"
+            )
         return self._numbers[activation]
 
     def __call__(
@@ -214,6 +227,7 @@ class FusedMoe:
         *,
         fc1_expert_biases: TensorLike | None = None,
         fc2_expert_biases: TensorLike | None = None,
+        input_sf: TensorLike | None = None,
         swiglu_alpha: TensorLike | None = None,
         swiglu_beta: TensorLike | None = None,
         swiglu_limit: TensorLike | None = None,
@@ -225,15 +239,16 @@ class FusedMoe:
         activation_type: object = "Swiglu",
         profile_ids: object = None,
         enable_pdl: bool = False,
+        swizzled_input_sf: bool = True,
         stream: object = None,
     ) -> None:
         """Compute; the arguments are those of `cutlass_fused_moe`."""
         op = self._op
         compiled, values = self._fill(
             output, input, token_selected_experts, token_final_scales, fc1_expert_weights,
-            fc2_expert_weights, quant_scales, fc1_expert_biases, fc2_expert_biases, swiglu_alpha,
-            swiglu_beta, swiglu_limit, tp_size, tp_rank, ep_size, ep_rank, enable_alltoall,
-            activation_type, profile_ids, enable_pdl, stream,
+            fc2_expert_weights, quant_scales, fc1_expert_biases, fc2_expert_biases, input_sf,
+            swiglu_alpha, swiglu_beta, swiglu_limit, tp_size, tp_rank, ep_size, ep_rank,
+            enable_alltoall, activation_type, profile_ids, enable_pdl, swizzled_input_sf, stream,
         )  # fmt: skip
         try:
             compiled.call(self, *values, stream=stream)
@@ -261,10 +276,10 @@ class FusedMoe:
     def _fill(
         self, output: Any, input: Any, token_selected_experts: Any, token_final_scales: Any,
         fc1_expert_weights: Any, fc2_expert_weights: Any, quant_scales: Any,
-        fc1_expert_biases: Any, fc2_expert_biases: Any, swiglu_alpha: Any, swiglu_beta: Any,
-        swiglu_limit: Any, tp_size: Any, tp_rank: Any, ep_size: Any, ep_rank: Any,
-        enable_alltoall: Any, activation_type: Any, profile_ids: Any, enable_pdl: Any,
-        stream: object, is_launched: bool = True,
+        fc1_expert_biases: Any, fc2_expert_biases: Any, input_sf: Any, swiglu_alpha: Any,
+        swiglu_beta: Any, swiglu_limit: Any, tp_size: Any, tp_rank: Any, ep_size: Any,
+        ep_rank: Any, enable_alltoall: Any, activation_type: Any, profile_ids: Any,
+        enable_pdl: Any, swizzled_input_sf: Any, stream: object, is_launched: bool = True,
     ) -> tuple[CompiledRow, tuple[Any, ...]]:  # fmt: skip
         """The compiled row of a call, and what it is given."""
         op, x = self._op, as_desc(input, self._op, "input")
@@ -274,7 +289,8 @@ class FusedMoe:
         if not (swiglu_alpha is swiglu_beta is swiglu_limit is None):
             activation = _with_limits(op, activation, swiglu_alpha, swiglu_beta, swiglu_limit)
         scales = self._scales(op, quant_scales)
-        key = activation in GATED, self.mode.forms_of(scales) if scales else ()
+        sf = self._input_sf(op, input_sf, swizzled_input_sf)
+        key = activation in GATED, self.mode.forms_of([*scales, *sf]) if scales else ()
         compiled = self._calls.get(key)
         if compiled is None:
             if is_launched:
@@ -284,12 +300,38 @@ class FusedMoe:
         if number is None:
             number = self.number_of(op, activation)
         ids = 0 if profile_ids is None else self._ids(op, profile_ids)
+        order = self._order(op, swizzled_input_sf) if sf else ()
         return compiled, (
             output, x, token_selected_experts, token_final_scales, fc1_expert_weights,
-            fc1_expert_biases, fc2_expert_weights, fc2_expert_biases, swiglu_alpha,
-            swiglu_beta, swiglu_limit, tp_size, tp_rank, ep_size, ep_rank, enable_alltoall,
-            ids, enable_pdl, number, *scales,
+            fc1_expert_biases, fc2_expert_weights, fc2_expert_biases, *sf, swiglu_alpha,
+            swiglu_beta, swiglu_limit, *order, tp_size, tp_rank, ep_size, ep_rank,
+            enable_alltoall, ids, enable_pdl, number, *scales,
         )  # fmt: skip
+
+    def _order(self, op: str, is_swizzled: object) -> tuple[object, ...]:
+        """What the kernels are told of the order of `input_sf`: nothing, where they have one."""
+        if "swizzled_input_sf" in self.interface.methods["run_moe"].names:
+            return (is_swizzled,)
+        if not check_flag(op, "swizzled_input_sf", is_swizzled):
+            releases = self.interface.releases
+            raise KernelNotFoundError(
+                f"{op}: {MODULE} of FlashInfer {releases} has no swizzled_input_sf: scales are in "
+                "tiles there"
+            )
+        return ()
+
+    def _input_sf(self, op: str, given: Any, is_swizzled: object) -> list[TensorDesc]:
+        """The scales of `input` in a list, which is empty where the mode has none."""
+        if self.mode.input_sf is None:
+            if given is not None:
+                expected = f"None with {self.mode.about}"
+                raise ArgumentError(op, "input_sf", got="a tensor", expected=expected)
+            check_flag(op, "swizzled_input_sf", is_swizzled)
+            return []
+        if given is None:
+            expected = f"the scales of input, with {self.mode.about}"
+            raise ArgumentError(op, "input_sf", got=None, expected=expected)
+        return [as_desc(given, op, "input_sf")]
 
     def _scales(self, op: str, given: object) -> list[TensorDesc]:
         if given is not None and not isinstance(given, (list, tuple)):
@@ -387,6 +429,12 @@ class FusedMoe:
         descs, sizes = compiled.check(**given)
         if not self.has_kernels or not self.mode.has_tactics:
             return Profile((profile.DEFAULT, profile.DEFAULT), (), ())
+        release = self.runner.release_in_use
+        if release is not None and not is_in(release, self.mode.profiled):
+            raise KernelNotFoundError(
+                f"{op}: the profiler of FlashInfer {release} does not run {self.mode.about}: those "
+                f"of {self.mode.profiled} do"
+            )
         has_biases = descs["fc1_expert_biases"] is not None
         key = (*sizes.values(), *numbers.values(), activation, has_biases)
         with self._profile_lock:
@@ -481,25 +529,29 @@ def cutlass_fused_moe(
     activation_type: object = "Swiglu",
     profile_ids: object = None,
     enable_pdl: bool = False,
+    swizzled_input_sf: bool = True,
     stream: object = None,
 ) -> None:
     """A layer of experts: route each token to its experts, and sum what they make of it.
 
     Args:
         output: [tokens, hidden], written.
-        input: [tokens, hidden].
+        input: [tokens, hidden]; of NVFP4, [tokens, hidden / 2] uint8 or [tokens, hidden / 16]
+            int64.
         token_selected_experts: [tokens, top_k] int32, distinct for each token.  One that is not
             of this rank adds nothing.
         token_final_scales: [tokens, top_k] float32; None is 1 for each.
         fc1_expert_weights: [experts, rows, hidden]; with a gated activation rows are twice the
             intermediate size: first what is multiplied, then the gate.
-        fc2_expert_weights: [experts, hidden, inter].  4-bit weights are two in a byte, and
-            interleaved.
+        fc2_expert_weights: [experts, hidden, inter].  4-bit weights are two in a byte: of uint8
+            and interleaved for Hopper, 16 in an int64 for Blackwell.
         output_dtype: of `output`, which is compared with it; None takes what `output` has.
         quant_scales: a list of tensors, as the mode has it (docs/moe.md).
         fc1_expert_biases, fc2_expert_biases: [experts, rows], [experts, hidden] of the output's
             dtype; both or neither.  The second is added on tp_rank 0 only.
-        input_sf: None: no kernel for Hopper takes it.
+        input_sf: the scales of NVFP4 and MXFP8 activations, as `fp4_quantize` and
+            `mxfp8_quantize` write them: in tiles of 128 rows and 4 columns.  uint8, or
+            float8_e4m3fn of NVFP4 and float8_e8m0fnu of MXFP8.
         swiglu_alpha, swiglu_beta, swiglu_limit: [experts] float32.
         tp_size, tp_rank, ep_size, ep_rank: which part of the whole the weights are.
         enable_alltoall: leave rows of tokens alone that have no expert of this rank.
@@ -507,6 +559,7 @@ def cutlass_fused_moe(
             "Relu", "Silu", "Relu2", "Identity", or FlashInfer's `ActivationType`.
         profile_ids: tactics of both multiplications, from `FusedMoe.profile`; None is the
             kernels' own choice.
+        swizzled_input_sf: False where `input_sf` is in rows, each of a multiple of 4 scales.
         flags: as in `FusedMoe`.
 
     The workspace comes from the device's pool, in the stream's order, while the call runs.
@@ -515,11 +568,12 @@ def cutlass_fused_moe(
     Upstream: flashinfer/fused_moe/core.py, csrc/fused_moe/cutlass_backend.
     """
     moe, given = _moe_of(
-        output, input, fc1_expert_weights, output_dtype, input_sf, use_deepseek_fp8_block_scale,
+        output, input, fc1_expert_weights, output_dtype, use_deepseek_fp8_block_scale,
         use_w4_group_scaling, use_mxfp8_act_scaling, use_packed_weights,
     )  # fmt: skip
     moe(
-        **given, token_selected_experts=token_selected_experts,
+        **given, input_sf=input_sf, swizzled_input_sf=swizzled_input_sf,
+        token_selected_experts=token_selected_experts,
         token_final_scales=token_final_scales, fc2_expert_weights=fc2_expert_weights,
         quant_scales=quant_scales, fc1_expert_biases=fc1_expert_biases,
         fc2_expert_biases=fc2_expert_biases, swiglu_alpha=swiglu_alpha, swiglu_beta=swiglu_beta,
@@ -531,12 +585,10 @@ def cutlass_fused_moe(
 
 def _moe_of(
     output: TensorLike, input: TensorLike, fc1_expert_weights: TensorLike, output_dtype: object,
-    input_sf: TensorLike | None, use_deepseek_fp8_block_scale: bool, use_w4_group_scaling: bool,
-    use_mxfp8_act_scaling: bool, use_packed_weights: bool, **others: Any,
+    use_deepseek_fp8_block_scale: bool, use_w4_group_scaling: bool, use_mxfp8_act_scaling: bool,
+    use_packed_weights: bool, **others: Any,
 ) -> tuple[FusedMoe, dict[str, Any]]:  # fmt: skip
     """The `FusedMoe` of a call, and what that is called with."""
-    if input_sf is not None:
-        raise ArgumentError(_OP, "input_sf", got="a tensor", expected="None on Hopper")
     flags = _flags(
         _OP, use_deepseek_fp8_block_scale, use_w4_group_scaling, use_mxfp8_act_scaling,
         use_packed_weights,

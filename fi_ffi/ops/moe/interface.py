@@ -1,8 +1,9 @@
 """What the functions of `fused_moe_90` take in each of FlashInfer's releases, and its object.
 
-The binding is `csrc/fused_moe/cutlass_backend/flashinfer_cutlass_fused_moe_binding.cu`: `init`
-makes an object whose methods are the kernels.  `tests/releases/test_moe.py` compares every
-interface with the sources; a binary's own signatures are compared when it is loaded.
+Blackwell's modules are the same sources, compiled for other GPUs.  The binding is
+`csrc/fused_moe/cutlass_backend/flashinfer_cutlass_fused_moe_binding.cu`: `init` makes an object
+whose methods are the kernels.  `tests/releases/test_moe.py` compares every interface with the
+sources; a binary's own signatures are compared when it is loaded.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.tensor import DTYPES, Device
@@ -22,9 +23,17 @@ from fi_ffi.ops import cuda
 from fi_ffi.ops.releases import is_in
 from fi_ffi.ops.row import Absent
 
+if TYPE_CHECKING:
+    from fi_ffi.ops.moe.modes import Mode
+
 MODULE = "fused_moe_90"
+# Those of other GPUs, by compute capability.
+MODULES = {
+    (10, 0): "fused_moe_100", (10, 3): "fused_moe_103", (11, 0): "fused_moe_100",
+    (12, 0): "fused_moe_120", (12, 1): "fused_moe_120",
+}  # fmt: skip
 SOURCE = "csrc/fused_moe/cutlass_backend/flashinfer_cutlass_fused_moe_binding.cu"
-_CAPABILITY = (9, 0)
+_CAPABILITIES = ((9, 0), *MODULES)
 # What `init` is told of a quantisation.
 FLAGS = (
     "use_deepseek_fp8_block_scale", "use_w4_group_scaling", "use_mxfp8_act_scaling",
@@ -189,9 +198,10 @@ class Runner(ModuleObject):
     """
 
     def __init__(
-        self, made: object, interface: Interface, where: str, release: str | None = None
-    ) -> None:
-        super().__init__(made, MODULE, interface.releases, where)
+        self, made: object, interface: Interface, where: str, release: str | None = None,
+        module: str = MODULE,
+    ) -> None:  # fmt: skip
+        super().__init__(made, module, interface.releases, where)
         self.interface, self.release_in_use = interface, release
         for function in interface.methods.values():
             self.entry(function.signature)
@@ -209,38 +219,39 @@ class Runner(ModuleObject):
         return self.ask("get_gemm1_tactic_count"), self.ask("get_gemm2_tactic_count")
 
 
-def make_runner(op: str, flags: frozenset[str], dtypes: Sequence[str], device: Device) -> Runner:
+def make_runner(op: str, mode: Mode, dtypes: Sequence[str], device: Device) -> Runner:
     """A runner for the dtypes of activations, weights and results, on a GPU.
 
-    Raises `ArchitectureError` for other GPUs than Hopper, `KernelNotFoundError` where there are
-    no kernels, `AbiError` where they have another interface.
+    Raises `ArchitectureError` for GPUs that the mode has no kernels for, `KernelNotFoundError`
+    where there are none or the release lacks the mode, `AbiError` where they have another
+    interface.
     """
     from fi_ffi.loader import runtime, search  # as late as can be: most processes have none
 
     capability = machine.capability(device.index)
-    if capability != _CAPABILITY:
-        got = ".".join(map(str, capability))
-        raise ArchitectureError(
-            f"{op}: {MODULE} is for GPUs of compute capability 9.0; {device} has {got}"
+    if capability not in _CAPABILITIES or capability[0] not in mode.capabilities:
+        got, *able = (
+            ".".join(map(str, one))
+            for one in (capability, *_CAPABILITIES)
+            if one == capability or one[0] in mode.capabilities
         )
+        raise ArchitectureError(
+            f"{op}: {device} has compute capability {got}; {mode.name} ({mode.about}) is for "
+            f"{', '.join(able)} (docs/moe.md)"
+        )
+    module = MODULES.get(capability, MODULE)
     release = search.release()
     interface = of_release(release)
-    if "use_w4_group_scaling" in flags:
-        check_w4_release(op, release)
-    entry = runtime.kernel_entry(MODULE, interface.init.signature, interface.releases, device.index)
+    if release is not None and not is_in(release, mode.releases):
+        raise KernelNotFoundError(
+            f"{op}: {mode.name} ({mode.about}) is laid out here as FlashInfer {mode.releases} has "
+            f"it; the kernels in use are of {release}"
+        )
+    entry = runtime.kernel_entry(module, interface.init.signature, interface.releases, device.index)
     words = ("activation_dtype", "weight_dtype", "output_dtype")
     given: dict[str, Any] = {word: DTYPES[name] for word, name in zip(words, dtypes, strict=True)}
-    given |= {flag: flag in flags for flag in FLAGS}
+    given |= {flag: flag in mode.flags for flag in FLAGS}
     with cuda.current(device):  # the object asks for the device's architecture
         made = entry(*interface.init.values(given))
-    where = str(runtime.load(MODULE, device.index).file.path)
-    return Runner(made, interface, where, release)
-
-
-def check_w4_release(op: str, release: str | None) -> None:
-    """Raise where a release lays 4-bit weights out in another way."""
-    if release is not None and not is_in(release, W4_RELEASES):
-        raise KernelNotFoundError(
-            f"{op}: 4-bit weights are laid out here as FlashInfer {W4_RELEASES} has them; the "
-            f"kernels in use are of {release}"
-        )
+    where = str(runtime.load(module, device.index).file.path)
+    return Runner(made, interface, where, release, module)

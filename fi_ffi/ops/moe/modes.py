@@ -1,20 +1,23 @@
-"""The quantisations that `fused_moe_90` was written for, and the rows of its methods in each.
+"""The quantisations that `fused_moe_90` and Blackwell's modules were written for, and the rows of
+their methods in each.
 
-What is here follows the binding's own checks and what it does not check: `runMoe` and
-`gemm1` of cutlass_fused_moe_kernels.cuh, the launchers of moe_gemm and fp8_blockscale_gemm.
+What is here follows the binding's own checks and what it does not check: `runMoe`, `gemm1`,
+`expandInputRowsKernel` and `getOffsetWeightSF` of cutlass_fused_moe_kernels.cuh, the launchers of
+moe_gemm and fp8_blockscale_gemm.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from fi_ffi.abi.tensor import TensorDesc
-from fi_ffi.errors import ArchitectureError, ArgumentError
-from fi_ffi.ops.moe.interface import MODULE, SOURCE, Interface
+from fi_ffi.errors import ArgumentError
+from fi_ffi.ops.moe.interface import MODULE, MODULES, SOURCE, W4_RELEASES, Interface
+from fi_ffi.ops.notation import round_up
 from fi_ffi.ops.row import Arg, IntArray, Row, Rule, Scalar, Tensor, TensorArray, Vector
 
 HALF = ("float16", "bfloat16")
@@ -64,6 +67,26 @@ class Scale:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """Scales of `size` elements of a row each, in tiles of 128 rows and 4 columns.
+
+    Those of fc1's linear half and of its gate are of `rows` rows at a time each, as the binding
+    counts them.
+    """
+
+    size: int
+    rows: int
+
+    def columns(self, elements: int) -> int:
+        """How many scales a row has, whole tiles of them."""
+        return round_up(elements, 4 * self.size) // self.size
+
+    def count(self, rows: int, elements: int, is_swizzled: bool) -> int:
+        """The scales of so many rows, in tiles or in rows."""
+        return (round_up(rows, 128) if is_swizzled else rows) * self.columns(elements)
+
+
+@dataclass(frozen=True)
 class Mode:
     """A quantisation: dtypes, flags, and what sizes and scales must be.
 
@@ -84,13 +107,24 @@ class Mode:
     has_tactics: bool = True
     # How many columns one step of the multiplication takes of rows of so many.
     step: Callable[[int], int] | None = None
+    # The scales of weights, where blocks of a row have one each, and those of activations that
+    # come quantised.
+    blocks: Blocks | None = None
+    input_sf: Scale | None = None
+    # Major compute capabilities of the GPUs that it has kernels for; the releases that have it as
+    # it is here; those in which it has activations without a gate, and a profiler that runs it.
+    capabilities: tuple[int, ...] = (9,)
+    releases: str = ""
+    gateless: str = ""
+    profiled: str = ""
 
     def forms_of(self, scales: list[TensorDesc]) -> tuple[int, ...]:
         """Which form each scale has; the first, where it has none of them."""
+        wanted = self.scales if self.input_sf is None else (*self.scales, self.input_sf)
         return tuple([
             0 if len(one.forms) == 1
             else next((i for i, form in enumerate(one.forms) if form.fits(desc)), 0)
-            for one, desc in zip(self.scales, scales, strict=True)
+            for one, desc in zip(wanted, scales, strict=True)
         ])  # fmt: skip
 
     @property
@@ -111,8 +145,10 @@ def _scales(*texts: str) -> tuple[Scale, ...]:
     return tuple(map(Scale.read, texts))
 
 
+_BLACKWELL, _EVERY = (10, 11, 12), (9, 10, 11, 12)
 PLAIN = Mode(
     "half", "float16 or bfloat16, not quantised", HALF, None, frozenset(), 1, 8,
+    capabilities=_EVERY,
 )  # fmt: skip
 PER_TENSOR = Mode(
     "fp8", "fp8 with one scale for each expert", (FP8,), FP8, frozenset(), 1, 16,
@@ -120,7 +156,7 @@ PER_TENSOR = Mode(
         "fc1_dequant: float32[experts]", "fc2_quant: float32[] | float32[experts]",
         "fc2_dequant: float32[experts]", "fc1_input_dequant: float32[]",
     ),
-    outputs=HALF,
+    outputs=HALF, capabilities=_EVERY,
 )  # fmt: skip
 BLOCK_SCALE = Mode(
     "fp8_block_scale", "fp8 weights with a scale for each block of 128 by 128", ("bfloat16",), FP8,
@@ -137,7 +173,7 @@ BLOCK_SCALE = Mode(
 MXFP4 = Mode(
     "mxfp4", "MXFP4 weights with bfloat16 activations", ("bfloat16",), "uint8",
     frozenset({"use_w4_group_scaling"}), 2, 4 * MXFP4_GROUP,
-    step=lambda columns: 4 * MXFP4_GROUP,
+    step=lambda columns: 4 * MXFP4_GROUP, releases=W4_RELEASES,
     # FlashInfer's callers give four of them as one int32.
     scales=_scales(
         "fc1_weight_scales: uint8[experts hidden_size/128 4*ROWS]"
@@ -149,7 +185,7 @@ MXFP4 = Mode(
 INT4 = Mode(
     "int4", "int4 weights in groups of 128, activations quantised to fp8", HALF, "uint8",
     frozenset({"use_w4_group_scaling", "use_packed_weights"}), 2, INT4_GROUP,
-    step=lambda columns: INT4_GROUP * int4_interleave(columns),
+    step=lambda columns: INT4_GROUP * int4_interleave(columns), releases=W4_RELEASES,
     # Scales of weights are bfloat16 whatever the activations are, and seen as their dtype by
     # FlashInfer's callers.
     scales=_scales(
@@ -163,7 +199,54 @@ INT4 = Mode(
     ),
 )  # fmt: skip
 
-MODES = (PLAIN, PER_TENSOR, BLOCK_SCALE, MXFP4, INT4)
+# Of Blackwell.  16 numbers of 4 bits are one int64; the binding demands that four scales of
+# weights are one int32.
+_OF_16, _OF_32 = Blocks(16, 64), Blocks(32, 128)
+_BLOCKS_1, _BLOCKS_2 = (
+    f"fc{i}_weight_block: int32[experts block_rows{i} block_columns{i}]" for i in (1, 2)
+)
+_NVFP4_SCALES = _scales(
+    "fc1_act_global: float32[] | float32[experts]", _BLOCKS_1, "fc1_global: float32[experts]",
+    "fc2_act_global: float32[] | float32[experts]", _BLOCKS_2, "fc2_global: float32[experts]",
+)  # fmt: skip
+_MX_SCALES = _scales(
+    _BLOCKS_1, "fc1_global: float32[experts]", _BLOCKS_2, "fc2_global: float32[experts]"
+)
+_SF = "input_sf: uint8,{0}[sf_count] | uint8,{0}[sf_rows sf_columns]"
+_SF_OF_16, _SF_OF_32 = map(Scale.read, (_SF.format("float8_e4m3fn"), _SF.format("float8_e8m0fnu")))
+_MXFP8 = frozenset({"use_mxfp8_act_scaling"})
+NVFP4 = Mode(
+    "nvfp4", "NVFP4 weights, activations quantised to NVFP4 by the kernels", HALF, "int64",
+    frozenset(), 16, 32, _NVFP4_SCALES, blocks=_OF_16, capabilities=_BLACKWELL,
+)  # fmt: skip
+NVFP4_PACKED = Mode(
+    "nvfp4_packed", "NVFP4 weights and activations", ("uint8", "int64"), "int64", frozenset(), 16,
+    32, _NVFP4_SCALES, HALF, blocks=_OF_16, input_sf=_SF_OF_16, capabilities=_BLACKWELL,
+)  # fmt: skip
+FP8_MXFP4 = Mode(
+    "fp8_mxfp4", "MXFP4 weights and fp8 activations", (FP8,), "int64", frozenset(), 16, 128,
+    _scales(_BLOCKS_1, "fc1_global: float32[experts]",
+            "fc2_act_global: float32[] | float32[experts]", _BLOCKS_2,
+            "fc2_global: float32[experts]"),
+    HALF, blocks=_OF_32, capabilities=_BLACKWELL, gateless=">=0.6.10",
+)  # fmt: skip
+MXFP8_MXFP4 = Mode(
+    "mxfp8_mxfp4", "MXFP4 weights and MXFP8 activations", (FP8,), "int64", _MXFP8, 16, 128,
+    _MX_SCALES, HALF, blocks=_OF_32, input_sf=_SF_OF_32, capabilities=_BLACKWELL,
+    gateless=">=0.6.10",
+)  # fmt: skip
+# SM120's have no kernels for it: the binding makes an object, which ignores the scales.
+MXFP8 = Mode(
+    "mxfp8", "MXFP8 weights and activations", (FP8,), FP8, _MXFP8, 1, 64, _MX_SCALES, HALF,
+    blocks=_OF_32, input_sf=_SF_OF_32, capabilities=(10,), releases=">=0.6.6",
+    gateless=">=0.6.10", profiled=">=0.6.15",
+)  # fmt: skip
+
+MODES = (
+    PLAIN, PER_TENSOR, BLOCK_SCALE, MXFP4, INT4, NVFP4, NVFP4_PACKED, FP8_MXFP4, MXFP8_MXFP4, MXFP8,
+)  # fmt: skip
+# How many numbers are in an element of activations that come packed.
+_PACKED_INPUTS = {"uint8": 2, "int64": 16}
 
 
 def mode_of(
@@ -172,8 +255,7 @@ def mode_of(
 ) -> Mode:  # fmt: skip
     """The mode of these dtypes, which errors call by `names`, and flags.
 
-    Raises `ArchitectureError` for what FlashInfer has for SM100 only, `ArgumentError` for what
-    it has nowhere.
+    Raises `ArgumentError` for what FlashInfer has nowhere.
     """
     for mode in MODES:
         wanted = mode.weight or activation
@@ -183,12 +265,10 @@ def mode_of(
                 expected = f"{' or '.join(known)}, with {mode.about}"
                 raise ArgumentError(op, names[2], got=output, expected=expected)
             return mode
-    later = _needs_sm100(activation, weight, flags)
-    if later:
-        raise ArchitectureError(f"{op}: {later}: {MODULE} has no kernel for it (docs/moe.md)")
     of = [mode for mode in MODES if activation in mode.activations]
     if not of:
-        raise ArgumentError(op, names[0], got=activation, expected=" or ".join((*HALF, FP8)))
+        known = tuple(dict.fromkeys(name for mode in MODES for name in mode.activations))
+        raise ArgumentError(op, names[0], got=activation, expected=" or ".join(known))
     got = f"{weight} weights, {activation} activations and {_on(flags)}"
     each = [f"{mode.weight or activation} with {_on(mode.flags)}" for mode in of]
     expected = "weights of " + ", or of ".join(each)
@@ -197,16 +277,6 @@ def mode_of(
 
 def _on(flags: frozenset[str]) -> str:
     return " and ".join(sorted(flags)) or "no flag"
-
-
-def _needs_sm100(activation: str, weight: str, flags: frozenset[str]) -> str:
-    """What SM100 has of these dtypes and flags; "" where it has nothing either."""
-    if weight == "int64" and flags <= {"use_mxfp8_act_scaling"}:
-        kind = "MXFP4" if activation == FP8 else "NVFP4"
-        return f"{kind} weights (int64) with {activation} activations need SM100"
-    if (activation, weight) == (FP8, FP8) and flags == {"use_mxfp8_act_scaling"}:
-        return "MXFP8 weights and activations need SM100"
-    return ""
 
 
 # Rows.  Sizes of experts are those of this rank.
@@ -265,16 +335,64 @@ def _int4_rules(gates: int) -> tuple[Rule, ...]:
     return rule(1, "hidden_size", "inter_size", gates), rule(2, "inter_size", "hidden_size", 1)
 
 
+def _block_rules(mode: Mode, blocks: Blocks, is_gated: bool) -> Iterator[Rule]:
+    """The sizes of scales of blocks, and that each expert's begin where the kernels look."""
+    gates = 1 + is_gated
+    sizes = {
+        1: ("hidden_size", "inter_size", lambda rows: gates * round_up(rows, blocks.rows)),
+        2: ("inter_size", "hidden_size", lambda rows: round_up(rows, 128)),
+    }
+    places = [i for i, scale in enumerate(mode.scales) if scale.name.endswith("weight_block")]
+    for place, (i, (columns, rows, padded)) in zip(places, sizes.items(), strict=True):
+
+        def wanted(
+            columns: int, rows: int, padded: Callable[[int], int] = padded
+        ) -> tuple[int, int]:
+            return padded(rows), blocks.columns(columns) // 4
+
+        def expected(
+            first: int, second: int, *sizes: int, wanted: Callable[..., tuple[int, int]] = wanted
+        ) -> str:
+            return "the shape [experts, {}, {}]".format(*wanted(*sizes))
+
+        holding = f"(block_rows{i}, block_columns{i}) == blocks{i}({columns}, {rows})"
+        yield Rule(f"quant_scales_{place}", holding, expected, {f"blocks{i}": wanted})
+    if gates * blocks.rows != 128:
+        short = "an inter_size of a multiple of 128, or more than 64 over one: of others each "
+        short += "expert's scales are not where the kernels look for them"
+        yield Rule("fc1_expert_weights", "-inter_size % 128 < 64", short)
+    # Of an expert's activations the scales are counted in 32 bits.
+    most = _INT32 * blocks.size
+    for axis in _INNER:
+        counted = f"tokens * {axis} of at most {most}"
+        yield Rule("input", f"(tokens + 127) * {axis} <= {most}", counted)
+
+
+def _input_sf_rules(blocks: Blocks, form: int, has_flag: bool) -> Iterator[Rule]:
+    """The scales of activations are enough, and in rows as long as the kernels take them for."""
+    flag = "swizzled_input_sf" if has_flag else "True"
+    given = "sf_rows * sf_columns" if form else "sf_count"
+    using: dict[str, Callable[..., int]] = {"count": blocks.count, "columns": blocks.columns}
+    enough = "as many scales as there are in "
+    enough += f"{'' if has_flag else 'tiles of '}[tokens, hidden_size / {blocks.size}], rounded up "
+    enough += f"to multiples of 128 and 4{'; in rows, only the columns are' if has_flag else ''}"
+    yield Rule("input_sf", f"{given} >= count(tokens, hidden_size, {flag})", enough, using)
+    if form and has_flag:
+        told = f"hidden_size / {blocks.size} columns, rounded up to a multiple of 4"
+        yield Rule("input_sf", f"{flag} or sf_columns == columns(hidden_size)", told, using)
+
+
 def _tensors(mode: Mode, dtypes: tuple[str, str, str], rows: str) -> tuple[Tensor, ...]:
     activation, weight, output = dtypes
     packed = f"/{mode.pack}" if mode.pack > 1 else ""
+    held = f"/{_PACKED_INPUTS[activation]}" if activation in _PACKED_INPUTS else ""
 
     def tensor(name: str, axes: str, dtype: str, alignment: int = _WIDE, **more: Any) -> Tensor:
         return Tensor(name, axes, dtype, "", contiguous=True, alignment=alignment, **more)
 
     return (
         tensor("output", "tokens hidden_size", output, writes=True, reads=False),
-        tensor("input", "tokens hidden_size", activation),
+        tensor("input", f"tokens hidden_size{held}", activation),
         tensor("token_selected_experts", "tokens top_k", "int32", _WORD),
         tensor("token_final_scales", "tokens top_k", "float32", _WORD, optional=True),
         tensor("fc1_expert_weights", f"experts {rows} hidden_size{packed}", weight),
@@ -285,7 +403,7 @@ def _tensors(mode: Mode, dtypes: tuple[str, str, str], rows: str) -> tuple[Tenso
     )
 
 
-def _scale_tensor(i: int, form: Form, activation: str, rows: str) -> Tensor:
+def _scale_tensor(i: int, form: Form, rows: str) -> Tensor:
     axes = form.axes.replace("4*ROWS", "8*inter_size" if rows[0] == "2" else "4*inter_size")
     alignment = _WORD if "float32" in form.dtypes else _WIDE
     return Tensor(
@@ -303,22 +421,34 @@ def row_of(
     function, activation = interface.methods[method], dtypes[0]
     rows = "2*inter_size" if is_gated else "inter_size"
     scales, allowed = [], {}
-    for i, number in enumerate(forms):
-        form = mode.scales[i].forms[number]
-        scales.append(_scale_tensor(i, form, activation, rows))
+    for i, (scale, number) in enumerate(zip(mode.scales, forms, strict=False)):
+        form = scale.forms[number]
+        scales.append(_scale_tensor(i, form, rows))
         allowed[f"S{i}"] = form.names(activation)
     known: dict[str, Any] = {arg.name: arg for arg in (*_tensors(mode, dtypes, rows), *_NUMBERS)}
     if scales:
         known["quant_scales"] = TensorArray("quant_scales", tuple(scales))
+    is_run = method == "run_moe"
+    if mode.input_sf is not None and is_run:
+        form = mode.input_sf.forms[forms[-1]]
+        allowed["SF"] = form.dtypes
+        known["input_sf"] = Tensor(
+            "input_sf", form.axes, "SF", "", contiguous=True, entry_optional=True
+        )
+        known["swizzled_input_sf"] = Scalar("swizzled_input_sf", bool, True, "")
     args: tuple[Arg, ...] = tuple(
         known.get(name) or function.absent(name) for name in function.names
     )
-    is_run = method == "run_moe"
     rules = [*_RANK_RULES, *_count_rules("token_selected_experts" if is_run else "top_k")]
     if mode.step is not None:
         rules += [_step_rule(axis, mode.step) for axis in _INNER]
     if mode is INT4 and is_run:
         rules += _int4_rules(1 + is_gated)
+    if mode.blocks is not None and is_run:
+        rules += _block_rules(mode, mode.blocks, is_gated)
+        if mode.input_sf is not None:
+            has_flag = "swizzled_input_sf" in function.names
+            rules += _input_sf_rules(mode.blocks, forms[-1], has_flag)
     limits = [
         "experts >= 1",
         "top_k >= 1" if is_run else "tokens >= 1",
@@ -332,5 +462,6 @@ def row_of(
         "cutlass_fused_moe" if is_run else f"cutlass_fused_moe.{method}", MODULE, method, SOURCE,
         "", args, allowed, interface.releases, variant=f".{mode.name}", offset_limit=2**63,
         vector=Vector(()), together=("fc1_expert_biases", "fc2_expert_biases"),
-        allocates=True, capabilities=(9,), requires=(*limits, *rules),
+        allocates=True, capabilities=mode.capabilities, modules=MODULES,
+        requires=(*limits, *rules),
     )  # fmt: skip

@@ -12,8 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from fi_ffi.abi.function import probe
+from fi_ffi.loader import runtime
+from fi_ffi.loader.building.build import MissingPart, ask, run_ninja
+from fi_ffi.loader.building.environment import Workshop, open_workshop
+from fi_ffi.loader.building.names import parse_arch, parse_requests
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows
+from fi_ffi.ops.moe import interface as moe
 from fi_ffi.ops.row import form_on
 
 _FP4 = ("fp4_quantize", "block_scale_interleave", "block_scale_interleave_reverse")
@@ -38,6 +44,7 @@ BUILDS = [
 ]
 _ATTEST = """
 import sys
+from fi_ffi.abi.function import probe
 from fi_ffi.loader import runtime
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows
@@ -47,6 +54,11 @@ for name in sys.argv[3:]:
     row = form_on(forms, (int(sys.argv[2]), 0))
     runtime.kernel_entry(sys.argv[1], row.signature, row.releases, None)
 """
+
+
+needs_minutes = pytest.mark.skipif(
+    os.environ.get("FI_FFI_ATTEST_BUILDS") != "1", reason="minutes: set FI_FFI_ATTEST_BUILDS=1"
+)
 
 
 @pytest.mark.parametrize(("module", "capability", "ops"), BUILDS, ids=lambda given: str(given))
@@ -59,9 +71,7 @@ def test_it_is_the_module_that_the_rows_name(module, capability, ops):
 
 
 @pytest.mark.parametrize(("module", "capability", "ops"), BUILDS, ids=lambda given: str(given))
-@pytest.mark.skipif(
-    os.environ.get("FI_FFI_ATTEST_BUILDS") != "1", reason="minutes: set FI_FFI_ATTEST_BUILDS=1"
-)
+@needs_minutes
 def test_what_is_built_is_what_the_rows_say(module, capability, ops, tmp_path):
     arch = "{}.{}a".format(*capability)
     command = [str(Path(sys.executable).with_name("fi-ffi")), "build", "--release", "0.6.13"]
@@ -72,3 +82,61 @@ def test_what_is_built_is_what_the_rows_say(module, capability, ops, tmp_path):
         [sys.executable, "-c", _ATTEST, module, str(capability[0]), *ops],
         env=os.environ | {"FI_FFI_KERNELS": str(wheel)}, check=True,
     )  # fmt: skip
+
+
+_RELEASE = "0.6.13"
+
+
+def bindings_of(workshop: Workshop, module: str, names: tuple[str, ...]) -> list[Path]:
+    """The objects of a module's binding sources, compiled as its own build file says."""
+    (request,) = parse_requests([module], workshop.architectures)
+    answer = ask(workshop, {"action": "generate", "requests": [request.as_json(_RELEASE)]})
+    assert not answer["failed"]
+    (made,) = answer["modules"]
+    folder = Path(made["ninja"]).parent
+    objects = [folder / name for name in names]
+    command = [workshop.environment.ninja(), "-f", made["ninja"], "-j", "1", *map(str, objects)]
+    while True:
+        try:
+            run_ninja(command, folder, workshop.variables(), workshop.log, lambda *done: None)
+        except MissingPart as error:
+            workshop.fetch(error.part)
+        else:
+            return objects
+
+
+def linked(workshop: Workshop, objects: list[Path], output: Path) -> Path:
+    """A library of these objects alone.
+
+    What the rest of the module would define is weak, and so undefined in it: the entries count
+    their arguments before they use any of it.
+    """
+    weakened = []
+    for i, one in enumerate(objects):
+        listed = subprocess.run(["nm", "-u", one], capture_output=True, text=True, check=True)
+        words = (line.split()[-1] for line in listed.stdout.splitlines())
+        symbols = output.with_name(f"{i}.symbols")
+        symbols.write_text("\n".join(word for word in words if "tensorrt_llm" in word))
+        weakened.append(output.with_name(f"{i}.o"))
+        subprocess.run(["objcopy", f"--weaken-symbols={symbols}", one, weakened[-1]], check=True)
+    command = [*workshop.cxx.split(), "-shared", "-o", output, *weakened, "-Wl,-z,lazy"]
+    command += [f"-L{workshop.link_folder}", "-lcudart"]
+    subprocess.run(command, check=True)
+    return output
+
+
+# 180 to 270 sources a module: hours on a few cores.  The signatures are in two of them.
+@pytest.mark.parametrize("capability", moe.MODULES, ids=str)
+@needs_minutes
+def test_signatures_of_experts(capability, tmp_path):
+    """The functions of Blackwell's modules; their object's methods are read from the sources."""
+    names = ("flashinfer_cutlass_fused_moe_binding", "deepgemm_jit_setup")
+    objects = tuple(f"cutlass_backend_{name}.cuda.o" for name in names)
+    arch = parse_arch("{}.{}a".format(*capability))
+    with open_workshop(_RELEASE, arch, tmp_path) as workshop:
+        found = bindings_of(workshop, moe.MODULES[capability], objects)
+        library = linked(workshop, found, tmp_path / "bindings.so")
+    loaded = runtime.load_file(library)
+    for function in (moe.of_release(_RELEASE).init, moe.INTERLEAVE, moe.SET_INCLUDE_DIRS):
+        entry = runtime.exported(loaded, function.signature.name)
+        assert probe(entry).same_types(function.signature)
