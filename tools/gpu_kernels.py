@@ -88,6 +88,11 @@ def _rest() -> Iterator[tuple[str, dict[str, object]]]:
     yield "selective_state_update", _SSU | {"ssu_arch": "sm90"}
     drafts = {"state_dtype": "bf16", "stateIndex_dtype": "i32", "ntokens_mtp": 4}
     yield "selective_state_update", _SSU | drafts | {"ssu_arch": "sm90"}
+    for tokens in (1, 4):
+        of = _SSU | {"stateIndex_dtype": "i32", "ntokens_mtp": tokens, "ssu_arch": "sm90"}
+        int16 = {"state_dtype": "i16", "state_scale_dtype": "f32"}
+        yield "selective_state_update", of | int16
+        yield "selective_state_update", of | {"state_dtype": "f16", "philox_rounds": 10}
 
 
 _SSU = {

@@ -120,8 +120,8 @@ def copy_now(target: int, source: int, count: int, device: Device) -> None:
         return
     with current(device), relaxed():
         copy_to_device(target, source, count, PER_THREAD)
-        (error,) = _runtime().cudaStreamSynchronize(PER_THREAD)
-        check(int(error), "cudaStreamSynchronize")
+        runtime = machine.load_cudart()[0]
+        check(runtime.cudaStreamSynchronize(pointer(PER_THREAD)), "cudaStreamSynchronize")
 
 
 def synchronize(device: Device) -> None:

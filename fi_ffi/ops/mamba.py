@@ -3,7 +3,9 @@
 A module is compiled for dtypes, for the sizes of a head and of its state, and for so many tokens.
 What the rows demand beyond the binding's checks follows the kernels, in
 `include/flashinfer/mamba/`: those of several tokens find a group's B and C, and a head's x, by the
-sizes alone, and are compiled for heads in a power of 2 to a group.
+sizes alone, and are compiled for heads in a power of 2 to a group.  Those of one token read the
+scale of a state even where an index is of no request, and keep a row of int16 states in registers
+that they count by the size of the state.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.backends import module_name
 from fi_ffi.ops.attention.run import Launched, Values, compiled_row
-from fi_ffi.ops.call.arguments import check_choice, check_int
+from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int
 from fi_ffi.ops.row import Absent, Arg, Row, Rule, Scalar, Tensor, Vector
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ _OP = FAMILY = "selective_state_update"
 _INT = 2**31 - 1
 _FLOATS = ("float32", "bfloat16", "float16")
 _INTS = ("int32", "int64")
+# States of int16 with scales, and of float16 that are rounded at random.
+INT16, RANDOM = "int16", "random"
 ALGORITHMS = {"auto": 0, "simple": 1, "vertical": 2, "horizontal": 3, "async_horizontal": 1}
 # Heads of a group that the kernels of several tokens are compiled for.
 RATIOS = (1, 2, 4, 8, 16, 32, 64)
@@ -40,6 +44,18 @@ _TOKENS = {"one": "b", "steps": "b t", "sequences": "tokens"}
 
 def _rule(argument: str, axis: str, least: str, what: str) -> Rule:
     return Rule(argument, f"not {argument} or {axis} >= {least}", f"{what}, or more")
+
+
+def _scale_rules(kind: str) -> Iterator[str | Rule]:
+    """What the kernels take of int16 states."""
+    if kind == "one":
+        yield "dstate % 64 == 0"
+        yield Rule("state", "dstate <= 256 or dstate % 256 == 0",
+                   "a dstate of at most 256, or a multiple of it, with int16")  # fmt: skip
+        return
+    of = "intermediate_state_scales"
+    yield Rule(of, f"not {of} or intermediate_state_indices or not state_batch_indices",
+               "intermediate_state_indices: it has b entries, not one for each state")  # fmt: skip
 
 
 def _rules(kind: str, read: int, written: int) -> Iterator[Rule]:
@@ -69,12 +85,23 @@ def _rules(kind: str, read: int, written: int) -> Iterator[Rule]:
 
 
 @functools.cache
-def row_of(kind: str, read: int, written: int) -> Row:
-    """The row for so many axes of `state_batch_indices` and `dst_state_batch_indices`."""
+def row_of(kind: str, read: int, written: int, states: str = "") -> Row:
+    """The row for so many axes of `state_batch_indices` and `dst_state_batch_indices`, and for
+    states of `INT16`, `RANDOM` ones, or others."""
     tokens = _TOKENS[kind]
     of_heads, of_groups = f"{tokens} nheads dim", f"{tokens} ngroups dstate"
     of_token: dict[str, Any] = {"packed": 2, "offset_limit": 2**63}
     maybe: dict[str, Any] = {"doc": "", "optional": True}
+    scale: Arg = Absent("state_scale", "Optional<DLTensor*>")
+    scales: Arg = Absent("intermediate_state_scales", "Optional<DLTensor*>")
+    seed: Arg = Absent("rand_seed", "Optional<DLTensor*>")
+    if states == INT16:
+        scale = Tensor("state_scale", "slots nheads dim", "float32", "", writes=True, packed=2,
+                       offset_limit=2**63, entry_optional=True)  # fmt: skip
+        scales = Tensor("intermediate_state_scales", "b steps nheads dim", "float32", writes=True,
+                        contiguous=True, **maybe)  # fmt: skip
+    elif states == RANDOM:
+        seed = Tensor("rand_seed", "1", "int64", "", entry_optional=True)
     args: tuple[Arg, ...] = (
         Tensor("state", "slots nheads dim dstate", "S", "", writes=True, packed=3,
                offset_limit=2**63),
@@ -90,15 +117,15 @@ def row_of(kind: str, read: int, written: int) -> Row:
         Tensor("state_batch_indices", " ".join(("indices", "width")[:read]), "I", **maybe),
         Tensor("dst_state_batch_indices", " ".join(("targets", "depth")[:written]), "I", **maybe),
         Scalar("pad_slot_id", int, -1, "", low=-(2**31), high=_INT),
-        Absent("state_scale", "Optional<DLTensor*>"),
+        scale,
         Tensor("out", of_heads, "T", "", writes=True, reads=False, contiguous=kind == "one",
                **of_token),
         Scalar("disable_state_update", bool, False, ""),
         Tensor("intermediate_states_buffer", "entries steps nheads dim dstate", "S", writes=True,
                contiguous=True, **maybe),
         Tensor("intermediate_state_indices", "b", "I", contiguous=True, **maybe),
-        Absent("intermediate_state_scales", "Optional<DLTensor*>"),
-        Absent("rand_seed", "Optional<DLTensor*>"),
+        scales,
+        seed,
         Scalar("cache_steps", int, 0, "", low=0, high=_INT),
         # Of sequences, which no other tensor has the number of.
         Tensor("cu_seqlens", "b+1", "L", "", optional=kind != "sequences", entry_optional=True,
@@ -106,14 +133,18 @@ def row_of(kind: str, read: int, written: int) -> Row:
         Tensor("num_accepted_tokens", "accepted", "N", contiguous=True, **maybe),
         Scalar("algorithm", int, 0, ""),
     )  # fmt: skip
+    of_states = {"": _FLOATS, INT16: ("int16",), RANDOM: ("float16",)}[states]
+    dtypes = dict.fromkeys("STWA", _FLOATS) | dict.fromkeys("ILN", _INTS) | {"S": of_states}
+    buffers = ("intermediate_states_buffer", "intermediate_state_scales")
     return Row(
-        _OP, FAMILY, _OP, "csrc/flashinfer_mamba_binding.cu", "", args,
-        dict.fromkeys("STWA", _FLOATS) | dict.fromkeys("ILN", _INTS),
-        ">=0.6.7", vector=Vector(("dim", "dstate")), offset_limit=2**63,
+        _OP, FAMILY, _OP, "csrc/flashinfer_mamba_binding.cu", "", args, dtypes,
+        ">=0.6.12" if states else ">=0.6.7", vector=Vector(("dim", "dstate")), offset_limit=2**63,
+        together=buffers if states == INT16 and kind != "one" else (),
         requires=(
             "nheads >= 1", "nheads <= 65535", "dim >= 16", "dim % 16 == 0", "dstate >= 32",
             "dstate % 8 == 0", "nheads % ngroups == 0", f"slots <= {_INT}", f"b <= {_INT}",
             "slots >= b", f"nheads * dim * dstate <= {_INT}", *_rules(kind, read, written),
+            *(_scale_rules(kind) if states == INT16 else ()),
         ),
         nothing_axis="tokens" if kind == "sequences" else "b",
     )  # fmt: skip
@@ -163,7 +194,8 @@ def judge_states(op: str, query: Any, compiled: Any) -> Support:
         return module_name(FAMILY, release, ssu_arch=_arch(major), **given)
 
     try:
-        return judge(op, [row_of("one", 1, 1)], query, module)
+        states = INT16 if given["state_scale_dtype"] else RANDOM if given["philox_rounds"] else ""
+        return judge(op, [row_of("one", 1, 1, states)], query, module)
     except ArgumentError as error:
         return Support(op, REFUSED, str(error), release=query.release)
 
@@ -198,11 +230,15 @@ def selective_state_update(
     dt_softplus: bool = False,
     state_batch_indices: TensorLike | None = None,
     pad_slot_id: int = -1,
+    state_scale: TensorLike | None = None,
     *,
     out: TensorLike,
     disable_state_update: bool = False,
     intermediate_states_buffer: TensorLike | None = None,
     intermediate_state_indices: TensorLike | None = None,
+    intermediate_state_scales: TensorLike | None = None,
+    rand_seed: TensorLike | None = None,
+    philox_rounds: int = 10,
     cache_steps: int = 0,
     algorithm: str = "auto",
     dst_state_batch_indices: TensorLike | None = None,
@@ -217,7 +253,7 @@ def selective_state_update(
 
     Args:
         state: [slots, nheads, dim, dstate] float32, bfloat16 or float16: the states of all
-            requests, written in place.  Slots may lie apart.
+            requests, written in place.  Slots may lie apart.  Or int16, times `state_scale`.
         x: [b, nheads, dim], a token of each request; or [b, t, nheads, dim], t tokens of each; or
             with `cu_seqlens` [tokens, nheads, dim], all requests' one after another.
         dt: as x without dim, or as x with a stride of 0 there; A: [nheads], D: [nheads] and
@@ -232,10 +268,16 @@ def selective_state_update(
             [b, width].  With one token for each request it has `pad_slot_id` where
             `state_batch_indices` has.  No request may write where another reads: the order in
             which a GPU takes requests is not known.
+        state_scale: [slots, nheads, dim] float32, of int16 states, written with them: a row's
+            largest magnitude over 32767.
         disable_state_update: leaves `state` as it is.
         intermediate_states_buffer: [entries, cache_steps, nheads, dim, dstate], of several tokens:
             gets the state after each, and `state` stays as it is; `intermediate_state_indices`
             [b] has the entry of each request.
+        intermediate_state_scales: [b, cache_steps, nheads, dim] float32, of int16 states: gets the
+            scales of that buffer's states; its entries are then less than b.
+        rand_seed: [1] int64, on the GPU: round states of float16 up or down at random, by how near
+            each is, with random bits of Philox4x32 in `philox_rounds` rounds.
         cache_steps: of sequences the most tokens that one has, with `intermediate_states_buffer`
             its second size; x of one token is then taken as of several.
         algorithm: "auto", "simple", "vertical" or "horizontal".
@@ -244,21 +286,28 @@ def selective_state_update(
         num_accepted_tokens: [b]: how many of its last tokens each request has accepted: it goes on
             from `state_batch_indices[i, accepted - 1]`.
 
-    Indices are on the GPU and are not looked at before the launch.  Not here, and reached by
-    `fi_ffi.module`: states of int16 with scales, and stochastic rounding.  Raises `ArgumentError`
+    Indices are on the GPU and are not looked at before the launch.  States of int16 with
+    `state_batch_indices` are left to the kernels of several tokens, unless `algorithm` names
+    another: those of one read the scale of `pad_slot_id`'s, which is none.  Raises `ArgumentError`
     and `ArgumentTypeError` before anything is launched, `KernelNotFoundError` where there is no
     such module.
     Upstream: flashinfer/mamba/selective_state_update.py, csrc/selective_state_update.cu.
     """
-    call = _Call(_described(state, x, dt, A, B, C, D, z, dt_bias, out), cu_seqlens, cache_steps)
     check_choice(_OP, "algorithm", algorithm, tuple(ALGORITHMS))
+    given = _described(state, x, dt, A, B, C, D, z, dt_bias, out)
+    states = _kind_of_states(given, state_scale, rand_seed, algorithm)
+    is_padded = states == INT16 and algorithm == "auto" and state_batch_indices is not None
+    call = _Call(given, cu_seqlens, cache_steps, states, is_padded)
+    if is_padded and call.is_one and check_flag(_OP, "disable_state_update", disable_state_update):
+        dst_state_batch_indices = None  # those kernels would write there all the same
     call.optional(
         state_batch_indices=state_batch_indices, dst_state_batch_indices=dst_state_batch_indices,
         intermediate_states_buffer=intermediate_states_buffer,
         intermediate_state_indices=intermediate_state_indices,
         num_accepted_tokens=num_accepted_tokens,
+        intermediate_state_scales=intermediate_state_scales,
     )  # fmt: skip
-    values = call.values()
+    values = call.values(check_int(_OP, "philox_rounds", philox_rounds, 1, _MOST_ROUNDS))
     values.put(
         dt_softplus=dt_softplus, pad_slot_id=pad_slot_id, cache_steps=call.cache_steps,
         disable_state_update=disable_state_update, algorithm=ALGORITHMS[algorithm],
@@ -276,13 +325,38 @@ def _described(*tensors: TensorLike | None) -> dict[str, TensorDesc | None]:
     }
 
 
+def _kind_of_states(
+    given: dict[str, TensorDesc | None], scale: Any, seed: Any, algorithm: str
+) -> str:
+    """The kind of row that states are of, with their scale and the seed put to the tensors."""
+    state = given["state"]
+    assert state is not None
+    is_int16, dtype = state.dtype.name == "int16", state.dtype.name
+    if is_int16 and scale is None:
+        raise ArgumentError(_OP, "state_scale", got=None, expected="scales, with int16 states")
+    if is_int16 and algorithm == "horizontal":
+        expected = "another: its kernels have no scales"
+        raise ArgumentError(_OP, "algorithm", got=algorithm, expected=expected)
+    for name, tensor, wanted in (("state_scale", scale, "int16"), ("rand_seed", seed, "float16")):
+        if tensor is not None:
+            given[name] = desc = as_desc(tensor, _OP, name)
+            if dtype != wanted:
+                expected = f"None: only states of {wanted} have it"
+                raise ArgumentError(_OP, name, got=desc.layout, expected=expected)
+    wide = given.get("state_scale")
+    if wide is not None and len(wide.shape) == 4 and wide.shape[3] == 1:
+        given["state_scale"] = _viewed(wide, wide.shape[:3], wide.strides[:3])
+    return INT16 if is_int16 else RANDOM if seed is not None else ""
+
+
 class _Call:
     """A call's tensors as the kernels take them, and what its module is compiled for."""
 
     def __init__(
-        self, given: dict[str, TensorDesc | None], cu_seqlens: Any, cache_steps: Any
-    ) -> None:
-        self.given = given
+        self, given: dict[str, TensorDesc | None], cu_seqlens: Any, cache_steps: Any,
+        states: str = "", is_padded: bool = False,
+    ) -> None:  # fmt: skip
+        self.given, self.states = given, states
         self.cache_steps = check_int(_OP, "cache_steps", cache_steps, 0, _INT)
         state, x = self._there("state"), self._there("x")
         if len(state.shape) != 4:
@@ -296,7 +370,8 @@ class _Call:
             if not self.cache_steps:
                 expected = "the most tokens that a sequence has, with cu_seqlens"
                 raise ArgumentError(_OP, "cache_steps", got=0, expected=expected)
-        elif rank == 3 and not self.cache_steps:
+        self.is_one = rank == 3 and not self.cache_steps
+        if self.is_one and not is_padded:
             self.kind = "one"
         for name, rank_of, sizes in (
             ("dt", rank, (self.dim,)), ("A", 3, (self.dim, self.dstate)), ("D", 2, (self.dim,)),
@@ -320,9 +395,11 @@ class _Call:
         """Take what a call may have besides, and judge what goes together."""
         for name, tensor in tensors.items():
             self.given[name] = None if tensor is None else as_desc(tensor, _OP, name)
-            if self.kind == "one" and tensor is not None and name not in _OF_ONE:
+            if self.is_one and tensor is not None and name not in _OF_ONE:
                 raise self._not_none(name, "with one token for each request and no cache_steps")
         given = self.given
+        if given["intermediate_state_scales"] and self.states != INT16:
+            raise self._not_none("intermediate_state_scales", "only states of int16 have it")
         if given["intermediate_states_buffer"] and given["dst_state_batch_indices"]:
             raise self._not_none("dst_state_batch_indices", "with intermediate_states_buffer")
         if given["num_accepted_tokens"] and not given["state_batch_indices"]:
@@ -342,14 +419,19 @@ class _Call:
             raise ArgumentError(_OP, name, got=desc.layout, expected=expected)
         return len(desc.shape)
 
-    def values(self) -> Values:
+    def values(self, philox_rounds: int) -> Values:
         """The row's values, with the tensors among them."""
-        row = row_of(self.kind, *(self._rank(name) for name in _OF_ONE))
+        read, written = (self._rank(name) for name in _OF_ONE)
+        row = row_of(self.kind, read, written, self.states)
         dtypes: dict[str, str] = {}
         compiled: dict[str, Any] = {"ntokens_mtp": 1, "dim": self.dim, "dstate": self.dstate}
+        if self.states == INT16:
+            compiled["state_scale_dtype"] = "float32"
+        elif self.states == RANDOM:
+            compiled["philox_rounds"] = philox_rounds
         for arg in row.tensors:
             desc = self.given.get(arg.name)
-            if desc is None or arg.dtype in dtypes:
+            if desc is None or arg.dtype in dtypes or arg.dtype not in row.dtypes:
                 continue
             name, allowed = desc.dtype.name, row.dtypes[arg.dtype]
             if name not in allowed:
@@ -373,7 +455,7 @@ class _Call:
 
 
 _OF_ONE = ("state_batch_indices", "dst_state_batch_indices")
-_MOST = 10**9
+_MOST, _MOST_ROUNDS = 10**9, 1000
 # Which of a module's dtypes each variable is.
 _COMPILED = {
     "S": "state_dtype", "T": "input_dtype", "W": "weight_dtype", "A": "matrixA_dtype",

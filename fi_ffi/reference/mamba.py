@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+from fi_ffi.reference import philox
 from fi_ffi.reference.arrays import Array
-from fi_ffi.reference.formula import SLACK, Exact, Formula, Inputs
+from fi_ffi.reference.formula import SLACK, Exact, Expected, Formula, Inputs, OneOfMany
 
 
 def seq_chunk_cumsum(a: Inputs) -> Exact:
@@ -59,6 +61,9 @@ def _requests(a: Inputs) -> Iterator[_Request]:
             slot = _column(a["state_batch_indices"], i, first)
         targets: list[int | None] = [None] * len(tokens)
         kept = slot != pad
+        # Without a choice of theirs pads are left to the kernels of several tokens.
+        if not kept and is_one and "state_scale" in a and a["algorithm"]:
+            raise IndexError(f"request {i} has state {slot}, whose scale the kernels would read")
         if kept and "intermediate_states_buffer" in a:
             of = a.get("intermediate_state_indices")
             entry = slot if of is None else int(of[i])
@@ -77,6 +82,8 @@ def _check_slots(a: Inputs, i: int, source: int | None, targets: list[int | None
     """A GPU would read and write past the states."""
     buffer = a.get("intermediate_states_buffer")
     room = len(a["state"]) if buffer is None else buffer.shape[0] * buffer.shape[1]
+    if "intermediate_state_scales" in a:
+        room = len(_tokens(a)) * a["cache_steps"]
     for slot, count in [(source, len(a["state"])), *((target, room) for target in targets)]:
         if slot is not None and not 0 <= slot < count:
             raise IndexError(f"request {i} has state {slot} of {count}")
@@ -92,11 +99,17 @@ def selective_state_update(a: Inputs) -> Exact:
     kept = a["state"] if buffer is None else buffer
     states = kept.reshape(-1, *kept.shape[-3:]).copy()
     off_states = np.zeros_like(states)
+    is_written = np.zeros(len(states), bool)
+    # Where each state was read: random bits are drawn by that place.
+    sources = np.zeros(len(states), np.int64)
+    before = a["state"]
+    if "state_scale" in a:
+        before = before * a["state_scale"][..., None]
     out, off_out = a["out"].copy(), np.zeros_like(a["out"])
     decays, skip = a["A"][:, 0, 0], a["D"][:, 0]
     for request in _requests(a):
         slot = request.source
-        state = np.zeros(a["state"].shape[1:]) if slot is None else a["state"][slot]
+        state = np.zeros(before.shape[1:]) if slot is None else before[slot]
         off = np.zeros_like(state)
         for at, target in zip(request.tokens, request.targets, strict=True):
             dt, off_dt = _step(a, at)
@@ -125,12 +138,119 @@ def selective_state_update(a: Inputs) -> Exact:
                 read = read * gate
             out[at], off_out[at] = read, off_read
             if target is not None:
-                states[target], off_states[target] = state, off
+                states[target], off_states[target], is_written[target] = state, off, True
+                sources[target] = 0 if slot is None else slot
     name = "state" if buffer is None else "intermediate_states_buffer"
-    found = {name: (states.reshape(kept.shape), off_states.reshape(kept.shape) / SLACK)}
+    found: dict[str, Expected] = {
+        name: (states.reshape(kept.shape), off_states.reshape(kept.shape) / SLACK)
+    }
+    if "state_scale" in a:
+        found |= _of_int16(a, name, states, off_states, is_written)
+    elif "rand_seed" in a:
+        noise = _noise(a, sources, states.shape)
+        found[name] = _rounded_at_random(kept.shape, states, off_states, is_written, noise)
     if buffer is not None:
         found["state"] = (a["state"], np.zeros_like(a["state"]))
+        if "state_scale" in a:
+            found["state"] = (a["state"].astype(np.int16), None)
+            found["state_scale"] = (a["state_scale"].astype(np.float32), None)
     return {"out": (out, off_out / SLACK), **found}
+
+
+_INT16 = 32767.0
+
+
+def _of_int16(
+    a: Inputs, name: str, states: Array, off: Array, is_written: Array
+) -> dict[str, Expected]:
+    """States as integers, and the scale of each row."""
+    of_scales = "state_scale" if name == "state" else "intermediate_state_scales"
+    largest = np.abs(states).max(axis=-1)
+    encode = _INT16 / np.where(largest > 0, largest, _INT16)
+    shape = a[of_scales].shape
+    scales = a[of_scales].reshape(-1, *shape[-2:]).copy()
+    off_scales = np.zeros_like(scales)
+    # There may be room for more states than scales: those are of requests.
+    at = np.flatnonzero(is_written)
+    scales[at] = 1 / encode[at]
+    off_scales[at] = off[at].max(axis=-1) / _INT16 + _EXP * scales[at]
+    values = np.where(is_written[:, None, None, None], states * encode[..., None], states)
+    of_largest = off.max(axis=-1) / np.where(largest > 0, largest, 1.0) + _EXP
+    allowed = 0.5 + off * encode[..., None] + np.abs(values) * of_largest[..., None]
+
+    def judge(got: Array) -> tuple[float, float]:
+        error = np.abs(got.astype(np.float64).reshape(values.shape) - values)
+        fraction = np.where(is_written[:, None, None, None], error / allowed, np.inf)
+        fraction = np.where(error == 0, 0.0, fraction)
+        return float(error.max(initial=0.0)), float(fraction.max(initial=0.0))
+
+    kept = a[name].shape
+    return {
+        name: OneOfMany(lambda: np.rint(values).reshape(kept), judge),
+        of_scales: (scales.reshape(shape), off_scales.reshape(shape) / SLACK),
+    }
+
+
+def _noise(a: Inputs, sources: Array, shape: tuple[int, ...]) -> Array:
+    """13 random bits for each element of states: those that the kernels of one token draw with
+    `algorithm="simple"`, and those of several tokens.
+
+    A counter is the place in the states where a group of up to four elements was read.
+    """
+    size, dstate = math.prod(shape[1:]), shape[-1]
+    place = np.arange(size, dtype=np.int64)
+    column = place % dstate
+    if a["x"].ndim == 3 and "cu_seqlens" not in a:
+        count = min(8, dstate // 32)
+        of_group = column % count % 4
+        word, shift = of_group, np.zeros_like(column)
+    else:
+        of_group = column % 4
+        word, shift = of_group // 2, of_group % 2 * 16
+    counter = (sources[:, None] * size + place - of_group).astype(np.uint64)
+    low, zero = np.uint64(0xFFFFFFFF), np.zeros_like(counter)
+    seed = np.uint64(int(np.ravel(a["rand_seed"])[0]) % 2**64)
+    halves = (counter & low, counter >> np.uint64(32), zero, zero)
+    key = (np.full_like(counter, seed & low), np.full_like(counter, seed >> np.uint64(32)))
+    words = np.stack(philox.block(halves, key))
+    drawn = np.take_along_axis(words, np.broadcast_to(word, counter.shape)[None], axis=0)[0]
+    found: Array = (drawn >> shift.astype(np.uint64) & np.uint64(0x1FFF)).reshape(shape)
+    return found
+
+
+def at_random(values: Array, noise: Array) -> Array:
+    """Numbers in float16: their magnitude with 13 random bits below its last, cut off; 0 where
+    that is subnormal."""
+    bits = values.astype(np.float32).view(np.uint32)
+    magnitude = (bits & np.uint32(0x7FFFFFFF)) + noise.astype(np.uint32)
+    cut = (magnitude >> np.uint32(13)).astype(np.int64) - (112 << 10)
+    cut = np.where(cut < 1 << 10, 0, np.minimum(cut, 31 << 10))
+    halves = (cut + (bits >> np.uint32(31)).astype(np.int64) * (1 << 15)).astype(np.uint16)
+    found: Array = halves.view(np.float16).astype(np.float64)
+    return found
+
+
+def _rounded_at_random(
+    kept: tuple[int, ...], states: Array, off: Array, is_written: Array, noise: Array
+) -> OneOfMany:
+    """Either neighbour in float16: which one other kernels draw otherwise."""
+    written = is_written[:, None, None, None]
+    values = np.where(written, at_random(states, noise), states)
+    least, most = np.zeros_like(noise), np.full_like(noise, 0x1FFF)
+    sign, size = np.sign(states), np.abs(states)
+    near = np.where(written, at_random(np.maximum(size - off, 0), least), size)
+    far = np.where(written, at_random(size + off, most), size)
+
+    def judge(got: Array) -> tuple[float, float]:
+        found = got.astype(np.float64).reshape(states.shape) * np.where(sign < 0, -1, 1)
+        # A state near 0 may have either sign, and some GPUs have subnormal ones.
+        is_small = (np.maximum(np.abs(found), size) <= off + 2.0**-14) & written
+        is_right = (near <= found) & (found <= far) | is_small
+        is_right |= np.isnan(found) & np.isnan(size) & ~written
+        error = np.where(written, np.abs(found - size), 0.0)
+        return float(error.max(initial=0.0)), 0.0 if is_right.all() else np.inf
+
+    return OneOfMany(lambda: values.reshape(kept), judge)
 
 
 def _step(a: Inputs, at: tuple[int, ...]) -> tuple[Array, Array]:

@@ -19,11 +19,13 @@ _WEYL = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _ROUNDS = 10
 
 
-def block(counter: tuple[Array, ...], key: tuple[Array, Array]) -> tuple[Array, ...]:
+def block(
+    counter: tuple[Array, ...], key: tuple[Array, Array], rounds: int = _ROUNDS
+) -> tuple[Array, ...]:
     """Four words for each counter of four; all of them in 64 bits."""
     x, y, z, w = counter
     first, second = key
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         one, two = _MULTIPLIERS[0] * x, _MULTIPLIERS[1] * z
         x, y, z, w = (two >> _32) ^ y ^ first, two & _LOW, (one >> _32) ^ w ^ second, one & _LOW
         first, second = (first + _WEYL[0]) & _LOW, (second + _WEYL[1]) & _LOW

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 
@@ -135,6 +137,179 @@ def test_it_is_its_definition(rng):
         np.testing.assert_allclose(found["state"][slot, head, d], state, rtol=1e-9)
 
 
+# The modules of int16 and of random rounding that GPU tests have.
+QUANTISED = [("int16 bfloat16 bfloat16 float32", "int32", 1),
+             ("int16 bfloat16 bfloat16 float32", "int32", 4)]  # fmt: skip
+AT_RANDOM = [("float16 bfloat16 bfloat16 float32", "int32", 1),
+             ("float16 bfloat16 bfloat16 float32", "int32", 4)]  # fmt: skip
+OF_INT16 = {"heads": 4, "dim": 16, "dstate": 64}
+
+
+def of(rng, machine, given, b, kind="one", **more) -> StateCall:
+    dtypes, indices, steps = given
+    small = {} if machine.is_gpu else OF_INT16
+    made = {"dtypes": dtypes, "indices": indices, **small, **more}
+    return StateCall(rng, kind, b, steps, **made)
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "simple", "vertical"])
+@pytest.mark.parametrize("b", [1, 5, 70])
+def test_int16_states_of_one_token(b, algorithm, machine, rng):
+    """With their scales; a pad where the kernels of several tokens take it."""
+    call = of(rng, machine, QUANTISED[0], b, gated=b != 5)
+    call.options["algorithm"] = algorithm
+    assert call.worst(machine) <= 1
+    call.read_from(*([b // 2] if algorithm == "auto" and b > 1 else []))
+    assert call.worst(machine) <= 1
+    call.options["disable_state_update"] = True
+    assert call.worst(machine) <= 1
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "simple"])
+def test_int16_states_go_elsewhere(algorithm, machine, rng):
+    call = of(rng, machine, QUANTISED[0], 5, slots=20)
+    call.options["algorithm"] = algorithm
+    call.read_from()
+    call.write_to()
+    assert call.worst(machine) <= 1
+    call.options["disable_state_update"] = True
+    before = {name: call.arrays[name].tobytes() for name in ("state", "state_scale")}
+    if machine.is_gpu:
+        machine.need(call.module())
+    got = call.run(machine)
+    assert before == {name: got[name].tobytes() for name in before}
+
+
+@pytest.mark.parametrize("kind", ["steps", "sequences"])
+@pytest.mark.parametrize("b", [1, 9])
+def test_int16_states_of_several_tokens(kind, b, machine, rng):
+    call = of(rng, machine, QUANTISED[1], b, kind, slots=60)
+    call.read_from(*([b - 1] if b > 1 else []))
+    assert call.worst(machine) <= 1
+    if kind == "steps":
+        call.write_to(width=4)
+        assert call.worst(machine) <= 1
+        del call.arrays["dst_state_batch_indices"]
+        call.keep_each(5)
+        assert call.worst(machine) <= 1
+
+
+def test_rows_of_0_have_a_scale_of_1(machine, rng):
+    call = of(rng, machine, QUANTISED[0], 3)
+    for name in ("state", "x"):
+        call.arrays[name] = np.zeros_like(call.arrays[name])
+    if machine.is_gpu:
+        machine.need(call.module())
+    got = call.run(machine)
+    assert (got["state_scale"][:3] == 1).all() and not got["state"][:3].any()
+    assert got["state_scale"][3:].tobytes() == call.arrays["state_scale"][3:].tobytes()
+
+
+def test_int16_is_what_the_scale_says(rng):
+    """One row at a time, in plain Python."""
+    call = StateCall(rng, b=2, dtypes=QUANTISED[0][0], **OF_INT16, gated=False)
+    call.options["dt_softplus"] = False
+    a = {name: array.astype(np.float64) for name, array in call.arrays.items()}
+    fi_ffi.selective_state_update(**call.arrays, **call.options)
+    for i, head, d in np.ndindex(2, 4, 16):
+        dt = a["dt"][i, head] + a["dt_bias"][head]
+        row = a["state"][i, head, d] * a["state_scale"][i, head, d] * np.exp(a["A"][head] * dt)
+        row = row + dt * a["B"][i, head // 2] * a["x"][i, head, d]
+        scale = call.arrays["state_scale"][i, head, d]
+        assert abs(scale - max(map(abs, row)) / 32767) <= 1e-6 * scale
+        got = call.arrays["state"][i, head, d]
+        assert max(map(abs, got.tolist())) == 32767
+        assert np.abs(got * np.float64(scale) - row).max() <= 0.503 * scale
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "simple", "vertical", "horizontal"])
+@pytest.mark.parametrize("b", [1, 70])
+def test_rounding_at_random_of_one_token(b, algorithm, machine, rng):
+    """To a neighbour; by `simple` to the one that its bits say, but where float32 is off."""
+    call = of(rng, machine, AT_RANDOM[0], b)
+    call.read_from(*([b // 2] if b > 1 else []))
+    call.at_random(2**40 + 12345)
+    call.options["algorithm"] = algorithm
+    assert call.worst(machine) <= 1
+    if algorithm == "simple":
+        assert share_of_the_same(call, machine) > 0.99
+
+
+@pytest.mark.parametrize("kind", ["steps", "sequences"])
+def test_rounding_at_random_of_several_tokens(kind, machine, rng):
+    call = of(rng, machine, AT_RANDOM[1], 6, kind, slots=60)
+    call.read_from(2)
+    call.at_random(-7)
+    call.options["algorithm"] = "simple"
+    assert call.worst(machine) <= 1 and share_of_the_same(call, machine) > 0.99
+    if kind == "steps":
+        call.keep_each(4)
+        assert call.worst(machine) <= 1
+
+
+def share_of_the_same(call: StateCall, machine) -> float:
+    """Of the states that the reference rounds up or down as was got."""
+    expected = call.case().expected["state"].value()
+    got = call.run(machine)["state"].astype(np.float64)
+    return float((got == expected).mean())
+
+
+def test_rounding_at_random_is_fair(machine, rng):
+    """Over seeds the mean is the number, and another seed rounds others."""
+    call = of(rng, machine, AT_RANDOM[0], 4, gated=False)
+    if machine.is_gpu:
+        call.at_random(0)
+        machine.need(call.module())
+    plain = of(rng, machine, AT_RANDOM[0], 4, gated=False)
+    plain.arrays = {**call.arrays}
+    plain.arrays.pop("rand_seed", None)
+    exact = plain.case().expected["state"][0][:4]
+    found = []
+    for seed in range(40):
+        call.at_random(seed * 2**33 + 1)
+        found.append(call.run(machine)["state"][:4].astype(np.float64))
+    large = np.abs(exact) > 2.0**-13
+    step = 2.0 ** (np.floor(np.log2(np.abs(exact[large]))) - 10)
+    off = ((np.mean(found, axis=0)[large] - exact[large]) / step).mean()
+    assert abs(off) < 5 / np.sqrt(40 * large.sum() / 8), "of so many, eight at a time alike"
+    assert any((one != found[0]).any() for one in found[1:])
+    nearest = plain.case().expected["state"][0][:4].astype(np.float16).astype(np.float64)
+    assert 0.05 < (found[0] != nearest)[large].mean() < 0.5
+
+
+def test_the_bits_of_philox(rng):
+    """Of one element, counted in plain Python."""
+    call = StateCall(rng, b=3, dtypes=AT_RANDOM[0][0], indices="int32", **OF_INT16)
+    call.read_from()
+    seed = -(2**50) + 77
+    call.at_random(seed)
+    case = call.case()
+    got = case.expected["state"].value()
+    plain = StateCall(rng, b=3, dtypes=AT_RANDOM[0][0], indices="int32", **OF_INT16)
+    plain.arrays = {name: a for name, a in call.arrays.items() if name != "rand_seed"}
+    exact = plain.case().expected["state"][0]
+    for slot in call.arrays["state_batch_indices"].tolist():
+        for head, d, n in ((0, 0, 0), (3, 15, 63), (2, 7, 33)):
+            place = ((slot * 4 + head) * 16 + d) * 64 + n
+            value = float(exact[slot, head, d, n])
+            (bits,) = struct.unpack("<I", struct.pack("<f", value))
+            total = (bits & 0x7FFFFFFF) + (philox4(seed, place - n % 2)[n % 2] & 0x1FFF)
+            size = ((total >> 13) - (112 << 10)) if total >> 23 >= 113 else 0
+            (half,) = struct.unpack("<e", struct.pack("<H", size | bits >> 31 << 15))
+            assert got[slot, head, d, n] == half
+
+
+def philox4(seed: int, place: int) -> list[int]:
+    key = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
+    c = [place & 0xFFFFFFFF, place >> 32, 0, 0]
+    for _ in range(10):
+        first, third = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [third >> 32 ^ c[1] ^ key[0], third & 0xFFFFFFFF,
+             first >> 32 ^ c[3] ^ key[1], first & 0xFFFFFFFF]  # fmt: skip
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
 def test_inputs_that_are_parts_of_one(machine, rng):
     """x, B and C as a layer's convolution leaves them, states apart, and FlashInfer's strides."""
     call = StateCall(rng, b=4, **sizes(machine))
@@ -229,6 +404,76 @@ def test_refusals(argument, change, rng):
     call = StateCall(rng, **SMALL)
     call.read_from()
     wrong(call, argument, **{argument: change(call.arrays)})
+
+
+@pytest.mark.parametrize(
+    ("argument", "change"),
+    [
+        ("state_scale", lambda _: None),
+        ("state_scale", lambda a: a["state_scale"][:-1]),
+        ("state_scale", lambda a: a["state_scale"].astype(np.float16)),
+        ("state_scale", lambda a: a["state_scale"][..., None].repeat(2, axis=-1)),
+        ("state_scale", lambda a: np.repeat(a["state_scale"], 2, axis=1)[:, ::2]),
+        ("state_scale", lambda a: a["x"]),
+        ("rand_seed", lambda _: np.zeros(1, np.int64)),
+        ("algorithm", lambda _: "horizontal"),
+        ("intermediate_state_scales", lambda a: a["state_scale"][None]),
+        ("philox_rounds", lambda _: 0),
+    ],
+    ids=lambda given: given if isinstance(given, str) else "",
+)
+def test_refusals_of_int16(argument, change, rng):
+    call = StateCall(rng, dtypes=QUANTISED[0][0], **OF_INT16)
+    wrong(call, argument, **{argument: change(call.arrays)})
+    four = {**call.arrays, "state_scale": call.arrays["state_scale"][..., None]}
+    fi_ffi.selective_state_update(**four, **call.options)  # FlashInfer's shape
+
+
+def test_refusals_of_int16_and_of_rounding(rng):
+    call = StateCall(rng, "steps", 3, 4, dtypes=QUANTISED[1][0], **OF_INT16)
+    call.read_from()
+    call.keep_each(4)
+    scales = call.arrays["intermediate_state_scales"]
+    wrong(call, "intermediate_state_scales", intermediate_state_scales=None)
+    wrong(call, "intermediate_state_scales", intermediate_state_scales=scales[:, :3].copy())
+    wrong(call, "intermediate_state_scales", intermediate_state_indices=None,
+          intermediate_states_buffer=np.zeros((12, 4, 4, 16, 64), np.int16))  # fmt: skip
+    for dstate in (32, 96, 320):
+        narrow = StateCall(rng, dtypes=QUANTISED[0][0], heads=4, dim=16, dstate=dstate)
+        wrong(narrow, "state")
+    plain = StateCall(rng, **SMALL)
+    wrong(plain, "state_scale", state_scale=np.ones((12, 4, 16), np.float32))
+    wrong(plain, "rand_seed", rand_seed=np.zeros(1, np.int64))
+    half = StateCall(rng, dtypes=AT_RANDOM[0][0], **SMALL)
+    for seed in (np.zeros(2, np.int64), np.zeros(1, np.int32), 7):
+        wrong(half, "rand_seed", rand_seed=seed)
+    half.at_random(3)
+    for rounds in (0, -1, True, 2.0):
+        wrong(half, "philox_rounds", philox_rounds=rounds)
+    padded = StateCall(rng, dtypes=QUANTISED[0][0], **OF_INT16)
+    padded.read_from(1)
+    padded.options["algorithm"] = "simple"
+    with pytest.raises(fi_ffi.KernelError, match="has state -1, whose scale"):
+        fi_ffi.selective_state_update(**padded.arrays, **padded.options)
+
+
+def test_modules_of_int16_and_of_rounding(rng):
+    """Named as FlashInfer's generator names them."""
+    names = (
+        "selective_state_update_s_{}_i_bf16_w_bf16_a_f32_si_i32_d_64_ds_128_nt_{}_cs_i32_na_i32{}"
+    )
+    for given, kind, more in ((QUANTISED[0], "i16", "_sc_f32"), (AT_RANDOM[1], "f16", "_pr_10")):
+        dtypes, indices, steps = given
+        call = StateCall(rng, "steps", 2, steps, dtypes=dtypes, indices=indices)
+        call.read_from()
+        if kind == "f16":
+            call.at_random(1)
+        assert call.module("cpu") == names.format(kind, steps, more) + "_sm90"
+    asked = {"state_dtype": "float16", "philox_rounds": 7, "release": "0.6.13"}
+    told = fi_ffi.selective_state_update.supports(90, **asked)
+    assert told.status == "missing" and "_pr_7_sm90" in told.build
+    early = fi_ffi.selective_state_update.supports(90, **asked | {"release": "0.6.9"})
+    assert early.status == "refused" and ">=0.6.12" in early.reason
 
 
 def test_refusals_of_several_tokens(rng):
