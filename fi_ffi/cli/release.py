@@ -256,7 +256,8 @@ def _generators(difference: Difference) -> Iterator[str]:
             less = [f"-{p}" for p in before.parameters if p not in after.parameters]
             yield f"    parameters {' '.join([*more, *less]) or 'in another order'}"
         if before.names != after.names:
-            yield f"    names {_shorter(' or '.join(before.names), ' or '.join(after.names))}"
+            names = (" or ".join(made.names) or "not written out" for made in (before, after))
+            yield f"    names {_shorter(*names)}"
 
 
 _PIECES = re.compile(r"\{.*?\}|[^{_]+|_")

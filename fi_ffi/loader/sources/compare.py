@@ -180,8 +180,9 @@ def family_of(generator: str) -> str:
     """The family whose modules a generator makes or names, if there is one."""
     function = generator.partition(":")[2].lstrip("_")
     for row in ROWS:
-        known = (row.generator or "").partition(":")[2].lstrip("_")
-        if function in (known, f"get_{row.family}_uri", f"get_{row.family}_module_uri"):
+        maker = (row.generator or "").partition(":")[2].lstrip("_")
+        what = maker.removeprefix("gen_").removesuffix("_module")
+        if function in (maker, f"get_{what}_uri", f"get_{row.family}_uri"):
             return row.family
     return ""
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 MODULES = "jit/attention/modules.py"
+_SPEC = "gen_jit_spec"  # which all generators call, with a module's name
 # The generator of each attention family in `MODULES`, by the first of these names that is there.
 _GENERATORS = {
     "batch_attention": ("_gen_batch_attention_module", "gen_batch_attention_module"),
@@ -122,7 +123,8 @@ def generators(path: str, text: str) -> dict[str, Generator]:
 
 def _is_generator(name: str) -> bool:
     plain = name.lstrip("_")
-    return plain.startswith("gen_") or (plain.startswith("get_") and plain.endswith("_uri"))
+    makes = plain.startswith("gen_") and plain != _SPEC
+    return makes or (plain.startswith("get_") and plain.endswith("_uri"))
 
 
 def _names(function: ast.FunctionDef) -> Iterator[str]:
@@ -134,7 +136,7 @@ def _names(function: ast.FunctionDef) -> Iterator[str]:
     }
     for node in ast.walk(function):
         value: ast.expr | None = None
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("gen_jit_spec"):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(_SPEC):
             named = [word.value for word in node.keywords if word.arg == "name"]
             value = next(iter([*node.args[:1], *named]), None)
         elif isinstance(node, ast.Return) and function.name.endswith("_uri"):
