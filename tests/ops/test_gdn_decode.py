@@ -348,6 +348,20 @@ NAMES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("t", "steps"),
+    [(1, {1: 16, 129: 32, 264: 64, 512: 64, 1024: 128}), (2, {1: 16, 128: 32, 512: 64, 1024: 128})],
+)
+def test_rows_of_a_block(t, steps):
+    """Of bfloat16 states, as FlashInfer's own choice on 132 multiprocessors is."""
+    for states in range(1, 1100):
+        kernel = Kernel(1, 1, t, least_states(states, 1, 132))
+        tile = steps[max(step for step in steps if step <= states)]
+        wide = states >= (512 if t == 1 else 128)
+        assert f"_m1_tm1_{tile}_" in module_of(kernel), states
+        assert ("wide_vec" in module_of(kernel)) is wide
+
+
 @pytest.mark.parametrize(("compiled", "b", "name"), NAMES, ids=lambda given: "")
 def test_modules_are_called_as_flashinfer_calls_them(compiled, b, name):
     kernel = Kernel(16, 32, states=least_states(b, 32, 132), **compiled)
