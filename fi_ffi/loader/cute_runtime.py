@@ -28,7 +28,9 @@ TRIED = "4.7.1 and 4.8.1"
 
 _PROJECT = "nvidia-cutlass-dsl-libs-cu{}"
 _MEMBER = "nvidia_cutlass_dsl/cu{}/lib/" + FILE
-_INSTALL = f"`pip install --no-deps '{_PROJECT.format(CUDA_MAJORS[0])}{ACCEPTED}'` (or fi-ffi[cute])"
+_INSTALL = (
+    f"`pip install --no-deps '{_PROJECT.format(CUDA_MAJORS[0])}{ACCEPTED}'` (or fi-ffi[cute])"
+)
 _lock = threading.RLock()
 library.renew_after_fork(globals(), "_lock", threading.RLock)
 

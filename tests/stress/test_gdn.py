@@ -74,6 +74,11 @@ def need_checkpoints(every: int) -> None:
         pytest.skip(f"kernels of releases {OP.row.releases} keep no checkpoints")
 
 
+def is_in_cute_dsl() -> bool:
+    """Whether the kernels in use are those of Python sources (from 0.6.14 on)."""
+    return OP.row.source.endswith(".py")
+
+
 # Lengths and heads, and launches that none waits for.
 
 
@@ -242,7 +247,7 @@ def test_graph(machine, rng, in_place, dtype):
 @DTYPES
 @pytest.mark.parametrize("length", [1, 65])
 def test_checkpoints_as_flashinfer_counts_them(machine, rng, length, dtype):
-    """With room for `length // every` checkpoints the kernel writes one past the end."""
+    """With room for `length // every` checkpoints the compiled kernel writes one past the end."""
     need_checkpoints(TILE)
     lane = Lane(machine, Spec((length,), 1, 1, dtype, every=TILE), rng)
     count = length // TILE
@@ -268,6 +273,9 @@ def test_checkpoints_as_flashinfer_counts_them(machine, rng, length, dtype):
     launch()
     after, state = room.get(), lane.read(0)["output_state"]
     assert room.intact()
+    if is_in_cute_dsl():
+        assert np.isnan(after[count]).all(), "it writes past the end, too"
+        return
     assert after[count].tobytes() == state[0].tobytes(), "not the last state past the end"
 
 
@@ -363,11 +371,14 @@ machine.close()
 
 
 def test_a_sequence_without_tokens(machine, rng):
-    """The kernel never ends; a watchdog tells of it, and the GPU serves others as before."""
+    """The compiled kernel never ends; a watchdog tells of it, and the GPU serves others."""
     kind = "gpu" if machine.is_gpu else "cpu"
     status, out, err = children.done(HANGING, kind, "full")
     assert (status, out.split()) == (0, ["launching", "finished"]), err
     status, out, err = children.done(HANGING, kind, "empty", seconds=65)
+    if machine.is_gpu and is_in_cute_dsl():
+        assert (status, out.split()) == (0, ["launching", "finished"]), err
+        return
     assert out.split() == ["launching"], err
     if machine.is_gpu:
         assert status == 124, f"{status}, not ended by its watchdog: {err}"

@@ -23,8 +23,8 @@ from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
 from fi_ffi.errors import ArgumentError, ArtifactError, BuildError
 from fi_ffi.loader import cache
-from fi_ffi.loader.lock import parse_release
 from fi_ffi.loader.listed import sha256_of
+from fi_ffi.loader.lock import parse_release
 from fi_ffi.loader.sources.interface import Interface, interface_of
 from fi_ffi.loader.urls import redact, refuse_offline
 
