@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fi_ffi.abi.tensor import Device, DType, parse_dtype
 from fi_ffi.errors import ArgumentError, printed
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP4, FP8, of_release
+from fi_ffi.ops.attention.sizes import BY_QUERY, Geometry
 from fi_ffi.ops.call.arguments import check_choice, check_number
 from fi_ffi.ops.providers import release_in_use
 from fi_ffi.ops.releases import is_in
@@ -157,6 +158,12 @@ def release_for(device: Device) -> str | None:
     """The release of the kernels that a device runs; None for the CPU, whose reference has all
     that any release has."""
     return release() if device.is_cuda else None
+
+
+def geometry_on(device: Device, geometry: Geometry) -> Geometry:
+    """The geometry as the kernels that a device runs count it: in tiles, or in queries."""
+    of = release_for(device)
+    return replace(geometry, by_query=of is not None and is_in(of, BY_QUERY))
 
 
 def check_encoding(op: str, mode: str, logits_soft_cap: float) -> None:

@@ -7,7 +7,6 @@ once a schedule, and each run writes what it is given.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from operator import attrgetter
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
@@ -22,17 +21,16 @@ from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda
 from fi_ffi.ops.attention.arrays import Arrays, Batch
-from fi_ffi.ops.attention.backends import in_use, multiprocessors, release
+from fi_ffi.ops.attention.backends import geometry_on, in_use, multiprocessors
 from fi_ffi.ops.attention.options import Options
 from fi_ffi.ops.attention.rows import WITH_COPY
 from fi_ffi.ops.attention.run import BoundRow, Values, asked_of, compiled_row
-from fi_ffi.ops.attention.sizes import BY_QUERY, Need, aligned
+from fi_ffi.ops.attention.sizes import Need, aligned
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call import memory
 from fi_ffi.ops.call.launch import launch
 from fi_ffi.ops.call.prepared import PackedCall, tensor_like
 from fi_ffi.ops.notation import parse_axis
-from fi_ffi.ops.releases import is_in
 from fi_ffi.ops.row import PlanInfo, Row
 from fi_ffi.ops.watch import watching
 
@@ -144,8 +142,7 @@ class Plan:
         self.room: dict[str, int] = {}
         self.options = self.options_class(**options)
         rows = self.choose_rows()
-        by_query = self.device.is_cuda and is_in(release(), BY_QUERY)
-        self.geometry = replace(self.options.geometry(self.machine), by_query=by_query)
+        self.geometry = geometry_on(self.device, self.options.geometry(self.machine))
         self.module = self.options.kernel.module(self.backend_of_module)
         planner, *self._run_rows = in_use(rows, self.device)
         self._bind_planner(planner)
