@@ -45,7 +45,7 @@ from fi_ffi.loader.kernels import (
     open_source,
     release_of,
 )
-from fi_ffi.loader.lock import RELEASE, PinnedWheel, the_lock, this_platform, wanted_release
+from fi_ffi.loader.lock import PinnedWheel, named_release, the_lock, this_platform, wanted_release
 from fi_ffi.loader.wheel import Wheel, hex_of
 
 if TYPE_CHECKING:
@@ -188,20 +188,6 @@ def kinds_asked() -> list[str]:
     return kinds
 
 
-def _release_wanted() -> str | None:
-    """FI_FFI_RELEASE."""
-    named = os.environ.get(RELEASE)
-    if named:
-        from packaging.version import InvalidVersion, Version  # few name one
-
-        try:
-            Version(named)
-        except InvalidVersion as error:
-            expected = "a version such as 0.6.13"
-            raise ArgumentError("sources", RELEASE, got=repr(named), expected=expected) from error
-    return named or None
-
-
 def candidates(explicit: str | os.PathLike[str] | None = None) -> Iterator[Candidate]:
     """Every place that is asked for kernels, in order, one after the other as it is needed.
 
@@ -211,12 +197,12 @@ def candidates(explicit: str | os.PathLike[str] | None = None) -> Iterator[Candi
     """
     chosen = explicit or os.environ.get(KERNELS)
     if chosen:
-        source, wanted = open_source(chosen), _release_wanted()
+        source, wanted = open_source(chosen), named_release()
         if isinstance(source, KernelDirectory):
             source.version = source.version or wanted
         yield Candidate("explicit", source)
         return
-    release = _release_wanted()
+    release = named_release()
     for kind in kinds_asked():
         try:
             for candidate in _KINDS[kind](release):
