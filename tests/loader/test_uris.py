@@ -21,13 +21,13 @@ from fi_ffi.loader.building.described import generated_names
 from fi_ffi.loader.building.names import DEFAULT_RELEASE, parse_request
 from fi_ffi.loader.catalogue import build_advice, modules_of, nearest, without
 from fi_ffi.loader.kernels import open_source
+from fi_ffi.loader.sources.record import EVERY_ARCH
 from fi_ffi.loader.uris import DTYPES, KINDS, ROWS, Number, Words, family_row, parse, uri
 
 from tests.helpers.compiler import why_not_build
 
 DATA = json.loads((Path(__file__).parent / "data" / "uris.json").read_text())
 RELEASES = DATA["releases"]
-EVERY_ARCH = "7.5 8.0 8.9 9.0a 10.0a 10.3a 11.0a 12.0a 12.1a"
 
 
 def recorded(release: str) -> list[tuple[dict, str]]:
@@ -82,7 +82,7 @@ def test_every_name_flashinfer_lists_is_read_and_written(release):
 
 def test_the_default_releases_list_for_every_architecture_is_read():
     names = [*listed(DEFAULT_RELEASE), *DATA["listed_for_every_arch"]]
-    assert len(names) == 950
+    assert len(names) == 951
     assert [name for name in names if parse(name, DEFAULT_RELEASE) is None] == []
 
 
@@ -276,7 +276,7 @@ def test_a_whole_artifact_without_opening_a_module(published):
     begun = time.process_time()
     modules = modules_of(published)
     assert time.process_time() - begun < 1  # it takes 30 ms
-    assert len(modules) == 950
+    assert len(modules) == 951
     assert all(module.parsed for module in modules.values())
     prefill = [module for module in modules.values() if module.family == "batch_prefill"]
     assert {module.parsed.backend for module in prefill} == {"fa2", "fa3"}
