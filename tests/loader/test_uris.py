@@ -23,6 +23,7 @@ from fi_ffi.loader.catalogue import build_advice, modules_of, nearest, without
 from fi_ffi.loader.kernels import open_source
 from fi_ffi.loader.sources.record import EVERY_ARCH
 from fi_ffi.loader.uris import DTYPES, KINDS, ROWS, Number, Words, family_row, parse, uri
+from tools import gpu_kernels
 
 from tests.helpers.compiler import why_not_build
 
@@ -175,6 +176,19 @@ def test_keys_of_4_bits_have_a_name_in_every_release():
     assert "_kv_cache_u8_" in name
     with pytest.raises(ArgumentError, match="argument `dtype_kv`: got 'fp4'"):
         uri("batch_decode", release="0.6.9", dtype_kv="fp4", **given)
+
+
+@pytest.mark.parametrize("release", ["0.6.13", "0.6.18", "0.7.0", "0.7.2.post1"])
+def test_modules_of_the_gpu_tests_in_each_release(release, capsys):
+    """By the release's own names; what it has not is left out, and said."""
+    found = [*gpu_kernels.names(gpu_kernels.PARTS, release)]
+    assert len(found) == len({*found}) > 90
+    assert all(parse(name, release) is not None for name in found)
+    said = capsys.readouterr().err
+    gone = f"left out: gdn_prefill_sm90: FlashInfer {release} has no such module"
+    assert (gone in said) == ("gdn_prefill_sm90" not in found) == (release != "0.6.13")
+    assert ("_planabi2" in " ".join(found)) == release.startswith("0.7")
+    assert any("fp4x2" in name for name in found) == (release != "0.6.13")
 
 
 def test_what_a_name_says():

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 
+from fi_ffi.ops.attention.backends import FP8_WINDOWS, decode_groups
+from fi_ffi.ops.attention.run import OWN_STRIDES
+from fi_ffi.ops.attention.sizes import BY_QUERY
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul.rows import RUN_GEMM
-from fi_ffi.ops.releases import fits
+from fi_ffi.ops.releases import fits, is_in
 from fi_ffi.ops.row import KV_LAYOUTS, Row
 from fi_ffi.ops.table import renorm, rope, sampling, topk
 
@@ -339,6 +342,21 @@ def test_states(release, flat, sources):
     assert large.index("dim3 nblks(seq_len, num_heads);") < large.index("uint32_t bdy = num_heads;")
     has_5e4 = "constexpr float inf = 5e4;" in sources(release, "include/flashinfer/math.cuh")
     assert has_5e4 == (row_of("merge_states", release).variant == "")
+
+
+@each_release
+def test_attention_that_later_releases_have(release, sources):
+    """Groups of heads that decode is for, fa3's windows with fp8, and how partial results count."""
+    text = sources(release, "include/flashinfer/utils.cuh")
+    groups = re.findall(r"constexpr size_t GROUP_SIZE = (\d+);", text)
+    assert decode_groups(release) == [*map(int, groups)]
+    loop = sources(release, "include/flashinfer/attention/hopper/quantization/mainloop_mma.cuh")
+    has_windows = "for (; kv_tile_idx > swa_begin_kv_tile_idx; --kv_tile_idx) {" in loop
+    assert is_in(release, FP8_WINDOWS) == has_windows
+    prefill = sources(release, "include/flashinfer/attention/prefill.cuh")
+    assert is_in(release, OWN_STRIDES) == ("entry_idx * sf_stride_n + sf_smem_col" in prefill)
+    planner = sources(release, "include/flashinfer/attention/scheduler.cuh")
+    assert is_in(release, BY_QUERY) == ("num_qo_heads * max_partial_rows * head_dim_vo" in planner)
 
 
 @each_release

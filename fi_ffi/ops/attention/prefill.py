@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING, Any
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.ops.attention import sizes
 from fi_ffi.ops.attention.arrays import Batch
-from fi_ffi.ops.attention.backends import choose_backend
+from fi_ffi.ops.attention.backends import choose_backend, release_for
 from fi_ffi.ops.attention.options import PrefillKeywords, PrefillOptions
 from fi_ffi.ops.attention.plan import Plan
 from fi_ffi.ops.attention.rows import BATCH_PREFILL, BATCH_PREFILL_SINK, FP4, FP8
-from fi_ffi.ops.attention.run import BoundRow, Values, block_scales, only_with, softmax_scale
+from fi_ffi.ops.attention.run import (
+    OWN_STRIDES,
+    BoundRow,
+    Values,
+    block_scales,
+    only_with,
+    softmax_scale,
+)
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import check_int
+from fi_ffi.ops.releases import is_in
 from fi_ffi.ops.row import Row
 
 if TYPE_CHECKING:
@@ -282,7 +290,9 @@ class BatchPrefillPlan(Plan):
         dtype = self.options.kv_data_type
         if dtype in FP4 or k_sf is not None or v_sf is not None:
             descs = {name: as_desc(given, self.op, name) for name, given in tensors.items()}
-            block_scales(values, dtype, descs, k_cache_sf=k_sf, v_cache_sf=v_sf)
+            of = release_for(self.device)
+            own = "paged_k_cache" in tensors and (of is None or is_in(of, OWN_STRIDES))
+            block_scales(values, dtype, descs, own, k_cache_sf=k_sf, v_cache_sf=v_sf)
 
     def _values(
         self, bound: BoundRow, q: Any, o: Any, lse: Any, kv_layout: str, options: dict[str, Any]

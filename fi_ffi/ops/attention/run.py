@@ -199,13 +199,19 @@ class Values:
                 self.put(**{name.replace("rope_", "rope_rcp_"): 1.0 / given})
 
 
+# Releases whose kernels find the scales of pages by the scales' own strides.
+OWN_STRIDES = ">=0.6.15"
+
+
 def block_scales(
-    values: Values, kv_data_type: str, tensors: Mapping[str, TensorDesc], **scales: object
-) -> None:
+    values: Values, kv_data_type: str, tensors: Mapping[str, TensorDesc],
+    have_own_strides: bool = False, **scales: object,
+) -> None:  # fmt: skip
     """Set the block scales of keys and values of 4 bits: `k_cache_sf` and `v_cache_sf`, of the
     `tensors` in this order.
 
-    The kernels find scales by the strides of what they scale, over 8.
+    The kernels find scales by the strides of what they scale, over 8, unless these have strides
+    of their own; they load four at a time.
     """
     op, is_fp4 = values.op, kv_data_type in FP4
     for (name, given), (of, desc) in zip(scales.items(), tensors.items(), strict=True):
@@ -218,10 +224,13 @@ def block_scales(
         found = as_desc(given, op, name)
         pairs = zip(desc.shape[:-1], desc.strides[:-1], found.strides[:-1], strict=False)
         if len(found.shape) == len(desc.shape) and any(
-            size > 1 and (ours != 8 * theirs or theirs % 4) for size, ours, theirs in pairs
+            size > 1 and ((ours != 8 * theirs and not have_own_strides) or theirs % 4)
+            for size, ours, theirs in pairs
         ):
             got = f"strides {found.strides} beside {desc.strides}"
-            expected = f"an eighth of `{of}`'s strides, in multiples of 4"
+            expected = "strides that are multiples of 4"
+            if not have_own_strides:
+                expected = f"an eighth of `{of}`'s strides, in multiples of 4"
             raise ArgumentError(op, name, got=got, expected=expected)
         values.option(name, found)
 
