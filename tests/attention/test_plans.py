@@ -12,6 +12,9 @@ import pytest
 
 import fi_ffi
 from fi_ffi.ops.attention.arrays import Arrays
+from fi_ffi.ops.attention.backends import release
+from fi_ffi.ops.attention.rows import UNIFORM
+from fi_ffi.ops.releases import is_in
 
 from tests.attention.batches import Batch, bytes_of
 from tests.attention.cases import (
@@ -47,6 +50,25 @@ def test_exact_workspace(spec, graph, machine, rng):
             workspace, _ = exact_workspace(case, batch, less, **more)
             with pytest.raises(fi_ffi.ArgumentError, match=f"got {size - 1} bytes.* {size} bytes"):
                 case.plan(batch, workspace=workspace, **more)
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_as_many_queries_of_each(page_size, machine, rng):
+    """Told to the planner, with CUDA graphs, of a workspace that has not a byte more."""
+    spec = Spec(lengths=((3, 300), (3, 3), (3, 70)), causal=True, page_size=page_size)
+    case, batch = make(spec, machine, rng)
+    graph = {"enable_cuda_graph": True, "uniform_q_len": 3}
+    if machine.is_gpu and not is_in(release(), UNIFORM):
+        with pytest.raises(fi_ffi.ArgumentError, match="uniform_q_len.*expected 0: FlashInfer >="):
+            case.plan(batch, **graph)
+        return
+    workspace, placed = exact_workspace(case, batch, **graph)
+    plan = case.plan(batch, workspace=workspace, **graph)
+    case.check(batch, case.run(plan, batch))
+    assert all(array.intact() for array in placed), "bytes beside the workspace"
+    with pytest.raises(fi_ffi.ArgumentError, match="got 3 to 3 queries a request, expected 2 of"):
+        case.plan(batch, **graph | {"uniform_q_len": 2})
+    case.check(batch, case.run(plan, batch))
 
 
 @pytest.mark.parametrize("page_size", [0, 1, 16])

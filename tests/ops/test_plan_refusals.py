@@ -219,7 +219,7 @@ def test_options_of_wrong_types_and_values(kind):
             error = refused(case, name, "", case.plan, **{name: value})
             assert isinstance(error, fi_ffi.ArgumentTypeError)
         low = [-1, 0] if type_ is int and name != "window_left" else []
-        low = low[: 1 if name == "num_colocated_ctas" else None]
+        low = low[: 1 if name in ("num_colocated_ctas", "uniform_q_len") else None]
         for value in [*VALUES[type_], *low, *([None] if hint is type_ else [])]:
             refused(case, name, "", case.plan, **{name: value})
 
@@ -334,6 +334,7 @@ TOGETHER: list[tuple[tuple[str, ...], dict[str, Any], str, str]] = [
        f"got {value}, .*backend='fa2': fa3 never splits")
       for name, value in (("fixed_split_size", 1), ("disable_split_kv", True),
                           ("num_colocated_ctas", 1))),
+    (PREFILL, {"uniform_q_len": 1}, "uniform_q_len", "got 1, expected 0 without enable_cuda_graph"),
 ]  # fmt: skip
 
 

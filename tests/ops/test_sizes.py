@@ -59,6 +59,11 @@ _PLANNED += [
      (9210880, 620, True)),
     ((32, 4, 128, 16), _BY_QUERY | {"enable_cuda_graph": True}, [100, 3], [4, 9],
      (17436672, 1330, True)),
+    *((heads, _BY_QUERY | {"enable_cuda_graph": True, "uniform_q_len": each}, [each] * len(pages),
+       pages, (*planned, True)) for heads, each, pages, planned in (
+        ((32, 4, 128, 16), 2, [40, 90, 3, 7], (2179584, 978)),
+        ((8, 2, 64, 1), 5, [50] * 200, (6656000, 7448)),
+        ((32, 4, 128, 16), 20, [50] * 60, (31703040, 6648)))),
 ]  # fmt: skip
 
 

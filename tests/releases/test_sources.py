@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fi_ffi.ops.attention.backends import FP8_WINDOWS, decode_groups
+from fi_ffi.ops.attention.rows import UNIFORM
 from fi_ffi.ops.attention.run import OWN_STRIDES
 from fi_ffi.ops.attention.sizes import BY_QUERY
 from fi_ffi.ops.functions import OPS
@@ -356,6 +357,7 @@ def test_attention_that_later_releases_have(release, sources):
     prefill = sources(release, "include/flashinfer/attention/prefill.cuh")
     assert is_in(release, OWN_STRIDES) == ("entry_idx * sf_stride_n + sf_smem_col" in prefill)
     planner = sources(release, "include/flashinfer/attention/scheduler.cuh")
+    assert is_in(release, UNIFORM) == ("batch_size * ceil_div(packed_uniform_len" in planner)
     assert is_in(release, BY_QUERY) == ("num_qo_heads * max_partial_rows * head_dim_vo" in planner)
 
 

@@ -169,6 +169,15 @@ class PrefillKeywords(_HeadDim, _Scores, _Queries, _Graphs, total=False):
             0,
         ),
     ]
+    uniform_q_len: Annotated[
+        int,
+        Option(
+            "with CUDA graphs, the queries of every request in every batch, which tiles are for; "
+            "0: any; fa2, from 0.6.16 on",
+            partial(check_int, low=0),
+            0,
+        ),
+    ]
 
 
 class DecodeKeywords(_Heads, _Scores, _Graphs):
@@ -342,6 +351,9 @@ class PrefillOptions(Options, op="BatchPrefillPlan", keywords=PrefillKeywords):
         if self.sees_past_window and self.fixed_split_size is not None:
             expected = "None with a window and a mask that is not causal: these are never split"
             raise self.refuse("fixed_split_size", self.fixed_split_size, expected)
+        if self.uniform_q_len and not self.enable_cuda_graph:
+            expected = "0 without enable_cuda_graph: the planner sees what each batch has"
+            raise self.refuse("uniform_q_len", self.uniform_q_len, expected)
         if self.disable_split_kv and self.fixed_split_size is not None:
             raise self.refuse("disable_split_kv", True, "False with fixed_split_size")
         modes = ("causal", "use_custom_mask", "use_multi_item_scoring")
@@ -388,6 +400,7 @@ class PrefillOptions(Options, op="BatchPrefillPlan", keywords=PrefillKeywords):
             self.num_qo_heads, self.num_kv_heads, self.head_dim_vo, self.page_size or 1, *machine,
             self.enable_cuda_graph, self.window_left, self.fixed_split_size or -1,
             self.disable_split_kv or self.sees_past_window, self.num_colocated_ctas,
+            self.uniform_q_len,
         )  # fmt: skip
 
 

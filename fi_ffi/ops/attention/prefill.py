@@ -11,7 +11,7 @@ from fi_ffi.ops.attention.arrays import Batch
 from fi_ffi.ops.attention.backends import choose_backend, release_for
 from fi_ffi.ops.attention.options import PrefillKeywords, PrefillOptions
 from fi_ffi.ops.attention.plan import Plan
-from fi_ffi.ops.attention.rows import BATCH_PREFILL, BATCH_PREFILL_SINK, FP4, FP8
+from fi_ffi.ops.attention.rows import BATCH_PREFILL, BATCH_PREFILL_SINK, FP4, FP8, UNIFORM
 from fi_ffi.ops.attention.run import (
     OWN_STRIDES,
     BoundRow,
@@ -119,10 +119,16 @@ class BatchPrefillPlan(Plan):
         )  # fmt: skip
         is_fp8 = chosen.q_data_type in FP8
         if self.backend == "fa3":
-            for name in ("fixed_split_size", "disable_split_kv", "num_colocated_ctas"):
+            for name in (
+                "fixed_split_size", "disable_split_kv", "num_colocated_ctas", "uniform_q_len",
+            ):  # fmt: skip
                 if getattr(chosen, name):
                     expected = "its default, or backend='fa2': fa3 never splits requests"
                     raise self.refuse(name, getattr(chosen, name), expected)
+        of = release_for(self.device)
+        if chosen.uniform_q_len and of is not None and not is_in(of, UNIFORM):
+            expected = f"0: FlashInfer {UNIFORM} has it, and the kernels in use are of {of}"
+            raise self.refuse("uniform_q_len", chosen.uniform_q_len, expected)
         if chosen.use_multi_item_scoring and is_fp8:
             expected = "False: the kernels for fp8 queries lack it"
             raise self.refuse("use_multi_item_scoring", True, expected)
@@ -140,7 +146,7 @@ class BatchPrefillPlan(Plan):
 
     def facts(self) -> dict[str, Any]:
         mask = {"mask_mode_code": self.options.mask_mode}
-        return super().facts() | mask | {"uniform_q_len": 0}
+        return {"uniform_q_len": 0} | super().facts() | mask
 
     @property
     def names(self) -> Mapping[str, str]:  # type: ignore[override]
@@ -171,6 +177,10 @@ class BatchPrefillPlan(Plan):
             batch.check_keys("with use_multi_item_scoring=True")
         if chosen.use_custom_mask:
             batch.use_mask()
+        if chosen.uniform_q_len and {*batch.qo_lens} != {chosen.uniform_q_len}:
+            got = f"{min(batch.qo_lens)} to {max(batch.qo_lens)} queries a request"
+            expected = f"{chosen.uniform_q_len} of each, as uniform_q_len says"
+            raise self.refuse("qo_indptr", got, expected)
         return batch
 
     def most_need(self, batch: Batch) -> sizes.Need | None:

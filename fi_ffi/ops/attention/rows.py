@@ -26,6 +26,8 @@ FP8 = ("float8_e4m3fn", "float8_e5m2")
 FP4 = ("uint8", "float4_e2m1fn_x2")
 SCALES = ("float8_e4m3fn", "uint8")
 FP4_BLOCK = 16
+# Releases in which fa2's planner is told that all requests have as many queries.
+UNIFORM = ">=0.6.16"
 # Query heads for each key head that decode kernels were compiled for, and in which releases.
 DECODE_GROUPS = {1: "", 2: "", 3: "", 4: "", 6: ">=0.6.18", 8: "", 16: ">=0.7.1"}
 # The forms of each row, by the first.

@@ -38,6 +38,7 @@ class Geometry:
     fixed_split_size: int = -1
     disable_split_kv: bool = False
     num_colocated_ctas: int = 0
+    uniform_q_len: int = 0
     # Whether fa2's partial results are counted by queries, and not by queries and heads of a group.
     by_query: bool = False
 
@@ -88,7 +89,7 @@ def prefill_fa2(g: Geometry, qo_lens: Sequence[int], kv_pages: Sequence[int], ro
     """`PrefillPlan`: `rows` are the queries that there is room for."""
     batch_size = len(qo_lens)
     if g.enable_cuda_graph:
-        longest = (rows - batch_size + 1) & 0xFFFFFFFF
+        longest = g.uniform_q_len or (rows - batch_size + 1) & 0xFFFFFFFF
         cta_tile_q = _cta_tile_q(longest * g.group_size, g)
     else:
         cta_tile_q = _cta_tile_q(sum(qo_lens) * g.group_size // batch_size, g)
@@ -104,6 +105,8 @@ def prefill_fa2(g: Geometry, qo_lens: Sequence[int], kv_pages: Sequence[int], ro
     split = chunk < max(seen)
     if g.enable_cuda_graph:
         bound = _ceil(rows * g.group_size, cta_tile_q) + batch_size - 1
+        if g.uniform_q_len:
+            bound = batch_size * _ceil(g.uniform_q_len * g.group_size, cta_tile_q)
         padded = max(g.most_split, bound)
     else:
         padded = _pieces(tiles, seen, chunk)
