@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,9 @@ def _caught(maker: Maker) -> Iterator[None]:
     runtime = importlib.import_module("cutlass.cute.runtime")
     compiler = importlib.import_module("cutlass.base_dsl.compiler")
     driver = importlib.import_module("cuda.bindings.driver")
-    cache: Any = importlib.import_module("flashinfer.jit.cute_dsl_core")
+    cache: Any = types.SimpleNamespace()  # what releases have that keep no objects
+    with suppress(ModuleNotFoundError):
+        cache = importlib.import_module("flashinfer.jit.cute_dsl_core")
     begin, compile_fn = runtime._Tensor.__init__, compiler.CompileCallable._compile
 
     def from_tensor(self: Any, tensor: Any, *args: Any, **kwargs: Any) -> None:
@@ -224,6 +227,16 @@ def _value(value: Any, capability: tuple[int, int]) -> Any:
     return 10 * capability[0] + capability[1] if value == "sm" else value
 
 
+def _taken(called: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, but for those that a release lacks and that ask for nothing."""
+    known = inspect.signature(inspect.unwrap(called)).parameters
+    return {
+        name: value
+        for name, value in arguments.items()
+        if name in known or not (value in (None, False) or name == "backend")
+    }
+
+
 def _plain(text: str) -> str:
     """Text without the colours of a terminal."""
     return re.sub(r"\x1b\[[\d;]*m", "", text)
@@ -250,8 +263,8 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
                     if ".".join(parents[:end]) not in sys.modules:
                         plain._load_bare_package(".".join(parents[:end]))
                 called = getattr(importlib.import_module(home), function)
-                arguments = request["arguments"].items()
-                called(**{key: _value(value, capability) for key, value in arguments})
+                arguments = _taken(called, request["arguments"])
+                called(**{key: _value(value, capability) for key, value in arguments.items()})
             except Exception as error:
                 failed[request["text"]] = (
                     f"FlashInfer or CuTe DSL refused it: {_plain(plain.reason(error))}"
