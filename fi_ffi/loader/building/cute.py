@@ -206,19 +206,19 @@ def _rmsnorm_fp4quant_name(options: Options) -> list[str]:
     ]
 
 
-def _cached(options: Options) -> list[str]:
-    """FlashInfer has a name for it."""
-    return []
+def _every(options: Options) -> list[str]:
+    """Every option: of what FlashInfer has names for since 0.7, and had none."""
+    return [f"{name}_{value}" for name, value in options.items()]
 
 
 CALLS = {
     "gdn_decode": CuteCall(
         "flashinfer.gdn_decode:gated_delta_rule_decode_pretranspose", "gdn_decode",
-        _gdn_decode, _cached,
+        _gdn_decode, _every,
     ),
     "gdn_decode_keys_first": CuteCall(
         "flashinfer.gdn_decode:gated_delta_rule_decode", "gdn_decode",
-        _gdn_decode_keys_first, _cached,
+        _gdn_decode_keys_first, _every,
     ),
     "gdn_prefill": CuteCall(
         "flashinfer.gdn_prefill:chunk_gated_delta_rule", "gdn_prefill_sm90",

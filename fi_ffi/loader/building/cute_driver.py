@@ -68,6 +68,7 @@ class Maker:
         self.cxx, self.runtime = question["cxx"].split(), Path(question["runtime"])
         self.request: dict[str, Any] = {}
         self.names: list[str] = []
+        self._unnamed: list[str] = []  # what one call compiles that FlashInfer does not name
         # Whether FlashInfer has given what is compiled now a name.
         self._is_named = False
 
@@ -87,8 +88,15 @@ class Maker:
             return compile_fn()
         name = getattr(function, "__name__", None) or type(function).__name__
         words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip("_")).lower()
-        kernel = "_".join(filter(None, [words, self.request["name"]]))
-        return self._make(self.request["module"], kernel, compile_fn)
+        kernel = f"{words}_{self.request['name']}"
+        again = sum(kernel == before for before in self._unnamed)
+        self._unnamed.append(kernel)
+        return self._make(
+            self.request["module"], f"{kernel}_{again + 1}" if again else kernel, compile_fn
+        )
+
+    def begin(self, request: dict[str, Any]) -> None:
+        self.request, self.names, self._unnamed = request, [], []
 
     def _make(self, module: str, kernel: str, compile_fn: Callable[[], Any]) -> Any:
         sanitized = re.sub(r"\W", "_", kernel, flags=re.ASCII)
@@ -255,7 +263,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {"modules": [], "failed": failed}
     with _caught(maker), _pretend(capability):
         for request in question["requests"]:
-            maker.request, maker.names = request, []
+            maker.begin(request)
             home, _, function = request["function"].partition(":")
             try:
                 parents = home.split(".")

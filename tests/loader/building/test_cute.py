@@ -75,7 +75,29 @@ def test_what_flashinfer_does_not_name_is_named_by_its_options() -> None:
             "bfloat16_4096_ue8m0x32_swizzled",
     }  # fmt: skip
     assert {text: asked(text)["name"] for text in names} == names
-    assert asked("gdn_decode")["name"] == ""
+    # Each option is in the name that a release without names needs.
+    name = asked("gdn_decode:state=bf16,tokens=2")["name"]
+    assert all(f"{option}_" in name for option in cute.OPTIONS["gdn_decode"])
+    assert "tokens_2_state_bf16" in name
+
+
+def test_kernels_of_one_call_have_names_of_their_own(tmp_path: Path) -> None:
+    """Where FlashInfer names none of them."""
+    question = {"arch": "sm_90a", "folder": str(tmp_path), "cxx": "c++", "runtime": "/"}
+    maker = cute_driver.Maker(question)
+
+    class TwoSteps:
+        pass
+
+    for name in ("a", "b"):
+        maker.begin({"name": name, "module": "m"})
+        for kernel in ("two_steps_{}", "two_steps_{}_2"):
+            made = f"m_sm90a_cute_dsl_{kernel.format(name)}"
+            (tmp_path / made).mkdir()
+            (tmp_path / made / f"{made}.so").touch()  # it is there already
+            maker.compiled(pytest.fail, TwoSteps())
+            assert maker.names[-1] == made
+        assert len(maker.names) == 2
 
 
 @pytest.mark.parametrize(
