@@ -14,7 +14,7 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
@@ -326,7 +326,7 @@ _SAMPLE: dict[str, Any] = {"h": 16, "hv": 32, "b": 1}
 
 def judge_decode(op: str, query: Any, compiled: Any) -> Support:
     """Whether there is a module compiled for these: fields of `Kernel`, for `b` requests."""
-    from fi_ffi.ops.capability.judgement import judge
+    from fi_ffi.ops.capability.judgement import MISSING, judge
 
     try:
         given = {**_SAMPLE, **compiled}
@@ -338,7 +338,41 @@ def judge_decode(op: str, query: Any, compiled: Any) -> Support:
         raise TypeError(f"{op}.supports() got an unexpected keyword argument {unknown!r}") from None
     capability = query.capability or _CAPABILITY
     module, symbol = kernel.names(capability, _MULTIPROCESSORS)
-    return judge(op, [row_of(kernel, symbol)], query, lambda _: module)
+    found = judge(op, [row_of(kernel, symbol)], query, lambda _: module)
+    if found.status == MISSING:
+        # The name is no family's, which is all that others can tell of it.
+        reason = found.reason.partition(". ")[0]
+        command = f"fi-ffi build --release {query.release} --arch {query.architecture or '9.0a'}"
+        made = _family_of(kernel, b)
+        found = replace(found, reason=reason, build=f"{command} {made}" if made else None)
+    return found
+
+
+_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int32": "i32", "int64": "i64"}
+
+
+def _family_of(kernel: Kernel, b: int) -> str:
+    """What `fi-ffi build` makes the module for, with the options that are not its defaults; ""
+    where there are none for it."""
+    if kernel.scale != Kernel.scale:
+        return ""
+    family = "gdn_decode" if kernel.state_layout == "VK" else "gdn_decode_keys_first"
+    gates = (_SHORT.get(name, name) for name in (*kernel.gate_dtypes, kernel.dt_bias_dtype))
+    options = {
+        "batch": (b, 64), "q_heads": (kernel.h, 16), "v_heads": (kernel.hv, 32),
+        **{name: (gate, usual) for name, gate, usual in zip(
+            ("a", "b", "dt_bias"), gates, ("bf16", "bf16", "f32"), strict=True)},
+        "l2norm": (int(kernel.use_qk_l2norm), 1),
+    }  # fmt: skip
+    if kernel.state_layout == "VK":
+        options |= {
+            "tokens": (kernel.t, 1), "state": (_SHORT[kernel.state_dtype], "f32"),
+            "indices": (_SHORT[kernel.index_dtype], "i32"), "pool": (int(kernel.is_indexed), 1),
+            "split": (int(not kernel.is_same_pool), 0), "steps": (int(kernel.keeps_each), 0),
+            "update": (int(not kernel.disable_state_update), 1),
+        }  # fmt: skip
+    told = ",".join(f"{name}={value}" for name, (value, usual) in options.items() if value != usual)
+    return f"{family}:{told}" if told else family
 
 
 @functools.partial(Launched, ask=_supports)

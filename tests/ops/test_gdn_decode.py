@@ -319,6 +319,18 @@ def test_what_a_gpu_would_read_past_the_states(rng):
 def test_supports():
     asked = fi_ffi.gdn_decode.supports(90, release="0.7.2.post1")
     assert not asked and "mtp_ilp4" in asked.module
+    command = "fi-ffi build --release 0.7.2.post1 --arch 9.0a gdn_decode"
+    assert asked.build == f"{command}:batch=1,state=bf16"
+    asked = fi_ffi.gdn_decode.supports(90, release="0.7.2.post1", b=64, state_dtype="float32")
+    assert asked.build == command and asked.reason.endswith("ahead of time")
+    draft = {"t": 4, "keeps_each": True, "disable_state_update": True, "is_same_pool": False}
+    asked = fi_ffi.gdn_decode.supports(90, release="0.7.2.post1", h=2, hv=4, b=8, **draft)
+    wanted = "batch=8,q_heads=2,v_heads=4,tokens=4,state=bf16,split=1,steps=1,update=0"
+    assert asked.build == f"{command}:{wanted}"
+    keys = {"state_dtype": "float32", "state_layout": "KV", "is_indexed": False}
+    asked = fi_ffi.gdn_decode.supports(90, release="0.7.2.post1", dt_bias_dtype="bfloat16", **keys)
+    assert asked.build == f"{command}_keys_first:batch=1,dt_bias=bf16"
+    assert fi_ffi.gdn_decode.supports(90, release="0.7.2.post1", scale=1.0).build is None
     wide = fi_ffi.gdn_decode.supports(90, release="0.7.2.post1", b=64, t=2)
     assert "wide_vec_sm_90a" in wide.module
     refused = fi_ffi.gdn_decode.supports(90, release="0.6.13")
