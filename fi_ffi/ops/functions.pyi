@@ -327,6 +327,13 @@ class _fp4_quantize(Op):
     ) -> None: ...
 fp4_quantize: _fp4_quantize
 
+class _fp4_batched_quantize(Op):
+    def __call__(
+        self, input: TensorLike, globalScale: TensorLike, valueE2M1: TensorLike,
+        scaleFP8SF: TensorLike, *, stream: object = None,
+    ) -> None: ...
+fp4_batched_quantize: _fp4_batched_quantize
+
 class _softmax(Op):
     def __call__(
         self, workspace_buffer: TensorLike | None = None, logits: TensorLike = ...,

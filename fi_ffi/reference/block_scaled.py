@@ -112,7 +112,7 @@ def _of_e8m0(codes: Array) -> Array:
 
 
 def _quotients(
-    blocks: Array, scales: _Scales, decode: Callable[[Array], Array], of_all: float = 1.0
+    blocks: Array, scales: _Scales, decode: Callable[[Array], Array], of_all: float | Array = 1.0
 ) -> list[Array]:
     """Elements over what their block's scale may be; 0, where all of a block are."""
     # A scale that was rounded to 0 makes all but 0 too large.
@@ -198,6 +198,18 @@ def fp4_quantize(a: Inputs) -> Exact:
     }
 
 
+def fp4_batched_quantize(a: Inputs) -> Exact:
+    b, n, k = a["input"].shape
+    blocks = a["input"].reshape(b, n, k // 16, 16)
+    of_all = a["globalScale"][:, None]
+    scales = _Scales(of_all * np.abs(blocks).max(axis=-1) / 6, _bytes_of_e4m3)
+    wanted = _quotients(blocks, scales, _of_e4m3, of_all)
+    return {
+        "valueE2M1": _are_halves(wanted, a["valueE2M1"].shape),
+        "scaleFP8SF": scales.are(lambda codes: _in_tiles(codes, 128).reshape(b, -1)),
+    }
+
+
 def nvfp4_kv_quant(a: Inputs) -> Exact:
     n, count = a["block_scales"].shape
     blocks, of_all = a["input"].reshape(n, count, 16), 1 / float(a["global_scale"][0])
@@ -213,6 +225,7 @@ EXACT: dict[str, Formula] = {
     "nvfp4_kv_dequant": nvfp4_kv_dequant,
     "mxfp8_quantize": mxfp8_quantize,
     "fp4_quantize": fp4_quantize,
+    "fp4_batched_quantize": fp4_batched_quantize,
     "nvfp4_kv_quant": nvfp4_kv_quant,
 }
 MOVES: dict[str, Move] = {

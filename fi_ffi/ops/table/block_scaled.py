@@ -159,6 +159,42 @@ _FP4 = _row(
     modules=_FP4_MODULES,
 )  # fmt: skip
 
+_FP4_BATCHED = _row(
+    "fp4_batched_quantize",
+    "fp4_quantization_100",
+    f"{_THOP}/fp4Quantize.cpp",
+    "Quantise several matrices to 4 bits (e2m1) as `fp4_quantize` does one: a scale "
+    "`globalScale * largest / 6` as float8_e4m3fn for every 16 elements of a row, each "
+    "matrix's in tiles.",
+    Tensor("input", "b n 2*half", "T", "matrices to quantise", contiguous=True, alignment=32,
+           as_object=True),
+    Tensor("globalScale", "scales", "float32", "one for all, or for each row of every matrix",
+           contiguous=True, as_object=True),
+    Tensor("valueE2M1", "b n half", "uint8", "two numbers a byte, the first in its lower half",
+           alignment=8, as_object=True, **_OUT),
+    Tensor("scaleFP8SF", "b num_scales", "uint8", "the scales' bytes in tiles of 128 rows and "
+           "4 columns; 0 where there are no elements", as_object=True, **_OUT),
+    Absent("sfVecSize", "int", 16),
+    Absent("sfUseUE8M0", "bool"),
+    Absent("nvfp44Over6Code", "int", since="0.7.2"),
+    dtypes={"T": ("float16", "bfloat16")},
+    releases=">=0.6.3",
+    offset_limit=2**63,
+    requires=(
+        "half >= 1",
+        "half % 8 == 0",
+        f"b * (n + 128) <= {_INT}",
+        f"half <= {_INT // 2 - 128}",
+        Rule("globalScale", "scales == 1 or scales == n", "one scale, or n", since="0.6.11"),
+        Rule("globalScale", "scales == 1", "one scale", until="0.6.11"),
+        Rule("scaleFP8SF", f"num_scales == scales_of(n, 4 * half, {TILES_OF_128})",
+             "a scale for every 16 elements of a matrix, in whole tiles", _COUNT),
+    ),
+    capabilities=(10, 11, 12),
+    elsewhere=_EMPTY.format("fp4_quantization_90"),
+    modules=_FP4_MODULES,
+)  # fmt: skip
+
 
 ROWS = (
     _row(
@@ -216,4 +252,5 @@ ROWS = (
         elsewhere="compiled for others it makes all numbers 0",
     ),
     *forms_of(_FP4),
+    *forms_of(_FP4_BATCHED),
 )  # fmt: skip

@@ -37,6 +37,10 @@ def make(call: Call) -> None:
         length = 2 * sizes["half"] // scalars["sfVecSize"] * 32
         call.default(globalScale=np.exp(rng.uniform(1, 4, 1)))
         sizes["num_scales"] = scales_of(n, length, layout)
+    elif call.row.name == "fp4_batched_quantize":
+        sizes["scales"] = n if scalars.pop("by_row", False) else 1
+        call.default(globalScale=np.exp(rng.uniform(1, 4, sizes["scales"])))
+        sizes["num_scales"] = scales_of(n, 4 * sizes["half"], TILES_OF_128)
     else:
         sizes["swizzled"] = n * round_up(sizes["rows"], 128) * round_up(sizes["cols"], 4)
 
@@ -56,6 +60,12 @@ INPUTS: dict[str, Inputs] = {
         {"n": 32, "half": 2048},
         make,
         variants={"powers": {"sfUseUE8M0": True, "without": ("globalScale",)}},
+    ),
+    "fp4_batched_quantize": Inputs(
+        {"b": 2, "n": 3, "half": 24},
+        {"b": 8, "n": 32, "half": 2048},
+        make,
+        variants={"a scale for each row": {"by_row": True}},
     ),
     "mxfp8_quantize": Inputs({"n": 3, "k": 96}, {"n": 32, "k": 4096}, make),
 }

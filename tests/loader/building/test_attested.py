@@ -22,7 +22,8 @@ from fi_ffi.ops.matmul import rows
 from fi_ffi.ops.moe import interface as moe
 from fi_ffi.ops.row import form_on
 
-_FP4 = ("fp4_quantize", "block_scale_interleave", "block_scale_interleave_reverse")
+_FP4 = ("fp4_quantize", "fp4_batched_quantize", "block_scale_interleave",
+        "block_scale_interleave_reverse")  # fmt: skip
 # A module, the GPU it is built for, and the ops that it serves there.
 BUILDS = [
     ("fp4_quantization_100", (10, 0), _FP4),
