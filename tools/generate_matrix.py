@@ -141,8 +141,8 @@ def _by_cuda() -> Iterator[str]:
     for tag in sorted({cuda for cuda, _ in WHEELS}):
         yield f"| {tag} | of CUDA {tag[2:4]} or later | {WHEELS[tag, CPU]} |"
     yield (
-        "\nWhat was run on a GPU was of CUDA 13, and is *built* for another. Kernels of one CUDA "
-        "are loaded in a process, with its runtime ([loading.md](loading.md#which-cuda))."
+        "\nWhat was run on a GPU was of CUDA 13, and is *built* for another. A process has "
+        "kernels of one CUDA, with its runtime ([loading.md](loading.md#which-cuda))."
     )
     yield f"\nWheels that wheels.lock pins: {pins}.\n"
 

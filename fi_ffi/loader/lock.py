@@ -75,14 +75,15 @@ def the_lock() -> Lock:
     return read_lock(lock_path())
 
 
-def wanted_release() -> str:
-    """The FlashInfer release to look for where no kernels tell one: FI_FFI_RELEASE, or the
-    lock's default.
-
-    Raises `ArgumentError` where the variable has no version.
-    """
+def named_release() -> str | None:
+    """The FlashInfer release that FI_FFI_RELEASE names; `ArgumentError` where that is none."""
     chosen = os.environ.get(RELEASE)
-    return parse_release(chosen, RELEASE) if chosen else the_lock().default_release
+    return parse_release(chosen, RELEASE) if chosen else None
+
+
+def wanted_release() -> str:
+    """The release to look for where no kernels tell one: the named one, or the lock's default."""
+    return named_release() or the_lock().default_release
 
 
 def parse_release(text: str, argument: str = "release") -> str:

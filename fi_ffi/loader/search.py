@@ -272,10 +272,13 @@ def _runs_here(file: PinnedWheel, capability: tuple[int, int] | None) -> bool:
 
 def _machine() -> str:
     driver = machine.driver_version()
+    here = "".join(
+        f", {machine.cudart(major)} in this process" for major in machine.runtimes_in_process()
+    )
     if driver is None:
-        return "no CUDA driver"
+        return f"no CUDA driver{here}"
     sms = [f"sm_{a}{b}" for a, b in map(machine.capability, range(machine.device_count()))]
-    return f"CUDA {driver[0]}.{driver[1]}, {' '.join(sms) or 'no GPU'}"
+    return f"CUDA {driver[0]}.{driver[1]}, {' '.join(sms) or 'no GPU'}{here}"
 
 
 _locks: dict[str, threading.RLock] = {}  # of pinned wheels, by their sha256

@@ -47,7 +47,7 @@ def test_doctor_without_kernels(findings_of, monkeypatch, tmp_path):
     runtime.use_source(None)
     found = findings_of()
     assert found["python"]["status"] == "ok"
-    assert "libcudart.so.13" in found["cudart"]["found"]
+    assert "libcudart.so.1" in found["cudart"]["found"]
     assert "libtvm_ffi.so" in found["libtvm_ffi"]["found"]
     assert found["kernels: local"]["status"] == "none"
     assert str(tmp_path) in found["kernels: local"]["found"]
@@ -83,7 +83,7 @@ def test_inspect_tells_signatures_and_architectures(built_wheel):
     file = module_of(built_wheel, "norm")
     document = json.loads(run("inspect", file, "--json"))
     assert document["architectures"] == ["sm_90a"]
-    assert "libcudart.so.13" in document["needed"]
+    assert any(name.startswith("libcudart.so.1") for name in document["needed"])
     assert "libtvm_ffi.so" not in document["needed"]
     assert document["functions"]["rmsnorm"] == (
         "(DLTensor*, DLTensor*, DLTensor*, float, bool) -> void"

@@ -55,7 +55,7 @@ def test_facts_are_the_files(built_wheel, root):
     norm = open_source(built_wheel).file("norm")
     found = held.facts_of(norm)
     assert [code.name for code in found.codes] == ["sm_90a"]
-    assert "libcudart.so.13" in found.needed
+    assert any(name.startswith("libcudart.so.1") for name in found.needed)
     norm_rows = [op.row for op in OPS.values() if op.row.module == "norm"]
     assert {row.symbol for row in norm_rows} <= set(found.functions)
     assert held.facts_of(norm) == found

@@ -139,7 +139,7 @@ except LoaderError as error:
 def test_a_cudart_is_named_when_there_is_none(built_wheel, root):
     """The one library besides libtvm_ffi that kernels need."""
     said = done(NO_CUDART, FI_FFI_KERNELS=str(built_wheel))[1]
-    assert "libcudart.so.13 was not found" in said
+    assert re.search(r"libcudart\.so\.1[23] was not found", said)
     assert "pip install 'nvidia-cuda-runtime" in said
 
 

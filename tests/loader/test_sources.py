@@ -138,7 +138,7 @@ def test_every_level_of_an_installation(below, unpacked, built_wheel):
 def test_a_wheel(built_wheel, unpacked, root):
     source = open_source(built_wheel)
     assert source.modules() == names(built_wheel)
-    assert source.version.startswith("0.6.13+cu130")
+    assert source.version.startswith("0.6.13+cu1")
     assert not root.exists()  # looking takes nothing out
     for module in ("page", "norm"):
         found = source.file(module)
@@ -231,7 +231,14 @@ def test_members_that_are_modules(member, tmp_path):
 # Places, one after the other.
 
 
-def test_a_bare_machine_has_only_the_pinned_wheel():
+@pytest.fixture
+def no_runtime(monkeypatch):
+    """A process without a CUDA runtime, whatever tests before have loaded."""
+    monkeypatch.setattr(machine, "_runtime", None)
+    monkeypatch.setattr(machine, "runtimes_in_process", dict)
+
+
+def test_a_bare_machine_has_only_the_pinned_wheel(no_runtime):
     found = looked_at()
     assert list(found) == ["installed", "jit", "local", "remote"]
     assert [kind for kind, place in found.items() if place.source] == ["remote"]
@@ -253,7 +260,7 @@ def test_explicit_is_the_only_one(built_wheel, monkeypatch):
 def test_an_installed_distribution(unpacked, monkeypatch):
     monkeypatch.syspath_prepend(str(unpacked))
     place = looked_at()["installed"]
-    assert place.source.version.startswith("0.6.13+cu130")
+    assert place.source.version.startswith("0.6.13+cu1")
     source, file, _ = search.find_module("norm")
     assert source is place.source
     assert file.path.is_relative_to(unpacked)
@@ -336,7 +343,7 @@ def test_sources_may_be_chosen_and_ordered(built_wheel, monkeypatch):
         ((13, 0), "cu126", None),
     ],
 )
-def test_the_pin_is_chosen_by_the_machine(driver, forced, cuda, tmp_path, monkeypatch):
+def test_the_pin_is_chosen_by_the_machine(driver, forced, cuda, tmp_path, monkeypatch, no_runtime):
     """Drivers of other CUDA versions cannot be had here; everything else is real."""
     entry = {"release": "0.6.13", "cuda": "cu134", "layout": "monolithic", "sha256": "0" * 64}
     entry |= {"platform": lock.this_platform(), "file": "a.whl", "provenance": "none"}
@@ -355,7 +362,38 @@ def test_the_pin_is_chosen_by_the_machine(driver, forced, cuda, tmp_path, monkey
         assert search.pinned("0.6.13").cuda == cuda
 
 
-def test_the_pin_for_a_gpu_that_is_not_here(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("driver", "here", "cuda"),
+    [
+        (None, None, "cu130"),
+        ((13, 0), None, "cu130"),
+        ((12, 6), None, "cu129"),
+        ((13, 0), 12, "cu129"),
+        ((13, 0), 13, "cu130"),
+        ((12, 6), 13, None),
+    ],
+)
+def test_of_two_cudas_that_of_the_process(driver, here, cuda, tmp_path, monkeypatch, no_runtime):
+    entry = {"release": "0.6.13", "layout": "monolithic", "provenance": "none"}
+    entry |= {"platform": lock.this_platform()}
+    text = TEXT
+    for number, tag in enumerate(("cu129", "cu130", "cu128")):
+        own = entry | {"cuda": tag, "file": f"{tag}.whl", "sha256": str(number) * 64}
+        text += "\n[[kernels.files]]\n" + "".join(f'{k} = "{v}"\n' for k, v in own.items())
+    (tmp_path / "wheels.lock").write_text(text)
+    monkeypatch.setenv(lock.ENVIRONMENT, str(tmp_path / "wheels.lock"))
+    lock.the_lock.cache_clear()
+    monkeypatch.setattr(machine, "driver_version", lambda: driver)
+    if here is not None:
+        monkeypatch.setattr(machine, "runtimes_in_process", lambda: {here: f"libcudart.so.{here}"})
+    if cuda is not None:
+        assert search.pinned("0.6.13").cuda == cuda
+        return
+    with pytest.raises(LoaderError, match=r"CUDA 12\.6, no GPU, libcudart\.so\.13 in this process"):
+        search.pinned("0.6.13")
+
+
+def test_the_pin_for_a_gpu_that_is_not_here(tmp_path, monkeypatch, no_runtime):
     """Of wheels of one SM each, that of the GPU which is named, whatever the machine has."""
     entry = {"release": "0.7.1", "cuda": "cu130", "layout": "provider", "provenance": "none"}
     entry |= {"platform": lock.this_platform()}

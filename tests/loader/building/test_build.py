@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from fi_ffi.errors import ArgumentError, BuildError
+from fi_ffi.loader import machine
 from fi_ffi.loader.building import environment as building
 from fi_ffi.loader.building.build import (
     _compile,
@@ -36,7 +37,11 @@ from fi_ffi.loader.building.names import (
 )
 from fi_ffi.loader.building.wheel_writer import KernelWheel, write_wheel
 from fi_ffi.loader.cache import cache_root
+from fi_ffi.loader.held import cuda_of, facts_of
+from fi_ffi.loader.kernels import open_source
 from fi_ffi.loader.lock import parse_release
+
+from tests.helpers import sampling
 
 
 @pytest.mark.parametrize(
@@ -190,6 +195,81 @@ def test_an_architecture_that_nvcc_does_not_know(tmp_path: Path) -> None:
     building.check_architectures(toolkit, ["8.7", "9.0a"])
     with pytest.raises(ArgumentError, match=r"one of 8\.7, 9\.0 \(CUDA 13\.0"):
         building.check_architectures(toolkit, ["12.0f"])
+
+
+def test_nvcc_of_cuda_12_knows_no_families(tmp_path: Path) -> None:
+    _fake_nvcc(tmp_path, "12.8")
+    with pytest.raises(ArgumentError, match=r"9\.0f.*9\.0a: nvcc of CUDA 12\.8 knows no families"):
+        building.check_architectures(Toolkit(tmp_path, "12.8"), ["8.7", "9.0f"])
+    building.check_architectures(Toolkit(tmp_path, "12.9"), ["9.0f"])
+
+
+@pytest.mark.parametrize("given", ["12.8", "13.0", "12", "13"])
+def test_a_cuda_to_build_with(given: str) -> None:
+    assert building.parse_cuda(given) == given
+
+
+@pytest.mark.parametrize("given", ["cu128", "11.8", "12.x", "", "14", "12.8.1"])
+def test_a_cuda_that_is_none(given: str) -> None:
+    with pytest.raises(ArgumentError, match=r"argument `cuda`.*such as 12\.8"):
+        build(["page"], cuda=given)
+
+
+@pytest.mark.parametrize(
+    ("driver", "major"), [(None, "13"), ((13, 0), "13"), ((12, 6), "12"), ((11, 8), "12")]
+)
+def test_without_one_it_is_what_the_driver_runs(
+    driver: tuple[int, int] | None, major: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_runtime", None)
+    monkeypatch.setattr(machine, "runtimes_in_process", dict)
+    monkeypatch.setattr(machine, "driver_version", lambda: driver)
+    assert building.parse_cuda(None) == major
+
+
+def test_the_toolkit_of_that_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several on a machine the one that is asked for; the index has none before 13."""
+    homes = {release: tmp_path / release for release in ("13.0", "12.6", "12.8")}
+    kits = {release: Toolkit(home, release) for release, home in homes.items()}
+    environment, said = building.Environment(tmp_path / "env"), list[str]()
+    monkeypatch.setattr(building, "find_toolkits", lambda: list(kits.values()))
+    for cuda, release in (("12.8", "12.8"), ("12", "12.6"), ("13", "13.0")):
+        assert building.choose_toolkit(environment, cuda, said.append) == kits[release]
+    assert said == []
+    with pytest.raises(BuildError) as caught:
+        building.choose_toolkit(environment, "12.9", said.append)
+    text = str(caught.value)
+    for part in ("no nvcc of CUDA 12.9", "(there is: 13.0, 12.6, 12.8)", "CUDA_HOME", "JetPack"):
+        assert part in text
+    assert len(said) == 3 and "not of CUDA 12.9: not used" in said[0]
+    assert kits["12.8"].tag == "cu128"
+
+
+def test_the_indexs_packages_of_either_cuda(tmp_path: Path) -> None:
+    """Those of CUDA 13 share a folder, each of CUDA 12 has its own."""
+    for major, folders in ((12, ("cublas", "cuda_nvrtc")), (13, ("cu13",))):
+        root = tmp_path / str(major)
+        for name in folders:
+            (root / "nvidia" / name / "include").mkdir(parents=True)
+            (root / "nvidia" / name / "lib").mkdir()
+        (root / "nvidia" / folders[-1] / "lib" / f"libnvrtc.so.{major}").touch()
+        assert [found.name for found in building._cuda_roots(root)] == sorted(folders)
+        found = building._find_in(root, "libnvrtc.so.")
+        assert found is not None and found.parent.parent.name == folders[-1]
+        assert building._find_in(root, "libcurand.so.") is None
+
+
+def test_a_wheel_of_cuda_12(tmp_path: Path) -> None:
+    """`page` by this machine's nvcc of CUDA 12, which the index does not have."""
+    sampling.only_in_full("compiles kernels")
+    toolkit = next((kit for kit in building.find_toolkits() if kit.major == 12), None)
+    if toolkit is None:
+        pytest.skip("no nvcc of CUDA 12 on this machine")
+    wheel = build(["page"], arch="9.0a", output=tmp_path, cuda=toolkit.release)
+    assert f"+{toolkit.tag}.sm90a-" in wheel.name
+    file = open_source(wheel).file("page")
+    facts = facts_of(file)
+    assert cuda_of(facts) == 12 and [code.name for code in facts.codes] == ["sm_90a"]
 
 
 @pytest.mark.parametrize(
