@@ -147,7 +147,7 @@ def _cudart(kernels: str | None) -> Iterator[Finding]:
     bindings = _version_of("cuda_bindings")
     if bindings and driver and int(bindings.partition(".")[0]) > driver[0]:
         found = f"{bindings}, and the driver is of CUDA {driver[0]}.{driver[1]}"
-        yield Finding("cuda-bindings", "fail", found, f"`pip install 'fi_ffi[cu{driver[0]}]'`")
+        yield Finding("cuda-bindings", "fail", found, f"`pip install 'fi-ffi[cu{driver[0]}]'`")
     torch = _torch()
     if torch and torch[1].partition(".")[0] != str(major):
         found = f"{torch[0]} is of CUDA {torch[1]}, the kernels' runtime of CUDA {major}"

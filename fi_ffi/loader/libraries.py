@@ -130,7 +130,7 @@ def requirement(name: str, major: int) -> str:
 def _absent(file: str, name: str, major: int, reason: str) -> LoaderError:
     wanted = requirement(name, major)
     extra = _EXTRAS.get(major, {}).get(name)
-    also = f" (or fi_ffi[{extra}])" if extra else ""
+    also = f" (or fi-ffi[{extra}])" if extra else ""
     return LoaderError(
         f"{file} was not found: `pip install '{wanted}'`{also}, or set CUDA_HOME to a CUDA "
         f"{major} toolkit ({reason})"

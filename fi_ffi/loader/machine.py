@@ -160,7 +160,7 @@ def check_driver(major: int, wanted_by: str) -> None:
         raise LoaderError(
             f"{wanted_by} is of CUDA {major}, and the driver of this machine is of CUDA "
             f"{driver[0]}.{driver[1]}: update the driver, or use kernels of CUDA {driver[0]} "
-            f"(`fi-ffi build --cuda {driver[0]}` makes some, `pip install 'fi_ffi[cu{driver[0]}]'` "
+            f"(`fi-ffi build --cuda {driver[0]}` makes some, `pip install 'fi-ffi[cu{driver[0]}]'` "
             "brings what they need)"
         )
 

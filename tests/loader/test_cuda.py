@@ -178,7 +178,7 @@ def test_a_driver_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(LoaderError) as caught:
         runtime.load("of an old driver", 0)
     text = str(caught.value)
-    for part in (str(file.path), "of CUDA 13", "of CUDA 12.6", "--cuda 12", "fi_ffi[cu12]"):
+    for part in (str(file.path), "of CUDA 13", "of CUDA 12.6", "--cuda 12", "fi-ffi[cu12]"):
         assert part in text
 
 
@@ -216,7 +216,7 @@ def test_a_library_that_is_lacking_is_named(
     with pytest.raises(LoaderError) as caught:
         libraries.load.__wrapped__(file)
     text, major = str(caught.value), int(file[-2:])
-    for part in (file, f"'{package}>={major},<{major + 1}'", f"fi_ffi[{extra}]", "CUDA_HOME"):
+    for part in (file, f"'{package}>={major},<{major + 1}'", f"fi-ffi[{extra}]", "CUDA_HOME"):
         assert part in text
 
 
