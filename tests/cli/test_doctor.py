@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from fi_ffi.cli import cuda, main
+from fi_ffi.cli import doctor as of_doctor
 from fi_ffi.loader import lock, machine, runtime
 from fi_ffi.ops.table import ROWS
 
@@ -129,3 +130,33 @@ def run(*arguments: str):
     result = CliRunner().invoke(main, arguments)
     runtime.use_source(None)
     return result
+
+
+@pytest.mark.parametrize(
+    ("cuda", "major", "driver", "said"),
+    [
+        ("'12.8'", 13, (13, 0), {"torch"}),
+        ("'13.0'", 12, (13, 0), {"torch"}),
+        ("'12.8'", 12, (12, 8), {"cuda-bindings"}),
+        ("'13.0'", 13, (13, 0), set()),
+        ("None", 13, None, set()),
+    ],
+)
+def test_two_cudas_are_told(cuda, major, driver, said, monkeypatch, tmp_path):
+    """Of an installed torch, which is not imported; and of bindings newer than the driver."""
+    for name in ("torch-2.9.0.dist-info", "cuda_bindings-13.0.1.dist-info", "torch"):
+        (tmp_path / name).mkdir()
+    text = f"__version__ = '2.9.0'\ncuda: Optional[str] = {cuda}\n"
+    (tmp_path / "torch" / "version.py").write_text(text)
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    monkeypatch.setattr(machine, "_runtime", (None, f"/x/libcudart.so.{major}", major))
+    monkeypatch.setattr(machine, "driver_version", lambda: driver)
+    found = {finding.check: finding for finding in of_doctor._cudart(None)}
+    assert {*found} == {"cudart"} | said
+    if "torch" in said:
+        text = f"{found['torch'].found} {found['torch'].advice}"
+        for part in ("torch 2.9.0", f"CUDA {cuda[1:-1]}", f"CUDA {major}", "not in one process"):
+            assert part in text
+    if "cuda-bindings" in said:
+        assert "13.0.1" in found["cuda-bindings"].found
+        assert "fi-ffi[cu12]" in found["cuda-bindings"].advice
