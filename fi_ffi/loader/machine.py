@@ -92,8 +92,11 @@ def load_cudart() -> tuple[Any, str]:
     if _runtime is None:
         refuse_after_fork()
         here = tuple(runtimes_in_process())
-        told = None if here else ask_kernels()
-        majors = here or ((told,) if told else majors_here()) or CUDA_MAJORS[-1:]
+        told = ask_kernels() if len(here) != 1 else None
+        if told is None or (here and told not in here):
+            majors = here or majors_here() or CUDA_MAJORS[-1:]
+        else:
+            majors = (told,)
         for major in majors[:-1]:
             try:
                 return use_cuda(major)

@@ -120,6 +120,18 @@ tell(majors=majors, error=error, path=machine.load_cudart()[1],
 
 
 @pytest.mark.parametrize("major", MAJORS)
+def test_of_two_that_others_brought(major: int) -> None:
+    """Two packages of two CUDAs: not fi_ffi's doing, and the kernels' own is in use."""
+    found = told(
+        "brought = [ffi.dlopen(path) for path in sys.argv[3:]]; fi_ffi.use_kernels(sys.argv[2]); "
+        f"tell(major=machine.cuda_major(), version=call(sys.argv[2], 'of_cuda_{major}'))",
+        cuda_runtimes.module(major), *map(cuda_runtimes.library, MAJORS),
+    )  # fmt: skip
+    assert found["mapped"] == [*MAJORS]
+    assert found["version"] // 1000 == found["major"] == major
+
+
+@pytest.mark.parametrize("major", MAJORS)
 @pytest.mark.parametrize("how", ["what they need", "their version", "FI_FFI_CUDA", "a library"])
 def test_memory_comes_from_the_runtime_of_the_kernels(how: str, major: int, tmp_path: Path) -> None:
     """Whatever asks first, a workspace or a stream, before any kernel is loaded."""
