@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
@@ -300,9 +301,14 @@ class BatchPrefillPlan(Plan):
         dtype = self.options.kv_data_type
         if dtype in FP4 or k_sf is not None or v_sf is not None:
             descs = {name: as_desc(given, self.op, name) for name, given in tensors.items()}
-            of = release_for(self.device)
-            own = "paged_k_cache" in tensors and (of is None or is_in(of, OWN_STRIDES))
+            own = "paged_k_cache" in tensors and self._have_own_strides
             block_scales(values, dtype, descs, own, k_cache_sf=k_sf, v_cache_sf=v_sf)
+
+    @cached_property
+    def _have_own_strides(self) -> bool:
+        """Whether the kernels find the scales of pages by the scales' strides."""
+        of = release_for(self.device)
+        return of is None or is_in(of, OWN_STRIDES)
 
     def _values(
         self, bound: BoundRow, q: Any, o: Any, lse: Any, kv_layout: str, options: dict[str, Any]
