@@ -236,7 +236,8 @@ def row_of(kernel: Kernel, symbol: str = "") -> Row:
     return Row(
         _OP, FAMILY, symbol or _OP, f"flashinfer/gdn_kernels/{_SOURCES[kind]}.py", "", order,
         {"GA": gates, "GB": gates, "D": ("float32", "bfloat16"),
-         "I": ("int32",) if kind in ("float32", "float32_keys") else ("int32", "int64")},
+         # FlashInfer takes int64 of bfloat16 states as well, and its kernel does not compile then.
+         "I": ("int32", "int64") if kind == "float32_tokens" else ("int32",)},
         _RELEASES, variant="" if is_bf16 else f"_{kind}",
         vector=Vector(("size",)), offset_limit=2**63,
         requires=("size in (128,)", "H >= 1", "HV % H == 0", f"b <= {_INT - 1}"),
@@ -414,7 +415,7 @@ def gdn_decode(
         dt_bias: [HV] float32 or bfloat16.
         scale: of the output; None for 1 / sqrt(128).
         output: [b, t, HV, 128] bfloat16, written.
-        initial_state_indices: [b] int32, or of bfloat16 states or several tokens int64: where each
+        initial_state_indices: [b] int32, or of float32 states and several tokens int64: where each
             request's state is.  No two requests write one slot, or one that another reads: the
             order in which a GPU takes them is not known.  What is negative is of no request: of
             bfloat16 states slot 0 stands for it, which is written, and what is read of it is

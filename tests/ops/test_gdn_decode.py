@@ -83,7 +83,8 @@ def test_states_in_order(state_dtype, layout, machine, rng):
 @pytest.mark.parametrize(
     "options",
     [{"scale": 1.0}, {"use_qk_l2norm": False}, {"dt_bias_dtype": "bfloat16"},
-     {"index_dtype": "int64"}, {"state_dtype": "float32", "gate_dtype": "float32"}],
+     {"state_dtype": "float32", "gate_dtype": "float32"},
+     {"state_dtype": "float32", "index_dtype": "int64", "t": 2}],
     ids=lambda options: "-".join(map(str, options.values())),
 )  # fmt: skip
 def test_options(options, machine, rng):
@@ -292,8 +293,9 @@ def test_refusals(argument, change, rng):
 def test_refusals_of_some_kinds(rng):
     odd = DecodeCall(rng, h=3)
     wrong(odd, "state")  # 4 heads for 3
-    large = DecodeCall(rng, state_dtype="float32", index_dtype="int64")
-    wrong(large, "initial_state_indices")
+    for state_dtype in STATES:
+        large = DecodeCall(rng, state_dtype=state_dtype, index_dtype="int64")
+        wrong(large, "initial_state_indices")
     order = DecodeCall(rng, is_indexed=False)
     wrong(order, "output_state_indices", output_state_indices=np.arange(3, dtype=np.int32))
     few = np.ascontiguousarray(order.arrays["state"][:2])
