@@ -310,7 +310,7 @@ class Plan:
                 # Until it is found the same, neither the old plan nor the new one holds.
                 workspace.generation += 1
                 self.check_launch(array_values(info), stage.desc, batch)
-            self._send(workspace, stage.desc, placed, start, handle)
+            self._send(workspace, stage.desc, start, placed.end, handle)
             workspace.stages.record(stage, handle)
             workspace.generation += 1
             self._generation, self._info = workspace.generation, info
@@ -345,10 +345,8 @@ class Plan:
                 words[word] = given[of] + more
             with watching.running(self):
                 launch(frame, handle if self.device.is_cuda else None)
-            result = frame.take_result()
-            if planner.compiled.row.result == WITH_COPY:
-                return array_values(result)[0], 0
-            return result, placed.kernel_bytes
+            result, has_sent = frame.take_result(), planner.compiled.row.result != WITH_COPY
+            return (result, placed.kernel_bytes) if has_sent else (array_values(result)[0], 0)
         finally:
             planner.give_back(frame)
 
@@ -391,12 +389,10 @@ class Plan:
         workspace.require(self.op, float_bytes, int_bytes)
         return workspace
 
-    def _send(
-        self, workspace: Workspace, stage: TensorDesc, placed: Arrays, start: int, handle: int
-    ) -> None:
-        """Copy the stage to the int workspace, from `start` on."""
-        count = placed.end - start
-        target, source = workspace.int_buffer.ptr + start, stage.ptr + start
+    def _send(self, to: Workspace, stage: TensorDesc, start: int, end: int, handle: int) -> None:
+        """Copy a part of the stage to the int workspace."""
+        count = end - start
+        target, source = to.int_buffer.ptr + start, stage.ptr + start
         if not count:
             return
         if self.device.is_cuda:
