@@ -60,6 +60,8 @@ def _signatures(file: Path) -> tuple[dict[str, str], str | None]:
 
 
 def _types(signature: Signature) -> str:
+    if signature.named:  # with their names and shapes
+        return f"({', '.join(signature.named)}) -> {signature.result}"
     return f"({', '.join(signature.params)}) -> {signature.result}"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -94,6 +95,17 @@ def test_the_installed_copy_is_loaded(module, tmp_path):
     assert "got 0 of them" in too_few and "Tensor([n0, 4], float32)" in too_few
     assert "x: Tensor([n0, 4], float32)" in no_tensor
     assert "factor: int32" in no_number
+
+
+def test_inspecting_it_tells_names_and_shapes(module, tmp_path):
+    installed(tmp_path / "site", runtime_library(tmp_path / "own", 5))
+    paths = os.pathsep.join(map(str, [tmp_path / "site", HERE.parents[1]]))
+    program = "from fi_ffi.cli import main; main()"
+    code, out, err = done(program, "inspect", "--json", str(module), PYTHONPATH=paths)
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["functions"] == {"twice": "(x: Tensor([n0, 4], float32), factor: int32) -> void"}
+    assert told["needed"][0] == cute_runtime.FILE
 
 
 def test_that_of_the_other_cuda_serves_where_it_is_alone(module, tmp_path):
