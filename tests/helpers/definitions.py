@@ -593,6 +593,19 @@ def _(a):
     return {"valueE2M1": _bytes_of_halves(quotients), "scaleFP8SF": scales}
 
 
+@defines("fp4_batched_quantize")
+def _(a):
+    halves, scales = np.zeros(a["valueE2M1"].shape), np.zeros(a["scaleFP8SF"].shape)
+    for i, matrix in enumerate(a["input"]):
+        of_rows = np.broadcast_to(a["globalScale"], len(matrix)).tolist()
+        made = [_blocks(row[None], 16, 6, of_all, False)
+                for row, of_all in zip(matrix, of_rows, strict=True)]  # fmt: skip
+        halves[i] = np.vstack([_bytes_of_halves(quotients) for quotients, _ in made])
+        codes = np.vstack([each for _, each in made])
+        scales[i] = _ordered(codes, 0, codes.shape[1], scales[i])
+    return {"valueE2M1": halves, "scaleFP8SF": scales}
+
+
 @defines("nvfp4_kv_quant")
 def _(a):
     quotients, codes = _blocks(a["input"], 16, 6, 1 / float(a["global_scale"][0]), False)
