@@ -75,9 +75,9 @@ def gpus() -> list[Gpu]:
     for index in range(count if int(error) == 0 else 0):
         # Of the driver, which tells whatever CUDA it is of.
         device = check(driver.cuDeviceGet(index))
-        name = check(driver.cuDeviceGetName(256, device)).decode(errors="replace").rstrip("\0")
+        name, _, _ = check(driver.cuDeviceGetName(256, device)).partition(b"\0")
         memory = int(check(driver.cuDeviceTotalMem(device)))
-        found.append(Gpu(index, name, machine.capability(index), memory))
+        found.append(Gpu(index, name.decode(errors="replace"), machine.capability(index), memory))
     return found
 
 
