@@ -73,7 +73,7 @@ def test_it_is_found_without_a_variable(jetson: Path) -> None:
         ("90", OP, ["sm_87 only"], "9.0a page"),
         ("87", "rmsnorm", ["has no module norm"], "8.7 norm"),
         ("87", "gdn_prefill", ["9.x"], None),
-        ("87", "cutlass_fused_moe", ["9.x"], None),
+        ("87", "gemm_fp8_nt_groupwise", ["10.x or 12.x"], None),
     ],
 )
 def test_yes_or_no_with_the_reason(

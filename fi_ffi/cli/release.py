@@ -104,6 +104,7 @@ def diff(old: str, new: str, as_json: bool) -> None:
 @click.argument("releases", nargs=-1, metavar="[RELEASE]...")
 @click.option("--modules", is_flag=True, help="Ask the generators, too: modules and names.")
 @click.option("--check", is_flag=True, help="Write nothing; exit with 1 where a file is stale.")
+@click.option("--json", "as_json", is_flag=True, help="Print the files that changed as JSON.")
 @click.option(
     "--to",
     "root",
@@ -117,7 +118,12 @@ def diff(old: str, new: str, as_json: bool) -> None:
     help="Where the generators write; by default a folder of the cache.",
 )
 def record(
-    releases: tuple[str, ...], modules: bool, check: bool, root: Path, build_dir: Path | None
+    releases: tuple[str, ...],
+    modules: bool,
+    check: bool,
+    as_json: bool,
+    root: Path,
+    build_dir: Path | None,
 ) -> None:
     """Record what releases declare, for the rows, the matrix and the tests of a checkout.
 
@@ -138,7 +144,10 @@ def record(
     for path in stale:
         if not check:
             path.write_text(files[path])
-        click.echo(f"{path}: {'stale' if check else 'written'}")
+        if not as_json:
+            click.echo(f"{path}: {'stale' if check else 'written'}")
+    if as_json:
+        print_json([str(path) for path in stale])
     if check and stale:
         sys.exit(1)
 

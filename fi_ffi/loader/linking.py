@@ -19,7 +19,7 @@ from typing import Any
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.errors import LoaderError
-from fi_ffi.loader import libraries, machine, tvm_ffi
+from fi_ffi.loader import held, libraries, machine, tvm_ffi
 from fi_ffi.loader.elf import RUNTIME, defined_versions, undefined
 
 # Made by tools/record_symbols.py: symbols that not every apache-tvm-ffi exports, and those that do.
@@ -69,8 +69,8 @@ def _who_has(symbols: Sequence[str]) -> str:
     return f"{has} has it: `pip install '{has},<0.2'`, {again}"
 
 
-def open_module(path: Path, through: str | None, opened: str) -> Any:
-    """The library at `path`, loaded by the name `through`; `opened` is a name that is read by.
+def open_module(path: Path, through: str | None, opened: held.Held) -> Any:
+    """The library at `path`, loaded by the name `through`; its content is `opened`.
 
     From 0.7 on FlashInfer's dispatchers name instances of their templates that no planner chooses
     and that are not compiled, and its own loader binds functions as they are called.  So those may
@@ -85,12 +85,13 @@ def open_module(path: Path, through: str | None, opened: str) -> Any:
     handle = library.open_module(str(path), through, lazily=True)
     missing = [
         name
-        for name in undefined(opened)
+        for name in undefined(opened.name)
         if not _FLASHINFER.match(name)
         and library.find_symbol(ffi.NULL, name) is None
         and library.find_symbol(handle, name) is None
     ]
     if missing:
+        opened.keep()  # it stays loaded by this name
         raise LoaderError(f"{path} does not load: undefined symbol: {missing[0]}")
     return handle
 

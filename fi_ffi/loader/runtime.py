@@ -143,7 +143,7 @@ def _opened(file: ModuleFile, facts: Facts) -> tuple[Any, Object | None]:
         failed: LoaderError | None = None
         try:
             through = None if in_place else opened.name
-            handle = linking.open_module(file.path, through, opened.name)
+            handle = linking.open_module(file.path, through, opened)
         except LoaderError as error:
             failed = error
         if failed is not None:

@@ -113,7 +113,8 @@ def _form(row: Row) -> Form:
 
 def _of_rows(rows: Iterable[Row]) -> Iterator[tuple[tuple[str, str, Key], Form]]:
     for row in rows:
-        yield _entry(row), _form(row)
+        if not row.is_in_python:
+            yield _entry(row), _form(row)
 
 
 def _of_attention() -> Iterator[tuple[tuple[str, str, Key], Form]]:

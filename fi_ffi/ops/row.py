@@ -377,6 +377,11 @@ class Row:
     def conditions(self) -> tuple[Condition, ...]:
         return tuple(Condition.of(each) for each in self.requires if isinstance(each, str))
 
+    @property
+    def is_in_python(self) -> bool:
+        """Whether its kernel is in Python, in CuTe DSL: nothing in csrc exports it."""
+        return self.source.startswith("flashinfer/")
+
     def limits(self, kind: str) -> dict[str, tuple[int, ...]]:
         """The numbers that sizes are held against by ">=", "<=", "in" or "%", a size each."""
         found = (condition.limit for condition in self.conditions)

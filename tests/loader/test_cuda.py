@@ -223,7 +223,7 @@ def test_a_file_says_which_cuda_it_is_of(needed: list[str], major: int | None) -
 def test_a_library_that_is_lacking_is_named(
     file: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(libraries, "_in_process", lambda name: None)
+    monkeypatch.setattr(libraries, "in_process", lambda name: None)
     monkeypatch.setattr(libraries, "_places", lambda name: [f"/none/{name}"])
     with pytest.raises(LoaderError) as caught:
         libraries.load.__wrapped__(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +17,7 @@ from fi_ffi.ops.declared import ABSENT, FITS, UNCOVERED, answers, declared, why_
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows as matmul
 from fi_ffi.ops.releases import OLDEST, fits, is_in
+from fi_ffi.ops.row import Row
 from fi_ffi.ops.table import ROWS, gemm_sm100
 
 from tests.helpers import sampling
@@ -138,14 +140,20 @@ def text_of(sources, release, row) -> str:
     return str(sources(release, row.source.removeprefix("flashinfer/")))
 
 
-@each_release
-def test_kernels_in_python_take_what_rows_say(release, sources):
+_PREFILL = [
+    pytest.param(release, row, id=release)
+    for release in RELEASES
+    for row in OPS["gdn_prefill"].rows
+    if fits(row, release) and row.is_in_python
+]
+
+
+@pytest.mark.parametrize(("release", "row"), _PREFILL)
+def test_kernels_in_python_take_what_rows_say(release, row, sources):
     """Modules are compiled without those that a call has not: then the row has "None" for it."""
-    for row in OPS["gdn_prefill"].rows:
-        if fits(row, release) and row.source.endswith(".py"):
-            wanted = launched(text_of(sources, release, row), "__call__")
-            wanted = ["output_state" if name == "state" else name for name in wanted]
-            assert [arg.name for arg in row.args] == wanted
+    wanted = launched(text_of(sources, release, row), "__call__")
+    wanted = ["output_state" if name == "state" else name for name in wanted]
+    assert [arg.name for arg in row.args] == wanted
 
 
 _DECODE = [
@@ -160,10 +168,20 @@ _DECODE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("function", "compiled"), _DECODE, ids=[name for name, _ in _DECODE])
-@each_release
-def test_decoding_kernels_take_what_rows_say(release, function, compiled, sources):
+def row_of(compiled: dict[str, Any]) -> Row:
     kernel = gdn.Kernel(16, 32, **compiled)
-    row = gdn.row_of(kernel, kernel.names((9, 0), 132)[1])
-    if fits(row, release):
-        assert [arg.name for arg in row.args] == launched(text_of(sources, release, row), function)
+    return gdn.row_of(kernel, kernel.names((9, 0), 132)[1])
+
+
+_DECODED = [
+    pytest.param(release, function, compiled, id=f"{release}-{function}")
+    for release in RELEASES
+    for function, compiled in _DECODE
+    if fits(row_of(compiled), release)
+]
+
+
+@pytest.mark.parametrize(("release", "function", "compiled"), _DECODED)
+def test_decoding_kernels_take_what_rows_say(release, function, compiled, sources):
+    row = row_of(compiled)
+    assert [arg.name for arg in row.args] == launched(text_of(sources, release, row), function)

@@ -163,7 +163,7 @@ TEXTS_OF_OPS: dict[str, dict[str, dict[str, int | None]]] = {
 def row_of(name: str, release: str) -> Row | None:
     """The row of a release's kernel, where that is compiled from C++."""
     found = (row for row in OPS[name].rows if fits(row, release))
-    return next((row for row in found if not row.source.endswith(".py")), None)
+    return next((row for row in found if not row.is_in_python), None)
 
 
 def rows_with(name: str, *more: str) -> list[Any]:

@@ -76,7 +76,7 @@ def need_checkpoints(every: int) -> None:
 
 def is_in_cute_dsl() -> bool:
     """Whether the kernels in use are those of Python sources (from 0.6.14 on)."""
-    return OP.row.source.endswith(".py")
+    return OP.row.is_in_python
 
 
 # Lengths and heads, and launches that none waits for.

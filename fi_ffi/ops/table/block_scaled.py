@@ -176,7 +176,7 @@ _FP4_BATCHED = _row(
            "4 columns; 0 where there are no elements", as_object=True, **_OUT),
     Absent("sfVecSize", "int", 16),
     Absent("sfUseUE8M0", "bool"),
-    Absent("nvfp44Over6Code", "int", since="0.7.2"),
+    Absent("nvfp44Over6Code", "int", since="0.7.1"),
     dtypes={"T": ("float16", "bfloat16")},
     releases=">=0.6.3",
     offset_limit=2**63,

@@ -24,6 +24,9 @@ def make(call: Call) -> None:
         inner = rng.choice(np.arange(1, tokens), sizes["num_seqs"] - 1, replace=False)
         call.tables["cu_seqlens"] = np.array([0, *sorted(inner), tokens])
     sizes["num_seqs"] = count = len(call.tables["cu_seqlens"]) - 1
+    slots = sizes.setdefault("slots", count)
+    if any(arg.name == "state_indices" for arg in call.row.args):
+        call.tables.setdefault("state_indices", rng.permutation(slots)[:count])
 
     def unit(*shape: int) -> Array:
         values: Array = rng.standard_normal(shape)
@@ -32,7 +35,7 @@ def make(call: Call) -> None:
 
     call.default(
         q=unit(tokens, of_q, size), k=unit(tokens, sizes["num_k_heads"], size),
-        input_state=unit(count, sizes["num_sab_heads"], size, size),
+        input_state=unit(slots, sizes["num_sab_heads"], size, size),
         alpha=rng.uniform(0.7, 1, (tokens, sizes["num_sab_heads"])),
         beta=rng.uniform(0, 1, (tokens, sizes["num_sab_heads"])),
     )  # fmt: skip
@@ -52,7 +55,7 @@ def make(call: Call) -> None:
 _CHECKPOINTS = ("state_checkpoints", "checkpoint_cu_starts")
 _HEADS = {"num_q_heads": 2, "num_v_heads": 4, "head_size": 128}
 _OWN = Inputs(
-    small={"total_seq_len": 70, "num_seqs": 2, "workspace_size": 2**16, **_HEADS},
+    small={"total_seq_len": 130, "num_seqs": 2, "workspace_size": 2**16, **_HEADS},
     usual={"total_seq_len": 32, "num_seqs": 4, "workspace_size": 2**16, **_HEADS},
     make=make,
     variants={
