@@ -57,7 +57,7 @@ class BatchPrefillPlan(Plan):
         {options}
         device: where runs are; "cuda:0", or the workspace's.
         workspace: a `Workspace` that is this plan's until another takes it; one is
-            allocated (and grown) through cuda-python otherwise.
+            allocated (and grown) by CUDA otherwise.
         stream: what the copies are ordered with.
 
     `backend` and `backend_reason` say what was chosen and why; `module` names the kernels;

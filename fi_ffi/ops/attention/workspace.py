@@ -30,7 +30,7 @@ class Workspace:
         page_locked_int_workspace_buffer: host memory (page-locked where the device is a
             GPU) of a multiple of the int workspace's size: one part is written while the
             copies from the others may still run.  Without it, parts are allocated
-            through cuda-python, as many as plans overlap, up to four.
+            from CUDA, as many as plans overlap, up to four.
 
     A plan takes its workspace over, and the plan that had it before can no longer run.
     The memory must stay valid while it is used.  Raises `ArgumentError` for memory that
@@ -79,7 +79,7 @@ class Workspace:
         float_bytes: int = FLOAT_BYTES,
         int_bytes: int = INT_BYTES,
     ) -> Workspace:
-        """A workspace on `device` from cuda-python (from the host's memory on "cpu")."""
+        """A workspace on `device` from CUDA (from the host's memory on "cpu")."""
         where = parse_device(device, op="Workspace")
         _check_device("device", where)
         given = {"float_bytes": float_bytes, "int_bytes": int_bytes}
