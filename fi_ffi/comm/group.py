@@ -1,0 +1,473 @@
+"""Groups of ranks; each rank has its own GPU or, on the CPU, uses the reference kernels."""
+
+from __future__ import annotations
+
+import pickle
+import time
+import weakref
+from types import TracebackType
+from typing import NoReturn
+
+from fi_ffi.abi.interop import as_desc
+from fi_ffi.abi.streams import handle_for
+from fi_ffi.abi.tensor import Device, TensorDesc, parse_device, parse_dtype
+from fi_ffi.comm import nccl as nccl_module
+from fi_ffi.comm.algorithms import ALGORITHMS, Algorithms, Call
+from fi_ffi.comm.fusion import FusionSize, pattern_of
+from fi_ffi.comm.hang import Monitor
+from fi_ffi.comm.memory import Place, has_ended, place_of
+from fi_ffi.comm.ranks import Ranks, check_ranks, names
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, HangError, KernelError, LoaderError
+from fi_ffi.ops import cuda
+from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int, check_number
+
+MAX_BYTES = 8 << 20
+_DTYPES = ("float32", "float16", "bfloat16")
+_VECTOR = 16
+_FIRST_PAUSE, _LAST_PAUSE = 2e-5, 2e-3  # polling intervals of a stream that is waited for
+_LETTING_GO_S = 30.0  # time that kernels waiting for a lost rank may take to end
+
+
+class Group:
+    """One rank of a group.  Every rank makes one with the same arguments and makes the same calls.
+
+    Ranks of one machine reach each other's memory: threads by peer access, processes by CUDA IPC,
+    for which every process must see all GPUs.  NCCL (`pip install 'fi-ffi[nccl]'`) connects several
+    machines and carries large messages.  On `device="cpu"` the same calls run reference kernels
+    over shared memory.
+
+    All ranks make a group's calls in the same order, on one stream at a time.
+
+    Args:
+        ranks: this rank, from `threads`, `processes`, `mpi` or `ray`, or your own (`Ranks`).
+        device: this rank's GPU, or "cpu".
+        max_bytes: the largest message for the algorithm "vllm"; each rank allocates four times as
+            much memory for it.
+        fusion: the largest message of `allreduce_fusion`, and of "oneshot" and "twoshot", which are
+            the quickest for small messages; without it, there are neither.
+        nccl: whether to use NCCL on GPUs; None: if every rank has it installed.
+        timeout_s: how long to wait for a rank that does not arrive.
+        check: compare the arguments of every call with those of the other ranks first.
+
+    Raises `ArgumentError` and `ArgumentTypeError`, `HangError` if a rank does not arrive,
+    `LoaderError` if NCCL is needed and not installed, and the errors of missing kernels.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        *,
+        device: object = "cuda:0",
+        max_bytes: int = MAX_BYTES,
+        fusion: FusionSize | None = None,
+        nccl: bool | None = None,
+        timeout_s: float = 60.0,
+        check: bool = False,
+    ) -> None:
+        self._ranks = check_ranks("Group", ranks)
+        self.rank, self.size = ranks.rank, ranks.size
+        self.device = _device(device)
+        most = check_int("Group", "max_bytes", max_bytes, _VECTOR)
+        self.max_bytes = most // _VECTOR * _VECTOR
+        self.fusion = _fusion_size(fusion)
+        self.timeout_s = check_number("Group", "timeout_s", timeout_s, above=0)
+        self._checks = check_flag("Group", "check", check)
+        wants_nccl = None if nccl is None else check_flag("Group", "nccl", nccl)
+        self._hang, self._calls = "", 0
+        self._algorithms: Algorithms | None = None
+        self._monitor: Monitor | None = None
+        self._places, has_nccl = self._meet(wants_nccl)
+        if self.size > 1:
+            self._algorithms = Algorithms(
+                ranks, self._places, self.device, self.max_bytes, self.fusion, has_nccl
+            )
+            waiting = self._algorithms.waiting()
+            if waiting and self.device.is_cuda:
+                on_hang = weakref.WeakMethod(self._tell_hang)
+                self._monitor = Monitor(waiting, self.device, self.timeout_s, on_hang)
+        self._is_open = True
+
+    def _meet(self, wants_nccl: bool | None) -> tuple[list[Place], bool]:
+        """Exchange places and settings; return all places, and whether all ranks have NCCL.
+
+        Raises if the ranks' arguments differ.
+        """
+        settings = {
+            "size": self.size, "device": self.device.type, "max_bytes": self.max_bytes,
+            "fusion": self.fusion, "nccl": wants_nccl, "check": self._checks,
+        }  # fmt: skip
+        has_nccl = self.device.is_cuda and self.size > 1 and wants_nccl is not False
+        if has_nccl:
+            try:
+                nccl_module.imported()
+            except LoaderError:
+                has_nccl = False
+                if wants_nccl:
+                    raise
+        mine = pickle.dumps((place_of(self.device), has_nccl, settings))
+        found = [pickle.loads(data) for data in self._ranks.all_gather(mine)]
+        for name, expected in found[0][2].items():
+            for rank, (*_, theirs) in enumerate(found):
+                if theirs[name] != expected:
+                    got, words = f"{theirs[name]} on rank {rank}", f"{expected}, as on rank 0"
+                    raise ArgumentError("Group", name, got=got, expected=words)
+        places = [place for place, *_ in found]
+        # NCCL refuses two ranks on one GPU, which tests use.
+        is_apart = len({(place.machine, place.bus_id) for place in places}) == self.size
+        return places, is_apart and all(has for _, has, _ in found)
+
+    # ------------------------------------------------------------------------------- calls
+
+    def all_reduce(
+        self, x: object, out: object = None, *, algorithm: str = "auto", stream: object = None
+    ) -> None:
+        """Add up the tensors of all ranks.  Every rank gets the sum.
+
+        Args:
+            x: this rank's tensor: float32, float16 or bfloat16, contiguous, with the same dtype and
+                number of elements on all ranks.
+            out: receives the sum; by default `x` does.
+            algorithm: "oneshot" or "twoshot" (FlashInfer's `trtllm_comm`), "vllm" (its
+                `vllm_comm`), "nccl", or "auto": what `algorithm_for` returns.
+            stream: as for `fi_ffi.stream`; needed on a GPU without an open scope.
+
+        Sums are made in float32, rounded once, and equal in all bits on every rank, except by NCCL.
+
+        Raises `ArgumentError` and `ArgumentTypeError` before anything is written, and `HangError`
+        if a rank does not arrive.  On the CPU this call raises it.  On a GPU, waiting kernels end
+        after `timeout_s`; then `synchronize` and every later call raise it.
+        """
+        op = "all_reduce"
+        given, result, handle = self._given(op, x, x if out is None else out, stream)
+        if (given.numel, given.dtype) != (result.numel, result.dtype):
+            expected = f"{given.dtype}, {given.numel} elements"
+            raise ArgumentError(op, "out", got=result.layout, expected=expected)
+        _check_apart(op, given, result, 0)
+        check_choice(op, "algorithm", algorithm, ("auto", *ALGORITHMS))
+        if self._algorithms is not None:
+            if algorithm == "auto":
+                algorithm = self._algorithms.choose(given.span_bytes, given.dtype.itemsize)
+            else:
+                self._algorithms.check(algorithm, given)
+        self._agree(op, f"{given.dtype}[{given.numel}] by {algorithm!r}")
+        call = self._copy if self._algorithms is None else self._algorithms.all_reduce(algorithm)
+        self._run(op, call, given, result, handle)
+
+    def algorithm_for(self, nbytes: int, dtype: object = "bfloat16") -> str:
+        """Return the algorithm that "auto" uses for so many bytes; "" for a single rank.
+
+        Raises `ArgumentError` if this group has no algorithm for them.
+        """
+        if self._algorithms is None:
+            return ""
+        count = check_int("algorithm_for", "nbytes", nbytes, 0, 1 << 62)
+        return self._algorithms.choose(count, parse_dtype(dtype, op="algorithm_for").itemsize)
+
+    def allreduce_fusion(
+        self,
+        x: object,
+        *,
+        pattern: object,
+        allreduce_out: object = None,
+        residual_in: object = None,
+        residual_out: object = None,
+        norm_out: object = None,
+        quant_out: object = None,
+        scale_out: object = None,
+        rms_gamma: object = None,
+        rms_eps: float = 1e-6,
+        scale_factor: object = None,
+        layout_code: int | None = None,
+        block_quant_group_size: int | None = None,
+        weight_bias: float = 0.0,
+        fp32_acc: bool = True,
+        launch_with_pdl: bool = False,
+        use_oneshot: bool | None = None,
+        stream: object = None,
+    ) -> None:
+        """Add up the tensors of all ranks, and apply the rest of the pattern in the same kernel.
+
+        The other tensors are those of `trtllm_allreduce_fusion` (and `_fp4`, `_block_fp8`,
+        `_dynamic_fp8`); their docstrings say which ones a pattern takes.
+
+        Args:
+            x: this rank's tensor, [tokens, hidden_size], within the size that `fusion` gave.
+            pattern: an `AllReduceFusionPattern`, or its number or name.
+            use_oneshot: True: every rank adds up everything.  False: each rank adds up its own
+                tokens; there must be more tokens than ranks.  None: chosen by size and number of
+                ranks.
+            launch_with_pdl: programmatic dependent launch.  Before FlashInfer 0.7 the kernel reads
+                `residual_in` without waiting for the kernel before it.
+            stream: as for `all_reduce`.
+
+        Raises the errors of `all_reduce`.
+        """
+        op = "allreduce_fusion"
+        self._check_open(op)
+        fusion = None if self._algorithms is None else self._algorithms.fusion
+        if fusion is None:
+            got, expected = "a group without `fusion`", "Group(..., fusion=FusionSize(...))"
+            raise ArgumentError(op, "self", got=got, expected=expected)
+        code, desc = pattern_of(op, pattern), self._tensor(op, "x", x)
+        if len(desc.shape) != 2:
+            raise ArgumentError(op, "x", got=desc.layout, expected="[tokens, hidden_size]")
+        fusion.check(op, desc)
+        if use_oneshot is not None:
+            check_flag(op, "use_oneshot", use_oneshot)
+        is_oneshot = fusion.use_oneshot(desc.span_bytes, desc.shape[0], use_oneshot)
+        tensors = {
+            "allreduce_out": allreduce_out, "residual_in": residual_in,
+            "residual_out": residual_out, "norm_out": norm_out, "quant_out": quant_out,
+            "scale_out": scale_out, "rms_gamma": rms_gamma, "scale_factor": scale_factor,
+            "layout_code": layout_code, "block_quant_group_size": block_quant_group_size,
+        }  # fmt: skip
+        more = {name: value for name, value in tensors.items() if value is not None}
+        more |= {"fp32_acc": fp32_acc, "launch_with_pdl": launch_with_pdl}
+        if weight_bias:
+            more["weight_bias"] = weight_bias
+        if code:
+            more["rms_eps"] = rms_eps
+        handle = handle_for(stream, self.device, op)
+        how = "oneshot" if is_oneshot else "twoshot"
+        self._agree(op, f"{desc.dtype}{list(desc.shape)}, {code.name} by {how!r}")
+        self._run(
+            op, lambda x, _, stream: fusion.call(x, code, is_oneshot, stream, more),
+            desc, desc, handle,
+        )  # fmt: skip
+
+    def all_gather(self, x: object, out: object, *, stream: object = None) -> None:
+        """Gather the tensors of all ranks on every rank, in rank order.
+
+        Args:
+            x: this rank's tensor, contiguous.
+            out: `size` times as many elements of the same dtype; `x` may be this rank's part of it.
+            stream: as for `all_reduce`.
+
+        On GPUs NCCL does it.  Without NCCL, an all-reduce of the whole does: `ArgumentError` above
+        its largest message, `LoaderError` on several machines.  Raises as `all_reduce` does.
+        """
+        op = "all_gather"
+        given, result, handle = self._given(op, x, out, stream)
+        if (given.numel * self.size, given.dtype) != (result.numel, result.dtype):
+            expected = f"{given.dtype}, {given.numel * self.size} elements"
+            raise ArgumentError(op, "out", got=result.layout, expected=expected)
+        _check_apart(op, given, result, -self.rank * given.span_bytes)
+        self._collect(op, given, result, handle)
+
+    def reduce_scatter(self, x: object, out: object, *, stream: object = None) -> None:
+        """Add up the tensors of all ranks, and give each rank its part of the sum.
+
+        Args:
+            x: this rank's tensor, contiguous.
+            out: part number `rank` of the sum, which has `size` equal parts of the same dtype; it
+                may be that part of `x`.
+            stream: as for `all_reduce`.
+
+        On GPUs NCCL does it.  Without NCCL, an all-reduce of the whole does: `ArgumentError` above
+        its largest message, `LoaderError` on several machines.  Raises as `all_reduce` does.
+        """
+        op = "reduce_scatter"
+        given, result, handle = self._given(op, x, out, stream)
+        if (given.numel, given.dtype) != (result.numel * self.size, result.dtype):
+            expected = f"{given.dtype}, one of {self.size} equal parts of {given.numel} elements"
+            raise ArgumentError(op, "out", got=result.layout, expected=expected)
+        _check_apart(op, given, result, self.rank * result.span_bytes)
+        self._collect(op, given, result, handle)
+
+    def _collect(self, op: str, x: TensorDesc, out: TensorDesc, stream: int) -> None:
+        call = self._copy if self._algorithms is None else self._algorithms.collective(op)
+        self._agree(op, f"{x.dtype}[{x.numel}]")
+        self._run(op, call, x, out, stream)
+
+    def buffer(self, shape: tuple[int, ...], dtype: str) -> TensorDesc:
+        """Return a tensor in the memory that peers read, which "vllm" adds up without a copy.
+
+        All these tensors start at the same address.  The sum must go elsewhere.  Raises
+        `ArgumentError` above `max_bytes`, and if the ranks have no such memory.
+        """
+        self._check_open("buffer")
+        if self._algorithms is None or self._algorithms.vllm is None:
+            got, expected = 'a group without "vllm"', "ranks that reach each other's memory"
+            raise ArgumentError("buffer", "self", got=got, expected=expected)
+        made = self._algorithms.vllm.buffer(shape, dtype)
+        if made.span_bytes > self.max_bytes:
+            got, expected = f"{made.span_bytes} bytes", f"at most max_bytes={self.max_bytes}"
+            raise ArgumentError("buffer", "shape", got=got, expected=expected)
+        return made
+
+    def synchronize(self, stream: object = None) -> None:
+        """Wait for a stream's work so far, graphs included; `HangError` if a rank is lost.
+
+        On the CPU it returns at once.
+        """
+        op = "synchronize"
+        self._check_open(op)
+        handle = handle_for(stream, self.device, op)
+        if not self.device.is_cuda:
+            return
+        with cuda.current(self.device):
+            done = cuda.Event()
+            done.record(handle)
+        pause, begun = _FIRST_PAUSE, time.monotonic()
+        while not done.is_done():
+            time.sleep(pause)
+            pause = min(2 * pause, _LAST_PAUSE)
+            waited = time.monotonic() - begun
+            # NCCL's kernels, which the monitor does not watch
+            if waited > self.timeout_s + _LETTING_GO_S:
+                error = TimeoutError(f"{op}: rank {self.rank} waited {waited:.0f} s for the stream")
+                raise self._broken(op, error)
+        self._check_open(op)
+
+    # ------------------------------------------------------------------------------- ending
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the group is not closed and no rank was found missing."""
+        return self._is_open and not self._hang
+
+    def close(self) -> None:
+        """Free everything when this rank's work is done.  All ranks call it, like any call.
+
+        It closes the memory of peers, waits for all ranks, and frees this rank's memory.  After a
+        hang it waits for nobody, and on GPUs it keeps memory that another process may still write
+        to.  A second call does nothing.
+        """
+        if not self._is_open:
+            return
+        self._is_open = False
+        if self._algorithms is None:
+            return
+        try:
+            if self.device.is_cuda:
+                if self._hang:
+                    self._algorithms.abort()
+                cuda.synchronize(self.device)  # meanwhile the monitor releases waiting kernels
+        finally:
+            if self._monitor is not None:
+                self._monitor.close()
+        self._algorithms.close(is_broken=bool(self._hang))
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:  # fmt: skip
+        if exc is not None and not self._hang:  # the other ranks may never reach their close
+            self._hang = f"rank {self.rank} left its block by {exc_type!r}"
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Group is of this process and cannot be pickled: pickle its ranks")
+
+    def __repr__(self) -> str:
+        state = "" if self._is_open else ", closed"
+        return f"<Group, rank {self.rank} of {self.size} on {self.device}{state}>"
+
+    # ------------------------------------------------------------------------------- inside
+
+    def _check_open(self, op: str) -> None:
+        if not self._is_open:
+            raise ArgumentError(op, "self", got="a closed group", expected="an open one")
+        if self._hang:
+            raise HangError(op, self._hang)
+
+    def _given(
+        self, op: str, x: object, out: object, stream: object
+    ) -> tuple[TensorDesc, TensorDesc, int]:
+        """Check a call's arguments; return its tensors as vectors, and its stream."""
+        self._check_open(op)
+        given, result = self._tensor(op, "x", x), self._tensor(op, "out", out)
+        if result.readonly:
+            got = "a tensor that is read-only"
+            raise ArgumentError(op, "out", got=got, expected="a writable one")
+        vectors = (
+            TensorDesc(each.ptr, (each.numel,), each.dtype, device=self.device)
+            for each in (given, result)
+        )
+        return *vectors, handle_for(stream, self.device, op)  # type: ignore[return-value]
+
+    def _tensor(self, op: str, name: str, value: object) -> TensorDesc:
+        desc = as_desc(value, op, name)
+        if desc.device is not self.device:
+            raise ArgumentError(op, name, got=desc.device, expected=f"{self.device}, the group's")
+        if desc.dtype.name not in _DTYPES:
+            raise ArgumentError(op, name, got=desc.dtype, expected=", ".join(_DTYPES))
+        if not desc.is_contiguous:
+            raise ArgumentError(op, name, got=desc.layout, expected="a contiguous tensor")
+        return desc
+
+    def _agree(self, op: str, what: str) -> None:
+        """With `check`, raise on every rank if one of them makes another call."""
+        self._calls += 1
+        if not self._checks:
+            return
+        mine = f"{what}, call {self._calls}: {op}"
+        try:
+            given = [data.decode() for data in self._ranks.all_gather(mine.encode())]
+        except TimeoutError as error:
+            raise self._broken(op, error) from error
+        for rank, theirs in enumerate(given):
+            if theirs != given[0]:
+                got, expected = f"{theirs} on rank {rank}", f"{given[0]}, as on rank 0"
+                raise ArgumentError(op, "x", got=got, expected=expected)
+
+    def _run(self, op: str, call: Call, x: TensorDesc, out: TensorDesc, stream: int) -> None:
+        if not x.numel:
+            return
+        if self.device.is_cuda:
+            with cuda.current(self.device):
+                call(x, out, stream)
+            return
+        from fi_ffi.reference.peers import waiting_at_most
+
+        try:
+            with waiting_at_most(self.timeout_s):
+                call(x, out, stream)
+        except TimeoutError as error:
+            raise self._broken(op, error) from error
+        except KernelError as error:
+            if error.kind != TimeoutError.__name__:
+                raise
+            raise self._broken(op, TimeoutError(error.message)) from error
+
+    def _copy(self, x: TensorDesc, out: TensorDesc, stream: int) -> None:
+        cuda.copy(out.ptr, x.ptr, x.span_bytes, self.device, stream)
+
+    def _tell_hang(self, op: str, missing: set[int]) -> None:
+        """Record a hang; called from the monitor's thread."""
+        words = f"{op}: rank {self.rank} waited {self.timeout_s:g} s for {names(missing)}"
+        self._broken(op, TimeoutError(words))
+
+    def _broken(self, op: str, error: TimeoutError) -> HangError:
+        """Mark the group as unusable after a rank was missing; return the error."""
+        gone = [rank for rank, place in enumerate(self._places) if has_ended(place)]
+        ended = f" (the process of {names(gone)} has ended)" if gone else ""
+        self._hang = f"{error}{ended}; the group can only be closed"
+        return HangError(op, self._hang)
+
+
+def _check_apart(op: str, x: TensorDesc, out: TensorDesc, ahead: int) -> None:
+    """Raise if the tensors overlap, unless `out` begins `ahead` bytes after `x`."""
+    start, end = max(x.ptr, out.ptr), min(x.ptr + x.span_bytes, out.ptr + out.span_bytes)
+    if start < end and out.ptr - x.ptr != ahead:
+        place = f", or {ahead} bytes from its start" if ahead else ", or its own"
+        raise ArgumentError(op, "out", got="memory of `x`", expected=f"memory apart from it{place}")
+
+
+def _device(device: object) -> Device:
+    found = parse_device(device, op="Group")
+    if not found.is_cuda and found.type != "cpu":
+        raise ArgumentError("Group", "device", got=found, expected="cuda or cpu")
+    return found
+
+
+def _fusion_size(fusion: object) -> FusionSize | None:
+    if fusion is None:
+        return None
+    if not isinstance(fusion, FusionSize):
+        got, expected = type(fusion).__name__, "a fi_ffi.comm.FusionSize, or None"
+        raise ArgumentTypeError("Group", "fusion", got=got, expected=expected)
+    return fusion.checked()

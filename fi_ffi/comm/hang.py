@@ -1,0 +1,128 @@
+"""Detection, report and release of kernels that wait for a missing rank.
+
+A group's kernels wait on the GPU, in memory of their own rank. A thread reads this memory by copies
+on its own stream, so it sees eager calls and graphs alike and does not slow them down. If a kernel
+waits and nothing has changed for too long, the thread reports the missing ranks and writes the
+values that the kernels wait for. The results of these kernels are invalid; the process goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.tensor import Device
+from fi_ffi.errors import DeviceError
+from fi_ffi.loader import machine
+from fi_ffi.ops import cuda
+
+_NON_BLOCKING = 1  # cudaStreamNonBlocking
+_ANY_DIRECTION = 4  # cudaMemcpyDefault
+_LOOKS, _LONGEST_S = 100, 0.2  # polls within the timeout, and the longest interval
+_RELEASING_S = 1e-3  # interval of releases after a rank was found missing
+Read = Callable[[int, int], bytes]
+Write = Callable[[int, bytes], None]
+
+
+class Waiting(Protocol):
+    """Kernels that wait in their rank's memory."""
+
+    op: str
+
+    def state(self, read: Read) -> tuple[bytes, Iterable[int]]:
+        """Return the state that calls change, and the ranks that a kernel waits for now."""
+
+    def release(self, read: Read, write: Write) -> None:
+        """Release the waiting kernels."""
+
+
+class Copies:  # a context manager
+    """Context manager of copies to and from a device, on a stream independent of all others.
+
+    On the CPU, which only tests use, the copies are plain.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device, self._stream = device, ffi.NULL
+
+    def __enter__(self) -> Copies:
+        if self._device.is_cuda:
+            slot = ffi.new("void **")
+            with cuda.current(self._device):
+                code = machine.load_cudart()[0].cudaStreamCreateWithFlags(slot, _NON_BLOCKING)
+            cuda.check(code, "cudaStreamCreateWithFlags")
+            self._stream = slot[0]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._device.is_cuda:
+            cuda.unless_cut_off(machine.load_cudart()[0].cudaStreamDestroy, self._stream)
+
+    def read(self, address: int, count: int) -> bytes:
+        place = ffi.new("char[]", count)
+        self._copy(place, cuda.pointer(address), count)
+        return bytes(ffi.buffer(place, count))
+
+    def write(self, address: int, data: bytes) -> None:
+        self._copy(cuda.pointer(address), ffi.from_buffer(data), len(data))
+
+    def _copy(self, target: Any, source: Any, count: int) -> None:
+        if not self._device.is_cuda:
+            ffi.memmove(target, source, count)
+            return
+        runtime = machine.load_cudart()[0]
+        with cuda.current(self._device), cuda.relaxed():
+            code = runtime.cudaMemcpyAsync(target, source, count, _ANY_DIRECTION, self._stream)
+            code = code or runtime.cudaStreamSynchronize(self._stream)
+        cuda.check(code, "a copy of what kernels wait for")
+
+
+class Monitor:
+    """A group's watching thread: calls `on_hang()(op, ranks)` once, then releases all kernels."""
+
+    def __init__(
+        self, kernels: Sequence[Waiting], device: Device, timeout_s: float,
+        on_hang: Callable[[], Callable[[str, set[int]], None] | None],
+    ) -> None:  # fmt: skip
+        self._kernels, self._device, self._timeout_s = kernels, device, timeout_s
+        self._on_hang, self._stop = on_hang, threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fi_ffi.comm", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        # If the GPU is lost, the next call reports it.
+        with contextlib.suppress(DeviceError), Copies(self._device) as copies:
+            self._watch(copies)
+
+    def _watch(self, copies: Copies) -> None:
+        pause = min(self._timeout_s / _LOOKS, _LONGEST_S)
+        before: list[bytes] = []
+        since = time.monotonic()
+        while not self._stop.wait(pause) and self._on_hang() is not None:
+            found = [(kernels, *kernels.state(copies.read)) for kernels in self._kernels]
+            waiting = [(kernels.op, {*missing}) for kernels, _, missing in found if missing]
+            now, states = time.monotonic(), [state for _, state, _ in found]
+            if not waiting or states != before:
+                before, since = states, now
+            elif now - since >= self._timeout_s:
+                tell = self._on_hang()
+                if tell is not None:
+                    tell(*waiting[0])
+                self._let_go(copies)
+                return
+
+    def _let_go(self, copies: Copies) -> None:
+        """Release kernels until the group is closed, since those queued behind wait as well."""
+        while self._on_hang() is not None:
+            for kernels in self._kernels:
+                kernels.release(copies.read, copies.write)
+            if self._stop.wait(_RELEASING_S):
+                return

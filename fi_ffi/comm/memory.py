@@ -1,0 +1,252 @@
+"""Memory of every rank that all ranks can write to, and its addresses in this process.
+
+On a GPU the memory is allocated by `cudaMalloc`. Ranks of one process use peer access, others CUDA
+IPC; no multicast object is ever created. On the CPU it is plain memory. If ranks are processes it
+is an in-memory file, which peers open by its descriptor and which needs no clean-up.
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import os
+import pickle
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.tensor import Device
+from fi_ffi.comm.ranks import Ranks
+from fi_ffi.errors import LoaderError
+from fi_ffi.loader import machine
+from fi_ffi.ops import cuda
+
+_ROUND = 2 << 20  # CUDA shares memory between processes in whole blocks of this size
+_LAZY_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
+_ALREADY_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled
+_ACCESS_SUPPORTED, _NATIVE_ATOMICS = 2, 3  # of cudaDeviceP2PAttr
+_BUS_ID_CHARS = 32
+
+
+class Place(NamedTuple):
+    """Where a rank is: its machine, process and GPU."""
+
+    machine: str
+    process: int
+    bus_id: str  # "" on the CPU
+
+
+@functools.cache
+def _machine() -> str:
+    """Return an identity shared by ranks that see each other's processes; containers may differ."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot = file.read().strip()
+    return f"{socket.gethostname()} {boot} {os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def place_of(device: Device) -> Place:
+    """Return this rank's place."""
+    bus_id = ""
+    if device.is_cuda:
+        text = ffi.new("char[]", _BUS_ID_CHARS)
+        code = machine.load_cudart()[0].cudaDeviceGetPCIBusId(text, _BUS_ID_CHARS, device.index)
+        cuda.check(code, "cudaDeviceGetPCIBusId")
+        bus_id = ffi.string(text).decode()
+    return Place(_machine(), os.getpid(), bus_id)
+
+
+def has_ended(place: Place) -> bool:
+    """Return whether a rank's process is known to have ended."""
+    if place.machine != _machine():
+        return False
+    try:
+        with open(f"/proc/{place.process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in "ZX"
+    except (OSError, IndexError):
+        return True
+
+
+def _index_of(place: Place) -> int | None:
+    """Return this process's index of another rank's GPU; None if the GPU is not visible."""
+    runtime, found = machine.load_cudart()[0], ffi.new("int *")
+    code = runtime.cudaDeviceGetByPCIBusId(found, ffi.new("char[]", place.bus_id.encode()))
+    cuda.forget(code, "cudaDeviceGetByPCIBusId")
+    return None if code else int(found[0])
+
+
+def links(places: Sequence[Place]) -> tuple[bool, bool]:
+    """Return whether all GPUs reach each other's memory, and whether all are linked by NVLink.
+
+    A GPU has native atomics on the other's memory over NVLink, and not over PCIe. A pair that is
+    not visible counts as reachable and not linked.
+    """
+    indices = [_index_of(place) for place in places]
+    reach = linked = True
+    for mine in indices:
+        for other in indices:
+            if mine is None or other is None:  # the process sees only one of them
+                linked = False
+            elif mine != other:
+                reach = reach and _attribute(_ACCESS_SUPPORTED, mine, other)
+                linked = linked and _attribute(_NATIVE_ATOMICS, mine, other)
+    return reach, reach and linked
+
+
+def _attribute(attribute: int, mine: int, other: int) -> bool:
+    runtime, value = machine.load_cudart()[0], ffi.new("int *")
+    code = runtime.cudaDeviceGetP2PAttribute(value, attribute, mine, other)
+    cuda.check(code, "cudaDeviceGetP2PAttribute")
+    return bool(value[0])
+
+
+class _Piece:
+    """A rank's own memory and its number of users in this process; freed when that is 0."""
+
+    def __init__(self, memory: Any, free: Callable[[], None] = lambda: None) -> None:
+        self.memory, self.free, self.users = memory, free, 1
+
+
+# Pieces of this process by address. A piece that is not closed is never freed: a peer may write to
+# it.
+_pieces: dict[int, _Piece] = {}
+_lock = threading.Lock()
+
+
+def _release(address: int) -> None:
+    with _lock:
+        piece = _pieces[address]
+        piece.users -= 1
+        if piece.users:
+            return
+        del _pieces[address]
+    piece.free()
+
+
+class PeerMemory:
+    """`count` zeroed bytes on each rank; `addresses` lists where they are in this process."""
+
+    def __init__(self, ranks: Ranks, places: Sequence[Place], count: int, device: Device) -> None:
+        self._ranks, self._device = ranks, device
+        self._is_alone = all(place[:2] == places[ranks.rank][:2] for place in places)
+        self._opened: list[Callable[[], None]] = []
+        address, handle = _make(count, device, self._is_alone)
+        try:
+            given = [
+                pickle.loads(data) for data in ranks.all_gather(pickle.dumps((address, handle)))
+            ]
+            self.addresses = [
+                address if rank == ranks.rank else self._open(places[rank], given[rank], count)
+                for rank in range(ranks.size)
+            ]
+            ranks.barrier()  # no rank may free before all have opened
+        except BaseException:
+            for close in self._opened:
+                close()
+            _release(address)
+            raise
+        self._own = address
+
+    def _open(self, place: Place, given: tuple[int, Any], count: int) -> int:
+        """Open a peer's memory and keep its closing function."""
+        address, handle = given
+        if place.process == os.getpid() and place.machine == _machine():
+            if self._device.is_cuda:
+                self._enable(place)
+            with _lock:
+                _pieces[address].users += 1
+            self._opened.append(functools.partial(_release, address))
+            return address
+        if not self._device.is_cuda:
+            found, close = _map(f"/proc/{place.process}/fd/{handle}", count)
+            self._opened.append(close)
+            return found
+        runtime, slot = machine.load_cudart()[0], ffi.new("void **")
+        shared = ffi.new("cudaIpcMemHandle_t *", {"reserved": handle})
+        with cuda.current(self._device), cuda.relaxed():
+            code = runtime.cudaIpcOpenMemHandle(slot, shared[0], _LAZY_PEER_ACCESS)
+            cuda.check(code, f"cudaIpcOpenMemHandle of {place.bus_id}'s on {self._device}")
+        self._opened.append(functools.partial(self._close_handle, slot[0]))
+        return int(ffi.cast("uintptr_t", slot[0]))
+
+    def _enable(self, place: Place) -> None:
+        peer = _index_of(place)
+        if peer is None or peer == self._device.index:
+            return
+        with cuda.current(self._device), cuda.relaxed():
+            code = machine.load_cudart()[0].cudaDeviceEnablePeerAccess(peer, 0)
+        cuda.forget(code, "cudaDeviceEnablePeerAccess")
+        if code not in (0, _ALREADY_ENABLED):
+            cuda.check(code, f"cudaDeviceEnablePeerAccess of cuda:{peer} on {self._device}")
+
+    def _close_handle(self, pointer: Any) -> None:
+        with cuda.current(self._device):
+            cuda.unless_cut_off(machine.load_cudart()[0].cudaIpcCloseMemHandle, pointer)
+
+    def close(self, is_broken: bool = False) -> None:
+        """Close the peers' memory, wait for the peers, and free this rank's memory.
+
+        If the group is broken, do not wait, since some ranks may not come. GPU memory that other
+        processes have open then stays allocated, because they may still write to it.
+        """
+        for close in self._opened:
+            close()
+        self._opened = []
+        if not self._is_alone:
+            if is_broken and self._device.is_cuda:
+                return
+            if not is_broken:
+                self._ranks.barrier()
+        _release(self._own)
+
+
+def _make(count: int, device: Device, is_alone: bool) -> tuple[int, Any]:
+    """Allocate this rank's memory; return it with the handle that another process opens it by."""
+    if not device.is_cuda and not is_alone:
+        file = os.memfd_create("fi_ffi.comm", os.MFD_CLOEXEC)
+        os.ftruncate(file, max(count, 1))
+        address, unmap = _map(f"/proc/self/fd/{file}", count)
+
+        def free() -> None:
+            unmap()
+            os.close(file)
+
+        return _keep(address, _Piece(None, free)), file
+    size = -(-count // _ROUND) * _ROUND if device.is_cuda else count
+    memory = cuda.allocate(size, device, zeroed=True)
+    address = _keep(memory.desc.ptr, _Piece(memory))
+    if not device.is_cuda or is_alone:
+        return address, None
+    shared = ffi.new("cudaIpcMemHandle_t *")
+    with cuda.current(device), cuda.relaxed():
+        code = machine.load_cudart()[0].cudaIpcGetMemHandle(shared, cuda.pointer(address))
+    if code:
+        _release(address)
+        cuda.check(code, "cudaIpcGetMemHandle")
+    return address, bytes(ffi.buffer(shared))
+
+
+def _keep(address: int, piece: _Piece) -> int:
+    with _lock:
+        _pieces[address] = piece
+    return address
+
+
+def _map(path: str, count: int) -> tuple[int, Callable[[], None]]:
+    """Map an in-memory file; return its address and the function that unmaps it."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise LoaderError(f"a rank's memory, {path}, cannot be opened: {error}") from error
+    try:
+        mapped = mmap.mmap(file, max(count, 1))
+    finally:
+        os.close(file)
+    view = ffi.from_buffer(mapped)
+
+    def unmap() -> None:
+        ffi.release(view)
+        mapped.close()
+
+    return int(ffi.cast("uintptr_t", view)), unmap
