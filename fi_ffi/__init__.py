@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from fi_ffi.ops.gdn import gdn_decode as gdn_decode
     from fi_ffi.ops.graphs import Graph as Graph
     from fi_ffi.ops.graphs import capture as capture
+    from fi_ffi.ops.kda import recurrent_kda as recurrent_kda
     from fi_ffi.ops.mamba import selective_state_update as selective_state_update
     from fi_ffi.ops.matmul import *  # noqa: F403
     from fi_ffi.ops.modules import function as function
@@ -67,7 +68,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# What is imported when it is first asked for, and from where.
+# Names imported on first use, and the modules that define them.
 _ATTENTION = (
     "BatchAttentionPlan",
     "BatchDecodePlan",
@@ -123,6 +124,7 @@ _LATER |= {
     "object_type": "fi_ffi.ops.modules",
     "object_types": "fi_ffi.ops.modules",
     "prepare": "fi_ffi.ops.prepare",
+    "recurrent_kda": "fi_ffi.ops.kda",
     "selective_state_update": "fi_ffi.ops.mamba",
     "top_p_renorm_workspace_size": "fi_ffi.ops.table.renorm",
     "watchdog": "fi_ffi.ops.watch.watchdog",
@@ -131,7 +133,9 @@ _LATER |= {
 
 def _later(name: str) -> object:
     if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        text = f"module {__name__!r} has no attribute {name!r}"
+        # With `name` and `obj`, Python's traceback suggests the nearest name.
+        raise AttributeError(text, name=name, obj=sys.modules[__name__])
     module = importlib.import_module(_LATER[name])
     for known, where in _LATER.items():
         if where == _LATER[name]:
@@ -139,21 +143,23 @@ def _later(name: str) -> object:
     return globals()[name]
 
 
-if not TYPE_CHECKING:  # which would take any misspelt name for one of these
+if not TYPE_CHECKING:  # a type checker would accept any misspelt name otherwise
     __getattr__ = _later
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 def use_kernels(location: str | os.PathLike[str]) -> None:
-    """Take kernels from `location` from now on: a directory in the jit-cache layout
-    (`<module>/<module>.so`, or what `flashinfer_jit_cache` is installed in), or a
-    `flashinfer_jit_cache` wheel.  Otherwise `FI_FFI_KERNELS` names it.
+    """Take kernels from `location` from now on, and from nowhere else.
 
-    Raises `KernelNotFoundError` where there is nothing, `ArtifactError` where the
-    file is not such a wheel.
+    `location` is a `flashinfer_jit_cache` wheel, or a directory in the jit-cache layout
+    (`<module>/<module>.so`, or an installed `flashinfer_jit_cache`).  `FI_FFI_KERNELS` does the
+    same for the whole process.
+
+    Raises `KernelNotFoundError` if nothing is there, and `ArtifactError` if the file is not such a
+    wheel.
     """
     from fi_ffi.loader import runtime, search
     from fi_ffi.ops import attention
@@ -164,6 +170,8 @@ def use_kernels(location: str | os.PathLike[str]) -> None:
         sys.modules["fi_ffi.ops.moe"].forget()
     if "fi_ffi.ops.matmul" in sys.modules:
         sys.modules["fi_ffi.ops.matmul"].select_release(search.release())
+    if "fi_ffi.ops.comm" in sys.modules:
+        sys.modules["fi_ffi.ops.comm"].select_release(search.release())
     for op in OPS.values():
         op.forget()
         op.select_release(search.release())

@@ -1,25 +1,24 @@
-"""The exception tree.
+"""Exception classes of fi_ffi.
 
-Every class is also a builtin exception, so that a caller who knows nothing of
-fi_ffi still catches what it would expect (`ValueError` for a bad argument,
-`RuntimeError` for a kernel that failed).
+Every class is also a builtin exception, so that a caller who does not know fi_ffi still catches the
+expected type (`ValueError` for a bad argument, `RuntimeError` for a failed kernel).
 """
 
 from __future__ import annotations
 
 
 class FiFfiError(Exception):
-    """Base of every error this package raises on purpose.
+    """Base class of every error that fi_ffi raises on purpose.
 
-    docs/troubleshooting.md has the messages: what each means, and what to do.
+    docs/troubleshooting.md explains the messages.
     """
 
 
 class ArgumentError(FiFfiError, ValueError):
-    """An argument has the right type and a value that cannot be used.
+    """An argument has the right type and an unusable value.
 
-    Raised before anything is launched or written.  The four fields are what
-    the message is made of.
+    Raised before anything is launched or written.  `op`, `argument`, `got` and `expected` are the
+    parts of the message.
     """
 
     def __init__(self, op: str, argument: str, *, got: object, expected: object) -> None:
@@ -27,7 +26,7 @@ class ArgumentError(FiFfiError, ValueError):
         super().__init__(f"{op}: argument `{argument}`: got {_text(got)}, expected {expected}")
 
     def of(self, op: str, argument: str) -> ArgumentError:
-        """The same of an op's argument, which a part of is what this error is about."""
+        """Return the same error for an op's argument of which this error describes a part."""
         got = f"{self.argument} {_text(self.got)}"
         return type(self)(op, argument, got=got, expected=self.expected)
 
@@ -38,7 +37,8 @@ _MOST_TEXT = 1000
 def _text(value: object) -> str:
     try:
         text = str(value)
-    except Exception:  # an int of more digits than Python prints, or the value's own error
+    # an int with more digits than Python prints, or an error of the value's own `__str__`
+    except Exception:
         return _unprintable(value)
     if not text:
         return repr(text)
@@ -46,11 +46,22 @@ def _text(value: object) -> str:
 
 
 def printed(value: object, most: int = 60) -> str:
-    """The start of a value's repr, for an error: of any value, whatever its repr does."""
+    """Return the start of a value's repr for an error message, even if the repr raises."""
     try:
         return repr(value)[:most]
     except Exception:
         return _unprintable(value)
+
+
+def printable(text: str) -> str:
+    """Escape the characters of a text that would control a terminal.
+
+    Names of files, symbols, members and arguments come from outside and may contain such
+    characters.
+    """
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def _unprintable(value: object) -> str:
@@ -59,19 +70,18 @@ def _unprintable(value: object) -> str:
 
 
 class ArgumentTypeError(ArgumentError, TypeError):
-    """An argument is of a type that cannot be used at all."""
+    """An argument has a type that cannot be used."""
 
 
 class AbiError(FiFfiError, RuntimeError):
-    """A binary does not have the interface that was declared for it."""
+    """A binary's interface differs from the declared one."""
 
 
 class KernelError(FiFfiError, RuntimeError):
-    """A kernel entry reported an error of its own.
+    """A kernel's entry reported an error.
 
-    `kind` is the kernel's own name for the class of error ("RuntimeError",
-    "ValueError", ...), `message` its text, `backtrace` the C++ frames, most
-    recent first, and `op` the entry that was called.
+    `kind` is the kernel's name for the class of error ("RuntimeError", "ValueError", ...),
+    `message` its text, `backtrace` the C++ frames, most recent first, and `op` the called entry.
     """
 
     def __init__(self, op: str, kind: str, message: str, backtrace: str = "") -> None:
@@ -83,10 +93,10 @@ class KernelError(FiFfiError, RuntimeError):
 
 
 class DeviceError(KernelError):
-    """The GPU stopped on an error of earlier work: this process can use it no more.
+    """An error of earlier work stopped the GPU, and this process can no longer use it.
 
-    `op` is the call that noticed, which need not be the one at fault; `kind` is CUDA's name of
-    the error, `code` its number.  Every later call fails alike: restart the process.
+    `op` is the call that noticed, which need not be the faulty one; `kind` is CUDA's name of the
+    error, `code` its number.  Every later call fails too: restart the process.
     """
 
     def __init__(self, op: str, kind: str, message: str, code: int) -> None:
@@ -95,9 +105,9 @@ class DeviceError(KernelError):
 
 
 class HangError(FiFfiError, TimeoutError):
-    """A call did not finish within the time of a `fi_ffi.watchdog`.
+    """A call did not finish within the time of a `fi_ffi.watchdog`, or a rank did not arrive.
 
-    `op` is the one that was called, `report` what is known of the call.
+    `op` is the call, `report` the description of it.
     """
 
     def __init__(self, op: str, report: str) -> None:
@@ -106,11 +116,11 @@ class HangError(FiFfiError, TimeoutError):
 
 
 class LoaderError(FiFfiError, RuntimeError):
-    """A library or a kernel file could not be found, fetched or loaded."""
+    """A library or kernel file could not be found, fetched or loaded."""
 
 
 class KernelNotFoundError(LoaderError, LookupError):
-    """No configured source of kernels has the module or the entry asked for."""
+    """No source of kernels has the requested module or entry."""
 
 
 class ArchitectureError(LoaderError):
@@ -118,7 +128,7 @@ class ArchitectureError(LoaderError):
 
 
 class ArtifactError(LoaderError, ValueError):
-    """A file is not what it claims to be: wrong hash, malformed, or unsafe."""
+    """A file is not what it claims to be: wrong hash, malformed or unsafe."""
 
 
 class FetchError(LoaderError, OSError):
@@ -126,7 +136,7 @@ class FetchError(LoaderError, OSError):
 
 
 class BuildError(FiFfiError, RuntimeError):
-    """`fi-ffi build` could not make the kernels; `log` is the path of its log, if any."""
+    """`fi-ffi build` could not build the kernels; `log` is the path of its log, or None."""
 
     def __init__(self, message: str, log: str | None = None) -> None:
         self.log = log

@@ -1,7 +1,7 @@
 """The families of ops.
 
-Each has its rows in `fi_ffi/ops/table/`, its references and formulas in `fi_ffi/reference/`, and,
-where its inputs are not simply random, what makes them in `tests/helpers/inputs/`, under its name.
+A family has its rows in `fi_ffi/ops/table/` and its references in `fi_ffi/reference/`. If its
+inputs are not plain random tensors, `tests/helpers/inputs/` has a module of the same name.
 """
 
 from __future__ import annotations

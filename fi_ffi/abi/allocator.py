@@ -1,9 +1,9 @@
-"""Memory for tensors that kernels make themselves.
+"""Memory for tensors that kernels allocate themselves.
 
-A kernel asks libtvm_ffi for a tensor (`TVMFFIEnvTensorAlloc`), and libtvm_ffi asks the
-allocator set on the calling thread, or else the one set for the process.  Ours is set on
-the thread, around a call that needs it, and never for the process: other libraries' calls
-keep theirs.
+A kernel asks libtvm_ffi for a tensor (`TVMFFIEnvTensorAlloc`). libtvm_ffi asks the allocator set on
+the calling thread, or else the one set for the process. fi_ffi sets its allocator on the thread,
+around a call that needs one, and never for the process: calls of other libraries keep their own
+allocator.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from fi_ffi.abi.tensor import Device, c_strides, device_from_code
 _DLPACK_MAJOR = 1
 _HEADER = ffi.sizeof("DLManagedTensorVersioned")
 _WORD = ffi.sizeof("int64_t")
-_ALIGNMENT = 256  # of device memory as well
+_ALIGNMENT = 256  # Also satisfies the alignment of device memory.
 
 
 class Source(NamedTuple):
-    """Memory of one kind of device: both functions work on, or after, a stream's work."""
+    """Allocation and deallocation on one type of device; both are ordered after a stream's work."""
 
-    take: Callable[[int, Device, int], int]  # bytes, device, stream: an address
-    give_back: Callable[[int, Device, int], None]  # address, device, stream
+    take: Callable[[int, Device, int], int]  # (bytes, device, stream) -> address
+    give_back: Callable[[int, Device, int], None]  # (address, device, stream)
 
 
 def _take_host(count: int, device: Device | None = None, stream: int = 0) -> int:
@@ -46,28 +46,26 @@ HOST = Source(_take_host, _free_host)
 
 
 class Allocator:
-    """Gives kernels' tensors memory, by type of device.
+    """Allocates tensors for kernels, by device type.
 
-    Memory is taken for, and given back after, the work of the stream that is current on
-    the thread and device that ask for it.  That stream must not be destroyed before the
-    tensor is released.
+    Allocation and deallocation are ordered on the stream that is current for the thread and device
+    at the time of allocation. That stream must not be destroyed before the tensor is released.
     """
 
     def __init__(self, sources: Mapping[str, Source]) -> None:
         self._sources = dict(sources)
-        # What gives a tensor's memory back, by the address of the structure that libtvm_ffi was
-        # given.  One operation on a dict needs no lock, and a deleter, which may run anywhere,
-        # could not wait for one.
+        # Deallocators, keyed by the address of the structure handed to libtvm_ffi. A single dict
+        # operation needs no lock, and a deleter must not wait for one: it may run on any thread.
         self._blocks: dict[int, Callable[[], None]] = {}
         self._is_closed = False
         self._callback = ffi.callback("DLPackManagedTensorAllocator", self._allocate, error=-1)
-        # What give_back raises goes to sys.unraisablehook, as from a `__del__`.
+        # An exception of give_back goes to sys.unraisablehook, as from a `__del__`.
         self._deleter = ffi.callback("void(DLManagedTensorVersioned *)", self._delete)
         _ALLOCATORS.append(self)
 
     @property
     def count(self) -> int:
-        """Tensors that were allocated and not yet freed."""
+        """Number of allocated tensors that are not freed yet."""
         return len(self._blocks)
 
     @contextmanager
@@ -82,7 +80,7 @@ class Allocator:
             check(swap(before[0], 0, ffi.NULL), "allocator")
 
     def close(self) -> None:
-        """Never call Python again for the tensors there are: they stay allocated."""
+        """Detach all live tensors from Python: their memory is never freed."""
         self._is_closed = True
         for address in list(self._blocks):
             ffi.cast("DLManagedTensorVersioned *", address).deleter = ffi.NULL
@@ -90,7 +88,7 @@ class Allocator:
     def _allocate(self, prototype: Any, out: Any, error_context: Any, set_error: Any) -> int:
         try:
             out[0] = self._make(prototype)
-        except BaseException as error:  # none may reach the C++ that called
+        except BaseException as error:  # no exception may reach the calling C++
             words = (type(error).__name__, message_of(error))
             kind, message = (ffi.new("char[]", word.encode(errors="replace")) for word in words)
             set_error(error_context, kind, message)
@@ -108,7 +106,7 @@ class Allocator:
         shape, _ = dims_of(prototype)
         if min(shape, default=0) < 0:
             raise ValueError(f"a tensor of shape {shape} was asked for")
-        # One that packs several elements in a byte ends with a whole one.
+        # Round up: packed sub-byte elements may end within a byte.
         count = (math.prod(shape) * prototype.dtype.bits * prototype.dtype.lanes + 7) // 8
         handle = library.address_of(library.lib.TVMFFIEnvGetStream(code, device.index))
         header = _take_host(_HEADER + 2 * _WORD * len(shape))
@@ -136,12 +134,12 @@ class Allocator:
         give_back()
 
 
-# For the life of the process: tensors hold their deleters.
+# Kept for the life of the process: tensors point to the allocators' deleters.
 _ALLOCATORS: list[Allocator] = []
 
 
 @atexit.register
 def _close_all() -> None:
-    """libtvm_ffi releases what is left when there is no interpreter to call any more."""
+    """Close every allocator, since libtvm_ffi may release tensors after the interpreter ended."""
     for allocator in _ALLOCATORS:
         allocator.close()

@@ -231,6 +231,18 @@ int cudaGraphLaunch(void *graphExec, void *stream);
 int cudaGraphExecDestroy(void *graphExec);
 int cudaGraphDestroy(void *graph);
 
+/* Memory of several GPUs, in one process and in several */
+typedef struct { char reserved[64]; } cudaIpcMemHandle_t;
+int cudaIpcGetMemHandle(cudaIpcMemHandle_t *handle, void *devPtr);
+int cudaIpcOpenMemHandle(void **devPtr, cudaIpcMemHandle_t handle, unsigned int flags);
+int cudaIpcCloseMemHandle(void *devPtr);
+int cudaDeviceEnablePeerAccess(int peerDevice, unsigned int flags);
+int cudaDeviceGetP2PAttribute(int *value, int attr, int srcDevice, int dstDevice);
+int cudaDeviceGetPCIBusId(char *pciBusId, int len, int device);
+int cudaDeviceGetByPCIBusId(int *device, const char *pciBusId);
+int cudaStreamCreateWithFlags(void **pStream, unsigned int flags);
+int cudaStreamDestroy(void *stream);
+
 /* cuda.h, of libcuda.so.1, the same for every CUDA: what is asked of a machine */
 int cuInit(unsigned int Flags);
 int cuDriverGetVersion(int *driverVersion);

@@ -1,12 +1,12 @@
-"""Tensors as other libraries read them: numpy's and numba's array interfaces, and DLPack.
+"""Export of tensors to other libraries: array interfaces of numpy and CUDA, and DLPack.
 
-What is exported keeps the tensor's owner alive.  Nothing is copied.  A tensor's memory is on one
-kind of device, and what its dtype or device has no form for is not there (`AttributeError`), so
-that a consumer goes on to the next protocol.
+An export copies nothing and keeps the tensor's owner alive. A protocol that cannot express the
+tensor's dtype or device raises `AttributeError`, so that a consumer tries the next protocol.
 
-A DLPack capsule is an object of Python's C API, which must be made with the GIL.  numpy makes
-one, of a byte of ours, and the structure inside is then written anew: until it is consumed it is
-ours alone, and numpy's own deleter, which knows no more of it than whose it is, gives all back.
+A DLPack capsule is an object of Python's C API and must be created with the GIL held. numpy creates
+the capsule, over a byte of fi_ffi's memory; fi_ffi then overwrites the structure inside. This is
+safe because nobody else sees the capsule before it is consumed, and numpy's deleter only releases
+the array that the capsule belongs to.
 """
 
 from __future__ import annotations
@@ -24,44 +24,45 @@ if TYPE_CHECKING:
 
 _HOST = ("cpu", "cuda_host", "cuda_managed")
 _GPU = ("cuda", "cuda_managed")
-# DLPack's kinds of numbers that the interfaces have a letter for: int, uint, float, bool.
+# DLPack type codes -> letters of the array interfaces: int, uint, float, bool.
 _LETTERS = {0: "i", 1: "u", 2: "f", 6: "b"}
-_LEGACY = 1  # cudaStreamLegacy; 0 means no stream to the protocols
+_LEGACY = 1  # cudaStreamLegacy; the protocols read 0 as "no stream"
 _NO_ORDER = -1
 
-# Lets work of the third argument's stream wait for the second's; there with the CUDA runtime.
+# Makes the work of the third argument's stream wait for the second's. Set once the CUDA runtime is
+# loaded.
 order: Callable[[Device, int, int], None] | None = None
 
 
 class ExportError(ArgumentError, BufferError):
-    """A tensor that DLPack cannot give as it is asked for."""
+    """DLPack cannot export a tensor in the requested way."""
 
 
 class Exported:
-    """What has a tensor: the protocols of other libraries."""
+    """Base class of tensors that other libraries can read."""
 
     __slots__ = ()
 
     def _to_export(self) -> tuple[TensorDesc, object, int | None]:
-        """The tensor, what keeps its memory, and the stream whose work is to be waited for."""
+        """Return the tensor, its memory's owner, and the stream that a consumer must wait for."""
         raise NotImplementedError
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
-        """numpy's protocol for memory that the host reads."""
+        """numpy's array interface, for memory that the host can read."""
         return _interface(self._to_export()[0], _HOST)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """The CUDA array interface, version 3: `stream` is the one that makes the elements."""
+        """CUDA array interface, version 3; `stream` is the stream that writes the elements."""
         desc, _, stream = self._to_export()
-        told = _interface(desc, _GPU)
-        return told | {"stream": None if stream is None else stream or _LEGACY}
+        interface = _interface(desc, _GPU)
+        return interface | {"stream": None if stream is None else stream or _LEGACY}
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> numpy.ndarray[Any, Any]:
-        """numpy's view of the memory, of ml_dtypes' types too.
+        """Return a numpy view of the memory; dtypes of ml_dtypes are supported.
 
-        Raises `ArgumentTypeError` for a tensor on a GPU, and for elements that share bytes.
+        Raises `ArgumentTypeError` for a tensor on a GPU and for elements that share bytes.
         """
         import numpy
 
@@ -71,8 +72,8 @@ class Exported:
         if desc.dtype.lanes > 1 or desc.dtype.shares_bytes:
             _refuse(self, desc, "a dtype of numpy's or ml_dtypes' with elements of whole bytes")
         plain = _typestr(desc.dtype) or f"<u{desc.dtype.itemsize}"
-        told = numpy.asarray(_Holder(_described(desc, plain), owner))
-        found = told.view(desc.dtype.numpy)
+        array = numpy.asarray(_Holder(_described(desc, plain), owner))
+        found = array.view(desc.dtype.numpy)
         if dtype is not None and numpy.dtype(dtype) != found.dtype:
             if copy is False:
                 raise ValueError(f"{desc.layout} as {dtype} takes a copy")
@@ -91,12 +92,12 @@ class Exported:
         dl_device: tuple[int, int] | None = None,
         copy: bool | None = None,
     ) -> object:
-        """A DLPack capsule, which keeps the memory until its consumer lets go of it.
+        """Return a DLPack capsule, which keeps the memory alive until the consumer releases it.
 
-        On a GPU the consumer's `stream` (None: the legacy default one) is made to wait for the
-        work of the stream that the tensor was made on, or of the open scope, where one is known;
-        -1 orders nothing.  Raises `BufferError` for a copy, another device, and where the memory
-        is read-only and the consumer's version of DLPack cannot say so.
+        On a GPU, the consumer's `stream` (None: the legacy default stream) waits for the stream
+        that wrote the tensor, or for the stream of the open scope, if one is known; -1 skips the
+        wait. Raises `BufferError` if a copy or another device is requested, or if the memory is
+        read-only and the consumer's DLPack version has no flag for it.
         """
         desc, owner, source = self._to_export()
         here, what = self.__dlpack_device__(), f"{type(self).__name__}.__dlpack__"
@@ -147,7 +148,7 @@ def _refuse(value: object, desc: TensorDesc, expected: str) -> None:
 
 
 class _Holder:
-    """Memory that numpy makes an array of, and what keeps it."""
+    """An array interface for numpy to read, and the objects that own the memory."""
 
     __slots__ = ("__array_interface__", "kept")
 
@@ -168,7 +169,7 @@ def _capsule(desc: TensorDesc, owner: object, max_version: tuple[int, int] | Non
     array: Any = numpy.asarray(_Holder(byte, dims, owner))
     try:
         capsule: object = array.__dlpack__(max_version=max_version)
-    except TypeError:  # numpy from before 2.1
+    except TypeError:  # numpy < 2.1
         capsule = array.__dlpack__()
     write_dl_tensor(open_capsule(capsule)[0], desc, dims)
     return capsule

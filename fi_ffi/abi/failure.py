@@ -1,6 +1,6 @@
-"""The one gate every failed call goes through, in both directions; CUDA's errors by number.
+"""Conversion of errors between TVM-FFI and Python, in both directions, and CUDA error codes.
 
-The numbers are the runtime's and the driver's alike (driver_types.h, cuda.h).
+The CUDA runtime and the driver use the same numbers (driver_types.h, cuda.h).
 """
 
 from __future__ import annotations
@@ -18,45 +18,45 @@ from fi_ffi.abi.library import TypeIndex
 from fi_ffi.errors import DeviceError, KernelError
 
 _MAX_CAUSES = 16
-_MOST_WORDS = 64 << 20  # bytes of an error's message or backtrace; more is no text
-_MOST_FRAMES = 64  # of Python, told of a callback's exception
-_MOST_BACKTRACE = 1 << 16  # characters of a kernel's that goes up through a callback
+_MOST_WORDS = 64 << 20  # bytes of an error's message or backtrace; a longer one is corrupt
+_MOST_FRAMES = 64  # Python frames reported for a callback's exception
+_MOST_BACKTRACE = 1 << 16  # characters of a kernel's backtrace passed on through a callback
 
-# The class's own name, whatever its metaclass makes of `__name__`, and the cause, whatever a
-# subclass makes of it.
+# Read the class name and the cause through the base types: a metaclass or a subclass may override
+# both attributes.
 _name_of: Callable[[type], str] = type.__dict__["__name__"].__get__
 _cause: Any = BaseException.__dict__["__cause__"]
 
 
 def check(code: int, op: str) -> None:
-    """Raise what a TVM-FFI call left behind, if `code` says that it failed."""
+    """Raise the pending TVM-FFI error if `code` reports a failure."""
     if code:
         raise take_raised(op)
 
 
-# Looks for what is behind a kernel's error; there once the process has a CUDA runtime.
+# Looks for the cause of a kernel's error. Set once the process has a CUDA runtime.
 examine: Callable[[KernelError], KernelError] | None = None
 
 
 def check_kernel(code: int, op: str) -> None:
-    """`check` for a call that may have been a kernel's: its GPU may be lost (`DeviceError`)."""
+    """Do what `check` does for a call that may run a kernel; a lost GPU raises `DeviceError`."""
     if code:
         raise take_kernel_error(op)
 
 
 def take_kernel_error(op: str) -> BaseException:
-    """`take_raised`, examined."""
+    """Return the error of `take_raised`, replaced by a `DeviceError` if the GPU is lost."""
     error = take_raised(op)
     if examine is None or not isinstance(error, KernelError):
         return error
     return examine(error)
 
 
-# Exceptions of callbacks that are no kernel's failure (Ctrl-C, an exit, an exception of a
-# signal handler), by the address of the Error object that travels in their place.  The reference
-# to that object keeps the address from being another's.
+# Callback exceptions that are no kernel failure (Ctrl-C, an exit, an exception of a signal
+# handler), keyed by the address of the Error object that stands for them. Holding a reference to
+# the Error object keeps its address from being reused.
 _travelling: dict[int, tuple[Any, BaseException]] = {}
-# The exceptions of these kinds are made anew where the original is gone.
+# Exception types that are rebuilt if the original exception is gone.
 _REBUILT: dict[str, type[BaseException]] = {
     "KeyboardInterrupt": KeyboardInterrupt,
     "SystemExit": SystemExit,
@@ -64,10 +64,10 @@ _REBUILT: dict[str, type[BaseException]] = {
 
 
 def take_raised(op: str) -> BaseException:
-    """The error raised on this thread, as an exception; its object is released here.
+    """Return this thread's pending error as an exception and release its Error object.
 
-    It is a `KernelError`, or, where a callback raised what is no failure of a kernel's, that
-    exception itself, with the `KernelError` as its cause.
+    The result is a `KernelError`. If a callback raised an exception that is no kernel failure, the
+    result is that exception, with the `KernelError` as its cause.
     """
     slot = ffi.new("TVMFFIObjectHandle *")
     library.lib.TVMFFIErrorMoveFromRaised(slot)
@@ -83,7 +83,7 @@ def take_raised(op: str) -> BaseException:
             return error
         original = _rebuilt(error.kind, error.message)
     before = _cause.__get__(original)
-    if isinstance(before, KernelError):  # of a deeper call that the exception went through
+    if isinstance(before, KernelError):  # set by a deeper call that the exception passed through
         before = _cause.__get__(before)
     if before is not None:
         error.__cause__ = before
@@ -98,7 +98,7 @@ def _rebuilt(kind: str, message: str) -> BaseException:
 
 
 def error_from(handle: Any, op: str, depth: int = 0) -> KernelError:
-    """An Error object's words as an exception, with its causes chained; borrows `handle`."""
+    """Convert an Error object and its chain of causes to an exception; borrows `handle`."""
     made = ffi.cast("FiFfiErrorObject *", handle)
     if made.header.type_index != TypeIndex.ERROR:
         message = f"the call failed and left an object of type index {made.header.type_index}"
@@ -112,11 +112,11 @@ def error_from(handle: Any, op: str, depth: int = 0) -> KernelError:
 
 
 def _has_cause(handle: Any) -> bool:
-    """Whether an Error has a cause that can be read.
+    """Return whether an Error has a cause that is safe to read.
 
-    An error is laid out by whoever made it.  Up to 0.1.7 TVM-FFI's headers had no
-    cause after the backtrace, and a kernel compiled with them puts something else
-    there.  Only what libtvm_ffi itself made is known to have one; its deleter tells.
+    Whoever creates an Error decides its layout. Headers of TVM-FFI up to 0.1.7 have no cause after
+    the backtrace, so a kernel compiled with them has other data there. Only Errors created by
+    libtvm_ffi itself are known to have the field; the address of their deleter identifies them.
     """
     made = ffi.cast("FiFfiErrorObject *", handle)
     if not library.is_of_libtvm_ffi(made.header.deleter):
@@ -131,23 +131,23 @@ def _words(part: Any) -> str:
 
 
 def message_of(error: BaseException) -> str:
-    """An exception's message; its own `__str__` may raise anything."""
+    """Return an exception's message, even if the exception's `__str__` raises."""
     try:
         return str(error)
     except BaseException as broken:
-        return f"(its message cannot be told: {_name_of(type(broken))})"
+        return f"(its message cannot be read: {_name_of(type(broken))})"
 
 
 def set_raised(error: BaseException) -> None:
-    """Leave a Python exception behind as this thread's TVM-FFI error.
+    """Set a Python exception as this thread's TVM-FFI error.
 
-    Always an error: a caller in C++ takes it as there, and would read a null pointer.
+    An error is set in every case: the C++ caller expects one and would read a null pointer.
     """
     try:
         _raise(error)
     except Exception:
         _raise_fallback(type(error))
-    except BaseException as interrupt:  # Ctrl-C, while the error was told
+    except BaseException as interrupt:  # Ctrl-C while the error was converted
         try:
             _raise(interrupt)
         except BaseException:
@@ -157,15 +157,15 @@ def set_raised(error: BaseException) -> None:
 def set_escaped(
     kind: type[BaseException], error: BaseException, frames: TracebackType | None
 ) -> None:
-    """`set_raised` for an exception that left the callback uncaught, as cffi reports it."""
+    """Do what `set_raised` does for an exception that cffi caught outside the callback."""
     try:
         set_raised(BaseException.with_traceback(error, frames))
-    except BaseException:  # no stack is left for more
+    except BaseException:  # the stack is exhausted
         _raise_fallback(kind)
 
 
 def _raise_fallback(kind: type[BaseException]) -> None:
-    """Leave behind an error made in advance: memory or stack may not suffice for a new one."""
+    """Set an error created in advance: memory or stack may not suffice for a new one."""
     for known, handle in _fallbacks:
         if issubclass(kind, known):
             library.lib.TVMFFIErrorSetRaised(handle)
@@ -173,11 +173,11 @@ def _raise_fallback(kind: type[BaseException]) -> None:
 
 
 def prepare_fallbacks() -> None:
-    """Make the errors of `_raise_fallback`, once; they live as long as the process."""
+    """Create the errors of `_raise_fallback` once, for the life of the process."""
     if not _fallbacks:
-        words = b"a callback failed, and what it raised cannot be told"
+        words = b"a callback failed, and its exception cannot be converted"
         kinds = {**_REBUILT, "RuntimeError": BaseException}
-        # All at once: another thread may look.
+        # Extend once: another thread may be iterating.
         _fallbacks.extend(
             [(kind, _create_error(name.encode(), words, b"")) for name, kind in kinds.items()]
         )
@@ -188,7 +188,7 @@ _fallbacks: list[tuple[type[BaseException], Any]] = []
 
 def _raise(error: BaseException) -> None:
     made = ffi.gc(_create_error(*_error_parts(error)), library.lib.TVMFFIObjectDecRef)
-    # An Error that nobody else refers to was swallowed on its way: its exception goes nowhere.
+    # Drop exceptions whose Error has no other reference: the error was swallowed on its way.
     for address, (handle, _) in _travelling.copy().items():
         if library.references(handle) == 1:
             _travelling.pop(address, None)
@@ -198,9 +198,9 @@ def _raise(error: BaseException) -> None:
 
 
 def _is_of_signal_handler(error: BaseException) -> bool:
-    """Whether an exception came out of a signal handler that ran in between."""
+    """Return whether an exception was raised by a signal handler."""
     if threading.get_ident() != threading.main_thread().ident:
-        return False  # Python runs handlers on the main thread alone
+        return False  # Python runs signal handlers on the main thread only
     handlers = {*_handler_codes()}
     frames = error.__traceback__
     while handlers and frames is not None:
@@ -214,21 +214,22 @@ def _handler_codes() -> Iterator[CodeType]:
     for number in signal.valid_signals():
         handler = signal.getsignal(number)
         if callable(handler):
-            function = getattr(handler, "func", handler)  # of a functools.partial
+            function = getattr(handler, "func", handler)  # unwraps functools.partial
             for made in (function, type(function).__call__):
                 if isinstance(code := getattr(made, "__code__", None), CodeType):
                     yield code
 
 
 def _error_parts(error: BaseException) -> tuple[bytes, ...]:
-    """Kind, message and backtrace."""
+    """Return an exception's kind, message and backtrace."""
     frames = "".join(reversed(traceback.format_tb(error.__traceback__, -_MOST_FRAMES)))
     message = message_of(error)
     if type(error) is KernelError:
-        # Its backtrace apart: one that goes up through callbacks would grow in each.
+        # Keep the kernel's backtrace out of the message, which would grow with each callback it
+        # passes.
         message = f"{error.op}: {error.kind}: {error.message}"
         frames = f"{error.backtrace}\n{frames}"[:_MOST_BACKTRACE]
-    # str's own encode: the text may be of a class of the caller's.
+    # Call str's own encode: the text may be of a subclass that overrides it.
     parts = (_name_of(type(error)), message, frames)
     return tuple(str.encode(part, "utf-8", "replace") for part in parts)
 
@@ -241,7 +242,7 @@ def _create_error(*parts: bytes) -> Any:
     return slot[0]
 
 
-# Of which CUDA says that further work returns the same error, until the process ends.
+# Codes after which CUDA returns the same error for all further work of the process.
 STICKY = {
     214: "cudaErrorECCUncorrectable",
     220: "cudaErrorNvlinkUncorrectable",
@@ -260,7 +261,7 @@ STICKY = {
     911: "cudaErrorExternalDevice",
 }
 
-# What a thread may have been left with by another call, and no launch ends in.
+# Codes that an earlier call may have left on the thread and that no launch returns.
 LEFTOVERS = {
     3: "cudaErrorInitializationError",
     35: "cudaErrorInsufficientDriver",
@@ -284,6 +285,6 @@ _WHAT_TO_DO = (
 
 
 def lost(op: str, code: int, words: str = "") -> DeviceError:
-    """The error of a GPU that is lost to this process, for a code of `STICKY`."""
-    told = f"CUDA error {code} ({words or STICKY[code]})"
-    return DeviceError(op, STICKY[code], f"{told}. {_WHAT_TO_DO.format(op=op)}", code)
+    """Return the error for a GPU lost to this process, for a code of `STICKY`."""
+    text = f"CUDA error {code} ({words or STICKY[code]})"
+    return DeviceError(op, STICKY[code], f"{text}. {_WHAT_TO_DO.format(op=op)}", code)

@@ -1,10 +1,9 @@
-"""Entries: anything with TVM-FFI's calling convention, and the frames of their calls.
+"""Entries (functions with TVM-FFI's calling convention) and the frames of their calls.
 
-A frame is the packed arguments of one call, in one buffer that each call writes in place: an
-array of `TVMFFIAny`, a `DLTensor` for each tensor, and these tensors' shapes and strides.  What
-depends on dtypes and devices is written when a frame is made; a call writes addresses, sizes,
-strides and numbers, through memoryviews over the buffer, which is several times quicker than
-assigning through cffi.
+A frame holds the packed arguments of one call in one buffer: an array of `TVMFFIAny`, a `DLTensor`
+for each tensor, and the tensors' shapes and strides. The parts that depend on dtypes and devices
+are written when the frame is made. A call overwrites addresses, sizes, strides and numbers through
+memoryviews of the buffer, which is several times faster than assigning through cffi.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ from fi_ffi.errors import AbiError, KernelError, LoaderError
 
 
 class Entry(Unique):
-    """A function pointer with the calling convention, and the handle it wants first.
+    """A function pointer with TVM-FFI's calling convention, and its first argument.
 
-    An exported symbol has a null handle; a function object is its own, and
-    `owner` keeps it alive.
+    An exported symbol takes a null handle. A function object takes its own handle, and `owner`
+    keeps the object alive.
     """
 
     __slots__ = ("address", "handle", "name", "owner")
@@ -54,7 +53,7 @@ class Entry(Unique):
         return cls(name, function.safe_call, function.handle, function)
 
     def __call__(self, *args: object) -> Any:
-        """Call with Python values; returns a Python value or an owned object."""
+        """Call with Python values; return a Python value or an owned object."""
         arena = CallArena(self.name)
         try:
             return self.invoke(pack_arguments(args, arena), len(args))
@@ -62,25 +61,26 @@ class Entry(Unique):
             arena.end()
 
     def invoke(self, packed: Any, count: int) -> Any:
-        """Call with packed arguments; returns a Python value or an owned object."""
-        # A call's own: what an entry that fails has written there is nobody's to read or release.
+        """Call with packed arguments; return a Python value or an owned object."""
+        # The slot is local to the call: an entry that fails may leave a value in it that nobody
+        # owns.
         result = ffi.new("TVMFFIAny *")
         check_kernel(self.address(self.handle, packed, count, result), self.name)
         return unpack(result, owned=True)
 
 
-# More arguments than any function takes.  Calling with none would do as well for
-# a function that has parameters, but would run one that has none.
+# More arguments than any function takes. A probe with no arguments would run a function that has no
+# parameters.
 PROBE_ARGUMENTS = 512
 _PROBE = ffi.new("TVMFFIAny[]", PROBE_ARGUMENTS)
 
 
 def probe(entry: Entry) -> Signature:
-    """The entry's own signature, read from the refusal of a call it cannot accept.
+    """Return the entry's own signature, which it prints when it refuses a wrong argument count.
 
-    No CUDA work is done and no memory touched: a typed function, as all of FlashInfer's
-    are, counts its arguments before anything else.  A packed one, which accepts any
-    number of them, is run by this, and has no signature to tell: `AbiError`.
+    A typed function (all of FlashInfer's are typed) counts its arguments first, so a probe does no
+    CUDA work and touches no memory. A packed function accepts any number of arguments and has no
+    signature: the probe runs it and raises `AbiError`.
     """
     result = ffi.new("TVMFFIAny *")
     if entry.address(entry.handle, _PROBE, PROBE_ARGUMENTS, result):
@@ -93,33 +93,33 @@ def probe(entry: Entry) -> Signature:
 
 
 def global_function(name: str) -> Entry:
-    """A function from libtvm_ffi's global table, such as `ffi.ArraySize`."""
+    """Return a function of libtvm_ffi's global table, such as `ffi.ArraySize`."""
     return Entry.of(find_global(name), name)
 
 
-# A function of libtvm_ffi's own, looked up once: it has them as long as it is loaded.
+# Cached: libtvm_ffi's own functions exist as long as it is loaded.
 library_function = functools.cache(global_function)
 
 
 def make_array(values: Sequence[object]) -> Array:
-    """An owned Array of `values`."""
+    """Return an owned Array of `values`."""
     array: Array = library_function("ffi.Array")(*values)
     return array
 
 
 def array_values(array: Array) -> list[Any]:
-    """The elements of an Array, as Python values or owned objects."""
+    """Return the elements of an Array, as Python values or owned objects."""
     size, item = library_function("ffi.ArraySize"), library_function("ffi.ArrayGetItem")
     return [item(array, i) for i in range(size(array))]
 
 
 def tensors_of(array: Array) -> list[TensorDesc]:
-    """The tensors of an Array of them, which keeps them alive."""
+    """Return the tensors of an Array; the descriptors keep the tensors alive."""
     return [tensor.described() for tensor in array_values(array)]
 
 
 def module_function(module: Module, name: str) -> Entry:
-    """The function called `name` of a Module object; `LoaderError` where there is none."""
+    """Return the function `name` of a Module object; `LoaderError` if the module has none."""
     function = library_function("ffi.ModuleGetFunction")(module, name, False)
     if not isinstance(function, Function):
         raise LoaderError(f"the module object has no function {name!r}")
@@ -127,10 +127,10 @@ def module_function(module: Module, name: str) -> Entry:
 
 
 def register(name: str, signature: Signature, function: Callable[..., Any]) -> Entry:
-    """Make a Python function a TVM-FFI function, in the global table under `name`.
+    """Register a Python function as a TVM-FFI function, in the global table under `name`.
 
-    It refuses a wrong number of arguments in the same words as a compiled one, so
-    `probe` tells its signature; an exception becomes a TVM-FFI error.
+    The function refuses a wrong argument count with the message of a compiled one, so `probe` reads
+    its signature. Its exceptions become TVM-FFI errors.
     """
     made = make_function(name, function, signature)
     set_global(name, made)
@@ -139,8 +139,8 @@ def register(name: str, signature: Signature, function: Callable[..., Any]) -> E
 
 _ANY_WORDS = ffi.sizeof("TVMFFIAny") // 8
 _TENSOR_WORDS = ffi.sizeof("DLTensor") // 8
-NO_STREAM = -1  # in a frame's `before` word: nothing to put back
-# Text goes by the address of its bytes.
+NO_STREAM = -1  # value of a frame's `before` word if no stream has to be restored
+# A string is passed as the address of its bytes.
 _SCALARS = {
     int: TypeIndex.INT,
     bool: TypeIndex.BOOL,
@@ -155,16 +155,16 @@ def _c_text(text: str) -> Any:
 
 
 def c_text(text: str) -> int:
-    """The address of a C string that is never freed: for the few words that are arguments."""
+    """Return the address of a C string that is never freed; for the few constant arguments."""
     return int(ffi.cast("uintptr_t", _c_text(text)))
 
 
 class FrameLayout:
-    """Where each argument of an entry is in a frame, in words of 8 bytes.
+    """Offsets of an entry's arguments in a frame, in words of 8 bytes.
 
-    `ranks` has an item for each argument: the rank of a tensor, or None for any other value.
-    Shapes and strides of the arguments in `last` come after those that each call writes.
-    Items past `count` are no arguments: they are tensors in an argument's Array.
+    `ranks` has an item for each argument: the rank of a tensor, None for any other value. Shapes
+    and strides of the arguments in `last` are placed after those that each call writes. Items past
+    `count` are not arguments but tensors inside an argument's Array.
     """
 
     __slots__ = (
@@ -191,7 +191,7 @@ class FrameLayout:
             if rank is not None:
                 self.tensors[i] = at
                 at += _TENSOR_WORDS
-        # Shapes and strides lie side by side, so that one call can write all of them.
+        # Shapes and strides are contiguous, so that one `struct` call writes all of them.
         self.dims: dict[int, int] = {}
         self.first_dims = self.last_dims = at
         for i in sorted(self.tensors, key=lambda i: (i in last, i)):
@@ -202,28 +202,30 @@ class FrameLayout:
         self.words = at
 
     def value(self, i: int) -> int:
-        """The word of an argument's value: of a tensor, of its address."""
+        """Return the word that holds an argument's value; for a tensor, its address."""
         return self.tensors[i] if i in self.tensors else _ANY_WORDS * i + 1
 
 
-# What a slot of a frame is given: a tensor's kind (with True: as an object), a scalar's type,
-# an Array object by its address, an Array of the Tensor objects of these slots (a range), or None
-# for an optional argument that is not there.
+# Content of a frame's slot: a tensor's kind (with True: passed as an object), a scalar's type,
+# ARRAY for an Array object given by address, a range for an Array of the Tensor objects in these
+# slots, or None for an omitted optional argument.
 ARRAY = "array"
 Scalars = type[int] | type[bool] | type[float] | type[str]
 Slot = tuple[TensorKind, bool] | Scalars | str | range | None
 
 
 def _references_of(made: Object) -> memoryview:
-    """The number of strong references to an object, as it is when it is read."""
+    """Return a live view of an object's strong reference count."""
     header = ffi.cast("TVMFFIObject *", made.handle)
     count = ffi.addressof(header, "combined_ref_count")
     return memoryview(ffi.buffer(count, 4)).cast("B").cast("I")
 
 
 class Packed:
-    """The contents of a frame: `words`, `addresses` and `floats` view the same memory as int64,
-    uint64 and float64."""
+    """The contents of a frame.
+
+    `words`, `addresses` and `floats` view the same memory as int64, uint64 and float64.
+    """
 
     __slots__ = ("addresses", "floats", "layout", "words")
 
@@ -232,7 +234,7 @@ class Packed:
         self.words, self.addresses, self.floats = view.cast("q"), view.cast("Q"), view.cast("d")
 
     def tensor(self, i: int, kind: TensorKind) -> TensorDesc:
-        """A tensor as it was written."""
+        """Return the tensor in slot `i`, as last written."""
         at, rank = self.layout.dims[i], kind.rank
         sizes, steps = self.words[at : at + rank], self.words[at + rank : at + 2 * rank]
         address = self.addresses[self.layout.tensors[i]]
@@ -240,7 +242,7 @@ class Packed:
 
 
 class Frame(Packed):
-    """Packed arguments for one call at a time; not to be shared while in use."""
+    """Packed arguments of one call at a time; two calls must not share a frame concurrently."""
 
     __slots__ = (
         "_arrays", "_buffer", "_cells", "_objects", "_references", "_result", "before",
@@ -253,23 +255,23 @@ class Frame(Packed):
         view = memoryview(ffi.buffer(memory)).cast("B")
         super().__init__(layout, view)
         self.entry = entry
-        # Shapes and strides, for `struct`.
+        # Written by `struct.pack_into`.
         self.dims = view[8 * layout.first_dims : 8 * layout.last_dims]
-        # The stream that a call found current, to be put back.
+        # The stream that was current before a call, restored after it.
         self.before = ffi.cast("TVMFFIStreamHandle *", memory + layout.before)
         self.before_word = layout.before
         self.words[layout.before] = NO_STREAM
         self._result = ffi.cast("TVMFFIAny *", memory + layout.result)
-        # Tensor objects of this frame's own, by their argument.
+        # Tensor objects owned by this frame, by argument.
         self._objects: dict[int, Tensor] = {}
         self.has_objects = False
-        # The address in each of these, and the word of this frame that has it.
+        # Each Tensor object's address field, and the word of this frame to copy into it.
         self._cells: list[tuple[memoryview, int]] = []
         self._arrays: list[Array] = []
-        # The number of references to each object, and how many of them are this frame's own.
+        # Each object's reference count, and how many of the references are this frame's own.
         self._references: list[tuple[memoryview, int]] = []
-        # For its callers: the variant and target it was made for, and the schedule of a plan that
-        # it was written for last.
+        # Owned by the callers: the variant and the launch target that the frame was made for, and
+        # the plan's schedule that it was last written for.
         self.variant: Any = None
         self.target: Any = None
         self.version: object = None
@@ -278,13 +280,13 @@ class Frame(Packed):
         for i, slot in enumerate(slots):
             if isinstance(slot, range):
                 self._fill_array(i, slot)
-        # The call itself: its error code.
+        # Runs the entry and returns its error code.
         self.invoke: Callable[[], int] = functools.partial(
             entry.address, entry.handle, ffi.cast("TVMFFIAny *", memory), layout.count, self._result
         )
 
     def _fill(self, i: int, slot: Slot) -> None:
-        """Write the parts of a slot that are the same for all calls."""
+        """Write the parts of a slot that no call changes."""
         index = self.words
         if slot is None:
             index[_ANY_WORDS * i] = TypeIndex.NONE
@@ -303,15 +305,15 @@ class Frame(Packed):
             index[_ANY_WORDS * i] = _SCALARS[slot]  # type: ignore[index]
 
     def _make_object(self, i: int, kind: TensorKind) -> Tensor:
-        """A Tensor object over this frame's shape and strides."""
+        """Create a Tensor object that uses this frame's shape and strides."""
         nothing = frozen(0, (0,) * kind.rank, (1,) * kind.rank, kind, None)
         made, at = Tensor.from_desc(nothing), self.layout.tensors[i]
         cell = ffi.addressof(ffi.cast("FiFfiTensorObject *", made.handle).cell)
         ffi.memmove(cell, self._buffer + at, ffi.sizeof("DLTensor"))
         self._objects[i] = made
-        # What is past the arguments is in an Array, which refers to it too.
+        # A tensor past the arguments is in an Array, which holds a second reference.
         self._references.append((_references_of(made), 1 + (i >= self.layout.count)))
-        # The address is the first field of its own copy of the DLTensor.
+        # The address is the first field of the object's copy of the DLTensor.
         self._cells.append((memoryview(ffi.buffer(cell, 8)).cast("B").cast("Q"), at))
         return made
 
@@ -328,14 +330,14 @@ class Frame(Packed):
 
     @property
     def is_referred_to(self) -> bool:
-        """Whether a callee kept one of the Tensor objects: the frame must not be used again."""
+        """Whether a callee kept one of the Tensor objects; the frame must not be reused then."""
         for references, own in self._references:  # noqa: SIM110  # a generator is slower
             if references[0] != own:
                 return True
         return False
 
     def __del__(self) -> None:
-        # Arrays first: a Tensor object that somebody refers to keeps its header for ever.
+        # Release Arrays first: they hold references to the Tensor objects.
         for array in getattr(self, "_arrays", ()):
             array.release()
 
@@ -344,7 +346,7 @@ class Frame(Packed):
         return Packed(self.layout, memoryview(bytes(ffi.buffer(self._buffer))))
 
     def call(self) -> Any:
-        """Call the entry with the written arguments; returns the result, which the caller owns."""
+        """Call the entry with the written arguments; return the result, which the caller owns."""
         code = self.invoke()
         if code:
             self.drop_result()
@@ -352,20 +354,20 @@ class Frame(Packed):
         return self.take_result()
 
     def take_result(self) -> Any:
-        """Return the last call's result and hand it to the caller."""
+        """Return the last call's result and transfer its ownership to the caller."""
         result = self._result
         if result.type_index == TypeIndex.NONE:
             return None
         try:
             return unpack(result, owned=True)
         finally:
-            self.drop_result()  # the next call must not take it for its own
+            self.drop_result()  # otherwise the next call could return it again
 
     def peek_result(self) -> Any:
-        """Return the last call's result with a reference of its own; the frame keeps it as well."""
+        """Return a new reference to the last call's result; the frame keeps its own."""
         return unpack(self._result, owned=False)
 
     def drop_result(self) -> None:
-        """Clear the result's slot: a call that failed has no result."""
+        """Clear the result slot; a failed call has no result."""
         at = self.layout.result
         self.words[at] = self.words[at + 1] = 0

@@ -1,8 +1,8 @@
-"""Descriptors of other libraries' tensors, without importing those libraries.
+"""Descriptors of other libraries' tensors, made without importing those libraries.
 
-A tensor is anything that is a `TensorDesc`, a numpy array, or an object with
-`__dlpack__`, `__cuda_array_interface__` or `__array_interface__`.  Nothing is
-copied and nothing synchronised: ordering is what `stream=` is for.
+A tensor is a `TensorDesc`, a numpy array, or an object with `__dlpack__`,
+`__cuda_array_interface__` or `__array_interface__`. Nothing is copied and nothing is synchronised:
+`stream=` orders the work.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ TensorLike: TypeAlias = (
 )
 
 _CAPSULES = {b"dltensor": "DLManagedTensor *", b"dltensor_versioned": "DLManagedTensorVersioned *"}
-_READ_ONLY, _PADDED = 1 << 0, 1 << 2  # DLPACK_FLAG_BITMASK_*
-_NO_SYNC = -1  # DLPack: the consumer orders its work itself
+_READ_ONLY, _PADDED = 1 << 0, 1 << 2  # DLPACK_FLAG_BITMASK_READ_ONLY and _IS_SUBBYTE_TYPE_PADDED
+_NO_SYNC = -1  # DLPack: the consumer orders the work itself
 _PLAIN = "a dense tensor with memory of its own on a CPU or CUDA device"
 _TENSOR = "a TensorDesc, or an object with __dlpack__ or a (CUDA) array interface"
 
-# numpy's array-interface kinds; 'V' (no kind) is not among them.
+# Kinds of numpy's array interface; 'V' (void) has no dtype here.
 _TYPESTR = {"f": "float", "i": "int", "u": "uint", "b": "bool"}
 
 
@@ -74,10 +74,10 @@ Adapter = Callable[[Any, str, str], TensorDesc]
 
 
 def as_desc(value: object, op: str = "as_desc", argument: str = "value") -> TensorDesc:
-    """The descriptor of any tensor; the object itself is kept alive with it.
+    """Describe any tensor.  The descriptor keeps the object alive.
 
-    Raises `ArgumentTypeError` for what is no tensor, `ArgumentError` for one that
-    cannot be described (an unknown dtype, an unsupported device).
+    Raises `ArgumentTypeError` for an object that is not a tensor, and `ArgumentError` for a tensor
+    with an unknown dtype or device.
     """
     kind = type(value)
     if kind is TensorDesc:
@@ -93,28 +93,29 @@ def as_desc(value: object, op: str = "as_desc", argument: str = "value") -> Tens
     except ArgumentError as error:
         if error.op == op:
             raise
-        made = error.of(op, argument)  # of the descriptor that it was to become
+        # raised while making the descriptor: name the caller's op and argument
+        made = error.of(op, argument)
     except (DeviceError, MemoryError):
         raise
-    except Exception as error:  # the exporter refused: say whose words these are
+    except Exception as error:  # the exporter failed: attribute the message to it
         got = f"a {kind.__module__}.{kind.__qualname__} that refused: {message_of(error)}"
         raise ArgumentError(op, argument, got=got, expected="an exportable tensor") from error
     raise made
 
 
-# How tensors of a type are read, looked up once a type.
+# Adapters that read tensors, cached by type.
 _ADAPTERS: dict[type, Adapter] = {}
 _MOST_TYPES = 256
 
 
 def _adapter_of(kind: type) -> Adapter | None:
-    """The adapter for a type: of the library that it is from, or else of a protocol."""
+    """Return the adapter for a type: its library's adapter, or else a protocol's."""
     found: Adapter | None = None
-    if issubclass(kind, Tensor):  # of TVM-FFI, also one that a call returned
+    if issubclass(kind, Tensor):  # also a Tensor that a call returned
         return remember(_ADAPTERS, kind, lambda value, *_: value.described(value), _MOST_TYPES)
     for base in kind.__mro__:
         make = _LIBRARIES.get((base.__module__, base.__qualname__))
-        # A type of that name which is not the library's own has the protocols only.
+        # Another library's type of the same name is read through its protocols only.
         library = sys.modules.get(base.__module__)
         if make is not None and getattr(library, base.__name__, None) is base:
             found = make(kind, library)
@@ -125,8 +126,8 @@ def _adapter_of(kind: type) -> Adapter | None:
 
 
 def _protocol_of(kind: type) -> Adapter | None:
-    # Looked up on the type: numpy, torch and cupy do the same for protocols.  DLPack first: of
-    # jax's arrays it alone tells how XLA has laid them out.
+    # Look the protocols up on the type, as numpy, torch and cupy do. DLPack comes first: it alone
+    # reports the layout that XLA chose for a jax array.
     if hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__"):
         return _from_dlpack
     if hasattr(kind, "__cuda_array_interface__"):
@@ -139,7 +140,7 @@ def _protocol_of(kind: type) -> Adapter | None:
 
 
 def _numpy_adapter(kind: type, library: Any) -> Adapter:
-    """Attributes of contiguous arrays; others tell their lowest address in their interface."""
+    """Read contiguous arrays by attributes, all others by their array interface."""
     kinds: dict[tuple[Any, int], TensorKind] = {}
     from_buffer, cast = ffi.from_buffer, ffi.cast
 
@@ -160,31 +161,33 @@ def _numpy_adapter(kind: type, library: Any) -> Adapter:
 
 
 def _torch_adapter(kind: type, torch: Any) -> Adapter:
-    """Attributes of a tensor, none of which exports it; what kernels must not get is named."""
+    """Read a tensor by attributes, without exporting it; refuse those that no kernel can read."""
     kinds: dict[tuple[Any, Any, int], TensorKind] = {}
     strided = torch.strided
-    has_cuda_only = torch.version.cuda is not None  # the only devices with an index are its GPUs
+    # an index then belongs to a CUDA GPU; other builds have several kinds of device
+    has_cuda_only = torch.version.cuda is not None
     is_plain_type = kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__  # type: ignore[attr-defined]
 
     def read(tensor: Any, op: str, argument: str) -> TensorDesc:
         try:
             shape = tensor.shape
             index = tensor.get_device() if has_cuda_only else -1
-            # Without an index there are several kinds of device.
+            # Without an index the device may be of several kinds.
             where = tensor.device if index < 0 else index
             found = kinds.get((tensor.dtype, where, len(shape)))
-            # What is not dense raises where it is asked for strides.
+            # A tensor that is not dense raises when asked for its strides.
             if found is None or tensor.is_neg():
                 found = described(tensor, op, argument)
             return frozen(tensor.data_ptr(), shape, tensor.stride(), found, tensor)
         except RuntimeError as error:
             failed = error
-        # Which has a better word for most, with no other error's traceback before it.
+        # `described` has a clearer message for most cases; it runs outside the except block, so
+        # that the error has no chained traceback.
         described(tensor, op, argument)
         raise failed
 
     def described(tensor: Any, op: str, argument: str) -> TensorKind:
-        """The kind of a tensor that was not met before; raises for what no kernel can read."""
+        """Return the kind of a tensor seen for the first time; raise if no kernel can read it."""
         what = ""
         if not is_plain_type:
             what = f"a {kind.__module__}.{kind.__qualname__}, which stands for a tensor"
@@ -200,7 +203,8 @@ def _torch_adapter(kind: type, torch: Any) -> Adapter:
         if what:
             raise ArgumentError(op, argument, got=what, expected=_PLAIN)
         dtype = DTYPES.get(str(tensor.dtype).removeprefix("torch."))
-        if dtype is None or dtype.shares_bytes:  # of which torch has names alone
+        # torch has only names for these, not their elements
+        if dtype is None or dtype.shares_bytes:
             expected = f"one of {list(DTYPES)}"
             raise ArgumentError(op, argument, got=f"dtype {tensor.dtype}", expected=expected)
         where = tensor.device
@@ -215,7 +219,7 @@ def _torch_adapter(kind: type, torch: Any) -> Adapter:
 
 
 def _cupy_adapter(kind: type, library: Any) -> Adapter:
-    """Attributes of an array: its strides are of bytes."""
+    """Read an array by attributes; its strides are in bytes."""
 
     def read(array: Any, op: str, argument: str) -> TensorDesc:
         data, shape, itemsize = array.data, array.shape, array.itemsize
@@ -234,7 +238,7 @@ def _cupy_adapter(kind: type, library: Any) -> Adapter:
     return read
 
 
-# By module and name of a type that its arrays are of, or derive from.
+# Adapter factories, by the module and name of the array type or of a base class.
 _LIBRARIES: dict[tuple[str, str], Callable[[type, Any], Adapter]] = {
     ("fi_ffi.abi.tensor", "TensorDesc"): lambda *_: lambda desc, *_: desc.at(desc.ptr, desc.owner),
     ("numpy", "ndarray"): _numpy_adapter,
@@ -251,9 +255,9 @@ def _from_cuda_array_interface(value: Any, op: str, argument: str) -> TensorDesc
 
 
 def _pointer_of(interface: dict[str, Any]) -> tuple[Any, Any]:
-    """An interface's address, and whether it is read-only."""
+    """Return an interface's address and its read-only flag."""
     data = interface["data"]
-    # Of a buffer, which numpy's protocol allows too, the bytes would be taken for these.
+    # numpy's protocol also allows a buffer here, whose bytes would be unpacked as the two values.
     if type(data) is not tuple or len(data) != 2:
         raise TypeError(f"its interface's data is {printed(data)}, not an address and a flag")
     return data
@@ -269,7 +273,7 @@ def _from_array_interface(
         if any(step % dtype.itemsize for step in strides):
             raise _odd_strides(op, argument, strides, dtype)
         strides = tuple(step // dtype.itemsize for step in strides)
-    # The interface too: what it was made from may be held by nothing else (numpy's scalars).
+    # Keep the interface too: it may be the only reference to the memory (numpy's scalars).
     owner = value, interface
     return make_desc(ptr or 0, interface["shape"], dtype, strides, device, bool(readonly), owner)
 
@@ -284,9 +288,10 @@ def _array_dtype(value: Any, typestr: str, op: str, argument: str) -> DType:
     kind = _TYPESTR.get(typestr[1], "") if len(typestr) > 2 and typestr[0] != ">" else ""
     name = kind if kind in ("", "bool") else f"{kind}{8 * int(typestr[2:])}"
     if name not in DTYPES and typestr[0] != ">":
-        # ml_dtypes' types have no kind of their own here; the dtype's name tells them.
+        # The interface has no kind for ml_dtypes' types; the dtype's name identifies them.
         name = str(getattr(getattr(value, "dtype", None), "name", ""))
-    if name not in DTYPES or DTYPES[name].shares_bytes:  # of which numpy has one in a byte
+    # numpy stores a byte for each of their elements
+    if name not in DTYPES or DTYPES[name].shares_bytes:
         got = f"dtype {getattr(value, 'dtype', typestr)}"
         raise ArgumentError(op, argument, got=got, expected=f"one of {list(DTYPES)}")
     return DTYPES[name]
@@ -300,24 +305,24 @@ def _from_dlpack(value: Any, op: str, argument: str) -> TensorDesc:
         raise ArgumentError(op, argument, got=got, expected="a CPU or CUDA tensor")
     capsule = _export(value, {"stream": _NO_SYNC} if device.is_cuda else {})
     tensor, readonly = open_capsule(capsule)
-    told = tensor.device
-    if told.device_type != type_code or told.device_id != index:
-        _check_device(device, told.device_type, told.device_id, op, argument)
+    actual = tensor.device
+    if actual.device_type != type_code or actual.device_id != index:
+        _check_device(device, actual.device_type, actual.device_id, op, argument)
     dtype = dtype_from_code(tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes)
     if dtype is None:
         got = f"DLPack dtype {tensor.dtype.code}:{tensor.dtype.bits}:{tensor.dtype.lanes}"
         raise ArgumentError(op, argument, got=got, expected=f"one of {list(DTYPES)}")
     shape, strides = dims_of(tensor)
     address = int(ffi.cast("uintptr_t", tensor.data)) + tensor.byte_offset
-    # The capsule stays unconsumed: it and the tensor live as long as the descriptor,
-    # and its own destructor gives the export back.
+    # The capsule is not consumed: it lives as long as the descriptor, and its own destructor
+    # returns the export.
     return make_desc(address, shape, dtype, strides, device, readonly, (value, capsule))
 
 
 def _check_device(device: Device, type_code: int, index: int, op: str, argument: str) -> None:
-    """Refuse a capsule of another device than its exporter told.
+    """Refuse a capsule of another device than its exporter reported.
 
-    Exporters differ on which kind of host memory it is, and whether a GPU's is managed.
+    Exporters differ in how they classify host memory and managed GPU memory; such differences pass.
     """
     there = device_from_code(type_code, index)
     if there is not None:
@@ -327,26 +332,26 @@ def _check_device(device: Device, type_code: int, index: int, op: str, argument:
         if kinds == {"cuda", "cuda_managed"} and device.index == there.index:
             return
     got = f"a capsule of device {type_code}:{index}"
-    raise ArgumentError(op, argument, got=got, expected=f"{device}, as its exporter told")
+    raise ArgumentError(op, argument, got=got, expected=f"{device}, as its exporter reported")
 
 
 def _export(value: Any, no_sync: dict[str, int]) -> object:
-    """A DLPack capsule, as new a one as the exporter can make."""
+    """Return a DLPack capsule, of the newest version that the exporter supports."""
     try:
         return value.__dlpack__(max_version=(1, 0), **no_sync)
     except Exception:
-        # From before DLPack 1.0, or one that cannot leave ordering to us (jax takes -1
-        # for a stream): its own default then, which is to order itself.
+        # An exporter older than DLPack 1.0, or one that cannot leave the ordering to its consumer
+        # (jax takes -1 for a stream). The default makes the exporter order the work itself.
         return value.__dlpack__()
 
 
 def open_capsule(capsule: object) -> tuple[Any, bool]:
-    """The `DLTensor` inside a DLPack capsule, and whether it is read-only.
+    """Return the `DLTensor` inside a DLPack capsule, and whether it is read-only.
 
-    `PyCapsule_GetPointer` is Python's own C function, called without the GIL.
-    That is safe while it succeeds (it compares the name and returns a field) and
-    not when it fails (it would set an exception), so the name is checked first:
-    a capsule's repr is the one place where Python code can read it.
+    `PyCapsule_GetPointer`, a function of Python's C API, is called without the GIL. A successful
+    call is safe (it compares the name and returns a field); a failing call is not (it sets an
+    exception). Therefore the name is checked first, in the capsule's repr, the only place where
+    Python code can read it.
     """
     parts = repr(capsule).split('"') if type(capsule) is _capsule_type() else []
     name = parts[1].encode() if len(parts) == 3 else b""
@@ -365,12 +370,12 @@ def open_capsule(capsule: object) -> tuple[Any, bool]:
 
 @functools.cache
 def _capsule_type() -> type:
-    """The type of capsules, which Python names from 3.13 on only; by that of one it has itself."""
+    """Return the type of capsules, taken from a capsule, as Python < 3.13 does not name it."""
     return type(importlib.import_module("_datetime").datetime_CAPI)
 
 
 def _cuda_device_of(ptr: int | None) -> Device:
-    """The device an address belongs to: the CUDA array interface does not say."""
+    """Return the device that an address belongs to; the CUDA array interface does not name it."""
     if not ptr:
         return parse_device("cuda:0")
     from cuda.bindings import driver

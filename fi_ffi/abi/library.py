@@ -1,7 +1,6 @@
-"""libtvm_ffi and the C library, as this process has them.
+"""libtvm_ffi and the C library of this process.
 
-The loader finds and opens the files; this module is where the rest of the ABI
-room calls them.
+The loader finds and opens the files; the rest of `fi_ffi.abi` calls them through this module.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from typing import Any
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.errors import AbiError, LoaderError
 
-# Linux dlfcn.h, the same on x86_64 and aarch64.
+# Linux dlfcn.h; equal on x86_64 and aarch64.
 RTLD_LAZY, RTLD_NOW, RTLD_LOCAL, RTLD_GLOBAL = 0x1, 0x2, 0x0, 0x100
 
-# What the structures in declarations.h must measure for any of this to be safe.
+# Sizes that the structures of declarations.h must have on this platform.
 _SIZES = {
     "TVMFFIAny": 16,
     "TVMFFIObject": 24,
@@ -34,16 +33,16 @@ for _name, _size in _SIZES.items():
         raise AbiError(f"{_name} is {ffi.sizeof(_name)} bytes on this platform, not {_size}")
 
 
-# More than any process can address: a size that is none.
+# More than a process can address; a larger size is corrupt.
 MAX_BYTES = 1 << 48
 
-# By its own account, which is its headers'.  TVMFFIErrorCell was shorter before 0.1.8;
-# within 0.1 the interface has only grown since.
+# Versions of libtvm_ffi, as the library reports them. TVMFFIErrorCell was shorter before 0.1.8;
+# releases of 0.1 have only added to the interface since.
 _OLDEST, _TOO_NEW = (0, 1, 8), (0, 2, 0)
 
 
 class TypeIndex:
-    """`TVMFFITypeIndex` of tvm/ffi/c_api.h: what the first word of a `TVMFFIAny` says."""
+    """`TVMFFITypeIndex` of tvm/ffi/c_api.h: the first word of a `TVMFFIAny`."""
 
     NONE = 0
     INT = 1
@@ -57,7 +56,7 @@ class TypeIndex:
     BYTE_ARRAY_PTR = 9
     SMALL_STR = 11
     SMALL_BYTES = 12
-    OBJECT_BEGIN = 64  # this and above: a reference-counted object
+    OBJECT_BEGIN = 64  # first index of the reference-counted objects
     STR = 65
     BYTES = 66
     ERROR = 67
@@ -78,24 +77,24 @@ class _Unattached:
 
 lib: Any = _Unattached()
 
-# libtvm_ffi leaves the locking of its tables of functions and types to its callers, and a cffi
-# call runs without the GIL.  What a library registers it registers while it is loaded.
+# Guards libtvm_ffi's tables of functions and types: the library leaves locking to its callers, and
+# cffi calls run without the GIL. dlopen takes the lock too, since libraries register while they
+# load.
 tables = threading.RLock()
 
 
 @functools.cache
 def c_library() -> Any:
-    """The running process as a library: libc's dlopen and dlsym, Python's own C API."""
+    """Return the running process as a library: libc's dlopen and dlsym, Python's C API."""
     return ffi.dlopen(None)
 
 
 def attach(path: str, through: str | None = None) -> tuple[int, int, int]:
-    """Load libtvm_ffi from `path`, globally, for the whole process; returns its version.
+    """Load libtvm_ffi from `path` for the whole process and return its version.
 
-    `through` is another name of the same file, which it is opened by.
-
-    Kernels do not name libtvm_ffi among the libraries they need: they find it
-    because it was loaded with RTLD_GLOBAL before them.
+    `through` is another name of the same file, passed to dlopen instead of `path`. Kernels do not
+    list libtvm_ffi among the libraries they need. They find its symbols because it was loaded first
+    with RTLD_GLOBAL.
     """
     global lib
     try:
@@ -103,38 +102,38 @@ def attach(path: str, through: str | None = None) -> tuple[int, int, int]:
         version = ffi.new("TVMFFIVersion *")
         loaded.TVMFFIGetVersion(version)
     except (OSError, AttributeError) as error:
-        told = str(error).replace(through or path, path)
-        raise LoaderError(f"{path} does not load as libtvm_ffi: {told}") from error
+        reason = str(error).replace(through or path, path)
+        raise LoaderError(f"{path} does not load as libtvm_ffi: {reason}") from error
     found = version.major, version.minor, version.patch
     if not _OLDEST <= found < _TOO_NEW:
-        told = ".".join(map(str, found))
-        raise LoaderError(f"{path} is libtvm_ffi {told}, and fi_ffi works with 0.1.8 to 0.1.x")
+        text = ".".join(map(str, found))
+        raise LoaderError(f"{path} is libtvm_ffi {text}, and fi_ffi works with 0.1.8 to 0.1.x")
     lib = loaded
     return found
 
 
 def open_global(path: str, through: str | None = None) -> None:
-    """dlopen a library whose symbols serve what is loaded after it; it is never closed.
+    """Load a library whose symbols later libraries use; it is never closed.
 
-    `through` is another name of the same file, which it is opened by.  Raises
-    `LoaderError` with the dynamic linker's own words.
+    `through` is another name of the same file, passed to dlopen instead of `path`. Raises
+    `LoaderError` with the dynamic linker's message.
     """
     _dlopen(path, through, RTLD_NOW | RTLD_GLOBAL)
 
 
 def open_module(path: str, through: str | None = None, *, lazily: bool = False) -> Any:
-    """dlopen a kernel module, its symbols local to it; it is never closed.
+    """Load a kernel module with local symbols; it is never closed.
 
-    `through` is another name of the same file, which it is opened by.  A function that nothing
-    defines is an error; `lazily`, the process ends where one is called.  Raises
-    `LoaderError` with the dynamic linker's own words.
+    `through` is another name of the same file, passed to dlopen instead of `path`. An undefined
+    function raises `LoaderError` with the dynamic linker's message. With `lazily`, the process ends
+    when the undefined function is called.
     """
     return _dlopen(path, through, (RTLD_LAZY if lazily else RTLD_NOW) | RTLD_LOCAL)
 
 
 def _dlopen(path: str, through: str | None, mode: int) -> Any:
     c = c_library()
-    c.dlerror()  # looks the function up, which would forget the error later on
+    c.dlerror()  # cffi resolves dlerror at its first use; resolving it later would clear the error
     with tables:
         handle = c.dlopen(os.fsencode(through or path), mode)
     if handle == ffi.NULL:
@@ -143,13 +142,13 @@ def _dlopen(path: str, through: str | None, mode: int) -> Any:
 
 
 def in_process(file: str) -> Any | None:
-    """The handle of a library that is loaded under this name, or None."""
+    """Return the handle of a library that is already loaded under this name, or None."""
     handle = c_library().dlopen(os.fsencode(file), RTLD_NOW | os.RTLD_NOLOAD)
     return None if handle == ffi.NULL else handle
 
 
 def find_symbol(module: Any, name: str) -> Any | None:
-    """The address of an exported symbol, or None."""
+    """Return the address of an exported symbol, or None."""
     c = c_library()
     c.dlerror()
     address = c.dlsym(module, name.encode())
@@ -157,12 +156,12 @@ def find_symbol(module: Any, name: str) -> Any | None:
 
 
 def is_of_libtvm_ffi(address: Any) -> bool:
-    """Whether an address of code lies in libtvm_ffi."""
+    """Return whether a code address lies in libtvm_ffi."""
     found, own = ffi.new("FiFfiDlInfo *"), ffi.new("FiFfiDlInfo *")
     c = c_library()
     anchor = ffi.cast("void *", ffi.addressof(lib, "TVMFFIGetVersion"))
-    told = c.dladdr(ffi.cast("void *", address), found) and c.dladdr(anchor, own)
-    return bool(told) and found.dli_fbase == own.dli_fbase
+    is_known = c.dladdr(ffi.cast("void *", address), found) and c.dladdr(anchor, own)
+    return bool(is_known) and found.dli_fbase == own.dli_fbase
 
 
 def _dlerror() -> str:
@@ -171,14 +170,14 @@ def _dlerror() -> str:
 
 
 def byte_array(text: bytes) -> tuple[Any, Any]:
-    """A `TVMFFIByteArray *` over a copy of `text`, and the buffer that must outlive it."""
+    """Return a `TVMFFIByteArray *` over a copy of `text`, and the buffer that must outlive it."""
     buffer = ffi.new("char[]", text or b"\0")
     array = ffi.new("TVMFFIByteArray *", {"data": buffer, "size": len(text)})
     return array, buffer
 
 
 def read_bytes(array: Any) -> bytes:
-    """The bytes a `TVMFFIByteArray` names; `AbiError` where they are more than can be."""
+    """Return the bytes that a `TVMFFIByteArray` refers to; `AbiError` if its size is corrupt."""
     size = array.size
     if size == 0 or array.data == ffi.NULL:
         return b""
@@ -188,9 +187,9 @@ def read_bytes(array: Any) -> bytes:
 
 
 def aligned(count: int, alignment: int) -> Any:
-    """A block of libc's memory, as a C pointer; `c_library().free` takes it back.
+    """Allocate an aligned block of libc's memory; free it with `c_library().free`.
 
-    Not Python's: a callee may read it after the interpreter has gone.
+    Python's own memory would not do: a callee may read the block after the interpreter has ended.
     """
     block = c_library().aligned_alloc(alignment, -(-max(count, 1) // alignment) * alignment)
     if block == ffi.NULL:
@@ -199,24 +198,24 @@ def aligned(count: int, alignment: int) -> Any:
 
 
 def address_of(pointer: Any) -> int:
-    """A C pointer as an int."""
+    """Return a C pointer as an int."""
     return int(ffi.cast("uintptr_t", pointer))
 
 
 def type_index_of(handle: Any) -> int:
-    """The type index in an object's header."""
+    """Return the type index in an object's header."""
     return int(ffi.cast("TVMFFIObject *", handle).type_index)
 
 
 def references(handle: Any) -> int:
-    """How many strong references to an object there are."""
+    """Return the number of strong references to an object."""
     return int(ffi.cast("TVMFFIObject *", handle).combined_ref_count & 0xFFFFFFFF)
 
 
 def renew_after_fork(names: dict[str, Any], name: str, make: Callable[[], Any]) -> None:
-    """Give a forked child a new lock in place of the one that a module calls `name`.
+    """Replace the lock `name` of a module's globals by a new one in a forked child.
 
-    The thread that held the lock is not in the child to give it back.
+    In the child, the thread that held the lock no longer exists to release it.
     """
     os.register_at_fork(after_in_child=lambda: names.update({name: make()}))
 

@@ -1,13 +1,12 @@
-"""Reference-counted TVM-FFI objects, each reference released exactly once.
+"""Reference-counted TVM-FFI objects; each reference is released exactly once.
 
-`ffi.gc` ties one `TVMFFIObjectDecRef` to each handle: it runs when `release()`
-is called, when the Python object dies, or at exit, whichever comes first, and
-never twice.
+`ffi.gc` ties one `TVMFFIObjectDecRef` to each handle. It runs once: in `release()`, when the Python
+object dies, or at exit.
 
-Objects that libtvm_ffi makes own their memory.  A Tensor object over a caller's tensor and a
-Function object that calls Python are backed by memory of ours, which must outlive every
-reference.  A destructor that called back into Python could run when there is no interpreter
-left, so none is given: what a callee still refers to is kept in `_lent`, and looked at later.
+Objects made by libtvm_ffi own their memory. A Tensor object over a caller's tensor and a Function
+object that calls Python use memory of fi_ffi, which must outlive every reference. Such objects have
+no destructor, because it could call Python after the interpreter ended. Instead, objects that a
+callee still refers to are kept in `_lent` and checked again later.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _WORD = ffi.sizeof("int64_t")
 
 
 class Unique:
-    """Base class of objects that hold a reference and can be neither copied nor pickled."""
+    """Base class of objects that hold a reference and cannot be copied or pickled."""
 
     __slots__ = ()
 
@@ -48,35 +47,35 @@ class Unique:
 
 
 class Object(Unique):
-    """One owned reference; a context manager, or release it by hand."""
+    """One owned reference to a TVM-FFI object; close it as a context manager or with `release`."""
 
     __slots__ = ("_backing", "_handle")
     type_index: ClassVar[int] = TypeIndex.OBJECT_BEGIN
 
     def __init__(self, handle: Any, backing: tuple[Any, object] | None = None) -> None:
-        """Take over a reference the caller owns (a `TVMFFIObjectHandle`).
+        """Take over a reference that the caller owns (a `TVMFFIObjectHandle`).
 
-        `backing` is what must outlive every reference to the object: a block of libc's
-        memory, or NULL, and a Python object.
+        `backing` must outlive every reference to the object: a block of libc's memory (or NULL) and
+        a Python object.
         """
         self._handle: Any = ffi.gc(handle, library.lib.TVMFFIObjectDecRef)
         self._backing = backing
 
     @property
     def handle(self) -> Any:
-        """The handle, borrowed; raises once released."""
+        """The borrowed handle; raises `FiFfiError` after `release`."""
         if self._handle is None:
             raise FiFfiError(f"this {type(self).__name__} was released")
         return self._handle
 
     @property
     def use_count(self) -> int:
-        """Strong references to the object, this one included."""
+        """Number of strong references to the object, including this one."""
         return library.references(self.handle)
 
     def release(self) -> None:
-        """Give the reference back now; later calls do nothing."""
-        # No call in between: of two threads that release it, one finds it.
+        """Release the reference now; later calls do nothing."""
+        # No call between the read and the write: if two threads release, only one gets the handle.
         handle, self._handle = self._handle, None
         if handle is None:
             return
@@ -90,7 +89,7 @@ class Object(Unique):
         self._backing = None
 
     def moved_to(self, kind: type[_Kind]) -> _Kind:
-        """Hand the reference to a new object of another class; this one is released."""
+        """Move the reference to a new object of another class; this object counts as released."""
         made = object.__new__(kind)
         made._handle, made._backing = self.handle, self._backing
         self._handle = self._backing = None
@@ -103,18 +102,19 @@ class Object(Unique):
         self.release()
 
     def __del__(self) -> None:
-        # Without a backing the handle gives its own reference back; others may hold it too.
+        # Without a backing, ffi.gc releases the handle; others may hold the handle too.
         backing = getattr(self, "_backing", None)
-        # When the interpreter ends, what is left to callees stays as it is.
+        # At interpreter exit, `_lent` is None and objects that callees hold stay as they are.
         if backing is None or _lent is None:
             return
-        if self._handle is None:  # an interrupt ended its release, and a callee may refer to it
+        # an interrupt ended the release, and a callee may still refer to the backing
+        if self._handle is None:
             _orphans.append(backing)
         Object.release(self)
 
 
 class Function(Object):
-    """A callable object; `fi_ffi.abi.function` makes and calls them."""
+    """A callable object; `fi_ffi.abi.function` creates and calls it."""
 
     __slots__ = ()
     type_index = TypeIndex.FUNCTION
@@ -125,7 +125,7 @@ class Function(Object):
 
 
 class Array(Object):
-    """A sequence of values, read through the functions that libtvm_ffi has for it."""
+    """A sequence of values, read through libtvm_ffi's own functions."""
 
     __slots__ = ()
     type_index = TypeIndex.ARRAY
@@ -139,14 +139,14 @@ class Module(Object):
 
 
 class String(Object):
-    """A heap string; `str()` copies it out."""
+    """A heap-allocated string; `str()` copies it."""
 
     __slots__ = ()
     type_index = TypeIndex.STR
 
     @classmethod
     def create(cls, text: str) -> String | None:
-        """An owned string, or None where the library keeps it inline (7 bytes or fewer)."""
+        """Return an owned string, or None if libtvm_ffi stores it inline (7 bytes or fewer)."""
         array, _buffer = library.byte_array(text.encode())
         value = ffi.new("TVMFFIAny *")
         check(library.lib.TVMFFIStringFromByteArray(array, value), "String")
@@ -157,7 +157,7 @@ class String(Object):
 
 
 class Error(Object):
-    """An error that is a value, not raised."""
+    """An error passed as a value instead of raised."""
 
     __slots__ = ()
     type_index = TypeIndex.ERROR
@@ -167,14 +167,14 @@ class Error(Object):
 
 
 class Tensor(Object):
-    """A Tensor object: of a kernel's own, or over memory somebody else owns."""
+    """A Tensor object: allocated by a kernel, or over memory of another owner."""
 
     __slots__ = ()
     type_index = TypeIndex.TENSOR
 
     @classmethod
     def from_desc(cls, desc: TensorDesc) -> Tensor:
-        """A Tensor object over a tensor of the caller's, for callees that want no view."""
+        """Return a Tensor object over a caller's tensor, for callees that do not accept a view."""
         size = _HEADER + 2 * _WORD * len(desc.shape)
         block = library.aligned(size, _ALIGNMENT)
         try:
@@ -188,7 +188,7 @@ class Tensor(Object):
         return cls(slot[0], (block, desc))
 
     def described(self, owner: object = None) -> TensorDesc:
-        """Describe the tensor, valid as long as a reference is held; `owner` is kept with it."""
+        """Describe the tensor, keeping `owner`; valid while a reference is held."""
         return desc_from_dl_tensor(ffi.cast("FiFfiTensorObject *", self.handle).cell, owner)
 
 
@@ -198,12 +198,12 @@ OBJECT_TYPES: dict[int, type[Object]] = {
 
 
 def bytes_of(value: Object) -> bytes:
-    """The bytes of a heap string or of a Bytes object."""
+    """Return the bytes of a heap string or of a Bytes object."""
     return library.read_bytes(ffi.cast("FiFfiBytesObject *", value.handle).cell)
 
 
 def write_dl_tensor(tensor: Any, desc: TensorDesc, dims: Any = None) -> Any:
-    """Fill a `DLTensor`; returns the array of sizes and strides, which must live as long."""
+    """Fill a `DLTensor`; return the array of sizes and strides, which must outlive it."""
     words = 2 * desc.kind.rank
     if dims is None:
         dims = ffi.new("int64_t[]", words)
@@ -214,7 +214,7 @@ def write_dl_tensor(tensor: Any, desc: TensorDesc, dims: Any = None) -> Any:
 
 
 def write_kind(tensor: Any, kind: TensorKind, dims: Any) -> None:
-    """Write a `DLTensor`'s device, dtype and rank; its sizes and strides are in `dims`."""
+    """Write a `DLTensor`'s device, dtype and rank; `dims` holds its sizes and strides."""
     device, dtype, rank = kind.device, kind.dtype, kind.rank
     place, written = tensor.device, tensor.dtype
     place.device_type, place.device_id = device.type_code, device.index
@@ -223,7 +223,7 @@ def write_kind(tensor: Any, kind: TensorKind, dims: Any) -> None:
 
 
 def desc_from_dl_tensor(tensor: Any, owner: object = None) -> TensorDesc:
-    """Describe a `DLTensor`, keeping its `owner`; raises `AbiError` for one that cannot be."""
+    """Describe a `DLTensor` and keep its `owner`; `AbiError` if it cannot be described."""
     dtype = dtype_from_code(tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes)
     device = device_from_code(tensor.device.device_type, tensor.device.device_id)
     if dtype is None or device is None:
@@ -233,15 +233,15 @@ def desc_from_dl_tensor(tensor: Any, owner: object = None) -> TensorDesc:
     try:
         return make_desc(address, shape, dtype, strides, device, owner=owner)
     except ArgumentError as error:
-        raise AbiError(f"a DLTensor that no tensor can be: {error}") from None
+        raise AbiError(f"a DLTensor that is invalid: {error}") from None
 
 
 def dims_of(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Shape and strides of a `DLTensor`, the latter None where it has none."""
+    """Return a `DLTensor`'s shape and strides; strides are None if it has none."""
     rank = tensor.ndim
     if not rank:
         return (), None
-    # Before anything is read: an array of that length may not be there.
+    # Check the rank before reading: the arrays may be shorter.
     if not 0 < rank <= MAX_RANK:
         raise AbiError(f"a DLTensor of {rank} dimensions")
     sizes, steps = tensor.shape, tensor.strides
@@ -250,13 +250,13 @@ def dims_of(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
     return tuple(sizes[0:rank]), tuple(steps[0:rank]) if steps else None
 
 
-# The objects that a callee still refers to, by address: our reference, and the backing.
+# Objects that a callee still refers to, by address: fi_ffi's own reference, and the backing.
 _lent: dict[int, tuple[Any, tuple[Any, object]]] = {}
-# Backings of objects whose release was interrupted: a callee may refer to them, so they stay.
+# Backings of objects whose release was interrupted. A callee may refer to them, so they are kept.
 _orphans: list[object] = []
 _FEW = 64
 _limit = _FEW
-# Only ever tried: a finalizer that runs while its own thread sweeps must not wait for it.
+# Acquired without blocking only: a finalizer may run on the thread that is sweeping.
 _sweeping = threading.Lock()
 library.renew_after_fork(globals(), "_sweeping", threading.Lock)
 
@@ -268,13 +268,13 @@ def _lend(handle: Any, backing: tuple[Any, object]) -> None:
 
 
 def _sweep() -> None:
-    """Release the objects that no callee refers to any more."""
+    """Release the lent objects that no callee refers to any more."""
     global _limit
     if not _sweeping.acquire(blocking=False):
         return
     try:
         for address, (handle, backing) in _lent.copy().items():
-            # With one reference, which is ours, nobody can make another.
+            # The one reference left is fi_ffi's own, so nobody else can create another.
             if library.references(handle) == 1:
                 del _lent[address]
                 ffi.release(handle)
@@ -285,40 +285,40 @@ def _sweep() -> None:
 
 
 def lent_count() -> int:
-    """Count the objects over memory of ours that callees still refer to."""
+    """Return the number of objects over fi_ffi's memory that callees still refer to."""
     _sweep()
     return len(_lent)
 
 
 class CallArena(Unique):
-    """Holds what the arguments of one call need until it is over.
+    """Owner of the temporary objects behind one call's arguments.
 
-    `descs` are all tensors among them, each with the name of its argument.  `adopt` makes the
-    objects that Python functions among them are given what their makers know them as.
+    `descs` lists all tensors among the arguments, with their argument's name. `adopt` converts the
+    objects passed to Python callbacks to the caller's classes.
     """
 
     __slots__ = ("_owned", "adopt", "descs", "is_result", "keep", "op")
 
     def __init__(self, op: str, adopt: Callable[[Any], Any] | None = None) -> None:
         self.op, self.adopt = op, adopt
-        self.is_result = False  # of a callback: what it refers to has to outlive the call
+        self.is_result = False  # set for a callback's result, whose referents must outlive the call
         self.keep: list[object] = []
         self.descs: list[tuple[str, TensorDesc]] = []
         self._owned: list[Object] = []
 
     def own(self, made: _Kind) -> _Kind:
-        """Release an object that was made for the call when the call is over."""
+        """Register an object to be released at the end of the call."""
         self._owned.append(made)
         return made
 
     def end(self) -> None:
-        """Release what was made for the call; a container goes before what is in it."""
+        """Release the call's objects, newest first: a container goes before its elements."""
         while self._owned:
             self._owned.pop().release()
 
 
 def find_global(name: str) -> Function:
-    """A function of libtvm_ffi's global table; `LoaderError` where it has none of that name."""
+    """Return a function of libtvm_ffi's global table; `LoaderError` if `name` is not in it."""
     array, _buffer = library.byte_array(name.encode())
     slot = ffi.new("TVMFFIObjectHandle *")
     with library.tables:
@@ -329,7 +329,7 @@ def find_global(name: str) -> Function:
 
 
 def set_global(name: str, function: Function) -> None:
-    """Put a function into libtvm_ffi's global table, in place of the one of that name."""
+    """Set a function in libtvm_ffi's global table, replacing any of the same name."""
     array, _buffer = library.byte_array(name.encode())
     with library.tables:
         check(library.lib.TVMFFIFunctionSetGlobal(array, function.handle, 1), name)

@@ -1,8 +1,8 @@
-"""What libtvm_ffi's tables have of functions and of types of objects.
+"""libtvm_ffi's tables of functions and object types.
 
-A library puts functions into the global table by their names, and tells of each type of its
-objects the name, the ancestors, the fields and the methods.  All of it is done while it is
-loaded, and stays as long as the process.
+A library registers its functions by name in the global table, and each object type with its name,
+ancestors, fields and methods. Registration happens while the library loads and lasts as long as the
+process.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _INIT = "__ffi_init__"
 
 
 class Field(NamedTuple):
-    """A field of a type: where it is in an object, and what reads and writes it."""
+    """A field of a type: its offset in an object, its getter and its setter."""
 
     name: str
     doc: str
     offset: int
     getter: Any
-    setter: Any  # NULL where it is read-only
+    setter: Any  # NULL if the field is read-only
     setter_is_function: bool
 
 
 class Method(NamedTuple):
-    """A method of a type: its function, whose first argument is the object unless it is static."""
+    """A method of a type; unless it is static, its function takes the object first."""
 
     name: str
     doc: str
@@ -46,23 +46,23 @@ class Method(NamedTuple):
 
 
 class TypeInfo:
-    """A registered type of objects; `type_info` makes them, one for each."""
+    """A registered object type; `type_info` returns the one instance for each type."""
 
     __slots__ = ("_counts", "_members", "_tables", "index", "key")
 
     def __init__(self, index: int) -> None:
         with library.tables:
             own = library.lib.TVMFFIGetTypeInfo(index)
-            # From ffi.Object on; a type's entry stays where it is.
+            # Ancestors from ffi.Object on, then the type itself; the entries never move.
             self._tables = [*own.type_ancestors[0 : own.type_depth], own]
             self.index, self.key = index, _text(own.type_key)
         self._counts: list[tuple[int, int]] = []
         self._members: dict[str, Field | Method] = {}
 
     def members(self) -> dict[str, Field | Method]:
-        """Fields and methods by name; a type's own go before those of its ancestors."""
+        """Return fields and methods by name; a type's own members override its ancestors'."""
         with library.tables:
-            # A library that is loaded later may tell more.
+            # A library loaded later may register more members.
             counts = [(table.num_fields, table.num_methods) for table in self._tables]
             if counts != self._counts:
                 found: dict[str, Field | Method] = {}
@@ -75,11 +75,11 @@ class TypeInfo:
         return self._members
 
     def member(self, name: str) -> Field | Method | None:
-        """A field or method by its name."""
+        """Return the field or method called `name`, or None."""
         return self._members.get(name) or self.members().get(name)
 
     def constructor(self) -> Method | None:
-        """The function that makes an object of the type itself, if there is one."""
+        """Return the function that constructs this type, not an ancestor's; None if it has none."""
         with library.tables:
             own = self._tables[-1]
             for method in own.methods[0 : own.num_methods]:
@@ -93,11 +93,9 @@ class TypeInfo:
             made = column.data[at]
             if made.type_index != TypeIndex.FUNCTION:
                 return None
-            # Made of the fields by libtvm_ffi: it takes any number, and names too.
+            # libtvm_ffi generated the function from the fields; it takes any number of arguments,
+            # and keywords.
             return Method(_INIT, "", True, False, unpack(made, owned=False))
-
-    def derives_from(self, other: TypeInfo) -> bool:
-        return any(table.type_index == other.index for table in self._tables)
 
 
 def _text(array: Any) -> str:
@@ -119,7 +117,7 @@ def _method(method: Any) -> Method:
 
 
 def tells_types(metadata: str) -> bool:
-    """Whether a function's metadata (JSON) has its types: a packed function's has none."""
+    """Return whether a function's metadata (JSON) lists its types; a packed function's does not."""
     try:
         schema = json.loads(json.loads(metadata)["type_schema"])
         return "args" in schema or "named_args" in schema
@@ -132,7 +130,7 @@ _INDICES: dict[str, int] = {}
 
 
 def registered_types() -> dict[str, int]:
-    """The type index of every registered type, by its name."""
+    """Return the type index of every registered type, by name."""
     with library.tables, library_function("ffi.GetRegisteredTypeKeys")() as keys:
         for key in array_values(keys):
             if key not in _INDICES:
@@ -144,7 +142,7 @@ def registered_types() -> dict[str, int]:
 
 
 def type_info(index: int) -> TypeInfo | None:
-    """What the table has of a type; None where it has none, which libtvm_ffi would abort for."""
+    """Return a type's table entry; None if it has none, for which libtvm_ffi itself would abort."""
     found = _TYPES.get(index)
     if found is None and index in registered_types().values():
         found = _TYPES.setdefault(index, TypeInfo(index))
@@ -152,14 +150,14 @@ def type_info(index: int) -> TypeInfo | None:
 
 
 def get_field(value: Object, field: Field, where: str) -> Any:
-    """The value of an object's field: a Python value, or an owned object."""
+    """Return the value of an object's field: a Python value or an owned object."""
     address, result = _address_of(value, field), ffi.new("TVMFFIAny *")
     check(field.getter(address, result), where)
     return unpack(result, owned=True)
 
 
 def set_field(value: Object, field: Field, content: object, where: str) -> None:
-    """Write an object's field, which must be writable; it converts or refuses the value."""
+    """Write an object's writable field; the field's setter converts or refuses the value."""
     arena, slot = CallArena(where), ffi.new("TVMFFIAny *")
     address = _address_of(value, field)
     try:
@@ -181,16 +179,16 @@ def _address_of(value: Object, field: Field) -> Any:
 
 
 def function_is_typed(name: str) -> bool:
-    """Whether a function of the global table is known to have types."""
+    """Return whether a function of the global table is known to be typed."""
     try:
         metadata = library_function("ffi.GetGlobalFuncMetadata")(name)
-    except LoaderError:  # a libtvm_ffi from before it
+    except LoaderError:  # an older libtvm_ffi without this function
         return False
     return tells_types(metadata if isinstance(metadata, str) else "")
 
 
 def global_names() -> list[str]:
-    """The names of all functions in libtvm_ffi's global table."""
+    """Return the names of all functions in libtvm_ffi's global table."""
     with library.tables:
         item = Entry.of(library_function("ffi.FunctionListGlobalNamesFunctor")(), "names")
         return [item(i) for i in range(item(-1))]

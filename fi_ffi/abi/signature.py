@@ -1,14 +1,14 @@
-"""A TVM-FFI function's signature, as the function itself prints it, and the types in it.
+"""TVM-FFI function signatures, parsed from the functions' own error messages, and their types.
 
-A typed function that is called with a wrong number of arguments refuses before
-it looks at any of them, and its error spells out every parameter:
+A typed function refuses a wrong number of arguments before it looks at any of them. Its error
+spells out every parameter:
 
     Mismatched number of arguments when calling:
     `rmsnorm(0: DLTensor*, 1: DLTensor*, 2: DLTensor*, 3: float, 4: bool) -> void`.
     Expected 5 but got 0 arguments
 
-A function of CuTe DSL has words of its own, which also name its parameters, tell the shapes
-and dtypes that it was compiled for, and leave out that it returns nothing:
+A function of CuTe DSL has another message. It also names the parameters, gives the shapes and
+dtypes that the function was compiled for, and omits the result type, which is void:
 
     Expects 3 parameters when calling:
     `scale(x: Tensor([n0, 128], bfloat16), factor: float32, mask: None)`
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from fi_ffi.errors import AbiError
 
-# Two patterns, each found in time linear in the message.
+# Both patterns match in time linear in the message's length.
 _BEFORE = "Mismatched number of arguments when calling: `"
 _AFTER = re.compile(r"`\. Expected (?P<count>\d+) but got \d+ arguments")
 _CUTE = re.compile(r"Expects (?P<count>\d{1,3}) parameters when calling: `(?P<text>[^`]+)`")
@@ -32,10 +32,10 @@ _OPEN, _CLOSE = "(<[{", ")>]}"
 
 @dataclass(frozen=True)
 class Signature:
-    """Name, parameter types in order, and result type, in TVM-FFI's own spelling.
+    """Name, parameter types in order, and result type, in TVM-FFI's spelling.
 
-    `named` is what a function of CuTe DSL says of each parameter: its name and its type in
-    CuTe's spelling, such as "x: Tensor([n0, 128], bfloat16)", where n0 stands for any size.
+    `named` has the parameters of a CuTe DSL function with names and types in CuTe's spelling, such
+    as "x: Tensor([n0, 128], bfloat16)", where n0 is any size.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Signature:
 
     @property
     def spelled(self) -> tuple[str, ...]:
-        """Each parameter as the function's own account of itself has it."""
+        """Each parameter as the function itself prints it."""
         return self.named or tuple(f"{i}: {param}" for i, param in enumerate(self.params))
 
     def __str__(self) -> str:
@@ -53,14 +53,14 @@ class Signature:
         return f"{self.name}({', '.join(self.spelled)}){result}"
 
     def same_types(self, other: Signature) -> bool:
-        """Equal but for the name (one entry may be exported under several) and `named`."""
+        """Compare parameter and result types only: an entry may be exported under several names."""
         return (self.params, self.result) == (other.params, other.result)
 
 
 def parse_signature(text: str) -> Signature:
     """Parse `name(0: T0, 1: T1, ...) -> R`, or CuTe's `name(a: T0, b: T1, ...)`.
 
-    `AbiError` where it is anything else.
+    Raises `AbiError` for any other text.
     """
     name, paren, rest = text.partition("(")
     parts = split_top(rest) if paren else None
@@ -85,7 +85,7 @@ def parse_signature(text: str) -> Signature:
 
 _NAMED = re.compile(r"\s*[A-Za-z_]\w*: ?\S")
 
-# How CuTe's spelling of a type begins -> the type of TVM-FFI that such a parameter takes.
+# Pattern at the start of a CuTe type -> the TVM-FFI type that such a parameter takes.
 _OF_CUTE = {
     r"Tensor\(": "DLTensor*",
     r"Shape\(": "ffi.Shape",
@@ -98,7 +98,7 @@ _OF_CUTE = {
 
 
 def _of_cute(text: str, depth: int = 0) -> str:
-    """The TVM-FFI type that a parameter of CuTe takes."""
+    """Return the TVM-FFI type of a CuTe parameter."""
     text = text.strip()
     inner = text.removeprefix("Tuple[") if depth <= _DEEPEST else text
     if inner != text and (parts := split_top(inner.removesuffix("]") + ")")):
@@ -110,13 +110,13 @@ def _of_cute(text: str, depth: int = 0) -> str:
 
 
 def signature_from_mismatch(message: str) -> Signature:
-    """The signature inside the refusal of a call with a wrong number of arguments."""
-    if told := _CUTE.search(message):
-        return _counted(told["text"], told["count"], message)
+    """Parse the signature in the error of a call with a wrong number of arguments."""
+    if found := _CUTE.search(message):
+        return _counted(found["text"], found["count"], message)
     start = message.find(_BEFORE) + len(_BEFORE)
     last = deque(_AFTER.finditer(message, start) if start >= len(_BEFORE) else (), maxlen=1)
     if not last:
-        raise AbiError(f"the function's refusal tells no signature: {message!r:.300}")
+        raise AbiError(f"the function's error contains no signature: {message!r:.300}")
     found = last[0]
     return _counted(message[start : found.start()], found["count"], message)
 
@@ -129,7 +129,7 @@ def _counted(text: str, count: str, message: str) -> Signature:
 
 
 def split_top(text: str) -> tuple[list[str], str] | None:
-    """Split at the commas of this nesting level up to its closing parenthesis."""
+    """Split at this nesting level's commas, up to its closing parenthesis; also return the rest."""
     parts: list[str] = []
     depth, start, previous = 0, 0, ""
     for position, char in enumerate(text):
@@ -153,7 +153,7 @@ def split_top(text: str) -> tuple[list[str], str] | None:
 
 FUNCTION = "ffi.Function"
 
-# Names of one meaning: of C++'s own types, and of the containers that have no element type.
+# Synonyms -> one name: C++'s own types, and containers without an element type.
 _SAME = {
     "std::string": "str",
     "ffi.String": "str",
@@ -177,17 +177,17 @@ _SAME = {
 
 @dataclass(frozen=True)
 class TypeExpr:
-    """A type: its name, the same for what means the same, and the types inside it."""
+    """A type: its name, with synonyms unified, and its type arguments."""
 
     name: str
     args: tuple[TypeExpr, ...] = ()
 
 
-_DEEPEST = 32  # of types inside types
+_DEEPEST = 32  # nesting of types
 
 
 def parse_type(text: str) -> TypeExpr:
-    """Read a type; `AbiError` where its brackets do not match."""
+    """Parse a type; `AbiError` if its brackets do not match."""
     return _parse(text, 0)
 
 
@@ -196,7 +196,7 @@ def _parse(text: str, depth: int) -> TypeExpr:
     text = text.strip()
     if depth > _DEEPEST:
         raise AbiError(f"a TVM-FFI type nested more than {_DEEPEST} deep: {text!r:.200}")
-    if text.startswith("("):  # a function's type is its signature
+    if text.startswith("("):  # a function's type is written as its signature
         return TypeExpr(FUNCTION)
     name, bracket, rest = text.partition("<")
     known = _SAME.get(name, name)
@@ -206,8 +206,8 @@ def _parse(text: str, depth: int) -> TypeExpr:
     if parts is None or parts[1] or not all(part.strip() for part in parts[0]):
         raise AbiError(f"not a TVM-FFI type: {text!r:.200}")
     args = tuple(_parse(part, depth + 1) for part in parts[0])
-    if known == "RValueRef" and args:  # a value that may be moved from; a copy does as well
+    if known == "RValueRef" and args:  # a value that may be moved from; passing a copy is valid too
         return args[0]
-    if name == "std::array":  # its second argument is a number
+    if name == "std::array":  # the second argument is a length
         args = args[:1]
     return TypeExpr(known, args)

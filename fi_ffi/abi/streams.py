@@ -1,7 +1,7 @@
-"""CUDA streams: whatever names one, and which one this thread launches on.
+"""CUDA streams: reading stream objects, and the stream that this thread launches on.
 
-libtvm_ffi keeps a current stream per thread and device; kernels launch on it.
-It is only ever changed here and in `fi_ffi.ops.call.launch`, and always put back.
+libtvm_ffi keeps a current stream for each thread and device, and kernels launch on it. Only this
+module and `fi_ffi.ops.call.launch` change it, and both always restore it.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from fi_ffi.abi.failure import check
 from fi_ffi.abi.tensor import Device, remember
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 
-# cudaStreamPerThread; handles up to it are default streams, of the device that is current.
+# cudaStreamPerThread. Handles up to it are default streams and belong to the current device.
 PER_THREAD = 2
 _STREAM = "an int handle, or a cuda.core, cuda-python, cupy or torch stream"
 
 
 def stream_handle(stream: object, op: str = "stream") -> int:
-    """The `cudaStream_t` of a stream, as an int (0 is the legacy default stream).
+    """Return a stream's `cudaStream_t` as an int (0 is the legacy default stream).
 
-    Accepts an int, anything with the `__cuda_stream__` protocol (cuda.core), a
-    cuda-python `CUstream` or `cudaStream_t`, and a torch or cupy stream.
+    Accepts an int, an object with the `__cuda_stream__` protocol (cuda.core), a cuda-python
+    `CUstream` or `cudaStream_t`, and a torch or cupy stream.
     """
     kind = type(stream)
     try:
         handle = stream if kind is int else _handle_of(stream)
-    except Exception as error:  # a stream that was destroyed, say: in its own words
+    # the object refused, for example a destroyed stream: quote its message
+    except Exception as error:
         got = f"a {kind.__module__}.{kind.__qualname__} that refused: {error}"
         raise ArgumentError(op, "stream", got=got, expected=_STREAM) from error
     if type(handle) is not int:
@@ -55,14 +56,14 @@ def _handle_of(stream: Any) -> object:
         return stream.ptr
     if kind.__module__.partition(".")[0] == "cuda" and hasattr(kind, "__int__"):
         return int(stream)
-    # numpy's integers; its arrays have __index__ as well, and most refuse it.
+    # Integers of numpy. Its arrays have __index__ too, but most of them refuse the call.
     if isinstance(stream, numbers.Integral) and kind is not bool:
         return operator.index(stream)
     return None
 
 
 def swap(device: Device, handle: int) -> int:
-    """Make `handle` this thread's stream on `device`; returns the one it replaces."""
+    """Make `handle` this thread's stream on `device` and return the previous one."""
     before = ffi.new("TVMFFIStreamHandle *")
     pointer = ffi.cast("void *", handle)
     check(library.lib.TVMFFIEnvSetStream(device.type_code, device.index, pointer, before), "stream")
@@ -70,30 +71,31 @@ def swap(device: Device, handle: int) -> int:
 
 
 def current_handle(device: Device) -> int:
-    """The stream that is this thread's current one on `device`."""
+    """Return this thread's current stream on `device`."""
     return library.address_of(library.lib.TVMFFIEnvGetStream(device.type_code, device.index))
 
 
 class _Thread(threading.local):
     def __init__(self) -> None:
-        # The scope whose stream is set on this thread, and the stream that scopes replaced.
+        # For each device: the scope whose stream is set on this thread, and the stream that was
+        # current before any scope.
         self.scopes: dict[Device, stream] = {}
         self.replaced: dict[Device, int] = {}
-        # Streams that were found to be of a device, by their handles.
+        # Devices of the streams checked so far, by handle.
         self.checked: dict[int, Device] = {}
 
 
 thread = _Thread()
 _MOST_CHECKED = 64
 
-# Tells the device of a stream; there once the process is known to have several GPUs.
+# Returns a stream's device. Set once the process is known to have several GPUs.
 device_of: Callable[[int], int | None] | None = None
 
 
 def check_stream(handle: int, device: Device, op: str) -> None:
-    """Raise for a stream that is known to be of another GPU than the tensors.
+    """Raise if a stream is known to belong to another GPU than the tensors.
 
-    A kernel that is launched on it would read what is not there, and end the process.
+    A kernel launched on it would fault and end the process.
     """
     if device_of is None or handle <= PER_THREAD or not device.is_cuda:
         return
@@ -108,15 +110,14 @@ def check_stream(handle: int, device: Device, op: str) -> None:
     remember(thread.checked, handle, device, _MOST_CHECKED)
 
 
-class stream:  # a context manager reads as a verb
-    """`with fi_ffi.stream(s):` launches every call inside it on `s`.
+class stream:  # lower case: a context manager reads as a verb
+    """Launch every call inside `with fi_ffi.stream(s):` on `s`.
 
-    A scope is of its context (`contextvars`): of the thread, or of the asyncio task, that
-    opened it, so tasks that take turns each launch on their own stream.  Scopes nest; leaving
-    one puts back what was current before.  A scope belongs to the device of the first tensors
-    used in it: a stream has one device.
+    A scope belongs to the thread or asyncio task that opened it (`contextvars`).  Scopes nest;
+    leaving one restores the stream before it.  A scope takes the device of the first tensors used
+    in it, because a stream belongs to one device.
 
-    Raises `ArgumentTypeError` for what is no stream.
+    Raises `ArgumentTypeError` for an object that is not a stream.
     """
 
     __slots__ = ("_open", "_outer", "_source", "_thread", "device", "handle")
@@ -127,7 +128,7 @@ class stream:  # a context manager reads as a verb
         self._outer: Any = None
         self._thread = 0
         self._open = threading.Lock()  # held while open
-        self._source = stream  # keeps a stream object alive while it is current
+        self._source = stream  # keeps the stream object alive while it is current
 
     def __enter__(self) -> stream:
         if not self._open.acquire(blocking=False):
@@ -136,7 +137,7 @@ class stream:  # a context manager reads as a verb
         self.device = None
         try:
             scope_var.set(self)
-        except BaseException:  # a signal's, between the two statements
+        except BaseException:  # an exception of a signal handler, between the two statements
             scope_var.set(self._outer)
             self._open.release()
             raise
@@ -153,13 +154,13 @@ class stream:  # a context manager reads as a verb
             try:
                 self._put_back()
             finally:
-                # Of no thread: a task that has it still, of a context copied while it was open,
-                # sets it for each call alone.
+                # The scope now belongs to no thread. A task whose context was copied while the
+                # scope was open still sees it, and sets its stream for each call separately.
                 self._thread, self.device, self._outer = 0, None, None
                 self._open.release()
 
     def _put_back(self) -> None:
-        """Set the stream that was current before this scope's, where this scope's still is."""
+        """Restore the previous stream, if this scope's stream is still the current one."""
         device, outer = self.device, self._outer
         if device is None or thread.scopes.get(device) is not self:
             return
@@ -171,33 +172,35 @@ class stream:  # a context manager reads as a verb
             del thread.scopes[device], thread.replaced[device]
 
     def check_device(self, device: Device, op: str) -> None:
-        """Raise unless the scope is not yet in use, or in use on `device`."""
+        """Raise if the scope is already in use on another device."""
         if self.device is not None and self.device is not device:
             got, expected = f"a scope in use on {self.device}", f"a stream of {device}"
             raise ArgumentError(op, "stream", got=got, expected=expected)
 
     def bind(self, device: Device) -> bool:
-        """Make this scope's stream current on `device` until another scope's is, or it ends.
+        """Make this scope's stream current on `device` until another scope replaces it or it ends.
 
-        False on a thread that did not open it, where nobody would put back what was current.
+        Returns False on a thread that did not open the scope: nothing would restore the stream
+        there.
         """
         self.device = device
         if self._thread != threading.get_ident():
             return False
         if thread.scopes.get(device) is not self:
             thread.replaced.setdefault(device, current_handle(device))
-            thread.scopes[device] = self  # first: whatever comes in between is put back
+            # before swap: if an exception comes between, the stream is still restored
+            thread.scopes[device] = self
             swap(device, self.handle)
         return True
 
 
-# The innermost scope that is open in this context.
+# The innermost open scope of this context.
 scope_var: ContextVar[stream | None] = ContextVar("fi_ffi.stream", default=None)
 current_scope: Callable[[], stream | None] = scope_var.get
 
 
 def open_scope(device: Device, op: str) -> stream:
-    """The innermost scope that is open; raises where none is, or it is another device's."""
+    """Return the innermost open scope; raise if there is none or if it is another device's."""
     scope = current_scope()
     if scope is None:
         expected = f"{_STREAM}, or an open fi_ffi.stream(...) scope"
@@ -208,10 +211,7 @@ def open_scope(device: Device, op: str) -> stream:
 
 
 def handle_for(stream: object, device: Device, op: str) -> int:
-    """The handle of the stream that a call is launched on: `stream`, or the open scope's.
-
-    0 on the CPU, which has none.
-    """
+    """Return the handle of the stream to launch on: `stream`, or the open scope's; 0 on the CPU."""
     if not device.is_cuda:
         return 0
     if stream is None:
@@ -223,9 +223,9 @@ def handle_for(stream: object, device: Device, op: str) -> int:
 
 
 class stream_context:
-    """The stream of one call, `stream` or the open scope's, as this thread's current one.
+    """Context manager that makes one call's stream current: `stream`, or the open scope's.
 
-    Made before anything is looked up, so that a missing stream is told first.
+    Create it before any other look-up, so that a missing stream is the first error reported.
     """
 
     __slots__ = ("_before", "_device", "handle")

@@ -25,10 +25,10 @@ _MOST_NAMES = 4096
 
 @dataclass(frozen=True, eq=False)
 class DType:
-    """An element type; the instances in `DTYPES` are the only ones.
+    """An element type; the only instances are those in `DTYPES`.
 
-    `code`, `bits` and `lanes` are the fields of a `DLDataType` (dlpack.h);
-    `itemsize` is in bytes, of one packed element, or of the byte that it shares with others.
+    `code`, `bits` and `lanes` are the fields of a `DLDataType` (dlpack.h). `itemsize` is the number
+    of bytes of one packed element, or of the byte that it shares with others.
     """
 
     name: str
@@ -42,20 +42,20 @@ class DType:
 
     @property
     def shares_bytes(self) -> bool:
-        """Whether an element is less than a byte: two lie in each, the first in its low half."""
+        """Whether elements are smaller than a byte: two share a byte, the first in the low half."""
         return self.bits * self.lanes < 8
 
     def bytes_of(self, count: int) -> int:
-        """The bytes of so many elements side by side."""
+        """Return the number of bytes of `count` contiguous elements."""
         return (count * self.bits * self.lanes + 7) // 8
 
     @property
     def numpy(self) -> numpy.dtype[Any]:
-        """The numpy dtype of the same bytes; ml_dtypes has those numpy lacks."""
+        """The numpy dtype with the same bytes; ml_dtypes provides those that numpy lacks."""
         import ml_dtypes
         import numpy
 
-        # ml_dtypes has a byte for each element of its own int4, uint4 and float4_e2m1fn.
+        # ml_dtypes uses a byte for each element of int4, uint4 and float4_e2m1fn.
         if self.lanes > 1 or self.shares_bytes:
             return numpy.dtype(numpy.uint8)
         return numpy.dtype(getattr(ml_dtypes, self.name, self.name))
@@ -77,9 +77,10 @@ DTYPES: dict[str, DType] = {
         DType("float8_e4m3fn", _FLOAT8_E4M3FN, 8),
         DType("float8_e5m2", _FLOAT8_E5M2, 8),
         DType("float8_e8m0fnu", _FLOAT8_E8M0FNU, 8),
-        # Two values in a byte, as FlashInfer and torch's float4_e2m1fn_x2 have it.
+        # Two values in a byte, counted as one element, as in FlashInfer and in torch's
+        # float4_e2m1fn_x2.
         DType("float4_e2m1fn_x2", _FLOAT4_E2M1FN, 4, 2),
-        # Two in a byte as well, and counted one by one, as DLPack has them.
+        # Two values in a byte, counted one by one, as in DLPack.
         DType("float4_e2m1fn", _FLOAT4_E2M1FN, 4),
         DType("int4", _INT, 4),
         DType("uint4", _UINT, 4),
@@ -98,11 +99,12 @@ _BY_CODE = {(d.code, d.bits, d.lanes): d for d in DTYPES.values()}
 
 
 def parse_dtype(dtype: object, *, op: str = "TensorDesc", argument: str = "dtype") -> DType:
-    """The table's entry for a name, a `DType`, or a numpy, ml_dtypes or torch dtype.
+    """Return the table's entry for a name, a `DType`, or a numpy, ml_dtypes or torch dtype.
 
-    Raises `ArgumentTypeError` for anything else, listing the known names.
+    Raises `ArgumentTypeError` for anything else; the message lists the known names.
     """
-    # numpy dtypes have a name, numpy scalar types a __name__, torch's print as torch.float16.
+    # numpy dtypes have a `name`, numpy scalar types a `__name__`; torch dtypes print as
+    # torch.float16.
     name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or dtype
     name = name if isinstance(name, str) else printed(name)
     found = DTYPES.get(name.rpartition(".")[2])
@@ -112,11 +114,11 @@ def parse_dtype(dtype: object, *, op: str = "TensorDesc", argument: str = "dtype
 
 
 def dtype_from_code(code: int, bits: int, lanes: int) -> DType | None:
-    """The table's entry for the fields of a `DLDataType`, or None."""
+    """Return the table's entry for the fields of a `DLDataType`, or None."""
     return _BY_CODE.get((code, bits, lanes))
 
 
-# dlpack.h, DLDeviceType
+# DLDeviceType of dlpack.h
 DEVICE_TYPES = {"cpu": 1, "cuda": 2, "cuda_host": 3, "cuda_managed": 13}
 _TYPE_NAMES = {code: name for name, code in DEVICE_TYPES.items()}
 _MAX_INDEX = 2**31 - 1
@@ -148,7 +150,7 @@ _DEVICES: dict[object, Device] = {}
 
 
 def device_from_code(type_code: int, index: int) -> Device | None:
-    """The device for the fields of a `DLDevice`, or None where there can be no such device."""
+    """Return the device for the fields of a `DLDevice`, or None if no such device can exist."""
     name = _TYPE_NAMES.get(type_code)
     if name is None or not 0 <= index <= _MAX_INDEX:
         return None
@@ -157,7 +159,7 @@ def device_from_code(type_code: int, index: int) -> Device | None:
 
 
 def parse_device(device: object, *, op: str = "TensorDesc", argument: str = "device") -> Device:
-    """`"cuda:1"`, `"cuda"` (index 0), `"cpu"`, or a `Device`.
+    """Return the `Device` for `"cuda:1"`, `"cuda"` (index 0), `"cpu"`, or a `Device`.
 
     Raises `ArgumentTypeError` for anything else.
     """
@@ -165,7 +167,7 @@ def parse_device(device: object, *, op: str = "TensorDesc", argument: str = "dev
         known = _DEVICES.get((device.type, device.index))
         if known is not None:
             return known
-        device = f"{device.type}:{device.index}"  # made by hand: not checked yet
+        device = f"{device.type}:{device.index}"  # constructed directly, hence not checked yet
     if isinstance(device, str):
         known = _DEVICES.get(device)
         if known is not None:
@@ -182,9 +184,9 @@ def parse_device(device: object, *, op: str = "TensorDesc", argument: str = "dev
 
 
 class TensorKind:
-    """What a compiled call is chosen by: dtype, device, rank, and whether memory is read-only.
+    """The key that selects a compiled call: dtype, device, rank, and whether memory is read-only.
 
-    Equal kinds are the same object: `tensor_kind` makes them.
+    Equal kinds are the same object; `tensor_kind` makes them.
     """
 
     __slots__ = ("device", "dtype", "itemsize", "rank", "readonly")
@@ -199,12 +201,12 @@ class TensorKind:
 
 
 _KINDS: dict[tuple[DType, Device, int, bool], TensorKind] = {}
-# Kinds by dtype and device as callers name them: a name is parsed once.
+# Kinds by dtype and device as the caller spelled them, so that each spelling is parsed once.
 _NAMED: dict[tuple[object, object, int], TensorKind] = {}
 
 
 def tensor_kind(dtype: DType, device: Device, rank: int, readonly: bool = False) -> TensorKind:
-    """The kind with these fields."""
+    """Return the kind with these fields."""
     key = dtype, device, rank, readonly
     return _KINDS.get(key) or _KINDS.setdefault(key, TensorKind(*key))
 
@@ -219,7 +221,7 @@ class _Fields(Exported):
 
 
 class _Made(_Fields):
-    """A `TensorDesc` while its fields can be set."""
+    """A `TensorDesc` whose fields can still be set."""
 
     __slots__ = ()
 
@@ -228,7 +230,7 @@ _new = object.__new__
 
 
 class TensorDesc(_Fields):
-    """A tensor by address: what a kernel needs to know of it, and no more.
+    """A tensor by address: everything that a kernel needs to know about it, and nothing else.
 
     Args:
         ptr: address of element (0, 0, ...), an int; may be 0 only for a tensor
@@ -236,13 +238,12 @@ class TensorDesc(_Fields):
         shape: sizes, slowest axis first; any rank.
         dtype: a name from `fi_ffi.DTYPES` ("float16", "bfloat16", ...), or a
             numpy, ml_dtypes or torch dtype.
-        strides: in **elements**, not bytes; row-major when not given.
+        strides: in **elements**, not bytes; row-major if omitted.
         device: "cuda:0", "cpu", ...
 
-    The descriptor is immutable and owns nothing: the memory must stay valid until
-    the work launched with it has finished.  `at` and `rows` make descriptors from one that
-    was checked.  Raises `ArgumentError` (a value out of range, a size past int64) and
-    `ArgumentTypeError`.
+    The descriptor is immutable and owns nothing: the memory must stay valid until the work launched
+    with it has finished. `at` and `rows` derive descriptors from a checked one. Raises
+    `ArgumentError` (a value out of range, a size past int64) and `ArgumentTypeError`.
     """
 
     __slots__ = ()
@@ -256,11 +257,12 @@ class TensorDesc(_Fields):
         strides: Iterable[int] | None = None,
         device: object = "cuda:0",
     ) -> TensorDesc:
-        # Straight-line code for what runtimes make in every step: exact ints, row-major.
+        # Straight-line code for the descriptors that runtimes make in every step: exact ints,
+        # row-major.
         if strides is None and type(shape) is tuple and type(ptr) is int:
             try:
                 kind = _NAMED.get((dtype, device, len(shape)))
-            except TypeError:  # of a name that cannot be hashed
+            except TypeError:  # an unhashable dtype or device
                 kind = None
             if kind is None:
                 return make_desc(ptr, shape, dtype, strides, device)
@@ -281,7 +283,7 @@ class TensorDesc(_Fields):
                     steps = (1,)
             else:
                 return make_desc(ptr, shape, dtype, strides, device)
-            # Also of a tensor without elements: strides are written as int64.
+            # Checked for an empty tensor too: its strides are written as int64.
             step = steps[0]
             if step and (n0 or 1) * step * kind.itemsize <= _INT64_MAX >= ptr >= 0:
                 made: Any = _new(_Made)
@@ -306,33 +308,33 @@ class TensorDesc(_Fields):
 
     @property
     def numel(self) -> int:
-        """The number of elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def span_bytes(self) -> int:
-        """Bytes from the lowest to past the highest element."""
+        """Number of bytes from the lowest to the end of the highest element."""
         return self.dtype.bytes_of(span(self.shape, self.strides))
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether the elements lie side by side, in row-major order."""
+        """Whether the elements are contiguous in row-major order."""
         return is_row_major(self.shape, self.strides)
 
     @property
     def layout(self) -> str:
-        """Dtype, shape, strides and device in words, as errors tell them."""
+        """Dtype, shape, strides and device as text, in the form that errors use."""
         strides = "" if self.is_contiguous else f", strides={self.strides}"
         return f"{self.dtype}{list(self.shape)}{strides} on {self.device}"
 
     def at(self, ptr: int, owner: object = None) -> TensorDesc:
-        """The same layout at another address; `owner` is kept alive with the descriptor."""
+        """Return the same layout at another address; the descriptor keeps `owner` alive."""
         if type(ptr) is not int or not 0 <= ptr <= _INT64_MAX:
             ptr = _address(ptr, self.span_bytes, self)
         return frozen(ptr, self.shape, self.strides, self.kind, owner)
 
     def rows(self, start: int, stop: int) -> TensorDesc:
-        """The rows `start` to `stop` (not included) of the first axis, in the same memory.
+        """Return rows `start` to `stop` (exclusive) of the first axis, in the same memory.
 
         Raises `ArgumentError` unless `0 <= start <= stop <= shape[0]`.
         """
@@ -348,14 +350,14 @@ class TensorDesc(_Fields):
             raise ArgumentError("TensorDesc", "rows", got=(start, stop), expected=expected)
         dtype, before = self.kind.dtype, start * strides[0]
         if dtype.shares_bytes and before % 2 and stop > start:
-            expected = f"rows that begin with a byte: {dtype} has two in each"
+            expected = f"rows that start at a whole byte, which holds two {dtype} elements"
             raise ArgumentError("TensorDesc", "rows", got=(start, stop), expected=expected)
         ptr = self.ptr + before * dtype.bits * dtype.lanes // 8
         return frozen(ptr, (stop - start, *shape[1:]), strides, self.kind, self.owner)
 
     def _to_export(self) -> tuple[TensorDesc, object, int | None]:
         owner = self.owner
-        if isinstance(owner, Exported):  # which may be released before what is exported
+        if isinstance(owner, Exported):  # the owner's own owner may be released before the export
             return self, *owner._to_export()[1:]
         from fi_ffi.abi.streams import current_scope
 
@@ -382,10 +384,10 @@ class TensorDesc(_Fields):
 def frozen(
     ptr: int, shape: tuple[int, ...], strides: tuple[int, ...], kind: TensorKind, owner: object
 ) -> TensorDesc:
-    """A descriptor with checked fields.
+    """Return a descriptor with fields that are already checked.
 
-    The fields are set on an object that can be changed, whose class is changed then: to set
-    the slots of an immutable object takes twice as long.
+    The fields are set on a mutable object whose class is changed afterwards; setting the slots of
+    an immutable object takes twice as long.
     """
     made: Any = _new(_Made)
     made.ptr, made.shape, made.strides, made.kind, made.owner = ptr, shape, strides, kind, owner
@@ -394,7 +396,7 @@ def frozen(
 
 
 def as_vector(desc: TensorDesc) -> TensorDesc:
-    """View a tensor without its last axes of one element; of no axis, as one of one element."""
+    """View a tensor without its trailing axes of size 1; a scalar becomes a vector."""
     shape, strides = desc.shape or (1,), desc.strides or (1,)
     while len(shape) > 1 and shape[-1] == 1:
         shape, strides = shape[:-1], strides[:-1]
@@ -404,7 +406,7 @@ def as_vector(desc: TensorDesc) -> TensorDesc:
 
 
 def c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Row-major strides of `shape`, in elements."""
+    """Return the row-major strides of `shape`, in elements."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
@@ -414,7 +416,7 @@ def c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether elements with these strides lie side by side; an axis of one element has any."""
+    """Return whether elements are contiguous; the stride of an axis of size 1 is ignored."""
     step = 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size != 1 and stride != step:
@@ -424,7 +426,7 @@ def is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Elements from the lowest to past the highest that is touched; 0 where there is none."""
+    """Return the number of elements from the lowest to the highest; 0 for an empty tensor."""
     reach = 1
     for size, stride in zip(shape, strides, strict=True):
         if not size:
@@ -437,7 +439,7 @@ def make_desc(
     ptr: object, shape: object, dtype: object, strides: object, device: object,
     readonly: bool = False, owner: object = None,
 ) -> TensorDesc:  # fmt: skip
-    """A descriptor of any arguments, checked; `owner` is kept alive with it."""
+    """Check all arguments and return a descriptor, which keeps `owner` alive."""
     shape_ = _integers(shape, "shape", 0)
     dtype_, device_ = parse_dtype(dtype), parse_device(device)
     strides_ = c_strides(shape_) if strides is None else _integers(strides, "strides", -_INT64_MAX)
@@ -448,7 +450,7 @@ def make_desc(
     if dtype_.shares_bytes:
         _check_shared(dtype_, dtype, shape_, strides_)
     kind = tensor_kind(dtype_, device_, len(shape_), readonly)
-    # Sizes first: c_strides of a huge shape may itself be past int64.
+    # Before the address: c_strides of a huge shape may itself exceed int64.
     reach = sum(abs(st) * max(n - 1, 0) for n, st in zip(shape_, strides_, strict=True)) + 1
     if max(reach, math.prod(shape_), *map(abs, strides_), 0) * kind.itemsize > _INT64_MAX:
         got = f"{dtype_}{list(shape_)} with strides {strides_}"
@@ -462,11 +464,11 @@ def make_desc(
 
 
 def _check_shared(
-    dtype: DType, told: object, shape: tuple[int, ...], strides: tuple[int, ...]
+    dtype: DType, given: object, shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> None:
-    """Refuse a tensor of elements that share bytes where they may not do so."""
-    if not isinstance(told, (str, DType)):
-        got = f"{printed(told)}, which has a byte for each element"
+    """Refuse an invalid tensor of elements that share bytes."""
+    if not isinstance(given, (str, DType)):
+        got = f"{printed(given)}, which has a byte for each element"
         expected = f"the name {dtype.name!r} for two in a byte, or 'int8' or 'uint8' for the bytes"
         raise ArgumentTypeError("TensorDesc", "dtype", got=got, expected=expected)
     if not is_row_major(shape, strides):
@@ -475,17 +477,17 @@ def _check_shared(
 
 
 def remember(cache: dict[Any, _Kept], key: object, value: _Kept, most: int) -> _Kept:
-    """Put a value into a cache, which starts anew when it has so many."""
+    """Store a value in a cache, which is emptied when it holds `most` entries."""
     if len(cache) >= most:
         cache.clear()
-    with contextlib.suppress(TypeError):  # of a key that cannot be hashed
+    with contextlib.suppress(TypeError):  # an unhashable key
         cache[key] = value
     return value
 
 
 def index_of(value: object) -> int:
-    """An int-like object as an int; raises `TypeError` for others and for bools."""
-    if type(value).__name__ in ("bool", "bool_"):  # numpy's as well, which may have __index__
+    """Return an int-like object as an int; raise `TypeError` for others and for bools."""
+    if type(value).__name__ in ("bool", "bool_"):  # numpy's bool as well, which may have __index__
         raise TypeError
     return operator.index(value)  # type: ignore[arg-type]
 
@@ -495,7 +497,7 @@ def _integers(values: object, argument: str, low: int) -> tuple[int, ...]:
     try:
         if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
             raise TypeError
-        # Which may have no end.
+        # Bounded: an iterable may be endless.
         numbers = tuple([index_of(value) for value in itertools.islice(values, MAX_RANK + 1)])
     except TypeError:
         got = printed(values)
@@ -506,10 +508,10 @@ def _integers(values: object, argument: str, low: int) -> tuple[int, ...]:
 
 
 def _address(ptr: object, span_bytes: int, described: TensorDesc) -> int:
-    """An address from an int-like object; cuda-python's CUdeviceptr has `__int__` only."""
+    """Return the address of an int-like object; cuda-python's CUdeviceptr has `__int__` only."""
     kind = type(ptr)
     try:
-        # Not of any type: a float has __int__ too, and would lose its fraction.
+        # Only for cuda-python's types: a float has __int__ too, and would lose its fraction.
         if kind.__module__.partition(".")[0] == "cuda" and hasattr(kind, "__int__"):
             address: int = int(ptr)  # type: ignore[call-overload]
         else:

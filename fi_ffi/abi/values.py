@@ -1,11 +1,11 @@
-"""Values into and out of a `TVMFFIAny`: one packer for each kind, and one reader.
+"""Conversion of Python values to and from `TVMFFIAny`: a packer for each kind, and one reader.
 
-Calls of ops have their own packed frames (function.py); this is the general way, for the
-arguments of any function, the elements of containers, and callbacks.
+This is the general path, for arguments of any function, elements of containers, and callbacks.
+Calls of ops use their own frames (function.py).
 
-A packer writes one zeroed `TVMFFIAny`, or raises: `ArgumentTypeError` for what is not of its
-type, `ArgumentError` for a value that the type cannot hold.  `where` names the argument; what
-the value needs until the call is over is in the `CallArena`.
+A packer writes one zeroed `TVMFFIAny`. It raises `ArgumentTypeError` for a value of another type
+and `ArgumentError` for a value that the type cannot hold. `where` names the argument. The
+`CallArena` keeps what the value needs until the call ends.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, FiFfiError
 
 Packer = Callable[[Any, Any, CallArena, str], None]
 
-_SMALL = 8  # bytes in a `TVMFFIAny` itself
+_SMALL = 8  # bytes stored inside a `TVMFFIAny`
 _MAX_POINTER = 2**64 - 1
-_MOST_VALUES = 2**31 - 1  # that one call takes: their number is an int32
+_MOST_VALUES = 2**31 - 1  # values of one call; their number is an int32
 _PROTOCOLS = ("__dlpack__", "__cuda_array_interface__", "__array_interface__")
 
 
 def pack_arguments(
     args: Sequence[object], arena: CallArena, params: Sequence[tuple[Packer, str]] | None = None
 ) -> Any:
-    """A `TVMFFIAny[]` of a call's arguments: each by its parameter's packer, or by its type."""
+    """Return a `TVMFFIAny[]` of a call's arguments, packed by parameter or by value's type."""
     packed = ffi.new("TVMFFIAny[]", max(len(args), 1))
     for i, value in enumerate(args):
         packer, where = (pack, str(i)) if params is None else params[i]
@@ -87,14 +87,14 @@ def _none(slot: Any, value: Any, arena: CallArena, where: str) -> None:
 
 
 def _is_bool(kind: type) -> bool:
-    return kind.__name__ in ("bool", "bool_")  # numpy's too
+    return kind.__name__ in ("bool", "bool_")  # numpy's bool too
 
 
 def _number(
     plain: type[int] | type[float], abstract: type, index: int, field: str,
     expected: str, limit: str,
 ) -> Packer:  # fmt: skip
-    """A packer of numbers of one kind, Python's own or of another type."""
+    """Return a packer for one kind of number, Python's own or any type registered as such."""
 
     def packer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
         kind = type(value)
@@ -129,13 +129,15 @@ def _text(slot: Any, value: Any, arena: CallArena, where: str) -> None:
         encoded = str.encode(value)
     except UnicodeEncodeError:
         got = f"{printed(value)}, with a lone surrogate"
-        raise ArgumentError(arena.op, where, got=got, expected="text that UTF-8 has") from None
+        raise ArgumentError(
+            arena.op, where, got=got, expected="text that UTF-8 can encode"
+        ) from None
     if b"\0" not in encoded:
         text = ffi.new("char[]", encoded)
         arena.keep.append(text)
         slot.type_index, slot.v_c_str = TypeIndex.RAW_STR, text
         return
-    # A C string would end at the NUL; the library's own strings know their length.
+    # A C string would end at the NUL; libtvm_ffi's own strings store their length.
     array, _buffer = library.byte_array(encoded)
     check(library.lib.TVMFFIStringFromByteArray(array, ffi.addressof(slot)), arena.op)
     if slot.type_index == TypeIndex.STR:
@@ -184,7 +186,7 @@ def _pointer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
 
 # ---------------------------------------------------------------- tensors and objects
 def _described(value: Any, arena: CallArena, where: str) -> TensorDesc:
-    """Describe a tensor and note it in the call's arena."""
+    """Describe a tensor and record it in the call's arena."""
     if isinstance(value, Tensor):
         _handle(value, arena, where)
         desc = value.described()
@@ -219,13 +221,13 @@ def _handle(value: Object, arena: CallArena, where: str) -> Any:
 
 
 def _object_of(name: str, *indices: int) -> Packer:
-    """A packer of owned objects: of any type, or of the library's own with these `indices`."""
+    """Return a packer of owned objects, of any type or of libtvm_ffi's types in `indices`."""
 
     def packer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
         if not issubclass(type(value), Object):
             _refuse(value, arena, where, f"an object of type {name}")
         handle = _handle(value, arena, where)
-        # The header's own index, not the wrapper's: subclasses of Object in C++.
+        # The header's index, not the wrapper's, since C++ may define subclasses of Object.
         index = library.type_index_of(handle)
         if indices and index not in indices:
             _refuse(value, arena, where, f"an object of type {name}")
@@ -246,7 +248,7 @@ def _function(slot: Any, value: Any, arena: CallArena, where: str) -> None:
         name = getattr(value, "__name__", type(value).__name__)
         made = arena.own(make_function(str(name), value, adopt=arena.adopt))
         slot.type_index, slot.v_ptr = TypeIndex.FUNCTION, made.handle
-    elif value is not None:  # a null function, which TVM-FFI's own type may be
+    elif value is not None:  # None is a null function, which TVM-FFI's function type allows
         _refuse(value, arena, where, "a function")
 
 
@@ -256,7 +258,7 @@ def _is_sequence(kind: type) -> bool:
 
 
 def _snapshot(value: Any, elements: Iterable[Any], arena: CallArena, where: str) -> tuple[Any, ...]:
-    """Copy a container's elements: it may change meanwhile, or have another length than it says."""
+    """Copy a container's elements: it may change concurrently, or misreport its length."""
     if type(value) in (list, tuple):
         return tuple(elements)
     count = len(value)
@@ -273,7 +275,7 @@ def _snapshot(value: Any, elements: Iterable[Any], arena: CallArena, where: str)
 
 @functools.cache
 def _container_maker(name: str) -> tuple[Any, Any]:
-    """A function of libtvm_ffi's own, and its handle, which holds the reference."""
+    """Return a function of libtvm_ffi and its handle, which holds the reference."""
     function = find_global(name)
     return function.safe_call, function.handle
 
@@ -281,9 +283,9 @@ def _container_maker(name: str) -> tuple[Any, Any]:
 def _container(
     name: str, index: int, items: Packer | tuple[Packer, ...], *others: int, maker: str = ""
 ) -> Packer:
-    """Objects of some type indices, or sequences that one is made of.
+    """Return a packer of objects with some type indices, or of sequences converted to one.
 
-    `items` packs each element, or has a packer for each.
+    `items` packs each element; a tuple has a packer for each.
     """
     whole, maker = _object_of(name, index, *others), maker or f"ffi.{name}"
     needed = f" of {len(items)}" if isinstance(items, tuple) else ""
@@ -305,7 +307,7 @@ def _container(
 
 
 def _mapping(name: str, index: int, key: Packer, item: Packer) -> Packer:
-    """Objects of a type index, or mappings that one is made of."""
+    """Return a packer of objects with a type index, or of mappings converted to one."""
     whole, maker = _object_of(name, index), f"ffi.{name}"
 
     def packer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
@@ -313,7 +315,7 @@ def _mapping(name: str, index: int, key: Packer, item: Packer) -> Packer:
             return whole(slot, value, arena, where)
         if not issubclass(type(value), Mapping):
             _refuse(value, arena, where, f"a mapping, for its {name}")
-        # A dict's own copy is made in one piece, whatever other threads do.
+        # dict.copy is atomic, whatever other threads do.
         value = dict.copy(value) if type(value) is dict else value
         pairs = _snapshot(value, value.items(), arena, where)
         parts = (
@@ -332,7 +334,7 @@ def _mapping(name: str, index: int, key: Packer, item: Packer) -> Packer:
 def _make(
     slot: Any, maker: str, parts: Iterable[tuple[Packer, Any, str]], count: int, arena: CallArena
 ) -> None:
-    """Write the container that the library function `maker` makes; released after the call."""
+    """Write the container that the function `maker` returns; it is released after the call."""
     packed, result = ffi.new("TVMFFIAny[]", max(count, 1)), ffi.new("TVMFFIAny *")
     for i, (packer, value, where) in enumerate(parts):
         packer(packed[i], value, arena, where)
@@ -351,7 +353,7 @@ def _optional(item: Packer) -> Packer:
 
 
 def _variant(choices: list[tuple[str, Packer]]) -> Packer:
-    # An int is a float too, for a float alone.
+    # float last: an int is accepted as a float only if there is no int alternative.
     ordered = sorted(choices, key=lambda choice: choice[0] == "float")
     names = " or ".join(name for name, _ in choices)
 
@@ -379,7 +381,7 @@ _OWN_TYPES: dict[type, Packer] = {
 
 @functools.lru_cache(256)
 def _packer_of_type(kind: type) -> Packer | None:
-    """The packer of values of a Python type; None where they have no form."""
+    """Return the packer for a Python type; None if its values cannot be passed."""
     if kind in _OWN_TYPES:
         return _OWN_TYPES[kind]
     if issubclass(kind, Object):
@@ -423,7 +425,7 @@ _BY_NAME: dict[str, Packer] = {
 
 
 def packer_of(text: str) -> Packer:
-    """The packer for a type as signatures spell it; `AbiError` where it is no type."""
+    """Return the packer for a type as signatures spell it; `AbiError` if it is no type."""
     return _packer_of(parse_type(text))
 
 
@@ -450,11 +452,10 @@ def _packer_of(spelled: TypeExpr) -> Packer:
 
 # ---------------------------------------------------------------- reading
 def unpack(slot: Any, *, owned: bool) -> Any:
-    """The Python value of a `TVMFFIAny`.
+    """Return the Python value of a `TVMFFIAny`.
 
-    `owned` says that the slot holds a reference (a call's result): it is taken
-    over, and must not be used from the slot again.  Otherwise (an argument of a
-    callback) objects are borrowed and get a reference of their own.
+    With `owned`, the slot holds a reference (a call's result), which is taken over; do not use the
+    slot again. Otherwise (an argument of a callback) objects are borrowed and get a new reference.
     """
     index = slot.type_index
     reader = _READERS.get(index)
@@ -463,7 +464,7 @@ def unpack(slot: Any, *, owned: bool) -> Any:
     if index < TypeIndex.OBJECT_BEGIN:
         raise AbiError(f"a TVM-FFI value of type index {index} has no Python form")
     made = _pointed(slot, "TVMFFIObject *").type_index
-    if made != index:  # not released either: what it is cannot be told
+    if made != index:  # not released either: its real type is unknown
         raise AbiError(f"a TVM-FFI value of type index {index}, its object of {made}")
     if not owned:
         library.lib.TVMFFIObjectIncRef(slot.v_ptr)
@@ -476,12 +477,12 @@ def unpack(slot: Any, *, owned: bool) -> Any:
 
 
 def ints_of(value: Object) -> tuple[int, ...]:
-    """The ints of a Shape object."""
+    """Return the ints of a Shape object."""
     cell = ffi.cast("FiFfiShapeObject *", value.handle).cell
     if not cell.size:
         return ()
     if cell.data == ffi.NULL or cell.size > library.MAX_BYTES // 8:
-        raise AbiError(f"an ffi.Shape of {cell.size} ints that cannot be")
+        raise AbiError(f"an ffi.Shape with an impossible length of {cell.size} ints")
     return tuple(cell.data[0 : cell.size])
 
 
@@ -502,7 +503,7 @@ def _read_dtype(slot: Any) -> DType:
 def _read_device(slot: Any) -> Device:
     device = device_from_code(slot.v_device.device_type, slot.v_device.device_id)
     if device is None:
-        raise AbiError(f"a value that is a device of type {slot.v_device.device_type}")
+        raise AbiError(f"a device of unknown type {slot.v_device.device_type}")
     return device
 
 
@@ -536,10 +537,10 @@ def make_function(
     name: str, function: Callable[..., Any], signature: Signature | None = None,
     adopt: Callable[[Any], Any] | None = None,
 ) -> Function:  # fmt: skip
-    """A Function object that calls a Python function; an exception becomes a TVM-FFI error.
+    """Return a Function object that calls a Python function; an exception becomes a TVM-FFI error.
 
-    With a signature it refuses a wrong number of arguments in the same words as a compiled
-    function, so that `probe` tells the signature.
+    With a signature, the function refuses a wrong argument count with the message of a compiled
+    one, so that `probe` reads the signature.
     """
 
     def call(self: Any, args: Any, count: int, result: Any) -> int:
@@ -554,7 +555,7 @@ def make_function(
             _pack_result(owned, value, arena)
             result[0] = owned[0]
         except BaseException as error:
-            # Nothing that the caller of a failed call might release as well.
+            # The caller of a failed call must not find a result that it might release as well.
             result.type_index, result.v_int64 = TypeIndex.NONE, 0
             if owned.type_index >= TypeIndex.OBJECT_BEGIN:
                 library.lib.TVMFFIObjectDecRef(owned.v_ptr)
@@ -572,7 +573,7 @@ def make_function(
 
 
 def _pack_result(result: Any, value: object, arena: CallArena) -> None:
-    """Write a callback's result: unlike an argument, it must own what it refers to."""
+    """Write a callback's result, which must own its memory, unlike an argument."""
     arena.is_result = True
     view = ffi.new("TVMFFIAny *")
     pack(view[0], value, arena, "result")
@@ -582,5 +583,5 @@ def _pack_result(result: Any, value: object, arena: CallArena) -> None:
 def _argument(slot: Any, adopt: Callable[[Any], Any] | None) -> Any:
     value = unpack(slot, owned=False)
     if isinstance(value, Tensor):
-        return value.described(value)  # seen as the view it is of
+        return value.described(value)  # keeps the Tensor object alive with the view
     return value if adopt is None else adopt(value)

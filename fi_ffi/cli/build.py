@@ -1,4 +1,4 @@
-"""`fi-ffi build`: a wheel of kernels from FlashInfer's sources."""
+"""`fi-ffi build`: builds a wheel of kernels from FlashInfer's sources."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 import click
 
 from fi_ffi.cli import INTERRUPTED
-from fi_ffi.cli.output import print_json
+from fi_ffi.cli.output import print_json, say
+from fi_ffi.errors import printable
 from fi_ffi.loader.building.build import Available, available
 from fi_ffi.loader.building.build import build as build_wheel
 from fi_ffi.loader.building.environment import DEFAULT_TORCH, Progress
@@ -76,43 +77,43 @@ def _print_json(entries: list[Available], release: str, arch: tuple[str, ...]) -
 
 
 def _print_options(title: str, options: Mapping[str, Option]) -> None:
-    click.echo(title)
+    say(title)
     for name, option in options.items():
         values = f"{option.expected} (default {option.default})"
-        click.echo(f"  {name}={values}" + (f": {option.doc}" if option.values else ""))
+        say(f"  {name}={values}" + (f": {option.doc}" if option.values else ""))
 
 
 def _print_list(entries: list[Available], release: str, arch: tuple[str, ...]) -> None:
-    click.echo(f"FlashInfer {release} for {' '.join(arch)}")
-    click.echo("Families, to be followed by options as in `single_decode:dtype=bf16`:")
+    say(f"FlashInfer {release} for {' '.join(arch)}")
+    say("Families, to be followed by options as in `single_decode:dtype=bf16`:")
     for family in FAMILIES.values():
-        click.echo(f"  {family.name:<18}{family.doc}; {', '.join(family.options)}")
+        say(f"  {family.name:<18}{family.doc}; {', '.join(family.options)}", hang=18)
     _print_options("Options:", OPTIONS)
     for family in FAMILIES.values():
         if family.call is not None:
             _print_options(f"Options of {family.name}:", family.options)
-    click.echo("Modules, with the number of files to compile:")
+    say("Modules, with the number of files to compile:")
     for entry in entries:
         if entry.kind == "module":
-            click.echo(f"  {entry.sources:>4}  {entry.name}")
+            say(f"  {entry.sources:>4}  {entry.name}")
     for entry in entries:
         if entry.kind == "unavailable":
-            click.echo(f"  not here: {entry.name}: {entry.note}")
+            say(f"  not here: {entry.name}: {entry.note}")
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM unwinds as an interruption does, so that the compilers are ended too."""
+    """Turn SIGTERM into KeyboardInterrupt, so that the compilers are ended too."""
     raise KeyboardInterrupt
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Say on Ctrl-C that nothing is lost, and give shells the exit status they expect."""
+    """On Ctrl-C, say that the build can be resumed, and exit with the status that shells expect."""
     previous = signal.signal(signal.SIGTERM, _terminated)
     try:
         yield
     except KeyboardInterrupt:
-        click.echo("Stopped. The same command goes on from here.", err=True)
+        click.echo("Stopped. The same command continues from here.", err=True)
         sys.exit(INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -131,12 +132,13 @@ def _interruptible() -> Iterator[None]:
     multiple=True,
     default=DEFAULT_ARCH,
     show_default=True,
-    help="GPU architecture such as 9.0a or 8.7; repeat it, or give a list, for several.",
+    help="GPU architecture such as 9.0a or 8.7. Repeat it, or give a list, for several.",
 )
 @click.option(
     "--cuda",
     metavar="RELEASE",
-    help="CUDA of the kernels, such as 12.8, or 12 for any; by default what the driver runs.",
+    help="CUDA of the kernels, such as 12.8, or 12 for any release of it (default: what the "
+    "driver runs).",
 )
 @click.option("--dtype", multiple=True, help="For families: f16 or bf16.")
 @click.option("--head-dim", multiple=True, help="For families: 64, 128, 256 or 192x128.")
@@ -144,19 +146,20 @@ def _interruptible() -> Iterator[None]:
 @click.option(
     "--cpu",
     type=click.Choice(CPUS),
-    help="Processor that will run the kernels, if not this machine's; the wheel goes to `.`.",
+    help="Processor that will run the kernels (default: this machine's). The wheel of another "
+    "one goes to the current folder.",
 )
-@click.option("--jobs", type=click.IntRange(min=1), help="Compilers at once.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Number of compilers that run at once.")
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the wheel; by default `wheels` in the cache, where fi_ffi finds it, "
-    "and where it is added to what was built before.",
+    help="Folder for the wheel (default: `wheels` in the cache, where fi_ffi finds it; earlier "
+    "builds stay).",
 )
 @click.option(
     "--build-dir",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for what is compiled; by default one in the cache.",
+    help="Folder for compiled files (default: one in the cache).",
 )
 @click.option(
     "--torch",
@@ -164,7 +167,7 @@ def _interruptible() -> Iterator[None]:
     default=DEFAULT_TORCH,
     show_default=True,
     metavar="REQUIREMENT",
-    help="The torch that FlashInfer's generators are run with.",
+    help="The torch that runs FlashInfer's generators.",
 )
 @click.option("--list", "list_only", is_flag=True, help="List what can be built.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -185,9 +188,9 @@ def build(
 ) -> None:
     """Build kernel modules from FlashInfer's sources into a wheel.
 
-    A NAME is a module's exact name, such as `norm`, or a family, such as
-    `batch_prefill` or `batch_prefill:backend=fa3,dtype=bf16`. What an earlier run
-    finished is not built again.
+    A NAME is a module, such as `norm`, or a family with or without options, such as
+    `batch_prefill` or `batch_prefill:backend=fa3,dtype=bf16`. A build that was stopped
+    continues where it was.
     """
     settings["arch"] = parse_arch(arch)
     if list_only:
@@ -200,7 +203,8 @@ def build(
         raise click.UsageError("name what to build, or use --list")
     modules = with_options(names, {"dtype": dtype, "head_dim": head_dim, "backend": backend})
     with _interruptible(), _reporter(quiet) as report:
-        # Where this machine's loader looks; another's wheels are not for it.
+        # The folder that this machine's loader searches; wheels for another processor stay out of
+        # it.
         is_found = output is None and cpu in (None, platform.machine())
         folder = cache_root().absolute() / "wheels" if is_found else output or Path(".")
         settings |= {"cpu": cpu, "keep": is_found}
@@ -211,4 +215,4 @@ def build(
         built = {"wheel": str(wheel), "release": settings["release"], "arch": settings["arch"]}
         print_json({**built, "modules": modules})
     else:
-        click.echo(wheel)
+        click.echo(printable(str(wheel)))

@@ -1,4 +1,4 @@
-"""`fi-ffi cache`: what lies in the cache, and keeping it small and whole."""
+"""`fi-ffi cache`: lists, prunes and verifies the cache."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from typing import Any
 
 import click
 
-from fi_ffi.cli import output
-from fi_ffi.loader import trust, upkeep
+from fi_ffi.cli import NearNames, output
+from fi_ffi.loader import progress, trust, upkeep
 from fi_ffi.loader.cache import cache_root
 from fi_ffi.loader.upkeep import Item, items
 
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
-@click.group()
+@click.group(cls=NearNames)
 def cache() -> None:
     """List, prune and verify the cache of kernels and builds.
 
-    It lies in the user's cache directory, or where FI_FFI_CACHE_DIR says.
+    FI_FFI_CACHE_DIR names the cache's directory; the default is in the user's cache directory.
     """
 
 
 @cache.command("list")
 @_as_json
 def list_(as_json: bool) -> None:
-    """List the cached files and the build folders, with sizes and last use."""
+    """List cached files and build folders."""
     root = cache_root()
     groups = {
         "objects": items(root, "object"),
@@ -45,7 +45,7 @@ def list_(as_json: bool) -> None:
         output.print_json({"root": str(root), **documents, "total": total})
         return
     files = [(i.name, f"{i.size:,}", str(i.sha256)[:12], _day(i)) for i in groups["objects"]]
-    click.echo(f"{len(files)} files in {root}")
+    output.say(f"{output.counted(len(files), 'file')} in {root}")
     _print_table(("file", "bytes", "sha256", "last use"), files)
     for kind, found in (("build", groups["builds"]), ("unfinished download", groups["downloads"])):
         rows = [(item.name, f"{item.size:,}", _day(item)) for item in found]
@@ -53,8 +53,9 @@ def list_(as_json: bool) -> None:
     left = groups["leftovers"]
     if left:
         freed = f"{sum(item.size for item in left):,} bytes"
-        click.echo(f"{len(left)} leftovers of ended processes, {freed}: `fi-ffi cache prune`")
-    click.echo(f"total: {total:,} bytes")
+        many = output.counted(len(left), "leftover")
+        output.say(f"{many} of ended processes, {freed}: `fi-ffi cache prune`")
+    output.say(f"total: {total:,} bytes")
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -63,24 +64,24 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 @cache.command()
-@click.option("--all", "everything", is_flag=True, help="All that was fetched or built.")
+@click.option("--all", "everything", is_flag=True, help="Remove all that was fetched or built.")
 @click.option(
     "--older-than",
     type=click.FloatRange(min=0),
     metavar="DAYS",
-    help="Files and builds that were not used in so many days.",
+    help="Remove files and builds that were not used for DAYS days.",
 )
-@click.option("--builds", is_flag=True, help="The folders that `fi-ffi build` works in.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option("--builds", is_flag=True, help="Remove the folders that `fi-ffi build` works in.")
+@click.option("--dry-run", is_flag=True, help="Remove nothing; print what would be removed.")
 @_as_json
 def prune(
     everything: bool, older_than: float | None, builds: bool, dry_run: bool, as_json: bool
 ) -> None:
-    """Remove what is not needed, and say how much that freed.
+    """Remove files from the cache.
 
-    Without an option that names more, only what killed processes left. Whatever is
-    removed is made or fetched again when it is needed; wheels that you put into the
-    cache's `wheels` folder stay. Nothing is asked.
+    Without options, only the leftovers of killed processes are removed. Calls fetch removed
+    files again, and builds make them again. Wheels in the cache's `wheels` folder stay. There is
+    no question before files are removed.
     """
     if everything + builds + (older_than is not None) > 1:
         raise click.UsageError("--all, --older-than and --builds exclude each other")
@@ -104,10 +105,10 @@ def prune(
     else:
         verb = "would remove" if dry_run else "removed"
         for item in removed:
-            click.echo(f"{verb} {item.kind} {item.name} ({item.size:,} bytes)")
+            output.say(f"{verb} {item.kind} {item.name} ({item.size:,} bytes)")
         for item, reason in kept:
-            click.echo(f"kept {item.kind} {item.name}: {reason}", err=True)
-        click.echo(f"{freed:,} bytes {'would be freed' if dry_run else 'freed'} in {root}")
+            output.say(f"kept {item.kind} {item.name}: {reason}", err=True)
+        output.say(f"{freed:,} bytes {'would be freed' if dry_run else 'freed'} in {root}")
     if kept:
         sys.exit(1)
 
@@ -116,12 +117,16 @@ def prune(
 @click.option("--repair", is_flag=True, help="Remove the damaged files.")
 @_as_json
 def verify(repair: bool, as_json: bool) -> None:
-    """Hash every cached file again.
+    """Check the hash of every cached file.
 
-    Exits with 1 where one is damaged, or is not safe to load, and was not removed.
+    Exits with 1 if a file is damaged or not safe to load, and was not removed.
     """
     root = cache_root()
-    verdicts = [*upkeep.verify(root, repair=repair)]
+    verdicts = []
+    with progress.doing("hashing") as show:
+        for verdict in upkeep.verify(root, repair=repair):
+            verdicts.append(verdict)
+            show(f"hashed {output.counted(len(verdicts), 'file')}, {verdict.item.name} the last")
     bad = [verdict for verdict in verdicts if verdict.problem]
     if as_json:
         documents = [
@@ -132,8 +137,9 @@ def verify(repair: bool, as_json: bool) -> None:
     else:
         for verdict in bad:
             fate = "removed" if verdict.removed else "still there; --repair removes it"
-            click.echo(f"{verdict.item.path}: {verdict.problem} ({fate})")
-        click.echo(f"{len(verdicts)} files hashed in {root}, {len(bad)} bad")
+            output.say(f"{verdict.item.path}: {verdict.problem} ({fate})")
+        hashed = output.counted(len(verdicts), "file")
+        output.say(f"{hashed} hashed in {root}, {len(bad)} bad")
     if not all(verdict.removed for verdict in bad):
         sys.exit(1)
 

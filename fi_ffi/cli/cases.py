@@ -1,7 +1,6 @@
-"""One call on the host: its arguments, what it must give, and how far from it a result may be.
+"""Test cases of single calls: arguments on the host, expected results, and allowed errors.
 
-For `fi-ffi demo` and `replay`, the tests and the benchmarks; nothing on the way of a call imports
-this.
+Used by `fi-ffi demo` and `replay`, the tests and the benchmarks; calls themselves never import it.
 """
 
 from __future__ import annotations
@@ -18,24 +17,27 @@ from fi_ffi.reference import EXACT, MOVES
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.formula import SLACK, Expected, as_inputs
 
-# Of the magnitude, for arithmetic whose intermediate results are rounded: steps of their dtype.
+# Slack for arithmetic with rounded intermediate results, in steps of their dtype, relative to the
+# magnitude.
 ROUNDING_STEPS = 0.75
 
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of one call on the host, and what each written tensor must become."""
+    """Arguments of one call on the host, and the expected value of each written tensor."""
 
     row: Row
     arrays: dict[str, Array]
     scalars: dict[str, Any]
-    # The value and its magnitude; None where every bit must be the value's.
-    # Or what judges the value: its largest error, and that as a fraction of what is allowed.
+    # Value and magnitude; magnitude None requires equal bits. Or a function that judges the result:
+    # it returns the largest error, absolute and as a fraction of the allowed error.
     expected: dict[str, Expected]
 
     def error(self, name: str, got: Array) -> tuple[float, float]:
-        """The largest absolute error of a written tensor, and the largest error as a
-        fraction of its bound (1 or less is right)."""
+        """Return a written tensor's largest absolute error, and its largest relative to the bound.
+
+        A relative error of 1 or less is correct.
+        """
         expected = self.expected[name]
         if not isinstance(expected, tuple):
             return expected(got)
@@ -61,7 +63,7 @@ class Case:
 
 
 def bound(value: Array, magnitude: Array, dtype: np.dtype[Any], slack: float = SLACK) -> Array:
-    """The error allowed at each element: half a step of the dtype, and the arithmetic's slack."""
+    """Return each element's allowed error: half a step of the dtype, and the slack."""
     info = ml_dtypes.finfo(dtype)
     half_step = np.maximum(np.abs(value) * float(info.eps), float(info.smallest_subnormal)) / 2
     allowed: Array = half_step * (1 + 2.0**-10) + magnitude * slack
@@ -69,9 +71,9 @@ def bound(value: Array, magnitude: Array, dtype: np.dtype[Any], slack: float = S
 
 
 def case_of(row: Row, arrays: Mapping[str, Array], scalars: Mapping[str, Any]) -> Case:
-    """A call with these arguments, as they are before it, and the op's definition in float64.
+    """Return a call's case, judged by the float64 formula; `arrays` are as before the call.
 
-    Raises `KeyError` where the row's formula is none that there is.
+    Raises `KeyError` if the row's formula does not exist.
     """
     given = {**arrays, **scalars}
     expected: dict[str, Expected]

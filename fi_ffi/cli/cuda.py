@@ -1,6 +1,6 @@
-"""Just enough CUDA for the commands and the tests, through cuda-python.
+"""The CUDA calls that commands and tests need, through cuda-python.
 
-Imported only where a GPU is asked about: `import cuda.bindings` is slow.
+Import this module only when a GPU is involved: `import cuda.bindings` is slow.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fi_ffi.errors import FiFfiError
 from fi_ffi.loader import machine
 from fi_ffi.reference.arrays import Array
 
-POISON = 0xFF  # every byte of fresh memory: NaN in each floating-point dtype
+POISON = 0xFF  # every byte of fresh memory; a NaN in each floating-point dtype
 
 
 class CudaError(FiFfiError, RuntimeError):
@@ -27,12 +27,14 @@ class CudaError(FiFfiError, RuntimeError):
 
 
 def check(result: tuple[Any, ...]) -> Any:
-    """cuda-python's (error, values...) as a value; raises `CudaError`, and `DeviceError` where
-    the GPU is lost."""
+    """Return the value of cuda-python's (error, values...).
+
+    Raises `CudaError`, or `DeviceError` if the GPU is lost.
+    """
     error, *values = result
     code = int(error)
     if code != 0:
-        runtime.cudaGetLastError()  # or the next who asks takes it for its own
+        runtime.cudaGetLastError()  # clear the error, or the next query would report it
         name = f"{type(error).__name__}.{error.name}"
         if code in failure.STICKY:
             raise failure.lost("a CUDA call", code, name)
@@ -42,7 +44,7 @@ def check(result: tuple[Any, ...]) -> Any:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A device: its name, compute capability and memory in bytes."""
+    """A GPU: its name, compute capability, and memory in bytes."""
 
     index: int
     name: str
@@ -51,7 +53,7 @@ class Gpu:
 
 
 def driver_version() -> tuple[int, int] | None:
-    """The CUDA version the driver supports, or None where there is no driver."""
+    """Return the CUDA version that the driver supports, or None without a driver."""
     try:
         (error,) = driver.cuInit(0)
         if error == driver.CUresult.CUDA_ERROR_NO_DEVICE:
@@ -67,13 +69,13 @@ def _version(number: int) -> tuple[int, int]:
 
 
 def gpus() -> list[Gpu]:
-    """The GPUs this process sees; none where there is no driver."""
+    """Return the GPUs that this process sees; none without a driver."""
     if driver_version() is None:
         return []
     found = []
     error, count = driver.cuDeviceGetCount()
     for index in range(count if int(error) == 0 else 0):
-        # Of the driver, which tells whatever CUDA it is of.
+        # From the driver, which works with any CUDA version.
         device = check(driver.cuDeviceGet(index))
         name, _, _ = check(driver.cuDeviceGetName(256, device)).partition(b"\0")
         memory = int(check(driver.cuDeviceTotalMem(device)))
@@ -81,9 +83,26 @@ def gpus() -> list[Gpu]:
     return found
 
 
+def require(index: int) -> None:
+    """Raise `CudaError` with advice unless this process sees the GPU with this index."""
+    found = gpus()
+    if index < len(found):
+        return
+    if driver_version() is None:
+        raise CudaError(
+            f"cuda:{index} is not here: this machine has no CUDA driver. Install NVIDIA's driver, "
+            "or use --device cpu, which runs the numpy reference kernels"
+        )
+    raise CudaError(
+        f"cuda:{index} is not here: this process sees {len(found)} GPU"
+        f"{'s' * (len(found) != 1)}. `fi-ffi doctor` lists them; --device cpu runs the numpy "
+        "reference kernels"
+    )
+
+
 @contextmanager
 def on_device(device: int) -> Iterator[None]:
-    """A GPU that is the thread's current one inside the block; the one before is so after it."""
+    """Make a GPU the thread's current one inside the block; restore the previous one."""
     before = check(runtime.cudaGetDevice())
     if before == device:
         yield
@@ -96,16 +115,16 @@ def on_device(device: int) -> Iterator[None]:
 
 
 class DeviceArray:
-    """A GPU copy of a host array, with room of the same poison on both sides.
+    """A GPU copy of a host array, surrounded by poisoned guard bytes.
 
-    `guard` bytes before and after belong to nobody; `intact()` tells whether they
-    were written to.  The thread's current device stays what it is.
+    `guard` bytes on each side belong to nobody; `intact()` returns whether they are unchanged. The
+    thread's current device is preserved.
     """
 
     def __init__(self, host: Array, *, guard: int = 256, device: int = 0) -> None:
         self.host, self.guard, self.device = host, guard, device
         self._base: Any = 0
-        # The bytes between the first and the last element, gaps between rows included.
+        # From the first to the last element, including gaps between rows.
         self.nbytes = sum((n - 1) * s for n, s in zip(host.shape, host.strides, strict=True))
         self.nbytes += host.itemsize if host.size else 0
         with on_device(device):
@@ -122,7 +141,7 @@ class DeviceArray:
         return int(self._base) + self.guard
 
     def desc(self) -> TensorDesc:
-        """The descriptor, with the host array's shape and strides."""
+        """Return a descriptor with the host array's shape and strides."""
         strides = [step // self.host.itemsize for step in self.host.strides]
         dtype = parse_dtype(self.host.dtype)
         return TensorDesc(
@@ -135,7 +154,7 @@ class DeviceArray:
         target[...] = host
         kind = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         check(runtime.cudaMemcpy(self.ptr, rows.ctypes.data, self.nbytes, kind))
-        # The copy may still be on its way then, and other streams do not wait for it.
+        # The copy may still be in progress, and other streams do not wait for it.
         check(runtime.cudaStreamSynchronize(runtime.cudaStreamLegacy))
 
     def _bytes(self, start: int, count: int) -> Array:
@@ -145,7 +164,7 @@ class DeviceArray:
         return got
 
     def get(self) -> Array:
-        """The array as it is on the GPU now; synchronises with its whole device."""
+        """Copy the array from the GPU to the host; synchronises with the device."""
         with on_device(self.device):
             check(runtime.cudaDeviceSynchronize())
             buffer = self._bytes(self.ptr, self.nbytes)
@@ -155,7 +174,7 @@ class DeviceArray:
         return got
 
     def intact(self) -> bool:
-        """Whether nothing outside the elements was written: guards and gaps."""
+        """Return whether the guards and the gaps between elements are unchanged."""
         size = self.nbytes + 2 * self.guard
         with on_device(self.device):
             check(runtime.cudaDeviceSynchronize())

@@ -1,4 +1,4 @@
-"""`fi-ffi doctor`: every part a call needs, how it is here, and what to do about it."""
+"""`fi-ffi doctor`: checks every part that a call needs, and says what to do."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ from fi_ffi.ops.releases import fits
 from fi_ffi.ops.row import Row
 from fi_ffi.ops.table import ROWS
 
-_FETCH = "the first call fetches it, and so does `fi-ffi doctor --fetch`"
+_UNREACHED = "build kernels with `fi-ffi build`, or name others in FI_FFI_KERNELS"
+_FETCH = "the first call fetches it; `fi-ffi doctor --fetch` does so now"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at.  `advice` says what to do where `status` is not "ok"."""
+    """The result of one check; `advice` says what to do if `status` is not "ok"."""
 
     check: str
     status: str
@@ -41,24 +42,24 @@ class Finding:
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--sm", help="With NAME: a GPU that need not be here, such as 87 or 9.0.")
+@click.option("--sm", help="With NAME: ask for another GPU, such as 87 or 9.0.")
 @click.option("--kernels", help="Directory or wheel of kernels (default: FI_FFI_KERNELS).")
-@click.option("--fetch", is_flag=True, help="Fetch what is not here, and look at it too.")
+@click.option("--fetch", is_flag=True, help="Fetch missing kernels and check them too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def doctor(
     names: tuple[str, ...], sm: str | None, kernels: str | None, fetch: bool, as_json: bool
 ) -> None:
-    """Look at the driver, GPUs, CUDA runtime, libtvm_ffi, cache and kernels.
+    """Check the driver, GPUs, CUDA runtime, libtvm_ffi, cache and kernels.
 
-    Nothing is fetched without --fetch. Exits with 1 where something is broken; a missing GPU
-    or missing kernels are warnings, because the reference kernels run without them.
+    Exits with 1 if something is broken. A missing GPU or missing kernels are warnings, because
+    calls on the CPU work without them. Nothing is fetched without --fetch.
 
-    With NAMEs, of ops (`rmsnorm`), modules (`norm`) and entries (`norm.rmsnorm`): whether each can
-    be called here, yes or no with the reason. Exits with 1 unless all can, and with 2 where that
-    cannot be told.
+    With NAMEs of ops (`rmsnorm`), modules (`norm`) or entries (`norm.rmsnorm`): say whether each
+    can be called on this GPU, and why not. Exits with 1 if one cannot be called, and with 2 if
+    there is no answer.
     """
     if sm is not None and not names:
-        raise click.UsageError("--sm goes with names")
+        raise click.UsageError("--sm needs a NAME")
     with fetching(fetch):
         if names:
             _answer_for(names, sm, kernels, as_json)
@@ -67,24 +68,33 @@ def doctor(
     if as_json:
         output.print_json([asdict(finding) for finding in findings])
     else:
-        rows = [(f.check, f.status, f.found) for f in findings]
+        rows = [(name, f.status, found) for f in findings for name, found in [_short(f)]]
         output.print_table(f"fi_ffi {fi_ffi.__version__}", ("check", "", "found"), rows)
-        todo = [(f.check, f.advice) for f in findings if f.advice]
+        todo = [(_short(f)[0], f.advice) for f in findings if f.advice]
         if todo:
+            click.echo()
             output.print_table("what to do", ("check", "advice"), todo)
     if any(finding.status == "fail" for finding in findings):
         sys.exit(1)
 
 
+def _short(finding: Finding) -> tuple[str, str]:
+    """Return a finding's name and text; a list of several modules is replaced by their number."""
+    names = finding.check.split(", ")
+    if len(names) == 1:
+        return finding.check, finding.found
+    return output.counted(len(names), "module"), f"{finding.found}: {finding.check}"
+
+
 def _is_withheld(error: Exception) -> bool:
-    """Whether an error is of what `--fetch` would have fetched."""
+    """Return whether an error says that something was not fetched because `--fetch` is missing."""
     return isinstance(error, LoaderError) and UNASKED in str(error)
 
 
 def _guarded(
     check: Callable[[str | None], Iterator[Finding]], kernels: str | None
 ) -> list[Finding]:
-    """The findings of one check; what it trips over is a finding too."""
+    """Return the findings of one check; an exception becomes a finding."""
     findings = []
     try:
         for finding in check(kernels):
@@ -115,7 +125,7 @@ def _gpus(kernels: str | None) -> Iterator[Finding]:
         runtime.use_source(kernels)
     version = cuda.driver_version()
     if version is None:
-        advice = "install NVIDIA's driver; without one the reference kernels run, on the CPU"
+        advice = "install NVIDIA's driver; without it, calls run on the CPU only"
         yield Finding("driver", "warn", "no CUDA driver", advice)
         return
     text = "CUDA {}.{}".format(*version)
@@ -159,13 +169,13 @@ def _cudart(kernels: str | None) -> Iterator[Finding]:
 
 
 def _version_of(name: str) -> str:
-    """The version of an installed distribution, by its metadata's name; "" of none."""
+    """Return an installed distribution's version, by its metadata's name; "" if missing."""
     found = search.distributions(f"{name}-")
     return found[0].name.split("-")[1] if found else ""
 
 
 def _torch() -> tuple[str, str] | None:
-    """The installed torch and its CUDA, as its files say; None where it has none, or is none."""
+    """Return the installed torch and its CUDA version, read from its files; None without either."""
     for info in search.distributions("torch-"):
         with contextlib.suppress(OSError):
             text = (info.parent / "torch" / "version.py").read_text()
@@ -193,7 +203,7 @@ def _cache(kernels: str | None) -> Iterator[Finding]:
     yield Finding("cache", "ok", found)
     seeded = seed.seed_root()
     if seeded is not None:
-        yield Finding("seed cache", "ok", f"{seeded}, which is only read")
+        yield Finding("seed cache", "ok", f"{seeded}, read-only")
 
 
 def _kernels(kernels: str | None) -> Iterator[Finding]:
@@ -205,13 +215,20 @@ def _kernels(kernels: str | None) -> Iterator[Finding]:
         if place.source is None:
             yield Finding(name, "none", place.note)
             continue
-        how = "for modules that those before lack" if found else "asked first"
+        how = "for modules that the places above lack" if found else "used first"
         version = place.source.version or "of unknown release"
-        yield Finding(name, "ok", f"FlashInfer {version}, {how}: {place.source.location}")
+        text = f"FlashInfer {version}, {how}: {place.source.location}"
+        if place.kind == "remote" and may_fetch():
+            try:  # an address counts as a source only if it answers
+                place.source.modules()
+            except LoaderError as error:
+                yield Finding(name, "warn", f"{text} cannot be used: {error}", _UNREACHED)
+                continue
+        yield Finding(name, "ok", text)
         found = True
     if not found:
         build = f"`fi-ffi build --release {lock.wanted_release()} norm`"
-        advice = f"{build} makes them; {search.KERNELS} or --kernels names others"
+        advice = f"{build} builds some; {search.KERNELS} or --kernels names others"
         yield Finding("kernels", "warn", "none", advice)
         return
     missing: dict[str, list[tuple[str, str]]] = {}
@@ -219,11 +236,11 @@ def _kernels(kernels: str | None) -> Iterator[Finding]:
     release = search.release()
     of_release = [row for row in ROWS if release is None or fits(row, release)]
     modules = sorted({_module_of(row, first) for row in of_release})
-    with progress.counter("modules", len(modules), quiet=not may_fetch()) as count:
+    with progress.counter("modules", len(modules), lines=may_fetch()) as count:
         for module in modules:
             count(module)
             yield from _module(module, missing)
-    for names in missing.values():  # what is missing for one reason is said once
+    for names in missing.values():  # report modules that are missing for one reason together
         together = ", ".join(name for name, _ in names)
         reason = names[0][1]
         if reason == _FETCH:
@@ -233,7 +250,7 @@ def _kernels(kernels: str | None) -> Iterator[Finding]:
 
 
 def _known_cases(kernels: str | None) -> Iterator[Finding]:
-    """What vLLM's users run into, of the first GPU there is and the kernels in use."""
+    """Known problems in vLLM, for the first GPU and the kernels in use."""
     if not machine.device_count():
         return
     query = Query.of(machine.capability(0))
@@ -245,9 +262,9 @@ def _known_cases(kernels: str | None) -> Iterator[Finding]:
 
 
 def _module(module: str, missing: dict[str, list[tuple[str, str]]]) -> Iterator[Finding]:
-    """Where a module comes from, and what each GPU can do with it.
+    """Yield where a module comes from, and what each GPU can do with it.
 
-    Where it is `missing`, that gets its name and the reason, by the reason's words.
+    A module that is not found is added to `missing` instead, under the text of the reason.
     """
     devices: list[int | None] = [*range(machine.device_count())]
     for device in devices or [None]:
@@ -279,7 +296,7 @@ def _attestation(module: str, device: int | None) -> Iterator[Finding]:
             attested.append(row.name)
         except FiFfiError as error:
             if _is_withheld(error):
-                yield Finding(f"{module} entries", "none", "not asked: needs libtvm_ffi", _FETCH)
+                yield Finding(f"{module} entries", "none", "not checked: needs libtvm_ffi", _FETCH)
                 return
             advice = f"use kernels of FlashInfer {row.releases} for this op"
             yield Finding(f"{module}: {row.name}", "fail", str(error), advice)
@@ -290,12 +307,12 @@ def _attestation(module: str, device: int | None) -> Iterator[Finding]:
 _CHECKS = (_python, _gpus, _cudart, _libtvm_ffi, _cache, _kernels, _known_cases)
 
 
-# Yes or no for ops
+# Answers for named ops
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Whether an op can be called on a GPU, and why; `build` makes what is missing."""
+    """Whether an op can be called on a GPU, and why; `build` is a command for missing kernels."""
 
     op: str
     sm: int
@@ -305,10 +322,10 @@ class Answer:
 
 
 def _answer_for(names: Sequence[str], sm: str | None, kernels: str | None, as_json: bool) -> None:
-    """Say of each op, module or entry whether it can be called; exit with 1 unless all can.
+    """Print whether each op, module or entry can be called; exit with 1 unless all can.
 
-    What is asked of a GPU that is not here (`sm`) is answered from the kernels' own headers, and
-    their entries are attested all the same: neither takes a GPU.
+    For a GPU of another machine (`sm`), the kernel files' headers decide. Entries are attested in
+    either case; neither needs a GPU.
     """
     if kernels:
         runtime.use_source(kernels)
@@ -316,7 +333,7 @@ def _answer_for(names: Sequence[str], sm: str | None, kernels: str | None, as_js
     wanted = named(names, query.sources, query.release)
     if sm is None and not machine.device_count():
         raise click.UsageError("this process sees no GPU: --sm 87 asks for one that is not here")
-    # Of another machine's GPU, this one's driver says nothing.
+    # This machine's driver is irrelevant for another machine's GPU.
     checks = (_python, _libtvm_ffi) if sm else (_python, _gpus, _cudart, _libtvm_ffi)
     found = [finding for check in checks for finding in _guarded(check, kernels)]
     lacking = [
@@ -330,7 +347,7 @@ def _answer_for(names: Sequence[str], sm: str | None, kernels: str | None, as_js
         rows = [(a.op, f"sm_{a.sm}", "yes" if a.works else "no", a.reason) for a in answers]
         output.print_table("", ("op", "GPU", "", "why"), rows)
         for build in dict.fromkeys(a.build for a in answers if a.build and not a.works):
-            click.echo(f"`{build}` makes it, and puts it where it is found.")
+            output.say(f"`{build}` builds it where fi_ffi finds it.")
     if not all(answer.works for answer in answers):
         sys.exit(1)
 
@@ -342,7 +359,7 @@ def _answer(
     major, minor = query.capability
     found = line.ask(query)
     works, reason, build = bool(found), found.reason, found.build
-    if works and missing:  # then the kernel is not even loaded
+    if works and missing:  # the kernel is not even loaded then
         works, reason = False, "; ".join(missing)
     elif works and query.sources:
         try:
@@ -357,7 +374,7 @@ def _answer(
 
 
 def _would_be_fetched(query: Query, reason: str) -> tuple[bool, str]:
-    """Of kernels that are not here: whether there is a pinned wheel to fetch them out of."""
+    """Return whether a pinned wheel can provide missing kernels, and the reason."""
     if "remote" not in search.kinds_asked():
         return False, f"{reason}, and nothing is here: {search.SOURCES} leaves out `remote`"
     try:
@@ -368,11 +385,11 @@ def _would_be_fetched(query: Query, reason: str) -> tuple[bool, str]:
 
 
 def _exported(one: Named, query: Query, device: int | None) -> str:
-    """What a module exports; raises where an entry is none of it."""
+    """Return a module's exports as text; raise if the named entry is not among them."""
     from fi_ffi.ops.modules.module import unknown
 
     if not any(one.module in source.modules() for source in query.sources):
-        return ""  # a family, or it is not here
+        return ""  # a family, or a module that is not here
     _, file, facts = search.find_module(one.module, device)
     if one.symbol and one.symbol not in facts.functions:
         raise KernelNotFoundError(unknown(str(file.path), one.symbol, facts.functions))
@@ -382,10 +399,11 @@ def _exported(one: Named, query: Query, device: int | None) -> str:
 
 
 def _attest(name: str, release: str, device: int | None) -> bool:
-    """Raise where an op's entry is not the declared one; whether there was one to ask."""
+    """Attest an op's entry, or raise; return False if there is no entry to ask."""
     rows = OPS[name].rows if name in OPS else ()
     row = next((row for row in rows if fits(row, release)), None)
-    if row is None or row.factory:  # of a family, or made by its module: judged by its file alone
+    # a family, or a function returned by its module: only the file is judged
+    if row is None or row.factory:
         return False
     runtime.kernel_entry(_module_of(row, device), row.signature, row.releases, device)
     return True

@@ -1,4 +1,4 @@
-"""`fi-ffi fetch`: modules of the pinned wheel into the cache, of an image for instance."""
+"""`fi-ffi fetch`: puts modules of the pinned wheel into the cache, for example of an image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fi_ffi.loader.search import PinnedKernels
 from fi_ffi.loader.uris import parse
 from fi_ffi.ops.capability.judgement import REFUSED, Query, capability_of
 
-_FEW = 3  # modules of a family that are named
+_FEW = 3  # members of a family that an error lists
 
 Capability = tuple[int, int]
 
@@ -45,19 +45,19 @@ class Put:
 @click.option(
     "--release", help="FlashInfer release (default: FI_FFI_RELEASE, or that of wheels.lock)."
 )
-@click.option("--arch", multiple=True, help="GPU architecture that has to be in it, such as 9.0a.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was put as JSON.")
+@click.option("--arch", multiple=True, help="GPU architecture that is needed, such as 9.0a.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
 def fetch(
     names: tuple[str, ...], release: str | None, arch: tuple[str, ...], as_json: bool, quiet: bool
 ) -> None:
-    """Put modules into the cache, so that calls need no network: no GPU is needed for it.
+    """Put kernel modules into the cache, so that calls need no network. Needs no GPU.
 
-    A NAME is an op (`rmsnorm`), a module (`norm`), an entry (`norm.rmsnorm`), or a family with
-    options as `fi-ffi build` has them (`batch_prefill:backend=fa3,dtype=bf16`). They come out of
-    the wheel that wheels.lock pins; what the cache has is not fetched again.
+    A NAME is an op (`rmsnorm`), a module (`norm`), an entry (`norm.rmsnorm`), or a family with the
+    options of `fi-ffi build` (`batch_prefill:backend=fa3,dtype=bf16`). Modules come from the wheel
+    that wheels.lock pins. Those in the cache are not fetched again.
 
-    Exits with 1 unless all are there, and with 2 for a name that stands for nothing.
+    Exits with 1 if a module could not be fetched, and with 2 if a name is unknown.
     """
     release = release or wanted_release()
     wanted = [capability_of(text) for text in parse_arch(arch)] if arch else []
@@ -88,11 +88,12 @@ def _print(found: Sequence[Put]) -> None:
     output.print_table("", columns, rows, numbers=["bytes"])
     there = [one for one in found if one.status != "fail"]
     new = sum(one.size for one in there if one.status == "fetched")
-    click.echo(f"{len(there)} modules in {cache.cache_root()}, {new:,} bytes of them new")
+    many = output.counted(len(there), "module")
+    output.say(f"{many} in {cache.cache_root()}, {new:,} bytes of them new")
 
 
 def _sources(release: str, capabilities: Sequence[Capability]) -> list[PinnedKernels]:
-    """The pinned wheels: one, or where wheels are of a single SM, one for each architecture."""
+    """Return the pinned wheels: one, or one for each architecture if wheels hold a single SM."""
     pins = [search.pinned(release, one) for one in capabilities] or [search.pinned(release)]
     return [PinnedKernels(pin) for pin in dict.fromkeys(pins)]
 
@@ -101,14 +102,15 @@ def _modules(
     names: Sequence[str], sources: Sequence[PinnedKernels], release: str,
     capabilities: Sequence[Capability],
 ) -> list[str]:  # fmt: skip
-    """The modules that the names stand for, each once."""
+    """Return the modules that the names stand for, without duplicates."""
     found: list[str] = []
     for name in names:
         family = FAMILIES.get(name.partition(":")[0])
-        if family is not None and family.call is None:  # what CuTe DSL makes is in no wheel
+        # no wheel contains modules built by CuTe DSL
+        if family is not None and family.call is None:
             found.append(parse_request(name).module_in(release))
             continue
-        # What follows the rules of names is known without the wheel.
+        # Names that follow the naming rules are known without reading the wheel.
         is_known = parse(name.rpartition(".")[0] or name, release) is not None
         (one,) = named([name], () if is_known else sources, release)
         found += [one.module] if one.module else _of_op(one, release, capabilities)
@@ -119,7 +121,7 @@ def _modules(
 
 
 def _refuse_families(name: str, sources: Sequence[PinnedKernels]) -> None:
-    """`UsageError` for a name that many modules share, with some of them."""
+    """Raise `UsageError` for a name that many modules share, and list some of them."""
     every = {module for source in sources for module in source.modules()}
     members = sorted(one for one in every if (found := parse(one)) and found.family == name)
     if name not in every and members:
@@ -131,7 +133,7 @@ def _refuse_families(name: str, sources: Sequence[PinnedKernels]) -> None:
 
 
 def _of_op(one: Named, release: str, capabilities: Sequence[Capability]) -> list[str]:
-    """The modules of an op: of each way to ask for it that not all of the GPUs refuse."""
+    """Return the modules of an op, for each of its variants that some GPU supports."""
     asked: list[Capability | None] = [*capabilities] or [None]
     answers = [line.ask(Query.of(sm, release)) for line in one.lines for sm in asked]
     able = [answer.module for answer in answers if answer.status != REFUSED]
@@ -141,7 +143,7 @@ def _of_op(one: Named, release: str, capabilities: Sequence[Capability]) -> list
 
 
 def _put(source: PinnedKernels, module: str, capabilities: Sequence[Capability]) -> Put:
-    """Have a module in the cache; what goes wrong is of this module alone."""
+    """Put a module into the cache; report an error as this module's result."""
     try:
         if module not in source.modules():
             raise KernelNotFoundError(without(source, module))

@@ -1,4 +1,4 @@
-"""`fi-ffi inspect`: what a kernel file says of itself."""
+"""`fi-ffi inspect`: shows the contents of a kernel file."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ from fi_ffi.loader.runtime import file_signatures
 
 @click.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--no-load", is_flag=True, help="Only read the file: no signatures.")
+@click.option("--no-load", is_flag=True, help="Read FILE without loading it; shows no signatures.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def inspect(file: Path, no_load: bool, as_json: bool) -> None:
-    """Show FILE's exported functions with their real signatures, the GPU architectures
-    it was compiled for, and the libraries it needs.
+    """Show FILE's functions and signatures, its GPU architectures, and the libraries it needs.
 
-    Signatures are asked of the functions themselves, which loads FILE into this
-    process; no GPU is needed.
+    FILE is loaded, because the functions themselves report their signatures. Needs no GPU.
     """
     if file.suffix == ".whl":
         hint = f"`fi-ffi list --kernels {file} --entries` shows what is in a wheel"
@@ -60,7 +58,7 @@ def _signatures(file: Path) -> tuple[dict[str, str], str | None]:
 
 
 def _types(signature: Signature) -> str:
-    if signature.named:  # with their names and shapes
+    if signature.named:  # includes names and shapes
         return f"({', '.join(signature.named)}) -> {signature.result}"
     return f"({', '.join(signature.params)}) -> {signature.result}"
 
@@ -76,4 +74,4 @@ def _print(document: dict[str, Any]) -> None:
         facts.append(("signatures", f"none: {document['signatures_missing_because']}"))
     output.print_table(document["file"], ("", ""), facts)
     rows = [(name, signature or "") for name, signature in document["functions"].items()]
-    output.print_table(f"{len(rows)} functions", ("name", "signature"), rows)
+    output.print_table(output.counted(len(rows), "function"), ("name", "signature"), rows)

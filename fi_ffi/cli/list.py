@@ -1,6 +1,6 @@
-"""`fi-ffi list`: the modules of an artifact, and what they serve.
+"""`fi-ffi list`: the modules of an artifact, and the ops they serve.
 
-The builtin `list` is hidden here by the command, which has its name for its name.
+In this module the command hides the builtin `list`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import click
 
 from fi_ffi.cli import output
 from fi_ffi.errors import FiFfiError, KernelNotFoundError
-from fi_ffi.loader import search
+from fi_ffi.loader import progress, search
 from fi_ffi.loader.catalogue import Module, modules_of
 from fi_ffi.loader.held import facts_of
 from fi_ffi.loader.kernels import KernelSource, open_source
@@ -27,53 +27,60 @@ from fi_ffi.ops.capability.known_issues import KNOWN_ISSUES, KnownIssue
 from fi_ffi.ops.capability.matrix import SMS, Line, lines
 from fi_ffi.ops.table import ROWS
 
-# Parameters with a column of their own.
+# Parameters that have their own column.
 _OWN = ("backend", "head_dim")
-# How a matrix shows a support's status.
+# Symbols of the matrix, by status.
 _SYMBOLS = {"run": "run", "built": "built", "refused": "-", "missing": "lacks", "unknown": "?"}
-_FEW = 4  # lines that are explained at once
+_FEW = 4  # most lines of the matrix whose reasons are printed
 
 
 @click.command()
 @click.option(
     "--kernels",
     type=click.Path(exists=True, path_type=Path),
-    help="A directory or wheel of kernels; by default the first place that has any.",
+    help="Directory or wheel of kernels (default: the first place that has any).",
 )
 @click.option("--family", help="Only modules of this family, such as batch_prefill or norm.")
-@click.option("--fetch", is_flag=True, help="Fetch what is not here, to list it.")
-@click.option("--entries", is_flag=True, help="Open every module: its functions and GPUs too.")
-@click.option("--matrix", is_flag=True, help="Where each op can be called, by GPU, and why not.")
-@click.option("--release", help="With --matrix: of a release's wheels, such as 0.6.13.")
-@click.option("--cuda", help="With --matrix: of the wheels of a CUDA tag, such as cu130.")
+@click.option("--fetch", is_flag=True, help="Fetch FlashInfer's kernels first.")
+@click.option("--entries", is_flag=True, help="Open modules and list their functions and GPUs too.")
+@click.option("--matrix", is_flag=True, help="Show on which GPUs each op can be called.")
+@click.option("--release", help="With --matrix: the wheels of a release, such as 0.6.13.")
+@click.option("--cuda", help="With --matrix: the wheels of a CUDA tag, such as cu130.")
 @click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
 def list(
     kernels: Path | None, family: str | None, fetch: bool, entries: bool, as_json: bool,
     matrix: bool, release: str | None, cuda: str | None,
 ) -> None:  # fmt: skip
-    """List the kernel modules at hand: family, dtypes, head sizes, backend, the ops they serve.
+    """List kernel modules: family, dtypes, head sizes, backend, and the ops that use them.
 
-    All of it is in the modules' names, so nothing is extracted for it but with --entries, and
-    nothing fetched but with --fetch.  --matrix is of the kernels in use, or where there are none,
-    or a release or a CUDA tag is named, of what FlashInfer publishes.
+    The names of modules have all of this: only --entries opens files, and only --fetch fetches.
+    --matrix shows the kernels in use. It shows FlashInfer's published wheels if there are none,
+    or if you name a release or a CUDA tag.
     """
     if matrix:
         _matrix(None if kernels is None else str(kernels), release, cuda, family, as_json)
         return
     if release or cuda:
-        raise click.UsageError("--release and --cuda go with --matrix")
+        raise click.UsageError("--release and --cuda need --matrix")
     with fetching(fetch):
         _list(kernels, family, entries, as_json)
 
 
 def _list(kernels: Path | None, family: str | None, entries: bool, as_json: bool) -> None:
-    source = _source(kernels)
-    modules = modules_of(source).values()
+    with progress.doing("looking for kernels"):
+        source = _source(kernels)
+        modules = modules_of(source).values()
     chosen = [module for module in modules if family in (None, module.family)]
     if family is not None and not chosen:
-        shown = ", ".join(sorted({module.family for module in modules})) or "none"
-        raise click.ClickException(f"{source.location} has no modules of {family}; it has {shown}")
-    listed = [_described(source, module, entries) for module in chosen]
+        families = {module.family for module in modules}
+        every = ", ".join(sorted(families)) or "none"
+        shown = f"; it has {every}{output.nearest(family, families)}"
+        raise output.Failure(f"{source.location} has no modules of {family}{shown}")
+    listed = []
+    with progress.counter("modules", len(chosen), quiet=not entries, lines=False) as count:
+        for module in chosen:
+            count(module.name)
+            listed.append(_described(source, module, entries))
     if as_json:
         document = {"kernels": source.location, "version": source.version}
         output.print_json({**document, "modules": listed})
@@ -82,10 +89,10 @@ def _list(kernels: Path | None, family: str | None, entries: bool, as_json: bool
 
 
 def _source(kernels: Path | None) -> KernelSource:
-    """What to list: the place given, or the first of those in use that has modules."""
+    """Return the source to list: the given one, or the first source in use that has modules."""
     if kernels is not None:
         return open_source(kernels)
-    said = []
+    notes = []
     for place in search.places():
         note = place.note or "no modules"
         if place.source is not None:
@@ -94,9 +101,9 @@ def _source(kernels: Path | None) -> KernelSource:
                     return place.source
             except FiFfiError as error:
                 note = str(error)
-        said.append(f"  {place.kind}: {note}")
+        notes.append(f"  {place.kind}: {note}")
     raise KernelNotFoundError(
-        "no kernels in any of the places they come from:\n" + "\n".join(said) + "\n"
+        "no kernels in any of the places they come from:\n" + "\n".join(notes) + "\n"
         f"`fi-ffi build --release {wanted_release()} norm` makes some; FI_FFI_KERNELS or --kernels "
         "names a directory or a flashinfer_jit_cache wheel; --fetch fetches FlashInfer's."
     )
@@ -119,13 +126,13 @@ def _described(source: KernelSource, module: Module, entries: bool) -> dict[str,
             facts = facts_of(source.file(module.name))
             found["entries"] = facts.functions
             found["architectures"] = [code.name for code in facts.codes]
-        except FiFfiError as error:  # one bad file hides no others
+        except FiFfiError as error:  # one bad file must not hide the others
             found["error"] = str(error)
     return found
 
 
 def _options(parsed: ModuleName) -> dict[str, Any]:
-    """Parameters that are neither dtypes nor sizes of heads, where they are not as usual."""
+    """Return the parameters other than dtypes and head sizes that differ from their defaults."""
     return {
         name: value
         for name, value in parsed.params.items()
@@ -136,27 +143,28 @@ def _options(parsed: ModuleName) -> dict[str, Any]:
 
 
 def _ops(module: Module) -> tuple[str, ...]:
-    """The ops of the table whose rows name the module or its family."""
+    """Return the ops whose rows name the module or its family."""
     return (*dict.fromkeys(r.name for r in ROWS if r.module in (module.name, module.family)),)
 
 
 def _print(source: KernelSource, listed: Sequence[dict[str, Any]]) -> None:
-    """A line for each module.  Not a table of `output`: names must stay whole, to be copied."""
+    """Print a line for each module, not a table: names must stay whole for copying."""
     version = source.version or "of unknown release"
-    click.echo(f"{len(listed)} modules of {source.location}, FlashInfer {version}")
+    many = output.counted(len(listed), "module")
+    output.say(f"{many} of {source.location}, FlashInfer {version}")
     family_of = operator.itemgetter("family")
     for family, group in itertools.groupby(sorted(listed, key=family_of), family_of):
         modules = (*group,)
         ops = f"; ops: {', '.join(modules[0]['ops'])}" if modules[0]["ops"] else ""
-        click.echo(f"{family}: {len(modules)}{ops}")
+        output.say(f"{family}: {len(modules)}{ops}")
         rows = [_cells(entry) for entry in modules]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for entry, cells in zip(modules, rows, strict=True):
             pairs = zip(cells, widths, strict=True)
             line = "  ".join(cell.ljust(width) for cell, width in pairs if width)
-            click.echo(f"  {line.rstrip()}")
+            output.say(f"  {line.rstrip()}")
             for line in _details(entry):
-                click.echo(f"      {line}")
+                output.say(f"      {line}")
 
 
 def _cells(entry: dict[str, Any]) -> Sequence[str]:
@@ -180,7 +188,7 @@ def _details(entry: dict[str, Any]) -> Sequence[str]:
 
 
 def _short_dtypes(dtypes: dict[str, str]) -> str:
-    """`f16` where all tensors have one dtype; indices are int32 but where it is said."""
+    """Return `f16` if all tensors have one dtype; int32 indices are omitted."""
     found = {name.replace("dtype", "").strip("_"): value for name, value in dtypes.items()}
     if found.get("idx") == "i32":
         del found["idx"]
@@ -189,19 +197,25 @@ def _short_dtypes(dtypes: dict[str, str]) -> str:
     return ",".join(f"{name}={value}" for name, value in found.items())
 
 
-# Where each op can be called
+# The matrix
 
 
 def _matrix(
     kernels: str | None, release: str | None, cuda: str | None, wanted: str | None, as_json: bool
 ) -> None:
-    """Print the matrix, of the lines whose op or family is `wanted`."""
+    """Print the matrix; `wanted` selects an op or a family."""
     chosen = [line for line in lines() if wanted in (None, line.op, line.family)]
     if not chosen:
-        names = ", ".join(dict.fromkeys(line.op for line in lines()))
-        raise click.ClickException(f"no op or family {wanted!r}; there are {names}")
+        ops = dict.fromkeys(line.op for line in lines())
+        known = {*ops, *(line.family for line in lines())}
+        shown = output.nearest(str(wanted), known) or f"; there are {', '.join(ops)}"
+        raise output.Failure(f"no op or family {wanted!r}{shown}")
     queries = {sm: Query.of(sm, release, cuda, None, kernels) for sm in SMS}
-    found = {line.name: {sm: line.ask(q) for sm, q in queries.items()} for line in chosen}
+    found = {}
+    with progress.counter("ops", len(chosen), lines=False) as count:
+        for line in chosen:
+            count(line.name)
+            found[line.name] = {sm: line.ask(query) for sm, query in queries.items()}
     first = next(iter(queries.values()))
     of = ", ".join(s.location for s in first.sources) or f"the {first.cuda} wheels"
     head = {"kernels": of, "release": first.release, "cuda": first.cuda}
@@ -213,23 +227,23 @@ def _matrix(
     columns = ("op", *(f"SM{sm}" for sm in SMS))
     rows = [(name, *(_SYMBOLS[s.status] for s in row.values())) for name, row in found.items()]
     output.print_table(f"FlashInfer {first.release}, {of}", columns, rows)
-    click.echo("  ".join(f"{symbol}: {WORDS[status]}" for status, symbol in _SYMBOLS.items()))
+    output.say("  ".join(f"{symbol}: {WORDS[status]}" for status, symbol in _SYMBOLS.items()))
     _explain(chosen, found)
 
 
 def _explain(chosen: Sequence[Line], found: dict[str, dict[int, Support]]) -> None:
-    """The reasons, where few lines were asked for; else how to ask for them."""
+    """Print the reasons for a few lines; for more lines, print how to ask for them."""
     if len(chosen) > _FEW:
-        click.echo("--family OP has the reasons of an op; --json has all, and vLLM's cases.")
+        output.say("--family OP shows the reasons for an op, --json all reasons and vLLM's cases.")
         return
     for name, row in found.items():
-        said: dict[str, Any] = {}
+        reasons: dict[str, Any] = {}
         for sm, answer in row.items():
-            # What builds it is for one GPU, and is in the JSON.
-            said.setdefault(f"{WORDS[answer.status]}: {answer.reason}", []).append(f"SM{sm}")
-        click.echo(f"{name}:")
-        for text, sms in said.items():
-            click.echo(f"  {', '.join(sms)}: {text}")
+            # The build commands differ by GPU and are only in the JSON.
+            reasons.setdefault(f"{WORDS[answer.status]}: {answer.reason}", []).append(f"SM{sm}")
+        output.say(f"{name}:")
+        for text, sms in reasons.items():
+            output.say(f"  {', '.join(sms)}: {text}")
 
 
 def _support(answer: Support) -> dict[str, Any]:

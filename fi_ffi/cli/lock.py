@@ -1,4 +1,4 @@
-"""`fi-ffi lock verify`: wheels.lock compared with what its addresses have."""
+"""`fi-ffi lock verify`: compares wheels.lock with the files at its addresses."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from urllib.request import url2pathname
 
 import click
 
+from fi_ffi.cli import NearNames
 from fi_ffi.cli.output import print_json, print_table
 from fi_ffi.errors import ArgumentError, ArtifactError, FetchError
 from fi_ffi.loader.download import Reporter, fetch_file
 from fi_ffi.loader.http import Client
 from fi_ffi.loader.lock import Lock, PinnedWheel, lock_path, read_lock, this_platform
-from fi_ffi.loader.progress import reporter
+from fi_ffi.loader.progress import counter, reporter
 from fi_ffi.loader.ranges import NoRanges, RemotePieces
 from fi_ffi.loader.remote import RemoteWheel
 from fi_ffi.loader.urls import is_file_url, redact
@@ -28,7 +29,7 @@ Verdict = Literal["ok", "wrong", "not pinned", "not checked"]
 
 @dataclass(frozen=True)
 class Checked:
-    """An entry compared with what its address has; `note` says why where it is not "ok"."""
+    """The result of checking one entry; `note` says why `status` is not "ok"."""
 
     file: str
     url: str
@@ -39,25 +40,25 @@ class Checked:
     note: str = ""
 
 
-@click.group()
+@click.group(cls=NearNames)
 def lock() -> None:
-    """Look after wheels.lock, which pins every file that may be fetched.
+    """Check wheels.lock, which pins every file that may be fetched.
 
-    FI_FFI_LOCK names the lock in use, if it is not the one of the package.
+    FI_FFI_LOCK names another lock than the package's.
     """
 
 
 @lock.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--all", "everything", is_flag=True, help="The entries of every platform.")
-@click.option("--full", is_flag=True, help="Fetch the files and check their sha256.")
+@click.option("--all", "everything", is_flag=True, help="Check the entries of every platform.")
+@click.option("--full", is_flag=True, help="Fetch the files whole and check their sha256.")
 @click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option(
     "--lock",
     "path",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="The lock; by default the one in use.",
+    help="The lock (default: the one in use).",
 )
 def verify(
     names: tuple[str, ...],
@@ -67,29 +68,33 @@ def verify(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Compare entries with what their addresses have now.
+    """Compare entries with the files at their addresses.
 
-    A NAME is a file, an address or a release; by default every entry for this
-    platform. Sizes and, where the server has ranges, RECORDs are compared. The
-    exit status is 1 where anything differs, or could not be looked at.
+    A NAME is a file, an address or a release; the default is every entry for this platform.
+    Sizes are compared, and RECORDs if the server supports ranges. Exits with 1 if anything
+    differs or could not be checked.
     """
     where = path or lock_path()
     platform = None if everything else this_platform()
     chosen = entries(read_lock(where), names, platform=platform)
-    with reporter(quiet) as report:
-        done = [check(entry, full=full, report=report) for entry in chosen]
+    done = []
+    with counter("entries", len(chosen), quiet) as count:
+        for entry in chosen:
+            count(entry.file)
+            with reporter(quiet or not full) as report:
+                done.append(check(entry, full=full, report=report))
     if as_json:
         print_json({"lock": str(where), "files": [asdict(each) for each in done]})
     else:
-        rows = [(d.status, d.size, d.record, d.sha256, d.file, d.note) for d in done]
-        columns = ("status", "size", "RECORD", "sha256", "file", "note")
+        rows = [(d.file, d.status, d.size, d.record, d.sha256, d.note) for d in done]
+        columns = ("file", "status", "size", "RECORD", "sha256", "note")
         print_table(f"{where}", columns, rows)
     if any(d.status != "ok" for d in done):
         sys.exit(1)
 
 
 def entries(lock: Lock, names: Sequence[str], *, platform: str | None = None) -> list[PinnedWheel]:
-    """The entries of those files, addresses or releases; without names those of a platform."""
+    """Return the entries of these files, addresses or releases; by default the platform's."""
     if not names:
         return [entry for entry in lock.kernels if platform in (None, entry.platform)]
     chosen: list[PinnedWheel] = []
@@ -104,7 +109,7 @@ def entries(lock: Lock, names: Sequence[str], *, platform: str | None = None) ->
 
 
 def check(entry: PinnedWheel, *, full: bool = False, report: Reporter | None = None) -> Checked:
-    """Compare an entry with what its address has now, as far as it is pinned."""
+    """Compare an entry's pins with the file at its address."""
     found: dict[str, Any] = {"file": entry.file, "url": redact(entry.url)}
     note = ""
     try:

@@ -1,4 +1,4 @@
-"""What a name on the command line stands for: an op, a module, or an entry of one."""
+"""Resolution of names on the command line: ops, modules, and entries."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 
 import click
 
+from fi_ffi.cli import output
 from fi_ffi.errors import LoaderError
 from fi_ffi.loader.kernels import KernelSource
 from fi_ffi.loader.listed import listed_in
@@ -19,14 +19,12 @@ from fi_ffi.ops.capability.judgement import gpu_runs, judge
 from fi_ffi.ops.capability.matrix import Line, entry_row, lines
 from fi_ffi.ops.table import ROWS
 
-_NEAREST = 5
-
 
 @dataclass(frozen=True)
 class Named:
-    """What a name stands for; `lines` answer for it.
+    """A resolved name; `lines` answer questions about it.
 
-    `module` is that of a module or an entry, whose function is `symbol`; both are "" of an op.
+    `module` is set for a module and for an entry, `symbol` for an entry. Both are "" for an op.
     """
 
     name: str
@@ -36,7 +34,7 @@ class Named:
 
 
 def named(names: Sequence[str], sources: Sequence[KernelSource], release: str) -> list[Named]:
-    """What the names stand for; `UsageError` with the nearest for one that stands for nothing."""
+    """Resolve names; an unknown one raises `UsageError` with the nearest names."""
     known = [*lines()]
     return [_named(name, known, sources, release) for name in dict.fromkeys(names)]
 
@@ -55,13 +53,12 @@ def _named(name: str, known: list[Line], sources: Sequence[KernelSource], releas
         return _of(name, having[0], name)
     if having:
         choice = " or ".join(f"{module}.{name}" for module in having)
-        raise click.UsageError(f"{name!r} is an entry of several modules: say {choice}")
+        raise click.UsageError(f"{name!r} is an entry of several modules: name {choice}")
     everything = {line.op for line in known} | {*_modules(sources, release)} | {*_entries()}
     everything |= {f"{module}.{entry}" for entry, all_of in _entries().items() for module in all_of}
-    near = get_close_matches(name, sorted(everything), _NEAREST, 0.5)
     ops = dict.fromkeys(line.op for line in known)
-    hint = f"the nearest: {', '.join(near)}" if near else f"the ops are {', '.join(ops)}"
-    raise click.UsageError(f"no op, module or entry {name!r}; {hint}")
+    hint = output.nearest(name, everything) or f"; the ops are {', '.join(ops)}"
+    raise click.UsageError(f"no op, module or entry {name!r}{hint}")
 
 
 def _of(name: str, module: str, symbol: str) -> Named:
@@ -74,11 +71,11 @@ def _is_module(name: str, sources: Sequence[KernelSource], release: str) -> bool
 
 
 def _modules(sources: Sequence[KernelSource], release: str) -> Iterator[str]:
-    """The modules at hand, and the families that FlashInfer lists."""
+    """Yield the modules of the sources, and the families that FlashInfer lists."""
     for source in sources:
         try:
             yield from source.modules()
-        except LoaderError:  # which those who ask for its modules are told
+        except LoaderError:  # reported to callers that need the module
             continue
     listed = listed_in(release)
     if listed is not None:
@@ -86,7 +83,7 @@ def _modules(sources: Sequence[KernelSource], release: str) -> Iterator[str]:
 
 
 def _entries() -> dict[str, list[str]]:
-    """The entries that are known by name: of rows, and of what was called on a GPU."""
+    """Return the modules of each known entry: entries of rows, and entries called on a GPU."""
     found: dict[str, list[str]] = defaultdict(list)
     called = ((key, entry) for run in gpu_runs() for key, entry in sorted(run.entries))
     for key, entry in itertools.chain(((row.module, row.symbol) for row in ROWS), called):

@@ -1,4 +1,4 @@
-"""`fi-ffi release diff`: what a release of FlashInfer changed, and which rows it touches."""
+"""`fi-ffi release diff`: reports what a FlashInfer release changed, and which rows it affects."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from typing import Any
 
 import click
 
-from fi_ffi.cli.output import print_json, printable
+from fi_ffi.cli import NearNames
+from fi_ffi.cli.output import print_json, say
 from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.progress import doing
 from fi_ffi.loader.sources.compare import Change, Difference, changes, compare, family_of
 from fi_ffi.loader.sources.exports import Function
 from fi_ffi.loader.sources.generators import Generator
@@ -34,20 +36,20 @@ from fi_ffi.ops.declared import (
 )
 from fi_ffi.ops.releases import OLDEST
 
-_WIDTH = 120  # characters of two templates that are shown whole
+_WIDTH = 120  # templates with more characters in total are abbreviated
 
 
-@click.group()
+@click.group(cls=NearNames)
 def release() -> None:
-    """Read FlashInfer's releases: what their sources declare, and what that changes here."""
+    """Compare and record the sources of FlashInfer's releases."""
 
 
 @dataclass(frozen=True)
 class Touched:
-    """An entry with a row here, and what it is in both releases.
+    """An entry with a row, and its state in both releases.
 
-    `before` and `after` are answers of `fi_ffi.ops.declared`; `rows` are the releases that its
-    forms are of.
+    `before` and `after` are answers of `fi_ffi.ops.declared`. `rows` lists the releases that each
+    of the entry's forms covers.
     """
 
     entry: Declared
@@ -55,18 +57,18 @@ class Touched:
     after: str
     changes: tuple[Change, ...]
     rows: tuple[str, ...]
-    # Why the entry has no row of the new release, where that is on purpose.
+    # Why the entry has no row for the new release, if that is on purpose.
     why: str
 
     @property
     def is_touched(self) -> bool:
-        """Whether somebody has to look at it, or has had to."""
+        """Whether the entry's row needs attention, or already differs between the releases."""
         untouched = (self.before, self.after) in ((FITS, FITS), (ABSENT, ABSENT))
         return bool(self.changes) or not untouched
 
 
 def touched(old: Interface, new: Interface) -> list[Touched]:
-    """Every entry with a row, in both releases."""
+    """Return every entry that has a row, with its state in both releases."""
     found = []
     for entry in declared():
         before, after = entry.function(old), entry.function(new)
@@ -83,39 +85,43 @@ def touched(old: Interface, new: Interface) -> list[Touched]:
 @click.argument("new", metavar="NEW")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def diff(old: str, new: str, as_json: bool) -> None:
-    """Compare the sources of two releases, and say which rows here that touches.
+    """Compare two releases, and list the ops that change.
 
-    OLD and NEW are releases of flashinfer-python, fetched with pip, or paths of its
-    wheels. The exit status is 1 where a row says that it is of one of the two and its
-    binding takes something else, or is gone.
+    OLD and NEW are releases of flashinfer-python, which pip fetches, or paths of its wheels.
+    Exits with 1 if an op claims to support one of the two, and its binding there is gone or
+    takes other arguments.
     """
-    difference = compare(open_release(old).interface(), open_release(new).interface())
+    interfaces = []
+    for each in (old, new):
+        with doing(f"reading FlashInfer {each}"):
+            interfaces.append(open_release(each).interface())
+    difference = compare(*interfaces)
     rows = touched(difference.old, difference.new)
     if as_json:
         print_json(document(difference, rows))
     else:
         for line in text(difference, rows):
-            click.echo(printable(line))
+            say(line)
     if any({each.before, each.after} & {*WRONG} for each in rows):
         sys.exit(1)
 
 
 @release.command()
 @click.argument("releases", nargs=-1, metavar="[RELEASE]...")
-@click.option("--modules", is_flag=True, help="Ask the generators, too: modules and names.")
-@click.option("--check", is_flag=True, help="Write nothing; exit with 1 where a file is stale.")
-@click.option("--json", "as_json", is_flag=True, help="Print the files that changed as JSON.")
+@click.option("--modules", is_flag=True, help="Run the generators too, for the names of modules.")
+@click.option("--check", is_flag=True, help="Write nothing; exit with 1 if a file is stale.")
+@click.option("--json", "as_json", is_flag=True, help="Print the changed files as JSON.")
 @click.option(
     "--to",
     "root",
     type=click.Path(file_okay=False, path_type=Path),
     default=".",
-    help="The checkout whose records are written; by default this folder.",
+    help="The checkout whose records are written (default: this folder).",
 )
 @click.option(
     "--build-dir",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Where the generators write; by default a folder of the cache.",
+    help="Folder for the generators' output (default: one in the cache).",
 )
 def record(
     releases: tuple[str, ...],
@@ -125,19 +131,20 @@ def record(
     root: Path,
     build_dir: Path | None,
 ) -> None:
-    """Record what releases declare, for the rows, the matrix and the tests of a checkout.
+    """Record what releases declare, in a checkout of fi_ffi.
 
-    A RELEASE is read from its wheel; without one, every release that pip finds is, from
-    the oldest that rows are of. With --modules the release's generators are asked as well
-    (an environment as of `fi-ffi build`, some minutes, no GPU): which modules it lists,
-    what they export and what they are called.
+    A RELEASE is read from its wheel; the default is every release that pip finds and fi_ffi
+    supports. --modules also runs the release's generators, in an environment like that of
+    `fi-ffi build`, and records the names and exports of its modules. That takes minutes, and no
+    GPU.
     """
-    from fi_ffi.loader.sources.record import recorded  # builds environments, which diff does not
+    # builds environments, which diff does not need
+    from fi_ffi.loader.sources.record import recorded
 
     oldest = version_of(OLDEST)
     chosen = releases or [each for each in published() if version_of(each) >= oldest]
     files = recorded(
-        root, chosen, the_lock().default_release, partial(click.echo, err=True),
+        root, chosen, the_lock().default_release, partial(say, err=True),
         with_generators=modules, build_dir=build_dir,
     )  # fmt: skip
     stale = [path for path, content in files.items() if not _has(path, content)]
@@ -145,7 +152,7 @@ def record(
         if not check:
             path.write_text(files[path])
         if not as_json:
-            click.echo(f"{path}: {'stale' if check else 'written'}")
+            say(f"{path}: {'stale' if check else 'written'}")
     if as_json:
         print_json([str(path) for path in stale])
     if check and stale:
@@ -157,7 +164,7 @@ def _has(path: Path, content: str) -> bool:
 
 
 def text(difference: Difference, rows: Sequence[Touched]) -> Iterator[str]:
-    """The lines of the report."""
+    """Yield the lines of the report."""
     old, new = difference.old, difference.new
     yield f"FlashInfer {old.release} -> {new.release}"
     yield ""
@@ -192,7 +199,7 @@ def text(difference: Difference, rows: Sequence[Touched]) -> Iterator[str]:
     yield from _section("Generators", _generators(difference))
     unread = [(i.release, key, why) for i in (old, new) for key, why in i.unread.items()]
     yield from _section(
-        f"Exports whose parameters cannot be told ({len(unread)})",
+        f"Exports whose parameters cannot be read ({len(unread)})",
         (f"{of}: {key}: {why}" for of, key, why in unread),
     )
 
@@ -273,7 +280,7 @@ _PIECES = re.compile(r"\{.*?\}|[^{_]+|_")
 
 
 def _shorter(before: str, after: str) -> str:
-    """Two templates of a name, or of two long ones what is not the same in both."""
+    """Return two name templates; of two long ones, only the parts that differ."""
     if len(before) + len(after) < _WIDTH or not (before and after):
         return f"{before or 'none'} -> {after or 'none'}"
     a, b = _PIECES.findall(before), _PIECES.findall(after)
@@ -301,7 +308,7 @@ def _key(key: Key) -> dict[str, str]:
 
 
 def document(difference: Difference, rows: Sequence[Touched]) -> dict[str, Any]:
-    """The report as JSON."""
+    """Return the report as a JSON document."""
     old, new = difference.old, difference.new
 
     def both(key: Key) -> dict[str, Any]:

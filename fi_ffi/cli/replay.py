@@ -1,9 +1,9 @@
-"""`fi-ffi replay`: a dumped call made again, and its results compared.
+"""`fi-ffi replay`: repeats a dumped call and compares its results.
 
-A dump is read and checked (docs/call-log.md has what is in its files), the call is made again on a
-GPU or by the reference on the CPU, and what it writes is compared with what it wrote then and with
-the op's definition.  Tensors are placed as they lay: those that overlapped do so again, at
-addresses as aligned.
+The dump is read and checked (docs/call-log.md describes the files). The call is repeated on a GPU,
+or by the reference on the CPU. Its results are compared with those in the dump and with the op's
+definition. Tensors keep their relative placement: they overlap as before and have the same
+alignment.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fi_ffi.abi.tensor import DTYPES, Device, DType, TensorDesc, make_desc, pars
 from fi_ffi.cli import output
 from fi_ffi.cli.cases import case_of
 from fi_ffi.errors import ArtifactError, FiFfiError
-from fi_ffi.loader import machine, runtime, search
+from fi_ffi.loader import machine, progress, runtime, search
 from fi_ffi.ops import cuda
 from fi_ffi.ops.attention.rows import FORMS
 from fi_ffi.ops.attention.workspace import FLOAT_BYTES, INT_BYTES
@@ -43,16 +43,16 @@ from fi_ffi.reference.arrays import Array, bits
 _CPU = parse_device("cpu")
 
 
-# The dump
+# Reading a dump
 
-# Bytes from the first element to past the last, of all tensors: so many times what the files
-# hold, for tensors may lie in larger ones, and so many where the files are small.
+# Limits of the bytes that all tensors span: a multiple of the files' contents, since tensors may be
+# views of larger ones, and a minimum for small files.
 _MOST_SPREAD, _ALWAYS = 64, 2**26
 
 
 @dataclass(frozen=True)
 class RecordedTensor:
-    """A tensor argument, and its elements before the call, if they were kept."""
+    """A recorded tensor argument, with its elements before the call if they were dumped."""
 
     name: str
     dtype: DType
@@ -66,7 +66,7 @@ class RecordedTensor:
 
     @property
     def span(self) -> int:
-        """Bytes from the first element to past the last."""
+        """Bytes from the first to the end of the last element."""
         if 0 in self.shape:
             return 0
         steps = zip(self.strides, self.shape, strict=True)
@@ -75,17 +75,17 @@ class RecordedTensor:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A call as it was made."""
+    """A recorded call."""
 
     path: Path
     document: Mapping[str, Any]
     row: Row | None
     tensors: dict[str, RecordedTensor]
-    # Numbers and words; None for a tensor that was not there.
+    # Numbers and strings; None for an omitted tensor.
     values: dict[str, Any]
-    # What the call's plan was planned with; None for a call that is no plan's.
+    # The planning call; None if the call does not belong to a plan.
     plan: Recorded | None = None
-    # The tensors that were written, after the call; None where it did not come so far.
+    # The written tensors after the call; None if the call did not finish.
     after: dict[str, Array] | None = None
     result: Any = None
 
@@ -99,9 +99,9 @@ class Recorded:
 
 
 def load(path: Path) -> Recorded:
-    """A dumped call, by either of its files or by what their names have in common.
+    """Load a dumped call by either of its files, or by the common prefix of their names.
 
-    Raises `ArtifactError` for what is no dump of this version's, and `OSError`.
+    Raises `ArtifactError` for anything but a dump of this version's format, and `OSError`.
     """
     stem = str(path).removesuffix(BEFORE).removesuffix(AFTER)
     before = Path(stem + BEFORE)
@@ -166,7 +166,7 @@ def _tensor(path: Path, name: str, of: Any, data: memoryview | None) -> Recorded
     dtype, shape, strides = DTYPES[of["dtype"]], tuple(of["shape"]), tuple(of["strides"])
     numbers = [*shape, *strides, of["address"]]
     if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < 2**64 for n in numbers):
-        raise ArtifactError(f"{path}: {name} has no layout that can be: {of!r:.300}")
+        raise ArtifactError(f"{path}: {name} has an impossible layout: {of!r:.300}")
     elements = None if data is None else _elements(path, name, dtype, shape, data)
     reads, writes, scratch = (bool(of[flag]) for flag in ("reads", "writes", "scratch"))
     return RecordedTensor(
@@ -175,7 +175,7 @@ def _tensor(path: Path, name: str, of: Any, data: memoryview | None) -> Recorded
 
 
 def _check_spans(made: Recorded) -> None:
-    """`ArtifactError` where the tensors take far more memory than they have elements."""
+    """Raise `ArtifactError` if the tensors span far more memory than they have elements."""
     calls = [made] if made.plan is None else [made, made.plan]
     kept = [of for call in calls for of in call.tensors.values() if not of.is_scratch]
     asked = sum(of.span for of in kept)
@@ -193,13 +193,13 @@ def _elements(
 ) -> Array:
     count = dtype.bytes_of(math.prod(shape))
     if len(data) != count:
-        raise ArtifactError(f"{path}: {name} has {len(data)} bytes, and {count} elements' need")
+        raise ArtifactError(f"{path}: {name} has {len(data)} bytes, and its shape needs {count}")
     found = np.frombuffer(data, dtype.numpy)
     return found if dtype.shares_bytes else found.reshape(shape)
 
 
 def row_of(path: Path, described: Mapping[str, Any]) -> Row:
-    """The row of a dumped call; `ArtifactError` where this version has none that is the same."""
+    """Return the row of a dumped call; `ArtifactError` if this version has no equal row."""
     forms = [form for forms in FORMS.values() for form in forms]
     rows = [row for op in OPS.values() for row in op.rows] + forms
     wanted = tuple(described[key] for key in ("name", "variant", "signature"))
@@ -208,34 +208,34 @@ def row_of(path: Path, described: Mapping[str, Any]) -> Row:
     for row in found:
         if release is None or fits(row, release):
             return row
-    if found:  # of another release, as the call then says
+    if found:  # a row of another release; the call reports the mismatch
         return found[0]
     raise ArtifactError(f"{path}: this version of fi_ffi has no row {' '.join(map(str, wanted))}")
 
 
-# The call
+# Repeating the call
 
-POISON = 0xFF  # every byte of what a call only writes, before it
-_ALIGNMENT = 256  # of which addresses keep the rest
+POISON = 0xFF  # fills every byte that a call only writes
+_ALIGNMENT = 256  # addresses keep their remainder by this
 _DEFAULT_STREAM = 0
-# POD attention has a plan's arguments beside those of a single request.
+# POD attention appends this to the names of its second plan's arguments.
 _OF_DECODE = "_d"
-# Scratch memory on a GPU is at least this, for what was enough on one device may not be on another.
+# Least sizes of scratch memory on a GPU, because another device may need more than the dump's.
 _LEAST = {"float_workspace_buffer": FLOAT_BYTES, "tmp": 2**26, "tmp_p": 2**26}
-_LEAST_OF_INTS = INT_BYTES  # of the int workspace, and of the host memory before it
-_MOST = 2**30  # of what a dump asks for
-_ON_CPU = 2**20  # where the reference uses none
+_LEAST_OF_INTS = INT_BYTES  # for the int workspace and its host copy
+_MOST = 2**30  # most scratch bytes that a dump may ask for
+_ON_CPU = 2**20  # the reference uses no scratch memory
 _OF_PLANS = ("float_workspace_buffer", "int_workspace_buffer")
 
 
 class CannotReplay(FiFfiError, ValueError):
-    """A dumped call lacks what it would need to be made again."""
+    """A dumped call lacks data that is needed to repeat it."""
 
 
 def rerun(recorded: Recorded, device: Device) -> tuple[dict[str, Array], Any]:
-    """Make a dumped call again on a device: what it wrote this time, and its result.
+    """Repeat a dumped call on a device; return the tensors it wrote, and its result.
 
-    Raises `CannotReplay`, and what the call itself would.
+    Raises `CannotReplay`, and the errors of the call itself.
     """
     row = _row(recorded)
     scratch: dict[str, TensorDesc] = {}
@@ -265,7 +265,7 @@ def _row(recorded: Recorded) -> Row:
 
 
 class _Calling:
-    """One call, its tensors placed; calls of one plan share the scratch memory."""
+    """One call with its tensors placed; calls of one plan share the scratch memory."""
 
     def __init__(self, recorded: Recorded, device: Device, scratch: dict[str, TensorDesc]) -> None:
         self._recorded, self._device, self._scratch = recorded, device, scratch
@@ -282,7 +282,7 @@ class _Calling:
         self.placed = Placed(kept, device, on_host)
 
     def make(self, info: ArrayObject | None) -> Any:
-        """Make the call; what it returns."""
+        """Make the call and return its result."""
         values = [self._value(arg, info) for arg in self._row.given]
         compiled = CompiledRow(self._row, self._recorded.module or None)
         stream = _DEFAULT_STREAM if self._device.is_cuda else None
@@ -297,11 +297,11 @@ class _Calling:
             return self._recorded.values.get(arg.name)
         if not of.is_scratch:
             return self.placed.desc(arg.name)
-        # Of its own kind of scratch memory an op brings what this device needs.
+        # An op allocates its own kind of scratch memory, as large as this device needs.
         return None if arg.is_scratch else self._workspace(arg, of.span)
 
     def _workspace(self, arg: Tensor, count: int) -> TensorDesc:
-        # As its plan calls it, of whose kernel this is a part.
+        # The name under which the plan knows the workspace.
         name = arg.name.removesuffix(_OF_DECODE)
         if name not in self._scratch:
             if self._recorded.plan is not None and name in _OF_PLANS:
@@ -328,7 +328,7 @@ class _Region:
         self.host = np.full(count, POISON, np.uint8)
 
     def view(self, tensor: RecordedTensor) -> Array:
-        """The tensor in the copy on the host."""
+        """Return a view of the tensor in the host copy."""
         dtype = tensor.dtype.numpy
         if 0 in tensor.shape:
             return np.empty(tensor.shape, dtype)
@@ -338,7 +338,7 @@ class _Region:
         return view
 
     def copy(self, to_host: bool) -> None:
-        """Copy all of it between the device and the host."""
+        """Copy the whole region between the device and the host."""
         ends = (self.host.ctypes.data, self.address)
         target, source = ends if to_host else ends[::-1]
         if not self.host.size:
@@ -358,7 +358,7 @@ class _Region:
 
 
 class Placed:
-    """Tensors on a device, those in `on_host` on the host; what is only written is poison."""
+    """Tensors placed on a device, or on the host if in `on_host`; write-only ones are poisoned."""
 
     def __init__(
         self, tensors: Iterable[RecordedTensor], device: Device, on_host: Collection[str] = ()
@@ -388,7 +388,7 @@ class Placed:
         )
 
     def get(self, names: Iterable[str]) -> dict[str, Array]:
-        """Copies of tensors as they are now; waits for the device."""
+        """Return copies of tensors, after waiting for the device."""
         found: dict[str, Array] = {}
         for name in names:
             region = self._regions[name]
@@ -398,7 +398,7 @@ class Placed:
 
 
 def _groups(tensors: Iterable[RecordedTensor]) -> Iterator[list[RecordedTensor]]:
-    """Tensors that share memory, together."""
+    """Yield groups of tensors that share memory."""
     group: list[RecordedTensor] = []
     end = 0
     for tensor in sorted(tensors, key=lambda tensor: tensor.address):
@@ -412,7 +412,7 @@ def _groups(tensors: Iterable[RecordedTensor]) -> Iterator[list[RecordedTensor]]
 
 
 def kernel_of(recorded: Recorded, device: Device) -> str:
-    """What is called now, and whether that is the file that was called then."""
+    """Return the kernel that is called now, and whether its file is the dump's."""
     if not device.is_cuda:
         return "the reference on the CPU"
     loaded = runtime.load(recorded.module, device.index)
@@ -421,15 +421,15 @@ def kernel_of(recorded: Recorded, device: Device) -> str:
     return f"{recorded.module} of {loaded.source.location}, {same}"
 
 
-# The comparison
+# Comparing results
 
-# Of a dtype's steps at an element and at the largest of its row, beside no better bound.
+# Allowed error in steps of the dtype, at the element and at its row's largest element.
 _STEPS = 2.0
 
 
 @dataclass(frozen=True)
 class Compared:
-    """How far a result is from another, as a fraction of what is allowed (1 or less is right)."""
+    """The difference of two results, as a fraction of the allowed error (1 or less is correct)."""
 
     name: str
     to: str
@@ -443,13 +443,13 @@ class Compared:
 
 
 def _poison_like(array: Array) -> Array:
-    """An array like it with `POISON` in every byte."""
+    """Return an array of the same shape and dtype with `POISON` in every byte."""
     found: Array = np.full(array.nbytes, POISON, np.uint8).view(array.dtype).reshape(array.shape)
     return found
 
 
 def without_unwritten(recorded: Recorded, after: Mapping[str, Array]) -> dict[str, Array]:
-    """What was written now; what neither call wrote is as the first left it."""
+    """Return what the call wrote; elements that neither call wrote are taken from the dump."""
     found: dict[str, Array] = {}
     for name, got in after.items():
         found[name] = got = got.copy()
@@ -465,7 +465,7 @@ def without_unwritten(recorded: Recorded, after: Mapping[str, Array]) -> dict[st
 def beside(
     recorded: Recorded, results: Mapping[str, Array], others: Mapping[str, Array], to: str
 ) -> Iterator[Compared]:
-    """Results beside others, by steps of a dtype: what the first call wrote, or the reference."""
+    """Compare results with other results (the dump's or the reference's), by steps of the dtype."""
     for name, wanted in others.items():
         if name not in results:
             continue
@@ -479,7 +479,7 @@ def beside(
 
 
 def _error(got: Array, wanted: Array, eps: float) -> tuple[float, float]:
-    """The largest error of numbers, and the largest as a fraction of what is allowed."""
+    """Return the largest absolute error, and the largest error as a fraction of the allowed one."""
     with np.errstate(all="ignore"):
         a, b = got.astype(np.float64), wanted.astype(np.float64)
         alike = (a == b) | (np.isnan(a) & np.isnan(b))
@@ -493,7 +493,7 @@ def _error(got: Array, wanted: Array, eps: float) -> tuple[float, float]:
 
 
 def with_definition(row: Row, recorded: Recorded, got: Mapping[str, Array]) -> Iterator[Compared]:
-    """Results beside the op's definition in float64."""
+    """Compare results with the op's definition in float64."""
     arrays = {
         name: of.elements.copy() if of.reads else _poison_like(of.elements)
         for name, of in recorded.tensors.items()
@@ -508,7 +508,7 @@ def with_definition(row: Row, recorded: Recorded, got: Mapping[str, Array]) -> I
 
 
 def _eps(tensors: Mapping[str, RecordedTensor], name: str) -> float:
-    """The step of a result's dtype, or of the coarsest dtype that the call reads."""
+    """Return the step of the coarsest dtype among a result and the tensors that the call reads."""
     dtypes = {of.dtype for of in tensors.values() if of.reads and not of.is_scratch}
     dtypes.add(tensors[name].dtype)
     numbers = [of.numpy for of in dtypes if of.lanes == 1 and of.numpy.kind not in "iub"]
@@ -524,27 +524,30 @@ class _NotReplayed(output.Failure):
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--device", help="cpu, or cuda:N (default: where it was called, or else the CPU).")
+@click.option("--device", help="cpu, or cuda:N (default: a GPU if the call was on one).")
 @click.option("--kernels", help="Directory or wheel of kernels (default: FI_FFI_KERNELS).")
-@click.option("--bits", is_flag=True, help="Every bit must be as the dump has it.")
+@click.option("--bits", is_flag=True, help="Require the dump's exact bits.")
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 def replay(file: Path, device: str | None, kernels: str | None, bits: bool, as_json: bool) -> None:
-    """Make the call in FILE again and compare what it writes.
+    """Repeat the call in FILE and compare its results.
 
-    FILE was written by FI_FFI_DUMP_DIR or `fi_ffi.call_log(dump=...)`: one of a call's two files,
-    or what their names have in common.  The results are compared with those in the dump, if the
-    call came so far, and with the op's definition in float64 or, without one, the reference on
-    the CPU.
+    FILE is one of the two files that FI_FFI_DUMP_DIR or `fi_ffi.call_log(dump=...)` wrote, or the
+    common start of their names. The results are compared with those in the dump, if the call
+    returned, and with the op's definition in float64, or with the CPU's reference.
 
-    Exits with 0 where all of them agree, 1 where one does not, and 2 where the call cannot be
-    made again.
+    Exits with 0 if all agree, 1 if one differs, and 2 if the call cannot be made.
     """
     try:
         recorded = load(file)
         if kernels:
             fi_ffi.use_kernels(kernels)
         where = _device(recorded, device)
-        compared, facts = _replayed(recorded, where)
+        if where.is_cuda:
+            from fi_ffi.cli.cuda import require
+
+            require(where.index)
+        with progress.doing("repeating the call"):
+            compared, facts = _replayed(recorded, where)
     except (FiFfiError, OSError, MemoryError) as error:
         raise _NotReplayed(f"cannot be replayed: {error}") from error
     wrong = [of for of in compared if of.status != "ok"]
@@ -556,8 +559,7 @@ def replay(file: Path, device: str | None, kernels: str | None, bits: bool, as_j
     else:
         _print(recorded.path, facts, compared)
     if wrong:
-        told = ", ".join(f"{of.name} and {of.to}" for of in wrong)
-        raise output.Failure(f"these differ: {told}")
+        raise output.Failure("; ".join(f"{of.name} differs from {of.to}" for of in wrong))
 
 
 def _device(recorded: Recorded, given: str | None) -> Device:
@@ -596,10 +598,10 @@ def _replayed(recorded: Recorded, where: Device) -> tuple[list[Compared], dict[s
 
 
 def _print(path: Path, facts: dict[str, Any], compared: list[Compared]) -> None:
-    told = [(name, value) for name, value in facts.items() if name != "came_to_its_end"]
+    lines = [(name, value) for name, value in facts.items() if name != "came_to_its_end"]
     if not facts["came_to_its_end"]:
-        told.append(("results", "none in the dump: the call did not come to its end"))
-    output.print_table(str(path), ("", ""), told)
+        lines.append(("results", "none in the dump: the call did not return"))
+    output.print_table(str(path), ("", ""), lines)
     rows = []
     for of in compared:
         error = "the same bits" if of.is_same else f"{of.max_error:.2e}"

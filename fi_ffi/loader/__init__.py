@@ -1,1 +1,1 @@
-"""Files: what is pinned, fetched, verified, cached, found, loaded and built."""
+"""Kernel files: pinning, fetching, verifying, caching, finding, loading and building."""

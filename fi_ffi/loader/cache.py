@@ -1,18 +1,18 @@
-"""The cache: files under the hash of their content, and what saves work on them.
+"""The cache: files stored under the hash of their content, and notes that save work on them.
 
-    objects/bf/bf69…/norm.so          a file under its sha256, mode 0444
-    objects/bf/bf69…/.1ed5f42e.stamp  what it was like when it was last hashed
-    tmp/                              files being written, each locked by its writer
-    locks/                            held while a file is made, so that it is made once
-    facts/, indexes/, downloads/      notes (JSON), and unfinished downloads
-    build/, wheels/                   `fi-ffi build`: what it runs, and what it made
+  objects/bf/bf69…/norm.so          a file under its sha256, mode 0444
+  objects/bf/bf69…/.1ed5f42e.stamp  its state when it was last hashed
+  tmp/                              files being written, each locked by its writer
+  locks/                            held while a file is made, so that it is made once
+  facts/, indexes/, downloads/      notes (JSON), and unfinished downloads
+  build/, wheels/                   work folders and results of `fi-ffi build`
 
-Only this user and root may write them: `trust` refuses everything else.  A file gets its name
-in one step, when it is whole, hashed and synced.  It is trusted while its stamp fits, a line
-with its size, times and inode; else it is hashed again.  `find` takes no lock and reads only
-the stamp.  Locks save work and nothing hangs on them: where they do not work, several
-processes make the same file and the first to finish wins.  `docs/cache.md` says what holds when
-processes are killed, disks are full and directories are shared.
+Only this user and root may write to the cache: `trust` refuses everything else. A file gets its
+name in one step, after it is complete, hashed and synced. It is trusted while its stamp (a line
+with its size, times and inode) matches; otherwise it is hashed again. `find` takes no lock and
+reads only the stamp. Locks only avoid duplicate work: where they do not work, several processes
+make the same file and the first to finish wins. `docs/cache.md` describes the guarantees for killed
+processes, full disks and shared directories.
 """
 
 from __future__ import annotations
@@ -40,34 +40,35 @@ from fi_ffi.loader import trust
 
 ENVIRONMENT = "FI_FFI_CACHE_DIR"
 PARANOID = "FI_FFI_PARANOID"
-PATIENCE = 300.0  # seconds; a holder of a lock that is stopped, or lost, holds nobody up for longer
-USE_GRAIN = 3600.0  # seconds; uses closer together than that are not written down
+PATIENCE = 300.0  # seconds to wait for a lock whose holder is stopped or lost
+USE_GRAIN = 3600.0  # seconds; uses that follow an earlier one sooner are not recorded
 ORPHAN_AGE = 60.0  # seconds since a temporary was written, before a cold start removes it
-UNKNOWN_AGE = 7 * 86400.0  # seconds; the same where its writer, if it runs, is on another machine
+# seconds; the same for a temporary whose writer may run on another machine
+UNKNOWN_AGE = 7 * 86400.0
 
-State = tuple[int, int, int, int]  # size, times and inode of a file: `state_of`
+State = tuple[int, int, int, int]  # size, times and inode of a file, from `state_of`
 
 _CHUNK = 1 << 20
 _POLL = 0.02
-_ATTEMPTS = 8  # at a folder that a prune keeps removing, or a handle gone stale
-_MAX_NOTE = 32 << 20  # bytes; twice what may be kept of a wheel's directory and RECORD
+_ATTEMPTS = 8  # retries if a prune keeps removing the folder, or a handle is stale
+_MAX_NOTE = 32 << 20  # bytes; twice the limit for a wheel's directory and RECORD
 _SHA256 = re.compile("[0-9a-f]{64}")
-# Also those of earlier releases, which are told by their age.
+# Includes the names of earlier releases, whose temporaries are judged by age.
 _TEMPORARY = re.compile(r"([0-9a-f]{16})\.[0-9.]*[0-9a-f]{16}|tmp[a-z0-9_]{8}")
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-_held = threading.local()  # `keys`: the locks that this thread has
+_held = threading.local()  # `keys`: the locks that this thread holds
 
 
-# Where it is.
+# Location
 
 
 def cache_root() -> Path:
-    """`FI_FFI_CACHE_DIR`, or the user's cache directory.
+    """Return `FI_FFI_CACHE_DIR`, or the user's cache directory.
 
-    `LoaderError` where neither can be told: a container's user may have no home.
+    Raises `LoaderError` if neither is known: a container's user may have no home.
     """
     chosen = os.environ.get(ENVIRONMENT)
     if chosen:
@@ -76,7 +77,7 @@ def cache_root() -> Path:
 
     with contextlib.suppress(RuntimeError):
         root = platformdirs.user_cache_path("fi-ffi")
-        if root.is_absolute():  # "~" can stay where nothing says what it is
+        if root.is_absolute():  # "~" remains if no home directory is known
             return root
     raise LoaderError(
         f"this user has no home directory, so the cache has no place: set {ENVIRONMENT} to a "
@@ -85,7 +86,7 @@ def cache_root() -> Path:
 
 
 def expanded(path: str | os.PathLike[str], name: str) -> Path:
-    """A path that the user gave as `name`, with `~` replaced; `LoaderError` where it cannot be."""
+    """Expand `~` in the user's path; `LoaderError` names `name` if that is impossible."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -96,15 +97,15 @@ def expanded(path: str | os.PathLike[str], name: str) -> Path:
 
 
 def is_paranoid() -> bool:
-    """`FI_FFI_PARANOID=1`: no stamp is believed."""
+    """Return whether `FI_FFI_PARANOID=1`: no stamp is trusted then."""
     return os.environ.get(PARANOID) == "1"
 
 
 def make_root() -> Path:
-    """The cache's directory, for this user alone where it is new, as are those above it."""
+    """Create the cache's directory and its parents if needed, accessible to this user only."""
     root = cache_root()
     for folder in (*reversed(root.parents), root):
-        # Not what the umask leaves of 0777: all could write the user's `~/.cache`.
+        # Not the mode that the umask leaves: others might then write to the user's `~/.cache`.
         if not folder.is_dir():
             with contextlib.suppress(FileExistsError):
                 folder.mkdir(mode=0o700)
@@ -113,7 +114,7 @@ def make_root() -> Path:
 
 
 def make_folder(name: str, *below: str) -> Path:
-    """A folder of the cache; it and those above it are made and checked."""
+    """Create and check a folder of the cache and those above it."""
     folder = make_root()
     for part in (name, *below):
         folder /= part
@@ -124,23 +125,22 @@ def make_folder(name: str, *below: str) -> Path:
 
 
 def object_path(sha256: str, name: str) -> Path:
-    """Where the file with this content lies, if it is there."""
-    # Names that begin with a dot are the cache's own, and those of directories.
+    """Return the path that the file with this content has in the cache."""
+    # Names that begin with a dot are reserved for the cache, and exclude directory names.
     if not _SHA256.fullmatch(sha256) or not name or name[0] == "." or {"/", "\0"} & {*name}:
         raise ArtifactError(f"not a sha256 and a file name: {sha256!r:.80}, {name!r:.80}")
     return cache_root() / "objects" / sha256[:2] / sha256 / name
 
 
-# Files.
+# Files
 
 
 def find(sha256: str, name: str, *, paranoid: bool | None = None) -> Path | None:
-    """The cached file, if it is there and has that content.
+    """Return the cached file if it exists and has this content.
 
-    It is hashed again where it is not as it was when that was last done, and always
-    with `paranoid` (by default as FI_FFI_PARANOID says).  A damaged one is left for
-    `store` to replace.  Raises `ArtifactError` where another user could have put it
-    there.
+    It is hashed again if its state changed since the last hash, and always with `paranoid`
+    (default: FI_FFI_PARANOID). A damaged file is left for `store` to replace. Raises
+    `ArtifactError` if another user could have written the file.
     """
     path = object_path(sha256, name)
     sure = is_paranoid() if paranoid is None else paranoid
@@ -148,7 +148,7 @@ def find(sha256: str, name: str, *, paranoid: bool | None = None) -> Path | None
         try:
             return path if _is_good(path, sha256, sure) else None
         except OSError as error:
-            # A network file system: another machine replaced the file just now.
+            # A network file system: another machine has just replaced the file.
             if error.errno != errno.ESTALE:
                 return None
     return None
@@ -166,17 +166,17 @@ def _is_good(path: Path, sha256: str, sure: bool) -> bool:
         if hash_of(file) != sha256:
             return False
         after = os.fstat(file.fileno())
-    if state_of(before) == state_of(after):  # nobody wrote while it was read
+    if state_of(before) == state_of(after):  # not written to while it was read
         _keep(stamp_path(path), _stamp(sha256, after))
     return True
 
 
 @contextlib.contextmanager
 def filling(sha256: str, name: str) -> Iterator[Path | None]:
-    """The cached file, or None and the duty to `store` it while others wait for it.
+    """Yield the cached file, or None while holding a lock: the caller must then `store` the file.
 
-    For work that should not be done twice at once and that comes before `store`, such
-    as a download; `store` itself needs no such care.
+    Use it for work before `store` that should not be done twice at once, such as a download;
+    `store` itself needs no lock.
     """
     found = find(sha256, name)
     if found is not None:
@@ -189,11 +189,10 @@ def filling(sha256: str, name: str) -> Iterator[Path | None]:
 def store(
     chunks: Iterable[bytes], sha256: str, name: str, origin: str, *, size: int | None = None
 ) -> Path:
-    """The cached file, written from `chunks` unless another process wrote it meanwhile.
+    """Write the cached file from `chunks`, unless another process wrote it first; return its path.
 
-    Raises `ArtifactError` unless the chunks hash to `sha256`, `LoaderError` where they
-    cannot be written; nothing half-written stays.  `size` is only for the latter's
-    message.
+    Raises `ArtifactError` unless the chunks hash to `sha256`, and `LoaderError` if they cannot be
+    written; no partial file remains. `size` is only used in the latter message.
     """
     with filling(sha256, name) as found:
         if found is not None:
@@ -224,10 +223,9 @@ def _write(fd: int, path: Path, chunks: Iterable[bytes], size: int | None) -> st
 
 
 def adopt(source: Path, sha256: str, name: str) -> Path:
-    """The cached file, made of one that lies in the cache's file system and goes away.
+    """Move a file of the cache's file system into the cache; return its new path.
 
-    The caller has hashed the content.  Where there is a good file already, that one
-    is it.
+    The caller has hashed the content. If a good file already exists, it is kept instead.
     """
     path = object_path(sha256, name)
     with writing(path, None):
@@ -236,36 +234,36 @@ def adopt(source: Path, sha256: str, name: str) -> Path:
         source.chmod(0o444)
         _sync(source, os.O_RDONLY)
         _publish(source, path, sha256)
-        with contextlib.suppress(FileNotFoundError):  # it was renamed
+        with contextlib.suppress(FileNotFoundError):  # a rename already removed it
             source.unlink()
-    # After the other name is gone, which the change time tells too.
+    # After the other name is removed, because that changes the change time.
     with contextlib.suppress(OSError):
         _keep(stamp_path(path), _stamp(sha256, os.lstat(path)))
     return path
 
 
 def _publish(source: Path, path: Path, sha256: str) -> None:
-    """Give the finished file its name, in one step."""
+    """Give the finished file its name in one step."""
     for attempt in range(_ATTEMPTS):
         try:
             make_folder("objects", sha256[:2], sha256)
             _link(source, path, sha256)
             break
         except OSError as error:
-            # A prune removed the folder when it was empty, or an NFS server's answer was lost.
+            # A prune removed the empty folder, or an NFS server's answer was lost.
             if error.errno not in (errno.ENOENT, errno.ESTALE) or attempt == _ATTEMPTS - 1:
                 raise
     for folder in path.parents[:3]:
-        # Not every file system can.  The name may then be lost with the power, no more.
+        # Not every file system supports this. Without it, a power failure may lose the name.
         with contextlib.suppress(OSError):
             _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def _link(source: Path, path: Path, sha256: str) -> None:
     try:
-        # Unlike a rename it never replaces what is there.  On NFS, where this process
-        # may not see for a minute that there is a good file, replacing one would take
-        # it away from under the processes of other machines that have it mapped.
+        # Unlike a rename, a link never replaces an existing file. On NFS this process may not see a
+        # good file for a minute, and replacing it would remove it under processes of other machines
+        # that have it mapped.
         os.link(source, path)
     except FileExistsError:
         if find(sha256, path.name) is None:  # damaged
@@ -286,7 +284,7 @@ def _sync(path: Path, flags: int) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path, size: int | None = None, at_least: int = 0) -> Iterator[None]:
-    """Tell what cannot be written where, and what to do about it."""
+    """Convert an error of writing to a `LoaderError` with advice."""
     try:
         yield
     except OSError as error:
@@ -305,40 +303,40 @@ def writing(path: Path, size: int | None = None, at_least: int = 0) -> Iterator[
 
 
 def _free(root: Path) -> int:
-    """Bytes this user may still write where the cache is, or would be."""
+    """Return the bytes that this user may still write at the cache's location."""
     while not root.exists() and root != root.parent:
         root = root.parent
     return shutil.disk_usage(root).free
 
 
 def hash_of(file: BinaryIO) -> str:
-    """The sha256 of an open file's content."""
+    """Return the sha256 of an open file's content."""
     digest = hashlib.sha256()
     while chunk := file.read(_CHUNK):
         digest.update(chunk)
     return digest.hexdigest()
 
 
-# Stamps.  A stamp is one line and is compared whole, so a torn or foreign one only costs a hash.
-# Its own time tells the last use.
+# Stamps. A stamp is one line that is compared as a whole, so a torn or foreign one only costs a
+# hash. Its modification time records the last use.
 
 
 def state_of(status: os.stat_result) -> State:
-    """What stays the same while the content does."""
-    # The change time shows what the others do not: a file written over in place, with
-    # its size and its modification time put back.  The device is left out, as network
-    # and overlay file systems get another number at every mount.
+    """Return the part of a file's status that stays the same while its content does."""
+    # The change time detects a file that was overwritten in place with its size and modification
+    # time restored. The device is left out: network and overlay file systems get a new number at
+    # every mount.
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def stamp_path(path: Path) -> Path:
-    """The stamp of an object, beside it."""
-    # Not the name itself: those of modules come close to the 255 bytes that are allowed.
+    """Return the path of an object's stamp, beside the object."""
+    # Not derived from the full name: modules' names come close to the limit of 255 bytes.
     return path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.stamp")
 
 
 def stamp_fits(path: Path, sha256: str, status: os.stat_result) -> bool:
-    """Whether the stamp is of this file as it is (its `lstat`); notes the use."""
+    """Return whether the stamp matches the file's state (its `lstat`), and record the use."""
     try:
         fd = os.open(stamp_path(path), _READ | os.O_NONBLOCK)
     except OSError:
@@ -347,7 +345,7 @@ def stamp_fits(path: Path, sha256: str, status: os.stat_result) -> bool:
         if os.read(fd, 1024) != _stamp(sha256, status):
             return False
         if abs(time.time() - os.fstat(fd).st_mtime) > USE_GRAIN:
-            with contextlib.suppress(OSError):  # a cache that is only read from
+            with contextlib.suppress(OSError):  # fails for a read-only cache
                 os.utime(fd)
         return True
     except OSError:
@@ -360,14 +358,13 @@ def _stamp(sha256: str, status: os.stat_result) -> bytes:
     return f"1 {sha256} {' '.join(map(str, state_of(status)))}\n".encode()
 
 
-# Notes: what was worked out once and is kept to save the time.
+# Notes: results that are kept to save time
 
 
 def read_note(path: Path, form: int, root: Path | None = None) -> Any:
-    """What was written to `path`, below the cache's root (or another), in this form; None
-    otherwise.
+    """Return the note at `path` below the cache's root (or another) in this format, or None.
 
-    None, too, for a damaged note, and for one that another user could have written.
+    A damaged note, or one that another user could have written, also gives None.
     """
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         if not trust.folders_exist(root or cache_root(), path.parent):
@@ -381,14 +378,14 @@ def read_note(path: Path, form: int, root: Path | None = None) -> Any:
 
 
 def write_note(path: Path, form: int, data: Any) -> None:
-    """Keep `data`; it appears whole or not at all."""
+    """Write a note; it appears completely or not at all."""
     with contextlib.suppress(OSError, LoaderError):
         make_folder(*path.parent.relative_to(cache_root()).parts)
         _keep(path, json.dumps({"format": form, "data": data}).encode())
 
 
 def _keep(path: Path, content: bytes) -> None:
-    """Write a file that saves work; where that fails, there is none."""
+    """Write a file that only saves work; failures are ignored."""
     with contextlib.suppress(OSError, LoaderError), temporary() as new:
         with open(new.fd, "wb", closefd=False) as file:
             file.write(content)
@@ -396,7 +393,7 @@ def _keep(path: Path, content: bytes) -> None:
         os.replace(new.path, path)
 
 
-# Temporaries and locks.
+# Temporaries and locks
 
 
 @dataclass(frozen=True)
@@ -409,7 +406,7 @@ class Temporary:
 
 @contextlib.contextmanager
 def temporary() -> Iterator[Temporary]:
-    """A new temporary, locked while it is written and removed at the end."""
+    """Yield a new temporary, locked while it is written and removed at the end."""
     folder = make_folder("tmp")
     path, fd = new_path(folder), -1
     removed_at_exit.add(path)
@@ -417,9 +414,9 @@ def temporary() -> Iterator[Temporary]:
         while fd < 0:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
             fd = os.open(path, flags, 0o600)
-            with contextlib.suppress(OSError):  # where there are no locks, its age tells
+            with contextlib.suppress(OSError):  # without locks, the file's age decides
                 fcntl.flock(fd, fcntl.LOCK_EX)
-            if not os.fstat(fd).st_nlink:  # a prune came before the lock
+            if not os.fstat(fd).st_nlink:  # a prune removed it before it was locked
                 os.close(fd)
                 fd = -1
         yield Temporary(path, fd)
@@ -432,27 +429,27 @@ def temporary() -> Iterator[Temporary]:
 
 
 def new_path(folder: Path) -> Path:
-    """A name for a temporary; it tells the machine, and when that was started."""
+    """Return a new name for a temporary, which identifies the machine and its boot."""
     return folder / f"{_boot()}.{secrets.token_hex(8)}"
 
 
 def _boot() -> str:
     try:
         text = Path("/proc/sys/kernel/random/boot_id").read_text()
-    except OSError:  # nobody's: then only age tells
+    except OSError:  # a boot of nobody, so that only the age decides
         return secrets.token_hex(8)
     return text.replace("-", "")[:16]
 
 
 def abandoned(path: Path, written: float, age: float = 0.0) -> bool:
-    """Whether nobody writes a temporary any more, `written` (seconds since 1970) so long ago.
+    """Return whether no process writes a temporary any more; `written` is its modification time.
 
-    Its writer has it locked, until it ends in whatever way.
+    The writer holds a lock on it until it ends, in whatever way.
     """
     match = _TEMPORARY.fullmatch(path.name)
     if match is None:
         return False
-    since = abs(time.time() - written)  # a time to come is of a clock that was wrong
+    since = abs(time.time() - written)  # a time in the future comes from a wrong clock
     if match[1] != _boot():
         return since >= UNKNOWN_AGE
     if since < age:
@@ -471,7 +468,7 @@ def abandoned(path: Path, written: float, age: float = 0.0) -> bool:
 
 
 def sweep() -> None:
-    """Remove what ended processes left; a failure to is no reason to stop."""
+    """Remove leftovers of ended processes; failures are ignored."""
     folder = cache_root() / "tmp"
     with contextlib.suppress(OSError):
         trust.check_folder(folder)
@@ -482,7 +479,7 @@ def sweep() -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a whole folder; it is no error if it is gone."""
+    """Remove a file or a whole folder, if it exists."""
     with contextlib.suppress(FileNotFoundError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -492,14 +489,14 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def turn(key: str) -> Iterator[None]:
-    """Hold the lock of `key`; go on without it after PATIENCE, or where none works.
+    """Hold the lock of `key`; continue without it after PATIENCE, or if locks do not work.
 
-    A thread that has it already gets it again.
+    The lock is reentrant within a thread.
     """
     keys: set[Path] = _held.__dict__.setdefault("keys", set())
     path = cache_root() / "locks" / f"{key}.lock"
     with contextlib.ExitStack() as stack:
-        # No directory to put it in, or a file system that has none.
+        # No directory for the lock file, or a file system without locks.
         with contextlib.suppress(OSError, NotImplementedError):
             if path not in keys and _acquire(path, stack):
                 keys.add(path)
@@ -508,7 +505,7 @@ def turn(key: str) -> Iterator[None]:
 
 
 def _acquire(path: Path, stack: contextlib.ExitStack) -> bool:
-    from filelock import FileLock, Timeout  # takes longer to import than a warm load
+    from filelock import FileLock, Timeout  # its import takes longer than a warm load
 
     make_folder("locks")
     lock = FileLock(path)
@@ -517,12 +514,12 @@ def _acquire(path: Path, stack: contextlib.ExitStack) -> bool:
         removed_at_exit.add(path)
         try:
             stack.enter_context(lock.acquire(timeout=0))
-            # Before it is released.  One who has it open gets a lock that excludes
-            # nobody, and finds the file made.
+            # Removed before the release. A process that still has the file open gets a lock that
+            # excludes nobody, but then finds the finished file.
             stack.callback(_remove_lock, path)
             return True
         except Timeout:
-            removed_at_exit.discard(path)  # another process's
+            removed_at_exit.discard(path)  # held by another process
             time.sleep(_POLL)
     return False
 
@@ -539,8 +536,8 @@ def _remove_at_exit() -> None:
             path.unlink()
 
 
-# Files of this process that a Ctrl-C between two statements would leave: a file is added
-# before it is made, and taken out after it is removed.
+# Files of this process that a Ctrl-C between two statements would leave behind. A file is added
+# before it is created, and discarded after it is removed.
 removed_at_exit: set[Path] = set()
 atexit.register(_remove_at_exit)
 os.register_at_fork(after_in_child=removed_at_exit.clear)

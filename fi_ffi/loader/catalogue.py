@@ -1,6 +1,6 @@
-"""What an artifact has, read out of its modules' names; and what is nearest to what it lacks.
+"""The modules of an artifact, as their names describe them, and the nearest to a missing one.
 
-Nothing is extracted or fetched for it.
+Nothing is extracted or fetched.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from fi_ffi.loader.kernels import KernelDirectory, KernelSource, release_of
 from fi_ffi.loader.uris import ModuleName, Value, parse, uri
 from fi_ffi.loader.wheel import Wheel
 
-_NEAREST = 3  # as many as an error names
-# Where a name ends with the one architecture it is for: `_sm90`, `_90`, `_sm103a`.
+_NEAREST = 3  # modules that an error lists
+# The suffix of a name for one architecture: `_sm90`, `_90`, `_sm103a`.
 _FOR_SM = re.compile(r"_(?:sm)?(\d{1,2})(\d)([af]?)")
 _HEAD_DIM = "head_dim"
 
 
 @dataclass(frozen=True)
 class Module:
-    """A module of an artifact; `size` in bytes, None where only fetching it would tell."""
+    """A module of an artifact; `size` in bytes, None if only fetching would tell."""
 
     name: str
     parsed: ModuleName | None
@@ -32,22 +32,21 @@ class Module:
 
     @property
     def family(self) -> str:
-        """The name itself where it follows no rule."""
+        """The family, or the whole name if it follows no rule."""
         return self.parsed.family if self.parsed else self.name
 
 
 def modules_of(source: KernelSource) -> dict[str, Module]:
-    """The modules of a source, by name, sorted."""
+    """Return the modules of a source, by name, sorted."""
     release, names, sizes = release_of(source), source.modules(), _sizes(source)
     return {name: Module(name, _read(name, release), sizes.get(name)) for name in names}
 
 
 def nearest(source: KernelSource, name: str, count: int = _NEAREST) -> list[Module]:
-    """The modules of a source that are most like `name`, the nearest first.
+    """Return the modules of a source that are most similar to `name`, the nearest first.
 
-    Of the same family those with the fewest other parameters, and among them
-    those with the closest head sizes; for a name of no known family, those
-    that are spelled alike.
+    Modules of the same family are ordered by the number of different parameters, then by head
+    sizes. For a name of no known family, modules with similar spelling are returned.
     """
     modules, wanted = modules_of(source), _read(name, release_of(source))
     related = [m for m in modules.values() if wanted and m.family == wanted.family]
@@ -58,7 +57,7 @@ def nearest(source: KernelSource, name: str, count: int = _NEAREST) -> list[Modu
 
 
 def without(source: KernelSource, module: str) -> str:
-    """That a source lacks `module`, and the nearest it has."""
+    """Return the message that a source lacks `module`, with the nearest it has."""
     wanted, near = _read(module, release_of(source)), nearest(source, module)
     text = f"{source.location} has no module {module}; "
     if near:
@@ -72,14 +71,24 @@ def without(source: KernelSource, module: str) -> str:
 def build_advice(
     module: str, release: str | None = None, arch: str | None = None, is_for_arch: bool = False
 ) -> str:
-    """How to get a module made: the `fi-ffi build` line, or why there can be none.
+    """Return how to get a module built: the `fi-ffi build` command, or why there is none.
 
-    The architecture is the one in the module's name, unless it is known to be for `arch`.
+    The architecture in the module's name counts, unless the module is known to be for `arch`.
     """
-    # Only here: it is the build's choice, and a name alone leads to nothing else of it.
+    # Imported here: this is the only dependency on the build.
+    from fi_ffi.loader.building.cute import request_for
     from fi_ffi.loader.building.names import DEFAULT_ARCH, DEFAULT_RELEASE
 
     release = release or DEFAULT_RELEASE
+    if (request := request_for(module)) is not None:
+        asked, of = request
+        line = f"fi-ffi build --release {release} --arch {of}"
+        if asked:
+            return f"`{line} {asked}` makes it from FlashInfer's sources in CuTe DSL."
+        return (
+            f"It is compiled in CuTe DSL for one kind of call: `{line} --list` shows the families "
+            "that such modules are of."
+        )
     found, any_release = parse(module, release), parse(module)
     named = None if is_for_arch else _arch_in(module)
     given, arch = arch, named or arch or DEFAULT_ARCH[0]
@@ -102,12 +111,12 @@ def build_advice(
 
 
 def _read(name: str, release: str | None) -> ModuleName | None:
-    """By the release's rules; by another's where they do not know the name."""
+    """Parse a name by the release's rules, or else by any release's."""
     return (parse(name, release) if release else None) or parse(name)
 
 
 def _other_release(found: ModuleName, release: str) -> str:
-    """What to say of a name that another release has."""
+    """Return the message for a name that only another release has."""
     text = f"FlashInfer {release} has no such module: the name is of a release {found.releases}"
     try:
         same = uri(found.family, release=release, **_shared(found))
@@ -117,7 +126,7 @@ def _other_release(found: ModuleName, release: str) -> str:
 
 
 def _shared(found: ModuleName) -> dict[str, Value]:
-    """The parameters without those that only some releases have; these are to be as usual."""
+    """Return the parameters that all releases have; the others take their defaults."""
     return {
         k: v for k, v in found.params.items() if k not in ("paged_kv_stride_mode", "module_surface")
     }
@@ -127,7 +136,7 @@ def _arch_in(name: str) -> str | None:
     found = _FOR_SM.fullmatch(name[name.rfind("_") :]) if "_" in name else None
     if found is None or not 75 <= int(found[1] + found[2]) <= 130:
         return None
-    # From SM90 on FlashInfer's kernels use what only the very architecture has.
+    # From SM90 on, FlashInfer's kernels use features specific to the exact architecture.
     suffix = found[3] or ("a" if int(found[1]) >= 9 else "")
     return f"{found[1]}.{found[2]}{suffix}"
 
@@ -143,7 +152,7 @@ def _distance(wanted: Mapping[str, Value], module: Module) -> tuple[int, int, st
 
 
 def _differing(one: Mapping[str, Value], other: Mapping[str, Value]) -> dict[str, tuple[str, str]]:
-    """What is not the same in both; the head sizes count as one thing."""
+    """Return the differing parameters; all head sizes count as one."""
     ours, theirs = _facts(one), _facts(other)
     keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     return {key: (ours.get(key, "unset"), theirs.get(key, "unset")) for key in keys}
@@ -164,7 +173,7 @@ def _difference(wanted: ModuleName | None, found: ModuleName | None) -> str:
 
 
 def _sizes(source: KernelSource) -> dict[str, int]:
-    """The sizes that can be told without fetching anything."""
+    """Return the modules' sizes that are known without fetching."""
     if isinstance(source, KernelDirectory):
         root = source.root
         return {name: (root / name / f"{name}.so").stat().st_size for name in source.modules()}

@@ -1,19 +1,19 @@
-"""Device code that modules fetch themselves, given to them by the sha256 that they name.
+"""Device code that modules load at run time, found by name and sha256.
 
 FlashInfer's modules over NVIDIA's own kernels (`fmha_gen`, `fmha_cudnn_gen`, `trtllm_gemm`,
-`fused_moe_trtllm_sm100` and their like) have no kernels inside.  Such a module exports
-`FlashInferSetCubinCallback`, and calls back with the path and the sha256 of the file that it
-needs (`include/flashinfer/cubin_loader.h` of a release).  It is looked for in the folder that
-FLASHINFER_CUBIN_DIR names, and then in these places, those of them that FI_FFI_SOURCES has:
+`fused_moe_trtllm_sm100` and similar) contain no kernels. Such a module exports
+`FlashInferSetCubinCallback`, and calls back with the path and the sha256 of the file that it needs
+(`include/flashinfer/cubin_loader.h` of a release). The file is looked for in FLASHINFER_CUBIN_DIR,
+and then in those of these places that FI_FFI_SOURCES includes:
 
-    installed   a flashinfer-cubin distribution
-    jit         what FlashInfer itself has fetched
-    remote      FLASHINFER_CUBINS_REPOSITORY: from the cache what was fetched before, else over HTTP
+  installed   a flashinfer-cubin distribution
+  jit         files that FlashInfer itself has fetched
+  remote      FLASHINFER_CUBINS_REPOSITORY: the cache if fetched before, else HTTP
 
-The content counts and not where it lay: what has another sha256 is passed over.
+Only the content counts: a file with another sha256 is skipped.
 
-C++ calls here from any thread, and no exception can go through it: a failure is kept for the
-call that it belongs to, which raises it once C++ has returned.
+C++ may call from any thread, and no exception may pass through it. A failure is stored for the call
+it belongs to, which raises it after C++ has returned.
 """
 
 from __future__ import annotations
@@ -48,27 +48,27 @@ from fi_ffi.loader.urls import redact
 
 FOLDER, REPOSITORY = "FLASHINFER_CUBIN_DIR", "FLASHINFER_CUBINS_REPOSITORY"
 NO_DOWNLOAD = "FLASHINFER_NO_DOWNLOAD"
-# FlashInfer's own, `flashinfer/jit/cubin_loader.py`.
+# FlashInfer's default, from `flashinfer/jit/cubin_loader.py`.
 SERVER = "https://edge.urm.nvidia.com/artifactory/sw-kernelinferencelibrary-public-generic-local/"
 
 _DISTRIBUTION, _LAYOUT = "flashinfer_cubin", "flashinfer_cubin/cubins"
 _SHA256 = re.compile("[0-9a-fA-F]{64}")
 _PART = re.compile(r"(?!\.\.?$)[A-Za-z0-9_.+-]{1,255}")
-_MOST = 2**31 - 1  # bytes: the module takes the size as an int
+_MOST = 2**31 - 1  # bytes; the module takes the size as an int
 
 _log = logging.getLogger(__name__)
 
 
-# Where it is.
+# Finding a file
 
 
 def find(name: str, sha256: str) -> bytes:
-    """The content of the file that a module calls `name`, a path, and that has this sha256.
+    """Return the content of the file with this path and sha256.
 
-    Raises `ArtifactError` for what is no such path or hash, and `KernelNotFoundError`, with what
-    every place had to say, where none has it.
+    Raises `ArtifactError` if the path or the hash is invalid, and `KernelNotFoundError` with every
+    place's reason if none has the file.
     """
-    # The modules have a slash too many: the folder's name ends with one.
+    # Modules may send a doubled slash, because the folder's name ends with one.
     parts = [part for part in name.split("/") if part]
     if not parts or name.startswith("/") or not all(map(_PART.fullmatch, parts)):
         raise ArtifactError(f"a module asks for the device code {name!r:.300}, which is no path")
@@ -76,19 +76,19 @@ def find(name: str, sha256: str) -> bytes:
         raise ArtifactError(
             f"a module asks for the device code {name} by {sha256!r:.80}, which is no sha256"
         )
-    name, said = "/".join(parts), []
+    name, reasons = "/".join(parts), []
     kinds = search.kinds_asked()
     for place in _folders(kinds):
         try:
             return _read(place, name, sha256.lower())
         except LoaderError as error:
-            said.append(str(error))
+            reasons.append(str(error))
     if "remote" in kinds:
         try:
             return _fetched(name, sha256.lower())
         except LoaderError as error:
-            said.append(str(error))
-    text = "\n".join(f"  {line}" for line in said or ["no place is asked"])
+            reasons.append(str(error))
+    text = "\n".join(f"  {line}" for line in reasons or ["no place is asked"])
     raise KernelNotFoundError(
         f"no device code {name} with sha256 {sha256}:\n{text}\n"
         f"`pip install flashinfer-cubin` of the module's release brings all but cuDNN's; {FOLDER} "
@@ -102,12 +102,12 @@ def _folders(kinds: list[str]) -> Iterator[Path]:
     if "installed" in kinds:
         yield from (info.parent / _LAYOUT for info in search.distributions(_DISTRIBUTION))
     if "jit" in kinds:
-        with contextlib.suppress(LoaderError):  # a user without a home
+        with contextlib.suppress(LoaderError):  # a user without a home directory
             yield search.flashinfer_folder() / "cubins"
 
 
 def _read(folder: Path, name: str, sha256: str) -> bytes:
-    """A file of a folder; it is hashed as it was read, so whose it is does not matter."""
+    """Read a file of a folder, hashed as it was read, so that its owner does not matter."""
     try:
         path, root = (folder / name).resolve(strict=True), folder.resolve()
         if not path.is_relative_to(root):
@@ -117,7 +117,8 @@ def _read(folder: Path, name: str, sha256: str) -> bytes:
             if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST:
                 raise ArtifactError(f"{path} is no file of at most 2 GiB")
             content = file.read(_MOST)
-    except (OSError, RuntimeError) as error:  # a loop of links is the latter, up to Python 3.12
+    # up to Python 3.12, a loop of links raises RuntimeError
+    except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise KernelNotFoundError(f"{folder / name}: {reason}") from error
     found = hashlib.sha256(content).hexdigest()
@@ -126,12 +127,12 @@ def _read(folder: Path, name: str, sha256: str) -> bytes:
     return content
 
 
-# Servers that could not be reached: why, and when.
+# Servers that could not be reached: the reason, and the time.
 _unreachable: dict[str, tuple[str, float]] = {}
 
 
 def _fetched(name: str, sha256: str) -> bytes:
-    from fi_ffi.loader.download import fetch_file  # only here: most processes fetch nothing
+    from fi_ffi.loader.download import fetch_file  # imported here: most processes fetch nothing
     from fi_ffi.loader.http import Unreachable
 
     base = os.environ.get(REPOSITORY) or SERVER
@@ -141,7 +142,7 @@ def _fetched(name: str, sha256: str) -> bytes:
     if time.monotonic() - at < search.UNREACHABLE:
         raise LoaderError(refusal)
     try:
-        # The end of a name that is too long for the cache, whose files are known by their hash.
+        # The name's end, since the cache limits its length; the hash identifies the file.
         kept = name.rpartition("/")[2][-200:]
         found = fetch_file(f"{base.rstrip('/')}/{name}", kept, sha256=sha256)
     except OSError as error:
@@ -153,42 +154,42 @@ def _fetched(name: str, sha256: str) -> bytes:
     return _read(found.path.parent, found.path.name, sha256)
 
 
-# Giving it to a module.
+# Serving a module
 
 
 class Server:
-    """Answers one library's calls for device code, as long as the process lives."""
+    """Answers one library's requests for device code, for the life of the process."""
 
     def __init__(self, path: str, take: Any, set_callback: Any) -> None:
         self._path = path
         self._take = ffi.cast("void (*)(char *, int)", take)
         self._set = ffi.cast("void (*)(void *)", set_callback)
-        # What went wrong in the call that each thread is in, and on threads that are in none.
+        # Failures in the current call of each thread, and on threads without a call.
         self._calls: dict[int, list[BaseException]] = {}
         self._elsewhere: list[BaseException] = []
-        # What went wrong last, in words: a library may keep that it got nothing, and fail again.
+        # Text of the last failure. A library may remember that it got nothing, and fail again.
         self._last = ""
         self._callback = ffi.callback("void(char *, char *)", self._answer, onerror=self._escaped)
         self._set(self._callback)
 
     def close(self) -> None:
-        """Call Python no more: the library raises an error of its own instead."""
+        """Stop calling Python; the library then raises an error of its own."""
         self._set(ffi.NULL)
 
     def _answer(self, name: Any, sha256: Any) -> None:
-        # What the thread was given last would be taken for the answer.
+        # Clear the thread's previous file, which the library would take for the answer.
         self._take(b"", 0)
         try:
             words = (b"" if word == ffi.NULL else ffi.string(word) for word in (name, sha256))
             content = find(*(word.decode("utf-8", "backslashreplace") for word in words))
             self._take(content, len(content))
-        except BaseException as error:  # none may reach the C++ that called
+        except BaseException as error:  # no exception may reach the calling C++
             self._keep(error)
 
     def _escaped(
         self, kind: type[BaseException], error: BaseException, frames: TracebackType | None
     ) -> None:
-        """A Ctrl-C that came before or after the above."""
+        """Store a Ctrl-C that came before or after `_answer`."""
         self._take(b"", 0)
         self._keep(error)
 
@@ -199,19 +200,19 @@ class Server:
             call.append(error)
             return
         if isinstance(error, KeyboardInterrupt):
-            interrupt_main()  # it comes again once C++ has returned
+            interrupt_main()  # raised again after C++ has returned
             return
-        # On a thread of the library's own, or in a call that was not made through fi_ffi.
+        # On a thread of the library, or in a call not made through fi_ffi.
         if self._calls:
             self._elsewhere.append(error)
         _log.error("%s got no device code: %s", self._path, failure.message_of(error))
 
-    def telling(self, name: str, call: Callable[..., int]) -> Callable[..., int]:
-        """A function of the library that raises what kept its device code from it."""
+    def raising_failures(self, name: str, call: Callable[..., int]) -> Callable[..., int]:
+        """Wrap a function of the library, so that it raises the stored failures."""
 
-        def told(handle: Any, args: Any, count: int, result: Any) -> int:
+        def call_and_raise(handle: Any, args: Any, count: int, result: Any) -> int:
             thread = threading.get_ident()
-            before = self._calls.get(thread)  # of the call that this one is made in
+            before = self._calls.get(thread)  # set if this call is nested in another
             failures: list[BaseException] = []
             self._calls[thread] = failures
             try:
@@ -230,12 +231,12 @@ class Server:
                 self._raise_again(name)
             return code
 
-        return told
+        return call_and_raise
 
     def _raise(
         self, name: str, code: int, own: list[BaseException], elsewhere: list[BaseException]
     ) -> None:
-        # An interrupt goes on even where the library did without the file.
+        # An interrupt is raised even if the library managed without the file.
         found = next((error for error in own if not isinstance(error, Exception)), None)
         if code and found is None:
             found = next(iter([*own, *elsewhere]), None)
@@ -254,17 +255,17 @@ class Server:
         behind = failure.take_kernel_error(name)
         if isinstance(behind, KernelError) and "cubin" in behind.message:
             raise KernelNotFoundError(
-                f"{self._last}\nThe module was told so by an earlier call and keeps it: start the "
+                f"{self._last}\nThe module remembers this failure of an earlier call: start the "
                 "process again"
             ) from behind
         raise behind
 
 
-_servers: dict[int, Server] = {}  # by the dlopen handle
+_servers: dict[int, Server] = {}  # by dlopen handle
 
 
 def serve(handle: Any, path: str) -> None:
-    """Answer a library's calls for device code, if it has such."""
+    """Start answering a library's requests for device code, if it makes any."""
     set_callback = library.find_symbol(handle, "FlashInferSetCubinCallback")
     take = library.find_symbol(handle, "FlashInferSetCurrentCubin")
     address = library.address_of(handle)
@@ -272,10 +273,10 @@ def serve(handle: Any, path: str) -> None:
         _servers[address] = Server(path, take, set_callback)
 
 
-def telling(handle: Any, name: str, call: Callable[..., int]) -> Callable[..., int]:
-    """A function of a library; see `Server.telling`."""
+def raising_failures(handle: Any, name: str, call: Callable[..., int]) -> Callable[..., int]:
+    """Wrap a function of a library; see `Server.raising_failures`."""
     server = _servers.get(library.address_of(handle))
-    return call if server is None else server.telling(name, call)
+    return call if server is None else server.raising_failures(name, call)
 
 
 @atexit.register

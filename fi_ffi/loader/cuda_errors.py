@@ -1,7 +1,7 @@
-"""What is done when a call of CUDA has failed, or a kernel: asked of the runtime only then.
+"""Examination of failed CUDA calls and kernels; the runtime is queried only after a failure.
 
-The runtime keeps each thread's last error until somebody asks for it, and a kernel's launcher
-that asks after its launch takes an older one for its own.  So whatever fails here is asked for.
+The runtime keeps each thread's last error until it is read. A launcher that checks for errors after
+its launch takes an older error for its own. Therefore every failure is cleared here.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from fi_ffi.abi.function import PROBE_ARGUMENTS
 from fi_ffi.abi.streams import PER_THREAD
 from fi_ffi.errors import DeviceError, KernelError
 
-# Entries whose launchers end the process where an error is left, whoever left it.
+# Entries whose launchers end the process if any earlier error is pending.
 _ABORTING = ("fused_qk_rmsnorm_rope",)
 
 RELAXED = 2  # cudaStreamCaptureModeRelaxed
 
 
 def forget(runtime: Any) -> int:
-    """The thread's last error, which is no more; a sticky one stays in its context."""
+    """Clear and return the thread's last error; a sticky error stays in its context."""
     code = int(runtime.cudaGetLastError())
-    # cuda-python may have a runtime of its own, with errors of its own.
+    # cuda-python may use another copy of the runtime, with its own last error.
     theirs = sys.modules.get("cuda.bindings.runtime")
     if theirs is not None:
         theirs.cudaGetLastError()
@@ -34,13 +34,13 @@ def forget(runtime: Any) -> int:
 
 
 def words_of(runtime: Any, code: int) -> str:
-    """CUDA's words for an error: its text, or its name."""
+    """Return CUDA's text for an error, or its name."""
     text = runtime.cudaGetErrorString(code)
     return STICKY.get(code, "") if text == ffi.NULL else ffi.string(text).decode(errors="replace")
 
 
 def failed(runtime: Any, code: int, what: str) -> KernelError:
-    """The error of a CUDA call that returned `code`; it is not left for others to find."""
+    """Clear the error of a CUDA call that returned `code`, and return it as an exception."""
     forget(runtime)
     if code in STICKY:
         return lost(what, code, words_of(runtime, code))
@@ -48,7 +48,7 @@ def failed(runtime: Any, code: int, what: str) -> KernelError:
 
 
 def check_lost(runtime: Any, code: int, what: str) -> None:
-    """Forget a call's failure that its caller can do without, unless the GPU is lost."""
+    """Clear an error that the caller can ignore; raise if the GPU is lost."""
     if code:
         forget(runtime)
         if code in STICKY:
@@ -56,9 +56,9 @@ def check_lost(runtime: Any, code: int, what: str) -> None:
 
 
 def examine(runtime: Any, error: KernelError, has_context: bool) -> KernelError:
-    """A kernel's error, or what is behind it: a GPU that is lost, an error that was there before.
+    """Return a kernel's error, or its real cause: a lost GPU, or an error pending before the call.
 
-    `has_context` is whether the thread has used a GPU: none is started by asking.
+    `has_context` says whether the thread has used a GPU; the check does not create a context.
     """
     if isinstance(error, DeviceError):
         return error
@@ -71,19 +71,19 @@ def examine(runtime: Any, error: KernelError, has_context: bool) -> KernelError:
         return found
     for left, name in LEFTOVERS.items():
         if any(words and words in error.message for words in (name, words_of(runtime, left))):
-            told = (
+            message = (
                 f"{error.message} ({name} is not an error of a launch: another CUDA call of this "
                 "thread failed before and left it to be found. It is forgotten now; the kernel "
                 "itself may well have run)"
             )
-            return KernelError(error.op, error.kind, told, error.backtrace)
+            return KernelError(error.op, error.kind, message, error.backtrace)
     return error
 
 
 def _asked(runtime: Any) -> int:
-    """The error that the current device's context is in; 0 where it is in none."""
+    """Return the sticky error of the current device's context, or 0."""
     mode, status = ffi.new("int *", RELAXED), ffi.new("int *")
-    stream = ffi.cast("void *", PER_THREAD)  # which no capture of another forbids
+    stream = ffi.cast("void *", PER_THREAD)  # works during another stream's capture
     runtime.cudaThreadExchangeStreamCaptureMode(mode)
     try:
         code = int(runtime.cudaStreamIsCapturing(stream, status))
@@ -96,23 +96,25 @@ def _asked(runtime: Any) -> int:
     return code
 
 
-def spared(symbol: str, call: Callable[..., int], load: Callable[[], Any]) -> Callable[..., int]:
-    """A function that is not called where it would end the process; `load` gives the runtime.
+def guard_abort(
+    symbol: str, call: Callable[..., int], load: Callable[[], Any]
+) -> Callable[..., int]:
+    """Guard a function whose launcher would end the process; `load` returns the runtime.
 
-    What was left is forgotten, so that the call can be made again.
+    The pending error is cleared, so that the call can be repeated.
     """
     if symbol not in _ABORTING:
         return call
 
-    def careful(handle: Any, args: Any, count: int, result: Any) -> int:
+    def guarded(handle: Any, args: Any, count: int, result: Any) -> int:
         code = forget(load()) if count < PROBE_ARGUMENTS else 0
         if code:
-            told = (
+            message = (
                 f"CUDA error {code} was left on this thread by an earlier call; the launcher would "
                 "end the process over it, and was not called. It is forgotten now"
             )
-            failure.set_raised(RuntimeError(told))
+            failure.set_raised(RuntimeError(message))
             return -1
         return call(handle, args, count, result)
 
-    return careful
+    return guarded

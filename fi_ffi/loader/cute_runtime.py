@@ -1,9 +1,9 @@
-"""libcute_dsl_runtime: what kernels written in CuTe DSL are loaded and launched through.
+"""libcute_dsl_runtime: loads and launches kernels written in CuTe DSL.
 
-A module made by CuTe DSL needs it by name and looks for no path.  It is NVIDIA's, with the
-compiler of CuTe DSL in the same distribution, and is brought here only for such a module:
-globally, and one copy in the process, whoever brought it.  Two would each keep their own
-account of what is loaded on which GPU.
+A module made by CuTe DSL needs this library by name and has no search path for it. NVIDIA
+distributes it together with CuTe DSL's compiler. fi_ffi loads it globally, only for such a module,
+and only one copy in the process, since each copy would keep its own record of the code loaded on
+each GPU.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from importlib.metadata import Distribution
 
 FILE = "libcute_dsl_runtime.so"
-# Functions were only added to it from the first of these releases to the second.
+# Tested: 4.7.1 and 4.8.1, between which functions were only added.
 ACCEPTED = ">=4.7"
-TRIED = "4.7.1 and 4.8.1"
 
 _PROJECT = "nvidia-cutlass-dsl-libs-cu{}"
 _MEMBER = "nvidia_cutlass_dsl/cu{}/lib/" + FILE
@@ -36,7 +35,7 @@ library.renew_after_fork(globals(), "_lock", threading.RLock)
 
 
 def load() -> tvm_ffi.Found:
-    """Load the runtime, globally, once; `LoaderError` where there is none, or there are two."""
+    """Load the runtime globally, once; `LoaderError` if there is none or more than one."""
     with _lock:
         return _load()
 
@@ -59,14 +58,14 @@ def _load() -> tvm_ffi.Found:
 
 
 def installed() -> tvm_ffi.Found:
-    """The installed distribution's copy, located through its metadata alone."""
-    # Only here: it brings the email package with it, and a copy may be here already.
+    """Find the installed distribution's copy through its metadata alone."""
+    # Imported here: it imports the email package, and is not needed if a copy is loaded.
     import importlib.metadata
 
     from packaging.specifiers import SpecifierSet
 
     refused = "is not installed"
-    for major in CUDA_MAJORS:  # a driver serves a runtime of an older CUDA as well
+    for major in CUDA_MAJORS:  # newest first: a driver also serves the runtime of an older CUDA
         name, member = _PROJECT.format(major), _MEMBER.format(major)
         try:
             distribution: Distribution = importlib.metadata.distribution(name)

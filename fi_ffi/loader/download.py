@@ -1,7 +1,7 @@
-"""Whole files into the cache: resumable, hashed as they come, verified before use.
+"""Downloads of whole files into the cache: resumable, and verified by hash before use.
 
-An unfinished file of a known sha256 lies in `downloads/` of the cache as
-`<sha256>.part`.  Whoever comes next goes on from there; nothing else looks at it.
+An unfinished file of a known sha256 is kept as `downloads/<sha256>.part` in the cache. The next
+download resumes it; nothing else reads it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from fi_ffi.loader.wheel import safe_name
 _CHUNK = 1 << 20
 _SPARE = 16 << 20  # bytes of disk to leave free
 _REPORT_EVERY = 0.1  # seconds
-_POLL = 0.02  # seconds, between looks at another process's download
+_POLL = 0.02  # seconds between looks at another process's download
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Report:
-    """How far a download is, in bytes."""
+    """Progress of a download, in bytes."""
 
     name: str
     done: int
@@ -60,11 +60,11 @@ def fetch_file(
     client: Client | None = None,
     report: Reporter | None = None,
 ) -> Downloaded:
-    """The file at `url` in the cache, under `name`.
+    """Fetch the file at `url` into the cache, under `name`.
 
-    Without `sha256` the file is taken as it comes, and found by the hash it turns out
-    to have.  Raises `ArtifactError` for another hash or size, `LoaderError` where the
-    disk is too full, `FetchError` for what the network or the server does.
+    Without `sha256` the file is accepted as it is and stored under its own hash. Raises
+    `ArtifactError` for another hash or size, `LoaderError` if the disk is too full, and
+    `FetchError` for failures of the network or the server.
     """
     safe_name(name, redact(url))
     found = _cached(sha256, name)
@@ -72,7 +72,7 @@ def fetch_file(
         return found
     refuse_offline(name)
     with _place(sha256 or hashlib.sha256(url.encode()).hexdigest()) as part:
-        found = _cached(sha256, name)  # by the process that was waited for
+        found = _cached(sha256, name)  # another process may have fetched it during the wait
         if found is not None:
             return found
         transfer = _Transfer(url, name, part, size, client or Client(), report)
@@ -87,10 +87,10 @@ def _cached(sha256: str | None, name: str) -> Downloaded | None:
 
 @contextlib.contextmanager
 def _place(key: str) -> Iterator[Path]:
-    """The file to write to: the `.part` of `key`, once no other process writes to it.
+    """Yield the file to write to: the `.part` of `key`, after other writers are done.
 
-    A temporary instead where a process holds that and has written nothing for as long as
-    patience lasts, and where the file system has no locks.
+    Yields a temporary instead if another process holds the part without progress for PATIENCE, or
+    if the file system has no locks.
     """
     root = cache.cache_root()
     with contextlib.ExitStack() as stack:
@@ -105,7 +105,7 @@ def _place(key: str) -> Iterator[Path]:
 
 
 def _lock(part: Path, stack: contextlib.ExitStack) -> bool:
-    """Wait for the lock of a part for as long as its holder gets on; whether it was had."""
+    """Wait for a part's lock while its holder makes progress; return whether it was acquired."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(part.with_suffix(".lock"))
@@ -135,16 +135,16 @@ def _state(part: Path) -> tuple[int, int, int] | None:
 
 
 def _adopt(part: Path, sha256: str, name: str) -> Path:
-    """Move a finished, verified file among the cache's objects."""
+    """Move a finished, verified file into the cache's objects."""
     try:
-        part.touch()  # there is none yet where the server's file is empty
+        part.touch()  # an empty file was never written
         return cache.adopt(part, sha256, name)
     except OSError as error:
         raise LoaderError(f"{part} cannot be written: {error}") from error
 
 
 class _Transfer:
-    """One file on its way to `part`; `done` bytes of it are there and hashed."""
+    """A transfer of one file to `part`; `done` bytes are on disk and hashed."""
 
     def __init__(
         self,
@@ -163,9 +163,9 @@ class _Transfer:
         self._begun_at, self._told = 0, float("-inf")
 
     def run(self, sha256: str | None) -> str:
-        """Fetch it all; its sha256."""
+        """Fetch the whole file and return its sha256."""
         if sha256 is None:
-            self._drop()  # nothing would tell whether it is a part of this file
+            self._drop()  # nothing identifies an earlier part as one of this file
         else:
             self._take_up()
             if self._digest.hexdigest() == sha256:
@@ -180,14 +180,14 @@ class _Transfer:
             self._drop()
             if last or not (self._begun_at or self._attempts.total):
                 break
-            # Parts of two files, perhaps: once more, from the start.
+            # The file may mix parts of two versions: retry once from the start.
             self._remote.forget()
         raise ArtifactError(
             f"{self._where}: sha256 is {found}, pinned is {sha256}: the address serves another file"
         )
 
     def _take_up(self) -> None:
-        """Hash what is there."""
+        """Hash the part that is on disk."""
         with contextlib.suppress(FileNotFoundError), self.part.open("rb") as file:
             while chunk := file.read(_CHUNK):
                 self._digest.update(chunk)
@@ -200,7 +200,7 @@ class _Transfer:
         self._digest, self.done = hashlib.sha256(), 0
 
     def _receive(self) -> None:
-        """Fetch what is missing, or all of it where that cannot be had alone."""
+        """Fetch the missing part, or the whole file if the server has no ranges."""
         while True:
             try:
                 chunks = self._remote.stream(self.done, attempts=self._attempts)

@@ -1,9 +1,9 @@
-"""What an ELF file says about itself, read without loading it.
+"""The contents of an ELF file, read without loading it.
 
-pyelftools supplies the structures.  It believes the lengths and counts it
-reads, so it is given a stream that ends where the file ends and that gives up
-after more reads than a well-formed file needs; the symbol table, where a loop
-of one Python object per symbol would take most of the time, is read here.
+pyelftools parses the structures. It trusts the lengths and counts that it reads, so it gets a
+stream that ends with the file and that raises after more reads than a well-formed file needs. The
+symbol table is parsed here, because pyelftools creates a Python object for each symbol and would
+take most of the time.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ Source = str | os.PathLike[str] | bytes
 """A path, or the bytes of the file itself."""
 
 FUNCTION_PREFIX = "__tvm_ffi_"
-"""What an exported TVM-FFI function's symbol begins with; its name is the rest."""
+"""Prefix of an exported TVM-FFI function's symbol, before the function's name."""
 
 RUNTIME = re.compile(r"TVMFFI|_Z\w*3tvm3ffi")
-"""What symbols of libtvm_ffi match: its C interface, and C++ of its namespace."""
+"""Matches symbols of libtvm_ffi: its C interface, and the C++ of its namespace."""
 
-# tvm-ffi exports these companions of a function under the same prefix: what they
-# return describes the function, and they are not operations of the module.
+# Companions that tvm-ffi exports under the same prefix. They return descriptions of a function and
+# are not operations of the module.
 _COMPANIONS = ("_metadata_", "_doc_")
 
-# Variables that a library of TVM's compiler, or one with modules inside, has filled in as it is
-# loaded: `loader/imports.py`.
+# Variables that must be filled in while a library is loaded, if TVM's compiler made it or if it
+# embeds modules: see `loader/imports.py`.
 _CONTEXT_PREFIX, _CONTEXT = "__TVM", ("__tvm_ffi__library_ctx", "__tvm_ffi__library_bin")
 
-# e_machine to the name that wheels and `uname -m` use.
+# e_machine -> the name used by wheels and `uname -m`.
 _MACHINES = {"EM_X86_64": "x86_64", "EM_AARCH64": "aarch64"}
 
 _TEXT_TAGS = {"DT_NEEDED", "DT_RUNPATH", "DT_RPATH"}
 
 SYMBOL = struct.Struct("<IBBHQQ")  # Elf64_Sym: name, info, other, shndx, value, size
 _STB_GLOBAL, _STB_WEAK = 1, 2
-_BINDINGS = {_STB_GLOBAL, _STB_WEAK}  # what dlsym finds
+_BINDINGS = {_STB_GLOBAL, _STB_WEAK}  # bindings that dlsym finds
 _STT_OBJECT, _STT_FUNC = 1, 2
 _VISIBLE = {0, 3}  # STV_DEFAULT, STV_PROTECTED
 
-# A kernel module needs some 900 reads, and tables of some 20 kB.
+# A kernel module needs about 900 reads, and tables of about 20 kB.
 _MAX_READS = 50_000
 _MAX_READ = 1 << 20
 _MAX_TABLE = 16 << 20
@@ -62,22 +62,21 @@ class ElfInfo:
     machine: str
     """"x86_64" or "aarch64"."""
     needed: tuple[str, ...]
-    """DT_NEEDED, in the order the loader takes them."""
+    """DT_NEEDED, in the order in which they are loaded."""
     runpath: str | None
-    """DT_RUNPATH, or DT_RPATH where there is no DT_RUNPATH."""
+    """DT_RUNPATH, or DT_RPATH without it."""
     functions: tuple[str, ...]
     """Exported TVM-FFI functions, without `FUNCTION_PREFIX`, sorted."""
     requires: tuple[str, ...]
-    """libtvm_ffi symbols that must be there already when this file is loaded, sorted; not weak
-    ones, without which it loads."""
+    """libtvm_ffi symbols that must be defined before loading, sorted, without weak ones."""
     context: tuple[str, ...] = ()
-    """Exported variables that are filled in as it is loaded, sorted."""
+    """Exported variables that must be filled in while it is loaded, sorted."""
 
 
 class Window:
-    """A stretch of a file, read piece by piece and never past its end.
+    """A range of a file, read piecewise and never past its end.
 
-    It is a file object as well, as pyelftools wants one, which gives up after too many reads.
+    It is also a file object for pyelftools, which raises after too many reads.
     """
 
     def __init__(self, read: Callable[[int, int], bytes], start: int, size: int) -> None:
@@ -85,12 +84,12 @@ class Window:
         self._position, self._reads_left = 0, _MAX_READS
 
     def at(self, offset: int, count: int) -> bytes:
-        """Up to `count` bytes from `offset`; fewer at the end."""
+        """Return up to `count` bytes from `offset`; fewer at the end."""
         count = min(count, self.size - offset)
         return self._read(self.start + offset, count) if offset >= 0 < count else b""
 
     def part(self, offset: int, size: int) -> Window:
-        """The stretch of `size` bytes from `offset`; ValueError if it is not all inside."""
+        """Return the range of `size` bytes from `offset`; ValueError if it is not inside."""
         if not 0 <= offset <= offset + size <= self.size:
             raise ValueError(f"{size} bytes at offset {offset} of {self.size}")
         return Window(self._read, self.start + offset, size)
@@ -115,9 +114,8 @@ class Window:
 def inspect_elf(path: Source) -> ElfInfo:
     """Read the interface of the shared library at `path`.
 
-    Raises ArtifactError where the file is not a well-formed 64-bit
-    little-endian shared library for a known machine, and LoaderError where it
-    cannot be opened.
+    Raises ArtifactError if the file is not a well-formed 64-bit little-endian shared library for a
+    known machine, and LoaderError if it cannot be opened.
     """
     with _open_elf(path) as (elf, window):
         machine = _MACHINES.get(elf["e_machine"])
@@ -138,16 +136,16 @@ def inspect_elf(path: Source) -> ElfInfo:
 
 
 def defined_versions(path: Source) -> tuple[str, ...]:
-    """The versions of symbols that a library defines, as `GLIBCXX_3.4.30`, in its own order."""
+    """Return the symbol versions that a library defines, such as `GLIBCXX_3.4.30`, in order."""
     with _open_elf(path) as (elf, _):
         section = elf.get_section_by_name(".gnu.version_d")
-        # The first name of each; those that follow are the versions it came after.
+        # The first name is the version; the others are its predecessors.
         found = section.iter_versions() if section is not None else ()
         return tuple(next(names).name for _, names in found)
 
 
 def undefined(path: Source) -> tuple[str, ...]:
-    """The symbols that a library leaves to others to define, sorted; not weak ones."""
+    """Return the symbols that a library leaves undefined, sorted, without weak ones."""
     with _open_elf(path) as (elf, _):
         table = elf.get_section_by_name(".dynsym")
         return tuple(
@@ -163,10 +161,9 @@ def undefined(path: Source) -> tuple[str, ...]:
 
 @contextmanager
 def open_sections(source: Source, names: Iterable[str]) -> Iterator[dict[str, Window]]:
-    """The content of those of the sections `names` that there are.
+    """Open those of the sections `names` that exist.
 
-    A ValueError raised inside the `with` block becomes an ArtifactError that
-    names `source`: the block too only judges what the file says.
+    A ValueError raised inside the `with` block becomes an ArtifactError that names `source`.
     """
     with _open_elf(source) as (elf, window):
         sections = {name: elf.get_section_by_name(name) for name in names}
@@ -179,13 +176,13 @@ def open_sections(source: Source, names: Iterable[str]) -> Iterator[dict[str, Wi
 
 @contextmanager
 def open_section(source: Source, name: str) -> Iterator[Window | None]:
-    """The content of one section, None where there is no such section; see `open_sections`."""
+    """Open one section, or yield None if it does not exist; see `open_sections`."""
     with open_sections(source, [name]) as found:
         yield found.get(name)
 
 
 def open_image(window: Window) -> Any:
-    """An ELF file that lies in another, as pyelftools has it; ValueError for none."""
+    """Open an ELF file embedded in another; ValueError if it is none."""
     from elftools.common.exceptions import ELFError
     from elftools.elf.elffile import ELFFile
 
@@ -196,16 +193,15 @@ def open_image(window: Window) -> Any:
 
 
 def describe(source: Source) -> str:
-    """`source` as an error message names it."""
+    """Return the name of `source` for error messages."""
     return f"<{len(source)} bytes>" if isinstance(source, bytes) else os.fspath(source)
 
 
 @contextmanager
 def malformed(source: Source) -> Iterator[None]:
-    """Turn whatever a parser raises over `source` into an ArtifactError.
+    """Convert any exception of a parser to an ArtifactError about `source`.
 
-    A parser that meets nonsense fails in any way at all (KeyError, struct.error,
-    AssertionError, ...), and each of them means the same here.
+    A parser of corrupt data may raise anything (KeyError, struct.error, AssertionError, ...).
     """
     try:
         yield
@@ -225,7 +221,7 @@ def _open_elf(source: Source) -> Iterator[tuple[Any, Window]]:
             raise ArtifactError(f"{describe(source)}: not an ELF file: {begins}")
         if ident[4:] != b"\x02\x01":
             raise ValueError("not 64-bit little-endian ELF")
-        # Here because importing pyelftools costs more than reading a file with it.
+        # Imported here: the import costs more than reading a file.
         from elftools.elf.elffile import ELFFile
 
         yield ELFFile(window), window
@@ -271,14 +267,13 @@ def _dynamic_tags(elf: Any) -> dict[str, list[str]]:
 
 
 def _symbols(elf: Any, window: Window) -> tuple[tuple[str, ...], ...]:
-    """The TVM-FFI functions defined here, the libtvm_ffi symbols left undefined, and the variables
-    to be filled in."""
+    """Return defined TVM-FFI functions, undefined libtvm_ffi symbols, and variables to fill in."""
     section = elf.get_section_by_name(".dynsym")
     if section is None:
         raise ValueError("it has no dynamic symbol table")
     names = _table(section.stringtable, window)
-    # Only names that begin with a prefix are looked at.  A name may start in the
-    # middle of another (linkers merge tails), so any occurrence counts.
+    # Only names with a prefix are examined. Linkers merge tails, so a name may start in the middle
+    # of another; therefore every occurrence counts.
     wanted = {
         match.start()
         for match in re.finditer(f"{FUNCTION_PREFIX}|{_CONTEXT_PREFIX}".encode(), names)
@@ -294,7 +289,8 @@ def _symbols(elf: Any, window: Window) -> tuple[tuple[str, ...], ...]:
         if at not in wanted and not is_undefined:
             continue
         end = names.find(b"\0", at, at + _MAX_NAME)
-        if end < 0 and at not in wanted:  # a template's of somebody else
+        # an undefined symbol with a huge name, such as a C++ template's
+        if end < 0 and at not in wanted:
             continue
         if end < 0:
             raise ValueError(f"a symbol name of more than {_MAX_NAME} bytes")

@@ -1,9 +1,8 @@
-"""Which GPU architectures a library's device code was compiled for.
+"""The GPU architectures that a library's device code was compiled for.
 
-Reads the headers in the `.nv_fatbin` section and never a payload, so neither a
-GPU nor a decompressor is needed.  A library that CuTe DSL made has no such section:
-its cubins, which are ELF files, lie among its read-only data.  docs/fatbin.md has the
-layout and how each part of it was established.
+Only the headers in the `.nv_fatbin` section are read, so neither a GPU nor a decompressor is
+needed. A library made by CuTe DSL has no such section: its cubins, which are ELF files, are in its
+read-only data. docs/fatbin.md describes the layout and how it was established.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from fi_ffi.loader.elf import Source, Window, malformed, open_image, open_sectio
 
 SECTION = ".nv_fatbin"
 MAGIC = 0xBA55ED50
-# Where a compiler puts constants, and where it puts them that may be far from the code.
+# Sections for constants, near to and far from the code.
 _READ_ONLY = (".rodata", ".lrodata")
-# The header of an ELF file: 64 bits, little-endian, of CUDA's newest interface.
+# A cubin's ELF header: 64 bits, little-endian, CUDA's newest ABI.
 _CUBIN = re.compile(rb"\x7fELF\x02\x01\x01\x41\x08.{9}\xbe\0", re.DOTALL)
 _NOTE = ".note.nv.tkinfo"
 _ARCH_OPTION = re.compile(rb"-arch sm_(\d{2,3})([af]?)\b")
@@ -30,17 +29,17 @@ _MAX_NOTE = 1 << 16
 _PIECE = 1 << 20
 
 _CONTAINER = struct.Struct("<IHHQ")  # magic, version, header size, size of all entries
-_ENTRY = struct.Struct("<HHIQIIHHIIIQ")  # as far as the flags; the rest varies by kind
+_ENTRY = struct.Struct("<HHIQIIHHIIIQ")  # up to the flags; the rest depends on the kind
 _VERSION = 1
-# Of Tegra: machine code of another minor is not promised to run there, nor theirs elsewhere.
+# Tegra GPUs: machine code of another minor version is not guaranteed to run there, nor vice versa.
 _JETSONS = ((7, 2), (8, 7))
 Suffix = Literal["", "a", "f"]
 _KINDS: dict[int, Literal["ptx", "sass"]] = {1: "ptx", 2: "sass"}
 _ARCH_SPECIFIC = 1 << 20
 _FAMILY_SPECIFIC = 1 << 21
-# No architecture has a number outside these; one that does is a damaged header.
+# Every real architecture's number is in this range; another one means a damaged header.
 _SM_RANGE = range(10, 10_000)
-# Containers are aligned to 8; more room than a page is not padding.
+# Containers are aligned to 8 bytes; a larger gap than a page is not padding.
 _MAX_PADDING = 4096
 
 
@@ -57,11 +56,11 @@ class CudaCode:
 
     @property
     def name(self) -> str:
-        """As nvcc's `-gencode ...,code=` spells it: "sm_90a", "compute_90a"."""
+        """The name in nvcc's `-gencode ...,code=`: "sm_90a", "compute_90a"."""
         return f"{'sm' if self.kind == 'sass' else 'compute'}_{self.sm}{self.suffix}"
 
     def runs_on(self, capability: tuple[int, int]) -> bool:
-        """Whether a device of this (major, minor) compute capability can run it."""
+        """Return whether a device of this (major, minor) compute capability can run the code."""
         made_for = divmod(self.sm, 10)
         is_sass = self.kind == "sass"
         is_exact = is_sass and (capability in _JETSONS or made_for in _JETSONS)
@@ -73,7 +72,7 @@ class CudaCode:
 
 
 def sass_named(name: str) -> CudaCode:
-    """The machine code that a name such as "sm90a" (or "sm_90a") stands for."""
+    """Return the machine code for a name such as "sm90a" or "sm_90a"."""
     match = re.fullmatch(r"sm_?(\d{2,3})([af]?)", name)
     if match is None:
         raise ArtifactError(f"{name!r} names no architecture; one looks like sm90a")
@@ -89,11 +88,11 @@ class Verdict:
 
 
 def architectures(source: Source) -> tuple[CudaCode, ...]:
-    """What the device code in `source` was compiled for, sorted, each once.
+    """Return the architectures of the device code in `source`, sorted, without duplicates.
 
-    `source` is the path of a library, its bytes, or the bytes of a fatbin alone
-    (what `nvcc -fatbin` writes).  Empty where there is no device code that the
-    driver would load.  ArtifactError where it is malformed.
+    `source` is the path of a library, its bytes, or the bytes of a fatbin (as `nvcc -fatbin` writes
+    it). The result is empty if there is no device code that the driver would load. Raises
+    ArtifactError if the data is malformed.
     """
     with _open_fatbin(source) as windows:
         fatbin = windows.pop(SECTION, None)
@@ -105,11 +104,11 @@ def architectures(source: Source) -> tuple[CudaCode, ...]:
 
 
 def runs_on(codes: Iterable[CudaCode], capability: tuple[int, int]) -> Verdict:
-    """Whether a device of compute capability (major, minor) can run any of `codes`."""
+    """Return whether a device of compute capability (major, minor) can run any of `codes`."""
     codes = tuple(codes)
     device = "the device is sm_{}{}".format(*capability)
     usable = [code for code in codes if code.runs_on(capability)]
-    # The driver prefers machine code, and of that the code nearest to the device.
+    # The driver prefers machine code, and the nearest architecture.
     best = max(usable, key=lambda code: (code.kind == "sass", code.sm, code.suffix), default=None)
     if best is not None:
         how = "runs as it is" if best.kind == "sass" else "is compiled by the driver when loaded"
@@ -131,23 +130,24 @@ def _open_fatbin(source: Source) -> Iterator[dict[str, Window]]:
 
 
 def _cubins(window: Window) -> Iterator[CudaCode]:
-    """The code of every cubin that lies in `window` as it is."""
+    """Yield the code of every cubin embedded in `window`."""
     for start in _found(_CUBIN, window):
         cubin = open_image(window.part(start, window.size - start))
         sm = cubin["e_flags"] >> 8 & 0xFF
-        # Its header is the same with any suffix; the options that it was compiled with are not.
+        # The header does not contain the suffix; the compiler options in this note do.
         note = cubin.get_section_by_name(_NOTE)
         text = b"" if note is None or note["sh_size"] > _MAX_NOTE else note.data()
-        told = _ARCH_OPTION.search(text)
-        if sm not in _SM_RANGE or (told and int(told[1]) != sm):
+        option = _ARCH_OPTION.search(text)
+        if sm not in _SM_RANGE or (option and int(option[1]) != sm):
             raise ValueError(
-                f"a cubin for architecture {sm}, compiled with {told[0].decode() if told else '-'}"
+                f"a cubin for architecture {sm}, compiled with "
+                + (option[0].decode() if option else "-")
             )
-        yield CudaCode("sass", sm, cast(Suffix, told[2].decode() if told else "a"))
+        yield CudaCode("sass", sm, cast(Suffix, option[2].decode() if option else "a"))
 
 
 def _codes(window: Window) -> Iterator[CudaCode]:
-    """The code of every container; the linker puts one after another, one per object file."""
+    """Yield the code of every container; the linker concatenates one for each object file."""
     offset = 0
     while True:
         ahead = window.at(offset, _MAX_PADDING)
@@ -165,7 +165,7 @@ def _codes(window: Window) -> Iterator[CudaCode]:
 
 
 def _found(pattern: re.Pattern[bytes], window: Window) -> Iterator[int]:
-    """Where a short pattern occurs in `window`, which may be large."""
+    """Yield the positions of a short pattern in `window`, which may be large."""
     for start in range(0, window.size, _PIECE):
         piece = window.at(start, _PIECE + _MAX_PADDING)
         yield from (start + at for m in pattern.finditer(piece) if (at := m.start()) < _PIECE)
@@ -181,7 +181,7 @@ def _entries(container: Window) -> Iterator[CudaCode]:
                 f"a fatbin entry claims {header_size} + {payload_size} bytes "
                 f"where its container has {container.size - offset}"
             )
-        # Other kinds (link-time IR, for one) hold nothing that the driver loads by itself.
+        # Other kinds (such as link-time IR) contain nothing that the driver loads directly.
         if kind in _KINDS:
             if sm not in _SM_RANGE:
                 raise ValueError(f"a fatbin entry is for architecture {sm}")

@@ -1,14 +1,14 @@
-"""Kernel files: held open from their check to their loading, and what is known of them.
+"""Kernel files: kept open from verification to loading, and facts about them.
 
-What was hashed is a file, and what its path leads to a moment later can be another.  So a
-library is read and loaded through a descriptor, of a file that is as it was when it was
-hashed.  The descriptors of what was loaded stay open: the dynamic linker knows a library by
-the name it was loaded under, and would take another file of that name for the same one.
+After a file was hashed, its path may lead to another file. Therefore a library is read and loaded
+through a descriptor of the hashed file. Descriptors of loaded files stay open: the dynamic linker
+identifies a library by the name it was loaded under, and would take another file of the same name
+for it.
 
-Facts are known by the hash of the content.  Reading an ELF takes pyelftools, and a function's
-own account of its signature takes an exception with a C++ backtrace; together they cost more
-than all the rest of a start.  Neither can change while the content does not, so the cache
-keeps them.  FI_FFI_PARANOID=1 asks the file again.
+Facts are stored by the hash of the content. Reading an ELF needs pyelftools, and asking a function
+for its signature raises an exception with a C++ backtrace; together these cost more than the rest
+of a start. The facts cannot change while the content does not, so the cache keeps them.
+FI_FFI_PARANOID=1 reads them from the file again.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from fi_ffi.loader.elf import inspect_elf
 from fi_ffi.loader.fatbin import CudaCode, architectures
 from fi_ffi.loader.kernels import ModuleFile
 
-_FORMAT = 5  # of the stored facts; another one is not read
+_FORMAT = 5  # version of the stored facts' format
 
-_kept: dict[tuple[int, int], tuple[int, str]] = {}  # of device and inode: descriptor, sha256
+_kept: dict[tuple[int, int], tuple[int, str]] = {}  # (device, inode) -> (descriptor, sha256)
 
 
 class Held:
-    """An open file with a known sha256; `name` leads to it, whatever its path leads to."""
+    """An open file with a known sha256; `name` refers to this file even if its path changes."""
 
     def __init__(self, path: Path, sha256: str, fd: int) -> None:
         self.path, self.sha256, self.fd = path, sha256, fd
@@ -43,12 +43,15 @@ class Held:
         self.name = name if os.path.exists(name) else str(path)
 
     def keep(self, *, in_place: bool = False) -> None:
-        """Leave it open, as it was loaded; `ArtifactError` if it was written to meanwhile, or
-        replaced where it was opened by its path (`in_place`)."""
+        """Keep the file open because it was loaded.
+
+        Raises `ArtifactError` if it was modified meanwhile, or, if it was opened by its path
+        (`in_place`), replaced.
+        """
         before, after = self._before, os.fstat(self.fd)
         _kept[before.st_dev, before.st_ino] = self.fd, self.sha256
         replaced = in_place and not os.path.samestat(before, os.stat(self.path))
-        # Its change time also tells of another name that it got or lost, which is no harm.
+        # The change time also changes when the file gets or loses another name, which is harmless.
         written = cache.state_of(before) != cache.state_of(after) and _hash(self.fd) != self.sha256
         if replaced or written:
             raise changed(self.path, "while it was loaded, and nothing of it is called")
@@ -56,10 +59,10 @@ class Held:
 
 @contextlib.contextmanager
 def checked(path: Path, sha256: str, state: cache.State | None = None) -> Iterator[Held]:
-    """The file that was found to have this sha256.
+    """Open the file and check that it is the one found to have this sha256.
 
-    `state` is what it was like then (`cache.state_of`).  Without one the file is in the cache,
-    whose stamp tells, or it is hashed again.  Raises `ArtifactError` for any other file.
+    `state` is its state at that time (`cache.state_of`). Without one the file is in the cache: its
+    stamp is checked, or it is hashed again. Raises `ArtifactError` for any other file.
     """
     fd = _open(path, os.O_NOFOLLOW if state is None else 0)
     try:
@@ -81,7 +84,7 @@ def checked(path: Path, sha256: str, state: cache.State | None = None) -> Iterat
 
 
 def descriptor(sha256: str) -> int:
-    """The descriptor of a library that was loaded; what its path leads to may be another file."""
+    """Return the descriptor of a loaded library, whose path may lead to another file now."""
     return next(fd for fd, of in _kept.values() if of == sha256)
 
 
@@ -112,24 +115,24 @@ def changed(path: Path, when: str) -> ArtifactError:
 
 @dataclass
 class Facts:
-    """A kernel file's own account of itself.
+    """Facts that a kernel file states about itself.
 
-    `signatures` holds those that were asked for so far, as the functions print them.
+    `signatures` holds those asked for so far, as the functions print them.
     """
 
     needed: list[str]
     functions: list[str]
     codes: list[CudaCode]
-    # Where it has other libraries looked for; $ORIGIN in it is the folder that it lies in.
+    # Search path for other libraries; $ORIGIN stands for the file's folder.
     runpath: str | None = None
     signatures: dict[str, str] = field(default_factory=dict)
-    # Variables that are filled in as it is loaded.
+    # Variables that must be filled in while it is loaded.
     context: list[str] = field(default_factory=list)
-    # What libtvm_ffi has to define.
+    # Symbols that libtvm_ffi must define.
     requires: list[str] = field(default_factory=list)
 
     def is_sound(self) -> bool:
-        """Whether everything is of its type: they may be read from a damaged file."""
+        """Return whether all values have valid types; they may come from a damaged file."""
         words = [*self.needed, *self.functions, *self.signatures, *self.signatures.values()]
         words += [*self.context, *self.requires, self.runpath or ""]
         return all(isinstance(word, str) and word.isascii() for word in words) and all(
@@ -143,14 +146,14 @@ def _path(sha256: str) -> Path:
 
 
 def facts_of(file: ModuleFile) -> Facts:
-    """The facts of a file, remembered or read from it now."""
+    """Return a file's facts, from the cache or read now."""
     if not cache.is_paranoid():
         with contextlib.suppress(TypeError, KeyError, AttributeError, LoaderError):
             data = cache.read_note(_path(file.sha256), _FORMAT)
             found = Facts(**data | {"codes": [CudaCode(**code) for code in data["codes"]]})
             if found.is_sound():
                 return found
-    # Else those of a file that is there for a moment would be remembered for this one.
+    # Checked, or the facts of a temporary replacement would be stored for this file.
     with checked(file.path, file.sha256, file.state) as opened:
         try:
             info, codes = inspect_elf(opened.name), architectures(opened.name)
@@ -164,19 +167,19 @@ def facts_of(file: ModuleFile) -> Facts:
 
 
 def remember(file: ModuleFile, facts: Facts) -> None:
-    """Keep the facts; a cache that cannot be written is no reason to fail."""
+    """Store the facts; failures to write are ignored."""
     with contextlib.suppress(LoaderError):
         cache.write_note(_path(file.sha256), _FORMAT, asdict(facts))
 
 
 def cuda_of(facts: Facts) -> int | None:
-    """The major version of the CUDA that a file is of; None where it needs no runtime of it."""
+    """Return the CUDA major version of the runtime that a file needs; None if it needs none."""
     found = (re.fullmatch(r"libcudart\.so\.(\d+)[\d.]*", name) for name in facts.needed)
     return next((int(match[1]) for match in found if match), None)
 
 
 def check_processor(path: Path, machine: str) -> None:
-    """Refuse a file whose host code is another processor's."""
+    """Raise `ArchitectureError` for a file whose host code is for another processor."""
     if machine != platform.machine():
         raise ArchitectureError(
             f"{path} is for {machine} processors, and this one is {platform.machine()}: build it "

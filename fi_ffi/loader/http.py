@@ -1,7 +1,7 @@
-"""HTTP as the loader uses it: requests with their redirects, bounded in time and tries.
+"""HTTP for the loader: requests with redirects, limited in time and tries.
 
-Proxies, certificates and netrc are the user's own (`requests` reads them from the
-environment).  Only https is spoken, and plain http with this machine itself.
+Proxies, certificates and netrc are the user's (`requests` reads them from the environment). Only
+https is used, and plain http to this machine itself.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from urllib.parse import urlsplit
 from fi_ffi.errors import FetchError
 from fi_ffi.loader.urls import check_url, is_loopback, origin, redact, redirected, refuse_offline
 
-if TYPE_CHECKING:  # importing it takes longer than a warm start may
+if TYPE_CHECKING:  # the import takes longer than a warm start may
     import requests
 
 _CHUNK = 1 << 20
-_ENOUGH = 1 << 20  # bytes of progress after which earlier failures are forgiven
+_ENOUGH = 1 << 20  # bytes of progress after which earlier failures no longer count
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _TRY_AGAIN = frozenset((408, 425, 429))
 _NO_PROXY = {"http": None, "https": None, "all": None}
@@ -42,15 +42,15 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class Policy:
-    """How long to wait and how often to try again."""
+    """Timeouts and retries."""
 
     tries: int = 5
-    first_wait: float = 0.5  # s before the second try, doubled before each one after it
+    first_wait: float = 0.5  # s before the second try, doubled for each later one
     longest_wait: float = 60.0  # s; a server that asks for more is given up
     connect_timeout: float = 10.0
-    read_timeout: float = 30.0  # s without a byte; for a status and its headers together
-    slowest: float = 1024.0  # bytes/s, over any `read_timeout` of waiting
-    transfer_timeout: float = 12 * 3600.0  # s, with all tries; what is here by then is kept
+    read_timeout: float = 30.0  # s without a byte; also for a status with all its headers
+    slowest: float = 1024.0  # bytes/s, averaged over `read_timeout` of waiting
+    transfer_timeout: float = 12 * 3600.0  # s, for all tries; data received by then is kept
     redirects: int = 10
 
 
@@ -63,7 +63,7 @@ class Transient(Exception):
 
 
 class Unreachable(FetchError):
-    """A server did not answer, or not in time, as often as it was tried."""
+    """A server did not answer in time, in all tries."""
 
 
 class Attempts:
@@ -72,13 +72,13 @@ class Attempts:
     def __init__(self, policy: Policy, url: str, start: int = 0) -> None:
         self._policy, self._where = policy, redact(url)
         self._failures, self._reached = 0, start
-        self.total = 0  # failures, those forgiven too
+        self.total = 0  # failures, including those that no longer count
         self._deadline = time.monotonic() + policy.transfer_timeout
 
     def reached(self, position: int) -> None:
-        """Tell of progress: a connection that breaks now and then still gets there.
+        """Record progress, so that a connection that breaks now and then still succeeds.
 
-        Fetching what was there before is none.
+        Fetching the same bytes again is no progress.
         """
         if position >= self._reached + _ENOUGH:
             self._failures, self._reached = 0, position
@@ -100,7 +100,7 @@ class Attempts:
                 "proxy settings, or try later: what is already here is kept"
             )
         wait = min(policy.first_wait * 2 ** (self._failures - 1), policy.longest_wait)
-        wait *= random.uniform(0.5, 1)  # so that many processes do not come back together
+        wait *= random.uniform(0.5, 1)  # so that many processes do not retry at the same time
         if error.wait is not None:
             wait = error.wait
         if wait > policy.longest_wait:
@@ -112,10 +112,10 @@ class Attempts:
 
 
 class _PacedSocket(io.RawIOBase):
-    """What a socket receives: a whole answer's head by a deadline, its body at a least rate.
+    """Reads a socket; the answer's head has a deadline, the body a minimum rate.
 
-    A timeout for each read alone would let a server send a byte now and then, or
-    `100 Continue`, for ever.
+    With a timeout for each read alone, a server could send a byte or `100 Continue` now and then,
+    and never finish.
     """
 
     def __init__(self, sock: socket.socket, policy: Policy) -> None:
@@ -145,7 +145,7 @@ class _PacedSocket(io.RawIOBase):
             count: int = self._raw.readinto(buffer) or 0
         except TimeoutError:
             raise self._late() from None
-        # Only the waiting counts: what is done with the bytes takes its own time.
+        # Only the waiting counts, not the time that the caller takes for the bytes.
         self._waited, self._got = self._waited + time.monotonic() - before, self._got + count
         if self._deadline is None and self._waited >= self._policy.read_timeout:
             if self._got < self._policy.slowest * self._waited:
@@ -176,7 +176,7 @@ class _PacedResponse(http.client.HTTPResponse):
 
 
 def _adapter(policy: Policy) -> Any:
-    """The adapter of requests, over connections whose answers are held to the policy."""
+    """Return an adapter of requests whose connections enforce the policy."""
     from requests.adapters import HTTPAdapter
 
     response = type("_Response", (_PacedResponse,), {"policy": policy})
@@ -185,7 +185,7 @@ def _adapter(policy: Policy) -> Any:
         def get_connection_with_tls_context(self, *args: Any, **options: Any) -> Any:
             pool = super().get_connection_with_tls_context(*args, **options)
             kind: Any = pool.ConnectionCls
-            if kind.response_class is not response:  # of a pool that is new
+            if kind.response_class is not response:  # a new pool
                 kind = type(kind.__name__, (kind,), {"response_class": response})
                 pool.ConnectionCls = kind
             return pool
@@ -194,7 +194,7 @@ def _adapter(policy: Policy) -> Any:
 
 
 class Client:
-    """Sends requests; counts them, and the bytes of the bodies that came."""
+    """Sends requests; counts them, and the bytes of the bodies received."""
 
     def __init__(self, policy: Policy | None = None) -> None:
         self.policy = policy or Policy()
@@ -204,9 +204,9 @@ class Client:
 
     @contextmanager
     def open(self, url: str, headers: Mapping[str, str] | None = None) -> Iterator[Any]:
-        """One try of a request: an answer (of requests) of status 200, 206 or 416.
+        """Send a request once; yield an answer (of requests) with status 200, 206 or 416.
 
-        Raises `Transient` where trying again may help, else `FetchError`.
+        Raises `Transient` if a retry may help, else `FetchError`.
         """
         refuse_offline(redact(url))
         answer, final = self._follow(url, {"Accept-Encoding": "identity", **(headers or {})})
@@ -217,7 +217,7 @@ class Client:
             answer.close()
 
     def chunks(self, answer: Any) -> Iterator[bytes]:
-        """Its body as it comes, undecoded; `Transient` where it breaks off, stalls or trickles."""
+        """Yield the body undecoded; `Transient` if it breaks off, stalls or is too slow."""
         from urllib3.exceptions import HTTPError
 
         while True:
@@ -258,8 +258,8 @@ class Client:
             return self._session().get(
                 url,
                 headers={"User-Agent": "fi-ffi", **headers},
-                # Without one, requests takes credentials from netrc, where a `default`
-                # entry would go to any host that a redirect names.
+                # Otherwise requests takes credentials from netrc, whose `default` entry would go to
+                # any host that a redirect names.
                 auth=None if own else _no_credentials,
                 proxies=_NO_PROXY if is_loopback(urlsplit(url).hostname or "") else None,  # type: ignore[arg-type]
                 timeout=(policy.connect_timeout, policy.read_timeout),
@@ -283,7 +283,7 @@ class Client:
             session.mount("https://", adapter)
             session.mount("http://", adapter)
             if bundle := os.environ.get("SSL_CERT_FILE"):
-                session.verify = bundle  # requests' own two variables go before it
+                session.verify = bundle  # requests' own two variables take precedence
             local.session, local.pid = session, pid
         found: requests.Session = local.session
         return found
@@ -303,12 +303,12 @@ def _check_status(answer: requests.Response, url: str) -> None:
     said = f"{status} {answer.reason}".strip()
     if status >= 500 or status in _TRY_AGAIN:
         raise Transient(f"the server answers {said!r:.80}", _retry_after(answer.headers))
-    advice = _ADVICE.get(status, "nothing is known of what that means for a file")
+    advice = _ADVICE.get(status, "this status is unexpected for a file")
     raise FetchError(f"{redact(url)}: the server answers {said!r:.80}; {advice}")
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds of a Retry-After header, which may be a date."""
+    """Return the seconds of a Retry-After header, which may be a date."""
     from urllib3 import Retry
     from urllib3.exceptions import InvalidHeader
 
@@ -329,7 +329,7 @@ def _tls_failure(url: str, error: Exception) -> Exception:
 
 
 def _reason(error: BaseException) -> str:
-    """What the innermost error says: the outer ones repeat the address with its query."""
+    """Return the innermost error's text; the outer ones repeat the address with its query."""
     chain: list[BaseException] = []
     found: BaseException | None = error
     while found is not None and found not in chain:

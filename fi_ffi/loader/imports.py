@@ -1,11 +1,10 @@
-"""Libraries that TVM's compiler made, or that have modules inside: what is filled in at loading.
+"""Variables to fill in while loading libraries that TVM's compiler made or that embed modules.
 
-Such a library calls what it needs through variables of its own (`__TVMFFIFunctionCall`,
-`__TVMBackendParallelLaunch`), finds functions of others by the module object that it is
-(`__tvm_ffi__library_ctx`), and has the modules that it imports as bytes inside
-(`__tvm_ffi__library_bin`).  A null pointer in a variable is called all the same, and ends the
-process.  libtvm_ffi fills them in, as for `tvm_ffi.load_module`; what a runtime that is not
-here would have brought is refused.
+Such a library calls functions through variables of its own (`__TVMFFIFunctionCall`,
+`__TVMBackendParallelLaunch`), finds other libraries' functions through its module object
+(`__tvm_ffi__library_ctx`), and embeds the modules that it imports (`__tvm_ffi__library_bin`). It
+would call a null pointer too, which ends the process. libtvm_ffi fills in the variables, as for
+`tvm_ffi.load_module`. If a runtime that should provide one is missing, the library is refused.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ _ADVICE = (
 
 
 def fill_in(handle: Any, path: str, name: str, context: Sequence[str]) -> Object | None:
-    """Fill in a library's variables, and read the modules inside; the module object it then is.
+    """Fill in a library's variables and read its embedded modules; return its module object.
 
-    `name` is what it was opened by: libtvm_ffi opens the same one by it.  None for a library
-    without such variables.  Raises `LoaderError` where something stays out.
+    `name` is the name it was loaded by, so that libtvm_ffi opens the same library. Returns None for
+    a library without such variables. Raises `LoaderError` if one cannot be filled in.
     """
     if not context:
         return None
@@ -39,7 +38,7 @@ def fill_in(handle: Any, path: str, name: str, context: Sequence[str]) -> Object
         raise LoaderError(
             f"{path} has a module inside that cannot be read: {error.message}. {_ADVICE}"
         ) from error
-    # For ever, as the library is: it has the address.
+    # Never released, because the library keeps the address.
     library.lib.TVMFFIObjectIncRef(root.handle)
     missing = [
         symbol for symbol in context if symbol.startswith("__TVM") and not _fill(handle, symbol)
@@ -52,10 +51,10 @@ def fill_in(handle: Any, path: str, name: str, context: Sequence[str]) -> Object
 
 
 def _fill(handle: Any, symbol: str) -> bool:
-    """Fill in a variable that is still empty; whether it is full."""
+    """Fill in a variable if it is empty; return whether it is filled."""
     variable = ffi.cast("void **", library.find_symbol(handle, symbol))
     if variable[0] == ffi.NULL:
-        # Those of libtvm_ffi are registered by TVM's runtime, which need not be here for them.
+        # TVM's runtime would register libtvm_ffi's functions; here they are looked up without it.
         address = library.find_symbol(ffi.NULL, symbol.removeprefix("__"))
         if address is not None:
             variable[0] = address

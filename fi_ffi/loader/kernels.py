@@ -1,7 +1,7 @@
 """Sources of kernels: directories and wheels in the jit-cache layout.
 
-The layout is FlashInfer's: `<module>/<module>.so`, in a wheel (and where one is
-installed) below `flashinfer_jit_cache/jit_cache/`.
+The layout is FlashInfer's: `<module>/<module>.so`, below `flashinfer_jit_cache/jit_cache/` in a
+wheel or its installation.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ class ModuleFile:
     module: str
     path: Path
     sha256: str
-    # What the file was like as it was hashed; None of one in the cache, whose stamp tells.
+    # The file's state when it was hashed; None for a file in the cache, which has a stamp.
     state: cache.State | None = None
 
 
 class KernelSource(Protocol):
-    """Where modules come from.
+    """A place that provides modules.
 
-    `version` is the whole version of the artifact ("0.6.13+cu130"), or None where
-    nothing tells it.
+    `version` is the artifact's full version ("0.6.13+cu130"), or None if unknown.
     """
 
     @property
@@ -53,21 +52,21 @@ class KernelSource(Protocol):
         """What vouches for its files: docs/wheels-lock.md."""
 
     def modules(self) -> list[str]:
-        """The names of the modules it has, sorted."""
+        """Return the names of its modules, sorted."""
 
     def file(self, module: str) -> ModuleFile:
-        """A module's file, verified as far as the source allows; only for one it has."""
+        """Return the file of a module that the source has, verified as far as it allows."""
 
 
 def release_of(source: KernelSource) -> str | None:
-    """FlashInfer's release: the version without the local part that names CUDA and SMs."""
+    """Return FlashInfer's release: the version without the local part that names CUDA and SMs."""
     return source.version.partition("+")[0] if source.version else None
 
 
 class KernelDirectory:
-    """Modules lying in a directory: the jit_cache itself, or what it is installed in.
+    """Modules in a directory: the jit_cache itself, or the folder it is installed in.
 
-    With `hashes`, those of the RECORD of a distribution that installed them.
+    `hashes` are those in the RECORD of the distribution that installed them.
     """
 
     def __init__(
@@ -105,7 +104,7 @@ class KernelDirectory:
 
 
 class KernelWheel:
-    """A `flashinfer_jit_cache` wheel; members go into the cache, checked against RECORD."""
+    """A `flashinfer_jit_cache` wheel; members are extracted to the cache, checked by RECORD."""
 
     def __init__(self, location: str, wheel: WheelReader) -> None:
         self.location = location
@@ -121,7 +120,7 @@ class KernelWheel:
 
     @functools.cached_property
     def _members(self) -> dict[str, str]:
-        """The members that are modules, by the module's name."""
+        """The members that are modules, by module name."""
         matches = ((_MEMBER.fullmatch(member), member) for member in self._wheel.members)
         return {match[1]: member for match, member in matches if match}
 
@@ -137,9 +136,9 @@ class KernelWheel:
         return found
 
     def kept(self, module: str) -> ModuleFile | None:
-        """A module that the cache has, or the seed cache."""
+        """Return a module's file from the cache or the seed cache, or None."""
         recorded = self._wheel.record.get(self._members[module])
-        if recorded is None:  # extracting says so
+        if recorded is None:  # extracting reports it
             return None
         path = cache.find(recorded.sha256, f"{module}.so")
         if path is not None:
@@ -151,7 +150,7 @@ class KernelWheel:
 
 
 class KernelFile:
-    """One library by itself; it is its own only module, and nothing vouches for it."""
+    """A single library, which is its own only module and which nothing vouches for."""
 
     version: str | None = None
     trust = "unverified"
@@ -167,7 +166,7 @@ class KernelFile:
 
 
 def _hashed(module: str, path: Path) -> ModuleFile:
-    """A file that nobody else can change, hashed."""
+    """Hash a file that no other user can change."""
     try:
         trust.check_named(path)
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -176,12 +175,12 @@ def _hashed(module: str, path: Path) -> ModuleFile:
             if not stat.S_ISREG(before.st_mode):
                 raise ArtifactError(f"{path} is no regular file: remove it")
             return ModuleFile(module, path, cache.hash_of(file), cache.state_of(before))
-    except OSError as error:  # a file of /proc can be opened and not read
+    except OSError as error:  # a file of /proc can be opened but not read
         raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def open_source(location: str | os.PathLike[str]) -> KernelSource:
-    """The source at a path; `KernelNotFoundError` where there is nothing of the kind."""
+    """Return the source at a path; `KernelNotFoundError` if nothing is there."""
     path = cache.expanded(location, "the source of kernels")
     if os.path.isdir(path):
         return KernelDirectory(path)

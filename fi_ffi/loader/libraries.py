@@ -1,8 +1,9 @@
-"""What must be there before a kernel module is loaded, beside libtvm_ffi: CUDA's libraries.
+"""Libraries that kernel modules need besides libtvm_ffi: CUDA's.
 
-A module names them by file (`libcudart.so.13`, `libcublas.so.12`), and the dynamic linker takes
-what this process has under that name.  They are brought here first, from wherever they are
-installed, and loaded globally.  And a folder that some modules make while they are loaded.
+A module names them by file (`libcudart.so.13`, `libcublas.so.12`), and the dynamic linker takes the
+library that this process has under that name. So they are loaded first and globally, from wherever
+they are installed. This module also prepares a folder that some modules create while they are
+loaded.
 """
 
 from __future__ import annotations
@@ -20,42 +21,41 @@ from typing import Any
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.errors import ArtifactError, LoaderError
-from fi_ffi.loader import trust
+from fi_ffi.loader import machine, trust
 from fi_ffi.loader.fatbin import CudaCode, runs_on
 
-# The package of the index that has a library; those of CUDA 12 have its number in their names.
+# The package that provides a library; those for CUDA 12 have a suffix in their names.
 PACKAGES = {
     "cudart": "nvidia-cuda-runtime",
     "cublas": "nvidia-cublas",
     "cublasLt": "nvidia-cublas",
     "nvrtc": "nvidia-cuda-nvrtc",
 }
-# The extra of fi_ffi that brings a library, by the CUDA.
+# The extra of fi_ffi that provides a library, by CUDA version.
 _EXTRAS = {
     12: {"cudart": "cu12", "cublas": "gemm-cu12", "cublasLt": "gemm-cu12", "nvrtc": "gemm-cu12"},
     13: {"cudart": "cu13", "cublas": "gemm", "cublasLt": "gemm", "nvrtc": "gemm"},
 }
-# What a library needs and may lie where only it is looked for.
+# Dependencies that the linker may not find itself.
 _FIRST = {"cublas": "cublasLt"}
 
 _NAME = re.compile(r"lib(\w+)\.so\.(\d+)")
 
 
-# A function of modules that compile DeepGEMM's kernels, if they are told to.
+# An export of modules that can compile DeepGEMM's kernels.
 _COMPILES = "set_deepgemm_jit_include_dirs"
 DEEPGEMM_FOLDER = "TRTLLM_DG_CACHE_DIR"
-# A function of modules that copy a number from the current GPU as they are loaded, and throw where
-# that fails (`configureKernel` of csrc/xqa/mla_sm120.cu); nothing catches it.
+# An export of modules that copy a number from the current GPU while they are loaded and throw if
+# that fails (`configureKernel` of csrc/xqa/mla_sm120.cu); nothing catches the exception.
 _ASKS_GPU = "xqa_wrapper_mla"
 
 
 def prepare(
     functions: Container[str], needed: Iterable[str], codes: Sequence[CudaCode] = ()
 ) -> None:
-    """Bring what a module needs that exports these functions, needs these libraries and has this
-    device code.
+    """Load the libraries of a module with these functions, dependencies and device code.
 
-    Raises `LoaderError` where something is missing.
+    Raises `LoaderError` if something is missing.
     """
     if _COMPILES in functions:
         check_deepgemm_folder()
@@ -68,16 +68,16 @@ def prepare(
 
 
 def package(name: str, major: int) -> str:
-    """The distribution that has a library of a CUDA, in the index's own name."""
+    """Return the name of the distribution that provides a library for a CUDA version."""
     return f"{PACKAGES[name]}-cu12" if major == 12 else PACKAGES[name]
 
 
 @functools.cache
 def load(file: str) -> tuple[Any, str]:
-    """A library as a cffi library, and where it was found: a copy that this process has, or
-    else that of installed packages, the system, conda or CUDA_HOME.
+    """Load a library of CUDA; return it and where it was found.
 
-    Raises `LoaderError`, with the package that has it, where it is nowhere.
+    A copy in this process comes first, then installed packages, the system, conda and CUDA_HOME. If
+    none has it, raises `LoaderError` with the package to install.
     """
     match = _NAME.fullmatch(file)
     assert match is not None, file
@@ -85,21 +85,21 @@ def load(file: str) -> tuple[Any, str]:
     if loaded is not None:
         return loaded, "already in this process"
     if match[1] in _FIRST:
-        with contextlib.suppress(LoaderError):  # or the linker finds it
+        with contextlib.suppress(LoaderError):  # the linker may still find it
             load(file.replace(match[1], _FIRST[match[1]]))
-    said = []
+    reasons = []
     for path in _places(file):
         try:
             found = ffi.dlopen(path, os.RTLD_NOW | os.RTLD_GLOBAL)
         except OSError as error:
-            said.append(str(error).partition("\n")[0])
+            reasons.append(str(error).partition("\n")[0])
             continue
         return found, path
-    raise _absent(file, match[1], int(match[2]), said[0])
+    raise _absent(file, match[1], int(match[2]), reasons[0])
 
 
 def _places(file: str) -> Iterator[str]:
-    """Where a library may be: a path, or its name, by which the dynamic linker finds it."""
+    """Yield the possible locations of a library: paths, and its name for the dynamic linker."""
     for folder in dict.fromkeys(sys.path):
         # Packages of CUDA 13 share a folder; each of CUDA 12 has its own.
         yield from map(str, sorted(Path(folder or ".").glob(f"nvidia/*/lib/{file}")))
@@ -115,15 +115,15 @@ def _places(file: str) -> Iterator[str]:
 
 
 def in_process(file: str) -> Any:
-    """A library that is loaded under this name, whose symbols then serve what is loaded next."""
-    # cffi's own dlopen expects a reason for a failure, and here there is none.
+    """Return a library that is already loaded under this name, with its symbols made global."""
+    # cffi's dlopen would expect dlerror to report a reason, and there is none.
     if library.in_process(file) is None:
         return None
     return ffi.dlopen(file, os.RTLD_NOW | os.RTLD_GLOBAL)
 
 
 def requirement(name: str, major: int) -> str:
-    """What pip is asked for, for a library of this major version of CUDA."""
+    """Return the pip requirement for a library of this CUDA major version."""
     return f"{package(name, major)}>={major},<{major + 1}"
 
 
@@ -138,12 +138,10 @@ def _absent(file: str, name: str, major: int, reason: str) -> LoaderError:
 
 
 def check_gpu(codes: Sequence[CudaCode]) -> None:
-    """Raise `LoaderError` where a module that calls its GPU as it is loaded could not.
+    """Raise `LoaderError` if a module that uses its GPU while it is loaded would fail.
 
-    The process would end.
+    The process would end otherwise.
     """
-    from fi_ffi.loader import machine  # which loads its runtime by this module
-
     why = "this process sees none"
     if machine.device_count():
         device = machine.current_device()
@@ -158,7 +156,7 @@ def check_gpu(codes: Sequence[CudaCode]) -> None:
 
 
 def deepgemm_folder() -> Path:
-    """Where such a module makes folders as it is loaded, and keeps what it compiles."""
+    """Return the folder in which a module with DeepGEMM's compiler keeps its results."""
     if DEEPGEMM_FOLDER in os.environ:
         return Path(os.environ[DEEPGEMM_FOLDER])
     if "HOME" in os.environ:
@@ -167,10 +165,10 @@ def deepgemm_folder() -> Path:
 
 
 def check_deepgemm_folder() -> None:
-    """Raise `LoaderError` where a module with DeepGEMM's compiler could not make its folders.
+    """Raise `LoaderError` if a module with DeepGEMM's compiler could not create its folders.
 
-    It makes them while it is loaded, compiler or not, and where that fails it throws what
-    nothing catches: the process would end.
+    The module creates them while it is loaded, even if it never compiles. If that fails it throws
+    an exception that nothing catches, and the process ends.
     """
     folder = deepgemm_folder()
     try:

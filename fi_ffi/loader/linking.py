@@ -1,10 +1,10 @@
-"""What a library leaves for others to define: whether this process has it, or in words what has.
+"""Undefined symbols of a library: checks that they are defined, and explains the linker's errors.
 
-The dynamic linker names one symbol that it did not find, and nobody who has it.  So libtvm_ffi is
-asked before a library is loaded, for all that the library requires of it: kernels that were
-compiled with a later apache-tvm-ffi may need what an earlier one lacks.  What is left (the C++
-runtime, CUDA's, the driver) the linker looks for before it runs any of the library's code, and its
-words get what was looked at and what to do.
+The dynamic linker names one missing symbol and not the library that should define it. Therefore,
+before a library is loaded, libtvm_ffi is checked for all symbols required from it: kernels compiled
+with a later apache-tvm-ffi may need symbols that an earlier one lacks. The linker checks the others
+(the C++ runtime, CUDA, the driver) before it runs any code of the library; its message gets the
+library concerned and advice.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from fi_ffi.errors import LoaderError
 from fi_ffi.loader import held, libraries, machine, tvm_ffi
 from fi_ffi.loader.elf import RUNTIME, defined_versions, undefined
 
-# Made by tools/record_symbols.py: symbols that not every apache-tvm-ffi exports, and those that do.
+# Written by tools/record_symbols.py: symbols that only some apache-tvm-ffi releases export, and the
+# releases.
 SYMBOLS = Path(__file__).with_name("data") / "tvm_ffi.json"
 
 _VERSION = re.compile(r"(?P<library>/\S+): version `(?P<family>\w+?)_[\d.]+' not found")
@@ -32,10 +33,10 @@ _BUILD = "`fi-ffi build` makes it on this one"
 
 
 def check(path: Path, requires: Sequence[str], needed: Sequence[str], found: tvm_ffi.Found) -> None:
-    """Raise `LoaderError` where libtvm_ffi lacks symbols that the library at `path` requires.
+    """Raise `LoaderError` if libtvm_ffi lacks symbols that the library at `path` requires.
 
-    A library that it needs may define them: one that is not in this process is left to the linker,
-    which knows where it lies.
+    A library that it needs may define them. One that is not loaded yet is left to the linker, which
+    knows where to find it.
     """
     missing = [name for name in requires if library.find_symbol(ffi.NULL, name) is None]
     for file in needed if missing else ():
@@ -55,7 +56,7 @@ def _lacking(path: Path, missing: Sequence[str], found: tvm_ffi.Found) -> Loader
 
 
 def _who_has(symbols: Sequence[str]) -> str:
-    """Which apache-tvm-ffi exports the symbols, and how to get it."""
+    """Return which apache-tvm-ffi exports the symbols, and how to install it."""
     known = json.loads(SYMBOLS.read_text())
     unknown = [symbol for symbol in symbols if symbol not in known["symbols"]]
     again = "and start this process again"
@@ -70,11 +71,11 @@ def _who_has(symbols: Sequence[str]) -> str:
 
 
 def open_module(path: Path, through: str | None, opened: held.Held) -> Any:
-    """The library at `path`, loaded by the name `through`; its content is `opened`.
+    """Load the library at `path` by the name `through`; `opened` is its open file.
 
-    From 0.7 on FlashInfer's dispatchers name instances of their templates that no planner chooses
-    and that are not compiled, and its own loader binds functions as they are called.  So those may
-    be undefined; whatever else a library lacks is refused, as it always is.
+    From 0.7 on, FlashInfer's dispatchers name template instances that no planner chooses and that
+    are not compiled; FlashInfer's own loader binds lazily. So undefined functions of FlashInfer are
+    accepted, and all others refused.
     """
     try:
         return library.open_module(str(path), through)
@@ -91,25 +92,25 @@ def open_module(path: Path, through: str | None, opened: held.Held) -> Any:
         and library.find_symbol(handle, name) is None
     ]
     if missing:
-        opened.keep()  # it stays loaded by this name
+        opened.keep()  # it stays loaded under this name
         raise LoaderError(f"{path} does not load: undefined symbol: {missing[0]}")
     return handle
 
 
 def explained(error: LoaderError, path: Path, found: tvm_ffi.Found) -> LoaderError:
-    """The dynamic linker's refusal of the library at `path`, with what to do about it."""
-    told, advice = str(error), ""
-    if match := _VERSION.search(told):
+    """Return the dynamic linker's error about the library at `path`, extended with advice."""
+    message, advice = str(error), ""
+    if match := _VERSION.search(message):
         advice = _about_runtime(match["library"], match["family"])
-    elif match := _SYMBOL.search(told):
+    elif match := _SYMBOL.search(message):
         if RUNTIME.match(match["symbol"]):
             return _lacking(path, [match["symbol"]], found)
         advice = _about_cuda(match["symbol"], match["version"] or "")
-    return LoaderError(f"{told}. {advice}") if advice else error
+    return LoaderError(f"{message}. {advice}") if advice else error
 
 
 def _about_runtime(path: str, family: str) -> str:
-    """About a C or C++ library, which lacks a version of its symbols."""
+    """Return advice about a C or C++ library that lacks a symbol version."""
     numbers: list[tuple[int, ...]] = []
     with contextlib.suppress(LoaderError):
         for name in defined_versions(path):
@@ -118,13 +119,13 @@ def _about_runtime(path: str, family: str) -> str:
     newest = ".".join(map(str, max(numbers, default=())))
     has = f"{path} has {family} up to {newest}" if newest else f"{path} has no {family}"
     newer = _BUILD
-    if family != "GLIBC":  # which is the system's, and comes with it alone
+    if family != "GLIBC":  # GLIBC comes only with the system
         newer = f"take a newer one, as conda's libstdcxx-ng is, or {_BUILD}"
     return f"{has}: it was compiled on a newer system; {newer}"
 
 
 def _about_cuda(symbol: str, version: str) -> str:
-    """About a function that CUDA's runtime or the driver lacks."""
+    """Return advice about a function that CUDA's runtime or the driver lacks."""
     if match := re.fullmatch(r"libcudart\.so\.(\d+)", version):
         wanted = libraries.requirement("cudart", int(match[1]))
         return (

@@ -1,8 +1,8 @@
-"""Which modules FlashInfer builds ahead of time in a release, and for which GPUs.
+"""The modules that FlashInfer builds ahead of time in a release, and their GPUs.
 
-`data/modules.json` has what the generators of some releases list and the architectures in
-their compiler flags (`fi-ffi release record --modules` makes it).  They were asked for more
-architectures than wheels are published for: `WHEELS` says for which.
+`data/modules.json` records what the generators of some releases list, with the architectures in
+their compiler flags (made by `fi-ffi release record --modules`). The generators were asked for more
+architectures than published wheels have; `WHEELS` lists the published ones.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fi_ffi.loader.fatbin import CudaCode, sass_named
 from fi_ffi.loader.uris import ModuleName, Value, parse
 
 _DATA = Path(__file__).with_name("data") / "modules.json"
-# What FlashInfer's release workflow compiles the wheels of a CUDA tag for.  The wheels
-# themselves could not be had where this was written.
+# Architectures that FlashInfer's release workflow compiles for, by CUDA tag and machine; not
+# checked against published wheels.
 _CU130 = "7.5 8.0 8.9 9.0a 10.0a 10.3a 12.0f"
 WHEELS = {
     ("cu128", "x86_64"): "7.5 8.0 8.9 9.0a 10.0a 12.0a",
@@ -40,13 +40,13 @@ class Box:
 
     @classmethod
     def read(cls, data: Mapping[str, object]) -> Box:
-        """From JSON: `{"family": "norm"}`, with `params` where the family has any."""
+        """Return a box from JSON: `{"family": "norm"}`, with `params` if the family has any."""
         params = data.get("params", {})
         assert isinstance(params, dict)
         return cls(str(data["family"]), tuple((k, tuple(v)) for k, v in params.items()))
 
     def has(self, module: ModuleName) -> bool:
-        """Whether the module is one of them."""
+        """Return whether the module is in the box."""
         return module.family == self.family and all(
             any(given == value and type(given) is type(value) for value in values)
             for name, values in self.values
@@ -60,11 +60,11 @@ class Listed:
 
     release: str
     modules: tuple[tuple[Box, tuple[CudaCode, ...]], ...]
-    # How many modules there are, those with names that follow no rule included.
+    # Number of modules, including those whose names follow no rule.
     count: int
 
     def codes(self, module: str) -> tuple[CudaCode, ...] | None:
-        """What a module is compiled for where everything is asked for; None if not listed."""
+        """Return a module's architectures if all were requested; None if it is not listed."""
         parsed = parse(module, self.release)
         return None if parsed is None else self._codes(parsed)
 
@@ -72,17 +72,17 @@ class Listed:
         return next((codes for box, codes in self.modules if box.has(module)), None)
 
     def family(self, name: str) -> list[tuple[Box, tuple[CudaCode, ...]]]:
-        """The boxes of a family."""
+        """Return the boxes of a family."""
         return [(box, codes) for box, codes in self.modules if box.family == name]
 
 
 def code_named(architecture: str) -> CudaCode:
-    """The machine code for an architecture as FLASHINFER_CUDA_ARCH_LIST has it: 9.0a."""
+    """Return the machine code for an architecture as in FLASHINFER_CUDA_ARCH_LIST: 9.0a."""
     return sass_named("sm" + architecture.replace(".", ""))
 
 
 def in_wheel(codes: tuple[CudaCode, ...], cuda: str, machine: str) -> tuple[CudaCode, ...]:
-    """Those of a module's architectures that the published wheels of a CUDA tag have."""
+    """Return those of a module's architectures that the published wheels of a CUDA tag have."""
     published = {code_named(text) for text in WHEELS.get((cuda, machine), "").split()}
     return tuple(code for code in codes if code in published)
 
@@ -93,7 +93,7 @@ def _data() -> Any:
 
 
 def recorded_releases() -> tuple[str, ...]:
-    """The releases whose lists are recorded, in their order."""
+    """Return the releases whose lists are recorded, in order."""
     return tuple(_data()["releases"])
 
 
@@ -103,24 +103,24 @@ def _releases() -> Any:
 
 
 def known_releases() -> tuple[str, ...]:
-    """The releases of flashinfer-python whose sources rows are held against, in their order."""
+    """Return the releases of flashinfer-python that rows are compared with, in order."""
     return tuple(_releases())
 
 
 def sha256_of(release: str) -> str | None:
-    """The sha256 of a release's wheel; None of one that is not known."""
+    """Return the sha256 of a release's wheel; None if it is unknown."""
     about = _releases().get(release)
     return str(about["sha256"]) if about else None
 
 
 def entries_in(release: str) -> int:
-    """How much a known release's sources export."""
+    """Return the number of entries that a known release's sources export."""
     return int(_releases()[release]["entries"])
 
 
 @functools.cache
 def listed_in(release: str) -> Listed | None:
-    """The list of a release; None where it was not recorded."""
+    """Return the list of a release; None if it is not recorded."""
     about = _data()["releases"].get(release)
     if about is None:
         return None
@@ -128,7 +128,8 @@ def listed_in(release: str) -> Listed | None:
     return Listed(release, tuple(map(_read, groups)), about["count"])
 
 
-# Between these, and not among those that the generators were asked for: Orin is in no wheel.
+# The generators were not asked for Orin, which no wheel has; modules compiled for both of these
+# neighbours can be compiled for it too.
 _AROUND_ORIN, _ORIN = {sass_named("sm80"), sass_named("sm89")}, sass_named("sm87")
 
 

@@ -1,6 +1,6 @@
-"""`wheels.lock`: every file that may be fetched, pinned.
+"""`wheels.lock`, which pins every file that may be fetched.
 
-`docs/wheels-lock.md` describes the format; `tools/pins.py` edits it.
+`docs/wheels-lock.md` describes the format; `tools/pins.py` edits the file.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _VERSION = re.compile(r"\d+(\.\d+){1,3}((a|b|rc)\d+)?(\.(post|dev)\d+)?")
 class PinnedWheel:
     """A published wheel of kernels.
 
-    `record_sha256`, where known, pins every member without fetching the whole file;
-    `sm` is the architecture of a provider wheel ("sm90a"), which holds no other.
+    `record_sha256`, if known, pins every member without fetching the whole file. `sm` is the only
+    architecture of a provider wheel ("sm90a").
     """
 
     release: str
@@ -45,7 +45,7 @@ class PinnedWheel:
 
 @dataclass(frozen=True)
 class Lock:
-    """The lock, read."""
+    """The contents of a lock file."""
 
     path: Path
     default_release: str
@@ -53,12 +53,12 @@ class Lock:
 
 
 def this_platform() -> str:
-    """The platform's name in the lock, such as `linux-x86_64`."""
+    """Return the platform's name in the lock, such as `linux-x86_64`."""
     return f"{platform.system()}-{platform.machine()}".lower()
 
 
 def lock_path() -> Path:
-    """`FI_FFI_LOCK`, or the lock inside the installed package, or beside a source tree."""
+    """Return `FI_FFI_LOCK`, or the lock in the installed package or beside a source tree."""
     chosen = os.environ.get(ENVIRONMENT)
     if chosen:
         from fi_ffi.loader.cache import expanded
@@ -71,23 +71,23 @@ def lock_path() -> Path:
 
 @functools.cache
 def the_lock() -> Lock:
-    """The lock in use, read once."""
+    """Return the lock in use, read once."""
     return read_lock(lock_path())
 
 
 def named_release() -> str | None:
-    """The FlashInfer release that FI_FFI_RELEASE names; `ArgumentError` where that is none."""
+    """Return the FlashInfer release that FI_FFI_RELEASE names; `ArgumentError` if it is invalid."""
     chosen = os.environ.get(RELEASE)
     return parse_release(chosen, RELEASE) if chosen else None
 
 
 def wanted_release() -> str:
-    """The release to look for where no kernels tell one: the named one, or the lock's default."""
+    """Return the release to use without kernels: FI_FFI_RELEASE, or the lock's default."""
     return named_release() or the_lock().default_release
 
 
 def parse_release(text: str, argument: str = "release") -> str:
-    """A release such as 0.6.13 or 0.7.2.post1."""
+    """Check and return a release such as 0.6.13 or 0.7.2.post1."""
     if not _VERSION.fullmatch(text):
         expected = f"a version such as {the_lock().default_release}"
         raise ArgumentError("kernels", argument, got=repr(text), expected=expected)
@@ -95,7 +95,7 @@ def parse_release(text: str, argument: str = "release") -> str:
 
 
 def read_lock(path: Path) -> Lock:
-    """Read a lock; `LoaderError` names the file and what is wrong with it."""
+    """Read a lock; `LoaderError` names the file and the problem."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -119,7 +119,7 @@ def _url(kernels: dict[str, Any], entry: dict[str, Any]) -> str:
 
 
 def _wheel(entry: dict[str, Any]) -> PinnedWheel:
-    """An entry from its table: `-` in keys is `_` in fields, and nothing may be unknown."""
+    """Return an entry of the lock: `-` in keys becomes `_`, unknown keys are refused."""
     values = {key.replace("-", "_"): value for key, value in entry.items()}
     unknown = set(values) - {field.name for field in fields(PinnedWheel)}
     if unknown:

@@ -1,8 +1,9 @@
-"""What this machine is, and which CUDA this process runs on.
+"""This machine's driver and GPUs, and the CUDA runtime of this process.
 
-Driver and devices are asked of the driver, which is the same for every CUDA; no context is made.
-The CUDA runtime is that of the kernels: they name it by file (`libcudart.so.12`, `.so.13`).  A
-process has one: kernels of another CUDA are refused before anything is loaded.
+The driver and the devices are queried through the driver, which is the same for every CUDA version;
+no context is created. The CUDA runtime is the one that the kernels name by file (`libcudart.so.12`,
+`.so.13`). A process has only one: kernels of another CUDA version are refused before anything is
+loaded.
 """
 
 from __future__ import annotations
@@ -13,16 +14,15 @@ import re
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from fi_ffi.abi import failure, library, streams
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.errors import AbiError, KernelError, LoaderError
-from fi_ffi.loader import cuda_errors, libraries
+from fi_ffi.loader import cuda_errors
 
-CUDA_MAJORS = (13, 12)  # of the kernels that fi_ffi can serve, the preferred first
-CPUS = ("x86_64", "aarch64")  # that there are kernels for
+CUDA_MAJORS = (13, 12)  # CUDA versions of supported kernels, the preferred one first
+CPUS = ("x86_64", "aarch64")  # processors that kernels are built for
 DRIVER = "libcuda.so.1"
 
 # CUdevice_attribute of cuda.h
@@ -30,19 +30,19 @@ _MULTIPROCESSORS, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 16, 75, 76
 _SHARED_MEMORY = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 
 _NO_DRIVER = 100  # CUDA_ERROR_NO_DEVICE
-_NOT_INITIALIZED = 3  # CUDA_ERROR_NOT_INITIALIZED: what a forked child is told
+_NOT_INITIALIZED = 3  # CUDA_ERROR_NOT_INITIALIZED: returned in a forked child
 _START_OTHERWISE = (
     "fork before the first use of a GPU, or start processes with multiprocessing's "
     "`spawn` or `forkserver`"
 )
-# A runtime's file, as a process has it mapped; wheels that bundle one put a hash into its name.
+# A mapped runtime; wheels that bundle one add a hash to its name.
 _MAPPED = re.compile(
     r"\s(/\S.*/libcudart(?:-\w+)?\.so\.(\d+)[\w.]*)(?: \(deleted\))?$", re.MULTILINE
 )
-# Whether this process was forked off another that had used a GPU by then.
-_is_cut_off = False
+# Whether this process was forked from one that had used a GPU.
+_forked_after_cuda = False
 
-# The runtime that is in use: a cffi library, where it was found, its major version.
+# The runtime in use: cffi library, location, major version.
 _runtime: tuple[Any, str, int] | None = None
 _lock = threading.RLock()
 library.renew_after_fork(globals(), "_lock", threading.RLock)
@@ -52,28 +52,29 @@ def _no_kernels() -> int | None:
     return None
 
 
-# Tells the major version that the kernels in use are of, or None; the search for them fills it in.
+# Returns the CUDA major version of the kernels in use, or None; set by the search for kernels.
 ask_kernels: Callable[[], int | None] = _no_kernels
 
 
 def cudart(major: int) -> str:
-    """The file of a CUDA runtime."""
+    """Return the file name of a CUDA runtime."""
     return f"libcudart.so.{major}"
 
 
 def runtimes_in_process() -> dict[int, str]:
-    """The CUDA runtimes that are mapped into this process: their files by major version."""
+    """Return the CUDA runtimes mapped into this process: files by major version."""
     try:
-        maps = Path("/proc/self/maps").read_text(errors="replace")
+        with open("/proc/self/maps", errors="replace") as file:
+            maps = file.read()
     except OSError:
         return {}
     return {int(major): path for path, major in _MAPPED.findall(maps)}
 
 
 def majors_here() -> tuple[int, ...]:
-    """The major versions of CUDA that kernels may be of in this process, the best first.
+    """Return the CUDA major versions that this process can use, the best first.
 
-    Those that the driver runs; of them that of the runtime which is here, if one is.
+    These are the versions that the driver supports, limited to a runtime already in the process.
     """
     here = (_runtime[2],) if _runtime else tuple(runtimes_in_process())
     driver = driver_version()
@@ -84,38 +85,40 @@ def majors_here() -> tuple[int, ...]:
 
 
 def load_cudart() -> tuple[Any, str]:
-    """The CUDA runtime as a cffi library, and where it was found.
+    """Load the CUDA runtime; return it as a cffi library, and where it was found.
 
-    That of the kernels in use; where there are none, the best one that is installed here.
-    Raises `LoaderError` where there is none.
+    The runtime is that of the kernels in use, or without kernels the best installed one. Raises
+    `LoaderError` if there is none.
     """
     if _runtime is None:
         refuse_after_fork()
         here = tuple(runtimes_in_process())
-        told = ask_kernels() if len(here) != 1 else None
-        if told is None or (here and told not in here):
+        wanted = ask_kernels() if len(here) != 1 else None
+        if wanted is None or (here and wanted not in here):
             majors = here or majors_here() or CUDA_MAJORS[-1:]
         else:
-            majors = (told,)
+            majors = (wanted,)
         for major in majors[:-1]:
             try:
                 return use_cuda(major)
-            except LoaderError:  # the next may be installed
+            except LoaderError:  # another version may be installed
                 continue
         return use_cuda(majors[-1])
     return _runtime[:2]
 
 
 def use_cuda(major: int, wanted_by: str = "") -> tuple[Any, str]:
-    """Load the runtime of a CUDA, if it is not here; `wanted_by` is the file that needs it.
+    """Load the runtime of a CUDA version, if needed; `wanted_by` is the file that needs it.
 
-    Raises `AbiError` where this process has another, `LoaderError` where it is not installed.
+    Raises `AbiError` if this process has another version, `LoaderError` if it is not installed.
     """
     global _runtime
     with _lock:
         check_cuda(major, wanted_by)
         if _runtime is None or _runtime[2] != major:
             refuse_after_fork()
+            from fi_ffi.loader import libraries  # imported here: starting needs no libraries
+
             found, place = libraries.load(cudart(major))
             _runtime = found, runtimes_in_process().get(major, place), major
             failure.examine = examined
@@ -123,15 +126,15 @@ def use_cuda(major: int, wanted_by: str = "") -> tuple[Any, str]:
 
 
 def cuda_major() -> int:
-    """The major version of the CUDA that this process runs on."""
+    """Return the CUDA major version of this process."""
     load_cudart()
     assert _runtime is not None
     return _runtime[2]
 
 
 def check_cuda(major: int, wanted_by: str = "") -> None:
-    """Raise `AbiError` for a CUDA beside which this process has another."""
-    wanted_by = wanted_by or "what is asked for"
+    """Raise `AbiError` if this process has another CUDA version."""
+    wanted_by = wanted_by or "this call"
     if major not in CUDA_MAJORS:
         raise AbiError(
             f"{wanted_by} needs {cudart(major)}, and fi_ffi serves kernels of CUDA "
@@ -148,7 +151,7 @@ def check_cuda(major: int, wanted_by: str = "") -> None:
 
 
 def _torch_here(major: int) -> str:
-    """A remark on the torch that has brought a CUDA, if one has."""
+    """Return a remark about torch if it loaded this CUDA version, else ""."""
     torch = sys.modules.get("torch")
     cuda = getattr(getattr(torch, "version", None), "cuda", None)
     if not isinstance(cuda, str) or cuda.partition(".")[0] != str(major):
@@ -157,7 +160,7 @@ def _torch_here(major: int) -> str:
 
 
 def check_driver(major: int, wanted_by: str) -> None:
-    """Raise `LoaderError` where this machine's driver runs no kernels of a CUDA."""
+    """Raise `LoaderError` if this machine's driver is too old for kernels of a CUDA version."""
     driver = driver_version()
     if driver is not None and driver[0] < major:
         raise LoaderError(
@@ -169,16 +172,16 @@ def check_driver(major: int, wanted_by: str) -> None:
 
 
 def is_cut_off() -> bool:
-    """Whether this process can use no GPU, because its parent had when it was forked.
+    """Return whether this process was forked from one that had used a GPU, and can use none.
 
-    What the parent had of CUDA is to be left alone: not even freed.
+    The parent's CUDA objects must not be touched in such a process, not even freed.
     """
-    return _is_cut_off
+    return _forked_after_cuda
 
 
 def refuse_after_fork() -> None:
-    """Raise `LoaderError` where this process can use no GPU because of a fork."""
-    if _is_cut_off:
+    """Raise `LoaderError` if this process can use no GPU because of a fork."""
+    if _forked_after_cuda:
         raise LoaderError(
             "no GPU can be used in this process: it was forked from one that had used a GPU, "
             f"and CUDA does not survive that; {_START_OTHERWISE}"
@@ -187,7 +190,7 @@ def refuse_after_fork() -> None:
 
 @functools.cache
 def load_driver() -> Any:
-    """CUDA's driver as a cffi library, or None where there is none."""
+    """Return CUDA's driver as a cffi library, or None without a driver."""
     try:
         return ffi.dlopen(DRIVER)
     except OSError:
@@ -195,7 +198,7 @@ def load_driver() -> Any:
 
 
 def _ask(function: str, *arguments: int) -> tuple[int, int]:
-    """What the driver says: an error, 0 for none, and a number."""
+    """Query the driver; return its error code (0 for success) and a number."""
     value, driver = ffi.new("int *"), load_driver()
     if driver is None:
         return _NO_DRIVER, 0
@@ -204,12 +207,12 @@ def _ask(function: str, *arguments: int) -> tuple[int, int]:
 
 
 def examined(error: KernelError) -> KernelError:
-    """An error, or the `DeviceError` that is behind it."""
+    """Return an error, or the `DeviceError` that caused it."""
     return cuda_errors.examine(load_cudart()[0], error, bool(thread.bound))
 
 
 def driver_version() -> tuple[int, int] | None:
-    """The CUDA version the driver supports, or None where there is no driver."""
+    """Return the CUDA version that the driver supports, or None without a driver."""
     driver, value = load_driver(), ffi.new("int *")
     if driver is None or driver.cuDriverGetVersion(value) or not value[0]:
         return None
@@ -220,7 +223,7 @@ _device_count = 0
 
 
 def device_count() -> int:
-    """GPUs that this process sees; asked once there is one."""
+    """Return the number of GPUs that this process sees, cached unless it is 0."""
     global _device_count
     if not _device_count:
         code, count = _ask("cuDeviceGetCount")
@@ -231,7 +234,7 @@ def device_count() -> int:
 
 
 def device_of_stream(handle: int) -> int | None:
-    """The device of a stream; None while it records a graph, which asking would spoil."""
+    """Return a stream's device; None during its capture, which the query would invalidate."""
     runtime, found = load_cudart()[0], ffi.new("int *")
     if not hasattr(runtime, "cudaStreamGetDevice"):
         return None
@@ -250,18 +253,18 @@ class _Thread(threading.local):
         self.bound: set[int] = set()
 
 
-thread = _Thread()  # `bound`: the devices whose context this thread has been given
+thread = _Thread()  # `bound`: devices whose context this thread has
 
 
 def make_current(device: int) -> int | None:
-    """Make a device this thread's current one; the one it replaces, or None where it was.
+    """Make a device this thread's current one; return the previous one, or None if unchanged.
 
-    A device that this thread has not used yet is set even where it is current: only that
-    gives the thread its context.  Kernels that encode TMA descriptors need one before they
-    launch: without, the encoding fails, and the kernel is launched with what is left.
+    A device that this thread has not used yet is set even if it is current: only that gives the
+    thread its context. Kernels that encode TMA descriptors need the context before the launch;
+    without one the encoding fails and the kernel is launched with invalid descriptors.
     """
     bound = thread.bound
-    if device in bound and device == 0 and device_count() == 1:  # there is no other
+    if device in bound and device == 0 and device_count() == 1:  # the only device, already bound
         return None
     refuse_after_fork()
     runtime, current = load_cudart()[0], ffi.new("int *")
@@ -273,12 +276,12 @@ def make_current(device: int) -> int | None:
         cuda_errors.check_lost(runtime, code, "cudaSetDevice")
         raise LoaderError(f"cuda:{device} cannot be used: CUDA error {code}{_hint(code)}")
     bound.add(device)
-    device_count()  # which says from now on that a GPU is in use
+    device_count()  # sets the cached number, which marks that a GPU is in use
     return None if current[0] == device else int(current[0])
 
 
 def current_device() -> int:
-    """The device that is this thread's current one."""
+    """Return this thread's current device."""
     runtime, current = load_cudart()[0], ffi.new("int *")
     code = runtime.cudaGetDevice(current)
     if code:
@@ -287,12 +290,12 @@ def current_device() -> int:
 
 
 def multiprocessors(device: int) -> int:
-    """How many streaming multiprocessors a device has."""
+    """Return a device's number of streaming multiprocessors."""
     return _attribute(device, _MULTIPROCESSORS)
 
 
 def shared_memory(device: int) -> int:
-    """How many bytes of shared memory a block can have that asks for them."""
+    """Return the bytes of shared memory that a block can opt in to."""
     return _attribute(device, _SHARED_MEMORY)
 
 
@@ -309,25 +312,25 @@ def _attribute(device: int, attribute: int) -> int:
 
 
 def _hint(code: int) -> str:
-    """What may be behind an error of CUDA's: another library may have used it before a fork."""
+    """Return a possible reason for a CUDA error: a fork after another library had used CUDA."""
     if code != _NOT_INITIALIZED:
         return ""
     return f" (forked from a process that had used CUDA? Then {_START_OTHERWISE})"
 
 
 def capability(device: int) -> tuple[int, int]:
-    """A device's compute capability; `LoaderError` where there is no such device."""
+    """Return a device's compute capability; `LoaderError` if there is no such device."""
     return _attribute(device, _CAPABILITY_MAJOR), _attribute(device, _CAPABILITY_MINOR)
 
 
-def _cut_off() -> None:
-    """In a forked child: what is remembered must not let a call through."""
-    global _is_cut_off, _runtime
+def _reset_after_fork() -> None:
+    """Reset this module's state in a forked child, so that every CUDA call is refused."""
+    global _forked_after_cuda, _runtime
     if _device_count:
-        _is_cut_off = True
+        _forked_after_cuda = True
         thread.bound.clear()
         _runtime = None
         failure.examine = None
 
 
-os.register_at_fork(after_in_child=_cut_off)
+os.register_at_fork(after_in_child=_reset_after_fork)

@@ -1,4 +1,4 @@
-"""Entries that are methods of an object, which a function of a module makes."""
+"""Entries that are methods of an object returned by a module's function."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ library.renew_after_fork(globals(), "_lock", threading.RLock)
 
 
 class ModuleObject:
-    """An object that a module's function made, and the entries of its methods.
+    """An object returned by a module's function, and the entries of its methods.
 
-    `name` is what errors and logs call it, `where` the file it is of.
+    `name` is its name in errors and logs, `where` the module's file.
     """
 
     def __init__(self, made: object, name: str, releases: str, where: str) -> None:
@@ -29,9 +29,9 @@ class ModuleObject:
         self._entries: dict[str, Entry] = {}
 
     def entry(self, declared: Signature) -> Entry:
-        """A method, attested as a module's own entries are.
+        """Return a method, attested like a module's own entries.
 
-        Raises `AbiError` with both signatures where they differ, and calls no method.
+        Raises `AbiError` with both signatures if they differ; the method is not called.
         """
         key = str(declared)
         found = self._entries.get(key)
@@ -51,24 +51,24 @@ class ModuleObject:
         return entry
 
     def release(self) -> None:
-        """Give the object back, and what memory it holds."""
+        """Release the object and its memory."""
         self._made.release()
 
 
-# By module, factory and device: the factory as it was found, and the one object it made.
+# By module, factory and device: the factory's entry, and the one object it returned.
 _objects: dict[tuple[str, str, int | None], tuple[Entry, ModuleObject]] = {}
 
 
 def made_by(module: str, factory: str, releases: str, device: int | None = None) -> ModuleObject:
-    """The one object of this process that a module's function makes; it is kept."""
+    """Return the process's one object from a module's function; it is kept."""
     declared = Signature(factory, (), "ffi.Module")
-    # Under no lock of ours: the module may have to be fetched.
+    # Outside the lock: the module may have to be fetched.
     made = runtime.kernel_entry(module, declared, releases, device)
     where = str(runtime.load(module, device).file.path)
     with _lock:
         key = (module, factory, device)
         known = _objects.get(key)
-        # Of other kernels than before, it is another function.
+        # If other kernels were chosen meanwhile, the factory is another function.
         if known is None or known[0] is not made:
             found = ModuleObject(made(), f"{module}.{factory}()", releases, where)
             known = _objects[key] = made, found
@@ -78,7 +78,7 @@ def made_by(module: str, factory: str, releases: str, device: int | None = None)
 def method_entry(
     module: str, factory: str, declared: Signature, releases: str, device: int | None = None
 ) -> Entry:
-    """A method of that object, attested."""
+    """Return an attested method of that object."""
     made = made_by(module, factory, releases, device)
     with _lock:
         return made.entry(declared)

@@ -1,13 +1,13 @@
-"""Kernel files that remember in static variables what holds for one GPU only.
+"""A copy for each GPU of kernel files whose static variables are valid for one GPU only.
 
-Some of FlashInfer's launchers keep there that a kernel was allowed its shared memory
-(`is_initialized` of gdn_prefill_sm90 up to 0.6.13, and of kernels for SM100), or where its
-counters lie (`tbAssign` of POD).  On a process' second GPU the launch is then refused ("run
-failed"), or the kernel writes to the first one's memory.  A process that sees several GPUs
-therefore loads a copy of such a file for each further GPU that it calls the file's functions on.
+Some of FlashInfer's launchers store in static variables that a kernel was allowed its shared memory
+(`is_initialized` of gdn_prefill_sm90 up to 0.6.13, and of kernels for SM100), or the address of its
+counters (`tbAssign` of POD). On a process's second GPU the launch is then refused ("run failed"),
+or the kernel writes to the first GPU's memory. Therefore a process that sees several GPUs loads a
+copy of such a file for each further GPU that runs its functions.
 
-By default all copies of a file in a process share such a variable (STB_GNU_UNIQUE).  The
-symbol table of a copy makes it an ordinary one, which each copy has for itself.
+By default all copies of a file in a process share such a variable (STB_GNU_UNIQUE). The copy's
+symbol table is changed to make the variable an ordinary one, local to each copy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fi_ffi.loader import held, machine
 from fi_ffi.loader.elf import FUNCTION_PREFIX, SYMBOL, open_section
 from fi_ffi.loader.kernels import ModuleFile
 
-# Modules that may have some: their symbol tables are read.
+# Modules that may have such variables: only their symbol tables are read.
 _MODULES = re.compile(
     r"gdn_prefill_sm90|pod_with_kv_cache_.*|fmha_cutlass_sm\d+\w*|mla(_sm\d+\w*)?"
 )
@@ -35,32 +35,33 @@ _VARIABLE = re.compile(
     rb"_ZZ[\w.$]*?E(?:14is_initializedEbE11initialized|8tbAssign)(?:_\d|__\d+_)?(?=\0)"
 )
 _STB_GLOBAL, _STB_GNU_UNIQUE = 1, 10
-_INFO = 4  # bytes from a symbol's start to its st_info
+_INFO = 4  # offset of st_info in a symbol
 
 _lock = threading.Lock()
 library.renew_after_fork(globals(), "_lock", threading.Lock)
-_copies: dict[str, Copies | None] = {}  # by the file's sha256
+# by the file's sha256; None for a file without such variables
+_copies: dict[str, Copies | None] = {}
 
 Call = Callable[[Any, Any, int, Any], int]
 
 
 class Copies:
-    """A kernel file, loaded once for each GPU; the first one has the file itself."""
+    """A kernel file, loaded once for each GPU; the first GPU uses the file itself."""
 
     def __init__(self, file: ModuleFile, handle: Any, variables: list[int]) -> None:
         self._file, self._handle, self._variables = file, handle, variables
-        self._lock = threading.RLock()  # a signal handler may launch
+        self._lock = threading.RLock()  # reentrant: a signal handler may launch
         self._by_device: dict[int, Any] = {}
 
     def handle(self, device: int) -> Any:
-        """The dlopen handle of a GPU's copy."""
+        """Return the dlopen handle of a GPU's copy."""
         with self._lock:
             if device not in self._by_device:
                 self._by_device[device] = self._open_copy() if self._by_device else self._handle
             return self._by_device[device]
 
     def function(self, symbol: str) -> Call:
-        """A function of the file, on the device that is current when it is called."""
+        """Return a function that calls the copy of the GPU that is current at the call."""
         calls: dict[int, Call] = {}
 
         def dispatch(handle: Any, args: Any, count: int, result: Any) -> int:
@@ -76,7 +77,7 @@ class Copies:
 
     def _open_copy(self) -> Any:
         path = self._file.path
-        # Left open: the dynamic linker knows the copy by its descriptor's name.
+        # Kept open: the dynamic linker identifies the copy by the descriptor's name.
         fd = os.memfd_create(path.name, os.MFD_CLOEXEC)
         source = held.descriptor(self._file.sha256)
         with mmap.mmap(source, 0, access=mmap.ACCESS_COPY) as content:
@@ -87,12 +88,12 @@ class Copies:
                     content[at] = _STB_GLOBAL << 4 | content[at] & 0xF
             with open(fd, "wb", closefd=False) as copy:
                 copy.write(content)
-        # The file itself is loaded: what it leaves undefined was judged then.
+        # lazily: undefined symbols were checked when the file itself was loaded.
         return library.open_module(str(path), f"/proc/self/fd/{fd}", lazily=True)
 
 
 def on_each_gpu(file: ModuleFile, handle: Any, symbol: str, call: Call) -> Call:
-    """A function of a loaded kernel file that may be called on several GPUs."""
+    """Wrap a function of a loaded kernel file, if it may be called on several GPUs."""
     if not _MODULES.fullmatch(file.path.stem) or machine.device_count() < 2:
         return call
     with _lock:
@@ -104,7 +105,7 @@ def on_each_gpu(file: ModuleFile, handle: Any, symbol: str, call: Call) -> Call:
 
 
 def variables(file: ModuleFile) -> list[int]:
-    """Where a loaded file says how the variables that hold for one GPU are bound."""
+    """Return the offsets, in a loaded file, of the st_info of variables valid for one GPU only."""
     name = f"/proc/self/fd/{held.descriptor(file.sha256)}"
     with open_section(name, ".dynstr") as names:
         text = b"" if names is None else names.at(0, names.size)
@@ -112,6 +113,6 @@ def variables(file: ModuleFile) -> list[int]:
     if not wanted:
         return []
     with open_section(name, ".dynsym") as symbols:
-        assert symbols is not None  # it has a table of their names
+        assert symbols is not None  # because it has their names
         table = enumerate(SYMBOL.iter_unpack(symbols.at(0, symbols.size)))
         return [symbols.start + i * SYMBOL.size + _INFO for i, (at, *_) in table if at in wanted]

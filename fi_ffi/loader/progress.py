@@ -1,4 +1,4 @@
-"""Progress as it is shown: a bar on a terminal, else lines, on standard error."""
+"""Progress display on standard error: bars on a terminal, else lines."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -21,9 +22,10 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from fi_ffi.errors import printable
 from fi_ffi.loader.download import Report, Reporter
 
-_LINE_EVERY_S = 10.0  # between lines where there is no terminal
+_LINE_EVERY_S = 10.0  # between lines without a terminal
 
 
 class Lines:
@@ -34,7 +36,7 @@ class Lines:
         self._begun: dict[str, tuple[float, int]] = {}
 
     def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
     def step(self, name: str, done: int, total: int | None, each: str = "") -> None:
         if each:
@@ -56,20 +58,21 @@ class Lines:
 
 
 class Bars:
-    """Progress as a bar for each name, with what is said above them."""
+    """Progress as a bar for each name, with messages above the bars."""
 
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
         self._tasks: dict[str, TaskID] = {}
 
     def say(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, soft_wrap=True)
+        self._bar.console.print(printable(text), markup=False, soft_wrap=True)
 
     def step(self, name: str, done: int, total: int | None, each: str = "") -> None:
         if name not in self._tasks:
-            self._tasks[name] = self._bar.add_task(name)
+            self._tasks[name] = self._bar.add_task("")
         task = self._tasks[name]
-        self._bar.update(task, completed=done, total=total, description=each or name)
+        text = escape(printable(each or name))
+        self._bar.update(task, completed=done, total=total, description=text)
 
 
 def _clock(seconds: float) -> str:
@@ -82,7 +85,7 @@ def _clock(seconds: float) -> str:
 def shown(
     quiet: bool, *, in_bytes: bool = False, transient: bool = False
 ) -> Iterator[Lines | Bars | None]:
-    """What shows steps on standard error: bars on a terminal, else lines; None if `quiet`."""
+    """Yield a display on standard error: bars on a terminal, else lines; None if `quiet`."""
     console = Console(stderr=True, highlight=False)
     if quiet:
         yield None
@@ -96,9 +99,27 @@ def shown(
             yield Bars(progress)
 
 
+def _is_terminal() -> bool:
+    return Console(stderr=True).is_terminal
+
+
+@contextmanager
+def doing(what: str) -> Iterator[Callable[[str], None]]:
+    """Show on a terminal what is being done, until the block ends; show nothing elsewhere.
+
+    Yields a function that updates the text.
+    """
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield lambda what: None
+        return
+    with console.status(escape(printable(what))) as status:
+        yield lambda what: status.update(escape(printable(what)))
+
+
 @contextmanager
 def reporter(quiet: bool = False) -> Iterator[Reporter | None]:
-    """What to pass as `report=` to whatever downloads."""
+    """Yield a callable for the `report=` argument of downloads."""
 
     def report(at: Report) -> None:
         assert display is not None
@@ -109,10 +130,15 @@ def reporter(quiet: bool = False) -> Iterator[Reporter | None]:
 
 
 @contextmanager
-def counter(name: str, total: int, quiet: bool = False) -> Iterator[Callable[[str], None]]:
-    """Show which of so many things is worked at; called with each one's name as it begins."""
+def counter(
+    name: str, total: int, quiet: bool = False, *, lines: bool = True
+) -> Iterator[Callable[[str], None]]:
+    """Show which of `total` items is processed; call the yielded function with each name.
+
+    With `lines=False`, nothing is shown without a terminal; use it for work that is usually quick.
+    """
     numbers = itertools.count()
-    with shown(quiet, transient=True) as display:
+    with shown(quiet or not (lines or _is_terminal()), transient=True) as display:
         if display:
             yield lambda each: display.step(name, next(numbers), total, each)
         else:

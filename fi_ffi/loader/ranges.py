@@ -1,4 +1,4 @@
-"""Pieces of a file over HTTP, and a file-like object over them."""
+"""Ranges of a file over HTTP, and a file object over them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _NO_RANGE = re.compile(r"bytes \*/(\d{1,18})")
 
 
 class NoRanges(FetchError):
-    """The server sends whole files only."""
+    """The server does not support ranges."""
 
 
 class Overrun(FetchError):
-    """More came than was announced, or than any file has."""
+    """The server sent more bytes than it announced, or than a file may have."""
 
 
 class Changed(FetchError):
-    """The file is not the one that earlier requests read from."""
+    """The file changed since an earlier request."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """What tells one content of an address from another."""
+    """The headers that distinguish versions of a file at one address."""
 
     total: int | None = None
     etag: str | None = None
@@ -50,10 +50,10 @@ class Version:
 
 
 class RemotePieces:
-    """A file on a server, which must stay the same from the first request to the last.
+    """A file on a server, which must not change between the first request and the last.
 
-    Raises `NoRanges`, `Changed`, or `FetchError` for what else goes wrong, and
-    `ArtifactError` for a file that is not of the pinned size.
+    Raises `NoRanges`, `Changed`, `ArtifactError` if the size is not the pinned one, and
+    `FetchError` for other failures.
     """
 
     def __init__(self, url: str, client: Client, size: int | None = None) -> None:
@@ -62,34 +62,34 @@ class RemotePieces:
 
     @property
     def total(self) -> int | None:
-        """The file's size as far as it is known."""
+        """The file's size, or None while it is unknown."""
         return self._version.total if self._version and self._version.total else self._pinned
 
     def size(self) -> int:
         if self.total is None:
-            # A byte: HEAD is refused by addresses that are signed for GET, and not
-            # every server knows ranges that count from the end.
+            # Fetches one byte: an address signed for GET refuses HEAD, and some servers do not
+            # support ranges that count from the end.
             for _ in self.stream(0, 1):
                 pass
         assert self.total is not None
         return self.total
 
     def forget(self) -> None:
-        """Let the next request begin with what the server has then."""
+        """Accept any version of the file in the next request."""
         self._version = None
 
     def stream(
         self, start: int, stop: int | None = None, attempts: Attempts | None = None
     ) -> Generator[bytes, None, None]:
-        """The bytes from `start` up to `stop`, or to the file's end, as they come.
+        """Yield the bytes from `start` to `stop`, or to the file's end, as they arrive.
 
-        A connection that breaks is taken up where it ended.  `attempts` counts the
-        failures of a transfer that takes several calls.
+        A broken connection is resumed where it ended. `attempts` counts the failures of a transfer
+        that takes several calls.
         """
         attempts, at = attempts or Attempts(self._client.policy, self.url, start), start
 
         def headers(at: int) -> dict[str, str]:
-            # What changed meanwhile is told by the answer's own headers, or by its sha256.
+            # No If-Range: the answer's own headers, or the sha256, reveal a changed file.
             whole = not at and stop is None
             return {} if whole else {"Range": f"bytes={at}-{'' if stop is None else stop - 1}"}
 
@@ -110,7 +110,7 @@ class RemotePieces:
                 attempts.failed(error)
 
     def _check(self, answer: Any, start: int, stop: int | None) -> int | None:
-        """Look at an answer's headers; returns where its body ends, if they tell."""
+        """Check an answer's headers; return the offset where its body ends, if known."""
         length = self._length(answer)
         if answer.status_code == 200:
             if start or stop is not None:
@@ -151,8 +151,8 @@ class RemotePieces:
     def _same(self, version: Version) -> None:
         total, pinned = version.total, self._pinned
         if (None not in (pinned, total) and pinned != total) or (total or 0) > MAX_FILE:
-            expected = f"at most {MAX_FILE}" if pinned is None else f"pinned are {pinned}"
-            raise ArtifactError(f"{redact(self.url)} is of {total} bytes, {expected}")
+            expected = f"at most {MAX_FILE}" if pinned is None else f"pinned at {pinned}"
+            raise ArtifactError(f"{redact(self.url)} has {total} bytes, {expected}")
         if self._version is not None and not self._version.same(version):
             raise Changed(f"{redact(self.url)}: the file changed while it was read")
         self._version = version
@@ -169,10 +169,10 @@ class RemotePieces:
 
 
 class RangeFile(io.RawIOBase):
-    """A file on a server: pieces of it that were kept, and what is read besides.
+    """A file on a server, read from stored pieces and by requests.
 
-    `extent` is a range that will be read from its start to its end: one request serves it.
-    With `keep`, what was requested is added to `kept`, and a read gets all it asks for.
+    `extent` is a range that will be read completely, so that one request serves it. With `keep`,
+    fetched bytes are added to `kept`, and a read returns all bytes it asks for.
     """
 
     def __init__(
@@ -187,11 +187,11 @@ class RangeFile(io.RawIOBase):
         self._extent = extent or (0, 0)
         self._at = 0
         self._stream: Generator[bytes, None, None] | None = None
-        self._rest = b""  # of a chunk that came
+        self._rest = b""  # unread part of the last chunk
         self._stream_at, self._stream_end = 0, 0
 
     def close(self) -> None:
-        if self._stream is not None:  # a connection
+        if self._stream is not None:  # closes the connection
             self._stream.close()
         super().close()
 

@@ -1,8 +1,8 @@
-"""A wheel on a server, of which only what is needed is fetched.
+"""A wheel on a server, of which only the needed parts are fetched.
 
-The zip's directory, RECORD and each member take one range request each; directory
-and RECORD of a pinned wheel stay in the cache.  Where the server has no ranges, or
-where nothing else vouches for RECORD, the whole file is fetched.
+The zip's directory, RECORD and each member take one range request each. The directory and RECORD of
+a pinned wheel are kept in the cache. If the server has no ranges, or if nothing else vouches for
+RECORD, the whole file is fetched.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ from fi_ffi.loader.ranges import Changed, NoRanges, RangeFile, RemotePieces
 from fi_ffi.loader.urls import is_file_url, redact, refuse_offline
 from fi_ffi.loader.wheel import ReadableZip, WheelReader, open_same, verify_file
 
-# "full": where RECORD is not pinned, the whole file must have its pinned sha256.
-# "record": RECORD is then taken as it comes.
+# "full": if RECORD is not pinned, the whole file must have its pinned sha256. "record": an unpinned
+# RECORD is accepted as it is.
 Verify = Literal["record", "full"]
 
-# The end of a zip that has no comment: its end record, and zip64's two before it.
+# The end of a zip without a comment: its end record, and zip64's two before it.
 _TAIL = 22 + 20 + 56
 _END = b"PK\x05\x06"
 _LONGEST_TAIL = _TAIL + 0xFFFF
-_FORMAT = 3  # of the kept directories
-_BUFFER = 1 << 16  # bytes; more than a zip has between two things that are read
+_FORMAT = 3  # version of the stored directories' format
+_BUFFER = 1 << 16  # bytes; larger than the gaps between the parts that are read
 
 _log = logging.getLogger(__name__)
-_locks: dict[str, threading.RLock] = {}  # held while a wheel, by its address, is begun again
+_locks: dict[str, threading.RLock] = {}  # by address; held while a wheel is opened again
 library.renew_after_fork(globals(), "_locks", dict)
 
 
 class RemoteWheel(WheelReader):
     """A wheel at an https or file address, read member by member.
 
-    `client` counts requests and bytes.  Several threads may extract at once.  Raises
-    `FetchError` for what the network or the server does, `ArtifactError` for what the
-    bytes are, or where there is nothing to verify them against.
+    `client` counts requests and bytes. Several threads may extract at once. Raises `FetchError` for
+    failures of the network or the server, and `ArtifactError` if the bytes are wrong or cannot be
+    verified.
     """
 
     def __init__(
@@ -72,7 +72,8 @@ class RemoteWheel(WheelReader):
         self._must_verify = verify == "full" and record_sha256 is None
         if self._must_verify and sha256 is None:
             raise ArtifactError(f"{self._origin}: there is no sha256 to verify the file against")
-        # The whole file if it is on this machine, else the directory and RECORD of it.
+        # The whole file if it is on this machine; otherwise `_index` holds its directory and
+        # RECORD.
         self._file: tuple[Path, State | None] | None = None
         self._index = Index(0, {})
         self._pieces = RemotePieces(url, self.client, size)
@@ -87,7 +88,7 @@ class RemoteWheel(WheelReader):
     def of(
         cls, pin: PinnedWheel, *, verify: Verify = "full", report: Reporter | None = None
     ) -> RemoteWheel:
-        """The wheel of an entry of the lock."""
+        """Open the wheel of an entry of the lock."""
         return cls(
             pin.url,
             sha256=pin.sha256,
@@ -103,7 +104,7 @@ class RemoteWheel(WheelReader):
             return super().extract(member)
         except (NoRanges, Changed, ArtifactError) as error:
             with _locks.setdefault(self.url, threading.RLock()):
-                if self._index is index:  # no other thread has done it meanwhile
+                if self._index is index:  # no other thread has recovered meanwhile
                     self._recover(error)
             return super().extract(member)
 
@@ -133,20 +134,20 @@ class RemoteWheel(WheelReader):
             _log.info("%s: nothing pins RECORD, members are as it says", self._origin)
 
     def _take_stored(self) -> bool:
-        """Use the directory and RECORD that the cache has, if they will do."""
+        """Use the cached directory and RECORD, if they are valid."""
         if self._sha256 is None or self._must_verify or is_file_url(self.url):
             return False
         stored = Index.load(self._sha256)
         if stored is None or cache.find(self._sha256, self.name) is not None:
             return False
         self._index = stored
-        with contextlib.suppress(ArtifactError):  # damaged, or something else was pinned then
+        with contextlib.suppress(ArtifactError):  # damaged, or stored under another pin
             self._load()
             return True
         return False
 
     def _begin(self, whole: bool = False) -> None:
-        """Read directory and RECORD from the file itself, and keep them."""
+        """Read the directory and RECORD from the file itself, and store them."""
         self._file = self._whole_file(fetch=whole or self._must_verify)
         self._index = Index(0, {})
         if self._file is not None:
@@ -156,7 +157,8 @@ class RemoteWheel(WheelReader):
         _log.info("fetching the directory and RECORD of %s", self._origin)
         self._pieces = RemotePieces(self.url, self.client, self._size)
         self._index = Index(self._pieces.size(), {})
-        # Before zipfile looks for it: it takes any failure to read there for no zip file.
+        # Fetched before zipfile looks for it, since zipfile reports every read error as "not a zip
+        # file".
         for length in (_TAIL, _LONGEST_TAIL):
             start = max(0, self._index.size - length)
             tail = b"".join(self._pieces.stream(start, self._index.size))
@@ -168,7 +170,7 @@ class RemoteWheel(WheelReader):
             self._index.store(self._sha256)
 
     def _whole_file(self, *, fetch: bool) -> tuple[Path, State | None] | None:
-        """The file on this machine, if it is there, or is to be fetched whole."""
+        """Return the file on this machine, if it is here or must be fetched whole."""
         if is_file_url(self.url):
             path = Path(urllib.request.url2pathname(urlsplit(self.url).path))
             if not path.is_file():
@@ -186,9 +188,9 @@ class RemoteWheel(WheelReader):
         return None if found is None else (found, None)
 
     def _recover(self, error: NoRanges | Changed | ArtifactError) -> None:
-        """Start over, once: where the file changed, or has to be fetched whole."""
+        """Open the wheel again after the file changed, or after ranges proved unavailable."""
         whole = isinstance(error, NoRanges) and self._sha256 is not None
-        # What was stored may be of another file than the server now has.
+        # The stored parts may belong to an older file than the server's.
         outdated = isinstance(error, Changed) or (isinstance(error, ArtifactError) and self._stored)
         if not whole and not outdated:
             raise error
@@ -200,7 +202,7 @@ class RemoteWheel(WheelReader):
 
 @dataclass(frozen=True)
 class Index:
-    """Parts of a wheel's bytes by their offset: the zip's directory, and RECORD."""
+    """Parts of a wheel's bytes by offset: the zip's directory, and RECORD."""
 
     size: int
     kept: dict[int, bytes]
@@ -211,7 +213,7 @@ class Index:
 
     @classmethod
     def load(cls, sha256: str) -> Index | None:
-        """What was kept of a file; None where there is nothing, or nothing that can be read."""
+        """Return a file's stored parts; None if there are none, or if they are unreadable."""
         path = cls.path(sha256)
         data = cache.read_note(path, _FORMAT)
         seeded = seed.note(path) if data is None else None
@@ -223,6 +225,6 @@ class Index:
         return None
 
     def store(self, sha256: str) -> None:
-        """Keep it; where the cache cannot be written it is fetched again next time."""
+        """Store the parts; if the cache cannot be written, they are fetched again next time."""
         kept = {str(at): base64.b64encode(piece).decode() for at, piece in self.kept.items()}
         cache.write_note(self.path(sha256), _FORMAT, {"size": self.size, "kept": kept})

@@ -1,8 +1,7 @@
-"""What this process has loaded: libtvm_ffi, the CUDA runtime, kernel modules.
+"""Libraries that this process has loaded: libtvm_ffi, the CUDA runtime, kernel modules.
 
-Everything is loaded on demand, once, under a lock of its own, and never unloaded; a
-call that finds its entry here takes no lock.  A module may be fetched under its lock;
-nothing is fetched under any other.
+Everything is loaded once, on demand, under its own lock, and never unloaded. A call whose entry is
+already here takes no lock. Only the lock of a module may be held while fetching.
 """
 
 from __future__ import annotations
@@ -40,22 +39,22 @@ from fi_ffi.loader.kernels import KernelFile, KernelSource, ModuleFile
 
 @dataclass(frozen=True)
 class Loaded:
-    """A module in this process: where it came from, and its dlopen handle."""
+    """A module in this process: its source, file and dlopen handle."""
 
     source: KernelSource
     file: ModuleFile
     facts: Facts
     handle: Any
-    # The module object that libtvm_ffi has made of it, where it has modules inside.
+    # The module object that libtvm_ffi created for a library with embedded modules.
     root: Object | None = None
 
 
-_locks: dict[str | Path, threading.RLock] = {}  # of modules by their names, of files
+_locks: dict[str | Path, threading.RLock] = {}  # by module name, or by path
 library.renew_after_fork(globals(), "_locks", dict)
-# Around dlopen, which has a lock of its own too, and libtvm_ffi.
+# Guards dlopen (together with its own lock) and libtvm_ffi.
 _linking = threading.RLock()
 library.renew_after_fork(globals(), "_linking", threading.RLock)
-# Replaced, not cleared, where other kernels are chosen: what is under way goes to the old ones.
+# Replaced, not cleared, when other kernels are chosen: calls in progress keep the old ones.
 _modules: dict[tuple[str, int | None], Loaded] = {}
 _files: dict[tuple[Path, int, int, int], Loaded] = {}
 _entries: dict[tuple[str, str, int | None], Entry] = {}
@@ -64,9 +63,9 @@ _tvm_ffi_version: tuple[int, int, int] = (0, 0, 0)
 
 
 def use_source(location: str | os.PathLike[str] | None) -> None:
-    """Take kernels from `location` alone from now on, or (None) look for them again.
+    """Use only kernels from `location` from now on, or (None) search for them again.
 
-    Modules that are loaded stay mapped; they are looked up anew.
+    Loaded modules stay mapped, but are looked up again.
     """
     global _modules, _entries
     search.use_source(location)
@@ -78,7 +77,7 @@ def _lock_of(what: str | Path) -> threading.RLock:
 
 
 def ensure_tvm_ffi() -> tvm_ffi.Found:
-    """Load libtvm_ffi, globally, once."""
+    """Load libtvm_ffi globally, once."""
     global _tvm_ffi, _tvm_ffi_version
     if _tvm_ffi is None:
         with _linking:
@@ -96,24 +95,24 @@ def _attach(found: tvm_ffi.Found) -> tuple[int, int, int]:
         try:
             return library.attach(found.path, opened.name)
         finally:
-            # One that is refused may stay loaded by this name.
+            # A refused library may stay loaded under this name.
             opened.keep()
 
 
 def tvm_ffi_version() -> tuple[int, int, int]:
-    """The version libtvm_ffi gives of itself; its header's, which may lead the package's."""
+    """Return libtvm_ffi's version, as its headers state it; it may be ahead of the package's."""
     ensure_tvm_ffi()
     return _tvm_ffi_version
 
 
 def load(module: str, device: int | None = None) -> Loaded:
-    """A module in this process, found and opened once."""
+    """Find and load a module, once for each device."""
     with _lock_of(module):
         key, modules = (module, device), _modules
         if key not in modules:
             source, file, facts = search.find_module(module, device)
             cuda = cuda_of(facts)
-            if cuda is not None:  # refused before anything is loaded
+            if cuda is not None:  # refuse it before anything is loaded
                 machine.check_cuda(cuda, str(file.path))
                 if device is not None:
                     machine.check_driver(cuda, str(file.path))
@@ -126,19 +125,19 @@ def load(module: str, device: int | None = None) -> Loaded:
 
 
 def _prepare(facts: Facts) -> None:
-    """Bring the libraries that a module needs; `LoaderError` where one is missing."""
+    """Load the libraries that a module needs; `LoaderError` if one is missing."""
     libraries.prepare(facts.functions, facts.needed, facts.codes)
     if cute_runtime.FILE in facts.needed:
         cute_runtime.load()
 
 
 def _opened(file: ModuleFile, facts: Facts) -> tuple[Any, Object | None]:
-    """dlopen the very file that was hashed, and fill in what it wants filled in."""
+    """Load the very file that was hashed, and fill in its variables."""
     found = ensure_tvm_ffi()
-    # One at a time: the descriptor that a library is first opened by has to stay open.
+    # One at a time: the descriptor that a library was first opened by must stay open.
     with _linking, held.checked(file.path, file.sha256, file.state) as opened:
         linking.check(file.path, facts.requires, facts.needed, found)
-        # What looks for others in its own folder has to be opened there; in the cache it is alone.
+        # A library that searches its own folder must be opened there; in the cache it is alone.
         in_place = file.state is not None and "$ORIGIN" in (facts.runpath or "")
         failed: LoaderError | None = None
         try:
@@ -147,7 +146,7 @@ def _opened(file: ModuleFile, facts: Facts) -> tuple[Any, Object | None]:
         except LoaderError as error:
             failed = error
         if failed is not None:
-            # The dynamic linker's words for another processor are that there is no such file.
+            # For another processor's library, the dynamic linker says that there is no such file.
             check_processor(file.path, inspect_elf(opened.name).machine)
             raise linking.explained(failed, file.path, found)
         opened.keep(in_place=in_place)
@@ -160,16 +159,16 @@ def _opened(file: ModuleFile, facts: Facts) -> tuple[Any, Object | None]:
 def kernel_entry(
     module: str, declared: Signature, releases: str, device: int | None = None
 ) -> Entry:
-    """An entry of a module, attested: the binary's own signature is the declared one.
+    """Return an attested entry of a module: its own signature equals the declared one.
 
-    Raises `AbiError` with both signatures where they differ, and calls nothing.
+    Raises `AbiError` with both signatures if they differ; the entry is not called.
     """
     key = (module, str(declared), device)
     entries = _entries
     entry = entries.get(key)
     if entry is None:
         with _lock_of(module):
-            # Another thread may have been quicker.
+            # another thread may have been faster
             entry = entries.get(key) or _attested(module, declared, releases, device)
             entries[key] = entry
     return entry
@@ -192,15 +191,15 @@ def _attested(module: str, declared: Signature, releases: str, device: int | Non
 
 
 def signature_of(loaded: Loaded, entry: Entry, symbol: str) -> Signature | None:
-    """An entry's own signature, remembered or asked of it now; None where it has none.
+    """Return an entry's own signature, stored or asked now; None if it has none.
 
-    A function without one is run by being asked (see `probe`), the first time.
+    Asking for the first time runs a function that has no signature (see `probe`).
     """
     known = loaded.facts.signatures.get(symbol)
     if known == "":
         return None
     if known is not None and not cache.is_paranoid():
-        with contextlib.suppress(AbiError):  # a damaged cache's is asked for again
+        with contextlib.suppress(AbiError):  # a damaged note: ask again
             return parse_signature(known)
     try:
         found = probe(entry)
@@ -212,7 +211,7 @@ def signature_of(loaded: Loaded, entry: Entry, symbol: str) -> Signature | None:
 
 
 def exported(loaded: Loaded, symbol: str) -> Entry:
-    """A function that a library exports."""
+    """Return a function that a library exports."""
     address = library.find_symbol(loaded.handle, FUNCTION_PREFIX + symbol)
     if address is None:
         names = ", ".join(loaded.facts.functions)
@@ -221,13 +220,13 @@ def exported(loaded: Loaded, symbol: str) -> Entry:
         )
     entry = Entry(symbol, address, owner=loaded.handle)
     call = per_device.on_each_gpu(loaded.file, loaded.handle, symbol, entry.address)
-    call = cubins.telling(loaded.handle, f"{loaded.file.module}.{symbol}", call)
-    entry.address = cuda_errors.spared(symbol, call, lambda: machine.load_cudart()[0])
+    call = cubins.raising_failures(loaded.handle, f"{loaded.file.module}.{symbol}", call)
+    entry.address = cuda_errors.guard_abort(symbol, call, lambda: machine.load_cudart()[0])
     return entry
 
 
 def load_file(path: str | os.PathLike[str]) -> Loaded:
-    """A library at a path in this process, opened once; it may be anybody's."""
+    """Load the library at a path, once; its owner does not matter."""
     where = cache.expanded(path, "the library")
     try:
         where = where.resolve()
@@ -237,7 +236,7 @@ def load_file(path: str | os.PathLike[str]) -> Loaded:
         raise KernelNotFoundError(f"{str(where)!r:.200}: {reason}") from error
     if not where.is_file():
         raise KernelNotFoundError(f"{where} is no file")
-    # What is there now: the same place may hold another file than before.
+    # identifies the file that is there now
     key = (where, stat.st_ino, stat.st_size, stat.st_mtime_ns)
     with _lock_of(where):
         if key not in _files:
@@ -254,9 +253,9 @@ def load_file(path: str | os.PathLike[str]) -> Loaded:
 
 
 def file_signatures(path: str | os.PathLike[str]) -> dict[str, Signature | str]:
-    """The signature of every function a .so exports, asked of the functions themselves.
+    """Return the signature of every function that a .so exports, as the function reports it.
 
-    One that has none (it takes any arguments) has the reason, a string, instead.
+    For a function without a signature (it takes any arguments) the value is the reason, a string.
     Loads the file into this process; needs no GPU.
     """
     loaded = load_file(path)

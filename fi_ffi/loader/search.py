@@ -1,13 +1,13 @@
-"""Looking for a module: place by place, until one has it and the device can run it.
+"""The search for a module: each place in order, until one has it for the device.
 
-    explicit    what `use_kernels` or FI_FFI_KERNELS names; then nothing else is asked
-    installed   a flashinfer-jit-cache distribution, monolithic or one provider per SM
-    jit         FlashInfer's own cache of compiled modules, of the same release
-    local       wheels in FI_FFI_WHEELS, or in `wheels/` of the fi_ffi cache
-    remote      the pinned wheel: from the cache what was fetched before, else over HTTP
+  explicit    the place named by `use_kernels` or FI_FFI_KERNELS; no other is searched then
+  installed   a flashinfer-jit-cache distribution, monolithic or one provider per SM
+  jit         FlashInfer's own cache of compiled modules, of the same release
+  local       wheels in FI_FFI_WHEELS, or in `wheels/` of the fi_ffi cache
+  remote      the pinned wheel: the cache if fetched before, else HTTP
 
-FI_FFI_SOURCES names those to ask, in its own order; FI_FFI_RELEASE and FI_FFI_CUDA
-("cu130") force what is otherwise taken from the machine.  Nothing is ever compiled.
+FI_FFI_SOURCES selects places and their order. FI_FFI_RELEASE and FI_FFI_CUDA ("cu130") override the
+choice made from the machine. Nothing is ever compiled.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fi_ffi.abi import library
 from fi_ffi.errors import (
@@ -48,38 +48,35 @@ from fi_ffi.loader.kernels import (
 from fi_ffi.loader.lock import PinnedWheel, named_release, the_lock, this_platform, wanted_release
 from fi_ffi.loader.wheel import Wheel, hex_of
 
-if TYPE_CHECKING:
-    pass
-
 KERNELS, SOURCES, WHEELS = "FI_FFI_KERNELS", "FI_FFI_SOURCES", "FI_FFI_WHEELS"
 CUDA, VERIFY = "FI_FFI_CUDA", "FI_FFI_VERIFY"
 _WHOLE = (
     "{} is fetched whole, once, to compare it with its sha256 in wheels.lock, which does not pin "
     f"its RECORD. {VERIFY}=record fetches some megabytes of it instead, and trusts TLS alone."
 )
-# Seconds for which a server that could not be reached is not asked again.
+# Seconds before an unreachable server is asked again.
 UNREACHABLE = 30.0
 
 
 _CUDA_TAG = re.compile(r"\bcu(\d{2})\d\b")  # in a version's local part: cu130.sm90a
-_LOOKED_AT = 3  # modules, of a source whose version does not name its CUDA
-# How the names of wheels for other processors end.
+_LOOKED_AT = 3  # modules to examine if the source's version does not name its CUDA
+# Suffixes of the file names of wheels for other processors.
 _OTHERS = tuple(f"_{cpu}" for cpu in machine.CPUS if cpu != platform.machine())
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A place that was looked at: a source, or the reason why it is none."""
+    """A place that was searched: a source, or the reason why it has none."""
 
     kind: str
     source: KernelSource | None
     note: str = ""
-    # The one architecture that it has code for, where its name says so.
+    # The only architecture it has code for, if its name says so.
     sm: str | None = None
 
 
 def distributions(name: str) -> list[Path]:
-    """The metadata of installed distributions whose names begin so, `name-1.2.dist-info`."""
+    """Return the `.dist-info` folders of installed distributions whose names start with `name`."""
     # By file name: asking every distribution for its name would read all their metadata.
     folders = dict.fromkeys(sys.path)
     return [
@@ -90,18 +87,19 @@ def distributions(name: str) -> list[Path]:
 
 
 def _installed(release: str | None) -> Iterator[Candidate]:
-    # Only here: it brings the email package, and most processes name their kernels.
+    # Imported here: it imports the email package, and most processes name their kernels.
     import importlib.metadata
 
     found = [*map(importlib.metadata.Distribution.at, distributions("flashinfer_jit_cache"))]
     for distribution in found:
-        # By the folder of modules, of which a shim of the provider layout has none.
+        # By the folder of modules; a shim of the provider layout has none.
         hashes: dict[Path, dict[Path, str]] = {}
         for file in distribution.files or ():
             if file.name.endswith(".so") and file.parent.parent.name == "jit_cache":
                 path = Path(str(distribution.locate_file(file)))
                 known = hashes.setdefault(path.parent.parent, {})
-                if file.hash is not None and file.hash.mode == "sha256":  # not every installer's
+                # not every installer records it
+                if file.hash is not None and file.hash.mode == "sha256":
                     known[path] = hex_of(f"sha256={file.hash.value}", str(file))
         for root, known in hashes.items():
             source = KernelDirectory(root, distribution.version, known)
@@ -111,7 +109,7 @@ def _installed(release: str | None) -> Iterator[Candidate]:
 
 
 def flashinfer_folder() -> Path:
-    """Where FlashInfer itself keeps what it has compiled and fetched."""
+    """Return the folder where FlashInfer keeps compiled and fetched files."""
     base = Path(os.environ.get("FLASHINFER_WORKSPACE_BASE") or cache.expanded("~", "HOME"))
     return base / ".cache" / "flashinfer"
 
@@ -152,7 +150,7 @@ def _remote(release: str | None) -> Iterator[Candidate]:
     wanted = release or wanted_release()
     gpus = [*map(machine.capability, range(machine.device_count()))]
     try:
-        # Of wheels of one SM each, one for every kind of GPU there is.
+        # If wheels are built for one SM each: one for each kind of GPU.
         pins = dict.fromkeys([pinned(wanted, gpu) for gpu in gpus] or [pinned(wanted)])
     except LoaderError as error:
         yield Candidate("remote", None, str(error))
@@ -177,7 +175,7 @@ _KINDS: dict[str, Callable[[str | None], Iterator[Candidate]]] = {
 
 
 def kinds_asked() -> list[str]:
-    """The kinds of places that are asked, in their order."""
+    """Return the kinds of places to search, in order."""
     named = os.environ.get(SOURCES)
     if named is None:
         return list(_KINDS)
@@ -189,11 +187,11 @@ def kinds_asked() -> list[str]:
 
 
 def candidates(explicit: str | os.PathLike[str] | None = None) -> Iterator[Candidate]:
-    """Every place that is asked for kernels, in order, one after the other as it is needed.
+    """Yield every place to search for kernels, in order, on demand.
 
-    The first source found settles the release, unless FI_FFI_RELEASE does; places
-    with kernels of another release are passed over, and say so.  A directory that does not tell
-    its release is of that one.
+    Unless FI_FFI_RELEASE is set, the first source determines the release. Places with kernels of
+    another release are skipped, with a note. A directory of unknown release is taken to be of that
+    one.
     """
     chosen = explicit or os.environ.get(KERNELS)
     if chosen:
@@ -209,16 +207,16 @@ def candidates(explicit: str | os.PathLike[str] | None = None) -> Iterator[Candi
                 if candidate.source is not None:
                     release = release or release_of(candidate.source)
                 yield candidate
-        except (FiFfiError, OSError) as error:  # a broken wheel is a reason, not an end
+        except (FiFfiError, OSError) as error:  # report a broken wheel and continue
             yield Candidate(kind, None, str(error))
 
 
 def pinned(release: str, capability: tuple[int, int] | None = None) -> PinnedWheel:
-    """The pinned wheel of a release for this machine; `LoaderError` names what there is.
+    """Return the pinned wheel of a release for this machine; `LoaderError` lists the pins.
 
-    The machine tells the platform, the CUDA versions that its driver runs and the SM of its
-    first GPU, unless it is that of a `capability`; without a driver any will do, to be read and
-    not run.  Where this process has a CUDA runtime, it is for that one.
+    The machine determines the platform, the CUDA versions that its driver supports, and the SM of
+    its first GPU, unless `capability` is given. Without a driver every wheel is accepted, for
+    reading only. If this process has a CUDA runtime, the wheel is for that one.
     """
     lock = the_lock()
     here = [f for f in lock.kernels if (f.release, f.platform) == (release, this_platform())]
@@ -242,13 +240,13 @@ def pinned(release: str, capability: tuple[int, int] | None = None) -> PinnedWhe
 
 
 def _nearness(file: PinnedWheel) -> tuple[int, int]:
-    """Of code that a GPU runs, that of the latest architecture is the nearest, or for it alone."""
+    """Return a sort key: the latest architecture is the nearest, and a specific one is nearer."""
     code = sass_named(file.sm) if file.sm else None
     return (code.sm, ("", "f", "a").index(code.suffix)) if code else (0, 0)
 
 
 def _cuda_version(tag: str) -> tuple[int, int]:
-    """`cu134` is CUDA 13.4."""
+    """Parse a tag: `cu134` is CUDA 13.4."""
     match = re.fullmatch(r"cu(\d{2})(\d)", tag)
     if match is None:
         raise ArgumentError("sources", CUDA, got=tag, expected="a tag such as cu130")
@@ -257,7 +255,7 @@ def _cuda_version(tag: str) -> tuple[int, int]:
 
 def _runs_here(file: PinnedWheel, capability: tuple[int, int] | None) -> bool:
     forced, version = os.environ.get(CUDA), _cuda_version(file.cuda)
-    # Within a major version a driver runs what a later minor's compiler made.
+    # Within a major version, a driver runs code compiled for a later minor version.
     fits = file.cuda == forced if forced else version[0] in machine.majors_here()
     if not fits:
         return False
@@ -281,22 +279,22 @@ def _machine() -> str:
     return f"CUDA {driver[0]}.{driver[1]}, {' '.join(sms) or 'no GPU'}{here}"
 
 
-_locks: dict[str, threading.RLock] = {}  # of pinned wheels, by their sha256
+_locks: dict[str, threading.RLock] = {}  # by the wheel's sha256
 library.renew_after_fork(globals(), "_locks", dict)
 
 
 class PinnedKernels:
-    """The pinned wheel as a source; nothing is fetched before a module is asked for."""
+    """A pinned wheel as a source; nothing is fetched before a module is requested."""
 
     def __init__(self, pin: PinnedWheel) -> None:
         self.pin, self.location = pin, pin.url
         self.version: str | None = f"{pin.release}+{pin.cuda}"
-        # Why it could not be reached, and when: for a while nobody waits for it again.
+        # Why and when it could not be reached; it is not asked again for a while.
         self._refusal, self._refused_at = "", -UNREACHABLE
         self._opened: KernelWheel | None = None
 
     def _wheel(self) -> KernelWheel:
-        """The wheel, its directory fetched once; whole where only its sha256 is pinned."""
+        """Open the wheel once: its directory, or the whole file if only its sha256 is pinned."""
         with _locks.setdefault(self.pin.sha256, threading.RLock()):
             if self._opened is None:
                 if time.monotonic() - self._refused_at < UNREACHABLE:
@@ -319,7 +317,7 @@ class PinnedKernels:
         return self._wheel().file(module)
 
     def kept(self, module: str) -> ModuleFile | None:
-        """A module that needs not be fetched."""
+        """Return a module that is already on this machine, or None."""
         return self._wheel().kept(module)
 
 
@@ -333,7 +331,8 @@ def _open_pinned(pin: PinnedWheel) -> KernelWheel:
         show: list[Callable[[Any], None]] = []
 
         def report(progress: Any) -> None:
-            # Only here: what draws takes longer to import than a start, and most fetch nothing.
+            # imported here: importing rich takes longer than a start, and most processes fetch
+            # nothing
             if not show:
                 from fi_ffi.loader.progress import reporter
 
@@ -349,12 +348,12 @@ _lock = threading.RLock()
 library.renew_after_fork(globals(), "_lock", threading.RLock)
 
 
-# Those looked at so far, in order, and those that come next.
+# Places searched so far, in order, and an iterator of the next ones.
 _places: tuple[list[Candidate], Iterator[Candidate]] = ([], candidates())
 
 
 def use_source(location: str | os.PathLike[str] | None) -> None:
-    """Take kernels from `location` alone from now on, or (None) look for them again."""
+    """Use only kernels from `location` from now on, or (None) search for them again."""
     global _places
     if location is None:
         _places = [], candidates()
@@ -363,8 +362,8 @@ def use_source(location: str | os.PathLike[str] | None) -> None:
 
 
 def places() -> Iterator[Candidate]:
-    """Every place that is asked for kernels, in order; each is looked at once."""
-    # Of one choice from the first to the last, whatever another thread chooses meanwhile.
+    """Yield every place to search for kernels, in order; each is searched once."""
+    # Bound once, so that a concurrent `use_source` does not mix two choices.
     (found, following), done = _places, 0
     while True:
         with _lock:
@@ -377,19 +376,21 @@ def places() -> Iterator[Candidate]:
 
 
 def sources() -> Iterator[KernelSource]:
-    """The places that have kernels."""
+    """Yield the places that have kernels."""
     return (place.source for place in places() if place.source is not None)
 
 
 def release() -> str | None:
-    """FlashInfer's release of the kernels in use, or None where nothing tells."""
+    """Return the FlashInfer release of the kernels in use, or None if unknown."""
     first = next(sources(), None)
     return None if first is None else release_of(first)
 
 
 def cuda_of_kernels() -> int | None:
-    """The major version of the CUDA that the kernels in use are of, by the first source's version
-    or by what its modules need; None where nothing tells.  Nothing is fetched."""
+    """Return the CUDA major version of the kernels in use, or None if unknown.
+
+    It is taken from the first source's version, or from what its modules need. Nothing is fetched.
+    """
     forced = os.environ.get(CUDA)
     if forced:
         return _cuda_version(forced)[0]
@@ -404,7 +405,7 @@ def cuda_of_kernels() -> int | None:
             return None
         found = (cuda_of(facts_of(source.file(module))) for module in source.modules()[:_LOOKED_AT])
         return next(filter(None, found), None)
-    except (FiFfiError, OSError):  # told to those who ask for a module
+    except (FiFfiError, OSError):  # reported to callers that need a module
         return None
 
 
@@ -412,44 +413,44 @@ machine.ask_kernels = cuda_of_kernels
 
 
 def find_module(module: str, device: int | None = None) -> tuple[KernelSource, ModuleFile, Facts]:
-    """The first source's file of a module that the device, if one is given, can run.
+    """Find a module: the first source's file that the device, if one is given, can run.
 
-    Raises `ArchitectureError` where only the device code was wrong, and otherwise
-    `KernelNotFoundError` with what every place had to say.
+    Raises `ArchitectureError` if only the device code did not fit, and otherwise
+    `KernelNotFoundError`, with the reason of every place.
     """
-    said, wrong_code = [], False
+    reasons, wrong_code = [], False
     for place in places():
         if place.source is None:
-            said.append(f"{place.kind}: {place.note}")
+            reasons.append(f"{place.kind}: {place.note}")
             continue
         if place.sm and device is not None:
             named = runs_on([sass_named(place.sm)], machine.capability(device))
             if not named.ok:
                 wrong_code = True
-                said.append(f"{place.kind}: {place.source.location}: {named.reason}")
+                reasons.append(f"{place.kind}: {place.source.location}: {named.reason}")
                 continue
         try:
             if module not in place.source.modules():
-                said.append(f"{place.kind}: {_lack(place.source, module)}")
+                reasons.append(f"{place.kind}: {_lack(place.source, module)}")
                 continue
             file = place.source.file(module)
         except LoaderError as error:
-            said.append(f"{place.kind}: {error}")
+            reasons.append(f"{place.kind}: {error}")
             continue
         facts = facts_of(file)
         verdict = runs_on(facts.codes, machine.capability(device)) if device is not None else None
         if verdict is None or verdict.ok:
             return place.source, file, facts
         wrong_code = True
-        said.append(f"{place.kind}: {place.source.location}: {module} {verdict.reason}")
+        reasons.append(f"{place.kind}: {place.source.location}: {module} {verdict.reason}")
     kind = ArchitectureError if wrong_code else KernelNotFoundError
     where = "" if device is None else f" for cuda:{device}"
-    text = "\n".join(f"  {line}" for line in said)
+    text = "\n".join(f"  {line}" for line in reasons)
     raise kind(f"no kernels of module {module!r}{where}:\n{text}\n{_advice(module, device)}")
 
 
 def _lack(source: KernelSource, module: str) -> str:
-    # Only here: a start that finds its modules needs no catalogue.
+    # imported here: a start that finds its modules needs no catalogue
     from fi_ffi.loader.catalogue import without
 
     return without(source, module)
@@ -461,7 +462,7 @@ def _advice(module: str, device: int | None) -> str:
     arch = None
     if device is not None:
         major, minor = machine.capability(device)
-        # From SM90 on FlashInfer's kernels use what only the very architecture has.
+        # From SM90 on, FlashInfer's kernels use features specific to the exact architecture.
         arch = f"{major}.{minor}" + ("a" if major >= 9 else "")
     advice = build_advice(module, release() or wanted_release(), arch)
     return f"{advice} FI_FFI_KERNELS names a wheel."

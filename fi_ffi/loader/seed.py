@@ -1,9 +1,9 @@
-"""A second cache that is only read, such as one in a container image: `FI_FFI_SEED_CACHE`.
+"""A second, read-only cache, such as one in a container image: `FI_FFI_SEED_CACHE`.
 
-It has the cache's layout, and is looked at after the cache and before the network.  Nothing is
-written into it, and none of its stamps is believed: each file is hashed.  One that only this user
-and root could change is loaded where it lies; another's is copied into the cache, hashed as it
-is copied, so that whose it is does not matter.
+It has the cache's layout and is searched after the cache and before the network. Nothing is written
+into it, and its stamps are not trusted: each file is hashed. A file that only this user and root
+can change is loaded in place. Another file is copied into the cache and hashed while it is copied,
+so that its owner does not matter.
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ ENVIRONMENT = "FI_FFI_SEED_CACHE"
 
 _CHUNK = 1 << 20
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
-# Files that this process has hashed, as they were then.
+# Files that this process has hashed, with their state at that time.
 _hashed: dict[Path, tuple[cache.State, str]] = {}
 library.renew_after_fork(globals(), "_hashed", dict)
 
 
 @dataclass(frozen=True)
 class Seeded:
-    """A file with the content that was asked for; `state` as it was hashed, of one that lies in
-    the seed, and None of one that was copied into the cache."""
+    """A file with the requested content.
+
+    `state` is its state when it was hashed; None if it was copied into the cache.
+    """
 
     path: Path
     state: cache.State | None
 
 
 def seed_root() -> Path | None:
-    """The directory that FI_FFI_SEED_CACHE names; `LoaderError` where there is none."""
+    """Return the directory that FI_FFI_SEED_CACHE names; `LoaderError` if it does not exist."""
     chosen = os.environ.get(ENVIRONMENT)
     if not chosen:
         return None
@@ -53,7 +55,7 @@ def seed_root() -> Path | None:
 
 
 def find(sha256: str, name: str) -> Seeded | None:
-    """The seed's file with this content; None where there is none, or it has other content."""
+    """Return the seed's file with this content, or None."""
     root = seed_root()
     if root is None:
         return None
@@ -73,8 +75,7 @@ def find(sha256: str, name: str) -> Seeded | None:
 
 
 def note(path: Path) -> Path | None:
-    """The seed's counterpart of a note of the cache, where only this user and root could have
-    written it."""
+    """Return the seed's counterpart of a cache's note; None if others could have written it."""
     root = seed_root()
     if root is None:
         return None
@@ -92,7 +93,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _is_safe(root: Path, path: Path) -> bool:
-    """Whether only this user and root can change a file, or what its path leads to."""
+    """Return whether only this user and root can change a file and its path."""
     try:
         if not trust.folders_exist(root, path.parent):
             return False

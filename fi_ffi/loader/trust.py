@@ -1,8 +1,7 @@
-"""Whose files are loaded or run: this user's and root's, where nobody else can write.
+"""Ownership checks: files are loaded or run only if this user and root alone can write them.
 
-A library that is loaded runs with the rights of this process, so a file that
-somebody else could have put there or could change is refused, whatever its hash
-was when it was looked at.
+A loaded library runs with the rights of this process. A file that another user could have placed or
+could change is refused, whatever its hash was when it was read.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _KINDS = {
 
 
 def folders_exist(root: Path, folder: Path) -> bool:
-    """Whether `folder` and all above it, up to the cache's `root`, are there; each must be safe."""
+    """Return whether `folder` and its parents up to the cache's `root` exist; each must be safe."""
     below = folder.relative_to(root).parts
     try:
         check_root(root)
@@ -38,15 +37,15 @@ def folders_exist(root: Path, folder: Path) -> bool:
 
 
 def check_root(root: Path) -> None:
-    """`ArtifactError` where others can put or replace what lies directly in the cache."""
+    """Raise `ArtifactError` if others can add or replace files directly in the cache."""
     status = os.lstat(root)
     for place in {*root.parents, *Path(os.path.realpath(root)).parents}:
         _check_place(place, os.stat(place), f"nothing in {root} is loaded")
-    if stat.S_ISLNK(status.st_mode):  # to another disk, say; but then by this user
+    if stat.S_ISLNK(status.st_mode):  # for example to another disk; the link must be this user's
         _check_owner(root, status, "the link")
         status = os.stat(root)
     _check_owner(root, status, "the cache directory")
-    # With the sticky bit too: others could put `wheels` there, or take our names first.
+    # Even with the sticky bit, others could create `wheels` or other names first.
     if status.st_mode & stat.S_IWOTH:
         raise ArtifactError(
             f"the cache directory {root} can be written by every user "
@@ -56,7 +55,7 @@ def check_root(root: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """`ArtifactError` where others could put files into a folder of the cache."""
+    """Raise `ArtifactError` if others could put files into a folder of the cache."""
     status = os.lstat(folder)
     if not stat.S_ISDIR(status.st_mode):
         raise ArtifactError(f"{folder} is {_kind(status)}, not a directory: remove it, {_MOVE}")
@@ -69,7 +68,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_object(path: Path, status: os.stat_result) -> None:
-    """`ArtifactError` where a cached file (its `lstat`) could be another user's work."""
+    """Raise `ArtifactError` if others could have written a cached file; `status` is its lstat."""
     if not stat.S_ISREG(status.st_mode):
         raise ArtifactError(
             f"{path} is {_kind(status)}, and the cache loads only files that lie in it: "
@@ -84,9 +83,9 @@ def check_object(path: Path, status: os.stat_result) -> None:
 
 
 def check_tree(folder: Path) -> None:
-    """`ArtifactError` where others could have put, or could change, anything below a folder.
+    """Raise `ArtifactError` if others could have added or could change anything below a folder.
 
-    For what is run and not hashed: the environments and the compilers' folders of builds.
+    Used for files that are run without being hashed: environments and compilers' folders of builds.
     """
     check_folder(folder)
     for parent, folders, files in os.walk(folder):
@@ -98,20 +97,20 @@ def check_tree(folder: Path) -> None:
                     check_folder(path)
                 elif stat.S_ISREG(status.st_mode):
                     check_object(path, status)
-                else:  # a link, whose own owner says where it leads
+                else:  # a link; its target is decided by its owner
                     _check_owner(path, status, f"the {_kind(status).partition(' ')[2]}")
 
 
 def check_owner(path: Path) -> None:
-    """`ArtifactError` unless what the path leads to is this user's or root's."""
+    """Raise `ArtifactError` unless the target of the path belongs to this user or root."""
     status = os.stat(path)
     _check_owner(path, status, f"the {_kind(status).partition(' ')[2]}")
 
 
 def check_named(path: Path) -> None:
-    """`ArtifactError` where every user could change a file, or put it where it lies.
+    """Raise `ArtifactError` if every user could change a file, or place it there.
 
-    It is of a place that the user, or FlashInfer, has chosen, and so is whose it is.
+    The user, or FlashInfer, chose the path, so another owner is accepted.
     """
     for place in (path, *path.parents[:2]):
         status = os.stat(place)
@@ -125,7 +124,7 @@ def check_named(path: Path) -> None:
 
 
 def _check_place(place: Path, status: os.stat_result, consequence: str) -> None:
-    # In a directory with the sticky bit, as /tmp has it, others cannot replace what is ours.
+    # In a directory with the sticky bit, such as /tmp, others cannot replace this user's files.
     safe = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
     if status.st_mode & stat.S_IWOTH and not safe:
         raise ArtifactError(

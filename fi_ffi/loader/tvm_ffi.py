@@ -1,8 +1,8 @@
-"""libtvm_ffi: one copy in the process, whoever brought it.
+"""libtvm_ffi: a single copy in the process.
 
-Two copies would each have their own table of types and functions, or abort.  So
-the copy already in the process comes first, and then that of the installed
-apache-tvm-ffi, which a later `import tvm_ffi` then shares.
+Two copies would each have their own tables of types and functions, or abort. So a copy that is
+already loaded is used first, then that of the installed apache-tvm-ffi, which a later `import
+tvm_ffi` shares.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 PROJECT = "apache-tvm-ffi"
 MEMBER = "tvm_ffi/lib/libtvm_ffi.so"
-# The C interface only grows within the series: kernels compiled against older headers
-# load with a newer library.  FlashInfer excludes releases before the first.
+# The C interface only grows within the series, so kernels compiled with older headers work with a
+# newer library. FlashInfer requires at least the first of these releases.
 ACCEPTED = ">=0.1.12,<0.2"
 
 _SONAME = "libtvm_ffi.so"
@@ -31,23 +31,23 @@ _INSTALL = f"`pip install '{PROJECT}{ACCEPTED}'`"
 
 @dataclass(frozen=True)
 class Found:
-    """A shared library: where it is, and why that one."""
+    """A shared library: its path, and a text that says why it was chosen."""
 
     path: str
     origin: str
-    # What vouches for its content; None where nothing does, as for a copy that is loaded.
+    # The sha256 that RECORD confirms; None without one, as for a copy already loaded.
     sha256: str | None = None
-    # What it was like as it was hashed.
+    # The file's state when it was hashed.
     state: State | None = None
 
 
 def find() -> Found:
-    """The copy to use; `LoaderError` where there is none, `ArtifactError` for a damaged one."""
+    """Return the copy to use; `LoaderError` if there is none, `ArtifactError` if it is damaged."""
     return in_process() or installed()
 
 
 def in_process(soname: str = _SONAME) -> Found | None:
-    """The copy mapped into this process; `LoaderError` where there are two."""
+    """Return the copy mapped into this process, or None; `LoaderError` if there are two."""
     try:
         maps = Path("/proc/self/maps").read_text(errors="replace")
     except OSError:
@@ -61,14 +61,14 @@ def in_process(soname: str = _SONAME) -> Found | None:
             "Their objects cannot be mixed: import the one that came second in a process of its own"
         )
     for path, deleted in mapped:
-        # Of a file that was replaced since, only the soname leads to the copy in use.
+        # If the file was replaced since, only the soname leads to the loaded copy.
         return Found(soname if deleted else path, "already in this process")
     return None
 
 
 def installed() -> Found:
-    """The installed distribution's copy, located through its metadata alone."""
-    # Only here: it brings the email package with it, and a copy may be here already.
+    """Find the installed distribution's copy through its metadata alone."""
+    # Imported here: it imports the email package, and is not needed if a copy is loaded.
     import importlib.metadata
 
     try:
@@ -95,7 +95,7 @@ def installed() -> Found:
 
 
 def recorded(distribution: Distribution, member: str, origin: str) -> Found:
-    """A library of an installed distribution, which is as its RECORD has it."""
+    """Return a library of an installed distribution, after checking it against RECORD."""
     path = Path(str(distribution.locate_file(member)))
     sha256, state = _recorded(distribution, member, path)
     return Found(str(path), origin, sha256, state)
@@ -104,7 +104,7 @@ def recorded(distribution: Distribution, member: str, origin: str) -> Found:
 def _recorded(
     distribution: Distribution, member: str, path: Path
 ) -> tuple[str, State] | tuple[None, None]:
-    """The sha256 that RECORD has for the library, which has it; None where RECORD has none."""
+    """Return the library's sha256, compared with RECORD, and its state; None without a hash."""
     record = distribution.read_text("RECORD") or ""
     line = next((line for line in record.splitlines() if line.startswith(f"{member},")), None)
     if line is None or line.count(",") != 2 or not line.split(",")[1]:

@@ -1,7 +1,7 @@
-"""What lies in the cache; removing it, and hashing it all again.
+"""Maintenance of the cache: listing, pruning, and verifying.
 
-Only what fi_ffi is known to make there is looked at: the directory is the user's
-choice, and may have other things in it.
+Only files that fi_ffi is known to create are touched: the user chose the directory and may keep
+other files in it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fi_ffi.loader import cache, trust
 Kind = Literal["object", "build", "download", "note", "leftover"]
 
 _OBJECTS = ("objects", "[0-9a-f]{2}", "[0-9a-f]{64}")
-# The names of folders and files, from the cache's directory on.
+# Patterns of folder and file names, starting at the cache's directory.
 _PLACES: dict[Kind, tuple[tuple[str, ...], ...]] = {
     "object": ((*_OBJECTS, "[^.].*"),),
     "build": (("build", ".*"),),
@@ -34,7 +34,7 @@ _PLACES: dict[Kind, tuple[tuple[str, ...], ...]] = {
 
 @dataclass(frozen=True)
 class Item:
-    """A file or a folder in the cache.  `last_use` is in seconds since 1970."""
+    """A file or a folder in the cache; `last_use` is in seconds since 1970."""
 
     kind: Kind
     name: str
@@ -45,7 +45,7 @@ class Item:
 
 
 class Verdict(NamedTuple):
-    """What hashing an object again has shown; `problem` is empty where it is well."""
+    """The result of hashing an object again; `problem` is empty if the object is good."""
 
     item: Item
     problem: str = ""
@@ -53,11 +53,11 @@ class Verdict(NamedTuple):
 
 
 def items(root: Path, kind: Kind) -> list[Item]:
-    """All of a kind, by name.
+    """Return all items of a kind, by name.
 
-    "object": a cached file; "build": a folder of `fi-ffi build`; "download": an unfinished one;
-    "note": what was worked out once; "leftover": what killed processes left, which are
-    temporaries and stamps whose file is gone.
+    "object": a cached file; "build": a folder of `fi-ffi build`; "download": an unfinished
+    download; "note": a stored result; "leftover": a temporary of a killed process, or a stamp
+    without its file.
     """
     found = []
     for place in _PLACES[kind]:
@@ -70,12 +70,12 @@ def items(root: Path, kind: Kind) -> list[Item]:
 
 
 def total(root: Path) -> int:
-    """Bytes in all files of the cache."""
+    """Return the bytes in all files of the cache."""
     return _weigh(root)[0] if os.path.isdir(root) else 0
 
 
 def _item(kind: Kind, path: Path) -> Item | None:
-    """What lies there, if it is of the kind."""
+    """Return the item at a path, or None if it is not of the kind."""
     status = os.lstat(path)
     is_folder = stat.S_ISDIR(status.st_mode)
     size, written = _weigh(path) if is_folder else (status.st_size, status.st_mtime)
@@ -87,7 +87,8 @@ def _item(kind: Kind, path: Path) -> Item | None:
         with contextlib.suppress(OSError):
             written = os.lstat(cache.stamp_path(path)).st_mtime
     elif kind == "build":
-        if not is_folder or _build_lock(path) is None:  # the builder marks each of its folders
+        # the builder puts a lock into each of its folders
+        if not is_folder or _build_lock(path) is None:
             return None
     elif kind == "leftover":
         if path.suffix == ".stamp":
@@ -96,12 +97,12 @@ def _item(kind: Kind, path: Path) -> Item | None:
                 return None
         elif not cache.abandoned(path, written):
             return None
-    # A clock that was wrong can have left any time.
+    # A wrong clock can have left any time.
     return Item(kind, path.name, path, size, max(0.0, min(written, time.time())), sha256)
 
 
 def _matching(folder: Path, *names: str) -> Iterator[Path]:
-    """The paths below a folder whose parts match, one by one; links are not followed."""
+    """Yield the paths below a folder whose parts match the patterns; links are not followed."""
     try:
         entries = sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -117,20 +118,20 @@ def _matching(folder: Path, *names: str) -> Iterator[Path]:
 
 
 def _weigh(folder: Path) -> tuple[int, float]:
-    """The bytes in a folder's files, and when something in it was last written."""
+    """Return the bytes in a folder's files, and the time of the last write in it."""
     size, newest = 0, 0.0
     for parent, _, names in os.walk(folder):
         for name in names:
             with contextlib.suppress(OSError):  # removed meanwhile
                 status = os.lstat(os.path.join(parent, name))
                 size += status.st_size
-                if not name.endswith(".lock"):  # which only looking at it may touch
+                if not name.endswith(".lock"):  # looking at a folder may touch its lock
                     newest = max(newest, status.st_mtime)
     return size, newest
 
 
 def _build_lock(folder: Path) -> Path | None:
-    """The builder's lock inside a folder, or beside it."""
+    """Return the builder's lock inside a folder, or beside it."""
     candidates = (folder / ".lock", folder.with_name(f"{folder.name}.json.lock"))
     return next((path for path in candidates if path.is_file()), None)
 
@@ -138,16 +139,15 @@ def _build_lock(folder: Path) -> Path | None:
 def prune(
     wanted: Iterable[Item], root: Path, *, dry_run: bool = False
 ) -> tuple[list[Item], list[tuple[Item, str]]]:
-    """Remove the items, but for what a build or a download is at work on: what was removed,
-    and what was not, with the reason.
+    """Remove the items, except those used by a running build or download.
 
-    A file that a process has loaded stays in its memory; on a network file system
-    that holds only for the processes of this machine.
+    Returns the removed items, and the kept ones with the reason. A loaded file stays in its
+    process's memory; on a network file system this holds only for processes of this machine.
     """
     wanted = [*wanted]
     removed: list[Item] = []
     kept: list[tuple[Item, str]] = []
-    # All of them: a build uses environments and toolkits that it holds no lock on.
+    # All builds' locks: a build uses environments and toolkits without locking them.
     building = any(item.kind == "build" for item in wanted)
     locks = [_build_lock(folder) for folder in _matching(root, "build", ".*")] if building else []
     with _free(locks) as quiet:
@@ -170,7 +170,7 @@ def prune(
 
 
 def verify(root: Path, *, repair: bool = False) -> Iterator[Verdict]:
-    """Hash every object again, one after the other; with `repair` remove those that fail."""
+    """Hash every object again and yield the results; with `repair`, remove those that fail."""
     if os.path.isdir(root):
         trust.check_root(root)
     for item in items(root, "object"):
@@ -186,7 +186,7 @@ def _verdict(item: Item) -> Verdict:
             return Verdict(item)
     except ArtifactError as error:
         return Verdict(item, f"refused: {error}")
-    if not os.path.lexists(item.path):  # removed meanwhile, which is no damage
+    if not os.path.lexists(item.path):  # removed meanwhile, hence not damaged
         return Verdict(item)
     if not os.access(item.path, os.R_OK):
         return Verdict(item, "cannot be read")
@@ -194,7 +194,7 @@ def _verdict(item: Item) -> Verdict:
 
 
 def _repair(item: Item, root: Path) -> Verdict:
-    """Remove a bad object, unless another process has put a good one there meanwhile."""
+    """Remove a bad object, unless another process has replaced it by a good one meanwhile."""
     with cache.turn(str(item.sha256)):
         verdict = _verdict(item)
         if not verdict.problem:
@@ -209,7 +209,7 @@ def _repair(item: Item, root: Path) -> Verdict:
 def _remove(item: Item, root: Path) -> None:
     path = item.path
     if item.kind == "build":
-        # In one step, as a half of one would not be built again.
+        # Renamed first, in one step: a half-removed folder would not be built again.
         aside = cache.new_path(cache.make_folder("tmp"))
         path.rename(aside)
         for name in (".json", ".log"):
@@ -221,15 +221,15 @@ def _remove(item: Item, root: Path) -> None:
     if item.kind == "download":
         cache.remove(path.with_suffix(".json"))
     for folder in path.parents[:2]:
-        # The folders of hashes; the others stay, as they are made once.
+        # Only the folders named by hashes; the others are permanent.
         if root in (folder.parent.parent, folder.parent.parent.parent):
-            with contextlib.suppress(OSError):  # others are in it
+            with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
 
 
 @contextlib.contextmanager
 def _free(locks: Iterable[Path | None]) -> Iterator[bool]:
-    """Whether nobody holds any of the locks; nobody gets one before the end."""
+    """Yield whether all locks are free, and hold them until the block ends."""
     from filelock import FileLock, Timeout
 
     with contextlib.ExitStack() as stack:

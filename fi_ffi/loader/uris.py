@@ -1,12 +1,12 @@
-"""Names of kernel modules, built and read in one place.
+"""Names of kernel modules: building and parsing.
 
     uri("batch_prefill", release="0.6.13", dtype_q="bf16", head_dim_qk=128, backend="fa3")
     parse("batch_prefill_with_kv_cache_dtype_q_bf16_…_f16qk_False_sm90").params
 
-are inverse to each other.  FlashInfer calls a module by its family and everything it was
-compiled for, and a release may change how.  `data/names.json` has a row for each family and
-range of releases: a template with parameters, named as FlashInfer's generator has them, and
-their kinds.  docs/catalogue.md says what is easily got wrong, and what changed when.
+are inverse to each other. FlashInfer builds a module's name from its family and all parameters it
+was compiled for, and releases differ in how. `data/names.json` has a row for each family and range
+of releases: a template whose parameters are named as in FlashInfer's generator, and the parameters'
+kinds. docs/catalogue.md describes pitfalls and the changes between releases.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fi_ffi.errors import ArgumentError
 Value = str | int | bool | None
 Params = Mapping[str, Value]
 
-# FlashInfer's short names, and those of the same types in torch and in `fi_ffi.abi.tensor`.
+# FlashInfer's short names -> the names in torch and in `fi_ffi.abi.tensor`.
 DTYPES = {
     "f16": "float16",
     "bf16": "bfloat16",
@@ -40,11 +40,12 @@ DTYPES = {
     "i16": "int16",
     "i32": "int32",
     "i64": "int64",
-    # Two values in a byte.  FlashInfer has had two names for it, besides "u8": see docs.
+    # Two values in a byte. FlashInfer has used two names for it, besides "u8": see
+    # docs/catalogue.md.
     "fp4_e2m1": "float4_e2m1fn_x2",
     "fp4x2_e2m1": "float4_e2m1fn_x2",
 }
-# Spellings of NVFP4, and of the bytes that it is kept in: the first that a release's names have.
+# Alternative spellings of NVFP4 and of its storage type; the first that the release knows counts.
 _ALSO = {
     "fp4": ("fp4x2_e2m1", "u8"),
     "u8": ("fp4x2_e2m1",),
@@ -55,14 +56,14 @@ _ALSO = {
 
 @dataclass(frozen=True)
 class Words:
-    """A parameter that is one of a few values, each with its text in a name."""
+    """A parameter with a fixed set of values, each with its text in a name."""
 
     words: Mapping[Value, str]
 
     @property
     def pattern(self) -> str:
-        """A regular expression, without groups, for exactly the texts it writes."""
-        # The longest first: "sm10" must not hide "sm100".
+        """A regular expression without groups that matches exactly the values' texts."""
+        # Longest first: "sm10" must not hide "sm100".
         return "|".join(re.escape(text) for text in sorted(self.words.values(), key=len)[::-1])
 
     @property
@@ -74,10 +75,10 @@ class Words:
         return all(value is None or value in DTYPES for value in self.words)
 
     def text(self, value: Value) -> str:
-        """The text of a value, for a dtype in its long form too; ValueError where it is none."""
+        """Return the text of a value, or of a dtype's long name; ValueError if it is invalid."""
         for known, text in self.words.items():
             is_long = self.is_dtype and known is not None and DTYPES[str(known)] == value
-            # By type too: 1 and True are the same key of a dictionary.
+            # Types must match too: 1 and True are equal keys of a dictionary.
             if is_long or (known == value and type(known) is type(value)):
                 return text
         also = _ALSO.get(value, ()) if isinstance(value, str) else ()
@@ -92,7 +93,7 @@ class Words:
 
 @dataclass(frozen=True)
 class Number:
-    """An integer of at least `low`, without leading zeros; with `before`, 0 is no text at all."""
+    """An integer of at least `low`, without leading zeros; after `before`, 0 is written as ""."""
 
     low: int
     before: str = ""
@@ -125,7 +126,7 @@ Kind = Words | Number
 
 @functools.lru_cache(maxsize=64)
 def version_of(release: str) -> Version:
-    """A release as something to compare; what follows a `+` does not matter."""
+    """Parse a release for comparisons; a local part after `+` is ignored."""
     try:
         return Version(Version(release).public)
     except InvalidVersion as error:
@@ -135,12 +136,11 @@ def version_of(release: str) -> Version:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """How the modules of a family are called, from release `since` to before `until`.
+    """The naming rule of a family's modules, from release `since` to before `until`.
 
-    In `template`, `{dtype_q:dtype}` is a parameter and its kind.  `generator` is
-    "module:function" inside FlashInfer, and may use texts of parameters; None where its own
-    list of modules is the only way to one.  `arguments` are those of the generator that the
-    name says nothing of.
+    In `template`, `{dtype_q:dtype}` is a parameter and its kind. `generator` is "module:function"
+    inside FlashInfer and may contain parameters' texts; None if a module can only come from
+    FlashInfer's own list. `arguments` are those of the generator that the name does not contain.
     """
 
     family: str
@@ -153,13 +153,13 @@ class Row:
 
     @functools.cached_property
     def parts(self) -> tuple[tuple[str, str | None], ...]:
-        """Literal text and the parameter after it."""
+        """Pairs of literal text and the parameter that follows it."""
         parsed = string.Formatter().parse(self.template)
         return tuple((literal, name) for literal, name, _kind, _ in parsed)
 
     @functools.cached_property
     def kinds(self) -> dict[str, Kind]:
-        """The parameters, in the order of the name."""
+        """The parameters' kinds, in the order of the name."""
         parsed = string.Formatter().parse(self.template)
         return {name: KINDS[kind or ""] for _, name, kind, _ in parsed if name is not None}
 
@@ -179,7 +179,7 @@ class Row:
         )
 
     def match(self, name: str) -> dict[str, Value] | None:
-        """The parameters in a name, if it is one of this row's."""
+        """Return the parameters in a name, or None if this rule does not apply."""
         found = self.pattern.fullmatch(name)
         if found is None:
             return None
@@ -187,17 +187,17 @@ class Row:
         return None if self.refusal(params) else params
 
     def refusal(self, params: Params) -> str | None:
-        """What is wanted instead of this combination; None where it can be."""
+        """Return the requirement that this combination violates; None if it is valid."""
         checks = (check for name, check in _REFUSALS.items() if name in params)
         return next((reason for check in checks if (reason := check(params))), None)
 
     def complete(self, given: Params) -> dict[str, Value]:
-        """`given` checked, with the defaults of those left out, in the order of the name."""
+        """Check `given`, add defaults, and return all parameters in the order of the name."""
         unknown = [name for name in given if name not in self.kinds]
         if unknown:
             raise self._error(unknown[0], "a parameter", ", ".join(self.kinds) or "none")
         values = {name: self._read(name, value) for name, value in given.items()}
-        # Defaults that follow from other parameters come after those that do not.
+        # Defaults derived from other parameters come last.
         for name in sorted(self.kinds, key=self._follows):
             if name not in values:
                 values[name] = self._read(name, self.default(name, values))
@@ -211,7 +211,7 @@ class Row:
         return name in _DERIVED or str(self.defaults.get(name)).startswith("=")
 
     def default(self, name: str, params: Params) -> Value:
-        """What a parameter is beside these others if nothing is said; None where it must be."""
+        """Return a parameter's default beside these others; None if it has to be given."""
         if name in _DERIVED and name not in self.defaults:
             return _DERIVED[name](params)
         default = self.defaults.get(name)
@@ -220,7 +220,7 @@ class Row:
         return default
 
     def render(self, params: Params) -> str:
-        """The name for complete parameters."""
+        """Return the name for complete parameters."""
         texts = (
             literal + ("" if name is None else self._text(name, params[name]))
             for literal, name in self.parts
@@ -228,14 +228,14 @@ class Row:
         return "".join(texts)
 
     def generator_for(self, params: Params) -> str | None:
-        """What makes this module inside FlashInfer, as "module:function", if it is known."""
+        """Return FlashInfer's function that makes this module, "module:function", if known."""
         if self.generator is None:
             return None
         texts = {name: self._text(name, params[name]) for name in self.kinds}
         return self.generator.format_map(texts)
 
     def _read(self, name: str, value: Value) -> Value:
-        """The value as `match` would give it, whatever spelling it came in."""
+        """Return the value as `match` would give it, for any accepted spelling."""
         return self.kinds[name].value(self._text(name, value))
 
     def _text(self, name: str, value: Value) -> str:
@@ -250,11 +250,11 @@ class Row:
         return ArgumentError(f"uri of {self.family}", argument, got=got, expected=expected)
 
 
-# What follows from other parameters where nothing is said.
+# Defaults derived from other parameters.
 _DERIVED: dict[str, Callable[[Params], Value]] = {
-    # As the query, unless that is fp8: then both f16 and bf16 are usual.
+    # The query's dtype; for an fp8 query there is no default, since f16 and bf16 are both common.
     "dtype_o": lambda p: p.get("dtype_q") if p.get("dtype_q") in ("f16", "bf16") else None,
-    # What FlashInfer builds ahead of time and loads first.  fa3 has one module for all strides.
+    # The mode that FlashInfer builds ahead of time; fa3 has one module for all strides.
     "paged_kv_stride_mode": lambda p: "equal" if p.get("backend") != "fa3" else "runtime",
     "use_spec_dec": lambda p: p.get("q_seq_len") != 1,
 }
@@ -273,14 +273,15 @@ def _refuse_xqa(params: Params) -> str | None:
     q_seq_len, ratio = params["q_seq_len"], params["head_group_ratio"]
     if params["use_spec_dec"] != (q_seq_len != 1):
         return "use_spec_dec exactly where q_seq_len is above 1"
-    # Where the SM90 kernel has no instance for one query length, ragged queries change nothing.
+    # The SM90 kernel has instances for a fixed query length up to 32 rows; beyond them,
+    # use_ragged_q changes nothing.
     fits = isinstance(q_seq_len, int) and isinstance(ratio, int) and q_seq_len * ratio <= 32
     if params.get("use_ragged_q") and (q_seq_len == 1 or not fits):
         return "q_seq_len above 1, and q_seq_len * head_group_ratio up to 32, with use_ragged_q"
     return None
 
 
-# By a parameter that the rows have for which there is something to refuse.
+# By a parameter that only the rows with restrictions have.
 _REFUSALS = {"module_surface": _refuse_stride, "use_spec_dec": _refuse_xqa}
 
 
@@ -292,7 +293,7 @@ def _kind(data: Any) -> Kind:
 
 
 def _row(data: dict[str, Any]) -> Row:
-    """A row as it is written; one without a template has no parameters."""
+    """Return a row from its JSON; without a template it has no parameters."""
     template = data.get("template", data["family"])
     for name, text in _DATA["pieces"].items():
         template = template.replace(f"<{name}>", text)
@@ -301,7 +302,7 @@ def _row(data: dict[str, Any]) -> Row:
 
 
 def _split(row: Row) -> Iterator[Row]:
-    """A row for each range of releases in which its kinds took other values."""
+    """Split a row where its kinds took other values in other releases."""
     for name, spans in _DATA["kinds_by_release"].items():
         if f":{name}}}" in row.template:
             for since, until, kind in spans:
@@ -321,10 +322,10 @@ ROWS: tuple[Row, ...] = tuple(row for data in _DATA["rows"] for row in _split(_r
 
 @dataclass(frozen=True)
 class ModuleName:
-    """A module's name, taken apart.
+    """A parsed module name.
 
-    `params` are named as FlashInfer's generators have them; dtypes are short names
-    (`DTYPES` has the long ones).
+    `params` are named as in FlashInfer's generators; dtypes are short names (`DTYPES` has the long
+    ones).
     """
 
     name: str
@@ -334,29 +335,29 @@ class ModuleName:
 
     @property
     def backend(self) -> str:
-        """`fa2` or `fa3`, or "" where the family has no choice of them."""
+        """`fa2` or `fa3`, or "" if the family has no such choice."""
         return str(self.params.get("backend", ""))
 
     @property
     def dtypes(self) -> dict[str, str]:
-        """The parameters that are dtypes, without those that are None."""
+        """The dtype parameters, without those that are None."""
         kinds, given = self.row.kinds, self.params.items()
         return {name: str(v) for name, v in given if v is not None and kinds[name].is_dtype}
 
     @property
     def head_dims(self) -> tuple[int, ...]:
-        """The head sizes: (qk, vo), (ckv, kpe), or the only one."""
+        """The head sizes: (qk, vo), (ckv, kpe), or a single one."""
         given = self.params.items()
         return tuple(v for name, v in given if name.startswith("head_dim") and isinstance(v, int))
 
     @property
     def releases(self) -> str:
-        """The releases that have such names, in words."""
+        """The releases that use this name, as text."""
         return span(row for row in ROWS if row.match(self.name) is not None)
 
 
 def span(rows: Iterable[Row]) -> str:
-    """The releases that rows are for, in words."""
+    """Return the releases that rows cover, as text."""
     rows = tuple(rows)
     since = min((row.since for row in rows), key=lambda text: version_of(text or "0"))
     until = max((row.until for row in rows), key=lambda text: version_of(text or "9999"))
@@ -370,9 +371,9 @@ def _rows(release: str | None) -> tuple[Row, ...]:
 
 
 def family_row(family: str, release: str) -> Row:
-    """The row of a family in a release.
+    """Return the row of a family in a release.
 
-    ArgumentError where FlashInfer never had it, and where this release does not.
+    Raises ArgumentError if FlashInfer never had the family, or does not have it in this release.
     """
     rows = [row for row in ROWS if row.family == family]
     for row in rows:
@@ -388,20 +389,19 @@ def family_row(family: str, release: str) -> Row:
 
 
 def uri(family: str, *, release: str, **params: Value) -> str:
-    """The name of the module of `family` compiled for `params`, as `release` has it.
+    """Return the name that `release` gives the module of `family` compiled for `params`.
 
-    Dtypes may be short or long names ("f16", "float16"); "fp4" is NVFP4, however the release
-    calls it.  What is left out has the
-    value that FlashInfer's published wheels have most: keys, values and outputs of the
-    query's dtype, int32 indices, equal head sizes, no option, fa2.  ArgumentError
-    for a parameter or a value that the family does not have in this release.
+    Dtypes may be short or long names ("f16", "float16"); "fp4" is NVFP4 under any release's name.
+    Omitted parameters take the most common value of FlashInfer's published wheels: keys, values and
+    outputs of the query's dtype, int32 indices, equal head sizes, no option, fa2. Raises
+    ArgumentError for a parameter or a value that the family does not have in this release.
     """
     row = family_row(family, release)
     return row.render(row.complete(params))
 
 
 def parse(name: str, release: str | None = None) -> ModuleName | None:
-    """A name taken apart by the rules of `release`, or of any; None if it follows none."""
+    """Parse a name by the rules of `release`, or of any release; None if it follows none."""
     if release is not None:
         version_of(release)
     for row in _rows(release):

@@ -1,4 +1,4 @@
-"""Addresses: which may be used, where a redirect leads, and how to print one."""
+"""Addresses: checks, redirects, and redaction for printing."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from urllib.parse import urljoin, urlsplit
 
 from fi_ffi.errors import FetchError
 
-# What stands before or behind the brackets of an IPv6 address is read in more than one way.
+# Parsers disagree about text before or after the brackets of an IPv6 address.
 _HOST = re.compile(r"(.*@)?([^\[\]@]*|\[[^\[\]@]*\](:\d*)?)")
 
 
 def redact(url: str) -> str:
-    """The address without what may be secret: user, password and query.
+    """Return the address without secrets: user, password and query.
 
-    Of one whose password has a `/`, `?` or `#` that is not escaped, nothing but the scheme.
+    If a password may contain an unescaped `/`, `?` or `#`, only the scheme remains.
     """
     try:
         parts = urlsplit(url)
@@ -37,12 +37,13 @@ def is_file_url(url: str) -> bool:
 
 
 _fetching: ContextVar[bool] = ContextVar("fi_ffi.fetching", default=True)
-UNASKED = "nothing is fetched unasked"  # words of `refuse_offline`, by which its error is known
+# part of an error of `refuse_offline`, which callers recognise
+UNASKED = "nothing is fetched unasked"
 
 
 @contextmanager
 def fetching(allowed: bool) -> Iterator[None]:
-    """Whether what is not on this machine may be fetched inside the block."""
+    """Allow or forbid fetching inside the block; an outer block that forbids it prevails."""
     token = _fetching.set(allowed and _fetching.get())
     try:
         yield
@@ -51,12 +52,12 @@ def fetching(allowed: bool) -> Iterator[None]:
 
 
 def may_fetch() -> bool:
-    """Whether a `fetching` block, if any is open, allows it."""
+    """Return whether the open `fetching` blocks allow fetching."""
     return _fetching.get()
 
 
 def refuse_offline(what: str) -> None:
-    """`FetchError` where nothing may be fetched: `what` is what would have been."""
+    """Raise `FetchError` if fetching is not allowed; `what` is what would have been fetched."""
     from fi_ffi.loader.cache import cache_root
 
     if not may_fetch():
@@ -71,11 +72,11 @@ def refuse_offline(what: str) -> None:
 
 
 def check_url(url: str) -> None:
-    """`FetchError` for anything but https, or http to this machine."""
+    """Raise `FetchError` for anything but https, or http to this machine."""
     try:
         parts = urlsplit(url)
         scheme, host, _ = parts.scheme.lower(), parts.hostname or "", parts.port
-    except ValueError:  # whose words may be of a password
+    except ValueError:  # the error's text may contain a password
         raise FetchError(f"{redact(url)}: no address of a file on a server") from None
     if not host or re.search(r"[\s\\\x00-\x1f]", url) or not _HOST.fullmatch(parts.netloc):
         raise FetchError(f"{redact(url)}: no address of a file on a server")
@@ -84,7 +85,7 @@ def check_url(url: str) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host's name is that of this machine."""
+    """Return whether a host name denotes this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -92,14 +93,14 @@ def is_loopback(host: str) -> bool:
 
 
 def origin(url: str) -> tuple[str, str | None, int | None]:
-    """Scheme, host and port."""
+    """Return scheme, host and port."""
     parts = urlsplit(url)
     default = {"https": 443, "http": 80}.get(parts.scheme)
     return parts.scheme, parts.hostname, parts.port or default
 
 
 def redirected(url: str, location: str) -> str:
-    """Where a redirect leads; user and password stay only with the same host."""
+    """Return the target of a redirect; user and password are kept only for the same host."""
     try:
         target = urljoin(url, location)
         parts, here = urlsplit(target), urlsplit(url)

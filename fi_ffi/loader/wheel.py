@@ -1,7 +1,7 @@
-"""Wheels: members taken out one at a time, each checked against RECORD.
+"""Wheels, read member by member; each member is checked against RECORD.
 
-The checks are the same for a wheel on disk and one on a server (`remote.py`); what
-differs is where the bytes come from.
+The checks are the same for a wheel on disk and one on a server (`remote.py`); only the origin of
+the bytes differs.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from typing import BinaryIO, Literal, Protocol, cast
 from fi_ffi.errors import ArtifactError, FiFfiError
 from fi_ffi.loader import cache
 
-# "record-pinned": RECORD has the sha256 that the lock has for it, and so every member.
-# "file-verified": the whole file had its pinned sha256.
-# "record-unpinned": members are as this file's own RECORD says, and nothing vouches for it.
+# "record-pinned": RECORD has the sha256 pinned in the lock, which covers every member.
+# "file-verified": the whole file had its pinned sha256. "record-unpinned": members match the file's
+# own RECORD, for which nothing vouches.
 Trust = Literal["record-pinned", "file-verified", "record-unpinned"]
 
 _CHUNK = 1 << 20
-# Bytes of a zip's directory and of RECORD, for which the largest published wheel needs
-# well under 1 MB each; and of a member: no kernel module comes near it.
+# Limits in bytes: of a zip's directory and of RECORD (less than 1 MB each in the largest published
+# wheel), and of a member (far more than any kernel module).
 MAX_INDEX = 4 << 20
 MAX_MEMBER = 4 << 30
-# Of bytes to compressed bytes.  Libraries have less than 20, and deflate can have 1032.
+# Limit of size to compressed size, for members above 1 MiB. Libraries reach 20, deflate 1032.
 _MAX_RATIO, _SMALL = 200, 1 << 20
-_FIXED_HEADER = 30  # bytes before a member's name, in its local header
-_SLACK = 1024  # bytes of extra fields that a local header may have more than the directory
+_FIXED_HEADER = 30  # bytes before a member's name in its local header
+_SLACK = 1024  # bytes of extra fields that a local header may have beyond the directory's
 _FILE_NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._+-]{1,200}")
 _BROKEN = (
     zipfile.BadZipFile,
@@ -56,7 +56,7 @@ _BROKEN = (
 
 
 class ReadableZip(Protocol):
-    """What zipfile asks of a file."""
+    """The methods of a file that zipfile uses."""
 
     def read(self, size: int = ...) -> bytes: ...
 
@@ -68,9 +68,8 @@ class ReadableZip(Protocol):
 class WheelReader:
     """A wheel, read member by member.
 
-    `members` has the size of each file in it, `record` what RECORD says of them, and
-    `trust` says what vouches for RECORD.  Raises `ArtifactError`, naming the wheel,
-    for anything malformed.
+    `members` has the size of each file, `record` the lines of RECORD, and `trust` says what vouches
+    for RECORD. Raises `ArtifactError`, naming the wheel, for anything malformed.
     """
 
     trust: Trust
@@ -87,9 +86,9 @@ class WheelReader:
     def _open(
         self, extent: tuple[int, int] | None, keep: bool
     ) -> AbstractContextManager[ReadableZip]:
-        """The file; `extent` is the part that will be read next to the zip's directory.
+        """Open the file; besides the directory, the caller will read the range `extent`.
 
-        With `keep`, it is of what every member needs: the directory and RECORD.
+        With `keep`, the range is needed for every member: the directory and RECORD.
         """
         raise NotImplementedError
 
@@ -99,7 +98,7 @@ class WheelReader:
         return self.dist_info.removesuffix(".dist-info").partition("-")[2]
 
     def extract(self, member: str) -> Path:
-        """The member's file in the cache, its content as RECORD has it."""
+        """Extract a member into the cache and return its path; the content matches RECORD."""
         recorded, name = self._recorded(member), safe_name(member, self._origin)
         found = cache.find(recorded.sha256, name)
         if found is not None:
@@ -151,7 +150,7 @@ class WheelReader:
         return zipfile.ZipFile(cast(BinaryIO, _Bounded(file)))
 
     def _chunks(self, member: str, size: int, keep: bool = False) -> Iterator[bytes]:
-        """The content, which must be of `size` bytes."""
+        """Yield the content, which must have `size` bytes."""
         self._refuse_bombs(self._infos[member])
         try:
             with (
@@ -173,7 +172,7 @@ class WheelReader:
             raise ArtifactError(f"{self._origin}: {member} cannot be read: {error}") from error
 
     def _refuse_bombs(self, info: zipfile.ZipInfo) -> None:
-        # The other methods' decompressors put out what they like at once.
+        # Decompressors of the other methods have no output limit.
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ArtifactError(
                 f"{self._origin}: {info.filename} is compressed by method {info.compress_type}"
@@ -195,7 +194,7 @@ class Wheel(WheelReader):
     def __init__(
         self, path: Path, *, record_sha256: str | None = None, sha256: str | None = None
     ) -> None:
-        """With `sha256`, the whole file is read and must have it."""
+        """Open a wheel; with `sha256`, read the whole file and compare it."""
         super().__init__(str(path), record_sha256)
         self.path = path
         self.trust = "record-pinned" if record_sha256 else "record-unpinned"
@@ -212,7 +211,7 @@ class Wheel(WheelReader):
 
 
 class _Bounded:
-    """A file of which no more than a directory's worth is read at once."""
+    """Limits each read of a file to the size of a directory."""
 
     def __init__(self, file: ReadableZip) -> None:
         self._file = file
@@ -230,15 +229,15 @@ class _Bounded:
 
 
 def safe_name(member: str, origin: str) -> str:
-    """The last part of a member's path, if it can be a file's name in the cache."""
+    """Return the last part of a member's path, if it is a valid file name for the cache."""
     name = member.rpartition("/")[2]
     if not _FILE_NAME.fullmatch(name):
-        raise ArtifactError(f"{origin}: {member!r:.200} has no name that a file may have here")
+        raise ArtifactError(f"{origin}: {member!r:.200} has no file name that the cache accepts")
     return name
 
 
 def verify_file(path: Path, sha256: str) -> cache.State:
-    """`ArtifactError` unless the file has that sha256; what it was like then."""
+    """Raise `ArtifactError` unless the file has that sha256; return its state."""
     try:
         with path.open("rb") as file:
             state = cache.state_of(os.fstat(file.fileno()))
@@ -251,7 +250,7 @@ def verify_file(path: Path, sha256: str) -> cache.State:
 
 
 def open_same(path: Path, state: cache.State | None) -> BinaryIO:
-    """The file, which must be as it was when it was verified, if it was."""
+    """Open a file; raise if its state changed since it was verified (None: not verified)."""
     file = path.open("rb")
     if state not in (None, cache.state_of(os.fstat(file.fileno()))):
         file.close()
@@ -260,14 +259,14 @@ def open_same(path: Path, state: cache.State | None) -> BinaryIO:
 
 
 def check_members(infos: list[zipfile.ZipInfo], origin: str) -> None:
-    """`ArtifactError` for names that lead elsewhere, or that two members share, and for links."""
+    """Raise `ArtifactError` for links, for names that lead outside, and for duplicate names."""
     seen: set[str] = set()
     for info in infos:
         name, folded = info.orig_filename, info.orig_filename.casefold()
         kind = stat.S_IFMT(info.external_attr >> 16)
         what = None
         if folded in seen:
-            what = "shares its name with another member, but for the case perhaps"
+            what = "has the same name as another member, ignoring case"
         elif name[:1] == "/" or ".." in name.split("/") or {"\\", ":", "\0"} & {*name}:
             what = "leads out of the wheel"
         elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
@@ -281,9 +280,9 @@ def check_members(infos: list[zipfile.ZipInfo], origin: str) -> None:
 
 
 def _extents(infos: list[zipfile.ZipInfo], end: int) -> dict[str, tuple[int, int]]:
-    """Where each member lies, from its local header to what follows it.
+    """Return each member's range, from its local header to the next member.
 
-    The length of a local header is not in the directory, where the next member begins is.
+    The directory does not have the length of a local header, but it has the next member's offset.
     """
     starts = sorted({info.header_offset for info in infos})
     following = dict(zip(starts, [*starts[1:], end], strict=True))
@@ -298,14 +297,14 @@ def _extents(infos: list[zipfile.ZipInfo], end: int) -> dict[str, tuple[int, int
 
 @dataclass(frozen=True)
 class Recorded:
-    """What RECORD says of a member: sha256 (hex) and size in bytes."""
+    """A member's sha256 (hex) and size in bytes, from RECORD."""
 
     sha256: str
     size: int
 
 
 def parse_record(text: bytes, origin: str) -> dict[str, Recorded]:
-    """The members that RECORD lists with a sha256 and a size."""
+    """Return the members that RECORD lists with a sha256 and a size."""
     record: dict[str, Recorded] = {}
     try:
         for row in csv.reader(io.StringIO(text.decode("utf-8"))):
@@ -327,7 +326,7 @@ def parse_record(text: bytes, origin: str) -> dict[str, Recorded]:
 
 
 def hex_of(digest: str, origin: str, name: str = "it") -> str:
-    """The sha256 of a RECORD's field."""
+    """Return the sha256 in a field of RECORD, as hex."""
     algorithm, _, value = digest.partition("=")
     try:
         raw = base64.b64decode(value + "=" * (-len(value) % 4), altchars=b"-_", validate=True)

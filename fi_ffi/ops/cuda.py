@@ -1,7 +1,6 @@
-"""What plans and kernels need of CUDA: memory, copies, events, handles.
+"""CUDA memory, copies, events and library handles, through the runtime that the kernels use.
 
-All of it by the runtime that the kernels run on.  Kernels are launched elsewhere; nothing here
-knows of them.
+This module launches no kernels.
 """
 
 from __future__ import annotations
@@ -21,31 +20,32 @@ from fi_ffi.errors import DeviceError, KernelError
 from fi_ffi.loader import cuda_errors, machine
 
 _HOST_TO_DEVICE = 1  # cudaMemcpyHostToDevice
+_WITHIN_DEVICE = 3  # cudaMemcpyDeviceToDevice
 _NO_TIMING = 2  # cudaEventDisableTiming
 _CPU = parse_device("cpu")
 _NOT_READY = 600  # cudaErrorNotReady
 _NON_BLOCKING = 1  # cudaStreamNonBlocking
 _handles_lock = threading.Lock()
-# Of CUDA's libraries, by library and device.  Kept for the life of the process: at its end the
-# device's context may be gone before them.  Threads share them: cuBLASLt's have no state that a
-# call could change.
+# Handles of CUDA libraries, by library and device. They are never destroyed: at exit the device's
+# context may be gone first. Threads share them: a call does not change a cuBLASLt handle.
 _handles: dict[tuple[str, Device], int] = {}
 
 
 def check(code: int, what: str) -> None:
-    """Raise `KernelError` for an error code of CUDA, or `DeviceError` where the GPU is lost."""
+    """Raise `KernelError` for a CUDA error code, or `DeviceError` if the GPU is lost."""
     if code:
         raise cuda_errors.failed(machine.load_cudart()[0], code, what)
 
 
 def forget(code: int, what: str) -> None:
-    """Leave nothing of a failure that does not matter; raises `DeviceError` for one that does."""
+    """Clear CUDA's error state after a failure that does not matter; raise `DeviceError` if the GPU
+    is lost."""
     if code:
         cuda_errors.check_lost(machine.load_cudart()[0], code, what)
 
 
 class current:  # a context manager
-    """Make a CUDA device this thread's current one inside the block."""
+    """Make a CUDA device the thread's current device inside the block."""
 
     __slots__ = ("_before", "_device")
 
@@ -61,7 +61,7 @@ class current:  # a context manager
             try:
                 machine.make_current(self._before)
             except DeviceError:
-                if exc_type is None:  # or else the block has told it, with more to say
+                if exc_type is None:  # otherwise the block's own exception says more
                     raise
 
 
@@ -70,10 +70,10 @@ def pointer(address: int) -> Any:
 
 
 class relaxed:  # a context manager
-    """Let this thread allocate and free inside the block while any stream records a graph.
+    """Allow this thread to allocate and free inside the block while any stream records a graph.
 
-    CUDA forbids both during a capture, even on other threads, because they might wait for
-    the device; the recording would be lost.  Nothing here waits for what is recorded.
+    CUDA forbids both during a capture, even on other threads, because they might wait for the
+    device; the capture would be invalidated. Nothing inside the block waits for recorded work.
     """
 
     __slots__ = ("_mode",)
@@ -92,14 +92,14 @@ class relaxed:  # a context manager
 
 
 def unless_cut_off(give_back: Callable[[Any], object], handle: Any) -> None:
-    """Give something of CUDA's back; a forked child leaves alone what is its parent's.
+    """Release a CUDA object, except in a forked child, where it belongs to the parent.
 
-    It may be collected at any time, in a capture too.
+    The object may be collected at any time, also during a capture.
     """
     if machine.is_cut_off():
         return
     with relaxed():
-        # The GPU may be lost by then, or the runtime be going: neither is told to anybody.
+        # The GPU may be lost, or the runtime may be shutting down: ignore the error.
         if give_back(handle):
             cuda_errors.forget(machine.load_cudart()[0])
 
@@ -113,8 +113,30 @@ def copy_to_device(target: int, source: int, count: int, stream: int) -> None:
     check(code, "cudaMemcpyAsync")
 
 
+def copy(target: int, source: int, count: int, device: Device, stream: int) -> None:
+    """Queue a copy within a device's memory; on the CPU, copy at once."""
+    if not device.is_cuda:
+        ffi.memmove(pointer(target), pointer(source), count)
+        return
+    runtime = machine.load_cudart()[0]
+    code = runtime.cudaMemcpyAsync(
+        pointer(target), pointer(source), count, _WITHIN_DEVICE, pointer(stream)
+    )
+    check(code, "cudaMemcpyAsync")
+
+
+def zero(address: int, count: int, device: Device, stream: int) -> None:
+    """Queue the zeroing of some bytes; on the CPU, zero them at once."""
+    if not count:
+        return
+    if device.is_cuda:
+        clear(address, count, count, 1, stream)
+    else:
+        ffi.buffer(pointer(address), count)[:] = bytes(count)
+
+
 def copy_now(target: int, source: int, count: int, device: Device) -> None:
-    """Copy from host memory, and wait for that; no capture forbids it."""
+    """Copy from host memory and wait for the copy, which is allowed during a capture."""
     if not device.is_cuda:
         ffi.memmove(pointer(target), pointer(source), count)
         return
@@ -131,7 +153,7 @@ def synchronize(device: Device) -> None:
 
 
 def clear(address: int, pitch: int, width: int, rows: int, stream: int) -> None:
-    """Queue the setting to zero of `width` bytes in each row, which lie `pitch` bytes apart."""
+    """Queue the zeroing of `width` bytes in each of `rows` rows, which are `pitch` bytes apart."""
     runtime = machine.load_cudart()[0]
     code = runtime.cudaMemset2DAsync(pointer(address), pitch, 0, width, rows, pointer(stream))
     check(code, "cudaMemset2DAsync")
@@ -145,14 +167,14 @@ def is_capturing(stream: int) -> bool:
 
 
 def waits_for_default(stream: int) -> bool:
-    """Whether a stream's work and that of the legacy default stream wait for each other."""
+    """Whether a stream and the legacy default stream wait for each other."""
     flags = ffi.new("unsigned int *")
     check(machine.load_cudart()[0].cudaStreamGetFlags(pointer(stream), flags), "stream")
     return not flags[0] & _NON_BLOCKING
 
 
 class Event:
-    """A CUDA event, without timing unless it is asked for; one that was never recorded is done."""
+    """A CUDA event, by default without timing. An event that was never recorded is done."""
 
     __slots__ = ("__weakref__", "_handle")
 
@@ -164,14 +186,14 @@ class Event:
         weakref.finalize(self, unless_cut_off, runtime.cudaEventDestroy, self._handle)
 
     def record(self, stream: int) -> None:
-        """Let the event be done when the stream's work so far is."""
+        """Record the event after the stream's work so far."""
         check(machine.load_cudart()[0].cudaEventRecord(self._handle, pointer(stream)), "event")
 
     def is_done(self) -> bool:
         runtime = machine.load_cudart()[0]
         code = runtime.cudaEventQuery(self._handle)
         if code == _NOT_READY:
-            runtime.cudaGetLastError()  # which would be this, for the next who asks
+            runtime.cudaGetLastError()  # clear it: the next caller would get this error
         else:
             check(code, "cudaEventQuery")
         return bool(code == 0)
@@ -181,7 +203,7 @@ class Event:
         check(machine.load_cudart()[0].cudaEventSynchronize(self._handle), "cudaEventSynchronize")
 
     def milliseconds_since(self, start: Event) -> float:
-        """The time between two events with timing that are done."""
+        """Return the time between two events with timing that are done."""
         runtime, found = machine.load_cudart()[0], ffi.new("float *")
         check(
             runtime.cudaEventElapsedTime(found, start._handle, self._handle), "cudaEventElapsedTime"
@@ -189,13 +211,13 @@ class Event:
         return float(found[0])
 
     def hold(self, stream: int) -> None:
-        """Let a stream's further work wait until it is done."""
+        """Make a stream's further work wait for the event."""
         code = machine.load_cudart()[0].cudaStreamWaitEvent(pointer(stream), self._handle, 0)
         check(code, "cudaStreamWaitEvent")
 
 
 def _order(device: Device, before: int, after: int) -> None:
-    """Let a stream's further work wait for what is queued on another."""
+    """Make a stream's further work wait for what is queued on another stream."""
     with current(device):
         done = Event()
         done.record(before)
@@ -220,14 +242,14 @@ def _bytes(address: int, count: int, device: Device) -> TensorDesc:
 
 
 def allocate(count: int, device: Device, zeroed: bool = False) -> Memory:
-    """Device memory; host memory where the device is the CPU."""
+    """Allocate device memory, or host memory if the device is the CPU."""
     if not device.is_cuda:
         return _host(count)
     with current(device), relaxed():
         runtime, slot = machine.load_cudart()[0], ffi.new("void **")
         check(runtime.cudaMalloc(slot, max(count, 1)), f"cudaMalloc of {count} bytes on {device}")
         memory = _owned(slot[0], count, device, runtime.cudaFree)
-        if zeroed:  # on the stream that no capture of another forbids
+        if zeroed:  # on the per-thread stream, which captures on other streams do not affect
             stream = pointer(PER_THREAD)
             check(runtime.cudaMemsetAsync(slot[0], 0, count, stream), "cudaMemsetAsync")
             check(runtime.cudaStreamSynchronize(stream), "cudaStreamSynchronize")
@@ -235,7 +257,7 @@ def allocate(count: int, device: Device, zeroed: bool = False) -> Memory:
 
 
 def allocate_page_locked(count: int, device: Device) -> Memory:
-    """Page-locked host memory; plain memory where the device is the CPU."""
+    """Allocate page-locked host memory, or plain memory if the device is the CPU."""
     if not device.is_cuda:
         return _host(count)
     with current(device), relaxed():
@@ -250,7 +272,7 @@ def _owned(place: Any, count: int, device: Device, free: Callable[[Any], int]) -
 
 
 def _host(count: int) -> Memory:
-    # 256 bytes more, so that it starts where device memory does.
+    # 256 bytes more, to align the start as device memory is.
     buffer = ffi.new("char[]", count + 256)
     address = -(-int(ffi.cast("uintptr_t", buffer)) // 256) * 256
     return Memory(_bytes(address, count, _CPU), lambda _: None, buffer)
@@ -258,12 +280,13 @@ def _host(count: int) -> Memory:
 
 @functools.cache
 def kernel_memory() -> Allocator:
-    """Memory for kernels that allocate: the device's pool on a GPU, the host's on the CPU."""
+    """Return the allocator for kernels that allocate: the device's pool on a GPU, host memory on
+    the CPU."""
     return Allocator({"cpu": HOST, "cuda": Source(_take_in_order, _free_in_order)})
 
 
 def _take_in_order(count: int, device: Device, stream: int) -> int:
-    """Memory from the device's pool, for work that is queued on the stream after this."""
+    """Allocate from the device's pool, for work queued on the stream after this."""
     with current(device):
         slot = ffi.new("void **")
         code = machine.load_cudart()[0].cudaMallocAsync(slot, max(count, 1), pointer(stream))
@@ -274,7 +297,7 @@ def _take_in_order(count: int, device: Device, stream: int) -> int:
 
 
 def _free_in_order(address: int, device: Device, stream: int) -> None:
-    """Back to the pool when the stream has done what was queued on it before this."""
+    """Return memory to the pool after the stream's work so far."""
     if machine.is_cut_off():
         return
     with current(device):
@@ -283,10 +306,9 @@ def _free_in_order(address: int, device: Device, stream: int) -> None:
 
 
 def own_handle(library: str, device: Device) -> int:
-    """fi_ffi's handle of a library of CUDA on a device, for kernels that are given one; made
-    when first needed.  0 on the CPU, which has none.
+    """Return fi_ffi's handle of a CUDA library on a device, made on first use; 0 on the CPU.
 
-    Raises `LoaderError` where the library is not installed, `KernelError` where it refuses.
+    Raises `LoaderError` if the library is not installed, and `KernelError` if it fails.
     """
     if not device.is_cuda:
         return 0
@@ -298,7 +320,7 @@ def own_handle(library: str, device: Device) -> int:
 
 
 def _make_cublas_lt(device: Device) -> int:
-    from fi_ffi.loader import libraries  # not above: few programs need it
+    from fi_ffi.loader import libraries  # imported late: few programs need it
 
     cublas, slot = libraries.load(f"libcublasLt.so.{machine.cuda_major()}")[0], ffi.new("void **")
     with current(device), relaxed():

@@ -1,4 +1,4 @@
-"""Every entry that rows and interfaces declare, held against what a release's sources declare."""
+"""Compares every entry that rows and interfaces declare with what a release's sources declare."""
 
 from __future__ import annotations
 
@@ -17,25 +17,21 @@ from fi_ffi.ops.moe import interface as moe
 from fi_ffi.ops.moe import lora
 from fi_ffi.ops.releases import is_in
 from fi_ffi.ops.row import Row
+from fi_ffi.ops.table import comm
 
 _DEEPGEMM = "csrc/fused_moe/cutlass_backend/deepgemm_jit_setup.cu"
 
+# Answers: the row of the release takes what its binding takes (FITS) or something else (DIFFERS);
+# the release has a row but no such entry (GONE), an entry but no row (UNCOVERED), or neither
+# (ABSENT).
 FITS, DIFFERS, GONE, UNCOVERED, ABSENT = "fits", "differs", "gone", "uncovered", "absent"
-# What each answer means, for people.
-ANSWERS = {
-    FITS: "a row is of the release, and its binding takes the same",
-    DIFFERS: "a row says that it is of the release, and its binding takes something else",
-    GONE: "a row says that it is of the release, which does not export the entry",
-    UNCOVERED: "the release exports the entry, and no row is of the release",
-    ABSENT: "no row is of the release, and the release has no such entry",
-}
 WRONG = (DIFFERS, GONE)
-# What rows call otherwise than bindings do.
+# Names in rows, with the names that bindings use for the same argument.
 _ALIASES = {
     "input": ("self",), "kv_layout": ("kv_layout_code", "layout", "layout_code"),
-    "out": ("output",),
+    "out": ("output",), "fa": ("_fa",), "reg_buffer": ("_reg_buffer",), "algorithm": ("variant",),
 }  # fmt: skip
-# Why entries that releases export have no row of theirs.
+# Exported entries without a row: the start of the name, the releases, the reason.
 REFUSED: tuple[tuple[str, str, str], ...] = (
     ("fused_moe_90.interleave_", ">=0.6.3", "weights are laid out in another way"),
     ("selective_state_update", "<0.6.7", "its kernels take fewer tokens and dtypes"),
@@ -43,21 +39,22 @@ REFUSED: tuple[tuple[str, str, str], ...] = (
 
 
 def why_refused(name: str, release: str) -> str:
-    """Why an entry has no row of a release; "" where nobody has said it."""
+    """Return why an entry has no row of a release, or "" if no reason is recorded."""
     found = (why for start, of, why in REFUSED if name.startswith(start) and is_in(release, of))
     return next(found, "")
 
 
 @dataclass(frozen=True)
 class Form:
-    """What an entry takes in some releases (a version specifier); `names` as the row has them."""
+    """The form of an entry in some releases (a version specifier); `names` are the row's."""
 
     releases: str
     signature: Signature
     names: tuple[str, ...]
 
     def takes(self, function: Function) -> bool:
-        """Whether a function has these parameters, of these types and names, and this result."""
+        """Whether a function has the same parameter types, compatible names, and the same
+        result."""
         return self.signature.same_types(function.signature) and all(
             theirs in (ours, "", *_ALIASES.get(ours, ()))
             for ours, theirs in zip(self.names, function.names, strict=True)
@@ -66,7 +63,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Declared:
-    """An entry with a row or an interface here: where its binding is, and its forms."""
+    """An entry with a row or an interface here: its binding, and its forms."""
 
     name: str
     module: str
@@ -74,14 +71,14 @@ class Declared:
     forms: tuple[Form, ...]
 
     def form(self, release: str) -> Form | None:
-        """The form of a release; None where it has none."""
+        """Return the form for a release, or None."""
         return next((form for form in self.forms if is_in(release, form.releases)), None)
 
     def function(self, interface: Interface) -> Function | None:
-        """What the release's binding declares."""
+        """Return what the release's binding declares, or None."""
         source, variant, name = self.key
         found = interface.of(source, variant, name)
-        if found is None and "*." in name:  # a method, whatever its class is called
+        if found is None and "*." in name:  # a method of any class
             methods = {
                 key.name.rpartition(".")[2]: functions[0]
                 for key, functions in interface.exports.items()
@@ -91,13 +88,13 @@ class Declared:
         return found
 
     def answer(self, interface: Interface) -> str:
-        """Whether the entry can be called in a release as it is declared here."""
+        """Compare the entry's form for a release with the release's binding."""
         form, function = self.form(interface.release), self.function(interface)
         if function is None:
             return ABSENT if form is None else GONE
         if form is not None:
             return FITS if form.takes(function) else DIFFERS
-        # Of a binding that is called in several ways, another may be all that the release has.
+        # Another row may declare the same binding, with the only form that this release has.
         others = (each for each in declared() if each.key == self.key and each is not self)
         return ABSENT if any(each.form(interface.release) for each in others) else UNCOVERED
 
@@ -144,7 +141,7 @@ def _of_moe() -> Iterator[tuple[tuple[str, str, Key], Form]]:
             form = Form(one.releases, function.signature, function.names)
             yield (label, moe.MODULE, Key(moe.SOURCE, "", name)), form
     for source, function, releases in (
-        (moe.SOURCE, moe.INTERLEAVE, moe.W4_RELEASES),
+        (moe.SOURCE, moe.INTERLEAVE, ">=0.6.10"),
         (_DEEPGEMM, moe.SET_INCLUDE_DIRS, ">=0.6.3"),
     ):
         name = function.signature.name
@@ -152,13 +149,21 @@ def _of_moe() -> Iterator[tuple[tuple[str, str, Key], Form]]:
         yield (f"{moe.MODULE}.{name}", moe.MODULE, Key(source, "", name)), form
 
 
+def _of_comm() -> Iterator[tuple[tuple[str, str, Key], Form]]:
+    yield from _of_rows(comm.OPS)
+    for one in comm.SETUP:
+        name = one.signature.name
+        form = Form(one.releases, one.signature, one.names)
+        yield (name, one.module, Key(one.source, "", name)), form
+
+
 @functools.cache
 def declared() -> tuple[Declared, ...]:
-    """All entries, each with its forms in all releases."""
+    """Return all entries, each with its forms in all releases."""
     found: dict[tuple[str, str, Key], list[Form]] = {}
     everything = (
         _of_rows(row for op in OPS.values() for row in op.rows), _of_attention(), _of_states(),
-        _of_rows(matmul.ROWS), _of_rows((*lora.SHRINK, *lora.EXPAND)), _of_moe(),
+        _of_rows(matmul.ROWS), _of_rows((*lora.SHRINK, *lora.EXPAND)), _of_moe(), _of_comm(),
     )  # fmt: skip
     for part in everything:
         for entry, form in part:
@@ -170,12 +175,12 @@ def declared() -> tuple[Declared, ...]:
 
 
 def answers(interface: Interface) -> dict[Declared, str]:
-    """What each entry is in a release."""
+    """Return each entry's answer for a release."""
     return {entry: entry.answer(interface) for entry in declared()}
 
 
 def without_row(interface: Interface) -> list[Key]:
-    """The exports of a release that no entry here is of."""
+    """Return the exports of a release that no entry here declares."""
     named = {(entry.key.source, entry.key.name.rpartition("*.")[2]) for entry in declared()}
     return [
         key for key in (*interface.exports, *interface.unread)

@@ -1,4 +1,4 @@
-"""Every op as a module-level function; functions.pyi, generated from the rows, types them."""
+"""Every op as a module-level function. functions.pyi, generated from the rows, has the types."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.table import ROWS
 
-# An op's rows stand next to each other, that of the default release first.
+# The rows of an op are adjacent, the default release's first.
 OPS: dict[str, Op] = {
     name: Op(*rows) for name, rows in itertools.groupby(ROWS, lambda row: row.name)
 }

@@ -1,24 +1,25 @@
-"""`gdn_decode`: the gated delta rule a token further, or several.
+"""`gdn_decode`: advances states of the gated delta rule by one token or several.
 
-The kernels are written in CuTe DSL (`flashinfer/gdn_kernels/`): numbers of heads and tokens, the
-scale, and what else a kernel is compiled for, are in its module's name, and which kernel serves a
-call depends on how many states there are.  `Kernel` has both, as FlashInfer chooses and names
-them.  What the rows demand follows the kernels: addresses that they load from, and in how many bits
-they count.
+The kernels are written in CuTe DSL (`flashinfer/gdn_kernels/`). A module's name has what it is
+compiled for: numbers of heads and tokens, the scale, and more. Which kernel serves a call depends
+also on the number of states. `Kernel` chooses and names modules as FlashInfer does. The rows'
+requirements follow the kernels: the alignment of loads, and the bits of counters.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import operator
 import os
 import re
-from collections.abc import Sequence
+from bisect import bisect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
-from fi_ffi.abi.tensor import Device, TensorDesc
+from fi_ffi.abi.tensor import Device, TensorDesc, remember
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.run import Launched, Values, compiled_row
@@ -34,18 +35,18 @@ _RELEASES = ">=0.7.2"
 _SIZE = 128  # of a head's keys, and of its values
 _INT = 2**31
 LAYOUTS = ("VK", "KV")
-# Of a Hopper, which a call is judged for where there is no GPU.
+# The GPU for which calls are judged on a machine without one: a Hopper.
 _CAPABILITY, _MULTIPROCESSORS = (9, 0), 132
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a module is compiled for."""
+    """The parameters that a module is compiled for."""
 
     h: int  # heads of q and k
     hv: int  # heads of v, and of states
     t: int = 1  # tokens of each request
-    # Of all requests: the least number of them that the same kernels serve.
+    # The least number of states, over all requests, that the same kernels serve.
     states: int = 1
     state_dtype: str = "bfloat16"
     dt_bias_dtype: str = "float32"
@@ -53,7 +54,7 @@ class Kernel:
     index_dtype: str = "int32"
     state_layout: str = "VK"
     is_indexed: bool = True
-    # States are written where they are read.
+    # Whether states are written where they are read.
     is_same_pool: bool = True
     keeps_each: bool = False
     disable_state_update: bool = False
@@ -62,7 +63,7 @@ class Kernel:
 
     @property
     def kind(self) -> str:
-        """Which arguments it takes."""
+        """Which arguments the kernel takes."""
         if self.state_dtype == "bfloat16":
             return "bfloat16" if self.t == 1 else "bfloat16_tokens"
         if self.state_layout == "KV":
@@ -70,7 +71,7 @@ class Kernel:
         return "float32" if self.t == 1 else "float32_tokens"
 
     def names(self, capability: tuple[int, int], multiprocessors: int) -> tuple[str, str]:
-        """The module's name on such a GPU, and its function's."""
+        """Return the names of the module for this GPU, and of its function."""
         major, minor = capability
         arch = f"{major}{minor}{'a' if major >= 9 else ''}"
         make = self._of_bfloat16 if self.state_dtype == "bfloat16" else self._of_float32
@@ -96,7 +97,7 @@ class Kernel:
         return "gdn_decode_bf16_state", parts
 
     def _tile(self, multiprocessors: int) -> tuple[bool, int]:
-        """Whether the kernel that loads 16 bytes at a time serves it, and rows of a block."""
+        """Return whether the kernel with 16-byte loads serves the call, and the rows of a block."""
         states = self.states
         if states >= (512 if self.t == 1 else 128):
             return True, 128 if states >= 1024 else 64 if states >= 512 else 32
@@ -107,7 +108,8 @@ class Kernel:
 
     @property
     def is_wide(self) -> bool:
-        """Whether that kernel serves it, which takes fewer arguments of a single token."""
+        """Whether the kernel with 16-byte loads serves the call; for a single token it takes fewer
+        arguments."""
         return self._tile(_MULTIPROCESSORS)[0]
 
     def _of_float32(self, arch: str, is_packed: bool, _: int) -> tuple[str, Sequence[object]]:
@@ -136,8 +138,8 @@ class Kernel:
         return "gdn_decode_mtp", parts
 
     def _rows(self) -> tuple[int, int, bool]:
-        """Of float32 states and several tokens: rows of a block, rows that a warp takes at once,
-        and whether values are in shared memory."""
+        """For float32 states and several tokens: return the rows of a block, the rows that a warp
+        takes at once, and whether values are in shared memory."""
         states, is_short = self.states, self.t <= 2
         if states <= 128:
             return (8, 2, False) if states <= 64 else (16, 4, False)
@@ -146,23 +148,28 @@ class Kernel:
         return (64, 8, False) if is_short and not self.disable_state_update else (64, 4, True)
 
 
-# Requests of the smaller kernel of states as [key, value].
+# The most requests that the smaller kernel for [key, value] states serves.
 _SMALL = 32
 
 
 def least_states(b: int, hv: int, multiprocessors: int, state_layout: str = "VK") -> int:
-    """The least number of states that are served as those of `b` requests."""
+    """Return the least number of states that the same kernel serves as those of `b` requests."""
+    steps = _steps(hv, multiprocessors, state_layout)
+    return steps[bisect(steps, max(b * hv, 1)) - 1]
+
+
+def _steps(hv: int, multiprocessors: int, state_layout: str) -> list[int]:
+    """Return the numbers of states from which another kernel serves."""
     if state_layout == "KV":
-        return _SMALL * hv if b >= _SMALL else 1
-    steps = (1, 65, 128, 129, 2 * multiprocessors, 449, 512, 1024, 1025)
-    return max(step for step in steps if step <= max(b * hv, 1))
+        return [1, _SMALL * hv]
+    return sorted({1, 65, 128, 129, 2 * multiprocessors, 449, 512, 1024, 1025})
 
 
 _LONGEST = 180
 
 
 def _kernel_name(*parts: object) -> str:
-    """A kernel's name of what it is compiled for, as FlashInfer joins it."""
+    """Join a kernel's name from what it is compiled for, as FlashInfer does."""
     name = "_".join(map(_part, parts))
     if len(name) <= _LONGEST:
         return name
@@ -184,17 +191,17 @@ def _part(value: object) -> str:
 
 
 def row_of(kernel: Kernel, symbol: str = "") -> Row:
-    """The row of a kernel's function; without a `symbol` that of the CPU's reference, which is told
-    what modules are compiled for."""
+    """Return the row of a kernel's function; without a `symbol`, that of the CPU's reference, which
+    takes the compiled-in values as arguments."""
     kind, t, one = kernel.kind, "t", kernel.t == 1
     if one:
         t = "1"
     is_bf16 = kernel.state_dtype == "bfloat16"
     has_slots = kernel.is_indexed and kind != "float32_keys"
-    # Of CPU memory, numpy's is no further aligned than this.
+    # numpy aligns CPU memory to 16 bytes only.
     at: dict[str, Any] = {"alignment": 32 if is_bf16 and symbol else 16, "in_vectors": False}
     of_state: dict[str, Any] = {"dtype": kernel.state_dtype, "contiguous": True, **at}
-    if kind == "float32" and has_slots:  # slots may lie apart
+    if kind == "float32" and has_slots:  # slots may have a stride
         of_state |= {"contiguous": False, "packed": 3, "in_vectors": True}
     elif not is_bf16:
         of_state["view"] = ((0, 1), (2,), (3,))
@@ -236,7 +243,7 @@ def row_of(kernel: Kernel, symbol: str = "") -> Row:
     return Row(
         _OP, FAMILY, symbol or _OP, f"flashinfer/gdn_kernels/{_SOURCES[kind]}.py", "", order,
         {"GA": gates, "GB": gates, "D": ("float32", "bfloat16"),
-         # FlashInfer takes int64 of bfloat16 states as well, and its kernel does not compile then.
+         # FlashInfer accepts int64 with bfloat16 states too, but its kernel then fails to compile.
          "I": ("int32", "int64") if kind == "float32_tokens" else ("int32",)},
         _RELEASES, variant="" if is_bf16 else f"_{kind}",
         vector=Vector(("size",)), offset_limit=2**63,
@@ -253,7 +260,7 @@ _SOURCES = {
 
 
 def _order(kernel: Kernel, args: dict[str, Arg]) -> tuple[Arg, ...]:
-    """The arguments as the kernel's function takes them."""
+    """Return the arguments in the order of the kernel's function."""
     indices = (args["initial_state_indices"], args["output_state_indices"])
     gated = tuple(args[name] for name in ("A_log", "a", "dt_bias", "q", "k", "v", "b", "output"))
     starts = Absent("cu_seqlens", dtype="int32")
@@ -280,7 +287,7 @@ def _order(kernel: Kernel, args: dict[str, Arg]) -> tuple[Arg, ...]:
 
 
 def module_of(kernel: Kernel, device: Device | None = None) -> str:
-    """The module that is compiled for a kernel, on a device or a Hopper."""
+    """Return the module compiled for a kernel, on a device or on a Hopper."""
     return _names_on(kernel, device)[0]
 
 
@@ -296,7 +303,7 @@ def _multiprocessors(device: Device) -> int:
 
 @functools.lru_cache(4096)
 def _values_of(kernel: Kernel, device: Device) -> Values:
-    """What the calls of a kernel there are given alike."""
+    """Return the values that all calls of a kernel share."""
     module, symbol = FAMILY, ""
     if device.is_cuda:
         module, symbol = _names_on(kernel, device)
@@ -326,7 +333,7 @@ _SAMPLE: dict[str, Any] = {"h": 16, "hv": 32, "b": 1}
 
 
 def judge_decode(op: str, query: Any, compiled: Any) -> Support:
-    """Whether there is a module compiled for these: fields of `Kernel`, for `b` requests."""
+    """Judge whether there is a module compiled for these: fields of `Kernel`, for `b` requests."""
     from fi_ffi.ops.capability.judgement import MISSING, judge
 
     try:
@@ -341,7 +348,7 @@ def judge_decode(op: str, query: Any, compiled: Any) -> Support:
     module, symbol = kernel.names(capability, _MULTIPROCESSORS)
     found = judge(op, [row_of(kernel, symbol)], query, lambda _: module)
     if found.status == MISSING:
-        # The name is no family's, which is all that others can tell of it.
+        # The name belongs to no family, so the rest of the reason does not apply.
         reason = found.reason.partition(". ")[0]
         command = f"fi-ffi build --release {query.release} --arch {query.architecture or '9.0a'}"
         made = _family_of(kernel, b)
@@ -353,8 +360,8 @@ _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int32": "i32"
 
 
 def _family_of(kernel: Kernel, b: int) -> str:
-    """What `fi-ffi build` makes the module for, with the options that are not its defaults; ""
-    where there are none for it."""
+    """Return the argument of `fi-ffi build` that makes the module, with the options that differ
+    from its defaults; "" if it cannot be built so."""
     if kernel.scale != Kernel.scale:
         return ""
     family = "gdn_decode" if kernel.state_layout == "VK" else "gdn_decode_keys_first"
@@ -397,107 +404,155 @@ def gdn_decode(
     state_layout: str = "VK",
     stream: object = None,
 ) -> Values:
-    """Take the states of the gated delta rule a token further, or several, and read them.
+    """Advance states of the gated delta rule by one token or several, and read them.
 
-    For each head of v, with the head of q and k that it shares, q and k divided by their lengths
-    (`x / sqrt(sum(x * x) + 1e-6)`, with `use_qk_l2norm`), `g = exp(-exp(A_log) * softplus(a +
-    dt_bias))` and `beta = sigmoid(b)`: `state *= g`, `state += beta * outer(v - state @ k, k)`,
-    `output = scale * state @ q`.
+    For each head of v, with the head of q and k that it shares: `state *= g`,
+    `state += beta * outer(v - state @ k, k)`, `output = scale * state @ q`, where
+    `g = exp(-exp(A_log) * softplus(a + dt_bias))` and `beta = sigmoid(b)`. With `use_qk_l2norm`,
+    q and k are first normalised: `x / sqrt(sum(x * x) + 1e-6)`.
 
     Args:
         q, k: [b, t, H, 128] bfloat16, t tokens of each request.
         v: [b, t, HV, 128] bfloat16; HV is a multiple of H.
-        state: [slots, HV, 128, 128] bfloat16 or float32, as [value, key], written in place: all
-            requests' states, or without `initial_state_indices` [b, HV, 128, 128].  Slots of
-            float32 may lie apart, with one token.
+        state: [slots, HV, 128, 128] bfloat16 or float32 as [value, key], updated in place. Without
+            `initial_state_indices`, [b, HV, 128, 128]. For one token, float32 slots may have a
+            stride.
         A_log: [HV] float32.
-        a, b: [b, t, HV] bfloat16; beside float32 states and one token float16 and float32 too.
+        a, b: [b, t, HV] bfloat16; for float32 states and one token also float16 and float32.
         dt_bias: [HV] float32 or bfloat16.
-        scale: of the output; None for 1 / sqrt(128).
+        scale: factor of the output; None for 1 / sqrt(128).
         output: [b, t, HV, 128] bfloat16, written.
-        initial_state_indices: [b] int32, or of float32 states and several tokens int64: where each
-            request's state is.  No two requests write one slot, or one that another reads: the
-            order in which a GPU takes them is not known.  What is negative is of no request: of
-            bfloat16 states slot 0 stands for it, which is written, and what is read of it is
-            undefined; of float32 states nothing is written, but with one token zeros in `output`.
-        output_state_indices: [b], of the same dtype: where states are written, if not there.
-            Negative ones are slot 0, or of float32 states and several tokens none.
-        intermediate_states_buffer: [b, t, HV, 128, 128], of the states' dtype, with several tokens:
-            gets the state after each.  bfloat16 states then stay as they are.
-        disable_state_update: leaves `state` as it is, with several tokens.
+        initial_state_indices: [b] int32 (int64 too for float32 states and several tokens) on the
+            GPU: each request's slot. No request may write a slot that another reads or writes,
+            because their order is undefined. A negative index means no request. bfloat16 states
+            then read and write slot 0, with undefined results. float32 states are not written, and
+            for one token `output` is 0.
+        output_state_indices: [b] of the same dtype: the slot to write, if it is another. A negative
+            index is slot 0; for float32 states and several tokens it is none.
+        intermediate_states_buffer: [b, t, HV, 128, 128] of the states' dtype, for several tokens:
+            receives the state after each. bfloat16 states are then not updated.
+        disable_state_update: do not update `state`; for several tokens.
+        use_qk_l2norm: normalise q and k.
         state_layout: "VK", or "KV" for float32 states as [key, value], with one token and no
             indices.
 
     H, HV, t, dtypes, `scale` and the options are compiled into modules, which
-    `gdn_decode.supports(...)` names.  Indices are on the GPU and are not looked at before the
-    launch.  Raises `ArgumentError` and `ArgumentTypeError` before anything is launched,
-    `KernelNotFoundError` where there is no such module.
+    `gdn_decode.supports(...)` names. Indices are on the GPU and not checked.
+
+    Raises `ArgumentError` and `ArgumentTypeError` before anything is launched, and
+    `KernelNotFoundError` if the kernels in use lack the module.
     Upstream: flashinfer/gdn_decode.py, flashinfer/gdn_kernels/.
     """
-    q, v, state = (
-        x if type(x) is TensorDesc else as_desc(x, _OP, name)
-        for x, name in ((q, "q"), (v, "v"), (state, "state"))
-    )
-    dt_bias, a, b = (
-        x if type(x) is TensorDesc else as_desc(x, _OP, name)
-        for x, name in ((dt_bias, "dt_bias"), (a, "a"), (b, "b"))
-    )
-    if len(q.shape) != 4 or len(v.shape) != 4:
-        name, desc = ("v", v) if len(q.shape) == 4 else ("q", q)
-        raise ArgumentError(_OP, name, got=desc.layout, expected="rank 4 (b t heads 128)")
-    requests, tokens, heads, _ = q.shape
-    state_dtype = state.dtype.name
-    if state_dtype not in ("bfloat16", "float32"):
-        raise ArgumentError(_OP, "state", got=state.dtype, expected="bfloat16 or float32")
-    index_dtype = "int32"
-    if initial_state_indices is not None:
-        if type(initial_state_indices) is not TensorDesc:
-            name = "initial_state_indices"
-            initial_state_indices = as_desc(initial_state_indices, _OP, name)
-        index_dtype = initial_state_indices.dtype.name
-    is_one, is_indexed = tokens == 1, initial_state_indices is not None
     for name, value in (
         ("use_qk_l2norm", use_qk_l2norm), ("disable_state_update", disable_state_update)
     ):  # fmt: skip
         if type(value) is not bool:
             check_flag(_OP, name, value)
+    index, buffer = initial_state_indices, intermediate_states_buffer
+    options = (disable_state_update, use_qk_l2norm, state_layout, scale)
+    key: object = None
+    try:
+        key = (
+            q.device, q.shape[1:], v.shape[1:], state.dtype, dt_bias.dtype, a.dtype, b.dtype,  # type: ignore[union-attr]
+            None if index is None else index.dtype, output_state_indices is None, buffer is None,  # type: ignore[union-attr]
+            options, type(scale),
+        )  # fmt: skip
+        kernels = _kernels.get(key)
+    except (AttributeError, TypeError):  # a tensor without these attributes: describe it
+        key = kernels = None
+    if kernels is None:
+        kernels = _kernels_of(
+            q, v, state, dt_bias, a, b, index, output_state_indices, buffer, *options
+        )
+        if key is not None:
+            remember(_kernels, key, kernels, 4096)
+    return kernels.values(
+        q, k, v, state, A_log, a, dt_bias, b, output, index,
+        index if output_state_indices is None else output_state_indices, buffer,
+    )  # fmt: skip
+
+
+class _Kernels:
+    """The kernels of calls that differ only in the number of requests, and their common values."""
+
+    __slots__ = ("_device", "_found", "_hv", "_kernel", "_steps")
+
+    def __init__(self, kernel: Kernel, device: Device) -> None:
+        self._kernel, self._device, self._hv = kernel, device, kernel.hv
+        self._steps = _steps(kernel.hv, _multiprocessors(device), kernel.state_layout)
+        self._found: list[_Found | None] = [None] * len(self._steps)
+
+    def values(self, *given: Any) -> Values:
+        """Return a call's values, from the arguments in the order of `_GIVEN`."""
+        q, state, index, buffer = given[0], given[3], given[9], given[11]
+        requests = q.shape[0] if hasattr(q, "shape") else as_desc(q, _OP, "q").shape[0]
+        if index is None:
+            _check_first("state", as_desc(state, _OP, "state"), requests)
+        if buffer is not None:
+            name = "intermediate_states_buffer"
+            _check_first(name, as_desc(buffer, _OP, name), requests, self._kernel.t)
+        i = bisect(self._steps, requests * self._hv) - 1 if requests else 0
+        found = self._found[i]
+        if found is None:
+            kernel = replace(self._kernel, states=self._steps[i])
+            alike = _values_of(kernel, self._device)
+            places = {name: n for n, name in enumerate((*alike.index, *_GIVEN))}
+            found = alike, operator.itemgetter(*(places[name] for name in alike.index))
+            self._found[i] = found
+        alike, pick = found
+        if index is None and "initial_state_indices" in alike.index:
+            index = memory.counting(self._device, requests)
+            given = (*given[:9], index, index, buffer)
+        return alike.of(list(pick((*alike.values, *given))))
+
+
+# A call's arguments, by the binding's names.
+_GIVEN = (
+    "q", "k", "v", "state", "A_log", "a", "dt_bias", "b", "output", "initial_state_indices",
+    "output_state_indices", "intermediate_states_buffer",
+)  # fmt: skip
+_Found = tuple[Values, Callable[[tuple[object, ...]], tuple[object, ...]]]
+_kernels: dict[object, _Kernels] = {}
+
+
+def _kernels_of(
+    q: TensorLike, v: TensorLike, state: TensorLike, dt_bias: TensorLike, a: TensorLike,
+    b: TensorLike, initial_state_indices: TensorLike | None,
+    output_state_indices: TensorLike | None, buffer: TensorLike | None,
+    disable_state_update: bool, use_qk_l2norm: bool, state_layout: str, scale: float | None,
+) -> _Kernels:  # fmt: skip
+    """Check that a call's options are compatible, and return its kernels."""
+    q, v, state = as_desc(q, _OP, "q"), as_desc(v, _OP, "v"), as_desc(state, _OP, "state")
+    dt_bias, a, b = as_desc(dt_bias, _OP, "dt_bias"), as_desc(a, _OP, "a"), as_desc(b, _OP, "b")
+    if len(q.shape) != 4 or len(v.shape) != 4:
+        name, desc = ("v", v) if len(q.shape) == 4 else ("q", q)
+        raise ArgumentError(_OP, name, got=desc.layout, expected="rank 4 (b t heads 128)")
+    _, tokens, heads, _ = q.shape
+    state_dtype = state.dtype.name
+    if state_dtype not in ("bfloat16", "float32"):
+        raise ArgumentError(_OP, "state", got=state.dtype, expected="bfloat16 or float32")
+    index_dtype = "int32"
+    if initial_state_indices is not None:
+        name = "initial_state_indices"
+        index_dtype = as_desc(initial_state_indices, _OP, name).dtype.name
+    is_one, is_indexed = tokens == 1, initial_state_indices is not None
     if state_layout != "VK":
         _check_keys_first(state_layout, state_dtype, is_one, is_indexed)
-    if is_one and (disable_state_update or intermediate_states_buffer is not None):
-        _refuse_of_one(disable_state_update, intermediate_states_buffer)
+    if is_one and (disable_state_update or buffer is not None):
+        _refuse_of_one(disable_state_update, buffer)
     if not is_indexed and (output_state_indices is not None or not (is_one or _bf16(state_dtype))):
         _refuse_unindexed(output_state_indices)
-    if intermediate_states_buffer is not None:
-        name = "intermediate_states_buffer"
-        intermediate_states_buffer = as_desc(intermediate_states_buffer, _OP, name)
-        _check_first(name, intermediate_states_buffer, requests, tokens)
-    if not is_indexed:
-        _check_first("state", state, requests)
-    states = least_states(requests, v.shape[2], _multiprocessors(q.device), state_layout)
     kernel = Kernel(
-        heads, v.shape[2], tokens, states, state_dtype, dt_bias.dtype.name,
+        heads, v.shape[2], tokens, 1, state_dtype, dt_bias.dtype.name,
         (a.dtype.name, b.dtype.name), index_dtype, state_layout, is_indexed,
-        output_state_indices is None, intermediate_states_buffer is not None,
-        disable_state_update, use_qk_l2norm,
+        output_state_indices is None, buffer is not None, disable_state_update, use_qk_l2norm,
         _SIZE**-0.5 if scale is None else check_number(_OP, "scale", scale),
     )  # fmt: skip
-    alike = _values_of(kernel, q.device)
-    if not is_indexed and "initial_state_indices" in alike.index:
-        initial_state_indices = memory.counting(q.device, requests)
-    values = alike.fresh()
-    values.put(
-        q=q, k=k, v=v, state=state, A_log=A_log, a=a, dt_bias=dt_bias, b=b, output=output,
-        initial_state_indices=initial_state_indices,
-        output_state_indices=(
-            initial_state_indices if output_state_indices is None else output_state_indices
-        ),
-        intermediate_states_buffer=intermediate_states_buffer,
-    )  # fmt: skip
-    return values
+    return _Kernels(kernel, q.device)
 
 
 def _check_first(name: str, desc: TensorDesc, *sizes: int) -> None:
-    """A tensor has what `q` has first: requests, and tokens of each."""
+    """Check that a tensor's first axes are those of `q`: requests, and tokens of each."""
     if desc.shape[: len(sizes)] != sizes:
         expected = f"[{', '.join(map(str, sizes))}, ...], as q has requests and tokens"
         raise ArgumentError(_OP, name, got=desc.layout, expected=expected)

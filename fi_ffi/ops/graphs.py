@@ -1,4 +1,4 @@
-"""CUDA graphs: calls recorded once and launched together, for a host cost of one launch."""
+"""CUDA graphs: calls recorded once and launched together, at the host cost of one launch."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ from fi_ffi.ops import cuda
 from fi_ffi.ops.call.memory import recording, recording_var, stream_key
 from fi_ffi.ops.watch import watching
 
-_RESULT_WORDS = 3  # of a cudaGraphExecUpdateResultInfo
-_THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal: other threads may do as they like
+_RESULT_WORDS = 3  # 64-bit words of a cudaGraphExecUpdateResultInfo
+_THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal: other threads may make unsafe calls
 
 
 class Graph:
-    """What was recorded in a `fi_ffi.capture` block, to be launched any number of times.
+    """The calls of a `fi_ffi.capture` block, which you can launch any number of times.
 
-    `nodes` counts its kernels and copies.  It holds the plans' workspaces, scratch and tables
-    that its launches use; the memory that the calls were given must stay valid, and holds the
-    arguments of every launch: write new inputs into it, or record the calls again with
-    `fi_ffi.capture(stream, into=graph)`.
+    `nodes` counts kernels and copies.  The graph keeps the workspaces, scratch and tables that its
+    launches use.  The memory that you passed to the calls must stay valid: write new inputs into
+    it, or record the calls again with `fi_ffi.capture(stream, into=graph)`.
     """
 
     __slots__ = (
@@ -40,23 +39,27 @@ class Graph:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.nodes = 0
-        # How often it was recorded again and its nodes changed in place.
+        # How many times recording again changed the nodes in place.
         self.updates = 0
         self._executable: Any = None
         self._launch: Any = None
         self._finalizer: Any = None
-        # What its launches touch: workspaces, schedules, scratch and tables.
+        # Workspaces, schedules, scratch and tables that the launches use.
         self._held: list[object] = []
 
-    def launch(self, stream: object = None) -> None:
-        """Queue it on `stream`, or on the open scope's.
+    def __repr__(self) -> str:
+        nodes = f"{self.nodes} node{'s' * (self.nodes != 1)}"
+        return f"<Graph of {nodes} on {self.device}, updated {self.updates} times>"
 
-        Raises `ArgumentError` without a stream or before anything was recorded, and
-        `KernelError` with CUDA's error code.
+    def launch(self, stream: object = None) -> None:
+        """Queue the calls on `stream`, or on the stream of the open scope.
+
+        Raises `ArgumentError` without a stream or before anything was recorded, and `KernelError`
+        with CUDA's error code.
         """
         if self._launch is None:
-            expected = "a capture that has ended"
-            raise ArgumentError("Graph", "self", got="a graph of nothing", expected=expected)
+            expected = "a graph with a finished capture"
+            raise ArgumentError("Graph", "self", got="an empty graph", expected=expected)
         if stream is None:
             scope = current_scope()
             if scope is None:
@@ -72,9 +75,9 @@ class Graph:
         if code:
             cuda.check(code, "cudaGraphLaunch")
 
-    def replace(self, graph: Any, held: list[object]) -> None:
-        """Take over a recorded cudaGraph_t, which is not needed any more afterwards, and what
-        its launches touch."""
+    def _replace(self, graph: Any, held: list[object]) -> None:
+        """Take over the contents of a recorded cudaGraph_t, and the objects that its launches use.
+        The caller may destroy the cudaGraph_t afterwards."""
         count = ffi.new("size_t *")
         code = machine.load_cudart()[0].cudaGraphGetNodes(graph, ffi.NULL, count)
         cuda.check(code, "cudaGraphGetNodes")
@@ -85,14 +88,14 @@ class Graph:
         self._held = held
 
     def _update(self, graph: Any) -> bool:
-        """Change the nodes in place, where CUDA can; give the old ones back where it cannot."""
+        """Change the nodes in place if CUDA can; otherwise destroy the executable graph."""
         result = ffi.new("uint64_t[]", _RESULT_WORDS)
         code = machine.load_cudart()[0].cudaGraphExecUpdate(self._executable, graph, result)
         if code == 0:
             self.updates += 1
             return True
         cuda.forget(code, "cudaGraphExecUpdate")
-        # Another shape of graph: CUDA cannot change the old one into it.
+        # The new graph has another topology, which CUDA cannot update in place.
         self._finalizer()
         self._launch = None
         return False
@@ -104,13 +107,13 @@ class Graph:
         self._finalizer = weakref.finalize(
             self, cuda.unless_cut_off, runtime.cudaGraphExecDestroy, executable[0]
         )
-        self.arm()
+        self._arm()
         _graphs.add(self)
 
-    def arm(self) -> None:
-        """Have launches logged where a call log is open, and made at once where none is."""
+    def _arm(self) -> None:
+        """Choose the launch function: with logging if a call log is open."""
         if machine.is_cut_off():
-            self._launch = _refused
+            self._launch = _refuse_launch
             return
         launch = functools.partial(machine.load_cudart()[0].cudaGraphLaunch, self._executable)
         if watching.logs():
@@ -123,47 +126,48 @@ class Graph:
             log.note(f"Graph {what}", words, self.device, stream)
 
 
-# Those that can be launched.
+# Graphs that have been recorded.
 _graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
 
 
 def _launch_logged(graph: weakref.ref[Graph], launch: Callable[[Any], int], stream: Any) -> int:
-    """Log a launch, and make it."""
+    """Log a launch, then launch."""
     launched = graph()
     if launched is not None:
         launched._log("is launched", int(ffi.cast("uintptr_t", stream)))
     return launch(stream)
 
 
-def _refused(stream: Any) -> int:
+def _refuse_launch(stream: Any) -> int:
     machine.refuse_after_fork()
     return 0
 
 
 def rearm() -> None:
-    """Arm all graphs anew: after a call log was opened or closed, and in a forked child."""
+    """Choose the launch function of all graphs again, after a call log was opened or closed and
+    after a fork."""
     for graph in [*_graphs]:
-        graph.arm()
+        graph._arm()
 
 
 os.register_at_fork(after_in_child=rearm)
 
 
 class capture:  # a context manager reads as a verb
-    """`with fi_ffi.capture(stream) as graph:` records calls instead of making them.
+    """`with fi_ffi.capture(stream) as graph:` records calls into a CUDA graph.
 
-    Inside the block fi_ffi's calls are on `stream` (no `stream=` is needed); other libraries'
-    work on it is recorded too.  `graph.launch()` makes them all.  With `into=graph` they are
-    recorded anew: where the kernels are the same and only addresses and numbers have changed,
-    CUDA changes the graph in place (`graph.updates` counts), and else it is made again.
+    Inside the block nothing runs.  fi_ffi's calls go to `stream` without `stream=`; work of other
+    libraries on it is recorded too.  `graph.launch()` makes all calls.  `into=graph` records them
+    again.  If only addresses and numbers differ, CUDA updates the graph in place (`graph.updates`
+    counts); otherwise it makes the graph anew.
 
-    Plans are made before the block, with `enable_cuda_graph=True` where they are to be
-    replanned.  A block that ends with an exception leaves `into` as it was.
+    Make plans before the block, with `enable_cuda_graph=True` if you replan them.  A block that
+    ends with an exception leaves `into` unchanged.
 
     Args:
-        stream: the stream to record; not the default stream, which CUDA cannot record.
-        into: a graph to change; a new one without.
-        device: of a new graph's stream.
+        stream: the stream to record; CUDA cannot record the default stream.
+        into: the graph to change; by default a new one.
+        device: the device of a new graph's stream.
 
     Raises `ArgumentError`, `ArgumentTypeError`, and `KernelError` with CUDA's error code.
     """
@@ -189,7 +193,7 @@ class capture:  # a context manager reads as a verb
 
     def __enter__(self) -> Graph:
         with cuda.current(self.graph.device):
-            stream_key(self.graph.device.index, self._handle)  # which CUDA does not tell later
+            stream_key(self.graph.device.index, self._handle)  # unavailable during the capture
             code = machine.load_cudart()[0].cudaStreamBeginCapture(
                 cuda.pointer(self._handle), _THREAD_LOCAL
             )
@@ -208,7 +212,7 @@ class capture:  # a context manager reads as a verb
         scope, self._scope = self._scope, None
         held = recording() or []
         if scope is None:
-            raise ArgumentError("capture", "self", got="one not open", expected="an open one")
+            raise ArgumentError("capture", "self", got="a closed capture", expected="an open one")
         try:
             recording_var.set(None)
             scope.__exit__(exc_type, exc, tb)
@@ -222,7 +226,7 @@ class capture:  # a context manager reads as a verb
             else:
                 cuda.check(code, "cudaStreamEndCapture")
                 with cuda.current(self.graph.device):
-                    self.graph.replace(graph[0], held)
+                    self.graph._replace(graph[0], held)
         finally:
             if graph[0] != ffi.NULL:
                 cuda.unless_cut_off(runtime.cudaGraphDestroy, graph[0])

@@ -1,11 +1,11 @@
-"""`selective_state_update`: Mamba's states, a token or a few further.
+"""`selective_state_update`: advances Mamba's states by one token or several.
 
-A module is compiled for dtypes, for the sizes of a head and of its state, and for so many tokens.
-What the rows demand beyond the binding's checks follows the kernels, in
-`include/flashinfer/mamba/`: those of several tokens find a group's B and C, and a head's x, by the
-sizes alone, and are compiled for heads in a power of 2 to a group.  Those of one token read the
-scale of a state even where an index is of no request, and keep a row of int16 states in registers
-that they count by the size of the state.
+A module is compiled for dtypes, for the sizes of a head and its state, and for a number of tokens.
+Some of the rows' requirements go beyond the binding's checks and follow the kernels in
+`include/flashinfer/mamba/`. Kernels for several tokens find a group's B and C, and a head's x, from
+sizes alone, and are compiled for powers of 2 of heads per group. Kernels for one token read the
+scale of a state even if its index means no request, and keep a row of int16 states in registers
+counted by the size of the state.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _OP = FAMILY = "selective_state_update"
 _INT = 2**31 - 1
 _FLOATS = ("float32", "bfloat16", "float16")
 _INTS = ("int32", "int64")
-# States of int16 with scales, and of float16 that are rounded at random.
+# Kinds of states: int16 with scales, and float16 with stochastic rounding.
 INT16, RANDOM = "int16", "random"
 ALGORITHMS = {"auto": 0, "simple": 1, "vertical": 2, "horizontal": 3, "async_horizontal": 1}
-# Heads of a group that the kernels of several tokens are compiled for.
+# Heads per group that the kernels for several tokens are compiled for.
 RATIOS = (1, 2, 4, 8, 16, 32, 64)
-# x's axes, and those of B and C with groups for heads: of one token for each request, of several,
-# and of sequences one after another.
+# The first axes of x, B and C: one token per request, several tokens per request, or sequences one
+# after another.
 _TOKENS = {"one": "b", "steps": "b t", "sequences": "tokens"}
 
 
@@ -47,7 +47,7 @@ def _rule(argument: str, axis: str, least: str, what: str) -> Rule:
 
 
 def _scale_rules(kind: str) -> Iterator[str | Rule]:
-    """What the kernels take of int16 states."""
+    """Rules of the kernels for int16 states."""
     if kind == "one":
         yield "dstate % 64 == 0"
         yield Rule("state", "dstate <= 256 or dstate % 256 == 0",
@@ -59,7 +59,7 @@ def _scale_rules(kind: str) -> Iterator[str | Rule]:
 
 
 def _rules(kind: str, read: int, written: int) -> Iterator[Rule]:
-    """What optional tensors must be of, where there are any."""
+    """Rules for optional tensors."""
     state, states = "state_batch_indices", "intermediate_states_buffer"
     yield _rule(state, "indices", "b", "an index for each request")
     yield _rule(f"dst_{state}", "targets", "b", "an index for each request")
@@ -79,15 +79,15 @@ def _rules(kind: str, read: int, written: int) -> Iterator[Rule]:
     if kind == "steps":
         yield Rule("cache_steps", f"not {states} or cache_steps >= t",
                    "as many as x has tokens for each request, or more")  # fmt: skip
-    # States are then kept where they are in `state`.
+    # Without those indices, states are kept at their slots of `state`.
     yield Rule(states, f"not {states} or intermediate_state_indices or entries >= slots",
                "an entry for each state, without intermediate_state_indices")  # fmt: skip
 
 
 @functools.cache
 def row_of(kind: str, read: int, written: int, states: str = "") -> Row:
-    """The row for so many axes of `state_batch_indices` and `dst_state_batch_indices`, and for
-    states of `INT16`, `RANDOM` ones, or others."""
+    """Return the row for these ranks of `state_batch_indices` and `dst_state_batch_indices`, and
+    for states of kind `INT16`, `RANDOM` or ""."""
     tokens = _TOKENS[kind]
     of_heads, of_groups = f"{tokens} nheads dim", f"{tokens} ngroups dstate"
     of_token: dict[str, Any] = {"packed": 2, "offset_limit": 2**63}
@@ -127,7 +127,7 @@ def row_of(kind: str, read: int, written: int, states: str = "") -> Row:
         scales,
         seed,
         Scalar("cache_steps", int, 0, "", low=0, high=_INT),
-        # Of sequences, which no other tensor has the number of.
+        # The number of sequences is on no other tensor.
         Tensor("cu_seqlens", "b+1", "L", "", optional=kind != "sequences", entry_optional=True,
                contiguous=True),
         Tensor("num_accepted_tokens", "accepted", "N", contiguous=True, **maybe),
@@ -151,7 +151,7 @@ def row_of(kind: str, read: int, written: int, states: str = "") -> Row:
 
 
 def module_of(device: Device | None, release: str | None = None, **compiled: Any) -> str:
-    """The module that is compiled for these, named as FlashInfer's generator names them."""
+    """Return the module compiled for these, named as FlashInfer's generator names it."""
     major = machine.capability(device.index)[0] if device is not None and device.is_cuda else 9
     return module_name(FAMILY, release, ssu_arch=_arch(major), **_DEFAULTS | compiled)
 
@@ -160,7 +160,7 @@ def _arch(major: int) -> str:
     return "sm100" if major >= 10 else "sm90" if major == 9 else ""
 
 
-# What FlashInfer compiles for where a call has no such tensor, or `supports` is not told.
+# What FlashInfer compiles for if a call lacks the tensor, or `supports` the option.
 _DEFAULTS: dict[str, Any] = {
     "stateIndex_dtype": "int32", "cu_seqlens_dtype": "int32", "num_accepted_tokens_dtype": "int32",
     "ntokens_mtp": 1, "state_scale_dtype": None, "philox_rounds": 0,
@@ -181,7 +181,7 @@ def _supports(
 
 
 def judge_states(op: str, query: Any, compiled: Any) -> Support:
-    """Whether there is a module that is compiled for these."""
+    """Judge whether there is a module compiled for these."""
     from fi_ffi.ops.capability.judgement import REFUSED, Support, judge
 
     unknown = next((name for name in compiled if name not in _DEFAULTS | _SAMPLE), None)
@@ -206,12 +206,12 @@ def _viewed(desc: TensorDesc, shape: tuple[int, ...], strides: tuple[int, ...]) 
 
 
 def _spread(desc: TensorDesc, sizes: tuple[int, ...]) -> TensorDesc:
-    """The same value along more axes, of these sizes."""
+    """View the same value along more axes, of these sizes."""
     return _viewed(desc, (*desc.shape, *sizes), (*desc.strides, *[0] * len(sizes)))
 
 
 def _with_steps(desc: TensorDesc) -> TensorDesc:
-    """One token of each request as a row of one."""
+    """View one token of each request as a row of one."""
     (b, *shape), (step, *strides) = desc.shape, desc.strides
     return _viewed(desc, (b, 1, *shape), (step, step, *strides))
 
@@ -246,51 +246,57 @@ def selective_state_update(
     num_accepted_tokens: TensorLike | None = None,
     stream: object = None,
 ) -> Values:
-    """Take Mamba's states a token further, or several, and read them.
+    """Advance Mamba's states by one token or several, and read them.
 
-    For each head, with `dt = softplus(dt + dt_bias)` (or without softplus):
-    `state = state * exp(A * dt) + dt * x * B`, `out = state @ C + D * x`, times `silu(z)`.
+    For each head: `state = state * exp(A * dt) + dt * x * B`, `out = state @ C + D * x`, with `dt =
+    dt + dt_bias`, passed through softplus if `dt_softplus`. With `z`, `out` is multiplied by
+    `silu(z)`.
 
     Args:
         state: [slots, nheads, dim, dstate] float32, bfloat16 or float16: the states of all
-            requests, written in place.  Slots may lie apart.  Or int16, times `state_scale`.
-        x: [b, nheads, dim], a token of each request; or [b, t, nheads, dim], t tokens of each; or
-            with `cu_seqlens` [tokens, nheads, dim], all requests' one after another.
-        dt: as x without dim, or as x with a stride of 0 there; A: [nheads], D: [nheads] and
-            dt_bias: [nheads], or as FlashInfer has them [nheads, dim, dstate] and [nheads, dim],
-            with strides of 0.
-        B, C: as x, [..., ngroups, dstate]; nheads is a multiple of ngroups.
-        z: as x; out: as x, of x's dtype, written.
-        state_batch_indices: [b] or [b, width] int32 or int64: where each request's state is in
-            `state`; the i-th without.  `pad_slot_id` there is of no request: its state is taken to
-            be 0, and not written.
-        dst_state_batch_indices: where states are written, if not there: [b], or one for each token
-            [b, width].  With one token for each request it has `pad_slot_id` where
-            `state_batch_indices` has.  No request may write where another reads: the order in
-            which a GPU takes requests is not known.
-        state_scale: [slots, nheads, dim] float32, of int16 states, written with them: a row's
-            largest magnitude over 32767.
-        disable_state_update: leaves `state` as it is.
-        intermediate_states_buffer: [entries, cache_steps, nheads, dim, dstate], of several tokens:
-            gets the state after each, and `state` stays as it is; `intermediate_state_indices`
-            [b] has the entry of each request.
-        intermediate_state_scales: [b, cache_steps, nheads, dim] float32, of int16 states: gets the
-            scales of that buffer's states; its entries are then less than b.
-        rand_seed: [1] int64, on the GPU: round states of float16 up or down at random, by how near
-            each is, with random bits of Philox4x32 in `philox_rounds` rounds.
-        cache_steps: of sequences the most tokens that one has, with `intermediate_states_buffer`
-            its second size; x of one token is then taken as of several.
+            requests, updated in place. Slots may have a stride. Or int16, scaled by `state_scale`.
+        x: [b, nheads, dim], one token of each request; or [b, t, nheads, dim], t tokens of each; or
+            with `cu_seqlens` [tokens, nheads, dim], the requests one after another.
+        dt: as x without dim, or as x with stride 0 along dim.
+        A: [nheads], or as in FlashInfer [nheads, dim, dstate] with strides of 0.
+        D, dt_bias: [nheads], or as in FlashInfer [nheads, dim] with strides of 0.
+        B, C: as x, with [..., ngroups, dstate]; nheads is a multiple of ngroups.
+        z: as x.
+        out: as x, of x's dtype, written.
+        dt_softplus: apply softplus to dt.
+        state_batch_indices: [b] or [b, width] int32 or int64: each request's slot; by default slot
+            i for request i. An index of `pad_slot_id` means no request: its state is 0 and not
+            written.
+        dst_state_batch_indices: the slot to write, if it is another: [b], or [b, width] with one
+            for each token. For one token per request, it has `pad_slot_id` where
+            `state_batch_indices` has. No request may write a slot that another reads, because their
+            order is undefined.
+        pad_slot_id: the index that means no request.
+        state_scale: [slots, nheads, dim] float32, for int16 states, updated with them: a row's
+            largest magnitude / 32767.
+        disable_state_update: do not update `state`.
+        intermediate_states_buffer: [entries, cache_steps, nheads, dim, dstate], for several tokens:
+            receives the state after each; `state` is then not updated.
+        intermediate_state_indices: [b]: each request's entry in that buffer.
+        intermediate_state_scales: [b, cache_steps, nheads, dim] float32, for int16 states: receives
+            the scales of the buffer's states, whose entries must be less than b.
+        rand_seed: [1] int64 on the GPU: round float16 states stochastically, with random bits of
+            Philox4x32.
+        philox_rounds: the rounds of Philox4x32.
+        cache_steps: for sequences, the most tokens of one; with `intermediate_states_buffer` its
+            second size. With it, one token per request is handled as several.
         algorithm: "auto", "simple", "vertical" or "horizontal".
         cu_seqlens: [b + 1]: where each request's tokens start, and the end; none has more than
             `cache_steps`.
-        num_accepted_tokens: [b]: how many of its last tokens each request has accepted: it goes on
+        num_accepted_tokens: [b]: how many of its last tokens each request accepted; it continues
             from `state_batch_indices[i, accepted - 1]`.
 
-    Indices are on the GPU and are not looked at before the launch.  States of int16 with
-    `state_batch_indices` are left to the kernels of several tokens, unless `algorithm` names
-    another: those of one read the scale of `pad_slot_id`'s, which is none.  Raises `ArgumentError`
-    and `ArgumentTypeError` before anything is launched, `KernelNotFoundError` where there is no
-    such module.
+    Indices are on the GPU and not checked. int16 states with `state_batch_indices` use the kernels
+    for several tokens, unless `algorithm` names another: the kernels for one token would read a
+    scale at `pad_slot_id`.
+
+    Raises `ArgumentError` and `ArgumentTypeError` before anything is launched, and
+    `KernelNotFoundError` if the kernels in use lack the module.
     Upstream: flashinfer/mamba/selective_state_update.py, csrc/selective_state_update.cu.
     """
     check_choice(_OP, "algorithm", algorithm, tuple(ALGORITHMS))
@@ -299,7 +305,7 @@ def selective_state_update(
     is_padded = states == INT16 and algorithm == "auto" and state_batch_indices is not None
     call = _Call(given, cu_seqlens, cache_steps, states, is_padded)
     if is_padded and call.is_one and check_flag(_OP, "disable_state_update", disable_state_update):
-        dst_state_batch_indices = None  # those kernels would write there all the same
+        dst_state_batch_indices = None  # otherwise those kernels would still write there
     call.optional(
         state_batch_indices=state_batch_indices, dst_state_batch_indices=dst_state_batch_indices,
         intermediate_states_buffer=intermediate_states_buffer,
@@ -328,14 +334,14 @@ def _described(*tensors: TensorLike | None) -> dict[str, TensorDesc | None]:
 def _kind_of_states(
     given: dict[str, TensorDesc | None], scale: Any, seed: Any, algorithm: str
 ) -> str:
-    """The kind of row that states are of, with their scale and the seed put to the tensors."""
+    """Return the kind of the states; add their scales and the seed to the tensors."""
     state = given["state"]
     assert state is not None
     is_int16, dtype = state.dtype.name == "int16", state.dtype.name
     if is_int16 and scale is None:
         raise ArgumentError(_OP, "state_scale", got=None, expected="scales, with int16 states")
     if is_int16 and algorithm == "horizontal":
-        expected = "another: its kernels have no scales"
+        expected = "another algorithm: these kernels take no scales"
         raise ArgumentError(_OP, "algorithm", got=algorithm, expected=expected)
     for name, tensor, wanted in (("state_scale", scale, "int16"), ("rand_seed", seed, "float16")):
         if tensor is not None:
@@ -368,7 +374,7 @@ class _Call:
             self.kind = "sequences"
             given["cu_seqlens"] = as_desc(cu_seqlens, _OP, "cu_seqlens")
             if not self.cache_steps:
-                expected = "the most tokens that a sequence has, with cu_seqlens"
+                expected = "the most tokens of a sequence, with cu_seqlens"
                 raise ArgumentError(_OP, "cache_steps", got=0, expected=expected)
         self.is_one = rank == 3 and not self.cache_steps
         if self.is_one and not is_padded:
@@ -392,7 +398,7 @@ class _Call:
         return desc
 
     def optional(self, **tensors: TensorLike | None) -> None:
-        """Take what a call may have besides, and judge what goes together."""
+        """Add the optional tensors, and check their combinations."""
         for name, tensor in tensors.items():
             self.given[name] = None if tensor is None else as_desc(tensor, _OP, name)
             if self.is_one and tensor is not None and name not in _OF_ONE:
@@ -410,7 +416,7 @@ class _Call:
         return ArgumentError(_OP, name, got=self._there(name).layout, expected=f"None: {why}")
 
     def _rank(self, name: str) -> int:
-        """The axes of an optional tensor of one or two."""
+        """Return the rank of an optional tensor of one or two axes."""
         desc = self.given[name]
         if desc is None:
             return 1
@@ -420,7 +426,7 @@ class _Call:
         return len(desc.shape)
 
     def values(self, philox_rounds: int) -> Values:
-        """The row's values, with the tensors among them."""
+        """Return the row's values, tensors included."""
         read, written = (self._rank(name) for name in _OF_ONE)
         row = row_of(self.kind, read, written, self.states)
         dtypes: dict[str, str] = {}
@@ -447,7 +453,7 @@ class _Call:
         module = FAMILY
         if all(type(size) is str or 0 < size < _MOST for size in compiled.values()):
             module = module_of(self.device, **compiled)
-        # Sizes that no module has are refused by the checks.
+        # The row's checks refuse sizes that no module has.
         found = compiled_row(row, module, others | dtypes, _OP, self.device)
         values = Values(_OP, found, "", {})
         values.put(**self.given)
@@ -456,7 +462,7 @@ class _Call:
 
 _OF_ONE = ("state_batch_indices", "dst_state_batch_indices")
 _MOST, _MOST_ROUNDS = 10**9, 1000
-# Which of a module's dtypes each variable is.
+# The module's dtype parameter for each variable.
 _COMPILED = {
     "S": "state_dtype", "T": "input_dtype", "W": "weight_dtype", "A": "matrixA_dtype",
     "I": "stateIndex_dtype", "L": "cu_seqlens_dtype", "N": "num_accepted_tokens_dtype",

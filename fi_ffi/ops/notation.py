@@ -1,6 +1,7 @@
-"""What rows write: axes, as "b+1" or "2*h/128", and conditions, as "d >= top_k" or "k % 64 == 0".
+"""The notation of rows: axes such as "b+1" or "2*h/128", conditions such as "d >= top_k".
 
-A condition is in Python's own notation; a check, its words and its documentation are made of it.
+Conditions are Python expressions. The check, the words of its error and its documentation are
+derived from the expression.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Axis:
-    """A size as a sum: of named sizes, each so many times, and a number; divided by `over`."""
+    """A size as a sum of named sizes with factors and a number, divided by `over`."""
 
     terms: tuple[tuple[str, int], ...]
     more: int
@@ -25,13 +26,13 @@ class Axis:
         return tuple(name for name, _ in self.terms)
 
     def size(self, sizes: Mapping[str, int]) -> int:
-        """The size; all its names must be known."""
+        """Compute the size; all of its names must be known."""
         return (sum(sizes[name] * times for name, times in self.terms) + self.more) // self.over
 
 
 @functools.cache
 def parse_axis(text: str) -> Axis:
-    """Read one axis of a row."""
+    """Parse one axis of a row."""
     terms: dict[str, int] = {}
     more = 0
     total, _, over = text.partition("/")
@@ -45,7 +46,7 @@ def parse_axis(text: str) -> Axis:
 
 
 _WORDS = frozenset({"and", "or", "not", "in", "if", "else", "is", "None", "True", "False"})
-# A name that is no function's; a text, and the e of a number, are passed over.
+# Matches names, but not functions; skips quoted text and the e of a number.
 _NAME = re.compile(r"'[^']*'|(?<![\w.])([A-Za-z_]\w*)(?![\w(])")
 _CONDITION = re.compile(r"(?:(\w+) == 0 or )?(.+?) (>=|<=|in|==) (.+)")
 _MULTIPLE, _EXTREME = re.compile(r"(\w+) % (\w+)"), re.compile(r"(max|min)\((\w+), (\w+)\)")
@@ -56,32 +57,32 @@ def ceil_div(size: int, step: int) -> int:
 
 
 def round_up(size: int, step: int) -> int:
-    """The next multiple of a step."""
+    """Return the next multiple of a step."""
     return -(-size // step) * step
 
 
-# What every condition may call.
+# Functions that any condition may call.
 FUNCTIONS: dict[str, Callable[..., Any]] = {"ceil_div": ceil_div, "round_up": round_up}
 
 
 @functools.cache
 def names_in(text: str) -> tuple[str, ...]:
-    """The sizes and arguments that a condition is of, in order."""
+    """Return the sizes and arguments in a condition, in order."""
     found = (match[1] for match in _NAME.finditer(text))
     return tuple(dict.fromkeys(name for name in found if name and name not in _WORDS))
 
 
 def replaced(text: str, values: Mapping[str, str]) -> str:
-    """A condition with other expressions in place of its names."""
+    """Replace the names of a condition by other expressions."""
     return _NAME.sub(lambda match: values.get(match[1] or "", match[0]), text)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A condition on sizes, whose words follow from its form."""
+    """A condition on sizes; the words of its error follow from its form."""
 
     text: str
-    guard: str  # nothing need hold where this size is 0
+    guard: str  # the condition holds if this size is 0
     left: str
     operator: str
     right: str
@@ -98,12 +99,13 @@ class Condition:
 
     @property
     def axis(self) -> str:
-        """The size that an error is of."""
+        """The size that an error names."""
         return names_in(self.left)[0]
 
     @property
     def limit(self) -> tuple[str, str, tuple[int, ...]] | None:
-        """Of a condition on one size alone ">=", "<=", "in" or "%", the size, and the numbers."""
+        """For a condition that compares one size with numbers: the operator (">=", "<=", "in" or
+        "%"), the size and the numbers."""
         multiple = _MULTIPLE.fullmatch(self.left)
         kind, axis, told = self.operator, self.left, self.right
         if multiple:
@@ -115,25 +117,25 @@ class Condition:
 
     @property
     def extreme(self) -> tuple[str, str, str] | None:
-        """The function and the two sizes that the size is the greatest or the least of."""
+        """For a size that is a maximum or minimum of two: the function and the two sizes."""
         match = _EXTREME.fullmatch(self.right)
         return match and (match[1], match[2], match[3])
 
     @property
     def divides(self) -> bool:
-        """Whether it says that a size is a multiple of something."""
+        """Whether the condition says that a size is a multiple of something."""
         return _MULTIPLE.fullmatch(self.left) is not None and self.right == "0"
 
     @property
     def divisors(self) -> tuple[str, ...]:
-        """The sizes that it divides by, of which none may be 0."""
+        """The sizes that the condition divides by; none of them may be 0."""
         multiple = _MULTIPLE.fullmatch(self.left)
         return (multiple[2],) if multiple and multiple[2].isidentifier() else ()
 
     def expected(self, shown: Callable[[str], str], value: Callable[[str], str]) -> str:
-        """What must be, as the text of an f-string.
+        """Return what must hold, as the text of an f-string.
 
-        `shown` is a size with its value, and `value` that of an expression.
+        `shown` renders a size with its value, and `value` the value of an expression.
         """
         words = self._words(shown, value)
         return f"{words}, for {shown(self.guard)}" if self.guard else words
@@ -157,7 +159,7 @@ class Condition:
 
     @property
     def sentence(self) -> str:
-        """The same for documentation."""
+        """What must hold, as a sentence for documentation."""
         multiple, extreme = _MULTIPLE.fullmatch(self.left), _EXTREME.fullmatch(self.right)
         if multiple:
             said = f"{multiple[1]} is a multiple of {multiple[2]}"

@@ -1,7 +1,7 @@
-"""What a runtime works out on the host: for a paged KV cache (docs/paged-kv-cache.md), for ragged
-sequences (docs/gdn.md), and for packed bits.
+"""Index arrays and sizes that a runtime computes on the host.
 
-Arrays here are host arrays: numpy's, anything numpy reads, or a list of ints.
+They serve paged KV caches (docs/paged-kv-cache.md), ragged sequences (docs/gdn.md) and packed bits.
+Arrays are numpy arrays, anything that numpy reads, or lists of ints.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 
     Indices = numpy.ndarray[Any, numpy.dtype[numpy.int32]]
 
-# Tokens that `gdn_prefill` takes at a time.
+# Tokens of one step of `gdn_prefill`.
 _TILE = 64
 
 
 def batch_indices_positions(
     append_indptr: numpy.typing.ArrayLike, seq_lens: numpy.typing.ArrayLike
 ) -> tuple[Indices, Indices]:
-    """The request of each new token, and its place in it.
+    """Return the request of each new token, and its position in the request.
 
-    The new tokens of request i are `append_indptr[i]` to `append_indptr[i + 1]`, and the
-    last ones of its `seq_lens[i]`.  Raises `ArgumentError` where an `append_indptr` does not
-    start at 0 or decreases, or a request has fewer tokens than are new.
+    Request i has the new tokens `append_indptr[i]` to `append_indptr[i + 1]`, which are the last of
+    its `seq_lens[i]` tokens.  Raises `ArgumentError` if `append_indptr` does not start at 0 or
+    decreases, or if a request has fewer tokens than new ones.
     """
     import numpy as np
 
@@ -52,7 +52,7 @@ def batch_indices_positions(
     _same_requests(op, "seq_lens", lengths, new)
     check_each(op, "seq_lens", lengths, lengths >= new, "no fewer tokens than are appended")
     batch_indices = np.repeat(np.arange(len(new), dtype=np.int32), new)
-    # The i-th token of all is the (i - indptr)-th new one of its request.
+    # Token i of the batch is new token `i - indptr[request]` of its request.
     positions = np.arange(indptr[-1]) + np.repeat(lengths - new - indptr[:-1], new)
     return batch_indices, positions.astype(np.int32)
 
@@ -60,10 +60,10 @@ def batch_indices_positions(
 def seq_lens(
     kv_indptr: numpy.typing.ArrayLike, kv_last_page_len: numpy.typing.ArrayLike, page_size: int
 ) -> Indices:
-    """The tokens of each request, from its pages; 0 for one that has none.
+    """Count the tokens of each request from its pages; 0 for a request without pages.
 
-    Raises `ArgumentError` where `kv_indptr` does not start at 0 or decreases, or a last
-    page holds no token or more than `page_size`.
+    Raises `ArgumentError` if `kv_indptr` does not start at 0 or decreases, or if a last page has no
+    token or more than `page_size`.
     """
     import numpy as np
 
@@ -82,10 +82,10 @@ def seq_lens(
 
 
 def split_paged_kv_cache(paged_kv_cache: TensorLike) -> tuple[TensorDesc, TensorDesc]:
-    """Keys and values that lie in one tensor, `(pages, 2, ...)`, without copying.
+    """Split a tensor `(pages, 2, ...)` into keys and values, without copying.
 
-    The three axes after the 2 are in either layout.  The descriptors keep the tensor alive;
-    they are of the same device, and read-only if it is.
+    The three axes after the 2 are in either layout.  The descriptors keep the tensor alive; they
+    have its device, and are read-only if it is.
     """
     op, argument = "split_paged_kv_cache", "paged_kv_cache"
     whole = as_desc(paged_kv_cache, op, argument)
@@ -107,9 +107,9 @@ def _same_requests(op: str, argument: str, array: Integers, of_indptr: Integers)
 
 
 def cu_seqlens(seq_lens: numpy.typing.ArrayLike) -> Integers:
-    """Where each sequence starts, and the end: int64, as `gdn_prefill` takes it.
+    """Return the start of each sequence, and the end, in int64, as `gdn_prefill` takes them.
 
-    Raises `ArgumentError` for a sequence without tokens: the kernel would never end.
+    Raises `ArgumentError` for a sequence without tokens, on which the kernel would never end.
     """
     import numpy as np
 
@@ -124,13 +124,12 @@ def cu_seqlens(seq_lens: numpy.typing.ArrayLike) -> Integers:
 def checkpoint_cu_starts(
     cu_seqlens: numpy.typing.ArrayLike, checkpoint_every_n_tokens: int
 ) -> Integers:
-    """Where each sequence's checkpoints start, and their number: int64.
+    """Return the start of each sequence's checkpoints, and their number, in int64.
 
-    The kernel takes 64 tokens at a time and keeps a checkpoint wherever it has begun a
-    multiple of `checkpoint_every_n_tokens / 64` of those: a sequence that ends within the
-    last of them has one more than `len // checkpoint_every_n_tokens`, of its last state.
-    FlashInfer's documentation counts without it, and then the next sequence's first
-    checkpoint is written twice, and the last one past the end.
+    The kernel takes 64 tokens at a time and keeps a checkpoint whenever it has begun a multiple of
+    `checkpoint_every_n_tokens / 64` of these steps.  A sequence that ends within its last step
+    therefore has one checkpoint more than `len // checkpoint_every_n_tokens`, which is the count in
+    FlashInfer's documentation.
     """
     import numpy as np
 
@@ -146,19 +145,19 @@ def checkpoint_cu_starts(
 
 
 def gdn_prefill_workspace_size(device: object = "cuda:0") -> int:
-    """Bytes that `workspace_buffer` of `gdn_prefill` needs on a device."""
+    """Size in bytes of `workspace_buffer` for `gdn_prefill` on a device."""
     (arg,) = (arg for arg in gdn.ROWS[0].tensors if arg.bytes_per_multiprocessor)
     return scratch_bytes(arg, parse_device(device, op="gdn_prefill_workspace_size"))
 
 
 def packed_indptr(indptr: numpy.typing.ArrayLike) -> Indices:
-    """Where each segment's bits start once they are packed, and the end: int32 on the host.
+    """Return the start of each segment's packed bits, and the end, in int32 on the host.
 
-    `indptr`, a host array or a list, has where each segment starts, and the end.  It is
-    `input_indptr` of `segment_packbits`, this its `output_indptr`, and the last of this the
-    bytes that `y` has.
+    `indptr`, a host array or a list, has the start of each segment, and the end.  Pass it to
+    `segment_packbits` as `input_indptr`, and the result as `output_indptr`.  The result's last
+    number is the size of `y` in bytes.
 
-    Raises `ArgumentError` for one that does not start at 0 or decreases.
+    Raises `ArgumentError` if `indptr` does not start at 0 or decreases.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""`fi_ffi.prepare`: any call of a kernel, packed to be launched many times."""
+"""`fi_ffi.prepare`: packs any call of a kernel, to launch it many times."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from fi_ffi.ops.call.prepared import Prepared
 
 
 def prepare(function: Callable[..., Any], *args: Any, stream: object = None, **kwargs: Any) -> Any:
-    """The call `function(*args, **kwargs)`, checked and packed, and not made.
+    """Check and pack the call `function(*args, **kwargs)` without making it.
 
     `function` is an op (`fi_ffi.rmsnorm`), another function that launches kernels (`xqa`,
     `segment_gemm`, `cutlass_fused_moe`), a `FusedMoe`, or a run of a plan (`plan.run`,
-    `plan.paged_run`, `plan.ragged_run`).  What is returned is called to
-    launch it, on `stream`, or without one on that of the scope that is open then; its `update`
-    changes tensors.  A plan's prepared run holds through `replan`: the next launch packs it anew.
+    `plan.paged_run`, `plan.ragged_run`).  Call the result to launch it, on `stream` or, without
+    one, on the stream of the open scope.  Its `update` changes tensors.  The prepared run of a plan
+    stays valid after `replan`: the next launch packs it again.
 
-    Raises what the call would, and `ArgumentTypeError` for another function.
+    Raises what the call would raise, and `ArgumentTypeError` for another function.
     """
     from fi_ffi.ops.attention.plan import Plan, PreparedRun
 
     if isinstance(function, Op) or _is_launching(function):
         return function.prepare(*args, stream=stream, **kwargs)  # type: ignore[attr-defined]
     plan, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
-    if not isinstance(plan, Plan) or name not in plan.runs:
+    if not isinstance(plan, Plan) or name not in plan._run_methods:
         expected = "a function of fi_ffi's that launches kernels, or a run of a plan"
         raise ArgumentTypeError("prepare", "function", got=printed(function), expected=expected)
     return PreparedRun(plan, function, _by_name(plan, function, args, kwargs), stream)
 
 
 def _is_launching(function: object) -> bool:
-    """Whether it is a function or an object of ours that has a `prepare` of its own."""
+    """Whether it is a function or object of fi_ffi with a `prepare` of its own."""
     is_ours = str(getattr(function, "__module__", "")).partition(".")[0] == "fi_ffi"
     return is_ours and hasattr(function, "prepare") and not isinstance(function, type)
 
@@ -44,7 +44,7 @@ def _is_launching(function: object) -> bool:
 def _by_name(
     plan: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """A run's arguments by name, its tensors described."""
+    """Return a run's arguments by name, with tensors described."""
     import inspect
 
     bound = inspect.signature(run).bind(*args, **kwargs)
@@ -55,7 +55,7 @@ def _by_name(
     for name, value in given.items():
         if value is None or isinstance(value, (bool, str, numbers.Number)):
             continue
-        with contextlib.suppress(ArgumentTypeError):  # which packing tells
+        with contextlib.suppress(ArgumentTypeError):  # packing raises it with the right name
             given[name] = as_desc(value, plan.op, name)
     return given
 

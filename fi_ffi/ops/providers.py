@@ -1,4 +1,4 @@
-"""Which entry serves a row on a device: a kernel, or the reference on the CPU."""
+"""Finds the entry that serves a row on a device: a kernel, or the reference on the CPU."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fi_ffi.ops.row import Absent, Row
 
 
 def release_in_use() -> str | None:
-    """The release of the kernels there are, or None where none are found."""
-    from fi_ffi.loader import search  # here: the search takes as long to import as all the rest
+    """Return the release of the kernels in use, or None without kernels."""
+    from fi_ffi.loader import search  # imported late: it takes as long as all the rest
 
     try:
         return search.release()
@@ -23,12 +23,11 @@ def release_in_use() -> str | None:
 
 
 def entry_for(row: Row, device: Device, module: str | None = None) -> Entry:
-    """The row's entry, loaded and attested: its own signature is the row's.
+    """Return the row's entry, loaded and attested: its own signature is the row's.
 
-    `module` is one of the row's family; without it, the row's own.
-
-    Raises `KernelNotFoundError` for an op that the release in use does not have, and
-    `ArchitectureError` on a GPU that its kernel was not written for.
+    `module` is a module of the row's family, by default the row's own. Raises `KernelNotFoundError`
+    for an op that the release in use lacks, and `ArchitectureError` on a GPU that the kernel was
+    not written for.
     """
     if device.is_cuda:
         from fi_ffi.loader import runtime
@@ -42,7 +41,7 @@ def entry_for(row: Row, device: Device, module: str | None = None) -> Entry:
 
             return method_entry(name, row.factory, row.signature, row.releases, device.index)
         return runtime.kernel_entry(name, row.signature, row.releases, device.index)
-    # Here, not above: numpy takes longer to import than all of fi_ffi.
+    # Imported late: numpy takes longer than all of fi_ffi.
     from fi_ffi import reference
 
     names = ["" if isinstance(arg, Absent) else arg.name for arg in row.args]
@@ -51,7 +50,7 @@ def entry_for(row: Row, device: Device, module: str | None = None) -> Entry:
 
 
 def check_available(row: Row, device: Device) -> None:
-    """Raise where the row's kernel was not written for a GPU, or is not of the release in use."""
+    """Raise if the row's kernel was not written for a GPU, or is not in the release in use."""
     from fi_ffi.loader import search
 
     if row.capabilities:
@@ -69,14 +68,14 @@ def check_available(row: Row, device: Device) -> None:
         )
 
 
-# What the arithmetic of a module depends on and its entries are not told.
+# What a module was compiled for that changes results and is no argument of its entries.
 _IN_NAMES = ("pos_encoding_mode", "use_sliding_window", "use_logits_soft_cap")
 
 
 @functools.cache
 def _compiled(module: str | None) -> tuple[tuple[str, object], ...]:
-    """What a module of a family was compiled for, which its name tells."""
-    from fi_ffi.loader import uris  # not above: a start needs no module names
+    """Return what a module of a family was compiled for, from its name."""
+    from fi_ffi.loader import uris  # imported late: starting up needs no module names
 
     parsed = None if module is None else uris.parse(module)
     if parsed is None:

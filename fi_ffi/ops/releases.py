@@ -1,7 +1,7 @@
-"""FlashInfer's releases: which rows are of one, and the forms that an entry has had.
+"""FlashInfer's releases: which rows belong to one, and the forms that an entry has had.
 
-Read from the binding sources and `jit/attention/modules.py` of every release from 0.6.3 to
-0.7.2.post1; `tests/releases` holds the rows against each.
+The facts are from the binding sources and `jit/attention/modules.py` of every release from 0.6.3 to
+0.7.2.post1; `tests/releases` compares the rows with each.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 from fi_ffi.ops.row import Arg, Ranged, Row, Tensor
 
 OLDEST = "0.6.3"
-# Forms of this release come first, and are what the CPU's reference has: the lock's default.
+# The lock's default release. Its forms come first, and the CPU's reference has them.
 FIRST = "0.6.13"
 
 
-_PLAIN = re.compile(r"\d+\.\d+\.\d+(?:\.post[1-9]\d*)?")  # a release as they are published
+_PLAIN = re.compile(r"\d+\.\d+\.\d+(?:\.post[1-9]\d*)?")  # a published release
 _NUMBER = r"(\d+(?:\.\d+)*(?:\.post[1-9]\d*)?)"
 _BOUND = re.compile(f"(>=|<){_NUMBER}")
 _SPAN = re.compile(f">={_NUMBER}(?:,<{_NUMBER})?")
@@ -27,7 +27,7 @@ _SPAN = re.compile(f">={_NUMBER}(?:,<{_NUMBER})?")
 
 @functools.cache
 def is_in(release: str, releases: str) -> bool:
-    """Whether a release is one of those that a version specifier names."""
+    """Whether a version specifier includes a release."""
     bounds = [_BOUND.fullmatch(part) for part in releases.split(",")]
     if _PLAIN.fullmatch(release) and all(bounds):
         found = _number(release)
@@ -36,7 +36,7 @@ def is_in(release: str, releases: str) -> bool:
             for bound in bounds
             if bound is not None
         )
-    # Not above: its import is a good part of a first call.
+    # Imported late: it is a good part of a first call's time.
     from packaging.specifiers import SpecifierSet
 
     return SpecifierSet(releases).contains(release, prereleases=True)
@@ -48,12 +48,12 @@ def fits(row: Row, release: str) -> bool:
 
 
 def _number(release: str) -> tuple[int, ...]:
-    """Something to compare: a release's posts come after it, and before the next one."""
+    """Return a sort key of a release: a post release comes after it and before the next one."""
     return tuple(int(part.removeprefix("post")) for part in release.split("."))
 
 
 def _bounds(releases: str) -> tuple[str, str]:
-    """The first release of ">=a" or ">=a,<b", and the one after the last."""
+    """Return the first release of ">=a" or ">=a,<b", and the first one after the range."""
     since, _, until = releases.partition(",<")
     return since.removeprefix(">=") or OLDEST, until
 
@@ -69,10 +69,11 @@ def _dtypes_of(args: Sequence[Arg]) -> set[str]:
 
 
 def forms_of(row: Row, later: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[Row, ...]:
-    """The forms of a row that has all arguments and rules there ever were, that of `FIRST` first.
+    """Return the forms of a row that lists all arguments and rules there ever were, that of `FIRST`
+    first.
 
-    Arguments and rules say themselves which releases have them.  `later` has fields of the row
-    that have another value from a release on.
+    Arguments and rules name the releases that have them. `later` has fields of the row that change
+    from a release on.
     """
     later = later or {}
     begin, end = _bounds(row.releases)
@@ -105,7 +106,7 @@ def forms_of(row: Row, later: Mapping[str, Mapping[str, Any]] | None = None) -> 
 
 
 def span_of(forms: Sequence[Row]) -> str:
-    """The releases that any of the forms is of, without the seams between them."""
+    """Return the releases of all the forms as one specifier, with adjacent ranges joined."""
     found = [_SPAN.fullmatch(form.releases) for form in forms]
     bounds = [match.groups("") for match in found if match]
     if len(bounds) < len(forms):

@@ -1,7 +1,7 @@
-"""What a row of the op table is made of.
+"""The classes that a row of the op table is made of.
 
-A row states, once, what a kernel entry takes.  Checks, packing, the Python
-signature, the docstring, the declared signature and the catalogue are derived.
+A row states, once, what a kernel entry takes. Checks, packing, the Python signature, the docstring,
+the declared signature and the catalogue are derived from it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fi_ffi.ops.notation import Condition, names_in
 
 @dataclass(frozen=True, kw_only=True)
 class Ranged:
-    """What came with FlashInfer `since`, and was gone with `until`, where they are not ""."""
+    """An item that exists from FlashInfer `since` on and until before `until`; "" is no bound."""
 
     since: str = ""
     until: str = ""
@@ -28,10 +28,9 @@ class Ranged:
 class Tensor(Ranged):
     """A tensor argument.
 
-    `axes` names its axes ("n h"); the same name is the same size everywhere in
-    the row, a number is that size, "b+1" is one more than b, and "2*h", "x+y" and
-    "2*h/128" (of what is a multiple) are what they say.  `dtype` is a variable of the row's
-    `dtypes`, or a dtype's name.
+    `axes` names its axes ("n h"). The same name is the same size everywhere in the row. An axis may
+    also be a number, "b+1", or an expression such as "2*h", "x+y" or "2*h/128", which must be a
+    whole number. `dtype` is a variable of the row's `dtypes`, or a dtype's name.
     """
 
     name: str
@@ -43,55 +42,55 @@ class Tensor(Ranged):
     reads: bool = True
     # The entry takes a Tensor object, not a view (`ffi.Tensor` in its signature).
     as_object: bool = False
-    # Every element adjacent; otherwise only those of the last axis need be, or of so many of the
-    # last axes.
+    # `contiguous`: all elements are adjacent. Otherwise those of the last `packed` axes are.
     contiguous: bool = False
     packed: int = 1
-    # Along so many of the last axes all elements are one: their strides are 0.
+    # The last `broadcast` axes have stride 0.
     broadcast: int = 0
-    # None where there is none; or the entry could do without it, and the op cannot.
+    # The caller may pass None (`optional`); the entry takes an optional type, but the op requires
+    # the tensor (`entry_optional`).
     optional: bool = False
     entry_optional: bool = False
-    # There is always one for the entry: without elements, where there is none.
+    # For None, the entry gets a tensor without elements.
     empty: bool = False
-    # On the host, whatever device the others are on.
+    # On the host, independent of the device of the others.
     host: bool = False
-    # Axes in the order that the call's `kv_layout` says; `axes` gives that of NHD.
+    # The call's `kv_layout` orders the axes; `axes` is the NHD order.
     kv: bool = False
-    # The same as the row's of this name, which is in force where this is None.
+    # As the row's `offset_limit`, which applies if this is None.
     offset_limit: int | None = None
-    # The kernel keeps each stride in an integer that holds less than this.
+    # The kernel stores each stride in an integer that is less than this.
     stride_limit: int = 2**63
-    # The address is a multiple of so many bytes, whatever the kernel loads at a time.
+    # The alignment of the address in bytes, in addition to that of vector loads.
     alignment: int = 1
-    # Loaded as the row's `vector` says; otherwise `alignment` alone holds.
+    # Whether the row's `vector` applies; otherwise only `alignment` does.
     in_vectors: bool = True
-    # In memory the last two axes are the other way round: the last but one has stride 1.
+    # The last two axes are exchanged in memory: the last but one has stride 1.
     transposed: bool = False
-    # It is one of so many parts of a contiguous tensor, which lie beside each other.
+    # The tensor is one of this many adjacent parts of a contiguous tensor.
     parts: int = 1
-    # Scratch memory: so many bytes, so many for each multiprocessor, and what the sizes of the
-    # other tensors' axes demand.  Where the caller gives none, each stream has its own of fi_ffi's.
+    # Scratch memory: fixed bytes, bytes for each multiprocessor, and bytes that depend on sizes.
+    # Without the argument, each stream uses scratch memory allocated by fi_ffi.
     bytes: int = 0
     bytes_per_multiprocessor: int = 0
     bytes_for: Any = None  # Callable[[Mapping[str, int]], int]
-    # Scalars that `bytes_for` is given beside the sizes.
+    # Scalars that `bytes_for` gets beside the sizes.
     bytes_given: tuple[str, ...] = ()
-    # The kernel is told how large it is, and makes do with any size.
+    # The kernel gets the size of this scratch memory and works with any.
     any_size: bool = False
-    # Zero before the first call; each call leaves it so.
+    # All zero before the first call; each call restores that.
     zeroed: bool = False
-    # None stands for zeros, of which each device has some.
+    # For None, the kernel reads zeros that fi_ffi keeps on each device.
     or_zeros: bool = False
-    # Each element may have an axis of its own: [n, 1] stands for [n].
+    # The caller may pass [n, 1] for [n].
     column: bool = False
-    # How the entry has it, where that is another view of the same memory: for each of its axes
-    # those of `axes`, by number.  Several are one axis there, and have to lie side by side.
+    # The entry's view of the same memory, if it differs: for each axis of the entry the indices of
+    # axes here. Several indices are merged into one axis, and must be adjacent in memory.
     view: tuple[tuple[int, ...], ...] = ()
 
     @property
     def entry_rank(self) -> int:
-        """The rank that the entry has it in."""
+        """The rank in which the entry takes the tensor."""
         return len(self.view or self.axis_names)
 
     @property
@@ -100,7 +99,7 @@ class Tensor(Ranged):
 
     @property
     def is_loose(self) -> bool:
-        """Whether its elements may be given with fewer or more axes: [] and [1, 1] for [1]."""
+        """Whether the tensor may be passed with fewer or more axes: [] and [1, 1] for [1]."""
         return self.column or (self.axes == "1" and not self.is_scratch)
 
     @property
@@ -108,7 +107,7 @@ class Tensor(Ranged):
         return tuple(self.axes.split())
 
     def axes_in(self, kv_layout: str) -> tuple[str, ...]:
-        """The axes in the order that a tensor of this layout has them."""
+        """Return the axes in the order of a tensor of this layout."""
         names = self.axis_names
         return names if not self.kv or kv_layout == "NHD" else exchanged(names)
 
@@ -123,11 +122,11 @@ class Tensor(Ranged):
 class Scalar(Ranged):
     """A scalar argument, passed by value.
 
-    `default` is None where the caller must give it; `low` and `high` are the least and the
-    greatest value allowed, unless there is the tensor that is read `instead`.  With `size_of` it
-    is the size of that axis, which None (then the default) stands for; or less, with `or_less`.
-    With `library` it is a handle of that library of CUDA; 0 stands for fi_ffi's own of the device.
-    The entry is given an expression of sizes instead of 0, where `zero` has one.
+    `default` is None if the caller must give it. `low` and `high` are the least and the greatest
+    value allowed, unless the tensor `instead` is given. With `size_of`, the value is the size of
+    that axis, and None (then the default) stands for it; with `or_less`, it may be smaller. With
+    `library`, it is a handle of that CUDA library, and 0 stands for fi_ffi's own handle. With
+    `zero`, the entry gets that expression of sizes instead of 0.
     """
 
     name: str
@@ -142,21 +141,24 @@ class Scalar(Ranged):
     library: str = ""
     instead: str = ""
     zero: str = ""
+    # The entry takes an optional type, but always gets a value.
+    entry_optional: bool = False
 
     @property
     def abi_type(self) -> str:
-        return self.type.__name__
+        name = self.type.__name__
+        return f"Optional<{name}>" if self.entry_optional else name
 
 
 PDL = Scalar(
     "enable_pdl", bool, False,
-    "programmatic dependent launch (SM90 and later): start while the previous kernel drains",
+    "programmatic dependent launch (SM90 and later): start while the previous kernel finishes",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Text(Ranged):
-    """A text argument, one of a few words."""
+    """A text argument: one of a few words."""
 
     name: str
     words: tuple[str, ...]
@@ -173,8 +175,8 @@ KV_LAYOUTS = {"NHD": 0, "HND": 1}
 class KvLayout(Ranged):
     """The order of the axes of keys and values, given as "NHD" or "HND".
 
-    Where a kernel takes its strides from the tensors (`strided`), HND tensors are handed
-    over as NHD views of the same memory, so that one code path of it serves both.
+    If a kernel takes its strides from the tensors (`strided`), HND tensors are passed as NHD views
+    of the same memory, so that one code path of the kernel serves both.
     """
 
     strided: bool = True
@@ -190,7 +192,7 @@ def exchanged(axes: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def as_nhd(desc: TensorDesc, kv_layout: str) -> TensorDesc:
-    """View a tensor of rank 3 or more, and of this layout, as one of NHD."""
+    """View a tensor of rank 3 or more in this layout as NHD."""
     if kv_layout == "NHD":
         return desc
     return frozen(desc.ptr, exchanged(desc.shape), exchanged(desc.strides), desc.kind, desc)
@@ -198,7 +200,7 @@ def as_nhd(desc: TensorDesc, kv_layout: str) -> TensorDesc:
 
 @dataclass(frozen=True)
 class IntArray(Ranged):
-    """An Array of ints, which callers give by the object's address; 0 is none."""
+    """An Array of ints, passed as the object's address; 0 is none."""
 
     name: str
     abi_type: str = "Array<int>"
@@ -210,14 +212,14 @@ class IntArray(Ranged):
 
 @dataclass(frozen=True)
 class PlanInfo(IntArray):
-    """What a plan returned, handed on to its run."""
+    """The result of a plan entry, passed on to its run entry."""
 
     name: str = "plan_info_vec"
 
 
 @dataclass(frozen=True)
 class TensorArray(Ranged):
-    """An Array of Tensor objects, which callers give one by one, after all other arguments."""
+    """An Array of Tensor objects, which callers pass one by one after all other arguments."""
 
     name: str
     items: tuple[Tensor, ...]
@@ -226,11 +228,11 @@ class TensorArray(Ranged):
 
 @dataclass(frozen=True)
 class Absent(Ranged):
-    """An argument of the entry that the op has not: a tensor without an address, a number, a bool,
-    or of an optional type none.
+    """An argument of the entry that the op lacks: a null tensor, a number, a bool, or None for an
+    optional type.
 
-    An entry that looks at a tensor's layout before it leaves it alone is told this `shape`.  A
-    number may be one of sizes, as "num_seqs * heads": `of`.
+    Some entries look at the layout of a tensor that they do not use: they get one of this `shape`.
+    `of` computes a number from sizes, as "num_seqs * heads".
     """
 
     name: str
@@ -243,19 +245,20 @@ class Absent(Ranged):
 
 Arg = Tensor | Scalar | Text | KvLayout | IntArray | TensorArray | Absent
 
-# In a rule: whether a tensor that is written is the very memory of one that is read, and of the GPU
-# the number of multiprocessors, and a block's bytes of shared memory (without end on the CPU).
+# Names in rules: whether a written tensor is the same memory as one that is read, the GPU's number
+# of multiprocessors, and the shared memory of a block in bytes (unlimited on the CPU).
 IN_PLACE, MULTIPROCESSORS, SHARED_MEMORY = "in_place", "multiprocessors", "shared_memory"
 
 
 @dataclass(frozen=True, eq=False)
 class Rule(Ranged):
-    """A condition that has words of its own: `fi_ffi.ops.notation` has the notation.
+    """A condition with words of its own, in the notation of `fi_ffi.ops.notation`.
 
-    Its names are axes (None where no tensor there has it), scalars and texts (also where an axis
-    has the same name), those above, a tensor's for whether it is there, and a variable of `dtypes`
-    for its dtype's name.  An error is of `argument`; `expected` says what must be, or is given
-    the names' values and does.  `using` has the functions that the condition calls.
+    Its names are axes (None if no given tensor has them), scalars and texts (which hide axes of the
+    same name), the constants above, tensors (whether they are given), and variables of `dtypes`
+    (the dtype's name). An error names `argument`. `expected` is the text of the error, or a
+    function of the names' values that returns it. `using` has the functions that the condition
+    calls.
     """
 
     argument: str
@@ -269,7 +272,8 @@ class Rule(Ranged):
 
 
 def default_of(arg: Arg) -> str | None:
-    """The Python default of an argument as it is written; None where it must be given."""
+    """Return the Python default of an argument as source text, or None if the argument is
+    required."""
     if isinstance(arg, Tensor):
         return "None" if arg.optional or arg.is_scratch or arg.or_zeros else None
     if isinstance(arg, Scalar) and arg.size_of:
@@ -283,12 +287,12 @@ class _Required:
         return "REQUIRED"
 
 
-# The default of a parameter that must be given and comes after one that need not be.
+# The default of a required parameter that follows an optional one.
 REQUIRED = _Required()
 
 
 def defaults(args: Sequence[Arg]) -> list[str | None]:
-    """The defaults that a Python function of these parameters has."""
+    """Return the defaults of a Python function with these parameters."""
     written = [default_of(arg) for arg in args]
     first = next((i for i, default in enumerate(written) if default), len(written))
     return [default or (repr(REQUIRED) if i > first else None) for i, default in enumerate(written)]
@@ -298,14 +302,14 @@ def defaults(args: Sequence[Arg]) -> list[str | None]:
 class Vector:
     """How wide a kernel loads: along the axes named, `bytes` at a time.
 
-    Addresses and strides must be multiples of gcd(bytes / itemsize, size) elements, where the
-    itemsize is that of `dtype` (a variable of the row) or, with None, the tensor's own.
+    Addresses and strides must be multiples of gcd(bytes / itemsize, size) elements. The itemsize is
+    that of `dtype` (a variable of the row), or of the tensor itself if that is None.
     """
 
     axes: tuple[str, ...]
     bytes: int = 16
     dtype: str | None = None
-    # At most so many threads share the axis, each with several vectors if need be; 0: any number.
+    # The most threads that share the axis, each with several vectors if needed; 0 for any number.
     threads: int = 0
 
 
@@ -322,51 +326,51 @@ class Row:
     dtypes: dict[str, tuple[str, ...]]
     # FlashInfer releases that have exactly this interface, as a version specifier.
     releases: str
-    # The entry is a method of the object that this function of the module makes.
+    # The module's function that makes the object whose method the entry is; "" for a function.
     factory: str = ""
-    # Names another reference and formula, where the kernel computes something else.
+    # Selects another reference and formula for a kernel that computes something else.
     variant: str = ""
-    # The dtype that intermediate results are rounded to (a variable), if not float32.
+    # The dtype (a variable) to which intermediate results are rounded, if not float32.
     rounding: str = ""
     vector: Vector = Vector(("h",), dtype="T")
-    # The kernel computes element offsets in an integer that holds less than this.
+    # The kernel computes element offsets in an integer that is less than this.
     offset_limit: int = 2**32
-    # What must hold: conditions on sizes, as "d >= top_k", and rules.
+    # Conditions on sizes, as "d >= top_k", and rules.
     requires: tuple[str | Rule, ...] = ()
-    # Axes that one thread block covers, besides the vector's.
+    # Axes that one thread block covers, in addition to the vector's.
     block: tuple[str, ...] = ()
-    # Arguments that are given together, or not at all (None, 0 or False).
+    # Arguments that are given all or none (None, 0 or False).
     together: tuple[str, ...] = ()
-    # Tensors that must have the same strides: the kernel reads those of the first.
+    # Tensors that must have the same strides, because the kernel reads those of the first.
     same_strides: tuple[str, ...] = ()
-    # Nothing is done where this axis has no elements; "": where no written tensor has any.
+    # A call does nothing if this axis is empty; "": if all written tensors are empty.
     nothing_axis: str = ""
     result: str = "void"
-    # The kernel makes tensors itself: its calls are given memory for them.
+    # The kernel allocates tensors, through an allocator that the call provides.
     allocates: bool = False
-    # Pairs that may be the same memory; what is written shares none with any other tensor.
+    # Pairs that may be the same memory; otherwise a written tensor overlaps no other.
     in_place: tuple[tuple[str, str], ...] = ()
-    # Major compute capabilities that the kernel was written for; any, where there is none.  And why
-    # what is compiled for others is of no use.
+    # Major compute capabilities that the kernel was written for (empty for any), and why builds
+    # for others are useless.
     capabilities: tuple[int, ...] = ()
     elsewhere: str = ""
-    # Those that other forms of the row are for, which are called otherwise.
+    # Capabilities that other forms of the row serve.
     also: tuple[int, ...] = ()
-    # The modules of GPUs that have another than `module`, by compute capability.
+    # Modules for GPUs that use another than `module`, by compute capability.
     modules: Mapping[tuple[int, int], str] = field(default_factory=dict)
-    # Dtypes that the kernel does not take together, by variable.
+    # Combinations of dtypes that the kernel refuses, by variable.
     lacks: tuple[dict[str, str], ...] = ()
-    # The op's parameters, where their order is not the entry's.
+    # The op's parameters, if their order is not the entry's.
     order: tuple[str, ...] = ()
-    # The row of the module that is compiled for these dtypes, by tensor: those that are there.
+    # Returns the row for the module compiled for these dtypes, by name of a given tensor.
     compiled_for: Callable[[Row, Mapping[str, str]], Row] | None = None
 
     def module_on(self, capability: tuple[int, int] | None) -> str:
-        """The module that has the entry for a GPU."""
+        """Return the module that has the entry for a GPU."""
         return self.module if capability is None else self.modules.get(capability, self.module)
 
     def other_gpus(self, capability: tuple[int, int] | None) -> str:
-        """The GPUs that the kernel was written for, where this is none of them."""
+        """Return the GPUs that the kernel was written for, if this is none of them."""
         if capability is None or not self.capabilities or capability[0] in self.capabilities:
             return ""
         able = " or ".join(f"{known}.x" for known in sorted({*self.capabilities, *self.also}))
@@ -379,11 +383,12 @@ class Row:
 
     @property
     def is_in_python(self) -> bool:
-        """Whether its kernel is in Python, in CuTe DSL: nothing in csrc exports it."""
+        """Whether the kernel is written in Python (CuTe DSL), so that nothing in csrc exports
+        it."""
         return self.source.startswith("flashinfer/")
 
     def limits(self, kind: str) -> dict[str, tuple[int, ...]]:
-        """The numbers that sizes are held against by ">=", "<=", "in" or "%", a size each."""
+        """Return the numbers with which ">=", "<=", "in" or "%" compares sizes, by size."""
         found = (condition.limit for condition in self.conditions)
         return {limit[1]: limit[2] for limit in found if limit and limit[0] == kind}
 
@@ -393,13 +398,13 @@ class Row:
 
     @property
     def slots(self) -> tuple[Arg, ...]:
-        """The entry's arguments, and then the tensors that are in Arrays of them."""
+        """The entry's arguments, then the tensors of its Arrays."""
         arrays = (arg.items for arg in self.args if isinstance(arg, TensorArray))
         return (*self.args, *itertools.chain.from_iterable(arrays))
 
     @property
     def given(self) -> tuple[Arg, ...]:
-        """The arguments that the op has, in its order: all but the absent ones."""
+        """The op's arguments in its order: all but the absent ones."""
         found = [arg for arg in self.slots if not isinstance(arg, (Absent, TensorArray))]
         if self.order:
             found.sort(key=lambda arg: self.order.index(arg.name))
@@ -421,10 +426,10 @@ class Row:
 
     @property
     def signature(self) -> Signature:
-        """What the binary must say of itself."""
+        """The signature that the binary must report."""
         return Signature(self.symbol, tuple(arg.abi_type for arg in self.args), self.result)
 
 
 def form_on(forms: Sequence[Row], capability: tuple[int, int] | None) -> Row:
-    """The form for a GPU; the first, where none is."""
+    """Return the form for a GPU; the first if no form names the GPU."""
     return next((form for form in forms if not form.other_gpus(capability)), forms[0])

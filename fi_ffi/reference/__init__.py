@@ -1,15 +1,15 @@
-"""Kernels in numpy behind the same ABI: what runs where there is no GPU.
+"""Kernels in numpy behind the same ABI, which run where there is no GPU.
 
-Each is registered as a TVM-FFI function, so that a call on CPU tensors goes
-through the same checks, packing, library call and error decoding as one on a
-GPU.  Most are an op's formula in float64, rounded once: what results of a GPU are
-compared with.  Those of `KERNELS` have no formula, or round on the way.
+Each is registered as a TVM-FFI function, so that a call on CPU tensors goes through the same
+checks, packing, library call and error decoding as one on a GPU. Most are an op's formula in
+float64, rounded once; the results of a GPU are compared with the same formula. The kernels in
+`KERNELS` have no formula, or round in between.
 
-`EXACT` has the ops in float64, written from their definition and not from the kernels.  Each
-formula gives, for every tensor that the op writes, the value and the magnitude that its rounding
-errors scale with; `largest` in its inputs has the largest value of each tensor's dtype, where it
-has one.  Those that only move what they are given (`MOVES`) take it as it is, and give the tensors
-they write as they must be afterwards, bit for bit.
+`EXACT` has the ops in float64, written from their definition and not from the kernels. For every
+tensor that the op writes, a formula returns the value and the magnitude that rounding errors scale
+with. `largest` in its inputs has the largest value of each tensor's dtype, if there is one. Ops
+that only move elements (`MOVES`) take them unchanged, and return the written tensors as they must
+be, bit for bit.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from fi_ffi.reference import attention
 from fi_ffi.reference.arrays import bits, over_arrays, store_changed
 from fi_ffi.reference.formula import Formula, Move, as_inputs
 
-# What a module was compiled for, where its kernels depend on it: names and values.
+# What a module was compiled for, if its kernels depend on it: names and values.
 Compiled = tuple[tuple[str, object], ...]
 
 _FAMILIES = tuple(
-    importlib.import_module(f"fi_ffi.reference.{name}") for name in (*FAMILIES, "moe")
+    importlib.import_module(f"fi_ffi.reference.{name}")
+    for name in (*FAMILIES, "moe", "comm", "comm_fusion")
 )
 EXACT: dict[str, Formula] = {}
 MOVES: dict[str, Move] = {}
@@ -48,7 +49,7 @@ _entries: dict[tuple[str, str, str, Compiled, str, tuple[str, ...]], Entry] = {}
 
 
 def kernels() -> dict[str, list[str]]:
-    """The entries that have a kernel of their own, by module."""
+    """Return the entries that have a kernel of their own, by module."""
     found: dict[str, set[str]] = {module: {*names} for module, names in attention.KERNELS.items()}
     for family in _FAMILIES:
         for module, names in getattr(family, "KERNELS", {}).items():
@@ -60,10 +61,10 @@ def entry(
     module: str, signature: Signature, kernel: str, compiled: Compiled = (),
     formula: str = "", names: Sequence[str] = (),
 ) -> Entry:  # fmt: skip
-    """The numpy `kernel` of a module, as a TVM-FFI function with that signature.
+    """Return the numpy `kernel` of a module, as a TVM-FFI function with that signature.
 
-    `compiled` is for the attention families: `attention.reference_kernel`.  Where no kernel
-    was written for the entry its formula serves, which takes its arguments by `names`.
+    `compiled` is for the attention families: see `attention.reference_kernel`. If the entry has no
+    kernel, its formula serves, which takes its arguments by `names`.
     """
     key = (module, kernel, str(signature), compiled, formula, tuple(names))
     with _lock:
@@ -90,9 +91,9 @@ def _function(module: str, kernel: str, compiled: Compiled) -> Callable[..., Any
 
 
 def from_formula(formula: str, names: Sequence[str]) -> Callable[..., Any] | None:
-    """A kernel that computes an op's formula and rounds once; None where there is none.
+    """Return a kernel that computes an op's formula and rounds once; None if there is no formula.
 
-    `names` are the formula's for the arguments, "" for one that the op has not.
+    `names` are the formula's names of the arguments, "" for an argument that the op lacks.
     """
     exact, move = EXACT.get(formula), MOVES.get(formula)
     if exact is None and move is None:
@@ -115,6 +116,6 @@ def from_formula(formula: str, names: Sequence[str]) -> Callable[..., Any] | Non
 
 
 def _as_moved(value: Any) -> Any:
-    """Numbers as their bits: a dtype of numpy's extensions may change a NaN's on the way."""
+    """View values as their bits: conversions of numpy's extension dtypes may change a NaN."""
     is_moved = isinstance(value, np.ndarray) and value.dtype.kind not in "iub"
     return bits(value) if is_moved else value

@@ -9,10 +9,10 @@ import numpy as np
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.formula import SLACK, Exact, Formula, Inputs
 
-# Float32 below its normal numbers is 0 in kernels compiled for fast arithmetic, and so is what
-# they divide by 2^126 or more.
+# In kernels compiled for fast arithmetic, subnormal float32 numbers are 0, and so are quotients by
+# 2^126 or more.
 _FLUSHED = 2.0**-126
-_TANH = 2.0**-11  # PTX's tanh is right to this
+_TANH = 2.0**-11  # the error of PTX's tanh
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
@@ -23,7 +23,7 @@ def _halves(a: Inputs) -> tuple[Array, Array]:
 
 
 def _result(x: Array, y: Array, value: Array, terms: Array) -> Exact:
-    """`terms`: the sum of what the value is a sum of, without their signs."""
+    """Return a result; `terms` is the sum of the magnitudes of the value's terms."""
     flushed = (1 + np.abs(x)) * (1 + np.abs(y)) * _FLUSHED / SLACK
     return {"out": (value, terms + flushed)}
 

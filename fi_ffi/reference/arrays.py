@@ -1,4 +1,4 @@
-"""numpy arrays over descriptors' memory, and rounding to a tensor's dtype."""
+"""Makes numpy arrays over descriptors' memory, and rounds to a tensor's dtype."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 
 def as_array(desc: TensorDesc) -> Array:
-    """A writable array over a CPU descriptor's memory, which it does not keep alive."""
+    """Make a writable array over a CPU descriptor's memory, without keeping the memory alive."""
     if desc.device.type != "cpu":
         raise ArgumentError("reference", "device", got=desc.device, expected="cpu")
-    # Two numbers of 4 bits are a byte.
+    # Two values of 4 bits share a byte.
     dtype = np.dtype(np.uint8) if desc.dtype.lanes == 2 else desc.dtype.numpy
     if desc.numel == 0:
         return np.empty(desc.shape, dtype)
@@ -31,11 +31,11 @@ def as_array(desc: TensorDesc) -> Array:
 
 
 def over_arrays(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel` with its descriptors turned into arrays first."""
+    """Wrap `kernel` so that its descriptors become arrays."""
 
     @functools.wraps(kernel)
     def call(*args: object) -> Any:
-        # Infinities and NaN are results like any other, as they are on a GPU.
+        # Infinities and NaN are valid results, as on a GPU.
         with np.errstate(all="ignore"):
             return kernel(*(as_array(arg) if isinstance(arg, TensorDesc) else arg for arg in args))
 
@@ -43,17 +43,17 @@ def over_arrays(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def bits(array: Array) -> Array:
-    """A view of the elements as numbers without a sign, which no copy changes."""
+    """View the elements as unsigned integers, which no copy changes."""
     return array.view(f"u{array.itemsize}")
 
 
 def store(out: Array, value: Array) -> None:
-    """Write values, rounded to nearest even in `out`'s dtype."""
+    """Write values to `out`, rounded to nearest even in its dtype."""
     out[...] = value.astype(out.dtype)
 
 
 def store_saturated(out: Array, value: Array) -> None:
-    """The same, but fp8 holds its largest number for what is larger, as GPUs' conversions do."""
+    """Write values as `store`; fp8 saturates at its largest number, as GPUs' conversions do."""
     if out.itemsize == 1:
         limit = float(ml_dtypes.finfo(out.dtype).max)
         value = np.clip(value, -limit, limit)
@@ -61,9 +61,9 @@ def store_saturated(out: Array, value: Array) -> None:
 
 
 def store_changed(out: Array, value: Array, before: Array) -> None:
-    """The same for what differs from `before`, `out` in the values' dtype: all else stays as it
-    is, bit for bit, whoever writes there meanwhile."""
+    """Write values as `store`, only where they differ from `before`, which is `out` in the values'
+    dtype. All other bits stay, even if somebody else writes them meanwhile."""
     value = np.asarray(value).astype(before.dtype)
-    # Any byte but 0 is a true bool: what was there may be another than is written.
+    # Any byte but 0 is a true bool, so the byte may differ although the bool does not.
     changed = (bits(value) != bits(before)) | (out.dtype == np.bool_)
     np.copyto(bits(out), bits(value.astype(out.dtype)), where=changed)

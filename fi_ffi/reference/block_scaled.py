@@ -1,7 +1,7 @@
 """Blocks with a scale each in float64, from their formats' definitions.
 
-The kernels compute scales and quotients in float32, by reciprocals that are not the nearest: of two
-neighbouring numbers that such a quotient is between, either is right.
+The kernels compute scales and quotients in float32, with reciprocals that are not correctly
+rounded. If such a quotient lies between two neighbouring numbers, either is accepted.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _NEAR = 2.0**-18
 _E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float64)
 _E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
 _FINITE = np.unique(_E4M3[np.isfinite(_E4M3)])
-# The order of scales: the rows of a tile, or `_ROWS` where they are in rows.
+# Codes of the order of scales: rows of a tile by code, and the code for plain rows.
 _TILES, _ROWS = {0: 128, 1: 8}, 2
 
-# ---------------------------------------------------------------- what is moved or scaled back
+# ---------------------------------------------------------------- moving and dequantising
 
 
 def nvfp4_kv_dequant(a: Inputs) -> Exact:
@@ -35,13 +35,13 @@ def nvfp4_kv_dequant(a: Inputs) -> Exact:
 
 
 def _halves(packed: Array) -> Array:
-    """The two codes of each byte, the lower one first."""
+    """Return the two codes of each byte, the lower half first."""
     codes = packed.astype(int)
     return np.stack([codes % 16, codes // 16], axis=-1)
 
 
 def _in_tiles(scales: Array, tile: int) -> Array:
-    """Scales of matrices, tile after tile, and 0 where a tile has none."""
+    """Put the scales of matrices into tiles, padded with 0."""
     experts, rows, cols = scales.shape
     whole = np.zeros((experts, -(-rows // tile) * tile, -(-cols // 4) * 4), scales.dtype)
     whole[:, :rows, :cols] = scales
@@ -62,17 +62,18 @@ def block_scale_interleave_reverse(a: Inputs) -> dict[str, Array]:
     return {"reversedBlockScale": tiled.reshape(len(tiled), count)[:, back].reshape(tiled.shape)}
 
 
-# ---------------------------------------------------------------- what is quantised
+# ---------------------------------------------------------------- quantising
 
 
 class _Scales:
-    """What each block's scale may be, by its bytes; the first is the nearest."""
+    """The accepted scales of each block, as bytes; the first is the nearest."""
 
     def __init__(self, wanted: Array, rounded: Callable[[Array], Array]) -> None:
         self.codes = [rounded(wanted * (1 + by)) for by in (0.0, -_NEAR, _NEAR)]
 
     def are(self, place: Callable[[Array], Array]) -> OneOfMany:
-        """Every byte is a scale's in its place, and 0 in all others."""
+        """Return the expected bytes: an accepted scale in each scale's place, and 0 in all
+        others."""
         placed = np.stack([place(codes) for codes in self.codes])
 
         def are_right(got: Array) -> Array:
@@ -95,7 +96,7 @@ def _bytes_of_e4m3(x: Array) -> Array:
 
 
 def _bytes_of_e8m0(x: Array) -> Array:
-    """The exponents, and 127, of the least powers of 2 that are no less."""
+    """Return the exponents, biased by 127, of the least powers of 2 that are not smaller."""
     mantissa, exponent = np.frexp(np.maximum(x, 2.0**-127))
     exponents: Array = np.clip(np.where(mantissa == 0.5, exponent - 1, exponent), -127, 127)
     return exponents + 127.0
@@ -114,14 +115,14 @@ def _of_e8m0(codes: Array) -> Array:
 def _quotients(
     blocks: Array, scales: _Scales, decode: Callable[[Array], Array], of_all: float | Array = 1.0
 ) -> list[Array]:
-    """Elements over what their block's scale may be; 0, where all of a block are."""
-    # A scale that was rounded to 0 makes all but 0 too large.
+    """Divide elements by each accepted scale of their block; 0 for a block of zeros."""
+    # With a scale that was rounded to 0, all quotients except those of 0 saturate.
     values = (np.maximum(decode(codes), 1e-100) for codes in scales.codes)
     return [blocks * (of_all / value)[..., None] for value in values]
 
 
 def _are_nearest(wanted: list[Array], found: Array, grid: Array) -> Array:
-    """Whether all elements of a block are the numbers of the grid nearest to the same quotients."""
+    """Whether all elements of a block are grid numbers nearest to the quotients of one scale."""
     right = np.zeros(found.shape[:-1], bool)
     for quotients in wanted:
         limited = np.clip(quotients, grid[0], grid[-1])
@@ -130,8 +131,8 @@ def _are_nearest(wanted: list[Array], found: Array, grid: Array) -> Array:
     return right
 
 
-def _in_layout(layout: int, padding: int = 0) -> Callable[[Array], Array]:
-    """What puts scales in their order, with so many columns of 0 more."""
+def scales_in_layout(layout: int, padding: int = 0) -> Callable[[Array], Array]:
+    """Return a function that puts scales in a layout, with `padding` more columns of 0."""
 
     def place(codes: Array) -> Array:
         whole = np.pad(codes, ((0, 0), (0, padding)))
@@ -145,7 +146,7 @@ def mxfp8_quantize(a: Inputs) -> Exact:
     blocks = a["input"].reshape(n, k // 32, 32)
     scales = _Scales(np.abs(blocks).max(axis=-1) / 448, _bytes_of_e8m0)
     wanted = _quotients(blocks, scales, _of_e8m0)
-    # Releases that name no order have two.
+    # Releases without a layout code have a flag for two of the layouts.
     layout = a["sfSwizzleLayout"] if "sfSwizzleLayout" in a else 2 - 2 * a["isSfSwizzledLayout"]
 
     def value() -> Array:
@@ -159,12 +160,12 @@ def mxfp8_quantize(a: Inputs) -> Exact:
 
     return {
         "valMxFP8": OneOfMany(value, _judge(are_right)),
-        "scaleFP8SF": scales.are(_in_layout(layout, (padded_k - k) // 32)),
+        "scaleFP8SF": scales.are(scales_in_layout(layout, (padded_k - k) // 32)),
     }
 
 
 def _are_halves(wanted: list[Array], shape: tuple[int, ...]) -> OneOfMany:
-    """Elements of 4 bits, two to a byte."""
+    """Return the expected elements of 4 bits, two to a byte."""
 
     def value() -> Array:
         rounded = np.clip(wanted[0], -6, 6).astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
@@ -194,7 +195,7 @@ def fp4_quantize(a: Inputs) -> Exact:
     layout = int(a["isSf8x4Layout"]) if a["isSfSwizzledLayout"] else _ROWS
     return {
         "valueE2M1": _are_halves(wanted, a["valueE2M1"].shape),
-        "scaleFP8SF": scales.are(_in_layout(layout)),
+        "scaleFP8SF": scales.are(scales_in_layout(layout)),
     }
 
 

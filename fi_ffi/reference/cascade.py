@@ -1,9 +1,9 @@
 """Merging attention states in float64, from their definition.
 
-A state over keys with logits l, to base 2, and values x is s = log2(sum(2^l)) and
-v = sum(2^(l - s) x); that of several sets of keys follows from theirs.  Before FlashInfer 0.7.0 the
-kernels' infinity is 5e4: the state that a merge of many begins with is at -5e4 and counts as one,
-and two states at minus infinity itself are NaN.
+A state over keys with base-2 logits l and values x is s = log2(sum(2^l)) and v = sum(2^(l - s) x).
+The state of several sets of keys follows from theirs. Before FlashInfer 0.7.0, the kernels'
+infinity is 5e4: a merge of many states begins with one at -5e4, which counts, and two states at
+minus infinity merge to NaN.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.formula import SLACK, Exact, Formula, Inputs, OneOfMany
 
 # FlashInfer's minus infinity before 0.7.0: the log-sum-exp of no keys.
-_NOTHING = -5e4
-_HALF_SUBNORMAL = 2.0**-25  # half a step between float16's smallest numbers
+_EMPTY_LSE = -5e4
+_HALF_SUBNORMAL = 2.0**-25  # half the distance between float16's smallest numbers
 
 
 def _merged(v: Array, s: Array) -> tuple[Array, Array, Array]:
-    """Of states along axis 1: the output, the sum of its terms without their signs, and s."""
-    with np.errstate(invalid="ignore"):  # all at minus infinity: there are no keys
+    """Merge states along axis 1; return the output, the sum of its terms' magnitudes, and s."""
+    with np.errstate(invalid="ignore"):  # all at minus infinity: no keys
         lse = np.logaddexp2.reduce(s, axis=1)
         weights = np.where(s == -np.inf, 0, np.exp2(s - lse[:, None]))
     value, terms = (np.einsum("nkhd,nkh->nhd", each, weights) for each in (v, np.abs(v)))
@@ -30,12 +30,15 @@ def _merged(v: Array, s: Array) -> tuple[Array, Array, Array]:
 def _exact(
     names: tuple[str, str], v: Array, s: Array, v_error: float = 0.0, s_error: Array | float = 0.0
 ) -> dict[str, tuple[Array, Array]]:
-    """`v_error`: the relative error of the partial values that the kernel merges; `s_error`,
-    (n, heads): the absolute one of their log-sum-exps."""
+    """Return results with their magnitudes.
+
+    `v_error` is the relative error of the partial values that the kernel merges. `s_error` (n,
+    heads) is the absolute error of their log-sum-exps.
+    """
     value, terms, lse = _merged(v, s)
-    # A log-sum-exp is right to what the sum of powers is, whatever was added to the logits.
+    # A log-sum-exp has the error of the sum of powers, whatever was subtracted from the logits.
     of_sum = 1 + np.log2(s.shape[1]) + s_error / SLACK + np.zeros(lse.shape)
-    # An error of a log-sum-exp is one of a weight, and of the sum of weights that divides it.
+    # An error of a log-sum-exp changes a weight, and the sum of weights that divides it.
     relative = v_error + 2 * np.log(2) * (s_error + np.zeros(lse.shape))[..., None]
     least = _HALF_SUBNORMAL / SLACK if v_error else 0.0
     return {names[0]: (value, terms * (1 + relative / SLACK) + least), names[1]: (lse, of_sum)}
@@ -56,8 +59,9 @@ def merge_state_in_place_of_empty_ones(a: Inputs) -> Exact:
     return merged
 
 
-def _without_nothing(made: Exact, v: str, s: str) -> Exact:
-    """NaN where both states are at minus infinity itself, as in kernels that subtract them."""
+def _with_nan_for_empty(made: Exact, v: str, s: str) -> Exact:
+    """Replace results by NaN where both states are at minus infinity, as kernels do that subtract
+    them."""
     (value, terms), (lse, of_sum) = made[v], made[s]  # type: ignore[misc]
     is_nothing = lse == -np.inf
     value = np.where(is_nothing[..., None], np.nan, value)
@@ -65,19 +69,19 @@ def _without_nothing(made: Exact, v: str, s: str) -> Exact:
 
 
 def merge_state(a: Inputs) -> Exact:
-    return _without_nothing(merge_state_of_empty_ones(a), "v_merged", "s_merged")
+    return _with_nan_for_empty(merge_state_of_empty_ones(a), "v_merged", "s_merged")
 
 
 def merge_state_in_place(a: Inputs) -> Exact:
-    return _without_nothing(merge_state_in_place_of_empty_ones(a), "v", "s")
+    return _with_nan_for_empty(merge_state_in_place_of_empty_ones(a), "v", "s")
 
 
 def _step(largest: float) -> float:
-    """The distance of 1 to the next number, in the dtype that has this largest one."""
+    """Return the distance from 1 to the next number, in the dtype with this largest number."""
     return float(2 - 2 * np.frexp(largest)[0])
 
 
-def merge_states(a: Inputs, nothing: float = _NOTHING) -> Exact:
+def merge_states(a: Inputs, nothing: float = _EMPTY_LSE) -> Exact:
     v, s = a["v"], a["s"]
     n, sets = s.shape[:2]
     names = ("v_merged", "s_merged")
@@ -85,8 +89,7 @@ def merge_states(a: Inputs, nothing: float = _NOTHING) -> Exact:
         return {names[0]: (v[:, 0], np.abs(v[:, 0])), names[1]: (s[:, 0], np.ones_like(s[:, 0]))}
     errors: tuple[float, Array | float] = (0.0, 0.0)
     if n <= sets > 1:
-        # The rows of threads hand on partial values in v's dtype, and partial log-sum-exps in
-        # float32.
+        # Rows of threads pass on partial values in v's dtype, and partial log-sum-exps in float32.
         finite = np.abs(s, where=np.isfinite(s), out=np.zeros_like(s))
         errors = _step(a["largest"]["v"]) / 2, 2.0**-24 * finite.max(axis=1)
     v, s = (np.insert(x, 0, first, axis=1) for x, first in ((v, 0.0), (s, nothing)))
@@ -94,7 +97,7 @@ def merge_states(a: Inputs, nothing: float = _NOTHING) -> Exact:
 
 
 def merge_states_of_empty_ones(a: Inputs) -> Exact:
-    """The same, but that of no sets the log-sum-exp is minus infinity itself."""
+    """Merge as `merge_states`; the log-sum-exp of no sets is minus infinity."""
     made = merge_states(a, -np.inf)
     if a["s"].shape[1]:
         return made

@@ -1,4 +1,4 @@
-"""Concatenating MLA's keys, from its definition."""
+"""Concatenating MLA's keys, from the definition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a formula is: an op in float64, written from its definition."""
+"""The types of formulas: ops in float64, written from their definition."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import numpy as np
 
 from fi_ffi.reference.arrays import Array
 
-# Of the magnitude that bounds allow for float32 arithmetic before the last rounding: 128 steps.
+# The part of the magnitude allowed for errors of float32 arithmetic before the last rounding: 128
+# units in the last place.
 SLACK = 2.0**-16
 Inputs = dict[str, Any]
-# What judges a result that may be one of many: the largest error, and that as a fraction of
-# what is allowed (1 or less is right).
+# Judges a result that may be one of many; returns the largest error, absolute and as a fraction of
+# the allowed error (1 or less is right).
 Judge: TypeAlias = "Callable[[Array], tuple[float, float]]"
 
 
@@ -30,8 +31,8 @@ class OneOfMany:
         return self.judge(got)
 
 
-# For every tensor that is written the value, and the magnitude that its rounding errors scale
-# with (None where every bit must be the value's); or one value and the judge of all.
+# For a written tensor, the value and the magnitude that its rounding errors scale with (None if all
+# bits must match); or one right value and the judge.
 Expected: TypeAlias = "tuple[Array, Array | None] | OneOfMany"
 Exact: TypeAlias = "Mapping[str, Expected]"
 Formula: TypeAlias = "Callable[[Inputs], Exact]"
@@ -39,15 +40,15 @@ Move: TypeAlias = "Callable[[Inputs], dict[str, Array]]"
 
 
 def as_inputs(given: Mapping[str, Any]) -> Inputs:
-    """Arguments as formulas take them: arrays in float64, integers of 64 bits as they are, and the
-    largest value of each array's dtype."""
+    """Convert arguments for formulas: arrays in float64, 64-bit integers unchanged, and the largest
+    value of each array's dtype."""
     arrays = {name: value for name, value in given.items() if isinstance(value, np.ndarray)}
     largest = {
         name: float(ml_dtypes.finfo(array.dtype).max)
         for name, array in arrays.items()
         if array.dtype.kind not in "iub"
     }
-    # 64 bits may be a seed, which float64 cannot hold.
+    # A 64-bit integer may be a seed, which float64 cannot hold.
     exact = {
         name: array.copy() if array.dtype in (np.int64, np.uint64) else array.astype(np.float64)
         for name, array in arrays.items()

@@ -1,10 +1,10 @@
-"""The gated delta rule in float64: sequences solved for pieces at once, and single tokens.
+"""The gated delta rule in float64: sequences in pieces, and single tokens.
 
-Of a sequence each token writes `u`, what is new of its value; those of a piece solve a triangular
-system.  With `xp` another array module than numpy, the work is done there.
+In a sequence each token writes `u`, the new part of its value; the `u` of a piece solve a
+triangular system. With another array module than numpy as `xp`, that module does the work.
 
-Unlike the kernel, which takes tiles of 64 tokens, it looks at `cu_seqlens`: on a GPU a sequence
-without tokens never ends, and one past the end is read past the tensors.
+The kernel takes tiles of 64 tokens and does not check `cu_seqlens`: on a GPU, a sequence without
+tokens never terminates, and one past the end reads past the tensors. This module raises for both.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import numpy as np
 from fi_ffi.reference.arrays import Array, store_changed
 from fi_ffi.reference.formula import SLACK, Exact, Formula, Inputs, as_inputs
 
-# Tokens solved for at a time.
+# Tokens of a piece.
 _PIECE = 256
 _TILE = 64
 
 
 def _decay(alpha: Any, xp: Any) -> Any:
-    """[h, i, j]: what is left at token i of what token j wrote."""
+    """Return [h, i, j]: the part of what token j wrote that is left at token i."""
     heads, count = alpha.shape
     decay = xp.zeros((heads, count, count))
     for i in range(count):
@@ -35,7 +35,7 @@ def _decay(alpha: Any, xp: Any) -> Any:
 
 
 def piece(q: Any, k: Any, v: Any, gates: Any, state: Any, xp: Any = np) -> tuple[Any, Any]:
-    """What tokens read, [h, n, v] (without the scale), and the state after them."""
+    """Return what tokens read, [h, n, v], without the scale, and the state after them."""
     alpha, beta = gates
     decay = _decay(alpha, xp)
     carried = xp.cumprod(alpha, axis=1)[:, :, None]
@@ -52,8 +52,11 @@ def sequence(
     q: Any, k: Any, v: Any, gates: Any, state: Any, every: int = 0, xp: Any = np,
     is_whole: bool = False,
 ) -> tuple[Any, Any, list[Any]]:  # fmt: skip
-    """The same for a sequence of any length, and the states at its checkpoints: wherever so many
-    tiles have begun or, where only what `is_whole` counts, so many tokens are over."""
+    """Compute `piece` for a sequence of any length; return also the states at its checkpoints.
+
+    A checkpoint comes after every `every` tokens. A last, partial tile counts as a whole one,
+    unless `is_whole`.
+    """
     length, read, kept = q.shape[1], [], []
     step = math.gcd(every, _PIECE)
     for start in range(0, length, step):
@@ -94,7 +97,7 @@ def gdn_prefill(
     _check_starts(starts, v.shape[1])
     found: dict[str, list[Any]] = {"output": [], "output_state": [], "state_checkpoints": []}
     sizes: dict[str, list[Any]] = {name: [] for name in found}
-    places: list[int] = []  # of checkpoints
+    places: list[int] = []  # where checkpoints are
     for i, (start, end) in enumerate(pairwise(starts)):
         of_q, of_k, of_v = (x[:, start:end] for x in (q, k, v))
         gate = [of[:, start:end] for of in gates]
@@ -104,7 +107,7 @@ def gdn_prefill(
         of_state = abs(state).max(axis=(1, 2)) + abs(of_v).max(axis=(1, 2))
         read, state, kept = sequence(of_q, of_k, of_v, gate, state, every, xp, is_whole)
         found["output"].append(scale * read.transpose(1, 0, 2))
-        # What is read is a sum over keys: of length 1 as they are, at most that of a row.
+        # An output is a sum over keys of length 1, so it is at most the length of a state's row.
         of_read = scale * of_state[:, None] * xp.linalg.norm(of_q, axis=2)
         sizes["output"].append(xp.broadcast_to(of_read.T[:, :, None], (end - start, heads, size)))
         found["output_state"].append(state[None])
@@ -122,7 +125,7 @@ def gdn_prefill(
             states[place], of_states[place] = one, size_of
         found["state_checkpoints"], sizes["state_checkpoints"] = [states], [of_states]
     if starts[-1] < v.shape[1] and "output" in a:
-        # Tokens of no sequence stay as they are.
+        # Tokens of no sequence stay unchanged.
         found["output"].append(xp.asarray(a["output"])[starts[-1] :])
         sizes["output"].append(xp.zeros_like(found["output"][-1]))
     return {
@@ -133,8 +136,11 @@ def gdn_prefill(
 
 
 def gdn_prefill_cute(a: dict[str, Any], xp: Any = np) -> dict[str, tuple[Any, Any]]:
-    """The same by the kernels in CuTe DSL: states may be in pools, sequences may have no tokens,
-    whose states are then left alone, and checkpoints are of whole pieces."""
+    """Compute the prefill of the CuTe DSL kernels.
+
+    States may be in pools. A sequence may have no tokens, which leaves its state unchanged.
+    Checkpoints are at whole pieces.
+    """
     starts = np.asarray(a["cu_seqlens"]).astype(int)
     there = np.flatnonzero(np.diff(starts))
     slots = np.asarray(a.get("state_indices", np.arange(len(starts) - 1))).astype(int)[there]
@@ -154,7 +160,7 @@ def gdn_prefill_cute(a: dict[str, Any], xp: Any = np) -> dict[str, tuple[Any, An
 
 
 def _prefill_kernel(*values: Any) -> None:
-    """The same on what the entry is given: other views of the tensors."""
+    """Compute the prefill on the entry's arguments, which are other views of the tensors."""
     given = dict(zip(_PREFILL, values, strict=True))
     heads, size = given["output_state"].shape[1:3]
     turned: dict[str, Any] = {"q": (0, 2, 1)} | dict.fromkeys(("k", "v", "output"), (1, 2, 0))
@@ -187,13 +193,13 @@ KERNELS = {
 }
 
 
-# float32's errors: of exponentials, which grow with what is raised to, of `log1p`, which is
-# absolute near 0, of a sum over keys, and of a length.
+# Errors of float32: of an exponential, relative to its argument; of `log1p`, absolute near 0; of a
+# sum over keys; and of a length.
 _EXP, _LOG, _SUM, _LENGTH = 2.0**-21, 2.0**-20, 2.0**-18, 2.0**-20
 
 
 class _Value:
-    """A number, and how far float32 may be from it."""
+    """A number, and the largest error of float32 in it."""
 
     __slots__ = ("off", "value")
 
@@ -202,7 +208,7 @@ class _Value:
 
 
 def _decay_of(a: Inputs, i: int, t: int) -> _Value:
-    """How much of each head's state is kept before a token."""
+    """Return the part of each head's state that is kept before a token."""
     x = a["a"][i, t] + a["dt_bias"]
     step = np.where(x <= 20, np.log1p(np.exp(np.minimum(x, 20))), x)
     rate = np.exp(a["A_log"])
@@ -211,23 +217,27 @@ def _decay_of(a: Inputs, i: int, t: int) -> _Value:
     return _Value(value, off)
 
 
-def _share_of(a: Inputs, i: int, t: int) -> _Value:
-    """How much of a token is written, for each head."""
+def _beta_of(a: Inputs, i: int, t: int) -> _Value:
+    """Return how much of a token is written, for each head."""
     x = a["b"][i, t]
     value = 1 / (1 + np.exp(-x))
     return _Value(value, value * _EXP * (2 + np.abs(x)))
 
 
-def _of_length_1(x: Array, heads: int, is_normalized: bool, scale: float = 1.0) -> Array:
+def _of_length_1(
+    x: Array, heads: int, is_normalized: bool, scale: float = 1.0, eps: float = 1e-6
+) -> Array:
     if is_normalized:
-        x = x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6)
+        x = x / np.sqrt((x * x).sum(-1, keepdims=True) + eps)
     return np.repeat(x * scale, heads // len(x), axis=0)
 
 
 def _step(state: _Value, q: Array, k: Array, v: Array, keep: _Value, share: _Value) -> _Value:
-    """Take every head's state [v, k] a token further, in place; what it reads."""
-    h, kept = state.value, keep.value[:, None, None]
-    state.off = state.off * kept + np.abs(h) * (keep.off[:, None, None] + _EXP * kept)
+    """Advance every head's state [v, k] by one token, in place; return what the token reads."""
+    h = state.value
+    # One decay for each head, or for each of its keys.
+    kept, off_kept = (of.reshape(len(h), 1, -1) for of in (keep.value, keep.off))
+    state.off = state.off * kept + np.abs(h) * (off_kept + _EXP * kept)
     h = h * kept
     k_row = k[:, None, :]
     known = (h * k_row).sum(-1)
@@ -248,8 +258,8 @@ def _step(state: _Value, q: Array, k: Array, v: Array, keep: _Value, share: _Val
 
 
 class _Slots(NamedTuple):
-    """Where a request's state is read and written; None: from nothing, and nowhere.  Whether
-    anybody knows what comes of it."""
+    """The slots where a request's state is read and written (None: no slot), and whether the result
+    is undefined."""
 
     source: int | None
     target: int | None
@@ -257,7 +267,7 @@ class _Slots(NamedTuple):
 
 
 def _slots_of(a: Inputs, i: int, padding: str) -> _Slots:
-    """What negative indices are taken for: slot 0 ("null slot"), or none."""
+    """Return a request's slots; negative indices mean slot 0 ("null slot") or no slot."""
     if "initial_state_indices" not in a:
         return _Slots(i, i)
     source = int(a["initial_state_indices"][i])
@@ -272,8 +282,11 @@ def _slots_of(a: Inputs, i: int, padding: str) -> _Slots:
 
 
 def _decode(a: Inputs, padding: str, is_zero: bool = False) -> dict[str, tuple[Array, Array]]:
-    """`padding` says what negative indices are: of bfloat16 states and of one token where it is
-    written slot 0, of several tokens no slot.  With `is_zero` such a request reads zeros."""
+    """Compute a decode.
+
+    `padding` says what negative indices mean: slot 0 for bfloat16 states, and for the written slot
+    of one token; no slot for several tokens. With `is_zero`, such a request's output is 0.
+    """
     b, tokens, heads, size = a["v"].shape
     before = a["state"].reshape(-1, heads, size, size)
     states, off_states = before.copy(), np.zeros_like(before)
@@ -299,7 +312,7 @@ def _decode(a: Inputs, padding: str, is_zero: bool = False) -> dict[str, tuple[A
                 _of_length_1(a[name][i, t], heads, a["use_qk_l2norm"], scale)
                 for name, scale in (("q", a["scale"]), ("k", 1.0))
             )
-            keep, share = _decay_of(a, i, t), _share_of(a, i, t)
+            keep, share = _decay_of(a, i, t), _beta_of(a, i, t)
             read = _step(state, q, k, a["v"][i, t], keep, share)
             out[i, t], off_out[i, t] = read.value, np.inf if slots.is_undefined else read.off
             if each is not None and off_each is not None:
@@ -320,7 +333,7 @@ def _decode(a: Inputs, padding: str, is_zero: bool = False) -> dict[str, tuple[A
 
 
 def _decode_of_keys(a: Inputs) -> Exact:
-    """States as [key, value]."""
+    """Decode with states as [key, value]."""
     heads, size = a["v"].shape[2:]
     turned = a["state"].reshape(-1, heads, size, size).swapaxes(-1, -2)
     found = dict(_decode({**a, "state": turned}, "none"))
@@ -328,7 +341,36 @@ def _decode_of_keys(a: Inputs) -> Exact:
     return {**found, "state": (values, off)}
 
 
+def _kda(a: Inputs) -> Exact:
+    """Decode of Kimi's delta attention: a decay for each key, and one token."""
+    heads, size = a["v"].shape[2:]
+    states, out = a["initial_state"].copy(), a["output"].copy()
+    off_states, off_out = np.zeros_like(states), np.zeros_like(out)
+    each = heads // a["q"].shape[2]
+    for i in range(len(states)):
+        q, k = (
+            _of_length_1(a[name][i, 0], heads, True, scale, a.get("eps", 1e-6))
+            for name, scale in (("q", a["scale"]), ("k", 1.0))
+        )
+        x, share = a["g"][i, 0], a["beta"][i, 0]
+        rate = power = np.ones((heads, 1))
+        if "A_log" in a:
+            x = x + np.repeat(a["dt_bias"].reshape(-1, size), each, axis=0)
+            power = np.repeat(a["A_log"], each)[:, None]
+            rate = np.exp(power)
+            x = -np.where(x <= 20, np.log1p(np.exp(np.minimum(x, 20))), x)
+        kept = np.exp(rate * x)
+        off = kept * (rate * _LOG * (1 + np.abs(x)) * ("A_log" in a))
+        off += kept * _EXP * (2 + np.abs(rate * x) * (1 + np.abs(power)))
+        state = _Value(states[i], 0.0)
+        read = _step(state, q, k, a["v"][i, 0], _Value(kept, off), _Value(share, 0 * share))
+        states[i], off_states[i] = state.value, state.off
+        out[i, 0], off_out[i, 0] = read.value, read.off
+    return {"initial_state": (states, off_states / SLACK), "output": (out, off_out / SLACK)}
+
+
 EXACT: dict[str, Formula] = {
+    "recurrent_kda": _kda,
     "gdn_prefill": gdn_prefill,
     "gdn_prefill_cute": gdn_prefill_cute,
     "gdn_decode": lambda a: _decode(a, "null slot"),

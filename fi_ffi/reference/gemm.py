@@ -1,7 +1,7 @@
-"""Products of matrices and fp8 with scales of blocks, in float64.
+"""Matrix products, and fp8 with block scales, in float64.
 
-The kernels that are no ops of `fi_ffi.ops.table.gemm` follow (`fi_ffi.ops.matmul`): products of
-segments are told by addresses, which must be of the host here, and one is called by its algorithm.
+The kernels that are no ops of `fi_ffi.ops.table.gemm` come last (`fi_ffi.ops.matmul`). Products of
+segments take addresses, which must be the host's here; one product is selected by its algorithm.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from fi_ffi.reference.formula import Exact, Formula, Inputs, Judge, OneOfMany, a
 BLOCK = 128
 _E4M3 = ml_dtypes.float8_e4m3fn
 _E4M3_LIMIT = 448.0
-_ALGORITHM_BYTES = 64  # of a cublasLtMatmulAlgo_t
-# Hopper's tensor cores add products of fp8 values, 32 at a time, in numbers of some 14 bits.  Of
-# the sum of the terms' sizes that costs an element less than this,
+_ALGORITHM_BYTES = 64  # size of a cublasLtMatmulAlgo_t
+# Hopper's tensor cores add products of fp8 values, 32 at a time, with about 14 bits. The error of
+# an element is less than this part of the sum of its terms' magnitudes.
 _FP8_SLACK = 2.0**-10
-# and all elements together, of their norm, less than this after the first 32 terms; it grows
-# with the square root of how many there are.
+# The norm of all errors is less than this part of the results' norm after the first 32 terms, and
+# grows with the square root of the number of terms.
 _FP8_NORM, _FP8_GROUP = 2.0**-10, 32
-_ROUNDED = 2.0**-8  # of the norm, for rounding to bfloat16
+_ROUNDED = 2.0**-8  # part of the norm, for rounding to bfloat16
 
 
 def _norm(x: Array) -> float:
-    """The root of the sum of squares, of values whose squares may be too large."""
+    """Return the root of the sum of squares, without overflow of the squares."""
     largest = float(np.abs(x).max(initial=0.0))
     return largest * float(np.linalg.norm(x / largest)) if largest else 0.0
 
 
 def fp8_products(value: Array, magnitude: Array, terms: int, doubt: Array | float = 0.0) -> Judge:
-    """Judges products of fp8 matrices that a GPU's tensor cores have added up.
+    """Return a judge of fp8 products that a GPU's tensor cores added up.
 
-    `magnitude` is the sum of the sizes of what was added, `terms` how much of it there was in
-    numbers of few bits; `doubt` is how much else the value may be off.
+    `magnitude` is the sum of the terms' magnitudes, `terms` the number of terms added with few
+    bits, and `doubt` a further allowed error.
     """
     norm = _ROUNDED + _FP8_NORM * max(terms / _FP8_GROUP, 1.0) ** 0.5
 
@@ -79,15 +79,15 @@ def router(a: Inputs) -> Exact:
 
 
 def _over_largest(x: Array, largest: Array) -> tuple[Array, Array]:
-    """Values over the scale that makes fp8's largest of `largest`, and the scale; what is larger
-    is clipped, and NaN stays NaN."""
+    """Divide values by the scale that maps `largest` to fp8's largest number; return them and the
+    scale. Larger values are clipped; NaN stays NaN."""
     scale = np.where(largest == 0, 1.0, largest / _E4M3_LIMIT)
     clipped: Array = np.clip(x / scale, -_E4M3_LIMIT, _E4M3_LIMIT)
     return clipped, scale
 
 
 def _over_rows(x: Array) -> tuple[Array, Array]:
-    """The same of rows in pieces of 128 columns: (rows, columns) and (rows, columns / 128)."""
+    """Divide rows in pieces of 128 columns: return (rows, columns) and (rows, columns / 128)."""
     pieces = x.reshape(len(x), x.shape[1] // BLOCK, BLOCK)
     values, scales = _over_largest(pieces, np.abs(pieces).max(axis=-1, keepdims=True))
     return values.reshape(x.shape), scales[..., 0]
@@ -102,7 +102,7 @@ def fp8_quantize_1x128(a: Inputs) -> Exact:
     def judge(got: Array) -> tuple[float, float]:
         rest = got[:, count:].astype(np.float64)
         if not np.array_equal(rest, before[:, count:], equal_nan=True):
-            return np.inf, np.inf  # it wrote beyond its rows
+            return np.inf, np.inf  # the kernel wrote beyond its rows
         error = np.abs(got[:, :count] - scales.T)
         error = np.where(np.isfinite(error), error, np.inf)
         return float(error.max(initial=0)), float((error / scales.T).max(initial=0) / 2.0**-20)
@@ -128,7 +128,7 @@ def bmm_fp8_get_algos(
     A: Array, B: Array, D: Array, A_scale: Array, B_scale: Array, workspace_buffer: Array,
     *rest: Any,
 ) -> int:  # fmt: skip
-    """There is one: numpy's."""
+    """Return one algorithm: numpy's."""
     algo_buffer = rest[-1]
     if algo_buffer.size < _ALGORITHM_BYTES:
         return 0
@@ -149,7 +149,7 @@ def bmm_fp8_run_with_algo(
 
 
 def _at(address: int, rows: int, columns: int, row_stride: int, dtype: np.dtype[Any]) -> Array:
-    """A matrix in the host's memory."""
+    """View a matrix in host memory."""
     name = next(known.name for known in DTYPES.values() if known.numpy == dtype)
     return as_array(
         TensorDesc(int(address), (rows, columns), name, strides=(row_stride, 1), device="cpu")
@@ -163,7 +163,7 @@ def _products(
     all_problems: Array, ptrs: tuple[Array, ...], strides: tuple[Array, ...],
     dtypes: tuple[np.dtype[Any], np.dtype[Any]], weight_column_major: bool,
 ) -> Iterator[_Product]:  # fmt: skip
-    """Left factor, right factor and output of each segment."""
+    """Return left factor, right factor and output of each segment."""
     kind, of_y = dtypes
     table = zip(all_problems.tolist(), *ptrs, *strides, strict=True)
     for (m, n, k), x, w, y, x_ld, w_ld, y_ld in table:
@@ -176,7 +176,7 @@ def cutlass_segment_gemm(
     workspace_buffer: Array, all_problems: Array, x_ptr: Array, w_ptr: Array, y_ptr: Array,
     x_ld: Array, w_ld: Array, y_ld: Array, empty_x_data: Array, weight_column_major: bool,
 ) -> None:  # fmt: skip
-    """It adds to what is in the output."""
+    """Add the products of segments to the output."""
     ptrs, strides = (x_ptr, w_ptr, y_ptr), (x_ld, w_ld, y_ld)
     kinds = (empty_x_data.dtype, empty_x_data.dtype)
     for x, w, y in _products(all_problems, ptrs, strides, kinds, weight_column_major):
@@ -195,16 +195,16 @@ def cutlass_segment_gemm_sm90(
 
 
 def _rounded(quantised: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Values as fp8 has them, and scales as float32 does."""
+    """Round values to fp8 and scales to float32."""
     values, scales = quantised
     return values.astype(_E4M3).astype(np.float64), scales.astype(np.float32).astype(np.float64)
 
 
 def _over_blocks(weight: Array) -> tuple[Array, Array]:
-    """A weight's values over their scales, and a scale for each block of 128 x 128.
+    """Divide a weight by a scale for each block of 128 x 128; return values and scales.
 
-    As the kernel has it: in the j-th of b blocks of columns it looks for the largest value in
-    the first 4 * (b - j) rows of a block alone, and what is larger than that is clipped.
+    The kernel looks for the largest value of a block in some rows only: in the j-th of b blocks of
+    columns, the first 4 * (b - j) rows. Larger values in other rows are clipped, here as well.
     """
     n, k = weight.shape
     rows, columns = -(-n // BLOCK), k // BLOCK
@@ -219,7 +219,7 @@ def _over_blocks(weight: Array) -> tuple[Array, Array]:
 def run_gemm(
     input: Array, weight: Array, output: Array, scales_a: Array | None, scales_b: Array | None
 ) -> None:
-    """Rows and weights of bfloat16 are quantised first."""
+    """Multiply; bfloat16 rows and weights are quantised first."""
     a, b = input.astype(np.float64), weight.astype(np.float64)
     a, of_a = _rounded(_over_rows(a)) if scales_a is None else (a, scales_a[:, : len(a)].T)
     b, of_b = _rounded(_over_blocks(b)) if scales_b is None else (b, scales_b)
@@ -228,7 +228,7 @@ def run_gemm(
 
 
 def _scaled(x: Array, scales: Array, granularity: tuple[int, int]) -> Array:
-    """Elements times the scale of their block."""
+    """Multiply elements by the scale of their block."""
     repeated = scales.repeat(granularity[0], axis=0).repeat(granularity[1], axis=1)
     scaled: Array = x.astype(np.float64) * repeated[: x.shape[0], : x.shape[1]]
     return scaled
@@ -260,7 +260,7 @@ def group_gemm_fp8_nt_groupwise(
         )  # fmt: skip
 
 
-# By module, and by entry: those that are no ops of a table.
+# Kernels that are no ops of a table, by module and entry.
 KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
     "gemm": {
         "bmm_fp8_get_algos": bmm_fp8_get_algos,

@@ -13,9 +13,10 @@ _E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.f
 
 
 def _in_rows(tiled: Array, rows: int, columns: int) -> Array:
-    """Scales out of tiles of 128 rows and 4 columns: of a tile's rows, each 32nd lie together."""
+    """Return scales in rows, from tiles of 128 rows and 4 columns in which every 32nd row is
+    adjacent."""
     tiles = tiled.astype(int)
-    # By tiles of rows, then by those of columns.
+    # (tiles of rows, tiles of columns, ...)
     split = tiles.reshape(-(-rows // 128), -(-columns // 4), 32, 4, 4)
     whole: Array = split.transpose(0, 3, 2, 1, 4).reshape(128 * len(split), 4 * split.shape[1])
     return whole[:rows, :columns]
@@ -54,7 +55,7 @@ def bf16_gemm(a: Inputs) -> Exact:
 
 
 def _each(product: Formula, a: Inputs) -> Exact:
-    """A product of each of the matrices."""
+    """Compute a product for each of the matrices."""
     found = [
         product(dict(a) | {name: a[name][i] for name in ("mat1", "mat2")})["out"]
         for i in range(len(a["mat1"]))

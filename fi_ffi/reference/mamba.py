@@ -1,4 +1,4 @@
-"""Mamba's ops from their definition."""
+"""Mamba's ops, from their definition."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def seq_chunk_cumsum(a: Inputs) -> Exact:
 
 
 class _Request(NamedTuple):
-    """Where a request's tokens are, where its state is read (None: from nothing), and where it is
-    written after each token (None: nowhere)."""
+    """A request's tokens, the slot where its state is read (None: none), and the slot to write
+    after each token (None: none)."""
 
     tokens: list[tuple[int, ...]]
     source: int | None
@@ -61,7 +61,7 @@ def _requests(a: Inputs) -> Iterator[_Request]:
             slot = _column(a["state_batch_indices"], i, first)
         targets: list[int | None] = [None] * len(tokens)
         kept = slot != pad
-        # Without a choice of theirs pads are left to the kernels of several tokens.
+        # Unless the algorithm is chosen, the kernels for several tokens serve padded calls.
         if not kept and is_one and "state_scale" in a and a["algorithm"]:
             raise IndexError(f"request {i} has state {slot}, whose scale the kernels would read")
         if kept and "intermediate_states_buffer" in a:
@@ -79,7 +79,7 @@ def _requests(a: Inputs) -> Iterator[_Request]:
 
 
 def _check_slots(a: Inputs, i: int, source: int | None, targets: list[int | None]) -> None:
-    """A GPU would read and write past the states."""
+    """Raise for slots out of range, where a GPU would read and write past the states."""
     buffer = a.get("intermediate_states_buffer")
     room = len(a["state"]) if buffer is None else buffer.shape[0] * buffer.shape[1]
     if "intermediate_state_scales" in a:
@@ -89,18 +89,18 @@ def _check_slots(a: Inputs, i: int, source: int | None, targets: list[int | None
             raise IndexError(f"request {i} has state {slot} of {count}")
 
 
-# float32's errors: of `__expf` and `__logf`, which is absolute near 0, and of a sum of products.
+# Errors of float32: of `__expf`; of `__logf`, absolute near 0; of a sum of products; of a sigmoid.
 _EXP, _LOG, _SUM, _SIGMOID = 2.0**-21, 2.0**-18, 2.0**-17, 2.0**-18
 
 
 def selective_state_update(a: Inputs) -> Exact:
-    """Values, and beside each how far float32 may be from it."""
+    """Return values, each with the largest error of float32."""
     buffer = a.get("intermediate_states_buffer")
     kept = a["state"] if buffer is None else buffer
     states = kept.reshape(-1, *kept.shape[-3:]).copy()
     off_states = np.zeros_like(states)
     is_written = np.zeros(len(states), bool)
-    # Where each state was read: random bits are drawn by that place.
+    # The slot where each state was read: random bits are drawn by slot.
     sources = np.zeros(len(states), np.int64)
     before = a["state"]
     if "state_scale" in a:
@@ -163,14 +163,14 @@ _INT16 = 32767.0
 def _of_int16(
     a: Inputs, name: str, states: Array, off: Array, is_written: Array
 ) -> dict[str, Expected]:
-    """States as integers, and the scale of each row."""
+    """Return states as integers, and the scale of each row."""
     of_scales = "state_scale" if name == "state" else "intermediate_state_scales"
     largest = np.abs(states).max(axis=-1)
     encode = _INT16 / np.where(largest > 0, largest, _INT16)
     shape = a[of_scales].shape
     scales = a[of_scales].reshape(-1, *shape[-2:]).copy()
     off_scales = np.zeros_like(scales)
-    # There may be room for more states than scales: those are of requests.
+    # There may be more slots for states than scales, which belong to requests.
     at = np.flatnonzero(is_written)
     scales[at] = 1 / encode[at]
     off_scales[at] = off[at].max(axis=-1) / _INT16 + _EXP * scales[at]
@@ -192,10 +192,11 @@ def _of_int16(
 
 
 def _noise(a: Inputs, sources: Array, shape: tuple[int, ...]) -> Array:
-    """13 random bits for each element of states: those that the kernels of one token draw with
-    `algorithm="simple"`, and those of several tokens.
+    """Return 13 random bits for each element of the states.
 
-    A counter is the place in the states where a group of up to four elements was read.
+    The kernels for one token draw them with `algorithm="simple"`, and the kernels for several
+    tokens always do. A counter is the place in the states where a group of up to four elements was
+    read.
     """
     size, dstate = math.prod(shape[1:]), shape[-1]
     place = np.arange(size, dtype=np.int64)
@@ -219,8 +220,8 @@ def _noise(a: Inputs, sources: Array, shape: tuple[int, ...]) -> Array:
 
 
 def at_random(values: Array, noise: Array) -> Array:
-    """Numbers in float16: their magnitude with 13 random bits below its last, cut off; 0 where
-    that is subnormal."""
+    """Round to float16 stochastically: add 13 random bits below the last bit of the magnitude, and
+    truncate; subnormal results are 0."""
     bits = values.astype(np.float32).view(np.uint32)
     magnitude = (bits & np.uint32(0x7FFFFFFF)) + noise.astype(np.uint32)
     cut = (magnitude >> np.uint32(13)).astype(np.int64) - (112 << 10)
@@ -233,7 +234,7 @@ def at_random(values: Array, noise: Array) -> Array:
 def _rounded_at_random(
     kept: tuple[int, ...], states: Array, off: Array, is_written: Array, noise: Array
 ) -> OneOfMany:
-    """Either neighbour in float16: which one other kernels draw otherwise."""
+    """Accept either neighbour in float16, because other kernels draw other random bits."""
     written = is_written[:, None, None, None]
     values = np.where(written, at_random(states, noise), states)
     least, most = np.zeros_like(noise), np.full_like(noise, 0x1FFF)
@@ -243,7 +244,7 @@ def _rounded_at_random(
 
     def judge(got: Array) -> tuple[float, float]:
         found = got.astype(np.float64).reshape(states.shape) * np.where(sign < 0, -1, 1)
-        # A state near 0 may have either sign, and some GPUs have subnormal ones.
+        # A state near 0 may have either sign, and on some GPUs may be subnormal.
         is_small = (np.maximum(np.abs(found), size) <= off + 2.0**-14) & written
         is_right = (near <= found) & (found <= far) | is_small
         is_right |= np.isnan(found) & np.isnan(size) & ~written
@@ -254,7 +255,7 @@ def _rounded_at_random(
 
 
 def _step(a: Inputs, at: tuple[int, ...]) -> tuple[Array, Array]:
-    """How far each head goes, and how far float32 may be from it."""
+    """Return each head's dt, and the largest error of float32 in it."""
     dt = a["dt"][at][..., 0] + (a["dt_bias"][:, 0] if "dt_bias" in a else 0.0)
     if not a["dt_softplus"]:
         return dt, 2.0**-23 * (1 + np.abs(dt))

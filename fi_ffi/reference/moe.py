@@ -1,8 +1,9 @@
-"""Mixtures of experts in float64, and the entries of `fused_moe_90`, which compute a layer out of
-a call's tensors.
+"""Mixtures of experts in float64, and the entries of `fused_moe_90`, which compute a layer from a
+call's tensors.
 
-Weights come as the numbers they stand for, an array or what makes one for each expert.  What the
-kernels always round or quantise on the way is so here: the second product's input depends on it.
+Weights are passed as their values: an array, or a function that returns the matrix of an expert.
+Roundings and quantisations that all kernels make are made here too, because the second product's
+input depends on them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fi_ffi.abi.function import tensors_of
 from fi_ffi.reference import moe_blocks, moe_weights
 from fi_ffi.reference.arrays import Array, as_array, store
 
-# By FlashInfer's number of each.
+# In the order of FlashInfer's numbers.
 ACTIVATIONS = (
     "Gelu", "Relu", "Silu", "Swiglu", "Geglu", "SwigluBias", "Relu2", "SwigluStep", "GegluTanh",
     "Identity",
@@ -33,12 +34,13 @@ _E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 @dataclass
 class Layer:
-    """A layer as its numbers, float64: `x` [tokens, hidden], `w1` [experts, rows, hidden], `w2`
-    [experts, hidden, inter]; `dtype` is of the results, and of what is between the products.
+    """A layer as values in float64: `x` [tokens, hidden], `w1` [experts, rows, hidden], `w2`
+    [experts, hidden, inter].
 
-    `scales` are the mode's: of fp8 `fc1`, `quant`, `fc2` for each expert; of int4 `pre1` and
-    `pre2` for each column, `fc1` and `fc2` for each expert; of blocks `fc1` and `fc2`, and the
-    scales of all that activations are quantised with, `all1` and `all2`, for each expert.
+    `dtype` is that of results and of intermediate values. `scales` depends on the mode. For fp8:
+    `fc1`, `quant`, `fc2` for each expert. For int4: `pre1` and `pre2` for each column, `fc1` and
+    `fc2` for each expert. For block scales: `fc1` and `fc2`, and `all1` and `all2`, the tensor-wide
+    scales with which activations are quantised, for each expert.
     """
 
     mode: str
@@ -57,11 +59,11 @@ class Layer:
     adds_bias2: bool = True
 
 
-# Modes of which all kernels keep results between the products in 16 bits.
+# Modes in which all kernels keep the values between the products in 16 bits.
 _QUANTISING = (
     "fp8", "fp8_block_scale", "int4", "nvfp4", "nvfp4_packed", "fp8_mxfp4", "mxfp8_mxfp4", "mxfp8",
 )  # fmt: skip
-# What the activations of a mode come as, or are quantised to, and what its weights are.
+# By mode: the format of activations (given or quantised to), and that of weights.
 _BLOCKED = {
     "nvfp4": (moe_blocks.NVFP4, moe_blocks.NVFP4), "fp8_mxfp4": (None, moe_blocks.MXFP4),
     "nvfp4_packed": (moe_blocks.NVFP4, moe_blocks.NVFP4),
@@ -80,7 +82,7 @@ def _e4m3(value: Array) -> Array:
 
 
 def _grouped(value: Array) -> Array:
-    """Quantised with a scale for each 128, and back."""
+    """Quantise with a scale for each 128, and dequantise."""
     groups = value.reshape(len(value), -1, _BLOCK)
     largest = np.abs(groups).max(axis=-1, keepdims=True)
     scale = np.where(largest > 0, 448.0 / np.maximum(largest, 1e-300), 1.0)
@@ -108,7 +110,7 @@ def _gelu_tanh(value: Array) -> Array:
 
 
 def _active(name: str, gate: Array, linear: Array, limits: dict[str, float]) -> Array:
-    """FlashInfer's `ActivationType`, by name."""
+    """Apply FlashInfer's `ActivationType`, by name."""
     limit = limits.get("limit", 7.0 if name == "SwigluStep" else math.inf)
     plain: dict[str, Callable[[Array], Any]] = {
         "Gelu": _gelu, "Relu": lambda x: np.maximum(x, 0), "Silu": lambda x: x * _sigmoid(x),
@@ -128,7 +130,7 @@ def _active(name: str, gate: Array, linear: Array, limits: dict[str, float]) -> 
 
 
 def _between(layer: Layer, expert: int, value: Array) -> Array:
-    """What goes into the second product."""
+    """Return the input of the second product."""
     if "quant" in layer.scales:
         return _e4m3(value * layer.scales["quant"][expert])
     if layer.mode not in _QUANTISING:
@@ -155,7 +157,7 @@ def _input(layer: Layer, expert: int, rows: Array) -> Array:
 
 
 def _expert(layer: Layer, expert: int, rows: Array) -> Array:
-    """What one expert makes of rows, its second bias included."""
+    """Return an expert's output for these rows, second bias included."""
     ones, inter = np.ones(len(layer.w1)), layer.w2.shape[-1]
     value = _input(layer, expert, rows) @ layer.w1[expert].T * layer.scales.get("fc1", ones)[expert]
     if layer.mode in _QUANTISING:
@@ -163,7 +165,7 @@ def _expert(layer: Layer, expert: int, rows: Array) -> Array:
     if layer.bias1 is not None:
         value = value + layer.bias1[expert]
     limits = {name: float(each[expert]) for name, each in (layer.limits or {}).items()}
-    # The gate is the second half, and what it multiplies the first.
+    # The second half is the gate, the first half is linear.
     active = _active(layer.activation, value[:, -inter:], value[:, :inter], limits)
     value = _between(layer, expert, active) @ layer.w2[expert].T
     value = value * layer.scales.get("fc2", ones)[expert]
@@ -173,7 +175,7 @@ def _expert(layer: Layer, expert: int, rows: Array) -> Array:
 
 
 def moe(layer: Layer) -> Array:
-    """The results [tokens, hidden]."""
+    """Compute the results [tokens, hidden]."""
     total = np.zeros((len(layer.x), layer.w2.shape[1]))
     for expert in range(len(layer.w1)):
         tokens, slots = np.nonzero(layer.experts == layer.first_expert + expert)
@@ -189,12 +191,12 @@ def moe(layer: Layer) -> Array:
 _Matrix = Callable[[int], Array]
 
 
-# How many numbers are in an element of weights that come packed.
+# Values in an element of packed weights.
 _HELD = {"uint8": 2, "int64": 16}
 
 
 class _Matrices:
-    """Every expert's weights as the numbers they stand for, made when they are asked for."""
+    """Every expert's weights as values, computed on access."""
 
     def __init__(self, weight: Array, matrix: _Matrix) -> None:
         experts, rows, columns = weight.shape
@@ -209,7 +211,7 @@ class _Matrices:
 
 
 def _matrix(mode: str, weight: Array, scales: Sequence[Array], i: int) -> _Matrix:
-    """Of an expert, its matrix of product `i`."""
+    """Return a function of an expert that returns its matrix for product `i`."""
     if mode in _BLOCKED:
         of_blocks = [scale for scale in scales if scale.ndim == 3]
         return moe_blocks.matrices(weight, of_blocks[i], _BLOCKED[mode][1])
@@ -223,8 +225,11 @@ def _matrix(mode: str, weight: Array, scales: Sequence[Array], i: int) -> _Matri
     def packed(expert: int) -> Array:
         quant_type, dtype, decode = _PACKED[mode]
         one = slice(expert, expert + 1)
-        natural = moe_weights.deinterleave(weight[one], quant_type)
         of_groups = scales[i][one].view(dtype)
+        if of_groups.ndim == 5:
+            natural = moe_weights.deinterleave(weight[one], quant_type, is_folded=True)
+            return decode(natural[0], moe_weights.unfold_scales(of_groups)[0])
+        natural = moe_weights.deinterleave(weight[one], quant_type)
         return decode(natural[0], moe_weights.deinterleave_scales(of_groups, weight.shape[1])[0])
 
     if mode == "fp8_block_scale":
@@ -232,22 +237,22 @@ def _matrix(mode: str, weight: Array, scales: Sequence[Array], i: int) -> _Matri
     return packed if mode in _PACKED else lambda expert: weight[expert]
 
 
-# Of modes with weights of 4 bits: their kind, the dtype of their scales, and what decodes them.
+# By mode with 4-bit weights: their kind, the dtype of their scales, and the decoder.
 _PACKED: dict[str, tuple[str, Any, Callable[[Array, Array], Array]]] = {
     "mxfp4": ("fp4", np.uint8, moe_weights.mxfp4),
     "int4": ("int4", ml_dtypes.bfloat16, moe_weights.int4),
 }
-# Which of a call's scales a layer has by which name.
+# The index of each of a layer's scales among a call's scales, by mode.
 _SCALES: dict[str, dict[str, int]] = {
     "half": {}, "fp8": {"fc1": 0, "quant": 1, "fc2": 2}, "fp8_block_scale": {}, "mxfp4": {},
     "int4": {"pre1": 2, "pre2": 3, "fc1": 6, "fc2": 7},
     "nvfp4": {"all1": 0, "fc1": 2, "all2": 3, "fc2": 5},
     "nvfp4_packed": {"fc1": 2, "all2": 3, "fc2": 5},
     "fp8_mxfp4": {"fc1": 1, "quant": 2, "fc2": 4},
-    "mxfp8_mxfp4": {},  # no kernel looks at what the products are multiplied with
+    "mxfp8_mxfp4": {},  # the kernels ignore the factors of the products
     "mxfp8": {"fc1": 1, "fc2": 3},
 }  # fmt: skip
-# Those of which there is one for all experts, or one for each.
+# Scales with one value for all experts, or one for each.
 _SHARED = ("quant", "all1", "all2")
 
 
@@ -266,7 +271,7 @@ def run_moe(
     swiglu_limit: Array | None, swizzled_input_sf: bool, tp_size: int, tp_rank: int, ep_size: int,
     ep_rank: int, *more: Any,
 ) -> None:  # fmt: skip
-    """Write `output`; the weights are of this rank's experts."""
+    """Write `output`; the weights are those of this rank's experts."""
     *_, number = more
     scales = [] if quant_scales is None else [as_array(one) for one in tensors_of(quant_scales)]
     count = len(fc1_expert_weights)
@@ -306,9 +311,9 @@ def _number(array: Array | None) -> Array | None:
 
 
 def _check_distinct(experts: Array, first: int, count: int) -> None:
-    """Raise where a token has one of this rank's experts twice.
+    """Raise if a token has one of this rank's experts twice.
 
-    What the kernels do then depends on the number of tokens; on a GPU nobody can look.
+    The kernels' result then depends on the number of tokens; on a GPU it cannot be checked.
     """
     ordered = np.sort(experts, axis=1)
     before, after = ordered[:, :-1], ordered[:, 1:]
@@ -318,19 +323,22 @@ def _check_distinct(experts: Array, first: int, count: int) -> None:
         raise ValueError(f"an expert twice for token {row}")
 
 
-def interleave_weights(weight: Array, weight_interleaved: Array, quant_type: int) -> None:
-    weight_interleaved[...] = moe_weights.interleave(weight, "fp4" if quant_type else "int4")
+def interleave_weights(
+    weight: Array, weight_interleaved: Array, quant_type: int, is_folded: bool = False
+) -> None:
+    kind = "fp4" if quant_type else "int4"
+    weight_interleaved[...] = moe_weights.interleave(weight, kind, is_folded)
 
 
 def _at(address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """An array over memory that a table tells of."""
+    """Make an array over memory that a table points to."""
     count = math.prod(shape) * dtype.itemsize
     memory = ffi.buffer(ffi.cast("char *", int(address)), count)
     return np.frombuffer(memory, dtype).reshape(shape).astype(np.float64)
 
 
 def _pairs(tokens: Array, adapters: Array) -> list[tuple[int, int, int]]:
-    """Those that have a token with an adapter, with both."""
+    """Return the pairs whose token has an adapter, with both."""
     known = [(i, int(t)) for i, t in enumerate(tokens) if 0 <= t < len(adapters)]
     return [(i, t, int(adapters[t])) for i, t in known if adapters[t] >= 0]
 
@@ -366,6 +374,9 @@ KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
     "bgmv_moe": {"bgmv_moe_shrink": bgmv_moe_shrink, "bgmv_moe_expand": bgmv_moe_expand},
     "fused_moe_90": {
         "interleave_moe_weights_for_sm90_mixed_gemm": interleave_weights,
+        "interleave_moe_weights_for_sm90_mixed_gemm.folded": functools.wraps(interleave_weights)(
+            functools.partial(interleave_weights, is_folded=True)
+        ),
         **{
             f"run_moe.{mode}": functools.wraps(run_moe)(functools.partial(run_moe, mode))
             for mode in _SCALES

@@ -1,7 +1,7 @@
-"""Blackwell's mixtures of experts: numbers in blocks with a scale each, quantised and back.
+"""Blackwell's mixtures of experts: values in blocks with a scale each, quantised and dequantised.
 
-Scales are bytes in tiles of 128 rows and 4 columns; those of NVFP4 are float8_e4m3fn for 16
-elements, those of MXFP4 and MXFP8 powers of 2 for 32.
+Scales are bytes in tiles of 128 rows and 4 columns. NVFP4 has a float8_e4m3fn scale for 16
+elements; MXFP4 and MXFP8 have a power of 2 for 32.
 """
 
 from __future__ import annotations
@@ -20,36 +20,37 @@ _E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 @dataclass(frozen=True)
 class Format:
-    """Blocks of `size` elements; `is_fp4` of the elements, `is_e4m3` of the scales."""
+    """Blocks of `size` elements; `is_fp4` describes the elements, `is_e4m3` the scales."""
 
     size: int
     is_fp4: bool
     is_e4m3: bool
 
     def scales(self, codes: Array) -> Array:
-        """What bytes stand for."""
+        """Decode the bytes of scales."""
         found = codes.view(_E4M3) if self.is_e4m3 else moe_weights.e8m0(codes)
         return found.astype(np.float64)
 
     def elements(self, packed: Array) -> Array:
-        """What the elements of rows of bytes stand for."""
+        """Decode the elements of rows of bytes."""
         found = moe_weights.fp4(packed) if self.is_fp4 else packed.view(_E4M3)
         return found.astype(np.float64)
 
     def matrix(self, packed: Array, scales: Array) -> Array:
-        """Rows of elements times their scales, which come in rows as well."""
+        """Decode rows of elements, and multiply them by their scales, which are in rows as well."""
         value = self.elements(packed)
         wide = self.scales(scales).repeat(self.size, axis=-1)
         found: Array = value * wide[: len(value), : value.shape[-1]]
         return found
 
     def quantised(self, value: Array, of_all: float = 1.0) -> Array:
-        """Rows as what they become: with `of_all`, the scale of all, left in."""
+        """Quantise rows and dequantise them; the result includes the factor `of_all`, the tensor-
+        wide scale."""
         blocks = value.reshape(*value.shape[:-1], -1, self.size)
         wanted = np.abs(blocks).max(axis=-1, keepdims=True) / (6.0 if self.is_fp4 else 448.0)
         if self.is_e4m3:
             scale = np.clip(wanted * of_all, 0, 448).astype(_E4M3).astype(np.float64)
-        else:  # the least power of 2 that is no less
+        else:  # the least power of 2 that is not smaller
             mantissa, exponent = np.frexp(np.maximum(wanted, 2.0**-127))
             scale = 2.0 ** np.where(mantissa == 0.5, exponent - 1, exponent)
         scaled = blocks * (of_all / np.where(scale > 0, scale, np.inf))
@@ -63,14 +64,15 @@ NVFP4, MXFP4, MXFP8 = Format(16, True, True), Format(32, True, False), Format(32
 
 
 def in_rows(tiles: Array, columns: int) -> Array:
-    """Scales of one matrix in tiles, as rows of `columns`, a multiple of 4."""
+    """Return the scales of one matrix in rows of `columns`, a multiple of 4, from tiles."""
     split = tiles.reshape(-1, columns // 4, 32, 4, 4)
     found: Array = split.transpose(0, 3, 2, 1, 4).reshape(-1, columns)
     return found
 
 
 def matrices(weight: Array, scales: Array, of: Format) -> Callable[[int], Array]:
-    """Of an expert, its matrix: of weights and int32 scales as the kernels have them."""
+    """Return a function of an expert that decodes its matrix, from weights and int32 scales as the
+    kernels have them."""
     columns = 4 * scales.shape[-1]
 
     def matrix(expert: int) -> Array:
@@ -81,7 +83,7 @@ def matrices(weight: Array, scales: Array, of: Format) -> Callable[[int], Array]
 
 
 def activations(x: Array, scales: Array, is_swizzled: bool, of: Format) -> Array:
-    """Activations that come quantised, as numbers."""
+    """Decode quantised activations."""
     values = of.elements(x.view(np.uint8))
     columns = -(-values.shape[1] // (4 * of.size)) * 4
     count = (-(-len(x) // 128) * 128 if is_swizzled else len(x)) * columns

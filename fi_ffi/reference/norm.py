@@ -1,6 +1,6 @@
 """The `norm` module in float64, from its ops' definitions.
 
-The fused ops store the sum rounded to the residual's dtype and normalise it unrounded.
+The fused ops store the sum rounded to the residual's dtype, and normalise the unrounded sum.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.formula import Exact, Formula, Inputs
 
-_E4M3_LIMIT = 448.0  # up to FlashInfer 0.6.15 the kernels clamp float8_e5m2 to it too
+_E4M3_LIMIT = 448.0  # older kernels clamp float8_e5m2 to it as well
 
 
 def _rms_rows(x: Array, weight: Array, eps: float) -> Array:
@@ -27,7 +27,7 @@ def _of_own_size(**values: Array) -> Exact:
 
 
 def _clamped(x: Array, limit: float) -> Array:
-    """With fmin and fmax, as the kernel has them: a NaN becomes the limit."""
+    """Clamp with fmin and fmax, as the kernel does: a NaN becomes the limit."""
     clamped: Array = np.fmax(-limit, np.fmin(x, limit))
     return clamped
 
@@ -89,5 +89,5 @@ EXACT: dict[str, Formula] = {
     "fused_add_rmsnorm_quant_full_range": fused_add_rmsnorm_quant_full_range,
     "layernorm": layernorm,
 }
-# By module, and by entry: kernels instead of formulas.
+# Kernels instead of formulas, by module and entry.
 KERNELS: dict[str, dict[str, Callable[..., Any]]] = {"norm": {}}

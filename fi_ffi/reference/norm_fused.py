@@ -11,7 +11,7 @@ from fi_ffi.reference.formula import Exact, Formula, Inputs
 
 
 def _speed(a: Inputs, pair: int, channels: int) -> float:
-    """How far a pair turns with one patch."""
+    """Return the angle by which a pair turns with each patch."""
     speed = float(a["base"]) ** (-2 * pair / channels)
     high = a["high"] if abs(a["high"] - a["low"]) > 1e-6 else a["low"] + 1e-3
     slow = min(max((pair - a["low"]) / (high - a["low"]), 0.0), 1.0)
@@ -19,7 +19,7 @@ def _speed(a: Inputs, pair: int, channels: int) -> float:
 
 
 def _turns(a: Inputs, tokens: int, pairs: int) -> Array:
-    """exp(i * angle) of each token and pair."""
+    """Return exp(i * angle) of each token and pair."""
     axes = ("frame", "height", "width")
     channels = {axis: a[f"num_{axis}_channels"] for axis in axes}
     speeds = {axis: [_speed(a, i, n) for i in range(n // 2)] for axis, n in channels.items()}
@@ -33,7 +33,7 @@ def _turns(a: Inputs, tokens: int, pairs: int) -> Array:
 
 
 def _rotated(a: Inputs, x: Array, turns: Array) -> tuple[Array, Array]:
-    """Heads turned pair by pair, and the length of each element's pair."""
+    """Turn heads pair by pair; return also the length of each element's pair."""
     size = x.shape[-1]
     order = np.arange(size).reshape(-1, 2) if a["interleave"] else np.arange(size).reshape(2, -1).T
     pairs = (x[..., order[:, 0]] + 1j * x[..., order[:, 1]]) * turns[:, None]
@@ -59,20 +59,21 @@ def fused_qk_rmsnorm_rope(a: Inputs) -> Exact:
         value, length = _rotated(a, x, turns)
         value, length = value * yarn * scale, length * yarn * scale
         exact[f"{name}_out"] = np.clip(value, -limit, limit), length
-    # A copy, or one product before it is rounded.
+    # A copy, or a single product, then rounded.
     copy = np.clip(v * of_v, -limit, limit)
     exact["v_out"] = copy, np.abs(copy) * 2.0**-16
     return exact
 
 
 def _or(a: Inputs, name: str, number: float) -> Array:
-    """An optional tensor; entries are given one without elements for none."""
+    """Return an optional tensor, or a number; for a missing one, entries get a tensor without
+    elements."""
     given: Array = a.get(name, np.empty(0))
     return given if given.size else np.array(number)
 
 
 def _layernorm(a: Inputs) -> Exact:
-    """Each value beside the sum of its terms without their signs."""
+    """Return each value with the sum of its terms' magnitudes."""
     gate, of_gate = 1.0, 1.0
     if "gate" in a:
         bias = _or(a, "gate_bias", 0.0)
@@ -81,7 +82,7 @@ def _layernorm(a: Inputs) -> Exact:
     total, of_total = x * gate + residual, np.abs(x) * of_gate + np.abs(residual)
     mean = total.mean(axis=-1, keepdims=True)
     variance = ((total - mean) ** 2).mean(axis=-1, keepdims=True) + a["epsilon"]
-    # The kernel's variance is a difference of two means.
+    # The kernel computes the variance as a difference of two means, which loses digits.
     lost = 1 + ((total**2).mean(axis=-1, keepdims=True) + mean**2) / variance
     if "gamma" in a:
         factor, of_factor, added = a["gamma"], np.abs(a["gamma"]), a["beta"]

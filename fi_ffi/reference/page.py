@@ -1,7 +1,7 @@
-"""The `page` module: the place of each new token, and a copy to it, bit for bit.
+"""The `page` module: finds the place of each new token, and copies the token there bit for bit.
 
-Unlike `include/flashinfer/page.cuh`, it looks at the indices: on a GPU a wrong one
-writes to another request's page, or past the cache.
+Unlike `include/flashinfer/page.cuh`, it checks the indices. On a GPU a wrong index writes to
+another request's page, or past the cache.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import numpy as np
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.formula import Inputs, Move
 
-# FlashInfer's name and code of heads before tokens.
+# FlashInfer's name and code of the layout with heads before tokens.
 _HND = ("HND", 1)
 
 
 def tokens_first(cache: Array, layout: str | int) -> Array:
-    """The same memory as [pages, tokens, heads, size]."""
+    """View the same memory as [pages, tokens, heads, size]."""
     return cache.swapaxes(1, 2) if layout in _HND else cache
 
 
 def places(
     requests: Array, positions: Array, indices: Array, indptr: Array, page_size: int, pages: int
 ) -> tuple[Array, Array]:
-    """The page of each token and its entry in it."""
+    """Return the page of each token, and its entry in the page."""
     inside = (requests >= 0) & (requests < len(indptr) - 1) & (positions >= 0)
     if not inside.all():
         raise IndexError(f"token {int(np.argmin(inside))} is of no request or before its start")
@@ -39,7 +39,7 @@ def places(
 
 
 def _appended(a: Inputs, new: str, cache: str, layout: str | int = "NHD") -> Array:
-    """The cache with the new tokens in it."""
+    """Return the cache with the new tokens in it."""
     after: Array = a[cache].copy()
     tokens = tokens_first(after, layout)
     indices, indptr = a["kv_indices"], a["kv_indptr"]

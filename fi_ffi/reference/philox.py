@@ -1,6 +1,6 @@
-"""Philox4x32-10 as curand counts it: what kernels draw from a seed, a subsequence and an offset.
+"""Philox4x32-10 in the order of curand: the random words for a seed, a subsequence and an offset.
 
-A subsequence is a row of 2^64 words of 32 bits; `offset` is the first that is drawn.
+A subsequence is a sequence of 2^64 words of 32 bits; `offset` is the first word drawn.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ROUNDS = 10
 def block(
     counter: tuple[Array, ...], key: tuple[Array, Array], rounds: int = _ROUNDS
 ) -> tuple[Array, ...]:
-    """Four words for each counter of four; all of them in 64 bits."""
+    """Return four words for each counter of four; all numbers are 64-bit."""
     x, y, z, w = counter
     first, second = key
     for _ in range(rounds):
@@ -33,9 +33,9 @@ def block(
 
 
 def words(seed: Numbers, subsequences: Array, offset: Numbers, count: int) -> Array:
-    """[subsequences, count]: the words from `offset` on, of each subsequence.
+    """Return [subsequences, count]: the words from `offset` on, of each subsequence.
 
-    A seed and an offset are 64 bits, or such for each subsequence.
+    A seed and an offset have 64 bits; there may be one for each subsequence.
     """
     seeds, offsets, of = np.broadcast_arrays(_bits(seed), _bits(offset), _bits(subsequences))
     start, phase = offsets // np.uint64(4), offsets % np.uint64(4)
@@ -49,14 +49,14 @@ def words(seed: Numbers, subsequences: Array, offset: Numbers, count: int) -> Ar
 
 
 def uniforms(seed: Numbers, subsequences: Array, offset: Numbers, count: int) -> Array:
-    """The same as float32 above 0 and up to 1, as `curand_uniform` makes them."""
+    """Return the words as float32 above 0 and up to 1, as `curand_uniform` makes them."""
     drawn = words(seed, subsequences, offset, count).astype(np.float32)
     made: Array = drawn * np.float32(2**-32) + np.float32(2**-33)
     return made
 
 
 def _bits(value: Numbers | Array) -> Array:
-    """64 bits without a sign, of each number."""
+    """Return each number as an unsigned 64-bit integer."""
     if isinstance(value, int):
         return np.array([value % 2**64], np.uint64)
     return np.ravel(value).astype(np.uint64)

@@ -1,7 +1,7 @@
-"""Packing bits, from its definition.
+"""Packing bits, from the definition.
 
-Unlike `include/flashinfer/quantization.cuh`, it looks at the indices: on a GPU a wrong one
-writes past the end.
+Unlike `include/flashinfer/quantization.cuh`, it checks the indices. On a GPU a wrong index writes
+past the end.
 """
 
 from __future__ import annotations

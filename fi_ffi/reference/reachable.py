@@ -1,9 +1,9 @@
-"""Which tokens a sampling kernel may give: those that float32 rounding could lead to.
+"""The tokens that a sampling kernel may return: those that float32 rounding could lead to.
 
-Kernels add probabilities up in float32, in an order of their own.  Where a running sum is as near
-to what was drawn as its rounding errors are large, the token before and the one after are both
-right; and where a filter is decided as narrowly, both decisions are.  All that may follow is
-followed here in float64, the nearest first.
+Kernels add up probabilities in float32, in their own order. If a running sum is as near to the
+drawn number as its rounding errors are large, the tokens before and after are both right. If a
+filter's decision is as close, both decisions are right. This module follows all possibilities in
+float64, the nearest first.
 """
 
 from __future__ import annotations
@@ -17,25 +17,27 @@ import numpy as np
 
 from fi_ffi.reference.arrays import Array
 
-# Roundings on the way of a sum, however long the row is (in a thread, across a block, and back),
-# and elements of a row for each half of one more.
+# Roundings of a sum for a row of any length (in a thread, across a block, and back), and the
+# elements of a row that add half a rounding.
 _SHORT, _LONG = 64, 2048
 _STEP = 2.0**-24
-# A row that has no token.
+# The token of a row without one.
 NONE = -1
-# States of a filter's rounds that are followed.  What a kernel did is among the first.
+# The most states of a filter's rounds that are followed; a kernel's is among the first.
 _MOST = 500
 
 
 def slack(p: Array) -> float:
-    """How far a sum over a row can be off."""
+    """Return the largest error of a sum over a row."""
     total = max(1.0, float(np.nansum(np.where(p > 0, p, 0))))
     return _STEP * (_SHORT + len(p) / _LONG) * total
 
 
 def around(p: Array, chosen: Array, at: float, within: float) -> list[tuple[float, int]]:
-    """The chosen tokens whose part of the running sum may have `at` in it, the last one's without
-    an end, by how far that is from being so."""
+    """Return the chosen tokens whose part of the running sum may contain `at`, with the distance.
+
+    The last token's part has no end. The tokens are sorted by how far `at` is from their part.
+    """
     part = np.where(chosen, p, 0)
     end = np.cumsum(part)
     off = np.maximum(end - part - at, at - end)
@@ -46,9 +48,9 @@ def around(p: Array, chosen: Array, at: float, within: float) -> list[tuple[floa
 
 
 class Filter:
-    """Whether so few tokens are above a pivot that a top-k and a top-p filter let it through.
+    """A top-k and a top-p filter, which accept a pivot if few enough tokens are above it.
 
-    `within` is what sums may be off, `slack(p)` by default.
+    `within` is the largest error of sums, by default `slack(p)`.
     """
 
     def __init__(self, p: Array, k: float, top_p: float, within: float | None = None) -> None:
@@ -58,12 +60,12 @@ class Filter:
         self.within = slack(p) if within is None else within
 
     def above(self, pivot: float) -> tuple[int, float]:
-        """How many are above it, and what they sum to."""
+        """Return the number and the sum of the tokens above a pivot."""
         count = int(np.searchsorted(-self._order, -pivot, side="left"))
         return count, float(self._sums[count])
 
     def passes(self, pivot: float) -> dict[bool, float]:
-        """What a kernel may decide, and how far it is from doing so."""
+        """Return the decisions that a kernel may make, with the distance of each."""
         count, total = self.above(pivot)
         if count >= self._k:
             return {False: 0.0}
@@ -72,12 +74,13 @@ class Filter:
         return decided | ({off >= 0: abs(off)} if abs(off) < self.within else {})
 
 
-# The bounds of the next pivots, and how far a round is from ending with them.
+# The bounds of the next pivots, and how far a round is from ending with each.
 Next = list[tuple[float, float, float]]
 
 
 def rejected(p: Array, kept: Filter, numbers: Iterable[float]) -> Iterator[int]:
-    """The tokens that drawing again above a rising pivot may end with, NONE among them."""
+    """Yield the tokens with which rejection sampling above a rising pivot may end, including
+    NONE."""
     within, order = kept.within, itertools.count()
     drawn, more = list[float](), iter(numbers)
     open_ones = [(0.0, next(order), 0, 0.0, 1.0)]
@@ -96,7 +99,7 @@ def rejected(p: Array, kept: Filter, numbers: Iterable[float]) -> Iterator[int]:
             value = float(p[token])
             is_new = value not in seen
             is_taken, after = seen.setdefault(value, _round(value, high, kept))
-            # Where the bounds meet, the kernel takes what it has.
+            # If the bounds meet, the kernel takes its current token.
             if is_taken or any(first >= second for _, first, second in after):
                 yield token
             for more_off, first, second in after if is_new else ():
@@ -106,7 +109,8 @@ def rejected(p: Array, kept: Filter, numbers: Iterable[float]) -> Iterator[int]:
 
 
 def _round(value: float, high: float, kept: Filter) -> tuple[bool, Next]:
-    """Whether a token of this probability may be taken, and else the bounds that may come next."""
+    """Return whether a token of this probability may be accepted, and otherwise the possible next
+    bounds."""
     second = float(np.float32(np.float32(value) + np.float32(high)) * np.float32(0.5))
     decided = kept.passes(value)
     after: Next = []
@@ -118,7 +122,7 @@ def _round(value: float, high: float, kept: Filter) -> tuple[bool, Next]:
 
 
 def tokens_judge(allowed: Callable[[int], Iterable[int]], valid: bool = False) -> Any:
-    """A judge of tokens, or of flags of what is valid, by what is allowed at each place."""
+    """Return a judge of tokens (or of `valid` flags), from the tokens allowed in each place."""
 
     def name(token: int) -> Any:
         return token != NONE if valid else max(token, 0)

@@ -1,4 +1,4 @@
-"""Filters of whole rows from their definition."""
+"""Filters of whole rows, from their definition."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import numpy as np
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.formula import SLACK, Exact, Formula, Inputs, OneOfMany
 
-# Float32 below its normal numbers is 0 to the kernels.
+# The kernels flush subnormal float32 numbers to 0.
 _FLUSHED = 2.0**-126 / SLACK
 _TINY = 1e-8
-# Smaller rows are searched, larger ones are counted in so many buckets.
+# Rows smaller than this are searched, larger ones are counted in this many buckets.
 _BUCKETS = 2048
 
 
 def _k_of(a: Inputs, i: int) -> int:
-    """A negative one is a large one to the kernel."""
+    """Return a row's k; the kernel takes a negative one for a large one."""
     given = a.get("maybe_top_k_arr")
     return int(a["top_k_val"] if given is None else given[i]) % 2**32
 
 
 def _is_kept(x: Array, k: int) -> Array:
-    """Which have fewer than `k` above them."""
+    """Return which elements have fewer than `k` above them."""
     above = np.searchsorted(np.sort(-x), -x, side="left")
     kept: Array = above < k
     return kept
@@ -38,7 +38,7 @@ def top_k_renorm_probs(a: Inputs) -> Exact:
 
 
 def top_k_mask_logits(a: Inputs) -> Exact:
-    """Nothing is rounded: the logits themselves, or -inf."""
+    """Return the logits themselves, or -inf; nothing is rounded."""
 
     right = np.empty_like(a["logits"])
     for i, x in enumerate(a["logits"]):
@@ -52,20 +52,21 @@ def top_k_mask_logits(a: Inputs) -> Exact:
 
 
 def top_p_slack(size: int, is_deterministic: bool) -> float:
-    """How far a kernel's sums of a row may be off.
+    """Return the largest error of a kernel's sums of a row.
 
-    Searched and counted deterministically, a few roundings; otherwise each bucket is a sum of up to
-    all elements one after another, whose errors are as good as random.
+    A search and a deterministic count make few roundings. Otherwise each bucket is a sequential sum
+    of up to all elements, whose errors are practically random.
     """
     few = 256 + size / 512
     return float(2.0**-24 * (few if size < _BUCKETS or is_deterministic else few + 16 * size**0.5))
 
 
 def top_p_error(p: Array, got: Array, top_p: float, within: float) -> tuple[float, float]:
-    """The error of a row that is to be the greatest of `p` that sum to `top_p`, over their sum.
+    """Return the error of a row that is to be the greatest of `p` that sum to `top_p`, divided by
+    their sum.
 
-    What is kept is told by the result.  It must be all from some value on, be enough, and not be
-    enough without the least of it.
+    The result shows which elements were kept. They must be all elements from some value on, their
+    sum must be enough, and it must not be enough without the least of them.
     """
     total, size = p.sum(), len(p)
     if not (got >= 0).all():
@@ -81,22 +82,22 @@ def top_p_error(p: Array, got: Array, top_p: float, within: float) -> tuple[floa
     slack = within * max(1.0, total)
     is_enough = mass >= target - slack or is_all
     if not is_enough and size >= _BUCKETS and target >= total - slack:
-        is_enough = _is_least(p, p[~chosen])
+        is_enough = _lost_the_least(p, p[~chosen])
     if not is_enough or (without >= target + slack and without > 0):
         return np.inf, np.inf
-    # A search that ends before it has moved takes the sum of all to be 1.
+    # A search that ends at its first step takes the sum of all for 1.
     sums = {float(mass), 1.0} if is_all and size < _BUCKETS and top_p < 1 else {float(mass)}
     return min(
         (_distance(got, np.where(chosen, p, 0) / one) for one in sums), key=lambda error: error[1]
     )
 
 
-def _is_least(p: Array, lost: Array) -> bool:
-    """Whether what is lost lies together with the least of a row.
+def _lost_the_least(p: Array, lost: Array) -> bool:
+    """Whether the lost elements are among the least of a row.
 
-    Where all are to be kept, sums of buckets that were rounded differently may fall short.  The
-    last bucket that has anything is then counted twice: of rows over several times 8 powers of
-    two the last 8, of others a quarter of one.
+    If all are to be kept, sums of buckets with other roundings may fall short of the total. The
+    last bucket with elements is then counted twice. In rows that span several times 8 powers of
+    two, it covers the last 8; in others, a quarter of one.
     """
     some = p[p > 0].astype(np.float32)
     has_several = some.min().view(np.uint32) >> 26 != some.max().view(np.uint32) >> 26
@@ -112,7 +113,7 @@ def _distance(got: Array, value: Array) -> tuple[float, float]:
 
 
 def _top_p_renormed(p: Array, top_p: float) -> Array:
-    """The greatest that sum to `top_p` or more, ties among them, over their sum."""
+    """Return the greatest that sum to at least `top_p`, including ties, divided by their sum."""
     total = p.sum()
     target, size = top_p, len(p)
     if size >= _BUCKETS:

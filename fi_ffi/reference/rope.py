@@ -1,7 +1,7 @@
 """Ops of `fi_ffi.ops.table.rope` in float64, from their definition.
 
-A pair of elements is a complex number, and a position turns it by an angle.  Unlike the kernels
-(`include/flashinfer/pos_enc.cuh`), formulas look at the positions and where requests begin.
+A pair of elements is a complex number, which a position turns by an angle. Unlike the kernels
+(`include/flashinfer/pos_enc.cuh`), formulas check the positions and the starts of requests.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import numpy as np
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.formula import SLACK, Exact, Formula, Inputs
 
-# Of an angle: the kernels' `__powf` and `__sincosf` are right to this, and to as much again for
-# each bit of the power's exponent (CUDA's programming guide, of -use_fast_math).
+# The error of an angle from `__powf` and `__sincosf`, and the same again for each bit of the
+# power's exponent (CUDA's programming guide on -use_fast_math).
 _ANGLE = 2.0**-21
 
 
 def turned(
     x: Array, turn: Array, interleave: bool, angle_error: Array | float = 0.0
 ) -> tuple[Array, Array]:
-    """Heads with their first pairs times `turn` [tokens, pairs], and the magnitude of errors.
+    """Turn the first pairs of heads by `turn` [tokens, pairs]; return also the magnitude of errors.
 
-    What is not turned is copied: it has no error.
+    The other elements are copied, without error.
     """
     pairs = turn.shape[-1]
     step = 2 if interleave else 1
@@ -49,8 +49,8 @@ def _rotary_dim(a: Inputs) -> int:
     return int(a["q"].shape[-1]) if given is None else int(given)
 
 
-def _waves(a: Inputs) -> tuple[Array, Array]:
-    """Each pair's frequency in radians, and how much an error in computing it is worth."""
+def _frequencies(a: Inputs) -> tuple[Array, Array]:
+    """Return each pair's frequency in radians, and the weight of an error in computing it."""
     pair = np.arange(_rotary_dim(a) // 2)
     own = np.exp(-np.log(a["rope_theta"]) * 2 * pair / max(_rotary_dim(a), 1))
     scaled = own / a["rope_scale"]
@@ -58,8 +58,8 @@ def _waves(a: Inputs) -> tuple[Array, Array]:
     if "low_freq_factor" not in a:
         return scaled, scaled * bits * _ANGLE
     low, high = a["low_freq_factor"], a["high_freq_factor"]
-    # How many waves of a pair fit into the old context: above `high` a pair stays as it is, below
-    # `low` it is scaled, and in between it changes from the one to the other evenly.
+    # The waves of a pair that fit into the old context. Above `high` a pair keeps its frequency,
+    # below `low` the frequency is scaled, and in between it is interpolated.
     waves = a["old_context_length"] * own / (2 * np.pi)
     between = (waves - low) / (high - low)
     mixed = (1 - between) * scaled + between * own
@@ -70,14 +70,14 @@ def _waves(a: Inputs) -> tuple[Array, Array]:
 
 
 def _turned_by(a: Inputs, positions: Array) -> dict[str, tuple[Array, Array]]:
-    frequency, error = _waves(a)
+    frequency, error = _frequencies(a)
     return _both(
         a, np.exp(1j * positions[:, None] * frequency), np.abs(positions)[:, None] * error
     )  # fmt: skip
 
 
 def apply_rope(a: Inputs) -> Exact:
-    """Tokens of no request stay as they are."""
+    """Turn the tokens of requests; other tokens stay unchanged."""
     ends = a["indptr"].astype(int)
     if ends[0] or (np.diff(ends) < 0).any() or ends[-1] > len(a["q"]):
         raise IndexError(f"indptr does not rise from 0 to {len(a['q'])} at most")
@@ -97,7 +97,7 @@ def apply_rope_pos_ids(a: Inputs) -> Exact:
 
 
 def table(a: Inputs) -> Array:
-    """What each token's pairs are multiplied by, from the table."""
+    """Return the factors of each token's pairs, from the table."""
     positions = a["pos_ids"].astype(int)
     inside = (positions >= 0) & (positions < len(a["cos_sin_cache"]))
     if not inside.all():

@@ -15,12 +15,12 @@ _Value = tuple[Array, Array]
 
 
 def _scaled(value: Array, magnitude: Array, scale: float, largest: float) -> _Value:
-    """Within the dtype's range, and beyond it the largest that it has."""
+    """Scale values, and clip them to the largest number of the dtype."""
     return np.clip(value * scale, -largest, largest), np.abs(magnitude) * scale
 
 
 def _parts(a: Inputs, of: str, scale: float, largest: float) -> tuple[_Value, _Value]:
-    """The part that is turned, and the rest."""
+    """Return the part that is turned, and the rest."""
     value, magnitude = turned(a[f"{of}_rope_in"], table(a), a["interleave"])
     rest = a[f"{of}_nope_in"]
     return _scaled(value, magnitude, scale, largest), _scaled(rest, rest, scale, largest)
@@ -41,7 +41,7 @@ def rope_quantize(a: Inputs) -> Exact:
 
 
 def _of_requests(a: Inputs) -> Inputs:
-    """The same without the tokens that are padding: those of no request."""
+    """Drop the padding: tokens of no request."""
     kept = a["batch_indices"] >= 0
     names = (
         "q_rope_in", "k_rope_in", "q_nope_in", "k_nope_in", "v_in", "pos_ids", "batch_indices",
@@ -51,14 +51,15 @@ def _of_requests(a: Inputs) -> Inputs:
 
 
 def _written(a: Inputs, name: str, where: Any, new: _Value, layout: str | int = "NHD") -> _Value:
-    """A tensor with new values in some places, and their magnitude; what stays has no error."""
+    """Return a tensor with new values in some places, and the magnitude of errors; other elements
+    have none."""
     value, magnitude = a[name].copy(), np.zeros_like(a[name])
     tokens_first(value, layout)[where], tokens_first(magnitude, layout)[where] = new
     return value, magnitude
 
 
 def _place(a: Inputs, cache: Array) -> tuple[Array, Array]:
-    """Where the tokens of requests go in a cache [pages, entries, ...]."""
+    """Return the places of the requests' tokens in a cache [pages, entries, ...]."""
     names = ("batch_indices", "positions", "kv_indices", "kv_indptr")
     requests, positions, indices, indptr = (a[name].astype(int) for name in names)
     return places(requests, positions, indices, indptr, cache.shape[1], len(cache))

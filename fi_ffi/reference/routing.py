@@ -1,7 +1,7 @@
-"""`fused_topk_deepseek` from its definition.
+"""`fused_topk_deepseek`, from its definition.
 
-A GPU's sigmoid is off by some last bits of half precision: of experts, or groups, that are closer
-than that either may be chosen.  Such tokens are judged by less than the others.
+A GPU's sigmoid has an error in the last bits of half precision. If experts or groups are closer
+than that, either may be chosen; such tokens are judged by fewer properties.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import numpy as np
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.formula import Exact, Formula, Inputs, OneOfMany
 
-# tanh.approx is off by so much of its result, and a sigmoid by half of that.
+# The relative error of tanh.approx; a sigmoid has half of it.
 _TANH = 2.0**-11
 _RIGHT, _WRONG = (0.0, 0.0), (np.inf, np.inf)
 
 
 def _best(ranks: Array, count: int) -> tuple[Array, Array]:
-    """Where the largest of each row are, the largest first, and how far they are from the rest."""
+    """Return the indices of the largest elements of each row, in order, and their distance from the
+    rest."""
     order = np.argsort(-ranks, axis=1, kind="stable")
     ordered = np.take_along_axis(ranks, order, axis=1)
     if count == ranks.shape[1]:
@@ -34,12 +35,13 @@ class Routing:
     ranks: Array
     experts: Array
     weights: Array
-    # How far from `weights` float32 may be, but for the last rounding.
+    # The largest error of float32 in `weights`, before the last rounding.
     slack: Array
     is_clear: Array
 
     def allows(self, got: Array) -> bool:
-        """Whether these are the experts, the best one first, as far as rounding lets it be said."""
+        """Whether these are the experts, the best one first, as far as rounding allows a
+        decision."""
         chosen = got.astype(np.int64)
         if ((chosen < 0) | (chosen >= self.ranks.shape[1])).any():
             return False
@@ -52,8 +54,9 @@ class Routing:
         return bool((ordered == expected)[self.is_clear].all() and falls.all())
 
     def error_of_weights(self, got: Array, half_step: float) -> tuple[float, float]:
-        """Of clear tokens the weights, in any order, and of all what they add up to."""
-        # Of experts that are close, either may come first: weights are compared by size.
+        """Return the error of the weights: of clear tokens in any order, of the others only of
+        their sum."""
+        # Experts that are close may be in either order: compare weights sorted by size.
         found = np.sort(got.astype(np.float64), axis=1)
         value = np.sort(self.weights, axis=1)
         slack = self.slack.max(axis=1, keepdims=True)
@@ -120,7 +123,7 @@ def fused_topk_deepseek(a: Inputs) -> Exact:
     return made
 
 
-# Half a step, of the value rounded, by the largest value of a dtype.
+# Half a unit in the last place, relative to the value, by the largest value of a dtype.
 _HALF_STEPS = ((3.4e38, 2.0**-24), (3.3e38, 2.0**-8), (0.0, 2.0**-11))
 
 EXACT: dict[str, Formula] = {"fused_topk_deepseek": fused_topk_deepseek}

@@ -1,7 +1,7 @@
 """Ops of `fi_ffi.ops.table.sampling`, from their definition.
 
-A sampler's result is judged by what its random words and float32 rounding allow (`reachable.py`),
-and is on the CPU what they allow without any rounding.
+A sampler's result is judged by what its random words and float32 rounding allow (`reachable.py`).
+On the CPU, the result is what they allow without rounding.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from fi_ffi.reference.reachable import NONE, Filter, around, rejected, slack, to
 from fi_ffi.reference.renorm import RENORM
 
 _FEW = 16
-# Errors of `exp` that grow with its argument, and float32 below its normal numbers, which is 0 to
-# kernels compiled for fast arithmetic.
+# Errors of `exp`, relative and by its argument; and the subnormal float32 numbers, which kernels
+# compiled for fast arithmetic flush to 0.
 _EXP, _ARGUMENT, _FLUSHED = 2.0**-20, 2.0**-22, 2.0**-126
-# Kernels count subsequences of random words so far, and begin again.
+# The number of subsequences at which kernels wrap around, and those computed at once here.
 _SUBSEQUENCES, _AT_ONCE = np.uint64(2**32), 2**18
-# PTX's logarithm: right to so much around 1, and relatively beyond.
+# The error of PTX's logarithm: absolute near 1, relative elsewhere.
 _LOG = 2.0**-21
 
 
 def softmax(a: Inputs) -> Exact:
     given = a.get("maybe_temperature_arr", np.full(len(a["logits"]), a["temperature_val"]))
     given = given.astype(np.float32).astype(np.float64)[:, None]
-    with np.errstate(invalid="ignore"):  # of -inf at 0
+    with np.errstate(invalid="ignore"):  # -inf * 0
         scaled = np.where(given == 0, a["logits"] * 0, a["logits"] / np.where(given, given, 1))
     greatest = scaled.max(axis=1, keepdims=True)
     powers = np.exp(scaled - greatest)
@@ -42,7 +42,7 @@ def softmax(a: Inputs) -> Exact:
 
 
 def _numbers(a: Inputs, i: int) -> Iterator[float]:
-    """The random numbers of an output, one after another."""
+    """Yield the random numbers of an output."""
     seed, offset = _word(a, "seed", i), _word(a, "offset", i)
     for start in count(offset, _FEW):
         yield from uniforms(seed, np.array([i]), start, _FEW)[0].astype(np.float64)
@@ -55,8 +55,8 @@ def _word(a: Inputs, name: str, i: int) -> int:
     return int(array[i if len(array) > 1 else 0])
 
 
-# What is allowed: `allowed(a, p, output's number, source's row, slack)`, of sums that may be off by
-# so many times `slack(p)`: by 1, or 0 for what is right without rounding.
+# Returns the allowed tokens: `allowed(a, p, output's number, source's row, times)`. Sums may be off
+# by `times * slack(p)`; `times` is 1, or 0 for the result without rounding.
 Allowed = Callable[[Inputs, Array, int, int, float], Iterable[int]]
 
 
@@ -115,7 +115,7 @@ def _min_p(a: Inputs, p: Array, i: int, at: int, times: float) -> Iterable[int]:
 
 
 def _by_output(allowed: Allowed) -> Allowed:
-    """With an array of parameters that is of the outputs, and not of the rows of probs."""
+    """Use an array of parameters that is indexed by output, not by row of probs."""
     return lambda a, p, i, of, times: allowed(a, p, i, i, times)
 
 
@@ -128,7 +128,8 @@ def _from_logits(a: Inputs, logits: Array, i: int, _: int, times: float) -> Iter
     score = logits - np.log(inner)
     if np.isnan(score).any() or not np.isfinite(score).any():
         return range(size)
-    # Of the outer logarithm's argument, and then its own.  As small as its error, it may be 0.
+    # The error of the outer logarithm's argument, then its own. An argument as small as its error
+    # may be 0.
     wrong = np.minimum(times * _LOG / inner, 1)
     error = times * _LOG * (4 + np.abs(np.where(np.isfinite(score), score, 0)))
     with np.errstate(divide="ignore"):
@@ -139,8 +140,8 @@ def _from_logits(a: Inputs, logits: Array, i: int, _: int, times: float) -> Iter
 
 
 def sampling_from_logits(a: Inputs) -> Exact:
-    """More random numbers than a kernel counts take too long here: then each token is drawn with
-    one number, from the same distribution."""
+    """Sample by the Gumbel method. Beyond as many random numbers as a kernel counts, which would
+    take too long here, draw each token with one number from the same distribution."""
     made = _sampler(_from_logits, "logits")(a)
     if len(a["output"]) * a["logits"].shape[1] <= int(_SUBSEQUENCES):
         return made
@@ -149,7 +150,7 @@ def sampling_from_logits(a: Inputs) -> Exact:
 
 
 def _with_one_number(a: Inputs) -> Array:
-    """A token of each row's distribution for each output."""
+    """Draw a token of each row's distribution for each output."""
     count, logits = len(a["output"]), a["logits"]
     of: Any = a.get("maybe_indices")
     rows = np.arange(count) if of is None else of.astype(int)
@@ -162,14 +163,14 @@ def _with_one_number(a: Inputs) -> Array:
         with np.errstate(invalid="ignore"):
             sums = np.cumsum(np.exp(logits[row] - np.nanmax(logits[row])))
         at = rows == row
-        # The last number is 1: of the last token that has any probability.
+        # A number of 1 means the last token with any probability.
         tokens[at] = np.searchsorted(sums, numbers[at] * sums[-1], side="left")
     last: Array = np.minimum(tokens, logits.shape[1] - 1)
     return last
 
 
 def _words(a: Inputs, name: str, outputs: Array) -> Any:
-    """What `_word` gives, for several outputs."""
+    """Return what `_word` returns, for several outputs."""
     array = a.get(f"maybe_{name}_arr")
     return array[outputs] if array is not None and len(array) > 1 else _word(a, name, 0)
 
@@ -181,7 +182,8 @@ def _is_taken(drawn: float, drafted: float, wanted: float, times: float) -> set[
 
 
 def _chain_row(a: Inputs, i: int, times: float = 1.0) -> set[tuple[int, int, int]]:
-    """How many tokens may be emitted and how many accepted, and the token after those emitted."""
+    """Return the possible results: tokens emitted, tokens accepted, and the token after those
+    emitted."""
     ids, numbers = a["draft_token_ids"][i].astype(int), _numbers(a, i)
     length = len(ids)
     drawn = [next(numbers) for _ in range(length + 2)]
@@ -218,7 +220,7 @@ def chain_speculative_sampling(a: Inputs) -> Exact:
     def at(i: int, times: float = 1.0) -> set[tuple[int, int, int]]:
         return _chain_row(a, i, times)
 
-    # Of (emitted, accepted, token) what each tensor has in a row.
+    # The row of each tensor, from (emitted, accepted, token).
     def tokens(i: int, found: tuple[int, int, int]) -> list[int]:
         padding = [-1] * ids.shape[1]
         return [*ids[i, : found[0]], found[2], *padding[found[0] :]]

@@ -1,8 +1,8 @@
 """Ops of `fi_ffi.ops.table.topk`, from their definition.
 
-Which of equal values are chosen is open unless a tie break says it, and then the order is that of
-their places (or of values, sorted), from 0.6.18 on only of calls that are deterministic; so it is
-of rows that are chosen whole.  Otherwise it is open.
+Without a tie break, any of equal values may be chosen, in any order. With one, the order is that of
+the indices (or of values, if sorted); from 0.6.18 on, only for deterministic calls. A row that is
+chosen whole is in order too.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ _SMALL, _LARGE = 1, 2
 
 
 class Choice:
-    """The k greatest of a row: those that must be chosen, and those that share the last places."""
+    """The k greatest of a row: those that must be chosen, and those that tie for the last
+    places."""
 
     def __init__(
         self, x: Array, k: int, tie_break: int, is_sorted: bool = False, is_ordered: bool = True
     ) -> None:
-        """`is_ordered`: whether a tie break says the order, too."""
+        """Choose; `is_ordered` says whether a tie break fixes the order as well."""
         index = np.arange(len(x))
-        # The greatest first, of equal ones the first or, where the tie break says so, the last.
+        # The greatest first; of equal ones the first, or with that tie break the last.
         order = np.lexsort((-index if tie_break == _LARGE else index, -x))[:k]
-        # Sorted by where they are, and then maybe by what they are, which leaves equal ones so.
+        # Sorted by index, then stably by value if the call sorts.
         is_ordered &= tie_break in (_SMALL, _LARGE)
         self.is_in_order = is_ordered or (k == len(x) and not is_sorted)
         if self.is_in_order:
@@ -45,7 +46,7 @@ class Choice:
             self.tied, self.open = chosen[:0], 0
 
     def allows(self, got: Array, names: Array) -> bool:
-        """Whether these are what the chosen ones are called by `names`, in an order that may be."""
+        """Whether these are the chosen elements, named by `names`, in an allowed order."""
         if self.is_in_order:
             return np.array_equal(got, names[self.order])
         there = Counter(got.astype(np.int64).tolist())
@@ -56,7 +57,7 @@ class Choice:
 
 
 def _every(count: int, is_right: Callable[[int], bool]) -> tuple[float, float]:
-    """What a judge says: nothing here is rounded."""
+    """Return a judge's answer; nothing is rounded here."""
     right = all(is_right(i) for i in range(count))
     return (0.0, 0.0) if right else (np.inf, np.inf)
 
@@ -91,7 +92,7 @@ def radix_topk(a: Inputs, with_tie_breaks: bool = True) -> Exact:
         return _every(len(x), lambda i: np.array_equal(found[i], greatest[i]))
 
     made = {"output_indices": OneOfMany(chosen, indices)}
-    for name in ("output_values", "maybe_output_values"):  # as releases call them
+    for name in ("output_values", "maybe_output_values"):  # the name depends on the release
         if name in a:
             made[name] = OneOfMany(lambda: np.take_along_axis(x, chosen(), axis=1), values)
     return made
@@ -101,7 +102,7 @@ Rows = Iterator[tuple[Array, Array]]
 
 
 def _chosen(a: Inputs, output: str, rows: Callable[[], Rows], with_tie_breaks: bool) -> OneOfMany:
-    """Of rows that are windows, with what the elements of a window are called."""
+    """Judge rows that are windows, with the names of a window's elements."""
     is_ordered = _is_ordered(a, with_tie_breaks)
     (count, k), tie_break = a[output].shape, a.get("tie_break", 0)
 
@@ -174,16 +175,20 @@ def radix_topk_ragged_transform(a: Inputs, with_tie_breaks: bool = True) -> Exac
     return {"output_indices": _chosen(a, "output_indices", rows, with_tie_breaks)}
 
 
-def _later(formula: Callable[[Inputs, bool], Exact]) -> Formula:
-    """The formula of releases in which a tie break says nothing of the order."""
+def _without_tie_break_order(formula: Callable[[Inputs, bool], Exact]) -> Formula:
+    """Return the formula of releases in which a tie break does not fix the order."""
     return lambda a: formula(a, False)
 
 
 EXACT: dict[str, Formula] = {
     "radix_topk": radix_topk,
-    "radix_topk_in_any_order": _later(radix_topk),
+    "radix_topk_in_any_order": _without_tie_break_order(radix_topk),
     "radix_topk_page_table_transform": radix_topk_page_table_transform,
-    "radix_topk_page_table_transform_with_page_size": _later(radix_topk_page_table_transform),
+    "radix_topk_page_table_transform_with_page_size": _without_tie_break_order(
+        radix_topk_page_table_transform
+    ),
     "radix_topk_ragged_transform": radix_topk_ragged_transform,
-    "radix_topk_ragged_transform_in_any_order": _later(radix_topk_ragged_transform),
+    "radix_topk_ragged_transform_in_any_order": _without_tie_break_order(
+        radix_topk_ragged_transform
+    ),
 }

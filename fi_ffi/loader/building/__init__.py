@@ -1,1 +1,1 @@
-"""Making kernel wheels from FlashInfer's sources; `build.py` has the way in."""
+"""Building kernel wheels from FlashInfer's sources; the entry point is `build.py`."""

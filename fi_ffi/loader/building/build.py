@@ -1,10 +1,10 @@
-"""Builds kernel wheels from FlashInfer's sources on the package index.
+"""Builds of kernel wheels from FlashInfer's sources on the package index.
 
     build(["norm", "page", "single_decode:head_dim=128"], arch="8.7")
 
-makes a wheel in the layout of `flashinfer-jit-cache` with FlashInfer's own generators,
-which run in a throw-away environment.  What is finished stays in the build folder:
-a build that was interrupted goes on where it stopped.
+makes a wheel in the layout of `flashinfer-jit-cache` with FlashInfer's own generators, which run in
+a separate environment. Finished files stay in the build folder: an interrupted build continues
+where it stopped.
 """
 
 from __future__ import annotations
@@ -50,22 +50,22 @@ _DRIVER = Path(__file__).with_name("driver.py")
 _CUTE_DRIVER = Path(__file__).with_name("cute_driver.py")
 _NINJA_STATUS = "[%f/%t] "
 _STATUS = re.compile(r"\[(\d+)/(\d+)\] ")
-_TELLING = re.compile(
+_ERROR_LINE = re.compile(
     r"\berror\b|undefined reference|cannot find -l|No such file|Killed|out of memory|not found",
     re.IGNORECASE,
 )
-_MEMORY_PER_JOB = 3 << 30  # what one nvcc process takes for FlashInfer's larger sources
-_KEPT = 400  # lines of output that are looked at after a failure
-_SHOWN, _LONGEST = 8, 600  # lines, and their characters
+_MEMORY_PER_JOB = 3 << 30  # memory of one nvcc process with FlashInfer's larger sources
+_KEPT = 400  # lines of output to examine after a failure
+_SHOWN, _LONGEST = 8, 600  # lines of an error message, and characters of a line
 _PATIENCE_S = 15.0
 
 
 @dataclass(frozen=True)
 class Available:
-    """Something that can be asked for: `kind` is "family", "module" or "unavailable".
+    """An item that can be built: `kind` is "family", "module" or "unavailable".
 
-    `sources` is the number of files that are compiled (0 where it depends on options);
-    `note` says what a family makes, or why a generator cannot be used here.
+    `sources` is the number of files to compile (0 if it depends on options). `note` says what a
+    family makes, or why a generator cannot be used here.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Available:
 
 
 def ask(workshop: Workshop, question: dict[str, object], driver: Path = _DRIVER) -> Any:
-    """Run the driver in the environment; its answer."""
+    """Run the driver in the environment and return its answer."""
     path = workshop.folder / "answer.json"
     command = [str(workshop.environment.python), "-I", "-W", "ignore", str(driver), str(path)]
     done = subprocess.run(
@@ -96,7 +96,7 @@ def ask(workshop: Workshop, question: dict[str, object], driver: Path = _DRIVER)
 
 
 def _refuse(failed: dict[str, str], names: Sequence[str], workshop: Workshop) -> None:
-    """Raise ArgumentError for the first of the requests that the driver could not resolve."""
+    """Raise ArgumentError for the first request that the driver could not resolve."""
     for text, reason in failed.items():
         if reason != "unknown":
             raise ArgumentError("build", "modules", got=repr(text), expected=reason)
@@ -107,11 +107,11 @@ def _refuse(failed: dict[str, str], names: Sequence[str], workshop: Workshop) ->
         raise ArgumentError("build", "modules", got=repr(text), expected=expected)
 
 
-# Ninja, over the build files that FlashInfer wrote
+# Ninja, on the build files that FlashInfer wrote
 
 
 class MissingPart(BuildError):
-    """A build that lacks a part of CUDA that the package index has."""
+    """A build lacks a part of CUDA that is on the package index."""
 
     def __init__(self, part: Missing, log: str) -> None:
         self.part = part
@@ -121,16 +121,16 @@ class MissingPart(BuildError):
 
 
 def default_jobs() -> int:
-    """As many compilers as there are processors, and as memory is likely to hold."""
+    """Return the number of compilers to run: one for each processor, as far as memory suffices."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(len(os.sched_getaffinity(0)), memory // _MEMORY_PER_JOB))
 
 
 def write_index(folder: Path, module_files: Iterable[Path]) -> Path:
-    """One build file over those of all modules ever asked for in `folder`.
+    """Write one build file over those of all modules ever requested in `folder`.
 
-    Ninja forgets what it knows of outputs that its build file does not name, and
-    would then make them again.
+    Ninja discards its records of outputs that its build file does not name, and would build them
+    again.
     """
     known = sorted({*folder.glob("*/build.ninja"), *module_files})
     index = folder / "build.ninja"
@@ -146,7 +146,7 @@ def _escape(path: Path) -> str:
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """End ninja and, through it, its compilers: it removes half-written outputs itself."""
+    """Stop ninja, which stops its compilers and removes incomplete outputs."""
     if process.poll() is not None:
         return
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
@@ -167,10 +167,10 @@ def run_ninja(
     log: Path,
     step: Callable[[int, int], None],
 ) -> None:
-    """Run ninja in `folder`; `step(finished, total)` is called as it goes.
+    """Run ninja in `folder` and report its progress by `step(finished, total)`.
 
-    It gets a process group of its own, so that an interruption reaches this process
-    first, which then ends ninja in order and leaves what is finished for the next time.
+    Ninja runs in its own process group. So an interrupt reaches only this process, which then stops
+    ninja in order; finished files stay for the next run.
     """
     last: deque[str] = deque(maxlen=_KEPT)
     with log.open("a") as file:
@@ -204,15 +204,15 @@ def run_ninja(
 
 
 def _explain(output: Iterable[str]) -> str:
-    """Why a build failed: the lines that tell, or the last ones."""
+    """Return why a build failed: the lines that look like errors, or the last ones."""
     lines = [line.rstrip("\n") for line in output]
     failed = next((line.split()[-1] for line in lines if line.startswith("FAILED:")), None)
     what = f"compiling {Path(failed).name} failed" if failed else "ninja failed"
-    telling = [
+    errors = [
         line for line in lines
-        if _TELLING.search(line) and len(line) < _LONGEST and not _STATUS.match(line)
+        if _ERROR_LINE.search(line) and len(line) < _LONGEST and not _STATUS.match(line)
     ]  # fmt: skip
-    shown = telling or [line[:_LONGEST] for line in lines if line.strip()]
+    shown = errors or [line[:_LONGEST] for line in lines if line.strip()]
     text = "\n".join([f"{what}:", *shown[-_SHOWN:]])
     if re.search(r"\bKilled\b|out of memory", text):
         text += "\nThe machine ran out of memory: use fewer --jobs."
@@ -223,7 +223,7 @@ def _explain(output: Iterable[str]) -> str:
 
 
 def _compile(workshop: Workshop, answer: Any, jobs: int) -> None:
-    """Compile and link the modules of `answer`, fetching parts of CUDA as they are missed."""
+    """Compile and link the modules of `answer`; fetch missing parts of CUDA on demand."""
     index = write_index(
         Path(answer["folder"]), [Path(module["ninja"]) for module in answer["modules"]]
     )
@@ -232,8 +232,13 @@ def _compile(workshop: Workshop, answer: Any, jobs: int) -> None:
     command = [ninja, "-f", str(index), "-j", str(jobs), *libraries]
     name = answer["modules"][0]["name"] if len(libraries) == 1 else f"{len(libraries)} modules"
 
+    most = shown = 0  # ninja counts what is left, which is less after a part was fetched
+
     def step(done: int, total: int) -> None:
-        workshop.report(Progress("compile", name, done, total))
+        nonlocal most, shown
+        most = max(most, total)
+        shown = max(shown, most - total + done)
+        workshop.report(Progress("compile", name, shown, most))
 
     workshop.say(f"compiling {name}; the log is {workshop.log}")
     fetched: set[Missing] = set()
@@ -241,7 +246,7 @@ def _compile(workshop: Workshop, answer: Any, jobs: int) -> None:
         try:
             run_ninja(command, index.parent, workshop.variables(), workshop.log, step)
         except MissingPart as error:
-            if error.part in fetched:  # fetched, and it did not have what was missed
+            if error.part in fetched:  # the fetched part did not contain the missing file
                 raise
             fetched.add(error.part)
             workshop.fetch(error.part)
@@ -250,12 +255,12 @@ def _compile(workshop: Workshop, answer: Any, jobs: int) -> None:
 
 
 def _make_cute(workshop: Workshop, requests: Sequence[Request]) -> list[dict[str, str]]:
-    """Compile kernels of CuTe DSL for every architecture; their modules."""
+    """Compile kernels of CuTe DSL for every architecture; return their modules."""
     dsl = install_cute_dsl(workshop.environment, workshop.say)
     made: list[dict[str, str]] = []
+    name, total = f"{len(requests)} of CuTe DSL", len(workshop.architectures)
     for done, architecture in enumerate(workshop.architectures):
-        name = f"{len(requests)} of CuTe DSL for {architecture}"
-        workshop.report(Progress("compile", name, done, len(workshop.architectures)))
+        workshop.report(Progress("compile", name, done, total))
         major, _, minor = architecture.rstrip("af").partition(".")
         question: dict[str, object] = {
             "packages": str(dsl.packages),
@@ -269,6 +274,7 @@ def _make_cute(workshop: Workshop, requests: Sequence[Request]) -> list[dict[str
         answer = ask(workshop, question, _CUTE_DRIVER)
         _refuse(answer["failed"], [], workshop)
         made += answer["modules"]
+    workshop.report(Progress("compile", name, total, total))
     return made
 
 
@@ -278,7 +284,7 @@ def _package(workshop: Workshop, answer: Any, output: Path, keep: bool) -> Path:
         release=answer["release"],
         cuda=workshop.toolkit.release,
         architectures=tuple(answer["architectures"]),
-        # Not manylinux: nobody checked what the compiler's own libraries ask of the machine.
+        # Not manylinux: the compiler's own libraries were not checked for compatibility.
         platform=f"linux_{workshop.cpu or platform.machine()}",
         modules=made,
         git_version=answer["git_version"],
@@ -288,12 +294,43 @@ def _package(workshop: Workshop, answer: Any, output: Path, keep: bool) -> Path:
     is_added = keep and path.exists()
     verb = "adding to" if is_added else "replacing" if path.exists() else "writing"
     if is_added:
-        trust.check_owner(path)  # its modules would be taken for what was built here
+        trust.check_owner(path)  # its modules will be packaged as if they were built here
         before = open_source(path)
         kept = {name: before.file(name).path for name in before.modules() if name not in made}
         wheel = replace(wheel, modules=made | kept)
     workshop.report(Progress("package", f"{verb} {path}"))
     return write_wheel(wheel, output)
+
+
+# By prefix of module names: features that need nvcc of this release or later; "" stands for the
+# whole module.
+_WITH_SWITCHES = (12, 8)
+_SWITCHES = {
+    "fp8_blockscale_gemm_": "",
+    "fused_moe_": "the modes fp8_block_scale and mxfp4 (docs/moe.md)",
+    "fp4_quantization_": "numbers of 4 bits",
+}
+
+
+def left_out(cuda: str, names: Iterable[str]) -> list[str]:
+    """Return what an older nvcc leaves out of these modules, a sentence for each.
+
+    Raises ArgumentError for a module of which nothing would be left.
+    """
+    if tuple(map(int, cuda.split("."))) >= _WITH_SWITCHES:
+        return []
+    found = []
+    first = ".".join(map(str, _WITH_SWITCHES))
+    for name in names:
+        start = next((start for start in _SWITCHES if name.startswith(start)), None)
+        if start is None:
+            continue
+        lost = _SWITCHES[start]
+        if not lost:
+            expected = f"{first} or later for {name}, whose every call fails otherwise"
+            raise ArgumentError("build", "cuda", got=cuda, expected=expected)
+        found.append(f"{name}: nvcc of CUDA {cuda} leaves out {lost}, which {first} has")
+    return found
 
 
 def build(
@@ -310,16 +347,21 @@ def build(
     keep: bool = False,
     cuda: str | None = None,
 ) -> Path:
-    """Build `modules` of FlashInfer `release` for the GPUs of `arch`; the wheel's path.
+    """Build `modules` of FlashInfer `release` for the GPUs of `arch`; return the wheel's path.
 
-    `modules` are exact names, or families with options (see `available`); `arch` is in
-    the form of FLASHINFER_CUDA_ARCH_LIST, such as "8.7" or ("9.0a",); `jobs` compilers
-    run at once; `cpu` is "x86_64" or "aarch64", by default this machine's; with `keep`,
-    a wheel of the same name in `output` keeps its other modules; `cuda` is the release of the
-    toolkit, "12.8", or its major version, by default the one that this machine's driver runs.
-    `report` is told of every step, on the calling thread.  ArgumentError
-    for a name, release or architecture that cannot be; BuildError, with the path of a
-    log, when a tool is missing or fails.
+    Args:
+        modules: exact names, or families with options (see `available`).
+        arch: as in FLASHINFER_CUDA_ARCH_LIST, such as "8.7" or ("9.0a",).
+        output: the wheel's folder.
+        jobs: number of compilers to run at once.
+        report: called for every step, on the calling thread.
+        cpu: "x86_64" or "aarch64", by default this machine's.
+        keep: keep the other modules of a wheel of the same name in `output`.
+        cuda: release of the toolkit, "12.8", or its major version; by default the one that this
+            machine's driver supports.
+
+    Raises ArgumentError for an invalid name, release or architecture, and BuildError, with the path
+    of a log, if a tool is missing or fails.
     """
     if jobs is not None and jobs < 1:
         raise ArgumentError("build", "jobs", got=jobs, expected="at least 1")
@@ -336,6 +378,9 @@ def build(
         others = [request.as_json(release) for request in requests if not request.is_cute]
         answer = ask(workshop, {"action": "generate", "requests": others})
         _refuse(answer["failed"], answer["names"], workshop)
+        names = [module["name"] for module in answer["modules"]]
+        for sentence in left_out(workshop.toolkit.release, names):
+            workshop.say(sentence)
         if answer["modules"]:
             _compile(workshop, answer, jobs or default_jobs())
         if of_cute:
@@ -352,7 +397,7 @@ def available(
     report: Report | None = None,
     cuda: str | None = None,
 ) -> list[Available]:
-    """What `build` can make for `arch`: the families, then FlashInfer's own list of modules."""
+    """Return what `build` can make for `arch`: families, then FlashInfer's list of modules."""
     architectures = parse_arch(arch)
     opened = open_workshop(
         release, architectures, build_dir, torch_requirement, report, cuda=cuda

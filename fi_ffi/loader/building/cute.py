@@ -1,14 +1,16 @@
-"""Kernels written in CuTe DSL that `fi-ffi build` makes, and the calls that FlashInfer compiles.
+"""Kernels in CuTe DSL that `fi-ffi build` makes, and the calls that make FlashInfer compile them.
 
-FlashInfer's list of what it builds ahead of time has none of them: it compiles one when it is
-called, for the shapes, dtypes and flags of that call.  So each family here is such a call, its
-options are what the kernel is compiled for, and `cute_driver.py` makes it in the build
-environment without a GPU.  The modules have the names by which FlashInfer caches its objects;
-where it caches none, the names are made of the options.
+They are not in FlashInfer's list of modules built ahead of time: FlashInfer compiles such a kernel
+when it is called, for the shapes, dtypes and flags of the call. Therefore each family here is such
+a call, and its options determine the kernel. `cute_driver.py` makes the call in the build
+environment, without a GPU. A module takes the name under which FlashInfer caches the kernel, or a
+name built from the options if FlashInfer does not cache it.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +23,7 @@ Arguments = dict[str, Any]
 
 
 def tensor(dtype: str, *shape: int) -> dict[str, object]:
-    """A tensor that stands for any whose dtype and whose compiled sizes are these."""
+    """Return a placeholder for any tensor with this dtype and these compiled sizes."""
     return {"tensor": DTYPES[dtype], "shape": list(shape)}
 
 
@@ -29,8 +31,8 @@ def tensor(dtype: str, *shape: int) -> dict[str, object]:
 class CuteCall:
     """A call that makes FlashInfer compile kernels.
 
-    `function` is what is called, as "module:function"; `module` and `name` are what modules are
-    called by that FlashInfer does not cache.
+    `function` is the function to call, as "module:function". `module` and `name` give the names of
+    modules that FlashInfer does not cache.
     """
 
     function: str
@@ -39,7 +41,7 @@ class CuteCall:
     name: Callable[[Options], list[str]]
 
     def as_json(self, options: Options) -> dict[str, object]:
-        """What the driver in the build environment is told."""
+        """Return the request for the driver in the build environment."""
         return {
             "function": self.function,
             "module": self.module,
@@ -92,7 +94,7 @@ def _gdn_decode(options: Options) -> Arguments:
 
 
 def _gdn_prefill(options: Options) -> Arguments:
-    q_heads, v_heads, length, count = 16, 32, 128, 2  # the kernel takes any
+    q_heads, v_heads, length, count = 16, 32, 128, 2  # the kernel accepts any values
     gate = tensor("f32", length, v_heads)
 
     def states(option: str, count: int = count) -> dict[str, object] | None:
@@ -206,8 +208,29 @@ def _rmsnorm_fp4quant_name(options: Options) -> list[str]:
     ]
 
 
+def _mla_decode(options: Options) -> Arguments:
+    dtype = options["dtype"]
+    is_varied = options["lengths"] == "varied"
+    return {
+        "torch_dtype": f"torch.{DTYPES[dtype]}",
+        "torch_out_dtype": f"torch.{DTYPES['bf16' if dtype == 'e4m3' else dtype]}",
+        "page_size": int(options["page_size"]),
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "is_persistent": not is_varied,
+        "is_var_seq": is_varied,
+        "is_var_split_kv": False,
+        "is_workspace_size_zero": options["split"] == "0",
+    }
+
+
+def _mla_decode_name(options: Options) -> list[str]:
+    split = "split" if options["split"] == "1" else "whole"
+    return [DTYPES[options["dtype"]], f"p{options['page_size']}", options["lengths"], split]
+
+
 def _every(options: Options) -> list[str]:
-    """Every option: of what FlashInfer has names for since 0.7, and had none."""
+    """Return every option, as a name for kernels that FlashInfer names itself since 0.7."""
     return [f"{name}_{value}" for name, value in options.items()]
 
 
@@ -227,6 +250,10 @@ CALLS = {
     "kda_decode": CuteCall(
         "flashinfer.kda_kernels.recurrent_kda:run_recurrent_kda", "recurrent_kda",
         _kda_decode, _kda_decode_name,
+    ),
+    "mla_decode": CuteCall(
+        "flashinfer.cute_dsl.attention.wrappers.batch_mla:_compile_mla_kernel", "mla_decode",
+        _mla_decode, _mla_decode_name,
     ),
     "rmsnorm_cute": CuteCall(
         "flashinfer.norm.kernels.rmsnorm:_get_compiled_rmsnorm_kernel", "rmsnorm",
@@ -288,6 +315,14 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "head_size": Option(("64", "128"), "128", "size of a head"),
         "gate": _flag("1", "the gate is computed by the kernel"),
     },
+    "mla_decode": {
+        "dtype": Option(("f16", "bf16", "e4m3"), "bf16", "type of queries and of the cache"),
+        "page_size": Option(
+            ("1", "2", "4", "8", "16", "32", "64", "128"), "64", "tokens of a page"
+        ),
+        "lengths": Option(("varied", "equal"), "varied", "of the requests of a call"),
+        "split": _flag("1", "requests are split, with a workspace"),
+    },
     "rmsnorm_cute": {
         "dtype": _FLOATS,
         "hidden_size": _count(4096, "hidden size"),
@@ -307,6 +342,41 @@ DOCS = {
     "gdn_decode_keys_first": "the same over states as [key, value], a token of each request",
     "gdn_prefill": "gated delta rule, whole sequences (needs 9.0a)",
     "kda_decode": "Kimi delta attention, new tokens of many requests",
+    "mla_decode": "latent attention, new tokens of many requests (10.0 and 10.3)",
     "rmsnorm_cute": "RMS norm",
     "rmsnorm_fp4quant": "RMS norm and quantisation to fp4",
 }
+
+_MADE = re.compile(r"(\w+?)_sm(\d+)(\d[af]?)_cute_dsl_(\w+)")
+
+
+def request_for(module: str) -> tuple[str, str] | None:
+    """Return the `fi-ffi build` request and the architecture for a module of this name.
+
+    The request is "" if the name does not determine the options. Returns None if no CuTe DSL module
+    can have this name.
+    """
+    made = _MADE.fullmatch(module)
+    if made is None:
+        return None
+    owner, major, minor, words = made.groups()
+    numbers = re.findall(r"\d+", words)
+    for family, call in CALLS.items():
+        if call.module != owner or call.name is _every:
+            continue
+        known = OPTIONS[family]
+        choices = [
+            [v for v in option.values if v in "01" or v in words or DTYPES.get(v, v) in words]
+            if option.values
+            else [number for number in dict.fromkeys(numbers) if option.accepts(number)]
+            for option in known.values()
+        ]
+        for values in itertools.product(*choices):
+            given = dict(zip(known, values, strict=True))
+            if words.endswith("_" + "_".join(call.name(given))):
+                text = ",".join(
+                    f"{name}={value}" for name, value in given.items()
+                    if value != known[name].default
+                )  # fmt: skip
+                return f"{family}:{text}" if text else family, f"{major}.{minor}"
+    return "", f"{major}.{minor}"

@@ -1,11 +1,11 @@
 """Makes FlashInfer compile kernels of CuTe DSL; runs in the build environment only.
 
-A plain script, as `driver.py` is: `python -I cute_driver.py ANSWER` reads a question as JSON
-from its standard input and writes the answer as JSON to the file ANSWER.
+Like `driver.py`, this is a plain script: `python -I cute_driver.py ANSWER` reads a question as JSON
+from standard input and writes the answer as JSON to the file ANSWER.
 
-FlashInfer's own functions are called, with tensors of the CPU that say they are a GPU's.  What
-they compile is caught: exported as an object, and linked into a module.  What they launch then
-does nothing.  So a kernel is the one that FlashInfer would choose and compile for such a call.
+It calls FlashInfer's own functions with CPU tensors that claim to be on a GPU. Kernels that they
+compile are intercepted, exported as objects, and linked into modules; launches do nothing. So each
+kernel is the one that FlashInfer would choose and compile for such a call.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from typing import Any
 
 _KERNELS = "nvidia_cutlass_dsl"
 _CUDA = 2  # kDLCUDA of dlpack.h
-_DEVICE_AT = 8  # of a DLTensor: after its address
+_DEVICE_AT = 8  # offset in a DLTensor, after the address
 _ALIGNMENT = 256
-# By compute capability: multiprocessors, and the shared memory that a block can have, of the
-# GPU that a kernel is chosen for.
+# By compute capability: name, multiprocessors, and shared memory of a block, for the GPU that a
+# kernel is chosen for.
 _GPUS = {
     (8, 0): ("A100", 108, 166912),
     (8, 9): ("L40S", 142, 101376),
@@ -37,11 +37,11 @@ _GPUS = {
     (10, 0): ("B200", 148, 232448),
     (12, 0): ("RTX PRO 6000", 188, 101376),
 }
-_LONGEST = 200  # a name that ends in .so and has room for what a cache adds
+_LONGEST = 200  # a name that leaves space for the suffix .so and a cache's additions
 
 
 def _sibling(name: str) -> Any:
-    """The plain script of this name beside this one."""
+    """Import the plain script `name` beside this one."""
     path = Path(__file__).with_name(f"{name}.py")
     spec = importlib.util.spec_from_file_location(f"fi_ffi_{name}", path)
     assert spec is not None
@@ -52,7 +52,7 @@ def _sibling(name: str) -> Any:
 
 
 def module_name(directory: str, kernel: str) -> str:
-    """What FlashInfer's cache calls a directory and a file in it, as one name."""
+    """Return FlashInfer's cache directory and file name, joined into one module name."""
     import hashlib
 
     name = re.sub(r"\W", "_", f"{directory}_{kernel}", flags=re.ASCII)
@@ -61,21 +61,21 @@ def module_name(directory: str, kernel: str) -> str:
 
 
 class Maker:
-    """Compiles what is caught into modules in a folder, and remembers their names."""
+    """Compiles intercepted kernels into modules in a folder, and records their names."""
 
     def __init__(self, question: dict[str, Any]) -> None:
         self.arch, self.folder = question["arch"], Path(question["folder"])
         self.cxx, self.runtime = question["cxx"].split(), Path(question["runtime"])
         self.request: dict[str, Any] = {}
         self.names: list[str] = []
-        self._unnamed: list[str] = []  # what one call compiles that FlashInfer does not name
-        # Whether FlashInfer has given what is compiled now a name.
+        self._unnamed: list[str] = []  # kernels of the current call that FlashInfer does not name
+        # Whether FlashInfer has named the kernel that is being compiled.
         self._is_named = False
 
     def cached(
         self, module_name: str, kernel_name: str, compile_fn: Any, *_: Any, **__: Any
     ) -> Any:
-        """In place of FlashInfer's `build_and_load_cute_dsl_kernel`."""
+        """Replace FlashInfer's `build_and_load_cute_dsl_kernel`."""
         self._is_named = True
         try:
             return self._make(module_name, kernel_name, compile_fn)
@@ -83,7 +83,7 @@ class Maker:
             self._is_named = False
 
     def compiled(self, compile_fn: Callable[..., Any], function: Any, *args: Any) -> Any:
-        """In place of CuTe's own compilation, which `compile_fn` is."""
+        """Replace CuTe's own compilation; `compile_fn` is the original."""
         if self._is_named:
             return compile_fn()
         name = getattr(function, "__name__", None) or type(function).__name__
@@ -122,11 +122,11 @@ class Maker:
         os.replace(part, target)
 
 
-# Tensors of the CPU that say they are a GPU's
+# CPU tensors that claim to be on a GPU
 
 
 class _AsCuda:
-    """What CuTe reads of a tensor: DLPack, with the device put into it."""
+    """A tensor for CuTe to read through DLPack, with a GPU as its device."""
 
     def __init__(self, tensor: Any) -> None:
         self._tensor = tensor
@@ -143,13 +143,13 @@ class _AsCuda:
         made = pointer(capsule, b"dltensor")
         ctypes.cast(made + _DEVICE_AT, ctypes.POINTER(ctypes.c_int32))[0] = _CUDA
         if not self._tensor.storage_offset():
-            # Nobody reads there, and what CUDA allocates begins so.
+            # Aligned as CUDA's allocations are; the memory is never read.
             ctypes.cast(made, ctypes.POINTER(ctypes.c_int64))[0] &= -_ALIGNMENT
         return capsule
 
 
 def _pretend(capability: tuple[int, int]) -> Any:
-    """The torch mode in which tensors are on a GPU of this capability, and torch has it."""
+    """Return the torch mode in which torch has a GPU of this capability and tensors are on it."""
     torch = importlib.import_module("torch")
     overrides = importlib.import_module("torch.overrides")
     near = min(_GPUS, key=lambda known: (known[0] != capability[0], abs(known[1] - capability[1])))
@@ -187,6 +187,8 @@ def _pretend(capability: tuple[int, int]) -> Any:
                 return True
             if function == torch.Tensor.cuda:
                 return args[0]
+            if function is torch.device:
+                return function(*args, **(kwargs or {}))
             kwargs = {key: placed(value) for key, value in (kwargs or {}).items()}
             return function(*map(placed, args), **kwargs)
 
@@ -195,12 +197,12 @@ def _pretend(capability: tuple[int, int]) -> Any:
 
 @contextmanager
 def _caught(maker: Maker) -> Iterator[None]:
-    """Hand what CuTe compiles to `maker`."""
+    """Redirect CuTe's compilation to `maker`."""
     torch = importlib.import_module("torch")
     runtime = importlib.import_module("cutlass.cute.runtime")
     compiler = importlib.import_module("cutlass.base_dsl.compiler")
     driver = importlib.import_module("cuda.bindings.driver")
-    cache: Any = types.SimpleNamespace()  # what releases have that keep no objects
+    cache: Any = types.SimpleNamespace()  # for releases that do not cache kernels
     with suppress(ModuleNotFoundError):
         cache = importlib.import_module("flashinfer.jit.cute_dsl_core")
     begin, compile_fn = runtime._Tensor.__init__, compiler.CompileCallable._compile
@@ -211,7 +213,7 @@ def _caught(maker: Maker) -> Iterator[None]:
         )
 
     def streamed(value: Any) -> Any:
-        """A stream is taken from TVM-FFI, where all other modules take it from."""
+        """Replace a stream argument by TVM-FFI's current stream, which all other modules use."""
         if isinstance(value, driver.CUstream):
             return runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
         return value
@@ -228,15 +230,21 @@ def _caught(maker: Maker) -> Iterator[None]:
 
 
 def _value(value: Any, capability: tuple[int, int]) -> Any:
-    """An argument of the call: a tensor by its dtype and shape, "sm" for the GPU's number."""
+    """Return an argument of the call.
+
+    A dictionary stands for a tensor (dtype and shape), "torch.bfloat16" for a dtype, and "sm" for
+    the GPU's number.
+    """
+    torch = importlib.import_module("torch")
+    if isinstance(value, str) and value.startswith("torch."):
+        return getattr(torch, value.removeprefix("torch."))
     if isinstance(value, dict):
-        torch = importlib.import_module("torch")
         return torch.zeros(value["shape"], dtype=getattr(torch, value["tensor"]))
     return 10 * capability[0] + capability[1] if value == "sm" else value
 
 
 def _taken(called: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments, but for those that a release lacks and that ask for nothing."""
+    """Return the arguments without those that the release lacks and that have no effect."""
     known = inspect.signature(inspect.unwrap(called)).parameters
     return {
         name: value
@@ -246,12 +254,12 @@ def _taken(called: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(text: str) -> str:
-    """Text without the colours of a terminal."""
+    """Return text without terminal colours."""
     return re.sub(r"\x1b\[[\d;]*m", "", text)
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
-    """Make the modules of every request; those that failed, with the reason."""
+    """Make the modules of every request; failed requests get a reason."""
     packages = Path(question["packages"])
     sys.path[:0] = [str(packages / _KERNELS / "dsl_packages"), str(packages)]
     os.environ["CUTE_DSL_ARCH"] = question["arch"]

@@ -1,7 +1,7 @@
-"""What FlashInfer's generators say that only the records need: names, and sources of modules.
+"""Information from FlashInfer's generators that only records need: modules' names and sources.
 
-As a script (`python -I described.py ANSWER`) it runs in the build environment, beside the
-package's own driver, of which it is an extension.
+As a script (`python -I described.py ANSWER`) this file runs in the build environment and extends
+`driver.py`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ DRIVER = Path(__file__).with_name("driver.py")
 def generated_names(
     requests: Sequence[Mapping[str, object]], *, release: str, arch: str, build_dir: Path | None
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """What FlashInfer's generators call modules, and why they refuse others, by `text`.
+    """Return the generators' module names, and the reasons of refusals, both by `text`.
 
-    A request has a `text` of its own, a `generator` ("module:function") and its `arguments`.
+    A request has a unique `text`, a `generator` ("module:function") and its `arguments`.
     """
     from fi_ffi.loader.building import build, environment, names
 
@@ -36,18 +36,18 @@ def generated_names(
 def described(
     unlisted: Sequence[str], *, release: str, arch: str, build_dir: Path | None
 ) -> dict[str, Any]:
-    """What FlashInfer's own list of modules is compiled from.
+    """Return the sources of all modules in FlashInfer's own list.
 
-    `modules` have a name, `sources` (paths), and `cflags` and `cuda_cflags`, and so have
-    those `unlisted` modules that are asked for by name; `data` is the folder of the sources
-    that none was generated for; `unavailable` has generators that failed, and why.
+    `modules` have a name, `sources` (paths), `cflags` and `cuda_cflags`; so have the `unlisted`
+    modules requested by name. `data` is the folder of the sources that are not generated.
+    `unavailable` lists failed generators with the reasons.
     """
     from fi_ffi.loader.building import build, environment, names
 
     architectures = names.parse_arch(arch)
     requests = [names.parse_request(name).as_json(release) for name in unlisted]
     with environment.open_workshop(release, architectures, build_dir) as workshop:
-        # A generator compiles a helper, which includes cuBLAS.
+        # A generator compiles a helper that includes cuBLAS.
         environment.install_headers(workshop.environment, "cublas", workshop.toolkit, workshop.say)
         question: dict[str, object] = {"action": "sources", "requests": requests}
         answer: dict[str, Any] = build.ask(workshop, question, Path(__file__))
@@ -55,9 +55,9 @@ def described(
 
 
 def _answer(driver: Any, question: dict[str, Any]) -> dict[str, Any]:
-    """In the environment: the names that were asked for, or the sources of all modules.
+    """Answer in the build environment: requested names, or the sources of all modules.
 
-    Also of those that could not be built here, and of some that are not listed.
+    The sources include modules that could not be built here, and some that are not listed.
     """
     result: dict[str, Any] = driver.about()
     if question["action"] == "names":
@@ -73,7 +73,7 @@ def _answer(driver: Any, question: dict[str, Any]) -> dict[str, Any]:
 
 
 def _names(driver: Any, requests: list[dict[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
-    """What the modules asked for are called, and reasons for those that cannot be."""
+    """Return the names of requested modules, and reasons for failures."""
     names: dict[str, str] = {}
     failed: dict[str, str] = {}
     for request in requests:
@@ -86,14 +86,14 @@ def _names(driver: Any, requests: list[dict[str, Any]]) -> tuple[dict[str, str],
 
 
 def _without_artifacts() -> None:
-    """Let generators make their specs without the files that they download.
+    """Replace downloads by stubs, so that generators can make their specs.
 
-    What they download is compiled in, and does not change which sources a module is of.
+    Downloaded files are compiled in; they do not change which sources a module has.
     """
     importlib.import_module("flashinfer.aot")
     stand_ins = {
         "get_artifact": lambda *args, **kwargs: b"absent",
-        "get_cubin": lambda *args, **kwargs: b"absent",  # as earlier releases call it
+        "get_cubin": lambda *args, **kwargs: b"absent",  # earlier releases' name
         "get_meta_hash": lambda *args: "absent",
         "ensure_symlink": lambda *args: None,
         "verify_symlinked_headers": lambda *args: None,
@@ -105,7 +105,7 @@ def _without_artifacts() -> None:
 
 
 def _sources(spec: Any) -> dict[str, Any]:
-    """The files that a spec is compiled from, and the flags they are compiled with."""
+    """Return a spec's source files and compiler flags."""
     return {
         "name": spec.name,
         "sources": [str(path) for path in spec.sources],

@@ -1,9 +1,8 @@
-"""Asks FlashInfer's own generators for build files; runs in the build environment only.
+"""Queries FlashInfer's own generators for build files; runs in the build environment only.
 
-A plain script: `python -I driver.py ANSWER` reads a question as JSON from its
-standard input and writes the answer as JSON to the file ANSWER.  What FlashInfer
-prints goes where standard output goes.  The packages it needs are imported by name
-because the program that this file ships with must never import them itself.
+This is a plain script: `python -I driver.py ANSWER` reads a question as JSON from standard input
+and writes the answer as JSON to the file ANSWER. FlashInfer's output goes to standard output. The
+packages are imported by name, because fi_ffi itself must never import them.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ _NO_DOWNLOAD = "FLASHINFER_NO_DOWNLOAD"
 def _load_bare_package(name: str) -> None:
     """Make `name`'s submodules importable without running its `__init__`.
 
-    FlashInfer's own imports everything that runs kernels, with a dozen large
-    dependencies; the generators need none of them.
+    FlashInfer's own `__init__` imports everything that runs kernels, with a dozen large
+    dependencies that the generators do not need.
     """
     spec = importlib.util.find_spec(name)
     if spec is None or spec.submodule_search_locations is None:
@@ -48,21 +47,20 @@ def reason(error: BaseException) -> str:
 
 
 class _Skipped:
-    """Stands in a list of specs for a generator that failed."""
+    """Replaces the spec of a generator that failed."""
 
     def __init__(self, generator: str, reason: str) -> None:
         self.name, self.generator, self.reason = f"(failed) {generator}", generator, reason
 
     def __iter__(self) -> Iterator[_Skipped]:
-        """For generators that give several specs."""
+        """Yield itself, for generators that return several specs."""
         yield self
 
 
 def _tolerant(name: str, generator: Callable[..., Any]) -> Callable[..., Any]:
-    """A generator that gives a `_Skipped` where it cannot give a spec.
+    """Wrap a generator so that it returns a `_Skipped` when it fails.
 
-    Some fetch headers from a server when they are called: one that cannot be
-    reached must not hide all the other modules.
+    Some generators fetch headers from a server; an unreachable one must not hide all other modules.
     """
 
     @functools.wraps(generator)
@@ -76,16 +74,19 @@ def _tolerant(name: str, generator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def everything(*, download: bool = False) -> tuple[dict[str, Any], list[_Skipped]]:
-    """FlashInfer's list of what it builds ahead of time, with everything turned on; and the
-    generators that failed, as some do without `download`."""
+    """Return everything that FlashInfer can build ahead of time, and the generators that failed.
+
+    Some generators fail without `download`.
+    """
     aot = importlib.import_module("flashinfer.aot")
     for home in ("flashinfer.aot", "flashinfer.jit.attention", "flashinfer.jit.comm"):
-        names = vars(importlib.import_module(home))  # where the list gets its generators from
+        # the namespaces that provide the list's generators
+        names = vars(importlib.import_module(home))
         for name in [name for name in names if re.match(r"gen_(?!all_).*_module", name)]:
             names[name] = _tolerant(name, names[name])
     settings = dict(aot.get_default_config())
     settings["sm_capabilities"] = aot.detect_sm_capabilities()
-    # The parameters are named as the settings are, some with an underscore after.
+    # Parameters have the names of the settings, some with an appended underscore.
     wanted = inspect.signature(aot.gen_all_modules).parameters
     asked = os.environ.get(_NO_DOWNLOAD)
     if not download:
@@ -94,7 +95,7 @@ def everything(*, download: bool = False) -> tuple[dict[str, Any], list[_Skipped
     if asked is None:
         os.environ.pop(_NO_DOWNLOAD, None)
     skipped = [spec for spec in specs if isinstance(spec, _Skipped)]
-    # Some specs (those of CuTe-DSL) are no libraries and have no build file.
+    # Some specs (CuTe DSL) are no libraries and have no build file.
     found = {spec.name: spec for spec in specs if hasattr(spec, "write_ninja")}
     return found, skipped
 
@@ -106,7 +107,7 @@ def _value(text: Any) -> Any:
 
 
 def generate(request: dict[str, Any]) -> Any:
-    """Call the generator of a family with those of the arguments that it names."""
+    """Call a family's generator with those of the arguments that it accepts."""
     module, _, function = request["generator"].partition(":")
     generator = inspect.unwrap(getattr(importlib.import_module(module), function))
     known = {name: _value(value) for name, value in request["arguments"].items()}
@@ -115,7 +116,7 @@ def generate(request: dict[str, Any]) -> Any:
 
 
 def _resolve(requests: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """Specs by request, reasons for those that failed, and all names of the list if consulted."""
+    """Return specs and failures by request, and all listed names if the list was needed."""
     specs: dict[str, Any] = {}
     failed: dict[str, str] = {}
     for request in requests:
@@ -124,7 +125,7 @@ def _resolve(requests: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, 
                 specs[request["text"]] = generate(request)
             except Exception as error:
                 failed[request["text"]] = f"FlashInfer's generator refused it: {reason(error)}"
-    # What the options in an exact name lead to is wanted only if it has that very name.
+    # A spec made from the options in an exact name counts only if it has that very name.
     exact = [request["text"] for request in requests if request["exact"]]
     open_names = [text for text in exact if text not in specs or specs[text].name != text]
     listed = everything()[0] if open_names else {}
@@ -152,7 +153,7 @@ def _describe(text: str, spec: Any) -> dict[str, Any]:
 
 
 def about() -> dict[str, Any]:
-    """What the environment has; FlashInfer is loaded with it."""
+    """Load FlashInfer and return the environment's facts."""
     _load_bare_package("flashinfer")
     core = importlib.import_module("flashinfer.jit.core")
     version = importlib.import_module("flashinfer.version")
@@ -167,7 +168,7 @@ def about() -> dict[str, Any]:
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
-    """`list` names every module that can be built; `generate` writes the files to build some."""
+    """Answer a question: `list` names all modules, `generate` writes build files for some."""
     result = about()
     if question["action"] == "list":
         found, skipped = everything()

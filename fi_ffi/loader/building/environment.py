@@ -1,11 +1,11 @@
-"""The environment of a build: FlashInfer's generators, the CUDA toolkit, a folder of its own.
+"""The environment of a build: FlashInfer's generators, the CUDA toolkit, and a build folder.
 
-The generators run in a throw-away environment, one per release: it is made once and used
-again, by any Python, until its requirements change; its path is in every compiler command,
-so another one would mean compiling all over.  A toolkit is taken from CUDA_HOME, CUDA_PATH or
-PATH.  Pieces of CUDA that the machine lacks come from the package index, into folders of
-their own, so that they cannot disagree with those that torch brings.  The index has an nvcc from
-CUDA 13 on; its packages of CUDA 12 have headers, libraries and ptxas.
+The generators run in a separate environment for each release. It is made once and reused, by any
+Python, until its requirements change. Its path is in every compiler command, so another path would
+mean compiling everything again. The toolkit is taken from CUDA_HOME, CUDA_PATH or PATH. Parts of
+CUDA that the machine lacks are installed from the package index, into separate folders, so that
+they cannot conflict with torch's. The index has nvcc from CUDA 13 on; for CUDA 12 it has headers,
+libraries and ptxas.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from fi_ffi.loader.lock import parse_release
 from fi_ffi.loader.machine import CPUS, CUDA_MAJORS, majors_here
 
 DEFAULT_TORCH = "torch==2.13.0"
-INDEX_CUDA = "13.0"  # the toolkit taken from the package index, where no other is asked for
-_FIRST_INDEXED = 13  # the first major version of which the index has an nvcc
-_FIRST_OF_FAMILIES = (12, 9)  # the first nvcc that compiles for a family, such as 12.0f
+INDEX_CUDA = "13.0"  # toolkit of the package index if no other is requested
+_FIRST_INDEXED = 13  # first major version with an nvcc on the index
+_FIRST_OF_FAMILIES = (12, 9)  # first nvcc that compiles for a family such as 12.0f
 
-# What FlashInfer's generators import, beside torch; its other dependencies are for
-# running kernels.  Versions are taken from the requirements of the release.
+# Imports of FlashInfer's generators besides torch; its other dependencies only run kernels. The
+# release's own requirements determine the versions.
 _NEEDED = (
     "apache-tvm-ffi",
     "filelock",
@@ -48,15 +48,14 @@ _NEEDED = (
     "packaging",
     "requests",
 )
-# The compiler of CuTe DSL, and the parts that it comes in; its own other requirements are for
-# running kernels and for disassembling them.
+# The compiler of CuTe DSL and its parts. Its other requirements run or disassemble kernels.
 CUTE_DSL = "4.7.1"
 _CUTE_PARTS = ("", "-libs-base", "-libs-core", f"-libs-cu{CUDA_MAJORS[0]}")
 _CUTE_NEEDS = ("cuda-bindings>=13,<14", "cuda-pathfinder", "numpy", "typing-extensions")
 _ERROR_LINES = 6
 
-# What is linked with -l, and how its headers' names begin -> the extra of the `cuda-toolkit`
-# distribution that has it.
+# A library's `-l` name, or the start of its headers' names -> the extra of the `cuda-toolkit`
+# distribution that provides it.
 PARTS = {
     "cublas": "cublas",
     "cublasLt": "cublas",
@@ -71,10 +70,10 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a build stands.
+    """Progress of a build.
 
-    `stage` is "prepare", "compile" or "package"; `done` of `total` compiler and
-    linker runs are finished.
+    `stage` is "prepare", "compile" or "package"; `done` of `total` compiler and linker runs are
+    finished.
     """
 
     stage: str
@@ -107,12 +106,12 @@ class Toolkit:
 
     @property
     def tag(self) -> str:
-        """As the names of wheels have it: cu130."""
+        """The CUDA tag in names of wheels: cu130."""
         return "cu" + self.release.replace(".", "")
 
 
 def _output(*command: str | Path) -> str:
-    """What a command prints on either stream; empty if it cannot be run."""
+    """Return a command's output on both streams; "" if it cannot be run."""
     try:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
@@ -123,9 +122,9 @@ def _output(*command: str | Path) -> str:
 
 
 def toolkit_of(nvcc: Path) -> Toolkit | None:
-    """The toolkit that `nvcc` belongs to, or None if it is not a working compiler."""
+    """Return the toolkit that `nvcc` belongs to, or None if it does not work."""
     release = re.search(r"release (\d+\.\d+),", _output(nvcc, "--version"))
-    # `nvcc` on PATH may be a link or a script; the real one names its folder in a dry run.
+    # `nvcc` on PATH may be a link or a script; a dry run prints the real folder.
     top = re.search(r"^#\$ TOP=(.+)$", _output(nvcc, "-dryrun", "-c", "none.cu"), re.MULTILINE)
     if release is None or top is None:
         return None
@@ -133,12 +132,12 @@ def toolkit_of(nvcc: Path) -> Toolkit | None:
 
 
 def find_toolkits() -> list[Toolkit]:
-    """The toolkits of this machine, the one that was named first before that on PATH."""
+    """Return this machine's toolkits: named ones, then the one on PATH, then installed ones."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     candidates = [Path(home) / "bin" / "nvcc" for home in homes if home]
     if on_path := shutil.which("nvcc"):
         candidates.append(Path(on_path))
-    # Where NVIDIA's installers put them.
+    # The default folders of NVIDIA's installers.
     candidates.append(Path("/usr/local/cuda/bin/nvcc"))
     candidates += sorted(Path("/usr/local").glob("cuda-*/bin/nvcc"), reverse=True)
     found = (toolkit_of(nvcc) for nvcc in candidates if nvcc.is_file())
@@ -165,7 +164,7 @@ def check_architectures(toolkit: Toolkit, architectures: Iterable[str]) -> None:
 
 
 def find_cxx(cpu: str | None = None) -> str:
-    """The C++ compiler: CXX, or c++, g++ or clang++ on PATH; for another processor, its g++."""
+    """Return the C++ compiler: CXX, or one on PATH; for another `cpu`, its cross compiler."""
     names, package = ["c++", "g++", "clang++"], "g++"
     if cpu is not None:
         names, package = [f"{cpu}-linux-gnu-g++"], f"g++-{cpu.replace('_', '-')}-linux-gnu"
@@ -187,19 +186,19 @@ Missing = tuple[str, str]
 
 
 def missing_part(output: str) -> Missing | None:
-    """The part of CUDA that a build's output says is missing, if it is one."""
+    """Return the part of CUDA that is missing according to a build's output, or None."""
     header = re.search(r"fatal error: ([\w/]+)[\w./]*: No such file", output)
     for start, extra in PARTS.items():
         if header and header[1].startswith(start):
             return extra, ""
-    # GNU ld and gold, lld, mold
-    told = r"(?:cannot find -l|unable to find library -l|library not found: )(\w+)"
-    name = re.search(told, output)
+    # messages of GNU ld and gold, lld, and mold
+    pattern = r"(?:cannot find -l|unable to find library -l|library not found: )(\w+)"
+    name = re.search(pattern, output)
     return (PARTS[name[1]], name[1]) if name and name[1] in PARTS else None
 
 
 def find_library(folder: Path, file: str) -> Path | None:
-    """The library whose file's name begins so, in the toolkit or package in `folder`."""
+    """Return the library whose file name starts with `file`, in a toolkit or package."""
     for pattern in ("lib64", "lib", "targets/*/lib"):
         for candidate in sorted(folder.glob(f"{pattern}/{file}*")):
             return candidate
@@ -207,24 +206,24 @@ def find_library(folder: Path, file: str) -> Path | None:
 
 
 def _stub_source(cuda_h: Path) -> str:
-    """C text that defines every function of the CUDA driver, to link against and never to run.
+    """Return C code that defines every function of the CUDA driver, for linking only.
 
-    With the names there, the linker lists libcuda.so.1 as needed in the modules that
-    call it and in no other, as it would with the toolkit's own stub.
+    With these symbols the linker adds libcuda.so.1 to the needed libraries of just the modules that
+    call it, as with the toolkit's own stub.
     """
     names = sorted(set(re.findall(r"\bcu[A-Z]\w+", cuda_h.read_text(errors="replace"))))
     return "".join(f"int {name}(void) {{ return 999; }}\n" for name in names)
 
 
 def add_link(folder: Path, name: str, library: Path) -> None:
-    """Let `-l<name>` find a library whose file's name ends with its version."""
+    """Let `-l<name>` find a library whose file name ends with its version."""
     link = folder / f"lib{name}.so"
     link.unlink(missing_ok=True)
     link.symlink_to(library)
 
 
 def make_link_folder(toolkit: Toolkit, cxx: str, cudart: Path, folder: Path) -> Path:
-    """A folder for LIBRARY_PATH with libcudart.so and a stub of libcuda.so."""
+    """Make a folder for LIBRARY_PATH with libcudart.so and a stub of libcuda.so."""
     folder.mkdir(parents=True, exist_ok=True)
     add_link(folder, "cudart", cudart)
     stub = folder / "libcuda.so"
@@ -239,12 +238,12 @@ def make_link_folder(toolkit: Toolkit, cxx: str, cudart: Path, folder: Path) -> 
     return folder
 
 
-# The environment of the generators, and pieces of CUDA beside it
+# The environment of the generators, and parts of CUDA beside it
 
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment with a release of flashinfer-python in it."""
+    """A virtual environment with a release of flashinfer-python."""
 
     root: Path
 
@@ -258,7 +257,7 @@ class Environment:
 
     @property
     def site_packages(self) -> Path:
-        # Of the Python that made the environment, which need not be the one running this.
+        # The environment's Python need not be the one that runs this.
         found = sorted(self.root.glob("lib/python3.*/site-packages"))
         return found[0] if found else self.root / "lib"
 
@@ -270,7 +269,7 @@ class Environment:
         return found
 
     def requirement(self, name: str) -> str:
-        """What flashinfer-python says about the distribution `name`."""
+        """Return flashinfer-python's requirement on the distribution `name`."""
         for text in self._flashinfer().requires or ():
             requirement = Requirement(text)
             if requirement.name == name and requirement.marker is None:
@@ -278,7 +277,7 @@ class Environment:
         return name
 
     def licenses(self) -> dict[str, Path]:
-        """FlashInfer's licence texts, which a wheel of its kernels must carry."""
+        """Return FlashInfer's licence texts, which a wheel of its kernels must carry."""
         files = self._flashinfer().files or ()
         paths = (Path(str(file.locate())) for file in files if "/licenses/" in str(file))
         return {path.name: path for path in paths if path.is_file()}
@@ -293,7 +292,7 @@ class Environment:
 
 
 def _run(what: str, command: Sequence[str], log: Path) -> None:
-    """Run an installer with its output in `log`; BuildError with its last words."""
+    """Run an installer with its output in `log`; BuildError quotes the last lines."""
     with log.open("a") as file:
         file.write(f"$ {' '.join(command)}\n")
         file.flush()
@@ -305,13 +304,13 @@ def _run(what: str, command: Sequence[str], log: Path) -> None:
         with log.open(errors="replace") as text:
             text.seek(start)
             lines = [line.rstrip() for line in text if line.strip()]
-        telling = [line for line in lines if "error" in line.lower()] or lines
-        detail = "\n".join(telling[-_ERROR_LINES:])
+        errors = [line for line in lines if "error" in line.lower()] or lines
+        detail = "\n".join(errors[-_ERROR_LINES:])
         raise BuildError(f"{what} failed:\n{detail}", str(log))
 
 
 def _create(environment: Environment) -> None:
-    """Make the empty environment, with uv where this Python cannot do it by itself."""
+    """Create the empty environment, with uv if this Python has no ensurepip."""
     shutil.rmtree(environment.root, ignore_errors=True)
     environment.root.parent.mkdir(parents=True, exist_ok=True)
     what, uv = f"making the environment {environment.root}", shutil.which("uv")
@@ -328,7 +327,7 @@ def _create(environment: Environment) -> None:
 
 
 def _install(environment: Environment, *arguments: str) -> None:
-    """`pip install` by the environment's own pip, or by uv in one that uv made."""
+    """Run `pip install` by the environment's own pip, or by uv if uv created it."""
     if (environment.site_packages / "pip").is_dir():
         command = [str(environment.python), "-I", "-m", "pip", "install"]
     else:
@@ -340,18 +339,18 @@ def _install(environment: Environment, *arguments: str) -> None:
     _run(f"installing {' '.join(wanted)}", [*command, *arguments], environment.log)
 
 
-def _once(
-    result: Path, telling: Path, content: Mapping[str, str], make: Callable[[], None]
+def _make_once(
+    result: Path, evidence: Path, content: Mapping[str, str], make: Callable[[], None]
 ) -> None:
-    """Make the folder `result` unless `telling` is there and was made from the same `content`.
+    """Make the folder `result`, unless `evidence` exists and the same `content` was recorded.
 
-    The marker beside it is written last: what was interrupted is done again.
+    The marker that records the content is written last, so an interrupted run is repeated.
     """
     marker = result.with_name(result.name + ".json")
     text = json.dumps(dict(content), indent=1, sort_keys=True)
     marker.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{marker}.lock"):
-        if telling.exists() and marker.is_file() and marker.read_bytes() == text.encode():
+        if evidence.exists() and marker.is_file() and marker.read_bytes() == text.encode():
             return
         marker.unlink(missing_ok=True)
         make()
@@ -361,11 +360,12 @@ def _once(
 
 
 def prepare_environment(root: Path, release: str, torch: str, say: Say) -> Environment:
-    """The environment for `release` under the folder `root`, made if it is not there."""
+    """Return the environment for `release` under the folder `root`; create it if needed."""
     environment = Environment(root / f"env-{release}")
 
     def make() -> None:
-        created = environment.root / "created"  # interrupted before, it would have no pip
+        # an environment interrupted earlier would have no pip
+        created = environment.root / "created"
         if not (created.exists() and environment.python.exists()):
             say(f"making a virtual environment in {environment.root}")
             _create(environment)
@@ -376,8 +376,8 @@ def prepare_environment(root: Path, release: str, torch: str, say: Say) -> Envir
         _install(environment, torch, *map(environment.requirement, _NEEDED))
 
     content = {"torch": torch, "needed": " ".join(_NEEDED)}
-    # Its Python is a link, and leads nowhere once the Python that made it is gone.
-    _once(environment.root, environment.python, content, make)
+    # The environment's Python is a link, which breaks when the Python that made it is removed.
+    _make_once(environment.root, environment.python, content, make)
     return environment
 
 
@@ -389,9 +389,9 @@ def _unpack(
     *options: str,
     libraries: bool = True,
 ) -> Path:
-    """Install NVIDIA's packages to the folder `name` beside the environment.
+    """Install NVIDIA's packages into the folder `name` beside the environment.
 
-    Without `libraries`, which are large, only the headers stay.
+    Without `libraries`, which are large, only the headers are kept.
     """
     folder = environment.root.with_name(name)
 
@@ -403,22 +403,22 @@ def _unpack(
             for unused in folder.glob("nvidia/*/lib"):
                 shutil.rmtree(unused)
 
-    _once(folder, folder, {"requirement": requirement}, make)
+    _make_once(folder, folder, {"requirement": requirement}, make)
     if not _cuda_roots(folder):
         raise BuildError(f"{requirement} has no headers in {folder}", str(environment.log))
     return folder
 
 
 def _cuda_roots(folder: Path) -> list[Path]:
-    """The folders that have `include`, in one that NVIDIA's packages were installed to.
+    """Return the folders with an `include` below a folder of NVIDIA's packages.
 
-    Those of CUDA 13 share one; of CUDA 12 each has its own.
+    CUDA 13's packages share one; each of CUDA 12's has its own.
     """
     return sorted(root for root in folder.glob("nvidia/*") if (root / "include").is_dir())
 
 
 def _find_in(folder: Path, file: str) -> Path | None:
-    """The library whose file's name begins so, in a folder of NVIDIA's packages."""
+    """Return the library whose file name starts with `file`, in a folder of NVIDIA's packages."""
     found = (find_library(root, file) for root in _cuda_roots(folder))
     return next(filter(None, found), None)
 
@@ -426,10 +426,10 @@ def _find_in(folder: Path, file: str) -> Path | None:
 def _unpack_extra(
     environment: Environment, extra: str, release: str, say: Say, part: str = ""
 ) -> Path:
-    """An extra of `cuda-toolkit`.
+    """Install an extra of `cuda-toolkit`.
 
-    Of a library, headers and (`part` "-lib") the whole are in folders of their own: a compiler
-    that reads the one is not disturbed by the other.
+    A library's headers and (`part` "-lib") the whole package are in separate folders, so that a
+    compiler that uses one does not see the other.
     """
     name = f"cuda-{release}-{extra.replace(',', '-')}{part}"
     whole = part == "-lib" or extra not in PARTS.values()
@@ -439,7 +439,7 @@ def _unpack_extra(
 
 @dataclass(frozen=True)
 class CuteDsl:
-    """CuTe DSL, in a folder of its own: its packages, and where its runtime library is."""
+    """CuTe DSL in its own folder: its packages, and the folder of its runtime library."""
 
     packages: Path
 
@@ -449,7 +449,7 @@ class CuteDsl:
 
 
 def install_cute_dsl(environment: Environment, say: Say) -> CuteDsl:
-    """CuTe DSL for the environment's Python, as FlashInfer's release accepts it."""
+    """Install the version of CuTe DSL that FlashInfer's release accepts."""
     accepted = Requirement(environment.requirement("nvidia-cutlass-dsl")).specifier
     wanted = f"=={CUTE_DSL}" if accepted.contains(CUTE_DSL, prereleases=True) else str(accepted)
     folder = environment.root.with_name(f"cute-dsl{re.sub(r'[^0-9a-z.]+', '-', wanted)}")
@@ -458,21 +458,21 @@ def install_cute_dsl(environment: Environment, say: Say) -> CuteDsl:
     def make() -> None:
         say(f"installing nvidia-cutlass-dsl{wanted}")
         shutil.rmtree(folder, ignore_errors=True)
-        # Without what they require: a second compiler, for CUDA 12, and a disassembler.
+        # Without dependencies, which are a second compiler, for CUDA 12, and a disassembler.
         _install(environment, "--no-deps", "--target", str(folder), *parts, *_CUTE_NEEDS)
 
     content = {"parts": " ".join(parts), "needs": " ".join(_CUTE_NEEDS)}
-    _once(folder, folder, content | {"python": environment.site_packages.parent.name}, make)
+    _make_once(folder, folder, content | {"python": environment.site_packages.parent.name}, make)
     return CuteDsl(folder)
 
 
 def install_headers(environment: Environment, extra: str, toolkit: Toolkit, say: Say) -> None:
-    """The headers of a CUDA library that the toolkit came without."""
+    """Install the headers of a CUDA library that the toolkit lacks."""
     _unpack_extra(environment, extra, toolkit.release, say)
 
 
 def install_library(environment: Environment, name: str, toolkit: Toolkit, say: Say) -> Path:
-    """A CUDA library that the toolkit came without, as it is linked with `-l<name>`."""
+    """Install a CUDA library that the toolkit lacks; return the file for `-l<name>`."""
     folder = _unpack_extra(environment, PARTS[name], toolkit.release, say, "-lib")
     found = _find_in(folder, f"lib{name}.so.")
     if found is None:
@@ -481,7 +481,7 @@ def install_library(environment: Environment, name: str, toolkit: Toolkit, say: 
 
 
 def _unpack_cudart(environment: Environment, toolkit: Toolkit, say: Say, cpu: str | None) -> Path:
-    """The package with the CUDA runtime; for another processor, to be linked with only."""
+    """Install the package with the CUDA runtime; for another processor, it is only linked with."""
     release = toolkit.release
     if cpu is None:
         return _unpack_extra(environment, "cudart", release, say)
@@ -496,7 +496,7 @@ def _unpack_cudart(environment: Environment, toolkit: Toolkit, say: Say, cpu: st
 
 
 def _find_cudart(environment: Environment, toolkit: Toolkit, say: Say, cpu: str | None) -> Path:
-    """The CUDA runtime library: the toolkit's own, or, where it has none, from the index."""
+    """Return the CUDA runtime library: the toolkit's own, or else the package index's."""
     file = f"libcudart.so.{toolkit.major}"
     own = None if cpu else find_library(toolkit.home, file)
     found = own or _find_in(_unpack_cudart(environment, toolkit, say, cpu), file)
@@ -506,9 +506,9 @@ def _find_cudart(environment: Environment, toolkit: Toolkit, say: Say, cpu: str 
 
 
 def parse_cuda(text: str | None) -> str:
-    """The release of CUDA to build with, such as "12.8", or a major version, "12".
+    """Check a release of CUDA such as "12.8", or a major version, "12".
 
-    Without one it is the major version that kernels here are to be of.
+    The default is the major version that kernels of this process should have.
     """
     if text is None:
         return str(next(iter(majors_here()), CUDA_MAJORS[-1]))
@@ -520,7 +520,7 @@ def parse_cuda(text: str | None) -> str:
 
 
 def choose_toolkit(environment: Environment, cuda: str, say: Say) -> Toolkit:
-    """A toolkit of this machine if one is of that release, else the package index's."""
+    """Return a toolkit of this machine with the requested release, or else the package index's."""
     found = find_toolkits()
     for toolkit in found:
         if cuda in (toolkit.release, str(toolkit.major)):
@@ -548,7 +548,7 @@ def choose_toolkit(environment: Environment, cuda: str, say: Say) -> Toolkit:
 
 @dataclass(frozen=True)
 class Workshop:
-    """All that a build needs but the modules' names."""
+    """Everything that a build needs except the modules' names."""
 
     release: str
     architectures: tuple[str, ...]
@@ -558,7 +558,7 @@ class Workshop:
     cxx: str
     link_folder: Path
     report: Report
-    # The processor that is compiled for, where it is not this machine's.
+    # The target processor, if it is not this machine's.
     cpu: str | None = None
 
     @property
@@ -578,7 +578,7 @@ class Workshop:
             install_headers(self.environment, extra, self.toolkit, self.say)
 
     def variables(self) -> dict[str, str]:
-        """The variables that FlashInfer's build files and the compilers read."""
+        """Return the variables that FlashInfer's build files and the compilers read."""
         folders = (
             self.environment.root.with_name(f"cuda-{self.toolkit.release}-{extra}")
             for extra in dict.fromkeys(PARTS.values())
@@ -591,23 +591,23 @@ class Workshop:
         return {
             "CUDA_HOME": str(self.toolkit.home),
             "CXX": self.cxx,
-            # Searched after every folder on the command line, so that nothing here can
-            # hide a header of the toolkit itself.
+            # Searched after every folder on the command line, so that nothing here hides a header
+            # of the toolkit itself.
             "CPLUS_INCLUDE_PATH": prepend("CPLUS_INCLUDE_PATH", headers),
             "C_INCLUDE_PATH": prepend("C_INCLUDE_PATH", headers),
             "LIBRARY_PATH": prepend("LIBRARY_PATH", [self.link_folder]),
-            # The compilers' messages are read for missing headers and for the cause of a failure.
+            # The compilers' messages are parsed.
             "LC_ALL": "C",
             "FLASHINFER_CUDA_ARCH_LIST": " ".join(self.architectures),
             "FLASHINFER_WORKSPACE_BASE": str(self.folder),
-            # A compiler for another processor does not look into LIBRARY_PATH.
+            # A cross compiler does not search LIBRARY_PATH.
             **({"NVCC_CCBIN": self.cxx.split()[0]} if self.cpu else {}),
         }
 
 
 @contextmanager
 def _unwritable_by_others() -> Iterator[None]:
-    """What a build makes, or the programs that it runs, is for this user alone to write."""
+    """Let only this user write to the build's files, some of which are run."""
     before = os.umask(0o077)
     os.umask(before | 0o022)
     try:
@@ -617,9 +617,9 @@ def _unwritable_by_others() -> Iterator[None]:
 
 
 def _open_root() -> Path:
-    """The cache's folder for builds, made if it is not there.
+    """Return the cache's folder for builds; create it if needed.
 
-    A Python, compilers and build files in it are run, so nobody else may have put them there.
+    Programs and build files in it are run, so no other user may have put them there.
     """
     with cache.writing(cache.cache_root() / "build"):
         root = cache.make_folder("build")
@@ -629,7 +629,7 @@ def _open_root() -> Path:
 
 @contextmanager
 def _locked(folder: Path, say: Say) -> Iterator[None]:
-    """One build at a time in `folder`: a second waits, and finds what the first made."""
+    """Lock `folder`: a second build waits, and then finds the first one's files."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -659,7 +659,7 @@ def open_workshop(
     cpu: str | None = None,
     cuda: str | None = None,
 ) -> Iterator[Workshop]:
-    """Prepare the environment, the toolkit and the build folder, and hold the latter."""
+    """Prepare the environment, the toolkit and the build folder, and hold the folder's lock."""
     if cpu not in (None, *CPUS):
         raise ArgumentError("build", "cpu", got=cpu, expected=" or ".join(CPUS))
     cpu = None if cpu == platform.machine() else cpu
@@ -678,7 +678,7 @@ def open_workshop(
         toolkit = choose_toolkit(environment, cuda, say)
         check_architectures(toolkit, architectures)
         say(f"using {toolkit.nvcc} of CUDA {toolkit.release}")
-        # Another nvcc compiles all over, and would do so whenever the two took turns.
+        # Another nvcc gets another folder: each change of nvcc would compile everything again.
         tag = [] if toolkit.release == INDEX_CUDA else [toolkit.tag]
         parts = [release, *architectures, *filter(None, [cpu]), *tag]
         folder = (build_dir or root / "-".join(parts)).absolute()

@@ -1,8 +1,8 @@
-"""What `fi-ffi build` can be asked for: architectures, and names of kernel modules.
+"""The requests that `fi-ffi build` accepts: architectures, and names of kernel modules.
 
-A module is asked for by its exact name, as FlashInfer's own build list has it
-(`norm`, `gdn_prefill_sm90`, `single_decode_with_kv_cache_dtype_q_f16_…`), or by a
-family and its options: `batch_prefill:backend=fa3,dtype=bf16`.
+A module is requested by its exact name in FlashInfer's own build list (`norm`, `gdn_prefill_sm90`,
+`single_decode_with_kv_cache_dtype_q_f16_…`), or by a family and its options:
+`batch_prefill:backend=fa3,dtype=bf16`.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ OPTIONS = {
 class Family:
     """Modules that FlashInfer makes from a few options.
 
-    One of its generators does, or the call of a kernel of CuTe DSL.
+    They are made by one of its generators, or by the call of a kernel of CuTe DSL (`call`).
     """
 
-    name: str  # also in the table of module names, which has the generator, or of calls
+    name: str  # the key in the table of module names, or of calls
     options: Mapping[str, Option]
     doc: str
     call: cute.CuteCall | None = None
 
 
-def _taking(*names: str) -> dict[str, Option]:
+def _options_of(*names: str) -> dict[str, Option]:
     return {name: OPTIONS[name] for name in names}
 
 
@@ -58,13 +58,13 @@ _ATTENTION = ("dtype", "kv_dtype", "head_dim", "use_sliding_window", "use_logits
 FAMILIES = {
     family.name: family
     for family in (
-        Family("single_decode", _taking(*_ATTENTION), "decode attention of one request"),
-        Family("batch_decode", _taking(*_ATTENTION), "decode attention over a paged KV cache"),
-        Family("single_prefill", _taking(*_ATTENTION, "backend"),
+        Family("single_decode", _options_of(*_ATTENTION), "decode attention of one request"),
+        Family("batch_decode", _options_of(*_ATTENTION), "decode attention over a paged KV cache"),
+        Family("single_prefill", _options_of(*_ATTENTION, "backend"),
                "prefill attention of one request"),
-        Family("batch_prefill", _taking(*_ATTENTION, "backend"),
+        Family("batch_prefill", _options_of(*_ATTENTION, "backend"),
                "prefill attention, ragged and paged"),
-        Family("batch_mla", _taking("dtype", "backend"),
+        Family("batch_mla", _options_of("dtype", "backend"),
                "multi-head latent attention over a paged cache"),
         *(Family(name, cute.OPTIONS[name], f"CuTe DSL: {cute.DOCS[name]}", call)
           for name, call in cute.CALLS.items()),
@@ -76,8 +76,8 @@ FAMILIES = {
 class Request:
     """One thing to build: a family with options, or a module's name if it is `exact`.
 
-    An exact name that follows the rules of a family is taken apart (`module`), for
-    modules that FlashInfer can make and does not list.
+    An exact name that follows the rules of a family is parsed (`module`), so that modules can be
+    built that FlashInfer does not list.
     """
 
     text: str
@@ -92,11 +92,11 @@ class Request:
 
     @property
     def is_cute(self) -> bool:
-        """Whether it is a call of a kernel of CuTe DSL."""
+        """Whether a kernel of CuTe DSL is requested."""
         return self.family is not None and self.family.call is not None
 
     def module_in(self, release: str) -> str:
-        """The one module that is asked for, as a release calls it."""
+        """Return the one module that is requested, by its name in a release."""
         if self.family is None:
             return self.text
         if self.is_cute:
@@ -110,7 +110,7 @@ class Request:
         return uri(self.family.name, release=release, **_params(self.options, set(row.kinds)))
 
     def as_json(self, release: str = DEFAULT_RELEASE) -> dict[str, object]:
-        """What the driver in the build environment is told."""
+        """Return the request for the driver in the build environment."""
         question: dict[str, object] = {"text": self.text, "exact": self.exact}
         if self.family is not None and self.family.call is not None:
             given = {name: option.default for name, option in self.family.options.items()}
@@ -130,9 +130,9 @@ class Request:
 
 
 def _driver_arguments(row: Row, params: Mapping[str, Value]) -> dict[str, Value]:
-    """What a generator takes: dtypes as torch calls them, and what the name leaves open.
+    """Return a generator's arguments, with dtypes as torch names them.
 
-    The driver passes on those that the generator names in its signature.
+    The driver passes those that are in the generator's signature.
     """
     found: dict[str, Value] = dict(row.arguments)
     for name, value in params.items():
@@ -142,7 +142,7 @@ def _driver_arguments(row: Row, params: Mapping[str, Value]) -> dict[str, Value]
 
 
 def _params(options: Mapping[str, str], wanted: set[str]) -> dict[str, Value]:
-    """The parameters that options say something of; the table has the rest."""
+    """Return the parameters that the options determine; the table has defaults for the others."""
     value = {name: options.get(name, option.default) for name, option in OPTIONS.items()}
     head_dim_qk, _, head_dim_vo = value["head_dim"].partition("x")
     kv_dtype = value["dtype"] if value["kv_dtype"] == "same" else value["kv_dtype"]
@@ -163,7 +163,7 @@ def _error(argument: str, got: object, expected: object) -> ArgumentError:
 
 
 def parse_request(text: str) -> Request:
-    """Read `norm` or `batch_prefill:backend=fa3,dtype=bf16`."""
+    """Parse `norm` or `batch_prefill:backend=fa3,dtype=bf16`."""
     name, colon, rest = text.partition(":")
     family = FAMILIES.get(name)
     if family is None:
@@ -184,7 +184,7 @@ def parse_request(text: str) -> Request:
 
 
 def parse_requests(names: Sequence[str], architectures: Sequence[str]) -> tuple[Request, ...]:
-    """All requests, checked against the architectures they are to be built for."""
+    """Parse all requests and check them against the architectures."""
     if isinstance(names, str) or not names:
         raise _error("modules", repr(names), "a sequence of at least one name")
     requests = tuple(parse_request(name) for name in dict.fromkeys(names))
@@ -195,7 +195,7 @@ def parse_requests(names: Sequence[str], architectures: Sequence[str]) -> tuple[
 
 
 def with_options(names: Sequence[str], choices: Mapping[str, Sequence[str]]) -> list[str]:
-    """The names, with `choices` filled in where a family takes them and says nothing itself.
+    """Return the names with `choices` added to families that accept them and do not set them.
 
     Several values of an option give several modules.
     """
@@ -219,14 +219,14 @@ def with_options(names: Sequence[str], choices: Mapping[str, Sequence[str]]) -> 
 
 
 def parse_arch(values: str | Iterable[str]) -> tuple[str, ...]:
-    """Read `9.0a` or `8.7 9.0a`, the form of FLASHINFER_CUDA_ARCH_LIST; sorted, each once."""
+    """Parse `9.0a` or `8.7 9.0a` (as in FLASHINFER_CUDA_ARCH_LIST); sorted, without duplicates."""
     texts = [values] if isinstance(values, str) else list(values)
     found: set[tuple[int, int, str]] = set()
     for text in re.split(r"[\s,;]+", " ".join(texts).strip()):
         match = re.fullmatch(r"(\d{1,2})\.(\d)([af]?)", text)
         if match is None or (int(match[1]), int(match[2])) < (7, 5):
             raise _error("arch", repr(text), "7.5 or later, such as 8.7, 9.0a or 12.0f")
-        # FlashInfer has no kernels for plain 9.0, and takes it to mean 9.0a.
+        # FlashInfer has no kernels for plain 9.0 and interprets it as 9.0a.
         suffix = "a" if text == "9.0" else match[3]
         found.add((int(match[1]), int(match[2]), suffix))
     return tuple(f"{major}.{minor}{suffix}" for major, minor, suffix in sorted(found))

@@ -1,4 +1,4 @@
-"""What families of modules are asked for with: `batch_prefill:backend=fa3,dtype=bf16`."""
+"""Options of module families: `batch_prefill:backend=fa3,dtype=bf16`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a family: the values it takes (None: see `form`) and its default."""
+    """One option of a family: the values it takes (None: any that match `form`) and its default."""
 
     values: tuple[str, ...] | None
     default: str

@@ -1,7 +1,7 @@
-"""Writes a wheel of kernel modules in the layout of `flashinfer-jit-cache`.
+"""Writing of a wheel of kernel modules in the layout of `flashinfer-jit-cache`.
 
-The same modules give the same bytes: members are sorted and carry a fixed time.
-The wheel appears under its name only when it is complete.
+Equal modules give equal bytes: members are sorted and have a fixed time. The wheel appears under
+its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PACKAGE = "flashinfer_jit_cache"
-# The tag of the upstream wheels. No library in them depends on Python at all.
+# The tag of FlashInfer's own wheels. No library in them depends on Python.
 PYTHON_TAG = "cp39-abi3"
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip member can have
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that zip can store
 
 
 @dataclass(frozen=True)
 class KernelWheel:
-    """What goes into one wheel.
+    """The contents of one wheel.
 
-    `modules` maps a module's name to its .so; `architectures` are names such as
-    "sm90a"; `cuda` is the release of the compiler, such as "13.0"; `licenses`
-    maps file names to files.
+    `modules` maps a module's name to its .so; `architectures` are names such as "sm90a"; `cuda` is
+    the compiler's release, such as "13.0"; `licenses` maps file names to files.
     """
 
     release: str
@@ -43,7 +42,7 @@ class KernelWheel:
 
     @property
     def version(self) -> str:
-        """`0.6.13+cu130.sm90a`: wheels for different GPUs must not share a name."""
+        """`0.6.13+cu130.sm90a`: wheels for different GPUs need different names."""
         return f"{self.release}+" + ".".join(
             ["cu" + self.cuda.replace(".", ""), *self.architectures]
         )
@@ -123,7 +122,7 @@ Tag: {tag}
 
 
 def _texts(wheel: KernelWheel) -> dict[str, str]:
-    """The members that are written rather than copied, RECORD excepted."""
+    """Return the generated members, without RECORD."""
     names = tuple(sorted(wheel.modules))
     values = {
         "release": wheel.release,
@@ -147,7 +146,7 @@ def _texts(wheel: KernelWheel) -> dict[str, str]:
 
 
 def _sources(wheel: KernelWheel) -> dict[str, bytes | Path]:
-    """Every member but RECORD, in the order of the archive: dist-info last."""
+    """Return every member but RECORD, in the archive's order: dist-info last."""
     members: dict[str, bytes | Path] = {
         f"{PACKAGE}/jit_cache/{name}/{name}.so": path for name, path in wheel.modules.items()
     }
@@ -164,7 +163,7 @@ def _write_members(archive: zipfile.ZipFile, wheel: KernelWheel) -> None:
     def write(name: str, content: bytes) -> None:
         info = zipfile.ZipInfo(name, date_time=_EPOCH)
         info.compress_type = zipfile.ZIP_DEFLATED
-        info.create_system = 3  # Unix: the upper half of external_attr is a mode
+        info.create_system = 3  # Unix: the upper half of external_attr is a file mode
         info.external_attr = (0o100755 if name.endswith(".so") else 0o100644) << 16
         archive.writestr(info, content)
         digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=")
@@ -179,13 +178,13 @@ def _write_members(archive: zipfile.ZipFile, wheel: KernelWheel) -> None:
 
 
 def write_wheel(wheel: KernelWheel, output: Path) -> Path:
-    """Write `wheel` into the folder `output`; its path. An older one is replaced."""
+    """Write `wheel` into the folder `output`, replacing an older one; return its path."""
     output.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=output, prefix=f".{PACKAGE}-", suffix=".part")
     try:
         with os.fdopen(handle, "w+b") as file, zipfile.ZipFile(file, "w") as archive:
             _write_members(archive, wheel)
-        os.chmod(temporary, 0o644)  # mkstemp's own mode hides the wheel from other users
+        os.chmod(temporary, 0o644)  # mkstemp's mode would hide the wheel from other users
         os.replace(temporary, output / wheel.filename)
     finally:
         with suppress(FileNotFoundError):

@@ -1,7 +1,6 @@
-"""Many module names as few boxes (`fi_ffi.loader.listed.Box`), as the records are written.
+"""Compression of module names to boxes (`fi_ffi.loader.listed.Box`), for the records.
 
-FlashInfer makes its modules in loops over parameters, so that hundreds of names are a
-handful of products.
+FlashInfer makes its modules in loops over parameters, so hundreds of names are a few products.
 """
 
 from __future__ import annotations
@@ -14,20 +13,20 @@ from fi_ffi.loader.uris import ModuleName, Value, parse, uri
 
 
 def write(box: Box) -> dict[str, object]:
-    """The JSON that `Box.read` reads."""
+    """Return the JSON that `Box.read` reads."""
     params = {name: [*values] for name, values in box.values}
     return {"family": box.family} | ({"params": params} if params else {})
 
 
 def names(box: Box, release: str) -> list[str]:
-    """What a release calls the modules of a box."""
+    """Return the names of a box's modules in a release."""
     keys = [name for name, _ in box.values]
     found = itertools.product(*(values for _, values in box.values))
     return [uri(box.family, release=release, **dict(zip(keys, one, strict=True))) for one in found]
 
 
 def boxes_of(given: Iterable[str], release: str) -> list[Box]:
-    """The boxes that the names fill; those that follow no rule of the release are left out."""
+    """Return the boxes that cover the names; names without a rule in the release are left out."""
     modules = [found for name in sorted(given) if (found := parse(name, release))]
     by_family: dict[str, list[ModuleName]] = {}
     for module in modules:
@@ -46,7 +45,7 @@ _Params = dict[str, tuple[Value, ...]]
 
 
 def _merged(points: list[_Params]) -> list[_Params]:
-    """Those that agree in all parameters but one become one, for every parameter in turn."""
+    """Merge points that agree in all parameters but one, for every parameter in turn."""
     for name in points[0]:
         groups: dict[tuple[object, ...], _Params] = {}
         for params in points:
@@ -58,7 +57,8 @@ def _merged(points: list[_Params]) -> list[_Params]:
 
 
 def _typed(values: tuple[Value, ...]) -> tuple[tuple[str, Value], ...]:
-    return tuple((type(value).__name__, value) for value in values)  # 1 and True are equal
+    # by type too: 1 and True are equal
+    return tuple((type(value).__name__, value) for value in values)
 
 
 def _sorted(values: tuple[Value, ...]) -> tuple[Value, ...]:

@@ -1,4 +1,4 @@
-"""What changed from one release of FlashInfer to another, of what their sources declare."""
+"""The differences between the declarations of two FlashInfer releases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESULT = "result"
 
 @dataclass(frozen=True)
 class Change:
-    """A parameter that is not what it was; positions count from 0 and are None where it is not.
+    """A changed parameter; positions count from 0 and are None if it does not exist.
 
     `before` and `after` are "name: type", or the types of the result.
     """
@@ -39,7 +39,7 @@ class Change:
 
 
 def changes(old: Function, new: Function) -> list[Change]:
-    """How a function's parameters changed, by position; empty where they are the same."""
+    """Return how a function's parameters and result changed, by position."""
     found = list(_of_parameters(old, new))
     if old.signature.result != new.signature.result:
         found.append(Change(RESULT, None, None, old.signature.result, new.signature.result))
@@ -50,7 +50,7 @@ def _of_parameters(old: Function, new: Function) -> Iterator[Change]:
     a, b = _named(old), _named(new)
     for tag, i, i_end, j, j_end in SequenceMatcher(None, *_keys(a, b), False).get_opcodes():
         pairs = list(zip(range(i, i_end), range(j, j_end), strict=False))
-        # As many as there were, at their places: what kept its type has another name.
+        # With as many parameters as before, those that kept their type were renamed.
         is_in_place = tag == "equal" or (tag == "replace" and i_end - i == j_end - j)
         for x, y in pairs if is_in_place else ():
             (name, kind), (new_name, new_kind) = a[x], b[y]
@@ -75,7 +75,7 @@ def _named(function: Function) -> _Parameters:
 
 
 def _keys(a: _Parameters, b: _Parameters) -> tuple[list[str], list[str]]:
-    """The names; types, where a declaration leaves names out."""
+    """Return the keys for matching: names, or types if a declaration omits names."""
     by_name = all(name for name, _ in (*a, *b))
     return [name if by_name else kind for name, kind in a], [
         name if by_name else kind for name, kind in b
@@ -84,7 +84,7 @@ def _keys(a: _Parameters, b: _Parameters) -> tuple[list[str], list[str]]:
 
 @dataclass(frozen=True)
 class Moved:
-    """An export that has another source, or another variant of it, than it had."""
+    """An export that moved to another source or variant."""
 
     old: Key
     new: Key
@@ -93,9 +93,9 @@ class Moved:
 
 @dataclass(frozen=True)
 class Family:
-    """Modules that are called otherwise: a name's template, and what makes the modules.
+    """A family whose module names or generator changed: the template, and the generator.
 
-    "" is what a release lacks, or what is not recorded of it.
+    "" means that a release lacks it, or that it is not recorded.
     """
 
     family: str
@@ -108,7 +108,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Difference:
-    """All that changed from `old` to `new`, in the order of sources and names."""
+    """All changes from `old` to `new`, in the order of sources and names."""
 
     old: Interface
     new: Interface
@@ -116,7 +116,7 @@ class Difference:
     came: tuple[Key, ...]
     moved: tuple[Moved, ...]
     changed: Mapping[Key, tuple[Change, ...]]
-    # Exports of generated sources of one pattern, of which some changed.
+    # Exports of several generated sources with one name pattern, of which some changed.
     several: tuple[Key, ...]
     families: tuple[Family, ...]
     generators_gone: Mapping[str, Generator]
@@ -154,7 +154,7 @@ def compare(old: Interface, new: Interface) -> Difference:
 
 
 def _moved(old: Interface, new: Interface, gone: list[Key], came: list[Key]) -> Iterator[Moved]:
-    """What went and came under one name, which no other export has."""
+    """Yield exports that went and came under a unique name."""
     for key in gone:
         same = [other for other in came if other.name == key.name]
         if len(same) == sum(other.name == key.name for other in gone) == 1:
@@ -164,7 +164,7 @@ def _moved(old: Interface, new: Interface, gone: list[Key], came: list[Key]) -> 
 
 
 def _families(old: Interface, new: Interface) -> Iterator[Family]:
-    """The families whose names or generators are others, or that one of the releases lacks."""
+    """Yield the families whose names or generators differ, or that one of the releases lacks."""
     for family in sorted({row.family for row in ROWS}):
         before, after = _row_of(family, old.release), _row_of(family, new.release)
         names = before.template if before else "", after.template if after else ""
@@ -177,7 +177,7 @@ def _families(old: Interface, new: Interface) -> Iterator[Family]:
 
 
 def family_of(generator: str) -> str:
-    """The family whose modules a generator makes or names, if there is one."""
+    """Return the family whose modules a generator makes or names, or ""."""
     function = generator.partition(":")[2].lstrip("_")
     for row in ROWS:
         maker = (row.generator or "").partition(":")[2].lstrip("_")
@@ -197,7 +197,7 @@ def _generator(row: Row | None) -> str:
 
 
 def _exists(generator: str, interface: Interface) -> bool:
-    """Whether the sources have a generator; one whose name a parameter is in is taken as there."""
+    """Return whether the sources have a generator; a parameterised name is assumed to exist."""
     module, _, function = generator.partition(":")
     if "{" in function or "{" in module:
         return True

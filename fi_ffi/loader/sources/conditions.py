@@ -1,4 +1,4 @@
-"""The conditions of `#if`, as far as they are known."""
+"""Evaluation of `#if` conditions, with unknown values."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _COMPARE = {
 }  # fmt: skip
 _ARITHMETIC = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
-# None: not known.
+# None: unknown.
 _Value = int | None
-# Whether a macro is set on the command line or nowhere.
+# Returns whether a macro can only be set on the command line.
 IsSwitch = Callable[[str], bool]
 
 
 def truth(expression: str, macros: Mapping[str, str], is_switch: IsSwitch) -> bool | None:
-    """Whether a condition holds; None where it depends on a macro of which nothing is known."""
+    """Return whether a condition holds; None if it depends on an unknown macro."""
     value = _Parser(expression, macros, is_switch).either()
     return None if value is None else bool(value)
 

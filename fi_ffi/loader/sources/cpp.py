@@ -1,4 +1,4 @@
-"""As much of C++ as bindings need: comments, conditionals, macros, and what a scope declares."""
+"""The parts of C++ that bindings need: comments, conditionals, macros, and declarations."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _CONTINUED = re.compile(r"\\\r?\n")
 _DIRECTIVE = re.compile(r"\s*#\s*(\w+)\s*(.*)")
 _MACRO = re.compile(r"(\w+)(?!\()(?:\s+(.*))?$")
 _INCLUDE = re.compile(r'["<]([^">]+)[">]')
-# What is made for a module lies beside its sources, and is part of them.
+# Included files generated for a module, which count as part of its source.
 _PART = ".inc"
-# Stands in the text where it is not known whether the compiler sees what follows.
+# Marks in the text: between them, it is unknown whether the compiler sees the code.
 DOUBT, SURE = "\x01", "\x02"
 
 Include = Callable[[str], "str | None"]
@@ -24,14 +24,14 @@ Include = Callable[[str], "str | None"]
 
 @dataclass
 class _Preprocessor:
-    """Lines that the compiler sees, and the object-like macros they define."""
+    """Collects the lines that the compiler sees, and the object-like macros they define."""
 
     macros: dict[str, str]
     include: Include
     is_switch: IsSwitch
     headers: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
-    # Of each open conditional: whether this branch is seen, and whether one before it was.
+    # For each open conditional: whether this branch is compiled, and whether an earlier one was.
     open: list[tuple[bool | None, bool | None]] = field(default_factory=list)
 
     def run(self, text: str) -> None:
@@ -44,7 +44,7 @@ class _Preprocessor:
 
     @property
     def seen(self) -> bool | None:
-        """Whether the compiler sees this line; None where that is not known."""
+        """Whether the compiler sees this line; None if unknown."""
         seen = [branch for branch, _ in self.open]
         return False if False in seen else None if None in seen else True
 
@@ -86,10 +86,9 @@ class _Preprocessor:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the compiler sees of a text, the macros without parameters at its end, and the
-    headers it includes, which are not looked into.
+    """A preprocessed text, its object-like macros at the end, and the headers it includes.
 
-    `DOUBT` and `SURE` enclose what depends on a macro of which nothing is known.
+    The headers are not read. `DOUBT` and `SURE` enclose code that depends on an unknown macro.
     """
 
     text: str
@@ -100,14 +99,14 @@ class Seen:
 def preprocess(
     text: str, defines: Mapping[str, str], include: Include, is_switch: IsSwitch
 ) -> Seen:
-    """`defines` are the macros that the command line and the compiler itself set."""
+    """Preprocess a text; `defines` are macros set by the command line and the compiler itself."""
     found = _Preprocessor(dict(defines), include, is_switch)
     found.run(text)
     return Seen("\n".join(found.lines), found.macros, tuple(found.headers))
 
 
 def expand(text: str, macros: Mapping[str, str]) -> str:
-    """The text with its macros replaced."""
+    """Return the text with its macros replaced."""
     names = [name for name in re.findall(r"\b[A-Za-z_]\w*", text) if name in macros]
     for name in dict.fromkeys(names):
         text = re.sub(rf"\b{name}\b", lambda _, name=name: macros[name], text)  # type: ignore[misc]
@@ -116,7 +115,7 @@ def expand(text: str, macros: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Statement:
-    """A declaration of a namespace's, without its body; `body` is None where it has none."""
+    """A declaration in a namespace, without its body; `body` is None if there is none."""
 
     text: str
     body: str | None = None
@@ -127,7 +126,7 @@ class Statement:
 
 
 def statements(text: str) -> Iterator[Statement]:
-    """What the namespaces of a text declare, whatever namespace it is in."""
+    """Yield the declarations of all namespaces in a text."""
     text, doubt = _STRING.sub('""', text), False
     start = position = 0
     while match := _ENDING.search(text, position):
@@ -155,10 +154,10 @@ def statements(text: str) -> Iterator[Statement]:
         position += 1
 
 
-# Where a declaration may end, and what opens a namespace.
+# Characters that may end a declaration, and the text that opens a namespace.
 _ENDING = re.compile("[;{}(\x01\x02]")
 _SCOPE = re.compile(r'\bnamespace\b[\w:\s\x01\x02]*$|\bextern\s*""\s*$')
-# A macro's use needs no semicolon.
+# A macro call needs no semicolon.
 _is_macro_call = re.compile(r"\s*[A-Z][A-Z0-9_]+\s*\(", re.ASCII).match
 
 
@@ -175,7 +174,7 @@ _BRACKETS = {
 
 
 def closing(text: str, start: int) -> int:
-    """Where the bracket at `start` is closed; the end where it is not."""
+    """Return the position that closes the bracket at `start`; the end if it is not closed."""
     pattern, close = _BRACKETS[text[start]]
     depth = 0
     for match in pattern.finditer(text, start):
@@ -186,7 +185,7 @@ def closing(text: str, start: int) -> int:
 
 
 def split(text: str) -> list[str]:
-    """The parts between the commas that are outside of brackets."""
+    """Split at the commas outside of brackets."""
     parts, depth = [""], 0
     for char in text:
         depth += (char in "<([{") - (char in ">)]}")

@@ -1,7 +1,7 @@
-"""What the modules of a release export, as `fi-ffi release record --modules` writes it.
+"""The record of a release's exports, written by `fi-ffi release record --modules`.
 
-The record is read from FlashInfer's bindings for every module that it builds ahead of time, and
-held against binaries by `tests/gpu/test_entries.py`.
+It is read from FlashInfer's bindings, for every module built ahead of time, and compared with
+binaries by `tests/gpu/test_entries.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fi_ffi.loader.uris import parse
 
 @dataclass(frozen=True)
 class Entry:
-    """A function of a module: its signature, and what its parameters are called."""
+    """A function of a module: its signature and its parameters' names."""
 
     signature: Signature
     names: tuple[str, ...]
@@ -30,16 +30,16 @@ class Entry:
         return cls(Signature(name, types, data["result"]), names)
 
     def write(self) -> dict[str, Any]:
-        """The JSON that `read` reads."""
+        """Return the JSON that `read` reads."""
         pairs = zip(self.names, self.signature.params, strict=True)
         return {"params": [[*pair] for pair in pairs], "result": self.signature.result}
 
 
 @dataclass(frozen=True)
 class Group:
-    """Modules that export the same; `objects` has methods, by class and name.
+    """Modules with the same exports; `objects` has methods, by class and name.
 
-    Not `is_listed` are some of the modules that FlashInfer makes when they are asked for.
+    If not `is_listed`, FlashInfer makes the modules only on request, and these are examples.
     """
 
     boxes: tuple[Box, ...]
@@ -56,13 +56,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Entries:
-    """All of a release."""
+    """The exports of all modules of a release."""
 
     release: str
     groups: tuple[Group, ...]
 
     def of(self, module: str) -> Group | None:
-        """What a module exports; None for one that is not recorded."""
+        """Return a module's exports; None if they are not recorded."""
         parsed = parse(module, self.release)
         if parsed is None:
             return None
@@ -76,7 +76,7 @@ class Entries:
 
 
 def read_entries(path: Path) -> Entries:
-    """The record in a file."""
+    """Read a record from a file."""
     data = json.loads(path.read_text())
     return Entries(data["release"], tuple(map(_group, data["groups"])))
 

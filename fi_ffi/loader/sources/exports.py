@@ -1,4 +1,4 @@
-"""The functions that a module's sources export, and the methods of its objects."""
+"""The exported functions of a module's sources, and the methods of its objects."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ EXPORT = "TVM_FFI_DLL_EXPORT_TYPED_FUNC"
 _EXPORT = re.compile(EXPORT + r"\s*\(\s*(\w+)\s*,\s*&?\s*([\w:]+)(?:<[^()]*>)?\s*\)\s*$")
 _USING = re.compile(r"using\s+(\w+)\s*=\s*(.+)$")
 _ENUM = re.compile(r"enum\s+(?:class\s+|struct\s+)?(\w+)\b")
-# Words before a function's result that are none of it.
+# Words before a function's result that do not belong to it.
 _SPECIFIERS = (
     r"(?:template\s*<[^<>]*>\s*)?"
     r"(?:(?:static|inline|extern|constexpr|virtual|__host__|TVM_FFI_INLINE)\s+|\"\"\s*)*"
 )
 _FUNCTION = re.compile(_SPECIFIERS + r"(?P<result>[\w:]+(?:\s*<.*>)?[\s&]+)(?P<name>[\w:]+)\s*\(")
 _CLASS = re.compile(r"(?:class|struct)\s+(\w+)\s*(?:final\s*)?:[^:].*\bModuleObj\b")
-# How this code base names what is a macro inside parameters.
+# FlashInfer's spelling of macros inside parameter lists.
 _MACRO = re.compile(r"\b[A-Z]+(?:_[A-Z]+)+\b")
 _METHOD = re.compile(r'name\s*==\s*"(\w+)"')
 _LAMBDA = re.compile(r"\bFromTyped\(\s*(?=\[)")
@@ -32,7 +32,7 @@ _LAMBDA = re.compile(r"\bFromTyped\(\s*(?=\[)")
 
 @dataclass(frozen=True)
 class Function:
-    """An exported function, or a method: its signature, and what its parameters are called."""
+    """An exported function or a method: its signature and its parameters' names."""
 
     signature: Signature
     names: tuple[str, ...]
@@ -40,7 +40,7 @@ class Function:
 
 @dataclass(frozen=True)
 class Source:
-    """A file of a module's, and the macros that the compiler is given for it."""
+    """A source file of a module, and the macros that the compiler is given for it."""
 
     path: str
     text: str
@@ -49,9 +49,9 @@ class Source:
 
 @dataclass
 class Bindings:
-    """What a module's sources export, by name; `objects` has methods by class and name.
+    """The exports of a module's sources, by name; `objects` has methods by class and name.
 
-    `unread` has, by the exported name, why its function cannot be told.
+    `unread` maps an exported name to the reason why its function is unknown.
     """
 
     exports: dict[str, Function] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Bindings:
     unread: dict[str, str] = field(default_factory=dict)
 
 
-# The text of what a source includes by a name, given (path of the source, name), or None.
+# (path of the source, included name) -> the included text, or None.
 Include = Callable[[str, str], "str | None"]
 
 
@@ -69,12 +69,11 @@ def read(
     is_switch: IsSwitch = lambda name: False,
     is_lenient: bool = False,
 ) -> Bindings:
-    """What all sources export together.
+    """Return the exports of all sources together.
 
-    `is_switch` says of a macro that it is set on the command line or nowhere.  `BuildError`
-    names what cannot be told: an export that nothing declares, a type of no known name, a
-    condition on a macro of which nothing is known.  Where `is_lenient`, such an export is in
-    `unread`.
+    `is_switch` returns whether a macro can only be set on the command line. `BuildError` names what
+    is unknown: an export without a declaration, an unknown type, or a condition on an unknown
+    macro. With `is_lenient`, such an export is listed in `unread` instead.
     """
     found = Bindings()
     for source in sources:
@@ -87,7 +86,7 @@ def read(
 
 
 class _Reader:
-    """One source, and as much of its headers as is needed."""
+    """One source, and as many of its headers as needed."""
 
     def __init__(self, source: Source, include: Include, is_switch: IsSwitch) -> None:
         self.include = functools.partial(include, source.path)
@@ -119,7 +118,7 @@ class _Reader:
                 found.objects[match[1]] = dict(_methods(self.text, match[1], self.known))
 
     def exported(self, name: str, function: str) -> Function:
-        """The function that all its declarations agree on."""
+        """Return the function; all its declarations must agree."""
         declared = self.declared.get(function) or self.from_headers(function)
         if not declared:
             raise BuildError(f"{name} is exported and not declared")
@@ -128,7 +127,7 @@ class _Reader:
         functions = {self.declaration(name, statement.text) for statement in declared}
         if len({function.signature for function in functions}) > 1:
             raise BuildError(f"{name} is declared in several ways")
-        # A definition may name what a declaration leaves out.
+        # Prefer a definition, which may have names that a declaration omits.
         return max(functions, key=lambda one: (sum(map(bool, one.names)), one.names))
 
     def declaration(self, name: str, text: str) -> Function:
@@ -142,7 +141,7 @@ class _Reader:
         return function_of(name, match["result"], cpp.expand(inside, self.macros), self.known)
 
     def define(self, macro: str) -> None:
-        """Take a macro's value from the headers, where one has it."""
+        """Take a macro's value from the headers, if one defines it."""
         for seen in self.mentioning(macro):
             if macro in seen.macros:
                 self.macros[macro] = seen.macros[macro]
@@ -162,7 +161,7 @@ class _Reader:
 
 
 def _functions(scope: Iterable[cpp.Statement]) -> dict[str, list[cpp.Statement]]:
-    """What is declared, by name."""
+    """Return the declarations by name."""
     found: dict[str, list[cpp.Statement]] = {}
     for statement in scope:
         if function := _FUNCTION.match(statement.text.removeprefix(cpp.DOUBT)):
@@ -181,7 +180,7 @@ def _aliases(scope: Iterable[cpp.Statement]) -> dict[str, str]:
 
 
 def function_of(name: str, result: str, parameters: str, known: Mapping[str, str]) -> Function:
-    """A function from the text of its result and of its parameters."""
+    """Return a function from the text of its result and of its parameters."""
     pairs = [_parameter(text) for text in cpp.split(parameters) if text != "void"]
     types = tuple(abi_type(type_, known) for type_, _ in pairs)
     return Function(Signature(name, types, abi_type(result, known)), tuple(n for _, n in pairs))
@@ -191,7 +190,7 @@ _NAMED = re.compile(r"(.*[\s&>*])(\w+)")
 
 
 def _parameter(text: str) -> tuple[str, str]:
-    """The type and the name of a parameter; "" where it has none."""
+    """Return a parameter's type and name; the name may be ""."""
     text = re.sub(r"\s*=.*$", "", text).strip()
     text = re.sub(r"^\[\[.*?\]\]\s*", "", text)
     named = _NAMED.fullmatch(text)
@@ -203,7 +202,7 @@ def _parameter(text: str) -> tuple[str, str]:
 def _methods(
     text: str, class_name: str, known: Mapping[str, str]
 ) -> Iterator[tuple[str, Function]]:
-    """What `GetFunction` of a class makes, by name."""
+    """Yield the methods that a class's `GetFunction` returns, by name."""
     start = text.index("{", text.index("GetFunction(", text.index(f"class {class_name} ")))
     body = text[start : cpp.closing(text, start)]
     names = list(_METHOD.finditer(body))
@@ -211,7 +210,7 @@ def _methods(
         part = body[match.end() : after.start() if after else len(body)]
         made = _LAMBDA.search(part)
         if made is None:
-            raise BuildError(f"what the method {match[1]} is cannot be told")
+            raise BuildError(f"the function of the method {match[1]} cannot be found")
         yield match[1], _lambda(match[1], part[made.end() :], known)
 
 
@@ -219,14 +218,14 @@ _ARROW = re.compile(r"\s*(?:mutable\s*)?(?:->\s*(?P<result>[\w:<>\s]+?)\s*)?\{")
 
 
 def _lambda(name: str, text: str, known: Mapping[str, str]) -> Function:
-    """`[this](int64_t id) -> int64_t { ... }`; without a result it must return nothing."""
+    """Parse `[this](int64_t id) -> int64_t { ... }`; without a result type it returns nothing."""
     end = cpp.closing(text, 0)
     opening = text.index("(", end)
     close = cpp.closing(text, opening)
     arrow = _ARROW.match(text, close + 1)
     if arrow is None:
-        raise BuildError(f"what the method {name} takes cannot be told")
+        raise BuildError(f"the parameters of the method {name} cannot be read")
     inner = text[arrow.end() : cpp.closing(text, arrow.end() - 1)]
     if arrow["result"] is None and re.search(r"\breturn\b\s*[^;\s]", inner):
-        raise BuildError(f"what the method {name} returns cannot be told")
+        raise BuildError(f"the result of the method {name} cannot be read")
     return function_of(name, arrow["result"] or "void", text[opening + 1 : close], known)

@@ -1,4 +1,4 @@
-"""What FlashInfer's Python says of modules, read from its text: nothing of it is run.
+"""Facts about modules in FlashInfer's Python code, read from its text without running it.
 
 Generators of attention add parameters to the bindings' own; every generator names its modules.
 """
@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 MODULES = "jit/attention/modules.py"
-_SPEC = "gen_jit_spec"  # which all generators call, with a module's name
-# The generator of each attention family in `MODULES`, by the first of these names that is there.
+_SPEC = "gen_jit_spec"  # called by all generators with a module's name
+# Names of each attention family's generator in `MODULES`; the first that exists counts.
 _GENERATORS = {
     "batch_attention": ("_gen_batch_attention_module", "gen_batch_attention_module"),
     "batch_decode": ("gen_batch_decode_module",),
@@ -29,7 +29,7 @@ _DTYPES = {
 
 
 class Added(NamedTuple):
-    """A parameter that a generator adds: as C++ has it, and the dtype of a tensor's elements."""
+    """A parameter that a generator adds: its C++ declaration, and a tensor's element dtype."""
 
     declaration: str
     name: str
@@ -37,10 +37,10 @@ class Added(NamedTuple):
 
 
 def added_parameters(modules: str, family: str, backend: str, fp8: bool) -> list[Added]:
-    """What a family's generator puts for ADDITIONAL_FUNC_PARAMS, from the text of `MODULES`.
+    """Return the parameters that a family's generator substitutes for ADDITIONAL_FUNC_PARAMS.
 
-    Its arguments are lists of names and dtypes: of tensors, then of numbers.  Empty where the
-    family has no such generator.
+    `modules` is the text of `MODULES`. The generator passes lists of names and dtypes: of tensors,
+    then of numbers. The result is empty if the family has no such generator.
     """
     functions = {f.name: f for f in ast.parse(modules).body if isinstance(f, ast.FunctionDef)}
     named = [name for name in _GENERATORS.get(family, ()) if name in functions]
@@ -89,7 +89,7 @@ def _holds(test: ast.expr, known: Mapping[str, Any]) -> bool:
 
 
 def _list(value: ast.expr, known: Mapping[str, Any]) -> list[str] | None:
-    """A list of words, written out or by its name."""
+    """Return a list of strings, written literally or by its variable's name."""
     if isinstance(value, ast.Name):
         found = known.get(value.id)
         return found if isinstance(found, list) else None
@@ -99,16 +99,16 @@ def _list(value: ast.expr, known: Mapping[str, Any]) -> list[str] | None:
 
 
 class Generator(NamedTuple):
-    """A function that makes or names modules: its parameters, and the names as it writes them."""
+    """A function that makes or names modules: its parameters, and templates of the names."""
 
     parameters: tuple[str, ...]
     names: tuple[str, ...]
 
 
 def generators(path: str, text: str) -> dict[str, Generator]:
-    """The functions `gen_…` and `get_…_uri` of a Python file, by "module:function".
+    """Return the functions `gen_…` and `get_…_uri` of a Python file, by "module:function".
 
-    A name is written as Python has it, with `{…}` for what a parameter gives.
+    A name is a template with `{…}` for each value of a parameter.
     """
     module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     found = {}
@@ -128,7 +128,7 @@ def _is_generator(name: str) -> bool:
 
 
 def _names(function: ast.FunctionDef) -> Iterator[str]:
-    """What is given to `gen_jit_spec`, or, of a function that only makes a name, returned."""
+    """Yield names passed to `gen_jit_spec`, or returned by a function that only makes a name."""
     assigned = {
         node.targets[0].id: node.value
         for node in ast.walk(function)
@@ -148,7 +148,7 @@ def _names(function: ast.FunctionDef) -> Iterator[str]:
 
 
 def _template(value: ast.expr) -> str:
-    """The text that an expression gives, with `{…}` for what it does not write out."""
+    """Return the text of an expression, with `{…}` for the parts that are not literal."""
     if isinstance(value, ast.Constant) and isinstance(value.value, str):
         return value.value
     if isinstance(value, ast.JoinedStr):
@@ -163,7 +163,7 @@ def _template(value: ast.expr) -> str:
 
 
 def templates(text: str) -> dict[str, str]:
-    """The C++ that a Python file keeps in strings, by the strings' names."""
+    """Return the C++ in a Python file's string variables, by variable."""
     return {
         node.targets[0].id: node.value.value
         for node in ast.parse(text).body

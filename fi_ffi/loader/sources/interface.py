@@ -1,7 +1,7 @@
-"""All that a release of FlashInfer exports, read from the sources in its wheel.
+"""All exports of a FlashInfer release, read from the sources in its wheel.
 
-No generator is run, so nothing is needed but the wheel: a binding that a generator adds
-parameters to is read once for each of its variants.
+No generator is run, so only the wheel is needed. A binding to which generators add parameters is
+read once for each of its variants.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from fi_ffi.loader.sources.generators import (
     templates,
 )
 
-# What FlashInfer's flags and the compiler set, where bindings ask for it.
+# Macros set by FlashInfer's flags and the compiler that bindings test.
 _DEFINES = {
     "ENABLE_BF16": "1", "ENABLE_FP8": "1", "ENABLE_FP4": "1", "CUDA_VERSION": "13000",
     "CUDART_VERSION": "13000", "PROFILER_FUNC_PARAMS": "",
 }  # fmt: skip
 _SUFFIXES = (".cu", ".cc", ".cpp", ".cuh", ".h")
 _FOLDERS = ("csrc", "include", "csrc/nv_internal", "csrc/nv_internal/include")
-# Sources that are generated with a kernel each, and named by a hash of it.
+# The hash in the name of a source that is generated for one kernel.
 _HASH = re.compile(r"[0-9a-f]{16,}")
 _EXPORTED = re.compile(EXPORT + r"\s*\(\s*(\w+)\s*,")
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
@@ -39,7 +39,7 @@ _FILLED = re.compile(r"{% set func_name = \w+ ~ '(\w+)' %}")
 
 
 class Variant(NamedTuple):
-    """One of the ways in which generators fill in a binding."""
+    """One of the ways in which generators complete a binding."""
 
     family: str
     backend: str = "fa2"
@@ -70,13 +70,13 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         Variant("single_prefill", "fa3"), Variant("single_prefill", "fa3", True),
     ),
 }  # fmt: skip
-# xqa has two wrappers in one source, and a macro that says which of them a module is.
+# The xqa source has two wrappers; a macro selects one for each module.
 _XQA = "csrc/flashinfer_xqa_binding.cu"
 _XQA_WRAPPERS: dict[str, dict[str, str]] = {"xqa": {}, "xqa_mla": {"MLA_WRAPPER": "1"}}
 
 
 class Key(NamedTuple):
-    """An export: the source below `data` (or a Python file), a variant of it, and the name.
+    """An export: the source below `data` (or a Python file), its variant, and the name.
 
     A method's name is `Class.method`.
     """
@@ -91,27 +91,27 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Interface:
-    """What the sources of one release declare.
+    """The declarations of one release's sources.
 
-    `exports` has a function for each; several where generated sources of one pattern differ.
-    `unread` has, of exports whose function cannot be told, why.
+    `exports` has one function for each key, or several if generated sources of one pattern differ.
+    `unread` has the reason for each export whose function is unknown.
     """
 
     release: str
     exports: Mapping[Key, tuple[Function, ...]]
     unread: Mapping[Key, str] = field(default_factory=dict)
     generators: Mapping[str, Generator] = field(default_factory=dict)
-    # Distinct names that TVM_FFI_DLL_EXPORT_TYPED_FUNC is written out with below csrc, in files.
+    # Distinct names exported by TVM_FFI_DLL_EXPORT_TYPED_FUNC below csrc, and the number of files.
     names: Sequence[str] = ()
     files: int = 0
 
     def of(self, source: str, variant: str, name: str) -> Function | None:
-        """The one function of a key, if there is one."""
+        """Return the one function of a key, or None."""
         found = self.exports.get(Key(source, variant, name), ())
         return found[0] if len(found) == 1 else None
 
     def of_source(self, source: str, variant: str = "") -> dict[str, Function]:
-        """What a source exports, by name."""
+        """Return a source's exports, by name."""
         keys = [key for key in self.exports if (key.source, key.variant) == (source, variant)]
         return {key.name: self.exports[key][0] for key in keys}
 
@@ -156,9 +156,9 @@ def _function(name: str, data: list[Any]) -> Function:
 
 
 def interface_of(release: str, files: Sequence[str], text: Callable[[str], str]) -> Interface:
-    """Read a release's wheel: the paths of its files below `flashinfer`, and their texts.
+    """Read a release's wheel, given its files below `flashinfer` and a function for their texts.
 
-    Files are named as rows name them: sources without the `data/` they lie in.
+    Files are named as in rows: sources without their folder `data/`.
     """
     return _Reading(release, files, text).read()
 
@@ -203,7 +203,7 @@ class _Reading:
         for variant in variants or (None,):
             added = self.added(variant) if variant else []
             if variant and variants and len(variants) > 1 and not added:
-                continue  # a family that this release lacks
+                continue  # the release lacks this family
             found = read_binding(text, added, self.include, path)
             self.take(path, variant.name if variant else "", found)
 
@@ -235,7 +235,7 @@ class _Reading:
 
 
 def _filled(text: str) -> Iterator[str]:
-    """The C++ in a Python file that exports something, with the names that it is made with."""
+    """Yield the C++ in a Python file that exports something, with its placeholders filled in."""
     for template in templates(text).values():
         if EXPORT not in template:
             continue
@@ -253,9 +253,9 @@ def read_binding(
     path: str = "binding",
     **defines: str,
 ) -> Bindings:
-    """What a binding exports with these parameters added to what a generator adds them to.
+    """Return a binding's exports, with the parameters `added` by a generator.
 
-    An export that cannot be told is in `unread`, and so are all of a source that cannot be read.
+    An export that cannot be read is listed in `unread`; so are all exports of an unreadable source.
     """
     more = "".join(f", {parameter.declaration}" for parameter in added)
     known = {**_DEFINES, "ADDITIONAL_FUNC_PARAMS": more, **defines}

@@ -1,4 +1,4 @@
-"""The bindings of FlashInfer's modules, from what its generators say they are compiled from."""
+"""The bindings of FlashInfer's modules, read from the sources that its generators list."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 from fi_ffi.loader.sources.exports import EXPORT, Bindings, Source, read
 
-# Where a quoted name is looked for after the folder of the file itself, below `data`.
+# Include path below `data`, searched after the file's own folder.
 _FOLDERS = ("csrc", "include", "csrc/nv_internal", "csrc/nv_internal/include")
-# Where a macro might be defined.
+# Folders in which a macro might be defined.
 _DEFINING = ("csrc", "include", "cutlass/include")
 _DEFINE = re.compile(r"#\s*define\s+(\w+)")
 _ARCHITECTURE = re.compile(r"code=(sm_\d+[af]?)")
 
 
 class Reader:
-    """Reads modules as `described` gives them; `data` is the folder of FlashInfer's sources.
+    """Reads modules as `described` returns them; `data` is the folder of FlashInfer's sources.
 
-    `cuda` is the version of the toolkit as CUDA_VERSION has it, for conditions on that.
+    `cuda` is the toolkit's CUDA_VERSION, for conditions on it.
     """
 
     def __init__(self, data: Path, cuda: int = 13000) -> None:
@@ -29,17 +29,17 @@ class Reader:
         self._compiler = {"CUDA_VERSION": str(cuda), "CUDART_VERSION": str(cuda)}
 
     def bindings(self, module: Mapping[str, Any]) -> Bindings:
-        """What a module exports."""
+        """Return a module's exports."""
         found = (self._source(Path(path), module) for path in module["sources"])
         return read((source for source in found if source), self._include, self.is_switch)
 
     def files(self, module: Mapping[str, Any]) -> list[str]:
-        """The sources that export something: below `data`, or what they are generated from."""
+        """Return the exporting sources: below `data`, or the files they are generated from."""
         exporting = [Path(path) for path in module["sources"] if EXPORT in _text(Path(path))]
         return [self._shown(path) for path in exporting]
 
     def is_switch(self, macro: str) -> bool:
-        """Whether a macro is set on the command line or nowhere."""
+        """Return whether a macro can only be set on the command line."""
         return not macro.startswith("_") and macro not in self._defined
 
     def _shown(self, path: Path) -> str:
@@ -74,12 +74,12 @@ def _text(path: Path) -> str:
 
 
 def defines(flags: Iterable[str]) -> dict[str, str]:
-    """The macros that flags such as `-DNAME` and `-DNAME=1` set."""
+    """Return the macros set by flags such as `-DNAME` and `-DNAME=1`."""
     pairs = (flag[2:].partition("=") for flag in flags if flag.startswith("-D"))
     return {name: value or "1" for name, _, value in pairs}
 
 
 def architectures(module: Mapping[str, Any], targets: Iterable[str]) -> tuple[str, ...]:
-    """What a module's device code is compiled for: what its flags say, or all `targets`."""
+    """Return a module's architectures: those in its flags, or all `targets`."""
     own = [found[1] for flag in module["cuda_cflags"] if (found := _ARCHITECTURE.search(flag))]
     return tuple(own) if own else tuple(targets)

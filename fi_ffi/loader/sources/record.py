@@ -1,9 +1,9 @@
-"""The records of releases: what their sources export, which modules they list, and their names.
+"""The records of releases: exports of their sources, their modules, and the modules' names.
 
-Three files say what was recorded: `fi_ffi/loader/data/releases.json` (the wheels that rows are held
-against), `fi_ffi/loader/data/modules.json` with `tools/data/entries-RELEASE.json` (FlashInfer's
-own list of modules, and what each exports), and `tests/loader/data/uris.json` (what generators
-call a module, case by case).  The first needs a release's wheel alone; the others ask its
+The records are in three places. `fi_ffi/loader/data/releases.json` lists the wheels that rows are
+compared with. `fi_ffi/loader/data/modules.json`, with `tools/data/entries-RELEASE.json`, has
+FlashInfer's own list of modules and their exports. `tests/loader/data/uris.json` has the names that
+generators give modules, case by case. The first needs only a release's wheel; the others run its
 generators, in the environment of `fi-ffi build`.
 """
 
@@ -58,7 +58,7 @@ ABOUT_NAMES = (
 
 _HALF = {"dtype_q": "f16"}
 _FP8 = {"dtype_q": "e4m3", "dtype_o": "f16"}
-# One of each family that FlashInfer makes only when it is asked for.
+# One of each family that FlashInfer makes only on request.
 _SAMPLES: tuple[tuple[str, dict[str, Value]], ...] = (
     ("pod", {**_HALF, "head_dim": 128}),
     ("batch_pod", {**_HALF, "head_dim": 128}),
@@ -66,8 +66,8 @@ _SAMPLES: tuple[tuple[str, dict[str, Value]], ...] = (
     ("single_prefill", {**_FP8, "head_dim_qk": 128, "backend": "fa3"}),
     ("fmha_v2", {"input_layout": "packed_qkv", "input_dtype": "f16", "output_dtype": "f16"}),
 )
-# Families that are read from their sources alone: their generators need what the build environment
-# lacks (NVSHMEM), or cannot be asked by a module's name.
+# Families that are read from their sources alone: their generators need something that the build
+# environment lacks (NVSHMEM), or take no module name.
 _ALONE = {
     "batch_decode_mla": ("csrc/batch_decode_mla_binding.cu",),
     "checkpointing_ssu": ("csrc/checkpointing_ssu_jit_binding.cu",),
@@ -75,7 +75,7 @@ _ALONE = {
 }
 
 Document = dict[str, Any]
-# Tells where recording stands.
+# Reports progress.
 Say = Callable[[str], None]
 
 
@@ -87,7 +87,7 @@ def _in_order(releases: Iterable[str]) -> list[str]:
 
 
 def with_sources(document: Document, releases: Iterable[str], say: Say) -> Document:
-    """The record of wheels, with these releases read anew."""
+    """Return the record of wheels, with these releases read again."""
     known = dict(document.get("releases", {}))
     for release in releases:
         say(f"reading the sources of {release}")
@@ -103,18 +103,18 @@ def with_sources(document: Document, releases: Iterable[str], say: Say) -> Docum
     }
 
 
-# The modules, and what they export
+# The modules and their exports
 
 
 def asked_for(release: str) -> list[str]:
-    """Modules that a release makes when they are asked for, whether it lists them or not."""
+    """Return modules that a release makes on request, whether it lists them or not."""
     plain = [r.family for r in ROWS if not r.kinds and r.generator and r.holds_for(release)]
     samples = [uri(family, release=release, **params) for family, params in _SAMPLES]
     return sorted({*plain, *samples})
 
 
 def entries(answer: Mapping[str, Any]) -> Document:
-    """The record of a release's exports."""
+    """Return the record of a release's exports."""
     reader = Reader(Path(answer["data"]))
     groups: dict[str, tuple[list[str], Document]] = {}
     listed = {module["name"] for module in answer["modules"]}
@@ -146,7 +146,7 @@ def entries(answer: Mapping[str, Any]) -> Document:
 
 
 def _alone(reader: Reader, family: str) -> Document:
-    """The record of a family whose generator is not asked."""
+    """Return the record of a family whose generator is not run."""
     paths = [str(reader.data / source) for source in _ALONE[family]]
     module = {"sources": paths, "cflags": [], "cuda_cflags": []}
     return {
@@ -164,7 +164,7 @@ def _boxes(names: Iterable[str], release: str) -> list[dict[str, object]]:
 
 
 def with_modules(document: Document, answers: Mapping[str, Mapping[str, Any]]) -> Document:
-    """The record of which modules there are, with what these releases' generators answered."""
+    """Return the record of modules, updated by these releases' answers from their generators."""
     found: dict[tuple[Box, str], list[str]] = {}
     for group in document.get("groups", ()):
         kept = [release for release in group["releases"] if release not in answers]
@@ -197,11 +197,11 @@ def with_modules(document: Document, answers: Mapping[str, Mapping[str, Any]]) -
     }
 
 
-# What generators call modules
+# The names that generators give modules
 
 
 def with_names(document: Document, release: str, default: str, folder: Path | None) -> Document:
-    """The record of names, with all cases of a release asked anew."""
+    """Return the record of names, with all cases of a release queried again."""
     cases = [dict(case) for case in document["cases"]]
     known = _in_order([*document["releases"], release])
     before = known[max(0, known.index(release) - 1)]
@@ -247,7 +247,7 @@ def _is_of(case: Document, release: str) -> bool:
 
 
 def _as_request(number: str, case: Document) -> dict[str, Any]:
-    """A case as the driver in the build environment takes it."""
+    """Return a case as a request for the driver in the build environment."""
 
     def argument(name: str, value: Any) -> Any:
         is_text = case["family"] == "rmsnorm_silu" or not isinstance(value, str)
@@ -264,7 +264,7 @@ def _listed(release: str, arch: str, folder: Path | None) -> list[str]:
 
 
 def _by_releases(lists: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """Names by the releases that have them: most are in all."""
+    """Group names by the releases that have them; most are in all."""
     found: dict[str, list[str]] = {}
     for name in sorted({*itertools.chain.from_iterable(lists.values())}):
         key = " ".join(release for release, names in lists.items() if name in names)
@@ -276,21 +276,21 @@ def _by_releases(lists: Mapping[str, list[str]]) -> dict[str, list[str]]:
 
 
 def text_of_groups(document: Document) -> str:
-    """JSON with a line for each group."""
+    """Return JSON with a line for each group."""
     head = {name: value for name, value in document.items() if name != "groups"}
     groups = ",\n".join(json.dumps(group) for group in document["groups"])
     return json.dumps(head, indent=1)[:-2] + f',\n "groups": [\n{groups}\n]}}\n'
 
 
 def text_of_releases(document: Document) -> str:
-    """JSON with a line for each release."""
+    """Return JSON with a line for each release."""
     lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in document["releases"].items()]
     about = json.dumps(document["about"])
     return f'{{\n "about": {about},\n "releases": {{\n' + ",\n".join(lines) + "\n }\n}\n"
 
 
 def text_of_names(document: Document) -> str:
-    """JSON with a line for each case."""
+    """Return JSON with a line for each case."""
     head = {name: value for name, value in document.items() if name != "cases"}
     lines = ",\n".join(json.dumps(case, separators=(",", ":")) for case in document["cases"])
     return f'{json.dumps(head, indent=0)[:-2]},\n"cases": [\n{lines}\n]\n}}\n'
@@ -305,9 +305,9 @@ def recorded(
     with_generators: bool = False,
     build_dir: Path | None = None,
 ) -> dict[Path, str]:
-    """The files of a checkout's records and their texts, with these releases recorded anew.
+    """Return the files of a checkout's records and their texts, with these releases recorded again.
 
-    ArgumentError where `root` is no checkout, BuildError for a source that cannot be read.
+    Raises ArgumentError if `root` is no checkout, and BuildError for a source that cannot be read.
     """
     if not (root / MODULES).is_file() or not (root / NAMES).is_file():
         raise ArgumentError(

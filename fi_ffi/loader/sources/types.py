@@ -1,4 +1,4 @@
-"""C++ types as TVM-FFI prints them in a function's signature."""
+"""C++ types, in TVM-FFI's spelling in a function's signature."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from fi_ffi.errors import BuildError
 from fi_ffi.loader.sources.cpp import split
 
-# What TVM-FFI's own headers make of them; a test compiles a function of each and asks it.
+# The spelling in TVM-FFI's own headers; a test compiles a function of each type and asks it.
 PRINTED = {
     "TensorView": "DLTensor*",
     "Tensor": "ffi.Tensor",
@@ -38,9 +38,10 @@ _WORDS = re.compile(r"\b(?:const|ffi|tvm|struct|enum)\b(?:\s*::)?|&|^::")
 
 
 def abi_type(text: str, aliases: Mapping[str, str] | None = None) -> str:
-    """`Optional<ffi::TensorView>` is `Optional<DLTensor*>`, `double` is `float`.
+    """Return TVM-FFI's spelling: `Optional<DLTensor*>` for `Optional<ffi::TensorView>`.
 
-    `aliases` has what `using` says, and "int" for enumerations: TVM-FFI has no others.
+    `aliases` maps names declared by `using` to types, and enumerations to "int"; TVM-FFI supports
+    no other enumerations.
     """
     plain = re.sub(r"\s+", " ", _WORDS.sub(" ", text)).strip().removeprefix("::").strip()
     generic = _GENERIC.fullmatch(plain)
@@ -52,4 +53,4 @@ def abi_type(text: str, aliases: Mapping[str, str] | None = None) -> str:
     last = plain.rpartition("::")[2]
     if aliases and last in aliases:
         return abi_type(aliases[last], {k: v for k, v in aliases.items() if k != last})
-    raise BuildError(f"what TVM-FFI calls the C++ type {text!r} is not known")
+    raise BuildError(f"the C++ type {text!r} has no known TVM-FFI name")

@@ -1,6 +1,6 @@
-"""The wheels of flashinfer-python: found through pip's settings, kept in the cache, and read.
+"""The wheels of flashinfer-python: found through pip's settings, cached, and read.
 
-Nothing of a wheel is run or installed.  What its sources declare is worked out once and kept.
+Nothing of a wheel is run or installed. The declarations in its sources are parsed once and cached.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fi_ffi.loader.urls import redact, refuse_offline
 
 PROJECT = "flashinfer-python"
 _FILE = "flashinfer_python-{}-py3-none-any.whl"
-_FORMAT = 1  # of the kept notes
+_FORMAT = 1  # version of the notes' format
 _READERS = ("conditions", "cpp", "exports", "generators", "interface", "types")
 _READ = ("flashinfer/data/csrc/", "flashinfer/data/include/")
 _MAX_TEXT = 64 << 20  # bytes of one file
@@ -41,8 +41,7 @@ _CHUNK = 1 << 20
 class SourceWheel:
     """A wheel of flashinfer-python on this machine.
 
-    Files are named as rows name them: `csrc/norm.cu`, `include/flashinfer/norm.cuh`,
-    `jit/activation.py`.
+    Files are named as in rows: `csrc/norm.cu`, `include/flashinfer/norm.cuh`, `jit/activation.py`.
     """
 
     release: str
@@ -58,7 +57,7 @@ class SourceWheel:
 
     @functools.cached_property
     def members(self) -> dict[str, str]:
-        """The members that are sources, by the name they have here."""
+        """The members that are sources, by the name used here."""
         found = {}
         for member in self._archive.namelist():
             if member.startswith(_READ):
@@ -68,7 +67,7 @@ class SourceWheel:
         return found
 
     def text(self, name: str) -> str:
-        """A file's text; KeyError where the release has none of the name."""
+        """Return a file's text; KeyError if the release does not have the file."""
         info = self._archive.getinfo(self.members[name])
         if info.file_size > _MAX_TEXT:
             raise ArtifactError(f"{self.path}: {info.filename} has {info.file_size} bytes")
@@ -78,7 +77,7 @@ class SourceWheel:
             raise ArtifactError(f"{self.path}: {info.filename} cannot be read: {error}") from error
 
     def interface(self) -> Interface:
-        """All that the sources declare; of a wheel that was read before, as it was kept."""
+        """Return all declarations of the sources, from the cache if the wheel was read before."""
         note = cache.cache_root() / "sources" / f"{self.sha256}.json"
         kept = cache.read_note(note, _FORMAT)
         if isinstance(kept, dict) and kept.get("reader") == _reader():
@@ -90,17 +89,17 @@ class SourceWheel:
 
 @functools.cache
 def _reader() -> str:
-    """What is kept was read by this very code."""
+    """Return a hash of this package's code, to recognise notes written by another version."""
     files = [Path(__file__).with_name(f"{name}.py") for name in _READERS]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def open_release(release: str) -> SourceWheel:
-    """The wheel of a release such as "0.6.13", or at a path.
+    """Open the wheel of a release such as "0.6.13", or a wheel at a path.
 
-    A release that is not in the cache is fetched with pip, from wherever its settings say.
-    `BuildError` where pip cannot, `ArtifactError` for a damaged file, or another than the one
-    that was recorded, `ArgumentError` for what is neither a release nor a wheel.
+    A release that is not in the cache is fetched with pip and its settings. Raises `BuildError` if
+    pip fails, `ArtifactError` for a damaged or changed file, and `ArgumentError` if `release` is
+    neither a release nor a wheel.
     """
     if release.endswith(".whl"):
         return _local(Path(release))
@@ -130,9 +129,9 @@ def _local(path: Path) -> SourceWheel:
 
 
 def published() -> tuple[str, ...]:
-    """The releases of flashinfer-python that pip finds, the oldest first.
+    """Return the releases of flashinfer-python that pip finds, the oldest first.
 
-    Those that were yanked, and those without a wheel for any machine, are not among them.
+    Yanked releases, and those without a wheel for any machine, are left out.
     """
     output = _pip("listing the releases", "index", "versions", "--only-binary=:all:", PROJECT)
     line = re.search(r"^Available versions: (.+)$", output, re.MULTILINE)
@@ -170,7 +169,7 @@ def _fetch(release: str) -> SourceWheel:
 
 
 def _pip(what: str, command: str, *arguments: str) -> str:
-    """What pip prints, or, in an environment of uv's that has none, the pip that uv brings."""
+    """Run pip and return its output; in an environment of uv without pip, run uv's pip."""
     uv = shutil.which("uv")
     if importlib.util.find_spec("pip") is not None:
         python: Sequence[str] = [sys.executable]

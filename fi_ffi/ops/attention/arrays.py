@@ -1,6 +1,6 @@
-"""Index arrays of a batch: host arrays that say where requests and pages are.
+"""The index arrays of a batch: host arrays that say where requests and pages are.
 
-They are read once, checked before any launch, and placed in the int workspace after the schedule.
+Each is read once, checked before any launch, and placed in the int workspace after the schedule.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.attention.sizes import aligned
 
 CPU, INT32 = parse_device("cpu"), DTYPES["int32"]
-# Room comes in steps, so that a run's descriptors seldom change.
+# Capacities are rounded up to these steps, so that a run's descriptors seldom change.
 _LENGTHS_STEP, _INDEX_STEP, _KERNEL_STEP = 64, 1024, 4096
 _ON_HOST = ("cpu", "cuda_host")
 INT32_MAX = 2**31 - 1
@@ -27,7 +27,7 @@ INT32_MAX = 2**31 - 1
 def int32_array(
     op: str, argument: str, given: object, length: int | None = None, may_be_longer: bool = False
 ) -> memoryview:
-    """The values of an int32 array on the host, as they lie in its memory: so many, or all."""
+    """View an int32 array on the host in place; check that it has `length` elements."""
     try:
         view = memoryview(given)  # type: ignore[arg-type]
         is_plain = view.format == "i" and view.ndim == 1 and view.c_contiguous
@@ -45,12 +45,12 @@ def int32_array(
 
 
 def _bounds(view: memoryview) -> tuple[int, int]:
-    """The least and the greatest value; 0 and -1 where there is none."""
+    """Return the smallest and the largest value; 0 and -1 for an empty array."""
     if not len(view):
         return 0, -1
     numpy = sys.modules.get("numpy")
     if numpy is not None:
-        # Taken for unsigned, a negative value is the greatest: one pass over the array.
+        # As unsigned, a negative value is the largest: one pass over the array finds both.
         most = int(numpy.maximum.reduce(numpy.frombuffer(view, numpy.uint32)))
         if most <= INT32_MAX:
             return 0, most
@@ -59,7 +59,7 @@ def _bounds(view: memoryview) -> tuple[int, int]:
 
 
 def _described(op: str, argument: str, given: object) -> TensorDesc:
-    """A tensor that is no plain buffer, if it is an int32 array on the host."""
+    """Describe a tensor that is no plain buffer; refuse all but int32 arrays on the host."""
     desc = as_desc(given, op, argument)
 
     def refuse(got: object, expected: str) -> ArgumentError:
@@ -77,7 +77,7 @@ def _described(op: str, argument: str, given: object) -> TensorDesc:
 
 
 def _memory(desc: TensorDesc) -> memoryview:
-    """The int32 of an array on the host."""
+    """View the int32 values of an array on the host."""
     count = desc.shape[0]
     if not count or not desc.ptr:
         return memoryview(b"").cast("i")
@@ -85,12 +85,12 @@ def _memory(desc: TensorDesc) -> memoryview:
 
 
 def read_ints(desc: TensorDesc) -> list[int]:
-    """The values of an int32 array on the host."""
+    """Return the values of an int32 array on the host."""
     return _memory(desc).tolist()
 
 
 class Indptr:
-    """Where each of b requests starts in a row of things: b + 1 positions, from 0 on."""
+    """The start of each of b requests in an array: b + 1 positions, of which the first is 0."""
 
     __slots__ = ("_counts", "_values", "size", "total", "view")
 
@@ -100,7 +100,7 @@ class Indptr:
     ) -> None:  # fmt: skip
         self.view = int32_array(op, argument, given, length, may_be_longer)
         values = self._values = self.view.tolist()
-        # Requests, and things of all of them.
+        # `total` is the number of elements of all requests.
         self.size = len(values) - 1
         if self.size < 1:
             got, expected = f"{len(values)} elements", "one more than there are requests: 2 or more"
@@ -115,7 +115,7 @@ class Indptr:
 
     @property
     def counts(self) -> list[int]:
-        """Things of each request."""
+        """Elements of each request."""
         try:
             return self._counts
         except AttributeError:
@@ -124,21 +124,20 @@ class Indptr:
 
 
 def mask_bytes(qo_lens: Sequence[int], kv_lens: Sequence[int]) -> list[int]:
-    """Where each request's packed mask starts, in bytes: each takes whole bytes."""
+    """Return where each request's packed mask starts, in bytes; each takes whole bytes."""
     sizes = ((q * kv + 7) // 8 for q, kv in zip(qo_lens, kv_lens, strict=True))
     return [0, *accumulate(sizes)]
 
 
 class Batch:
-    """Where each request's queries and keys are: ragged keys, or pages of a cache.
+    """The places of each request's queries and keys: ragged keys, or pages of a cache.
 
     Args:
-        names: what the plan's caller knows the arrays as, by what they are: `qo_indptr` (without
-            it, requests have a query each), `kv_indptr`, and of a paged cache `indices` and
-            either `last_page_len` or `kv_len`.
-        given: these arrays; pages may be None where runs bring them.
-        may_be_longer: `kv_indptr` may have entries after those of the requests, which nothing
-            reads.
+        names: the plan's argument names, by array: `qo_indptr` (without it, each request has one
+            query), `kv_indptr`, and for a paged cache `indices` and either `last_page_len` or
+            `kv_len`.
+        given: the arrays; `indices` may be None if runs pass the pages.
+        may_be_longer: whether `kv_indptr` may have more than b + 1 entries, which are ignored.
     """
 
     __slots__ = (
@@ -152,7 +151,7 @@ class Batch:
     ) -> None:  # fmt: skip
         self._op, self._names, self._page_size = op, names, page_size
         arrays = dict(zip(names, given, strict=True))
-        # Arrays by what they are, as planners read them and as they are sent to the device.
+        # The arrays that planners read and that are copied to the device, by their names here.
         self.views: dict[str, memoryview] = {}
         self.qo: Indptr | None = None
         count = None
@@ -161,10 +160,10 @@ class Batch:
             self.views["qo_indptr"], count = self.qo.view, self.qo.size + 1
         kv = self.kv = Indptr(op, names["kv_indptr"], arrays["kv_indptr"], count, may_be_longer)
         self.views["kv_indptr"] = kv.view
-        # Requests, queries of all of them, and the queries that runs have room for.
+        # The numbers of requests and of queries, and the queries that runs have room for.
         self.size = kv.size
         self.rows = self.room_for_rows = kv.size if self.qo is None else self.qo.total
-        # Pages of all requests, and the last in the cache where that is known.
+        # The pages listed, and the highest page number; -1 if runs pass the pages.
         self.num_indices, self.max_page = 0, -1
         self._lasts: list[int] | None = None
         self._kv_lens: list[int] | None = None
@@ -179,12 +178,12 @@ class Batch:
                 self._read_indices(arrays["indices"])
 
     def _read_last(self, given: object) -> None:
-        """How full each request's last page is."""
+        """Read the number of tokens in each request's last page."""
         kv, page_size = self.kv, self._page_size
         view = int32_array(self._op, self._names["last_page_len"], given, kv.size)
         self.views["last_page_len"] = view
         lasts = self._lasts = view.tolist()
-        # At a glance where all is usual, and else one by one.
+        # Two passes in C if all are valid; the loop finds which one is not.
         if min(lasts) < 1 or max(lasts) > page_size:
             for i, (count, last) in enumerate(zip(kv.counts, lasts, strict=True)):
                 if not (0 < last <= page_size or (last == 0 and not count)):
@@ -197,7 +196,7 @@ class Batch:
                 raise self._refuse("kv_indptr", got, f"{INT32_MAX} at most")
 
     def _read_kv_len(self, given: object) -> None:
-        """How many tokens each request has."""
+        """Read the number of tokens of each request."""
         page_size = self._page_size
         view = self.views["kv_len"] = int32_array(self._op, self._names["kv_len"], given, self.size)
         lengths = self._kv_lens = view.tolist()
@@ -207,7 +206,7 @@ class Batch:
                 raise self._refuse("kv_len", got, "tokens that fill its pages")
 
     def _read_indices(self, given: object) -> None:
-        """The pages of all requests."""
+        """Read the pages of all requests."""
         view, count = int32_array(self._op, self._names["indices"], given), self.num_indices
         if len(view) < count:
             expected = f"{count} pages, as its indptr says"
@@ -222,12 +221,12 @@ class Batch:
 
     @property
     def num_pages(self) -> int:
-        """Pages that the cache has at the least."""
+        """The fewest pages that the cache must have."""
         return self.max_page + 1
 
     @property
     def has_indices(self) -> bool:
-        """Whether the pages are given, and not each run's to bring."""
+        """Whether the batch has the pages; otherwise each run passes them."""
         return "indices" in self.views
 
     @property
@@ -246,19 +245,20 @@ class Batch:
         return self._kv_lens
 
     def use_kv_len(self) -> None:
-        """Give the planner the keys of each request, where the caller did not."""
+        """Compute the number of keys of each request for the planner, if the caller did not pass
+        it."""
         if "kv_len" not in self.views:
             self.views["kv_len"] = host_ints(self.kv_lens)
 
     @property
     def mask_indptr(self) -> list[int]:
-        """Where each request's mask would start, in bytes."""
+        """The start of each request's packed mask, in bytes."""
         if self._mask_indptr is None:
             self._mask_indptr = mask_bytes(self.qo_lens, self.kv_lens)
         return self._mask_indptr
 
     def use_mask(self) -> None:
-        """Send where each request's mask starts; raise where that is too large for int32."""
+        """Send `mask_indptr` to the device; raise if it exceeds int32."""
         count = self.mask_indptr[-1]
         if count > INT32_MAX:
             got, expected = f"a mask of {count} bytes", f"{INT32_MAX} bytes at most"
@@ -266,8 +266,8 @@ class Batch:
         self.views["mask_indptr"] = host_ints(self.mask_indptr)
 
     def check_keys(self, why: str) -> None:
-        """Raise where a request has keys, and fewer of them than queries: there kernels compare
-        positions that have wrapped around."""
+        """Raise if a request has keys, but fewer than queries: kernels would compare positions that
+        wrapped around."""
         if all(map(ge, self.kv_lens, self.qo_lens)):
             return
         for i, (queries, keys) in enumerate(zip(self.qo_lens, self.kv_lens, strict=True)):
@@ -277,16 +277,16 @@ class Batch:
 
 
 class Arrays:
-    """Where a batch's arrays lie behind the kernel's part of the int workspace.
+    """The placement of a batch's arrays behind the kernel's part of the int workspace.
 
-    There is room for some more requests and pages than are asked for.
+    Capacities are rounded up, so that slightly larger batches fit as well.
     """
 
     def __init__(
         self, kernel_bytes: int, names: Collection[str] = (), size: int = 0, num_indices: int = 0
     ) -> None:
         self.kernel_bytes = self.end = aligned(max(kernel_bytes, 1), _KERNEL_STEP)
-        # Where each array starts, in bytes, and its room in int32.
+        # Each array's offset in bytes, and its capacity in int32.
         self._placed: dict[str, tuple[int, int]] = {}
         positions = aligned(size + 1, _LENGTHS_STEP)
         self._size, self._num_indices = positions - 1, INT32_MAX
@@ -298,11 +298,11 @@ class Arrays:
             self.end = aligned(self.end + 4 * room)
 
     def where(self, name: str) -> tuple[int, int]:
-        """Where an array starts, in bytes, and its room in int32."""
+        """Return an array's offset in bytes, and its capacity in int32."""
         return self._placed[name]
 
     def holds(self, kernel_bytes: int, batch: Batch) -> bool:
-        """Whether there is room for such a batch."""
+        """Whether a batch fits."""
         return (
             kernel_bytes <= self.kernel_bytes
             and batch.size <= self._size
@@ -320,7 +320,7 @@ class Arrays:
             stage[word : word + count] = view
 
     def descs(self, buffer: TensorDesc, counts: Mapping[str, int]) -> dict[str, TensorDesc]:
-        """The arrays in the int workspace: of so many int32, or of all that there is room for."""
+        """Describe the arrays in the int workspace, with these lengths or their whole capacity."""
         return {
             name: TensorDesc(
                 buffer.ptr + start, (counts.get(name, room),), INT32, device=buffer.device
@@ -330,5 +330,5 @@ class Arrays:
 
 
 def host_ints(values: Sequence[int]) -> memoryview:
-    """An int32 array on the host, from Python's integers."""
+    """Make an int32 array on the host from Python ints."""
     return memoryview(array("i", values))

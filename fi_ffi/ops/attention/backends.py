@@ -1,4 +1,4 @@
-"""Which kernels serve what is asked of attention: modules, backends, and the rows of a release."""
+"""The kernels that serve an attention call: modules, backends, and the rows of a release."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from fi_ffi.abi.tensor import Device, DType, parse_dtype
 from fi_ffi.errors import ArgumentError, printed
 from fi_ffi.loader import machine
-from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP4, FP8, of_release
+from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP4, FP8, MLA_FP8, of_release
 from fi_ffi.ops.attention.sizes import BY_QUERY, Geometry
 from fi_ffi.ops.call.arguments import check_choice, check_number
 from fi_ffi.ops.providers import release_in_use
@@ -29,7 +29,7 @@ _FA3_FP8_HEAD_DIMS = ((64, 64), (128, 128), (256, 256))
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a module is compiled for: what its name is made of."""
+    """The parameters that a module is compiled for; they determine its name."""
 
     family: str
     q_data_type: str
@@ -44,19 +44,23 @@ class Kernel:
 
     @property
     def dtypes(self) -> dict[str, str]:
-        """By the names that the rows have for them."""
+        """The dtypes, by the rows' names for them."""
         return {"Q": self.q_data_type, "KV": self.kv_data_type, "O": self.o_data_type}
 
+    @property
+    def is_mla_of_fp8(self) -> bool:
+        return self.family == "batch_mla" and self.kv_data_type in FP8
+
     def kind(self, backend: str) -> str:
-        """The rows of a backend for these dtypes: their place in a family's."""
-        if self.q_data_type in FP8:
+        """Return the key of a family's rows for a backend and these dtypes."""
+        if self.q_data_type in FP8 or self.is_mla_of_fp8:
             return f"{backend}_fp8"
         return f"{backend}_fp4" if self.kv_data_type in FP4 else backend
 
     def module(self, backend: str, of: str | None = None) -> str:
-        """The module's name in a release, or in that of the kernels in use."""
+        """Return the module's name in a release, by default that of the kernels in use."""
         kv, of = self.kv_data_type, of or release()
-        if kv in FP4:  # called after the tensor's dtype, and from 0.6.18 on after the kernel's
+        if kv in FP4:  # named after the tensor's dtype, from 0.6.18 on after the kernel's
             kv = "fp4"
         parameters: dict[str, Any] = {
             "dtype_q": self.q_data_type,
@@ -80,20 +84,20 @@ class Kernel:
 
 
 def module_name(family: str, of: str | None = None, **parameters: Any) -> str:
-    """A module's name in a release, or in that of the kernels in use, by what it is compiled
-    for."""
+    """Return a module's name from what it is compiled for, in a release (by default that of the
+    kernels in use)."""
     return _module_name(family, of or release(), **parameters)
 
 
 @functools.lru_cache(256)
 def _module_name(family: str, of: str, **parameters: Any) -> str:
-    from fi_ffi.loader.uris import uri  # as late as can be: it has a large table
+    from fi_ffi.loader.uris import uri  # imported late: it has a large table
 
     return uri(family, release=of, **parameters)
 
 
 def release() -> str:
-    """The release of the kernels in use, or the one that is wanted where there are none."""
+    """Return the release of the kernels in use; without kernels, the one that would be fetched."""
     found = release_in_use()
     if found is None:
         from fi_ffi.loader.lock import wanted_release
@@ -103,14 +107,15 @@ def release() -> str:
 
 
 def multiprocessors(device: Device) -> int:
-    """Multiprocessors of a GPU; the CPU's reference has no need of them."""
+    """Return the multiprocessors of a GPU; 1 on the CPU, whose reference does not use them."""
     return machine.multiprocessors(device.index) if device.is_cuda else 1
 
 
 def in_use(rows: Sequence[Row], device: Device) -> tuple[Row, ...]:
-    """Rows in the forms of the kernels in use; on the CPU the first ones, as the reference has.
+    """Return rows in their forms for the release in use; on the CPU the first forms, as the
+    reference has.
 
-    Raises `KernelNotFoundError` where that release has none.
+    Raises `KernelNotFoundError` if a row has no form for that release.
     """
     if not device.is_cuda:
         return tuple(rows)
@@ -118,7 +123,7 @@ def in_use(rows: Sequence[Row], device: Device) -> tuple[Row, ...]:
 
 
 def data_type(op: str, argument: str, value: object, allowed: tuple[str, ...]) -> str:
-    """A dtype's name, one of those allowed."""
+    """Return a dtype's name; refuse one that is not allowed."""
     dtype = value if isinstance(value, DType) else parse_dtype(value, op=op, argument=argument)
     if dtype.name not in allowed:
         raise ArgumentError(op, argument, got=dtype, expected=" or ".join(allowed))
@@ -155,19 +160,19 @@ def decode_groups(of: str | None) -> list[int]:
 
 
 def release_for(device: Device) -> str | None:
-    """The release of the kernels that a device runs; None for the CPU, whose reference has all
-    that any release has."""
+    """Return the release of the kernels that a device runs; None on the CPU, whose reference
+    supports what any release does."""
     return release() if device.is_cuda else None
 
 
 def geometry_on(device: Device, geometry: Geometry) -> Geometry:
-    """The geometry as the kernels that a device runs count it: in tiles, or in queries."""
+    """Set whether the kernels that a device runs count partial results by queries."""
     of = release_for(device)
     return replace(geometry, by_query=of is not None and is_in(of, BY_QUERY))
 
 
 def check_encoding(op: str, mode: str, logits_soft_cap: float) -> None:
-    """`ArgumentError` for what the kernels get wrong: they scale twice."""
+    """Raise `ArgumentError` for ALiBi with a soft cap: the kernels apply `sm_scale` twice."""
     if mode == "ALIBI" and logits_soft_cap > 0:
         expected = (
             "0 with pos_encoding_mode='ALIBI': the kernels apply sm_scale twice (docs/attention.md)"
@@ -175,15 +180,18 @@ def check_encoding(op: str, mode: str, logits_soft_cap: float) -> None:
         raise ArgumentError(op, "logits_soft_cap", got=logits_soft_cap, expected=expected)
 
 
-# Before, fa3's main loop for fp8 ended at the first tile that a window hides a part of.
+# In earlier releases, fa3's fp8 main loop ended at the first tile that a window hides in part.
 FP8_WINDOWS = ">=0.6.15"
 
 
 def fa3_lacks(
     kernel: Kernel, use_custom_mask: bool, is_paged: bool = False, of: str | None = None
 ) -> str:
-    """Why fa3 cannot serve this; "" where it can.  As `is_fa3_backend_supported` has it,
-    and the head sizes that its kernels are written for.  `of` is a release."""
+    """Say why fa3 cannot serve a call, or return "". `of` is a release.
+
+    The conditions are those of `is_fa3_backend_supported`, and the head sizes that fa3 is compiled
+    for.
+    """
     fp8 = kernel.q_data_type in FP8
     if use_custom_mask:
         return "fa3 has no custom masks"
@@ -191,6 +199,8 @@ def fa3_lacks(
         return f"fa3 has no pos_encoding_mode {kernel.pos_encoding_mode!r}"
     if kernel.use_fp16_qk_reduction:
         return "fa3 has no use_fp16_qk_reduction"
+    if kernel.is_mla_of_fp8:
+        return _mla_lacks_fp8("fa3", of)
     if kernel.kv_data_type != kernel.q_data_type:
         return f"fa3 takes {kernel.q_data_type} queries with keys of that dtype only"
     if fp8 and kernel.use_logits_soft_cap:
@@ -207,8 +217,17 @@ def fa3_lacks(
     return ""
 
 
-def fa2_lacks(kernel: Kernel) -> str:
-    """Why fa2 cannot serve this; "" where it can."""
+def _mla_lacks_fp8(backend: str, of: str | None) -> str:
+    since = MLA_FP8[backend]
+    if of is None or is_in(of, since):
+        return ""
+    return f"{backend} has MLA with a float8_e4m3fn cache in FlashInfer {since}, not in {of}"
+
+
+def fa2_lacks(kernel: Kernel, of: str | None = None) -> str:
+    """Say why fa2 cannot serve a call, or return "". `of` is a release."""
+    if kernel.is_mla_of_fp8:
+        return _mla_lacks_fp8("fa2", of)
     if kernel.q_data_type in FP8:
         return f"fa2 has no {kernel.q_data_type} queries"
     if kernel.use_fp16_qk_reduction and kernel.q_data_type != "float16":
@@ -229,7 +248,7 @@ def choose_backend(
     use_custom_mask: bool = False,
     is_paged: bool = False,
 ) -> tuple[str, str]:
-    """The backend on a device, and why."""
+    """Choose the backend on a device; return it and the reason."""
     capability = machine.capability(device.index) if device.is_cuda else None
     return backend_for(
         op, backend, kernel, capability, use_custom_mask, is_paged, str(device), release_for(device)
@@ -246,13 +265,18 @@ def backend_for(
     where: str = "the GPU",
     of: str | None = None,
 ) -> tuple[str, str]:
-    """The backend on GPUs of a compute capability, with kernels of a release, and why: as asked,
-    or with "auto" as FlashInfer's `determine_attention_backend` has it.  Without a capability it
-    is the CPU's reference."""
+    """Choose the backend for a compute capability and a release; return it and the reason.
+
+    "auto" decides as FlashInfer's `determine_attention_backend`. A capability of None means the
+    CPU's reference.
+    """
     asked = check_choice(op, "backend", backend, BACKENDS)
-    lacks = {"fa2": fa2_lacks(kernel), "fa3": fa3_lacks(kernel, use_custom_mask, is_paged, of)}
+    lacks = {"fa2": fa2_lacks(kernel, of), "fa3": fa3_lacks(kernel, use_custom_mask, is_paged, of)}
     if capability is not None and capability != (9, 0):
         lacks["fa3"] = "fa3 is for SM90, and {} is SM{}{}".format(where, *capability)
+        if kernel.is_mla_of_fp8:
+            told = "FlashInfer has MLA with a float8_e4m3fn cache for SM90, and {} is SM{}{}"
+            lacks["fa2"] = told.format(where, *capability)
     chosen, why = asked, "it was asked for"
     if asked == "auto":
         is_reference = capability is None and not lacks["fa2"]

@@ -21,42 +21,43 @@ from fi_ffi.ops.row import Row
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# Tokens of all listed pages are counted in 32 bits.
+# The kernel counts the tokens of all listed pages in 32 bits.
 _MOST_TOKENS = 2**32
 
 
 class BatchAttentionPlan(Plan):
-    """A batch of prefills and decodes, planned once on the host and run for every layer.
+    """Prefills and decodes of a batch in one launch over a paged cache, planned once for all
+    layers.
 
-    FlashInfer's `BatchAttention`: one persistent kernel with as many blocks as the GPU holds, among
-    which the work of long prefills and of single queries is balanced.
+    This is FlashInfer's `BatchAttention`: one persistent kernel with as many blocks as the GPU
+    holds, which balances long prefills and single queries among them.
 
     Args:
         qo_indptr: [b+1] int32 on the host: where each request's queries start.
         kv_indptr: [b+1] int32 on the host: where each request's pages start in `kv_indices`.
-        kv_indices: [kv_indptr[-1] or more] int32 on the host: pages; None where each run
-            is given them on the device (and cannot check them).
+        kv_indices: [kv_indptr[-1] or more] int32 on the host: pages of the cache; None if each run
+            passes them on the device, where fi_ffi cannot check them.
         kv_len_arr: [b] int32 on the host: tokens of each request.
         {options}
         device, workspace, stream: as in `BatchPrefillPlan`.
 
-    The workspace depends on the GPU and the heads alone: with 132 multiprocessors, 8 key heads and
-    head_dim 128, 302 MiB and 6 MiB.  Any batch fits a launch that was captured into a graph.
+    The size of the workspace depends on the GPU and the heads alone: 302 MiB and 6 MiB for 132
+    multiprocessors, 8 key heads and head_dim 128. A captured launch serves any batch.
 
-    Raises as `BatchPrefillPlan` does, and `KernelError` where the planner finds more than 65,536
+    Raises as `BatchPrefillPlan` does, and `KernelError` if the planner finds more than 65,536
     pieces of work.
     Upstream: flashinfer/attention/_core.py, csrc/batch_attention.cu.
     """
 
     op = "BatchAttentionPlan"
-    options_class = AttentionOptions
-    names: Mapping[str, str] = {
+    _options_class = AttentionOptions
+    _names: Mapping[str, str] = {
         "qo_indptr": "qo_indptr", "kv_indptr": "kv_indptr", "indices": "kv_indices",
         "kv_len": "kv_len_arr",
     }  # fmt: skip
-    run_arrays: Mapping[str, str] = {"kv_indices": "indices"}
+    _run_arrays: Mapping[str, str] = {"kv_indices": "indices"}
     backend = "persistent"
-    backend_of_module = ""
+    _backend_of_module = ""
     backend_reason = "batch attention has no other"
 
     def __init__(
@@ -83,8 +84,8 @@ class BatchAttentionPlan(Plan):
         *,
         stream: object = None,
     ) -> None:
-        """Plan another batch with the same options; as `BatchPrefillPlan.replan`."""
-        self.replan_batch((qo_indptr, kv_indptr, kv_indices, kv_len_arr), stream)
+        """Plan another batch with the same options, as `BatchPrefillPlan.replan`."""
+        self._replan_batch((qo_indptr, kv_indptr, kv_indices, kv_len_arr), stream)
 
     def run(
         self,
@@ -101,20 +102,21 @@ class BatchAttentionPlan(Plan):
         v_scale: float | None = None,
         stream: object = None,
     ) -> None:
-        """Attention of `q` over the pages of a cache into `o`, on `stream`.
+        """Compute the attention of `q` over the pages of a cache into `o`, on `stream`.
 
         Args:
-            q: [qo_indptr[-1], num_qo_heads, head_dim_qk]; with CUDA graphs
-                [max_total_num_rows, ...], as for `o` and `lse`.
-            k_cache: [num_pages, page_size, num_kv_heads, head_dim_qk], or with "HND" the
-                middle axes exchanged; v_cache: the same with head_dim_vo and the same strides.
+            q: [qo_indptr[-1], num_qo_heads, head_dim_qk]; with CUDA graphs [max_total_num_rows,
+                ...], as for `o` and `lse`.
+            k_cache: [num_pages, page_size, num_kv_heads, head_dim_qk], or with "HND" [num_pages,
+                num_kv_heads, page_size, head_dim_qk].
+            v_cache: as k_cache, with head_dim_vo and the same strides.
             o: [rows of q, num_qo_heads, head_dim_vo], contiguous, written.
             lse: [rows of q, num_qo_heads] float32, written: log2 of the sum of exponentials.
-            kv_indices: the pages on the device, where the plan was given none.
-            sm_scale: q @ k is multiplied by it; 1 / sqrt(head_dim_qk) by default.
-            k_scale, v_scale: numbers that k and v are multiplied by, as those of fp8 caches.
+            kv_indices: the pages, int32 on the device, if the plan has none.
+            sm_scale: factor of q @ k; 1 / sqrt(head_dim_qk) by default.
+            k_scale, v_scale: factors of k and v, such as the scales of an fp8 cache.
         """
-        bound = self.bound_run(0, self.check_indices("kv_indices", kv_indices))
+        bound = self._bound_run(0, self._check_indices("kv_indices", kv_indices))
         values = bound.template.fresh()
         if sm_scale is not None or k_scale is not None:
             scale = softmax_scale(self.op, sm_scale, self.options.head_dim_qk)
@@ -125,29 +127,29 @@ class BatchAttentionPlan(Plan):
             q=q, k_cache=k_cache, v_cache=v_cache, o=o, maybe_lse=lse, kv_layout=kv_layout,
             kv_indices=kv_indices,
         )  # fmt: skip
-        self.run_packed(bound, values.values, stream)
+        self._run_packed(bound, values.values, stream)
 
-    def fill_defaults(self, values: Values) -> None:
+    def _fill_defaults(self, values: Values) -> None:
         values.put(sm_scale=softmax_scale(self.op, None, self.options.head_dim_qk), v_scale=1.0)
 
-    def choose_rows(self) -> Sequence[Row]:
+    def _choose_rows(self) -> Sequence[Row]:
         return BATCH_ATTENTION
 
-    def facts(self) -> dict[str, Any]:
+    def _facts(self) -> dict[str, Any]:
         mask = CAUSAL if self.options.causal else NON_CAUSAL
-        return super().facts() | {
+        return super()._facts() | {
             "mask_mode_code": mask, "head_dim_o": self.options.head_dim_vo,
         }  # fmt: skip
 
-    def read(self, arrays: Sequence[object]) -> Batch:
-        batch = super().read(arrays)
+    def _read(self, arrays: Sequence[object]) -> Batch:
+        batch = super()._read(arrays)
         if self.options.causal:
             batch.check_keys("with causal=True")
         tokens = batch.kv.total * self.options.page_size
         if tokens >= _MOST_TOKENS:
             expected = f"less than {_MOST_TOKENS} tokens in all pages that are listed"
-            raise self.refuse("kv_indptr", f"{tokens} tokens", expected)
+            raise self._refuse("kv_indptr", f"{tokens} tokens", expected)
         return batch
 
-    def exact_need(self, batch: Batch) -> sizes.Need:
-        return sizes.attention(self.geometry)
+    def _exact_need(self, batch: Batch) -> sizes.Need:
+        return sizes.attention(self._geometry)

@@ -1,4 +1,4 @@
-"""Cascades: attention over keys that requests share, level by level, and the levels merged."""
+"""Cascade attention: keys that requests share are attended to level by level, then merged."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops import functions
 from fi_ffi.ops.attention.arrays import Indptr, host_ints
+from fi_ffi.ops.attention.options import PrefillOptions, SignatureWithOptions
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.attention.run import asked_of
 from fi_ffi.ops.attention.workspace import Workspace
@@ -21,17 +22,19 @@ if TYPE_CHECKING:
 
     from fi_ffi.ops.capability.judgement import Support
 
-# What no level can know: where its keys are in the request.
-_OF_PLACES = ("window_left", "pos_encoding_mode", "use_multi_item_scoring", "use_custom_mask",
-              "use_attention_sink")  # fmt: skip
+# Options that depend on the keys' positions in the request, which a level does not know.
+_POSITIONAL_OPTIONS = (
+    "window_left", "pos_encoding_mode", "use_multi_item_scoring", "use_custom_mask",
+    "use_attention_sink",
+)  # fmt: skip
 
 _ARRAYS = ("qo_indptr", "kv_indptr", "paged_kv_indptr", "paged_kv_indices",
            "paged_kv_last_page_len")  # fmt: skip
-_MERGED = (64, 128, 256, 512)  # sizes of heads
+_MERGED_HEAD_DIMS = (64, 128, 256, 512)  # head sizes that `merge_state_in_place` supports
 
 
 class CascadeKeywords(TypedDict, total=False):
-    """Of a prefill's options, those that all levels have."""
+    """Prefill options that apply to all levels."""
 
     num_qo_heads: int
     num_kv_heads: int
@@ -51,32 +54,40 @@ class CascadeKeywords(TypedDict, total=False):
 
 
 class _Cascade:
-    """Plans of levels whose results are merged; the last is that of each request alone."""
+    """A tuple of plans whose results are merged; the last level has each request's own keys."""
 
     op: str
     levels: tuple[BatchPrefillPlan, ...]
 
+    __signature__ = SignatureWithOptions(PrefillOptions)
+
+    def __repr__(self) -> str:
+        levels = getattr(self, "levels", ())
+        return f"<{self.op} of {len(levels)} levels: {', '.join(map(repr, levels))}>"
+
     @classmethod
     def supports(cls, sm: Any = None, **asked: Any) -> Support:
-        """Whether its levels can be planned and merged on a GPU (`sm=90`), with these of the
-        prefill's options: see `Op.supports`."""
+        """Ask whether the levels can be planned and merged on a GPU (`sm=90`), with these of the
+        prefill's options. See `Op.supports`."""
         found = asked_of(cls.__name__, sm, **asked)
         where = {name: asked[name] for name in ("release", "cuda", "kernels") if name in asked}
         merged = functions.merge_state_in_place.supports(sm, **where)
         return merged if found and not merged else found
 
     def _check_options(self, options: Mapping[str, object]) -> None:
-        for name in _OF_PLACES:
+        for name in _POSITIONAL_OPTIONS:
             if name in options:
                 raise TypeError(f"{self.op}() got an unexpected keyword argument {name!r}")
         size = options.get("head_dim_vo") or options.get("head_dim_qk")
-        if size not in _MERGED and size is not None:
-            raise self._refuse("head_dim_qk", size, f"one of {_MERGED}, which can be merged")
+        if size not in _MERGED_HEAD_DIMS and size is not None:
+            raise self._refuse(
+                "head_dim_qk", size, f"one of {_MERGED_HEAD_DIMS}, which can be merged"
+            )
 
     def _replan(self, arrays: Sequence[dict[str, Any]], stream: object) -> None:
-        """Plan every level anew; none, where any is refused."""
+        """Plan every level anew; if one is refused, no level changes."""
         for level, each in zip(self.levels, arrays, strict=True):
-            level.read([each.get(name) for name in _ARRAYS])
+            level._read([each.get(name) for name in _ARRAYS])
         for level, each in zip(self.levels, arrays, strict=True):
             level.replan(**each, stream=stream)
 
@@ -96,7 +107,8 @@ class _Cascade:
         self, runs: Sequence[Any], o: TensorLike, lse: TensorLike, tmp_o: TensorLike,
         tmp_lse: TensorLike, stream: object,
     ) -> None:  # fmt: skip
-        """Run the last level into `o`, and each other one into `tmp_o`, merged into `o`."""
+        """Run the last level into `o`, and each other level into `tmp_o`, which is merged into
+        `o`."""
         given = {"o": o, "lse": lse, "tmp_o": tmp_o, "tmp_lse": tmp_lse}
         descs = {name: as_desc(tensor, self.op, name) for name, tensor in given.items()}
         for name, like in (("tmp_o", "o"), ("tmp_lse", "lse")):
@@ -107,8 +119,7 @@ class _Cascade:
                 )
             if may_overlap(one, other):
                 raise self._refuse(name, f"memory of `{like}`", "memory of its own")
-        # The first level into memory that is nobody's result: what is refused is so before `o` is
-        # written.
+        # The first level runs into scratch memory, so that a refusal comes before `o` is written.
         *others, last = runs
         for run in others[:1]:
             run(descs["tmp_o"], descs["tmp_lse"])
@@ -124,22 +135,23 @@ class _Cascade:
 class MultiLevelCascadePlan(_Cascade):
     """Attention over pages that groups of requests share, in levels, and over each request's own.
 
-    Level 0 has what most requests share, and the last level what each has alone.  A level's
-    "request" is a group: consecutive queries that see the same pages of it.
+    Level 0 has the keys that most requests share; the last level has each request's own. In each
+    level, a "request" is a group of consecutive queries that see the same pages of the level.
 
     Args:
         qo_indptr_arr: for each level [groups + 1] int32 on the host: where each group's queries
             start; all levels end with the same number.
         paged_kv_indptr_arr, paged_kv_indices_arr, paged_kv_last_page_len_arr: each level's pages,
-            as of `BatchPrefillPlan`.
-        causal: of the last level: queries see all keys of those before.
-        workspaces: a `Workspace` for each level; they are allocated otherwise.
-        page_size, options: of `BatchPrefillPlan`, for all levels: heads, `head_dim_qk`, dtypes,
-            `logits_soft_cap`, `backend`.  Windows and position encodings are not among them: a
+            as in `BatchPrefillPlan`.
+        page_size: tokens in a page, in all levels.
+        causal: whether the last level is causal; queries see all keys of the other levels.
+        workspaces: a `Workspace` for each level; by default fi_ffi allocates them.
+        options: of `BatchPrefillPlan`, for all levels: heads, `head_dim_qk`, dtypes,
+            `logits_soft_cap`, `backend`. Windows and position encodings are excluded, because a
             level counts positions within itself.
         device, stream: as in `BatchPrefillPlan`.
 
-    `levels` are the plans.  Raises as `BatchPrefillPlan` does.
+    `levels` is the tuple of plans. Raises as `BatchPrefillPlan` does.
     Upstream: flashinfer/cascade.py (MultiLevelCascadeAttentionWrapper).
     """
 
@@ -176,7 +188,7 @@ class MultiLevelCascadePlan(_Cascade):
         )
 
     def _arrays(self, *given: Sequence[TensorLike]) -> list[dict[str, Any]]:
-        """Each level's arrays, by their names in `BatchPrefillPlan`."""
+        """Return each level's arrays, by their names in `BatchPrefillPlan`."""
         names = ("qo_indptr", "paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
         for name, each in zip(names, given, strict=True):
             if len(each) != len(given[0]) or not len(each):
@@ -218,12 +230,13 @@ class MultiLevelCascadePlan(_Cascade):
         stream: object = None,
         **options: Any,
     ) -> None:
-        """Attention of `q` over all levels' pages of a cache into `o`, on `stream`.
+        """Compute the attention of `q` over all levels' pages of a cache into `o`, on `stream`.
 
         Args:
-            q, paged_k_cache, paged_v_cache, o, lse: as in `BatchPrefillPlan.paged_run`; float16 or
-                bfloat16 outputs, head_dim 64, 128 or 256, contiguous.
-            tmp_o, tmp_lse: like `o` and `lse`: a level's results, before they are merged.
+            q, paged_k_cache, paged_v_cache, o, lse: as in `BatchPrefillPlan.paged_run`; outputs are
+                float16 or bfloat16, contiguous, with head_dim 64, 128 or 256.
+            tmp_o, tmp_lse: scratch of the shape and dtype of `o` and `lse`, written: a level's
+                results before the merge.
             options: of `BatchPrefillPlan.paged_run`: `kv_layout`, `sm_scale`, scales.
         """
 
@@ -239,18 +252,19 @@ class MultiLevelCascadePlan(_Cascade):
 
 
 class SharedPrefixPlan(_Cascade):
-    """Attention over keys that all requests share, side by side, and over each request's pages.
+    """Attention over ragged keys that all requests share, and over each request's own pages.
 
     Args:
-        num_shared: keys that all requests share, 1 or more.
-        qo_indptr: [b+1] int32 on the host: where each request's queries start; None: one each.
-        paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len: each request's own pages, as of
+        num_shared: number of keys that all requests share, at least 1.
+        qo_indptr: [b+1] int32 on the host: where each request's queries start; None for one query
+            per request.
+        paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len: each request's own pages, as in
             `BatchPrefillPlan`.
-        causal: of each request's own keys: queries see all that are shared.
-        workspaces: one for the shared keys, and one for the requests' own.
+        causal: whether the requests' own keys are causal; queries see all shared keys.
+        workspaces: a `Workspace` for the shared keys and one for the requests' own.
         page_size, options, device, stream: as in `MultiLevelCascadePlan`.
 
-    `levels` are the plans.  Raises as `BatchPrefillPlan` does.
+    `levels` is the tuple of plans. Raises as `BatchPrefillPlan` does.
     Upstream: flashinfer/cascade.py (BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
     BatchPrefillWithSharedPrefixPagedKVCacheWrapper).
     """
@@ -333,11 +347,11 @@ class SharedPrefixPlan(_Cascade):
         stream: object = None,
         **options: Any,
     ) -> None:
-        """Attention of `q` over the shared keys and each request's own into `o`, on `stream`.
+        """Compute the attention of `q` over the shared and the own keys into `o`, on `stream`.
 
         Args:
-            k_shared, v_shared: [num_shared or more, num_kv_heads, head_dim], or with "HND" the
-                first two axes exchanged.
+            k_shared, v_shared: [num_shared or more, num_kv_heads, head_dim], or with "HND"
+                [num_kv_heads, tokens, head_dim].
             others: as in `MultiLevelCascadePlan.run`.
         """
         shared, own = self.levels

@@ -1,4 +1,4 @@
-"""`BatchDecodePlan`: attention of one query a request over a paged cache."""
+"""`BatchDecodePlan`: attention of one query per request over a paged cache."""
 
 from __future__ import annotations
 
@@ -20,49 +20,56 @@ from fi_ffi.ops.row import Row
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# Of `DecodePlanInfo::ToVector` (scheduler.cuh).
+# Indices into `DecodePlanInfo::ToVector` (scheduler.cuh).
 _PADDED_BATCH_SIZE, _KV_CHUNK_SIZE_OFFSET = 0, 7
-# What the binding wants for its dtype alone, and does not even read that of.
+# The binding takes two tensors for their dtypes alone, and does not use the dtypes either.
 _NOTHING = TensorDesc(256, (0,), "uint8", device="cpu")
 
 
 class BatchDecodePlan(Plan):
-    """A batch of requests with one query each, planned once on the host and run for every layer.
+    """Attention of one query per request over a paged cache, planned once for all layers.
 
-    The kernels use no tensor cores and read keys and values once: the quickest for few
-    query heads a key head.  For many (or any not among 1, 2, 3, 4 and 8, from 0.6.18 on 6,
-    from 0.7.1 on 16) `BatchPrefillPlan` with `qo_indptr = range(b + 1)` does the same on tensor
-    cores.
+    The kernels use no tensor cores and read keys and values once, so they are fastest if few query
+    heads share a key head. The ratio of query heads to key heads is 1, 2, 3, 4 or 8, from
+    FlashInfer 0.6.18 on also 6, and from 0.7.1 on also 16. For other ratios, or large ones, use
+    `BatchPrefillPlan` with `qo_indptr = range(b + 1)`, which runs on tensor cores.
 
     Args:
         indptr: [b+1] int32 on the host: where each request's pages start in `indices`.
-        indices: [indptr[-1] or more] int32 on the host: pages of the cache; None where
-            each run is given them on the device (and cannot check them).
-        last_page_len: [b] int32 on the host: tokens in each last page, 1 to `page_size`.
+        indices: [indptr[-1] or more] int32 on the host: pages of the cache; None if each run passes
+            them on the device, where fi_ffi cannot check them.
+        last_page_len: [b] int32 on the host: tokens in each request's last page, 1 to `page_size`.
         {options}
         device, workspace, stream: as in `BatchPrefillPlan`.
 
-    Raises `ArgumentError` and `ArgumentTypeError` before anything is copied or launched,
-    `KernelNotFoundError` where the kernels in use lack the module.
+    Raises `ArgumentError` and `ArgumentTypeError` before anything is copied or launched, and
+    `KernelNotFoundError` if the kernels in use lack the module.
     Upstream: flashinfer/decode.py, csrc/batch_decode.cu.
     """
 
     op = "BatchDecodePlan"
-    options_class = DecodeOptions
-    names: Mapping[str, str] = {
+    _options_class = DecodeOptions
+    _names: Mapping[str, str] = {
         "kv_indptr": "indptr", "indices": "indices", "last_page_len": "last_page_len",
     }  # fmt: skip
-    run_arrays: Mapping[str, str] = {
+    _run_arrays: Mapping[str, str] = {
         "paged_kv_indptr": "kv_indptr", "paged_kv_indices": "indices",
         "paged_kv_last_page_len": "last_page_len",
     }  # fmt: skip
-    # What every run is given, in this order.
-    run_given = ("q", "paged_k_cache", "paged_v_cache", "o", "maybe_lse", "kv_layout", "enable_pdl")
-    # What a number of requests takes at most, and that number.
+    _run_given = (
+        "q",
+        "paged_k_cache",
+        "paged_v_cache",
+        "o",
+        "maybe_lse",
+        "kv_layout",
+        "enable_pdl",
+    )
+    # The most that `_most_of` requests need, kept for the next replan.
     _most_need: sizes.Need
     _most_of = 0
     backend = "cuda cores"
-    backend_of_module = ""
+    _backend_of_module = ""
     backend_reason = "decode kernels have no other"
 
     def __init__(
@@ -86,8 +93,8 @@ class BatchDecodePlan(Plan):
         *,
         stream: object = None,
     ) -> None:
-        """Plan another batch with the same options; as `BatchPrefillPlan.replan`."""
-        self.replan_batch((indptr, indices, last_page_len), stream)
+        """Plan another batch with the same options, as `BatchPrefillPlan.replan`."""
+        self._replan_batch((indptr, indices, last_page_len), stream)
 
     def run(
         self,
@@ -108,18 +115,20 @@ class BatchDecodePlan(Plan):
         enable_pdl: bool = False,
         stream: object = None,
     ) -> None:
-        """Attention of `q` over the pages of a cache into `o`, on `stream`.
+        """Compute the attention of `q` over the pages of a cache into `o`, on `stream`.
 
         Args:
-            q: [b, num_qo_heads, head_dim]; o: the same, contiguous, written, in the plan's
-                `o_data_type`.  fp8 is rounded to from the largest magnitude down, and where a
-                request is split, each piece's output is rounded to it before they are merged.
+            q: [b, num_qo_heads, head_dim] of `q_data_type`.
+            paged_k_cache, paged_v_cache: [num_pages, page_size, num_kv_heads, head_dim], or with
+                "HND" [num_pages, num_kv_heads, page_size, head_dim], of `kv_data_type`.
+            o: [b, num_qo_heads, head_dim] of `o_data_type`, contiguous, written. An fp8 output
+                saturates; if a request is split, each piece is rounded to fp8 before the merge.
             lse: [b, num_qo_heads] float32, written: log2 of the sum of exponentials.
             others: as in `BatchPrefillPlan.paged_run`.
         """
         bound = self._bound_runs.get((0, paged_kv_indices is None))
         if bound is None:
-            bound = self.bound_run(0, self.check_indices("paged_kv_indices", paged_kv_indices))
+            bound = self._bound_run(0, self._check_indices("paged_kv_indices", paged_kv_indices))
         rest = bound.rest
         is_plain = (
             sm_scale is None and rope_scale is None and rope_theta is None and alibi_slopes is None
@@ -131,13 +140,13 @@ class BatchDecodePlan(Plan):
                 values, sm_scale, rope_scale, rope_theta, alibi_slopes, q_scale, k_scale
             )
             values.put(paged_kv_indices=paged_kv_indices)
-            rest = tuple(values.values[len(self.run_given) :])
+            rest = tuple(values.values[len(self._run_given) :])
         given = q, paged_k_cache, paged_v_cache, o, lse, kv_layout, enable_pdl, *rest
-        self.run_packed(bound, given, stream)
+        self._run_packed(bound, given, stream)
 
-    def fill_defaults(self, values: Values) -> None:
+    def _fill_defaults(self, values: Values) -> None:
         if self.options.pos_encoding_mode == "ALIBI":
-            return  # every run brings its slopes
+            return  # every run passes slopes
         self._fill_options(values, None, None, None, None, None, None)
 
     def _fill_options(
@@ -150,29 +159,32 @@ class BatchDecodePlan(Plan):
         values.put(sm_scale=values.scale("k", k_scale, scale))
         values.positions(self.options.pos_encoding_mode, rope_scale, rope_theta, alibi_slopes)
 
-    def choose_rows(self) -> Sequence[Row]:
+    def _choose_rows(self) -> Sequence[Row]:
         self.options.check_group(release_for(self.device))
         return BATCH_DECODE_PLAN, BATCH_DECODE_RUN
 
-    def facts(self) -> dict[str, Any]:
-        return super().facts() | {"empty_q_data": _NOTHING, "empty_kv_data": _NOTHING}
+    def _facts(self) -> dict[str, Any]:
+        return super()._facts() | {"empty_q_data": _NOTHING, "empty_kv_data": _NOTHING}
 
-    def most_need(self, batch: Batch) -> sizes.Need:
-        """What so many requests can take at most, and some more: the next batch is of another
-        number, and is placed where this one is."""
+    def _need_at_most(self, batch: Batch) -> sizes.Need:
+        """Return the most that this number of requests, rounded up to 64, needs. The rounding lets
+        a batch of slightly more requests reuse the placement."""
         count = sizes.aligned(batch.size, 64)
         if self._most_of != count:
-            self._most_need = sizes.decode(self.geometry, count, None)
+            self._most_need = sizes.decode(self._geometry, count, None)
             self._most_of = count
         return self._most_need
 
-    def exact_need(self, batch: Batch) -> sizes.Need:
-        return sizes.decode(self.geometry, batch.size, batch.kv.counts)
+    def _exact_need(self, batch: Batch) -> sizes.Need:
+        return sizes.decode(self._geometry, batch.size, batch.kv.counts)
 
-    def check_launch(self, launch: list[int], stage: TensorDesc, batch: Batch) -> None:
-        """The planner does not count requests without pages when it splits for a fixed grid:
-        with many of them there are more pieces than blocks, and the last would be left out."""
-        super().check_launch(launch, stage, batch)
+    def _check_launch(self, launch: list[int], stage: TensorDesc, batch: Batch) -> None:
+        """Check that the grid has a block for each piece.
+
+        The planner does not count requests without pages when it splits for a fixed grid. With many
+        of them there are more pieces than blocks, and the kernel would skip the last.
+        """
+        super()._check_launch(launch, stage, batch)
         if not self.device.is_cuda:
             return
         at = TensorDesc(stage.ptr + launch[_KV_CHUNK_SIZE_OFFSET], (1,), "int32", device="cpu")
@@ -181,4 +193,4 @@ class BatchDecodePlan(Plan):
         if pieces > launch[_PADDED_BATCH_SIZE]:
             got = f"{pieces} pieces of {chunk} keys"
             expected = f"{launch[_PADDED_BATCH_SIZE]} at most: too many requests have no pages"
-            raise self.refuse("indptr", got, expected)
+            raise self._refuse("indptr", got, expected)

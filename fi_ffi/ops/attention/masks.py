@@ -1,4 +1,4 @@
-"""What queries see: masks packed on the host, ALiBi's slopes, and the mask of one request."""
+"""Masks packed on the host, ALiBi slopes, and the mask of a single request."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     Bytes = numpy.ndarray[Any, numpy.dtype[numpy.uint8]]
     Slopes = numpy.ndarray[Any, numpy.dtype[numpy.float32]]
 
-# A grid has less than 2**16 heads; a wrong number must not fill the memory.
+# A grid has fewer than 2**16 heads; the limit keeps a wrong number from filling the memory.
 _MOST_HEADS = 2**16 - 1
 
 
 def pack_custom_mask(masks: Masks) -> Bytes:
-    """`custom_mask` of boolean host arrays [qo_len, kv_len]: True where a query sees a key.
+    """Pack boolean host arrays [qo_len, kv_len] into a `custom_mask`; True if a query sees a key.
 
-    A sequence has one for each request of a batch; `single_prefill` takes one alone.  Bit
-    `i * kv_len + j` is for query i and key j, the lowest of a byte first; each request's
-    bits begin a byte, and those that are left of its last byte are 0.
+    Pass one array for `single_prefill`, or a sequence with one for each request of a batch. Bit `i
+    * kv_len + j` is for query i and key j, the lowest bit of a byte first. Each request's bits
+    start at a whole byte; unused bits of its last byte are 0.
 
-    Raises `ArgumentTypeError` for what is no boolean host array, `ArgumentError` for one
-    of another rank, or for no masks at all.
+    Raises `ArgumentTypeError` for anything but boolean host arrays, and `ArgumentError` for an
+    array of another rank or an empty sequence.
     """
     import numpy as np
 
@@ -46,10 +46,10 @@ def pack_custom_mask(masks: Masks) -> Bytes:
 
 
 def alibi_slopes(num_heads: int) -> Slopes:
-    """ALiBi's slope of each head, float32: Press et al. 2021, section 3.
+    """Return ALiBi's slope of each head, float32 (Press et al. 2021, section 3).
 
-    For n heads, a power of two, they are 2^(-8/n), and its powers up to the n-th.  For
-    other numbers: those of the power of two below, then the odd ones (the first, the third,
+    For n heads, n a power of two, slope i is `2 ** (-8 * i / n)` for i = 1 to n. For other numbers,
+    take the slopes of the next lower power of two, then every second slope (the first, the third,
     ...) of twice that power.
     """
     import numpy as np
@@ -62,14 +62,14 @@ def alibi_slopes(num_heads: int) -> Slopes:
 
 
 def _boolean(value: object, ranks: tuple[int, ...], where: str = "") -> numpy.ndarray[Any, Any]:
-    """Anything numpy reads, if it is boolean and of a mask's rank."""
+    """Read any array that numpy reads; refuse it unless it is boolean and has a mask's rank."""
     import numpy as np
 
     if where and isinstance(value, (list, tuple)):
         raise _refused(f"{type(value).__name__}{where}")
     try:
         array = np.asarray(value)
-    except Exception as error:  # the exporter's own: a GPU's array, for one
+    except Exception as error:  # any error of the exporter, such as a GPU array's
         raise _refused(f"a {type(value).__qualname__} that refused: {error}") from error
     if array.dtype != np.bool_:
         raise _refused(f"{type(value).__qualname__} of {array.dtype}")
@@ -79,7 +79,7 @@ def _boolean(value: object, ranks: tuple[int, ...], where: str = "") -> numpy.nd
 
 
 def _refused(got: str, expected: str = "") -> ArgumentError:
-    """What is no boolean array, or where the array is not what is expected."""
+    """Make the error for a mask that is no boolean array, or that is not as expected."""
     error = ArgumentError if expected else ArgumentTypeError
     expected = expected or "a boolean host array for each request"
     return error("pack_custom_mask", "masks", got=got, expected=expected)
@@ -88,9 +88,9 @@ def _refused(got: str, expected: str = "") -> ArgumentError:
 def packed_mask(
     op: str, mask: Any, causal: bool, lens: tuple[int, int], suffix: str = ""
 ) -> tuple[TensorDesc | None, int]:
-    """One request's packed mask, where there is one, and the kernel's code for what is hidden.
+    """Return one request's packed mask, if any, and the kernel's code for its mask mode.
 
-    `suffix` is that of the names of `custom_mask`, `causal` and `k`.
+    `suffix` is appended to the argument names `custom_mask` and `causal` in errors.
     """
     qo_len, kv_len = lens
     if mask is None:
@@ -108,7 +108,7 @@ def packed_mask(
 def check_causal(
     op: str, causal: object, k: TensorDesc, lens: tuple[int, int], suffix: str = ""
 ) -> bool:
-    """A request's `causal`; raise where it has fewer keys than causal queries."""
+    """Return a request's `causal`; raise if it has fewer keys than causal queries."""
     qo_len, kv_len = lens
     is_causal = check_flag(op, f"causal{suffix}", causal)
     if is_causal and kv_len < qo_len:

@@ -12,9 +12,10 @@ from fi_ffi.ops.attention.arrays import Batch
 from fi_ffi.ops.attention.backends import CAUSAL, NON_CAUSAL, choose_backend
 from fi_ffi.ops.attention.options import MlaKeywords, MlaOptions
 from fi_ffi.ops.attention.plan import Plan
-from fi_ffi.ops.attention.rows import BATCH_MLA, NEED_KEYS
+from fi_ffi.ops.attention.rows import BATCH_MLA, FP8, NEED_KEYS
 from fi_ffi.ops.attention.run import Values, softmax_scale
 from fi_ffi.ops.attention.workspace import Workspace
+from fi_ffi.ops.call.arguments import check_number, shown
 from fi_ffi.ops.row import Row
 
 if TYPE_CHECKING:
@@ -22,37 +23,37 @@ if TYPE_CHECKING:
 
 
 class BatchMlaPlan(Plan):
-    """A batch of requests for multi-head latent attention, planned once, run for every layer.
+    """Multi-head latent attention of a batch of requests, planned once for all layers.
 
-    Each head's query has a part that was multiplied into the space of the compressed keys
-    and values (`q_nope`, head_dim_ckv = 512) and a part with the position encoding
-    (`q_pe`, head_dim_kpe = 64); keys and values are the compressed cache itself.
+    The query of a head has two parts: `q_nope` (head_dim_ckv = 512), multiplied into the space of
+    the compressed keys and values, and `q_pe` (head_dim_kpe = 64) with the position encoding. The
+    compressed cache serves as keys and as values.
 
     Args:
         qo_indptr: [b+1] int32 on the host: where each request's queries start.
-        kv_indptr: [b+1 or more] int32 on the host: where each request's pages start; entries
-            after the first b+1 are not read.
-        kv_indices: [kv_indptr[b] or more] int32 on the host: pages; None where each run
-            is given them on the device.
+        kv_indptr: [b+1 or more] int32 on the host: where each request's pages start; entries after
+            the first b+1 are ignored.
+        kv_indices: [kv_indptr[b] or more] int32 on the host: pages of the cache; None if each run
+            passes them on the device, where fi_ffi cannot check them.
         kv_len_arr: [b] int32 on the host: tokens of each request.
         {options}
         device, workspace, stream: as in `BatchPrefillPlan`.
 
-    With CUDA graphs `replan` also refuses a batch whose queries would make another number of
-    blocks work together.
+    With CUDA graphs, `replan` also refuses a batch whose number of queries changes how many blocks
+    form a cluster.
 
     Raises as `BatchPrefillPlan` does.
     Upstream: flashinfer/mla/_core.py, csrc/batch_mla_plan.cu, csrc/batch_mla_sm90_plan.cu.
     """
 
     op = "BatchMlaPlan"
-    options_class = MlaOptions
-    names: Mapping[str, str] = {
+    _options_class = MlaOptions
+    _names: Mapping[str, str] = {
         "qo_indptr": "qo_indptr", "kv_indptr": "kv_indptr", "indices": "kv_indices",
         "kv_len": "kv_len_arr",
     }  # fmt: skip
-    run_arrays: Mapping[str, str] = {"kv_indices": "indices"}
-    kv_indptr_may_be_longer = True
+    _run_arrays: Mapping[str, str] = {"kv_indices": "indices"}
+    _kv_indptr_may_be_longer = True
 
     def __init__(
         self,
@@ -78,8 +79,8 @@ class BatchMlaPlan(Plan):
         *,
         stream: object = None,
     ) -> None:
-        """Plan another batch with the same options; as `BatchPrefillPlan.replan`."""
-        self.replan_batch((qo_indptr, kv_indptr, kv_indices, kv_len_arr), stream)
+        """Plan another batch with the same options, as `BatchPrefillPlan.replan`."""
+        self._replan_batch((qo_indptr, kv_indptr, kv_indices, kv_len_arr), stream)
 
     def run(
         self,
@@ -93,21 +94,30 @@ class BatchMlaPlan(Plan):
         kv_indices: TensorLike | None = None,
         sm_scale: float | None = None,
         return_lse_base_on_e: bool = False,
+        ckv_scale: float | None = None,
+        ckv_scale_arr: TensorLike | None = None,
+        kpe_scale: float | None = None,
         stream: object = None,
     ) -> None:
-        """Attention into `o`, on `stream`.
+        """Compute latent attention into `o`, on `stream`.
 
         Args:
-            q_nope: [qo_indptr[-1], num_heads, 512]; q_pe: [qo_indptr[-1], num_heads, 64].
-            ckv_cache: [num_pages, page_size, 512]; kpe_cache: [num_pages, page_size, 64].
-            o: [rows of q_nope, num_heads, 512], written.
-            lse: [rows of q_nope, num_heads] float32, written: log2 of the sum of
-                exponentials, or their natural logarithm with `return_lse_base_on_e`.
-            kv_indices: the pages on the device, where the plan was given none.
-            sm_scale: logits are multiplied by it; by default 1 / sqrt(128 + 64), of the
-                heads before absorption.
+            q_nope: [qo_indptr[-1], num_heads, 512] of `q_data_type`.
+            q_pe: [qo_indptr[-1], num_heads, 64] of `q_data_type`.
+            ckv_cache: [num_pages, page_size, 512] of `kv_data_type`.
+            kpe_cache: [num_pages, page_size, 64] of `kv_data_type`.
+            o: [rows of q_nope, num_heads, 512] of `q_data_type`, written.
+            lse: [rows of q_nope, num_heads] float32, written: log2 of the sum of exponentials, or
+                their natural logarithm with `return_lse_base_on_e`.
+            kv_indices: the pages, int32 on the device, if the plan has none.
+            sm_scale: factor of the logits; by default 1 / sqrt(128 + 64), from the head size before
+                absorption.
+            ckv_scale, kpe_scale: factors of the two parts of a float8_e4m3fn cache; both are
+                required with one. The kernels round the scales, and the scaled values, to bfloat16.
+            ckv_scale_arr: [num_pages, page_size, 4] float32 in place of `ckv_scale`: one for each
+                128 elements of a token (FlashInfer 0.6.18 and later).
         """
-        bound = self.bound_run(0, self.check_indices("kv_indices", kv_indices))
+        bound = self._bound_run(0, self._check_indices("kv_indices", kv_indices))
         values = bound.template.fresh()
         if sm_scale is not None:
             values.put(sm_scale=softmax_scale(self.op, sm_scale, 1))
@@ -115,29 +125,52 @@ class BatchMlaPlan(Plan):
             q_nope=q_nope, q_pe=q_pe, ckv_cache=ckv_cache, kpe_cache=kpe_cache, o=o,
             maybe_lse=lse, kv_indices=kv_indices, return_lse_base_on_e=return_lse_base_on_e,
         )  # fmt: skip
-        self.run_packed(bound, values.values, stream)
+        if self._is_fp8 or not (ckv_scale is None and ckv_scale_arr is None and kpe_scale is None):
+            self._put_scales(values, ckv_scale, ckv_scale_arr, kpe_scale)
+        self._run_packed(bound, values.values, stream)
 
-    def fill_defaults(self, values: Values) -> None:
-        # Of the heads before absorption.
+    def _put_scales(self, values: Values, ckv_scale: Any, array: Any, kpe_scale: Any) -> None:
+        given = {"ckv_scale": ckv_scale, "ckv_scale_arr": array, "kpe_scale": kpe_scale}
+        if not self._is_fp8:
+            name = next(name for name, value in given.items() if value is not None)
+            expected = f"None with a cache of {self.options.kv_data_type}"
+            raise self._refuse(name, shown(given[name]), expected)
+        if (ckv_scale is None) == (array is None):
+            got = "neither" if array is None else "both"
+            expected = "ckv_scale or ckv_scale_arr, one of them, with a float8_e4m3fn cache"
+            raise self._refuse("ckv_scale", got, expected)
+        if kpe_scale is None:
+            raise self._refuse("kpe_scale", None, "a number, with a float8_e4m3fn cache")
+        for name in ("ckv_scale", "kpe_scale"):
+            if given[name] is not None:
+                values.put(**{name: check_number(self.op, name, given[name], above=0)})
+        values.option("ckv_scale_arr", array)
+
+    @cached_property
+    def _is_fp8(self) -> bool:
+        return self.options.kv_data_type in FP8
+
+    def _fill_defaults(self, values: Values) -> None:
+        # 128: the head size before absorption.
         values.put(sm_scale=softmax_scale(self.op, None, 128 + self.options.head_dim_kpe))
 
-    def choose_rows(self) -> Sequence[Row]:
+    def _choose_rows(self) -> Sequence[Row]:
         chosen = self.options
         self.backend, self.backend_reason = choose_backend(
             self.op, chosen.backend, chosen.kernel, self.device
         )
-        return BATCH_MLA[self.backend]
+        return BATCH_MLA[chosen.kernel.kind(self.backend)]
 
     @cached_property
     def _needs_keys(self) -> bool:
         return self._run_rows[0] in NEED_KEYS
 
-    def facts(self) -> dict[str, Any]:
+    def _facts(self) -> dict[str, Any]:
         mask = {"mask_mode_code": CAUSAL if self.options.causal else NON_CAUSAL}
-        return super().facts() | mask | {"head_dim_o": self.options.head_dim_ckv}
+        return super()._facts() | mask | {"head_dim_o": self.options.head_dim_ckv}
 
-    def read(self, arrays: Sequence[object]) -> Batch:
-        batch = super().read(arrays)
+    def _read(self, arrays: Sequence[object]) -> Batch:
+        batch = super()._read(arrays)
         if self.options.causal:
             self._check_tiles(batch)
             batch.check_keys("with causal=True")
@@ -145,33 +178,36 @@ class BatchMlaPlan(Plan):
             for i, (queries, keys) in enumerate(zip(batch.qo_lens, batch.kv_lens, strict=True)):
                 if queries and not keys:
                     expected = "a token or more: MLA's kernels before 0.6.11 fail without"
-                    raise self.refuse("kv_len_arr", f"0 for request {i}", expected)
+                    raise self._refuse("kv_len_arr", f"0 for request {i}", expected)
         return batch
 
     def _check_tiles(self, batch: Batch) -> None:
-        """The kernels mask a tile of rows by where it ends, rounded down to whole queries:
-        where it ends inside of one, that query loses its last key."""
+        """Refuse causal batches in which a tile ends inside a query.
+
+        The kernels mask a tile of rows by its end, rounded down to whole queries, so that query
+        would lose its last key.
+        """
         heads, lens = self.options.num_heads, batch.qo_lens
-        tile = 64 * sizes.mla_cluster(self.geometry, lens)
+        tile = 64 * sizes.mla_cluster(self._geometry, lens)
         if tile % heads and max(lens) * heads > tile:
             got = f"{max(lens)} queries of {heads} heads in a request"
             expected = f"{tile // heads} at most with causal=True, or heads that divide {tile}"
             if max(lens) == 1:
                 expected = "causal=False, which is the same for one query a request"
-            raise self.refuse("qo_indptr", got, expected)
+            raise self._refuse("qo_indptr", got, expected)
 
-    def check_same_launch(self, batch: Batch) -> None:
+    def _check_same_launch(self, batch: Batch) -> None:
         cluster, before = (
-            sizes.mla_cluster(self.geometry, one.qo_lens) for one in (batch, self._batch)
+            sizes.mla_cluster(self._geometry, one.qo_lens) for one in (batch, self._batch)
         )
         if cluster != before:
             got = f"queries for which {cluster} blocks work together"
-            raise self.refuse("qo_indptr", got, f"{before}, as in the launch captured")
+            raise self._refuse("qo_indptr", got, f"{before}, as in the launch captured")
 
-    def exact_need(self, batch: Batch) -> sizes.Need:
-        works = sizes.mla_works(self.geometry, batch.qo_lens)
+    def _exact_need(self, batch: Batch) -> sizes.Need:
+        works = sizes.mla_works(self._geometry, batch.qo_lens)
         if works > sizes.MLA_MAX_WORKS:
             got = f"queries for up to {works} work items"
             expected = f"{sizes.MLA_MAX_WORKS} at most: the planner has room for no more"
-            raise self.refuse("qo_indptr", got, expected)
-        return sizes.mla(self.geometry, batch.qo_lens)
+            raise self._refuse("qo_indptr", got, expected)
+        return sizes.mla(self._geometry, batch.qo_lens)

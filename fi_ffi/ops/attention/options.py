@@ -1,11 +1,12 @@
-"""The options of the plans: tables that types, defaults, checks and documentation come from.
+"""The options of the plans: tables for types, defaults, checks and documentation.
 
-A `TypedDict` is a table: type checkers take a plan's keywords from it, and each of its
-annotations has an `Option` with the rest.
+Each table is a `TypedDict`, so that type checkers know a plan's keywords. Each annotation carries
+an `Option` with the documentation, the check and the default.
 """
 
-# Annotations are read here, and so none is put off with `from __future__ import annotations`.
+# No `from __future__ import annotations` here: `Options` reads the annotations as objects.
 
+import re
 import textwrap
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -35,10 +36,10 @@ Check = Callable[[str, str, Any], Any]
 
 
 class Option(NamedTuple):
-    """What an option is, and what it is where it is left out.
+    """An option's documentation, check and default.
 
-    `check` takes a plan's name, the option's and a value, and returns the value as plans keep
-    it.  None as a default is not checked.  An option without a check depends on others.
+    `check` takes the plan's name, the option's name and a value, and returns the value as plans
+    keep it. A default of None is not checked. An option without a check depends on other options.
     """
 
     doc: str
@@ -55,7 +56,7 @@ def _flag(doc: str) -> Option:
 
 
 def _word(doc: str, words: Collection[str]) -> Option:
-    """One of some words, the first of which is the default."""
+    """A choice of words; the first is the default."""
     return Option(doc, partial(check_choice, allowed=words), next(iter(words)))
 
 
@@ -64,7 +65,7 @@ def _dtype(doc: str, default: str | None, *names: str) -> Option:
 
 
 def _only(size: int, doc: str) -> Option:
-    """A size of which the kernels have one."""
+    """A size for which the kernels accept a single value."""
 
     def check(op: str, name: str, value: Any) -> int:
         if check_int(op, name, value, 1) != size:
@@ -84,7 +85,7 @@ class _Scores(TypedDict, total=False):
     kv_data_type: Annotated[
         object,
         _dtype(
-            "dtype of k and v; None for that of q; uint8 for NVFP4, two numbers in a byte",
+            "dtype of k and v, that of q if None; uint8 for NVFP4, two values a byte",
             None,
             *F16,
             *FP8,
@@ -94,13 +95,13 @@ class _Scores(TypedDict, total=False):
     o_data_type: Annotated[
         object,
         Option(
-            "dtype of the output; None for that of q, or float16 where q is fp8; decode has fp8",
+            "dtype of the output, that of q if None (float16 if q is fp8); decode can write fp8",
             None,
         ),
     ]
     window_left: Annotated[
         int,
-        Option("keys before its own that a query sees; -1: all", partial(check_int, low=-1), -1),
+        Option("keys before its own that a query sees; -1 for all", partial(check_int, low=-1), -1),
     ]
     logits_soft_cap: Annotated[
         float, Option("c > 0 makes logits `c * tanh(logits / c)`", check_soft_cap, 0.0)
@@ -114,22 +115,23 @@ class _Graphs(TypedDict, total=False):
     enable_cuda_graph: Annotated[
         bool,
         _flag(
-            "keep addresses and launch, so that a captured run serves after `replan(...)` for "
-            "other lengths of the same number of requests"
+            "keep the arrays' addresses and the launch through `replan(...)`, so that a captured "
+            "run stays valid for other lengths of as many requests"
         ),
     ]
     max_num_indices: Annotated[
-        int | None, _count("with CUDA graphs, the most pages of replans; None for this batch's")
+        int | None, _count("with CUDA graphs, the most pages of a replan; this batch's if None")
     ]
 
 
 class _Queries(TypedDict, total=False):
     causal: Annotated[bool, _flag("query i of a request sees keys up to `kv_len - qo_len + i`")]
     backend: Annotated[
-        str, _word('"auto" (as FlashInfer: fa3 on SM90 where it can), "fa2" or "fa3"', BACKENDS)
+        str,
+        _word('"auto" (as FlashInfer: fa3 on SM90 if it can serve), "fa2" or "fa3"', BACKENDS),
     ]
     max_total_num_rows: Annotated[
-        int | None, _count("with CUDA graphs, the most queries of replans; None for this batch's")
+        int | None, _count("with CUDA graphs, the most queries of a replan; this batch's if None")
     ]
 
 
@@ -138,33 +140,34 @@ class _HeadDim(_Heads):
 
 
 class PrefillKeywords(_HeadDim, _Scores, _Queries, _Graphs, total=False):
-    """Of `BatchPrefillPlan`."""
+    """Keywords of `BatchPrefillPlan`."""
 
     head_dim_vo: Annotated[
-        int | None, _count("size of a head of v and the output; None for head_dim_qk")
+        int | None, _count("size of a head of v and the output; head_dim_qk if None")
     ]
     page_size: Annotated[int | None, _count("tokens in a page; None for ragged keys")]
-    use_fp16_qk_reduction: Annotated[bool, _flag("float16 sums in q @ k (fa2, float16 queries)")]
-    use_custom_mask: Annotated[bool, _flag("runs bring a packed mask (`pack_custom_mask`); fa2")]
+    use_fp16_qk_reduction: Annotated[bool, _flag("sum q @ k in float16 (fa2, float16 queries)")]
+    use_custom_mask: Annotated[bool, _flag("each run passes a mask (`pack_custom_mask`); fa2")]
     use_multi_item_scoring: Annotated[
-        bool, _flag("runs bring prefix and item lengths; the mask is causal, too")
+        bool, _flag("each run passes prefix and item lengths; the mask is causal as well")
     ]
     use_attention_sink: Annotated[
-        bool, _flag("runs bring `sink`, a logit of each head, part of the softmax's sum (GPT-OSS)")
+        bool,
+        _flag("each run passes `sink`, one more logit in each head's softmax (GPT-OSS)"),
     ]
     fixed_split_size: Annotated[
         int | None,
         _count(
-            "requests are split among blocks in pieces of so many pages, for results that do not "
+            "split requests among blocks in pieces of this many pages, so that results do not "
             "depend on the batch; fa2"
         ),
     ]
-    disable_split_kv: Annotated[bool, _flag("requests are not split among blocks; fa2")]
+    disable_split_kv: Annotated[bool, _flag("do not split requests among blocks; fa2")]
     num_colocated_ctas: Annotated[
         int,
         Option(
-            "blocks of another kernel that runs at the same time: requests are split in so many "
-            "fewer; fa2",
+            "blocks of another kernel that runs at the same time, subtracted from the pieces that "
+            "requests are split in; fa2",
             partial(check_int, low=0),
             0,
         ),
@@ -172,8 +175,8 @@ class PrefillKeywords(_HeadDim, _Scores, _Queries, _Graphs, total=False):
     uniform_q_len: Annotated[
         int,
         Option(
-            "with CUDA graphs, the queries of every request in every batch, which tiles are for; "
-            "0: any; fa2, from 0.6.16 on",
+            "with CUDA graphs, the number of queries if all requests of all batches have the "
+            "same, which sets the tile size; 0 for any; fa2, FlashInfer 0.6.16 and later",
             partial(check_int, low=0),
             0,
         ),
@@ -181,7 +184,7 @@ class PrefillKeywords(_HeadDim, _Scores, _Queries, _Graphs, total=False):
 
 
 class DecodeKeywords(_Heads, _Scores, _Graphs):
-    """Of `BatchDecodePlan`."""
+    """Keywords of `BatchDecodePlan`."""
 
     head_dim: Annotated[int, _count("size of a head")]
     page_size: Annotated[int, _count("tokens in a page")]
@@ -192,23 +195,23 @@ class _Attention(_HeadDim):
 
 
 class AttentionKeywords(_Attention, _Graphs, total=False):
-    """Of `BatchAttentionPlan`."""
+    """Keywords of `BatchAttentionPlan`."""
 
     head_dim_vo: Annotated[
-        int | None, _count("size of a head of v and the output; None for head_dim_qk")
+        int | None, _count("size of a head of v and the output; head_dim_qk if None")
     ]
     causal: Annotated[bool, _flag("query i of a request sees keys up to `kv_len - qo_len + i`")]
     q_data_type: Annotated[
         object, _dtype("dtype of q and the output: float16 or bfloat16", "bfloat16", *F16)
     ]
     kv_data_type: Annotated[
-        object, _dtype("dtype of k and v: that of q, which None is for, or fp8", None, *F16, *FP8)
+        object, _dtype("dtype of k and v: that of q (also if None), or fp8", None, *F16, *FP8)
     ]
     logits_soft_cap: Annotated[
         float, Option("c > 0 makes logits `c * tanh(logits / c)`", check_soft_cap, 0.0)
     ]
     max_total_num_rows: Annotated[
-        int | None, _count("with CUDA graphs, the most queries of replans; None for this batch's")
+        int | None, _count("with CUDA graphs, the most queries of a replan; this batch's if None")
     ]
 
 
@@ -218,22 +221,25 @@ class _Mla(TypedDict):
 
 
 class MlaKeywords(_Mla, _Queries, _Graphs, total=False):
-    """Of `BatchMlaPlan`."""
+    """Keywords of `BatchMlaPlan`."""
 
     head_dim_ckv: Annotated[int, _only(512, "size of the compressed keys and values")]
-    head_dim_kpe: Annotated[int, _only(64, "size of the part with the encoding")]
+    head_dim_kpe: Annotated[int, _only(64, "size of the part with the position encoding")]
     q_data_type: Annotated[object, _dtype("dtype of q: float16 or bfloat16", "bfloat16", *F16)]
-    kv_data_type: Annotated[object, Option("dtype of the cache: that of q", None)]
+    kv_data_type: Annotated[
+        object,
+        Option("dtype of the cache: that of q (also if None); or fp8 e4m3 with bfloat16 q", None),
+    ]
 
 
 class Options:
-    """A plan's options, checked; each is an attribute."""
+    """A plan's checked options, as attributes."""
 
-    # The plan's name, its options, and those of them that have no default.
+    # The plan's name, its options, and the names of the required ones.
     op: ClassVar[str]
     table: ClassVar[Mapping[str, Option]]
     required: ClassVar[frozenset[str]]
-    # Whether the kernels can round their output to fp8.
+    # Whether the kernels can write fp8 outputs.
     has_fp8_outputs: ClassVar[bool] = False
 
     def __init_subclass__(cls, op: str, keywords: Any) -> None:
@@ -242,7 +248,7 @@ class Options:
         cls.table = {name: hint.__metadata__[0] for name, hint in hints.items()}
 
     def __init__(self, **given: Any) -> None:
-        """Take a plan's keywords; a `TypeError` names the plan, as a call's own would."""
+        """Check a plan's keywords. A `TypeError` names the plan, as for a plain Python call."""
         for name in given:
             if name not in self.table:
                 raise TypeError(f"{self.op}() got an unexpected keyword argument {name!r}")
@@ -260,11 +266,17 @@ class Options:
 
         def __getattr__(self, name: str) -> Any: ...
 
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.changed().items())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self})"
+
     @classmethod
     def documented(cls, doc: str | None) -> str | None:
-        """A docstring with the options in place of `{options}`."""
+        """Replace `{options}` in a docstring by the list of options."""
         if doc is None or "{options}" not in doc:
-            return doc  # python -OO has none
+            return doc  # None under python -OO
         head, _, tail = doc.partition("{options}")
         indent = head[head.rindex("\n") + 1 :]
         lines = []
@@ -278,7 +290,7 @@ class Options:
         return head + "\n".join(lines).lstrip() + tail
 
     def changed(self) -> dict[str, Any]:
-        """The options that are not what they are by default."""
+        """Return the required options and those that differ from their default."""
         return {
             name: getattr(self, name)
             for name, option in self.table.items()
@@ -286,7 +298,7 @@ class Options:
         }
 
     def check_together(self) -> None:
-        """Check what depends on several options, and set what is left out."""
+        """Check combinations of options, and set those that were left out."""
         raise NotImplementedError
 
     def _check_heads(self) -> None:
@@ -295,17 +307,17 @@ class Options:
             raise self.refuse("num_qo_heads", qo, f"a multiple of num_kv_heads = {kv}")
 
     def _check_scores(self) -> None:
-        """Keys are of the queries' dtype, and so is the output, unless said."""
+        """Default the dtypes of keys and output to that of the queries, and check them."""
         q = self.q_data_type
         self._set_default("kv_data_type", q)
         if self.kv_data_type in FP4:
-            vars(self)["kv_data_type"] = FP4[0]  # what modules are called after
+            vars(self)["kv_data_type"] = FP4[0]  # the dtype in module names
         of_output = partial(output_type, q=q, is_decode=self.has_fp8_outputs)
         self._set_default("o_data_type", F16[0] if q in FP8 else q, of_output)
         check_encoding(self.op, self.pos_encoding_mode, self.logits_soft_cap)
 
     def _set_default(self, name: str, default: object, check: Check | None = None) -> None:
-        """Set an option that was left out, or check it by what others are."""
+        """Set an option that was left out; otherwise check its value."""
         value = getattr(self, name)
         if value is None:
             setattr(self, name, default)
@@ -317,7 +329,7 @@ class Options:
 
     @property
     def kernel(self) -> Kernel:
-        """What the plan's module is compiled for."""
+        """The parameters that the plan's module is compiled for."""
         return Kernel(
             self.family, self.q_data_type, self.kv_data_type, self.o_data_type, self.head_dim_qk,
             self.head_dim_vo, self.pos_encoding_mode, self.window_left >= 0,
@@ -325,12 +337,49 @@ class Options:
         )  # fmt: skip
 
     def geometry(self, machine: tuple[int, int]) -> Geometry:
-        """What workspaces' sizes depend on, on a GPU of so many multiprocessors and an SM."""
+        """Return the sizes that determine the workspaces, on a GPU of this `machine`: its
+        multiprocessors and major compute capability."""
         raise NotImplementedError
 
 
+class SignatureWithOptions:
+    """The signature of a plan class, in which each option is a keyword with its default.
+
+    `help` shows it. It is built on access, because `inspect` is slow to import.
+    """
+
+    def __init__(self, options: type[Options] | None = None) -> None:
+        self._options = options
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        from inspect import Parameter, signature
+
+        options: type[Options] = self._options or owner._options_class  # type: ignore[attr-defined]
+        made: Any = owner.__init__  # type: ignore[misc]
+        *given, last = [*signature(made).parameters.values()][1:]
+        found = re.fullmatch(r"Unpack\[(\w+)\]", str(last.annotation))
+        if found is None:
+            return signature(made).replace(parameters=[*given, last])
+        keywords = made.__globals__[found[1]]
+        required = keywords.__required_keys__ | options.required
+        named = [
+            Parameter(
+                name,
+                Parameter.KEYWORD_ONLY,
+                annotation=hint,
+                default=Parameter.empty
+                if name in required
+                else options.table[name].default
+                if name in options.table
+                else None,
+            )
+            for name, hint in get_type_hints(keywords).items()
+        ]
+        return signature(made).replace(parameters=[*given, *named], return_annotation=owner)
+
+
 class PrefillOptions(Options, op="BatchPrefillPlan", keywords=PrefillKeywords):
-    """The options of `BatchPrefillPlan`."""
+    """Options of `BatchPrefillPlan`."""
 
     def check_together(self) -> None:
         self._set_default("head_dim_vo", self.head_dim_qk)
@@ -358,7 +407,7 @@ class PrefillOptions(Options, op="BatchPrefillPlan", keywords=PrefillKeywords):
             raise self.refuse("disable_split_kv", True, "False with fixed_split_size")
         modes = ("causal", "use_custom_mask", "use_multi_item_scoring")
         chosen = [name for name in modes if getattr(self, name)]
-        if chosen == [modes[0], modes[2]]:  # whose mask is causal
+        if chosen == [modes[0], modes[2]]:  # allowed: multi-item scoring is causal
             return
         if len(chosen) > 1:
             raise self.refuse(chosen[1], True, f"False with {chosen[0]}: the mask is one of them")
@@ -391,8 +440,11 @@ class PrefillOptions(Options, op="BatchPrefillPlan", keywords=PrefillKeywords):
 
     @property
     def sees_past_window(self) -> bool:
-        """Whether queries see keys after their own though there is a window: fa2's planner
-        sizes the pieces of a split request for the window alone, and leaves those out."""
+        """Whether queries see keys after their own although there is a window.
+
+        fa2's planner sizes the pieces of a split request for the window alone and omits such keys,
+        so these requests are never split.
+        """
         return bool(self.window_left >= 0 and self.mask_mode != CAUSAL)
 
     def geometry(self, machine: tuple[int, int]) -> Geometry:
@@ -405,7 +457,7 @@ class PrefillOptions(Options, op="BatchPrefillPlan", keywords=PrefillKeywords):
 
 
 class DecodeOptions(Options, op="BatchDecodePlan", keywords=DecodeKeywords):
-    """The options of `BatchDecodePlan`."""
+    """Options of `BatchDecodePlan`."""
 
     family, has_fp8_outputs = "batch_decode", True
 
@@ -421,7 +473,7 @@ class DecodeOptions(Options, op="BatchDecodePlan", keywords=DecodeKeywords):
             raise self.refuse("kv_data_type", self.kv_data_type, expected)
 
     def check_group(self, of: str | None) -> None:
-        """Refuse as many queries' heads for each of keys as kernels of a release are not for."""
+        """Refuse a ratio of query heads to key heads that a release's kernels lack."""
         group, groups = self.num_qo_heads // self.num_kv_heads, decode_groups(of)
         if group not in groups:
             known = ", ".join(map(str, groups))
@@ -438,7 +490,7 @@ class DecodeOptions(Options, op="BatchDecodePlan", keywords=DecodeKeywords):
 
 
 class AttentionOptions(Options, op="BatchAttentionPlan", keywords=AttentionKeywords):
-    """The options of `BatchAttentionPlan`."""
+    """Options of `BatchAttentionPlan`."""
 
     family = "batch_attention"
     pos_encoding_mode, window_left = "NONE", -1
@@ -460,11 +512,12 @@ class AttentionOptions(Options, op="BatchAttentionPlan", keywords=AttentionKeywo
 
 
 class MlaOptions(Options, op="BatchMlaPlan", keywords=MlaKeywords):
-    """The options of `BatchMlaPlan`."""
+    """Options of `BatchMlaPlan`."""
 
     def check_together(self) -> None:
         q = self.q_data_type
-        self._set_default("kv_data_type", q, partial(data_type, allowed=(q,)))
+        allowed = (q, "float8_e4m3fn") if q == "bfloat16" else (q,)
+        self._set_default("kv_data_type", q, partial(data_type, allowed=allowed))
 
     @property
     def kernel(self) -> Kernel:

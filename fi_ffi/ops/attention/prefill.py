@@ -1,4 +1,5 @@
-"""`BatchPrefillPlan`: attention of many queries a request, over ragged or paged keys and values."""
+"""`BatchPrefillPlan`: attention of many queries per request over ragged or paged keys and
+values."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from fi_ffi.ops.row import Row
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# Kinds of run, by their place among a family's rows without the planner's.
+# Kinds of run: indices into a family's rows after the planner's.
 _RAGGED, _PAGED = 0, 1
 _PAGED_ARRAYS = ("paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
 _RAGGED_NAMES = {"qo_indptr": "qo_indptr", "kv_indptr": "kv_indptr"}
@@ -39,39 +40,39 @@ _PAGED_NAMES = {"qo_indptr": "qo_indptr"} | dict(
 
 
 class BatchPrefillPlan(Plan):
-    """A batch of requests, planned once on the host and run for every layer.
+    """Attention of a batch of requests, planned once on the host and run for every layer.
 
-    Every request has its own number of queries and of keys.  Keys and values are ragged
-    (side by side, `kv_indptr`) or paged (`paged_kv_indptr`, `paged_kv_indices`,
-    `paged_kv_last_page_len` and `page_size`).  All arrays are int32 **on the host**: they
-    are checked here and copied to the device in order with `stream`; nothing is ever
-    copied back.
+    Each request has its own number of queries and of keys. Keys and values are ragged (one request
+    after another, `kv_indptr`) or paged (`paged_kv_indptr`, `paged_kv_indices`,
+    `paged_kv_last_page_len` and `page_size`). All index arrays are int32 **on the host**. The plan
+    checks them and copies them to the device on `stream`; it copies nothing back.
 
     Args:
-        qo_indptr: [b+1] where each request's queries start; the last is how many there are.
+        qo_indptr: [b+1] where each request's queries start; the last entry is their number.
         kv_indptr: [b+1] where each request's keys start, for `ragged_run`.
         paged_kv_indptr: [b+1] where each request's pages start in `paged_kv_indices`.
-        paged_kv_indices: [paged_kv_indptr[-1] or more] pages of the cache; None where
-            each run is given them on the device (and cannot check them).
+        paged_kv_indices: [paged_kv_indptr[-1] or more] pages of the cache; None if each run passes
+            them on the device, where fi_ffi cannot check them.
         paged_kv_last_page_len: [b] tokens in each request's last page: 1 to `page_size`.
         {options}
-        device: where runs are; "cuda:0", or the workspace's.
-        workspace: a `Workspace` that is this plan's until another takes it; one is
-            allocated (and grown) by CUDA otherwise.
-        stream: what the copies are ordered with.
+        device: where runs happen; "cuda:0", or the workspace's device.
+        workspace: a `Workspace`, which this plan owns until another plan takes it; by default
+            fi_ffi allocates one and grows it.
+        stream: the stream on which the arrays are copied.
 
-    `backend` and `backend_reason` say what was chosen and why; `module` names the kernels;
-    `plan_info` is what the planner returned; `workspace_size(...)` takes the same arguments.
+    `backend` and `backend_reason` name the chosen kernels and why; `module` is their module;
+    `plan_info` is the planner's result; `workspace_size(...)` takes the same arguments and returns
+    bytes.
 
-    Raises `ArgumentError` and `ArgumentTypeError` before anything is copied or launched,
-    `KernelNotFoundError` where the kernels in use lack the module.
+    Raises `ArgumentError` and `ArgumentTypeError` before anything is copied or launched, and
+    `KernelNotFoundError` if the kernels in use lack the module.
     Upstream: flashinfer/prefill.py, csrc/batch_prefill.cu, csrc/batch_prefill_sm90.cu.
     """
 
     op = "BatchPrefillPlan"
-    options_class = PrefillOptions
-    runs: Sequence[str] = ("ragged_run", "paged_run")
-    run_arrays: Mapping[str, str] = {
+    _options_class = PrefillOptions
+    _run_methods: Sequence[str] = ("ragged_run", "paged_run")
+    _run_arrays: Mapping[str, str] = {
         "qo_indptr": "qo_indptr", "kv_indptr": "kv_indptr", "paged_kv_indptr": "kv_indptr",
         "paged_kv_indices": "indices", "paged_kv_last_page_len": "last_page_len",
         "maybe_mask_indptr": "mask_indptr",
@@ -105,14 +106,14 @@ class BatchPrefillPlan(Plan):
     ) -> None:
         """Plan another batch with the same options, in the same workspace.
 
-        With CUDA graphs, in place: the arrays' addresses and the launch stay, and what would
-        change them (another number of requests, more queries or pages than there is room
-        for, a cache or mask smaller than the batch needs) is refused and changes nothing.
+        With CUDA graphs the arrays' addresses and the launch stay. A batch that would change them
+        is refused and changes nothing: another number of requests, more queries or pages than
+        reserved, or more keys or mask bytes than captured runs were given.
         """
         paged = paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
-        self.replan_batch((qo_indptr, kv_indptr, *paged), stream)
+        self._replan_batch((qo_indptr, kv_indptr, *paged), stream)
 
-    def choose_rows(self) -> Sequence[Row]:
+    def _choose_rows(self) -> Sequence[Row]:
         chosen = self.options
         self.backend, self.backend_reason = choose_backend(
             self.op, chosen.backend, chosen.kernel, self.device, chosen.use_custom_mask,
@@ -125,51 +126,51 @@ class BatchPrefillPlan(Plan):
             ):  # fmt: skip
                 if getattr(chosen, name):
                     expected = "its default, or backend='fa2': fa3 never splits requests"
-                    raise self.refuse(name, getattr(chosen, name), expected)
+                    raise self._refuse(name, getattr(chosen, name), expected)
         of = release_for(self.device)
         if chosen.uniform_q_len and of is not None and not is_in(of, UNIFORM):
             expected = f"0: FlashInfer {UNIFORM} has it, and the kernels in use are of {of}"
-            raise self.refuse("uniform_q_len", chosen.uniform_q_len, expected)
+            raise self._refuse("uniform_q_len", chosen.uniform_q_len, expected)
         if chosen.use_multi_item_scoring and is_fp8:
             expected = "False: the kernels for fp8 queries lack it"
-            raise self.refuse("use_multi_item_scoring", True, expected)
-        if chosen.kv_data_type in FP4 and "ragged_run" not in self.runs:
+            raise self._refuse("use_multi_item_scoring", True, expected)
+        if chosen.kv_data_type in FP4 and "ragged_run" not in self._run_methods:
             expected = "another: only BatchPrefillPlan has keys and values of 4 bits"
-            raise self.refuse("kv_data_type", chosen.kv_data_type, expected)
+            raise self._refuse("kv_data_type", chosen.kv_data_type, expected)
         return self._families[chosen.kernel.kind(self.backend)]
 
     @property
     def _families(self) -> Mapping[str, Sequence[Row]]:
         return BATCH_PREFILL_SINK if self.options.use_attention_sink else BATCH_PREFILL
 
-    def other_rows(self, kind: int) -> Mapping[str, Row]:
+    def _other_rows(self, kind: int) -> Mapping[str, Row]:
         return {backend: rows[1 + kind] for backend, rows in self._families.items()}
 
-    def facts(self) -> dict[str, Any]:
+    def _facts(self) -> dict[str, Any]:
         mask = {"mask_mode_code": self.options.mask_mode}
-        return {"uniform_q_len": 0} | super().facts() | mask
+        return {"uniform_q_len": 0} | super()._facts() | mask
 
     @property
-    def names(self) -> Mapping[str, str]:  # type: ignore[override]
+    def _names(self) -> Mapping[str, str]:  # type: ignore[override]
         return _RAGGED_NAMES if self.options.page_size is None else _PAGED_NAMES
 
-    def read(self, arrays: Sequence[object]) -> Batch:
+    def _read(self, arrays: Sequence[object]) -> Batch:
         chosen, (qo_indptr, kv_indptr, *paged) = self.options, arrays
         if chosen.page_size is None:
             if kv_indptr is None:
                 expected = "an array; a paged cache comes with page_size"
-                raise self.refuse("kv_indptr", None, expected)
+                raise self._refuse("kv_indptr", None, expected)
             for name, given in zip(_PAGED_ARRAYS, paged, strict=True):
                 if given is not None:
-                    raise self.refuse(name, "an array", "None without page_size")
-            batch = super().read((qo_indptr, kv_indptr))
+                    raise self._refuse(name, "an array", "None without page_size")
+            batch = super()._read((qo_indptr, kv_indptr))
         else:
             if kv_indptr is not None:
-                raise self.refuse("kv_indptr", "an array", "None with page_size")
+                raise self._refuse("kv_indptr", "an array", "None with page_size")
             for name, given in zip(_PAGED_ARRAYS[::2], paged[::2], strict=True):
                 if given is None:
-                    raise self.refuse(name, None, "an array with page_size")
-            batch = super().read((qo_indptr, *paged))
+                    raise self._refuse(name, None, "an array with page_size")
+            batch = super()._read((qo_indptr, *paged))
         if chosen.causal:
             batch.check_keys("with causal=True")
         if chosen.pos_encoding_mode == "ROPE_LLAMA":
@@ -181,24 +182,24 @@ class BatchPrefillPlan(Plan):
         if chosen.uniform_q_len and {*batch.qo_lens} != {chosen.uniform_q_len}:
             got = f"{min(batch.qo_lens)} to {max(batch.qo_lens)} queries a request"
             expected = f"{chosen.uniform_q_len} of each, as uniform_q_len says"
-            raise self.refuse("qo_indptr", got, expected)
+            raise self._refuse("qo_indptr", got, expected)
         return batch
 
-    def most_need(self, batch: Batch) -> sizes.Need | None:
-        if self.geometry.fixed_split_size > 0:
+    def _need_at_most(self, batch: Batch) -> sizes.Need | None:
+        if self._geometry.fixed_split_size > 0:
             return None
-        return sizes.prefill_most(self.geometry, self.backend, batch.size, batch.rows)
+        return sizes.prefill_most(self._geometry, self.backend, batch.size, batch.rows)
 
-    def exact_need(self, batch: Batch) -> sizes.Need:
+    def _exact_need(self, batch: Batch) -> sizes.Need:
         size = sizes.prefill_fa3 if self.backend == "fa3" else sizes.prefill_fa2
-        return size(self.geometry, batch.qo_lens, batch.kv.counts, batch.room_for_rows)
+        return size(self._geometry, batch.qo_lens, batch.kv.counts, batch.room_for_rows)
 
-    def check_same_launch(self, batch: Batch) -> None:
+    def _check_same_launch(self, batch: Batch) -> None:
         split = self._need(batch)[0].split
-        if split != self.needs.split:
+        if split != self._needs.split:
             got = f"requests {'split' if split else 'not split'}"
             expected = "as captured: fixed_split_size makes it depend on the lengths"
-            raise self.refuse("fixed_split_size", got, expected)
+            raise self._refuse("fixed_split_size", got, expected)
 
     # Runs.
 
@@ -216,27 +217,28 @@ class BatchPrefillPlan(Plan):
         stream: object = None,
         **options: Any,
     ) -> None:
-        """Attention of `q` over ragged `k` and `v` into `o`, on `stream`.
+        """Compute the attention of `q` over ragged `k` and `v` into `o`, on `stream`.
 
         Args:
-            q: [qo_indptr[-1], num_qo_heads, head_dim_qk]; with CUDA graphs
-                [max_total_num_rows, ...], as for `o` and `lse`.
-            k: [kv_indptr[-1] or more, num_kv_heads, head_dim_qk], or with "HND" the
-                first two axes exchanged; v: the same with head_dim_vo.
+            q: [qo_indptr[-1], num_qo_heads, head_dim_qk]; with CUDA graphs [max_total_num_rows,
+                ...], as for `o` and `lse`.
+            k: [kv_indptr[-1] or more, num_kv_heads, head_dim_qk], or with "HND" [num_kv_heads,
+                tokens, head_dim_qk].
+            v: as k, with head_dim_vo.
             o: [rows of q, num_qo_heads, head_dim_vo], written.
             lse: [rows of q, num_qo_heads] float32, written: log2 of the sum of exponentials.
             k_cache_sf, v_cache_sf, options: see `paged_run`.
         """
         if self.options.page_size not in (None, 1):
             expected = "paged_run, which this was planned for (page_size)"
-            raise self.refuse("self", "ragged_run", expected)
+            raise self._refuse("self", "ragged_run", expected)
         if self.options.use_multi_item_scoring:
-            raise self.refuse("self", "ragged_run", "paged_run: only that has multi-item scoring")
-        bound = self.bound_run(_RAGGED, False)
+            raise self._refuse("self", "ragged_run", "paged_run: only that has multi-item scoring")
+        bound = self._bound_run(_RAGGED, False)
         values = self._values(bound, q, o, lse, kv_layout, options)
         self._put_scales(values, k_cache_sf, v_cache_sf, k=k, v=v)
         values.put(k=k, v=v)
-        self.run_packed(bound, values.values, stream)
+        self._run_packed(bound, values.values, stream)
 
     def paged_run(
         self,
@@ -253,38 +255,41 @@ class BatchPrefillPlan(Plan):
         stream: object = None,
         **options: Any,
     ) -> None:
-        """Attention of `q` over the pages of a cache into `o`, on `stream`.
+        """Compute the attention of `q` over the pages of a cache into `o`, on `stream`.
 
         Args:
             q, o, lse: as in `ragged_run`.
             paged_k_cache: [num_pages, page_size, num_kv_heads, head_dim_qk], or with "HND"
-                the middle axes exchanged; paged_v_cache: the same with head_dim_vo and the
-                same strides.  For one tensor of both see `split_paged_kv_cache`.
-            paged_kv_indices: the pages on the device, where the plan was given none.
-            sm_scale: q @ k is multiplied by it; 1 / sqrt(head_dim_qk) by default.
-            rope_scale, rope_theta: of "ROPE_LLAMA"; 1 and 10000 by default.
+                [num_pages, num_kv_heads, page_size, head_dim_qk].
+            paged_v_cache: as paged_k_cache, with head_dim_vo and the same strides. For one tensor
+                that has both see `split_paged_kv_cache`.
+            paged_kv_indices: the pages, int32 on the device, if the plan has none.
+            sm_scale: factor of q @ k; 1 / sqrt(head_dim_qk) by default.
+            rope_scale, rope_theta: with "ROPE_LLAMA"; 1 and 10000 by default.
             alibi_slopes: [num_qo_heads] float32, with "ALIBI".
             custom_mask: [bytes] uint8 with `use_custom_mask`: see `pack_custom_mask`.
-            prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len,
-            max_item_len_ptr: with `use_multi_item_scoring`: [b] uint32, [positions] uint16,
-                int, [b] uint16.  Request i's positions, one for each token after its prefix,
-                start at `i * token_pos_in_items_len`.  Without CUDA graphs, what follows
-                those of the last request may be left out: one for each of its queries is the
-                least, and is enough where its prefix has all keys before them.
+            prefix_len_ptr: [b] uint32 with `use_multi_item_scoring`: tokens of each prefix.
+            token_pos_in_items_ptr: [positions] uint16 with `use_multi_item_scoring`: one position
+                for each token after the prefix. Those of request i start at `i *
+                token_pos_in_items_len`. Without CUDA graphs the array may end early: the last
+                request needs at least one position for each of its queries, which suffices if its
+                prefix is all keys before them.
+            token_pos_in_items_len: int with `use_multi_item_scoring`: positions for each request.
+            max_item_len_ptr: [b] uint16 with `use_multi_item_scoring`: tokens of the longest item.
             sink: [num_qo_heads] float32 with `use_attention_sink`.
-            q_scale, k_scale, v_scale: numbers that q, k and v are multiplied by; with fp8
-                queries also [heads] float32.  fa2 has no `v_scale`.
-            k_cache_sf, v_cache_sf: with keys and values of 4 bits (NVFP4, `kv_data_type`
-                uint8), whose tensors have head_dim / 2 bytes a head: the scales of each 16
-                of a head, float8_e4m3fn, in the shape of the keys (or values) but for the
-                last axis, head_dim / 16, and with an eighth of their strides.  What scales
-                all of a tensor is `k_scale`, and of values a factor of the output.
+            q_scale, k_scale, v_scale: factors of q, k and v: numbers, or with fp8 queries also
+                [heads] float32. fa2 has no `v_scale`.
+            k_cache_sf, v_cache_sf: scales of NVFP4 keys and values (`kv_data_type` uint8, head_dim
+                / 2 bytes a head): float8_e4m3fn, one for 16 elements. The shape is that of the keys
+                (values) with a last axis of head_dim / 16, and strides are an eighth of theirs.
+                Pass the scale of the whole key tensor as `k_scale`; multiply the output by that of
+                the values.
             enable_pdl: programmatic dependent launch (SM90 and later).
         """
         if self.options.page_size is None:
-            raise self.refuse("self", "paged_run", "ragged_run, which this was planned for")
-        has_indices = self.check_indices("paged_kv_indices", paged_kv_indices)
-        bound = self.bound_run(_PAGED, has_indices)
+            raise self._refuse("self", "paged_run", "ragged_run, which this was planned for")
+        has_indices = self._check_indices("paged_kv_indices", paged_kv_indices)
+        bound = self._bound_run(_PAGED, has_indices)
         values = self._values(bound, q, o, lse, kv_layout, options)
         self._put_scales(
             values, k_cache_sf, v_cache_sf, paged_k_cache=paged_k_cache,
@@ -294,10 +299,10 @@ class BatchPrefillPlan(Plan):
             paged_k_cache=paged_k_cache, paged_v_cache=paged_v_cache,
             paged_kv_indices=paged_kv_indices,
         )  # fmt: skip
-        self.run_packed(bound, values.values, stream)
+        self._run_packed(bound, values.values, stream)
 
     def _put_scales(self, values: Values, k_sf: Any, v_sf: Any, **tensors: Any) -> None:
-        """The block scales of these keys and values."""
+        """Set the block scales of NVFP4 keys and values."""
         dtype = self.options.kv_data_type
         if dtype in FP4 or k_sf is not None or v_sf is not None:
             descs = {name: as_desc(given, self.op, name) for name, given in tensors.items()}
@@ -306,7 +311,7 @@ class BatchPrefillPlan(Plan):
 
     @cached_property
     def _have_own_strides(self) -> bool:
-        """Whether the kernels find the scales of pages by the scales' strides."""
+        """Whether the kernels address the scales of pages by the scales' own strides."""
         of = release_for(self.device)
         return of is None or is_in(of, OWN_STRIDES)
 
@@ -321,14 +326,14 @@ class BatchPrefillPlan(Plan):
 
     @property
     def _needs_options(self) -> bool:
-        """Whether every run brings something that the plan's options ask for."""
+        """Whether the plan's options require an argument of every run."""
         chosen = self.options
         return bool(
             chosen.pos_encoding_mode == "ALIBI" or chosen.use_custom_mask
             or chosen.use_attention_sink or chosen.use_multi_item_scoring
         )  # fmt: skip
 
-    def fill_defaults(self, values: Values) -> None:
+    def _fill_defaults(self, values: Values) -> None:
         if not self._needs_options:
             self._apply(values)
 
@@ -351,7 +356,7 @@ class BatchPrefillPlan(Plan):
         v_scale: TensorLike | float | None = None,
         enable_pdl: bool = False,
     ) -> None:
-        """The options of a run."""
+        """Set the options of a run."""
         chosen = self.options
         scale = softmax_scale(self.op, sm_scale, chosen.head_dim_qk)
         for of, value in (("q", q_scale), ("k", k_scale), ("v", v_scale)):
@@ -384,7 +389,7 @@ class BatchPrefillPlan(Plan):
                 expected = f"{most} positions: {length} for each of {self._batch.size} requests"
                 if least < most:
                     expected += f", or {least} and more: the last has {last} queries"
-                raise self.refuse(name, desc.layout, expected)
+                raise self._refuse(name, desc.layout, expected)
 
     def _apply_mask(self, values: Values, custom_mask: Any) -> None:
         is_planned = self.options.use_custom_mask
@@ -395,9 +400,9 @@ class BatchPrefillPlan(Plan):
         have = desc.shape[0] if len(desc.shape) == 1 else -1
         if have != need and not (self.options.enable_cuda_graph and have > need):
             expected = f"{need} bytes, as the lengths say: see pack_custom_mask"
-            raise self.refuse("custom_mask", desc.layout, expected)
+            raise self._refuse("custom_mask", desc.layout, expected)
         values.put(maybe_custom_mask=desc)
 
 
-# What Python's own error for a wrong keyword calls the function.
+# Python's error for an unknown keyword shows this name.
 BatchPrefillPlan._apply.__qualname__ = "BatchPrefillPlan.paged_run"

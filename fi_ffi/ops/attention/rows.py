@@ -89,7 +89,8 @@ _WORKSPACE = (
     Tensor("int_workspace_buffer", "int_bytes", "uint8", "the schedule", writes=True),
 )
 _STAGING = Tensor(
-    "page_locked_int_workspace_buffer", "int_bytes", "uint8", "the schedule, on its way",
+    "page_locked_int_workspace_buffer", "int_bytes", "uint8",
+    "the schedule, before its copy to the device",
     writes=True, host=True,
 )  # fmt: skip
 _Q = Tensor("q", "nnz_qo num_qo_heads head_dim_qk", "Q", "queries")
@@ -100,7 +101,7 @@ _OUT = Tensor("o", "nnz_qo num_qo_heads head_dim_vo", "O", "the output", writes=
 _OUT_FA2 = replace(_OUT, contiguous=True)  # fa2's kernels work its strides out themselves
 _LSE = Tensor(
     "maybe_lse", "nnz_qo num_qo_heads", "float32",
-    "gets the logarithm to base 2 of each row's sum of exponentials",
+    "receives each row's log-sum-exp, base 2",
     optional=True, contiguous=True, writes=True, reads=False,
 )  # fmt: skip
 _PAGED_K = Tensor(
@@ -113,18 +114,18 @@ _PAGED_V = replace(
 )  # fmt: skip
 _PAIR = ("paged_k_cache", "paged_v_cache")
 _PAGES = (
-    _index("paged_kv_indptr", "b+1", "where each request's pages start"),
+    _index("paged_kv_indptr", "b+1", "start of each request's pages"),
     _index("paged_kv_indices", "num_indices", "the pages"),
     _index("paged_kv_last_page_len", "b", "tokens in each request's last page"),
 )
-_QO_INDPTR = _index("qo_indptr", "b+1", "where each request's queries start")
+_QO_INDPTR = _index("qo_indptr", "b+1", "start of each request's queries")
 _MASK_MODE = _number("mask_mode_code", "0 none, 1 causal, 2 custom, 3 multi-item scoring", int)
-_WINDOW = _number("window_left", "tokens to the left that are seen; -1: all", int)
+_WINDOW = _number("window_left", "visible tokens to the left; -1: all", int)
 _PDL = _number("enable_pdl", "programmatic dependent launch", bool)
-_CAUSAL = _number("causal", "whether each query sees the tokens up to its own", bool)
+_CAUSAL = _number("causal", "True: each query sees the tokens up to its own", bool)
 _SLOPES = _maybe("maybe_alibi_slopes", "num_qo_heads", "float32", "ALiBi's slopes")
-_SOFT_CAP = _number("logits_soft_cap", "logits become cap * tanh(logits / cap); 0: not")
-_SM_SCALE = _number("sm_scale", "what q @ k is multiplied by")
+_SOFT_CAP = _number("logits_soft_cap", "cap of the logits, `cap * tanh(logits / cap)`; 0: none")
+_SM_SCALE = _number("sm_scale", "factor of q @ k")
 _FA2_SCALARS = (
     _SOFT_CAP,
     _SM_SCALE,
@@ -137,7 +138,7 @@ _SIZES = (
     _number("num_qo_heads", "heads of the queries", int),
     _number("num_kv_heads", "heads of keys and values", int),
     _number("page_size", "tokens in a page", int),
-    _number("enable_cuda_graph", "keep the launch the same for other lengths", bool),
+    _number("enable_cuda_graph", "same launch for other lengths", bool),
 )
 _HEAD_DIMS = (
     _number("head_dim_qk", "of queries and keys", int),
@@ -156,10 +157,10 @@ def _plan(family: str, variant: str, source: str, *args: Arg, **fields: Any) -> 
 # What modules.py adds to prefill, by kernel.
 
 _MULTI_ITEM = (
-    _maybe("maybe_prefix_len_ptr", "b", "uint32", "tokens of each request's prefix"),
+    _maybe("maybe_prefix_len_ptr", "b", "uint32", "tokens in each request's prefix"),
     _maybe("maybe_token_pos_in_items_ptr", "num_positions", "uint16",
-           "each token's place in its item"),
-    _maybe("maybe_max_item_len_ptr", "b", "uint16", "tokens of each request's longest item"),
+           "each token's position in its item"),
+    _maybe("maybe_max_item_len_ptr", "b", "uint16", "tokens in each request's longest item"),
 )  # fmt: skip
 _ITEMS_LEN = _number("token_pos_in_items_len", "positions for each request", int)
 _BLOCK_SCALES = (
@@ -197,7 +198,7 @@ _SCALE_V = _scale("v", "num_kv_heads")
 _SCALES = (_scale("q", "num_qo_heads"), _scale("k", "num_kv_heads"), _SCALE_V)
 _SCALARS = tuple(_number(f"scale_{of}_scalar", f"scale of {of}") for of in "qkv")
 _MASK = _maybe("maybe_custom_mask", "mask_bytes", "uint8", "the packed mask")
-_MASK_INDPTR = _maybe("maybe_mask_indptr", "b+1", "int32", "where each request's mask starts")
+_MASK_INDPTR = _maybe("maybe_mask_indptr", "b+1", "int32", "start of each request's mask")
 _OF_FP8: tuple[Arg, ...] = (*_SCALES, _SM_SCALE, *_SCALARS)
 _OF_ONE: dict[str, tuple[Arg, ...]] = {
     "fa2": (_MASK, _SLOPES, *_BLOCK_SCALES, *_FA2_SCALARS),
@@ -210,7 +211,8 @@ _OF_BATCH: dict[str, tuple[Arg, ...]] = {
     "fa3_fp8": _OF_FP8,
 }
 _SINK = (
-    replace(_maybe("sink", "num_qo_heads", "float32", "a logit of each head, part of the sum"),
+    replace(_maybe("sink", "num_qo_heads", "float32",
+                   "a logit of each head that joins the softmax's sum"),
             optional=False),
     _SM_SCALE,
 )  # fmt: skip
@@ -265,7 +267,7 @@ SINGLE_PREFILL["fa2_fp4"] = _row(
 
 BATCH_DECODE_PLAN = _plan(
     "batch_decode", "", "batch_decode_jit_binding.cu",
-    _index("indptr", "b+1", "where each request's pages start", host=True),
+    _index("indptr", "b+1", "start of each request's pages", host=True),
     *_SIZES[1:], _WINDOW, _SOFT_CAP, *_HEAD_DIMS,
     Tensor("empty_q_data", "0", "uint8", "of the query's dtype", host=True),
     Tensor("empty_kv_data", "0", "uint8", "of the cache's dtype", host=True),
@@ -281,16 +283,16 @@ BATCH_DECODE_RUN = _row(
 )  # fmt: skip
 
 _FA3_PLAN = (
-    _index("qo_indptr", "b+1", "where each request's queries start", host=True),
-    _index("kv_indptr", "b+1", "where each request's pages (or tokens) start", host=True),
-    _index("kv_len_arr", "b", "tokens of each request", host=True),
+    _index("qo_indptr", "b+1", "start of each request's queries", host=True),
+    _index("kv_indptr", "b+1", "start of each request's pages (or tokens)", host=True),
+    _index("kv_len_arr", "b", "tokens in each request", host=True),
     *_SIZES, *_HEAD_DIMS, _CAUSAL, _WINDOW,
 )  # fmt: skip
 _FA2_PLAN = (
     *_FA3_PLAN,
-    _number("fixed_split_size", "pages of each piece that a request is split in; -1: any", int),
-    _number("disable_split_kv", "whether requests are never split", bool),
-    _number("num_colocated_ctas", "blocks that another kernel takes", int),
+    _number("fixed_split_size", "pages in each piece of a split request; -1: any", int),
+    _number("disable_split_kv", "True: never split requests", bool),
+    _number("num_colocated_ctas", "thread blocks reserved for another kernel", int),
     _number(
         "uniform_q_len", "queries of every request, with CUDA graphs; 0: any", int, since="0.6.16"
     ),
@@ -308,7 +310,7 @@ def _batch(family: str, kind: str, prefix: str, *args: Arg) -> tuple[Row, ...]:
         _row(
             family, "ragged_run", variant, source, "Attention over keys and values side by side.",
             *_WORKSPACE, PlanInfo(), _Q, _K, _V, _QO_INDPTR,
-            _index("kv_indptr", "b+1", "where each request's keys start"),
+            _index("kv_indptr", "b+1", "start of each request's keys"),
             *tail, dtypes=dtypes, nothing_axis="nnz_qo",
         ),
         _row(
@@ -328,7 +330,7 @@ BATCH_PREFILL["fa2_fp4"] = (
         "batch_prefill", "ragged_run", "_fp4", _source("batch_prefill", "fa2"),
         "Attention over keys and values of 4 bits, side by side.",
         *_WORKSPACE, PlanInfo(), _Q, _packed(_K), _packed(_V), _QO_INDPTR,
-        _index("kv_indptr", "b+1", "where each request's keys start"),
+        _index("kv_indptr", "b+1", "start of each request's keys"),
         *_TAIL_FP4, *_with_scales(_OF_BATCH["fa2"], _K, _V), nothing_axis="nnz_qo", **_IN_4_BITS,
     ),
     _row(
@@ -350,9 +352,9 @@ _POOL_K = replace(_PAGED_K, name="k_cache", offset_limit=2**32)
 BATCH_ATTENTION = (
     _plan(
         "batch_attention", "", "batch_attention_jit_binding.cu",
-        _index("qo_indptr", "b+1", "where each request's queries start", host=True),
-        _index("kv_indptr", "b+1", "where each request's pages start", host=True),
-        _index("kv_len", "b", "tokens of each request", host=True),
+        _index("qo_indptr", "b+1", "start of each request's queries", host=True),
+        _index("kv_indptr", "b+1", "start of each request's pages", host=True),
+        _index("kv_len", "b", "tokens in each request", host=True),
         *_SIZES[1:4], _number("head_dim_o", "of the output", int), _CAUSAL,
     ),
     _row(
@@ -361,7 +363,7 @@ BATCH_ATTENTION = (
         *_WORKSPACE, PlanInfo(), _Q, _POOL_K,
         replace(_POOL_K, name="v_cache", axes=_PAGED_V.axes, doc=_PAGED_V.doc),
         _index("kv_indices", "num_indices", "the pages"), _OUT_FA2, _LSE, _MASK_MODE, KvLayout(),
-        *_SIZES[2:5], _number("v_scale", "what the output is multiplied by"), _SM_SCALE, _SOFT_CAP,
+        *_SIZES[2:5], _number("v_scale", "factor of the output"), _SM_SCALE, _SOFT_CAP,
         *_BLOCK_SCALES, same_strides=("k_cache", "v_cache"), nothing_axis="nnz_qo",
     ),
 )  # fmt: skip
@@ -383,43 +385,59 @@ def _caches(**more: Any) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
 
 
-def _mla(kind: str) -> tuple[Row, Row]:
-    variant = "" if kind == "fa2" else f"_{kind}"
-    source = f"batch_mla{'_sm90' if variant else ''}_binding.cu"
-    heads = _number("num_heads", "heads of the queries", int)
-    planned = _plan(
-        "batch_mla", variant, source,
-        _index("qo_indptr", "b+1", "where each request's queries start", host=True),
-        _index("kv_indptr", "b+1", "where each request's pages start", host=True),
-        _index("kv_len", "b", "tokens of each request", host=True),
-        heads, _number("head_dim_o", "of the output", int), _CAUSAL,
+# Releases whose kernels take a cache of float8_e4m3fn, with bfloat16 queries.
+MLA_FP8 = {"fa2": ">=0.6.18", "fa3": ">=0.6.14"}
+
+
+_HEADS_OF_MLA = _number("num_heads", "heads of the queries", int)
+
+
+def _mla_binding(kind: str) -> tuple[str, str]:
+    """What tells a kind's rows from fa2's, and its source."""
+    source = f"batch_mla{'_sm90' if 'fa3' in kind else ''}_binding.cu"
+    return "" if kind == "fa2" else f"_{kind}", source
+
+
+def _mla_plan(kind: str) -> Row:
+    return _plan(
+        "batch_mla", *_mla_binding(kind),
+        _index("qo_indptr", "b+1", "start of each request's queries", host=True),
+        _index("kv_indptr", "b+1", "start of each request's pages", host=True),
+        _index("kv_len", "b", "tokens in each request", host=True),
+        _HEADS_OF_MLA, _number("head_dim_o", "of the output", int), _CAUSAL,
         later={"0.7.0": {"result": WITH_COPY}},
     )  # fmt: skip
-    run = _row(
-        "batch_mla", "run", variant, source, "Multi-head latent attention over a paged cache.",
+
+
+def _mla_run(kind: str) -> Row:
+    is_fp8 = kind.endswith("fp8")
+    return _row(
+        "batch_mla", "run", *_mla_binding(kind), "Multi-head latent attention over a paged cache.",
         *_WORKSPACE, PlanInfo(),
         Tensor("q_nope", "nnz_qo num_heads head_dim_ckv", "Q", "queries, absorbed"),
         Tensor("q_pe", "nnz_qo num_heads head_dim_kpe", "Q", "queries' part with the encoding"),
         *_caches(offset_limit=2**32, until=_SOUND), *_caches(offset_limit=_FAR, since=_SOUND),
         _index("kv_indices", "num_indices", "the pages"),
         Tensor("o", "nnz_qo num_heads head_dim_ckv", "Q", "the output", writes=True, reads=False),
-        replace(_LSE, axes="nnz_qo num_heads", doc="gets the log-sum-exp of each row"),
-        _MASK_MODE, heads, _number("page_size", "tokens in a page", int), _SM_SCALE,
-        _number("return_lse_base_on_e", "natural logarithms, not those to base 2", bool),
+        replace(_LSE, axes="nnz_qo num_heads", doc="receives the log-sum-exp of each row"),
+        _MASK_MODE, _HEADS_OF_MLA, _number("page_size", "tokens in a page", int), _SM_SCALE,
+        _number("return_lse_base_on_e", "True: natural logarithms; False: base 2", bool),
         _number("ckv_scale", "scale of an fp8 cache's compressed keys and values", since="0.6.14"),
         _number("kpe_scale", "scale of an fp8 cache's part with the encoding", since="0.6.14"),
-        replace(_maybe("maybe_ckv_scale_arr", "num_scales", "float32", "scales of an fp8 cache",
-                       "0.6.18"), as_object=False),
-        dtypes={"Q": F16, "KV": F16},
+        Tensor("maybe_ckv_scale_arr", "num_pages page_size head_dim_ckv/128", "float32",
+               "scales of an fp8 cache", optional=True, contiguous=True, in_vectors=False,
+               offset_limit=2**32, since="0.6.18"),
+        dtypes={"Q": ("bfloat16",), "KV": ("float8_e4m3fn",)} if is_fp8 else {"Q": F16, "KV": F16},
+        releases=MLA_FP8[kind[:3]] if is_fp8 else f">={OLDEST}",
         vector=Vector(("head_dim_ckv", "head_dim_kpe")), nothing_axis="nnz_qo",
         requires=("num_heads >= 1", "page_size >= 1", "head_dim_ckv in (512,)",
                   "head_dim_kpe in (64,)"),
     )  # fmt: skip
-    return planned, run
 
 
 # Of each kernel: plan, run.
-BATCH_MLA = {kind: _mla(kind) for kind in ("fa2", "fa3")}
+BATCH_MLA = {kind: (_mla_plan(kind), _mla_run(kind)) for kind in ("fa2", "fa3")}
+BATCH_MLA |= {f"{kind}_fp8": (BATCH_MLA[kind][0], _mla_run(f"{kind}_fp8")) for kind in MLA_FP8}
 # Runs whose every request needs a key.
 NEED_KEYS = frozenset(
     form for _, run in BATCH_MLA.values() for form in FORMS[run]
@@ -455,12 +473,12 @@ _XQA_ARGS: tuple[Arg, ...] = (
     _number("run_sm90_fp8_mha", "in fp8, by the kernel for Hopper", bool),
     _number("multiProcessorCount", "multiprocessors to use", int),
     _number("nbKHeads", "heads of the keys", int),
-    _number("slidingWinSize", "the last keys that are seen; 0: all", int),
+    _number("slidingWinSize", "visible keys, the last ones; 0: all", int),
     _number("qScale", "of the queries"),
     Tensor("qScaleTensor", "1", "float32", "the same, on the device", **_ONE),
     Tensor("output", "b 1 num_qo_heads head_dim", "O", "the output", writes=True, reads=False,
            contiguous=True),
-    _number("rcpOutScale", "what the output is multiplied by, where it is fp8"),
+    _number("rcpOutScale", "factor of an fp8 output"),
     Tensor("q", "b 1 num_qo_heads head_dim", "Q", "the queries", contiguous=True),
     Tensor("attentionSinks", "num_kv_heads group", "float32", "a logit more", **_ONE),
     Tensor("kCacheVLLM", _CACHE, "KV", "the keys' pages", offset_limit=_FAR),
@@ -469,13 +487,13 @@ _XQA_ARGS: tuple[Arg, ...] = (
     Tensor("vSfCacheVLLM", _CACHE, "uint8", "scales of 4-bit values", optional=True,
            since="0.6.7"),
     Tensor("kvCachePageList", "b max_pages", "int32", "each request's pages", contiguous=True),
-    _number("maxSeqLen", "keys that the pages have room for", int),
+    _number("maxSeqLen", "room for keys in the pages", int),
     Tensor("seqLen", "b 1", "uint32", "each request's keys", contiguous=True),
     _number("batchSize", "requests", int),
     _number("kvCacheScale", "of keys and values"),
     Tensor("kvScaleTensor", "1", "float32", "the same, on the device", **_ONE),
-    _number("qSeqLen", "queries of each request", int),
-    Tensor("qCuSeqLens", "b+1", "uint32", "where each request's queries start", since="0.6.16",
+    _number("qSeqLen", "queries in each request", int),
+    Tensor("qCuSeqLens", "b+1", "uint32", "start of each request's queries", since="0.6.16",
            **_ONE),
     Tensor("mask", "b q_seq_len mask_words", "uint16", "bits", **_ONE),
     Tensor("semaphores", "num_semaphores", "uint32", "0, and so afterwards", writes=True,
@@ -547,7 +565,7 @@ XQA_MLA = _row(
     Tensor("kCacheVLLM", _MLA_CACHE, "Q", "the keys' pages", offset_limit=_FAR),
     Tensor("vCacheVLLM", _MLA_CACHE, "Q", "the values' pages", offset_limit=_FAR),
     Tensor("kvCachePageList", "b max_pages", "int32", "each request's pages", contiguous=True),
-    _number("maxSeqLen", "keys that the pages have room for", int),
+    _number("maxSeqLen", "room for keys in the pages", int),
     Tensor("seqLen", "b 1", "uint32", "each request's keys", contiguous=True),
     _number("batchSize", "requests", int),
     _number("kvCacheScale", "of keys and values"),

@@ -1,4 +1,4 @@
-"""Rows compiled for a module: what they are given by keyword options, and what a plan binds."""
+"""Rows compiled for a module, their arguments by keyword, and what a plan binds of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec
 
 from fi_ffi.abi.function import Frame
 from fi_ffi.abi.interop import as_desc
@@ -24,26 +24,26 @@ from fi_ffi.ops.row import Row, Scalar, Tensor
 if TYPE_CHECKING:
     from fi_ffi.ops.capability.judgement import Support
 
-# What options are called in the binding, where that is something else.
+# The binding's names of options, if they differ.
 _ABI_NAMES = {
     name: f"maybe_{name}"
     for name in (
         "lse", "custom_mask", "alibi_slopes", "prefix_len_ptr", "token_pos_in_items_ptr",
-        "max_item_len_ptr", "k_cache_sf", "v_cache_sf",
+        "max_item_len_ptr", "k_cache_sf", "v_cache_sf", "ckv_scale_arr",
     )
 }  # fmt: skip
-# What callers know an entry's arguments as.
+# The caller's names of an entry's arguments.
 CALLER_NAMES = {abi_name: name for name, abi_name in _ABI_NAMES.items()} | {
     "rope_rcp_scale": "rope_scale", "rope_rcp_theta": "rope_theta",
     **{f"maybe_scale_{of}": f"{of}_scale" for of in "qkv"},
-    # Of xqa, whose callers know them by FlashInfer's names in Python.
+    # xqa's binding has camel-case names; callers use those of FlashInfer's Python function.
     "qScaleTensor": "q_scale", "qScale": "q_scale", "kvScaleTensor": "kv_scale",
     "kvCacheScale": "kv_scale", "attentionSinks": "sinks", "kCacheVLLM": "k_cache",
     "vCacheVLLM": "v_cache", "kvCachePageList": "page_table", "seqLen": "seq_lens",
     "slidingWinSize": "sliding_win_size", "rcpOutScale": "rcp_out_scale",
     "multiProcessorCount": "sm_count", "scratch": "workspace_buffer",
 }  # fmt: skip
-# What an entry is given for an option that is left out.
+# Values that an entry gets for options that were left out.
 NEUTRAL = {
     "logits_soft_cap": 0.0, "rope_rcp_scale": 1.0, "rope_rcp_theta": 1e-4, "enable_pdl": False,
     "token_pos_in_items_len": 0, "scale_q_scalar": 1.0, "scale_k_scalar": 1.0,
@@ -55,7 +55,7 @@ _compiled_rows: dict[tuple[object, ...], CompiledRow] = {}
 
 
 def forget() -> None:
-    """Drop what was learnt, after the source of kernels changed."""
+    """Drop cached rows, after the source of kernels changed."""
     _compiled_rows.clear()
 
 
@@ -64,7 +64,8 @@ def compiled_row(
     bound: Mapping[str, TensorKind | None] | None = None, known: tuple[str, ...] = (),
     not_less: tuple[tuple[str, str], ...] = (), first: tuple[str, ...] = (),
 ) -> CompiledRow:  # fmt: skip
-    """A row compiled for a module of these dtypes; shared by all plans alike."""
+    """Compile a row for a module of these dtypes; all plans with the same arguments share the
+    result."""
     key = (row, module, op, device, tuple((bound or {}).items()), known, not_less, first)
     found = _compiled_rows.get(key)
     if found is None:
@@ -90,7 +91,7 @@ def compiled_row(
 
 
 class Values:
-    """What a row's calls are given, as a list in the ABI's order, filled by name."""
+    """The arguments of a row's call: a list in the ABI's order, filled by name."""
 
     __slots__ = ("backend", "compiled", "index", "op", "others", "values")
 
@@ -104,28 +105,32 @@ class Values:
         self.values: list[Any] = [NEUTRAL.get(name) if name in scalars else None for name in names]
 
     def fresh(self) -> Values:
-        """A copy to fill for one call."""
+        """Copy the values, to fill the copy for one call."""
+        return self.of(self.values.copy())
+
+    def of(self, values: list[Any]) -> Values:
+        """Return an object for the same row with these values."""
         copy: Values = object.__new__(Values)
         copy.op, copy.backend, copy.others = self.op, self.backend, self.others
-        copy.compiled, copy.index, copy.values = self.compiled, self.index, self.values.copy()
+        copy.compiled, copy.index, copy.values = self.compiled, self.index, values
         return copy
 
     def call(self, stream: object) -> None:
-        """Call the row's entry with what was filled in."""
+        """Call the row's entry with the values."""
         self.compiled.call(None, *self.values, stream=stream)
 
     def prepare(self, stream: object) -> Prepared:
-        """Prepare the same call."""
+        """Prepare a call of the row's entry with the values."""
         return prepare_call(self.compiled, dict(zip(self.index, self.values, strict=True)), stream)
 
     def put(self, **values: object) -> None:
-        """Set arguments by the binding's names; those the row lacks are left out."""
+        """Set arguments by the binding's names; ignore names that the row lacks."""
         for name, value in values.items():
             if name in self.index:
                 self.values[self.index[name]] = value
 
     def option(self, name: str, value: object) -> None:
-        """Set what the caller asked for; `ArgumentError` where this backend lacks it."""
+        """Set an option that the caller passed; raise `ArgumentError` if this backend lacks it."""
         if value is None:
             return
         abi_name = _ABI_NAMES.get(name, name)
@@ -134,7 +139,7 @@ class Values:
         self.values[self.index[abi_name]] = value
 
     def lacks(self, name: str, value: object, abi_names: Iterable[str]) -> ArgumentError:
-        """An error for an option this row lacks, naming the backends that have it."""
+        """Make the error for an option that this row lacks, naming the backends that have it."""
         wanted = set(abi_names)
         having = sorted(
             backend
@@ -149,9 +154,9 @@ class Values:
         return ArgumentError(self.op, name, got=shown(value), expected=expected)
 
     def scale(self, of: str, value: object, sm_scale: float) -> float:
-        """Set a scale of q, k or v: a number, or one for each head; returns `sm_scale`.
+        """Set a scale of q, k or v, a number or one for each head; return the new `sm_scale`.
 
-        Kernels without an argument for a scale of q or k are given it in sm_scale.
+        For kernels without an argument for the scale of q or k, multiply `sm_scale` by it.
         """
         if value is None:
             return sm_scale
@@ -181,7 +186,7 @@ class Values:
     def positions(
         self, mode: str, rope_scale: float | None, rope_theta: float | None, alibi_slopes: object
     ) -> None:
-        """Set what the position encoding that the kernel was compiled with takes."""
+        """Set the arguments of the position encoding that the kernel was compiled with."""
         if mode != "ROPE_LLAMA":
             for name, value in (("rope_scale", rope_scale), ("rope_theta", rope_theta)):
                 if value is not None:
@@ -194,12 +199,12 @@ class Values:
         self.option("alibi_slopes", alibi_slopes)
         for name, value in (("rope_scale", rope_scale), ("rope_theta", rope_theta)):
             if value is not None:
-                # The kernels get its reciprocal, as a float32.
+                # The kernels take the reciprocal, as a float32.
                 given = check_number(self.op, name, value, 1e-30)
                 self.put(**{name.replace("rope_", "rope_rcp_"): 1.0 / given})
 
 
-# Releases whose kernels find the scales of pages by the scales' own strides.
+# Releases whose kernels address the scales of pages by the scales' own strides.
 OWN_STRIDES = ">=0.6.15"
 
 
@@ -207,11 +212,11 @@ def block_scales(
     values: Values, kv_data_type: str, tensors: Mapping[str, TensorDesc],
     have_own_strides: bool = False, **scales: object,
 ) -> None:  # fmt: skip
-    """Set the block scales of keys and values of 4 bits: `k_cache_sf` and `v_cache_sf`, of the
-    `tensors` in this order.
+    """Set `k_cache_sf` and `v_cache_sf`, the block scales of NVFP4 keys and values.
 
-    The kernels find scales by the strides of what they scale, over 8, unless these have strides
-    of their own; they load four at a time.
+    `tensors` are the keys and the values, in the order of `scales`. The kernels load four scales at
+    a time. They address scales by an eighth of the strides of the keys, unless they take the
+    scales' own strides (`have_own_strides`).
     """
     op, is_fp4 = values.op, kv_data_type in FP4
     for (name, given), (of, desc) in zip(scales.items(), tensors.items(), strict=True):
@@ -238,8 +243,8 @@ def block_scales(
 class BoundRow:
     """A plan's entry with the plan's own arguments bound.
 
-    `sizes` are those of the compiled row's known axes, and `memory` where the two workspaces
-    that the plan works in start and end, and the first and the last of these.
+    `sizes` are those of the compiled row's known axes. `memory` has the start and end addresses of
+    both workspaces, then the lowest and the highest of these.
     """
 
     def __init__(self, compiled: CompiledRow, template: Values) -> None:
@@ -247,18 +252,18 @@ class BoundRow:
         self.sizes: Sequence[int] = ()
         self.memory: Sequence[int] = (0, 0, 0, 0, 0, 0)
         self._places = {arg.name: (i, arg) for i, arg in enumerate(compiled.row.args)}
-        # What each bound argument is in a frame: words, and what is in them.
+        # For each bound argument, the words of a frame that it fills, and their values.
         self._words: dict[str, list[tuple[int, int]]] = {}
-        # Changes with them: a frame that was written before is written again.
+        # Replaced when `_words` change: a frame of an earlier version is written again.
         self.version = object()
         self.rest: tuple[Any, ...] = ()
-        # Of a run's known axes: the sizes that each batch has others of, and the others.
+        # Of the known axes: a getter of the sizes that each batch changes, and the fixed sizes.
         self.batch_sizes: Callable[[Any], tuple[int, ...]]
         self.own_sizes: tuple[int, ...] = ()
         self._free: dict[Variant, list[Frame]] = {}
 
     def put(self, name: str, value: Any) -> None:
-        """Bind an argument, by the binding's name; one that the row lacks is left out."""
+        """Bind an argument by the binding's name; ignore a name that the row lacks."""
         found = self._places.get(name)
         if found is None or name not in self.compiled.form.bound:
             return
@@ -281,13 +286,16 @@ class BoundRow:
         return name in self._words
 
     def word(self, name: str, number: int = 0) -> int:
-        """Where one of a bound argument's words is in a frame: of a tensor, its address or one of
-        its sizes."""
+        """Return the index in a frame of one of an argument's words: of a tensor, the address, then
+        sizes."""
         return self._words[name][number][0]
 
     def changed(self, name: str, number: int, value: int) -> list[tuple[int, int]]:
-        """One of a bound argument's words (of a tensor: its address, then its sizes), changed;
-        nothing where it is the same, or the row lacks the argument."""
+        """Change one word of a bound argument (of a tensor: its address, then its sizes).
+
+        Return the word and its value, or nothing if the value is the same or the row lacks the
+        argument.
+        """
         words = self._words.get(name)
         if not words or words[number][1] == value:
             return []
@@ -295,7 +303,7 @@ class BoundRow:
         return [words[number]]
 
     def change(self, changed: Sequence[tuple[int, int]]) -> None:
-        """Write changed words into the frames that no call has."""
+        """Write changed words into the frames that no call is using."""
         if not changed:
             return
         before, self.version = self.version, object()
@@ -307,7 +315,7 @@ class BoundRow:
                     frame.version = self.version
 
     def frame(self, variant: Variant) -> Frame:
-        """A frame of a call's own, with what is bound written into it."""
+        """Take a frame for one call, with the bound arguments written into it."""
         try:
             frame = self._free[variant].pop()
         except (KeyError, IndexError):
@@ -321,7 +329,7 @@ class BoundRow:
         return frame
 
     def give_back(self, frame: Frame) -> None:
-        """Let another call have a frame."""
+        """Return a frame to the pool."""
         variant: Variant = frame.variant
         if frame.is_referred_to:
             variant.give_back(frame)
@@ -333,10 +341,7 @@ def asked_of(
     op: str, sm: Any = None, *, release: str | None = None, cuda: str | None = None,
     kernels: str | os.PathLike[str] | None = None, **options: Any,
 ) -> Support:  # fmt: skip
-    """Whether a call or plan can be made, with these options: see `Op.supports`.
-
-    What is asked is looked up only then.
-    """
+    """Judge whether a call or plan can be made with these options: see `Op.supports`."""
     from fi_ffi.ops.capability.attention import judge_attention
     from fi_ffi.ops.capability.judgement import Query
 
@@ -347,9 +352,9 @@ _P = ParamSpec("_P")
 
 
 class Launched(Generic[_P]):
-    """A function that fills in what a row's entry is given, and launches it.
+    """A function that fills in the arguments of a row's entry, and launches it when called.
 
-    `ask` tells whether it can be called: by name, with a GPU and what `supports` is told.
+    `ask` answers `supports`: it takes the function's name, a GPU and the arguments of `supports`.
     """
 
     def __init__(self, fill: Callable[_P, Values], ask: Callable[..., Support] = asked_of) -> None:
@@ -360,14 +365,15 @@ class Launched(Generic[_P]):
         self._fill(*args, **kwargs).call(kwargs.get("stream"))
 
     def prepare(self, *args: _P.args, **kwargs: _P.kwargs) -> Prepared:
-        """The same call packed, and not made."""
+        """Pack the same call without launching it."""
         made = self._fill(*args, **kwargs).prepare(kwargs.get("stream"))
         return prepared_by_caller(made)
 
     def supports(self, sm: Any = None, **asked: Any) -> Support:
-        """Whether it can be called on a GPU (`sm=90`), with kernels of a `release` and a
-        `cuda` tag, with these dtypes, head size and options (`q_data_type`, `kv_data_type`,
-        `o_data_type`, `head_dim`, `head_dim_vo`, and the call's own): see `Op.supports`."""
+        """Ask whether the function can be called on a GPU (`sm=90`), with kernels of a `release`
+        and a `cuda` tag, and with these dtypes, head size and options (`q_data_type`,
+        `kv_data_type`, `o_data_type`, `head_dim`, `head_dim_vo`, and the call's own). See
+        `Op.supports`."""
         return self._ask(self.__name__, sm, **asked)  # type: ignore[attr-defined]
 
 
@@ -377,7 +383,7 @@ launched = Launched
 def only_with(
     op: str, name: str, value: object, option: str, is_planned: bool, what: str = "a tensor"
 ) -> None:
-    """`ArgumentError` unless an argument comes with the plan's option, and not without."""
+    """Raise `ArgumentError` unless an argument is given exactly if the plan has the option."""
     if (value is not None) != is_planned:
         expected = what if is_planned else "None"
         expected = f"{expected}: this was planned with {option}={is_planned}"
@@ -385,10 +391,21 @@ def only_with(
 
 
 def softmax_scale(op: str, sm_scale: object, head_dim: int) -> float:
-    """`sm_scale`, or 1 / sqrt(head_dim).
+    """Return `sm_scale`, by default 1 / sqrt(head_dim).
 
-    Not 0 or less: the kernels scale what stands for a hidden key's logit too.
+    0 and negative numbers are refused: the kernels also scale the logit that stands for a hidden
+    key.
     """
     if sm_scale is None:
         return 1.0 / math.sqrt(head_dim)
     return check_number(op, "sm_scale", sm_scale, 0.0)
+
+
+class NotOf:
+    """An inherited method that a plan class lacks: its access raises `AttributeError`."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._words = f"{owner.__name__!r} has no {name!r}"
+
+    def __get__(self, instance: object, owner: type | None = None) -> NoReturn:
+        raise AttributeError(self._words)

@@ -30,15 +30,16 @@ from fi_ffi.ops.attention.run import (
 from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int
 from fi_ffi.ops.row import KV_LAYOUTS
 
-# Most blocks of 128 threads that fit on a multiprocessor by the registers they need at the
-# least: those of the output and the logits, for so many rows of queries.
+# By rows of a tile: an upper bound of the blocks of 128 threads on a multiprocessor, from the
+# registers that outputs and logits need.
 _PREFILL_BLOCKS = {128: 4, 64: 8, 16: 16}
 _DECODE_BLOCKS = 16
-_LEAST_CHUNK = 256  # keys: requests are not split finer
+_MIN_CHUNK = 256  # keys in the smallest piece of a split request
 
 
 def _describe(op: str, **tensors: object) -> list[TensorDesc]:
-    """The call's tensors, on one device: it is asked about them before the row is."""
+    """Describe the call's tensors and check that they are on one device, before the row is chosen
+    by it."""
     descs = [as_desc(tensor, op, name) for name, tensor in tensors.items()]
     first = next(iter(tensors))
     for name, desc in zip(tensors, descs, strict=True):
@@ -51,7 +52,7 @@ def _describe(op: str, **tensors: object) -> list[TensorDesc]:
 def _sizes(
     op: str, q: TensorDesc, k: TensorDesc, v: TensorDesc, kv_layout: str, rank: int
 ) -> tuple[int, int]:
-    """Keys, and heads of them; the rest is checked by the row."""
+    """Return the number of keys and of their heads; the row checks the rest."""
     check_choice(op, "kv_layout", kv_layout, tuple(KV_LAYOUTS))
     for name, desc, wanted in (("q", q, rank), ("k", k, 3), ("v", v, 3)):
         if len(desc.shape) != wanted or not desc.shape[-1]:
@@ -62,13 +63,14 @@ def _sizes(
 
 
 def _partial_bytes(blocks: int, tiles: int, kv_len: int, rows: int, head_dim: int) -> int:
-    """What the pieces of a split request take: output and log-sum-exp of each."""
-    chunks = min(blocks // max(tiles, 1), -(-kv_len // _LEAST_CHUNK))
+    """Return the bytes of partial results: an output and a log-sum-exp for each piece of the
+    request."""
+    chunks = min(blocks // max(tiles, 1), -(-kv_len // _MIN_CHUNK))
     return 0 if chunks <= 1 else chunks * rows * (2 * head_dim + 4)
 
 
 def check_tmp(op: str, argument: str, tmp: TensorDesc, need: int, call: str) -> None:
-    """Raise where there is no room for the partial results of a call."""
+    """Raise if `tmp` is too small for the partial results of a call."""
     if tmp.span_bytes < need:
         expected = f"{need} bytes or more, as {call}_workspace_size tells"
         raise ArgumentError(op, argument, got=f"{tmp.span_bytes} bytes", expected=expected)
@@ -77,14 +79,14 @@ def check_tmp(op: str, argument: str, tmp: TensorDesc, need: int, call: str) -> 
 def single_decode_workspace_size(
     kv_len: int, num_qo_heads: int, num_kv_heads: int, head_dim: int, device: int = 0
 ) -> int:
-    """Bytes that `tmp` of `single_decode` needs at most, on `cuda:device`."""
+    """Return the most bytes that `tmp` of `single_decode` needs on `cuda:device`."""
     op, heads = "single_decode_workspace_size", (num_qo_heads, num_kv_heads)
     _check_sizes(op, *heads, kv_len=kv_len, head_dim=head_dim, device=device)
     return _decode_bytes(kv_len, *heads, head_dim, machine.multiprocessors(device))
 
 
 def _decode_bytes(kv_len: int, qo_heads: int, kv_heads: int, head_dim: int, sms: int) -> int:
-    if kv_len <= _LEAST_CHUNK:
+    if kv_len <= _MIN_CHUNK:
         return 0
     return _partial_bytes(_DECODE_BLOCKS * sms, kv_heads, kv_len, qo_heads, head_dim)
 
@@ -97,7 +99,7 @@ def single_prefill_workspace_size(
     head_dim_vo: int,
     device: int = 0,
 ) -> int:
-    """Bytes that `tmp` of `single_prefill` needs at most, on `cuda:device`."""
+    """Return the most bytes that `tmp` of `single_prefill` needs on `cuda:device`."""
     op, heads = "single_prefill_workspace_size", (num_qo_heads, num_kv_heads)
     sizes = {"qo_len": qo_len, "kv_len": kv_len, "head_dim_vo": head_dim_vo}
     _check_sizes(op, *heads, **sizes, device=device)
@@ -117,7 +119,7 @@ def _check_sizes(op: str, num_qo_heads: int, num_kv_heads: int, **others: int) -
 def prefill_bytes(
     qo_len: int, kv_len: int, qo_heads: int, kv_heads: int, head_dim: int, sms: int
 ) -> int:
-    """What the pieces of a prefill take at most."""
+    """Return the most bytes that the pieces of a prefill need."""
     packed = qo_len * (qo_heads // kv_heads)
     tile = 128 if packed > 64 and head_dim < 256 else 64 if packed > 16 else 16
     blocks = _PREFILL_BLOCKS[tile] * sms
@@ -147,15 +149,15 @@ def single_decode(
     k_scale: float | None = None,
     stream: object = None,
 ) -> Values:
-    """Attention of one query over the keys of one request.
+    """Compute the attention of one query over the keys of one request into `o`, on `stream`.
 
     Args:
-        q: [num_qo_heads, head_dim]; o: the same, written, of q's dtype or fp8; all tensors
-            contiguous.
-        k, v: [kv_len, num_kv_heads, head_dim], or with "HND" the first axes exchanged.
-            num_qo_heads is 1, 2, 3, 4 or 8 times num_kv_heads, from 0.6.18 on also 6 and from
-            0.7.1 on 16 times.
-        tmp: uint8 for partial results: `single_decode_workspace_size` tells how many.
+        q: [num_qo_heads, head_dim] float16 or bfloat16. All tensors are contiguous.
+        k, v: [kv_len, num_kv_heads, head_dim], or with "HND" [num_kv_heads, kv_len, head_dim]; of
+            q's dtype or fp8. num_qo_heads is 1, 2, 3, 4 or 8 times num_kv_heads, from FlashInfer
+            0.6.18 on also 6 and from 0.7.1 on 16 times.
+        tmp: uint8 scratch of `single_decode_workspace_size` bytes.
+        o: as q, of q's dtype or fp8, written.
         lse: [num_qo_heads] float32, written: log2 of the sum of exponentials.
         others: as in `BatchDecodePlan` and its `run`.
 
@@ -216,18 +218,19 @@ def single_prefill(
     v_cache_sf: TensorLike | None = None,
     stream: object = None,
 ) -> Values:
-    """Attention of many queries of one request.
+    """Compute the attention of one request's queries over its keys into `o`, on `stream`.
 
     Args:
-        q: [qo_len, num_qo_heads, head_dim_qk]; o: [qo_len, num_qo_heads, head_dim_vo],
-            written.
-        k: [kv_len, num_kv_heads, head_dim_qk], or with "HND" the first axes exchanged; v:
-            the same with head_dim_vo.  uint8 is for NVFP4, two numbers in a byte.
-        tmp: uint8 for partial results: `single_prefill_workspace_size` tells how many.
+        q: [qo_len, num_qo_heads, head_dim_qk].
+        k: [kv_len, num_kv_heads, head_dim_qk], or with "HND" [num_kv_heads, kv_len, head_dim_qk].
+            uint8 is NVFP4, two values a byte.
+        v: as k, with head_dim_vo.
+        tmp: uint8 scratch of `single_prefill_workspace_size` bytes.
+        o: [qo_len, num_qo_heads, head_dim_vo], written.
         lse: [qo_len, num_qo_heads] float32, written: log2 of the sum of exponentials.
-        causal: query i sees keys up to `kv_len - qo_len + i`; kv_len is qo_len or more.
-        custom_mask: [(qo_len * kv_len + 7) // 8] uint8, bit `i * kv_len + j` (the lowest of
-            a byte first) for query i and key j: see `pack_custom_mask`; fa2.
+        causal: query i sees keys up to `kv_len - qo_len + i`; kv_len is at least qo_len.
+        custom_mask: [(qo_len * kv_len + 7) // 8] uint8: bit `i * kv_len + j` (the lowest bit of a
+            byte first) for query i and key j, as `pack_custom_mask` packs it; fa2.
         backend: "auto" (as FlashInfer chooses), "fa2" or "fa3".
         others: as in `BatchPrefillPlan` and its `ragged_run`.
 
@@ -275,7 +278,7 @@ def _kernel(
     family: str, op: str, dtypes: tuple[TensorDesc, ...], dims: tuple[int, int], mode: str,
     window_left: int, logits_soft_cap: float, use_fp16_qk_reduction: bool = False,
 ) -> Kernel:  # fmt: skip
-    """What the tensors and options ask of a module; names what no module has."""
+    """Return what tensors and options ask of a module; refuse what no module has."""
     check_choice(op, "pos_encoding_mode", mode, tuple(POS_ENCODING_MODES))
     window = check_int(op, "window_left", window_left, -1)
     check_flag(op, "use_fp16_qk_reduction", use_fp16_qk_reduction)

@@ -1,8 +1,8 @@
-"""How much workspace a plan takes: what the planners of scheduler.cuh set aside.
+"""The workspace that a plan needs: what the planners of scheduler.cuh allocate.
 
-Those of prefill and MLA are exact: prefill's planner finds how it splits requests by a search,
-which is done here as well.  Decode's searches for as many blocks as its kernel fits on the GPU,
-which nobody tells: of decode these are the most that any split can take.
+The sizes of prefill and MLA are exact: prefill's planner searches for the split of requests, and
+this module repeats the search. Decode's planner asks CUDA how many of its blocks fit on the GPU,
+which is unknown here; decode's sizes are upper bounds for any split.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _ALIGNMENT = 16
-# Most blocks of 128 threads, the fewest a decode kernel has, that fit on a multiprocessor.
+# The most blocks on a multiprocessor; a decode kernel's block has at least 128 threads.
 _DECODE_BLOCKS_PER_SM = 16
-# Work items that MLA's planner has room for, whatever it is given (`max_total_num_works`).
+# The fixed number of work items that MLA's planner reserves (`max_total_num_works`).
 MLA_MAX_WORKS = 16384
-# The same of `BatchAttention`'s, for the tiles of 128 rows and for those of 16 (it does look).
+# The same in `BatchAttention`'s planner, which checks it, for tiles of 128 rows and of 16.
 _ATTENTION_WORKS, _ATTENTION_TILES = 65536, (128, 16)
-# Up to so many tiles fa3's planner gives each head its own work items.
+# Up to this many tiles, fa3's planner gives each head its own work items.
 _FA3_FEW_TILES = 4096
 # Releases whose fa2 planner counts partial results by queries.
 BY_QUERY = ">=0.7.1"
@@ -25,7 +25,7 @@ BY_QUERY = ">=0.7.1"
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a plan's size depends on beside the lengths."""
+    """The sizes, beside the requests' lengths, that determine a plan's workspace."""
 
     num_qo_heads: int
     num_kv_heads: int
@@ -39,12 +39,12 @@ class Geometry:
     disable_split_kv: bool = False
     num_colocated_ctas: int = 0
     uniform_q_len: int = 0
-    # Whether fa2's partial results are counted by queries, and not by queries and heads of a group.
+    # Whether fa2 counts partial results by queries, instead of by queries times heads of a group.
     by_query: bool = False
 
     @property
     def most_split(self) -> int:
-        """Pieces that fa2's planner splits requests in, where they are not more unsplit."""
+        """The most pieces into which fa2's planner splits requests."""
         return max(2 * self.multiprocessors - self.num_colocated_ctas, 0) // self.num_kv_heads
 
     @property
@@ -54,8 +54,8 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of the float and of the int workspace; `split` says whether requests are split
-    (None: it depends on their lengths)."""
+    """Bytes of the float and of the int workspace; `split` says whether requests are split (None if
+    that depends on their lengths)."""
 
     float_bytes: int
     int_bytes: int
@@ -71,7 +71,7 @@ def aligned(count: int, alignment: int = _ALIGNMENT) -> int:
 
 
 def _ints(*counts: int) -> int:
-    """Bytes of int32 arrays, each starting at a multiple of 16."""
+    """Return the bytes of int32 arrays of these lengths, each aligned to 16 bytes."""
     total = 0
     for count in counts:
         total = aligned(total) + 4 * count
@@ -79,14 +79,14 @@ def _ints(*counts: int) -> int:
 
 
 def _cta_tile_q(packed_qo_len: int, geometry: Geometry) -> int:
-    """`FA2DetermineCtaTileQ`; the planner is handed head_dim_vo."""
+    """`FA2DetermineCtaTileQ`; the planner passes head_dim_vo."""
     if packed_qo_len > 64 and geometry.head_dim_vo < 256:
         return 128
     return 16 if packed_qo_len <= 16 and geometry.major >= 8 else 64
 
 
 def prefill_fa2(g: Geometry, qo_lens: Sequence[int], kv_pages: Sequence[int], rows: int) -> Need:
-    """`PrefillPlan`: `rows` are the queries that there is room for."""
+    """`PrefillPlan`; `rows` is the number of queries to reserve for."""
     batch_size = len(qo_lens)
     if g.enable_cuda_graph:
         longest = g.uniform_q_len or (rows - batch_size + 1) & 0xFFFFFFFF
@@ -100,7 +100,7 @@ def prefill_fa2(g: Geometry, qo_lens: Sequence[int], kv_pages: Sequence[int], ro
     elif g.fixed_split_size > 0:
         chunk = g.fixed_split_size
     else:
-        # With CUDA graphs it is settled that requests are split, and in how many pieces at most.
+        # With CUDA graphs requests are always split; `padded` bounds the pieces.
         chunk = 0 if g.enable_cuda_graph else _chunk(g, tiles, seen)
     split = chunk < max(seen)
     if g.enable_cuda_graph:
@@ -118,8 +118,8 @@ def _pieces(tiles: Sequence[int], seen: Sequence[int], chunk: int) -> int:
 
 
 def _chunk(g: Geometry, tiles: Sequence[int], seen: Sequence[int]) -> int:
-    """`PrefillBinarySearchKVChunkSize`: the fewest pages of a piece that make no more pieces than
-    blocks run at a time."""
+    """`PrefillBinarySearchKVChunkSize`: the smallest piece, in pages, for which all pieces fit into
+    one wave of blocks."""
     low, high = max(128 // g.page_size, 1), max(seen)
     while low < high:
         middle = (low + high) // 2
@@ -136,7 +136,7 @@ def _fa2_need(
     int_bytes = _ints(padded, padded, padded, batch_size + 1) + 4
     int_bytes = aligned(int_bytes) + 4 if g.enable_cuda_graph else int_bytes
     if split is False:
-        # Since 0.7.1 also a mask of the blocks that have work.
+        # From 0.7.1 on, also a mask of the blocks that have work.
         mask = aligned(int_bytes) - int_bytes + padded if g.enable_cuda_graph else 0
         return Need(0, int_bytes + mask, split)
     int_bytes = aligned(int_bytes) + 4 * (rows + 1)
@@ -147,8 +147,8 @@ def _fa2_need(
 
 
 def prefill_most(g: Geometry, backend: str, batch_size: int, rows: int) -> Need:
-    """As much as any `batch_size` requests with so many queries can take (no graphs, and no
-    splits of a fixed size): each has one tile that is not full."""
+    """Return the most that any `batch_size` requests with this many queries need, without CUDA
+    graphs and without a fixed split. Each request has one tile that is not full."""
     if backend == "fa3":
         tile = _fa3_tile(g)
         return _fa3_need(g, batch_size, rows, rows // tile + batch_size)
@@ -160,12 +160,13 @@ def prefill_most(g: Geometry, backend: str, batch_size: int, rows: int) -> Need:
 
 
 def _tiles(qo_lens: Sequence[int], group_size: int, cta_tile_q: int) -> list[int]:
-    """Tiles of each request's queries; written out, for it is of every plan."""
+    """Return the tiles of each request's queries; `_ceil` is inlined because every plan calls
+    this."""
     return [-(-n * group_size // cta_tile_q) for n in qo_lens]
 
 
 def _seen(g: Geometry, kv_pages: Sequence[int], cta_tile_q: int) -> list[int]:
-    """Pages of each request that any of its queries sees."""
+    """Return the pages of each request that any of its queries sees."""
     if g.window_left < 0:
         return list(kv_pages)
     window = _ceil(g.window_left + cta_tile_q, g.page_size)
@@ -193,13 +194,13 @@ def _fa3_need(g: Geometry, batch_size: int, rows: int, tiles: int) -> Need:
 
 
 def decode(g: Geometry, batch_size: int, kv_pages: Sequence[int] | None) -> Need:
-    """`DecodePlan`, whose grid is as many blocks as the GPU holds: here, as it could hold.
+    """`DecodePlan`, with the most blocks that the GPU could hold.
 
-    Without `kv_pages`, as much as any requests can take.
+    Without `kv_pages`, return the most that any requests need.
     """
     blocks = _DECODE_BLOCKS_PER_SM * g.multiprocessors
     if kv_pages is not None and batch_size * g.num_kv_heads >= blocks:
-        # Requests alone fill the GPU: they are not split.
+        # The requests alone fill the GPU, so they are not split.
         return Need(0, _ints(batch_size, batch_size, batch_size + 1) + 4, False)
     grid = blocks // g.num_kv_heads
     padded = max(grid, batch_size)
@@ -207,7 +208,7 @@ def decode(g: Geometry, batch_size: int, kv_pages: Sequence[int] | None) -> Need
         padded = grid + batch_size
     elif not g.enable_cuda_graph:
         least = max(128 // g.page_size, 1)
-        # One piece of a request without pages, too.
+        # A request without pages is one piece as well.
         pieces = sum([-(-n // least) for n in kv_pages]) + kv_pages.count(0)
         padded = max(min(grid + batch_size, pieces), batch_size)
     int_bytes = aligned(_ints(padded, padded, padded + 1) + 4) + padded
@@ -216,10 +217,10 @@ def decode(g: Geometry, batch_size: int, kv_pages: Sequence[int] | None) -> Need
 
 
 def attention(g: Geometry) -> Need:
-    """`TwoStageHolisticPlan`, which sets the same aside for every batch."""
+    """`TwoStageHolisticPlan`, which reserves the same for every batch."""
     blocks = g.multiprocessors * (1 if g.head_dim_vo >= 256 else 2)
     pieces = 4 * blocks * sum(_ATTENTION_TILES)
-    # Of each kind of tile nine arrays of work items, and where each block's start.
+    # For each kind of tile, nine arrays of work items and one of each block's start.
     arrays = [_ATTENTION_WORKS] * 10 * len(_ATTENTION_TILES)
     rows = pieces * g.num_kv_heads
     return Need(
@@ -229,7 +230,7 @@ def attention(g: Geometry) -> Need:
 
 
 def mla_cluster(g: Geometry, qo_lens: Sequence[int]) -> int:
-    """Blocks that work together: it settles the grid."""
+    """Return the blocks that form a cluster, which determines the grid."""
     return 2 if sum(qo_lens) * g.num_qo_heads // len(qo_lens) > 64 else 1
 
 
@@ -245,7 +246,8 @@ def mla(g: Geometry, qo_lens: Sequence[int]) -> Need:
 
 
 def mla_works(g: Geometry, qo_lens: Sequence[int]) -> int:
-    """The most work items that `MLAPlan` can make of these requests: it does not look."""
+    """Return the most work items that `MLAPlan` makes of these requests; it does not check its
+    limit."""
     size = mla_cluster(g, qo_lens)
     tiles = sum(_tiles(qo_lens, g.num_qo_heads, size * 64))
     return tiles + g.multiprocessors // size

@@ -1,7 +1,7 @@
-"""Block-sparse attention: a prefill whose requests are rows of blocks, and whose pages are columns.
+"""Block-sparse attention: a prefill whose requests are rows of blocks and whose pages are columns.
 
-Which blocks there are is the same for all heads (`BlockSparseAttentionPlan`), or each key head has
-rows, columns and blocks of its own (`VariableBlockSparseAttentionPlan`).
+With `BlockSparseAttentionPlan` all heads have the same blocks. With
+`VariableBlockSparseAttentionPlan` each key head has its own rows, columns and blocks.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from fi_ffi.abi.tensor import TensorDesc, make_desc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.ops.attention.arrays import Batch, Indptr, host_ints
 from fi_ffi.ops.attention.masks import pack_custom_mask
-from fi_ffi.ops.attention.plan import NotOf
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
+from fi_ffi.ops.attention.run import NotOf
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import check_int
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class SparseKeywords(TypedDict, total=False):
-    """Of a prefill's options, those that blocks leave open; and where it is planned."""
+    """Prefill options that work with blocks, and where the plan is made."""
 
     q_data_type: object
     kv_data_type: object
@@ -46,12 +46,12 @@ class SparseKeywords(TypedDict, total=False):
 
 
 def pack_block_mask(mask: numpy.typing.ArrayLike, indptr: TensorLike, M: int) -> Bytes:
-    """`custom_mask` of boolean blocks [nnz, R, C]: True where a query of a block sees a key.
+    """Pack boolean blocks [nnz, R, C] into a `custom_mask`; True if a query of a block sees a key.
 
-    Blocks are in the order of a `BlockSparseAttentionPlan`'s `indices`, and `indptr` says which are
-    of which row of blocks; of the last row's blocks the rows past `M` are left out.
+    Blocks are in the order of a `BlockSparseAttentionPlan`'s `indices`. `indptr` is the plan's, and
+    assigns them to rows of blocks. In the last row of blocks, the rows from `M` on are dropped.
 
-    Raises `ArgumentError` where they are not as many as `indptr` says.
+    Raises `ArgumentError` if the number of blocks is not `indptr[-1]`.
     """
     import numpy as np
 
@@ -65,7 +65,7 @@ def pack_block_mask(mask: numpy.typing.ArrayLike, indptr: TensorLike, M: int) ->
         raise ArgumentError(op, "mask", got=got, expected=f"bool of shape ({rows.total}, R, C)")
     height = blocks.shape[1]
     if not (rows.size - 1) * height < check_int(op, "M", M, 1) <= rows.size * height:
-        expected = f"rows that {rows.size} rows of blocks of {height} hold"
+        expected = f"a number that needs {rows.size} rows of blocks of {height}"
         raise ArgumentError(op, "M", got=M, expected=expected)
     parts = np.split(blocks, rows.view.tolist()[1:-1])
     return pack_custom_mask(
@@ -78,12 +78,15 @@ class BlockSparseAttentionPlan(BatchPrefillPlan):
 
     Args:
         indptr: [ceil(M / R) + 1] int32 on the host: where each row of blocks starts in `indices`.
-        indices: [indptr[-1] or more] int32 on the host: columns of blocks, below N / C.
-        M, N: queries, and keys: a multiple of C.  R, C: rows and columns of a block.
-        num_qo_heads, num_kv_heads, head_dim: heads of the queries and of the keys, and their size.
-        options: of `BatchPrefillPlan`: `q_data_type`, `kv_data_type`, `o_data_type`, `backend`,
-            `logits_soft_cap`, `disable_split_kv`, and `use_custom_mask` where runs bring what is
-            seen of each block (`pack_block_mask`).
+        indices: [indptr[-1] or more] int32 on the host: column numbers of blocks, below N / C.
+        M: number of queries.
+        N: number of keys, a multiple of C.
+        R, C: rows and columns of a block.
+        num_qo_heads, num_kv_heads: heads of q, and of k and v.
+        head_dim: size of a head.
+        options: those of `BatchPrefillPlan` named `q_data_type`, `kv_data_type`, `o_data_type`,
+            `backend`, `logits_soft_cap`, `use_fp16_qk_reduction` and `disable_split_kv`; and
+            `use_custom_mask` if runs pass a mask inside the blocks (`pack_block_mask`).
         device, workspace, stream: as in `BatchPrefillPlan`.
 
     Raises as `BatchPrefillPlan` does.
@@ -91,10 +94,10 @@ class BlockSparseAttentionPlan(BatchPrefillPlan):
     """
 
     op = "BlockSparseAttentionPlan"
-    runs: Sequence[str] = ("run",)
+    _run_methods: Sequence[str] = ("run",)
     ragged_run: Any = NotOf()
-    # What of a prefill's options depends on where queries and keys are, which blocks do not say.
-    lacks: Sequence[str] = (
+    # Prefill options that depend on positions, which blocks do not have, or that `__init__` sets.
+    _excluded_options: Sequence[str] = (
         "page_size", "head_dim_qk", "head_dim_vo", "causal", "window_left", "pos_encoding_mode",
         "use_multi_item_scoring", "enable_cuda_graph", "max_total_num_rows", "max_num_indices",
     )  # fmt: skip
@@ -117,16 +120,16 @@ class BlockSparseAttentionPlan(BatchPrefillPlan):
         for name, value in sizes.items():
             check_int(self.op, name, value, 1)
         if N % C:
-            raise self.refuse("N", N, f"a multiple of C = {C}")
+            raise self._refuse("N", N, f"a multiple of C = {C}")
         self.M, self.N, self.R, self.C = M, N, R, C
-        _refuse_options(self.op, self.lacks, options)
+        _refuse_options(self.op, self._excluded_options, options)
         super().__init__(
             **self._arrays(indptr, indices), page_size=C, num_qo_heads=num_qo_heads,
             num_kv_heads=num_kv_heads, head_dim_qk=head_dim, **options,
         )  # fmt: skip
 
     def _arrays(self, indptr: TensorLike, indices: TensorLike) -> dict[str, Any]:
-        """The batch: a request for each row of blocks."""
+        """Describe the matrix as a batch: a request for each row of blocks."""
         rows = -(-self.M // self.R)
         blocks = Indptr(self.op, "indptr", indptr, rows + 1)
         return {
@@ -136,14 +139,14 @@ class BlockSparseAttentionPlan(BatchPrefillPlan):
         }  # fmt: skip
 
     @property
-    def names(self) -> Mapping[str, str]:  # type: ignore[override]
-        return dict(super().names) | {"kv_indptr": "indptr", "indices": "indices"}
+    def _names(self) -> Mapping[str, str]:  # type: ignore[override]
+        return dict(super()._names) | {"kv_indptr": "indptr", "indices": "indices"}
 
-    def read(self, arrays: Sequence[object]) -> Batch:
-        batch = super().read(arrays)
+    def _read(self, arrays: Sequence[object]) -> Batch:
+        batch = super()._read(arrays)
         if batch.num_pages > self.N // self.C:
             expected = f"columns of blocks below N / C = {self.N // self.C}"
-            raise self.refuse("indices", batch.max_page, expected)
+            raise self._refuse("indices", batch.max_page, expected)
         return batch
 
     def replan(  # type: ignore[override]
@@ -163,11 +166,12 @@ class BlockSparseAttentionPlan(BatchPrefillPlan):
         stream: object = None,
         **options: Any,
     ) -> None:
-        """Attention of `q` over the blocks of `k` and `v` into `o`, on `stream`.
+        """Compute the attention of `q` over its blocks of `k` and `v` into `o`, on `stream`.
 
         Args:
-            q: [M, num_qo_heads, head_dim]; o: the same, written.
+            q: [M, num_qo_heads, head_dim].
             k, v: [N, num_kv_heads, head_dim], with the same strides.
+            o: as q, written.
             lse: [M, num_qo_heads] float32, written: log2 of the sum of exponentials.
             options: of `BatchPrefillPlan.paged_run`: `custom_mask`, `sm_scale` and the scales.
         """
@@ -176,7 +180,7 @@ class BlockSparseAttentionPlan(BatchPrefillPlan):
             desc = as_desc(given, self.op, name)
             if len(desc.shape) != 3 or desc.shape[0] != self.N:
                 expected = f"rank 3, and N = {self.N} rows, as planned"
-                raise self.refuse(name, desc.layout, expected)
+                raise self._refuse(name, desc.layout, expected)
             shape = (self.N // self.C, self.C, *desc.shape[1:])
             pages.append(_viewed(desc, shape, (self.C * desc.strides[0], *desc.strides)))
         super().paged_run(q, pages[0], pages[1], o, lse, stream=stream, **options)
@@ -185,15 +189,16 @@ class BlockSparseAttentionPlan(BatchPrefillPlan):
 
 
 class VariableBlockSparseAttentionPlan(BatchPrefillPlan):
-    """Attention whose mask is blocks of any sizes, others for each key head.
+    """Attention whose mask is made of blocks of any sizes, different for each key head.
 
     Args:
-        block_mask_map: [num_kv_heads, MB, NB] bool on the host: which blocks there are.
+        block_mask_map: [num_kv_heads, MB, NB] bool on the host: which blocks exist.
         block_row_sz: [num_kv_heads, MB] integers on the host: queries of each row of blocks.
-        block_col_sz: [num_kv_heads, NB] integers on the host: keys of each column.
-            Each head's add up to as many.
-        num_qo_heads, num_kv_heads, head_dim: heads of the queries and of the keys, and their size.
-        options: as of `BlockSparseAttentionPlan`.
+        block_col_sz: [num_kv_heads, NB] integers on the host: keys of each column of blocks. Both
+            arrays have the same sum for every head.
+        num_qo_heads, num_kv_heads: heads of q, and of k and v.
+        head_dim: size of a head.
+        options: as in `BlockSparseAttentionPlan`.
         device, workspace, stream: as in `BatchPrefillPlan`.
 
     Raises as `BatchPrefillPlan` does.
@@ -201,7 +206,7 @@ class VariableBlockSparseAttentionPlan(BatchPrefillPlan):
     """
 
     op = "VariableBlockSparseAttentionPlan"
-    runs: Sequence[str] = ("run",)
+    _run_methods: Sequence[str] = ("run",)
     ragged_run: Any = NotOf()
 
     def __init__(
@@ -218,17 +223,18 @@ class VariableBlockSparseAttentionPlan(BatchPrefillPlan):
         check_int(self.op, "num_kv_heads", num_kv_heads, 1)
         if check_int(self.op, "num_qo_heads", num_qo_heads, 1) % num_kv_heads:
             expected = f"a multiple of num_kv_heads = {num_kv_heads}"
-            raise self.refuse("num_qo_heads", num_qo_heads, expected)
+            raise self._refuse("num_qo_heads", num_qo_heads, expected)
         self.num_kv_heads, self.group = num_kv_heads, num_qo_heads // num_kv_heads
-        _refuse_options(self.op, BlockSparseAttentionPlan.lacks, options)
-        # Each key head is so many requests, of queries with as many heads as share it.
+        _refuse_options(self.op, BlockSparseAttentionPlan._excluded_options, options)
+        # Each key head becomes MB requests with one key head and `group` query heads.
         super().__init__(
             **self._arrays(block_mask_map, block_row_sz, block_col_sz), page_size=1,
             num_qo_heads=self.group, num_kv_heads=1, head_dim_qk=head_dim, **options,
         )  # fmt: skip
 
     def _arrays(self, mask: Any, rows: Any, columns: Any) -> dict[str, Any]:
-        """The batch: a request for each row of blocks of each head, pages of one key."""
+        """Describe the mask as a batch: a request for each row of blocks of each head, pages of one
+        key."""
         import numpy as np
 
         heads = self.num_kv_heads
@@ -239,7 +245,7 @@ class VariableBlockSparseAttentionPlan(BatchPrefillPlan):
             totals = each.sum(axis=1, dtype=np.int64)
             if each.min() < 0 or totals.min() != totals.max() or totals[0] * heads >= 2**31:
                 expected = "sizes of 0 or more that add up to the same for every head, below 2**31"
-                raise self.refuse(name, f"sums {totals.tolist()}", expected)
+                raise self._refuse(name, f"sums {totals.tolist()}", expected)
         self.qo_len, self.kv_len = int(row_sizes[0].sum()), int(sizes[0].sum())
         ends = np.cumsum(sizes, axis=None)
         starts = (ends - sizes.ravel()).reshape(sizes.shape)
@@ -280,17 +286,18 @@ class VariableBlockSparseAttentionPlan(BatchPrefillPlan):
         stream: object = None,
         **options: Any,
     ) -> None:
-        """Attention of `q` over its blocks of `k` and `v` into `o`, on `stream`.
+        """Compute the attention of `q` over its blocks of `k` and `v` into `o`, on `stream`.
 
-        All tensors are contiguous, and have the key heads first.
+        All tensors are contiguous, with the key heads as first axis.
 
         Args:
-            q: [num_kv_heads, qo_len, num_qo_heads / num_kv_heads, head_dim]: the heads that share
-                keys beside each other, which FlashInfer copies them to; o: the same, written.
+            q: [num_kv_heads, qo_len, num_qo_heads / num_kv_heads, head_dim]: query heads that share
+                a key head are adjacent. FlashInfer makes this layout by a copy.
             k, v: [num_kv_heads, kv_len, head_dim].
+            o: as q, written.
             lse: [num_kv_heads, qo_len, num_qo_heads / num_kv_heads] float32, written: log2 of the
                 sum of exponentials.
-            options: of `BatchPrefillPlan.paged_run`: `sm_scale` and the scales that are numbers.
+            options: of `BatchPrefillPlan.paged_run`: `sm_scale`, and scales that are numbers.
         """
         heads, queries, keys = self.num_kv_heads, self.qo_len, self.kv_len
         many, dim = heads * queries, self.options.head_dim_qk
@@ -309,7 +316,7 @@ class VariableBlockSparseAttentionPlan(BatchPrefillPlan):
     ) -> TensorDesc:
         desc = as_desc(given, self.op, name)
         if desc.shape != shape or not desc.is_contiguous:
-            raise self.refuse(name, desc.layout, f"shape {shape}, contiguous, as planned")
+            raise self._refuse(name, desc.layout, f"shape {shape}, contiguous, as planned")
         return _viewed(desc, flat, None)
 
     paged_run: Any = NotOf()
@@ -318,7 +325,7 @@ class VariableBlockSparseAttentionPlan(BatchPrefillPlan):
 def _viewed(
     desc: TensorDesc, shape: tuple[int, ...], strides: tuple[int, ...] | None
 ) -> TensorDesc:
-    """The same memory with other axes."""
+    """View the same memory with other axes."""
     return make_desc(desc.ptr, shape, desc.dtype, strides, desc.device, desc.readonly, desc)
 
 
@@ -329,12 +336,13 @@ def _refuse_options(op: str, lacks: Sequence[str], options: Mapping[str, Any]) -
 
 
 def _host(op: str, name: str, given: Any, shape: tuple[int | None, ...], kinds: str) -> _Array:
-    """A host array of these kinds of elements and this shape, None for any size but 0."""
+    """Read a host array of these kinds of elements and this shape; None stands for any size but
+    0."""
     import numpy as np
 
     try:
         array = np.asarray(given)
-    except Exception as error:  # the exporter's own: a GPU's array, for one
+    except Exception as error:  # any error of the exporter, such as a GPU array's
         got = f"a {type(given).__qualname__} that refused: {error}"
         raise ArgumentTypeError(op, name, got=got, expected="an array on the host") from error
     fits = len(array.shape) == len(shape) and all(

@@ -1,4 +1,4 @@
-"""Workspaces: the memory a plan's schedule and partial results are in."""
+"""Workspaces: the memory for a plan's schedule and partial results."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from fi_ffi.ops.call.arguments import INT64_MAX, check_int
 from fi_ffi.ops.call.memory import StreamKey, stream_key
 from fi_ffi.ops.call.staging import StagePool
 
-# What FlashInfer's documentation recommends, and its wrappers take.
+# The sizes that FlashInfer's documentation recommends and its wrappers use.
 FLOAT_BYTES = 128 * 2**20
 INT_BYTES = 8 * 2**20
 _ALIGNMENT = 16
-_MOST_PARTS = 64  # of a buffer that is given: each has an event
+_MOST_PARTS = 64  # parts of a given page-locked buffer; each costs an event
 
 
 class Workspace:
-    """The float and int workspaces of one plan at a time, and page-locked memory before them.
+    """The float and int workspaces of one plan at a time, and page-locked memory to fill them from.
+
+    A plan takes over its workspace; the plan that had it before can no longer run.
 
     Args:
         float_workspace_buffer: device memory for partial results; any contiguous tensor.
         int_workspace_buffer: device memory for the schedule and the index arrays.
-        page_locked_int_workspace_buffer: host memory (page-locked where the device is a
-            GPU) of a multiple of the int workspace's size: one part is written while the
-            copies from the others may still run.  Without it, parts are allocated
-            from CUDA, as many as plans overlap, up to four.
+        page_locked_int_workspace_buffer: host memory (page-locked if the device is a GPU) of a
+            multiple of the int workspace's size. fi_ffi writes one part while copies from the other
+            parts may still run. By default fi_ffi allocates parts from CUDA, one for each
+            overlapping plan, at most four.
 
-    A plan takes its workspace over, and the plan that had it before can no longer run.
-    The memory must stay valid while it is used.  Raises `ArgumentError` for memory that
-    is not contiguous, misaligned (16 bytes), or not on one device.
+    The memory must stay valid while it is used. Raises `ArgumentError` for memory that is not
+    contiguous, not aligned to 16 bytes, or not on one device.
     """
 
     def __init__(
@@ -57,16 +58,20 @@ class Workspace:
         pieces: list[TensorDesc] = []
         if page_locked_int_workspace_buffer is not None:
             pieces = self._divide(page_locked_int_workspace_buffer)
-        self.stages = StagePool(self.device, pieces=pieces)
-        self.lock = threading.RLock()
-        # Counts the plans made on it: a plan that is not of the last generation is stale.
-        self.generation = 0
-        # Where the last plan was copied, and when each other stream that ran it was done.  A
-        # handle may be another stream's later on, or on another thread.
+        self._stages = StagePool(self.device, pieces=pieces)
+        self._lock = threading.RLock()
+        # The number of plans made so far; a plan of an earlier generation is stale.
+        self._generation = 0
+        # The stream of the last plan's copies, and events after the runs on each other stream.
+        # The same handle may later, or on another thread, mean another stream: hence the keys.
         self._copied_on: tuple[int, StreamKey] | None = None
         self._elsewhere: dict[StreamKey, cuda.Event] = {}
-        # The handle, once a run on it was found to be on that stream.
-        self.stream: int | None = None
+        # The handle of the plan's stream, once a run has confirmed it: later runs skip the lookup.
+        self._stream: int | None = None
+
+    def __repr__(self) -> str:
+        sizes = f"float_bytes={self.float_bytes}, int_bytes={self.int_bytes}"
+        return f"<Workspace on {self.device}: {sizes}>"
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         # A copy would not know whose plan the memory holds.
@@ -79,7 +84,7 @@ class Workspace:
         float_bytes: int = FLOAT_BYTES,
         int_bytes: int = INT_BYTES,
     ) -> Workspace:
-        """A workspace on `device` from CUDA (from the host's memory on "cpu")."""
+        """Allocate a workspace on `device`, from CUDA or from host memory on "cpu"."""
         where = parse_device(device, op="Workspace")
         _check_device("device", where)
         given = {"float_bytes": float_bytes, "int_bytes": int_bytes}
@@ -99,12 +104,12 @@ class Workspace:
     def int_bytes(self) -> int:
         return self.int_buffer.shape[0]
 
-    def has(self, float_bytes: int, int_bytes: int) -> bool:
-        """Whether there are so many bytes of each."""
+    def _has(self, float_bytes: int, int_bytes: int) -> bool:
+        """Whether both workspaces are at least this large."""
         return float_bytes <= self.float_bytes and int_bytes <= self.int_bytes
 
-    def require(self, op: str, float_bytes: int, int_bytes: int) -> None:
-        """Raise `ArgumentError` with both figures where it is too small."""
+    def _require(self, op: str, float_bytes: int, int_bytes: int) -> None:
+        """Raise `ArgumentError` with both sizes if a workspace is too small."""
         for name, have, need in (
             ("float_workspace_buffer", self.float_bytes, float_bytes),
             ("int_workspace_buffer", self.int_bytes, int_bytes),
@@ -113,14 +118,14 @@ class Workspace:
                 expected = f"{need} bytes, as workspace_size tells"
                 raise ArgumentError(op, name, got=f"{have} bytes", expected=expected)
 
-    def take(self, stream: int) -> None:
-        """Let `stream` wait for all that used this workspace on other streams."""
+    def _take(self, stream: int) -> None:
+        """Make `stream` wait for all work that used this workspace on other streams."""
         key = stream_key(self.device.index, stream)
         if self._copied_on is not None and self._copied_on[1] != key:
             before, _ = self._copied_on
             if before == stream:
-                # It was destroyed and its handle is another's, or it is another thread's own:
-                # no event can be recorded on it.
+                # The old stream was destroyed and its handle reused, or the handle means another
+                # thread's own stream. No event can be recorded on the old one.
                 cuda.synchronize(self.device)
             else:
                 with cuda.current(self.device):
@@ -131,12 +136,13 @@ class Workspace:
             if other != key:
                 event.hold(stream)
         self._elsewhere.clear()
-        self._copied_on, self.stream = (stream, key), None
+        self._copied_on, self._stream = (stream, key), None
 
-    def join(self, stream: int) -> cuda.Event | None:
-        """For a run on `stream`: let it wait for the plan; the event to record after it.
+    def _join(self, stream: int) -> cuda.Event | None:
+        """Make a run's `stream` wait for the plan; return the event to record after the run.
 
-        None on the plan's own stream, and in a capture: who replays a graph orders it.
+        Return None on the plan's own stream. Return None in a capture too: whoever launches the
+        graph orders it.
         """
         if cuda.is_capturing(stream):
             return None
@@ -144,11 +150,11 @@ class Workspace:
             key = stream_key(self.device.index, stream)
         if self._copied_on is not None and self._copied_on[1] == key:
             if stream != PER_THREAD:
-                self.stream = stream
+                self._stream = stream
             return None
         event = self._elsewhere.get(key)
         if event is None:
-            ready = self.stages.last.done
+            ready = self._stages.last.done
             if ready is not None:
                 ready.hold(stream)
             with cuda.current(self.device):
@@ -156,7 +162,7 @@ class Workspace:
         return event
 
     def _divide(self, buffer: object) -> list[TensorDesc]:
-        """Parts of page-locked memory, each as large as the int workspace."""
+        """Split page-locked memory into parts of the int workspace's size."""
         name = "page_locked_int_workspace_buffer"
         desc = _buffer(name, buffer, ("cpu", "cuda_host"))
         for other in (self.float_buffer, self.int_buffer):
@@ -179,16 +185,16 @@ def _check_device(argument: str, device: Device) -> None:
 
 
 def _check_apart(argument: str, buffer: TensorDesc, other: TensorDesc) -> None:
-    """`ArgumentError` where two buffers share bytes."""
+    """Raise `ArgumentError` if two buffers overlap."""
     start, end = buffer.ptr, buffer.ptr + buffer.shape[0]
     if start < other.ptr + other.shape[0] and other.ptr < end:
-        expected = "memory that is no other workspace's"
-        got = f"{buffer.shape[0]} bytes at {start:#x}, which overlap another of the buffers"
+        expected = "memory apart from the other buffers"
+        got = f"{buffer.shape[0]} bytes at {start:#x}, which overlaps another buffer"
         raise ArgumentError("Workspace", argument, got=got, expected=expected)
 
 
 def _buffer(argument: str, value: object, devices: tuple[str, ...] = ()) -> TensorDesc:
-    """Any contiguous tensor as its bytes."""
+    """Describe any contiguous tensor as bytes."""
     desc = as_desc(value, "Workspace", argument)
 
     def refuse(got: object, expected: str) -> ArgumentError:

@@ -1,5 +1,5 @@
-"""`xqa`: decode attention by TensorRT-LLM's kernels, of one query of each request or several
-drafted ones, without a plan; and `xqa_mla`, the same of a latent cache."""
+"""`xqa`, decode attention by TensorRT-LLM's kernels, for one query or several drafted queries per
+request, without a plan; and `xqa_mla`, the same over a latent cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fi_ffi.ops.row import KV_LAYOUTS, as_nhd
 
 _OP, _MLA = "xqa", "xqa_mla"
 _HOPPER = 9
-# Of sizes that are part of a module's name, or count its heads.
+# The limit for sizes that go into a module's name or count its heads.
 _MOST = 2**29
 
 
@@ -43,37 +43,41 @@ def xqa(
     mask: TensorLike | None = None,
     stream: object = None,
 ) -> Values:
-    """Attention of a query, or of several drafted ones, of each request over a paged cache.
+    """Compute the attention of one query, or several drafted queries, per request over a paged
+    cache.
 
     Args:
-        q: [batch_size, 1, num_q_heads, head_dim] float16 or bfloat16, or with several queries
-            (speculative decoding) [batch_size, 1, q_seq_len, num_q_heads, head_dim]; output: the
-            same, written, of q's dtype (or float8_e4m3fn, with keys of that dtype); contiguous.
-        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim], or with "HND" the
-            middle axes exchanged, of q's dtype or float8_e4m3fn; with the same strides, which
-            are multiples of head_dim.  Pages have 16, 32, 64 or 128 tokens.
+        q: [batch_size, 1, num_q_heads, head_dim] float16 or bfloat16, or for several queries
+            (speculative decoding) [batch_size, 1, q_seq_len, num_q_heads, head_dim]; contiguous.
+        k_cache, v_cache: [num_pages, page_size, num_kv_heads, head_dim], or with "HND" [num_pages,
+            num_kv_heads, page_size, head_dim], of q's dtype or float8_e4m3fn; with the same
+            strides, which are multiples of head_dim. page_size is 16, 32, 64 or 128.
         page_table: [batch_size, max_pages] int32: each request's pages.
-        seq_lens: [batch_size, 1] uint32: each request's keys, 1 or more; those of several queries
-            are the last of them, so q_seq_len or more.
-        workspace_buffer: uint8, scratch that no other stream uses; semaphores: uint32,
-            [batch_size * num_kv_heads] or more (for every 32 queries times heads that share a
-            key, where there are more), 0 before the first call and again after each.  Without
-            them each stream has its own of fi_ffi's.
-        sinks: [num_kv_heads, num_q_heads / num_kv_heads] float32: a logit more for each head.
-        q_scale, kv_scale: numbers, or [1] float32 on the device; kv_scale is of fp8 caches.
-        sliding_win_size: the last keys that are seen, the newest among them; 0: all.
-        mask: with several queries, [batch_size, q_seq_len, 2 * ceil(q_seq_len / 32)] uint16: bit j
-            of row i (the lowest first, 16 a word) says whether query i sees the key of query j.
-            Every query sees all keys before, and is to see its own.
-        sm_count: multiprocessors to use; without it, and at most, all of the device's.
+        seq_lens: [batch_size, 1] uint32: each request's keys, at least 1. They include the keys of
+            its queries, so several queries need at least q_seq_len.
+        output: as q, written; of q's dtype, or float8_e4m3fn with fp8 keys; contiguous.
+        workspace_buffer: uint8 scratch that no other stream uses. By default each stream has
+            scratch and semaphores allocated by fi_ffi.
+        semaphores: uint32, [batch_size * num_kv_heads] or more, for several queries times
+            ceil(q_seq_len * num_q_heads / num_kv_heads / 32). All 0 before the first call; the
+            kernel resets them.
+        sinks: [num_kv_heads, num_q_heads / num_kv_heads] float32: one more logit in each head's
+            softmax.
+        q_scale: a number, or [1] float32 on the device.
+        kv_scale: the same, for fp8 caches.
+        sliding_win_size: each query sees this many of the last keys, its own included; 0 for all.
+        mask: required for several queries: [batch_size, q_seq_len, 2 * ceil(q_seq_len / 32)]
+            uint16. Bit j of row i (lowest first, 16 a word) says whether query i sees the key of
+            query j. Every query must see its own key, and sees all earlier keys.
+        sm_count: multiprocessors to use, at most and by default all of the device's.
 
-    The module is compiled for the dtypes, the page's and the head's size, the number of query
-    heads that share keys, and whether there is a window.  On SM90 fp8 caches take a kernel that
-    multiplies in fp8, if there is one query: with several it sees what is causal, whatever the
-    mask is.  4-bit caches are not here: `fi_ffi.module` reaches them.
+    The module depends on the dtypes, page_size, head_dim, the query heads that share a key, and
+    whether there is a window. On SM90, one query with an fp8 cache takes a kernel that multiplies
+    in fp8; that kernel ignores masks, so several queries do not take it. NVFP4 caches are not
+    supported here: use `fi_ffi.module`.
 
-    Raises `ArgumentError` and `ArgumentTypeError` before anything is launched,
-    `ArchitectureError` on GPUs before SM90, `KernelNotFoundError` where there is no such module.
+    Raises `ArgumentError` and `ArgumentTypeError` before anything is launched, `ArchitectureError`
+    on GPUs before SM90, and `KernelNotFoundError` if the kernels in use lack the module.
     Upstream: flashinfer/xqa.py, csrc/xqa/xqa_wrapper.cu.
     """
     check_choice(_OP, "kv_layout", kv_layout, tuple(KV_LAYOUTS))
@@ -101,7 +105,7 @@ def xqa(
     count = most if sm_count is None else min(check_int(_OP, "sm_count", sm_count, 1), most)
     values.put(
         run_sm90_fp8_mha=queries == 1 and _on_hopper(device) and caches[0].dtype.itemsize == 1,
-        # Each block of queries makes as many pieces, and all of them have to fit the scratch.
+        # Each block of queries makes this many pieces, and the scratch must hold all of them.
         multiProcessorCount=max(count // query_blocks(queries, heads // kv_heads), 1),
         nbKHeads=kv_heads, slidingWinSize=window, output=output,
         rcpOutScale=check_number(_OP, "rcp_out_scale", rcp_out_scale, 0.0), q=q,
@@ -132,30 +136,31 @@ def xqa_mla(
     enable_pdl: bool = False,
     stream: object = None,
 ) -> Values:
-    """Multi-head latent attention of one query of each request over a paged cache, on SM120.
+    """Compute multi-head latent attention of one query per request over a paged cache, on SM120.
 
     Args:
-        q: [batch_size, 1, 128, 576] float8_e4m3fn or bfloat16: the absorbed queries, 512, and
-            their part with the encoding, 64.
-        k_cache, v_cache: [num_pages, page_size, 576] of q's dtype, or with an axis of 1, the
-            head, before or after `page_size`: commonly one tensor.  The values are the first 512
-            of `v_cache`.  Both have the same strides.  Pages have 16, 32, 64 or 128 tokens.
+        q: [batch_size, 1, 128, 576] float8_e4m3fn or bfloat16: 512 elements of the absorbed query,
+            then 64 with the position encoding. Contiguous.
+        k_cache, v_cache: [num_pages, page_size, 576] of q's dtype, optionally with an axis of 1
+            (the head) before or after `page_size`; usually the same tensor. The values are the
+            first 512 elements of `v_cache`. Both have the same strides. page_size is 16, 32, 64 or
+            128.
         page_table: [batch_size, max_pages] int32: each request's pages.
-        seq_lens: [batch_size, 1] uint32: each request's keys, 1 or more.
-        output: [batch_size, 1, 128, 512] bfloat16, written; contiguous, as q is.
-        workspace_buffer: uint8, scratch that no other stream uses, 18432 bytes a request;
-            semaphores: uint32, [batch_size] or more, 0.  Without them each stream has its own of
-            fi_ffi's.
-        q_scale, kv_scale: numbers, or [1] float32 on the device.  Logits are multiplied by
-            both, and by nothing else: the softmax's scale is part of `q_scale`.  The output is
-            multiplied by `kv_scale`, in bfloat16 as well.
-        sm_count: without effect, as in FlashInfer: requests are not split.
+        seq_lens: [batch_size, 1] uint32: each request's keys, at least 1.
+        output: [batch_size, 1, 128, 512] bfloat16, written; contiguous.
+        workspace_buffer: uint8 scratch that no other stream uses, 18432 bytes per request. By
+            default each stream has scratch and semaphores allocated by fi_ffi.
+        semaphores: uint32, [batch_size] or more, all 0.
+        q_scale, kv_scale: numbers, or [1] float32 on the device. The logits are multiplied by both
+            and by nothing else, so `q_scale` includes the softmax scale. The output is multiplied
+            by `kv_scale`, for bfloat16 as well.
+        sm_count: no effect, as in FlashInfer: requests are not split.
 
-    The tokens after a request's last are read and multiplied by 0: they may hold anything but
-    NaN and infinities.  Probabilities are rounded to q's dtype.
+    The kernel reads the rest of each request's last page and multiplies it by 0, so it must not
+    hold NaN or infinities. Probabilities are rounded to q's dtype.
 
-    Raises `ArgumentError` and `ArgumentTypeError` before anything is launched,
-    `ArchitectureError` on other GPUs, `KernelNotFoundError` where there is no such module.
+    Raises `ArgumentError` and `ArgumentTypeError` before anything is launched, `ArchitectureError`
+    on other GPUs, and `KernelNotFoundError` if the kernels in use lack the module.
     Upstream: flashinfer/xqa.py, csrc/xqa/mla_sm120.cu.
     """
     q = as_desc(q, _MLA, "q")
@@ -188,7 +193,8 @@ def xqa_mla(
 
 
 def _latent(name: str, tensor: TensorLike) -> TensorDesc:
-    """A cache of one head, which stands before the tokens: the kernel takes the strides so."""
+    """Describe a cache of one head with the head before the tokens, as the kernel expects the
+    strides."""
     desc = as_desc(tensor, _MLA, name)
     shape, strides = list(desc.shape), list(desc.strides)
     if len(shape) == 4 and 1 in shape[1:3]:
@@ -203,7 +209,7 @@ def _latent(name: str, tensor: TensorLike) -> TensorDesc:
 
 
 def _cache(name: str, tensor: TensorLike, kv_layout: str) -> TensorDesc:
-    """A cache with its tokens before its heads, as the kernels have it."""
+    """Describe a cache as NHD, as the kernels expect it."""
     desc = as_desc(tensor, _OP, name)
     if len(desc.shape) != 4 or not 0 < min(desc.shape[1:]) <= max(desc.shape[1:]) < _MOST:
         expected = f"rank 4, and pages, heads and elements of at least 1, and below {_MOST}"
@@ -216,7 +222,7 @@ def _cache(name: str, tensor: TensorLike, kv_layout: str) -> TensorDesc:
 
 
 def _heads(q: TensorDesc, kv_heads: int) -> tuple[int, int, int]:
-    """Requests, queries of each, and heads of these."""
+    """Return the numbers of requests, of queries per request, and of query heads."""
     rank = len(q.shape)
     if rank not in (4, 5) or q.shape[1] != 1 or max(q.shape[2:-1]) >= _MOST:
         expected = f"rank 4 (batch_size 1 num_q_heads head_dim), and less than {_MOST} heads"
@@ -234,31 +240,33 @@ def _heads(q: TensorDesc, kv_heads: int) -> tuple[int, int, int]:
 def _check_several(
     mask: object, batch: int, queries: int, group: int, window: int, has_sinks: bool
 ) -> TensorDesc | None:
-    """The mask of several queries; raise where the kernels get these wrong."""
+    """Return the mask of several queries; raise for combinations that the kernels compute
+    wrongly."""
     if queries == 1:
         if mask is not None:
             expected = "None with one query of each request"
             raise ArgumentError(_OP, "mask", got=shown(mask), expected=expected)
         return None
     if mask is None:
-        expected = "which keys of the queries each of them sees"
+        expected = "a mask with several queries: which keys each of them sees"
         raise ArgumentError(_OP, "mask", got="None", expected=expected)
     desc, shape = as_desc(mask, _OP, "mask"), (batch, queries, 2 * -(-queries // 32))
     if desc.shape != shape:
         expected = f"shape {shape}: a bit for each query, in words of 16, two at a time"
         raise ArgumentError(_OP, "mask", got=desc.layout, expected=expected)
     if window:
-        expected = "0 with several queries: the kernel hides whole tiles of keys alone"
+        expected = "0 with several queries: the kernel hides only whole tiles of keys"
         raise ArgumentError(_OP, "sliding_win_size", got=window, expected=expected)
     if has_sinks and query_blocks(queries, group) > 1 and XQA_ROWS % group:
         got = f"{queries} queries of {group} heads that share keys"
-        expected = f"None: {XQA_ROWS} rows that the kernel takes at once begin at another head then"
+        expected = f"None: tiles of {XQA_ROWS} rows would begin at different heads"
         raise ArgumentError(_OP, "sinks", got=got, expected=expected)
     return desc
 
 
 def _check_dtypes(q: TensorDesc, k: TensorDesc, output: TensorDesc) -> None:
-    """What modules there are: caches as the query or in fp8, outputs as the query or both fp8."""
+    """Check the dtypes that modules exist for: a cache of q's dtype or fp8, an output of q's dtype,
+    or fp8 with an fp8 cache."""
     fp8 = "float8_e4m3fn"
     own = q.dtype.name
     if own not in ("float16", "bfloat16"):
@@ -272,7 +280,7 @@ def _check_dtypes(q: TensorDesc, k: TensorDesc, output: TensorDesc) -> None:
 
 
 def _scale(op: str, name: str, value: object, plain: str, tensor: str) -> dict[str, object]:
-    """A scale as the entry has it: a number, and the same on the device where it is there."""
+    """Return a scale as the entry takes it: a number, or a tensor on the device."""
     if isinstance(value, numbers.Real):
         return {plain: check_number(op, name, value, 0.0), tensor: None}
     return {plain: 1.0, tensor: as_desc(value, op, name)}

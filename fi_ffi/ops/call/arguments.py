@@ -1,4 +1,4 @@
-"""Arguments that no row describes, checked: numbers, flags, words, and host arrays of integers."""
+"""Checks of arguments that no row describes: numbers, flags, words, and host arrays of integers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 
 
 def shown(value: object) -> str:
-    """A value that will not do, for an error: of most types the name is enough, and a
-    tensor's repr would read it from the device."""
+    """Describe a refused value for an error. For most types the type's name suffices; a tensor's
+    repr would read it from the device."""
     name = type(value).__name__
     return f"{name} {printed(value)}" if isinstance(value, (int, float, str, bytes)) else name
 
 
 def check_int(op: str, argument: str, value: object, low: int, high: int = INT32_MAX) -> int:
-    """An integer from `low` to `high`, as an int."""
+    """Return an integer from `low` to `high` as an int; refuse anything else."""
     if type(value) is not int:
         if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             raise ArgumentTypeError(op, argument, got=shown(value), expected="int")
@@ -36,12 +36,12 @@ def check_int(op: str, argument: str, value: object, low: int, high: int = INT32
 
 
 def check_number(op: str, argument: str, value: object, above: float = -math.inf) -> float:
-    """A finite number above a least one, as a float."""
+    """Return a finite number greater than `above` as a float; refuse anything else."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise ArgumentTypeError(op, argument, got=shown(value), expected="a number")
     try:
         plain = float(value)
-    except OverflowError:  # an int
+    except OverflowError:  # an int too large for a float
         plain = math.inf
     if not above < plain < math.inf:
         least = "" if above == -math.inf else f" above {above:g}"
@@ -50,14 +50,14 @@ def check_number(op: str, argument: str, value: object, above: float = -math.inf
 
 
 def check_flag(op: str, argument: str, value: object) -> bool:
-    """A bool."""
+    """Return a bool; refuse anything else."""
     if type(value) is not bool:
         raise ArgumentTypeError(op, argument, got=shown(value), expected="bool")
     return value
 
 
 def check_choice(op: str, argument: str, value: object, allowed: Collection[str]) -> str:
-    """One of a few words."""
+    """Return one of a few words; refuse anything else."""
     if not isinstance(value, str) or value not in allowed:
         kind = ArgumentError if isinstance(value, str) else ArgumentTypeError
         expected = " or ".join(map(repr, allowed))
@@ -66,7 +66,7 @@ def check_choice(op: str, argument: str, value: object, allowed: Collection[str]
 
 
 def check_int_array(op: str, argument: str, value: object) -> Integers:
-    """A one-dimensional array of integers from 0 to what int32 holds."""
+    """Return a one-dimensional array of integers from 0 to the largest int32."""
     import numpy as np
 
     expected = "a one-dimensional host array of integers"
@@ -74,12 +74,12 @@ def check_int_array(op: str, argument: str, value: object) -> Integers:
         wrong = [v for v in value if not isinstance(v, numbers.Integral) or isinstance(v, bool)]
         if wrong:
             raise ArgumentTypeError(op, argument, got=shown(wrong[0]), expected=expected)
-        # Of Python's own integers: numpy makes floats of an empty list, and of large ones.
+        # dtype object: numpy would turn an empty list, and large ints, into floats.
         array = np.array([int(v) for v in value], dtype=object)
     else:
         try:
             array = np.asarray(value)
-        except Exception as error:  # the exporter's own: a GPU's array, for one
+        except Exception as error:  # any error of the exporter, such as a GPU array's
             got = f"a {type(value).__qualname__} that refused: {error}"
             raise ArgumentTypeError(op, argument, got=got, expected=expected) from error
         if array.dtype.kind not in "iu":
@@ -93,7 +93,8 @@ def check_int_array(op: str, argument: str, value: object) -> Integers:
 
 
 def check_indptr(op: str, argument: str, value: object) -> Integers:
-    """Where each request starts, and the end: from 0 on, and not decreasing."""
+    """Return where each request starts, and the end; refuse arrays that do not start at 0 or
+    decrease."""
     starts = check_int_array(op, argument, value)
     if not starts.size or starts[0] != 0:
         got = f"a first element of {starts[0]}" if starts.size else "no element"

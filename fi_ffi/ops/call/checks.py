@@ -1,7 +1,7 @@
-"""The lines of a call that check what it is given, from its row: shapes, strides, addresses.
+"""Generates the lines that check a call's arguments, from its row: shapes, strides, addresses.
 
-Sizes are data: no table is keyed by them.  Where a comparison fails, `Refusals` has the words.
-What depends on dtypes and devices alone is in the variant, found by the tensors' kinds.
+Sizes are data: no table is keyed by them. If a comparison fails, `Refusals` words the error. What
+depends on dtypes and devices alone is in the variant, found by the tensors' kinds.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from fi_ffi.ops.row import (
 )
 
 _INT64 = 2**63
-_FAR = 2**62  # a limit that no tensor reaches
+_FAR = 2**62  # no tensor reaches this limit
 
 
 def parameters(row: Row) -> str:
-    """An op's Python parameters: the ABI's order, then the stream by keyword."""
+    """Return an op's Python parameters: the ABI's order, then the stream by keyword."""
     both = zip(row.given, defaults(row.given), strict=True)
     parts = [arg.name + ("" if default is None else f"={default}") for arg, default in both]
     return ", ".join([*parts, "*", "stream=None"])
 
 
 def frame_layout(row: Row, last: frozenset[str] = frozenset()) -> FrameLayout:
-    """Where a row's arguments are in a frame; shapes of those in `last` come last."""
+    """Return where a row's arguments are in a frame; the shapes of those in `last` come last."""
     ranks = [
         arg.entry_rank if isinstance(arg, Tensor)
         else len(arg.shape) if isinstance(arg, Absent) and arg.abi_type == "DLTensor*"
@@ -55,15 +55,15 @@ def frame_layout(row: Row, last: frozenset[str] = frozenset()) -> FrameLayout:
 
 def is_number(arg: Arg) -> bool:
     """Whether an absent argument is a number or a bool."""
-    return isinstance(arg, Absent) and arg.abi_type in ("int", "bool")
+    return isinstance(arg, Absent) and arg.abi_type in ("int", "bool", "float")
 
 
 @dataclass(frozen=True)
 class Form:
     """How a function is compiled from a row.
 
-    `bound` are arguments that are in the frame before (a plan's own), and `known` axes whose
-    sizes they have settled.
+    `bound` are arguments that are already in the frame (a plan's own), and `known` axes whose sizes
+    the plan has fixed.
     """
 
     row: Row
@@ -71,43 +71,44 @@ class Form:
     known: tuple[str, ...] = ()
     # Parameters of `pack` that come before the others.
     first: tuple[str, ...] = ()
-    # What refusals call the op, and its arguments.
+    # Names of the op and its arguments in errors.
     op: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def last(self) -> frozenset[str]:
-        """Arguments whose shapes no call writes with the others: bound ones, and scratch."""
+        """The arguments whose shapes calls do not write with the others: bound ones, and
+        scratch."""
         return self.bound | {arg.name for arg in self.row.tensors if arg.is_scratch}
 
     @property
     def packed_names(self) -> list[str]:
-        """The parameters of `pack`, where arguments are bound."""
+        """The parameters of `pack`, if arguments are bound."""
         names = [arg.name for arg in self.row.given if arg.name not in self.bound]
         first = [name for name in self.first if name in names]
         return [*first, *(name for name in names if name not in first)]
 
 
 class Checks:
-    """Lines that check what one call is given: all before a frame is written."""
+    """Lines that check a call's arguments, before a frame is written."""
 
-    # Which of a variant's memos is this function's: each keeps what it needs itself.
+    # The variant's memo that this function uses; each function keeps other values.
     memo = "memo"
 
     def __init__(self, form: Form, is_packing: bool = False) -> None:
         self.form, self.row, self.is_packing = form, form.row, is_packing
         self.layout = frame_layout(form.row, form.last)
-        # Arguments that each call is given, by their place.
+        # Arguments that each call passes, with their index.
         self.given = [
             (i, arg)
             for i, arg in enumerate(self.row.slots)
             if arg.name not in form.bound and not isinstance(arg, (Absent, TensorArray))
         ]
         self.tensors = [(i, arg) for i, arg in self.given if isinstance(arg, Tensor)]
-        # Which expression has each axis' size, and which argument has fixed it.
+        # The expression of each axis' size, and the argument that fixes it.
         self.sizes: dict[str, str] = {name: f"size__{name}" for name in form.known}
         self.fixed_by: dict[str, str] = {}
-        self.maybe: set[str] = set()  # axes that only tensors have which may not be there
+        self.maybe: set[str] = set()  # axes that only optional tensors have
         self.dims: dict[str, list[str]] = {}
         self.steps: dict[tuple[str, str], str] = {}
         self.masks: dict[str, str] = {}
@@ -155,7 +156,7 @@ class Checks:
         ]
 
     def _shapes(self) -> list[str]:
-        """Read shapes and strides, and hold sizes against each other."""
+        """Read shapes and strides, and compare sizes with each other."""
         required = [arg for _, arg in self.tensors if not self._may_be_none(arg)]
         lines: list[str] = []
         if any(arg.kv for _, arg in self.tensors):
@@ -165,7 +166,7 @@ class Checks:
         waiting: list[tuple[Tensor, str, str]] = []
         for arg in required:
             lines += self._shape(arg, waiting)
-        for arg, text, size in waiting:  # until other tensors have told all but one part
+        for arg, text, size in waiting:  # sums: other tensors first fix all terms but one
             lines += self._bind(arg, text, size)
         for _, arg in self.tensors:
             if arg.optional and not arg.is_scratch:
@@ -204,12 +205,12 @@ class Checks:
                 waiting.append((arg, text, size))
                 continue
             lines += self._bind(arg, text, size)
-            if text in self.sizes:  # the same number, from here on
+            if text in self.sizes:  # use the known variable from here on
                 targets[targets.index(size)] = self.sizes[text]
         return lines
 
     def _expression(self, axis: Axis, without: str = "") -> str:
-        """An axis' size in terms of known ones."""
+        """Return an axis' size in terms of known sizes."""
         terms = [
             f"{times} * {self.sizes[name]}" if times > 1 else self.sizes[name]
             for name, times in axis.terms
@@ -221,7 +222,7 @@ class Checks:
         return total if axis.over == 1 else f"({total}) // {axis.over}"
 
     def _bind(self, arg: Tensor, text: str, size: str) -> list[str]:
-        """Hold a size against what is known, or learn a part of it."""
+        """Compare a size with what is known, or solve it for an unknown term."""
         axis = parse_axis(text)
         unknown = [(name, times) for name, times in axis.terms if name not in self.sizes]
         if not unknown:
@@ -235,7 +236,7 @@ class Checks:
         ((name, times),) = unknown
         found, rest = f"size__{name}", self._expression(axis, without=name)
         self.sizes[name], self.fixed_by[name] = found, arg.name
-        if axis.over > 1:  # several numbers in each element
+        if axis.over > 1:  # several values in each element
             assert (len(axis.terms), times, axis.more) == (1, 1, 0), f"{self.row.name}: {text}"
             return [f"{found} = {size} * {axis.over}"]
         minus = "" if rest == "0" else f" - ({rest})"
@@ -248,7 +249,7 @@ class Checks:
         ]
 
     def _optional_shape(self, arg: Tensor) -> list[str]:
-        """The same of a tensor that may not be there."""
+        """Read the shape of an optional tensor."""
         name, before = arg.name, []
         targets = [f"{name}__d{k}" for k in range(len(arg.axis_names))]
         self.dims[name] = targets
@@ -271,7 +272,7 @@ class Checks:
             inside.append(f"size__{text} = {size}")
             self.sizes[text], self.fixed_by[text] = f"size__{text}", name
             self.maybe.add(text)
-        # Of one without elements the first size is 0, and so is that of none.
+        # A missing tensor has a first size of 0, like one without elements.
         absent = [f"{name}__d{k}" for k in range(len(targets))]
         absent += [f"{name}__s{k}" for k in range(len(targets))]
         values = ["0", *("1" for _ in absent[1:])]
@@ -309,14 +310,14 @@ class Checks:
                 lines.append(f"if {unknown}: refuse.text({name!r}, {name})")
         return lines
 
-    # Scratch memory: its size may depend on those of other tensors.
+    # Scratch memory, whose size may depend on other tensors' sizes.
 
     def _scratch(self) -> list[str]:
         lines = []
         asks = any({MULTIPROCESSORS, SHARED_MEMORY} & {*rule.names} for rule in self.row.rules)
         asks = asks or any(arg.is_scratch for _, arg in self.tensors)
         if asks and not self.is_packing:
-            # A missing stream is told before a GPU is asked, which may not be there.
+            # Refuse a missing stream before asking for a GPU, which may not exist.
             checked = "check_stream(stream, variant.device, refuse.op)"
             lines.append(f"if variant.entry is None: {checked}")
         for i, arg in self.tensors:
@@ -342,10 +343,10 @@ class Checks:
             self.sizes.setdefault(axis, f"{name}__d0")
         return lines
 
-    # What sizes may be.
+    # Conditions on sizes.
 
     def _conditions(self) -> list[str]:
-        """What sizes must be, where tensors that are given have them."""
+        """Check the row's conditions, if the tensors with those sizes are given."""
         lines = []
         for condition in self.row.conditions:
             names = names_in(condition.text)
@@ -365,13 +366,13 @@ class Checks:
         return f"{{{replaced(text, self.sizes)}}}"
 
     def _shown(self, axis: str) -> str:
-        """A size and its value, in an f-string."""
+        """Return a size and its value, for an f-string."""
         if axis in self.form.known:
             return f"{self._braced(axis)}, as planned"
         return f"{axis} = {self._braced(axis)}"
 
     def _first_with(self, axis: str) -> str | None:
-        """The first tensor that has an axis, as part of one of its own."""
+        """Return the first tensor in whose axes an axis appears."""
         fixed = self.fixed_by.get(axis)
         if fixed is not None:
             return fixed
@@ -381,7 +382,7 @@ class Checks:
         return None
 
     def _block(self) -> list[str]:
-        """What one thread block covers."""
+        """Check what one thread block covers."""
         lines: list[str] = []
         if not self.row.block:
             return lines
@@ -413,7 +414,7 @@ class Checks:
     # Strides.
 
     def _vector_axis(self, arg: Tensor) -> str | None:
-        """The axis that is loaded several elements at a time."""
+        """Return the axis along which several elements are loaded at a time."""
         if arg.broadcast or not arg.in_vectors:
             return None
         named = (parse_axis(text).names for text in arg.axis_names)
@@ -423,12 +424,12 @@ class Checks:
         return {DTYPES[name].itemsize for name in self.row.dtypes.get(dtype, (dtype,))}
 
     def _itemsize(self, arg: Tensor) -> str:
-        """A number where all dtypes are of one size, and else what the kind has."""
+        """Return the itemsize: a number if all dtypes have the same, otherwise the kind's."""
         sizes = self._itemsizes(arg.dtype)
         return str(*sizes) if len(sizes) == 1 else f"variant.item[{arg.name!r}]"
 
     def _width(self, arg: Tensor) -> str:
-        """Elements in a load."""
+        """Return the elements of a vector load."""
         vector = self.row.vector
         dtype = vector.dtype or arg.dtype
         sizes = self._itemsizes(dtype)
@@ -437,7 +438,7 @@ class Checks:
         return f"({vector.bytes} // variant.itemsizes[{dtype!r}])"
 
     def _step(self, arg: Tensor) -> tuple[list[str], str]:
-        """Elements that are loaded at a time: lines that work it out, and what has it."""
+        """Return lines that compute the elements loaded at a time, and the variable."""
         axis = self._vector_axis(arg)
         if axis is None:
             return [], "1"
@@ -448,7 +449,7 @@ class Checks:
         return [f"{step} = gcd({key[0]}, {key[1]})"], step
 
     def _loaded(self, arg: Tensor) -> tuple[list[str], str]:
-        """Bits that an address must not have: lines that work them out, and what has them."""
+        """Return lines that compute the bits that an address must not have, and the variable."""
         mask = self._mask(arg)
         if mask.isdigit():
             return [], mask
@@ -470,7 +471,7 @@ class Checks:
             if wrong:
                 told = f"refuse.strides({arg.name!r}, {arg.name}, {step})"
                 lines.append(f"if {there}({' or '.join(wrong)}): {told}")
-            if self._itemsize(arg) != "1":  # from here on in bytes
+            if self._itemsize(arg) != "1":  # convert to bytes
                 lines.append(f"{arg.name}__span *= {self._itemsize(arg)}")
         if is_scratch:
             return lines
@@ -482,11 +483,11 @@ class Checks:
         return lines
 
     def _masks(self) -> list[str]:
-        """Work out the bits that addresses must not have."""
+        """Compute the bits that addresses must not have."""
         return [line for _, arg in self.tensors for line in self._loaded(arg)[0]]
 
     def _wrong_strides(self, arg: Tensor, step: str) -> list[str]:
-        """When strides have to be judged; such as are row-major need no other look."""
+        """Return when strides must be judged; row-major strides need no further look."""
         name, rank, dims = arg.name, len(arg.axis_names), self.dims[arg.name]
         if not rank:
             return []
@@ -520,7 +521,8 @@ class Checks:
         return wrong
 
     def _span(self, arg: Tensor) -> str:
-        """Elements from the lowest to past the highest; of no meaning where there is none."""
+        """Return the number of elements from the lowest address to past the highest; meaningless
+        for an empty tensor."""
         dims, name = self.dims[arg.name], arg.name
         if arg.contiguous:
             return " * ".join(dims) or "1"
@@ -546,7 +548,7 @@ class Checks:
         return lines
 
     def _value(self, name: str) -> str:
-        """What a rule is given for a name."""
+        """Return the expression for a name in a rule."""
         args = {arg.name: arg for _, arg in self.given}
         if isinstance(args.get(name), (Scalar, Text)):
             return name
@@ -562,10 +564,10 @@ class Checks:
             return f"variant.dtypes.get({name!r})"
         return "None"
 
-    # Where it is.
+    # Addresses.
 
     def _addresses(self) -> list[str]:
-        """Where each tensor starts and ends; both are 0 of one that is not there."""
+        """Compute where each tensor starts and ends; both are 0 for a missing one."""
         lines, required = [], dict[str, list[tuple[str, str]]]()
         for _, arg in self.tensors:
             name, mask = arg.name, self._loaded(arg)[1]
@@ -586,7 +588,7 @@ class Checks:
         return lines
 
     def _mask(self, arg: Tensor) -> str:
-        """Bits that an address must not have; what is loaded at a time is a power of 2."""
+        """Return the bits that an address must not have; the width of a load is a power of 2."""
         axis = self._vector_axis(arg)
         if axis is None:
             return (
@@ -600,14 +602,14 @@ class Checks:
         return f"({loaded} - 1)"
 
     def _overlap(self) -> list[str]:
-        """Refuse outputs that share memory with what a call reads, or with other outputs."""
+        """Refuse outputs that share memory with inputs or with other outputs."""
         pairs = [
             (a, b)
             for (_, a), (_, b) in itertools.combinations(self.tensors, 2)
             if a.writes or b.writes
         ]
         lines, same = [], []
-        # Tests by the tensor that may not be there: a call without it has none to make.
+        # Tests grouped by optional tensor: calls without the tensor skip them.
         tests: dict[str, list[str]] = {}
         for a, b in pairs:
             test = f"{a.name}__p < {b.name}__end and {b.name}__p < {a.name}__end"
@@ -638,7 +640,7 @@ class Checks:
 
 
 def _wrong_numbers(arg: Scalar) -> list[str]:
-    """When a number cannot be written as it is."""
+    """Return when a number cannot be written as it is."""
     name, wrong = arg.name, [f"type({arg.name}) is not {arg.type.__name__}"]
     if arg.type is float:
         low = "-inf <" if arg.low is None else f"{float(arg.low)!r} <="

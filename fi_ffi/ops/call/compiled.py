@@ -1,4 +1,4 @@
-"""A row that is compiled for calling, and its variants: one for each combination of kinds."""
+"""Rows compiled for calling, and their variants: one for each combination of tensor kinds."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from fi_ffi.ops.row import (
     exchanged,
 )
 
-# What tracebacks call the code compiled from a row: part of the package.
+# The file name of compiled code in tracebacks, inside the package.
 _FILE = __file__.removesuffix("compiled.py") + "<{}>"
 _CPU = parse_device("cpu")
 _MOST_VARIANTS = 4096
@@ -66,7 +66,7 @@ KEEP: Any = _Keep()  # an argument of an update that stays as it is
 
 
 class _Scratch(dict[int, int]):
-    """Bytes that scratch arguments need, whatever sizes are; found when a call asks."""
+    """The bytes that scratch arguments need independent of sizes, computed on first use."""
 
     def __init__(self, variant: Variant) -> None:
         self._variant = variant
@@ -79,7 +79,7 @@ class _Scratch(dict[int, int]):
 
 
 class Variant:
-    """A row's calls with tensors of these kinds: what does not depend on sizes."""
+    """A row's calls with tensors of these kinds: everything that does not depend on sizes."""
 
     __slots__ = (
         "_slots", "_values", "bytes_for", "compiled", "device", "dtypes", "entry", "frames",
@@ -99,7 +99,7 @@ class Variant:
             for arg in row.tensors
             if (desc := given.get(arg.name)) is not None
         } | compiled.bound_dtypes
-        # Of tensors that are not there too: any will do.
+        # Missing tensors get any allowed dtype.
         some = {name: names[0] for name, names in row.dtypes.items() if names} | self.dtypes
         self.itemsizes = {name: DTYPES[dtype].itemsize for name, dtype in some.items()}
         self.scratch = _Scratch(self)
@@ -108,10 +108,10 @@ class Variant:
             if isinstance(arg, Tensor) and arg.is_scratch:
                 self.kinds[arg.name] = tensor_kind(DTYPES[arg.dtype], self.device, 1)
                 self.bytes_for[i] = arg.bytes_for
-        # Bytes of an element of each tensor.
+        # The itemsize of each tensor.
         self.item = {name: kind.itemsize if kind else 1 for name, kind in self.kinds.items()}
         self._slots = [self._slot(arg) for arg in row.slots]
-        # What no call writes: where in a frame, and what.
+        # Words that calls do not write: index in the frame, and value.
         place = compiled.layout.value
         self._values = [
             (place(i), 0 if arg.strided else KV_LAYOUTS[layout])
@@ -123,19 +123,19 @@ class Variant:
             for i, arg in enumerate(row.args)
             if isinstance(arg, Absent) and is_number(arg)
         ]
-        # The layouts of the last call that passed, and what was worked out from them.
+        # The layouts of the last call that passed, and what was computed from them.
         self.memo: tuple[Any, ...] = (None,)
         self.memo_of_pack: tuple[Any, ...] = (None,)
         self.memo_of_check: tuple[Any, ...] = (None,)
         # Found at the first call.
         self.entry: Entry | None = None
         self.target: LaunchTarget | None = None
-        # Free frames.  list.pop and append are atomic, so concurrent calls get their own.
+        # Free frames. list.pop and append are atomic, so concurrent calls get different frames.
         self.frames: list[Frame] = []
 
     def __getattr__(self, name: str) -> int:
-        """What rules ask of the GPU, when one does: what is wrong with arguments is told before
-        it is found out that there is none.  On the CPU there is no end of it."""
+        """Query what rules ask of the GPU, on first use: errors in arguments come before a missing
+        GPU. On the CPU the values are unlimited."""
         ask = {"multiprocessors": machine.multiprocessors, "shared_memory": machine.shared_memory}
         if name not in ask:
             raise AttributeError(name)
@@ -147,12 +147,13 @@ class Variant:
         if isinstance(arg, Tensor):
             kind = self.kind_of(arg)
             if kind is None:
-                return self._nothing(Absent(arg.name)) if arg.empty else None
+                return self._null_tensor(Absent(arg.name)) if arg.empty else None
             return kind, arg.as_object
         if isinstance(arg, Absent):
             if arg.abi_type == "None" or arg.abi_type.startswith("Optional<"):
                 return None
-            return {"int": int, "bool": bool}.get(arg.abi_type) or self._nothing(arg)
+            numbers: dict[str, Slot] = {"int": int, "bool": bool, "float": float}
+            return numbers.get(arg.abi_type) or self._null_tensor(arg)
         if isinstance(arg, TensorArray):
             slots = self.compiled.row.slots
             first = slots.index(arg.items[0])
@@ -164,18 +165,18 @@ class Variant:
         return int if isinstance(arg, KvLayout) else ARRAY
 
     def kind_of(self, arg: Tensor) -> TensorKind | None:
-        """The kind of a tensor argument as the entry has it; None where there is none."""
+        """Return the kind of a tensor argument as the entry gets it; None if it is missing."""
         kind = self.kinds.get(arg.name) or self.compiled.bound_kinds.get(arg.name)
         if kind is None or not arg.view:
             return kind
         return tensor_kind(kind.dtype, kind.device, arg.entry_rank, kind.readonly)
 
-    def _nothing(self, arg: Absent) -> Slot:
-        """A tensor that has no address."""
+    def _null_tensor(self, arg: Absent) -> Slot:
+        """Return a tensor without an address."""
         return tensor_kind(DTYPES[arg.dtype], self.device, len(arg.shape)), False
 
     def start(self) -> None:
-        """Find the entry that serves it, once."""
+        """Find the entry, once."""
         if self.entry is None:
             compiled, row = self.compiled, self.compiled.row
             if compiled.find_entry is not None:
@@ -189,7 +190,7 @@ class Variant:
             self.entry = entry
 
     def new_frame(self, *stream: object) -> Frame:
-        """A frame of a call's own; a missing `stream` is told before an entry is looked for."""
+        """Make a frame; a missing `stream` is refused before the entry is looked up."""
         if stream:
             memory.check_stream(stream[0], self.device, self.compiled.refuse.op)
         self.start()
@@ -211,14 +212,14 @@ class Variant:
         return frame.take_result()
 
     def give_back(self, frame: Frame) -> None:
-        """Let another call have a frame, unless a callee kept a Tensor object of it."""
+        """Return a frame to the pool, unless a callee kept one of its Tensor objects."""
         if frame.is_referred_to:
             memory.keep(frame)
         else:
             self.frames.append(frame)
 
     def take_scratch(self, i: int, need: int, stream: object, is_own: bool) -> TensorDesc:
-        """Memory of the stream's own, or with `is_own` of the call's."""
+        """Return scratch memory of the stream, or with `is_own` of the call."""
         arg, refuse = self.compiled.row.slots[i], self.compiled.refuse
         assert isinstance(arg, Tensor)
         return memory.scratch_for(refuse, arg, self.device, need, stream, is_own)
@@ -230,9 +231,9 @@ class Variant:
 class CompiledRow:
     """A row with the functions compiled from it.
 
-    A plan gives the `module` its row's family stands for, the arguments that are `bound`
-    (its own, of these kinds), and the axes whose sizes are `known`.  Refusals are of `op`, and
-    call arguments by `names`.  `find_entry` has an entry of an object that is somebody's own.
+    A plan passes the `module` for its row's family, the kinds of its own `bound` arguments, and the
+    axes whose sizes are `known`. Errors name `op`, and arguments by `names`. `find_entry` finds an
+    entry in an object of the caller's.
     """
 
     def __init__(
@@ -265,26 +266,26 @@ class CompiledRow:
 
     @functools.cached_property
     def call(self) -> Callable[..., Any]:
-        """A method of ops, with the op's parameters."""
+        """A method for ops, with the op's parameters, that launches."""
         made = self._compile(call_source(self.form), "call")
-        # Which a TypeError of its arguments tells.
+        # Python's TypeError for wrong arguments shows this name.
         made.__name__ = made.__qualname__ = self.row.name
         return made
 
     @functools.cached_property
     def pack(self) -> Callable[..., Any]:
-        """The same call packed and not made: see `pack_source`."""
+        """A function that packs the same call without launching it: see `pack_source`."""
         return self._compile(pack_source(self.form), self.row.name.replace(".", "_"))
 
     @functools.cached_property
     def check(self) -> Callable[..., tuple[dict[str, Any], dict[str, int]]]:
-        """The checks of a call alone: its tensors by name (None where there is none), and the axes'
-        sizes."""
+        """A function that only checks a call; it returns the tensors by name (None for missing
+        ones) and the axes' sizes."""
         return self._compile(check_source(self.form), self.row.name.replace(".", "_"))
 
     @functools.cached_property
     def bind(self) -> Callable[..., tuple[dict[str, Any], object]]:
-        """The arguments of a call by name, and its stream."""
+        """A function that returns the arguments of a call by name, and its stream."""
         return self._compile(bind_source(self.form), self.row.name.replace(".", "_"))
 
     @functools.cached_property
@@ -311,14 +312,14 @@ class CompiledRow:
         count = self.layout.last_dims - self.layout.first_dims
         namespace["pack_dims"] = struct.Struct(f"{count}q").pack
         file = _FILE.format(f"{row.name}, {name}, {id(self):#x}")
-        # So that a traceback shows the line.
+        # Lets tracebacks show the source line.
         linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
         exec(compile(source, file, "exec"), namespace)
         made: Callable[..., Any] = namespace[name]
         return made
 
     def _add_variant(self, descs: Sequence[TensorDesc | None], layout: str) -> Variant:
-        """The variant for tensors of these kinds; raises where there is none."""
+        """Make the variant for tensors of these kinds; raise if the row does not allow them."""
         given = {arg.name: desc for arg, desc in zip(self.tensors, descs, strict=True)}
         self.refuse.kinds([given.get(arg.name) for arg in self.row.tensors], layout)
         made = Variant(self, descs, layout)
@@ -330,10 +331,10 @@ class CompiledRow:
         return self.variants.setdefault(key, made)
 
     def is_on_cuda(self, values: Mapping[str, Any]) -> bool:
-        """Whether the first tensor that every call is given is on a GPU."""
+        """Whether the first required tensor is on a GPU."""
         first = next(arg for arg in self.tensors if default_of(arg) is None)
         return as_desc(values[first.name], self.refuse.op, first.name).device.is_cuda
 
     def forget(self) -> None:
-        """Drop what was learnt from earlier calls, after the source of kernels changed."""
+        """Drop what earlier calls cached, after the source of kernels changed."""
         self.variants.clear()

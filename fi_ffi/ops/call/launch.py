@@ -1,4 +1,4 @@
-"""The end of every call: a written frame is called on a stream."""
+"""The end of every call: calls a written frame on a stream."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _scope = streams.scope_var.get
 
 class _Thread(threading.local):
     def __init__(self) -> None:
-        # Streams' handles as C has them, of those that this thread has launched on; it has
-        # a context for each since.
+        # C pointers of the streams on which this thread has launched; the thread has a CUDA context
+        # for each.
         self.pointers: dict[int, Any] = {}
 
 
@@ -35,7 +35,7 @@ _thread = _Thread()
 
 
 class LaunchTarget:
-    """Where calls are made: the device, and how its stream is set."""
+    """The device on which calls are made, and the function that sets its stream."""
 
     __slots__ = ("device", "is_alone", "is_cuda", "op", "set_stream")
 
@@ -44,14 +44,14 @@ class LaunchTarget:
         self.set_stream: Callable[..., int] = functools.partial(
             library.lib.TVMFFIEnvSetStream, device.type_code, device.index
         )
-        # With one GPU only, that is the current one.
+        # A single GPU is always the current one.
         self.is_alone = not device.is_cuda or machine.device_count() < 2
 
 
 def launch(frame: Frame, stream: object) -> None:
-    """Call a frame on `stream`, or on the open scope's; raises the entry's error.
+    """Call a frame on `stream`, or on the open scope's; raise the entry's error.
 
-    What the entry returned is left in the frame.
+    The entry's result is left in the frame.
     """
     target: LaunchTarget = frame.target
     if watching.hooks or not target.is_alone:
@@ -63,18 +63,18 @@ def launch(frame: Frame, stream: object) -> None:
         _call_on(frame, target, pointer)
     elif not target.is_cuda:
         if frame.invoke():
-            raise _failed(frame)
+            raise _error_of(frame)
     else:
         scope = _scope()
         if scope is not None and streams.thread.scopes.get(target.device) is scope:
             if frame.invoke():
-                raise _failed(frame)
+                raise _error_of(frame)
         else:
             _launch_in_scope(frame, target)
 
 
 def _call_on(frame: Frame, target: LaunchTarget, pointer: Any) -> None:
-    """Set the stream, call, and put back the one before, whatever comes in between."""
+    """Set the stream, call, and restore the previous stream in every case."""
     before, set_stream = frame.before, target.set_stream
     try:
         code = set_stream(pointer, before) or frame.invoke()
@@ -83,26 +83,26 @@ def _call_on(frame: Frame, target: LaunchTarget, pointer: Any) -> None:
             set_stream(before[0], ffi.NULL)
             frame.words[frame.before_word] = NO_STREAM
     if code:
-        raise _failed(frame)
+        raise _error_of(frame)
 
 
 def _launch_in_scope(frame: Frame, target: LaunchTarget) -> None:
-    """The first call in a scope, or one on another thread than the scope's."""
+    """Make the first call in a scope, or a call on another thread than the scope's."""
     scope: Scope = streams.open_scope(target.device, target.op)
     pointer = _pointer(target, scope.handle)
     if not scope.bind(target.device):
         _call_on(frame, target, pointer)
     elif frame.invoke():
-        raise _failed(frame)
+        raise _error_of(frame)
 
 
 def _launch_watched(frame: Frame, target: LaunchTarget, stream: object) -> None:
-    """A call with its device made current: of several GPUs, or for whoever watches."""
+    """Make a call with its device current, for one of several GPUs or for hooks."""
     handle = streams.handle_for(stream, target.device, target.op) if target.is_cuda else None
 
     def call() -> Any:
         if frame.invoke():
-            raise _failed(frame)
+            raise _error_of(frame)
         return frame.peek_result()
 
     def run() -> None:
@@ -118,15 +118,15 @@ def _launch_watched(frame: Frame, target: LaunchTarget, stream: object) -> None:
         run()
 
 
-def _failed(frame: Frame) -> BaseException:
-    """The error that the entry left behind; what it may have returned besides is no result."""
+def _error_of(frame: Frame) -> BaseException:
+    """Return the error that the entry left; drop any result."""
     frame.drop_result()
     take = take_kernel_error if frame.target.is_cuda else take_raised
     return take(frame.entry.name)
 
 
 def _pointer(target: LaunchTarget, handle: int) -> Any:
-    """A stream's handle as C has it, for a thread that gets the device's context with it."""
+    """Return a stream's handle as a C pointer; make the device's context current on this thread."""
     machine.make_current(target.device.index)
     pointers = _thread.pointers
     if len(pointers) >= _MOST_HANDLES:
@@ -134,14 +134,14 @@ def _pointer(target: LaunchTarget, handle: int) -> Any:
     return pointers.setdefault(handle, ffi.cast("void *", handle))
 
 
-def _cut_off() -> None:
-    """In a forked child of a process that had used a GPU: the next call looks at its device
-    again, which refuses it (`machine.refuse_after_fork`)."""
+def _forget_streams_after_fork() -> None:
+    """Make the next call in a forked child check its device again: `machine.refuse_after_fork`
+    refuses if the parent had used a GPU."""
     if machine.is_cut_off():
         _thread.pointers.clear()
         streams.thread.scopes.clear()
         streams.thread.replaced.clear()
 
 
-# After `machine`'s own, which finds out.
-os.register_at_fork(after_in_child=_cut_off)
+# Registered after `machine`'s handler, which determines whether the GPU is usable.
+os.register_at_fork(after_in_child=_forget_streams_after_fork)

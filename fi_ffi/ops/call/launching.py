@@ -1,4 +1,4 @@
-"""Functions that do something around the entries they call: called, prepared, and asked about."""
+"""Functions that work around the entries they call, with `prepare` and `supports`."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Launching(Protocol[_P, _Result]):
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _Result: ...
 
     def prepare(self, *args: _P.args, **kwargs: _P.kwargs) -> Any:
-        """The same call checked and packed, and not made: see `fi_ffi.prepare`."""
+        """Check and pack the same call without launching it: see `fi_ffi.prepare`."""
 
     def supports(self, sm: Any = None, **asked: Any) -> Support:
-        """Whether it can be called on a GPU: see `Op.supports`."""
+        """Ask whether the function can be called on a GPU: see `Op.supports`."""
 
 
 def launching(
@@ -40,20 +40,20 @@ def launching(
 ) -> Callable[[Callable[_P, _Result]], Launching[_P, _Result]]:
     """Give a public function its `prepare` and its `supports`.
 
-    `prepare` gets the call's arguments by name, with defaults and `stream`.  What `supports`
-    tells is that of the function's lines in `fi_ffi.ops.capability.matrix`.
+    `prepare` gets the call's arguments by name, with defaults and `stream`. `supports` answers from
+    the function's lines in `fi_ffi.ops.capability.matrix`.
     """
 
     def given(function: Callable[_P, _Result]) -> Launching[_P, _Result]:
         made = cast(Any, function)
 
         def prepared(*args: Any, **kwargs: Any) -> Any:
-            """The same call checked and packed, and not made: see `fi_ffi.prepare`."""
+            """Check and pack the same call without launching it: see `fi_ffi.prepare`."""
             return prepare(**given_by_name(function, function.__name__, args, kwargs))
 
         def supports(sm: Any = None, **asked: Any) -> Support:
-            """Whether it can be called on a GPU (`sm=90`; without it, on the first there is):
-            see `Op.supports`, which takes the same."""
+            """Ask whether the function can be called on a GPU (`sm=90`; by default the first GPU),
+            with the arguments of `Op.supports`."""
             from fi_ffi.ops.capability.matrix import judge_call
 
             return judge_call(function.__name__, sm, **asked)
@@ -67,8 +67,8 @@ def launching(
 def given_by_name(
     function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """A call's arguments by name, with the defaults of those left out."""
-    import inspect  # here: it takes longer to import than a first call
+    """Return a call's arguments by name, with defaults."""
+    import inspect  # imported late: it takes longer than a first call
 
     try:
         bound = inspect.signature(function).bind(*args, **kwargs)
@@ -79,44 +79,43 @@ def given_by_name(
 
 
 def prepare_row(compiled: CompiledRow, stream: object, *args: Any, **kwargs: Any) -> Prepared:
-    """A prepared call of a row, whose tensors are named as its caller does."""
+    """Prepare a call of a row; its update uses the caller's names for tensors."""
     values, _ = compiled.bind(*args, **kwargs)
     return prepared_by_caller(prepare_call(compiled, values, stream))
 
 
 class PreparedSteps:
-    """A call of several steps that is checked: `call()` launches it, `call.update(...)` changes
-    tensors.
+    """A prepared call of several steps: `call()` launches it, `call.update(...)` changes tensors.
 
-    Made by `prepare` of `segment_gemm` and `fp8_blockscale_gemm_sm90`.  It launches on the
-    stream it was prepared for or, prepared without one, on that of the scope that is open then.
-    Tensors that it was given are kept alive; memory given by address must stay valid.
+    Made by `prepare` of `segment_gemm`, `fp8_blockscale_gemm_sm90` and `bgmv_moe`. It launches on
+    the stream given to `prepare`, or without one on the stream of the scope that is open at the
+    launch. It keeps the tensors that it was given alive; keep memory valid that you gave by
+    address.
     """
 
     def __init__(
         self, op: str, tensors: dict[str, Any], check: Callable[..., Launch], stream: object
     ) -> None:
         self.op, self._check, self._stream = op, check, stream
-        # A Ctrl-C between an update's steps leaves the call as it was.
+        # With the lock, a Ctrl-C between the steps of an update leaves the call unchanged.
         self._lock = threading.Lock()
         self._tensors: dict[str, TensorDesc | None] = {
             name: None if value is None else as_desc(value, op, name)
             for name, value in tensors.items()
         }
         self._launch = check(**self._tensors)
-        if stream is not None:  # raises for what is no stream
+        if stream is not None:  # refuse what is no stream now, not at the first call
             first = next(desc for desc in self._tensors.values() if desc is not None)
             handle_for(stream, first.device, op)
 
     def __call__(self) -> None:
-        """Launch it.  Raises `ArgumentError` without a stream, and `KernelError`."""
+        """Launch the call. Raises `ArgumentError` without a stream, and `KernelError`."""
         self._launch(self._stream)
 
     def update(self, **tensors: Any) -> None:
-        """Change tensors, by the function's names for them: addresses, or tensors of their
-        layout.
+        """Change tensors by the function's names, to addresses or to tensors of the same layout.
 
-        Raises `ArgumentError` and `ArgumentTypeError`, and changes nothing then.
+        Raises `ArgumentError` and `ArgumentTypeError`; the call is unchanged then.
         """
         with self._lock:
             changed = dict(self._tensors)

@@ -19,32 +19,31 @@ from fi_ffi.ops.row import Tensor
 if TYPE_CHECKING:
     from fi_ffi.ops.call.refuse import Refusals
 
-# A device's index, and the stream's id on it: a handle may be another stream's later on, and
-# that of a thread's own default stream is the same for all threads.
+# A device's index, and the stream's id on it. A handle is no key: it may later mean another stream,
+# and the per-thread default stream has the same handle on all threads.
 StreamKey = tuple[int, int]
-HOST: StreamKey = -1, 0  # what the CPU has instead
-# A stream's own memory is of so many bytes at least: it seldom grows, which a capture forbids.
+HOST: StreamKey = -1, 0  # the key of the CPU
+# The least bytes of a stream's scratch memory. It seldom grows, which a capture would forbid.
 _LEAST = 1 << 20
 _LEAST_NUMBERS = 1024
 
 _lock = threading.Lock()
 renew_after_fork(globals(), "_lock", threading.Lock)
-# What a stream's handle named last, by device, handle and thread: CUDA does not tell the id of a
-# stream that records a graph.
+# The last key of each device, handle and thread: CUDA does not report a stream's id during its
+# capture.
 _keys: dict[tuple[int, int, int], StreamKey] = {}
-# What each stream has of its own, by what that is for.
+# What each stream owns, by purpose.
 _owned: dict[StreamKey, dict[object, Any]] = {}
-# What is never given back, by its id: what streams have outgrown, twice as large each time, and
-# what another library's graphs may use; and frames whose Tensor objects a callee refers to.
+# Objects that are never freed, by id: scratch that a stream outgrew (the sizes double), memory that
+# another library's graph may use, and frames whose Tensor objects a callee kept.
 _kept: dict[int, object] = {}
 
 
 def stream_key(device: int, stream: int) -> StreamKey:
-    """What names a stream for as long as the process lives; its device is current.
+    """Return a key that identifies a stream for the life of the process; its device is current.
 
-    CUDA does not tell it of a stream that records a graph.  Where the handle was another
-    stream's before, that one was destroyed: what it owned is given back, which waits for work
-    of the GPU that may still use it.
+    CUDA does not report it during a capture. If the handle belonged to another stream before, that
+    stream was destroyed: free what it owned, after waiting for GPU work that may still use it.
     """
     number = ffi.new("unsigned long long *")
     code = machine.load_cudart()[0].cudaStreamGetId(cuda.pointer(stream), number)
@@ -64,17 +63,17 @@ def _known(device: int, stream: int) -> tuple[int, int, int]:
 
 
 def owned(key: StreamKey) -> dict[object, Any]:
-    """What a stream has of its own; whoever changes it has a lock."""
+    """Return what a stream owns; lock before changing it."""
     return _owned.setdefault(key, {})
 
 
-# What the launches that a graph records touch; None where none is recorded.
+# The objects that recorded launches use; None outside a capture.
 recording_var: ContextVar[list[object] | None] = ContextVar("fi_ffi.recording", default=None)
 recording: Callable[[], list[object] | None] = recording_var.get
 
 
 def hold(*things: object) -> bool:
-    """Let the graph that is being recorded hold what its launches touch; False without one."""
+    """Make the graph that is being recorded keep these objects; return False without one."""
     held = recording()
     if held is None:
         return False
@@ -83,17 +82,17 @@ def hold(*things: object) -> bool:
 
 
 def keep(something: object) -> None:
-    """Keep what somebody may use until the process ends."""
+    """Keep an object until the process ends."""
     _kept[id(something)] = something
 
 
 def check_stream(stream: object, device: Device, op: str) -> None:
-    """Raise where a call has no stream, or one of another device."""
+    """Raise if a call has no stream, or one of another device."""
     handle_for(stream, device, op)
 
 
 def scratch_bytes(arg: Tensor, device: Device, sizes: Mapping[str, int] | None = None) -> int:
-    """What a scratch argument needs on a device, for tensors of these sizes."""
+    """Return the bytes that a scratch argument needs on a device, for tensors of these sizes."""
     count = machine.multiprocessors(device.index) if device.is_cuda else 1
     demanded: int = arg.bytes_for(sizes) if arg.bytes_for and sizes is not None else 0
     return arg.bytes + arg.bytes_per_multiprocessor * count + demanded
@@ -102,7 +101,8 @@ def scratch_bytes(arg: Tensor, device: Device, sizes: Mapping[str, int] | None =
 def scratch_for(
     refuse: Refusals, arg: Tensor, device: Device, need: int, stream: object, is_own: bool
 ) -> TensorDesc:
-    """Memory that a call was not given: the stream's own, or with `is_own` nobody else's."""
+    """Return scratch memory for a call that passed none: the stream's, or with `is_own` the call's
+    own."""
     if is_own:
         memory = cuda.allocate(need, device, arg.zeroed)
         return _typed(arg, memory, memory)
@@ -133,14 +133,15 @@ def scratch_for(
 
 @functools.cache
 def zeros(device: Device, count: int) -> TensorDesc:
-    """So many float32 of 0, which whoever has no other may read."""
+    """Return `count` float32 zeros, which kernels read in place of an absent tensor."""
     of = device if device.is_cuda else parse_device("cpu")
     memory = cuda.allocate(4 * count, of, zeroed=True)
     return TensorDesc(memory.desc.ptr, (count,), "float32", device=of).at(memory.desc.ptr, memory)
 
 
 def counting(device: Device, count: int) -> TensorDesc:
-    """The numbers from 0 on as int32, so many, which whoever has no other may read."""
+    """Return the int32 numbers from 0 to `count` - 1, which kernels read in place of an absent
+    tensor."""
     numbers = _numbers(device, max(1 << (count - 1).bit_length(), _LEAST_NUMBERS))
     return frozen(numbers.ptr, (count,), (1,), numbers.kind, numbers.owner)
 
@@ -155,7 +156,7 @@ def _numbers(device: Device, count: int) -> TensorDesc:
 
 
 def _typed(arg: Tensor, memory: cuda.Memory, owner: object = None) -> TensorDesc:
-    """Memory as the argument's dtype."""
+    """View memory as the argument's dtype."""
     dtype, device = DTYPES[arg.dtype], memory.desc.device
     count = memory.desc.numel // dtype.itemsize
     return TensorDesc(memory.desc.ptr, (count,), dtype, device=device).at(memory.desc.ptr, owner)

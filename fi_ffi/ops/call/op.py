@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 class Op:
-    """A typed kernel function; call it like one.
+    """A typed kernel function; call it like a Python function.
 
-    An op whose arguments changed between FlashInfer's releases has a row for each
-    form of it.  The one in force is that of the release the kernels are of, and that
-    of the lock's default release until there are any.
+    An op whose arguments changed between FlashInfer's releases has a row for each form. The row in
+    force is that of the release of the kernels in use, or of the lock's default release until
+    kernels are found.
 
-    `stream=` is required for CUDA tensors unless a `fi_ffi.stream(...)` scope is
-    open; CPU tensors need none.
+    `stream=` is required for CUDA tensors unless a `fi_ffi.stream(...)` scope is open. CPU tensors
+    need none.
     """
 
     def __init__(self, *rows: Row, op: str = "", names: Mapping[str, str] | None = None) -> None:
@@ -36,7 +36,7 @@ class Op:
         self.__name__ = self.__qualname__ = rows[0].name
         self._compiled = [CompiledRow(row, op=op, names=names) for row in rows]
         self.compiled, self._has_release = self._compiled[0], False
-        # Of its own, so that calling it can be calling the function compiled from its row.
+        # A class for each op, so that its `__call__` can be the function compiled from its row.
         self.__class__ = type(f"_{rows[0].name}", (Op,), {"__doc__": Op.__dict__["__doc__"]})
 
     @property
@@ -67,14 +67,15 @@ class Op:
         return self
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        """A call while it is open which row is in force; then `CompiledRow.call` is called."""
+        """Call the op while the row in force is unknown; afterwards `CompiledRow.call` replaces
+        this method."""
         return self._in_force(args, kwargs).call(self, *args, **kwargs)
 
     def prepare(self, /, *args: Any, stream: object = None, **kwargs: Any) -> Prepared:
-        """A call with these arguments that is packed once, to be launched many times.
+        """Check and pack a call with these arguments, for any number of launches.
 
-        It is launched on `stream`, or without one on that of the scope that is open then.
-        Raises what the call itself would.
+        It launches on `stream` or, without one, on the stream of the open scope.  Raises what the
+        call itself would raise.
         """
         compiled = self._in_force(args, kwargs)
         return prepare_call(compiled, compiled.bind(*args, **kwargs)[0], stream)
@@ -88,19 +89,19 @@ class Op:
         dtypes: object = None,
         kernels: str | os.PathLike[str] | None = None,
     ) -> Support:
-        """Whether the op can be called on a GPU (`sm=90`; without it, on the first there is).
+        """Say whether the op works on a GPU: on `sm=90`, or by default on this machine's first GPU.
 
-        The answer is true or false, and has a `reason`, and a `build` command where one would
-        help.  It is of the kernels in use, or of those at `kernels`; where a `release` or a
-        `cuda` tag such as "cu130" is named, or there are no kernels on this machine, of what
-        FlashInfer publishes.  `dtypes` are names, or names by the variables of the docstring.
+        The answer is true or false, with a `reason` and, if building helps, a `build` command.  It
+        is about the kernels in use, or those at `kernels`.  If you name a `release` or a `cuda` tag
+        such as "cu130", or this machine has no kernels, it is about what FlashInfer publishes.
+        `dtypes` are names, or a dict by the type variables of the docstring.
         """
         from fi_ffi.ops.capability.judgement import Query, judge
 
         return judge(self.__name__, self.rows, Query.of(sm, release, cuda, dtypes, kernels))
 
     def _in_force(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CompiledRow:
-        """The row for a call with these arguments, which may select the one in force."""
+        """Return the row for a call with these arguments; a first call on a GPU selects it."""
         if not self._has_release:
             values, _ = self.compiled.bind(*args, **kwargs)
             if self.compiled.is_on_cuda(values):
@@ -109,18 +110,18 @@ class Op:
 
     @property
     def has_release(self) -> bool:
-        """Whether kernels have told which row is in force."""
+        """Whether kernels have determined the row in force."""
         return self._has_release
 
     def select_release(self, release: str | None) -> None:
-        """Put the row of this release in force; the first one if none is of it."""
+        """Put the row of this release in force; the first row if none has this release."""
         fitting = [one for one in self._compiled if release and fits(one.row, release)]
         self.compiled = (fitting or self._compiled)[0]
         self._has_release = release is not None
         type(self).__call__ = self.compiled.call if release is not None else Op.__call__  # type: ignore[method-assign]
 
     def forget(self) -> None:
-        """Drop what was learnt from earlier calls, after the source of kernels changed."""
+        """Drop what earlier calls cached, after the source of kernels changed."""
         type(self).__call__ = Op.__call__  # type: ignore[method-assign]
         self._has_release = False
         for one in self._compiled:

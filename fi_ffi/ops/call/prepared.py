@@ -23,9 +23,9 @@ _HAS_GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 class PackedCall:
-    """What is packed to be launched many times, by one thread at a time.
+    """A packed call, launched many times by one thread at a time.
 
-    It has one frame, or None where there is nothing to launch.
+    It has one frame, or None if there is nothing to launch.
     """
 
     __slots__ = ("frame", "give", "take")
@@ -33,19 +33,19 @@ class PackedCall:
 
     @property
     def op(self) -> str:
-        """What was prepared, as the caller knows it."""
+        """The name of the prepared function, as the caller knows it."""
         raise NotImplementedError
 
     def hold(self, frame: Frame | None) -> None:
-        """Take over a frame that was packed."""
+        """Take over a packed frame."""
         self.frame = frame
         free = [frame]
-        # Whoever has taken the frame has the call to itself.
+        # The thread that pops the frame owns the call.
         self.take: Callable[[], Any] = free.pop
         self.give: Callable[[Any], None] = free.append
 
     def renew(self, pack: Callable[[], Frame | None]) -> Any:
-        """Pack it anew; the frame it had.  Where that raises it stays as it is."""
+        """Pack the call anew and return the old frame; if packing raises, keep the old frame."""
         try:
             taken = self.take()
         except IndexError:
@@ -59,13 +59,14 @@ class PackedCall:
         return taken
 
     def reclaim(self) -> Any:
-        """The frame, where whoever took it is gone; raises where another has hold of it.
+        """Return the frame if the thread that took it is gone; raise if another call has it.
 
-        A signal's exception (Ctrl-C) can come between taking it and the block that gives it back.
+        A signal handler's exception (Ctrl-C) may come after the frame was taken and before the
+        block that returns it.
         """
         with _reclaiming:
-            # That of the attribute, and that of the argument: nobody has it.  Without a GIL
-            # these counts are not exact.
+            # Two references, of the attribute and of the argument: no call has the frame. Without a
+            # GIL, reference counts are not exact.
             if _HAS_GIL and sys.getrefcount(self.frame) == 2:
                 self.give(self.frame)
         try:
@@ -86,9 +87,9 @@ def tensor_like(
     error: Callable[[str, object, object], ArgumentError], op: str, name: str,
     before: TensorDesc | None, value: Any, called: str = "",
 ) -> TensorDesc | None:  # fmt: skip
-    """A new tensor in the place of one like it: an address, or a tensor of the same layout.
+    """Describe the replacement of a tensor: an address, or a tensor of the same layout.
 
-    `called` is the caller's name for it, where `error` expects the row's.
+    `called` is the caller's name for the tensor, if `error` expects the row's name.
     """
     if before is None:
         if value is None:
@@ -109,14 +110,13 @@ def tensor_like(
 
 
 class Prepared(PackedCall):
-    """A call that is packed: `call()` launches it, `call.update(...)` changes what it is of.
+    """A packed call: `call()` launches it, and `call.update(...)` changes its arguments.
 
-    Made by an op's `prepare` and by `fi_ffi.prepare`.  It launches on the stream it was
-    prepared for or, prepared without one, on that of the scope that is open then.  Tensors
-    that it was given are kept alive; memory given by address must stay valid.
+    An op's `prepare` and `fi_ffi.prepare` make it.  It launches on the stream that it was prepared
+    for or, without one, on the stream of the open scope.  It keeps tensors alive; memory that you
+    gave by address must stay valid.
 
-    It has one set of packed arguments: threads may use it in turns, and not at once
-    (`ArgumentError`).
+    Threads may use it in turns, but not at the same time (`ArgumentError`).
     """
 
     __slots__ = (
@@ -127,7 +127,7 @@ class Prepared(PackedCall):
     def __init__(self, compiled: CompiledRow, given: dict[str, Any], stream: object) -> None:
         self.compiled, self.stream = compiled, stream
         self.hold(self._pack(given))
-        if stream is not None:  # raises for what is no stream
+        if stream is not None:  # refuse what is no stream now, not at the first call
             handle_for(stream, self.variant.device, compiled.refuse.op)
         self.variant.start()
 
@@ -136,15 +136,14 @@ class Prepared(PackedCall):
         return self.compiled.refuse.op
 
     def _pack(self, given: dict[str, Any]) -> Frame | None:
-        """Pack the call with these arguments; no frame: there is nothing to do."""
+        """Pack the call with these arguments; None if there is nothing to launch."""
         row = self.compiled.row
-        # The bits that other addresses must not have are those of the layouts' loads.
+        # `masks` are the bits that new addresses must not have, for the alignment of loads.
         variant, frame, scratch, masks = self.compiled.pack(**given)
         names = [arg.name for arg in row.tensors if arg.is_scratch]
         given |= dict(zip(names, scratch, strict=False))
         descs = [given.get(arg.name) for arg in row.tensors]
-        # Tensors by their addresses alone: what keeps their memory alive is apart, so that an
-        # update can let go of it.
+        # Descriptors without owners: the owners are kept apart, so that an update can drop them.
         given |= {
             arg.name: desc.at(desc.ptr)
             for arg, desc in zip(row.tensors, descs, strict=True)
@@ -158,8 +157,8 @@ class Prepared(PackedCall):
         return frame  # type: ignore[no-any-return]
 
     def __call__(self) -> Any:
-        """Launch it; what its entry returns.  Raises `ArgumentError` without a stream, and
-        `KernelError`."""
+        """Launch the call and return its entry's result. Raises `ArgumentError` without a stream,
+        and `KernelError`."""
         result = None
         try:
             frame = self.take()
@@ -173,20 +172,20 @@ class Prepared(PackedCall):
         finally:
             self.give(frame)
         if not self._is_plain and frame is not None and frame.is_referred_to:
-            keep(frame)  # a callee has a Tensor object of it
+            keep(frame)  # the callee kept one of the frame's Tensor objects
             self.hold(self._pack(self._given_now()))
         return result
 
     def update(self, /, *args: Any, **kwargs: Any) -> None:
-        """Change arguments: by name, or by place in the op's order.
+        """Change arguments, by name or by position in the op's order.
 
-        Tensors are given as addresses (the layout stays), or as tensors of the same
-        layout.  Raises `ArgumentError` and `ArgumentTypeError`, and changes nothing then.
+        Pass tensors as addresses, which keeps the layout, or as tensors of the same layout.  Raises
+        `ArgumentError` and `ArgumentTypeError`, and then changes nothing.
         """
-        raise NotImplementedError  # each row has its own
+        raise NotImplementedError  # each row's class has a compiled one
 
     def change(self, changes: dict[str, Any]) -> None:
-        """An update in full: the call is packed anew, with what it was given otherwise."""
+        """Update in full: pack the call anew, with its other arguments as before."""
         refuse, given = self.compiled.refuse, self._given_now()
         for arg in self.compiled.row.given:
             value = changes.get(arg.name, KEEP)
@@ -212,7 +211,7 @@ class Prepared(PackedCall):
             variant.frames.append(before)
 
     def _given_now(self) -> dict[str, Any]:
-        """The arguments, with the addresses that updates have written."""
+        """Return the arguments, with the addresses that updates have written."""
         given, frame = dict(self.given), self.frame
         if frame is None:
             names = [arg.name for arg in self.compiled.row.tensors]
@@ -243,13 +242,13 @@ class Prepared(PackedCall):
 
 @functools.cache
 def _class_of(compiled: CompiledRow) -> type[Prepared]:
-    """The class of a row's prepared calls, with the update that is compiled for it."""
+    """Return the class of a row's prepared calls, with the row's compiled update."""
     own = {"__slots__": (), "update": compiled.update}
     return type(f"Prepared_{compiled.row.name}", (Prepared,), own)
 
 
 def prepare_call(compiled: CompiledRow, arguments: dict[str, Any], stream: object) -> Prepared:
-    """A prepared call of a row with these arguments, by name."""
+    """Prepare a call of a row with these arguments, by name."""
     refuse, given = compiled.refuse, dict(arguments)
     for arg in compiled.row.given:
         value = given.get(arg.name)
@@ -261,13 +260,12 @@ def prepare_call(compiled: CompiledRow, arguments: dict[str, Any], stream: objec
 
 
 def _named_by_caller(kind: type[Any]) -> type[Prepared]:
-    """A class of prepared calls whose `update` takes the names that the caller knows."""
+    """Return a class of prepared calls whose `update` takes the caller's names."""
 
     def update(self: Prepared, **tensors: Any) -> None:
-        """Change tensors, by the function's names for them: addresses, or tensors of their
-        layout.
+        """Change tensors by the function's names, to addresses or to tensors of the same layout.
 
-        Raises `ArgumentError` and `ArgumentTypeError`, and changes nothing then.
+        Raises `ArgumentError` and `ArgumentTypeError`; the call is unchanged then.
         """
         refuse = self.compiled.refuse
         names = {refuse.name(arg.name): arg.name for arg in self.compiled.row.tensors}
@@ -281,7 +279,7 @@ def _named_by_caller(kind: type[Any]) -> type[Prepared]:
 
 
 def prepared_by_caller(made: Prepared) -> Prepared:
-    """A prepared call whose tensors are named as its caller does."""
+    """Make a prepared call take the caller's names for tensors."""
     named: Any = made
     kind: Any = type(made)
     found = _named.get(kind) or _named.setdefault(kind, _named_by_caller(kind))

@@ -1,7 +1,7 @@
-"""The words of a row's refusals: what generated code calls where a comparison fails.
+"""The errors of a row's checks: generated code calls them when a comparison fails.
 
-A comparison in generated code is quick and may be too strict (the stride of an axis of one
-element is never used): the methods that judge look again, and return where nothing is wrong.
+A comparison in generated code is fast and may be too strict (the stride of an axis of one element
+is never used). Methods that "judge" look again, and return if nothing is wrong.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ if TYPE_CHECKING:
     from fi_ffi.abi.tensor import Device
 
 _INT64 = 2**63
-PLANNED = "what was planned"  # has fixed a size, and no argument
-_BLOCK_THREADS = 1024  # the most that CUDA allows, on every GPU
+PLANNED = "what was planned"  # a plan fixed the size, not an argument
+_BLOCK_THREADS = 1024  # CUDA's limit, on every GPU
 DEVICE_TYPES = ("cpu", "cuda")
 
 Descs = Sequence[TensorDesc | None]
 
 
 def check_number(op: str, name: str, arg: Scalar, value: Any) -> Any:
-    """`value` as the scalar's own type, within its limits; a bool is no number, an int is a float.
+    """Return `value` as the scalar's type, within its limits. A bool is no number; an int is a
+    float.
 
-    None stays what it is where it stands for a size.
+    None is kept if it stands for a size.
     """
     if value is None and arg.size_of:
         return None
@@ -37,7 +38,7 @@ def check_number(op: str, name: str, arg: Scalar, value: Any) -> Any:
         wanted = {int: numbers.Integral, float: numbers.Real, bool: bool}[arg.type]
         if not isinstance(value, wanted) or (isinstance(value, bool) and arg.type is not bool):
             got = f"{type(value).__name__} {printed(value)}"
-            raise ArgumentTypeError(op, name, got=got, expected=arg.abi_type)
+            raise ArgumentTypeError(op, name, got=got, expected=arg.type.__name__)
         try:
             value = arg.type(value)  # type: ignore[call-overload,arg-type]
         except OverflowError:
@@ -59,14 +60,14 @@ def check_number(op: str, name: str, arg: Scalar, value: Any) -> Any:
 
 
 def unlimited(arg: Scalar) -> Scalar:
-    """The scalar without limits of its own."""
+    """Return the scalar without limits of its own."""
     return replace(arg, low=None, high=None, multiple_of=1)
 
 
 class Refusals:
     """Errors that name the op and its arguments as the caller knows them.
 
-    A plan, which has memory of its own, gives the `device` that all tensors must be on.
+    A plan, which has memory of its own, passes the `device` on which all tensors must be.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Refusals:
         self._tensors = {arg.name: arg for arg in row.tensors}
 
     def name(self, argument: str) -> str:
-        """What the caller calls an argument."""
+        """Return the caller's name of an argument."""
         return self._names.get(argument, argument)
 
     def error(self, argument: str, got: object, expected: object) -> ArgumentError:
@@ -87,7 +88,7 @@ class Refusals:
     def size(
         self, argument: str, desc: TensorDesc, axis: str, size: int, fixed_by: str = ""
     ) -> NoReturn:
-        """A size that is not what another argument, or a plan, has fixed."""
+        """Refuse a size that differs from the one fixed by another argument or a plan."""
         source = f", as in `{self.name(fixed_by)}`" if fixed_by else ""
         source = ", as planned" if fixed_by == PLANNED else source
         raise self.error(argument, desc.layout, f"{axis} = {size}{source}")
@@ -95,21 +96,21 @@ class Refusals:
     def unsolved(
         self, argument: str, desc: TensorDesc, axis: str, size: int, least: int, times: int
     ) -> NoReturn:
-        """A size that no value of its axis' name gives."""
+        """Refuse a size that no value of its axis' name gives."""
         expected = (
             f"{axis} of at least {least}" if size < least else f"{axis}, a multiple of {times}"
         )
         raise self.error(argument, desc.layout, expected)
 
     def limit(self, argument: str, desc: TensorDesc | None, expected: str) -> NoReturn:
-        """A size outside of the row's limits."""
+        """Refuse a size outside the row's limits."""
         got = "what was planned" if desc is None else desc.layout
         raise self.error(argument, got, expected)
 
     def number(self, name: str, value: Any, is_free: bool = False) -> Any:
-        """A number that cannot be written as it is: converted, or refused.
+        """Convert a number that cannot be written as it is, or refuse it.
 
-        With `is_free`, whatever its value is: the kernel does not look at it.
+        With `is_free`, its value is unlimited: the kernel does not use it.
         """
         arg = self._scalars[name]
         return check_number(self.op, self.name(name), unlimited(arg) if is_free else arg, value)
@@ -203,13 +204,13 @@ class Refusals:
         raise self.error(name, f"strides {desc.strides}", expected)
 
     def address(self, name: str, desc: TensorDesc, alignment: int) -> None:
-        """Judge an address: of a tensor without elements any will do."""
+        """Judge an address; a tensor without elements may have any."""
         if desc.numel:
             expected = f"an address that is a multiple of {alignment} bytes, and not null"
             raise self.error(name, f"{desc.ptr:#x} for {desc.layout}", expected)
 
     def overlap(self, *descs: TensorDesc | None) -> None:
-        """Judge whether a written tensor shares memory with another, and may not."""
+        """Judge whether a written tensor shares memory with another without permission."""
         earlier: list[tuple[Tensor, TensorDesc]] = []
         for arg, desc in zip(self.row.tensors, descs, strict=True):
             if desc is None or not desc.numel:
@@ -220,7 +221,7 @@ class Refusals:
                 same = any({arg.name, other.name} == {*two} for two in self.row.in_place)
                 if same and desc.ptr == before.ptr and _axes_of(desc) == _axes_of(before):
                     continue
-                # What is written is at fault; of two that are, the later one.
+                # The error names the written tensor; of two written ones, the later.
                 at_fault, beside = (arg, before) if arg.writes else (other, desc)
                 span = f"{beside.ptr:#x} to {beside.ptr + beside.span_bytes:#x}"
                 whose = self.name((other if arg.writes else arg).name)
@@ -230,7 +231,7 @@ class Refusals:
             earlier.append((arg, desc))
 
     def apart(self, name: str, desc: TensorDesc, others: Mapping[str, TensorDesc | None]) -> None:
-        """Refuse memory beside the row's own, which is written, where it is in one of these."""
+        """Refuse written memory outside the row if it overlaps one of these tensors."""
         for other, held in others.items():
             if desc.numel and held is not None and held.numel and may_overlap(desc, held):
                 span = f"{held.ptr:#x} to {held.ptr + held.span_bytes:#x}"
@@ -238,14 +239,14 @@ class Refusals:
                 raise self.error(name, got, "memory apart")
 
     def held(self, name: str, desc: TensorDesc, memory: Sequence[int]) -> None:
-        """Judge whether a tensor shares memory with what a plan works in."""
+        """Judge whether a tensor shares memory with a plan's workspaces."""
         for start, end in zip(memory[::2], memory[1::2], strict=True):
             if desc.numel and desc.ptr < end and start < desc.ptr + desc.span_bytes:
                 span = f"{start:#x} to {end:#x}"
                 raise self.error(name, f"memory that overlaps the plan's ({span})", "memory apart")
 
     def block(self, name: str, desc: TensorDesc, threads: int, count: int) -> None:
-        """Judge what one thread block covers: `count` times so many threads."""
+        """Judge what one thread block covers: `threads` times `count`."""
         most = _BLOCK_THREADS // threads
         if count > most:
             axes = " * ".join(self.row.block)
@@ -254,16 +255,16 @@ class Refusals:
             )
 
     def together(self, present: Sequence[str]) -> None:
-        """Judge arguments that go together."""
+        """Judge arguments that must be given all or none."""
         if present and len(present) != len(self.row.together):
             missing = next(name for name in self.row.together if name not in present)
             expected = f"a value, as `{self.name(present[0])}` has one: they go together"
             raise self.error(missing, "none", expected)
 
-    # What a combination of kinds is refused for, once for each combination.
+    # Checks of a combination of kinds, made once for each combination.
 
     def kinds(self, descs: Descs, kv_layout: str) -> None:
-        """Refuse ranks, dtypes, devices and read-only memory that the row has no kernel for."""
+        """Refuse ranks, dtypes, devices and read-only memory for which the row has no kernel."""
         for tensor, desc in self._present(descs):
             names = tensor.axes_in(kv_layout)
             if desc.kind.rank != len(names):
@@ -294,11 +295,11 @@ class Refusals:
                 tensor = next(tensor for tensor in row.tensors if tensor.dtype in lacking)
                 others = " and ".join(name for name in lacking if name != tensor.dtype)
                 raise self.error(
-                    tensor.name, bound[tensor.dtype], f"another dtype with such {others}"
+                    tensor.name, bound[tensor.dtype], f"another dtype beside this {others}"
                 )
 
     def devices(self, descs: Descs) -> Device | None:
-        """The one device of all tensors but those that are read on the host."""
+        """Return the device of all tensors except those that are read on the host."""
         first = None if self._device is None else ("as planned", self._device)
         for tensor, desc in self._present(descs):
             device = desc.device
@@ -318,21 +319,21 @@ class Refusals:
 
 
 def _axes_of(desc: TensorDesc) -> list[tuple[int, int]]:
-    """Strides in bytes and sizes, of the axes that have more than one element."""
+    """Return strides in bytes and sizes of the axes with more than one element."""
     itemsize = desc.kind.itemsize
     both = zip(desc.strides, desc.shape, strict=True)
     return [(abs(stride) * itemsize, size) for stride, size in both if size > 1]
 
 
 def may_overlap(one: TensorDesc, other: TensorDesc) -> bool:
-    """False where two tensors share no byte, as slices of one buffer may not."""
+    """Return False if two tensors share no byte, as two slices of one buffer may."""
     distance = other.ptr - one.ptr
     if distance >= one.span_bytes or -distance >= other.span_bytes:
         return False
     axes = [_axes_of(one), _axes_of(other)]
     periods = {stride for strides in axes for stride, _ in strides if stride}
     for period in sorted(periods, reverse=True):
-        # How much of each period a tensor reaches over, from where it starts.
+        # The bytes that each tensor covers within a period, from its start.
         first, second = (
             desc.kind.itemsize + sum((size - 1) * s for s, size in strides if s % period)
             for desc, strides in zip((one, other), axes, strict=True)

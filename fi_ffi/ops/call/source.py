@@ -1,7 +1,7 @@
-"""From a row to the source of its calls: straight-line Python, compiled once a row.
+"""Generates the source of a row's calls: straight-line Python, compiled once for each row.
 
-A call reads addresses, sizes and strides, compares them (`Checks`), writes them into a frame,
-and launches it.
+A call reads addresses, sizes and strides, compares them (`Checks`), writes them into a frame, and
+launches it.
 """
 
 from __future__ import annotations
@@ -25,21 +25,23 @@ from fi_ffi.ops.row import (
 )
 
 _INT64 = 2**63
-# Locals that checks of shapes and strides leave behind.
+# Local variables that checks of shapes and strides set.
 _LOCALS = re.compile(r"\b(?:size__\w+|\w+__[ds]\d+|\w+__span|mask__\d+|step__\d+)\b")
 
 
 def call_source(form: Form) -> str:
-    """A method `call(self, /, ..., *, stream=None)` that launches."""
+    """Return a method `call(self, /, ..., *, stream=None)` that launches."""
     writer = _Writer(form)
     header = f"def call(self, /, {parameters(form.row)}):"
     return _function(header, writer.lines(writer.launch))
 
 
 def pack_source(form: Form) -> str:
-    """A function of the same parameters that returns the variant, a frame of its own (None
-    where there is nothing to do), scratch memory that was taken, and the bits that other
-    addresses must not have; where arguments are bound, the first two."""
+    """Return a function of the same parameters that packs.
+
+    It returns the variant, a frame (None if there is nothing to do), the scratch memory taken, and
+    the bits that new addresses must not have; with bound arguments, only the first two.
+    """
     row, writer = form.row, _Writer(form, is_packing=True)
     name = _identifier(row.name)
     if form.bound:
@@ -51,8 +53,8 @@ def pack_source(form: Form) -> str:
 
 
 def check_source(form: Form) -> str:
-    """A function of the same parameters, but for the stream, that raises what a call would;
-    the tensors by name, and the axes' sizes."""
+    """Return a function of the same parameters without the stream that raises what a call would; it
+    returns the tensors by name, and the axes' sizes."""
     row, writer = form.row, _Writer(form)
     writer.memo = "memo_of_check"
 
@@ -66,14 +68,15 @@ def check_source(form: Form) -> str:
 
 
 def bind_source(form: Form) -> str:
-    """A function of the same parameters that returns them by name, and the stream."""
+    """Return a function of the same parameters that returns them by name, and the stream."""
     names = ", ".join(f"{arg.name!r}: {arg.name}" for arg in form.row.given)
     header = f"def {_identifier(form.row.name)}({parameters(form.row)}):"
     return _function(header, [f"return {{{names}}}, stream"])
 
 
 def update_source(form: Form) -> str:
-    """A method of prepared calls: other addresses of tensors that stay as they are."""
+    """Return a method of prepared calls that changes addresses of tensors with unchanged
+    layouts."""
     return _function(*_Writer(form).update())
 
 
@@ -86,11 +89,11 @@ def _identifier(name: str) -> str:
 
 
 class _Writer(Checks):
-    """Lines of one function; `lines` are all up to a frame that is written."""
+    """The lines of one function; `lines` are those up to a written frame."""
 
     def lines(self, end: Callable[[], Sequence[str]], is_checking: bool = False) -> list[str]:
-        """The function's lines, with those that `end` makes last; all but these are checks
-        where it `is_checking`."""
+        """Return the function's lines. `end` makes the last ones; with `is_checking` the others are
+        only checks."""
         checks = [
             *self._shapes(), *self._conditions(), *self._block(), *self._strides(is_scratch=False),
             *self._masks(), *self._packed_dims(),
@@ -104,10 +107,10 @@ class _Writer(Checks):
         return [*self._describe(), *self._find_variant(), *self._checked(checks, after), *after]
 
     def _checked(self, checks: Sequence[str], after: Sequence[str]) -> list[str]:
-        """Checks of shapes and strides, left out where they are those of the call before.
+        """Skip the checks of shapes and strides if these are those of the call before.
 
-        A decoder's layers, and most loops, repeat them; a call of another layout costs one
-        comparison more (docs/performance.md has both).
+        A decoder's layers, and most loops, repeat them. A call with another layout costs one more
+        comparison (docs/performance.md has both).
         """
         text = "\n".join(after)
         scratch = tuple(f"{arg.name}__" for _, arg in self.tensors if arg.is_scratch)
@@ -169,7 +172,7 @@ class _Writer(Checks):
             if isinstance(other, Absent) and other.of:
                 number = replaced(other.of, self.sizes)
                 lines.append(f"{words}[{self.layout.value(i)}] = {number}")
-        if self._written():
+        if self._tensors_with_dims():
             lines.append("frame.dims[:] = dims__d0")
         for i, arg in self.tensors:
             if arg.is_scratch:
@@ -178,8 +181,8 @@ class _Writer(Checks):
                 lines += [f"frame.words[{word}] = {value}" for word, value in dims]
         return lines
 
-    def _written(self) -> list[Arg]:
-        """The tensors whose shapes and strides lie side by side in a frame."""
+    def _tensors_with_dims(self) -> list[Arg]:
+        """Return the tensors whose shapes and strides are adjacent in a frame."""
         last = self.form.last
         return [
             arg
@@ -188,9 +191,9 @@ class _Writer(Checks):
         ]
 
     def _packed_dims(self) -> list[str]:
-        """The bytes of all shapes and strides, as a frame has them."""
-        dims = [part for arg in self._written() for part in self._dims(arg)]
-        return [f"dims__d0 = pack_dims({', '.join(dims)})"] if self._written() else []
+        """Return lines that pack all shapes and strides into bytes, as in a frame."""
+        dims = [part for arg in self._tensors_with_dims() for part in self._dims(arg)]
+        return [f"dims__d0 = pack_dims({', '.join(dims)})"] if self._tensors_with_dims() else []
 
     def _dims(self, arg: Arg) -> list[str]:
         if isinstance(arg, Absent):
@@ -218,7 +221,7 @@ class _Writer(Checks):
         return [f"if {' and '.join(empty)}: {nothing}"]
 
     def packed(self, frame: str) -> str:
-        """What a packed call is returned as."""
+        """Return the expression that a packed call returns."""
         if self.form.bound:
             return f"return variant, {frame}"
         scratch = "".join(f"{arg.name}, " for _, arg in self.tensors if arg.is_scratch)
@@ -243,7 +246,7 @@ class _Writer(Checks):
         ]
 
     def update(self) -> tuple[str, list[str]]:
-        """Header and lines of a prepared call's `update`: quickly where only addresses change."""
+        """Return header and lines of a prepared call's `update`, with a fast path for addresses."""
         row = self.row
         header = f"def update(self, /, {', '.join(f'{arg.name}=KEEP' for arg in row.given)}):"
         changes = ", ".join(f"{arg.name!r}: {arg.name}" for arg in row.given)

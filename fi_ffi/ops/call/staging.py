@@ -1,4 +1,4 @@
-"""Page-locked memory that copies to a device read, and tables brought there with a launch."""
+"""Page-locked memory for copies to a device, and tables that are copied with a launch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LEAST = 1 << 14
 
 
 class Stage:
-    """A piece of page-locked memory, and the event of the copy that reads it last."""
+    """A piece of page-locked memory, and the event of the last copy from it."""
 
     __slots__ = ("desc", "done", "memory", "words")
 
@@ -42,10 +42,10 @@ class Stage:
 
 
 class StagePool:
-    """Pieces of page-locked memory, each for one copy at a time, on whatever stream.
+    """Pieces of page-locked memory, each for one copy at a time, on any stream.
 
-    It allocates `most` pieces at most, of `least` bytes at least; or it has the `pieces` that
-    it is given, and allocates none.  Its owner locks it.
+    It allocates up to `most` pieces of at least `least` bytes, or uses the given `pieces` and
+    allocates none. Its owner locks it.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class StagePool:
     ) -> None:  # fmt: skip
         self._device, self._least = device, least
         self._most = 0 if pieces else most
-        # The one used last is the last, so that the first is always the oldest.
+        # Ordered by last use: the first is the oldest.
         self._stages = [Stage(piece, device) for piece in pieces]
 
     @property
@@ -63,7 +63,8 @@ class StagePool:
         return self._stages[-1]
 
     def take(self, count: int) -> Stage:
-        """A piece of `count` bytes that no copy reads any more; waits for the oldest if need be."""
+        """Return a piece of `count` bytes that no copy reads any more; wait for the oldest if
+        needed."""
         stages = self._stages
         stage = next((one for one in stages if one.is_free()), None)
         if stage is None and len(stages) < self._most:
@@ -81,11 +82,11 @@ class StagePool:
         return stage
 
     def _put_last(self, stage: Stage, *, instead_of: Stage) -> None:
-        # In one assignment, so that an exception of a signal handler loses no piece.
+        # One assignment, so that a signal handler's exception loses no piece.
         self._stages = [*(one for one in self._stages if one is not instead_of), stage]
 
     def record(self, stage: Stage, stream: int) -> None:
-        """Copies from a piece were queued: it is free when the stream has done them."""
+        """Record that copies from a piece were queued: it is free when the stream has done them."""
         self._put_last(stage, instead_of=stage)
         if stage.done is not None:
             stage.done.record(stream)
@@ -93,7 +94,7 @@ class StagePool:
 
 @dataclass(frozen=True)
 class Staged:
-    """Where a call's tables lie on the device, and scratch of its stream behind them."""
+    """The device addresses of a call's tables, and of the stream's scratch behind them."""
 
     address: int
     scratch: int
@@ -101,7 +102,7 @@ class Staged:
 
 
 class _StreamTables:
-    """A stream's memory for tables: calls on it follow one another, on the device."""
+    """A stream's device memory for tables, which its calls use one after another."""
 
     def __init__(self, device: Device) -> None:
         self.device, self.lock = device, threading.Lock()
@@ -109,7 +110,7 @@ class _StreamTables:
         self.memory: cuda.Memory | None = None
 
     def room(self, count: int) -> int:
-        """The address of device memory of so many bytes."""
+        """Return the address of this many bytes of device memory."""
         if self.memory is None or self.memory.desc.numel < count:
             if self.memory is not None:
                 keep(self.memory)  # a kernel or a graph may still use it
@@ -133,10 +134,10 @@ def _tables_of(device: Device, stream: int) -> _StreamTables:
 
 @contextmanager
 def staged(device: Device, stream: int, table: memoryview, scratch_bytes: int) -> Iterator[Staged]:
-    """Copy `table` to the device on a stream, for a kernel that is launched on it inside.
+    """Copy `table` to the device on a stream, for a kernel launched on it inside the block.
 
-    The device is current.  A graph that is being captured gets memory of its own, which it
-    holds, or which is kept for good where another library records it.
+    The device is current. A call that is being captured gets memory of its own, which fi_ffi's
+    graph holds; if another library captures, the memory is kept until the process ends.
     """
     is_captured = device.is_cuda and cuda.is_capturing(stream)
     tables = _StreamTables(device) if is_captured else _tables_of(device, stream)
@@ -144,7 +145,7 @@ def staged(device: Device, stream: int, table: memoryview, scratch_bytes: int) -
         keep(tables)
     size = len(table)
     start = -(-size // _ALIGNMENT) * _ALIGNMENT
-    # Other threads may launch on the same stream: what is copied must be what is launched.
+    # The lock keeps another thread's copy on this stream from coming between copy and launch.
     with tables.lock:
         stage, target = tables.stages.take(size), tables.room(start + scratch_bytes)
         source = stage.desc.ptr

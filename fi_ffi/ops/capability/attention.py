@@ -1,4 +1,4 @@
-"""What attention can be called where: the modules of its plans and calls, by their options."""
+"""Judges attention: the modules of its plans and calls, by their options."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from fi_ffi.ops.call.arguments import check_choice
 from fi_ffi.ops.capability.judgement import MISSING, REFUSED, Query, Support, judge
 from fi_ffi.ops.row import Row
 
-# What a plan must be told and no module depends on.
+# Required options of plans on which no module depends.
 _PLAN = {"num_qo_heads": 8, "num_kv_heads": 8, "page_size": 16}
 _GIVEN: dict[str, dict[str, Any]] = {
     "BatchPrefillPlan": {**_PLAN, "head_dim_qk": 128},
@@ -51,7 +51,7 @@ _SINGLE_PREFILL = {"use_fp16_qk_reduction": False, "use_custom_mask": False, "ba
 
 
 def judge_attention(op: str, query: Query, options: Mapping[str, Any]) -> Support:
-    """Judge whether a plan class can be made, or a call be, with these options."""
+    """Judge whether a plan can be made, or a function called, with these options."""
     if op not in _CHOICES:
         return _of_family(op, query)
     try:
@@ -61,7 +61,7 @@ def judge_attention(op: str, query: Query, options: Mapping[str, Any]) -> Suppor
             return kernel.module(backend, release)
 
         found = judge(op, FORMS[row], query, module)
-    except ArgumentError as error:  # of the options, or of a module that no release has
+    except ArgumentError as error:  # a wrong option, or a module that no release has
         return Support(op, REFUSED, str(error), release=query.release)
     chosen = options.get("backend", "auto") == "auto" and backend == "fa3"
     if found.status != MISSING or not chosen:
@@ -72,7 +72,7 @@ def judge_attention(op: str, query: Query, options: Mapping[str, Any]) -> Suppor
 
 
 def _of_family(op: str, query: Query) -> Support:
-    """Judge what has no options here by any module of its rows' family."""
+    """Judge a function without options here, by any module of its rows' family."""
     family = _FAMILIES.get(op) or op.lower().removesuffix("plan")
     rows = [row for row in FORMS if row.name.partition(".")[0] == family]
     if not rows:
@@ -101,7 +101,7 @@ def _cascade(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
 
 
 def _sparse(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
-    """A prefill over pages, with another name for its heads' size."""
+    """Choose as for a prefill over pages, with another name for the head size."""
     del op
     changed = dict(given)
     changed["head_dim_qk"] = changed.pop("head_dim", 128)
@@ -121,8 +121,9 @@ def _attention(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
 
 def _mla(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
     options = MlaOptions(**_GIVEN[op] | dict(given))
-    backend, _ = backend_for(op, options.backend, options.kernel, query.capability)
-    return options.kernel, backend, BATCH_MLA[backend][1]
+    kernel = options.kernel
+    backend, _ = backend_for(op, options.backend, kernel, query.capability, of=query.release)
+    return kernel, backend, BATCH_MLA[kernel.kind(backend)][1]
 
 
 def _single_kernel(
@@ -173,7 +174,7 @@ _CHOICES: dict[str, Callable[[str, Query, Mapping[str, Any]], _Choice]] = {
     "single_prefill": _single_prefill,
     "single_decode": _single_decode,
 }
-# The options that tables have a line for, by what they are called there.
+# Options with a line in the tables, by the line's name.
 _FA = {"fa2": {"backend": "fa2"}, "fa3": {"backend": "fa3"}}
 _FP8_QUERIES = {"fa3, fp8 queries": {"backend": "fa3", "q_data_type": "float8_e4m3fn"}}
 _SINKS = {
@@ -183,13 +184,13 @@ _SINKS = {
     }
     for backend in _FA
 }  # fmt: skip
-# Of what is not here, any module of the family is asked about.
+# Options for each line; others are judged by any module of the family.
 SAMPLES: dict[str, dict[str, dict[str, Any]]] = {
     "BatchPrefillPlan": _FA | {"fa2, fp8 keys": {"backend": "fa2", "kv_data_type": "float8_e4m3fn"}}
     | _FP8_QUERIES | _SINKS,
     "BatchAttentionPlan": {"": {}, "fp8 keys": {"kv_data_type": "float8_e4m3fn"}},
     "BatchDecodePlan": {"": {}, "fp8 keys": {"kv_data_type": "float8_e4m3fn"}},
-    "BatchMlaPlan": _FA,
+    "BatchMlaPlan": _FA | {"fp8 cache": {"kv_data_type": "float8_e4m3fn"}},
     "single_prefill": _FA,
     "single_decode": {"": {}},
 }  # fmt: skip

@@ -1,4 +1,5 @@
-"""Whether an op can be called: from its rows, a GPU, a release, and kernels or their record."""
+"""Judges whether an op can be called, from its rows, a GPU, a release, and kernels or their
+record."""
 
 from __future__ import annotations
 
@@ -25,20 +26,20 @@ from fi_ffi.loader.uris import parse
 from fi_ffi.ops.releases import fits, span_of
 from fi_ffi.ops.row import Row, Tensor, form_on
 
-# What the GPU tests have called: they write it, and tools/record_called.py merges it in here.
+# The entries that the GPU tests have called; tools/record_called.py merges their records.
 GPU_RUNS = Path(loader.__file__).with_name("data") / "called.json"
 _COMMAND = re.compile(r"`(fi-ffi build [^`]+)` makes it")
 _SM = re.compile(r"(?:sm_?)?(\d{1,2})\.?(\d)[af]?")
 _CUDA = re.compile(r"cu(\d{2})(\d)")
 DEFAULT_CUDA = f"cu{machine.CUDA_MAJORS[0]}0"
-# Places that are on this machine: asking them fetches nothing.
+# Sources on this machine; reading them fetches nothing.
 _LOCAL = ("explicit", "installed", "jit", "local")
 
 Sm = int | float | str | tuple[int, int] | None
 
 
 def capability_of(sm: Sm) -> tuple[int, int] | None:
-    """A compute capability: 90, 9.0, "9.0", "sm_90a" and (9, 0) are the same."""
+    """Parse a compute capability: 90, 9.0, "9.0", "sm_90a" and (9, 0) are the same."""
     if sm is None:
         return None
     if isinstance(sm, tuple) and len(sm) == 2 and all(type(part) is int for part in sm):
@@ -52,7 +53,7 @@ def capability_of(sm: Sm) -> tuple[int, int] | None:
 
 
 RUN, BUILT, REFUSED, MISSING, UNKNOWN = "run", "built", "refused", "missing", "unknown"
-# What each status is called for people.
+# The words for each status in reports.
 WORDS = {
     RUN: "works: run on such a GPU",
     BUILT: "built for it, not run",
@@ -64,19 +65,21 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Support:
-    """Whether an op can be called; true where it can.
+    """Whether an op can be called; true if it can.
 
-    `status` is "run" (this project called it on such a GPU), "built" (there is code for
-    such a GPU, and nobody here ran it), "refused" (it cannot be called there, whatever is
-    built), "missing" (the artifact lacks it: `build` makes it, where it can be made), or
-    "unknown" (what the artifact has was not recorded).
+    `status` is one of
+    - "run": this project called it on such a GPU;
+    - "built": there is code for such a GPU, which this project has not run;
+    - "refused": it cannot be called there, whatever is built;
+    - "missing": the artifact lacks it; `build` is the command that makes it, if there is one;
+    - "unknown": the artifact's contents were not recorded.
     """
 
     op: str
     status: str
     reason: str
     build: str | None = None
-    # The module that was asked about, or the family where no one module was.
+    # The module, or the family if any of its modules would do.
     module: str = ""
     release: str = ""
 
@@ -90,16 +93,16 @@ class Support:
 
 @dataclass(frozen=True)
 class Query:
-    """A GPU, a release, a CUDA tag and kernels to look at, with what was left open filled in."""
+    """A GPU, a release, a CUDA tag and kernels to look at, with defaults filled in."""
 
     capability: tuple[int, int] | None
     release: str
     cuda: str
-    # Where to look; none: the record of what FlashInfer builds.
+    # Kernels to look at; if empty, the record of what FlashInfer builds.
     sources: tuple[KernelSource, ...]
-    # By the row's variables, or under "" those that any of its tensors may have.
+    # Dtypes by the row's variables, or under "" for any of its tensors.
     dtypes: Mapping[str, tuple[str, ...]]
-    # Whose wheels are meant, x86_64's or aarch64's.
+    # The wheels' CPU, x86_64 or aarch64.
     cpu: str = field(default_factory=platform.machine)
 
     @classmethod
@@ -111,7 +114,8 @@ class Query:
         dtypes: object = None,
         kernels: str | os.PathLike[str] | None = None,
     ) -> Query:
-        """Without `sm`, the first GPU there is; without a GPU, any."""
+        """Make a query. Without `sm`, it is about the first GPU, and on a machine without one about
+        any."""
         if cuda is not None and not _CUDA.fullmatch(cuda):
             raise ArgumentError(
                 "supports", "cuda", got=printed(cuda), expected="a tag such as cu130"
@@ -136,11 +140,11 @@ class Query:
 
     @property
     def architecture(self) -> str | None:
-        """As FLASHINFER_CUDA_ARCH_LIST has it."""
+        """The GPU's architecture as in FLASHINFER_CUDA_ARCH_LIST."""
         if self.capability is None:
             return None
         major, minor = self.capability
-        # From SM90 on FlashInfer's kernels use what only the very architecture has.
+        # From SM90 on, FlashInfer's kernels use architecture-specific features.
         return f"{major}.{minor}" + ("a" if major >= 9 else "")
 
 
@@ -159,7 +163,7 @@ def _first_gpu() -> tuple[int, int] | None:
 
 
 def _tag(sources: tuple[KernelSource, ...]) -> str | None:
-    """The CUDA tag in a version such as 0.6.13+cu130.sm90a."""
+    """Return the CUDA tag in a version such as 0.6.13+cu130.sm90a."""
     for source in sources:
         found = _CUDA.search((source.version or "").partition("+")[2])
         if found:
@@ -191,16 +195,16 @@ class GpuRun:
 
     device: str
     capability: tuple[int, int]
-    # Of FlashInfer, whose kernels they were.
+    # The FlashInfer release of the kernels.
     release: str
     entries: frozenset[tuple[str, str]]
-    # The major version of the CUDA that they were compiled with.
+    # The major version of the kernels' CUDA.
     cuda: int = 13
 
 
 @functools.cache
 def gpu_runs() -> tuple[GpuRun, ...]:
-    """The entries that this project has called on GPUs."""
+    """Return the entries that this project has called on GPUs."""
     data = json.loads(GPU_RUNS.read_text()) if GPU_RUNS.exists() else {"runs": []}
     return tuple(
         GpuRun(
@@ -213,7 +217,7 @@ def gpu_runs() -> tuple[GpuRun, ...]:
 
 
 def key_of(module: str, symbol: str) -> tuple[str, str]:
-    """The family of a module (with its backend, where it has one) and an entry of it."""
+    """Return the family of a module (with its backend, if any), and an entry of it."""
     parsed = parse(module)
     if parsed is None:
         return module, symbol
@@ -228,7 +232,7 @@ def judge(
 ) -> Support:
     """Judge whether an op with these forms of its row can be called.
 
-    `module` names the module in a release, where its row only names a family.
+    `module` returns the module's name in a release, for rows that only name a family.
     """
     release = query.release
     fitting = [form for form in forms if fits(form, release)]
@@ -252,15 +256,15 @@ def judge(
 
 
 def _devices_that_called(module: str, symbol: str, query: Query) -> list[str]:
-    """The devices of the GPU's compute capability on which the release's entry was called, or
-    without a symbol, any of its module's."""
+    """Return the devices of the GPU's compute capability on which the release's entry was called;
+    without a symbol, any entry of the module."""
     family, symbol = key_of(module, symbol)
     wanted = query.capability, query.release, query.cuda_major
     return [
         run.device
         for run in gpu_runs()
         if (run.capability, run.release, run.cuda) == wanted
-        # A family by itself stands for any backend of it.
+        # A family without a backend stands for all its backends.
         and any(
             symbol in ("", entry) and family in (known, known.partition(":")[0])
             for known, entry in run.entries
@@ -299,7 +303,8 @@ def _sm_refusal(row: Row, query: Query) -> str:
 
 
 def _available(name: str, query: Query) -> tuple[str, str, str | None]:
-    """Whether the artifact has the module for the GPU: a status, why, and what builds it."""
+    """Return whether the artifact has the module for the GPU: a status, the reason, and the build
+    command."""
     if not query.sources:
         return _published(name, query)
     said = []
@@ -317,13 +322,14 @@ def _available(name: str, query: Query) -> tuple[str, str, str | None]:
             return BUILT, f"{name} in {_short(source)} is compiled for {_code_names(codes)}", None
         said.append(f"{name} in {_short(source)} is compiled for {_code_names(codes)} only")
     made = listed_codes(name, query.release)
-    if made and not _runs(made, query):  # building it would not help
+    if made and not _runs(made, query):  # a build would have no code for the GPU either
         return REFUSED, f"FlashInfer compiles {name} for {_code_names(made)} only", None
     return _missing("; ".join(said), name, query)
 
 
 def listed_codes(name: str, release: str) -> tuple[CudaCode, ...] | None:
-    """What FlashInfer compiles a module for, or any of a family; None where it lists none."""
+    """Return the architectures for which FlashInfer compiles a module, or any of a family; None if
+    it lists none."""
     listed = listed_in(release)
     if listed is None:
         return None
@@ -355,7 +361,7 @@ def _published(name: str, query: Query) -> tuple[str, str, str | None]:
 
 
 def _pin(query: Query) -> str:
-    """A remark where the lock pins no such wheel, of this CUDA or of a minor version beside it."""
+    """Remark that the lock pins no such wheel, of this CUDA or of another minor version."""
     cuda = f"cu{query.cuda_major}"
     for file in the_lock().kernels:
         if file.release == query.release and file.cuda.startswith(cuda):
@@ -369,12 +375,12 @@ def _missing(reason: str, name: str, query: Query) -> tuple[str, str, str | None
 
 
 def how_built(name: str, query: Query) -> tuple[str | None, str]:
-    """The command that makes a module, and the sentence it is in, or why there is none."""
+    """Return the command that makes a module and a sentence with it, or None and the reason."""
     if parse(name, query.release) is None and _is_family(name):
         arch = query.architecture or "9.0a"
         return f"fi-ffi build --release {query.release} --arch {arch} {name}", ""
     codes = listed_codes(name, query.release) or ()
-    # What a name says is one of the GPUs that FlashInfer compiles the module for.
+    # Whether the GPU is one that FlashInfer compiles the module for.
     is_for_it = query.capability is not None and _runs(codes, query)
     advice = build_advice(name, query.release, query.architecture, is_for_arch=is_for_it)
     found = _COMMAND.search(advice)
@@ -388,7 +394,7 @@ def _is_family(name: str) -> bool:
 
 
 def _modules(source: KernelSource, name: str) -> list[str]:
-    """The module of that name, or those of the family."""
+    """Return the module of that name, or those of the family."""
     names = source.modules()
     if name in names:
         return [name]

@@ -1,4 +1,4 @@
-"""The matrix: every op and entry that can be asked about, by name."""
+"""The matrix: every op and entry that can be judged, by name."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from fi_ffi.ops.capability.judgement import Query, Sm, Support, judge
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.gdn import FAMILY as GDN_DECODE
 from fi_ffi.ops.gdn import judge_decode
+from fi_ffi.ops.kda import FAMILY as KDA
+from fi_ffi.ops.kda import judge_kda
 from fi_ffi.ops.mamba import FAMILY, judge_states
 from fi_ffi.ops.matmul import rows as matmul
 from fi_ffi.ops.moe import interface as moe
@@ -22,27 +24,27 @@ from fi_ffi.ops.moe import lora
 from fi_ffi.ops.moe.modes import MODES
 from fi_ffi.ops.moe.weights import WEIGHTS
 from fi_ffi.ops.row import Row
+from fi_ffi.ops.table import comm
 from fi_ffi.ops.table.gemm import FP8
 
-# Rows that are no ops of the table: those of packages in `fi_ffi/ops` whose functions do
-# something around the entries they call.  Attention's options name modules: they are judged by
-# `capability.attention`.
-PACKAGES = {"matmul": matmul.ROWS, "moe": lora.ROWS}
-# The functions that call what is not called as its row: the function, and how it is asked to.
+# Rows outside the op table: those of packages in `fi_ffi/ops` whose functions work around the
+# entries they call. `capability.attention` judges attention, whose options determine modules.
+PACKAGES = {"matmul": matmul.ROWS, "moe": lora.ROWS, "comm": comm.OPS}
+# For rows without an op of that name, the function that calls the entry, and its option for it.
 _CALLED_BY = {
     "cutlass_segment_gemm": ("segment_gemm", "sm80"),
     "cutlass_segment_gemm_sm90": ("segment_gemm", "sm90"),
     "bgmv_moe_shrink": ("bgmv_moe", ""),
 }
-# What those call besides.
+# Entries that those functions call in addition.
 _CALLED_THEN = {"bgmv_moe_expand"}
-# Those that FlashInfer's wheels are made for, and a Jetson: ten times the capability.
+# The GPUs of FlashInfer's wheels and a Jetson, as ten times the compute capability.
 SMS = (75, 80, 87, 89, 90, 100, 103, 110, 120, 121)
 
 
 @dataclass(frozen=True)
 class Line:
-    """An op, or one way to ask for it; `options` says which."""
+    """An op, or one way to call it, which `options` names."""
 
     op: str
     options: str
@@ -55,7 +57,8 @@ class Line:
 
 
 def package_entries() -> Iterator[tuple[str, str, tuple[Row, ...]]]:
-    """Package, name and forms: rows of one name and module are forms of one entry."""
+    """Return package, name and forms of each entry; rows of one name and module are forms of one
+    entry."""
     for package, rows in PACKAGES.items():
         forms: dict[tuple[str, str], list[Row]] = {}
         for row in rows:
@@ -72,14 +75,14 @@ def entry_row(
     capabilities: tuple[int, ...] = (),
     modules: Mapping[tuple[int, int], str] | None = None,
 ) -> Row:
-    """What can be judged of an entry that has no row of its own."""
+    """Return a row that suffices to judge an entry without a row of its own."""
     name = f"{module}.{symbol}"
     more: dict[str, Any] = {"capabilities": capabilities, "modules": modules or {}}
     return Row(name, module, symbol, "", "", (), {}, releases, **more)
 
 
 def lines() -> Iterator[Line]:
-    """Every op of the table, and what is called by packages of their own."""
+    """Return every op of the table, and the functions of packages."""
     for name, op in OPS.items():
         yield Line(name, "", op.row.module, partial(judge, name, op.rows))
     for package, entry, forms in package_entries():
@@ -89,14 +92,18 @@ def lines() -> Iterator[Line]:
     name = "tinygemm_bf16"
     yield Line(name, "", "matmul", partial(judge, name, OPS["tinygemm2"].rows))
     for name in ("cutlass_fused_moe", "FusedMoe"):
+        of_modes: dict[str, list[Row]] = {}
         for mode in MODES:
             releases = mode.releases or ">=0.6.3"
             row = entry_row(moe.MODULE, "run_moe", releases, mode.capabilities, moe.MODULES)
-            yield Line(name, mode.name, moe.MODULE, partial(judge, name, [row]))
-    name = WEIGHTS.row.name
-    yield Line(name, "", moe.MODULE, partial(judge, name, [WEIGHTS.row]))
+            of_modes.setdefault(mode.name, []).append(row)
+        for mode_name, rows in of_modes.items():
+            yield Line(name, mode_name, moe.MODULE, partial(judge, name, rows))
+    orders = [one.row for one in WEIGHTS]
+    yield Line(orders[0].name, "", moe.MODULE, partial(judge, orders[0].name, orders))
     yield Line(FAMILY, "", FAMILY, partial(judge_states, FAMILY, compiled={}))
     yield Line(GDN_DECODE, "", GDN_DECODE, partial(judge_decode, GDN_DECODE, compiled={}))
+    yield Line(KDA, "", KDA, partial(judge_kda, KDA))
     for name in public.__all__:
         if hasattr(getattr(public, name), "supports"):
             for label, options in SAMPLES.get(name, {"": {}}).items():
@@ -115,10 +122,10 @@ def judge_call(
     backend: str = "auto",
     mode: str = MODES[0].name,
 ) -> Support:
-    """Judge whether a function that has lines of its own can be called.
+    """Judge whether a function with lines of its own can be called.
 
-    `backend` is of `segment_gemm`, which chooses between two; `mode` is of `cutlass_fused_moe` and
-    `FusedMoe`: one of docs/moe.md's.
+    `backend` is an option of `segment_gemm`. `mode` is a mode of `cutlass_fused_moe` and
+    `FusedMoe`: see docs/moe.md.
     """
     query = Query.of(sm, release, cuda, dtypes, kernels)
     found = {line.options: line for line in lines() if line.op == name}

@@ -1,4 +1,4 @@
-"""Matrix products that need something done around their kernel's entry: docs/gemm.md."""
+"""Matrix products that need more than one call of an entry: docs/gemm.md."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def select_release(release: str | None) -> None:
-    """Drop what was learnt of other kernels, and put the rows of this release in force."""
+    """Drop what was cached for other kernels, and put the rows of this release in force."""
     for op in (products.GET_ALGOS, products.RUN_WITH_ALGO):
         op.forget()
         op.select_release(release)

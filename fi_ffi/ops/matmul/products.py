@@ -1,9 +1,10 @@
-"""Products that are one entry each, with something done around it: `tinygemm_bf16`, cuBLASLt's
-algorithms of `bmm_fp8`, and fp8 products with scales of blocks.
+"""Products of one entry each with work around it: `tinygemm_bf16`, cuBLASLt's algorithms for
+`bmm_fp8`, and fp8 products with block scales.
 
-`fp8_blockscale_gemm_90` (SM90) makes an object that quantises what is not in fp8 into memory it
-was told of before, and lays it out for the most rows that it was ever asked about.  The others
-with scales of blocks are entries of `gemm_sm100`, and called otherwise of `gemm_sm120`.
+`fp8_blockscale_gemm_90` (SM90) makes an object. The object quantises inputs that are not fp8 into
+memory that it was given before, and lays that memory out for the most rows it was ever asked about.
+The other products with block scales are entries of `gemm_sm100`, and of `gemm_sm120` with other
+arguments.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ GROUPWISE, GROUP_GROUPWISE = (
 
 @functools.cache
 def tinygemm_row(row: Row) -> CompiledRow:
-    """A row of either, whose tensors are named as the function has them."""
+    """Compile a row of either kernel, with the function's names for the tensors."""
     return CompiledRow(row, op="tinygemm_bf16", names={"output": "out"})
 
 
@@ -80,10 +81,13 @@ def tinygemm_bf16(
     *,
     stream: object = None,
 ) -> None:
-    """`out = input @ weight.T + bias` for few rows: `tinygemm2`, or `tinygemm2_nobias`.
+    """Compute `out = input @ weight.T + bias` for few rows, by `tinygemm2` or `tinygemm2_nobias`.
 
     Args:
-        input: [n, k] bfloat16; weight: [m, k]; out: [n, m], written; bias: [m], or None.
+        input: [n, k] bfloat16.
+        weight: [m, k] bfloat16.
+        out: [n, m] bfloat16, written.
+        bias: [m] bfloat16, or None.
         use_pdl: see `tinygemm2`.
 
     Raises `ArgumentError` and `ArgumentTypeError` before anything is launched.
@@ -95,18 +99,18 @@ def tinygemm_bf16(
         OPS["tinygemm2"](input, weight, bias, out, use_pdl, stream=stream)
 
 
-# cuBLASLt's algorithms: asked for once, then called without asking again.
+# cuBLASLt's algorithms: one query, then calls without the query.
 
 
 def _with_handle(op: Op, cublas_handle: int, **values: Any) -> dict[str, Any]:
-    """What the row in force is given."""
+    """Add the handle to the arguments, if the row in force takes one."""
     name, handle = op.row.name, cublas_handle
     left = values["A"] = as_desc(values["A"], name, "A")
     if left.device.is_cuda and not op.has_release:
         op.select_release(release_in_use())
     if any(arg.name == "cublas_handle" for arg in op.row.args):
         values["cublas_handle"] = handle
-    elif handle:  # from FlashInfer 0.7 on, the kernels make their own
+    elif handle:  # from FlashInfer 0.7 on, the kernels make their own handle
         raise ArgumentError(name, "cublas_handle", got=handle, expected="0")
     return values
 
@@ -128,15 +132,14 @@ def bmm_fp8_get_algos(
     *,
     stream: object = None,
 ) -> int:
-    """How many algorithms cuBLASLt has for such a `bmm_fp8`, the one it thinks best first.
+    """Number of cuBLASLt's algorithms for this `bmm_fp8`; algorithm 0 is its first choice.
 
     Args:
-        A, B, D, A_scale, B_scale, workspace_buffer, cublas_handle: as of `bmm_fp8`; nothing is
-            computed, and only shapes, dtypes and the workspace's size matter.
-        algo_buffer: uint8 on the host, written: 64 bytes for each algorithm that there is room
-            for, 100 of them at most.
+        A, B, D, A_scale, B_scale, workspace_buffer, cublas_handle: as in `bmm_fp8`. Nothing is
+            computed: only shapes, dtypes and the workspace's size matter.
+        algo_buffer: uint8 on the host, written: 64 bytes for each algorithm, at most 100 of them.
 
-    What it writes is for this shape, these dtypes and this GPU.
+    The algorithms are for this shape, these dtypes and this GPU.
     """
     values = _with_handle(
         GET_ALGOS, cublas_handle, A=A, B=B, D=D, A_scale=A_scale, B_scale=B_scale,
@@ -160,13 +163,14 @@ def bmm_fp8_run_with_algo(
     *,
     stream: object = None,
 ) -> None:
-    """`bmm_fp8` by one of the algorithms that `bmm_fp8_get_algos` told.
+    """`bmm_fp8` with one of the algorithms that `bmm_fp8_get_algos` counts.
 
     Args:
-        A, B, D, A_scale, B_scale, workspace_buffer, cublas_handle: as of `bmm_fp8`.
-        algo_buffer, algo_idx: what `bmm_fp8_get_algos` wrote, and which of them.
+        A, B, D, A_scale, B_scale, workspace_buffer, cublas_handle: as in `bmm_fp8`.
+        algo_buffer: the buffer that `bmm_fp8_get_algos` wrote.
+        algo_idx: the index of the algorithm in it.
 
-    An algorithm of another shape or GPU is refused by cuBLASLt, with a `KernelError`.
+    cuBLASLt refuses an algorithm of another shape or GPU with a `KernelError`.
     """
     values = _with_handle(
         RUN_WITH_ALGO, cublas_handle, A=A, B=B, D=D, A_scale=A_scale, B_scale=B_scale,
@@ -175,27 +179,27 @@ def bmm_fp8_run_with_algo(
     RUN_WITH_ALGO(**values, stream=stream)
 
 
-# Scales of blocks, SM90.
+# Block scales, SM90.
 
 _BLOCK = 128
-_LEAST = 256  # bytes: the object wants some memory even where it has no use for it
+_LEAST = 256  # bytes that the object requires even if it uses none
 _ROOM = Tensor("workspace_buffer", "bytes", "uint8", "", bytes=_LEAST)
 _SIZE = Signature("get_workspace_size", ("int", "int", "int"), "int")
-# One product at a time: each tells the object of its memory, and the next may take another.
+# Held for one product: each product sets the object's memory, and the next may set another.
 _lock = threading.Lock()
-# By device: the object, and the most rows that it makes room for.
+# By device: the object, and the rows that its memory is laid out for.
 _rows: dict[int, tuple[ModuleObject, int]] = {}
 
 
-def _expect(device: Device, m: int, n: int, k: int) -> int:
-    """Announce a product to the object; returns the rows that it lays its memory out for."""
+def _announce(device: Device, m: int, n: int, k: int) -> int:
+    """Announce a product to the object; return the rows for which it lays its memory out."""
     from fi_ffi.loader import methods
 
     row = rows.RUN_GEMM
     made = methods.made_by(row.module, row.factory, row.releases, device.index)
     made.entry(_SIZE)(m, n, k)
     known, most = _rows.get(device.index, (made, 0))
-    # Of other kernels than before, it is another object.
+    # Other kernels than before have another object, which starts at 0 rows.
     most = max(most if known is made else 0, -(-m // 4) * 4)
     _rows[device.index] = made, most
     return most
@@ -220,25 +224,24 @@ def fp8_blockscale_gemm_sm90(
     workspace_buffer: TensorLike | None = None,
     stream: object = None,
 ) -> None:
-    """`out = (input * input_scale) @ (weight * weight_scale).T` in fp8, a scale for each block.
+    """Compute `out = (input * input_scale) @ (weight * weight_scale).T` in fp8 with block scales.
 
     Args:
-        input: [m, k] bfloat16, which is quantised on the way, or float8_e4m3fn; k is a multiple
-            of 128, 20480 at most.
+        input: [m, k] bfloat16, which the kernels quantise, or float8_e4m3fn; k is a multiple of
+            128, at most 20480.
         weight: [n, k] bfloat16 (with a bfloat16 input) or float8_e4m3fn; n is a multiple of 64.
-        input_scale: of an fp8 input, [k / 128, m rounded up to a multiple of 4] float32, as
-            `fp8_quantize_1x128` writes it, or the first m columns of that.  That is not
-            [m, k / 128], which FlashInfer's documentation says and its kernels do not read.
-        weight_scale: of an fp8 weight, [n / 128 rounded up, k / 128] float32: for each block of
-            128 x 128; not [n, k / 128], of which the kernels read the first rows so: docs/gemm.md.
+        input_scale: with an fp8 input, [k / 128, m rounded up to a multiple of 4] float32, as
+            `fp8_quantize_1x128` writes it, or its first m columns. FlashInfer's documentation says
+            [m, k / 128], which its kernels do not read.
+        weight_scale: with an fp8 weight, [ceil(n / 128), k / 128] float32: one for each block of
+            128 by 128. With the [n, k / 128] of FlashInfer's documentation, the kernels would read
+            the first rows as block scales: docs/gemm.md.
         out: [m, n] bfloat16, written.
-        workspace_buffer: uint8 scratch for what is quantised, of as many bytes as
-            `fp8_blockscale_gemm_workspace_size` tells; without it each stream has its own of
-            fi_ffi's.
+        workspace_buffer: uint8 scratch of `fp8_blockscale_gemm_workspace_size` bytes. By default
+            each stream has scratch allocated by fi_ffi.
 
-    A bfloat16 weight is clipped on the way, as the kernels have it: docs/gemm.md.  Raises
-    `ArgumentError` and `ArgumentTypeError` before anything is launched, `ArchitectureError` on
-    GPUs other than Hopper's.
+    The kernels clip a bfloat16 weight: docs/gemm.md. Raises `ArgumentError` and `ArgumentTypeError`
+    before anything is launched, and `ArchitectureError` on GPUs other than Hopper.
     Upstream: flashinfer/gemm/gemm_base.py, csrc/fp8_blockscale_gemm_sm90_binding.cu.
     """
     _checked_gemm(input, weight, input_scale, weight_scale, out, workspace_buffer)(stream)
@@ -248,9 +251,9 @@ def _checked_gemm(
     input: TensorLike, weight: TensorLike, input_scale: TensorLike | None,
     weight_scale: TensorLike | None, out: TensorLike | None, workspace_buffer: TensorLike | None,
 ) -> Launch:  # fmt: skip
-    """A product that is checked, and what launches it on a stream."""
+    """Check a product; return the function that launches it on a stream."""
     if input_scale is not None:
-        input_scale = _with_room(as_desc(input_scale, _BLOCK_SCALE, "input_scale"))
+        input_scale = _with_all_columns(as_desc(input_scale, _BLOCK_SCALE, "input_scale"))
     values = (input, weight, out, input_scale, weight_scale)
     device = as_desc(input, _BLOCK_SCALE, "input").device
     descs, sizes = RUN_GEMM.check(*values)
@@ -270,10 +273,10 @@ def _checked_gemm(
         RUN_GEMM.refuse.apart(_ROOM.name, given, descs)
 
     def launch(stream: object) -> None:
-        handle_for(stream, device, _BLOCK_SCALE)  # a missing one is told first
+        handle_for(stream, device, _BLOCK_SCALE)  # refuse a missing stream before loading
         check_available(rows.RUN_GEMM, device)
         with _lock:
-            most = _expect(device, m, n, depth * _BLOCK)
+            most = _announce(device, m, n, depth * _BLOCK)
             need = _bytes(most, left.dtype.name, right.dtype.name, n, depth * _BLOCK)
             room = given
             if room is None:
@@ -286,8 +289,8 @@ def _checked_gemm(
     return launch
 
 
-def _with_room(scales: TensorDesc) -> TensorDesc:
-    """View the first m columns of scales as all the m4 that there are: kernels read those too."""
+def _with_all_columns(scales: TensorDesc) -> TensorDesc:
+    """View the first m columns of scales as all m4 columns, because the kernels read those too."""
     if len(scales.shape) != 2:
         return scales
     count, rows = scales.shape
@@ -300,10 +303,9 @@ def _with_room(scales: TensorDesc) -> TensorDesc:
 def fp8_blockscale_gemm_workspace_size(
     m: int, n: int, k: int, input_dtype: object = "bfloat16", weight_dtype: object = "float8_e4m3fn"
 ) -> int:
-    """Bytes that `workspace_buffer` of `fp8_blockscale_gemm_sm90` needs for such a product.
+    """Size in bytes of `workspace_buffer` for this `fp8_blockscale_gemm_sm90`.
 
-    `m` is the most rows that the process asks for, in any product: the kernels lay the memory
-    out for those.
+    `m` is the most rows of any product in the process: the kernels lay the memory out for those.
     """
     op = "fp8_blockscale_gemm_workspace_size"
     for name, value in (("m", m), ("n", n), ("k", k)):
@@ -314,7 +316,7 @@ def fp8_blockscale_gemm_workspace_size(
 
 
 def _bytes(rows: int, of_input: str, of_weight: str, n: int, k: int) -> int:
-    """The bytes of what the object writes: fp8 values and their scales."""
+    """Return the bytes that the object writes: fp8 values and their scales."""
     need, depth = _LEAST, -(-k // _BLOCK)
     if of_input not in E4M3:
         need += rows * (k + 4 * depth)
@@ -323,11 +325,11 @@ def _bytes(rows: int, of_input: str, of_weight: str, n: int, k: int) -> int:
     return need
 
 
-# Scales of blocks, SM100 and SM120.
+# Block scales, SM100 and SM120.
 
 
 def _granularity(op: str, value: Sequence[int]) -> tuple[int, ...]:
-    """Rows, columns and depth of the blocks that have a scale each."""
+    """Return the rows, columns and depth of a block with one scale."""
     known = ((1, 128, 128), (128, 128, 128))
     if isinstance(value, (tuple, list)) and all(isinstance(size, Integral) for size in value):
         for sizes in known:
@@ -338,10 +340,10 @@ def _granularity(op: str, value: Sequence[int]) -> tuple[int, ...]:
 
 
 def _form(forms: dict[Row, CompiledRow], a: TensorDesc, mma_sm: int) -> tuple[CompiledRow, Any]:
-    """The form of the GPU that `a` is on, and what only that of SM100 is told."""
+    """Return the form for the GPU that `a` is on, and the arguments that only SM100 takes."""
     capability = None
     if a.device.is_cuda:
-        # Where there is no such GPU the call says so, after what is wrong with its arguments.
+        # Without a GPU the call raises later, after the checks of its arguments.
         with contextlib.suppress(LoaderError):
             capability = machine.capability(a.device.index)
     row = form_on([*forms], capability)
@@ -374,19 +376,25 @@ def gemm_fp8_nt_groupwise(
     workspace_buffer: TensorLike | None = None,
     stream: object = None,
 ) -> None:
-    """`out = (a * a_scale) @ (b * b_scale).T`, with a scale for each block; SM100 and SM120.
+    """Compute `out = (a * a_scale) @ (b * b_scale).T` with block scales, on SM100 and SM120.
 
     Args:
-        a: [m, k] and b: [n, k], both float8_e4m3fn or both float8_e5m2; k is a multiple of 128,
-            n of 8, and m of 4; on SM120 n is one of 128, and m of gm.
-        a_scale: float32, one for each block of `a`: [m / gm, k / 128] in mode "K",
-            [k / 128, m / gm] in mode "MN"; b_scale: the same of `b`.
+        a: [m, k] float8_e4m3fn or float8_e5m2; k is a multiple of 128, and m of 4 (SM100) or of gm
+            (SM120).
+        b: [n, k] of a's dtype; n is a multiple of 8 (SM100) or of 128 (SM120).
+        a_scale: float32, one for each block of `a`: [m / gm, k / 128] in mode "K", [k / 128, m /
+            gm] in mode "MN".
+        b_scale: float32, one for each 128 by 128 block of `b`, in the same mode.
+        scale_major_mode: "K" or "MN".
+        mma_sm: 1, or 2 for products that two multiprocessors compute together, faster for many
+            rows. SM120's kernels ignore it.
         scale_granularity_mnk: (gm, 128, 128), where gm is 1 or 128.
         out: [m, n] float16 or bfloat16, written.
-        mma_sm: 1, or 2 for products of two multiprocessors, quicker for many rows; the kernels of
-            SM120 have no use for it.
-        workspace_buffer: uint8 scratch, 32 MiB; without it each stream has its own of fi_ffi's.
+        workspace_buffer: uint8 scratch, 32 MiB. By default each stream has scratch allocated by
+            fi_ffi.
 
+    Raises `ArgumentError` and `ArgumentTypeError` before anything is launched, and
+    `ArchitectureError` on other GPUs.
     Upstream: flashinfer/gemm/gemm_base.py, csrc/gemm_groupwise_sm100.cu,
     csrc/gemm_groupwise_sm120.cu.
     """
@@ -426,18 +434,23 @@ def group_gemm_fp8_nt_groupwise(
     *,
     stream: object = None,
 ) -> None:
-    """`gemm_fp8_nt_groupwise` of rows in groups, each with a matrix of its own; SM100 and SM120.
+    """Compute `gemm_fp8_nt_groupwise` for groups of rows, each with its own matrix; SM100 and
+    SM120.
 
     Args:
-        a: [m, k]; b: [groups, n, k], where n of several groups is a multiple of 128.  On SM120
-            there is one group: FlashInfer knows of wrong products where there are more.
-        a_scale: as of `gemm_fp8_nt_groupwise`; b_scale: one such for each group.
-        m_indptr: [groups + 1] int32: where each group's rows start, and the end; multiples of 4,
-            and of gm.  It is on the GPU and is not looked at before the launch.
+        a: [m, k], the groups one after another.
+        b: [groups, n, k]; with several groups n is a multiple of 128. SM120 takes one group:
+            FlashInfer reports wrong products for more.
+        a_scale: as in `gemm_fp8_nt_groupwise`.
+        b_scale: [groups, ...], for each group as in `gemm_fp8_nt_groupwise`.
+        m_indptr: [groups + 1] int32 on the GPU: where each group's rows start, and the end;
+            multiples of 4 and of gm, which are not checked.
         out: [m, n] float16 or bfloat16, written.
-        others: as of `gemm_fp8_nt_groupwise`; scales of 128 rows in mode "K", unless m or k is
-            128 at most (docs/gemm.md).
+        others: as in `gemm_fp8_nt_groupwise`; scales of 128 rows must be in mode "K", unless m or k
+            is at most 128 (docs/gemm.md).
 
+    Raises `ArgumentError` and `ArgumentTypeError` before anything is launched, and
+    `ArchitectureError` on other GPUs.
     Upstream: flashinfer/gemm/gemm_base.py, csrc/group_gemm_fp8_groupwise_sm100.cu,
     csrc/group_gemm_fp8_groupwise_sm120.cu.
     """

@@ -1,4 +1,4 @@
-"""The entries that `fi_ffi.ops.matmul` calls, and what their callers give."""
+"""The entries that `fi_ffi.ops.matmul` calls, and the checks of its callers' arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _IN: dict[str, Any] = {"contiguous": True, "alignment": 16}
 _ANY: dict[str, Any] = {"offset_limit": 2**63, "vector": Vector(())}
 _PLAIN: dict[str, Any] = {"contiguous": True}
 
-# bmm_fp8's choice of an algorithm, and its calls with one of them.
+# bmm_fp8's query of algorithms, and calls with one of them.
 _ALGO = Tensor("algo_buffer", "algo_bytes", "uint8", "what cuBLASLt keeps of its algorithms, 64 "
                "bytes of each", contiguous=True, host=True)  # fmt: skip
 _GOT = Tensor("algo_buffer", "algo_bytes", "uint8", _ALGO.doc, contiguous=True, host=True,
@@ -40,7 +40,8 @@ RUN_WITH_ALGO = (
 
 
 def _tables(*of_strides: str) -> tuple[Tensor, ...]:
-    """A problem's sizes, the addresses of its matrices, and their strides: of each segment."""
+    """Describe a segment's table entries: the problem's sizes, the matrices' addresses, and their
+    strides."""
     names = ("x_ptr", "w_ptr", "y_ptr", *of_strides)
     return (
         Tensor("all_problems", "segments 3", "int32", "", **_PLAIN),
@@ -51,7 +52,7 @@ def _tables(*of_strides: str) -> tuple[Tensor, ...]:
 _COLUMN_MAJOR = Scalar("weight_column_major", bool, None, "")
 _WORKSPACE: dict[str, Any] = {"dtype": "uint8", "doc": "", "contiguous": True, "alignment": 64}
 
-# On tensor cores as those of SM80 are.  It adds to what is in the output.
+# Tensor-core kernels of SM80. They add to the output's contents.
 SEGMENT_SM80 = Row(
     "cutlass_segment_gemm", "gemm", "cutlass_segment_gemm", "csrc/flashinfer_gemm_binding.cu", "",
     (
@@ -77,13 +78,13 @@ SEGMENT_SM90 = Row(
 )  # fmt: skip
 
 
-# A TMA descriptor's strides are of 40 bits, in bytes.
+# A TMA descriptor has 40 bits for a stride in bytes.
 _SEGMENT: dict[str, Any] = {"alignment": 16, "stride_limit": 2**38}
 
 
 def _segments(out: str, weights: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Row:
-    """What `segment_gemm` is given: no entry, only checks."""
-    # Rows are read and written 16 bytes at a time.
+    """Return the checks of `segment_gemm`'s arguments; the row has no entry."""
+    # The kernels read and write rows 16 bytes at a time.
     step = 16 if inputs is FP8 else 8
     return Row(
         "segment_gemm", "gemm_sm90", "", "csrc/flashinfer_gemm_sm90_binding.cu", "",
@@ -101,7 +102,7 @@ def _segments(out: str, weights: str, inputs: tuple[str, ...], outputs: tuple[st
     )  # fmt: skip
 
 
-# By whether inputs are fp8, and whether weights are column-major (num_weights, d_out, d_in).
+# By whether inputs are fp8 and whether weights are column-major (num_weights, d_out, d_in).
 SEGMENTS = {
     (False, True): _segments("T", "d_out d_in", F16, F16),
     (False, False): _segments("T", "d_in d_out", F16, F16),
@@ -127,8 +128,8 @@ def _scales_of(
     dtype: str, scales: str, axes: tuple[str, str, str],
     wanted: Callable[[int, int], tuple[int, str, str]],
 ) -> tuple[Rule, Rule]:  # fmt: skip
-    """fp8 values have scales, of a last axis that follows from the others; the kernels quantise
-    other values."""
+    """Require scales for fp8 values, with a last axis that follows from the others, and none for
+    values that the kernels quantise."""
 
     def there(name: str, given: bool, *sizes: int) -> str:
         if given:
@@ -151,7 +152,7 @@ def _scales_of(
     )
 
 
-# Of the object that `init` makes; of which a product takes inputs as they are or in fp8.
+# A method of the object that `init` makes. A product takes its inputs as they are, or in fp8.
 RUN_GEMM = Row(
     "fp8_blockscale_gemm_sm90", symbol="run_gemm", doc="",
     args=(
@@ -165,8 +166,8 @@ RUN_GEMM = Row(
     lacks=({"TA": E4M3[0], "TB": "bfloat16"},),
     requires=(
         "k128 >= 1", "n >= 64", "n % 64 == 0",
-        # The scales of a row of blocks lie in shared memory, which has room for so many; the
-        # output and the weight's elements are counted in an int.
+        # Shared memory has room for this many scales of a row of blocks; the elements of the output
+        # and the weight are counted in an int.
         "k128 <= 160", f"m * n <= {INT}", f"n * k128 <= {INT // 128}",
         *_scales_of("TA", "scales_a", ("k128", "m", "m4"), _of_rows),
         *_scales_of("TB", "scales_b", ("n", "k128", "n128"), _of_blocks),
@@ -174,7 +175,7 @@ RUN_GEMM = Row(
     **BLOCKSCALE,
 )  # fmt: skip
 
-# What the object quantises into; the next product uses what it was told of last.
+# Sets the memory that the object quantises into; a product uses the memory set last.
 CONFIGURE = Row(
     "fp8_blockscale_gemm_sm90", symbol="configure_workspace", doc="",
     args=(
@@ -190,7 +191,7 @@ _MMA_SM = Scalar("mma_sm", int, 1, "", low=1, high=2)
 
 
 def _blocks(scales: str, axes: tuple[str, str], granularity: str) -> Rule:
-    """A scale for each block: of so many rows, and along k."""
+    """Require a scale for each block of this many rows, along k."""
 
     def blocks(rows: int, k: int, size: int, mode: str) -> tuple[int, int]:
         counts = -(-rows // size), -(-k // 128)
@@ -213,8 +214,8 @@ _GROUPWISE: dict[str, Any] = {
         _blocks("SFA", ("a0", "a1"), "m"), _blocks("SFB", ("b0", "b1"), "n"),
     ),
 }  # fmt: skip
-# What differs on SM120, whose entries have the same names: they are not told of `mma_sm`, and their
-# kernels want whole blocks of rows and of columns (where one is not, nothing is computed or said).
+# SM120's entries have the same names, but lack `mma_sm`. Their kernels need whole blocks of rows
+# and columns: otherwise they compute nothing and report no error.
 _SM120: dict[str, Any] = {
     "modules": {(12, 0): "gemm_sm120", (12, 1): "gemm_sm120"}, "capabilities": (12,),
     "also": (10,),
@@ -224,15 +225,15 @@ _WHOLE = (
     Rule("A", "m % scale_granularity_m == 0", "whole blocks of scale_granularity_m rows"),
     *_GROUPWISE["requires"],
 )
-# In mode MN the launcher takes the number of blocks for that of rows, from which it has how far
-# apart the scales of a block of columns are.
+# In mode MN the launcher takes the number of blocks for the number of rows, and computes the stride
+# of the scales from it.
 _STRIDE = Rule(
     "SFA",
     "scale_granularity_m == 1 or scale_major_mode == 'K' or k == 128 or m <= 128",
     "scale_major_mode='K', where scales are of 128 rows: of several rows of scales the kernels "
     "find the first alone",
 )
-# What FlashInfer gives these kernels: 32 MiB.
+# FlashInfer gives these kernels 32 MiB.
 _SCRATCH: dict[str, Any] = {**_WORKSPACE, "writes": True, "reads": False,
                             "bytes_per_multiprocessor": 216 << 10}  # fmt: skip
 

@@ -1,7 +1,7 @@
-"""`segment_gemm`: rows in segments, each times a matrix of its own.
+"""`segment_gemm`: rows in segments, each times its own matrix.
 
-The kernels are told of every segment by tables in device memory.  They are made on the host,
-where the segments' lengths must be, and copied in order with the launch.
+The kernels read a table of the segments from device memory. The table is made on the host, where
+the segments' lengths must be, and copied in order with the launch.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ if TYPE_CHECKING:
 _OP = "segment_gemm"
 _BACKENDS = ("auto", "sm80", "sm90")
 SM80, SM90 = (CompiledRow(row, op=_OP) for row in (rows.SEGMENT_SM80, rows.SEGMENT_SM90))
-# The checks, by whether inputs are fp8, and whether weights are column-major.
+# The checks, by whether inputs are fp8 and whether weights are column-major.
 _CHECKS = {key: CompiledRow(row, op=_OP) for key, row in rows.SEGMENTS.items()}
-# What the SM90 kernels keep for each multiprocessor: the descriptors of two matrices, 128 bytes
-# each, and as much again and more to spare.
+# Scratch of the SM90 kernels for each multiprocessor: descriptors of two matrices, 128 bytes each,
+# with a wide margin.
 _SCRATCH = 2048
-# int64 of each segment: two for a problem's sizes, three addresses, and three strides.
+# int64 words of each segment: two for the problem's sizes, three addresses, three strides.
 _WORDS = 8
 
 
 @dataclass(frozen=True)
 class _CheckedCall:
-    """A call's tensors and segments, checked."""
+    """A call's checked tensors and segments."""
 
     x: TensorDesc
     weights: TensorDesc
@@ -58,7 +58,7 @@ class _CheckedCall:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Columns of the output, and of the input."""
+        """Return the columns of the output and of the input."""
         return self.out.shape[1], self.x.shape[1]
 
 
@@ -67,7 +67,7 @@ def _refuse(argument: str, got: object, expected: str) -> ArgumentError:
 
 
 def _starts(seg_lens: Any, seg_indptr: Any, batch_size: Any, rows: int) -> Integers:
-    """Where each segment starts, and the end."""
+    """Return where each segment starts, and the end."""
     import numpy as np
 
     if seg_indptr is not None:
@@ -86,7 +86,7 @@ def _starts(seg_lens: Any, seg_indptr: Any, batch_size: Any, rows: int) -> Integ
 
 
 def _indices(weight_indices: Any, segments: int, weights: int) -> Integers:
-    """The matrix of each segment."""
+    """Return the matrix of each segment."""
     import numpy as np
 
     if weight_indices is None:
@@ -132,9 +132,10 @@ def _backend(backend: Any, call: _CheckedCall) -> str:
 
 
 def _tables(call: _CheckedCall) -> numpy.ndarray[Any, Any]:
-    """The tables of all segments that have rows, one after the other.
+    """Return the tables of all segments that have rows, one after the other.
 
-    The first has three int32 of each, and room for a fourth; the others one int64 of each.
+    The first table has three int32 for each segment, padded to four; the others have one int64
+    each.
     """
     import numpy as np
 
@@ -154,7 +155,7 @@ def _tables(call: _CheckedCall) -> numpy.ndarray[Any, Any]:
 
 
 def _row_stride(desc: TensorDesc) -> int:
-    """The distance between rows of a matrix, in elements; of a single row, its length."""
+    """Return the distance between rows of a matrix in elements; for a single row, its length."""
     return desc.strides[-2] if desc.shape[-2] > 1 else desc.shape[-1]
 
 
@@ -181,23 +182,26 @@ def segment_gemm(
     backend: str = "auto",
     stream: object = None,
 ) -> None:
-    """`out[i] = x[i] @ weights[i]` for rows in segments, each times a matrix of its own.
+    """Compute `out[i] = x[i] @ weights[i]` for segments of rows, each with its own matrix.
 
     Args:
-        x: [rows, d_in] float16 or bfloat16, or fp8 (SM90, with column-major weights); all
-            segments' rows one after another.  Rows may lie apart.
+        x: [rows, d_in] float16 or bfloat16, or fp8 (SM90, with column-major weights): the rows of
+            all segments, one after another. Rows may have a stride.
         weights: [num_weights, d_in, d_out], or column-major [num_weights, d_out, d_in].
-        batch_size: how many segments there are.
-        out: [rows, d_out] of x's dtype, of fp8 float16 or bfloat16; written.
-        seg_lens, seg_indptr: the segments' lengths, or where they start, and the end: integers
-            on the host (a list, an array), unlike FlashInfer's, which are on the GPU.  One of
-            them is given; seg_indptr is taken where both are.
-        weight_indices: which matrix is each segment's, on the host; the i-th is the i-th's
-            without.
-        backend: "sm90", "sm80" or "auto", which is "sm90" on Hopper and "sm80" elsewhere.
+        batch_size: number of segments.
+        weight_column_major: whether weights are [num_weights, d_out, d_in].
+        out: [rows, d_out] of x's dtype, for fp8 float16 or bfloat16; written.
+        seg_lens: [batch_size] integers on the host (a list or an array): the segments' lengths.
+        seg_indptr: [batch_size + 1] integers on the host: where segments start, and the end. One of
+            the two is required; `seg_indptr` wins. FlashInfer's arrays are on the GPU.
+        weight_indices: [batch_size] integers on the host: the matrix of each segment; by default
+            matrix i for segment i.
+        backend: "sm90", "sm80", or "auto": "sm90" on Hopper and "sm80" elsewhere.
 
-    d_out is a multiple of 8, and so is d_in (of fp8 of 16).  Nothing waits for the GPU.  A call
-    that a graph captures keeps its tables for good: it computes the same segments each time.
+    d_out is a multiple of 8, and d_in of 8 (fp8: of 16). The call does not wait for the GPU. If a
+    graph captures the call, the graph keeps the tables and computes the same segments at each
+    launch.
+
     Raises `ArgumentError` and `ArgumentTypeError` before anything is launched.
     Upstream: flashinfer/gemm/gemm_base.py (SegmentGEMMWrapper), csrc/group_gemm_sm90.cu,
     csrc/group_gemm.cu.
@@ -212,14 +216,14 @@ def _checked_launch(
     x: Any, weights: Any, batch_size: Any, weight_column_major: Any, out: Any, seg_lens: Any,
     seg_indptr: Any, weight_indices: Any, backend: Any,
 ) -> Launch:  # fmt: skip
-    """A call that is checked, and what launches it on a stream."""
+    """Check a call; return the function that launches it on a stream."""
     segments = (seg_lens, seg_indptr, batch_size)
     call = _checked(x, weights, out, weight_column_major, segments, weight_indices)
     chosen, device = _backend(backend, call), call.x.device
     tables: list[numpy.ndarray[Any, Any]] = []
 
     def launch(stream: object) -> None:
-        handle = handle_for(stream, device, _OP)  # a missing one is told first
+        handle = handle_for(stream, device, _OP)  # refuse a missing stream before loading
         if not call.starts[-1]:
             return
         count = machine.multiprocessors(device.index) if device.is_cuda else 1
@@ -255,7 +259,7 @@ def _launch(backend: str, call: _CheckedCall, place: Staged, count: int, stream:
 
 
 def _zero(out: TensorDesc, stream: int) -> None:
-    """Clear the output, to which the SM80 kernels add."""
+    """Zero the output, because the SM80 kernels add to it."""
     rows, width = out.shape[0], out.shape[1] * out.dtype.itemsize
     pitch = out.strides[0] * out.dtype.itemsize if rows > 1 else width
     if out.device.is_cuda:

@@ -1,4 +1,4 @@
-"""Any function of any TVM-FFI library: docs/modules.md."""
+"""Calls any function of any TVM-FFI library: docs/modules.md."""
 
 from fi_ffi.ops.modules.entry import (
     ArrayObject,

@@ -1,7 +1,7 @@
-"""Calling any function, and what functions return that is no Python value.
+"""Calls any function, and wraps the objects that functions return.
 
-Arguments are checked against the function's own signature, packed, and the call is made on
-the device of its tensors.  Objects that come back have methods, which are entries again.
+A call checks its arguments against the function's own signature, packs them, and calls on the
+device of its tensors. Returned objects have methods, which are entries again.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ _NOTHING = contextlib.nullcontext()
 
 
 class Life(Unique):
-    """What a method or function object is called through, until its owner is released."""
+    """The handle through which a method or function object is called, until its owner is
+    released."""
 
     __slots__ = ("_handle",)
 
@@ -56,11 +57,11 @@ class ModuleEntry(Unique):
 
         entry(*args, stream=None, device=None)
 
-    `signature` is the function's own, and arguments are checked against it.  Where it is None
-    the function is called unchecked: values are packed as what they are.
+    `signature` is the function's own, and arguments are checked against it. If it is None,
+    arguments are not checked, and are packed by their Python types.
 
-    Raises `ArgumentError` and `ArgumentTypeError` before anything is run, naming an argument
-    by its number and type, and `KernelError` in the function's own words.
+    Raises `ArgumentError` and `ArgumentTypeError` before the function runs, naming an argument by
+    its number and type, and `KernelError` with the function's message.
     """
 
     def __init__(
@@ -78,12 +79,12 @@ class ModuleEntry(Unique):
         self.name = name
         self._find, self._life, self._home, self._asks = find, life, home, asks
         self._doc = doc
-        # The first argument of a method, which `bound_to` gives and its signature leaves out.
+        # A method's first argument, set by `bound_to` and absent from the signature.
         self._is_method, self._bound = is_method, None
         self._declare(signature)
 
     def bound_to(self, owner: ReflectedObject) -> ModuleEntry:
-        """A method of one object, which is kept alive with it."""
+        """Bind a method to an object, and keep the object alive with it."""
         made = object.__new__(ModuleEntry)
         made.__dict__.update(self.__dict__, _bound=owner, _home=owner.origin.home)
         return made
@@ -97,7 +98,7 @@ class ModuleEntry(Unique):
             if signature is None
             else list(zip(map(packer_of, signature.params), signature.spelled, strict=True))
         )
-        # Of the instance: `help` prints it.
+        # On the instance, for `help`.
         self.__doc__ = f"{self!r}\n\n{self._doc}".rstrip()
 
     @property
@@ -126,10 +127,10 @@ class ModuleEntry(Unique):
         return str(replace(self.signature, name=self.name))
 
     def probe(self) -> Signature:
-        """Ask the function for its signature, and check calls against it from now on.
+        """Ask the function for its signature, and check later calls against it.
 
-        A function that takes any arguments is run by this, with 512 of None, and has no
-        signature to tell: `AbiError`.
+        The question is a call with 512 arguments of None. A typed function refuses the call and
+        reports its signature. A function that accepts any arguments runs, and `AbiError` is raised.
         """
         self._check_alive()
         self._declare(probe(self._find(None)))
@@ -140,12 +141,13 @@ class ModuleEntry(Unique):
         """Call with the arguments of `signature`, in order.
 
         Args:
-            stream: what `fi_ffi.stream` takes; needed where a tensor is on a GPU and no
-                scope is open.
-            device: the GPU of a call none of whose tensors is on one ("cuda:0").
+            stream: a stream as for `fi_ffi.stream`; required if a tensor is on a GPU and no scope
+                is open.
+            device: the GPU of a call without a tensor on a GPU ("cuda:0").
         """
         self._check_alive()
-        # Of no entry, which may keep an object: it may keep a Python function that it is given.
+        # The origin holds no entry: an entry keeps its object, and the callee may keep a Python
+        # function that it was given.
         origin = Origin(self.name, self._home, self._asks)
         arena = CallArena(self.name, functools.partial(adopted, origin=origin))
         try:
@@ -153,7 +155,7 @@ class ModuleEntry(Unique):
             place, needs_stream = _place_of(arena, device, self._home)
             if place is None:
                 return self._invoke(self._find(None), packed, args, arena, None)
-            # A missing stream is told before anything is looked up.
+            # Refuse a missing stream before the entry is looked up.
             on_stream = _stream_of(stream, place, needs_stream, self.name)
             entry = self._find(place.index)
             with cuda.current(place), on_stream or _NOTHING:
@@ -175,13 +177,13 @@ class ModuleEntry(Unique):
             got, expected = f"{len(args)} of them", f"{len(packers)}, for {self!r}"
             raise ArgumentTypeError(self.name, "*args", got=got, expected=expected)
         if self._bound is not None:
-            # Numbered as they are given: the object is not among them.
+            # Numbers in errors count the caller's arguments, without the object.
             packers = packers or [(pack, str(i)) for i in range(len(args))]
             args, packers = (self._bound, *args), [(pack, "self"), *packers]
         try:
             return pack_arguments(args, arena, packers)
         except RecursionError:
-            got, expected = "values inside values without end", "values that C++ can hold"
+            got, expected = "endlessly nested values", "values without cycles"
             raise ArgumentError(self.name, "*args", got=got, expected=expected) from None
 
     def _invoke(
@@ -202,10 +204,10 @@ class ModuleEntry(Unique):
 
 
 def _place_of(arena: CallArena, told: object, home: Device | None) -> tuple[Device | None, bool]:
-    """The GPU of a call, None where it has none, and whether it needs a stream.
+    """Return the GPU of a call, or None, and whether the call needs a stream.
 
-    All tensors on GPUs are on one.  Where none is, `told` says which the call is for, or
-    `home`, where the object was made whose method is called.
+    All tensors on GPUs must be on one. Without any, the GPU is `told`, the call's `device`, or
+    `home`, the GPU on which the method's object was made.
     """
     on_gpu = [(where, desc.device) for where, desc in arena.descs if desc.device.is_cuda]
     is_managed = any(desc.device.type == "cuda_managed" for _, desc in arena.descs)  # of any GPU
@@ -230,7 +232,7 @@ def _place_of(arena: CallArena, told: object, home: Device | None) -> tuple[Devi
 
 
 def _stream_of(stream: object, place: Device, is_needed: bool, op: str) -> stream_context | None:
-    """The stream that is current during a call on a GPU; None where none is given or needed."""
+    """Return a context that makes the stream current during a call on a GPU, or None."""
     if is_needed or stream is not None:
         return stream_context(stream, place, op)
     scope = current_scope()
@@ -240,8 +242,8 @@ def _stream_of(stream: object, place: Device, is_needed: bool, op: str) -> strea
 
 
 class Origin(NamedTuple):
-    """Where an object comes from: who returned it, on which GPU, and whether its methods
-    are known to tell their signatures."""
+    """The origin of an object: the call that returned it, the GPU, and whether its methods report
+    their signatures."""
 
     name: str
     home: Device | None
@@ -249,7 +251,7 @@ class Origin(NamedTuple):
     stream: int | None = None  # of the call, on a GPU
 
     def entry_of(self, function: Function, name: str, life: Life, owner: object) -> ModuleEntry:
-        """A function as an entry, unchecked until it was asked for its signature."""
+        """Make an entry of a function, unchecked until it was asked for its signature."""
         entry = Entry(name, function.safe_call, function.handle, owner)
         return ModuleEntry(
             name, lambda device: entry, None, life=life, home=self.home, asks=self.asks
@@ -257,7 +259,7 @@ class Origin(NamedTuple):
 
 
 def adopted(value: Any, origin: Origin) -> Any:
-    """The result of a call: objects become those of this module."""
+    """Wrap the result of a call: objects become those of this module."""
     if not isinstance(value, Object):
         return value
     index = library.type_index_of(value.handle)
@@ -279,7 +281,7 @@ class ModuleObject(Module):
 
         runner.method("run_moe")(...)  # or runner.run_moe(...)
 
-    It lives as long as it or one of its methods is referred to, or until `release`.
+    It lives while it or one of its methods is referred to, or until `release`.
     """
 
     __slots__ = ("_life", "_methods", "origin")
@@ -291,25 +293,25 @@ class ModuleObject(Module):
 
     @property
     def device(self) -> Device | None:
-        """The GPU it was made on, if its call named one: that of its methods' calls."""
+        """The GPU that the creating call named, or None; the methods' calls use it."""
         return self.origin.home
 
     @property
     def kind(self) -> str:
-        """What its makers call objects of its class."""
+        """The name that the library gives to objects of this class."""
         return str(library_function("ffi.ModuleGetKind")(self))
 
     def release(self) -> None:
-        """Give it back now: its methods cannot be called any more."""
+        """Release the object now; its methods can no longer be called."""
         self._life._handle = None
         super().release()
 
     def method(self, name: str, *, checked: bool | None = None) -> ModuleEntry:
-        """A method by name; `KernelNotFoundError` where it has none of that name.
+        """Return a method by name; raise `KernelNotFoundError` if there is none.
 
-        It is asked for its signature where its library has typed functions, or for
-        `checked=True`.  One that takes any arguments is run by that, with 512 of None, the
-        first time that it is looked up; `checked=False` does not ask.
+        A method is asked for its signature if its library has typed functions, or with
+        `checked=True`. The question is a call with 512 arguments of None, so a method that accepts
+        any arguments runs, at its first lookup. `checked=False` does not ask.
         """
         found = self._methods.get((name, checked))
         if found is None:
@@ -323,8 +325,8 @@ class ModuleObject(Module):
         function = library_function("ffi.ModuleGetFunction")(self, name, False)
         if not isinstance(function, Function):
             raise KernelNotFoundError(f"{self!r} has no method {name!r}")
-        # The entry keeps the function, and its owner by `_life`, without a cycle: what nobody
-        # refers to is released at once.
+        # The entry keeps the function, and its owner by `_life`, without a cycle: an object without
+        # references is released at once.
         made = self.origin.entry_of(function, f"{self.origin.name}().{name}", self._life, function)
         if checked or (checked is None and self.origin.asks):
             with contextlib.nullcontext() if checked else contextlib.suppress(AbiError):
@@ -346,13 +348,13 @@ class ModuleObject(Module):
 
 
 class ReflectedObject(Object):
-    """An object of a type that a library registered: its fields and methods are attributes.
+    """An object of a type that a library registered; its fields and methods are attributes.
 
         matcher.accept_token(5, False)
         point.x = 3.0
 
-    An attribute that Python's side has already (`release`, `handle`, `method`, ...) goes before
-    one of the library's; `field`, `set_field` and `method` reach any by its name.
+    Names that this class already has (`release`, `handle`, `method`, ...) hide the library's.
+    `field`, `set_field` and `method` reach any name.
     """
 
     __slots__ = ("_type", "origin")
@@ -367,25 +369,25 @@ class ReflectedObject(Object):
 
     @property
     def type_key(self) -> str:
-        """The name that its type is registered under."""
+        """The name under which its type is registered."""
         return self._type.key
 
     @property
     def device(self) -> Device | None:
-        """The GPU it was made on, if its call named one: that of its methods' calls."""
+        """The GPU that the creating call named, or None; the methods' calls use it."""
         return self.origin.home
 
     def field(self, name: str) -> Any:
-        """The value of a field, read anew; `AttributeError` where there is none of that name."""
+        """Read the value of a field; raise `AttributeError` if there is none of that name."""
         found = self._member(name, Field)
         value = get_field(self, found, f"{self.type_key}.{name}")
         origin = self.origin._replace(name=f"{self.type_key}.{name}", asks=False)
         return adopted(value, origin)
 
     def set_field(self, name: str, value: object) -> None:
-        """Set a field; `AttributeError` where it is read-only, or there is none of that name.
+        """Set a field; raise `AttributeError` if it is read-only or does not exist.
 
-        The library converts the value, or refuses it: `KernelError`.
+        The library converts the value, or refuses it with a `KernelError`.
         """
         found = self._member(name, Field)
         if found.setter == ffi.NULL:
@@ -393,9 +395,9 @@ class ReflectedObject(Object):
         set_field(self, found, value, f"{self.type_key}.{name}")
 
     def method(self, name: str) -> ModuleEntry:
-        """A method by name; `AttributeError` where there is none.
+        """Return a method by name; raise `AttributeError` if there is none.
 
-        It is checked against its signature where its library tells its types.
+        Calls are checked against the method's signature if its library reports one.
         """
         return method_entry(self._type, self._member(name, Method)).bound_to(self)
 
@@ -408,7 +410,7 @@ class ReflectedObject(Object):
         raise AttributeError(unknown(f"a {self.type_key} has no {what} {name!r}", name, names))
 
     def __getattr__(self, name: str) -> Any:
-        # No protocol asks a library; and `_type` itself is not there before `_begin`.
+        # Python's protocols must not reach the library, and `_type` is unset before `_begin`.
         if name.startswith("__") or name in ReflectedObject.__slots__:
             raise AttributeError(name)
         found = self._type.member(name)
@@ -434,12 +436,13 @@ class ReflectedObject(Object):
 
 
 _Member = TypeVar("_Member", Field, Method)
-# By type and name; a method that was registered anew has another function.
+# By type and name, with the method for which the entry was made: registering again changes it.
 _METHODS: dict[tuple[int, str], tuple[Method, ModuleEntry]] = {}
 
 
 def method_entry(kind: TypeInfo, method: Method) -> ModuleEntry:
-    """A method of any object of a type; it asks for its signature where it is known to have one."""
+    """Return a method of a type's objects as an entry, with its signature if the library reports
+    one."""
     known, made = _METHODS.get((kind.index, method.name), (None, None))
     if made is None or known is not method:
         name = f"{kind.key}.{method.name}"
@@ -448,28 +451,27 @@ def method_entry(kind: TypeInfo, method: Method) -> ModuleEntry:
             name, lambda device: entry, None, doc=method.doc, is_method=not method.is_static
         )
         if method.is_typed:
-            with contextlib.suppress(AbiError):  # of several forms, say
+            with contextlib.suppress(AbiError):  # such as an overloaded method
                 made.probe()
         _METHODS[kind.index, method.name] = method, made
     return made
 
 
 def unknown(what: str, name: object, names: Iterable[str]) -> str:
-    """Say that there is none of a name, with the nearest there are."""
+    """Say that a name does not exist, with the nearest names."""
     near = difflib.get_close_matches(name, [*names]) if isinstance(name, str) else ()
     return f"{what}{'; the nearest: ' if near else ''}{', '.join(near)}"
 
 
 class FunctionObject(Function):
-    """A function that a call returned.  It may take any arguments: it is called unchecked,
-    until `probe` has asked for its signature."""
+    """A function that a call returned, called unchecked until `probe` asks for its signature."""
 
     __slots__ = ("_entry", "_life", "origin")
 
     def _begin(self, origin: Origin) -> None:
         self.origin = origin
         self._life = Life(self._handle)
-        # Without an owner, which would be a cycle: this object has the reference.
+        # No owner, to avoid a reference cycle: this object holds the reference.
         self._entry = origin.entry_of(self, f"{origin.name}()", self._life, None)
 
     @property
@@ -477,7 +479,7 @@ class FunctionObject(Function):
         return self._entry.signature
 
     def probe(self) -> Signature:
-        """Ask for the signature, and check calls against it: `ModuleEntry.probe`."""
+        """Ask for the signature, and check later calls against it, as `ModuleEntry.probe`."""
         return self._entry.probe()
 
     def __call__(self, *args: Any, stream: object = None, device: object = None) -> Any:
@@ -492,7 +494,7 @@ class FunctionObject(Function):
 
 
 class ArrayObject(Array, Sequence[Any]):
-    """A sequence that a call returned, read like a list."""
+    """A sequence that a call returned; read it like a list."""
 
     __slots__ = ("_names", "origin")
 
@@ -522,7 +524,7 @@ class ArrayObject(Array, Sequence[Any]):
 
 
 class MapObject(Object, Mapping[Any, Any]):
-    """A mapping that a call returned, read like a dict."""
+    """A mapping that a call returned; read it like a dict."""
 
     __slots__ = ("_names", "origin")
 
@@ -556,9 +558,9 @@ class MapObject(Object, Mapping[Any, Any]):
 
 
 class TensorObject(Tensor, Exported):
-    """A tensor that a call returned; `desc` is what ops and entries take.
+    """A tensor that a call returned; ops and entries take it, or its `desc`.
 
-    numpy, cupy, torch and others read it in place, and keep its memory with what they make of it.
+    numpy, cupy, torch and others read it in place, and keep its memory alive.
     """
 
     __slots__ = ("_desc", "_held", "origin")
@@ -570,13 +572,13 @@ class TensorObject(Tensor, Exported):
 
     @property
     def desc(self) -> TensorDesc:
-        """Its address and layout, valid until `release`, or as long as this is referred to."""
+        """Its address and layout, valid while this object is referred to, until `release`."""
         _ = self.handle
         return self._desc.at(self._desc.ptr, self)
 
     def _to_export(self) -> tuple[TensorDesc, object, int | None]:
         if self._held is None:
-            # A reference of its own, which `release` leaves to what is exported.
+            # An additional reference, which outlives `release` for the importer.
             handle = self.handle
             library.lib.TVMFFIObjectIncRef(handle)
             held = ffi.cast("TVMFFIObjectHandle", handle)
@@ -596,7 +598,7 @@ class TensorObject(Tensor, Exported):
         return self._desc.device
 
     def tobytes(self) -> bytes:
-        """The bytes of a contiguous tensor in host memory."""
+        """Return the bytes of a contiguous tensor in host memory."""
         desc = self.desc
         if desc.device.type != "cpu" or not desc.is_contiguous:
             expected = "a contiguous tensor on the cpu"

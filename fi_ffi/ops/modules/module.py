@@ -1,4 +1,4 @@
-"""`fi_ffi.module`: the functions of any TVM-FFI library, with no row of ours for them."""
+"""`fi_ffi.module`: calls the functions of any TVM-FFI library that fi_ffi has no row for."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from fi_ffi.loader.fatbin import runs_on
 from fi_ffi.loader.runtime import Loaded
 from fi_ffi.ops.modules.entry import Life, ModuleEntry, Origin
 
-# What a typed function's refusal begins with; its code has the words.
+# The start of a typed function's refusal, a string in its binary.
 _REFUSAL = b"Mismatched number of arguments when calling"
-# Its name in that refusal is a static variable, whose symbol is there unless it was stripped.
+# The function's name in that refusal is a static variable; its symbol exists unless stripped.
 _STATIC = re.compile(rb"_ZZ(\d{1,5})(__tvm_ffi_\w+)")
 
 
@@ -39,23 +39,23 @@ class Named(Unique):
 
     def __init__(self, name: str) -> None:
         self.name = name
-        # It goes on with the kernels it was made with.
+        # The object keeps the kernels it was made with.
         self._loaded: dict[int | None, Loaded] = {None: runtime.load(name)}
 
     def loaded(self, device: int | None) -> Loaded:
-        """The file for a GPU, or any where None is told."""
+        """Return the file for a GPU, or any file for None."""
         found = self._loaded.get(device)
         if found is None:
             found = self._loaded[device] = runtime.load(self.name, device)
         return found
 
     def tells_signatures(self, symbol: str) -> bool:
-        """Whether to ask a function for its signature: FlashInfer's are all typed."""
+        """Whether a function reports its signature: FlashInfer's functions are all typed."""
         return True
 
 
 class AtPath(Unique):
-    """Anybody's library, at a path."""
+    """A library at a path."""
 
     def __init__(self, path: Path) -> None:
         self._loaded = runtime.load_file(path)
@@ -63,7 +63,7 @@ class AtPath(Unique):
         self._able: set[int] = set()
 
     def loaded(self, device: int | None) -> Loaded:
-        """The file, where its code runs on the GPU."""
+        """Return the file; raise if it has no code for the GPU."""
         if device is not None and device not in self._able:
             codes = self._loaded.facts.codes
             verdict = runs_on(codes, machine.capability(device)) if codes else None
@@ -74,29 +74,30 @@ class AtPath(Unique):
         return self._loaded
 
     def tells_signatures(self, symbol: str) -> bool:
-        """Whether a function is known to be typed: asking for a signature runs a packed one."""
+        """Whether a function is known to be typed: the question for a signature runs an untyped
+        one."""
         if (
             library.find_symbol(self._loaded.handle, f"{FUNCTION_PREFIX}_metadata_{symbol}")
             is not None
         ):
             return True
-        if cute_runtime.FILE in self._loaded.facts.needed:  # CuTe DSL makes typed ones alone
+        if cute_runtime.FILE in self._loaded.facts.needed:  # CuTe DSL makes only typed functions
             return True
         has_refusals, typed = self._evidence
         return has_refusals and (not typed or symbol in typed)
 
     @functools.cached_property
     def _evidence(self) -> tuple[bool, set[str]]:
-        """Whether there are typed functions, and their names where the file has them."""
-        # Not closed here: while a Ctrl-C is raised the search still has it, and to close it then
-        # is an error of its own.
+        """Return whether the file has typed functions, and their names if it has those."""
+        # Not closed explicitly: if Ctrl-C interrupts the search, the search still holds the map,
+        # and closing it would raise another error.
         data = mmap.mmap(held.descriptor(self._loaded.file.sha256), 0, access=mmap.ACCESS_READ)
         names = {match[2][: int(match[1])].decode() for match in _STATIC.finditer(data)}
         return data.find(_REFUSAL) >= 0, {name.removeprefix(FUNCTION_PREFIX) for name in names}
 
 
 class Export(Unique):
-    """An exported function of a library, on any GPU that has kernels of it."""
+    """An exported function of a library, on any GPU that the library has code for."""
 
     def __init__(self, source: Named | AtPath, symbol: str) -> None:
         self.source, self.symbol = source, symbol
@@ -110,17 +111,17 @@ class Export(Unique):
         self._find(None)
 
     def entry(self, device: int | None) -> Entry:
-        """The function for a GPU."""
+        """Return the function for a GPU."""
         return self._entries.get(device) or self._find(device)
 
     def signature(self) -> Signature | None:
-        """The function's own signature; asked for once, and None where it has none."""
+        """Ask for the function's own signature, once; None if it has none."""
         loaded, entry = self.source.loaded(None), self.entry(None)
         self._signature = runtime.signature_of(loaded, entry, self.symbol)
         return self._signature
 
     def doc(self) -> str:
-        """What the library says of the function, if it does."""
+        """Return the library's documentation of the function, or ""."""
         handle = self.source.loaded(None).handle
         address = library.find_symbol(handle, f"{FUNCTION_PREFIX}_doc_{self.symbol}")
         if address is None:
@@ -147,24 +148,26 @@ class Export(Unique):
 
 
 def unknown(path: str, symbol: str, functions: list[str]) -> str:
-    """That a library lacks a function, and the nearest it exports."""
+    """Say that a library lacks a function, with the nearest names it exports."""
     near = difflib.get_close_matches(symbol, functions)
     nearest = f"; the nearest: {', '.join(near)}" if near else ""
     return f"{path} exports no {symbol!r}{nearest}; it exports: {', '.join(functions) or 'none'}"
 
 
 class Module(Unique):
-    """The exported functions of a library: `fi_ffi.module` makes it.
+    """The exported functions of a library, made by `fi_ffi.module`.
 
-    norm = fi_ffi.module("norm")
-    norm.entry("rmsnorm")(out, x, weight, 1e-6, False, stream=stream)
-    norm.rmsnorm(out, x, weight, 1e-6, False, stream=stream)  # the same
+        norm = fi_ffi.module("norm")
+        norm.entry("rmsnorm")(out, x, weight, 1e-6, False, stream=stream)
+        norm.rmsnorm(out, x, weight, 1e-6, False, stream=stream)  # the same
+
+    `entry` also reaches a function whose name is an attribute of this class.
     """
 
     def __init__(self, source: Named | AtPath) -> None:
         self._source = source
         self._entries: dict[tuple[str, bool | None], ModuleEntry] = {}
-        # Of the instance: `help` prints it.
+        # On the instance, for `help`.
         self.__doc__ = f"{self!r}\n\n" + "\n".join(self.entries())
 
     @property
@@ -178,23 +181,23 @@ class Module(Unique):
 
     @property
     def version(self) -> str | None:
-        """The version of the kernels it is of, where something tells it."""
+        """The version of the kernels, or None if it is unknown."""
         return self._source.loaded(None).source.version
 
     def entries(self) -> tuple[str, ...]:
-        """The names of the exported functions; nothing is asked of them."""
+        """The names of the exported functions; reading them calls none."""
         return tuple(self._source.loaded(None).facts.functions)
 
     def entry(self, name: str, *, checked: bool | None = None) -> ModuleEntry:
-        """A function by name, its arguments checked against the signature that it tells.
+        """Return a function by name, with arguments checked against the signature that it reports.
 
-        A function tells it by refusing a call with 512 arguments.  One that takes any number
-        of them is run by that, so it is done only where the library is known to have typed
-        functions, or for `checked=True`; otherwise, and for `checked=False`, the function is
-        called unchecked.
+        A typed function reports its signature when it refuses a call with 512 arguments. A function
+        that accepts any number of arguments would run. So the question is asked only if the library
+        is known to have typed functions, or with `checked=True`. Otherwise, and with
+        `checked=False`, the function is called unchecked.
 
-        Raises `KernelNotFoundError` for an unknown name, with those there are, and for
-        `checked=True` `AbiError` where the function has no signature.
+        Raises `KernelNotFoundError` for an unknown name, with the nearest names. With
+        `checked=True`, raises `AbiError` for a function without a signature.
         """
         found = self._entries.get((name, checked))
         if found is None:
@@ -220,7 +223,7 @@ class Module(Unique):
         return ModuleEntry(export.name, export.entry, signature, asks=asks, doc=export.doc())
 
     def _inside(self, name: str) -> ModuleEntry | None:
-        """A function of a module that the library has inside, and does not export itself."""
+        """Return a function of a nested module that the library does not export itself, or None."""
         loaded = self._source.loaded(None)
         if loaded.root is None or name in loaded.facts.functions:
             return None
@@ -231,7 +234,7 @@ class Module(Unique):
         return origin.entry_of(function, f"{self.name}.{name}", Life(function.handle), function)
 
     def signatures(self) -> dict[str, Signature | None]:
-        """The signature of every function, None of those that are called unchecked."""
+        """Return the signature of every function; None for functions that are called unchecked."""
         return {name: self.entry(name).signature for name in self.entries()}
 
     def __getattr__(self, name: str) -> ModuleEntry:
@@ -253,14 +256,12 @@ class Module(Unique):
 
 
 def module(name: str | os.PathLike[str]) -> Module:
-    """A module of the kernels in use by its name, or any TVM-FFI library by its path.
+    """Return a module of the kernels in use by name, or any TVM-FFI library by path.
 
-    A path is a `Path`, or text with a `/` in it or `.so` at its end.  The library stays
-    loaded.
+    A path is a `Path`, or a string with a `/` in it or `.so` at its end.  The library stays loaded.
 
-    Raises `KernelNotFoundError` where there is none, with the nearest names there are and
-    the line that would build it, and `LoaderError` or `ArtifactError` for a file that is no
-    such library.
+    Raises `KernelNotFoundError` with the nearest names and the command that builds the module, and
+    `LoaderError` or `ArtifactError` for a file that is not such a library.
     """
     if isinstance(name, os.PathLike):
         return Module(AtPath(Path(name)))

@@ -1,7 +1,6 @@
-"""`fi_ffi.function` and `fi_ffi.object_type`: what libraries register instead of exporting.
+"""`fi_ffi.function` and `fi_ffi.object_type`: functions and types that libraries register.
 
-A library registers while it is loaded: `fi_ffi.module(path)` loads it, also one that exports
-nothing.
+A library registers while it is loaded: `fi_ffi.module(path)` loads it, even if it exports nothing.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ _LOAD = "fi_ffi.module(path) loads a library, which registers its own"
 
 
 def function(name: str, *, checked: bool | None = None) -> ModuleEntry:
-    """A function of libtvm_ffi's global table, where libraries register them by name.
+    """Return a function that a library has registered by name with libtvm_ffi.
 
-    It is called like a module's entry, and its arguments are checked against its signature
-    where its library tells its types.  `checked=True` asks a function that does not: one that
-    takes any number of arguments is run by that, with 512 of None.  `checked=False` does not ask.
+    Call it like an entry of a module.  If its library tells the types of its arguments, they are
+    checked.  `checked=True` asks any other function for its signature; a function that takes any
+    number of arguments is run by the question, with 512 of None.  `checked=False` does not ask.
 
-    Raises `KernelNotFoundError` where there is none of that name, with the nearest there are, and
-    for `checked=True` `AbiError` where it has no signature.
+    Raises `KernelNotFoundError` with the nearest names and, for `checked=True`, `AbiError` if the
+    function has no signature.
     """
     _check_name("function", name)
     runtime.ensure_tvm_ffi()
@@ -58,23 +57,23 @@ def function(name: str, *, checked: bool | None = None) -> ModuleEntry:
 
 
 def functions(prefix: str = "") -> tuple[str, ...]:
-    """The names in libtvm_ffi's global table that begin with `prefix`, in order."""
+    """Return the names of the registered functions that begin with `prefix`, in order."""
     _check_name("functions", prefix)
     runtime.ensure_tvm_ffi()
     return tuple(sorted(name for name in global_names() if name.startswith(prefix)))
 
 
 def object_types(prefix: str = "") -> tuple[str, ...]:
-    """The names of the registered types of objects that begin with `prefix`, in order."""
+    """Return the names of the registered types of objects that begin with `prefix`, in order."""
     _check_name("object_types", prefix)
     runtime.ensure_tvm_ffi()
     return tuple(sorted(name for name in registered_types() if name.startswith(prefix)))
 
 
 def object_type(key: str) -> ObjectType:
-    """A type of objects that a library registered, by its name.
+    """Return a type of objects that a library has registered by name.
 
-    Raises `KernelNotFoundError` where there is none of that name, with the nearest there are.
+    Raises `KernelNotFoundError` with the nearest names.
     """
     _check_name("object_type", key)
     runtime.ensure_tvm_ffi()
@@ -93,10 +92,12 @@ def _check_name(op: str, name: object) -> None:
 
 
 class ObjectType(Unique):
-    """A registered type: called, it makes an object; its static methods are attributes.
+    """A registered type: call it to make an object; its static methods are attributes.
 
-    Grammar = fi_ffi.object_type("xgrammar.tvm_ffi_binding.Grammar")
-    grammar = Grammar.from_regex("[0-9]+", False)
+        Grammar = fi_ffi.object_type("xgrammar.tvm_ffi_binding.Grammar")
+        grammar = Grammar.from_regex("[0-9]+", False)
+
+    `method` also reaches a static method whose name is an attribute of this class.
     """
 
     __slots__ = ("_info",)
@@ -106,7 +107,7 @@ class ObjectType(Unique):
 
     @property
     def key(self) -> str:
-        """The name that it is registered under."""
+        """The name under which it is registered."""
         return self._info.key
 
     @property
@@ -116,7 +117,7 @@ class ObjectType(Unique):
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The names of its methods, static ones too."""
+        """The names of its methods, including static ones."""
         return self._names(Method)
 
     def _names(self, kind: type) -> tuple[str, ...]:
@@ -124,10 +125,11 @@ class ObjectType(Unique):
         return tuple(name for name, member in members if isinstance(member, kind))
 
     def __call__(self, *args: Any, stream: object = None, device: object = None, **by: Any) -> Any:
-        """Make an object by the type's own constructor.
+        """Make an object with the type's own constructor.
 
-        `by` are values by the names of fields, for a type whose constructor was made of them.
-        Raises `KernelNotFoundError` for a type that has none, and as an entry does.
+        `by` has values by field name, for a type whose constructor is generated from its fields.
+        Raises `KernelNotFoundError` for a type without a constructor, and otherwise as an entry
+        does.
         """
         made = self._info.constructor()
         if made is None:
@@ -137,7 +139,7 @@ class ObjectType(Unique):
         return method_entry(self._info, made)(*args, stream=stream, device=device)
 
     def method(self, name: str) -> ModuleEntry:
-        """A static method by name; `AttributeError` where there is none."""
+        """Return a static method by name; raise `AttributeError` if there is none."""
         found = self._info.member(name) if isinstance(name, str) else None
         if isinstance(found, Method) and found.is_static:
             return method_entry(self._info, found)

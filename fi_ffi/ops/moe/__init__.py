@@ -1,4 +1,4 @@
-"""Mixture of experts: `cutlass_fused_moe`, `FusedMoe`, and what prepares 4-bit weights for them."""
+"""Mixtures of experts: `cutlass_fused_moe`, `FusedMoe`, and functions for 4-bit weights."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ __all__ = [
 
 
 def forget() -> None:
-    """Drop what was learnt from earlier calls, after the source of kernels changed."""
+    """Drop cached objects, after the source of kernels changed."""
     fused.forget()
     lora.forget()

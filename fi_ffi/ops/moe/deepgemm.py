@@ -1,8 +1,7 @@
-"""What the module's fp8 block-scale kernels need of the machine.
+"""DeepGEMM's headers and compiler for the fp8 block-scale kernels.
 
-They come twice: compiled into the module, and as DeepGEMM's, which the module compiles when it
-is called, with nvcc, once it has been told where DeepGEMM's headers are.  Without that the
-first are used.
+The module has such kernels compiled in. It can also compile DeepGEMM's when it is called, with
+nvcc, once it knows the path of DeepGEMM's headers.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from fi_ffi.ops.moe.interface import MODULE, SET_INCLUDE_DIRS
 
 _COMPILER = "TRTLLM_DG_NVCC_COMPILER"
 _HEADER = "deep_gemm/fp8_gemm_impl.cuh"
-# The module gives nvcc's command to a shell, and quotes nothing.
+# The module passes nvcc's command to a shell without quoting.
 _PLAIN, _WORDS = re.compile(r"[\w./+-]+", re.ASCII), "a path of letters, digits and ./_+- alone"
 
 
 def compiler() -> str | None:
-    """The nvcc that the module would run; None where there is none."""
+    """Return the nvcc that the module would run, or None."""
     chosen = os.environ.get(_COMPILER)
     if chosen is None and os.environ.get("CUDA_HOME"):
         chosen = str(Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc")
@@ -37,18 +36,18 @@ def compiler() -> str | None:
 def set_deepgemm_jit_include_dirs(
     include_dirs: Sequence[str | os.PathLike[str]], device: object = "cuda:0"
 ) -> None:
-    """Have fp8 block-scale calls run DeepGEMM's kernels, compiled when they are first needed.
+    """Run DeepGEMM's kernels for fp8 block-scale calls, and compile them at first use.
 
-    Otherwise the module's own are run, which need no compiler.  Each new combination of sizes
-    costs seconds of nvcc inside the call; TRTLLM_DG_CACHE_DIR keeps what was compiled.
+    By default the module's own kernels run, which need no compiler. Each new combination of sizes
+    costs seconds of nvcc inside the call; the directory TRTLLM_DG_CACHE_DIR caches the results.
 
     Args:
-        include_dirs: where `deep_gemm/` is: flashinfer-python's
-            `flashinfer/data/csrc/nv_internal/tensorrt_llm`.  None of them (`[]`) goes back to
-            the module's own kernels.
-        device: whose module.
+        include_dirs: paths of directories that contain `deep_gemm/`: in flashinfer-python
+            `flashinfer/data/csrc/nv_internal/tensorrt_llm`. An empty list restores the module's own
+            kernels.
+        device: the device whose module is set up.
 
-    Raises `ArgumentError` where the headers are not there, `LoaderError` where nvcc is not.
+    Raises `ArgumentError` if the headers are missing, and `LoaderError` if nvcc is.
     """
     op = "set_deepgemm_jit_include_dirs"
     if isinstance(include_dirs, (str, bytes, os.PathLike)) or not isinstance(

@@ -1,5 +1,5 @@
-"""`FusedMoe`: mixtures of experts of one quantisation, on one device; `cutlass_fused_moe` calls
-the one for its dtypes, flags and device."""
+"""`FusedMoe`, mixtures of experts in one quantisation on one device, and `cutlass_fused_moe`, which
+picks the `FusedMoe` for its dtypes, flags and device."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ if TYPE_CHECKING:
     from fi_ffi.ops.capability.judgement import Support
 
 _OP = "cutlass_fused_moe"
-# Which of alpha, beta and limit an activation takes.
+# The `swiglu_` tensors that an activation takes.
 _LIMITS = {"Swiglu": SWIGLU, "SwigluBias": SWIGLU, "SwigluStep": SWIGLU[2:]}
 
 
 class Tactics(NamedTuple):
-    """How many ways there are to run each of the two multiplications."""
+    """The number of tactics for each of the two multiplications."""
 
     gemm1: int
     gemm2: int
@@ -60,15 +60,15 @@ class Tactics(NamedTuple):
 
 @functools.cache
 def _pair(first: int, second: int) -> tuple[Array, int]:
-    """An Array of two ints, and its address."""
+    """Return an Array of two ints, and its address."""
     array = make_array([first, second])
     return array, int(ffi.cast("uintptr_t", array.handle))
 
 
 def _activation(op: str, value: object) -> str:
-    """An activation's name: of a str, or of FlashInfer's `ActivationType`.
+    """Return an activation's name, from a str or FlashInfer's `ActivationType`.
 
-    Their numbers are others in other releases, so a plain int is none.
+    A plain int is refused: the numbers differ between releases.
     """
     name = value if isinstance(value, str) else getattr(value, "name", None)
     if isinstance(name, str) and name in ACTIVATIONS:
@@ -80,16 +80,16 @@ def _activation(op: str, value: object) -> str:
 
 
 def _flags(op: str, *asked: object) -> frozenset[str]:
-    """The flags that are on."""
+    """Return the flags that are on."""
     given = zip(FLAGS, asked, strict=True)
     return frozenset([name for name, value in given if check_flag(op, name, value)])
 
 
 def _with_limits(op: str, name: str, *tensors: object) -> str:
-    """The activation that serves one with these `swiglu_` tensors; raises where it takes none.
+    """Return the activation to use with these `swiglu_` tensors; raise if it takes none of them.
 
-    `Swiglu` with any of them is `SwigluBias`: said here, because releases before 0.6.13 do not
-    see it for `swiglu_limit` with every other activation.
+    `Swiglu` with any of them becomes `SwigluBias` here: releases before 0.6.13 do that themselves,
+    but overlook `swiglu_limit` with all other activations.
     """
     taken = _LIMITS.get(name, ())
     for argument, tensor in zip(SWIGLU, tensors, strict=True):
@@ -100,28 +100,30 @@ def _with_limits(op: str, name: str, *tensors: object) -> str:
 
 
 class FusedMoe:
-    """Mixtures of experts of one quantisation, on one device.
+    """A mixture of experts in one quantisation, on one device; call it like `cutlass_fused_moe`.
 
     Args:
-        activation_dtype: of `input`.
-        weight_dtype: of both weights; the activations' where it is None.
-        output_dtype: of `output`; the activations' where it is None.
+        activation_dtype: dtype of `input`.
+        weight_dtype: dtype of both weights; by default that of the activations.
+        output_dtype: dtype of `output`; by default that of the activations.
         device: "cuda:0", ..., or "cpu", where numpy computes the same.
-        use_deepseek_fp8_block_scale: bfloat16 activations, fp8 weights with a scale for every
-            128 by 128 of them.
-        use_w4_group_scaling: weights of 4 bits, two in a uint8: MXFP4, or with
-            `use_packed_weights` int4, for which activations are quantised to fp8.
-        use_mxfp8_act_scaling: float8_e4m3fn activations with a scale for every 32 of a row, and
-            weights of MXFP4 (int64) or MXFP8.
+        use_deepseek_fp8_block_scale: bfloat16 activations, and fp8 weights with a scale for each
+            block of 128 by 128.
+        use_w4_group_scaling: 4-bit weights, two in a uint8: MXFP4, or with `use_packed_weights`
+            int4. Activations are quantised to fp8 for int4.
+        use_mxfp8_act_scaling: float8_e4m3fn activations with a scale for each 32 elements of a row,
+            and weights of MXFP4 (int64) or MXFP8.
+        use_packed_weights: int4 weights, with `use_w4_group_scaling`.
 
-    Of int64 are NVFP4 and MXFP4 weights, 16 numbers in each; with uint8 or int64 activations
-    these come as NVFP4 too.  They are for Blackwell, built and never run.
+    int64 weights are NVFP4 or MXFP4, 16 values in each; uint8 and int64 activations are NVFP4.
+    These modes are for Blackwell: they are compiled, but have never run on a GPU.
 
-    docs/moe.md has the modes, and what weights and scales have to look like.  Its calls may be
-    made from several threads; the kernels' own object makes them one after the other.
+    docs/moe.md describes the modes and their weights and scales. Several threads may call one
+    object; the kernels' own object serialises the calls.
 
-    Raises `ArgumentError` and `ArgumentTypeError`.  Kernels are looked for with the first call,
-    which raises `ArchitectureError` for a GPU that the mode is not for.
+    Raises `ArgumentError` and `ArgumentTypeError`. The first call looks for kernels; it raises
+    `ArchitectureError` for a GPU without kernels for the mode, and `KernelNotFoundError` if there
+    are none.
     """
 
     def __init__(
@@ -150,17 +152,17 @@ class FusedMoe:
         self.device: Device = parse_device(device, op=op)
         if self.device.type not in ("cpu", "cuda"):
             raise ArgumentError(op, "device", got=self.device, expected="cpu or a CUDA device")
-        # Of activations, weights and results.
+        # The dtypes of activations, weights and results.
         self.dtypes = (act, weight, output)
-        # The compiled calls of the kernels' profiler, by whether the activation has a gate, and
-        # what was found, by all that it is told.
+        # The profiler's compiled calls, by whether the activation is gated; and results, by all
+        # arguments that matter.
         self._profiling: dict[bool, CompiledRow] = {}
         self._profiles: dict[object, Profile] = {}
-        self._profile_lock = threading.Lock()  # one at a time: they would be in each other's way
+        self._profile_lock = threading.Lock()  # concurrent profiles would disturb each other
         self._lock = threading.Lock()
         self._runner: Runner | None = None
         self._tactics: Tactics | None = None
-        # Calls by whether the activation has a gate, and the forms of the scales.
+        # Compiled calls, by whether the activation is gated and by the forms of the scales.
         self._calls: dict[tuple[bool, tuple[int, ...]], CompiledRow] = {}
         self._numbers: dict[str, int] = {}
 
@@ -168,12 +170,12 @@ class FusedMoe:
         return f"<fi_ffi FusedMoe {self.mode.name} ({', '.join(self.dtypes)}) on {self.device}>"
 
     def make_runner(self) -> Runner:
-        """Make another object of the kernels, whose allocations are its own."""
+        """Make a new kernel object, with allocations of its own."""
         return make_runner(self._op, self.mode, self.dtypes, self.device)
 
     @property
     def runner(self) -> Runner:
-        """The object of the kernels, made once."""
+        """The kernel object, made on first use."""
         if self._runner is None:
             with self._lock:
                 if self._runner is None:
@@ -182,7 +184,7 @@ class FusedMoe:
 
     @property
     def interface(self) -> Interface:
-        """The interface of its kernels; on the CPU, that of the default release."""
+        """The interface of the kernels in use; on the CPU, that of the default release."""
         return self.runner.interface if self.has_kernels else of_release(None)
 
     @property
@@ -192,13 +194,14 @@ class FusedMoe:
 
     @property
     def tactics(self) -> Tactics:
-        """How many tactics there are, of which `profile_ids` names two; one of each on the CPU."""
+        """The number of tactics of each multiplication, from which `profile_ids` chooses; (1, 1) on
+        the CPU."""
         if self._tactics is None:
             self._tactics = Tactics(*(self.runner.counts() if self.has_kernels else (1, 1)))
         return self._tactics
 
     def number_of(self, op: str, activation: str) -> int:
-        """The number of an activation in the release of its kernels."""
+        """Return the number of an activation in the release of the kernels."""
         if not self._numbers:
             release = self.runner.release_in_use if self.has_kernels else None
             has_gateless = release is None or is_in(release, self.mode.gateless)
@@ -242,7 +245,8 @@ class FusedMoe:
         swizzled_input_sf: bool = True,
         stream: object = None,
     ) -> None:
-        """Compute; the arguments are those of `cutlass_fused_moe`."""
+        """Run the layer on `stream`. The arguments are those of `cutlass_fused_moe`, and so are the
+        errors."""
         op = self._op
         compiled, values = self._fill(
             output, input, token_selected_experts, token_final_scales, fc1_expert_weights,
@@ -255,20 +259,19 @@ class FusedMoe:
         except KernelError as error:
             if self.device.is_cuda or error.kind != "ValueError":
                 raise
-            # The CPU's reference looks at the experts; on a GPU nobody can.
+            # The CPU's reference checks the experts; on a GPU they cannot be read before the call.
             name, expected = "token_selected_experts", "distinct experts for each token"
             raise ArgumentError(op, name, got=error.message, expected=expected) from None
 
     def prepare(self, *args: Any, **kwargs: Any) -> Prepared:
-        """A call with these arguments that is packed once, to be launched many times: see
-        `fi_ffi.prepare`."""
+        """Pack a call with these arguments, to launch it many times: see `fi_ffi.prepare`."""
         given = given_by_name(self.__call__, self._op, args, kwargs)
         compiled, values = self._fill(**given, is_launched=False)
         return prepare_row(compiled, given["stream"], *values)
 
     @classmethod
     def supports(cls, sm: Any = None, **asked: Any) -> Support:
-        """Whether one can be made for a GPU (`sm=90`): see `Op.supports`, which takes the same."""
+        """Ask whether one can be made for a GPU (`sm=90`), with the arguments of `Op.supports`."""
         from fi_ffi.ops.capability.matrix import judge_call
 
         return judge_call(cls.__name__, sm, **asked)
@@ -281,7 +284,7 @@ class FusedMoe:
         ep_rank: Any, enable_alltoall: Any, activation_type: Any, profile_ids: Any,
         enable_pdl: Any, swizzled_input_sf: Any, stream: object, is_launched: bool = True,
     ) -> tuple[CompiledRow, tuple[Any, ...]]:  # fmt: skip
-        """The compiled row of a call, and what it is given."""
+        """Return the compiled row of a call, and its arguments."""
         op, x = self._op, as_desc(input, self._op, "input")
         if x.device is not self.device:
             raise ArgumentError(op, "input", got=x.device, expected=self.device)
@@ -294,12 +297,16 @@ class FusedMoe:
         compiled = self._calls.get(key)
         if compiled is None:
             if is_launched:
-                handle_for(stream, self.device, op)  # a missing one is told first
+                handle_for(stream, self.device, op)  # refuse a missing stream before loading
             compiled = self._add_call(key)
         number = self._numbers.get(activation)
         if number is None:
             number = self.number_of(op, activation)
-        ids = 0 if profile_ids is None else self._ids(op, profile_ids)
+        ids = 0
+        if profile_ids is not None:
+            fc1_expert_weights = as_desc(fc1_expert_weights, op, "fc1_expert_weights")
+            fc2_expert_weights = as_desc(fc2_expert_weights, op, "fc2_expert_weights")
+            ids = self._ids(op, profile_ids, fc1_expert_weights, fc2_expert_weights)
         order = self._order(op, swizzled_input_sf) if sf else ()
         return compiled, (
             output, x, token_selected_experts, token_final_scales, fc1_expert_weights,
@@ -309,7 +316,8 @@ class FusedMoe:
         )  # fmt: skip
 
     def _order(self, op: str, is_swizzled: object) -> tuple[object, ...]:
-        """What the kernels are told of the order of `input_sf`: nothing, where they have one."""
+        """Return the argument for the order of `input_sf`, or nothing for kernels with a fixed
+        order."""
         if "swizzled_input_sf" in self.interface.methods["run_moe"].names:
             return (is_swizzled,)
         if not check_flag(op, "swizzled_input_sf", is_swizzled):
@@ -321,7 +329,7 @@ class FusedMoe:
         return ()
 
     def _input_sf(self, op: str, given: Any, is_swizzled: object) -> list[TensorDesc]:
-        """The scales of `input` in a list, which is empty where the mode has none."""
+        """Return the scales of `input` in a list; an empty list if the mode has none."""
         if self.mode.input_sf is None:
             if given is not None:
                 expected = f"None with {self.mode.about}"
@@ -357,12 +365,12 @@ class FusedMoe:
     def _find_entry(self, row: Row, device: Device) -> Entry:
         return self.runner.entry(row.signature) if self.has_kernels else entry_for(row, device)
 
-    def _ids(self, op: str, value: object) -> int:
-        """The address of an Array of two tactics, each counted from 0, as the release numbers them;
-        -1 is the kernel's own choice.
+    def _ids(self, op: str, value: object, *weights: TensorDesc) -> int:
+        """Return the address of an Array of two tactics, numbered as the release numbers them.
 
-        Before 0.6.15 a number of GEMM2's that its own count does not exceed is taken as counted
-        from 0, even where it was meant to follow GEMM1's; later all follow GEMM1's.
+        Each given tactic counts from 0; -1 is the kernels' own choice. GEMM2's tactics are numbered
+        after GEMM1's. Before 0.6.15, a GEMM2 number that is within its own count is taken as
+        counted from 0.
         """
         name, counts = "profile_ids", self.tactics
         if not isinstance(value, (tuple, list)):
@@ -373,9 +381,15 @@ class FusedMoe:
         if first >= counts.gemm1 or second >= counts.gemm2:
             expected = f"from -1 to {counts.gemm1 - 1} and from -1 to {counts.gemm2 - 1}"
             raise ArgumentError(op, name, got=(first, second), expected=expected)
-        if second >= 0 and self.interface.absolute_ids:
-            second += counts.gemm1
-        return _pair(first, second)[1]
+        last = second + counts.gemm1 if second >= 0 else second
+        for gemm, tactic, weight in zip((1, 2), (first, last), weights, strict=True):
+            if tactic >= 0 and self.has_kernels and weight.kind.rank == 3:
+                _, rows, columns = weight.shape
+                serving = self.runner.serving(gemm, rows, columns * self.mode.pack)
+                if serving is not None and tactic not in serving:
+                    expected = "tactics whose tiles divide these weights, as `profile` finds them"
+                    raise ArgumentError(op, name, got=(first, second), expected=expected)
+        return _pair(first, last if self.interface.absolute_ids else second)[1]
 
     def profile(
         self,
@@ -396,13 +410,22 @@ class FusedMoe:
         repeats: int = 10,
         stream: object = None,
     ) -> Profile:
-        """Run every tactic for calls of this size and find the fastest: its `profile_ids`.
+        """Time every tactic for calls of this size; pass the result's `profile_ids` to calls.
 
-        Of `input` only the shape counts: the kernels' profiler makes tokens and routings of its
-        own, and its memory, which is given back.  The weights are read.  It waits for the
-        stream, and is done once for a size.  DeepSeek's block scales leave nothing to choose.
+        The kernels' profiler generates tokens and routings, so only the shape of `input` matters;
+        it reads the weights. It allocates device memory, and frees it at the end. The call waits
+        for the stream. Results are cached for each size. DeepSeek's block scales have only one
+        tactic.
 
-        Raises what calls raise, and `ArgumentError` while the stream records a graph.
+        Args:
+            input, fc1_expert_weights, fc2_expert_weights, fc1_expert_biases, fc2_expert_biases: as
+                in `cutlass_fused_moe`.
+            top_k: experts of each token.
+            repeats: timed runs of each tactic.
+            others: as in `cutlass_fused_moe`.
+
+        Returns a `Profile`: `profile_ids`, and the milliseconds of each tactic in `gemm1` and
+        `gemm2`. Raises what calls raise, and `ArgumentError` while the stream records a graph.
         """
         op = "FusedMoe.profile"
         activation = _activation(op, activation_type)
@@ -427,6 +450,8 @@ class FusedMoe:
         if compiled is None:
             compiled = self._profiling.setdefault(is_gated, CompiledRow(row, op=op))
         descs, sizes = compiled.check(**given)
+        hidden, inter = sizes["hidden_size"], sizes["inter_size"]
+        shapes = ((2 * inter if is_gated else inter, hidden), (hidden, inter))
         if not self.has_kernels or not self.mode.has_tactics:
             return Profile((profile.DEFAULT, profile.DEFAULT), (), ())
         release = self.runner.release_in_use
@@ -440,7 +465,7 @@ class FusedMoe:
         with self._profile_lock:
             if key not in self._profiles:
                 self._profiles[key] = profile.measure(
-                    self.make_runner, compiled, given, self.device, repeats, stream
+                    self.make_runner, compiled, given, self.device, repeats, stream, shapes
                 )
             return self._profiles[key]
 
@@ -458,10 +483,10 @@ class FusedMoe:
         ep_rank: int = 0,
         activation_type: object = "Swiglu",
     ) -> int:
-        """Bytes that a call takes from the device's pool while it runs; 0 on the CPU.
+        """Return the bytes that a call takes from the device's pool while it runs; 0 on the CPU.
 
-        `num_experts` are those of all ranks.  Raises `KernelNotFoundError` for releases before
-        0.6.16, which do not tell.
+        `num_experts` counts the experts of all ranks. Raises `KernelNotFoundError` for releases
+        before 0.6.16, which do not report the size.
         """
         op = "FusedMoe.workspace_size"
         given = {
@@ -478,7 +503,7 @@ class FusedMoe:
             return 0
         if not self.runner.has("get_workspace_size"):
             releases = self.runner.interface.releases
-            raise KernelNotFoundError(f"{op}: {MODULE} of FlashInfer {releases} does not tell it")
+            raise KernelNotFoundError(f"{op}: {MODULE} of FlashInfer {releases} does not report it")
         names = ("num_rows", "hidden_size", "inter_size", "num_experts_total", "experts_per_token")
         return self.runner.ask(
             "get_workspace_size", **dict(zip(names, sizes, strict=True)), **ranks,
@@ -490,7 +515,7 @@ _made: dict[tuple[object, ...], FusedMoe] = {}
 
 
 def forget() -> None:
-    """Drop the runners, after the source of kernels changed."""
+    """Drop the kernel objects, after the source of kernels changed."""
     weights.forget()
     _made.clear()
 
@@ -532,39 +557,42 @@ def cutlass_fused_moe(
     swizzled_input_sf: bool = True,
     stream: object = None,
 ) -> None:
-    """A layer of experts: route each token to its experts, and sum what they make of it.
+    """A layer of experts: send each token to its experts and sum their weighted results.
 
     Args:
         output: [tokens, hidden], written.
-        input: [tokens, hidden]; of NVFP4, [tokens, hidden / 2] uint8 or [tokens, hidden / 16]
+        input: [tokens, hidden]; for NVFP4 [tokens, hidden / 2] uint8 or [tokens, hidden / 16]
             int64.
-        token_selected_experts: [tokens, top_k] int32, distinct for each token.  One that is not
-            of this rank adds nothing.
+        token_selected_experts: [tokens, top_k] int32, distinct for each token. An expert of another
+            rank adds nothing.
         token_final_scales: [tokens, top_k] float32; None is 1 for each.
-        fc1_expert_weights: [experts, rows, hidden]; with a gated activation rows are twice the
-            intermediate size: first what is multiplied, then the gate.
-        fc2_expert_weights: [experts, hidden, inter].  4-bit weights are two in a byte: of uint8
-            and interleaved for Hopper, 16 in an int64 for Blackwell.
-        output_dtype: of `output`, which is compared with it; None takes what `output` has.
-        quant_scales: a list of tensors, as the mode has it (docs/moe.md).
-        fc1_expert_biases, fc2_expert_biases: [experts, rows], [experts, hidden] of the output's
-            dtype; both or neither.  The second is added on tp_rank 0 only.
-        input_sf: the scales of NVFP4 and MXFP8 activations, as `fp4_quantize` and
-            `mxfp8_quantize` write them: in tiles of 128 rows and 4 columns.  uint8, or
-            float8_e4m3fn of NVFP4 and float8_e8m0fnu of MXFP8.
+        fc1_expert_weights: [experts, rows, hidden]. For a gated activation, `rows` is twice the
+            intermediate size: first the linear half, then the gate.
+        fc2_expert_weights: [experts, hidden, inter]. 4-bit weights for Hopper are uint8, two values
+            each, and interleaved; for Blackwell int64, 16 values each.
+        output_dtype: the expected dtype of `output`; None accepts any.
+        quant_scales: a list of tensors that depends on the mode (docs/moe.md).
+        fc1_expert_biases, fc2_expert_biases: [experts, rows] and [experts, hidden] of the output's
+            dtype; both or neither. The second is added on tp_rank 0 only.
+        input_sf: the scales of NVFP4 and MXFP8 activations, as `fp4_quantize` and `mxfp8_quantize`
+            write them: in tiles of 128 rows and 4 columns. uint8, or for NVFP4 float8_e4m3fn and
+            for MXFP8 float8_e8m0fnu.
         swiglu_alpha, swiglu_beta, swiglu_limit: [experts] float32.
-        tp_size, tp_rank, ep_size, ep_rank: which part of the whole the weights are.
-        enable_alltoall: leave rows of tokens alone that have no expert of this rank.
-        activation_type: "Swiglu", "Geglu", "SwigluBias", "SwigluStep", "GegluTanh", "Gelu",
-            "Relu", "Silu", "Relu2", "Identity", or FlashInfer's `ActivationType`.
-        profile_ids: tactics of both multiplications, from `FusedMoe.profile`; None is the
+        tp_size, tp_rank, ep_size, ep_rank: the part of the whole layer that the weights are.
+        enable_alltoall: do not write rows of tokens without an expert of this rank.
+        activation_type: "Swiglu", "Geglu", "SwigluBias", "SwigluStep", "GegluTanh", "Gelu", "Relu",
+            "Silu", "Relu2", "Identity", or FlashInfer's `ActivationType`.
+        profile_ids: the tactics of both multiplications, from `FusedMoe.profile`; None is the
             kernels' own choice.
-        swizzled_input_sf: False where `input_sf` is in rows, each of a multiple of 4 scales.
-        flags: as in `FusedMoe`.
+        swizzled_input_sf: False if `input_sf` is in rows, each of a multiple of 4 scales.
+        use_deepseek_fp8_block_scale, use_w4_group_scaling, use_mxfp8_act_scaling,
+            use_packed_weights: as in `FusedMoe`.
 
-    The workspace comes from the device's pool, in the stream's order, while the call runs.
+    While it runs, the call takes a workspace from the device's pool, in stream order.
 
-    Raises `ArgumentError` and `ArgumentTypeError` before anything is launched.
+    Raises `ArgumentError` and `ArgumentTypeError` before anything is launched, `ArchitectureError`
+    for a GPU that the mode is not for, and `KernelNotFoundError` if the kernels in use lack the
+    mode.
     Upstream: flashinfer/fused_moe/core.py, csrc/fused_moe/cutlass_backend.
     """
     moe, given = _moe_of(
@@ -588,7 +616,7 @@ def _moe_of(
     use_deepseek_fp8_block_scale: bool, use_w4_group_scaling: bool, use_mxfp8_act_scaling: bool,
     use_packed_weights: bool, **others: Any,
 ) -> tuple[FusedMoe, dict[str, Any]]:  # fmt: skip
-    """The `FusedMoe` of a call, and what that is called with."""
+    """Return the `FusedMoe` of a call, and the arguments for it."""
     flags = _flags(
         _OP, use_deepseek_fp8_block_scale, use_w4_group_scaling, use_mxfp8_act_scaling,
         use_packed_weights,
@@ -606,12 +634,12 @@ def _moe_of(
 def _moe_for(
     x: TensorDesc, weights: TensorDesc, out: TensorDesc, flags: frozenset[str]
 ) -> FusedMoe:
-    """The `FusedMoe` for these dtypes and flags on this device, made once."""
+    """Return the `FusedMoe` for these dtypes, flags and device, made once."""
     key = (x.device, x.dtype, weights.dtype, out.dtype, flags)
     moe = _made.get(key)
     if moe is None:
         dtypes = (x.dtype.name, weights.dtype.name, out.dtype.name)
-        # Refused here, errors name the arguments of the call.
+        # Check here first, so that errors name the arguments of the call.
         mode_of(_OP, *dtypes, flags, ("input", "fc1_expert_weights", "output"))
         made = FusedMoe(*dtypes, device=x.device, **dict.fromkeys(flags, True))
         made._op = _OP

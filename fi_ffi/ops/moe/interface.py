@@ -1,8 +1,8 @@
-"""What the functions of `fused_moe_90` take in each of FlashInfer's releases, and its object.
+"""The functions of `fused_moe_90` in each FlashInfer release, and the object that they make.
 
-Blackwell's modules are the same sources, compiled for other GPUs.  The binding is
+Blackwell's modules are the same sources compiled for other GPUs. The binding is
 `csrc/fused_moe/cutlass_backend/flashinfer_cutlass_fused_moe_binding.cu`: `init` makes an object
-whose methods are the kernels.  `tests/releases/test_moe.py` compares every interface with the
+whose methods are the kernels. `tests/releases/test_moe.py` compares every interface with the
 sources; a binary's own signatures are compared when it is loaded.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fi_ffi.abi.function import array_values
 from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.tensor import DTYPES, Device
 from fi_ffi.errors import ArchitectureError, KernelNotFoundError
@@ -27,19 +28,19 @@ if TYPE_CHECKING:
     from fi_ffi.ops.moe.modes import Mode
 
 MODULE = "fused_moe_90"
-# Those of other GPUs, by compute capability.
+# The modules of other GPUs, by compute capability.
 MODULES = {
     (10, 0): "fused_moe_100", (10, 3): "fused_moe_103", (11, 0): "fused_moe_100",
     (12, 0): "fused_moe_120", (12, 1): "fused_moe_120",
 }  # fmt: skip
 SOURCE = "csrc/fused_moe/cutlass_backend/flashinfer_cutlass_fused_moe_binding.cu"
 _CAPABILITIES = ((9, 0), *MODULES)
-# What `init` is told of a quantisation.
+# The flags of `init` that select a quantisation.
 FLAGS = (
     "use_deepseek_fp8_block_scale", "use_w4_group_scaling", "use_mxfp8_act_scaling",
     "use_packed_weights",
 )  # fmt: skip
-# What a function takes and no caller of these kernels chooses.
+# Parameters that callers of these kernels cannot choose.
 _DEFAULTS = {"use_fused_finalize": 1, "swizzled_input_sf": 1, "cluster_size": 1}
 
 _TYPES = {
@@ -53,25 +54,25 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Function:
-    """A function or method: its signature, and what its parameters are called."""
+    """A function or method: its signature, and the names of its parameters."""
 
     signature: Signature
     names: tuple[str, ...]
 
     def values(self, given: dict[str, Any]) -> list[Any]:
-        """Its arguments in order, of values by name."""
+        """Return the arguments in order, from values by name."""
         named = zip(self.names, self.signature.params, strict=True)
         values = ((given.get(name, _DEFAULTS.get(name, 0)), kind) for name, kind in named)
         return [bool(value) if kind == "bool" else value for value, kind in values]
 
     def absent(self, name: str) -> Absent:
-        """A parameter that no op has."""
+        """Make a parameter that the op lacks."""
         kind = self.signature.params[self.names.index(name)]
         return Absent(name, kind, _DEFAULTS.get(name, 0))
 
     @classmethod
     def read(cls, name: str, text: str, result: str = "void") -> Function:
-        """From text such as "tensor output, int tp_size tp_rank"."""
+        """Parse text such as "tensor output, int tp_size tp_rank"."""
         pairs = [pair for part in text.split(",") for pair in _named(part)]
         types = tuple(_TYPES.get(kind, kind) for kind, _ in pairs)
         return cls(Signature(name, types, result), tuple(name for _, name in pairs))
@@ -84,12 +85,12 @@ def _named(part: str) -> Iterator[tuple[str, str]]:
 
 @dataclass(frozen=True, eq=False)
 class Interface:
-    """The interface of some releases."""
+    """The interface of a range of releases."""
 
     releases: str
     init: Function
     methods: dict[str, Function]
-    # Whether GEMM2's tactics are numbered after GEMM1's in `profile_ids`, or from 0.
+    # Whether GEMM2's tactics in `profile_ids` are numbered after GEMM1's; otherwise from 0.
     absolute_ids: bool
 
 
@@ -116,6 +117,8 @@ _SIZE = """int num_rows hidden_size inter_size num_experts_total experts_per_tok
 _COUNTS = ("get_gemm1_tactic_count", "get_gemm2_tactic_count")
 _OCCUPANCY = {"get_tactic_occupancy": ("int tactic_id", "int")}
 _WORKSPACE = _OCCUPANCY | {"get_workspace_size": (_SIZE, "int")}
+_FOR_SHAPE = "get_valid_tactics_for_shape"
+_SHAPES = _WORKSPACE | {_FOR_SHAPE: ("int stage gemm_n gemm_k", "Array<int>")}
 
 
 def _interface(
@@ -125,7 +128,7 @@ def _interface(
     more: dict[str, tuple[str, str]],
     absolute_ids: bool = False,
 ) -> Interface:
-    """`lacking` names what `_RUN` has and these releases do not."""
+    """Make an interface; `lacking` names the parameters of `_RUN` that these releases lack."""
     run = re.sub(r"\bSITU\b", _SITU, _RUN)
     for name in lacking.split():
         run = re.sub(rf"\b{name}\b", "", run)
@@ -143,15 +146,17 @@ INTERFACES = (
     _interface(">=0.6.8,<0.6.9", _INIT, _NEITHER, {}),
     _interface(">=0.6.3,<0.6.8", _INIT, f"{_NEITHER} swizzled_input_sf", {}),
     _interface(">=0.6.15,<0.6.16", _FUSED_FINALIZE, _NEITHER, _OCCUPANCY, True),
-    _interface(">=0.6.16,<0.6.16.post3", _HUMMING, _SITU, _WORKSPACE, True),
+    _interface(">=0.6.16,<0.6.16.post3", _HUMMING, _SITU, _SHAPES, True),
     _interface(">=0.6.16.post3,<0.6.18", _FUSED_FINALIZE, _SITU, _WORKSPACE, True),
-    _interface(">=0.6.18,<0.7", _HUMMING, _SITU, _WORKSPACE, True),
-    _interface(">=0.7,<0.7.2", _HUMMING, "clamped_relu2_limit", _WORKSPACE, True),
-    _interface(">=0.7.2", _HUMMING, "", _WORKSPACE, True),
+    _interface(">=0.6.18,<0.7", _HUMMING, _SITU, _SHAPES, True),
+    _interface(">=0.7,<0.7.2", _HUMMING, "clamped_relu2_limit", _SHAPES, True),
+    _interface(">=0.7.2", _HUMMING, "", _SHAPES, True),
 )
 
-# The releases in which 4-bit weights and their scales are laid out as `weights` says.
+# Releases that interleave the scales of 4-bit weights in a row, and releases that fold the scales
+# of 64 rows and 128 columns into a block. The order of MXFP4 weights differs as well.
 W4_RELEASES = ">=0.6.10,!=0.6.16,!=0.6.16.post1,!=0.6.16.post2,<0.6.18"
+FOLDED_RELEASES = ">=0.6.16,!=0.6.16.post3,!=0.6.16.post4,!=0.6.17.*"
 INTERLEAVE = Function.read(
     "interleave_moe_weights_for_sm90_mixed_gemm", "tensor weight weight_interleaved, int quant_type"
 )
@@ -159,8 +164,8 @@ SET_INCLUDE_DIRS = Function(
     Signature("set_deepgemm_jit_include_dirs", ("Array<str>",)), ("include_dirs",)
 )
 
-# `ActivationType` of nv_internal/.../cutlass_kernels/include/common.h: a name's number is its
-# place among those that a release has.
+# `ActivationType` of nv_internal/.../cutlass_kernels/include/common.h. A name's number is its
+# index among the names that a release has.
 _ACTIVATIONS = {
     "Gelu": "", "Relu": "", "Silu": "", "Swiglu": "", "Geglu": "", "SwigluBias": "", "Relu2": "",
     "SwigluStep": ">=0.6.13", "GegluTanh": ">=0.6.14", "Identity": "",
@@ -171,30 +176,30 @@ GATED = frozenset({"Swiglu", "Geglu", "SwigluBias", "SwigluStep", "GegluTanh"})
 
 @functools.cache
 def of_release(release: str | None) -> Interface:
-    """The interface of a release; the default release's where nothing tells which it is."""
+    """Return the interface of a release; the default release's if the release is unknown (None)."""
     found = (one for one in INTERFACES if release is None or is_in(release, one.releases))
     interface = next(found, None)
     if interface is None:
         known = "; ".join(one.releases for one in INTERFACES)
         raise KernelNotFoundError(
-            f"{MODULE} of FlashInfer {release} has an interface that is not known here: {known} are"
+            f"{MODULE} of FlashInfer {release} has an unknown interface; {known} are supported"
         )
     return interface
 
 
 @functools.cache
 def activation_numbers(release: str | None) -> dict[str, int]:
-    """The activations that a release has, with its numbers for them; with None all there are,
-    as the CPU's reference numbers them."""
+    """Return the activations of a release with their numbers; for None all of them, with the
+    numbers of the CPU's reference."""
     every = _ACTIVATIONS.items()
     had = [name for name, since in every if not (since and release) or is_in(release, since)]
     return {name: number for number, name in enumerate(had)}
 
 
 class Runner(ModuleObject):
-    """A `FusedMoeRunner` of C++, whose methods are what its interface declares.
+    """A `FusedMoeRunner` of C++, whose methods must be those of its interface.
 
-    Raises `AbiError` where they are not, and calls none of them.
+    Raises `AbiError` if they are not, before it calls any.
     """
 
     def __init__(
@@ -203,6 +208,7 @@ class Runner(ModuleObject):
     ) -> None:  # fmt: skip
         super().__init__(made, module, interface.releases, where)
         self.interface, self.release_in_use = interface, release
+        self._serving: dict[tuple[int, int, int], frozenset[int]] = {}
         for function in interface.methods.values():
             self.entry(function.signature)
 
@@ -210,23 +216,32 @@ class Runner(ModuleObject):
         return method in self.interface.methods
 
     def ask(self, method: str, **values: int) -> int:
-        """What a method that takes numbers only says."""
+        """Call a method that takes numbers; return its int."""
         function = self.interface.methods[method]
         return int(self.entry(function.signature)(*function.values(values)))
 
     def counts(self) -> tuple[int, int]:
-        """The tactics of GEMM1 and of GEMM2."""
+        """Return the numbers of tactics of GEMM1 and of GEMM2."""
         return self.ask("get_gemm1_tactic_count"), self.ask("get_gemm2_tactic_count")
+
+    def serving(self, gemm: int, rows: int, columns: int) -> frozenset[int] | None:
+        """Return the tactics whose tiles divide a weight's rows and columns, numbered as in the
+        profiler; None if the release does not report tiles, where any tactic works."""
+        key = (gemm, rows, columns)
+        if self.has(_FOR_SHAPE) and key not in self._serving:
+            entry = self.entry(self.interface.methods[_FOR_SHAPE].signature)
+            self._serving[key] = frozenset(array_values(entry(*key)))
+        return self._serving.get(key)
 
 
 def make_runner(op: str, mode: Mode, dtypes: Sequence[str], device: Device) -> Runner:
-    """A runner for the dtypes of activations, weights and results, on a GPU.
+    """Make a runner for the dtypes of activations, weights and results, on a GPU.
 
-    Raises `ArchitectureError` for GPUs that the mode has no kernels for, `KernelNotFoundError`
-    where there are none or the release lacks the mode, `AbiError` where they have another
+    Raises `ArchitectureError` for a GPU without kernels for the mode, `KernelNotFoundError` if
+    there are no kernels or the release lacks the mode, and `AbiError` if the kernels have another
     interface.
     """
-    from fi_ffi.loader import runtime, search  # as late as can be: most processes have none
+    from fi_ffi.loader import runtime, search  # imported late: most processes have no experts
 
     capability = machine.capability(device.index)
     if capability not in _CAPABILITIES or capability[0] not in mode.capabilities:
@@ -251,7 +266,7 @@ def make_runner(op: str, mode: Mode, dtypes: Sequence[str], device: Device) -> R
     words = ("activation_dtype", "weight_dtype", "output_dtype")
     given: dict[str, Any] = {word: DTYPES[name] for word, name in zip(words, dtypes, strict=True)}
     given |= {flag: flag in mode.flags for flag in FLAGS}
-    with cuda.current(device):  # the object asks for the device's architecture
+    with cuda.current(device):  # `init` queries the current device's architecture
         made = entry(*interface.init.values(given))
     where = str(runtime.load(module, device.index).file.path)
     return Runner(made, interface, where, release, module)

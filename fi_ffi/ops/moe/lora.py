@@ -1,9 +1,9 @@
-"""`bgmv_moe`: adapters of low rank for a mixture of experts, one of many for each token.
+"""`bgmv_moe`: low-rank adapters for a mixture of experts, with one of many adapters for each token.
 
-The kernels are told of each expert's matrices by tables of addresses, made on the host and copied
-in order with the launch.  They run on the legacy default stream, whatever stream they are given
-(`BGMV_MOE_GET_STREAM` in `csrc/bgmv_moe/moe_bgmv_impl.cuh`): it is made to wait for the call's
-stream, and that for it.
+The kernels read tables with the addresses of each expert's matrices. The tables are made on the
+host and copied in order with the launch. The kernels run on the legacy default stream whatever
+stream they get (`BGMV_MOE_GET_STREAM` in `csrc/bgmv_moe/moe_bgmv_impl.cuh`), so that stream and the
+call's are made to wait for each other.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import TensorDesc
@@ -53,7 +52,7 @@ _WEIGHTS = Tensor("topk_weights", "pairs", "float32", **_PLAIN)
 _ADAPTERS = Tensor("lora_indices", "n", "int64", **_PLAIN)
 _TABLE = Tensor("w_ptr", "slices experts", "int64", **_PLAIN)
 _STRIDE = Scalar("lora_stride", int, None, "")
-# What a caller gives besides lists of weights.
+# The caller's arguments except the lists of weights.
 CHECKS = Row(
     _OP, symbol="", args=(
         _X, *_PAIRS, _ADAPTERS, _WEIGHTS,
@@ -61,7 +60,7 @@ CHECKS = Row(
     ),
     requires=(f"h in {WIDTHS}", f"pairs <= {_INT}", f"n <= {_INT}"), **_FIELDS,
 )  # fmt: skip
-# Since then pairs may have rows of x of their own, and results be kept apart: not asked for.
+# From this release on, each pair may have its own row of x and its own result: not used here.
 _LATER = "0.6.16"
 SHRINK = forms_of(Row(
     "bgmv_moe_shrink", symbol="bgmv_moe_shrink", args=(
@@ -86,7 +85,7 @@ _shrink, _expand = (Op(*forms, op=_OP) for forms in (SHRINK, EXPAND))
 
 
 def forget() -> None:
-    """Drop what was learnt from earlier calls, after the source of kernels changed."""
+    """Drop what earlier calls cached, after the source of kernels changed."""
     _checks.forget()
     for op in (_shrink, _expand):
         op.forget()
@@ -94,7 +93,7 @@ def forget() -> None:
 
 
 def _listed(name: str, given: Any, x: TensorDesc, num_experts: int | None) -> list[TensorDesc]:
-    """Matrices of adapters and experts, of one layout."""
+    """Describe the matrices of adapters and experts; refuse lists of several layouts."""
     if not isinstance(given, (list, tuple)) or not given:
         raise ArgumentTypeError(_OP, name, got=printed(given), expected="a list of tensors")
     descs = [as_desc(tensor, _OP, f"{name}[{i}]") for i, tensor in enumerate(given)]
@@ -124,7 +123,7 @@ def _listed(name: str, given: Any, x: TensorDesc, num_experts: int | None) -> li
 def _checked_weights(
     a: list[TensorDesc], b: list[TensorDesc], wide: int, total: int
 ) -> tuple[int, int]:
-    """The rank, and a slice's columns of the output."""
+    """Return the rank, and the columns of the output in a slice."""
 
     def wrong(argument: str, desc: TensorDesc, expected: str) -> ArgumentError:
         return ArgumentError(_OP, argument, got=desc.layout, expected=expected)
@@ -172,28 +171,32 @@ def bgmv_moe(
     out: TensorLike,
     stream: object = None,
 ) -> None:
-    """Sum over a token's experts of `topk_weight * (x @ a.T) @ b.T`, with its adapter's a and b.
+    """Apply adapters: sum `topk_weight * (x @ a.T) @ b.T` over each token's experts.
+
+    `a` and `b` are the matrices of the token's adapter and the expert.
 
     Args:
         x: [tokens, h] float16 or bfloat16.
-        lora_a_weights: for each slice of the output [adapters, experts, rank, h], of x's dtype;
-            lora_b_weights: [adapters, experts, columns, rank]; a list each, of tensors of one
-            shape and strides.
-        sorted_token_ids, expert_ids: [pairs] int64: a token and one of its experts; of a token
-            that there is not, nothing is done.
+        lora_a_weights: a list with [adapters, experts, rank, h] of x's dtype for each slice of the
+            output; all of one shape and strides.
+        lora_b_weights: a list with [adapters, experts, columns, rank], as many and alike.
+        sorted_token_ids, expert_ids: [pairs] int64: a token and one of its experts. Pairs with a
+            token out of range are skipped.
         lora_indices: [tokens] int64: each token's adapter, -1 for none.
         topk_weights: [pairs] float32.
-        num_experts: how many there are, which the weights tell too.
-        out: [tokens, slices * columns or more] float32, written: 0 where nothing is added.
+        num_experts: the number of experts, which must be that of the weights; optional.
+        out: [tokens, slices * columns or more] float32, written; 0 where nothing is added.
 
-    h and the columns are among the widths that the kernels were compiled for, and the rank is 8,
-    16, 32 or 64.  What the first product gives is rounded to x's dtype.  Indices are on the GPU
-    and are not looked at: an expert or an adapter that there is not is read past the weights.
+    h and `columns` must be widths that the kernels were compiled for, and rank is 8, 16, 32 or 64.
+    The first product is rounded to x's dtype. Indices are on the GPU and not checked: an expert or
+    adapter out of range makes the kernels read past the weights.
 
-    The kernels run on the legacy default stream, which waits for `stream` and which `stream`
-    waits for; so a stream that records a graph is refused, and others that do not wait for the
-    default stream are not held up.  Raises `ArgumentError` and `ArgumentTypeError` before anything
-    is launched, `ArchitectureError` on GPUs before SM90.
+    The kernels run on the legacy default stream, which waits for `stream`, and `stream` for it. So
+    a stream that records a graph is refused. Other streams are not delayed if they do not wait for
+    the default stream.
+
+    Raises `ArgumentError` and `ArgumentTypeError` before anything is launched, and
+    `ArchitectureError` on GPUs before SM90.
     Upstream: flashinfer/fused_moe/bgmv_moe.py, csrc/bgmv_moe/moe_bgmv_ops.cu.
     """
     _checked(
@@ -207,7 +210,7 @@ def _checked(
     num_experts: int | None, x: TensorLike, sorted_token_ids: TensorLike, expert_ids: TensorLike,
     lora_indices: TensorLike, topk_weights: TensorLike, out: TensorLike,
 ) -> Launch:  # fmt: skip
-    """A call that is checked, and what launches it on a stream."""
+    """Check a call; return the function that launches it on a stream."""
     given = (x, sorted_token_ids, expert_ids, lora_indices, topk_weights, out)
     descs, sizes = _checks.check(*given)
     left, output, device = descs["x"], descs["out"], descs["x"].device
@@ -236,10 +239,10 @@ def _checked(
         count = shape[0] * shape[1] * rank * left.dtype.itemsize
         tables = _tables(a, b, feat)
         with cuda.current(device), staged(device, handle, tables.data.cast("B"), count) as place:
-            _zero(output.ptr, output.numel * 4, device, handle)
+            cuda.zero(output.ptr, output.numel * 4, device, handle)
             if not sizes["pairs"]:
                 return
-            _zero(place.scratch, count, device, handle)
+            cuda.zero(place.scratch, count, device, handle)
             of_a, of_b, starts = _placed(place.address, len(a), a[0].shape[1], device)
             middle = TensorDesc(place.scratch, shape, left.dtype.name, device=device)
             pairs = descs["sorted_token_ids"], descs["expert_ids"]
@@ -255,7 +258,7 @@ def _checked(
 
 
 def _tables(a: list[TensorDesc], b: list[TensorDesc], feat: int) -> Any:
-    """Where each slice's and expert's matrices start, of both, and each slice's columns."""
+    """Return the addresses of each slice's and expert's matrices, and each slice's columns."""
     import numpy as np
 
     experts, found = a[0].shape[1], []
@@ -279,18 +282,9 @@ def _placed(
     return of_a, of_b, TensorDesc(address + 2 * size, (slices,), "int64", device=device)
 
 
-def _zero(address: int, count: int, device: Device, stream: int) -> None:
-    if not count:
-        return
-    if device.is_cuda:
-        cuda.clear(address, count, count, 1, stream)
-    else:
-        ffi.memmove(cuda.pointer(address), bytes(count), count)
-
-
 @contextmanager
 def _on_default_stream(device: Device, stream: int) -> Iterator[None]:
-    """Order what is launched inside on the legacy default stream into this one."""
+    """Order launches inside the block, on the legacy default stream, into `stream`."""
     if not device.is_cuda or stream in _DEFAULT:
         yield
         return

@@ -1,9 +1,8 @@
-"""The quantisations that `fused_moe_90` and Blackwell's modules were written for, and the rows of
-their methods in each.
+"""The quantisations of `fused_moe_90` and Blackwell's modules, and the rows of their methods.
 
-What is here follows the binding's own checks and what it does not check: `runMoe`, `gemm1`,
-`expandInputRowsKernel` and `getOffsetWeightSF` of cutlass_fused_moe_kernels.cuh, the launchers of
-moe_gemm and fp8_blockscale_gemm.
+The limits follow the binding's own checks, and what the binding does not check: `runMoe`, `gemm1`,
+`expandInputRowsKernel` and `getOffsetWeightSF` of cutlass_fused_moe_kernels.cuh, and the launchers
+of moe_gemm and fp8_blockscale_gemm.
 """
 
 from __future__ import annotations
@@ -11,13 +10,22 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError
-from fi_ffi.ops.moe.interface import MODULE, MODULES, SOURCE, W4_RELEASES, Interface
+from fi_ffi.ops.moe.interface import (
+    FOLDED_RELEASES,
+    MODULE,
+    MODULES,
+    SOURCE,
+    W4_RELEASES,
+    Interface,
+)
 from fi_ffi.ops.notation import round_up
+from fi_ffi.ops.providers import release_in_use
+from fi_ffi.ops.releases import is_in
 from fi_ffi.ops.row import Arg, IntArray, Row, Rule, Scalar, Tensor, TensorArray, Vector
 
 HALF = ("float16", "bfloat16")
@@ -30,16 +38,17 @@ SWIGLU = ("swiglu_alpha", "swiglu_beta", "swiglu_limit")
 
 @dataclass(frozen=True)
 class Form:
-    """One shape that a scale may have, with the dtypes it may have in that shape.
+    """One shape that a scale may have, and the dtypes allowed with it.
 
-    In `axes`, ROWS are those of the first matrix; of `dtypes`, "A" is the activations'.
+    In `axes`, ROWS stands for the rows of the first matrix. In `dtypes`, "A" stands for the
+    activations' dtype.
     """
 
     dtypes: tuple[str, ...]
     axes: str
 
     def fits(self, desc: TensorDesc) -> bool:
-        """Whether a tensor's dtype, rank and axes of 1 are this form's; sizes are checked later."""
+        """Whether a tensor has this form's dtype, rank and axes of 1; sizes are checked later."""
         if desc.dtype.name not in self.dtypes and "A" not in self.dtypes:
             return False
         axes = self.axes.split()
@@ -53,14 +62,14 @@ class Form:
 
 @dataclass(frozen=True)
 class Scale:
-    """One of `quant_scales`, in the forms that it may have."""
+    """One of `quant_scales`, with its possible forms."""
 
     name: str
     forms: tuple[Form, ...]
 
     @classmethod
     def read(cls, text: str) -> Scale:
-        """From text such as "fc2_quant: float32[] | float32[experts]"."""
+        """Parse text such as "fc2_quant: float32[] | float32[experts]"."""
         name, forms = text.split(": ")
         found = re.findall(r"([^][ |]+)\[([^]]*)\]", forms)
         return cls(name, tuple(Form(tuple(dtypes.split(",")), axes) for dtypes, axes in found))
@@ -70,28 +79,27 @@ class Scale:
 class Blocks:
     """Scales of `size` elements of a row each, in tiles of 128 rows and 4 columns.
 
-    Those of fc1's linear half and of its gate are of `rows` rows at a time each, as the binding
-    counts them.
+    The binding rounds the rows of fc1's linear half and of its gate up to `rows` each.
     """
 
     size: int
     rows: int
 
     def columns(self, elements: int) -> int:
-        """How many scales a row has, whole tiles of them."""
+        """Return the number of scales in a row, rounded up to whole tiles."""
         return round_up(elements, 4 * self.size) // self.size
 
     def count(self, rows: int, elements: int, is_swizzled: bool) -> int:
-        """The scales of so many rows, in tiles or in rows."""
+        """Return the number of scales of this many rows, in tiles or in plain rows."""
         return (round_up(rows, 128) if is_swizzled else rows) * self.columns(elements)
 
 
 @dataclass(frozen=True)
 class Mode:
-    """A quantisation: dtypes, flags, and what sizes and scales must be.
+    """A quantisation: dtypes, flags, and the requirements for sizes and scales.
 
-    `flags` are those of the init that are on.  `pack` values of a row of weights are in one
-    element; both inner sizes are multiples of `multiple`.
+    `flags` are the flags of `init` that are on. One element of a weight has `pack` values; both
+    inner sizes are multiples of `multiple`.
     """
 
     name: str
@@ -102,24 +110,23 @@ class Mode:
     pack: int
     multiple: int
     scales: tuple[Scale, ...] = ()
-    # Of results, where the activations' own dtype is not the only one.
+    # Dtypes of results; empty if only the activations' dtype is allowed.
     outputs: tuple[str, ...] = ()
     has_tactics: bool = True
-    # How many columns one step of the multiplication takes of rows of so many.
+    # The columns of one step of the multiplication, from the columns of a row.
     step: Callable[[int], int] | None = None
-    # The scales of weights, where blocks of a row have one each, and those of activations that
-    # come quantised.
+    # The block scales of weights, and the scales of quantised activations.
     blocks: Blocks | None = None
     input_sf: Scale | None = None
-    # Major compute capabilities of the GPUs that it has kernels for; the releases that have it as
-    # it is here; those in which it has activations without a gate, and a profiler that runs it.
+    # Major compute capabilities with kernels; releases with this layout; releases that have
+    # activations without a gate in this mode; releases whose profiler runs it.
     capabilities: tuple[int, ...] = (9,)
     releases: str = ""
     gateless: str = ""
     profiled: str = ""
 
     def forms_of(self, scales: list[TensorDesc]) -> tuple[int, ...]:
-        """Which form each scale has; the first, where it has none of them."""
+        """Return the index of each scale's form; 0 if it has none of them."""
         wanted = self.scales if self.input_sf is None else (*self.scales, self.input_sf)
         return tuple([
             0 if len(one.forms) == 1
@@ -129,7 +136,7 @@ class Mode:
 
     @property
     def scale_names(self) -> dict[str, str]:
-        """What callers call the arguments that are scales."""
+        """The callers' names of the scale arguments."""
         return {
             f"quant_scales_{i}": f"quant_scales[{i}] ({scale.name})"
             for i, scale in enumerate(self.scales)
@@ -137,7 +144,8 @@ class Mode:
 
 
 def int4_interleave(columns: int) -> int:
-    """How many groups' scales of a row lie side by side: as many as a step of the kernel takes."""
+    """Return how many groups' scales of a row are adjacent: as many as one step of the kernel
+    takes."""
     return 4 if columns % 512 == 0 else 2 if columns % 256 == 0 else 1
 
 
@@ -167,14 +175,14 @@ BLOCK_SCALE = Mode(
     ),
     has_tactics=False,
 )  # fmt: skip
-# In 4-bit modes rows of one step alone come out wrong, and differently each time, as soon as a
-# block has several tiles: docs/moe.md.  MXFP4's weights are interleaved for bfloat16's conversion,
-# and float16 has another.
+# In 4-bit modes, rows that need only one step give wrong and varying results as soon as a block has
+# several tiles (docs/moe.md). MXFP4 weights are interleaved for the conversion to bfloat16; the
+# conversion to float16 needs another order.
 MXFP4 = Mode(
     "mxfp4", "MXFP4 weights with bfloat16 activations", ("bfloat16",), "uint8",
     frozenset({"use_w4_group_scaling"}), 2, 4 * MXFP4_GROUP,
     step=lambda columns: 4 * MXFP4_GROUP, releases=W4_RELEASES,
-    # FlashInfer's callers give four of them as one int32.
+    # FlashInfer's callers pass four of these as one int32.
     scales=_scales(
         "fc1_weight_scales: uint8[experts hidden_size/128 4*ROWS]"
         " | int32[experts hidden_size/128 ROWS]",
@@ -186,8 +194,8 @@ INT4 = Mode(
     "int4", "int4 weights in groups of 128, activations quantised to fp8", HALF, "uint8",
     frozenset({"use_w4_group_scaling", "use_packed_weights"}), 2, INT4_GROUP,
     step=lambda columns: INT4_GROUP * int4_interleave(columns), releases=W4_RELEASES,
-    # Scales of weights are bfloat16 whatever the activations are, and seen as their dtype by
-    # FlashInfer's callers.
+    # The scales of weights are always bfloat16; FlashInfer's callers view them as the activations'
+    # dtype.
     scales=_scales(
         "fc1_weight_scales: bfloat16,A[experts groups1 scales1]",
         "fc2_weight_scales: bfloat16,A[experts groups2 scales2]",
@@ -198,9 +206,28 @@ INT4 = Mode(
         "fc1_alpha: float32[experts]", "fc2_alpha: float32[experts]",
     ),
 )  # fmt: skip
+# Folded scales: a block has those of 64 rows and 128 columns, in lines of 16 bytes. The smallest
+# step of any tactic is 128 columns.
+_FOLDED: dict[str, Any] = {"step": lambda columns: 128, "releases": FOLDED_RELEASES}
+MXFP4_FOLDED = replace(
+    MXFP4, **_FOLDED,
+    scales=_scales(*(
+        f"fc{i}_weight_scales: uint8[experts {rows}/64 {columns}/128 16 16]"
+        f" | int32[experts {rows}/64 {columns}/128 16 4]"
+        for i, rows, columns in ((1, "ROWS", "hidden_size"), (2, "hidden_size", "inter_size"))
+    )),
+)  # fmt: skip
+INT4_FOLDED = replace(
+    INT4, **_FOLDED,
+    scales=(
+        *_scales("fc1_weight_scales: bfloat16,A[experts ROWS/64 hidden_size/128 8 8]",
+                 "fc2_weight_scales: bfloat16,A[experts hidden_size/64 inter_size/128 8 8]"),
+        *INT4.scales[2:],
+    ),
+)  # fmt: skip
 
-# Of Blackwell.  16 numbers of 4 bits are one int64; the binding demands that four scales of
-# weights are one int32.
+# Blackwell. 16 values of 4 bits are one int64; the binding takes four scales of weights as one
+# int32.
 _OF_16, _OF_32 = Blocks(16, 64), Blocks(32, 128)
 _BLOCKS_1, _BLOCKS_2 = (
     f"fc{i}_weight_block: int32[experts block_rows{i} block_columns{i}]" for i in (1, 2)
@@ -235,7 +262,7 @@ MXFP8_MXFP4 = Mode(
     _MX_SCALES, HALF, blocks=_OF_32, input_sf=_SF_OF_32, capabilities=_BLACKWELL,
     gateless=">=0.6.10",
 )  # fmt: skip
-# SM120's have no kernels for it: the binding makes an object, which ignores the scales.
+# No kernels for SM120: its binding makes an object that ignores the scales.
 MXFP8 = Mode(
     "mxfp8", "MXFP8 weights and activations", (FP8,), FP8, _MXFP8, 1, 64, _MX_SCALES, HALF,
     blocks=_OF_32, input_sf=_SF_OF_32, capabilities=(10,), releases=">=0.6.6",
@@ -243,9 +270,10 @@ MXFP8 = Mode(
 )  # fmt: skip
 
 MODES = (
-    PLAIN, PER_TENSOR, BLOCK_SCALE, MXFP4, INT4, NVFP4, NVFP4_PACKED, FP8_MXFP4, MXFP8_MXFP4, MXFP8,
+    PLAIN, PER_TENSOR, BLOCK_SCALE, MXFP4, MXFP4_FOLDED, INT4, INT4_FOLDED, NVFP4, NVFP4_PACKED,
+    FP8_MXFP4, MXFP8_MXFP4, MXFP8,
 )  # fmt: skip
-# How many numbers are in an element of activations that come packed.
+# Values in an element of packed activations.
 _PACKED_INPUTS = {"uint8": 2, "int64": 16}
 
 
@@ -253,10 +281,12 @@ def mode_of(
     op: str, activation: str, weight: str, output: str, flags: frozenset[str],
     names: tuple[str, str, str] = ("activation_dtype", "weight_dtype", "output_dtype"),
 ) -> Mode:  # fmt: skip
-    """The mode of these dtypes, which errors call by `names`, and flags.
+    """Return the mode of these dtypes and flags, in the layout of the release in use.
 
-    Raises `ArgumentError` for what FlashInfer has nowhere.
+    Errors call the dtypes by `names`. Raises `ArgumentError` for combinations that FlashInfer lacks
+    in all releases.
     """
+    found = []
     for mode in MODES:
         wanted = mode.weight or activation
         if activation in mode.activations and weight == wanted and flags == mode.flags:
@@ -264,7 +294,10 @@ def mode_of(
             if output not in known:
                 expected = f"{' or '.join(known)}, with {mode.about}"
                 raise ArgumentError(op, names[2], got=output, expected=expected)
-            return mode
+            found.append(mode)
+    if found:
+        release = release_in_use() if len(found) > 1 else None
+        return next((one for one in found if release and is_in(release, one.releases)), found[0])
     of = [mode for mode in MODES if activation in mode.activations]
     if not of:
         known = tuple(dict.fromkeys(name for mode in MODES for name in mode.activations))
@@ -279,7 +312,7 @@ def _on(flags: frozenset[str]) -> str:
     return " and ".join(sorted(flags)) or "no flag"
 
 
-# Rows.  Sizes of experts are those of this rank.
+# Rows. The number of experts is that of this rank.
 
 _COUNTS = tuple(Scalar(f"{kind}_size", int, 1, "", 1, _INT32) for kind in ("tp", "ep"))
 _RANKS = tuple(Scalar(f"{kind}_rank", int, 0, "", 0, _INT32) for kind in ("tp", "ep"))
@@ -298,7 +331,7 @@ _RANK_RULES = tuple(
 
 
 def _count_rules(argument: str) -> tuple[Rule, ...]:
-    """The kernels count in 32 bits."""
+    """Limit sizes to what the kernels count in 32 bits."""
 
     most = {
         "tokens * experts * ep_size": "tokens * experts of all ranks",
@@ -318,7 +351,7 @@ def _step_rule(axis: str, step: Callable[[int], int]) -> Rule:
 
 
 def _int4_rules(gates: int) -> tuple[Rule, ...]:
-    """As many scales of a row lie side by side as the kernel takes in one step."""
+    """Require as many adjacent scales of a row as the kernel takes in one step."""
 
     def rule(i: int, columns: str, rows: str, times: int) -> Rule:
         def wanted(columns: int, rows: int) -> tuple[int, int]:
@@ -336,7 +369,8 @@ def _int4_rules(gates: int) -> tuple[Rule, ...]:
 
 
 def _block_rules(mode: Mode, blocks: Blocks, is_gated: bool) -> Iterator[Rule]:
-    """The sizes of scales of blocks, and that each expert's begin where the kernels look."""
+    """Require the sizes of block scales, and that each expert's scales start where the kernels
+    look."""
     gates = 1 + is_gated
     sizes = {
         1: ("hidden_size", "inter_size", lambda rows: gates * round_up(rows, blocks.rows)),
@@ -361,7 +395,7 @@ def _block_rules(mode: Mode, blocks: Blocks, is_gated: bool) -> Iterator[Rule]:
         short = "an inter_size of a multiple of 128, or more than 64 over one: of others each "
         short += "expert's scales are not where the kernels look for them"
         yield Rule("fc1_expert_weights", "-inter_size % 128 < 64", short)
-    # Of an expert's activations the scales are counted in 32 bits.
+    # The kernels count the scales of an expert's activations in 32 bits.
     most = _INT32 * blocks.size
     for axis in _INNER:
         counted = f"tokens * {axis} of at most {most}"
@@ -369,7 +403,7 @@ def _block_rules(mode: Mode, blocks: Blocks, is_gated: bool) -> Iterator[Rule]:
 
 
 def _input_sf_rules(blocks: Blocks, form: int, has_flag: bool) -> Iterator[Rule]:
-    """The scales of activations are enough, and in rows as long as the kernels take them for."""
+    """Require enough scales of activations, in rows as long as the kernels assume."""
     flag = "swizzled_input_sf" if has_flag else "True"
     given = "sf_rows * sf_columns" if form else "sf_count"
     using: dict[str, Callable[..., int]] = {"count": blocks.count, "columns": blocks.columns}
@@ -417,7 +451,7 @@ def row_of(
     interface: Interface, method: str, mode: Mode, dtypes: tuple[str, str, str], is_gated: bool,
     forms: tuple[int, ...] = (),
 ) -> Row:  # fmt: skip
-    """A method in a mode, with scales of these forms."""
+    """Return the row of a method in a mode, with scales of these forms."""
     function, activation = interface.methods[method], dtypes[0]
     rows = "2*inter_size" if is_gated else "inter_size"
     scales, allowed = [], {}
@@ -456,7 +490,7 @@ def row_of(
         *(f"{axis} % {mode.multiple} == 0" for axis in _INNER),
         *(f"{axis} <= {_INT32 // 2}" for axis in _INNER),
     ]
-    if mode.pack > 1:  # of an expert's 4-bit weights the interleaving and the scales count
+    if mode.pack > 1:  # interleaving and scales of 4-bit weights are counted in 32 bits
         limits.append(f"inter_size * hidden_size <= {_INT32 // (1 + is_gated)}")
     return Row(
         "cutlass_fused_moe" if is_run else f"cutlass_fused_moe.{method}", MODULE, method, SOURCE,

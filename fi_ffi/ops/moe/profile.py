@@ -1,4 +1,4 @@
-"""Which tactics are the fastest for a call: each is run and timed."""
+"""Finds the fastest tactics for a call: runs and times each."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from fi_ffi.ops.moe.interface import Runner
 
 METHOD, _OCCUPANCY = "run_gemm_profile", "get_tactic_occupancy"
 DEFAULT = -1
-# What says which tactic a call of the profiler runs.
+# (rows, columns) of the weights of both multiplications.
+Shapes = tuple[tuple[int, int], tuple[int, int]]
+# The profiler's arguments that choose the tactic to run.
 STEP = {"gemm_idx": 1, "profile_id": DEFAULT, "do_preparation": True}
 
 
 class Profile(NamedTuple):
-    """The fastest tactics, and the milliseconds of each; of those that cannot run, infinity."""
+    """The fastest tactics, and the milliseconds of each tactic; infinity for tactics that cannot
+    run."""
 
     profile_ids: tuple[int, int]
     gemm1: tuple[float, ...]
@@ -30,16 +33,16 @@ class Profile(NamedTuple):
 
 def measure(
     make_runner: Callable[[], Runner], compiled: CompiledRow, given: Mapping[str, Any],
-    device: Device, repeats: int, stream: object,
+    device: Device, repeats: int, stream: object, shapes: Shapes,
 ) -> Profile:  # fmt: skip
-    """Run and time every tactic of a call that was checked."""
+    """Run and time every tactic of a checked call, with weights of these shapes."""
     op = compiled.refuse.op
     on_stream = stream_context(stream, device, op)
     with cuda.current(device), on_stream, cuda.kernel_memory().installed():
         if cuda.is_capturing(on_stream.handle):
-            expected = "one that records no graph: profiling waits for it"
-            raise ArgumentError(op, "stream", got="a stream that does", expected=expected)
-        # An object of its own: the memory that its profiler takes it keeps until it goes.
+            expected = "another: profiling waits for the stream"
+            raise ArgumentError(op, "stream", got="a capturing stream", expected=expected)
+        # A new object, because it keeps the profiler's memory until it is destroyed.
         runner = make_runner()
         compiled.find_entry = lambda row, device: runner.entry(row.signature)
         compiled.forget()
@@ -47,8 +50,10 @@ def measure(
             run = _tactic_runner(compiled, given)
             first, second = runner.counts()
             gemm1, gemm2 = (
-                _times(runner, run, gemm, tactics, on_stream.handle, repeats)
-                for gemm, tactics in ((1, range(first)), (2, range(first, first + second)))
+                _times(runner, run, gemm, tactics, on_stream.handle, repeats, shape)
+                for gemm, tactics, shape in zip(
+                    (1, 2), (range(first), range(first, first + second)), shapes, strict=True
+                )
             )
         finally:
             compiled.forget()
@@ -58,7 +63,7 @@ def measure(
 
 
 def _tactic_runner(compiled: CompiledRow, given: Mapping[str, Any]) -> Callable[..., None]:
-    """A function of the values of `STEP` that runs the profiler's call with them."""
+    """Return a function that runs the profiler's call with values for `STEP`."""
     frame: Frame = compiled.pack(**given)[1]
     names = [arg.name for arg in compiled.row.args]
     words = [compiled.layout.value(names.index(name)) for name in STEP]
@@ -72,15 +77,19 @@ def _tactic_runner(compiled: CompiledRow, given: Mapping[str, Any]) -> Callable[
 
 
 def _times(
-    runner: Runner, run: Callable[..., None], gemm: int, tactics: range, stream: int, repeats: int
-) -> tuple[float, ...]:
-    """The milliseconds of each of a multiplication's tactics."""
+    runner: Runner, run: Callable[..., None], gemm: int, tactics: range, stream: int,
+    repeats: int, shape: tuple[int, int],
+) -> tuple[float, ...]:  # fmt: skip
+    """Return the milliseconds of each tactic of a multiplication."""
+    serving = runner.serving(gemm, *shape)
 
     def time(tactic: int) -> float:
+        if serving is not None and tactic not in serving:
+            return float("inf")
         if runner.has(_OCCUPANCY) and runner.ask(_OCCUPANCY, tactic_id=tactic) <= 0:
             return float("inf")
         try:
-            run(gemm, tactic, False)  # the first time it is loaded
+            run(gemm, tactic, False)  # not timed: the first run loads the kernel
             with _elapsed(stream) as milliseconds:
                 for _ in range(repeats):
                     run(gemm, tactic, False)
@@ -99,7 +108,7 @@ def _least(times: tuple[float, ...]) -> int:
 
 @contextmanager
 def _elapsed(stream: int) -> Iterator[list[float]]:
-    """The milliseconds between the beginning and the end of what is queued in the block."""
+    """Measure the milliseconds between the start and the end of the work queued in the block."""
     start, end, found = cuda.Event(timing=True), cuda.Event(timing=True), list[float]()
     start.record(stream)
     yield found

@@ -1,41 +1,53 @@
-"""4-bit weights and their scales, put in the order in which Hopper's kernels load them."""
+"""Puts 4-bit weights and their scales in the order in which Hopper's kernels load them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from fi_ffi.abi.interop import TensorLike
+from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.call.arguments import check_choice, check_int
 from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.call.launching import launching, prepare_row
 from fi_ffi.ops.call.prepared import Prepared
-from fi_ffi.ops.moe.interface import INTERLEAVE, MODULE, SOURCE, W4_RELEASES
+from fi_ffi.ops.moe.interface import (
+    FOLDED_RELEASES,
+    INTERLEAVE,
+    MODULE,
+    SOURCE,
+    W4_RELEASES,
+)
+from fi_ffi.ops.providers import release_in_use
+from fi_ffi.ops.releases import fits
 from fi_ffi.ops.row import Row, Rule, Scalar, Tensor, Vector
 
 _QUANT_TYPES = {"int4": 0, "fp4": 1}
 _INT32 = 2**31 - 1
 _ANY: dict[str, Any] = {"offset_limit": 2**63, "vector": Vector(())}
+_TARGET = "scales_interleaved"
 _WRITTEN: dict[str, Any] = {"doc": "", "contiguous": True, "writes": True, "reads": False}
 
-# 16 rows of 32 bytes change places among one another; values are counted in 32 bits.
-WEIGHTS = CompiledRow(
-    Row(
-        INTERLEAVE.signature.name, MODULE, INTERLEAVE.signature.name, SOURCE, "",
-        (
-            Tensor("weight", "experts rows packed", "uint8", "", contiguous=True, alignment=2),
-            Tensor("weight_interleaved", "experts rows packed", "uint8", alignment=2, **_WRITTEN),
-            Scalar("quant_type", int, None, ""),
-        ),
-        {}, W4_RELEASES, capabilities=(9,), **_ANY,
-        requires=("rows % 16 == 0", "packed % 32 == 0", f"rows * packed <= {_INT32 // 2}"),
-    )
+# The kernel permutes tiles of 16 rows and 32 bytes, and counts values in 32 bits.
+_ROW = Row(
+    INTERLEAVE.signature.name, MODULE, INTERLEAVE.signature.name, SOURCE, "",
+    (
+        Tensor("weight", "experts rows packed", "uint8", "", contiguous=True, alignment=2),
+        Tensor("weight_interleaved", "experts rows packed", "uint8", alignment=2, **_WRITTEN),
+        Scalar("quant_type", int, None, ""),
+    ),
+    {}, W4_RELEASES, capabilities=(9,), **_ANY,
+    requires=("rows % 16 == 0", "packed % 32 == 0", f"rows * packed <= {_INT32 // 2}"),
 )  # fmt: skip
+# The default release's first.
+WEIGHTS = tuple(
+    CompiledRow(row) for row in (_ROW, replace(_ROW, releases=FOLDED_RELEASES, variant=".folded"))
+)
 
 
 def _scales(dtype: str, most: int, least: int) -> CompiledRow:
-    """The checks of scales of which n lie side by side: `most`, or the first of 4, 2 and 1 that
-    divides the groups where `least` is less."""
+    """Return the checks of scales with n adjacent groups: n = `most`, or, if `least` is smaller,
+    the first of 4, 2 and 1 that divides the groups."""
 
     def holds(rows: int, groups: int, steps: int, wide: int) -> bool:
         count = together(groups)
@@ -47,33 +59,57 @@ def _scales(dtype: str, most: int, least: int) -> CompiledRow:
     name = "interleave_moe_scales_for_sm90_mixed_gemm"
     args = (
         Tensor("scales", "experts rows groups", dtype, "", contiguous=True, host=True),
-        Tensor("scales_interleaved", "experts steps wide", dtype, host=True, **_WRITTEN),
+        Tensor(_TARGET, "experts steps wide", dtype, host=True, **_WRITTEN),
     )
     expected = f"the shape [experts, groups / n, rows * n] with n of {most}"
     expected += "" if least == most else ", or of 2 or 1 where groups are no multiple"
     holding = "are_interleaved(rows, groups, steps, wide)"
-    rule = Rule("scales_interleaved", holding, expected, {"are_interleaved": holds})
+    rule = Rule(_TARGET, holding, expected, {"are_interleaved": holds})
     return CompiledRow(
         Row(name, "", "", "", "", args, {}, "", requires=(f"groups % {least} == 0", rule),
             **_ANY)
     )  # fmt: skip
 
 
-# By the size of a group.
-_SCALES = {32: _scales("uint8", 4, 4), 128: _scales("bfloat16", 4, 1)}
+def _folded(dtype: str, together: int) -> CompiledRow:
+    """Return the checks of scales in blocks of 64 rows and `together` groups, in lines of 16
+    bytes."""
+    side = 16 if dtype == "uint8" else 8
+    args = (
+        Tensor("scales", "experts rows groups", dtype, "", contiguous=True, host=True),
+        Tensor(_TARGET, f"experts rows/64 groups/{together} {side} {side}", dtype,
+               host=True, **_WRITTEN),
+    )  # fmt: skip
+    name = "interleave_moe_scales_for_sm90_mixed_gemm"
+    limits = ("rows % 64 == 0", f"groups % {together} == 0")
+    return CompiledRow(Row(name, "", "", "", "", args, {}, "", requires=limits, **_ANY))
+
+
+# By the size of a group and whether the scales are folded.
+_SCALES = {
+    (32, False): _scales("uint8", 4, 4), (128, False): _scales("bfloat16", 4, 1),
+    (32, True): _folded("uint8", 4), (128, True): _folded("bfloat16", 1),
+}  # fmt: skip
 
 
 def forget() -> None:
-    """Drop what was learnt of the kernels, after their source changed."""
-    WEIGHTS.forget()
+    """Drop what was cached, after the source of kernels changed."""
+    for one in WEIGHTS:
+        one.forget()
+
+
+def _in_force() -> CompiledRow:
+    """Return the row for the release in use; without kernels, for the default release."""
+    release = release_in_use()
+    return next((one for one in WEIGHTS if release and fits(one.row, release)), WEIGHTS[0])
 
 
 def _number(quant_type: object) -> int:
-    return _QUANT_TYPES[check_choice(WEIGHTS.refuse.op, "quant_type", quant_type, _QUANT_TYPES)]
+    return _QUANT_TYPES[check_choice(_ROW.name, "quant_type", quant_type, _QUANT_TYPES)]
 
 
 def _prepare(weight: Any, weight_interleaved: Any, quant_type: Any, stream: object) -> Prepared:
-    return prepare_row(WEIGHTS, stream, weight, weight_interleaved, _number(quant_type))
+    return prepare_row(_in_force(), stream, weight, weight_interleaved, _number(quant_type))
 
 
 @launching(_prepare)
@@ -84,19 +120,21 @@ def interleave_moe_weights_for_sm90_mixed_gemm(
     *,
     stream: object = None,
 ) -> None:
-    """Put 4-bit weights in the order in which the kernels load them.
+    """Put 4-bit weights in the order in which the kernels in use load them.
 
-    Without it their results are other weights'.
+    Without this step the kernels compute with permuted weights. The order of MXFP4 differs in
+    releases that fold scales: 0.6.16 to 0.6.16.post2, and 0.6.18 and later.
 
     Args:
-        weight: [experts, rows, columns / 2] uint8, the even column in the lower half.
-        weight_interleaved: the same, written, and memory apart.
+        weight: [experts, rows, columns / 2] uint8, the even column in the lower 4 bits.
+        weight_interleaved: as `weight`, written; must not overlap it.
         quant_type: "fp4" for MXFP4, "int4" for int4.
 
-    Raises `ArgumentError` and `ArgumentTypeError`; `KernelNotFoundError` for releases that have
-    another order.  Upstream: flashinfer/fused_moe/core.py, moe_gemm_mixed_utils.cu.
+    Raises `ArgumentError` and `ArgumentTypeError`, and `KernelNotFoundError` for releases with an
+    unknown order.
+    Upstream: flashinfer/fused_moe/core.py, moe_gemm_mixed_utils.cu.
     """
-    WEIGHTS.call(None, weight, weight_interleaved, _number(quant_type), stream=stream)
+    _in_force().call(None, weight, weight_interleaved, _number(quant_type), stream=stream)
 
 
 def interleave_moe_scales_for_sm90_mixed_gemm(
@@ -105,24 +143,33 @@ def interleave_moe_scales_for_sm90_mixed_gemm(
     """Put the scales of 4-bit weights in the order in which the kernels load them, on the host.
 
     Args:
-        scales: [experts, rows, groups] on the CPU: uint8 (E8M0) of MXFP4, in groups of 32, or
-            bfloat16 of int4, in groups of 128.
-        scales_interleaved: [experts, groups / n, rows * n], written.  n is 4 for MXFP4; for int4
-            4, 2 or 1, whichever first divides the groups.
+        scales: [experts, rows, groups] on the CPU: uint8 (E8M0) for MXFP4 in groups of 32, or
+            bfloat16 for int4 in groups of 128.
+        scales_interleaved: written; its rank selects the order. Interleaved (releases until 0.6.15,
+            0.6.16.post3, 0.6.16.post4 and 0.6.17): [experts, groups / n, rows * n], where n is 4
+            for MXFP4, and for int4 the first of 4, 2 and 1 that divides the groups. Folded (0.6.16
+            to 0.6.16.post2, and 0.6.18 and later): [experts, rows / 64, groups / 4, 16, 16] for
+            MXFP4, and [experts, rows / 64, groups, 8, 8] for int4.
         group_size: 32 or 128.
 
-    FlashInfer's own function of this name has MXFP4's only.  Raises `ArgumentError` and
-    `ArgumentTypeError`.
+    FlashInfer's function of this name handled only MXFP4 before releases with folded scales.
+
+    Raises `ArgumentError` and `ArgumentTypeError`.
+    Upstream: flashinfer/fused_moe/prepare.py.
     """
     op, name = "interleave_moe_scales_for_sm90_mixed_gemm", "group_size"
-    compiled = _SCALES.get(check_int(op, name, group_size, 1))
+    size, target = check_int(op, name, group_size, 1), as_desc(scales_interleaved, op, _TARGET)
+    is_folded = target.kind.rank == 5
+    compiled = _SCALES.get((size, is_folded))
     if compiled is None:
         raise ArgumentError(op, name, got=group_size, expected="32 or 128")
-    descs, sizes = compiled.check(scales, scales_interleaved)
-    # Here, not above: numpy takes long to import.
+    descs, sizes = compiled.check(scales, target)
+    # Imported late: numpy takes long to import.
     from fi_ffi.reference.arrays import as_array
-    from fi_ffi.reference.moe_weights import interleave_scales
+    from fi_ffi.reference.moe_weights import fold_scales, interleave_scales
 
-    source, target = (as_array(desc) for desc in descs.values() if desc is not None)
-    if sizes["groups"]:
-        target[...] = interleave_scales(source, sizes["groups"] // sizes["steps"])
+    source, written = (as_array(desc) for desc in descs.values() if desc is not None)
+    if is_folded:
+        written[...] = fold_scales(source, 128 // size)
+    elif sizes["groups"]:
+        written[...] = interleave_scales(source, sizes["groups"] // sizes["steps"])

@@ -1,8 +1,8 @@
 """Gated activations: FlashInfer's `silu_and_mul`, `gelu_and_mul` and `gelu_tanh_and_mul`.
 
-The kernel (`include/flashinfer/activation.cuh`) takes both tensors as contiguous unasked, and
-a thread block for each row.  Up to 0.7.0 it loads 16 bytes at a time wherever a half starts,
-and with fewer elements than that it would be launched with no threads.
+The kernel (`include/flashinfer/activation.cuh`) assumes without a check that both tensors are
+contiguous, and runs a thread block for each row. Up to 0.7.0 it loads 16 bytes at a time wherever a
+half starts, and a row with fewer elements would be launched with no threads.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from fi_ffi.ops.releases import forms_of
 from fi_ffi.ops.row import PDL, Row, Tensor, Vector
 
 _ARGS = (
-    Tensor("out", "n d", "T", "the product; shares no memory with `input`",
+    Tensor("out", "n d", "T", "the product; must not share memory with `input`",
            writes=True, reads=False, contiguous=True),
-    Tensor("input", "n 2*d", "T", "what is activated, and beside it the other factor",
+    Tensor("input", "n 2*d", "T", "the activated half, then the other factor",
            contiguous=True),
     PDL,
 )  # fmt: skip
 
 
 def _rows(name: str, doc: str) -> tuple[Row, ...]:
-    # A grid's, and an int.
+    # Limits of a grid and of an int.
     always = "d >= 1", f"n <= {2**31 - 1}", f"d <= {2**30 - 1}"
     row = Row(
         name,

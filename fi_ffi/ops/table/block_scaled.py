@@ -1,9 +1,9 @@
-"""Numbers in blocks with a scale each: 4-bit caches, scales' order, and quantising to 8 and 4 bits.
+"""Block-scaled numbers: FP4 caches, the order of scales, and quantisation to MXFP8 and FP4.
 
 The quantising kernels (`csrc/nv_internal/tensorrt_llm/kernels/quantization.cuh`) have a body for
-SM100 and later only: FlashInfer builds them for SM90 too, where they are launched and write
-nothing.  `nvfp4_kv_dequant`'s launch fails untold where a row's scales do not fit a block's shared
-memory.
+SM100 and later only. FlashInfer builds them for SM90 too, where they are launched and write
+nothing. The launch of `nvfp4_kv_dequant` fails without an error if a row's scales do not fit a
+block's shared memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fi_ffi.ops.row import Absent, Row, Rule, Scalar, Tensor, Vector
 
 _INT = 2**31
 # What kernels without a body are compiled to.
-_EMPTY = "for others {} has it empty: it would be launched and write nothing"
+_EMPTY = "for other GPUs {} has an empty kernel, which would write nothing"
 # The same sources, compiled for a GPU each; for those of 12.x together.
 _FP4_MODULES = {
     capability: f"fp4_quantization_{name}"
@@ -28,7 +28,7 @@ _FP4_MODULES = {
 }  # fmt: skip
 _THOP = "csrc/nv_internal/tensorrt_llm/thop"
 _OUT: dict[str, Any] = {"writes": True, "reads": False, "contiguous": True}
-# Scales in 48 kB of shared memory, beside one number.
+# Scales that fit 48 kB of shared memory, with one more number.
 _MOST_BLOCKS = 48 * 1024 - 4
 
 # `QuantizationSFLayout` in include/flashinfer/fp4_layout.cuh.
@@ -36,7 +36,7 @@ TILES_OF_128, TILES_OF_8, ROWS_IN_ORDER = range(3)
 
 
 def scales_of(n: int, padded_k: int, layout: int) -> int:
-    """How many scales of 32 elements there are in a layout."""
+    """Return the number of scales of 32 elements in a layout."""
     if layout == ROWS_IN_ORDER:
         return n * (padded_k // 32)
     return round_up(n, 128 if layout == TILES_OF_128 else 8) * round_up(padded_k // 32, 4)
@@ -71,26 +71,28 @@ _IN_TILES = (
     "tiles of 128 rows and 4 columns: row i of a tile starts at 16 * (i % 32) + 4 * (i // 32)"
 )
 _LAYOUTS = "0.6.7"  # the release that names an order; before there were two
-_ARE_SCALES = "a scale for every 32 elements of padded_k, in whole tiles where they are in tiles"
+_ARE_SCALES = "a scale for every 32 elements of padded_k, padded to whole tiles"
 _MXFP8 = _row(
     "mxfp8_quantize",
     "mxfp8_quantization_sm100",
     f"{_THOP}/fp8Quantize.cpp",
-    "Quantise to float8_e4m3fn, with a power of 2 for every 32 elements of a row: the least by "
-    "which they are 448 or less.",
+    "Quantise to MXFP8: float8_e4m3fn elements, and for every 32 elements of a row the smallest "
+    "power of 2 that keeps them within 448.",
     Tensor("input", "n k", "T", "rows to quantise", contiguous=True, alignment=32),
-    Tensor("valMxFP8", "n padded_k", "float8_e4m3fn", "the elements, over their scale; 0 from k on",
+    Tensor("valMxFP8", "n padded_k", "float8_e4m3fn",
+           "the elements divided by their scale; 0 beyond k",
            alignment=16, **_OUT),
-    Tensor("scaleFP8SF", "num_scales", "uint8", "the scales' exponents, and 127; 0 where there are "
-           "no elements", **_OUT),
-    Scalar("isSfSwizzledLayout", bool, True, "whether scales are in tiles of 128 rows and 4 "
-           "columns, or in rows", until=_LAYOUTS),
-    Scalar("sfSwizzleLayout", int, TILES_OF_128, "the scales' order: 0 for tiles of 128 rows and 4 "
-           "columns, 1 for tiles of 8 and 4, 2 for rows", low=0, high=2, since=_LAYOUTS),
-    Scalar("alignment", int, 32, "what padded_k is a multiple of", low=32, high=2**20,
+    Tensor("scaleFP8SF", "num_scales", "uint8",
+           "exponent + 127 of each scale; 0 in padding", **_OUT),
+    Scalar("isSfSwizzledLayout", bool, True,
+           "True: scales in tiles of 128 x 4; False: in rows", until=_LAYOUTS),
+    Scalar("sfSwizzleLayout", int, TILES_OF_128,
+           "order of the scales: 0 for tiles of 128 x 4, 1 for tiles of 8 x 4, 2 for rows",
+           low=0, high=2, since=_LAYOUTS),
+    Scalar("alignment", int, 32, "padded_k is a multiple of this", low=32, high=2**20,
            multiple_of=32),
-    Scalar("enable_pdl", bool, False, "programmatic dependent launch: start while the previous "
-           "kernel drains"),
+    Scalar("enable_pdl", bool, False,
+           "programmatic dependent launch: start while the previous kernel finishes"),
     dtypes={"T": ("float16", "bfloat16")},
     releases=">=0.6.3",
     offset_limit=2**63,
@@ -110,29 +112,33 @@ _MXFP8 = _row(
     capabilities=(10, 11, 12),
     elsewhere=_EMPTY.format("mxfp8_quantization_sm100"),
 )  # fmt: skip
+# The code of the default recipe.
+_NO_RECIPE = Absent("nvfp44Over6Code", "int", since="0.7.1")
+
 _FP4 = _row(
     "fp4_quantize",
     "fp4_quantization_100",
     f"{_THOP}/fp4Quantize.cpp",
-    "Quantise to 4 bits (e2m1), with a scale for every 16 or 32 elements of a row: "
-    "`globalScale * largest / 6` as float8_e4m3fn, or the least power of 2 by which they are 6 "
-    "or less.",
+    "Quantise to FP4 (e2m1) with a scale for every 16 or 32 elements of a row. NVFP4: the scale is "
+    "`globalScale * largest / 6` in float8_e4m3fn. MXFP4: it is the smallest power of 2 that "
+    "keeps the elements within 6.",
     Tensor("input", "n 2*half", "T", "rows to quantise", contiguous=True, alignment=32),
-    Tensor("globalScale", "1", "float32", "multiplies the scales, and elements are over their "
-           "scale over it; as a rule 448 * 6 / the largest element", optional=True),
-    Tensor("valueE2M1", "n half", "uint8", "two numbers a byte, the first in its lower half",
+    Tensor("globalScale", "1", "float32",
+           "factor of all scales, usually 448 * 6 / the largest element; elements are divided by "
+           "scale / globalScale", optional=True),
+    Tensor("valueE2M1", "n half", "uint8", "two elements in a byte, the first in the low half",
            alignment=8, **_OUT),
-    Tensor("scaleFP8SF", "num_scales", "uint8", "the scales' bytes, or exponents and 127; 0 "
-           "where there are no elements", **_OUT),
-    Scalar("sfVecSize", int, 16, "elements of a scale", low=16, high=32, multiple_of=16),
-    Scalar("sfUseUE8M0", bool, False, "whether scales are powers of 2"),
-    Scalar("isSfSwizzledLayout", bool, True, "whether scales are in tiles, or in rows"),
-    Scalar("isSf8x4Layout", bool, False, "whether tiles are of 8 rows, or of 128"),
-    Scalar("isGlobalScaleInversed", bool, False, "whether to divide by `globalScale`",
+    Tensor("scaleFP8SF", "num_scales", "uint8",
+           "bytes of the scales, or exponent + 127; 0 in padding", **_OUT),
+    Scalar("sfVecSize", int, 16, "elements for each scale", low=16, high=32, multiple_of=16),
+    Scalar("sfUseUE8M0", bool, False, "True: scales are powers of 2 (MXFP4)"),
+    Scalar("isSfSwizzledLayout", bool, True, "True: scales in tiles; False: in rows"),
+    Scalar("isSf8x4Layout", bool, False, "True: tiles of 8 rows; False: of 128"),
+    Scalar("isGlobalScaleInversed", bool, False,
+           "True: divide by `globalScale` instead of multiplying",
            since="0.6.11"),
     Scalar("enable_pdl", bool, False, "programmatic dependent launch"),
-    # Without a recipe of another kind.
-    Absent("nvfp44Over6Code", "int", since="0.7.1"),
+    _NO_RECIPE,
     dtypes={"T": ("float16", "bfloat16")},
     releases=">=0.6.3",
     offset_limit=2**63,
@@ -146,12 +152,12 @@ _FP4 = _row(
         Rule("input", "2 * half % sfVecSize == 0",
              "rows of whole blocks of sfVecSize elements"),
         Rule("globalScale", "globalScale or sfUseUE8M0",
-             "a globalScale where there is no sfUseUE8M0"),
+             "a globalScale, unless sfUseUE8M0 is set"),
         # As many as of blocks of 32 in a row that is so long.
         Rule("scaleFP8SF",
              "num_scales == scales_of(n, 2 * half // sfVecSize * 32, "
              "layout_of(isSfSwizzledLayout, isSf8x4Layout))",
-             "a scale for every sfVecSize elements, in whole tiles where they are in tiles",
+             "a scale for every sfVecSize elements, padded to whole tiles",
              _COUNT),
     ),
     capabilities=(10, 11, 12),
@@ -163,20 +169,20 @@ _FP4_BATCHED = _row(
     "fp4_batched_quantize",
     "fp4_quantization_100",
     f"{_THOP}/fp4Quantize.cpp",
-    "Quantise several matrices to 4 bits (e2m1) as `fp4_quantize` does one: a scale "
-    "`globalScale * largest / 6` as float8_e4m3fn for every 16 elements of a row, each "
-    "matrix's in tiles.",
+    "Quantise several matrices to NVFP4, as `fp4_quantize` does with one. The scale for every 16 "
+    "elements of a row is `globalScale * largest / 6` in float8_e4m3fn; each matrix has its own "
+    "tiles.",
     Tensor("input", "b n 2*half", "T", "matrices to quantise", contiguous=True, alignment=32,
            as_object=True),
-    Tensor("globalScale", "scales", "float32", "one for all, or for each row of every matrix",
+    Tensor("globalScale", "scales", "float32", "one for all matrices, or one for each row",
            contiguous=True, as_object=True),
-    Tensor("valueE2M1", "b n half", "uint8", "two numbers a byte, the first in its lower half",
+    Tensor("valueE2M1", "b n half", "uint8", "two elements in a byte, the first in the low half",
            alignment=8, as_object=True, **_OUT),
-    Tensor("scaleFP8SF", "b num_scales", "uint8", "the scales' bytes in tiles of 128 rows and "
-           "4 columns; 0 where there are no elements", as_object=True, **_OUT),
+    Tensor("scaleFP8SF", "b num_scales", "uint8",
+           "bytes of the scales, in tiles of 128 x 4; 0 in padding", as_object=True, **_OUT),
     Absent("sfVecSize", "int", 16),
     Absent("sfUseUE8M0", "bool"),
-    Absent("nvfp44Over6Code", "int", since="0.7.1"),
+    _NO_RECIPE,
     dtypes={"T": ("float16", "bfloat16")},
     releases=">=0.6.3",
     offset_limit=2**63,
@@ -201,13 +207,14 @@ ROWS = (
         "nvfp4_kv_dequant",
         "fp4_kv_dequant",
         "csrc/fp4_kv_dequantization.cu",
-        "Numbers of 4 bits to 16, each 16 of a row with a scale: `output = value * scale * "
-        "global_scale`.",
-        Tensor("fp4_data", "n 8*blocks", "uint8", "two e2m1 numbers a byte, the first in its lower "
-               "half", contiguous=True, alignment=2),
-        Tensor("block_scales", "n blocks", "S", "scales as float8_e4m3fn has them, or their bytes",
+        "Dequantise FP4 to 16 bits, with a scale for every 16 elements of a row: `output = value * "
+        "scale * global_scale`.",
+        Tensor("fp4_data", "n 8*blocks", "uint8",
+               "two e2m1 elements in a byte, the first in the low half",
+               contiguous=True, alignment=2),
+        Tensor("block_scales", "n blocks", "S", "scales, in float8_e4m3fn or as bytes",
                contiguous=True),
-        Tensor("global_scale", "1", "float32", "multiplies all"),
+        Tensor("global_scale", "1", "float32", "factor of all numbers"),
         Tensor("output", "n 16*blocks", "T", "the numbers", alignment=4, **_OUT),
         dtypes={"T": ("bfloat16", "float16"), "S": ("uint8", "float8_e4m3fn")},
         releases=">=0.6.7",
@@ -215,8 +222,8 @@ ROWS = (
     ),
     _interleave(
         "block_scale_interleave",
-        f"Put scales into {_IN_TILES}; 0 where there are none.",
-        Tensor("blockScale", "n rows cols", "T", "n matrices of scales", contiguous=True),
+        f"Put scales into {_IN_TILES}; 0 in padding.",
+        Tensor("blockScale", "n rows cols", "T", "scales of n matrices", contiguous=True),
         Tensor("interleavedBlockScale", "swizzled", "T", "tile after tile", **_OUT),
         dtypes={"T": ("uint8", "bfloat16")},
         requires=(
@@ -227,7 +234,7 @@ ROWS = (
     ),
     _interleave(
         "block_scale_interleave_reverse",
-        "Put scales back into rows that `block_scale_interleave` put into tiles.",
+        "Undo `block_scale_interleave`: put scales from tiles back into rows.",
         Tensor("blockScale", "n rows cols", "uint8", "scales in tiles", contiguous=True),
         Tensor("reversedBlockScale", "n rows cols", "uint8", "in rows", **_OUT),
         dtypes={},
@@ -238,18 +245,18 @@ ROWS = (
         "nvfp4_kv_quant",
         "fp4_kv_quant",
         "csrc/fp4_kv_quantization.cu",
-        "Numbers of 16 bits to 4, as `nvfp4_kv_dequant` takes them: each 16 of a row with the "
-        "scale `largest / 6 / global_scale`.",
+        "Quantise 16-bit numbers to the FP4 of `nvfp4_kv_dequant`: the scale for every 16 elements "
+        "of a row is `largest / 6 / global_scale`.",
         Tensor("input", "n 16*blocks", "T", "the numbers", contiguous=True, alignment=4),
-        Tensor("global_scale", "1", "float32", "divides all"),
-        Tensor("fp4_output", "n 8*blocks", "uint8", "two e2m1 numbers a byte, the first in its "
-               "lower half", alignment=4, **_OUT),
+        Tensor("global_scale", "1", "float32", "divisor of all numbers"),
+        Tensor("fp4_output", "n 8*blocks", "uint8",
+               "two e2m1 elements in a byte, the first in the low half", alignment=4, **_OUT),
         Tensor("block_scales", "n blocks", "uint8", "bytes of float8_e4m3fn", **_OUT),
         dtypes={"T": ("bfloat16", "float16")},
         releases=">=0.6.7",
         requires=("blocks >= 1", f"n <= {_INT - 1}"),
         capabilities=(10, 11, 12),
-        elsewhere="compiled for others it makes all numbers 0",
+        elsewhere="for other GPUs the kernel writes zeros",
     ),
     *forms_of(_FP4),
     *forms_of(_FP4_BATCHED),

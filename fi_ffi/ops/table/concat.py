@@ -1,8 +1,8 @@
 """Concatenating MLA's keys: the entry of FlashInfer's `concat_mla`.
 
-The kernel (`include/flashinfer/concat_mla.cuh`) was written for 128 heads of 128 + 64 elements.
-It counts threads in 32 bits, 256 for a token, and where a head starts too: up to 112 heads from
-a token's first.
+The kernel (`include/flashinfer/concat_mla.cuh`) was written for 128 heads of 128 + 64 elements. It
+counts threads in 32 bits, 256 for a token, and also the offset of a head within a token: up to 112
+heads from the first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from fi_ffi.ops.releases import forms_of
 from fi_ffi.ops.row import Row, Tensor, Vector
 
-# 112 strides of heads are below 2^31; a whole number of vectors.
+# 112 head strides stay below 2^31; rounded to whole vectors.
 _STRIDES: dict[str, Any] = {"stride_limit": 2**31 // 112 // 16 * 16}
 _F16 = ("float16", "bfloat16")
 
@@ -21,18 +21,18 @@ _ROW = Row(
     "concat_mla",
     "concat_mla_k",
     "csrc/concat_mla.cu",
-    "Put MLA's keys together: each head's own part, and after it the part that all share.",
+    "Concatenate MLA's keys: each head's own part, then the part that all heads share.",
     (
         Tensor("k", "n num_heads nope_dim+rope_dim", "T", "the keys", writes=True, reads=False,
                **_STRIDES),
-        Tensor("k_nope", "n num_heads nope_dim", "T", "the heads' own parts",
+        Tensor("k_nope", "n num_heads nope_dim", "T", "each head's own part",
                **_STRIDES),
-        Tensor("k_rope", "n 1 rope_dim", "T", "the part with the position, which all heads share"),
+        Tensor("k_rope", "n 1 rope_dim", "T", "the part with the position, shared by all heads"),
     ),
     dtypes={"T": _F16},
     releases=">=0.6.3",
-    # 4 elements of a head's own part and 2 of the shared one, in each dtype; of float8 this is
-    # more than the kernel asks for.
+    # 4 elements of a head's own part and 2 of the shared part, in each dtype. For float8 the
+    # kernel would accept less.
     vector=Vector(("nope_dim", "rope_dim"), bytes=8),
     offset_limit=2**63,
     requires=(

@@ -1,10 +1,8 @@
-"""The gated delta rule's prefill on SM90: the entry of FlashInfer's `gdn_prefill_sm90`, and from
-0.6.14 on kernels in CuTe DSL, one for each combination of dtypes and of tensors that are there.
+"""Prefill of the gated delta rule: `gdn_prefill_sm90`, and CuTe DSL kernels from 0.6.14 on.
 
-What the rows demand beyond the launcher's own checks follows the kernel, in
-`include/flashinfer/flat/hopper/`: it was compiled for heads of 128 elements and keeps
-states at that size, counts a state's elements in 32 bits, and waits for ever on a
-sequence without tokens.
+The rows' requirements beyond the launcher's own checks follow the kernel in
+`include/flashinfer/flat/hopper/`. It is compiled for heads of 128 elements and stores states at
+that size, counts a state's elements in 32 bits, and never terminates on a sequence without tokens.
 """
 
 from __future__ import annotations
@@ -21,43 +19,44 @@ _TOKENS = "total_seq_len"
 _GATE: dict[str, Any] = {"dtype": "float32", "contiguous": True, "optional": True}
 _STATE: dict[str, Any] = {"dtype": "float32", "contiguous": True, "offset_limit": 2**31}
 _STATE_AXES = "num_seqs num_sab_heads head_size head_size"
-# Bytes of a TMA descriptor: the kernel keeps one for each multiprocessor.
+# Bytes of a TMA descriptor; the kernel keeps one for each multiprocessor.
 _DESCRIPTOR_BYTES = 128
 
 _ARGS = (
-    Tensor("output", f"{_TOKENS} num_sab_heads head_size", "T", "what the tokens read",
+    Tensor("output", f"{_TOKENS} num_sab_heads head_size", "T", "output of each token",
            writes=True, reads=False, contiguous=True),
     Tensor("output_state", _STATE_AXES, writes=True, reads=False, **_STATE,
            doc="the state after each sequence, as [value, key]; may be `input_state` itself"),
     Tensor("q", f"{_TOKENS} num_q_heads head_size", "T",
-           "queries, of length 1 as a rule; all sequences' tokens one after another",
+           "queries, usually normalised to length 1; the tokens of all sequences in order",
            contiguous=True),
-    Tensor("k", f"{_TOKENS} num_k_heads head_size", "T", "keys, of length 1", contiguous=True),
+    Tensor("k", f"{_TOKENS} num_k_heads head_size", "T",
+           "keys, normalised to length 1", contiguous=True),
     Tensor("v", f"{_TOKENS} num_v_heads head_size", "T", "values", contiguous=True),
     Tensor("cu_seqlens", "num_seqs+1", "int64", contiguous=True,
-           doc="where each sequence starts, and the end: from 0, and rising, for the kernel "
-               "never ends on a sequence without tokens; see `fi_ffi.cu_seqlens`"),
+           doc="start of each sequence, and the end: from 0, and rising. The kernel never ends on "
+               "a sequence without tokens; see `fi_ffi.cu_seqlens`"),
     Tensor("input_state", _STATE_AXES, optional=True, **_STATE,
-           doc="the state before each sequence, as [value, key]; zero where there is none"),
+           doc="the state before each sequence, as [value, key]; default: zero"),
     Tensor("alpha", f"{_TOKENS} num_sab_heads", **_GATE,
-           doc="how much of the state is kept before a token, 0 to 1 (not its logarithm); 1"),
+           doc="decay of the state before each token, 0 to 1 (not its logarithm); default: 1"),
     Tensor("beta", f"{_TOKENS} num_sab_heads", **_GATE,
-           doc="how much of a token is written, 0 to 1; 1"),
-    Scalar("scale", float, 0.0, "of the output; 0.0 means 1 / sqrt(head_size)", low=0.0),
+           doc="strength of each token's update, 0 to 1; default: 1"),
+    Scalar("scale", float, 0.0, "factor of the output; 0.0 means 1 / sqrt(head_size)", low=0.0),
     Tensor("workspace_buffer", "workspace_size", "uint8", writes=True, reads=False,
            contiguous=True, alignment=128, bytes_per_multiprocessor=_DESCRIPTOR_BYTES,
-           doc="scratch of `gdn_prefill_workspace_size()` bytes that no other stream uses; "
-               "without it each stream has its own of fi_ffi's"),
+           doc="scratch of `gdn_prefill_workspace_size()` bytes, for one stream at a time; by "
+               "default fi_ffi keeps one for each stream"),
 )  # fmt: skip
 _CHECKPOINTED = "0.6.8"
 _CHECKPOINTS = (
     Tensor("state_checkpoints", "total_checkpoints num_sab_heads head_size head_size", "float32",
-           "states on the way, as [value, key]", writes=True, reads=False, contiguous=True,
+           "intermediate states, as [value, key]", writes=True, reads=False, contiguous=True,
            optional=True, since=_CHECKPOINTED),
     Tensor("checkpoint_cu_starts", "num_seqs+1", "int64", contiguous=True, optional=True,
            since=_CHECKPOINTED,
-           doc="where each sequence's checkpoints start: see `fi_ffi.checkpoint_cu_starts`"),
-    Scalar("checkpoint_every_n_tokens", int, 0, "tokens between checkpoints; 0 for none",
+           doc="start of each sequence's checkpoints: see `fi_ffi.checkpoint_cu_starts`"),
+    Scalar("checkpoint_every_n_tokens", int, 0, "tokens between checkpoints; 0: no checkpoints",
            low=0, multiple_of=64, since=_CHECKPOINTED),
 )  # fmt: skip
 
@@ -66,10 +65,10 @@ _ROW = Row(
     "gdn_prefill_sm90",
     "gdn_prefill",
     "csrc/gdn_prefill_launcher.cu",
-    "The gated delta rule over ragged sequences, a state for each head: for every token "
+    "The gated delta rule over ragged sequences, with a state for each head. For every token: "
     "`state *= alpha`, `state += beta * outer(v - state @ k, k)`, `output = scale * state @ q`. "
-    "Heads are those of q (GQA: q's are a multiple of k's and v's) or of v (GVA: v's are a "
-    "multiple of q's and k's), whichever are more.",
+    "The number of heads is that of q (GQA: a multiple of the heads of k and v) or of v (GVA: a "
+    "multiple of the heads of q and k).",
     (*_ARGS, *_CHECKPOINTS),
     dtypes={"T": ("float16", "bfloat16")},
     releases=">=0.6.3,<0.6.14",
@@ -97,7 +96,7 @@ _ROW = Row(
 _CUTE = "gdn_prefill_sm90_sm90a_cute_dsl_fully_fused_delta_rule_sm90_"
 # The most common of the modules.
 CUTE_MODULE = f"{_CUTE}bfloat16_alpha_beta_init_float32_float32_nocheckpoints_noindices_int64"
-# Another view of q, k, v and output: the axis of tokens and that of a head, which TMA takes.
+# The entry's views of q, k, v and output, in the order of axes that TMA takes.
 _KEYS_LAST, _KEYS_FIRST = ((0,), (2,), (1,)), ((2,), (0,), (1,))
 _FLOATS = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 _OLD_DTYPES = dict.fromkeys(("S", "S0", "C"), ("float32",)) | dict.fromkeys(("L", "L0"), ("int64",))
@@ -105,7 +104,7 @@ _OF_OLD: dict[str, Any] = {arg.name: arg for arg in (*_ARGS, *_CHECKPOINTS)}
 
 
 def _as(name: str, **changed: Any) -> Any:
-    """An argument of the compiled kernel's, as the one in CuTe DSL has it."""
+    """Return an argument of the compiled kernel as the CuTe DSL kernel has it."""
     return replace(_OF_OLD[name], since="", **changed)
 
 
@@ -125,15 +124,16 @@ _CUTE_ARGS: tuple[Arg, ...] = (
     _as("output_state", dtype="S", **_FREE, alignment=16,
         doc="the state after each sequence, as [value, key]; may be `input_state` itself"),
     _as("input_state", dtype="S0", **_FREE, alignment=16),
-    Tensor("state_indices", "num_seqs", "I", "where each sequence's state is in `input_state` and "
-           "`output_state`, which are pools then: each slot once", contiguous=True, optional=True,
+    Tensor("state_indices", "num_seqs", "I",
+           "slot of each sequence's state in `input_state` and `output_state`, which then are "
+           "pools; each slot at most once", contiguous=True, optional=True,
            since="0.7.0"),
     _as("state_checkpoints", dtype="C", view=((0, 1, 2, 3),), alignment=16),
     _as("checkpoint_cu_starts", dtype="L0", alignment=8),
     _as("workspace_buffer"),
     _as("cu_seqlens", dtype="L", alignment=8,
-        doc="where each sequence starts, and the end: from 0, and not decreasing; the state after "
-            "a sequence without tokens is not written"),
+        doc="start of each sequence, and the end: from 0, and not decreasing; the state of a "
+            "sequence without tokens is not written"),
     _as("scale", zero="head_size ** -0.5"),
     *map(_size, ("num_q_heads", "num_k_heads", "num_v_heads", "num_sab_heads", "num_seqs")),
     _size("total_checkpoints", "(total_checkpoints or 1)"),
@@ -143,7 +143,7 @@ _CUTE_ARGS: tuple[Arg, ...] = (
 
 
 def _compiled_for(row: Row, dtypes: Mapping[str, str]) -> Row:
-    """The row of the module for tensors of these dtypes: those that are not there have no type."""
+    """Return the row of the module for tensors of these dtypes; missing tensors have none."""
     return _row_for(row, tuple(dtypes.items()))
 
 
@@ -182,7 +182,7 @@ _ROW_CUTE = replace(
     requires=(
         *(each for each in _ROW.requires if each != f"{_TOKENS} >= num_seqs"),
         Rule("output_state", "state_indices or slots == num_seqs",
-             "a state for each sequence, without state_indices"),
+             "a state for each sequence, unless state_indices is given"),
     ),
     order=(*(arg.name for arg in _ARGS), *(arg.name for arg in _CHECKPOINTS), "state_indices"),
     compiled_for=_compiled_for,

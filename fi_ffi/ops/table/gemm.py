@@ -1,7 +1,7 @@
-"""Matrix products: entries of FlashInfer's `gemm` and `gemm_sm90`, and of others like them.
+"""Matrix products: entries of FlashInfer's `gemm`, `gemm_sm90` and similar modules.
 
-Here are those that are called as they are; `fi_ffi/ops/matmul` has those that need something
-done around the entry, and docs/gemm.md says which is for what.
+These are called as they are. `fi_ffi/ops/matmul` has the products that need work around the entry,
+and docs/gemm.md says which to use.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ FP8 = ("float8_e4m3fn", "float8_e5m2")
 F16 = ("float16", "bfloat16")
 _OUT: dict[str, Any] = {"writes": True, "reads": False, "contiguous": True, "alignment": 16}
 _IN: dict[str, Any] = {"contiguous": True, "alignment": 16}
-_PDL = "programmatic dependent launch: start while the previous kernel drains"
+_PDL = "programmatic dependent launch: start while the previous kernel finishes"
 
-# 32 MiB or a little less on Hopper and Blackwell: what NVIDIA recommends, and FlashInfer gives.
+# 32 MiB or slightly less on Hopper and Blackwell, which NVIDIA recommends and FlashInfer uses.
 CUBLAS_BYTES = 216 << 10
 HANDLE = Scalar(
-    "cublas_handle", int, 0, "a cublasLtHandle_t or cublasHandle_t; 0 is fi_ffi's own of the "
-    "device", low=0, library="cublasLt",
+    "cublas_handle", int, 0,
+    "a cublasLtHandle_t or cublasHandle_t; 0: fi_ffi's own handle for the device",
+    low=0, library="cublasLt",
 )  # fmt: skip
 _MATRICES = (
     Tensor("A", "b m k", "TA", "left factors", **_IN),
@@ -32,13 +33,13 @@ _MATRICES = (
            "(b, n, k)", transposed=True, **_IN),
 )  # fmt: skip
 _SCALES = (
-    Tensor("A_scale", "1", "float32", "A is multiplied by it"),
-    Tensor("B_scale", "1", "float32", "B is multiplied by it"),
+    Tensor("A_scale", "1", "float32", "factor of A"),
+    Tensor("B_scale", "1", "float32", "factor of B"),
     Tensor("workspace_buffer", "workspace_size", "uint8", writes=True, reads=False,
            contiguous=True, alignment=256, bytes_per_multiprocessor=CUBLAS_BYTES, any_size=True,
-           doc="scratch that no other stream uses, of any size: what has no room is not chosen. "
-               "NVIDIA recommends 32 MiB; without it each stream has its own of fi_ffi's, of "
-               "216 KiB for each multiprocessor"),
+           doc="scratch of any size, for one stream at a time. cuBLASLt skips algorithms that need "
+               "more; NVIDIA recommends 32 MiB. By default fi_ffi keeps 216 KiB per "
+               "multiprocessor for each stream"),
 )  # fmt: skip
 BMM_ARGS = (*_MATRICES, Tensor("D", "b m n", "T", "the products", **_OUT), *_SCALES)
 BMM: dict[str, Any] = {
@@ -48,14 +49,14 @@ BMM: dict[str, Any] = {
     "offset_limit": 2**63,
     "vector": Vector(()),
     "requires": (
-        # What cuBLASLt has fp8 kernels for.
+        # cuBLASLt's requirements for fp8.
         "k >= 16",
         "k % 16 == 0",
         "n % 16 == 0",
         f"m <= {_INT}",
         f"n <= {_INT}",
         f"k <= {_INT}",
-        # Of several matrices the launcher counts the elements of each in an int.
+        # With several matrices, the launcher counts the elements of each in an int.
         *(
             Rule(
                 matrix,
@@ -65,7 +66,7 @@ BMM: dict[str, Any] = {
             for matrix, elements in (("A", "m * k"), ("B", "k * n"), ("D", "m * n"))
         ),
     ),
-    "capabilities": (8, 9, 10, 11, 12),  # of the first, from 8.9 on
+    "capabilities": (8, 9, 10, 11, 12),  # of 8.x only 8.9
     "lacks": ({"TA": "float8_e5m2", "TB": "float8_e5m2"},),
 }
 
@@ -80,9 +81,9 @@ _BMM = Row(
 def _tiny(name: str, *bias: Tensor, since: str) -> tuple[Row, ...]:
     plus = " + bias" if bias else ""
     always = (
-        # Rows are copied by TMA: so many bytes apart, and 0 past their end.
+        # TMA copies rows: strides are multiples of 16 bytes, and reads past the end give 0.
         "k >= 64", "m >= 16", "k % 8 == 0", "m % 16 == 0",
-        # The output is counted in an int, and blocks of 8 rows by the grid's second axis.
+        # The output is counted in an int, blocks of 8 rows by the grid's second axis.
         f"n * m <= {_INT}", f"n <= {8 * 65535}", f"m * k <= {_INT}", f"n * k <= {_INT}",
     )  # fmt: skip
     row = Row(
@@ -91,18 +92,19 @@ def _tiny(name: str, *bias: Tensor, since: str) -> tuple[Row, ...]:
         "once.",
         (
             Tensor("input", "n k", "T", "rows", **_IN),
-            Tensor("weight", "m k", "T", "a row for each column of the output", **_IN),
+            Tensor("weight", "m k", "T", "one row for each column of the output", **_IN),
             *bias,
             Tensor("output", "n m", "T", "the products", **_OUT),
             Scalar("use_pdl", bool, False, _PDL),
         ),
         {"T": _BF16}, f">={since}",
-        # A warp that had to wait looked at the first of its stages, whichever it was to use next:
-        # with more than one (256 of k for each of four warps) results were wrong now and then, and
-        # it hung at k = 5120, where stages are used again.
+        # A warp that had to wait polled its first stage instead of its next one. With several
+        # stages (256 of k for each of four warps) results were sometimes wrong, and the kernel
+        # hung at k = 5120, where stages are reused.
         requires=(*always, Rule(
-            "input", "k <= 1024", "k of 1024 at most: before FlashInfer 0.6.14 the kernel gives "
-            "wrong results now and then for more, which docs/gemm.md shows",
+            "input", "k <= 1024",
+            "k of at most 1024: before FlashInfer 0.6.14 the kernel sometimes gives wrong results "
+            "above it (docs/gemm.md)",
         )),
         offset_limit=2**63, vector=Vector(()), capabilities=(9, 10, 11, 12),
     )  # fmt: skip
@@ -132,7 +134,7 @@ def _router(
     )  # fmt: skip
 
 
-# fp8_blockscale_gemm_90: an object that `init` makes.
+# fp8_blockscale_gemm_90: methods of the object that `init` makes.
 BLOCKSCALE: dict[str, Any] = {
     "module": "fp8_blockscale_gemm_90",
     "source": "csrc/fp8_blockscale_gemm_sm90_binding.cu",
@@ -155,16 +157,16 @@ ROWS = (
             "GLM-MoE-DSA", ">=0.6.12"),
     Row(
         "fp8_quantize_1x128", symbol="fp8_quantize_1x128",
-        doc="Quantise rows in pieces of 128 columns: `outValueE4M3 = fp8(input * 448 / largest)`, "
-        "and in `outScaleFP8SF` what undoes it, `largest / 448`, as the products take it. "
-        "`largest` is of a piece; of zeros the scale is 1.",
+        doc="Quantise rows in blocks of 128 columns: `outValueE4M3 = fp8(input * 448 / largest)` "
+            "and `outScaleFP8SF = largest / 448`, where `largest` is the largest element of the "
+            "block. The scale of a block of zeros is 1.",
         args=(
             Tensor("input", "n 128*k128", "T", "rows", **_IN),
             Tensor("outValueE4M3", "n 128*k128", "float8_e4m3fn", "quantised rows", **_OUT),
-            Tensor("outScaleFP8SF", "k128 n4", "float32", "what the values are multiplied by: a "
-                   "row for each 128 columns, with a number for each row of the input, and room "
-                   "up to a multiple of 4, which is not written", **_OUT),
-            Scalar("use_ue8m0", bool, False, "the kernels do not look at it"),
+            Tensor("outScaleFP8SF", "k128 n4", "float32",
+                   "scales: one row for every 128 columns, with a number for each row of the "
+                   "input; padding up to a multiple of 4 is not written", **_OUT),
+            Scalar("use_ue8m0", bool, False, "ignored by the kernels"),
         ),
         dtypes={"T": _BF16},
         requires=(

@@ -1,8 +1,7 @@
 """The RMSNorm family: entries of FlashInfer's `norm` module.
 
-What a row demands beyond the binding's own checks follows the kernels in
-`include/flashinfer/norm.cuh`: how wide they load, and the width of the integers
-they compute offsets in.
+The rows' requirements beyond the binding's own checks follow the kernels in
+`include/flashinfer/norm.cuh`: the width of loads, and of the integers for offsets.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _SCALES = (
     Tensor("scale", "1", "float32", f"{_DIVIDED}±448", since="0.6.7", until="0.6.18"),
     Tensor("scale", "1", "float32", f"{_DIVIDED}O's range", since="0.6.18"),
 )
-_RESIDUAL = Tensor("residual", "n h", "T", "gets `input + residual`, rounded to T", writes=True)
+_RESIDUAL = Tensor("residual", "n h", "T", "receives `input + residual`, rounded to T", writes=True)
 
 
 def _row(name: str, doc: str, *args: Tensor | Scalar, symbol: str = "", **more: Any) -> Row:
@@ -39,7 +38,7 @@ def _quant_rows(name: str, doc: str, *tensors: Tensor) -> tuple[Row, ...]:
     return forms_of(row, {"0.6.18": {"variant": "_full_range"}})
 
 
-# A thread reads its own elements of a row, twice, before it writes the same ones.
+# In place is safe: a thread reads its elements of a row, twice, before it writes the same ones.
 _IN_PLACE = (("out", "input"),)
 _NORM = (
     Tensor("out", "n h", "T", "may be `input` itself", **_OUT),
@@ -49,7 +48,7 @@ _NORM = (
     PDL,
 )
 _FUSED_ADD = (
-    Tensor("input", "n h", "T", "gets the normalised rows", writes=True),
+    Tensor("input", "n h", "T", "receives the normalised rows", writes=True),
     _RESIDUAL,
     _WEIGHT,
     _EPS,
@@ -76,7 +75,7 @@ ROWS = (
     ),
     _row(
         "gemma_rmsnorm",
-        "RMS-normalise rows, Gemma's way: `out = input / rms(input) * (1 + weight)`.",
+        "RMS-normalise rows as Gemma does: `out = input / rms(input) * (1 + weight)`.",
         *_NORM,
         in_place=_IN_PLACE,
     ),
@@ -115,7 +114,7 @@ ROWS = (
         _EPS,
         dtypes={"T": ("bfloat16",)},
         vector=Vector(("h",), bytes=4, dtype="T"),  # pairs of bfloat16, and so pairs of float32
-        # Pairs are counted in an int, or single elements where they do not go up in pairs.
+        # The kernel counts pairs in an int, or single elements if their number is odd.
         requires=(
             "h >= 1",
             f"n <= {2**31 - 1}",

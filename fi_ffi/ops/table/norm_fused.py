@@ -1,9 +1,9 @@
-"""Fused kernels of diffusion transformers: the rest of FlashInfer's `norm` module.
+"""Fused kernels for diffusion transformers: the rest of FlashInfer's `norm` module.
 
-`fused_qk_rmsnorm_rope` (`include/flashinfer/norm/fused_qk_rmsnorm_rope.cuh`) has a thread block
-of a warp for each head, and ends the process where its numbers do not fit each other.  The layer
-norms (`fused_dit_layernorm.cuh`) are for 3072 elements, read what they multiply and shift by from
-tables of six parts, and read each bias whether there is one or not: zeros stand for none.
+`fused_qk_rmsnorm_rope` (`include/flashinfer/norm/fused_qk_rmsnorm_rope.cuh`) runs a thread block of
+one warp for each head, and ends the process if its sizes are inconsistent. The layer norms
+(`fused_dit_layernorm.cuh`) are for 3072 elements, read their scales and shifts from tables of six
+parts, and read each bias whether it is given or not: zeros stand for a missing one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from fi_ffi.ops.row import Absent, Row, Rule, Scalar, Tensor, Vector
 
 _SOURCE = "csrc/flashinfer_norm_binding.cu"
-# Less than this is taken for a mistake: the kernel divides by it in float32.
+# The least value that is not taken for a mistake: the kernel divides by it in float32.
 _LEAST = 1e-6
 _EPS = Scalar("eps", float, 1e-6, "added to the mean square before the root", low=0.0)
 _IN: dict[str, Any] = {"dtype": "T", "contiguous": True}
@@ -24,7 +24,7 @@ _CHANNELS = ("num_frame_channels", "num_height_channels", "num_width_channels")
 
 
 def _size(name: str, axis: str = "") -> Scalar:
-    return Scalar(name, int, None, "what the tensors have", low=0, size_of=axis or name)
+    return Scalar(name, int, None, "same as in the tensors", low=0, size_of=axis or name)
 
 
 def _count(name: str, doc: str) -> Scalar:
@@ -36,16 +36,16 @@ def _channels(name: str, doc: str) -> Scalar:
 
 
 _ROWS_OF = "n num_rows 3072"
-# In its six parts; counted in 64 bits.
+# One of the table's six parts; its elements are counted in 64 bits.
 _TABLE: dict[str, Any] = {"dtype": "T", "parts": 6, "alignment": 16, "offset_limit": 2**63}
 _BIAS: dict[str, Any] = {"dtype": "float32", "contiguous": True, "alignment": 32}
-_INPUT = Tensor("input", _ROWS_OF, doc="what is added to the residual", alignment=16, **_IN)
+_INPUT = Tensor("input", _ROWS_OF, doc="added to the residual", alignment=16, **_IN)
 _RESIDUAL = Tensor("residual", _ROWS_OF, doc="the residual", alignment=16, **_IN)
 _NEW: dict[str, Any] = {**_IN, "alignment": 16, "writes": True, "reads": False}
 
 
 def _from_table(*names: str) -> tuple[Tensor, ...]:
-    """What is multiplied or shifted by, and a bias of it."""
+    """Return the scales or shifts of a table, and the bias of each."""
     pairs = (
         (
             Tensor(name, _ROWS_OF, doc=f"the {name} of each row, a part of a table", **_TABLE),
@@ -62,10 +62,10 @@ def _layernorm(name: str, doc: str, mode: int, *args: Tensor | Absent) -> Row:
         (
             *args,
             Tensor("residual_out", _ROWS_OF, doc="the new residual", **_NEW),
-            Tensor("norm_out", _ROWS_OF, doc="it normalised", **_NEW),
+            Tensor("norm_out", _ROWS_OF, doc="the normalised residual", **_NEW),
             Absent("sf_out"),
             Absent("sf_scale"),
-            Tensor("input_sf_scale", "1", "float32", "multiplies `input`", optional=True,
+            Tensor("input_sf_scale", "1", "float32", "factor of `input`", optional=True,
                    empty=True),
             Scalar("epsilon", float, 1e-6, "added to the variance before the root", low=0.0),
             Absent("mode", "int", mode),
@@ -76,7 +76,7 @@ def _layernorm(name: str, doc: str, mode: int, *args: Tensor | Absent) -> Row:
         vector=Vector(()),
         offset_limit=2**32,
         requires=(f"n <= {2**31 - 1}", f"num_rows <= {2**31 - 1}"),
-        # A thread has read its own 8 elements of both before it writes the same ones.
+        # A thread reads its 8 elements of both tensors before it writes the same elements.
         in_place=tuple((out, of) for out in ("residual_out", "norm_out")
                        for of in ("input", "residual")),
     )  # fmt: skip
@@ -117,7 +117,7 @@ ROWS = (
         "norm",
         "fused_qk_rmsnorm_rope",
         _SOURCE,
-        "RMS-normalise queries and keys over all their heads, turn them by where their patch is "
+        "RMS-normalise queries and keys over all heads, rotate them by the position of their patch "
         "in a video, and copy values: see docs/norm_fused.md.",
         (
             Tensor("qkv_in", "n num_heads_q+num_heads_k+num_heads_v head_dim",
@@ -131,35 +131,35 @@ ROWS = (
             Tensor("k_out", "n num_heads_k head_dim", doc="the keys", **_OUT),
             Tensor("v_out", "n num_heads_v head_dim", doc="the values", **_OUT),
             _size("num_tokens", "n"),
-            _count("seq_len", "tokens of one video; token i is its token i % seq_len"),
+            _count("seq_len", "tokens in a video; token i is token i % seq_len of its video"),
             _count("ppf", "patches in time"),
             _count("pph", "patches from top to bottom"),
-            _count("ppw", "patches from left to right, which follow one another"),
-            _channels("num_frame_channels", "elements of a head that turn with time, the first"),
-            _channels("num_height_channels", "those that turn with the height, the next"),
-            _channels("num_width_channels", "those that turn with the width"),
+            _count("ppw", "patches from left to right, in this order in memory"),
+            _channels("num_frame_channels", "elements of a head rotated by time: the first ones"),
+            _channels("num_height_channels", "elements rotated by height: the next ones"),
+            _channels("num_width_channels", "elements rotated by width"),
             *map(_size, _HEADS),
             _size("head_dim"),
             _EPS,
-            Scalar("base", float, 10000.0, "pair i of c channels turns by base**(-2 * i / c) of a "
-                   "patch", low=_LEAST),
-            Scalar("interleave", bool, True, "pairs are neighbours; or else an element, and that "
-                   "half a head further on"),
-            Scalar("factor", float, 1.0, "YaRN's, by which slow pairs are slower; 1.0 for none",
+            Scalar("base", float, 10000.0,
+                   "pair i of c channels turns by base**(-2 * i / c) for each patch", low=_LEAST),
+            Scalar("interleave", bool, True,
+                   "True: pairs are neighbours; False: an element and the one half a head later"),
+            Scalar("factor", float, 1.0, "YaRN's factor for slow pairs; 1.0: no YaRN",
                    low=_LEAST),
-            Scalar("low", float, 0.0, "the pair up to which none is slower", low=0.0),
-            Scalar("high", float, 0.0, "the pair from which all are", low=0.0),
-            Scalar("attention_factor", float, 1.0, "what YaRN multiplies queries and keys by",
+            Scalar("low", float, 0.0, "the last pair that YaRN leaves alone", low=0.0),
+            Scalar("high", float, 0.0, "the first pair that YaRN scales in full", low=0.0),
+            Scalar("attention_factor", float, 1.0, "YaRN's factor of queries and keys",
                    low=0.0),
-            Scalar("is_qk_norm", bool, True, "whether to normalise"),
-            Scalar("output_fp8", bool, False, "whether the outputs are float8"),
-            Scalar("output_quant_scale", float, 1.0, "what float8 queries and keys are multiplied "
-                   "by, before they are clamped to ±448", low=0.0),
-            Scalar("v_quant_scale", float, 1.0, "the same of values", low=0.0),
+            Scalar("is_qk_norm", bool, True, "True: normalise"),
+            Scalar("output_fp8", bool, False, "True: the outputs are float8"),
+            Scalar("output_quant_scale", float, 1.0,
+                   "factor of float8 queries and keys, before they are clamped to ±448", low=0.0),
+            Scalar("v_quant_scale", float, 1.0, "the same for values", low=0.0),
         ),
         dtypes={"T": ("bfloat16",), "O": ("bfloat16", "float8_e4m3fn")},
         releases=">=0.6.12",
-        # What goes into the rotation is rounded, but for float8.
+        # The rotation's input is rounded, except for float8.
         rounding="T",
         vector=Vector(("head_dim",), dtype="T"),
         offset_limit=2**63,
@@ -170,11 +170,11 @@ ROWS = (
             Rule("seq_len", "seq_len == ppf * pph * ppw", "seq_len = ppf * pph * ppw"),
             Rule("num_frame_channels", f"head_dim == {' + '.join(_CHANNELS)}",
                  f"{' + '.join(_CHANNELS)} = head_dim"),
-            # In float32, which is what the kernel compares.
+            # The kernel compares in float32.
             Rule("attention_factor", "attention_factor == 1 or abs(factor - 1) > 2**-23",
                  "an attention_factor of 1.0, or a factor that is not"),
             Rule("output_fp8", "output_fp8 == (O == 'float8_e4m3fn')",
-                 "output_fp8 where O is float8_e4m3fn, and only there"),
+                 "output_fp8 if and only if O is float8_e4m3fn"),
         ),
     ),
     *_LAYERNORMS,

@@ -1,7 +1,7 @@
 """Appending to a paged KV cache: entries of FlashInfer's `page` module.
 
-The kernels (`include/flashinfer/page.cuh`) take indices as int32 unasked, keep the caches'
-strides in 32 bits, and count tokens of a request's pages in 32 bits and elements in 64.
+The kernels (`include/flashinfer/page.cuh`) assume int32 indices without a check, store the caches'
+strides in 32 bits, and count the tokens of a request's pages in 32 bits and elements in 64.
 """
 
 from __future__ import annotations
@@ -19,18 +19,23 @@ _LIMITS = (
     "nnz == 0 or num_pages >= 1",
     "nnz == 0 or num_indices >= 1",
     "nnz == 0 or b >= 1",
-    # The launcher adds the number of multiprocessors to it, in an int.
+    # The launcher adds the number of multiprocessors to it in an int.
     f"nnz <= {2**31 - 2**10}",
     f"num_indices * page_size <= {2**32}",
 )
 
 _WHERE = (
-    Tensor("batch_indices", "nnz", doc="the request of each new token", **_INDEX),
-    Tensor("positions", "nnz", doc="its place in the request, from 0", **_INDEX),
+    Tensor("batch_indices", "nnz", doc="request of each new token", **_INDEX),
+    Tensor("positions", "nnz", doc="its position in the request, from 0", **_INDEX),
 )
 _PAGES = (
-    Tensor("kv_indices", "num_indices", doc="the pages of all requests, in order", **_INDEX),
-    Tensor("kv_indptr", "b+1", doc="where each request's pages start in `kv_indices`", **_INDEX),
+    Tensor("kv_indices", "num_indices", doc="pages of all requests, in order", **_INDEX),
+    Tensor(
+        "kv_indptr",
+        "b+1",
+        doc="start of each request's pages in `kv_indices`, and the end",
+        **_INDEX,
+    ),
     Tensor("kv_last_page_len", "b", doc="tokens in each request's last page", **_INDEX),
 )
 
@@ -48,12 +53,12 @@ def _row(
 ROWS = (
     _row(
         "append_paged_kv_cache",
-        "Write new tokens' keys and values to their places in a paged cache.",
+        "Append the keys and values of new tokens to a paged cache.",
         Tensor("append_key", "nnz num_kv_heads head_dim", "T", "keys of the new tokens"),
         Tensor("append_value", "nnz num_kv_heads head_dim", "T", "values of the new tokens"),
         *_WHERE,
         Tensor("paged_k_cache", "num_pages page_size num_kv_heads head_dim",
-               doc="keys; in one tensor with the values: see `split_paged_kv_cache`",
+               doc="keys; for one tensor with both, see `split_paged_kv_cache`",
                kv=True, **_CACHE),
         Tensor("paged_v_cache", "num_pages page_size num_kv_heads head_dim",
                doc="values", kv=True, **_CACHE),
@@ -66,16 +71,16 @@ ROWS = (
     ),
     _row(
         "append_paged_mla_kv_cache",
-        "Write new tokens' compressed keys and values to their places in a paged MLA cache.",
+        "Append the compressed keys and values of new tokens to a paged MLA cache.",
         Tensor("append_ckv", "nnz head_dim_ckv", "T", "compressed keys and values"),
-        Tensor("append_kpe", "nnz head_dim_kpe", "T", "keys' part with the position encoding"),
+        Tensor("append_kpe", "nnz head_dim_kpe", "T", "the keys' part with the position encoding"),
         *_WHERE,
         Tensor("ckv_cache", "num_pages page_size head_dim_ckv", doc="cache of `append_ckv`",
                **_CACHE),
         Tensor("kpe_cache", "num_pages page_size head_dim_kpe", doc="cache of `append_kpe`",
                **_CACHE),
         *_PAGES,
-        # 16 bytes since 0.6.16, and two elements before.
+        # The kernel loads 16 bytes from 0.6.16 on, and two elements before.
         vector=Vector(("head_dim_ckv", "head_dim_kpe")),
         requires=("head_dim_ckv in (512,)", "head_dim_kpe in (64,)"),
     ),

@@ -1,7 +1,7 @@
 """Packing bits: entries of FlashInfer's `quantization` module.
 
-The kernels (`include/flashinfer/quantization.cuh`) read the bytes of booleans one at a time
-and shift them as they are: a byte that is neither 0 nor 1 spoils its neighbours.
+The kernels (`include/flashinfer/quantization.cuh`) read the bytes of booleans one at a time and
+shift them unchanged: a byte other than 0 or 1 corrupts its neighbours.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from fi_ffi.ops.row import Row, Rule, Tensor, Text, Vector
 
 _BITORDER = Text(
     "bitorder", ("big", "little"), "big",
-    "where the first of 8 goes: to the highest bit, as numpy.packbits has it, or to the lowest",
+    "the first of 8 values becomes the highest bit, as in numpy.packbits, or the lowest",
 )  # fmt: skip
 _X = Tensor("x", "n", "bool", "bytes of 0 or 1", contiguous=True)
 _INDPTR: dict[str, Any] = {"dtype": "int32", "contiguous": True}
@@ -29,11 +29,11 @@ def _row(name: str, doc: str, *args: Tensor | Text, **fields: Any) -> Row:
 ROWS = (
     _row(
         "packbits",
-        "Pack booleans to bits, 8 to a byte; what is left of the last byte is 0.",
+        "Pack booleans into bits, 8 to a byte. The rest of the last byte is 0.",
         _X,
         _BITORDER,
         Tensor("y", "num_bytes", "uint8", "the bits", writes=True, reads=False, contiguous=True),
-        # A grid's blocks, of 2048 bits each.
+        # The limit of a grid, whose blocks have 2048 bits each.
         requires=(
             f"n <= {(2**31 - 1) * 2048}",
             Rule("y", "num_bytes == ceil_div(n, 8)",
@@ -42,17 +42,17 @@ ROWS = (
     ),
     _row(
         "segment_packbits",
-        "Pack segments of booleans to bits, each of them from a byte of its own on.",
+        "Pack segments of booleans into bits. Each segment starts with a new byte.",
         _X,
-        Tensor("input_indptr", "b+1", doc="where each segment starts in `x`, and the end",
+        Tensor("input_indptr", "b+1", doc="start of each segment in `x`, and the end",
                **_INDPTR),
-        Tensor("output_indptr", "b+1", doc="where its bits start in `y`: see `packed_indptr`",
+        Tensor("output_indptr", "b+1", doc="start of its bits in `y`: see `packed_indptr`",
                **_INDPTR),
         _BITORDER,
-        Tensor("y", "num_bytes", "uint8", "the bits; other bytes of it stay as they are",
+        Tensor("y", "num_bytes", "uint8", "the bits; other bytes stay unchanged",
                writes=True, reads=False, contiguous=True),
         requires=(f"n <= {2**31 - 1}", f"b <= {2**31 - 1}"),
         nothing_axis="b",
-        # Bits that are written over the starts would send other threads' anywhere.
+        # Bits written over the starts would make other threads write anywhere.
     ),
 )  # fmt: skip

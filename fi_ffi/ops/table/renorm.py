@@ -1,8 +1,8 @@
 """Filters of whole rows: entries of FlashInfer's `sampling` module, in `csrc/renorm.cu`.
 
-What the rows demand beyond the bindings' own checks follows `include/flashinfer/air_top_p.cuh` and
-`topk.cuh`.  The radix kernels share a row that a block has no room for between blocks, which wait
-for each other, and count on scratch that is zero.
+The rows' requirements beyond the bindings' own checks follow `include/flashinfer/air_top_p.cuh` and
+`topk.cuh`. If a row does not fit a block, the radix kernels share it between blocks that wait for
+each other, and rely on zeroed scratch.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from fi_ffi.ops.row import MULTIPROCESSORS, Row, Rule, Scalar, Tensor, Vector
 _SOURCE = "csrc/flashinfer_sampling_binding.cu"
 _INT = 2**31 - 1
 _OUT: dict[str, Any] = {"writes": True, "reads": False, "contiguous": True}
-# What rows are filtered by: a number for each.
+# The filters' parameters: one number for each row.
 MAYBE: dict[str, Any] = {"optional": True, "contiguous": True, "column": True}
 
-# A block for each multiprocessor runs at once; on the GPUs with the least shared memory it has
-# room for so many elements of 4 bytes.
+# Elements of 4 bytes that a block holds on the GPUs with the least shared memory; one block runs on
+# each multiprocessor.
 _ROOM = 15000
 
 
@@ -38,12 +38,13 @@ def rule_of_shared_rows(argument: str, axis: str) -> Rule:
     )
 
 
-# A group of blocks has 5152 bytes at most; there are half as many as multiprocessors, or fewer.
+# A group of blocks has at most 5152 bytes; there are at most half as many groups as
+# multiprocessors.
 ROW_STATES = Tensor(
     "row_states_buffer", "workspace_size", "uint8", writes=True, reads=True, contiguous=True,
     alignment=8, bytes=2**20, zeroed=True,
-    doc="scratch of 2^20 bytes that no other stream uses, zero before its first call; without it "
-        "each stream has its own of fi_ffi's",
+    doc="scratch of 2^20 bytes, for one stream at a time, zero before its first use; by default "
+        "fi_ffi keeps one for each stream",
 )  # fmt: skip
 
 
@@ -51,15 +52,15 @@ def _aligned(count: int) -> int:
     return round_up(count, 256)
 
 
-# Of the kernel that counts in buckets: its state for a row, the buckets, and two buffers for what
-# is in the bucket of the last token.
+# The kernel that counts in buckets: the number of buckets, its state for a row, and the size of an
+# element in the two buffers for the bucket of the last token.
 _BUCKETS, _COUNTER_BYTES, _ITEMSIZE = 2048, 384, 4
 
 
 def top_p_renorm_bytes(sizes: Mapping[str, int]) -> int:
-    """What `workspace` needs: nothing for rows that are searched instead.
+    """Return the bytes of `workspace`: 0 for rows that are searched instead.
 
-    Sums of buckets are of 64 bits where they are deterministic, and else floats.
+    Deterministic sums of buckets have 64 bits, others are floats.
     """
     n, h = sizes["n"], sizes["h"]
     if h < _BUCKETS:
@@ -73,7 +74,7 @@ def top_p_renorm_bytes(sizes: Mapping[str, int]) -> int:
 def top_p_renorm_workspace_size(
     batch_size: int, vocab_size: int, is_deterministic: bool = True
 ) -> int:
-    """Bytes that `workspace` of `top_p_renorm_probs` needs for so many rows of so many tokens."""
+    """Size in bytes of `workspace` for `top_p_renorm_probs` with these rows and tokens."""
     sizes = {"n": batch_size, "h": vocab_size}
     for argument, size in zip(("batch_size", "vocab_size"), sizes.values(), strict=True):
         op, expected = "top_p_renorm_workspace_size", "an integer of 0 or more"
@@ -102,24 +103,24 @@ def _in_and_out(source: str, out: str, dtype: str, doc: str) -> tuple[Tensor, Te
 
 _T: dict[str, tuple[str, ...]] = {"T": ("float32", "float16", "bfloat16")}
 _TOP_K = (
-    Tensor("maybe_top_k_arr", "n", "int32", "`top_k_val` of each row; 0 leaves nothing",
+    Tensor("maybe_top_k_arr", "n", "int32", "`top_k_val` of each row; 0 keeps nothing",
            **MAYBE),
-    Scalar("top_k_val", int, _INT, "how many are left, and with them those equal to the last",
+    Scalar("top_k_val", int, _INT, "number of tokens kept; ties with the last one are kept too",
            low=1, high=_INT, instead="maybe_top_k_arr"),
 )  # fmt: skip
 _DETERMINISTIC = Scalar(
     "is_deterministic", bool, True,
-    "the same result each time: sums of rows in 64-bit integers, which takes longer",
+    "same result each time, by slower sums in 64-bit integers",
 )  # fmt: skip
 _WORKSPACE = Tensor(
     "workspace", "workspace_size", "uint8", writes=True, reads=False, contiguous=True,
     alignment=128, bytes_for=top_p_renorm_bytes, bytes_given=("is_deterministic",), since="0.6.7",
-    doc="scratch of `top_p_renorm_workspace_size(n, h, is_deterministic)` bytes that no other "
-        "stream uses; without it each stream has its own of fi_ffi's",
+    doc="scratch of `top_p_renorm_workspace_size(n, h, is_deterministic)` bytes, for one stream at "
+        "a time; by default fi_ffi keeps one for each stream",
 )  # fmt: skip
 
-# Sums of buckets that fall short of `top_p` by a rounding count the last twice: 1 loses some of a
-# row, more than 1 any part of it, until it is out of reach.
+# If the buckets' sums miss `top_p` by a rounding error, the kernel counts the last bucket twice. So
+# a `top_p` of 1 may lose part of a row, and more than 1 any part of it, until no sum can be near.
 _ALL = 4.0
 _WITHIN_REACH = Rule(
     "top_p_val", f"maybe_top_p_arr or top_p_val <= 1 or top_p_val >= {_ALL}",
@@ -128,14 +129,15 @@ _WITHIN_REACH = Rule(
 
 _TOP_P_ROW = _row(
     "top_p_renorm_probs",
-    "Keep the most probable tokens of each row that sum to `top_p`, and those as probable as the "
-    "last of them, and make them sum to 1.",
+    "Keep the most probable tokens of each row that sum to `top_p`, and ties with the last of "
+    "them; scale them to sum to 1.",
     (
         *_in_and_out("probs", "renorm_probs", "float32", "rows that sum to 1"),
         Tensor("maybe_top_p_arr", "n", "float32", "`top_p_val` of each row",
                **MAYBE),
-        Scalar("top_p_val", float, _ALL, "what is left sums to so much at least; 4.0 keeps all, "
-               "while 1.0 may lose the least probable", low=0.0, instead="maybe_top_p_arr"),
+        Scalar("top_p_val", float, _ALL,
+               "smallest sum of the kept tokens; 4.0 keeps all, 1.0 may lose the least probable",
+               low=0.0, instead="maybe_top_p_arr"),
         replace(_DETERMINISTIC, since="0.6.7"),
         _WORKSPACE,
     ),
@@ -144,16 +146,16 @@ _TOP_P_ROW = _row(
     vector=Vector(("h",), dtype="float32"),
     offset_limit=2**31,
     in_place=(("renorm_probs", "probs"),),
-    # Rows are counted by a grid's second dimension, elements in an int.
+    # A grid's second dimension counts rows, an int counts elements.
     requires=("h >= 1", f"h <= {_INT}", f"n <= {2**16 - 1}", _WITHIN_REACH),
 )  # fmt: skip
 _TOP_K_ROW = _row(
     "top_k_renorm_probs",
-    "Keep the `top_k` most probable tokens of each row, and make them sum to 1.",
+    "Keep the `top_k` most probable tokens of each row and scale them to sum to 1.",
     (
-        *_in_and_out("probs", "renorm_probs", "T", "rows of nothing below 0"),
+        *_in_and_out("probs", "renorm_probs", "T", "rows without negative elements"),
         *_TOP_K,
-        replace(_DETERMINISTIC, doc="the same result each time", since="0.7.1"),
+        replace(_DETERMINISTIC, doc="same result each time", since="0.7.1"),
         ROW_STATES,
     ),
     ">=0.6.3",
@@ -168,8 +170,8 @@ ROWS = (
     *forms_of(_TOP_K_ROW, {"0.7.1": {"variant": "_deterministic"}}),
     _row(
         "top_k_mask_logits",
-        "Keep the `top_k` greatest logits of each row; the others become -inf.",
-        (*_in_and_out("logits", "mask_logits", "T", "rows of logits, none of them NaN"), *_TOP_K,
+        "Keep the `top_k` greatest logits of each row and set the others to -inf.",
+        (*_in_and_out("logits", "mask_logits", "T", "rows of logits without NaN"), *_TOP_K,
          ROW_STATES),
         ">=0.6.3",
         dtypes=_T,

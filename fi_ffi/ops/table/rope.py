@@ -1,9 +1,9 @@
 """Rotary position embeddings: entries of FlashInfer's `rope` module.
 
-What the rows demand beyond the binding's own checks follows the kernels in
-`include/flashinfer/pos_enc.cuh`: a thread loads 16 bytes of q and k at a time, 16 elements where
-it quantises, and all of its vector is rotated or none of it; half the rotary part is another
-thread's vector unless `interleave` is set.  Blocks stand for heads in the grid's second dimension.
+The rows' requirements beyond the binding's own checks follow the kernels in
+`include/flashinfer/pos_enc.cuh`. A thread loads 16 bytes of q and k at a time (16 elements if it
+quantises), and rotates all of its vector or none. Half a rotary part away is another thread's
+vector, unless `interleave` is set. The grid's second dimension counts heads.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from fi_ffi.ops.row import IN_PLACE, Absent, KvLayout, Row, Rule, Scalar, Tensor
 SOURCE = "csrc/flashinfer_rope_binding.cu"
 INPUTS: dict[str, tuple[str, ...]] = {"T": ("float16", "bfloat16")}
 INDEX: dict[str, tuple[str, ...]] = {"I": ("int32", "int64")}
-# Head sizes that kernels of their own were compiled for; others of `apply_rope_pos_ids_cos_sin_
-# cache` go to the kernel that quantises, with an output that is as wide as the input.
+# Head sizes with kernels of their own. `apply_rope_pos_ids_cos_sin_cache` sends others to the
+# quantising kernel, with an output of the input's dtype.
 _HEAD_DIMS = (64, 128, 256, 512)
-WIDE = 16  # elements that a thread of the quantising kernel has
-MOST_BLOCKS = 2**16 - 1  # of a grid's second dimension
+WIDE = 16  # elements of a thread of the quantising kernel
+MOST_BLOCKS = 2**16 - 1  # the limit of a grid's second dimension
 MOST = f"nnz <= {2**31 - 1}"
 MOST_THREADS = 1024
 
 
 def _has_whole_vectors(rotary_dim: int, head_dim: int, interleave: bool) -> bool:
-    """Whether each thread rotates all or nothing, and has its partners in one vector."""
+    """Whether each thread rotates all of its vector or none, with the partners in one vector."""
     vector = max(8, head_dim // 32) if head_dim in _HEAD_DIMS else WIDE
     return rotary_dim % (vector if interleave else 2 * vector) == 0
 
 
 def chunks(rope_dim: int, no_rope_dim: int) -> int:
-    """The pieces of a head that the quantising kernel has blocks for."""
+    """Return the pieces of a head for which the quantising kernel has blocks."""
     return 1 + ceil_div(no_rope_dim, rope_dim)
 
 
@@ -45,7 +45,7 @@ def _fits_grid(q_heads: int, kv_heads: int, rotary_dim: int, head_dim: int) -> b
 def _reads_before_it_writes(
     in_place: bool, interleave: bool, rotary_dim: int, head_dim: int
 ) -> bool:
-    """Whether partners are of one warp, which has read both before it writes either."""
+    """Whether partners belong to one warp, which reads both before it writes either."""
     alone = not in_place or interleave or head_dim in _HEAD_DIMS
     return alone or 32 % (rotary_dim // WIDE) == 0
 
@@ -59,44 +59,43 @@ _WHOLE_VECTORS = Rule(
 )
 _HEAD = "nnz num_qo_heads head_dim", "nnz num_kv_heads head_dim"
 _IN = (
-    Tensor("q", _HEAD[0], "T", "queries, also as slices of a fused buffer"),
-    Tensor("k", _HEAD[1], "T", "keys; of no heads where there is nothing to do"),
-    Tensor("q_rope", _HEAD[0], "T", "q with its positions; may be q itself",
+    Tensor("q", _HEAD[0], "T", "queries; may be slices of a fused buffer"),
+    Tensor("k", _HEAD[1], "T", "keys; without heads, only q is rotated"),
+    Tensor("q_rope", _HEAD[0], "T", "rotated q; may be q itself",
            writes=True, reads=False),
-    Tensor("k_rope", _HEAD[1], "T", "k with its positions; may be k itself",
+    Tensor("k_rope", _HEAD[1], "T", "rotated k; may be k itself",
            writes=True, reads=False),
 )  # fmt: skip
 _RAGGED = (
     Tensor("indptr", "b+1", "I", contiguous=True,
-           doc="where each request's tokens start, and the end of the last one's; tokens past "
-               "the end are left out"),
-    Tensor("offsets", "b", "I", "the position of each request's first token", contiguous=True),
+           doc="start of each request's tokens, and the end; tokens past the end are left out"),
+    Tensor("offsets", "b", "I", "position of each request's first token", contiguous=True),
 )  # fmt: skip
-POS_IDS = Tensor("pos_ids", "nnz", "I", "the position of each token", contiguous=True)
+POS_IDS = Tensor("pos_ids", "nnz", "I", "position of each token", contiguous=True)
 INTERLEAVE = Scalar(
     "interleave", bool, False,
-    "rotate elements 2i and 2i+1 (GPT-J); without it i and i + rotary_dim / 2 (GPT-NeoX, Llama)",
+    "True: rotate elements 2i and 2i+1 (GPT-J); False: i and i + rotary_dim / 2 (GPT-NeoX, Llama)",
 )  # fmt: skip
-# Less than this is taken for a mistake: the kernels divide by them in float32.
+# The least value that is not taken for a mistake: the kernels divide by it in float32.
 _LEAST = 1e-6
 _ANGLE = (
-    Scalar("rotary_dim", int, None, "how many of a head's elements are rotated, from the first",
+    Scalar("rotary_dim", int, None, "number of elements of a head that are rotated, from the first",
            low=0, size_of="head_dim", or_less=True),
     INTERLEAVE,
-    Scalar("rope_scale", float, 1.0, "positions are divided by it", low=_LEAST),
+    Scalar("rope_scale", float, 1.0, "divisor of positions", low=_LEAST),
     Scalar("rope_theta", float, 1e4, "pair i turns by position * theta ** (-2i / rotary_dim)",
            low=_LEAST),
 )  # fmt: skip
 _ANGLE_31 = (
     *_ANGLE[:2],
-    Scalar("rope_scale", float, 8.0, "positions of long waves are divided by it", low=_LEAST),
+    Scalar("rope_scale", float, 8.0, "divisor of the positions of long waves", low=_LEAST),
     replace(_ANGLE[3], default=5e5),
     Scalar("low_freq_factor", float, 1.0, low=0.0,
            doc="waves longer than old_context_length / low_freq_factor are scaled in full"),
     Scalar("high_freq_factor", float, 4.0, low=0.0,
            doc="waves shorter than old_context_length / high_freq_factor are not scaled"),
     Scalar("old_context_length", float, 8192.0, low=0.0,
-           doc="the context that the model was trained on first"),
+           doc="context length of the first training"),
 )  # fmt: skip
 _FACTORS = Rule(
     "high_freq_factor", "high_freq_factor > low_freq_factor", "more than low_freq_factor",
@@ -121,7 +120,7 @@ def row(
 
 
 def _ragged(name: str, doc: str, angle: tuple[Scalar, ...], *rules: Rule) -> Row:
-    # One dimension of blocks for b * (num_qo_heads + num_kv_heads).
+    # b * (num_qo_heads + num_kv_heads) blocks are in one dimension of a grid.
     most = (f"b * {heads} <= {2**30 - 1}" for heads in ("num_qo_heads", "num_kv_heads"))
     return row(
         name, f"{doc}; a request's tokens have positions one after another.",
@@ -141,10 +140,10 @@ def _positioned(name: str, doc: str, angle: tuple[Scalar, ...], *rules: Rule) ->
 def cos_sin_cache(rotary_dim: str) -> Tensor:
     return Tensor(
         "cos_sin_cache", f"max_seq_len {rotary_dim}", "float32", contiguous=True, alignment=16,
-        # With int32 positions the kernel counts its elements in 32 bits.
+        # With int32 positions, the kernel counts the table's elements in 32 bits.
         offset_limit=2**32,
-        doc="for each position the cosines of all pairs, then their sines; with interleave, up to "
-            "32 bytes past the row of a position are read, and not used",
+        doc="for each position, the cosines of all pairs, then their sines; with interleave, the "
+            "kernel reads up to 32 bytes past a row",
     )  # fmt: skip
 
 
@@ -168,9 +167,9 @@ _COS_SIN = row(
         ),
         Rule(
             "q_rope", f"reads_first({IN_PLACE}, interleave, rotary_dim, head_dim)",
-            "memory apart from q (and k_rope from k) without interleave, unless head_dim is 64, "
-            "128, 256 or 512, or rotary_dim 32, 64, 128, 256 or 512: else a warp may overwrite "
-            "what another has yet to read", {"reads_first": _reads_before_it_writes},
+            "other memory than q (and k_rope than k), unless interleave is set, or head_dim is 64, "
+            "128, 256 or 512, or rotary_dim is 32, 64, 128, 256 or 512: otherwise a warp may "
+            "overwrite input of another warp", {"reads_first": _reads_before_it_writes},
         ),
     ),
 )  # fmt: skip

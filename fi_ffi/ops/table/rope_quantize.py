@@ -1,7 +1,7 @@
 """Rotary position embeddings with quantised results: the other entries of the `rope` module.
 
-A thread of these kernels has 16 elements: 32 bytes of an input, 16 of an output, and those that it
-rotates are all of its own part or all of its partner's.  Strides are kept in 32 bits.
+A thread of these kernels has 16 elements: 32 bytes of input and 16 of output. The elements that it
+rotates are all of its own vector or all of its partner's. Strides are stored in 32 bits.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from fi_ffi.ops.table.rope import (
 
 _QUANTISED = INPUTS | {"O": ("float8_e4m3fn", "float8_e5m2")} | INDEX
 _SCALES = (
-    Scalar("quant_scale_q", float, 1.0, "queries are multiplied by it", low=0.0),
-    Scalar("quant_scale_kv", float, 1.0, "keys and values are multiplied by it", low=0.0),
+    Scalar("quant_scale_q", float, 1.0, "factor of queries", low=0.0),
+    Scalar("quant_scale_kv", float, 1.0, "factor of keys and values", low=0.0),
 )
 
 
@@ -40,10 +40,10 @@ def _out(name: str, heads: str, size: str, doc: str) -> Tensor:
 
 def _both(heads: str) -> tuple[Tensor, ...]:
     return (
-        _in("q_rope_in", "num_qo_heads", "rope_dim", "the part of queries to be rotated"),
-        _in("k_rope_in", heads, "rope_dim", "the part of keys to be rotated"),
-        _in("q_nope_in", "num_qo_heads", "no_rope_dim", "the rest of queries, or no elements"),
-        _in("k_nope_in", heads, "no_rope_dim", "the rest of keys, or no elements"),
+        _in("q_rope_in", "num_qo_heads", "rope_dim", "part of the queries to rotate"),
+        _in("k_rope_in", heads, "rope_dim", "part of the keys to rotate"),
+        _in("q_nope_in", "num_qo_heads", "no_rope_dim", "rest of the queries, or no elements"),
+        _in("k_nope_in", heads, "no_rope_dim", "rest of the keys, or no elements"),
     )
 
 
@@ -58,9 +58,9 @@ def _quantising(
     name: str, doc: str, *args: Tensor | Scalar | Absent | KvLayout, heads: str = "num_kv_heads",
     of_values: bool = False, requires: tuple[str, ...] = (), **more: Any,
 ) -> Row:  # fmt: skip
-    """A row of the quantising kernels, whose keys have so many `heads`.
+    """Return a row of the quantising kernels, with `heads` as the number of key heads.
 
-    `of_values`: there are blocks for values too.
+    With `of_values`, the grid has blocks for values too.
     """
 
     count, values = f"(num_qo_heads + {heads})", f" + {heads}" * of_values
@@ -88,20 +88,21 @@ def _quantising(
 
 _PAGE: dict[str, Any] = {"dtype": "int32", "contiguous": True}
 _WHERE = (
-    Tensor("kv_indices", "num_indices", doc="the pages of all requests, in order", **_PAGE),
-    Tensor("kv_indptr", "b+1", doc="where each request's pages start in `kv_indices`", **_PAGE),
+    Tensor("kv_indices", "num_indices", doc="pages of all requests, in order", **_PAGE),
+    Tensor("kv_indptr", "b+1",
+           doc="start of each request's pages in `kv_indices`, and the end", **_PAGE),
     Tensor("batch_indices", "nnz", **_PAGE,
-           doc="the request of each token; since FlashInfer 0.6.8 a token of none (-1) is left "
-               "out, its queries too"),
-    Tensor("positions", "nnz", doc="its place in the request, from 0", **_PAGE),
+           doc="request of each token; since FlashInfer 0.6.8 a token with -1 is left out, with "
+               "its queries"),
+    Tensor("positions", "nnz", doc="its position in the request, from 0", **_PAGE),
 )  # fmt: skip
-_PAGE_SIZE = Scalar("page_size", int, None, "tokens of a page", low=1, size_of="page_size")
+_PAGE_SIZE = Scalar("page_size", int, None, "tokens in a page", low=1, size_of="page_size")
 # The entry tells the caches that it is given by their addresses: those of a call have some.
 _APPENDING = (
     "page_size >= 1",
     *(f"nnz == 0 or {size} >= 1" for size in ("num_pages", "num_indices", "b")),
     f"num_indices * page_size <= {2**32}",
-    # Unlike without a cache, the last piece of what is not rotated is written whole.
+    # Unlike the kernel without a cache, this one writes the last unrotated piece whole.
     "no_rope_dim % rope_dim == 0",
 )
 
@@ -117,16 +118,16 @@ _HEADS, _HEAD_DIM = "num_kv_heads", "rope_dim+no_rope_dim"
 ROWS = (
     _quantising(
         "rope_quantize",
-        "Rotate a part of q and k by their positions, and quantise all of them: "
-        "`out = fp8(rotated * scale)`, clamped to O's range.",
+        "Rotate a part of q and k by their positions, and quantise all of q and k: `out = "
+        "fp8(rotated * scale)`, clamped to O's range.",
         *_both(_HEADS), _Q_OUT[0],
         _out("k_rope_out", _HEADS, "rope_dim", "`k_rope_in`, rotated and quantised"), _Q_OUT[1],
         _out("k_nope_out", _HEADS, "no_rope_dim", "`k_nope_in`, quantised"), *_TABLE,
     ),
     _quantising(
         _APPEND,
-        "`rope_quantize` of queries, and of keys and values into their places in a paged cache.",
-        *_both(_HEADS), _in("v_in", _HEADS, _HEAD_DIM, "values, which are quantised"),
+        "`rope_quantize`, with keys and values appended to a paged cache.",
+        *_both(_HEADS), _in("v_in", _HEADS, _HEAD_DIM, "values to quantise"),
         *_Q_OUT, *_TABLE,
         _cache("k_cache", f"{_HEADS} {_HEAD_DIM}", "keys, the rotated part first", kv=True),
         _cache("v_cache", f"{_HEADS} {_HEAD_DIM}", "values", kv=True),
@@ -137,8 +138,7 @@ ROWS = (
     ),
     _quantising(
         "rope_quantize_append_paged_mla_kv_cache",
-        "`rope_quantize` of queries, and of compressed keys into their places in a paged MLA "
-        "cache.",
+        "`rope_quantize`, with compressed keys appended to a paged MLA cache.",
         *_both("1"), Absent("v_in"), *_Q_OUT, *_TABLE, Absent("k_cache"), Absent("v_cache"),
         _cache("ckv_cache", "no_rope_dim", "`k_nope_in`, quantised"),
         _cache("kpe_cache", "rope_dim", "`k_rope_in`, rotated and quantised"),

@@ -1,10 +1,10 @@
-"""Which experts each token goes to: the entry of FlashInfer's `dsv3_fused_routing` module.
+"""Routing of tokens to experts: the entry of FlashInfer's `dsv3_fused_routing` module.
 
-What the row demands beyond the binding's own checks follows the kernel, in
-`csrc/fused_moe/noAuxTcKernels.cu`: with groups a warp takes one, of the eight that there are, one
-warp looks at four chosen groups at most, and a group of one expert has no two best ones.  Several
-warps without groups hand on eight experts each, of which fewer than eight are written: 129
-experts and 5 of them came out wrong in 3 of 10 runs on an H200.
+The row's requirements beyond the binding's own checks follow the kernel in
+`csrc/fused_moe/noAuxTcKernels.cu`. With groups, each of eight warps takes one group, one warp looks
+at four chosen groups at most, and a group of one expert has no best two. Without groups, several
+warps each pass on eight experts, but may write fewer than eight: 129 experts and top 5 gave wrong
+results in 3 of 10 runs on an H200.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ _ROW = Row(
     "dsv3_fused_routing",
     "NoAuxTc",
     "csrc/fused_moe/noAuxTcKernels.cu",
-    "Choose each token's experts as DeepSeek-V3 does, and their weights. Experts are ranked by "
-    "`sigmoid(scores) + bias`, of equal ones the first comes first; groups of them by the sum of "
-    "their two best. Of the best groups, the best experts are chosen, the best one first, and "
-    "their weights are `sigmoid(scores)` over the sum of the chosen ones', times "
-    "`routed_scaling_factor`.",
+    "Choose the experts of each token, and their weights, as DeepSeek-V3 does. Experts rank by "
+    "`sigmoid(scores) + bias` (ties by index), groups by the sum of their two best experts. The "
+    "best experts of the best groups are chosen, in this order. Their weights are "
+    "`sigmoid(scores)`, scaled to sum to `routed_scaling_factor`.",
     (
         Tensor("scores", "n experts", "T", "the router's logits", contiguous=True),
-        Tensor("bias", "experts", "B", "what ranks are corrected by, and weights are not",
+        Tensor("bias", "experts", "B", "correction of the ranks, not of the weights",
                contiguous=True),
-        Scalar("n_group", int, None, "how many groups the experts are in; 1 for none", low=1,
+        Scalar("n_group", int, None, "number of groups; 1: no groups", low=1,
                high=8),
-        Scalar("topk_group", int, None, "how many groups are chosen", low=1, high=8),
-        Scalar("topk", int, None, "how many experts are chosen", low=1, high=8),
-        Scalar("routed_scaling_factor", float, None, "what a token's weights add up to", low=0.0),
+        Scalar("topk_group", int, None, "number of chosen groups", low=1, high=8),
+        Scalar("topk", int, None, "number of chosen experts", low=1, high=8),
+        Scalar("routed_scaling_factor", float, None, "sum of a token's weights", low=0.0),
         Tensor("topk_values", "n k", "T", "the weights", **_OUT),
         Tensor("topk_indices", "n k", "int32", "the experts", **_OUT),
-        Scalar("launch_with_pdl", bool, False, "programmatic dependent launch (SM90 and later): "
-               "start while the previous kernel drains"),
-        Tensor("routing_replay_out", "most_tokens k", "int16", "gets the experts as well, in its "
-               "first n rows; the others stay as they are", writes=True, contiguous=True,
+        Scalar("launch_with_pdl", bool, False,
+               "programmatic dependent launch (SM90 and later): start while the previous kernel "
+               "finishes"),
+        Tensor("routing_replay_out", "most_tokens k", "int16",
+               "also receives the experts, in its first n rows; the others stay unchanged",
+               writes=True, contiguous=True,
                optional=True, since=_REPLAYED),
     ),
     {"T": _FLOATS, "B": _FLOATS},
@@ -58,10 +59,10 @@ _ROW = Row(
         Rule("n_group", "experts % n_group == 0", "groups of as many experts each"),
         Rule("topk_group", "topk_group <= min(n_group, 4)", "n_group or less, and 4 or less"),
         Rule("topk", "topk <= experts // n_group * topk_group",
-             "as many as the chosen groups have, or less"),
+             "at most as many as the chosen groups have"),
         Rule("topk", "n_group > 1 or experts <= 128 or topk == 8",
-             "8 where more than 128 experts are in no groups: of fewer, the kernel reads shared "
-             "memory that it has not written"),
+             "8 for more than 128 experts without groups: for fewer, the kernel reads "
+             "uninitialised shared memory"),
         Rule("scores", "n_group > 1 or experts <= 384", "384 experts or less without groups"),
         Rule("scores", "n_group == 1 or 2 <= experts // n_group <= 32",
              "2 to 32 experts in each group"),

@@ -1,1 +1,1 @@
-"""What watches calls: the call log, its dumps, and the watchdog."""
+"""Watches calls: the call log, its dumps, and the watchdog."""

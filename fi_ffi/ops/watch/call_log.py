@@ -1,4 +1,4 @@
-"""`fi_ffi.call_log`: writes every call before it is made, so that a crash leaves it behind."""
+"""`fi_ffi.call_log`: logs every call before it is made, so that the log survives a crash."""
 
 from __future__ import annotations
 
@@ -26,31 +26,29 @@ LEVEL, DEST = "FI_FFI_LOG_LEVEL", "FI_FFI_LOG_DEST"
 DUMP, DUMP_OPS = "FI_FFI_DUMP_DIR", "FI_FFI_DUMP_OPS"
 DUMP_CALLS, DUMP_BYTES = "FI_FFI_DUMP_MAX_CALLS", "FI_FFI_DUMP_MAX_BYTES"
 _DEFAULT_DEST = "stderr"
-_numbers = itertools.count(1)  # of calls, in heads of lines and in names of dumps
+_numbers = itertools.count(1)  # numbers of calls, in log lines and file names of dumps
 
 
 class call_log:  # a verb, as `open` is
-    """Log fi_ffi's calls from now on: all of them, whatever thread makes them.
+    """Log the calls of all threads, until `close()` or the end of a `with` block.
 
-    Each is written before it is made, and at once, so that a crash of the process leaves it in
-    the log.  It ends with `close()`, or at the end of a `with` block:
+    Each call is written before it is made, so that it is in the log if the process crashes:
 
-        with fi_ffi.call_log(3, "calls-%i.log"):
-            fi_ffi.rmsnorm(out, x, weight, stream=stream)
+    Each call is written before it is made, so that a crash of the process leaves it in the log.
 
     Args:
-        level: 1 for names; 3 for all arguments, where the call was made, and its return; 5 for
-            statistics of the tensors too, for which every call waits for its stream; 0 for
-            nothing but dumps.
-        dest: "stdout", "stderr" or a path to append to, in which `%i` is the process's id.
-        dump: a directory, where each call is written with its tensors, before it is made and
-            after: `fi-ffi replay` makes it again.
-        dump_ops: patterns of the names that are dumped, with commas between; all, where empty.
-        max_dump_calls, max_dump_bytes: what is beyond is logged and not dumped.
+        level: 1 logs names; 3 also arguments, the place of the call and its return; 5 also
+            statistics of the tensors, for which every call waits for its stream; 0 logs nothing
+            and is for dumps.
+        dest: "stdout", "stderr" or a path to append to, in which `%i` is the process id.
+        dump: a directory for dumps: the tensors of each call, before and after it.  `fi-ffi replay`
+            repeats such a call.
+        dump_ops: names of the ops to dump, with `*` and `?`, separated by commas; empty: all.
+        max_dump_calls, max_dump_bytes: limits of the dumps; further calls are logged only.
 
-    The environment variables FI_FFI_LOG_LEVEL, FI_FFI_LOG_DEST and FI_FFI_DUMP_DIR (and
-    FI_FFI_DUMP_OPS, _MAX_CALLS, _MAX_BYTES) open one for the life of the process.  Several can
-    be open, and each is told of every call.
+    The environment variables FI_FFI_LOG_LEVEL, FI_FFI_LOG_DEST, FI_FFI_DUMP_DIR, FI_FFI_DUMP_OPS,
+    FI_FFI_DUMP_MAX_CALLS and FI_FFI_DUMP_MAX_BYTES open a log for the life of the process.
+    Several logs can be open; each has every call.
 
     Raises `ArgumentError` and `ArgumentTypeError`.
     """
@@ -80,7 +78,7 @@ class call_log:  # a verb, as `open` is
         _rearm_graphs()
 
     def close(self) -> None:
-        """End it; once more does nothing."""
+        """Close the log; closing it again does nothing."""
         log, self._log = self._log, None
         if log is None:
             return
@@ -90,7 +88,7 @@ class call_log:  # a verb, as `open` is
 
     def __enter__(self) -> call_log:
         if self._log is None:
-            raise ArgumentError("call_log", "self", got="one that is closed", expected="a new one")
+            raise ArgumentError("call_log", "self", got="a closed log", expected="a new one")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -106,14 +104,15 @@ def _check_level(name: str, level: object) -> None:
 
 
 def _rearm_graphs() -> None:
-    """Have launches of graphs logged, or not any more; where there can be graphs."""
+    """Make launches of graphs follow the open logs, if graphs were imported."""
     graphs = sys.modules.get("fi_ffi.ops.graphs")
     if graphs is not None:
         graphs.rearm()
 
 
 def open_by_environment(environment: Mapping[str, str] = os.environ) -> call_log | None:
-    """The log that the environment asks for.  Raises `ArgumentError` naming its variable."""
+    """Open the log that the environment asks for, or return None. An `ArgumentError` names the
+    variable."""
     level = _number(environment, LEVEL, 0)
     dump = environment.get(DUMP) or None
     _check_level(LEVEL, level)
@@ -137,45 +136,45 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
 
 
 class Log:
-    """What an open call log does around each call; where a part of it fails, the log says so,
-    and the call is made all the same."""
+    """The actions of an open call log around each call. If one fails, the log says so, and the call
+    is made all the same."""
 
     def __init__(self, level: int, writer: Writer | None, dump: Dump | None) -> None:
         self._level, self._writer, self._dump = level, writer, dump
 
     def around(self, record: CallRecord, call: Callable[[], Any]) -> Any:
-        """Make a call and log it.  Its device is current."""
+        """Make a call and log it; the call's device is current."""
         number = next(_numbers)
-        self._say(number, record.qualname, lambda: self._lines(record), NAMES)
+        self._write_entry(number, record.qualname, lambda: self._lines(record), NAMES)
         can_read = self._can_read(number, record)
         dumped = None
         if can_read:
-            self._say_statistics(number, record, "before")
+            self._write_statistics(number, record, "before")
             dumped = self._dump_before(number, record)
         start = time.monotonic()
         try:
             result = call()
         except BaseException as error:
-            self._say(number, f"raised {_told(error)}")
+            self._write_entry(number, f"raised {_error_text(error)}")
             raise
-        self._say(number, f"returned after {(time.monotonic() - start) * 1e6:.0f} us")
+        self._write_entry(number, f"returned after {(time.monotonic() - start) * 1e6:.0f} us")
         if can_read:
-            self._say_statistics(number, record, "after")
+            self._write_statistics(number, record, "after")
         if dumped is not None:
             self._dump_after(number, record, dumped, result)
         return result
 
     def note(self, name: str, what: str, device: Device, stream: int | None) -> None:
-        """Log what is no call of an entry: a graph was recorded or is launched."""
+        """Log an event that is no call of an entry: a graph was recorded or is launched."""
         lines = [f"  entry: {what}, on {place_of(device, stream)}"] * (self._level >= ARGUMENTS)
-        self._say(next(_numbers), name, lambda: lines, NAMES)
+        self._write_entry(next(_numbers), name, lambda: lines, NAMES)
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
 
     def continue_in_child(self) -> None:
-        """Log a forked child's calls: in a file of its own, where the path has the process's id."""
+        """Log a forked child's calls, in a new file if the path contains the process's id."""
         if self._dump is not None:
             self._dump.renew()
         if self._writer is not None:
@@ -185,7 +184,7 @@ class Log:
                 self._writer.close()
 
     def _lines(self, record: CallRecord) -> Iterator[str]:
-        """What is logged of a call before it is made."""
+        """Return the lines that are logged before a call."""
         if self._level < ARGUMENTS:
             return
         yield f"  called: {record.caller}"
@@ -196,16 +195,16 @@ class Log:
             yield f"  plan: {record.plan_summary}"
 
     def _can_read(self, number: int, record: CallRecord) -> bool:
-        """Whether tensors are to be read, and can be now."""
+        """Whether the level asks for the tensors' contents, and they can be read now."""
         if self._level < ARGUMENTS and self._dump is None:
             return False
         if record.stream is not None and _is_capturing(record.stream):
-            self._say(number, "is recorded into a graph, and not run: nothing is read")
+            self._write_entry(number, "is recorded into a graph, and not run: nothing is read")
             return False
         return True
 
-    def _say_statistics(self, number: int, record: CallRecord, when: str) -> None:
-        """Write those of the arguments before a call, or of the results after it."""
+    def _write_statistics(self, number: int, record: CallRecord, when: str) -> None:
+        """Log statistics of the arguments before a call, or of the results after it."""
         if self._level < STATISTICS:
             return
         tensors = record.tensors("reads" if when == "before" else "writes")
@@ -215,10 +214,10 @@ class Log:
                 try:
                     yield f"  {name}: {statistics(tensor, record.stream)}"
                 except Exception as error:
-                    yield f"  {name}: no statistics: {_told(error)}"
+                    yield f"  {name}: no statistics: {_error_text(error)}"
 
         if tensors:
-            self._say(number, f"{when}:", lines)
+            self._write_entry(number, f"{when}:", lines)
 
     def _dump_before(self, number: int, record: CallRecord) -> str | None:
         if self._dump is None:
@@ -226,9 +225,9 @@ class Log:
         try:
             stem, what = self._dump.before(number, record)
         except Exception as error:
-            stem, what = None, f"not dumped: {_told(error)}"
+            stem, what = None, f"not dumped: {_error_text(error)}"
         if what:
-            self._say(number, what, level=NAMES)
+            self._write_entry(number, what, level=NAMES)
         return stem
 
     def _dump_after(self, number: int, record: CallRecord, stem: str, result: Any) -> None:
@@ -236,14 +235,14 @@ class Log:
         try:
             what = self._dump.after(stem, record, result)
         except Exception as error:
-            what = f"results not dumped: {_told(error)}"
-        self._say(number, what, level=NAMES)
+            what = f"results not dumped: {_error_text(error)}"
+        self._write_entry(number, what, level=NAMES)
 
-    def _say(
+    def _write_entry(
         self, number: int, what: str, lines: Callable[[], Iterable[str]] = tuple,
         level: int = ARGUMENTS,
     ) -> None:  # fmt: skip
-        """Write a head and the lines below it in one piece, from a level on."""
+        """Write a head and its lines in one piece, if the log has this level."""
         if self._writer is None or self._level < level:
             return
         now = datetime.now().isoformat(" ", "microseconds")
@@ -251,12 +250,12 @@ class Log:
         try:
             said = [head, *lines()]
         except Exception as error:
-            said = [f"{head} cannot be told: {_told(error)}"]
-        # A message may have lines of its own.
+            said = [f"{head} cannot be told: {_error_text(error)}"]
+        # A message may contain line breaks.
         self._writer.write("".join(line.replace("\n", "\n    ") + "\n" for line in said))
 
 
-def _told(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
@@ -264,5 +263,5 @@ def _is_capturing(stream: int) -> bool:
     try:
         return cuda.is_capturing(stream)
     except KernelError:
-        # Another stream is, and this is the default one, which waits for it.
+        # CUDA refuses the question for the default stream while another stream is capturing.
         return True

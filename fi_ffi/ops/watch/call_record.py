@@ -1,4 +1,4 @@
-"""Records of calls: what was called, with which arguments, from where, and whether it is over."""
+"""Records of calls: the function, its arguments, the caller, and whether the call is over."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from fi_ffi.ops.watch.stream_progress import Slot
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
-# Axes of memory that the caller brings and an entry works in: of plans, and of single requests.
+# Axes of scratch memory that callers pass, for plans and for single requests.
 _WORKSPACE_AXES = ("float_bytes", "int_bytes", "tmp_bytes", "tmp_size")
 
 
 class Opaque(NamedTuple):
-    """A value of which only a description is recorded."""
+    """A value recorded by its description only."""
 
     description: str
 
@@ -47,14 +47,14 @@ class Opaque(NamedTuple):
 
 
 class Argument(NamedTuple):
-    """A tensor, or (without one) a value."""
+    """A tensor, or a value if `tensor` is None."""
 
     name: str
     tensor: TensorDesc | None
     value: Any
     reads: bool = True
     writes: bool = False
-    # What is in it before and after means nothing.
+    # Whether it is scratch, whose contents mean nothing.
     is_scratch: bool = False
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class Argument(NamedTuple):
 
 
 class CallRecord:
-    """One call of an entry, and how far it has come; written by its own thread only."""
+    """One call of an entry, and its progress; only the calling thread writes it."""
 
     def __init__(
         self, name: str, entry: str, device: Device | None, stream: int | None,
@@ -72,27 +72,27 @@ class CallRecord:
     ) -> None:  # fmt: skip
         self.name, self.entry, self.device, self.stream = name, entry, device, stream
         self._list_arguments = list_arguments
-        # Of a call that a row describes.
+        # Set for calls that a row describes.
         self.row, self.module = row, module
         self.plan = watching.thread.plan
         self.plan_generation = self.plan._generation if self.plan is not None else 0
         self.thread = threading.current_thread()
         self.method, self.file, self.line, self.function = _caller(sys._getframe(1))
-        # Where its stream marks how far it is, and the number it will have written there when
-        # it has done the call's work; None until that is queued.
+        # The slot to which the call's stream writes its progress, and the number that it writes
+        # after the call's work; None until that write is queued.
         self.slot: Slot | None = None
         self.mark: int | None = None
-        # It has returned, and there is nothing to wait for.
+        # Whether the call has returned and queued nothing.
         self.is_ended = False
         self.started = time.monotonic()
 
     @functools.cached_property
     def arguments(self) -> list[Argument]:
-        """The arguments as the entry is given them; listed when first asked for."""
+        """The arguments as passed to the entry, listed on first access."""
         return self._list_arguments()
 
     def tensors(self, *of: str) -> dict[str, TensorDesc]:
-        """The tensors whose elements mean something: all, or those that the entry `reads` or
+        """Return the tensors except scratch: all of them, or those that the entry `reads` or
         `writes`."""
         return {
             arg.name: arg.tensor
@@ -104,33 +104,33 @@ class CallRecord:
 
     @property
     def op(self) -> str:
-        """What was called, as its caller knows it; of a plan's calls, the plan's class."""
+        """The op as the caller knows it; for a plan's calls, the plan's class."""
         return self.name if self.plan is None else str(self.plan.op)
 
     @property
     def qualname(self) -> str:
-        """What was called, as its caller knows it; of a plan's calls, with the method."""
+        """The function as the caller knows it; for a plan's calls, with the method."""
         if self.plan is None:
             return self.name
         kind = type(self.plan).__name__
-        # Of prepared runs, which are called, the plan itself is no name.
+        # A prepared run is called as an object: name the plan's class alone.
         return kind if self.method == "__init__" else f"{kind}.{self.method.strip('_')}"
 
     @property
     def caller(self) -> str:
-        """Where it was called: file, line, function and thread."""
+        """The caller's file, line, function and thread."""
         where = f"{self.file}:{self.line} in {self.function}" if self.file else "unknown code"
         return f"{where}, thread {self.thread.name!r}"
 
     @property
     def plan_summary(self) -> str:
-        """The plan in short: its backend, module and batch, and the options that are not
-        defaults; "" of a call that is no plan's."""
+        """The plan's backend, module, batch and options that are not defaults; "" for calls without
+        a plan."""
         if self.plan is None:
             return ""
         try:
             return self._summarize_plan()
-        except Exception as error:  # made by its thread still, or of other values than expected
+        except Exception as error:  # the plan is still being made, or has unexpected values
             return f"a {type(self.plan).__name__} that cannot be told: {error!r}"
 
     def _summarize_plan(self) -> str:
@@ -151,31 +151,32 @@ class CallRecord:
 
     @property
     def left(self) -> int:
-        """How many marks its stream is short of it; 0 where its work is done or unmarked."""
+        """The number of marks that the stream has yet to write before the call's; 0 if its work is
+        done or unmarked."""
         if self.slot is None or self.mark is None:
             return 0
         return self.slot.until(self.mark)
 
     @property
     def is_over(self) -> bool:
-        """Whether it has returned and its stream has done its work."""
+        """Whether the call has returned and its stream has done its work."""
         return self.has_returned and not self.left
 
 
 def place_of(device: Device | None, stream: int | None) -> str:
-    """Where a call works: its device and stream."""
+    """Describe the device and stream of a call."""
     if stream is None:
         return "the host" if device is None else str(device)
     return f"{device}, stream {stream:#x}"
 
 
 def _is_ours(frame: FrameType) -> bool:
-    # What was compiled from a row is of no file, and no module has its globals.
+    # Functions compiled from a row have no file in the package, and no `__name__` in their globals.
     return frame.f_code.co_filename.startswith(_PACKAGE) or "__name__" not in frame.f_globals
 
 
 def _caller(frame: FrameType | None) -> tuple[str, str, int, str]:
-    """What of fi_ffi's was called, and where in the caller's code: file, line and function."""
+    """Return the function of fi_ffi that was called, and the caller's file, line and function."""
     method = ""
     while frame is not None and _is_ours(frame):
         method = frame.f_code.co_name
@@ -186,7 +187,7 @@ def _caller(frame: FrameType | None) -> tuple[str, str, int, str]:
 
 
 def of_frame(frame: Frame, stream: int | None) -> CallRecord:
-    """The record of a frame's call."""
+    """Return the record of a frame's call."""
     variant, packed = frame.variant, frame.snapshot()
     compiled = variant.compiled
     return CallRecord(
@@ -199,16 +200,16 @@ def of_values(
     name: str, values: Sequence[Any], tensors: Sequence[tuple[str, TensorDesc]],
     device: Device | None, stream: int | None,
 ) -> CallRecord:  # fmt: skip
-    """The record of a call of a function that no row describes."""
-    # Not later: the values may be gone by then, or somebody else's.
+    """Return the record of a call without a row."""
+    # Listed now: later the values may have been freed or changed.
     arguments = _arguments_of_values(values, tensors)
     return CallRecord(name, name, device, stream, lambda: arguments)
 
 
 def _arguments_of(variant: Variant, packed: Packed) -> list[Argument]:
-    """The arguments of a call as its entry is given them."""
+    """Return a call's arguments as its entry gets them."""
     slots = enumerate(variant.compiled.row.slots)
-    # An array's tensors come after all arguments.
+    # The tensors of Arrays follow all arguments.
     return [
         _argument(variant, packed, i, arg) for i, arg in slots if not isinstance(arg, TensorArray)
     ]
@@ -243,7 +244,8 @@ def _argument(variant: Variant, packed: Packed, i: int, arg: Arg) -> Argument:
 def _arguments_of_values(
     values: Sequence[Any], tensors: Sequence[tuple[str, TensorDesc]]
 ) -> list[Argument]:
-    """The arguments by their numbers.  What is written is not known, so all tensors may be."""
+    """Return the arguments by number. Which tensors are written is unknown, so all count as
+    written."""
     of_value: dict[str, list[TensorDesc]] = {}
     for where, desc in tensors:
         of_value.setdefault(where.partition(":")[0], []).append(desc)
@@ -255,7 +257,7 @@ def _arguments_of_values(
             recorded = value if is_plain else Opaque(f"{type(value).__name__} {value!r:.200}")
             found.append(Argument(str(i), None, recorded))
             continue
-        for n, desc in enumerate(descs):  # several, in an array of them
+        for n, desc in enumerate(descs):  # an Array has several tensors
             name = f"{i}.{n}" if n else str(i)
             found.append(Argument(name, desc, desc.ptr, reads=True, writes=True))
     return found

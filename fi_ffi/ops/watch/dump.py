@@ -1,4 +1,4 @@
-"""Calls in files, to be made again: see docs/call-log.md for what is in them."""
+"""Dumps calls into files, to repeat them; docs/call-log.md has the format."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ FORMAT = "fi_ffi call 1"
 BEFORE, AFTER = ".in.safetensors", ".out.safetensors"
 MOST_CALLS, MOST_BYTES = 1000, 2**33
 _NOT_IN_NAMES = re.compile(r"[^\w.-]", re.ASCII)
-_LONGEST_NAME = 100  # of a call, in its files' names
-PLAN = "plan."  # before the names of a plan's arrays, in the file of a run
+_LONGEST_NAME = 100  # characters of a call's name in file names
+PLAN = "plan."  # prefix of the names of a plan's arrays in the file of a run
 
 Described = dict[str, Any]
 
 
 class Dump:
-    """A directory that calls are written to, up to so many calls and bytes."""
+    """A directory of dumped calls, with limits on calls and bytes."""
 
     def __init__(
         self, folder: str | os.PathLike[str], ops: str = "", most_calls: int = MOST_CALLS,
@@ -43,7 +43,7 @@ class Dump:
         self._most_calls, self._most_bytes = most_calls, most_bytes
         self._lock = threading.Lock()
         self._calls = self._bytes = 0
-        # How each plan was last planned: what its runs are made again with.
+        # The last planning of each plan, which is needed to repeat its runs.
         self._plans: weakref.WeakKeyDictionary[Any, tuple[Described, dict[str, Stored]]] = (
             weakref.WeakKeyDictionary()
         )
@@ -54,12 +54,15 @@ class Dump:
             raise ArgumentError("call_log", "dump", got=folder, expected=expected) from error
 
     def renew(self) -> None:
-        """In a forked child: another thread may have had the lock."""
+        """Replace the lock in a forked child: another thread may have held it."""
         self._lock = threading.Lock()
 
     def before(self, number: int, record: CallRecord) -> tuple[str | None, str]:
-        """Write a call that is about to be made: its file without the suffix, or None; and
-        what to say of it.  Raises `OSError` and `KernelError`."""
+        """Write a call that is about to be made.
+
+        Return its file without the suffix, or None, and a remark for the log. Raises `OSError` and
+        `KernelError`.
+        """
         name, plan = record.qualname, record.plan
         is_planning = record.row is not None and record.row.symbol == "plan" and plan is not None
         is_wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in self._patterns)
@@ -70,7 +73,7 @@ class Dump:
                 self._plans[plan] = found
         if not is_wanted:
             return None, ""
-        why_not = self._take(record)
+        why_not = self._reserve(record)
         if why_not:
             return None, f"not dumped: {why_not}"
         call, stored = found or (_described(number, record), _stored(record))
@@ -87,16 +90,16 @@ class Dump:
         return stem, f"dumped: {stem}{BEFORE}"
 
     def after(self, stem: str, record: CallRecord, result: Any) -> str:
-        """Write what a call has written; what to say of it.  Raises as `before`."""
-        why_not = self._take(record, "writes")
+        """Write what a call has written; return a remark for the log. Raises as `before`."""
+        why_not = self._reserve(record, "writes")
         if why_not:
             return f"results not dumped: {why_not}"
         words = {"format": FORMAT, "result": json.dumps(_result(result))}
         safetensors.write(Path(stem + AFTER), _stored(record, "writes"), words)
         return f"dumped: {stem}{AFTER}"
 
-    def _take(self, record: CallRecord, *of: str) -> str:
-        """Take room for these of a call's tensors; why there is none."""
+    def _reserve(self, record: CallRecord, *of: str) -> str:
+        """Reserve space for these of a call's tensors; return the reason if there is none."""
         tensors, calls = record.tensors(*of).values(), not of
         count = sum(tensor.dtype.bytes_of(tensor.numel) for tensor in tensors)
         with self._lock:
@@ -116,7 +119,7 @@ def _stored(record: CallRecord, *of: str) -> dict[str, Stored]:
 
 
 def _described(number: int, record: CallRecord) -> Described:
-    """All of a call but its tensors' elements."""
+    """Describe a call without its tensors' elements."""
     device, row = record.device, record.row
     document: Described = {
         "number": number,
@@ -154,12 +157,12 @@ def _described_argument(arg: Argument) -> Described:
 
 
 def _kernel(module: str, device: int) -> Described:
-    """What a module's code is: its release, and the hash of its file."""
+    """Describe a module's code: its release, and the hash of its file."""
     from fi_ffi.loader import runtime
 
     try:
         loaded = runtime.load(module, device)
-    except LoaderError:  # its source is another by now
+    except LoaderError:  # the source of kernels has changed since
         return {}
     return {
         "release": loaded.source.version,
@@ -169,7 +172,7 @@ def _kernel(module: str, device: int) -> Described:
 
 
 def _result(result: Any) -> Any:
-    """A call's result, if it is made of numbers."""
+    """Return a call's result if it is made of numbers."""
     if isinstance(result, Array):
         values = array_values(result)
         return values if all(isinstance(value, (int, float)) for value in values) else None

@@ -1,7 +1,7 @@
-"""Files of tensors: safetensors, written and read as the format is described.
+"""Reads and writes safetensors files, after the published format.
 
-A length in 8 bytes, so many bytes of JSON, then the tensors' bytes.  Nothing in a file is run,
-and nothing is read past its end.
+A file is a length in 8 bytes, that many bytes of JSON, then the tensors' bytes. Reading runs
+nothing from the file, and never reads past its end.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fi_ffi.errors import ArtifactError
 _METADATA = "__metadata__"
 _MOST_HEADER = 2**26
 _LENGTH = struct.Struct("<Q")
-# What the format calls dtypes.  Those of two values a byte go as bytes.
+# The format's names of dtypes. Dtypes with two values a byte are stored as bytes.
 _NAMES = {
     "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
@@ -41,7 +41,7 @@ class Stored:
 
 
 def write(path: Path, tensors: Mapping[str, Stored], words: Mapping[str, str]) -> None:
-    """Write a file that is there as a whole or not at all; raises `OSError`."""
+    """Write a file atomically; raises `OSError`."""
     header: dict[str, Any] = {_METADATA: dict(words)}
     end = 0
     for name, tensor in tensors.items():
@@ -52,7 +52,7 @@ def write(path: Path, tensors: Mapping[str, Stored], words: Mapping[str, str]) -
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    # Of one's own: what is in tensors may not be for everybody.
+    # Readable by the owner only: tensors may hold private data.
     partial = path.with_name(f".{path.name}.partial")
     file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
@@ -67,15 +67,15 @@ def write(path: Path, tensors: Mapping[str, Stored], words: Mapping[str, str]) -
 
 
 def read(path: Path) -> tuple[dict[str, memoryview], dict[str, str]]:
-    """The tensors' bytes by name, and the file's words.
+    """Return the tensors' bytes by name, and the file's metadata.
 
-    Raises `ArtifactError` for what is no such file, and `OSError`.
+    Raises `ArtifactError` for a file of another format, and `OSError`.
     """
     data = memoryview(path.read_bytes())
     header, body = _header(path, data)
     words = header.pop(_METADATA, {})
     if not isinstance(words, dict) or not all(isinstance(word, str) for word in words.values()):
-        raise ArtifactError(f"{path}: its metadata are not words")
+        raise ArtifactError(f"{path}: its metadata is not a map of strings")
     return {name: body[slice(*_place(path, name, of, body))] for name, of in header.items()}, words
 
 

@@ -1,6 +1,6 @@
-"""Progress of streams: each writes its own number, its mark, in host memory as it gets on.
+"""Tracks the progress of streams: each stream writes increasing numbers to host memory.
 
-How far a stream has come is read from that memory, without a call of CUDA.
+The watchdog reads the progress from that memory, without calling CUDA.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from fi_ffi.loader import machine
 from fi_ffi.ops import cuda
 from fi_ffi.ops.call.memory import StreamKey
 
-_SLOTS = 1024  # in a page, of 4 bytes each
+_SLOTS = 1024  # slots in a page, 4 bytes each
 _PORTABLE_AND_MAPPED = 1 | 2  # cudaHostAllocPortable | cudaHostAllocMapped
 _MASK = 2**32 - 1
 
 
 class Slot:
-    """Where one stream writes its numbers, and the last that it was told to write."""
+    """The memory to which one stream writes its numbers, and the last number issued."""
 
     __slots__ = ("_index", "_page", "address", "issued", "key", "lock")
 
@@ -30,19 +30,19 @@ class Slot:
         self._page, self._index, self.address = page, index, address
         self.issued = 0
         self.key: StreamKey | None = None
-        # Held while a number is issued: they must be queued in their own order.  Reentrant
-        # for signal handlers that launch: they repeat the number that was about to be issued.
+        # Held while a number is issued, so that numbers are queued in order. Reentrant for signal
+        # handlers that launch: they repeat the number that was about to be issued.
         self.lock = threading.RLock()
 
     @property
     def value(self) -> int:
-        """The last number that was written."""
+        """The last number that the stream wrote."""
         return int(self._page[self._index])
 
     def until(self, number: int) -> int:
-        """How many more have to be written until that one is; 0 where it was.
+        """Return how many more numbers the stream writes until this one; 0 if it was written.
 
-        Numbers wrap around, and those that are waited for are never 2**31 apart.
+        Numbers wrap around; two numbers in use are never 2**31 apart.
         """
         ahead = (number - self.value) & _MASK
         return ahead if ahead < 2**31 else 0
@@ -51,9 +51,9 @@ class Slot:
 class StreamProgress:
     """The slots of all streams.
 
-    `allocate` gives so many bytes of memory that streams can write to, and
-    `write(stream, address, number)` queues a write; both raise what goes wrong.  Memory is
-    never freed, which might have to wait for a stream that is stuck.
+    `allocate` returns the address of memory that streams can write to. `write(stream, address,
+    number)` queues a write. Both raise their errors. Memory is never freed, because freeing might
+    wait for a stream that hangs.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class StreamProgress:
         self._free: list[Slot] = []
 
     def slot(self, key: StreamKey) -> Slot:
-        """The slot of a stream."""
+        """Return the slot of a stream."""
         slot = self._slots.get(key)
         if slot is not None:
             return slot
         with self._lock:
             if key not in self._slots:
                 if not self._free:
-                    self._take_back()
+                    self._free_finished()
                 if not self._free:
                     self._add_page()
                 slot = self._free.pop()
@@ -81,9 +81,9 @@ class StreamProgress:
             return self._slots[key]
 
     def mark(self, slot: Slot, key: StreamKey, stream: int) -> tuple[Slot, int]:
-        """Let a stream write its next number when it has done what was queued so far.
+        """Queue the stream's next number after its work so far; return the slot and the number.
 
-        `slot` is what `slot(key)` gave; it may have been taken back since.
+        `slot` is the result of `slot(key)`; a new one replaces it if it was freed meanwhile.
         """
         while True:
             with slot.lock:
@@ -94,8 +94,9 @@ class StreamProgress:
                     return slot, number
             slot = self.slot(key)
 
-    def _take_back(self) -> None:
-        """Free the slots of streams that have written all they were to: most are gone."""
+    def _free_finished(self) -> None:
+        """Free the slots of streams that have written all their numbers; most of those streams are
+        gone."""
         for key, slot in list(self._slots.items()):
             if slot.lock.acquire(blocking=False):
                 try:
@@ -128,7 +129,7 @@ def _write(stream: int, address: int, number: int) -> None:
 
 
 def _allocate(count: int) -> int:
-    """Page-locked memory; a device has it at the address that the host has."""
+    """Allocate page-locked memory, which devices see at the host's address."""
     runtime, address = machine.load_cudart()[0], ffi.new("void **")
     with cuda.relaxed():
         code = runtime.cudaHostAlloc(address, count, _PORTABLE_AND_MAPPED)
@@ -140,7 +141,8 @@ progress = StreamProgress(_allocate, _write)
 
 
 def _forget() -> None:
-    """In a forked child the parent's memory may not be touched, nor its locks be free."""
+    """Start afresh in a forked child, which must not touch the parent's memory, and whose copied
+    locks may be held."""
     global progress
     progress = StreamProgress(_allocate, _write)
 

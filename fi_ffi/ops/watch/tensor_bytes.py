@@ -1,4 +1,4 @@
-"""The elements of tensors, on the host: their bytes, and statistics of them."""
+"""Reads tensors' elements to the host, and describes them by statistics."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from fi_ffi.abi.tensor import Device, TensorDesc
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda
 
-MOST_BYTES = 2**28  # of a tensor whose statistics are made
+MOST_BYTES = 2**28  # the largest tensor for which statistics are computed
 _DEVICE_TO_HOST = 2  # cudaMemcpyDeviceToHost
 
 
 def read(tensor: TensorDesc, stream: int | None) -> bytes:
-    """Read a tensor's elements, row by row and next to each other.
+    """Read a tensor's elements, row by row without gaps.
 
-    Of one on a GPU, as they are when the stream has done what was queued on it; its device is
-    current.  Raises `KernelError` with CUDA's error code.
+    A tensor on a GPU is read after the stream's work so far; its device is current. Raises
+    `KernelError` with CUDA's error code.
     """
     if not tensor.numel:
         return b""
@@ -49,10 +49,10 @@ def _span(address: int, count: int, device: Device, stream: int | None) -> bytes
 
 
 def statistics(tensor: TensorDesc, stream: int | None) -> str:
-    """Describe the elements: min, max and mean of the finite ones, and how many are NaN and
-    infinite; or why that is not done.  Imports numpy.
+    """Describe the elements: min, max and mean of the finite ones, and the numbers of NaN and
+    infinities; or the reason why that is impossible.
 
-    Raises `KernelError` where the tensor cannot be read.
+    Imports numpy. Raises `KernelError` if the tensor cannot be read.
     """
     if not tensor.numel:
         return "no elements"

@@ -1,6 +1,7 @@
-"""`fi_ffi.watchdog`: reports calls that do not finish, from a thread that calls no CUDA.
+"""`fi_ffi.watchdog`: reports calls that do not finish, from a thread that never calls CUDA.
 
-A report is made of what was recorded of a call, and of what its stream has written to memory.
+A report is made from the record of a call and from the numbers that its stream has written to
+memory.
 """
 
 from __future__ import annotations
@@ -24,35 +25,34 @@ from fi_ffi.ops.watch.call_record import CallRecord, place_of
 from fi_ffi.ops.watch.stream_progress import Slot
 from fi_ffi.ops.watch.writer import print_to
 
-EXIT_STATUS = 124  # of a process that was ended; as timeout(1) has it
-_LEAST_PAUSE, _MOST_PAUSE = 0.001, 0.05  # between two looks of the thread
-_FIRST_PAUSE, _LAST_PAUSE = 2e-5, 2e-3  # between two looks at the end of a block
-# How long what the caller gave as `on_hang`, or a stderr that nobody reads, is waited for:
-# when a block ends, and before the process is ended whatever they do.
+EXIT_STATUS = 124  # exit status after `abort`, as that of timeout(1)
+_LEAST_PAUSE, _MOST_PAUSE = 0.001, 0.05  # seconds between two polls of the thread
+_FIRST_PAUSE, _LAST_PAUSE = 2e-5, 2e-3  # seconds between two polls at the end of a block
+# Seconds to wait for the caller's `on_hang`, or for a stderr that nobody reads: at the end of a
+# block, and before `abort` ends the process regardless.
 _PATIENCE, _LAST_PATIENCE = 10.0, 60.0
-_MOST_BLOCKED = 5  # calls that are blocked behind a late one, reported one by one
+_MOST_BLOCKED = 5  # calls behind a late one that a report lists
 
 
 class watchdog:  # a context manager reads as a verb
-    """`with fi_ffi.watchdog(30.0):` tells of fi_ffi's calls inside it that do not finish.
+    """`with fi_ffi.watchdog(30.0):` reports calls inside the block that do not finish.
 
-    Watched are the calls that any thread makes between entry and exit.  One is late when
-    for `seconds` it has not returned, or has returned and its stream got no further; time
-    that the stream spends on other work counts.  A thread then reports it: the op, the
-    arguments, the stream, the plan, and what waits behind it.
+    It watches the calls of all threads.  A call is late if it has not returned for `seconds`, or
+    if its stream has made no progress for `seconds`; other work on the stream counts too.  The
+    report has the op, its arguments, stream and plan, and the calls that wait behind it.
 
-    The end of the block waits for all of these calls, at most until one is late: then it
-    raises `HangError`.  A block that ends with an exception waits for nothing.
+    The end of the block waits for all these calls.  If one is late, it raises `HangError`.  A
+    block that ends with an exception does not wait.
 
     Args:
-        seconds: how long a call may take, or its stream may stand still.
-        on_hang: called with the report, a string, on the watchdog's own thread; without
-            it the report is written to stderr.
-        abort: end the process after the report with exit status 124, the tracebacks of all
-            threads written to stderr first.
+        seconds: the limit for a call, and for a stream without progress.
+        on_hang: called with the report, a string, on the watchdog's own thread; by default the
+            report is written to stderr.
+        abort: after the report, write the tracebacks of all threads to stderr and end the process
+            with exit status 124.
 
-    `reports` holds what was reported.  Watchdogs nest, and several threads can have one
-    each; every one is told of all calls.  Raises `ArgumentError` and `ArgumentTypeError`.
+    `reports` has the reports of the last block.  Watchdogs nest; each sees the calls of all
+    threads.  Raises `ArgumentError` and `ArgumentTypeError`.
     """
 
     __slots__ = ("_watch", "abort", "on_hang", "reports", "seconds")
@@ -77,13 +77,13 @@ class watchdog:  # a context manager reads as a verb
         with watching.lock:
             if self._watch is not None and self._watch.is_of_this_process:
                 expected = "a new one, or this one when it is closed"
-                raise ArgumentError("watchdog", "self", got="one already open", expected=expected)
+                raise ArgumentError("watchdog", "self", got="an open watchdog", expected=expected)
             self._watch = watch
         self.reports = []
         try:
             watch.thread.start()
             watching.add(watch.inbox)
-        except BaseException:  # no thread could be started, or a signal came
+        except BaseException:  # the thread could not be started, or a signal handler raised
             self._watch = None
             watching.remove(watch.inbox)
             watch.stop.set()
@@ -93,8 +93,8 @@ class watchdog:  # a context manager reads as a verb
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
         watch, self._watch = self._watch, None
         if watch is None:
-            raise ArgumentError("watchdog", "self", got="one not open", expected="an open one")
-        if not watch.is_of_this_process:  # a forked child leaves its parent's block
+            raise ArgumentError("watchdog", "self", got="a closed watchdog", expected="an open one")
+        if not watch.is_of_this_process:  # a forked child leaves the block of its parent
             return
         hang = None
         try:
@@ -108,17 +108,17 @@ class watchdog:  # a context manager reads as a verb
 
 
 def marked(record: CallRecord, call: Callable[[], Any]) -> Any:
-    """Make a call that every open watchdog records, and mark it where it is queued on a stream.
+    """Make a call that every open watchdog records, and mark its stream where its work is queued.
 
-    A stream that is capturing is left alone: what a graph does is done when the graph is
-    launched, which is no call of fi_ffi's.
+    A stream that is capturing gets no mark: the graph's work is done when the graph is launched,
+    which is no call of fi_ffi's.
     """
     tell(record)
     try:
         stream, device = record.stream, record.device
         if stream is None or device is None or cuda.is_capturing(stream):
             return call()
-        # Before the call: a first slot may need memory, which can be long in coming.
+        # Before the call, because the first slot of a stream may allocate, which can take long.
         progress, key = stream_progress.progress, stream_key(device.index, stream)
         record.slot = progress.slot(key)
         result = call()
@@ -145,7 +145,7 @@ class _Watch:
         self.inbox: deque[CallRecord] = deque()
         self._lock = threading.Lock()
         self._pending: list[CallRecord] = []
-        # Where each stream was at the last look, and when it was first seen there.
+        # Each stream's last progress, and the time at which it was first seen.
         self._progress: dict[Slot, tuple[int, float]] = {}
         self._reported: set[CallRecord] = set()
         self.stop = threading.Event()
@@ -157,17 +157,19 @@ class _Watch:
         return self._generation == watching.generation
 
     def close(self) -> None:
-        """End the thread, which reports first what is late by now."""
+        """End the thread, after it has reported the calls that are late now."""
         self.stop.set()
         self.thread.join(_PATIENCE)
         if self.thread.is_alive():
-            _say(f"fi_ffi.watchdog: a report was not taken within {_PATIENCE:g} s; not waited for")
+            _write_stderr(
+                f"fi_ffi.watchdog: a report was not taken within {_PATIENCE:g} s; not waited for"
+            )
 
     def wait(self) -> Hang | None:
-        """Wait until every recorded call is over; return the first late one, when there is one."""
+        """Wait until every recorded call is over; return the first late one, if any."""
         pause = _FIRST_PAUSE
         while True:
-            late = self._look()
+            late = self._poll()
             if late:
                 return min(late, key=lambda hang: hang.call.started)
             if not self._pending:
@@ -175,12 +177,12 @@ class _Watch:
             time.sleep(pause)
             pause = min(2 * pause, _LAST_PAUSE)
 
-    def _look(self) -> list[Hang]:
-        """The calls that are late now; it reads memory and waits for nothing."""
+    def _poll(self) -> list[Hang]:
+        """Return the calls that are late now; only reads memory."""
         with self._lock:
             while self.inbox:
                 self._pending.append(self.inbox.popleft())
-            # A call is over before its stream moves on, so this look sees that it has moved.
+            # Drop finished calls before reading the streams' progress, which then includes them.
             self._pending = [call for call in self._pending if not call.is_over]
             self._reported.intersection_update(self._pending)
             queues: dict[Slot | None, list[CallRecord]] = {}
@@ -200,8 +202,9 @@ class _Watch:
         before: dict[Slot, tuple[int, float]],
         now: float,
     ) -> list[Hang]:
-        """Those late of the calls on one stream, or of those that are on none (yet)."""
-        # When the stream was last seen to move.
+        """Return the late calls among those of one stream, or among those without a stream
+        (yet)."""
+        # The time of the stream's last progress.
         moved, limit = 0.0, self._owner.seconds
         queued = [call for call in calls if call.mark is not None]
         if slot is not None:
@@ -213,13 +216,13 @@ class _Watch:
             first = min(queued, key=lambda call: call.left)
             waited = now - max(moved, first.started)
             if waited > limit:
-                # Whatever has not returned there may well be blocked by this one.
+                # The other calls on this stream are probably blocked by this one.
                 return [Hang(first, waited, [call for call in calls if call is not first])]
         late = []
         for i, call in enumerate(calls):
             waited = now - call.started
-            # Behind a stream that has not moved since, it is that stream's first call that is
-            # about to be late.
+            # If the stream made no progress since this call began, the stream's first call will be
+            # late instead.
             if not call.has_returned and waited > limit and (not queued or moved > call.started):
                 late.append(Hang(call, waited, calls[i + 1 :] if slot is not None else []))
         return late
@@ -229,7 +232,7 @@ class _Watch:
         is_last = False
         while not is_last:
             is_last = self.stop.wait(pause)
-            for hang in self._look():
+            for hang in self._poll():
                 if hang.call not in self._reported:
                     self._reported.add(hang.call)
                     self._report(hang)
@@ -237,21 +240,21 @@ class _Watch:
     def _report(self, hang: Hang) -> None:
         owner = self._owner
         if owner.abort:
-            with contextlib.suppress(RuntimeError):  # no thread can be started
+            with contextlib.suppress(RuntimeError):  # the thread cannot be started
                 threading.Thread(target=_end_after, args=(_LAST_PATIENCE,), daemon=True).start()
         try:
             text = hang.report(owner.seconds)
             owner.reports.append(text)
-            (owner.on_hang or _say)(text)
-        except BaseException:  # of the caller's own; there is nobody here to raise it to
-            _say(f"fi_ffi.watchdog: the report was not taken:\n{traceback.format_exc()}")
+            (owner.on_hang or _write_stderr)(text)
+        except BaseException:  # an error of the caller's `on_hang`, which nobody here can catch
+            _write_stderr(f"fi_ffi.watchdog: the report was not taken:\n{traceback.format_exc()}")
         if owner.abort:
             with contextlib.suppress(Exception):
                 faulthandler.dump_traceback(2, all_threads=True)
             os._exit(EXIT_STATUS)
 
 
-def _say(text: str) -> None:
+def _write_stderr(text: str) -> None:
     with contextlib.suppress(OSError):
         print_to("stderr", f"{text}\n")
 
@@ -262,14 +265,14 @@ def _end_after(seconds: float) -> None:
 
 
 class Hang(NamedTuple):
-    """A call that is late: for how long nothing has moved, and what was called after it."""
+    """A late call, the seconds without progress, and the calls made after it."""
 
     call: CallRecord
     waited: float
     behind: list[CallRecord]
 
     def report(self, seconds: float) -> str:
-        """All that is known of it, a line each."""
+        """Return the report, with one fact per line."""
         return "\n".join(self._lines(seconds))
 
     def _lines(self, seconds: float) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""The list of hooks that every call passes: inboxes of open watchdogs, and open call logs.
+"""The hooks that every call passes: inboxes of open watchdogs, and open call logs.
 
-Where there is none, a call costs the test of `hooks` and nothing else; what is recorded of a
-call otherwise is in `call_record`, imported with the first of them.
+Without hooks, a call costs one test of `hooks`. `call_record`, which records calls, is imported
+with the first hook.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from fi_ffi.ops.watch.call_log import Log
     from fi_ffi.ops.watch.call_record import CallRecord
 
-# An inbox for each open watchdog, which gets the record of every call before it is made; and
-# the open call logs, each of which makes the call inside of what it logs.
+# An inbox for each open watchdog, which gets the record of every call before it is made; and the
+# open call logs, which nest around the call.
 hooks: tuple[deque[CallRecord] | Log, ...] = ()
 lock = threading.RLock()  # held while `hooks` changes
-# How often this process was forked off another: watchdogs are of one process.
+# The number of forks that led to this process: a watchdog belongs to one process.
 generation = 0
 _NOTHING = contextlib.nullcontext()
 
@@ -33,24 +33,24 @@ class _Thread(threading.local):
     plan: Any = None
 
 
-# The plan whose calls this thread makes.
+# `plan` is the plan whose calls this thread makes.
 thread = _Thread()
 
 
 def logs() -> list[Log]:
-    """The open call logs."""
+    """Return the open call logs."""
     return [hook for hook in hooks if not isinstance(hook, deque)]
 
 
 def add(hook: deque[CallRecord] | Log) -> None:
-    """Let a hook see every call of the process from now on."""
+    """Show a hook every call of the process from now on."""
     global hooks
     with lock:
         hooks = (*hooks, hook)
 
 
 def remove(hook: deque[CallRecord] | Log) -> None:
-    """Let a hook see no more calls."""
+    """Stop showing calls to a hook."""
     global hooks
     with lock:
         hooks = tuple(other for other in hooks if other is not hook)
@@ -67,10 +67,10 @@ def called(
     name: str, call: Callable[[], Any], values: Sequence[Any],
     tensors: Sequence[tuple[str, TensorDesc]], device: Device | None,
 ) -> Any:  # fmt: skip
-    """Make the call of a function that no row describes, through all hooks.
+    """Make the call of a function without a row, through all hooks.
 
-    `tensors` are those among the `values`, by the numbers of these.  `device` is that which it
-    works on, and current; its stream is this thread's current one.
+    `tensors` are the tensors among the `values`, by their numbers. `device` is the call's device,
+    which is current; the stream is the thread's current one.
     """
     from fi_ffi.abi.streams import current_handle as current_stream
     from fi_ffi.ops.watch.call_record import of_values
@@ -80,7 +80,7 @@ def called(
 
 
 def _hooked(record: CallRecord, call: Callable[[], Any]) -> Any:
-    """Make a call, marked for the watchdogs, inside of what each log does around it."""
+    """Make a call, marked for the watchdogs, inside all logs."""
     found = hooks
     if any(isinstance(hook, deque) for hook in found):
         from fi_ffi.ops.watch.watchdog import marked
@@ -107,7 +107,8 @@ def _running(plan: Any) -> Iterator[None]:
 
 
 def _continue_in_child() -> None:
-    """Keep a parent's logs in a forked child, which has none of the watchdogs' threads."""
+    """Keep the parent's logs in a forked child, and drop its watchdogs, whose threads do not exist
+    there."""
     global generation, hooks, lock
     generation, lock = generation + 1, threading.RLock()
     hooks = tuple(logs())

@@ -1,4 +1,4 @@
-"""Where the lines of logs and reports go: at once, so that they outlive the process."""
+"""Writes the lines of logs and reports without buffering, so that they outlive the process."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import threading
 
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 
-PROCESS_ID = "%i"  # in a path
+PROCESS_ID = "%i"  # placeholder in a path
 
 
 class Writer:
-    """Writes whole lines, each call's in one piece: to stdout, stderr or the end of a file.
+    """Writes whole lines to stdout, stderr or the end of a file, each call's lines in one piece.
 
-    What was written is the system's before `write` returns: a crash of the process does not
-    lose it (one of the machine may).
+    When `write` returns, the operating system has the text: a crash of the process does not lose
+    it, but a crash of the machine may.
     """
 
     def __init__(self, dest: str | os.PathLike[str]) -> None:
@@ -34,8 +34,8 @@ class Writer:
         return self.dest.replace(PROCESS_ID, str(os.getpid()))
 
     def open(self) -> None:
-        """Open the file, if it is one; a forked child may have another."""
-        self._lock = threading.RLock()  # which another thread had at the fork
+        """Open the file, if it is one; the path of a forked child may differ."""
+        self._lock = threading.RLock()  # another thread may have held the old one at the fork
         path = self.path
         if path is None:
             return
@@ -48,13 +48,13 @@ class Writer:
         self._file = file
 
     def close(self) -> None:
-        with self._lock:  # so that nothing is written to what has its number next
+        with self._lock:  # so that nothing is written to the next file with this number
             file, self._file = self._file, None
             if file is not None:
                 os.close(file)
 
     def write(self, text: str) -> None:
-        """Write lines; where that fails, it is said once on stderr, and nothing is raised."""
+        """Write lines. A failure is reported once on stderr, and never raised."""
         try:
             with self._lock:
                 if self._file is not None:
@@ -87,8 +87,8 @@ def _write_all(file: int, text: str) -> None:
 
 
 def print_to(dest: str, text: str) -> None:
-    """Write to what the program has for stdout or stderr; to the process's own where that is
-    none or broken."""
+    """Write to the program's stdout or stderr object; if that is None or broken, to the process's
+    own."""
     stream = getattr(sys, dest)
     try:
         stream.write(text)

@@ -1,7 +1,7 @@
 """FlashInfer's attention entries in numpy.
 
-Their names are those of `fi_ffi.ops.attention.rows`: the symbol, and what tells its
-interfaces apart.
+Their names are those of `fi_ffi.ops.attention.rows`: the symbol, and a suffix if it has several
+interfaces.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _batch(suffix: str, kind: int, parse: Callable[..., variant.Variant]) -> _Ke
     }
 
 
-# They take what was compiled in as `compiled`: `reference_kernel`.
+# The kernels take what a module was compiled for as `compiled`: see `reference_kernel`.
 KERNELS: dict[str, _Kernels] = {
     "single_decode": {"run": runs.single_decode},
     "single_prefill": {
@@ -49,6 +49,7 @@ KERNELS: dict[str, _Kernels] = {
     "batch_mla": {
         **dict.fromkeys(("plan", "plan_fa3"), plan.mla),
         **dict.fromkeys(("run", "run_fa3"), runs.mla_run),
+        **dict.fromkeys(("run_fa2_fp8", "run_fa3_fp8"), runs.mla_run_fp8),
     },
     "xqa": dict.fromkeys(("xqa_wrapper", "xqa_wrapper_spec_dec"), runs.xqa_wrapper),
     "xqa_mla": {"xqa_wrapper_mla": runs.xqa_wrapper_mla},
@@ -58,9 +59,9 @@ KERNELS: dict[str, _Kernels] = {
 
 
 def reference_kernel(family: str, name: str, **compiled: Any) -> Callable[..., Any]:
-    """A family's kernel as a module has it that was compiled for `compiled`.
+    """Return a family's kernel as in a module that was compiled for `compiled`.
 
-    Those are `pos_encoding_mode` (0 none, 1 RoPE as Llama has it, 2 ALiBi),
-    `use_sliding_window` and `use_logits_soft_cap`: as a module's name says them.
+    The keys are those of module names: `pos_encoding_mode` (0 none, 1 Llama's RoPE, 2 ALiBi),
+    `use_sliding_window` and `use_logits_soft_cap`.
     """
     return functools.partial(KERNELS[family][name], compiled=Compiled(**compiled))

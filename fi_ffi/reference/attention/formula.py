@@ -1,7 +1,7 @@
 """Attention in float64, written from its definition and not from the kernels.
 
-It serves the entries on the CPU, and results of a GPU are compared with it: of one request
-at a time, one head after the other.  Beside each value stands what its rounding errors scale
+It serves the entries on the CPU, and the results of a GPU are compared with it. It computes one
+request at a time, head by head. Each value comes with the magnitude that its rounding errors scale
 with.
 """
 
@@ -15,17 +15,17 @@ import numpy as np
 
 from fi_ffi.reference.arrays import Array
 
-_NHD, _HND = 0, 1  # FlashInfer's codes of layouts
+_NHD, _HND = 0, 1  # FlashInfer's layout codes
 
 
 @dataclass(frozen=True)
 class Options:
-    """What softmax(sm_scale * q @ k) @ v is varied by; each is off by default.
+    """Variations of softmax(sm_scale * q @ k) @ v; each is off by default.
 
-    `sm_scale`, `v_scale` and `sink` are numbers or one for each query head.  `mask` says
-    which keys each query sees, [qo_len, kv_len], beside the other conditions.
-    `alibi_slopes`: logits + slope * (key - query), both counted from the request's start,
-    whatever `kv_len - qo_len` is.  `rope`: scale and theta.
+    `sm_scale`, `v_scale` and `sink` are numbers, or one for each query head. `mask` [qo_len,
+    kv_len] says which keys each query sees, in addition to the other conditions. `alibi_slopes` add
+    slope * (key - query) to logits, both positions counted from the request's start, whatever
+    `kv_len - qo_len` is. `rope` is scale and theta.
     """
 
     sm_scale: float | Array
@@ -40,13 +40,13 @@ class Options:
 
 
 class Exact(NamedTuple):
-    """Results, and what their errors scale with.
+    """Results, and the magnitudes that their errors scale with.
 
-    `out` and `magnitude`, the sum of p * |v|, are [qo_len, heads, head_dim_vo].
-    `lse2`, log2 of the sum of exponentials, and `spread`, the largest of the sums of
-    |q * k| times sm_scale among the keys seen, are [qo_len, heads].  An error of a part in
-    N in each product is one of at most `spread / N` in logits, so in `lse2` (by log2(e))
-    and, twice, in `out` against `magnitude`.  Rows that see no key are 0 and -inf.
+    `out` and `magnitude`, the sum of p * |v|, are [qo_len, heads, head_dim_vo]. `lse2`, log2 of the
+    sum of exponentials, and `spread`, the largest sum of |q * k| times sm_scale over the keys seen,
+    are [qo_len, heads]. A relative error of 1 / N in each product changes logits by at most `spread
+    / N`. So it changes `lse2` by as much (times log2(e)), and `out` by twice as much, relative to
+    `magnitude`. Rows that see no key are 0 and -inf.
     """
 
     out: Array
@@ -56,7 +56,8 @@ class Exact(NamedTuple):
 
 
 def exact(q: Array, k: Array, v: Array, options: Options) -> Exact:
-    """Attention of one request: q [qo_len, heads, d], k [kv_len, kv_heads, d], and v."""
+    """Compute the attention of one request: q [qo_len, heads, d], k [kv_len, kv_heads, d], and
+    v."""
     (qo_len, heads, _), kv_len = q.shape, len(k)
     seen = _seen(qo_len, kv_len, options)
     q64, k64, v64 = (x.astype(np.float64) for x in (q, k, v))
@@ -90,7 +91,7 @@ def _seen(qo_len: int, kv_len: int, options: Options) -> Array:
 
 
 def _rotated(x: Array, places: Sequence[int], scale: float, theta: float) -> Array:
-    """Each pair (element, element half a head on) as a complex number, turned."""
+    """Turn each pair (an element and the element half a head later) as a complex number."""
     half = x.shape[-1] // 2
     pairs = x[..., :half] + 1j * x[..., half:]
     rates = np.array([theta ** (-i / half) / scale for i in range(half)])
@@ -129,18 +130,18 @@ def _one_head(
     return out, magnitude, lse2, np.where(seen, terms, 0).max(axis=1, initial=0.0)
 
 
-# Keys and values of one request, side by side
+# Keys and values of one request, without pages
 
 
 def tokens_first(x: Array, layout: int) -> Array:
-    """The same array with its heads after its tokens; `layout` is FlashInfer's code."""
+    """View an array with its heads after its tokens; `layout` is FlashInfer's code."""
     if layout not in (_NHD, _HND):
         raise ValueError(f"layout {layout} is neither {_NHD} (NHD) nor {_HND} (HND)")
     return x.swapaxes(-3, -2) if layout == _HND else x
 
 
 def gathered(cache: Array, indices: Array, start: int, length: int) -> Array:
-    """`length` tokens from a cache's pages, which begin at `indices[start]`."""
+    """Return `length` tokens of a cache's pages, which begin at `indices[start]`."""
     page_size = cache.shape[1]
     pages = indices[start : start + -(-length // page_size)]
     wrong = pages[(pages < 0) | (pages >= len(cache))]
@@ -152,7 +153,7 @@ def gathered(cache: Array, indices: Array, start: int, length: int) -> Array:
 
 
 def lengths(indptr: Array, last_page_len: Array, page_size: int) -> Array:
-    """Tokens of each request: those of its full pages and of its last."""
+    """Return the tokens of each request: those of its full pages and of its last."""
     pages = np.diff(indptr)
     return np.where(pages > 0, (pages - 1) * page_size + last_page_len[: len(pages)], 0)
 
@@ -161,7 +162,7 @@ def from_pages(
     cache: Array, indptr: Array, indices: Array, last_page_len: Array, request: int,
     layout: str = "NHD",
 ) -> Array:  # fmt: skip
-    """A request's tokens side by side, [kv_len, kv_heads, d], out of a paged cache.
+    """Gather a request's tokens [kv_len, kv_heads, d] from a paged cache.
 
     A cache without heads, [pages, page_size, d], is MLA's, and gives [kv_len, 1, d].
     """
@@ -178,9 +179,9 @@ def exact_batch(
     keys: Callable[[int], tuple[Array, Array]],
     options: Options | Callable[[int], Options],
 ) -> Exact:
-    """All requests' results below each other; `keys` gives a request's k and v.
+    """Compute all requests, one after another; `keys` returns a request's k and v.
 
-    `options` is for all of them, or gives a request's own (its mask).
+    `options` applies to all requests, or returns a request's own options (its mask).
     """
     results = []
     for request in range(len(qo_indptr) - 1):

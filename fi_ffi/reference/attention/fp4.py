@@ -1,4 +1,4 @@
-"""Keys and values of 4 bits: the same runs over what they stand for."""
+"""Keys and values of 4 bits: the same runs over their values."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fi_ffi.reference.attention.variant import fa2, fa2_single
 
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _BLOCK = 16
-# Where the scales of the keys are among what modules.py adds; those of the values are next.
+# The index of the keys' scales among the arguments that modules.py adds; the values' are next.
 _OF_BATCH, _OF_ONE = 6, 2
 
 
 def dequantised(packed: Array, scales: Array | None) -> Array:
-    """The numbers of bytes [..., d / 2], the first in the lower half of each, times their block's
-    scale [..., d / 16] in e4m3: exact in float16 and bfloat16 alike."""
+    """Return the values of bytes [..., d / 2], the lower half first, times their block's scale
+    [..., d / 16] in e4m3: exact in float16 and bfloat16."""
     if scales is None:
         raise ValueError("keys and values of 4 bits need maybe_k_cache_sf and maybe_v_cache_sf")
     halves = np.stack((packed & 15, packed >> 4), axis=-1)

@@ -1,4 +1,4 @@
-"""What queries see, where that is more than a length: custom masks and multi-item scoring."""
+"""Masks beyond lengths: custom masks and multi-item scoring."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NAMES = ("none", "causal", "custom", "multi-item scoring")
 
 
 def custom(packed: Array, start: int, qo_len: int, kv_len: int) -> Array:
-    """A request's packed mask: a bit for each query and key, the lowest of a byte first."""
+    """Unpack a request's mask: a bit for each query and key, the lowest bit of a byte first."""
     bits, stop = qo_len * kv_len, start + -(-qo_len * kv_len // 8)
     if not 0 <= start <= stop <= len(packed):
         raise ValueError(
@@ -26,11 +26,11 @@ def custom(packed: Array, start: int, qo_len: int, kv_len: int) -> Array:
 def multi_item(
     qo_len: int, kv_len: int, prefix_len: int, token_positions: Array, max_item_len: int
 ) -> Array:
-    """A common prefix, then items that see it and themselves.
+    """Return the mask of a common prefix, and items that see the prefix and themselves.
 
-    `token_positions` are of the tokens after the prefix, in their items.  Beside the
-    prefix a token sees as many tokens, itself the last of them, as its position says:
-    a delimiter, at 0, none.
+    `token_positions` has the position in its item of each token after the prefix. Beside the
+    prefix, a token sees as many tokens as its position says, itself the last of them. A delimiter
+    has position 0, and sees none.
     """
     position = np.arange(kv_len - qo_len, kv_len)[:, None]
     key = np.arange(kv_len)[None, :]
@@ -42,7 +42,7 @@ def multi_item(
         )
     wide = np.zeros(max(kv_len, 1), np.int64)
     wide[prefix_len:kv_len] = token_positions[: max(kv_len - prefix_len, 0)]
-    # The kernels skip keys that are further back than that from all of a tile's queries.
+    # The kernels skip keys further back than this from all of a tile's queries.
     if wide.max(initial=0) > max_item_len:
         raise ValueError(f"a token is {wide.max()} into its item, of {max_item_len} at most")
     own_item = key > position - wide[np.maximum(position, 0)]

@@ -1,9 +1,8 @@
-"""Planning: the lengths of a batch, checked and kept in the int workspace for its runs.
+"""Planning: checks the lengths of a batch, and keeps them in the int workspace for its runs.
 
-The kernels keep a schedule there, and what a run finds in its plan it is not given
-otherwise: fa3 and MLA take their lengths from it.  fa2's and decode's runs are given theirs
-again; here they must be the planned ones.  Of a workspace 12 bytes a request and 8 more
-are used, at its start.
+The kernels keep a schedule there. A run of fa3 or MLA takes its lengths only from the plan. Runs of
+fa2 and decode get the lengths again; here they must be the planned ones. The reference uses the
+first bytes of the workspace: 12 for each request and 8 more.
 """
 
 from __future__ import annotations
@@ -17,13 +16,14 @@ from fi_ffi.abi.objects import Array as Object
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.attention.variant import Compiled
 
-# Which planner: a plan is for runs of its own kind, as vectors of different lengths are.
+# Kinds of planners. A run takes a plan of its own kind, as the kernels' vectors have different
+# lengths.
 FA2, FA3, DECODE, MLA, ATTENTION = range(5)
 _NAMES = ("fa2 prefill", "fa3 prefill", "decode", "MLA", "batch attention")
 
 
 class Lengths(NamedTuple):
-    """What was planned for.  `kv_indptr` counts pages, or the tokens of ragged keys."""
+    """The planned lengths; `kv_indptr` counts pages, or the tokens of ragged keys."""
 
     window_left: int
     causal: bool
@@ -36,13 +36,14 @@ class Lengths(NamedTuple):
         return len(self.kv_len)
 
     def must_have(self, name: str, planned: Array, given: Array) -> None:
-        """Refuse a run's indptr that is not the planned one (it may have room behind)."""
+        """Refuse a run's indptr that differs from the planned one, apart from spare room at its
+        end."""
         if not np.array_equal(planned, given[: len(planned)]):
             raise ValueError(f"{name} is not what was planned: plan again for other lengths")
 
 
 def save(kind: int, lengths: Lengths, int_workspace: Array, staging: Array) -> Object:
-    """Write lengths into the workspaces; what is returned says where they are."""
+    """Write lengths into the workspaces; return their offsets."""
     for name, indptr in (("qo_indptr", lengths.qo_indptr), ("kv_indptr", lengths.kv_indptr)):
         steps = np.diff(indptr.astype(np.int64))
         if len(indptr) and (indptr[0] < 0 or (steps < 0).any()):
@@ -64,7 +65,7 @@ def save(kind: int, lengths: Lengths, int_workspace: Array, staging: Array) -> O
 
 
 def load(kind: int, int_workspace: Array, plan_info: Object) -> Lengths:
-    """The lengths that a plan has left in the workspace."""
+    """Read the lengths of a plan from the workspace."""
     info = array_values(plan_info)
     if len(info) != 7 or info[0] != kind:
         what = _NAMES[info[0]] if len(info) == 7 and 0 <= info[0] < len(_NAMES) else "another"
@@ -84,7 +85,7 @@ def prefill(
     num_kv_heads: int, page_size: int, enable_cuda_graph: bool, head_dim_qk: int,
     head_dim_vo: int, causal: bool, window_left: int, *split: Any, compiled: Compiled,
 ) -> Object:  # fmt: skip
-    """`plan` of batch prefill; the schedule depends on nothing that was compiled in."""
+    """`plan` of batch prefill; its schedule does not depend on what the module was compiled for."""
     _check_heads(num_qo_heads, num_kv_heads)
     _check_sizes(
         batch_size, qo_indptr=(qo_indptr, 1), kv_indptr=(kv_indptr, 1), kv_len_arr=(kv_len, 0)

@@ -1,9 +1,9 @@
-"""The entries that run attention: of one request, of a batch, MLA's, POD's and XQA's.
+"""The entries that run attention: for one request, for a batch, MLA's, POD's and XQA's.
 
-Causal attention of more queries than keys is by its definition here: the first queries see
-no key, and their output is 0.  The kernels show such queries keys that they should not see
-(fa2, where `kv_len + first query - qo_len` goes below 0 in uint32) or give them the mean of
-the values (fa3, where all logits of a tile are the same).
+Causal attention of more queries than keys follows its definition here: the first queries see no
+key, and their output is 0. The kernels differ: fa2 shows such queries keys that they should not see
+(`kv_len + first query - qo_len` wraps around in uint32), and fa3 gives them the mean of the values
+(all logits of a tile are equal).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from fi_ffi.abi.objects import Array as Object
@@ -31,7 +32,7 @@ _Keys = Callable[[int], tuple[Array, Array]]
 
 
 def _write(o: Array, lse: Array | None, where: Any, result: tuple[Array, Array]) -> None:
-    """Write some rows of the output, and of the logarithms if they are wanted."""
+    """Write some rows of the output, and their logarithms if there is an `lse`."""
     store_saturated(o[where], result[0])
     if lse is not None:
         store(lse[where], result[1])
@@ -41,7 +42,7 @@ def single_decode(
     q: Array, k: Array, v: Array, tmp: Array, o: Array, lse: Array | None, layout: int,
     window_left: int, *more: Any, compiled: Compiled,
 ) -> None:  # fmt: skip
-    """single_decode's `run`: one query, which is the request's last token."""
+    """single_decode's `run`: one query, the request's last token."""
     k, v = tokens_first(k, layout), tokens_first(v, layout)
     variant = cuda_cores(Call(compiled, masks.NONE, window_left, len(q), k.shape[1]), *more)
     out, sums = variant(0, q[None], k, v)
@@ -64,7 +65,7 @@ def single_prefill(
 def _attend(
     variant: Variant, qo_indptr: Array, q: Array, keys: _Keys, o: Array, lse: Array | None
 ) -> None:
-    """Write every request's rows; those of no request stay as they are."""
+    """Write every request's rows; rows of no request stay unchanged."""
     if qo_indptr[-1] > len(q):
         raise ValueError(f"q has {len(q)} rows; what was planned has {qo_indptr[-1]}")
     for request, (start, stop) in enumerate(itertools.pairwise(qo_indptr)):
@@ -83,7 +84,7 @@ def ragged_run(
     lse: Array | None, mask_mode: int, layout: int, window_left: int, enable_pdl: bool, *more: Any,
     compiled: Compiled,
 ) -> None:  # fmt: skip
-    """`ragged_run`: keys and values side by side."""
+    """`ragged_run`: keys and values without pages."""
     planned = plan.load(kind, int_workspace, plan_info)
     k, v = tokens_first(k, layout), tokens_first(v, layout)
     kv_len = planned.kv_len
@@ -164,7 +165,7 @@ def batch_decode(
     lse: Array | None, layout: int, window_left: int, enable_pdl: bool, *more: Any,
     compiled: Compiled,
 ) -> None:  # fmt: skip
-    """batch_decode's `run`: one query a request, which is its last token."""
+    """batch_decode's `run`: one query per request, its last token."""
     planned = plan.load(plan.DECODE, int_workspace, plan_info)
     planned.must_have("paged_kv_indptr", planned.kv_indptr, kv_indptr)
     k_cache, v_cache = tokens_first(k_cache, layout), tokens_first(v_cache, layout)
@@ -182,8 +183,8 @@ def mla_run(
 ) -> None:  # fmt: skip
     """batch_mla's `run`.
 
-    A row that sees no key has a logarithm of minus infinity, unlike other entries'; the
-    kernel writes -5e4 where it has split the request.
+    A row that sees no key has a logarithm of minus infinity, unlike in other entries. The kernel
+    writes -5e4 if it has split the request.
     """
     call = Call(compiled, mask_mode, -1, num_heads, 1)
     call.only(masks.NONE, masks.CAUSAL)
@@ -205,11 +206,32 @@ def mla_run(
         _write(o, lse, rows, (found.out, found.lse2 * base))
 
 
-_OF_PREFILL = 15  # arguments of POD's prefill
+def mla_run_fp8(*values: Any, compiled: Compiled) -> None:
+    """batch_mla's `run` with an fp8 cache, which is scaled and rounded to bfloat16 first."""
+    *given, ckv_scale, kpe_scale = values[:17]
+    groups = values[17] if len(values) > 17 else None
+    ckv_at, kpe_at = 5, 6
+    given[kpe_at] = scaled(given[kpe_at], kpe_scale)
+    if groups is None:
+        given[ckv_at] = scaled(given[ckv_at], ckv_scale)
+    else:
+        wide = given[ckv_at].astype(np.float32) * np.repeat(groups, 128, axis=-1)
+        given[ckv_at] = wide.astype(ml_dtypes.bfloat16)
+    mla_run(*given, compiled=compiled)
+
+
+def scaled(cache: Array, scale: float) -> Array:
+    """Return an fp8 cache times a scale rounded to bfloat16, in bfloat16."""
+    of_16 = np.float32(scale).astype(ml_dtypes.bfloat16).astype(np.float32)
+    found: Array = (cache.astype(np.float32) * of_16).astype(ml_dtypes.bfloat16)
+    return found
+
+
+_OF_PREFILL = 15  # number of arguments of POD's prefill
 
 
 def pod_with_kv_cache_tensor(*values: Any, compiled: Compiled) -> None:
-    """Windows are what the arguments say, as in the module that was compiled for them."""
+    """POD attention. The windows are those of the arguments, as in the module compiled for them."""
     _pod_prefill(*values[:_OF_PREFILL])
     _pod_decode(*values[_OF_PREFILL:])
 
@@ -240,11 +262,12 @@ def _pod_decode(
     )  # fmt: skip
 
 
-_OF_BATCH = 22  # arguments of each half of the batched one
+_OF_BATCH = 22  # number of arguments of each half of batched POD attention
 
 
 def batch_pod_with_kv_cache_tensor(*values: Any, compiled: Compiled) -> None:
-    """Both halves are prefills over pages; the last arguments are a flag and counters."""
+    """Batched POD attention. Both halves are paged prefills; the last arguments are a flag and
+    counters."""
     *halves, enable_pdl, _ = values
     for start in (0, _OF_BATCH):
         _pod_decode(*[*halves[start : start + _OF_BATCH], enable_pdl])
@@ -255,7 +278,7 @@ def _scale(scale: float, tensor: Array | None) -> float:
 
 
 def _of_drafts(words: Array, length: int) -> Array:
-    """What queries see of their request's keys, the last of which are their own."""
+    """Return the mask of several queries, whose own keys are the request's last."""
     count = len(words)
     bits = np.unpackbits(words.view(np.uint8), axis=1, count=count, bitorder="little")
     return np.hstack((np.ones((count, length - count), bool), bits.astype(bool)))
@@ -269,7 +292,7 @@ def xqa_wrapper(
     kv_scale_tensor: Array | None, q_seq_len: int, mask: Array | None, semaphores: Array,
     scratch: Array, enable_pdl: bool, *, compiled: Compiled,
 ) -> None:  # fmt: skip
-    """Keys of fp8 have a scale, others have not, whatever is given."""
+    """XQA. Only fp8 keys are scaled; the kernel ignores a scale of others."""
     if k_sf is not None or v_sf is not None:
         raise ValueError("keys of 4 bits need a GPU")
     if (q_seq_len > 1) != (mask is not None):
@@ -301,7 +324,8 @@ def xqa_wrapper_mla(
     batch_size: int, kv_scale: float, kv_scale_tensor: Array | None, semaphores: Array,
     scratch: Array, enable_pdl: bool, *, compiled: Compiled,
 ) -> None:  # fmt: skip
-    """The values are the first elements of their cache; keys of 16 bits are scaled, too."""
+    """XQA over a latent cache. The values are the first elements of their cache; 16-bit keys are
+    scaled as well."""
     if semaphores.any():
         raise ValueError("the semaphores are not zero")
     of_kv = _scale(kv_scale, kv_scale_tensor)

@@ -1,8 +1,8 @@
-"""From an entry's arguments to what attention of each of its requests is computed with.
+"""Parses an entry's arguments into the options of each request's attention.
 
-There is a function for each list of arguments that `flashinfer/jit/attention/modules.py`
-appends to the entries' own.  What a module was compiled for is no argument of its entries,
-and decides which of their arguments they read.
+There is a function for each list of arguments that `flashinfer/jit/attention/modules.py` appends to
+the entries' own. What a module was compiled for is no argument of its entries, but decides which
+arguments they read.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fi_ffi.reference.attention import masks
 from fi_ffi.reference.attention.formula import Options, exact
 
 _PLAIN, _ROPE_LLAMA, _ALIBI = range(3)
-# The kernels' infinity, negative, up to release 0.6.18.  A row that sees no key has this as
-# its logarithm, and up to log2 of the keys that were hidden from it more.
+# The kernels' minus infinity up to release 0.6.18. The logarithm of a row that sees no key is this,
+# plus up to log2 of the number of keys that were hidden from it.
 NO_KEY = np.float32(-5e4)
 
 MaskOf = Callable[[int, int, int], Array]
@@ -27,7 +27,7 @@ MaskOf = Callable[[int, int, int], Array]
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a module was compiled for, by the words of its name."""
+    """The parameters that a module was compiled for, by the words of its name."""
 
     pos_encoding_mode: int = _PLAIN
     use_sliding_window: bool = False
@@ -35,14 +35,14 @@ class Compiled:
 
 
 class Call(NamedTuple):
-    """What all runs are given."""
+    """The arguments that all runs have."""
 
     compiled: Compiled
     mask_mode: int
     window_left: int
     num_qo_heads: int
     num_kv_heads: int
-    # Whether it has the tokens of each request in pages: multi-item scoring needs it.
+    # Whether keys are in pages, which multi-item scoring requires.
     paged: bool = False
 
     @property
@@ -56,7 +56,7 @@ class Call(NamedTuple):
             raise ValueError(f"mask_mode_code {self.mask_mode}{name} is not one this entry has")
 
     def each(self, scales: Array | None, scalar: float) -> Array:
-        """Scales of keys or values, by the queries' head."""
+        """Return the scales of keys or values, for each query head."""
         if scales is None:
             return np.full(self.num_qo_heads, scalar, np.float32)
         return np.repeat(scales, self.num_qo_heads // self.num_kv_heads)
@@ -66,26 +66,26 @@ class Call(NamedTuple):
 class Variant:
     """Attention with all its options set.
 
-    What the kernels do otherwise, and results are to be judged by: prefill rounds the
-    probabilities to the queries' dtype before it multiplies by the values (with fp8 queries:
-    to that fp8 dtype), and the heads that RoPE has turned to their own; tanh, exp2 and sines are
-    approximations, of about 2^-11 and 2^-22; and 5e4 stands for infinity, in prefill on logits
-    before `sm_scale`.  Hidden keys there count for `exp(-5e4 * sm_scale - largest logit)`.  From
-    `sm_scale` 0.003 on that is nothing, but the scales of fp8 queries and keys are part of it:
-    where those fill float8_e4m3fn it is about 1e-5, and fa3 sees what it should not (FlashInfer's
-    pull request 4401, after 0.6.18).
+    The kernels differ from this definition, and results are judged accordingly. Prefill rounds the
+    probabilities to the queries' dtype before it multiplies by the values (with fp8 queries, to
+    that fp8 dtype), and rounds heads that RoPE has turned to their own dtype. tanh, exp2 and sines
+    are approximations with errors of about 2^-11 and 2^-22. 5e4 stands for infinity; in prefill it
+    applies to logits before `sm_scale`, so a hidden key counts for `exp(-5e4 * sm_scale - largest
+    logit)`. From an `sm_scale` of 0.003 on that is 0. But `sm_scale` includes the scales of fp8
+    queries and keys: if these fill float8_e4m3fn, it is about 1e-5, and fa3 sees hidden keys
+    (FlashInfer's pull request 4401, after 0.6.18).
     """
 
     options: Options
     mask_of: MaskOf | None = None
-    # fa3 writes a request without keys without a look at the sink.
+    # fa3 ignores the sink of a request without keys.
     sink_needs_keys: bool = False
 
     def __call__(self, request: int, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-        """The output and logarithms of one request."""
+        """Compute the output and logarithms of one request."""
         qo_len, kv_len = len(q), len(k)
         if self.options.rope is not None and 0 < kv_len < qo_len:
-            # The kernels compute positions in uint32: these would be about 2^32.
+            # The kernels compute positions in uint32, which would wrap around to about 2^32.
             raise ValueError(f"RoPE of {qo_len} queries, and {kv_len} keys: not fewer")
         options = self.options
         if self.mask_of:
@@ -100,7 +100,7 @@ def cuda_cores(
     call: Call, slopes: Array | None, logits_soft_cap: float, sm_scale: float,
     rope_rcp_scale: float, rope_rcp_theta: float,
 ) -> Variant:  # fmt: skip
-    """The decode kernels, and what fa2's have in common with them."""
+    """Parse the arguments of decode, which begin those of fa2."""
     compiled = call.compiled
     if compiled.pos_encoding_mode == _ALIBI and slopes is None:
         raise ValueError("a module compiled for ALiBi needs maybe_alibi_slopes")
@@ -125,10 +125,10 @@ def fa2(
     k_block_scales: Array | None, v_block_scales: Array | None, logits_soft_cap: float,
     sm_scale: float, rope_rcp_scale: float, rope_rcp_theta: float, token_positions_len: int,
 ) -> Variant:  # fmt: skip
-    """Batch prefill with fa2."""
+    """Parse the arguments of batch prefill with fa2."""
     call.only(masks.NONE, masks.CAUSAL, masks.CUSTOM, *([masks.MULTI_ITEM] if call.paged else ()))
     if call.window_left >= 0 and not call.compiled.use_sliding_window:
-        # They would leave out the tiles that are outside, and show all of the others.
+        # The kernels would skip the tiles outside the window, but show the others whole.
         raise ValueError(f"window_left {call.window_left} of a module without sliding windows")
     mask_of = _multi_item(call, prefix_len, token_positions, max_item_len, token_positions_len)
     if call.mask_mode == masks.CUSTOM:
@@ -138,8 +138,9 @@ def fa2(
 
 
 def fa2_single(call: Call, mask: Array | None, slopes: Array | None, *more: float) -> Variant:
-    """Single prefill with fa2; `more` are two block scales and four numbers."""
-    # Its kernel has no tiles that it leaves out for a window, so it has no window at all.
+    """Parse the arguments of single prefill with fa2; `more` is two block scales and four
+    numbers."""
+    # This kernel skips no tiles, so without sliding windows it has no window at all.
     call = call if call.compiled.use_sliding_window else call._replace(window_left=-1)
     start = np.zeros(1, np.int32)
     return fa2(call, mask, start, slopes, None, None, None, *more, 0)  # type: ignore[arg-type,call-arg]
@@ -150,7 +151,7 @@ def fa3(
     max_item_len: Array | None, v_scales: Array | None, logits_soft_cap: float, sm_scale: float,
     v_scale: float, token_positions_len: int,
 ) -> Variant:  # fmt: skip
-    """Batch prefill with fa3."""
+    """Parse the arguments of batch prefill with fa3."""
     call.only(masks.NONE, masks.CAUSAL, *([masks.MULTI_ITEM] if call.paged else ()))
     mask_of = _multi_item(call, prefix_len, token_positions, max_item_len, token_positions_len)
     options = Options(
@@ -165,7 +166,7 @@ def fa3(
 
 def fa3_single(call: Call, v_scales: Array | None, logits_soft_cap: float, sm_scale: float,
                v_scale: float) -> Variant:  # fmt: skip
-    """Single prefill with fa3."""
+    """Parse the arguments of single prefill with fa3."""
     return fa3(call, None, None, None, v_scales, logits_soft_cap, sm_scale, v_scale, 0)
 
 
@@ -173,7 +174,8 @@ def fa3_fp8(
     call: Call, q_scales: Array | None, k_scales: Array | None, v_scales: Array | None,
     sm_scale: float, q_scale: float, k_scale: float, v_scale: float,
 ) -> Variant:  # fmt: skip
-    """Prefill with fa3 and fp8 queries, keys and values, single and batch."""
+    """Parse the arguments of prefill with fa3 and fp8 queries, keys and values, single and
+    batch."""
     call.only(masks.NONE, masks.CAUSAL)
     of_q = np.full(call.num_qo_heads, q_scale, np.float32) if q_scales is None else q_scales
     scale = of_q * call.each(k_scales, k_scale) * np.float32(sm_scale)
@@ -184,13 +186,13 @@ def fa3_fp8(
 
 
 def sink_fa2(call: Call, sink: Array, sm_scale: float) -> Variant:
-    """fa2 with attention sinks: it has the window, whatever it was compiled for."""
+    """Parse the arguments of fa2 with attention sinks, which always has the window."""
     call.only(masks.NONE, masks.CAUSAL)
     return Variant(Options(sm_scale, call.causal, call.window_left, sink=sink))
 
 
 def sink_fa3(call: Call, sink: Array, sm_scale: float) -> Variant:
-    """fa3 with attention sinks."""
+    """Parse the arguments of fa3 with attention sinks."""
     call.only(masks.NONE, masks.CAUSAL)
     options = Options(sm_scale, call.causal, _hopper_window(call), sink=sink)
     return Variant(options, sink_needs_keys=True)
