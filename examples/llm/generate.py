@@ -3,7 +3,8 @@
     python3 examples/llm/generate.py "Once upon a time"            # a tiny random model, made here
     python3 examples/llm/generate.py --model FOLDER "Once upon a time"
 
-Several prompts are served together.  Without a GPU, or with --cpu, numpy computes.
+Several prompts are served together.  Without a GPU, or with --cpu, numpy computes.  With --tp N
+the model is split over N GPUs, a process each, or with --ray over those that Ray has.
 """
 
 import argparse
@@ -23,6 +24,10 @@ def arguments():
     parser.add_argument("--model", help="a folder in the hub's layout; else a tiny one is made")
     parser.add_argument("--tiny", default="qwen3", choices=("llama", "qwen3", "qwen3_next"))
     parser.add_argument("--cpu", action="store_true", help="the reference kernels, in numpy")
+    parser.add_argument("--tp", type=int, default=1, help="GPUs that the model is split over")
+    parser.add_argument(
+        "--ray", action="store_true", help="ranks are placed by Ray, on any machine"
+    )
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
@@ -37,18 +42,23 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         model = given.model
         if model is None:
-            from engine.checkpoint import make_tiny
+            from tiny import make_tiny
 
             model = make_tiny(folder, given.tiny)
             print(
                 f"a tiny {given.tiny} of random weights: what it writes means nothing",
                 file=sys.stderr,
             )
-        engine = load(model, "cpu" if given.cpu else None)
-        tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
-    sampling = Sampling(given.temperature, given.top_k, given.top_p, given.min_p, given.seed,
-                        given.max_tokens)  # fmt: skip
-    requests = [engine.submit(tokenizer.encode(text).ids, sampling) for text in given.prompts]
+        way = "ray" if given.ray else "processes"
+        try:
+            sampling = Sampling(given.temperature, given.top_k, given.top_p, given.min_p,
+                                given.seed, given.max_tokens)  # fmt: skip
+            engine = load(model, "cpu" if given.cpu else None, tp=given.tp, way=way)
+            tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
+            prompts = [tokenizer.encode(text).ids for text in given.prompts]
+            requests = [engine.submit(ids, sampling) for ids in prompts]
+        except (OSError, ValueError, KeyError) as wrong:
+            sys.exit(f"generate.py: {wrong.args[0] if isinstance(wrong, KeyError) else wrong}")
     streams = [DecodeStream(skip_special_tokens=True) for _ in requests]
     told, start = [0] * len(requests), time.perf_counter()
     texts = [*given.prompts]

@@ -1,17 +1,17 @@
 """A small inference engine on fi_ffi: Llama 3, Qwen3, and a hybrid like Qwen3-Next."""
 
 from .config import Config
-from .device import Cpu, Gpu, default
+from .device import default
 from .engine import Engine, Request
-from .model import Model
+from .ranks import Job, start
 from .sampling import Sampling
-from .weights import Weights
+from .weights import Weights, verify
 
 __all__ = ["Config", "Engine", "Request", "Sampling", "load", "load_model"]
 
 
 def load(path, device=None, num_pages=1024, page_size=16, max_batch=64, max_tokens=512,
-         use_graphs=True):  # fmt: skip
+         use_graphs=True, tp=1, way="processes"):  # fmt: skip
     """An engine for the checkpoint in a folder (the hub's layout).
 
     Args:
@@ -21,16 +21,20 @@ def load(path, device=None, num_pages=1024, page_size=16, max_batch=64, max_toke
         max_batch: requests at a time.
         max_tokens: the most in one step; longer prompts take several.
         use_graphs: record decoding as CUDA graphs.
+        tp: GPUs (ranks) that the model is split over.
+        way: what ranks are: "processes" or "threads" of this machine, from `device` on, or
+            actors that "ray" places.
     """
-    config = Config.read(path)
-    return load_model(config, Weights(path), device, num_pages, page_size, max_batch, max_tokens,
-                      use_graphs)  # fmt: skip
+    config, weights = Config.read(path), Weights(path)
+    verify(config, weights)
+    return load_model(config, weights, device, num_pages, page_size, max_batch, max_tokens,
+                      use_graphs, tp, way)  # fmt: skip
 
 
-def load_model(config, weights, device, num_pages, page_size, max_batch, max_tokens, use_graphs):
+def load_model(config, weights, device, num_pages, page_size, max_batch, max_tokens, use_graphs,
+               tp=1, way="processes"):  # fmt: skip
     """The same from a Config, and anything that gives weights by name."""
-    where = {"cpu": Cpu, "cuda:0": Gpu}[device or default()](config.dtype)
     max_tokens = max(max_tokens, max_batch)
-    with where.scope():
-        model = Model(where, config, weights, num_pages, page_size, max_batch, max_tokens)
-    return Engine(model, num_pages, page_size, use_graphs)
+    job = Job(config, weights, device or default(), num_pages, page_size, max_batch, max_tokens,
+              use_graphs)  # fmt: skip
+    return Engine(start(job, tp, way))

@@ -5,24 +5,16 @@
 
 import contextlib
 import functools
+import itertools
 
-import ml_dtypes
 import numpy as np
 
 import fi_ffi
 
 from . import glue
 from .glue import check
-from .products import Products
-
-TYPES = {"bfloat16": ml_dtypes.bfloat16}
-
-
-def rows(x, start, stop):
-    """Rows `start` to `stop` of a tensor."""
-    ptr = x.ptr + start * x.strides[0] * x.dtype.itemsize
-    shape = (stop - start, *x.shape[1:])
-    return fi_ffi.TensorDesc(ptr, shape, x.dtype, strides=x.strides, device=x.device)
+from .products import ROWS, Products, Sum
+from .weights import Blocks
 
 
 # Of scratch memory, which is described once: for all layers the same.
@@ -52,26 +44,6 @@ def default():
     return "cpu" if int(error) or not count else "cuda:0"
 
 
-class Host:
-    """Host memory as numpy sees it, from an address (numpy's array interface)."""
-
-    def __init__(self, x):
-        steps = tuple(step * x.dtype.itemsize for step in x.strides)
-        kind = np.dtype(TYPES.get(x.dtype.name, x.dtype.name))
-        typestr = f"|V{kind.itemsize}" if x.dtype.name in TYPES else kind.str
-        self.kind = kind
-        self.__array_interface__ = {
-            "data": (x.ptr, False), "shape": x.shape, "strides": steps, "typestr": typestr,
-            "version": 3,
-        }  # fmt: skip
-
-
-def array(x):
-    """A tensor in host memory as a numpy array; no copy."""
-    host = Host(x)
-    return np.asarray(host).view(host.kind)
-
-
 class Device:
     """What both have: named scratch memory."""
 
@@ -89,27 +61,36 @@ class Device:
             raise ValueError(f"{name} is {held.shape} {held.dtype.name}, not {shape} {dtype}")
         return held
 
-    def take(self, out, table, index):
-        """out[i] = table[index[i]]; rows are contiguous, and multiples of 4 bytes."""
-        self._by_index("take", out, table, index, out)
+    def in_turn(self, shape, dtype):
+        """Two arrays of host memory in turn: one is used while the other's copy may still run."""
+        return itertools.cycle([self.pinned(shape, dtype) for _ in "ab"])
+
+    def take(self, out, table, index, start=0):
+        """out[i] = table[index[i] - start], zeros where the table has no such row.
+
+        Rows are contiguous, and multiples of 4 bytes.
+        """
+        words, step = _words(out), np.int64(_words(table))
+        self.launch("take", (words, index.shape[0]), out, table, index, step, words, start,
+                    table.shape[0])  # fmt: skip
 
     def give(self, table, values, index):
         """table[index[i]] = values[i]"""
-        self._by_index("give", table, values, index, values)
-
-    def _by_index(self, kernel, target, source, index, packed):
-        table = source if packed is target else target
-        size = packed.dtype.itemsize
-        words = packed.strides[0] * size // 4
-        step = np.int64(table.strides[0] * size // 4)
-        grid = (min(-(-words // 256), 64), index.shape[0])
-        self.launch(kernel, grid, 256, target, source, index, step, words)
+        words, step = _words(values), np.int64(_words(table))
+        self.launch("give", (words, index.shape[0]), table, values, index, step, words)
 
     def put(self, host):
-        """A copy of a numpy array."""
+        """A copy of a numpy array, or of both of `Blocks`."""
+        if isinstance(host, Blocks):
+            return Blocks(*map(self.put, host))
         out = self.empty(host.shape, str(host.dtype))
         self.write(out, host)
         return out
+
+
+def _words(x):
+    """From one row of x to the next, in words of 4 bytes."""
+    return x.strides[0] * x.dtype.itemsize // 4
 
 
 class Cpu(Device):
@@ -122,36 +103,45 @@ class Cpu(Device):
         self.memory = []
 
     def empty(self, shape, dtype):
-        raw = np.empty(int(np.prod(shape)) * np.dtype(TYPES.get(dtype, dtype)).itemsize + 64, "u1")
-        self.memory.append(raw)
-        return fi_ffi.TensorDesc((raw.ctypes.data + 63) & ~63, shape, dtype, device="cpu")
+        x = fi_ffi.TensorDesc(0, shape, dtype, device="cpu")
+        self.memory.append(np.empty(x.span_bytes + 64, np.uint8))
+        return x.at((self.memory[-1].ctypes.data + 63) & ~63)
 
     pinned = empty
 
     def zero(self, x):
-        array(x)[...] = 0
+        np.asarray(x)[...] = 0
 
-    def write(self, x, host):
-        array(x)[...] = host
+    def copy(self, target, source):
+        np.asarray(target)[...] = np.asarray(source)
+
+    write = copy
 
     def get(self, x):
-        return array(x).copy()
-
-    def upload(self, x, pinned):
-        array(x)[...] = array(pinned)
-
-    download = upload
+        return np.array(x)
 
     def linear(self, out, x, weight):
         """out = x @ weight.T; row by row, so that a row's result does not depend on others."""
-        product = array(x).astype(np.float32)[:, None] @ array(weight).astype(np.float32).T
-        array(out)[...] = product[:, 0]
+        x = self._normed(x) if isinstance(x, Sum) else np.asarray(x)
+        product = x.astype(np.float32)[:, None] @ np.asarray(weight).astype(np.float32).T
+        np.asarray(out)[...] = product[:, 0]
 
     def is_few(self, x, weight):
         return False  # there is no kernel of its own for few rows
 
-    def launch(self, name, grid, block, *args):
-        tensors = (array(x) if isinstance(x, fi_ffi.TensorDesc) else x for x in args)
+    def can_norm(self, x, weight):
+        return x.shape[0] <= ROWS and not isinstance(weight, Blocks)
+
+    @staticmethod
+    def _normed(given):
+        x, residual, total, norm = map(np.asarray, given[:4])
+        total[...] = x.astype(np.float32) + residual
+        exact = total.astype(np.float32)
+        exact /= np.sqrt((exact * exact).mean(1, keepdims=True) + given.eps)
+        return (exact * norm).astype(norm.dtype)
+
+    def launch(self, name, threads, *args, block=256, early=False):
+        tensors = (np.asarray(x) if isinstance(x, fi_ffi.TensorDesc) else x for x in args)
         glue.ON_CPU[name](*tensors)
 
     def scope(self):
@@ -169,59 +159,55 @@ class Cpu(Device):
 
 
 class Gpu(Device):
-    """cuda:0 through cuda-python, with one stream and one cuBLAS handle."""
+    """A GPU through cuda-python, with one stream and one cuBLAS handle."""
 
-    name, is_gpu = "cuda:0", True
+    is_gpu = True
 
-    def __init__(self, dtype):
+    def __init__(self, dtype, index=0):
         super().__init__()
         from cuda.bindings import driver, runtime
 
-        self.cuda, self.driver = runtime, driver
+        self.cuda, self.driver, self.index, self.name = runtime, driver, index, f"cuda:{index}"
         self.is_frozen = False
-        check(runtime.cudaSetDevice(0))
+        check(runtime.cudaSetDevice(index))
         self.stream = int(check(runtime.cudaStreamCreate()))
-        self.memory, self.host = [], []
-        capability = self._compute_capability()
-        self.kernels = glue.compiled(dtype, capability)
+        self.memory = []  # what frees it, and its address
+        about = check(runtime.cudaGetDeviceProperties(index))
+        self.kernels = glue.compiled(dtype, (about.major, about.minor))
         # Kernels that may begin while the one before ends (programmatic dependent launch).
-        self.has_pdl = capability[0] >= 9
+        self.has_pdl = about.major >= 9
         self.early = driver.CUlaunchAttribute()
         which = driver.CUlaunchAttributeID
         self.early.id = which.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         self.early.value.programmaticStreamSerializationAllowed = 1
         self.products = Products(self)
         self.is_few, self.linear = self.products.is_few, self.products.linear
-        self.linear_silu = self.products.linear_silu
-
-    def _compute_capability(self):
-        which = self.cuda.cudaDeviceAttr
-        major, minor = (
-            which.cudaDevAttrComputeCapabilityMajor,
-            which.cudaDevAttrComputeCapabilityMinor,
-        )
-        return [check(self.cuda.cudaDeviceGetAttribute(part, 0)) for part in (major, minor)]
+        self.linear_silu, self.can_norm = self.products.linear_silu, self.products.can_norm
 
     def empty(self, shape, dtype):
-        x = fi_ffi.TensorDesc(0, shape, dtype)
-        ptr = check(self.cuda.cudaMalloc(max(x.numel, 1) * x.dtype.itemsize))
-        self.memory.append(ptr)
-        return fi_ffi.TensorDesc(ptr, shape, dtype, device=self.name)
+        x = fi_ffi.TensorDesc(0, shape, dtype, device=self.name)
+        return self._allocated(x, self.cuda.cudaMalloc, self.cuda.cudaFree)
 
     def pinned(self, shape, dtype):
         """Page-locked host memory, which copies read and write while the program goes on."""
         x = fi_ffi.TensorDesc(0, shape, dtype, device="cpu")
-        ptr = check(self.cuda.cudaMallocHost(max(x.numel, 1) * x.dtype.itemsize))
-        self.host.append(ptr)
-        return fi_ffi.TensorDesc(ptr, shape, dtype, device="cpu")
+        return self._allocated(x, self.cuda.cudaMallocHost, self.cuda.cudaFreeHost)
+
+    def _allocated(self, x, allocate, free):
+        ptr = check(allocate(max(x.span_bytes, 1)))
+        self.memory.append((free, ptr))
+        return x.at(ptr)
 
     def zero(self, x):
-        size = x.numel * x.dtype.itemsize
-        check(self.cuda.cudaMemsetAsync(x.ptr, 0, size, self.stream))
+        check(self.cuda.cudaMemsetAsync(x.ptr, 0, x.span_bytes, self.stream))
 
     def _copy(self, target, source, size):
         kind = self.cuda.cudaMemcpyKind.cudaMemcpyDefault
         check(self.cuda.cudaMemcpyAsync(target, source, size, kind, self.stream))
+
+    def copy(self, target, source):
+        """Of contiguous tensors, on the device or pinned."""
+        self._copy(target.ptr, source.ptr, source.span_bytes)
 
     def write(self, x, host):
         host = np.ascontiguousarray(host)
@@ -229,20 +215,17 @@ class Gpu(Device):
         self.wait(self.mark())
 
     def get(self, x):
-        host = np.empty(x.shape, TYPES.get(x.dtype.name, x.dtype.name))
+        host = np.empty(x.shape, x.dtype.numpy)
         self._copy(host.ctypes.data, x.ptr, host.nbytes)
         self.wait(self.mark())
         return host
 
-    def upload(self, x, pinned):
-        self._copy(x.ptr, pinned.ptr, pinned.numel * pinned.dtype.itemsize)
-
-    download = upload
-
-    def launch(self, name, grid, block, *args, early=False):
+    def launch(self, name, threads, *args, block=256, early=False, shared=0):
         """A kernel by name; ints are passed as 32 bits, numpy numbers as what they are.
 
+        `threads`: at least so many along x, in whole blocks, and rows of them.
         `early`: it may be put in place while the kernel before still runs, and waits for that.
+        `shared`: bytes of shared memory besides what the kernel names.
         """
         held = [
             np.array(x.ptr, np.uint64) if isinstance(x, fi_ffi.TensorDesc)
@@ -251,16 +234,16 @@ class Gpu(Device):
         ]  # fmt: skip
         pointers = np.array([x.ctypes.data for x in held], np.uint64)
         config = self.driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+        config.gridDimX, config.gridDimY, config.gridDimZ = -(-threads[0] // block), threads[1], 1
         config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
-        config.hStream = self.stream
+        config.hStream, config.sharedMemBytes = self.stream, shared
         if early and self.has_pdl:
             config.attrs, config.numAttrs = [self.early], 1
         kernel = self.kernels[name]
         check(self.driver.cuLaunchKernelEx(config, kernel, pointers.ctypes.data, 0))
 
     def scope(self):
-        check(self.cuda.cudaSetDevice(0))  # a thread's first call
+        check(self.cuda.cudaSetDevice(self.index))  # a thread's first call
         return fi_ffi.stream(self.stream)
 
     def mark(self):
@@ -275,10 +258,7 @@ class Gpu(Device):
     def close(self):
         check(self.cuda.cudaStreamSynchronize(self.stream))
         self.products.close()
-        for ptr in self.memory:
-            check(self.cuda.cudaFree(ptr))
-        for ptr in self.host:
-            check(self.cuda.cudaFreeHost(ptr))
+        for free, ptr in self.memory:
+            check(free(ptr))
         check(self.cuda.cudaStreamDestroy(self.stream))
         self.memory.clear()
-        self.host.clear()

@@ -5,13 +5,14 @@ goes from one step to the next on the device, and the host reads it meanwhile.  
 does not wait for Python, and that a request has ended is seen one step later.
 """
 
+import itertools
 from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from .pages import Pages
-from .sampling import Sampling
+from .sampling import MOST_BIASES, Sampling
 from .steps import Steps
 
 
@@ -33,30 +34,46 @@ class Request:
     drawn: int = 0  # tokens drawn, with those that the host has not seen
     numbers: object = None
     prompt_ids: object = None  # the prompt as int32
+    bias: object = None  # tokens and what is added to their logits, as arrays
+    grammar: object = None  # `fill` a row of a mask, `accept` a token
+    logprobs: list = field(default_factory=list)  # (value, tokens, their values) of each token
+    prompt_logprobs: list = field(default_factory=list)  # from the second token of the prompt on
 
     @property
     def length(self):
         """Tokens that are computed before the next is drawn."""
         return len(self.prompt) + self.drawn
 
+    @property
+    def is_adjusted(self):
+        """Whether something changes its logits."""
+        some = self.sampling
+        return bool(self.grammar or some.has_penalties or some.logit_bias or some.min_tokens)
+
+
+def _asked(request, logprob):
+    """As many of the most probable tokens as it wants: a step has as many as any of it does."""
+    (value, ids, values), count = logprob, request.sampling.logprobs or 0
+    return value, ids[:count], values[:count]
+
 
 class Engine:
     """A model that serves requests.
 
     Args:
-        model: see `load`.
-        num_pages, page_size: of the model's cache.
-        use_graphs: on a GPU, record decoding once for each size of batch.
+        runner: runs steps of a `Job`, on one rank or more; see `load`.
     """
 
-    def __init__(self, model, num_pages, page_size, use_graphs=True):
-        self.model, self.config, self.page_size = model, model.config, page_size
+    def __init__(self, runner):
+        self.runner, job = runner, runner.job
+        self.config, self.page_size, self.max_tokens = job.config, job.page_size, job.max_tokens
+        self.model = runner.model  # rank 0's, where it is in this process
         # The states of linear attention are not in pages: there a prompt is not reused.
-        self.pages = Pages(num_pages, page_size, reuse=not self.config.is_hybrid)
-        self.steps = Steps(model, num_pages, page_size, use_graphs)
+        self.pages = Pages(job.num_pages, job.page_size, reuse=not self.config.is_hybrid)
+        self.steps = Steps(runner)
         self.waiting, self.running, self.queued = deque(), [], None
         self.full = []  # requests that have filled a page since the last step
-        self.slots = [*range(model.slots)][::-1]
+        self.slots = [*range(job.max_batch)][::-1]
 
     def submit(self, prompt, sampling=None):
         """Queue a prompt (token ids); ValueError where it could never be run."""
@@ -64,15 +81,21 @@ class Engine:
         self.waiting.append(request)
         return request
 
-    def request(self, prompt, sampling=None):
+    def request(self, prompt, sampling=None, grammar=None):
         """What `submit` queues, checked; any thread may make one."""
-        request = Request([*map(int, prompt)], sampling or Sampling())
+        request = Request([*map(int, prompt)], sampling or Sampling(), grammar=grammar)
         total, vocab = len(request.prompt) + request.sampling.max_tokens, self.config.vocab
         if not request.prompt or min(request.prompt) < 0 or max(request.prompt) >= vocab:
             raise ValueError(f"a prompt is one token or more, each from 0 to {vocab - 1}")
         room = min(self.config.max_positions, self.pages.total * self.page_size)
         if total > room:
             raise ValueError(f"{total} tokens, max_tokens included; there is room for {room}")
+        bias = request.sampling.logit_bias
+        if len(bias) > MOST_BIASES or not all(0 <= token < vocab for token in bias):
+            raise ValueError(
+                f"logit_bias: {MOST_BIASES} tokens at most, each from 0 to {vocab - 1}"
+            )
+        request.bias = np.array([*bias], np.int32), np.array([*bias.values()], np.float32)
         request.numbers = request.sampling.generator()
         request.prompt_ids = np.array(request.prompt, np.int32)
         return request
@@ -118,7 +141,8 @@ class Engine:
         """Requests in order, while there are slots and all the pages that each may come to need."""
         while self.waiting and self.slots:
             request = self.waiting[0]
-            found = self.pages.find(request.prompt)
+            # All logits of a prompt are computed where they are asked for.
+            found = [] if request.sampling.prompt_logprobs else self.pages.find(request.prompt)
             # The last token drawn is never computed.
             total = len(request.prompt) + request.sampling.max_tokens - 1
             need = -(-total // self.page_size) - len(found)
@@ -133,10 +157,16 @@ class Engine:
 
     def _schedule(self):
         """(request, tokens) of the next step: one token where it decodes, the rest for prompts."""
-        room, work = self.model.max_tokens, []
+        room, work = self.max_tokens, []
+        echoed = len(self.slots)  # rows of logits that no draw needs
         # Who decodes comes first: a long prompt delays nobody by more than a step of its own.
         for request in sorted(self.running, key=lambda r: r.drawn == 0):
+            if request.grammar and request.drawn > len(request.tokens):
+                continue  # which token may follow is known when the last one has arrived
             count = min(request.length - request.computed, room)
+            if request.sampling.prompt_logprobs and not request.drawn:
+                count = min(count, echoed + 1)
+                echoed -= max(count - 1, 0)
             if count and request.drawn < request.sampling.max_tokens:
                 self._grow(request, request.computed + count)
                 work.append((request, count))
@@ -152,12 +182,13 @@ class Engine:
             self.steps.place(request, have)
 
     def _arrived(self, step):
-        tokens, changed = self.steps.tokens(step), []
+        (tokens, logprobs), changed = self.steps.tokens(step), []
         for request, end in step.filled:
             request.filled = end
         size = self.page_size
         self.full = [r for r, end in step.filled if end // size > r.remembered // size]
         for request, token in zip(step.sampled, tokens, strict=True):
+            logprob = next(logprobs)
             if request.finished is not None:  # it ended while this was under way
                 continue
             changed.append(request)
@@ -165,8 +196,16 @@ class Engine:
                 self._finish(request, "stop")
                 continue
             request.tokens.append(token)
+            if request.sampling.logprobs is not None:
+                request.logprobs.append(_asked(request, logprob))
+            if request.grammar and not request.grammar.accept(token):
+                self._finish(request, "error")  # no token fits
+                continue
             if len(request.tokens) == request.sampling.max_tokens:
                 self._finish(request, "length")
+        for request, echoed in step.echoed:
+            some = itertools.islice(logprobs, len(echoed))
+            request.prompt_logprobs += [_asked(request, logprob) for logprob in some]
         return changed
 
     def _remember(self, request):
@@ -188,4 +227,4 @@ class Engine:
         self.pages.give_back(request.pages)
 
     def close(self):
-        self.model.device.close()
+        self.runner.close()

@@ -1,8 +1,9 @@
 """The few small kernels between FlashInfer's, in CUDA (compiled by NVRTC) and in numpy.
 
-Rows by index (embeddings, last tokens, states), what a GDN layer has around its rule, and a
-token drawn from a row of probabilities with a number of the request's own, so that what a
-request gets does not depend on where in the batch it is.
+Rows by index (embeddings, last tokens, states), what a GDN layer has around its rule, heads
+between a product and attention, which experts a token goes to, and a token drawn from a row of
+probabilities with a number of the request's own, so that what a request gets does not depend on
+where in the batch it is.
 """
 
 import numpy as np
@@ -12,6 +13,7 @@ from . import products
 # The model's dtype is handled by its bits: no headers are needed.
 SOURCE = r"""
 typedef unsigned short T;
+#define INFINITY __int_as_float(0x7f800000)
 #ifdef FLOAT16
 __device__ float load(T x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
 __device__ T store(float x) { T y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
@@ -21,13 +23,50 @@ __device__ T store(float x) { T y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"
 #endif
 __device__ float sigmoid(float x) { return 1 / (1 + __expf(-x)); }
 
+// The greatest of a row and its place (the first of equal ones), of those that come after the
+// element `before` at `at` in that order: in sums[0] and places[0].  A block of 1024 threads.
+__device__ void greatest(const float* row, int vocab, float before, int at, float* sums,
+                         int* places) {
+  const int me = threadIdx.x;
+  float most = -INFINITY;
+  int place = vocab;
+#pragma unroll 8
+  for (int i = me; i < vocab; i += 1024)
+    if (row[i] > most && (row[i] < before || (row[i] == before && i > at))) {
+      most = row[i]; place = i;
+    }
+  __syncthreads();
+  sums[me] = most; places[me] = place;
+  for (int half = 512; half; half /= 2) {
+    __syncthreads();
+    if (me >= half) continue;
+    const float other = sums[me + half];
+    const int there = places[me + half];
+    if (other > sums[me] || (other == sums[me] && there < places[me])) {
+      sums[me] = other; places[me] = there;
+    }
+  }
+  __syncthreads();
+}
+
 extern "C" {
-// out[i] = table[index[i]], in rows of `words` words of 4 bytes.
+// out[i] = table[index[i] - start], in rows of `words` words of 4 bytes; zeros where the table
+// of `count` rows has none.
 __global__ void take(unsigned* out, const unsigned* table, const int* index, long long step,
-                     int words) {
-  const unsigned* row = table + index[blockIdx.y] * step;
+                     int words, int start, int count) {
+  const int at = index[blockIdx.y] - start;
+  const bool is_there = at >= 0 && at < count;
+  const unsigned* row = table + (is_there ? at : 0) * step;
   for (int w = blockIdx.x * blockDim.x + threadIdx.x; w < words; w += gridDim.x * blockDim.x)
-    out[blockIdx.y * (long long)words + w] = row[w];
+    out[blockIdx.y * (long long)words + w] = is_there ? row[w] : 0;
+}
+
+// The ranks' parts of rows side by side, from [ranks, rows, width]; the last may be too wide.
+__global__ void joined(float* out, const float* parts, int width, int whole) {
+  const int c = blockIdx.x * blockDim.x + threadIdx.x;
+  if (c >= whole) return;
+  const long long row = c / width * (long long)gridDim.y + blockIdx.y;
+  out[blockIdx.y * (long long)whole + c] = parts[row * width + c % width];
 }
 
 // table[index[i]] = values[i]
@@ -84,32 +123,107 @@ __global__ void gated(T* x, const T* gate, long long gate_step, int width, int i
   }
 }
 
+// x += bias, in each row.
+__global__ void biased(T* x, const T* bias, int width) {
+  T* row = x + blockIdx.y * (long long)width;
+  for (int c = blockIdx.x * blockDim.x + threadIdx.x; c < width; c += gridDim.x * blockDim.x)
+    row[c] = store(load(row[c]) + load(bias[c]));
+}
+
+// Of a token's row (q, k and v) each head of q and k normalised (is_normed) and turned by its
+// position: q stays where it is, k and v go to their page.  A warp for each head.
+__global__ void place(T* qkv, T* k_cache, T* v_cache, const T* q_norm, const T* k_norm,
+                      const float* cos_sin, const int* positions, const int* requests,
+                      const int* indptr, const int* indices, long long step,
+                      long long page_step, int heads, int kv_heads, int dim, int rotary,
+                      int page_size, float eps, int is_normed) {
+  __shared__ float found[4][256];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.x * 4 + warp;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+  if (head >= heads + 2 * kv_heads) return;
+  const int kind = head < heads ? 0 : head < heads + kv_heads ? 1 : 2;
+  const int mine = head - (kind == 0 ? 0 : kind == 1 ? heads : heads + kv_heads);
+  const int position = positions[blockIdx.y];
+  const int first = indptr[requests[blockIdx.y]], row = position % page_size;
+  const long long page = indices[first + position / page_size];
+  T* from = qkv + blockIdx.y * step + head * (long long)dim;
+  T* to = kind == 0 ? from : (kind == 1 ? k_cache : v_cache) + page * page_step +
+                                 (row * (long long)kv_heads + mine) * dim;
+  if (kind == 2) {
+    for (int c = lane; c < dim; c += 32) to[c] = from[c];
+    return;
+  }
+  float sum = 0, *x = found[warp];
+  for (int c = lane; c < dim; c += 32) { x[c] = load(from[c]); sum += x[c] * x[c]; }
+  if (is_normed) {
+    for (int half = 16; half; half /= 2) sum += __shfl_xor_sync(~0u, sum, half);
+    const float factor = rsqrtf(sum / dim + eps);
+    const T* weight = kind ? k_norm : q_norm;
+    for (int c = lane; c < dim; c += 32) x[c] *= factor * load(weight[c]);
+  }
+  __syncwarp();
+  const float* cosines = cos_sin + position * (long long)rotary;
+  const int half = rotary / 2;
+  for (int c = lane; c < dim; c += 32) {
+    float y = x[c];
+    if (c < half) y = y * cosines[c] - x[c + half] * cosines[c + half];
+    else if (c < rotary) y = y * cosines[c - half] + x[c - half] * cosines[c];
+    to[c] = store(y);
+  }
+}
+
+// The experts with the greatest of a token's logits, the first of equal ones before, and what
+// their softmax gives them: among all, or (is_normed) among themselves.  32 threads for a token.
+__global__ void route(int* experts, float* shares, const float* logits, const float* bias,
+                      int count, int chosen, int is_normed) {
+  __shared__ float left[1024];
+  const float* row = logits + blockIdx.y * (long long)count;
+  experts += blockIdx.y * (long long)chosen;
+  shares += blockIdx.y * (long long)chosen;
+  const int lane = threadIdx.x;
+  float greatest = 0, whole = 0;
+  for (int e = lane; e < count; e += 32) left[e] = row[e] + bias[e];
+  for (int i = 0; i < chosen; i++) {
+    float best = -1e38f;
+    int place = count - 1;
+    __syncwarp();
+    for (int e = lane; e < count; e += 32)
+      if (left[e] > best) { best = left[e]; place = e; }
+    for (int half = 16; half; half /= 2) {
+      const float other = __shfl_xor_sync(~0u, best, half);
+      const int there = __shfl_xor_sync(~0u, place, half);
+      if (other > best || (other == best && there < place)) { best = other; place = there; }
+    }
+    if (i == 0) {
+      greatest = best;
+      if (!is_normed) {
+        for (int e = lane; e < count; e += 32) whole += __expf(left[e] - greatest);
+        for (int half = 16; half; half /= 2) whole += __shfl_xor_sync(~0u, whole, half);
+      }
+    }
+    const float share = __expf(best - greatest);
+    if (is_normed) whole += share;
+    __syncwarp();
+    if (lane == 0) { left[place] = -2e38f; experts[i] = place; shares[i] = share; }
+  }
+  __syncwarp();
+  for (int i = lane; i < chosen; i += 32) shares[i] /= whole;
+}
+
 // The token at which the sum of what is at least min_p of the greatest passes `uniform` of the
 // whole; the greatest where `uniform` is below 0.  One block of 1024 threads for a row.
 __global__ void draw(int* tokens, const float* probs, const float* uniform, const float* min_p,
                      int vocab) {
   __shared__ float sums[1024];
   __shared__ int places[1024];
-  const float* row = probs + blockIdx.x * (long long)vocab;
+  const float* row = probs + blockIdx.y * (long long)vocab;
   const int me = threadIdx.x, warp = me / 32, lane = me % 32;
-  float greatest = -1;
-  int place = vocab;
-#pragma unroll 8
-  for (int i = me; i < vocab; i += 1024)
-    if (row[i] > greatest) { greatest = row[i]; place = i; }
-  sums[me] = greatest; places[me] = place;
-  for (int half = 512; half; half /= 2) {
-    __syncthreads();
-    if (me >= half) continue;
-    const float other = sums[me + half];
-    const int there = places[me + half];
-    if (other > sums[me] || (other == sums[me] && there < places[me])) {
-      sums[me] = other; places[me] = there;
-    }
-  }
-  __syncthreads();
-  const float least = sums[0] * min_p[blockIdx.x], u = uniform[blockIdx.x];
-  if (me == 0) tokens[blockIdx.x] = places[0];
+  greatest(row, vocab, 1e30f, -1, sums, places);
+  const float least = sums[0] * min_p[blockIdx.y], u = uniform[blockIdx.y];
+  if (me == 0) tokens[blockIdx.y] = min(places[0], vocab - 1);  // of NaNs none is the greatest
   if (u < 0) return;
   // Each warp sums a 32nd of the row, then of the part with the token, until that is one token.
   float target = -1;
@@ -141,12 +255,72 @@ __global__ void draw(int* tokens, const float* probs, const float* uniform, cons
     first += chosen * part;
     end = min(first + part, end);
   } while (part > 1);
-  if (me == 0) tokens[blockIdx.x] = first;
+  if (me == 0) tokens[blockIdx.y] = first;
+}
+
+// Counts of 2 for each time that a token was drawn, and 1 where it is in the prompt.
+__global__ void penalise(float* logits, const int* counts, const int* slots,
+                         const float* presence, const float* frequency, const float* repetition,
+                         int vocab) {
+  const int v = blockIdx.x * blockDim.x + threadIdx.x, i = blockIdx.y;
+  if (v >= vocab) return;
+  const int count = counts[slots[i] * (long long)vocab + v];
+  if (!count) return;
+  float* to = logits + i * (long long)vocab + v;
+  const float x = *to > 0 ? *to / repetition[i] : *to * repetition[i];
+  *to = x - frequency[i] * (count >> 1) - (count > 1 ? presence[i] : 0);
+}
+
+__global__ void count(int* counts, const int* tokens, const int* slots, int n, int vocab) {
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) atomicAdd(counts + slots[i] * (long long)vocab + tokens[i], 2);
+}
+
+__global__ void add(float* logits, const int* places, const float* values, int n) {
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) atomicAdd(logits + places[i], values[i]);
+}
+
+// Minus infinity where a row of `bits` has none; row i is of places[i] of the logits.
+__global__ void mask(float* logits, const unsigned* bits, const int* places, int vocab) {
+  const int v = blockIdx.x * blockDim.x + threadIdx.x, words = (vocab + 31) / 32;
+  if (v < vocab && !(bits[blockIdx.y * words + v / 32] >> v % 32 & 1))
+    logits[places[blockIdx.y] * (long long)vocab + v] = -INFINITY;
+}
+
+// The logarithms of the probabilities of tokens[i] and then of the `top` most probable, in rows
+// of 21; and those tokens, in rows of 20.  One block of 1024 threads for a row.
+__global__ void logprobs(float* values, int* ids, const float* logits, const int* tokens,
+                         int vocab, int top) {
+  __shared__ float sums[1024];
+  __shared__ int places[1024];
+  const float* row = logits + blockIdx.y * (long long)vocab;
+  values += blockIdx.y * 21; ids += blockIdx.y * 20;
+  const int me = threadIdx.x;
+  greatest(row, vocab, INFINITY, -1, sums, places);
+  const float most = sums[0];
+  float mine = 0;
+  for (int i = me; i < vocab; i += 1024) mine += expf(row[i] - most);
+  __syncthreads();
+  sums[me] = mine;
+  for (int half = 512; half; half /= 2) {
+    __syncthreads();
+    if (me < half) sums[me] += sums[me + half];
+  }
+  __syncthreads();
+  const float whole = most + logf(sums[0]);
+  if (me == 0) values[0] = row[tokens[blockIdx.y]] - whole;
+  float before = INFINITY;
+  int at = -1;
+  for (int k = 0; k < top; k++) {
+    greatest(row, vocab, before, at, sums, places);
+    before = sums[0]; at = min(places[0], vocab - 1);
+    if (me == 0) { values[k + 1] = before - whole; ids[k] = at; }
+  }
 }
 }
 """
 SOURCE += products.SOURCE
-KERNELS = ("take", "give", "resolve", "convolve", "decays", "gated", "draw", *products.KERNELS)
 
 
 def check(result, log=str):
@@ -190,8 +364,15 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def take(out, table, index, step, words):
-    out[...] = table[index]
+def take(out, table, index, step, words, start, count):
+    at = index - start
+    is_there = (at >= 0) & (at < count)
+    out[...] = table[np.where(is_there, at, 0)]
+    out[~is_there] = 0
+
+
+def joined(out, parts, width, whole):
+    out[...] = np.concatenate([*parts], 1)[:, :whole]
 
 
 def give(table, values, index, step, words):
@@ -221,15 +402,83 @@ def gated(x, gate, gate_step, width, is_silu):
     x[...] = x.astype(np.float32) * sigmoid(g) * (g if is_silu else 1)
 
 
+def biased(x, bias, width):
+    x[...] = x.astype(np.float32) + bias.astype(np.float32)
+
+
+def place(
+    qkv, k_cache, v_cache, q_norm, k_norm, cos_sin, positions, requests, indptr, indices, step,
+    page_step, heads, kv_heads, dim, rotary, page_size, eps, is_normed,
+):  # fmt: skip
+    x = qkv[:, : (heads + 2 * kv_heads) * dim].reshape(len(qkv), -1, dim)
+    both = x[:, : heads + kv_heads].astype(np.float32)
+    if is_normed:
+        weights = [np.tile(w, (n, 1)) for w, n in ((q_norm, heads), (k_norm, kv_heads))]
+        both /= np.sqrt((both * both).mean(-1, keepdims=True) + eps)
+        both *= np.concatenate(weights).astype(np.float32)
+    cos, sin = np.split(cos_sin[positions][:, None], 2, axis=-1)
+    low, high, rest = np.split(both, [rotary // 2, rotary], axis=-1)
+    turned = [low * cos - high * sin, high * cos + low * sin, rest]
+    turned = np.concatenate(turned, axis=-1).astype(qkv.dtype)
+    qkv[:, : heads * dim] = turned[:, :heads].reshape(len(qkv), -1)
+    at = indices[indptr[requests] + positions // page_size], positions % page_size
+    k_cache[at], v_cache[at] = turned[:, heads:], x[:, heads + kv_heads :]
+
+
+def route(experts, shares, logits, bias, count, chosen, is_normed):
+    x = logits + bias
+    experts[...] = np.argsort(-x, axis=1, kind="stable")[:, :chosen]
+    of_all = np.exp(x - x.max(1, keepdims=True))
+    mine = np.take_along_axis(of_all, experts, 1)
+    shares[...] = mine / (mine if is_normed else of_all).sum(1, keepdims=True)
+
+
 def draw(tokens, probs, uniform, min_p, vocab):
     for i, row in enumerate(probs):
         tokens[i] = row.argmax()
         if uniform[i] >= 0:
             sums = np.cumsum(np.where(row >= row.max() * min_p[i], row, 0), dtype=np.float64)
-            tokens[i] = np.searchsorted(sums, uniform[i] * sums[-1], "right")
+            place = np.searchsorted(sums, uniform[i] * sums[-1], "right")
+            if place < vocab:  # else they are NaN
+                tokens[i] = place
+
+
+def penalise(logits, counts, slots, presence, frequency, repetition, vocab):
+    seen = counts[slots]
+    factor = np.where(logits > 0, 1 / repetition[:, None], repetition[:, None])
+    changed = logits * factor.astype(np.float32) - frequency[:, None] * (seen >> 1)
+    changed -= presence[:, None] * (seen > 1)
+    logits[...] = np.where(seen > 0, changed, logits)
+
+
+def count(counts, tokens, slots, n, vocab):
+    np.add.at(counts, (slots, tokens), 2)
+
+
+def add(logits, places, values, n):
+    np.add.at(logits.reshape(-1), places, values)
+
+
+def mask(logits, bits, places, vocab):
+    allowed = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")[:, :vocab]
+    logits[places] = np.where(allowed, logits[places], -np.inf)
+
+
+def logprobs(values, ids, logits, tokens, vocab, top):
+    exact = logits.astype(np.float64)
+    exact -= exact.max(1, keepdims=True)
+    exact -= np.log(np.exp(exact).sum(1, keepdims=True))
+    values[:, 0] = np.take_along_axis(exact, tokens[:, None], 1)[:, 0]
+    top = min(top, vocab)
+    ids[:, :top] = np.argsort(-exact, 1, "stable")[:, :top]
+    values[:, 1 : top + 1] = np.take_along_axis(exact, ids[:, :top], 1)
 
 
 ON_CPU = {
-    "take": take, "give": give, "resolve": resolve, "convolve": convolve, "decays": decays,
-    "gated": gated, "draw": draw,
+    kernel.__name__: kernel
+    for kernel in (
+        take, joined, give, resolve, convolve, decays, gated, biased, place, route, draw,
+        penalise, count, add, mask, logprobs,
+    )
 }  # fmt: skip
+KERNELS = (*ON_CPU, *products.KERNELS)

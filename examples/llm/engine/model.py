@@ -1,6 +1,7 @@
 """The model: FlashInfer's kernels through fi_ffi, cuBLAS between them, one layer after another."""
 
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,10 +9,15 @@ import numpy as np
 import fi_ffi
 
 from .config import LINEAR
-from .device import columns, rows, view
-from .weights import of_layer
+from .device import columns, view
+from .products import Sum
+from .weights import BLOCK, Blocks, of_layer
 
 HEAD = 128  # of linear attention
+# What is done in fewer kernels, one word each; read when a model is made.
+#   heads: the norms of q and k, RoPE, and what goes to pages;
+#   norms: the residual and a layer's norms, in the product that follows.
+FUSED = set()
 
 
 @dataclass
@@ -27,19 +33,20 @@ class Batch:
     kv_indptr: object  # [b + 1] int32, and the pages of each request:
     kv_last_page_len: object  # [b] int32
     kv_indices: object  # [pages or more] int32
-    attend: object = None  # the plan's run
-
-    INPUTS = (
-        "tokens", "positions", "requests", "last", "slots", "starts", "kv_indptr",
-        "kv_last_page_len", "kv_indices",
-    )  # fmt: skip
+    attend: object  # by kind of layer: its plan's run
 
 
 class Model:
-    """Weights and caches on a device, and `forward`."""
+    """Weights and caches on a device, and `forward`.
 
-    def __init__(self, device, config, weights, num_pages, page_size, slots, max_tokens):
-        self.device, self.config, self.slots, self.max_tokens = device, config, slots, max_tokens
+    With a `group` of ranks it is one of them: `config` and `weights` are of its part.
+    """
+
+    def __init__(self, device, config, weights, job, group=None):
+        self.device, self.config = device, config
+        self.slots, self.max_tokens = job.max_batch, job.max_tokens
+        self.group, self.rank, self.ranks = group, *((group.rank, group.size) if group else (0, 1))
+        self.fused = frozenset(FUSED)
         self.scratch = functools.lru_cache(4096)(self._scratch)  # described once
         self.embed = device.put(weights("model.embed_tokens.weight"))
         self.head = self.embed if config.tied else device.put(weights("lm_head.weight"))
@@ -48,15 +55,16 @@ class Model:
         for i in range(len(config.layers)):
             layer = of_layer(weights, config, i)
             self.layers.append({name: device.put(array) for name, array in layer.items()})
-        self.cos_sin = device.put(config.cos_sin_cache(config.max_positions))
-        page = (2, page_size, config.kv_heads, config.head_dim)
+        positions = min(config.max_positions, job.num_pages * job.page_size)
+        self.cos_sin = device.put(config.cos_sin_cache(positions))
+        page = (2, job.page_size, config.kv_heads, config.head_dim)
         self.caches = [
             None if kind == LINEAR
-            else fi_ffi.split_paged_kv_cache(self._zeros((num_pages, *page), config.dtype))
+            else fi_ffi.split_paged_kv_cache(self._zeros((job.num_pages, *page), config.dtype))
             for kind in config.layers
         ]  # fmt: skip
         # The last token drawn for each slot; one slot more is what pads batches.
-        self.latest = self._zeros((slots + 1, 1), "int32")
+        self.latest = self._zeros((self.slots + 1, 1), "int32")
         self.pdl = {"enable_pdl": device.has_pdl}
         self.add_norm = fi_ffi.fused_add_rmsnorm
         self.rms = fi_ffi.rmsnorm
@@ -64,6 +72,8 @@ class Model:
             self.add_norm, self.rms = fi_ffi.gemma_fused_add_rmsnorm, fi_ffi.gemma_rmsnorm
         if config.is_hybrid:
             self._make_states()
+        if config.experts:
+            self.experts = self._make_experts()
 
     def _zeros(self, shape, dtype):
         x = self.device.empty(shape, dtype)
@@ -80,7 +90,7 @@ class Model:
         # l2norm is RMSNorm with a weight of 1 / sqrt(HEAD).
         unit = np.full(HEAD, HEAD**-0.5, np.float32)
         like = self.layers[config.layers.index(LINEAR)]["norm"]
-        self.unit = self.device.put(unit.astype(self.device.get(like).dtype))
+        self.unit = self.device.put(unit.astype(like.dtype.numpy))
         size = fi_ffi.gdn_prefill_workspace_size(self.device.name) if self.device.is_gpu else 0
         self.gdn_scratch = self.device.empty((size,), "uint8") if size else None
         self.has_decode = config.dtype == "bfloat16" and (
@@ -90,51 +100,143 @@ class Model:
             ))
         )  # fmt: skip
 
+    def _make_experts(self):
+        """FlashInfer's mixture of experts, for the weights that there are."""
+        kind = self.config.dtype
+        weight = next(layer["fc1"] for layer in self.layers if "fc1" in layer)
+        if not isinstance(weight, Blocks):
+            return fi_ffi.FusedMoe(kind, device=self.device.name)
+        return fi_ffi.FusedMoe(
+            kind, "float8_e4m3fn", kind, device=self.device.name, use_deepseek_fp8_block_scale=True
+        )
+
     def clear(self, slot):
         """Forget what a slot's request before has left."""
         if self.config.is_hybrid:
-            self.device.zero(rows(self.states, slot, slot + 1))
-            self.device.zero(rows(self.convs, slot, slot + 1))
+            self.device.zero(self.states.rows(slot, slot + 1))
+            self.device.zero(self.convs.rows(slot, slot + 1))
 
     def _scratch(self, name, count, *shape, dtype=None, most=None):
         """The first `count` of all rows there may be: what a graph has recorded never moves."""
         shape = (most or self.max_tokens, *shape)
-        return rows(self.device.scratch(name, shape, dtype or self.config.dtype), 0, count)
+        return self.device.scratch(name, shape, dtype or self.config.dtype).rows(0, count)
 
     def linear(self, name, x, weight, **more):
         out = self.scratch(name, x.shape[0], weight.shape[0], **more)
-        self.device.linear(out, x, weight)
+        if isinstance(weight, Blocks) and not self.device.is_few(x, weight):
+            fi_ffi.fp8_blockscale_gemm_sm90(*self.quantised(x, weight), out)
+        else:
+            self.device.linear(out, x, weight)
         return out
+
+    def quantised(self, x, weight):
+        """x in fp8 and the weight, then what each 128 of x's rows and the weight's blocks have."""
+        n, width = x.shape
+        depth, room = width // BLOCK, -(-n // 4) * 4
+        values = self.scratch(f"fp8 of {width}", n, width, dtype="float8_e4m3fn")
+        most = -(-self.max_tokens // 4) * 4
+        scales = self.scratch(f"scales of {width}", most, depth, dtype="float32", most=most)
+        scales = view(scales, depth, room)
+        fi_ffi.fp8_quantize_1x128(x, values, scales)
+        return values, weight.values, scales, weight.scales
 
     def forward(self, batch):
         """Logits, float32 [samples, vocabulary], of the tokens that `batch.last` names."""
         config, device, n = self.config, self.device, batch.tokens.shape[0]
         latest = view(self.latest, self.slots + 1)
-        device.launch("resolve", (-(-n // 256), 1), 256, batch.tokens, latest, n)
+        device.launch("resolve", (n, 1), batch.tokens, latest, n)
         residual = self.scratch("residual", n, config.hidden)
         x = self.scratch("x", n, config.hidden)
-        device.take(residual, self.embed, batch.tokens)
+        self.look_up(residual, batch.tokens)
         self.rms(x, residual, self.layers[0]["input_norm"], config.eps, **self.pdl)
-        following = [layer["input_norm"] for layer in self.layers[1:]] + [self.norm]
-        linears = 0
-        for kind, layer, cache, next_norm in zip(
+        following = [(layer["input_norm"], layer.get("qkv")) for layer in self.layers[1:]]
+        following, linears = [*following, (self.norm, None)], 0
+        for kind, layer, cache, after in zip(
             config.layers, self.layers, self.caches, following, strict=True
         ):
             if kind == LINEAR:
                 x = self.linear_attention(layer, x, batch, linears)
                 linears += 1
             else:
-                x = self.attention(layer, x, batch, cache)
-            self.add_norm(x, residual, layer["post_norm"], config.eps, **self.pdl)
+                x = self.attention(layer, x, batch, cache, batch.attend[kind])
+            x, residual = self.join(x, residual, layer["post_norm"], layer.get("gate_up"))
             x = self.mlp(layer, x)
-            self.add_norm(x, residual, next_norm, config.eps, **self.pdl)
+            x, residual = self.join(x, residual, *after)
         if not batch.last.shape[0]:  # pieces of prompts only
             return None
         last = self.scratch("last", batch.last.shape[0], config.hidden, most=self.slots)
         device.take(last, x, batch.last)
-        return self.linear("logits", last, self.head, dtype="float32", most=self.slots)
+        return self.logits(last)
+
+    def look_up(self, out, tokens):
+        """Each token's embedding, which one rank has."""
+        self.device.take(out, self.embed, tokens, self.rank * self.embed.shape[0])
+        if self.group:
+            self.group.all_reduce(out, stream=self.device.stream)
+
+    def join(self, x, residual, weight, following=None):
+        """The norm of residual + x, added up over the ranks, and that sum.
+
+        One kernel for decoding, where ranks reach each other's memory; its norm has no 1 + weight.
+        Without ranks `following`, a product, does it on the way where that is asked for.
+        """
+        config, stream = self.config, self.device.stream
+        if self.group:
+            fusion = self.group.fusion
+            if fusion and x.shape[0] <= fusion.max_tokens and not config.is_next:
+                self.group.allreduce_fusion(
+                    x, pattern="kARResidualRMSNorm", residual_in=residual, residual_out=residual,
+                    norm_out=x, rms_gamma=weight, rms_eps=config.eps, stream=stream,
+                )  # fmt: skip
+                return x, residual
+            self.group.all_reduce(x, stream=stream)
+        elif "norms" in self.fused and self.can_norm(x, following):
+            # Elsewhere, for all of the product's blocks read what was there.
+            both = (self.scratch(name, *x.shape) for name in ("residual", "other residual"))
+            late = next(memory for memory in both if memory.ptr != residual.ptr)
+            return Sum(x, residual, late, weight, config.eps), late
+        self.add_norm(x, residual, weight, config.eps, **self.pdl)
+        return x, residual
+
+    def can_norm(self, x, following):
+        """Whether that product takes a `Sum`; norms by 1 + weight are not its."""
+        is_one = following is not None and not self.config.is_next
+        return is_one and self.device.can_norm(x, following)
+
+    def logits(self, x):
+        """Of the whole vocabulary, on each rank."""
+        n, width, vocab = x.shape[0], self.head.shape[0], self.config.vocab
+        if not self.group:
+            return self.linear("logits", x, self.head, dtype="float32", most=self.slots)
+        part = self.linear("part", x, self.head, dtype="float32", most=self.slots)
+        every = self.gathered("every part", part)
+        out = self.scratch("logits", n, vocab, dtype="float32", most=self.slots)
+        self.device.launch("joined", (vocab, n), out, every, width, vocab)
+        return out
+
+    def gathered(self, name, x):
+        """float32 [ranks, n, ...]: each rank's x, of as many rows as there are requests."""
+        most = self.ranks * self.slots
+        out = self.scratch(name, self.ranks * x.shape[0], *x.shape[1:], dtype="float32", most=most)
+        self.group.all_gather(x, out, stream=self.device.stream)
+        return view(out, self.ranks, *x.shape)
+
+    def of_first(self, tokens):
+        """Those that rank 0 has drawn, for all ranks go on with the same."""
+        if not self.group:
+            return tokens
+        bits = fi_ffi.TensorDesc(tokens.ptr, tokens.shape, "float32", device=tokens.device)
+        every = self.gathered("every token", bits)
+        return fi_ffi.TensorDesc(every.ptr, tokens.shape, "int32", device=tokens.device)
+
+    def close(self):
+        if self.group:
+            self.group.close()
+        self.device.close()
 
     def mlp(self, layer, x):
+        if "router" in layer:
+            return self.mixture(layer, x)
         product = self.scratch("product", x.shape[0], self.config.intermediate)
         if self.device.is_few(x, layer["gate_up"]):
             self.device.linear_silu(product, x, layer["gate_up"])
@@ -143,34 +245,76 @@ class Model:
             fi_ffi.silu_and_mul(product, gate_up, **self.pdl)
         return self.linear("x", product, layer["down"])
 
-    def attention(self, layer, x, batch, cache):
+    def mixture(self, layer, x):
+        """Of each token the experts with the greatest logits, by their softmax."""
+        config, n = self.config, x.shape[0]
+        logits = self.linear("router", x, layer["router"], dtype="float32")
+        chosen = self.scratch("chosen", n, config.top_k, dtype="int32")
+        shares = self.scratch("shares", n, config.top_k, dtype="float32")
+        self.device.launch(
+            "route", (32, n), chosen, shares, logits, layer["router_bias"],
+            config.experts, config.top_k, int(config.norm_topk), block=32,
+        )  # fmt: skip
+        fc1, fc2, scales = layer["fc1"], layer["fc2"], None
+        if isinstance(fc1, Blocks):
+            (fc1, *scales), (fc2, scale) = fc1, fc2
+            scales.append(scale)
+        out = self.scratch("mixed", n, config.hidden)
+        more = {f"{name}_expert_biases": layer.get(f"{name}_bias") for name in ("fc1", "fc2")}
+        more |= {name: layer.get(name) for name in ("swiglu_alpha", "swiglu_beta", "swiglu_limit")}
+        self.experts(out, x, chosen, shares, fc1, fc2, scales, **more)
+        return out
+
+    def biased(self, x, layer, name):
+        """x plus the bias of that name, where there is one."""
+        if name in layer:
+            n, width = x.shape
+            self.device.launch("biased", (width, n), x, layer[name], width)
+        return x
+
+    def attention(self, layer, x, batch, cache, attend):
         """Of each token over its request's pages, its own key and value among them."""
         config, n = self.config, x.shape[0]
         heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
-        qkv = self.linear("qkv", x, layer["qkv"])
+        qkv = self.biased(self.linear("qkv", x, layer["qkv"]), layer, "qkv_bias")
         q = columns(qkv, 0, heads, dim)
-        k = columns(qkv, heads * dim, kv_heads, dim)
-        v = columns(qkv, (heads + kv_heads) * dim, kv_heads, dim)
-        if config.qk_norm:
-            fi_ffi.qk_rmsnorm(q, q, layer["q_norm"], config.eps, **self.pdl)
-            fi_ffi.qk_rmsnorm(k, k, layer["k_norm"], config.eps, **self.pdl)
-        fi_ffi.apply_rope_pos_ids_cos_sin_cache(q, k, q, k, self.cos_sin, batch.positions)
-        fi_ffi.append_paged_kv_cache(
-            k, v, batch.requests, batch.positions, *cache,
-            batch.kv_indices, batch.kv_indptr, batch.kv_last_page_len,
-        )  # fmt: skip
+        if "heads" in self.fused:
+            self.place(layer, qkv, batch, cache)
+        else:
+            k = columns(qkv, heads * dim, kv_heads, dim)
+            v = columns(qkv, (heads + kv_heads) * dim, kv_heads, dim)
+            if config.qk_norm:
+                fi_ffi.qk_rmsnorm(q, q, layer["q_norm"], config.eps, **self.pdl)
+                fi_ffi.qk_rmsnorm(k, k, layer["k_norm"], config.eps, **self.pdl)
+            fi_ffi.apply_rope_pos_ids_cos_sin_cache(q, k, q, k, self.cos_sin, batch.positions)
+            fi_ffi.append_paged_kv_cache(
+                k, v, batch.requests, batch.positions, *cache,
+                batch.kv_indices, batch.kv_indptr, batch.kv_last_page_len,
+            )  # fmt: skip
         out = self.scratch("attended", n, heads, dim)
-        batch.attend(q, *cache, out, **self.pdl)
+        sink = {"sink": layer["sinks"]} if config.is_gpt_oss else {}
+        attend(q, *cache, out, **sink, **self.pdl)
         out = view(out, n, heads * dim)
         if config.is_next:
             self.gate(out, columns(qkv, (heads + 2 * kv_heads) * dim, heads * dim), False)
-        return self.linear("x", out, layer["out"])
+        return self.biased(self.linear("x", out, layer["out"]), layer, "out_bias")
+
+    def place(self, layer, qkv, batch, cache):
+        """The norms of q and k, RoPE, and k and v to their pages, in one kernel."""
+        config, count = self.config, self.config.heads + 2 * self.config.kv_heads
+        norms = (layer["q_norm"], layer["k_norm"]) if config.qk_norm else (np.uint64(0),) * 2
+        self.device.launch(
+            "place", (32 * count, qkv.shape[0]), qkv, *cache, *norms, self.cos_sin,
+            batch.positions, batch.requests, batch.kv_indptr, batch.kv_indices,
+            np.int64(qkv.strides[0]), np.int64(cache[0].strides[0]), config.heads,
+            config.kv_heads, config.head_dim, config.rotary_dim, cache[0].shape[1],
+            np.float32(config.eps), int(config.qk_norm), block=128, early=True,
+        )  # fmt: skip
 
     def gate(self, x, gate, is_silu):
         n, width = x.shape
         step = np.int64(gate.strides[0])
-        grid = (-(-width // 256), n)
-        self.device.launch("gated", grid, 256, x, gate, step, width, int(is_silu))
+        self.device.launch("gated", (width, n), x, gate, step, width, int(is_silu))
 
     def linear_attention(self, layer, x, batch, i):
         """A gated DeltaNet layer: its requests' states go from their slots and back."""
@@ -178,8 +322,9 @@ class Model:
         qkvz = self.linear("qkvz", x, layer["qkvz"])
         ba = self.linear("ba", x, layer["ba"])
         q, k, v = self.convolved(layer, qkvz, batch, i)
-        heads = config.value_heads
-        out, pool = self.scratch("delta", n, heads, HEAD), columns_of_slot(self.states, i)
+        heads, state = config.value_heads, self.states.shape[2:]
+        out = self.scratch("delta", n, heads, HEAD)
+        pool = columns(self.states, i * math.prod(state), *state)  # of this layer
         if self.has_decode and n == b:  # a token of each request
             self.decoded(out, layer, pool, q, k, v, ba, batch)
         else:
@@ -204,7 +349,7 @@ class Model:
         for part in (q, k):
             fi_ffi.qk_rmsnorm(part, part, self.unit, 1e-6 / HEAD, **self.pdl)
         alpha, beta = (self.scratch(name, n, heads, dtype="float32") for name in ("alpha", "beta"))
-        device.launch("decays", (-(-n * heads // 256), 1), 256,
+        device.launch("decays", (n * heads, 1),
                       alpha, beta, ba, layer["a_log"], layer["dt_bias"], n, heads)  # fmt: skip
         state = self.scratch("state", b, heads, HEAD, HEAD, dtype="float32", most=self.slots)
         device.take(state, pool, batch.slots)
@@ -215,33 +360,18 @@ class Model:
     def convolved(self, layer, qkvz, batch, i):
         """q, k and v after the short convolution, each in memory of its own."""
         config, device, n, start, made = self.config, self.device, qkvz.shape[0], 0, []
-        kept = columns_of_slot(self.convs, i)
         for name, size in (
             ("q", config.key_size),
             ("k", config.key_size),
             ("v", config.value_size),
         ):
             out = self.scratch(name, n, size)
+            kept = columns(self.convs, (i * config.conv_size + start) * 3, size, 3)
             device.launch(
-                "convolve", (-(-size // 256), batch.slots.shape[0]), 256, out,
-                columns(qkvz, start, size), rows(layer["conv"], start, start + size),
-                inner_rows(kept, start, size), batch.slots, batch.starts,
+                "convolve", (size, batch.slots.shape[0]), out, columns(qkvz, start, size),
+                layer["conv"].rows(start, start + size), kept, batch.slots, batch.starts,
                 np.int64(qkvz.strides[0]), np.int64(kept.strides[0]), size,
             )  # fmt: skip
             made.append(view(out, n, size // HEAD, HEAD))
             start += size
         return made
-
-
-def columns_of_slot(pool, i):
-    """Layer i's part of every slot: [slots, ...]."""
-    ptr = pool.ptr + i * pool.strides[1] * pool.dtype.itemsize
-    shape, strides = (pool.shape[0], *pool.shape[2:]), (pool.strides[0], *pool.strides[2:])
-    return fi_ffi.TensorDesc(ptr, shape, pool.dtype, strides=strides, device=pool.device)
-
-
-def inner_rows(x, start, count):
-    """x[:, start : start + count]"""
-    ptr = x.ptr + start * x.strides[1] * x.dtype.itemsize
-    shape = (x.shape[0], count, *x.shape[2:])
-    return fi_ffi.TensorDesc(ptr, shape, x.dtype, strides=x.strides, device=x.device)

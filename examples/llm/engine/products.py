@@ -5,24 +5,48 @@ when the kernel before has ended; this kernel asks for its first weights before,
 of them at a time.
 """
 
+from typing import NamedTuple
+
 import numpy as np
+
+from .weights import Blocks
 
 ROWS = 8  # the most that the kernel takes
 # Rows of the weight that a block has, columns that a warp takes at once, warps of a block.
 TALL, RUN, WARPS = 16, 128, 16
+ROOM = 38 << 10  # bytes of shared memory for rows that are normalised on the way
 
 SOURCE = f"""
-constexpr int RUN = {RUN}, WARPS = {WARPS};
+constexpr int RUN = {RUN}, WARPS = {WARPS}, ROWS = {ROWS};
 """
 SOURCE += r"""
+// What makes a float8_e4m3fn in the upper half of 16 bits one of these: its exponent goes
+// to the lower end of theirs, and the number is as much too small as their bias is larger.
 #ifdef FLOAT16
 #define KIND "f16"
+constexpr unsigned SHIFT = 1, BITS = 0x3F803F80, LARGER = 0x5C005C00;  // 2^8
 #else
 #define KIND "bf16"
+constexpr unsigned SHIFT = 4, BITS = 0x07F007F0, LARGER = 0x7B807B80;  // 2^120
 #endif
+typedef unsigned char F8;
 struct alignas(16) Eight { unsigned x, y, z, w; };  // numbers, two by two
 
-__device__ Eight read_once(const T* from) {
+// Two numbers of four in fp8, which the selector names.
+__device__ unsigned two_of(unsigned four, unsigned which) {
+  const unsigned two = __byte_perm(four, 0, which);
+  unsigned wide;
+  asm("fma.rn." KIND "x2 %0, %1, %2, %3;"
+      : "=r"(wide)
+      : "r"((two & 0x80008000) | ((two >> SHIFT) & BITS)), "r"(LARGER), "r"(0x80008000));
+  return wide;
+}
+
+__device__ Eight widened(unsigned x, unsigned y) {
+  return {two_of(x, 0x1404), two_of(x, 0x3424), two_of(y, 0x1404), two_of(y, 0x3424)};
+}
+
+__device__ Eight read_once(const void* from) {
   Eight v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
@@ -38,6 +62,42 @@ __device__ void multiply(float* sums, unsigned a0, unsigned a1, unsigned a2, uns
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+extern __shared__ __align__(16) T NORMED[];
+
+// NORMED = the norm of x + residual, rows of columns + 8, so that they begin in other banks.
+__device__ void normalise(const T* x, const T* residual, T* total, const T* norm, float eps,
+                          int rows, int columns) {
+  __shared__ float squares[ROWS][WARPS];
+  const int words = columns / 2, wide = columns / 2 + 4;
+  unsigned* to = (unsigned*)NORMED;
+  for (int r = 0; r < rows; r++) {
+    float mine = 0;
+    for (int c = threadIdx.x; c < words; c += 32 * WARPS) {
+      const unsigned a = ((const unsigned*)x)[r * words + c];
+      const unsigned b = ((const unsigned*)residual)[r * words + c];
+      const T low = store(load(a) + load(b)), high = store(load(a >> 16) + load(b >> 16));
+      mine += load(low) * load(low) + load(high) * load(high);
+      to[r * wide + c] = low | (unsigned)high << 16;
+      if (blockIdx.x == 0) ((unsigned*)total)[r * words + c] = low | (unsigned)high << 16;
+    }
+    for (int half = 16; half; half /= 2) mine += __shfl_xor_sync(~0u, mine, half);
+    if (threadIdx.x % 32 == 0) squares[r][threadIdx.x / 32] = mine;
+  }
+  __syncthreads();
+  for (int r = 0; r < rows; r++) {
+    float all = 0;
+    for (int w = 0; w < WARPS; w++) all += squares[r][w];
+    const float factor = rsqrtf(all / columns + eps);
+    for (int c = threadIdx.x; c < words; c += 32 * WARPS) {
+      const unsigned a = to[r * wide + c], w = ((const unsigned*)norm)[c];
+      const T low = store(load(a) * factor * load(w));
+      const T high = store(load(a >> 16) * factor * load(w >> 16));
+      to[r * wide + c] = low | (unsigned)high << 16;
+    }
+  }
+  __syncthreads();
+}
+
 __device__ void write(T* to, float x) { *to = store(x); }
 __device__ void write(float* to, float x) { *to = x; }
 
@@ -48,22 +108,31 @@ __device__ void write(float* to, float x) { *to = x; }
 //
 // IS_GATED: out = silu(x @ gate.T) * (x @ up.T), of a weight that is gate's rows and then up's;
 // a block has 8 rows of each.
-template <typename O, bool IS_GATED>
-__device__ void few_rows(O* out, const T* x, const T* weight, int rows, int columns,
-                         long long x_step, long long out_step) {
-  constexpr int PARTS = RUN / 32;
+//
+// IS_NORMED: of the norm of x + residual rather than of x.  Each block makes it for itself, for
+// all rows together are small; the first one leaves the sum, which is the next residual.
+//
+// A weight in fp8 (W) has a scale for each 128 x 128, which a run of columns is multiplied with.
+template <typename O, typename W, bool IS_GATED, bool IS_NORMED>
+__device__ void few_rows(O* out, const T* x, const W* weight, const float* scales, int rows,
+                         int columns, long long x_step, long long out_step, const T* residual,
+                         T* total, const T* norm, float eps) {
+  constexpr bool IS_FP8 = sizeof(W) == 1;
+  constexpr int EACH = 16 / sizeof(W), PARTS = RUN / (4 * EACH);  // what a lane reads at once
   __shared__ float found[WARPS][4][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, place = lane % 4;
-  const int start = warp * RUN + place * 8;
-  const T* upper = weight + (blockIdx.x * (IS_GATED ? 8LL : 16LL) + row) * columns;
-  const T* lower = upper + (IS_GATED ? 8LL * gridDim.x : 8LL) * columns;
+  const int start = warp * RUN + place * EACH;
+  const int first = blockIdx.x * (IS_GATED ? 8 : 16);
+  const int second = first + (IS_GATED ? 8 * gridDim.x : 8);
+  const W* upper = weight + (first + row) * (long long)columns;
+  const W* lower = weight + (second + row) * (long long)columns;
   Eight up[PARTS], low[PARTS];
   float sums[4] = {};
   auto read = [&](int from) {
 #pragma unroll
     for (int i = 0; i < PARTS; i++) {
-      up[i] = read_once(upper + from + 32 * i);
-      low[i] = read_once(lower + from + 32 * i);
+      up[i] = read_once(upper + from + 4 * EACH * i);
+      low[i] = read_once(lower + from + 4 * EACH * i);
     }
   };
 #if __CUDA_ARCH__ >= 900
@@ -74,13 +143,37 @@ __device__ void few_rows(O* out, const T* x, const T* weight, int rows, int colu
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+  if (IS_NORMED) {
+    normalise(x, residual, total, norm, eps, rows, columns);
+    x = NORMED;
+    x_step = columns + 8;
+  }
   x += min(row, rows - 1) * x_step;
   for (int from = start; from < columns;) {
+    float run[4] = {};
+    float* to = IS_FP8 ? run : sums;
+    auto add = [&](Eight a, Eight c, const T* where) {
+      const Eight b = *(const Eight*)where;
+      multiply(to, a.x, c.x, a.y, c.y, b.x, b.y);
+      multiply(to, a.z, c.z, a.w, c.w, b.z, b.w);
+    };
 #pragma unroll
     for (int i = 0; i < PARTS; i++) {
-      const Eight b = *(const Eight*)(x + from + 32 * i);
-      multiply(sums, up[i].x, low[i].x, up[i].y, low[i].y, b.x, b.y);
-      multiply(sums, up[i].z, low[i].z, up[i].w, low[i].w, b.z, b.w);
+      const T* where = x + from + 4 * EACH * i;
+      const Eight a = up[i], c = low[i];
+      if (IS_FP8) {
+        add(widened(a.x, a.y), widened(c.x, c.y), where);
+        add(widened(a.z, a.w), widened(c.z, c.w), where + 8);
+      } else {
+        add(a, c, where);
+      }
+    }
+    if (IS_FP8) {
+      const float* of_run = scales + from / RUN;
+      const float high = of_run[first / 128 * (columns / RUN)];
+      const float deep = of_run[second / 128 * (columns / RUN)];
+      sums[0] += run[0] * high; sums[1] += run[1] * high;
+      sums[2] += run[2] * deep; sums[3] += run[3] * deep;
     }
     from += WARPS * RUN;
     if (from < columns) read(from);
@@ -101,17 +194,41 @@ __device__ void few_rows(O* out, const T* x, const T* weight, int rows, int colu
   write(out + column * out_step + at, IS_GATED ? mine * sigmoid(mine) * sum(warp + 2) : mine);
 }
 
-#define FEW_ROWS(name, O, IS_GATED)                                                         \
+#define FEW_ROWS(name, O, W, IS_GATED, IS_NORMED)                                           \
   extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) name(                         \
-      O* out, const T* x, const T* weight, int rows, int columns, long long x_step,         \
-      long long out_step) {                                                                 \
-    few_rows<O, IS_GATED>(out, x, weight, rows, columns, x_step, out_step);                 \
+      O* out, const T* x, const W* weight, const float* scales, int rows, int columns,      \
+      long long x_step, long long out_step, const T* residual, T* total, const T* norm,       \
+      float eps) {                                                                          \
+    few_rows<O, W, IS_GATED, IS_NORMED>(out, x, weight, scales, rows, columns, x_step,      \
+                                        out_step, residual, total, norm, eps);                \
   }
-FEW_ROWS(few_rows_to_half, T, false)
-FEW_ROWS(few_rows_to_float, float, false)
-FEW_ROWS(few_rows_silu, T, true)
 """
-KERNELS = ("few_rows_to_half", "few_rows_to_float", "few_rows_silu")
+# By what is multiplied, the weight, and what is done with the sums.
+KERNELS = {
+    f"few_rows_{of}{weight}{to}": f"{kind}, {is_gated}, {is_normed}"
+    for of, is_normed in (("", "false"), ("normed_", "true"))
+    for weight, numbers in (("", "T"), ("fp8_", "F8"))
+    for to, kind, is_gated in (
+        ("to_half", f"T, {numbers}", "false"),
+        ("to_float", f"float, {numbers}", "false"),
+        ("silu", f"T, {numbers}", "true"),
+    )
+}
+SOURCE += "".join(f"FEW_ROWS({name}, {kinds})\n" for name, kinds in KERNELS.items())
+
+
+class Sum(NamedTuple):
+    """What `Products` take for x: the norm of x + residual.  They leave x + residual in `sum`."""
+
+    x: object  # [rows, columns], and so are:
+    residual: object
+    sum: object
+    norm: object  # [columns]
+    eps: float
+
+    @property
+    def shape(self):
+        return self.x.shape
 
 
 class Products:
@@ -138,19 +255,32 @@ class Products:
         """out = x @ weight.T, summed in float32."""
         if not self.is_few(x, weight):
             self.by_cublas(out, x, weight)
-        elif out.dtype.name == "float32":
-            self._few("few_rows_to_float", out, x, weight)
         else:
-            self._few("few_rows_to_half", out, x, weight)
+            self._few("to_float" if out.dtype.name == "float32" else "to_half", out, x, weight)
 
     def linear_silu(self, out, x, weight):
         """out = silu(x @ gate.T) * (x @ up.T), of few rows; the weight is gate and then up."""
-        self._few("few_rows_silu", out, x, weight)
+        self._few("silu", out, x, weight)
 
-    def _few(self, kernel, out, x, weight):
+    def can_norm(self, x, weight):
+        """Whether products of these take a `Sum`: rows that leave room for two blocks."""
+        rows, columns = x.shape
+        return self.is_few(x, weight) and rows * (columns + 8) * 2 <= ROOM
+
+    def _few(self, to, out, x, weight):
+        of, sums, room = "", (np.uint64(0),) * 3 + (np.float32(0),), 0
+        if isinstance(x, Sum):
+            of, room = "normed_", x.shape[0] * (x.shape[1] + 8) * 2
+            sums = x.residual, x.sum, x.norm, np.float32(x.eps)
+            x = x.x
         steps = np.int64(x.strides[0]), np.int64(out.strides[0])
-        grid = (weight.shape[0] // TALL, 1)
-        self.gpu.launch(kernel, grid, 32 * WARPS, out, x, weight, *x.shape, *steps, early=True)
+        kind, of_weight = "", (weight, np.uint64(0))
+        if isinstance(weight, Blocks):
+            kind, of_weight = "fp8_", weight
+        self.gpu.launch(
+            f"few_rows_{of}{kind}{to}", (weight.shape[0] // TALL * 32 * WARPS, 1), out, x,
+            *of_weight, *x.shape, *steps, *sums, block=32 * WARPS, early=True, shared=room,
+        )  # fmt: skip
 
     def by_cublas(self, out, x, weight):
         """cuBLAS counts columns first, so that a row-major matrix is its transpose there."""

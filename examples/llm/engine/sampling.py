@@ -1,7 +1,13 @@
-"""How a request's next token is drawn from its logits: FlashInfer's filters, and one number."""
+"""How a request's next token is drawn from its logits: FlashInfer's filters, and one number.
+
+Before that penalties, which count on the device: the host queues a step before it has seen the
+token of the one before.  Biases are a few numbers, and a grammar's mask a bit for each token,
+from the host.
+"""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -9,7 +15,18 @@ import fi_ffi
 
 from .device import view
 
+TOP = 20  # the most tokens that are told beside the one drawn
+MOST_BIASES = 1024  # of a request
+IN_PROMPT = 1  # what is counted is twice how often a token was drawn, and this
 ALL = 4.0  # the top_p that keeps a row as it is
+COLDEST = 1e-5  # a lower temperature is taken as 0: logits divided by it would be infinite
+PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
+LIMITS = {
+    "temperature": (0, 100), "top_k": (0, 2**31 - 1), "top_p": (1e-6, 1), "min_p": (0, 1),
+    "max_tokens": (1, 2**31 - 1), "min_tokens": (0, 2**31 - 1), "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2), "repetition_penalty": (1e-2, 100), "logprobs": (0, TOP),
+}  # fmt: skip
+WHOLE = ("top_k", "max_tokens", "min_tokens", "logprobs")
 
 
 @dataclass(frozen=True)
@@ -18,6 +35,12 @@ class Sampling:
 
     temperature 0 takes the most probable; top_k 0, top_p 1 and min_p 0 leave out none.
     The same seed gives the same text, whatever else is in the batch.
+    Logits are changed in this order: repetition_penalty divides those of tokens that were in the
+    prompt or the text (multiplies them below 0), presence_penalty is taken off once of those in
+    the text, frequency_penalty as often as they are in it, logit_bias (by token) is added.
+    No text ends before min_tokens.  logprobs: of each token, and of that many others, the
+    logarithm of its probability by the logits as the model gave them; prompt_logprobs: of the
+    prompt's tokens as well.
     """
 
     temperature: float = 1.0
@@ -27,15 +50,29 @@ class Sampling:
     seed: int | None = None
     max_tokens: int = 64
     ignore_eos: bool = False
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict = field(default_factory=dict, hash=False)
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
 
     def __post_init__(self):
-        for name, low, high in (
-            ("temperature", 0, 100), ("top_k", 0, 2**31 - 1), ("top_p", 1e-6, 1), ("min_p", 0, 1),
-            ("max_tokens", 1, 2**31 - 1),
-        ):  # fmt: skip
+        for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"{name} is {value!r}; it must be from {low} to {high}")
+            if name == "logprobs" and value is None:
+                continue
+            whole = name in WHOLE
+            if not isinstance(value, Integral if whole else Real) or not low <= value <= high:
+                kind = " a whole number" if whole else ""
+                raise ValueError(f"{name} is {value!r}; it must be{kind} from {low} to {high}")
+        if self.temperature < COLDEST:
+            object.__setattr__(self, "temperature", 0)
+
+    @property
+    def has_penalties(self):
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
 
     def generator(self):
         """Of this request's own numbers, one for each token."""
@@ -45,6 +82,7 @@ class Sampling:
 def columns_of(slots, vocab):
     """The parameters of each slot's request; the last slot is that of padding."""
     kinds = {"temperature": "f4", "top_k": "i4", "top_p": "f4", "min_p": "f4"}
+    kinds |= dict.fromkeys(PENALTIES, "f4")
     columns = {name: np.zeros(slots, kind) for name, kind in kinds.items()}
     keep(columns, slots - 1, Sampling(temperature=0), vocab)
     return columns
@@ -55,6 +93,8 @@ def keep(columns, slot, sampling, vocab):
     columns["top_k"][slot] = min(sampling.top_k or vocab, vocab)
     columns["top_p"][slot] = sampling.top_p if sampling.top_p < 1 else ALL
     columns["min_p"][slot] = sampling.min_p
+    for name in PENALTIES:
+        columns[name][slot] = getattr(sampling, name)
 
 
 def uniform(request):
@@ -64,26 +104,112 @@ def uniform(request):
     return min(request.numbers.random(), 1 - 2**-24)  # below 1 in float32 too
 
 
+def adjustments(requests, vocab, eos):
+    """What is done to the logits of a step's requests, in the order of their rows, as arrays.
+
+    `places` (row * vocabulary + token) of logits to which `values` are added; `masked` rows, of
+    which only the tokens in `bits` are left.  `eos` ends a text.  Empty where no request asks.
+    """
+    those = [(row, request) for row, request in enumerate(requests) if request.is_adjusted]
+    if not those:
+        return {}
+    places, values = [], []
+    for row, request in those:
+        tokens, more = request.bias
+        if request.drawn < request.sampling.min_tokens:
+            tokens = np.concatenate([tokens, eos])
+            more = np.concatenate([more, np.full(len(eos), -np.inf, np.float32)])
+        places.append(tokens + np.int32(row * vocab))
+        values.append(more)
+    masked = [(row, request) for row, request in those if request.grammar]
+    bits = np.empty((len(masked), -(-vocab // 32)), np.int32)
+    for i, (_, request) in enumerate(masked):
+        request.grammar.fill(bits, i)
+    return {
+        "places": np.concatenate(places), "values": np.concatenate(values),
+        "masked": np.array([row for row, _ in masked], np.int32), "bits": bits,
+    }  # fmt: skip
+
+
+def room_for_adjustments(slots, config):
+    """The most bytes of them."""
+    biases, words = MOST_BIASES + len(config.eos), -(-config.vocab // 32)
+    return slots * (8 * biases + 4 * (1 + words))
+
+
 class Sampler:
     """Draws a token for each row of logits, with each row's own parameters."""
 
     def __init__(self, model):
-        self.model = model
+        self.model, self.device, self.vocab = model, model.device, model.config.vocab
+        self.counts, self.told = None, None  # of each slot's tokens; what `tell` keeps
 
-    def __call__(self, logits, given, samplings):
+    def __call__(self, logits, given, order):
         """Tokens, int32 [n, 1]; they are kept as the last ones of their slots.
 
-        `given` has a column of each parameter on the device.  Filters that no row asks for
-        are not launched.
+        `given` has a column of each parameter on the device.  What no row asks for is not
+        launched: `order` says it.  Rank 0 draws, and keeps what is told of its logits.
         """
-        n, vocab, probs, device = *logits.shape, logits, self.model.device
-        fi_ffi.softmax(None, logits, probs, given["temperature"], **self.model.pdl)
-        if any(s.top_k for s in samplings):
-            fi_ffi.top_k_renorm_probs(probs, probs, given["top_k"])
-        if any(s.top_p < 1 for s in samplings):
-            fi_ffi.top_p_renorm_probs(probs, probs, given["top_p"])
-        tokens = self.model.scratch("drawn", n, 1, dtype="int32")
-        device.launch("draw", (n, 1), 1024, view(tokens, n), probs, given["uniform"],
-                      given["min_p"], vocab)  # fmt: skip
-        device.give(self.model.latest, tokens, given["sampled"])
+        n, probs, raw, model = logits.shape[0], logits, logits, self.model
+        tokens = model.scratch("drawn", n, 1, dtype="int32")
+        if model.rank == 0:
+            if order.tops is not None:  # what follows works in the logits' place
+                raw = model.scratch("raw", n, self.vocab, dtype="float32", most=model.slots)
+                self.device.copy(raw, logits)
+            self._adjust(logits, given, order.is_penalised)
+            fi_ffi.softmax(None, logits, probs, given["temperature"], **model.pdl)
+            if order.is_filtered[0]:
+                fi_ffi.top_k_renorm_probs(probs, probs, given["top_k"])
+            if order.is_filtered[1]:
+                fi_ffi.top_p_renorm_probs(probs, probs, given["top_p"])
+            self.device.launch("draw", (1024, n), view(tokens, n), probs, given["uniform"],
+                               given["min_p"], self.vocab, block=1024)  # fmt: skip
+            if self.counts is not None:
+                self.device.launch("count", (n, 1), self.counts, view(tokens, n),
+                                   given["sampled"], n, self.vocab)  # fmt: skip
+            if order.tops is not None:
+                self.tell(raw, view(tokens, n), 0, order.tops)
+        tokens = model.of_first(tokens)
+        self.device.give(model.latest, tokens, given["sampled"])
         return tokens
+
+    def count_anew(self, slot, prompt):
+        """The counts of a slot whose new request has penalties."""
+        if self.counts is None:
+            self.counts = self.device.empty((self.model.slots + 1, self.vocab), "int32")
+            self.device.zero(self.counts)
+        row = np.zeros((1, self.vocab), np.int32)
+        row[0, prompt] = IN_PROMPT
+        self.device.write(self.counts.rows(slot, slot + 1), row)
+
+    def _adjust(self, logits, given, is_penalised):
+        """Change logits in their place."""
+        launch, vocab = self.device.launch, self.vocab
+        if is_penalised:
+            launch("penalise", (vocab, logits.shape[0]), logits, self.counts, given["sampled"],
+                   *(given[name] for name in PENALTIES), vocab)  # fmt: skip
+        if "places" in given and (count := given["places"].shape[0]):
+            launch("add", (count, 1), logits, given["places"], given["values"], count)
+        if "masked" in given and (count := given["masked"].shape[0]):
+            launch("mask", (vocab, count), logits, given["bits"], given["masked"], vocab)
+
+    def tell(self, logits, tokens, start, top):
+        """Log probabilities of a token of each row, and of the `top` most probable.
+
+        They are kept from row `start` on, for `download`.
+        """
+        slots, device = self.model.slots, self.device
+        if self.told is None:
+            kinds = ((slots, TOP + 1), "float32"), ((slots, TOP), "int32")
+            self.told = [(device.empty(*kind), device.in_turn(*kind)) for kind in kinds]
+        n = min(logits.shape[0], slots - start)
+        values, ids = (there.rows(start, start + n) for there, _ in self.told)
+        device.launch("logprobs", (1024, n), values, ids, logits, tokens, self.vocab, top,
+                      block=1024)  # fmt: skip
+
+    def download(self, count):
+        """Host arrays in which that many rows of `tell` arrive with the step's tokens."""
+        arriving = [next(pinned).rows(0, count) for _, pinned in self.told]
+        for (there, _), here in zip(self.told, arriving, strict=True):
+            self.device.copy(here, there.rows(0, count))
+        return arriving

@@ -2,16 +2,17 @@
 
 import functools
 import itertools
-from dataclasses import dataclass
+import pickle
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 import fi_ffi
 
-from .device import array, rows
+from .config import LINEAR
 from .model import Batch
 from .pages import SCRAP
-from .sampling import Sampler, columns_of, keep, uniform
+from .sampling import Sampler, adjustments, columns_of, keep, room_for_adjustments, uniform
 
 # Query heads a key head for which decode kernels are quicker; from four on those of prefill,
 # which use tensor cores.
@@ -20,46 +21,59 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 @dataclass
+class Order:
+    """A step as every rank runs it: arrays, and what they do not say."""
+
+    host: dict  # of a decode of some size each is as long each time;
+    more: dict  # others are not: pages, and what changes logits
+    size: int  # of a batch that decodes alone, padded; 0 for any other
+    sampled: int  # requests that get a token
+    is_filtered: tuple  # whether any of them has a top_k, a top_p
+    cleared: list  # slots that other requests had before
+    counted: list  # (slot, prompt) of new requests with penalties
+    is_penalised: bool
+    tops: int | None  # how many of the most probable tokens are told beside each; None: nothing
+
+
+@dataclass
 class Step:
     """What was queued: the requests that get a token each, and where these arrive."""
 
     sampled: list
     arriving: object
-    mark: object
     filled: list  # (request, tokens that are in its pages when the step is done)
+    echoed: list  # (request, tokens of its prompt whose log probabilities are told)
+
+
+def echo(request, count):
+    """The tokens of its prompt that follow the next `count` ones, where these are told."""
+    if not request.sampling.prompt_logprobs:
+        return []
+    return request.prompt[request.computed + 1 : request.computed + count + 1]
 
 
 class Steps:
-    """Queues steps on the model's device.
+    """Makes the arrays of steps, which `runner` runs.
 
-    Decoding alone is padded to one of a few sizes of batch; on a GPU each is planned in
-    place, recorded once as a graph, and launched as that from then on.
+    Decoding alone is padded to one of a few sizes of batch.
     """
 
-    def __init__(self, model, num_pages, page_size, use_graphs):
-        self.model, self.device, self.config = model, model.device, model.config
-        self.page_size = page_size
-        # Requests may share pages, so that together they can name more than there are.
-        longest = -(-self.config.max_positions // page_size)
-        self.max_indices = model.slots * min(num_pages, longest)
-        self.use_graphs = use_graphs and self.device.is_gpu
-        self.sizes = [n for n in SIZES if n < model.slots] + [model.slots]
-        self.mixed, self.decodes, self.graphs, self.placed = None, {}, {}, {}
-        self.sampler, self.on_logits = Sampler(model), None
+    def __init__(self, runner):
+        self.runner, job = runner, runner.job
+        self.config, self.page_size, self.slots = job.config, job.page_size, job.max_batch
+        self.on_logits, self.cleared, self.counted = None, [], []
+        vocab = self.config.vocab
+        self.eos = np.array([token for token in self.config.eos if token < vocab], np.int32)
+        self.sizes = [n for n in SIZES if n < self.slots] + [self.slots]
         # By slot, the last one for padding: its pages are the scrap page, its length is 1.
-        self.table = np.full((model.slots + 1, num_pages), SCRAP, np.int32)
-        self.columns = columns_of(model.slots + 1, self.config.vocab)
-        # Two of each: the host writes or reads one while the other's copy may still run.
-        room = 12 * model.max_tokens + 48 * model.slots + 4 * self.max_indices + 1024
-        self.staging = itertools.cycle([self.device.pinned((room,), "uint8") for _ in "ab"])
-        self.arriving = itertools.cycle(
-            [self.device.pinned((model.slots, 1), "int32") for _ in "ab"]
-        )
-        self.inputs = self.device.empty((room,), "uint8")
+        self.table = np.full((self.slots + 1, job.num_pages), SCRAP, np.int32)
+        self.columns = columns_of(self.slots + 1, vocab)
 
     def admit(self, request):
         """Make its slot ready."""
-        self.model.clear(request.slot)
+        self.cleared.append(request.slot)
+        if request.sampling.has_penalties:
+            self.counted.append((request.slot, request.prompt_ids))
         keep(self.columns, request.slot, request.sampling, self.config.vocab)
         self.place(request)
 
@@ -72,35 +86,40 @@ class Steps:
         is_decode = all(count == 1 and request.drawn for request, count in work)
         size = next(n for n in self.sizes if n >= len(work)) if is_decode else 0
         sampled = [r for r, count in work if r.computed + count == r.length]
-        host = self._host(work, sampled, size)
-        given = self._upload(host, size)
-        with self.device.scope():
-            logits = self._forward(given, host, size)
-            arriving = rows(next(self.arriving), 0, len(sampled))
-            if sampled:
-                self._sample(logits, given, sampled, arriving)
+        echoed = [(r, echo(r, count)) for r, count in work if r.sampling.prompt_logprobs]
+        host, more = self._host(work, sampled, size)
+        more |= adjustments(sampled, self.config.vocab, self.eos)
+        given = [r.sampling for r in sampled]
+        asked = [s.logprobs for s in given if s.logprobs is not None]
+        asked += [r.sampling.logprobs or 0 for r, tokens in echoed if tokens]
+        is_filtered = any(s.top_k for s in given), any(s.top_p < 1 for s in given)
+        order = Order(
+            host, more, size, len(sampled), is_filtered, self.cleared, self.counted,
+            any(s.has_penalties for s in given), max(asked, default=None),
+        )  # fmt: skip
+        self.cleared, self.counted = [], []
+        self.runner.on_logits = self.on_logits and functools.partial(self.on_logits, sampled)
+        arriving = self.runner.queue(order)
         for request, count in work:
             request.computed += count
         for request in sampled:
             request.drawn += 1
         filled = [(request, request.computed) for request, _ in work]
-        return Step(sampled, arriving, self.device.mark(), filled)
-
-    def _sample(self, logits, given, sampled, arriving):
-        if self.on_logits:
-            self.on_logits(sampled, self.device.get(rows(logits, 0, len(sampled))))
-        tokens = self.sampler(logits, given, [r.sampling for r in sampled])
-        self.device.download(arriving, rows(tokens, 0, len(sampled)))
+        return Step(sampled, arriving, filled, echoed)
 
     def tokens(self, step):
-        """The tokens drawn, when they are there."""
-        self.device.wait(step.mark)
-        return array(step.arriving)[:, 0].tolist()
+        """The tokens drawn, when they are there; and what is told of each, then of those echoed:
+        (the logarithm of its probability, the most probable tokens, theirs), or None of all.
+        """
+        tokens, told = self.runner.tokens(step.arriving)
+        if told is None:
+            return tokens, itertools.repeat(None)
+        return tokens, ((value, ids, rest) for (value, *rest), ids in zip(*told, strict=True))
 
     def _host(self, work, sampled, size):
         """The arrays of a step; a decode of `size` is padded with requests on the scrap page."""
         pad = max(size - len(work), 0)
-        slots = np.array([r.slot for r, _ in work] + [self.model.slots] * pad)
+        slots = np.array([r.slot for r, _ in work] + [self.slots] * pad)
         counts = np.array([count for _, count in work] + [1] * pad)
         computed = np.array([r.computed for r, _ in work] + [0] * pad)
         is_sampled = np.array([r.computed + c == r.length for r, c in work] + [True] * pad)
@@ -108,72 +127,152 @@ class Steps:
         starts = np.concatenate([[0], ends])
         requests, positions = fi_ffi.batch_indices_positions(starts, computed + counts)
         # One that was drawn is on the device, whether or not the host has seen it.
-        tokens = np.where(slots < self.model.slots, -1 - slots, 0)
+        tokens = np.where(slots < self.slots, -1 - slots, 0)
         if not size:
             tokens = np.concatenate([
                 r.prompt_ids[r.computed : r.computed + count] if r.computed < len(r.prompt)
                 else tokens[i : i + 1]
                 for i, (r, count) in enumerate(work)
             ])  # fmt: skip
+        told = [echo(r, count) for r, count in work]  # by other rows of logits than draws
+        others = [start + np.arange(len(t)) for start, t in zip(starts, told, strict=False)]
         pages = -(-(computed + counts) // self.page_size)
         held = np.arange(pages.max()) < pages[:, None]
         host = {
             "tokens": tokens,
             "positions": positions,
             "requests": requests,
-            "last": ends[is_sampled] - 1,
+            "last": np.concatenate([ends[is_sampled] - 1, *others]),
+            "following": [token for tokens in told for token in tokens],
             "slots": slots,
             "sampled": slots[is_sampled],
             "kv_indptr": np.concatenate([[0], np.cumsum(pages)]),
             "kv_last_page_len": computed + counts - (pages - 1) * self.page_size,
-            "kv_indices": self.table[slots, : pages.max()][held],
         }
         host = {name: np.asarray(values, np.int32) for name, values in host.items()}
         host["starts"] = starts.astype(np.int64)
         host["uniform"] = np.array([uniform(r) for r in sampled] + [-1] * pad, np.float32)
-        return host | {name: column[host["sampled"]] for name, column in self.columns.items()}
+        host |= {name: column[host["sampled"]] for name, column in self.columns.items()}
+        return host, {"kv_indices": self.table[slots, : pages.max()][held]}
 
-    def _upload(self, host, size):
-        """All arrays in one copy; pages last, so that the others stay where a graph has them."""
-        staging, pages = next(self.staging), host.pop("kv_indices")
-        placed = self.placed.get(size) or self._place(host)
-        if size:  # where all but the pages are as long each time
-            self.placed[size] = placed
-        starts, given, end = placed
-        memory = array(staging)
-        for name, values in host.items():
-            memory[starts[name] : starts[name] + values.nbytes] = values.view(np.uint8)
-        host["kv_indices"] = pages
-        memory[end : end + pages.nbytes] = pages.view(np.uint8)
-        self.device.upload(
-            rows(self.inputs, 0, end + pages.nbytes), rows(staging, 0, end + pages.nbytes)
-        )
-        return given | {"kv_indices": self._input(end, pages)}
 
-    def _place(self, host):
-        """Where each array starts, the tensors there, and where the last one ends."""
-        starts, given, at = {}, {}, 0
-        for name, values in host.items():
-            starts[name], given[name] = at, self._input(at, values)
+class Runner:
+    """Runs steps on one rank's device.
+
+    On a GPU each size of batch is planned in place, recorded once as a graph, and launched as
+    that from then on.  Rank 0 hands each step on to those that follow it.
+    """
+
+    def __init__(self, model, job, followers=()):
+        self.model, self.device, self.config, self.job = model, model.device, model.config, job
+        self.followers, self.before = followers, None
+        # Requests may share pages, so that together they can name more than there are.
+        longest = -(-self.config.max_positions // job.page_size)
+        self.max_indices = model.slots * min(job.num_pages, longest)
+        self.use_graphs = job.use_graphs and self.device.is_gpu
+        # By size of a decode batch (0: any) and kind of attention; by size.
+        self.plans, self.graphs, self.placed = {}, {}, {}
+        self.kinds = [kind for kind in self.config.windows if kind != LINEAR]
+        per_key_head = self.config.heads // self.config.kv_heads
+        self.is_narrow = per_key_head in GROUPS and not self.config.is_gpt_oss
+        self.sampler, self.on_logits = Sampler(model), None
+        room = 12 * model.max_tokens + 72 * model.slots + 4 * self.max_indices + 1024
+        room += room_for_adjustments(model.slots, self.config)
+        self.staging = self.device.in_turn((room,), "uint8")
+        self.arriving = self.device.in_turn((model.slots, 1), "int32")
+        self.inputs = self.device.empty((room,), "uint8")
+
+    def queue(self, order):
+        """Launch a step; what `tokens` takes."""
+        if self.followers:
+            packed = pickle.dumps(order)
+            for orders, _ in self.followers:
+                orders.put(packed)
+        with self.device.scope():
+            for slot in order.cleared:
+                self.model.clear(slot)
+            for slot, prompt in order.counted if self.model.rank == 0 else ():
+                self.sampler.count_anew(slot, prompt)
+            given = self._upload(order)
+            logits = self._forward(given, order.host | order.more, order.size)
+            arriving = next(self.arriving).rows(0, order.sampled)
+            told = self._sample(logits, given, order, arriving)
+            return arriving, told, self.device.mark()
+
+    def _sample(self, logits, given, order, arriving):
+        """Queue the draws, and log probabilities where they are asked for."""
+        count, is_first = given["following"].shape[0], self.model.rank == 0
+        if count:  # rows of logits after those of the draws
+            if is_first:
+                others = logits.rows(order.sampled, order.sampled + count)
+                self.sampler.tell(others, given["following"], order.sampled, order.tops)
+            logits = logits.rows(0, order.sampled) if order.sampled else None
+        if order.sampled:
+            if self.on_logits:
+                self.on_logits(self.device.get(logits.rows(0, order.sampled)))
+            tokens = self.sampler(logits, given, order)
+            self.device.copy(arriving, tokens.rows(0, order.sampled))
+        if is_first and order.tops is not None:
+            return self.sampler.download(order.sampled + count)
+        return None
+
+    def tokens(self, queued):
+        """The tokens drawn in a step, when they are there, and what is told of them or None."""
+        (arriving, told, mark), group = queued, self.model.group
+        self.device.wait(mark)
+        if group and not group.is_open:  # a rank has ended: what was drawn since means nothing
+            group.synchronize(self.device.stream)  # which raises
+        tokens = np.asarray(arriving)[:, 0].tolist()
+        return tokens, told and [np.asarray(part).tolist() for part in told]
+
+    def run(self, order):
+        """Queue a step, or none; what `tokens` gives of the one before."""
+        before, self.before = self.before, self.queue(order) if order else None
+        return self.tokens(before) if before else ([], None)
+
+    def close(self):
+        for orders, _ in self.followers:
+            orders.put(None)
+        self.model.close()
+        for _, worker in self.followers:
+            worker.join()
+
+    def _upload(self, order):
+        """All arrays in one copy; first those that a graph has, which stay where they are."""
+        given, end = self.placed.get(order.size) or self._place(order.host, 0)
+        if order.size:
+            self.placed[order.size] = given, end
+        more, end = self._place(order.more, end)
+        given, staging = given | more, next(self.staging)
+        memory = np.asarray(staging)
+        for name, values in (order.host | order.more).items():
+            start = given[name].ptr - self.inputs.ptr
+            memory[start : start + values.nbytes] = values.reshape(-1).view(np.uint8)
+        self.device.copy(self.inputs.rows(0, end), staging.rows(0, end))
+        return given
+
+    def _place(self, arrays, at):
+        """The tensors for arrays from there on, and where the last one ends."""
+        given, device = {}, self.device.name
+        for name, values in arrays.items():
+            ptr, kind = self.inputs.ptr + at, str(values.dtype)
+            given[name] = fi_ffi.TensorDesc(ptr, values.shape, kind, device=device)
             at += -(-values.nbytes // 16) * 16
-        return starts, given, at
-
-    def _input(self, at, values):
-        kind, device = str(values.dtype), self.device.name
-        return fi_ffi.TensorDesc(self.inputs.ptr + at, values.shape, kind, device=device)
+        return given, at
 
     def _forward(self, given, host, size):
-        batch = Batch(**{name: given[name] for name in Batch.INPUTS})
+        batch = Batch(**{field.name: given.get(field.name) for field in fields(Batch)})
+        batch.attend = {kind: self._attend(host, size, kind) for kind in self.kinds}
         if not size:
-            batch.attend = self._plan_mixed(host)
             return self.model.forward(batch)
         if self.device.is_gpu:  # whose plans are for graphs, with room for all pages there may be
             batch.kv_indices = fi_ffi.TensorDesc(
                 batch.kv_indices.ptr, (self.max_indices,), "int32", device=self.device.name
             )
-        batch.attend = functools.partial(
-            self._plan_decode(host, size), paged_kv_indices=batch.kv_indices
-        )
+        batch.attend = {
+            kind: functools.partial(run, paged_kv_indices=batch.kv_indices)
+            for kind, run in batch.attend.items()
+        }
         if size in self.graphs:
             graph, logits = self.graphs[size]
             graph.launch()
@@ -186,50 +285,42 @@ class Steps:
             self.device.is_frozen = False
         return logits
 
-    def _options(self):
-        config, device = self.config, self.device
-        return {
-            "num_qo_heads": config.heads, "num_kv_heads": config.kv_heads,
-            "page_size": self.page_size, "q_data_type": config.dtype, "device": device.name,
-        }  # fmt: skip
+    def _attend(self, host, size, kind):
+        """A plan's run: of prompts, pieces of them and single tokens; or of one token a request.
 
-    def _plan_mixed(self, host):
-        """Prompts, or pieces of them, and single tokens in one batch."""
-        arrays = self._prefill_arrays(host, host["starts"].astype(np.int32))
-        if self.mixed is None:
-            options = self._options() | {"head_dim_qk": self.config.head_dim, "causal": True}
-            self.mixed = fi_ffi.BatchPrefillPlan(**arrays, **options, stream=self.device.stream)
-        else:
-            self.mixed.replan(**arrays, stream=self.device.stream)
-        return self.mixed.paged_run
-
-    def _plan_decode(self, host, size):
-        """One token a request; the plan of each size stays in its place for the graph.
-
-        Runs are given the pages: a plan for graphs would copy as many as there may ever be.
+        For the latter, with a size, the plan stays in its place for the graph.  Its runs are given
+        the pages: a plan for graphs would copy as many as there may ever be.
         """
-        arrays, kind = {
-            "indptr": host["kv_indptr"], "indices": None,
-            "last_page_len": host["kv_last_page_len"],
-        }, fi_ffi.BatchDecodePlan  # fmt: skip
-        has_kernel = self.config.heads // self.config.kv_heads in GROUPS
-        if not has_kernel:
-            kind = fi_ffi.BatchPrefillPlan
-            arrays = self._prefill_arrays(host, np.arange(size + 1, dtype=np.int32))
-            arrays["paged_kv_indices"] = None
-        if size not in self.decodes:
-            options = self._options() | {
-                "head_dim" if has_kernel else "head_dim_qk": self.config.head_dim,
-                "enable_cuda_graph": self.device.is_gpu, "max_num_indices": self.max_indices,
-            }  # fmt: skip
-            options |= {} if has_kernel else {"backend": "fa2"}  # which splits long requests
-            self.decodes[size] = kind(**arrays, **options, stream=self.device.stream)
+        is_narrow, stream = size and self.is_narrow, self.device.stream
+        pages = host["kv_indptr"], None if size else host["kv_indices"], host["kv_last_page_len"]
+        if is_narrow:
+            arrays = dict(zip(("indptr", "indices", "last_page_len"), pages, strict=True))
         else:
-            self.decodes[size].replan(**arrays, stream=self.device.stream)
-        plan = self.decodes[size]
-        return plan.run if has_kernel else plan.paged_run
+            starts = np.arange(size + 1) if size else host["starts"]
+            names = ("paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
+            arrays = {"qo_indptr": starts.astype(np.int32), **dict(zip(names, pages, strict=True))}
+        if (size, kind) in self.plans:
+            plan = self.plans[size, kind]
+            plan.replan(**arrays, stream=stream)
+        else:
+            of = fi_ffi.BatchDecodePlan if is_narrow else fi_ffi.BatchPrefillPlan
+            plan = of(**arrays, **self._options(size, kind), stream=stream)
+            self.plans[size, kind] = plan
+        return plan.run if is_narrow else plan.paged_run
 
-    @staticmethod
-    def _prefill_arrays(host, qo_indptr):
-        names = ("kv_indptr", "kv_indices", "kv_last_page_len")
-        return {"qo_indptr": qo_indptr} | {f"paged_{name}": host[name] for name in names}
+    def _options(self, size, kind):
+        """Of a plan."""
+        config, window = self.config, self.config.windows[kind]
+        options = {
+            "num_qo_heads": config.heads, "num_kv_heads": config.kv_heads,
+            "page_size": self.job.page_size, "q_data_type": config.dtype, "window_left": window,
+            "device": self.device.name,
+        }  # fmt: skip
+        if size:
+            options["enable_cuda_graph"] = self.device.is_gpu
+            options["max_num_indices"] = self.max_indices
+            if self.is_narrow:
+                return options | {"head_dim": config.head_dim}
+            options["backend"] = "fa2"  # splits long requests, with a window where it is causal
+        options |= {"head_dim_qk": config.head_dim, "use_attention_sink": config.is_gpt_oss}
+        return options | {"causal": not size or window >= 0}

@@ -1,0 +1,169 @@
+"""Where steps are run: by one rank, or by several, each with a part of the model and a GPU.
+
+One scheduler makes the arrays of each step.  Every rank runs the same steps in the same order,
+and what they compute goes between them through a `fi_ffi.comm.Group`; rank 0 draws the tokens.
+Ranks are threads of this process, processes of this machine, or Ray's actors on any machines.
+"""
+
+import multiprocessing
+import os
+import pickle
+import queue
+import threading
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from .device import Cpu, Gpu
+from .model import Model
+from .split import Split, of_rank
+from .steps import SIZES, Runner
+
+
+@dataclass
+class Job:
+    """What each rank makes its part of the model from."""
+
+    config: object  # of the whole model
+    weights: object  # gives them by name
+    device: str  # "cpu", or "cuda:N" of rank 0
+    num_pages: int
+    page_size: int
+    max_batch: int
+    max_tokens: int
+    use_graphs: bool
+
+
+def runner_of(job, ranks=None, followers=(), index=None):
+    """What runs steps on one rank: all of the model where it is the only one.
+
+    `index` is of the GPU; without one they are a machine's from that of rank 0 on.
+    """
+    config, weights = job.config, job.weights
+    if job.device == "cpu":
+        device = Cpu(config.dtype)
+    else:
+        here = int(job.device[5:] or 0) + (ranks.rank if ranks else 0)
+        device = Gpu(config.dtype, here if index is None else index)
+    group = None
+    with device.scope():
+        if ranks:
+            group = group_of(job, ranks, device)
+            weights = Split(weights, config, ranks.rank, ranks.size)
+            config = of_rank(config, ranks.size)
+        model = Model(device, config, weights, job, group)
+    if ranks:
+        ranks.barrier()  # a kernel waits for the others, but not for as long as they may load
+    return Runner(model, job, followers)
+
+
+def group_of(job, ranks, device):
+    """Where ranks reach each other's memory, with sums and norms of decoding in one kernel."""
+    from fi_ffi.comm import FusionSize, Group
+    from fi_ffi.errors import ArgumentError
+
+    most = min(job.max_tokens, max(SIZES))
+    try:
+        fusion = FusionSize(most, job.config.hidden, job.config.dtype)
+        return Group(ranks, device=device.name, fusion=fusion)
+    except ArgumentError:  # on all ranks: they are on several machines, or of an odd number
+        return Group(ranks, device=device.name)
+
+
+def follow(job, ranks, orders):
+    """Run the steps that rank 0 hands on, until there are no more."""
+    runner = runner_of(job, ranks)
+    for order in iter(orders.get, None):
+        runner.run(pickle.loads(order))
+    runner.close()
+
+
+LOADING_S = 600.0  # how long a rank waits for others that load
+_spawn = multiprocessing.get_context("spawn")  # a fork would have this process's CUDA
+# What brings the orders to ranks of this machine, and what runs them.
+WAYS = {
+    "threads": (queue.SimpleQueue, threading.Thread),
+    "processes": (_spawn.SimpleQueue, _spawn.Process),
+}
+
+
+def start(job, size, way):
+    """A runner for `size` ranks, `way` of them: "threads", "processes" or "ray"."""
+    of_rank(job.config, size)  # refused before anything is started
+    if size == 1:
+        return runner_of(job)
+    if way == "ray":
+        return Actors(job, size)
+    from fi_ffi import comm
+
+    line, worker = WAYS[way]
+    ranks, followers = getattr(comm, way)(size, timeout_s=LOADING_S), []
+    for rank in ranks[1:]:
+        orders = line()
+        followers.append((orders, worker(target=follow, args=(job, rank, orders), daemon=True)))
+        followers[-1][1].start()
+    return runner_of(job, ranks[0], followers)
+
+
+class Rank:
+    """A rank that is an actor of Ray, which has given it a GPU."""
+
+    def __init__(self, job, name, rank, size):
+        import ray
+
+        from fi_ffi import comm
+
+        ranks = comm.ray(name, rank, size, timeout_s=LOADING_S)
+        given = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+        self.runner = runner_of(job, ranks, index=int(given[0]) if given else None)
+
+    def run(self, order):
+        return self.runner.run(order)
+
+    def close(self):
+        self.runner.close()
+
+
+class Actors:
+    """Ranks that Ray has placed: a runner whose steps and tokens go through its calls."""
+
+    def __init__(self, job, size):
+        import ray
+
+        if not ray.is_initialized():
+            ray.init()
+        self.ray, self.job, self.model, self.on_logits = ray, job, None, None
+        self.queued, self.answers = 0, []
+        path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        settings = {
+            # This package is at the same place on every machine, as the checkpoint is.
+            "PYTHONPATH": os.pathsep.join(path),
+            # Ranks reach each other's memory only where they see each other's GPUs.
+            "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+        }
+        actor = ray.remote(
+            num_gpus=0 if job.device == "cpu" else 1, runtime_env={"env_vars": settings}
+        )(Rank)
+        name = f"llm-{uuid.uuid4().hex}"
+        self.ranks = [actor.remote(job, name, rank, size) for rank in range(size)]
+        self._run(None)
+        ray.get(self.answers)  # all have loaded, or one says why not
+
+    def _run(self, order):
+        self.answers = [rank.run.remote(order) for rank in self.ranks]
+
+    def queue(self, order):
+        self._run(self.ray.put(order))
+        self.queued += 1
+        return self.queued
+
+    def tokens(self, queued):
+        """A rank answers with the tokens of the step before."""
+        if queued == self.queued:
+            self._run(None)
+        return self.ray.get(self.answers)[0]
+
+    def close(self):
+        self.ray.get([rank.close.remote() for rank in self.ranks])
+        for rank in self.ranks:
+            self.ray.kill(rank)

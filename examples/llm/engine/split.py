@@ -1,0 +1,90 @@
+"""Which part of each weight a rank has, and what is left of a model's sizes on it.
+
+Attention is split by heads, the rest of a layer, each expert of it, by its inner width, embedding
+and logits by the vocabulary: products that begin a block give each rank columns of their own, and
+those that end it give sums, which the ranks add up.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from .config import SIZES, SIZES_OF
+
+# The dimension that is split, by the end of a tensor's name; all else is whole on every rank.
+DIMENSIONS = {
+    "embed_tokens": 0, "lm_head": 0,
+    "q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1,
+    "gate_proj": 0, "up_proj": 0, "down_proj": 1,
+    "in_proj_qkvz": 0, "in_proj_ba": 0, "conv1d": 0, "A_log": 0, "dt_bias": 0, "out_proj": 1,
+    "q_proj.bias": 0, "k_proj.bias": 0, "v_proj.bias": 0, "sinks": 0,
+    "gate_up_proj": 2, "gate_up_proj_bias": 1, "gate_up_proj_blocks": 1, "gate_up_proj_scales": 1,
+    "down_proj_blocks": 2, "down_proj_scales": 2,
+}  # fmt: skip
+PADDED = ("embed_tokens", "lm_head")  # the last rank's rows are filled up with zeros
+ONCE = ("o_proj.bias", "down_proj_bias")  # what is added to a sum: rank 0 has it, others zeros
+
+
+def of_rank(config, size):
+    """The config of one of `size` ranks; ValueError, with the name, for what does not divide.
+
+    The vocabulary is as it was.
+    """
+    if size == 1:
+        return config
+    names, parts = SIZES | SIZES_OF["qwen3_next"] | SIZES_OF["qwen3_moe"], {}
+    for field in ("heads", "intermediate", "key_heads", "value_heads", "expert_intermediate"):
+        whole = getattr(config, field)
+        parts[field], left = divmod(whole, size)
+        if left:
+            raise ValueError(
+                f"config.json: {names[field]} is {whole}, not a multiple of {size} ranks"
+            )
+    if config.kv_heads % size and size % config.kv_heads:
+        raise ValueError(
+            f"config.json: num_key_value_heads is {config.kv_heads}, "
+            f"neither a multiple nor a part of {size} ranks"
+        )
+    return replace(config, kv_heads=max(config.kv_heads // size, 1), **parts)
+
+
+def key_of(name):
+    """Of a tensor, in `DIMENSIONS`; the scales of a matrix have that of the matrix."""
+    *_, owner, last = name.split(".")
+    return f"{owner}.bias" if last == "bias" else owner if last.startswith("weight") else last
+
+
+class Split:
+    """One rank's part of each weight, by name; what is not its part is not read."""
+
+    def __init__(self, weights, config, rank, size):
+        """`config` is that of the whole model; what `weights(name)` gives may map a file."""
+        self.weights, self.config, self.rank, self.size = weights, config, rank, size
+
+    def __contains__(self, name):
+        return name in self.weights
+
+    def __call__(self, name):
+        whole, key = self.weights(name), key_of(name)
+        if key in ONCE and self.rank:
+            return np.zeros_like(whole)
+        if key not in DIMENSIONS or whole.size == 1:
+            return whole
+        rank, size, axis = self.rank, self.size, DIMENSIONS[key]
+        if key[:6] in ("k_proj", "v_proj") and self.config.kv_heads < size:  # some ranks share one
+            rank, size = rank * self.config.kv_heads // size, self.config.kv_heads
+        sections = [whole.shape[axis]]
+        if key == "conv1d":  # of q, k and v, each of which is split
+            sections = [self.config.key_size, self.config.key_size, self.config.value_size]
+        if key not in PADDED and any(section > 1 and section % size for section in sections):
+            raise ValueError(f"{name} has {whole.shape}, which {size} ranks cannot share")
+        parts, begin = [], 0
+        for section in sections:
+            width = -(-section // size)
+            start, stop = (begin + min(at * width, section) for at in (rank, rank + 1))
+            at = slice(start, stop) if section > 1 else slice(None)  # of one block all have parts
+            parts.append(whole[(slice(None),) * axis + (at,)])
+            begin += section
+        if key in PADDED and len(parts[0]) < width:
+            parts.append(np.zeros((width - len(parts[0]), *whole.shape[1:]), whole.dtype))
+        return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis)

@@ -1,0 +1,266 @@
+"""A request of a client: its choices as they come, and the objects that tell them."""
+
+import asyncio
+import json
+import time
+import uuid
+
+from .chat import OPEN, calls_of
+from .schema import Refused
+from .service import Listener
+from .text import Logprob, Piece, Text, token_bytes
+
+
+class Answer:
+    """What both kinds of completion have.
+
+    Args:
+        service, tokenizer, name: of the server; `name` is the model's.
+        body: what the client asked for.
+        requests: the engine's, one for each choice, in the order of the choices.
+    """
+
+    kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
+
+    def __init__(self, service, tokenizer, name, body, requests):
+        self.service, self.tokenizer, self.name, self.body = service, tokenizer, name, body
+        self.requests = requests
+        self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
+        self.texts = [self._text(index) for index in range(len(requests))]
+
+    def _text(self, index):
+        return Text(self.tokenizer, self.body.stops, tops=self.body.logprobs)
+
+    async def pieces(self):
+        """(choice, Piece) as they come; the last of each choice has its `finished`."""
+        queue, open_ = asyncio.Queue(), {}
+        try:
+            for index, request in enumerate(self.requests):
+                open_[index] = Listener(request, index, queue)
+                self.service.submit(open_[index])
+            while open_:
+                listener, (tokens, logprobs, finished) = await queue.get()
+                index = listener.index
+                if index not in open_:  # its text had ended
+                    continue
+                if finished == "cancelled":  # by nobody here
+                    raise Refused("the server is ending", 503)
+                if finished == "error":
+                    raise Refused("the engine could not go on", 500, code="engine_error")
+                piece = self.texts[index].add(tokens, logprobs, finished)
+                if piece.finished:
+                    self.service.cancel(open_.pop(index), piece.finished)
+                if piece.text or piece.logprobs or piece.finished:
+                    yield index, piece
+        finally:
+            for listener in open_.values():
+                self.service.cancel(listener)
+
+    def object(self, kind, choices, **more):
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.name,
+                "choices": choices} | more  # fmt: skip
+
+    @property
+    def usage(self):
+        prompts = self.requests[:: self.body.n or 1]
+        prompt = sum(len(request.prompt) for request in prompts)
+        drawn = sum(len(text.tokens) for text in self.texts)
+        cached = sum(request.reused for request in prompts)
+        return {"prompt_tokens": prompt, "completion_tokens": drawn,
+                "total_tokens": prompt + drawn,
+                "prompt_tokens_details": {"cached_tokens": cached}}  # fmt: skip
+
+    async def whole(self):
+        """The answer in one."""
+        told = [Piece("") for _ in self.requests]
+        async for index, piece in self.pieces():
+            told[index].text += piece.text
+            told[index].logprobs += piece.logprobs
+            told[index].finished = piece.finished
+        choices = [self.choice(index, piece) for index, piece in enumerate(told)]
+        return self.object(self.kind, choices, usage=self.usage)
+
+    async def events(self):
+        """The answer in server-sent events; an error once it has begun is one too."""
+        options = self.body.stream_options
+        with_usage = bool(options and options.include_usage)
+        more = {"usage": None} if with_usage else {}
+
+        def chunk(choices):
+            return self.object(self.chunk_kind, choices, **more)
+
+        pieces = self.pieces()
+        try:
+            for choice in self.beginnings():
+                yield event(chunk([choice]))
+            async for index, piece in pieces:
+                for choice in self.changes(index, piece):
+                    yield event(chunk([choice]))
+            if with_usage:
+                more = {"usage": self.usage}
+                yield event(chunk([]))
+        except Refused as refused:
+            yield event(refused.body)
+        finally:
+            await pieces.aclose()
+        yield "data: [DONE]\n\n"
+
+    def beginnings(self):
+        return ()
+
+    def name_of(self, token):
+        return token_bytes(self.tokenizer, token).decode(errors="replace")
+
+
+def event(told):
+    return f"data: {json.dumps(told, separators=(',', ':'))}\n\n"
+
+
+class Completion(Answer):
+    """Of /v1/completions."""
+
+    def _text(self, index):
+        self.echoes = {}
+        return Text(self.tokenizer, self.body.stops, tops=self.body.logprobs,
+                    offset=len(self.echo(index)))  # fmt: skip
+
+    @property
+    def is_echo_alone(self):
+        return self.body.max_tokens == 0
+
+    def echo(self, index):
+        """The prompt as text, where it is asked for."""
+        if not self.body.echo:
+            return ""
+        prompt = self.body.prompts[index // (self.body.n or 1)]
+        if isinstance(prompt, str):
+            return prompt
+        return self.tokenizer.decode(self.requests[index].prompt, skip_special_tokens=False)
+
+    def echoed_logprobs(self, index):
+        """Of the prompt's tokens, the first of which follows nothing."""
+        request, offset = self.requests[index], 0
+        following = [None, *request.prompt_logprobs]
+        for token, logprob in zip(request.prompt, following, strict=False):
+            value, ids, values = logprob or (None, [], [])
+            tops = self.body.logprobs
+            yield Logprob(token, value, ids[:tops], values[:tops], offset)
+            offset += len(self.name_of(token))
+
+    def _echoed(self, index, piece, is_first):
+        """A piece with the prompt before it."""
+        if self.body.echo and is_first:
+            piece.text = self.echo(index) + piece.text
+            if self.body.logprobs is not None:
+                piece.logprobs = [*self.echoed_logprobs(index), *piece.logprobs]
+        return piece
+
+    async def pieces(self):
+        begun = set()
+        async for index, piece in super().pieces():
+            if self.is_echo_alone:
+                piece.text, piece.logprobs = "", []
+                piece.finished = piece.finished and "length"
+                self.texts[index].tokens.clear()
+                if not piece.finished:
+                    continue
+            yield index, self._echoed(index, piece, index not in begun)
+            begun.add(index)
+
+    def choice(self, index, piece):
+        logprobs = None
+        if self.body.logprobs is not None:
+            told = piece.logprobs
+            logprobs = {
+                "tokens": [self.name_of(x.token) for x in told],
+                "token_logprobs": [x.value for x in told],
+                "top_logprobs": [self._tops(x) for x in told],
+                "text_offset": [x.offset for x in told],
+            }
+        return {"index": index, "text": piece.text, "logprobs": logprobs,
+                "finish_reason": piece.finished}  # fmt: skip
+
+    def _tops(self, told):
+        """By name, the chosen token among them; nothing of the first of a prompt."""
+        if told.value is None:
+            return None
+        tops = {self.name_of(told.token): told.value}
+        for token, value in zip(told.tokens, told.values, strict=True):
+            tops.setdefault(self.name_of(token), value)
+        return tops
+
+    def changes(self, index, piece):
+        yield self.choice(index, piece)
+
+
+class Chat(Answer):
+    """Of /v1/chat/completions."""
+
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def _text(self, index):
+        body = self.body
+        held = "" if body.forced else OPEN if body.tools and body.tool_choice != "none" else None
+        tops = (body.top_logprobs or 0) if body.logprobs else None
+        text = Text(self.tokenizer, body.stops, held, tops)
+        if held == "":  # all of it is a call
+            text.held_from = 0
+        return text
+
+    def _logprobs(self, piece):
+        if not self.body.logprobs:
+            return None
+
+        def of(token, value):
+            said = token_bytes(self.tokenizer, token)
+            return {"token": said.decode(errors="replace"), "logprob": value, "bytes": [*said]}
+
+        content = [
+            of(x.token, x.value)
+            | {"top_logprobs": [of(*top) for top in zip(x.tokens, x.values, strict=True)]}
+            for x in piece.logprobs
+        ]
+        return {"content": content, "refusal": None}
+
+    def _ending(self, index, told):
+        """What is left to tell at the end: text that was held back, or tool calls in it."""
+        text = self.texts[index]
+        if text.held_from is None:
+            return "", []
+        before, calls = calls_of(text.text, bool(self.body.forced))
+        if calls and self.body.parallel_tool_calls is False:
+            calls = calls[:1]
+        return before[told:], calls
+
+    def choice(self, index, piece):
+        rest, calls = self._ending(index, len(piece.text))
+        content = piece.text + rest
+        message = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            message |= {"content": content.strip() or None, "tool_calls": calls}
+        return {"index": index, "message": message, "logprobs": self._logprobs(piece),
+                "finish_reason": _reason(piece.finished, calls)}  # fmt: skip
+
+    def _change(self, index, delta, logprobs=None, finished=None):
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finished}
+
+    def beginnings(self):
+        for index in range(len(self.requests)):
+            yield self._change(index, {"role": "assistant", "content": ""})
+
+    def changes(self, index, piece):
+        if piece.text or piece.logprobs:
+            yield self._change(index, {"content": piece.text}, self._logprobs(piece))
+        if not piece.finished:
+            return
+        rest, calls = self._ending(index, self.texts[index].told)
+        if rest:
+            yield self._change(index, {"content": rest})
+        if calls:
+            numbered = [{"index": n} | call for n, call in enumerate(calls)]
+            yield self._change(index, {"tool_calls": numbered})
+        yield self._change(index, {}, None, _reason(piece.finished, calls))
+
+
+def _reason(finished, calls):
+    return "tool_calls" if calls and finished == "stop" else finished

@@ -1,0 +1,357 @@
+"""The routes: bodies in, answers and errors of OpenAI's interface out."""
+
+import asyncio
+import contextlib
+import hmac
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from .answers import Chat, Completion
+from .chat import schema_of
+from .metrics import Metrics
+from .schema import MOST_CHOICES, ChatBody, CompletionBody, Refused, parsed
+from .service import Service
+
+PAGE = Path(__file__).with_name("page.html")
+OWNER = "fi_ffi"
+MOST_SCHEMAS = 16  # requests that wait for schemas to compile
+# Tokens of an answer where the client does not say: OpenAI's for completions; of a chat, a
+# number that a small cache has room for.
+MAX_TOKENS = {CompletionBody: 16, ChatBody: 1024}
+
+
+def too_many():
+    return Refused(f"prompt: {MOST_CHOICES} choices at most, prompts times n", param="prompt")
+
+
+@dataclass
+class Limits:
+    """What a client may ask for."""
+
+    max_body: int = 4 << 20  # bytes
+    max_held: int = 64 << 20  # bytes of all bodies that are being read
+    body_seconds: float = 30  # in which a body has to be there
+    max_queue: int = 256  # requests of the engine that wait for a slot
+    api_key: str | None = None
+
+
+class Api:
+    """The handlers of one engine."""
+
+    def __init__(self, engine, tokenizer, names, template, grammars, limits, on_failure):
+        self.engine, self.tokenizer, self.names = engine, tokenizer, names
+        self.template, self.grammars, self.limits = template, grammars, limits
+        self.metrics, self.created = Metrics(), int(time.time())
+        self.service = Service(engine, self.metrics, limits.max_queue, on_failure)
+        self.held, self.reading, self.is_ending = 0, set(), False
+        self.pool = ThreadPoolExecutor(2, "tokenize")
+        # Of its own, so that nobody else waits for a schema that takes its time.
+        self.compiling, self.schemas = ThreadPoolExecutor(1, "compile"), 0
+        room = engine.pages.total * engine.page_size
+        self.longest = max(map(len, tokenizer.get_vocab(with_added_tokens=True)))
+        self.room = min(engine.config.max_positions, room)
+
+    async def body(self, http):
+        """The bytes of a request's body, which are bounded, and so is the time they take."""
+        limits, parts, size = self.limits, bytearray(), 0
+        too_large = Refused(f"a body has {limits.max_body} bytes at most", 413)
+        told = http.headers.get("content-length", "")
+        if told.isdecimal() and int(told) > limits.max_body:
+            raise too_large
+
+        async def read():
+            nonlocal size
+            async for part in http.stream():
+                size += len(part)
+                self.held += len(part)
+                if size > limits.max_body:
+                    raise too_large
+                if self.held > limits.max_held:
+                    raise Refused("too much is being read: try again later", 429)
+                parts.extend(part)
+
+        reading = asyncio.ensure_future(read())
+        self.reading.add(reading)
+        try:
+            await asyncio.wait_for(reading, limits.body_seconds)
+        except BaseException as wrong:
+            self.held -= size
+            if isinstance(wrong, asyncio.TimeoutError):
+                raise Refused("the body did not come in time", 408) from None
+            if isinstance(wrong, asyncio.CancelledError) and self.is_ending:
+                raise Refused("the server is ending", 503) from None
+            raise
+        finally:
+            self.reading.discard(reading)
+        return bytes(parts)
+
+    def hurry(self):
+        """End what is still going on, with an error for each client; from any thread."""
+        self.is_ending = True
+        self.service.cancel_all()
+        for reading in [*self.reading]:
+            with contextlib.suppress(RuntimeError):
+                reading.get_loop().call_soon_threadsafe(reading.cancel)
+
+    def prepare(self, kind, raw):
+        """The body, the engine's requests for it, and what `grammars` takes for them, or None.
+
+        It runs on a thread beside the loop.
+        """
+        body = parsed(kind, raw)
+        self.check_model(body.model)
+        prompts = self.chat(body) if kind is ChatBody else self.prompts(body)
+        count = body.n or 1
+        if len(prompts) * count > MOST_CHOICES:
+            raise too_many()
+        param = "messages" if kind is ChatBody else "prompt"
+        requests = []
+        for ids in prompts:
+            sampled = self.max_tokens(kind, body, len(ids), param)
+            if (body.min_tokens or 0) > sampled:
+                raise Refused("min_tokens: it is more than max_tokens", param="min_tokens")
+            try:
+                requests += [
+                    self.engine.request(ids, self.sampling(kind, body, sampled, choice))
+                    for choice in range(count)
+                ]
+            except ValueError as wrong:
+                text = str(wrong)
+                named = "logit_bias" if text.startswith("logit_bias") else param
+                raise Refused(text if named in text else f"{named}: {text}", param=named) from None
+        return body, requests, self.schema(body)
+
+    def max_tokens(self, kind, body, prompt, param):
+        """How many tokens a choice may have."""
+        given = body.max_tokens
+        if kind is ChatBody and body.max_completion_tokens is not None:
+            given = body.max_completion_tokens
+        if given is None:
+            return max(min(MAX_TOKENS[kind], self.room - prompt), 1)
+        if given == 0:
+            if kind is ChatBody or not body.echo:
+                raise Refused("max_tokens: it is 0 for `echo` alone", param="max_tokens")
+            return 1  # of which nothing is told
+        if prompt + given > self.room:
+            raise Refused(f"max_tokens: {prompt} tokens of {param} and {given} more; there is "
+                          f"room for {self.room}", param="max_tokens",
+                          code="context_length_exceeded")  # fmt: skip
+        return given
+
+    def sampling(self, kind, body, max_tokens, choice):
+        if kind is ChatBody:
+            tops = (body.top_logprobs or 0) if body.logprobs else None
+            return body.sampling(max_tokens, choice, logprobs=tops)
+        echoed = bool(body.echo) and body.logprobs is not None
+        return body.sampling(max_tokens, choice, logprobs=body.logprobs, prompt_logprobs=echoed)
+
+    def prompts(self, body):
+        prompts = body.prompts
+        if len(prompts) > MOST_CHOICES:
+            raise too_many()
+        return [self.tokens(p, "prompt") if isinstance(p, str) else p for p in prompts]
+
+    def tokens(self, text, param, **more):
+        """Those of a text; by a call that leaves other threads running, unlike `encode`."""
+        if len(text) > self.room * self.longest:
+            raise Refused(f"{param}: there is room for {self.room} tokens", param=param,
+                          code="context_length_exceeded")  # fmt: skip
+        return self.tokenizer.encode_batch([text], **more)[0].ids
+
+    def chat(self, body):
+        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+        if body.tool_choice == "none":
+            tools = []
+        if body.tool_choice not in (None, "none", "auto") and not body.forced:
+            raise Refused("tool_choice: there is no such tool in tools", param="tool_choice")
+        if body.top_logprobs is not None and not body.logprobs:
+            raise Refused("top_logprobs: it needs logprobs to be true", param="top_logprobs")
+        messages = [message.for_template() for message in body.messages]
+        text = self.template(messages, tools or None, body.chat_template_kwargs or {})
+        return [self.tokens(text, "messages", add_special_tokens=False)]
+
+    def schema(self, body):
+        """The schema that the answer must fit, and the field that has it; None for any text."""
+        form, forced = body.response_format, getattr(body, "forced", [])
+        if not forced and (form is None or form.type == "text"):
+            return None
+        param = "tools" if forced else "response_format"
+        for name in ("ignore_eos", "min_tokens"):
+            if getattr(body, name):
+                raise Refused(f"{name}: not with {param}, by which a text ends", param=name)
+        if forced:
+            return schema_of(forced), param
+        if form.type == "json_object":
+            return None, param
+        if form.json_schema is None:
+            param = "response_format.json_schema"
+            raise Refused(f"{param}: Field required", param=param)
+        return form.json_schema.schema_, param
+
+    async def constrain(self, requests, schema, param):
+        """Give each request a grammar's state of its own."""
+        if self.schemas >= MOST_SCHEMAS:
+            raise Refused("too many schemas are waiting: try again later", 429)
+
+        def compile_it():
+            for request in requests:
+                request.grammar = self.grammars(schema, param)
+
+        self.schemas += 1
+        try:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self.compiling, compile_it)
+        finally:
+            self.schemas -= 1
+
+    def check_model(self, name):
+        if name is not None and name not in self.names:
+            raise Refused(f"there is no model {name}; there is {self.names[0]}", 404, "model",
+                          "model_not_found")  # fmt: skip
+
+    async def complete(self, http, kind, answer):
+        raw = await self.body(http)
+        try:
+            loop = asyncio.get_running_loop()
+            body, requests, wanted = await loop.run_in_executor(self.pool, self.prepare, kind, raw)
+        finally:
+            self.held -= len(raw)
+        del raw
+        self.service.check_room(len(requests))
+        if wanted is not None:
+            await self.constrain(requests, *wanted)
+        if self.is_ending:
+            raise Refused("the server is ending", 503)
+        name = body.model or self.names[0]
+        answer = answer(self.service, self.tokenizer, name, body, requests)
+        if body.stream:
+            return StreamingResponse(answer.events(), media_type="text/event-stream",
+                                     headers={"Cache-Control": "no-cache"})  # fmt: skip
+        return await unless_gone(http, answer.whole())
+
+    async def completions(self, http):
+        return await self.complete(http, CompletionBody, Completion)
+
+    async def chats(self, http):
+        return await self.complete(http, ChatBody, Chat)
+
+    def model(self, name):
+        return {"id": name, "object": "model", "created": self.created, "owned_by": OWNER,
+                "max_model_len": self.room}  # fmt: skip
+
+    async def models(self, http):
+        return JSONResponse({"object": "list", "data": [self.model(name) for name in self.names]})
+
+    async def one_model(self, http):
+        name = http.path_params["name"]
+        self.check_model(name)
+        return JSONResponse(self.model(name))
+
+    async def health(self, http):
+        """200 while the engine serves, and 503 from its end to that of the process."""
+        if self.service.is_serving:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "the engine has ended"}, 503)
+
+    async def metrics_text(self, http):
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def page(self, http):
+        return FileResponse(PAGE)
+
+    def guarded(self, handler):
+        """A handler that asks for the key, where there is one."""
+
+        async def checked(http):
+            if self.limits.api_key is not None:
+                kind, _, key = http.headers.get("authorization", "").partition(" ")
+                same = hmac.compare_digest(key.encode(), self.limits.api_key.encode())
+                if kind.lower() != "bearer" or not same:
+                    raise Refused("the API key is missing, or another", 401, code="invalid_api_key")
+            return await handler(http)
+
+        return checked
+
+
+async def unless_gone(http, work):
+    """The answer as JSON; a client that goes away ends the work."""
+
+    async def gone():
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    work, gone = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            return await nobody_reads()
+        return JSONResponse(work.result())
+    finally:
+        for task in (work, gone):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+async def refused(http, error):
+    headers = {"Retry-After": "1"} if error.status == 429 else None
+    return JSONResponse(error.body, error.status, headers)
+
+
+async def http_error(http, error):
+    words = {404: "there is no such path", 405: "the path has other methods"}
+    wrong = Refused(words.get(error.status_code, error.detail), error.status_code)
+    return JSONResponse(wrong.body, error.status_code, error.headers)
+
+
+async def nobody_reads(http=None, error=None):
+    """The answer to a client that has gone."""
+    return Response(status_code=499)
+
+
+async def own_error(http, error):
+    return JSONResponse(Refused("the server has failed", 500).body, 500)
+
+
+def application(engine, tokenizer, names, template=None, grammars=None, limits=None,
+                on_failure=None):  # fmt: skip
+    """The ASGI application; the engine is its own from then on.
+
+    Args:
+        names: of the model, the first of which is its own.
+        template: a `chat.Template`.
+        grammars: a `grammar.Grammars`.
+        on_failure: called on the engine's thread when it has ended with an error.
+    """
+    api = Api(engine, tokenizer, names, template, grammars, limits or Limits(), on_failure)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        yield
+        for pool in (api.pool, api.compiling):
+            pool.shutdown(wait=False, cancel_futures=True)
+        api.service.close()
+
+    guarded = api.guarded
+    routes = [
+        Route("/v1/completions", guarded(api.completions), methods=["POST"]),
+        Route("/v1/chat/completions", guarded(api.chats), methods=["POST"]),
+        Route("/v1/models", guarded(api.models)),
+        Route("/v1/models/{name:path}", guarded(api.one_model)),
+        Route("/health", api.health),
+        Route("/metrics", api.metrics_text),
+        Route("/", api.page),
+    ]
+    handlers = {Refused: refused, HTTPException: http_error, ClientDisconnect: nobody_reads,
+                Exception: own_error}  # fmt: skip
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+    app.state.service, app.state.hurry = api.service, api.hurry
+    return app

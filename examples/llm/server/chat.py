@@ -1,0 +1,115 @@
+"""Chats as prompts, by the checkpoint's template in jinja2's sandbox; tool calls out of texts."""
+
+import datetime
+import json
+import uuid
+from pathlib import Path
+
+import jinja2
+from engine.config import read_object
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from .schema import Refused
+
+OPEN, SHUT = "<tool_call>", "</tool_call>"
+
+
+class Template:
+    """`chat_template.jinja`, or `chat_template` of tokenizer_config.json."""
+
+    def __init__(self, path):
+        path = Path(path)
+        config = {}
+        if (path / "tokenizer_config.json").exists():
+            config = read_object(path / "tokenizer_config.json")
+        source = config.get("chat_template")
+        if (path / "chat_template.jinja").exists():
+            source = (path / "chat_template.jinja").read_text()
+        self.template = None
+        try:
+            if isinstance(source, list):  # several by name
+                source = {one["name"]: one["template"] for one in source}
+                source = source.get("default") or next(iter(source.values()))
+            if source:
+                self.template = _environment().from_string(str(source))
+        except (jinja2.TemplateError, LookupError, TypeError, RecursionError, StopIteration) as bad:
+            raise ValueError(f"{path}: the chat template: {bad}") from None
+        self.words = {
+            name: value.get("content") if isinstance(value, dict) else value
+            for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+            if (value := config.get(name)) is not None
+        }
+
+    def __call__(self, messages, tools, more):
+        """The prompt; `more` are variables of the template."""
+        if self.template is None:
+            raise Refused("the checkpoint has no chat template", param="messages")
+        given = {"messages": messages, "tools": tools, "documents": None}
+        try:
+            text = self.template.render(self.words | more | given | {"add_generation_prompt": True})
+            text.encode()  # half a character of a call's arguments cannot be
+            return text
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError,
+                RecursionError, TypeError, ValueError) as bad:  # fmt: skip
+            # Only the template's own words, by `raise_exception`, are meant for clients.
+            words = bad.message if type(bad) is jinja2.TemplateError else "it cannot be rendered"
+            raise Refused(f"the checkpoint's chat template: {words}", param="messages") from None
+
+
+def _environment():
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+
+    def refuse(message):
+        raise jinja2.TemplateError(str(message))
+
+    def tojson(value, indent=None, ensure_ascii=False, separators=None, sort_keys=False):
+        return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, separators=separators,
+                          sort_keys=sort_keys)  # fmt: skip
+
+    environment.filters["tojson"] = tojson
+    environment.globals |= {
+        "raise_exception": refuse,
+        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+    }
+    return environment
+
+
+def calls_of(text, is_forced):
+    """The text before tool calls, and these; no calls where what is there is none.
+
+    A call is a JSON object with a name and arguments: the whole text where one is forced, and
+    else between <tool_call> and </tool_call>, as Qwen3's and Hermes' templates have it.
+    """
+    if is_forced:
+        before, parts = "", [text]
+    else:
+        before, *parts = text.split(OPEN)
+        parts = [part.partition(SHUT)[0] for part in parts]
+    try:
+        calls = [_call(json.loads(part)) for part in parts]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return text, []
+    return before, calls
+
+
+def _call(said):
+    name, arguments = str(said["name"]), said["arguments" if "arguments" in said else "parameters"]
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    # Half a character stays the escape that the model wrote.
+    name, arguments = (x.encode(errors="backslashreplace").decode() for x in (name, arguments))
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function",
+            "function": {"name": name, "arguments": arguments}}  # fmt: skip
+
+
+def schema_of(tools):
+    """The JSON schema of a call of one of the tools."""
+    each = [
+        {"type": "object", "required": ["name", "arguments"], "additionalProperties": False,
+         "properties": {"name": {"const": tool.function.name},
+                        "arguments": tool.function.parameters or {"type": "object"}}}
+        for tool in tools
+    ]  # fmt: skip
+    return each[0] if len(each) == 1 else {"anyOf": each}

@@ -1,0 +1,288 @@
+"""The bodies of requests as pydantic models, and errors in the interface's own shape.
+
+A field that is wrong, or that there is none of, is named; null stands for a field that is not
+given, as in OpenAI's interface.
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+from engine import Sampling
+from engine.sampling import LIMITS, MOST_BIASES, TOP
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import from_json
+
+MOST_CHOICES = 64  # completions of one request: prompts times n
+MOST_STOPS = 16
+MOST_STOP = 256  # characters of one: with each token its beginnings are compared with the text
+MOST_VALUES = 1 << 15  # fields, and elements of lists, of a body
+MOST_SCHEMA = 64 << 10  # bytes of a JSON schema, with those of tools
+INT64 = 2**63
+
+
+class Refused(Exception):
+    """What a client is told instead of an answer."""
+
+    def __init__(self, message, status=400, param=None, code=None):
+        super().__init__(message)
+        self.message, self.status, self.param, self.code = message, status, param, code
+
+    @property
+    def body(self):
+        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": self.message, "type": kinds.get(self.status, kind),
+                          "param": self.param, "code": self.code}}  # fmt: skip
+
+
+Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP)]
+
+
+def limited(name, kind):
+    low, high = LIMITS[name]
+    return Annotated[kind, Field(ge=low, le=high)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # of OpenAI's; there is none here
+
+
+class JsonSchema(Strict):
+    name: Annotated[str, Field(max_length=64)]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class Common(Strict):
+    """What both kinds of completion take."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    temperature: limited("temperature", float) | None = None
+    top_p: limited("top_p", float) | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: limited("min_p", float) | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    min_tokens: limited("min_tokens", int) | None = None
+    ignore_eos: bool | None = None
+    presence_penalty: limited("presence_penalty", float) | None = None
+    frequency_penalty: limited("frequency_penalty", float) | None = None
+    repetition_penalty: limited("repetition_penalty", float) | None = None
+    logit_bias: Annotated[
+        dict[
+            Annotated[str, Field(pattern=r"^\d{1,9}$")],
+            Annotated[float, Field(ge=-100, le=100)],
+        ],
+        Field(max_length=MOST_BIASES),
+    ] | None = None  # fmt: skip
+    response_format: ResponseFormat | None = None
+
+    @property
+    def stops(self):
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    def sampling(self, max_tokens, choice, **more):
+        """Of one of the choices: each has a seed of its own, the first that of the body."""
+        names = ("temperature", "top_p", "min_p", "min_tokens", "ignore_eos", "presence_penalty",
+                 "frequency_penalty", "repetition_penalty")  # fmt: skip
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        seed = None if self.seed is None else self.seed + (choice << 64)
+        bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
+        return Sampling(seed=seed, max_tokens=max_tokens, logit_bias=bias,
+                        top_k=max(self.top_k or 0, 0), **given, **more)  # fmt: skip
+
+
+class CompletionBody(Common):
+    prompt: Any = ""
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=TOP)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    suffix: None = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _one_kind(cls, prompt):
+        """Of millions of tokens, with one error."""
+        first = prompt[0] if isinstance(prompt, list) and prompt else prompt
+        kind = list if isinstance(first, list) else str if isinstance(first, str) else int
+        if isinstance(prompt, str):
+            return prompt
+        if isinstance(prompt, list) and prompt and all(type(part) is kind for part in prompt):
+            parts = prompt if kind is list else [prompt]
+            if kind is str or all(
+                part and all(type(t) is int and 0 <= t < 2**31 for t in part) for part in parts
+            ):
+                return prompt
+        raise ValueError("a string, a list of strings, a list of tokens, or a list of such lists")
+
+    @field_validator("best_of")
+    @classmethod
+    def _is_n(cls, best_of, info: ValidationInfo):
+        if best_of is not None and best_of != (info.data.get("n") or 1):
+            raise ValueError("here it is as n, or not given")
+        return best_of
+
+    @property
+    def prompts(self):
+        is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if is_one else self.prompt
+
+
+class Part(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class Function(Strict):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class CalledFunction(Strict):
+    name: str
+    arguments: str
+
+
+class Call(Strict):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+    index: int | None = None
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
+    name: str | None = None
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+
+    def for_template(self):
+        """As templates of checkpoints read it: text, and arguments as objects."""
+        message = self.model_dump(exclude_none=True)
+        if isinstance(self.content, list):
+            message["content"] = "".join(part.text for part in self.content)
+        message.setdefault("content", "")
+        for call in message.get("tool_calls", ()):
+            try:
+                arguments = json.loads(call["function"]["arguments"])
+            except (ValueError, RecursionError):
+                continue  # a text then
+            call["function"]["arguments"] = arguments
+        return message
+
+
+class ChosenFunction(Strict):
+    name: str
+
+
+class Choice(Strict):
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+class ChatBody(Common):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=TOP)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | Choice | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+
+    @property
+    def forced(self):
+        """The tools one of which must be called; none where text may be written."""
+        if isinstance(self.tool_choice, Choice):
+            return [
+                t for t in self.tools or () if t.function.name == self.tool_choice.function.name
+            ]
+        return self.tools or [] if self.tool_choice == "required" else []
+
+
+# Steps of an error's place that are kinds of a union, and no field.
+_KINDS = {"str", "Choice", "[key]"}
+
+
+def _values(raw):
+    """What JSON says; Refused where its values are so many that all their errors take minutes."""
+    try:
+        given = from_json(raw, allow_inf_nan=False)
+    except ValueError as wrong:
+        raise Refused(f"Invalid JSON: {wrong}") from None
+    # Tokens of a prompt are many, and have a check of their own.
+    counted = {**given, "prompt": None} if isinstance(given, dict) else given
+    left, count = [counted], 0
+    while left:
+        value = left.pop()
+        if isinstance(value, dict | list):
+            count += len(value)
+            if count > MOST_VALUES:
+                raise Refused(f"a body has {MOST_VALUES} values at most, tokens of a prompt aside")
+            left += value.values() if isinstance(value, dict) else value
+    return given
+
+
+def parsed(kind, raw):
+    """The body of a request; Refused with the field that is wrong."""
+    given = _values(raw)
+    try:
+        return kind.model_validate(given)
+    except ValidationError as wrong:
+        errors = wrong.errors(include_url=False, include_input=False)
+        # Of a union each kind has an error: those count that came furthest into the field.
+        same = [e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]]
+        furthest = max(len(_steps(e["loc"])) for e in same)
+        same = [e for e in same if len(_steps(e["loc"])) == furthest]
+        param = _place(same[0]["loc"])
+        words = ", or ".join(dict.fromkeys(_words(e) for e in same))
+        raise Refused(f"{param}: {words}" if param else words, param=param) from None
+
+
+def _words(error):
+    if error["type"] == "extra_forbidden":
+        return "there is no such field"
+    if error["type"] in ("model_type", "dict_type"):
+        return "Input should be an object"
+    return error["msg"].removeprefix("Value error, ")
+
+
+def _steps(loc):
+    """The fields and places among an error's steps."""
+    kinds = ("list[", "constrained-", "literal[", "nullable[", "function-")
+    return [x for x in loc if isinstance(x, int) or not (x in _KINDS or x.startswith(kinds))]
+
+
+def _place(loc):
+    """`messages[0].content` of the steps that lead there."""
+    text = ""
+    for step in _steps(loc):
+        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
+    return text or None

@@ -1,0 +1,150 @@
+"""The engine on a thread of its own: requests go in, news of them comes out on the event loop."""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import deque
+
+from .schema import Refused
+
+
+class Listener:
+    """One request of the engine; news of it come through `queue` as (listener, news)."""
+
+    def __init__(self, request, index, queue):
+        self.request, self.index, self.queue, self.told = request, index, queue, 0
+        self.loop = asyncio.get_running_loop()
+        self.asked, self.last = time.monotonic(), None
+
+    def take(self):
+        """The tokens since the last time, and why there are no more (on the engine's thread)."""
+        request = self.request
+        tokens = request.tokens[self.told :]
+        logprobs = request.logprobs[self.told :] if request.logprobs else []
+        self.told += len(tokens)
+        return tokens, logprobs, request.finished
+
+
+class Service:
+    """`submit` and `cancel` may be called from any thread, `is_closed` and `failure` be read."""
+
+    def __init__(self, engine, metrics, max_queue, on_failure=None):
+        self.engine, self.metrics, self.max_queue = engine, metrics, max_queue
+        self.orders, self.wake = deque(), threading.Event()
+        self.listeners, self.is_closed, self.failure = {}, False, None
+        self.on_failure = on_failure
+        self.thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self.thread.start()
+
+    @property
+    def is_serving(self):
+        return not self.is_closed and self.thread.is_alive()
+
+    def check_room(self, count):
+        """Refused where that many requests more would wait for too many others."""
+        if not self.is_serving:
+            raise Refused("the engine has ended", 503, code="engine_ended")
+        engine, waiting = self.engine, len(self.engine.waiting) + len(self.orders)
+        free = max(len(engine.slots) - waiting, 0)
+        if waiting + max(count - free, 0) > self.max_queue:
+            self.metrics.rejected.inc()
+            raise Refused(f"{self.max_queue} requests are waiting: try again later", 429,
+                          code="queue_full")  # fmt: skip
+
+    def submit(self, listener):
+        if not self.is_serving:
+            raise Refused("the engine has ended", 503, code="engine_ended")
+
+        def order():
+            self.listeners[listener.request] = listener
+            self.engine.waiting.append(listener.request)
+
+        self._order(order)
+
+    def cancel(self, listener, why="cancelled"):
+        """End a request whose text nobody reads, or whose text has ended before its tokens."""
+
+        def order():
+            if self.listeners.pop(listener.request, None):
+                self.metrics.ended(listener, why)
+            self.engine.cancel(listener.request)
+
+        if listener.request.finished is None:
+            self._order(order)
+
+    def cancel_all(self):
+        """End all requests, and tell of it."""
+
+        def order():
+            ended = [*self.listeners]
+            for request in ended:
+                self.engine.cancel(request)
+            self._tell(ended)
+
+        self._order(order)
+
+    def _order(self, order):
+        self.orders.append(order)
+        self.wake.set()
+
+    def _serve(self):
+        try:
+            while not self.is_closed:
+                while self.orders:
+                    self.orders.popleft()()
+                start = time.monotonic()
+                changed = self.engine.step()
+                self._tell(changed or ())
+                if changed is None:
+                    self.metrics.idle(self.engine)
+                    self.wake.wait()
+                    self.wake.clear()
+                else:
+                    self.metrics.step(self.engine, time.monotonic() - start)
+        except BaseException as failure:
+            # An error of the device, for which there is no help.
+            self.failure = failure
+            raise
+        finally:
+            self.is_closed = True
+            while self.orders:  # those that were not yet taken
+                with contextlib.suppress(Exception):
+                    self.orders.popleft()()
+            for request in self.listeners:
+                request.finished = request.finished or "error"
+            self._tell([*self.listeners])
+            if self.failure is not None and self.on_failure:
+                self.on_failure()
+
+    def _tell(self, requests):
+        """All news of a step by one call of each loop."""
+        by_loop, now = {}, time.monotonic()
+        for request in requests:
+            listener = self.listeners.get(request)
+            if listener is None:
+                continue
+            news = listener.take()
+            self.metrics.news(listener, news, now)
+            by_loop.setdefault(listener.loop, []).append((listener, news))
+            if request.finished:
+                del self.listeners[request]
+        for loop, told in by_loop.items():
+            with contextlib.suppress(RuntimeError):  # the loop has ended: so has the server
+                loop.call_soon_threadsafe(_deliver, told)
+
+    def close(self, seconds=30):
+        """End the engine's thread; False where it does not end in time."""
+        self.is_closed = True
+        self.wake.set()
+        self.thread.join(seconds)
+        if self.thread.is_alive():
+            return False
+        if self.failure is None:
+            self.engine.close()
+        return True
+
+
+def _deliver(told):
+    for listener, news in told:
+        listener.queue.put_nowait((listener, news))

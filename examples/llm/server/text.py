@@ -1,0 +1,139 @@
+"""The text of a request as its tokens come: characters that are whole, up to a stop string."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from tokenizers.decoders import DecodeStream
+
+
+class Logprob(NamedTuple):
+    """A token's log probability, and those of the most probable ones."""
+
+    token: int
+    value: float | None
+    tokens: list
+    values: list
+    offset: int  # in the text
+
+
+@dataclass
+class Piece:
+    """What is told at once."""
+
+    text: str
+    logprobs: list = field(default_factory=list)
+    finished: str | None = None
+
+
+MOST_SILENT = 64  # tokens without a whole character among them after which none is waited for
+
+
+def begun(text, stop):
+    """How many characters at the end of `text` may be the beginning of `stop`."""
+    at = max(len(text) - len(stop) + 1, 0)
+    while (at := text.find(stop[0], at)) >= 0:
+        if stop.startswith(text[at:]):
+            return len(text) - at
+        at += 1
+    return 0
+
+
+class Text:
+    """Of one request.
+
+    Args:
+        stops: strings before the first of which the text ends.
+        held: a string from which on nothing is told; all of it is in `text` in the end.
+        tops: how many of the most probable tokens are told beside each; None for no logprobs.
+        offset: where the text begins, of what was told before it.
+    """
+
+    def __init__(self, tokenizer, stops=(), held=None, tops=None, offset=0):
+        self.tokenizer, self.stops, self.held, self.tops = tokenizer, stops, held, tops
+        self.stream = DecodeStream(skip_special_tokens=True)
+        self.text, self.told, self.offset, self.tokens, self.waiting = "", 0, offset, [], []
+        self.silent = []  # tokens since the last that `stream` gave text of
+        self.longest = max(map(len, (*stops, held or "")), default=0)
+        self.held_from = None
+        self.finished = None
+
+    def add(self, tokens, logprobs, finished):
+        """The next piece, of tokens that have come, and of why no more will."""
+        seen = len(self.text)
+        logprobs = logprobs or [None] * len(tokens)
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            if self.tops is not None:
+                value, ids, values = logprob
+                self.waiting.append(
+                    Logprob(token, value, ids, values, self.offset + len(self.text))
+                )
+            self.text += self._step(token)
+        self.tokens += tokens
+        if finished:
+            self.text += self._rest()
+        begin = max(seen - self.longest, 0)
+        ends = [at for stop in self.stops if (at := self.text.find(stop, begin)) >= 0]
+        if ends:
+            self.text, finished = self.text[: min(ends)], "stop"
+        self.finished = finished
+        end = self._end(begin)
+        piece = Piece(self.text[self.told : end], [], finished)
+        self.told = max(end, self.told)
+        if self.tops is not None:  # of a token whose text has begun
+            ready = [x for x in self.waiting if x.offset - self.offset < self.told]
+            if finished and not ends:
+                ready = self.waiting
+            self.waiting = self.waiting[len(ready) :]
+            piece.logprobs = ready
+        return piece
+
+    def _step(self, token):
+        """The text that has become whole with a token."""
+        text = self.stream.step(self.tokenizer, token)
+        self.silent = [] if text else [*self.silent, token]
+        if len(self.silent) < MOST_SILENT:
+            return text or ""
+        # Each step decodes all of them again.
+        text, self.silent = self.tokenizer.decode(self.silent), []
+        self.stream = DecodeStream(skip_special_tokens=True)
+        return text
+
+    def _end(self, begin):
+        """How much may be told: not what may be the beginning of a stop string."""
+        text = self.text
+        if self.held is not None and self.held_from is None:
+            at = text.find(self.held, begin)
+            self.held_from = at if at >= 0 else None
+        if self.held_from is not None:
+            return max(self.held_from, self.told)
+        if self.finished:
+            return len(text)
+        strings = self.stops if self.held is None else (*self.stops, self.held)
+        return len(text) - max((begun(text, stop) for stop in strings), default=0)
+
+    def _rest(self):
+        """What was held back at the end: bytes that are no whole character."""
+        whole = self.tokenizer.decode(self.tokens)
+        return whole[len(self.text) :] if whole.startswith(self.text) else ""
+
+
+def byte_of_letter():
+    """The bytes that the letters of byte-level tokenizers stand for."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {
+        chr(256 + n): byte for n, byte in enumerate(others)
+    }
+
+
+BYTES = byte_of_letter()
+
+
+def token_bytes(tokenizer, token):
+    """What a token adds to a text; a token may be a part of a character."""
+    name = tokenizer.id_to_token(token)
+    if name is None:  # rows of the embedding that the tokenizer does not use
+        return b""
+    if all(letter in BYTES for letter in name):
+        return bytes(BYTES[letter] for letter in name)
+    return tokenizer.decode([token], skip_special_tokens=False).encode()
