@@ -1,6 +1,8 @@
 """Tokens a second of examples/llm, beside the same loop in torch and flashinfer-python.
 
     python3 benchmarks/llm.py [--model llama-3-8b] [--batch 1,64] [--repeats 3] [--output .out]
+    python3 benchmarks/llm.py --tp 4      # the model split over four GPUs, beside torch and NCCL
+    python3 benchmarks/llm.py --batch 1 --fuse heads    # with what engine/model.py's FUSED has
     python3 benchmarks/llm.py --host      # what a step costs the host; needs no GPU
 
 Needs a GPU, nvmath-python and what examples/llm needs; for the peer (llm_torch.py) torch,
@@ -34,7 +36,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples/llm"))
 
-from engine import Sampling, load_model
+from engine import Sampling, load_model, model
 from marks import Missing, Wrong, llm_host
 from marks.about import about
 from marks.llm_check import compare
@@ -50,9 +52,9 @@ _CUDA_CORES = "the peer decodes on them; without, from 4 query heads a key head 
 MODULES = ("norm", "page", "rope", "silu_and_mul", "sampling")
 
 
-def least_ratio(batch: int) -> float:
+def least_ratio(batch: int, tp: int) -> float:
     """What is asked of our tokens a second, in parts of the eager peer's."""
-    return 1.3 if batch == 1 else 1.0
+    return 1.3 if batch == 1 or tp > 1 else 1.0
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Row:
 
     batch: int
     filters: dict[str, float]
+    tp: int = 1
     timings: dict[str, list[Timing]] = field(default_factory=dict)
     idles: dict[str, Idle] = field(default_factory=dict)
 
@@ -82,17 +85,19 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.rng = arguments, np.random.default_rng()
         self.raw = MODELS[arguments.model]
+        model.FUSED.update(arguments.fuse)
         self.most, self.length = max(arguments.batch), arguments.prompt + arguments.tokens
         self.is_gpu = arguments.device != "cpu"
         # Before fi_ffi loads anything: there is to be one libtvm_ffi.
         self.peers = Peers() if self.is_gpu else None
         self.prompts = RandomPrompts(self.raw["vocab_size"], arguments.prompt, self.rng)
         pages = 1 + self.most * -(-self.length // PAGE)
-        weights = RandomWeights(self.raw, self.rng)
+        self.weights = RandomWeights(self.raw, self.rng)
         max_tokens = MAX_TOKENS if self.is_gpu else 64
         self.engine = load_model(
-            config_of(self.raw), weights, arguments.device, pages, PAGE, self.most, max_tokens, True
-        )
+            config_of(self.raw), self.weights, arguments.device, pages, PAGE, self.most, max_tokens,
+            True, tp=arguments.tp,
+        )  # fmt: skip
         self.sides: list[Side] = [Ours(self.engine)]
         self.about: dict[str, Any] = {}
 
@@ -103,14 +108,28 @@ class Bench:
         """The peers, on the very kernels that our engine has just used."""
         assert self.peers is not None
         timed(self.sides[0], self.prompts(min(16, self.most)), self.sampling(4))
-        steps = self.engine.steps
-        used = {plan.module for plan in (steps.mixed, *steps.decodes.values())}
+        used = {plan.module for plan in self.engine.runner.plans.values()}
         # And prefill of fa2, which is FlashInfer's decode on tensor cores.
         self.peers.flashinfer(*MODULES, *used, *(name.removesuffix("_sm90") for name in used))
-        from marks.llm_peer import peers
+        from marks.llm_peer import is_wide, peers
+        from marks.llm_ranks import peers as ranked_peers
 
-        sizes = tuple(self.arguments.batch)
-        self.sides += peers(self.engine, self.length, sizes, self.arguments.cuda_cores)
+        sizes, engine = tuple(self.arguments.batch), self.engine
+        if self.arguments.tp == 1:
+            self.sides += peers(engine, self.length, sizes, self.arguments.cuda_cores)
+            return
+        self.sides += ranked_peers(
+            config_of(self.raw), self.weights, self.arguments.tp, page_size=engine.page_size,
+            max_batch=self.most, max_length=self.length, max_tokens=engine.max_tokens,
+            use_tensor_cores=is_wide(engine.config) and not self.arguments.cuda_cores,
+            graph_sizes=sizes,
+        )  # fmt: skip
+
+    def weight_bytes(self) -> int:
+        """What a GPU reads of weights in a step of decoding: all but the embedding's other rows."""
+        model = self.engine.model
+        weights = [x for layer in model.layers for x in layer.values()] + [model.head, model.norm]
+        return sum(x.numel * x.dtype.itemsize for x in weights)
 
     def check(self) -> None:
         """Every side against ours."""
@@ -123,9 +142,10 @@ class Bench:
             print(f"{other.name}: {same}", flush=True)
 
     def rows(self) -> list[Row]:
-        rows = [Row(batch, {}) for batch in self.arguments.batch]
+        tp = self.arguments.tp
+        rows = [Row(batch, {}, tp) for batch in self.arguments.batch]
         if FILTERED in self.arguments.batch:
-            rows.append(Row(FILTERED, {"top_p": 0.9, "top_k": 50}))
+            rows.append(Row(FILTERED, {"top_p": 0.9, "top_k": 50}, tp))
         return rows
 
     def measure(self, row: Row) -> None:
@@ -153,7 +173,7 @@ def speeds(rows: list[Row], sides: list[str]) -> str:
     """Markdown: tokens a second, and ours in parts of each peer's."""
     names = [f"{side} {what}" for side in sides for what in ("decode", "prefill")]
     ratios = [f"ours / {side}" for side in sides[1:]]
-    heads = ["batch", *names, *ratios, "mark"]
+    heads = ["batch", *names, *ratios, "ms a step", "mark"]
     lines = [heads, ["---"] * len(heads)]
     for row in rows:
         cells = [
@@ -161,6 +181,7 @@ def speeds(rows: list[Row], sides: list[str]) -> str:
             for side in sides for figure in ("decode_rate", "prefill_rate")
         ]  # fmt: skip
         cells += [f"{row.ratio(side):.2f}" for side in sides[1:]]
+        cells.append(f"{row.median('fi_ffi', 'step_ms'):.3f}")
         lines.append([row.name, *cells, mark(row)])
     return as_table(lines)
 
@@ -168,7 +189,7 @@ def speeds(rows: list[Row], sides: list[str]) -> str:
 def mark(row: Row) -> str:
     if "torch eager" not in row.timings:
         return "no peer"
-    least = least_ratio(row.batch)
+    least = least_ratio(row.batch, row.tp)
     met = row.ratio("torch eager") >= least
     return f"≥ {least:.1f}: {'met' if met else 'NOT met'}"
 
@@ -193,10 +214,19 @@ def as_table(lines: list[list[str]]) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    bench, status = Bench(arguments), 0
+    bench = Bench(arguments)
+    try:
+        return measured(bench, arguments)
+    finally:
+        bench.engine.close()
+
+
+def measured(bench: Bench, arguments: argparse.Namespace) -> int:
+    status = 0
     told = about() | {"model": arguments.model, "prompt": arguments.prompt}
-    told |= {"tokens": arguments.tokens, "max_tokens": bench.engine.model.max_tokens}
-    told |= {"peer on CUDA cores": arguments.cuda_cores}
+    told |= {"tokens": arguments.tokens, "max_tokens": bench.engine.max_tokens}
+    told |= {"GPUs": arguments.tp, "bytes of weights a step and GPU": bench.weight_bytes()}
+    told |= {"peer on CUDA cores": arguments.cuda_cores, "fused": arguments.fuse}
     print(json.dumps(told, indent=2), flush=True)
     if bench.is_gpu and arguments.peer:
         try:
@@ -213,6 +243,9 @@ def run(arguments: argparse.Namespace) -> int:
         bench.measure(row)
         print(speeds([row], names), flush=True)
     print(f"\nTokens a second, {told['model']}, {told['gpu']}\n\n{speeds(rows, names)}", flush=True)
+    for row in rows:
+        rate = bench.weight_bytes() / row.median("fi_ffi", "step_ms") / 1e6
+        print(f"batch {row.name}: each GPU reads its weights at {rate:,.0f} GB/s", flush=True)
     write(arguments, told | bench.about, rows)
     if bench.is_gpu and arguments.idle and bench.peers.has("torch"):
         profiled(bench.peers.need("torch"), lambda: None)  # which takes seconds the first time
@@ -226,7 +259,8 @@ def run(arguments: argparse.Namespace) -> int:
 def write(arguments: argparse.Namespace, told: dict[str, Any], rows: list[Row]) -> None:
     """Everything that was measured so far."""
     arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / f"llm-{arguments.model}.json"
+    over = f"-tp{arguments.tp}" if arguments.tp > 1 else ""
+    path = arguments.output / f"llm-{arguments.model}{over}.json"
     path.write_text(json.dumps({"about": told, "rows": [asdict(row) for row in rows]}, indent=1))
 
 
@@ -250,6 +284,7 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=MODELS, default="qwen3-0.6b")
+    parser.add_argument("--tp", type=int, default=1, help="GPUs that the model is split over")
     parser.add_argument("--batch", type=batches, default=list(BATCHES), metavar="N,N")
     parser.add_argument("--repeats", type=int, help="5, 3 from batch 64 on")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
@@ -257,6 +292,9 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda:0", "cpu"), default="cuda:0")
     parser.add_argument("--host", action="store_true", help="only what a step costs the host")
     parser.add_argument("--cuda-cores", action="store_true", help=_CUDA_CORES)
+    parser.add_argument(
+        "--fuse", type=lambda text: text.split(","), default=[], metavar="WORD,WORD"
+    )
     parser.add_argument("--no-peer", dest="peer", action="store_false")
     parser.add_argument("--no-idle", dest="idle", action="store_false")
     parser.add_argument("--output", type=Path, default=os.environ.get("OUT", ".out"))

@@ -52,8 +52,10 @@ class Loop:
     def __init__(
         self, config: Any, weights: Weights, page_size: int, max_batch: int, max_length: int,
         max_tokens: int, use_tensor_cores: bool = False, graph_sizes: tuple[int, ...] = (),
+        ranks: int = 1,
     ) -> None:  # fmt: skip
         self.config, self.weights, self.max_tokens = config, weights, max_tokens
+        self.ranks = ranks  # each with a part of the weights: llm_ranks.py
         self.device, self.dtype = weights.embed.device, weights.embed.dtype
         self.page_size, each = page_size, -(-max_length // page_size)
         self.table = np.arange(max_batch * each, dtype=np.int32).reshape(max_batch, each)
@@ -199,12 +201,26 @@ class Loop:
         x = flashinfer.rmsnorm(residual, weights.layers[0]["input_norm"], eps)
         following = [layer["input_norm"] for layer in weights.layers[1:]] + [weights.norm]
         for layer, cache, next_norm in zip(weights.layers, self.caches, following, strict=True):
-            x = self.attend(layer, x, given, cache, attention)
+            x = self.added(self.attend(layer, x, given, cache, attention))
             flashinfer.fused_add_rmsnorm(x, residual, layer["post_norm"], eps)
             x = flashinfer.silu_and_mul(F.linear(x, layer["gate_up"]))
-            x = F.linear(x, layer["down"])
+            x = self.added(F.linear(x, layer["down"]))
             flashinfer.fused_add_rmsnorm(x, residual, next_norm, eps)
-        return F.linear(x if is_decode else x[given["last"]], weights.head)
+        return self.gathered(F.linear(x if is_decode else x[given["last"]], weights.head))
+
+    def added(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' x."""
+        if self.ranks > 1:
+            torch.distributed.all_reduce(x)
+        return x
+
+    def gathered(self, logits: torch.Tensor) -> torch.Tensor:
+        """Those of the whole vocabulary."""
+        if self.ranks == 1:
+            return logits
+        parts = logits.new_empty((self.ranks, *logits.shape))
+        torch.distributed.all_gather_into_tensor(parts, logits)
+        return parts.transpose(0, 1).reshape(len(logits), -1)[:, : self.config.vocab]
 
     def attend(
         self, layer: Mapping[str, torch.Tensor], x: torch.Tensor, given: dict[str, Any],

@@ -82,7 +82,7 @@ test_file() {
   name=$(basename "$1" .py)
   began=$(date +%s)
   case $name in
-    test_devices | test_second_device | test_device_errors | test_coexistence | test_watchdog) ;;
+    test_devices | test_device_errors | test_coexistence | test_watchdog) ;;
     *) export CUDA_VISIBLE_DEVICES=$(($(cksum <<<"$name" | cut -d' ' -f1) % gpus)) ;;
   esac
   timeout --kill-after=5 "$(left $((deadline - 10)))" \

@@ -20,8 +20,13 @@ from collections.abc import Iterable, Iterator
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.loader.uris import parse, uri
+from fi_ffi.ops.attention.rows import MLA_FP8
+from fi_ffi.ops.releases import is_in
 
 _HEAD_DIMS = (64, 128, 256)
+# The releases whose sources compile for these parameters, where it is not every one that names
+# such a module.
+_OF = "releases"
 _OPTIONS = (
     {"use_sliding_window": True},
     {"use_logits_soft_cap": True},
@@ -61,6 +66,9 @@ def _options() -> Iterator[tuple[str, dict[str, object]]]:
         yield family, fp8 | {"head_dim_qk": 64}
         for dtype in ("f16", "bf16"):
             yield family, {"dtype_q": dtype, "dtype_kv": "fp4", "head_dim_qk": 128}
+    for backend, releases in MLA_FP8.items():
+        cache = {"dtype_q": "bf16", "dtype_kv": "e4m3", "dtype_o": "bf16", "backend": backend}
+        yield "batch_mla", cache | {_OF: releases}
     # What it gets wrong: tests/gpu/test_attention_wrong.py.
     alibi = {"pos_encoding_mode": 2, "use_logits_soft_cap": True}
     yield "single_prefill", {"dtype_q": "f16", "head_dim_qk": 128} | alibi
@@ -109,7 +117,7 @@ _PLAIN = {
         "quantization", "topk", "gemm", "gemm_sm90", "fp8_blockscale_gemm_90", "concat_mla",
         "dsv3_router_gemm", "dsv3_fused_routing", "tinygemm2", "bgmv_moe", "mhc",
         "fp4_quantization_90", "fp4_kv_dequant", "api_log_stats", "trtllm_utils", "comm",
-        "vllm_comm", "spdlog", "mamba_seq_chunk_cumsum",
+        "vllm_comm", "trtllm_comm", "spdlog", "mamba_seq_chunk_cumsum",
     ),
 }  # fmt: skip
 _FAMILIES = {"core": _core, "options": _options, "rest": _rest}
@@ -127,6 +135,10 @@ def names(parts: Iterable[str], release: str) -> Iterator[str]:
             else:
                 _leave_out(f"{name}: FlashInfer {release} has no such module")
         for family, parameters in _FAMILIES.get(part, tuple)():
+            releases = str(parameters.pop(_OF, ">=0"))
+            if not is_in(release, releases):
+                _leave_out(f"{family}: {parameters} is of FlashInfer {releases}")
+                continue
             try:
                 yield uri(family, release=release, **parameters)
             except ArgumentError as error:

@@ -2,6 +2,8 @@
 # examples/llm beside the same loop in torch and flashinfer-python: benchmarks/llm.py.
 #
 #   [FI_FFI_KERNELS='WHEEL...'] [MODELS='qwen3-0.6b llama-3-8b'] tools/gpu_llm.sh [its arguments]
+#   MODELS=llama-3-8b TP='1 2 4' tools/gpu_llm.sh --batch 1,64   # over several GPUs
+#   MODELS=llama-3-70b TP=4 tools/gpu_llm.sh --batch 1,64 --no-peer
 #
 # Tables and JSON are left under $OUT.  The kernel wheels (those in .kernels/core/ and
 # .kernels/decoder/ where none are named; tar archives of what is in them do as well) are
@@ -24,7 +26,9 @@ nvidia-smi --query-gpu=name,driver_version,clocks.sm --format=csv,noheader
 status=0
 set -o pipefail
 for model in ${MODELS:-qwen3-0.6b llama-3-8b}; do
-  python3 benchmarks/llm.py --model "$model" --output "$out" "$@" 2>&1 |
-    tee "$out/llm-$model.txt" || status=1
+  for tp in ${TP:-1}; do
+    python3 benchmarks/llm.py --model "$model" --tp "$tp" --output "$out" "$@" 2>&1 |
+      tee "$out/llm-$model-tp$tp.txt" || status=1
+  done
 done
 exit $status

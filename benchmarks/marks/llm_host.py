@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from engine import Engine, Sampling, load_model
-from engine.device import Cpu, rows
+from engine.device import Cpu
 
 from fi_ffi.ops.attention import plan
 from marks.llm_models import MODELS, RandomWeights, config_of
@@ -37,8 +37,8 @@ class NoSampler:
         self.tokens = model.scratch("drawn", model.slots, 1, dtype="int32")
         model.device.zero(self.tokens)
 
-    def __call__(self, logits: Any, given: Any, samplings: Any) -> Any:
-        return rows(self.tokens, 0, logits.shape[0])
+    def __call__(self, logits: Any, given: Any, order: Any) -> Any:
+        return self.tokens.rows(0, logits.shape[0])
 
 
 def engine(batch: int, tokens: int) -> Engine:
@@ -47,12 +47,13 @@ def engine(batch: int, tokens: int) -> Engine:
     weights = RandomWeights(raw, np.random.default_rng())
     pages = 1 + batch * -(-tokens // PAGE)
     made = load_model(config_of(raw), weights, "cpu", pages, PAGE, batch, 8192, True)
-    model, steps = made.model, made.steps
-    model.device.is_gpu = steps.use_graphs = True  # plans are made as for graphs
+    model, runner = made.model, made.runner
+    model.device.is_gpu = runner.use_graphs = True  # plans are made as for graphs
     logits = model.scratch("logits", batch, made.config.vocab, dtype="float32", most=batch)
-    model.forward = lambda given: rows(logits, 0, given.last.shape[0])
-    steps.graphs = {size: (NoGraph(), rows(logits, 0, size)) for size in steps.sizes}
-    steps.sampler = NoSampler(model)
+    model.forward = lambda given: logits.rows(0, given.last.shape[0])
+    sizes = made.steps.sizes
+    runner.graphs = {size: (NoGraph(), logits.rows(0, size)) for size in sizes}
+    runner.sampler = NoSampler(model)
     return made
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from engine import Config
-from engine.checkpoint import shapes
+from engine.weights import shapes
 
 # As their config.json.
 MODELS: dict[str, dict[str, Any]] = {
@@ -25,6 +25,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
         "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
         "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5, "rope_theta": 5e5, "torch_dtype": "bfloat16",
+    },
+    "llama-3-70b": {
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192,
+        "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
         "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5, "rope_theta": 5e5, "torch_dtype": "bfloat16",
     },
@@ -54,8 +60,11 @@ class RandomWeights:
     BLOCK = 1_000_003
 
     def __init__(self, raw: dict[str, Any], rng: np.random.Generator) -> None:
-        self.shapes = dict(shapes(raw))
+        self.shapes = dict(shapes(config_of(raw)))
         self.block = rng.standard_normal(self.BLOCK, np.float32)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
 
     def __call__(self, name: str) -> np.ndarray:
         shape = self.shapes[name]

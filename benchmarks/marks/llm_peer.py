@@ -14,6 +14,11 @@ from llm_torch import Loop, Request, Weights
 TENSOR_CORES_FROM = 4
 
 
+def is_wide(config: Any) -> bool:
+    """Whether a server has FlashInfer decode these heads on tensor cores."""
+    return bool(config.heads // config.kv_heads >= TENSOR_CORES_FROM)
+
+
 class Peer:
     """A loop as one of the two kinds: they share weights, cache and memory."""
 
@@ -67,9 +72,9 @@ def peers(
     """Of an engine: the eager loop, and the one that replays graphs of these sizes of batch."""
     torch.cuda.set_stream(torch.cuda.Stream())  # not the one that all others wait for
     config, model = engine.config, engine.model
-    is_wide = config.heads // config.kv_heads >= TENSOR_CORES_FROM and not use_cuda_cores
+    use_tensor_cores = is_wide(config) and not use_cuda_cores
     loop = Loop(
         config, weights_of(model), engine.page_size, model.slots, max_length, model.max_tokens,
-        is_wide, sizes,
+        use_tensor_cores, sizes,
     )  # fmt: skip
     return [Peer(loop, "eager"), Peer(loop, "graph")]

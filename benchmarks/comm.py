@@ -1,0 +1,272 @@
+"""All-reduces of a group beside NCCL's, in graphs: a process for each GPU of this machine.
+
+    FI_FFI_KERNELS=WHEEL python3 benchmarks/comm.py [--ranks 2] [--output DIR]
+
+Two tables, of microseconds a call, the slowest rank's median of some replays: all-reduces of
+float16 from 512 B to 64 MiB by every algorithm there is, and all-reduce + residual + RMSNorm in one
+kernel beside NCCL's all-reduce and `fused_add_rmsnorm`.  NCCL is nccl4py's, or torch's where that
+is not installed.  Every cell's result is compared with the sum first.  Needs two GPUs or more, and
+kernels: vllm_comm, trtllm_comm, norm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import fi_ffi
+from fi_ffi import comm
+from fi_ffi.errors import ArgumentError, LoaderError
+from fi_ffi.ops import cuda
+
+KIB, MIB = 1 << 10, 1 << 20
+SIZES = (512, 2 * KIB, 8 * KIB, 32 * KIB, 64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB, MIB, 2 * MIB,
+         4 * MIB, 8 * MIB, 16 * MIB, 32 * MIB, 64 * MIB)  # fmt: skip
+ROWS = ((4096, 1), (4096, 4), (4096, 16), (4096, 64), (6144, 6), (6144, 138))
+WAYS = ("oneshot", "twoshot", "vllm", "buffer", "auto", "nccl")
+NORM = comm.AllReduceFusionPattern.kARResidualRMSNorm
+Call = Callable[[], None]
+
+
+class TorchNccl:
+    """torch's NCCL, on a group's stream."""
+
+    def __init__(self, rank: int, size: int, store: str, stream: int) -> None:
+        import torch
+        import torch.distributed as dist
+
+        torch.cuda.set_device(rank)
+        dist.init_process_group(
+            "nccl", init_method=f"file://{store}", rank=rank, world_size=size,
+            device_id=torch.device("cuda", rank),
+        )  # fmt: skip
+        self._torch, self._dist = torch, dist
+        self._stream = torch.cuda.ExternalStream(stream, device=rank)
+
+    def tensor(self, desc: fi_ffi.TensorDesc) -> Any:
+        return self._torch.from_dlpack(desc)
+
+    def all_reduce(self, tensor: Any) -> None:
+        with self._torch.cuda.stream(self._stream):
+            self._dist.all_reduce(tensor)
+
+
+class Rank:
+    """One rank: its group, its memory and its stream."""
+
+    def __init__(self, ranks: comm.Ranks, store: str, replays: int) -> None:
+        from cuda.bindings import runtime
+
+        from fi_ffi.cli.cuda import check
+
+        self.ranks, self.rank, self.replays = ranks, ranks.rank, replays
+        self.device = f"cuda:{self.rank}"
+        check(runtime.cudaSetDevice(self.rank))
+        self.stream = int(check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
+        self._kept: list[Any] = []
+        self.group = comm.Group(
+            ranks, device=self.device, max_bytes=SIZES[-1], fusion=comm.FusionSize(8192, 4096)
+        )
+        self._torch: TorchNccl | None = None
+        try:
+            self.group.all_gather(self.put(np.zeros(8)), self.put(np.zeros(8 * ranks.size)),
+                                  stream=self.stream)  # fmt: skip
+        except LoaderError:
+            self._torch = TorchNccl(self.rank, ranks.size, store, self.stream)
+
+    def put(self, array: np.ndarray) -> fi_ffi.TensorDesc:
+        from fi_ffi.cli.cuda import DeviceArray
+
+        self._kept.append(DeviceArray(array.astype(np.float16), device=self.rank))
+        return self._kept[-1].desc()
+
+    def free(self) -> None:
+        for array in self._kept:
+            array.free()
+        self._kept = []
+
+    def first(self, desc: fi_ffi.TensorDesc) -> tuple[float, float]:
+        """The first and the last element."""
+        from cuda.bindings import runtime
+
+        from fi_ffi.cli.cuda import check
+
+        self.group.synchronize(self.stream)
+        got = np.empty(2, np.float16)
+        kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        for i, at in enumerate((0, desc.span_bytes - 2)):
+            address = got[i:].ctypes.data
+            check(runtime.cudaMemcpyAsync(address, desc.ptr + at, 2, kind, self.stream))
+        check(runtime.cudaStreamSynchronize(self.stream))
+        return float(got[0]), float(got[1])
+
+    def nccl(self, x: fi_ffi.TensorDesc) -> Call:
+        """An all-reduce in place by NCCL."""
+        if self._torch is None:
+            return lambda: self.group.all_reduce(x, algorithm="nccl", stream=self.stream)
+        torch, tensor = self._torch, self._torch.tensor(x)
+        return lambda: torch.all_reduce(tensor)
+
+    def microseconds(self, call: Call, calls: int) -> float:
+        """The median time of a call in a graph of so many."""
+        call()  # what is loaded or allocated at the first is no part of a graph
+        self.group.synchronize(self.stream)
+        with fi_ffi.capture(self.stream, device=self.device) as graph:
+            for _ in range(calls):
+                call()
+        times = []
+        for number in range(self.replays + 3):
+            self.ranks.barrier()
+            with cuda.current(self.group.device):
+                start, end = cuda.Event(timing=True), cuda.Event(timing=True)
+            start.record(self.stream)
+            graph.launch(self.stream)
+            end.record(self.stream)
+            self.group.synchronize(self.stream)
+            if number >= 3:
+                times.append(end.milliseconds_since(start) * 1e3 / calls)
+        return statistics.median(times)
+
+    def all_reduce(self, way: str, nbytes: int) -> float | None:
+        """The time of one way for a size; None where it is not for that."""
+        count = nbytes // 2
+        ones = np.ones(count, np.float16)
+        x, out = self.put(ones), self.put(np.zeros(count))
+        if way == "nccl":
+            call, out = self.nccl(x), x
+        elif way == "buffer":
+            x = self.group.buffer((count,), "float16")
+            call = self.reduce(x, out, "vllm")
+            cuda.copy(x.ptr, self.put(ones).ptr, nbytes, self.group.device, self.stream)
+        else:
+            call = self.reduce(x, out, way)
+        try:
+            call()
+        except ArgumentError:  # alike on all ranks
+            self.free()
+            return None
+        size = float(self.ranks.size)
+        assert self.first(out) == (size, size), (way, nbytes, self.first(out))
+        if way == "nccl":  # in place: zeros stay zeros
+            call = self.nccl(self.put(np.zeros(count)))
+        found = self.microseconds(call, 100 if nbytes <= MIB else 20)
+        self.free()
+        return found
+
+    def reduce(self, x: Any, out: Any, algorithm: str) -> Call:
+        return lambda: self.group.all_reduce(x, out, algorithm=algorithm, stream=self.stream)
+
+    def fused(self, hidden: int, rows: int) -> tuple[float, float]:
+        """In one kernel, and by NCCL and a norm."""
+        x, residual = (self.put(np.zeros((rows, hidden))) for _ in range(2))
+        out, norm = (self.put(np.zeros((rows, hidden))) for _ in range(2))
+        gamma = self.put(np.ones(hidden))
+
+        def one() -> None:
+            self.group.allreduce_fusion(
+                x, pattern=NORM, residual_in=residual, residual_out=out, norm_out=norm,
+                rms_gamma=gamma, stream=self.stream,
+            )  # fmt: skip
+
+        reduce = self.nccl(x)
+
+        def two() -> None:
+            reduce()
+            fi_ffi.fused_add_rmsnorm(x, residual, gamma, stream=self.stream)
+
+        found = self.microseconds(one, 100), self.microseconds(two, 100)
+        self.free()
+        return found
+
+
+def measure(ranks: comm.Ranks, store: str, replays: int, results: Any) -> None:
+    """All of one rank; what it found goes into a queue."""
+    one = Rank(ranks, store, replays)
+    reduced = {size: {way: one.all_reduce(way, size) for way in WAYS} for size in SIZES}
+    chosen = {size: one.group.algorithm_for(size, "float16") for size in SIZES}
+    fused = {shape: one.fused(*shape) for shape in ROWS}
+    one.group.close()
+    results.put((ranks.rank, reduced, chosen, fused))
+
+
+def slowest(values: list[float | None]) -> float | None:
+    return None if None in values else max(v for v in values if v is not None)
+
+
+def text(nbytes: int) -> str:
+    return f"{nbytes // MIB} MiB" if nbytes >= MIB else f"{nbytes / KIB:g} KiB"
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def tables(found: list[tuple[Any, ...]]) -> tuple[list[str], dict[str, Any]]:
+    """What all ranks found, as lines and as data."""
+    lines = ["| message | " + " | ".join(WAYS) + " | auto is | auto / nccl |", "|---" * 9 + "|"]
+    data: dict[str, Any] = {"all_reduce": {}, "fused": {}}
+    chosen = found[0][2]
+    for size in SIZES:
+        row = {way: slowest([each[1][size][way] for each in found]) for way in WAYS}
+        auto, nccl = row["auto"], row["nccl"]
+        ratio = f"{auto / nccl:.2f}" if auto and nccl else ""
+        cells = [text(size), *(number(row[way]) for way in WAYS), chosen[size], ratio]
+        lines.append(f"| {' | '.join(cells)} |")
+        data["all_reduce"][size] = row | {"chosen": chosen[size]}
+    lines += ["", "| hidden, rows | fused | nccl + norm | ratio |", "|---|---|---|---|"]
+    for shape in ROWS:
+        one, two = (max(each[3][shape][i] for each in found) for i in range(2))
+        lines.append(f"| {shape[0]}, {shape[1]} | {one:.1f} | {two:.1f} | {one / two:.2f} |")
+        data["fused"]["x".join(map(str, shape))] = {"fused": one, "nccl": two}
+    return lines, data
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--ranks", type=int, default=2, help="GPUs, of which each is one")
+    parser.add_argument("--replays", type=int, default=30, help="of each graph")
+    parser.add_argument("--output", type=Path, help="folder for the JSON")
+    options = parser.parse_args(arguments)
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        children = [
+            context.Process(target=measure, args=(ranks, store, options.replays, results))
+            for ranks in comm.processes(options.ranks)
+        ]
+        for child in children:
+            child.start()
+        found = []
+        while len(found) < len(children):
+            if any(child.exitcode for child in children):
+                for child in children:
+                    child.terminate()
+                return 1
+            try:
+                found.append(results.get(timeout=1))
+            except Exception:  # queue.Empty: a rank may have ended
+                continue
+        for child in children:
+            child.join()
+    lines, data = tables(sorted(found, key=lambda each: each[0]))
+    print(f"{options.ranks} ranks; microseconds a call, in a graph\n")
+    print("\n".join(lines))
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        path = options.output / f"comm-{options.ranks}.json"
+        path.write_text(json.dumps(data, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,255 @@
+"""Tokens a second and latencies of examples/llm/serve.py under load, over HTTP.
+
+    python3 benchmarks/serve_load.py [--model llama-3-8b] [--rate 8] [--requests 256]
+    python3 benchmarks/serve_load.py --url http://127.0.0.1:8000    # of a server that runs
+
+The load that nano-vllm publishes: 256 requests of 100 to 1,024 tokens that get 100 to 1,024 each,
+at temperature 0.6, all at once.  With --rate they come by Poisson arrivals, so many a second.
+Without --url a server is started with random weights in the shape of a published model; what
+follows `--` are its flags.  Each request is a stream of its own connection; a first-token latency
+is from when the request is sent, a per-token one the time between two events of a stream.
+Latencies are of all rounds (--repeats), after one to warm up; tokens a second are the median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples/llm"))
+
+from marks.about import about
+from marks.llm_models import MODELS, RandomWeights
+from safetensors.numpy import save_file
+from tiny import byte_tokenizer
+from tokenizers import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+STARTS_S = 600  # a large model takes long to be written and loaded
+SERVER = ("--max-batch", "256", "--num-pages", "34000", "--max-step", "8192", "--max-queue", "4096")
+
+
+@dataclass
+class Load:
+    """Lengths and times of requests, the same for a seed."""
+
+    prompts: list[list[int]]
+    lengths: list[int]
+    arrivals: list[float]  # seconds from the start
+
+
+@dataclass
+class Round:
+    """What came of a load."""
+
+    seconds: float = 0.0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    first: list[float] = field(default_factory=list)
+    each: list[float] = field(default_factory=list)
+    failed: int = 0
+
+
+def drawn(given: argparse.Namespace, vocab: int, seed: int) -> Load:
+    rng = np.random.default_rng(seed)
+    low, high = given.input
+    sizes = rng.integers(low, high + 1, given.requests)
+    lengths = rng.integers(given.answer[0], given.answer[1] + 1, given.requests)
+    gaps = rng.exponential(1 / given.rate, given.requests) if given.rate else [0.0] * given.requests
+    prompts = [rng.integers(0, vocab, size).tolist() for size in sizes]
+    return Load(prompts, lengths.tolist(), np.cumsum(gaps).tolist())
+
+
+async def ask(at: Any, body: bytes, length: int, to: Round) -> None:
+    """One request; its latencies go into `to`."""
+    reader, writer = await asyncio.open_connection(at.hostname, at.port, limit=1 << 22)
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: {at.hostname}\r\nContent-Length: {len(body)}\r\n"
+    )
+    last = time.perf_counter()
+    told, usage = 0, None
+    try:
+        writer.write(head.encode() + b"Connection: close\r\n\r\n" + body)
+        if b" 200 " not in await reader.readline():
+            to.failed += 1
+            return
+        async for line in reader:
+            if not line.startswith(b"data: {"):
+                continue
+            now, event = time.perf_counter(), json.loads(line[6:])
+            if "error" in event or (usage := event.get("usage")):
+                break
+            if event["choices"][0]["text"]:
+                (to.each if told else to.first).append(now - last)
+                told, last = told + 1, now
+    finally:
+        writer.close()
+    if usage is None or usage["completion_tokens"] != length:
+        to.failed += 1
+        return
+    to.tokens += length
+    to.prompt_tokens += usage["prompt_tokens"]
+
+
+async def offered(url: str, load: Load, temperature: float) -> Round:
+    """All requests of a load, each at its time."""
+    to, at = Round(), urlsplit(url)
+    start = time.perf_counter()
+
+    async def one(prompt: list[int], length: int, arrival: float) -> None:
+        body = {
+            "prompt": prompt, "max_tokens": length, "temperature": temperature, "stream": True,
+            "ignore_eos": True, "stream_options": {"include_usage": True},
+        }  # fmt: skip
+        raw = json.dumps(body).encode()
+        await asyncio.sleep(max(arrival - (time.perf_counter() - start), 0))
+        await ask(at, raw, length, to)
+
+    await asyncio.gather(*map(one, load.prompts, load.lengths, load.arrivals))
+    to.seconds = time.perf_counter() - start
+    return to
+
+
+def written(folder: Path, name: str, seed: int) -> Path:
+    """A checkpoint of random weights, with a name for each token."""
+    raw = MODELS[name]
+    weights = RandomWeights(raw, np.random.default_rng(seed))
+    (folder / "config.json").write_text(json.dumps(raw))
+    save_file({key: weights(key) for key in weights.shapes}, folder / "model.safetensors")
+    told = json.loads(byte_tokenizer().to_str())
+    words = told["model"]["vocab"]
+    told["added_tokens"] = []
+    words |= {f"t{n}": n for n in range(len(words), raw["vocab_size"])}
+    tokenizer = Tokenizer.from_str(json.dumps(told))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+class Server:
+    """serve.py as a process of its own."""
+
+    def __init__(self, model: Path, flags: list[str]) -> None:
+        words = [sys.executable, str(ROOT / "examples/llm/serve.py"), "--model", str(model)]
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.child = subprocess.Popen(
+            [*words, "--port", "0", *SERVER, *flags], stdout=self.log, stderr=subprocess.STDOUT
+        )
+        end = time.monotonic() + STARTS_S
+        while "running on http" not in (told := self.output()):
+            if time.monotonic() > end or self.child.poll() is not None:
+                self.close()
+                raise RuntimeError(f"the server has not started:\n{told}")
+            time.sleep(0.1)
+        self.url = told.partition("running on ")[2].split()[0]
+
+    def output(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+    def close(self) -> None:
+        self.child.terminate()
+        try:
+            self.child.wait(30)
+        except subprocess.TimeoutExpired:
+            self.child.kill()
+
+
+def milliseconds(values: list[float], share: float) -> float:
+    return float(np.percentile(values, share) * 1000) if values else float("nan")
+
+
+def summed(rounds: list[Round]) -> dict[str, Any]:
+    """The figures of a load."""
+    rates = [one.tokens / one.seconds for one in rounds]
+    first = [x for one in rounds for x in one.first]
+    each = [x for one in rounds for x in one.each]
+    return {
+        "tokens_a_second": median(rates), "slowest": min(rates), "fastest": max(rates),
+        "prompt_tokens_a_second": median(one.prompt_tokens / one.seconds for one in rounds),
+        "first_ms_50": milliseconds(first, 50), "first_ms_99": milliseconds(first, 99),
+        "token_ms_50": milliseconds(each, 50), "token_ms_99": milliseconds(each, 99),
+        "seconds": [one.seconds for one in rounds], "tokens": [one.tokens for one in rounds],
+        "failed": sum(one.failed for one in rounds),
+    }  # fmt: skip
+
+
+HEAD = ("| requests | arrivals | tokens/s (least, most) | first token, 50 % | 99 % | a token, 50 % "
+        "| 99 % | failed |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
+
+
+def row(given: argparse.Namespace, found: dict[str, Any]) -> str:
+    rate = f"{given.rate:g} a second" if given.rate else "all at once"
+    most = f"{found['slowest']:,.0f}, {found['fastest']:,.0f}"
+    first = f"{found['first_ms_50']:,.1f} ms | {found['first_ms_99']:,.1f} ms"
+    each = f"{found['token_ms_50']:.2f} ms | {found['token_ms_99']:.2f} ms"
+    return (
+        f"| {given.requests} | {rate} | {found['tokens_a_second']:,.0f} ({most}) | {first} "
+        f"| {each} | {found['failed']} |"
+    )
+
+
+def run(given: argparse.Namespace) -> int:
+    vocab, server = given.vocab or MODELS[given.model]["vocab_size"], None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if given.url is None:
+                model = written(Path(folder), given.model, given.seed)
+                server = Server(model, given.flags)
+            url = given.url or server.url  # type: ignore[union-attr]
+            rounds = []
+            for n in range(given.repeats + 1):  # the first warms up: graphs are recorded
+                load = drawn(given, vocab, given.seed + n)
+                rounds.append(asyncio.run(offered(url, load, given.temperature)))
+        finally:
+            if server is not None:
+                server.close()
+    found = summed(rounds[1:])
+    print(HEAD, row(given, found), sep="\n")
+    if given.output:
+        given.output.mkdir(parents=True, exist_ok=True)
+        kind = f"{given.rate:g}" if given.rate else "at-once"
+        told = {key: value for key, value in vars(given).items() if key != "output"}
+        whole = {"about": about() | {"load": told}, "found": found}
+        (given.output / f"serve-{given.model}-{kind}.json").write_text(json.dumps(whole, indent=1))
+    return 1 if found["failed"] else 0
+
+
+def lengths(text: str) -> tuple[int, int]:
+    low, _, high = text.partition("-")
+    both = int(low), int(high or low)
+    if not 1 <= both[0] <= both[1]:
+        raise argparse.ArgumentTypeError(f"{text}: LOW-HIGH, of 1 or more")
+    return both
+
+
+def parsed(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--url", help="of a server that runs; else one is started")
+    parser.add_argument("--model", default="qwen3-0.6b", choices=tuple(MODELS))
+    parser.add_argument("--vocab", type=int, help="tokens of prompts are below it")
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--rate", type=float, default=0.0, help="requests a second; 0: all at once")
+    parser.add_argument("--input", type=lengths, default=(100, 1024), metavar="LOW-HIGH")
+    parser.add_argument("--answer", type=lengths, default=(100, 1024), metavar="LOW-HIGH")
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="a folder for JSON")
+    parser.add_argument("flags", nargs="*", help="of serve.py, after --")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    sys.exit(run(parsed()))
