@@ -6,6 +6,10 @@ import gc
 import os
 from pathlib import Path
 
+# Set before numpy is imported.  The tests' products are small: threads of OpenBLAS that wait for
+# each other made tests of examples/llm 2.5 times as slow.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 import numpy as np
 import pytest
 
@@ -18,6 +22,8 @@ from fi_ffi.loader.building.build import build  # noqa: E402
 from tests.helpers.compiler import why_not_build  # noqa: E402
 
 pytest_addoption = sampling.add_options
+# Commands in a pipe have no width; pytest-xdist gives its processes one.
+os.environ.pop("COLUMNS", None)
 # A wheel that has at least the modules of `built_wheel`, used instead of building one.
 KERNELS = "FI_FFI_TEST_KERNELS"
 

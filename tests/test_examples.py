@@ -76,6 +76,12 @@ def test_a_linear_attention_layer() -> None:
     assert "request 1: 64 and 11 tokens" in done.stdout
 
 
+def test_a_sum_over_ranks() -> None:
+    done = run(str(EXAMPLES / "all_reduce.py"), "--cpu", "--ranks", "4")
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines())[3] == "rank 3 of 4 on cpu: 10, by vllm"
+
+
 @pytest.mark.parametrize(("name", "fault", "wrong"), FAULTS)
 def test_its_check_can_fail(name: str, fault: str, wrong: str) -> None:
     done = with_fault(name, fault)

@@ -85,7 +85,7 @@ def test_yes_or_no_with_the_reason(
     assert answer["build"] == (arch and f"fi-ffi build --release 0.6.13 --arch {arch}")
     text = run("doctor", op, "--sm", f"{sm[0]}.{sm[1]}").stdout
     assert f" {'yes' if works else 'no'} " in text
-    assert (f"`{answer['build']}` makes it, and puts it where it is found" in text) == bool(arch)
+    assert (f"`{answer['build']}` builds it where fi_ffi finds it" in text) == bool(arch)
 
 
 def test_a_familys_entry_is_not_said_to_be_attested(built_wheel: Path) -> None:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-import os
 import re
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +13,8 @@ import pytest
 
 import fi_ffi
 from fi_ffi import BatchDecodePlan, BatchMlaPlan, BatchPrefillPlan
+
+from tests.helpers.children import done
 
 PACKAGE = Path(fi_ffi.__file__).parent
 GENERATED = {PACKAGE / "abi" / "_cffi.py"}
@@ -31,10 +30,11 @@ ROOMS = {
     "reference": {"errors", "families", "abi", "loader"},
     "ops": {"errors", "families", "abi", "loader"},
     "fi_ffi": {"errors", "abi", "loader", "ops"},
+    "comm": {"errors", "abi", "loader", "ops"},
     "cli": {"errors", "families", "abi", "loader", "ops", "fi_ffi", "reference"},
     "__main__": {"cli"},
 }
-LAZILY = {"ops": {"reference"}}
+LAZILY = {"ops": {"reference"}, "comm": {"reference"}}
 # They would bring a second copy of what is loaded here, or seconds of import time.
 NEVER = {"torch", "tvm_ffi", "tvm", "flashinfer", "flashinfer_jit_cache", "ctypes", "cupy", "jax"}
 
@@ -124,15 +124,9 @@ RUN = """
 
 
 def child(code: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    status, out, err = done(code, **environment)
+    assert status == 0, err
+    return out.strip()
 
 
 def test_what_is_never_imported_is_not(built_wheel: Path) -> None:
@@ -190,5 +184,5 @@ def test_public_functions_say_what_they_take() -> None:
 def test_options_of_plans_are_documented(plan: type) -> None:
     doc = inspect.getdoc(plan) or ""
     assert {
-        n for n in plan.options_class.table if not re.search(rf"^    {n}[ :]", doc, re.M)
+        n for n in plan._options_class.table if not re.search(rf"^    {n}[ :]", doc, re.M)
     } == set()

@@ -86,22 +86,67 @@ def test_a_test_that_expects_nothing_fails(tmp_path):
     assert printed.count("it asserts nothing and expects no error") >= 2
 
 
+def ran(folder: Path, *arguments: str) -> tuple[set[str], str]:
+    """The names of the tests that ran, and what was printed."""
+    printed = run(folder, *arguments)
+    return set(re.findall(r"(?:PASSED.*|)::(test_\w+(?:\[\d+\])?)", printed)), printed
+
+
 def test_a_sample_is_drawn_alike_by_its_seed(tmp_path):
     """In one process and in two, which must collect alike."""
     (tmp_path / "test_many.py").write_text(MANY)
-
-    def ran(*arguments: str) -> tuple[set[str], str]:
-        printed = run(tmp_path, *arguments)
-        return set(re.findall(r"(?:PASSED.*|)::(test_\w+(?:\[\d+\])?)", printed)), printed
-
-    (tmp_path / "tests" / "stress").mkdir(parents=True)
-    (tmp_path / "tests" / "stress" / "test_long.py").write_text("def test_long(): assert True")
-    first, printed = ran("-n", "2")
+    first, printed = ran(tmp_path, "-n", "2")
     assert len(first) == sampling.CASES + 1 and "test_one" in first, printed
     seed = re.search(r"--sample-seed (\d+)", printed)[1]
-    assert ran("--sample-seed", seed)[0] == first
-    assert ran("--sample-seed", str(int(seed) + 1))[0] != first
-    assert len(ran("--all")[0]) == len(ran("test_many.py", "tests")[0]) == 42
+    assert ran(tmp_path, "--sample-seed", seed)[0] == first
+    assert ran(tmp_path, "--sample-seed", str(int(seed) + 1))[0] != first
+    assert len(ran(tmp_path, "--all")[0]) == len(ran(tmp_path, "test_many.py")[0]) == 41
+
+
+def test_what_a_run_is_of(tmp_path):
+    files = {"ops/test_norm.py": "shown", "ops/test_rows.py": "more", "stress/test_long.py": "long"}
+    for file, name in files.items():
+        (tmp_path / "tests" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tests" / file).write_text(f"def test_{name}(): assert True")
+    assert ran(tmp_path)[0] == {"test_shown"}
+    assert ran(tmp_path, "-n", "2")[0] == {"test_shown"}
+    assert ran(tmp_path, "--sample")[0] == {"test_shown", "test_more"}
+    every = {"test_shown", "test_more", "test_long"}
+    assert ran(tmp_path, "--all")[0] == ran(tmp_path, "tests")[0] == every
+
+
+def test_what_is_shown_is_there():
+    assert not [file for file in sampling.SHOWN if not (ROOT / "tests" / file).is_file()]
+    assert len({*sampling.SHOWN}) == len(sampling.SHOWN)
+
+
+WRITING = """
+import os
+import tempfile
+from pathlib import Path
+
+def test_writes(tmp_path, record_property):
+    for folder in (os.environ["FI_FFI_CACHE_DIR"], tempfile.mkdtemp(), tmp_path):
+        Path(folder).mkdir(exist_ok=True)
+        (Path(folder) / "left").write_text("something")
+        print("wrote in", folder)
+    assert True
+"""
+
+
+def test_what_is_shown_leaves_nothing(tmp_path, monkeypatch):
+    """In the cache or the folder of temporary files, by one process or by several."""
+    rooms, suite = tmp_path / "tmp", tmp_path / "suite"
+    rooms.mkdir()
+    suite.mkdir()
+    monkeypatch.setenv("TMPDIR", str(rooms))
+    monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path / "cache"))
+    (suite / "test_writing.py").write_text(WRITING)
+    for arguments in (("-s",), ("-n", "2")):
+        names, printed = ran(suite, *arguments)
+        assert names == {"test_writes"} and "1 passed" in printed, printed
+        assert not [*rooms.iterdir()] and not (tmp_path / "cache").exists()
+    assert len(re.findall(f"wrote in {rooms}", ran(suite, "-s")[1])) == 3
 
 
 def test_every_fault_of_the_table_can_be_put_in():

@@ -168,7 +168,7 @@ class Mute(Exception):
 FAILURES = {
     MemoryError("no bytes of naïve memory"): "no bytes of naïve memory",
     OSError(3, "no"): "no",
-    Mute(): "cannot be told",
+    Mute(): "cannot be read",
 }
 
 

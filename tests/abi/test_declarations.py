@@ -21,8 +21,8 @@ from tests.helpers import cuda_runtimes
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADERS = ("dlpack/dlpack.h", "tvm/ffi/c_api.h", "tvm/ffi/extra/c_env_api.h")
-# Of declarations.h but not of these headers: our own pairs, libc's and Python's.
-OWN_STRUCTS = re.compile("FiFfi")
+# Of declarations.h but not of these headers: our own pairs, libc's, Python's and CUDA's.
+OWN_STRUCTS = re.compile("FiFfi|cudaIpc")
 FUNCTIONS = sorted(name for name in dir(ffi.dlopen(None)) if name.startswith("TVMFFI"))
 CUDA_FUNCTIONS = sorted(name for name in dir(ffi.dlopen(None)) if name.startswith("cuda"))
 

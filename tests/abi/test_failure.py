@@ -261,7 +261,7 @@ class Held(BaseException):
     """No Exception, and watched by a weak reference."""
 
 
-UNTOLD = "(its message cannot be told: {})"
+UNTOLD = "(its message cannot be read: {})"
 LONG = f"before\0after 😀 {'é' * MB}"
 # The kind and the message that each must be told by.
 ERRORS: dict[BaseException, tuple[str, str]] = {

@@ -89,7 +89,7 @@ def test_what_has_no_signature(testing_library: object) -> None:
     for name in ("testing.nop", "testing.schema_packed", "testing.echo"):
         with pytest.raises(AbiError, match=f"{name} takes any arguments"):
             probe(global_function(name))
-    with pytest.raises(AbiError, match="tells no signature"):
+    with pytest.raises(AbiError, match="contains no signature"):
         probe(global_function("ffi.MakeObjectFromPackedArgs"))  # packed, and None is no type
 
 

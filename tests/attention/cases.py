@@ -6,16 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import pytest
 
 import fi_ffi
-from fi_ffi.ops.attention.backends import Kernel
+from fi_ffi.ops.attention.backends import Kernel, release
 from fi_ffi.ops.attention.options import (
     AttentionOptions,
     DecodeOptions,
     MlaOptions,
     PrefillOptions,
 )
+from fi_ffi.ops.attention.rows import MLA_FP8
+from fi_ffi.ops.releases import is_in
 from fi_ffi.reference.attention.formula import Exact, exact, from_pages
 
 from tests.attention import judge
@@ -26,6 +30,7 @@ from tests.attention.tables import Spec
 from tests.helpers.calls import padded
 from tests.helpers.untyped_calls import E2M1, E4M3
 
+BF16 = np.dtype(ml_dtypes.bfloat16)
 # A request of more queries times keys than this is compared by some of its rows, a batch
 # of more requests by some of them, and MLA with more heads by some that lie side by side.
 ALL_ROWS, ALL_REQUESTS, SOME_HEADS = 1 << 16, 16, 8
@@ -333,6 +338,13 @@ class LengthsCase(Case):
 # Multi-head latent attention: two parts of each query, and of each token of the cache.
 
 CKV, KPE = 512, 64
+# Of fp8 caches: no powers of two, so that what is rounded is seen.
+CKV_SCALE, KPE_SCALE = 0.7, 1.3
+
+
+def in_bf16(cache: Any, scale: float) -> Any:
+    """fp8 as the kernels take it: in bfloat16, times a scale in bfloat16."""
+    return cache.astype(BF16) * np.array(scale, BF16)
 
 
 class MlaCase(LengthsCase):
@@ -344,7 +356,12 @@ class MlaCase(LengthsCase):
         for name, size in (("q", CKV), ("q_pe", KPE)):
             made[name] = random(rng, (self.rows, spec.heads, size), spec.dtype, spec.pad)
         for name, size in (("ckv", CKV), ("kpe", KPE)):
-            made[name] = random(rng, (self.room, spec.page_size, size), spec.dtype, spec.pad)
+            made[name] = random(rng, (self.room, spec.page_size, size), spec.kv, spec.pad)
+        if "groups" in spec.scales:
+            if self.machine.is_gpu and not is_in(release(), MLA_FP8["fa2"]):
+                pytest.skip(f"FlashInfer {release()} has no scales of groups")
+            shape = (self.room, spec.page_size, CKV // 128)
+            made["groups"] = (2 * rng.random(shape) + 0.1).astype(np.float32)
         return made
 
     def caches(self) -> list[str]:
@@ -359,9 +376,28 @@ class MlaCase(LengthsCase):
         parts = [first(self.placed(name).desc(), rows) for name in ("q", "q_pe")]
         return [*parts, *(self.placed(name).desc() for name in self.caches())]
 
+    def run_options(self, batch: Batch) -> dict[str, Any]:
+        made = super().run_options(batch)
+        if self.spec.kv != self.spec.dtype:
+            made |= {"kpe_scale": KPE_SCALE}
+            made |= (
+                {"ckv_scale_arr": self.placed("groups").desc()}
+                if "groups" in self.tensors
+                else {"ckv_scale": CKV_SCALE}
+            )
+        return made
+
     def keys(self, batch: Batch, request: int) -> tuple[Any, Any]:
         tables = batch.kv_indptr, batch.indices, batch.last_page_len, request
         ckv, kpe = (from_pages(self.tensors[name], *tables) for name in ("ckv", "kpe"))
+        if self.spec.kv != self.spec.dtype:
+            kpe, scale = in_bf16(kpe, KPE_SCALE), CKV_SCALE
+            if "groups" in self.tensors:
+                ckv = ckv.astype(np.float32)
+                scale = np.repeat(from_pages(self.tensors["groups"], *tables), 128, axis=-1)
+                ckv = (ckv * scale).astype(BF16)
+            else:
+                ckv = in_bf16(ckv, scale)
         return np.concatenate((ckv, kpe), axis=-1), ckv
 
     def queries(self, rows: slice) -> Any:

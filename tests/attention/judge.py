@@ -72,7 +72,9 @@ def rounding(
         logits += 0.0 if "decode" in family else 2 * HALF_STEP[q]
         angles = ANGLE
     # Decode has no tensor cores, and exponentials stay float32; fa3 adds them up before.
-    shares = 0.0 if "decode" in family else HALF_STEP[kv if backend == "fa3" else q]
+    # Those of MLA are of the queries' dtype, as its cache is by then.
+    of = kv if backend == "fa3" and family != "batch_mla" else q
+    shares = 0.0 if "decode" in family else HALF_STEP[of]
     sums = 0.0 if backend == "fa3" else shares
     splits = backend != "fa3" or family == "batch_mla"
     least = LEAST_PIECE[family] if least_piece is None else least_piece

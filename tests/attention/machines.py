@@ -15,6 +15,7 @@ from fi_ffi.ops.attention.backends import (
     Kernel,
     choose_backend,
     decode_groups,
+    fa2_lacks,
     fa3_lacks,
     release,
 )
@@ -111,8 +112,13 @@ class Gpu(Cpu):
     ) -> str:
         if asked == "fa3" and of_loader.capability(0) != (9, 0):
             pytest.skip("fa3 is for SM90 GPUs")
-        later = fa3_lacks(kernel, custom_mask, is_paged, release())
-        if asked == "fa3" and later and not fa3_lacks(kernel, custom_mask, is_paged):
+        of, later = release(), ""
+        if asked != "fa2":
+            later = fa3_lacks(kernel, custom_mask, is_paged, of)
+            later = "" if fa3_lacks(kernel, custom_mask, is_paged) else later
+        if asked == "fa2" or (asked == "auto" and later):
+            later = "" if fa2_lacks(kernel) else fa2_lacks(kernel, of)
+        if later:
             pytest.skip(later)
         return super().backend(op, asked, kernel, custom_mask, is_paged)
 

@@ -299,6 +299,8 @@ ATTENTION: Table = {
 _MLA = {"family": "batch_mla", "dtype": "bfloat16", "dim": 512}
 _MLA_16 = _MLA | {"heads": 16, "page_size": 16, "queries": 3}
 _ONE_QUERY = {"queries": 1, "keys": 900}
+# The reference of fa3's first release has no scales of groups.
+MLA_GROUPS = [{"backend": "fa2"}, {"backend": "auto"}]
 MLA: Table = {
     **table(BOTH, each("heads", 16, 32, 128), each("page_size", 1, 16, 64), **_MLA, **_ONE_QUERY),
     **under("queries", table(BOTH, each("heads", 16, 32, 128), CAUSAL, queries=9, page_size=16,
@@ -314,6 +316,13 @@ MLA: Table = {
     **under("scale", table(BOTH, sm_scale=0.1, **_MLA_16)),
     **under("no queries", table(BOTH, lengths=((0, 70), (0, 0)), **_MLA_16)),
     "auto": Spec(backend="auto", **_MLA_16),
+    **under("fp8 cache", table(BOTH, each("heads", 16, 128), each("page_size", 1, 64),
+                               **_MLA, **_ONE_QUERY, kv_dtype="float8_e4m3fn")),
+    **under("fp8 cache, queries", table(BOTH, CAUSAL, kv_dtype="float8_e4m3fn", **_MLA_16)),
+    **under("fp8 cache, long", table(BOTH, lengths=((1, 9000), (2, 70)), heads=16, page_size=64,
+                                     kv_dtype="float8_e4m3fn", **_MLA)),
+    **under("fp8 cache, groups", table(MLA_GROUPS, kv_dtype="float8_e4m3fn", scales=" groups",
+                                       **_MLA_16)),
 }  # fmt: skip
 
 _ONE = {"family": "single_prefill"}

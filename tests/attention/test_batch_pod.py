@@ -9,16 +9,13 @@ import pytest
 
 import fi_ffi
 
+from tests.helpers import batch_pod_calls
 from tests.helpers.batch_pod_calls import Batch, Spec
-from tests.helpers.calls import HostArray
+from tests.helpers.calls import HostArray, refused
 
-SPECS = {
-    "plain": Spec(),
-    "causal": Spec(causal=True),
+SPECS = batch_pod_calls.SPECS | {
     "window": Spec(causal=True, window_left=20),
     "window, all later keys": Spec(window_left=20),
-    "HND": Spec(layout="HND"),
-    "one of each": Spec(prefills=((1, 1),), lengths=(1,)),
     "without lse": Spec(lse=False),
     "scale": Spec(scale=0.3, group=16, kv_heads=1),
     "narrow": Spec(head_dim=64, group=1, page_size=5),
@@ -80,12 +77,8 @@ RUNS = {
 def test_refusals_of_runs(name, rng):
     argument, value, words = RUNS[name]
     batch = Batch(Spec(), rng)
-    arrays = batch.arrays()
-    with pytest.raises(fi_ffi.ArgumentError) as caught:
-        batch.plan(device="cpu").run(**(arrays | {argument: value}))
-    assert words in str(caught.value), caught.value
-    assert caught.value.op == "BatchPodPlan"
-    assert np.isnan(arrays["o_p"]).all() and np.isnan(arrays["o_d"]).all()
+    run = batch.plan(device="cpu").run
+    refused(run, batch.arrays(), "", words, op="BatchPodPlan", **{argument: value})
 
 
 def test_refusals_of_plans(rng):
@@ -112,7 +105,7 @@ def test_what_pod_kernels_are_not_told(option, rng):
 
 @pytest.mark.parametrize("plan", [fi_ffi.PodPlan, fi_ffi.BatchPodPlan])
 def test_runs_of_prefills_are_not_there(plan):
-    assert plan.runs == ("run",)
+    assert plan._run_methods == ("run",)
     for run in ("paged_run", "ragged_run"):
         assert not hasattr(plan, run)
 

@@ -79,7 +79,7 @@ def test_a_workspace_that_other_lengths_would_not_fit(page_size, machine, rng):
     case, batch = make(spec, machine, rng)
     workspace = fi_ffi.Workspace.allocate(machine.device, 1 << 27, 1 << 23)
     plan = case.plan(batch, workspace=workspace)
-    assert plan.needs.float_bytes <= 1 << 27
+    assert plan._needs.float_bytes <= 1 << 27
     case.check(batch, case.run(plan, batch))
 
 

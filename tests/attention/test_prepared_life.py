@@ -123,7 +123,7 @@ def test_one_thread_at_a_time_uses_a_prepared_run(rng):
 def test_a_plan_is_prepared_by_a_method_that_runs_it(rng):
     case, batch = make(SERVED["decode"], Cpu(), rng)
     plan = case.plan(batch)
-    for wrong in (plan.replan, plan, type(plan), type(plan).run, plan.check_current):
+    for wrong in (plan.replan, plan, type(plan), type(plan).run, plan._check_current):
         with pytest.raises(fi_ffi.ArgumentTypeError, match="a run of a plan"):
             fi_ffi.prepare(wrong, 1, 2, 3)
     with pytest.raises(TypeError, match="temperature"):

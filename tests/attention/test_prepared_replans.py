@@ -203,7 +203,7 @@ def test_room_of_prepared_runs(spec, machine, rng):
     for prepared in (False, True):
         made = Runs(spec, machine, rng, enable_cuda_graph=True)
         (made.prepare if prepared else made.run)()
-        room = dict(made.plan.room)
+        room = dict(made.plan._room)
         assert room == {"pages": made.case.room}
         wrong = refused(made.service, made.batch)
         for batch in wrong:

@@ -109,7 +109,7 @@ def test_list(root: Path) -> None:
     files = [p for p in root.rglob("*") if p.is_file()]
     assert found["total"] == sum(p.stat().st_size for p in files) > 5004
     text = run("list").output
-    for part in ("norm.so", "4,000", path.parent.name[:12], "0.6.13-9.0a", "1 leftovers"):
+    for part in ("norm.so", "4,000", path.parent.name[:12], "0.6.13-9.0a", "1 leftover of"):
         assert part in text
     assert f"total: {found['total']:,} bytes" in text
 

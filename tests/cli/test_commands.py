@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from fi_ffi.loader.wheel import Wheel
 from fi_ffi.ops.functions import OPS
 
 from tests.helpers import compiler
+from tests.helpers.children import done
 
 
 def run(*arguments: object, code: int = 0) -> str:
@@ -114,10 +113,9 @@ def test_inspect_without_loading(built_wheel):
         "sys.exit(result.exit_code)"
     )
     file = module_of(built_wheel, "norm")
-    command = [sys.executable, "-c", program, "inspect", "--no-load", "--json", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
+    status, out, err = done(program, "inspect", "--no-load", "--json", str(file))
+    assert status == 0, err
+    document = json.loads(out)
     assert set(document["functions"].values()) == {None}
     assert document["signatures_missing_because"] == "not loaded"
 

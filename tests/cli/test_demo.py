@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,16 +14,21 @@ from click.testing import CliRunner
 
 from fi_ffi import reference
 from fi_ffi.abi.function import Entry, register
-from fi_ffi.cli import main
-from fi_ffi.cli.cases import bound, case_of
-from fi_ffi.cli.demo import Result, arguments
+from fi_ffi.abi.tensor import parse_device
+from fi_ffi.cli import cuda, demo_calls, main
+from fi_ffi.cli.cases import bound
+from fi_ffi.cli.demo import Result
+from fi_ffi.cli.demo_calls import arguments
 from fi_ffi.loader import runtime
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference.arrays import over_arrays
 
 from tests.helpers.benchmarks import noop
+from tests.helpers.children import done
 
-OF_DEMO = [*arguments(1, 8, np.random.default_rng())]
+OPS_OF_DEMO = [*arguments(1, 8, np.random.default_rng())]
+CALLS = [call.name for call in demo_calls.calls(1, 8, np.random.default_rng())]
+OF_DEMO = CALLS[:-1]  # the last is a graph's, which needs a GPU
 SMALL = ("--device", "cpu", "--tokens", "3", "--hidden", "64")
 
 
@@ -40,24 +46,68 @@ def statuses(text: str) -> dict[str, str]:
 
 def test_every_result_is_right_on_the_cpu():
     document = json.loads(demo("--device", "cpu", "--json"))
-    assert document["device"] == "cpu" and document["missing"] == []
+    assert document["device"] == "cpu" and 0 < document["seconds"] < 600
+    assert [each["op"] for each in document["not_run"]] == CALLS[-1:]
     assert [result["op"] for result in document["results"]] == OF_DEMO
     for result in document["results"]:
         assert result["status"] == "ok" and result["provider"] == "reference"
         assert 0 <= result["error_of_bound"] <= 1
         assert (result["max_error"] == 0) == (result["op"] == "append_paged_kv_cache")
-        assert result["microseconds"] > 0
+        assert result["microseconds"] > 0 and result["gigabytes_per_second"] is None
+    families = {result["family"] for result in document["results"]}
+    assert families >= {"attention", "caches", "experts", "norms"}
+    assert len(CALLS) == demo_calls.COUNT == len({*CALLS})
 
 
-def test_a_table():
-    text = demo(*SMALL)
-    assert "3x64" in text and all(name in text for name in OF_DEMO)
-    assert "fail" not in text.replace("above 1 fails", "")
+def test_a_person_reads_what_judges_first():
+    """A line for each result under its family's, and one that sums up; none over 80 columns."""
+    lines = demo(*SMALL).splitlines()
+    assert all(len(line) <= 80 and line == line.rstrip() for line in lines)
+    found = [line for line in lines if line.startswith("  ok ")]
+    assert [line.split()[-2] for line in found] == OF_DEMO
+    for line in found:
+        assert re.match(r"  ok  ( exact|  [01]\.\d\d of the allowed error) ", line), line
+    assert lines[lines.index("attention") + 1].split()[-2:] == ["BatchPrefillPlan", "3x32x128"]
+    assert "  not run: capture of two ops: a graph needs a GPU" in lines
+    right = f"{len(OF_DEMO)} of {len(OF_DEMO)} results are right; 1 not run; "
+    assert re.fullmatch(re.escape(right) + r"\d+\.\d s", lines[-1]), lines[-1]
+
+
+def test_each_result_is_shown_as_it_comes():
+    """The last is not made before the first is shown."""
+    program = (
+        "import sys; from fi_ffi.cli import demo, main\n"
+        "def run(*given, before=demo._run):\n"
+        "    if run.done: print('next', sys.stdout.flush())\n"
+        "    run.done += 1\n"
+        "    return before(*given)\n"
+        "run.done = 0; demo._run = run; main()"
+    )
+    _, out, _ = done(program, "demo", *SMALL)
+    kinds = [line.split()[0] for line in out.splitlines() if line.startswith(("  ok", "n"))]
+    kinds = [kind for kind in kinds if kind in ("ok", "next")]
+    assert kinds == ["ok", "next"] * len(OF_DEMO[1:]) + ["ok"]
+
+
+@pytest.mark.parametrize("device", ["gpu", "tpu:7", "cuda:", "cpu:1", "cuda_host", "GPU 0"])
+def test_a_device_that_is_none(device):
+    text = demo("--device", device, code=2)
+    assert f"{device!r} is not a device: use cpu or cuda:N" in text and "result" not in text
+
+
+def test_a_gpu_that_is_not_here():
+    count = len(cuda.gpus())
+    text = demo("--device", f"cuda:{count}", code=1).replace("\n", " ")
+    assert f"cuda:{count} is not here" in text and "--device cpu" in text
+    assert ("Install NVIDIA's driver" in text) == (cuda.driver_version() is None)
+    assert "cudaError" not in text
 
 
 @pytest.fixture
 def replace(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Puts another kernel in the place of an op's; one that does nothing, if none is given."""
+
+    runtime.ensure_tvm_ffi()  # for what is put in, whichever test comes first
 
     def replace(name: str, other: Entry | None = None) -> None:
         row, right = OPS[name].row, reference.entry
@@ -72,19 +122,27 @@ def replace(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     yield replace
     monkeypatch.undo()
-    for name in OF_DEMO:
+    for name in OPS_OF_DEMO:
         OPS[name].forget()
 
 
-@pytest.mark.parametrize("name", OF_DEMO)
+@pytest.mark.parametrize("name", OPS_OF_DEMO)
 def test_a_kernel_that_does_nothing_fails(replace, name):
     """What it should have written is poison, or what it was."""
     replace(name)
     text = demo(*SMALL, "--json", code=1)
     assert statuses(text) == {op: "fail" if op == name else "ok" for op in OF_DEMO}
     assert "Error: a result is further from float64 than its dtype allows" in text
-    (line,) = [line for line in demo(*SMALL, code=1).splitlines() if line.startswith(f"{name} ")]
-    assert line.split()[-1] == "fail"
+    text = demo(*SMALL, code=1)
+    (line,) = [line for line in text.splitlines() if f" {name} " in line]
+    assert line.startswith("  fail")
+    assert f"{len(OF_DEMO) - 1} of {len(OF_DEMO)} results are right, wrong: {name};" in text
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_not_written_is_wrong(name, rng):
+    (call,) = [call for call in demo_calls.calls(3, 64, rng) if call.name == name]
+    assert all(judge(call.arrays[name])[1] > 1 for name, judge in call.judges.items())
 
 
 def test_one_of_two_results_is_not_enough(replace):
@@ -98,22 +156,28 @@ def test_one_of_two_results_is_not_enough(replace):
 
 @pytest.mark.parametrize("name", OF_DEMO)
 def test_one_wrong_element_is_seen(name, rng):
-    """In each tensor that is written, of the dtype that the op is run in."""
-    case = case_of(OPS[name].row, *arguments(5, 64, rng)[name])
-    assert case.expected
-    for written, (value, magnitude) in case.expected.items():
-        right = value.astype(case.arrays[written].dtype)
-        assert case.error(written, right)[1] <= 1
+    """In each tensor that is written, of the dtype that the call is made in."""
+    (call,) = [call for call in demo_calls.calls(5, 64, rng) if call.name == name]
+    call.bind(call.arrays, parse_device("cpu"), None)()
+    assert call.judges
+    for written, judge in call.judges.items():
+        right = call.arrays[written]
+        assert judge(right)[1] <= 1
         place = tuple(int(rng.integers(n)) for n in right.shape)
-        if magnitude is None:  # random bits, NaN among them, of which each counts
-            wrong = right.copy()
-            wrong.view(f"u{right.itemsize}")[place] ^= 1
-            assert not case.error(written, wrong)[1] <= 1
+        wrong = right.copy()
+        if right.dtype.kind == "i":  # another expert twice: one with as great a score is right
+            wrong[place] = right[place[0], place[1] - 1]
+            assert not judge(wrong)[1] <= 1
             continue
-        for number in (np.nan, 2 * float(right[place]) + 1, 0.9 * float(right[place]) - 0.01):
+        if name == "append_paged_kv_cache":  # each bit counts
+            wrong.view(f"u{right.itemsize}")[place] ^= 1
+            assert not judge(wrong)[1] <= 1
+            continue
+        at = float(right[place])
+        for number in (np.nan, at + abs(at) + 1, at - 0.1 * abs(at) - 0.1):
             wrong = right.copy()
             wrong[place] = number
-            assert not case.error(written, wrong)[1] <= 1
+            assert not judge(wrong)[1] <= 1
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
@@ -131,14 +195,16 @@ def test_the_bound_is_half_a_step(dtype):
 @pytest.mark.parametrize(("error", "status"), [(0, "ok"), (1, "ok"), (1.001, "fail"),
                                                (np.inf, "fail"), (np.nan, "fail")])  # fmt: skip
 def test_what_is_ok(error, status):
-    assert Result("op", "here", "1", "float16", 0.0, error, 1.0).status == status
+    assert Result("family", "op", "here", "1", "float16", 0.0, error, 1.0).status == status
 
 
 def test_every_output_is_poisoned():
     for name, (arrays, _) in arguments(5, 64, np.random.default_rng()).items():
         for arg in OPS[name].row.tensors:
             if arg.writes and not arg.reads and not arg.is_scratch:
-                assert np.isnan(arrays[arg.name].astype(np.float32)).all(), f"{name}: {arg.name}"
+                array = arrays[arg.name]
+                poison = array == -1 if array.dtype.kind == "i" else np.isnan(array)
+                assert poison.all(), f"{name}: {arg.name}"
 
 
 def test_kernels_that_are_not_there_are_named(tmp_path):

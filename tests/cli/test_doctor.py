@@ -22,7 +22,6 @@ from tests.loader.server import File, Server, kernel_members, make_wheel, sha256
 
 NAME = "flashinfer_jit_cache-0.6.13+cu130-cp39-abi3-linux.whl"
 MODULES = sorted({row.module for row in ROWS})
-OTHER_MODULES = [name for name in MODULES if name != "norm"]
 
 
 @pytest.fixture
@@ -82,6 +81,16 @@ def test_what_fetch_does_is_told(bare, web):
     assert "norm" in [word for f in json.loads(done.stdout) for word in f["check"].split(", ")]
 
 
+def test_a_place_that_cannot_be_reached_is_not_ok(bare, web):
+    """Not in the run that could not reach it; what is not there says so, too."""
+    web.files.clear()
+    done = bare("doctor", "--fetch", "--json")
+    found = {finding["check"]: finding for finding in json.loads(done.stdout)}
+    assert web.seen and found["kernels: remote"]["status"] == "warn"
+    assert "cannot be used: " in found["kernels: remote"]["found"]
+    assert found["kernels: remote"]["advice"] and found["kernels"]["found"] == "none"
+
+
 def test_offline_stays_offline_and_is_named(bare, web):
     done = bare("doctor", "--fetch", "--json", FI_FFI_OFFLINE="1")
     assert not web.seen
@@ -94,7 +103,7 @@ def test_a_list_fetches_nothing_unasked(bare, web):
     assert "nothing is fetched unasked" in done.stderr and "--fetch" in done.stderr
     done = bare("list", "--fetch", "--family", "norm")
     assert web.seen and done.returncode == 0, done.stderr
-    assert "1 modules of http://" in done.stdout
+    assert "1 module of http://" in done.stdout
 
 
 def test_an_answer_for_an_op_fetches_nothing(bare, web):
@@ -108,7 +117,7 @@ def test_the_driver_is_told_as_it_is():
     found = {f["check"]: f for f in json.loads(run("doctor", "--json").output)}
     if machine.driver_version() is None:
         assert (found["driver"]["status"], found["driver"]["found"]) == ("warn", "no CUDA driver")
-        assert "reference kernels run" in found["driver"]["advice"]
+        assert "calls run on the CPU only" in found["driver"]["advice"]
         assert not [check for check in found if check.startswith("cuda:")]
     else:
         assert found["driver"]["found"] == "CUDA {}.{}".format(*machine.driver_version())

@@ -94,7 +94,7 @@ def test_an_image_whose_cache_is_a_seed(fetch, web, tmp_path):
     assert len(web.seen) == seen
     told = fetch("doctor", "--json", FI_FFI_SEED_CACHE=str(tmp_path / "baked"))
     found = {one["check"]: one for one in json.loads(told.stdout)}
-    assert found["seed cache"]["found"] == f"{tmp_path / 'baked'}, which is only read"
+    assert found["seed cache"]["found"] == f"{tmp_path / 'baked'}, read-only"
     told = fetch("doctor", "--json", FI_FFI_SEED_CACHE=str(tmp_path / "nothing"))
     found = {one["check"]: one for one in json.loads(told.stdout)}
     assert "which is no directory" in found["cache"]["found"] and told.returncode == 1
@@ -118,12 +118,12 @@ def test_a_gpu_that_the_wheel_has_nothing_for(fetch):
 
 @pytest.mark.parametrize(("arguments", "code", "words"), [
     (("rmsnrm",), 2, "no op, module or entry 'rmsnrm'; the nearest: rmsnorm"),
-    (("run",), 2, "'run' is an entry of several modules: say batch_"),
+    (("run",), 2, "'run' is an entry of several modules: name batch_"),
     ((), 2, "Missing argument"),
-    (("norm", "--arch", "hopper"), 1, "argument `arch`: got 'hopper'"),
+    (("norm", "--arch", "hopper"), 2, "argument `arch`: got 'hopper'"),
     (("norm", "--release", "0.6.4"), 1, "pins no kernels of FlashInfer 0.6.4"),
     (("gdn_prefill", "--arch", "10.0a"), 1, "it is written for GPUs of compute capability 9.x"),
-    (("batch_prefill:backend=fa4",), 1, "expected fa2 or fa3"),
+    (("batch_prefill:backend=fa4",), 2, "expected fa2 or fa3"),
 ])  # fmt: skip
 def test_what_cannot_be_fetched(arguments, code, words, fetch, web):
     done = fetch("fetch", *arguments)
@@ -171,7 +171,7 @@ def test_modules_and_entries(name, sm, works, words, built_wheel, monkeypatch):
 @pytest.mark.parametrize(("name", "words"), [
     ("rmsnrm", "the nearest: rmsnorm"), ("norm.rmsnorm.x", "the nearest: norm.rmsnorm"),
     ("fused_moe_9", "fused_moe"), ("BatchPrefilPlan", "BatchPrefillPlan"),
-    ("plan", "is an entry of several modules: say "), ("qqqqqq", "the ops are rmsnorm, "),
+    ("plan", "is an entry of several modules: name "), ("qqqqqq", "the ops are rmsnorm, "),
 ])  # fmt: skip
 def test_a_name_that_stands_for_nothing(name, words):
     result = ask(name, "--sm", "90")

@@ -15,6 +15,7 @@ import pytest
 
 from fi_ffi.loader.lock import the_lock, this_platform
 
+from tests.helpers import children
 from tests.loader.server import File, Server, make_wheel, sha256
 
 RELEASE = "0.7.2.post1"
@@ -140,11 +141,8 @@ def test_a_release_that_nothing_is_pinned_of(command):
     assert done.returncode == 1 and refusal in done.stderr
     names = f"no kernels of module 'norm'.*fi-ffi build --release {RELEASE} --arch 9.0a norm"
     load = "from fi_ffi.loader import search; search.find_module('norm')"
-    done = subprocess.run(
-        [sys.executable, "-c", load], capture_output=True, text=True, timeout=120,
-        env=os.environ | {"FI_FFI_RELEASE": RELEASE, "FI_FFI_SOURCES": "", "FI_FFI_KERNELS": ""},
-    )  # fmt: skip
-    assert names.partition(".*")[0] in done.stderr and names.partition(".*")[2] in done.stderr
+    _, _, err = children.done(load, FI_FFI_RELEASE=RELEASE, FI_FFI_SOURCES="", FI_FFI_KERNELS="")
+    assert names.partition(".*")[0] in err and names.partition(".*")[2] in err
 
 
 def test_provider_wheels_in_a_folder(command, wheels, tmp_path):

@@ -153,7 +153,7 @@ changed: flashinfer.jit.attention.modules:gen_single_decode_module, of single_de
 changed: flashinfer.jit.attention.modules:get_single_decode_uri, of single_decode
     names single_decode_{dtype_q} -> single_decode_{dtype_q}_abi2
 
-Exports whose parameters cannot be told (1)
+Exports whose parameters cannot be read (1)
 -------------------------------------------
 0.6.13.post1: unclear [csrc/unclear.cu]: unclear is exported and not declared
 """
@@ -353,7 +353,7 @@ def test_a_release_is_recorded(wheels, checkout):
     assert [*after][17:20] == ["0.6.12", "0.6.13", "0.6.13.post1"]
     assert "written" not in run(*asked) and "stale" not in run(*asked, "--check")
     result = CliRunner().invoke(main, ["release", "record", "0.6.13", "--to", str(checkout / "x")])
-    assert result.exit_code == 1 and "expected a checkout of the repository" in result.output
+    assert result.exit_code == 2 and "expected a checkout of the repository" in result.output
 
 
 def test_what_is_recorded_is_written_alike():

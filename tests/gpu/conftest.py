@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cuda.bindings import driver, runtime
 
 import fi_ffi
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.cli.cuda import DeviceArray, check
 
 from tests.attention.machines import Gpu
 from tests.helpers.stress_strength import IS_SANITIZED
@@ -21,7 +24,7 @@ _AT_ONCE = "needs kernels of several streams that run at once"
 _NOT_SANITIZED = {
     "test_call_log.py::test_a_kernel_that_crashes": "reads what is not there on purpose",
     "test_threads_stress.py::test_exits_with_all_alive": "takes minutes: threads launch to the end",
-    "test_prepared_threads.py::test_calls_release_the_gil": _AT_ONCE,
+    "test_threads_stress.py::test_calls_release_the_gil": _AT_ONCE,
     "test_untyped_rest.py::test_bgmv_moe_is_on_the_default_stream": _AT_ONCE,
 }
 
@@ -62,8 +65,6 @@ def _leave_out(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def to_gpu() -> Iterator[Callable]:
     """Copies host arrays to the GPU, freed after the test."""
-    from fi_ffi.cli.cuda import DeviceArray
-
     made = []
 
     def copy(host: np.ndarray, **options: int) -> DeviceArray:
@@ -78,15 +79,20 @@ def to_gpu() -> Iterator[Callable]:
 @pytest.fixture
 def stream() -> Iterator[int]:
     """A stream that does not wait for the default one."""
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-
     flags = runtime.cudaStreamNonBlocking
     made = check(runtime.cudaStreamCreateWithFlags(flags))
     yield int(made)
     check(runtime.cudaStreamSynchronize(made))
     check(runtime.cudaStreamDestroy(made))
+
+
+@pytest.fixture
+def streams(stream: int) -> Iterator[tuple[int, int]]:
+    """Two streams that wait for no other."""
+    other = check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
+    yield stream, int(other)
+    check(runtime.cudaStreamSynchronize(other))
+    check(runtime.cudaStreamDestroy(other))
 
 
 class Gate:
@@ -96,11 +102,6 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        from cuda.bindings import runtime
-
-        from fi_ffi.abi._cffi import ffi
-        from fi_ffi.cli.cuda import check
-
         flags = runtime.cudaHostAllocPortable | runtime.cudaHostAllocMapped
         self.address = int(check(runtime.cudaHostAlloc(4096, flags)))
         memory = ffi.buffer(ffi.cast("char *", self.address), 4)
@@ -109,10 +110,6 @@ class Gate:
 
     def hold(self, stream: int, number: int = 1) -> None:
         """Let a stream wait until the word is so much or more."""
-        from cuda.bindings import driver
-
-        from fi_ffi.cli.cuda import check
-
         check(driver.cuStreamWaitValue32(stream, self.address, number, 0))
 
     def open(self, number: int = 2**30) -> None:
@@ -122,10 +119,6 @@ class Gate:
 @pytest.fixture
 def gate(to_gpu, stream) -> Iterator[Gate]:
     """Opened before the other fixtures synchronise with anything."""
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-
     made = Gate()
     yield made
     made.open()

@@ -10,9 +10,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cuda.bindings import driver, runtime
 
 import fi_ffi
 from fi_ffi.abi import streams
+from fi_ffi.cli.cuda import check
 from fi_ffi.loader.runtime import ensure_tvm_ffi
 from fi_ffi.ops import cuda
 from fi_ffi.ops.call.op import Op
@@ -25,20 +27,12 @@ from tests.helpers.cases import make_case
 @pytest.fixture
 def pool():
     """The device's pool, nothing of which is on its way back."""
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-
     check(runtime.cudaSetDevice(0))
     check(runtime.cudaDeviceSynchronize())
     return check(runtime.cudaDeviceGetMemPool(0))
 
 
 def used(pool):
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-
     attribute = runtime.cudaMemPoolAttr.cudaMemPoolAttrUsedMemCurrent
     return int(check(runtime.cudaMemPoolGetAttribute(pool, attribute)))
 
@@ -58,10 +52,6 @@ def on_gpu(shape, dtype="float32"):
 
 
 def test_memory_is_the_pool_s_and_goes_back(installed, pool, stream):
-    from cuda.bindings import driver, runtime
-
-    from fi_ffi.cli.cuda import check
-
     before, tensors = used(pool), cuda.kernel_memory().count
     size = 64 * 2**20
     tensor = on_gpu((64, 2**20), "float8_e4m3fn")
@@ -83,10 +73,6 @@ def test_memory_is_the_pool_s_and_goes_back(installed, pool, stream):
 
 def test_work_that_is_queued_still_has_its_memory(installed, to_gpu, stream, rng):
     """Released as soon as the work is queued, as a kernel's scratch memory is."""
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-
     kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
     given = [rng.standard_normal((512, 4096)).astype(np.float32) for _ in range(8)]
     sources = [to_gpu(array) for array in given]
@@ -117,10 +103,6 @@ def test_more_than_the_gpu_has(installed, pool):
 
 def test_a_call_of_a_row_that_allocates(to_gpu, stream, rng):
     """The kernel's result is the same, and nothing stays installed."""
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-
     row = replace(OPS["rmsnorm"].row, allocates=True)
     case = make_case(row, {"n": 33, "h": 1024}, {"T": "bfloat16"}, rng)
     arrays = {name: to_gpu(array) for name, array in case.arrays.items()}

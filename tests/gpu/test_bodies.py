@@ -1,33 +1,17 @@
-"""Tests of tests/ops that a GPU runs as they are, with its own `machine`."""
+"""Tests of other folders that a GPU runs as they are, with its own `machine`."""
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from tests.helpers.bodies import bodies_of
-from tests.ops import (
-    test_activation,
-    test_bgmv_moe,
-    test_cascade,
-    test_gdn_decode,
-    test_gdn_forms,
-    test_mamba,
-    test_quantization,
-    test_results,
-    test_routing,
-    test_state_update,
-)
 from tests.ops.test_gdn_forms import form  # noqa: F401  # a fixture of theirs
 
-globals().update(
-    bodies_of(
-        test_activation,
-        test_bgmv_moe,
-        test_cascade,
-        test_gdn_decode,
-        test_gdn_forms,
-        test_mamba,
-        test_quantization,
-        test_results,
-        test_routing,
-        test_state_update,
-    )
-)
+MODULES = (
+    "attention.test_fp8_outputs", "attention.test_mla_fp8", "attention.test_nvfp4",
+    "modules.test_xgrammar", "ops.test_activation", "ops.test_bgmv_moe", "ops.test_cascade",
+    "ops.test_gdn_decode", "ops.test_gdn_forms", "ops.test_kda", "ops.test_mamba",
+    "ops.test_quantization", "ops.test_results", "ops.test_routing", "ops.test_state_update",
+)  # fmt: skip
+
+globals().update(bodies_of(*(import_module(f"tests.{name}") for name in MODULES)))

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from cuda.bindings import runtime
 
 import fi_ffi
 from fi_ffi.cli import main
+from fi_ffi.cli.cuda import check
 from fi_ffi.loader import search
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.watch.dump import BEFORE
@@ -23,7 +25,7 @@ from tests.helpers import children
 from tests.helpers.bodies import bodies_of
 from tests.helpers.cases import make_case
 from tests.helpers.inputs import inputs_of
-from tests.helpers.prepared_calls import OnGpu, settle
+from tests.helpers.prepared_calls import OnGpu, or_skip, settle
 from tests.ops import test_call_log
 from tests.ops.test_call_log import _nothing_is_left, read  # noqa: F401  a fixture
 
@@ -42,10 +44,6 @@ def placed(rng, to_gpu) -> OnGpu:
 
 def test_statistics_are_in_the_streams_order(placed, to_gpu, stream, tmp_path):
     """What is queued before the call is in them; it is waited for."""
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-
     x = placed.arrays["input"]
     later = to_gpu(np.full_like(placed.case.arrays["input"], 3))
     check(runtime.cudaDeviceSynchronize())
@@ -62,24 +60,6 @@ def test_statistics_are_in_the_streams_order(placed, to_gpu, stream, tmp_path):
         check(runtime.cudaFree(pointer))
     (said,) = read(path)
     assert said.under("before:")["input"] == "min 3, max 3, mean 3, 0 NaN, 0 Inf"
-
-
-def test_all_ways_of_calling(placed, stream, tmp_path):
-    given, path = placed.descs, tmp_path / "log"
-    prepared = fi_ffi.rmsnorm.prepare(**given, stream=stream)
-    for _ in range(2):
-        fi_ffi.rmsnorm(**given, stream=stream)
-    with fi_ffi.call_log(1, path):
-        fi_ffi.rmsnorm(**given, stream=stream)
-        prepared()
-        with fi_ffi.stream(stream):
-            fi_ffi.rmsnorm(**given)
-        with fi_ffi.watchdog(30.0):
-            fi_ffi.rmsnorm(**given, stream=stream)
-    prepared()
-    assert [said.heads for said in read(path)] == [["rmsnorm"]] * 4
-    settle(stream)
-    assert placed.is_right()
 
 
 def test_nothing_is_read_while_a_graph_is_recorded(placed, stream, tmp_path):
@@ -105,10 +85,6 @@ def test_nothing_is_read_while_a_graph_is_recorded(placed, stream, tmp_path):
 
 def test_an_address_that_cannot_be_read_leaves_no_error_behind(placed, stream):
     """Launchers ask CUDA for the last error: the next call must not be given the log's."""
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-
     gone = check(runtime.cudaMalloc(1 << 28))
     check(runtime.cudaFree(gone))
     desc = fi_ffi.TensorDesc(int(gone), (64,), "float32")
@@ -214,8 +190,6 @@ def test_a_strided_call_replays(rng, to_gpu, stream, tmp_path):
     """Rows apart and in place, as heads of a fused tensor are."""
     fused = to_gpu(rng.standard_normal((9, 3, 128)).astype(np.float16))
     weight = to_gpu(np.ones(128, np.float16))
-    from cuda.bindings import runtime
-
     runtime.cudaDeviceSynchronize()
     part = fi_ffi.TensorDesc(fused.ptr, (9, 2, 128), "float16", strides=(384, 128, 1))
     call = lambda: fi_ffi.qk_rmsnorm(part, part, weight.desc(), stream=stream)  # noqa: E731
@@ -233,13 +207,6 @@ def _paged(rng: np.random.Generator, lengths: tuple[int, ...], size: int) -> dic
     }
 
 
-def planned(make: Callable[[], Any]) -> Any:
-    try:
-        return make()
-    except fi_ffi.KernelNotFoundError as error:
-        pytest.skip(str(error).splitlines()[0])
-
-
 def test_a_decode_plan_replays(rng, to_gpu, stream, tmp_path):
     lengths, size, heads, kv_heads, dim = (700, 33, 1, 290), 16, 8, 2, 128
     tables = _paged(rng, lengths, size)
@@ -249,8 +216,6 @@ def test_a_decode_plan_replays(rng, to_gpu, stream, tmp_path):
             for _ in range(2))  # fmt: skip
     o = to_gpu(np.full((4, heads, dim), np.nan, np.float16))
     lse = to_gpu(np.full((4, heads), np.nan, np.float32))
-    from cuda.bindings import runtime
-
     runtime.cudaDeviceSynchronize()
 
     def make() -> Any:
@@ -259,7 +224,7 @@ def test_a_decode_plan_replays(rng, to_gpu, stream, tmp_path):
             num_kv_heads=kv_heads, head_dim=dim, page_size=size, stream=stream,
         )  # fmt: skip
 
-    planned(make)
+    or_skip(make)
 
     def call() -> None:
         make().run(q.desc(), k.desc(), v.desc(), o.desc(), lse.desc(), stream=stream)
@@ -280,8 +245,6 @@ def test_a_prefill_plan_replays(rng, to_gpu, stream, tmp_path, backend):
             for _ in range(2))  # fmt: skip
     o = to_gpu(np.full((qo[-1], heads, dim), np.nan, np.float16))
     lse = to_gpu(np.full((qo[-1], heads), np.nan, np.float32))
-    from cuda.bindings import runtime
-
     runtime.cudaDeviceSynchronize()
 
     def make() -> Any:
@@ -293,7 +256,7 @@ def test_a_prefill_plan_replays(rng, to_gpu, stream, tmp_path, backend):
         except fi_ffi.ArgumentError as error:
             pytest.skip(str(error))
 
-    planned(make)
+    or_skip(make)
 
     def call() -> None:
         make().ragged_run(q.desc(), k.desc(), v.desc(), o.desc(), lse.desc(), stream=stream)
@@ -311,14 +274,12 @@ def test_single_decode_replays(rng, to_gpu, stream, tmp_path):
     o = to_gpu(np.full((heads, dim), np.nan, np.float16))
     need = fi_ffi.single_decode_workspace_size(length, heads, kv_heads, dim)
     tmp = to_gpu(np.zeros(max(need, 16), np.uint8))
-    from cuda.bindings import runtime
-
     runtime.cudaDeviceSynchronize()
 
     def call() -> None:
         fi_ffi.single_decode(q.desc(), k.desc(), v.desc(), tmp.desc(), o.desc(), stream=stream)
 
-    planned(call)
+    or_skip(call)
     (path,) = dumped(tmp_path, call)
     settle(stream)
     check_replays(path)

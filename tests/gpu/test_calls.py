@@ -4,53 +4,30 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from cuda.bindings import driver, runtime
 
 import fi_ffi
+from fi_ffi.abi import library
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.cli import cuda
+from fi_ffi.cli.cuda import check
+from fi_ffi.loader import machine
+from fi_ffi.loader.kernels import open_source
+from fi_ffi.loader.runtime import kernel_entry
 from fi_ffi.ops.functions import OPS
 
 from tests.helpers.cases import make_case
+from tests.helpers.children import done
 
 
 @pytest.fixture
 def case(rng):
     return make_case(OPS["rmsnorm"].row, {"n": 96, "h": 4096}, {"T": "bfloat16"}, rng)
-
-
-def test_is_ordered_after_its_streams_work(case, to_gpu, stream):
-    """The input arrives only after a queue of copies; a call on another stream misses it."""
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import POISON, check
-
-    size = 1 << 30
-    big = [check(runtime.cudaMalloc(size)) for _ in range(2)]
-    out, x, weight = (to_gpu(array) for array in case.arrays.values())
-    late = to_gpu(case.arrays["input"])
-    other = check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
-    seen = {}
-    for name, launch_on in (("same", stream), ("other", int(other))):
-        check(runtime.cudaMemset(x.ptr, POISON, x.nbytes))
-        check(runtime.cudaMemset(out.ptr, 0, out.nbytes))
-        check(runtime.cudaDeviceSynchronize())
-        kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        for _ in range(30):  # about 20 ms of work
-            check(runtime.cudaMemcpyAsync(big[0], big[1], size, kind, stream))
-        check(runtime.cudaMemcpyAsync(x.ptr, late.ptr, x.nbytes, kind, stream))
-        fi_ffi.rmsnorm(out.desc(), x.desc(), weight.desc(), stream=launch_on)
-        check(runtime.cudaStreamSynchronize(launch_on))
-        seen[name] = out.get()
-    for pointer in big:
-        check(runtime.cudaFree(pointer))
-    check(runtime.cudaStreamDestroy(other))
-    assert case.error("out", seen["same"])[1] <= 1
-    assert np.isnan(seen["other"].astype(np.float32)).all(), "the control saw the late input"
 
 
 def streams(kind: str):
@@ -64,10 +41,6 @@ def streams(kind: str):
         return pytest.importorskip("cupy", reason="cupy is not installed").cuda.Stream()
     if kind == "torch":
         return pytest.importorskip("torch", reason="torch is not installed").cuda.Stream()
-    from cuda.bindings import driver, runtime
-
-    from fi_ffi.cli.cuda import check
-
     made = check(runtime.cudaStreamCreate())
     return driver.CUstream(int(made)) if kind == "CUstream" else made
 
@@ -87,9 +60,6 @@ def test_accepts_streams(kind, scoped, case, to_gpu):
 
 
 def test_scope_puts_the_outer_stream_back(case, to_gpu, stream):
-    from fi_ffi.abi import library
-    from fi_ffi.abi._cffi import ffi
-
     def current() -> int:
         return int(ffi.cast("uintptr_t", library.lib.TVMFFIEnvGetStream(2, 0)))
 
@@ -111,10 +81,6 @@ def test_scope_puts_the_outer_stream_back(case, to_gpu, stream):
 @pytest.mark.parametrize("library", ["cupy", "torch", "numba"])
 def test_takes_other_libraries_tensors(library, rng, stream):
     """float16 through each; the exported memory is used, not a copy."""
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-
     made = make_case(OPS["rmsnorm"].row, {"n": 16, "h": 512}, {"T": "float16"}, rng)
     hosts = list(made.arrays.values())
     if library == "cupy":
@@ -152,27 +118,6 @@ def test_takes_torch_bfloat16(case, stream):
     torch.cuda.synchronize()
     got = bits[0].cpu().numpy().view(ml_dtypes.bfloat16)
     assert case.error("out", got)[1] <= 1
-
-
-def test_is_captured_into_a_graph(case, to_gpu, stream):
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import POISON, check
-
-    arrays = [to_gpu(array) for array in case.arrays.values()]
-    descs = [array.desc() for array in arrays]
-    fi_ffi.rmsnorm(*descs, stream=stream)
-    check(runtime.cudaStreamSynchronize(stream))
-    mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
-    check(runtime.cudaStreamBeginCapture(stream, mode))
-    fi_ffi.rmsnorm(*descs, stream=stream)
-    graph = check(runtime.cudaStreamEndCapture(stream))
-    executable = check(runtime.cudaGraphInstantiate(graph, 0))
-    check(runtime.cudaMemset(arrays[0].ptr, POISON, arrays[0].nbytes))
-    check(runtime.cudaGraphLaunch(executable, stream))
-    assert case.error("out", arrays[0].get())[1] <= 1
-    check(runtime.cudaGraphExecDestroy(executable))
-    check(runtime.cudaGraphDestroy(graph))
 
 
 def test_a_kernels_own_error_is_told_and_not_sticky(rng, to_gpu, stream):
@@ -218,11 +163,6 @@ def test_bad_input_leaves_the_destination(case, to_gpu, stream):
 @pytest.mark.parametrize(("last", "wraps"), [(2**31 - 8, False), (2**31, True)])
 def test_the_offset_limit_is_where_the_kernel_wraps(last, wraps, to_gpu, stream):
     """norm.cuh multiplies row by stride in 32 bits: past 2**32 a row is another row."""
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-    from fi_ffi.loader.runtime import kernel_entry
-
     rows = np.array([[1] * 8, [2] * 8, [3, 1] * 4], np.float16)
     base = check(runtime.cudaMalloc(2 * (2 * last + 8)))
     kind = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
@@ -255,14 +195,12 @@ assert (np.abs(x.get() - 1) < 1e-3).all()
 bad = {"torch", "tvm_ffi", "flashinfer"} & set(sys.modules)
 assert not bad, bad
 """
-    assert not subprocess.run([sys.executable, "-c", program], timeout=120).returncode
+    status, _, err = done(program)
+    assert status == 0, err
 
 
 def test_kernels_for_another_gpu_are_refused_by_name(case, to_gpu, stream, sm87_wheel, tmp_path):
     """A Jetson's kernels on this GPU: said before anything is loaded or launched."""
-    from fi_ffi.loader import machine
-    from fi_ffi.loader.kernels import open_source
-
     arrays = [to_gpu(array) for array in case.arrays.values()]
     descs = [array.desc() for array in arrays]
     before = arrays[0].get().tobytes()
@@ -276,7 +214,7 @@ def test_kernels_for_another_gpu_are_refused_by_name(case, to_gpu, stream, sm87_
             fi_ffi.rmsnorm(*descs, stream=stream)
         assert f"has sm_87 only; the device is sm_{major}{minor}" in str(caught.value)
         assert f"--arch {major}.{minor}" in str(caught.value)
-        assert str(folder) not in Path("/proc/self/maps").read_text()
+        assert str(folder) not in Path("/proc/self/maps").read_text(errors="replace")
     finally:
         fi_ffi.use_kernels(os.environ["FI_FFI_KERNELS"])
     assert arrays[0].get().tobytes() == before
@@ -285,9 +223,6 @@ def test_kernels_for_another_gpu_are_refused_by_name(case, to_gpu, stream, sm87_
 
 
 def test_the_machine_is_what_cuda_python_says(stream):
-    from fi_ffi.cli import cuda
-    from fi_ffi.loader import machine
-
     found = cuda.gpus()
     assert machine.device_count() == len(found)
     assert [machine.capability(gpu.index) for gpu in found] == [gpu.capability for gpu in found]

@@ -10,6 +10,7 @@ import fi_ffi
 from fi_ffi.ops.functions import OPS
 
 from tests.helpers.cases import make_case
+from tests.helpers.prepared_calls import or_skip
 
 GDN = OPS["gdn_prefill"]
 SIZES = {
@@ -20,10 +21,7 @@ SIZES = {
 
 @pytest.mark.parametrize("how", ["typed", "again", "scope", "prepared"])
 def test_a_threads_first_call(how, rng, to_gpu, stream):
-    try:
-        fi_ffi.loader.search.find_module("gdn_prefill_sm90", 0)
-    except fi_ffi.KernelNotFoundError as error:
-        pytest.skip(str(error).partition("\n")[0])
+    or_skip(fi_ffi.loader.search.find_module, "gdn_prefill_sm90", 0)
     without = ("state_checkpoints", "checkpoint_cu_starts")
     case = make_case(GDN.row, SIZES, {"T": "float16"}, rng, without=without)
     arrays = {name: to_gpu(array) for name, array in case.arrays.items()}

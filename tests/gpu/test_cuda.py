@@ -6,6 +6,7 @@ import json
 import os
 
 import pytest
+from cuda.bindings import runtime
 
 from fi_ffi.cli import cuda as of_python
 from fi_ffi.loader import machine, search
@@ -63,8 +64,6 @@ def test_the_driver_tells_what_cuda_python_tells() -> None:
     gpus = of_python.gpus()
     assert machine.driver_version() == of_python.driver_version()
     assert machine.device_count() == len(gpus)
-    from cuda.bindings import runtime
-
     for gpu in gpus:
         properties = of_python.check(runtime.cudaGetDeviceProperties(gpu.index))
         assert machine.capability(gpu.index) == (properties.major, properties.minor)

@@ -6,25 +6,22 @@ Kernels are made to read address 0x100000, where nothing is: what a caller's wro
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from cuda.bindings import runtime
 
 import fi_ffi
+from fi_ffi.cli.cuda import CudaError, DeviceArray, check
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.loader import search
 from fi_ffi.ops import cuda
 from fi_ffi.ops.functions import OPS
 
+from tests.helpers import children
 from tests.helpers.cases import make_case
-from tests.helpers.untyped_calls import BF16, mhc_post, poisoned, rounded, worst
+from tests.helpers.untyped_calls import BF16, mhc_post, module, poisoned, rounded, worst
 from tests.ops.test_norm import case as video_case
-
-ROOT = Path(__file__).parents[2]
 
 PREPARED = """
 import json, os
@@ -108,13 +105,9 @@ def norm_kernels() -> None:
 
 def child(program: str, **environment: str) -> tuple[list[dict], str]:
     """What a process prints, each line as JSON, and what it has to say besides."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+    status, out, err = children.done(program, seconds=300, **environment)
+    assert status == 0, out + err
+    return [json.loads(line) for line in out.splitlines()], err
 
 
 def check_told(found: dict) -> None:
@@ -178,8 +171,6 @@ def left() -> int:
 
 def test_a_gpu_that_is_not_there_leaves_nothing(rng, to_gpu, stream):
     """Calls for cuda:99, ours and the tests' own: the next kernel is not blamed for them."""
-    from fi_ffi.cli.cuda import CudaError, DeviceArray
-
     left()
     there = fi_ffi.TensorDesc(1 << 20, (8, 512), "float16", device="cuda:99")
     weight = fi_ffi.TensorDesc(1 << 21, (512,), "float16", device="cuda:99")
@@ -197,8 +188,6 @@ def test_a_gpu_that_is_not_there_leaves_nothing(rng, to_gpu, stream):
         assert left() == 0
     with pytest.raises(CudaError, match="cudaErrorInvalidDevice"):
         DeviceArray(np.zeros(4, np.float32), device=99)
-    from cuda.bindings import runtime
-
     assert left() == 0 and int(runtime.cudaGetLastError()[0]) == 0
     assert int(runtime.cudaGetDevice()[1]) == 0
     works(rng, to_gpu, stream)
@@ -213,10 +202,7 @@ def works(rng, to_gpu, stream) -> None:
 
 def test_somebody_else_s_leftover_is_named(rng, to_gpu, stream):
     """mhc_post asks for the last error after its launch; it ran, and the next call is fine."""
-    try:
-        entry = fi_ffi.module("mhc").mhc_post
-    except fi_ffi.KernelNotFoundError as error:
-        pytest.skip(str(error).partition("\n")[0])
+    entry = module("mhc").mhc_post
     tokens, hidden = 5, 1280
     x = rng.standard_normal((tokens, hidden)).astype(BF16)
     residual = rng.standard_normal((tokens, 4, hidden)).astype(BF16)
@@ -255,10 +241,6 @@ def test_a_launcher_that_would_end_the_process(machine, rng):
 
 
 def test_an_event_that_is_not_done_leaves_nothing(to_gpu, stream):
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-
     size = 1 << 30
     big = [check(runtime.cudaMalloc(size)) for _ in range(2)]
     kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice

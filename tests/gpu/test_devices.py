@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cuda.bindings import runtime
 
 import fi_ffi
+from fi_ffi.cli.cuda import DeviceArray, check, gpus, on_device
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.loader import per_device, search
 from fi_ffi.ops.functions import OPS
@@ -17,6 +19,7 @@ from fi_ffi.ops.functions import OPS
 from tests.helpers.cases import make_case
 from tests.helpers.moe_layers import make as make_layer
 from tests.helpers.pod_calls import Batch, Spec
+from tests.helpers.prepared_calls import or_skip
 from tests.helpers.stress_strength import scaled
 from tests.ops.test_threads import at_once
 
@@ -24,15 +27,7 @@ F16 = np.dtype(np.float16)
 HEADS, KV_HEADS, DIM, PAGE = 8, 2, 128, 16
 
 
-def check(result):
-    from fi_ffi.cli.cuda import check
-
-    return check(result)
-
-
 def current() -> int:
-    from cuda.bindings import runtime
-
     return int(check(runtime.cudaGetDevice()))
 
 
@@ -47,45 +42,27 @@ class Place:
     """A GPU, a stream of it, and memory on it; the current device stays what it is."""
 
     def __init__(self, index: int) -> None:
-        from cuda.bindings import runtime
-
-        from fi_ffi.cli.cuda import on_device
-
         self.index, self.device, self.made = index, f"cuda:{index}", []
         with on_device(index):
             flags = runtime.cudaStreamNonBlocking
             self.stream = int(check(runtime.cudaStreamCreateWithFlags(flags)))
 
     def __call__(self, host: np.ndarray) -> Any:
-        from fi_ffi.cli.cuda import DeviceArray
-
         self.made.append(DeviceArray(host, device=self.index))
         return self.made[-1]
 
     def synchronize(self) -> None:
-        from cuda.bindings import runtime
-
-        from fi_ffi.cli.cuda import on_device
-
         with on_device(self.index):
             check(runtime.cudaDeviceSynchronize())
 
     def poison(self, array: Any) -> None:
         """Make every byte 0xFF, on its own stream: the whole device cannot be waited for while
         another thread captures."""
-        from cuda.bindings import runtime
-
-        from fi_ffi.cli.cuda import on_device
-
         with on_device(self.index):
             check(runtime.cudaMemsetAsync(array.ptr, 0xFF, array.nbytes, self.stream))
             check(runtime.cudaStreamSynchronize(self.stream))
 
     def close(self) -> None:
-        from cuda.bindings import runtime
-
-        from fi_ffi.cli.cuda import on_device
-
         self.synchronize()
         for array in self.made:
             array.free()
@@ -95,10 +72,6 @@ class Place:
 
 @pytest.fixture
 def places():
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import gpus
-
     if len(gpus()) < 2:
         pytest.skip("needs two GPUs")
     check(runtime.cudaSetDevice(0))
@@ -113,8 +86,6 @@ def places():
 @contextlib.contextmanager
 def as_current(index: int):
     """The caller's own device, which calls leave as it is."""
-    from fi_ffi.cli.cuda import on_device
-
     with on_device(index):
         yield
         assert current() == index
@@ -167,14 +138,11 @@ def test_a_norm_of_both(how, odd, places, rng):
 
 def decode_plan(place: Place) -> fi_ffi.BatchDecodePlan:
     indptr, indices = np.array([0, 3], np.int32), np.arange(3, dtype=np.int32)
-    try:
-        return fi_ffi.BatchDecodePlan(
-            indptr, indices, np.array([9], np.int32), num_qo_heads=HEADS, num_kv_heads=KV_HEADS,
-            head_dim=DIM, page_size=PAGE, q_data_type="float16", device=place.device,
-            stream=place.stream,
-        )  # fmt: skip
-    except fi_ffi.KernelNotFoundError as error:
-        pytest.skip(str(error).partition("\n")[0])
+    return or_skip(
+        fi_ffi.BatchDecodePlan, indptr, indices, np.array([9], np.int32), num_qo_heads=HEADS,
+        num_kv_heads=KV_HEADS, head_dim=DIM, page_size=PAGE, q_data_type="float16",
+        device=place.device, stream=place.stream,
+    )  # fmt: skip
 
 
 def cache_of(place: Place, rng) -> tuple[Any, Any, Any, Any]:
@@ -183,16 +151,24 @@ def cache_of(place: Place, rng) -> tuple[Any, Any, Any, Any]:
     return place(q), place(k), place(v), place(np.full_like(q, np.nan))
 
 
-def decoded(q, k, v) -> np.ndarray:
-    """One request of 41 keys in float64."""
-    keys, values = (a.host.reshape(-1, KV_HEADS, DIM)[:41].astype(float) for a in (k, v))
-    out = np.empty((1, HEADS, DIM))
+def attention(q, k, v, causal: bool) -> np.ndarray:
+    """One request in float64."""
+    hidden = np.arange(len(k)) > np.arange(len(q))[:, None] + len(k) - len(q)
+    out = np.empty(q.shape)
     for head in range(HEADS):
         of = head * KV_HEADS // HEADS
-        logits = keys[:, of] @ q.host[0, head].astype(float) * DIM**-0.5
-        weights = np.exp(logits - logits.max())
-        out[0, head] = weights / weights.sum() @ values[:, of]
+        logits = q[:, head].astype(float) @ k[:, of].astype(float).T * DIM**-0.5
+        if causal:
+            logits[hidden] = -np.inf
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        out[:, head] = weights / weights.sum(axis=1, keepdims=True) @ v[:, of].astype(float)
     return out
+
+
+def decoded(q, k, v) -> np.ndarray:
+    """One request of 41 keys in float64."""
+    keys, values = (a.host.reshape(-1, KV_HEADS, DIM)[:41] for a in (k, v))
+    return attention(q.host, keys, values, causal=False)
 
 
 @pytest.mark.parametrize("odd", [0, 1, 2, 3], ids=["q", "k", "v", "out"])
@@ -236,6 +212,8 @@ class Work:
         names = ("out", "input", "weight")
         self.descs = [self.norm[name].desc() for name in names]
         self.prepared = fi_ffi.rmsnorm.prepare(*self.descs, stream=place.stream)
+        other = norm_arguments(place, rng)
+        self.updated = fi_ffi.rmsnorm.prepare(*(other[name].desc() for name in names))
         self.entry = fi_ffi.module("norm").rmsnorm
         self.plan = decode_plan(place)
         self.cache = cache_of(place, rng)
@@ -245,7 +223,7 @@ class Work:
 
     def make(self, what: int) -> None:
         stream = self.place.stream
-        if what == 5:
+        if what == 6:
             self.plan.run(*(array.desc() for array in self.cache), stream=stream)
             self._done()
             np.testing.assert_allclose(self.cache[3].get(), self.right, atol=4e-3)
@@ -258,6 +236,10 @@ class Work:
             self.entry(*self.descs, 1e-6, False, stream=stream)
         elif what == 3:
             self.graph.launch(stream)
+        elif what == 4:
+            self.updated.update(*(desc.ptr for desc in self.descs))
+            with fi_ffi.stream(stream):
+                self.updated()
         else:
             with fi_ffi.stream(stream):
                 fi_ffi.rmsnorm(*self.descs)
@@ -266,8 +248,6 @@ class Work:
         assert self.norm["case"].error("out", out.get())[1] <= 1
 
     def _done(self) -> None:
-        from cuda.bindings import runtime
-
         check(runtime.cudaStreamSynchronize(self.place.stream))
 
     def poison(self) -> None:
@@ -280,7 +260,7 @@ def test_in_turns_from_one_thread(places, rng):
     need("norm")
     works = [Work(place, rng) for place in places]
     for _ in range(scaled(3000, 60)):
-        of, mine, what = (int(rng.integers(n)) for n in (2, 2, 6))
+        of, mine, what = (int(rng.integers(n)) for n in (2, 2, 7))
         works[of].poison()
         with as_current(mine):
             works[of].make(what)
@@ -292,8 +272,6 @@ def test_from_several_threads(places):
     captured = threading.Barrier(4)
 
     def run(index: int) -> None:
-        from cuda.bindings import runtime
-
         rng, place = np.random.default_rng(), None
         try:
             place = Place(index % 2)
@@ -304,7 +282,7 @@ def test_from_several_threads(places):
             captured.wait(60)
             for _ in range(scaled(3000, 60)):
                 work.poison()
-                work.make(int(rng.integers(6)))
+                work.make(int(rng.integers(7)))
                 assert current() == mine
         except BaseException:
             captured.abort()
@@ -314,6 +292,36 @@ def test_from_several_threads(places):
                 place.close()
 
     at_once(run, 4)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_append_and_prefills(index, places, rng):
+    """While the other GPU is the caller's."""
+    place, keys, queries = places[index], 200, 50
+    q = rng.standard_normal((queries, HEADS, DIM)).astype(F16)
+    k, v = rng.standard_normal((2, keys, KV_HEADS, DIM)).astype(F16)
+    pages = -(-keys // PAGE)
+    indices = rng.permutation(pages + 3)[:pages].astype(np.int32)
+    indptr, last = np.array([0, pages], np.int32), np.array([(keys - 1) % PAGE + 1], np.int32)
+    with as_current(1 - index):
+        cache = place(np.full((pages + 3, 2, PAGE, KV_HEADS, DIM), np.nan, F16)).desc()
+        caches = fi_ffi.split_paged_kv_cache(cache)
+        tokens = [k, v, *fi_ffi.batch_indices_positions([0, keys], [keys])]
+        given = [place(array).desc() for array in (*tokens, indices, indptr, last)]
+        query, out = place(q).desc(), place(np.full_like(q, np.nan))
+        place.synchronize()
+        fi_ffi.append_paged_kv_cache(*given[:4], *caches, *given[4:], stream=place.stream)
+        for backend in ("auto", "fa2"):
+            place.poison(out)
+            plan = or_skip(
+                fi_ffi.BatchPrefillPlan, np.array([0, queries], np.int32), paged_kv_indptr=indptr,
+                paged_kv_indices=indices, paged_kv_last_page_len=last, page_size=PAGE,
+                num_qo_heads=HEADS, num_kv_heads=KV_HEADS, head_dim_qk=DIM, causal=True,
+                backend=backend, device=place.device, stream=place.stream,
+            )  # fmt: skip
+            plan.paged_run(query, *caches, out.desc(), stream=place.stream)
+            place.synchronize()
+            np.testing.assert_allclose(out.get(), attention(q, k, v, causal=True), atol=2e-3)
 
 
 def test_a_stream_of_the_other_gpu_is_refused(places, rng):
@@ -348,8 +356,6 @@ def test_a_stream_of_the_other_gpu_is_refused(places, rng):
 
 def test_a_stream_first_seen_while_it_records(places, rng):
     """By somebody else: asking for its GPU would spoil the graph."""
-    from cuda.bindings import runtime
-
     need("norm")
     for place in places:
         case, *arrays = norm_arguments(place, rng).values()
@@ -440,10 +446,6 @@ def test_gdn_prefill_from_threads(places):
 
 def test_pod_on_both(places, rng):
     """Its launcher keeps its counters in memory of the GPU that was used first."""
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import on_device
-
     spec = Spec()
     heads = spec.kv_heads * spec.group, spec.kv_heads
     tmp = fi_ffi.single_prefill_workspace_size(spec.qo_len, spec.kv_len, *heads, spec.head_dim)

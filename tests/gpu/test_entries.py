@@ -8,9 +8,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
 
@@ -19,6 +16,8 @@ from fi_ffi.loader.kernels import open_source
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.loader.uris import parse
 from tools.entries import entries_of
+
+from tests.helpers.children import done
 
 # A line of JSON for each module: what its functions say, and the methods of its objects.
 ASK = """
@@ -86,10 +85,9 @@ def said() -> dict[str, dict]:
         if group.objects
     }
     wanted = {"fused_moe_90": methods["fused_moe"], **methods}
-    command = [sys.executable, "-c", textwrap.dedent(ASK), kernels(), json.dumps(wanted)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert done.returncode == 0, done.stderr[-2000:]
+    status, out, err = done(ASK, kernels(), json.dumps(wanted), seconds=900)
+    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert status == 0, err[-2000:]
     return {line["module"]: line for line in lines}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cuda.bindings import runtime
 
 import fi_ffi
 from fi_ffi.abi.interop import open_capsule
@@ -44,8 +45,6 @@ def test_a_returned_tensor_s_interface(echo, to_gpu, stream, rng):
 
 
 def is_done(stream):
-    from cuda.bindings import runtime
-
     (error,) = runtime.cudaStreamQuery(stream)
     assert int(error) in (0, 600)
     runtime.cudaGetLastError()

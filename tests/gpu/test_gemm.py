@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import ml_dtypes
 import numpy as np
 import pytest
@@ -20,9 +16,10 @@ from fi_ffi.reference.gemm import fp8_products
 from tests.attention.machines import Gpu
 from tests.helpers.bodies import bodies_of
 from tests.helpers.cases import make_case
-from tests.helpers.prepared_calls import OnGpu, settle
+from tests.helpers.prepared_calls import OnGpu
 from tests.ops import test_block_scale_gemm as blocks
 from tests.ops import test_gemm, test_launching, test_segment_gemm
+from tests.ops.test_threads import at_once
 
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 
@@ -71,29 +68,6 @@ def test_bmm_of_two_e5m2_is_refused_by_cublas_too(machine, rng):
         entry(*arguments, stream=machine.stream)
 
 
-@pytest.mark.parametrize("name", ["bmm_fp8", "tinygemm2_nobias", "fp8_quantize_1x128"])
-def test_prepared(name, machine, rng):
-    """Packed once; launched, and launched with other memory."""
-    op = OPS[name]
-    machine.need(op.row.module)
-    if op.row.capabilities and of_loader.capability(0)[0] not in op.row.capabilities:
-        pytest.skip(f"{name} is not for this GPU")
-    sizes = {
-        "bmm_fp8": {"b": 2, "m": 20, "n": 64, "k": 128}, "fp8_quantize_1x128": {"n": 9, "k128": 4},
-        "tinygemm2_nobias": {"n": 5, "m": 64, "k": 256},
-    }[name]  # fmt: skip
-    dtypes = DTYPES if name == "bmm_fp8" else {"T": "bfloat16"}
-    one, other = (OnGpu(make_case(op.row, sizes, dtypes, rng), machine.place) for _ in range(2))
-    call = op.prepare(**one.descs, **one.case.scalars, stream=machine.stream)
-    call()
-    settle(machine.stream)
-    assert one.is_right() and other.is_untouched()
-    call.update(**other.addresses)
-    call()
-    settle(machine.stream)
-    assert other.is_right()
-
-
 def test_bmm_captured_without_a_call_before(machine, rng):
     """What is made for the first call is made in a capture as well."""
     machine.need("gemm")
@@ -109,28 +83,6 @@ def test_bmm_captured_without_a_call_before(machine, rng):
     assert on_gpu.is_right()
 
 
-def on_threads(machine, streams: Sequence[int], calls: Sequence[Any], make: Callable) -> None:
-    """Make each call 50 times, all at once, each on a thread and a stream of its own."""
-    errors: list[BaseException] = []
-
-    def work(call: Any, stream: int) -> None:
-        try:
-            for _ in range(50):
-                make(call, stream)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [
-        threading.Thread(target=work, args=pair) for pair in zip(calls, streams, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    machine.synchronize()
-    assert not errors
-
-
 def test_bmm_on_many_threads(machine, rng):
     """They share a handle, and each stream has scratch of its own."""
     machine.need("gemm")
@@ -141,10 +93,12 @@ def test_bmm_on_many_threads(machine, rng):
         for _ in streams
     ]  # fmt: skip
 
-    def make(call: OnGpu, stream: int) -> None:
-        fi_ffi.bmm_fp8(**call.descs, **call.case.scalars, stream=stream)
+    def work(i: int) -> None:
+        for _ in range(50):
+            fi_ffi.bmm_fp8(**calls[i].descs, **calls[i].case.scalars, stream=streams[i])
 
-    on_threads(machine, streams, calls, make)
+    at_once(work, 4)
+    machine.synchronize()
     assert all(call.is_right() for call in calls)
 
 
@@ -190,7 +144,13 @@ def test_block_scales_on_many_threads(machine, rng):
     streams = machine.streams(4)
     calls = [blocks.Blocks(machine, rng, 8 * (i + 1), 128, 512, False, False) for i in range(4)]
     machine.synchronize()
-    on_threads(machine, streams, calls, lambda made, stream: made.call(stream=stream))
+
+    def work(i: int) -> None:
+        for _ in range(50):
+            calls[i].call(stream=streams[i])
+
+    at_once(work, 4)
+    machine.synchronize()
     assert max(made.worst() for made in calls) <= 1
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from fi_ffi.ops import cuda
 from fi_ffi.ops.functions import OPS
 
 from tests.helpers.cases import make_case
+from tests.helpers.prepared_calls import poison, settle
 
 RMSNORM = OPS["rmsnorm"]
 
@@ -29,42 +32,34 @@ def chain(rng, to_gpu):
     return case, arrays, after, calls
 
 
-def poison(*arrays) -> None:
-    from cuda.bindings import runtime
-
-    for array in arrays:
-        runtime.cudaMemset(array.ptr, 0xFF, array.nbytes)
-    runtime.cudaDeviceSynchronize()
-
-
-def settled(stream: int) -> None:
-    from cuda.bindings import runtime
-
-    assert int(runtime.cudaStreamSynchronize(stream)[0]) == 0
+def check(chain, graph, stream: int) -> None:
+    """What a launch of the graph gives."""
+    case, arrays, after, _ = chain
+    poison(arrays["out"], after)
+    graph.launch(stream)
+    settle(stream)
+    assert case.error("out", arrays["out"].get())[1] <= 1
 
 
 def test_a_recorded_chain(chain, stream):
-    case, arrays, after, calls = chain
+    _, arrays, after, calls = chain
     with fi_ffi.stream(stream):
         calls()
-    settled(stream)
+    settle(stream)
     expected = after.get()
     poison(arrays["out"], after)
     with fi_ffi.capture(stream) as graph:
         calls()
-    settled(stream)
+    settle(stream)
     assert np.isnan(arrays["out"].get().astype(float)).all(), "recorded, and not made"
     assert graph.nodes == 2
     for _ in range(3):
-        poison(arrays["out"], after)
-        graph.launch(stream)
-        settled(stream)
-        assert case.error("out", arrays["out"].get())[1] <= 1
+        check(chain, graph, stream)
         assert after.get().tobytes() == expected.tobytes()
     poison(arrays["out"], after)
     with fi_ffi.stream(stream):
         graph.launch()
-    settled(stream)
+    settle(stream)
     assert after.get().tobytes() == expected.tobytes()
 
 
@@ -79,7 +74,7 @@ def test_changed_in_place(chain, stream, rng, to_gpu):
             fi_ffi.rmsnorm(**{name: array.desc() for name, array in arrays.items()})
     assert same is graph and graph.nodes == 2
     graph.launch(stream)
-    settled(stream)
+    settle(stream)
     assert case.error("out", arrays["out"].get())[1] <= 1
 
     updates = graph.updates
@@ -90,55 +85,52 @@ def test_changed_in_place(chain, stream, rng, to_gpu):
             fi_ffi.rmsnorm(**{name: array.desc() for name, array in arrays.items()})
     assert graph.updates == updates + 1, "the same kernels with other addresses"
     graph.launch(stream)
-    settled(stream)
+    settle(stream)
     assert another.error("out", arrays["out"].get())[1] <= 1
 
 
 def test_a_graph_of_another_shape(chain, stream):
-    case, arrays, after, calls = chain
+    calls = chain[-1]
     with fi_ffi.capture(stream) as graph:
         calls()
     with fi_ffi.capture(stream, into=graph):
         for _ in range(5):
             calls()
     assert (graph.nodes, graph.updates) == (10, 0)
-    poison(arrays["out"], after)
-    graph.launch(stream)
-    settled(stream)
-    assert case.error("out", arrays["out"].get())[1] <= 1
+    check(chain, graph, stream)
 
 
-def test_prepared_calls_are_recorded(chain, stream):
-    case, arrays, _, _ = chain
-    call = fi_ffi.rmsnorm.prepare(**{name: array.desc() for name, array in arrays.items()})
+@pytest.mark.parametrize("how", ["prepared", "entry"])
+def test_other_calls_are_recorded(how, chain, stream):
+    _, arrays, _, _ = chain
+    descs = {name: array.desc() for name, array in arrays.items()}
+    call = fi_ffi.rmsnorm.prepare(**descs)
+    if how == "entry":
+        call = partial(fi_ffi.module("norm").rmsnorm, *descs.values(), 1e-6, False)
     with fi_ffi.stream(stream):
         call()
-    settled(stream)
+    settle(stream)
     poison(arrays["out"])
     with fi_ffi.capture(stream) as graph:
         for _ in range(100):
             call()
     assert graph.nodes == 100
-    graph.launch(stream)
-    settled(stream)
-    assert case.error("out", arrays["out"].get())[1] <= 1
+    assert np.isnan(arrays["out"].get().astype(float)).all(), "recorded, and not made"
+    check(chain, graph, stream)
 
 
 def test_an_exception_inside(chain, stream):
-    case, arrays, after, calls = chain
+    calls = chain[-1]
     with fi_ffi.capture(stream) as graph:
         calls()
     block = fi_ffi.capture(stream, into=graph)
     block.__enter__()
     calls()
     block.__exit__(RuntimeError, RuntimeError("mine"), None)
-    poison(arrays["out"], after)
-    graph.launch(stream)  # what it was before
-    settled(stream)
-    assert case.error("out", arrays["out"].get())[1] <= 1
+    check(chain, graph, stream)  # what it was before
     with fi_ffi.stream(stream):  # and the stream is no longer recording
         calls()
-    settled(stream)
+    settle(stream)
 
 
 def test_a_plan_in_a_block_is_refused(stream):
@@ -153,7 +145,7 @@ def test_a_plan_in_a_block_is_refused(stream):
 
 def test_what_is_let_go_in_a_block_does_not_spoil_it(chain, stream):
     """The graph of that name before, events, memory: CUDA forbids to free while it records."""
-    case, arrays, after, calls = chain
+    calls = chain[-1]
     device = fi_ffi.parse_device("cuda:0")
     with fi_ffi.stream(stream):
         calls()
@@ -161,13 +153,10 @@ def test_what_is_let_go_in_a_block_does_not_spoil_it(chain, stream):
         held = [cuda.Event(), cuda.allocate(1000, device), cuda.allocate_page_locked(1000, device)]
         held.append(fi_ffi.Workspace.allocate("cuda:0", 1 << 20, 1 << 20))
         held[0].record(stream)
-        settled(stream)
+        settle(stream)
         with fi_ffi.capture(stream) as graph:  # lets go of the one before, after the first time
             calls()
             held.clear()
             calls()
         assert graph.nodes == 4
-        poison(arrays["out"], after)
-        graph.launch(stream)
-        settled(stream)
-        assert case.error("out", arrays["out"].get())[1] <= 1
+        check(chain, graph, stream)

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cuda.bindings import runtime
 
 from fi_ffi.cli.cases import Case
+from fi_ffi.cli.cuda import check
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.row import Row
 
@@ -132,10 +134,6 @@ def strided(row: Row, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
 
 @pytest.mark.parametrize(("op", "dtypes", "sizes", "i"), CALLS)
 def test_in_place(op, dtypes, sizes, i, machine, rng, monkeypatch):
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-
     needs(op, machine)
     machine.need(op.row.module)
     # Judging millions of elements in float64 takes long, and other tests do it.

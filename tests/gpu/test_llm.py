@@ -5,35 +5,95 @@ from __future__ import annotations
 import inspect
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from engine import Sampling
-from engine.device import Gpu, columns, rows
+from engine.device import Gpu, columns
+from engine.products import Sum
+from engine.weights import Blocks
 
 import fi_ffi
+from fi_ffi.cli.cuda import gpus
 from fi_ffi.ops.functions import OPS
 
-from tests.llm import conftest, test_glue, test_logits, test_serve, test_serving
+from tests.llm import (
+    conftest,
+    test_client,
+    test_glue,
+    test_hostile,
+    test_logits,
+    test_processors,
+    test_ranks,
+    test_serve,
+    test_serving,
+    test_structured,
+)
 from tests.llm.serving import KINDS
 from tests.llm.test_glue import FLOATS, TEXT
 
 serve, served = conftest.serve, test_serve.served
+servers, server, client = test_client.servers, test_client.server, test_client.client
+attacked, target, own = test_hostile.attacked, test_hostile.target, test_hostile.own
+structured, asks = test_structured.structured, test_structured.asks
 
 # Those that are of the host alone.
-_HOST = ("test_pages_by_themselves", "test_begun", "test_wrong_parameters", "_compiles_the_kernels")
-for _module in (test_glue, test_logits, test_serve, test_serving):
+_HOST = (
+    "test_pages_by_themselves", "test_begun", "test_wrong_parameters", "_compiles_the_kernels",
+    "_make_up_the_whole", "_that_ranks_share", "_share_of_bytes", "_rows_of_the_file",
+    "_does_not_divide", "test_wrong_numbers", "test_checkpoints_that_lie",
+)  # fmt: skip
+for _module in (
+    test_client, test_glue, test_hostile, test_logits, test_processors, test_ranks, test_serve,
+    test_serving, test_structured,
+):  # fmt: skip
     for _name, _test in inspect.getmembers(_module, inspect.isfunction):
         if _name.startswith("test_") and not _name.endswith(_HOST):
             globals()[_name] = _test
 
 
+# What kinds of models need besides.
+_NEEDS = {"fp8": "fp8_blockscale_gemm_90", "moe": "fused_moe_90", "gpt_oss": "fused_moe_90"}
+
+
 @pytest.fixture
-def where(machine):
+def where(request, machine):
     pytest.importorskip("nvmath", reason="nvmath-python is not installed: fi-ffi[llm-gpu]")
     gdn = OPS["gdn_prefill"].row.module_on((9, 0))
-    for module in ("norm", "page", "rope", "silu_and_mul", "sampling", gdn):
+    callspec = getattr(request.node, "callspec", None)
+    drawn = " ".join(map(str, callspec.params.values())) if callspec else ""
+    more = [module for word, module in _NEEDS.items() if word in drawn]
+    for module in ("norm", "page", "rope", "silu_and_mul", "sampling", gdn, *more):
         machine.need(module)
     return "cuda:0"
+
+
+@pytest.fixture
+def split(serve, machine, request):
+    """As in tests/llm/test_ranks.py, where there are so many GPUs."""
+    size = request.node.callspec.params.get("size", 2) if hasattr(request.node, "callspec") else 2
+    if len(gpus()) < size:
+        pytest.skip(f"needs {size} GPUs")
+    pytest.importorskip("nccl", reason="nccl4py is not installed: fi-ffi[nccl]")
+    for module in ("trtllm_comm", "vllm_comm"):
+        machine.need(module)
+    return lambda kind, **changes: serve(kind, **test_ranks.SIZES.get(kind, {}) | changes)
+
+
+def test_graphs_of_two_ranks(split, where):
+    """Sizes of batch that come and go: recorded on both, and as right as eager calls."""
+    serving = split("llama")
+    prompts = [serving.prompt(n) for n in (3, 30, 17, 50, 9)]
+    lengths = (5, 30, 20, 12, 26)
+    for use_graphs in (True, False):
+        engine = serving.engine(use_graphs=use_graphs, tp=2, way="processes")
+        requests = [
+            engine.submit(p, Sampling(seed=i, max_tokens=n, ignore_eos=True))
+            for i, (p, n) in enumerate(zip(prompts, lengths, strict=True))
+        ]
+        engine.run()
+        assert bool(engine.runner.graphs) == use_graphs
+        assert all(serving.error(request) <= 1 for request in requests)
 
 
 @pytest.fixture
@@ -56,8 +116,8 @@ def on(request):
 
     def run(name, args):
         sent = [placed(x) for x in args]
-        grid, block = _grid(name, args)
-        device.launch(name, grid, block, *(desc for desc, _ in sent))
+        threads, block = _threads(name, args)
+        device.launch(name, threads, *(desc for desc, _ in sent), block=block)
         for x, (_, there) in zip(args, sent, strict=True):
             if there is not None:
                 whole = x if x.base is None else x.base
@@ -67,19 +127,32 @@ def on(request):
     device.close()
 
 
-def _grid(name, args):
-    """As the engine launches each."""
+def _threads(name, args):
+    """As the engine launches each: threads along x and rows of them; and those of a block."""
     if name in ("take", "give"):
-        return (1, len(args[2])), 256
+        return (args[4], len(args[2])), 256
+    if name == "joined":
+        return (args[3], len(args[0])), 256
     if name == "resolve":
-        return (1, 1), 256
+        return (args[2], 1), 256
     if name == "convolve":
-        return (-(-args[8] // 256), len(args[4])), 256
+        return (args[8], len(args[4])), 256
     if name == "decays":
-        return (-(-args[5] * args[6] // 256), 1), 256
+        return (args[5] * args[6], 1), 256
     if name == "gated":
-        return (-(-args[3] // 256), len(args[0])), 256
-    return (len(args[0]), 1), 1024
+        return (args[3], len(args[0])), 256
+    if name == "place":
+        return (32 * (args[12] + 2 * args[13]), len(args[0])), 128
+    if name == "biased":
+        return (args[2], len(args[0])), 256
+    if name == "penalise":
+        return (args[6], len(args[0])), 256
+    if name in ("count", "add"):
+        return (args[3], 1), 256
+    if name == "mask":
+        return (args[3], len(args[1])), 256
+    block = 32 if name == "route" else 1024
+    return (block, len(args[0])), block
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,7 +169,7 @@ def test_graphs_give_the_bits_of_eager_calls(serve, kind, where):
             for i, (p, n) in enumerate(zip(prompts, lengths, strict=True))
         ]
         engine.run()
-        assert bool(engine.steps.graphs) == use_graphs
+        assert bool(engine.runner.graphs) == use_graphs
         got.append(requests)
     for one, two in zip(*got, strict=True):
         assert one.tokens == two.tokens
@@ -115,7 +188,7 @@ def test_graphs_over_other_requests(serve, where):
         ]
         engine.run()
         assert all(serving.error(request) <= 1 for request in requests)
-    assert set(engine.steps.graphs) == {2} | ({1} & set(engine.steps.graphs))
+    assert set(engine.runner.graphs) == {2} | ({1} & set(engine.runner.graphs))
 
 
 def test_the_gpu_is_not_waited_for(serve, where):
@@ -142,10 +215,19 @@ class Products:
         wide = (self.rng.standard_normal((count, width + more)) * scale).astype(self.kind)
         return columns(self.device.put(wide), 0, width), wide[:, :width].astype(np.float64)
 
+    def in_fp8(self, width, inner):
+        """A matrix in fp8 on the device, with scales of its blocks; and as float64."""
+        values = self.rng.standard_normal((width, inner)) * 100
+        values = values.clip(-448, 448).astype(ml_dtypes.float8_e4m3fn)
+        grid = -(-width // 128), inner // 128
+        scales = (self.rng.uniform(0.5, 2, grid) / 100).astype(np.float32)
+        wide = np.kron(scales.astype(np.float64), np.ones((128, 128)))[:width]
+        return self.device.put(Blocks(values, scales)), values.astype(np.float64) * wide
+
     def out(self, count, width, dtype):
         """Room for a row and 8 columns more than `count` by `width`."""
         whole = self.device.put(np.full((count + 1, width + 8), np.nan, dtype))
-        return whole, columns(rows(whole, 0, count), 0, width)
+        return whole, columns(whole.rows(0, count), 0, width)
 
     def result(self, whole, count, width):
         """What was written, as float64; that nothing else was."""
@@ -189,12 +271,32 @@ def test_products(dtype, to, count, size, products):
 
 
 @TEXT
+@pytest.mark.parametrize("to", ["the same", "float32"])
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("size", [(16, 128), (192, 384), (4096, 2176), (256, 14336)], ids=str)
+def test_products_with_weights_in_fp8(dtype, to, count, size, products):
+    """Of few rows, which are not rounded to fp8; numbers below the normal ones are among them."""
+    (width, inner), to = size, dtype if to == "the same" else to
+    x, xs = products.drawn(count, inner, 8)
+    weight, ws = products.in_fp8(width, inner)
+    whole, out = products.out(count, width, np.float32 if to == "float32" else products.kind)
+    products.device.linear(out, x, weight)
+    got, exact = products.result(whole, count, width), xs @ ws.T
+    bound = _half_step(to) * np.abs(exact) + 2.0**-18 * (np.abs(xs) @ np.abs(ws.T))
+    assert (np.abs(got - exact) <= bound).all()
+
+
+@TEXT
 @pytest.mark.parametrize("count", [1, 5, 8])
-@pytest.mark.parametrize("size", [(8, 128), (40, 384), (3072, 2176)], ids=str)
-def test_products_gated(dtype, count, size, products):
-    width, inner = size
+@pytest.mark.parametrize(
+    ("width", "inner", "weights"),
+    [(8, 128, "16 bits"), (40, 384, "16 bits"), (3072, 2176, "16 bits"),
+     (128, 128, "fp8"), (3072, 2176, "fp8")],
+)  # fmt: skip
+def test_products_gated(dtype, count, width, inner, weights, products):
     x, xs = products.drawn(count, inner, 8, inner**-0.5)
-    weight, ws = products.drawn(2 * width, inner)
+    of_weights = products.in_fp8 if weights == "fp8" else products.drawn
+    weight, ws = of_weights(2 * width, inner)
     whole, out = products.out(count, width, products.kind)
     products.device.linear_silu(out, x, weight)
     got = products.result(whole, count, width)
@@ -208,6 +310,42 @@ def test_products_gated(dtype, count, size, products):
 
 
 @TEXT
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("inner", [128, 384, 2176])
+@pytest.mark.parametrize("weights", ["16 bits", "fp8"])
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_products_of_norms(dtype, count, inner, weights, is_gated, products):
+    """x + residual in another place, and products with its norm."""
+    device, width = products.device, 256
+    x, xs = products.drawn(count, inner)
+    residual, residuals = products.drawn(count, inner, 0, 3.0)
+    norm = device.put((1 + products.rng.standard_normal(inner) * 0.1).astype(products.kind))
+    of_weights = products.in_fp8 if weights == "fp8" else products.drawn
+    weight, ws = of_weights(width, inner)
+    sums = device.put(np.full((count + 1, inner), np.nan, products.kind))
+    given = Sum(x, residual, sums.rows(0, count), norm, 1e-5)
+    whole, out = products.out(count, width // (1 + is_gated), products.kind)
+    (device.linear_silu if is_gated else device.linear)(out, given, weight)
+    got = products.result(whole, count, width // (1 + is_gated))
+    left = device.get(sums)
+    assert np.isnan(left[count].astype(np.float64)).all()
+    total = xs + residuals
+    assert (left[:count] == total.astype(np.float32).astype(products.kind)).all()
+    assert (device.get(residual).astype(np.float64) == residuals).all()
+    # From the sum as it was rounded; each number of the norm is rounded once more.
+    total = left[:count].astype(np.float64)
+    normed = total / np.sqrt((total**2).mean(1, keepdims=True) + 1e-5)
+    normed = normed * device.get(norm).astype(np.float64)
+    exact, sizes = normed @ ws.T, np.sqrt(normed**2 @ ws.T**2)
+    near = 8 * _half_step(dtype) * sizes + 1e-6  # rounded each by chance
+    if is_gated:
+        (gate, up), (near_gate, near_up) = (np.split(part, 2, axis=1) for part in (exact, near))
+        exact = gate / (1 + np.exp(-gate)) * up
+        near = 1.1 * near_gate * (np.abs(up) + near_up) + np.abs(gate) * near_up
+    assert (np.abs(got - exact) <= near + _half_step(dtype) * np.abs(exact)).all()
+
+
+@TEXT
 def test_a_row_does_not_depend_on_the_others(dtype, products):
     """Of few rows: to the bit."""
     x, _ = products.drawn(8, 4224)
@@ -216,7 +354,7 @@ def test_a_row_does_not_depend_on_the_others(dtype, products):
     products.device.linear(together, x, weight)
     got = products.device.get(together)
     for i in range(8):
-        products.device.linear(alone, rows(x, i, i + 1), weight)
+        products.device.linear(alone, x.rows(i, i + 1), weight)
         assert np.array_equal(products.device.get(alone)[0], got[i])
 
 
@@ -254,5 +392,5 @@ def test_heads_that_share_a_key_head(serve, heads, where):
     some = Sampling(max_tokens=24, ignore_eos=True)
     requests = [engine.submit(serving.prompt(n), some) for n in (3, 90, 17)]
     engine.run()
-    assert engine.steps.graphs
+    assert engine.runner.graphs
     assert all(serving.error(request) <= 1 for request in requests)

@@ -4,14 +4,19 @@ and kind of routing.
 
 from __future__ import annotations
 
+import importlib.util
 from collections import deque
+from pathlib import Path
 
 import numpy as np
 import pytest
+from cuda.bindings import runtime
 
 import fi_ffi
+from fi_ffi.cli.cuda import check as checked
 from fi_ffi.loader import machine, search
 from fi_ffi.ops import cuda
+from fi_ffi.ops.moe import deepgemm
 from fi_ffi.ops.moe.interface import MODULE, MODULES
 from fi_ffi.ops.moe.modes import MODES
 from fi_ffi.ops.watch import watching
@@ -19,7 +24,21 @@ from fi_ffi.ops.watch.call_record import CallRecord
 from fi_ffi.reference import moe_weights
 
 from tests.helpers.moe_bounds import ON_HOPPER, moe
-from tests.helpers.moe_layers import BF16, EVERY, F8, F16, GATED, PLAIN, Made, make, part
+from tests.helpers.moe_layers import (
+    BF16,
+    EVERY,
+    F8,
+    F16,
+    GATED,
+    PLAIN,
+    Made,
+    is_folded,
+    make,
+    of_ranks,
+    of_tensor_ranks,
+    part,
+)
+from tests.helpers.prepared_calls import poison
 
 
 def _capability() -> tuple[int, int]:
@@ -96,77 +115,56 @@ def check(made: Made, to_gpu, stream, record_property, **more) -> None:
     assert fraction <= 1
 
 
-@each_mode
-@pytest.mark.parametrize("tokens", [1, 2, 17, 64, 256, 257, 1000])
-def test_tokens(mode, act, out, tokens, rng, to_gpu, stream, record_property):
-    """Up to 256 tokens are sorted in one block, more in several."""
-    made = make(rng, mode, act, out, tokens=tokens, **SMALL)
-    check(made, to_gpu, stream, record_property)
+OF_EACH_MODE = {
+    # Up to 256 tokens are sorted in one block, more in several.
+    **{f"{n} tokens": {**SMALL, "tokens": n} for n in (1, 2, 17, 64, 256, 257, 1000)},
+    **{name: {**SMALL, "activation": name, "biases": True, "tokens": 40}
+       for name in (*GATED, *PLAIN)},
+    **{f"{n} experts of a token": {**SMALL, "top_k": n, "experts": 11, "tokens": 33}
+       for n in range(1, 9)},
+    **{f"{h} by {i}": {"hidden": h, "inter": i, "tokens": 70}
+       for h, i in ((128, 128), (384, 256), (256, 640), (512, 1024), (1024, 512))},
+    "no final scales": {**SMALL, "tokens": 20, "final": False},
+    "alpha, beta and limit": {**SMALL, "tokens": 20, "limits": ("alpha", "beta", "limit")},
+    "a limit": {**SMALL, "tokens": 20, "limits": ("limit",)},
+    "a single expert": {**SMALL, "tokens": 20, "experts": 1, "top_k": 1},
+}  # fmt: skip
+OF_EACH_KIND = {
+    "a large layer": {"hidden": 2048, "inter": 1024, "experts": 16, "top_k": 4, "tokens": 300},
+    "many experts": {"experts": 256, "top_k": 8, "tokens": 9, "hidden": 128, "inter": 128},
+}
+OF_ONE = [
+    *(("half", F16, F16, {"hidden": h, "inter": i, "tokens": 50})
+      for h, i in ((8, 8), (24, 40), (1032, 8), (72, 136))),
+    *(("fp8", F8, BF16, {"hidden": h, "inter": i, "tokens": 50})
+      for h, i in ((16, 16), (48, 80), (1040, 16))),
+    ("half", F16, F16, {"activation": "SwigluStep", "limits": ("limit",)}),
+    ("fp8", F8, BF16, {"per_expert_quant": False}),
+]  # fmt: skip
 
 
 @each_mode
-@pytest.mark.parametrize("activation", [*GATED, *PLAIN])
-def test_activations(mode, act, out, activation, rng, to_gpu, stream, record_property):
-    made = make(rng, mode, act, out, activation=activation, biases=True, tokens=40, **SMALL)
-    check(made, to_gpu, stream, record_property)
-
-
-@each_mode
-@pytest.mark.parametrize("top_k", range(1, 9))
-def test_top_k(mode, act, out, top_k, rng, to_gpu, stream, record_property):
-    made = make(rng, mode, act, out, top_k=top_k, experts=11, tokens=33, **SMALL)
-    check(made, to_gpu, stream, record_property)
-
-
-@each_mode
-@pytest.mark.parametrize("sizes", [(128, 128), (384, 256), (256, 640), (512, 1024), (1024, 512)])
-def test_sizes(mode, act, out, sizes, rng, to_gpu, stream, record_property):
-    made = make(rng, mode, act, out, hidden=sizes[0], inter=sizes[1], tokens=70)
-    check(made, to_gpu, stream, record_property)
-
-
-@pytest.mark.parametrize("sizes", [(8, 8), (24, 40), (1032, 8), (72, 136)])
-def test_small_and_odd_sizes_of_16_bits(sizes, rng, to_gpu, stream, record_property):
-    made = make(rng, "half", F16, F16, hidden=sizes[0], inter=sizes[1], tokens=50)
-    check(made, to_gpu, stream, record_property)
-
-
-@pytest.mark.parametrize("sizes", [(16, 16), (48, 80), (1040, 16)])
-def test_small_and_odd_sizes_of_fp8(sizes, rng, to_gpu, stream, record_property):
-    made = make(rng, "fp8", F8, BF16, hidden=sizes[0], inter=sizes[1], tokens=50)
-    check(made, to_gpu, stream, record_property)
+@pytest.mark.parametrize("call", OF_EACH_MODE)
+def test_of_each_mode(mode, act, out, call, rng, to_gpu, stream, record_property):
+    check(make(rng, mode, act, out, **OF_EACH_MODE[call]), to_gpu, stream, record_property)
 
 
 @each_kind
-def test_a_large_layer(mode, act, out, rng, to_gpu, stream, record_property):
-    made = make(rng, mode, act, out, hidden=2048, inter=1024, experts=16, top_k=4, tokens=300)
-    check(made, to_gpu, stream, record_property)
+@pytest.mark.parametrize("call", OF_EACH_KIND)
+def test_of_each_kind(mode, act, out, call, rng, to_gpu, stream, record_property):
+    check(make(rng, mode, act, out, **OF_EACH_KIND[call]), to_gpu, stream, record_property)
 
 
-@each_kind
-def test_many_experts(mode, act, out, rng, to_gpu, stream, record_property):
-    made = make(rng, mode, act, out, experts=256, top_k=8, tokens=9, hidden=128, inter=128)
-    check(made, to_gpu, stream, record_property)
+@pytest.mark.parametrize(("mode", "act", "out", "given"), OF_ONE, ids=range(len(OF_ONE)))
+def test_of_one(mode, act, out, given, rng, to_gpu, stream, record_property):
+    check(make(rng, mode, act, out, **given), to_gpu, stream, record_property)
 
 
 @each_mode
-def test_options_of_calls(mode, act, out, rng, to_gpu, stream, record_property):
-    for more in ({"final": False}, {"limits": ("alpha", "beta", "limit")}, {"limits": ("limit",)},
-                 {"experts": 1, "top_k": 1}):  # fmt: skip
-        made = make(rng, mode, act, out, **{**SMALL, "tokens": 20, **more})
-        check(made, to_gpu, stream, record_property)
+def test_launched_before_the_one_before_has_ended(mode, act, out, rng, to_gpu, stream,
+                                                  record_property):  # fmt: skip
     made = make(rng, mode, act, out, **SMALL)
     check(made, to_gpu, stream, record_property, enable_pdl=True)
-
-
-def test_the_step_with_limits(rng, to_gpu, stream, record_property):
-    made = make(rng, "half", F16, F16, activation="SwigluStep", limits=("limit",))
-    check(made, to_gpu, stream, record_property)
-
-
-def test_one_quantisation_scale_for_all_experts(rng, to_gpu, stream, record_property):
-    made = make(rng, "fp8", F8, BF16, per_expert_quant=False)
-    check(made, to_gpu, stream, record_property)
 
 
 @each_kind
@@ -182,31 +180,6 @@ def test_routings(mode, act, out, tokens, rng, to_gpu, stream, record_property):
     got = run(made, to_gpu, stream)
     assert Judge(made)(got) <= 1
     assert not got[2::3].any()
-
-
-def of_ranks(made: Made, ranks: int) -> list[Made]:
-    """The experts of each rank, which are all."""
-    count = len(made.layer.w1) // ranks
-
-    def own(array, rank):
-        is_whole = array.ndim and len(array) == len(made.layer.w1)
-        return np.ascontiguousarray(array[rank * count : (rank + 1) * count]) if is_whole else array
-
-    found = []
-    for rank in range(ranks):
-        tensors = {k: own(v, rank) for k, v in made.tensors.items() if k.startswith("fc")}
-        numbers = {
-            k: v if k.startswith("pre") else own(v, rank) for k, v in made.layer.scales.items()
-        }
-        layer = {"w1": own(made.layer.w1, rank), "w2": own(made.layer.w2, rank),
-                 "first_expert": rank * count, "scales": numbers}  # fmt: skip
-        scales = [
-            scale if made.layer.mode == "int4" and i in (2, 3, 4, 5) else own(scale, rank)
-            for i, scale in enumerate(made.scales)
-        ]
-        more = {"ep_size": ranks, "ep_rank": rank}
-        found.append(part(made, tensors=tensors, layer=layer, scales=scales, **more))
-    return found
 
 
 @each_kind
@@ -238,21 +211,7 @@ def test_all_to_all_leaves_other_tokens_alone(rng, to_gpu, stream):
 def test_ranks_of_tensors(rng, to_gpu, stream):
     made = make(rng, "half", BF16, BF16, hidden=256, inter=256, biases=True, tokens=30)
     total = 0
-    for rank in range(2):
-        own = slice(rank * 128, rank * 128 + 128)
-
-        def halves(array, own=own):
-            both = array[:, :256][:, own], array[:, 256:][:, own]
-            return np.ascontiguousarray(np.concatenate(both, axis=1))
-
-        tensors = {
-            "fc1_expert_weights": halves(made.tensors["fc1_expert_weights"]),
-            "fc2_expert_weights": made.tensors["fc2_expert_weights"][..., own].copy(),
-            "fc1_expert_biases": halves(made.tensors["fc1_expert_biases"]),
-        }  # fmt: skip
-        layer = {"w1": halves(made.layer.w1), "w2": made.layer.w2[..., own],
-                 "bias1": halves(made.layer.bias1), "adds_bias2": rank == 0}  # fmt: skip
-        one = part(made, tensors=tensors, layer=layer, tp_size=2, tp_rank=rank)
+    for one in of_tensor_ranks(made, 2):
         got = run(one, to_gpu, stream)
         assert Judge(one)(got) <= 1
         total = total + got.astype(np.float64)
@@ -268,7 +227,10 @@ def moe_of(mode, act, out, made: Made) -> fi_ffi.FusedMoe:
 @each_mode
 def test_every_tactic(mode, act, out, rng, to_gpu, stream, record_property):
     """Each gives the same within the bounds, or says that it is not for these sizes."""
-    made = make(rng, mode, act, out, tokens=45, biases=True, **SMALL)
+    # Tiles are up to 512 columns deep where scales are folded.
+    is_deep = is_folded() and mode in ("mxfp4", "int4")
+    sizes = {"hidden": 1024, "inter": 1024} if is_deep else SMALL
+    made = make(rng, mode, act, out, tokens=45, biases=True, **sizes)
     layer = moe_of(mode, act, out, made)
     counts = layer.tactics
     assert min(counts) > 0
@@ -283,7 +245,8 @@ def test_every_tactic(mode, act, out, rng, to_gpu, stream, record_property):
         poison(placed["output"])
         try:
             layer(**descs, quant_scales=given or None, **made.more, profile_ids=ids, stream=stream)
-        except fi_ffi.KernelError as error:
+        except (fi_ffi.KernelError, fi_ffi.ArgumentError) as error:
+            assert getattr(error, "argument", "profile_ids") == "profile_ids"
             refused.append((ids, str(error).partition("\n")[0]))
             continue
         worst = max(worst, judge(placed["output"].get()))
@@ -292,13 +255,6 @@ def test_every_tactic(mode, act, out, rng, to_gpu, stream, record_property):
     record_property("error_of_bound", worst)
     record_property("tactics", f"{counts}, {len(refused)} refused: {refused[:3]}")
     assert len(refused) * 2 < len(pairs), refused
-
-
-def poison(array) -> None:
-    from cuda.bindings import runtime
-
-    runtime.cudaMemset(array.ptr, 0xFF, array.nbytes)
-    runtime.cudaDeviceSynchronize()
 
 
 @pytest.mark.parametrize("ids", [(10**6, 0), (0, 10**6)])
@@ -352,35 +308,21 @@ def test_calls_one_after_another_share_the_pool(mode, act, out, rng, to_gpu, str
 
 
 @each_kind
-def test_two_streams(mode, act, out, rng, to_gpu, stream):
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check as checked
-
-    flags = runtime.cudaStreamNonBlocking
-    other = int(checked(runtime.cudaStreamCreateWithFlags(flags)))
+def test_two_streams(mode, act, out, rng, to_gpu, streams):
     mades = [make(rng, mode, act, out, tokens=tokens, **SMALL) for tokens in (90, 70)]
     places = [OnGpu(made, to_gpu) for made in mades]
-    try:
-        for _ in range(5):
-            outputs = [
-                made.call(place, stream=on)
-                for made, place, on in zip(mades, places, (stream, other), strict=True)
-            ]
-        for made, place, output in zip(mades, places, outputs, strict=True):
-            assert Judge(made)(place.check(output)) <= 1
-    finally:
-        checked(runtime.cudaStreamSynchronize(other))
-        checked(runtime.cudaStreamDestroy(other))
+    for _ in range(5):
+        outputs = [
+            made.call(place, stream=on)
+            for made, place, on in zip(mades, places, streams, strict=True)
+        ]
+    for made, place, output in zip(mades, places, outputs, strict=True):
+        assert Judge(made)(place.check(output)) <= 1
 
 
 @each_kind
 def test_in_a_graph(mode, act, out, rng, to_gpu, stream):
     """Recorded once, launched on other tokens and another routing in the same memory."""
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check as checked
-
     made = make(rng, mode, act, out, tokens=50, **SMALL)
     place = OnGpu(made, to_gpu)
     made.call(place, stream=stream)  # kernels are loaded before they are recorded
@@ -447,7 +389,7 @@ def test_the_order_of_4_bit_weights(quant_type, rng, to_gpu, stream):
     )
     got = target.get()
     assert target.intact() and source.get().tobytes() == weight.tobytes()
-    assert (got == moe_weights.interleave(weight, quant_type)).all()
+    assert (got == moe_weights.interleave(weight, quant_type, is_folded())).all()
 
 
 def test_the_workspace_size(rng, to_gpu, stream):
@@ -463,11 +405,6 @@ def test_the_workspace_size(rng, to_gpu, stream):
 @pytest.fixture
 def deepgemm_headers():
     """DeepGEMM's headers, of an installed flashinfer-python, and an nvcc."""
-    import importlib.util
-    from pathlib import Path
-
-    from fi_ffi.ops.moe import deepgemm
-
     spec = importlib.util.find_spec("flashinfer")
     if spec is None or spec.origin is None or deepgemm.compiler() is None:
         pytest.skip("needs flashinfer-python's headers and nvcc")
@@ -484,32 +421,3 @@ def test_deepgemm(tokens, deepgemm_headers, rng, to_gpu, stream, record_property
         check(made, to_gpu, stream, record_property)
     finally:
         fi_ffi.set_deepgemm_jit_include_dirs([])
-
-
-def test_a_second_gpu(rng):
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import DeviceArray, gpus
-    from fi_ffi.cli.cuda import check as checked
-
-    if len(gpus()) < 2:
-        pytest.skip("needs two GPUs")
-    made = make(rng, "half", F16, F16, **SMALL)
-    arrays = []
-
-    def place(array):
-        arrays.append(DeviceArray(array, device=1))
-        return arrays[-1]
-
-    checked(runtime.cudaSetDevice(1))
-    other = int(checked(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
-    made_on = [place(array) for array in made.tensors.values()]
-    checked(runtime.cudaSetDevice(0))
-    placed = iter(made_on)
-    output = made.call(lambda array: next(placed), stream=other)
-    checked(runtime.cudaSetDevice(1))
-    checked(runtime.cudaStreamSynchronize(other))
-    assert Judge(made)(output.get()) <= 1
-    for array in arrays:
-        array.free()
-    checked(runtime.cudaSetDevice(0))

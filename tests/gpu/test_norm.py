@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
-
 import ml_dtypes
 import numpy as np
 import pytest
+from cuda.bindings import runtime
 
 import fi_ffi
 from fi_ffi.cli.cuda import check
@@ -29,26 +28,8 @@ def test_65536_rows(op, dtypes, machine, rng):
     assert check_on(machine, case) <= 1
 
 
-@pytest.mark.parametrize(("op", "dtypes"), CALLS)
-def test_agrees_with_the_reference_kernel(op, dtypes, rng, to_gpu, stream):
-    """Within one step of the dtype: both round the same float32 value."""
-    case = make_case(op.row, {"n": 64, "k": 4, "h": 1024}, dtypes, rng)
-    arrays = {name: to_gpu(array.copy()) for name, array in case.arrays.items()}
-    op(*(array.desc() for array in arrays.values()), **case.scalars, stream=stream)
-    op(*case.arrays.values(), **case.scalars)
-    for name in case.expected:
-        gpu, cpu = arrays[name].get(), case.arrays[name]
-        scale = np.maximum(np.abs(cpu.astype(np.float64)), 1e-4)
-        step = 2 * float(ml_dtypes.finfo(cpu.dtype).eps) * scale
-        assert (np.abs(gpu.astype(np.float64) - cpu.astype(np.float64)) <= step).all()
-        same = (gpu.view(f"u{gpu.itemsize}") == cpu.view(f"u{cpu.itemsize}")).mean()
-        assert same > 0.99, f"{name}: only {same:.4f} of the values are the same bits"
-
-
 def test_layernorm_of_more_elements_than_an_int_counts(machine, rng):
     """The same rows again and again, and in front of each time a row of its own."""
-    from cuda.bindings import runtime
-
     machine.need("norm")
     n, h, block = 175_000, 12_288, 1_000
     assert 2**31 < n * h <= 2**32 and n % block == 0
@@ -84,22 +65,6 @@ def test_layernorm_of_more_elements_than_an_int_counts(machine, rng):
     wanted = (judged - mean) / np.sqrt(deviation**2 + 1e-6) * scale + shift
     size = np.abs(wanted - shift) + np.abs(shift) + np.abs(scale)
     assert (np.abs(found - wanted) <= 2.0**-8 * size).all()
-
-
-def test_heads_inside_a_fused_qkv_buffer(rng, to_gpu, stream):
-    """q of a (tokens, q+k+v heads, head_dim) buffer, normalised in place."""
-    qkv = rng.standard_normal((50, 12, 128)).astype(np.float16)
-    weight = rng.standard_normal(128).astype(np.float16)
-    case = make_case(OPS["qk_rmsnorm"].row, {"n": 50, "k": 8, "h": 128}, {"T": "float16"}, rng)
-    case.arrays["input"][...] = qkv[:, :8]
-    whole, w = to_gpu(qkv), to_gpu(weight)
-    q = fi_ffi.TensorDesc(whole.ptr, (50, 8, 128), "float16", strides=(12 * 128, 128, 1))
-    fi_ffi.qk_rmsnorm(q, q, w.desc(), stream=stream)
-    got = whole.get()
-    x = qkv[:, :8].astype(np.float64)
-    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight.astype(np.float64)
-    assert np.abs(got[:, :8] - expected).max() <= np.abs(expected).max() * 2.0**-10
-    assert zlib.crc32(got[:, 8:].tobytes()) == zlib.crc32(qkv[:, 8:].tobytes())
 
 
 def test_infinities_and_nan_stay_in_their_rows(rng, to_gpu, stream):

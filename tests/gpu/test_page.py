@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cuda.bindings import runtime
 
 import fi_ffi
+from fi_ffi.cli.cuda import check
+from fi_ffi.loader.runtime import kernel_entry
 from fi_ffi.ops.functions import OPS
 
 from tests.helpers.bodies import bodies_of
@@ -28,8 +31,6 @@ def test_many_tokens(kv_layout, rng, to_gpu, stream):
 
 @pytest.mark.parametrize(("dtype", "head_dim", "most"), MOST_HEADS)
 def test_the_most_heads_and_one_more(dtype, head_dim, most, rng, to_gpu, stream):
-    from fi_ffi.loader.runtime import kernel_entry
-
     def case(heads: int):
         sizes = {"nnz": 9, "b": 2, "page_size": 4, "num_kv_heads": heads, "head_dim": head_dim}
         return make_case(KV, sizes, {"T": dtype}, rng)
@@ -46,11 +47,6 @@ def test_the_most_heads_and_one_more(dtype, head_dim, most, rng, to_gpu, stream)
 @pytest.mark.parametrize(("stride", "wraps"), [(2**32 - 16, False), (2**32, True)])
 def test_the_stride_limit_is_where_the_kernel_wraps(stride, wraps, rng, to_gpu, stream):
     """page.cuh keeps strides in 32 bits: with 2**32 every page would be page 0."""
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-    from fi_ffi.loader.runtime import kernel_entry
-
     sizes = {"num_pages": 3, "page_size": 4, "num_kv_heads": 1, "head_dim": 64}
     tables = {
         "batch_indices": np.array([0], np.int32),

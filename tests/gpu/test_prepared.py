@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cuda.bindings import runtime
 
 import fi_ffi
+from fi_ffi.cli.cuda import check
 from fi_ffi.ops.functions import OPS
 
 from tests.helpers.calls import EVERY_CALL
-from tests.helpers.prepared_calls import OnGpu, draw, frame_of, norm_sets, settle
+from tests.helpers.prepared_calls import OnGpu, draw, frame_of, norm_sets, poison, settle
 
 RMSNORM = OPS["rmsnorm"]
 
@@ -17,18 +19,6 @@ RMSNORM = OPS["rmsnorm"]
 @pytest.fixture
 def norms(rng, to_gpu):
     return norm_sets(rng, to_gpu)
-
-
-@pytest.fixture
-def other_stream():
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-
-    made = check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
-    yield int(made)
-    check(runtime.cudaStreamSynchronize(made))
-    check(runtime.cudaStreamDestroy(made))
 
 
 # Ops.
@@ -84,27 +74,21 @@ def test_arguments_are_those_of_the_launch(norms, stream):
         assert frame_of(call) == before
 
 
-@pytest.mark.parametrize("how", ["stream", "scope", "typed again"])
-def test_is_ordered_after_its_streams_work(how, norms, to_gpu, stream, other_stream, gate):
+@pytest.mark.parametrize("how", ["stream", "scope", "typed again", "entry"])
+def test_is_ordered_after_its_streams_work(how, norms, to_gpu, streams, gate):
     """The input arrives on a stream that is held up; a call on another stream misses it."""
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import POISON, check
-
-    same, other = norms(2)
+    (same, other), (stream, other_stream) = norms(2), streams
     late = to_gpu(same.case.arrays["input"])
-    handles = {stream: same, other_stream: other}
+    handles, entry = {stream: same, other_stream: other}, fi_ffi.module("norm").rmsnorm
     calls = {}
     for handle, made in handles.items():
         calls[handle] = RMSNORM.prepare(**made.descs, stream=None if how == "scope" else handle)
         with fi_ffi.stream(handle):
             calls[handle]()
             RMSNORM(**made.descs)
+            entry(*made.descs.values(), 1e-6, False)
         settle(handle)
-        for name in ("input", "out"):
-            array = made.arrays[name]
-            check(runtime.cudaMemset(array.ptr, POISON, array.nbytes))
-    check(runtime.cudaDeviceSynchronize())
+        poison(made.arrays["input"], made.arrays["out"])
     kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
     target = same.arrays["input"]
     gate.hold(stream)
@@ -112,6 +96,9 @@ def test_is_ordered_after_its_streams_work(how, norms, to_gpu, stream, other_str
     for handle, made in handles.items():
         if how == "typed again":
             RMSNORM(**made.descs | {"input": target.desc()}, stream=handle)
+        elif how == "entry":
+            descs = made.descs | {"input": target.desc()}
+            entry(*descs.values(), 1e-6, False, stream=handle)
         else:
             calls[handle].update(input=target.ptr)
             with fi_ffi.stream(handle):
@@ -143,24 +130,3 @@ def test_captured_into_a_graph(norms, machine):
     call()
     settle(machine.stream)
     assert second.is_right()
-
-
-def test_captured_by_fi_ffi(norms, stream):
-    """The scope that `fi_ffi.capture` opens is one that prepared calls launch in."""
-    first, second = norms(2)
-    calls = [RMSNORM.prepare(**made.descs) for made in (first, second)]
-    with fi_ffi.stream(stream):
-        for call in calls:
-            call()
-    settle(stream)
-    for made in (first, second):
-        made.arrays["out"]._copy_to(made.case.arrays["out"])
-    with fi_ffi.capture(stream) as graph:
-        for call in calls:
-            call()
-    assert graph.nodes == 2
-    for made in (first, second):
-        assert np.isnan(made.arrays["out"].get().astype(np.float32)).all()
-    graph.launch(stream)
-    settle(stream)
-    assert first.is_right() and second.is_right()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 from typing import Any
 
@@ -15,7 +13,7 @@ from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.ops.functions import OPS
 
-from tests.helpers.children import done, environment
+from tests.helpers.children import done
 from tests.helpers.forking import in_child
 from tests.helpers.prepared_calls import norm_sets, settle
 from tests.helpers.stress_strength import scaled
@@ -44,7 +42,11 @@ def test_sixteen_threads(streams: int, rng, to_gpu, machine, stream) -> None:
     def work(number: int) -> None:
         mine, handle = sets[number], made[number % streams]
         loose = RMSNORM.prepare(**mine[0].descs)
+        bound = RMSNORM.prepare(**mine[0].descs, stream=handle)
         for i in range(scaled(5000, 60)):
+            bound.update(**mine[(i + 2) % 3].addresses)
+            bound()
+            RMSNORM(**mine[(i + 1) % 3].descs, stream=handle)
             with fi_ffi.stream(handle):
                 loose.update(**mine[i % 3].addresses)
                 loose()
@@ -217,9 +219,66 @@ ENDS = {
 def test_exits_with_all_alive(end: str, machine) -> None:
     machine.need("norm")
     code, status = ENDS[end]
-    program = textwrap.dedent(EXIT) + code
-    found = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment(),
-        timeout=120, check=False,
-    )  # fmt: skip
-    assert (found.returncode, found.stdout, found.stderr) == (status, "", "")
+    assert done(textwrap.dedent(EXIT) + code) == (status, "", "")
+
+
+OVERLAP = """
+    import os, threading
+    import numpy as np
+    from cuda.bindings import driver, runtime
+    import fi_ffi
+    from fi_ffi.abi._cffi import ffi
+    from fi_ffi.cli.cuda import DeviceArray, check
+    from fi_ffi.ops import cuda
+
+    fi_ffi.use_kernels(os.environ["FI_FFI_KERNELS"])
+    flags = runtime.cudaStreamNonBlocking
+    held, free = (int(check(runtime.cudaStreamCreateWithFlags(flags))) for _ in range(2))
+    x = [DeviceArray(np.full((4, 64), i + 1, np.float16)) for i in range(2)]
+    w, out = DeviceArray(np.ones(64, np.float16)), [DeviceArray(np.zeros((4, 64), np.float16))
+                                                    for _ in range(2)]
+    calls = [fi_ffi.rmsnorm.prepare(out[i].desc(), x[i].desc(), w.desc(), stream=stream)
+             for i, stream in enumerate((held, free))]
+    for i, call in enumerate(calls):  # loaded before anything is held up
+        call()
+        fi_ffi.rmsnorm(out[i].desc(), x[i].desc(), w.desc(), stream=(held, free)[i])
+        check(runtime.cudaStreamSynchronize((held, free)[i]))
+        check(runtime.cudaMemset(out[i].ptr, 0, out[i].nbytes))
+    event = cuda.Event()
+    check(runtime.cudaDeviceSynchronize())
+    gate = int(check(runtime.cudaHostAlloc(4096, runtime.cudaHostAllocMapped)))
+    word = ffi.cast("int32_t *", gate)
+    word[0] = 0
+    check(driver.cuStreamWaitValue32(held, gate, 1, 0))
+    entered, done = threading.Event(), threading.Event()
+
+    def wait():
+        calls[0]()  # queued behind the gate
+        event.record(held)
+        entered.set()
+        event.wait()  # blocks in C
+        done.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    entered.wait()
+    for i in range(3000):
+        calls[1]()
+        if i % 3 == 0:
+            fi_ffi.rmsnorm(out[1].desc(), x[1].desc(), w.desc(), stream=free)
+    check(runtime.cudaStreamSynchronize(free))
+    assert not done.is_set(), "the gate held nothing"
+    word[0] = 1
+    thread.join()
+    assert done.is_set()
+    for array in out:
+        assert (np.abs(array.get().astype(float) - 1) < 1e-2).all()
+    print("both were right")
+"""
+
+
+def test_calls_release_the_gil():
+    """One thread waits in C for a stream that is held up until the other has launched
+    thousands of calls on its own: without letting go of the GIL, neither would ever end."""
+    status, out, err = done(OVERLAP, seconds=180)
+    assert (status, out) == (0, "both were right\n"), err

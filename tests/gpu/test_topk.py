@@ -16,13 +16,6 @@ from tests.ops import test_topk as on_host
 globals().update(bodies_of(on_host))
 
 
-def test_whether_a_block_has_room_for_a_row(machine):
-    """The function without parameters: it asks CUDA, and launches nothing."""
-    machine.need("topk")
-    can = fi_ffi.module("topk").can_implement_filtered_topk(device="cuda:0")
-    assert can is True or can is False
-
-
 @pytest.mark.parametrize("d", [4096, 131072])
 def test_shared_rows_and_rows_of_a_block_choose_the_same(d, machine, rng, monkeypatch):
     """FlashInfer's own switch between the two kernels."""
@@ -51,11 +44,3 @@ def test_page_tables_of_shared_rows_are_refused_before_anything_is_written(machi
         assert placed["output_page_table"].get().tobytes() == before.tobytes()
     case = on_host.make(on_host.PAGES, rng, 9, 131072, 2048, deterministic=False)
     assert check_on(machine, case) <= 1  # a block takes each
-
-
-def test_every_entry_has_the_rows_signature(machine):
-    machine.need("topk")
-    module = fi_ffi.module("topk")
-    for op in OPS.values():
-        if op.row.module == "topk":
-            assert op.row.signature.same_types(module.entry(op.row.symbol).signature)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fi_ffi.reference.attention.formula import Options, exact
-
-from tests.attention import judge
 from tests.helpers.untyped_calls import (
     BF16,
     SUM,
@@ -21,10 +18,6 @@ from tests.helpers.untyped_calls import (
     rounded,
 )
 
-ATTENTION = (
-    "batch_attention_with_kv_cache_dtype_q_f16_dtype_kv_f16_dtype_o_f16_dtype_idx_i32_"
-    "head_dim_qk_128_head_dim_vo_128_posenc_0_use_logits_soft_cap_false_use_profiler_false"
-)
 EPS = {"rms": 1e-5, "pre": 3e-3, "sinkhorn": 1e-4}
 
 
@@ -78,38 +71,3 @@ def test_mhc_pre(splits, block, repeats, rng, to_gpu, stream):
     judged(outs[0], post, off * post)
     judged(outs[1], comb, 8 * off[..., None] * comb)
     judged(outs[2], layer, rounded(BF16, layer) + off * magnitude)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("layout", ["NHD", "HND"])
-@pytest.mark.parametrize("page", [1, 16])
-def test_batch_attention(causal, layout, page, rng, to_gpu, stream):
-    """Prompts and single tokens in one batch; the longest ones are split."""
-    found, heads, kv_heads, dim = module(ATTENTION), 8, 2, 128
-    queries, keys = [1, 5, 130, 1, 16, 300], [300, 5, 450, 3001, 64, 2000]
-    pages = [-(-n // page) for n in keys]
-    starts, at = np.cumsum([0, *queries]), np.cumsum([0, *pages])
-    order = rng.permutation(at[-1] + 3)[: at[-1]]
-    q = rng.standard_normal((starts[-1], heads, dim)).astype(np.float16)
-    k, v = (rng.standard_normal((at[-1] + 3, page, kv_heads, dim)).astype(np.float16) for _ in "kv")
-    cache = [a if layout == "NHD" else np.ascontiguousarray(a.swapaxes(1, 2)) for a in (k, v)]
-    space = to_gpu(poisoned((96 << 20,), np.uint8)), to_gpu(poisoned((8 << 20,), np.uint8))
-    host = poisoned((8 << 20,), np.uint8)
-    numbers = [np.array(a, np.int32) for a in (starts, at, keys)]
-    plan = call(found.plan, *space, host, *numbers, len(keys), heads, kv_heads, dim, causal,
-                stream=stream)  # fmt: skip
-    out = to_gpu(poisoned(q.shape, np.float16))
-    lse = to_gpu(poisoned(q.shape[:2], np.float32))
-    call(found.run, *space, list(plan), to_gpu(q), *map(to_gpu, cache),
-         to_gpu(order.astype(np.int32)), out, lse, int(causal), int(layout == "HND"), heads,
-         kv_heads, page, 1.0, dim**-0.5, 0.0, None, None, stream=stream)  # fmt: skip
-    got, got_lse = out.get(), lse.get()
-    how = judge.rounding("batch_prefill", "fa2", *["float16"] * 3)
-    for i, n in enumerate(keys):
-        mine, rows = slice(starts[i], starts[i + 1]), order[at[i] : at[i + 1]]
-        own = [a[rows].reshape(-1, kv_heads, dim)[:n] for a in (k, v)]
-        expected = exact(q[mine], *own, Options(sm_scale=dim**-0.5, causal=causal))
-        assert judge.worst(expected, got[mine], got_lse[mine], how, n) <= 1, i
-        longer = expected._replace(out=1.05 * expected.out)
-        assert judge.worst(longer, got[mine], None, how, n) > 1
-    assert out.intact() and lse.intact() and all(array.intact() for array in space)

@@ -26,18 +26,6 @@ SMS = 16  # what the all-to-all may use: 4 channels
 
 
 @pytest.fixture
-def streams(stream):
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-
-    made = check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
-    yield stream, int(made)
-    check(runtime.cudaStreamSynchronize(made))
-    check(runtime.cudaStreamDestroy(made))
-
-
-@pytest.fixture
 def comm():
     """The module, told how many SMs it may use; it takes that once, before it counts them."""
     found = module("comm")

@@ -8,8 +8,10 @@ import time
 
 import numpy as np
 import pytest
+from cuda.bindings import runtime
 
 import fi_ffi
+from fi_ffi.cli.cuda import check
 
 from tests.helpers.untyped_calls import (
     BF16,
@@ -82,10 +84,6 @@ def test_fp4_quantization_does_nothing_here(name, rng, to_gpu, stream):
 
 
 def test_can_implement_filtered_topk():
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-
     found = module("topk")
     kind = runtime.cudaDeviceAttr.cudaDevAttrMaxSharedMemoryPerMultiprocessor
     shared = check(runtime.cudaDeviceGetAttribute(kind, 0))
@@ -135,10 +133,6 @@ def test_fast_topk_clusters(dtype, clusters, way, rng, to_gpu, stream):
 
 def test_delay_kernel(stream):
     """It waits on the call's stream, and not before the call returns."""
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-
     entry = module("trtllm_utils").delay_kernel
     took = []
     for microseconds in (1, 20000, 100000):  # the first one loads the kernel
@@ -216,10 +210,6 @@ def test_bgmv_moe_is_on_the_default_stream(rng, to_gpu, stream):
 
     Who calls them orders them by hand, or calls them on stream 0.
     """
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-
     wait, found = module("trtllm_utils").delay_kernel, module("bgmv_moe")
     wait(1, device="cuda:0", stream=stream)
     x, weights = (rng.standard_normal((8, 768)).astype(BF16) for _ in "xw")

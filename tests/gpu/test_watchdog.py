@@ -12,8 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from cuda.bindings import runtime
 
 import fi_ffi
+from fi_ffi.cli.cuda import DeviceArray, check, gpus, on_device
 from fi_ffi.ops.call import memory
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.watch import stream_progress
@@ -22,24 +24,12 @@ from tests.helpers import children
 from tests.helpers.bodies import bodies_of
 from tests.helpers.cases import make_case
 from tests.helpers.hangs import Hangs, silent, until
+from tests.helpers.prepared_calls import or_skip, poison
 from tests.ops import test_watchdog
 from tests.ops.test_watchdog import _nothing_is_left  # noqa: F401  a fixture
 
 globals().update(bodies_of(test_watchdog))
 LIMIT, LONG = 0.5, 60.0
-
-
-@pytest.fixture
-def streams(stream):
-    """Two streams that wait for no other."""
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-
-    other = check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
-    yield stream, int(other)
-    check(runtime.cudaStreamSynchronize(other))
-    check(runtime.cudaStreamDestroy(other))
 
 
 class Calls:
@@ -55,12 +45,7 @@ class Calls:
         self.op(*self.descs, stream=stream)
 
     def poison(self) -> None:
-        from cuda.bindings import runtime
-
-        from fi_ffi.cli.cuda import POISON, check
-
-        check(runtime.cudaMemset(self.arrays[0].ptr, POISON, self.arrays[0].nbytes))
-        check(runtime.cudaDeviceSynchronize())
+        poison(self.arrays[0])
 
     def check(self) -> None:
         """The result is right; waits for the device."""
@@ -119,10 +104,6 @@ class Machine:
 
 @pytest.fixture
 def machine(calls, streams, gate):
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-
     other = type(gate)()
     yield Machine(calls, streams, (gate, other))
     for one in (gate, other):
@@ -282,13 +263,10 @@ def test_a_plans_run(to_gpu, rng, stream, gate):
     heads, kv_heads, dim, page, pages = 8, 2, 128, 16, 5
     indptr, last = np.array([0, 2, pages], np.int32), np.array([7, page], np.int32)
     indices = rng.permutation(pages).astype(np.int32)
-    try:
-        plan = fi_ffi.BatchDecodePlan(
-            indptr, indices, last, num_qo_heads=heads, num_kv_heads=kv_heads, head_dim=dim,
-            page_size=page, device="cuda:0", stream=stream,
-        )  # fmt: skip
-    except fi_ffi.KernelNotFoundError as error:
-        pytest.skip(str(error))
+    plan = or_skip(
+        fi_ffi.BatchDecodePlan, indptr, indices, last, num_qo_heads=heads, num_kv_heads=kv_heads,
+        head_dim=dim, page_size=page, device="cuda:0", stream=stream,
+    )  # fmt: skip
     hosts = [rng.standard_normal(shape).astype(np.float16) for shape in (
         (2, heads, dim), (pages, page, kv_heads, dim), (pages, page, kv_heads, dim))]  # fmt: skip
     poison = np.full((2, heads, dim), np.nan, np.float16)
@@ -347,10 +325,6 @@ def test_abort_ends_a_process_whose_stream_is_stuck():
 
 def capture(stream: int, launch):
     """What replays a graph of what `launch` does, captured so that no thread may allocate."""
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import check
-
     mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeGlobal
     check(runtime.cudaStreamBeginCapture(stream, mode))
     try:
@@ -418,10 +392,6 @@ def test_memory_for_marks_may_be_needed_while_another_stream_captures(calls, str
 
 
 def test_two_devices_write_their_marks(calls, stream, rng):
-    from cuda.bindings import runtime
-
-    from fi_ffi.cli.cuda import DeviceArray, check, gpus, on_device
-
     if len(gpus()) < 2:
         pytest.skip("needs two GPUs")
     case = make_case(OPS["rmsnorm"].row, {"n": 33, "h": 1024}, {"T": "float16"}, rng)

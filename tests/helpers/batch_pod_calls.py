@@ -12,6 +12,7 @@ import fi_ffi
 from fi_ffi.reference.attention.formula import Exact, Options, exact_batch, from_pages
 
 from tests.helpers.calls import called
+from tests.helpers.pod_calls import worst
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,14 @@ class Spec:
     layout: str = "NHD"
     lse: bool = True
     scale: float | None = None
+
+
+SPECS = {
+    "plain": Spec(),
+    "causal": Spec(causal=True),
+    "HND": Spec(layout="HND"),
+    "one of each": Spec(prefills=((1, 1),), lengths=(1,)),
+}
 
 
 class Batch:
@@ -104,12 +113,4 @@ class Batch:
             plan.run, self.arrays(), place, written, kv_layout=spec.layout,
             sm_scale_p=spec.scale, sm_scale_d=spec.scale, stream=stream,
         )  # fmt: skip
-        worst = 0.0
-        for of in "pd":
-            out, size, lse, _ = self.expected(of)
-            error = np.abs(found[f"o_{of}"].astype(np.float64) - out) / (size * 2.0**-9)
-            worst = max(worst, float(np.nan_to_num(error, nan=np.inf).max()))
-            if spec.lse:
-                error = np.abs(found[f"lse_{of}"] - lse) / 2.0**-10
-                worst = max(worst, float(np.nan_to_num(error, nan=np.inf).max()))
-        return worst
+        return worst(found, {of: self.expected(of) for of in "pd"}, spec.lse)

@@ -100,6 +100,31 @@ def called(
     return got
 
 
+def refused(
+    function: Callable[..., object], arrays: Mapping[str, Any], argument: str, words: str = "",
+    *, op: str = "", **given: Any,
+) -> fi_ffi.ArgumentError:  # fmt: skip
+    """The error of a call of these arrays with what is given in their place: of this argument ("":
+    of any), in these words, and nothing was written."""
+    before = {name: a.tobytes() for name, a in arrays.items() if isinstance(a, np.ndarray)}
+    with pytest.raises(fi_ffi.ArgumentError) as caught:
+        function(**{**arrays, **given})
+    error = caught.value
+    assert error.op == (op or function.__name__) and argument in ("", error.argument), error
+    assert words in str(error), error
+    assert before == {name: arrays[name].tobytes() for name in before}, "it wrote something"
+    return error
+
+
+def of_bound(found: np.ndarray, value: np.ndarray, allowed: np.ndarray) -> float:
+    """The largest error as a fraction of its bound, of which a twentieth of the values is more."""
+    if not value.size:
+        return 0.0
+    assert (np.abs(0.05 * value) / allowed).max() > 1, "a scale 5 % off is seen"
+    error = np.abs(found.astype(np.float64) - value) / allowed
+    return float(np.where(np.isfinite(error), error, np.inf).max())
+
+
 CACHES = ("paged_k_cache", "paged_v_cache")
 
 

@@ -33,7 +33,7 @@ SEEN = {
 def mapped() -> dict[str, list[str]]:
     """The files of each library in this process, one for each inode."""
     found: dict[str, dict[str, str]] = {name: {} for name in SEEN}
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
         parts = line.split(maxsplit=5)
         for name, pattern in SEEN.items():
             if len(parts) == 6 and pattern.search(parts[5]):

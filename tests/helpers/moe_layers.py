@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.ops.moe.interface import FOLDED_RELEASES
+from fi_ffi.ops.providers import release_in_use
+from fi_ffi.ops.releases import is_in
 from fi_ffi.reference.moe import Layer
 
 from tests.helpers.moe_bounds import worst
@@ -119,7 +122,8 @@ def make(
     or the next that the mode has."""
     step = MULTIPLE[mode]
     hidden = next_size(mode, hidden or 2 * step + (0 if step == 128 else 32))
-    inter = next_size(mode, inter or step * 3)
+    # Another than the hidden size, or neither would be missed where the other is meant.
+    inter = next_size(mode, inter or step * (3 if hidden != step * 3 else 4))
     rows = 2 * inter if activation in (*GATED, "GegluTanh") else inter
     weights = _WEIGHTS[mode](rng, act, experts, rows, hidden, inter)
     ids = routing(rng, tokens, experts, top_k) if chosen is None else chosen
@@ -201,6 +205,12 @@ def interleaved(weight: np.ndarray, quant_type: str) -> np.ndarray:
     return found
 
 
+def is_folded() -> bool:
+    """Whether the release in use folds the scales of 4-bit weights."""
+    release = release_in_use()
+    return release is not None and is_in(release, FOLDED_RELEASES)
+
+
 def _mxfp4(rng, act, experts, rows, hidden, inter) -> dict[str, Any]:
     made: dict[str, Any] = {"scales": [], "numbers": {}}
     for i, (n, k) in ((1, (rows, hidden)), (2, (hidden, inter))):
@@ -210,7 +220,8 @@ def _mxfp4(rng, act, experts, rows, hidden, inter) -> dict[str, Any]:
         scale = exponents.view(ml_dtypes.float8_e8m0fnu).astype(np.float64)
         made[f"w{i}"] = values * np.repeat(scale, 32, axis=-1)
         made[f"fc{i}"] = interleaved(_packed(codes), "fp4")
-        target = np.zeros((experts, k // 128, 4 * n), np.uint8)
+        shape = (n // 64, k // 128, 16, 16) if is_folded() else (k // 128, 4 * n)
+        target = np.zeros((experts, *shape), np.uint8)
         fi_ffi.interleave_moe_scales_for_sm90_mixed_gemm(exponents, target)
         made["scales"].append(target.view(np.int32) if i == 2 else target)
     return made
@@ -227,7 +238,8 @@ def _int4(rng, act, experts, rows, hidden, inter) -> dict[str, Any]:
         made[f"fc{i}"] = interleaved(_packed(codes), "int4")
         groups = k // 128
         factor = 4 if groups % 4 == 0 else 2 if groups % 2 == 0 else 1
-        target = np.zeros((experts, groups // factor, n * factor), BF16)
+        shape = (n // 64, groups, 8, 8) if is_folded() else (groups // factor, n * factor)
+        target = np.zeros((experts, *shape), BF16)
         fi_ffi.interleave_moe_scales_for_sm90_mixed_gemm(scale, target, 128)
         scales.append(target.view(act) if i == 2 else target)
     pre = [rng.uniform(20, 60, size).astype(act) for size in (hidden, inter)]
@@ -344,6 +356,53 @@ def part(made: Made, **changed: Any) -> Made:
     tensors = {**made.tensors, **changed.pop("tensors", {})}
     layer = replace(made.layer, **changed.pop("layer", {}))
     return Made(tensors, changed.pop("scales", made.scales), {**made.more, **changed}, layer)
+
+
+def of_ranks(made: Made, ranks: int) -> list[Made]:
+    """A call with the experts of each rank."""
+    count = len(made.layer.w1) // ranks
+
+    def own(array, rank):
+        is_whole = array.ndim and len(array) == len(made.layer.w1)
+        return np.ascontiguousarray(array[rank * count : (rank + 1) * count]) if is_whole else array
+
+    found = []
+    for rank in range(ranks):
+        tensors = {k: own(v, rank) for k, v in made.tensors.items() if k.startswith("fc")}
+        numbers = {
+            k: v if k.startswith("pre") else own(v, rank) for k, v in made.layer.scales.items()
+        }
+        layer = {"w1": own(made.layer.w1, rank), "w2": own(made.layer.w2, rank),
+                 "first_expert": rank * count, "scales": numbers}  # fmt: skip
+        scales = [
+            scale if made.layer.mode == "int4" and i in (2, 3, 4, 5) else own(scale, rank)
+            for i, scale in enumerate(made.scales)
+        ]
+        more = {"ep_size": ranks, "ep_rank": rank}
+        found.append(part(made, tensors=tensors, layer=layer, scales=scales, **more))
+    return found
+
+
+def of_tensor_ranks(made: Made, ranks: int) -> list[Made]:
+    """A call with the columns of each rank, of a layer with biases."""
+    inter = made.layer.w2.shape[-1]
+    found = []
+    for rank in range(ranks):
+        own = slice(rank * inter // ranks, (rank + 1) * inter // ranks)
+
+        def halves(array: np.ndarray, own: slice = own) -> np.ndarray:
+            both = array[:, :inter][:, own], array[:, inter:][:, own]
+            return np.ascontiguousarray(np.concatenate(both, axis=1))
+
+        tensors = {
+            "fc1_expert_weights": halves(made.tensors["fc1_expert_weights"]),
+            "fc2_expert_weights": made.tensors["fc2_expert_weights"][..., own].copy(),
+            "fc1_expert_biases": halves(made.tensors["fc1_expert_biases"]),
+        }
+        layer = {"w1": halves(made.layer.w1), "w2": made.layer.w2[..., own],
+                 "bias1": halves(made.layer.bias1), "adds_bias2": rank == 0}  # fmt: skip
+        found.append(part(made, tensors=tensors, layer=layer, tp_size=ranks, tp_rank=rank))
+    return found
 
 
 def a(mode: str, **more: Any) -> Made:

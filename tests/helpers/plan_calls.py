@@ -31,7 +31,7 @@ _CLASSES = {
     "decode": fi_ffi.BatchDecodePlan, "mla": fi_ffi.BatchMlaPlan,
 }  # fmt: skip
 _RUNS = {"ragged": "ragged_run", "paged": "paged_run"}
-OPTIONS = {kind: cls.options_class for kind, cls in _CLASSES.items()}
+OPTIONS = {kind: cls._options_class for kind, cls in _CLASSES.items()}
 KEYWORDS = dict.fromkeys(KINDS[:2], PrefillKeywords) | {
     "decode": DecodeKeywords,
     "mla": MlaKeywords,

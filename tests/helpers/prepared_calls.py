@@ -218,6 +218,14 @@ class Calls:
 # On a GPU.
 
 
+def or_skip(call: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    """What a call gives; the test is skipped where the kernels in use have no module for it."""
+    try:
+        return call(*given, **named)
+    except fi_ffi.KernelNotFoundError as error:
+        pytest.skip(str(error).partition("\n")[0])
+
+
 def settle(stream: int) -> None:
     """Wait for a stream, and for no other."""
     from cuda.bindings import runtime
@@ -225,6 +233,17 @@ def settle(stream: int) -> None:
     from fi_ffi.cli.cuda import check
 
     check(runtime.cudaStreamSynchronize(stream))
+
+
+def poison(*arrays: Any) -> None:
+    """Make every byte of arrays poison; waits for the device."""
+    from cuda.bindings import runtime
+
+    from fi_ffi.cli.cuda import POISON, check
+
+    for array in arrays:
+        check(runtime.cudaMemset(array.ptr, POISON, array.nbytes))
+    check(runtime.cudaDeviceSynchronize())
 
 
 class OnGpu:

@@ -257,41 +257,41 @@ def no_ensurepip(patch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     environment._create(environment.Environment(tmp_path / "env"))
 
 
-LAST_AXIS = "A tensor whose last axis is not contiguous"
-ANOTHER_CUDA = "Another CUDA"
-DAMAGED = "A file that is damaged, or no wheel at all"
-TVM_FFI = "libtvm_ffi is missing, too old, or there twice"
-DISK = "A disk that is full, or cannot be written"
+LAST_AXIS = "Last axis not contiguous"
+ANOTHER_CUDA = "CUDA 12 and CUDA 13"
+DAMAGED = "Damaged file or wheel"
+TVM_FFI = "libtvm_ffi is missing, too old or loaded twice"
+DISK = "Full or unwritable disk"
 HERE = tuple[str, type[errors.FiFfiError], Callable[..., object]]
 RAISED: list[HERE] = [
     (LAST_AXIS, errors.ArgumentError, lambda: rmsnorm(x=np.ones((4, 128), np.float16)[:, ::2])),
-    ("A misaligned or null address", errors.ArgumentError,
+    ("Misaligned or null address", errors.ArgumentError,
      lambda: rmsnorm(desc(4096, (4, 64)), desc(4098, (4, 64)), desc(8192, (64,)))),
-    ("A misaligned or null address", errors.ArgumentError,
+    ("Misaligned or null address", errors.ArgumentError,
      lambda: rmsnorm(desc(4096, (4, 64)), desc(0, (4, 64)), desc(8192, (64,)))),
     ("Tensors on different devices", errors.ArgumentError,
      lambda: rmsnorm(desc(4096, (4, 64)), X, desc(8192, (64,)))),
     ("Tensors on different devices", errors.ArgumentError,
      patched(streams, "device_of", lambda handle: 1, lambda: rmsnorm(
          desc(4096, (4, 64)), desc(65536, (4, 64)), desc(8192, (64,)), stream=0x5000))),
-    ("A wrong dtype", errors.ArgumentError, lambda: rmsnorm(x=X.astype(np.float64))),
-    ("A wrong dtype", errors.ArgumentError, lambda: fi_ffi.BatchDecodePlan(
+    ("Wrong dtype", errors.ArgumentError, lambda: rmsnorm(x=X.astype(np.float64))),
+    ("Wrong dtype", errors.ArgumentError, lambda: fi_ffi.BatchDecodePlan(
         np.array([0, 1]), np.array([0]), np.array([1]), num_qo_heads=1, num_kv_heads=1,
         head_dim=64, page_size=16, device="cpu")),
-    ("A wrong rank or size", errors.ArgumentError, lambda: rmsnorm(weight=W[:32])),
-    ("A wrong rank or size", errors.ArgumentError, lambda: rmsnorm(x=X[0])),
-    ("A number that cannot be", errors.ArgumentError, lambda: rmsnorm(eps=float("nan"))),
+    ("Wrong rank or size", errors.ArgumentError, lambda: rmsnorm(weight=W[:32])),
+    ("Wrong rank or size", errors.ArgumentError, lambda: rmsnorm(x=X[0])),
+    ("Number out of range", errors.ArgumentError, lambda: rmsnorm(eps=float("nan"))),
     ("Memory that is read-only or overlaps", errors.ArgumentError, read_only),
     ("No stream", errors.ArgumentError,
      lambda: rmsnorm(desc(4096, (4, 64)), desc(65536, (4, 64)), desc(8192, (64,)))),
-    ("A workspace that is too small", errors.ArgumentError, small_workspace),
-    ("A plan that is stale", errors.ArgumentError, stale_plan),
-    ("Another batch, or another cache, than was planned", errors.ArgumentError, another_page_size),
-    ("A prepared call in two threads", errors.ArgumentError, in_use),
+    ("Workspace too small", errors.ArgumentError, small_workspace),
+    ("Stale plan", errors.ArgumentError, stale_plan),
+    ("Batch or cache differs from the plan", errors.ArgumentError, another_page_size),
+    ("Prepared call in use", errors.ArgumentError, in_use),
     ("Capture refused", errors.ArgumentError, lambda: fi_ffi.capture(0)),
-    ("A name of `supports` or `build` that is none", errors.ArgumentError,
+    ("Unknown architecture, release or module", errors.ArgumentError,
      lambda: fi_ffi.rmsnorm.supports(sm="hopper")),
-    ("An environment variable that cannot be", errors.ArgumentError,
+    ("Invalid environment variable", errors.ArgumentError,
      in_environment(search.SOURCES, "somewhere", search.kinds_asked)),
     ("ArgumentTypeError", errors.ArgumentTypeError, lambda: rmsnorm(x=[1, 2])),
     ("ArgumentTypeError", errors.ArgumentTypeError, lambda: fi_ffi.TensorDesc(64, (1,), "half")),
@@ -300,26 +300,26 @@ RAISED: list[HERE] = [
     ("ArgumentTypeError", errors.ArgumentTypeError,
      lambda: fi_ffi.TensorDesc("0x40", (1,), "float16", device="cpu")),
     ("No kernels of a module", errors.KernelNotFoundError, no_kernels),
-    ("A place that is not there", errors.KernelNotFoundError, lambda: open_source("/none")),
-    ("A place that is not there", errors.KernelNotFoundError, lambda: runtime.load_file("/")),
-    ("A release mismatch", errors.KernelNotFoundError,
+    ("Missing file or directory", errors.KernelNotFoundError, lambda: open_source("/none")),
+    ("Missing file or directory", errors.KernelNotFoundError, lambda: runtime.load_file("/")),
+    ("Release mismatch", errors.KernelNotFoundError,
      patched(search, "release", lambda: "0.5.0",
              lambda: providers.check_available(OPS["rmsnorm"].row, CUDA))),
-    ("A function that is not in the library", errors.KernelNotFoundError, no_function),
+    ("Function not in the library", errors.KernelNotFoundError, no_function),
     ("Kernels for another GPU", errors.ArchitectureError, for_another_gpu),
-    ("An op that was written for other GPUs", errors.ArchitectureError,
+    ("Op written for other GPUs", errors.ArchitectureError,
      patched(machine, "capability", lambda device: (8, 7), lambda: providers.check_available(
          next(op.row for op in OPS.values() if op.row.capabilities), CUDA))),
-    ("A library for another processor", errors.ArchitectureError, for_another_processor),
-    ("An interface that is not the declared one", errors.AbiError, another_interface),
-    ("A sha256 that is another", errors.ArtifactError, installed_and_changed),
-    ("Permission refused", errors.ArtifactError,
+    ("Library for another processor", errors.ArchitectureError, for_another_processor),
+    ("Interface differs from the declared one", errors.AbiError, another_interface),
+    ("Wrong sha256", errors.ArtifactError, installed_and_changed),
+    ("Unsafe permissions", errors.ArtifactError,
      lambda tmp_path: writable(tmp_path, 0o777, trust.check_root)),
-    ("Permission refused", errors.ArtifactError,
+    ("Unsafe permissions", errors.ArtifactError,
      lambda tmp_path: writable(tmp_path, 0o777, trust.check_folder)),
-    ("Permission refused", errors.ArtifactError,
+    ("Unsafe permissions", errors.ArtifactError,
      lambda tmp_path: writable(tmp_path, 0o777, trust.check_named)),
-    ("Permission refused", errors.ArtifactError,
+    ("Unsafe permissions", errors.ArtifactError,
      of_file(b"", lambda file: trust.check_object(file, file.lstat()), 0o666)),
     (DAMAGED, errors.ArtifactError, lambda tmp_path: no_wheel(tmp_path, "kernels.txt")),
     (DAMAGED, errors.ArtifactError, lambda tmp_path: no_wheel(tmp_path, "kernels.whl")),
@@ -342,11 +342,11 @@ RAISED: list[HERE] = [
     ("CuTe DSL's runtime is missing", errors.LoaderError,
      patched(sys, "path", [], cute_runtime.installed)),
     ("After a fork", errors.LoaderError,
-     patched(machine, "_is_cut_off", True, machine.refuse_after_fork)),
-    ("A library that does not load", errors.LoaderError, lambda: library.open_module("/none.so")),
+     patched(machine, "_forked_after_cuda", True, machine.refuse_after_fork)),
+    ("Library that does not load", errors.LoaderError, lambda: library.open_module("/none.so")),
     (DISK, errors.LoaderError, lambda: disk(errno.ENOSPC)),
     (DISK, errors.LoaderError, lambda: disk(errno.EROFS)),
-    ("A lock that cannot be read", errors.LoaderError,
+    ("Unreadable lock", errors.LoaderError,
      of_file(b"no = 1", lock.read_lock)),
     ("KernelError", errors.KernelError, fails_without_words),
     ("KernelError", errors.KernelError, lambda: cuda.check(1, "cudaMemcpyAsync")),

@@ -1,47 +1,90 @@
-"""What `python3 -m pytest` runs without arguments: of each test with many cases a few, drawn anew.
+"""What a run of the tests is of: `SHOWN` without arguments, `--sample` or `--all`.
 
-Left out is what takes a compiler, the network or minutes, and the folders `LEFT_OUT`.
-`--all` runs every case, and so does naming a file, a test or a marker.  The seed is in the header;
-`--sample-seed` repeats a draw.  All processes of pytest-xdist draw alike.
+`SHOWN` is what a user wants to see: results of every family beside their definitions, a library
+that is compiled, loaded and called, modules fetched from a server.  All that it writes, a cache
+included, is in one folder, which it removes.  `--sample` has a few cases of nearly every test: it
+leaves out what takes nvcc, the network or minutes, and the folders `LEFT_OUT`.  `--all` runs every
+case, and so does naming a file, a test or a folder.
+
+The first two draw at most `CASES` of a test's cases, anew each time: the seed is in the header,
+and `--sample-seed` repeats a draw.  All processes of pytest-xdist draw alike.
 """
 
 from __future__ import annotations
 
+import os
 import random
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-CASES = 6  # of a test, at most
+CASES = 4  # of a test, at most
 LEFT_OUT = ("llm", "releases", "speed", "stress")  # folders of tests/
+# Files of tests/, by what they show.
+SHOWN = (
+    # Every op is called; results of every family, beside definitions in float64.
+    "ops/test_every_op.py", "ops/test_results.py", "ops/test_norm.py", "ops/test_activation.py",
+    "ops/test_rope.py", "ops/test_page.py", "ops/test_paged.py", "ops/test_cascade.py",
+    "ops/test_sampling.py", "ops/test_topk.py", "ops/test_masks.py", "ops/test_quantization.py",
+    "ops/test_gemm.py", "ops/test_segment_gemm.py", "ops/test_block_scale_gemm.py",
+    "ops/test_routing.py", "ops/test_bgmv_moe.py", "ops/test_gdn.py", "ops/test_gdn_decode.py",
+    "ops/test_mamba.py", "ops/test_state_update.py", "moe/test_results.py",
+    "attention/test_results.py", "attention/test_batch_attention.py", "attention/test_pod.py",
+    "attention/test_batch_pod.py", "attention/test_sparse.py", "attention/test_xqa.py",
+    "attention/test_xqa_mla.py", "attention/test_nvfp4.py",
+    # Bad arguments are refused by name; calls are prepared, and repeated.
+    "ops/test_refusals.py", "ops/test_run_refusals.py", "ops/test_prepared.py",
+    # A library is compiled, loaded and called; kernels are fetched from a server.
+    "modules/test_modules.py", "loader/test_remote.py",
+    # The commands, and the examples.
+    "cli/test_demo.py", "cli/test_doctor.py", "cli/test_terminal.py", "test_examples.py",
+)  # fmt: skip
 _SEED = pytest.StashKey[int | None]()
+_ROOM = pytest.StashKey["tempfile.TemporaryDirectory[str] | None"]()
 _is_sample = False
 
 
 def only_in_full(why: str) -> None:
-    """Skip the test that asks in a run of a sample."""
+    """Skip the test that asks in a run that draws cases."""
     if _is_sample:
         pytest.skip(f"{why}: --all")
 
 
 def add_options(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="run every case, and not a sample")
+    parser.addoption("--all", action="store_true", help="run every case of every test")
+    parser.addoption("--sample", action="store_true", help="run a few cases of every test")
     parser.addoption("--sample-seed", type=int, help="the seed of the sample of cases")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     worker = getattr(config, "workerinput", None)
-    seed = None
+    seed = room = None
     if worker is not None:
         seed = worker["sample_seed"]
     elif not config.option.all and config.args_source is not pytest.Config.ArgsSource.ARGS:
         seed = config.option.sample_seed
         if seed is None:
             seed = random.SystemRandom().randrange(2**32)
-    config.stash[_SEED] = seed
+        if _is_shown(config):
+            room = tempfile.TemporaryDirectory(prefix="fi-ffi-shown-")
+            # Of processes of pytest-xdist as well.
+            os.environ |= {"TMPDIR": room.name, "FI_FFI_CACHE_DIR": f"{room.name}/cache"}
+            tempfile.tempdir = room.name
+    config.stash[_SEED], config.stash[_ROOM] = seed, room
     global _is_sample
     _is_sample = seed is not None
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    room = config.stash.get(_ROOM, None)
+    if room is not None:
+        room.cleanup()
+
+
+def _is_shown(config: pytest.Config) -> bool:
+    return not (config.option.sample or config.option.all)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -54,13 +97,21 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     seed = config.stash[_SEED]
     if seed is None:
         return []
-    told = f"{CASES} cases of each test at most, without tests/{{{','.join(LEFT_OUT)}}}"
-    return [f"{told} (--all: everything): --sample-seed {seed}"]
+    of = "what shows that it works" if _is_shown(config) else "of every test that needs little"
+    told = f"{of}, {CASES} cases of each test at most (--sample, --all: more)"
+    return [f"{told}: --sample-seed {seed}"]
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    is_left_out = collection_path.name in LEFT_OUT and collection_path.parent.name == "tests"
-    return True if is_left_out and config.stash[_SEED] is not None else None
+    tests = config.rootpath / "tests"
+    if config.stash[_SEED] is None or tests not in collection_path.parents:
+        return None
+    name = collection_path.relative_to(tests).as_posix()
+    if _is_shown(config):
+        is_wanted = any(file == name or file.startswith(f"{name}/") for file in SHOWN)
+    else:
+        is_wanted = name not in LEFT_OUT
+    return None if is_wanted else True
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -10,5 +10,5 @@ LONG = bool(os.environ.get("FI_FFI_STRESS"))
 
 
 def scaled(full: int, short: int) -> int:
-    """How many times: `full` is what docs/reliability.md states, `short` is CI's."""
+    """How many times: `full` is what docs/testing.md states, `short` is CI's."""
     return full if LONG else short

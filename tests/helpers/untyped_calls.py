@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
-import pytest
 
 import fi_ffi
+
+from tests.helpers.prepared_calls import or_skip
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -24,10 +25,7 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
 def module(name):
-    try:
-        return fi_ffi.module(name)
-    except fi_ffi.KernelNotFoundError as error:
-        pytest.skip(str(error).splitlines()[0])
+    return or_skip(fi_ffi.module, name)
 
 
 # Last arguments that later releases have more, as those before do without.

@@ -1,4 +1,4 @@
-"""The three architectures once more, in float64, a request at a time and without a cache.
+"""The architectures once more, in float64, a request at a time and without a cache.
 
 Written from the hub's layout (config.json, names of tensors), not from examples/llm.
 """
@@ -8,16 +8,46 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
-from safetensors import safe_open
+from safetensors import deserialize
+
+KINDS = {
+    "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32,
+    "U8": np.uint8, "F8_E4M3": ml_dtypes.float8_e4m3fn,
+}  # fmt: skip
+# Half a step of fp8, by which what is multiplied with weights of fp8 is rounded.
+FP8 = 2.0**-4
 
 
-def read(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
+def read(path: Path) -> tuple[dict, dict[str, np.ndarray], set[str]]:
+    """config.json, the weights as the numbers that they stand for, and those stored in fp8."""
     tensors = {}
     for file in sorted(Path(path).glob("*.safetensors")):
-        with safe_open(file, "np") as opened:
-            tensors |= {name: opened.get_tensor(name).astype(np.float64) for name in opened.keys()}  # noqa: SIM118
-    return json.loads((Path(path) / "config.json").read_text()), tensors
+        for name, told in deserialize(file.read_bytes()):
+            flat = np.frombuffer(told["data"], KINDS[told["dtype"]])
+            tensors[name] = flat.astype(np.float64).reshape(told["shape"])
+    in_fp8 = set()
+    for name in [name for name in tensors if name.endswith(("weight_scale", "weight_scale_inv"))]:
+        scales, of = tensors.pop(name), name[: name.rindex("_scale")]
+        in_fp8.add(of)
+        for (i, j), x in np.ndenumerate(tensors[of]):
+            tensors[of][i, j] = x * (scales[i // 128, j // 128] if scales.ndim > 1 else scales[0])
+    for name in [name for name in tensors if name.endswith("_blocks")]:
+        of = name.removesuffix("_blocks")
+        pairs, powers = tensors.pop(name), tensors.pop(f"{of}_scales")
+        low, high = pairs % 16, pairs // 16
+        values = np.stack([e2m1(low), e2m1(high)], -1).reshape(*pairs.shape[:-1], 32)
+        values = values * 2.0 ** (powers[..., None] - 127)
+        tensors[of] = values.reshape(*powers.shape[:-1], -1).transpose(0, 2, 1)
+    return json.loads((Path(path) / "config.json").read_text()), tensors, in_fp8
+
+
+def e2m1(x):
+    """Of a sign, two bits of exponent and one of mantissa."""
+    sign, exponent, half = x // 8 % 2, x // 2 % 4, x % 2
+    size = np.where(exponent > 0, 2.0 ** (exponent - 1) * (1 + half / 2), half / 2)
+    return np.where(sign > 0, -size, size)
 
 
 def silu(x):
@@ -33,13 +63,20 @@ class Forward:
     """Called with tokens; `step` is what a number may be off after each operation (see `off`)."""
 
     def __init__(self, path: Path) -> None:
-        self.raw, self.weights = read(path)
+        self.raw, self.weights, self.in_fp8 = read(path)
         self.is_next = self.raw["model_type"] == "qwen3_next"
         self.step, self.rng = 0.0, np.random.default_rng()
 
-    def off(self, x):
+    def off(self, x, step=None):
         """x as it is, or each number off by a part of up to `step`, as rounding leaves it."""
-        return x * (1 + self.rng.uniform(-self.step, self.step, x.shape)) if self.step else x
+        step = step or self.step
+        return x * (1 + self.rng.uniform(-step, step, x.shape)) if self.step else x
+
+    def times(self, x, name):
+        """x times a weight, and what x becomes where that is of fp8."""
+        if name in self.in_fp8:
+            x = self.off(x, FP8)
+        return self.off(x @ self.weights[name].T)
 
     def norm(self, x, name, adds_one=None):
         weight = self.weights[name + ".weight"]
@@ -53,7 +90,18 @@ class Forward:
         dim = int(dim * raw.get("partial_rotary_factor", 1))
         speed = np.array([raw["rope_theta"] ** (-2 * i / dim) for i in range(dim // 2)])
         scaling = raw.get("rope_scaling")
-        if scaling:
+        larger = 1.0
+        if scaling and scaling["rope_type"] == "yarn":
+            larger = 0.1 * np.log(scaling["factor"]) + 1
+            old, base = scaling["original_max_position_embeddings"], np.log(raw["rope_theta"])
+            fast, slow = (
+                dim / 2 * np.log(old / (2 * np.pi * scaling[beta])) / base
+                for beta in ("beta_fast", "beta_slow")
+            )
+            for i, f in enumerate(speed):
+                part = min(max((i - max(fast, 0)) / (min(slow, dim - 1) - max(fast, 0)), 0), 1)
+                speed[i] = (1 - part) * f + part * f / scaling["factor"]
+        elif scaling:
             old = scaling["original_max_position_embeddings"]
             for i, f in enumerate(speed):
                 length = 2 * np.pi / f
@@ -65,18 +113,23 @@ class Forward:
                     speed[i] = (1 - smooth) * f / scaling["factor"] + smooth * f
         angle = np.arange(len(x))[:, None, None] * speed
         z = (x[..., : dim // 2] + 1j * x[..., dim // 2 : dim]) * np.exp(1j * angle)
+        z = z * larger
         return self.off(np.concatenate([z.real, z.imag, x[..., dim:]], -1))
 
-    def attention(self, x, at):
-        raw, w, n = self.raw, self.weights, len(x)
+    def plus(self, x, name):
+        return self.off(x + self.weights[name]) if name in self.weights else x
+
+    def attention(self, x, at, window=None):
+        raw, n = self.raw, len(x)
         heads, kv, dim = raw["num_attention_heads"], raw["num_key_value_heads"], raw["head_dim"]
-        q = self.off(x @ w[at + "q_proj.weight"].T).reshape(n, heads, -1)
+        q = self.plus(self.times(x, at + "q_proj.weight"), at + "q_proj.bias").reshape(n, heads, -1)
         gate = None
         if self.is_next:
             q, gate = q[..., :dim], q[..., dim:].reshape(n, -1)
-        k, v = (self.off(x @ w[f"{at}{name}_proj.weight"].T) for name in "kv")
+        k, v = (self.times(x, f"{at}{name}_proj.weight") for name in "kv")
+        k, v = self.plus(k, at + "k_proj.bias"), self.plus(v, at + "v_proj.bias")
         k, v = k.reshape(n, kv, dim), v.reshape(n, kv, dim)
-        if raw["model_type"] != "llama":
+        if at + "q_norm.weight" in self.weights:
             q, k = self.norm(q, at + "q_norm"), self.norm(k, at + "k_norm")
         q, k = self.rotate(q), self.rotate(k)
         out = np.empty((n, heads, dim))
@@ -84,11 +137,15 @@ class Forward:
             g = h * kv // heads
             scores = q[:, h] @ k[:, g].T / dim**0.5
             scores[np.triu_indices(n, 1)] = -np.inf
-            out[:, h] = softmax(scores) @ v[:, g]
+            if window:
+                scores[np.tril_indices(n, -window)] = -np.inf
+            if at + "sinks" in self.weights:
+                scores = np.column_stack([scores, np.full(n, self.weights[at + "sinks"][h])])
+            out[:, h] = softmax(scores)[:, :n] @ v[:, g]
         out = self.off(out.reshape(n, -1))
         if gate is not None:
             out = self.off(out / (1 + np.exp(-gate)))
-        return self.off(out @ w[at + "o_proj.weight"].T)
+        return self.plus(self.times(out, at + "o_proj.weight"), at + "o_proj.bias")
 
     def delta(self, x, at):
         raw, w, n = self.raw, self.weights, len(x)
@@ -119,6 +176,42 @@ class Forward:
         out = self.off(out * silu(z.reshape(n, vh, d)))
         return self.off(out.reshape(n, -1) @ w[at + "out_proj.weight"].T)
 
+    def mlp(self, x, at):
+        gate, up = (self.times(x, f"{at}{name}_proj.weight") for name in ("gate", "up"))
+        return self.times(self.off(silu(gate) * up), at + "down_proj.weight")
+
+    def expert(self, x, at, e):
+        """One of gpt-oss: gate and up take turns in a row, both limited, and up has 1 more."""
+        w, limit = self.weights, self.raw["swiglu_limit"]
+        both = self.off(x @ w[at + "gate_up_proj"][e] + w[at + "gate_up_proj_bias"][e])
+        gate, up = np.minimum(both[:, ::2], limit), np.clip(both[:, 1::2], -limit, limit)
+        inner = self.off(gate / (1 + np.exp(-1.702 * gate)) * (up + 1))
+        return self.off(inner @ w[at + "down_proj"][e] + w[at + "down_proj_bias"][e])
+
+    def mixture(self, x, at):
+        is_oss = self.raw["model_type"] == "gpt_oss"
+        router = at + ("router" if is_oss else "gate")
+        scores = self.times(x, router + ".weight")
+        shares = softmax(scores + self.weights[router + ".bias"] if is_oss else scores)
+        out, chosen = np.zeros_like(x), np.zeros(shares.shape, bool)
+        for t, row in enumerate(shares):
+            best = sorted(range(len(row)), key=lambda e: -row[e])
+            chosen[t, best[: self.raw["num_experts_per_tok"]]] = True
+        shares = np.where(chosen, shares, 0)
+        if is_oss or self.raw["norm_topk_prob"]:
+            shares /= shares.sum(1, keepdims=True)
+        for e in range(shares.shape[1]):
+            mine = chosen[:, e]
+            if mine.any():
+                y = x[mine]
+                y = (
+                    self.expert(y, f"{at}experts.", e)
+                    if is_oss
+                    else self.mlp(y, f"{at}experts.{e}.")
+                )
+                out[mine] += shares[mine, e, None] * y
+        return self.off(out)
+
     def spread(self, tokens, step: float, runs: int = 3) -> np.ndarray:
         """Of each token's logits, how far they move where every operation is off by `step`.
 
@@ -142,11 +235,13 @@ class Forward:
             if at + "linear_attn.A_log" in w:
                 x = x + self.delta(y, at + "linear_attn.")
             else:
-                x = x + self.attention(y, at + "self_attn.")
+                is_sliding = raw.get("layer_types", {i: ""})[i] == "sliding_attention"
+                window = raw["sliding_window"] if is_sliding else None
+                x = x + self.attention(y, at + "self_attn.", window)
             x = self.off(x)
             y = self.norm(x, at + "post_attention_layernorm")
-            gate, up = (self.off(y @ w[f"{at}mlp.{name}_proj.weight"].T) for name in ("gate", "up"))
-            product = self.off(silu(gate) * up)
-            x = self.off(x + self.off(product @ w[at + "mlp.down_proj.weight"].T))
+            routers = [f"{at}mlp.{name}.weight" for name in ("gate", "router")]
+            mlp = self.mixture if any(name in w for name in routers) else self.mlp
+            x = self.off(x + mlp(y, at + "mlp."))
         head = "model.embed_tokens.weight" if raw.get("tie_word_embeddings") else "lm_head.weight"
         return self.norm(x, "model.norm") @ w[head].T

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 from engine import Engine, Request, Sampling, load
-from engine.checkpoint import make_tiny
+from tiny import make_tiny
 
 from tests.llm.forward import Forward
 
-KINDS = ("llama", "qwen3", "qwen3_next")
+KINDS = ("llama", "qwen3", "qwen3_next", "llama_fp8", "qwen3_fp8", "qwen3_moe",
+         "qwen3_moe_fp8", "gpt_oss", "gpt_oss_mxfp4")  # fmt: skip
 # Half a step of each dtype, by which the operations of a model round.
 ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 # How far off logits may be, in parts of what roundings of that size do to them by chance.
@@ -64,7 +65,7 @@ def check_empty(engine: Engine) -> None:
     assert pages.promised == 0
     assert sorted([*pages.free, *pages.idle]) == [*range(1, pages.total + 1)]
     assert not any(pages.users)
-    assert sorted(engine.slots) == [*range(engine.model.slots)]
+    assert sorted(engine.slots) == [*range(engine.runner.job.max_batch)]
     assert set(pages.known.values()) == set(pages.key_of)
 
 

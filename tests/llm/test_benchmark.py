@@ -76,9 +76,12 @@ def test_the_check_fails_where_sides_differ(bench, rng):
     raw = bench.models.MODELS["tiny"]
     weights = bench.models.RandomWeights(raw, rng)
 
-    def other(name):
-        values = weights(name)
-        return values[::-1] if name == "model.layers.1.self_attn.o_proj.weight" else values
+    class Other(bench.models.RandomWeights):
+        def __call__(self, name):
+            values = weights(name)
+            return values[::-1] if name == "model.layers.1.self_attn.o_proj.weight" else values
+
+    other = Other(raw, rng)
 
     def side(given):
         config = bench.models.config_of(raw)
@@ -93,12 +96,14 @@ def test_the_check_fails_where_sides_differ(bench, rng):
     assert one.on_logits is None
 
 
-def test_on_the_cpu(bench, tmp_path, capsys):
+@pytest.mark.parametrize("tp", [1, 2])
+def test_on_the_cpu(tp, bench, tmp_path, capsys):
     given = ["--device", "cpu", "--model", "tiny", "--batch", "1,3", "--tokens", "4"]
-    given += ["--prompt", "30", "--repeats", "2", "--output", str(tmp_path)]
+    given += ["--prompt", "30", "--repeats", "2", "--output", str(tmp_path), "--tp", str(tp)]
     assert bench.main.run(bench.main.parsed(given)) == 0
     assert "| 3 |" in capsys.readouterr().out
-    written = json.loads((tmp_path / "llm-tiny.json").read_text())
+    over = "-tp2" if tp == 2 else ""
+    written = json.loads((tmp_path / f"llm-tiny{over}.json").read_text())
     assert written["about"]["max_tokens"] == 64  # so that three prompts take two steps
     for row in written["rows"]:
         assert len(row["timings"]["fi_ffi"]) == 2

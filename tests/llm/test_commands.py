@@ -37,6 +37,15 @@ def test_the_first_tokens(kind):
     assert re.search(rb"\d tokens, [\d.]+ a second", done.stderr)
 
 
+def test_two_ranks():
+    line = command(BLOCKS[2].strip(), "--cpu", "--tiny", "llama", "--max-tokens", "6")
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, timeout=240, check=True)
+    assert done.stdout.startswith(b"Once upon a time")
+    wrong = subprocess.run([*line, "--tp", "3"], cwd=ROOT, capture_output=True, timeout=120)
+    assert wrong.returncode == 1
+    assert b"num_attention_heads is 4, not a multiple of 3 ranks" in wrong.stderr
+
+
 def test_several_prompts_and_what_is_wrong():
     program = [sys.executable, "examples/llm/generate.py", "--cpu"]
     done = subprocess.run([*program, "one", "two"], cwd=ROOT, capture_output=True, timeout=120)
@@ -47,6 +56,20 @@ def test_several_prompts_and_what_is_wrong():
     )
     assert done.returncode == 1
     assert b"top_p is 7.0" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["generate", "serve"])
+def test_a_model_that_is_not_there(name, tmp_path):
+    """A sentence that names it, and no traceback."""
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "config.json").write_text("[]")
+    for model in ("/nonexistent", str(tmp_path), str(tmp_path / "list")):
+        program = [sys.executable, f"examples/llm/{name}.py", "--cpu", "--model", model]
+        words = ["one"] if name == "generate" else ["--port", "0"]
+        done = subprocess.run([*program, *words], cwd=ROOT, capture_output=True, timeout=60)
+        assert done.returncode == 1
+        assert model.encode() in done.stderr
+        assert b"Traceback" not in done.stderr and done.stderr.count(b"\n") == 1
 
 
 def test_the_server():

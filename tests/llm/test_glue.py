@@ -36,7 +36,7 @@ def test_rows_by_index(dtype, rng, on):
     table = rng.standard_normal((9, 6)).astype(FLOATS[dtype])
     index = rng.integers(0, 9, 5).astype(np.int32)
     out = np.full((5, 6), np.nan, table.dtype)
-    on.run("take", [out, table, index, np.int64(3), 3])
+    on.run("take", [out, table, index, np.int64(3), 3, 0, 9])
     assert (out == np.stack([table[i] for i in index])).all()
     expected, values = table.copy(), rng.standard_normal((3, 6)).astype(table.dtype)
     places = rng.permutation(9)[:3].astype(np.int32)
@@ -44,6 +44,24 @@ def test_rows_by_index(dtype, rng, on):
         expected[place] = values[i]
     on.run("give", [table, values, places, np.int64(3), 3])
     assert (table == expected).all()
+
+
+@TEXT
+def test_rows_that_a_rank_has(dtype, rng, on):
+    table = rng.standard_normal((9, 6)).astype(FLOATS[dtype])
+    index = np.array([20, 28, 19, 29, 24, 0], np.int32)
+    out = np.full((6, 6), np.nan, table.dtype)
+    on.run("take", [out, table, index, np.int64(3), 3, 20, 9])
+    assert (out == np.stack([table[0], table[8], *np.zeros((2, 6)), table[4], np.zeros(6)])).all()
+
+
+def test_parts_of_a_row_side_by_side(rng, on):
+    """Of three ranks, the last one's with two columns too many."""
+    parts = rng.standard_normal((3, 5, 300)).astype(np.float32)
+    out = np.full((5, 898), np.nan, np.float32)
+    on.run("joined", [out, parts, 300, 898])
+    for row in range(5):
+        assert (out[row] == [*parts[0, row], *parts[1, row], *parts[2, row, :298]]).all()
 
 
 def test_tokens_of_slots(rng, on):
@@ -103,6 +121,74 @@ def test_gates(dtype, is_silu, rng, on):
     close(x, before / (1 + np.exp(-g)) * (g if is_silu else 1), dtype)
 
 
+@TEXT
+def test_biases(dtype, rng, on):
+    x = rng.standard_normal((9, 520)).astype(FLOATS[dtype])
+    bias, before = rng.standard_normal(520).astype(x.dtype), x.astype(np.float64)
+    on.run("biased", [x, bias, 520])
+    close(x, before + bias.astype(np.float64), dtype)
+
+
+@TEXT
+@pytest.mark.parametrize("is_normed", [0, 1])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "rotary"), [(4, 2, 64, 64), (5, 1, 256, 64), (16, 8, 128, 128)]
+)
+def test_heads_and_their_pages(dtype, is_normed, heads, kv_heads, dim, rotary, rng, on):
+    """Two requests over pages of 4 tokens, the second from its 5th token on."""
+    kind, positions = FLOATS[dtype], np.array([0, 1, 2, 3, 4, 5, 6], np.int32)
+    requests = np.array([0, 0, 0, 0, 1, 1, 1], np.int32)
+    indptr, indices = np.array([0, 1, 3], np.int32), np.array([5, 0, 2], np.int32)
+    width = (heads + 2 * kv_heads) * dim
+    qkv = (rng.standard_normal((7, width + 24)) * 3).astype(kind)
+    before = qkv.astype(np.float64)
+    norms = [(1 + rng.standard_normal(dim) * 0.1).astype(kind) for _ in "qk"]
+    cos_sin = rng.standard_normal((9, rotary)).astype(np.float32)
+    caches = [np.full((6, 4, kv_heads, dim), 7, kind) for _ in "kv"]
+    on.run("place", [qkv[:, :width], *caches, *norms, cos_sin, positions, requests, indptr,
+                     indices, np.int64(width + 24), np.int64(4 * kv_heads * dim), heads, kv_heads,
+                     dim, rotary, 4, np.float32(1e-5), is_normed])  # fmt: skip
+    used = np.zeros((6, 4), bool)
+    for t, position in enumerate(positions):
+        row = before[t, :width].reshape(-1, dim)
+        page = indices[indptr[requests[t]] + position // 4]
+        used[page, position % 4] = True
+        place = caches[0][page, position % 4], caches[1][page, position % 4]
+        for h in range(heads + kv_heads):
+            x = row[h]
+            if is_normed:
+                x = x / np.sqrt((x * x).mean() + 1e-5) * norms[h >= heads].astype(np.float64)
+            turned = x.copy()
+            for i in range(rotary // 2):
+                j, (cos, sin) = i + rotary // 2, cos_sin[position, [i, i + rotary // 2]]
+                turned[i], turned[j] = x[i] * cos - x[j] * sin, x[j] * cos + x[i] * sin
+            got = qkv[t, h * dim : (h + 1) * dim] if h < heads else place[0][h - heads]
+            size = np.abs(x).max() * 4
+            step = 2.0**-10 if dtype == "float16" else 2.0**-7
+            assert (
+                np.abs(got.astype(np.float64) - turned) <= step * np.abs(turned) + 1e-5 * size
+            ).all()
+        assert (place[1].astype(np.float64) == row[heads + kv_heads :]).all()
+    for cache in caches:
+        assert (cache[~used] == 7).all()
+    assert (qkv[:, heads * dim :].astype(np.float64) == before[:, heads * dim :]).all()
+
+
+@pytest.mark.parametrize("is_normed", [0, 1])
+@pytest.mark.parametrize(("count", "top_k"), [(1, 1), (8, 3), (60, 60), (128, 8), (1024, 5)])
+def test_routes(count, top_k, is_normed, rng, on):
+    """Of few different logits, so that some are equal; of those the first come first."""
+    logits = (rng.integers(-20, 20, (7, count)) / 4).astype(np.float32)
+    bias = (rng.integers(-4, 4, count) / 4).astype(np.float32)
+    experts, shares = np.full((7, top_k), -1, np.int32), np.full((7, top_k), np.nan, np.float32)
+    on.run("route", [experts, shares, logits, bias, count, top_k, is_normed])
+    for i, row in enumerate((logits + bias).astype(np.float64)):
+        best = sorted(range(count), key=lambda e, row=row: (-row[e], e))[:top_k]
+        assert experts[i].tolist() == best
+        whole = np.exp(row[best] if is_normed else row).sum()
+        assert np.abs(shares[i] - np.exp(row[best]) / whole).max() < 1e-5
+
+
 @pytest.mark.parametrize("vocab", [1, 2, 257, 1024, 5000, 151_936])
 def test_draw(vocab, rng, on):
     """The first token whose sum passes the number; few probabilities, so that sums are exact."""
@@ -124,6 +210,81 @@ def test_draw(vocab, rng, on):
         while sums[chosen] <= float(u) * sums[-1]:
             chosen += 1
         assert token == chosen
+
+
+def test_a_draw_of_what_is_no_probability(rng, on):
+    """NaN, infinity, nothing at all: a token of the vocabulary in any case."""
+    vocab = 300
+    wrong = [np.nan, np.inf, 0, -1, -np.inf]
+    probs = np.array([np.full(vocab, x) for x in wrong for _ in range(4)], np.float32)
+    probs[::4, 7] = 0.5
+    uniform = np.tile(np.float32([-1, 0, 0.5, 1 - 2**-24]), len(wrong))
+    min_p = rng.choice([0, 0.3], len(probs)).astype(np.float32)
+    tokens = np.full(len(probs), -1, np.int32)
+    with np.errstate(invalid="ignore"):
+        on.run("draw", [tokens, probs, uniform, min_p, vocab])
+    assert ((tokens >= 0) & (tokens < vocab)).all()
+
+
+def test_penalties(rng, on):
+    rows, slots, vocab = 5, 7, 333
+    logits = (rng.standard_normal((rows, vocab)) * 4).astype(np.float32)
+    counts = rng.choice([0, 0, 1, 2, 3, 6, 9], (slots, vocab)).astype(np.int32)
+    which = rng.permutation(slots)[:rows].astype(np.int32)
+    presence, frequency = (rng.uniform(-2, 2, rows).astype(np.float32) for _ in "ab")
+    repetition = rng.uniform(0.5, 2, rows).astype(np.float32)
+    exact = logits.astype(np.float64)
+    for i in range(rows):
+        for v in range(vocab):
+            seen, times = counts[which[i], v] > 0, counts[which[i], v] // 2
+            if seen:
+                exact[i, v] *= repetition[i] if exact[i, v] < 0 else 1 / float(repetition[i])
+            exact[i, v] -= frequency[i] * float(times) + presence[i] * float(times > 0)
+    on.run("penalise", [logits, counts, which, presence, frequency, repetition, vocab])
+    assert np.abs(logits - exact).max() < 1e-4
+    before, tokens = counts.copy(), rng.integers(0, vocab, rows).astype(np.int32)
+    on.run("count", [counts, tokens, which, rows, vocab])
+    before[which, tokens] += 2
+    assert (counts == before).all()
+
+
+def test_biases_and_masks(rng, on):
+    rows, vocab = 4, 333
+    logits = rng.standard_normal((rows, vocab)).astype(np.float32)
+    exact = logits.astype(np.float64)
+    places = rng.permutation(rows * vocab)[:700].astype(np.int32)
+    values = rng.standard_normal(700).astype(np.float32)
+    values[::9] = -np.inf
+    exact.reshape(-1)[places] += values
+    on.run("add", [logits, places, values, 700])
+    assert np.allclose(logits, exact, atol=1e-6)
+    bits = rng.integers(-(2**31), 2**31, (2, -(-vocab // 32)), np.int64).astype(np.int32)
+    before = logits.copy()
+    on.run("mask", [logits, bits, np.array([3, 1], np.int32), vocab])
+    for row, line in ((3, bits[0]), (1, bits[1])):
+        for v in range(vocab):
+            if not int(line[v // 32]) >> v % 32 & 1:
+                before[row, v] = -np.inf
+    assert (logits == before).all()
+
+
+@pytest.mark.parametrize("vocab", [20, 257, 5000, 151_936])
+@pytest.mark.parametrize("top", [0, 3, 20])
+def test_log_probabilities(vocab, top, rng, on):
+    rows = 3
+    logits = (rng.standard_normal((rows, vocab)) * 5).astype(np.float32)
+    logits[1] = np.round(logits[1])  # many are equal: the first ones count
+    tokens = rng.integers(0, vocab, rows).astype(np.int32)
+    values, ids = np.full((rows, 21), np.nan, np.float32), np.full((rows, 20), -1, np.int32)
+    on.run("logprobs", [values, ids, logits, tokens, vocab, top])
+    exact = logits.astype(np.float64)
+    exact -= exact.max(1, keepdims=True)
+    exact -= np.log(np.exp(exact).sum(1, keepdims=True))
+    for row, told, those, token in zip(exact, values, ids, tokens, strict=True):
+        order = sorted(range(vocab), key=lambda v: (-row[v], v))[:top]
+        assert those[:top].tolist() == order
+        assert np.abs(told[: top + 1] - row[[token, *order]]).max() < 2e-4
+    assert np.isnan(values[:, top + 1 :]).all()
 
 
 def test_nvcc_compiles_the_kernels(tmp_path):

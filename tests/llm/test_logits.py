@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import engine.config
 import engine.model
+import engine.weights
 import numpy as np
 import pytest
 from engine import Sampling
@@ -102,7 +103,64 @@ def test_other_numbers_of_heads(serve):
     request = engine.submit(serving.prompt(9), greedy())
     engine.run()
     assert serving.error(request) <= 1
-    assert isinstance(engine.steps.decodes[1], fi_ffi.BatchPrefillPlan)
+    assert isinstance(engine.runner.plans[1, "full_attention"], fi_ffi.BatchPrefillPlan)
+
+
+def turning(real):
+    """Weights in fp8, with scales that are not their own."""
+
+    def one(*args):
+        weight = real(*args)
+        if not isinstance(weight, engine.weights.Blocks):
+            return weight
+        scales = weight.scales[::-1, ::-1]
+        return weight._replace(scales=scales if (scales != weight.scales).any() else 1.5 * scales)
+
+    return one
+
+
+def but(**others):
+    """A layer's tensors, some of which are full of another number."""
+
+    def changed(real):
+        def layer(*args):
+            found = real(*args)
+            return found | {
+                name: np.full_like(found[name], value) for name, value in others.items()
+            }
+
+        return layer
+
+    return changed
+
+
+@pytest.mark.parametrize("heads", [4, 8])
+def test_windows_without_sinks(serve, heads):
+    """Layers from the third on see 30 keys; decoding on CUDA cores and on tensor cores."""
+    serving = serve(
+        "qwen3", num_attention_heads=heads, use_sliding_window=True, sliding_window=30,
+        max_window_layers=2, layer_types=["full_attention"] * 2 + ["sliding_attention"] * 2,
+        attention_bias=True,
+    )  # fmt: skip
+    engine = serving.engine()
+    requests = [engine.submit(serving.prompt(n), greedy(40)) for n in (9, 100)]
+    try:
+        engine.run()
+    except fi_ffi.KernelNotFoundError as missing:
+        pytest.skip(str(missing))
+    assert all(serving.error(request) <= 1 for request in requests)
+    assert {kind for _, kind in engine.runner.plans} == {"full_attention", "sliding_attention"}
+
+
+@pytest.mark.parametrize("fused", ["heads", "norms", "heads norms"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_fp8", "gpt_oss"])
+def test_fewer_kernels(serve, kind, fused, monkeypatch):
+    monkeypatch.setattr(engine.model, "FUSED", set(fused.split()))
+    serving = serve(kind)
+    made = serving.engine()
+    requests = [made.submit(serving.prompt(n), greedy()) for n in (1, 40, 100)]
+    made.run()
+    assert all(serving.error(request) <= 1 for request in requests)
 
 
 FAULTS = {
@@ -116,6 +174,38 @@ FAULTS = {
     ),
     "llama3": ("llama", engine.config.Config, "_llama3", lambda real: lambda self, given: given),
     "state": ("qwen3_next", engine.model.Model, "clear", lambda real: lambda self, slot: None),
+    # Blocks have each other's scales; one of three matrices has another's.
+    "fp8 blocks": ("qwen3_fp8", engine.weights, "one", turning),
+    "fp8 scale": ("llama_fp8", engine.weights, "one", turning),
+    # The gate's rows come first; experts' weights do not add up to 1.
+    "moe halves": (
+        "qwen3_moe", engine.weights, "experts",
+        lambda real: lambda config: real(config) | {
+            "fc1": dict([*real(config)["fc1"].items()][::-1])
+        },
+    ),
+    "moe shares": (
+        "qwen3_moe", engine.config.Config, "read",
+        lambda real: lambda path: replace(real(path), norm_topk=False),
+    ),
+    # Of gpt-oss: all keys are seen, heads have no sinks, positions are not stretched, biases are
+    # left out, experts are not limited, 4 bits are counted from the upper half.
+    "gpt_oss window": (
+        "gpt_oss", engine.config.Config, "windows",
+        lambda real: property(lambda self: dict.fromkeys(self.layers, -1)),
+    ),
+    "gpt_oss sinks": ("gpt_oss", engine.weights, "_gpt_oss", but(sinks=-30)),
+    "gpt_oss yarn": (
+        "gpt_oss", engine.config.Config, "_yarn", lambda real: lambda self, given: (given, 1.0)
+    ),
+    "gpt_oss biases": (
+        "gpt_oss", engine.model.Model, "biased", lambda real: lambda self, x, layer, name: x
+    ),
+    "gpt_oss limit": ("gpt_oss", engine.weights, "_gpt_oss", but(swiglu_limit=7)),
+    "gpt_oss halves": (
+        "gpt_oss_mxfp4", engine.weights, "mxfp4",
+        lambda real: lambda blocks, scales: real(blocks << 4 | blocks >> 4, scales),
+    ),
     "gate": ("qwen3_next", engine.model.Model, "gate", lambda real: lambda *args: None),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -14,8 +15,10 @@ import pytest
 import requests
 import uvicorn
 from engine import Sampling, load
-from engine.checkpoint import make_tiny
-from serve import application, begun
+from server import application
+from server.chat import Template
+from server.text import begun
+from tiny import make_tiny
 from tokenizers import Tokenizer
 
 from tests.llm.serving import check_empty
@@ -24,12 +27,12 @@ PROMPT = "Once upon a time"
 
 
 class Served:
-    """A server on a thread, and what a client asks of it."""
+    """A server on a thread, and what a client asks of it; `more` is `application`'s."""
 
-    def __init__(self, path: Path, where: str) -> None:
+    def __init__(self, path: Path, where: str, **more: Any) -> None:
         self.tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         self.engine = load(path, where, num_pages=64, max_batch=4, max_tokens=64)
-        app = application(self.engine, self.tokenizer, "tiny")
+        app = application(self.engine, self.tokenizer, ["tiny"], Template(path), **more)
         config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning")
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run)
@@ -37,7 +40,8 @@ class Served:
         while not self.server.started:
             time.sleep(0.01)
         port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}/v1"
+        self.address = f"http://127.0.0.1:{port}"
+        self.url = f"{self.address}/v1"
 
     def post(self, stream: bool = False, **body: Any) -> requests.Response:
         body = {"prompt": PROMPT, "seed": 3, "temperature": 1.0} | body
@@ -49,6 +53,10 @@ class Served:
         assert answer.status_code == 200, answer.text
         return answer.json()["choices"][0]["text"]
 
+    def metric(self, name: str) -> float:
+        text = requests.get(f"{self.address}/metrics", timeout=20).text
+        return float(re.search(rf"^fi_ffi_{name} (\S+)$", text, re.MULTILINE)[1])
+
     def wait_until_empty(self) -> None:
         end = time.monotonic() + 20
         while self.engine.running or self.engine.waiting or self.engine.queued:
@@ -56,15 +64,18 @@ class Served:
             time.sleep(0.02)
         check_empty(self.engine)
 
+    def end(self) -> None:
+        self.wait_until_empty()
+        self.server.should_exit = True
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+
 
 @pytest.fixture
 def served(tmp_path: Path, where: str, rng: Any) -> Iterator[Served]:
     served = Served(make_tiny(tmp_path / "model", "llama", rng), where)
     yield served
-    served.wait_until_empty()
-    served.server.should_exit = True
-    served.thread.join(20)
-    assert not served.thread.is_alive()
+    served.end()
 
 
 def events(answer: requests.Response) -> list[Any]:
@@ -116,6 +127,36 @@ def test_stop_strings(served):
     assert served.text(max_tokens=60, stop=[text + "more"]) == text
 
 
+def test_a_text_that_a_stop_string_ends_is_computed_no_further(served):
+    ask = {"max_tokens": 900, "ignore_eos": True, "logit_bias": {"7": 100}}
+    text = served.text(**ask | {"max_tokens": 4})
+    assert served.text(**ask, stop=text) == ""
+    served.wait_until_empty()
+    assert served.metric("generated_tokens_total") < 450
+
+
+def test_prompts_that_are_found_again_are_told(served):
+    ask = {"prompt": "x" * 40, "max_tokens": 1}
+    told = [served.post(**ask).json()["usage"]["prompt_tokens_details"] for _ in range(3)]
+    assert told == [{"cached_tokens": n} for n in (0, 32, 32)]
+    served.wait_until_empty()
+    assert served.metric("cached_tokens_total") == 64
+    assert served.metric("prompt_tokens_total") == 120
+
+
+def test_how_many_tokens_there_is_room_for(served):
+    """As many as /v1/models tells; 16 where the client does not say."""
+    answer = requests.get(f"{served.url}/models", timeout=20).json()
+    room = answer["data"][0]["max_model_len"]
+    assert room == served.engine.pages.total * served.engine.page_size
+    for length, status in ((room - 1, 200), (room, 400)):
+        answer = served.post(prompt="x" * length, max_tokens=1)
+        assert answer.status_code == status
+    error = answer.json()["error"]
+    assert (error["param"], error["code"]) == ("max_tokens", "context_length_exceeded")
+    assert served.post(ignore_eos=True).json()["usage"]["completion_tokens"] == 16
+
+
 def test_begun():
     assert [begun("abcab", stop) for stop in ("abx", "x", "bab", "cabs", "abcab")] == [
         2,
@@ -146,27 +187,45 @@ def test_a_client_that_goes_away_gives_its_pages_back(served, stream):
 
 
 @pytest.mark.parametrize(
-    ("body", "words"),
-    [({"temperature": -1}, "temperature"), ({"max_tokens": 5000}, "there is room for"),
-     ({"prompt": []}, "one token or more"), ({"prompt": [999]}, "from 0 to 256"),
-     ({"prompt": 5}, "int"), ({"n": 2}, "n other than 1"), ({"logprobs": 1}, "logprobs"),
-     ({"prompt": ["a", "b"]}, "a string or a list of token ids"), ({"temperature": "hot"}, "")],
+    ("body", "param", "words"),
+    [({"temperature": -1}, "temperature", "greater than or equal to 0"),
+     ({"max_tokens": 5000}, "max_tokens", "there is room for"),
+     ({"prompt": []}, "prompt", "a string, a list"), ({"prompt": ""}, "prompt", "one token"),
+     ({"prompt": [999]}, "prompt", "from 0 to 256"), ({"prompt": 5}, "prompt", "a list of tokens"),
+     ({"n": 0}, "n", "greater"), ({"best_of": 2}, "best_of", "as n"),
+     ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
+     ({"prompt": ["a", 1]}, "prompt", "a list of strings"),
+     ({"temperature": "hot"}, "temperature", "number"), ({"more": 1}, "more", "no such field"),
+     ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "more than max_tokens"),
+     ({"logit_bias": {"257": 1}}, "logit_bias", "from 0 to 256"), ({"stop": ""}, "stop", "1 char"),
+     ({"stop": "a" * 257}, "stop", "256"), ({"stop": ["a", "b" * 257]}, "stop[1]", "256"),
+     ({"n": 33, "prompt": ["a", "b"]}, "prompt", "64 choices at most"),
+     ({"response_format": {"type": "json"}}, "response_format.type", "json_object"),
+     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
+     ({"stream_options": {"usage": True}}, "stream_options.usage", "no such field"),
+     ({"max_tokens": 0}, "max_tokens", "echo")],
+    ids=str,
 )  # fmt: skip
-def test_what_cannot_be_served(served, body, words):
+def test_what_cannot_be_served(served, body, param, words):
+    """Each is an error of the interface that names the field."""
     answer = served.post(**body)
     assert answer.status_code == 400
-    assert words in answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert param in error["message"] and words in error["message"]
+    assert error["type"] == "invalid_request_error"
 
 
 def test_what_is_no_request(served):
     for data in (b"{", b"[]", b"null", b"\xff"):
         assert requests.post(f"{served.url}/completions", data=data, timeout=20).status_code == 400
     assert requests.get(f"{served.url}/completions", timeout=20).status_code == 405
+    assert requests.get(f"{served.url}/nothing", timeout=20).json()["error"]["param"] is None
     assert requests.get(f"{served.url}/models", timeout=20).json()["data"][0]["id"] == "tiny"
 
 
 def test_an_engine_that_fails_tells_everyone(served, monkeypatch):
-    """No client waits for ever: those that are served end with "error", new ones are refused."""
+    """No client waits for ever: those that are served get an error, new ones are refused."""
 
     def fail(work):
         raise RuntimeError("the device is gone")
@@ -174,8 +233,9 @@ def test_an_engine_that_fails_tells_everyone(served, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     monkeypatch.setattr(served.engine.steps, "queue", fail)
     answer = served.post(max_tokens=8)
-    assert answer.json()["choices"][0]["finish_reason"] == "error"
-    assert served.post(max_tokens=8).status_code == 500
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "engine_error"
+    assert served.post(max_tokens=8).status_code == 503
     for request in [*served.engine.running]:
         served.engine._finish(request, "error")
 
@@ -187,3 +247,4 @@ def test_sampling_of_the_body(served):
         temperature=0.7, top_k=30, top_p=0.9, min_p=0.01, seed=9, max_tokens=12))])  # fmt: skip
     body = {"temperature": 0.7, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "seed": 9}
     assert served.text(**body, max_tokens=12) == expected
+    assert served.text(top_k=-1) == served.text(top_k=0)  # either leaves out no token

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from engine import Config, Sampling, load
+from engine import Config, Request, Sampling, load
 from engine.pages import Pages
-from engine.sampling import columns_of, keep
-from engine.weights import Weights
+from engine.sampling import columns_of, keep, uniform
+from engine.weights import Weights, of_layer
+from tiny import make_tiny
 
 from tests.llm.serving import KINDS, check_empty, greedy, texts
 
@@ -42,6 +44,20 @@ def test_a_request_too_large_for_what_is_left_waits(serve):
     assert second.slot is None
     engine.run()
     assert len(second.tokens) == 20
+    check_empty(engine)
+
+
+def test_a_request_that_waits_holds_none_of_the_pages_with_its_beginning(serve):
+    engine = serve("llama").engine(num_pages=11, page_size=16)
+    large = engine.submit([1] * 118, greedy(9))  # 8 of 10 pages
+    for _ in range(3):
+        engine.step()
+    second = engine.submit([1] * 40, greedy(27))  # 5, two of which are there
+    for _ in range(4):
+        engine.step()
+        assert second.slot is None and large.slot is not None
+    engine.run()
+    assert second.reused == 32
     check_empty(engine)
 
 
@@ -286,9 +302,13 @@ def test_requests_that_can_never_be_run(serve):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"model_type": "gpt2"}, "gpt2"), ({"attention_bias": True}, "attention_bias"),
+    [({"model_type": "gpt2"}, "gpt2"), ({"rope_scaling": {"rope_type": "linear"}}, "linear"),
+     ({"attention_bias": True}, "attention_bias"),
      ({"quantization_config": {"bits": 4}}, "quantization_config"),
-     ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"), ({"num_experts": 8}, "num_experts"),
+     ({"quantization_config": {"quant_method": "fp8"}}, "with bfloat16"),
+     ({"num_experts": 8}, "num_experts"),
+     ({"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 9,
+       "moe_intermediate_size": 96}, "1024 at most"),
      ({"linear_key_head_dim": 64}, "linear_key_head_dim is 64; here it is 128")],
 )  # fmt: skip
 def test_models_that_are_not_here(serve, change, words):
@@ -318,6 +338,34 @@ def test_one_file_and_shards(serve, tmp_path):
     assert texts(engine, [prompt], greedy())[0] == sharded
     with pytest.raises(KeyError, match="no tensor model.nothing"):
         Weights(one)("model.nothing")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("no scales", "there is not one of"),
+        ("other blocks", "has scales"),
+        ("mixed", "all or none"),
+    ],
+)
+def test_weights_in_fp8_that_do_not_fit(tmp_path, rng, wrong, words):
+    name = "model.layers.1.self_attn.k_proj.weight"
+
+    class Wrong(Weights):
+        def __contains__(self, other):
+            return super().__contains__(other) and (
+                wrong != "no scales" or other != f"{name}_scale_inv"
+            )
+
+        def __call__(self, other):
+            if wrong == "other blocks" and other == f"{name}_scale_inv":
+                return super().__call__(other)[:, :1]
+            found = super().__call__(other)
+            return found.astype(np.float32) if wrong == "mixed" and other == name else found
+
+    path = make_tiny(tmp_path / "one", "qwen3_fp8", rng)
+    with pytest.raises((ValueError, KeyError), match=words):
+        of_layer(Wrong(path), Config.read(path), 1)
 
 
 def test_pages_by_themselves(rng):
@@ -350,7 +398,14 @@ def test_pages_by_themselves(rng):
     assert not any(pages.users)
 
 
+def test_a_number_that_decides_is_below_1_in_float32():
+    """Or no token's share of the probabilities would have it."""
+    request = Request([1], Sampling(seed=1))
+    request.numbers = SimpleNamespace(random=lambda: 1 - 2**-53)
+    assert np.float32(1 - 2**-24) == np.float32(uniform(request)) < 1
+
+
 def test_parameters_of_a_slot():
     columns = columns_of(2, 257)
     keep(columns, 0, Sampling(temperature=0, top_k=9999), 257)
-    assert [column[0] for column in columns.values()] == [1, 257, 4, 0]
+    assert [column[0] for column in columns.values()] == [1, 257, 4, 0, 0, 0, 1]

@@ -308,10 +308,10 @@ def test_a_launcher_that_would_end_the_process_is_not_called():
         called.append(args)
         return 0
 
-    assert cuda_errors.spared("rmsnorm", call, lambda: runtime) is call
-    careful = cuda_errors.spared("fused_qk_rmsnorm_rope", call, lambda: runtime)
-    assert careful(None, None, 512, None) == 0 and len(called) == 1, "a probe is no launch"
+    assert cuda_errors.guard_abort("rmsnorm", call, lambda: runtime) is call
+    guarded = cuda_errors.guard_abort("fused_qk_rmsnorm_rope", call, lambda: runtime)
+    assert guarded(None, None, 512, None) == 0 and len(called) == 1, "a probe is no launch"
     with pytest.raises(fi_ffi.KernelError, match=r"CUDA error 101 was left .* was not called"):
-        failure.check(careful(None, None, 27, None), "fused_qk_rmsnorm_rope")
+        failure.check(guarded(None, None, 27, None), "fused_qk_rmsnorm_rope")
     assert len(called) == 1
-    assert careful(None, None, 27, None) == 0 and len(called) == 2, "it is forgotten"
+    assert guarded(None, None, 27, None) == 0 and len(called) == 2, "it is forgotten"

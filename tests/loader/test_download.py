@@ -192,7 +192,7 @@ def test_another_content_than_the_pinned_one(web, root):
 
 
 def test_another_size_than_the_pinned_one(web, root):
-    with pytest.raises(ArtifactError, match="3000000 bytes, pinned are 3000001"):
+    with pytest.raises(ArtifactError, match="3000000 bytes, pinned at 3000001"):
         fetch(web, size=len(CONTENT) + 1)
     assert tree(root) == []
     assert web.sent < len(CONTENT)
@@ -226,7 +226,7 @@ def test_a_server_that_never_gets_further(web):
 def test_more_than_was_announced(web, root, monkeypatch):
     """No Content-Length, and no end; or one that no file has."""
     monkeypatch.setattr(ranges, "MAX_FILE", 1_000_000)
-    with pytest.raises(ArtifactError, match="is of 3000000 bytes, at most 1000000"):
+    with pytest.raises(ArtifactError, match="has 3000000 bytes, at most 1000000"):
         fetch(web)
     web.always = header("Content-Length", "")
     with pytest.raises(FetchError, match="more than 1000000 bytes"):

@@ -113,7 +113,7 @@ def test_a_broken_line_that_moves_gets_there():
         (status(403), "answers '403.*netrc"),
         (status(401), "answers '401.*netrc"),
         (status(410), "answers '410.*taken away"),
-        (status(400), "answers '400.*nothing"),
+        (status(400), "answers '400.*unexpected"),
         (status(302), "a redirect to nowhere"),
         (faults.shifted, "asked for bytes 1000-59999, the server sends 1001-59999"),
         (header("Content-Range", "bytes 1000-5000/102400"), "the server sends 1000-5000"),

@@ -62,7 +62,7 @@ def needing(compiled):
 
 
 def is_mapped(path: Path) -> bool:
-    return str(path) in Path("/proc/self/maps").read_text()
+    return str(path) in Path("/proc/self/maps").read_text(errors="replace")
 
 
 @pytest.mark.parametrize("symbol", ["TVMFFINoSuch", "_ZN3tvm3ffi6NoSuchEv"])
@@ -199,7 +199,7 @@ def test_an_older_libstdcxx(needing, compiled, tmp_path):
 
 
 def maps() -> list[str]:
-    return Path("/proc/self/maps").read_text().splitlines()
+    return Path("/proc/self/maps").read_text(errors="replace").splitlines()
 
 
 def test_an_older_cuda_runtime(needing, compiled, tmp_path):

@@ -166,7 +166,7 @@ def test_trust(web, root):
     [
         ({"verify": "full"}, "no sha256 to verify"),
         ({"record_sha256": "0" * 64}, f"sha256 of RECORD is {RECORD}, pinned is 0000"),
-        ({"size": len(WHEEL) + 1}, f"{len(WHEEL)} bytes, pinned are {len(WHEEL) + 1}"),
+        ({"size": len(WHEEL) + 1}, f"{len(WHEEL)} bytes, pinned at {len(WHEEL) + 1}"),
     ],
 )
 def test_pins_that_do_not_fit(web, root, pins, match):

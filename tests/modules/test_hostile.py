@@ -173,7 +173,7 @@ def test_values_inside_themselves(every, name):
     for _ in range(100_000):
         deep = [deep]
     for value in (ring, deep, [looped]):
-        with pytest.raises(ArgumentError, match=r"without end, expected values that C\+\+"):
+        with pytest.raises(ArgumentError, match="endlessly nested values, expected values"):
             every.entry(name)(value)
         with pytest.raises(RecursionError):
             global_function("ffi.Array")(value)

@@ -1,6 +1,6 @@
 """xgrammar through fi_ffi alone: a library that registers, and exports nothing.
 
-A machine's tests are run on a GPU too, by tests/gpu/test_xgrammar.py.
+Its tests that take a `machine` run on a GPU too: tests/gpu/test_bodies.py.
 """
 
 from __future__ import annotations

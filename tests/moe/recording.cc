@@ -115,6 +115,17 @@ class Runner : public tvm::ffi::ModuleObj {
       return Function::FromTyped([](int64_t tactic) -> int64_t { return tactic == 4 ? 0 : 1; });
 #endif
 #ifdef ABSOLUTE
+    } else if (name == "get_valid_tactics_for_shape") {
+      // The first of each has wide tiles.
+      return Function::FromTyped([](int64_t stage, int64_t n, int64_t k) -> Array<int64_t> {
+        record("shape", stage, n, k);
+        Array<int64_t> found;
+        int64_t first = stage == 2 ? kGemm1 : 0, last = stage == 2 ? kGemm1 + kGemm2 : kGemm1;
+        for (int64_t tactic = first; tactic < last; ++tactic) {
+          if (tactic > first || k % 24 == 0) found.push_back(tactic);
+        }
+        return found;
+      });
     } else if (name == "get_workspace_size") {
       return Function::FromTyped([](int64_t rows, int64_t hidden, int64_t inter, int64_t experts,
                                     int64_t top_k, int64_t tp_size, int64_t tp_rank,

@@ -20,8 +20,9 @@ from tests.helpers.moe_layers import (
     PLAIN,
     SHARED,
     U8,
-    Made,
     make,
+    of_ranks,
+    of_tensor_ranks,
     part,
 )
 
@@ -144,24 +145,6 @@ def test_packed_activations_are_bytes_or_int64(rng):
     assert made.call().tobytes() == expected
 
 
-def of_ranks(made: Made, ranks: int) -> list[Made]:
-    """The experts of each rank."""
-    count = len(made.layer.w1) // ranks
-
-    def slice_(array, rank):
-        return np.ascontiguousarray(array[rank * count : (rank + 1) * count])
-
-    found = []
-    for rank in range(ranks):
-        tensors = {
-            name: slice_(array, rank) for name, array in made.tensors.items() if "fc" in name[:2]
-        }
-        layer = {"w1": slice_(made.layer.w1, rank), "w2": slice_(made.layer.w2, rank),
-                 "first_expert": rank * count}  # fmt: skip
-        found.append(part(made, tensors=tensors, layer=layer, ep_size=ranks, ep_rank=rank))
-    return found
-
-
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_of_experts_sum_to_the_whole(ranks, rng):
     made = make(rng, "half", F16, F16, experts=8, top_k=3, tokens=33)
@@ -179,25 +162,8 @@ def test_ranks_of_experts_sum_to_the_whole(ranks, rng):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_of_tensors_sum_to_the_whole(ranks, rng):
     made = make(rng, "half", F16, F16, hidden=64, inter=128, biases=True)
-    inter = 128 // ranks
     total = np.zeros(made.tensors["output"].shape)
-    for rank in range(ranks):
-        own = slice(rank * inter, (rank + 1) * inter)
-
-        def halves(array, own=own):
-            both = array[:, :128][:, own], array[:, 128:][:, own]
-            return np.ascontiguousarray(np.concatenate(both, axis=1))
-
-        tensors = {
-            "fc1_expert_weights": halves(made.tensors["fc1_expert_weights"]),
-            "fc2_expert_weights": made.tensors["fc2_expert_weights"][..., own].copy(),
-            "fc1_expert_biases": halves(made.tensors["fc1_expert_biases"]),
-        }  # fmt: skip
-        layer = {
-            "w1": halves(made.layer.w1), "w2": made.layer.w2[..., own],
-            "bias1": halves(made.layer.bias1), "adds_bias2": rank == 0,
-        }  # fmt: skip
-        one = part(made, tensors=tensors, layer=layer, tp_size=ranks, tp_rank=rank)
+    for one in of_tensor_ranks(made, ranks):
         got = one.call()
         assert one.worst(got) <= 1
         total += got

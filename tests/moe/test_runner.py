@@ -409,7 +409,29 @@ def test_modes_of_later_releases(release, mode, recording, monkeypatch, rng):
             moe.profile(**given, top_k=2)
 
 
-@pytest.mark.parametrize("release", ["0.6.3", "0.6.9", "0.6.16", "0.6.18", "0.7.2.post1"])
+def test_tactics_whose_tiles_do_not_fit(recording, timed, monkeypatch, rng):
+    """The recording object's first ones are for columns of multiples of 24."""
+    made = make(rng, "half", F16, F16, hidden=48, inter=32)
+    moe = moe_of(recording, "0.6.18")
+    made.more = {}
+    with pytest.raises(fi_ffi.ArgumentError, match="profile_ids.*divide these weights"):
+        made.call_of(moe, profile_ids=(0, 0))
+    made.call_of(moe, profile_ids=(0, 1))
+    made.call_of(moe, profile_ids=(0, -1))
+    times = [8.0, 4.0, 6.0, 2.0, 5.0]
+    found = profiled(recording, "0.6.18", made, timed, monkeypatch, times)
+    assert found.gemm1 == (2.0, np.inf, 1.0)
+    assert found.gemm2 == (np.inf, np.inf, 1.5, 0.5, 1.25)
+    told = []
+    while text := recording("-DABSOLUTE").last():
+        told.append(text)
+    assert {line for line in told if line.startswith("shape")} == {
+        "shape: 1 64 48 ",
+        "shape: 2 48 32 ",
+    }
+
+
+@pytest.mark.parametrize("release", ["0.6.3", "0.6.9"])
 def test_4_bit_weights_of_other_releases(release, monkeypatch):
     from fi_ffi.loader import machine
 

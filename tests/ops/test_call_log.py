@@ -446,7 +446,7 @@ def test_what_is_wrong_to_ask_for(given, kind, told, tmp_path, monkeypatch):
 def test_a_closed_log_opens_no_block():
     log = fi_ffi.call_log(0)
     log.close()
-    with pytest.raises(fi_ffi.ArgumentError, match="one that is closed"), log:
+    with pytest.raises(fi_ffi.ArgumentError, match="a closed log"), log:
         pass
 
 

@@ -23,7 +23,7 @@ def test_what_is_refused(argument, value, kind, words):
 
 def test_graphs_of_nothing_and_captures_that_are_not_open():
     graph = fi_ffi.Graph(fi_ffi.parse_device("cuda:0"))
-    with pytest.raises(fi_ffi.ArgumentError, match="a graph of nothing"):
+    with pytest.raises(fi_ffi.ArgumentError, match="an empty graph"):
         graph.launch(77)
-    with pytest.raises(fi_ffi.ArgumentError, match="one not open"):
+    with pytest.raises(fi_ffi.ArgumentError, match="a closed capture"):
         fi_ffi.capture(77).__exit__(None, None, None)

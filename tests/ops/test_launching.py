@@ -52,7 +52,9 @@ def test_every_call_tells_where_it_works_and_is_prepared():
         answer = value.supports(sm=90, release=RELEASE)
         assert answer.op == name and answer.reason
         if isinstance(value, type) and issubclass(value, Plan):  # `fi_ffi.prepare(plan.run, ...)`
-            assert value.runs and all(hasattr(value, run) for run in value.runs), name
+            assert value._run_methods and all(hasattr(value, run) for run in value._run_methods), (
+                name
+            )
         else:
             assert callable(getattr(value, "prepare", None)), f"fi_ffi.{name} has no prepare()"
 

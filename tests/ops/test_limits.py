@@ -149,7 +149,7 @@ REFUSED: list[Refused] = [
         ({"num_width_channels": 43}, "num_width_channels", "a multiple of 2"),
         ({"attention_factor": 1.1}, "attention_factor", "1.0, or a factor that is not"),
         ({"attention_factor": 1.1, "factor": 1 + 1e-9}, "attention_factor", "or a factor that"),
-        ({"output_fp8": True}, "output_fp8", "only there"),
+        ({"output_fp8": True}, "output_fp8", "if and only if"),
         ({"num_tokens": 8}, "num_tokens", "7, the size of n"),
         ({"ppw": 0}, "ppw", "1 or more"),
         ({"ppf": 2**31}, "ppf", "2147483647 or less"),

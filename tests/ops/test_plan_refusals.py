@@ -492,9 +492,9 @@ def not_replanned(
     case: Case, plan: Any, arrays: Any, argument: str, words: str, **run: Any
 ) -> None:
     """The batch is refused, and the plan is as it was."""
-    info, needs = plan.plan_info, plan.needs
+    info, needs = plan.plan_info, plan._needs
     refused(case, argument, words, plan.replan, **arrays)
-    assert (plan.plan_info, plan.needs) == (info, needs)
+    assert (plan.plan_info, plan._needs) == (info, needs)
     case.memory["o"][:] = case.memory["lse"][:] = np.nan
     case.run(plan, **run)
     case.check()
@@ -552,7 +552,7 @@ def test_more_than_there_is_room_for(kind, what):
 def test_pages_past_the_cache_that_was_run_with(kind):
     case, plan = captured(kind)
     arrays = case.arrays | {INDICES[kind]: at(case.indices, -1, PAGES)}
-    words = f"got {PAGES + 1} pages, expected at most the {PAGES} that runs were given"
+    words = f"got {PAGES + 1} pages, expected at most {PAGES}, the size that captured"
     not_replanned(case, plan, arrays, INDICES[kind], words)
     # A cache that is larger in one run is no larger in the others.
     caches = {n: case.memory[n] for n in case.run_names if "cache" in n}
@@ -563,13 +563,13 @@ def test_pages_past_the_cache_that_was_run_with(kind):
     wrong = {"o": changed(case.memory["o"], dtype="float32")}
     refused(case, "o", "float32", case.run, plan, **small, **wrong)
     plan.replan(**case.arrays | {INDICES[kind]: at(case.indices, 0, PAGES - 1)})
-    assert plan.room["pages"] == PAGES
+    assert plan._room["pages"] == PAGES
 
 
 def test_more_keys_than_were_run_with():
     case, plan = captured("ragged")
     more = Case("ragged", QO_LENS, (7, 5, 2, 10)).arrays
-    words = "got 24 keys, expected at most the 23 that runs were given"
+    words = "got 24 keys, expected at most 23, the size that captured"
     not_replanned(case, plan, more, "kv_indptr", words)
     plan = case.plan()
     case.run(plan, **longer(case))
@@ -583,7 +583,7 @@ def test_a_larger_mask(kind):
     plan, mask = case.plan(), np.full(10, 255, np.uint8)
     case.run(plan, custom_mask=mask, **longer(case))
     case.check()
-    words = "got 11 mask bytes, expected at most the 10 that runs were given"
+    words = "got 11 mask bytes, expected at most 10, the size that captured"
     not_replanned(case, plan, more, "qo_indptr", words, custom_mask=mask)
     fewer = mask[:-1]
     refused(case, "custom_mask", "expected 10 bytes", case.run, plan, custom_mask=fewer)
@@ -596,15 +596,16 @@ def test_a_larger_mask(kind):
 @pytest.mark.parametrize("kind", PAGED)
 def test_pages_from_the_run_and_from_the_plan(kind):
     case, plan = captured(kind)
-    words = "expected an array or None, as in the plan that was captured"
+    words = "got None, expected an array, as in the captured plan"
     not_replanned(case, plan, case.arrays | {INDICES[kind]: None}, INDICES[kind], words)
     case = Case(kind, enable_cuda_graph=True, max_num_indices=20)
     plan, given = case.plan(**{INDICES[kind]: None}), {RUN_INDICES[kind]: case.indices}
     case.run(plan, **given)
     case.check()
+    words = "got an array, expected None, as in the captured plan"
     not_replanned(case, plan, case.arrays, INDICES[kind], words, **given)
     more = Case(kind, QO_LENS, (7, 5, 2, 13)).arrays | {INDICES[kind]: None}
-    words = "got 9 page indices, expected at most the 8 that runs were given"
+    words = "got 9 page indices, expected at most 8, the size that captured"
     not_replanned(case, plan, more, PAGE_INDPTR[kind], words, **given)
 
 
@@ -622,7 +623,7 @@ def test_pieces_of_a_fixed_size(kind):
 def test_blocks_of_mla_that_work_together():
     case, plan = captured("mla", max_total_num_rows=40)
     more = Case("mla", (10, 10, 10, 10), (12, 10, 10, 12))
-    assert sizes.mla_cluster(plan.geometry, more.qo_lens) == 2
+    assert sizes.mla_cluster(plan._geometry, more.qo_lens) == 2
     arrays = case.arrays | {"qo_indptr": more.qo_indptr}
     words = "got queries for which 2 blocks work together, expected 1"
     not_replanned(case, plan, arrays, "qo_indptr", words)

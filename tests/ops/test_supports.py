@@ -52,12 +52,12 @@ ANSWERS = [
     ("gdn_prefill", {"sm": 100, "release": DEFAULT}, "refused",
      "it is written for GPUs of compute capability 9.x", None),
     ("fp4_quantize", {"sm": 90, "release": DEFAULT}, "refused",
-     "it is written for GPUs of compute capability 10.x or 11.x or 12.x (for others "
-     "fp4_quantization_90 has it empty: it would be launched and write nothing)", None),
+     "it is written for GPUs of compute capability 10.x or 11.x or 12.x (for other GPUs "
+     "fp4_quantization_90 has an empty kernel, which would write nothing)", None),
     ("nvfp4_kv_quant", {"sm": 90, "release": DEFAULT}, "refused",
-     "(compiled for others it makes all numbers 0)", None),
+     "(for other GPUs the kernel writes zeros)", None),
     ("mxfp8_quantize", {"sm": 80, "release": DEFAULT}, "refused",
-     "(for others mxfp8_quantization_sm100 has it empty", None),
+     "(for other GPUs mxfp8_quantization_sm100 has an empty kernel", None),
     # A GPU has a module of its own.
     *(("fp4_quantize", {"sm": sm, "release": DEFAULT}, "built", f"fp4_quantization_{name} is in",
        None) for sm, name in ((100, "100"), (103, "103"), (120, "120f"), (121, "120f"))),
@@ -70,7 +70,8 @@ ANSWERS = [
     ("gemm_fp8_nt_groupwise", {"sm": 90, "release": DEFAULT}, "refused",
      "it is written for GPUs of compute capability 10.x or 12.x", None),
     ("gdn_prefill", {"sm": 90, "release": "0.6.18"}, "missing",
-     "does not build gdn_prefill_sm90_sm90a_cute_dsl_fully_fused", None),
+     "does not build gdn_prefill_sm90_sm90a_cute_dsl_fully_fused",
+     "fi-ffi build --release 0.6.18 --arch 9.0a gdn_prefill"),
     ("BatchMlaPlan", {"sm": 90, "release": "0.7.2.post1"}, "built", "_planabi2_sm90 is in", None),
     ("rmsnorm", {"sm": 90, "release": "0.6.8"}, "unknown", "",
      "fi-ffi build --release 0.6.8 --arch 9.0a norm"),

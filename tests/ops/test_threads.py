@@ -6,9 +6,7 @@ With a GIL they take turns at any bytecode; without one (3.14t) they do run at o
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import sys
-import textwrap
 import threading
 from collections.abc import Callable
 from itertools import count, cycle
@@ -22,6 +20,7 @@ from fi_ffi.ops import attention
 from fi_ffi.ops.call import compiled
 from fi_ffi.ops.call.op import Op
 
+from tests.helpers.children import done
 from tests.helpers.plan_calls import KINDS, Case
 from tests.helpers.prepared_calls import EVERY_OP, draw, full, placed
 
@@ -232,9 +231,5 @@ GIL = """
 
 def test_calls_release_the_gil():
     """While one thread's call waits in C another goes on; else neither would ever end."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(GIL)], capture_output=True, text=True, timeout=120,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "done"
+    status, out, err = done(GIL)
+    assert (status, out) == (0, "done\n"), err

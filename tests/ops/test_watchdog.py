@@ -631,7 +631,7 @@ def test_seconds():
 def test_an_open_one_is_refused_and_a_closed_one_opens_again(gpu):
     block = Hangs(LIMIT, on_hang=silent)
     dog = block.dog
-    with pytest.raises(fi_ffi.ArgumentError, match="got one not open"):
+    with pytest.raises(fi_ffi.ArgumentError, match="got a closed watchdog"):
         dog.__exit__(None, None, None)
     with block:
         gpu.launch()

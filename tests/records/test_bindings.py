@@ -139,7 +139,7 @@ def test_methods_of_objects():
 
 def test_a_method_whose_result_is_not_said_is_an_error():
     text = OBJECT.replace("{ go(x); }", "{ return go(x); }")
-    with pytest.raises(BuildError, match="what the method run returns"):
+    with pytest.raises(BuildError, match="the result of the method run"):
         read([Source("x.cu", text)])
 
 

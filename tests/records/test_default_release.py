@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fi_ffi.loader.lock import the_lock
+from fi_ffi.ops.attention.rows import BATCH_MLA
 from fi_ffi.ops.capability.judgement import BUILT, MISSING, RUN, Support
 from fi_ffi.ops.capability.matrix import lines
+from fi_ffi.ops.functions import OPS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import generate_default_release as page
@@ -17,12 +20,16 @@ import generate_default_release as page
 DEFAULT = the_lock().default_release
 
 
-def test_the_page_has_every_op_of_every_release():
+def test_the_page_has_every_op_that_differs():
     text = page.TARGET.read_text()
     assert page.RELEASES[0] == DEFAULT
-    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    assert {line.name for line in lines()} <= {row[0].removeprefix("| ") for row in rows}
     assert text == page.text()
+    table = text.partition("## Differences by op")[2].partition("\n## ")[0].splitlines()
+    found = [page.answers(release) for release in page.RELEASES]
+    for line in lines():
+        served = [[sm for sm, answer in of[line.name].items() if answer] for of in found]
+        differs = any(sms != served[0] for sms in served)
+        assert any(row.startswith(f"| {line.name} | ") for row in table) == differs, line.name
 
 
 def answer(status: str, reason: str = "why") -> Support:
@@ -61,6 +68,37 @@ def test_real_releases():
     assert lost["single_decode"] == page.GPUS and "rmsnorm" not in lost
     assert "single_decode" in page.gone(DEFAULT, "0.6.18")
     assert page.pins(DEFAULT) and page.pins("0.6.18") and not page.pins("0.7.2.post1")
-    told = page.verdict(DEFAULT, "0.7.2.post1", 0)
-    assert told == "0.7.2.post1 is not the default: no wheel of it is pinned."
-    assert page.verdict(DEFAULT, "0.6.18", 0) == f"0.6.18 has all that {DEFAULT} has."
+    one = page.verdict(DEFAULT, "0.7.2.post1", [])
+    nothing = "no op would be lost for good, but"
+    assert one == f"0.7.2.post1 is not the default: {nothing} wheels.lock pins none of its wheels."
+    assert page.verdict(DEFAULT, "0.6.18", []) == f"0.6.18 has all that {DEFAULT} has."
+    to_build, gone = replace(answer(MISSING), build="fi-ffi build x"), answer(MISSING)
+    told = page.verdict(DEFAULT, "0.6.18", [("a", to_build), ("b", gone), ("b", gone)])
+    assert "1 ops would be lost, and its wheels lack 1 ops, which `fi-ffi build` can make" in told
+    assert nothing not in told
+    told = page.verdict(DEFAULT, "0.6.18", [("a", to_build)])
+    assert f"{nothing} its wheels lack 1 ops" in told
+
+
+@pytest.mark.parametrize(
+    ("op", "more", "less"),
+    [
+        ("bmm_fp8", [], ["`cublas_handle`"]),
+        ("silu_and_mul", ["without `d % 8 == 0`"], []),
+        ("top_k_renorm_probs", ["`is_deterministic`"], []),
+        ("rmsnorm", [], []),
+    ],
+)
+def test_what_a_release_takes_otherwise(op, more, less):
+    found = page.differences(OPS[op].rows, DEFAULT, "0.7.2.post1")
+    assert found == (more, less)
+    back = page.differences(OPS[op].rows, "0.7.2.post1", DEFAULT)
+    assert (len(back[0]), len(back[1])) == (len(less), len(more))
+
+
+def test_what_is_new():
+    rows = BATCH_MLA["fa2_fp8"][1:]
+    assert page.differences(rows, DEFAULT, "0.7.2.post1") == (["the entry"], [])
+    assert page.differences(rows, "0.7.2.post1", DEFAULT) == ([], ["the entry"])
+    more, _ = page.differences(OPS["gdn_prefill"].rows, DEFAULT, "0.7.2.post1")
+    assert "`state_indices`" in more and any("`cu_seqlens`" in text for text in more)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
 from fi_ffi.abi.signature import parse_signature
 from fi_ffi.loader import search
+
+from tests.helpers.children import done
 
 # A line of JSON for each module: they are many, and some do things as they load.  What takes
 # nothing is not asked: it would run.
@@ -44,10 +44,9 @@ def test_functions_take_what_the_sources_declare(interface):
     for key, functions in interface(release).exports.items():
         known = declared.setdefault(key.name, set())
         known |= {(function.signature.params, function.signature.result) for function in functions}
-    command = [sys.executable, "-c", ASK, kernels]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    asked = [json.loads(line) for line in done.stdout.splitlines()]
+    status, out, err = done(ASK, kernels, seconds=600)
+    assert status == 0, err
+    asked = [json.loads(line) for line in out.splitlines()]
     assert asked
     wrong, compared = [], 0
     for module, found in asked:

@@ -9,6 +9,7 @@ import pytest
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.ops.moe.interface import (
     ACTIVATIONS,
+    FOLDED_RELEASES,
     GATED,
     INTERFACES,
     INTERLEAVE,
@@ -26,6 +27,10 @@ from tests.releases.bindings import RELEASES
 _BACKEND = "csrc/fused_moe/cutlass_backend/"
 _CUTLASS = "csrc/nv_internal/tensorrt_llm/kernels/cutlass_kernels/"
 BINDING = f"{_BACKEND}flashinfer_cutlass_fused_moe_binding.cu"
+_MAINLOOP = (
+    "csrc/nv_internal/tensorrt_llm/cutlass_extensions/include/cutlass_extensions/gemm/collective/"
+    "sm90_mma_array_tma_gmma_rs_warpspecialized_mixed_input_.hpp"
+)
 each_release = pytest.mark.parametrize("release", RELEASES)
 
 
@@ -34,26 +39,42 @@ def test_methods_without_an_interface(release, interface):
     """What is there and not declared, nobody here calls."""
     names = interface(release).of_source(BINDING)
     methods = {name.rpartition(".")[2] for name in names if name.startswith("FusedMoeRunner.")}
-    known = {"get_tactic_num", "run_moe_min_latency", "get_valid_tactics_for_shape",
-             "get_tactic_supports_activation_fusion"}  # fmt: skip
+    known = {"get_tactic_num", "run_moe_min_latency", "get_tactic_supports_activation_fusion"}
     assert methods - {*of_release(release).methods} <= known
 
 
 @each_release
-def test_4_bit_weights(release, sources, interface):
-    """The order of weights is that of the default release where it is said to be."""
-    default = the_lock().default_release
+@pytest.mark.parametrize("releases", [W4_RELEASES, FOLDED_RELEASES])
+def test_4_bit_weights(release, releases, sources, interface):
+    """The order of weights, and what dispatches on steps of their rows, is that of the newest
+    release of those that are said to share it."""
     names = [f"{_CUTLASS}moe_gemm/moe_gemm_mixed_utils.cu",
              f"{_CUTLASS}moe_gemm/moe_gemm_template_dispatch_tma_ws_mixed_dtype.h"]  # fmt: skip
+    last = [one for one in RELEASES if is_in(one, releases)][-1]
     try:
-        same = [sources(release, name) for name in names] == [sources(default, n) for n in names]
+        same = [sources(release, name) == sources(last, name) for name in names]
     except KeyError:
-        same = False
-    assert same == is_in(release, W4_RELEASES)
-    if same:
+        same = [False]
+    assert same[0] == is_in(release, releases)
+    if same[0]:
+        assert releases == FOLDED_RELEASES or all(same)
         interleave = interface(release).of(BINDING, "", INTERLEAVE.signature.name)
         assert interleave.signature.same_types(INTERLEAVE.signature)
         assert interleave.names == INTERLEAVE.names
+
+
+@each_release
+def test_folded_scales(release, sources):
+    """The block of scales that a kernel copies, and how FlashInfer makes one."""
+    try:
+        text = sources(release, _MAINLOOP)
+    except KeyError:
+        text = ""
+    assert ("WeightScaleLogicalMPerFoldBlock = 64;" in text) == is_in(release, FOLDED_RELEASES)
+    if is_in(release, FOLDED_RELEASES):
+        assert "WeightScaleLogicalKPerFoldBlock = 128;" in text
+        python = sources(release, "fused_moe/prepare.py")
+        assert ".permute(0, 1, 4, 3, 2, 5)" in python and "physical_cols = 128 //" in python
 
 
 @each_release
@@ -133,7 +154,8 @@ def test_scales_of_blocks(release, sources):
     kernels = sources(release, f"{_BACKEND}cutlass_fused_moe_kernels.cuh")
     # What MXFP8 times MXFP4 is multiplied with is taken from nowhere.
     assert "mxfp8_mxfp4.fc1.global_scale" not in kernels
-    assert {mode.releases for mode in MODES} == {"", W4_RELEASES, MXFP8.releases}
+    spans = {"", W4_RELEASES, FOLDED_RELEASES, MXFP8.releases}
+    assert {mode.releases for mode in MODES} == spans
 
 
 @each_release

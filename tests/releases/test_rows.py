@@ -12,7 +12,7 @@ import pytest
 from fi_ffi.loader.listed import known_releases, recorded_releases, sha256_of
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.loader.sources.wheels import published
-from fi_ffi.ops import gdn
+from fi_ffi.ops import gdn, kda
 from fi_ffi.ops.declared import ABSENT, FITS, UNCOVERED, answers, declared, why_refused
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows as matmul
@@ -185,3 +185,23 @@ _DECODED = [
 def test_decoding_kernels_take_what_rows_say(release, function, compiled, sources):
     row = row_of(compiled)
     assert [arg.name for arg in row.args] == launched(text_of(sources, release, row), function)
+
+
+_OF_KDA = {
+    "h": "initial_state", "o": "output", "initialstatesource": "initial_state_source",
+    "initialstateindices": "initial_state_indices", "alog": "A_log", "dtbias": "dt_bias",
+    "cuseqlens": "cu_seqlens", "ssmstateindices": "ssm_state_indices",
+    "numacceptedtokens": "num_accepted_tokens",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "release", [release for release in RELEASES if fits(kda.row_of(128, True), release)]
+)
+def test_kimis_kernel_takes_what_the_row_says(release, sources):
+    row = kda.row_of(128, True)
+    found = launched(text_of(sources, release, row), "recurrent_kda_launch")
+    wanted = [_OF_KDA.get(name, name) for name in (
+        one.removeprefix("m").lower() if one.startswith("m") else one for one in found
+    )]  # fmt: skip
+    assert [arg.name for arg in row.args] == wanted

@@ -19,6 +19,7 @@ from cuda.bindings import runtime
 import fi_ffi
 from fi_ffi.cli.cuda import DeviceArray, check
 from fi_ffi.loader import search
+from fi_ffi.ops import cuda
 from fi_ffi.ops.functions import OPS
 
 from tests.helpers.cases import make_case
@@ -213,7 +214,6 @@ def scratch() -> Work:
     """Memory that is taken from the device's pool, and given back."""
     (stream,) = new_streams(1)
     device = fi_ffi.parse_device("cuda:0")
-    from fi_ffi.ops import cuda
 
     def work(i: int) -> None:
         count = 1 << (i % 20)
@@ -273,8 +273,6 @@ def kept() -> Work:
     """What the gauges must find."""
     held: list[object] = []
     device = fi_ffi.parse_device("cuda:0")
-    from fi_ffi.ops import cuda
-
     return lambda i: held.append(cuda.allocate(1 << 16, device)), {"gpu": used}
 
 

@@ -7,6 +7,7 @@ quotes: what tools/fuzz.py found, and texts that were printed by real binaries.
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import json
 import os
@@ -15,12 +16,15 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import fi_ffi
 from fi_ffi.abi.signature import Signature, parse_signature, signature_from_mismatch
 from fi_ffi.abi.values import packer_of
+from fi_ffi.cli import replay
 from fi_ffi.errors import AbiError, ArtifactError, FiFfiError, LoaderError
 from fi_ffi.loader import cache, held, lock
 from fi_ffi.loader.elf import inspect_elf
@@ -28,6 +32,10 @@ from fi_ffi.loader.fatbin import architectures, sass_named
 from fi_ffi.loader.wheel import Wheel, parse_record
 from fi_ffi.ops.modules.module import AtPath
 from fi_ffi.ops.watch import safetensors
+from fi_ffi.ops.watch.dump import AFTER, BEFORE
+
+from tests.helpers.plan_calls import Case
+from tests.loader import test_elf as made
 
 CORPUS = Path(__file__).parent / "corpus"
 
@@ -71,9 +79,14 @@ def _signature(data: bytes) -> None:
     assert again.same_types(found)
 
 
+def _elf(data: bytes) -> None:
+    assert inspect_elf(data).machine in ("x86_64", "aarch64")
+
+
 def _fatbin(data: bytes) -> None:
-    for code in architectures(data):
-        assert code.kind in ("ptx", "sass")
+    found = architectures(data)
+    assert len(found) <= len(data) // 48
+    assert all(code.kind in ("ptx", "sass") for code in found)
 
 
 def _wheel(data: bytes) -> None:
@@ -115,6 +128,30 @@ def _evidence(data: bytes) -> None:
     assert isinstance(has_refusals, bool) and all(isinstance(name, str) for name in names)
 
 
+@functools.cache
+def _dumps() -> list[str]:
+    """A plan and a run of it as a call log keeps them: what their files' names begin with."""
+    folder, case = Path(_folder.name) / "dumps", Case("decode")
+    with fi_ffi.call_log(0, dump=folder):
+        case.run(case.plan())
+    return [str(path).removesuffix(BEFORE) for path in sorted(folder.glob(f"*{BEFORE}"))]
+
+
+def _dumped(suffix: str) -> list[bytes]:
+    return [Path(name + suffix).read_bytes() for name in _dumps()]
+
+
+def _replay(suffix: str, data: bytes) -> None:
+    """One of the run's two files; it is read, and nothing is run."""
+    path = Path(_dumps()[-1] + suffix)
+    right = path.read_bytes()
+    path.write_bytes(data)
+    try:
+        replay.load(path)
+    finally:
+        path.write_bytes(right)
+
+
 @dataclass(frozen=True)
 class Parser:
     read: Callable[[bytes], object]
@@ -123,19 +160,16 @@ class Parser:
 
 
 def _libraries() -> list[bytes]:
-    """A small ELF file of this machine: libdl's or another's stub."""
+    """A small ELF file, and one of this machine: libdl's or another's stub."""
     folders = ("/lib/x86_64-linux-gnu", "/lib/aarch64-linux-gnu", "/lib64")
     names = ("libdl.so.2", "libutil.so.1", "librt.so.1")
     paths = [Path(folder, name) for folder in folders for name in names]
     there = [path.read_bytes() for path in paths if path.exists()]
-    return there[:1] or [b"\x7fELF\x02\x01\x01"]
+    return [made.IMAGE, *there[:1]]
 
 
 def _fatbins() -> list[bytes]:
-    entry = struct.pack("<HHIQIIHHIIIQ", 2, 0x101, 64, 16, 0, 0, 8, 1, 90, 0, 0, 1 << 20)
-    body = entry.ljust(64, b"\0") + bytes(16)
-    one = struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(body)) + body
-    return [one, one + bytes(8) + one]
+    return [made.WHOLE, made.holding(made.CUBIN)]
 
 
 def _wheels() -> list[bytes]:
@@ -163,7 +197,7 @@ PARSERS: dict[str, Parser] = {
     "signature": Parser(_signature, AbiError, list),
     "refusal": Parser(_refusal, AbiError, list),
     "type": Parser(lambda data: packer_of(_text(data)), AbiError, list),
-    "elf": Parser(inspect_elf, ArtifactError, _libraries),
+    "elf": Parser(_elf, ArtifactError, _libraries),
     "fatbin": Parser(_fatbin, ArtifactError, _fatbins),
     "architecture": Parser(lambda data: sass_named(_text(data)), ArtifactError, list),
     "record": Parser(lambda data: parse_record(data, "x"), ArtifactError, list),
@@ -175,8 +209,10 @@ PARSERS: dict[str, Parser] = {
     "wheel": Parser(_wheel, ArtifactError, _wheels),
     "note": Parser(_note, LoaderError, lambda: NOTES),
     "call-log": Parser(_container, ArtifactError, _containers),
+    **{f"dump{suffix}": Parser(partial(_replay, suffix), ArtifactError, partial(_dumped, suffix))
+       for suffix in (BEFORE, AFTER)},
     "metadata": Parser(_evidence, LoaderError, lambda: EVIDENCES),
-}
+}  # fmt: skip
 
 
 def seeds_of(name: str) -> list[bytes]:

@@ -28,7 +28,7 @@ from tests.stress.bad_input import rows
 from tests.stress.bad_input.guard import guarded
 from tests.stress.bad_input.memory import Room
 
-# More than the 10,000 of docs/reliability.md: of some a descriptor cannot even be made.
+# Of some calls a descriptor cannot even be made.
 FULL, SHORT = 15_000, 50
 MOST_MEMORY = 12 << 30
 

@@ -237,9 +237,6 @@ def test_graph(machine, rng, in_place, dtype):
     check_graph(machine, rng, dtype, in_place, 20)
 
 
-# Refusals.
-
-
 # Findings: what FlashInfer's kernel does that its callers would not expect, and the reference does
 # not.  Each asserts what the kernel does today, so that a release that changes it is seen.
 

@@ -1,4 +1,4 @@
-"""What is done a million times leaves nothing behind: docs/reliability.md.
+"""What is done a million times leaves nothing behind: docs/testing.md.
 
 Each kind of work runs in a process of its own; `leaking.py` has them, `gauges.py` the bounds.
 """

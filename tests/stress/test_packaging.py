@@ -18,7 +18,7 @@ import pytest
 from tests.helpers import sampling
 from tests.helpers.stress_strength import LONG
 
-# Megabytes; docs/reliability.md has what was measured.
+# Megabytes; docs/testing.md promises these.
 MOST_DOWNLOADED, MOST_INSTALLED = 50, 180
 
 ROOT = Path(__file__).parents[2]

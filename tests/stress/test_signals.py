@@ -8,7 +8,6 @@ import random
 import select
 import signal
 import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 from fi_ffi.loader import cache, upkeep
 from fi_ffi.loader.wheel import Wheel
 
-from tests.helpers.children import environment, start
+from tests.helpers.children import done, start
 from tests.helpers.compiler import why_not_build
 from tests.helpers.stress_strength import LONG, scaled
 from tests.loader.conftest import LOCK
@@ -170,7 +169,7 @@ def test_during_a_build(
     child.send_signal(number)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 130, err
-    assert err.rstrip().endswith("Stopped. The same command goes on from here."), err
+    assert err.rstrip().endswith("Stopped. The same command continues from here."), err
     assert "Traceback" not in err
     end = time.monotonic() + 5
     while any(map(is_alive, started)) and time.monotonic() < end:
@@ -239,9 +238,6 @@ def test_during_many(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_this_module_is_heard() -> None:
     """The children do hear the signal: else every test here would wait for nothing."""
-    done = subprocess.run(
-        [sys.executable, "-c", HEARS + "import os; os.kill(os.getpid(), 2)"],
-        env=environment(), capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == -signal.SIGINT
-    assert os.path.basename(done.stderr.strip().splitlines()[-1]) == "KeyboardInterrupt"
+    status, _, err = done(HEARS + "import os; os.kill(os.getpid(), 2)", seconds=60)
+    assert status == -signal.SIGINT
+    assert os.path.basename(err.strip().splitlines()[-1]) == "KeyboardInterrupt"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import signal
 import stat
 import time
@@ -23,6 +24,7 @@ from fi_ffi.loader.building.build import (
     _package,
     available,
     build,
+    left_out,
     run_ninja,
     write_index,
 )
@@ -204,6 +206,33 @@ def test_nvcc_of_cuda_12_knows_no_families(tmp_path: Path) -> None:
     building.check_architectures(Toolkit(tmp_path, "12.9"), ["9.0f"])
 
 
+def test_what_an_older_nvcc_leaves_out() -> None:
+    names = ["norm", "fused_moe_90", "fp4_quantization_90"]
+    assert left_out("12.8", [*names, "fp8_blockscale_gemm_90"]) == left_out("13.0", names) == []
+    of_moe, of_fp4 = left_out("12.6", names)
+    assert of_moe.startswith("fused_moe_90: nvcc of CUDA 12.6 leaves out the modes fp8_block_scale")
+    assert of_fp4.startswith("fp4_quantization_90: ") and of_fp4.endswith("which 12.8 has")
+    assert left_out("12.4", ["norm", "page"]) == []
+    with pytest.raises(ArgumentError, match="cuda.*got 12.6.*12.8 or later for fp8_blockscale_"):
+        left_out("12.6", ["norm", "fp8_blockscale_gemm_90"])
+
+
+@pytest.mark.parametrize("release", ["0.6.13", "0.7.2.post1"])
+def test_what_flashinfer_leaves_out_of_older_builds(release: str) -> None:
+    """The switches of its generators, and no other."""
+    root = cache_root() / "build" / f"env-{release}"
+    found = sorted(root.glob("lib/python3.*/site-packages/flashinfer/jit/**/*.py"))
+    if not found:
+        pytest.skip(f"no environment of FlashInfer {release} was made on this machine")
+    texts = {path.name: path.read_text() for path in found}
+    switched = {
+        name
+        for name, text in texts.items()
+        if re.search(r'"-DENABLE_\w+"[,)\s]*if is_cuda_version_at_least\("12.8"\)', text)
+    }
+    assert switched == {"fp8_blockscale.py", "fused_moe.py", "fp4_quantization.py"}
+
+
 @pytest.mark.parametrize("given", ["12.8", "13.0", "12", "13"])
 def test_a_cuda_to_build_with(given: str) -> None:
     assert building.parse_cuda(given) == given
@@ -338,6 +367,23 @@ def test_libraries_are_fetched_as_they_are_missed(
     assert fetched == [*wanted]
     for name in wanted:
         assert (tmp_path / "link" / f"lib{name}.so").resolve().name == f"lib{name}.so.13"
+
+
+def test_progress_goes_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ninja counts anew what is left, once a library was fetched: 2 of 3, then 0 of 2."""
+    said: list[Progress] = []
+    script = (
+        f"cd {tmp_path}\n[ -e link/libnvrtc.so ] || "
+        "{ echo '[1/3] a'; echo '[2/3] b'; echo 'ld: cannot find -lnvrtc'; exit 1; }\n"
+        "echo '[0/2] b'; echo '[1/2] b'; echo '[2/2] c'"
+    )
+    workshop = _workshop(tmp_path, script, [])
+    workshop.report = said.append
+    made = lambda *_: _script(tmp_path / "index" / "libnvrtc.so.13", "")  # noqa: E731
+    monkeypatch.setattr(building, "install_library", made)
+    _compile(workshop, {"folder": str(tmp_path), "modules": []}, 1)
+    steps = [(each.done, each.total) for each in said if each.stage == "compile"]
+    assert steps == [(1, 3), (2, 3), (2, 3), (2, 3), (3, 3)]
 
 
 def test_a_library_that_is_missed_again_is_an_error(

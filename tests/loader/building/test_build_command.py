@@ -91,4 +91,4 @@ def test_an_interruption_says_that_nothing_is_lost(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(command, "build_wheel", build)
     result = _run("page")
     assert result.exit_code == 130
-    assert "The same command goes on from here" in result.stderr
+    assert "The same command continues from here" in result.stderr

@@ -16,6 +16,7 @@ from fi_ffi.loader.building.build import build
 from fi_ffi.loader.building.environment import Progress
 from fi_ffi.loader.building.names import FAMILIES, parse_request, with_options
 from fi_ffi.loader.cache import cache_root
+from fi_ffi.loader.catalogue import build_advice
 from fi_ffi.loader.elf import inspect_elf
 from fi_ffi.loader.fatbin import architectures
 
@@ -70,6 +71,7 @@ def test_what_flashinfer_does_not_name_is_named_by_its_options() -> None:
         "gdn_prefill:alpha=0,initial_state=0,state=bf16,checkpoints=f32,indices=i32":
             "bfloat16_noalpha_beta_noinit_bfloat16_checkpoints_float32_indices_int32_int64",
         "kda_decode:gate=0,heads=8": "b64_t1_h8_d128_nogate",
+        "mla_decode:dtype=e4m3,page_size=128,lengths=equal": "float8_e4m3fn_p128_equal_split",
         "rmsnorm_cute:dtype=f16,contiguous=0": "float16_4096_bias0_strided",
         "rmsnorm_fp4quant:scale=ue8m0,block_size=32,swizzled=1":
             "bfloat16_4096_ue8m0x32_swizzled",
@@ -79,6 +81,34 @@ def test_what_flashinfer_does_not_name_is_named_by_its_options() -> None:
     name = asked("gdn_decode:state=bf16,tokens=2")["name"]
     assert all(f"{option}_" in name for option in cute.OPTIONS["gdn_decode"])
     assert "tokens_2_state_bf16" in name
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "gdn_prefill", "kda_decode", "rmsnorm_cute", "rmsnorm_fp4quant",
+        "gdn_prefill:state=bf16,cu_seqlens=i32,alpha=0,initial_state=0,checkpoints=f32,indices=i32",
+        "gdn_prefill:dtype=f16,state=e5m2,beta=0,initial_state=e4m3",
+        "kda_decode:batch=3,heads=8,head_size=64,gate=0", "rmsnorm_cute:dtype=f16,contiguous=0",
+        "rmsnorm_cute:hidden_size=16,weight_bias=1", "mla_decode",
+        "mla_decode:dtype=f16,page_size=1,split=0", "mla_decode:dtype=e4m3,lengths=equal",
+        "rmsnorm_fp4quant:hidden_size=512,block_size=32,scale=ue8m0,swizzled=1",
+    ],
+)  # fmt: skip
+def test_a_name_tells_what_makes_it(text: str) -> None:
+    question = asked(text)
+    module = f"{question['module']}_sm90a_cute_dsl_some_kernel_{question['name']}"
+    assert cute.request_for(module) == (text, "9.0a")
+    line = f"`fi-ffi build --release {RELEASE} --arch 9.0a {text}` makes it"
+    assert build_advice(module, RELEASE).startswith(line)
+
+
+def test_names_that_tell_less() -> None:
+    assert cute.request_for("norm") is cute.request_for("gdn_prefill_sm90") is None
+    for name in ("gdn_decode_bf16_state_sm90a_cute_dsl_wide_vec_t1", "x_sm120f_cute_dsl_x"):
+        asked, arch = cute.request_for(name) or ("?", "?")
+        assert (asked, arch) == ("", "12.0f" if name[0] == "x" else "9.0a")
+        assert "--list` shows the families" in build_advice(name, RELEASE)
 
 
 def test_kernels_of_one_call_have_names_of_their_own(tmp_path: Path) -> None:

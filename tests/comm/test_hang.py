@@ -1,0 +1,114 @@
+"""What finds the rank that kernels wait for, and lets them go, on the references' memory.
+
+They wait in the same words as the kernels; a GPU's are looked at in tests/gpu/test_comm.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+
+import numpy as np
+import pytest
+
+from fi_ffi import comm
+from fi_ffi.abi.tensor import parse_device
+from fi_ffi.comm.hang import Copies, Monitor
+
+from tests.helpers import ranks
+
+CPU = parse_device("cpu")
+SIZE, LATE = 4, 2
+
+
+def kernels_of(group: comm.Group, how: str):
+    return group._algorithms.vllm if how == "vllm" else group._algorithms.fusion
+
+
+def count_blocks(group: comm.Group, how: str, count: int) -> None:
+    """Of fused kernels, which count their thread blocks while they run; references do not."""
+    if how != "vllm":
+        with Copies(CPU) as copies:
+            numbers = group._algorithms.fusion._numbers.desc.ptr
+            copies.write(numbers, np.int32(count).tobytes())
+
+
+@pytest.mark.parametrize("how", ["vllm", "oneshot", "twoshot"])
+def test_the_missing_rank_is_told_and_what_waits_is_let_go(how):
+    given, others = comm.threads(SIZE), threading.Barrier(SIZE - 1)
+    told = []
+
+    def body(rank):
+        group = comm.Group(given[rank], device="cpu", fusion=comm.FusionSize(64, 256))
+        x = np.full(4096, rank + 1, np.float16)
+        for _ in range(4):  # an even number of times, and all of a triple buffer's turns
+            group.all_reduce(x.copy(), algorithm=how)
+        with Copies(CPU) as copies:
+            assert not {*kernels_of(group, how).state(copies.read)[1]}, "nobody is waited for"
+        given[rank].barrier()
+        if rank == LATE:
+            return
+        found = []
+        monitor = Monitor(
+            [kernels_of(group, how)], CPU, 0.5, lambda: lambda *args: found.append(args)
+        )
+        time.sleep(0.7)  # with nothing to wait for, for longer than a rank is waited for
+        others.wait(60)
+        count_blocks(group, how, 1)
+        begun = time.monotonic()
+        group.all_reduce(x, algorithm=how)  # of what it computes nothing is known
+        took = time.monotonic() - begun
+        others.wait(60)  # before anybody's next call, whose flags would look like older ones
+        for _ in range(2):  # what follows is let go as well
+            group.all_reduce(x, algorithm=how)
+        monitor.close()
+        told.append((rank, found, took))
+        return
+
+    assert ranks.run("threads", SIZE, body) == [None] * SIZE
+    assert len(told) == SIZE - 1
+    for _, found, took in told:
+        op = "all_reduce" if how == "vllm" else "allreduce_fusion"
+        assert found == [(op, {LATE})] and 0.4 < took < 20
+
+
+def test_a_monitor_that_sees_progress_tells_nothing():
+    """Calls that each take their time, longer together than the monitor's patience."""
+    given = comm.threads(2)
+
+    def body(rank):
+        found = []
+        with comm.Group(given[rank], device="cpu") as group:
+            vllm = group._algorithms.vllm
+            monitor = Monitor([vllm], CPU, 1.0, lambda: lambda *args: found.append(args))
+            x = np.zeros(64, np.float16)
+            for _ in range(8):
+                if rank:
+                    time.sleep(0.3)  # rank 0 waits for it
+                group.all_reduce(x, algorithm="vllm")
+            monitor.close()
+        return found
+
+    assert ranks.run("threads", 2, body) == [[], []]
+
+
+def test_a_monitor_ends_with_its_group():
+    class Owner:
+        def tell(self, op, missing):
+            pass
+
+    class Nothing:
+        op = "all_reduce"
+
+        def state(self, read):
+            return b"", ()
+
+    owner = Owner()
+    monitor = Monitor([Nothing()], CPU, 0.05, weakref.WeakMethod(owner.tell))
+    assert "fi_ffi.comm" in {thread.name for thread in threading.enumerate()}
+    del owner
+    gc.collect()
+    monitor._thread.join(10)
+    assert not monitor._thread.is_alive()

@@ -1,0 +1,78 @@
+"""examples/llm/serve.py as a process of its own, on a port of the loopback that is free."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import requests
+from tiny import make_tiny
+
+from tests.helpers.children import ROOT, environment
+
+SERVE = ROOT / "examples" / "llm" / "serve.py"
+
+
+class ServerProcess:
+    """A server of a tiny checkpoint; `flags` are serve.py's."""
+
+    def __init__(self, where: str, *flags: str, program: str | None = None) -> None:
+        words = [str(SERVE)] if program is None else ["-c", program]
+        cpu = ["--cpu"] if where == "cpu" else []
+        self.folder = tempfile.TemporaryDirectory()
+        if "--model" not in flags:  # of one layer: many tests wait for it
+            model = make_tiny(self.folder.name, "llama", num_hidden_layers=1)
+            flags = (*flags, "--model", str(model))
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.child = subprocess.Popen(
+            [sys.executable, *words, *cpu, "--port", "0", "--served-model-name", "tiny", *flags],
+            env=environment(PYTHONPATH=f"{ROOT}{os.pathsep}{SERVE.parent}"),
+            stdout=self.log, stderr=subprocess.STDOUT, cwd=SERVE.parent,
+        )  # fmt: skip
+        end, found = time.monotonic() + 120, None
+        while found is None:
+            assert time.monotonic() < end and self.child.poll() is None, self.output()
+            time.sleep(0.05)
+            found = re.search(r"running on (http://127\.0\.0\.1:\d+)", self.output())
+        self.address = found[1]
+        self.url = self.address + "/v1"
+
+    def output(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+    def post(self, path: str = "completions", **body: Any) -> requests.Response:
+        body = {"prompt": "Once", "max_tokens": 4} | body if path == "completions" else body
+        return requests.post(f"{self.url}/{path}", json=body, timeout=60)
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's samples."""
+        text = requests.get(f"{self.address}/metrics", timeout=20).text
+        lines = re.findall(rf"^fi_ffi_{name}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
+        return sum(map(float, lines))
+
+    def memory(self) -> int:
+        """Resident bytes."""
+        status = Path(f"/proc/{self.child.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) << 10  # type: ignore[index]
+
+    def peak(self) -> int:
+        status = Path(f"/proc/{self.child.pid}/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) << 10  # type: ignore[index]
+
+    def end(self, sig: int | None = None, seconds: float = 20) -> int:
+        """The status with which it ends in that time; killed, and an error, where it does not."""
+        if sig is not None:
+            self.child.send_signal(sig)
+        try:
+            return self.child.wait(seconds)
+        finally:
+            self.child.kill()
+            self.child.wait()
+            self.folder.cleanup()

@@ -1,0 +1,220 @@
+"""Answers of examples/llm's server token by token: stops, tool calls, and what it reads at once."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+from server import Limits, api
+from server.chat import OPEN, SHUT
+from server.text import Text
+from tiny import byte_tokenizer, make_tiny
+
+from tests.llm.test_serve import Served, events
+
+TOKENIZER = byte_tokenizer()
+
+
+def ids(text: str) -> list[int]:
+    return TOKENIZER.encode(text).ids
+
+
+def told(text: Text, written: str, finished: str | None = "length") -> list[Any]:
+    """The pieces of a text whose tokens come one at a time."""
+    tokens = ids(written)
+    logprobs = [[(-1.0, [token], [-1.0])] for token in tokens] if text.tops is not None else None
+    return [
+        text.add([token], logprobs and logprobs[i], finished if i == len(tokens) - 1 else None)
+        for i, token in enumerate(tokens)
+        if text.finished is None
+    ]
+
+
+def test_the_first_of_several_stops_ends_a_text_that_comes_at_once():
+    text = Text(TOKENIZER, [";", ","])
+    piece = text.add(ids("one, two; three"), None, None)
+    assert (piece.text, piece.finished) == ("one", "stop")
+
+
+@pytest.mark.parametrize(
+    ("written", "open_text", "whole"),
+    [
+        (f"Yes. {OPEN}{{}}{SHUT}", "Yes. ", False), (f"{OPEN}", "", False),
+        ("1 < 2, <tool_ and <tool_cal", "1 < 2, <tool_ and <tool_cal", True),
+    ],
+)  # fmt: skip
+def test_nothing_of_a_tool_call_is_told_as_text(written, open_text, whole):
+    """Neither of what may be the beginning of one, until it is known to be none."""
+    text = Text(TOKENIZER, (), OPEN)
+    assert "".join(piece.text for piece in told(text, written)) == open_text
+    assert (text.held_from is None) == whole
+    assert text.text == written
+
+
+def test_log_probabilities_are_of_the_text_that_is_told():
+    """Those of a token that may begin a stop string wait, and where it does are not told."""
+    text, pieces = Text(TOKENIZER, ["cd"], tops=1, offset=5), []
+    for piece in told(text, "abcxcde"):
+        assert [x.token for x in piece.logprobs] == ids(piece.text)
+        pieces.append(piece)
+    assert "".join(piece.text for piece in pieces) == "abcx"
+    assert [x.offset for piece in pieces for x in piece.logprobs] == [5, 6, 7, 8]
+    assert pieces[-1].finished == "stop"
+
+
+def test_characters_of_several_tokens():
+    """Each is told when it is whole, and what is none at the end as what stands for it."""
+    pieces = told(Text(TOKENIZER), "é€")
+    assert [piece.text for piece in pieces] == ["", "é", "", "", "€"]
+    text = Text(TOKENIZER)
+    pieces = [text.add([token], None, None) for token in ids("a€")[:-1]]
+    assert "".join(piece.text for piece in pieces) == "a"
+    assert text.add([], None, "length").text == "\ufffd"
+
+
+class Written:
+    """A grammar of one text, which so is what is drawn."""
+
+    def __init__(self, tokenizer: Any, text: str) -> None:
+        self.tokens = [*tokenizer.encode(text).ids, tokenizer.token_to_id("<|end|>")]
+
+    def fill(self, bits: np.ndarray, row: int) -> None:
+        fits = np.arange(bits.shape[1] * 32) == self.tokens[0]
+        bits[row] = np.packbits(fits, bitorder="little").view(np.int32)
+
+    def accept(self, token: int) -> bool:
+        return token == self.tokens.pop(0)
+
+
+@pytest.fixture
+def serve_with(tmp_path: Path, where: str, rng: Any) -> Iterator[Any]:
+    """`serve_with(**more)` starts a server; `more` is `application`'s.
+
+    Its tokenizer has some words besides bytes.
+    """
+    made = []
+
+    def start(**more: Any) -> Served:
+        sizes = {"num_hidden_layers": 1, "vocab_size": 257 + len(WORDS)}
+        path = make_tiny(tmp_path / "model", "llama", rng, **sizes)
+        tokenizer = byte_tokenizer()
+        tokenizer.add_tokens(WORDS)
+        tokenizer.save(str(path / "tokenizer.json"))
+        made.append(Served(path, where, **more))
+        return made[-1]
+
+    yield start
+    for served in made:
+        served.end()
+
+
+WORDS = [OPEN, SHUT, '{"name": "', '", "arguments": {', "keep"]
+
+
+def call(name: str, **arguments: int) -> str:
+    return f'{OPEN}{{"name": "{name}", "arguments": {json.dumps(arguments)}}}{SHUT}'
+
+
+CALLS = [
+    (f"Yes. {call('keep', age=3)}\n{call('sleep')}", "Yes.", [("keep", {"age": 3}), ("sleep", {})]),
+    (call("keep", age=1), None, [("keep", {"age": 1})]),
+    (f"No {OPEN} is none", f"No {OPEN} is none", []),
+    (f'{OPEN}{{"name": "keep"}}{SHUT}', f'{OPEN}{{"name": "keep"}}{SHUT}', []),
+    ("a < b", "a < b", []),
+    ("a  ", "a  ", []),
+]  # fmt: skip
+
+
+def test_tool_calls_that_a_model_writes(serve_with):
+    """In one answer and in a stream; the first alone where there may be no others beside it."""
+    tools = [{"type": "function", "function": {"name": name}} for name in ("keep", "sleep")]
+    form = {"type": "json_object"}  # by which the server asks for a grammar
+    ask = {"messages": [{"role": "user", "content": "Hi"}], "tools": tools, "response_format": form}
+    texts: list[str] = []
+    served = serve_with(grammars=lambda *_: Written(served.tokenizer, texts[-1]))
+
+    def post(**more: Any) -> requests.Response:
+        body = ask | {"max_tokens": 200} | more
+        return requests.post(f"{served.url}/chat/completions", json=body, timeout=60)
+
+    for text, content, calls in CALLS:
+        texts.append(text)
+        cases: list[tuple[dict[str, Any], Any]] = [({}, calls)]
+        if len(calls) > 1:
+            cases.append(({"parallel_tool_calls": False}, calls[:1]))
+        for more, expected in cases:
+            (choice,) = post(**more).json()["choices"]
+            assert choice["message"]["content"] == content
+            assert choice["finish_reason"] == ("tool_calls" if calls else "stop")
+            assert functions(choice["message"].get("tool_calls", ())) == expected
+        found = [event["choices"][0]["delta"] for event in events(post(stream=True))]
+        streamed = "".join(delta.get("content") or "" for delta in found)
+        assert streamed.rstrip() == (content or "").rstrip()
+        assert functions([one for delta in found for one in delta.get("tool_calls", ())]) == calls
+
+
+def functions(calls: Any) -> list[Any]:
+    each = [one["function"] for one in calls]
+    return [(one["name"], json.loads(one["arguments"])) for one in each]
+
+
+def test_bodies_are_read_no_more_than_fit_at_once(serve_with):
+    """Each gives its bytes back, whether it is answered, wrong, too large or never whole."""
+    served = serve_with(limits=Limits(max_body=2000, max_held=3000))
+    url = f"{served.url}/completions"
+    good = json.dumps({"prompt": "a", "max_tokens": 1, "user": "x" * 900}).encode()
+    for body, status in ((good, 200), (b"x" * 900, 400), ([b"x" * 900] * 4, 413)):
+        for _ in range(5):
+            data = iter(body) if isinstance(body, list) else body
+            assert requests.post(url, data=data, timeout=20).status_code == status
+    with socket.create_connection(("127.0.0.1", int(served.address.rpartition(":")[2]))) as held:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1999\r\n\r\n"
+        held.sendall(head + b"x" * 1900)
+        wait_for(url, b"x" * 1900, 429)
+    wait_for(url, b"x" * 1900, 400)
+
+
+def wait_for(url: str, data: bytes, status: int) -> None:
+    """Ask until the answer is that, as it is once the server has seen what others did."""
+    end = time.monotonic() + 20
+    while requests.post(url, data=data, timeout=20).status_code != status:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_no_more_schemas_wait_than_may(serve_with, monkeypatch):
+    """429 for the next, and room again when they are done."""
+    monkeypatch.setattr(api, "MOST_SCHEMAS", 2)
+    may_go = threading.Event()
+
+    def slow(schema: Any, param: str) -> Written:
+        assert may_go.wait(30)
+        return Written(served.tokenizer, "{}")
+
+    served = serve_with(grammars=slow)
+    body = {"prompt": "a", "max_tokens": 8, "response_format": {"type": "json_object"}}
+    url = f"{served.url}/completions"
+
+    def ask(_: Any = None) -> int:
+        return requests.post(url, json=body, timeout=60).status_code
+
+    with ThreadPoolExecutor(4) as pool:
+        # Of four at once two wait, and two are refused.
+        asked = [pool.submit(ask) for _ in range(4)]
+        end = time.monotonic() + 20
+        while sum(one.done() for one in asked) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert [one.result() for one in asked if one.done()] == [429, 429]
+        may_go.set()
+        assert sorted(one.result() for one in asked) == [200, 200, 429, 429]
+    assert [ask() for _ in range(3)] == [200] * 3

@@ -1,0 +1,296 @@
+"""examples/llm split over ranks: the parts of the weights, logits, tokens, and ways to run them."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import engine.device
+import engine.model
+import ml_dtypes
+import numpy as np
+import pytest
+from engine import Config, Sampling, load
+from engine.split import DIMENSIONS, ONCE, Split, key_of, of_rank
+from engine.weights import Weights, shapes
+from safetensors.numpy import save_file
+from tiny import make_tiny
+
+from tests.llm.serving import KINDS, Serving, check_empty, greedy, texts
+from tests.llm.test_processors import adjusted, log_softmax
+
+LENGTHS = (1, 40, 17)
+# Sizes of which each of four ranks has some, and in fp8 whole blocks.
+SIZES = {
+    "qwen3_next": {"linear_num_key_heads": 4, "linear_num_value_heads": 8},
+    "llama_fp8": {"head_dim": 128, "intermediate_size": 512},
+    "qwen3_fp8": {"intermediate_size": 512},
+    "qwen3_moe": {"moe_intermediate_size": 256},
+    "gpt_oss": {"intermediate_size": 256},
+    "gpt_oss_mxfp4": {"intermediate_size": 256},
+    "qwen3_moe_fp8": {"moe_intermediate_size": 512, "intermediate_size": 512},
+}  # fmt: skip
+by_kind = pytest.mark.parametrize("kind", KINDS)
+# Each kind with two ranks; with four, where two share a key head, one of each make.
+SPLIT = [(kind, 2) for kind in KINDS]
+SPLIT += [(kind, 4) for kind in ("llama", "qwen3_fp8", "qwen3_next", "gpt_oss")]
+by_size = pytest.mark.parametrize("size", [2, 4])
+
+
+# On a GPU a process each: ranks in one would have allocations wait for each other's kernels.
+def way_on(where: str) -> str:
+    return "threads" if where == "cpu" else "processes"
+
+
+@pytest.fixture
+def split(serve: Any) -> Any:
+    """`split(kind)` makes a checkpoint that four ranks can share."""
+    return lambda kind, **changes: serve(kind, **SIZES.get(kind, {}) | changes)
+
+
+def check_same(serving: Serving, one: Any, other: Any) -> None:
+    """The greedy tokens of two requests, as far as rounding does not decide between them."""
+    for place, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=True)):
+        if a != b:
+            row, theirs = (serving.logits[request][place] for request in (one, other))
+            assert row[a] - row[b] <= 10 * np.sqrt(np.mean((row - theirs) ** 2))
+            return
+
+
+@pytest.mark.parametrize(("kind", "size"), SPLIT)
+def test_logits_and_greedy_tokens(split, kind, size, where):
+    """Prompts, whole and in pieces, and decoding: right, and as one rank has it."""
+    serving = split(kind)
+    prompts = [serving.prompt(n) for n in LENGTHS]
+    got, cut = [], {"max_tokens": 33}
+    for options in (cut, cut | {"tp": size, "way": way_on(where)}):
+        engine = serving.engine(**options)
+        requests = [engine.submit(prompt, greedy(5)) for prompt in prompts]
+        engine.run()
+        assert all(serving.error(request) <= 1 for request in requests)
+        check_empty(engine)
+        got.append(requests)
+    for one, other in zip(*got, strict=True):
+        check_same(serving, one, other)
+
+
+def test_penalties_and_log_probabilities(split, where):
+    """Rank 0 has what they need: the tokens drawn, prompts, and all logits."""
+    serving = split("llama")
+    engine = serving.engine(tp=2, way=way_on(where), max_tokens=33)
+    some = {"presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.4,
+            "logit_bias": {40: 2.0}, "temperature": 0, "ignore_eos": True}  # fmt: skip
+    requests = [
+        engine.submit(serving.prompt(n), Sampling(**some, logprobs=2, max_tokens=12))
+        for n in LENGTHS
+    ]
+    told = engine.submit(serving.prompt(50), Sampling(logprobs=1, prompt_logprobs=True))
+    engine.run()
+    for request in requests:
+        for i, (token, (value, ids, _)) in enumerate(
+            zip(request.tokens, request.logprobs, strict=True)
+        ):
+            row = serving.logits[request][i]
+            x = adjusted(row, request.prompt, request.tokens[:i], request.sampling)
+            assert x[token] >= x.max() - 1e-5 * np.abs(x).max()
+            assert abs(value - log_softmax(row)[token]) < 1e-4
+            assert ids[0] == row.argmax()
+    assert len(told.prompt_logprobs) == 49
+    check_empty(engine)
+
+
+@by_size
+def test_tokens_are_drawn_from_all_logits(split, size, where):
+    """Each is where the request's own number falls among the whole row's probabilities."""
+    serving = split("llama")
+    engine = serving.engine(tp=size, way=way_on(where))
+    samplings = [Sampling(temperature=1.3, seed=n, max_tokens=8, ignore_eos=True) for n in range(3)]
+    requests = [
+        engine.submit(serving.prompt(n), s) for n, s in zip(LENGTHS, samplings, strict=True)
+    ]
+    engine.run()
+    for request in requests:
+        assert serving.error(request) <= 1
+        numbers = request.sampling.generator()
+        for token, row in zip(request.tokens, serving.logits[request], strict=False):
+            p = np.exp((row - row.max()).astype(np.float64) / 1.3)
+            below = np.cumsum(p) / p.sum()
+            u = numbers.random()
+            assert below[token] - p[token] / p.sum() - 1e-5 <= u <= below[token] + 1e-5
+
+
+def test_many_requests_and_prompts_found_again(split, where):
+    """Continuous batching, pages and reuse on two ranks."""
+    serving = split("qwen3")
+    engine = serving.engine(num_pages=24, max_batch=3, max_tokens=40, tp=2, way=way_on(where))
+    start = serving.prompt(50)
+    first = engine.submit(start, greedy(3))
+    engine.run()
+    requests = [engine.submit(start + serving.prompt(n), greedy(n)) for n in (1, 20, 9)]
+    requests += [engine.submit(serving.prompt(n), greedy(5)) for n in (3, 70, 12, 30)]
+    cancelled = engine.submit(serving.prompt(20), greedy(30))
+    for _ in range(9):
+        engine.step()
+    engine.cancel(cancelled)
+    engine.run()
+    assert [request.reused for request in requests[:3]] == [48, 48, 48]
+    assert all(serving.error(request) <= 1 for request in [first, *requests])
+    check_empty(engine)
+
+
+def test_processes_give_the_tokens_of_threads(split, where):
+    serving = split("llama")
+    prompts = [serving.prompt(n) for n in (7, 30)]
+    some = Sampling(temperature=0.9, top_k=40, top_p=0.9, seed=3, max_tokens=9, ignore_eos=True)
+    got = [texts(serving.engine(tp=2, way=way), prompts, some) for way in ("threads", "processes")]
+    assert got[0] == got[1]
+
+
+def test_actors_of_ray(split, where):
+    """Two ranks that Ray has placed: one rank's tokens; the scheduler is in this process."""
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    serving = split("llama")
+    prompts = [serving.prompt(n) for n in (7, 30)]
+    ray.init(num_cpus=2, include_dashboard=False)
+    try:
+        threads, actors = (
+            load(serving.path, where, 64, max_batch=8, tp=2, way=way) for way in ("threads", "ray")
+        )
+        serving.engines.append(threads)
+        assert texts(actors, prompts, greedy()) == texts(threads, prompts, greedy())
+        check_empty(actors)
+        actors.close()
+    finally:
+        ray.shutdown()
+
+
+@by_kind
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_parts_make_up_the_whole(kind, size, tmp_path, rng):
+    """Side by side, each rank's part is the weight, and they are as long as each other."""
+    heads = {"num_attention_heads": 2 * size, "num_key_value_heads": size,
+             "intermediate_size": 128 * size, "moe_intermediate_size": 128 * size}  # fmt: skip
+    heads |= dict.fromkeys(SIZES["qwen3_next"], 2 * size) | {"head_dim": 128}
+    config = Config.read(make_tiny(tmp_path, kind, rng, **heads))
+    weights, split_over = Weights(tmp_path), 0
+    parts = [Split(weights, config, rank, size) for rank in range(size)]
+    for name in weights.files:
+        whole, key = weights(name), key_of(name)
+        got = [part(name) for part in parts]
+        assert len({part.shape for part in got}) == 1
+        if key in ONCE:
+            assert np.array_equal(got[0], whole) and not np.any(got[1:])
+            continue
+        if key not in DIMENSIONS or whole.size == 1:
+            assert all(np.array_equal(part, whole) for part in got)
+            continue
+        split_over += 1
+        axis = DIMENSIONS[key]
+        if key == "conv1d":  # whose q, k and v are split each
+            by_rank = [np.split(part, 3) for part in got]
+            got = [part for parts in zip(*by_rank, strict=True) for part in parts]
+        together = np.concatenate(got, axis)
+        assert np.array_equal(together[: len(whole)], whole)
+        assert not together[len(whole) :].astype(np.float32).any()  # the vocabulary, filled up
+    assert split_over >= 2 * len(config.layers)
+
+
+def test_key_heads_that_ranks_share(tmp_path, rng):
+    config = Config.read(make_tiny(tmp_path, "llama", rng, num_key_value_heads=2))
+    name, weights = "model.layers.0.self_attn.k_proj.weight", Weights(tmp_path)
+    got = [Split(weights, config, rank, 4)(name) for rank in range(4)]
+    assert of_rank(config, 4).kv_heads == 1
+    assert np.array_equal(np.concatenate([got[0], got[2]]), weights(name))
+    assert np.array_equal(got[0], got[1]) and np.array_equal(got[2], got[3])
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_rank_reads_its_share_of_bytes(kind, tmp_path, rng):
+    """What numpy is given of the files, and what of them is in memory afterwards."""
+    config = Config.read(make_tiny(tmp_path, kind, rng))
+    read = [0] * 4
+    for rank in range(4):
+        weights = Split(Weights(tmp_path), config, rank, 4)
+        for name in Weights(tmp_path).files:
+            read[rank] += weights(name).nbytes
+    sizes = {name: 2 * int(np.prod(shape)) for name, shape in shapes(config)}
+    norms = sum(size for name, size in sizes.items() if "norm" in name)
+    shared = sum(size for name, size in sizes.items() if "k_proj" in name or "v_proj" in name)
+    padding = 2 * 2 * 128 * 2  # of embedding and logits, to 260 tokens
+    assert max(read) <= (sum(sizes.values()) - norms) / 4 + norms + shared / 4 + padding
+
+
+def test_a_rank_reads_its_rows_of_the_file(tmp_path, rng):
+    """What Linux has mapped of 16 MiB: a quarter, and what it reads around that."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = rng.standard_normal((8192, 1024), np.float32).astype(ml_dtypes.bfloat16)
+    save_file({name: weight}, tmp_path / "model.safetensors")
+    config = Config.read(make_tiny(tmp_path / "tiny", "llama", rng))
+    part = Split(Weights(tmp_path), config, 2, 4)(name)
+    assert np.array_equal(part, weight[4096:6144])
+    mapped, is_file = 0, False
+    for line in Path("/proc/self/smaps").read_text(errors="replace").splitlines():
+        if line.split()[0].endswith(":"):
+            mapped += int(line.split()[1]) * 1024 if is_file and line.startswith("Rss:") else 0
+        else:
+            is_file = line.endswith(str(tmp_path / "model.safetensors"))
+    assert part.nbytes <= mapped <= 2 * part.nbytes
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "size", "words"),
+    [("llama", {"num_attention_heads": 6, "num_key_value_heads": 2}, 4, "num_attention_heads is 6"),
+     ("llama", {"num_key_value_heads": 4}, 3, "num_attention_heads is 4"),
+     ("llama", {"num_attention_heads": 12, "num_key_value_heads": 3}, 4,
+      "num_key_value_heads is 3"),
+     ("llama", {"intermediate_size": 254}, 4, "intermediate_size is 254, not a multiple of 4"),
+     ("qwen3_moe", {"moe_intermediate_size": 98}, 4, "moe_intermediate_size is 98, not a"),
+     ("qwen3_next", {}, 4, "linear_num_key_heads is 2")],
+)  # fmt: skip
+def test_what_does_not_divide(kind, changes, size, words, tmp_path, rng):
+    """Refused by the checkpoint's own name, before any rank is started."""
+    path = make_tiny(tmp_path, kind, rng, **changes)
+    threads = threading.active_count()
+    with pytest.raises(ValueError, match=words):
+        load(path, "cpu", 8, tp=size, way="threads")
+    assert threading.active_count() == threads
+
+
+def without_sums(real: Any) -> Any:
+    """`Model.join` on one rank's addend."""
+
+    def join(
+        self: Any, x: Any, residual: Any, weight: Any, following: Any = None
+    ) -> tuple[Any, Any]:
+        self.add_norm(x, residual, weight, self.config.eps)
+        return x, residual
+
+    return join
+
+
+FAULTS = {
+    # Nothing is added up; all ranks have the first part; an embedding is looked up elsewhere.
+    "sums": (engine.model.Model, "join", without_sums),
+    "parts": (
+        Split, "__init__", lambda real: lambda self, weights, config, rank, size: real(
+            self, weights, config, 0, size
+        ),
+    ),
+    "embedding": (
+        engine.device.Cpu, "take", lambda real: lambda self, out, table, index, *start: real(
+            self, out, table, index, *(place + 1 for place in start)
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_a_rank_is_seen(split, fault, monkeypatch):
+    owner, name, wrong = FAULTS[fault]
+    monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
+    serving = split("llama")
+    made = serving.engine(tp=2, way="threads")
+    request = made.submit(serving.prompt(40), greedy())
+    made.run()
+    assert serving.error(request) > 1

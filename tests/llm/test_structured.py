@@ -1,0 +1,174 @@
+"""JSON by a schema and tools' arguments from the server, with xgrammar's masks."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+
+from tests.helpers import grammars
+from tests.llm.process import ServerProcess
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "kind": {"enum": ["cat", "dog"]},
+        "tags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
+    },
+    "required": ["age", "kind", "tags"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "pet", "schema": SCHEMA, "strict": True}}
+TOOLS = [
+    {"type": "function", "function": {"name": "keep", "parameters": SCHEMA}},
+    {"type": "function", "function": {"name": "sleep", "parameters": {
+        "type": "object", "properties": {"hours": {"type": "integer", "minimum": 1, "maximum": 12}},
+        "required": ["hours"], "additionalProperties": False}}},
+]  # fmt: skip
+HELLO = [{"role": "user", "content": "A pet?"}]
+
+
+def check_pet(text: str) -> None:
+    pet = json.loads(text)
+    assert {*pet} == {*SCHEMA["properties"]}
+    assert type(pet["age"]) is int and 0 <= pet["age"] <= 150
+    assert pet["kind"] in ("cat", "dog")
+    assert len(pet["tags"]) <= 3 and all(type(tag) is bool for tag in pet["tags"])
+
+
+@pytest.fixture(scope="module")
+def structured() -> Iterator[dict[str, ServerProcess]]:
+    made: dict[str, ServerProcess] = {}
+    yield made
+    for server in made.values():
+        server.end(signal.SIGTERM)
+
+
+@pytest.fixture
+def asks(structured: dict[str, ServerProcess], where: str) -> Any:
+    """The client, of a server that has xgrammar."""
+    if where not in structured:
+        folder = str(grammars.package())
+        structured[where] = ServerProcess(where, "--xgrammar", folder)
+    url = structured[where].url
+    return openai.OpenAI(base_url=url, api_key="-", max_retries=0, timeout=120)
+
+
+def test_json_by_a_schema(asks):
+    for seed in range(4):
+        answer = asks.chat.completions.create(
+            model="tiny", messages=HELLO, response_format=FORMAT, seed=seed, max_tokens=200
+        )
+        assert answer.choices[0].finish_reason == "stop"
+        check_pet(answer.choices[0].message.content)
+    text = ""
+    for chunk in asks.completions.create(
+        model="tiny", prompt="A pet", stream=True, max_tokens=200, n=1, seed=2,
+        extra_body={"response_format": FORMAT},
+    ):  # fmt: skip
+        text += chunk.choices[0].text
+    check_pet(text)
+
+
+def test_several_choices_have_a_state_each(asks):
+    answer = asks.chat.completions.create(
+        model="tiny", messages=HELLO, response_format=FORMAT, n=5, seed=1, max_tokens=200,
+        temperature=2.0, presence_penalty=1.0, logprobs=True, top_logprobs=1,
+    )  # fmt: skip
+    texts = [choice.message.content for choice in answer.choices]
+    for text in texts:
+        check_pet(text)
+    assert len(set(texts)) > 1
+
+
+@pytest.mark.parametrize("choice", ["required", "sleep"])
+def test_tools_that_must_be_called(asks, choice):
+    named = {"type": "function", "function": {"name": choice}}
+    ask = {
+        "model": "tiny", "messages": HELLO, "tools": TOOLS, "max_tokens": 300, "seed": 3,
+        "tool_choice": choice if choice == "required" else named,
+    }  # fmt: skip
+    answer = asks.chat.completions.create(**ask).choices[0]
+    assert answer.finish_reason == "tool_calls"
+    assert answer.message.content is None
+    (call,) = answer.message.tool_calls
+    if call.function.name == "keep":
+        assert choice == "required"
+        check_pet(call.function.arguments)
+    else:
+        assert 1 <= json.loads(call.function.arguments)["hours"] <= 12
+    deltas, reasons = [], []
+    for chunk in asks.chat.completions.create(**ask, stream=True):
+        deltas += chunk.choices[0].delta.tool_calls or []
+        assert not chunk.choices[0].delta.content
+        reasons.append(chunk.choices[0].finish_reason)
+    assert [d.function.arguments for d in deltas] == [call.function.arguments]
+    assert deltas[0].function.name == call.function.name
+    assert reasons[-1] == "tool_calls"
+    # The answer of the tool goes back into the chat.
+    more = [
+        *HELLO, answer.message.model_dump(exclude_none=True, exclude={"refusal"}),
+        {"role": "tool", "tool_call_id": call.id, "content": "done"},
+    ]  # fmt: skip
+    again = asks.chat.completions.create(model="tiny", messages=more, max_tokens=3)
+    assert again.usage.completion_tokens <= 3
+
+
+def test_any_object(asks):
+    answer = asks.chat.completions.create(
+        model="tiny", messages=HELLO, response_format={"type": "json_object"}, max_tokens=30
+    ).choices[0]
+    text = answer.message.content
+    assert text.startswith("{")
+    if answer.finish_reason == "stop":
+        assert isinstance(json.loads(text), dict)
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [({"type": "nothing"}, "not a JSON schema"), ({"$ref": "#/nowhere"}, "not a JSON schema"),
+     ({"enum": ["x" * 70_000]}, "bytes at most")],
+    ids=["type", "ref", "long"],
+)  # fmt: skip
+def test_schemas_that_are_none(asks, schema, words):
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    with pytest.raises(openai.BadRequestError, match=words) as refused:
+        asks.chat.completions.create(model="tiny", messages=HELLO, response_format=form)
+    assert refused.value.param == "response_format"
+    with pytest.raises(openai.BadRequestError, match="ignore_eos"):
+        asks.chat.completions.create(
+            model="tiny", messages=HELLO, response_format=FORMAT, extra_body={"ignore_eos": True}
+        )
+
+
+def test_a_schema_that_compiles_for_minutes(asks):
+    """It is refused in time, others are answered meanwhile, and the next schema is served."""
+
+    def ask(schema):
+        form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+        more = {"response_format": form}
+        answer = asks.completions.create(model="tiny", prompt="a", max_tokens=8, extra_body=more)
+        return answer.choices[0].text
+
+    def refuse():
+        with pytest.raises(openai.BadRequestError, match="has to compile within 5 s"):
+            ask({"type": "string", "pattern": "a?" * 20_000})
+
+    assert ask({"const": True}) == "true"  # the process that tries schemas has started
+    start = time.monotonic()
+    with ThreadPoolExecutor(1) as other:
+        refused = other.submit(refuse)
+        time.sleep(0.5)
+        for _ in range(3):
+            assert asks.completions.create(model="tiny", prompt="a", max_tokens=2).choices
+        assert not refused.done(), "texts waited for the schema"
+        refused.result()
+    assert time.monotonic() - start < 60
+    assert ask({"const": False}) == "false"
