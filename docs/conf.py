@@ -102,10 +102,11 @@ class LinksOut(SphinxTransform):
 
 
 def add_toctrees(_: Sphinx, docname: str, source: list[str]) -> None:
-    """The site's order is that of the first page's links, under its headings."""
+    """The site has the order and the titles of the first page's links, a caption a heading."""
     if docname == "index":
         for section in re.findall(r"^## .*(?:\n(?!## ).*)*", source[0], re.MULTILINE):
-            pages = [_inside(link) for link in re.findall(r"\]\(([^)#:]+\.md)\)", section)]
+            links = re.findall(r"\[([^\]]+)\]\(([^)#:]+\.md)\)", section)
+            pages = [f"{text[0].upper()}{text[1:]} <{_inside(link)}>" for text, link in links]
             lines = ["```{toctree}", ":hidden:", f":caption: {section.split(chr(10))[0][3:]}", ""]
             tree = "\n".join([*lines, *pages, "```"])
             source[0] = source[0].replace(section, f"{section}\n\n{tree}\n\n")
