@@ -7,6 +7,7 @@ or with `check=True`, at every call). To use your own ranks, write a class with 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import multiprocessing
@@ -200,6 +201,11 @@ class _RayMeeting:
         return [given[i] for i in range(self._size)] if len(given) == self._size else {*given}
 
 
+# Ray ends a meeting once the rank that made it drops its handle, even while another rank still
+# waits for an answer; so the handles of the latest meetings outlive their ranks.
+_LATEST_MEETINGS: collections.deque[Any] = collections.deque(maxlen=16)
+
+
 class Ray(_Ranks):
     """A rank that is an actor of Ray."""
 
@@ -207,16 +213,22 @@ class Ray(_Ranks):
         ray_module = _imported("ray", "ray")
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         self._get, self._round = ray_module.get, 0
-        # The actor needs no processor of its own and lives as long as any of the ranks.
+        self._gone = ray_module.exceptions.RayActorError
+        # The meeting needs no processor of its own.
         actor = ray_module.remote(_RayMeeting).options(
             name=name, get_if_exists=True, num_cpus=0, max_concurrency=_MOST_RANKS
         )
         self._meeting = actor.remote(size)
+        _LATEST_MEETINGS.append(self._meeting)
 
     def all_gather(self, data: bytes) -> list[bytes]:
         self._round += 1
         gather = self._meeting.gather.remote
-        given = self._get(gather(self._round, self.rank, bytes(data), self.timeout_s))
+        try:
+            given = self._get(gather(self._round, self.rank, bytes(data), self.timeout_s))
+        except self._gone as error:
+            report = f"Ray: rank {self.rank} lost the others: the rank that came first has ended"
+            raise HangError("Ray", report) from error
         if isinstance(given, set):
             raise self._late(self.timeout_s, {*range(self.size)} - given)
         return list(given)

@@ -13,6 +13,7 @@ from tests.helpers.children import ROOT, done, environment
 
 ACTORS = """
     import sys
+    import time
 
     import ray
 
@@ -45,6 +46,19 @@ ACTORS = """
             except HangError as error:
                 return str(error)
 
+        def meet(self, name):
+            comm.ray(name, self.rank, 2, timeout_s=30.0).barrier()
+
+        def wait(self, name):
+            from fi_ffi import HangError
+
+            mine = comm.ray(name, self.rank, 2, timeout_s=100.0)
+            mine.barrier()
+            try:
+                mine.barrier()
+            except HangError as error:
+                return str(error)
+
     OPTIONS = {"max_bytes": 1 << 16, "fusion": comm.FusionSize(16, 1024), "check": True}
     made = [("all_reduce", 1000, 2, True, "auto"), ("all_reduce", 1 << 17, 0, False, "auto"),
             ("all_gather", 77, 1, False, "auto"), ("reduce_scatter", 64, 1, False, "auto")]
@@ -55,6 +69,15 @@ ACTORS = """
             rank_programs.check(op, seed, number, n, kind, [results[number] for results in found])
     told = ray.get(actors[0].lose.remote("nobody else"))
     assert told == "Ray: rank 0 waited 2 s for rank 1", told
+    for number in range(5):  # the first to leave does not take the meeting with it
+        ray.get([actor.meet.remote(f"meeting {number}") for actor in actors])
+    made = actors[0].meet.remote("lost")
+    time.sleep(2)
+    waiting = actors[1].wait.remote("lost")
+    ray.get(made)
+    ray.kill(actors[0])
+    told = ray.get(waiting)
+    assert told == "Ray: rank 1 lost the others: the rank that came first has ended", told
     ray.shutdown()
     print("two actors agree")
 """

@@ -19,7 +19,7 @@ q = np.zeros((4, 2, 128), ml_dtypes.bfloat16)
 kv = np.zeros((4, 2, 1, 128), ml_dtypes.bfloat16)
 workspace, lengths = np.zeros(1 << 20, np.uint8), np.ones((1, 1, 1, 1), np.int32)
 tables, lse = np.zeros((1, 4), np.int32), np.zeros((4, 2), np.float32)
-for words in ("no device code", "keeps it: start the process again"):
+for words in ("no device code", "remembers this failure"):
     try:
         found.prefill(1, 4, 4, q, kv, kv, 1.0, workspace, lengths, lengths, lengths, lengths,
                       tables, True, True, q.copy(), lse, None, None, None, None, False)

@@ -260,7 +260,7 @@ def test_a_workspace_size_that_the_release_tells(recording, monkeypatch):
     assert size == 12345
     assert recording("-DABSOLUTE").last() == "size: 10 64 128 8 2 1 0 2 1 no 9 "
     moe._runner = runner_of(recording, "0.6.13")
-    with pytest.raises(fi_ffi.KernelNotFoundError, match="does not tell"):
+    with pytest.raises(fi_ffi.KernelNotFoundError, match="does not report it"):
         moe.workspace_size(10, 64, 128, 8, 2)
 
 

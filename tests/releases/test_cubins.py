@@ -99,7 +99,7 @@ def test_a_library_that_keeps_that_it_got_nothing(module, folder):
     with pytest.raises(KernelNotFoundError, match="no device code kept"):
         module.get_kept(name, SHA256)
     (folder / name).write_bytes(CONTENT)
-    with pytest.raises(KernelNotFoundError, match="keeps it: start the process again") as caught:
+    with pytest.raises(KernelNotFoundError, match="earlier call: start the process") as caught:
         module.get_kept(name, SHA256)
     assert "no device code kept.cubin" in str(caught.value)
     assert isinstance(caught.value.__cause__, KernelError)
