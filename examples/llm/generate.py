@@ -29,10 +29,9 @@ def arguments():
         "--ray", action="store_true", help="ranks are placed by Ray, on any machine"
     )
     parser.add_argument("--max-tokens", type=int, default=32)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--min-p", type=float, default=0.0)
+    for name in ("temperature", "top-k", "top-p", "min-p"):
+        parser.add_argument(f"--{name}", type=int if name == "top-k" else float,
+                            help="(default: the checkpoint's)")  # fmt: skip
     parser.add_argument("--seed", type=int)
     return parser.parse_args()
 
@@ -51,9 +50,12 @@ def main():
             )
         way = "ray" if given.ray else "processes"
         try:
-            sampling = Sampling(given.temperature, given.top_k, given.top_p, given.min_p,
-                                given.seed, given.max_tokens)  # fmt: skip
+            asked = {name: value for name in ("temperature", "top_k", "top_p", "min_p")
+                     if (value := getattr(given, name)) is not None}  # fmt: skip
+            Sampling(**asked)  # before a model is loaded for nothing
             engine = load(model, "cpu" if given.cpu else None, tp=given.tp, way=way)
+            sampling = Sampling(seed=given.seed, max_tokens=given.max_tokens,
+                                **engine.config.sampling | asked)  # fmt: skip
             tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
             prompts = [tokenizer.encode(text).ids for text in given.prompts]
             requests = [engine.submit(ids, sampling) for ids in prompts]

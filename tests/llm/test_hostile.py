@@ -526,7 +526,12 @@ def test_checkpoints_that_lie(tmp_path, rng, change, words):
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
-    [("config.json", b"[" * 100_000, "config.json"), ("tokenizer.json", b"{}", "tokenizer.json"),
+    [("config.json", b"[" * 100_000, "config.json"),
+     ("generation_config.json", b"[]", "generation_config.json is no object"),
+     ("generation_config.json", b'{"eos_token_id": "x"}', "generation_config.json: eos_token_id"),
+     ("generation_config.json", b'{"top_p": 0.0}', "generation_config.json: top_p"),
+     ("generation_config.json", b'{"temperature": NaN}', "generation_config.json: temperature"),
+     ("tokenizer.json", b"{}", "tokenizer.json"),
      ("tokenizer.json", b"", "tokenizer.json"), ("tokenizer_config.json", b"[]", "no object"),
      ("tokenizer_config.json", b'{"chat_template": [1]}', "template"),
      ("tokenizer_config.json", b'{"chat_template": [{}]}', "template"),

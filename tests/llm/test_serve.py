@@ -203,6 +203,7 @@ def test_a_client_that_goes_away_gives_its_pages_back(served, stream):
      ({"response_format": {"type": "json"}}, "response_format.type", "json_object"),
      ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
      ({"stream_options": {"usage": True}}, "stream_options.usage", "no such field"),
+     ({"stream_options": {"include_usage": True}}, "stream_options", "stream to be true"),
      ({"max_tokens": 0}, "max_tokens", "echo")],
     ids=str,
 )  # fmt: skip
@@ -214,6 +215,40 @@ def test_what_cannot_be_served(served, body, param, words):
     assert error["param"] == param
     assert param in error["message"] and words in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+def test_a_page_of_another_site(served):
+    """A browser sends a page's origin along; that of this server's own page may ask."""
+    body = {"prompt": "Once", "max_tokens": 1}
+    for origin, status in (
+        (served.address, 200), ("http://example.org", 403), ("null", 403), ("http://[", 403),
+    ):  # fmt: skip
+        answer = requests.post(
+            f"{served.url}/completions", json=body, headers={"Origin": origin}, timeout=20
+        )
+        assert answer.status_code == status, origin
+
+
+def test_what_the_checkpoint_gives_for_those_who_do_not_say(tmp_path, where, rng):
+    path = make_tiny(tmp_path / "model", "llama", rng)
+    (path / "generation_config.json").write_text('{"top_k": 1, "top_p": null, "do_sample": true}')
+    served = Served(path, where)
+    try:
+        url, body = f"{served.url}/completions", {"prompt": PROMPT, "max_tokens": 16}
+
+        def told(**more):
+            answers = [requests.post(url, json=body | more, timeout=60).json() for _ in range(4)]
+            return {answer["choices"][0]["text"] for answer in answers}
+
+        assert told() == told(top_k=None) == told(temperature=0)
+        assert len(told(top_k=0)) > 1
+    finally:
+        served.end()
+
+
+def test_a_long_name_is_not_told_whole(served):
+    answer = served.post(model="x" * 100_000)
+    assert answer.status_code == 404 and len(answer.content) < 300
 
 
 def test_what_is_no_request(served):

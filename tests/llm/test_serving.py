@@ -206,15 +206,18 @@ def test_the_end_of_text(serve):
     plain = texts(serving.engine(), [prompt], greedy(12))[0]
     end = plain[-1]
     at = plain.index(end)
-    config = json.loads((serving.path / "config.json").read_text()) | {"eos_token_id": [999, end]}
-    (serving.path / "config.json").write_text(json.dumps(config))
-    engine = serving.engine()
-    request = engine.submit(prompt, Sampling(temperature=0, max_tokens=12))
-    engine.run()
-    assert request.tokens == plain[:at]
-    assert request.finished == "stop"
-    assert texts(engine, [prompt], greedy(12))[0] == plain
-    check_empty(engine)
+    for file in ("config.json", "generation_config.json"):
+        path = serving.path / file
+        had = path.read_text() if path.exists() else "{}"
+        path.write_text(json.dumps(json.loads(had) | {"eos_token_id": [999, end]}))
+        engine = serving.engine()
+        request = engine.submit(prompt, Sampling(temperature=0, max_tokens=12))
+        engine.run()
+        assert request.tokens == plain[:at]
+        assert request.finished == "stop"
+        assert texts(engine, [prompt], greedy(12))[0] == plain
+        check_empty(engine)
+        path.write_text(had)
 
 
 def shares(serving, sampling, count=4000):

@@ -1,4 +1,4 @@
-"""What a model is, from its config.json in the hub's layout."""
+"""What a model is, from its config.json and generation_config.json in the hub's layout."""
 
 import json
 import math
@@ -39,6 +39,17 @@ BOUNDS = {
     "beta_fast": (1e-3, 1e6), "beta_slow": (1e-3, 1e6), "attention_factor": (0.0, 1e6),
     "mscale": (0.0, 1e6), "mscale_all_dim": (0.0, 1e6),
 }  # fmt: skip
+TOP = 20  # the most tokens that are told beside the one drawn
+# Of the parameters of a request; of whole numbers where the limits are.
+LIMITS = {
+    "temperature": (0.0, 100.0), "top_k": (0, 2**31 - 1), "top_p": (1e-6, 1.0),
+    "min_p": (0.0, 1.0), "max_tokens": (1, 2**31 - 1), "min_tokens": (0, 2**31 - 1),
+    "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (1e-2, 100.0), "logprobs": (0, TOP),
+}  # fmt: skip
+# Those of them that generation_config.json may have.
+SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+BOUNDS |= {name: LIMITS[name] for name in SAMPLED}
 FLAGS = (
     "tie_word_embeddings", "norm_topk_prob", "attention_bias", "mlp_bias", "use_sliding_window",
 )  # fmt: skip
@@ -90,6 +101,8 @@ class Config:
     is_gpt_oss: bool = False  # sinks, and experts with biases and a limit of their own
     swiglu_limit: float = 0.0
     eos: tuple[int, ...] = ()
+    # What generation_config.json gives for requests that do not say, by the names of `Sampling`.
+    sampling: dict = field(default_factory=dict, hash=False)
 
     @property
     def is_hybrid(self):
@@ -121,6 +134,9 @@ class Config:
         """Of a folder with config.json; ValueError for what this engine has no code for."""
         raw = read_object(Path(path) / "config.json")
         cls._check_kinds(raw)
+        drawn = Path(path) / "generation_config.json"
+        drawn = read_object(drawn) if drawn.exists() else {}
+        cls._check_kinds(drawn, "generation_config.json")
         raw["dtype"] = raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"
         names = SIZES | SIZES_OF.get(raw.get("model_type"), {})
         cls._check_numbers(raw, names.values())
@@ -139,7 +155,9 @@ class Config:
             more["window"] = raw.get("sliding_window") or 0
         head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
         partial = raw.get("partial_rotary_factor", scaling.get("partial_rotary_factor", 1.0))
-        eos = raw.get("eos_token_id")
+        ends = []
+        for end in (raw.get("eos_token_id"), drawn.get("eos_token_id")):
+            ends += end if isinstance(end, list) else [] if end is None else [end]
         return cls(
             dtype=raw["dtype"],
             layers=tuple(raw.get("layer_types") or cls._types(count, raw)),
@@ -153,17 +171,18 @@ class Config:
             has_biases=raw.get("attention_bias", kind == "gpt_oss"),
             is_next=kind == "qwen3_next",
             is_gpt_oss=kind == "gpt_oss",
-            eos=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            eos=tuple(dict.fromkeys(ends)),
+            sampling={name: drawn[name] for name in SAMPLED if drawn.get(name) is not None},
             **more,
         )
 
     @staticmethod
-    def _check_kinds(raw):
+    def _check_kinds(raw, file="config.json"):
         """ValueError where a field is of another kind than it can be."""
 
         def check(given, name, is_right, known):
             if given.get(name) is not None and not is_right(given[name]):
-                raise ValueError(f"config.json: {name} is {given[name]!r:.100}; it is {known}")
+                raise ValueError(f"{file}: {name} is {given[name]!r:.100}; it is {known}")
 
         for name in OBJECTS:
             check(raw, name, lambda x: isinstance(x, dict), "an object")

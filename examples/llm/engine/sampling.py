@@ -13,20 +13,14 @@ import numpy as np
 
 import fi_ffi
 
+from .config import LIMITS, TOP
 from .device import view
 
-TOP = 20  # the most tokens that are told beside the one drawn
 MOST_BIASES = 1024  # of a request
 IN_PROMPT = 1  # what is counted is twice how often a token was drawn, and this
 ALL = 4.0  # the top_p that keeps a row as it is
 COLDEST = 1e-5  # a lower temperature is taken as 0: logits divided by it would be infinite
 PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
-LIMITS = {
-    "temperature": (0, 100), "top_k": (0, 2**31 - 1), "top_p": (1e-6, 1), "min_p": (0, 1),
-    "max_tokens": (1, 2**31 - 1), "min_tokens": (0, 2**31 - 1), "presence_penalty": (-2, 2),
-    "frequency_penalty": (-2, 2), "repetition_penalty": (1e-2, 100), "logprobs": (0, TOP),
-}  # fmt: skip
-WHOLE = ("top_k", "max_tokens", "min_tokens", "logprobs")
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ class Sampling:
             value = getattr(self, name)
             if name == "logprobs" and value is None:
                 continue
-            whole = name in WHOLE
+            whole = type(low) is int
             if not isinstance(value, Integral if whole else Real) or not low <= value <= high:
                 kind = " a whole number" if whole else ""
                 raise ValueError(f"{name} is {value!r}; it must be{kind} from {low} to {high}")

@@ -147,11 +147,12 @@ class Api:
         return given
 
     def sampling(self, kind, body, max_tokens, choice):
+        given = self.engine.config.sampling, max_tokens, choice
         if kind is ChatBody:
             tops = (body.top_logprobs or 0) if body.logprobs else None
-            return body.sampling(max_tokens, choice, logprobs=tops)
+            return body.sampling(*given, logprobs=tops)
         echoed = bool(body.echo) and body.logprobs is not None
-        return body.sampling(max_tokens, choice, logprobs=body.logprobs, prompt_logprobs=echoed)
+        return body.sampling(*given, logprobs=body.logprobs, prompt_logprobs=echoed)
 
     def prompts(self, body):
         prompts = body.prompts
@@ -214,7 +215,7 @@ class Api:
 
     def check_model(self, name):
         if name is not None and name not in self.names:
-            raise Refused(f"there is no model {name}; there is {self.names[0]}", 404, "model",
+            raise Refused(f"there is no model {name:.80}; there is {self.names[0]}", 404, "model",
                           "model_not_found")  # fmt: skip
 
     async def complete(self, http, kind, answer):
@@ -268,9 +269,13 @@ class Api:
         return FileResponse(PAGE)
 
     def guarded(self, handler):
-        """A handler that asks for the key, where there is one."""
+        """A handler for this server's own page and for programs; it asks for the key, if any."""
 
         async def checked(http):
+            # A browser sends a page's origin along; a page of another site may not use the GPU.
+            origin = http.headers.get("origin")
+            if origin is not None and origin.partition("://")[2] != http.headers.get("host"):
+                raise Refused("a page of another site asks", 403)
             if self.limits.api_key is not None:
                 kind, _, key = http.headers.get("authorization", "").partition(" ")
                 same = hmac.compare_digest(key.encode(), self.limits.api_key.encode())

@@ -29,7 +29,8 @@ class Refused(Exception):
 
     @property
     def body(self):
-        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+                 429: "rate_limit_error"}  # fmt: skip
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": self.message, "type": kinds.get(self.status, kind),
                           "param": self.param, "code": self.code}}  # fmt: skip
@@ -93,19 +94,27 @@ class Common(Strict):
     ] | None = None  # fmt: skip
     response_format: ResponseFormat | None = None
 
+    @field_validator("stream_options")
+    @classmethod
+    def _of_a_stream(cls, options, info: ValidationInfo):
+        if options is not None and not info.data.get("stream"):
+            raise ValueError("it needs stream to be true")
+        return options
+
     @property
     def stops(self):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
-    def sampling(self, max_tokens, choice, **more):
+    def sampling(self, defaults, max_tokens, choice, **more):
         """Of one of the choices: each has a seed of its own, the first that of the body."""
-        names = ("temperature", "top_p", "min_p", "min_tokens", "ignore_eos", "presence_penalty",
-                 "frequency_penalty", "repetition_penalty")  # fmt: skip
+        names = ("temperature", "top_k", "top_p", "min_p", "min_tokens", "ignore_eos",
+                 "presence_penalty", "frequency_penalty", "repetition_penalty")  # fmt: skip
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        given = defaults | given
         seed = None if self.seed is None else self.seed + (choice << 64)
         bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
-        return Sampling(seed=seed, max_tokens=max_tokens, logit_bias=bias,
-                        top_k=max(self.top_k or 0, 0), **given, **more)  # fmt: skip
+        given["top_k"] = max(given.get("top_k", 0), 0)  # -1 leaves out none, as in other servers
+        return Sampling(seed=seed, max_tokens=max_tokens, logit_bias=bias, **given, **more)
 
 
 class CompletionBody(Common):
