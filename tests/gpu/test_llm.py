@@ -53,17 +53,20 @@ for _module in (
 
 
 # What kinds of models need besides.
-_NEEDS = {"fp8": "fp8_blockscale_gemm_90", "moe": "fused_moe_90", "gpt_oss": "fused_moe_90"}
+_NEEDS = {
+    "fp8": "fp8_blockscale_gemm_90", "moe": "fused_moe_90", "gpt_oss": "fused_moe_90",
+    "qwen3_next": OPS["gdn_prefill"].row.module_on((9, 0)),
+}  # fmt: skip
 
 
 @pytest.fixture
 def where(request, machine):
     pytest.importorskip("nvmath", reason="nvmath-python is not installed: fi-ffi[llm-gpu]")
-    gdn = OPS["gdn_prefill"].row.module_on((9, 0))
     callspec = getattr(request.node, "callspec", None)
     drawn = " ".join(map(str, callspec.params.values())) if callspec else ""
+    drawn += inspect.getsource(request.function)
     more = [module for word, module in _NEEDS.items() if word in drawn]
-    for module in ("norm", "page", "rope", "silu_and_mul", "sampling", gdn, *more):
+    for module in ("norm", "page", "rope", "silu_and_mul", "sampling", *more):
         machine.need(module)
     return "cuda:0"
 
