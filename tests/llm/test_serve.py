@@ -204,7 +204,10 @@ def test_a_client_that_goes_away_gives_its_pages_back(served, stream):
      ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
      ({"stream_options": {"usage": True}}, "stream_options.usage", "no such field"),
      ({"stream_options": {"include_usage": True}}, "stream_options", "stream to be true"),
-     ({"max_tokens": 0}, "max_tokens", "echo")],
+     ({"max_tokens": 0}, "max_tokens", "echo"),
+     ({"n": 64, "max_tokens": 400, "logprobs": 20}, "logprobs", "537600; 524288 at most"),
+     ({"prompt": ["a" * 400] * 64, "max_tokens": 0, "echo": True, "logprobs": 20}, "logprobs",
+      "538944")],
     ids=str,
 )  # fmt: skip
 def test_what_cannot_be_served(served, body, param, words):

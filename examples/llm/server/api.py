@@ -22,6 +22,7 @@ from .service import Service
 
 PAGE = Path(__file__).with_name("page.html")
 OWNER = "fi_ffi"
+MOST_LOGPROBS = 1 << 19  # of an answer, which is held until its last token: some 150 MB
 MOST_SCHEMAS = 16  # requests that wait for schemas to compile
 # Tokens of an answer where the client does not say: OpenAI's for completions; of a chat, a
 # number that a small cache has room for.
@@ -127,7 +128,20 @@ class Api:
                 text = str(wrong)
                 named = "logit_bias" if text.startswith("logit_bias") else param
                 raise Refused(text if named in text else f"{named}: {text}", param=named) from None
+        self.check_logprobs(requests)
         return body, requests, self.schema(body)
+
+    def check_logprobs(self, requests):
+        """Refused where a client asks for more log probabilities than an answer may hold."""
+        count = 0
+        for request in requests:
+            of = request.sampling
+            if of.logprobs is not None:
+                tokens = of.max_tokens + len(request.prompt) * of.prompt_logprobs
+                count += tokens * (of.logprobs + 1)
+        if count > MOST_LOGPROBS:
+            raise Refused(f"logprobs: an answer of these lengths may have {count}; "
+                          f"{MOST_LOGPROBS} at most", param="logprobs")  # fmt: skip
 
     def max_tokens(self, kind, body, prompt, param):
         """How many tokens a choice may have."""
