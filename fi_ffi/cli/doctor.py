@@ -386,13 +386,13 @@ def _would_be_fetched(query: Query, reason: str) -> tuple[bool, str]:
 
 def _exported(one: Named, query: Query, device: int | None) -> str:
     """Return a module's exports as text; raise if the named entry is not among them."""
-    from fi_ffi.ops.modules.module import unknown
+    from fi_ffi.ops.modules.module import unexported
 
     if not any(one.module in source.modules() for source in query.sources):
         return ""  # a family, or a module that is not here
     _, file, facts = search.find_module(one.module, device)
     if one.symbol and one.symbol not in facts.functions:
-        raise KernelNotFoundError(unknown(str(file.path), one.symbol, facts.functions))
+        raise KernelNotFoundError(unexported(str(file.path), one.symbol, facts.functions))
     if one.symbol:
         return "; exported"
     return f"; it exports {', '.join(facts.functions)}"

@@ -218,8 +218,6 @@ def _remove(item: Item, root: Path) -> None:
     cache.remove(path)
     if item.kind == "object":
         cache.remove(cache.stamp_path(path))
-    if item.kind == "download":
-        cache.remove(path.with_suffix(".json"))
     for folder in path.parents[:2]:
         # Only the folders named by hashes; the others are permanent.
         if root in (folder.parent.parent, folder.parent.parent.parent):

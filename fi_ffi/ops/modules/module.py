@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import mmap
 import os
@@ -26,7 +25,7 @@ from fi_ffi.loader import cute_runtime, held, machine, runtime
 from fi_ffi.loader.elf import FUNCTION_PREFIX
 from fi_ffi.loader.fatbin import runs_on
 from fi_ffi.loader.runtime import Loaded
-from fi_ffi.ops.modules.entry import Life, ModuleEntry, Origin
+from fi_ffi.ops.modules.entry import Life, ModuleEntry, Origin, unknown
 
 # The start of a typed function's refusal, a string in its binary.
 _REFUSAL = b"Mismatched number of arguments when calling"
@@ -106,7 +105,7 @@ class Export(Unique):
         loaded = source.loaded(None)
         functions = loaded.facts.functions
         if symbol not in functions:
-            raise KernelNotFoundError(unknown(str(loaded.file.path), symbol, functions))
+            raise KernelNotFoundError(unexported(str(loaded.file.path), symbol, functions))
         self._signature: Signature | None = None
         self._find(None)
 
@@ -147,11 +146,10 @@ class Export(Unique):
         return entry
 
 
-def unknown(path: str, symbol: str, functions: list[str]) -> str:
+def unexported(path: str, symbol: str, functions: list[str]) -> str:
     """Say that a library lacks a function, with the nearest names it exports."""
-    near = difflib.get_close_matches(symbol, functions)
-    nearest = f"; the nearest: {', '.join(near)}" if near else ""
-    return f"{path} exports no {symbol!r}{nearest}; it exports: {', '.join(functions) or 'none'}"
+    what = unknown(f"{path} exports no {symbol!r}", symbol, functions)
+    return f"{what}; it exports: {', '.join(functions) or 'none'}"
 
 
 class Module(Unique):
