@@ -21,6 +21,7 @@ from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.ops import comm as entries
 from fi_ffi.ops import cuda
 from fi_ffi.ops.call.arguments import check_int
+from fi_ffi.ops.notation import round_up
 from fi_ffi.ops.table.comm import PATTERNS
 
 # numbers of ranks that allreduce_fusion_op() of trtllm_allreduce_fusion.cuh supports
@@ -90,10 +91,6 @@ class FusionSize(NamedTuple):
         return made
 
 
-def _round(count: int) -> int:
-    return -(-count // _ALIGNMENT) * _ALIGNMENT
-
-
 class Fusion:
     """One rank's workspace of `trtllm_comm`."""
 
@@ -133,8 +130,9 @@ class Fusion:
     @classmethod
     def _parts(cls, fusion: FusionSize, size: int) -> tuple[int, int, int]:
         """Return the sizes in bytes of the two-shot buffer, the flags, and the Lamport buffers."""
-        lamport = _round(3 * cls._stride_of(fusion, size))
-        return _round(2 * fusion.message_bytes), _round(size * _SLOTS * 4), lamport
+        lamport = round_up(3 * cls._stride_of(fusion, size), _ALIGNMENT)
+        addends = round_up(2 * fusion.message_bytes, _ALIGNMENT)
+        return addends, round_up(size * _SLOTS * 4, _ALIGNMENT), lamport
 
     @classmethod
     def nbytes(cls, fusion: FusionSize, size: int) -> int:

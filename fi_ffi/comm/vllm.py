@@ -14,6 +14,7 @@ from fi_ffi.abi.tensor import Device, TensorDesc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops import comm as entries
 from fi_ffi.ops import cuda
+from fi_ffi.ops.notation import round_up
 from fi_ffi.ops.table.comm import MOST_CTAS
 
 SIZES = (2, 4, 6, 8)  # numbers of ranks that allreduce() of vllm_custom_all_reduce.cuh supports
@@ -27,10 +28,6 @@ MOST_CAPTURED = 1 << 14
 
 def _place(device: Device) -> str | None:
     return str(device) if device.is_cuda else None
-
-
-def _round(count: int) -> int:
-    return -(-count // _ALIGNMENT) * _ALIGNMENT
 
 
 class VllmAllReduce:
@@ -64,12 +61,13 @@ class VllmAllReduce:
 
     @staticmethod
     def _buffer_offset(max_bytes: int, device: Device) -> int:
-        return _round(int(entries.setup("meta_size")(device=_place(device))) + max_bytes)
+        counters = int(entries.setup("meta_size")(device=_place(device)))
+        return round_up(counters + max_bytes, _ALIGNMENT)
 
     @classmethod
     def nbytes(cls, max_bytes: int, device: Device) -> int:
         """Return the size in bytes of each rank's memory."""
-        return cls._buffer_offset(max_bytes, device) + _round(max_bytes)
+        return cls._buffer_offset(max_bytes, device) + round_up(max_bytes, _ALIGNMENT)
 
     def buffer(self, shape: tuple[int, ...], dtype: str) -> TensorDesc:
         """Return the registered buffer as a tensor."""

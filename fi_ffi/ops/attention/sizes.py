@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fi_ffi.ops.notation import ceil_div, round_up
+
 _ALIGNMENT = 16
 # The most blocks on a multiprocessor; a decode kernel's block has at least 128 threads.
 _DECODE_BLOCKS_PER_SM = 16
@@ -62,12 +64,8 @@ class Need:
     split: bool | None = None
 
 
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def aligned(count: int, alignment: int = _ALIGNMENT) -> int:
-    return _ceil(count, alignment) * alignment
+    return round_up(count, alignment)
 
 
 def _ints(*counts: int) -> int:
@@ -104,9 +102,9 @@ def prefill_fa2(g: Geometry, qo_lens: Sequence[int], kv_pages: Sequence[int], ro
         chunk = 0 if g.enable_cuda_graph else _chunk(g, tiles, seen)
     split = chunk < max(seen)
     if g.enable_cuda_graph:
-        bound = _ceil(rows * g.group_size, cta_tile_q) + batch_size - 1
+        bound = ceil_div(rows * g.group_size, cta_tile_q) + batch_size - 1
         if g.uniform_q_len:
-            bound = batch_size * _ceil(g.uniform_q_len * g.group_size, cta_tile_q)
+            bound = batch_size * ceil_div(g.uniform_q_len * g.group_size, cta_tile_q)
         padded = max(g.most_split, bound)
     else:
         padded = _pieces(tiles, seen, chunk)
@@ -142,7 +140,7 @@ def _fa2_need(
     int_bytes = aligned(int_bytes) + 4 * (rows + 1)
     if g.enable_cuda_graph or not g.by_query:
         int_bytes = aligned(int_bytes) + padded
-    partial = 4 * g.num_qo_heads * _ceil(padded * cta_tile_q, g.group_size if g.by_query else 1)
+    partial = 4 * g.num_qo_heads * ceil_div(padded * cta_tile_q, g.group_size if g.by_query else 1)
     return Need(aligned(partial * g.head_dim_vo) + partial, int_bytes, split)
 
 
@@ -160,7 +158,7 @@ def prefill_most(g: Geometry, backend: str, batch_size: int, rows: int) -> Need:
 
 
 def _tiles(qo_lens: Sequence[int], group_size: int, cta_tile_q: int) -> list[int]:
-    """Return the tiles of each request's queries; `_ceil` is inlined because every plan calls
+    """Return the tiles of each request's queries; `ceil_div` is inlined because every plan calls
     this."""
     return [-(-n * group_size // cta_tile_q) for n in qo_lens]
 
@@ -169,7 +167,7 @@ def _seen(g: Geometry, kv_pages: Sequence[int], cta_tile_q: int) -> list[int]:
     """Return the pages of each request that any of its queries sees."""
     if g.window_left < 0:
         return list(kv_pages)
-    window = _ceil(g.window_left + cta_tile_q, g.page_size)
+    window = ceil_div(g.window_left + cta_tile_q, g.page_size)
     return [min(window, n) for n in kv_pages]
 
 
@@ -177,7 +175,7 @@ def prefill_fa3(g: Geometry, qo_lens: Sequence[int], kv_pages: Sequence[int], ro
     """`PrefillSM90Plan`, which never splits."""
     batch_size, tile = len(qo_lens), _fa3_tile(g)
     if g.enable_cuda_graph:
-        tiles = _ceil(rows, tile) + batch_size - 1
+        tiles = ceil_div(rows, tile) + batch_size - 1
     else:
         tiles = sum(_tiles(qo_lens, 1, tile))
     return _fa3_need(g, batch_size, rows, tiles)
@@ -188,7 +186,7 @@ def _fa3_tile(g: Geometry) -> int:
 
 
 def _fa3_need(g: Geometry, batch_size: int, rows: int, tiles: int) -> Need:
-    most = _ceil(rows, _fa3_tile(g)) + batch_size - 1
+    most = ceil_div(rows, _fa3_tile(g)) + batch_size - 1
     works = tiles * (1 if most > _FA3_FEW_TILES else g.num_qo_heads)
     return Need(0, _ints(*[works] * 6, g.multiprocessors + 1, works), False)
 

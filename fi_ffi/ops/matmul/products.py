@@ -200,7 +200,7 @@ def _announce(device: Device, m: int, n: int, k: int) -> int:
     made.entry(_SIZE)(m, n, k)
     known, most = _rows.get(device.index, (made, 0))
     # Other kernels than before have another object, which starts at 0 rows.
-    most = max(most if known is made else 0, -(-m // 4) * 4)
+    most = max(most if known is made else 0, round_up(m, 4))
     _rows[device.index] = made, most
     return most
 
@@ -312,7 +312,7 @@ def fp8_blockscale_gemm_workspace_size(
         check_int(op, name, value, 0, INT64_MAX)
     of_input = parse_dtype(input_dtype, op=op, argument="input_dtype").name
     of_weight = parse_dtype(weight_dtype, op=op, argument="weight_dtype").name
-    return _bytes(-(-m // 4) * 4, of_input, of_weight, n, k)
+    return _bytes(round_up(m, 4), of_input, of_weight, n, k)
 
 
 def _bytes(rows: int, of_input: str, of_weight: str, n: int, k: int) -> int:
