@@ -17,6 +17,7 @@ import numpy as np
 from fi_ffi.abi.function import array_values
 from fi_ffi.abi.objects import Array as ArrayObject
 from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.comm_fusion import added
 from fi_ffi.reference.peers import address_of, at, fence, wait
 
 _BLOCKS, _RANKS = 36, 8
@@ -112,7 +113,7 @@ def all_reduce(
     given = [at(pointer, inp.dtype, inp.size) for pointer in pointers]
     own.barrier(call)
     if own.size == 2 or inp.nbytes < _TWO_STAGES[4 if own.size <= 4 else 8]:
-        result = _sum(given)
+        result = added(given, in_float32=True)
         own.barrier(call)  # before any rank overwrites what others still read
         out[...] = result.reshape(out.shape)
         return
@@ -121,8 +122,8 @@ def all_reduce(
     parts = [slice(part.start * width, part.stop * width) for part in own.parts(inp.size // width)]
     mine = parts[own.rank]
     order = [(own.rank + i) % own.size for i in range(own.size)]
-    at(own.signals[own.rank] + META_SIZE, inp.dtype, mine.stop - mine.start)[:] = _sum(
-        [given[rank][mine] for rank in order]
+    at(own.signals[own.rank] + META_SIZE, inp.dtype, mine.stop - mine.start)[:] = added(
+        [given[rank][mine] for rank in order], in_float32=True
     )
     own.barrier(call)
     result = np.concatenate(
@@ -132,14 +133,6 @@ def all_reduce(
         ]
     )
     out[...] = result.reshape(out.shape)
-
-
-def _sum(addends: Sequence[Array]) -> Array:
-    """Add in this order, in float32, and round once."""
-    total = addends[0].astype(np.float32)
-    for addend in addends[1:]:
-        total += addend.astype(np.float32)
-    return total.astype(addends[0].dtype)
 
 
 def meta_size() -> int:

@@ -96,7 +96,7 @@ class _Workspace:
         tokens = len(x)
         begin, end = (tokens // self.size * r + min(r, tokens % self.size)
                       for r in (self.rank, self.rank + 1))  # fmt: skip
-        part = _sum([addend[begin:end] for addend in given], in_float32)
+        part = added([addend[begin:end] for addend in given], in_float32)
         for each in sums:
             each[begin:end] = part
         self.barrier()
@@ -104,8 +104,8 @@ class _Workspace:
         return found
 
 
-def _sum(addends: Sequence[Array], in_float32: bool = False) -> Array:
-    """Add in the order of the ranks, rounding once or at each step."""
+def added(addends: Sequence[Array], in_float32: bool = False) -> Array:
+    """Add in this order, rounding once or at each step."""
     dtype = addends[0].dtype
     between = np.dtype(np.float32) if in_float32 else dtype
     total = addends[0].astype(between)
@@ -213,7 +213,7 @@ def trtllm_allreduce_fusion(
     x = allreduce_in.reshape(token_num, hidden_size)
     ranks = _Workspace(workspace_ptrs, world_rank, world_size, "trtllm_allreduce_fusion")
     in_float32 = fp32_acc or x.dtype == np.float32
-    one_shot = _sum(ranks.one_shot(x), in_float32) if use_oneshot else None
+    one_shot = added(ranks.one_shot(x), in_float32) if use_oneshot else None
     total = ranks.two_shots(x, in_float32) if one_shot is None else one_shot
     if pattern_code == ALL_REDUCE:
         if allreduce_out is not None:
@@ -251,7 +251,7 @@ def trtllm_moe_allreduce_fusion(
         total = _rounded_sum(total, scaled, dtype)
     total = _rounded_sum(total, moe_reduction_token_input, dtype)
     ranks = _Workspace(workspace_ptrs, world_rank, world_size, "trtllm_moe_allreduce_fusion")
-    total = _sum(ranks.one_shot(total))
+    total = added(ranks.one_shot(total))
     if moe_allreduce_out is not None:
         moe_allreduce_out[...] = total
     outs = {
@@ -292,7 +292,7 @@ def trtllm_moe_finalize_allreduce_fusion(
         raise ValueError("the kernel quantises by a scale that nobody sets")
     outs = {"residual_out": residual_out, "norm_out": norm_out}
     _follow(
-        _sum(ranks.one_shot(total)), NORM, residual_in, norm_weight, eps, weight_bias or 0.0, outs,
+        added(ranks.one_shot(total)), NORM, residual_in, norm_weight, eps, weight_bias or 0.0, outs,
     )  # fmt: skip
 
 

@@ -9,15 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.attention.formula import tokens_first
 from fi_ffi.reference.formula import Inputs, Move
-
-# FlashInfer's name and code of the layout with heads before tokens.
-_HND = ("HND", 1)
-
-
-def tokens_first(cache: Array, layout: str | int) -> Array:
-    """View the same memory as [pages, tokens, heads, size]."""
-    return cache.swapaxes(1, 2) if layout in _HND else cache
 
 
 def places(

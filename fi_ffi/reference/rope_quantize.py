@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.attention.formula import tokens_first
 from fi_ffi.reference.formula import Exact, Formula, Inputs
-from fi_ffi.reference.page import places, tokens_first
+from fi_ffi.reference.page import places
 from fi_ffi.reference.rope import table, turned
 
 _Value = tuple[Array, Array]

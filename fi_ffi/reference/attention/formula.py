@@ -15,7 +15,7 @@ import numpy as np
 
 from fi_ffi.reference.arrays import Array
 
-_NHD, _HND = 0, 1  # FlashInfer's layout codes
+_NHD, _HND = ("NHD", 0), ("HND", 1)  # FlashInfer's layouts: names and codes
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,11 @@ def _one_head(
 # Keys and values of one request, without pages
 
 
-def tokens_first(x: Array, layout: int) -> Array:
-    """View an array with its heads after its tokens; `layout` is FlashInfer's code."""
-    if layout not in (_NHD, _HND):
-        raise ValueError(f"layout {layout} is neither {_NHD} (NHD) nor {_HND} (HND)")
-    return x.swapaxes(-3, -2) if layout == _HND else x
+def tokens_first(x: Array, layout: str | int) -> Array:
+    """View an array with its heads after its tokens."""
+    if layout not in _NHD + _HND:
+        raise ValueError(f"layout {layout} is neither 0 (NHD) nor 1 (HND)")
+    return x.swapaxes(-3, -2) if layout in _HND else x
 
 
 def gathered(cache: Array, indices: Array, start: int, length: int) -> Array:
@@ -168,7 +168,7 @@ def from_pages(
     """
     if cache.ndim == 3:
         cache = cache[:, :, None]
-    cache = tokens_first(cache, ("NHD", "HND").index(layout))
+    cache = tokens_first(cache, layout)
     length = int(lengths(indptr, last_page_len, cache.shape[1])[request])
     return gathered(cache, indices, int(indptr[request]), length)
 
