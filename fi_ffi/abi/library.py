@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -145,6 +146,19 @@ def in_process(file: str) -> Any | None:
     """Return the handle of a library that is already loaded under this name, or None."""
     handle = c_library().dlopen(os.fsencode(file), RTLD_NOW | os.RTLD_NOLOAD)
     return None if handle == ffi.NULL else handle
+
+
+def mapped(pattern: str) -> list[tuple[str, ...]]:
+    """Return the files mapped into this process whose names match a pattern.
+
+    Each has its path, the pattern's groups, and " (deleted)" or "".
+    """
+    try:
+        with open("/proc/self/maps", errors="replace") as file:
+            maps = file.read()
+    except OSError:
+        return []
+    return re.findall(rf"\s(/\S.*/{pattern})( \(deleted\))?$", maps, re.MULTILINE)
 
 
 def find_symbol(module: Any, name: str) -> Any | None:

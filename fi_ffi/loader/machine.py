@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import sys
 import threading
 from collections.abc import Callable
@@ -35,10 +34,8 @@ _START_OTHERWISE = (
     "fork before the first use of a GPU, or start processes with multiprocessing's "
     "`spawn` or `forkserver`"
 )
-# A mapped runtime; wheels that bundle one add a hash to its name.
-_MAPPED = re.compile(
-    r"\s(/\S.*/libcudart(?:-\w+)?\.so\.(\d+)[\w.]*)(?: \(deleted\))?$", re.MULTILINE
-)
+# A runtime's file; wheels that bundle one add a hash to its name.
+_RUNTIME = r"libcudart(?:-\w+)?\.so\.(\d+)[\w.]*"
 # Whether this process was forked from one that had used a GPU.
 _forked_after_cuda = False
 
@@ -63,12 +60,7 @@ def cudart(major: int) -> str:
 
 def runtimes_in_process() -> dict[int, str]:
     """Return the CUDA runtimes mapped into this process: files by major version."""
-    try:
-        with open("/proc/self/maps", errors="replace") as file:
-            maps = file.read()
-    except OSError:
-        return {}
-    return {int(major): path for path, major in _MAPPED.findall(maps)}
+    return {int(major): path for path, major, _ in library.mapped(_RUNTIME)}
 
 
 def majors_here() -> tuple[int, ...]:

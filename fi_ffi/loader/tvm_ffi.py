@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fi_ffi.abi import library
 from fi_ffi.errors import ArtifactError, LoaderError
 from fi_ffi.loader.cache import State
 
@@ -25,7 +26,6 @@ MEMBER = "tvm_ffi/lib/libtvm_ffi.so"
 ACCEPTED = ">=0.1.12,<0.2"
 
 _SONAME = "libtvm_ffi.so"
-_MAPPED = r"\s(/\S.*/{})( \(deleted\))?$"
 _INSTALL = f"`pip install '{PROJECT}{ACCEPTED}'`"
 
 
@@ -48,12 +48,7 @@ def find() -> Found:
 
 def in_process(soname: str = _SONAME) -> Found | None:
     """Return the copy mapped into this process, or None; `LoaderError` if there are two."""
-    try:
-        maps = Path("/proc/self/maps").read_text(errors="replace")
-    except OSError:
-        return None
-    pattern = _MAPPED.format(re.escape(soname))
-    mapped = sorted(set(re.findall(pattern, maps, re.MULTILINE)))
+    mapped = sorted(set(library.mapped(re.escape(soname))))
     if len(mapped) > 1:
         name, copies = soname.removesuffix(".so"), " and ".join(map("".join, mapped))
         raise LoaderError(
