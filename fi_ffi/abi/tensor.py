@@ -400,9 +400,13 @@ def as_vector(desc: TensorDesc) -> TensorDesc:
     shape, strides = desc.shape or (1,), desc.strides or (1,)
     while len(shape) > 1 and shape[-1] == 1:
         shape, strides = shape[:-1], strides[:-1]
-    kind = desc.kind
-    made = tensor_kind(kind.dtype, kind.device, len(shape), kind.readonly)
-    return frozen(desc.ptr, shape, strides, made, desc)
+    return viewed(desc, shape, strides)
+
+
+def viewed(desc: TensorDesc, shape: tuple[int, ...], strides: tuple[int, ...]) -> TensorDesc:
+    """View the same memory with other axes, which are not checked."""
+    kind = tensor_kind(desc.dtype, desc.device, len(shape), desc.readonly)
+    return frozen(desc.ptr, shape, strides, kind, desc)
 
 
 def c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

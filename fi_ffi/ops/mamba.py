@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
-from fi_ffi.abi.tensor import TensorDesc, frozen, tensor_kind
+from fi_ffi.abi.tensor import TensorDesc, viewed
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.backends import module_name
@@ -200,20 +200,15 @@ def judge_states(op: str, query: Any, compiled: Any) -> Support:
         return Support(op, REFUSED, str(error), release=query.release)
 
 
-def _viewed(desc: TensorDesc, shape: tuple[int, ...], strides: tuple[int, ...]) -> TensorDesc:
-    kind = tensor_kind(desc.dtype, desc.device, len(shape), desc.readonly)
-    return frozen(desc.ptr, shape, strides, kind, desc)
-
-
 def _spread(desc: TensorDesc, sizes: tuple[int, ...]) -> TensorDesc:
     """View the same value along more axes, of these sizes."""
-    return _viewed(desc, (*desc.shape, *sizes), (*desc.strides, *[0] * len(sizes)))
+    return viewed(desc, (*desc.shape, *sizes), (*desc.strides, *[0] * len(sizes)))
 
 
 def _with_steps(desc: TensorDesc) -> TensorDesc:
     """View one token of each request as a row of one."""
     (b, *shape), (step, *strides) = desc.shape, desc.strides
-    return _viewed(desc, (b, 1, *shape), (step, step, *strides))
+    return viewed(desc, (b, 1, *shape), (step, step, *strides))
 
 
 @functools.partial(Launched, ask=_supports)
@@ -351,7 +346,7 @@ def _kind_of_states(
                 raise ArgumentError(_OP, name, got=desc.layout, expected=expected)
     wide = given.get("state_scale")
     if wide is not None and len(wide.shape) == 4 and wide.shape[3] == 1:
-        given["state_scale"] = _viewed(wide, wide.shape[:3], wide.strides[:3])
+        given["state_scale"] = viewed(wide, wide.shape[:3], wide.strides[:3])
     return INT16 if is_int16 else RANDOM if seed is not None else ""
 
 
