@@ -286,17 +286,6 @@ def _order(kernel: Kernel, args: dict[str, Arg]) -> tuple[Arg, ...]:
     return *both, Absent("accepted_steps", dtype="int32"), places
 
 
-def module_of(kernel: Kernel, device: Device | None = None) -> str:
-    """Return the module compiled for a kernel, on a device or on a Hopper."""
-    return _names_on(kernel, device)[0]
-
-
-def _names_on(kernel: Kernel, device: Device | None) -> tuple[str, str]:
-    if device is None or not device.is_cuda:
-        return kernel.names(_CAPABILITY, _MULTIPROCESSORS)
-    return kernel.names(machine.capability(device.index), _multiprocessors(device))
-
-
 def _multiprocessors(device: Device) -> int:
     return machine.multiprocessors(device.index) if device.is_cuda else _MULTIPROCESSORS
 
@@ -306,7 +295,8 @@ def _values_of(kernel: Kernel, device: Device) -> Values:
     """Return the values that all calls of a kernel share."""
     module, symbol = FAMILY, ""
     if device.is_cuda:
-        module, symbol = _names_on(kernel, device)
+        capability = machine.capability(device.index)
+        module, symbol = kernel.names(capability, _multiprocessors(device))
     found = compiled_row(_row_of(kernel, symbol), module, {}, _OP, device)
     values = Values(_OP, found, "", {})
     values.put(

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.ops.gdn import Kernel, least_states, module_of, row_of
+from fi_ffi.ops.gdn import Kernel, least_states, row_of
 
 from tests.helpers.calls import refused
-from tests.helpers.decode_calls import PAD, SIZE, DecodeCall
+from tests.helpers.decode_calls import PAD, SIZE, DecodeCall, module_of
 
 STATES = ("bfloat16", "float32")
 
