@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import operator
-import os
 import re
 from bisect import bisect
 from collections.abc import Callable, Sequence
@@ -309,15 +308,6 @@ def _values_of(kernel: Kernel, device: Device) -> Values:
 _row_of = functools.lru_cache(4096)(row_of)
 
 
-def _supports(
-    op: str, sm: Any = None, *, release: str | None = None, cuda: str | None = None,
-    kernels: str | os.PathLike[str] | None = None, **compiled: Any,
-) -> Support:  # fmt: skip
-    from fi_ffi.ops.capability.judgement import Query
-
-    return judge_decode(op, Query.of(sm, release, cuda, None, kernels), compiled)
-
-
 # Qwen3-Next's heads.
 _SAMPLE: dict[str, Any] = {"h": 16, "hv": 32, "b": 1}
 
@@ -373,7 +363,7 @@ def _family_of(kernel: Kernel, b: int) -> str:
     return f"{family}:{told}" if told else family
 
 
-@functools.partial(Launched, ask=_supports)
+@functools.partial(Launched, judge=judge_decode)
 def gdn_decode(
     q: TensorLike,
     k: TensorLike,

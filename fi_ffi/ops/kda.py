@@ -9,7 +9,6 @@ has another kernel for few of them; fi_ffi uses one module of each kind for all.
 from __future__ import annotations
 
 import functools
-import os
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
@@ -90,28 +89,24 @@ def _values_of(size: int, is_gated: bool, device: Device) -> Values:
     return values
 
 
-def _supports(
-    op: str, sm: Any = None, *, release: str | None = None, cuda: str | None = None,
-    kernels: str | os.PathLike[str] | None = None, head_size: int = 128,
-    use_gate_in_kernel: bool = True,
-) -> Support:  # fmt: skip
-    from fi_ffi.ops.capability.judgement import Query
-
-    query = Query.of(sm, release, cuda, None, kernels)
-    return judge_kda(op, query, head_size, use_gate_in_kernel)
+_SAMPLE: dict[str, Any] = {"head_size": 128, "use_gate_in_kernel": True}
 
 
-def judge_kda(op: str, query: Any, size: int = 128, is_gated: bool = True) -> Support:
-    """Judge whether there is a module compiled for heads of this size."""
+def judge_kda(op: str, query: Any, compiled: Any) -> Support:
+    """Judge whether there is a module compiled for these."""
     from fi_ffi.ops.capability.judgement import judge
 
+    unknown = next((name for name in compiled if name not in _SAMPLE), None)
+    if unknown is not None:
+        raise TypeError(f"{op}.supports() got an unexpected keyword argument {unknown!r}")
+    size, is_gated = (_SAMPLE | compiled).values()
     if size not in _SIZES:
         raise ArgumentError(op, "head_size", got=size, expected="64 or 128")
     module, symbol = names(size, is_gated, query.capability or _CAPABILITY)
     return judge(op, [row_of(size, is_gated, symbol)], query, lambda _: module)
 
 
-@functools.partial(Launched, ask=_supports)
+@functools.partial(Launched, judge=judge_kda)
 def recurrent_kda(
     q: TensorLike,
     k: TensorLike,

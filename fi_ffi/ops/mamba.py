@@ -11,7 +11,6 @@ counted by the size of the state.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -171,15 +170,6 @@ _SAMPLE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _supports(
-    op: str, sm: Any = None, *, release: str | None = None, cuda: str | None = None,
-    kernels: str | os.PathLike[str] | None = None, **compiled: Any,
-) -> Support:  # fmt: skip
-    from fi_ffi.ops.capability.judgement import Query
-
-    return judge_states(op, Query.of(sm, release, cuda, None, kernels), compiled)
-
-
 def judge_states(op: str, query: Any, compiled: Any) -> Support:
     """Judge whether there is a module compiled for these."""
     from fi_ffi.ops.capability.judgement import REFUSED, Support, judge
@@ -211,7 +201,7 @@ def _with_steps(desc: TensorDesc) -> TensorDesc:
     return viewed(desc, (b, 1, *shape), (step, step, *strides))
 
 
-@functools.partial(Launched, ask=_supports)
+@functools.partial(Launched, judge=judge_states)
 def selective_state_update(
     state: TensorLike,
     x: TensorLike,

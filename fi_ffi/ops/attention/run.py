@@ -22,7 +22,10 @@ from fi_ffi.ops.call.prepared import Prepared, prepare_call, prepared_by_caller
 from fi_ffi.ops.row import Row, Scalar, Tensor
 
 if TYPE_CHECKING:
-    from fi_ffi.ops.capability.judgement import Support
+    from fi_ffi.ops.capability.judgement import Query, Support
+
+    # Judges whether a function, by its name, can be called with these options.
+    Judge = Callable[[str, Query, Mapping[str, Any]], Support]
 
 # The binding's names of options, if they differ.
 _ABI_NAMES = {
@@ -338,14 +341,15 @@ class BoundRow:
 
 
 def asked_of(
-    op: str, sm: Any = None, *, release: str | None = None, cuda: str | None = None,
-    kernels: str | os.PathLike[str] | None = None, **options: Any,
+    op: str, sm: Any = None, judge: Judge | None = None, /, *, release: str | None = None,
+    cuda: str | None = None, kernels: str | os.PathLike[str] | None = None, **options: Any,
 ) -> Support:  # fmt: skip
     """Judge whether a call or plan can be made with these options: see `Op.supports`."""
     from fi_ffi.ops.capability.attention import judge_attention
     from fi_ffi.ops.capability.judgement import Query
 
-    return judge_attention(op, Query.of(sm, release, cuda, None, kernels), options)
+    query = Query.of(sm, release, cuda, None, kernels)
+    return (judge or judge_attention)(op, query, options)
 
 
 _P = ParamSpec("_P")
@@ -354,11 +358,11 @@ _P = ParamSpec("_P")
 class Launched(Generic[_P]):
     """A function that fills in the arguments of a row's entry, and launches it when called.
 
-    `ask` answers `supports`: it takes the function's name, a GPU and the arguments of `supports`.
+    `judge` answers `supports`; without one, the function is judged as attention.
     """
 
-    def __init__(self, fill: Callable[_P, Values], ask: Callable[..., Support] = asked_of) -> None:
-        self._fill, self._ask = fill, ask
+    def __init__(self, fill: Callable[_P, Values], judge: Judge | None = None) -> None:
+        self._fill, self._judge = fill, judge
         functools.update_wrapper(self, fill)
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> None:
@@ -374,7 +378,8 @@ class Launched(Generic[_P]):
         and a `cuda` tag, and with these dtypes, head size and options (`q_data_type`,
         `kv_data_type`, `o_data_type`, `head_dim`, `head_dim_vo`, and the call's own). See
         `Op.supports`."""
-        return self._ask(self.__name__, sm, **asked)  # type: ignore[attr-defined]
+        name: str = self.__name__  # type: ignore[attr-defined]
+        return asked_of(name, sm, self._judge, **asked)
 
 
 launched = Launched

@@ -103,7 +103,7 @@ def lines() -> Iterator[Line]:
     yield Line(orders[0].name, "", moe.MODULE, partial(judge, orders[0].name, orders))
     yield Line(FAMILY, "", FAMILY, partial(judge_states, FAMILY, compiled={}))
     yield Line(GDN_DECODE, "", GDN_DECODE, partial(judge_decode, GDN_DECODE, compiled={}))
-    yield Line(KDA, "", KDA, partial(judge_kda, KDA))
+    yield Line(KDA, "", KDA, partial(judge_kda, KDA, compiled={}))
     for name in public.__all__:
         if hasattr(getattr(public, name), "supports"):
             for label, options in SAMPLES.get(name, {"": {}}).items():
