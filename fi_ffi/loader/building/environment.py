@@ -639,14 +639,12 @@ def _locked(folder: Path, say: Say) -> Iterator[None]:
     trust.check_tree(folder)
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         say(f"waiting for another build in {folder}")
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
