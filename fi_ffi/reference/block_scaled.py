@@ -14,9 +14,9 @@ import numpy as np
 
 from fi_ffi.reference.arrays import Array, bits
 from fi_ffi.reference.formula import Exact, Formula, Inputs, Move, OneOfMany
+from fi_ffi.reference.moe_weights import FP4, fp4
 
 _NEAR = 2.0**-18
-_E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float64)
 _E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
 _FINITE = np.unique(_E4M3[np.isfinite(_E4M3)])
 # Codes of the order of scales: rows of a tile by code, and the code for plain rows.
@@ -26,18 +26,12 @@ _TILES, _ROWS = {0: 128, 1: 8}, 2
 
 
 def nvfp4_kv_dequant(a: Inputs) -> Exact:
-    values = _E2M1[_halves(a["fp4_data"])].reshape(a["output"].shape)
+    values = fp4(a["fp4_data"].astype(int)).reshape(a["output"].shape)
     scales = a["block_scales"]
     if "block_scales" not in a["largest"]:  # bytes
         scales = _E4M3[scales.astype(int)]
     value = values * scales.repeat(16, axis=1) * a["global_scale"]
     return {"output": (value, np.abs(value))}
-
-
-def _halves(packed: Array) -> Array:
-    """Return the two codes of each byte, the lower half first."""
-    codes = packed.astype(int)
-    return np.stack([codes % 16, codes // 16], axis=-1)
 
 
 def _in_tiles(scales: Array, tile: int) -> Array:
@@ -174,8 +168,8 @@ def _are_halves(wanted: list[Array], shape: tuple[int, ...]) -> OneOfMany:
         return packed
 
     def are_right(got: Array) -> Array:
-        found = _E2M1[_halves(got)].reshape(wanted[0].shape)
-        return _are_nearest(wanted, found, np.unique(_E2M1))
+        found = fp4(got.astype(int)).reshape(wanted[0].shape)
+        return _are_nearest(wanted, found, np.unique(FP4))
 
     return OneOfMany(value, _judge(are_right))
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.formula import Exact, Formula, Inputs
+from fi_ffi.reference.moe_weights import fp4
 
-_E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float64)
 _E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
 
 
@@ -22,12 +22,6 @@ def _in_rows(tiled: Array, rows: int, columns: int) -> Array:
     return whole[:rows, :columns]
 
 
-def _numbers(packed: Array) -> Array:
-    codes = packed.astype(int)
-    values: Array = _E2M1[np.stack([codes % 16, codes // 16], axis=-1)]
-    return values.reshape(len(packed), 2 * packed.shape[1])
-
-
 def _product(left: Array, right: Array, factor: float = 1.0) -> Exact:
     value, size = left @ right.T, np.abs(left) @ np.abs(right).T
     return {"out": (factor * value, abs(factor) * size)}
@@ -36,7 +30,7 @@ def _product(left: Array, right: Array, factor: float = 1.0) -> Exact:
 def fp4_gemm(a: Inputs) -> Exact:
     scaled = []
     for name in ("mat1", "mat2"):
-        values = _numbers(a[name])
+        values = fp4(a[name].astype(int))
         scales = _in_rows(a[f"{name}Scale"], len(values), values.shape[1] // 16)
         scaled.append(values * _E4M3[scales].repeat(16, axis=1))
     return _product(scaled[0], scaled[1], float(a["globalScale"][0]))

@@ -1,4 +1,4 @@
-"""4-bit weights in numpy: in the order of Hopper's kernels and back, and their values."""
+"""Values of 4 bits in numpy, and weights of them in the order of Hopper's kernels and back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fi_ffi.reference.arrays import Array
 _ROWS, _COLUMNS = 16, 64  # of a block, within which values are permuted
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-_FP4 = np.concatenate([E2M1, -E2M1])
+FP4 = np.concatenate([E2M1, -E2M1])
 _INT4 = np.array([*range(8), *range(-8, 0)], np.float32)
 
 
@@ -129,7 +129,7 @@ def e8m0(scales: Array) -> Array:
 
 def fp4(packed: Array) -> Array:
     """Decode the 4-bit floats in bytes."""
-    values: Array = _FP4[codes(packed)]
+    values: Array = FP4[codes(packed)]
     return values
 
 

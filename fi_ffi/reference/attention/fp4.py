@@ -10,8 +10,8 @@ import numpy as np
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.attention import plan, runs
 from fi_ffi.reference.attention.variant import fa2, fa2_single
+from fi_ffi.reference.moe_weights import fp4
 
-_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _BLOCK = 16
 # The index of the keys' scales among the arguments that modules.py adds; the values' are next.
 _OF_BATCH, _OF_ONE = 6, 2
@@ -22,10 +22,8 @@ def dequantised(packed: Array, scales: Array | None) -> Array:
     [..., d / 16] in e4m3: exact in float16 and bfloat16."""
     if scales is None:
         raise ValueError("keys and values of 4 bits need maybe_k_cache_sf and maybe_v_cache_sf")
-    halves = np.stack((packed & 15, packed >> 4), axis=-1)
-    numbers = _E2M1[halves].reshape(*packed.shape[:-1], -1)
     of_each = scales.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    made: Array = numbers * np.repeat(of_each, _BLOCK, -1)
+    made: Array = fp4(packed) * np.repeat(of_each, _BLOCK, -1)
     return made
 
 
