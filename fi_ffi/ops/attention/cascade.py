@@ -10,7 +10,7 @@ from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops import functions
 from fi_ffi.ops.attention.arrays import Indptr, host_ints
-from fi_ffi.ops.attention.options import PrefillOptions, SignatureWithOptions
+from fi_ffi.ops.attention.options import PrefillOptions, SignatureWithOptions, refuse_options
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.attention.run import asked_of
 from fi_ffi.ops.attention.workspace import Workspace
@@ -75,9 +75,7 @@ class _Cascade:
         return merged if found and not merged else found
 
     def _check_options(self, options: Mapping[str, object]) -> None:
-        for name in _POSITIONAL_OPTIONS:
-            if name in options:
-                raise TypeError(f"{self.op}() got an unexpected keyword argument {name!r}")
+        refuse_options(self.op, _POSITIONAL_OPTIONS, options)
         size = options.get("head_dim_vo") or options.get("head_dim_qk")
         if size not in _MERGED_HEAD_DIMS and size is not None:
             raise self._refuse(

@@ -12,6 +12,7 @@ from fi_ffi.ops import cuda
 from fi_ffi.ops.attention.arrays import int32_array
 from fi_ffi.ops.attention.backends import NON_CAUSAL, module_name
 from fi_ffi.ops.attention.masks import check_causal, packed_mask
+from fi_ffi.ops.attention.options import refuse_options
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.attention.rows import POD
 from fi_ffi.ops.attention.run import NotOf, Values
@@ -100,9 +101,7 @@ class PodPlan(BatchPrefillPlan):
         workspace: Workspace | None = None,
         **options: Unpack[PodKeywords],
     ) -> None:
-        for name in _EXCLUDED_OPTIONS:
-            if name in options:
-                raise TypeError(f"{self.op}() got an unexpected keyword argument {name!r}")
+        refuse_options(self.op, _EXCLUDED_OPTIONS, options)
         super().__init__(
             self._each_one(paged_kv_last_page_len), paged_kv_indptr=paged_kv_indptr,
             paged_kv_last_page_len=paged_kv_last_page_len, head_dim_qk=head_dim, backend="fa2",

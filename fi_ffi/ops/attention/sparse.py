@@ -14,6 +14,7 @@ from fi_ffi.abi.tensor import TensorDesc, make_desc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.ops.attention.arrays import Batch, Indptr, host_ints
 from fi_ffi.ops.attention.masks import pack_custom_mask
+from fi_ffi.ops.attention.options import refuse_options
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.attention.run import NotOf
 from fi_ffi.ops.attention.workspace import Workspace
@@ -122,7 +123,7 @@ class BlockSparseAttentionPlan(BatchPrefillPlan):
         if N % C:
             raise self._refuse("N", N, f"a multiple of C = {C}")
         self.M, self.N, self.R, self.C = M, N, R, C
-        _refuse_options(self.op, self._excluded_options, options)
+        refuse_options(self.op, self._excluded_options, options)
         super().__init__(
             **self._arrays(indptr, indices), page_size=C, num_qo_heads=num_qo_heads,
             num_kv_heads=num_kv_heads, head_dim_qk=head_dim, **options,
@@ -225,7 +226,7 @@ class VariableBlockSparseAttentionPlan(BatchPrefillPlan):
             expected = f"a multiple of num_kv_heads = {num_kv_heads}"
             raise self._refuse("num_qo_heads", num_qo_heads, expected)
         self.num_kv_heads, self.group = num_kv_heads, num_qo_heads // num_kv_heads
-        _refuse_options(self.op, BlockSparseAttentionPlan._excluded_options, options)
+        refuse_options(self.op, BlockSparseAttentionPlan._excluded_options, options)
         # Each key head becomes MB requests with one key head and `group` query heads.
         super().__init__(
             **self._arrays(block_mask_map, block_row_sz, block_col_sz), page_size=1,
@@ -327,12 +328,6 @@ def _viewed(
 ) -> TensorDesc:
     """View the same memory with other axes."""
     return make_desc(desc.ptr, shape, desc.dtype, strides, desc.device, desc.readonly, desc)
-
-
-def _refuse_options(op: str, lacks: Sequence[str], options: Mapping[str, Any]) -> None:
-    for name in lacks:
-        if name in options:
-            raise TypeError(f"{op}() got an unexpected keyword argument {name!r}")
 
 
 def _host(op: str, name: str, given: Any, shape: tuple[int | None, ...], kinds: str) -> _Array:

@@ -133,8 +133,4 @@ class PreparedSteps:
         given = (f"{name}={desc.ptr:#x}" for name, desc in self._tensors.items() if desc)
         return f"<prepared {self.op}({', '.join(given)})>"
 
-    def __copy__(self) -> PreparedSteps:
-        raise TypeError("a prepared call has packed arguments of its own and cannot be copied")
-
-    def __reduce_ex__(self, protocol: Any) -> str:
-        raise TypeError("a prepared call is of this process and cannot be copied or pickled")
+    __copy__, __reduce_ex__ = Prepared.__copy__, Prepared.__reduce_ex__
