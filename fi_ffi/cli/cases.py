@@ -15,7 +15,7 @@ import numpy as np
 from fi_ffi.ops.row import Row
 from fi_ffi.reference import EXACT, MOVES
 from fi_ffi.reference.arrays import Array
-from fi_ffi.reference.formula import SLACK, Expected, as_inputs
+from fi_ffi.reference.formula import SLACK, Expected, Judge, as_inputs
 
 # Slack for arithmetic with rounded intermediate results, in steps of their dtype, relative to the
 # magnitude.
@@ -50,16 +50,24 @@ class Case:
         slack = SLACK
         if self.row.rounding:
             slack = ROUNDING_STEPS * float(ml_dtypes.finfo(self._rounded_to).eps)
-        difference = np.abs(got.astype(np.float64) - value)
-        difference = np.where(np.isfinite(difference), difference, np.inf)
-        return float(difference.max()), float(
-            (difference / bound(value, magnitude, got.dtype, slack)).max()
-        )
+        return within(value, magnitude, slack)(got)
 
     @property
     def _rounded_to(self) -> np.dtype[Any]:
         of = next(arg for arg in self.row.tensors if arg.dtype == self.row.rounding)
         return self.arrays[of.name].dtype
+
+
+def within(value: Array, magnitude: Array, slack: float) -> Judge:
+    """Return a judge that allows rounding, and `slack` times the sum of magnitudes."""
+
+    def judge(got: Array) -> tuple[float, float]:
+        difference = np.abs(got.astype(np.float64) - value)
+        difference = np.where(np.isfinite(difference), difference, np.inf)
+        allowed = bound(value, magnitude, got.dtype, slack)
+        return float(difference.max()), float((difference / allowed).max())
+
+    return judge
 
 
 def bound(value: Array, magnitude: Array, dtype: np.dtype[Any], slack: float = SLACK) -> Array:

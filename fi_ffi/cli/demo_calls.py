@@ -16,10 +16,11 @@ import numpy as np
 
 import fi_ffi
 from fi_ffi.abi.tensor import Device
-from fi_ffi.cli.cases import bound, case_of
+from fi_ffi.cli.cases import case_of, within
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.attention.formula import Options, exact
+from fi_ffi.reference.formula import Judge
 
 _HEADS, _KV_HEADS, _HEAD_DIM, _PAGE = 32, 8, 128, 16
 _HEAD_COUNTS: dict[str, Any] = {"num_qo_heads": _HEADS, "num_kv_heads": _KV_HEADS}
@@ -31,8 +32,6 @@ _EXPERTS_SLACK = 4 * 2.0**-11
 _EXPERTS, _OF_TOKEN, _EXPERT_HIDDEN, _EXPERT_INTER = 8, 2, 256, 512
 
 Arguments: TypeAlias = "tuple[dict[str, Array], dict[str, Any]]"
-# Returns a result's largest error, absolute and as a fraction of the allowed error.
-Judge: TypeAlias = "Callable[[Array], tuple[float, float]]"
 # Binds tensors on a device, the device and a stream into a repeatable call.
 Bind: TypeAlias = "Callable[[Mapping[str, Any], Device, Any], Callable[[], object]]"
 
@@ -118,18 +117,6 @@ def _graph(given: dict[str, Arguments]) -> Call:
         return partial(graph.launch, stream)
 
     return Call("graphs", "capture of two ops", arrays, judges, bind)
-
-
-def within(value: Array, magnitude: Array, slack: float) -> Judge:
-    """Return a judge that allows rounding, and `slack` times the sum of magnitudes."""
-
-    def judge(got: Array) -> tuple[float, float]:
-        difference = np.abs(got.astype(np.float64) - value)
-        difference = np.where(np.isfinite(difference), difference, np.inf)
-        allowed = bound(value, magnitude, got.dtype, slack)
-        return float(difference.max()), float((difference / allowed).max())
-
-    return judge
 
 
 def _normal(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> Array:
