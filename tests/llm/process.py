@@ -30,9 +30,10 @@ class ServerProcess:
             model = make_tiny(self.folder.name, "llama", num_hidden_layers=1)
             flags = (*flags, "--model", str(model))
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        paths = [str(ROOT), str(SERVE.parent), os.environ.get("PYTHONPATH")]
         self.child = subprocess.Popen(
             [sys.executable, *words, *cpu, "--port", "0", "--served-model-name", "tiny", *flags],
-            env=environment(PYTHONPATH=f"{ROOT}{os.pathsep}{SERVE.parent}"),
+            env=environment(PYTHONPATH=os.pathsep.join(filter(None, paths))),
             stdout=self.log, stderr=subprocess.STDOUT, cwd=SERVE.parent,
         )  # fmt: skip
         end, found = time.monotonic() + 120, None

@@ -125,7 +125,7 @@ def test_prompts(client):
     assert [choice.text[:3] for choice in twice.choices] == ["one", "one", "two", "two"]
 
 
-def test_logprobs(client):
+def test_logprobs(client, where):
     ask = {"model": "tiny", "max_tokens": 6, "temperature": 0}
     answer = client.chat.completions.create(**ask, messages=HELLO, logprobs=True, top_logprobs=3)
     (choice,) = answer.choices
@@ -153,7 +153,10 @@ def test_logprobs(client):
     )
     if "\ufffd" not in old.choices[0].text:
         assert scored.choices[0].text == old.choices[0].text
-        assert scored.choices[0].logprobs.token_logprobs == logprobs.token_logprobs
+        # A GPU's matrix products round otherwise in other sizes of batch.
+        exact = {"abs": 0.0 if where == "cpu" else 0.02}
+        again = scored.choices[0].logprobs.token_logprobs
+        assert again[1:] == pytest.approx(logprobs.token_logprobs[1:], **exact)
         assert scored.usage.completion_tokens == 0
 
 

@@ -317,7 +317,7 @@ def test_clients_that_go_while_they_send(target):
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_within_the_grace(own, sig):
+def test_a_signal_ends_it_within_the_grace(own, where, sig):
     """With half a body held open, three long streams, and a client that reads nothing."""
     server = own("--grace", "5")
     body = {"prompt": "x", "max_tokens": 1900, "stream": True, "ignore_eos": True}
@@ -329,8 +329,10 @@ def test_a_signal_ends_it_within_the_grace(own, sig):
         start = time.monotonic()
         server.end(sig, seconds=5 + 2 + 10)
         assert time.monotonic() - start < 17
-    for stream in streams:  # each is told of it
-        assert b"the server is ending" in stream.content
+    for stream in streams:  # each is told of it, but for those that a GPU has ended before
+        text = stream.content
+        is_whole = where != "cpu" and text.endswith(b"data: [DONE]\n\n")
+        assert is_whole or b"the server is ending" in text
     assert "Traceback" not in server.output()
 
 
