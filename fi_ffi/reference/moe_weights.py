@@ -43,7 +43,7 @@ def order(quant_type: str) -> Array:
 def codes(packed: Array) -> Array:
     """Return the 4-bit codes of bytes, the lower half first."""
     both: Array = np.stack([packed & 0xF, packed >> 4], axis=-1)
-    return both.reshape(*packed.shape[:-1], -1)
+    return both.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
 def pack(values: Array) -> Array:
