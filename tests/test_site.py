@@ -98,6 +98,7 @@ def small_site(root: Path, changes: dict[str, str]) -> subprocess.CompletedProce
     (root / "examples").mkdir()
     (root / "examples" / "x.py").write_text("print(1)\n")
     shutil.copy(DOCS / "conf.py", docs)
+    shutil.copytree(DOCS / "_static", docs / "_static")
     for name, text in (pages | changes).items():
         (docs / name).write_text(text)
     return build(docs, root / "site")

@@ -71,9 +71,11 @@ class _Ranks:
         self.all_gather(b"")
 
     def _late(self, seconds: float, missing: Iterable[int]) -> HangError:
+        return self._hang(f"waited {seconds:g} s for {names(missing)}")
+
+    def _hang(self, what: str) -> HangError:
         kind = type(self).__name__
-        report = f"{kind}: rank {self.rank} waited {seconds:g} s for {names(missing)}"
-        return HangError(kind, report)
+        return HangError(kind, f"{kind}: rank {self.rank} {what}")
 
 
 class Threads(_Ranks):
@@ -227,8 +229,7 @@ class Ray(_Ranks):
         try:
             given = self._get(gather(self._round, self.rank, bytes(data), self.timeout_s))
         except self._gone as error:
-            report = f"Ray: rank {self.rank} lost the others: the rank that came first has ended"
-            raise HangError("Ray", report) from error
+            raise self._hang("lost the others: the rank that came first has ended") from error
         if isinstance(given, set):
             raise self._late(self.timeout_s, {*range(self.size)} - given)
         return list(given)

@@ -182,7 +182,7 @@ def fp4_quantize(a: Inputs) -> Exact:
         scales = _Scales(largest / 6, _bytes_of_e8m0)
         wanted = _quotients(blocks, scales, _of_e8m0)
     else:
-        of_all = float(a["globalScale"][0])
+        of_all = float(np.ravel(a["globalScale"])[0])
         of_all = 1 / of_all if a.get("isGlobalScaleInversed", False) else of_all
         scales = _Scales(of_all * largest / 6, _bytes_of_e4m3)
         wanted = _quotients(blocks, scales, _of_e4m3, of_all)
@@ -207,7 +207,7 @@ def fp4_batched_quantize(a: Inputs) -> Exact:
 
 def nvfp4_kv_quant(a: Inputs) -> Exact:
     n, count = a["block_scales"].shape
-    blocks, of_all = a["input"].reshape(n, count, 16), 1 / float(a["global_scale"][0])
+    blocks, of_all = a["input"].reshape(n, count, 16), 1 / float(np.ravel(a["global_scale"])[0])
     scales = _Scales(of_all * np.abs(blocks).max(axis=-1) / 6, _bytes_of_e4m3)
     wanted = _quotients(blocks, scales, _of_e4m3, of_all)
     return {

@@ -33,7 +33,7 @@ def fp4_gemm(a: Inputs) -> Exact:
         values = fp4(a[name].astype(int))
         scales = _in_rows(a[f"{name}Scale"], len(values), values.shape[1] // 16)
         scaled.append(values * _E4M3[scales].repeat(16, axis=1))
-    return _product(scaled[0], scaled[1], float(a["globalScale"][0]))
+    return _product(scaled[0], scaled[1], float(np.ravel(a["globalScale"])[0]))
 
 
 def mxfp8_gemm(a: Inputs) -> Exact:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -14,8 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
+from engine import Sampling
+from engine.engine import Request
 from server import Limits, api
 from server.chat import OPEN, SHUT
+from server.service import Listener, _deliver
 from server.text import Text
 from tiny import byte_tokenizer, make_tiny
 
@@ -218,3 +222,31 @@ def test_no_more_schemas_wait_than_may(serve_with, monkeypatch):
         may_go.set()
         assert sorted(one.result() for one in asked) == [200, 200, 429, 429]
     assert [ask() for _ in range(3)] == [200] * 3
+
+
+def test_a_loop_that_falls_behind_takes_all_at_once():
+    """One place in the queue for all news of a request, and nothing that was not yet noted."""
+
+    async def told():
+        queue = asyncio.Queue()
+        request = Request([1], Sampling(logprobs=0))
+        listener = Listener(request, 0, queue)
+        for token in range(5):
+            request.tokens.append(token)
+            request.logprobs.append((-1.0 * token, [], []))
+            assert listener.note() == 1
+            _deliver([listener])
+        request.tokens.append(9)  # whose logprob the engine has not yet kept
+        assert queue.qsize() == 1
+        assert queue.get_nowait() is listener
+        tokens, logprobs, finished = listener.take()
+        assert tokens == [0, 1, 2, 3, 4] and finished is None
+        assert [value for value, *_ in logprobs] == [0.0, -1.0, -2.0, -3.0, -4.0]
+        request.logprobs.append((-9.0, [], []))
+        request.finished = "length"
+        assert listener.note() == 1
+        _deliver([listener])
+        assert queue.qsize() == 1
+        assert listener.take() == ([9], [(-9.0, [], [])], "length")
+
+    asyncio.run(told())

@@ -39,8 +39,8 @@ class Answer:
                 open_[index] = Listener(request, index, queue)
                 self.service.submit(open_[index])
             while open_:
-                listener, (tokens, logprobs, finished) = await queue.get()
-                index = listener.index
+                listener = await queue.get()
+                index, (tokens, logprobs, finished) = listener.index, listener.take()
                 if index not in open_:  # its text had ended
                     continue
                 if finished == "cancelled":  # by nobody here

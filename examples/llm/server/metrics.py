@@ -43,19 +43,17 @@ class Metrics:
         self.pages.set(pages.total - len(pages.free) - len(pages.idle))
         self.all_pages.set(pages.total)
 
-    def news(self, listener, news, now):
-        """Of tokens of one request; several that come at once share the time since the last."""
-        tokens, _, finished = news
+    def news(self, listener, tokens, now):
+        """Of so many tokens of one request, and of its end."""
         if tokens:
-            self.tokens.inc(len(tokens))
+            self.tokens.inc(tokens)
             if listener.last is None:
                 self.first.observe(now - listener.asked)
             else:
-                for _ in tokens:
-                    self.each.observe((now - listener.last) / len(tokens))
+                self.each.observe(now - listener.last)
             listener.last = now
-        if finished:
-            self.ended(listener, finished)
+        if listener.request.finished:
+            self.ended(listener, listener.request.finished)
 
     def ended(self, listener, reason):
         self.requests.labels(reason).inc()

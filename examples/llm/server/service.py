@@ -10,20 +10,32 @@ from .schema import Refused
 
 
 class Listener:
-    """One request of the engine; news of it come through `queue` as (listener, news)."""
+    """One request of the engine; it is in `queue` while there are news of it.
+
+    A loop that falls behind the engine finds several tokens at once: fewer events, and no queue
+    that grows.
+    """
 
     def __init__(self, request, index, queue):
-        self.request, self.index, self.queue, self.told = request, index, queue, 0
+        self.request, self.index, self.queue = request, index, queue
         self.loop = asyncio.get_running_loop()
         self.asked, self.last = time.monotonic(), None
+        self.there = 0, None  # tokens, and why there are no more; set on the engine's thread
+        self.told, self.is_queued = 0, False  # of the loop's
+
+    def note(self):
+        """Keep how far the request is; returns its new tokens (on the engine's thread)."""
+        before, request = self.there[0], self.request
+        self.there = len(request.tokens), request.finished
+        return self.there[0] - before
 
     def take(self):
-        """The tokens since the last time, and why there are no more (on the engine's thread)."""
-        request = self.request
-        tokens = request.tokens[self.told :]
-        logprobs = request.logprobs[self.told :] if request.logprobs else []
-        self.told += len(tokens)
-        return tokens, logprobs, request.finished
+        """The tokens since the last time with their logprobs, and why there are no more."""
+        self.is_queued = False
+        count, finished = self.there
+        new = slice(self.told, count)
+        self.told = count
+        return self.request.tokens[new], self.request.logprobs[new], finished
 
 
 class Service:
@@ -124,9 +136,8 @@ class Service:
             listener = self.listeners.get(request)
             if listener is None:
                 continue
-            news = listener.take()
-            self.metrics.news(listener, news, now)
-            by_loop.setdefault(listener.loop, []).append((listener, news))
+            self.metrics.news(listener, listener.note(), now)
+            by_loop.setdefault(listener.loop, []).append(listener)
             if request.finished:
                 del self.listeners[request]
         for loop, told in by_loop.items():
@@ -145,6 +156,8 @@ class Service:
         return True
 
 
-def _deliver(told):
-    for listener, news in told:
-        listener.queue.put_nowait((listener, news))
+def _deliver(listeners):
+    for listener in listeners:
+        if not listener.is_queued:
+            listener.is_queued = True
+            listener.queue.put_nowait(listener)
