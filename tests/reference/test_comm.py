@@ -46,7 +46,7 @@ def reduce(rank: int, memory: Memory, seed: int, calls: Sizes, wait_s: float = 2
 
 def drawn(rng: np.random.Generator, count: int) -> Sizes:
     """From one vector to what any number of ranks reduces in two stages."""
-    sizes = 8 * 2 ** rng.uniform(0, 15.1, count)
+    sizes = 8 * 2 ** rng.uniform(0, 15, count)  # below the buffers' megabyte
     return [(int(size) // 8 * 8, int(rng.integers(3))) for size in sizes]
 
 

@@ -57,9 +57,9 @@ class Service:
         """Refused where that many requests more would wait for too many others."""
         if not self.is_serving:
             raise Refused("the engine has ended", 503, code="engine_ended")
-        engine, waiting = self.engine, len(self.engine.waiting) + len(self.orders)
-        free = max(len(engine.slots) - waiting, 0)
-        if waiting + max(count - free, 0) > self.max_queue:
+        # Those that have come since the last step and will find a slot wait for nobody.
+        waiting = len(self.engine.waiting) + len(self.orders) + count - len(self.engine.slots)
+        if waiting > self.max_queue:
             self.metrics.rejected.inc()
             raise Refused(f"{self.max_queue} requests are waiting: try again later", 429,
                           code="queue_full")  # fmt: skip
