@@ -68,11 +68,10 @@ class Bars:
         self._bar.console.print(printable(text), markup=False, soft_wrap=True)
 
     def step(self, name: str, done: int, total: int | None, each: str = "") -> None:
-        if name not in self._tasks:
-            self._tasks[name] = self._bar.add_task("")
-        task = self._tasks[name]
         text = escape(printable(each or name))
-        self._bar.update(task, completed=done, total=total, description=text)
+        if name not in self._tasks:
+            self._tasks[name] = self._bar.add_task(text, total=total)
+        self._bar.update(self._tasks[name], completed=done, total=total, description=text)
 
 
 def _clock(seconds: float) -> str:
