@@ -27,7 +27,7 @@ from fi_ffi.ops.row import Row
 from fi_ffi.ops.table import ROWS
 
 _UNREACHED = "build kernels with `fi-ffi build`, or name others in FI_FFI_KERNELS"
-_FETCH = "the first call of each fetches it; `fi-ffi doctor --fetch` does so now"
+_FETCH = "the first call of a module fetches it; `fi-ffi doctor --fetch` does so now"
 
 
 @dataclass(frozen=True)

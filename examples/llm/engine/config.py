@@ -49,7 +49,6 @@ LIMITS = {
 }  # fmt: skip
 # Those of them that generation_config.json may have.
 SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-BOUNDS |= {name: LIMITS[name] for name in SAMPLED}
 FLAGS = (
     "tie_word_embeddings", "norm_topk_prob", "attention_bias", "mlp_bias", "use_sliding_window",
 )  # fmt: skip
@@ -136,7 +135,8 @@ class Config:
         cls._check_kinds(raw)
         drawn = Path(path) / "generation_config.json"
         drawn = read_object(drawn) if drawn.exists() else {}
-        cls._check_kinds(drawn, "generation_config.json")
+        limits = {name: LIMITS[name] for name in SAMPLED}
+        cls._check_kinds(drawn, "generation_config.json", limits)
         raw["dtype"] = raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"
         names = SIZES | SIZES_OF.get(raw.get("model_type"), {})
         cls._check_numbers(raw, names.values())
@@ -177,7 +177,7 @@ class Config:
         )
 
     @staticmethod
-    def _check_kinds(raw, file="config.json"):
+    def _check_kinds(raw, file="config.json", bounds=BOUNDS):
         """ValueError where a field is of another kind than it can be."""
 
         def check(given, name, is_right, known):
@@ -187,7 +187,7 @@ class Config:
         for name in OBJECTS:
             check(raw, name, lambda x: isinstance(x, dict), "an object")
         for given in (raw, raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}):
-            for name, (low, high) in BOUNDS.items():
+            for name, (low, high) in bounds.items():
                 kinds = (int,) if type(low) is int else (int, float)
                 check(given, name, lambda x: type(x) in kinds and low <= x <= high,  # noqa: B023
                       f"from {low} to {high}")  # fmt: skip

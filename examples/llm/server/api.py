@@ -22,7 +22,7 @@ from .service import Service
 
 PAGE = Path(__file__).with_name("page.html")
 OWNER = "fi_ffi"
-MOST_LOGPROBS = 1 << 19  # of an answer, which is held until its last token: some 150 MB
+MOST_LOGPROBS = 1 << 19  # of an answer, which is held until its last token
 MOST_SCHEMAS = 16  # requests that wait for schemas to compile
 # Tokens of an answer where the client does not say: OpenAI's for completions; of a chat, a
 # number that a small cache has room for.
