@@ -4,6 +4,7 @@ The library of the package xgrammar registers functions and types with libtvm_ff
 Python package, and torch with it, are not imported.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -52,13 +53,15 @@ def _try_schemas(pipe, *parts):
     """What the other process of a `Trial` runs."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     made = compiler(*parts)
-    pipe.send(True)
-    while True:
-        try:
-            compiled(made, *pipe.recv())
-            pipe.send(True)
-        except (fi_ffi.FiFfiError, MemoryError):
-            pipe.send(False)
+    with contextlib.suppress(OSError, EOFError):  # the server has ended
+        pipe.send(True)
+        while True:
+            schema = pipe.recv()
+            try:
+                compiled(made, *schema)
+                pipe.send(True)
+            except (fi_ffi.FiFfiError, MemoryError):
+                pipe.send(False)
 
 
 class Trial:
