@@ -40,6 +40,20 @@ def test_no_request(rng):
     assert fi_ffi.xqa_mla(**{n: a[:0] if n in some else a for n, a in batch.arrays.items()}) is None
 
 
+def test_an_axis_of_one_has_any_stride(rng):
+    """As `lengths[:, None]` has it on a GPU."""
+    batch = Batch(SPECS["plain"], rng)
+    given = {name: fi_ffi.as_desc(array) for name, array in batch.arrays.items()}
+    lens = given["seq_lens"]
+    given["seq_lens"] = fi_ffi.TensorDesc(
+        lens.ptr, lens.shape, "uint32", strides=(1, 0), device="cpu"
+    )
+    fi_ffi.xqa_mla(**given, **batch.spec.options)
+    value, size = batch.expected()
+    got = batch.arrays["output"].astype(np.float64)
+    assert (np.abs(got - value) <= np.maximum(size * 2.0**-7, 2.0**-20)).all()
+
+
 @pytest.mark.parametrize("options", [{"q_scale": 1.3 * SCALE}, {"kv_scale": 1.05}], ids=str)
 def test_the_judge_sees_a_wrong_result(options, rng):
     batch = Batch(SPECS["plain"], rng)

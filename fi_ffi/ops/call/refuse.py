@@ -170,7 +170,7 @@ class Refusals:
         count = tensor.packed
         if count > 1 and not is_row_major(shape[-count:], strides[-count:]):
             return f"the last {count} axes without gaps between them"
-        if strides and strides[-1] != 1:
+        if strides and strides[-1] != 1 and not tensor.contiguous:
             return f"a last axis with stride 1{how}"
         # The stride of an axis of one element is never used.
         outer = [(stride, n) for stride, n in zip(strides[:-1], shape, strict=False) if n > 1]
