@@ -110,7 +110,15 @@ def make_array(values: Sequence[object]) -> Array:
 def array_values(array: Array) -> list[Any]:
     """Return the elements of an Array, as Python values or owned objects."""
     size, item = library_function("ffi.ArraySize"), library_function("ffi.ArrayGetItem")
-    return [item(array, i) for i in range(size(array))]
+    arena, found = CallArena(item.name), []
+    try:
+        packed = pack_arguments((array, 0), arena)
+        for i in range(size.invoke(packed, 1)):
+            packed[1].v_int64 = i
+            found.append(item.invoke(packed, 2))
+        return found
+    finally:
+        arena.end()
 
 
 def tensors_of(array: Array) -> list[TensorDesc]:
