@@ -30,17 +30,6 @@ class NoGraph:
         pass
 
 
-class NoSampler:
-    """Tokens that are always 0."""
-
-    def __init__(self, model: Any) -> None:
-        self.tokens = model.scratch("drawn", model.slots, 1, dtype="int32")
-        model.device.zero(self.tokens)
-
-    def __call__(self, logits: Any, given: Any, order: Any) -> Any:
-        return self.tokens.rows(0, logits.shape[0])
-
-
 def engine(batch: int, tokens: int) -> Engine:
     """An engine that has as many heads as Qwen3-0.6B, and computes nothing."""
     raw = MODELS["tiny"] | {"num_attention_heads": 16, "num_key_value_heads": 8}
@@ -52,8 +41,11 @@ def engine(batch: int, tokens: int) -> Engine:
     logits = model.scratch("logits", batch, made.config.vocab, dtype="float32", most=batch)
     model.forward = lambda given: logits.rows(0, given.last.shape[0])
     sizes = made.steps.sizes
-    runner.graphs = {size: (NoGraph(), logits.rows(0, size)) for size in sizes}
-    runner.sampler = NoSampler(model)
+    tokens = model.scratch("drawn", batch, 1, dtype="int32")
+    model.device.zero(tokens)
+    runner.graphs = {
+        (size, True): (NoGraph(), (logits.rows(0, size), tokens.rows(0, size))) for size in sizes
+    }
     return made
 
 

@@ -17,6 +17,7 @@ from .sampling import Sampler, adjustments, columns_of, keep, room_for_adjustmen
 # Query heads a key head for which decode kernels are quicker; from four on those of prefill,
 # which use tensor cores.
 GROUPS = (1, 2, 3)
+ALIGNED = 16  # bytes that a step's arrays begin at multiples of
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
@@ -33,6 +34,12 @@ class Order:
     counted: list  # (slot, prompt) of new requests with penalties
     is_penalised: bool
     tops: int | None  # how many of the most probable tokens are told beside each; None: nothing
+
+    @property
+    def is_plain(self):
+        """Whether a decode draws from its logits as they are, which its graph does as well."""
+        asks = self.is_penalised or any(self.is_filtered) or self.tops is not None
+        return bool(self.size) and not asks and len(self.more) == 1
 
 
 @dataclass
@@ -67,7 +74,7 @@ class Steps:
         self.sizes = [n for n in SIZES if n < self.slots] + [self.slots]
         # By slot, the last one for padding: its pages are the scrap page, its length is 1.
         self.table = np.full((self.slots + 1, job.num_pages), SCRAP, np.int32)
-        self.columns = columns_of(self.slots + 1, vocab)
+        self.columns, self.fixed = columns_of(self.slots + 1, vocab), {}
 
     def admit(self, request):
         """Make its slot ready."""
@@ -87,7 +94,7 @@ class Steps:
         size = next(n for n in self.sizes if n >= len(work)) if is_decode else 0
         sampled = [r for r, count in work if r.computed + count == r.length]
         echoed = [(r, echo(r, count)) for r, count in work if r.sampling.prompt_logprobs]
-        host, more = self._host(work, sampled, size)
+        host, more = self._decode(work, size) if size else self._host(work, sampled)
         more |= adjustments(sampled, self.config.vocab, self.eos)
         given = [r.sampling for r in sampled]
         asked = [s.logprobs for s in given if s.logprobs is not None]
@@ -116,24 +123,56 @@ class Steps:
             return tokens, itertools.repeat(None)
         return tokens, ((value, ids, rest) for (value, *rest), ids in zip(*told, strict=True))
 
-    def _host(self, work, sampled, size):
-        """The arrays of a step; a decode of `size` is padded with requests on the scrap page."""
-        pad = max(size - len(work), 0)
-        slots = np.array([r.slot for r, _ in work] + [self.slots] * pad)
-        counts = np.array([count for _, count in work] + [1] * pad)
-        computed = np.array([r.computed for r, _ in work] + [0] * pad)
-        is_sampled = np.array([r.computed + c == r.length for r, c in work] + [True] * pad)
+    def _decode(self, work, size):
+        """The arrays of a step that decodes, padded with requests on the scrap page."""
+        requests, rest = [request for request, _ in work], size - len(work)
+        slots = np.array([r.slot for r in requests] + [self.slots] * rest, np.int32)
+        computed = np.array([r.computed for r in requests] + [0] * rest, np.int32)
+        full = computed // self.page_size
+        most = int(full.max()) + 1
+        held = np.arange(most) <= full[:, None]
+        host = self._of_size(size) | {
+            # One that was drawn is on the device, whether or not the host has seen it.
+            "tokens": np.where(slots < self.slots, ~slots, 0),
+            "positions": computed,
+            "slots": slots,
+            "sampled": slots,
+            "kv_indptr": np.concatenate([[0], np.cumsum(full + 1)], dtype=np.int32),
+            "kv_last_page_len": computed + 1 - full * self.page_size,
+        }
+        host |= self._draws(requests, slots, rest)
+        return host, {"kv_indices": self.table[slots, :most][held]}
+
+    def _of_size(self, size):
+        """What is the same in each decode of a size."""
+        if size not in self.fixed:
+            each, none = np.arange(size, dtype=np.int32), np.empty(0, np.int32)
+            starts = np.arange(size + 1)
+            self.fixed[size] = {
+                "requests": each, "last": each, "following": none, "starts": starts,
+            }  # fmt: skip
+        return self.fixed[size]
+
+    def _draws(self, sampled, slots, rest=0):
+        """What decides about each draw; nothing does for the last `rest`."""
+        numbers = [*map(uniform, sampled)] + [-1] * rest
+        columns = {name: column[slots] for name, column in self.columns.items()}
+        return {"uniform": np.array(numbers, np.float32), **columns}
+
+    def _host(self, work, sampled):
+        """The arrays of any step."""
+        slots = np.array([r.slot for r, _ in work])
+        counts = np.array([count for _, count in work])
+        computed = np.array([r.computed for r, _ in work])
+        is_sampled = np.array([r.computed + c == r.length for r, c in work])
         ends = np.cumsum(counts)
         starts = np.concatenate([[0], ends])
         requests, positions = fi_ffi.batch_indices_positions(starts, computed + counts)
-        # One that was drawn is on the device, whether or not the host has seen it.
-        tokens = np.where(slots < self.slots, -1 - slots, 0)
-        if not size:
-            tokens = np.concatenate([
-                r.prompt_ids[r.computed : r.computed + count] if r.computed < len(r.prompt)
-                else tokens[i : i + 1]
-                for i, (r, count) in enumerate(work)
-            ])  # fmt: skip
+        tokens = np.concatenate([
+            r.prompt_ids[r.computed : r.computed + count] if r.computed < len(r.prompt)
+            else [~r.slot]
+            for r, count in work
+        ])  # fmt: skip
         told = [echo(r, count) for r, count in work]  # by other rows of logits than draws
         others = [start + np.arange(len(t)) for start, t in zip(starts, told, strict=False)]
         pages = -(-(computed + counts) // self.page_size)
@@ -151,8 +190,7 @@ class Steps:
         }
         host = {name: np.asarray(values, np.int32) for name, values in host.items()}
         host["starts"] = starts.astype(np.int64)
-        host["uniform"] = np.array([uniform(r) for r in sampled] + [-1] * pad, np.float32)
-        host |= {name: column[host["sampled"]] for name, column in self.columns.items()}
+        host |= self._draws(sampled, host["sampled"])
         return host, {"kv_indices": self.table[slots, : pages.max()][held]}
 
 
@@ -170,7 +208,7 @@ class Runner:
         longest = -(-self.config.max_positions // job.page_size)
         self.max_indices = model.slots * min(job.num_pages, longest)
         self.use_graphs = job.use_graphs and self.device.is_gpu
-        # By size of a decode batch (0: any) and kind of attention; by size.
+        # By size of a decode batch (0: any) and kind of attention; or whether it draws; by size.
         self.plans, self.graphs, self.placed = {}, {}, {}
         self.kinds = [kind for kind in self.config.windows if kind != LINEAR]
         per_key_head = self.config.heads // self.config.kv_heads
@@ -178,7 +216,8 @@ class Runner:
         self.sampler, self.on_logits = Sampler(model), None
         room = 12 * model.max_tokens + 72 * model.slots + 4 * self.max_indices + 1024
         room += room_for_adjustments(model.slots, self.config)
-        self.staging = self.device.in_turn((room,), "uint8")
+        staging = itertools.islice(self.device.in_turn((room,), "uint8"), 2)
+        self.staging = itertools.cycle([(memory, np.asarray(memory)) for memory in staging])
         self.arriving = self.device.in_turn((model.slots, 1), "int32")
         self.inputs = self.device.empty((room,), "uint8")
 
@@ -194,16 +233,21 @@ class Runner:
             for slot, prompt in order.counted if self.model.rank == 0 else ():
                 self.sampler.count_anew(slot, prompt)
             given = self._upload(order)
-            logits = self._forward(given, order.host | order.more, order.size)
+            draws, told = order.is_plain and not self.on_logits, None
+            logits, tokens = self._forward(given, order, draws)
+            if not draws:
+                tokens, told = self._sample(logits, given, order)
             arriving = next(self.arriving).rows(0, order.sampled)
-            told = self._sample(logits, given, order, arriving)
+            if order.sampled:
+                self.device.copy(arriving, tokens.rows(0, order.sampled))
             return arriving, told, self.device.mark()
 
-    def _sample(self, logits, given, order, arriving):
+    def _sample(self, logits, given, order):
         """Queue the draws, and log probabilities where they are asked for."""
-        count, is_first = given["following"].shape[0], self.model.rank == 0
+        count, tokens = given["following"].shape[0], None
+        is_told = order.tops is not None and self.model.rank == 0
         if count:  # rows of logits after those of the draws
-            if is_first:
+            if is_told:
                 others = logits.rows(order.sampled, order.sampled + count)
                 self.sampler.tell(others, given["following"], order.sampled, order.tops)
             logits = logits.rows(0, order.sampled) if order.sampled else None
@@ -211,10 +255,7 @@ class Runner:
             if self.on_logits:
                 self.on_logits(self.device.get(logits.rows(0, order.sampled)))
             tokens = self.sampler(logits, given, order)
-            self.device.copy(arriving, tokens.rows(0, order.sampled))
-        if is_first and order.tops is not None:
-            return self.sampler.download(order.sampled + count)
-        return None
+        return tokens, self.sampler.download(order.sampled + count) if is_told else None
 
     def tokens(self, queued):
         """The tokens drawn in a step, when they are there, and what is told of them or None."""
@@ -243,13 +284,12 @@ class Runner:
         if order.size:
             self.placed[order.size] = given, end
         more, end = self._place(order.more, end)
-        given, staging = given | more, next(self.staging)
-        memory = np.asarray(staging)
-        for name, values in (order.host | order.more).items():
-            start = given[name].ptr - self.inputs.ptr
-            memory[start : start + values.nbytes] = values.reshape(-1).view(np.uint8)
+        staging, memory = next(self.staging)
+        parts = [values.tobytes() for values in (order.host | order.more).values()]
+        whole = b"".join(part + bytes(-len(part) % ALIGNED) for part in parts)
+        memory[: len(whole)] = np.frombuffer(whole, np.uint8)
         self.device.copy(self.inputs.rows(0, end), staging.rows(0, end))
-        return given
+        return given | more
 
     def _place(self, arrays, at):
         """The tensors for arrays from there on, and where the last one ends."""
@@ -257,33 +297,36 @@ class Runner:
         for name, values in arrays.items():
             ptr, kind = self.inputs.ptr + at, str(values.dtype)
             given[name] = fi_ffi.TensorDesc(ptr, values.shape, kind, device=device)
-            at += -(-values.nbytes // 16) * 16
+            at += -(-values.nbytes // ALIGNED) * ALIGNED
         return given, at
 
-    def _forward(self, given, host, size):
+    def _forward(self, given, order, draws):
+        """Logits, and the tokens drawn from them, where the step `draws`."""
+        size, host = order.size, order.host | order.more
+        runs = {kind: self._attend(host, size, kind) for kind in self.kinds}
+        if (size, draws) in self.graphs:
+            graph, found = self.graphs[size, draws]
+            graph.launch()
+            return found
         batch = Batch(**{field.name: given.get(field.name) for field in fields(Batch)})
-        batch.attend = {kind: self._attend(host, size, kind) for kind in self.kinds}
-        if not size:
-            return self.model.forward(batch)
-        if self.device.is_gpu:  # whose plans are for graphs, with room for all pages there may be
+        if size and self.device.is_gpu:  # for graphs: plans have room for all pages there may be
             batch.kv_indices = fi_ffi.TensorDesc(
                 batch.kv_indices.ptr, (self.max_indices,), "int32", device=self.device.name
             )
-        batch.attend = {
-            kind: functools.partial(run, paged_kv_indices=batch.kv_indices)
-            for kind, run in batch.attend.items()
-        }
-        if size in self.graphs:
-            graph, logits = self.graphs[size]
-            graph.launch()
-            return logits
-        logits = self.model.forward(batch)
-        if self.use_graphs:  # recorded after it ran once: nothing is loaded or allocated any more
+        more = {"paged_kv_indices": batch.kv_indices} if size else {}
+        batch.attend = {kind: functools.partial(run, **more) for kind, run in runs.items()}
+
+        def forward():
+            logits = self.model.forward(batch)
+            return logits, self.sampler(logits, given, order) if draws else None
+
+        found = forward()
+        if size and self.use_graphs:  # after it ran once: nothing is loaded or allocated any more
             with fi_ffi.capture(self.device.stream) as graph:
                 self.device.is_frozen = True
-                self.graphs[size] = graph, self.model.forward(batch)
+                self.graphs[size, draws] = graph, forward()
             self.device.is_frozen = False
-        return logits
+        return found
 
     def _attend(self, host, size, kind):
         """A plan's run: of prompts, pieces of them and single tokens; or of one token a request.
