@@ -2,7 +2,6 @@
 
     python3 benchmarks/llm.py [--model llama-3-8b] [--batch 1,64] [--repeats 3] [--output .out]
     python3 benchmarks/llm.py --tp 4      # the model split over four GPUs, beside torch and NCCL
-    python3 benchmarks/llm.py --batch 1 --fuse heads    # with what engine/model.py's FUSED has
     python3 benchmarks/llm.py --host      # what a step costs the host; needs no GPU
 
 Needs a GPU, nvmath-python and what examples/llm needs; for the peer (llm_torch.py) torch,
@@ -36,7 +35,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples/llm"))
 
-from engine import Sampling, load_model, model
+from engine import Sampling, load_model
 from marks import Missing, Wrong, llm_host
 from marks.about import about
 from marks.llm_check import compare
@@ -85,7 +84,6 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.rng = arguments, np.random.default_rng()
         self.raw = MODELS[arguments.model]
-        model.FUSED.update(arguments.fuse)
         self.most, self.length = max(arguments.batch), arguments.prompt + arguments.tokens
         self.is_gpu = arguments.device != "cpu"
         # Before fi_ffi loads anything: there is to be one libtvm_ffi.
@@ -226,7 +224,7 @@ def measured(bench: Bench, arguments: argparse.Namespace) -> int:
     told = about() | {"model": arguments.model, "prompt": arguments.prompt}
     told |= {"tokens": arguments.tokens, "max_tokens": bench.engine.max_tokens}
     told |= {"GPUs": arguments.tp, "bytes of weights a step and GPU": bench.weight_bytes()}
-    told |= {"peer on CUDA cores": arguments.cuda_cores, "fused": arguments.fuse}
+    told |= {"peer on CUDA cores": arguments.cuda_cores}
     print(json.dumps(told, indent=2), flush=True)
     if bench.is_gpu and arguments.peer:
         try:
@@ -292,9 +290,6 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda:0", "cpu"), default="cuda:0")
     parser.add_argument("--host", action="store_true", help="only what a step costs the host")
     parser.add_argument("--cuda-cores", action="store_true", help=_CUDA_CORES)
-    parser.add_argument(
-        "--fuse", type=lambda text: text.split(","), default=[], metavar="WORD,WORD"
-    )
     parser.add_argument("--no-peer", dest="peer", action="store_false")
     parser.add_argument("--no-idle", dest="idle", action="store_false")
     parser.add_argument("--output", type=Path, default=os.environ.get("OUT", ".out"))

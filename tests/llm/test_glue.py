@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from cuda.pathfinder import DynamicLibNotFoundError
 from engine import glue
+from engine.sampling import PARTS
 
 from tests.helpers import compiler
 from tests.helpers.compiler import why_not_build
@@ -189,40 +190,75 @@ def test_routes(count, top_k, is_normed, rng, on):
         assert np.abs(shares[i] - np.exp(row[best]) / whole).max() < 1e-5
 
 
+def parts(rows):
+    return np.zeros((rows, PARTS), np.int32)
+
+
+@pytest.mark.parametrize("of", ["logits", "top_k", "top_p", "both"])
 @pytest.mark.parametrize("vocab", [1, 2, 257, 1024, 5000, 151_936])
-def test_draw(vocab, rng, on):
+def test_draw(vocab, of, rng, on):
     """The first token whose sum passes the number; few probabilities, so that sums are exact."""
-    rows = 12
+    rows, kept = 12, np.arange(12) % 2 == (of == "both")
     counts = rng.integers(0, 3, (rows, vocab)) * (rng.random((rows, vocab)) < 50 / vocab)
     counts[:, rng.integers(0, vocab)] = 4
     probs = (counts / 1024).astype(np.float32)
+    temperature = rng.uniform(0.2, 3, rows).astype(np.float32)
+    with np.errstate(divide="ignore"):
+        logits = ((np.log(counts) + 5) * temperature[:, None]).astype(np.float32)
     uniform = rng.random(rows).astype(np.float32)
     uniform[0], uniform[1], uniform[2] = 0, 1 - 2**-24, -1
     min_p = rng.choice([0, 0.3, 0.6], rows).astype(np.float32)
+    top_k = np.full(rows, vocab, np.int32)
+    top_p = np.full(rows, 4, np.float32)
+    if of == "top_k":
+        top_k[:] = vocab - 1
+    elif of != "logits":
+        top_p[kept] = 0.9
+    is_whole = (top_k == vocab) & (top_p > 1)
+    logits[~is_whole], probs[is_whole] = np.nan, np.nan  # not looked at
+    logits[~is_whole, 0] = 0
     tokens = np.full(rows, -1, np.int32)
-    on.run("draw", [tokens, probs, uniform, min_p, vocab])
-    for row, u, least, token in zip(counts, uniform, min_p, tokens, strict=True):
+    on.run("draw", [tokens, parts(rows), logits, probs, temperature, top_k, top_p, uniform, min_p,
+                    vocab])  # fmt: skip
+    for row, u, least, token, by_logits in zip(
+        counts, uniform, min_p, tokens, is_whole, strict=True
+    ):
         if u < 0:
             assert token == row.argmax()
             continue
         left = np.where(row >= least * row.max(), row, 0)
-        sums, chosen = np.cumsum(left), 0
-        while sums[chosen] <= float(u) * sums[-1]:
-            chosen += 1
-        assert token == chosen
+        sums = np.cumsum(left)
+        near = 1e-5 * sums[-1] if by_logits else 0
+        assert left[token] > 0
+        assert sums[token] - left[token] <= float(u) * sums[-1] + near
+        assert float(u) * sums[-1] < sums[token] + near
 
 
-def test_a_draw_of_what_is_no_probability(rng, on):
+def test_draws_leave_room_for_the_next(rng, on):
+    """What is kept of a row, which the last block clears."""
+    kept = parts(5)
+    for _ in range(3):
+        logits = rng.standard_normal((5, 3000)).astype(np.float32)
+        temperature, tokens = np.ones(5, np.float32), np.full(5, -1, np.int32)
+        on.run("draw", [tokens, kept, logits, logits, temperature, np.full(5, 3000, np.int32),
+                        4 * temperature, -temperature, 0 * temperature, 3000])  # fmt: skip
+        assert tokens.tolist() == logits.argmax(1).tolist()
+
+
+@pytest.mark.parametrize("top_p", [0.5, 4])
+def test_a_draw_of_what_is_no_probability(top_p, rng, on):
     """NaN, infinity, nothing at all: a token of the vocabulary in any case."""
     vocab = 300
     wrong = [np.nan, np.inf, 0, -1, -np.inf]
-    probs = np.array([np.full(vocab, x) for x in wrong for _ in range(4)], np.float32)
-    probs[::4, 7] = 0.5
+    rows = np.array([np.full(vocab, x) for x in wrong for _ in range(4)], np.float32)
+    rows[::4, 7] = 0.5
     uniform = np.tile(np.float32([-1, 0, 0.5, 1 - 2**-24]), len(wrong))
-    min_p = rng.choice([0, 0.3], len(probs)).astype(np.float32)
-    tokens = np.full(len(probs), -1, np.int32)
+    min_p = rng.choice([0, 0.3], len(rows)).astype(np.float32)
+    tokens, ones = np.full(len(rows), -1, np.int32), np.ones(len(rows), np.float32)
     with np.errstate(invalid="ignore"):
-        on.run("draw", [tokens, probs, uniform, min_p, vocab])
+        on.run("draw", [tokens, parts(len(rows)), rows, rows, ones,
+                        np.full(len(rows), vocab, np.int32), top_p * ones, uniform, min_p,
+                        vocab])  # fmt: skip
     assert ((tokens >= 0) & (tokens < vocab)).all()
 
 

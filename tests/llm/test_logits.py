@@ -152,22 +152,21 @@ def test_windows_without_sinks(serve, heads):
     assert {kind for _, kind in engine.runner.plans} == {"full_attention", "sliding_attention"}
 
 
-@pytest.mark.parametrize("fused", ["heads", "norms", "heads norms"])
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_fp8", "gpt_oss"])
-def test_fewer_kernels(serve, kind, fused, monkeypatch):
-    monkeypatch.setattr(engine.model, "FUSED", set(fused.split()))
-    serving = serve(kind)
-    made = serving.engine()
-    requests = [made.submit(serving.prompt(n), greedy()) for n in (1, 40, 100)]
-    made.run()
-    assert all(serving.error(request) <= 1 for request in requests)
-
-
 FAULTS = {
-    # Keys and values are not kept; heads are not normalised; another theta; Llama 3's slower
+    # Keys and values change places; queries have the norm of keys; another theta; Llama 3's slower
     # frequencies are left as they were; a state is not cleared; a gate is left out.
-    "append": ("llama", fi_ffi, "append_paged_kv_cache", lambda real: lambda *args: None),
-    "norm": ("qwen3", fi_ffi, "qk_rmsnorm", lambda real: lambda *args, **more: None),
+    "pages": (
+        "llama", engine.model.Model, "place",
+        lambda real: lambda self, layer, qkv, batch, cache: real(
+            self, layer, qkv, batch, (cache[1], cache[0])
+        ),
+    ),
+    "norm": (
+        "qwen3", engine.model.Model, "place",
+        lambda real: lambda self, layer, *rest: real(
+            self, layer | {"q_norm": layer["k_norm"]}, *rest
+        ),
+    ),
     "theta": (
         "qwen3", engine.config.Config, "cos_sin_cache",
         lambda real: lambda self, count: real(replace(self, rope_theta=5000.0), count),

@@ -13,7 +13,7 @@ import fi_ffi
 
 from . import glue
 from .glue import check
-from .products import ROWS, Products, Sum
+from .products import Products, Sum
 from .weights import Blocks
 
 
@@ -130,7 +130,7 @@ class Cpu(Device):
         return False  # there is no kernel of its own for few rows
 
     def can_norm(self, x, weight):
-        return x.shape[0] <= ROWS and not isinstance(weight, Blocks)
+        return not isinstance(weight, Blocks)
 
     @staticmethod
     def _normed(given):
@@ -140,7 +140,7 @@ class Cpu(Device):
         exact /= np.sqrt((exact * exact).mean(1, keepdims=True) + given.eps)
         return (exact * norm).astype(norm.dtype)
 
-    def launch(self, name, threads, *args, block=256, early=False):
+    def launch(self, name, threads, *args, block=256):
         tensors = (np.asarray(x) if isinstance(x, fi_ffi.TensorDesc) else x for x in args)
         glue.ON_CPU[name](*tensors)
 
@@ -173,6 +173,7 @@ class Gpu(Device):
         self.stream = int(check(runtime.cudaStreamCreate()))
         self.memory = []  # what frees it, and its address
         about = check(runtime.cudaGetDeviceProperties(index))
+        self.multiprocessors = about.multiProcessorCount
         self.kernels = glue.compiled(dtype, (about.major, about.minor))
         # Kernels that may begin while the one before ends (programmatic dependent launch).
         self.has_pdl = about.major >= 9
@@ -220,11 +221,10 @@ class Gpu(Device):
         self.wait(self.mark())
         return host
 
-    def launch(self, name, threads, *args, block=256, early=False, shared=0):
+    def launch(self, name, threads, *args, block=256, shared=0):
         """A kernel by name; ints are passed as 32 bits, numpy numbers as what they are.
 
         `threads`: at least so many along x, in whole blocks, and rows of them.
-        `early`: it may be put in place while the kernel before still runs, and waits for that.
         `shared`: bytes of shared memory besides what the kernel names.
         """
         held = [
@@ -237,7 +237,7 @@ class Gpu(Device):
         config.gridDimX, config.gridDimY, config.gridDimZ = -(-threads[0] // block), threads[1], 1
         config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
         config.hStream, config.sharedMemBytes = self.stream, shared
-        if early and self.has_pdl:
+        if self.has_pdl:
             config.attrs, config.numAttrs = [self.early], 1
         kernel = self.kernels[name]
         check(self.driver.cuLaunchKernelEx(config, kernel, pointers.ctypes.data, 0))

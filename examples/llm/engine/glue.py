@@ -23,6 +23,21 @@ __device__ T store(float x) { T y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"
 #endif
 __device__ float sigmoid(float x) { return 1 / (1 + __expf(-x)); }
 
+// Kernels are put in place while the one before still runs, and first wait for what it writes,
+// or after what needs nothing of it.
+__device__ void wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The kernel after this may be put in place from here on.
+__device__ void make_way() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // The greatest of a row and its place (the first of equal ones), of those that come after the
 // element `before` at `at` in that order: in sums[0] and places[0].  A block of 1024 threads.
 __device__ void greatest(const float* row, int vocab, float before, int at, float* sums,
@@ -54,6 +69,7 @@ extern "C" {
 // of `count` rows has none.
 __global__ void take(unsigned* out, const unsigned* table, const int* index, long long step,
                      int words, int start, int count) {
+  wait();
   const int at = index[blockIdx.y] - start;
   const bool is_there = at >= 0 && at < count;
   const unsigned* row = table + (is_there ? at : 0) * step;
@@ -63,6 +79,7 @@ __global__ void take(unsigned* out, const unsigned* table, const int* index, lon
 
 // The ranks' parts of rows side by side, from [ranks, rows, width]; the last may be too wide.
 __global__ void joined(float* out, const float* parts, int width, int whole) {
+  wait();
   const int c = blockIdx.x * blockDim.x + threadIdx.x;
   if (c >= whole) return;
   const long long row = c / width * (long long)gridDim.y + blockIdx.y;
@@ -72,6 +89,7 @@ __global__ void joined(float* out, const float* parts, int width, int whole) {
 // table[index[i]] = values[i]
 __global__ void give(unsigned* table, const unsigned* values, const int* index, long long step,
                      int words) {
+  wait();
   unsigned* row = table + index[blockIdx.y] * step;
   for (int w = blockIdx.x * blockDim.x + threadIdx.x; w < words; w += gridDim.x * blockDim.x)
     row[w] = values[blockIdx.y * (long long)words + w];
@@ -79,6 +97,7 @@ __global__ void give(unsigned* table, const unsigned* values, const int* index, 
 
 // A token below 0 stands for the last one drawn for slot -1 - token.
 __global__ void resolve(int* tokens, const int* latest, int count) {
+  wait();
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < count && tokens[i] < 0) tokens[i] = latest[-1 - tokens[i]];
 }
@@ -88,6 +107,7 @@ __global__ void resolve(int* tokens, const int* latest, int count) {
 __global__ void convolve(T* out, const T* x, const float* weight, T* state, const int* slots,
                          const long long* starts, long long x_step, long long slot_step,
                          int channels) {
+  wait();
   int c = blockIdx.x * blockDim.x + threadIdx.x;
   if (c >= channels) return;
   T* kept = state + slots[blockIdx.y] * slot_step + 3 * c;
@@ -105,6 +125,7 @@ __global__ void convolve(T* out, const T* x, const float* weight, T* state, cons
 // What a token keeps of the state and how much it writes, from (b, a) of each head.
 __global__ void decays(float* alpha, float* beta, const T* ba, const float* a_log,
                        const float* dt_bias, int count, int heads) {
+  wait();
   int i = blockIdx.x * blockDim.x + threadIdx.x, t = i / heads, h = i % heads;
   if (t >= count) return;
   float x = load(ba[t * 2 * heads + heads + h]) + dt_bias[h];
@@ -115,6 +136,7 @@ __global__ void decays(float* alpha, float* beta, const T* ba, const float* a_lo
 
 // x *= sigmoid(gate), and by the gate as well where it is SiLU.
 __global__ void gated(T* x, const T* gate, long long gate_step, int width, int is_silu) {
+  wait();
   const T* row = gate + blockIdx.y * gate_step;
   for (int c = blockIdx.x * blockDim.x + threadIdx.x; c < width; c += gridDim.x * blockDim.x) {
     float g = load(row[c]), factor = sigmoid(g) * (is_silu ? g : 1);
@@ -125,6 +147,7 @@ __global__ void gated(T* x, const T* gate, long long gate_step, int width, int i
 
 // x += bias, in each row.
 __global__ void biased(T* x, const T* bias, int width) {
+  wait();
   T* row = x + blockIdx.y * (long long)width;
   for (int c = blockIdx.x * blockDim.x + threadIdx.x; c < width; c += gridDim.x * blockDim.x)
     row[c] = store(load(row[c]) + load(bias[c]));
@@ -139,10 +162,8 @@ __global__ void place(T* qkv, T* k_cache, T* v_cache, const T* q_norm, const T* 
                       int page_size, float eps, int is_normed) {
   __shared__ float found[4][256];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.x * 4 + warp;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  make_way();
+  wait();
   if (head >= heads + 2 * kv_heads) return;
   const int kind = head < heads ? 0 : head < heads + kv_heads ? 1 : 2;
   const int mine = head - (kind == 0 ? 0 : kind == 1 ? heads : heads + kv_heads);
@@ -179,6 +200,7 @@ __global__ void place(T* qkv, T* k_cache, T* v_cache, const T* q_norm, const T* 
 // their softmax gives them: among all, or (is_normed) among themselves.  32 threads for a token.
 __global__ void route(int* experts, float* shares, const float* logits, const float* bias,
                       int count, int chosen, int is_normed) {
+  wait();
   __shared__ float left[1024];
   const float* row = logits + blockIdx.y * (long long)count;
   experts += blockIdx.y * (long long)chosen;
@@ -213,28 +235,84 @@ __global__ void route(int* experts, float* shares, const float* logits, const fl
   for (int i = lane; i < chosen; i += 32) shares[i] /= whole;
 }
 
-// The token at which the sum of what is at least min_p of the greatest passes `uniform` of the
-// whole; the greatest where `uniform` is below 0.  One block of 1024 threads for a row.
-__global__ void draw(int* tokens, const float* probs, const float* uniform, const float* min_p,
-                     int vocab) {
-  __shared__ float sums[1024];
-  __shared__ int places[1024];
-  const float* row = probs + blockIdx.y * (long long)vocab;
-  const int me = threadIdx.x, warp = me / 32, lane = me % 32;
-  greatest(row, vocab, 1e30f, -1, sums, places);
-  const float least = sums[0] * min_p[blockIdx.y], u = uniform[blockIdx.y];
-  if (me == 0) tokens[blockIdx.y] = min(places[0], vocab - 1);  // of NaNs none is the greatest
+// What is known of a row's 32nds: the greatest, its place, the sum of what all weigh beside it,
+// and how many of them are done.
+struct Parts { float most[32], sums[32]; int places[32], done, unused[31]; };
+
+// The token at which the sum of what weighs at least min_p of the greatest passes `uniform` of the
+// whole; the greatest where `uniform` is below 0.  What a token weighs is its filtered probability
+// where the row has a filter, or else that of its logit.  32 blocks of 1024 threads for a row,
+// the last of which draws.
+__global__ void draw(int* tokens, Parts* parts, const float* logits, const float* probs,
+                     const float* temperature, const int* top_k, const float* top_p,
+                     const float* uniform, const float* min_p, int vocab) {
+  __shared__ float sums[1024], tops[32], totals[32];
+  __shared__ int places[1024], firsts[32];
+  __shared__ bool is_last;
+  wait();
+  const int at = blockIdx.y, me = threadIdx.x, warp = me / 32, lane = me % 32;
+  const bool is_whole = top_k[at] >= vocab && top_p[at] >= 1;
+  const float* row = (is_whole ? logits : probs) + at * (long long)vocab;
+  const float factor = 1 / temperature[at];
+  float most = -INFINITY, mine = 0;
+  auto weigh = [&](float x) { return is_whole ? __expf((x - most) * factor) : x; };
+  auto of_warp = [&](float x) {
+    for (int half = 16; half; half /= 2) x += __shfl_xor_sync(~0u, x, half);
+    return x;
+  };
+  int part = (vocab + 31) / 32, first = min((int)blockIdx.x * part, vocab);
+  const int size = min(part, vocab - first);
+  greatest(row + first, size, INFINITY, -1, sums, places);
+  most = sums[0];
+  const int place = first + places[0];
+  if (most > -INFINITY)
+    for (int i = me; i < size; i += 1024) mine += weigh(row[first + i]);
+  mine = of_warp(mine);
+  __syncthreads();
+  if (lane == 0) sums[warp] = mine;
+  __syncthreads();
+  mine = of_warp(sums[lane]);
+  if (me == 0) {
+    parts[at].most[blockIdx.x] = most;
+    parts[at].sums[blockIdx.x] = mine;
+    parts[at].places[blockIdx.x] = place;
+    __threadfence();
+    is_last = atomicAdd(&parts[at].done, 1) == 31;
+  }
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
+  if (warp == 0) {
+    tops[lane] = __ldcg(&parts[at].most[lane]);
+    totals[lane] = __ldcg(&parts[at].sums[lane]);
+    firsts[lane] = __ldcg(&parts[at].places[lane]);
+    if (lane == 0) parts[at].done = 0;
+  }
+  __syncthreads();
+  most = -INFINITY;
+  int chosen = vocab - 1;  // of NaNs none is the greatest
+  for (int w = 0; w < 32; w++)
+    if (tops[w] > most) { most = tops[w]; chosen = firsts[w]; }
+  if (me == 0) tokens[at] = chosen;
+  const float u = uniform[at], least = min_p[at] * (is_whole ? 1 : most);
   if (u < 0) return;
   // Each warp sums a 32nd of the row, then of the part with the token, until that is one token.
   float target = -1;
-  int first = 0, end = vocab, part;
+  int end = vocab;
+  first = 0;
   do {
     part = (end - first + 31) / 32;
     const int start = first + warp * part, stop = min(start + part, end);
-    float mine = 0;
-#pragma unroll 8
-    for (int i = start + lane; i < stop; i += 32) mine += row[i] >= least ? row[i] : 0;
-    for (int half = 16; half; half /= 2) mine += __shfl_xor_sync(~0u, mine, half);
+    mine = 0;
+    if (target < 0 && !(min_p[at] > 0)) {  // known
+      mine = totals[warp] > 0 ? totals[warp] * (is_whole ? weigh(tops[warp]) : 1) : 0;
+    } else {
+      for (int i = start + lane; i < stop; i += 32) {
+        const float x = weigh(row[i]);
+        mine += x >= least ? x : 0;
+      }
+      mine = of_warp(mine);
+    }
     __syncthreads();
     if (lane == 0) sums[warp] = mine;
     __syncthreads();
@@ -244,8 +322,8 @@ __global__ void draw(int* tokens, const float* probs, const float* uniform, cons
       if (!(whole > 0)) return;
       target = u * whole;
     }
-    int w = 0, chosen = 0;
-    for (; w < 32; w++) {
+    int w = 0;
+    for (chosen = 0; w < 32; w++) {
       if (!(sums[w] > 0)) continue;
       chosen = w;
       if (target < sums[w]) break;
@@ -255,13 +333,14 @@ __global__ void draw(int* tokens, const float* probs, const float* uniform, cons
     first += chosen * part;
     end = min(first + part, end);
   } while (part > 1);
-  if (me == 0) tokens[blockIdx.y] = first;
+  if (me == 0) tokens[at] = first;
 }
 
 // Counts of 2 for each time that a token was drawn, and 1 where it is in the prompt.
 __global__ void penalise(float* logits, const int* counts, const int* slots,
                          const float* presence, const float* frequency, const float* repetition,
                          int vocab) {
+  wait();
   const int v = blockIdx.x * blockDim.x + threadIdx.x, i = blockIdx.y;
   if (v >= vocab) return;
   const int count = counts[slots[i] * (long long)vocab + v];
@@ -272,17 +351,20 @@ __global__ void penalise(float* logits, const int* counts, const int* slots,
 }
 
 __global__ void count(int* counts, const int* tokens, const int* slots, int n, int vocab) {
+  wait();
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < n) atomicAdd(counts + slots[i] * (long long)vocab + tokens[i], 2);
 }
 
 __global__ void add(float* logits, const int* places, const float* values, int n) {
+  wait();
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < n) atomicAdd(logits + places[i], values[i]);
 }
 
 // Minus infinity where a row of `bits` has none; row i is of places[i] of the logits.
 __global__ void mask(float* logits, const unsigned* bits, const int* places, int vocab) {
+  wait();
   const int v = blockIdx.x * blockDim.x + threadIdx.x, words = (vocab + 31) / 32;
   if (v < vocab && !(bits[blockIdx.y * words + v / 32] >> v % 32 & 1))
     logits[places[blockIdx.y] * (long long)vocab + v] = -INFINITY;
@@ -292,6 +374,7 @@ __global__ void mask(float* logits, const unsigned* bits, const int* places, int
 // of 21; and those tokens, in rows of 20.  One block of 1024 threads for a row.
 __global__ void logprobs(float* values, int* ids, const float* logits, const int* tokens,
                          int vocab, int top) {
+  wait();
   __shared__ float sums[1024];
   __shared__ int places[1024];
   const float* row = logits + blockIdx.y * (long long)vocab;
@@ -433,9 +516,13 @@ def route(experts, shares, logits, bias, count, chosen, is_normed):
     shares[...] = mine / (mine if is_normed else of_all).sum(1, keepdims=True)
 
 
-def draw(tokens, probs, uniform, min_p, vocab):
-    for i, row in enumerate(probs):
+def draw(tokens, parts, logits, probs, temperature, top_k, top_p, uniform, min_p, vocab):
+    for i in range(len(tokens)):
+        is_whole = top_k[i] >= vocab and top_p[i] >= 1
+        row = logits[i] if is_whole else probs[i]
         tokens[i] = row.argmax()
+        if is_whole:
+            row = np.exp((row - row.max()) / temperature[i])
         if uniform[i] >= 0:
             sums = np.cumsum(np.where(row >= row.max() * min_p[i], row, 0), dtype=np.float64)
             place = np.searchsorted(sums, uniform[i] * sums[-1], "right")

@@ -14,10 +14,6 @@ from .products import Sum
 from .weights import BLOCK, Blocks, of_layer
 
 HEAD = 128  # of linear attention
-# What is done in fewer kernels, one word each; read when a model is made.
-#   heads: the norms of q and k, RoPE, and what goes to pages;
-#   norms: the residual and a layer's norms, in the product that follows.
-FUSED = set()
 
 
 @dataclass
@@ -46,7 +42,6 @@ class Model:
         self.device, self.config = device, config
         self.slots, self.max_tokens = job.max_batch, job.max_tokens
         self.group, self.rank, self.ranks = group, *((group.rank, group.size) if group else (0, 1))
-        self.fused = frozenset(FUSED)
         self.scratch = functools.lru_cache(4096)(self._scratch)  # described once
         self.embed = device.put(weights("model.embed_tokens.weight"))
         self.head = self.embed if config.tied else device.put(weights("lm_head.weight"))
@@ -178,7 +173,7 @@ class Model:
         """The norm of residual + x, added up over the ranks, and that sum.
 
         One kernel for decoding, where ranks reach each other's memory; its norm has no 1 + weight.
-        Without ranks `following`, a product, does it on the way where that is asked for.
+        Without ranks `following`, a product, does it on the way where that is quicker.
         """
         config, stream = self.config, self.device.stream
         if self.group:
@@ -190,7 +185,7 @@ class Model:
                 )  # fmt: skip
                 return x, residual
             self.group.all_reduce(x, stream=stream)
-        elif "norms" in self.fused and self.can_norm(x, following):
+        elif self.can_norm(x, following):
             # Elsewhere, for all of the product's blocks read what was there.
             both = (self.scratch(name, *x.shape) for name in ("residual", "other residual"))
             late = next(memory for memory in both if memory.ptr != residual.ptr)
@@ -278,19 +273,7 @@ class Model:
         heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
         qkv = self.biased(self.linear("qkv", x, layer["qkv"]), layer, "qkv_bias")
         q = columns(qkv, 0, heads, dim)
-        if "heads" in self.fused:
-            self.place(layer, qkv, batch, cache)
-        else:
-            k = columns(qkv, heads * dim, kv_heads, dim)
-            v = columns(qkv, (heads + kv_heads) * dim, kv_heads, dim)
-            if config.qk_norm:
-                fi_ffi.qk_rmsnorm(q, q, layer["q_norm"], config.eps, **self.pdl)
-                fi_ffi.qk_rmsnorm(k, k, layer["k_norm"], config.eps, **self.pdl)
-            fi_ffi.apply_rope_pos_ids_cos_sin_cache(q, k, q, k, self.cos_sin, batch.positions)
-            fi_ffi.append_paged_kv_cache(
-                k, v, batch.requests, batch.positions, *cache,
-                batch.kv_indices, batch.kv_indptr, batch.kv_last_page_len,
-            )  # fmt: skip
+        self.place(layer, qkv, batch, cache)
         out = self.scratch("attended", n, heads, dim)
         sink = {"sink": layer["sinks"]} if config.is_gpt_oss else {}
         attend(q, *cache, out, **sink, **self.pdl)
@@ -308,7 +291,7 @@ class Model:
             batch.positions, batch.requests, batch.kv_indptr, batch.kv_indices,
             np.int64(qkv.strides[0]), np.int64(cache[0].strides[0]), config.heads,
             config.kv_heads, config.head_dim, config.rotary_dim, cache[0].shape[1],
-            np.float32(config.eps), int(config.qk_norm), block=128, early=True,
+            np.float32(config.eps), int(config.qk_norm), block=128,
         )  # fmt: skip
 
     def gate(self, x, gate, is_silu):

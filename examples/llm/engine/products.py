@@ -12,12 +12,13 @@ import numpy as np
 from .weights import Blocks
 
 ROWS = 8  # the most that the kernel takes
-# Rows of the weight that a block has, columns that a warp takes at once, warps of a block.
+NORMED_ROWS = 2  # the most that it normalises on the way: more take longer than a kernel of its own
+# Rows of the weight that a block has, columns that a warp takes at once, the most warps of a block.
 TALL, RUN, WARPS = 16, 128, 16
-ROOM = 38 << 10  # bytes of shared memory for rows that are normalised on the way
+ROOM = 38 << 10  # bytes of shared memory that the norm and those rows may have
 
 SOURCE = f"""
-constexpr int RUN = {RUN}, WARPS = {WARPS}, ROWS = {ROWS};
+constexpr int RUN = {RUN}, WARPS = {WARPS}, ROOM = {ROOM};
 """
 SOURCE += r"""
 // What makes a float8_e4m3fn in the upper half of 16 bits one of these: its exponent goes
@@ -46,10 +47,11 @@ __device__ Eight widened(unsigned x, unsigned y) {
   return {two_of(x, 0x1404), two_of(x, 0x3424), two_of(y, 0x1404), two_of(y, 0x3424)};
 }
 
+// Not as memory that is only read (nc), for then the compiler may read it after a wait.
 __device__ Eight read_once(const void* from) {
   Eight v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
   return v;
 }
 
@@ -62,37 +64,59 @@ __device__ void multiply(float* sums, unsigned a0, unsigned a1, unsigned a2, uns
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-extern __shared__ __align__(16) T NORMED[];
+extern __shared__ __align__(16) T NORMED[];  // the norm's weight, and rows
 
-// NORMED = the norm of x + residual, rows of columns + 8, so that they begin in other banks.
-__device__ void normalise(const T* x, const T* residual, T* total, const T* norm, float eps,
-                          int rows, int columns) {
-  __shared__ float squares[ROWS][WARPS];
-  const int words = columns / 2, wide = columns / 2 + 4;
-  unsigned* to = (unsigned*)NORMED;
-  for (int r = 0; r < rows; r++) {
-    float mine = 0;
-    for (int c = threadIdx.x; c < words; c += 32 * WARPS) {
-      const unsigned a = ((const unsigned*)x)[r * words + c];
-      const unsigned b = ((const unsigned*)residual)[r * words + c];
-      const T low = store(load(a) + load(b)), high = store(load(a >> 16) + load(b >> 16));
-      mine += load(low) * load(low) + load(high) * load(high);
-      to[r * wide + c] = low | (unsigned)high << 16;
-      if (blockIdx.x == 0) ((unsigned*)total)[r * words + c] = low | (unsigned)high << 16;
+struct alignas(8) Four { unsigned x, y; };  // numbers, two by two
+
+// x += y, each rounded; their squares.
+__device__ float joined(unsigned* x, unsigned y) {
+  const T low = store(load(*x) + load(y)), high = store(load(*x >> 16) + load(y >> 16));
+  *x = low | (unsigned)high << 16;
+  return load(low) * load(low) + load(high) * load(high);
+}
+
+__device__ void scale(unsigned* x, float factor, unsigned weight) {
+  const T high = store(load(*x >> 16) * factor * load(weight >> 16));
+  *x = store(load(*x) * factor * load(weight)) | (unsigned)high << 16;
+}
+
+// The norm of x + residual to rows of columns + 8, so that they begin in other banks.  A warp
+// takes 128 columns of a row at a time, so that a row's sum does not depend on how many there are.
+__device__ void normalise(const T* x, const T* residual, T* total, T* to, float eps, int rows,
+                          int columns) {
+  __shared__ float squares[ROOM / 2 / RUN];
+  const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int runs = columns / RUN;
+  // Loops as they are: each step runs once, and code takes longer to fetch than to run.
+#pragma unroll 1
+  for (int row = 0; row < rows; row++) {
+#pragma unroll 1
+    for (int run = warp; run < runs; run += warps) {
+      const int at = (row * runs + run) * 32 + lane;
+      Four a = ((const Four*)x)[at];
+      const Four b = ((const Four*)residual)[at];
+      float mine = joined(&a.x, b.x) + joined(&a.y, b.y);
+      for (int half = 16; half; half /= 2) mine += __shfl_xor_sync(~0u, mine, half);
+      if (lane == 0) squares[row * runs + run] = mine;
+      ((Four*)(to + row * (columns + 8) + run * RUN))[lane] = a;
+      if (blockIdx.x == 0) ((Four*)total)[at] = a;
     }
-    for (int half = 16; half; half /= 2) mine += __shfl_xor_sync(~0u, mine, half);
-    if (threadIdx.x % 32 == 0) squares[r][threadIdx.x / 32] = mine;
   }
   __syncthreads();
-  for (int r = 0; r < rows; r++) {
+#pragma unroll 1
+  for (int row = 0; row < rows; row++) {
     float all = 0;
-    for (int w = 0; w < WARPS; w++) all += squares[r][w];
+#pragma unroll 4
+    for (int i = 0; i < runs; i++) all += squares[row * runs + i];
     const float factor = rsqrtf(all / columns + eps);
-    for (int c = threadIdx.x; c < words; c += 32 * WARPS) {
-      const unsigned a = to[r * wide + c], w = ((const unsigned*)norm)[c];
-      const T low = store(load(a) * factor * load(w));
-      const T high = store(load(a >> 16) * factor * load(w >> 16));
-      to[r * wide + c] = low | (unsigned)high << 16;
+#pragma unroll 1
+    for (int run = warp; run < runs; run += warps) {
+      const Four w = ((const Four*)NORMED)[run * 32 + lane];
+      Four* at = (Four*)(to + row * (columns + 8) + run * RUN) + lane;
+      Four both = *at;
+      scale(&both.x, factor, w.x);
+      scale(&both.y, factor, w.y);
+      *at = both;
     }
   }
   __syncthreads();
@@ -101,13 +125,13 @@ __device__ void normalise(const T* x, const T* residual, T* total, const T* norm
 __device__ void write(T* to, float x) { *to = store(x); }
 __device__ void write(float* to, float x) { *to = x; }
 
-// out = x @ weight.T for at most 8 rows of x.  Each block has 16 rows of the weight, and each
-// of its 16 warps every 16th run of 128 columns of them; a row's sums do not depend on how many
-// rows there are.  Which columns the tensor cores take for the first 16 does not matter as long
-// as a lane has the same of both matrices, so each reads 8 neighbours at once.
+// out = x @ weight.T for at most 8 rows of x.  Each block has 16 rows of the weight, and its warps
+// take runs of 128 columns of them in turn; a row's sums do not depend on how many rows there are.
+// Which columns the tensor cores take for the first 16 does not matter as long as a lane has the
+// same of both matrices, so each reads 8 neighbours at once.
 //
-// IS_GATED: out = silu(x @ gate.T) * (x @ up.T), of a weight that is gate's rows and then up's;
-// a block has 8 rows of each.
+// IS_GATED: out = silu(x @ gate.T) * (x @ up.T), of a weight that is gate's rows and then up's; a
+// block has 8 rows of each.
 //
 // IS_NORMED: of the norm of x + residual rather than of x.  Each block makes it for itself, for
 // all rows together are small; the first one leaves the sum, which is the next residual.
@@ -120,8 +144,8 @@ __device__ void few_rows(O* out, const T* x, const W* weight, const float* scale
   constexpr bool IS_FP8 = sizeof(W) == 1;
   constexpr int EACH = 16 / sizeof(W), PARTS = RUN / (4 * EACH);  // what a lane reads at once
   __shared__ float found[WARPS][4][32];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, place = lane % 4;
-  const int start = warp * RUN + place * EACH;
+  const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int row = lane / 4, place = lane % 4, start = warp * RUN + place * EACH;
   const int first = blockIdx.x * (IS_GATED ? 8 : 16);
   const int second = first + (IS_GATED ? 8 * gridDim.x : 8);
   const W* upper = weight + (first + row) * (long long)columns;
@@ -135,37 +159,39 @@ __device__ void few_rows(O* out, const T* x, const W* weight, const float* scale
       low[i] = read_once(lower + from + 4 * EACH * i);
     }
   };
-#if __CUDA_ARCH__ >= 900
-  // The kernel after this may be put in place now; this one's weights are nobody's result.
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
+  make_way();
   if (start < columns) read(start);
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  if (IS_NORMED)
+#pragma unroll 1
+    for (int c = threadIdx.x; c < columns / 4; c += blockDim.x)
+      ((Four*)NORMED)[c] = ((const Four*)norm)[c];
+  wait();
   if (IS_NORMED) {
-    normalise(x, residual, total, norm, eps, rows, columns);
-    x = NORMED;
+    normalise(x, residual, total, NORMED + columns, eps, rows, columns);
+    x = NORMED + columns;
     x_step = columns + 8;
   }
   x += min(row, rows - 1) * x_step;
   for (int from = start; from < columns;) {
+    constexpr int GROUPS = EACH / 8;  // of 8 numbers, of what a lane reads at once
+    Eight b[PARTS * GROUPS];
+#pragma unroll
+    for (int i = 0; i < PARTS * GROUPS; i++)
+      b[i] = *(const Eight*)(x + from + 4 * EACH * (i / GROUPS) + 8 * (i % GROUPS));
     float run[4] = {};
     float* to = IS_FP8 ? run : sums;
-    auto add = [&](Eight a, Eight c, const T* where) {
-      const Eight b = *(const Eight*)where;
+    auto add = [&](Eight a, Eight c, Eight b) {
       multiply(to, a.x, c.x, a.y, c.y, b.x, b.y);
       multiply(to, a.z, c.z, a.w, c.w, b.z, b.w);
     };
 #pragma unroll
     for (int i = 0; i < PARTS; i++) {
-      const T* where = x + from + 4 * EACH * i;
       const Eight a = up[i], c = low[i];
       if (IS_FP8) {
-        add(widened(a.x, a.y), widened(c.x, c.y), where);
-        add(widened(a.z, a.w), widened(c.z, c.w), where + 8);
+        add(widened(a.x, a.y), widened(c.x, c.y), b[2 * i]);
+        add(widened(a.z, a.w), widened(c.z, c.w), b[2 * i + 1]);
       } else {
-        add(a, c, where);
+        add(a, c, b[i]);
       }
     }
     if (IS_FP8) {
@@ -175,7 +201,7 @@ __device__ void few_rows(O* out, const T* x, const W* weight, const float* scale
       sums[0] += run[0] * high; sums[1] += run[1] * high;
       sums[2] += run[2] * deep; sums[3] += run[3] * deep;
     }
-    from += WARPS * RUN;
+    from += warps * RUN;
     if (from < columns) read(from);
   }
 #pragma unroll
@@ -185,8 +211,8 @@ __device__ void few_rows(O* out, const T* x, const W* weight, const float* scale
   if (warp >= (IS_GATED ? 2 : 4) || column >= rows) return;
   auto sum = [&](int which) {
     float all = 0;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) all += found[w][which][lane];
+#pragma unroll 4
+    for (int w = 0; w < warps; w++) all += found[w][which][lane];
     return all;
   };
   const float mine = sum(warp);
@@ -194,25 +220,28 @@ __device__ void few_rows(O* out, const T* x, const W* weight, const float* scale
   write(out + column * out_step + at, IS_GATED ? mine * sigmoid(mine) * sum(warp + 2) : mine);
 }
 
-#define FEW_ROWS(name, O, W, IS_GATED, IS_NORMED)                                           \
-  extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) name(                         \
-      O* out, const T* x, const W* weight, const float* scales, int rows, int columns,      \
+#define FEW_ROWS(name, O, W, IS_GATED, IS_NORMED)                                             \
+  extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) name(                           \
+      O* out, const T* x, const W* weight, const float* scales, int rows, int columns,        \
       long long x_step, long long out_step, const T* residual, T* total, const T* norm,       \
-      float eps) {                                                                          \
-    few_rows<O, W, IS_GATED, IS_NORMED>(out, x, weight, scales, rows, columns, x_step,      \
+      float eps) {                                                                            \
+    few_rows<O, W, IS_GATED, IS_NORMED>(out, x, weight, scales, rows, columns, x_step,        \
                                         out_step, residual, total, norm, eps);                \
   }
 """
-# By what is multiplied, the weight, and what is done with the sums.
+
+
+def _name(*kinds):
+    return "_".join(("few_rows", *kinds)).lower()
+
+
+# By name: what comes out, the weight, whether it is of two halves, and whether x is a norm.
 KERNELS = {
-    f"few_rows_{of}{weight}{to}": f"{kind}, {is_gated}, {is_normed}"
-    for of, is_normed in (("", "false"), ("normed_", "true"))
-    for weight, numbers in (("", "T"), ("fp8_", "F8"))
-    for to, kind, is_gated in (
-        ("to_half", f"T, {numbers}", "false"),
-        ("to_float", f"float, {numbers}", "false"),
-        ("silu", f"T, {numbers}", "true"),
-    )
+    _name(out, weight, is_gated, is_normed): f"{out}, {weight}, {is_gated}, {is_normed}"
+    for out in ("T", "float")
+    for weight in ("T", "F8")
+    for is_gated in ("false", "true")
+    for is_normed in ("false", "true")
 }
 SOURCE += "".join(f"FEW_ROWS({name}, {kinds})\n" for name, kinds in KERNELS.items())
 
@@ -256,30 +285,44 @@ class Products:
         if not self.is_few(x, weight):
             self.by_cublas(out, x, weight)
         else:
-            self._few("to_float" if out.dtype.name == "float32" else "to_half", out, x, weight)
+            self._few("false", out, x, weight)
 
     def linear_silu(self, out, x, weight):
         """out = silu(x @ gate.T) * (x @ up.T), of few rows; the weight is gate and then up."""
-        self._few("silu", out, x, weight)
+        self._few("true", out, x, weight)
 
     def can_norm(self, x, weight):
-        """Whether products of these take a `Sum`: rows that leave room for two blocks."""
-        rows, columns = x.shape
-        return self.is_few(x, weight) and rows * (columns + 8) * 2 <= ROOM
+        """Whether products of these are quicker with a `Sum`."""
+        is_few = self.is_few(x, weight) and x.shape[0] <= NORMED_ROWS
+        # Blocks that have to wait for others would make the norm once more.
+        return is_few and self._room(*x.shape) <= ROOM and self._warps(weight)[1]
 
-    def _few(self, to, out, x, weight):
-        of, sums, room = "", (np.uint64(0),) * 3 + (np.float32(0),), 0
-        if isinstance(x, Sum):
-            of, room = "normed_", x.shape[0] * (x.shape[1] + 8) * 2
-            sums = x.residual, x.sum, x.norm, np.float32(x.eps)
+    def _warps(self, weight):
+        """Warps of a block, and whether there is room for all blocks at once."""
+        rows, columns = weight.shape
+        warps = min(max(columns // RUN, 4), WARPS)  # four of them write
+        if rows // TALL * warps <= 2 * WARPS * self.gpu.multiprocessors:
+            return warps, True
+        return WARPS, False  # where there is not, fewer at once read faster
+
+    @staticmethod
+    def _room(rows, columns):
+        """Bytes of the norm and of rows that lie apart."""
+        return 2 * (columns + rows * (columns + 8))
+
+    def _few(self, is_gated, out, x, weight):
+        is_normed, sums, room = isinstance(x, Sum), (np.uint64(0),) * 3 + (np.float32(0),), 0
+        if is_normed:
+            sums, room = (x.residual, x.sum, x.norm, np.float32(x.eps)), self._room(*x.shape)
             x = x.x
+        kinds = ("float" if out.dtype.name == "float32" else "T",)
+        kinds += ("F8", is_gated) if isinstance(weight, Blocks) else ("T", is_gated)
+        given = weight if isinstance(weight, Blocks) else (weight, np.uint64(0))
+        blocks, warps = weight.shape[0] // TALL, self._warps(weight)[0]
         steps = np.int64(x.strides[0]), np.int64(out.strides[0])
-        kind, of_weight = "", (weight, np.uint64(0))
-        if isinstance(weight, Blocks):
-            kind, of_weight = "fp8_", weight
         self.gpu.launch(
-            f"few_rows_{of}{kind}{to}", (weight.shape[0] // TALL * 32 * WARPS, 1), out, x,
-            *of_weight, *x.shape, *steps, *sums, block=32 * WARPS, early=True, shared=room,
+            _name(*kinds, "true" if is_normed else "false"), (blocks * 32 * warps, 1), out, x,
+            *given, *x.shape, *steps, *sums, block=32 * warps, shared=room,
         )  # fmt: skip
 
     def by_cublas(self, out, x, weight):

@@ -18,6 +18,7 @@ from .device import view
 
 MOST_BIASES = 1024  # of a request
 IN_PROMPT = 1  # what is counted is twice how often a token was drawn, and this
+PARTS = 128  # words that `draw` keeps of a row
 ALL = 4.0  # the top_p that keeps a row as it is
 COLDEST = 1e-5  # a lower temperature is taken as 0: logits divided by it would be infinite
 PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -137,6 +138,8 @@ class Sampler:
     def __init__(self, model):
         self.model, self.device, self.vocab = model, model.device, model.config.vocab
         self.counts, self.told = None, None  # of each slot's tokens; what `tell` keeps
+        self.parts = self.device.empty((model.slots, PARTS), "int32")
+        self.device.zero(self.parts)
 
     def __call__(self, logits, given, order):
         """Tokens, int32 [n, 1]; they are kept as the last ones of their slots.
@@ -151,14 +154,17 @@ class Sampler:
                 raw = model.scratch("raw", n, self.vocab, dtype="float32", most=model.slots)
                 self.device.copy(raw, logits)
             self._adjust(logits, given, order.is_penalised)
-            fi_ffi.softmax(None, logits, probs, given["temperature"], **model.pdl)
+            if any(order.is_filtered):
+                probs = model.scratch("probs", n, self.vocab, dtype="float32", most=model.slots)
+                fi_ffi.softmax(None, logits, probs, given["temperature"], **model.pdl)
             if order.is_filtered[0]:
                 fi_ffi.top_k_renorm_probs(probs, probs, given["top_k"])
             if order.is_filtered[1]:
                 fi_ffi.top_p_renorm_probs(probs, probs, given["top_p"])
-            self.device.launch("draw", (1024, n), view(tokens, n), probs, given["uniform"],
-                               given["min_p"], self.vocab, block=1024)  # fmt: skip
-            if self.counts is not None:
+            names = ("temperature", "top_k", "top_p", "uniform", "min_p")
+            self.device.launch("draw", (32 * 1024, n), view(tokens, n), self.parts, logits, probs,
+                               *map(given.get, names), self.vocab, block=1024)  # fmt: skip
+            if order.is_penalised:
                 self.device.launch("count", (n, 1), self.counts, view(tokens, n),
                                    given["sampled"], n, self.vocab)  # fmt: skip
             if order.tops is not None:
