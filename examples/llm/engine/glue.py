@@ -2,8 +2,8 @@
 
 Rows by index (embeddings, last tokens, states), what a GDN layer has around its rule, heads
 between a product and attention, which experts a token goes to, and a token drawn from a row of
-probabilities with a number of the request's own, so that what a request gets does not depend on
-where in the batch it is.
+logits or probabilities with a number of the request's own, so that what a request gets does not
+depend on where in the batch it is.
 """
 
 import numpy as np
@@ -23,8 +23,8 @@ __device__ T store(float x) { T y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"
 #endif
 __device__ float sigmoid(float x) { return 1 / (1 + __expf(-x)); }
 
-// Kernels are put in place while the one before still runs, and first wait for what it writes,
-// or after what needs nothing of it.
+// A kernel is put in place while the one before still runs.  It waits for what that writes first of
+// all, or after work that needs nothing of it.
 __device__ void wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -5,6 +5,7 @@ when the kernel before has ended; this kernel asks for its first weights before,
 of them at a time.
 """
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -47,7 +48,7 @@ __device__ Eight widened(unsigned x, unsigned y) {
   return {two_of(x, 0x1404), two_of(x, 0x3424), two_of(y, 0x1404), two_of(y, 0x3424)};
 }
 
-// Not as memory that is only read (nc), for then the compiler may read it after a wait.
+// Not as memory that is only read (nc): those reads the compiler may put after a wait.
 __device__ Eight read_once(const void* from) {
   Eight v;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -69,7 +70,7 @@ extern __shared__ __align__(16) T NORMED[];  // the norm's weight, and rows
 struct alignas(8) Four { unsigned x, y; };  // numbers, two by two
 
 // x += y, each rounded; their squares.
-__device__ float joined(unsigned* x, unsigned y) {
+__device__ float add_to(unsigned* x, unsigned y) {
   const T low = store(load(*x) + load(y)), high = store(load(*x >> 16) + load(y >> 16));
   *x = low | (unsigned)high << 16;
   return load(low) * load(low) + load(high) * load(high);
@@ -87,7 +88,7 @@ __device__ void normalise(const T* x, const T* residual, T* total, T* to, float 
   __shared__ float squares[ROOM / 2 / RUN];
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int runs = columns / RUN;
-  // Loops as they are: each step runs once, and code takes longer to fetch than to run.
+  // Not unrolled: each step runs once or twice, and code takes longer to fetch than to run.
 #pragma unroll 1
   for (int row = 0; row < rows; row++) {
 #pragma unroll 1
@@ -95,7 +96,7 @@ __device__ void normalise(const T* x, const T* residual, T* total, T* to, float 
       const int at = (row * runs + run) * 32 + lane;
       Four a = ((const Four*)x)[at];
       const Four b = ((const Four*)residual)[at];
-      float mine = joined(&a.x, b.x) + joined(&a.y, b.y);
+      float mine = add_to(&a.x, b.x) + add_to(&a.y, b.y);
       for (int half = 16; half; half /= 2) mine += __shfl_xor_sync(~0u, mine, half);
       if (lane == 0) squares[row * runs + run] = mine;
       ((Four*)(to + row * (columns + 8) + run * RUN))[lane] = a;
@@ -232,16 +233,13 @@ __device__ void few_rows(O* out, const T* x, const W* weight, const float* scale
 
 
 def _name(*kinds):
-    return "_".join(("few_rows", *kinds)).lower()
+    return "_".join(("few_rows", *map(str, kinds))).lower()
 
 
 # By name: what comes out, the weight, whether it is of two halves, and whether x is a norm.
 KERNELS = {
-    _name(out, weight, is_gated, is_normed): f"{out}, {weight}, {is_gated}, {is_normed}"
-    for out in ("T", "float")
-    for weight in ("T", "F8")
-    for is_gated in ("false", "true")
-    for is_normed in ("false", "true")
+    _name(*kinds): ", ".join(kinds)
+    for kinds in itertools.product(("T", "float"), ("T", "F8"), *[("false", "true")] * 2)
 }
 SOURCE += "".join(f"FEW_ROWS({name}, {kinds})\n" for name, kinds in KERNELS.items())
 
@@ -285,11 +283,11 @@ class Products:
         if not self.is_few(x, weight):
             self.by_cublas(out, x, weight)
         else:
-            self._few("false", out, x, weight)
+            self._few(out, x, weight)
 
     def linear_silu(self, out, x, weight):
         """out = silu(x @ gate.T) * (x @ up.T), of few rows; the weight is gate and then up."""
-        self._few("true", out, x, weight)
+        self._few(out, x, weight, is_gated=True)
 
     def can_norm(self, x, weight):
         """Whether products of these are quicker with a `Sum`."""
@@ -310,20 +308,19 @@ class Products:
         """Bytes of the norm and of rows that lie apart."""
         return 2 * (columns + rows * (columns + 8))
 
-    def _few(self, is_gated, out, x, weight):
+    def _few(self, out, x, weight, is_gated=False):
         is_normed, sums, room = isinstance(x, Sum), (np.uint64(0),) * 3 + (np.float32(0),), 0
         if is_normed:
             sums, room = (x.residual, x.sum, x.norm, np.float32(x.eps)), self._room(*x.shape)
             x = x.x
-        kinds = ("float" if out.dtype.name == "float32" else "T",)
-        kinds += ("F8", is_gated) if isinstance(weight, Blocks) else ("T", is_gated)
-        given = weight if isinstance(weight, Blocks) else (weight, np.uint64(0))
+        is_fp8 = isinstance(weight, Blocks)
+        kind = "float" if out.dtype.name == "float32" else "T"
+        name = _name(kind, "F8" if is_fp8 else "T", is_gated, is_normed)
         blocks, warps = weight.shape[0] // TALL, self._warps(weight)[0]
+        given = weight if is_fp8 else (weight, np.uint64(0))
         steps = np.int64(x.strides[0]), np.int64(out.strides[0])
-        self.gpu.launch(
-            _name(*kinds, "true" if is_normed else "false"), (blocks * 32 * warps, 1), out, x,
-            *given, *x.shape, *steps, *sums, block=32 * warps, shared=room,
-        )  # fmt: skip
+        self.gpu.launch(name, (blocks * 32 * warps, 1), out, x, *given, *x.shape, *steps, *sums,
+                        block=32 * warps, shared=room)  # fmt: skip
 
     def by_cublas(self, out, x, weight):
         """cuBLAS counts columns first, so that a row-major matrix is its transpose there."""
