@@ -207,6 +207,15 @@ def idleness(rows: list[Row], sides: list[str]) -> str:
     return as_table(lines)
 
 
+def shares(row: Row, count: int = 8) -> str:
+    """Markdown: which of our kernels make a step as long as it is."""
+    adds = row.idles["fi_ffi"].adds_ms
+    most = sorted(adds, key=lambda name: -adds[name])[:count]
+    lines = [["batch", "kernel", "ms a step"], ["---"] * 3]
+    lines += [[row.name, name[:60].replace("|", " "), f"{adds[name]:.3f}"] for name in most]
+    return as_table(lines)
+
+
 def as_table(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -250,6 +259,8 @@ def measured(bench: Bench, arguments: argparse.Namespace) -> int:
         for row in rows:
             bench.measure_idle(row)
         print(f"\nThe GPU in a step of decoding\n\n{idleness(rows, names)}", flush=True)
+        for row in rows:
+            print(f"\n{shares(row)}", flush=True)
         write(arguments, told | bench.about, rows)
     return status
 

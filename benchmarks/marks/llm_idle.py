@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,24 +23,16 @@ _KINDS = {"kernel", "gpu_memcpy", "gpu_memset"}
 
 @dataclass(frozen=True)
 class Idle:
-    """Milliseconds a step: of kernels and copies, and in all."""
+    """Milliseconds a step: of kernels and copies, in all, and what each kind of them adds."""
 
     busy_ms: float
     wall_ms: float
     kernels: float  # a step
+    adds_ms: dict[str, float]  # by kernel or copy: how long it runs after all that began before it
 
     @property
     def share(self) -> float:
         return 1 - self.busy_ms / self.wall_ms
-
-
-def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """How much (start, end) spans cover together."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
 
 
 def of_trace(events: list[dict[str, Any]], steps: int) -> Idle:
@@ -52,7 +43,11 @@ def of_trace(events: list[dict[str, Any]], steps: int) -> Idle:
     spans = [(float(event["ts"]), float(event["ts"]) + float(event["dur"])) for event in found]
     wall = max(end for _, end in spans) - min(start for start, _ in spans)
     count = sum(event["cat"] == "kernel" for event in found)
-    return Idle(covered(spans) / steps / 1e3, wall / steps / 1e3, count / steps)
+    adds, reached = dict.fromkeys((event["name"] for event in found), 0.0), float("-inf")
+    for (start, end), event in sorted(zip(spans, found, strict=True), key=lambda pair: pair[0]):
+        adds[event["name"]] += max(0.0, end - max(start, reached)) / steps / 1e3
+        reached = max(reached, end)
+    return Idle(sum(adds.values()), wall / steps / 1e3, count / steps, adds)
 
 
 def profiled(torch: Any, call: Any) -> list[dict[str, Any]]:

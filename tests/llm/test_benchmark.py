@@ -61,13 +61,20 @@ def test_weights(bench, rng):
     assert len(np.unique(rows, axis=0)) == len(rows)
 
 
-def test_covered(bench):
-    assert bench.idle.covered([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
-    spans = [("kernel", 0, 10), ("gpu_memcpy", 5, 10), ("kernel", 35, 5), ("cpu_op", 0, 900)]
-    events = [{"ph": "X", "cat": kind, "ts": ts, "dur": dur} for kind, ts, dur in spans]
+def test_time_that_the_gpu_is_busy(bench):
+    """Of two steps; copies run beside kernels, and one ends before another that began earlier."""
+    spans = [
+        ("kernel", "a", 0, 10), ("gpu_memcpy", "copy", 5, 10), ("kernel", "b", 35, 5),
+        ("kernel", "a", 16, 8), ("kernel", "b", 17, 2), ("cpu_op", "a", 0, 900),
+    ]  # fmt: skip
+    events = [
+        {"ph": "X", "cat": kind, "name": name, "ts": ts, "dur": dur}
+        for kind, name, ts, dur in spans
+    ]
     idle = bench.idle.of_trace([*events, {"ph": "M"}], 2)
-    assert (idle.busy_ms, idle.wall_ms, idle.kernels) == (0.010, 0.020, 1)
-    assert idle.share == 0.5
+    assert idle.adds_ms == pytest.approx({"a": 0.009, "copy": 0.0025, "b": 0.0025})
+    assert (idle.busy_ms, idle.wall_ms, idle.kernels) == pytest.approx((0.014, 0.020, 2))
+    assert abs(idle.share - 0.3) < 1e-12
     with pytest.raises(RuntimeError, match="no kernel"):
         bench.idle.of_trace([{"ph": "M"}], 1)
 
