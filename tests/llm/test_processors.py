@@ -89,6 +89,59 @@ def test_draws_are_of_adjusted_logits(serve):
     assert (np.abs(got - p) <= 5 * np.sqrt(p * (1 - p) / count) + 5 / count).all()
 
 
+@pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=str)
+def test_a_filter_alone_that_leaves_one_token(serve, filters):
+    """The most probable; beside a request without filters."""
+    serving = serve("llama")
+    engine, prompt = serving.engine(), serving.prompt(8)
+    asks = {"temperature": 0.0}, {"temperature": 1.5, "seed": 3, **filters}, {"seed": 4}
+    greedy, one, other = (
+        engine.submit(prompt, Sampling(**ask, max_tokens=12, ignore_eos=True)) for ask in asks
+    )
+    engine.run()
+    assert one.tokens == greedy.tokens != other.tokens
+
+
+@pytest.mark.parametrize("filters", [{"top_k": -1}, {"top_p": 0.9999}, {"min_p": 1e-7}], ids=str)
+def test_a_filter_alone_that_leaves_nearly_all(serve, filters):
+    """The same draws as without."""
+    serving = serve("llama")
+    engine, prompt = serving.engine(), serving.prompt(8)
+    if "top_k" in filters:
+        filters = {"top_k": engine.config.vocab - 1}
+    one, other = (
+        engine.submit(prompt, Sampling(seed=6, **ask, max_tokens=12, ignore_eos=True))
+        for ask in ({}, filters)
+    )
+    engine.run()
+    assert one.tokens == other.tokens
+
+
+ASKS = [
+    {}, {"temperature": 0.0}, {"min_p": 0.1}, {"top_k": 5}, {"top_p": 0.6}, {"logprobs": 2},
+    {"presence_penalty": 1.0}, {"logit_bias": {7: 3.0}}, {"min_tokens": 3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ask", ASKS, ids=str)
+def test_steps_that_draw_at_once(serve, ask):
+    """With the logits, as where nobody looks at these in between: the same, told the same."""
+    serving, got = serve("qwen3"), []
+    prompts = [serving.prompt(n) for n in (5, 30)]
+    for is_looked_at in (True, False):
+        engine = serving.engine()
+        if not is_looked_at:
+            engine.steps.on_logits = None
+        requests = [
+            engine.submit(prompt, Sampling(**{"seed": n, "max_tokens": 15, **ask}))
+            for n, prompt in enumerate(prompts)
+        ]
+        engine.run()
+        got.append([(request.tokens, request.logprobs) for request in requests])
+    assert got[0] == got[1]
+    assert all(bool(logprobs) == ("logprobs" in ask) for _, logprobs in got[0])
+
+
 @pytest.mark.parametrize("top", [0, 1, 5, TOP])
 def test_log_probabilities(serve, top):
     """Of the model's own logits, whatever is done to them before the draw; beside others."""
