@@ -63,6 +63,8 @@ class Algorithms:
         has_nccl: bool,
     ) -> None:  # fmt: skip
         fusion, device, max_bytes = self._fusion_size, self._device, self._max_bytes
+        if parts and not has_nccl:
+            parts["gathered"] = max_bytes
         if not device.is_cuda:
             from fi_ffi.reference import on_host
 
@@ -74,6 +76,7 @@ class Algorithms:
             most = max(max_bytes, fusion.message_bytes if fusion else 0)
             self._spare, self._room = cuda.allocate(2 * most, device), most
         starts = self._starts(parts)
+        self._gathered = starts.get("gathered", [])
         if "vllm" in parts:
             self.vllm = VllmAllReduce(ranks.rank, starts["vllm"], max_bytes, device, linked)
         if fusion is not None:
@@ -178,7 +181,7 @@ class Algorithms:
         return self._in_vectors(lambda x, out, stream: reduce(x, out, stream, is_oneshot))
 
     def collective(self, op: str) -> Call:
-        """Return NCCL's function, or one that uses an all-reduce of the whole tensor.
+        """Return NCCL's function, or one that uses the ranks' memory.
 
         Raises `LoaderError` if neither is available.
         """
@@ -191,15 +194,27 @@ class Algorithms:
         return self._gather if op == "all_gather" else self._scatter
 
     def _gather(self, x: TensorDesc, out: TensorDesc, stream: int) -> None:
-        """Gather by summing tensors that are zero outside the own rank's part; a -0 becomes 0."""
-        reduce = self.all_reduce(self.choose(out.span_bytes, out.dtype.itemsize))
-        part, count, device = out.ptr + self._rank * x.span_bytes, x.span_bytes, self._device
-        if x.ptr != part:
-            cuda.copy(part, x.ptr, count, device, stream)
-        for start, end in ((out.ptr, part), (part + count, out.ptr + out.span_bytes)):
-            if end > start:
-                cuda.zero(start, end - start, device, stream)
-        reduce(out, out, stream)
+        """Gather by copies from memory that all ranks read, which keeps every bit.
+
+        Sums with zeros would not: the kernels' float32 arithmetic turns subnormals into zeros.
+        """
+        count, device, own = x.span_bytes, self._device, self._gathered[self._rank]
+        for start in range(0, count, self._max_bytes):
+            size = min(self._max_bytes, count - start)
+            self._meet(stream)  # no rank reads the part before any more
+            cuda.copy(own, x.ptr + start, size, device, stream)
+            self._meet(stream)
+            for rank, address in enumerate(self._gathered):
+                cuda.copy(out.ptr + rank * count + start, address, size, device, stream)
+
+    def _meet(self, stream: int) -> None:
+        """Make the stream wait until every rank's stream is here: a sum that nobody reads."""
+        out = TensorDesc(self._spare.desc.ptr, (8,), "float16", device=self._device)
+        if self.vllm is not None:
+            self.vllm.all_reduce(self.vllm.buffer(out.shape, "float16"), out, stream)
+            return
+        assert self.fusion is not None
+        self.fusion.all_reduce(out, out.at(out.ptr + self._room), stream, is_oneshot=True)
 
     def _scatter(self, x: TensorDesc, out: TensorDesc, stream: int) -> None:
         """Reduce the whole tensor, then copy this rank's part of the sum."""

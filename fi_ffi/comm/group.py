@@ -243,8 +243,8 @@ class Group:
             out: `size` times as many elements of the same dtype; `x` may be this rank's part of it.
             stream: as for `all_reduce`.
 
-        On GPUs NCCL does it.  Without NCCL, an all-reduce of the whole does: `ArgumentError` above
-        its largest message, `LoaderError` on several machines.  Raises as `all_reduce` does.
+        On GPUs NCCL does it, or without NCCL copies from the ranks' memory: `LoaderError` on
+        several machines.  Every bit arrives as it is.  Raises as `all_reduce` does.
         """
         op = "all_gather"
         given, result, handle = self._given(op, x, out, stream)
@@ -336,17 +336,18 @@ class Group:
         if not self._is_open:
             return
         self._is_open = False
-        if self._algorithms is None:
+        algorithms, self._algorithms = self._algorithms, None  # whose memory is freed on return
+        if algorithms is None:
             return
         try:
             if self.device.is_cuda:
                 if self._hang:
-                    self._algorithms.abort()
+                    algorithms.abort()
                 cuda.synchronize(self.device)  # meanwhile the monitor releases waiting kernels
         finally:
             if self._monitor is not None:
                 self._monitor.close()
-        self._algorithms.close(is_broken=bool(self._hang))
+        algorithms.close(is_broken=bool(self._hang))
 
     def __enter__(self) -> Group:
         return self

@@ -71,7 +71,7 @@ class _Ranks:
         self.all_gather(b"")
 
     def _late(self, seconds: float, missing: Iterable[int]) -> HangError:
-        return self._hang(f"waited {seconds:g} s for {names(missing)}")
+        return self._hang(f"waited {round(seconds, 1):g} s for {names(missing)}")
 
     def _hang(self, what: str) -> HangError:
         kind = type(self).__name__
@@ -125,7 +125,8 @@ class Processes(_Ranks):
     def all_gather(self, data: bytes) -> list[bytes]:
         if self.rank:
             return self._send(bytes(data))
-        given, missing, end = [bytes(data)], set(), time.monotonic() + self.timeout_s
+        begun, given, missing = time.monotonic(), [bytes(data)], set()
+        end = begun + self.timeout_s
         for rank, pipe in enumerate(self._pipes, 1):
             received = _receive(pipe, end)
             given.append(received or b"")
@@ -138,18 +139,18 @@ class Processes(_Ranks):
                 with contextlib.suppress(OSError):  # the rank has died since; the next call notices
                     pipe.send_bytes(reply)
         if missing:
-            raise self._late(self.timeout_s, missing)
+            raise self._late(time.monotonic() - begun, missing)
         return given
 
     def _send(self, data: bytes) -> list[bytes]:
         (pipe,) = self._pipes
-        reply = None
+        begun, reply = time.monotonic(), None
         with contextlib.suppress(OSError):
             pipe.send_bytes(data)
-            reply = _receive(pipe, time.monotonic() + self.timeout_s + _GRACE_S)
+            reply = _receive(pipe, begun + self.timeout_s + _GRACE_S)
         given, missing = ([], {0}) if reply is None else pickle.loads(reply)
         if missing:
-            raise self._late(self.timeout_s, missing)
+            raise self._late(time.monotonic() - begun, missing)
         return list(given)
 
 

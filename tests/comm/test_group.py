@@ -230,16 +230,19 @@ def test_a_buffer_that_peers_read(rng):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_collectives_without_nccl(size, rng):
-    """As on GPUs where it is not installed: by all-reduces, the sums' own ranks in place too."""
+    """As on GPUs where it is not installed: parts bit by bit, sums by all-reduces; in place too."""
     values = rng.standard_normal((size, 60 * size)).astype(np.float32)
+    bits = rng.integers(0, 2**32, (size, 5000), np.uint32)  # more than there is memory for at once
+    bits[:, :4] = 1, 0x7FC00001, 0x80000000, 0xFF800000  # as floats: tiny, not a number, -0, -inf
 
     def body(rank, given, gpus):
         with comm.Group(given[rank], device="cpu", max_bytes=1 << 12) as group:
             group._algorithms._collectives = None
-            x, whole = values[rank].copy(), np.full(values.size, np.nan, np.float32)
-            if size == 2:
-                group.all_gather(x, whole)
-                assert (whole == values.reshape(-1)).all()
+            x, every = values[rank].copy(), np.full(bits.size, np.nan, np.float32)
+            for _ in range(3):
+                group.all_gather(bits[rank].view(np.float32), every)
+                assert (every.view(np.uint32) == bits.reshape(-1)).all()
+                every[:] = np.nan
             mine = x[: 15 * size + 1]
             gathered = np.full((size, len(mine)), np.nan, np.float32)
             gathered[rank] = mine
@@ -251,7 +254,7 @@ def test_collectives_without_nccl(size, rng):
                 group.reduce_scatter(x, out)
                 assert np.abs(out - total).max() < 1e-5
             with pytest.raises(ArgumentError, match=r"fi-ffi\[nccl\]"):
-                group.all_gather(np.zeros(1024, np.float32), np.zeros(1024 * size, np.float32))
+                group.reduce_scatter(np.zeros(2048, np.float32), np.zeros(2048 // size, np.float32))
 
     on_all("threads", size, body)
 
