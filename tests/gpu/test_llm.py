@@ -59,6 +59,9 @@ _NEEDS = {
 }  # fmt: skip
 
 
+_ONE_EACH = ('"threads"', '"ray"')  # ranks that cannot share a GPU
+
+
 @pytest.fixture
 def where(request, machine):
     pytest.importorskip("nvmath", reason="nvmath-python is not installed: fi-ffi[llm-gpu]")
@@ -73,14 +76,20 @@ def where(request, machine):
 
 @pytest.fixture
 def split(serve, machine, request):
-    """As in tests/llm/test_ranks.py, where there are so many GPUs."""
+    """As in tests/llm/test_ranks.py; processes share GPUs where there are too few."""
     size = request.node.callspec.params.get("size", 2) if hasattr(request.node, "callspec") else 2
-    if len(gpus()) < size:
+    count = len(gpus())
+    if count < size and any(way in inspect.getsource(request.function) for way in _ONE_EACH):
         pytest.skip(f"needs {size} GPUs")
-    pytest.importorskip("nccl", reason="nccl4py is not installed: fi-ffi[nccl]")
     for module in ("trtllm_comm", "vllm_comm"):
         machine.need(module)
-    return lambda kind, **changes: serve(kind, **test_ranks.SIZES.get(kind, {}) | changes)
+
+    def make(kind, **changes):
+        made = serve(kind, **test_ranks.SIZES.get(kind, {}) | changes)
+        made.options["gpus"] = min(count, size)
+        return made
+
+    return make
 
 
 def test_graphs_of_two_ranks(split, where):

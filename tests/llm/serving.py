@@ -29,12 +29,12 @@ class Serving:
         self.forward = Forward(self.path)
         self.dtype = self.forward.raw["torch_dtype"]
         self.engines: list[Engine] = []
+        self.options: dict[str, Any] = {"num_pages": 64, "max_batch": 8, "max_tokens": 128}
         # The logits of each request's tokens.
         self.logits: dict[Request, list[np.ndarray]] = defaultdict(list)
 
     def engine(self, **options: Any) -> Engine:
-        defaults = {"num_pages": 64, "max_batch": 8, "max_tokens": 128}
-        engine = load(self.path, self.where, **defaults | options)
+        engine = load(self.path, self.where, **self.options | options)
         engine.steps.on_logits = self._keep
         self.engines.append(engine)
         return engine

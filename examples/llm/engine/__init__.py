@@ -11,7 +11,7 @@ __all__ = ["Config", "Engine", "Request", "Sampling", "load", "load_model"]
 
 
 def load(path, device=None, num_pages=1024, page_size=16, max_batch=64, max_tokens=512,
-         use_graphs=True, tp=1, way="processes"):  # fmt: skip
+         use_graphs=True, tp=1, way="processes", gpus=None):  # fmt: skip
     """An engine for the checkpoint in a folder (the hub's layout).
 
     Args:
@@ -24,17 +24,19 @@ def load(path, device=None, num_pages=1024, page_size=16, max_batch=64, max_toke
         tp: GPUs (ranks) that the model is split over.
         way: what ranks are: "processes" or "threads" of this machine, from `device` on, or
             actors that "ray" places.
+        gpus: how many GPUs of this machine ranks take in turn; by default each has its own.
+            Processes may share one, which is for tests: their kernels run by turns.
     """
     config, weights = Config.read(path), Weights(path)
     verify(config, weights)
     return load_model(config, weights, device, num_pages, page_size, max_batch, max_tokens,
-                      use_graphs, tp, way)  # fmt: skip
+                      use_graphs, tp, way, gpus)  # fmt: skip
 
 
 def load_model(config, weights, device, num_pages, page_size, max_batch, max_tokens, use_graphs,
-               tp=1, way="processes"):  # fmt: skip
+               tp=1, way="processes", gpus=None):  # fmt: skip
     """The same from a Config, and anything that gives weights by name."""
     max_tokens = max(max_tokens, max_batch)
     job = Job(config, weights, device or default(), num_pages, page_size, max_batch, max_tokens,
-              use_graphs)  # fmt: skip
+              use_graphs, gpus or tp)  # fmt: skip
     return Engine(start(job, tp, way))

@@ -32,6 +32,7 @@ class Job:
     max_batch: int
     max_tokens: int
     use_graphs: bool
+    gpus: int  # that ranks of this machine take in turn
 
 
 def runner_of(job, ranks=None, followers=(), index=None):
@@ -43,7 +44,7 @@ def runner_of(job, ranks=None, followers=(), index=None):
     if job.device == "cpu":
         device = Cpu(config.dtype)
     else:
-        here = int(job.device[5:] or 0) + (ranks.rank if ranks else 0)
+        here = int(job.device[5:] or 0) + (ranks.rank % job.gpus if ranks else 0)
         device = Gpu(config.dtype, here if index is None else index)
     group = None
     with device.scope():
@@ -65,6 +66,8 @@ def group_of(job, ranks, device):
     most = min(job.max_tokens, max(SIZES))
     try:
         fusion = FusionSize(most, job.config.hidden, job.config.dtype)
+        if fusion.message_bytes < most * LEAST_ROW:
+            fusion = None
         return Group(ranks, device=device.name, fusion=fusion)
     except ArgumentError:  # on all ranks: they are on several machines, or of an odd number
         return Group(ranks, device=device.name)
@@ -78,6 +81,7 @@ def follow(job, ranks, orders):
     runner.close()
 
 
+LEAST_ROW = 512  # bytes of a row that FlashInfer's kernel of sums and norms takes before 0.6.15
 LOADING_S = 600.0  # how long a rank waits for others that load
 _spawn = multiprocessing.get_context("spawn")  # a fork would have this process's CUDA
 # What brings the orders to ranks of this machine, and what runs them.
