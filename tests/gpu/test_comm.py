@@ -1,11 +1,12 @@
 """Groups of ranks on GPUs: threads by peer access and processes by CUDA IPC, against float64.
 
-Two ranks share a GPU where there is one: their kernels wait for each other, and are small enough to
-run at once.  What needs more says so.
+Where there are too few GPUs, ranks share them.  Processes run by turns then.  Kernels of threads
+must all run at once, so that only small ones of two ranks do.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from tests.helpers.stress_strength import IS_SANITIZED, scaled
 MAKE = {"threads": comm.threads, "processes": comm.processes}
 FUSION = comm.FusionSize(64, 4096)
 LARGEST = 64 << 20
+SIZES = (2, 4, 8)
 
 
 def gpus() -> int:
@@ -42,19 +44,19 @@ def _modules():
             pytest.skip(str(error).partition("\n")[0])
 
 
-def need(count: int) -> int:
-    """So many GPUs."""
-    if gpus() < count:
+def need(count: int, kind: str = "threads") -> None:
+    """So many GPUs, where ranks cannot share them."""
+    if kind == "threads" and gpus() < count:
         pytest.skip(f"needs {count} GPUs")
-    return count
 
 
-def has_nccl() -> bool:
+def has_nccl(size: int) -> bool:
+    """Whether so many ranks have it: a GPU each, and nccl4py."""
     try:
         nccl.imported()
     except LoaderError:
         return False
-    return True
+    return gpus() >= size
 
 
 def on_all(kind: str, size: int, body: Any, *args: Any) -> list[Any]:
@@ -98,31 +100,33 @@ def check_nccl(op: str, seed: int, number: int, n: int, of: int, found: list[np.
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("algorithm", ["vllm", "oneshot", "twoshot", "auto"])
 def test_small_messages_of_two_ranks(algorithm, rng):
-    """On one GPU as well."""
+    """On one GPU as well; as threads where there are more, and for sanitizers."""
+    kind = "threads" if gpus() > 1 or IS_SANITIZED else "processes"
     sizes = (2048, 4096) if algorithm == "twoshot" else (1, 7, 8, 1000, 4096)
     made: Calls = [
         ("all_reduce", n, of, bool(n % 2), algorithm) for n in sizes for of in (1, 2)
     ]  # fmt: skip
     options = {"max_bytes": 1 << 16, "fusion": comm.FusionSize(4, 4096), "nccl": False}
-    compare(2, "threads", options, int(rng.integers(2**32)), made)
+    compare(2, kind, options, int(rng.integers(2**32)), made)
 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("of", range(3), ids=["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("kind", MAKE)
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_all_sizes(size, kind, of, rng):
-    """2 B to 64 MiB, by every algorithm that there is for a size."""
-    need(size)
+    """2 B to 64 MiB, or 4 MiB by turns, by every algorithm that there is for a size."""
+    need(size, kind)
+    largest = 26 if gpus() >= size else 22
     seed, itemsize = int(rng.integers(2**32)), DTYPES[of].itemsize
     fusion = comm.FusionSize(2048, 4096, DTYPES[of].name)
     made: Calls = []
-    for power in range(1, 27):
+    for power in range(1, largest + 1):
         n = (1 << power) // itemsize
         if not n:
             continue
         odd = int(rng.integers(max(n // 2, 1), n + 1))
-        made.append(("all_reduce", odd, of, bool(power % 2), "auto" if has_nccl() else "vllm"))
+        made.append(("all_reduce", odd, of, bool(power % 2), "auto" if has_nccl(size) else "vllm"))
         made.append(("all_reduce", n, of, not power % 2, "vllm"))
         if n * itemsize <= fusion.message_bytes:
             made.append(("all_reduce", n, of, bool(power % 2), "oneshot"))
@@ -132,16 +136,15 @@ def test_all_sizes(size, kind, of, rng):
     found = on_all(kind, size, rank_programs.calls, options, seed, made)
     for number, (op, n, _, _, algorithm) in enumerate(made):
         results = [each[number] for each in found]
-        check = check_nccl if algorithm == "auto" and has_nccl() else rank_programs.check
+        check = check_nccl if algorithm == "auto" and has_nccl(size) else rank_programs.check
         check(op, seed, number, n, of, results)
 
 
 @pytest.mark.parametrize("kind", MAKE)
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_collectives_by_nccl(size, kind, rng):
-    need(size)
-    if not has_nccl():
-        pytest.skip("needs nccl4py: pip install 'fi-ffi[nccl]'")
+    if not has_nccl(size):
+        pytest.skip(f"needs {size} GPUs and nccl4py: pip install 'fi-ffi[nccl]'")
     made: Calls = []
     for n in (1, 31, 4096, 1 << 20):
         for of in range(3):
@@ -152,9 +155,9 @@ def test_collectives_by_nccl(size, kind, rng):
 
 
 @pytest.mark.parametrize("kind", MAKE)
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_collectives_without_nccl(size, kind, rng):
-    need(size)
+    need(size, kind)
     made: Calls = []
     for n in (1, 31, 4096, 1 << 17):
         for of in range(3):
@@ -164,10 +167,44 @@ def test_collectives_without_nccl(size, kind, rng):
     compare(size, kind, options, int(rng.integers(2**32)), made)
 
 
+def gathers(
+    rank: int, given: Any, gpus: int, options: dict[str, Any], bits: np.ndarray
+) -> list[np.ndarray]:
+    """What a rank gets of all ranks' bits, by calls and by a graph of two."""
+    place, found = rank_programs.place_of(rank, gpus), []
+    x = place.put(bits[rank].view(np.float32))
+    outs = [place.put(rank_programs.poisoned(bits.size, np.float32)) for _ in range(3)]
+    with comm.Group(given[rank], device=place.device, **options) as group:
+        group.all_gather(x.desc(), outs[0].desc(), stream=place.stream)
+        with fi_ffi.capture(place.stream, device=place.device) as graph:
+            for out in outs[1:]:
+                group.all_gather(x.desc(), out.desc(), stream=place.stream)
+        for _ in range(5):
+            graph.launch(place.stream)
+        found = [place.get(out).view(np.uint32) for out in outs]
+    place.close()
+    return found
+
+
+@pytest.mark.parametrize("nccl", [True, False], ids=["nccl", "copies"])
+@pytest.mark.parametrize("size", SIZES)
+def test_every_bit_is_gathered(size, nccl, rng):
+    """Numbers that sums would change among them: tiny ones, -0 and those that are none."""
+    if nccl and not has_nccl(size):
+        pytest.skip(f"needs {size} GPUs and nccl4py: pip install 'fi-ffi[nccl]'")
+    bits = rng.integers(0, 2**32, (size, 5003), np.uint32)
+    bits[:, :4] = 1, 0x7FC00001, 0x80000000, 0xFF800000
+    options = {"nccl": nccl, "max_bytes": 1 << 12}  # of which a part takes several
+    for results in on_all("processes", size, gathers, options, bits):
+        for got in results:
+            assert (got == bits.reshape(-1)).all()
+
+
 @pytest.mark.parametrize("of", range(3), ids=["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize(("kind", "size"), [("threads", 2), ("processes", 2), ("processes", 4)])
+@pytest.mark.parametrize(("kind", "size"), [("threads", 2), ("processes", 2), ("processes", 4),
+                                            ("processes", 8)])  # fmt: skip
 def test_fusion(kind, size, of, rng):
-    need(size)
+    need(size, kind)
     seed, made = int(rng.integers(2**32)), []
     for name in rank_programs.OUTS:
         for hidden in (1024, 4096, 6144):
@@ -183,10 +220,10 @@ def test_fusion(kind, size, of, rng):
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", MAKE)
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", SIZES)
 def test_a_hundred_thousand_calls(size, kind, rng):
     """Of random sizes and addresses, half of them by each of the kernels' modules."""
-    need(size)
+    need(size, kind)
     count = scaled(50_000, 200)
     for fusion in (None, comm.FusionSize(128, 4096)):
         options = {"max_bytes": 1 << 20, "fusion": fusion, "nccl": False}
@@ -200,7 +237,10 @@ def test_a_hundred_thousand_calls(size, kind, rng):
 def replay(
     rank: int, given: Any, gpus: int, options: dict[str, Any], seed: int, count: int, busy: bool
 ) -> list[Any]:
-    """Graphs of calls by all kernels, replayed with new inputs; beside other streams' work."""
+    """Graphs of calls by all kernels, replayed with new inputs; beside other streams' work.
+
+    The group's buffer has a graph of its own, without "vllm" on other tensors, which go through it.
+    """
     place = rank_programs.place_of(rank, gpus)
     ways = ("vllm", "oneshot", "twoshot", "buffer")
     found = []
@@ -209,20 +249,25 @@ def replay(
         outs = [place.put(np.zeros(8192, np.float16)) for _ in ways]
         buffer = group.buffer((8192,), "float16")
         with fi_ffi.capture(place.stream, device=place.device) as graph:
-            for way, x, out in zip(ways, xs, outs, strict=True):
-                given_x = buffer if way == "buffer" else x.desc()
-                name = "vllm" if way == "buffer" else way
-                group.all_reduce(given_x, out.desc(), algorithm=name, stream=place.stream)
-                group.all_reduce(out.desc(), algorithm=name, stream=place.stream)
+            for way, x, out in zip(ways[:-1], xs, outs, strict=False):
+                group.all_reduce(x.desc(), out.desc(), algorithm=way, stream=place.stream)
+                group.all_reduce(out.desc(), algorithm=way, stream=place.stream)
+        with fi_ffi.capture(place.stream, device=place.device) as of_buffer:
+            group.all_reduce(buffer, outs[-1].desc(), algorithm="vllm", stream=place.stream)
+            group.all_reduce(outs[-1].desc(), algorithm="oneshot", stream=place.stream)
         noise = Noise(place) if busy else None
         for number in range(10):
             for i, x in enumerate(xs):
                 values = rank_programs.addend(seed, 10 * number + i, rank, 8192, np.float16)
-                write(place, buffer.ptr if ways[i] == "buffer" else x.ptr, values)
-            for _ in range(count // 10):
-                graph.launch(place.stream)
-                if noise is not None:
-                    noise.make()
+                write(place, x.ptr, values)
+                place.poison(outs[i])
+            for each in (graph, of_buffer):
+                if each is of_buffer:
+                    write(place, buffer.ptr, values)
+                for _ in range(count // 10):
+                    each.launch(place.stream)
+                    if noise is not None:
+                        noise.make()
             found.append([place.get(out) for out in outs])
             if noise is not None:
                 noise.check()
@@ -256,9 +301,10 @@ def write(place: Any, address: int, values: np.ndarray) -> None:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("busy", [False, True], ids=["alone", "beside norms"])
-@pytest.mark.parametrize(("kind", "size"), [("threads", 2), ("processes", 2), ("processes", 4)])
+@pytest.mark.parametrize(("kind", "size"), [("threads", 2), ("processes", 2), ("processes", 4),
+                                            ("processes", 8)])  # fmt: skip
 def test_graphs_replayed(kind, size, busy, rng):
-    need(size)
+    need(size, kind)
     if busy:
         try:
             search.find_module("norm", 0)
@@ -290,9 +336,8 @@ def test_graphs_replayed(kind, size, busy, rng):
 @pytest.mark.parametrize("how", ["vllm", "oneshot", "twoshot", "graph"])
 def test_a_process_that_is_killed(how, victim):
     """The other is told in time, by name; it closes its group, and uses its GPU again."""
-    need(2)
     options = {"timeout_s": 2.0, "fusion": comm.FusionSize(4, 4096), "nccl": False}
-    words, closed, again = rank_programs.after_a_kill(victim, 2, options, how)
+    words, closed, again = rank_programs.after_a_kill(victim, min(gpus(), 2), options, how)
     assert f"for rank {victim}" in words and f"the process of rank {victim} has ended" in words
     assert closed < 30 and again == [0, 1, 2, 3, 4]
 
@@ -302,6 +347,7 @@ def test_a_thread_that_does_not_come(how):
     given = comm.threads(2)
     devices = min(gpus(), 2)
     options = {"timeout_s": 2.0, "fusion": comm.FusionSize(4, 4096), "nccl": False}
+    gone = threading.Event()  # what is freed waits for all kernels of its GPU
 
     def body(rank: int) -> str:
         place = rank_programs.place_of(rank, devices)
@@ -311,7 +357,9 @@ def test_a_thread_that_does_not_come(how):
         group.synchronize(place.stream)
         if rank == 1:
             group.close()
+            gone.set()
             return ""
+        gone.wait()
         for _ in range(3):  # those behind the first wait as well
             group.all_reduce(x.desc(), algorithm=how, stream=place.stream)
         with pytest.raises(HangError, match="waited 2 s for rank 1") as caught:
@@ -341,10 +389,9 @@ def test_refusals():
                 group.all_reduce(large.desc(), stream=place.stream)
             with pytest.raises(ArgumentError, match="the group's"):
                 group.all_reduce(np.ones(4, np.float32), stream=place.stream)
+            part = large.desc().rows(rank << 11, (rank + 1) << 11)
             with pytest.raises(ArgumentError, match=r"fi-ffi\[nccl\]"):
-                group.reduce_scatter(
-                    large.desc(), large.desc().rows(0, 1 << 11), stream=place.stream
-                )
+                group.reduce_scatter(large.desc(), part, stream=place.stream)
             assert (place.get(x) == 1).all() and (place.get(large) == 1).all()
 
     assert ranks.run("threads", 2, body) == [None, None]
@@ -373,7 +420,7 @@ def make_and_close(
 @pytest.mark.skipif(IS_SANITIZED, reason="under compute-sanitizer: its own memory grows")
 @pytest.mark.parametrize("kind", MAKE)
 def test_a_thousand_groups(kind):
-    need(2)
+    need(2, kind)
     options = {"max_bytes": 1 << 20, "fusion": comm.FusionSize(8, 4096), "nccl": False}
     for before, after in on_all(kind, 2, make_and_close, options, scaled(1000, 40)):
         assert before - after < 64 << 20

@@ -75,11 +75,15 @@ class Gpu:
         return array.desc()
 
     def get(self, array: Any) -> np.ndarray:
-        """Once this rank's stream is done: a whole device may wait for other ranks' calls."""
+        """Once this rank's stream is done: a whole device may wait for other ranks' calls.
+
+        A copy that waits for kernels would keep other threads of this GPU from calling CUDA.
+        """
         from cuda.bindings import runtime
 
         from fi_ffi.cli.cuda import check
 
+        check(runtime.cudaStreamSynchronize(self.stream))
         got = np.empty(array.host.shape, array.host.dtype)
         kind = runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         address = got.ctypes.data
