@@ -41,7 +41,7 @@ structured, asks = test_structured.structured, test_structured.asks
 _HOST = (
     "test_pages_by_themselves", "test_begun", "test_wrong_parameters", "_compiles_the_kernels",
     "_make_up_the_whole", "_that_ranks_share", "_share_of_bytes", "_rows_of_the_file",
-    "_does_not_divide", "test_wrong_numbers", "test_checkpoints_that_lie",
+    "_does_not_divide", "_ranks_than_gpus", "test_wrong_numbers", "test_checkpoints_that_lie",
 )  # fmt: skip
 for _module in (
     test_client, test_glue, test_hostile, test_logits, test_processors, test_ranks, test_serve,

@@ -8,6 +8,7 @@ from typing import Any
 
 import engine.device
 import engine.model
+import engine.ranks
 import ml_dtypes
 import numpy as np
 import pytest
@@ -255,6 +256,17 @@ def test_what_does_not_divide(kind, changes, size, words, tmp_path, rng):
     with pytest.raises(ValueError, match=words):
         load(path, "cpu", 8, tp=size, way="threads")
     assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "needed"),
+    [("cuda:0", {"tp": 2}, 1), ("cuda:1", {}, 1), ("cuda:0", {"tp": 4, "gpus": 3}, 2)],
+)
+def test_more_ranks_than_gpus(device, options, needed, tmp_path, rng, monkeypatch):
+    monkeypatch.setattr(engine.ranks, "gpus", lambda: needed)
+    words = f"{options.get('tp', 1)} ranks from {device} on need cuda:{needed}, and this machine"
+    with pytest.raises(ValueError, match=f"{words} has {needed} GPUs"):
+        load(make_tiny(tmp_path, "llama", rng), device, 8, **options)
 
 
 def without_sums(real: Any) -> Any:

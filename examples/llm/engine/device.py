@@ -33,15 +33,20 @@ def view(x, *shape):
     return fi_ffi.TensorDesc(x.ptr, shape, x.dtype, device=x.device)
 
 
-def default():
-    """ "cuda:0" where there is a GPU, or else "cpu"."""
+def gpus():
+    """How many there are; 0 without a driver."""
     from cuda.bindings import runtime
 
     try:
         error, count = runtime.cudaGetDeviceCount()
-    except RuntimeError:  # no driver
-        return "cpu"
-    return "cpu" if int(error) or not count else "cuda:0"
+    except RuntimeError:
+        return 0
+    return 0 if int(error) else count
+
+
+def default():
+    """ "cuda:0" where there is a GPU, or else "cpu"."""
+    return "cuda:0" if gpus() else "cpu"
 
 
 class Device:

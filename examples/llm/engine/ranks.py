@@ -14,7 +14,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from .device import Cpu, Gpu
+from .device import Cpu, Gpu, gpus
 from .model import Model
 from .split import Split, of_rank
 from .steps import SIZES, Runner
@@ -94,6 +94,11 @@ WAYS = {
 def start(job, size, way):
     """A runner for `size` ranks, `way` of them: "threads", "processes" or "ray"."""
     of_rank(job.config, size)  # refused before anything is started
+    if job.device != "cpu" and way != "ray":  # which has other machines
+        last, there = int(job.device[5:] or 0) + min(job.gpus, size) - 1, gpus()
+        if last >= there:
+            raise ValueError(f"{size} ranks from {job.device} on need cuda:{last}, and this machine"
+                             f" has {there} GPUs")  # fmt: skip
     if size == 1:
         return runner_of(job)
     if way == "ray":
