@@ -428,17 +428,21 @@ def gdn_decode(
     ):  # fmt: skip
         if type(value) is not bool:
             check_flag(_OP, name, value)
-    index, buffer = initial_state_indices, intermediate_states_buffer
+    q, v, state = as_desc(q, _OP, "q"), as_desc(v, _OP, "v"), as_desc(state, _OP, "state")
+    dt_bias, a, b = as_desc(dt_bias, _OP, "dt_bias"), as_desc(a, _OP, "a"), as_desc(b, _OP, "b")
+    index, of_index = initial_state_indices, None
+    if index is not None:
+        index = as_desc(index, _OP, "initial_state_indices")
+        of_index = index.kind
+    buffer = intermediate_states_buffer
     options = (disable_state_update, use_qk_l2norm, state_layout, scale)
-    key: object = None
+    key: object = (
+        q.kind, q.shape[1:], v.shape[1:], state.kind, dt_bias.kind, a.kind, b.kind, of_index,
+        output_state_indices is None, buffer is None, options, type(scale),
+    )  # fmt: skip
     try:
-        key = (
-            q.device, q.shape[1:], v.shape[1:], state.dtype, dt_bias.dtype, a.dtype, b.dtype,  # type: ignore[union-attr]
-            None if index is None else index.dtype, output_state_indices is None, buffer is None,  # type: ignore[union-attr]
-            options, type(scale),
-        )  # fmt: skip
         kernels = _kernels.get(key)
-    except (AttributeError, TypeError):  # a tensor without these attributes: describe it
+    except TypeError:  # an option without a hash
         key = kernels = None
     if kernels is None:
         kernels = _kernels_of(
@@ -465,9 +469,9 @@ class _Kernels:
     def values(self, *given: Any) -> Values:
         """Return a call's values, from the arguments in the order of `_GIVEN`."""
         q, state, index, buffer = given[0], given[3], given[9], given[11]
-        requests = q.shape[0] if hasattr(q, "shape") else as_desc(q, _OP, "q").shape[0]
+        requests = q.shape[0]
         if index is None:
-            _check_first("state", as_desc(state, _OP, "state"), requests)
+            _check_first("state", state, requests)
         if buffer is not None:
             name = "intermediate_states_buffer"
             _check_first(name, as_desc(buffer, _OP, name), requests, self._kernel.t)
@@ -496,14 +500,12 @@ _kernels: dict[object, _Kernels] = {}
 
 
 def _kernels_of(
-    q: TensorLike, v: TensorLike, state: TensorLike, dt_bias: TensorLike, a: TensorLike,
-    b: TensorLike, initial_state_indices: TensorLike | None,
+    q: TensorDesc, v: TensorDesc, state: TensorDesc, dt_bias: TensorDesc, a: TensorDesc,
+    b: TensorDesc, initial_state_indices: TensorDesc | None,
     output_state_indices: TensorLike | None, buffer: TensorLike | None,
     disable_state_update: bool, use_qk_l2norm: bool, state_layout: str, scale: float | None,
 ) -> _Kernels:  # fmt: skip
     """Check that a call's options are compatible, and return its kernels."""
-    q, v, state = as_desc(q, _OP, "q"), as_desc(v, _OP, "v"), as_desc(state, _OP, "state")
-    dt_bias, a, b = as_desc(dt_bias, _OP, "dt_bias"), as_desc(a, _OP, "a"), as_desc(b, _OP, "b")
     if len(q.shape) != 4 or len(v.shape) != 4:
         name, desc = ("v", v) if len(q.shape) == 4 else ("q", q)
         raise ArgumentError(_OP, name, got=desc.layout, expected="rank 4 (b t heads 128)")
@@ -513,8 +515,7 @@ def _kernels_of(
         raise ArgumentError(_OP, "state", got=state.dtype, expected="bfloat16 or float32")
     index_dtype = "int32"
     if initial_state_indices is not None:
-        name = "initial_state_indices"
-        index_dtype = as_desc(initial_state_indices, _OP, name).dtype.name
+        index_dtype = initial_state_indices.dtype.name
     is_one, is_indexed = tokens == 1, initial_state_indices is not None
     if state_layout != "VK":
         _check_keys_first(state_layout, state_dtype, is_one, is_indexed)
