@@ -282,8 +282,9 @@ class Group:
     def buffer(self, shape: tuple[int, ...], dtype: str) -> TensorDesc:
         """Return a tensor in the memory that peers read, which "vllm" adds up without a copy.
 
-        All these tensors start at the same address.  The sum must go elsewhere.  Raises
-        `ArgumentError` above `max_bytes`, and if the ranks have no such memory.
+        All these tensors start at the same address.  Calls of "vllm" on other tensors overwrite
+        them, graphs that are replayed included.  The sum must go elsewhere.  Raises `ArgumentError`
+        above `max_bytes`, and if the ranks have no such memory.
         """
         self._check_open("buffer")
         if self._algorithms is None or self._algorithms.vllm is None:
