@@ -5,8 +5,9 @@
 Two tables, of microseconds a call, the slowest rank's median of some replays: all-reduces of
 float16 from 512 B to 64 MiB by every algorithm there is, and all-reduce + residual + RMSNorm in one
 kernel beside NCCL's all-reduce and `fused_add_rmsnorm`.  NCCL is nccl4py's, or torch's where that
-is not installed.  Every cell's result is compared with the sum first.  Needs two GPUs or more, and
-kernels: vllm_comm, trtllm_comm, norm.
+is not installed.  Every cell's result is compared with the sum first.  Needs a GPU for each rank,
+and kernels: vllm_comm, trtllm_comm, norm.  With --gpus 1 ranks share one, without NCCL and by
+turns: that tries the program out, and its times mean nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 
 import fi_ffi
 from fi_ffi import comm
-from fi_ffi.errors import ArgumentError, LoaderError
+from fi_ffi.errors import ArgumentError
 from fi_ffi.ops import cuda
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -63,30 +64,32 @@ class TorchNccl:
 class Rank:
     """One rank: its group, its memory and its stream."""
 
-    def __init__(self, ranks: comm.Ranks, store: str, replays: int) -> None:
+    def __init__(self, ranks: comm.Ranks, store: str, replays: int, gpus: int) -> None:
         from cuda.bindings import runtime
 
         from fi_ffi.cli.cuda import check
 
         self.ranks, self.rank, self.replays = ranks, ranks.rank, replays
-        self.device = f"cuda:{self.rank}"
-        check(runtime.cudaSetDevice(self.rank))
+        self.index = self.rank % gpus
+        self.device = f"cuda:{self.index}"
+        check(runtime.cudaSetDevice(self.index))
         self.stream = int(check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)))
         self._kept: list[Any] = []
         self.group = comm.Group(
             ranks, device=self.device, max_bytes=SIZES[-1], fusion=comm.FusionSize(8192, 4096)
         )
         self._torch: TorchNccl | None = None
+        self._has_nccl = gpus >= ranks.size  # which refuses ranks that share a GPU
         try:
-            self.group.all_gather(self.put(np.zeros(8)), self.put(np.zeros(8 * ranks.size)),
-                                  stream=self.stream)  # fmt: skip
-        except LoaderError:
+            if self._has_nccl:
+                self.group.all_reduce(self.put(np.zeros(8)), algorithm="nccl", stream=self.stream)
+        except ArgumentError:  # nccl4py is not installed
             self._torch = TorchNccl(self.rank, ranks.size, store, self.stream)
 
     def put(self, array: np.ndarray) -> fi_ffi.TensorDesc:
         from fi_ffi.cli.cuda import DeviceArray
 
-        self._kept.append(DeviceArray(array.astype(np.float16), device=self.rank))
+        self._kept.append(DeviceArray(array.astype(np.float16), device=self.index))
         return self._kept[-1].desc()
 
     def free(self) -> None:
@@ -165,7 +168,7 @@ class Rank:
     def reduce(self, x: Any, out: Any, algorithm: str) -> Call:
         return lambda: self.group.all_reduce(x, out, algorithm=algorithm, stream=self.stream)
 
-    def fused(self, hidden: int, rows: int) -> tuple[float, float]:
+    def fused(self, hidden: int, rows: int) -> tuple[float, float | None]:
         """In one kernel, and by NCCL and a norm."""
         x, residual = (self.put(np.zeros((rows, hidden))) for _ in range(2))
         out, norm = (self.put(np.zeros((rows, hidden))) for _ in range(2))
@@ -183,14 +186,15 @@ class Rank:
             reduce()
             fi_ffi.fused_add_rmsnorm(x, residual, gamma, stream=self.stream)
 
-        found = self.microseconds(one, 100), self.microseconds(two, 100)
+        found = self.microseconds(one, 100)
+        other = self.microseconds(two, 100) if self._has_nccl else None
         self.free()
-        return found
+        return found, other
 
 
-def measure(ranks: comm.Ranks, store: str, replays: int, results: Any) -> None:
+def measure(ranks: comm.Ranks, store: str, replays: int, gpus: int, results: Any) -> None:
     """All of one rank; what it found goes into a queue."""
-    one = Rank(ranks, store, replays)
+    one = Rank(ranks, store, replays, gpus)
     reduced = {size: {way: one.all_reduce(way, size) for way in WAYS} for size in SIZES}
     chosen = {size: one.group.algorithm_for(size, "float16") for size in SIZES}
     fused = {shape: one.fused(*shape) for shape in ROWS}
@@ -224,8 +228,9 @@ def tables(found: list[tuple[Any, ...]]) -> tuple[list[str], dict[str, Any]]:
         data["all_reduce"][size] = row | {"chosen": chosen[size]}
     lines += ["", "| hidden, rows | fused | nccl + norm | ratio |", "|---|---|---|---|"]
     for shape in ROWS:
-        one, two = (max(each[3][shape][i] for each in found) for i in range(2))
-        lines.append(f"| {shape[0]}, {shape[1]} | {one:.1f} | {two:.1f} | {one / two:.2f} |")
+        one, two = (slowest([each[3][shape][i] for each in found]) for i in range(2))
+        ratio = f"{one / two:.2f}" if one and two else ""
+        lines.append(f"| {shape[0]}, {shape[1]} | {number(one)} | {number(two)} | {ratio} |")
         data["fused"]["x".join(map(str, shape))] = {"fused": one, "nccl": two}
     return lines, data
 
@@ -233,6 +238,7 @@ def tables(found: list[tuple[Any, ...]]) -> tuple[list[str], dict[str, Any]]:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--ranks", type=int, default=2, help="GPUs, of which each is one")
+    parser.add_argument("--gpus", type=int, help="that ranks take in turn (default: one each)")
     parser.add_argument("--replays", type=int, default=30, help="of each graph")
     parser.add_argument("--output", type=Path, help="folder for the JSON")
     options = parser.parse_args(arguments)
@@ -241,7 +247,10 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         children = [
-            context.Process(target=measure, args=(ranks, store, options.replays, results))
+            context.Process(
+                target=measure,
+                args=(ranks, store, options.replays, options.gpus or options.ranks, results),
+            )
             for ranks in comm.processes(options.ranks)
         ]
         for child in children:
