@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 import weakref
+from collections.abc import Iterable
 from types import TracebackType
 from typing import NoReturn
 
@@ -14,7 +15,7 @@ from fi_ffi.abi.tensor import Device, TensorDesc, parse_device, parse_dtype
 from fi_ffi.comm import nccl as nccl_module
 from fi_ffi.comm.algorithms import ALGORITHMS, Algorithms, Call
 from fi_ffi.comm.fusion import FusionSize, pattern_of
-from fi_ffi.comm.hang import Monitor
+from fi_ffi.comm.hang import ENDED_S, Monitor
 from fi_ffi.comm.memory import Place, has_ended, place_of
 from fi_ffi.comm.ranks import Ranks, check_ranks, names
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, HangError, KernelError, LoaderError
@@ -42,11 +43,12 @@ class Group:
         ranks: this rank, from `threads`, `processes`, `mpi` or `ray`, or your own (`Ranks`).
         device: this rank's GPU, or "cpu".
         max_bytes: the largest message for the algorithm "vllm"; each rank allocates four times as
-            much memory for it.
+            much memory for it, without NCCL five times.
         fusion: the largest message of `allreduce_fusion`, and of "oneshot" and "twoshot", which are
             the quickest for small messages; without it, there are neither.
         nccl: whether to use NCCL on GPUs; None: if every rank has it installed.
-        timeout_s: how long to wait for a rank that does not arrive.
+        timeout_s: how long to wait for a rank that does not arrive; for one whose process on this
+            machine has ended, a second.
         check: compare the arguments of every call with those of the other ranks first.
 
     Raises `ArgumentError` and `ArgumentTypeError`, `HangError` if a rank does not arrive,
@@ -77,6 +79,12 @@ class Group:
         self._algorithms: Algorithms | None = None
         self._monitor: Monitor | None = None
         self._places, has_nccl = self._meet(wants_nccl)
+        places = self._places  # the monitor's thread does not keep the group alive
+
+        def have_ended(ranks: Iterable[int]) -> bool:
+            return any(has_ended(places[rank]) for rank in ranks)
+
+        self._have_ended = have_ended
         if self.size > 1:
             self._algorithms = Algorithms(
                 ranks, self._places, self.device, self.max_bytes, self.fusion, has_nccl
@@ -84,7 +92,9 @@ class Group:
             waiting = self._algorithms.waiting()
             if waiting and self.device.is_cuda:
                 on_hang = weakref.WeakMethod(self._tell_hang)
-                self._monitor = Monitor(waiting, self.device, self.timeout_s, on_hang)
+                self._monitor = Monitor(
+                    waiting, self.device, self.timeout_s, on_hang, self._have_ended
+                )
         self._is_open = True
 
     def _meet(self, wants_nccl: bool | None) -> tuple[list[Place], bool]:
@@ -426,7 +436,7 @@ class Group:
         from fi_ffi.reference.peers import waiting_at_most
 
         try:
-            with waiting_at_most(self.timeout_s):
+            with waiting_at_most(self.timeout_s, self._have_ended, ENDED_S):
                 call(x, out, stream)
         except TimeoutError as error:
             raise self._broken(op, error) from error
@@ -438,9 +448,9 @@ class Group:
     def _copy(self, x: TensorDesc, out: TensorDesc, stream: int) -> None:
         cuda.copy(out.ptr, x.ptr, x.span_bytes, self.device, stream)
 
-    def _tell_hang(self, op: str, missing: set[int]) -> None:
+    def _tell_hang(self, op: str, missing: set[int], seconds: float) -> None:
         """Record a hang; called from the monitor's thread."""
-        words = f"{op}: rank {self.rank} waited {self.timeout_s:g} s for {names(missing)}"
+        words = f"{op}: rank {self.rank} waited {seconds:g} s for {names(missing)}"
         self._broken(op, TimeoutError(words))
 
     def _broken(self, op: str, error: TimeoutError) -> HangError:

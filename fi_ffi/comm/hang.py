@@ -2,8 +2,9 @@
 
 A group's kernels wait on the GPU, in memory of their own rank. A thread reads this memory by copies
 on its own stream, so it sees eager calls and graphs alike and does not slow them down. If a kernel
-waits and nothing has changed for too long, the thread reports the missing ranks and writes the
-values that the kernels wait for. The results of these kernels are invalid; the process goes on.
+waits and nothing has changed for too long, or for a second if a missing rank's process has ended,
+the thread reports the missing ranks and writes the values that the kernels wait for. The results of
+these kernels are invalid; the process goes on.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ _NON_BLOCKING = 1  # cudaStreamNonBlocking
 _ANY_DIRECTION = 4  # cudaMemcpyDefault
 _LOOKS, _LONGEST_S = 100, 0.2  # polls within the timeout, and the longest interval
 _RELEASING_S = 1e-3  # interval of releases after a rank was found missing
+# How long kernels may still work on what an ended process has sent.
+ENDED_S = 1.0
 Read = Callable[[int, int], bytes]
 Write = Callable[[int, bytes], None]
 
@@ -82,14 +85,16 @@ class Copies:  # a context manager
 
 
 class Monitor:
-    """A group's watching thread: calls `on_hang()(op, ranks)` once, then releases all kernels."""
+    """A group's watching thread: calls `on_hang()(op, ranks, seconds)` once, then releases all
+    kernels. `have_ended` says whether the process of any of some ranks has ended."""
 
     def __init__(
         self, kernels: Sequence[Waiting], device: Device, timeout_s: float,
-        on_hang: Callable[[], Callable[[str, set[int]], None] | None],
+        on_hang: Callable[[], Callable[[str, set[int], float], None] | None],
+        have_ended: Callable[[Iterable[int]], bool] = lambda ranks: False,
     ) -> None:  # fmt: skip
         self._kernels, self._device, self._timeout_s = kernels, device, timeout_s
-        self._on_hang, self._stop = on_hang, threading.Event()
+        self._on_hang, self._have_ended, self._stop = on_hang, have_ended, threading.Event()
         self._thread = threading.Thread(target=self._run, name="fi_ffi.comm", daemon=True)
         self._thread.start()
 
@@ -110,12 +115,15 @@ class Monitor:
             found = [(kernels, *kernels.state(copies.read)) for kernels in self._kernels]
             waiting = [(kernels.op, {*missing}) for kernels, _, missing in found if missing]
             now, states = time.monotonic(), [state for _, state, _ in found]
+            waited = now - since
             if not waiting or states != before:
                 before, since = states, now
-            elif now - since >= self._timeout_s:
+            elif waited >= self._timeout_s or (
+                waited >= ENDED_S and self._have_ended(waiting[0][1])
+            ):
                 tell = self._on_hang()
                 if tell is not None:
-                    tell(*waiting[0])
+                    tell(*waiting[0], min(round(waited, 1), self._timeout_s))
                 self._let_go(copies)
                 return
 

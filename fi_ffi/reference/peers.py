@@ -19,20 +19,29 @@ from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.reference.arrays import Array
 
-_WAIT_S = contextvars.ContextVar("_WAIT_S", default=60.0)
+_Patience = tuple[float, Callable[[Iterable[int]], bool], float]
+_PATIENCE: contextvars.ContextVar[_Patience] = contextvars.ContextVar(
+    "_PATIENCE", default=(60.0, lambda ranks: False, 0.0)
+)
 _SHORTEST_S, _LONGEST_S = 20e-6, 2e-3
+_LOOKING_S = 0.2  # between looks at whether a peer has ended
 _fence_lock = threading.Lock()
 library.renew_after_fork(globals(), "_fence_lock", threading.Lock)
 
 
 @contextlib.contextmanager
-def waiting_at_most(seconds: float) -> Iterator[None]:
-    """Let calls of this thread wait for their peers for at most this long; by default a minute."""
-    token = _WAIT_S.set(seconds)
+def waiting_at_most(
+    seconds: float,
+    have_ended: Callable[[Iterable[int]], bool] = lambda ranks: False,
+    ended_s: float = 0.0,
+) -> Iterator[None]:
+    """Let calls of this thread wait for their peers for at most this long, by default a minute, and
+    for `ended_s` if any of the missing ones `have_ended`."""
+    token = _PATIENCE.set((seconds, have_ended, ended_s))
     try:
         yield
     finally:
-        _WAIT_S.reset(token)
+        _PATIENCE.reset(token)
 
 
 def at(address: int, dtype: Any, *shape: int) -> Array:
@@ -63,12 +72,17 @@ def wait(call: str, rank: int, missing: Callable[[], Iterable[int]]) -> None:
     If that takes longer than `waiting_at_most` allows, raises `TimeoutError` with the call and the
     missing ranks.
     """
-    seconds = _WAIT_S.get()
-    pause, end = _SHORTEST_S, time.monotonic() + seconds
+    seconds, have_ended, ended_s = _PATIENCE.get()
+    pause, begun, look = _SHORTEST_S, time.monotonic(), ended_s
     while lacking := sorted(missing()):
-        if time.monotonic() >= end:
+        waited = time.monotonic() - begun
+        is_over = waited >= seconds
+        if waited >= look and not is_over:
+            is_over, look = have_ended(lacking), waited + _LOOKING_S
+        if is_over:
+            waited = min(round(waited, 1), seconds)
             who = f"rank{'s' * (len(lacking) > 1)} {', '.join(map(str, lacking))}"
-            raise TimeoutError(f"{call}: rank {rank} waited {seconds:g} s for {who}")
+            raise TimeoutError(f"{call}: rank {rank} waited {waited:g} s for {who}")
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_S)
     fence()

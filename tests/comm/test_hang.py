@@ -71,7 +71,35 @@ def test_the_missing_rank_is_told_and_what_waits_is_let_go(how):
     assert len(told) == SIZE - 1
     for _, found, took in told:
         op = "all_reduce" if how == "vllm" else "allreduce_fusion"
-        assert found == [(op, {LATE})] and 0.4 < took < 20
+        assert found == [(op, {LATE}, 0.5)] and 0.4 < took < 20
+
+
+def test_a_rank_that_has_ended_is_told_before_the_timeout():
+    given = comm.threads(2)
+
+    def body(rank):
+        with comm.Group(given[rank], device="cpu") as group:
+            x = np.zeros(64, np.float16)
+            group.all_reduce(x, algorithm="vllm")
+            if rank:
+                return []
+            found, vllm, looked = [], group._algorithms.vllm, []
+
+            def have_ended(ranks):
+                looked.append({*ranks})
+                return True
+
+            on_hang = lambda: lambda *args: found.append(args)  # noqa: E731
+            monitor = Monitor([vllm], CPU, 60.0, on_hang, have_ended)
+            begun = time.monotonic()
+            group.all_reduce(x, algorithm="vllm")
+            assert 0.9 < time.monotonic() - begun < 20
+            monitor.close()
+            assert looked == [{1}]
+            return found
+
+    (told,), _ = ranks.run("threads", 2, body)
+    assert told[:2] == ("all_reduce", {1}) and 1 <= told[2] < 20
 
 
 def test_a_monitor_that_sees_progress_tells_nothing():
