@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from engine.split import DIMENSIONS, ONCE, Split, key_of, of_rank
 from engine.weights import Weights, shapes
 from safetensors.numpy import save_file
 from tiny import make_tiny
+
+from fi_ffi.errors import HangError
 
 from tests.llm.serving import KINDS, Serving, check_empty, greedy, texts
 from tests.llm.test_processors import adjusted, log_softmax
@@ -146,6 +150,23 @@ def test_processes_give_the_tokens_of_threads(split, where):
     some = Sampling(temperature=0.9, top_k=40, top_p=0.9, seed=3, max_tokens=9, ignore_eos=True)
     got = [texts(serving.engine(tp=2, way=way), prompts, some) for way in ("threads", "processes")]
     assert got[0] == got[1]
+
+
+def test_a_rank_that_is_killed(split, where):
+    """The engine ends soon, and says which rank is gone."""
+    serving, before = split("llama"), {*multiprocessing.active_children()}
+    made = serving.engine(tp=2, way="processes")
+    texts(made, [serving.prompt(7)], greedy())
+    (rank,) = {*multiprocessing.active_children()} - before
+    rank.kill()
+    rank.join()
+    made.submit(serving.prompt(9), greedy())
+    begun = time.monotonic()
+    with pytest.raises(HangError, match="the process of rank 1 has ended"):
+        made.run()
+    made.close()
+    assert time.monotonic() - begun < 30
+    serving.engines.clear()
 
 
 def test_actors_of_ray(split, where):
