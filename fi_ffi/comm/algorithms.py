@@ -209,12 +209,15 @@ class Algorithms:
 
     def _meet(self, stream: int) -> None:
         """Make the stream wait until every rank's stream is here: a sum that nobody reads."""
-        out = TensorDesc(self._spare.desc.ptr, (8,), "float16", device=self._device)
+        start, device = self._spare.desc.ptr, self._device
         if self.vllm is not None:
+            out = TensorDesc(start, (_VECTOR // 2,), "float16", device=device)
             self.vllm.all_reduce(self.vllm.buffer(out.shape, "float16"), out, stream)
             return
         assert self.fusion is not None
-        self.fusion.all_reduce(out, out.at(out.ptr + self._room), stream, is_oneshot=True)
+        size = self.fusion.fusion  # a workspace takes dtypes of one size
+        x = TensorDesc(start, (_VECTOR // size.itemsize,), size.dtype, device=device)
+        self.fusion.all_reduce(x, x.at(start + self._room), stream, is_oneshot=True)
 
     def _scatter(self, x: TensorDesc, out: TensorDesc, stream: int) -> None:
         """Reduce the whole tensor, then copy this rank's part of the sum."""

@@ -259,6 +259,28 @@ def test_collectives_without_nccl(size, rng):
     on_all("threads", size, body)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_gather_of_ranks_that_have_fused_kernels_only(dtype, rng):
+    """As many as "vllm" is not for; workspaces of float32 take no other dtype."""
+    bits = rng.integers(0, 2**32, (16, 300), np.uint32)
+
+    def body(rank, given, gpus):
+        fusion = comm.FusionSize(4, 256, dtype)
+        with comm.Group(given[rank], device="cpu", max_bytes=1 << 9, fusion=fusion) as group:
+            assert group._algorithms.vllm is None
+            group._algorithms._collectives = None
+            reduce, dtypes = group._algorithms.fusion.all_reduce, set()
+            group._algorithms.fusion.all_reduce = lambda x, *args, **more: (
+                dtypes.add(str(x.dtype)), reduce(x, *args, **more)
+            )  # fmt: skip
+            every = np.full(bits.size, np.nan, np.float32)
+            group.all_gather(bits[rank].view(np.float32), every)
+            assert (every.view(np.uint32) == bits.reshape(-1)).all()
+            assert dtypes == {dtype}
+
+    on_all("threads", 16, body)
+
+
 def test_ranks_meet():
     def body(rank, given, gpus):
         mine = given[rank]

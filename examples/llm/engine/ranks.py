@@ -66,7 +66,7 @@ def group_of(job, ranks, device):
     most = min(job.max_tokens, max(SIZES))
     try:
         fusion = FusionSize(most, job.config.hidden, job.config.dtype)
-        if fusion.message_bytes < most * LEAST_ROW:
+        if fusion.hidden_size * fusion.itemsize < LEAST_ROW:
             fusion = None
         return Group(ranks, device=device.name, fusion=fusion)
     except ArgumentError:  # on all ranks: they are on several machines, or of an odd number
