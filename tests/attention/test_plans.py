@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,14 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.ops import cuda
 from fi_ffi.ops.attention.arrays import Arrays
 from fi_ffi.ops.attention.backends import release
 from fi_ffi.ops.attention.rows import UNIFORM
 from fi_ffi.ops.releases import is_in
+from fi_ffi.reference.attention.formula import Options, exact, from_pages
 
+from tests.attention import judge
 from tests.attention.batches import Batch, bytes_of
 from tests.attention.cases import (
     Case,
@@ -237,3 +241,123 @@ def test_room_for_as_many_requests_as_have_starts():
     for size in (1, most, most + 1, 2 * most):
         batch: Any = SimpleNamespace(size=size, num_indices=0, views={"indptr": None})
         assert arrays.holds(1000, batch) == (size <= most)
+
+
+def _write(machine: Any, placed: Any, values: np.ndarray) -> None:
+    """Other values where a graph reads them."""
+    if machine.is_gpu:
+        source = machine.place(values).desc()
+        device = fi_ffi.parse_device(machine.device)
+        cuda.copy(placed.desc().ptr, source.ptr, values.nbytes, device, machine.stream)
+    else:
+        placed.array[...] = values
+
+
+@pytest.mark.parametrize("way", ["typed", "prepared", "graph"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_decodes_of_any_lengths(dtype, way, machine, rng):
+    """One plan; each run finds the lengths and pages of its batch on the device."""
+    b, page_size, heads, dim = 7, 16, (8, 4), 128
+    made = {"num_qo_heads": 8, "num_kv_heads": 4, "head_dim": dim, "page_size": page_size}
+    plan = fi_ffi.BatchDecodePlan(
+        b, None, None, q_data_type=dtype, device=machine.device, stream=machine.stream, **made
+    )
+    machine.need(plan.module)
+    assert plan.workspace_size(b, None, None, device=machine.device, **made).int_bytes
+    most, pages = 5, b * 5
+    numpy = fi_ffi.DTYPES[dtype].numpy
+    arrays = {
+        "q": rng.standard_normal((b, heads[0], dim)).astype(numpy),
+        "paged_k_cache": rng.standard_normal((pages, page_size, heads[1], dim)).astype(numpy),
+        "paged_v_cache": rng.standard_normal((pages, page_size, heads[1], dim)).astype(numpy),
+        "o": np.full((b, heads[0], dim), np.nan, numpy),
+        "lse": np.full((b, heads[0]), np.nan, np.float32),
+        "paged_kv_indptr": np.zeros(b + 1, np.int32),
+        "paged_kv_indices": np.zeros(pages, np.int32),
+        "paged_kv_last_page_len": np.ones(b, np.int32),
+    }
+    placed = {name: machine.place(array) for name, array in arrays.items()}
+    given = {name: each.desc() for name, each in placed.items()}
+    launch = functools.partial(plan.run, **given, stream=machine.stream)
+    if way == "prepared":
+        launch = fi_ffi.prepare(plan.run, **given, stream=machine.stream)
+    elif way == "graph":
+        launch()
+        launch = machine.capture(launch)
+    rounding = judge.reference(dtype, rope=False, prefill=False)
+    if machine.is_gpu:  # of what is never split
+        rounding = judge.rounding("batch_decode", "", dtype, dtype, dtype, least_piece=1 << 30)
+    for _ in range(machine.rounds(40)):
+        lengths = rng.integers(1, most * page_size + 1, b)
+        lengths[rng.integers(b, size=2)] = 0, 1
+        indptr = np.cumsum([0, *(-(-lengths // page_size))]).astype(np.int32)
+        indices, last = rng.permutation(pages).astype(np.int32), (lengths - 1) % page_size + 1
+        for name, values in (("paged_kv_indptr", indptr), ("paged_kv_indices", indices),
+                             ("paged_kv_last_page_len", last.astype(np.int32))):  # fmt: skip
+            _write(machine, placed[name], values)
+        for name in ("o", "lse"):
+            machine.poison(placed[name], machine.stream)
+        launch()
+        machine.synchronize()
+        o, lse = placed["o"].get(), placed["lse"].get()
+        for i, length in enumerate(lengths):
+            caches = arrays["paged_k_cache"], arrays["paged_v_cache"]
+            k, v = (from_pages(cache, indptr, indices, last, i) for cache in caches)
+            expected = exact(arrays["q"][i : i + 1], k, v, Options(dim**-0.5))
+            assert judge.worst(expected, o[i : i + 1], lse[i : i + 1], rounding, length) <= 1
+    assert all(each.intact() for each in placed.values())
+
+
+def test_decodes_of_any_lengths_refused(machine):
+    """What such a plan has and lacks, by name."""
+    options: dict[str, Any] = {
+        "num_qo_heads": 2, "num_kv_heads": 2, "head_dim": 128, "page_size": 16,
+        "device": machine.device, "stream": machine.stream,
+    }  # fmt: skip
+    make, ints = functools.partial(fi_ffi.BatchDecodePlan, **options), np.ones(2, np.int32)
+    for argument, match, call in (
+        ("indptr", "got 0, expected an int from 1", lambda: make(0, None, None)),
+        ("indptr", "got ndarray, expected int", lambda: make(ints, None, None)),
+        ("indices", "expected None: this is", lambda: make(1, ints, None)),
+        ("enable_cuda_graph", "got True", lambda: make(1, None, None, enable_cuda_graph=True)),
+    ):
+        with pytest.raises((fi_ffi.ArgumentError, fi_ffi.ArgumentTypeError), match=match) as found:
+            call()
+        assert found.value.argument == argument
+    plan = make(1, None, None)
+    machine.need(plan.module)
+    with pytest.raises(fi_ffi.ArgumentError, match="last_page_len.*None: this is a plan of any"):
+        plan.replan(1, None, ints)
+    x = machine.place(np.zeros((1, 2, 128), np.float16)).desc()
+    cache = machine.place(np.zeros((1, 16, 2, 128), np.float16)).desc()
+    values = ([0, 1], [0], [1])
+    indptr, page, last = (machine.place(np.array(a, np.int32)).desc() for a in values)
+    o = machine.place(np.full((1, 2, 128), np.nan, np.float16))
+    run = functools.partial(plan.run, x, cache, cache, o.desc(), stream=machine.stream)
+    arrays = {"paged_kv_indptr": indptr, "paged_kv_indices": page, "paged_kv_last_page_len": last}
+    for name in arrays:
+        with pytest.raises((fi_ffi.ArgumentError, fi_ffi.ArgumentTypeError), match=name):
+            run(**arrays | {name: None})
+        with pytest.raises(fi_ffi.ArgumentError, match=f"{name}.*rank 1"):
+            run(**arrays | {name: x})
+    with pytest.raises(fi_ffi.ArgumentError, match=r"paged_kv_indptr.*b\+1 = 2"):
+        run(**arrays | {"paged_kv_indptr": last})
+    planned = make(np.array([0, 1], np.int32), np.zeros(1, np.int32), np.ones(1, np.int32))
+    for name in ("paged_kv_indptr", "paged_kv_last_page_len"):
+        with pytest.raises(fi_ffi.ArgumentError, match=f"{name}.*None: the plan has it"):
+            planned.run(x, cache, cache, o.desc(), **{name: arrays[name]}, stream=machine.stream)
+    machine.synchronize()
+    assert np.isnan(o.get().astype(np.float32)).all()
+    run(**arrays)
+    machine.synchronize()
+    assert not o.get().any()
+    # Of three requests two have no pages: one page is enough.
+    plan = make(3, None, None)
+    x, out = (machine.place(np.ones((3, 2, 128), np.float16)) for _ in "qo")
+    indptr, last = (machine.place(np.array(a, np.int32)).desc() for a in ([0, 0, 1, 1], [1] * 3))
+    plan.run(
+        x.desc(), cache, cache, out.desc(), paged_kv_indptr=indptr, paged_kv_indices=page,
+        paged_kv_last_page_len=last, stream=machine.stream,
+    )  # fmt: skip
+    machine.synchronize()
+    assert not out.get().any()

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 from fi_ffi.abi.interop import TensorLike
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.ops.attention import sizes
-from fi_ffi.ops.attention.arrays import Batch, read_ints
+from fi_ffi.ops.attention.arrays import INT32_MAX, Batch, host_ints, read_ints
 from fi_ffi.ops.attention.backends import release_for
 from fi_ffi.ops.attention.options import DecodeKeywords, DecodeOptions
 from fi_ffi.ops.attention.plan import Plan
 from fi_ffi.ops.attention.rows import BATCH_DECODE_PLAN, BATCH_DECODE_RUN
 from fi_ffi.ops.attention.run import Values, softmax_scale
 from fi_ffi.ops.attention.workspace import Workspace
+from fi_ffi.ops.call.arguments import check_int, shown
 from fi_ffi.ops.row import Row
 
 if TYPE_CHECKING:
@@ -35,12 +36,19 @@ class BatchDecodePlan(Plan):
     `BatchPrefillPlan` with `qo_indptr = range(b + 1)`, which runs on tensor cores.
 
     Args:
-        indptr: [b+1] int32 on the host: where each request's pages start in `indices`.
+        indptr: [b+1] int32 on the host: where each request's pages start in `indices`; or the
+            number b of requests, for a plan of any lengths.
         indices: [indptr[-1] or more] int32 on the host: pages of the cache; None if each run passes
             them on the device, where fi_ffi cannot check them.
-        last_page_len: [b] int32 on the host: tokens in each request's last page, 1 to `page_size`.
+        last_page_len: [b] int32 on the host: tokens in each request's last page, 1 to `page_size`;
+            None for a plan of any lengths.
         {options}
         device, workspace, stream: as in `BatchPrefillPlan`.
+
+    A plan of any lengths, `BatchDecodePlan(b, None, None, ...)`, is made once: each run takes the
+    three arrays on the device, so that a captured run reads the lengths of its replay. Such a plan
+    splits no request. One block attends for a request and key head, so pass the parts of a long
+    request as requests, and merge their outputs by `lse` (`merge_states`).
 
     Raises `ArgumentError` and `ArgumentTypeError` before anything is copied or launched, and
     `KernelNotFoundError` if the kernels in use lack the module.
@@ -68,33 +76,54 @@ class BatchDecodePlan(Plan):
     # The most that `_most_of` requests need, kept for the next replan.
     _most_need: sizes.Need
     _most_of = 0
+    # Whether runs pass all arrays of the batch.
+    _is_of_any_lengths = False
     backend = "cuda cores"
     _backend_of_module = ""
     backend_reason = "decode kernels have no other"
 
     def __init__(
         self,
-        indptr: TensorLike,
+        indptr: TensorLike | int,
         indices: TensorLike | None,
-        last_page_len: TensorLike,
+        last_page_len: TensorLike | None,
         *,
         device: object = None,
         workspace: Workspace | None = None,
         stream: object = None,
         **options: Unpack[DecodeKeywords],
     ) -> None:
+        if last_page_len is None:
+            self._is_of_any_lengths, self._run_arrays = True, {}
         super().__init__((indptr, indices, last_page_len), device, workspace, stream, options)
 
     def replan(
         self,
-        indptr: TensorLike,
+        indptr: TensorLike | int,
         indices: TensorLike | None,
-        last_page_len: TensorLike,
+        last_page_len: TensorLike | None,
         *,
         stream: object = None,
     ) -> None:
-        """Plan another batch with the same options, as `BatchPrefillPlan.replan`."""
+        """Plan another batch with the same options, as `BatchPrefillPlan.replan`. A plan of any
+        lengths remains one."""
         self._replan_batch((indptr, indices, last_page_len), stream)
+
+    def _read(self, arrays: Sequence[object]) -> Batch:
+        """Read the arrays; where runs pass them, plan a page a request, which is never split."""
+        if not self._is_of_any_lengths:
+            return super()._read(arrays)
+        count, *rest = arrays
+        for name, given in zip(("indices", "last_page_len"), rest, strict=True):
+            if given is not None:
+                raise self._refuse(name, shown(given), "None: this is a plan of any lengths")
+        size = check_int(self.op, "indptr", count, 1, INT32_MAX)
+        if self.options.enable_cuda_graph:
+            expected = "False: graphs can have the runs of a plan of any lengths as they are"
+            raise self._refuse("enable_cuda_graph", True, expected)
+        batch = super()._read((host_ints(range(size + 1)), None, host_ints([1] * size)))
+        batch.num_indices = 0
+        return batch
 
     def run(
         self,
@@ -106,6 +135,8 @@ class BatchDecodePlan(Plan):
         *,
         kv_layout: str = "NHD",
         paged_kv_indices: TensorLike | None = None,
+        paged_kv_indptr: TensorLike | None = None,
+        paged_kv_last_page_len: TensorLike | None = None,
         sm_scale: float | None = None,
         rope_scale: float | None = None,
         rope_theta: float | None = None,
@@ -124,6 +155,8 @@ class BatchDecodePlan(Plan):
             o: [b, num_qo_heads, head_dim] of `o_data_type`, contiguous, written. An fp8 output
                 saturates; if a request is split, each piece is rounded to fp8 before the merge.
             lse: [b, num_qo_heads] float32, written: log2 of the sum of exponentials.
+            paged_kv_indptr, paged_kv_last_page_len: for a plan of any lengths, [b+1] and [b] int32
+                on the device, where fi_ffi cannot check them. A request without pages gets zeros.
             others: as in `BatchPrefillPlan.paged_run`.
         """
         bound = self._bound_runs.get((0, paged_kv_indices is None))
@@ -133,6 +166,7 @@ class BatchDecodePlan(Plan):
         is_plain = (
             sm_scale is None and rope_scale is None and rope_theta is None and alibi_slopes is None
             and q_scale is None and k_scale is None and paged_kv_indices is None
+            and paged_kv_indptr is None and paged_kv_last_page_len is None
         )  # fmt: skip
         if not is_plain or self.options.pos_encoding_mode == "ALIBI":
             values = bound.template.fresh()
@@ -140,6 +174,15 @@ class BatchDecodePlan(Plan):
                 values, sm_scale, rope_scale, rope_theta, alibi_slopes, q_scale, k_scale
             )
             values.put(paged_kv_indices=paged_kv_indices)
+            lengths = {
+                "paged_kv_indptr": paged_kv_indptr,
+                "paged_kv_last_page_len": paged_kv_last_page_len,
+            }
+            for name, array in lengths.items():
+                if self._is_of_any_lengths:
+                    values.put(**{name: array})
+                elif array is not None:
+                    raise self._refuse(name, shown(array), "None: the plan has it")
             rest = tuple(values.values[len(self._run_given) :])
         given = q, paged_k_cache, paged_v_cache, o, lse, kv_layout, enable_pdl, *rest
         self._run_packed(bound, given, stream)

@@ -26,7 +26,7 @@ class Lengths(NamedTuple):
     """The planned lengths; `kv_indptr` counts pages, or the tokens of ragged keys."""
 
     window_left: int
-    causal: bool
+    causal: bool  # of decode: whether runs may have other lengths
     qo_indptr: Array
     kv_indptr: Array
     kv_len: Array
@@ -110,7 +110,10 @@ def decode(
     _check_sizes(batch_size, indptr=(indptr, 1))
     of_one = np.arange(batch_size + 1)
     unknown = np.zeros(batch_size)
-    lengths = Lengths(window_left, False, of_one, indptr[: batch_size + 1], unknown)
+    planned = indptr[: batch_size + 1]
+    # A schedule that splits no request has nothing of lengths: runs may pass others.
+    is_of_any = not enable_cuda_graph and bool((np.diff(planned) == 1).all())
+    lengths = Lengths(window_left, is_of_any, of_one, planned, unknown)
     return save(DECODE, lengths, int_workspace, staging)
 
 

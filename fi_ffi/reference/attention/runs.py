@@ -167,6 +167,8 @@ def batch_decode(
 ) -> None:  # fmt: skip
     """batch_decode's `run`: one query per request, its last token."""
     planned = plan.load(plan.DECODE, int_workspace, plan_info)
+    if planned.causal:
+        planned = planned._replace(kv_indptr=kv_indptr[: planned.batch_size + 1])
     planned.must_have("paged_kv_indptr", planned.kv_indptr, kv_indptr)
     k_cache, v_cache = tokens_first(k_cache, layout), tokens_first(v_cache, layout)
     kv_len = lengths(planned.kv_indptr, last_page_len, k_cache.shape[1])
