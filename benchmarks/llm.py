@@ -92,11 +92,18 @@ class Bench:
         pages = 1 + self.most * -(-self.length // PAGE)
         self.weights = RandomWeights(self.raw, self.rng)
         max_tokens = MAX_TOKENS if self.is_gpu else 64
-        self.engine = load_model(
-            config_of(self.raw), self.weights, arguments.device, pages, PAGE, self.most, max_tokens,
-            True, tp=arguments.tp,
-        )  # fmt: skip
+        self.engines = [
+            load_model(
+                config_of(self.raw), self.weights, arguments.device, pages, PAGE, self.most,
+                max_tokens, True, tp=arguments.tp,
+            )
+            for _ in range(1 + arguments.replans)
+        ]  # fmt: skip
+        self.engine = self.engines[0]
         self.sides: list[Side] = [Ours(self.engine)]
+        for other in self.engines[1:]:
+            other.runner.longest_in_pieces = 0
+            self.sides.append(Ours(other, "replans"))
         self.about: dict[str, Any] = {}
 
     def sampling(self, tokens: int = 0, **filters: Any) -> Sampling:
@@ -106,7 +113,9 @@ class Bench:
         """The peers, on the very kernels that our engine has just used."""
         assert self.peers is not None
         timed(self.sides[0], self.prompts(min(16, self.most)), self.sampling(4))
-        used = {plan.module for plan in self.engine.runner.plans.values()}
+        runner = self.engine.runner
+        plans = (*runner.plans.values(), *runner.plans_of_pieces.values())
+        used = {plan.module for plan in plans}
         # And prefill of fa2, which is FlashInfer's decode on tensor cores.
         self.peers.flashinfer(*MODULES, *used, *(name.removesuffix("_sm90") for name in used))
         from marks.llm_peer import is_wide, peers
@@ -225,7 +234,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         return measured(bench, arguments)
     finally:
-        bench.engine.close()
+        for engine in bench.engines:
+            engine.close()
 
 
 def measured(bench: Bench, arguments: argparse.Namespace) -> int:
@@ -238,13 +248,14 @@ def measured(bench: Bench, arguments: argparse.Namespace) -> int:
     if bench.is_gpu and arguments.peer:
         try:
             bench.add_peers()
-            bench.check()
         except Missing as missing:
             status = 1
             print(f"without the peer, for there is not: {missing}")
-        except Wrong as wrong:
-            print(f"FAILED: {wrong}")
-            return 1
+    try:
+        bench.check()
+    except Wrong as wrong:
+        print(f"FAILED: {wrong}")
+        return 1
     names, rows = [side.name for side in bench.sides], bench.rows()
     for row in rows:
         bench.measure(row)
@@ -301,6 +312,9 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda:0", "cpu"), default="cuda:0")
     parser.add_argument("--host", action="store_true", help="only what a step costs the host")
     parser.add_argument("--cuda-cores", action="store_true", help=_CUDA_CORES)
+    parser.add_argument(
+        "--replans", action="store_true", help="beside an engine that decodes without pieces"
+    )
     parser.add_argument("--no-peer", dest="peer", action="store_false")
     parser.add_argument("--no-idle", dest="idle", action="store_false")
     parser.add_argument("--output", type=Path, default=os.environ.get("OUT", ".out"))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from engine import Engine, Sampling, load_model
 from engine.device import Cpu
+from engine.model import PIECES
 
 from fi_ffi.ops.attention import plan
 from marks.llm_models import MODELS, RandomWeights, config_of
@@ -38,14 +39,16 @@ def engine(batch: int, tokens: int) -> Engine:
     made = load_model(config_of(raw), weights, "cpu", pages, PAGE, batch, 8192, True)
     model, runner = made.model, made.runner
     model.device.is_gpu = runner.use_graphs = True  # plans are made as for graphs
+    runner.longest_in_pieces = PIECES * runner.pages_of_piece
     logits = model.scratch("logits", batch, made.config.vocab, dtype="float32", most=batch)
     model.forward = lambda given: logits.rows(0, given.last.shape[0])
     sizes = made.steps.sizes
     tokens = model.scratch("drawn", batch, 1, dtype="int32")
     model.device.zero(tokens)
     runner.graphs = {
-        (size, True): (NoGraph(), (logits.rows(0, size), tokens.rows(0, size))) for size in sizes
-    }
+        (size, True, is_in_pieces): (NoGraph(), (logits.rows(0, size), tokens.rows(0, size)))
+        for size in sizes for is_in_pieces in (False, True)
+    }  # fmt: skip
     return made
 
 

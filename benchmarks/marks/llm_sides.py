@@ -35,10 +35,8 @@ class Side(Protocol):
 class Ours:
     """examples/llm."""
 
-    name = "fi_ffi"
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, name: str = "fi_ffi") -> None:
+        self.engine, self.name = engine, name
 
     @property
     def on_logits(self) -> Callable[[list[Any], np.ndarray], None] | None:

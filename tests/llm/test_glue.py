@@ -146,9 +146,10 @@ def test_heads_and_their_pages(dtype, is_normed, heads, kv_heads, dim, rotary, r
     norms = [(1 + rng.standard_normal(dim) * 0.1).astype(kind) for _ in "qk"]
     cos_sin = rng.standard_normal((9, rotary)).astype(np.float32)
     caches = [np.full((6, 4, kv_heads, dim), 7, kind) for _ in "kv"]
-    on.run("place", [qkv[:, :width], *caches, *norms, cos_sin, positions, requests, indptr,
-                     indices, np.int64(width + 24), np.int64(4 * kv_heads * dim), heads, kv_heads,
-                     dim, rotary, 4, np.float32(1e-5), is_normed])  # fmt: skip
+    q = np.full((7, heads, dim), 7, kind)
+    on.run("place", [q, *caches, qkv[:, :width], *norms, cos_sin, positions, requests, indptr,
+                     indices, np.uint64(0), np.int64(width + 24), np.int64(4 * kv_heads * dim), 0,
+                     heads, kv_heads, dim, rotary, 4, np.float32(1e-5), is_normed])  # fmt: skip
     used = np.zeros((6, 4), bool)
     for t, position in enumerate(positions):
         row = before[t, :width].reshape(-1, dim)
@@ -163,7 +164,7 @@ def test_heads_and_their_pages(dtype, is_normed, heads, kv_heads, dim, rotary, r
             for i in range(rotary // 2):
                 j, (cos, sin) = i + rotary // 2, cos_sin[position, [i, i + rotary // 2]]
                 turned[i], turned[j] = x[i] * cos - x[j] * sin, x[j] * cos + x[i] * sin
-            got = qkv[t, h * dim : (h + 1) * dim] if h < heads else place[0][h - heads]
+            got = q[t, h] if h < heads else place[0][h - heads]
             size = np.abs(x).max() * 4
             step = 2.0**-10 if dtype == "float16" else 2.0**-7
             assert (
@@ -172,7 +173,51 @@ def test_heads_and_their_pages(dtype, is_normed, heads, kv_heads, dim, rotary, r
         assert (place[1].astype(np.float64) == row[heads + kv_heads :]).all()
     for cache in caches:
         assert (cache[~used] == 7).all()
-    assert (qkv[:, heads * dim :].astype(np.float64) == before[:, heads * dim :]).all()
+    assert (qkv.astype(np.float64) == before).all()
+
+
+@TEXT
+def test_queries_of_pieces(dtype, rng, on):
+    """Of two requests, in three and in one of five pieces; the others' memory stays."""
+    kind, heads, dim = FLOATS[dtype], 3, 128
+    qkv = rng.standard_normal((2, 5 * dim)).astype(kind)
+    q, caches = np.full((10, heads, dim), 7, kind), [np.full((4, 2, 1, dim), 7, kind) for _ in "kv"]
+    starts = np.array([0, 1, 2, 3, 3, 3, 4, 4, 4, 4, 4], np.int32)
+    positions, norm = np.array([5, 0], np.int32), np.ones(dim, kind)
+    cos_sin = np.tile(np.repeat([1, 0], dim // 2).astype(np.float32), (6, 1))
+    requests, indptr = np.array([0, 1], np.int32), np.array([0, 3, 4], np.int32)
+    indices = np.array([2, 1, 3, 0], np.int32)
+    on.run("place", [q, *caches, qkv, norm, norm, cos_sin, positions, requests, indptr, indices,
+                     starts, np.int64(5 * dim), np.int64(2 * dim), 5, heads, 1, dim, dim, 2,
+                     np.float32(1e-5), 0])  # fmt: skip
+    expected = np.full_like(q, 7)
+    expected[:3], expected[5] = qkv[:, : heads * dim].reshape(2, heads, dim)
+    assert (q == expected).all()
+    for cache, first in zip(caches, (heads * dim, (heads + 1) * dim), strict=True):
+        assert (cache[3, 1, 0] == qkv[0, first : first + dim]).all()
+        assert (cache[0, 0, 0] == qkv[1, first : first + dim]).all()
+
+
+@TEXT
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("pieces", [1, 16, 32])
+def test_attention_of_pieces(dtype, dim, pieces, rng, on):
+    """Merged as by float64; pieces without pages hold NaN."""
+    kind, heads, n = FLOATS[dtype], 5, 3
+    counts = np.array([pieces, 1, rng.integers(1, pieces + 1)])
+    is_some = np.arange(pieces) < counts[:, None]
+    starts = np.concatenate([[0], np.cumsum(is_some * rng.integers(1, 4, is_some.shape))])
+    parts = rng.standard_normal((n, pieces, heads, dim)).astype(kind)
+    lse = (rng.standard_normal((n, pieces, heads)) * 3 + 5).astype(np.float32)
+    parts[~is_some], lse[~is_some] = np.nan, np.nan
+    out = np.full((n, heads, dim), np.nan, kind)
+    flat = parts.reshape(-1, heads, dim), lse.reshape(-1, heads), starts.astype(np.int32)
+    on.run("merged", [out, *flat, pieces, dim])
+    shares = np.where(is_some[..., None], 2 ** lse.astype(np.float64), 0)
+    shares = (shares / shares.sum(1, keepdims=True))[..., None]
+    expected = np.where(is_some[..., None, None], parts.astype(np.float64) * shares, 0).sum(1)
+    step = 2.0**-11 if dtype == "float16" else 2.0**-8
+    assert (np.abs(out - expected) <= step * np.abs(expected) + 1e-5).all()
 
 
 @pytest.mark.parametrize("is_normed", [0, 1])

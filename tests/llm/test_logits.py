@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import engine.config
 import engine.model
+import engine.steps
 import engine.weights
 import numpy as np
 import pytest
@@ -43,6 +44,36 @@ def test_long_decoding(serve, kind):
     request = engine.submit(serving.prompt(13), Sampling(max_tokens=70, ignore_eos=True))
     engine.run()
     assert serving.error(request) <= 1
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "qwen3_next"])
+@pytest.mark.parametrize("page_size", [8, 64])
+def test_pieces_and_longer_requests(serve, kind, page_size, where, monkeypatch):
+    """Few and short ones decode in pieces; then one is longer, and then there are more."""
+    monkeypatch.setattr(engine.steps, "PIECE", 8)
+    serving = serve(kind)
+    made = serving.engine(max_batch=12, page_size=page_size, num_pages=64 if page_size > 8 else 200)
+    runner = made.runner
+    if where == "cpu":
+        runner.longest_in_pieces = 16  # pages
+    elif not runner.longest_in_pieces:
+        pytest.skip("the kernels in use have no decode for these heads")
+    assert runner.longest_in_pieces == 16
+
+    def served(*lengths, tokens=4):
+        drawn = Sampling(max_tokens=tokens, ignore_eos=True)
+        requests = [made.submit(serving.prompt(n), drawn) for n in lengths]
+        made.run()
+        assert all(serving.error(request) <= 1 for request in requests)
+
+    served(1, page_size, page_size + 1, 5 * page_size - 2, tokens=9)
+    assert 4 in runner.plans_of_pieces
+    assert {size for size, _ in runner.plans} == {0}
+    served(16 * page_size - 2)  # to the end of what 16 pieces hold, and past it
+    assert 1 in runner.plans_of_pieces
+    assert {size for size, _ in runner.plans} == {0, 1}
+    served(*range(3, 12))
+    assert {size for size, _ in runner.plans} == {0, 1, 12}
 
 
 @by_kind
@@ -100,10 +131,10 @@ def test_other_numbers_of_heads(serve):
     """Five query heads a key head: prefill's kernels decode, on tensor cores."""
     serving = serve("qwen3", num_attention_heads=5, num_key_value_heads=1)
     engine = serving.engine()
-    request = engine.submit(serving.prompt(9), greedy())
+    requests = [engine.submit(serving.prompt(n), greedy()) for n in (9, 520)]
     engine.run()
-    assert serving.error(request) <= 1
-    assert isinstance(engine.runner.plans[1, "full_attention"], fi_ffi.BatchPrefillPlan)
+    assert all(serving.error(request) <= 1 for request in requests)
+    assert isinstance(engine.runner.plans[2, "full_attention"], fi_ffi.BatchPrefillPlan)
 
 
 def turning(real):
@@ -157,9 +188,7 @@ FAULTS = {
     # frequencies are left as they were; a state is not cleared; a gate is left out.
     "pages": (
         "llama", engine.model.Model, "place",
-        lambda real: lambda self, layer, qkv, batch, cache: real(
-            self, layer, qkv, batch, (cache[1], cache[0])
-        ),
+        lambda real: lambda self, *given: real(self, *given[:-1], given[-1][::-1]),
     ),
     "norm": (
         "qwen3", engine.model.Model, "place",

@@ -64,6 +64,12 @@ __device__ void greatest(const float* row, int vocab, float before, int at, floa
   __syncthreads();
 }
 
+// How many of the pieces of a row's request have pages; these come first.  For whole warps.
+__device__ int count_of(const int* starts, int pieces) {
+  const int lane = threadIdx.x % 32, at = blockIdx.y * pieces + lane;
+  return __popc(__ballot_sync(~0u, lane < pieces && starts[at + 1] > starts[at]));
+}
+
 extern "C" {
 // out[i] = table[index[i] - start], in rows of `words` words of 4 bytes; zeros where the table
 // of `count` rows has none.
@@ -154,25 +160,35 @@ __global__ void biased(T* x, const T* bias, int width) {
 }
 
 // Of a token's row (q, k and v) each head of q and k normalised (is_normed) and turned by its
-// position: q stays where it is, k and v go to their page.  A warp for each head.
-__global__ void place(T* qkv, T* k_cache, T* v_cache, const T* q_norm, const T* k_norm,
-                      const float* cos_sin, const int* positions, const int* requests,
-                      const int* indptr, const int* indices, long long step,
-                      long long page_step, int heads, int kv_heads, int dim, int rotary,
-                      int page_size, float eps, int is_normed) {
-  __shared__ float found[4][256];
+// position.  k and v go to their page; q, where `pieces` is not 0, to each piece of its request
+// that has pages.  A warp for each head.  What the product before does not write is read while that
+// still runs.
+__global__ void place(T* q, T* k_cache, T* v_cache, const T* qkv, const T* q_norm,
+                      const T* k_norm, const float* cos_sin, const int* positions,
+                      const int* requests, const int* indptr, const int* indices,
+                      const int* starts, long long step, long long page_step, int pieces,
+                      int heads, int kv_heads, int dim, int rotary, int page_size, float eps,
+                      int is_normed) {
+  __shared__ float found[4][256], weights[4][256], turns[4][256];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.x * 4 + warp;
   make_way();
-  wait();
   if (head >= heads + 2 * kv_heads) return;
   const int kind = head < heads ? 0 : head < heads + kv_heads ? 1 : 2;
   const int mine = head - (kind == 0 ? 0 : kind == 1 ? heads : heads + kv_heads);
   const int position = positions[blockIdx.y];
   const int first = indptr[requests[blockIdx.y]], row = position % page_size;
   const long long page = indices[first + position / page_size];
-  T* from = qkv + blockIdx.y * step + head * (long long)dim;
-  T* to = kind == 0 ? from : (kind == 1 ? k_cache : v_cache) + page * page_step +
-                                 (row * (long long)kv_heads + mine) * dim;
+  const int copies = pieces && kind == 0 ? count_of(starts, pieces) : 1;
+  const T* from = qkv + blockIdx.y * step + head * (long long)dim;
+  T* cache = kind == 1 ? k_cache : v_cache;
+  T* to = kind == 0 ? q + (blockIdx.y * (long long)max(pieces, 1) * heads + mine) * dim
+                    : cache + page * page_step + (row * (long long)kv_heads + mine) * dim;
+  const T* weight = kind ? k_norm : q_norm;
+  for (int c = lane; c < dim && kind < 2; c += 32) {
+    if (is_normed) weights[warp][c] = load(weight[c]);
+    if (c < rotary) turns[warp][c] = cos_sin[position * (long long)rotary + c];
+  }
+  wait();
   if (kind == 2) {
     for (int c = lane; c < dim; c += 32) to[c] = from[c];
     return;
@@ -182,18 +198,51 @@ __global__ void place(T* qkv, T* k_cache, T* v_cache, const T* q_norm, const T* 
   if (is_normed) {
     for (int half = 16; half; half /= 2) sum += __shfl_xor_sync(~0u, sum, half);
     const float factor = rsqrtf(sum / dim + eps);
-    const T* weight = kind ? k_norm : q_norm;
-    for (int c = lane; c < dim; c += 32) x[c] *= factor * load(weight[c]);
+    for (int c = lane; c < dim; c += 32) x[c] *= factor * weights[warp][c];
   }
   __syncwarp();
-  const float* cosines = cos_sin + position * (long long)rotary;
+  const float* cosines = turns[warp];
   const int half = rotary / 2;
   for (int c = lane; c < dim; c += 32) {
     float y = x[c];
     if (c < half) y = y * cosines[c] - x[c + half] * cosines[c + half];
     else if (c < rotary) y = y * cosines[c - half] + x[c - half] * cosines[c];
-    to[c] = store(y);
+    for (int i = 0; i < copies; i++) to[i * heads * (long long)dim + c] = store(y);
   }
+}
+
+// A request's attention from that of its pieces, which weigh by the sums of their exponentials.
+// 128 threads for a head; each warp takes every fourth piece.
+__global__ void merged(T* out, const T* parts, const float* lse, const int* starts, int pieces,
+                       int dim) {
+  __shared__ float shares[4][32], sums[4][256];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, heads = gridDim.x;
+  const long long first = blockIdx.y * (long long)pieces * heads + blockIdx.x;
+  make_way();
+  const int count = count_of(starts, pieces);
+  wait();
+  const float mine = lane < count ? lse[first + lane * heads] : -INFINITY;
+  float most = mine;
+  for (int half = 16; half; half /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, half));
+  float sum = lane < count ? exp2f(mine - most) : 0;
+  shares[warp][lane] = sum;
+  for (int half = 16; half; half /= 2) sum += __shfl_xor_sync(~0u, sum, half);
+  __syncwarp();
+  for (int c = 4 * lane; c < dim; c += 128) {
+    float* to = sums[warp] + c;
+    to[0] = to[1] = to[2] = to[3] = 0;
+#pragma unroll 4
+    for (int i = warp; i < count; i += 4) {
+      const uint2 four = *(const uint2*)(parts + (first + i * heads) * dim + c);
+      const float share = shares[warp][i];
+      to[0] += share * load(four.x); to[1] += share * load(four.x >> 16);
+      to[2] += share * load(four.y); to[3] += share * load(four.y >> 16);
+    }
+  }
+  __syncthreads();
+  out += (blockIdx.y * (long long)heads + blockIdx.x) * dim;
+  for (int c = threadIdx.x; c < dim; c += 128)
+    out[c] = store((sums[0][c] + sums[1][c] + sums[2][c] + sums[3][c]) / sum);
 }
 
 // The experts with the greatest of a token's logits, the first of equal ones before, and what
@@ -490,8 +539,8 @@ def biased(x, bias, width):
 
 
 def place(
-    qkv, k_cache, v_cache, q_norm, k_norm, cos_sin, positions, requests, indptr, indices, step,
-    page_step, heads, kv_heads, dim, rotary, page_size, eps, is_normed,
+    q, k_cache, v_cache, qkv, q_norm, k_norm, cos_sin, positions, requests, indptr, indices, starts,
+    step, page_step, pieces, heads, kv_heads, dim, rotary, page_size, eps, is_normed,
 ):  # fmt: skip
     x = qkv[:, : (heads + 2 * kv_heads) * dim].reshape(len(qkv), -1, dim)
     both = x[:, : heads + kv_heads].astype(np.float32)
@@ -503,9 +552,22 @@ def place(
     low, high, rest = np.split(both, [rotary // 2, rotary], axis=-1)
     turned = [low * cos - high * sin, high * cos + low * sin, rest]
     turned = np.concatenate(turned, axis=-1).astype(qkv.dtype)
-    qkv[:, : heads * dim] = turned[:, :heads].reshape(len(qkv), -1)
+    if pieces:
+        is_some = (np.diff(starts) > 0).reshape(len(qkv), pieces)
+        q.reshape(*is_some.shape, heads, dim)[is_some] = turned[np.where(is_some)[0], :heads]
+    else:
+        q[...] = turned[:, :heads]
     at = indices[indptr[requests] + positions // page_size], positions % page_size
     k_cache[at], v_cache[at] = turned[:, heads:], x[:, heads + kv_heads :]
+
+
+def merged(out, parts, lse, starts, pieces, dim):
+    is_some = (np.diff(starts) > 0).reshape(-1, pieces, 1)
+    lse = np.where(is_some, lse.reshape(len(out), pieces, -1), -np.inf)
+    shares = np.exp2(lse - lse.max(1, keepdims=True))
+    shares /= shares.sum(1, keepdims=True)
+    parts = parts.reshape(*lse.shape, dim).astype(np.float32)
+    out[...] = np.where(is_some[..., None], parts * shares[..., None], 0).sum(1)
 
 
 def route(experts, shares, logits, bias, count, chosen, is_normed):
@@ -564,7 +626,7 @@ def logprobs(values, ids, logits, tokens, vocab, top):
 ON_CPU = {
     kernel.__name__: kernel
     for kernel in (
-        take, joined, give, resolve, convolve, decays, gated, biased, place, route, draw,
+        take, joined, give, resolve, convolve, decays, gated, biased, place, merged, route, draw,
         penalise, count, add, mask, logprobs,
     )
 }  # fmt: skip

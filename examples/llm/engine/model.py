@@ -14,6 +14,9 @@ from .products import Sum
 from .weights import BLOCK, Blocks, of_layer
 
 HEAD = 128  # of linear attention
+# A few requests decode in pieces, so that all of the GPU attends to them: so many at most, each in
+# so many pieces.
+FEW, PIECES = 8, 16
 
 
 @dataclass
@@ -27,9 +30,9 @@ class Batch:
     slots: object  # [b] int32: where the requests' states are
     starts: object  # [b + 1] int64: where the requests' tokens are
     kv_indptr: object  # [b + 1] int32, and the pages of each request:
-    kv_last_page_len: object  # [b] int32
     kv_indices: object  # [pages or more] int32
-    attend: object  # by kind of layer: its plan's run
+    starts_of_pieces: object  # [b * PIECES + 1] int32: where their pages are; None without pieces
+    attend: object  # by kind of layer: what attends to those pages
 
 
 class Model:
@@ -272,27 +275,43 @@ class Model:
         config, n = self.config, x.shape[0]
         heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
         qkv = self.biased(self.linear("qkv", x, layer["qkv"]), layer, "qkv_bias")
-        q = columns(qkv, 0, heads, dim)
-        self.place(layer, qkv, batch, cache)
-        out = self.scratch("attended", n, heads, dim)
+        starts, out = batch.starts_of_pieces, self.scratch("attended", n, heads, dim)
+        q = self.place(layer, qkv, batch, cache)
         sink = {"sink": layer["sinks"]} if config.is_gpt_oss else {}
-        attend(q, *cache, out, **sink, **self.pdl)
+        if starts:
+            part, lse = self.of_pieces("part", n, dim), self.of_pieces("lse", n, dtype="float32")
+            attend(q, *cache, part, lse, **self.pdl)
+            self.device.launch("merged", (128 * heads, n), out, part, lse, starts, PIECES, dim,
+                               block=128)  # fmt: skip
+        else:
+            attend(q, *cache, out, **sink, **self.pdl)
         out = view(out, n, heads * dim)
         if config.is_next:
             self.gate(out, columns(qkv, (heads + 2 * kv_heads) * dim, heads * dim), False)
         return self.biased(self.linear("x", out, layer["out"]), layer, "out_bias")
 
+    def of_pieces(self, name, n, *shape, **more):
+        """Memory of that shape for each head of each piece of n requests."""
+        name, most = f"{name} of pieces", FEW * PIECES
+        return self.scratch(name, n * PIECES, self.config.heads, *shape, most=most, **more)
+
     def place(self, layer, qkv, batch, cache):
-        """The norms of q and k, RoPE, and k and v to their pages, in one kernel."""
-        config, count = self.config, self.config.heads + 2 * self.config.kv_heads
+        """The norms of q and k, RoPE, and k and v to their pages, in one kernel; q."""
+        config, n, starts = self.config, qkv.shape[0], batch.starts_of_pieces
+        heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
+        if starts:
+            q, pieces = self.of_pieces("queries", n, dim), PIECES
+        else:
+            q, pieces, starts = self.scratch("queries", n, heads, dim), 0, np.uint64(0)
         norms = (layer["q_norm"], layer["k_norm"]) if config.qk_norm else (np.uint64(0),) * 2
         self.device.launch(
-            "place", (32 * count, qkv.shape[0]), qkv, *cache, *norms, self.cos_sin,
-            batch.positions, batch.requests, batch.kv_indptr, batch.kv_indices,
-            np.int64(qkv.strides[0]), np.int64(cache[0].strides[0]), config.heads,
-            config.kv_heads, config.head_dim, config.rotary_dim, cache[0].shape[1],
-            np.float32(config.eps), int(config.qk_norm), block=128,
+            "place", (32 * (heads + 2 * kv_heads), n), q, *cache, qkv, *norms, self.cos_sin,
+            batch.positions, batch.requests, batch.kv_indptr, batch.kv_indices, starts,
+            np.int64(qkv.strides[0]), np.int64(cache[0].strides[0]), pieces, heads, kv_heads,
+            dim, config.rotary_dim, cache[0].shape[1], np.float32(config.eps),
+            int(config.qk_norm), block=128,
         )  # fmt: skip
+        return q
 
     def gate(self, x, gate, is_silu):
         n, width = x.shape

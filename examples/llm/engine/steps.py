@@ -10,13 +10,14 @@ import numpy as np
 import fi_ffi
 
 from .config import LINEAR
-from .model import Batch
+from .model import FEW, PIECES, Batch
 from .pages import SCRAP
 from .sampling import Sampler, adjustments, columns_of, keep, room_for_adjustments, uniform
 
 # Query heads a key head for which decode kernels are quicker; from four on those of prefill,
 # which use tensor cores.
 GROUPS = (1, 2, 3)
+PIECE = 32  # tokens of a piece, or a page
 ALIGNED = 16  # bytes that a step's arrays begin at multiples of
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
@@ -140,8 +141,19 @@ class Steps:
             "kv_indptr": np.concatenate([[0], np.cumsum(full + 1)], dtype=np.int32),
             "kv_last_page_len": computed + 1 - full * self.page_size,
         }
+        if self.runner.has_pieces(size, most):
+            host |= self._pieces(full + 1, host["kv_indptr"], host.pop("kv_last_page_len"))
         host |= self._draws(requests, slots, rest)
         return host, {"kv_indices": self.table[slots, :most][held]}
+
+    def _pieces(self, pages, indptr, last):
+        """Where each request's pieces begin, and what their last pages hold."""
+        each = self.runner.pages_of_piece
+        starts = np.minimum(np.arange(PIECES) * each, pages[:, None]) + indptr[:-1, None]
+        lasts = np.full(starts.shape, self.page_size, np.int32)
+        lasts[np.arange(len(pages)), (pages - 1) // each] = last
+        starts = np.append(starts, indptr[-1]).astype(np.int32)
+        return {"starts_of_pieces": starts, "last_of_pieces": lasts.reshape(-1)}
 
     def _of_size(self, size):
         """What is the same in each decode of a size."""
@@ -208,11 +220,20 @@ class Runner:
         longest = -(-self.config.max_positions // job.page_size)
         self.max_indices = model.slots * min(job.num_pages, longest)
         self.use_graphs = job.use_graphs and self.device.is_gpu
-        # By size of a decode batch (0: any) and kind of attention; or whether it draws; by size.
-        self.plans, self.graphs, self.placed = {}, {}, {}
+        # By size of a decode batch (0: any) and kind of attention; in pieces, by size alone.
+        self.plans, self.plans_of_pieces = {}, {}
+        # By size, whether it draws, and whether it is in pieces; without drawing.
+        self.graphs, self.placed = {}, {}
         self.kinds = [kind for kind in self.config.windows if kind != LINEAR]
         per_key_head = self.config.heads // self.config.kv_heads
         self.is_narrow = per_key_head in GROUPS and not self.config.is_gpt_oss
+        self.pages_of_piece = max(PIECE // job.page_size, 1)
+        self.of_pieces = {
+            "num_qo_heads": self.config.heads, "num_kv_heads": self.config.kv_heads,
+            "head_dim": self.config.head_dim, "page_size": job.page_size,
+            "q_data_type": self.config.dtype,
+        }  # fmt: skip
+        self.longest_in_pieces = PIECES * self.pages_of_piece if self._can_merge() else 0
         self.sampler, self.on_logits = Sampler(model), None
         room = 12 * model.max_tokens + 72 * model.slots + 4 * self.max_indices + 1024
         room += room_for_adjustments(model.slots, self.config)
@@ -280,9 +301,10 @@ class Runner:
 
     def _upload(self, order):
         """All arrays in one copy; first those that a graph has, which stay where they are."""
-        given, end = self.placed.get(order.size) or self._place(order.host, 0)
+        key = order.size, "starts_of_pieces" in order.host
+        given, end = self.placed.get(key) or self._place(order.host, 0)
         if order.size:
-            self.placed[order.size] = given, end
+            self.placed[key] = given, end
         more, end = self._place(order.more, end)
         staging, memory = next(self.staging)
         parts = [values.tobytes() for values in (order.host | order.more).values()]
@@ -303,9 +325,13 @@ class Runner:
     def _forward(self, given, order, draws):
         """Logits, and the tokens drawn from them, where the step `draws`."""
         size, host = order.size, order.host | order.more
-        runs = {kind: self._attend(host, size, kind) for kind in self.kinds}
-        if (size, draws) in self.graphs:
-            graph, found = self.graphs[size, draws]
+        key = size, draws, "starts_of_pieces" in host
+        if key[2]:
+            runs = dict.fromkeys(self.kinds, self._attend_in_pieces(given, size))
+        else:
+            runs = {kind: self._attend(host, size, kind) for kind in self.kinds}
+        if key in self.graphs:
+            graph, found = self.graphs[key]
             graph.launch()
             return found
         batch = Batch(**{field.name: given.get(field.name) for field in fields(Batch)})
@@ -324,9 +350,34 @@ class Runner:
         if size and self.use_graphs:  # after it ran once: nothing is loaded or allocated any more
             with fi_ffi.capture(self.device.stream) as graph:
                 self.device.is_frozen = True
-                self.graphs[size, draws] = graph, forward()
+                self.graphs[key] = graph, forward()
             self.device.is_frozen = False
         return found
+
+    def has_pieces(self, size, pages):
+        """Whether a decode of that size, with so many pages at most a request, is in pieces."""
+        return size <= FEW and pages <= self.longest_in_pieces
+
+    def _can_merge(self):
+        """Whether there are a GPU and kernels for the pieces' attention; they see no sinks, and
+        windows would be of each piece.
+        """
+        config = self.config
+        if config.is_gpt_oss or any(config.windows[kind] >= 0 for kind in self.kinds):
+            return False
+        return self.device.is_gpu and bool(fi_ffi.BatchDecodePlan.supports(**self.of_pieces))
+
+    def _attend_in_pieces(self, given, size):
+        """The run of a plan of any lengths, for which pieces are requests."""
+        if size not in self.plans_of_pieces:
+            self.plans_of_pieces[size] = fi_ffi.BatchDecodePlan(
+                size * PIECES, None, None, **self.of_pieces, device=self.device.name,
+                stream=self.device.stream,
+            )  # fmt: skip
+        return functools.partial(
+            self.plans_of_pieces[size].run, paged_kv_indptr=given["starts_of_pieces"],
+            paged_kv_last_page_len=given["last_of_pieces"],
+        )  # fmt: skip
 
     def _attend(self, host, size, kind):
         """A plan's run: of prompts, pieces of them and single tokens; or of one token a request.
