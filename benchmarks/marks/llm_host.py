@@ -41,7 +41,7 @@ def engine(batch: int, tokens: int) -> Engine:
     model.device.is_gpu = runner.use_graphs = True  # plans are made as for graphs
     runner.longest_in_pieces = PIECES * runner.pages_of_piece
     logits = model.scratch("logits", batch, made.config.vocab, dtype="float32", most=batch)
-    model.forward = lambda given: logits.rows(0, given.last.shape[0])
+    model.forward = lambda given: logits.rows(0, (given.last or given.tokens).shape[0])
     sizes = made.steps.sizes
     tokens = model.scratch("drawn", batch, 1, dtype="int32")
     model.device.zero(tokens)

@@ -26,7 +26,7 @@ class Batch:
     tokens: object  # [n] int32; below 0: the last one of slot -1 - token
     positions: object  # [n] int32
     requests: object  # [n] int32: which request each is of
-    last: object  # [samples] int32: the tokens whose logits are wanted
+    last: object  # [samples] int32: the tokens whose logits are wanted; None where all are
     slots: object  # [b] int32: where the requests' states are
     starts: object  # [b + 1] int64: where the requests' tokens are
     kv_indptr: object  # [b + 1] int32, and the pages of each request:
@@ -139,7 +139,7 @@ class Model:
         return values, weight.values, scales, weight.scales
 
     def forward(self, batch):
-        """Logits, float32 [samples, vocabulary], of the tokens that `batch.last` names."""
+        """Logits, float32 [samples, vocabulary], of the tokens that `batch.last` names, or all."""
         config, device, n = self.config, self.device, batch.tokens.shape[0]
         latest = view(self.latest, self.slots + 1)
         device.launch("resolve", (n, 1), batch.tokens, latest, n)
@@ -160,6 +160,8 @@ class Model:
             x, residual = self.join(x, residual, layer["post_norm"], layer.get("gate_up"))
             x = self.mlp(layer, x)
             x, residual = self.join(x, residual, *after)
+        if batch.last is None:
+            return self.logits(x)
         if not batch.last.shape[0]:  # pieces of prompts only
             return None
         last = self.scratch("last", batch.last.shape[0], config.hidden, most=self.slots)

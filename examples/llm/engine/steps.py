@@ -160,9 +160,7 @@ class Steps:
         if size not in self.fixed:
             each, none = np.arange(size, dtype=np.int32), np.empty(0, np.int32)
             starts = np.arange(size + 1)
-            self.fixed[size] = {
-                "requests": each, "last": each, "following": none, "starts": starts,
-            }  # fmt: skip
+            self.fixed[size] = {"requests": each, "following": none, "starts": starts}
         return self.fixed[size]
 
     def _draws(self, sampled, slots, rest=0):
