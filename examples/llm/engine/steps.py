@@ -233,7 +233,8 @@ class Runner:
         }  # fmt: skip
         self.longest_in_pieces = PIECES * self.pages_of_piece if self._can_merge() else 0
         self.sampler, self.on_logits = Sampler(model), None
-        room = 12 * model.max_tokens + 72 * model.slots + 4 * self.max_indices + 1024
+        room = 12 * model.max_tokens + 72 * model.slots + 4 * self.max_indices
+        room += 8 * FEW * PIECES + 1024
         room += room_for_adjustments(model.slots, self.config)
         staging = itertools.islice(self.device.in_turn((room,), "uint8"), 2)
         self.staging = itertools.cycle([(memory, np.asarray(memory)) for memory in staging])
