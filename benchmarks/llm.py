@@ -102,7 +102,7 @@ class Bench:
         self.engine = self.engines[0]
         self.sides: list[Side] = [Ours(self.engine)]
         for other in self.engines[1:]:
-            other.runner.longest_in_pieces = 0
+            other.runner.has_pieces = False
             self.sides.append(Ours(other, "replans"))
         self.about: dict[str, Any] = {}
 

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from engine import Engine, Sampling, load_model
 from engine.device import Cpu
-from engine.model import PIECES
 
 from fi_ffi.ops.attention import plan
 from marks.llm_models import MODELS, RandomWeights, config_of
@@ -38,8 +37,8 @@ def engine(batch: int, tokens: int) -> Engine:
     pages = 1 + batch * -(-tokens // PAGE)
     made = load_model(config_of(raw), weights, "cpu", pages, PAGE, batch, 8192, True)
     model, runner = made.model, made.runner
-    model.device.is_gpu = runner.use_graphs = True  # plans are made as for graphs
-    runner.longest_in_pieces = PIECES * runner.pages_of_piece
+    # Plans are made as for graphs.
+    model.device.is_gpu = runner.use_graphs = runner.has_pieces = True
     logits = model.scratch("logits", batch, made.config.vocab, dtype="float32", most=batch)
     model.forward = lambda given: logits.rows(0, (given.last or given.tokens).shape[0])
     sizes = made.steps.sizes

@@ -314,11 +314,13 @@ def test_decodes_of_any_lengths_refused(machine):
         "num_qo_heads": 2, "num_kv_heads": 2, "head_dim": 128, "page_size": 16,
         "device": machine.device, "stream": machine.stream,
     }  # fmt: skip
-    make, ints = functools.partial(fi_ffi.BatchDecodePlan, **options), np.ones(2, np.int32)
+    make, ints = functools.partial(fi_ffi.BatchDecodePlan, **options), np.array([0, 1], np.int32)
     for argument, match, call in (
         ("indptr", "got 0, expected an int from 1", lambda: make(0, None, None)),
-        ("indptr", "got ndarray, expected int", lambda: make(ints, None, None)),
-        ("indices", "expected None: this is", lambda: make(1, ints, None)),
+        ("indptr", "got bool True, expected int", lambda: make(True, None, None)),
+        ("last_page_len", "NoneType", lambda: make(ints, None, None)),
+        ("indptr", "got builtins.int 1", lambda: make(1, ints, None)),
+        ("indptr", "got builtins.int 1", lambda: make(1, None, ints)),
         ("enable_cuda_graph", "got True", lambda: make(1, None, None, enable_cuda_graph=True)),
     ):
         with pytest.raises((fi_ffi.ArgumentError, fi_ffi.ArgumentTypeError), match=match) as found:
@@ -328,6 +330,8 @@ def test_decodes_of_any_lengths_refused(machine):
     machine.need(plan.module)
     with pytest.raises(fi_ffi.ArgumentError, match="last_page_len.*None: this is a plan of any"):
         plan.replan(1, None, ints)
+    with pytest.raises(fi_ffi.ArgumentTypeError, match="indptr.*ndarray, expected int"):
+        plan.replan(ints, None, None)
     x = machine.place(np.zeros((1, 2, 128), np.float16)).desc()
     cache = machine.place(np.zeros((1, 16, 2, 128), np.float16)).desc()
     values = ([0, 1], [0], [1])

@@ -161,7 +161,9 @@ class Call:
         stored = outs["residual_out"].astype(np.float64)
         weight = self.weight_bias + given[0]["rms_gamma"].astype(np.float64)
         norm = stored / np.sqrt((stored**2).mean(axis=1, keepdims=True) + 1e-5) * weight
-        of_norm = (0.5005 * eps + 2.0**-20) * np.abs(norm)
+        # Numbers below the smallest normal one are all as far apart as the smallest ones.
+        least = 0.5005 * float(ml_dtypes.finfo(dtype).smallest_subnormal)
+        of_norm = (0.5005 * eps + 2.0**-20) * np.abs(norm) + least
         if "norm_out" in outs:
             close(outs["norm_out"], norm, of_norm)
             norm = outs["norm_out"].astype(np.float64)

@@ -126,6 +126,9 @@ class Rank:
         given = ray.get_runtime_context().get_accelerator_ids()["GPU"]
         self.runner = runner_of(job, ranks, index=int(given[0]) if given else None)
 
+    def has_pieces(self):
+        return self.runner.has_pieces
+
     def run(self, order):
         return self.runner.run(order)
 
@@ -157,6 +160,7 @@ class Actors:
         self.ranks = [actor.remote(job, name, rank, size) for rank in range(size)]
         self._run(None)
         ray.get(self.answers)  # all have loaded, or one says why not
+        self.has_pieces = ray.get(self.ranks[0].has_pieces.remote())
 
     def _run(self, order):
         self.answers = [rank.run.remote(order) for rank in self.ranks]

@@ -69,6 +69,7 @@ class Steps:
     def __init__(self, runner):
         self.runner, job = runner, runner.job
         self.config, self.page_size, self.slots = job.config, job.page_size, job.max_batch
+        self.pages_of_piece = max(PIECE // job.page_size, 1)
         self.on_logits, self.cleared, self.counted = None, [], []
         vocab = self.config.vocab
         self.eos = np.array([token for token in self.config.eos if token < vocab], np.int32)
@@ -141,14 +142,15 @@ class Steps:
             "kv_indptr": np.concatenate([[0], np.cumsum(full + 1)], dtype=np.int32),
             "kv_last_page_len": computed + 1 - full * self.page_size,
         }
-        if self.runner.has_pieces(size, most):
+        is_short = most <= PIECES * self.pages_of_piece
+        if size <= FEW and is_short and self.runner.has_pieces:
             host |= self._pieces(full + 1, host["kv_indptr"], host.pop("kv_last_page_len"))
         host |= self._draws(requests, slots, rest)
         return host, {"kv_indices": self.table[slots, :most][held]}
 
     def _pieces(self, pages, indptr, last):
         """Where each request's pieces begin, and what their last pages hold."""
-        each = self.runner.pages_of_piece
+        each = self.pages_of_piece
         starts = np.minimum(np.arange(PIECES) * each, pages[:, None]) + indptr[:-1, None]
         lasts = np.full(starts.shape, self.page_size, np.int32)
         lasts[np.arange(len(pages)), (pages - 1) // each] = last
@@ -225,13 +227,12 @@ class Runner:
         self.kinds = [kind for kind in self.config.windows if kind != LINEAR]
         per_key_head = self.config.heads // self.config.kv_heads
         self.is_narrow = per_key_head in GROUPS and not self.config.is_gpt_oss
-        self.pages_of_piece = max(PIECE // job.page_size, 1)
         self.of_pieces = {
             "num_qo_heads": self.config.heads, "num_kv_heads": self.config.kv_heads,
             "head_dim": self.config.head_dim, "page_size": job.page_size,
             "q_data_type": self.config.dtype,
         }  # fmt: skip
-        self.longest_in_pieces = PIECES * self.pages_of_piece if self._can_merge() else 0
+        self.has_pieces = self._can_merge()
         self.sampler, self.on_logits = Sampler(model), None
         room = 12 * model.max_tokens + 72 * model.slots + 4 * self.max_indices
         room += 8 * FEW * PIECES + 1024
@@ -352,10 +353,6 @@ class Runner:
                 self.graphs[key] = graph, forward()
             self.device.is_frozen = False
         return found
-
-    def has_pieces(self, size, pages):
-        """Whether a decode of that size, with so many pages at most a request, is in pieces."""
-        return size <= FEW and pages <= self.longest_in_pieces
 
     def _can_merge(self):
         """Whether there are a GPU and kernels for the pieces' attention; they see no sinks, and

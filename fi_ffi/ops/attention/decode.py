@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,7 @@ class BatchDecodePlan(Plan):
         stream: object = None,
         **options: Unpack[DecodeKeywords],
     ) -> None:
-        if last_page_len is None:
+        if isinstance(indptr, numbers.Integral) and indices is None and last_page_len is None:
             self._is_of_any_lengths, self._run_arrays = True, {}
         super().__init__((indptr, indices, last_page_len), device, workspace, stream, options)
 
