@@ -355,8 +355,8 @@ class Runner:
         return found
 
     def _can_merge(self):
-        """Whether there are a GPU and kernels for the pieces' attention; they see no sinks, and
-        windows would be of each piece.
+        """Whether this is a GPU with kernels for pieces, which have no sinks; a window would be
+        that of each piece.
         """
         config = self.config
         if config.is_gpt_oss or any(config.windows[kind] >= 0 for kind in self.kinds):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike
 from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.attention import sizes
 from fi_ffi.ops.attention.arrays import INT32_MAX, Batch, host_ints, read_ints
 from fi_ffi.ops.attention.backends import release_for
@@ -77,8 +78,6 @@ class BatchDecodePlan(Plan):
     # The most that `_most_of` requests need, kept for the next replan.
     _most_need: sizes.Need
     _most_of = 0
-    # Whether runs pass all arrays of the batch.
-    _is_of_any_lengths = False
     backend = "cuda cores"
     _backend_of_module = ""
     backend_reason = "decode kernels have no other"
@@ -95,7 +94,7 @@ class BatchDecodePlan(Plan):
         **options: Unpack[DecodeKeywords],
     ) -> None:
         if isinstance(indptr, numbers.Integral) and indices is None and last_page_len is None:
-            self._is_of_any_lengths, self._run_arrays = True, {}
+            self._run_arrays = {}  # runs pass all
         super().__init__((indptr, indices, last_page_len), device, workspace, stream, options)
 
     def replan(
@@ -109,6 +108,10 @@ class BatchDecodePlan(Plan):
         """Plan another batch with the same options, as `BatchPrefillPlan.replan`. A plan of any
         lengths remains one."""
         self._replan_batch((indptr, indices, last_page_len), stream)
+
+    @property
+    def _is_of_any_lengths(self) -> bool:
+        return not self._run_arrays
 
     def _read(self, arrays: Sequence[object]) -> Batch:
         """Read the arrays; where runs pass them, plan a page a request, which is never split."""
@@ -175,18 +178,20 @@ class BatchDecodePlan(Plan):
                 values, sm_scale, rope_scale, rope_theta, alibi_slopes, q_scale, k_scale
             )
             values.put(paged_kv_indices=paged_kv_indices)
-            lengths = {
-                "paged_kv_indptr": paged_kv_indptr,
-                "paged_kv_last_page_len": paged_kv_last_page_len,
-            }
-            for name, array in lengths.items():
-                if self._is_of_any_lengths:
-                    values.put(**{name: array})
-                elif array is not None:
-                    raise self._refuse(name, shown(array), "None: the plan has it")
+            if self._is_of_any_lengths:
+                values.put(
+                    paged_kv_indptr=paged_kv_indptr, paged_kv_last_page_len=paged_kv_last_page_len
+                )
+            elif paged_kv_indptr is not None:
+                raise self._refuse_own("paged_kv_indptr", paged_kv_indptr)
+            elif paged_kv_last_page_len is not None:
+                raise self._refuse_own("paged_kv_last_page_len", paged_kv_last_page_len)
             rest = tuple(values.values[len(self._run_given) :])
         given = q, paged_k_cache, paged_v_cache, o, lse, kv_layout, enable_pdl, *rest
         self._run_packed(bound, given, stream)
+
+    def _refuse_own(self, name: str, given: object) -> ArgumentError:
+        return self._refuse(name, shown(given), "None: the plan has it")
 
     def _fill_defaults(self, values: Values) -> None:
         if self.options.pos_encoding_mode == "ALIBI":

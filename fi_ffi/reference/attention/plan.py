@@ -26,10 +26,11 @@ class Lengths(NamedTuple):
     """The planned lengths; `kv_indptr` counts pages, or the tokens of ragged keys."""
 
     window_left: int
-    causal: bool  # of decode: whether runs may have other lengths
+    causal: bool
     qo_indptr: Array
     kv_indptr: Array
     kv_len: Array
+    is_of_any_lengths: bool = False  # runs may have other pages than the planned ones
 
     @property
     def batch_size(self) -> int:
@@ -50,7 +51,7 @@ def save(kind: int, lengths: Lengths, int_workspace: Array, staging: Array) -> O
             raise ValueError(f"{name} should start at 0 and not decrease")
     if (lengths.kv_len < 0).any():
         raise ValueError("lengths of keys should be non-negative")
-    stored = [np.ascontiguousarray(array, np.int32) for array in lengths[2:]]
+    stored = [np.ascontiguousarray(array, np.int32) for array in lengths[2:5]]
     starts = np.cumsum([0, *(array.nbytes for array in stored)]).tolist()
     for name, workspace in (
         ("int_workspace_buffer", int_workspace),
@@ -60,23 +61,26 @@ def save(kind: int, lengths: Lengths, int_workspace: Array, staging: Array) -> O
             raise ValueError(f"{name} has {len(workspace)} bytes; this batch takes {starts[-1]}")
         for start, array in zip(starts, stored, strict=False):
             workspace[start : start + array.nbytes] = array.view(np.uint8)
-    head = (kind, lengths.batch_size, lengths.window_left, int(lengths.causal))
-    return make_array((*head, *starts[:-1]))
+    flags = int(lengths.causal), int(lengths.is_of_any_lengths)
+    return make_array((kind, lengths.batch_size, lengths.window_left, *flags, *starts[:-1]))
 
 
 def load(kind: int, int_workspace: Array, plan_info: Object) -> Lengths:
     """Read the lengths of a plan from the workspace."""
     info = array_values(plan_info)
-    if len(info) != 7 or info[0] != kind:
-        what = _NAMES[info[0]] if len(info) == 7 and 0 <= info[0] < len(_NAMES) else "another"
+    if len(info) != 8 or info[0] != kind:
+        what = _NAMES[info[0]] if len(info) == 8 and 0 <= info[0] < len(_NAMES) else "another"
         raise ValueError(f"plan_info_vec is of {what}, not a plan of {_NAMES[kind]}")
-    _, batch_size, window_left, causal, *offsets = info
+    _, batch_size, window_left, causal, is_of_any_lengths, *offsets = info
     counts = (batch_size + 1, batch_size + 1, batch_size)
     arrays = [
         np.frombuffer(int_workspace[start : start + 4 * count].tobytes(), np.int32)
         for start, count in zip(offsets, counts, strict=True)
     ]
-    return Lengths(window_left, bool(causal), *arrays)
+    qo_indptr, kv_indptr, kv_len = arrays
+    return Lengths(
+        window_left, bool(causal), qo_indptr, kv_indptr, kv_len, bool(is_of_any_lengths)
+    )  # fmt: skip
 
 
 def prefill(
@@ -113,7 +117,7 @@ def decode(
     planned = indptr[: batch_size + 1]
     # A schedule that splits no request has nothing of lengths: runs may pass others.
     is_of_any = not enable_cuda_graph and bool((np.diff(planned) == 1).all())
-    lengths = Lengths(window_left, is_of_any, of_one, planned, unknown)
+    lengths = Lengths(window_left, False, of_one, planned, unknown, is_of_any)
     return save(DECODE, lengths, int_workspace, staging)
 
 

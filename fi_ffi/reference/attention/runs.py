@@ -167,9 +167,10 @@ def batch_decode(
 ) -> None:  # fmt: skip
     """batch_decode's `run`: one query per request, its last token."""
     planned = plan.load(plan.DECODE, int_workspace, plan_info)
-    if planned.causal:
+    if planned.is_of_any_lengths:
         planned = planned._replace(kv_indptr=kv_indptr[: planned.batch_size + 1])
-    planned.must_have("paged_kv_indptr", planned.kv_indptr, kv_indptr)
+    else:
+        planned.must_have("paged_kv_indptr", planned.kv_indptr, kv_indptr)
     k_cache, v_cache = tokens_first(k_cache, layout), tokens_first(v_cache, layout)
     kv_len = lengths(planned.kv_indptr, last_page_len, k_cache.shape[1])
     call = Call(compiled, masks.NONE, window_left, q.shape[1], k_cache.shape[2])
