@@ -192,6 +192,7 @@ class Group:
         weight_bias: float = 0.0,
         fp32_acc: bool = True,
         launch_with_pdl: bool = False,
+        trigger_completion_at_end: bool = True,
         use_oneshot: bool | None = None,
         stream: object = None,
     ) -> None:
@@ -208,6 +209,8 @@ class Group:
                 ranks.
             launch_with_pdl: programmatic dependent launch.  Before FlashInfer 0.7 the kernel reads
                 `residual_in` without waiting for the kernel before it.
+            trigger_completion_at_end: False lets the next kernel start before this one ends, if it
+                is launched programmatically and waits for what it reads.
             stream: as for `all_reduce`.
 
         Raises the errors of `all_reduce`.
@@ -232,7 +235,10 @@ class Group:
             "layout_code": layout_code, "block_quant_group_size": block_quant_group_size,
         }  # fmt: skip
         more = {name: value for name, value in tensors.items() if value is not None}
-        more |= {"fp32_acc": fp32_acc, "launch_with_pdl": launch_with_pdl}
+        more |= {
+            "fp32_acc": fp32_acc, "launch_with_pdl": launch_with_pdl,
+            "trigger_completion_at_end": trigger_completion_at_end,
+        }  # fmt: skip
         if weight_bias:
             more["weight_bias"] = weight_bias
         if code:

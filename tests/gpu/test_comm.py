@@ -237,7 +237,7 @@ def test_a_hundred_thousand_calls(size, kind, rng):
 def replay(
     rank: int, given: Any, gpus: int, options: dict[str, Any], seed: int, count: int, busy: bool
 ) -> list[Any]:
-    """Graphs of calls by all kernels, replayed with new inputs; beside other streams' work.
+    """Graphs of calls by all kernels, replayed with new inputs; beside other streams' attention.
 
     The group's buffer has a graph of its own, without "vllm" on other tensors, which go through it.
     """
@@ -276,21 +276,35 @@ def replay(
 
 
 class Noise:
-    """Other work of the same GPU, on a stream of its own: norms, whose results are known."""
+    """Other work of the same GPU, on a stream of its own: a norm and attention, whose results are
+    known: of rows of one number, and over values of one number."""
 
     def __init__(self, place: Any) -> None:
         self.place, self.stream = place, place.new_stream()
-        self.x = place.put(np.full((64, 4096), 3.0, np.float16))
-        self.weight = place.put(np.ones(4096, np.float16))
-        self.out = place.put(np.zeros((64, 4096), np.float16))
+        bf16, pages = DTYPES[2], 64
+        self.x = place.put(np.full((64, 4096), 3.0, bf16))
+        self.weight = place.put(np.ones(4096, bf16))
+        self.out = place.put(np.zeros((64, 4096), bf16))
+        self.q = place.put(np.random.default_rng().standard_normal((8, 32, 128)).astype(bf16))
+        keys = np.random.default_rng().standard_normal((pages, 16, 8, 128)).astype(bf16)
+        self.cache = place.put(keys), place.put(np.full(keys.shape, 2.0, bf16))
+        self.attended = place.put(np.zeros((8, 32, 128), bf16))
+        self.plan = fi_ffi.BatchDecodePlan(
+            np.arange(9, dtype=np.int32) * 8, np.arange(pages, dtype=np.int32),
+            np.full(8, 5, np.int32), page_size=16, num_qo_heads=32, num_kv_heads=8, head_dim=128,
+            q_data_type="bfloat16", device=place.device, stream=self.stream,
+        )  # fmt: skip
 
     def make(self) -> None:
-        out, x, weight = (each.desc() for each in (self.out, self.x, self.weight))
-        fi_ffi.rmsnorm(out, x, weight, stream=self.stream)
+        with fi_ffi.stream(self.stream):
+            fi_ffi.rmsnorm(*(each.desc() for each in (self.out, self.x, self.weight)))
+            k, v = (each.desc() for each in self.cache)
+            self.plan.run(self.q.desc(), k, v, self.attended.desc())
 
     def check(self) -> None:
         check(runtime.cudaStreamSynchronize(self.stream))
-        assert np.abs(self.place.get(self.out).astype(np.float32) - 1).max() < 0.002
+        for found, expected in ((self.out, 1.0), (self.attended, 2.0)):
+            assert np.abs(self.place.get(found).astype(np.float32) - expected).max() < 0.02
 
 
 def write(place: Any, address: int, values: np.ndarray) -> None:
@@ -300,16 +314,19 @@ def write(place: Any, address: int, values: np.ndarray) -> None:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("busy", [False, True], ids=["alone", "beside norms"])
+@pytest.mark.parametrize("busy", [False, True], ids=["alone", "beside attention"])
 @pytest.mark.parametrize(("kind", "size"), [("threads", 2), ("processes", 2), ("processes", 4),
                                             ("processes", 8)])  # fmt: skip
 def test_graphs_replayed(kind, size, busy, rng):
     need(size, kind)
     if busy:
-        try:
-            search.find_module("norm", 0)
-        except LoaderError as error:
-            pytest.skip(str(error).partition("\n")[0])
+        for op, options in (
+            (fi_ffi.rmsnorm, {}),
+            (fi_ffi.BatchDecodePlan, {"head_dim": 128, "q_data_type": "bfloat16"}),
+        ):
+            found = op.supports(**options)
+            if not found:
+                pytest.skip(str(found))
     seed, count = int(rng.integers(2**32)), scaled(10_000, 100)
     options = {"fusion": comm.FusionSize(4, 4096), "nccl": False}
     found = on_all(kind, size, replay, options, seed, count, busy)

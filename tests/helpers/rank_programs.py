@@ -256,9 +256,12 @@ def fused(
     tensors = [fused_tensors(place, seed, number, rank, call) for number, call in enumerate(made)]
     found = []
     with comm.Group(given[rank], device=place.device, **options) as group:
-        for (name, *_, oneshot), (x, inputs, outs) in zip(made, tensors, strict=True):
+        for i, ((name, *_, oneshot), (x, inputs, outs)) in enumerate(
+            zip(made, tensors, strict=True)
+        ):
             group.allreduce_fusion(
                 place.of(x), pattern=name, use_oneshot=oneshot, stream=place.stream, rms_eps=1e-5,
+                trigger_completion_at_end=bool(i % 2),
                 **{key: place.of(array) for key, array in (inputs | outs).items()},
             )  # fmt: skip
             found.append({out: place.get(array) for out, array in outs.items()})
