@@ -2,12 +2,13 @@
 
     FI_FFI_KERNELS=WHEEL python3 benchmarks/comm.py [--ranks 2] [--output DIR]
 
-Two tables, of microseconds a call, the slowest rank's median of some replays: all-reduces of
-float16 from 512 B to 64 MiB by every algorithm there is, and all-reduce + residual + RMSNorm in one
-kernel beside NCCL's all-reduce and `fused_add_rmsnorm`.  NCCL is nccl4py's, or torch's where that
-is not installed.  Every cell's result is compared with the sum first.  Needs a GPU for each rank,
-and kernels: vllm_comm, trtllm_comm, norm.  With --gpus 1 ranks share one, without NCCL and by
-turns: that tries the program out, and its times mean nothing.
+Two tables, of microseconds a call, the slowest rank's median of some replays, in which the ways
+take turns: all-reduces of float16 from 512 B to 64 MiB by every algorithm there is, and all-reduce
++ residual + RMSNorm in one kernel beside NCCL's all-reduce and `fused_add_rmsnorm`; where the
+kernels' release allows it (0.7.1), also with programmatic dependent launch.  NCCL is nccl4py's, or
+torch's where that is not installed.  Every cell's result is compared with the sum first.  Needs a
+GPU for each rank, and kernels: vllm_comm, trtllm_comm, norm.  With --gpus 1 ranks share one, by
+turns and without NCCL: that tries the program out, and its times mean nothing.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from packaging.version import Version
 
 import fi_ffi
 from fi_ffi import comm
 from fi_ffi.errors import ArgumentError
+from fi_ffi.loader import search
 from fi_ffi.ops import cuda
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -34,6 +37,9 @@ SIZES = (512, 2 * KIB, 8 * KIB, 32 * KIB, 64 * KIB, 128 * KIB, 256 * KIB, 512 * 
          4 * MIB, 8 * MIB, 16 * MIB, 32 * MIB, 64 * MIB)  # fmt: skip
 ROWS = ((4096, 1), (4096, 4), (4096, 16), (4096, 64), (6144, 6), (6144, 138))
 WAYS = ("oneshot", "twoshot", "vllm", "buffer", "auto", "nccl")
+FUSED = ("fused", "with pdl", "nccl + norm")
+# Before, a kernel that begins early may read a residual that is not there yet.
+PDL_SINCE = Version("0.7.1")
 NORM = comm.AllReduceFusionPattern.kARResidualRMSNorm
 Call = Callable[[], None]
 
@@ -112,106 +118,124 @@ class Rank:
         check(runtime.cudaStreamSynchronize(self.stream))
         return float(got[0]), float(got[1])
 
-    def nccl(self, x: fi_ffi.TensorDesc) -> Call:
-        """An all-reduce in place by NCCL."""
+    def nccl(self, x: fi_ffi.TensorDesc, out: fi_ffi.TensorDesc) -> Call:
+        """An all-reduce by NCCL; torch's is in place."""
         if self._torch is None:
-            return lambda: self.group.all_reduce(x, algorithm="nccl", stream=self.stream)
+            return self.reduce(x, out, "nccl")
         torch, tensor = self._torch, self._torch.tensor(x)
         return lambda: torch.all_reduce(tensor)
 
-    def microseconds(self, call: Call, calls: int) -> float:
-        """The median time of a call in a graph of so many."""
-        call()  # what is loaded or allocated at the first is no part of a graph
-        self.group.synchronize(self.stream)
-        with fi_ffi.capture(self.stream, device=self.device) as graph:
-            for _ in range(calls):
-                call()
-        times = []
-        for number in range(self.replays + 3):
-            self.ranks.barrier()
-            with cuda.current(self.group.device):
-                start, end = cuda.Event(timing=True), cuda.Event(timing=True)
-            start.record(self.stream)
-            graph.launch(self.stream)
-            end.record(self.stream)
+    def microseconds(self, calls: dict[str, Call], count: int) -> dict[str, float]:
+        """The median time of each call in a graph of so many; the graphs are replayed in turn."""
+        graphs = {}
+        for name, call in calls.items():
+            call()  # what is loaded or allocated at the first is no part of a graph
             self.group.synchronize(self.stream)
-            if number >= 3:
-                times.append(end.milliseconds_since(start) * 1e3 / calls)
-        return statistics.median(times)
+            with fi_ffi.capture(self.stream, device=self.device) as graphs[name]:
+                for _ in range(count):
+                    call()
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for number in range(self.replays + 3):
+            for name, graph in graphs.items():
+                self.ranks.barrier()
+                with cuda.current(self.group.device):
+                    start, end = cuda.Event(timing=True), cuda.Event(timing=True)
+                start.record(self.stream)
+                graph.launch(self.stream)
+                end.record(self.stream)
+                self.group.synchronize(self.stream)
+                if number >= 3:
+                    times[name].append(end.milliseconds_since(start) * 1e3 / count)
+        return {name: statistics.median(each) for name, each in times.items()}
 
-    def all_reduce(self, way: str, nbytes: int) -> float | None:
-        """The time of one way for a size; None where it is not for that."""
+    def all_reduce(self, nbytes: int) -> dict[str, float]:
+        """The time of each way that there is for a size."""
         count = nbytes // 2
-        ones = np.ones(count, np.float16)
-        x, out = self.put(ones), self.put(np.zeros(count))
-        if way == "nccl":
-            call, out = self.nccl(x), x
-        elif way == "buffer":
-            x = self.group.buffer((count,), "float16")
-            call = self.reduce(x, out, "vllm")
-            cuda.copy(x.ptr, self.put(ones).ptr, nbytes, self.group.device, self.stream)
-        else:
-            call = self.reduce(x, out, way)
-        try:
-            call()
-        except ArgumentError:  # alike on all ranks
-            self.free()
-            return None
-        size = float(self.ranks.size)
-        assert self.first(out) == (size, size), (way, nbytes, self.first(out))
-        if way == "nccl":  # in place: zeros stay zeros
-            call = self.nccl(self.put(np.zeros(count)))
-        found = self.microseconds(call, 100 if nbytes <= MIB else 20)
+        ones, size = np.ones(count, np.float16), float(self.ranks.size)
+        calls: dict[str, Call] = {}
+        for way in WAYS:
+            if way == "nccl" and not self._has_nccl:
+                continue
+            x, out = self.put(ones), self.put(np.zeros(count))
+            if way == "nccl":
+                call, out = self.nccl(x, out), x if self._torch else out
+            elif way == "buffer":
+                x = self.group.buffer((count,), "float16")
+                call = self.reduce(x, out, "vllm")
+                cuda.copy(x.ptr, self.put(ones).ptr, nbytes, self.group.device, self.stream)
+            else:
+                call = self.reduce(x, out, way)
+            try:
+                call()
+            except ArgumentError:  # alike on all ranks
+                continue
+            got = self.first(out)
+            assert got == (size, size), (way, nbytes, got)
+            if way == "nccl" and self._torch:  # in place: zeros stay zeros
+                call = self.nccl(self.put(np.zeros(count)), x)
+            calls[way] = call
+        found = self.microseconds(calls, 100 if nbytes <= MIB else 20)
         self.free()
         return found
 
     def reduce(self, x: Any, out: Any, algorithm: str) -> Call:
         return lambda: self.group.all_reduce(x, out, algorithm=algorithm, stream=self.stream)
 
-    def fused(self, hidden: int, rows: int) -> tuple[float, float | None]:
-        """In one kernel, and by NCCL and a norm."""
-        x, residual = (self.put(np.zeros((rows, hidden))) for _ in range(2))
-        out, norm = (self.put(np.zeros((rows, hidden))) for _ in range(2))
+    def fused(self, hidden: int, rows: int) -> dict[str, float]:
+        """In one kernel, and by NCCL and a norm; each writes the residual that the next reads."""
+        # Small ones, for the residual grows with each call.
+        drawn = np.random.default_rng().standard_normal((rows, hidden)) / 1024
+        x, total, residual, norm = (self.put(drawn) for _ in range(4))
         gamma = self.put(np.ones(hidden))
 
-        def one() -> None:
+        def one(**options: bool) -> None:
             self.group.allreduce_fusion(
-                x, pattern=NORM, residual_in=residual, residual_out=out, norm_out=norm,
-                rms_gamma=gamma, stream=self.stream,
+                x, pattern=NORM, residual_in=residual, residual_out=residual, norm_out=norm,
+                rms_gamma=gamma, stream=self.stream, **options,
             )  # fmt: skip
 
-        reduce = self.nccl(x)
+        reduce = self.nccl(x, total)
 
         def two() -> None:
             reduce()
-            fi_ffi.fused_add_rmsnorm(x, residual, gamma, stream=self.stream)
+            added = x if self._torch else total
+            fi_ffi.fused_add_rmsnorm(added, residual, gamma, enable_pdl=True, stream=self.stream)
 
-        found = self.microseconds(one, 100)
-        other = self.microseconds(two, 100) if self._has_nccl else None
+        calls: dict[str, Call] = {"fused": one}
+        if Version(search.release() or "0") >= PDL_SINCE:
+            pdl = {"launch_with_pdl": True, "trigger_completion_at_end": False}
+            calls["with pdl"] = lambda: one(**pdl)
+        if self._has_nccl:
+            calls["nccl + norm"] = two
+        found = self.microseconds(calls, 100)
         self.free()
-        return found, other
+        return found
 
 
 def measure(ranks: comm.Ranks, store: str, replays: int, gpus: int, results: Any) -> None:
     """All of one rank; what it found goes into a queue."""
     one = Rank(ranks, store, replays, gpus)
-    reduced = {size: {way: one.all_reduce(way, size) for way in WAYS} for size in SIZES}
+    reduced = {size: one.all_reduce(size) for size in SIZES}
     chosen = {size: one.group.algorithm_for(size, "float16") for size in SIZES}
     fused = {shape: one.fused(*shape) for shape in ROWS}
     one.group.close()
     results.put((ranks.rank, reduced, chosen, fused))
 
 
-def slowest(values: list[float | None]) -> float | None:
-    return None if None in values else max(v for v in values if v is not None)
+def slowest(found: list[dict[str, float]]) -> dict[str, float]:
+    return {way: max(each[way] for each in found) for way in found[0]}
 
 
 def text(nbytes: int) -> str:
     return f"{nbytes // MIB} MiB" if nbytes >= MIB else f"{nbytes / KIB:g} KiB"
 
 
-def number(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
+def cells(row: dict[str, float], ways: tuple[str, ...]) -> list[str]:
+    return [f"{row[way]:.1f}" if way in row else "" for way in ways]
+
+
+def ratio(row: dict[str, float], one: str, other: str) -> str:
+    return f"{row[one] / row[other]:.2f}" if one in row and other in row else ""
 
 
 def tables(found: list[tuple[Any, ...]]) -> tuple[list[str], dict[str, Any]]:
@@ -220,18 +244,17 @@ def tables(found: list[tuple[Any, ...]]) -> tuple[list[str], dict[str, Any]]:
     data: dict[str, Any] = {"all_reduce": {}, "fused": {}}
     chosen = found[0][2]
     for size in SIZES:
-        row = {way: slowest([each[1][size][way] for each in found]) for way in WAYS}
-        auto, nccl = row["auto"], row["nccl"]
-        ratio = f"{auto / nccl:.2f}" if auto and nccl else ""
-        cells = [text(size), *(number(row[way]) for way in WAYS), chosen[size], ratio]
-        lines.append(f"| {' | '.join(cells)} |")
+        row = slowest([each[1][size] for each in found])
+        line = [text(size), *cells(row, WAYS), chosen[size], ratio(row, "auto", "nccl")]
+        lines.append(f"| {' | '.join(line)} |")
         data["all_reduce"][size] = row | {"chosen": chosen[size]}
-    lines += ["", "| hidden, rows | fused | nccl + norm | ratio |", "|---|---|---|---|"]
+    lines += ["", f"| hidden, rows | {' | '.join(FUSED)} | ratio | ratio |", "|---" * 6 + "|"]
     for shape in ROWS:
-        one, two = (slowest([each[3][shape][i] for each in found]) for i in range(2))
-        ratio = f"{one / two:.2f}" if one and two else ""
-        lines.append(f"| {shape[0]}, {shape[1]} | {number(one)} | {number(two)} | {ratio} |")
-        data["fused"]["x".join(map(str, shape))] = {"fused": one, "nccl": two}
+        row = slowest([each[3][shape] for each in found])
+        ratios = (ratio(row, way, FUSED[-1]) for way in FUSED[:-1])
+        line = [f"{shape[0]}, {shape[1]}", *cells(row, FUSED), *ratios]
+        lines.append(f"| {' | '.join(line)} |")
+        data["fused"]["x".join(map(str, shape))] = row
     return lines, data
 
 

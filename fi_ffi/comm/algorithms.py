@@ -23,9 +23,10 @@ Call = Callable[[TensorDesc, TensorDesc, int], None]
 _VECTOR = 16
 _ANY = 1 << 62
 # For each number of ranks: algorithms in order of preference, each with the largest message in
-# bytes that it is the fastest for. These are estimates: benchmarks/comm.py has not run on GPUs.
+# bytes that it is the fastest for: of two ranks by benchmarks/comm.py on two H100s with NVLink; the
+# others are estimates.
 TABLE: dict[int, tuple[tuple[str, int], ...]] = {
-    2: (("oneshot", 1 << 20), ("vllm", 4 << 20), ("nccl", _ANY)),
+    2: (("oneshot", 4 << 20), ("vllm", 8 << 20), ("nccl", _ANY)),
     4: (("oneshot", 512 << 10), ("vllm", 4 << 20), ("nccl", _ANY)),
     8: (("oneshot", 256 << 10), ("vllm", 4 << 20), ("nccl", _ANY)),
 }

@@ -207,7 +207,7 @@ class Group:
             use_oneshot: True: every rank adds up everything.  False: each rank adds up its own
                 tokens; there must be more tokens than ranks.  None: chosen by size and number of
                 ranks.
-            launch_with_pdl: programmatic dependent launch.  Before FlashInfer 0.7 the kernel reads
+            launch_with_pdl: programmatic dependent launch.  Up to FlashInfer 0.7.0 the kernel reads
                 `residual_in` without waiting for the kernel before it.
             trigger_completion_at_end: False lets the next kernel start before this one ends, if it
                 is launched programmatically and waits for what it reads.

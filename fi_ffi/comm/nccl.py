@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 from fi_ffi.abi.tensor import Device, TensorDesc
@@ -14,6 +15,7 @@ _SUM = 0  # ncclSum
 _DTYPES = {"float16": 6, "float32": 7, "bfloat16": 9}  # ncclDataType_t
 # Controls NVLink SHARP, which creates a multicast object; fi_ffi must not depend on one.
 _NO_MULTICAST = "NCCL_NVLS_ENABLE"
+_LINGERING_S = 1.0  # how long to wait for an end that graphs may put off
 
 
 def imported() -> Any:
@@ -47,6 +49,7 @@ class Nccl:
             except Exception as error:
                 raise KernelError("ncclCommInitRank", type(error).__name__, str(error)) from error
         self._comm = self._nccl.Comm(self._communicator.ptr)
+        self._is_captured = False
 
     def all_reduce(self, x: TensorDesc, out: TensorDesc, stream: int) -> None:
         self._call("all_reduce", x, out, x.numel, _SUM, stream)
@@ -61,6 +64,7 @@ class Nccl:
         self, name: str, x: TensorDesc, out: TensorDesc, count: int, how: int | None, stream: int
     ) -> None:
         operation = () if how is None else (how,)
+        self._is_captured = self._is_captured or cuda.is_capturing(stream)
         try:
             getattr(self._nccl, name)(
                 x.ptr, out.ptr, count, _DTYPES[x.dtype.name], *operation, self._comm, stream
@@ -70,11 +74,30 @@ class Nccl:
 
     def abort(self) -> None:
         """Abort queued work; nothing can be called afterwards."""
-        self._communicator.abort()
+        self._end("abort")
 
     def close(self, is_broken: bool) -> None:
         """Destroy the communicator; abort it if the group is broken."""
-        if is_broken:
-            self._communicator.abort()
-        else:
-            self._communicator.destroy()
+        self._end("abort" if is_broken else "destroy")
+
+    def _end(self, name: str) -> None:
+        """End the communicator once; NCCL ends it when no graph holds its calls any more.
+
+        Graphs may outlive a group, so that is not waited for.
+        """
+        communicator, self._communicator = self._communicator, None
+        if communicator is None:
+            return
+        errors = []
+
+        def end() -> None:
+            try:
+                getattr(communicator, name)()
+            except Exception as error:  # an exception class of nccl4py
+                errors.append(error)
+
+        thread = threading.Thread(target=end, name="fi_ffi.comm.nccl", daemon=True)
+        thread.start()
+        thread.join(_LINGERING_S if self._is_captured else None)
+        for error in errors:
+            raise KernelError(f"NCCL's {name}", type(error).__name__, str(error)) from error

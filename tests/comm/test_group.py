@@ -93,7 +93,7 @@ def test_what_auto_is(told):
     assert on_all("threads", 2, body) == [[small, small, "vllm", "nccl", "vllm"]] * 2
 
 
-@pytest.mark.parametrize(("size", "most"), [(2, 1 << 20), (4, 512 << 10), (8, 256 << 10)])
+@pytest.mark.parametrize(("size", "most"), [(2, 4 << 20), (4, 512 << 10), (8, 256 << 10)])
 def test_what_auto_is_by_the_number_of_ranks(size, most):
     def body(rank, given, gpus):
         fusion = comm.FusionSize(2 * most // 8192, 4096)
