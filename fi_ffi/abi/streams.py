@@ -92,6 +92,11 @@ _MOST_CHECKED = 64
 device_of: Callable[[int], int | None] | None = None
 
 
+def known_device(handle: int) -> int | None:
+    """Return the index of a stream's device, if the process has several and CUDA tells it."""
+    return None if device_of is None else device_of(handle)
+
+
 def check_stream(handle: int, device: Device, op: str) -> None:
     """Raise if a stream is known to belong to another GPU than the tensors.
 

@@ -39,7 +39,7 @@ class Algorithms:
         self, ranks: Ranks, places: Sequence[Place], device: Device, max_bytes: int,
         fusion: FusionSize | None, has_nccl: bool,
     ) -> None:  # fmt: skip
-        self._rank, self._size = ranks.rank, ranks.size
+        self._ranks, self._rank, self._size = ranks, ranks.rank, ranks.size
         self._device, self._max_bytes, self._fusion_size = device, max_bytes, fusion
         self.vllm: VllmAllReduce | None = None
         self.fusion: Fusion | None = None
@@ -274,6 +274,8 @@ class Algorithms:
             self.vllm.close()
         if self._memory is not None:
             self._memory.close(is_broken)
+        elif not is_broken:
+            self._ranks.barrier()  # no process may end while others watch it
 
 
 def _peers(ranks: Ranks, places: Sequence[Place], device: Device) -> tuple[bool, bool, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import time
 import weakref
-from collections.abc import Iterable
 from types import TracebackType
 from typing import NoReturn
 
@@ -81,20 +80,17 @@ class Group:
         self._places, has_nccl = self._meet(wants_nccl)
         places = self._places  # the monitor's thread does not keep the group alive
 
-        def have_ended(ranks: Iterable[int]) -> bool:
-            return any(has_ended(places[rank]) for rank in ranks)
+        def ended() -> set[int]:
+            return {rank for rank, place in enumerate(places) if has_ended(place)}
 
-        self._have_ended = have_ended
+        self._ended = ended
         if self.size > 1:
             self._algorithms = Algorithms(
                 ranks, self._places, self.device, self.max_bytes, self.fusion, has_nccl
             )
-            waiting = self._algorithms.waiting()
-            if waiting and self.device.is_cuda:
-                on_hang = weakref.WeakMethod(self._tell_hang)
-                self._monitor = Monitor(
-                    waiting, self.device, self.timeout_s, on_hang, self._have_ended
-                )
+            if self.device.is_cuda:
+                waiting, on_hang = self._algorithms.waiting(), weakref.WeakMethod(self._tell_hang)
+                self._monitor = Monitor(waiting, self.device, self.timeout_s, on_hang, ended)
         self._is_open = True
 
     def _meet(self, wants_nccl: bool | None) -> tuple[list[Place], bool]:
@@ -442,7 +438,9 @@ class Group:
         from fi_ffi.reference.peers import waiting_at_most
 
         try:
-            with waiting_at_most(self.timeout_s, self._have_ended, ENDED_S):
+            with waiting_at_most(
+                self.timeout_s, lambda ranks: not self._ended().isdisjoint(ranks), ENDED_S
+            ):
                 call(x, out, stream)
         except TimeoutError as error:
             raise self._broken(op, error) from error
@@ -455,13 +453,18 @@ class Group:
         cuda.copy(out.ptr, x.ptr, x.span_bytes, self.device, stream)
 
     def _tell_hang(self, op: str, missing: set[int], seconds: float) -> None:
-        """Record a hang; called from the monitor's thread."""
-        words = f"{op}: rank {self.rank} waited {seconds:g} s for {names(missing)}"
+        """Record a hang and end NCCL's kernels; called from the monitor's thread."""
+        words = f"rank {self.rank} has lost {names(missing)}"
+        if op:
+            words = f"{op}: rank {self.rank} waited {seconds:g} s for {names(missing)}"
         self._broken(op, TimeoutError(words))
+        algorithms = self._algorithms
+        if algorithms is not None:
+            algorithms.abort()
 
     def _broken(self, op: str, error: TimeoutError) -> HangError:
         """Mark the group as unusable after a rank was missing; return the error."""
-        gone = [rank for rank, place in enumerate(self._places) if has_ended(place)]
+        gone = self._ended()
         ended = f" (the process of {names(gone)} has ended)" if gone else ""
         self._hang = f"{error}{ended}; the group can only be closed"
         return HangError(op, self._hang)

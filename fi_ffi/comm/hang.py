@@ -2,9 +2,9 @@
 
 A group's kernels wait on the GPU, in memory of their own rank. A thread reads this memory by copies
 on its own stream, so it sees eager calls and graphs alike and does not slow them down. If a kernel
-waits and nothing has changed for too long, or for a second if a missing rank's process has ended,
-the thread reports the missing ranks and writes the values that the kernels wait for. The results of
-these kernels are invalid; the process goes on.
+waits and nothing has changed for too long, or a second after a rank's process has ended, the thread
+reports the missing ranks and writes the values that the kernels wait for. The results of these
+kernels are invalid; the process goes on.
 """
 
 from __future__ import annotations
@@ -86,15 +86,16 @@ class Copies:  # a context manager
 
 class Monitor:
     """A group's watching thread: calls `on_hang()(op, ranks, seconds)` once, then releases all
-    kernels. `have_ended` says whether the process of any of some ranks has ended."""
+    kernels. `ended` returns the ranks whose processes have ended; for those the op is "" if no
+    kernel of this rank waits."""
 
     def __init__(
         self, kernels: Sequence[Waiting], device: Device, timeout_s: float,
         on_hang: Callable[[], Callable[[str, set[int], float], None] | None],
-        have_ended: Callable[[Iterable[int]], bool] = lambda ranks: False,
+        ended: Callable[[], set[int]] = set,
     ) -> None:  # fmt: skip
         self._kernels, self._device, self._timeout_s = kernels, device, timeout_s
-        self._on_hang, self._have_ended, self._stop = on_hang, have_ended, threading.Event()
+        self._on_hang, self._ended, self._stop = on_hang, ended, threading.Event()
         self._thread = threading.Thread(target=self._run, name="fi_ffi.comm", daemon=True)
         self._thread.start()
 
@@ -111,21 +112,26 @@ class Monitor:
         pause = min(self._timeout_s / _LOOKS, _LONGEST_S)
         before: list[bytes] = []
         since = time.monotonic()
+        ended_since = None
         while not self._stop.wait(pause) and self._on_hang() is not None:
             found = [(kernels, *kernels.state(copies.read)) for kernels in self._kernels]
             waiting = [(kernels.op, {*missing}) for kernels, _, missing in found if missing]
             now, states = time.monotonic(), [state for _, state, _ in found]
-            waited = now - since
             if not waiting or states != before:
                 before, since = states, now
-            elif waited >= self._timeout_s or (
-                waited >= ENDED_S and self._have_ended(waiting[0][1])
-            ):
-                tell = self._on_hang()
-                if tell is not None:
-                    tell(*waiting[0], min(round(waited, 1), self._timeout_s))
-                self._let_go(copies)
-                return
+            (op, missing), waited = waiting[0] if waiting else ("", set()), now - since
+            ended = self._ended()
+            if ended:
+                ended_since = ended_since or now
+            if ended_since and now - ended_since >= ENDED_S:
+                missing, waited = ended, now - ended_since
+            elif waited < self._timeout_s:
+                continue
+            tell = self._on_hang()
+            if tell is not None:
+                tell(op, missing, min(round(waited, 1), self._timeout_s))
+            self._let_go(copies)
+            return
 
     def _let_go(self, copies: Copies) -> None:
         """Release kernels until the group is closed, since those queued behind wait as well."""

@@ -15,7 +15,7 @@ _SUM = 0  # ncclSum
 _DTYPES = {"float16": 6, "float32": 7, "bfloat16": 9}  # ncclDataType_t
 # Controls NVLink SHARP, which creates a multicast object; fi_ffi must not depend on one.
 _NO_MULTICAST = "NCCL_NVLS_ENABLE"
-_LINGERING_S = 1.0  # how long to wait for an end that graphs may put off
+_LINGERING_S = 1.0  # how long to wait for an end that others may put off
 
 
 def imported() -> Any:
@@ -81,9 +81,10 @@ class Nccl:
         self._end("abort" if is_broken else "destroy")
 
     def _end(self, name: str) -> None:
-        """End the communicator once; NCCL ends it when no graph holds its calls any more.
+        """End the communicator once.
 
-        Graphs may outlive a group, so that is not waited for.
+        NCCL ends it when no graph holds its calls any more, and may wait for other ranks if it is
+        aborted.  This call does not wait for either.
         """
         communicator, self._communicator = self._communicator, None
         if communicator is None:
@@ -98,6 +99,6 @@ class Nccl:
 
         thread = threading.Thread(target=end, name="fi_ffi.comm.nccl", daemon=True)
         thread.start()
-        thread.join(_LINGERING_S if self._is_captured else None)
+        thread.join(_LINGERING_S if self._is_captured or name == "abort" else None)
         for error in errors:
             raise KernelError(f"NCCL's {name}", type(error).__name__, str(error)) from error

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from fi_ffi.abi import streams
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.streams import PER_THREAD, check_stream, current_scope, stream_handle
 from fi_ffi.abi.streams import stream as stream_scope
@@ -167,16 +168,15 @@ class capture:  # a context manager reads as a verb
     Args:
         stream: the stream to record; CUDA cannot record the default stream.
         into: the graph to change; by default a new one.
-        device: the device of a new graph's stream.
+        device: the device of a new graph's stream; by default what CUDA says of it, and cuda:0 for
+            runtimes before 12.8.
 
     Raises `ArgumentError`, `ArgumentTypeError`, and `KernelError` with CUDA's error code.
     """
 
     __slots__ = ("_handle", "_scope", "graph")
 
-    def __init__(
-        self, stream: object, *, into: Graph | None = None, device: object = "cuda:0"
-    ) -> None:
+    def __init__(self, stream: object, *, into: Graph | None = None, device: object = None) -> None:
         self._handle = stream_handle(stream, "capture")
         if self._handle <= PER_THREAD:
             got, expected = "a default stream", "a stream of its own: CUDA records no other"
@@ -184,6 +184,8 @@ class capture:  # a context manager reads as a verb
         if into is not None and not isinstance(into, Graph):
             got, expected = type(into).__name__, "a fi_ffi Graph or None"
             raise ArgumentTypeError("capture", "into", got=got, expected=expected)
+        if device is None:
+            device = f"cuda:{streams.known_device(self._handle) or 0}"
         where = parse_device(device, op="capture")
         if not where.is_cuda:
             raise ArgumentError("capture", "device", got=where, expected="cuda")

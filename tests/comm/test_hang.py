@@ -83,23 +83,35 @@ def test_a_rank_that_has_ended_is_told_before_the_timeout():
             group.all_reduce(x, algorithm="vllm")
             if rank:
                 return []
-            found, vllm, looked = [], group._algorithms.vllm, []
-
-            def have_ended(ranks):
-                looked.append({*ranks})
-                return True
-
+            found, vllm = [], group._algorithms.vllm
             on_hang = lambda: lambda *args: found.append(args)  # noqa: E731
-            monitor = Monitor([vllm], CPU, 60.0, on_hang, have_ended)
+            monitor = Monitor([vllm], CPU, 60.0, on_hang, lambda: {1})
             begun = time.monotonic()
             group.all_reduce(x, algorithm="vllm")
             assert 0.9 < time.monotonic() - begun < 20
             monitor.close()
-            assert looked == [{1}]
             return found
 
     (told,), _ = ranks.run("threads", 2, body)
     assert told[:2] == ("all_reduce", {1}) and 1 <= told[2] < 20
+
+
+def test_a_rank_that_has_ended_is_told_while_nothing_waits():
+    """As for NCCL's kernels, which are not seen."""
+    begun, ends, found = time.monotonic(), 1.5, []
+
+    def ended():
+        return {1} if time.monotonic() - begun > ends else set()
+
+    monitor = Monitor([], CPU, 60.0, lambda: lambda *args: found.append(args), ended)
+    time.sleep(ends + 0.5)
+    assert not found
+    while not found and time.monotonic() - begun < 30:
+        time.sleep(0.1)
+    assert time.monotonic() - begun > ends + 1
+    monitor.close()
+    ((op, missing, seconds),) = found
+    assert (op, missing) == ("", {1}) and 1 <= seconds < 20
 
 
 def test_a_monitor_that_sees_progress_tells_nothing():

@@ -13,7 +13,7 @@ import fi_ffi
 
 from . import glue
 from .glue import check
-from .products import MADE_ROWS, Pieces, Products, Sum
+from .products import Products, Sum
 from .weights import Blocks
 
 
@@ -127,17 +127,15 @@ class Cpu(Device):
 
     def linear(self, out, x, weight):
         """out = x @ weight.T; row by row, so that a row's result does not depend on others."""
-        make = {Sum: self._normed, Pieces: self._merged}.get(type(x), np.asarray)
-        x = make(x)
+        x = self._normed(x) if isinstance(x, Sum) else np.asarray(x)
         product = x.astype(np.float32)[:, None] @ np.asarray(weight).astype(np.float32).T
         np.asarray(out)[...] = product[:, 0]
 
     def is_few(self, x, weight):
         return False  # there is no kernel of its own for few rows
 
-    def can_make(self, x, weight):
-        is_few = isinstance(x, Sum) or x.shape[0] <= MADE_ROWS
-        return is_few and not isinstance(weight, Blocks)
+    def can_norm(self, x, weight):
+        return not isinstance(weight, Blocks)
 
     @staticmethod
     def _normed(given):
@@ -146,14 +144,6 @@ class Cpu(Device):
         exact = total.astype(np.float32)
         exact /= np.sqrt((exact * exact).mean(1, keepdims=True) + given.eps)
         return (exact * norm).astype(norm.dtype)
-
-    @staticmethod
-    def _merged(given):
-        parts, lse, starts = map(np.asarray, given[:3])
-        _, heads, dim = parts.shape
-        out = np.empty((given.shape[0], heads, dim), parts.dtype)
-        glue.merged(out, parts, lse, starts, given.pieces, dim)
-        return out.reshape(given.shape)
 
     def launch(self, name, threads, *args, block=256):
         tensors = (np.asarray(x) if isinstance(x, fi_ffi.TensorDesc) else x for x in args)
@@ -198,7 +188,7 @@ class Gpu(Device):
         self.early.value.programmaticStreamSerializationAllowed = 1
         self.products = Products(self)
         self.is_few, self.linear = self.products.is_few, self.products.linear
-        self.linear_silu, self.can_make = self.products.linear_silu, self.products.can_make
+        self.linear_silu, self.can_norm = self.products.linear_silu, self.products.can_norm
 
     def empty(self, shape, dtype):
         x = fi_ffi.TensorDesc(0, shape, dtype, device=self.name)

@@ -64,10 +64,10 @@ __device__ void greatest(const float* row, int vocab, float before, int at, floa
   __syncthreads();
 }
 
-// How many of a request's pieces have pages; these come first.  For whole warps.
+// How many of the pieces of a row's request have pages; these come first.  For whole warps.
 __device__ int count_of(const int* starts, int pieces) {
-  const int lane = threadIdx.x % 32;
-  return __popc(__ballot_sync(~0u, lane < pieces && starts[lane + 1] > starts[lane]));
+  const int lane = threadIdx.x % 32, at = blockIdx.y * pieces + lane;
+  return __popc(__ballot_sync(~0u, lane < pieces && starts[at + 1] > starts[at]));
 }
 
 extern "C" {
@@ -178,7 +178,7 @@ __global__ void place(T* q, T* k_cache, T* v_cache, const T* qkv, const T* q_nor
   const int position = positions[blockIdx.y];
   const int first = indptr[requests[blockIdx.y]], row = position % page_size;
   const long long page = indices[first + position / page_size];
-  const int copies = pieces && kind == 0 ? count_of(starts + blockIdx.y * pieces, pieces) : 1;
+  const int copies = pieces && kind == 0 ? count_of(starts, pieces) : 1;
   const T* from = qkv + blockIdx.y * step + head * (long long)dim;
   T* cache = kind == 1 ? k_cache : v_cache;
   T* to = kind == 0 ? q + (blockIdx.y * (long long)max(pieces, 1) * heads + mine) * dim
@@ -219,7 +219,7 @@ __global__ void merged(T* out, const T* parts, const float* lse, const int* star
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, heads = gridDim.x;
   const long long first = blockIdx.y * (long long)pieces * heads + blockIdx.x;
   make_way();
-  const int count = count_of(starts + blockIdx.y * pieces, pieces);
+  const int count = count_of(starts, pieces);
   wait();
   const float mine = lane < count ? lse[first + lane * heads] : -INFINITY;
   float most = mine;

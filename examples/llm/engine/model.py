@@ -10,7 +10,7 @@ import fi_ffi
 
 from .config import LINEAR
 from .device import columns, view
-from .products import Pieces, Sum
+from .products import Sum
 from .weights import BLOCK, Blocks, of_layer
 
 HEAD = 128  # of linear attention
@@ -191,15 +191,18 @@ class Model:
                 )  # fmt: skip
                 return x, residual
             self.group.all_reduce(x, stream=stream)
-        elif following is not None and not config.is_next:  # whose norms are by 1 + weight
+        elif self.can_norm(x, following):
             # Elsewhere, for all of the product's blocks read what was there.
             both = (self.scratch(name, *x.shape) for name in ("residual", "other residual"))
             late = next(memory for memory in both if memory.ptr != residual.ptr)
-            made = Sum(x, residual, late, weight, config.eps)
-            if self.device.can_make(made, following):
-                return made, late
+            return Sum(x, residual, late, weight, config.eps), late
         self.add_norm(x, residual, weight, config.eps, **self.pdl)
         return x, residual
+
+    def can_norm(self, x, following):
+        """Whether that product takes a `Sum`; norms by 1 + weight are not its."""
+        is_one = following is not None and not self.config.is_next
+        return is_one and self.device.can_norm(x, following)
 
     def logits(self, x):
         """Of the whole vocabulary, on each rank."""
@@ -281,9 +284,6 @@ class Model:
         if starts:
             part, lse = self.of_pieces("part", n, dim), self.of_pieces("lse", n, dtype="float32")
             attend(q, *cache, part, lse, **self.pdl)
-            made = Pieces(part, lse, starts, PIECES)
-            if not config.is_next and self.device.can_make(made, layer["out"]):
-                return self.biased(self.linear("x", made, layer["out"]), layer, "out_bias")
             self.device.launch("merged", (128 * heads, n), out, part, lse, starts, PIECES, dim,
                                block=128)  # fmt: skip
         else:

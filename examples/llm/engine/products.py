@@ -13,15 +13,13 @@ import numpy as np
 from .weights import Blocks
 
 ROWS = 8  # the most that the kernel takes
-MADE_ROWS = 2  # the most that it makes on the way: more take longer than a kernel of their own
+NORMED_ROWS = 2  # the most that it normalises on the way: more take longer than a kernel of its own
 # Rows of the weight that a block has, columns that a warp takes at once, the most warps of a block.
 TALL, RUN, WARPS = 16, 128, 16
 ROOM = 38 << 10  # bytes of shared memory that the norm and those rows may have
-# Bytes of x that all blocks together may merge of pieces: each block reads every piece.
-MERGED = 512 << 10
 
 SOURCE = f"""
-constexpr int RUN = {RUN}, WARPS = {WARPS}, ROOM = {ROOM}, MADE_ROWS = {MADE_ROWS};
+constexpr int RUN = {RUN}, WARPS = {WARPS}, ROOM = {ROOM};
 """
 SOURCE += r"""
 // What makes a float8_e4m3fn in the upper half of 16 bits one of these: its exponent goes
@@ -67,7 +65,7 @@ __device__ void multiply(float* sums, unsigned a0, unsigned a1, unsigned a2, uns
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-extern __shared__ __align__(16) T SHARED[];  // rows that a block makes, and what it needs for that
+extern __shared__ __align__(16) T NORMED[];  // the norm's weight, and rows
 
 struct alignas(8) Four { unsigned x, y; };  // numbers, two by two
 
@@ -83,125 +81,47 @@ __device__ void scale(unsigned* x, float factor, unsigned weight) {
   *x = store(load(*x) * factor * load(weight)) | (unsigned)high << 16;
 }
 
-// What a product takes for x: its rows, or what each block makes of them for itself, for all rows
-// together are small.  `before` is what needs nothing of the kernel before.  Rows that are made are
-// `columns` + 8 apart, so that they begin in other banks.
-
-struct Rows {
-  static constexpr bool ARE_MADE = false;
-  __device__ void before(int, int) {}
-  __device__ T* make(const T*, int, int) { return 0; }
-};
-
-// The norm of x + residual.  The first block leaves the sum, which is the next residual.  A warp
+// The norm of x + residual to rows of columns + 8, so that they begin in other banks.  A warp
 // takes 128 columns of a row at a time, so that a row's sum does not depend on how many there are.
-struct Normed {
-  static constexpr bool ARE_MADE = true;
-  const T *residual;
-  T *total;
-  const T *norm;
-  float eps;
-
-  __device__ void before(int, int columns) {
+__device__ void normalise(const T* x, const T* residual, T* total, T* to, float eps, int rows,
+                          int columns) {
+  __shared__ float squares[ROOM / 2 / RUN];
+  const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int runs = columns / RUN;
+  // Not unrolled: each step runs once or twice, and code takes longer to fetch than to run.
 #pragma unroll 1
-    for (int c = threadIdx.x; c < columns / 4; c += blockDim.x)
-      ((Four*)SHARED)[c] = ((const Four*)norm)[c];
-  }
-
-  __device__ T* make(const T* x, int rows, int columns) {
-    __shared__ float squares[ROOM / 2 / RUN];
-    T* to = SHARED + columns;
-    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int runs = columns / RUN;
-    // Not unrolled: each step runs once or twice, and code takes longer to fetch than to run.
+  for (int row = 0; row < rows; row++) {
 #pragma unroll 1
-    for (int row = 0; row < rows; row++) {
-#pragma unroll 1
-      for (int run = warp; run < runs; run += warps) {
-        const int at = (row * runs + run) * 32 + lane;
-        Four a = ((const Four*)x)[at];
-        const Four b = ((const Four*)residual)[at];
-        float mine = add_to(&a.x, b.x) + add_to(&a.y, b.y);
-        for (int half = 16; half; half /= 2) mine += __shfl_xor_sync(~0u, mine, half);
-        if (lane == 0) squares[row * runs + run] = mine;
-        ((Four*)(to + row * (columns + 8) + run * RUN))[lane] = a;
-        if (blockIdx.x == 0) ((Four*)total)[at] = a;
-      }
+    for (int run = warp; run < runs; run += warps) {
+      const int at = (row * runs + run) * 32 + lane;
+      Four a = ((const Four*)x)[at];
+      const Four b = ((const Four*)residual)[at];
+      float mine = add_to(&a.x, b.x) + add_to(&a.y, b.y);
+      for (int half = 16; half; half /= 2) mine += __shfl_xor_sync(~0u, mine, half);
+      if (lane == 0) squares[row * runs + run] = mine;
+      ((Four*)(to + row * (columns + 8) + run * RUN))[lane] = a;
+      if (blockIdx.x == 0) ((Four*)total)[at] = a;
     }
-    __syncthreads();
+  }
+  __syncthreads();
 #pragma unroll 1
-    for (int row = 0; row < rows; row++) {
-      float all = 0;
+  for (int row = 0; row < rows; row++) {
+    float all = 0;
 #pragma unroll 4
-      for (int i = 0; i < runs; i++) all += squares[row * runs + i];
-      const float factor = rsqrtf(all / columns + eps);
+    for (int i = 0; i < runs; i++) all += squares[row * runs + i];
+    const float factor = rsqrtf(all / columns + eps);
 #pragma unroll 1
-      for (int run = warp; run < runs; run += warps) {
-        const Four w = ((const Four*)SHARED)[run * 32 + lane];
-        Four* at = (Four*)(to + row * (columns + 8) + run * RUN) + lane;
-        Four both = *at;
-        scale(&both.x, factor, w.x);
-        scale(&both.y, factor, w.y);
-        *at = both;
-      }
+    for (int run = warp; run < runs; run += warps) {
+      const Four w = ((const Four*)NORMED)[run * 32 + lane];
+      Four* at = (Four*)(to + row * (columns + 8) + run * RUN) + lane;
+      Four both = *at;
+      scale(&both.x, factor, w.x);
+      scale(&both.y, factor, w.y);
+      *at = both;
     }
-    return to;
   }
-};
-
-// Attention of requests from that of their pieces, as `merged` makes it.  A thread has four
-// columns.
-struct Merged {
-  static constexpr bool ARE_MADE = true;
-  const float* lse;
-  const int* starts;
-  int pieces, dim, counts[MADE_ROWS];
-
-  __device__ void before(int rows, int) {
-#pragma unroll
-    for (int row = 0; row < MADE_ROWS; row++)
-      counts[row] = row < rows ? count_of(starts + row * pieces, pieces) : 0;
-  }
-
-  __device__ T* make(const T* parts, int rows, int columns) {
-    const int heads = columns / dim;
-#pragma unroll
-    for (int row = 0; row < MADE_ROWS; row++) {
-#pragma unroll 1
-      for (int c = 4 * threadIdx.x; c < columns && row < rows; c += 4 * blockDim.x) {
-        const int first = row * pieces * heads + c / dim;
-        float most = -INFINITY, sum = 0, all[4] = {};
-#pragma unroll 1
-        for (int from = 0; from < counts[row]; from += 4) {
-          float of[4];
-          Four four[4];
-#pragma unroll
-          for (int i = 0; i < 4; i++) {
-            const int at = first + min(from + i, counts[row] - 1) * heads;
-            of[i] = from + i < counts[row] ? lse[at] : -INFINITY;
-            four[i] = *(const Four*)(parts + (long long)at * dim + c % dim);
-          }
-          float top = most;
-#pragma unroll
-          for (int i = 0; i < 4; i++) top = fmaxf(top, of[i]);
-          const float less = exp2f(most - top);
-          sum *= less; all[0] *= less; all[1] *= less; all[2] *= less; all[3] *= less;
-#pragma unroll
-          for (int i = 0; i < 4; i++) {
-            const float share = exp2f(of[i] - top);
-            sum += share;
-            all[0] += share * load(four[i].x); all[1] += share * load(four[i].x >> 16);
-            all[2] += share * load(four[i].y); all[3] += share * load(four[i].y >> 16);
-          }
-          most = top;
-        }
-        T* to = SHARED + row * (columns + 8) + c;
-        for (int i = 0; i < 4; i++) to[i] = store(all[i] / sum);
-      }
-    }
-    return SHARED;
-  }
-};
+  __syncthreads();
+}
 
 __device__ void write(T* to, float x) { *to = store(x); }
 __device__ void write(float* to, float x) { *to = x; }
@@ -214,10 +134,14 @@ __device__ void write(float* to, float x) { *to = x; }
 // IS_GATED: out = silu(x @ gate.T) * (x @ up.T), of a weight that is gate's rows and then up's; a
 // block has 8 rows of each.
 //
+// IS_NORMED: of the norm of x + residual rather than of x.  Each block makes it for itself, for
+// all rows together are small; the first one leaves the sum, which is the next residual.
+//
 // A weight in fp8 (W) has a scale for each 128 x 128, which a run of columns is multiplied with.
-template <typename O, typename W, bool IS_GATED, typename Given>
+template <typename O, typename W, bool IS_GATED, bool IS_NORMED>
 __device__ void few_rows(O* out, const T* x, const W* weight, const float* scales, int rows,
-                         int columns, long long x_step, long long out_step, Given given) {
+                         int columns, long long x_step, long long out_step, const T* residual,
+                         T* total, const T* norm, float eps) {
   constexpr bool IS_FP8 = sizeof(W) == 1;
   constexpr int EACH = 16 / sizeof(W), PARTS = RUN / (4 * EACH);  // what a lane reads at once
   __shared__ float found[WARPS][4][32];
@@ -238,12 +162,15 @@ __device__ void few_rows(O* out, const T* x, const W* weight, const float* scale
   };
   make_way();
   if (start < columns) read(start);
-  given.before(rows, columns);
+  if (IS_NORMED)
+#pragma unroll 1
+    for (int c = threadIdx.x; c < columns / 4; c += blockDim.x)
+      ((Four*)NORMED)[c] = ((const Four*)norm)[c];
   wait();
-  if (Given::ARE_MADE) {
-    x = given.make(x, rows, columns);
+  if (IS_NORMED) {
+    normalise(x, residual, total, NORMED + columns, eps, rows, columns);
+    x = NORMED + columns;
     x_step = columns + 8;
-    __syncthreads();
   }
   x += min(row, rows - 1) * x_step;
   for (int from = start; from < columns;) {
@@ -294,11 +221,13 @@ __device__ void few_rows(O* out, const T* x, const W* weight, const float* scale
   write(out + column * out_step + at, IS_GATED ? mine * sigmoid(mine) * sum(warp + 2) : mine);
 }
 
-#define FEW_ROWS(name, O, W, IS_GATED, Given)                                                 \
+#define FEW_ROWS(name, O, W, IS_GATED, IS_NORMED)                                             \
   extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) name(                           \
       O* out, const T* x, const W* weight, const float* scales, int rows, int columns,        \
-      long long x_step, long long out_step, Given given) {                                    \
-    few_rows<O, W, IS_GATED>(out, x, weight, scales, rows, columns, x_step, out_step, given); \
+      long long x_step, long long out_step, const T* residual, T* total, const T* norm,       \
+      float eps) {                                                                            \
+    few_rows<O, W, IS_GATED, IS_NORMED>(out, x, weight, scales, rows, columns, x_step,        \
+                                        out_step, residual, total, norm, eps);                \
   }
 """
 
@@ -307,22 +236,12 @@ def _name(*kinds):
     return "_".join(("few_rows", *map(str, kinds))).lower()
 
 
-# By name: what comes out, the weight, whether it is of two halves, and what is given for x.
+# By name: what comes out, the weight, whether it is of two halves, and whether x is a norm.
 KERNELS = {
     _name(*kinds): ", ".join(kinds)
-    for kinds in itertools.product(
-        ("T", "float"), ("T", "F8"), ("false", "true"), ("Rows", "Normed", "Merged")
-    )
-    if kinds[2:] != ("true", "Merged")
+    for kinds in itertools.product(("T", "float"), ("T", "F8"), *[("false", "true")] * 2)
 }
 SOURCE += "".join(f"FEW_ROWS({name}, {kinds})\n" for name, kinds in KERNELS.items())
-_ROWS = np.zeros((), np.uint8)
-
-
-def _packed(*fields):
-    """A structure of CUDA's, of (dtype, value) each."""
-    dtype = np.dtype([(str(i), kind) for i, (kind, _) in enumerate(fields)], align=True)
-    return np.array(tuple(value for _, value in fields), dtype)
 
 
 class Sum(NamedTuple):
@@ -333,44 +252,10 @@ class Sum(NamedTuple):
     sum: object
     norm: object  # [columns]
     eps: float
-    kind = "Normed"
 
     @property
     def shape(self):
         return self.x.shape
-
-    @property
-    def room(self):
-        """Bytes of the norm and of rows that lie apart."""
-        return 2 * (self.shape[1] + self.shape[0] * (self.shape[1] + 8))
-
-    def packed(self):
-        pointers = (("u8", x.ptr) for x in (self.residual, self.sum, self.norm))
-        return _packed(*pointers, ("f4", self.eps))
-
-
-class Pieces(NamedTuple):
-    """What `Products` take for x: attention of each request, merged of its pieces'."""
-
-    x: object  # [requests * pieces, heads, head_dim]
-    lse: object  # [requests * pieces, heads] float32
-    starts: object  # [requests * pieces + 1] int32: where their pages are
-    pieces: int  # of a request; those that it has come first
-    kind = "Merged"
-
-    @property
-    def shape(self):
-        count, heads, dim = self.x.shape
-        return count // self.pieces, heads * dim
-
-    @property
-    def room(self):
-        return 2 * self.shape[0] * (self.shape[1] + 8)
-
-    def packed(self):
-        dim = self.x.shape[2]
-        sizes = (("i4", self.pieces), ("i4", dim), *[("i4", 0)] * MADE_ROWS)
-        return _packed(("u8", self.lse.ptr), ("u8", self.starts.ptr), *sizes)
 
 
 class Products:
@@ -404,13 +289,11 @@ class Products:
         """out = silu(x @ gate.T) * (x @ up.T), of few rows; the weight is gate and then up."""
         self._few(out, x, weight, is_gated=True)
 
-    def can_make(self, x, weight):
-        """Whether a product is quicker with a `Sum` or `Pieces` than after a kernel for them."""
-        is_few = self.is_few(x, weight) and x.shape[0] <= MADE_ROWS and x.room <= ROOM
-        if isinstance(x, Pieces):
-            return is_few and weight.shape[0] // TALL * 2 * x.shape[1] <= MERGED
+    def can_norm(self, x, weight):
+        """Whether products of these are quicker with a `Sum`."""
+        is_few = self.is_few(x, weight) and x.shape[0] <= NORMED_ROWS
         # Blocks that have to wait for others would make the norm once more.
-        return is_few and self._warps(weight)[1]
+        return is_few and self._room(*x.shape) <= ROOM and self._warps(weight)[1]
 
     def _warps(self, weight):
         """Warps of a block, and whether there is room for all blocks at once."""
@@ -420,18 +303,23 @@ class Products:
             return warps, True
         return WARPS, False  # where there is not, fewer at once read faster
 
+    @staticmethod
+    def _room(rows, columns):
+        """Bytes of the norm and of rows that lie apart."""
+        return 2 * (columns + rows * (columns + 8))
+
     def _few(self, out, x, weight, is_gated=False):
-        rows, columns = x.shape
-        made, given, room = "Rows", _ROWS, 0
-        if isinstance(x, (Sum, Pieces)):
-            made, given, room, x = x.kind, x.packed(), x.room, x.x
+        is_normed, sums, room = isinstance(x, Sum), (np.uint64(0),) * 3 + (np.float32(0),), 0
+        if is_normed:
+            sums, room = (x.residual, x.sum, x.norm, np.float32(x.eps)), self._room(*x.shape)
+            x = x.x
         is_fp8 = isinstance(weight, Blocks)
         kind = "float" if out.dtype.name == "float32" else "T"
-        name = _name(kind, "F8" if is_fp8 else "T", is_gated, made)
+        name = _name(kind, "F8" if is_fp8 else "T", is_gated, is_normed)
         blocks, warps = weight.shape[0] // TALL, self._warps(weight)[0]
-        pair = weight if is_fp8 else (weight, np.uint64(0))
+        given = weight if is_fp8 else (weight, np.uint64(0))
         steps = np.int64(x.strides[0]), np.int64(out.strides[0])
-        self.gpu.launch(name, (blocks * 32 * warps, 1), out, x, *pair, rows, columns, *steps, given,
+        self.gpu.launch(name, (blocks * 32 * warps, 1), out, x, *given, *x.shape, *steps, *sums,
                         block=32 * warps, shared=room)  # fmt: skip
 
     def by_cublas(self, out, x, weight):

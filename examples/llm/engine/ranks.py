@@ -10,6 +10,7 @@ import os
 import pickle
 import queue
 import threading
+import traceback
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,13 +82,24 @@ def follow(job, ranks, orders):
     runner.close()
 
 
+def follow_alone(job, ranks, orders):
+    """`follow` in a process of its own, which ends at once if it fails: the others look for that,
+    and what an interpreter frees as it ends may wait for them.
+    """
+    try:
+        follow(job, ranks, orders)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
 LEAST_ROW = 512  # bytes of a row that FlashInfer's kernel of sums and norms takes before 0.6.15
 LOADING_S = 600.0  # how long a rank waits for others that load
 _spawn = multiprocessing.get_context("spawn")  # a fork would have this process's CUDA
-# What brings the orders to ranks of this machine, and what runs them.
+# What brings the orders to ranks of this machine, what runs them, and as what.
 WAYS = {
-    "threads": (queue.SimpleQueue, threading.Thread),
-    "processes": (_spawn.SimpleQueue, _spawn.Process),
+    "threads": (queue.SimpleQueue, threading.Thread, follow),
+    "processes": (_spawn.SimpleQueue, _spawn.Process, follow_alone),
 }
 
 
@@ -105,11 +117,11 @@ def start(job, size, way):
         return Actors(job, size)
     from fi_ffi import comm
 
-    line, worker = WAYS[way]
+    line, worker, target = WAYS[way]
     ranks, followers = getattr(comm, way)(size, timeout_s=LOADING_S), []
     for rank in ranks[1:]:
         orders = line()
-        followers.append((orders, worker(target=follow, args=(job, rank, orders), daemon=True)))
+        followers.append((orders, worker(target=target, args=(job, rank, orders), daemon=True)))
         followers[-1][1].start()
     return runner_of(job, ranks[0], followers)
 

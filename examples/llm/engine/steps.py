@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import multiprocessing
 import pickle
 from dataclasses import dataclass, fields
 
@@ -18,6 +19,7 @@ from .sampling import Sampler, adjustments, columns_of, keep, room_for_adjustmen
 # which use tensor cores.
 GROUPS = (1, 2, 3)
 PIECE = 32  # tokens of a piece, or a page
+ENDING_S = 30.0  # how long a rank may take to end
 ALIGNED = 16  # bytes that a step's arrays begin at multiples of
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
@@ -297,7 +299,9 @@ class Runner:
             orders.put(None)
         self.model.close()
         for _, worker in self.followers:
-            worker.join()
+            worker.join(ENDING_S)
+            if worker.is_alive() and isinstance(worker, multiprocessing.process.BaseProcess):
+                worker.kill()
 
     def _upload(self, order):
         """All arrays in one copy; first those that a graph has, which stay where they are."""
@@ -348,7 +352,7 @@ class Runner:
 
         found = forward()
         if size and self.use_graphs:  # after it ran once: nothing is loaded or allocated any more
-            with fi_ffi.capture(self.device.stream) as graph:
+            with fi_ffi.capture(self.device.stream, device=self.device.name) as graph:
                 self.device.is_frozen = True
                 self.graphs[key] = graph, forward()
             self.device.is_frozen = False
