@@ -25,7 +25,8 @@ MAX_BYTES = 8 << 20
 _DTYPES = ("float32", "float16", "bfloat16")
 _VECTOR = 16
 _FIRST_PAUSE, _LAST_PAUSE = 2e-5, 2e-3  # polling intervals of a stream that is waited for
-_LETTING_GO_S = 30.0  # time that kernels waiting for a lost rank may take to end
+_LETTING_GO_S = 30.0  # how much longer than a rank to wait for a stream that shows no progress
+_ENDING_S = 5.0  # time that kernels waiting for a lost rank may take to end
 
 
 class Group:
@@ -321,15 +322,18 @@ class Group:
         with cuda.current(self.device):
             done = cuda.Event()
             done.record(handle)
-        pause, begun = _FIRST_PAUSE, time.monotonic()
+        pause, begun, told = _FIRST_PAUSE, time.monotonic(), 0.0
         while not done.is_done():
             time.sleep(pause)
-            pause = min(2 * pause, _LAST_PAUSE)
-            waited = time.monotonic() - begun
+            pause, now = min(2 * pause, _LAST_PAUSE), time.monotonic()
+            if self._hang:
+                told = told or now
+                if now - told > _ENDING_S:
+                    break
             # NCCL's kernels, which the monitor does not watch
-            if waited > self.timeout_s + _LETTING_GO_S:
-                error = TimeoutError(f"{op}: rank {self.rank} waited {waited:.0f} s for the stream")
-                raise self._broken(op, error)
+            elif now - begun > self.timeout_s + _LETTING_GO_S:
+                words = f"{op}: rank {self.rank} waited {now - begun:.0f} s for the stream"
+                raise self._broken(op, TimeoutError(words))
         self._check_open(op)
 
     # ------------------------------------------------------------------------------- ending
@@ -432,8 +436,16 @@ class Group:
         if not x.numel:
             return
         if self.device.is_cuda:
-            with cuda.current(self.device):
-                call(x, out, stream)
+            try:
+                with cuda.current(self.device):
+                    call(x, out, stream)
+            except KernelError as error:  # NCCL's, which may tell of a lost rank first
+                gone = self._ended()
+                if gone and not self._hang:
+                    self._tell_hang("", gone, 0.0)
+                if self._hang:
+                    raise HangError(op, self._hang) from error
+                raise
             return
         from fi_ffi.reference.peers import waiting_at_most
 

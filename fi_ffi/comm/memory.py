@@ -28,6 +28,7 @@ _LAZY_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
 _ALREADY_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled
 _ACCESS_SUPPORTED, _NATIVE_ATOMICS = 2, 3  # of cudaDeviceP2PAttr
 _BUS_ID_CHARS = 32
+_EXITING = 4  # PF_EXITING of a process whose GPU's driver may still be at work
 
 
 class Place(NamedTuple):
@@ -58,13 +59,14 @@ def place_of(device: Device) -> Place:
 
 
 def has_ended(place: Place) -> bool:
-    """Return whether a rank's process is known to have ended."""
+    """Return whether a rank's process is known to have ended, or to be ending."""
     if place.machine != _machine():
         return False
     try:
         with open(f"/proc/{place.process}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] in "ZX"
-    except (OSError, IndexError):
+            state, *_, flags = file.read().rpartition(")")[2].split()[:7]
+        return state in "ZX" or bool(int(flags) & _EXITING)
+    except (OSError, ValueError):
         return True
 
 

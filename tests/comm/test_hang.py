@@ -6,6 +6,8 @@ They wait in the same words as the kernels; a GPU's are looked at in tests/gpu/t
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -16,6 +18,7 @@ import pytest
 from fi_ffi import comm
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.comm.hang import Copies, Monitor
+from fi_ffi.comm.memory import has_ended, place_of
 
 from tests.helpers import ranks
 
@@ -152,3 +155,17 @@ def test_a_monitor_ends_with_its_group():
     gc.collect()
     monitor._thread.join(10)
     assert not monitor._thread.is_alive()
+
+
+def test_a_process_that_has_ended():
+    """Before anybody has asked for its exit status, and after."""
+    mine = place_of(CPU)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        place = mine._replace(process=child.pid)
+        assert not has_ended(mine) and not has_ended(place)
+        child.kill()
+        until = time.monotonic() + 20
+        while not has_ended(place) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert has_ended(place)
+    assert has_ended(place) and not has_ended(place._replace(machine="another"))

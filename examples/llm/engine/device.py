@@ -6,6 +6,7 @@
 import contextlib
 import functools
 import itertools
+import time
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from . import glue
 from .glue import check
 from .products import Products, Sum
 from .weights import Blocks
+
+POLLING_S = 5e-5  # between looks at a stream that may never end
 
 
 # Of scratch memory, which is described once: for all layers the same.
@@ -156,7 +159,7 @@ class Cpu(Device):
         """A point in the stream of work, to be waited for."""
         return
 
-    def wait(self, mark):
+    def wait(self, mark, is_over=None):
         pass
 
     def close(self):
@@ -256,8 +259,14 @@ class Gpu(Device):
         check(self.cuda.cudaEventRecord(event, self.stream))
         return event
 
-    def wait(self, mark):
-        check(self.cuda.cudaEventSynchronize(mark))
+    def wait(self, mark, is_over=None):
+        """Until the stream was there, or `is_over()`."""
+        if is_over is None:
+            check(self.cuda.cudaEventSynchronize(mark))
+        else:
+            pending = self.cuda.cudaError_t.cudaErrorNotReady
+            while self.cuda.cudaEventQuery(mark)[0] == pending and not is_over():
+                time.sleep(POLLING_S)
         check(self.cuda.cudaEventDestroy(mark))
 
     def close(self):

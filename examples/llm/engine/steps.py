@@ -283,7 +283,7 @@ class Runner:
     def tokens(self, queued):
         """The tokens drawn in a step, when they are there, and what is told of them or None."""
         (arriving, told, mark), group = queued, self.model.group
-        self.device.wait(mark)
+        self.device.wait(mark, (lambda: not group.is_open) if group else None)
         if group and not group.is_open:  # a rank has ended: what was drawn since means nothing
             group.synchronize(self.device.stream)  # which raises
         tokens = np.asarray(arriving)[:, 0].tolist()
