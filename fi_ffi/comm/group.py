@@ -465,7 +465,7 @@ class Group:
         cuda.copy(out.ptr, x.ptr, x.span_bytes, self.device, stream)
 
     def _tell_hang(self, op: str, missing: set[int], seconds: float) -> None:
-        """Record a hang and end NCCL's kernels; called from the monitor's thread."""
+        """Record a hang, and end NCCL's kernels."""
         words = f"rank {self.rank} has lost {names(missing)}"
         if op:
             words = f"{op}: rank {self.rank} waited {seconds:g} s for {names(missing)}"

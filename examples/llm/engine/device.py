@@ -265,8 +265,11 @@ class Gpu(Device):
             check(self.cuda.cudaEventSynchronize(mark))
         else:
             pending = self.cuda.cudaError_t.cudaErrorNotReady
-            while self.cuda.cudaEventQuery(mark)[0] == pending and not is_over():
+            while (state := self.cuda.cudaEventQuery(mark)[0]) == pending and not is_over():
                 time.sleep(POLLING_S)
+            self.cuda.cudaGetLastError()  # or who launches next would be told of `pending`
+            if state != pending:
+                check((state,))
         check(self.cuda.cudaEventDestroy(mark))
 
     def close(self):
