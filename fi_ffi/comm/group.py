@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 import time
 import weakref
 from types import TracebackType
@@ -27,6 +28,7 @@ _VECTOR = 16
 _FIRST_PAUSE, _LAST_PAUSE = 2e-5, 2e-3  # polling intervals of a stream that is waited for
 _LETTING_GO_S = 30.0  # how much longer than a rank to wait for a stream that shows no progress
 _ENDING_S = 5.0  # time that kernels waiting for a lost rank may take to end
+_in_use: list[Algorithms] = []  # memory of kernels that have not ended
 
 
 class Group:
@@ -348,23 +350,54 @@ class Group:
 
         It closes the memory of peers, waits for all ranks, and frees this rank's memory.  After a
         hang it waits for nobody, and on GPUs it keeps memory that another process may still write
-        to.  A second call does nothing.
+        to, and all memory if NCCL's kernels do not end.  A second call does nothing.
         """
         if not self._is_open:
             return
         self._is_open = False
-        algorithms, self._algorithms = self._algorithms, None  # whose memory is freed on return
+        algorithms = self._algorithms
         if algorithms is None:
             return
         try:
-            if self.device.is_cuda:
-                if self._hang:
-                    algorithms.abort()
-                cuda.synchronize(self.device)  # meanwhile the monitor releases waiting kernels
+            is_idle = self._finish(algorithms)
         finally:
             if self._monitor is not None:
                 self._monitor.close()
-        algorithms.close(is_broken=bool(self._hang))
+            self._algorithms = None  # whose memory is freed on return
+        if is_idle:
+            algorithms.close(is_broken=bool(self._hang))
+        else:
+            _in_use.append(algorithms)
+
+    def _finish(self, algorithms: Algorithms) -> bool:
+        """Wait for the GPU's work; return False if it does not end after a hang.
+
+        Meanwhile the monitor releases waiting kernels.
+        """
+        if not self.device.is_cuda:
+            return True
+        if self._hang:
+            algorithms.abort()
+        errors: list[Exception] = []
+
+        def wait() -> None:
+            try:
+                cuda.synchronize(self.device)
+            except Exception as error:  # raised below
+                errors.append(error)
+
+        thread = threading.Thread(target=wait, name="fi_ffi.comm.close", daemon=True)
+        thread.start()
+        told = 0.0
+        while thread.is_alive():
+            thread.join(_ENDING_S / 10)
+            if self._hang:
+                told = told or time.monotonic()
+                if time.monotonic() - told > 2 * _ENDING_S:
+                    return False
+        for error in errors:
+            raise error
+        return True
 
     def __enter__(self) -> Group:
         return self

@@ -18,6 +18,7 @@ from .products import Products, Sum
 from .weights import Blocks
 
 POLLING_S = 5e-5  # between looks at a stream that may never end
+ENDING_S = 5.0  # how long it may take to end after a rank was lost
 
 
 # Of scratch memory, which is described once: for all layers the same.
@@ -162,7 +163,7 @@ class Cpu(Device):
     def wait(self, mark, is_over=None):
         pass
 
-    def close(self):
+    def close(self, is_lost=False):
         self.memory.clear()
 
 
@@ -260,20 +261,24 @@ class Gpu(Device):
         return event
 
     def wait(self, mark, is_over=None):
-        """Until the stream was there, or `is_over()`."""
+        """Until the stream was there, or `is_over()`; whether it was there."""
+        state = pending = self.cuda.cudaError_t.cudaErrorNotReady
         if is_over is None:
-            check(self.cuda.cudaEventSynchronize(mark))
+            (state,) = self.cuda.cudaEventSynchronize(mark)
         else:
-            pending = self.cuda.cudaError_t.cudaErrorNotReady
             while (state := self.cuda.cudaEventQuery(mark)[0]) == pending and not is_over():
                 time.sleep(POLLING_S)
             self.cuda.cudaGetLastError()  # or who launches next would be told of `pending`
-            if state != pending:
-                check((state,))
+        if state != pending:
+            check((state,))
         check(self.cuda.cudaEventDestroy(mark))
+        return state != pending
 
-    def close(self):
-        check(self.cuda.cudaStreamSynchronize(self.stream))
+    def close(self, is_lost=False):
+        """Free everything; nothing if a rank is lost and what waits for it does not end."""
+        until = time.monotonic() + ENDING_S
+        if not self.wait(self.mark(), (lambda: time.monotonic() > until) if is_lost else None):
+            return
         self.products.close()
         for free, ptr in self.memory:
             check(free(ptr))

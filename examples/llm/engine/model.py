@@ -231,9 +231,10 @@ class Model:
         return fi_ffi.TensorDesc(every.ptr, tokens.shape, "int32", device=tokens.device)
 
     def close(self):
+        is_lost = self.group and not self.group.is_open
         if self.group:
             self.group.close()
-        self.device.close()
+        self.device.close(is_lost)
 
     def mlp(self, layer, x):
         if "router" in layer:
