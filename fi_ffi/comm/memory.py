@@ -28,7 +28,7 @@ _LAZY_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
 _ALREADY_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled
 _ACCESS_SUPPORTED, _NATIVE_ATOMICS = 2, 3  # of cudaDeviceP2PAttr
 _BUS_ID_CHARS = 32
-_EXITING = 4  # PF_EXITING of a process whose GPU's driver may still be at work
+_EXITING = 4  # PF_EXITING in a process's flags: it ends, or has ended
 
 
 class Place(NamedTuple):
@@ -64,9 +64,8 @@ def has_ended(place: Place) -> bool:
         return False
     try:
         with open(f"/proc/{place.process}/stat") as file:
-            state, *_, flags = file.read().rpartition(")")[2].split()[:7]
-        return state in "ZX" or bool(int(flags) & _EXITING)
-    except (OSError, ValueError):
+            return bool(int(file.read().rpartition(")")[2].split()[6]) & _EXITING)
+    except (OSError, IndexError):
         return True
 
 

@@ -229,7 +229,7 @@ def test_mla_of_another_batch(release, kernels_of):
             )
         else:
             made.replan(*batch)
-        assert len(made.plan_info) == 7
+        assert len(made.plan_info) == 8
         tensors = q_nope, q_pe, *caches, out
         for run, given in ((made.run, tensors), (fi_ffi.prepare(made.run, *tensors), ())):
             out[...] = np.nan
