@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import pickle
-import threading
 import time
 import weakref
 from types import TracebackType
@@ -15,7 +15,7 @@ from fi_ffi.abi.tensor import Device, TensorDesc, parse_device, parse_dtype
 from fi_ffi.comm import nccl as nccl_module
 from fi_ffi.comm.algorithms import ALGORITHMS, Algorithms, Call
 from fi_ffi.comm.fusion import FusionSize, pattern_of
-from fi_ffi.comm.hang import ENDED_S, Monitor
+from fi_ffi.comm.hang import ENDED_S, Monitor, ends
 from fi_ffi.comm.memory import Place, has_ended, place_of
 from fi_ffi.comm.ranks import Ranks, check_ranks, names
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, HangError, KernelError, LoaderError
@@ -27,7 +27,7 @@ _DTYPES = ("float32", "float16", "bfloat16")
 _VECTOR = 16
 _FIRST_PAUSE, _LAST_PAUSE = 2e-5, 2e-3  # polling intervals of a stream that is waited for
 _LETTING_GO_S = 30.0  # how much longer than a rank to wait for a stream that shows no progress
-_ENDING_S = 5.0  # time that kernels waiting for a lost rank may take to end
+_ENDING_S = 10.0  # time that kernels waiting for a lost rank may take to end
 _in_use: list[Algorithms] = []  # memory of kernels that have not ended
 
 
@@ -77,7 +77,7 @@ class Group:
         self.timeout_s = check_number("Group", "timeout_s", timeout_s, above=0)
         self._checks = check_flag("Group", "check", check)
         wants_nccl = None if nccl is None else check_flag("Group", "nccl", nccl)
-        self._hang, self._calls = "", 0
+        self._hang, self._hung_at, self._calls = "", math.inf, 0
         self._algorithms: Algorithms | None = None
         self._monitor: Monitor | None = None
         self._places, has_nccl = self._meet(wants_nccl)
@@ -324,13 +324,12 @@ class Group:
         with cuda.current(self.device):
             done = cuda.Event()
             done.record(handle)
-        pause, begun, told = _FIRST_PAUSE, time.monotonic(), 0.0
+        pause, begun = _FIRST_PAUSE, time.monotonic()
         while not done.is_done():
             time.sleep(pause)
             pause, now = min(2 * pause, _LAST_PAUSE), time.monotonic()
             if self._hang:
-                told = told or now
-                if now - told > _ENDING_S:
+                if self._is_over():
                     break
             # NCCL's kernels, which the monitor does not watch
             elif now - begun > self.timeout_s + _LETTING_GO_S:
@@ -378,26 +377,11 @@ class Group:
             return True
         if self._hang:
             algorithms.abort()
-        errors: list[Exception] = []
+        return ends(lambda: cuda.synchronize(self.device), self._is_over)
 
-        def wait() -> None:
-            try:
-                cuda.synchronize(self.device)
-            except Exception as error:  # raised below
-                errors.append(error)
-
-        thread = threading.Thread(target=wait, name="fi_ffi.comm.close", daemon=True)
-        thread.start()
-        told = 0.0
-        while thread.is_alive():
-            thread.join(_ENDING_S / 10)
-            if self._hang:
-                told = told or time.monotonic()
-                if time.monotonic() - told > 2 * _ENDING_S:
-                    return False
-        for error in errors:
-            raise error
-        return True
+    def _is_over(self) -> bool:
+        """Whether kernels that waited for a lost rank have had their time to end."""
+        return time.monotonic() > self._hung_at + _ENDING_S
 
     def __enter__(self) -> Group:
         return self
@@ -408,6 +392,7 @@ class Group:
     ) -> None:  # fmt: skip
         if exc is not None and not self._hang:  # the other ranks may never reach their close
             self._hang = f"rank {self.rank} left its block by {exc_type!r}"
+            self._hung_at = time.monotonic()
         self.close()
 
     def __reduce__(self) -> NoReturn:
@@ -512,6 +497,7 @@ class Group:
         gone = self._ended()
         ended = f" (the process of {names(gone)} has ended)" if gone else ""
         self._hang = f"{error}{ended}; the group can only be closed"
+        self._hung_at = min(self._hung_at, time.monotonic())
         return HangError(op, self._hang)
 
 

@@ -24,6 +24,7 @@ from fi_ffi.ops import cuda
 _NON_BLOCKING = 1  # cudaStreamNonBlocking
 _ANY_DIRECTION = 4  # cudaMemcpyDefault
 _LOOKS, _LONGEST_S = 100, 0.2  # polls within the timeout, and the longest interval
+_JOINING_S = 1.0  # interval of looks at a call that may never return
 _RELEASING_S = 1e-3  # interval of releases after a rank was found missing
 # How long kernels may still work on what an ended process has sent.
 ENDED_S = 1.0
@@ -82,6 +83,29 @@ class Copies:  # a context manager
             code = runtime.cudaMemcpyAsync(target, source, count, _ANY_DIRECTION, self._stream)
             code = code or runtime.cudaStreamSynchronize(self._stream)
         cuda.check(code, "a copy of what kernels wait for")
+
+
+def ends(call: Callable[[], object], is_over: Callable[[], bool]) -> bool:
+    """Run a call that may never return; return whether it did, a second after `is_over` or before.
+
+    Raises what the call raises.
+    """
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            call()
+        except Exception as error:  # raised below
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="fi_ffi.comm.ends", daemon=True)
+    thread.start()
+    thread.join(_JOINING_S)
+    while thread.is_alive() and not is_over():
+        thread.join(_JOINING_S)
+    for error in errors:
+        raise error
+    return not thread.is_alive()
 
 
 class Monitor:

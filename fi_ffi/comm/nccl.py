@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import threading
 from typing import Any
 
 from fi_ffi.abi.tensor import Device, TensorDesc
+from fi_ffi.comm.hang import ends
 from fi_ffi.comm.ranks import Ranks
 from fi_ffi.errors import KernelError, LoaderError
 from fi_ffi.ops import cuda
@@ -15,7 +15,6 @@ _SUM = 0  # ncclSum
 _DTYPES = {"float16": 6, "float32": 7, "bfloat16": 9}  # ncclDataType_t
 # Controls NVLink SHARP, which creates a multicast object; fi_ffi must not depend on one.
 _NO_MULTICAST = "NCCL_NVLS_ENABLE"
-_LINGERING_S = 1.0  # how long to wait for an end that others may put off
 
 
 def imported() -> Any:
@@ -89,16 +88,9 @@ class Nccl:
         communicator, self._communicator = self._communicator, None
         if communicator is None:
             return
-        errors = []
-
-        def end() -> None:
-            try:
-                getattr(communicator, name)()
-            except Exception as error:  # an exception class of nccl4py
-                errors.append(error)
-
-        thread = threading.Thread(target=end, name="fi_ffi.comm.nccl", daemon=True)
-        thread.start()
-        thread.join(_LINGERING_S if self._is_captured or name == "abort" else None)
-        for error in errors:
-            raise KernelError(f"NCCL's {name}", type(error).__name__, str(error)) from error
+        is_abort = name == "abort"
+        try:
+            ends(getattr(communicator, name), lambda: self._is_captured or is_abort)
+        except Exception as error:  # an exception class of nccl4py
+            if not is_abort:  # after which nothing more is asked of NCCL
+                raise KernelError(f"NCCL's {name}", type(error).__name__, str(error)) from error

@@ -17,7 +17,7 @@ import pytest
 
 from fi_ffi import comm
 from fi_ffi.abi.tensor import parse_device
-from fi_ffi.comm.hang import Copies, Monitor
+from fi_ffi.comm.hang import Copies, Monitor, ends
 from fi_ffi.comm.memory import has_ended, place_of
 
 from tests.helpers import ranks
@@ -169,3 +169,14 @@ def test_a_process_that_has_ended():
             time.sleep(0.01)
         assert has_ended(place)
     assert has_ended(place) and not has_ended(place._replace(machine="another"))
+
+
+def test_a_call_that_may_never_return():
+    never, begun = threading.Event(), time.monotonic()
+    assert ends(lambda: time.sleep(0.2), lambda: True)
+    assert time.monotonic() - begun < 1
+    assert not ends(never.wait, lambda: time.monotonic() - begun > 1.5)
+    assert 1.5 < time.monotonic() - begun < 20
+    with pytest.raises(ZeroDivisionError):
+        ends(lambda: 1 / 0, lambda: False)
+    never.set()
