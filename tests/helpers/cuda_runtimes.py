@@ -57,12 +57,12 @@ def library(major: int) -> Path:
 @functools.cache
 def module(major: int) -> Path:
     """A folder of kernels, in the jit-cache layout, whose one module tells of its runtime."""
-    name = f"of_cuda_{major}"
+    name, runtime = f"of_cuda_{major}", str(library(major))  # or there is none, each time
     root = Path(_folder.name) / f"kernels-{major}"
     made = root / name / f"{name}.so"
     made.parent.mkdir(parents=True)
     source = made.with_suffix(".cc")
     source.write_text(_SOURCE)
-    compiler.library(source, made, "-Wl,--no-as-needed", str(library(major)))
+    compiler.library(source, made, "-Wl,--no-as-needed", runtime)
     source.unlink()
     return root
