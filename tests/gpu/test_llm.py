@@ -163,7 +163,7 @@ def _threads(name, args):
         return (args[6], len(args[0])), 256
     if name in ("count", "add"):
         return (args[3], 1), 256
-    if name == "mask":
+    if name == "allow":
         return (args[3], len(args[1])), 256
     if name == "draw":
         return (32 * 1024, len(args[0])), 1024

@@ -341,7 +341,7 @@ def test_biases_and_masks(rng, on):
     assert np.allclose(logits, exact, atol=1e-6)
     bits = rng.integers(-(2**31), 2**31, (2, -(-vocab // 32)), np.int64).astype(np.int32)
     before = logits.copy()
-    on.run("mask", [logits, bits, np.array([3, 1], np.int32), vocab])
+    on.run("allow", [logits, bits, np.array([3, 1], np.int32), vocab])
     for row, line in ((3, bits[0]), (1, bits[1])):
         for v in range(vocab):
             if not int(line[v // 32]) >> v % 32 & 1:
@@ -368,7 +368,9 @@ def test_log_probabilities(vocab, top, rng, on):
     assert np.isnan(values[:, top + 1 :]).all()
 
 
-def test_nvcc_compiles_the_kernels(tmp_path):
+# ptxas for GPUs before SM90 crashed on a kernel that was named `mask`.
+@pytest.mark.parametrize("arch", [80, 87, 89, 90, 100, 120])
+def test_nvcc_compiles_the_kernels(arch, tmp_path):
     """NVRTC is what runs them; where only nvcc is, it says whether they are CUDA."""
     reason = why_not_build()
     if reason is not None:
@@ -377,10 +379,10 @@ def test_nvcc_compiles_the_kernels(tmp_path):
     source = tmp_path / "glue.cu"
     source.write_text(glue.SOURCE)
     nvcc = compiler.nvcc()
-    for dtype in FLOATS:
+    for dtype in FLOATS if arch == 90 else ["bfloat16"]:
         flags = ["-DFLOAT16"] if dtype == "float16" else []
-        command = [nvcc, "-cubin", "-arch=sm_90", *flags, "-o", str(tmp_path / "o"), str(source)]
-        subprocess.run(command, check=True, timeout=120)
+        flags += [f"-arch=sm_{arch}", "-o", str(tmp_path / "o")]
+        subprocess.run([nvcc, "-cubin", *flags, str(source)], check=True, timeout=120)
         code = (tmp_path / "o").read_bytes()
         assert all(name.encode() in code for name in glue.KERNELS)
 

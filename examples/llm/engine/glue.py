@@ -412,7 +412,7 @@ __global__ void add(float* logits, const int* places, const float* values, int n
 }
 
 // Minus infinity where a row of `bits` has none; row i is of places[i] of the logits.
-__global__ void mask(float* logits, const unsigned* bits, const int* places, int vocab) {
+__global__ void allow(float* logits, const unsigned* bits, const int* places, int vocab) {
   wait();
   const int v = blockIdx.x * blockDim.x + threadIdx.x, words = (vocab + 31) / 32;
   if (v < vocab && !(bits[blockIdx.y * words + v / 32] >> v % 32 & 1))
@@ -608,7 +608,7 @@ def add(logits, places, values, n):
     np.add.at(logits.reshape(-1), places, values)
 
 
-def mask(logits, bits, places, vocab):
+def allow(logits, bits, places, vocab):
     allowed = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")[:, :vocab]
     logits[places] = np.where(allowed, logits[places], -np.inf)
 
@@ -627,7 +627,7 @@ ON_CPU = {
     kernel.__name__: kernel
     for kernel in (
         take, joined, give, resolve, convolve, decays, gated, biased, place, merged, route, draw,
-        penalise, count, add, mask, logprobs,
+        penalise, count, add, allow, logprobs,
     )
 }  # fmt: skip
 KERNELS = (*ON_CPU, *products.KERNELS)

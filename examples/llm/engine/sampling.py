@@ -191,7 +191,7 @@ class Sampler:
         if "places" in given and (count := given["places"].shape[0]):
             launch("add", (count, 1), logits, given["places"], given["values"], count)
         if "masked" in given and (count := given["masked"].shape[0]):
-            launch("mask", (vocab, count), logits, given["bits"], given["masked"], vocab)
+            launch("allow", (vocab, count), logits, given["bits"], given["masked"], vocab)
 
     def tell(self, logits, tokens, start, top):
         """Log probabilities of a token of each row, and of the `top` most probable.
