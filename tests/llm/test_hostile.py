@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 import requests
 import serve
-from engine import load
+from engine import Request, Sampling, load
 from server.chat import Template, calls_of
+from server.metrics import Metrics
 from server.schema import Refused
+from server.service import Service
 from server.text import Text, token_bytes
 from starlette.responses import JSONResponse
 from tiny import make_tiny
@@ -343,7 +345,7 @@ def test_more_than_may_wait_is_refused(own):
     statuses, headers = [], []
 
     def ask() -> None:
-        answer = server.post(max_tokens=30, ignore_eos=True)
+        answer = server.post(max_tokens=200, ignore_eos=True)
         statuses.append(answer.status_code)
         headers.append(answer.headers.get("retry-after"))
 
@@ -358,6 +360,24 @@ def test_more_than_may_wait_is_refused(own):
     assert headers.count("1") == refused == server.metric("rejected_requests_total")
     assert server.post(n=6).status_code == 429
     is_well(server)
+
+
+def test_those_with_room_keep_others_out_before_they_wait(serve, where):
+    """A burst of requests is counted before the first of them is submitted."""
+    serving = serve("llama")
+    engine = load(serving.path, where, **serving.options | {"max_batch": 2})
+    service = Service(engine, Metrics(), max_queue=1)
+    try:
+        first = [Request([1], Sampling()) for _ in range(3)]
+        service.check_room(first)
+        for count in (1, 3):
+            with pytest.raises(Refused, match="1 requests are waiting") as caught:
+                service.check_room([Request([1], Sampling()) for _ in range(count)])
+            assert caught.value.status == 429
+        del first[1]  # its client has gone
+        service.check_room([Request([1], Sampling())])
+    finally:
+        service.close()
 
 
 def test_first_come_first_served(own):

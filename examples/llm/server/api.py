@@ -240,7 +240,7 @@ class Api:
         finally:
             self.held -= len(raw)
         del raw
-        self.service.check_room(len(requests))
+        self.service.check_room(requests)
         if wanted is not None:
             await self.constrain(requests, *wanted)
         if self.is_ending:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import threading
 import time
+import weakref
 from collections import deque
 
 from .schema import Refused
@@ -45,6 +46,7 @@ class Service:
         self.engine, self.metrics, self.max_queue = engine, metrics, max_queue
         self.orders, self.wake = deque(), threading.Event()
         self.listeners, self.is_closed, self.failure = {}, False, None
+        self.coming = weakref.WeakSet()  # requests with room that are not submitted yet
         self.on_failure = on_failure
         self.thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self.thread.start()
@@ -53,18 +55,21 @@ class Service:
     def is_serving(self):
         return not self.is_closed and self.thread.is_alive()
 
-    def check_room(self, count):
-        """Refused where that many requests more would wait for too many others."""
+    def check_room(self, requests):
+        """Refused where these would wait for too many others, which count them from here on."""
         if not self.is_serving:
             raise Refused("the engine has ended", 503, code="engine_ended")
+        before = len(self.engine.waiting) + len(self.orders) + len(self.coming)
         # Those that have come since the last step and will find a slot wait for nobody.
-        waiting = len(self.engine.waiting) + len(self.orders) + count - len(self.engine.slots)
+        waiting = before + len(requests) - len(self.engine.slots)
         if waiting > self.max_queue:
             self.metrics.rejected.inc()
             raise Refused(f"{self.max_queue} requests are waiting: try again later", 429,
                           code="queue_full")  # fmt: skip
+        self.coming.update(requests)
 
     def submit(self, listener):
+        self.coming.discard(listener.request)
         if not self.is_serving:
             raise Refused("the engine has ended", 503, code="engine_ended")
 
