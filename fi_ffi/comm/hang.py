@@ -2,9 +2,9 @@
 
 A group's kernels wait on the GPU, in memory of their own rank. A thread reads this memory by copies
 on its own stream, so it sees eager calls and graphs alike and does not slow them down. If a kernel
-waits and nothing has changed for too long, or a second after a rank's process has ended, the thread
-reports the missing ranks and writes the values that the kernels wait for. The results of these
-kernels are invalid; the process goes on.
+waits and nothing has changed for too long, or a second after a rank's process has ended, the group
+is told which ranks are missing, and the thread writes the values that the kernels wait for. The
+results of these kernels are invalid; the process goes on.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _ANY_DIRECTION = 4  # cudaMemcpyDefault
 _LOOKS, _LONGEST_S = 100, 0.2  # polls within the timeout, and the longest interval
 _JOINING_S = 1.0  # interval of looks at a call that may never return
 _RELEASING_S = 1e-3  # interval of releases after a rank was found missing
+_ENDING_S = 10.0  # how long a thread is waited for that may be in a CUDA call
 # How long kernels may still work on what an ended process has sent.
 ENDED_S = 1.0
 Read = Callable[[int, int], bytes]
@@ -109,9 +110,9 @@ def ends(call: Callable[[], object], is_over: Callable[[], bool]) -> bool:
 
 
 class Monitor:
-    """A group's watching thread: calls `on_hang()(op, ranks, seconds)` once, then releases all
+    """A group's watching threads: call `on_hang()(op, ranks, seconds)` once, then release all
     kernels. `ended` returns the ranks whose processes have ended; for those the op is "" if no
-    kernel of this rank waits."""
+    kernel of this rank is known to wait."""
 
     def __init__(
         self, kernels: Sequence[Waiting], device: Device, timeout_s: float,
@@ -120,46 +121,65 @@ class Monitor:
     ) -> None:  # fmt: skip
         self._kernels, self._device, self._timeout_s = kernels, device, timeout_s
         self._on_hang, self._ended, self._stop = on_hang, ended, threading.Event()
-        self._thread = threading.Thread(target=self._run, name="fi_ffi.comm", daemon=True)
-        self._thread.start()
+        self._pause = min(timeout_s / _LOOKS, _LONGEST_S)
+        self._op, self._told, self._telling = "", threading.Event(), threading.Lock()
+        self._threads = [
+            threading.Thread(target=target, name="fi_ffi.comm", daemon=True)
+            for target in (self._run, self._look)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
+        """End the threads. One that is still in a CUDA call a while later ends after that call."""
         self._stop.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join(_ENDING_S)
+
+    def _is_needed(self) -> bool:
+        return not self._stop.wait(self._pause) and self._on_hang() is not None
+
+    def _look(self) -> None:
+        """Tell of ended processes. It calls nothing of CUDA's, where it might wait for a thread
+        that waits for the ended process."""
+        since = None
+        while self._is_needed() and not self._told.is_set():
+            ended, now = self._ended(), time.monotonic()
+            if ended:
+                since = since or now
+                if now - since >= ENDED_S:
+                    self._tell(self._op, ended, now - since)
+
+    def _tell(self, op: str, ranks: set[int], seconds: float) -> None:
+        with self._telling:
+            tell = self._on_hang()
+            if tell is not None and not self._told.is_set():
+                tell(op, ranks, min(round(seconds, 1), self._timeout_s))
+            self._told.set()
 
     def _run(self) -> None:
         # If the GPU is lost, the next call reports it.
         with contextlib.suppress(DeviceError), Copies(self._device) as copies:
             self._watch(copies)
+            self._let_go(copies)
 
     def _watch(self, copies: Copies) -> None:
-        pause = min(self._timeout_s / _LOOKS, _LONGEST_S)
+        """Return when a hang is told."""
         before: list[bytes] = []
         since = time.monotonic()
-        ended_since = None
-        while not self._stop.wait(pause) and self._on_hang() is not None:
+        while self._is_needed() and not self._told.is_set():
             found = [(kernels, *kernels.state(copies.read)) for kernels in self._kernels]
             waiting = [(kernels.op, {*missing}) for kernels, _, missing in found if missing]
             now, states = time.monotonic(), [state for _, state, _ in found]
             if not waiting or states != before:
                 before, since = states, now
-            (op, missing), waited = waiting[0] if waiting else ("", set()), now - since
-            ended = self._ended()
-            if ended:
-                ended_since = ended_since or now
-            if ended_since and now - ended_since >= ENDED_S:
-                missing, waited = ended, now - ended_since
-            elif waited < self._timeout_s:
-                continue
-            tell = self._on_hang()
-            if tell is not None:
-                tell(op, missing, min(round(waited, 1), self._timeout_s))
-            self._let_go(copies)
-            return
+            self._op, missing = waiting[0] if waiting else ("", set())
+            if missing and now - since >= self._timeout_s:
+                self._tell(self._op, missing, now - since)
 
     def _let_go(self, copies: Copies) -> None:
         """Release kernels until the group is closed, since those queued behind wait as well."""
-        while self._on_hang() is not None:
+        while self._on_hang() is not None and not self._stop.is_set():
             for kernels in self._kernels:
                 kernels.release(copies.read, copies.write)
             if self._stop.wait(_RELEASING_S):

@@ -17,6 +17,7 @@ import pytest
 
 from fi_ffi import comm
 from fi_ffi.abi.tensor import parse_device
+from fi_ffi.comm import hang
 from fi_ffi.comm.hang import Copies, Monitor, ends
 from fi_ffi.comm.memory import has_ended, place_of
 
@@ -117,6 +118,35 @@ def test_a_rank_that_has_ended_is_told_while_nothing_waits():
     assert (op, missing) == ("", {1}) and 1 <= seconds < 20
 
 
+def test_a_rank_that_has_ended_is_told_while_a_copy_waits(monkeypatch):
+    """As behind another thread's CUDA call, which waits for that rank; close does not wait."""
+    monkeypatch.setattr(hang, "_ENDING_S", 0.5)
+    reads, found = threading.Event(), []
+
+    class Stuck:
+        op = "all_reduce"
+
+        def state(self, read):
+            reads.wait(60)
+            return b"", ()
+
+        def release(self, read, write):
+            found.append("released")
+
+    begun = time.monotonic()
+    monitor = Monitor([Stuck()], CPU, 60.0, lambda: lambda *args: found.append(args), lambda: {1})
+    while not found and time.monotonic() - begun < 30:
+        time.sleep(0.1)
+    ((op, missing, seconds),) = found
+    assert (op, missing) == ("", {1}) and 1 <= seconds < 20
+    closing = time.monotonic()
+    monitor.close()
+    assert time.monotonic() - closing < 20
+    reads.set()
+    monitor._threads[0].join(10)
+    assert len(found) == 1  # a closed group's memory is not written
+
+
 def test_a_monitor_that_sees_progress_tells_nothing():
     """Calls that each take their time, longer together than the monitor's patience."""
     given = comm.threads(2)
@@ -153,8 +183,9 @@ def test_a_monitor_ends_with_its_group():
     assert "fi_ffi.comm" in {thread.name for thread in threading.enumerate()}
     del owner
     gc.collect()
-    monitor._thread.join(10)
-    assert not monitor._thread.is_alive()
+    for thread in monitor._threads:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_a_process_that_has_ended():
