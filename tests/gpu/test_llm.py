@@ -154,7 +154,7 @@ def _threads(name, args):
     if name == "gated":
         return (args[3], len(args[0])), 256
     if name == "place":
-        return (32 * (args[15] + 2 * args[16]), len(args[0])), 128
+        return (32 * (args[15] + 2 * args[16]), len(args[7])), 128
     if name == "merged":
         return (128 * args[0].shape[1], len(args[0])), 128
     if name == "biased":
@@ -327,7 +327,7 @@ def test_products_gated(dtype, count, width, inner, weights, products):
 
 
 @TEXT
-@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("inner", [128, 384, 2176])
 @pytest.mark.parametrize("weights", ["16 bits", "fp8"])
 @pytest.mark.parametrize("is_gated", [False, True])

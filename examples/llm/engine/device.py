@@ -129,7 +129,7 @@ class Cpu(Device):
     def get(self, x):
         return np.array(x)
 
-    def linear(self, out, x, weight):
+    def linear(self, out, x, weight, is_last=False):
         """out = x @ weight.T; row by row, so that a row's result does not depend on others."""
         x = self._normed(x) if isinstance(x, Sum) else np.asarray(x)
         product = x.astype(np.float32)[:, None] @ np.asarray(weight).astype(np.float32).T
@@ -230,11 +230,10 @@ class Gpu(Device):
         self.wait(self.mark())
         return host
 
-    def launch(self, name, threads, *args, block=256, shared=0):
+    def launch(self, name, threads, *args, block=256):
         """A kernel by name; ints are passed as 32 bits, numpy numbers as what they are.
 
         `threads`: at least so many along x, in whole blocks, and rows of them.
-        `shared`: bytes of shared memory besides what the kernel names.
         """
         held = [
             np.array(x.ptr, np.uint64) if isinstance(x, fi_ffi.TensorDesc)
@@ -245,7 +244,7 @@ class Gpu(Device):
         config = self.driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = -(-threads[0] // block), threads[1], 1
         config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
-        config.hStream, config.sharedMemBytes = self.stream, shared
+        config.hStream = self.stream
         if self.has_pdl:
             config.attrs, config.numAttrs = [self.early], 1
         kernel = self.kernels[name]

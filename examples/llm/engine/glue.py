@@ -21,6 +21,7 @@ __device__ T store(float x) { T y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(
 __device__ float load(T x) { return __uint_as_float((unsigned)x << 16); }
 __device__ T store(float x) { T y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
 #endif
+struct alignas(8) Four { unsigned x, y; };  // numbers, two by two
 __device__ float sigmoid(float x) { return 1 / (1 + __expf(-x)); }
 
 // A kernel is put in place while the one before still runs.  It waits for what that writes first of
@@ -189,25 +190,30 @@ __global__ void place(T* q, T* k_cache, T* v_cache, const T* qkv, const T* q_nor
     if (c < rotary) turns[warp][c] = cos_sin[position * (long long)rotary + c];
   }
   wait();
-  if (kind == 2) {
-    for (int c = lane; c < dim; c += 32) to[c] = from[c];
-    return;
-  }
   float sum = 0, *x = found[warp];
-  for (int c = lane; c < dim; c += 32) { x[c] = load(from[c]); sum += x[c] * x[c]; }
-  if (is_normed) {
-    for (int half = 16; half; half /= 2) sum += __shfl_xor_sync(~0u, sum, half);
-    const float factor = rsqrtf(sum / dim + eps);
-    for (int c = lane; c < dim; c += 32) x[c] *= factor * weights[warp][c];
+  for (int c = 4 * lane; c < dim; c += 128) {
+    const Four four = *(const Four*)(from + c);
+    if (kind == 2) *(Four*)(to + c) = four;
+    x[c] = load(four.x); x[c + 1] = load(four.x >> 16);
+    x[c + 2] = load(four.y); x[c + 3] = load(four.y >> 16);
+    for (int i = c; i < c + 4; i++) sum += x[i] * x[i];
   }
+  if (kind == 2) return;
+  for (int half = 16; half; half /= 2) sum += __shfl_xor_sync(~0u, sum, half);
+  const float factor = rsqrtf(sum / dim + eps);
   __syncwarp();
-  const float* cosines = turns[warp];
+  const float *cosines = turns[warp], *scales = weights[warp];
   const int half = rotary / 2;
-  for (int c = lane; c < dim; c += 32) {
-    float y = x[c];
-    if (c < half) y = y * cosines[c] - x[c + half] * cosines[c + half];
-    else if (c < rotary) y = y * cosines[c - half] + x[c - half] * cosines[c];
-    for (int i = 0; i < copies; i++) to[i * heads * (long long)dim + c] = store(y);
+  auto normed = [&](int c) { return is_normed ? x[c] * factor * scales[c] : x[c]; };
+  auto turned = [&](int c) -> unsigned {
+    float y = normed(c);
+    if (c < half) y = y * cosines[c] - normed(c + half) * cosines[c + half];
+    else if (c < rotary) y = y * cosines[c - half] + normed(c - half) * cosines[c];
+    return store(y);
+  };
+  for (int c = 4 * lane; c < dim; c += 128) {
+    const Four four = {turned(c) | turned(c + 1) << 16, turned(c + 2) | turned(c + 3) << 16};
+    for (int i = 0; i < copies; i++) *(Four*)(to + i * heads * (long long)dim + c) = four;
   }
 }
 
@@ -233,7 +239,7 @@ __global__ void merged(T* out, const T* parts, const float* lse, const int* star
     to[0] = to[1] = to[2] = to[3] = 0;
 #pragma unroll 4
     for (int i = warp; i < count; i += 4) {
-      const uint2 four = *(const uint2*)(parts + (first + i * heads) * dim + c);
+      const Four four = *(const Four*)(parts + (first + i * heads) * dim + c);
       const float share = shares[warp][i];
       to[0] += share * load(four.x); to[1] += share * load(four.x >> 16);
       to[2] += share * load(four.y); to[3] += share * load(four.y >> 16);

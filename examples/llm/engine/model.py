@@ -119,12 +119,13 @@ class Model:
         shape = (most or self.max_tokens, *shape)
         return self.device.scratch(name, shape, dtype or self.config.dtype).rows(0, count)
 
-    def linear(self, name, x, weight, **more):
+    def linear(self, name, x, weight, is_last=False, **more):
+        """A product in scratch memory; `is_last`: other kernels come before the next product."""
         out = self.scratch(name, x.shape[0], weight.shape[0], **more)
         if isinstance(weight, Blocks) and not self.device.is_few(x, weight):
             fi_ffi.fp8_blockscale_gemm_sm90(*self.quantised(x, weight), out)
         else:
-            self.device.linear(out, x, weight)
+            self.device.linear(out, x, weight, is_last)
         return out
 
     def quantised(self, x, weight):
@@ -208,8 +209,8 @@ class Model:
         """Of the whole vocabulary, on each rank."""
         n, width, vocab = x.shape[0], self.head.shape[0], self.config.vocab
         if not self.group:
-            return self.linear("logits", x, self.head, dtype="float32", most=self.slots)
-        part = self.linear("part", x, self.head, dtype="float32", most=self.slots)
+            return self.linear("logits", x, self.head, True, dtype="float32", most=self.slots)
+        part = self.linear("part", x, self.head, True, dtype="float32", most=self.slots)
         every = self.gathered("every part", part)
         out = self.scratch("logits", n, vocab, dtype="float32", most=self.slots)
         self.device.launch("joined", (vocab, n), out, every, width, vocab)
@@ -245,7 +246,7 @@ class Model:
         else:
             gate_up = self.linear("gate_up", x, layer["gate_up"])
             fi_ffi.silu_and_mul(product, gate_up, **self.pdl)
-        return self.linear("x", product, layer["down"])
+        return self.linear("x", product, layer["down"], self.group is not None)
 
     def mixture(self, layer, x):
         """Of each token the experts with the greatest logits, by their softmax."""
@@ -278,7 +279,7 @@ class Model:
         """Of each token over its request's pages, its own key and value among them."""
         config, n = self.config, x.shape[0]
         heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
-        qkv = self.biased(self.linear("qkv", x, layer["qkv"]), layer, "qkv_bias")
+        qkv = self.biased(self.linear("qkv", x, layer["qkv"], True), layer, "qkv_bias")
         starts, out = batch.starts_of_pieces, self.scratch("attended", n, heads, dim)
         q = self.place(layer, qkv, batch, cache)
         sink = {"sink": layer["sinks"]} if config.is_gpt_oss else {}
@@ -292,7 +293,8 @@ class Model:
         out = view(out, n, heads * dim)
         if config.is_next:
             self.gate(out, columns(qkv, (heads + 2 * kv_heads) * dim, heads * dim), False)
-        return self.biased(self.linear("x", out, layer["out"]), layer, "out_bias")
+        out = self.linear("x", out, layer["out"], self.group is not None)
+        return self.biased(out, layer, "out_bias")
 
     def of_pieces(self, name, n, *shape, **more):
         """Memory of that shape for each head of each piece of n requests."""

@@ -14,34 +14,41 @@ from .weights import Blocks
 
 ROWS = 8  # the most that the kernel takes
 NORMED_ROWS = 2  # the most that it normalises on the way: more take longer than a kernel of its own
-# Rows of the weight that a block has, columns that a warp takes at once, the most warps of a block.
+# How much of the next weight it brings to L2 at its end: before kernels that leave the memory idle,
+# and where its blocks leave no room for the next product's, which would read early.
+AHEAD, LESS_AHEAD = 8 << 20, 4 << 20
+# Rows of the weight that a block has, columns that a warp takes at once, and the most warps of a
+# block, two of which a multiprocessor has room for; one of twice as many, too.
 TALL, RUN, WARPS = 16, 128, 16
-ROOM = 38 << 10  # bytes of shared memory that the norm and those rows may have
 
 SOURCE = f"""
-constexpr int RUN = {RUN}, WARPS = {WARPS}, ROOM = {ROOM};
+constexpr int RUN = {RUN}, WARPS = {WARPS}, NORMED_ROWS = {NORMED_ROWS};
 """
 SOURCE += r"""
 // What makes a float8_e4m3fn in the upper half of 16 bits one of these: its exponent goes
 // to the lower end of theirs, and the number is as much too small as their bias is larger.
 #ifdef FLOAT16
 #define KIND "f16"
-constexpr unsigned SHIFT = 1, BITS = 0x3F803F80, LARGER = 0x5C005C00;  // 2^8
+constexpr unsigned SHIFT = 1, BITS = 0x3F803F80, LARGER = 0x5C005C00, ONE = 0x3C003C00;  // 2^8
 #else
 #define KIND "bf16"
-constexpr unsigned SHIFT = 4, BITS = 0x07F007F0, LARGER = 0x7B807B80;  // 2^120
+constexpr unsigned SHIFT = 4, BITS = 0x07F007F0, LARGER = 0x7B807B80, ONE = 0x3F803F80;  // 2^120
 #endif
+constexpr unsigned NOUGHT = 0x80008000;  // -0, which changes nothing that it is added to
 typedef unsigned char F8;
 struct alignas(16) Eight { unsigned x, y, z, w; };  // numbers, two by two
+
+// a * b + c of two numbers, each rounded once.
+__device__ unsigned fma(unsigned a, unsigned b, unsigned c) {
+  unsigned d;
+  asm("fma.rn." KIND "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
 
 // Two numbers of four in fp8, which the selector names.
 __device__ unsigned two_of(unsigned four, unsigned which) {
   const unsigned two = __byte_perm(four, 0, which);
-  unsigned wide;
-  asm("fma.rn." KIND "x2 %0, %1, %2, %3;"
-      : "=r"(wide)
-      : "r"((two & 0x80008000) | ((two >> SHIFT) & BITS)), "r"(LARGER), "r"(0x80008000));
-  return wide;
+  return fma((two & 0x80008000) | ((two >> SHIFT) & BITS), LARGER, NOUGHT);
 }
 
 __device__ Eight widened(unsigned x, unsigned y) {
@@ -65,62 +72,8 @@ __device__ void multiply(float* sums, unsigned a0, unsigned a1, unsigned a2, uns
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-extern __shared__ __align__(16) T NORMED[];  // the norm's weight, and rows
-
-struct alignas(8) Four { unsigned x, y; };  // numbers, two by two
-
-// x += y, each rounded; their squares.
-__device__ float add_to(unsigned* x, unsigned y) {
-  const T low = store(load(*x) + load(y)), high = store(load(*x >> 16) + load(y >> 16));
-  *x = low | (unsigned)high << 16;
-  return load(low) * load(low) + load(high) * load(high);
-}
-
-__device__ void scale(unsigned* x, float factor, unsigned weight) {
-  const T high = store(load(*x >> 16) * factor * load(weight >> 16));
-  *x = store(load(*x) * factor * load(weight)) | (unsigned)high << 16;
-}
-
-// The norm of x + residual to rows of columns + 8, so that they begin in other banks.  A warp
-// takes 128 columns of a row at a time, so that a row's sum does not depend on how many there are.
-__device__ void normalise(const T* x, const T* residual, T* total, T* to, float eps, int rows,
-                          int columns) {
-  __shared__ float squares[ROOM / 2 / RUN];
-  const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int runs = columns / RUN;
-  // Not unrolled: each step runs once or twice, and code takes longer to fetch than to run.
-#pragma unroll 1
-  for (int row = 0; row < rows; row++) {
-#pragma unroll 1
-    for (int run = warp; run < runs; run += warps) {
-      const int at = (row * runs + run) * 32 + lane;
-      Four a = ((const Four*)x)[at];
-      const Four b = ((const Four*)residual)[at];
-      float mine = add_to(&a.x, b.x) + add_to(&a.y, b.y);
-      for (int half = 16; half; half /= 2) mine += __shfl_xor_sync(~0u, mine, half);
-      if (lane == 0) squares[row * runs + run] = mine;
-      ((Four*)(to + row * (columns + 8) + run * RUN))[lane] = a;
-      if (blockIdx.x == 0) ((Four*)total)[at] = a;
-    }
-  }
-  __syncthreads();
-#pragma unroll 1
-  for (int row = 0; row < rows; row++) {
-    float all = 0;
-#pragma unroll 4
-    for (int i = 0; i < runs; i++) all += squares[row * runs + i];
-    const float factor = rsqrtf(all / columns + eps);
-#pragma unroll 1
-    for (int run = warp; run < runs; run += warps) {
-      const Four w = ((const Four*)NORMED)[run * 32 + lane];
-      Four* at = (Four*)(to + row * (columns + 8) + run * RUN) + lane;
-      Four both = *at;
-      scale(&both.x, factor, w.x);
-      scale(&both.y, factor, w.y);
-      *at = both;
-    }
-  }
-  __syncthreads();
+__device__ float squares_of(unsigned two) {
+  return load(two) * load(two) + load(two >> 16) * load(two >> 16);
 }
 
 __device__ void write(T* to, float x) { *to = store(x); }
@@ -134,17 +87,20 @@ __device__ void write(float* to, float x) { *to = x; }
 // IS_GATED: out = silu(x @ gate.T) * (x @ up.T), of a weight that is gate's rows and then up's; a
 // block has 8 rows of each.
 //
-// IS_NORMED: of the norm of x + residual rather than of x.  Each block makes it for itself, for
-// all rows together are small; the first one leaves the sum, which is the next residual.
+// IS_NORMED: of the norm of x + residual rather than of x.  Each block sums squares up as it goes,
+// and divides by the root of their mean at the end.  The first leaves x + residual in `total`.
+//
+// Last, each block asks L2 for its share of what the next product reads.
 //
 // A weight in fp8 (W) has a scale for each 128 x 128, which a run of columns is multiplied with.
 template <typename O, typename W, bool IS_GATED, bool IS_NORMED>
 __device__ void few_rows(O* out, const T* x, const W* weight, const float* scales, int rows,
                          int columns, long long x_step, long long out_step, const T* residual,
-                         T* total, const T* norm, float eps) {
+                         T* total, const T* norm, float eps, const char* ahead, int share) {
   constexpr bool IS_FP8 = sizeof(W) == 1;
   constexpr int EACH = 16 / sizeof(W), PARTS = RUN / (4 * EACH);  // what a lane reads at once
-  __shared__ float found[WARPS][4][32];
+  __shared__ float found[IS_NORMED ? WARPS : 2 * WARPS][4][32], squares[WARPS][NORMED_ROWS];
+  __shared__ __align__(16) T scaled[IS_NORMED ? WARPS : 1][NORMED_ROWS][RUN + 8];
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int row = lane / 4, place = lane % 4, start = warp * RUN + place * EACH;
   const int first = blockIdx.x * (IS_GATED ? 8 : 16);
@@ -162,23 +118,36 @@ __device__ void few_rows(O* out, const T* x, const W* weight, const float* scale
   };
   make_way();
   if (start < columns) read(start);
-  if (IS_NORMED)
-#pragma unroll 1
-    for (int c = threadIdx.x; c < columns / 4; c += blockDim.x)
-      ((Four*)NORMED)[c] = ((const Four*)norm)[c];
+  Four scale;
+  if (IS_NORMED && start < columns) scale = *(const Four*)(norm + warp * RUN + 4 * lane);
   wait();
-  if (IS_NORMED) {
-    normalise(x, residual, total, NORMED + columns, eps, rows, columns);
-    x = NORMED + columns;
-    x_step = columns + 8;
-  }
-  x += min(row, rows - 1) * x_step;
+  const int which = min(row, rows - 1);
+  float squared[NORMED_ROWS] = {};
   for (int from = start; from < columns;) {
     constexpr int GROUPS = EACH / 8;  // of 8 numbers, of what a lane reads at once
+    const int at = from - place * EACH + 4 * lane;  // of the numbers that this lane scales
+    if (IS_NORMED) {
+      if (from != start) scale = *(const Four*)(norm + at);
+      __syncwarp();
+#pragma unroll
+      for (int r = 0; r < NORMED_ROWS; r++) {
+        if (r >= rows) break;
+        const Four a = *(const Four*)(x + r * x_step + at);
+        const Four b = *(const Four*)(residual + r * (long long)columns + at);
+        const Four sum = {fma(a.x, ONE, b.x), fma(a.y, ONE, b.y)};
+        if (blockIdx.x == 0) *(Four*)(total + r * (long long)columns + at) = sum;
+        squared[r] += squares_of(sum.x) + squares_of(sum.y);
+        Four* to = (Four*)scaled[warp][r] + lane;
+        *to = {fma(sum.x, scale.x, NOUGHT), fma(sum.y, scale.y, NOUGHT)};
+      }
+      __syncwarp();
+    }
+    const T* mine_of_x =
+        IS_NORMED ? scaled[warp][which] + place * EACH : x + which * x_step + from;
     Eight b[PARTS * GROUPS];
 #pragma unroll
     for (int i = 0; i < PARTS * GROUPS; i++)
-      b[i] = *(const Eight*)(x + from + 4 * EACH * (i / GROUPS) + 8 * (i % GROUPS));
+      b[i] = *(const Eight*)(mine_of_x + 4 * EACH * (i / GROUPS) + 8 * (i % GROUPS));
     float run[4] = {};
     float* to = IS_FP8 ? run : sums;
     auto add = [&](Eight a, Eight c, Eight b) {
@@ -205,16 +174,34 @@ __device__ void few_rows(O* out, const T* x, const W* weight, const float* scale
     from += warps * RUN;
     if (from < columns) read(from);
   }
+#if __CUDA_ARCH__ >= 900
+  if (threadIdx.x == 0 && share)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
+                 : : "l"(ahead + blockIdx.x * (long long)share), "r"(share) : "memory");
+#endif
 #pragma unroll
   for (int i = 0; i < 4; i++) found[warp][i][lane] = sums[i];
+  if (IS_NORMED)
+#pragma unroll
+    for (int r = 0; r < NORMED_ROWS; r++) {
+      for (int half = 16; half; half /= 2) squared[r] += __shfl_xor_sync(~0u, squared[r], half);
+      if (lane == 0) squares[warp][r] = squared[r];
+    }
   __syncthreads();
   const int column = place * 2 + warp % 2;
   if (warp >= (IS_GATED ? 2 : 4) || column >= rows) return;
+  float factor = 1;
+  if (IS_NORMED) {
+    float all = 0;
+#pragma unroll 4
+    for (int w = 0; w < warps; w++) all += squares[w][column];
+    factor = rsqrtf(all / columns + eps);
+  }
   auto sum = [&](int which) {
     float all = 0;
 #pragma unroll 4
     for (int w = 0; w < warps; w++) all += found[w][which][lane];
-    return all;
+    return all * factor;
   };
   const float mine = sum(warp);
   const int at = blockIdx.x * (IS_GATED ? 8 : 16) + warp / 2 * 8 + row;
@@ -222,12 +209,13 @@ __device__ void few_rows(O* out, const T* x, const W* weight, const float* scale
 }
 
 #define FEW_ROWS(name, O, W, IS_GATED, IS_NORMED)                                             \
-  extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) name(                           \
+  extern "C" __global__ void                                                                  \
+  __launch_bounds__(IS_NORMED ? 32 * WARPS : 64 * WARPS, IS_NORMED ? 2 : 1) name(             \
       O* out, const T* x, const W* weight, const float* scales, int rows, int columns,        \
       long long x_step, long long out_step, const T* residual, T* total, const T* norm,       \
-      float eps) {                                                                            \
+      float eps, const char* ahead, int share) {                                              \
     few_rows<O, W, IS_GATED, IS_NORMED>(out, x, weight, scales, rows, columns, x_step,        \
-                                        out_step, residual, total, norm, eps);                \
+                                        out_step, residual, total, norm, eps, ahead, share);  \
   }
 """
 
@@ -273,54 +261,67 @@ class Products:
         workspace = gpu.empty((self.WORKSPACE,), "uint8")
         cublas.set_workspace(self.blas, workspace.ptr, self.WORKSPACE)
         self.factors = np.array([1.0, 0.0], np.float32)
+        self.after, self.last = {}, 0  # by address: the weight that is read next
 
     def is_few(self, x, weight):
         """Whether the kernel takes them."""
         return x.shape[0] <= ROWS and not (weight.shape[0] % TALL or weight.shape[1] % RUN)
 
-    def linear(self, out, x, weight):
-        """out = x @ weight.T, summed in float32."""
+    def linear(self, out, x, weight, is_last=False):
+        """out = x @ weight.T, summed in float32; `is_last`: other kernels come before the next."""
         if not self.is_few(x, weight):
             self.by_cublas(out, x, weight)
         else:
-            self._few(out, x, weight)
+            self._few(out, x, weight, is_last=is_last)
 
     def linear_silu(self, out, x, weight):
         """out = silu(x @ gate.T) * (x @ up.T), of few rows; the weight is gate and then up."""
         self._few(out, x, weight, is_gated=True)
 
     def can_norm(self, x, weight):
-        """Whether products of these are quicker with a `Sum`."""
-        is_few = self.is_few(x, weight) and x.shape[0] <= NORMED_ROWS
-        # Blocks that have to wait for others would make the norm once more.
-        return is_few and self._room(*x.shape) <= ROOM and self._warps(weight)[1]
+        """Whether products of these are quicker with a `Sum`.
+
+        float16 may not hold what is not divided yet.
+        """
+        if x.dtype.name != "bfloat16" or not self.is_few(x, weight):
+            return False
+        # Each block normalises for itself.
+        return x.shape[0] == 1 or (x.shape[0] <= NORMED_ROWS and self._warps(weight)[1])
 
     def _warps(self, weight):
         """Warps of a block, and whether there is room for all blocks at once."""
         rows, columns = weight.shape
+        room, blocks = 2 * WARPS * self.gpu.multiprocessors, rows // TALL
         warps = min(max(columns // RUN, 4), WARPS)  # four of them write
-        if rows // TALL * warps <= 2 * WARPS * self.gpu.multiprocessors:
+        if blocks <= self.gpu.multiprocessors and columns >= 2 * WARPS * RUN:
+            return 2 * WARPS, True
+        if blocks * warps <= room:
             return warps, True
-        return WARPS, False  # where there is not, fewer at once read faster
+        return WARPS, False  # fewer at once read faster
 
-    @staticmethod
-    def _room(rows, columns):
-        """Bytes of the norm and of rows that lie apart."""
-        return 2 * (columns + rows * (columns + 8))
-
-    def _few(self, out, x, weight, is_gated=False):
-        is_normed, sums, room = isinstance(x, Sum), (np.uint64(0),) * 3 + (np.float32(0),), 0
+    def _few(self, out, x, weight, is_gated=False, is_last=False):
+        is_normed, sums = isinstance(x, Sum), (np.uint64(0),) * 3 + (np.float32(0),)
         if is_normed:
-            sums, room = (x.residual, x.sum, x.norm, np.float32(x.eps)), self._room(*x.shape)
-            x = x.x
+            x, *sums = x.x, x.residual, x.sum, x.norm, np.float32(x.eps)
         is_fp8 = isinstance(weight, Blocks)
         kind = "float" if out.dtype.name == "float32" else "T"
         name = _name(kind, "F8" if is_fp8 else "T", is_gated, is_normed)
-        blocks, warps = weight.shape[0] // TALL, self._warps(weight)[0]
+        blocks, (warps, _) = weight.shape[0] // TALL, self._warps(weight)
+        warps = min(warps, WARPS) if is_normed else warps
         given = weight if is_fp8 else (weight, np.uint64(0))
         steps = np.int64(x.strides[0]), np.int64(out.strides[0])
+        is_full = blocks * warps > 0.9 * 2 * WARPS * self.gpu.multiprocessors
+        most = AHEAD if is_last else LESS_AHEAD if is_full else 0
+        ahead = self._next(given[0], most, blocks)
         self.gpu.launch(name, (blocks * 32 * warps, 1), out, x, *given, *x.shape, *steps, *sums,
-                        block=32 * warps, shared=room)  # fmt: skip
+                        *ahead, block=32 * warps)  # fmt: skip
+
+    def _next(self, weight, most, blocks):
+        """The weight that was read next the last time, and how much of it each block asks for."""
+        self.after[self.last], self.last = weight, weight.ptr
+        following = self.after.get(weight.ptr, weight)
+        size = min(following.span_bytes, most)
+        return following, size // blocks // 16 * 16
 
     def by_cublas(self, out, x, weight):
         """cuBLAS counts columns first, so that a row-major matrix is its transpose there."""
