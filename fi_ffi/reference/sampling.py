@@ -52,7 +52,8 @@ def _word(a: Inputs, name: str, i: int) -> int:
     array = a.get(f"maybe_{name}_arr")
     if array is None:
         return int(a[f"{name}_val"] if f"{name}_val" in a else a[f"philox_{name}"])
-    return int(array[i if len(array) > 1 else 0])
+    numbers = np.ravel(array)  # one element may have any rank
+    return int(numbers[i if len(numbers) > 1 else 0])
 
 
 # Returns the allowed tokens: `allowed(a, p, output's number, source's row, times)`. Sums may be off

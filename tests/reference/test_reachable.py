@@ -112,6 +112,21 @@ def test_other_numbers_are_refused():
     assert case.error("output", np.roll(case.arrays["output"], 1))[1] > 1
 
 
+def test_a_seed_and_an_offset_of_any_rank():
+    rng = np.random.default_rng()
+    op = OPS["sampling_from_probs"]
+    tables = {"probs": np.full((64, 64), 1 / 64)}
+    sizes, dtypes = {"n": 64, "r": 64, "h": 64}, {"I": "int32", "S": "int64"}
+    case = make_case(op.row, sizes, dtypes, rng, tables, ("maybe_indices",))
+    for name, shape in (("maybe_seed_arr", (1, 1)), ("maybe_offset_arr", ())):
+        case.arrays[name] = case.arrays[name].reshape(shape)
+    op(**case.arrays, **case.scalars)
+    tables |= {name: case.arrays[name] for name in ("maybe_seed_arr", "maybe_offset_arr")}
+    other = make_case(op.row, sizes, dtypes, rng, tables, ("maybe_indices",), **case.scalars)
+    assert other.arrays["maybe_seed_arr"].ndim == 2
+    assert other.error("output", case.arrays["output"])[1] <= 1
+
+
 @pytest.mark.parametrize("size", [100, 4096])
 def test_the_judge_of_what_top_p_keeps(size):
     rng = np.random.default_rng()

@@ -64,6 +64,7 @@ class Model:
         # The last token drawn for each slot; one slot more is what pads batches.
         self.latest = self._zeros((self.slots + 1, 1), "int32")
         self.pdl = {"enable_pdl": device.has_pdl}
+        self.of_logits = {"dtype": "float32", "most": self.slots, "is_last": True}
         self.add_norm = fi_ffi.fused_add_rmsnorm
         self.rms = fi_ffi.rmsnorm
         if config.is_next:
@@ -209,8 +210,8 @@ class Model:
         """Of the whole vocabulary, on each rank."""
         n, width, vocab = x.shape[0], self.head.shape[0], self.config.vocab
         if not self.group:
-            return self.linear("logits", x, self.head, True, dtype="float32", most=self.slots)
-        part = self.linear("part", x, self.head, True, dtype="float32", most=self.slots)
+            return self.linear("logits", x, self.head, **self.of_logits)
+        part = self.linear("part", x, self.head, **self.of_logits)
         every = self.gathered("every part", part)
         out = self.scratch("logits", n, vocab, dtype="float32", most=self.slots)
         self.device.launch("joined", (vocab, n), out, every, width, vocab)
@@ -246,7 +247,7 @@ class Model:
         else:
             gate_up = self.linear("gate_up", x, layer["gate_up"])
             fi_ffi.silu_and_mul(product, gate_up, **self.pdl)
-        return self.linear("x", product, layer["down"], self.group is not None)
+        return self.linear("x", product, layer["down"], is_last=self.group is not None)
 
     def mixture(self, layer, x):
         """Of each token the experts with the greatest logits, by their softmax."""
@@ -279,7 +280,7 @@ class Model:
         """Of each token over its request's pages, its own key and value among them."""
         config, n = self.config, x.shape[0]
         heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
-        qkv = self.biased(self.linear("qkv", x, layer["qkv"], True), layer, "qkv_bias")
+        qkv = self.biased(self.linear("qkv", x, layer["qkv"], is_last=True), layer, "qkv_bias")
         starts, out = batch.starts_of_pieces, self.scratch("attended", n, heads, dim)
         q = self.place(layer, qkv, batch, cache)
         sink = {"sink": layer["sinks"]} if config.is_gpt_oss else {}
@@ -293,7 +294,7 @@ class Model:
         out = view(out, n, heads * dim)
         if config.is_next:
             self.gate(out, columns(qkv, (heads + 2 * kv_heads) * dim, heads * dim), False)
-        out = self.linear("x", out, layer["out"], self.group is not None)
+        out = self.linear("x", out, layer["out"], is_last=self.group is not None)
         return self.biased(out, layer, "out_bias")
 
     def of_pieces(self, name, n, *shape, **more):
