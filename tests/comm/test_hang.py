@@ -167,6 +167,31 @@ def test_a_monitor_that_sees_progress_tells_nothing():
     assert ranks.run("threads", 2, body) == [[], []]
 
 
+def test_time_without_a_kernel_that_waits_does_not_count():
+    """Of kernels whose memory is the same before they wait and while they do."""
+    missing, found = set(), []
+
+    class Kernels:
+        op = "all_reduce"
+
+        def state(self, read):
+            return b"", missing
+
+        def release(self, read, write):
+            pass
+
+    begun = time.monotonic()
+    monitor = Monitor([Kernels()], CPU, 1.5, lambda: lambda *args: found.append(args))
+    time.sleep(2)
+    missing.add(3)
+    waits = time.monotonic()
+    while not found and time.monotonic() - begun < 30:
+        time.sleep(0.05)
+    assert time.monotonic() - waits > 1.2
+    monitor.close()
+    assert found == [("all_reduce", {3}, 1.5)]
+
+
 def test_a_monitor_ends_with_its_group():
     class Owner:
         def tell(self, op, missing):
