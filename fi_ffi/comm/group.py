@@ -15,7 +15,7 @@ from fi_ffi.abi.tensor import Device, TensorDesc, parse_device, parse_dtype
 from fi_ffi.comm import nccl as nccl_module
 from fi_ffi.comm.algorithms import ALGORITHMS, Algorithms, Call
 from fi_ffi.comm.fusion import FusionSize, pattern_of
-from fi_ffi.comm.hang import ENDED_S, Monitor, ends
+from fi_ffi.comm.hang import ENDED_S, ENDING_S, Monitor, ends
 from fi_ffi.comm.memory import Place, has_ended, place_of
 from fi_ffi.comm.ranks import Ranks, check_ranks, names
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, HangError, KernelError, LoaderError
@@ -27,7 +27,6 @@ _DTYPES = ("float32", "float16", "bfloat16")
 _VECTOR = 16
 _FIRST_PAUSE, _LAST_PAUSE = 2e-5, 2e-3  # polling intervals of a stream that is waited for
 _LETTING_GO_S = 30.0  # how much longer than a rank to wait for a stream that shows no progress
-_ENDING_S = 10.0  # time that kernels waiting for a lost rank may take to end
 _in_use: list[Algorithms] = []  # memory of kernels that have not ended
 
 
@@ -381,7 +380,7 @@ class Group:
 
     def _is_over(self) -> bool:
         """Whether kernels that waited for a lost rank have had their time to end."""
-        return time.monotonic() > self._hung_at + _ENDING_S
+        return time.monotonic() > self._hung_at + ENDING_S
 
     def __enter__(self) -> Group:
         return self

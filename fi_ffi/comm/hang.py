@@ -26,7 +26,8 @@ _ANY_DIRECTION = 4  # cudaMemcpyDefault
 _LOOKS, _LONGEST_S = 100, 0.2  # polls within the timeout, and the longest interval
 _JOINING_S = 1.0  # interval of looks at a call that may never return
 _RELEASING_S = 1e-3  # interval of releases after a rank was found missing
-_ENDING_S = 10.0  # how long a thread is waited for that may be in a CUDA call
+# How long a thread or a kernel that waits for a lost rank may take to end.
+ENDING_S = 10.0
 # How long kernels may still work on what an ended process has sent.
 ENDED_S = 1.0
 Read = Callable[[int, int], bytes]
@@ -134,16 +135,17 @@ class Monitor:
         """End the threads. One that is still in a CUDA call a while later ends after that call."""
         self._stop.set()
         for thread in self._threads:
-            thread.join(_ENDING_S)
+            thread.join(ENDING_S)
 
-    def _is_needed(self) -> bool:
-        return not self._stop.wait(self._pause) and self._on_hang() is not None
+    def _is_needed(self, pause: float) -> bool:
+        """Whether the group is open, after a pause."""
+        return not self._stop.wait(pause) and self._on_hang() is not None
 
     def _look(self) -> None:
         """Tell of ended processes. It calls nothing of CUDA's, where it might wait for a thread
         that waits for the ended process."""
         since = None
-        while self._is_needed() and not self._told.is_set():
+        while self._is_needed(self._pause) and not self._told.is_set():
             ended, now = self._ended(), time.monotonic()
             if ended:
                 since = since or now
@@ -167,7 +169,7 @@ class Monitor:
         """Return when a hang is told."""
         before: list[bytes] = []
         since = time.monotonic()
-        while self._is_needed() and not self._told.is_set():
+        while self._is_needed(self._pause) and not self._told.is_set():
             found = [(kernels, *kernels.state(copies.read)) for kernels in self._kernels]
             waiting = [(kernels.op, {*missing}) for kernels, _, missing in found if missing]
             now, states = time.monotonic(), [state for _, state, _ in found]
@@ -179,8 +181,6 @@ class Monitor:
 
     def _let_go(self, copies: Copies) -> None:
         """Release kernels until the group is closed, since those queued behind wait as well."""
-        while self._on_hang() is not None and not self._stop.is_set():
+        while self._is_needed(_RELEASING_S):
             for kernels in self._kernels:
                 kernels.release(copies.read, copies.write)
-            if self._stop.wait(_RELEASING_S):
-                return

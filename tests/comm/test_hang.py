@@ -120,7 +120,7 @@ def test_a_rank_that_has_ended_is_told_while_nothing_waits():
 
 def test_a_rank_that_has_ended_is_told_while_a_copy_waits(monkeypatch):
     """As behind another thread's CUDA call, which waits for that rank; close does not wait."""
-    monkeypatch.setattr(hang, "_ENDING_S", 0.5)
+    monkeypatch.setattr(hang, "ENDING_S", 0.5)
     reads, found = threading.Event(), []
 
     class Stuck:

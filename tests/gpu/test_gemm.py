@@ -31,7 +31,7 @@ DTYPES = {"TA": "float8_e4m3fn", "TB": "float8_e4m3fn", "T": "bfloat16"}
 def hopper(machine: Gpu, module: str) -> None:
     machine.need(module)
     if of_loader.capability(0)[0] != 9:
-        pytest.skip("for Hopper")
+        pytest.skip("its kernels are for Hopper GPUs")
 
 
 def test_a_handle_of_the_callers(machine, rng):
@@ -39,7 +39,7 @@ def test_a_handle_of_the_callers(machine, rng):
     machine.need("gemm")
     row = OPS["bmm_fp8"].row
     if "cublas_handle" not in [arg.name for arg in row.args]:
-        pytest.skip("these kernels make their own")
+        pytest.skip("the kernels of this release make their own handle")
     case = make_case(row, {"b": 2, "m": 9, "n": 32, "k": 64}, DTYPES, rng)
     on_gpu = OnGpu(case, machine.place)
     own = own_handle("cublasLt", fi_ffi.parse_device("cuda:0"))
@@ -196,7 +196,7 @@ def test_how_often_tinygemm_is_wrong(k, m, machine, rng, record_property):
     are allowed.  The entry itself is called, which refuses no size."""
     machine.need("tinygemm2")
     if of_loader.capability(0)[0] not in OPS["tinygemm2_nobias"].row.capabilities:
-        pytest.skip("for Hopper and later")
+        pytest.skip("its kernels are for Hopper and later GPUs")
     entry = fi_ffi.module("tinygemm2").tinygemm2_nobias_op
     wrong = 0
     for _ in range(20):

@@ -28,7 +28,7 @@ def batches(machine):
 def test_one_token(number, state_dtype, machine, rng):
     """The states of some requests among others', in any order."""
     if number >= len(batches(machine)):
-        pytest.skip("fewer batches on the CPU")
+        pytest.skip("a batch of a GPU alone: the CPU has fewer, for time")
     b = batches(machine)[number]
     call = DecodeCall(rng, b, state_dtype=state_dtype, **sizes(machine))
     if b > 1:
@@ -42,7 +42,7 @@ def test_one_token(number, state_dtype, machine, rng):
 def test_several_tokens(number, t, state_dtype, machine, rng):
     """The tokens of a draft, to be verified."""
     if number >= len(batches(machine)):
-        pytest.skip("fewer batches on the CPU")
+        pytest.skip("a batch of a GPU alone: the CPU has fewer, for time")
     b = batches(machine)[number]
     call = DecodeCall(rng, b, t, state_dtype=state_dtype, **sizes(machine))
     if b > 1:
@@ -55,7 +55,7 @@ def test_several_tokens(number, t, state_dtype, machine, rng):
 def test_states_of_each_token(b, state_dtype, machine, rng):
     """For drafts of which not all tokens are accepted: `state` stays as it is."""
     if b > 5 and not machine.is_gpu:
-        pytest.skip("the same as of fewer requests")
+        pytest.skip("on a GPU alone: the reference takes 64 requests as it takes 5")
     call = DecodeCall(rng, b, 4, state_dtype=state_dtype, **sizes(machine))
     call.keep_each()
     call.options["disable_state_update"] = True

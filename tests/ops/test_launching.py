@@ -201,7 +201,7 @@ def test_block_scales_prepared(input_fp8, weight_fp8, machine, rng):
 @pytest.mark.parametrize("mode", ["MN", "K"])
 def test_groupwise_prepared(mode, machine, rng):
     if machine.is_gpu:
-        pytest.skip("for Blackwell")
+        pytest.skip("its kernels are for Blackwell GPUs")
     e4m3 = ml_dtypes.float8_e4m3fn
 
     def one(groups: int) -> dict[str, Any]:

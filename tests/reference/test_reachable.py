@@ -96,14 +96,18 @@ def test_a_wrong_token_is_refused(name):
         assert case.error("valid", ~case.arrays["valid"])[1] > 1
 
 
+def draws(op, tables, *without, **scalars):
+    """64 tokens, each of 64 that are as probable."""
+    sizes, dtypes = {"n": 64, "r": 64, "h": 64}, {"I": "int32", "S": "int64"}
+    tables = {"probs": np.full((64, 64), 1 / 64)} | tables
+    rng, without = np.random.default_rng(), ("maybe_indices", *without)
+    return make_case(op.row, sizes, dtypes, rng, tables, without, **scalars)
+
+
 def test_other_numbers_are_refused():
     """Of another seed, another offset or another row, hardly any token is right."""
-    rng = np.random.default_rng()
     op = OPS["sampling_from_probs"]
-    tables = {"probs": np.full((64, 64), 1 / 64)}
-    without = ("maybe_seed_arr", "maybe_offset_arr", "maybe_indices")
-    sizes, dtypes = {"n": 64, "r": 64, "h": 64}, {"I": "int32", "S": "int64"}
-    case = make_case(op.row, sizes, dtypes, rng, tables, without, seed_val=1, offset_val=5)
+    case = draws(op, {}, "maybe_seed_arr", "maybe_offset_arr", seed_val=1, offset_val=5)
     for wrong in ({"seed_val": 2}, {"offset_val": 6}, {"seed_val": 2**32 + 1}):
         op(**case.arrays, **case.scalars | wrong)
         assert case.error("output", case.arrays["output"])[1] > 1
@@ -113,18 +117,13 @@ def test_other_numbers_are_refused():
 
 
 def test_a_seed_and_an_offset_of_any_rank():
-    rng = np.random.default_rng()
     op = OPS["sampling_from_probs"]
-    tables = {"probs": np.full((64, 64), 1 / 64)}
-    sizes, dtypes = {"n": 64, "r": 64, "h": 64}, {"I": "int32", "S": "int64"}
-    case = make_case(op.row, sizes, dtypes, rng, tables, ("maybe_indices",))
-    for name, shape in (("maybe_seed_arr", (1, 1)), ("maybe_offset_arr", ())):
-        case.arrays[name] = case.arrays[name].reshape(shape)
+    of_any = {"maybe_seed_arr": np.array([[7]]), "maybe_offset_arr": np.array(5)}
+    case = draws(op, of_any)
+    assert [case.arrays[name].ndim for name in of_any] == [2, 0]
     op(**case.arrays, **case.scalars)
-    tables |= {name: case.arrays[name] for name in ("maybe_seed_arr", "maybe_offset_arr")}
-    other = make_case(op.row, sizes, dtypes, rng, tables, ("maybe_indices",), **case.scalars)
-    assert other.arrays["maybe_seed_arr"].ndim == 2
-    assert other.error("output", case.arrays["output"])[1] <= 1
+    assert case.error("output", case.arrays["output"])[1] <= 1
+    assert case.error("output", np.roll(case.arrays["output"], 1))[1] > 1
 
 
 @pytest.mark.parametrize("size", [100, 4096])

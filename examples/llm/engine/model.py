@@ -64,7 +64,6 @@ class Model:
         # The last token drawn for each slot; one slot more is what pads batches.
         self.latest = self._zeros((self.slots + 1, 1), "int32")
         self.pdl = {"enable_pdl": device.has_pdl}
-        self.of_logits = {"dtype": "float32", "most": self.slots, "is_last": True}
         self.add_norm = fi_ffi.fused_add_rmsnorm
         self.rms = fi_ffi.rmsnorm
         if config.is_next:
@@ -209,9 +208,10 @@ class Model:
     def logits(self, x):
         """Of the whole vocabulary, on each rank."""
         n, width, vocab = x.shape[0], self.head.shape[0], self.config.vocab
+        name = "part" if self.group else "logits"
+        part = self.linear(name, x, self.head, is_last=True, dtype="float32", most=self.slots)
         if not self.group:
-            return self.linear("logits", x, self.head, **self.of_logits)
-        part = self.linear("part", x, self.head, **self.of_logits)
+            return part
         every = self.gathered("every part", part)
         out = self.scratch("logits", n, vocab, dtype="float32", most=self.slots)
         self.device.launch("joined", (vocab, n), out, every, width, vocab)

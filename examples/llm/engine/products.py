@@ -121,7 +121,7 @@ __device__ void few_rows(O* out, const T* x, const W* weight, const float* scale
   Four scale;
   if (IS_NORMED && start < columns) scale = *(const Four*)(norm + warp * RUN + 4 * lane);
   wait();
-  const int which = min(row, rows - 1);
+  const int row_of_x = min(row, rows - 1);
   float squared[NORMED_ROWS] = {};
   for (int from = start; from < columns;) {
     constexpr int GROUPS = EACH / 8;  // of 8 numbers, of what a lane reads at once
@@ -143,7 +143,7 @@ __device__ void few_rows(O* out, const T* x, const W* weight, const float* scale
       __syncwarp();
     }
     const T* mine_of_x =
-        IS_NORMED ? scaled[warp][which] + place * EACH : x + which * x_step + from;
+        IS_NORMED ? scaled[warp][row_of_x] + place * EACH : x + row_of_x * x_step + from;
     Eight b[PARTS * GROUPS];
 #pragma unroll
     for (int i = 0; i < PARTS * GROUPS; i++)
@@ -261,6 +261,7 @@ class Products:
         workspace = gpu.empty((self.WORKSPACE,), "uint8")
         cublas.set_workspace(self.blas, workspace.ptr, self.WORKSPACE)
         self.factors = np.array([1.0, 0.0], np.float32)
+        self.room = 2 * WARPS * gpu.multiprocessors  # warps of the kernel that run at once
         self.after, self.last = {}, 0  # by address: the weight that is read next
 
     def is_few(self, x, weight):
@@ -291,11 +292,11 @@ class Products:
     def _warps(self, weight):
         """Warps of a block, and whether there is room for all blocks at once."""
         rows, columns = weight.shape
-        room, blocks = 2 * WARPS * self.gpu.multiprocessors, rows // TALL
+        blocks = rows // TALL
         warps = min(max(columns // RUN, 4), WARPS)  # four of them write
         if blocks <= self.gpu.multiprocessors and columns >= 2 * WARPS * RUN:
             return 2 * WARPS, True
-        if blocks * warps <= room:
+        if blocks * warps <= self.room:
             return warps, True
         return WARPS, False  # fewer at once read faster
 
@@ -310,7 +311,7 @@ class Products:
         warps = min(warps, WARPS) if is_normed else warps
         given = weight if is_fp8 else (weight, np.uint64(0))
         steps = np.int64(x.strides[0]), np.int64(out.strides[0])
-        is_full = blocks * warps > 0.9 * 2 * WARPS * self.gpu.multiprocessors
+        is_full = blocks * warps > 0.9 * self.room
         most = AHEAD if is_last else LESS_AHEAD if is_full else 0
         ahead = self._next(given[0], most, blocks)
         self.gpu.launch(name, (blocks * 32 * warps, 1), out, x, *given, *x.shape, *steps, *sums,
@@ -319,9 +320,10 @@ class Products:
     def _next(self, weight, most, blocks):
         """The weight that was read next the last time, and how much of it each block asks for."""
         self.after[self.last], self.last = weight, weight.ptr
-        following = self.after.get(weight.ptr, weight)
-        size = min(following.span_bytes, most)
-        return following, size // blocks // 16 * 16
+        if weight.ptr not in self.after:
+            return np.uint64(0), 0
+        following = self.after[weight.ptr]
+        return following, min(following.span_bytes, most) // blocks // 16 * 16
 
     def by_cublas(self, out, x, weight):
         """cuBLAS counts columns first, so that a row-major matrix is its transpose there."""
