@@ -176,7 +176,7 @@ class Monitor:
             if not waiting or states != before:
                 before, since = states, now
             self._op, missing = waiting[0] if waiting else ("", set())
-            if missing and now - since >= self._timeout_s:
+            if now - since >= self._timeout_s:
                 self._tell(self._op, missing, now - since)
 
     def _let_go(self, copies: Copies) -> None:
