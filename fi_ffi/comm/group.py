@@ -340,8 +340,10 @@ class Group:
 
     @property
     def is_open(self) -> bool:
-        """Whether the group is not closed and no rank was found missing."""
-        return self._is_open and not self._hang
+        """Whether the group is not closed and no rank is known to be missing."""
+        if self._hang or not self._is_open:
+            return False
+        return self._monitor is not None or not self._ended()
 
     def close(self) -> None:
         """Free everything when this rank's work is done.  All ranks call it, like any call.

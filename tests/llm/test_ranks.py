@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ import engine.ranks
 import ml_dtypes
 import numpy as np
 import pytest
+import requests
 from engine import Config, Sampling, load
 from engine.split import DIMENSIONS, ONCE, Split, key_of, of_rank
 from engine.weights import Weights, shapes
@@ -22,6 +25,7 @@ from tiny import make_tiny
 
 from fi_ffi.errors import HangError
 
+from tests.llm.process import ServerProcess
 from tests.llm.serving import KINDS, Serving, check_empty, greedy, texts
 from tests.llm.test_processors import adjusted, log_softmax
 
@@ -168,6 +172,29 @@ def test_a_rank_that_is_killed(split, where):
     made.close()
     assert time.monotonic() - begun < 30
     serving.engines.clear()
+
+
+@pytest.mark.usefixtures("split")
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_a_server_whose_rank_is_killed(is_asked, where):
+    """Its process ends with an error: one that has nothing to do, and one whose step calls kernels
+    for the first time, which on a GPU may never return.
+    """
+    server = ServerProcess(where, "--tp", "2", "--grace", "6")
+    try:
+        assert server.post(max_tokens=1).status_code == 200
+        (rank,) = server.ranks()
+        os.kill(rank, signal.SIGKILL)
+        begun = time.monotonic()
+        if is_asked:
+            assert server.post(prompt="x" * 40).status_code == 500
+        while (status := requests.get(f"{server.address}/health", timeout=20).status_code) == 200:
+            assert time.monotonic() - begun < 30
+            time.sleep(0.1)
+        assert status == 503
+    finally:
+        ended = server.end()
+    assert ended == 1
 
 
 def test_actors_of_ray(split, where):

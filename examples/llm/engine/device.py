@@ -226,6 +226,9 @@ class Gpu(Device):
 
     def get(self, x):
         host = np.empty(x.shape, x.dtype.numpy)
+        # A copy to pageable memory waits with the driver's lock, without which nothing can end
+        # kernels that wait for a lost rank.
+        self.wait(self.mark())
         self._copy(host.ctypes.data, x.ptr, host.nbytes)
         self.wait(self.mark())
         return host

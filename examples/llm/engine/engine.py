@@ -226,5 +226,11 @@ class Engine:
         self.pages.promised -= request.promised
         self.pages.give_back(request.pages)
 
+    @property
+    def is_whole(self):
+        """False once a rank is lost. Ray tells of its actors by itself."""
+        group = self.runner.model and self.runner.model.group
+        return not group or group.is_open
+
     def close(self):
         self.runner.close()

@@ -9,6 +9,9 @@ from collections import deque
 
 from .schema import Refused
 
+LOOKS_S = 1.0  # between looks at the ranks
+ENDING_S = 10.0  # that the engine has to end by itself when a rank is lost
+
 
 class Listener:
     """One request of the engine; it is in `queue` while there are news of it.
@@ -48,8 +51,10 @@ class Service:
         self.listeners, self.is_closed, self.failure = {}, False, None
         self.coming = weakref.WeakSet()  # requests with room that are not submitted yet
         self.on_failure = on_failure
+        self.ended, self.ending = threading.Event(), threading.Lock()
         self.thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self.thread.start()
+        threading.Thread(target=self._watch, name="ranks", daemon=True).start()
 
     @property
     def is_serving(self):
@@ -121,18 +126,38 @@ class Service:
                     self.metrics.step(self.engine, time.monotonic() - start)
         except BaseException as failure:
             # An error of the device, for which there is no help.
-            self.failure = failure
+            self._end(failure)
             raise
-        finally:
-            self.is_closed = True
-            while self.orders:  # those that were not yet taken
-                with contextlib.suppress(Exception):
-                    self.orders.popleft()()
-            for request in self.listeners:
-                request.finished = request.finished or "error"
-            self._tell([*self.listeners])
-            if self.failure is not None and self.on_failure:
-                self.on_failure()
+        self._end(None)
+
+    def _watch(self):
+        """End the service when a rank is lost, though no step is run, or one does not end: a call
+        of CUDA's may wait for the rank, with a lock that whatever could release it needs.
+        """
+        since = None
+        while not self.ended.wait(LOOKS_S):
+            if self.engine.is_whole:
+                since = None
+                continue
+            since = since or time.monotonic()
+            if time.monotonic() - since > ENDING_S:
+                self._end(RuntimeError("a rank is lost"))
+
+    def _end(self, failure):
+        """The first call counts: requests end, and who listens for failures is told."""
+        with self.ending:
+            if self.ended.is_set():
+                return
+            self.ended.set()
+        self.failure, self.is_closed = failure, True
+        while self.orders:  # those that were not yet taken
+            with contextlib.suppress(Exception):
+                self.orders.popleft()()
+        for request in self.listeners:
+            request.finished = request.finished or "error"
+        self._tell([*self.listeners])
+        if failure is not None and self.on_failure:
+            self.on_failure()
 
     def _tell(self, requests):
         """All news of a step by one call of each loop."""
