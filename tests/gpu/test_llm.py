@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from engine import Sampling
 from engine.device import Gpu, columns
-from engine.products import Sum
+from engine.products import Norm
 from engine.weights import Blocks
 
 import fi_ffi
@@ -327,31 +327,62 @@ def test_products_gated(dtype, count, width, inner, weights, products):
 
 
 @TEXT
+@pytest.mark.parametrize("size", [(16, 128), (192, 384), (256, 14336)], ids=str)
+@pytest.mark.parametrize(
+    ("count", "weights"),
+    [(1, "16 bits"), (3, "16 bits"), (8, "16 bits"), (9, "16 bits"), (1, "fp8"), (8, "fp8")],
+)
+def test_products_onto_what_is_there(dtype, size, count, weights, products):
+    """Rounded once, except perhaps by cuBLAS."""
+    width, inner = size
+    x, xs = products.drawn(count, inner, 8)
+    of_weights = products.in_fp8 if weights == "fp8" else products.drawn
+    weight, ws = of_weights(width, inner)
+    host = np.full((count + 1, width + 8), np.nan, products.kind)
+    host[:count, :width] = products.rng.standard_normal((count, width)) * 30
+    whole, before = products.device.put(host), host[:count, :width].astype(np.float64)
+    out = columns(whole.rows(0, count), 0, width)
+    products.device.linear(out, x, weight, adds=True)
+    got, exact = products.result(whole, count, width), before + xs @ ws.T
+    bound = 2.0**-18 * (np.abs(xs) @ np.abs(ws.T)) + 2.0**-22 * np.abs(before)
+    rounded = np.abs(exact) + (np.abs(xs @ ws.T) if count > 8 else 0)
+    assert (np.abs(got - exact) <= _half_step(dtype) * rounded + bound).all()
+
+
+@TEXT
+def test_copies(dtype, products):
+    """To the GPU and back: of a few words, of odd bytes, and of more."""
+    device = products.device
+    for size in (4, 12, 36, 5, 16384, 16388, 100_000):
+        host, back = (device.pinned((size,), "uint8") for _ in range(2))
+        values = products.rng.integers(0, 256, size, np.uint8)
+        np.asarray(host)[:], np.asarray(back)[:] = values, ~values
+        there = device.empty((size + 64,), "uint8")
+        device.write(there, np.full(size + 64, 7, np.uint8))
+        device.copy(there.rows(0, size), host)
+        device.copy(back, there.rows(0, size))
+        device.wait(device.mark())
+        assert (np.asarray(back) == values).all()
+        assert (device.get(there)[size:] == 7).all()
+
+
+@TEXT
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("inner", [128, 384, 2176])
 @pytest.mark.parametrize("weights", ["16 bits", "fp8"])
 @pytest.mark.parametrize("is_gated", [False, True])
 def test_products_of_norms(dtype, count, inner, weights, is_gated, products):
-    """x + residual in another place, and products with its norm."""
     device, width = products.device, 256
-    x, xs = products.drawn(count, inner)
-    residual, residuals = products.drawn(count, inner, 0, 3.0)
+    x, xs = products.drawn(count, inner, 8, 3.0)
     norm = device.put((1 + products.rng.standard_normal(inner) * 0.1).astype(products.kind))
     of_weights = products.in_fp8 if weights == "fp8" else products.drawn
     weight, ws = of_weights(width, inner)
-    sums = device.put(np.full((count + 1, inner), np.nan, products.kind))
-    given = Sum(x, residual, sums.rows(0, count), norm, 1e-5)
+    given = Norm(x, norm, 1e-5)
     whole, out = products.out(count, width // (1 + is_gated), products.kind)
     (device.linear_silu if is_gated else device.linear)(out, given, weight)
     got = products.result(whole, count, width // (1 + is_gated))
-    left = device.get(sums)
-    assert np.isnan(left[count].astype(np.float64)).all()
-    total = xs + residuals
-    assert (left[:count] == total.astype(np.float32).astype(products.kind)).all()
-    assert (device.get(residual).astype(np.float64) == residuals).all()
-    # From the sum as it was rounded; each number of the norm is rounded once more.
-    total = left[:count].astype(np.float64)
-    normed = total / np.sqrt((total**2).mean(1, keepdims=True) + 1e-5)
+    normed = xs / np.sqrt((xs**2).mean(1, keepdims=True) + 1e-5)
+    # Each number of the norm is rounded.
     normed = normed * device.get(norm).astype(np.float64)
     exact, sizes = normed @ ws.T, np.sqrt(normed**2 @ ws.T**2)
     near = 8 * _half_step(dtype) * sizes + 1e-6  # rounded each by chance

@@ -14,10 +14,11 @@ import fi_ffi
 
 from . import glue
 from .glue import check
-from .products import Products, Sum
+from .products import Norm, Products
 from .weights import Blocks
 
 POLLING_S = 5e-5  # between looks at a stream that may never end
+FEW_BYTES = 16 << 10  # that a kernel copies; more take a copy engine
 ENDING_S = 5.0  # how long it may take to end after a rank was lost
 
 
@@ -129,11 +130,13 @@ class Cpu(Device):
     def get(self, x):
         return np.array(x)
 
-    def linear(self, out, x, weight, is_last=False):
-        """out = x @ weight.T; row by row, so that a row's result does not depend on others."""
-        x = self._normed(x) if isinstance(x, Sum) else np.asarray(x)
+    def linear(self, out, x, weight, is_last=False, adds=False):
+        """out = x @ weight.T, or out + that; row by row, so that a row's result does not depend on
+        others.
+        """
+        x, out = self._normed(*x) if isinstance(x, Norm) else np.asarray(x), np.asarray(out)
         product = x.astype(np.float32)[:, None] @ np.asarray(weight).astype(np.float32).T
-        np.asarray(out)[...] = product[:, 0]
+        out[...] = product[:, 0] + (out.astype(np.float32) if adds else 0)
 
     def is_few(self, x, weight):
         return False  # there is no kernel of its own for few rows
@@ -142,12 +145,10 @@ class Cpu(Device):
         return not isinstance(weight, Blocks)
 
     @staticmethod
-    def _normed(given):
-        x, residual, total, norm = map(np.asarray, given[:4])
-        total[...] = x.astype(np.float32) + residual
-        exact = total.astype(np.float32)
-        exact /= np.sqrt((exact * exact).mean(1, keepdims=True) + given.eps)
-        return (exact * norm).astype(norm.dtype)
+    def _normed(x, weight, eps):
+        exact, weight = np.asarray(x).astype(np.float32), np.asarray(weight)
+        exact /= np.sqrt((exact * exact).mean(1, keepdims=True) + eps)
+        return (exact * weight).astype(weight.dtype)
 
     def launch(self, name, threads, *args, block=256):
         tensors = (np.asarray(x) if isinstance(x, fi_ffi.TensorDesc) else x for x in args)
@@ -217,7 +218,11 @@ class Gpu(Device):
 
     def copy(self, target, source):
         """Of contiguous tensors, on the device or pinned."""
-        self._copy(target.ptr, source.ptr, source.span_bytes)
+        size = source.span_bytes
+        if 0 < size <= FEW_BYTES and size % 4 == 0:
+            self.launch("moved", (size // 4, 1), target, source, size // 4)
+        else:
+            self._copy(target.ptr, source.ptr, size)
 
     def write(self, x, host):
         host = np.ascontiguousarray(host)

@@ -39,6 +39,8 @@ __device__ void make_way() {
 #endif
 }
 
+__device__ void begin() { make_way(); wait(); }
+
 // The greatest of a row and its place (the first of equal ones), of those that come after the
 // element `before` at `at` in that order: in sums[0] and places[0].  A block of 1024 threads.
 __device__ void greatest(const float* row, int vocab, float before, int at, float* sums,
@@ -76,7 +78,7 @@ extern "C" {
 // of `count` rows has none.
 __global__ void take(unsigned* out, const unsigned* table, const int* index, long long step,
                      int words, int start, int count) {
-  wait();
+  begin();
   const int at = index[blockIdx.y] - start;
   const bool is_there = at >= 0 && at < count;
   const unsigned* row = table + (is_there ? at : 0) * step;
@@ -84,9 +86,16 @@ __global__ void take(unsigned* out, const unsigned* table, const int* index, lon
     out[blockIdx.y * (long long)words + w] = is_there ? row[w] : 0;
 }
 
+// A few words, of which the host's are page-locked: a copy engine takes longer to begin.
+__global__ void moved(unsigned* out, const unsigned* words, int count) {
+  begin();
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < count) out[i] = words[i];
+}
+
 // The ranks' parts of rows side by side, from [ranks, rows, width]; the last may be too wide.
 __global__ void joined(float* out, const float* parts, int width, int whole) {
-  wait();
+  begin();
   const int c = blockIdx.x * blockDim.x + threadIdx.x;
   if (c >= whole) return;
   const long long row = c / width * (long long)gridDim.y + blockIdx.y;
@@ -96,15 +105,17 @@ __global__ void joined(float* out, const float* parts, int width, int whole) {
 // table[index[i]] = values[i]
 __global__ void give(unsigned* table, const unsigned* values, const int* index, long long step,
                      int words) {
-  wait();
+  begin();
   unsigned* row = table + index[blockIdx.y] * step;
   for (int w = blockIdx.x * blockDim.x + threadIdx.x; w < words; w += gridDim.x * blockDim.x)
     row[w] = values[blockIdx.y * (long long)words + w];
 }
 
-// A token below 0 stands for the last one drawn for slot -1 - token.
+// A token below 0 stands for the last one drawn for slot -1 - token.  The first kernel of a step:
+// those after it may read the step's arrays before they wait, so it makes way when these are there.
 __global__ void resolve(int* tokens, const int* latest, int count) {
   wait();
+  make_way();
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < count && tokens[i] < 0) tokens[i] = latest[-1 - tokens[i]];
 }
@@ -114,7 +125,7 @@ __global__ void resolve(int* tokens, const int* latest, int count) {
 __global__ void convolve(T* out, const T* x, const float* weight, T* state, const int* slots,
                          const long long* starts, long long x_step, long long slot_step,
                          int channels) {
-  wait();
+  begin();
   int c = blockIdx.x * blockDim.x + threadIdx.x;
   if (c >= channels) return;
   T* kept = state + slots[blockIdx.y] * slot_step + 3 * c;
@@ -132,7 +143,7 @@ __global__ void convolve(T* out, const T* x, const float* weight, T* state, cons
 // What a token keeps of the state and how much it writes, from (b, a) of each head.
 __global__ void decays(float* alpha, float* beta, const T* ba, const float* a_log,
                        const float* dt_bias, int count, int heads) {
-  wait();
+  begin();
   int i = blockIdx.x * blockDim.x + threadIdx.x, t = i / heads, h = i % heads;
   if (t >= count) return;
   float x = load(ba[t * 2 * heads + heads + h]) + dt_bias[h];
@@ -143,7 +154,7 @@ __global__ void decays(float* alpha, float* beta, const T* ba, const float* a_lo
 
 // x *= sigmoid(gate), and by the gate as well where it is SiLU.
 __global__ void gated(T* x, const T* gate, long long gate_step, int width, int is_silu) {
-  wait();
+  begin();
   const T* row = gate + blockIdx.y * gate_step;
   for (int c = blockIdx.x * blockDim.x + threadIdx.x; c < width; c += gridDim.x * blockDim.x) {
     float g = load(row[c]), factor = sigmoid(g) * (is_silu ? g : 1);
@@ -154,7 +165,7 @@ __global__ void gated(T* x, const T* gate, long long gate_step, int width, int i
 
 // x += bias, in each row.
 __global__ void biased(T* x, const T* bias, int width) {
-  wait();
+  begin();
   T* row = x + blockIdx.y * (long long)width;
   for (int c = blockIdx.x * blockDim.x + threadIdx.x; c < width; c += gridDim.x * blockDim.x)
     row[c] = store(load(row[c]) + load(bias[c]));
@@ -189,7 +200,7 @@ __global__ void place(T* q, T* k_cache, T* v_cache, const T* qkv, const T* q_nor
     if (is_normed) weights[warp][c] = load(weight[c]);
     if (c < rotary) turns[warp][c] = cos_sin[position * (long long)rotary + c];
   }
-  wait();
+  begin();
   float sum = 0, *x = found[warp];
   for (int c = 4 * lane; c < dim; c += 128) {
     const Four four = *(const Four*)(from + c);
@@ -218,44 +229,61 @@ __global__ void place(T* q, T* k_cache, T* v_cache, const T* qkv, const T* q_nor
 }
 
 // A request's attention from that of its pieces, which weigh by the sums of their exponentials.
-// 128 threads for a head; each warp takes every fourth piece.
+// 128 threads for a head, a part of them for every few pieces.  All that is read is asked for at
+// once: of pieces without pages too, where anything may be.
 __global__ void merged(T* out, const T* parts, const float* lse, const int* starts, int pieces,
                        int dim) {
-  __shared__ float shares[4][32], sums[4][256];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, heads = gridDim.x;
+  constexpr int MOST = 4;  // pieces of a thread at once
+  __shared__ float sums[512];
+  const int lane = threadIdx.x % 32, lanes = dim / 4, groups = 128 / lanes, heads = gridDim.x;
+  const int group = threadIdx.x / lanes, c = threadIdx.x % lanes * 4;
   const long long first = blockIdx.y * (long long)pieces * heads + blockIdx.x;
-  make_way();
+  begin();
+  float mine = lane < pieces ? lse[first + lane * heads] : 0;
+  Four fours[MOST];
+  auto read = [&](int from) {
+#pragma unroll
+    for (int i = 0; i < MOST; i++) {
+      const int piece = from + group + i * groups;
+      if (group < groups && piece < pieces)
+        fours[i] = *(const Four*)(parts + (first + piece * heads) * dim + c);
+    }
+  };
+  read(0);
   const int count = count_of(starts, pieces);
-  wait();
-  const float mine = lane < count ? lse[first + lane * heads] : -INFINITY;
-  float most = mine;
+  if (lane >= count) mine = -INFINITY;
+  float most = mine, to[4] = {};
   for (int half = 16; half; half /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, half));
-  float sum = lane < count ? exp2f(mine - most) : 0;
-  shares[warp][lane] = sum;
+  const float share = lane < count ? exp2f(mine - most) : 0;
+  float sum = share;
   for (int half = 16; half; half /= 2) sum += __shfl_xor_sync(~0u, sum, half);
-  __syncwarp();
-  for (int c = 4 * lane; c < dim; c += 128) {
-    float* to = sums[warp] + c;
-    to[0] = to[1] = to[2] = to[3] = 0;
-#pragma unroll 4
-    for (int i = warp; i < count; i += 4) {
-      const Four four = *(const Four*)(parts + (first + i * heads) * dim + c);
-      const float share = shares[warp][i];
-      to[0] += share * load(four.x); to[1] += share * load(four.x >> 16);
-      to[2] += share * load(four.y); to[3] += share * load(four.y >> 16);
+  for (int from = 0; from < count; from += MOST * groups) {
+    if (from) read(from);
+#pragma unroll
+    for (int i = 0; i < MOST; i++) {
+      const int piece = from + group + i * groups;
+      const float factor = __shfl_sync(~0u, share, piece % 32);
+      if (group >= groups || piece >= count) continue;
+      to[0] += factor * load(fours[i].x); to[1] += factor * load(fours[i].x >> 16);
+      to[2] += factor * load(fours[i].y); to[3] += factor * load(fours[i].y >> 16);
     }
   }
+  if (group < groups)
+    for (int i = 0; i < 4; i++) sums[group * dim + c + i] = to[i];
   __syncthreads();
   out += (blockIdx.y * (long long)heads + blockIdx.x) * dim;
-  for (int c = threadIdx.x; c < dim; c += 128)
-    out[c] = store((sums[0][c] + sums[1][c] + sums[2][c] + sums[3][c]) / sum);
+  for (int i = threadIdx.x; i < dim; i += 128) {
+    float all = 0;
+    for (int g = 0; g < groups; g++) all += sums[g * dim + i];
+    out[i] = store(all / sum);
+  }
 }
 
 // The experts with the greatest of a token's logits, the first of equal ones before, and what
 // their softmax gives them: among all, or (is_normed) among themselves.  32 threads for a token.
 __global__ void route(int* experts, float* shares, const float* logits, const float* bias,
                       int count, int chosen, int is_normed) {
-  wait();
+  begin();
   __shared__ float left[1024];
   const float* row = logits + blockIdx.y * (long long)count;
   experts += blockIdx.y * (long long)chosen;
@@ -304,7 +332,7 @@ __global__ void draw(int* tokens, Parts* parts, const float* logits, const float
   __shared__ float sums[1024], tops[32], totals[32];
   __shared__ int places[1024], firsts[32];
   __shared__ bool is_last;
-  wait();
+  begin();
   const int at = blockIdx.y, me = threadIdx.x, warp = me / 32, lane = me % 32;
   const bool is_whole = top_k[at] >= vocab && top_p[at] >= 1;
   const float* row = (is_whole ? logits : probs) + at * (long long)vocab;
@@ -395,7 +423,7 @@ __global__ void draw(int* tokens, Parts* parts, const float* logits, const float
 __global__ void penalise(float* logits, const int* counts, const int* slots,
                          const float* presence, const float* frequency, const float* repetition,
                          int vocab) {
-  wait();
+  begin();
   const int v = blockIdx.x * blockDim.x + threadIdx.x, i = blockIdx.y;
   if (v >= vocab) return;
   const int count = counts[slots[i] * (long long)vocab + v];
@@ -406,20 +434,20 @@ __global__ void penalise(float* logits, const int* counts, const int* slots,
 }
 
 __global__ void count(int* counts, const int* tokens, const int* slots, int n, int vocab) {
-  wait();
+  begin();
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < n) atomicAdd(counts + slots[i] * (long long)vocab + tokens[i], 2);
 }
 
 __global__ void add(float* logits, const int* places, const float* values, int n) {
-  wait();
+  begin();
   int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < n) atomicAdd(logits + places[i], values[i]);
 }
 
 // Minus infinity where a row of `bits` has none; row i is of places[i] of the logits.
 __global__ void allow(float* logits, const unsigned* bits, const int* places, int vocab) {
-  wait();
+  begin();
   const int v = blockIdx.x * blockDim.x + threadIdx.x, words = (vocab + 31) / 32;
   if (v < vocab && !(bits[blockIdx.y * words + v / 32] >> v % 32 & 1))
     logits[places[blockIdx.y] * (long long)vocab + v] = -INFINITY;
@@ -429,7 +457,7 @@ __global__ void allow(float* logits, const unsigned* bits, const int* places, in
 // of 21; and those tokens, in rows of 20.  One block of 1024 threads for a row.
 __global__ void logprobs(float* values, int* ids, const float* logits, const int* tokens,
                          int vocab, int top) {
-  wait();
+  begin();
   __shared__ float sums[1024];
   __shared__ int places[1024];
   const float* row = logits + blockIdx.y * (long long)vocab;
@@ -636,4 +664,4 @@ ON_CPU = {
         penalise, count, add, allow, logprobs,
     )
 }  # fmt: skip
-KERNELS = (*ON_CPU, *products.KERNELS)
+KERNELS = (*ON_CPU, "moved", *products.KERNELS)

@@ -10,7 +10,7 @@ import fi_ffi
 
 from .config import LINEAR
 from .device import columns, view
-from .products import Sum
+from .products import Norm
 from .weights import BLOCK, Blocks, of_layer
 
 HEAD = 128  # of linear attention
@@ -145,22 +145,20 @@ class Model:
         latest = view(self.latest, self.slots + 1)
         device.launch("resolve", (n, 1), batch.tokens, latest, n)
         residual = self.scratch("residual", n, config.hidden)
-        x = self.scratch("x", n, config.hidden)
         self.look_up(residual, batch.tokens)
-        self.rms(x, residual, self.layers[0]["input_norm"], config.eps, **self.pdl)
-        following = [(layer["input_norm"], layer.get("qkv")) for layer in self.layers[1:]]
-        following, linears = [*following, (self.norm, None)], 0
+        norms = [(layer["input_norm"], layer.get("qkv")) for layer in self.layers]
+        x, linears = self.join(None, residual, *norms[0]), 0
         for kind, layer, cache, after in zip(
-            config.layers, self.layers, self.caches, following, strict=True
+            config.layers, self.layers, self.caches, [*norms[1:], (self.norm, None)], strict=True
         ):
             if kind == LINEAR:
-                x = self.linear_attention(layer, x, batch, linears)
+                x = self.linear_attention(layer, x, residual, batch, linears)
                 linears += 1
             else:
-                x = self.attention(layer, x, batch, cache, batch.attend[kind])
-            x, residual = self.join(x, residual, layer["post_norm"], layer.get("gate_up"))
-            x = self.mlp(layer, x)
-            x, residual = self.join(x, residual, *after)
+                x = self.attention(layer, x, residual, batch, cache, batch.attend[kind])
+            x = self.join(x, residual, layer["post_norm"], layer.get("gate_up"))
+            x = self.mlp(layer, x, residual)
+            x = self.join(x, residual, *after)
         if batch.last is None:
             return self.logits(x)
         if not batch.last.shape[0]:  # pieces of prompts only
@@ -175,13 +173,30 @@ class Model:
         if self.group:
             self.group.all_reduce(out, stream=self.device.stream)
 
-    def join(self, x, residual, weight, following=None):
-        """The norm of residual + x, added up over the ranks, and that sum.
+    def onto(self, residual, x, weight):
+        """residual += x @ weight.T, or the product where it is not yet whole or cannot add: `join`
+        adds that.
+        """
+        if self.group or (isinstance(weight, Blocks) and not self.device.is_few(x, weight)):
+            return self.linear("x", x, weight, is_last=self.group is not None)
+        self.device.linear(residual, x, weight, adds=True)
+        return None
 
-        One kernel for decoding, where ranks reach each other's memory; its norm has no 1 + weight.
-        Without ranks `following`, a product, does it on the way where that is quicker.
+    def join(self, x, residual, weight, following=None):
+        """The norm of residual + x, which is left in `residual`; without x that of `residual`.
+
+        Ranks add x up: with one kernel for decoding, where they reach each other's memory; its norm
+        has no 1 + weight.  `following`, a product, norms on the way where that is quicker.
         """
         config, stream = self.config, self.device.stream
+        if x is None:
+            # Norms by 1 + weight are not the products'.
+            is_one = following is not None and not config.is_next
+            if is_one and self.device.can_norm(residual, following):
+                return Norm(residual, weight, config.eps)
+            x = self.scratch("x", *residual.shape)
+            self.rms(x, residual, weight, config.eps, **self.pdl)
+            return x
         if self.group:
             fusion = self.group.fusion
             if fusion and x.shape[0] <= fusion.max_tokens and not config.is_next:
@@ -190,20 +205,10 @@ class Model:
                     norm_out=x, rms_gamma=weight, rms_eps=config.eps, stream=stream,
                     trigger_completion_at_end=not self.device.has_pdl,
                 )  # fmt: skip
-                return x, residual
+                return x
             self.group.all_reduce(x, stream=stream)
-        elif self.can_norm(x, following):
-            # Elsewhere, for all of the product's blocks read what was there.
-            both = (self.scratch(name, *x.shape) for name in ("residual", "other residual"))
-            late = next(memory for memory in both if memory.ptr != residual.ptr)
-            return Sum(x, residual, late, weight, config.eps), late
         self.add_norm(x, residual, weight, config.eps, **self.pdl)
-        return x, residual
-
-    def can_norm(self, x, following):
-        """Whether that product takes a `Sum`; norms by 1 + weight are not its."""
-        is_one = following is not None and not self.config.is_next
-        return is_one and self.device.can_norm(x, following)
+        return x
 
     def logits(self, x):
         """Of the whole vocabulary, on each rank."""
@@ -238,7 +243,7 @@ class Model:
             self.group.close()
         self.device.close(is_lost)
 
-    def mlp(self, layer, x):
+    def mlp(self, layer, x, residual):
         if "router" in layer:
             return self.mixture(layer, x)
         product = self.scratch("product", x.shape[0], self.config.intermediate)
@@ -247,7 +252,7 @@ class Model:
         else:
             gate_up = self.linear("gate_up", x, layer["gate_up"])
             fi_ffi.silu_and_mul(product, gate_up, **self.pdl)
-        return self.linear("x", product, layer["down"], is_last=self.group is not None)
+        return self.onto(residual, product, layer["down"])
 
     def mixture(self, layer, x):
         """Of each token the experts with the greatest logits, by their softmax."""
@@ -276,8 +281,8 @@ class Model:
             self.device.launch("biased", (width, n), x, layer[name], width)
         return x
 
-    def attention(self, layer, x, batch, cache, attend):
-        """Of each token over its request's pages, its own key and value among them."""
+    def attention(self, layer, x, residual, batch, cache, attend):
+        """Of each token over its request's pages, its own key and value among them; see `onto`."""
         config, n = self.config, x.shape[0]
         heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
         qkv = self.biased(self.linear("qkv", x, layer["qkv"], is_last=True), layer, "qkv_bias")
@@ -294,8 +299,9 @@ class Model:
         out = view(out, n, heads * dim)
         if config.is_next:
             self.gate(out, columns(qkv, (heads + 2 * kv_heads) * dim, heads * dim), False)
-        out = self.linear("x", out, layer["out"], is_last=self.group is not None)
-        return self.biased(out, layer, "out_bias")
+        x = self.onto(residual, out, layer["out"])
+        self.biased(residual if x is None else x, layer, "out_bias")
+        return x
 
     def of_pieces(self, name, n, *shape, **more):
         """Memory of that shape for each head of each piece of n requests."""
@@ -325,7 +331,7 @@ class Model:
         step = np.int64(gate.strides[0])
         self.device.launch("gated", (width, n), x, gate, step, width, int(is_silu))
 
-    def linear_attention(self, layer, x, batch, i):
+    def linear_attention(self, layer, x, residual, batch, i):
         """A gated DeltaNet layer: its requests' states go from their slots and back."""
         config, n, b = self.config, x.shape[0], batch.slots.shape[0]
         qkvz = self.linear("qkvz", x, layer["qkvz"])
@@ -342,7 +348,7 @@ class Model:
         fi_ffi.rmsnorm(flat, flat, layer["norm"], config.eps, **self.pdl)
         out = view(out, n, config.value_size)
         self.gate(out, columns(qkvz, config.conv_size, config.value_size), True)
-        return self.linear("x", out, layer["out"])
+        return self.onto(residual, out, layer["out"])
 
     def decoded(self, out, layer, pool, q, k, v, ba, batch):
         """States where they are, and gates from what they are made of."""

@@ -29,10 +29,10 @@ SOURCE += r"""
 // to the lower end of theirs, and the number is as much too small as their bias is larger.
 #ifdef FLOAT16
 #define KIND "f16"
-constexpr unsigned SHIFT = 1, BITS = 0x3F803F80, LARGER = 0x5C005C00, ONE = 0x3C003C00;  // 2^8
+constexpr unsigned SHIFT = 1, BITS = 0x3F803F80, LARGER = 0x5C005C00;  // 2^8
 #else
 #define KIND "bf16"
-constexpr unsigned SHIFT = 4, BITS = 0x07F007F0, LARGER = 0x7B807B80, ONE = 0x3F803F80;  // 2^120
+constexpr unsigned SHIFT = 4, BITS = 0x07F007F0, LARGER = 0x7B807B80;  // 2^120
 #endif
 constexpr unsigned NOUGHT = 0x80008000;  // -0, which changes nothing that it is added to
 typedef unsigned char F8;
@@ -78,6 +78,7 @@ __device__ float squares_of(unsigned two) {
 
 __device__ void write(T* to, float x) { *to = store(x); }
 __device__ void write(float* to, float x) { *to = x; }
+__device__ float load(float x) { return x; }
 
 // out = x @ weight.T for at most 8 rows of x.  Each block has 16 rows of the weight, and its warps
 // take runs of 128 columns of them in turn; a row's sums do not depend on how many rows there are.
@@ -87,16 +88,16 @@ __device__ void write(float* to, float x) { *to = x; }
 // IS_GATED: out = silu(x @ gate.T) * (x @ up.T), of a weight that is gate's rows and then up's; a
 // block has 8 rows of each.
 //
-// IS_NORMED: of the norm of x + residual rather than of x.  Each block sums squares up as it goes,
-// and divides by the root of their mean at the end.  The first leaves x + residual in `total`.
+// IS_NORMED: of the norm of x.  Each block sums squares up as it goes, and divides by the root of
+// their mean at the end.  Else, if `adds`, the products are added to what is in `out`.
 //
 // Last, each block asks L2 for its share of what the next product reads.
 //
 // A weight in fp8 (W) has a scale for each 128 x 128, which a run of columns is multiplied with.
 template <typename O, typename W, bool IS_GATED, bool IS_NORMED>
 __device__ void few_rows(O* out, const T* x, const W* weight, const float* scales, int rows,
-                         int columns, long long x_step, long long out_step, const T* residual,
-                         T* total, const T* norm, float eps, const char* ahead, int share) {
+                         int columns, long long x_step, long long out_step, const T* norm,
+                         float eps, int adds, const char* ahead, int share) {
   constexpr bool IS_FP8 = sizeof(W) == 1;
   constexpr int EACH = 16 / sizeof(W), PARTS = RUN / (4 * EACH);  // what a lane reads at once
   __shared__ float found[IS_NORMED ? WARPS : 2 * WARPS][4][32], squares[WARPS][NORMED_ROWS];
@@ -121,6 +122,11 @@ __device__ void few_rows(O* out, const T* x, const W* weight, const float* scale
   Four scale;
   if (IS_NORMED && start < columns) scale = *(const Four*)(norm + warp * RUN + 4 * lane);
   wait();
+  const int column = place * 2 + warp % 2;
+  const bool is_writer = warp < (IS_GATED ? 2 : 4) && column < rows;
+  O* to = out + column * out_step + blockIdx.x * (IS_GATED ? 8 : 16) + warp / 2 * 8 + row;
+  float before = 0;
+  if (!IS_GATED && !IS_NORMED && adds && is_writer) before = load(*to);
   const int row_of_x = min(row, rows - 1);
   float squared[NORMED_ROWS] = {};
   for (int from = start; from < columns;) {
@@ -133,12 +139,9 @@ __device__ void few_rows(O* out, const T* x, const W* weight, const float* scale
       for (int r = 0; r < NORMED_ROWS; r++) {
         if (r >= rows) break;
         const Four a = *(const Four*)(x + r * x_step + at);
-        const Four b = *(const Four*)(residual + r * (long long)columns + at);
-        const Four sum = {fma(a.x, ONE, b.x), fma(a.y, ONE, b.y)};
-        if (blockIdx.x == 0) *(Four*)(total + r * (long long)columns + at) = sum;
-        squared[r] += squares_of(sum.x) + squares_of(sum.y);
+        squared[r] += squares_of(a.x) + squares_of(a.y);
         Four* to = (Four*)scaled[warp][r] + lane;
-        *to = {fma(sum.x, scale.x, NOUGHT), fma(sum.y, scale.y, NOUGHT)};
+        *to = {fma(a.x, scale.x, NOUGHT), fma(a.y, scale.y, NOUGHT)};
       }
       __syncwarp();
     }
@@ -149,10 +152,10 @@ __device__ void few_rows(O* out, const T* x, const W* weight, const float* scale
     for (int i = 0; i < PARTS * GROUPS; i++)
       b[i] = *(const Eight*)(mine_of_x + 4 * EACH * (i / GROUPS) + 8 * (i % GROUPS));
     float run[4] = {};
-    float* to = IS_FP8 ? run : sums;
+    float* into = IS_FP8 ? run : sums;
     auto add = [&](Eight a, Eight c, Eight b) {
-      multiply(to, a.x, c.x, a.y, c.y, b.x, b.y);
-      multiply(to, a.z, c.z, a.w, c.w, b.z, b.w);
+      multiply(into, a.x, c.x, a.y, c.y, b.x, b.y);
+      multiply(into, a.z, c.z, a.w, c.w, b.z, b.w);
     };
 #pragma unroll
     for (int i = 0; i < PARTS; i++) {
@@ -188,8 +191,7 @@ __device__ void few_rows(O* out, const T* x, const W* weight, const float* scale
       if (lane == 0) squares[warp][r] = squared[r];
     }
   __syncthreads();
-  const int column = place * 2 + warp % 2;
-  if (warp >= (IS_GATED ? 2 : 4) || column >= rows) return;
+  if (!is_writer) return;
   float factor = 1;
   if (IS_NORMED) {
     float all = 0;
@@ -204,18 +206,17 @@ __device__ void few_rows(O* out, const T* x, const W* weight, const float* scale
     return all * factor;
   };
   const float mine = sum(warp);
-  const int at = blockIdx.x * (IS_GATED ? 8 : 16) + warp / 2 * 8 + row;
-  write(out + column * out_step + at, IS_GATED ? mine * sigmoid(mine) * sum(warp + 2) : mine);
+  write(to, IS_GATED ? mine * sigmoid(mine) * sum(warp + 2) : before + mine);
 }
 
 #define FEW_ROWS(name, O, W, IS_GATED, IS_NORMED)                                             \
   extern "C" __global__ void                                                                  \
   __launch_bounds__(IS_NORMED ? 32 * WARPS : 64 * WARPS, IS_NORMED ? 2 : 1) name(             \
       O* out, const T* x, const W* weight, const float* scales, int rows, int columns,        \
-      long long x_step, long long out_step, const T* residual, T* total, const T* norm,       \
-      float eps, const char* ahead, int share) {                                              \
+      long long x_step, long long out_step, const T* norm, float eps, int adds,               \
+      const char* ahead, int share) {                                                         \
     few_rows<O, W, IS_GATED, IS_NORMED>(out, x, weight, scales, rows, columns, x_step,        \
-                                        out_step, residual, total, norm, eps, ahead, share);  \
+                                        out_step, norm, eps, adds, ahead, share);             \
   }
 """
 
@@ -232,13 +233,11 @@ KERNELS = {
 SOURCE += "".join(f"FEW_ROWS({name}, {kinds})\n" for name, kinds in KERNELS.items())
 
 
-class Sum(NamedTuple):
-    """What `Products` take for x: the norm of x + residual.  They leave x + residual in `sum`."""
+class Norm(NamedTuple):
+    """What `Products` take for the norm of x."""
 
-    x: object  # [rows, columns], and so are:
-    residual: object
-    sum: object
-    norm: object  # [columns]
+    x: object  # [rows, columns]
+    weight: object  # [columns]
     eps: float
 
     @property
@@ -268,19 +267,21 @@ class Products:
         """Whether the kernel takes them."""
         return x.shape[0] <= ROWS and not (weight.shape[0] % TALL or weight.shape[1] % RUN)
 
-    def linear(self, out, x, weight, is_last=False):
-        """out = x @ weight.T, summed in float32; `is_last`: other kernels come before the next."""
+    def linear(self, out, x, weight, is_last=False, adds=False):
+        """out = x @ weight.T, or out + that, summed in float32; `is_last`: other kernels come
+        before the next.
+        """
         if not self.is_few(x, weight):
-            self.by_cublas(out, x, weight)
+            self.by_cublas(out, x, weight, adds)
         else:
-            self._few(out, x, weight, is_last=is_last)
+            self._few(out, x, weight, is_last=is_last, adds=adds)
 
     def linear_silu(self, out, x, weight):
         """out = silu(x @ gate.T) * (x @ up.T), of few rows; the weight is gate and then up."""
         self._few(out, x, weight, is_gated=True)
 
     def can_norm(self, x, weight):
-        """Whether products of these are quicker with a `Sum`.
+        """Whether products of these are quicker with a `Norm`.
 
         float16 may not hold what is not divided yet.
         """
@@ -300,10 +301,9 @@ class Products:
             return warps, True
         return WARPS, False  # fewer at once read faster
 
-    def _few(self, out, x, weight, is_gated=False, is_last=False):
-        is_normed, sums = isinstance(x, Sum), (np.uint64(0),) * 3 + (np.float32(0),)
-        if is_normed:
-            x, *sums = x.x, x.residual, x.sum, x.norm, np.float32(x.eps)
+    def _few(self, out, x, weight, is_gated=False, is_last=False, adds=False):
+        is_normed = isinstance(x, Norm)
+        x, norm, eps = x if is_normed else (x, np.uint64(0), 0)
         is_fp8 = isinstance(weight, Blocks)
         kind = "float" if out.dtype.name == "float32" else "T"
         name = _name(kind, "F8" if is_fp8 else "T", is_gated, is_normed)
@@ -314,8 +314,8 @@ class Products:
         is_full = blocks * warps > 0.9 * self.room
         most = AHEAD if is_last else LESS_AHEAD if is_full else 0
         ahead = self._next(given[0], most, blocks)
-        self.gpu.launch(name, (blocks * 32 * warps, 1), out, x, *given, *x.shape, *steps, *sums,
-                        *ahead, block=32 * warps)  # fmt: skip
+        self.gpu.launch(name, (blocks * 32 * warps, 1), out, x, *given, *x.shape, *steps, norm,
+                        np.float32(eps), int(adds), *ahead, block=32 * warps)  # fmt: skip
 
     def _next(self, weight, most, blocks):
         """The weight that was read next the last time, and how much of it each block asks for."""
@@ -325,7 +325,7 @@ class Products:
         following = self.after[weight.ptr]
         return following, min(following.span_bytes, most) // blocks // 16 * 16
 
-    def by_cublas(self, out, x, weight):
+    def by_cublas(self, out, x, weight, adds=False):
         """cuBLAS counts columns first, so that a row-major matrix is its transpose there."""
         kinds = {"float16": 2, "bfloat16": 14, "float32": 0}  # cudaDataType
         (count, inner), width = x.shape, weight.shape[0]
@@ -334,7 +334,7 @@ class Products:
         blas.gemm_ex(
             self.blas, blas.Operation.T, blas.Operation.N, width, count, inner,
             one, weight.ptr, kind, weight.strides[0], x.ptr, kind, x.strides[0],
-            nought, out.ptr, kinds[out.dtype.name], out.strides[0],
+            one if adds else nought, out.ptr, kinds[out.dtype.name], out.strides[0],
             blas.ComputeType.COMPUTE_32F, blas.GemmAlgo.DEFAULT,
         )  # fmt: skip
 
