@@ -59,7 +59,7 @@ _NEEDS = {
 }  # fmt: skip
 
 
-_ONE_EACH = ('"threads"', '"ray"')  # ranks that cannot share a GPU
+_ONE_EACH = ('"threads"', '"ray"', '"--tp"')  # ranks that cannot share a GPU, or do not
 
 
 @pytest.fixture
@@ -142,11 +142,9 @@ def on(request):
 def _threads(name, args):
     """As the engine launches each: threads along x and rows of them; and those of a block."""
     if name in ("take", "give"):
-        return (args[4], len(args[2])), 256
+        return (args[5 if name == "take" else 4], len(args[2])), 256
     if name == "joined":
         return (args[3], len(args[0])), 256
-    if name == "resolve":
-        return (args[2], 1), 256
     if name == "convolve":
         return (args[8], len(args[4])), 256
     if name == "decays":

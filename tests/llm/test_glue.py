@@ -37,7 +37,7 @@ def test_rows_by_index(dtype, rng, on):
     table = rng.standard_normal((9, 6)).astype(FLOATS[dtype])
     index = rng.integers(0, 9, 5).astype(np.int32)
     out = np.full((5, 6), np.nan, table.dtype)
-    on.run("take", [out, table, index, np.int64(3), 3, 0, 9])
+    on.run("take", [out, table, index, np.uint64(0), np.int64(3), 3, 0, 9])
     assert (out == np.stack([table[i] for i in index])).all()
     expected, values = table.copy(), rng.standard_normal((3, 6)).astype(table.dtype)
     places = rng.permutation(9)[:3].astype(np.int32)
@@ -52,7 +52,7 @@ def test_rows_that_a_rank_has(dtype, rng, on):
     table = rng.standard_normal((9, 6)).astype(FLOATS[dtype])
     index = np.array([20, 28, 19, 29, 24, 0], np.int32)
     out = np.full((6, 6), np.nan, table.dtype)
-    on.run("take", [out, table, index, np.int64(3), 3, 20, 9])
+    on.run("take", [out, table, index, np.uint64(0), np.int64(3), 3, 20, 9])
     assert (out == np.stack([table[0], table[8], *np.zeros((2, 6)), table[4], np.zeros(6)])).all()
 
 
@@ -65,11 +65,16 @@ def test_parts_of_a_row_side_by_side(rng, on):
         assert (out[row] == [*parts[0, row], *parts[1, row], *parts[2, row, :298]]).all()
 
 
-def test_tokens_of_slots(rng, on):
-    latest = rng.integers(0, 1000, 7).astype(np.int32)
-    tokens = np.array([5, -1, 0, -7, -3, 12], np.int32)
-    on.run("resolve", [tokens, latest, len(tokens)])
-    assert tokens.tolist() == [5, latest[0], 0, latest[6], latest[2], 12]
+@TEXT
+def test_rows_of_the_last_tokens(dtype, rng, on):
+    """By a token, or by that of a slot; of a rank's part of the table."""
+    table = rng.standard_normal((9, 6)).astype(FLOATS[dtype])
+    latest = np.array([20, 28, 3, 24, 29, 0, 21], np.int32)
+    index = np.array([22, -1, -2, 19, -3, -7, 0], np.int32)
+    out = np.full((7, 6), np.nan, table.dtype)
+    on.run("take", [out, table, index, latest, np.int64(3), 3, 20, 9])
+    none = np.zeros(6)
+    assert (out == np.stack([table[2], table[0], table[8], none, none, table[1], none])).all()
 
 
 @TEXT

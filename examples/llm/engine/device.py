@@ -75,13 +75,15 @@ class Device:
         """Two arrays of host memory in turn: one is used while the other's copy may still run."""
         return itertools.cycle([self.pinned(shape, dtype) for _ in "ab"])
 
-    def take(self, out, table, index, start=0):
+    def take(self, out, table, index, start=0, latest=None):
         """out[i] = table[index[i] - start], zeros where the table has no such row.
 
-        Rows are contiguous, and multiples of 4 bytes.
+        Rows are contiguous, and multiples of 4 bytes.  With `latest`, an index below 0 stands for
+        latest[-1 - index].
         """
         words, step = _words(out), np.int64(_words(table))
-        self.launch("take", (words, index.shape[0]), out, table, index, step, words, start,
+        latest = np.uint64(0) if latest is None else latest
+        self.launch("take", (words, index.shape[0]), out, table, index, latest, step, words, start,
                     table.shape[0])  # fmt: skip
 
     def give(self, table, values, index):

@@ -41,30 +41,38 @@ __device__ void make_way() {
 
 __device__ void begin() { make_way(); wait(); }
 
-// The greatest of a row and its place (the first of equal ones), of those that come after the
-// element `before` at `at` in that order: in sums[0] and places[0].  A block of 1024 threads.
-__device__ void greatest(const float* row, int vocab, float before, int at, float* sums,
-                         int* places) {
-  const int me = threadIdx.x;
-  float most = -INFINITY;
-  int place = vocab;
-#pragma unroll 8
-  for (int i = me; i < vocab; i += 1024)
-    if (row[i] > most && (row[i] < before || (row[i] == before && i > at))) {
-      most = row[i]; place = i;
-    }
-  __syncthreads();
-  sums[me] = most; places[me] = place;
-  for (int half = 512; half; half /= 2) {
-    __syncthreads();
-    if (me >= half) continue;
-    const float other = sums[me + half];
-    const int there = places[me + half];
-    if (other > sums[me] || (other == sums[me] && there < places[me])) {
-      sums[me] = other; places[me] = there;
-    }
+struct Top { float most; int place; };
+
+// The greatest that the lanes of a warp have, the first of equal ones.
+__device__ Top of_warp(Top mine) {
+  for (int half = 16; half; half /= 2) {
+    const float other = __shfl_xor_sync(~0u, mine.most, half);
+    const int there = __shfl_xor_sync(~0u, mine.place, half);
+    if (other > mine.most || (other == mine.most && there < mine.place)) mine = {other, there};
   }
+  return mine;
+}
+
+__device__ float of_warp(float x) {
+  for (int half = 16; half; half /= 2) x += __shfl_xor_sync(~0u, x, half);
+  return x;
+}
+
+// The greatest of a row and its place (the first of equal ones), of those that come after the
+// element `before` at `at` in that order; -infinity and `vocab` if there is none.  A block of 1024
+// threads, all of which have the result.
+__device__ Top greatest(const float* row, int vocab, float before, int at) {
+  __shared__ Top tops[32];
+  Top mine = {-INFINITY, vocab};
+#pragma unroll 8
+  for (int i = threadIdx.x; i < vocab; i += 1024)
+    if (row[i] > mine.most && (row[i] < before || (row[i] == before && i > at)))
+      mine = {row[i], i};
+  mine = of_warp(mine);
   __syncthreads();
+  if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = mine;
+  __syncthreads();
+  return of_warp(tops[threadIdx.x % 32]);
 }
 
 // How many of the pieces of a row's request have pages; these come first.  For whole warps.
@@ -75,11 +83,18 @@ __device__ int count_of(const int* starts, int pieces) {
 
 extern "C" {
 // out[i] = table[index[i] - start], in rows of `words` words of 4 bytes; zeros where the table
-// of `count` rows has none.
-__global__ void take(unsigned* out, const unsigned* table, const int* index, long long step,
-                     int words, int start, int count) {
-  begin();
-  const int at = index[blockIdx.y] - start;
+// of `count` rows has none.  With `latest`, an index below 0 stands for latest[-1 - index]: the
+// last token drawn for a slot.
+//
+// The first kernel of a step: those after it may read the step's arrays before they wait, so it
+// makes way when these are there.
+__global__ void take(unsigned* out, const unsigned* table, const int* index, const int* latest,
+                     long long step, int words, int start, int count) {
+  wait();
+  make_way();
+  int at = index[blockIdx.y];
+  if (latest && at < 0) at = latest[-1 - at];
+  at -= start;
   const bool is_there = at >= 0 && at < count;
   const unsigned* row = table + (is_there ? at : 0) * step;
   for (int w = blockIdx.x * blockDim.x + threadIdx.x; w < words; w += gridDim.x * blockDim.x)
@@ -109,15 +124,6 @@ __global__ void give(unsigned* table, const unsigned* values, const int* index, 
   unsigned* row = table + index[blockIdx.y] * step;
   for (int w = blockIdx.x * blockDim.x + threadIdx.x; w < words; w += gridDim.x * blockDim.x)
     row[w] = values[blockIdx.y * (long long)words + w];
-}
-
-// A token below 0 stands for the last one drawn for slot -1 - token.  The first kernel of a step:
-// those after it may read the step's arrays before they wait, so it makes way when these are there.
-__global__ void resolve(int* tokens, const int* latest, int count) {
-  wait();
-  make_way();
-  int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i < count && tokens[i] < 0) tokens[i] = latest[-1 - tokens[i]];
 }
 
 // Each channel's causal convolution over four tokens, and SiLU.  A sequence's last three
@@ -322,6 +328,18 @@ __global__ void route(int* experts, float* shares, const float* logits, const fl
 // and how many of them are done.
 struct Parts { float most[32], sums[32]; int places[32], done, unused[31]; };
 
+// Of the lanes with something the first at which the sum passes `target`, which becomes what is
+// left of it there; the last one with something if rounding has led past the end.
+__device__ int passed(float mine, float upto, float& target) {
+  const float before = __shfl_up_sync(~0u, upto, 1);
+  const unsigned some = __ballot_sync(~0u, mine > 0);
+  const unsigned those = some & __ballot_sync(~0u, target < upto);
+  const int lane = those ? __ffs(those) - 1 : some ? 31 - __clz(some) : 0;
+  const float left = __shfl_sync(~0u, threadIdx.x % 32 ? target - before : target, lane);
+  target = those ? left : 1e30f;
+  return lane;
+}
+
 // The token at which the sum of what weighs at least min_p of the greatest passes `uniform` of the
 // whole; the greatest where `uniform` is below 0.  What a token weighs is its filtered probability
 // where the row has a filter, or else that of its logit.  32 blocks of 1024 threads for a row,
@@ -329,94 +347,97 @@ struct Parts { float most[32], sums[32]; int places[32], done, unused[31]; };
 __global__ void draw(int* tokens, Parts* parts, const float* logits, const float* probs,
                      const float* temperature, const int* top_k, const float* top_p,
                      const float* uniform, const float* min_p, int vocab) {
-  __shared__ float sums[1024], tops[32], totals[32];
-  __shared__ int places[1024], firsts[32];
+  __shared__ float sums[32];
   __shared__ bool is_last;
-  begin();
+  make_way();
   const int at = blockIdx.y, me = threadIdx.x, warp = me / 32, lane = me % 32;
   const bool is_whole = top_k[at] >= vocab && top_p[at] >= 1;
+  const float factor = 1 / temperature[at], u = uniform[at], share = min_p[at];
+  wait();
   const float* row = (is_whole ? logits : probs) + at * (long long)vocab;
-  const float factor = 1 / temperature[at];
-  float most = -INFINITY, mine = 0;
-  auto weigh = [&](float x) { return is_whole ? __expf((x - most) * factor) : x; };
-  auto of_warp = [&](float x) {
-    for (int half = 16; half; half /= 2) x += __shfl_xor_sync(~0u, x, half);
-    return x;
-  };
+  float mine = 0;
   int part = (vocab + 31) / 32, first = min((int)blockIdx.x * part, vocab);
   const int size = min(part, vocab - first);
-  greatest(row + first, size, INFINITY, -1, sums, places);
-  most = sums[0];
-  const int place = first + places[0];
-  if (most > -INFINITY)
+  Top top = greatest(row + first, size, INFINITY, -1);
+  auto weigh = [&](float x) { return is_whole ? __expf((x - top.most) * factor) : x; };
+  if (top.most > -INFINITY)
     for (int i = me; i < size; i += 1024) mine += weigh(row[first + i]);
   mine = of_warp(mine);
-  __syncthreads();
   if (lane == 0) sums[warp] = mine;
   __syncthreads();
   mine = of_warp(sums[lane]);
   if (me == 0) {
-    parts[at].most[blockIdx.x] = most;
+    parts[at].most[blockIdx.x] = top.most;
     parts[at].sums[blockIdx.x] = mine;
-    parts[at].places[blockIdx.x] = place;
+    parts[at].places[blockIdx.x] = first + top.place;
     __threadfence();
     is_last = atomicAdd(&parts[at].done, 1) == 31;
   }
   __syncthreads();
   if (!is_last) return;
   __threadfence();
-  if (warp == 0) {
-    tops[lane] = __ldcg(&parts[at].most[lane]);
-    totals[lane] = __ldcg(&parts[at].sums[lane]);
-    firsts[lane] = __ldcg(&parts[at].places[lane]);
-    if (lane == 0) parts[at].done = 0;
-  }
-  __syncthreads();
-  most = -INFINITY;
-  int chosen = vocab - 1;  // of NaNs none is the greatest
-  for (int w = 0; w < 32; w++)
-    if (tops[w] > most) { most = tops[w]; chosen = firsts[w]; }
-  if (me == 0) tokens[at] = chosen;
-  const float u = uniform[at], least = min_p[at] * (is_whole ? 1 : most);
+  const Top here = {__ldcg(&parts[at].most[lane]), __ldcg(&parts[at].places[lane])};
+  const float total = __ldcg(&parts[at].sums[lane]);
+  if (me == 0) parts[at].done = 0;
+  top = of_warp(here);
+  if (top.most == -INFINITY) top.place = vocab - 1;  // of NaNs none is the greatest
+  if (me == 0) tokens[at] = top.place;
   if (u < 0) return;
-  // Each warp sums a 32nd of the row, then of the part with the token, until that is one token.
+  __syncthreads();  // another thread may write it again
+  const float least = share * (is_whole ? 1 : top.most);
+  auto counted = [&](int i) {
+    const float x = weigh(row[i]);
+    return x >= least ? x : 0;
+  };
   float target = -1;
-  int end = vocab;
-  first = 0;
-  do {
+  // Of what the lanes have: the one at which the sum passes the target; none if there is no sum.
+  auto found = [&]() {
+    mine = mine > 0 ? mine : 0;
+    float upto = mine;
+    for (int step = 1; step < 32; step *= 2) {
+      const float before = __shfl_up_sync(~0u, upto, step);
+      if (lane >= step) upto += before;
+    }
+    const float whole = __shfl_sync(~0u, upto, 31);
+    if (target < 0) target = u * whole;
+    return whole > 0 ? passed(mine, upto, target) : -1;
+  };
+  // Each warp sums a 32nd of the row, then of the part with the token, until that is short.
+  int end = vocab, chosen;
+  for (first = 0; end - first > 128; end = min(first + part, end)) {
     part = (end - first + 31) / 32;
-    const int start = first + warp * part, stop = min(start + part, end);
-    mine = 0;
-    if (target < 0 && !(min_p[at] > 0)) {  // known
-      mine = totals[warp] > 0 ? totals[warp] * (is_whole ? weigh(tops[warp]) : 1) : 0;
+    if (target < 0 && !(share > 0)) {  // known
+      mine = total > 0 ? total * (is_whole ? weigh(here.most) : 1) : 0;
     } else {
-      for (int i = start + lane; i < stop; i += 32) {
-        const float x = weigh(row[i]);
-        mine += x >= least ? x : 0;
-      }
+      const int start = first + warp * part, stop = min(start + part, end);
+      mine = 0;
+      for (int i = start + lane; i < stop; i += 32) mine += counted(i);
       mine = of_warp(mine);
+      __syncthreads();
+      if (lane == 0) sums[warp] = mine;
+      __syncthreads();
+      mine = sums[lane];
     }
-    __syncthreads();
-    if (lane == 0) sums[warp] = mine;
-    __syncthreads();
-    if (target < 0) {
-      float whole = 0;
-      for (int w = 0; w < 32; w++) whole += sums[w];
-      if (!(whole > 0)) return;
-      target = u * whole;
-    }
-    int w = 0;
-    for (chosen = 0; w < 32; w++) {
-      if (!(sums[w] > 0)) continue;
-      chosen = w;
-      if (target < sums[w]) break;
-      target -= sums[w];
-    }
-    if (w == 32) target = 1e30f;  // rounding has led past the end: the last one that is left
+    chosen = found();
+    if (chosen < 0) return;
     first += chosen * part;
-    end = min(first + part, end);
-  } while (part > 1);
-  if (me == 0) tokens[at] = first;
+  }
+  // Then each lane a few tokens, and the chosen one takes them one by one.
+  part = (end - first + 31) / 32;
+  const int start = min(first + lane * part, end), stop = min(start + part, end);
+  mine = 0;
+  for (int i = start; i < stop; i++) mine += counted(i);
+  chosen = found();
+  if (warp > 0 || lane != chosen) return;
+  int token = start;
+  for (int i = start; i < stop; i++) {
+    const float x = counted(i);
+    if (!(x > 0)) continue;
+    token = i;
+    if (target < x) break;
+    target -= x;
+  }
+  tokens[at] = token;
 }
 
 // Counts of 2 for each time that a token was drawn, and 1 where it is in the prompt.
@@ -458,30 +479,23 @@ __global__ void allow(float* logits, const unsigned* bits, const int* places, in
 __global__ void logprobs(float* values, int* ids, const float* logits, const int* tokens,
                          int vocab, int top) {
   begin();
-  __shared__ float sums[1024];
-  __shared__ int places[1024];
+  __shared__ float sums[32];
   const float* row = logits + blockIdx.y * (long long)vocab;
   values += blockIdx.y * 21; ids += blockIdx.y * 20;
   const int me = threadIdx.x;
-  greatest(row, vocab, INFINITY, -1, sums, places);
-  const float most = sums[0];
+  const float most = greatest(row, vocab, INFINITY, -1).most;
   float mine = 0;
   for (int i = me; i < vocab; i += 1024) mine += expf(row[i] - most);
+  mine = of_warp(mine);
+  if (me % 32 == 0) sums[me / 32] = mine;
   __syncthreads();
-  sums[me] = mine;
-  for (int half = 512; half; half /= 2) {
-    __syncthreads();
-    if (me < half) sums[me] += sums[me + half];
-  }
-  __syncthreads();
-  const float whole = most + logf(sums[0]);
+  const float whole = most + logf(of_warp(sums[me % 32]));
   if (me == 0) values[0] = row[tokens[blockIdx.y]] - whole;
-  float before = INFINITY;
-  int at = -1;
+  Top before = {INFINITY, -1};
   for (int k = 0; k < top; k++) {
-    greatest(row, vocab, before, at, sums, places);
-    before = sums[0]; at = min(places[0], vocab - 1);
-    if (me == 0) { values[k + 1] = before - whole; ids[k] = at; }
+    before = greatest(row, vocab, before.most, before.place);
+    before.place = min(before.place, vocab - 1);
+    if (me == 0) { values[k + 1] = before.most - whole; ids[k] = before.place; }
   }
 }
 }
@@ -530,7 +544,9 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def take(out, table, index, step, words, start, count):
+def take(out, table, index, latest, step, words, start, count):
+    if np.ndim(latest):
+        index = np.where(index < 0, latest[-1 - np.minimum(index, -1)], index)
     at = index - start
     is_there = (at >= 0) & (at < count)
     out[...] = table[np.where(is_there, at, 0)]
@@ -543,10 +559,6 @@ def joined(out, parts, width, whole):
 
 def give(table, values, index, step, words):
     table[index] = values
-
-
-def resolve(tokens, latest, count):
-    tokens[...] = np.where(tokens < 0, latest[-1 - np.minimum(tokens, -1)], tokens)
 
 
 def convolve(out, x, weight, state, slots, starts, x_step, slot_step, channels):
@@ -660,7 +672,7 @@ def logprobs(values, ids, logits, tokens, vocab, top):
 ON_CPU = {
     kernel.__name__: kernel
     for kernel in (
-        take, joined, give, resolve, convolve, decays, gated, biased, place, merged, route, draw,
+        take, joined, give, convolve, decays, gated, biased, place, merged, route, draw,
         penalise, count, add, allow, logprobs,
     )
 }  # fmt: skip

@@ -142,8 +142,6 @@ class Model:
     def forward(self, batch):
         """Logits, float32 [samples, vocabulary], of the tokens that `batch.last` names, or all."""
         config, device, n = self.config, self.device, batch.tokens.shape[0]
-        latest = view(self.latest, self.slots + 1)
-        device.launch("resolve", (n, 1), batch.tokens, latest, n)
         residual = self.scratch("residual", n, config.hidden)
         self.look_up(residual, batch.tokens)
         norms = [(layer["input_norm"], layer.get("qkv")) for layer in self.layers]
@@ -169,7 +167,8 @@ class Model:
 
     def look_up(self, out, tokens):
         """Each token's embedding, which one rank has."""
-        self.device.take(out, self.embed, tokens, self.rank * self.embed.shape[0])
+        start, latest = self.rank * self.embed.shape[0], view(self.latest, self.slots + 1)
+        self.device.take(out, self.embed, tokens, start, latest)
         if self.group:
             self.group.all_reduce(out, stream=self.device.stream)
 
