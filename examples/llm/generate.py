@@ -10,10 +10,11 @@ the model is split over N GPUs, a process each, or with --ray over those that Ra
 import argparse
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
-from engine import Sampling, load
+from engine import Sampling, end_process, load
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
@@ -61,6 +62,8 @@ def main():
             requests = [engine.submit(ids, sampling) for ids in prompts]
         except (OSError, ValueError, KeyError) as wrong:
             sys.exit(f"generate.py: {wrong.args[0] if isinstance(wrong, KeyError) else wrong}")
+    ended = threading.Event()
+    engine.watch_ranks(ended, lost)
     streams = [DecodeStream(skip_special_tokens=True) for _ in requests]
     told, start = [0] * len(requests), time.perf_counter()
     texts = [*given.prompts]
@@ -76,7 +79,14 @@ def main():
         print(*texts, sep="\n---\n", end="")
     seconds = time.perf_counter() - start
     print(f"\n{sum(told)} tokens, {sum(told) / seconds:.1f} a second", file=sys.stderr)
+    ended.set()
     engine.close()
+
+
+def lost():
+    """Another rank has ended, and this one's step does not."""
+    print("generate.py: a rank is lost", file=sys.stderr)
+    end_process()
 
 
 if __name__ == "__main__":

@@ -10,15 +10,13 @@ an error, /health says so for LINGER seconds, and then the process ends with sta
 
 import argparse
 import contextlib
-import multiprocessing
-import os
 import sys
 import tempfile
 import threading
 from pathlib import Path
 
 import uvicorn
-from engine import load
+from engine import end_process, load
 from server import Limits, application
 from server.chat import Template
 from server.connection import Connection
@@ -76,15 +74,8 @@ class Process(uvicorn.Server):
     def end(self):
         if not self.is_ending:
             _later(max(self.grace - LAST, self.grace / 2), self.hurry)
-            _later(self.grace, _exit)
+            _later(self.grace, end_process)
         self.is_ending = self.should_exit = True
-
-
-def _exit():
-    """At once, with an error; ranks that are processes as well."""
-    for rank in multiprocessing.active_children():
-        rank.kill()
-    os._exit(1)
 
 
 def _later(seconds, function, *args):
@@ -127,7 +118,7 @@ def main():
     with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again when it has ended
         server.run()
     if server.has_failed or not server.started:
-        _exit()  # the device may hang: nothing is left to be said
+        end_process()  # the device may hang: nothing is left to be said
 
 
 if __name__ == "__main__":

@@ -354,7 +354,7 @@ class Group:
         """
         if not self._is_open:
             return
-        self._is_open = False
+        is_broken, self._is_open = not self.is_open, False
         algorithms = self._algorithms
         if algorithms is None:
             return
@@ -365,7 +365,7 @@ class Group:
                 self._monitor.close()
             self._algorithms = None  # whose memory is freed on return
         if is_idle:
-            algorithms.close(is_broken=bool(self._hang))
+            algorithms.close(is_broken=is_broken or bool(self._hang))
         else:
             _in_use.append(algorithms)
 

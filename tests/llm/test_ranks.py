@@ -197,6 +197,23 @@ def test_a_server_whose_rank_is_killed(is_asked, where):
     assert ended == 1
 
 
+def test_an_engine_that_nobody_asks(split, where):
+    """It is told once that a rank is lost, and not where the engine has ended before."""
+    serving, before = split("llama"), {*multiprocessing.active_children()}
+    made = serving.engine(tp=2, way="processes")
+    lost, ended, told = threading.Event(), threading.Event(), []
+    ended.set()
+    made.watch_ranks(ended, lambda: told.append("ended"))
+    made.watch_ranks(threading.Event(), lost.set)
+    (rank,) = {*multiprocessing.active_children()} - before
+    assert not lost.wait(2)
+    rank.kill()
+    assert lost.wait(30)
+    assert not told
+    made.close()
+    serving.engines.clear()
+
+
 def test_actors_of_ray(split, where):
     """Two ranks that Ray has placed: one rank's tokens; the scheduler is in this process."""
     ray = pytest.importorskip("ray", reason="ray is not installed")

@@ -3,11 +3,11 @@
 from .config import Config
 from .device import default
 from .engine import Engine, Request
-from .ranks import Job, start
+from .ranks import Job, end_process, start
 from .sampling import Sampling
 from .weights import Weights, verify
 
-__all__ = ["Config", "Engine", "Request", "Sampling", "load", "load_model"]
+__all__ = ["Config", "Engine", "Request", "Sampling", "end_process", "load", "load_model"]
 
 
 def load(path, device=None, num_pages=1024, page_size=16, max_batch=64, max_tokens=512,

@@ -6,6 +6,7 @@ does not wait for Python, and that a request has ended is seen one step later.
 """
 
 import itertools
+import threading
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -14,6 +15,9 @@ import numpy as np
 from .pages import Pages
 from .sampling import MOST_BIASES, Sampling
 from .steps import Steps
+
+LOOKS_S = 1.0  # between looks at a group of ranks
+PATIENCE_S = 10.0  # for a step that tells of a lost rank
 
 
 @dataclass(eq=False)
@@ -226,11 +230,23 @@ class Engine:
         self.pages.promised -= request.promised
         self.pages.give_back(request.pages)
 
-    @property
-    def is_whole(self):
-        """False once a rank is lost. Ray tells of its actors by itself."""
+    def watch_ranks(self, ended, on_lost):
+        """Call `on_lost` if a rank was lost and `ended`, an event, does not come: perhaps no step
+        is run that would tell, or one does not end, since a call of CUDA's waits for the rank with
+        a lock that whatever could release it needs.  Ray tells of its actors by itself.
+        """
         group = self.runner.model and self.runner.model.group
-        return not group or group.is_open
+        if group:
+            threading.Thread(target=_watch, args=(group, ended, on_lost), daemon=True).start()
 
     def close(self):
         self.runner.close()
+
+
+def _watch(group, ended, on_lost):
+    """Until `ended` comes, or a while after a rank was lost."""
+    while not ended.wait(LOOKS_S):
+        if not group.is_open:
+            if not ended.wait(PATIENCE_S):
+                on_lost()
+            return

@@ -126,6 +126,13 @@ def start(job, size, way):
     return runner_of(job, ranks[0], followers)
 
 
+def end_process():
+    """At once, with an error; ranks that are processes as well."""
+    for rank in multiprocessing.active_children():
+        rank.kill()
+    os._exit(1)
+
+
 class Rank:
     """A rank that is an actor of Ray, which has given it a GPU."""
 

@@ -9,9 +9,6 @@ from collections import deque
 
 from .schema import Refused
 
-LOOKS_S = 1.0  # between looks at the ranks
-ENDING_S = 10.0  # that the engine has to end by itself when a rank is lost
-
 
 class Listener:
     """One request of the engine; it is in `queue` while there are news of it.
@@ -54,7 +51,7 @@ class Service:
         self.ended, self.ending = threading.Event(), threading.Lock()
         self.thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self.thread.start()
-        threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+        engine.watch_ranks(self.ended, lambda: self._end(RuntimeError("a rank is lost")))
 
     @property
     def is_serving(self):
@@ -129,19 +126,6 @@ class Service:
             self._end(failure)
             raise
         self._end(None)
-
-    def _watch(self):
-        """End the service when a rank is lost, though no step is run, or one does not end: a call
-        of CUDA's may wait for the rank, with a lock that whatever could release it needs.
-        """
-        since = None
-        while not self.ended.wait(LOOKS_S):
-            if self.engine.is_whole:
-                since = None
-                continue
-            since = since or time.monotonic()
-            if time.monotonic() - since > ENDING_S:
-                self._end(RuntimeError("a rank is lost"))
 
     def _end(self, failure):
         """The first call counts: requests end, and who listens for failures is told."""
