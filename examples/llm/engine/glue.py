@@ -24,8 +24,8 @@ __device__ T store(float x) { T y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"
 struct alignas(8) Four { unsigned x, y; };  // numbers, two by two
 __device__ float sigmoid(float x) { return 1 / (1 + __expf(-x)); }
 
-// A kernel is put in place while the one before still runs.  It waits for what that writes first of
-// all, or after work that needs nothing of it.
+// A kernel is put in place while the one before still runs.  It waits for what that writes, perhaps
+// after work that needs nothing of it.
 __device__ void wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -39,7 +39,7 @@ __device__ void make_way() {
 #endif
 }
 
-__device__ void begin() { make_way(); wait(); }
+__device__ void begin() { make_way(); wait(); }  // of a kernel that waits first of all
 
 struct Top { float most; int place; };
 
@@ -206,7 +206,7 @@ __global__ void place(T* q, T* k_cache, T* v_cache, const T* qkv, const T* q_nor
     if (is_normed) weights[warp][c] = load(weight[c]);
     if (c < rotary) turns[warp][c] = cos_sin[position * (long long)rotary + c];
   }
-  begin();
+  wait();
   float sum = 0, *x = found[warp];
   for (int c = 4 * lane; c < dim; c += 128) {
     const Four four = *(const Four*)(from + c);
