@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import subprocess
@@ -66,13 +65,9 @@ class ServerProcess:
 
     def ranks(self) -> list[int]:
         """The processes of other ranks."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # it has ended
-                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                if parent == self.child.pid and b"spawn_main" in (folder / "cmdline").read_bytes():
-                    found.append(int(folder.name))
-        return found
+        main = Path(f"/proc/{self.child.pid}/task/{self.child.pid}")
+        children = map(int, (main / "children").read_text().split())
+        return [n for n in children if b"spawn_main" in Path(f"/proc/{n}/cmdline").read_bytes()]
 
     def peak(self) -> int:
         status = Path(f"/proc/{self.child.pid}/status").read_text()
