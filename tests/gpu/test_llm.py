@@ -152,7 +152,8 @@ def _threads(name, args):
     if name == "gated":
         return (args[3], len(args[0])), 256
     if name == "place":
-        return (32 * (args[15] + 2 * args[16]), len(args[7])), 128
+        threads = args[17] // 8 * (args[15] + 2 * args[16]) if args[14] else 128
+        return (threads, len(args[7])), 128
     if name == "merged":
         return (128 * args[0].shape[1], len(args[0])), 128
     if name == "biased":

@@ -138,7 +138,8 @@ def test_biases(dtype, rng, on):
 @TEXT
 @pytest.mark.parametrize("is_normed", [0, 1])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "rotary"), [(4, 2, 64, 64), (5, 1, 256, 64), (16, 8, 128, 128)]
+    ("heads", "kv_heads", "dim", "rotary"),
+    [(4, 2, 64, 64), (5, 1, 256, 64), (16, 8, 128, 128), (7, 1, 96, 40)],
 )
 def test_heads_and_their_pages(dtype, is_normed, heads, kv_heads, dim, rotary, rng, on):
     """Two requests over pages of 4 tokens, the second from its 5th token on."""

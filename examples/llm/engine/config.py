@@ -11,7 +11,7 @@ FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention
 KINDS = ("llama", "qwen3", "qwen3_next", "qwen3_moe", "gpt_oss")
 
 LARGEST = 2**24  # of any of these sizes
-MOST_LAYERS = 2**10
+MOST_LAYERS, MOST_HEAD_DIM = 2**10, 256
 # Fields by their names in config.json; and those that kinds have besides.
 SIZES = {
     "vocab": "vocab_size", "hidden": "hidden_size", "intermediate": "intermediate_size",
@@ -155,6 +155,12 @@ class Config:
             more["window"] = raw.get("sliding_window") or 0
         head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
         partial = raw.get("partial_rotary_factor", scaling.get("partial_rotary_factor", 1.0))
+        rotary_dim = int(head_dim * partial)
+        if head_dim % 8 or rotary_dim % 8 or head_dim > MOST_HEAD_DIM:
+            raise ValueError(
+                f"config.json: head_dim is {head_dim}, and RoPE is of {rotary_dim} numbers; here "
+                f"both are multiples of 8, {MOST_HEAD_DIM} at most"
+            )
         ends = []
         for end in (raw.get("eos_token_id"), drawn.get("eos_token_id")):
             ends += end if isinstance(end, list) else [] if end is None else [end]
@@ -164,7 +170,7 @@ class Config:
             head_dim=head_dim,
             eps=raw["rms_norm_eps"],
             tied=raw.get("tie_word_embeddings", False),
-            rotary_dim=int(head_dim * partial),
+            rotary_dim=rotary_dim,
             rope_theta=raw.get("rope_theta") or scaling.get("rope_theta", 10000.0),
             rope_scaling=scaling,
             qk_norm=kind.startswith("qwen3"),

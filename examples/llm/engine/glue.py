@@ -22,6 +22,13 @@ __device__ float load(T x) { return __uint_as_float((unsigned)x << 16); }
 __device__ T store(float x) { T y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
 #endif
 struct alignas(8) Four { unsigned x, y; };  // numbers, two by two
+struct Both { Four low, high; };
+struct Floats { float of[8]; };
+__device__ unsigned pair(float x, float y) { return store(x) | (unsigned)store(y) << 16; }
+__device__ Floats numbers(Both x) {
+  return {load(x.low.x), load(x.low.x >> 16), load(x.low.y), load(x.low.y >> 16),
+          load(x.high.x), load(x.high.x >> 16), load(x.high.y), load(x.high.y >> 16)};
+}
 __device__ float sigmoid(float x) { return 1 / (1 + __expf(-x)); }
 
 // A kernel is put in place while the one before still runs.  It waits for what that writes, perhaps
@@ -179,58 +186,73 @@ __global__ void biased(T* x, const T* bias, int width) {
 
 // Of a token's row (q, k and v) each head of q and k normalised (is_normed) and turned by its
 // position.  k and v go to their page; q, where `pieces` is not 0, to each piece of its request
-// that has pages.  A warp for each head.  What the product before does not write is read while that
-// still runs.
+// that has pages.  What the product before does not write is read while that still runs.
+//
+// A head has a few lanes, a power of two.  Each takes four numbers and those that they turn with,
+// or eight that do not turn; of one head after another, as a token's page and cosines are the same.
 __global__ void place(T* q, T* k_cache, T* v_cache, const T* qkv, const T* q_norm,
                       const T* k_norm, const float* cos_sin, const int* positions,
                       const int* requests, const int* indptr, const int* indices,
                       const int* starts, long long step, long long page_step, int pieces,
                       int heads, int kv_heads, int dim, int rotary, int page_size, float eps,
                       int is_normed) {
-  __shared__ float found[4][256], weights[4][256], turns[4][256];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.x * 4 + warp;
   make_way();
-  if (head >= heads + 2 * kv_heads) return;
-  const int kind = head < heads ? 0 : head < heads + kv_heads ? 1 : 2;
-  const int mine = head - (kind == 0 ? 0 : kind == 1 ? heads : heads + kv_heads);
+  int lanes = 1;
+  while (8 * lanes < dim) lanes *= 2;
+  const int thread = blockIdx.x * blockDim.x + threadIdx.x, lane = thread % lanes;
+  const int all = heads + 2 * kv_heads, every = gridDim.x * blockDim.x / lanes;
+  const bool is_turned = lane < rotary / 8, is_some = 8 * lane < dim;
+  const int low = is_turned ? 4 * lane : 8 * lane, high = low + (is_turned ? rotary / 2 : 4);
   const int position = positions[blockIdx.y];
   const int first = indptr[requests[blockIdx.y]], row = position % page_size;
   const long long page = indices[first + position / page_size];
-  const int copies = pieces && kind == 0 ? count_of(starts, pieces) : 1;
-  const T* from = qkv + blockIdx.y * step + head * (long long)dim;
-  T* cache = kind == 1 ? k_cache : v_cache;
-  T* to = kind == 0 ? q + (blockIdx.y * (long long)max(pieces, 1) * heads + mine) * dim
-                    : cache + page * page_step + (row * (long long)kv_heads + mine) * dim;
-  const T* weight = kind ? k_norm : q_norm;
-  for (int c = lane; c < dim && kind < 2; c += 32) {
-    if (is_normed) weights[warp][c] = load(weight[c]);
-    if (c < rotary) turns[warp][c] = cos_sin[position * (long long)rotary + c];
+  const int copies = pieces ? count_of(starts, pieces) : 1;
+  float4 cosines = {1, 1, 1, 1}, sines = {};
+  if (is_turned) {
+    const float* turns = cos_sin + position * (long long)rotary;
+    cosines = *(const float4*)(turns + low);
+    sines = *(const float4*)(turns + high);
   }
-  wait();
-  float sum = 0, *x = found[warp];
-  for (int c = 4 * lane; c < dim; c += 128) {
-    const Four four = *(const Four*)(from + c);
-    if (kind == 2) *(Four*)(to + c) = four;
-    x[c] = load(four.x); x[c + 1] = load(four.x >> 16);
-    x[c + 2] = load(four.y); x[c + 3] = load(four.y >> 16);
-    for (int i = c; i < c + 4; i++) sum += x[i] * x[i];
-  }
-  if (kind == 2) return;
-  for (int half = 16; half; half /= 2) sum += __shfl_xor_sync(~0u, sum, half);
-  const float factor = rsqrtf(sum / dim + eps);
-  __syncwarp();
-  const float *cosines = turns[warp], *scales = weights[warp];
-  const int half = rotary / 2;
-  auto normed = [&](int c) { return is_normed ? x[c] * factor * scales[c] : x[c]; };
-  auto turned = [&](int c) -> unsigned {
-    float y = normed(c);
-    if (c < half) y = y * cosines[c] - normed(c + half) * cosines[c + half];
-    else if (c < rotary) y = y * cosines[c - half] + normed(c - half) * cosines[c];
-    return store(y);
+  auto read = [&](const T* from, bool is_there) {
+    Both both = {};
+    if (is_there && is_some) both = {*(const Four*)(from + low), *(const Four*)(from + high)};
+    return both;
   };
-  for (int c = 4 * lane; c < dim; c += 128) {
-    const Four four = {turned(c) | turned(c + 1) << 16, turned(c + 2) | turned(c + 3) << 16};
-    for (int i = 0; i < copies; i++) *(Four*)(to + i * heads * (long long)dim + c) = four;
+  const Both norm_of_q = read(q_norm, is_normed), norm_of_k = read(k_norm, is_normed);
+  wait();
+  const T* from = qkv + blockIdx.y * step;
+  Both next = read(from + thread / lanes * (long long)dim, thread / lanes < all);
+  // Each warp goes on together.
+  for (int before = 0; thread / 32 * 32 / lanes + before < all; before += every) {
+    const int head = thread / lanes + before;
+    const Both raw = next;
+    next = read(from + (head + every) * (long long)dim, head + every < all);
+    const int kind = head < heads ? 0 : head < heads + kv_heads ? 1 : 2;
+    Floats x = numbers(raw);
+    if (is_normed) {
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < 8; i++) sum += x.of[i] * x.of[i];
+      for (int half = lanes / 2; half; half /= 2) sum += __shfl_xor_sync(~0u, sum, half);
+      const float factor = rsqrtf(sum / dim + eps);
+      const Floats scales = numbers(kind == 0 ? norm_of_q : norm_of_k);
+#pragma unroll
+      for (int i = 0; i < 8; i++) x.of[i] *= factor * scales.of[i];
+    }
+    if (head >= all || !is_some) continue;
+    const int mine = head - (kind == 0 ? 0 : kind == 1 ? heads : heads + kv_heads);
+    T* cache = kind == 1 ? k_cache : v_cache;
+    T* to = kind == 0 ? q + (blockIdx.y * (long long)max(pieces, 1) * heads + mine) * dim
+                      : cache + page * page_step + (row * (long long)kv_heads + mine) * dim;
+    const Both turned = kind == 2 ? raw : Both{
+        {pair(x.of[0] * cosines.x - x.of[4] * sines.x, x.of[1] * cosines.y - x.of[5] * sines.y),
+         pair(x.of[2] * cosines.z - x.of[6] * sines.z, x.of[3] * cosines.w - x.of[7] * sines.w)},
+        {pair(x.of[4] * cosines.x + x.of[0] * sines.x, x.of[5] * cosines.y + x.of[1] * sines.y),
+         pair(x.of[6] * cosines.z + x.of[2] * sines.z, x.of[7] * cosines.w + x.of[3] * sines.w)}};
+    for (int i = 0; i < (kind == 0 ? copies : 1); i++, to += heads * (long long)dim) {
+      *(Four*)(to + low) = turned.low;
+      *(Four*)(to + high) = turned.high;
+    }
   }
 }
 

@@ -17,6 +17,8 @@ HEAD = 128  # of linear attention
 # A few requests decode in pieces, so that all of the GPU attends to them: so many at most, each in
 # so many pieces.
 FEW, PIECES = 8, 16
+# Threads for each token of more than so many that are placed; of fewer each head has its own.
+THREADS, PLACED = 128, 256
 
 
 @dataclass
@@ -316,12 +318,13 @@ class Model:
         else:
             q, pieces, starts = self.scratch("queries", n, heads, dim), 0, np.uint64(0)
         norms = (layer["q_norm"], layer["k_norm"]) if config.qk_norm else (np.uint64(0),) * 2
+        threads = THREADS if n > PLACED else dim // 8 * (heads + 2 * kv_heads)
         self.device.launch(
-            "place", (32 * (heads + 2 * kv_heads), n), q, *cache, qkv, *norms, self.cos_sin,
+            "place", (threads, n), q, *cache, qkv, *norms, self.cos_sin,
             batch.positions, batch.requests, batch.kv_indptr, batch.kv_indices, starts,
             np.int64(qkv.strides[0]), np.int64(cache[0].strides[0]), pieces, heads, kv_heads,
             dim, config.rotary_dim, cache[0].shape[1], np.float32(config.eps),
-            int(config.qk_norm), block=128,
+            int(config.qk_norm), block=THREADS,
         )  # fmt: skip
         return q
 
