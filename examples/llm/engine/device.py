@@ -6,6 +6,7 @@
 import contextlib
 import functools
 import itertools
+import struct
 import time
 
 import numpy as np
@@ -22,6 +23,11 @@ FEW_BYTES = 16 << 10  # that a kernel copies; more take a copy engine
 ENDING_S = 5.0  # how long it may take to end after a rank was lost
 
 
+# How arguments of kernels are passed.
+FORMATS = {fi_ffi.TensorDesc: "Q", int: "i4x", np.int64: "q", np.uint64: "Q", np.float32: "f4x"}
+MOST_ARGUMENTS = 32
+
+
 # Of scratch memory, which is described once: for all layers the same.
 @functools.lru_cache(1024)
 def columns(x, start, *shape):
@@ -36,6 +42,11 @@ def columns(x, start, *shape):
 def view(x, *shape):
     """The same contiguous memory as another shape."""
     return fi_ffi.TensorDesc(x.ptr, shape, x.dtype, device=x.device)
+
+
+@functools.cache
+def _packed(kinds):
+    return struct.Struct("".join(["<", *map(FORMATS.__getitem__, kinds)]))
 
 
 def gpus():
@@ -189,10 +200,17 @@ class Gpu(Device):
         self.kernels = glue.compiled(dtype, (about.major, about.minor))
         # Kernels that may begin while the one before ends (programmatic dependent launch).
         self.has_pdl = about.major >= 9
-        self.early = driver.CUlaunchAttribute()
-        which = driver.CUlaunchAttributeID
-        self.early.id = which.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        self.early.value.programmaticStreamSerializationAllowed = 1
+        early, which = driver.CUlaunchAttribute(), driver.CUlaunchAttributeID
+        early.id = which.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+        # Of every launch: CUDA reads the arguments, each in 8 bytes, before it returns.
+        self.config = driver.CUlaunchConfig()
+        self.config.gridDimZ = self.config.blockDimY = self.config.blockDimZ = 1
+        self.config.hStream = self.stream
+        self.config.attrs = [early]
+        self.latest = None  # in a graph: the node of its own kernel that was launched last
+        self.arguments = np.zeros(MOST_ARGUMENTS, np.uint64)
+        self.pointers = self.arguments.ctypes.data + 8 * np.arange(MOST_ARGUMENTS, dtype=np.uint64)
         self.products = Products(self)
         self.is_few, self.linear = self.products.is_few, self.products.linear
         self.linear_silu, self.can_norm = self.products.linear_silu, self.products.can_norm
@@ -245,20 +263,39 @@ class Gpu(Device):
 
         `threads`: at least so many along x, in whole blocks, and rows of them.
         """
-        held = [
-            np.array(x.ptr, np.uint64) if isinstance(x, fi_ffi.TensorDesc)
-            else np.array(x, np.int32) if isinstance(x, int) else np.array(x)
-            for x in args
-        ]  # fmt: skip
-        pointers = np.array([x.ctypes.data for x in held], np.uint64)
-        config = self.driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = -(-threads[0] // block), threads[1], 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
-        config.hStream = self.stream
-        if self.has_pdl:
-            config.attrs, config.numAttrs = [self.early], 1
+        values = [x.ptr if isinstance(x, fi_ffi.TensorDesc) else x for x in args]
+        _packed(tuple(map(type, args))).pack_into(self.arguments, 0, *values)
+        config = self.config
+        config.gridDimX, config.gridDimY = -(-threads[0] // block), threads[1]
+        config.blockDimX = block
         kernel = self.kernels[name]
-        check(self.driver.cuLaunchKernelEx(config, kernel, pointers.ctypes.data, 0))
+        config.numAttrs = int(self.has_pdl and not (self.is_frozen and self._hasten()))
+        check(self.driver.cuLaunchKernelEx(config, kernel, self.pointers.ctypes.data, 0))
+        if self.is_frozen:
+            self.latest = self._before()
+
+    def _before(self):
+        """The nodes of the graph that is recorded which the next one would follow."""
+        # In cuda-python for CUDA 12 the plain name is that of an older function.
+        told = getattr(self.cuda, "cudaStreamGetCaptureInfo_v3", self.cuda.cudaStreamGetCaptureInfo)
+        return check(told(self.stream))[3]
+
+    def _hasten(self):
+        """Have a graph put the next kernel in place when all blocks of the one before have begun,
+        if that is another library's, which makes way at its end or never; whether it is.
+        """
+        cuda, nodes = self.cuda, self._before()
+        kinds = [check(cuda.cudaGraphNodeGetType(node)) for node in nodes]
+        if nodes == self.latest or kinds != [cuda.cudaGraphNodeType.cudaGraphNodeTypeKernel]:
+            return False
+        edge = cuda.cudaGraphEdgeData()
+        edge.from_port = cuda.cudaGraphKernelNodePortLaunchCompletion
+        edge.type = cuda.cudaGraphDependencyType.cudaGraphDependencyTypeProgrammatic
+        flags = cuda.cudaStreamUpdateCaptureDependenciesFlags.cudaStreamSetCaptureDependencies
+        name = "cudaStreamUpdateCaptureDependencies"
+        change = getattr(cuda, f"{name}_v2", getattr(cuda, name))
+        check(change(self.stream, nodes, [edge], 1, int(flags)))
+        return True
 
     def scope(self):
         check(self.cuda.cudaSetDevice(self.index))  # a thread's first call

@@ -16,7 +16,7 @@ ROWS = 8  # the most that the kernel takes
 NORMED_ROWS = 2  # the most that it normalises on the way: more take longer than a kernel of its own
 # How much of the next weight it brings to L2 at its end: before kernels that leave the memory idle,
 # and where its blocks leave no room for the next product's, which would read early.
-AHEAD, LESS_AHEAD = 8 << 20, 4 << 20
+AHEAD = 4 << 20
 # Rows of the weight that a block has, columns that a warp takes at once, and the most warps of a
 # block, two of which a multiprocessor has room for; one of twice as many, too.
 TALL, RUN, WARPS = 16, 128, 16
@@ -312,7 +312,7 @@ class Products:
         given = weight if is_fp8 else (weight, np.uint64(0))
         steps = np.int64(x.strides[0]), np.int64(out.strides[0])
         is_full = blocks * warps > 0.9 * self.room
-        most = AHEAD if is_last else LESS_AHEAD if is_full else 0
+        most = AHEAD if is_last or is_full else 0
         ahead = self._next(given[0], most, blocks)
         self.gpu.launch(name, (blocks * 32 * warps, 1), out, x, *given, *x.shape, *steps, norm,
                         np.float32(eps), int(adds), *ahead, block=32 * warps)  # fmt: skip
