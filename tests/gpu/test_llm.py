@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from engine import Sampling
-from engine.device import Gpu, columns
+from engine.device import Gpu, columns, view
 from engine.products import Norm
 from engine.weights import Blocks
 
@@ -428,6 +428,52 @@ def test_products_one_after_another_in_a_graph(dtype, products):
                 exact, sizes = source @ ws.T, np.abs(source) @ np.abs(ws.T)
                 bound = _half_step(dtype) * np.abs(exact) + 2.0**-18 * sizes
                 assert (np.abs(got.astype(np.float64) - exact) <= bound).all()
+
+
+@TEXT
+@pytest.mark.parametrize("count", [3, 40])
+def test_products_after_norms_in_a_graph(dtype, count, products, monkeypatch):
+    """FlashInfer's kernel makes way at its end: what follows begins before that."""
+    device, names = products.device, []
+    x, xs = products.drawn(count, 2048)
+    norm, ns = products.drawn(1, 2048)
+    weights = [products.drawn(2048, 2048, 0, 2048**-0.5) for _ in range(4)]
+    normed, steps = ([device.empty((count, 2048), dtype) for _ in weights] for _ in "ns")
+    taken = device.empty((count, 2048), dtype)
+    index = device.put(np.arange(count, dtype=np.int32)[::-1].copy())
+    hasten = device._hasten
+    monkeypatch.setattr(device, "_hasten", lambda: names.append(hasten()) or names[-1])
+    with device.scope():
+        for out, (weight, _) in zip(steps, weights, strict=True):  # cuBLAS loads what it needs
+            device.linear(out, x, weight)
+        with fi_ffi.capture(device.stream) as graph:
+            device.is_frozen = True
+            for source, out, to, (weight, _) in zip(
+                [x, *steps], normed, steps, weights, strict=False
+            ):
+                fi_ffi.rmsnorm(out, source, view(norm, 2048), 1e-5)
+                device.linear(to, out, weight)
+            device.take(taken, steps[-1], index)  # after cuBLAS or a kernel of the engine's
+        device.is_frozen = False
+        few = count <= 8
+        assert names == ([True] * 4 + [False] if few else [True])
+        for _ in range(20):
+            fresh = products.rng.standard_normal(xs.shape).astype(products.kind)
+            for there in (*normed, *steps, taken):
+                device.zero(there)
+            device.write(x, fresh)
+            graph.launch()
+            sources = [fresh, *map(device.get, steps)]
+            for (_, ws), source, mid, got in zip(
+                weights, sources, map(device.get, normed), sources[1:], strict=False
+            ):
+                source, mid = source.astype(np.float64), mid.astype(np.float64)
+                exact = source / np.sqrt((source**2).mean(1, keepdims=True) + 1e-5) * ns
+                assert (np.abs(mid - exact) <= 1.1 * _half_step(dtype) * np.abs(exact)).all()
+                exact, sizes = mid @ ws.T, np.abs(mid) @ np.abs(ws.T)
+                bound = _half_step(dtype) * np.abs(exact) + 2.0**-18 * sizes
+                assert (np.abs(got.astype(np.float64) - exact) <= bound).all()
+            assert np.array_equal(device.get(taken), sources[-1][::-1])
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2), (6, 1), (8, 1)], ids=str)
