@@ -15,7 +15,6 @@ from engine.weights import Blocks
 
 import fi_ffi
 from fi_ffi.cli.cuda import gpus
-from fi_ffi.ops.functions import OPS
 
 from tests.llm import (
     conftest,
@@ -55,7 +54,6 @@ for _module in (
 # What kinds of models need besides.
 _NEEDS = {
     "fp8": "fp8_blockscale_gemm_90", "moe": "fused_moe_90", "gpt_oss": "fused_moe_90",
-    "qwen3_next": OPS["gdn_prefill"].row.module_on((9, 0)),
 }  # fmt: skip
 
 
@@ -71,6 +69,8 @@ def where(request, machine):
     more = [module for word, module in _NEEDS.items() if word in drawn]
     for module in ("norm", "page", "rope", "silu_and_mul", "sampling", *more):
         machine.need(module)
+    if "qwen3_next" in drawn and not (found := fi_ffi.gdn_prefill.supports()):
+        pytest.skip(found.reason)  # of which module depends on the release
     return "cuda:0"
 
 
@@ -469,7 +469,8 @@ def test_products_after_norms_in_a_graph(dtype, count, products, monkeypatch):
             ):
                 source, mid = source.astype(np.float64), mid.astype(np.float64)
                 exact = source / np.sqrt((source**2).mean(1, keepdims=True) + 1e-5) * ns
-                assert (np.abs(mid - exact) <= 1.1 * _half_step(dtype) * np.abs(exact)).all()
+                near = 1.1 * _half_step(dtype) * np.abs(exact) + 2.0**-25  # float16's least step
+                assert (np.abs(mid - exact) <= near).all()
                 exact, sizes = mid @ ws.T, np.abs(mid) @ np.abs(ws.T)
                 bound = _half_step(dtype) * np.abs(exact) + 2.0**-18 * sizes
                 assert (np.abs(got.astype(np.float64) - exact) <= bound).all()

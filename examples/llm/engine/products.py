@@ -304,6 +304,8 @@ class Products:
     def _few(self, out, x, weight, is_gated=False, is_last=False, adds=False):
         is_normed = isinstance(x, Norm)
         x, norm, eps = x if is_normed else (x, np.uint64(0), 0)
+        if is_normed and x.shape[0] > NORMED_ROWS:
+            raise ValueError(f"{x.shape[0]} rows; {NORMED_ROWS} at most are normalised on the way")
         is_fp8 = isinstance(weight, Blocks)
         kind = "float" if out.dtype.name == "float32" else "T"
         name = _name(kind, "F8" if is_fp8 else "T", is_gated, is_normed)

@@ -55,6 +55,11 @@ class Step:
     echoed: list  # (request, tokens of its prompt whose log probabilities are told)
 
 
+def _planned(plan, kind, *given, **more):
+    """A run of what `plan` gives for a kind of attention."""
+    return plan(kind)(*given, **more)
+
+
 def echo(request, count):
     """The tokens of its prompt that follow the next `count` ones, where these are told."""
     if not request.sampling.prompt_logprobs:
@@ -332,8 +337,11 @@ class Runner:
         key = size, draws, "starts_of_pieces" in host
         if key[2]:
             runs = dict.fromkeys(self.kinds, self._attend_in_pieces(given, size))
-        else:
+        elif size:
             runs = {kind: self._attend(host, size, kind) for kind in self.kinds}
+        else:  # when the first layer asks: the GPU has its first product to do by then
+            plan = functools.cache(functools.partial(self._attend, host, size))
+            runs = {kind: functools.partial(_planned, plan, kind) for kind in self.kinds}
         if key in self.graphs:
             graph, found = self.graphs[key]
             graph.launch()

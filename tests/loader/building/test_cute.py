@@ -130,6 +130,21 @@ def test_kernels_of_one_call_have_names_of_their_own(tmp_path: Path) -> None:
         assert len(maker.names) == 2
 
 
+def test_a_kernel_that_flashinfer_keeps_is_of_later_requests_too(tmp_path: Path) -> None:
+    """Two batch sizes, for which FlashInfer compiles one kernel: it only calls the second time."""
+    question = {"arch": "sm_90a", "folder": str(tmp_path), "cxx": "c++", "runtime": "/"}
+    maker, made = cute_driver.Maker(question), "m_sm90a_cute_dsl_k"
+    (tmp_path / made).mkdir()
+    (tmp_path / made / f"{made}.so").touch()  # it is there already
+    maker.begin({"name": "a", "module": "m"})
+    kept = maker.cached("m", "k", pytest.fail)
+    for name in ("b", "c"):
+        maker.begin({"name": name, "module": "m"})
+        kept()
+        kept()
+        assert maker.names == [made]
+
+
 @pytest.mark.parametrize(
     "text",
     ["gdn_decode:batch=0", "gdn_decode:state=f16", "gdn_prefill:tokens=1", "kda_decode:gate=2"],
