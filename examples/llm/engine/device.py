@@ -21,8 +21,6 @@ from .weights import Blocks
 POLLING_S = 5e-5  # between looks at a stream that may never end
 FEW_BYTES = 16 << 10  # that a kernel copies; more take a copy engine
 ENDING_S = 5.0  # how long it may take to end after a rank was lost
-
-
 # How arguments of kernels are passed.
 FORMATS = {fi_ffi.TensorDesc: "Q", int: "i4x", np.int64: "q", np.uint64: "Q", np.float32: "f4x"}
 MOST_ARGUMENTS = 32

@@ -99,7 +99,8 @@ def _refuse(failed: dict[str, str], names: Sequence[str], workshop: Workshop) ->
     """Raise ArgumentError for the first request that the driver could not resolve."""
     for text, reason in failed.items():
         if reason != "unknown":
-            raise ArgumentError("build", "modules", got=repr(text), expected=reason)
+            expected = f"a kernel that compiles, but {reason}"
+            raise ArgumentError("build", "modules", got=repr(text), expected=expected)
         close = get_close_matches(text, [*names, *FAMILIES], n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         what = f"FlashInfer {workshop.release} for {' '.join(workshop.architectures)}"
