@@ -70,7 +70,7 @@ def where(request, machine):
     for module in ("norm", "page", "rope", "silu_and_mul", "sampling", *more):
         machine.need(module)
     if "qwen3_next" in drawn and not (found := fi_ffi.gdn_prefill.supports()):
-        pytest.skip(found.reason)  # of which module depends on the release
+        pytest.skip(found.reason)  # the module's name depends on the release
     return "cuda:0"
 
 
@@ -434,7 +434,7 @@ def test_products_one_after_another_in_a_graph(dtype, products):
 @pytest.mark.parametrize("count", [3, 40])
 def test_products_after_norms_in_a_graph(dtype, count, products, monkeypatch):
     """FlashInfer's kernel makes way at its end: what follows begins before that."""
-    device, names = products.device, []
+    device, hastened = products.device, []
     x, xs = products.drawn(count, 2048)
     norm, ns = products.drawn(1, 2048)
     weights = [products.drawn(2048, 2048, 0, 2048**-0.5) for _ in range(4)]
@@ -442,7 +442,7 @@ def test_products_after_norms_in_a_graph(dtype, count, products, monkeypatch):
     taken = device.empty((count, 2048), dtype)
     index = device.put(np.arange(count, dtype=np.int32)[::-1].copy())
     hasten = device._hasten
-    monkeypatch.setattr(device, "_hasten", lambda: names.append(hasten()) or names[-1])
+    monkeypatch.setattr(device, "_hasten", lambda: hastened.append(hasten()) or hastened[-1])
     with device.scope():
         for out, (weight, _) in zip(steps, weights, strict=True):  # cuBLAS loads what it needs
             device.linear(out, x, weight)
@@ -455,8 +455,7 @@ def test_products_after_norms_in_a_graph(dtype, count, products, monkeypatch):
                 device.linear(to, out, weight)
             device.take(taken, steps[-1], index)  # after cuBLAS or a kernel of the engine's
         device.is_frozen = False
-        few = count <= 8
-        assert names == ([True] * 4 + [False] if few else [True])
+        assert hastened == ([True] * 4 + [False] if count <= 8 else [True])
         for _ in range(20):
             fresh = products.rng.standard_normal(xs.shape).astype(products.kind)
             for there in (*normed, *steps, taken):
